@@ -1,0 +1,1 @@
+"""Serve one frozen language model with many representation interventions (LoReFT)."""

@@ -1,0 +1,74 @@
+"""Every exception of the project, in one tree.
+
+    ReftError
+    ├── InvalidRequest          a value of a request is not usable (HTTP 400)
+    ├── NotFound                no such model, intervention or version (404)
+    ├── InvalidFile             an intervention file is broken (400)
+    │   └── FileTooLarge        ... or larger than the limit (413)
+    ├── WrongBaseModel          a sound file, made for another base model (409)
+    ├── Overloaded              the queue is full; try again later (503)
+    │   └── Draining            the server is shutting down (503)
+    ├── RequestFailed           a fault inside one request ended it (500)
+    ├── EngineDead              the engine stopped and serves nothing any more (500)
+    ├── UnsupportedModel        the engine refuses to load this base model
+    └── ConfigError             a setting is not usable; raised at start
+"""
+
+from __future__ import annotations
+
+
+class ReftError(Exception):
+    """Root of all errors raised on purpose. `param` names the field at fault, where there is one."""
+
+    def __init__(self, message: str, *, param: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.param = param
+
+
+class InvalidRequest(ReftError):
+    """A value of a request is not usable; the message names the field and the fix."""
+
+
+class NotFound(ReftError):
+    """No model, intervention or version of that name."""
+
+
+class InvalidFile(ReftError):
+    """An intervention file is broken; the message says what and where."""
+
+
+class FileTooLarge(InvalidFile):
+    """An intervention file is larger than the configured limit."""
+
+
+class WrongBaseModel(ReftError):
+    """A sound intervention file that was made for another base model."""
+
+
+class Overloaded(ReftError):
+    """The queue is full. `retry_after` is a hint in seconds."""
+
+    def __init__(self, message: str, *, retry_after: float = 1.0) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
+
+
+class Draining(Overloaded):
+    """The server is shutting down and takes no new request."""
+
+
+class RequestFailed(ReftError):
+    """A fault inside one request (such as non-finite logits) ended it, and no other."""
+
+
+class EngineDead(ReftError):
+    """The engine stopped; every waiting request gets this, and no new one is taken."""
+
+
+class UnsupportedModel(ReftError):
+    """The engine refuses to load this base model; the message says why."""
+
+
+class ConfigError(ReftError):
+    """A setting is not usable; raised at start."""

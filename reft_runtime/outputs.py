@@ -1,0 +1,102 @@
+"""What the runtime hands back to its callers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+FinishReason = Literal["stop", "length"]
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """Natural log-probability of one token, and of the best alternatives, best first.
+
+    `top` holds (token id, log-probability) pairs, as many as were asked for.
+    """
+
+    token: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class ChoiceDelta:
+    """What one choice of a request gained in one engine step.
+
+    `text` may be empty while a character or a possible stop string is incomplete. `tokens` are
+    the generated ids, an ending EOS or stop id included; `logprobs`, where asked for, has one
+    entry for each of them. `stop_reason` is the stop string or stop id that ended the choice,
+    None for EOS or length.
+    """
+
+    index: int
+    text: str
+    tokens: tuple[int, ...] = ()
+    logprobs: tuple[TokenLogprob, ...] = ()
+    finish_reason: FinishReason | None = None
+    stop_reason: str | int | None = None
+
+
+@dataclass(slots=True)
+class Choice:
+    """One finished answer."""
+
+    index: int
+    text: str
+    tokens: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+    finish_reason: FinishReason | None = None
+    stop_reason: str | int | None = None
+
+
+@dataclass(slots=True)
+class Generation:
+    """The answer to one prompt: `choices` (as many as `n`), and the first one's text as `text`."""
+
+    prompt_tokens: list[int]
+    choices: list[Choice]
+    prompt_logprobs: list[TokenLogprob | None] | None = None
+
+    @property
+    def text(self) -> str:
+        """Text of the first choice."""
+        return self.choices[0].text
+
+    @property
+    def tokens(self) -> list[int]:
+        """Token ids of the first choice."""
+        return self.choices[0].tokens
+
+
+@dataclass(frozen=True, slots=True)
+class EngineInfo:
+    """What is loaded. `memory_bytes` counts weights and reserved KV; `kv_tokens` the KV budget."""
+
+    model: str
+    architecture: str
+    dtype: str
+    device: str
+    threads: int
+    max_model_len: int
+    max_running: int
+    vocab_size: int
+    parameters: int
+    memory_bytes: int
+    kv_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class EngineStats:
+    """A snapshot of the engine's load and its counters since the start."""
+
+    running: int
+    waiting: int
+    kv_tokens_used: int
+    kv_tokens_total: int
+    steps: int
+    prompt_tokens: int
+    generation_tokens: int
+    preemptions: int
+    heartbeat_age: float
+    """Seconds since the loop last turned; an idle loop turns at least once a second."""

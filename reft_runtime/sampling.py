@@ -1,0 +1,93 @@
+"""How one request picks its tokens."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from reft_runtime.errors import InvalidRequest
+
+MAX_CHOICES = 128
+MAX_LOGPROBS = 20
+MAX_STOP_STRINGS = 4
+MAX_STOP_TOKENS = 128
+MAX_LOGIT_BIAS = 1024
+MAX_SEED = 2**63 - 1
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """Sampling settings of one request; a value out of range raises `InvalidRequest` that names it.
+
+    `temperature` 0 is greedy. `top_k` 0 and `top_p` 1 mean all tokens. `max_tokens` None means up
+    to the model's length. `logprobs` None returns none; k returns the chosen token's and the k
+    best; `prompt_logprobs` does the same for the prompt. Log-probabilities are those of the model,
+    before penalties, bias and temperature. A `seed` makes the answer reproducible whatever else is
+    in the batch. Penalties: presence and frequency count generated tokens (OpenAI), repetition
+    counts prompt and generated tokens (CTRL, arXiv 1909.05858).
+    """
+
+    max_tokens: int | None = 16
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    seed: int | None = None
+    n: int = 1
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    min_tokens: int = 0
+    ignore_eos: bool = False
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+
+    def __post_init__(self) -> None:
+        if isinstance(self.stop, str):
+            object.__setattr__(self, "stop", (self.stop,))
+        if self.max_tokens is not None:
+            _bounded("max_tokens", self.max_tokens, 0, 2**31 - 1)
+        _bounded("temperature", self.temperature, 0, 100)
+        _bounded("top_k", self.top_k, 0, 2**31 - 1)
+        _bounded("top_p", self.top_p, 0, 1, above_low=True)
+        _bounded("min_p", self.min_p, 0, 1)
+        _bounded("repetition_penalty", self.repetition_penalty, 0, 100, above_low=True)
+        _bounded("presence_penalty", self.presence_penalty, -2, 2)
+        _bounded("frequency_penalty", self.frequency_penalty, -2, 2)
+        _bounded("n", self.n, 1, MAX_CHOICES)
+        _bounded("min_tokens", self.min_tokens, 0, 2**31 - 1)
+        if self.max_tokens is not None and self.min_tokens > self.max_tokens:
+            raise InvalidRequest(
+                f"min_tokens ({self.min_tokens}) is larger than max_tokens ({self.max_tokens}).",
+                param="min_tokens",
+            )
+        if self.seed is not None:
+            _bounded("seed", self.seed, -MAX_SEED - 1, MAX_SEED)
+        for name, count in (("logprobs", self.logprobs), ("prompt_logprobs", self.prompt_logprobs)):
+            if count is not None:
+                _bounded(name, count, 0, MAX_LOGPROBS)
+        if len(self.stop) > MAX_STOP_STRINGS:
+            raise InvalidRequest(f"stop: at most {MAX_STOP_STRINGS} strings.", param="stop")
+        if any(not text for text in self.stop):
+            raise InvalidRequest("stop: an empty string never matches; leave it out.", param="stop")
+        if len(self.stop_token_ids) > MAX_STOP_TOKENS:
+            raise InvalidRequest(
+                f"stop_token_ids: at most {MAX_STOP_TOKENS} ids.", param="stop_token_ids"
+            )
+        if len(self.logit_bias) > MAX_LOGIT_BIAS:
+            raise InvalidRequest(f"logit_bias: at most {MAX_LOGIT_BIAS} tokens.", param="logit_bias")
+        for bias in self.logit_bias.values():
+            _bounded("logit_bias", bias, -100, 100)
+
+
+def _bounded(
+    name: str, value: float, low: float, high: float, *, above_low: bool = False
+) -> None:
+    inside = math.isfinite(value) and low <= value <= high and not (above_low and value == low)
+    if not inside:
+        bounds = f"above {low} and" if above_low else f"at least {low} and"
+        raise InvalidRequest(f"{name} must be {bounds} at most {high}, not {value}.", param=name)

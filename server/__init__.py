@@ -1,0 +1,1 @@
+"""HTTP: the FastAPI application, its routes, settings and command line. Imports no torch."""
