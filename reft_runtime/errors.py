@@ -1,17 +1,17 @@
 """Every exception of the project, in one tree.
 
-    ReftError
-    ├── InvalidRequest          a value of a request is not usable (HTTP 400)
-    ├── NotFound                no such model, intervention or version (404)
-    ├── InvalidFile             an intervention file is broken (400)
-    │   └── FileTooLarge        ... or larger than the limit (413)
-    ├── WrongBaseModel          a sound file, made for another base model (409)
-    ├── Overloaded              the queue is full; try again later (503)
-    │   └── Draining            the server is shutting down (503)
-    ├── RequestFailed           a fault inside one request ended it (500)
-    ├── EngineDead              the engine stopped and serves nothing any more (500)
-    ├── UnsupportedModel        the engine refuses to load this base model
-    └── ConfigError             a setting is not usable; raised at start
+ReftError
+├── InvalidRequest          a value of a request is not usable (HTTP 400)
+├── NotFound                no such model, intervention or version (404)
+├── InvalidFile             an intervention file is broken (400)
+│   └── FileTooLarge        ... or larger than the limit (413)
+├── WrongBaseModel          a sound file, made for another base model (409)
+├── Overloaded              the queue is full; try again later (503)
+│   └── Draining            the server is shutting down (503)
+├── RequestFailed           a fault inside one request ended it (500)
+├── EngineDead              the engine stopped and serves nothing any more (500)
+├── UnsupportedModel        the engine refuses to load this base model
+└── ConfigError             a setting is not usable; raised at start
 """
 
 from __future__ import annotations

@@ -79,14 +79,14 @@ class SamplingParams:
                 f"stop_token_ids: at most {MAX_STOP_TOKENS} ids.", param="stop_token_ids"
             )
         if len(self.logit_bias) > MAX_LOGIT_BIAS:
-            raise InvalidRequest(f"logit_bias: at most {MAX_LOGIT_BIAS} tokens.", param="logit_bias")
+            raise InvalidRequest(
+                f"logit_bias: at most {MAX_LOGIT_BIAS} tokens.", param="logit_bias"
+            )
         for bias in self.logit_bias.values():
             _bounded("logit_bias", bias, -100, 100)
 
 
-def _bounded(
-    name: str, value: float, low: float, high: float, *, above_low: bool = False
-) -> None:
+def _bounded(name: str, value: float, low: float, high: float, *, above_low: bool = False) -> None:
     inside = math.isfinite(value) and low <= value <= high and not (above_low and value == low)
     if not inside:
         bounds = f"above {low} and" if above_low else f"at least {low} and"
