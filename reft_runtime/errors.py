@@ -18,7 +18,7 @@ from __future__ import annotations
 
 
 class ReftError(Exception):
-    """Root of all errors raised on purpose. `param` names the field at fault, where there is one."""
+    """Root of all errors raised on purpose; `param` names the field at fault, if there is one."""
 
     def __init__(self, message: str, *, param: str | None = None) -> None:
         super().__init__(message)

@@ -1,1 +1,1 @@
-"""What an intervention is: its maths, its file, its positions, the registry of names and versions."""
+"""What an intervention is: its maths, its file, its positions, and the registry of versions."""
