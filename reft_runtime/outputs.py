@@ -92,8 +92,8 @@ class EngineStats:
 
     running: int
     waiting: int
-    kv_tokens_used: int
-    kv_tokens_total: int
+    kv_usage: float
+    """Share of the KV budget that is held, 0 to 1."""
     steps: int
     prompt_tokens: int
     generation_tokens: int

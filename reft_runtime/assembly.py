@@ -1,0 +1,94 @@
+"""From the engine's token events to the text its callers read, for one request."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+from reft_runtime.engine.events import Event, Failed, PromptScored, Started, TokenMade
+from reft_runtime.errors import RequestFailed
+from reft_runtime.outputs import Choice, ChoiceDelta, Generation, TokenLogprob
+from reft_runtime.sampling import SamplingParams
+from reft_runtime.text import TextStream, Tokenizer
+
+
+class Assembler:
+    """Text, stop strings and results of one request's choices.
+
+    `abort_choice` is called with the index of a choice that a stop string ended, for the engine
+    does not know about text.
+    """
+
+    def __init__(
+        self,
+        prompt: tuple[int, ...],
+        sampling: SamplingParams,
+        tokenizer: Tokenizer,
+        abort_choice: Callable[[int], None],
+    ) -> None:
+        self.prompt = prompt
+        self.started = False
+        self.prompt_logprobs: list[TokenLogprob | None] | None = (
+            None if sampling.prompt_logprobs is None else [None]
+        )
+        self._abort_choice = abort_choice
+        self._texts = {index: TextStream(tokenizer, sampling.stop) for index in range(sampling.n)}
+
+    @property
+    def done(self) -> bool:
+        """Whether every choice has ended."""
+        return not self._texts
+
+    def feed(self, event: Event) -> ChoiceDelta | None:
+        """Take one event of this request; a choice that has ended gives None from then on.
+
+        Raises `RequestFailed` where the request failed.
+        """
+        match event:
+            case Started():
+                self.started = True
+            case PromptScored():
+                assert self.prompt_logprobs is not None
+                self.prompt_logprobs.extend(event.logprobs)
+            case Failed():
+                self._texts.clear()
+                raise RequestFailed(event.reason)
+            case TokenMade():
+                return self._token(event)
+        return None
+
+    def _token(self, event: TokenMade) -> ChoiceDelta | None:
+        text_stream = self._texts.get(event.choice)
+        if text_stream is None:
+            return None  # a stop string ended it; the engine was faster than the abort
+        tokens = () if event.token is None else (event.token,)
+        text, stop_string = text_stream.push(tokens)
+        reason, stop_reason = event.finish_reason, event.stop_id
+        if stop_string is not None:
+            del self._texts[event.choice]
+            if reason is None:
+                self._abort_choice(event.choice)
+            reason, stop_reason = "stop", None
+        elif reason is not None:
+            del self._texts[event.choice]
+            text += text_stream.finish()
+        return ChoiceDelta(
+            index=event.choice,
+            text=text,
+            tokens=tokens,
+            logprobs=() if event.logprob is None else (event.logprob,),
+            finish_reason=reason,
+            stop_reason=stop_reason if stop_string is None else stop_string,
+        )
+
+
+def collect(prompt: tuple[int, ...], n: int, deltas: Iterable[ChoiceDelta]) -> Generation:
+    """Join the deltas of a request into its whole answer."""
+    choices = [Choice(index, "") for index in range(n)]
+    for delta in deltas:
+        choice = choices[delta.index]
+        choice.text += delta.text
+        choice.tokens.extend(delta.tokens)
+        choice.logprobs.extend(delta.logprobs)
+        if delta.finish_reason:
+            choice.finish_reason, choice.stop_reason = delta.finish_reason, delta.stop_reason
+    return Generation(list(prompt), choices)

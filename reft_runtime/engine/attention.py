@@ -1,0 +1,281 @@
+"""Attention of one packed step over contiguous KV rows, registered with transformers.
+
+The model's own code runs unchanged: it calls this function, by the name `ATTENTION`, with the
+packed queries, keys and values [1, heads, T, dim] of all scheduled tokens, and `step`, which it
+passes through from the call of the model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as SequenceOf
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface
+
+from reft_runtime.engine.kv_rows import LayerShape, RowStorage, Slab
+from reft_runtime.engine.scheduler import Chunk
+from reft_runtime.errors import UnsupportedModel
+
+ATTENTION = "reft_packed"
+
+
+class AttentionStep(Protocol):
+    """What attention needs to know about the step."""
+
+    def attend(
+        self,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scaling: float | None,
+        window: int | None,
+    ) -> Tensor:
+        """Store the step's keys and values [1, kv_heads, T, dim] and attend; [1, T, heads, dim]."""
+
+
+def packed_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    step: AttentionStep,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """transformers' attention function: hands one layer's work to the step."""
+    if softcap is not None or s_aux is not None:
+        raise UnsupportedModel("logit soft-capping and attention sinks are not supported")
+    layer: int = module.layer_idx  # type: ignore[assignment]
+    return step.attend(layer, query, key, value, scaling, sliding_window), None
+
+
+AttentionInterface.register(ATTENTION, packed_attention)
+
+
+@dataclass(frozen=True, slots=True)
+class ProbedLayer:
+    """What one layer asked of attention."""
+
+    shape: LayerShape
+    window: int | None
+
+
+@dataclass(slots=True)
+class ShapeProbe:
+    """An `AttentionStep` for one token that only notes what every layer asks for."""
+
+    layers: dict[int, ProbedLayer] = field(default_factory=dict)
+
+    def attend(
+        self,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scaling: float | None,
+        window: int | None,
+    ) -> Tensor:
+        """Note the layer; the answer is right for a single token, which attends to itself."""
+        shape = LayerShape(key.shape[1], key.shape[3], value.shape[3])
+        self.layers[layer] = ProbedLayer(shape, window)
+        groups = query.shape[1] // key.shape[1]
+        return value.repeat_interleave(groups, dim=1).transpose(1, 2)
+
+
+@dataclass(slots=True)
+class _DecodeGroup:
+    """Rows of one slab that decode one token each: packed tokens [first, first + rows)."""
+
+    slab: Slab
+    first: int
+    slots: Tensor  # [rows]
+    positions: Tensor  # [rows]
+    span: int  # slots [0, span) are attended; more than `rows` where some of them do not decode
+    length: int  # tokens attended: the longest row's
+    masks: dict[int | None, Tensor | None] = field(default_factory=dict)
+
+    @property
+    def rows(self) -> int:
+        return self.slots.shape[0]
+
+    def mask(self, window: int | None, dtype: torch.dtype) -> Tensor | None:
+        """Additive mask [span, 1, 1, length]; None where every row sees everything."""
+        if window not in self.masks:
+            length = self.length
+            last = torch.zeros(self.span, 1, dtype=torch.long)
+            last[self.slots, 0] = self.positions
+            at = torch.arange(length)
+            hidden = at > last
+            if window is not None:
+                hidden |= at <= last - window
+            mask = torch.zeros(self.span, length, dtype=dtype)
+            mask.masked_fill_(hidden, -torch.inf)
+            self.masks[window] = mask[:, None, None] if hidden.any() else None
+        return self.masks[window]
+
+
+@dataclass(slots=True)
+class _PromptSegment:
+    """Consecutive tokens of one row: packed tokens [first, first + length), row offset `start`."""
+
+    slab: Slab
+    slot: int
+    first: int
+    start: int
+    length: int
+    masks: dict[int | None, Tensor | None] = field(default_factory=dict)
+
+    def mask(self, window: int | None) -> Tensor | None:
+        """Boolean mask [length, start + length], True where seen; None for a plain causal one."""
+        if window not in self.masks:
+            stop = self.start + self.length
+            mask = None
+            if self.start or (window is not None and window < stop):
+                rows = torch.arange(self.start, stop)[:, None]
+                columns = torch.arange(stop)
+                mask = columns <= rows
+                if window is not None:
+                    mask &= columns > rows - window
+            self.masks[window] = mask
+        return self.masks[window]
+
+
+class RowAttentionStep:
+    """One step's attention over `RowStorage`.
+
+    Decoding chunks must come first, ordered so that those of one slab are together and by slot;
+    `order_for_rows` does that.
+    """
+
+    def __init__(self, storage: RowStorage, chunks: SequenceOf[Chunk]) -> None:
+        self._decodes: list[_DecodeGroup] = []
+        self._prompts: list[_PromptSegment] = []
+        first = 0
+        at = 0
+        while at < len(chunks):
+            slab, slot = storage.where(chunks[at].sequence)
+            if chunks[at].length > 1:
+                chunk = chunks[at]
+                self._prompts.append(_PromptSegment(slab, slot, first, chunk.start, chunk.length))
+                first += chunk.length
+                at += 1
+                continue
+            slots, positions = [], []
+            while at < len(chunks) and chunks[at].length == 1:
+                other, slot = storage.where(chunks[at].sequence)
+                if other is not slab:
+                    break
+                slots.append(slot)
+                positions.append(chunks[at].start)
+                at += 1
+            self._decodes.append(
+                _DecodeGroup(
+                    slab,
+                    first,
+                    torch.tensor(slots),
+                    torch.tensor(positions),
+                    span=max(slots) + 1,
+                    length=max(positions) + 1,
+                )
+            )
+            first += len(slots)
+
+    def attend(
+        self,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scaling: float | None,
+        window: int | None,
+    ) -> Tensor:
+        """See `AttentionStep.attend`."""
+        query, key, value = query[0], key[0], value[0]
+        out = query.new_empty(query.shape[1], query.shape[0], value.shape[-1])
+        for group in self._decodes:
+            _attend_decodes(group, layer, query, key, value, scaling, window, out)
+        for segment in self._prompts:
+            _attend_prompt(segment, layer, query, key, value, scaling, window, out)
+        return out[None]
+
+
+def order_for_rows(storage: RowStorage, chunks: SequenceOf[Chunk]) -> list[Chunk]:
+    """The chunks in the order that `RowAttentionStep` wants."""
+
+    def place(chunk: Chunk) -> tuple[bool, int, int]:
+        slab, slot = storage.where(chunk.sequence)
+        return chunk.length > 1, slab.capacity, slot
+
+    return sorted(chunks, key=place)
+
+
+def _attend_decodes(
+    group: _DecodeGroup,
+    layer: int,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scaling: float | None,
+    window: int | None,
+    out: Tensor,
+) -> None:
+    keys, values = group.slab.keys[layer], group.slab.values[layer]
+    tokens = slice(group.first, group.first + group.rows)
+    keys[group.slots, :, group.positions] = key[:, tokens].transpose(0, 1)
+    values[group.slots, :, group.positions] = value[:, tokens].transpose(0, 1)
+    kv_heads, span, length = key.shape[0], group.span, group.length
+    # Query heads that share a KV head become its queries: no repeated keys and values.
+    packed = query[:, tokens].transpose(0, 1).reshape(group.rows, kv_heads, -1, query.shape[-1])
+    if span != group.rows:
+        spread = packed.new_zeros(span, *packed.shape[1:])
+        spread[group.slots] = packed
+        packed = spread
+    result = scaled_dot_product_attention(
+        packed,
+        keys[:span, :, :length],
+        values[:span, :, :length],
+        attn_mask=group.mask(window, query.dtype),
+        scale=scaling,
+    )
+    if span != group.rows:
+        result = result[group.slots]
+    out[tokens] = result.reshape(group.rows, -1, value.shape[-1])
+
+
+def _attend_prompt(
+    segment: _PromptSegment,
+    layer: int,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scaling: float | None,
+    window: int | None,
+    out: Tensor,
+) -> None:
+    stop = segment.start + segment.length
+    tokens = slice(segment.first, segment.first + segment.length)
+    keys = segment.slab.keys[layer][segment.slot, :, :stop]
+    values = segment.slab.values[layer][segment.slot, :, :stop]
+    keys[:, segment.start :] = key[:, tokens]
+    values[:, segment.start :] = value[:, tokens]
+    mask = segment.mask(window)
+    result = scaled_dot_product_attention(
+        query[None, :, tokens],
+        keys[None],
+        values[None],
+        attn_mask=mask,
+        is_causal=mask is None,
+        scale=scaling,
+        enable_gqa=query.shape[0] != key.shape[0],
+    )
+    out[tokens] = result[0].transpose(0, 1)

@@ -1,0 +1,158 @@
+"""The loop's body: schedule, run, postprocess. Single-threaded; token ids in, events out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from reft_runtime.engine.blocks import BlockBudget
+from reft_runtime.engine.events import Event, Failed, PromptScored, Started, TokenMade
+from reft_runtime.engine.loader import LoadedModel
+from reft_runtime.engine.runner import Runner, StepResult
+from reft_runtime.engine.sampler import Sampled
+from reft_runtime.engine.scheduler import Scheduler, StepPlan
+from reft_runtime.engine.sequence import Request, Sequence, Status, sequences_of
+from reft_runtime.outputs import FinishReason
+
+
+@dataclass(frozen=True, slots=True)
+class EngineConfig:
+    """Limits: sequences at once, tokens a step, tokens whose keys and values may be held."""
+
+    max_running: int
+    max_step_tokens: int
+    kv_tokens: int
+
+
+class EngineCore:
+    """Turns requests into tokens. Not thread safe: one thread owns it."""
+
+    def __init__(self, loaded: LoadedModel, config: EngineConfig) -> None:
+        self.loaded = loaded
+        self.scheduler = Scheduler(
+            BlockBudget(config.kv_tokens), config.max_running, config.max_step_tokens
+        )
+        self.runner = Runner(loaded, loaded.max_model_len)
+        self.steps = 0
+        self.prompt_tokens = 0
+        self.generation_tokens = 0
+        self._arrivals = 0
+        self._live: dict[str, list[Sequence]] = {}
+
+    @property
+    def idle(self) -> bool:
+        """Whether there is nothing to compute."""
+        return self.scheduler.idle
+
+    def add(self, request: Request) -> None:
+        """Queue a request. The caller has checked it; see `Engine.open`."""
+        first = sequences_of(request, self._arrivals)
+        self._arrivals += 1
+        self._live[request.id] = [first, *first.unforked]
+        self.scheduler.add(first)
+
+    def abort(self, request_id: str, choice: int | None = None) -> None:
+        """End a request, or one of its choices, at once and without an event; unknown is fine."""
+        for sequence in list(self._live.get(request_id, ())):
+            if choice is None or sequence.choice == choice:
+                self._remove(sequence)
+
+    def step(self) -> list[Event]:
+        """Compute one step. An exception from here means that the engine itself is broken."""
+        plan = self.scheduler.schedule()
+        for sequence in plan.preempted:
+            self.runner.storage.release(sequence)
+        if not plan.chunks:
+            return []
+        events: list[Event] = [Started(s.request.id) for s in _newly_started(plan)]
+        result = self.runner.run(plan.chunks)
+        self.steps += 1
+        self.prompt_tokens += sum(
+            max(0, min(c.stop, c.sequence.prompt_length) - c.start) for c in plan.chunks
+        )
+        ended = [
+            sequence
+            for chunk in plan.chunks
+            if chunk.completes and chunk.sequence.request.sampling.max_tokens == 0
+            for sequence in (chunk.sequence, *chunk.forks)
+        ]
+        self.scheduler.advance(plan)
+        self._fail(result, events)
+        self._score_prompts(result, events)
+        for sequence in ended:
+            if sequence.status is Status.RUNNING:
+                events.append(TokenMade(sequence.request.id, sequence.choice, None, None, "length"))
+                self._remove(sequence)
+        finished = []
+        for sequence, sampled in result.sampled:
+            if sequence.status is Status.RUNNING:
+                event = self._append(sequence, sampled)
+                events.append(event)
+                if event.finish_reason:
+                    finished.append(sequence)
+        # Later slots first: a dense slab then has no hole to fill when many end together.
+        for sequence in sorted(finished, key=lambda s: -self.runner.storage.where(s)[1]):
+            self._remove(sequence)
+        return events
+
+    def check_integrity(self) -> None:
+        """Raise AssertionError if the bookkeeping disagrees, or anything is left while idle."""
+        self.scheduler.check_integrity(idle=self.idle)
+        self.runner.storage.check_integrity(idle=self.idle)
+        if self.idle and self._live:
+            raise AssertionError(f"requests left: {', '.join(self._live)}")
+
+    def _append(self, sequence: Sequence, sampled: Sampled) -> TokenMade:
+        sequence.tokens.append(sampled.token)
+        self.generation_tokens += 1
+        reason, stop_id = self._finish_reason(sequence)
+        return TokenMade(
+            sequence.request.id, sequence.choice, sampled.token, sampled.logprob, reason, stop_id
+        )
+
+    def _finish_reason(self, sequence: Sequence) -> tuple[FinishReason | None, int | None]:
+        sampling = sequence.request.sampling
+        token, made = sequence.tokens[-1], sequence.generated_length
+        if made >= sampling.min_tokens:
+            if token in sampling.stop_token_ids:
+                return "stop", token
+            if token in self.loaded.eos_ids and not sampling.ignore_eos:
+                return "stop", None
+        if made == sampling.max_tokens or len(sequence.tokens) >= self.loaded.max_model_len:
+            return "length", None
+        return None, None
+
+    def _fail(self, result: StepResult, events: list[Event]) -> None:
+        for failed, reason in result.failed.items():
+            request_id = failed.request.id
+            if request_id not in self._live:
+                continue  # another choice of it failed in this very step
+            events.append(Failed(request_id, reason))
+            for sequence in list(self._live[request_id]):
+                self._remove(sequence, wipe=True)
+
+    def _score_prompts(self, result: StepResult, events: list[Event]) -> None:
+        for sequence, first, values in result.prompt_logprobs:
+            # A preempted prompt is computed again; what was sent already is not sent twice.
+            unsent = values[max(0, sequence.prompt_logprobs_sent + 1 - first) :]
+            if unsent and sequence.status is Status.RUNNING:
+                sequence.prompt_logprobs_sent += len(unsent)
+                events.append(PromptScored(sequence.request.id, tuple(unsent)))
+
+    def _remove(self, sequence: Sequence, *, wipe: bool = False) -> None:
+        self.scheduler.finish(sequence)
+        self.runner.storage.release(sequence, wipe=wipe)
+        siblings = self._live[sequence.request.id]
+        siblings.remove(sequence)
+        for sibling in siblings:
+            if sequence in sibling.unforked:
+                sibling.unforked.remove(sequence)
+        if not siblings:
+            del self._live[sequence.request.id]
+
+
+def _newly_started(plan: StepPlan) -> list[Sequence]:
+    fresh = [c.sequence for c in plan.chunks if not c.sequence.started]
+    for sequence in fresh:
+        sequence.started = True
+    # Choices that could not be forked queue again on their own: their request has started before.
+    return [sequence for sequence in fresh if sequence.choice == 0]

@@ -1,0 +1,48 @@
+"""What the engine tells its callers, step by step. Token ids only; small and serialisable."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from reft_runtime.outputs import FinishReason, TokenLogprob
+
+
+@dataclass(frozen=True, slots=True)
+class Started:
+    """A request left the queue: its first chunk is being computed."""
+
+    request_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class PromptScored:
+    """Log-probabilities of the next prompt tokens, in order, from the second token on."""
+
+    request_id: str
+    logprobs: tuple[TokenLogprob, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class TokenMade:
+    """One choice has one more token, or (`token` None) ended without one.
+
+    With a `finish_reason` it is the choice's last event; `stop_id` is the stop id that ended it.
+    """
+
+    request_id: str
+    choice: int
+    token: int | None
+    logprob: TokenLogprob | None = None
+    finish_reason: FinishReason | None = None
+    stop_id: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """A fault inside this request ended it, all choices."""
+
+    request_id: str
+    reason: str
+
+
+Event = Started | PromptScored | TokenMade | Failed

@@ -1,0 +1,140 @@
+"""Keys and values on a CPU: one contiguous row a sequence, rows of like capacity in one slab.
+
+A contiguous row is 2 to 4 times cheaper to attend than gathered pages. Slabs are kept dense (the
+last row moves into a freed place), so that a decode step attends a slice and copies nothing, and
+grouped by capacity, so that a short row does not pay for a long one. A row that outgrows its slab
+moves to the next, with twice the capacity.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as SequenceOf
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from reft_runtime.engine.sequence import Sequence
+
+MIN_CAPACITY = 128
+MIN_ROWS = 4
+
+
+@dataclass(frozen=True, slots=True)
+class LayerShape:
+    """Shape of one attention layer's cache entries."""
+
+    kv_heads: int
+    key_dim: int
+    value_dim: int
+
+
+class Slab:
+    """Rows of one capacity: for every layer keys and values [rows, kv_heads, capacity, dim]."""
+
+    def __init__(self, shapes: SequenceOf[LayerShape], capacity: int, dtype: torch.dtype) -> None:
+        self.capacity = capacity
+        self.rows: list[Sequence] = []
+        self.keys: list[Tensor] = [
+            torch.zeros(0, s.kv_heads, capacity, s.key_dim, dtype=dtype) for s in shapes
+        ]
+        self.values: list[Tensor] = [
+            torch.zeros(0, s.kv_heads, capacity, s.value_dim, dtype=dtype) for s in shapes
+        ]
+
+    def resize(self, rows: int) -> None:
+        """Make place for `rows` rows, keeping those in use."""
+        used = len(self.rows)
+        for tensors in (self.keys, self.values):
+            for layer, old in enumerate(tensors):
+                # Zeros, because a masked entry that is not finite would still spoil a softmax sum.
+                tensors[layer] = new = old.new_zeros(rows, *old.shape[1:])
+                new[:used] = old[:used]
+
+    def copy(self, source: Slab, source_slot: int, slot: int, length: int) -> None:
+        """Copy the first `length` tokens of a row of `source` (may be this slab) to `slot`."""
+        for into, out_of in ((self.keys, source.keys), (self.values, source.values)):
+            for new, old in zip(into, out_of, strict=True):
+                new[slot, :, :length] = old[source_slot, :, :length]
+
+
+class RowStorage:
+    """Places the rows of all sequences; the budget of blocks bounds how many there are."""
+
+    def __init__(self, shapes: SequenceOf[LayerShape], dtype: torch.dtype, max_tokens: int) -> None:
+        self.shapes = tuple(shapes)
+        self.dtype = dtype
+        self.max_tokens = max_tokens
+        self._slabs: dict[int, Slab] = {}
+        self._places: dict[Sequence, tuple[Slab, int]] = {}
+
+    def ensure(self, sequence: Sequence, tokens: int) -> None:
+        """Give a sequence a row with room for `tokens` tokens; this may move other rows too."""
+        found = self._places.get(sequence)
+        if found is not None and found[0].capacity >= tokens:
+            return
+        slab = self._slab(tokens)
+        slot = self._append(slab, sequence)
+        self._places[sequence] = slab, slot
+        if found is not None:
+            slab.copy(found[0], found[1], slot, sequence.computed)
+            self._vacate(*found)
+
+    def where(self, sequence: Sequence) -> tuple[Slab, int]:
+        """Slab and slot of a sequence's row, until rows are next given or freed."""
+        return self._places[sequence]
+
+    def fork(self, parent: Sequence, child: Sequence, length: int) -> None:
+        """Give `child` a copy of the first `length` tokens of `parent`'s row."""
+        self.ensure(child, length)
+        slab, slot = self._places[child]
+        source, source_slot = self._places[parent]
+        slab.copy(source, source_slot, slot, length)
+
+    def release(self, sequence: Sequence, *, wipe: bool = False) -> None:
+        """Free a sequence's row, if it has one; `wipe` it if what it holds may not be finite."""
+        found = self._places.pop(sequence, None)
+        if found is None:
+            return
+        slab, slot = found
+        if wipe:
+            for tensor in (*slab.keys, *slab.values):
+                tensor[slot].zero_()
+        self._vacate(slab, slot)
+
+    def check_integrity(self, *, idle: bool = False) -> None:
+        """Raise AssertionError if places and slabs disagree, or if `idle` and a row is in use."""
+        placed = sum(len(slab.rows) for slab in self._slabs.values())
+        for sequence, (slab, slot) in self._places.items():
+            if slab.rows[slot] is not sequence:
+                raise AssertionError("KV rows: a sequence is not where it was placed")
+        if placed != len(self._places) or (idle and placed):
+            raise AssertionError(f"KV rows: {placed} in slabs, {len(self._places)} placed")
+
+    def _slab(self, tokens: int) -> Slab:
+        capacity = MIN_CAPACITY
+        while capacity < tokens:
+            capacity *= 2
+        # The longest class is cut to what a row can be at most.
+        capacity = max(min(capacity, self.max_tokens), tokens)
+        if capacity not in self._slabs:
+            self._slabs[capacity] = Slab(self.shapes, capacity, self.dtype)
+        return self._slabs[capacity]
+
+    def _append(self, slab: Slab, sequence: Sequence) -> int:
+        allocated = slab.keys[0].shape[0]
+        if len(slab.rows) == allocated:
+            # Memory of classes that nobody uses any more goes before new memory comes.
+            for capacity in [c for c, s in self._slabs.items() if not s.rows and s is not slab]:
+                del self._slabs[capacity]
+            slab.resize(max(MIN_ROWS, 2 * allocated))
+        slab.rows.append(sequence)
+        return len(slab.rows) - 1
+
+    def _vacate(self, slab: Slab, slot: int) -> None:
+        last = slab.rows.pop()
+        if slot == len(slab.rows):
+            return
+        slab.copy(slab, len(slab.rows), slot, last.computed)
+        slab.rows[slot] = last
+        self._places[last] = slab, slot

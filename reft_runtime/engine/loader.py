@@ -1,0 +1,198 @@
+"""Loads a base model, and refuses, with the reason, what the engine would get wrong."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+
+from reft_runtime.engine.attention import ATTENTION, ShapeProbe
+from reft_runtime.engine.kv_rows import LayerShape
+from reft_runtime.errors import ConfigError, UnsupportedModel
+
+SUPPORTED_LAYER_TYPES = {"full_attention", "sliding_attention"}
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedModel:
+    """A base model, ready to run packed steps.
+
+    `layers` are the decoder layers in order, `shapes` their cache shapes; `eos_ids` end an answer.
+    """
+
+    model: PreTrainedModel
+    architecture: str
+    layers: tuple[nn.Module, ...]
+    shapes: tuple[LayerShape, ...]
+    eos_ids: frozenset[int]
+    hidden_size: int
+    vocab_size: int
+    max_model_len: int
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the weights, and of keys and values."""
+        return self.model.dtype
+
+    @property
+    def weight_bytes(self) -> int:
+        """Memory of the weights; tied ones count once."""
+        return sum(p.numel() * p.element_size() for p in self.model.parameters())
+
+    @property
+    def kv_bytes_per_token(self) -> int:
+        """Memory of one token's keys and values in all layers."""
+        numbers = sum(s.kv_heads * (s.key_dim + s.value_dim) for s in self.shapes)
+        return numbers * self.dtype.itemsize
+
+
+def choose_dtype(name: str) -> torch.dtype:
+    """Dtype by name; "auto" is bfloat16 where the CPU multiplies it natively, else float32."""
+    if name == "auto":
+        native = torch.cpu.get_capabilities().get("avx512_bf16", False)
+        return torch.bfloat16 if native else torch.float32
+    if name not in _DTYPES:
+        raise ConfigError(f"dtype must be auto, {', '.join(_DTYPES)}, not {name!r}.", param="dtype")
+    return _DTYPES[name]
+
+
+def load_model(path: str, dtype: str = "auto", max_model_len: int | None = None) -> LoadedModel:
+    """Load a causal language model from a folder or hub id, by transformers, without remote code.
+
+    Raises `UnsupportedModel` where the engine would not give the model's own tokens.
+    """
+    try:
+        config = AutoConfig.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"model {path!r} cannot be read: {error}", param="model") from error
+    _check_config(config)
+    limit = _length_limit(config)
+    if max_model_len is not None and not 1 <= max_model_len <= limit:
+        raise ConfigError(
+            f"max_model_len must be from 1 to {limit} for this model, not {max_model_len}.",
+            param="max_model_len",
+        )
+    try:
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=choose_dtype(dtype)).eval()
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"model {path!r} cannot be loaded: {error}", param="model") from error
+    return adopt_model(model, max_model_len or limit)
+
+
+@torch.inference_mode()
+def adopt_model(model: PreTrainedModel, max_model_len: int | None = None) -> LoadedModel:
+    """Make a model in memory ready for packed steps; checks it as `load_model` does."""
+    config = model.config
+    _check_config(config)
+    model.requires_grad_(False).eval()
+    layers = _decoder_layers(model, config.num_hidden_layers)
+    try:
+        model.set_attn_implementation(ATTENTION)
+    except (ValueError, NotImplementedError) as error:
+        raise _refuse(config, "its attention cannot be replaced") from error
+    eos = model.generation_config.eos_token_id if model.generation_config else None
+    eos = config.eos_token_id if eos is None else eos
+    eos_ids = frozenset(eos if isinstance(eos, list) else [] if eos is None else [eos])
+    return LoadedModel(
+        model=model,
+        architecture=type(model).__name__,
+        layers=layers,
+        shapes=_probe_shapes(model),
+        eos_ids=eos_ids,
+        hidden_size=config.hidden_size,
+        vocab_size=config.vocab_size,
+        max_model_len=max_model_len or _length_limit(config),
+    )
+
+
+def forward(model: PreTrainedModel, ids: Tensor, positions: Tensor, keep: Tensor, step: Any) -> Any:
+    """Run a packed step [T] through the model; logits [len(keep), vocabulary] of the rows kept."""
+    return model(
+        input_ids=ids[None],
+        position_ids=positions[None],
+        use_cache=False,
+        logits_to_keep=keep,
+        step=step,
+    ).logits[0]
+
+
+def _probe_shapes(model: PreTrainedModel) -> tuple[LayerShape, ...]:
+    """Run one token to see every layer's shapes, and that its attention goes through ours."""
+    probe = ShapeProbe()
+    zero = torch.zeros(1, dtype=torch.long)
+    config = model.config
+    try:
+        forward(model, zero, zero, zero, probe)
+    except UnsupportedModel as error:
+        raise _refuse(config, error.message) from error
+    except Exception as error:
+        raise _refuse(config, f"a packed forward fails: {error}") from error
+    if sorted(probe.layers) != list(range(config.num_hidden_layers)):
+        raise _refuse(config, "not every layer is a plain attention layer with its own KV")
+    for layer, kind in enumerate(getattr(config, "layer_types", None) or ()):
+        if kind == "sliding_attention" and probe.layers[layer].window is None:
+            raise _refuse(config, "a sliding-window layer does not say its window")
+    return tuple(probe.layers[i].shape for i in range(config.num_hidden_layers))
+
+
+def _check_config(config: PretrainedConfig) -> None:
+    """Refuse what is known to be computed otherwise than the engine does."""
+    if config.is_encoder_decoder:
+        raise _refuse(config, "it is an encoder-decoder")
+    if getattr(config, "vision_config", None) or getattr(config, "audio_config", None):
+        raise _refuse(config, "it is multimodal; its text model alone may be served")
+    if getattr(config, "kv_lora_rank", None):
+        raise _refuse(config, "multi-head latent attention (MLA)")
+    if getattr(config, "attn_logit_softcapping", None) or getattr(
+        config, "final_logit_softcapping", None
+    ):
+        raise _refuse(config, "logit soft-capping")
+    if getattr(config, "alibi", False) or config.model_type in ("bloom", "mpt"):
+        raise _refuse(config, "ALiBi position biases")
+    if getattr(config, "use_bidirectional_attention", False):
+        raise _refuse(config, "bidirectional attention")
+    kinds = set(getattr(config, "layer_types", None) or ()) - SUPPORTED_LAYER_TYPES
+    if kinds or config.model_type in ("mamba", "mamba2", "falcon_mamba", "rwkv", "xlstm"):
+        raise _refuse(config, f"state-space or other layers ({', '.join(sorted(kinds)) or 'all'})")
+    for rope in _rope_settings(config):
+        if rope.get("mrope_section"):
+            raise _refuse(config, "multimodal rotary positions (M-RoPE)")
+        if rope.get("rope_type") == "dynamic":
+            raise _refuse(config, "dynamic NTK rotary scaling, which depends on the batch's length")
+
+
+def _rope_settings(config: PretrainedConfig) -> list[dict[str, Any]]:
+    """Rotary settings; some models have one for each layer type."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    nested = [value for value in rope.values() if isinstance(value, dict)]
+    return nested or [rope]
+
+
+def _length_limit(config: PretrainedConfig) -> int:
+    """Longest sequence: never past learned positions, nor past what longrope starts with."""
+    limit = getattr(config, "max_position_embeddings", None)
+    if not isinstance(limit, int):
+        raise _refuse(config, "it does not say its maximum length (max_position_embeddings)")
+    for rope in _rope_settings(config):
+        if rope.get("rope_type") == "longrope":
+            original = rope.get("original_max_position_embeddings") or getattr(
+                config, "original_max_position_embeddings", limit
+            )
+            limit = min(limit, int(original))
+    return limit
+
+
+def _decoder_layers(model: PreTrainedModel, count: int) -> tuple[nn.Module, ...]:
+    for module in model.modules():
+        if isinstance(module, nn.ModuleList) and len(module) == count:
+            return tuple(module)
+    raise _refuse(model.config, "its decoder layers were not found")
+
+
+def _refuse(config: PretrainedConfig, reason: str) -> UnsupportedModel:
+    return UnsupportedModel(f"Model type {config.model_type!r} is not supported: {reason}.")

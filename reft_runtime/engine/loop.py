@@ -1,0 +1,215 @@
+"""The thread that turns the engine, and how others hand it requests and get events back."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+
+from reft_runtime.engine.core import EngineCore
+from reft_runtime.engine.events import Event, Failed, Started, TokenMade
+from reft_runtime.engine.sequence import Request
+from reft_runtime.errors import Draining, EngineDead, Overloaded
+from reft_runtime.outputs import EngineStats
+
+Sink = Callable[[list[Event]], None]
+"""Gets a step's events for all requests submitted with it, in one call, on the engine's thread."""
+
+HEARTBEAT_SECONDS = 1.0
+
+logger = logging.getLogger(__name__)
+
+
+class EngineLoop:
+    """Runs an `EngineCore` in a thread of its own; every public method may be called from any.
+
+    `max_queued` and `max_queued_tokens` bound the requests (and their prompt tokens) that were
+    submitted and have not started; beyond them `submit` raises `Overloaded`.
+    """
+
+    def __init__(self, core: EngineCore, max_queued: int, max_queued_tokens: int) -> None:
+        self._core = core
+        self._max_queued = max_queued
+        self._max_queued_tokens = max_queued_tokens
+        self._changed = threading.Condition()
+        self._inbox: deque[Callable[[], None]] = deque()
+        self._sinks: dict[str, Sink] = {}
+        self._choices_left: dict[str, set[int]] = {}
+        self._queued: dict[str, int] = {}
+        self._draining = False
+        self._closing = False
+        self._death: str | None = None
+        self._beat = time.monotonic()
+        self._thread = threading.Thread(target=self._run, name="reft-engine", daemon=True)
+        self._thread.start()
+
+    @property
+    def alive(self) -> bool:
+        """Whether the thread runs and the engine has not broken."""
+        return self._death is None and self._thread.is_alive()
+
+    def submit(self, request: Request, sink: Sink) -> None:
+        """Queue a request; its events go to `sink` until its last choice ends.
+
+        Raises `Overloaded`, `Draining` or `EngineDead` before anything is queued.
+        """
+        tokens = len(request.prompt)
+        with self._changed:
+            if self._death is not None or self._closing:
+                raise EngineDead(self._death or "the engine is closed")
+            if self._draining:
+                raise Draining("The server is shutting down; try another one.", retry_after=5)
+            if len(self._queued) >= self._max_queued:
+                raise Overloaded(f"The queue is full ({self._max_queued} requests).")
+            waiting_tokens = sum(self._queued.values())
+            if self._queued and waiting_tokens + tokens > self._max_queued_tokens:
+                raise Overloaded(f"The queue is full ({waiting_tokens} prompt tokens).")
+            self._queued[request.id] = tokens
+            self._sinks[request.id] = sink
+            self._choices_left[request.id] = set(range(request.sampling.n))
+            self._inbox.append(lambda: self._core.add(request))
+            self._changed.notify_all()
+
+    def abort(self, request_id: str, choice: int | None = None) -> None:
+        """End a request, or one choice of it, without an event; what has ended is left alone."""
+        with self._changed:
+            if request_id not in self._sinks:
+                return
+            if choice is None:
+                self._forget(request_id)
+            else:
+                self._end_choice(request_id, choice)
+            self._inbox.append(lambda: self._core.abort(request_id, choice))
+            self._changed.notify_all()
+
+    def begin_drain(self) -> None:
+        """Refuse new requests from now on; those that are in go on."""
+        with self._changed:
+            self._draining = True
+
+    def wait_empty(self) -> None:
+        """Block until no request is left."""
+        with self._changed:
+            self._changed.wait_for(lambda: not self._sinks)
+
+    def stats(self) -> EngineStats:
+        """A snapshot; taken without stopping the engine."""
+        core, scheduler = self._core, self._core.scheduler
+        budget = scheduler.budget
+        return EngineStats(
+            running=len(scheduler.running),
+            waiting=len(self._queued),
+            kv_usage=budget.used / budget.total,
+            steps=core.steps,
+            prompt_tokens=core.prompt_tokens,
+            generation_tokens=core.generation_tokens,
+            preemptions=scheduler.preemptions,
+            heartbeat_age=time.monotonic() - self._beat,
+        )
+
+    def close(self) -> None:
+        """Fail what is left, stop the thread and wait for it."""
+        with self._changed:
+            self._closing = True
+            self._changed.notify_all()
+        if self._thread is not threading.current_thread():
+            self._thread.join()
+
+    def check_integrity(self) -> None:
+        """Raise AssertionError if anything is left of requests that have ended."""
+        done = threading.Event()
+        problems: list[AssertionError] = []
+
+        def check() -> None:
+            try:
+                self._core.check_integrity()
+            except AssertionError as error:
+                problems.append(error)
+            done.set()
+
+        with self._changed:
+            self._inbox.append(check)
+            self._changed.notify_all()
+        done.wait()
+        if problems:
+            raise problems[0]
+
+    def _run(self) -> None:
+        try:
+            while self._turn():
+                pass
+        except Exception:
+            logger.exception("The engine stopped")
+            self._die("the engine stopped on an internal error")
+        else:
+            self._die("the engine was closed")
+
+    def _turn(self) -> bool:
+        with self._changed:
+            if self._core.idle and not self._inbox and not self._closing:
+                self._changed.wait(HEARTBEAT_SECONDS)
+            self._beat = time.monotonic()
+            if self._closing:
+                return False
+            messages = list(self._inbox)
+            self._inbox.clear()
+        for message in messages:
+            message()
+        if not self._core.idle:
+            self._deliver(self._core.step())
+        return True
+
+    def _deliver(self, events: list[Event]) -> None:
+        """Hand each caller its events of the step in one call."""
+        by_sink: dict[Sink, list[Event]] = {}
+        with self._changed:
+            for event in events:
+                sink = self._sinks.get(event.request_id)
+                if sink is None:
+                    continue  # aborted while the step ran
+                by_sink.setdefault(sink, []).append(event)
+                match event:
+                    case Started():
+                        self._queued.pop(event.request_id, None)
+                    case Failed():
+                        self._forget(event.request_id)
+                    case TokenMade() if event.finish_reason:
+                        self._end_choice(event.request_id, event.choice)
+        for sink, batch in by_sink.items():
+            try:
+                sink(batch)
+            except Exception:
+                # Its caller has gone (a closed event loop, say): nobody will read the rest.
+                logger.exception("Events could not be delivered")
+                for event in batch:
+                    self.abort(event.request_id)
+
+    def _end_choice(self, request_id: str, choice: int) -> None:
+        left = self._choices_left[request_id]
+        left.discard(choice)
+        if not left:
+            self._forget(request_id)
+
+    def _forget(self, request_id: str) -> None:
+        self._queued.pop(request_id, None)
+        self._choices_left.pop(request_id, None)
+        self._sinks.pop(request_id, None)
+        if not self._sinks:
+            self._changed.notify_all()
+
+    def _die(self, reason: str) -> None:
+        """Tell every caller, so that nobody waits for an engine that has gone."""
+        with self._changed:
+            self._death = reason
+            waiting = dict(self._sinks)
+            for request_id in waiting:
+                self._forget(request_id)
+        by_sink: dict[Sink, list[Event]] = {}
+        for request_id, sink in waiting.items():
+            by_sink.setdefault(sink, []).append(Failed(request_id, reason))
+        for sink, batch in by_sink.items():
+            with contextlib.suppress(Exception):
+                sink(batch)

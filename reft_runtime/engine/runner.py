@@ -1,0 +1,133 @@
+"""Runs one step: packs its chunks, edits, attends, and samples."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as SequenceOf
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from reft_runtime.engine.attention import RowAttentionStep, order_for_rows
+from reft_runtime.engine.edits import EditSites, StepEdits
+from reft_runtime.engine.kv_rows import RowStorage
+from reft_runtime.engine.loader import LoadedModel, forward
+from reft_runtime.engine.sampler import Sampled, SampleRow, prompt_logprobs, sample
+from reft_runtime.engine.scheduler import Chunk
+from reft_runtime.engine.sequence import Sequence
+from reft_runtime.outputs import TokenLogprob
+
+NOT_FINITE = "the model's output is not finite"
+
+
+@dataclass(slots=True)
+class StepResult:
+    """What a step gave: tokens, log-probabilities of prompt tokens, and who failed and why."""
+
+    sampled: list[tuple[Sequence, Sampled]] = field(default_factory=list)
+    prompt_logprobs: list[tuple[Sequence, int, list[TokenLogprob]]] = field(default_factory=list)
+    """Sequence, index of the first prompt token meant, and one entry a token."""
+    failed: dict[Sequence, str] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
+class _Wanted:
+    """Rows of logits to compute, and which of them are whose."""
+
+    rows: list[int] = field(default_factory=list)
+    samples: list[tuple[Sequence, int]] = field(default_factory=list)
+    prompts: list[tuple[Sequence, int, int, int]] = field(default_factory=list)
+
+
+class Runner:
+    """Owns the model and the keys and values."""
+
+    def __init__(self, loaded: LoadedModel, max_tokens: int) -> None:
+        self.loaded = loaded
+        self.storage = RowStorage(loaded.shapes, loaded.dtype, max_tokens)
+        self._sites = EditSites(loaded.layers)
+
+    @torch.inference_mode()
+    def run(self, chunks: SequenceOf[Chunk]) -> StepResult:
+        """Compute the chunks' tokens, and sample where a chunk completes its sequence."""
+        for chunk in chunks:
+            self.storage.ensure(chunk.sequence, chunk.stop)
+        chunks = order_for_rows(self.storage, chunks)
+        wanted = _wanted_rows(chunks)
+        edits = StepEdits.of(chunks)
+        with self._sites.hooked(edits):
+            logits = forward(
+                self.loaded.model,
+                torch.tensor([t for c in chunks for t in c.sequence.tokens[c.start : c.stop]]),
+                torch.tensor([p for c in chunks for p in range(c.start, c.stop)]),
+                torch.tensor(wanted.rows, dtype=torch.long),
+                RowAttentionStep(self.storage, chunks),
+            )
+        for chunk in chunks:
+            for child in chunk.forks:
+                self.storage.fork(chunk.sequence, child, chunk.stop)
+        result = StepResult()
+        result.failed.update(
+            {sequence: f"its intervention failed: {e}" for sequence, e in edits.failed.items()}
+        )
+        self._sample(logits, wanted, result)
+        return result
+
+    def _sample(self, logits: Tensor, wanted: _Wanted, result: StepResult) -> None:
+        for sequence, first, row, count in wanted.prompts:
+            tokens = sequence.request.prompt[first : first + count]
+            k = sequence.request.sampling.prompt_logprobs or 0
+            values = [v for v in prompt_logprobs(logits[row : row + count], tokens, k) if v]
+            if len(values) < count:
+                result.failed[sequence] = NOT_FINITE
+            result.prompt_logprobs.append((sequence, first, values))
+        if not wanted.samples:
+            return
+        owners = [sequence for sequence, _ in wanted.samples]
+        rows = [self._sample_row(sequence) for sequence in owners]
+        logits = logits[[row for _, row in wanted.samples]]
+        for sequence, outcome in zip(owners, _sample_each(logits, rows), strict=True):
+            if isinstance(outcome, Sampled):
+                result.sampled.append((sequence, outcome))
+            else:
+                result.failed[sequence] = outcome
+
+    def _sample_row(self, sequence: Sequence) -> SampleRow:
+        request = sequence.request
+        return SampleRow(
+            params=request.sampling,
+            seed=request.seed,
+            choice=sequence.choice,
+            prompt=request.prompt,
+            generated=sequence.generated,
+            eos_ids=self.loaded.eos_ids,
+        )
+
+
+def _wanted_rows(chunks: SequenceOf[Chunk]) -> _Wanted:
+    wanted = _Wanted()
+    first = 0
+    for chunk in chunks:
+        sequence, sampling = chunk.sequence, chunk.sequence.request.sampling
+        if sampling.prompt_logprobs is not None and sequence.choice == 0:
+            # The row of token i predicts token i + 1.
+            stop = min(chunk.stop, sequence.prompt_length - 1)
+            if (count := stop - chunk.start) > 0:
+                wanted.prompts.append((sequence, chunk.start + 1, len(wanted.rows), count))
+                wanted.rows.extend(range(first, first + count))
+        if chunk.completes and sampling.max_tokens != 0:
+            wanted.samples.extend((s, len(wanted.rows)) for s in (sequence, *chunk.forks))
+            wanted.rows.append(first + chunk.length - 1)
+        first += chunk.length
+    return wanted
+
+
+def _sample_each(logits: Tensor, rows: list[SampleRow]) -> list[Sampled | str]:
+    """Sample all rows; where that raises, one by one, so that one bad row fails alone."""
+    try:
+        sampled = sample(logits, rows)
+    except Exception as error:
+        if len(rows) == 1:
+            return [f"sampling failed: {error}"]
+        return [_sample_each(logits[i : i + 1], [row])[0] for i, row in enumerate(rows)]
+    return [NOT_FINITE if one is None else one for one in sampled]

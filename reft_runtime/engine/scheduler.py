@@ -1,0 +1,172 @@
+"""Decides, step by step, which tokens of which sequences are computed. Knows no tensors.
+
+Order of a step: running sequences decode (oldest first, the newest is preempted when KV runs
+out), then running prompts go on, then waiting sequences are admitted in order of arrival, all
+within one budget of tokens.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from reft_runtime.engine.blocks import BlockBudget
+from reft_runtime.engine.sequence import Sequence, Status
+
+
+@dataclass(slots=True)
+class Chunk:
+    """Tokens [start, start + length) of one sequence, to be computed in this step.
+
+    `forks` are further choices of the same request: they copy this sequence's keys and values
+    after the step, and sample their first token from the same logits.
+    """
+
+    sequence: Sequence
+    start: int
+    length: int
+    forks: list[Sequence] = field(default_factory=list)
+
+    @property
+    def stop(self) -> int:
+        """End of the range, exclusive."""
+        return self.start + self.length
+
+    @property
+    def completes(self) -> bool:
+        """Whether it reaches the sequence's end, so that a token is sampled."""
+        return self.stop == len(self.sequence.tokens)
+
+
+@dataclass(slots=True)
+class StepPlan:
+    """One step: the chunks to compute, decoding ones first, and who lost its KV to make room."""
+
+    chunks: list[Chunk] = field(default_factory=list)
+    preempted: list[Sequence] = field(default_factory=list)
+
+
+class Scheduler:
+    """Queues and the budget; every call is cheap and none touches a tensor.
+
+    `max_running` bounds the sequences that hold KV, `max_step_tokens` the tokens of one step (it
+    must be at least `max_running`, so that every running sequence can decode in every step).
+    """
+
+    def __init__(self, budget: BlockBudget, max_running: int, max_step_tokens: int) -> None:
+        if max_step_tokens < max_running:
+            raise ValueError("max_step_tokens must be at least max_running")
+        self.budget = budget
+        self.max_running = max_running
+        self.max_step_tokens = max_step_tokens
+        self.running: list[Sequence] = []
+        self.waiting: deque[Sequence] = deque()
+        self.preemptions = 0
+
+    @property
+    def idle(self) -> bool:
+        """Whether there is nothing to compute."""
+        return not self.running and not self.waiting
+
+    def add(self, sequence: Sequence) -> None:
+        """Queue a new sequence."""
+        self.waiting.append(sequence)
+
+    def schedule(self) -> StepPlan:
+        """Choose the next step's chunks; empty only when idle."""
+        plan = StepPlan()
+        self._schedule_decodes(plan)
+        tokens_left = self.max_step_tokens - len(plan.chunks)
+        for sequence in list(self.running):  # forks join while we look
+            if tokens_left and not sequence.decoding:
+                tokens_left -= self._schedule_prompt(plan, sequence, tokens_left)
+        while tokens_left and self.waiting and self._admit(self.waiting[0], plan):
+            sequence = self.waiting.popleft()
+            tokens_left -= self._schedule_prompt(plan, sequence, tokens_left)
+        return plan
+
+    def advance(self, plan: StepPlan) -> None:
+        """Record that the plan's tokens have been computed."""
+        for chunk in plan.chunks:
+            for sequence in (chunk.sequence, *chunk.forks):
+                sequence.computed = chunk.stop
+
+    def finish(self, sequence: Sequence) -> None:
+        """Take a sequence out, wherever it is, and free its blocks; nothing if it is out already."""
+        if sequence.status is Status.RUNNING:
+            self.running.remove(sequence)
+        elif sequence.status is Status.WAITING and sequence in self.waiting:
+            self.waiting.remove(sequence)
+        sequence.status = Status.FINISHED
+        self.budget.release(sequence)
+
+    def check_integrity(self, *, idle: bool = False) -> None:
+        """Raise AssertionError if queues and budget disagree, or if `idle` and anything is left."""
+        self.budget.check_integrity()
+        if len(self.running) > self.max_running:
+            raise AssertionError(f"{len(self.running)} sequences run, {self.max_running} may")
+        if idle and not (self.idle and self.budget.used == 0):
+            raise AssertionError(
+                f"not empty: {len(self.running)} running, {len(self.waiting)} waiting, "
+                f"{self.budget.used} blocks held"
+            )
+
+    def _schedule_decodes(self, plan: StepPlan) -> None:
+        for sequence in sorted(self.running, key=_arrival):
+            if sequence.status is not Status.RUNNING or not sequence.decoding:
+                continue
+            while not self.budget.reserve(sequence, len(sequence.tokens)):
+                victim = max(self.running, key=_arrival)
+                self._preempt(victim, plan)
+                if victim is sequence:
+                    break
+            else:
+                plan.chunks.append(Chunk(sequence, sequence.computed, 1))
+
+    def _schedule_prompt(self, plan: StepPlan, sequence: Sequence, limit: int) -> int:
+        chunk = Chunk(sequence, sequence.computed, min(sequence.remaining, limit))
+        plan.chunks.append(chunk)
+        if chunk.completes and sequence.unforked:
+            self._fork(chunk)
+        return chunk.length
+
+    def _fork(self, chunk: Chunk) -> None:
+        """Admit the request's other choices; those without room queue and compute on their own."""
+        parent = chunk.sequence
+        others, parent.unforked = parent.unforked, []
+        admitted = 0
+        while admitted < len(others) and self._make_room(others[admitted]):
+            admitted += 1
+        chunk.forks = others[:admitted]
+        self._requeue(others[admitted:])
+
+    def _admit(self, sequence: Sequence, plan: StepPlan) -> bool:
+        # After a preemption in this very step what came free belongs to those who run.
+        return not plan.preempted and self._make_room(sequence)
+
+    def _make_room(self, sequence: Sequence) -> bool:
+        if len(self.running) >= self.max_running:
+            return False
+        # One more than there is, so that the first decode step does not preempt at once.
+        if not self.budget.reserve(sequence, len(sequence.tokens) + 1):
+            return False
+        sequence.status = Status.RUNNING
+        self.running.append(sequence)
+        return True
+
+    def _preempt(self, sequence: Sequence, plan: StepPlan) -> None:
+        self.running.remove(sequence)
+        self.budget.release(sequence)
+        sequence.status = Status.WAITING
+        sequence.computed = 0
+        self._requeue([sequence])
+        plan.preempted.append(sequence)
+        self.preemptions += 1
+
+    def _requeue(self, sequences: Iterable[Sequence]) -> None:
+        self.waiting = deque(sorted((*sequences, *self.waiting), key=_arrival))
+
+
+def _arrival(sequence: Sequence) -> tuple[int, int]:
+    return sequence.order, sequence.choice

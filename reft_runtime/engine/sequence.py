@@ -1,0 +1,101 @@
+"""A request and its choices, as the engine sees them: token ids, edits and progress."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as SequenceOf
+from dataclasses import dataclass, field
+from enum import Enum, auto
+from typing import TYPE_CHECKING
+
+from reft_runtime.sampling import SamplingParams
+
+if TYPE_CHECKING:
+    from reft_runtime.interventions import CanonicalEdit
+
+
+@dataclass(frozen=True, slots=True)
+class AppliedIntervention:
+    """One intervention of a request: the version's digest, its edits and the strength."""
+
+    digest: str
+    edits: tuple[CanonicalEdit, ...]
+    strength: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What a caller asks of the engine; token ids only.
+
+    `seed` is always set: the caller's, or one drawn when the request was made. `salt` separates
+    tenants in cache keys. `interventions` are applied in order.
+    """
+
+    id: str
+    prompt: tuple[int, ...]
+    sampling: SamplingParams
+    seed: int
+    interventions: tuple[AppliedIntervention, ...] = ()
+    salt: bytes = b""
+
+
+class Status(Enum):
+    """Where a sequence is in its life."""
+
+    WAITING = auto()
+    RUNNING = auto()
+    FINISHED = auto()
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """One choice of a request on its way through the engine.
+
+    `tokens` are the prompt's and the generated ids; the keys and values of the first `computed`
+    of them are in the cache. `order` is the order of arrival. `unforked` holds the request's other
+    choices until this one's prompt is computed, which they then copy.
+    """
+
+    request: Request
+    choice: int
+    order: int
+    tokens: list[int]
+    computed: int = 0
+    status: Status = Status.WAITING
+    unforked: list[Sequence] = field(default_factory=list)
+    prompt_logprobs_sent: int = 0
+    started: bool = False
+
+    @property
+    def prompt_length(self) -> int:
+        """Number of prompt tokens, fixed at admission."""
+        return len(self.request.prompt)
+
+    @property
+    def generated(self) -> SequenceOf[int]:
+        """Ids generated so far."""
+        return self.tokens[self.prompt_length :]
+
+    @property
+    def generated_length(self) -> int:
+        """Number of ids generated so far."""
+        return len(self.tokens) - self.prompt_length
+
+    @property
+    def remaining(self) -> int:
+        """Tokens whose keys and values are still to be computed."""
+        return len(self.tokens) - self.computed
+
+    @property
+    def decoding(self) -> bool:
+        """Whether only the newest token is left to compute, and it is a generated one."""
+        return self.remaining == 1 and len(self.tokens) > self.prompt_length
+
+
+def sequences_of(request: Request, order: int) -> Sequence:
+    """Make the first choice's sequence; it carries the others as `unforked`."""
+    first, *others = (
+        Sequence(request, choice, order, list(request.prompt))
+        for choice in range(request.sampling.n)
+    )
+    first.unforked = others
+    return first
