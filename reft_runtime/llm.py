@@ -132,7 +132,7 @@ class Engine:
         prompts: Prompt | Sequence[Prompt],
         sampling: SamplingParams | None = None,
         *,
-        intervention: str | None | Sequence[str | None] = None,
+        intervention: str | Sequence[str | None] | None = None,
         progress: bool = True,
     ) -> list[Generation]:
         """Answer prompts, in their order; blocks, also inside a running event loop.
@@ -367,7 +367,7 @@ def _named(intervention: str | None) -> list[tuple[str, float]]:
 
 
 def _pair(
-    prompts: Prompt | Sequence[Prompt], intervention: str | None | Sequence[str | None]
+    prompts: Prompt | Sequence[Prompt], intervention: str | Sequence[str | None] | None
 ) -> list[tuple[Prompt, str | None]]:
     """Prompts with their interventions; a single prompt counts as a list of one."""
     if isinstance(prompts, str) or (prompts and isinstance(prompts[0], int | Mapping)):

@@ -7,7 +7,8 @@ with nothing to edit runs the model as if there were no interventions.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence as SequenceOf
+from collections.abc import Callable, Iterator
+from collections.abc import Sequence as SequenceOf
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
