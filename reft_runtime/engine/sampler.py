@@ -1,0 +1,287 @@
+"""From one row of logits to one token, for every row of a step.
+
+Order of processing, as in vLLM: the row must be finite; log-probabilities are taken from the raw
+logits; then logit_bias, the min_tokens ban, repetition, presence and frequency penalties,
+temperature, min_p, top_k, top_p, and the draw. Arithmetic is float32 whatever the logits' dtype
+(cumulated weights are float64).
+
+The draw inverts the distribution's CDF, in the order of token ids, at one number in [0, 1) that
+depends on (seed, choice, step) only. So a row's token depends on its own logits and noise, and on
+nothing else in the batch. Of equal logits the lowest id is the greedy choice and the first to be
+kept by top_k and top_p.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import struct
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from reft_runtime.outputs import TokenLogprob
+from reft_runtime.sampling import SamplingParams
+
+_CHUNK = 2**18
+"""Logits worked on at once: their float32 and float64 copies stay in a core's cache."""
+
+_WIDTH = 256
+"""Tokens of a row that are looked at first for its top_k and top_p thresholds."""
+
+_WIDEN = 32
+"""How many times more are looked at when those were not enough."""
+
+_TINY = torch.finfo(torch.float32).tiny
+
+
+@dataclass(frozen=True, slots=True)
+class SampleRow:
+    """What the sampler must know about one row: `generated` so far by choice number `choice` of n.
+
+    `seed` is the request's own or one drawn at its admission. Token ids of `logit_bias` and
+    `stop_token_ids` lie inside the vocabulary.
+    """
+
+    params: SamplingParams
+    seed: int
+    choice: int
+    prompt: Sequence[int]
+    generated: Sequence[int]
+    eos_ids: frozenset[int]
+
+
+@dataclass(frozen=True, slots=True)
+class Sampled:
+    """The token picked for one row, and its log-probability where `params.logprobs` asks for it."""
+
+    token: int
+    logprob: TokenLogprob | None = None
+
+
+@torch.inference_mode()
+def sample(logits: Tensor, rows: Sequence[SampleRow]) -> list[Sampled | None]:
+    """Pick one token a row; `logits` [rows, vocabulary] is left as it is.
+
+    None stands for a row that cannot be sampled: it holds NaN or +inf, or no token is left (all
+    are -inf, from the model or after the bans).
+    """
+    tokens = _greedy(logits)
+    worked = [
+        i
+        for i, row in enumerate(rows)
+        if tokens[i] is not None and (row.params.temperature > 0 or _is_edited(row))
+    ]
+    for part in _chunks(worked, logits.shape[1]):
+        picked = _pick(logits[part].float(), [rows[i] for i in part])
+        for i, token in zip(part, picked, strict=True):
+            tokens[i] = token
+
+    logprobs = _logprobs(
+        logits,
+        {
+            i: (token, row.params.logprobs)
+            for i, (token, row) in enumerate(zip(tokens, rows, strict=True))
+            if token is not None and row.params.logprobs is not None
+        },
+    )
+    return [
+        None if token is None else Sampled(token, logprobs.get(i)) for i, token in enumerate(tokens)
+    ]
+
+
+@torch.inference_mode()
+def prompt_logprobs(
+    logits: Tensor, next_tokens: Sequence[int], k: int
+) -> list[TokenLogprob | None]:
+    """Log-probability of each of `next_tokens` [T] after its position's `logits` [T, vocabulary].
+
+    With the k best alternatives of the position. None stands for a row that is not finite.
+    """
+    wanted = {
+        i: (token, k)
+        for i, (best, token) in enumerate(zip(_greedy(logits), next_tokens, strict=True))
+        if best is not None
+    }
+    logprobs = _logprobs(logits, wanted)
+    return [logprobs.get(i) for i in range(len(next_tokens))]
+
+
+def noise(seed: int, choice: int, step: int) -> float:
+    """The number in [0, 1), a multiple of 2**-53, that draws token `step` of a choice.
+
+    A keyed hash and not a generator with a state: the same in any batch, on any device, after a
+    preemption, and in every version of torch.
+    """
+    digest = hashlib.blake2b(struct.pack("<qqq", seed, choice, step), digest_size=8).digest()
+    return float(int.from_bytes(digest, "little") >> 11) * 2.0**-53
+
+
+def _chunks(indices: Sequence[int], vocabulary: int) -> list[Sequence[int]]:
+    rows = max(1, _CHUNK // vocabulary)
+    return [indices[start : start + rows] for start in range(0, len(indices), rows)]
+
+
+def _greedy(logits: Tensor) -> list[int | None]:
+    """The best token of each row, None where the row is not finite.
+
+    One pass: NaN and +inf are maximal, and the largest of a row is -inf only when all are.
+    """
+    best, tokens = logits.max(-1)
+    return [
+        token if ok else None
+        for token, ok in zip(tokens.tolist(), best.isfinite().tolist(), strict=True)
+    ]
+
+
+def _pick(scores: Tensor, rows: Sequence[SampleRow]) -> list[int | None]:
+    """Tokens of rows that need more than the maximum of their logits; overwrites `scores`."""
+    for row_scores, row in zip(scores, rows, strict=True):
+        _edit(row_scores, row)
+    tokens = _greedy(scores)
+    drawn = [
+        i for i, row in enumerate(rows) if tokens[i] is not None and row.params.temperature > 0
+    ]
+    if drawn:
+        # An index makes a copy, which is for nothing where every row is drawn.
+        part = scores if len(drawn) == len(rows) else scores[drawn]
+        for i, token in zip(drawn, _draw(part, [rows[i] for i in drawn]), strict=True):
+            tokens[i] = token
+    return tokens
+
+
+def _banned(row: SampleRow) -> list[int]:
+    """Tokens that would end the choice before it has `min_tokens`."""
+    if len(row.generated) >= row.params.min_tokens:
+        return []
+    return [*row.params.stop_token_ids, *(() if row.params.ignore_eos else row.eos_ids)]
+
+
+def _is_edited(row: SampleRow) -> bool:
+    params = row.params
+    return bool(
+        params.logit_bias
+        or params.repetition_penalty != 1
+        or params.presence_penalty
+        or params.frequency_penalty
+        or _banned(row)
+    )
+
+
+def _edit(scores: Tensor, row: SampleRow) -> None:
+    """Bias, ban and penalise the tokens of one row [vocabulary], in place."""
+    params, device = row.params, scores.device
+    if params.logit_bias:
+        ids = torch.tensor(list(params.logit_bias), device=device)
+        scores[ids] += torch.tensor(list(params.logit_bias.values()), device=device)
+    if banned := _banned(row):
+        scores[torch.tensor(banned, device=device)] = -math.inf
+    if params.repetition_penalty != 1:
+        # A repeated id is written repeatedly with the same value, so ids need not be unique.
+        ids = torch.tensor([*row.prompt, *row.generated], dtype=torch.long, device=device)
+        seen, penalty = scores[ids], max(params.repetition_penalty, _TINY)
+        # The clamp keeps a tiny penalty's quotient finite.
+        scores[ids] = torch.where(seen > 0, seen / penalty, seen * penalty).clamp(
+            max=torch.finfo(torch.float32).max
+        )
+    if row.generated and (params.presence_penalty or params.frequency_penalty):
+        times = Counter(row.generated)
+        counts = torch.tensor(list(times.values()), dtype=torch.float32, device=device)
+        ids = torch.tensor(list(times), device=device)
+        scores[ids] -= params.presence_penalty + params.frequency_penalty * counts
+
+
+def _draw(scores: Tensor, rows: Sequence[SampleRow]) -> list[int]:
+    """Draw a token a row from `scores` [rows, vocabulary], finite at best; overwrites them."""
+
+    # The best becomes 0 before anything divides, so that no temperature can overflow.
+    scores -= scores.amax(-1, keepdim=True)
+    scores /= _column([row.params.temperature for row in rows], scores).clamp(min=_TINY)
+    if any(row.params.min_p > 0 for row in rows):
+        lowest = _column([row.params.min_p for row in rows], scores).log()
+        scores.masked_fill_(scores < lowest, -math.inf)
+    _truncate(scores, rows)
+
+    weights = scores.exp_().cumsum(-1, dtype=torch.float64)
+    uniform = _column([noise(row.seed, row.choice, len(row.generated)) for row in rows], weights)
+    # The first id whose cumulated weight exceeds the point: never one of weight 0.
+    drawn = torch.searchsorted(weights, uniform * weights[:, -1:], right=True)
+    picked: list[int] = drawn.squeeze(1).tolist()
+    return picked
+
+
+def _truncate(scores: Tensor, rows: Sequence[SampleRow]) -> None:
+    """Apply top_k and, to what it leaves, top_p; `scores` have their best at 0.
+
+    Kept is the shortest list of best tokens whose weight reaches top_p of the whole. It is looked
+    for among a few hundred best tokens first, then among more: sorting a whole vocabulary costs
+    20 times as much, and only flat distributions need it.
+    """
+    vocabulary = scores.shape[1]
+    limits = [min(row.params.top_k or vocabulary, vocabulary) for row in rows]
+    pending = [i for i, row in enumerate(rows) if limits[i] < vocabulary or row.params.top_p < 1]
+    if not pending:
+        return
+    counts, thresholds = [vocabulary] * len(rows), [-math.inf] * len(rows)
+    width = _WIDTH
+    while pending:
+        width = min(width, vocabulary)
+        part = scores[pending]
+        best = part.topk(width).values
+        limit = _column([limits[i] for i in pending], best)
+        weights = best.exp().double()
+        weights[torch.arange(width, device=scores.device) >= limit] = 0
+        mass = weights.cumsum(-1)
+        total = torch.where(
+            limit <= width, mass[:, -1:], part.exp_().sum(-1, keepdim=True, dtype=torch.float64)
+        )
+        wanted = total * _column([rows[i].params.top_p for i in pending], mass)
+        found = (limit <= width) | ((limit == vocabulary) & (mass[:, -1:] >= wanted))
+        # A token is kept where those before it do not suffice; of weight 0, it is never drawn.
+        needed = ((mass - weights < wanted) & (weights > 0)).count_nonzero(-1)
+        last = best.gather(1, needed.unsqueeze(1) - 1)
+        results = zip(pending, found.tolist(), needed.tolist(), last.tolist(), strict=True)
+        pending = []
+        for i, (ok,), count, (threshold,) in results:
+            if ok:
+                counts[i], thresholds[i] = count, threshold
+            else:
+                pending.append(i)
+        width *= _WIDEN
+
+    lowest = _column(thresholds, scores)
+    scores.masked_fill_(scores < lowest, -math.inf)
+    kept = (scores >= lowest).count_nonzero(-1).tolist()
+    for i, excess in enumerate(kept[i] - counts[i] for i in range(len(rows))):
+        if excess > 0:
+            equals = (scores[i] == thresholds[i]).nonzero().squeeze(1)
+            scores[i, equals[-excess:]] = -math.inf
+
+
+def _logprobs(logits: Tensor, wanted: Mapping[int, tuple[int, int]]) -> dict[int, TokenLogprob]:
+    """By row of `logits`: the log-probability of its token, with those of its k best tokens."""
+    found = {}
+    for part in _chunks(list(wanted), logits.shape[1]):
+        scores = logits[part].float()
+        norms = scores.logsumexp(-1, keepdim=True)
+        chosen = scores.gather(1, _column([wanted[i][0] for i in part], norms, torch.long)) - norms
+        best = scores.topk(max(wanted[i][1] for i in part))
+        rows = zip(
+            part,
+            chosen.squeeze(1).tolist(),
+            best.indices.tolist(),
+            (best.values - norms).tolist(),
+            strict=True,
+        )
+        for i, logprob, ids, values in rows:
+            token, k = wanted[i]
+            found[i] = TokenLogprob(token, logprob, tuple(zip(ids[:k], values[:k], strict=True)))
+    return found
+
+
+def _column(values: Sequence[float], like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """[rows, 1] on the device and, unless another is given, with the dtype of `like`."""
+    return torch.tensor(values, dtype=dtype or like.dtype, device=like.device).unsqueeze(1)

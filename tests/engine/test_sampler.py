@@ -1,0 +1,322 @@
+import dataclasses
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from reft_runtime.engine.sampler import SampleRow, noise, prompt_logprobs, sample
+from reft_runtime.sampling import SamplingParams
+
+EOS = 3
+
+
+def row(
+    params: SamplingParams | None = None,
+    *,
+    seed: int = 1,
+    choice: int = 0,
+    prompt: tuple[int, ...] = (),
+    generated: tuple[int, ...] = (),
+) -> SampleRow:
+    return SampleRow(
+        params or SamplingParams(), seed, choice, prompt, generated, eos_ids=frozenset({EOS})
+    )
+
+
+def tokens(logits: Tensor, rows: list[SampleRow]) -> list[int | None]:
+    return [None if picked is None else picked.token for picked in sample(logits, rows)]
+
+
+def random_logits(rows: int, vocabulary: int, seed: int = 0, scale: float = 3.0) -> Tensor:
+    return torch.randn(rows, vocabulary, generator=torch.Generator().manual_seed(seed)) * scale
+
+
+def reference(logits: list[float], row: SampleRow) -> int | None:
+    """The documented order of processing, one token at a time, in Python's floats."""
+    params, scores = row.params, list(logits)
+    for token, bias in params.logit_bias.items():
+        scores[token] += bias
+    if len(row.generated) < params.min_tokens:
+        for token in (*params.stop_token_ids, *(() if params.ignore_eos else row.eos_ids)):
+            scores[token] = -math.inf
+    for token in {*row.prompt, *row.generated}:
+        scores[token] *= (
+            params.repetition_penalty if scores[token] < 0 else 1 / params.repetition_penalty
+        )
+    for token in set(row.generated):
+        scores[token] -= params.presence_penalty
+        scores[token] -= params.frequency_penalty * row.generated.count(token)
+    if max(scores) == -math.inf:
+        return None
+    order = sorted(range(len(scores)), key=lambda token: (-scores[token], token))
+    if params.temperature == 0:
+        return order[0]
+    best = scores[order[0]]
+    weights = [math.exp((score - best) / params.temperature) for score in scores]
+    order = [token for token in order if weights[token] >= params.min_p]
+    order = order[: params.top_k or None]
+    total, kept, mass = math.fsum(weights[token] for token in order), [], 0.0
+    for token in order:
+        if mass < params.top_p * total:
+            kept.append(token)
+        mass += weights[token]
+    point = noise(row.seed, row.choice, len(row.generated)) * math.fsum(
+        weights[token] for token in kept
+    )
+    for token in sorted(kept):
+        point -= weights[token]
+        if point < 0:
+            return token
+    raise AssertionError("the point lies past the weights")
+
+
+class TestGreedy:
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+    def test_takes_the_best_token_and_the_lowest_id_of_equals(self, dtype: torch.dtype) -> None:
+        logits = torch.zeros(2, 100, dtype=dtype)
+        logits[0, 42] = 1
+        logits[1, [7, 60]] = 2
+        assert tokens(logits, [row(SamplingParams(temperature=0))] * 2) == [42, 7]
+
+    def test_top_k_of_one_is_greedy_also_among_equals(self) -> None:
+        logits = torch.zeros(1, 1000)
+        logits[0, [500, 900]] = 1
+        for seed in range(20):
+            assert tokens(logits, [row(SamplingParams(top_k=1), seed=seed)]) == [500]
+
+    def test_coldest_temperature_is_greedy(self) -> None:
+        logits = random_logits(4, 500)
+        cold = [row(SamplingParams(temperature=1e-300))] * 4
+        assert tokens(logits, cold) == logits.argmax(-1).tolist()
+
+    def test_leaves_the_logits_as_they_are(self) -> None:
+        logits = random_logits(2, 50)
+        before = logits.clone()
+        sample(logits, [row(SamplingParams(temperature=0, logit_bias={1: 5})), row()])
+        assert torch.equal(logits, before)
+
+    def test_no_rows(self) -> None:
+        assert sample(torch.empty(0, 50), []) == []
+
+
+class TestDraw:
+    @given(
+        params=st.builds(
+            SamplingParams,
+            temperature=st.sampled_from([0.0, 0.3, 1.0, 1.7]),
+            top_k=st.sampled_from([0, 0, 1, 5, 300, 400, 10_000]),
+            top_p=st.sampled_from([1.0, 1.0, 0.01, 0.5, 0.9, 0.999]),
+            min_p=st.sampled_from([0.0, 0.0, 0.02, 0.5]),
+            repetition_penalty=st.sampled_from([1.0, 1.5, 0.7]),
+            presence_penalty=st.sampled_from([0.0, 1.5, -2.0]),
+            frequency_penalty=st.sampled_from([0.0, 0.4, -0.3]),
+            logit_bias=st.sampled_from([{}, {0: 30.0}, {5: -100.0, 11: 2.5}]),
+            stop_token_ids=st.sampled_from([(), (2,)]),
+            min_tokens=st.sampled_from([0, 3]),
+            ignore_eos=st.booleans(),
+        ),
+        seed=st.integers(-(2**63), 2**63 - 1),
+        generated=st.sampled_from([(), (1, 1, 2), (4, 4, 4, 4)]),
+        scale=st.sampled_from([0.01, 1.0, 4.0]),
+        data=st.integers(0, 1000),
+    )
+    @settings(deadline=None, max_examples=300, derandomize=True)
+    def test_is_what_the_plain_reference_draws(
+        self,
+        params: SamplingParams,
+        seed: int,
+        generated: tuple[int, ...],
+        scale: float,
+        data: int,
+    ) -> None:
+        """The vocabulary is wider than the first look, so thresholds also need the second."""
+        logits = random_logits(1, 600, data, scale)
+        one = row(params, seed=seed, prompt=(8, 9), generated=generated)
+        assert tokens(logits, [one]) == [reference(logits[0].tolist(), one)]
+
+    @pytest.mark.parametrize("vocabulary", [300, 20_000])
+    def test_truncates_many_rows_as_each_alone(self, vocabulary: int) -> None:
+        logits = random_logits(70, vocabulary)
+        settings_ = [
+            SamplingParams(top_p=0.9),
+            SamplingParams(top_k=50, top_p=0.5),
+            SamplingParams(temperature=50, top_p=0.99),
+            SamplingParams(top_k=9000),
+            SamplingParams(temperature=0),
+            SamplingParams(),
+            SamplingParams(temperature=0, logit_bias={17: 100}),
+        ]
+        rows = [row(settings_[i % 7], seed=i, choice=i % 3) for i in range(70)]
+        together = tokens(logits, rows)
+        assert together == [tokens(logits[i : i + 1], rows[i : i + 1])[0] for i in range(70)]
+        order = torch.randperm(70, generator=torch.Generator().manual_seed(1)).tolist()
+        assert tokens(logits[order], [rows[i] for i in order]) == [together[i] for i in order]
+        assert together == [
+            reference(line, one) for line, one in zip(logits.tolist(), rows, strict=True)
+        ]
+
+    def test_follows_the_distribution(self) -> None:
+        """Pearson's chi-square over 20,000 fixed seeds; 27.9 is the 0.1 % point for 9 degrees."""
+        logits = random_logits(1, 10, scale=1.0)
+        drawn = tokens(logits.expand(20_000, -1), [row(seed=seed) for seed in range(20_000)])
+        expected = logits[0].softmax(-1) * 20_000
+        counts = torch.tensor([drawn.count(token) for token in range(10)])
+        assert ((counts - expected) ** 2 / expected).sum() < 27.9
+
+    def test_top_p_follows_the_renormalised_distribution(self) -> None:
+        logits = torch.tensor([[0.5, 0.25, 0.15, 0.1]]).log()
+        rows = [row(SamplingParams(top_p=0.6), seed=seed) for seed in range(10_000)]
+        drawn = tokens(logits.expand(10_000, -1), rows)
+        assert set(drawn) == {0, 1}
+        assert drawn.count(0) == pytest.approx(6667, abs=200)
+
+    def test_equals_at_the_border_are_kept_by_lowest_id(self) -> None:
+        rows = [row(SamplingParams(top_k=3), seed=seed) for seed in range(200)]
+        assert set(tokens(torch.zeros(200, 1000), rows)) == {0, 1, 2}
+        rows = [row(SamplingParams(top_p=0.004), seed=seed) for seed in range(200)]
+        assert set(tokens(torch.zeros(200, 1000), rows)) == {0, 1, 2, 3}
+
+    def test_masked_tokens_are_never_drawn(self) -> None:
+        logits = torch.full((500, 64), -math.inf)
+        logits[:, [0, 9, 63]] = 1.0
+        for params in (SamplingParams(), SamplingParams(top_p=0.99), SamplingParams(top_k=60)):
+            drawn = tokens(logits, [row(params, seed=seed) for seed in range(500)])
+            assert set(drawn) == {0, 9, 63}
+
+
+class TestNoise:
+    def test_is_fixed(self) -> None:
+        """Another value would change the answer that a seed gives."""
+        assert noise(0, 0, 0) == 0.156742553465558
+        assert noise(-(2**63), 127, 10**6) == 0.01621329264419402
+
+    def test_each_of_seed_choice_and_step_matters(self) -> None:
+        values = [
+            noise(seed, choice, step) for seed in (0, 1, -1) for choice in (0, 1) for step in (0, 1)
+        ]
+        assert len(set(values)) == 12
+        assert all(0 <= value < 1 for value in values)
+
+    def test_choices_and_steps_draw_differently_and_repeat(self) -> None:
+        logits = torch.zeros(1, 10_000)
+        first = tokens(logits, [row(seed=5)])
+        assert first == tokens(logits, [row(seed=5)])
+        assert first != tokens(logits, [row(seed=5, choice=1)])
+        assert first != tokens(logits, [row(seed=5, generated=(0,))])
+
+    def test_is_the_same_in_every_dtype(self) -> None:
+        logits = random_logits(50, 64).bfloat16()
+        rows = [row(seed=seed) for seed in range(50)]
+        assert tokens(logits, rows) == tokens(logits.float(), rows)
+
+
+class TestEdits:
+    def best(self, logits: list[float], params: SamplingParams, **context: tuple[int, ...]) -> int:
+        greedy = dataclasses.replace(params, temperature=0)
+        (token,) = tokens(torch.tensor([logits]), [row(greedy, **context)])  # type: ignore[arg-type]
+        assert token is not None
+        return token
+
+    def test_repetition_divides_positive_and_multiplies_negative_of_prompt_and_answer(self) -> None:
+        params = SamplingParams(repetition_penalty=2.0)
+        assert self.best([4.0, 2.1, 1.9, 0], params, prompt=(0,)) == 1
+        assert self.best([4.0, 1.9, 1.9, 0], params, prompt=(0,)) == 0
+        assert self.best([4.0, 2.1, 1.9, 0], params, generated=(0, 0, 0)) == 1
+        assert self.best([-1.0, -1.9, -5, -5], params, prompt=(0,)) == 1
+        assert self.best([-1.0, -2.1, -5, -5], params, prompt=(0,)) == 0
+
+    def test_presence_counts_once_and_only_the_answer(self) -> None:
+        params = SamplingParams(presence_penalty=1.0)
+        assert self.best([3.0, 2.1, 0, 0], params, generated=(0,)) == 1
+        assert self.best([3.0, 1.9, 0, 0], params, generated=(0, 0, 0)) == 0
+        assert self.best([3.0, 2.1, 0, 0], params, prompt=(0,)) == 0
+
+    def test_frequency_counts_each_time_and_only_the_answer(self) -> None:
+        params = SamplingParams(frequency_penalty=0.5)
+        assert self.best([3.0, 1.9, 0, 0], params, generated=(0, 0)) == 0
+        assert self.best([3.0, 1.9, 0, 0], params, generated=(0, 0, 0)) == 1
+        assert self.best([3.0, 1.9, 0, 0], params, prompt=(0, 0, 0)) == 0
+
+    def test_bias_adds(self) -> None:
+        assert self.best([1.0, 0, 0, 0], SamplingParams(logit_bias={2: 1.5})) == 2
+        assert self.best([1.0, 0, 0, 0], SamplingParams(logit_bias={0: -100})) == 1
+
+    def test_min_tokens_bans_what_would_end_the_choice_until_then(self) -> None:
+        logits = [1.0, 0, 3, 5]
+        params = SamplingParams(min_tokens=2, stop_token_ids=(2,))
+        assert self.best(logits, params, generated=(0,)) == 0
+        assert self.best(logits, params, generated=(0, 0)) == EOS
+        kept = dataclasses.replace(params, ignore_eos=True)
+        assert self.best(logits, kept, generated=(0,)) == EOS
+
+    def test_smallest_repetition_penalty_overflows_nothing(self) -> None:
+        params = SamplingParams(
+            repetition_penalty=1e-300, min_tokens=1, temperature=0, logit_bias={0: 5}
+        )
+        (picked,) = sample(torch.zeros(1, 8), [row(params, prompt=(0, EOS))])
+        assert picked is not None
+        assert picked.token == 0
+
+
+class TestNotFinite:
+    @pytest.mark.parametrize("value", [math.nan, math.inf])
+    @pytest.mark.parametrize("temperature", [0.0, 1.0])
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    def test_is_only_that_row(self, value: float, temperature: float, dtype: torch.dtype) -> None:
+        logits = random_logits(5, 400).to(dtype)
+        rows = [
+            row(SamplingParams(temperature=temperature, top_p=0.9, logprobs=2), seed=seed)
+            for seed in range(5)
+        ]
+        clean = sample(logits, rows)
+        logits[2, 399] = value
+        assert sample(logits, rows) == [*clean[:2], None, *clean[3:]]
+
+    def test_nothing_left(self) -> None:
+        logits = torch.full((2, 4), -math.inf)
+        logits[1, EOS] = 0
+        banned = SamplingParams(min_tokens=1)
+        assert sample(logits, [row(), row(banned)]) == [None, None]
+
+
+class TestLogprobs:
+    def test_are_the_models_before_any_processing(self) -> None:
+        logits = random_logits(3, 50)
+        exact = logits.double().log_softmax(-1)
+        rows = [
+            row(SamplingParams(temperature=0.5, top_k=3, logit_bias={1: 100.0}, logprobs=0)),
+            row(SamplingParams(temperature=0)),
+            row(SamplingParams(temperature=0, logprobs=5)),
+        ]
+        first, second, third = sample(logits, rows)
+        assert first is not None
+        assert first.logprob is not None
+        assert first.token == first.logprob.token == 1
+        assert first.logprob.logprob == pytest.approx(float(exact[0, 1]), abs=1e-5)
+        assert first.logprob.top == ()
+        assert second is not None
+        assert second.logprob is None
+        assert third is not None
+        assert third.logprob is not None
+        best = exact[2].topk(5)
+        assert [token for token, _ in third.logprob.top] == best.indices.tolist()
+        assert [value for _, value in third.logprob.top] == pytest.approx(
+            best.values.tolist(), abs=1e-5
+        )
+
+    def test_of_the_prompt(self) -> None:
+        logits = random_logits(40, 50).bfloat16()
+        exact = logits.double().log_softmax(-1)
+        logits[7, 3] = math.nan
+        next_tokens = [i % 50 for i in range(40)]
+        found = prompt_logprobs(logits, next_tokens, 2)
+        assert found[7] is None
+        for i, entry in enumerate(found):
+            if entry is not None:
+                assert entry.token == next_tokens[i]
+                assert entry.logprob == pytest.approx(float(exact[i, next_tokens[i]]), abs=1e-4)
+                assert len(entry.top) == 2
+        assert sum(entry is None for entry in found) == 1
