@@ -40,7 +40,7 @@ class BlockBudget:
         return self.total - self._used
 
     def reserve(self, sequence: Sequence, tokens: int) -> bool:
-        """Let `sequence` hold blocks for `tokens` tokens in all; False, and no change, if too few."""
+        """Let `sequence` hold blocks for `tokens` tokens in all; False if there are too few."""
         more = blocks_for(tokens) - self._held.get(sequence, 0)
         if more > self.free:
             return False

@@ -42,9 +42,9 @@ class Segment:
 class StepEdits:
     """All edits of a step.
 
-    For each site the passes, in order: a request's k-th intervention is in pass k, so a composition is
-    applied in the order it was named. `failed` collects the sequences whose edit raised; the
-    rows of all others are right.
+    For each site the passes, in order: a request's k-th intervention is in pass k, so a
+    composition is applied in the order it was named. `failed` collects the sequences whose edit
+    raised; the rows of all others are right.
     """
 
     passes: dict[Site, list[list[Segment]]] = field(default_factory=dict)

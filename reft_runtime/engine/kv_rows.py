@@ -91,6 +91,7 @@ class RowStorage:
         source, source_slot = self._places[parent]
         slab.copy(source, source_slot, slot, length)
 
+    @torch.inference_mode()
     def release(self, sequence: Sequence, *, wipe: bool = False) -> None:
         """Free a sequence's row, if it has one; `wipe` it if what it holds may not be finite."""
         found = self._places.pop(sequence, None)

@@ -93,7 +93,7 @@ class Scheduler:
                 sequence.computed = chunk.stop
 
     def finish(self, sequence: Sequence) -> None:
-        """Take a sequence out, wherever it is, and free its blocks; nothing if it is out already."""
+        """Take a sequence out, wherever it is, and free its blocks; twice is fine."""
         if sequence.status is Status.RUNNING:
             self.running.remove(sequence)
         elif sequence.status is Status.WAITING and sequence in self.waiting:
