@@ -1,0 +1,146 @@
+"""Intervention files as bytes and on disk; the format is described in `header`.
+
+Files are read into memory and never mapped: a file replaced while it is served must not change
+what is served. Nothing is ever unpickled.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import secrets
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+import safetensors
+import safetensors.torch
+
+from reft_runtime.errors import FileTooLarge, InvalidFile
+from reft_runtime.interventions.header import (
+    LENGTH_BYTES,
+    METADATA_KEY,
+    Header,
+    header_length,
+    parse_header,
+)
+from reft_runtime.interventions.intervention import Intervention
+
+SUFFIX = ".safetensors"
+MAX_FILE_BYTES = 64 << 20
+
+
+def serialise(intervention: Intervention) -> bytes:
+    """The file of an intervention; equal interventions give equal bytes.
+
+    Raises `InvalidFile` for what could not be read again, such as a manifest that is too long.
+    """
+    tensors = dict(intervention.tensors)
+    plain = safetensors.torch.save(tensors)
+    data = plain[LENGTH_BYTES + header_length(plain) :]
+    manifest = intervention.manifest.model_dump(mode="json")
+    manifest["data_sha256"] = hashlib.sha256(data).hexdigest()
+    text = json.dumps(manifest, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
+    file = safetensors.torch.save(tensors, {METADATA_KEY: text})
+    header_of(file)
+    return file
+
+
+def header_of(data: bytes) -> Header:
+    """The header of a file held in memory."""
+    return parse_header(data[: LENGTH_BYTES + header_length(data)], len(data))
+
+
+def parse(data: bytes) -> Intervention:
+    """Read a whole file, verifying its data against its header; raises `InvalidFile`.
+
+    The tensors' values are checked by `Intervention.canonical`.
+    """
+    header = header_of(data)
+    body = memoryview(data)[LENGTH_BYTES + header_length(data) :]
+    if hashlib.sha256(body).hexdigest() != header.data_sha256:
+        raise InvalidFile("The data does not match the manifest's data_sha256: damaged file.")
+    try:
+        tensors = safetensors.torch.load(data)
+    except safetensors.SafetensorError as error:
+        raise InvalidFile(f"Not a safetensors file: {error}.") from None
+    return Intervention(header.manifest, tensors)
+
+
+def read_header(path: str | Path, max_bytes: int = MAX_FILE_BYTES) -> Header:
+    """Read a file's header only. Errors as for `read`."""
+    with _open(path, max_bytes) as (file, size):
+        start = file.read(LENGTH_BYTES)
+        return parse_header(start + file.read(header_length(start)), size)
+
+
+def read(path: str | Path, max_bytes: int = MAX_FILE_BYTES) -> bytes:
+    """Read a whole file into memory.
+
+    Raises `InvalidFile` for what is not a regular file (a symbolic link is none: resolve it first),
+    `FileTooLarge` above `max_bytes`, and `OSError` for a file that is not there or not readable.
+    """
+    with _open(path, max_bytes) as (file, _):
+        data = file.read(max_bytes + 1)
+    if len(data) > max_bytes:  # it grew after its size was taken
+        raise too_large(len(data), max_bytes)
+    return data
+
+
+def write(path: str | Path, intervention: Intervention) -> None:
+    """Write an intervention's file in one atomic step."""
+    write_atomic(Path(path), serialise(intervention))
+
+
+def write_atomic(path: Path, data: bytes) -> None:
+    """Put `data` at `path` so that a reader, or a crash, sees the old file or the new one."""
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
+    try:
+        with temporary.open("xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make the names in a folder, as they are now, survive a crash."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def too_large(size: int, max_bytes: int) -> FileTooLarge:
+    """The error for a file of `size` bytes above the limit."""
+    return FileTooLarge(f"{size} bytes; an intervention file may have at most {max_bytes}.")
+
+
+@contextmanager
+def _open(path: str | Path, max_bytes: int) -> Iterator[tuple[BinaryIO, int]]:
+    try:
+        with open(path, "rb", opener=_opener) as file:
+            status = os.fstat(file.fileno())
+            if not stat.S_ISREG(status.st_mode):
+                raise InvalidFile("Not a regular file.")
+            if status.st_size > max_bytes:
+                raise too_large(status.st_size, max_bytes)
+            yield file, status.st_size
+    except OSError as error:
+        if error.errno in (errno.ELOOP, errno.EISDIR, errno.ENXIO):  # a link, a folder, a socket
+            raise InvalidFile("Not a regular file.") from None
+        raise
+
+
+def _opener(path: str, flags: int) -> int:
+    # O_NONBLOCK: opening a FIFO must not wait for a writer.
+    return os.open(path, flags | os.O_NONBLOCK | os.O_NOFOLLOW)

@@ -1,0 +1,150 @@
+"""An intervention in memory: its manifest and its tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+from pydantic import JsonValue, ValidationError
+from torch import Tensor
+
+from reft_runtime.errors import InvalidFile
+from reft_runtime.interventions.canonical import CanonicalEdit
+from reft_runtime.interventions.kinds import KINDS, TensorInfo, check_tensors, convert
+from reft_runtime.interventions.manifest import BaseShape, Manifest
+
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Edit:
+    """One edit as it is stored, for `Intervention.build`.
+
+    LoReFT takes `W` [r, d], `R` [d, r] with orthonormal columns, and optionally `b` [r].
+    """
+
+    layer: int
+    positions: str
+    tensors: Mapping[str, Tensor]
+    kind: str = "loreft"
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Intervention:
+    """A manifest and the tensors it describes, named `edits.<index>.<tensor>`."""
+
+    manifest: Manifest
+    tensors: Mapping[str, Tensor]
+
+    @classmethod
+    def build(
+        cls,
+        base: BaseShape,
+        edits: Sequence[Edit],
+        *,
+        template: str | None = None,
+        description: str = "",
+        license: str | None = None,
+        metrics: Mapping[str, JsonValue] | None = None,
+        training: Mapping[str, JsonValue] | None = None,
+    ) -> Intervention:
+        """Make an intervention from tensors; what would not load again raises `InvalidFile`.
+
+        Untied weights are two edits of one layer, such as at positions `f2` and `l2`.
+        """
+        tensors = {
+            f"edits.{index}.{name}": _own_copy(tensor)
+            for index, edit in enumerate(edits)
+            for name, tensor in edit.tensors.items()
+        }
+        specs = [
+            {
+                "layer": edit.layer,
+                "kind": edit.kind,
+                "positions": edit.positions,
+                "dtype": _stored_dtype(edit),
+            }
+            for edit in edits
+        ]
+        manifest = validate_manifest(
+            {
+                "base": base,
+                "edits": specs,
+                "template": template,
+                "description": description,
+                "license": license,
+                "metrics": dict(metrics or {}),
+                "training": dict(training or {}),
+            }
+        )
+        infos = {
+            name: TensorInfo(_dtype_name(tensor), tuple(tensor.shape))
+            for name, tensor in tensors.items()
+        }
+        check_layout(manifest, infos)
+        intervention = cls(manifest, tensors)
+        intervention.canonical()
+        return intervention
+
+    def canonical(self) -> tuple[CanonicalEdit, ...]:
+        """Check the tensors' values and convert every edit, in the manifest's order."""
+        edits = []
+        for index, tensors in enumerate(_by_edit(self.manifest, self.tensors)):
+            spec = self.manifest.edits[index]
+            V, b, U = convert(spec.kind, f"edits.{index}.", tensors)
+            edits.append(CanonicalEdit(spec.layer, spec.component, spec.positions, V, b, U))
+        return tuple(edits)
+
+
+def validate_manifest(fields: Mapping[str, object]) -> Manifest:
+    """Make a manifest of plain values; raises `InvalidFile` that names the field at fault."""
+    try:
+        return Manifest.model_validate(fields)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_context=False, include_input=False)[0]
+        place = ".".join(str(part) for part in first["loc"])
+        where = f"manifest, {place[:200]}" if place else "manifest"
+        raise InvalidFile(f"{where}: {first['msg'].removeprefix('Value error, ')}.") from None
+
+
+def check_layout(manifest: Manifest, infos: Mapping[str, TensorInfo]) -> None:
+    """Check that exactly the tensors the manifest's edits need are there, in dtype and shape."""
+    for index, own in enumerate(_by_edit(manifest, infos)):
+        spec = manifest.edits[index]
+        check_tensors(
+            spec.kind,
+            f"edits.{index}.",
+            own,
+            dtype=spec.dtype,
+            hidden_size=manifest.base.hidden_size,
+        )
+
+
+def _by_edit(manifest: Manifest, items: Mapping[str, _T]) -> list[dict[str, _T]]:
+    places = {f"edits.{index}": index for index in range(len(manifest.edits))}
+    groups: list[dict[str, _T]] = [{} for _ in places]
+    for name, item in items.items():
+        place, _, tensor = name.rpartition(".")
+        if place not in places:
+            raise InvalidFile(f"{name[:200]}: no edit of the manifest has this tensor.")
+        groups[places[place]][tensor] = item
+    return groups
+
+
+def _own_copy(tensor: Tensor) -> Tensor:
+    # A copy, so that later changes and shared storage of the caller's tensors do not matter.
+    return tensor.detach().to(device="cpu", copy=True, memory_format=torch.contiguous_format)
+
+
+def _dtype_name(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
+
+
+def _stored_dtype(edit: Edit) -> str:
+    specs = KINDS[edit.kind].tensors if edit.kind in KINDS else {}
+    for name, tensor in edit.tensors.items():
+        if name in specs and not specs[name].orthonormal:
+            return _dtype_name(tensor)
+    return "float32"

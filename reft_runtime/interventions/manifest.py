@@ -1,0 +1,149 @@
+"""The manifest: what an intervention file says about itself, and the base model it was made for."""
+
+from __future__ import annotations
+
+import math
+from typing import Annotated, Literal
+
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    JsonValue,
+    PlainSerializer,
+    StringConstraints,
+    field_validator,
+    model_validator,
+)
+
+from reft_runtime.errors import InvalidFile, WrongBaseModel
+from reft_runtime.interventions.kinds import KINDS
+from reft_runtime.interventions.positions import Positions
+
+MAX_EDITS = 1024
+MAX_JSON_DEPTH = 8
+TEMPLATE_FIELD = "{prompt}"
+
+_Name = Annotated[str, StringConstraints(min_length=1, max_length=256)]
+_Size = Annotated[int, Field(ge=1, le=2**31 - 1)]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
+
+
+class BaseShape(_Strict):
+    """The base model a file was made for. `model` is its name and informs people only."""
+
+    model: _Name
+    architecture: _Name
+    hidden_size: _Size
+    num_layers: _Size
+    vocab_size: _Size
+
+
+def _read_positions(value: object) -> object:
+    if not isinstance(value, str):
+        return value
+    try:
+        return Positions.parse(value)
+    except InvalidFile as error:  # pydantic adds the place to a ValueError only
+        raise ValueError(error.message.removeprefix("positions: ")) from None
+
+
+class EditSpec(_Strict):
+    """One edit: where it acts, and how to read its tensors, `edits.<index>.<tensor>`.
+
+    `dtype` is the stored dtype of its tensors; orthonormal ones may be stored in another.
+    """
+
+    layer: Annotated[int, Field(ge=0)]
+    component: Literal["block_output"] = "block_output"
+    kind: str
+    positions: Annotated[
+        Positions, BeforeValidator(_read_positions), PlainSerializer(str, return_type=str)
+    ]
+    dtype: Literal["float32", "float16", "bfloat16"]
+
+    @field_validator("kind")
+    @classmethod
+    def _known_kind(cls, kind: str) -> str:
+        if kind not in KINDS:
+            raise ValueError(f"unknown kind {kind[:80]!r}; known: {', '.join(KINDS)}")
+        return kind
+
+
+class Manifest(_Strict):
+    """What an intervention file says about itself.
+
+    `edits` apply in the order listed; several may share a layer (untied weights: one edit at the
+    first tokens, one at the last). `template` is how a chat becomes a prompt: None leaves the
+    choice to the server, `chat` is the base model's own, and any other string holds the field
+    `{prompt}` once, replaced by the text of a single user message.
+    """
+
+    schema_version: Literal[1] = 1
+    base: BaseShape
+    edits: Annotated[tuple[EditSpec, ...], Field(min_length=1, max_length=MAX_EDITS, strict=False)]
+    template: Annotated[str, StringConstraints(max_length=16_384)] | None = None
+    description: Annotated[str, StringConstraints(max_length=4096)] = ""
+    license: Annotated[str, StringConstraints(max_length=256)] | None = None
+    metrics: dict[str, JsonValue] = {}
+    training: dict[str, JsonValue] = {}
+
+    @field_validator("template")
+    @classmethod
+    def _one_field(cls, template: str | None) -> str | None:
+        if template not in (None, "chat") and template.count(TEMPLATE_FIELD) != 1:
+            raise ValueError(
+                f"write `chat`, or a text that holds {TEMPLATE_FIELD} exactly once (it holds it"
+                f" {template.count(TEMPLATE_FIELD)} times)"
+            )
+        return template
+
+    @field_validator("metrics", "training")
+    @classmethod
+    def _plain_json(cls, value: dict[str, JsonValue]) -> dict[str, JsonValue]:
+        _check_json(value, MAX_JSON_DEPTH)
+        return value
+
+    @model_validator(mode="after")
+    def _layers_in_range(self) -> Manifest:
+        for index, edit in enumerate(self.edits):
+            if edit.layer >= self.base.num_layers:
+                raise ValueError(
+                    f"edits.{index}.layer is {edit.layer}, but the base model has layers 0 to"
+                    f" {self.base.num_layers - 1}"
+                )
+        return self
+
+
+def check_base(manifest: Manifest, base: BaseShape) -> None:
+    """Raise `WrongBaseModel`, naming every difference, unless the file fits the loaded base.
+
+    Architecture, hidden size, number of layers and vocabulary must be equal; the names may differ,
+    for the same weights are found under many.
+    """
+    made, loaded = manifest.base, base
+    differences = [
+        f"{field} {getattr(made, field)} (loaded: {getattr(loaded, field)})"
+        for field in ("architecture", "hidden_size", "num_layers", "vocab_size")
+        if getattr(made, field) != getattr(loaded, field)
+    ]
+    if differences:
+        raise WrongBaseModel(
+            f"The file was made for {made.model}, not for the loaded {loaded.model}:"
+            f" {', '.join(differences)}."
+        )
+
+
+def _check_json(value: JsonValue, depth: int) -> None:
+    # What passes here can be written as JSON again, by any writer.
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError("holds NaN or an infinite number; leave it out")
+    if isinstance(value, dict | list):
+        if depth == 0:
+            raise ValueError(f"is nested deeper than {MAX_JSON_DEPTH} levels")
+        for item in value.values() if isinstance(value, dict) else value:
+            _check_json(item, depth - 1)

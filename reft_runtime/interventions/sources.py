@@ -1,0 +1,85 @@
+"""Source folders: read-only places where intervention files are found."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from reft_runtime.errors import InvalidRequest, NotFound
+from reft_runtime.interventions.file import SUFFIX
+
+NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
+NAME_RULE = (
+    "use 1 to 64 of a-z, 0-9, dot, underscore and hyphen, beginning with a letter or a digit"
+)
+
+
+class Found(NamedTuple):
+    """A file as it lay in its folder; equal values mean that it has not been touched since."""
+
+    path: Path
+    """Real path, without symbolic links."""
+    modified_ns: int
+    changed_ns: int
+    size: int
+    inode: int
+
+
+def list_folder(folder: Path) -> tuple[dict[str, Found], dict[str, str]]:
+    """List the intervention files of one folder, not those of folders below it.
+
+    Returns what was found by name (the file's stem), and by path why a file cannot be listed.
+    Raises `OSError` where the folder itself cannot be read.
+    """
+    found: dict[str, Found] = {}
+    problems: dict[str, str] = {}
+    root = Path(os.path.realpath(folder))
+    with os.scandir(folder) as entries:
+        files = sorted(entry.path for entry in entries if entry.name.endswith(SUFFIX))
+    for file in files:
+        name = os.path.basename(file).removesuffix(SUFFIX)
+        if not NAME.fullmatch(name):
+            problems[file] = f"The file's name is no name for an intervention: {NAME_RULE}."
+            continue
+        path = Path(os.path.realpath(file))
+        if not path.is_relative_to(root):
+            problems[file] = "A link that leads out of the folder; put the file itself there."
+            continue
+        try:
+            status = os.stat(path, follow_symlinks=False)
+        except OSError as error:
+            problems[file] = f"Cannot be read: {error.strerror}."
+            continue
+        found[name] = Found(
+            path, status.st_mtime_ns, status.st_ctime_ns, status.st_size, status.st_ino
+        )
+    return found, problems
+
+
+def locate(path: str, folders: Sequence[Path]) -> Path:
+    """The real path of a file inside the source folders, from what a client wrote.
+
+    `path` is absolute, or relative to one of the folders (the first that has it). What resolves
+    outside them raises `InvalidRequest`, whether it exists or not; a missing file `NotFound`.
+    """
+    if not path or "\0" in path:
+        raise InvalidRequest("The path is empty or holds a NUL character.", param="path")
+    inside = []
+    for folder in folders:
+        root = Path(os.path.realpath(folder))
+        real = Path(os.path.realpath(root / path))
+        if real.is_relative_to(root):
+            inside.append(real)
+    if not inside:
+        raise InvalidRequest("The path leads outside the configured sources.", param="path")
+    for real in inside:
+        if real.is_file():
+            return real
+    if any(real.is_dir() for real in inside):
+        raise InvalidRequest(
+            f"The path is a folder; give the {SUFFIX} file inside it.", param="path"
+        )
+    raise NotFound("There is no such file in the configured sources.", param="path")
