@@ -40,6 +40,7 @@ Prompt = str | Sequence[int] | Sequence[Message]
 
 MAX_INTERVENTIONS = 16
 KV_SHARE_OF_FREE_MEMORY = 0.3
+WATCH_SECONDS = 2.0
 
 
 class Engine:
@@ -92,6 +93,8 @@ class Engine:
             sources=() if interventions is None else (interventions,),
             state_dir=state_dir,
         )
+        if interventions is not None:
+            self.registry.watch(WATCH_SECONDS)
         self.info = EngineInfo(
             model=name,
             architecture=loaded.architecture,
