@@ -375,6 +375,8 @@ def test_removing_leaves_requests_in_flight_alone(uploads: Registry) -> None:
     uploads.release(version)
     with pytest.raises(NotFound):
         uploads.entry("a")
+    uploads.put("a", ONE)
+    assert uploads.entry("a").requests == 0  # nothing was kept of the name
 
 
 @pytest.mark.parametrize(
