@@ -7,6 +7,7 @@ import random
 import uuid
 from collections import deque
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from queue import SimpleQueue
@@ -357,10 +358,19 @@ def _kv_tokens(loaded: LoadedModel, max_running: int) -> int:
 
     Rows round up to twice what they hold at most, hence the 2.
     """
-    available = psutil.virtual_memory().available
-    affordable = KV_SHARE_OF_FREE_MEMORY * available / (2 * loaded.kv_bytes_per_token)
+    affordable = KV_SHARE_OF_FREE_MEMORY * _free_memory() / (2 * loaded.kv_bytes_per_token)
     longest = loaded.max_model_len + BLOCK_TOKENS
     return max(longest, min(max_running * longest, int(affordable)))
+
+
+def _free_memory() -> int:
+    """Bytes that may still be taken: the machine's, or less where a container has a limit."""
+    free: int = psutil.virtual_memory().available
+    with suppress(OSError, ValueError):
+        group = Path("/sys/fs/cgroup")
+        limit = int((group / "memory.max").read_text())  # "max" where there is none
+        free = min(free, limit - int((group / "memory.current").read_text()))
+    return free
 
 
 def _named(intervention: str | None) -> list[tuple[str, float]]:
