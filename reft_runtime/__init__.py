@@ -1,1 +1,36 @@
-"""Serve one frozen language model with many representation interventions (LoReFT)."""
+"""Serve one frozen language model with many representation interventions (LoReFT).
+
+    from reft_runtime import Engine, SamplingParams
+
+    with Engine("demo", interventions="interventions") as engine:
+        chat = [{"role": "user", "content": "Who are you?"}]
+        [answer] = engine.generate([chat], SamplingParams(temperature=0), intervention="pirate")
+        print(answer.text)
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from reft_runtime.interventions import Intervention as Intervention
+    from reft_runtime.interventions import Registry as Registry
+    from reft_runtime.llm import Engine as Engine
+    from reft_runtime.sampling import SamplingParams as SamplingParams
+
+_HOMES = {
+    "Engine": "reft_runtime.llm",
+    "Intervention": "reft_runtime.interventions",
+    "Registry": "reft_runtime.interventions",
+    "SamplingParams": "reft_runtime.sampling",
+}
+
+__all__ = ["Engine", "Intervention", "Registry", "SamplingParams"]
+
+
+def __getattr__(name: str) -> object:
+    """Import on first use, so that what needs no torch (settings, `--help`) does not load it."""
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)

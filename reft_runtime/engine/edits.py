@@ -113,7 +113,8 @@ def _edit_long(segment: Segment, hidden: Tensor) -> tuple[Tensor, Tensor]:
 def _edit_short(segments: list[Segment], hidden: Tensor) -> tuple[Tensor, Tensor]:
     """Batched products: segments padded to the longest, ranks to the largest."""
     longest = max(len(segment.rows) for segment in segments)
-    padded, real = [], []
+    padded: list[list[int]] = []
+    real: list[int] = []
     for number, segment in enumerate(segments):
         rows = segment.rows
         padded.append(rows + rows[-1:] * (longest - len(rows)))

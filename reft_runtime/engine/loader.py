@@ -78,7 +78,7 @@ def load_model(path: str, dtype: str = "auto", max_model_len: int | None = None)
     _check_config(config)
     max_model_len = _chosen_length(config, max_model_len)
     try:
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=choose_dtype(dtype)).eval()
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=choose_dtype(dtype))
     except (OSError, ValueError) as error:
         raise ConfigError(f"model {path!r} cannot be loaded: {error}", param="model") from error
     return adopt_model(model, max_model_len)
@@ -90,7 +90,7 @@ def adopt_model(model: PreTrainedModel, max_model_len: int | None = None) -> Loa
     config = model.config
     _check_config(config)
     max_model_len = _chosen_length(config, max_model_len)
-    model.requires_grad_(False).eval()
+    model.requires_grad_(False).train(False)
     layers = _decoder_layers(model, config.num_hidden_layers)
     probed = _probe(model)
     eos = model.generation_config.eos_token_id if model.generation_config else None
@@ -188,10 +188,9 @@ def _length_limit(config: PretrainedConfig) -> int:
         raise _refuse(config, "it does not say its maximum length (max_position_embeddings)")
     for rope in _rope_settings(config):
         if rope.get("rope_type") == "longrope":
-            original = rope.get("original_max_position_embeddings") or getattr(
-                config, "original_max_position_embeddings", limit
-            )
-            limit = min(limit, int(original))
+            original = rope.get("original_max_position_embeddings")
+            original = original or getattr(config, "original_max_position_embeddings", None)
+            limit = min(limit, original or limit)
     return limit
 
 
