@@ -128,7 +128,7 @@ class EngineCore:
                 continue  # another choice of it failed in this very step
             events.append(Failed(request_id, reason))
             for sequence in reversed(list(self._live[request_id])):
-                self._remove(sequence, wipe=True)
+                self._remove(sequence)
 
     def _score_prompts(self, result: StepResult, events: list[Event]) -> None:
         for sequence, first, values in result.prompt_logprobs:
@@ -138,10 +138,10 @@ class EngineCore:
                 sequence.prompt_logprobs_sent += len(unsent)
                 events.append(PromptScored(sequence.request.id, tuple(unsent)))
 
-    def _remove(self, sequence: Sequence, *, wipe: bool = False) -> None:
+    def _remove(self, sequence: Sequence) -> None:
         """Take out one choice. To end a request, go from the last to the one that leads."""
         self.scheduler.finish(sequence)
-        self.runner.storage.release(sequence, wipe=wipe)
+        self.runner.storage.release(sequence)
         siblings = self._live[sequence.request.id]
         siblings.remove(sequence)
         for sibling in siblings:

@@ -4,6 +4,10 @@ A contiguous row is 2 to 4 times cheaper to attend than gathered pages. Slabs ar
 last row moves into a freed place), so that a decode step attends a slice and copies nothing, and
 grouped by capacity, so that a short row does not pay for a long one. A row that outgrows its slab
 moves to the next, with twice the capacity.
+
+A row's unused rest is attended under a mask, and 0 x NaN is NaN: what a row leaves behind must be
+finite. It is where a token came out of it; any other row (failed, or left before its prompt was
+whole) is wiped where it stood.
 """
 
 from __future__ import annotations
@@ -57,6 +61,11 @@ class Slab:
             for new, old in zip(into, out_of, strict=True):
                 new[slot, :, :length] = old[source_slot, :, :length]
 
+    def wipe(self, slot: int) -> None:
+        """Zero a row."""
+        for tensor in (*self.keys, *self.values):
+            tensor[slot].zero_()
+
 
 class RowStorage:
     """Places the rows of all sequences; the budget of blocks bounds how many there are."""
@@ -78,7 +87,7 @@ class RowStorage:
         self._places[sequence] = slab, slot
         if found is not None:
             slab.copy(found[0], found[1], slot, sequence.computed)
-            self._vacate(*found)
+            self._vacate(*found, sequence)
 
     def where(self, sequence: Sequence) -> tuple[Slab, int]:
         """Slab and slot of a sequence's row, until rows are next given or freed."""
@@ -92,16 +101,11 @@ class RowStorage:
         slab.copy(source, source_slot, slot, length)
 
     @torch.inference_mode()
-    def release(self, sequence: Sequence, *, wipe: bool = False) -> None:
-        """Free a sequence's row, if it has one; `wipe` it if what it holds may not be finite."""
+    def release(self, sequence: Sequence) -> None:
+        """Free a sequence's row, if it has one."""
         found = self._places.pop(sequence, None)
-        if found is None:
-            return
-        slab, slot = found
-        if wipe:
-            for tensor in (*slab.keys, *slab.values):
-                tensor[slot].zero_()
-        self._vacate(slab, slot)
+        if found is not None:
+            self._vacate(*found, sequence)
 
     def check_integrity(self, *, idle: bool = False) -> None:
         """Raise AssertionError if places and slabs disagree, or if `idle` and a row is in use."""
@@ -132,10 +136,15 @@ class RowStorage:
         slab.rows.append(sequence)
         return len(slab.rows) - 1
 
-    def _vacate(self, slab: Slab, slot: int) -> None:
+    def _vacate(self, slab: Slab, slot: int, leaving: Sequence) -> None:
+        if not leaving.decoding:
+            slab.wipe(slot)
         last = slab.rows.pop()
-        if slot == len(slab.rows):
+        end = len(slab.rows)
+        if slot == end:
             return
-        slab.copy(slab, len(slab.rows), slot, last.computed)
+        slab.copy(slab, end, slot, last.computed)
+        if not last.decoding:
+            slab.wipe(end)
         slab.rows[slot] = last
         self._places[last] = slab, slot
