@@ -1,5 +1,7 @@
 """n choices of a request: one prefill where there is room, the same tokens where there is not."""
 
+from typing import Any
+
 import pytest
 
 from reft_runtime.engine.core import EngineCore
@@ -23,7 +25,7 @@ N = 4
 TIGHT = MAX_LENGTH + 16
 
 
-def sampled(name: str = "s", length: int = 20, **sampling: object) -> Request:
+def sampled(name: str = "s", length: int = 20, **sampling: Any) -> Request:
     settings = {"n": N, "temperature": 1.0, "max_tokens": 10, **sampling}
     return request(name, prompt(length), intervention(2), seed=7, **settings)
 

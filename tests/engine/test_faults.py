@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from reft_runtime.engine import runner
+from reft_runtime.engine import loader, runner, sampler
 from reft_runtime.engine.core import EngineCore
 from reft_runtime.engine.sampler import Sampled, SampleRow
 from reft_runtime.engine.scheduler import StepPlan
@@ -30,7 +30,7 @@ from tests.helpers.models import (
 BATCH = 8
 
 
-def changed(**tensors: Tensor) -> AppliedIntervention:
+def changed(**tensors: Any) -> AppliedIntervention:
     """An intervention at the first token of layer 0, with tensors that no file could bring."""
     good = applied(loreft(0, "f1"))
     edit = dataclasses.replace(good.edits[0], **tensors)
@@ -139,7 +139,7 @@ def test_logits_that_are_not_finite_while_decoding(
         core.add(each)
     for _ in range(3):
         step(core, found)
-    real = runner.forward
+    real = loader.forward
 
     def broken(*args: Any) -> Tensor:
         logits: Tensor = real(*args)
@@ -161,7 +161,7 @@ def test_logits_that_are_not_finite_while_decoding(
 def test_a_sampler_that_raises_on_one_row_fails_it_alone(
     wanted: dict[str, dict[int, list[int]]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = runner.sample
+    real = sampler.sample
 
     def fragile(logits: Tensor, rows: Sequence[SampleRow]) -> list[Sampled | None]:
         if any(len(row.prompt) == 15 and len(row.generated) == 2 for row in rows):

@@ -1,6 +1,7 @@
 """When an answer ends, and why."""
 
 import copy
+from typing import Any
 
 import pytest
 
@@ -35,7 +36,7 @@ def with_eos(free: list[int]) -> LoadedModel:
     return adopt_model(model)
 
 
-def ask(loaded: LoadedModel | None = None, **sampling: object) -> Answer:
+def ask(loaded: LoadedModel | None = None, **sampling: Any) -> Answer:
     return answers(make_core(loaded), [request("a", prompt(LENGTH), **sampling)])["a"]
 
 
