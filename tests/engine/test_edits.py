@@ -158,6 +158,7 @@ def test_positions_are_those_of_the_prompt_whatever_the_chunks() -> None:
     assert rows(chunk(both, 10, 3, 8)) == {}
     # Only generated tokens: nothing, though the sequence has an intervention.
     assert rows(chunk(both, 10, 10, 11)) == {}
+    assert rows(chunk((applied(loreft(0, "f3"), strength=0),), 10, 0, 10)) == {}
     assert rows(chunk((), 7, 0, 7), chunk(both, 4, 0, 4)) == {site: [[[7, 8, 9, 10]]]}
 
 
@@ -172,7 +173,7 @@ def test_one_edit_in_a_batch_is_the_formula() -> None:
     edits = StepEdits.of(
         [
             chunk((applied(small, strength=0.5),), 6, 0, 6),
-            chunk((applied(large),), 90, 0, 90),
+            chunk((applied(large, strength=-0.7),), 90, 0, 90),
             chunk((applied(loreft(0, "l1", seed=2)),), 3, 0, 3),
         ]
     )
@@ -181,7 +182,7 @@ def test_one_edit_in_a_batch_is_the_formula() -> None:
     edits.apply((0, "block_output"), hidden)
     changed = {0, 1, 4, 5, *range(6 + 50, 6 + 90), 98}
     assert {row for row in range(99) if not torch.equal(hidden[row], old[row])} == changed
-    for edit, strength, rows in ((small, 0.5, (0, 1, 4, 5)), (large, 1, range(56, 96))):
+    for edit, strength, rows in ((small, 0.5, (0, 1, 4, 5)), (large, -0.7, range(56, 96))):
         for row in rows:
             h = old[row]
             new = h + strength * (edit.R @ (edit.W @ h + edit.b - edit.R.T @ h))

@@ -35,7 +35,8 @@ class Simulation:
     def step(self) -> StepPlan:
         """Plan a step, check what holds for every plan, and pretend to compute it."""
         scheduler = self.scheduler
-        decoding = {s for s in scheduler.running if s.decoding}
+        running = set(scheduler.running)
+        decoding = {s for s in running if s.decoding}
         plan = scheduler.schedule()
         kinds = [chunk.sequence in decoding for chunk in plan.chunks]
         assert kinds == sorted(kinds, reverse=True), "decoding chunks come first"
@@ -44,6 +45,8 @@ class Simulation:
         assert decoding == {c.sequence for c in plan.chunks if c.sequence in decoding} | (
             decoding & set(plan.preempted)
         ), "every sequence that can decode does"
+        if plan.preempted:
+            assert running >= {c.sequence for c in plan.chunks}, "what came free is not given away"
         for chunk in plan.chunks:
             assert chunk.start == chunk.sequence.computed
             assert chunk.length > 0
