@@ -13,7 +13,7 @@ from server.context import Context
 from server.errors import install_error_handlers
 from server.health import Health
 from server.metrics import Metrics
-from server.middleware import RequestIdMiddleware
+from server.middleware import RequestMiddleware
 from server.routes import (
     chat,
     completions,
@@ -49,7 +49,7 @@ def create_app(engine: Engine, settings: Settings) -> FastAPI:
         lifespan=lifespan,
     )
     app.state.context = context
-    app.add_middleware(RequestIdMiddleware)
+    app.add_middleware(RequestMiddleware)
     install_error_handlers(app)
     app.include_router(operations.public)
     guarded = APIRouter(dependencies=[Depends(require_key)])

@@ -53,9 +53,14 @@ def json_body(model: type[Body]) -> Callable[[Request, Server], Awaitable[Body]]
 
 
 def parse_json(body: bytes) -> Any:
-    """`body` as JSON; duplicate keys, NaN and Infinity are refused, as is what is no JSON."""
+    """`body` as JSON; duplicate keys, NaN, Infinity and half characters are refused."""
     try:
-        return json.loads(body, object_pairs_hook=_unique_keys, parse_constant=_no_constant)
+        text = body.decode()
+        data = json.loads(text, object_pairs_hook=_unique_keys, parse_constant=_no_constant)
+        if "\\ud" in text or "\\uD" in text:
+            # An escaped surrogate without its other half is no character: nothing can encode it.
+            json.dumps(data, ensure_ascii=False).encode()
+        return data
     except RecursionError:
         raise InvalidRequest("The body is nested too deeply.") from None
     except ValueError as error:
@@ -76,8 +81,12 @@ def _no_constant(name: str) -> None:
 
 
 def _first_problem(error: ValidationError, data: Any) -> InvalidRequest:
-    problem = error.errors(include_url=False, include_input=False)[0]
-    param = _path(problem["loc"], data, missing=problem["type"] == "missing")
+    problems = [
+        (_path(problem["loc"], data, missing=problem["type"] == "missing"), problem)
+        for problem in error.errors(include_url=False, include_input=False)
+    ]
+    # Of the members of a union, the one that got furthest is the one that was meant.
+    param, problem = max(problems, key=lambda pair: pair[0].count("."))
     if problem["type"] == "extra_forbidden":
         return InvalidRequest(
             f"{param} is not supported by this server; leave it out.", param=param

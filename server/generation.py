@@ -19,7 +19,10 @@ from server.schemas.common import SamplingBody
 from server.selection import Selection, select
 
 if TYPE_CHECKING:
-    from reft_runtime.llm import Engine, Stream, Tokenizer
+    from reft_runtime.text import Tokenizer
+
+    from reft_runtime.llm import Engine
+    from reft_runtime.streams import Stream
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,6 +14,9 @@ from reft_runtime.errors import ConfigError
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 LogLevel = Literal["debug", "info", "warning", "error"]
 
+SHIPPED = Path("interventions")
+"""The interventions that come with the project, seen from its root."""
+
 ENGINE_OPTIONS = (
     "interventions",
     "state_dir",
@@ -41,11 +44,13 @@ class Settings(BaseSettings):
         description="Base model: 'demo', a Hugging Face id or a folder.",
     )
     interventions: Path | None = Field(
-        default=None, description="Folder of intervention files (NAME.safetensors) to serve."
+        default_factory=lambda: SHIPPED if SHIPPED.is_dir() else None,
+        description="Folder of NAME.safetensors files to serve; by default ./interventions, "
+        "where there is one.",
     )
     state_dir: Path | None = Field(
         default=None,
-        description="Where uploaded interventions are kept; by default the user's state folder.",
+        description="Folder that keeps uploaded interventions; by default memory does.",
     )
     host: str = Field(default="127.0.0.1", min_length=1, description="Address to listen on.")
     port: int = Field(

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 from fastapi import APIRouter, Request, Response
 
 from reft_runtime.errors import InvalidRequest
-from reft_runtime.interventions.file import MAX_FILE_BYTES
 from server.body import read_body
 from server.context import Server
 from server.openapi import takes_file
@@ -44,6 +43,8 @@ async def put_intervention(
 
     Requests in flight end on the version that they began with.
     """
+    from reft_runtime.interventions.file import MAX_FILE_BYTES  # loads torch: not before it must
+
     sha256 = _declared_sha256(request)
     data = await read_body(request, MAX_FILE_BYTES)
     begun = time.monotonic()

@@ -138,6 +138,8 @@ class FakeEngine:
     fail_after: int | None = None
     """Steps after which every request fails."""
     step_seconds: float = 0.0
+    die_after: float | None = None
+    """Seconds after which the engine dies, counted from the second request (after the canary)."""
     draining: bool = False
     streams: list[FakeStream] = field(default_factory=list)
 
@@ -173,6 +175,8 @@ class FakeEngine:
         stream = FakeStream(self, tuple(prompt), sampling, interventions)
         stream.versions = [f"{version.name}@{version.digest}" for version in versions]
         self.streams.append(stream)
+        if self.die_after is not None and len(self.streams) > 1:
+            asyncio.get_running_loop().call_later(self.die_after, self.close)
         return stream
 
     def stats(self) -> EngineStats:
