@@ -36,7 +36,7 @@ WORKDIR /state
 VOLUME ["/cache", "/state"]
 EXPOSE 8000
 STOPSIGNAL SIGTERM
-# The first start downloads the model before it listens; after that /livez is the engine's heartbeat.
+# The first start downloads the model before it answers; after that /livez is the engine's heartbeat.
 HEALTHCHECK --interval=10s --timeout=5s --start-period=15m --retries=3 \
     CMD ["python", "-c", "import http.client as h, os, sys; c = h.HTTPConnection('127.0.0.1', int(os.environ['REFT_PORT']), timeout=4); c.request('GET', '/livez'); sys.exit(c.getresponse().status != 200)"]
 ENTRYPOINT ["reft", "serve"]

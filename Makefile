@@ -27,8 +27,8 @@ help: ## List the targets
 serve: $(VENV)/.installed ## Serve MODEL with the interventions of a folder, on HOST:PORT
 	@exec $(BIN)/reft serve --model $(MODEL) --interventions $(INTERVENTIONS) --host $(HOST) --port $(PORT) --dtype $(DTYPE) $(ARGS)
 
-bench: $(VENV)/.installed ## Measure decode speed: base, base with tasks, the floor, model.generate
-	@$(BIN)/python -m benchmarks $(ARGS)
+bench: $(VENV)/.installed ## Measure whole runs: base, base with tasks, model.generate, the floor
+	@$(BIN)/python -m benchmarks.throughput $(ARGS)
 
 test: lint types ## Check everything: lint, types, import directions, all tests
 	$(BIN)/python -m pytest $(ARGS)

@@ -62,22 +62,21 @@ class Assembler:
             return None  # a stop string ended it; the engine was faster than the abort
         tokens = () if event.token is None else (event.token,)
         text, stop_string = text_stream.push(tokens)
-        reason, stop_reason = event.finish_reason, event.stop_id
-        if stop_string is not None:
+        if event.finish_reason and stop_string is None:
+            rest, stop_string = text_stream.finish()
+            text += rest
+        if stop_string is not None and event.finish_reason is None:
+            self._abort_choice(event.choice)
+        reason = event.finish_reason if stop_string is None else "stop"
+        if reason is not None:
             del self._texts[event.choice]
-            if reason is None:
-                self._abort_choice(event.choice)
-            reason, stop_reason = "stop", None
-        elif reason is not None:
-            del self._texts[event.choice]
-            text += text_stream.finish()
         return ChoiceDelta(
             index=event.choice,
             text=text,
             tokens=tokens,
             logprobs=() if event.logprob is None else (event.logprob,),
             finish_reason=reason,
-            stop_reason=stop_reason if stop_string is None else stop_string,
+            stop_reason=event.stop_id if stop_string is None else stop_string,
         )
 
 

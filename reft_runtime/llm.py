@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import random
 import uuid
 from collections import deque
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from queue import SimpleQueue
 from types import TracebackType
-from typing import Self
+from typing import Self, cast
 from weakref import WeakKeyDictionary
 
+import psutil
 import torch
 from tqdm.auto import tqdm
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
@@ -32,9 +33,8 @@ from reft_runtime.interventions import BaseShape, Registry, Version
 from reft_runtime.outputs import ChoiceDelta, EngineInfo, EngineStats, Generation
 from reft_runtime.sampling import SamplingParams
 from reft_runtime.streams import EventLoopSink, Stream
-from reft_runtime.text import Tokenizer
+from reft_runtime.text import Message, Tokenizer
 
-Message = Mapping[str, str]
 Prompt = str | Sequence[int] | Sequence[Message]
 """Text (taken as it is), token ids, or the messages of a chat (put through its template)."""
 
@@ -81,7 +81,7 @@ class Engine:
                 f"({loaded.max_model_len + BLOCK_TOKENS}), not {kv_tokens}.",
                 param="kv_tokens",
             )
-        self.tokenizer = Tokenizer(tokenizer, max_tokens=loaded.max_model_len)
+        self.tokenizer = Tokenizer(tokenizer, loaded.max_model_len)
         self.registry = Registry(
             BaseShape(
                 model=name,
@@ -249,10 +249,9 @@ class Engine:
         if prompt and isinstance(prompt[0], Mapping):
             template = None
             if intervention is not None:
-                template = self.registry.resolve(intervention)[1].manifest.template
-            messages = [dict(m) for m in prompt if isinstance(m, Mapping)]
-            return self.tokenizer.encode_chat(messages, template)
-        return [token for token in prompt if isinstance(token, int)]
+                template = self.registry.resolve(intervention).manifest.template
+            return self.tokenizer.encode_chat(cast(Sequence[Message], prompt), template)
+        return cast(Sequence[int], prompt)
 
     def _prepare(
         self,
@@ -273,7 +272,7 @@ class Engine:
         applied = []
         try:
             for ref, strength in interventions:
-                version = self.registry.resolve(ref)[1]
+                version = self.registry.resolve(ref)
                 self.registry.hold(version)
                 held.append(version)
                 applied.append(AppliedIntervention(version.digest, version.edits(), strength))
@@ -343,7 +342,7 @@ def _load(
             raise ConfigError(
                 "tokenizer: a model in memory needs its tokenizer.", param="tokenizer"
             )
-        name = Path(model.name_or_path).name or type(model).__name__
+        name = Path(model.name_or_path or "").name or type(model).__name__
         return name, adopt_model(model, max_model_len), tokenizer
     path, name = str(model), str(model)
     if path == "demo":
@@ -359,10 +358,19 @@ def _kv_tokens(loaded: LoadedModel, max_running: int) -> int:
 
     Rows round up to twice what they hold at most, hence the 2.
     """
-    available = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    affordable = KV_SHARE_OF_FREE_MEMORY * available / (2 * loaded.kv_bytes_per_token)
+    affordable = KV_SHARE_OF_FREE_MEMORY * _free_memory() / (2 * loaded.kv_bytes_per_token)
     longest = loaded.max_model_len + BLOCK_TOKENS
     return max(longest, min(max_running * longest, int(affordable)))
+
+
+def _free_memory() -> int:
+    """Bytes that may still be taken: the machine's, or less where a container has a limit."""
+    free: int = psutil.virtual_memory().available
+    with suppress(OSError, ValueError):
+        group = Path("/sys/fs/cgroup")
+        limit = int((group / "memory.max").read_text())  # "max" where there is none
+        free = min(free, limit - int((group / "memory.current").read_text()))
+    return free
 
 
 def _named(intervention: str | None) -> list[tuple[str, float]]:
@@ -373,14 +381,14 @@ def _pair(
     prompts: Prompt | Sequence[Prompt], intervention: str | Sequence[str | None] | None
 ) -> list[tuple[Prompt, str | None]]:
     """Prompts with their interventions; a single prompt counts as a list of one."""
-    if isinstance(prompts, str) or (prompts and isinstance(prompts[0], int | Mapping)):
-        prompts = [prompts]  # type: ignore[list-item]
+    single = isinstance(prompts, str) or (prompts and isinstance(prompts[0], int | Mapping))
+    several = cast(Sequence[Prompt], [prompts] if single else prompts)
     if intervention is None or isinstance(intervention, str):
-        return [(prompt, intervention) for prompt in prompts]  # type: ignore[misc]
-    if len(intervention) != len(prompts):
+        return [(prompt, intervention) for prompt in several]
+    if len(intervention) != len(several):
         raise InvalidRequest(
-            f"intervention: {len(intervention)} names for {len(prompts)} prompts; give one name, "
+            f"intervention: {len(intervention)} names for {len(several)} prompts; give one name, "
             "or one a prompt.",
             param="intervention",
         )
-    return list(zip(prompts, intervention, strict=True))  # type: ignore[arg-type]
+    return list(zip(several, intervention, strict=True))

@@ -46,7 +46,7 @@ class Registry(Catalog):
         max_file_bytes: int = MAX_FILE_BYTES,
     ) -> None:
         super().__init__()
-        self._base = base
+        self.base = base
         self._sources = [Path(source) for source in sources]
         self._max_file_bytes = max_file_bytes
         for folder in self._sources:
@@ -192,13 +192,13 @@ class Registry(Catalog):
 
     def _verified(self, name: str, data: bytes, origin: Origin) -> Version:
         header = header_of(data)
-        check_base(header.manifest, self._base)
+        check_base(header.manifest, self.base)
         edits = parse(data).canonical()
         return Version(name, header, origin, lambda: data, edits)
 
     def _listed(self, name: str, path: Path, origin: Origin) -> Version:
         header = read_header(path, self._max_file_bytes)
-        check_base(header.manifest, self._base)
+        check_base(header.manifest, self.base)
         return Version(name, header, origin, partial(read, path, self._max_file_bytes))
 
     def _adopt(self, name: str, file: Found) -> str | None:

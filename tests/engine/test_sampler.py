@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from reft_runtime.engine import sampler
 from reft_runtime.engine.sampler import SampleRow, noise, prompt_logprobs, sample
 from reft_runtime.sampling import SamplingParams
 
@@ -185,6 +186,15 @@ class TestDraw:
         for params in (SamplingParams(), SamplingParams(top_p=0.99), SamplingParams(top_k=60)):
             drawn = tokens(logits, [row(params, seed=seed) for seed in range(500)])
             assert set(drawn) == {0, 9, 63}
+
+    @pytest.mark.parametrize(("point", "token"), [(0.0, 2), (1 - 2**-53, 5)])
+    def test_ends_of_the_noise_fall_on_tokens_with_a_weight(
+        self, monkeypatch: pytest.MonkeyPatch, point: float, token: int
+    ) -> None:
+        monkeypatch.setattr(sampler, "noise", lambda *_: point)
+        logits = torch.full((1, 8), -math.inf)
+        logits[0, 2:6] = torch.tensor([0.1, 0.2, 0.3, 0.4])
+        assert tokens(logits, [row()]) == [token]
 
 
 class TestNoise:

@@ -1,0 +1,125 @@
+"""From generated token ids to text as it becomes known: whole characters, up to a stop string."""
+
+from __future__ import annotations
+
+import codecs
+from collections.abc import Iterable, Sequence
+
+from reft_runtime.text.tokenizer import Tokenizer
+
+
+class Detokenizer:
+    """Text of one growing answer; special tokens are left out.
+
+    All pieces joined are `decode` of all ids, and no piece ends within a character: U+FFFD is
+    emitted for bytes that can no longer become one. (Where a byte-fallback tokenizer meets an
+    invalid byte, `decode` also drops the valid characters beside it; those were emitted.)
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        # The last tokens: `_shown` of them as context, since a decoder may drop a space at the
+        # start of what it sees, then those whose text has not been returned.
+        self._ids: list[int] = []
+        self._shown = 0
+        self._emitted = 0
+        """Characters of these tokens' text that have been returned."""
+
+    def push(self, ids: Iterable[int]) -> str:
+        """Take the next tokens; return the text that they complete, often empty."""
+        return "".join(map(self._push, ids))
+
+    def finish(self) -> str:
+        """Return what was held back: a character still incomplete becomes U+FFFD."""
+        return self._emit()
+
+    def _emit(self) -> str:
+        text = self._tokenizer.decode(self._ids)
+        piece = text[self._emitted :]
+        if piece:
+            self._ids = self._ids[self._shown :]
+            self._shown = len(self._ids)
+            self._emitted = len(self._tokenizer.decode(self._ids))
+        return piece
+
+    def _push(self, token: int) -> str:
+        content = self._tokenizer.token_bytes(token)
+        # What adds no text is no context either.
+        if not content or token in self._tokenizer.special_ids:
+            return ""
+        self._ids.append(token)
+        self._utf8.decode(content)
+        incomplete, _ = self._utf8.getstate()
+        return "" if incomplete else self._emit()
+
+
+class StopChecker:
+    """Finds the stop string that is complete first, wherever the text is cut into pieces.
+
+    Of two that end at the same character the longer one counts. Time is linear in the text
+    (Knuth, Morris and Pratt 1977).
+    """
+
+    def __init__(self, stop: Sequence[str]) -> None:
+        self._stop = sorted(stop, key=len, reverse=True)
+        self._borders = [_borders(pattern) for pattern in self._stop]
+        self._matched = [0] * len(stop)
+        """Length of each stop string's longest beginning that the text so far ends with."""
+        self._held = ""
+
+    def push(self, text: str) -> tuple[str, str | None]:
+        """Take the next text; return what may be shown, and the stop string once it is complete.
+
+        Text that may be the beginning of a stop string is held back. Neither the stop string nor
+        what follows it is ever returned; after it, push nothing more.
+        """
+        buffer = self._held + text
+        for end, char in enumerate(text, start=len(self._held) + 1):
+            for i, (pattern, borders) in enumerate(zip(self._stop, self._borders, strict=True)):
+                length = self._matched[i]
+                while length and pattern[length] != char:
+                    length = borders[length]
+                self._matched[i] = length + (pattern[length] == char)
+                if self._matched[i] == len(pattern):
+                    self._held = ""
+                    return buffer[: end - len(pattern)], pattern
+        shown = len(buffer) - max(self._matched, default=0)
+        self._held = buffer[shown:]
+        return buffer[:shown], None
+
+    def finish(self) -> str:
+        """Return the text held back: no stop string came."""
+        held, self._held = self._held, ""
+        return held
+
+
+class TextStream:
+    """Text of one choice, up to its stop string, if one comes after `min_tokens` tokens."""
+
+    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = (), min_tokens: int = 0) -> None:
+        self._detokenizer = Detokenizer(tokenizer)
+        self._stop = StopChecker(stop)
+        self._required = min_tokens
+
+    def push(self, ids: Sequence[int]) -> tuple[str, str | None]:
+        """Take the next tokens; return the text to show, and the stop string that ended it."""
+        self._required -= len(ids)
+        text = self._detokenizer.push(ids)
+        return (text, None) if self._required > 0 else self._stop.push(text)
+
+    def finish(self) -> tuple[str, str | None]:
+        """Return the text held back at the end of the tokens, which may complete a stop string."""
+        text, matched = self._stop.push(self._detokenizer.finish())
+        return (text, matched) if matched else (text + self._stop.finish(), None)
+
+
+def _borders(pattern: str) -> list[int]:
+    """For each length of a beginning of `pattern`, that of its longest proper border."""
+    borders = [0, 0]
+    for char in pattern[1:]:
+        length = borders[-1]
+        while length and pattern[length] != char:
+            length = borders[length]
+        borders.append(length + (pattern[length] == char))
+    return borders

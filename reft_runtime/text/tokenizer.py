@@ -1,0 +1,162 @@
+"""From text and chat messages to token ids, and back."""
+
+from __future__ import annotations
+
+import re
+import threading
+from collections.abc import Iterable, Sequence
+from typing import TypedDict
+
+import jinja2
+from transformers import PreTrainedTokenizerBase
+from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+from reft_runtime.errors import InvalidRequest
+
+_FIELD = "{prompt}"
+_BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")
+"""How SentencePiece writes the tokens that stand for one byte."""
+
+
+class Message(TypedDict):
+    """One turn of a chat."""
+
+    role: str
+    content: str
+
+
+class Tokenizer:
+    """A model's tokenizer with the checks that a request needs; safe to use from many threads.
+
+    `max_model_len` is the most tokens a request may have; it bounds the text that is worth
+    tokenising at all.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, max_model_len: int) -> None:
+        self._tokenizer = tokenizer
+        # The library's tokenizers keep settings that an encoding call may rewrite.
+        self._encoding = threading.Lock()
+        vocabulary = tokenizer.get_vocab()
+        # A byte-level token is written with one character a byte, so this is never too short.
+        self._max_chars = max_model_len * max(map(len, vocabulary))
+        self._max_model_len = max_model_len
+        added = tokenizer.added_tokens_decoder
+        self._added = {token_id: token.content for token_id, token in added.items()}
+        self._special = frozenset(token_id for token_id, token in added.items() if token.special)
+        self._bytes = (
+            {char: byte for byte, char in bytes_to_unicode().items()}  # type: ignore[no-untyped-call]
+            if tokenizer.convert_tokens_to_string(["\u0120"]) == " "
+            else None
+        )
+
+    @property
+    def vocab_size(self) -> int:
+        """Token ids with a text are below this; the model's own vocabulary may be padded."""
+        return len(self._tokenizer)
+
+    @property
+    def eos_ids(self) -> frozenset[int]:
+        """The tokenizer's EOS id, if it has one; a model's generation config may name more."""
+        eos = self._tokenizer.eos_token_id
+        return frozenset() if eos is None else frozenset({eos})
+
+    @property
+    def special_ids(self) -> frozenset[int]:
+        """Ids that `decode` leaves out of the text."""
+        return self._special
+
+    def encode(
+        self, text: str, *, add_special_tokens: bool = True, param: str = "prompt"
+    ) -> list[int]:
+        """Token ids of `text`; special tokens written in it are parsed as such.
+
+        `InvalidRequest` names `param` where the text is not valid Unicode or, by its length
+        alone, cannot fit into `max_model_len` tokens.
+        """
+        if len(text) > self._max_chars:
+            raise InvalidRequest(
+                f"{param}: {len(text)} characters cannot fit into the model's "
+                f"{self._max_model_len} tokens; shorten the text.",
+                param=param,
+            )
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise InvalidRequest(
+                f"{param}: not valid Unicode, a lone surrogate at character {error.start}.",
+                param=param,
+            ) from None
+        with self._encoding:
+            ids: list[int] = self._tokenizer(
+                text, add_special_tokens=add_special_tokens, verbose=False
+            )["input_ids"]
+        return ids
+
+    def encode_chat(self, messages: Sequence[Message], template: str | None = None) -> list[int]:
+        """Token ids of a prompt that asks for the next turn of `messages`.
+
+        `template` None or "chat" is the model's own chat template. Any other is a text with one
+        field `{prompt}`, which takes the content of exactly one user message; it is tokenised
+        with the tokenizer's default special tokens, as pyreft does for training. Whatever does
+        not fit the template is an `InvalidRequest` that names `messages`.
+        """
+        if template is None or template == "chat":
+            return self.encode(self._render(messages), add_special_tokens=False, param="messages")
+        roles = [message["role"] for message in messages]
+        if roles != ["user"]:
+            raise InvalidRequest(
+                "messages: this model's prompt template takes exactly one user message, not "
+                f"{', '.join(roles[:8]) or 'none'}; for other prompts use /v1/completions.",
+                param="messages",
+            )
+        return self.encode(template.replace(_FIELD, messages[0]["content"]), param="messages")
+
+    def _render(self, messages: Sequence[Message]) -> str:
+        if not self._tokenizer.chat_template:
+            raise InvalidRequest(
+                "messages: this model has no chat template; use /v1/completions.", param="messages"
+            )
+        try:
+            text = self._tokenizer.apply_chat_template(
+                [{"role": turn["role"], "content": turn["content"]} for turn in messages],
+                tokenize=False,
+                add_generation_prompt=True,
+            )
+        except jinja2.TemplateError as error:
+            raise InvalidRequest(
+                f"messages: the model's chat template does not take them: {error}",
+                param="messages",
+            ) from None
+        assert isinstance(text, str)
+        return text
+
+    def decode(self, ids: Iterable[int], *, skip_special_tokens: bool = True) -> str:
+        """Text of `ids`; U+FFFD stands for bytes that are no UTF-8."""
+        text = self._tokenizer.decode(
+            list(ids),
+            skip_special_tokens=skip_special_tokens,
+            clean_up_tokenization_spaces=False,
+        )
+        assert isinstance(text, str)
+        return text
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """The UTF-8 bytes a token adds to a text, often part of a character; empty if unknown."""
+        if token_id in self._added:
+            return self._added[token_id].encode()
+        token = self._tokenizer.convert_ids_to_tokens(token_id)
+        if not isinstance(token, str):
+            return b""
+        if self._bytes is not None:
+            return bytes(self._bytes[char] for char in token)
+        if match := _BYTE_TOKEN.fullmatch(token):
+            return bytes.fromhex(match[1])
+        return token.replace("\u2581", " ").encode()
+
+    def token_text(self, token_id: int) -> str:
+        r"""A token as OpenAI's logprobs show it: its text, or `bytes:\xf0\x9f` where it is none."""
+        content = self.token_bytes(token_id)
+        try:
+            return content.decode()
+        except UnicodeDecodeError:
+            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in content)

@@ -1,0 +1,710 @@
+from __future__ import annotations
+
+import hashlib
+import os
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from reft_runtime.errors import (
+    ConfigError,
+    FileTooLarge,
+    InvalidFile,
+    InvalidRequest,
+    NotFound,
+    WrongBaseModel,
+)
+from reft_runtime.interventions import Registry, Version
+from reft_runtime.interventions.file import header_of, write_atomic
+from reft_runtime.interventions.registry import HISTORY
+from tests.interventions.make import BASE, file_bytes
+
+ONE, TWO, THREE = file_bytes(1), file_bytes(2), file_bytes(3)
+FOREIGN = file_bytes(1, base=BASE.model_copy(update={"vocab_size": 65}))
+
+
+def digest(data: bytes) -> str:
+    return header_of(data).digest
+
+
+def damaged(data: bytes) -> bytes:
+    """A sound header, and data that is not what it says."""
+    return data[:-1] + bytes([data[-1] ^ 1])
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    path = tmp_path / "source"
+    path.mkdir()
+    return path
+
+
+@pytest.fixture
+def state(tmp_path: Path) -> Path:
+    return tmp_path / "state"
+
+
+def place(folder: Path, name: str, data: bytes) -> Path:
+    path = folder / f"{name}.safetensors"
+    write_atomic(path, data)
+    return path
+
+
+def names(registry: Registry) -> list[str]:
+    return [entry.name for entry in registry.entries()]
+
+
+def only_problem(registry: Registry) -> str:
+    (reason,) = registry.problems().values()
+    return reason
+
+
+# Folders
+
+
+def test_lists_a_folder_by_headers_and_loads_at_first_use(folder: Path) -> None:
+    place(folder, "a", ONE)
+    place(folder, "b.2_x-y", TWO)
+    (folder / "README.md").write_text("no intervention")
+    registry = Registry(BASE, [folder])
+    assert names(registry) == ["a", "b.2_x-y"]
+    entry = registry.entry("a")
+    assert (entry.digest, entry.origin, entry.tier) == (digest(ONE), "folder", "disk")
+    assert (entry.versions, entry.in_flight, entry.requests) == ((digest(ONE),), 0, 0)
+    assert entry.last_used is None
+    assert entry.size_bytes == len(ONE)
+    version = registry.resolve("a")
+    assert version.edits() is version.edits()
+    assert registry.entry("a").tier == "host"
+
+
+def test_scan_follows_the_folder(folder: Path) -> None:
+    registry = Registry(BASE, [folder])
+    assert names(registry) == []
+    place(folder, "a", ONE)
+    registry.scan()
+    assert registry.resolve("a").digest == digest(ONE)
+    place(folder, "a", TWO)
+    registry.scan()
+    assert registry.resolve("a").digest == digest(TWO)
+    (folder / "a.safetensors").unlink()
+    registry.scan()
+    with pytest.raises(NotFound):
+        registry.resolve("a")
+
+
+def test_scan_reads_nothing_that_has_not_changed(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place(folder, "a", ONE)
+    place(folder, "broken", b"")
+    registry = Registry(BASE, [folder])
+    before = registry.resolve("a")
+    problems = registry.problems()
+
+    def refuse(*_: object) -> None:
+        raise AssertionError("read again")
+
+    monkeypatch.setattr("reft_runtime.interventions.registry.read_header", refuse)
+    registry.scan()
+    assert registry.resolve("a") is before
+    assert registry.problems() == problems
+
+
+@pytest.mark.parametrize(
+    ("bad", "reason"),
+    [
+        (b"", "Cut off"),
+        (ONE[:-1], "cut off"),
+        (FOREIGN, "vocab_size 65"),
+        (damaged(TWO), "damaged file"),
+    ],
+)
+def test_a_broken_replacement_leaves_the_version_in_use(
+    folder: Path, bad: bytes, reason: str
+) -> None:
+    path = place(folder, "a", ONE)
+    registry = Registry(BASE, [folder])
+    version = registry.resolve("a")
+    version.edits()
+    place(folder, "a", bad)
+    registry.scan()
+    assert registry.resolve("a") is version
+    assert reason in registry.problems()[str(path)]
+    registry.scan()
+    assert reason in registry.problems()[str(path)]
+    place(folder, "a", TWO)
+    registry.scan()
+    assert registry.resolve("a").digest == digest(TWO)
+    assert registry.problems() == {}
+
+
+def test_a_broken_replacement_of_what_was_never_read_is_not_served(folder: Path) -> None:
+    place(folder, "a", ONE)
+    registry = Registry(BASE, [folder])
+    place(folder, "a", b"")
+    registry.scan()
+    with pytest.raises(NotFound):
+        registry.resolve("a")
+    assert "Cut off" in only_problem(registry)
+
+
+def test_a_file_changed_since_the_scan_is_an_error_that_says_so(folder: Path) -> None:
+    path = place(folder, "a", ONE)
+    registry = Registry(BASE, [folder])
+    version = registry.resolve("a")
+    place(folder, "a", TWO)
+    with pytest.raises(InvalidFile, match="`a` has changed since it was listed"):
+        registry.hold(version)
+    path.unlink()
+    with pytest.raises(NotFound, match="`a` cannot be read any more"):
+        registry.hold(version)
+    assert registry.entry("a").in_flight == 0
+
+
+def test_problems_of_a_folder(folder: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    other.mkdir()
+    place(folder, "a", ONE)
+    place(other, "a", TWO)
+    place(folder, "Upper", ONE)
+    place(folder, "x" * 65, ONE)
+    place(tmp_path, "outside", ONE)
+    place(folder, "foreign", FOREIGN)
+    (folder / "link.safetensors").symlink_to(tmp_path / "outside.safetensors")
+    (folder / "dangling.safetensors").symlink_to(folder / "nothing")
+    (folder / "inside.safetensors").symlink_to(folder / "a.safetensors")
+    (folder / "dir.safetensors").mkdir()
+    os.mkfifo(folder / "fifo.safetensors")
+    registry = Registry(BASE, [folder, other])
+    assert names(registry) == ["a", "inside"]
+    assert registry.resolve("a").digest == digest(ONE)
+    found = {Path(path).name.split(".")[0]: why for path, why in registry.problems().items()}
+    expected = {
+        "a": "Hidden by",
+        "Upper": "no name",
+        "x" * 65: "no name",
+        "foreign": "made for",
+        "link": "leads out",
+        "dangling": "Cannot be read",
+        "dir": "Not a regular file",
+        "fifo": "Not a regular file",
+    }
+    assert found.keys() == expected.keys()
+    for name, why in expected.items():
+        assert why in found[name]
+
+
+def test_a_folder_that_goes_away_for_a_moment_is_served_on(folder: Path) -> None:
+    place(folder, "a", ONE)
+    registry = Registry(BASE, [folder])
+    aside = folder.rename(folder.with_name("aside"))
+    registry.scan()
+    assert names(registry) == ["a"]
+    assert "folder cannot be read" in registry.problems()[str(folder)]
+    aside.rename(folder)
+    registry.scan()
+    assert registry.problems() == {}
+
+
+def test_a_missing_folder_at_the_start_is_a_configuration_error(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="does not exist"):
+        Registry(BASE, [tmp_path / "missing"])
+
+
+def test_watch_picks_up_a_file_and_survives_a_fault(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    registry = Registry(BASE, [folder])
+    scanned = threading.Event()
+    scan = registry.scan
+    faults = iter([RuntimeError("once")])
+
+    def watched_scan() -> None:
+        for fault in faults:
+            raise fault
+        scan()
+        if names(registry):
+            scanned.set()
+
+    monkeypatch.setattr(registry, "scan", watched_scan)
+    registry.watch(0.005)
+    with pytest.raises(RuntimeError, match="already"):
+        registry.watch(1)
+    place(folder, "a", ONE)
+    assert scanned.wait(30)
+    registry.close()
+    assert not [thread for thread in threading.enumerate() if thread.name == "reft-registry"]
+    assert names(registry) == ["a"]
+
+
+# Versions and holding
+
+
+def test_a_held_version_outlives_its_replacement_and_its_file(folder: Path) -> None:
+    place(folder, "a", ONE)
+    registry = Registry(BASE, [folder])
+    old = registry.resolve("a")
+    registry.hold(old)
+    place(folder, "a", TWO)
+    registry.scan()
+    new = registry.resolve("a")
+    assert new.digest == digest(TWO)
+    assert registry.resolve(f"a@{old.digest[:8]}") is old
+    assert registry.entry("a").versions == (new.digest, old.digest)
+    assert registry.entry("a").in_flight == 1
+    (folder / "a.safetensors").unlink()
+    registry.scan()
+    assert names(registry) == []
+    assert registry.resolve(f"a@{old.digest}") is old
+    assert len(old.edits()) == 1
+    registry.release(old)
+    with pytest.raises(NotFound):
+        registry.resolve(f"a@{old.digest}")
+
+
+def test_holding_is_counted(folder: Path) -> None:
+    place(folder, "a", ONE)
+    registry = Registry(BASE, [folder])
+    version = registry.resolve("a")
+    registry.hold(version)
+    registry.hold(version)
+    assert (registry.entry("a").in_flight, registry.entry("a").requests) == (2, 2)
+    assert registry.entry("a").last_used is not None
+    registry.release(version)
+    registry.release(version)
+    assert (registry.entry("a").in_flight, registry.entry("a").requests) == (0, 2)
+    with pytest.raises(RuntimeError, match="more often than held"):
+        registry.release(version)
+
+
+@pytest.mark.parametrize(
+    "ref", ["b", "", "a@", "a@1234567", "A", "a@ABCDEF01", "@", "a@{}@x", "../a", "a\n"]
+)
+def test_unknown_references(ref: str) -> None:
+    registry = Registry(BASE)
+    registry.put("a", ONE)
+    ref = ref.replace("{}", digest(ONE))
+    with pytest.raises(NotFound, match=r"The model `[^`]*` does not exist") as caught:
+        registry.resolve(ref)
+    assert caught.value.param == "model"
+    with pytest.raises(NotFound):
+        registry.resolve(f"a@{digest(TWO)}")
+
+
+def test_an_ambiguous_prefix_is_not_found() -> None:
+    registry = Registry(BASE)
+    for data, start in ((ONE, "aaaaaaaa1"), (TWO, "aaaaaaaa2")):
+        version, _ = registry.put("a", data)
+        version.digest = start.ljust(64, "0")
+    with pytest.raises(NotFound):
+        registry.resolve("a@aaaaaaaa")
+    assert registry.resolve("a@aaaaaaaa2").digest.startswith("aaaaaaaa2")
+
+
+# Uploads
+
+
+@pytest.fixture(params=["memory", "disk"])
+def uploads(request: pytest.FixtureRequest, folder: Path, state: Path) -> Iterator[Registry]:
+    registry = Registry(BASE, [folder], state_dir=state if request.param == "disk" else None)
+    yield registry
+    registry.close()
+
+
+def test_put_replace_and_address_the_history(uploads: Registry) -> None:
+    first, created = uploads.put("a", ONE)
+    assert created
+    assert (first.origin, first.digest) == ("uploaded", digest(ONE))
+    second, created = uploads.put("a", TWO, sha256=hashlib.sha256(TWO).hexdigest())
+    assert not created
+    assert uploads.resolve("a") is second
+    assert uploads.resolve(f"a@{digest(ONE)[:8]}").digest == first.digest
+    again, created = uploads.put("a", ONE)
+    assert not created
+    assert uploads.resolve("a") is again
+    assert uploads.entry("a").versions == (digest(ONE), digest(TWO))
+
+
+def test_history_is_bounded(uploads: Registry) -> None:
+    files = [file_bytes(seed) for seed in range(HISTORY + 2)]
+    for data in files:
+        uploads.put("a", data)
+    kept = [digest(data) for data in reversed(files[2:])]
+    assert list(uploads.entry("a").versions) == kept
+    with pytest.raises(NotFound):
+        uploads.resolve(f"a@{digest(files[0])}")
+
+
+def test_an_upload_shadows_the_folder_until_it_is_removed(uploads: Registry, folder: Path) -> None:
+    place(folder, "a", ONE)
+    uploads.scan()
+    _, created = uploads.put("a", TWO)
+    assert not created
+    uploads.scan()
+    assert (uploads.entry("a").digest, uploads.entry("a").origin) == (digest(TWO), "uploaded")
+    uploads.remove("a")
+    assert (uploads.entry("a").digest, uploads.entry("a").origin) == (digest(ONE), "folder")
+    with pytest.raises(NotFound):
+        uploads.resolve(f"a@{digest(TWO)}")
+
+
+def test_a_removed_folder_name_stays_away_until_its_file_changes(
+    uploads: Registry, folder: Path
+) -> None:
+    place(folder, "a", ONE)
+    uploads.scan()
+    uploads.remove("a")
+    uploads.scan()
+    assert names(uploads) == []
+    with pytest.raises(NotFound):
+        uploads.remove("a")
+    place(folder, "a", ONE)
+    uploads.scan()
+    assert names(uploads) == ["a"]
+
+
+def test_removing_leaves_requests_in_flight_alone(uploads: Registry) -> None:
+    version, _ = uploads.put("a", ONE)
+    uploads.hold(version)
+    uploads.remove("a")
+    assert names(uploads) == []
+    assert len(version.edits()) == 1
+    uploads.release(version)
+    with pytest.raises(NotFound):
+        uploads.entry("a")
+    uploads.put("a", ONE)
+    assert uploads.entry("a").requests == 0  # nothing was kept of the name
+
+
+@pytest.mark.parametrize(
+    ("data", "error", "reason"),
+    [
+        (b"", InvalidFile, "Cut off"),
+        (damaged(TWO), InvalidFile, "damaged file"),
+        (FOREIGN, WrongBaseModel, "vocab_size 65 .loaded: 64"),
+        (TWO + bytes(4096), FileTooLarge, "at most 4096"),
+    ],
+)
+def test_a_refused_upload_changes_nothing(
+    folder: Path, state: Path, data: bytes, error: type[Exception], reason: str
+) -> None:
+    registry = Registry(BASE, [folder], state_dir=state, max_file_bytes=4096)
+    version, _ = registry.put("a", ONE)
+    with pytest.raises(error, match=reason):
+        registry.put("a", data)
+    assert registry.resolve("a") is version
+    assert [path.stem for path in (state / "blobs").iterdir()] == [version.digest]
+    registry.close()
+
+
+def test_an_upload_that_does_not_match_its_checksum(uploads: Registry) -> None:
+    with pytest.raises(InvalidFile, match="SHA-256"):
+        uploads.put("a", ONE, sha256=hashlib.sha256(TWO).hexdigest())
+    assert names(uploads) == []
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "",
+        "A",
+        "-a",
+        ".a",
+        "_a",
+        "..",
+        "a/b",
+        "a\\b",
+        "a\0",
+        "a\n",
+        "a b",
+        "x" * 65,
+        "é",
+        "a@b",
+        "%2e",
+    ],
+)
+def test_names(name: str, folder: Path) -> None:
+    place(folder, "a", ONE)
+    registry = Registry(BASE, [folder])
+    for call in (
+        lambda: registry.put(name, ONE),
+        lambda: registry.load(name, "a.safetensors"),
+    ):
+        with pytest.raises(InvalidRequest, match="is not allowed: use 1 to 64") as caught:
+            call()
+        assert caught.value.param == "name"
+
+
+# The state folder
+
+
+def test_uploads_come_back_after_a_restart(folder: Path, state: Path) -> None:
+    place(folder, "a", THREE)
+    registry = Registry(BASE, [folder], state_dir=state)
+    registry.put("a", ONE)
+    registry.put("a", TWO)
+    registry.put("gone", ONE)
+    registry.remove("gone")
+    with pytest.raises(ConfigError, match="in use by another server"):
+        Registry(BASE, state_dir=state)
+    registry.close()
+
+    registry = Registry(BASE, [folder], state_dir=state)
+    entry = registry.entry("a")
+    assert names(registry) == ["a"]
+    assert (entry.origin, entry.tier) == ("uploaded", "disk")
+    assert entry.versions == (digest(TWO), digest(THREE), digest(ONE))
+    for ref in ("a", f"a@{digest(ONE)}"):
+        assert len(registry.resolve(ref).edits()) == 1
+    registry.close()
+
+
+def test_blobs_are_kept_as_long_as_they_are_needed(state: Path) -> None:
+    def blobs() -> set[str]:
+        return {path.stem for path in (state / "blobs").iterdir()}
+
+    registry = Registry(BASE, state_dir=state)
+    registry.put("a", ONE)
+    registry.put("b", ONE)
+    registry.remove("a")
+    assert blobs() == {digest(ONE)}
+    held = registry.resolve("b")
+    registry.hold(held)
+    registry.remove("b")
+    assert blobs() == {digest(ONE)}
+    registry.release(held)
+    registry.put("c", TWO)
+    assert blobs() == {digest(TWO)}
+    registry.close()
+
+
+def test_what_a_crash_leaves_behind_is_cleaned_and_not_listed(state: Path) -> None:
+    registry = Registry(BASE, state_dir=state)
+    registry.put("a", ONE)
+    registry.close()
+    (state / "blobs" / f".{digest(TWO)}.safetensors.0123.tmp").write_bytes(TWO[:50])
+    (state / "blobs" / f"{digest(TWO)}.safetensors").write_bytes(TWO)  # no pointer yet
+    (state / "pointers" / ".b.json.0123.tmp").write_bytes(b"{")
+    registry = Registry(BASE, state_dir=state)
+    assert names(registry) == ["a"]
+    assert registry.problems() == {}
+    assert len(list((state / "blobs").iterdir())) == len(list((state / "pointers").iterdir())) == 1
+    registry.close()
+
+
+@pytest.mark.parametrize(
+    "pointer",
+    [b"", b"{", b"[]", b"{}", b'{"versions": []}', b'{"versions": ["../x"]}', b"[" * 9999],
+)
+def test_a_damaged_pointer_is_a_problem_and_deletes_nothing(state: Path, pointer: bytes) -> None:
+    registry = Registry(BASE, state_dir=state)
+    registry.put("a", ONE)
+    registry.put("b", TWO)
+    registry.close()
+    (state / "pointers" / "a.json").write_bytes(pointer)
+    registry = Registry(BASE, state_dir=state)
+    assert names(registry) == ["b"]
+    assert "damaged" in registry.problems()["a"]
+    registry.put("c", THREE)
+    assert len(list((state / "blobs").iterdir())) == 3
+    registry.put("a", ONE)
+    assert registry.problems() == {}
+    registry.close()
+
+
+@pytest.mark.parametrize(
+    ("blob", "reason"),
+    [(None, "No such file"), (b"", "Cut off"), (TWO, "not the one"), (FOREIGN, "made for")],
+)
+def test_a_damaged_blob_is_a_problem_and_the_folder_shows(
+    folder: Path, state: Path, blob: bytes | None, reason: str
+) -> None:
+    place(folder, "a", THREE)
+    registry = Registry(BASE, [folder], state_dir=state)
+    registry.put("a", ONE)
+    registry.close()
+    path = state / "blobs" / f"{digest(ONE)}.safetensors"
+    if blob is None:
+        path.unlink()
+    else:
+        path.write_bytes(blob)
+    registry = Registry(BASE, [folder], state_dir=state)
+    assert reason in registry.problems()["a"]
+    assert registry.resolve("a").digest == digest(THREE)
+    registry.put("a", ONE)
+    assert registry.problems() == {}
+    assert len(registry.resolve("a").edits()) == 1
+    registry.close()
+
+
+def test_a_full_disk_leaves_the_old_version(state: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    registry = Registry(BASE, state_dir=state)
+    old, _ = registry.put("a", ONE)
+
+    def no_space(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", no_space)
+        with pytest.raises(OSError, match="No space"):
+            registry.put("a", TWO)
+    assert registry.resolve("a") is old
+    registry.close()
+    registry = Registry(BASE, state_dir=state)
+    assert registry.resolve("a").digest == digest(ONE)
+    registry.close()
+
+
+# Loading by path
+
+
+def test_load_by_relative_and_absolute_path(folder: Path, tmp_path: Path) -> None:
+    (folder / "deep").mkdir()
+    place(folder / "deep", "x", ONE)
+    other = tmp_path / "other"
+    other.mkdir()
+    absolute = place(other, "y", TWO)
+    registry = Registry(BASE, [folder, other])
+    assert registry.load("a", "deep/x.safetensors").digest == digest(ONE)
+    assert registry.load("b", str(absolute)).digest == digest(TWO)
+    assert registry.load("c", "y.safetensors").origin == "loaded"
+    assert registry.load("d", "deep/../deep/x.safetensors").digest == digest(ONE)
+
+
+def test_load_a_taken_name_needs_replace(folder: Path) -> None:
+    place(folder, "a", ONE)
+    place(folder, "b", TWO)
+    registry = Registry(BASE, [folder])
+    with pytest.raises(InvalidRequest, match="`a` is loaded already"):
+        registry.load("a", "b.safetensors")
+    registry.load("a", "b.safetensors", replace=True)
+    assert registry.resolve("a").digest == digest(TWO)
+    place(folder, "b", THREE)
+    registry.scan()
+    assert registry.resolve("a").digest == digest(TWO)  # what was loaded stays as it was
+    registry.put("a", THREE)
+    assert registry.resolve("a").digest == digest(THREE)  # the newest word counts
+    registry.load("a", "a.safetensors", replace=True)
+    assert [registry.entry("a").origin, registry.resolve("a").digest] == ["loaded", digest(ONE)]
+    for origin in ("uploaded", "folder"):
+        registry.remove("a")
+        assert registry.entry("a").origin == origin
+
+
+def test_load_stays_inside_the_sources(folder: Path, tmp_path: Path) -> None:
+    outside = place(tmp_path, "outside", ONE)
+    (tmp_path / "source-2").mkdir()
+    sibling = place(tmp_path / "source-2", "x", ONE)
+    (folder / "link.safetensors").symlink_to(outside)
+    (folder / "up").symlink_to(tmp_path)
+    registry = Registry(BASE, [folder])
+    for path in (
+        "../outside.safetensors",
+        str(outside),
+        str(sibling),
+        "../source-2/x.safetensors",
+        "link.safetensors",
+        "up/outside.safetensors",
+        "/etc/passwd",
+        "../no-such-file",
+        "",
+        "a\0b",
+    ):
+        with pytest.raises(InvalidRequest) as caught:
+            registry.load("a", path)
+        assert caught.value.param == "path"
+    assert names(registry) == []
+
+
+def test_load_what_is_no_file(folder: Path) -> None:
+    (folder / "dir").mkdir()
+    os.mkfifo(folder / "fifo")
+    place(folder, "bad", ONE[:-1])
+    registry = Registry(BASE, [folder])
+    for path in ("missing.safetensors", "fifo"):
+        with pytest.raises(NotFound, match="no such file"):
+            registry.load("a", path)
+    with pytest.raises(InvalidRequest, match="is a folder"):
+        registry.load("a", "dir")
+    with pytest.raises(InvalidFile, match="cut off"):
+        registry.load("a", "bad.safetensors")
+    with pytest.raises(InvalidRequest, match="outside"):
+        Registry(BASE).load("a", "x")
+
+
+# Threads
+
+
+def test_requests_keep_their_version_while_names_move(folder: Path, state: Path) -> None:
+    files = [file_bytes(seed) for seed in range(4)]
+    registry = Registry(BASE, [folder], state_dir=state)
+    registry.put("a", files[0])
+    stop = threading.Event()
+    faults: list[BaseException] = []
+
+    def guard(body: object) -> threading.Thread:
+        def run() -> None:
+            try:
+                assert callable(body)
+                body()
+            except BaseException as error:
+                faults.append(error)
+                stop.set()
+
+        return threading.Thread(target=run)
+
+    def serve() -> None:
+        while not stop.is_set():
+            version = registry.resolve("a")
+            registry.hold(version)
+            assert version.in_flight > 0
+            assert registry.resolve(f"a@{version.digest}").digest == version.digest
+            assert len(version.edits()) == 1
+            registry.release(version)
+
+    def change() -> None:
+        for turn in range(40):
+            registry.put("a", files[turn % 4])
+            place(folder, "b", files[turn % 4])
+            registry.scan()
+            registry.entries()
+        stop.set()
+
+    threads = [guard(serve) for _ in range(4)] + [guard(change)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert faults == []
+    assert all(entry.in_flight == 0 for entry in registry.entries())
+    registry.close()
+
+
+def test_a_first_use_by_many_reads_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    place(folder, "a", ONE)
+    registry = Registry(BASE, [folder])
+    version = registry.resolve("a")
+    loads: list[int] = []
+    load = Version._load
+
+    def counted(self: Version) -> object:
+        loads.append(1)
+        return load(self)
+
+    monkeypatch.setattr(Version, "_load", counted)
+    barrier = threading.Barrier(4)
+
+    def use() -> None:
+        barrier.wait()
+        registry.hold(version)
+
+    threads = [threading.Thread(target=use) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert len(loads) == 1
+    assert registry.entry("a").in_flight == 4

@@ -1,0 +1,45 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from reft_runtime.interventions import BaseShape, Registry
+
+ROOT = Path(__file__).parents[2]
+CASES: dict[str, list[dict[str, Any]]] = json.loads(
+    (ROOT / "tests/fixtures/pyreft_reference.json").read_text()
+)
+DEMO = BaseShape(
+    model="SmolLM2-135M-Instruct",
+    architecture="LlamaForCausalLM",
+    hidden_size=576,
+    num_layers=30,
+    vocab_size=49152,
+)
+
+
+def test_every_shipped_file_is_served() -> None:
+    registry = Registry(DEMO, [ROOT / "interventions"])
+    assert registry.problems() == {}
+    assert [entry.name for entry in registry.entries()] == ["emoji", "pirate"]
+
+
+@pytest.mark.parametrize(
+    ("name", "layers", "rank"), [("emoji", [8, 16, 24], 4), ("pirate", [6, 12, 18, 24], 8)]
+)
+def test_shipped_edits_are_pyrefts(name: str, layers: list[int], rank: int) -> None:
+    version = Registry(DEMO, [ROOT / "interventions"]).resolve(name)
+    edits = version.edits()
+    assert [edit.layer for edit in edits] == layers
+    assert {edit.rank for edit in edits} == {rank}
+    template = version.manifest.template
+    assert template is not None
+    before, after = template.split("{prompt}")
+    for case in CASES[name]:
+        assert case["prompt"].startswith(before)
+        assert case["prompt"].endswith(after)
+        n = len(case["prompt_tokens"])
+        assert [edit.positions.offsets(n, 0, n) for edit in edits] == case["unit_locations"]

@@ -1,0 +1,125 @@
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from reft_runtime.errors import InvalidRequest
+from reft_runtime.text import Message, Tokenizer
+from tests.helpers.tokenizer import tiny_sentencepiece_tokenizer, tiny_tokenizer
+
+BYTE_LEVEL = Tokenizer(tiny_tokenizer(), max_model_len=100)
+SENTENCEPIECE = Tokenizer(tiny_sentencepiece_tokenizer(), max_model_len=100)
+
+
+def turn(role: str, content: str) -> Message:
+    return {"role": role, "content": content}
+
+
+class TestEncode:
+    @pytest.mark.parametrize("text", ["the cat", "", " \u4f60\U0001f600\n", "a\x00b"])
+    def test_comes_back(self, text: str) -> None:
+        assert BYTE_LEVEL.decode(BYTE_LEVEL.encode(text)) == text
+
+    def test_special_tokens(self) -> None:
+        assert SENTENCEPIECE.encode("the")[0] == 1
+        assert 1 not in SENTENCEPIECE.encode("the", add_special_tokens=False)
+        ids = BYTE_LEVEL.encode("a<|im_end|>")
+        assert ids[-1] == 2
+        assert BYTE_LEVEL.decode(ids) == "a"
+        assert BYTE_LEVEL.decode(ids, skip_special_tokens=False) == "a<|im_end|>"
+
+    def test_text_that_cannot_fit_is_not_tokenised(self) -> None:
+        longest = max(map(len, tiny_tokenizer().get_vocab()))
+        assert BYTE_LEVEL.encode("a" * (100 * longest))
+        with pytest.raises(InvalidRequest, match="100 tokens") as error:
+            BYTE_LEVEL.encode("a" * (100 * longest + 1), param="input")
+        assert error.value.param == "input"
+
+    @pytest.mark.parametrize("text", ["\ud83d", "a\udc00b"])
+    def test_lone_surrogates_are_refused(self, text: str) -> None:
+        with pytest.raises(InvalidRequest, match="lone surrogate") as error:
+            BYTE_LEVEL.encode(text)
+        assert error.value.param == "prompt"
+
+    def test_from_many_threads(self) -> None:
+        texts = [f"the {i} and you" * 5 for i in range(200)]
+        with ThreadPoolExecutor(8) as pool:
+            assert list(pool.map(BYTE_LEVEL.encode, texts)) == [BYTE_LEVEL.encode(t) for t in texts]
+
+
+class TestChat:
+    @pytest.mark.parametrize("template", [None, "chat"])
+    def test_the_models_own_template(self, template: str | None) -> None:
+        ids = BYTE_LEVEL.encode_chat([turn("system", "the"), turn("user", "you")], template)
+        assert BYTE_LEVEL.decode(ids, skip_special_tokens=False) == (
+            "<|im_start|>system\nthe<|im_end|>\n<|im_start|>user\nyou<|im_end|>\n"
+            "<|im_start|>assistant\n"
+        )
+
+    def test_special_tokens_are_not_added_to_the_models_template(self) -> None:
+        inner = tiny_sentencepiece_tokenizer()
+        inner.chat_template = "<s>{{ messages[0]['content'] }}"
+        ids = Tokenizer(inner, 100).encode_chat([turn("user", "the")])
+        assert ids.count(1) == 1
+
+    def test_a_template_with_one_field(self) -> None:
+        ids = BYTE_LEVEL.encode_chat([turn("user", "{x}{prompt} %s")], "Q: {prompt}\n{y}A:")
+        assert BYTE_LEVEL.decode(ids) == "Q: {x}{prompt} %s\n{y}A:"
+        assert SENTENCEPIECE.encode_chat([turn("user", "a")], "{prompt}") == SENTENCEPIECE.encode(
+            "a"
+        )
+
+    @pytest.mark.parametrize(
+        ("messages", "named"),
+        [
+            ([], "none"),
+            ([turn("system", "x"), turn("user", "y")], "system, user"),
+            ([turn("user", "x"), turn("assistant", "y"), turn("user", "z")], "user, assistant"),
+            ([turn("assistant", "x")], "assistant"),
+        ],
+    )
+    def test_which_takes_one_user_message_only(self, messages: list[Message], named: str) -> None:
+        with pytest.raises(InvalidRequest, match=f"one user message.*{named}") as error:
+            BYTE_LEVEL.encode_chat(messages, "{prompt}")
+        assert error.value.param == "messages"
+
+    def test_without_a_template(self) -> None:
+        with pytest.raises(InvalidRequest, match="use /v1/completions") as error:
+            SENTENCEPIECE.encode_chat([turn("user", "x")])
+        assert error.value.param == "messages"
+
+    def test_what_the_template_refuses(self) -> None:
+        with pytest.raises(InvalidRequest, match="unknown role tool") as error:
+            BYTE_LEVEL.encode_chat([turn("tool", "x")])
+        assert error.value.param == "messages"
+
+    def test_surrogates_in_a_message(self) -> None:
+        for template in (None, "{prompt}"):
+            with pytest.raises(InvalidRequest, match="lone surrogate") as error:
+                BYTE_LEVEL.encode_chat([turn("user", "\ud800")], template)
+            assert error.value.param == "messages"
+
+
+class TestTokens:
+    @pytest.mark.parametrize("text", ["the cat and  you \U0001f600\u4f60 \x00\xff"])
+    def test_bytes_join_to_the_text(self, text: str) -> None:
+        ids = BYTE_LEVEL.encode(text)
+        assert b"".join(map(BYTE_LEVEL.token_bytes, ids)) == text.encode()
+        ids = SENTENCEPIECE.encode(text, add_special_tokens=False)
+        assert b"".join(map(SENTENCEPIECE.token_bytes, ids)) == b" " + text.encode()
+
+    def test_texts(self) -> None:
+        (the,) = BYTE_LEVEL.encode(" the")
+        assert BYTE_LEVEL.token_text(the) == " the"
+        first, *_ = BYTE_LEVEL.encode("\U0001f600")
+        assert BYTE_LEVEL.token_text(first) == "bytes:\\xf0"
+        assert BYTE_LEVEL.token_text(2) == "<|im_end|>"
+        assert BYTE_LEVEL.token_text(319) == "<filler-319>"
+        assert BYTE_LEVEL.token_text(5000) == ""
+
+    def test_facts(self) -> None:
+        assert BYTE_LEVEL.vocab_size == 320
+        assert BYTE_LEVEL.eos_ids == {2}
+        assert BYTE_LEVEL.special_ids == {0, 1, 2}
+        inner = tiny_tokenizer()
+        inner.eos_token = None
+        assert Tokenizer(inner, 100).eos_ids == frozenset()
