@@ -72,7 +72,7 @@ class ProbedLayer:
 
 @dataclass(slots=True)
 class ShapeProbe:
-    """An `AttentionStep` for one token that only notes what every layer asks for."""
+    """An `AttentionStep` for one short prompt that stores nothing; notes what every layer asks."""
 
     layers: dict[int, ProbedLayer] = field(default_factory=dict)
 
@@ -85,11 +85,24 @@ class ShapeProbe:
         scaling: float | None,
         window: int | None,
     ) -> Tensor:
-        """Note the layer; the answer is right for a single token, which attends to itself."""
+        """Note the layer, and attend as the engine does: causally, within the window."""
+        if layer in self.layers:
+            raise UnsupportedModel("a layer attends more than once")
         shape = LayerShape(key.shape[1], key.shape[3], value.shape[3])
         self.layers[layer] = ProbedLayer(shape, window)
-        groups = query.shape[1] // key.shape[1]
-        return value.repeat_interleave(groups, dim=1).transpose(1, 2)
+        at = torch.arange(query.shape[2])
+        seen = at <= at[:, None]
+        if window is not None:
+            seen &= at > at[:, None] - window
+        result = scaled_dot_product_attention(
+            query,
+            key,
+            value,
+            attn_mask=seen,
+            scale=scaling,
+            enable_gqa=query.shape[1] != key.shape[1],
+        )
+        return result.transpose(1, 2)
 
 
 @dataclass(slots=True)

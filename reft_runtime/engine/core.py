@@ -52,7 +52,7 @@ class EngineCore:
 
     def abort(self, request_id: str, choice: int | None = None) -> None:
         """End a request, or one of its choices, at once and without an event; unknown is fine."""
-        for sequence in list(self._live.get(request_id, ())):
+        for sequence in reversed(list(self._live.get(request_id, ()))):
             if choice is None or sequence.choice == choice:
                 self._remove(sequence)
 
@@ -127,7 +127,7 @@ class EngineCore:
             if request_id not in self._live:
                 continue  # another choice of it failed in this very step
             events.append(Failed(request_id, reason))
-            for sequence in list(self._live[request_id]):
+            for sequence in reversed(list(self._live[request_id])):
                 self._remove(sequence, wipe=True)
 
     def _score_prompts(self, result: StepResult, events: list[Event]) -> None:
@@ -139,6 +139,7 @@ class EngineCore:
                 events.append(PromptScored(sequence.request.id, tuple(unsent)))
 
     def _remove(self, sequence: Sequence, *, wipe: bool = False) -> None:
+        """Take out one choice. To end a request, go from the last to the one that leads."""
         self.scheduler.finish(sequence)
         self.runner.storage.release(sequence, wipe=wipe)
         siblings = self._live[sequence.request.id]
@@ -146,6 +147,8 @@ class EngineCore:
         for sibling in siblings:
             if sequence in sibling.unforked:
                 sibling.unforked.remove(sequence)
+        if sequence.unforked:
+            self.scheduler.requeue([sequence.pass_lead()])
         if not siblings:
             del self._live[sequence.request.id]
 
@@ -155,4 +158,4 @@ def _newly_started(plan: StepPlan) -> list[Sequence]:
     for sequence in fresh:
         sequence.started = True
     # Choices that could not be forked queue again on their own: their request has started before.
-    return [sequence for sequence in fresh if sequence.choice == 0]
+    return [sequence for sequence in fresh if sequence.leads]

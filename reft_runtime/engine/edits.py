@@ -42,9 +42,9 @@ class Segment:
 class StepEdits:
     """All edits of a step.
 
-    For each site the passes, in order: a request's k-th intervention is in pass k, so a
-    composition is applied in the order it was named. `failed` collects the sequences whose edit
-    raised; the rows of all others are right.
+    For each site the passes, in order: edits of the same row are in passes one after another, so
+    a composition is applied in the order it was named, and a file's edits in the order it lists
+    them. `failed` collects the sequences whose edit raised; the rows of all others are right.
     """
 
     passes: dict[Site, list[list[Segment]]] = field(default_factory=dict)
@@ -65,17 +65,26 @@ class StepEdits:
 
     def _add(self, chunk: Chunk, shift: int) -> None:
         length = chunk.sequence.prompt_length
-        for number, applied in enumerate(chunk.sequence.request.interventions):
+        edited: dict[Site, list[set[int]]] = {}  # by pass, the rows of this chunk
+        for applied in chunk.sequence.request.interventions:
             if not applied.strength:
                 continue
             for edit in applied.edits:
                 offsets = edit.positions.offsets(length, chunk.start, min(chunk.stop, length))
                 if not offsets:
                     continue
-                passes = self.passes.setdefault((edit.layer, edit.component), [])
-                while len(passes) <= number:
-                    passes.append([])
+                site = (edit.layer, edit.component)
                 rows = [offset + shift for offset in offsets]
+                earlier = edited.setdefault(site, [])
+                number = len(earlier)
+                while number and earlier[number - 1].isdisjoint(rows):
+                    number -= 1
+                if number == len(earlier):
+                    earlier.append(set())
+                earlier[number].update(rows)
+                passes = self.passes.setdefault(site, [])
+                if number == len(passes):
+                    passes.append([])
                 passes[number].append(Segment(chunk.sequence, edit, applied.strength, rows))
 
     def apply(self, site: Site, hidden: Tensor) -> None:

@@ -15,6 +15,11 @@ from reft_runtime.errors import ConfigError, UnsupportedModel
 
 SUPPORTED_LAYER_TYPES = {"full_attention", "sliding_attention"}
 
+PROBE_TOKENS = 8
+
+PROBE_TOLERANCE = {4: 1e-2, 2: 0.3}
+"""Relative distance of logits, by bytes of a weight: far above rounding, below any real error."""
+
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -71,17 +76,12 @@ def load_model(path: str, dtype: str = "auto", max_model_len: int | None = None)
     except (OSError, ValueError) as error:
         raise ConfigError(f"model {path!r} cannot be read: {error}", param="model") from error
     _check_config(config)
-    limit = _length_limit(config)
-    if max_model_len is not None and not 1 <= max_model_len <= limit:
-        raise ConfigError(
-            f"max_model_len must be from 1 to {limit} for this model, not {max_model_len}.",
-            param="max_model_len",
-        )
+    max_model_len = _chosen_length(config, max_model_len)
     try:
         model = AutoModelForCausalLM.from_pretrained(path, dtype=choose_dtype(dtype))
     except (OSError, ValueError) as error:
         raise ConfigError(f"model {path!r} cannot be loaded: {error}", param="model") from error
-    return adopt_model(model, max_model_len or limit)
+    return adopt_model(model, max_model_len)
 
 
 @torch.inference_mode()
@@ -89,12 +89,10 @@ def adopt_model(model: PreTrainedModel, max_model_len: int | None = None) -> Loa
     """Make a model in memory ready for packed steps; checks it as `load_model` does."""
     config = model.config
     _check_config(config)
+    max_model_len = _chosen_length(config, max_model_len)
     model.requires_grad_(False).train(False)
     layers = _decoder_layers(model, config.num_hidden_layers)
-    try:
-        model.set_attn_implementation(ATTENTION)
-    except (ValueError, NotImplementedError) as error:
-        raise _refuse(config, "its attention cannot be replaced") from error
+    probed = _probe(model)
     eos = model.generation_config.eos_token_id if model.generation_config else None
     eos = config.eos_token_id if eos is None else eos
     eos_ids = frozenset(eos if isinstance(eos, list) else [] if eos is None else [eos])
@@ -102,11 +100,11 @@ def adopt_model(model: PreTrainedModel, max_model_len: int | None = None) -> Loa
         model=model,
         architecture=type(model).__name__,
         layers=layers,
-        shapes=_probe_shapes(model),
+        shapes=probed,
         eos_ids=eos_ids,
         hidden_size=config.hidden_size,
         vocab_size=config.vocab_size,
-        max_model_len=max_model_len or _length_limit(config),
+        max_model_len=max_model_len,
     )
 
 
@@ -121,13 +119,20 @@ def forward(model: PreTrainedModel, ids: Tensor, positions: Tensor, keep: Tensor
     ).logits[0]
 
 
-def _probe_shapes(model: PreTrainedModel) -> tuple[LayerShape, ...]:
-    """Run one token to see every layer's shapes, and that its attention goes through ours."""
-    probe = ShapeProbe()
-    zero = torch.zeros(1, dtype=torch.long)
+def _probe(model: PreTrainedModel) -> tuple[LayerShape, ...]:
+    """Switch the model to our attention, and see every layer's shapes.
+
+    A few tokens must give the logits that the model's own attention gives: what no rule of
+    `_check_config` foresees (attention in both directions, terms of a kind we do not know) shows.
+    """
     config = model.config
+    ids = torch.arange(PROBE_TOKENS) % config.vocab_size
+    probe = ShapeProbe()
     try:
-        forward(model, zero, zero, zero, probe)
+        model.set_attn_implementation("eager")
+        own = model(input_ids=ids[None], use_cache=False).logits[0]
+        model.set_attn_implementation(ATTENTION)
+        packed = forward(model, ids, torch.arange(PROBE_TOKENS), ids, probe)
     except UnsupportedModel as error:
         raise _refuse(config, error.message) from error
     except Exception as error:
@@ -137,6 +142,9 @@ def _probe_shapes(model: PreTrainedModel) -> tuple[LayerShape, ...]:
     for layer, kind in enumerate(getattr(config, "layer_types", None) or ()):
         if kind == "sliding_attention" and probe.layers[layer].window is None:
             raise _refuse(config, "a sliding-window layer does not say its window")
+    distance = float((packed.float() - own.float()).norm() / own.float().norm())
+    if not distance < PROBE_TOLERANCE[model.dtype.itemsize]:
+        raise _refuse(config, f"the engine's logits differ from its own (relative {distance:.1g})")
     return tuple(probe.layers[i].shape for i in range(config.num_hidden_layers))
 
 
@@ -184,6 +192,18 @@ def _length_limit(config: PretrainedConfig) -> int:
             original = original or getattr(config, "original_max_position_embeddings", None)
             limit = min(limit, original or limit)
     return limit
+
+
+def _chosen_length(config: PretrainedConfig, wanted: int | None) -> int:
+    limit = _length_limit(config)
+    if wanted is None:
+        return limit
+    if not 1 <= wanted <= limit:
+        raise ConfigError(
+            f"max_model_len must be from 1 to {limit} for this model, not {wanted}.",
+            param="max_model_len",
+        )
+    return wanted
 
 
 def _decoder_layers(model: PreTrainedModel, count: int) -> tuple[nn.Module, ...]:

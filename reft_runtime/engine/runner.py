@@ -109,7 +109,7 @@ def _wanted_rows(chunks: SequenceOf[Chunk]) -> _Wanted:
     first = 0
     for chunk in chunks:
         sequence, sampling = chunk.sequence, chunk.sequence.request.sampling
-        if sampling.prompt_logprobs is not None and sequence.choice == 0:
+        if sampling.prompt_logprobs is not None and sequence.leads:
             # The row of token i predicts token i + 1.
             stop = min(chunk.stop, sequence.prompt_length - 1)
             if (count := stop - chunk.start) > 0:

@@ -73,6 +73,10 @@ class Scheduler:
         """Queue a new sequence."""
         self.waiting.append(sequence)
 
+    def requeue(self, sequences: Iterable[Sequence]) -> None:
+        """Queue sequences of requests that came earlier, at their places in order of arrival."""
+        self.waiting = deque(sorted((*sequences, *self.waiting), key=_arrival))
+
     def schedule(self) -> StepPlan:
         """Choose the next step's chunks; empty only when idle."""
         plan = StepPlan()
@@ -139,7 +143,7 @@ class Scheduler:
         while admitted < len(others) and self._make_room(others[admitted]):
             admitted += 1
         chunk.forks = others[:admitted]
-        self._requeue(others[admitted:])
+        self.requeue(others[admitted:])
 
     def _admit(self, sequence: Sequence, plan: StepPlan) -> bool:
         # After a preemption in this very step what came free belongs to those who run.
@@ -160,12 +164,9 @@ class Scheduler:
         self.budget.release(sequence)
         sequence.status = Status.WAITING
         sequence.computed = 0
-        self._requeue([sequence])
+        self.requeue([sequence])
         plan.preempted.append(sequence)
         self.preemptions += 1
-
-    def _requeue(self, sequences: Iterable[Sequence]) -> None:
-        self.waiting = deque(sorted((*sequences, *self.waiting), key=_arrival))
 
 
 def _arrival(sequence: Sequence) -> tuple[int, int]:

@@ -51,8 +51,9 @@ class Sequence:
     """One choice of a request on its way through the engine.
 
     `tokens` are the prompt's and the generated ids; the keys and values of the first `computed`
-    of them are in the cache. `order` is the order of arrival. `unforked` holds the request's other
-    choices until this one's prompt is computed, which they then copy.
+    of them are in the cache. `order` is the order of arrival. The choice that `leads` computes the
+    request's prompt first and scores it; its `unforked` are the other choices until then, for they
+    copy what it computed.
     """
 
     request: Request
@@ -61,9 +62,18 @@ class Sequence:
     tokens: list[int]
     computed: int = 0
     status: Status = Status.WAITING
+    leads: bool = False
     unforked: list[Sequence] = field(default_factory=list)
     prompt_logprobs_sent: int = 0
     started: bool = False
+
+    def pass_lead(self) -> Sequence:
+        """Let the next of the unforked choices lead in this one's place, from the beginning."""
+        heir, *others = self.unforked
+        self.unforked = []
+        heir.leads, heir.unforked = True, others
+        heir.started, heir.prompt_logprobs_sent = self.started, self.prompt_logprobs_sent
+        return heir
 
     @property
     def prompt_length(self) -> int:
@@ -97,5 +107,5 @@ def sequences_of(request: Request, order: int) -> Sequence:
         Sequence(request, choice, order, list(request.prompt))
         for choice in range(request.sampling.n)
     )
-    first.unforked = others
+    first.leads, first.unforked = True, others
     return first

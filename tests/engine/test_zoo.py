@@ -1,0 +1,67 @@
+"""Greedy answers of the packed loop are those of `model.generate`, for every kind of attention."""
+
+import copy
+
+import pytest
+from transformers import PreTrainedModel
+
+from reft_runtime.engine.loader import LoadedModel, adopt_model
+from tests.helpers.models import WINDOW, answers, generate, make_core, prompt, request, run, tiny
+
+MODELS = (
+    "llama",
+    "qwen2",
+    "qwen3",
+    "mistral",
+    "gemma3_text",
+    "gpt2",
+    "gpt_neox",
+    "olmo2",
+    "phi3",
+)
+LENGTHS = (1, 2, 5, WINDOW, WINDOW + 1, 3 * WINDOW)
+NEW_TOKENS = WINDOW + 4
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def pair(request: pytest.FixtureRequest) -> tuple[PreTrainedModel, LoadedModel, list[list[int]]]:
+    """A model, the same as the engine runs it, and its own answers."""
+    model = tiny(request.param)
+    wanted = [generate(model, prompt(length), NEW_TOKENS) for length in LENGTHS]
+    assert len({token for tokens in wanted for token in tokens}) > len(LENGTHS)
+    return model, adopt_model(copy.deepcopy(model)), wanted
+
+
+@pytest.mark.parametrize("max_step_tokens", [512, 5, 3], ids=lambda n: f"step{n}")
+def test_a_mixed_batch_gives_the_tokens_of_generate(
+    pair: tuple[PreTrainedModel, LoadedModel, list[list[int]]], max_step_tokens: int
+) -> None:
+    _, loaded, wanted = pair
+    core = make_core(
+        loaded, max_running=min(len(LENGTHS), max_step_tokens), max_step_tokens=max_step_tokens
+    )
+    got = run(
+        core,
+        [request(str(n), prompt(n), max_tokens=NEW_TOKENS) for n in LENGTHS],
+    )
+    assert [got[str(n)][0] for n in LENGTHS] == wanted
+
+
+def test_rows_grow_past_their_first_capacity() -> None:
+    model = tiny("mistral")
+    loaded = adopt_model(copy.deepcopy(model))
+    lengths = (3, 120, 126)
+    got = run(make_core(loaded), [request(str(n), prompt(n), max_tokens=20) for n in lengths])
+    assert [got[str(n)][0] for n in lengths] == [generate(model, prompt(n), 20) for n in lengths]
+
+
+def test_the_longest_sequence_ends_at_the_models_limit() -> None:
+    model = tiny("gpt2", max_position_embeddings=24)
+    loaded = adopt_model(copy.deepcopy(model))
+    assert loaded.max_model_len == 24
+    found = answers(
+        make_core(loaded), [request(str(n), prompt(n), max_tokens=None) for n in (4, 23, 24)]
+    )
+    assert found["4"].tokens[0] == generate(model, prompt(4), 20)
+    assert [len(found[n].tokens[0]) for n in ("4", "23", "24")] == [20, 1, 1]
+    assert {found[n].reasons[0] for n in found} == {"length"}

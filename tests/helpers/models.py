@@ -1,0 +1,273 @@
+"""Tiny random models and edits, a driver of the engine's core, and independent references."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable
+from collections.abc import Sequence as SequenceOf
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+
+from reft_runtime.engine.core import EngineConfig, EngineCore
+from reft_runtime.engine.events import Event, Failed, PromptScored, TokenMade
+from reft_runtime.engine.loader import LoadedModel, adopt_model
+from reft_runtime.engine.sequence import AppliedIntervention, Request
+from reft_runtime.interventions import CanonicalEdit, Positions
+from reft_runtime.outputs import TokenLogprob
+from reft_runtime.sampling import SamplingParams
+
+VOCABULARY = 320
+HIDDEN = 32
+MAX_LENGTH = 256
+WINDOW = 8
+
+_COMMON: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": HIDDEN,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": MAX_LENGTH,
+    "initializer_range": 0.3,
+    "bos_token_id": None,
+    "eos_token_id": None,
+    "pad_token_id": None,
+}
+_OWN: dict[str, dict[str, Any]] = {
+    "llama": {"num_hidden_layers": 4},
+    "qwen2": {},
+    "qwen3": {"head_dim": 8},
+    "mistral": {"sliding_window": WINDOW},
+    "gemma3_text": {
+        "head_dim": 8,
+        "query_pre_attn_scalar": 8,
+        "tie_word_embeddings": False,
+        "sliding_window": WINDOW,
+        "layer_types": ["sliding_attention", "sliding_attention", "full_attention"],
+    },
+    "gpt2": {},
+    "gpt_neox": {"rotary_pct": 0.5},
+    "olmo2": {},
+    "phi3": {"sliding_window": None},
+}
+
+
+def tiny(model_type: str, *, seed: int = 0, **changes: Any) -> PreTrainedModel:
+    """A random float32 model whose greedy answers vary with the prompt."""
+    values = {**_COMMON, **_OWN.get(model_type, {}), **changes}
+    if model_type in ("gpt2", "gpt_neox"):
+        del values["num_key_value_heads"]
+    if model_type == "gpt2":
+        values["n_inner"] = values.pop("intermediate_size")
+    config = AutoConfig.for_model(model_type, **values)
+    torch.manual_seed(seed)
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
+        config, dtype=torch.float32
+    )
+    # Norms' weights and all biases begin as constants: random ones show that each is applied.
+    for parameter in model.parameters():
+        if parameter.ndim == 1:
+            parameter.data += 0.1 * torch.randn_like(parameter)
+    model.generation_config = GenerationConfig(  # type: ignore[no-untyped-call]
+        do_sample=False, num_beams=1
+    )
+    model.train(False)
+    return model
+
+
+@cache
+def tiny_llama() -> tuple[PreTrainedModel, LoadedModel]:
+    """A grouped-query Llama as transformers runs it, and the same weights as the engine does."""
+    model = tiny("llama")
+    return model, adopt_model(copy.deepcopy(model))
+
+
+def make_core(
+    loaded: LoadedModel | None = None,
+    *,
+    max_running: int = 16,
+    max_step_tokens: int = 512,
+    kv_tokens: int = 16 * (MAX_LENGTH + 16),
+) -> EngineCore:
+    """A core with room enough; of the tiny Llama unless another is given."""
+    config = EngineConfig(max_running, max(max_step_tokens, max_running), kv_tokens)
+    return EngineCore(loaded or tiny_llama()[1], config)
+
+
+def prompt(length: int, seed: int = 0) -> tuple[int, ...]:
+    """A random prompt."""
+    generator = torch.Generator().manual_seed(1000 * seed + length)
+    return tuple(torch.randint(3, VOCABULARY, (length,), generator=generator).tolist())
+
+
+def request(
+    name: str,
+    tokens: SequenceOf[int],
+    *interventions: AppliedIntervention,
+    seed: int = 0,
+    **sampling: Any,
+) -> Request:
+    """A request, greedy unless `sampling` says otherwise."""
+    params = SamplingParams(**{"temperature": 0, "max_tokens": 8, **sampling})
+    return Request(name, tuple(tokens), params, seed, interventions)
+
+
+@dataclass
+class Answer:
+    """What became of one request: by choice, its tokens and why it ended."""
+
+    tokens: dict[int, list[int]] = field(default_factory=dict)
+    logprobs: dict[int, list[TokenLogprob | None]] = field(default_factory=dict)
+    reasons: dict[int, str] = field(default_factory=dict)
+    stop_ids: dict[int, int | None] = field(default_factory=dict)
+    prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
+    failed: str | None = None
+
+    def note(self, event: Event) -> None:
+        """Add an event; nothing may come after an end."""
+        assert self.failed is None
+        match event:
+            case PromptScored():
+                self.prompt_logprobs.extend(event.logprobs)
+            case Failed():
+                self.failed = event.reason
+            case TokenMade():
+                assert event.choice not in self.reasons
+                made = self.tokens.setdefault(event.choice, [])
+                if event.token is not None:
+                    made.append(event.token)
+                    self.logprobs.setdefault(event.choice, []).append(event.logprob)
+                if event.finish_reason:
+                    self.reasons[event.choice] = event.finish_reason
+                    self.stop_ids[event.choice] = event.stop_id
+
+
+def step(core: EngineCore, answers: dict[str, Answer]) -> list[Event]:
+    """Turn the core once and note what it says."""
+    events = core.step()
+    core.check_integrity()
+    for event in events:
+        answers.setdefault(event.request_id, Answer()).note(event)
+    return events
+
+
+def answers(core: EngineCore, requests: Iterable[Request]) -> dict[str, Answer]:
+    """Run requests, all added at once, until nothing is left."""
+    found: dict[str, Answer] = {}
+    for each in requests:
+        core.add(each)
+    while not core.idle:
+        step(core, found)
+    core.check_integrity()
+    return found
+
+
+def run(core: EngineCore, requests: Iterable[Request]) -> dict[str, dict[int, list[int]]]:
+    """As `answers`, only the tokens by request and choice; no request may fail."""
+    found = answers(core, requests)
+    assert not {name: answer.failed for name, answer in found.items() if answer.failed}
+    return {name: answer.tokens for name, answer in found.items()}
+
+
+@torch.inference_mode()
+def generate(model: PreTrainedModel, tokens: SequenceOf[int], max_tokens: int = 8) -> list[int]:
+    """transformers' own greedy answer."""
+    ids = torch.tensor([list(tokens)])
+    mask = torch.ones_like(ids)
+    found: Any = model.generate(  # type: ignore[operator]
+        ids, attention_mask=mask, max_new_tokens=max_tokens, pad_token_id=0
+    )
+    made: list[int] = found[0, len(tokens) :].tolist()
+    return made
+
+
+@dataclass(frozen=True)
+class LoReFT:
+    """One random LoReFT in the paper's own terms: R [d, r] with orthonormal columns, W [r, d]."""
+
+    layer: int
+    positions: Positions
+    R: Tensor
+    W: Tensor
+    b: Tensor
+
+    @property
+    def edit(self) -> CanonicalEdit:
+        """The form in which the engine takes it."""
+        U = self.R.T.contiguous()
+        return CanonicalEdit(self.layer, "block_output", self.positions, self.W - U, self.b, U)
+
+
+def loreft(layer: int, positions: str, *, rank: int = 4, seed: int = 0, size: float = 1) -> LoReFT:
+    """A random LoReFT of the tiny models' width, strong enough to change the answers."""
+    generator = torch.Generator().manual_seed(1 + seed)
+    R, _ = torch.linalg.qr(torch.randn(HIDDEN, rank, generator=generator))
+    W = size * torch.randn(rank, HIDDEN, generator=generator)
+    b = size * torch.randn(rank, generator=generator)
+    return LoReFT(layer, Positions.parse(positions), R, W, b)
+
+
+def applied(*edits: LoReFT, strength: float = 1) -> AppliedIntervention:
+    """An intervention of these edits; its digest is as good as a real one in the tests."""
+    digest = repr([(e.layer, str(e.positions), e.W.sum().item()) for e in edits])
+    return AppliedIntervention(digest, tuple(edit.edit for edit in edits), strength)
+
+
+def intervention(seed: int, strength: float = 1) -> AppliedIntervention:
+    """One of many interventions that differ in ranks, layers and positions."""
+    positions = ("l1", "f1", "f2+l2", "l3", "f3", "f3+l1", "f40+l40", "l2")[seed % 8]
+    edits = [
+        loreft(layer, positions, rank=1 + seed % 5, seed=10 * seed + layer)
+        for layer in {seed % 3, 2 - seed % 2}
+    ]
+    return applied(*edits, strength=strength)
+
+
+def edited_positions(positions: Positions, length: int) -> list[int]:
+    """pyreft's reading: each side is clamped to half of the prompt."""
+    first, last = min(positions.first, length // 2), min(positions.last, length // 2)
+    return [*range(first), *range(length - last, length)]
+
+
+@torch.inference_mode()
+def generate_edited(
+    model: PreTrainedModel,
+    layers: SequenceOf[nn.Module],
+    tokens: SequenceOf[int],
+    edits: SequenceOf[tuple[LoReFT, float]],
+    max_tokens: int = 8,
+) -> list[int]:
+    """The greedy answer under LoReFTs with strengths, in order: eq. 2 of arXiv 2404.03592.
+
+    Every token comes from a forward over the whole text, without a cache.
+    """
+    length = len(tokens)
+
+    def hook(loreft: LoReFT, strength: float) -> Any:
+        def edit(module: nn.Module, args: Any, output: Any) -> Any:
+            hidden = (output[0] if isinstance(output, tuple) else output).clone()
+            for at in edited_positions(loreft.positions, length):
+                h = hidden[0, at]
+                hidden[0, at] = h + strength * (
+                    loreft.R @ (loreft.W @ h + loreft.b - loreft.R.T @ h)
+                )
+            return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
+
+        return edit
+
+    text = list(tokens)
+    with ExitStack() as stack:
+        for loreft, strength in edits:
+            handle = layers[loreft.layer].register_forward_hook(hook(loreft, strength))
+            stack.callback(handle.remove)
+        for _ in range(max_tokens):
+            logits = model(input_ids=torch.tensor([text]), use_cache=False).logits
+            text.append(int(logits[0, -1].argmax()))
+    return text[length:]
