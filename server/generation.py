@@ -19,10 +19,9 @@ from server.schemas.common import SamplingBody
 from server.selection import Selection, select
 
 if TYPE_CHECKING:
-    from reft_runtime.text import Tokenizer
-
     from reft_runtime.llm import Engine
     from reft_runtime.streams import Stream
+    from reft_runtime.text import Tokenizer
 
 
 @dataclass(frozen=True, slots=True)
