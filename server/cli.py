@@ -89,8 +89,9 @@ def _option(name: str) -> inspect.Parameter:
 def serve(**options: Any) -> None:
     """Serve a model and its interventions over HTTP."""
     settings = load_settings(options)
-    from server.lifecycle import listen, run
+    from server.lifecycle import configure_logging, listen, run
 
+    configure_logging(settings)
     with listen(settings) as listener:
         raise SystemExit(run(_engine(settings), settings, listener))
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import logging
+import logging.config
 import os
 import socket
 from collections.abc import Coroutine
@@ -29,6 +31,16 @@ FLUSH_SECONDS = 5
 """How long answers that the engine has finished may take to reach slow clients, when draining."""
 
 WATCH_SECONDS = 0.5
+
+
+def configure_logging(settings: Settings) -> None:
+    """Log what the server, the runtime and uvicorn say, in uvicorn's way."""
+    config = copy.deepcopy(uvicorn.config.LOGGING_CONFIG)
+    for name in ("reft", "reft_runtime"):
+        config["loggers"][name] = {"handlers": ["default"], "propagate": False}
+    for logger_config in config["loggers"].values():
+        logger_config["level"] = settings.log_level.upper()
+    logging.config.dictConfig(config)
 
 
 def listen(settings: Settings) -> socket.socket:
@@ -60,7 +72,14 @@ def run(engine: Engine, settings: Settings, listener: socket.socket) -> int:
     app = create_app(engine, settings)
     context: Context = app.state.context
     if settings.metrics_port is not None:
-        start_http_server(settings.metrics_port, settings.host, context.metrics.registry)
+        try:
+            start_http_server(settings.metrics_port, settings.host, context.metrics.registry)
+        except OSError as error:
+            engine.close()
+            raise ConfigError(
+                f"Cannot serve metrics on port {settings.metrics_port}: {error.strerror}. "
+                "Choose another with --metrics-port."
+            ) from None
     # Of uvicorn's two parsers only h11 bounds the headers while they arrive.
     config = uvicorn.Config(
         app,
@@ -68,7 +87,7 @@ def run(engine: Engine, settings: Settings, listener: socket.socket) -> int:
         ws="none",
         h11_max_incomplete_event_size=MAX_HEADER_BYTES,
         timeout_graceful_shutdown=FLUSH_SECONDS,
-        log_level=settings.log_level,
+        log_config=None,
         server_header=False,
     )
     server = _Server(config, context)

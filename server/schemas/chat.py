@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field, model_validator
 
 from reft_runtime.errors import InvalidRequest
 from reft_runtime.sampling import MAX_LOGPROBS, SamplingParams
 from server.schemas.common import MAX_TOKENS, Nothing, RequestBody, SamplingBody, TextFormat
+
+if TYPE_CHECKING:
+    from reft_runtime.text import Message as Turn
 
 MAX_MESSAGES = 4096
 MAX_PARTS = 4096
@@ -30,7 +33,7 @@ class Message(RequestBody):
     tool_calls: Nothing = Field(default=[])
     annotations: Nothing = Field(default=[])
 
-    def as_text(self) -> dict[str, str]:
+    def as_text(self) -> Turn:
         """Role and text, as chat templates take them; `developer` is today's name for `system`."""
         if isinstance(self.content, str):
             text = self.content

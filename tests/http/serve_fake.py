@@ -6,7 +6,7 @@ import json
 import sys
 from typing import TYPE_CHECKING, cast
 
-from server.lifecycle import listen, run
+from server.lifecycle import configure_logging, listen, run
 from server.settings import load_settings
 from tests.http.fake_engine import FakeEngine
 
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 def main(engine_options: str, options: str) -> int:
     """Serve until a signal; returns the exit status."""
     settings = load_settings({"port": 0, **json.loads(options)})
+    configure_logging(settings)
     engine = FakeEngine(**json.loads(engine_options))
     with listen(settings) as listener:
         return run(cast("Engine", engine), settings, listener)

@@ -117,6 +117,7 @@ def test_drain() -> None:
         for thread in threads:
             thread.join()
         assert server.end() == 0
+        assert "running requests get 30 seconds to finish" in "".join(server.log)
     assert len(results) == 8
     for text in results:
         assert '"finish_reason":"length"' in text
