@@ -26,6 +26,7 @@ from transformers import AutoModelForCausalLM
 from reft_runtime import Engine, SamplingParams
 from reft_runtime.demo import demo_model
 from reft_runtime.interventions import BaseShape, Edit, Intervention, serialise
+from reft_runtime.outputs import Generation
 
 PROMPT_TOKENS = 64
 ANSWER_TOKENS = 64
@@ -100,7 +101,7 @@ def cases(model: str, dtype: str, n: int) -> tuple[dict[str, Case], Callable[[],
         )
 
     def generate() -> None:
-        reference.generate(
+        reference.generate(  # type: ignore[misc]
             ids,
             attention_mask=torch.ones_like(ids),
             do_sample=False,
@@ -119,8 +120,8 @@ def cases(model: str, dtype: str, n: int) -> tuple[dict[str, Case], Callable[[],
     return found, engine.close
 
 
-def _check(answers: list[object]) -> None:
-    assert all(len(answer.tokens) == ANSWER_TOKENS for answer in answers)  # type: ignore[attr-defined]
+def _check(answers: list[Generation]) -> None:
+    assert all(len(answer.tokens) == ANSWER_TOKENS for answer in answers)
 
 
 def measure(found: dict[str, Case], rounds: int) -> dict[str, list[float]]:

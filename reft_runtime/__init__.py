@@ -1,11 +1,11 @@
 """Serve one frozen language model with many representation interventions (LoReFT).
 
-    from reft_runtime import Engine, SamplingParams
+from reft_runtime import Engine, SamplingParams
 
-    with Engine("demo", interventions="interventions") as engine:
-        chat = [{"role": "user", "content": "Who are you?"}]
-        [answer] = engine.generate([chat], SamplingParams(temperature=0), intervention="pirate")
-        print(answer.text)
+with Engine("demo", interventions="interventions") as engine:
+    chat = [{"role": "user", "content": "Who are you?"}]
+    [answer] = engine.generate([chat], SamplingParams(temperature=0), intervention="pirate")
+    print(answer.text)
 """
 
 from __future__ import annotations

@@ -26,7 +26,7 @@ class Assembler:
         abort_choice: Callable[[int], None],
     ) -> None:
         self.prompt = prompt
-        self.started = False
+        self.started_at: float | None = None
         self.prompt_logprobs: list[TokenLogprob | None] | None = (
             None if sampling.prompt_logprobs is None else [None]
         )
@@ -45,7 +45,7 @@ class Assembler:
         """
         match event:
             case Started():
-                self.started = True
+                self.started_at = event.at
             case PromptScored():
                 assert self.prompt_logprobs is not None
                 self.prompt_logprobs.extend(event.logprobs)

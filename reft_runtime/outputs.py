@@ -70,6 +70,19 @@ class Generation:
 
 
 @dataclass(frozen=True, slots=True)
+class EditTrace:
+    """What one edit did to one row: the length of its change over the length of the row before.
+
+    `position` counts the request's tokens from 0; from the prompt's length on they are generated.
+    """
+
+    layer: int
+    component: str
+    position: int
+    relative_size: float
+
+
+@dataclass(frozen=True, slots=True)
 class EngineInfo:
     """What is loaded. `memory_bytes` counts weights and reserved KV; `kv_tokens` the KV budget."""
 

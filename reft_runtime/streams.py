@@ -92,8 +92,8 @@ class Stream:
             self._abort()
             self._end()
             return
-        if self._assembler.started and self.queue_seconds is None:
-            self.queue_seconds = time.monotonic() - self._submitted
+        if self._assembler.started_at is not None:
+            self.queue_seconds = self._assembler.started_at - self._submitted
         if delta is not None:
             self._deltas.append(delta)
             self._ready.set()

@@ -64,7 +64,7 @@ def block_keys(request: Request) -> Iterator[bytes]:
     """Keys of the prompt's full blocks, in order.
 
     Two blocks have the same key only if their keys and values are equal: a key chains the block's
-    token ids, the edits that fall in it (digest, strength, site, offsets; in order) and the key
+    token ids, the edits that fall in it (digest, strength, subspace, site, offsets; in order) and the key
     before it; the chain starts at the request's salt. So blocks before the first edited position
     carry the base model's keys.
     """
@@ -73,7 +73,14 @@ def block_keys(request: Request) -> Iterator[bytes]:
     for start in range(0, length - length % BLOCK_TOKENS, BLOCK_TOKENS):
         stop = start + BLOCK_TOKENS
         edits = [
-            (applied.digest, applied.strength, edit.layer, edit.component, tuple(offsets))
+            (
+                applied.digest,
+                applied.strength,
+                applied.subspace,
+                edit.layer,
+                edit.component,
+                tuple(offsets),
+            )
             for applied in request.interventions
             for edit in applied.edits
             if applied.strength and (offsets := edit.positions.offsets(length, start, stop))

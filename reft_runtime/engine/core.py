@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 
 from reft_runtime.engine.blocks import BlockBudget
@@ -63,7 +64,8 @@ class EngineCore:
             self.runner.storage.release(sequence)
         if not plan.chunks:
             return []
-        events: list[Event] = [Started(s.request.id) for s in _newly_started(plan)]
+        now = time.monotonic()
+        events: list[Event] = [Started(s.request.id, now) for s in _newly_started(plan)]
         result = self.runner.run(plan.chunks)
         self.steps += 1
         self.prompt_tokens += sum(

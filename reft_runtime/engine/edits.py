@@ -1,28 +1,25 @@
-"""Edits of one step: which rows of the packed hidden states change, by what, and the hooks.
+"""Edits of one step: which rows of the packed hidden states change, and by what.
 
-Every edit has the canonical form h + s * ((h V^T + b) U), with h a row [d], V and U [r, d], b [r]
-and s the strength. Hooks are registered for the sites of the step and removed after it, so a step
-with nothing to edit runs the model as if there were no interventions.
+Every edit has the canonical form h + s * (g * h + c + phi(h V^T + b) U); see `CanonicalEdit`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from collections.abc import Sequence as SequenceOf
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence as SequenceOf
 from dataclasses import dataclass, field
-from typing import Any
+from functools import cache
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torch.nn.functional import linear
 from torch.nn.utils.rnn import pad_sequence
+from transformers.activations import ACT2FN
 
 from reft_runtime.engine.scheduler import Chunk
 from reft_runtime.engine.sequence import Sequence
+from reft_runtime.engine.sites import Site
 from reft_runtime.interventions import CanonicalEdit
-
-Site = tuple[int, str]
-"""Layer index and component."""
+from reft_runtime.outputs import EditTrace
 
 BATCHED_ROWS = 32
 """Segments of more rows get a matrix product of their own instead of padding the others."""
@@ -30,12 +27,16 @@ BATCHED_ROWS = 32
 
 @dataclass(slots=True)
 class Segment:
-    """Rows of the packed step that one sequence's edit changes at one site."""
+    """Rows of the packed step that one sequence's edit changes at one site.
+
+    `shift` added to an offset in the sequence gives the packed row.
+    """
 
     sequence: Sequence
     edit: CanonicalEdit
     strength: float
     rows: list[int]
+    shift: int
 
 
 @dataclass(slots=True)
@@ -45,10 +46,17 @@ class StepEdits:
     For each site the passes, in order: edits of the same row are in passes one after another, so
     a composition is applied in the order it was named, and a file's edits in the order it lists
     them. `failed` collects the sequences whose edit raised; the rows of all others are right.
+    `traces` says what was done to the sequences that ask for it.
     """
 
     passes: dict[Site, list[list[Segment]]] = field(default_factory=dict)
     failed: dict[Sequence, Exception] = field(default_factory=dict)
+    traces: dict[Sequence, list[EditTrace]] = field(default_factory=dict)
+
+    @property
+    def sites(self) -> SequenceOf[Site]:
+        """The sites with something to edit."""
+        return tuple(self.passes)
 
     @classmethod
     def of(cls, chunks: SequenceOf[Chunk]) -> StepEdits:
@@ -57,8 +65,10 @@ class StepEdits:
         first = 0
         for chunk in chunks:
             sequence = chunk.sequence
-            # Positions are the prompt's: a chunk of generated tokens has nothing to edit.
-            if sequence.request.interventions and chunk.start < sequence.prompt_length:
+            # Most edits are of prompt positions: their decode steps have nothing to look at.
+            if sequence.edits_decode or (
+                sequence.request.interventions and chunk.start < sequence.prompt_length
+            ):
                 edits._add(chunk, first - chunk.start)
             first += chunk.length
         return edits
@@ -70,7 +80,7 @@ class StepEdits:
             if not applied.strength:
                 continue
             for edit in applied.edits:
-                offsets = edit.positions.offsets(length, chunk.start, min(chunk.stop, length))
+                offsets = edit.positions.offsets(length, chunk.start, chunk.stop)
                 if not offsets:
                     continue
                 site = (edit.layer, edit.component)
@@ -85,41 +95,80 @@ class StepEdits:
                 passes = self.passes.setdefault(site, [])
                 if number == len(passes):
                     passes.append([])
-                passes[number].append(Segment(chunk.sequence, edit, applied.strength, rows))
+                passes[number].append(
+                    Segment(chunk.sequence, edit, applied.strength, rows, shift)
+                )
 
     def apply(self, site: Site, hidden: Tensor) -> None:
         """Edit the packed rows [T, d] of one site in place."""
         for segments in self.passes[site]:
             try:
-                _apply_pass(segments, hidden)
+                self._apply_pass(site, segments, hidden)
             except Exception:
                 # Some request's edit is at fault: do them one by one, and let only it fail.
                 for segment in segments:
                     try:
-                        _apply_pass([segment], hidden)
+                        self._apply_pass(site, [segment], hidden)
                     except Exception as error:
                         self.failed[segment.sequence] = error
 
+    def _apply_pass(self, site: Site, segments: list[Segment], hidden: Tensor) -> None:
+        """Compute all segments' new rows before any is written: a failure changes nothing."""
+        short = [segment for segment in segments if _batches(segment)]
+        results = [_edit_alone(s, hidden) for s in segments if not _batches(s)]
+        if short:
+            results.append(_edit_together(short, hidden))
+        traced = [segment for segment in segments if segment.sequence.request.trace]
+        before = [hidden[segment.rows].float() for segment in traced]
+        for rows, edited in results:
+            hidden.index_copy_(0, rows, edited.to(hidden.dtype))
+        for segment, old in zip(traced, before, strict=True):
+            self._trace(site, segment, old, hidden[segment.rows].float())
 
-def _apply_pass(segments: list[Segment], hidden: Tensor) -> None:
-    """Compute all segments' new rows before any is written, so that a failure changes nothing."""
-    short = [segment for segment in segments if len(segment.rows) <= BATCHED_ROWS]
-    results = [_edit_long(s, hidden) for s in segments if len(s.rows) > BATCHED_ROWS]
-    if short:
-        results.append(_edit_short(short, hidden))
-    for rows, edited in results:
-        hidden.index_copy_(0, rows, edited.to(hidden.dtype))
+    def _trace(self, site: Site, segment: Segment, old: Tensor, new: Tensor) -> None:
+        sizes = (new - old).norm(dim=-1) / old.norm(dim=-1)
+        self.traces.setdefault(segment.sequence, []).extend(
+            EditTrace(*site, position=row - segment.shift, relative_size=size)
+            for row, size in zip(segment.rows, sizes.tolist(), strict=True)
+        )
 
 
-def _edit_long(segment: Segment, hidden: Tensor) -> tuple[Tensor, Tensor]:
+def _batches(segment: Segment) -> bool:
+    """Whether a segment is a short affine low-rank edit, which goes through batched products."""
+    edit = segment.edit
+    return (
+        len(segment.rows) <= BATCHED_ROWS
+        and edit.rank > 0
+        and not edit.learned
+        and edit.gain is None
+        and edit.offset is None
+    )
+
+
+def _edit_alone(segment: Segment, hidden: Tensor) -> tuple[Tensor, Tensor]:
+    """Packed rows and their new values, in float32; any kind of edit."""
     rows = torch.tensor(segment.rows, device=hidden.device)
     old = hidden[rows].float()
-    edit = segment.edit
-    low_rank = torch.addmm(edit.b, old, edit.V.T)
-    return rows, torch.addmm(old, low_rank, edit.U, alpha=segment.strength)
+    edit, learned = segment.edit, segment.edit.learned
+    change = torch.zeros_like(old)
+    if learned:
+        low_rank = linear(
+            old.to(edit.dtype), edit.V[:learned].to(edit.dtype), edit.b[:learned].to(edit.dtype)
+        )
+        if edit.act is not None:
+            low_rank = _act(edit.act)(low_rank)
+        change = change + low_rank.float() @ edit.U[:learned]
+    if learned < edit.rank:
+        low_rank = torch.addmm(edit.b[learned:], old, edit.V[learned:].T)
+        change = torch.addmm(change, low_rank, edit.U[learned:])
+    if edit.gain is not None:
+        change = torch.addcmul(change, old, edit.gain)
+    if edit.offset is not None:
+        change = change + edit.offset
+    return rows, torch.add(old, change, alpha=segment.strength)
 
 
-def _edit_short(segments: list[Segment], hidden: Tensor) -> tuple[Tensor, Tensor]:
+def _edit_together(segments: list[Segment], hidden: Tensor) -> tuple[Tensor, Tensor]:
     """Batched products: segments padded to the longest, ranks to the largest."""
     longest = max(len(segment.rows) for segment in segments)
     padded: list[list[int]] = []
@@ -142,33 +191,7 @@ def _edit_short(segments: list[Segment], hidden: Tensor) -> tuple[Tensor, Tensor
     return index.flatten()[kept], new[kept]
 
 
-class EditSites:
-    """The modules of a model where edits can happen."""
-
-    def __init__(self, layers: SequenceOf[nn.Module]) -> None:
-        self._modules: dict[Site, nn.Module] = {
-            (index, "block_output"): layer for index, layer in enumerate(layers)
-        }
-
-    @contextmanager
-    def hooked(self, edits: StepEdits) -> Iterator[None]:
-        """Apply a step's edits to the forward passes made inside the `with` block."""
-        handles = [
-            self._modules[site].register_forward_hook(_output_hook(edits, site))
-            for site in edits.passes
-        ]
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
-
-
-def _output_hook(edits: StepEdits, site: Site) -> Callable[[nn.Module, Any, Any], None]:
-    def hook(module: nn.Module, args: Any, output: Any) -> None:
-        # A block returns its hidden states [1, T, d], alone or first in a tuple; they are the
-        # block's own fresh sum, so editing in place is safe.
-        hidden: Tensor = output[0] if isinstance(output, tuple) else output
-        edits.apply(site, hidden[0])
-
-    return hook
+@cache
+def _act(name: str) -> Callable[[Tensor], Tensor]:
+    act: Callable[[Tensor], Tensor] = ACT2FN[name]
+    return act

@@ -9,9 +9,10 @@ from reft_runtime.outputs import FinishReason, TokenLogprob
 
 @dataclass(frozen=True, slots=True)
 class Started:
-    """A request left the queue: its first chunk is being computed."""
+    """A request left the queue `at` this time (`time.monotonic`); its first chunk is computed."""
 
     request_id: str
+    at: float
 
 
 @dataclass(frozen=True, slots=True)

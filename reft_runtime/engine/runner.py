@@ -9,12 +9,13 @@ import torch
 from torch import Tensor
 
 from reft_runtime.engine.attention import RowAttentionStep, order_for_rows
-from reft_runtime.engine.edits import EditSites, StepEdits
+from reft_runtime.engine.edits import StepEdits
 from reft_runtime.engine.kv_rows import RowStorage
 from reft_runtime.engine.loader import LoadedModel, forward
 from reft_runtime.engine.sampler import Sampled, SampleRow, prompt_logprobs, sample
 from reft_runtime.engine.scheduler import Chunk
 from reft_runtime.engine.sequence import Sequence
+from reft_runtime.engine.sites import EditSites
 from reft_runtime.outputs import TokenLogprob
 
 NOT_FINITE = "the model's output is not finite"
@@ -45,7 +46,10 @@ class Runner:
     def __init__(self, loaded: LoadedModel, max_tokens: int) -> None:
         self.loaded = loaded
         self.storage = RowStorage(loaded.shapes, loaded.dtype, max_tokens)
-        self._sites = EditSites(loaded.layers)
+        zero = torch.zeros(1, dtype=torch.long)
+        self.sites = EditSites(
+            loaded.model, loaded.layers, lambda step: forward(loaded.model, zero, zero, zero, step)
+        )
 
     @torch.inference_mode()
     def run(self, chunks: SequenceOf[Chunk]) -> StepResult:
@@ -55,7 +59,7 @@ class Runner:
         chunks = order_for_rows(self.storage, chunks)
         wanted = _wanted_rows(chunks)
         edits = StepEdits.of(chunks)
-        with self._sites.hooked(edits):
+        with self.sites.hooked(edits):
             logits = forward(
                 self.loaded.model,
                 torch.tensor([t for c in chunks for t in c.sequence.tokens[c.start : c.stop]]),

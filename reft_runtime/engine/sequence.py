@@ -15,11 +15,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class AppliedIntervention:
-    """One intervention of a request: the version's digest, its edits and the strength."""
+    """One intervention of a request: the version's digest, its edits and the strength.
+
+    `subspace` says which directions of the version's edits these are, None for all.
+    """
 
     digest: str
     edits: tuple[CanonicalEdit, ...]
     strength: float = 1.0
+    subspace: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +31,8 @@ class Request:
     """What a caller asks of the engine; token ids only.
 
     `seed` is always set: the caller's, or one drawn when the request was made. `salt` separates
-    tenants in cache keys. `interventions` are applied in order.
+    tenants in cache keys. `interventions` are applied in order. With `trace` the engine tells what
+    they did.
     """
 
     id: str
@@ -36,6 +41,7 @@ class Request:
     seed: int
     interventions: tuple[AppliedIntervention, ...] = ()
     salt: bytes = b""
+    trace: bool = False
 
 
 class Status(Enum):
@@ -66,6 +72,14 @@ class Sequence:
     unforked: list[Sequence] = field(default_factory=list)
     prompt_logprobs_sent: int = 0
     started: bool = False
+    edits_decode: bool = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.edits_decode = any(
+            edit.positions.edits_decode
+            for applied in self.request.interventions
+            for edit in applied.edits
+        )
 
     def pass_lead(self) -> Sequence:
         """Let the next of the unforked choices lead in this one's place, from the beginning."""

@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 
+from reft_runtime.errors import InvalidRequest
+from reft_runtime.interventions.kinds import Formula
+from reft_runtime.interventions.manifest import EditSpec
 from reft_runtime.interventions.positions import Positions
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class CanonicalEdit:
-    """One low-rank affine edit of the rows h at `positions` of one layer's `component`.
+    """One edit of the rows h, of width d, at `positions` of one layer's `component`.
 
-    With strength s it is h + s * ((h Vᵀ + b) U). `V` and `U` are [r, d], `b` is [r]; all three are
-    contiguous float32 tensors on the CPU.
+    With strength s it is h + s * (g * h + c + phi(h Vᵀ + b) U), the sum in float32 and rounded to
+    h's dtype at the end. `V` and `U` are [k, d], `b` is [k], `gain` (g) and `offset` (c) are [d] or
+    None for zero; all are contiguous float32 tensors on the CPU.
+
+    phi goes by rank row. The first `learned` rows are act(h Vᵀ + b) with h, V and b cast to `dtype`
+    and product, bias and act computed in it (V and b hold values of that dtype, so the cast is
+    exact); the rest are h Vᵀ + b in float32. `act` is a name in transformers' `ACT2FN`, None for
+    the identity. Rank row i belongs to direction i % `directions`.
     """
 
     layer: int
@@ -23,8 +33,83 @@ class CanonicalEdit:
     V: Tensor
     b: Tensor
     U: Tensor
+    learned: int = 0
+    act: str | None = None
+    dtype: torch.dtype = torch.float32
+    gain: Tensor | None = None
+    offset: Tensor | None = None
+    directions: int = 0
 
     @property
     def rank(self) -> int:
-        """Number of directions, r."""
+        """Number of rank rows, k; it may be 0."""
         return self.b.shape[0]
+
+    def subset(self, subspace: tuple[int, ...]) -> CanonicalEdit:
+        """The same edit along some of its directions only (columns of LoReFT's R).
+
+        Raises `InvalidRequest` for an edit without directions, and for a direction that it does
+        not have or that is named twice.
+        """
+        if not self.directions:
+            raise InvalidRequest(
+                f"subspace: the edit of layer {self.layer} has no directions to choose from; leave"
+                " it out.",
+                param="subspace",
+            )
+        if not subspace or len(set(subspace)) < len(subspace):
+            raise InvalidRequest(
+                "subspace: name each direction to edit once, such as [0, 2].", param="subspace"
+            )
+        for direction in subspace:
+            if not 0 <= direction < self.directions:
+                raise InvalidRequest(
+                    f"subspace: {direction} is out of range; the edit of layer {self.layer} has"
+                    f" directions 0 to {self.directions - 1}.",
+                    param="subspace",
+                )
+        chosen = sorted(subspace)
+        rows = [
+            first + direction
+            for first in range(0, self.rank, self.directions)
+            for direction in chosen
+        ]
+        return replace(
+            self,
+            V=self.V[rows].contiguous(),
+            b=self.b[rows].contiguous(),
+            U=self.U[rows].contiguous(),
+            learned=sum(row < self.learned for row in rows),
+            directions=len(chosen),
+        )
+
+
+def canonical_edit(spec: EditSpec, parts: Formula, width: int) -> CanonicalEdit:
+    """The canonical form of one edit of rows of this width.
+
+    Where nothing is computed in another dtype or through an act, rank rows that share a direction
+    collapse into one: LoReFT has then r of them, and otherwise 2r.
+    """
+    act = None if spec.act == "linear" else spec.act
+    dtype: torch.dtype = getattr(torch, spec.dtype)
+    linear = act is None and dtype == torch.float32
+    groups = [group for group in (parts.learned, parts.plain) if group is not None]
+    if linear and len(groups) == 2:
+        (W, b), (P, q) = groups
+        groups = [(W + P, b + q)]
+    learned = 0 if linear or parts.learned is None else parts.learned[1].shape[0]
+    U = torch.empty(0, width) if parts.U is None else parts.U
+    return CanonicalEdit(
+        layer=spec.layer,
+        component=spec.component,
+        positions=replace(spec.positions, suffix_offset=spec.suffix_offset),
+        V=torch.cat([V for V, _ in groups]).contiguous() if groups else U,
+        b=torch.cat([b for _, b in groups]).contiguous() if groups else torch.empty(0),
+        U=U.repeat(max(len(groups), 1), 1).contiguous(),
+        learned=learned,
+        act=act if learned else None,
+        dtype=dtype if learned else torch.float32,
+        gain=parts.gain,
+        offset=parts.offset,
+        directions=U.shape[0],
+    )

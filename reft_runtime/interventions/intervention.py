@@ -11,8 +11,9 @@ from pydantic import JsonValue, ValidationError
 from torch import Tensor
 
 from reft_runtime.errors import InvalidFile
-from reft_runtime.interventions.canonical import CanonicalEdit
-from reft_runtime.interventions.kinds import KINDS, TensorInfo, check_tensors, convert
+from reft_runtime.interventions.canonical import CanonicalEdit, canonical_edit
+from reft_runtime.interventions.components import normalise
+from reft_runtime.interventions.kinds import KINDS, TensorInfo, check_tensors, formula
 from reft_runtime.interventions.manifest import BaseShape, Manifest
 
 _T = TypeVar("_T")
@@ -22,13 +23,19 @@ _T = TypeVar("_T")
 class Edit:
     """One edit as it is stored, for `Intervention.build`.
 
-    LoReFT takes `W` [r, d], `R` [d, r] with orthonormal columns, and optionally `b` [r].
+    LoReFT takes `W` [r, d], `R` [d, r] with orthonormal columns, and optionally `b` [r]; `KINDS`
+    says what the others take. `component` and the rest are as in `EditSpec`; a component may be
+    written in any of the ways that `components.normalise` knows.
     """
 
     layer: int
     positions: str
     tensors: Mapping[str, Tensor]
     kind: str = "loreft"
+    component: str = "block_output"
+    act: str | None = None
+    width: int | None = None
+    suffix_offset: int = 0
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -59,15 +66,7 @@ class Intervention:
             for index, edit in enumerate(edits)
             for name, tensor in edit.tensors.items()
         }
-        specs = [
-            {
-                "layer": edit.layer,
-                "kind": edit.kind,
-                "positions": edit.positions,
-                "dtype": _stored_dtype(edit),
-            }
-            for edit in edits
-        ]
+        specs = [_spec(edit) for edit in edits]
         manifest = validate_manifest(
             {
                 "base": base,
@@ -93,8 +92,8 @@ class Intervention:
         edits = []
         for index, tensors in enumerate(_by_edit(self.manifest, self.tensors)):
             spec = self.manifest.edits[index]
-            V, b, U = convert(spec.kind, f"edits.{index}.", tensors)
-            edits.append(CanonicalEdit(spec.layer, spec.component, spec.positions, V, b, U))
+            parts = formula(spec.kind, f"edits.{index}.", tensors)
+            edits.append(canonical_edit(spec, parts, self.manifest.width_of(index)))
         return tuple(edits)
 
 
@@ -118,7 +117,7 @@ def check_layout(manifest: Manifest, infos: Mapping[str, TensorInfo]) -> None:
             f"edits.{index}.",
             own,
             dtype=spec.dtype,
-            hidden_size=manifest.base.hidden_size,
+            width=manifest.width_of(index),
         )
 
 
@@ -131,6 +130,20 @@ def _by_edit(manifest: Manifest, items: Mapping[str, _T]) -> list[dict[str, _T]]
             raise InvalidFile(f"{name[:200]}: no edit of the manifest has this tensor.")
         groups[places[place]][tensor] = item
     return groups
+
+
+def _spec(edit: Edit) -> dict[str, object]:
+    layer, component = normalise(edit.layer, edit.component)
+    return {
+        "layer": layer,
+        "component": component,
+        "kind": edit.kind,
+        "positions": edit.positions,
+        "dtype": _stored_dtype(edit),
+        "act": None if edit.act == "linear" else edit.act,
+        "width": edit.width,
+        "suffix_offset": edit.suffix_offset,
+    }
 
 
 def _own_copy(tensor: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
-"""The kinds of edits a file may hold, and how each becomes the canonical form.
+"""The kinds of edits a file may hold, and the formula of each.
 
-A kind is added by one entry in `KINDS`. Shapes are symbolic: `d` is the base model's hidden size,
+A kind is added by one entry in `KINDS`. Shapes are symbolic: `d` is the width of the edited rows,
 `r` the edit's rank, 1 <= r <= d.
 """
 
@@ -12,12 +12,15 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from transformers.activations import ACT2CLS
 
 from reft_runtime.errors import InvalidFile
 
 # How far RᵀR may be from I, element-wise: rounding of the entries to each stored dtype, and more
 # for float32, where R comes out of thousands of optimiser steps.
 ORTHONORMAL_TOLERANCE = {"float32": 1e-3, "float16": 5e-3, "bfloat16": 2e-2}
+
+ACTS = frozenset(ACT2CLS)
 
 
 class TensorInfo(NamedTuple):
@@ -41,41 +44,112 @@ class TensorSpec:
 
 
 @dataclass(frozen=True, slots=True)
+class Formula:
+    """h + g * h + c + (act(h Wᵀ + b) + h Pᵀ + q) U, each part where the kind has it.
+
+    `U` is [r, d]; `learned` is (W [r, d], b [r]), whose product and act are computed in the stored
+    dtype; `plain` is (P [r, d], q [r]), computed in float32; `gain` g and `offset` c are [d].
+    """
+
+    U: Tensor | None = None
+    learned: tuple[Tensor, Tensor] | None = None
+    plain: tuple[Tensor, Tensor] | None = None
+    gain: Tensor | None = None
+    offset: Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Kind:
-    """Tensors of a kind by name, and the conversion of their float32 values to (V, b, U)."""
+    """Tensors of a kind by name, the formula of their float32 values, and whether it has an act."""
 
     tensors: Mapping[str, TensorSpec]
-    convert: Callable[[Mapping[str, Tensor]], tuple[Tensor, Tensor, Tensor]]
+    formula: Callable[[Mapping[str, Tensor]], Formula]
+    has_act: bool = False
 
 
-def _loreft(tensors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-    # h + ((h Wᵀ + b) - h R) Rᵀ, arXiv 2404.03592 eq. 2; R is stored as pyreft does, [d, r].
-    W, directions = tensors["W"], tensors["R"].T
-    return W - directions, tensors.get("b", W.new_zeros(W.shape[0])), directions
+def _bias(tensors: Mapping[str, Tensor], name: str = "b") -> Tensor:
+    weight = tensors["W"]
+    return tensors.get(name, weight.new_zeros(weight.shape[0]))
 
+
+def _loreft(tensors: Mapping[str, Tensor]) -> Formula:
+    # h + (act(h Wᵀ + b) - h R) Rᵀ, arXiv 2404.03592 eq. 2; R is stored as pyreft does, [d, r].
+    W, U = tensors["W"], tensors["R"].T
+    return Formula(U, learned=(W, _bias(tensors)), plain=(-U, U.new_zeros(U.shape[0])))
+
+
+def _noreft(tensors: Mapping[str, Tensor]) -> Formula:
+    # h + (act(h Wᵀ + b) - (h W2ᵀ + b2)) W2: LoReFT without orthonormal directions.
+    W, U = tensors["W"], tensors["W2"]
+    return Formula(U, learned=(W, _bias(tensors)), plain=(-U, -_bias(tensors, "b2")))
+
+
+def _direft(tensors: Mapping[str, Tensor]) -> Formula:
+    # h + act(h Wᵀ + b) Rᵀ
+    return Formula(tensors["R"].T, learned=(tensors["W"], _bias(tensors)))
+
+
+def _nodireft(tensors: Mapping[str, Tensor]) -> Formula:
+    # h + act(h Wᵀ + b) W2; this, without orthonormal directions, is the paper's DiReFT (eq. 3).
+    return Formula(tensors["W2"], learned=(tensors["W"], _bias(tensors)))
+
+
+def _consreft(tensors: Mapping[str, Tensor]) -> Formula:
+    # h + (c - h R) Rᵀ
+    U = tensors["R"].T
+    return Formula(U, plain=(-U, tensors["c"]))
+
+
+def _lobireft(tensors: Mapping[str, Tensor]) -> Formula:
+    # h + c Rᵀ; no offset, so that single directions can be chosen
+    U = tensors["R"].T
+    return Formula(U, plain=(torch.zeros_like(U), tensors["c"]))
+
+
+def _steering(tensors: Mapping[str, Tensor]) -> Formula:
+    # h + v
+    return Formula(offset=tensors["v"])
+
+
+def _red(tensors: Mapping[str, Tensor]) -> Formula:
+    # s * h + b, arXiv 2402.15179
+    return Formula(gain=tensors["s"] - 1, offset=tensors["b"])
+
+
+def _reft_r1(tensors: Mapping[str, Tensor]) -> Formula:
+    # h + factor * w, how AxBench (arXiv 2501.17148) steers with its rank-1 ReFT
+    return Formula(offset=tensors["factor"] * tensors["w"])
+
+
+_W = TensorSpec(("r", "d"))
+_R = TensorSpec(("d", "r"), orthonormal=True)
+_BIAS = TensorSpec(("r",), optional=True)
+_C = TensorSpec(("r",))
+_ROW = TensorSpec(("d",))
 
 KINDS: Mapping[str, Kind] = {
-    "loreft": Kind(
-        tensors={
-            "W": TensorSpec(("r", "d")),
-            "R": TensorSpec(("d", "r"), orthonormal=True),
-            "b": TensorSpec(("r",), optional=True),
-        },
-        convert=_loreft,
-    ),
+    "loreft": Kind({"W": _W, "R": _R, "b": _BIAS}, _loreft, has_act=True),
+    "noreft": Kind({"W": _W, "W2": _W, "b": _BIAS, "b2": _BIAS}, _noreft, has_act=True),
+    "direft": Kind({"W": _W, "R": _R, "b": _BIAS}, _direft, has_act=True),
+    "nodireft": Kind({"W": _W, "W2": _W, "b": _BIAS}, _nodireft, has_act=True),
+    "consreft": Kind({"c": _C, "R": _R}, _consreft),
+    "lobireft": Kind({"c": _C, "R": _R}, _lobireft),
+    "steering": Kind({"v": _ROW}, _steering),
+    "red": Kind({"s": _ROW, "b": _ROW}, _red),
+    "reft_r1": Kind({"w": _ROW, "factor": TensorSpec(("1",))}, _reft_r1),
 }
 
 
 def check_tensors(
-    kind: str, prefix: str, infos: Mapping[str, TensorInfo], *, dtype: str, hidden_size: int
+    kind: str, prefix: str, infos: Mapping[str, TensorInfo], *, dtype: str, width: int
 ) -> None:
     """Check names, dtypes and shapes of one edit's tensors, without their values.
 
-    `infos` are keyed by the kind's tensor names; `prefix` is what they are called by in the file.
-    Raises `InvalidFile` that names the tensor.
+    `infos` are keyed by the kind's tensor names; `prefix` is what they are called by in the file;
+    `width` is d. Raises `InvalidFile` that names the tensor.
     """
     specs = KINDS[kind].tensors
-    sizes = {"d": hidden_size}
+    sizes = {"d": width, "1": 1}
     unknown = sorted(infos.keys() - specs.keys())
     if unknown:
         raise InvalidFile(
@@ -104,12 +178,12 @@ def check_tensors(
                 f"{symbol}={sizes[symbol]}" if symbol in sizes else symbol for symbol in spec.shape
             )
             raise InvalidFile(f"{prefix}{name}: shape {list(info.shape)}, expected [{symbols}].")
-    if not 1 <= sizes["r"] <= hidden_size:
-        raise InvalidFile(f"{prefix}*: rank {sizes['r']}; it must be 1 to {hidden_size}.")
+    if not 1 <= sizes.get("r", 1) <= width:
+        raise InvalidFile(f"{prefix}*: rank {sizes['r']}; it must be 1 to {width}.")
 
 
-def convert(kind: str, prefix: str, tensors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-    """Turn one edit's tensors into (V [r, d], b [r], U [r, d]), contiguous float32.
+def formula(kind: str, prefix: str, tensors: Mapping[str, Tensor]) -> Formula:
+    """The formula of one edit's tensors, its parts in float32.
 
     Names, dtypes and shapes have passed `check_tensors`. Raises `InvalidFile` that names a tensor
     which is not finite, or not orthonormal where the kind promises it.
@@ -120,14 +194,18 @@ def convert(kind: str, prefix: str, tensors: Mapping[str, Tensor]) -> tuple[Tens
             raise InvalidFile(f"{prefix}{name}: holds NaN or infinite values.")
         if found.tensors[name].orthonormal:
             _check_orthonormal(f"{prefix}{name}", tensor)
-    V, b, U = found.convert({name: tensor.float() for name, tensor in tensors.items()})
-    return V.contiguous(), b.contiguous(), U.contiguous()
+    return found.formula({name: tensor.float() for name, tensor in tensors.items()})
+
+
+def orthonormal_error(R: Tensor) -> float:
+    """How far the columns of R [d, r] are from orthonormal: max |RᵀR - I|."""
+    exact = R.double()
+    identity = torch.eye(R.shape[1], dtype=torch.float64)
+    return float((exact.T @ exact - identity).abs().max())
 
 
 def _check_orthonormal(name: str, R: Tensor) -> None:
-    exact = R.double()
-    identity = torch.eye(R.shape[1], dtype=torch.float64)
-    error = float((exact.T @ exact - identity).abs().max())
+    error = orthonormal_error(R)
     tolerance = ORTHONORMAL_TOLERANCE[str(R.dtype).removeprefix("torch.")]
     if error > tolerance:
         raise InvalidFile(

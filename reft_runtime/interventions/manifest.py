@@ -12,14 +12,17 @@ from pydantic import (
     Field,
     JsonValue,
     PlainSerializer,
+    SerializerFunctionWrapHandler,
     StringConstraints,
     field_validator,
+    model_serializer,
     model_validator,
 )
 
 from reft_runtime.errors import InvalidFile, WrongBaseModel
-from reft_runtime.interventions.kinds import KINDS
-from reft_runtime.interventions.positions import Positions
+from reft_runtime.interventions.components import HIDDEN_SIZED, normalise
+from reft_runtime.interventions.kinds import ACTS, KINDS
+from reft_runtime.interventions.positions import MAX_SPAN, Positions
 
 MAX_EDITS = 1024
 MAX_JSON_DEPTH = 8
@@ -55,16 +58,22 @@ def _read_positions(value: object) -> object:
 class EditSpec(_Strict):
     """One edit: where it acts, and how to read its tensors, `edits.<index>.<tensor>`.
 
-    `dtype` is the stored dtype of its tensors; orthonormal ones may be stored in another.
+    `component` is one of the names in `components`, or a module path. `dtype` is the stored dtype
+    of the edit's tensors; orthonormal ones may be stored in another. `act` is a name in
+    transformers' `ACT2FN`, for the kinds that have one. `width` is that of the edited rows, the
+    base's hidden size if None. The last `suffix_offset` prompt tokens do not count for `positions`.
     """
 
     layer: Annotated[int, Field(ge=0)]
-    component: Literal["block_output"] = "block_output"
+    component: Annotated[str, StringConstraints(max_length=256)] = "block_output"
     kind: str
     positions: Annotated[
         Positions, BeforeValidator(_read_positions), PlainSerializer(str, return_type=str)
     ]
     dtype: Literal["float32", "float16", "bfloat16"]
+    act: str | None = None
+    width: _Size | None = None
+    suffix_offset: Annotated[int, Field(ge=0, le=MAX_SPAN)] = 0
 
     @field_validator("kind")
     @classmethod
@@ -72,6 +81,38 @@ class EditSpec(_Strict):
         if kind not in KINDS:
             raise ValueError(f"unknown kind {kind[:80]!r}; known: {', '.join(KINDS)}")
         return kind
+
+    @field_validator("act")
+    @classmethod
+    def _known_act(cls, act: str | None) -> str | None:
+        if act is not None and act not in ACTS:
+            raise ValueError(f"unknown act {act[:80]!r}; known: {', '.join(sorted(ACTS))}")
+        return act
+
+    @model_validator(mode="after")
+    def _consistent(self) -> EditSpec:
+        if self.act is not None and not KINDS[self.kind].has_act:
+            raise ValueError(f"act: a {self.kind} edit has none; leave it out")
+        try:
+            normal = normalise(self.layer, self.component)
+        except InvalidFile as error:
+            raise ValueError(error.message.removesuffix(".")) from None
+        if normal != (self.layer, self.component):
+            raise ValueError(
+                f"component: {self.component[:80]!r} of layer {self.layer} is to be written as"
+                f" {normal[1]!r} of layer {normal[0]}"
+            )
+        return self
+
+    @model_serializer(mode="wrap")
+    def _without_defaults(self, dump: SerializerFunctionWrapHandler) -> dict[str, JsonValue]:
+        # Fields newer than the format's first files are written only where they say something, so
+        # that content which the first files could express keeps its digest.
+        fields: dict[str, JsonValue] = dump(self)
+        for name in ("act", "width", "suffix_offset"):
+            if not fields[name]:
+                del fields[name]
+        return fields
 
 
 class Manifest(_Strict):
@@ -109,14 +150,24 @@ class Manifest(_Strict):
         return value
 
     @model_validator(mode="after")
-    def _layers_in_range(self) -> Manifest:
+    def _edits_fit_the_base(self) -> Manifest:
         for index, edit in enumerate(self.edits):
             if edit.layer >= self.base.num_layers:
                 raise ValueError(
                     f"edits.{index}.layer is {edit.layer}, but the base model has layers 0 to"
                     f" {self.base.num_layers - 1}"
                 )
+            width = self.width_of(index)
+            if edit.component in HIDDEN_SIZED and width != self.base.hidden_size:
+                raise ValueError(
+                    f"edits.{index}.width is {width}, but {edit.component} has the base model's"
+                    f" hidden size, {self.base.hidden_size}"
+                )
         return self
+
+    def width_of(self, index: int) -> int:
+        """Width of the rows that one of the edits acts on."""
+        return self.edits[index].width or self.base.hidden_size
 
 
 def check_base(manifest: Manifest, base: BaseShape) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from reft_runtime.interventions.file import (
     read_header,
     too_large,
 )
-from reft_runtime.interventions.manifest import BaseShape, check_base
+from reft_runtime.interventions.manifest import BaseShape, Manifest, check_base
 from reft_runtime.interventions.sources import NAME, NAME_RULE, Found, list_folder, locate
 from reft_runtime.interventions.store import Store
 from reft_runtime.interventions.version import Origin, Version
@@ -35,7 +35,8 @@ class Registry(Catalog):
 
     `sources` are folders that are read only; where two hold a file of one name, the first counts.
     Uploads are kept in `state_dir`, which one process owns, or in memory without one. A file that
-    cannot be served is passed over, and `problems` says why.
+    cannot be served is passed over, and `problems` says why. `check_site` raises where the loaded
+    model has no such place: it gets an edit's layer, component and width.
     """
 
     def __init__(
@@ -44,9 +45,11 @@ class Registry(Catalog):
         sources: Sequence[str | Path] = (),
         state_dir: str | Path | None = None,
         max_file_bytes: int = MAX_FILE_BYTES,
+        check_site: Callable[[int, str, int], None] | None = None,
     ) -> None:
         super().__init__()
         self.base = base
+        self._check_site = check_site
         self._sources = [Path(source) for source in sources]
         self._max_file_bytes = max_file_bytes
         for folder in self._sources:
@@ -190,15 +193,21 @@ class Registry(Catalog):
             self._collect()
         _log.info("removed %r", version)
 
+    def _check(self, manifest: Manifest) -> None:
+        check_base(manifest, self.base)
+        if self._check_site is not None:
+            for index, edit in enumerate(manifest.edits):
+                self._check_site(edit.layer, edit.component, manifest.width_of(index))
+
     def _verified(self, name: str, data: bytes, origin: Origin) -> Version:
         header = header_of(data)
-        check_base(header.manifest, self.base)
+        self._check(header.manifest)
         edits = parse(data).canonical()
         return Version(name, header, origin, lambda: data, edits)
 
     def _listed(self, name: str, path: Path, origin: Origin) -> Version:
         header = read_header(path, self._max_file_bytes)
-        check_base(header.manifest, self.base)
+        self._check(header.manifest)
         return Version(name, header, origin, partial(read, path, self._max_file_bytes))
 
     def _adopt(self, name: str, file: Found) -> str | None:

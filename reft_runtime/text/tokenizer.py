@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import re
 import threading
-from collections.abc import Iterable, Sequence
-from typing import TypedDict
+from collections.abc import Iterable, Mapping, Sequence
 
 import jinja2
 from transformers import PreTrainedTokenizerBase
@@ -18,11 +17,8 @@ _BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")
 """How SentencePiece writes the tokens that stand for one byte."""
 
 
-class Message(TypedDict):
-    """One turn of a chat."""
-
-    role: str
-    content: str
+Message = Mapping[str, str]
+"""One turn of a chat: its `role` and its `content`."""
 
 
 class Tokenizer:

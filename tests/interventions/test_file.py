@@ -122,6 +122,27 @@ def test_equal_content_gives_equal_bytes_and_other_content_another_digest() -> N
     assert len({header_of(GOOD).digest, *others}) == 4
 
 
+def test_newer_fields_are_written_only_where_they_say_something() -> None:
+    fields = json.loads(HEADER["__metadata__"]["reft"])["edits"][0]
+    assert fields.keys() == {"layer", "component", "kind", "positions", "dtype"}
+    edit = Edit(
+        1,
+        "f1",
+        loreft_tensors(d=24),
+        component="mlp_activation",
+        act="gelu",
+        width=24,
+        suffix_offset=1,
+    )
+    back = parse(serialise(Intervention.build(BASE, [edit]))).manifest.edits[0]
+    assert (back.component, back.act, back.width, back.suffix_offset) == (
+        "mlp_activation",
+        "gelu",
+        24,
+        1,
+    )
+
+
 def test_reading_the_header_does_not_read_the_data(tmp_path: Path) -> None:
     path = tmp_path / "x.safetensors"
     path.write_bytes(with_data(5, 1))
@@ -189,8 +210,50 @@ CORRUPT: dict[str, tuple[bytes, str]] = {
         r"edits\.0\.layer is 4",
     ),
     "unknown component": (
-        with_manifest(lambda m: m["edits"][0].update(component="mlp_output")),
+        with_manifest(lambda m: m["edits"][0].update(component="mlp_outputs")),
+        r"edits\.0: component: 'mlp_outputs' is neither",
+    ),
+    "component a number": (
+        with_manifest(lambda m: m["edits"][0].update(component=3)),
         r"edits\.0\.component",
+    ),
+    "component that escapes": (
+        with_manifest(lambda m: m["edits"][0].update(component="model.__class__().output")),
+        r"edits\.0: component: .* is neither",
+    ),
+    "another way to write a component": (
+        with_manifest(lambda m: m["edits"][0].update(component="model.layers[1].output")),
+        r"edits\.0: component: .* is to be written as 'block_output' of layer 1",
+    ),
+    "path in another layer": (
+        with_manifest(lambda m: m["edits"][0].update(component="model.layers[2].x.output")),
+        r"edits\.0: component: .* of layer 1 is to be written as .* of layer 2",
+    ),
+    "unknown act": (
+        with_manifest(lambda m: m["edits"][0].update(act="magic")),
+        r"edits\.0\.act: unknown act 'magic'; known: gelu",
+    ),
+    "act a list": (with_manifest(lambda m: m["edits"][0].update(act=["relu"])), r"edits\.0\.act"),
+    "act of a kind without": (
+        with_manifest(lambda m: m["edits"][0].update(act="relu", kind="consreft")),
+        r"edits\.0: act: a consreft edit has none",
+    ),
+    "wrong width": (
+        with_manifest(lambda m: m["edits"][0].update(width=17)),
+        r"edits\.0\.width is 17, but block_output has .* 16",
+    ),
+    "width that the tensors do not have": (
+        with_manifest(lambda m: m["edits"][0].update(width=17, component="mlp_activation")),
+        r"edits\.0\.W: shape \[3, 16\], expected \[r=3, d=17\]",
+    ),
+    "width zero": (with_manifest(lambda m: m["edits"][0].update(width=0)), r"edits\.0\.width"),
+    "negative suffix offset": (
+        with_manifest(lambda m: m["edits"][0].update(suffix_offset=-1)),
+        r"edits\.0\.suffix_offset",
+    ),
+    "endless positions": (
+        with_manifest(lambda m: m["edits"][0].update(positions=str([*range(5000)]))),
+        r"edits\.0\.positions: a list may have at most 4096",
     ),
     "unknown kind": (with_manifest(lambda m: m["edits"][0].update(kind="x")), "unknown kind"),
     "kind no string": (with_manifest(lambda m: m["edits"][0].update(kind=[])), r"edits\.0\.kind"),

@@ -1,11 +1,15 @@
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.functional import linear
 
-from reft_runtime.errors import InvalidFile
-from reft_runtime.interventions import CanonicalEdit, Edit, Intervention
+from reft_runtime.errors import InvalidFile, InvalidRequest
+from reft_runtime.interventions import Edit, Intervention
+from tests.helpers.canonical import apply
 from tests.interventions.make import BASE, loreft_tensors
 
 
@@ -13,15 +17,11 @@ def build(tensors: dict[str, Tensor], **where: int) -> Intervention:
     return Intervention.build(BASE, [Edit(where.get("layer", 1), "f2+l1", tensors)])
 
 
-def apply(edit: CanonicalEdit, h: Tensor, strength: float = 1.0) -> Tensor:
-    return h + strength * ((h @ edit.V.T + edit.b) @ edit.U)
-
-
 def loreft(h: Tensor, tensors: dict[str, Tensor]) -> Tensor:
-    """Arxiv 2404.03592, equation 2, with R stored [d, r]."""
-    W, R = tensors["W"].float(), tensors["R"].float()
-    b = tensors.get("b", torch.zeros(W.shape[0])).float()
-    return h + ((h @ W.T + b) - h @ R) @ R.T
+    """Arxiv 2404.03592, equation 2, with R stored [d, r]; h W in W's dtype, as pyreft has it."""
+    W, R = tensors["W"], tensors["R"].float()
+    b = tensors.get("b", torch.zeros(W.shape[0])).to(W.dtype)
+    return h + (linear(h.to(W.dtype), W, b).float() - h @ R) @ R.T
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
@@ -36,19 +36,70 @@ def test_loreft_equals_its_formula(dtype: torch.dtype, with_bias: bool) -> None:
     assert torch.equal(apply(edit, h, strength=0.0), h)
 
 
+ROW = torch.linspace(-1, 1, 16)
+
+
+@pytest.mark.parametrize(
+    ("kind", "tensors", "expected"),
+    [
+        ("steering", {"v": ROW}, lambda h: h + ROW),
+        ("red", {"s": ROW + 2, "b": 3 * ROW}, lambda h: (ROW + 2) * h + 3 * ROW),
+        ("reft_r1", {"w": ROW, "factor": torch.tensor([2.5])}, lambda h: h + 2.5 * ROW),
+    ],
+)
+def test_kinds_without_directions(
+    kind: str, tensors: dict[str, Tensor], expected: Callable[[Tensor], Tensor]
+) -> None:
+    (edit,) = Intervention.build(BASE, [Edit(0, "all", tensors, kind)]).canonical()
+    assert (edit.rank, edit.directions, edit.learned) == (0, 0, 0)
+    assert edit.V.shape == edit.U.shape == (0, 16)
+    h = torch.randn(3, 5, 16)
+    torch.testing.assert_close(apply(edit, h), expected(h), atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(apply(edit, h, -0.5), h - 0.5 * (expected(h) - h))
+    with pytest.raises(InvalidRequest, match=r"subspace: .* no directions"):
+        edit.subset((0,))
+
+
+@pytest.mark.parametrize("act", [None, "relu"])
+def test_a_subset_of_the_directions(act: str | None) -> None:
+    tensors = loreft_tensors(3, r=4)
+    edit = Intervention.build(BASE, [Edit(0, "l1", tensors, act=act)]).canonical()[0]
+    h = torch.randn(5, 16)
+    chosen = [2, 0]
+    part = edit.subset((2, 0))
+    W, R, b = tensors["W"][chosen], tensors["R"][:, chosen], tensors["b"][chosen]
+    learned = linear(h, W, b).relu() if act else linear(h, W, b)
+    torch.testing.assert_close(apply(part, h), h + (learned - h @ R) @ R.T, atol=1e-5, rtol=0)
+    assert part.directions == 2
+    torch.testing.assert_close(apply(edit.subset((0, 1, 2, 3)), h), apply(edit, h))
+    torch.testing.assert_close(apply(part.subset((1,)), h), apply(edit.subset((2,)), h))
+    for wrong, message in (
+        ((4,), "4 is out of range; .* 0 to 3"),
+        ((-1,), "-1 is out of range"),
+        ((1, 1), "once"),
+        ((), "once"),
+    ):
+        with pytest.raises(InvalidRequest, match=message):
+            edit.subset(wrong)
+
+
 def test_canonical_form_is_ready_for_use() -> None:
+    (edit,) = build(loreft_tensors(1)).canonical()
+    assert (edit.layer, edit.component, str(edit.positions)) == (1, "block_output", "f2+l1")
+    assert (edit.rank, edit.learned, edit.directions) == (3, 0, 3)
     tensors = loreft_tensors(1)
     tensors["W"] = tensors["W"].bfloat16()
     tensors["b"] = tensors["b"].bfloat16()
-    (edit,) = build(tensors).canonical()  # W in bfloat16 beside R in float32, as pyreft writes
-    assert (edit.layer, edit.component, str(edit.positions)) == (1, "block_output", "f2+l1")
-    assert edit.rank == 3
-    assert edit.V.shape == edit.U.shape == (3, 16)
-    assert edit.b.shape == (3,)
-    for tensor in (edit.V, edit.b, edit.U):
-        assert tensor.dtype == torch.float32
-        assert tensor.is_contiguous()
-        assert tensor.device.type == "cpu"
+    (mixed,) = build(tensors).canonical()  # W in bfloat16 beside R in float32, as pyreft writes
+    assert (mixed.rank, mixed.learned, mixed.directions) == (6, 3, 3)
+    assert mixed.dtype == torch.bfloat16
+    for each in (edit, mixed):
+        assert each.V.shape == each.U.shape == (each.rank, 16)
+        assert each.b.shape == (each.rank,)
+        for tensor in (each.V, each.b, each.U):
+            assert tensor.dtype == torch.float32
+            assert tensor.is_contiguous()
+            assert tensor.device.type == "cpu"
 
 
 def test_untied_edits_share_a_layer_in_the_order_given() -> None:

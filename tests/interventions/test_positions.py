@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from itertools import pairwise
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -17,6 +18,57 @@ def by_the_rule(n: int, first: int, last: int) -> list[int]:
     """pyreft's rule, read naively: clamp each side to half of the prompt, mark, collect."""
     first, last = min(n // 2, first), min(n // 2, last)
     return [i for i in range(n) if i < first or i >= n - last]
+
+
+def edited(positions: Positions, n: int, total: int) -> list[int]:
+    """All positions read naively: one token after the other, of `total` with n prompt tokens."""
+    m = max(n - positions.suffix_offset, 0)
+    spans = by_the_rule(m, positions.first, positions.last)
+    listed = [i if i >= 0 else m + i for i in positions.listed]
+    return [
+        i
+        for i in range(total)
+        if positions.everything
+        or (i < n and (i in spans or i in listed))
+        or (i >= n and positions.decode)
+    ]
+
+
+def not_empty(positions: dict[str, Any]) -> bool:
+    return any(positions[name] for name in ("first", "last", "listed", "decode", "everything"))
+
+
+fields = st.fixed_dictionaries(
+    {
+        "first": spans,
+        "last": spans,
+        "listed": st.lists(st.integers(-15, 15), max_size=6).map(tuple),
+        "decode": st.booleans(),
+        "everything": st.booleans(),
+        "suffix_offset": st.integers(0, 3),
+    }
+).filter(not_empty)
+
+
+@given(fields, lengths, st.lists(st.integers(min_value=0, max_value=60)))
+def test_every_kind_of_position_in_any_chunks(
+    fields: dict[str, Any], n: int, cuts: list[int]
+) -> None:
+    positions = Positions(**fields)
+    found = []
+    for start, stop in pairwise(sorted({0, *cuts, 60})):
+        found += positions.offsets(n, start, stop)
+    assert found == edited(positions, n, 60)
+    assert positions.edits_decode == (60 - 1 in found)
+
+
+@given(fields)
+def test_the_text_says_it_all_but_the_offset(fields: dict[str, Any]) -> None:
+    positions = Positions(**fields)
+    back = Positions.parse(str(positions), positions.suffix_offset)
+    assert str(back) == str(positions) or set(positions.listed) == set(back.listed)
+    for n in (1, 2, 7, 30):
+        assert back.offsets(n, 0, 40) == positions.offsets(n, 0, 40)
 
 
 @given(n=lengths, first=spans, last=spans)
@@ -51,6 +103,13 @@ def test_chunks_edit_what_the_whole_edits(n: int, first: int, last: int, cuts: l
         ("f3+l3", 10, [0, 1, 2, 7, 8, 9]),
         ("f2", 10, [0, 1]),
         ("l3", 10, [7, 8, 9]),
+        ("all", 3, [0, 1, 2]),
+        ("[0,3,-1]", 5, [0, 3, 4]),
+        ("[0,3,-1]", 3, [0, 2]),
+        ("[9,-9]", 3, []),
+        ("[4,4,-1]", 5, [4]),
+        ("f1+[1]+l1", 4, [0, 1, 3]),
+        ("decode", 4, []),
     ],
 )
 def test_clamps(text: str, n: int, expected: list[int]) -> None:
@@ -63,7 +122,17 @@ def test_generated_tokens_are_never_edited() -> None:
 
 @pytest.mark.parametrize(
     ("text", "normal"),
-    [("f3+l3", "f3+l3"), ("l3+f3", "f3+l3"), (" f03 + l1 ", "f3+l1"), ("l12", "l12"), ("f1", "f1")],
+    [
+        ("f3+l3", "f3+l3"),
+        ("l3+f3", "f3+l3"),
+        (" f03 + l1 ", "f3+l1"),
+        ("l12", "l12"),
+        ("f1", "f1"),
+        ("all", "all"),
+        ("decode+all", "all"),
+        ("all+l1", "all"),
+        ("decode+[ -1, 2,0 ,2]+l2+f1", "f1+l2+[0,2,-1]+decode"),
+    ],
 )
 def test_parse_gives_the_normal_form(text: str, normal: str) -> None:
     positions = Positions.parse(text)
@@ -76,7 +145,16 @@ def test_parse_gives_the_normal_form(text: str, normal: str) -> None:
     ("text", "hint"),
     [
         ("", "write fN"),
-        ("all", "write fN"),
+        ("ALL", "write fN"),
+        ("all+all", "write fN"),
+        ("decode+decode", "write fN"),
+        ("[]", "write fN"),
+        ("[0,]", "write fN"),
+        ("[1 2]", "write fN"),
+        ("[1.0]", "write fN"),
+        ("[0]+[1]", "write fN"),
+        ("[70000]", "out of range"),
+        (str([*range(4097)]), "at most 4096"),
         ("f", "write fN"),
         ("f-1", "write fN"),
         ("f1.5", "write fN"),
@@ -97,3 +175,32 @@ def test_parse_gives_the_normal_form(text: str, normal: str) -> None:
 def test_parse_refuses(text: str, hint: str) -> None:
     with pytest.raises(InvalidFile, match=hint):
         Positions.parse(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "n", "suffix_offset", "expected"),
+    [
+        ("l1", 5, 1, [3]),
+        ("f3+l3", 7, 1, [0, 1, 2, 3, 4, 5]),
+        ("f3+l3", 6, 1, [0, 1, 3, 4]),
+        ("[-1,5]", 6, 1, [4, 5]),
+        ("l1", 2, 1, []),
+        ("f1+l1+[-1]", 1, 3, []),
+    ],
+)
+def test_suffix_offset(text: str, n: int, suffix_offset: int, expected: list[int]) -> None:
+    assert Positions.parse(text, suffix_offset).offsets(n, 0, n) == expected
+
+
+@pytest.mark.parametrize("suffix_offset", [-1, 65_536])
+def test_suffix_offset_out_of_range(suffix_offset: int) -> None:
+    with pytest.raises(InvalidFile, match="suffix_offset"):
+        Positions.parse("l1", suffix_offset)
+
+
+def test_generated_tokens_by_name() -> None:
+    assert Positions.parse("all").offsets(3, 2, 6) == [2, 3, 4, 5]
+    assert Positions.parse("l1+decode").offsets(4, 0, 7) == [3, 4, 5, 6]
+    assert not Positions.parse("f1+[0]").edits_decode
+    assert Positions.parse("all").edits_decode
+    assert Positions.parse("decode+f1").edits_decode

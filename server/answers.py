@@ -1,0 +1,152 @@
+"""A run of the engine as an HTTP answer, whole or as a stream, that ends when its client leaves."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from abc import ABC, abstractmethod
+from collections.abc import Awaitable, Callable
+from contextlib import aclosing
+from typing import Any
+
+from fastapi.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from reft_runtime.errors import Overloaded
+from reft_runtime.outputs import Choice, ChoiceDelta
+from server.context import Context
+from server.disconnect import ClientDisconnected, run_unless_disconnected
+from server.errors import api_error
+from server.generation import Job, Run, opened
+from server.schemas.common import SamplingBody
+from server.streaming import DONE, event, json_bytes
+
+logger = logging.getLogger("reft.server")
+
+ERROR_SECONDS = 5.0
+"""How long a client that reads slowly is waited for to take the event that says why it ends."""
+
+
+class Shape(ABC):
+    """How one route writes choices; an instance serves one request."""
+
+    prefix: str
+    """Begins the answer's id."""
+
+    object: str
+    chunk_object: str
+
+    @abstractmethod
+    def choice(self, run: Run, choice: Choice) -> dict[str, Any]:
+        """A finished choice, as it stands in a whole answer."""
+
+    @abstractmethod
+    def chunks(self, run: Run, index: int, delta: ChoiceDelta) -> list[dict[str, Any]]:
+        """What one delta adds to a stream: no chunk, one, or one with another before it."""
+
+
+class Answer(Response):
+    """The response of a generating route.
+
+    Everything, from opening the request in the engine, happens while the response is sent: so
+    the engine's part of a request can never outlive the connection it is for. What fails before
+    the first token is raised, and answered with its own status; what fails later ends the stream
+    with an error event.
+    """
+
+    def __init__(
+        self,
+        context: Context,
+        body: SamplingBody,
+        shape: Shape,
+        prepare: Callable[[], Awaitable[Job]],
+        request_id: str,
+    ) -> None:
+        super().__init__()
+        self._context = context
+        self._request = body
+        self._shape = shape
+        self._prepare = prepare
+        self._request_id = request_id
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send the answer (ASGI)."""
+        try:
+            await run_unless_disconnected(receive, self._send_in_time(scope, receive, send))
+        except ClientDisconnected:
+            logger.debug("Request %s: the client left", self._request_id)
+
+    async def _send_in_time(self, scope: Scope, receive: Receive, send: Send) -> None:
+        started = False
+
+        async def watched_send(message: Any) -> None:
+            nonlocal started
+            started = True
+            await send(message)
+
+        limit = self._context.settings.request_timeout
+        try:
+            try:
+                async with asyncio.timeout(limit):
+                    await self._answer(scope, receive, watched_send)
+            except TimeoutError:
+                raise Overloaded(f"The answer took more than {limit:g} seconds.") from None
+        except Exception as error:
+            if not started:
+                raise
+            problem = api_error(error, self._request_id)
+            async with asyncio.timeout(ERROR_SECONDS):
+                await send(_piece(event(problem.body()) + DONE))
+                await send(_piece(b"", more=False))
+
+    async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
+        job = await self._prepare()
+        async with opened(self._context, job, self._shape.prefix) as run:
+            if self._request.stream:
+                await self._stream(run, send)
+                return
+            choices = [self._shape.choice(run, choice) for choice in await run.collect()]
+            body = self._envelope(run, self._shape.object, choices) | {"usage": run.usage()}
+        # The engine is done with the request; how fast the client reads is no concern of it.
+        whole = Response(json_bytes(body), headers=run.headers(), media_type="application/json")
+        await whole(scope, receive, send)
+
+    async def _stream(self, run: Run, send: Send) -> None:
+        include_usage = self._request.stream_options.include_usage
+        common = self._envelope(run, self._shape.chunk_object, [])
+        if include_usage:
+            common["usage"] = None
+        started = False
+        async with aclosing(run.steps()) as steps:
+            async for step in steps:
+                if not started:
+                    await send(self._start(run))
+                    started = True
+                events = [
+                    event(common | {"choices": [chunk]})
+                    for index, delta in step
+                    for chunk in self._shape.chunks(run, index, delta)
+                ]
+                if events:
+                    await send(_piece(b"".join(events)))
+        last = event(common | {"usage": run.usage()}) if include_usage else b""
+        await send(_piece(last + DONE))
+        await send(_piece(b"", more=False))
+
+    def _envelope(self, run: Run, kind: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
+        return {
+            "id": run.id,
+            "object": kind,
+            "created": run.created,
+            "model": self._request.model,
+            "choices": choices,
+        }
+
+    def _start(self, run: Run) -> dict[str, Any]:
+        headers = {"content-type": "text/event-stream; charset=utf-8", "cache-control": "no-cache"}
+        raw = [(k.encode(), v.encode("latin-1")) for k, v in (headers | run.headers()).items()]
+        return {"type": "http.response.start", "status": 200, "headers": raw}
+
+
+def _piece(body: bytes, *, more: bool = True) -> dict[str, Any]:
+    return {"type": "http.response.body", "body": body, "more_body": more}

@@ -1,0 +1,67 @@
+"""The FastAPI application: which routes there are, and who may use them."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING
+
+from fastapi import APIRouter, Depends, FastAPI
+
+from server.auth import require_key
+from server.context import Context
+from server.errors import install_error_handlers
+from server.health import Health
+from server.metrics import Metrics
+from server.middleware import RequestMiddleware
+from server.routes import (
+    chat,
+    completions,
+    interventions,
+    models,
+    operations,
+    tokenize,
+    vllm_compat,
+)
+from server.settings import Settings
+from server.version import VERSION
+
+if TYPE_CHECKING:
+    from reft_runtime.llm import Engine
+
+
+def create_app(engine: Engine, settings: Settings) -> FastAPI:
+    """Application that serves `engine`, whose owner closes it. It is ready once it has started."""
+    context = Context(engine, settings, Metrics(engine), Health(engine))
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        await context.health.prove()
+        yield
+
+    # FastAPI's own pages would need no key: the description is a route like any other here.
+    app = FastAPI(
+        title="reft-server",
+        version=VERSION,
+        openapi_url=None,
+        docs_url=None,
+        redoc_url=None,
+        lifespan=lifespan,
+    )
+    app.state.context = context
+    app.add_middleware(RequestMiddleware)
+    install_error_handlers(app)
+    app.include_router(operations.public)
+    guarded = APIRouter(dependencies=[Depends(require_key)])
+    for module in (
+        completions,
+        chat,
+        models,
+        interventions,
+        vllm_compat,
+        tokenize,
+        operations,
+    ):
+        guarded.include_router(module.router)
+    app.include_router(guarded)
+    return app

@@ -1,0 +1,109 @@
+"""Request bodies: read with a bound, parsed strictly, validated completely."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Awaitable, Callable
+from typing import Any, TypeVar
+
+from fastapi import Request
+from pydantic import BaseModel, ValidationError
+
+from reft_runtime.errors import InvalidRequest
+from server.context import Server
+from server.errors import ApiError
+
+Body = TypeVar("Body", bound=BaseModel)
+
+
+async def read_body(request: Request, limit: int) -> bytes:
+    """The whole body; 413 as soon as it is known to be longer than `limit` bytes."""
+    too_large = ApiError(413, f"The body is larger than {limit} bytes.", code="body_too_large")
+    declared = request.headers.get("content-length", "0")
+    if declared.isdecimal() and int(declared) > limit:
+        raise too_large
+    body = bytearray()
+    async for chunk in request.stream():
+        body += chunk
+        if len(body) > limit:
+            raise too_large
+    return bytes(body)
+
+
+def json_body(model: type[Body]) -> Callable[[Request, Server], Awaitable[Body]]:
+    """Dependency that answers the JSON body as `model`.
+
+    A dependency and not FastAPI's own body parameter, which is read and parsed before the
+    router's dependencies: before the key is checked.
+    """
+
+    async def read(request: Request, server: Server) -> Body:
+        kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+        if kind != "application/json":
+            raise ApiError(415, "Send the body as JSON, with Content-Type: application/json.")
+        data = parse_json(await read_body(request, server.settings.max_body_bytes))
+        if not isinstance(data, dict):
+            raise InvalidRequest("The body must be a JSON object.")
+        try:
+            return model.model_validate(data)
+        except ValidationError as error:
+            raise _first_problem(error, data) from None
+
+    return read
+
+
+def parse_json(body: bytes) -> Any:
+    """`body` as JSON; duplicate keys, NaN, Infinity and half characters are refused."""
+    try:
+        text = body.decode()
+        data = json.loads(text, object_pairs_hook=_unique_keys, parse_constant=_no_constant)
+        if "\\ud" in text or "\\uD" in text:
+            # An escaped surrogate without its other half is no character: nothing can encode it.
+            json.dumps(data, ensure_ascii=False).encode()
+        return data
+    except RecursionError:
+        raise InvalidRequest("The body is nested too deeply.") from None
+    except ValueError as error:
+        raise InvalidRequest(f"The body is not valid JSON: {error}.") from None
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in result:
+            raise InvalidRequest(f"The key {name!r} is there twice in one object.", param=name)
+        result[name] = value
+    return result
+
+
+def _no_constant(name: str) -> None:
+    raise ValueError(f"{name} is not a JSON value")
+
+
+def _first_problem(error: ValidationError, data: Any) -> InvalidRequest:
+    problems = [
+        (_path(problem["loc"], data, missing=problem["type"] == "missing"), problem)
+        for problem in error.errors(include_url=False, include_input=False)
+    ]
+    # Of the members of a union, the one that got furthest is the one that was meant.
+    param, problem = max(problems, key=lambda pair: pair[0].count("."))
+    if problem["type"] == "extra_forbidden":
+        return InvalidRequest(
+            f"{param} is not supported by this server; leave it out.", param=param
+        )
+    message = problem["msg"].removeprefix("Value error, ")
+    return InvalidRequest(f"{param}: {message[:1].lower()}{message[1:]}.", param=param)
+
+
+def _path(loc: tuple[int | str, ...], data: Any, *, missing: bool) -> str:
+    """`loc` in dots, without the labels that pydantic adds for the members of a union."""
+    steps: list[str] = []
+    for position, step in enumerate(loc):
+        if isinstance(data, dict) and step in data:
+            data = data[str(step)]
+        elif isinstance(data, list) and isinstance(step, int):
+            data = data[step]
+        elif not (missing and position == len(loc) - 1):
+            continue
+        steps.append(str(step))
+    return ".".join(steps)

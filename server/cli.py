@@ -1,0 +1,142 @@
+"""The command `reft`. What needs the model is imported late, so that `--help` is quick."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+from collections.abc import Callable
+from types import UnionType
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar, get_args, get_origin
+
+import typer
+from pydantic import SecretStr
+
+from reft_runtime.errors import ReftError
+from server.settings import Settings, load_settings
+from server.version import VERSION
+
+if TYPE_CHECKING:
+    from reft_runtime.llm import Engine
+
+Command = TypeVar("Command", bound=Callable[..., None])
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    help="One resident language model, many tasks: serve LoReFT interventions per request.",
+)
+
+
+def main() -> None:
+    """Entry point of the console command; mistakes end it with a message and no traceback."""
+    try:
+        app()
+    except ReftError as error:
+        typer.echo(f"reft: {error.message}", err=True)
+        raise SystemExit(2) from None
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(VERSION)
+        raise typer.Exit
+
+
+@app.callback()
+def _reft(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="The version.")
+    ] = False,
+) -> None:
+    pass
+
+
+def _with_settings(*names: str) -> Callable[[Command], Command]:
+    """Give a command the options of these fields of `Settings`, or of all, as `**options`."""
+
+    def decorate(command: Command) -> Command:
+        signature = inspect.signature(command, eval_str=True)
+        own = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
+        ours = [_option(name) for name in names or Settings.model_fields]
+        signature = signature.replace(parameters=[*own, *ours])
+        command.__signature__ = signature  # type: ignore[attr-defined]
+        command.__annotations__ = {p.name: p.annotation for p in signature.parameters.values()}
+        return command
+
+    return decorate
+
+
+def _option(name: str) -> inspect.Parameter:
+    """Option of a settings field; its default None means not given: the environment decides."""
+    field = Settings.model_fields[name]
+    kind: Any = field.annotation
+    if get_origin(kind) is UnionType:
+        kind = get_args(kind)[0]
+    notes = [f"env: REFT_{name.upper()}"]
+    if field.default is not None:
+        notes.append(f"default: {field.default}")
+    option = typer.Option(
+        f"--{name.replace('_', '-')}", help=f"{field.description} [{', '.join(notes)}]"
+    )
+    kind = Annotated[str if kind is SecretStr else kind, option]
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=kind)
+
+
+@app.command()
+@_with_settings()
+def serve(**options: Any) -> None:
+    """Serve a model and its interventions over HTTP."""
+    settings = load_settings(options)
+    from server.lifecycle import configure_logging, listen, run
+
+    configure_logging(settings)
+    with listen(settings) as listener:
+        raise SystemExit(run(_engine(settings), settings, listener))
+
+
+@app.command()
+@_with_settings("model", "interventions", "state_dir", "dtype", "max_model_len", "threads")
+def generate(
+    prompt: Annotated[str, typer.Argument(help="What to say to the model.")],
+    intervention: Annotated[
+        str | None, typer.Option(help="Intervention to apply: NAME or NAME@DIGEST.")
+    ] = None,
+    strength: Annotated[float, typer.Option(help="How strongly; 1 is as trained.")] = 1.0,
+    raw: Annotated[bool, typer.Option("--raw", help="Use no chat template.")] = False,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 256,
+    temperature: Annotated[float, typer.Option(min=0, help="0 takes the likeliest token.")] = 0.0,
+    seed: Annotated[int | None, typer.Option(help="Makes a sampled answer repeatable.")] = None,
+    **options: Any,
+) -> None:
+    """Answer one prompt in the terminal, without a server."""
+    settings = load_settings(options)
+    from reft_runtime.sampling import SamplingParams
+
+    sampling = SamplingParams(max_tokens=max_tokens, temperature=temperature, seed=seed)
+    uses = [] if intervention is None else [(intervention, strength)]
+    engine = _engine(settings)
+    try:
+        asyncio.run(_print_answer(engine, prompt, uses, sampling, raw=raw))
+    finally:
+        engine.close()
+
+
+def _engine(settings: Settings) -> Engine:
+    from reft_runtime.llm import Engine
+
+    return Engine(settings.model, **settings.engine_options())
+
+
+async def _print_answer(
+    engine: Engine, prompt: str, uses: list[tuple[str, float]], sampling: Any, *, raw: bool
+) -> None:
+    if raw:
+        tokens = engine.tokenizer.encode(prompt)
+    else:
+        template = engine.registry.resolve(uses[0][0]).manifest.template if uses else None
+        tokens = engine.tokenizer.encode_chat([{"role": "user", "content": prompt}], template)
+    async for deltas in await engine.open(tokens, sampling, uses):
+        typer.echo("".join(delta.text for delta in deltas), nl=False)
+    typer.echo()

@@ -1,0 +1,61 @@
+"""Is the server alive, and should it get requests?"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING
+
+from reft_runtime.errors import RequestFailed
+from reft_runtime.sampling import SamplingParams
+
+if TYPE_CHECKING:
+    from reft_runtime.llm import Engine
+
+HEARTBEAT_SECONDS = 10.0
+"""An engine loop that has not turned for this long counts as dead."""
+
+CANARY_SECONDS = 300.0
+
+
+class Health:
+    """Liveness and readiness of one engine."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._proven = False
+        self._draining = False
+
+    async def prove(self) -> None:
+        """Generate one token, the canary; raises what the engine raises, or `RequestFailed`."""
+        engine = self._engine
+        prompt = await asyncio.to_thread(engine.tokenizer.encode, "Hello")
+        sampling = SamplingParams(max_tokens=1, temperature=0.0)
+        stream = await engine.open(prompt, sampling)
+        try:
+            async with asyncio.timeout(CANARY_SECONDS):
+                tokens = [
+                    token async for step in stream for delta in step for token in delta.tokens
+                ]
+        finally:
+            stream.abort()
+        if not tokens:
+            raise RequestFailed("The canary generation gave no token.")
+        self._proven = True
+
+    def begin_drain(self) -> None:
+        """From now on: not ready."""
+        self._draining = True
+
+    @property
+    def live(self) -> bool:
+        """The engine's loop turns."""
+        return self._engine.alive and self._engine.stats().heartbeat_age < HEARTBEAT_SECONDS
+
+    @property
+    def status(self) -> str:
+        """ "ok" when ready, else why not."""
+        if not self.live:
+            return "engine not running"
+        if self._draining:
+            return "draining"
+        return "ok" if self._proven else "starting"

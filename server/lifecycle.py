@@ -1,0 +1,152 @@
+"""One server process from start to end: listen, drain on a signal, stop when the engine dies."""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+import logging
+import logging.config
+import os
+import socket
+from collections.abc import Coroutine
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+import uvicorn
+from prometheus_client import start_http_server
+
+from reft_runtime.errors import ConfigError
+from server.app import create_app
+from server.banner import banner
+from server.context import Context
+from server.middleware import MAX_HEADER_BYTES
+from server.settings import Settings
+
+if TYPE_CHECKING:
+    from reft_runtime.llm import Engine
+
+logger = logging.getLogger("reft.server")
+
+FLUSH_SECONDS = 5
+"""How long answers that the engine has finished may take to reach slow clients, when draining."""
+
+WATCH_SECONDS = 0.5
+
+
+def configure_logging(settings: Settings) -> None:
+    """Log what the server, the runtime and uvicorn say, in uvicorn's way."""
+    config = copy.deepcopy(uvicorn.config.LOGGING_CONFIG)
+    for name in ("reft", "reft_runtime"):
+        config["loggers"][name] = {"handlers": ["default"], "propagate": False}
+    for logger_config in config["loggers"].values():
+        logger_config["level"] = settings.log_level.upper()
+    logging.config.dictConfig(config)
+
+
+def listen(settings: Settings) -> socket.socket:
+    """A socket bound to the configured address; connections are refused until it is served.
+
+    Bound before the model is loaded, so that a port in use is told at once. Raises `ConfigError`.
+    """
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            settings.host, settings.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        listener = socket.socket(family, kind, protocol)
+        try:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.bind(address)
+        except OSError:
+            listener.close()
+            raise
+    except OSError as error:
+        raise ConfigError(
+            f"Cannot listen on {settings.host} port {settings.port}: {error.strerror}. "
+            "Choose others with --host and --port."
+        ) from None
+    return listener
+
+
+def run(engine: Engine, settings: Settings, listener: socket.socket) -> int:
+    """Serve until a signal or the engine's end; returns the process's exit status."""
+    app = create_app(engine, settings)
+    context: Context = app.state.context
+    if settings.metrics_port is not None:
+        try:
+            start_http_server(settings.metrics_port, settings.host, context.metrics.registry)
+        except OSError as error:
+            engine.close()
+            raise ConfigError(
+                f"Cannot serve metrics on port {settings.metrics_port}: {error.strerror}. "
+                "Choose another with --metrics-port."
+            ) from None
+    # Of uvicorn's two parsers only h11 bounds the headers while they arrive.
+    config = uvicorn.Config(
+        app,
+        http="h11",
+        ws="none",
+        h11_max_incomplete_event_size=MAX_HEADER_BYTES,
+        timeout_graceful_shutdown=FLUSH_SECONDS,
+        log_config=None,
+        server_header=False,
+    )
+    server = _Server(config, context)
+    try:
+        server.run(sockets=[listener])
+    finally:
+        engine.close()
+    return 0 if server.drained else 1
+
+
+class _Server(uvicorn.Server):
+    """Drains on the first signal, exits at once on the second, and stops with its engine."""
+
+    def __init__(self, config: uvicorn.Config, context: Context) -> None:
+        super().__init__(config)
+        self.drained = False
+        self._context = context
+        self._signalled = False
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._loop: asyncio.AbstractEventLoop | None = None
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Prove the engine, open the socket, say so."""
+        self._loop = asyncio.get_running_loop()
+        await super().startup(sockets)
+        if self.started and sockets:
+            host, port = sockets[0].getsockname()[:2]
+            print(banner(self._context.engine, self._context.settings, host, port), flush=True)
+            self._spawn(self._watch_engine())
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Handle SIGTERM and SIGINT; called between two bytecodes of the main thread."""
+        if self._signalled or self._loop is None or not self.started:
+            os._exit(128 + sig)
+        self._signalled = True
+        self._loop.call_soon_threadsafe(lambda: self._spawn(self._drain()))
+
+    async def _drain(self) -> None:
+        engine, seconds = self._context.engine, self._context.settings.drain_seconds
+        logger.info("Shutting down; running requests get %g seconds to finish", seconds)
+        self._context.health.begin_drain()
+        engine.begin_drain()
+        try:
+            async with asyncio.timeout(seconds):
+                await engine.drained()
+        except TimeoutError:
+            logger.warning("Ending the requests that are left")
+        self.drained = True
+        await asyncio.to_thread(engine.close)
+        self.should_exit = True
+
+    async def _watch_engine(self) -> None:
+        while self._context.engine.alive:
+            await asyncio.sleep(WATCH_SECONDS)
+        if not self.drained:
+            logger.critical("The engine stopped; so does the server")
+            self.should_exit = True
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.ensure_future(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)

@@ -1,0 +1,135 @@
+"""Prometheus metrics. Names follow vLLM's, with our prefix."""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter as Tally
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING
+
+from prometheus_client import CollectorRegistry, Counter, Histogram
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+if TYPE_CHECKING:
+    from reft_runtime.llm import Engine
+
+MAX_NAMES = 100
+"""Interventions with a label of their own; those that come later share `(other)`."""
+
+BASE, OTHER = "(base)", "(other)"
+"""Labels that no intervention can have: its name has no parenthesis."""
+
+_FIRST_TOKEN = (0.001, 0.005, 0.01, 0.02, 0.04, 0.08, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 40, 160)
+_PER_TOKEN = (0.002, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 1, 2.5)
+_WHOLE = (0.05, 0.1, 0.3, 0.5, 1, 2, 5, 10, 20, 30, 60, 120, 300, 600, 1800)
+
+
+class Metrics:
+    """What the routes count, and the engine's own numbers, in one registry."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.registry = CollectorRegistry()
+        self._names: set[str] = set()
+        self._lock = threading.Lock()
+        self._finished = Counter(
+            "reft:request_success",
+            "Choices that ended, by reason.",
+            ["finished_reason"],
+            registry=self.registry,
+        )
+        self._first_token = self._histogram(
+            "reft:time_to_first_token_seconds", "From arrival to first token.", _FIRST_TOKEN
+        )
+        self._per_token = self._histogram(
+            "reft:time_per_output_token_seconds", "Between a choice's tokens.", _PER_TOKEN
+        )
+        self._whole = self._histogram(
+            "reft:e2e_request_latency_seconds", "From arrival to the end.", _WHOLE
+        )
+        self._queue = self._histogram(
+            "reft:request_queue_time_seconds", "Waiting for the engine.", _WHOLE
+        )
+        self._swap = self._histogram(
+            "reft:intervention_swap_seconds", "Checking and publishing a file.", _FIRST_TOKEN
+        )
+        self._requests, self._tokens, self._loads = (
+            Counter(f"reft:intervention_{name}", text, ["intervention"], registry=self.registry)
+            for name, text in (
+                ("requests", "Requests that named the intervention."),
+                ("generation_tokens", "Tokens generated under the intervention."),
+                ("loads", "Times a file was published under the name."),
+            )
+        )
+        self.registry.register(_EngineCollector(engine))
+
+    def _histogram(self, name: str, text: str, buckets: Iterable[float]) -> Histogram:
+        return Histogram(name, text, buckets=tuple(buckets), registry=self.registry)
+
+    def first_token(self, seconds: float, queued: float | None) -> None:
+        """The first token of a request came after `seconds`, of which `queued` waiting."""
+        self._first_token.observe(seconds)
+        if queued is not None:
+            self._queue.observe(queued)
+
+    def next_token(self, seconds: float) -> None:
+        """A further token came `seconds` after the one before it."""
+        self._per_token.observe(seconds)
+
+    def finished(
+        self, seconds: float, reasons: Iterable[str], names: Iterable[str], tokens: int
+    ) -> None:
+        """A request ended: a reason for each choice, its interventions, its generated tokens."""
+        self._whole.observe(seconds)
+        for reason in reasons:
+            self._finished.labels(reason).inc()
+        for name in names or (BASE,):
+            label = self._label(name)
+            self._requests.labels(label).inc()
+            self._tokens.labels(label).inc(tokens)
+
+    def loaded(self, name: str, seconds: float) -> None:
+        """A file was published as `name`."""
+        self._swap.observe(seconds)
+        self._loads.labels(self._label(name)).inc()
+
+    def _label(self, name: str) -> str:
+        with self._lock:
+            if name == BASE or name in self._names:
+                return name
+            if len(self._names) < MAX_NAMES:
+                self._names.add(name)
+                return name
+        return OTHER
+
+
+class _EngineCollector(Collector):
+    """The engine's numbers, read when they are scraped."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+
+    def describe(self) -> Iterable[Metric]:
+        """Nothing: the registry need not ask the engine at registration."""
+        return ()
+
+    def collect(self) -> Iterator[Metric]:
+        """Gauges and counters of this moment."""
+        stats = self._engine.stats()
+        for name, text, value in (
+            ("num_requests_running", "Sequences in the batch.", stats.running),
+            ("num_requests_waiting", "Requests in the queue.", stats.waiting),
+            ("kv_cache_usage_perc", "Used part of the key-value cache, 1 is all.", stats.kv_usage),
+        ):
+            yield GaugeMetricFamily(f"reft:{name}", text, value)
+        for name, text, value in (
+            ("prompt_tokens", "Prompt tokens computed.", stats.prompt_tokens),
+            ("generation_tokens", "Tokens generated.", stats.generation_tokens),
+            ("num_preemptions", "Sequences put back for lack of cache.", stats.preemptions),
+        ):
+            yield CounterMetricFamily(f"reft:{name}", text, value)
+        tiers = Tally(entry.tier for entry in self._engine.registry.entries())
+        family = GaugeMetricFamily("reft:interventions", "Interventions by tier.", labels=["tier"])
+        for tier, count in tiers.items():
+            family.add_metric([tier], count)
+        yield family

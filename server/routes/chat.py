@@ -1,0 +1,89 @@
+"""POST /v1/chat/completions: a conversation, answered."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Depends, Request
+
+from reft_runtime.outputs import Choice, ChoiceDelta, TokenLogprob
+from server.answers import Answer, Shape
+from server.body import json_body
+from server.context import Server
+from server.generation import Run, prepare
+from server.logprobs import chat_logprobs
+from server.openapi import takes
+from server.schemas.chat import ChatRequest
+
+router = APIRouter(tags=["openai"])
+
+
+class ChatShape(Shape):
+    """Choices as the assistant's messages."""
+
+    prefix = "chatcmpl"
+    object = "chat.completion"
+    chunk_object = "chat.completion.chunk"
+
+    def __init__(self, body: ChatRequest) -> None:
+        self._body = body
+        self._begun: set[int] = set()
+
+    def choice(self, run: Run, choice: Choice) -> dict[str, Any]:
+        """A finished message."""
+        return {
+            "index": choice.index,
+            "message": {"role": "assistant", "content": choice.text, "refusal": None},
+            "logprobs": self._logprobs(run, choice.logprobs),
+            "finish_reason": choice.finish_reason,
+        }
+
+    def chunks(self, run: Run, index: int, delta: ChoiceDelta) -> list[dict[str, Any]]:
+        """A chunk with the new text; before a choice's first one, a chunk with the role."""
+        chunks = []
+        if index not in self._begun:
+            self._begun.add(index)
+            chunks.append(_chunk(index, {"role": "assistant", "content": ""}, None, None))
+        if delta.text or delta.logprobs or delta.finish_reason:
+            content = {"content": delta.text} if delta.text else {}
+            logprobs = self._logprobs(run, list(delta.logprobs))
+            chunks.append(_chunk(index, content, logprobs, delta.finish_reason))
+        return chunks
+
+    def _logprobs(self, run: Run, logprobs: list[TokenLogprob]) -> dict[str, Any] | None:
+        if not self._body.logprobs:
+            return None
+        return chat_logprobs(run.context.engine.tokenizer, logprobs)
+
+
+def _chunk(
+    index: int,
+    delta: dict[str, str],
+    logprobs: dict[str, Any] | None,
+    finish_reason: str | None,
+) -> dict[str, Any]:
+    return {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish_reason}
+
+
+@router.post("/v1/chat/completions", openapi_extra=takes(ChatRequest))
+async def create_chat_completion(
+    request: Request,
+    server: Server,
+    body: Annotated[ChatRequest, Depends(json_body(ChatRequest))],
+) -> Answer:
+    """Answer a conversation `n` times."""
+    sampling = body.sampling()
+    messages = [message.as_text() for message in body.messages]
+    return Answer(
+        server,
+        body,
+        ChatShape(body),
+        lambda: prepare(
+            server,
+            body,
+            sampling,
+            lambda tokenizer, selection: [tokenizer.encode_chat(messages, selection.template)],
+            prompt="messages",
+        ),
+        request.state.request_id,
+    )

@@ -1,0 +1,53 @@
+"""Health for orchestrators (no key needed), version, metrics, and the API's description."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+from fastapi import APIRouter, Request
+from fastapi.responses import JSONResponse, Response
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+
+from server.context import Server
+from server.openapi import describe
+from server.version import VERSION
+
+public = APIRouter(tags=["health"])
+router = APIRouter(tags=["operations"])
+
+
+@public.get("/livez")
+async def livez(server: Server) -> JSONResponse:
+    """200 while the engine's loop turns; else restart the process."""
+    return _health("ok" if server.health.live else "engine not running")
+
+
+@public.get("/readyz")
+@public.get("/health")
+async def readyz(server: Server) -> JSONResponse:
+    """200 while requests are welcome: loaded, proven by a first generation, not draining."""
+    return _health(server.health.status)
+
+
+@router.get("/version")
+async def version() -> dict[str, str]:
+    """Version of the server."""
+    return {"version": VERSION}
+
+
+@router.get("/metrics", response_class=Response)
+async def metrics(server: Server) -> Response:
+    """Metrics in Prometheus' text format."""
+    text = await asyncio.to_thread(generate_latest, server.metrics.registry)
+    return Response(text, media_type=CONTENT_TYPE_LATEST)
+
+
+@router.get("/openapi.json", include_in_schema=False)
+async def openapi(request: Request) -> dict[str, Any]:
+    """This API as an OpenAPI document."""
+    return describe(request.app)
+
+
+def _health(status: str) -> JSONResponse:
+    return JSONResponse({"status": status}, 200 if status == "ok" else 503)

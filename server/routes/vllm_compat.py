@@ -1,0 +1,57 @@
+"""vLLM's routes to load and unload, so that controllers written for it work."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Annotated
+
+from fastapi import APIRouter, Depends
+from fastapi.responses import PlainTextResponse
+
+from reft_runtime.errors import ReftError
+from server.body import json_body
+from server.context import Server
+from server.openapi import takes
+from server.schemas.interventions import LoadRequest, UnloadRequest
+
+router = APIRouter(prefix="/v1", tags=["vllm"])
+
+_FIELDS = {"name": "lora_name", "path": "lora_path"}
+
+
+@router.post("/load_lora_adapter", openapi_extra=takes(LoadRequest))
+async def load_lora_adapter(
+    server: Server, body: Annotated[LoadRequest, Depends(json_body(LoadRequest))]
+) -> PlainTextResponse:
+    """Serve a file inside the configured folder under a name."""
+    begun = time.monotonic()
+    with _vllm_fields():
+        await asyncio.to_thread(
+            server.engine.registry.load, body.lora_name, body.lora_path, body.load_inplace
+        )
+    server.metrics.loaded(body.lora_name, time.monotonic() - begun)
+    return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' added successfully.")
+
+
+@router.post("/unload_lora_adapter", openapi_extra=takes(UnloadRequest))
+async def unload_lora_adapter(
+    server: Server, body: Annotated[UnloadRequest, Depends(json_body(UnloadRequest))]
+) -> PlainTextResponse:
+    """Serve a name no longer."""
+    with _vllm_fields():
+        await asyncio.to_thread(server.engine.registry.remove, body.lora_name)
+    return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' removed successfully.")
+
+
+@contextmanager
+def _vllm_fields() -> Iterator[None]:
+    """Errors name the fields of these routes, not the registry's."""
+    try:
+        yield
+    except ReftError as error:
+        if error.param is not None:
+            error.param = _FIELDS.get(error.param, error.param)
+        raise

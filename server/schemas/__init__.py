@@ -1,0 +1,1 @@
+"""Request bodies, validated completely before anything reaches the engine."""

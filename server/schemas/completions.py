@@ -1,0 +1,85 @@
+"""Body of POST /v1/completions."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Discriminator, Field, Tag, model_validator
+
+from reft_runtime.errors import InvalidRequest
+from reft_runtime.sampling import MAX_CHOICES, MAX_LOGPROBS, SamplingParams
+from server.schemas.common import MAX_TOKENS, SamplingBody, TokenId
+
+DEFAULT_MAX_TOKENS = 16
+
+
+def _prompt_kind(prompt: Any) -> str | None:
+    if isinstance(prompt, str):
+        return "text"
+    if isinstance(prompt, list) and prompt:
+        if isinstance(prompt[0], str):
+            return "texts"
+        return "token_lists" if isinstance(prompt[0], list) else "tokens"
+    return None
+
+
+TokenPrompt = Annotated[list[TokenId], Field(min_length=1, fail_fast=True)]
+Prompt = Annotated[
+    Annotated[str, Tag("text")]
+    | Annotated[list[str], Field(max_length=MAX_CHOICES, fail_fast=True), Tag("texts")]
+    | Annotated[TokenPrompt, Tag("tokens")]
+    | Annotated[
+        list[TokenPrompt],
+        Field(max_length=MAX_CHOICES, fail_fast=True),
+        Tag("token_lists"),
+    ],
+    Discriminator(
+        _prompt_kind,
+        custom_error_type="prompt_type",
+        custom_error_message="Give a string, a list of token ids, or a list of either",
+    ),
+]
+
+
+class CompletionRequest(SamplingBody):
+    """A raw prompt, or several, to continue."""
+
+    prompt: Prompt
+    max_tokens: int = Field(DEFAULT_MAX_TOKENS, ge=0, le=MAX_TOKENS)
+    echo: bool = False
+    logprobs: int | None = Field(default=None, ge=0, le=MAX_LOGPROBS)
+    best_of: int | None = Field(default=None, description="Accepted where it equals n.")
+    suffix: Literal[""] = ""
+
+    @model_validator(mode="after")
+    def _check_together(self) -> CompletionRequest:
+        if self.best_of is not None and self.best_of != self.n:
+            raise InvalidRequest(
+                f"best_of is supported only where it equals n ({self.n}).", param="best_of"
+            )
+        if len(self.prompts) * self.n > MAX_CHOICES:
+            raise InvalidRequest(
+                f"n times the number of prompts is at most {MAX_CHOICES}, "
+                f"not {self.n} x {len(self.prompts)}.",
+                param="n",
+            )
+        if self.max_tokens == 0 and not self.echo:
+            raise InvalidRequest("max_tokens: 0 needs echo: true.", param="max_tokens")
+        return self
+
+    @property
+    def prompts(self) -> list[str] | list[list[int]]:
+        """The prompts, each as text or as token ids."""
+        if isinstance(self.prompt, str):
+            return [self.prompt]
+        if isinstance(self.prompt[0], int):
+            return [self.prompt]
+        return self.prompt
+
+    def sampling(self) -> SamplingParams:
+        """The engine's form of the sampling fields; raises `InvalidRequest`."""
+        return self.sampling_params(
+            max_tokens=self.max_tokens,
+            logprobs=self.logprobs,
+            prompt_logprobs=self.logprobs if self.echo else None,
+        )

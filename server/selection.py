@@ -1,0 +1,67 @@
+"""Which interventions a request means, and which chat template comes with them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from reft_runtime.errors import InvalidRequest, NotFound
+from server.schemas.common import InterventionUse
+
+if TYPE_CHECKING:
+    from reft_runtime.llm import Engine
+
+
+@dataclass(frozen=True, slots=True)
+class Selection:
+    """Exact versions to apply, in order, and the chat template they agree on.
+
+    `refs` holds (name@digest, strength): a name that is replaced meanwhile cannot give one request
+    two versions. `names` are the same without digests. `template` None is the base model's own.
+    """
+
+    refs: tuple[tuple[str, float], ...] = ()
+    names: tuple[str, ...] = ()
+    template: str | None = None
+
+
+def select(engine: Engine, model: str, uses: Sequence[InterventionUse] = ()) -> Selection:
+    """Resolve `model`, or `uses` where given, in the registry; may touch the disk.
+
+    `model` is the base's id, NAME, NAME@DIGEST or BASE:NAME. Raises `NotFound` for an unknown one
+    and `InvalidRequest` where interventions bring templates that differ.
+    """
+    base = engine.info.model
+    named = None if model == base else model.removeprefix(f"{base}:")
+    wanted: list[tuple[str, float]]
+    if uses:
+        wanted = [(use.name, use.strength) for use in uses]
+    else:
+        wanted = [] if named is None else [(named, 1.0)]
+    if named is not None:
+        try:
+            engine.registry.resolve(named)
+        except NotFound:
+            raise NotFound(f"The model `{model}` does not exist.", param="model") from None
+    refs: list[tuple[str, float]] = []
+    names: list[str] = []
+    templates: dict[str, str] = {}
+    for position, (ref, strength) in enumerate(wanted):
+        try:
+            version = engine.registry.resolve(ref)
+        except NotFound:
+            raise NotFound(
+                f"The intervention `{ref}` does not exist.", param=f"interventions.{position}.name"
+            ) from None
+        refs.append((f"{version.name}@{version.digest}", strength))
+        names.append(version.name)
+        if version.manifest.template is not None:
+            templates[version.manifest.template] = version.name
+    if len(templates) > 1:
+        raise InvalidRequest(
+            f"The chat templates of {' and '.join(templates.values())} differ; "
+            "use /v1/completions to lay out the prompt yourself.",
+            param="interventions",
+        )
+    return Selection(tuple(refs), tuple(names), next(iter(templates), None))

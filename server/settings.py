@@ -1,0 +1,133 @@
+"""Every option of the server, in one class: keyword, `REFT_*` variable and command-line option."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, SecretStr, ValidationError
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from reft_runtime.errors import ConfigError
+
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+LogLevel = Literal["debug", "info", "warning", "error"]
+
+SHIPPED = Path("interventions")
+"""The interventions that come with the project, seen from its root."""
+
+ENGINE_OPTIONS = (
+    "interventions",
+    "state_dir",
+    "dtype",
+    "max_model_len",
+    "max_running",
+    "max_queued",
+    "max_queued_tokens",
+    "kv_tokens",
+    "threads",
+)
+"""The fields that the engine takes, under the same names; one left unset is the engine's choice."""
+
+
+class Settings(BaseSettings):
+    """Options of `reft serve`: field `x` is `--x` or `REFT_X`; an empty variable is unset."""
+
+    model_config = SettingsConfigDict(
+        env_prefix="REFT_", env_ignore_empty=True, extra="forbid", frozen=True
+    )
+
+    model: str = Field(
+        default="demo",
+        min_length=1,
+        description="Base model: 'demo', a Hugging Face id or a folder.",
+    )
+    interventions: Path | None = Field(
+        default_factory=lambda: SHIPPED if SHIPPED.is_dir() else None,
+        description="Folder of NAME.safetensors files to serve; by default ./interventions, "
+        "where there is one.",
+    )
+    state_dir: Path | None = Field(
+        default=None,
+        description="Folder that keeps uploaded interventions; by default memory does.",
+    )
+    host: str = Field(default="127.0.0.1", min_length=1, description="Address to listen on.")
+    port: int = Field(
+        default=8000, ge=0, le=65535, description="Port to listen on; 0 picks a free one."
+    )
+    metrics_port: int | None = Field(
+        default=None,
+        ge=1,
+        le=65535,
+        description="Serve /metrics on this port as well, without a key.",
+    )
+    api_key: SecretStr | None = Field(
+        default=None,
+        min_length=1,
+        description="Key that clients send as 'Authorization: Bearer KEY'.",
+    )
+    dtype: Dtype = Field(default="auto", description="Number format of the base model's weights.")
+    max_model_len: int | None = Field(
+        default=None,
+        ge=1,
+        description="Longest prompt plus answer, in tokens; by default the model's.",
+    )
+    max_running: int | None = Field(
+        default=None, ge=1, le=65536, description="Most sequences in one engine step."
+    )
+    max_queued: int | None = Field(
+        default=None, ge=1, description="Most requests that wait; the next is answered 503."
+    )
+    max_queued_tokens: int | None = Field(
+        default=None,
+        ge=1,
+        description="Most prompt tokens that wait; the next request is answered 503.",
+    )
+    kv_tokens: int | None = Field(
+        default=None,
+        ge=1,
+        description="Size of the key-value cache, in tokens; by default from free memory.",
+    )
+    threads: int | None = Field(
+        default=None, ge=1, le=1024, description="CPU threads of the engine; by default one a core."
+    )
+    first_token_timeout: float = Field(
+        default=300.0, gt=0, le=86400, description="Seconds a request may wait for its first token."
+    )
+    request_timeout: float = Field(
+        default=3600.0, gt=0, le=86400, description="Seconds a request may take in all."
+    )
+    drain_seconds: float = Field(
+        default=30.0,
+        ge=0,
+        le=3600,
+        description="Seconds that running requests get to finish on SIGTERM.",
+    )
+    max_body_bytes: int = Field(
+        default=4 * 2**20, ge=1024, le=2**30, description="Largest JSON body accepted, in bytes."
+    )
+    log_level: LogLevel = Field(default="info", description="Least severe message that is logged.")
+
+    def engine_options(self) -> dict[str, Any]:
+        """Keyword arguments for the engine, those that are set."""
+        values = {name: getattr(self, name) for name in ENGINE_OPTIONS}
+        return {name: value for name, value in values.items() if value is not None}
+
+
+def load_settings(options: Mapping[str, Any]) -> Settings:
+    """Settings from `options` (those that are not None), then the environment, then the defaults.
+
+    Raises `ConfigError` with one line a problem; no line repeats a value, which may be a key.
+    """
+    try:
+        return Settings(**{name: value for name, value in options.items() if value is not None})
+    except ValidationError as error:
+        lines = [_problem(tuple(item["loc"]), item["msg"]) for item in error.errors()]
+        raise ConfigError("\n".join(lines)) from None
+
+
+def _problem(loc: tuple[int | str, ...], message: str) -> str:
+    name = str(loc[0])
+    option, variable = f"--{name.replace('_', '-')}", f"REFT_{name.upper()}"
+    return f"{option} (or {variable}): {message[:1].lower()}{message[1:]}."

@@ -1,0 +1,75 @@
+"""Fixtures of the HTTP tests; `engine` is the one place that says what the server runs on."""
+
+from __future__ import annotations
+
+import socket
+import threading
+import time
+from collections.abc import AsyncIterator, Iterator
+from typing import TYPE_CHECKING, Any, cast
+
+import httpx
+import pytest
+import uvicorn
+from fastapi import FastAPI
+
+from server.app import create_app
+from server.settings import Settings
+from tests.http.fake_engine import FakeEngine
+
+if TYPE_CHECKING:
+    from reft_runtime.llm import Engine
+
+
+@pytest.fixture
+def engine() -> FakeEngine:
+    return FakeEngine()
+
+
+@pytest.fixture
+def settings() -> Settings:
+    return Settings()
+
+
+@pytest.fixture
+def app(engine: FakeEngine, settings: Settings) -> FastAPI:
+    return create_app(cast("Engine", engine), settings)
+
+
+@pytest.fixture
+async def client(app: FastAPI, engine: FakeEngine) -> AsyncIterator[httpx.AsyncClient]:
+    """A client of the app in this event loop, without a socket."""
+    transport = httpx.ASGITransport(app, raise_app_exceptions=False)
+    async with (
+        app.router.lifespan_context(app),
+        httpx.AsyncClient(transport=transport, base_url="http://test") as client,
+    ):
+        yield client
+    assert not engine.running
+
+
+@pytest.fixture
+def server_url(app: FastAPI, engine: FakeEngine) -> Iterator[str]:
+    """Address of the app on a real socket, served by a thread."""
+    listener = socket.create_server(("127.0.0.1", 0))
+    config = uvicorn.Config(app, http="h11", ws="none", log_level="warning")
+    server = uvicorn.Server(config)
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+    thread.start()
+    while not server.started:
+        time.sleep(0.01)
+    yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+    server.should_exit = True
+    thread.join()
+    assert not engine.running
+
+
+def completion(**fields: Any) -> dict[str, Any]:
+    """A body of /v1/completions."""
+    return {"model": "tiny", "prompt": "Hi", "max_tokens": 4, **fields}
+
+
+def chat(**fields: Any) -> dict[str, Any]:
+    """A body of /v1/chat/completions."""
+    messages = [{"role": "user", "content": "Hi"}]
+    return {"model": "tiny", "messages": messages, "max_tokens": 4, **fields}

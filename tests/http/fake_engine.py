@@ -1,0 +1,252 @@
+"""An engine without a model: every token is a byte, and the answer is the alphabet, over and over.
+
+It keeps the contract of `reft_runtime.llm.Engine` and records what the server asked of it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any
+
+from reft_runtime.errors import (
+    Draining,
+    EngineDead,
+    InvalidRequest,
+    NotFound,
+    Overloaded,
+    ReftError,
+)
+from reft_runtime.outputs import ChoiceDelta, EngineInfo, EngineStats, TokenLogprob
+from reft_runtime.sampling import SamplingParams
+
+ALPHABET = b"abcdefghijklmnopqrstuvwxyz"
+DIGEST = "d1" * 32
+EOS = 0
+
+
+class FakeTokenizer:
+    def encode(self, text: str) -> list[int]:
+        return list(text.encode())
+
+    def encode_chat(self, messages: list[dict[str, str]], template: str | None) -> list[int]:
+        if template is not None and len(messages) > 1:
+            raise InvalidRequest("This template takes one user message.", param="messages")
+        if template is not None:
+            return self.encode(template.replace("{prompt}", messages[0]["content"]))
+        return self.encode("".join(f"<{m['role']}>{m['content']}" for m in messages))
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return bytes(ids).decode(errors="replace")
+
+    def token_text(self, token: int) -> str:
+        return self.decode([token])
+
+    def token_bytes(self, token: int) -> bytes:
+        return bytes([token])
+
+
+@dataclass
+class FakeVersion:
+    name: str
+    digest: str = DIGEST
+    template: str | None = None
+
+    @property
+    def manifest(self) -> Any:
+        return SimpleNamespace(
+            template=self.template, model_dump=lambda mode: {"template": self.template}
+        )
+
+
+class FakeRegistry:
+    def __init__(self, *versions: FakeVersion) -> None:
+        self.versions = {version.name: version for version in versions}
+
+    def resolve(self, ref: str) -> FakeVersion:
+        name, at, prefix = ref.partition("@")
+        version = self.versions.get(name)
+        if version is None or (at and (len(prefix) < 8 or not version.digest.startswith(prefix))):
+            raise NotFound(f"The model `{ref}` does not exist.", param="model")
+        return version
+
+    def entry(self, name: str) -> Any:
+        if name not in self.versions:
+            raise NotFound(f"The intervention `{name}` does not exist.", param="name")
+        version = self.versions[name]
+        return SimpleNamespace(
+            name=name,
+            digest=version.digest,
+            versions=(version.digest,),
+            origin="folder",
+            tier="host",
+            in_flight=0,
+            requests=0,
+            last_used=None,
+            size_bytes=1,
+            manifest=version.manifest,
+        )
+
+    def entries(self) -> list[Any]:
+        return [self.entry(name) for name in sorted(self.versions)]
+
+    def problems(self) -> dict[str, str]:
+        return {"broken.safetensors": "Cut off."}
+
+    def put(self, name: str, data: bytes, sha256: str | None = None) -> tuple[FakeVersion, bool]:
+        self.last_put = (data, sha256)
+        created = name not in self.versions
+        self.versions[name] = FakeVersion(name)
+        return self.versions[name], created
+
+    def load(self, name: str, path: str, replace: bool = False) -> FakeVersion:
+        if name in self.versions and not replace:
+            raise InvalidRequest(f"The intervention `{name}` is loaded already.", param="name")
+        if path.startswith("/"):
+            raise InvalidRequest("The path leads outside the sources.", param="path")
+        self.versions[name] = FakeVersion(name)
+        return self.versions[name]
+
+    def remove(self, name: str) -> None:
+        self.entry(name)
+        del self.versions[name]
+
+
+@dataclass
+class FakeEngine:
+    info: EngineInfo = field(
+        default_factory=lambda: EngineInfo(
+            model="tiny",
+            architecture="TinyForCausalLM",
+            dtype="float32",
+            device="cpu",
+            threads=1,
+            max_model_len=100,
+            max_running=8,
+            vocab_size=256,
+            parameters=1000,
+            memory_bytes=4_000_000,
+            kv_tokens=800,
+        )
+    )
+    alive: bool = True
+    heartbeat_age: float = 0.0
+    overloaded: bool = False
+    fail_after: int | None = None
+    """Steps after which every request fails."""
+    step_seconds: float = 0.0
+    die_after: float | None = None
+    """Seconds after which the engine dies, counted from the second request (after the canary)."""
+    draining: bool = False
+    streams: list[FakeStream] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.tokenizer = FakeTokenizer()
+        self.registry = FakeRegistry(
+            FakeVersion("emoji"),
+            FakeVersion("pirate", "e2" * 32, template="Q: {prompt} A:"),
+            FakeVersion("formal", "f3" * 32, template="{prompt} =>"),
+        )
+
+    @property
+    def running(self) -> list[FakeStream]:
+        return [stream for stream in self.streams if not stream.ended]
+
+    async def open(
+        self,
+        prompt: Sequence[int],
+        sampling: SamplingParams,
+        interventions: Sequence[tuple[str, float]] = (),
+        *,
+        request_id: str | None = None,
+    ) -> FakeStream:
+        if not self.alive:
+            raise EngineDead("The engine stopped.")
+        if self.draining:
+            raise Draining("The server is shutting down.", retry_after=2.5)
+        if self.overloaded:
+            raise Overloaded("The queue is full.", retry_after=2.5)
+        if not prompt or max(prompt) >= self.info.vocab_size:
+            raise InvalidRequest("prompt: empty, or an unknown token id.", param="prompt")
+        versions = [self.registry.resolve(ref) for ref, _ in interventions]
+        stream = FakeStream(self, tuple(prompt), sampling, interventions)
+        stream.versions = [f"{version.name}@{version.digest}" for version in versions]
+        self.streams.append(stream)
+        if self.die_after is not None and len(self.streams) > 1:
+            asyncio.get_running_loop().call_later(self.die_after, self.close)
+        return stream
+
+    def stats(self) -> EngineStats:
+        return EngineStats(len(self.running), 0, 0.5, 1, 5, 7, 0, self.heartbeat_age)
+
+    def begin_drain(self) -> None:
+        self.draining = True
+
+    async def drained(self) -> None:
+        while self.running:
+            await asyncio.sleep(0.01)
+
+    def close(self) -> None:
+        self.alive = False
+
+
+class FakeStream:
+    def __init__(
+        self,
+        engine: FakeEngine,
+        prompt: tuple[int, ...],
+        sampling: SamplingParams,
+        interventions: Sequence[tuple[str, float]],
+    ) -> None:
+        self.engine, self.prompt, self.sampling = engine, prompt, sampling
+        self.interventions = list(interventions)
+        self.versions: list[str] = []
+        self.queue_seconds: float | None = None
+        self.prompt_logprobs: list[TokenLogprob | None] | None = None
+        self.aborted = self.ended = False
+
+    def abort(self) -> None:
+        self.aborted = self.aborted or not self.ended
+        self.ended = True
+
+    async def __aiter__(self) -> AsyncIterator[list[ChoiceDelta]]:
+        sampling, engine = self.sampling, self.engine
+        limit = engine.info.max_model_len - len(self.prompt)
+        count = limit if sampling.max_tokens is None else sampling.max_tokens
+        self.queue_seconds = 0.25
+        if sampling.prompt_logprobs is not None:
+            self.prompt_logprobs = [None, *(self._logprob(token) for token in self.prompt[1:])]
+        if count == 0:
+            yield [ChoiceDelta(i, "", finish_reason="length") for i in range(sampling.n)]
+        for step in itertools.islice(itertools.count(), count):
+            await asyncio.sleep(engine.step_seconds)
+            if not engine.alive:
+                raise EngineDead("The engine stopped.")
+            if engine.fail_after is not None and step >= engine.fail_after:
+                self.ended = True
+                raise _Secret("weights at /secret/path")
+            token = ALPHABET[step % len(ALPHABET)]
+            last = step == count - 1
+            yield [
+                ChoiceDelta(
+                    index,
+                    chr(token),
+                    (token,),
+                    () if sampling.logprobs is None else (self._logprob(token),),
+                    "length" if last else None,
+                )
+                for index in range(sampling.n)
+            ]
+        self.ended = True
+
+    def _logprob(self, token: int) -> TokenLogprob:
+        wanted = max(self.sampling.logprobs or 0, self.sampling.prompt_logprobs or 0)
+        others = [(ord("x"), -0.25), (ord("y"), float("-inf"))]
+        return TokenLogprob(token, -0.5, tuple(others[:wanted]))
+
+
+class _Secret(ReftError):
+    """A fault whose message must not reach a client."""

@@ -1,0 +1,27 @@
+"""A server process on the fake engine, whose options and the server's come as JSON objects."""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import TYPE_CHECKING, cast
+
+from server.lifecycle import configure_logging, listen, run
+from server.settings import load_settings
+from tests.http.fake_engine import FakeEngine
+
+if TYPE_CHECKING:
+    from reft_runtime.llm import Engine
+
+
+def main(engine_options: str, options: str) -> int:
+    """Serve until a signal; returns the exit status."""
+    settings = load_settings({"port": 0, **json.loads(options)})
+    configure_logging(settings)
+    engine = FakeEngine(**json.loads(engine_options))
+    with listen(settings) as listener:
+        return run(cast("Engine", engine), settings, listener)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(*sys.argv[1:]))

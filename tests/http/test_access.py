@@ -1,0 +1,166 @@
+"""Keys, error shapes, request ids, the API's description."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from typing import Any
+
+import httpx
+import pytest
+from fastapi import FastAPI
+from fastapi.routing import APIRoute
+from pydantic import SecretStr
+from starlette.routing import BaseRoute
+
+from server.settings import Settings
+from tests.http.conftest import completion
+from tests.http.fake_engine import FakeEngine
+
+KEY = "sesame-42"
+PUBLIC = {"/livez", "/readyz", "/health"}
+
+
+def api_routes(routes: list[BaseRoute]) -> Iterator[BaseRoute]:
+    """All routes, those of included routers too."""
+    for route in routes:
+        inner = getattr(route, "original_router", None)
+        if inner is None:
+            yield route
+        else:
+            yield from api_routes(inner.routes)
+
+
+class TestWithKey:
+    @pytest.fixture
+    def settings(self) -> Settings:
+        return Settings(api_key=SecretStr(KEY))
+
+    async def test_every_route_but_health_needs_the_key(
+        self, client: httpx.AsyncClient, app: FastAPI
+    ) -> None:
+        seen = set()
+        for route in api_routes(app.routes):
+            assert isinstance(route, APIRoute)
+            for method in route.methods or ():
+                path = route.path.replace("{name}", "emoji").replace("{model:path}", "tiny")
+                response = await client.request(method, path)
+                seen.add(path)
+                if path in PUBLIC:
+                    assert response.status_code == 200
+                else:
+                    assert response.status_code == 401, f"{method} {path}"
+                    assert response.headers["www-authenticate"] == "Bearer"
+                    assert response.json()["error"]["code"] == "invalid_api_key"
+        assert len(seen) >= 15
+
+    @pytest.mark.parametrize(
+        "value",
+        [KEY, f"Basic {KEY}", "Bearer", "Bearer ", f"Bearer {KEY}x", f"Bearer {KEY[:-1]}", "é"],
+    )
+    async def test_wrong_key(self, client: httpx.AsyncClient, value: str) -> None:
+        headers = {b"authorization": value.encode()}
+        assert (await client.get("/v1/models", headers=headers)).status_code == 401
+
+    @pytest.mark.parametrize("value", [f"Bearer {KEY}", f"bearer {KEY}", f"Bearer  {KEY} "])
+    async def test_right_key(self, client: httpx.AsyncClient, value: str) -> None:
+        headers = {"authorization": value}
+        assert (await client.get("/v1/models", headers=headers)).status_code == 200
+
+    async def test_a_crafted_host_opens_nothing(self, client: httpx.AsyncClient) -> None:
+        for host in ("test/livez?", "test/health#", "/livez"):
+            response = await client.get("/v1/models", headers={"host": host})
+            assert response.status_code == 401
+
+    async def test_the_body_is_not_read_before_the_key(self, client: httpx.AsyncClient) -> None:
+        async def body() -> Any:
+            pytest.fail("the body was read")
+            yield b""
+
+        headers = {"content-type": "application/json"}
+        response = await client.post("/v1/completions", content=body(), headers=headers)
+        assert response.status_code == 401
+
+    async def test_the_key_never_shows(
+        self, client: httpx.AsyncClient, settings: Settings, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        caplog.set_level(logging.DEBUG, "reft.server")
+        await client.get("/v1/models", headers={"authorization": f"Bearer {KEY}"})
+        await client.post("/v1/completions", headers={"authorization": f"Bearer {KEY}"})
+        assert KEY not in caplog.text
+        assert KEY not in repr(settings)
+
+
+async def test_unknown_route_and_method(client: httpx.AsyncClient) -> None:
+    response = await client.get("/v1/nothing")
+    assert response.status_code == 404
+    assert response.json()["error"]["message"] == "There is no route /v1/nothing."
+    response = await client.get("/v1/completions")
+    assert response.status_code == 405
+    assert response.headers["allow"] == "POST"
+
+
+async def test_full_queue(client: httpx.AsyncClient, engine: FakeEngine) -> None:
+    engine.overloaded = True
+    for stream in (False, True):
+        response = await client.post("/v1/completions", json=completion(stream=stream))
+        assert response.status_code == 503
+        assert response.headers["retry-after"] == "3"
+        assert response.json()["error"]["code"] == "overloaded"
+
+
+async def test_an_early_fault_says_nothing_of_the_inside(
+    client: httpx.AsyncClient, engine: FakeEngine, caplog: pytest.LogCaptureFixture
+) -> None:
+    engine.fail_after = 0
+    for stream in (False, True):
+        response = await client.post("/v1/completions", json=completion(stream=stream))
+        assert response.status_code == 500
+        error = response.json()["error"]
+        assert response.headers["x-request-id"] in error["message"]
+        assert (error["type"], error["code"]) == ("server_error", "internal_error")
+        assert "secret" not in response.text
+    assert "secret" in caplog.text
+
+
+async def test_an_unforeseen_exception(
+    client: httpx.AsyncClient, engine: FakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine, "registry", None)
+    response = await client.get("/v1/models", headers={"x-request-id": "abc"})
+    assert response.status_code == 500
+    assert response.headers["x-request-id"] == "abc"
+    assert "abc" in response.json()["error"]["message"]
+
+
+async def test_request_id(client: httpx.AsyncClient) -> None:
+    for given, kept in (("abc-1.2_3", True), ("a" * 129, False), ("a b", False), ("a\tb", False)):
+        response = await client.get("/livez", headers={"x-request-id": given})
+        assert (response.headers["x-request-id"] == given) is kept
+        assert response.headers["x-request-id"]
+
+
+async def test_description(client: httpx.AsyncClient) -> None:
+    document = (await client.get("/openapi.json")).json()
+    assert document["openapi"].startswith("3.1")
+    body = document["paths"]["/v1/completions"]["post"]["requestBody"]
+    reference = body["content"]["application/json"]["schema"]["$ref"]
+    assert reference == "#/components/schemas/CompletionRequest"
+    for reference in references(document):
+        assert reference.removeprefix("#/components/schemas/") in document["components"]["schemas"]
+    for path in document["paths"].values():
+        for operation in path.values():
+            assert operation["operationId"]
+            assert operation["responses"]
+
+
+def references(node: Any) -> Iterator[str]:
+    """All `$ref`s of a document."""
+    if isinstance(node, dict):
+        if isinstance(node.get("$ref"), str):
+            yield node["$ref"]
+        for child in node.values():
+            yield from references(child)
+    elif isinstance(node, list):
+        for child in node:
+            yield from references(child)

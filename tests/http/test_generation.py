@@ -1,0 +1,231 @@
+"""Completions and chat, whole and streamed, as the official client and as plain HTTP see them."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import httpx
+import openai
+import pytest
+
+from tests.http.conftest import chat, completion
+from tests.http.fake_engine import DIGEST, FakeEngine
+
+
+def events(response: httpx.Response) -> list[Any]:
+    """The events of a stream; the last must be [DONE]."""
+    *lines, end = response.text.split("\n\n")
+    assert end == ""
+    assert all(line.startswith("data: ") for line in lines)
+    assert lines[-1] == "data: [DONE]"
+    return [json.loads(line.removeprefix("data: ")) for line in lines[:-1]]
+
+
+async def test_completion(client: httpx.AsyncClient) -> None:
+    response = await client.post("/v1/completions", json=completion())
+    assert response.status_code == 200
+    body = response.json()
+    assert body.pop("id").startswith("cmpl-")
+    assert body.pop("created") > 1_700_000_000
+    assert body == {
+        "object": "text_completion",
+        "model": "tiny",
+        "choices": [{"index": 0, "text": "abcd", "logprobs": None, "finish_reason": "length"}],
+        "usage": {"prompt_tokens": 2, "completion_tokens": 4, "total_tokens": 6},
+    }
+    assert response.headers["x-prompt-tokens"] == "2"
+    assert response.headers["x-queue-time"] == "250.0"
+    assert "x-intervention" not in response.headers
+
+
+async def test_completion_defaults_to_16_tokens(client: httpx.AsyncClient) -> None:
+    response = await client.post("/v1/completions", json={"model": "tiny", "prompt": "Hi"})
+    assert response.json()["usage"]["completion_tokens"] == 16
+
+
+async def test_chat_goes_on_to_the_models_length(client: httpx.AsyncClient) -> None:
+    body = chat(max_tokens=None)
+    response = await client.post("/v1/chat/completions", json=body)
+    assert response.json()["usage"]["total_tokens"] == 100
+
+
+async def test_chat(client: httpx.AsyncClient) -> None:
+    response = await client.post("/v1/chat/completions", json=chat(n=2))
+    body = response.json()
+    assert body["object"] == "chat.completion"
+    assert body["id"].startswith("chatcmpl-")
+    assert [choice["index"] for choice in body["choices"]] == [0, 1]
+    message = {"role": "assistant", "content": "abcd", "refusal": None}
+    assert body["choices"][0]["message"] == message
+    assert body["usage"]["completion_tokens"] == 8
+
+
+@pytest.mark.parametrize(
+    ("prompt", "count"),
+    [("Hi", 1), (["Hi", "Ho!"], 2), ([72, 105], 1), ([[72], [72, 105]], 2)],
+)
+async def test_prompt_shapes(client: httpx.AsyncClient, prompt: Any, count: int) -> None:
+    body = completion(prompt=prompt, n=3, echo=True)
+    choices = (await client.post("/v1/completions", json=body)).json()["choices"]
+    assert [choice["index"] for choice in choices] == list(range(3 * count))
+    assert choices[0]["text"] == choices[1]["text"]
+    assert choices[0]["text"].startswith("H")
+    assert choices[0]["text"].endswith("abcd")
+
+
+async def test_batch_streams_every_choice(client: httpx.AsyncClient) -> None:
+    body = completion(
+        prompt=["Hi", "Ho!"], n=2, stream=True, stream_options={"include_usage": True}
+    )
+    *chunks, last = events(await client.post("/v1/completions", json=body))
+    texts = ["", "", "", ""]
+    for chunk in chunks:
+        assert chunk["usage"] is None
+        for choice in chunk["choices"]:
+            texts[choice["index"]] += choice["text"]
+    assert texts == ["abcd"] * 4
+    assert last["choices"] == []
+    assert last["usage"] == {"prompt_tokens": 5, "completion_tokens": 16, "total_tokens": 21}
+
+
+async def test_echo_with_logprobs_and_no_new_token(client: httpx.AsyncClient) -> None:
+    body = completion(echo=True, logprobs=1, max_tokens=0)
+    choice = (await client.post("/v1/completions", json=body)).json()["choices"][0]
+    assert choice == {
+        "index": 0,
+        "text": "Hi",
+        "finish_reason": "length",
+        "logprobs": {
+            "tokens": ["H", "i"],
+            "token_logprobs": [None, -0.5],
+            "top_logprobs": [None, {"x": -0.25, "i": -0.5}],
+            "text_offset": [0, 1],
+        },
+    }
+
+
+async def test_streamed_logprobs_have_running_offsets(client: httpx.AsyncClient) -> None:
+    body = completion(echo=True, logprobs=2, max_tokens=2, stream=True)
+    chunks = events(await client.post("/v1/completions", json=body))
+    choices = [chunk["choices"][0] for chunk in chunks]
+    assert [choice["text"] for choice in choices] == ["Hia", "b"]
+    assert [choice["logprobs"]["text_offset"] for choice in choices] == [[0, 1, 2], [3]]
+    assert choices[1]["logprobs"]["top_logprobs"] == [{"x": -0.25, "y": -9999.0, "b": -0.5}]
+
+
+async def test_chat_logprobs(client: httpx.AsyncClient) -> None:
+    body = chat(logprobs=True, top_logprobs=1, max_tokens=1)
+    choice = (await client.post("/v1/chat/completions", json=body)).json()["choices"][0]
+    top = [{"token": "x", "logprob": -0.25, "bytes": [120]}]
+    token = {"token": "a", "logprob": -0.5, "bytes": [97], "top_logprobs": top}
+    assert choice["logprobs"] == {"content": [token], "refusal": None}
+
+
+@pytest.mark.parametrize(
+    ("model", "refs"),
+    [
+        ("tiny", []),
+        ("emoji", [(f"emoji@{DIGEST}", 1.0)]),
+        ("tiny:emoji", [(f"emoji@{DIGEST}", 1.0)]),
+        (f"emoji@{DIGEST[:8]}", [(f"emoji@{DIGEST}", 1.0)]),
+    ],
+)
+async def test_model_names(
+    client: httpx.AsyncClient, engine: FakeEngine, model: str, refs: list[Any]
+) -> None:
+    response = await client.post("/v1/completions", json=completion(model=model))
+    assert response.json()["model"] == model
+    assert engine.streams[-1].interventions == refs
+
+
+async def test_interventions_win_over_model(client: httpx.AsyncClient, engine: FakeEngine) -> None:
+    uses = [{"name": "pirate", "strength": 0.5}, {"name": "emoji"}]
+    response = await client.post("/v1/completions", json=completion(interventions=uses))
+    refs = [(f"pirate@{'e2' * 32}", 0.5), (f"emoji@{DIGEST}", 1.0)]
+    assert engine.streams[-1].interventions == refs
+    assert response.headers["x-intervention"] == ", ".join(ref for ref, _ in refs)
+
+
+async def test_chat_uses_the_interventions_template(
+    client: httpx.AsyncClient, engine: FakeEngine
+) -> None:
+    await client.post("/v1/chat/completions", json=chat(model="pirate"))
+    assert bytes(engine.streams[-1].prompt) == b"Q: Hi A:"
+    await client.post("/v1/chat/completions", json=chat(model="emoji"))
+    assert bytes(engine.streams[-1].prompt) == b"<user>Hi"
+
+
+async def test_text_parts_and_developer_role(client: httpx.AsyncClient, engine: FakeEngine) -> None:
+    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
+    messages = [{"role": "developer", "content": "x"}, {"role": "user", "content": parts}]
+    await client.post("/v1/chat/completions", json=chat(messages=messages))
+    assert bytes(engine.streams[-1].prompt) == b"<system>x<user>ab"
+
+
+async def test_sampling_reaches_the_engine(client: httpx.AsyncClient, engine: FakeEngine) -> None:
+    await client.post(
+        "/v1/completions",
+        json=completion(
+            temperature=0.5,
+            top_p=0.9,
+            top_k=-1,
+            min_p=0.1,
+            seed=7,
+            stop="x",
+            stop_token_ids=[9],
+            logit_bias={"5": -100},
+            presence_penalty=1,
+            frequency_penalty=-1,
+            repetition_penalty=1.5,
+            min_tokens=2,
+            ignore_eos=True,
+        ),
+    )
+    sampling = engine.streams[-1].sampling
+    assert (sampling.temperature, sampling.top_p, sampling.top_k) == (0.5, 0.9, 0)
+    assert (sampling.min_p, sampling.seed, sampling.stop) == (0.1, 7, ("x",))
+    assert (sampling.stop_token_ids, sampling.logit_bias) == ((9,), {5: -100})
+    assert (sampling.presence_penalty, sampling.frequency_penalty) == (1, -1)
+    assert (sampling.repetition_penalty, sampling.min_tokens) == (1.5, 2)
+    assert sampling.ignore_eos
+
+
+def test_official_client(server_url: str) -> None:
+    with openai.OpenAI(base_url=f"{server_url}/v1", api_key="none", max_retries=0) as client:
+        whole = client.chat.completions.create(
+            model="emoji", messages=[{"role": "user", "content": "Hi"}], max_tokens=3
+        )
+        assert whole.choices[0].message.content == "abc"
+        stream = client.chat.completions.create(
+            model="tiny",
+            messages=[{"role": "user", "content": "Hi"}],
+            max_completion_tokens=3,
+            stream=True,
+            stream_options={"include_usage": True},
+            logprobs=True,
+            extra_body={"interventions": [{"name": "emoji"}]},
+        )
+        *chunks, last = list(stream)
+        assert chunks[0].choices[0].delta.role == "assistant"
+        assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == "abc"
+        assert chunks[-1].choices[0].finish_reason == "length"
+        assert last.usage is not None
+        assert last.usage.completion_tokens == 3
+        text = client.completions.create(model="tiny", prompt="Hi", max_tokens=3, stream=True)
+        assert "".join(chunk.choices[0].text for chunk in text) == "abc"
+        with pytest.raises(openai.NotFoundError, match="`nobody` does not exist"):
+            client.completions.create(model="nobody", prompt="Hi")
+        names = [model.id for model in client.models.list()]
+        assert names == ["tiny", "emoji", "formal", "pirate"]
+        assert client.models.retrieve("emoji").id == "emoji"
+
+
+def test_official_client_sees_a_late_failure(server_url: str, engine: FakeEngine) -> None:
+    engine.fail_after = 2
+    with openai.OpenAI(base_url=f"{server_url}/v1", api_key="none", max_retries=0) as client:
+        stream = client.completions.create(model="tiny", prompt="Hi", stream=True)
+        assert next(stream).choices[0].text == "a"
+        assert next(stream).choices[0].text == "b"
+        with pytest.raises(openai.APIError, match="failed to answer"):
+            next(stream)

@@ -1,0 +1,233 @@
+"""The process: what it says when it is ready, how it drains, how it dies; and the command line."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import httpx
+import pytest
+
+from reft_runtime.errors import ConfigError
+from server.settings import Settings, load_settings
+from tests.http.conftest import completion
+
+
+class Process:
+    """A server process, up to its banner."""
+
+    def __init__(self, engine: dict[str, Any], options: dict[str, Any]) -> None:
+        command = [sys.executable, "-m", "tests.http.serve_fake"]
+        self.process = subprocess.Popen(
+            [*command, json.dumps(engine), json.dumps(options)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        assert self.process.stdout is not None
+        lines = []
+        for line in self.process.stdout:
+            lines.append(line)
+            if line.startswith("  -d"):
+                break
+        self.banner = "".join(lines)
+        found = re.search(r"http://[^/]+", self.banner)
+        assert found, self.banner
+        self.url = found[0]
+        # Nothing reads the pipe from here on but this; else the process might block on it.
+        self.log: list[str] = []
+        self._reader = threading.Thread(target=self.log.extend, args=[self.process.stdout])
+        self._reader.start()
+
+    def end(self) -> int:
+        """Wait for the exit status."""
+        status = self.process.wait(20)
+        self._reader.join()
+        assert self.process.stdout is not None
+        self.process.stdout.close()
+        return status
+
+
+@contextmanager
+def running(engine: dict[str, Any] | None = None, **options: Any) -> Iterator[Process]:
+    process = Process(engine or {}, options)
+    try:
+        yield process
+    finally:
+        process.process.kill()
+        process.end()
+
+
+def stream_in_thread(url: str, results: list[str], count: int = 1) -> list[threading.Thread]:
+    """Start streams; each appends all it got, once it has ended."""
+
+    def stream() -> None:
+        body = completion(max_tokens=30, stream=True)
+        try:
+            results.append(httpx.post(f"{url}/v1/completions", json=body, timeout=30).text)
+        except httpx.TransportError:
+            results.append("cut off")
+
+    threads = [threading.Thread(target=stream) for _ in range(count)]
+    for thread in threads:
+        thread.start()
+    while f"reft:num_requests_running {count}.0" not in httpx.get(f"{url}/metrics").text:
+        time.sleep(0.02)
+    return threads
+
+
+def test_banner_and_its_command() -> None:
+    with running(api_key="sesame") as server:
+        assert "Serving tiny (TinyForCausalLM" in server.banner
+        assert "emoji@d1d1d1d1d1d1" in server.banner
+        assert "broken.safetensors: Cut off." in server.banner
+        assert "sesame" not in server.banner
+        command = server.banner[server.banner.index("curl") :]
+        environment = {**os.environ, "REFT_API_KEY": "sesame"}
+        answer = subprocess.run(
+            command, shell=True, env=environment, capture_output=True, text=True, check=True
+        )
+        body = json.loads(answer.stdout)
+        assert body["model"] == "emoji"
+        assert body["choices"][0]["message"]["content"].startswith("abc")
+
+
+def test_drain() -> None:
+    results: list[str] = []
+    with running({"step_seconds": 0.05}) as server:
+        threads = stream_in_thread(server.url, results, 8)
+        server.process.send_signal(signal.SIGTERM)
+        while httpx.get(f"{server.url}/readyz").status_code == 200:
+            time.sleep(0.02)
+        assert httpx.get(f"{server.url}/readyz").json() == {"status": "draining"}
+        assert httpx.get(f"{server.url}/livez").status_code == 200
+        refused = httpx.post(f"{server.url}/v1/completions", json=completion())
+        assert refused.status_code == 503
+        assert refused.headers["retry-after"]
+        for thread in threads:
+            thread.join()
+        assert server.end() == 0
+        assert "running requests get 30 seconds to finish" in "".join(server.log)
+    assert len(results) == 8
+    for text in results:
+        assert '"finish_reason":"length"' in text
+        assert text.endswith("data: [DONE]\n\n")
+
+
+def test_drain_ends_what_takes_too_long() -> None:
+    results: list[str] = []
+    with running({"step_seconds": 0.3}, drain_seconds=0.5) as server:
+        threads = stream_in_thread(server.url, results)
+        server.process.send_signal(signal.SIGTERM)
+        for thread in threads:
+            thread.join()
+        assert server.end() == 0
+    assert '"error"' in results[0]
+    assert results[0].endswith("data: [DONE]\n\n")
+
+
+def test_second_signal() -> None:
+    results: list[str] = []
+    with running({"step_seconds": 0.5}) as server:
+        threads = stream_in_thread(server.url, results)
+        server.process.send_signal(signal.SIGTERM)
+        while httpx.get(f"{server.url}/readyz").status_code == 200:
+            time.sleep(0.02)
+        server.process.send_signal(signal.SIGTERM)
+        assert server.process.wait(2) != 0
+        threads[0].join()
+    assert results == ["cut off"]
+
+
+def test_the_engines_end_is_the_servers() -> None:
+    results: list[str] = []
+    with running({"step_seconds": 0.05, "die_after": 1.0}) as server:
+        stream_in_thread(server.url, results)[0].join()
+        assert server.end() == 1
+    assert '"error"' in results[0]
+
+
+def test_port_in_use() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        command = [sys.executable, "-m", "tests.http.serve_fake", "{}"]
+        ended = subprocess.run(
+            [*command, json.dumps({"port": port})], capture_output=True, text=True, check=False
+        )
+    assert f"Cannot listen on 127.0.0.1 port {port}: Address already in use." in ended.stderr
+    assert ended.returncode == 1
+
+
+def test_metrics_port() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    with running(api_key="sesame", metrics_port=port) as server:
+        assert httpx.get(f"{server.url}/metrics").status_code == 401
+        assert "reft:num_requests_running" in httpx.get(f"http://127.0.0.1:{port}/metrics").text
+
+
+def test_headers_are_bounded() -> None:
+    with running() as server:
+        headers = {"x": "y" * 40_000}
+        assert httpx.get(f"{server.url}/livez", headers=headers).status_code == 431
+        assert httpx.get(f"{server.url}/livez").status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("options", "lines"),
+    [
+        ({"port": 70_000}, ["--port (or REFT_PORT): input should be less than or equal to 65535."]),
+        ({"port": "x"}, ["--port (or REFT_PORT): input should be a valid integer"]),
+        ({"dtype": "int3"}, ["--dtype (or REFT_DTYPE): input should be 'auto'"]),
+        ({"max_running": 0, "threads": 0}, ["--max-running", "--threads"]),
+        ({"drain_seconds": -1}, ["--drain-seconds"]),
+    ],
+)
+def test_bad_settings(options: dict[str, Any], lines: list[str]) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_settings(options)
+    given = caught.value.message.splitlines()
+    assert len(given) == len(lines)
+    assert all(got.startswith(wanted) for got, wanted in zip(given, lines, strict=True))
+
+
+def test_settings_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("REFT_PORT", "9000")
+    monkeypatch.setenv("REFT_API_KEY", "")
+    monkeypatch.setenv("REFT_MAX_RUNNING", "3")
+    settings = load_settings({"max_running": None, "host": "::1"})
+    assert (settings.port, settings.max_running, settings.host) == (9000, 3, "::1")
+    assert settings.api_key is None
+    assert settings.engine_options()["max_running"] == 3
+    assert "threads" not in settings.engine_options()
+
+
+def test_help_names_every_option_and_loads_no_model() -> None:
+    code = "import sys; from server.cli import main; sys.argv = ['reft', *sys.argv[1:]]\n"
+    code += "try: main()\nfinally: assert 'torch' not in sys.modules"
+    for arguments in (["--help"], ["serve", "--help"], ["--version"]):
+        command = [sys.executable, "-c", code, *arguments]
+        shown = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        if arguments[0] == "serve":
+            for name in Settings.model_fields:
+                assert f"--{name.replace('_', '-')}" in shown
+                assert f"REFT_{name.upper()}" in shown
+
+
+def test_command_line_mistakes_give_no_traceback() -> None:
+    code = "import sys; from server.cli import main; main()"
+    command = [sys.executable, "-c", code, "serve", "--port", "70000"]
+    ended = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert ended.returncode == 2
+    expected = "reft: --port (or REFT_PORT): input should be less than or equal to 65535.\n"
+    assert ended.stderr == expected

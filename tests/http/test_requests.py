@@ -1,0 +1,318 @@
+"""What a request may say: every value out of bounds is a 400 that names its field."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import httpx
+import pytest
+
+from tests.http.conftest import chat, completion
+from tests.http.fake_engine import FakeEngine
+
+HUGE = 2**63
+
+
+def each(field: str, *values: Any) -> list[tuple[str, Any]]:
+    """Cases of one field."""
+    return [(field, value) for value in values]
+
+
+# Values that no generating route takes, by field.
+SAMPLING: list[tuple[str, Any]] = [
+    *each("temperature", -1, -0.01, 2.01, 1e308, "0", True, [], {}, 10**400),
+    *each("top_p", 0, -1, 1.01, "1", False),
+    *each("top_k", -2, HUGE, 1.5, "5", True),
+    *each("min_p", -0.1, 1.1, "x"),
+    *each("n", 0, -1, 129, 1_000_000, HUGE, 1.0, "1", True),
+    *each("stream", 1, "true", 0, []),
+    *each("stop", "", [""], ["a"] * 5, ["a"] * 10_000, [1], 5, "x" * 1025, {}),
+    *each("stop_token_ids", [-1], ["a"], [1.5], [0] * 129, 3, [HUGE]),
+    *each("seed", HUGE, -HUGE - 1, 1.5, "1", True),
+    *each("presence_penalty", -2.1, 2.1, "1"),
+    *each("frequency_penalty", -2.1, 2.1, "1"),
+    *each("repetition_penalty", 0, -1, 101, "1"),
+    *each("logit_bias", {"a": 1}, {"-1": 1}, {"5": 101}, {"5": "x"}, [], {"9" * 30: 1}),
+    ("logit_bias", {str(i): 1 for i in range(1025)}),
+    *each("min_tokens", -1, HUGE, 5, 1.5),
+    *each("ignore_eos", 1, "true"),
+    *each("model", "", None, 5, "x" * 513, []),
+    *each("interventions", "emoji", [{"name": "emoji"}] * 17, {}, [5], ["emoji"]),
+    *each("store", True, 1),
+    *each("user", 5, []),
+    *each("metadata", "x", []),
+    ("stream_options", {"include_usage": True}),
+    *((name, 1) for name in ("nonsense", "prompt_logprobs", "guided_json", "use_beam_search")),
+    *((name, "x") for name in ("chat_template", "guided_regex", "truncate_prompt_tokens")),
+]
+COMPLETION: list[tuple[str, Any]] = [
+    *each("max_tokens", -1, HUGE, 1.5, "5", True, 0, 99),
+    *each("prompt", None, 5, [], {}, [[]], [1.5], [None], True, [-1], [HUGE], [256]),
+    *each("prompt", [1, "a"], ["a", 1], [[1], "a"], [["a"]], ["a"] * 129, "", [True]),
+    ("prompt", "x" * 100),
+    ("prompt", [1] * 100),
+    *each("logprobs", -1, 21, True, "1"),
+    *each("best_of", 2, 0, -1, 1_000_000, "1"),
+    *each("echo", 1, "true"),
+    ("suffix", "x"),
+    ("messages", []),
+]
+CHAT: list[tuple[str, Any]] = [
+    *each("max_tokens", -1, 0, HUGE, 1.5, "5"),
+    *each("max_completion_tokens", -1, 0, HUGE),
+    *each("messages", None, [], {}, "Hi", [5]),
+    *each("logprobs", 1, 5, "true"),
+    *each("top_logprobs", -1, 21, 5),
+    *each("response_format", "text", 5, []),
+    *each("tools", [{"type": "function"}], "x"),
+    *each("tool_choice", "required", {"type": "function"}),
+    *each("functions", [{"name": "f"}]),
+    *each("prompt", "x"),
+    *each("chat_template_kwargs", {"a": 1}),
+    *each("documents", []),
+    *each("reasoning_effort", "low"),
+    *each("audio", {"voice": "x"}),
+]
+NESTED: list[tuple[str, Any]] = [
+    ("interventions.0.name", {"interventions": [{}]}),
+    ("interventions.0.strength", {"interventions": [{"name": "emoji", "strength": 101}]}),
+    ("interventions.0.strength", {"interventions": [{"name": "emoji", "strength": "1"}]}),
+    ("interventions.1.scale", {"interventions": [{"name": "emoji"}, {"name": "x", "scale": 1}]}),
+    ("messages.0.role", {"messages": [{"content": "x"}]}),
+    ("messages.0.role", {"messages": [{"role": "tool", "content": "x"}]}),
+    ("messages.0.content", {"messages": [{"role": "user"}]}),
+    ("messages.0.content", {"messages": [{"role": "user", "content": 5}]}),
+    ("messages.0.name", {"messages": [{"role": "user", "content": "x", "name": "y"}]}),
+    (
+        "messages.0.content.0.type",
+        {"messages": [{"role": "user", "content": [{"type": "image_url", "text": "x"}]}]},
+    ),
+    ("messages.0.tool_calls", {"messages": [{"role": "user", "content": "", "tool_calls": [1]}]}),
+    ("response_format.type", {"response_format": {"type": "json_object"}}),
+    ("stream_options.x", {"stream": True, "stream_options": {"x": 1}}),
+]
+
+
+def assert_refused(response: httpx.Response, param: str, status: int = 400) -> None:
+    assert response.status_code == status, response.text
+    error = response.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    assert error["type"] == "invalid_request_error"
+    assert error["param"] is not None
+    assert error["param"] == param or error["param"].startswith(f"{param}.")
+    assert len(error["message"]) > len(param)
+
+
+@pytest.mark.parametrize(("field", "value"), SAMPLING + COMPLETION)
+async def test_bad_completion(
+    client: httpx.AsyncClient, engine: FakeEngine, field: str, value: Any
+) -> None:
+    response = await client.post("/v1/completions", json=completion(**{field: value}))
+    assert_refused(response, field)
+    assert len(engine.streams) == 1  # the canary's
+
+
+@pytest.mark.parametrize(("field", "value"), SAMPLING + CHAT)
+async def test_bad_chat(
+    client: httpx.AsyncClient, engine: FakeEngine, field: str, value: Any
+) -> None:
+    response = await client.post("/v1/chat/completions", json=chat(**{field: value}))
+    assert_refused(response, field)
+    assert len(engine.streams) == 1
+
+
+@pytest.mark.parametrize(("param", "fields"), NESTED)
+async def test_bad_nested_field(
+    client: httpx.AsyncClient, param: str, fields: dict[str, Any]
+) -> None:
+    response = await client.post("/v1/chat/completions", json=chat(**fields))
+    assert_refused(response, param)
+    assert response.json()["error"]["param"] == param
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"best_of": 1, "suffix": ""},
+        {"stream_options": None, "stop": None, "logit_bias": None, "seed": None},
+        {"n": None, "temperature": None, "logprobs": None, "echo": None, "best_of": None},
+        {"stop": []},
+        {"nonsense": None},
+        {"prompt": "", "echo": True} | {"prompt": "x"},
+    ],
+)
+async def test_what_has_no_effect_is_accepted(
+    client: httpx.AsyncClient, fields: dict[str, Any]
+) -> None:
+    ordinary = {
+        "user": "me",
+        "metadata": {"a": 1},
+        "store": False,
+        "service_tier": "auto",
+        "safety_identifier": "x",
+        "prompt_cache_key": "x",
+    }
+    response = await client.post("/v1/completions", json=completion(**ordinary, **fields))
+    assert response.status_code == 200, response.text
+
+
+async def test_what_has_no_effect_in_a_chat_is_accepted(client: httpx.AsyncClient) -> None:
+    answer: dict[str, Any] = {
+        "role": "assistant",
+        "content": "x",
+        "refusal": None,
+        "tool_calls": None,
+        "function_call": None,
+        "audio": None,
+        "annotations": [],
+    }
+    fields = {
+        "messages": [{"role": "user", "content": "x"}, answer, {"role": "user", "content": "y"}],
+        "tools": [],
+        "functions": [],
+        "tool_choice": "none",
+        "parallel_tool_calls": True,
+        "response_format": {"type": "text"},
+        "modalities": ["text"],
+        "logprobs": False,
+        "top_logprobs": 0,
+    }
+    response = await client.post("/v1/chat/completions", json=chat(**fields))
+    assert response.status_code == 200, response.text
+
+
+async def test_choices_are_bounded_over_all_prompts(client: httpx.AsyncClient) -> None:
+    response = await client.post("/v1/completions", json=completion(prompt=["a"] * 65, n=2))
+    assert_refused(response, "n")
+
+
+async def test_two_limits_that_differ(client: httpx.AsyncClient) -> None:
+    body = chat(max_tokens=4, max_completion_tokens=5)
+    assert_refused(await client.post("/v1/chat/completions", json=body), "max_tokens")
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "param"),
+    [
+        ("/v1/completions", completion(prompt="x" * 101), "prompt"),
+        ("/v1/completions", completion(max_tokens=99), "max_tokens"),
+        ("/v1/chat/completions", chat(max_tokens=95), "max_tokens"),
+        (
+            "/v1/chat/completions",
+            chat(messages=[{"role": "user", "content": "x" * 99}], max_tokens=None),
+            "messages",
+        ),
+    ],
+)
+async def test_too_long(
+    client: httpx.AsyncClient, path: str, body: dict[str, Any], param: str
+) -> None:
+    response = await client.post(path, json=body)
+    assert_refused(response, param)
+    assert response.json()["error"]["code"] == "context_length_exceeded"
+
+
+@pytest.mark.parametrize("model", ["nobody", "tiny:nobody", "emoji@1234", "emoji@00000000", "../x"])
+async def test_unknown_model(client: httpx.AsyncClient, model: str) -> None:
+    response = await client.post("/v1/completions", json=completion(model=model))
+    assert response.status_code == 404
+    assert response.json() == {
+        "error": {
+            "message": f"The model `{model}` does not exist.",
+            "type": "invalid_request_error",
+            "param": "model",
+            "code": "model_not_found",
+        }
+    }
+
+
+async def test_unknown_intervention(client: httpx.AsyncClient) -> None:
+    uses = [{"name": "emoji"}, {"name": "nobody"}]
+    response = await client.post("/v1/completions", json=completion(interventions=uses))
+    assert_refused(response, "interventions.1.name", 404)
+
+
+async def test_templates_that_differ(client: httpx.AsyncClient) -> None:
+    uses = [{"name": "pirate"}, {"name": "formal"}]
+    response = await client.post("/v1/chat/completions", json=chat(interventions=uses))
+    assert_refused(response, "interventions")
+
+
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [
+        (b"", None),
+        (b"{", None),
+        (b"[]", None),
+        (b'"x"', None),
+        (b"null", None),
+        (b"\xff\xfe", None),
+        (b'{"model": "tiny", "prompt": "\xff"}', None),
+        (b"[" * 100_000, None),
+        (b'{"a":' * 50_000, None),
+        (b'{"model": "tiny", "model": "tiny", "prompt": "x"}', "model"),
+        (b'{"model": "tiny", "prompt": "x", "temperature": NaN}', None),
+        (b'{"model": "tiny", "prompt": "x", "temperature": Infinity}', None),
+        (b'{"model": "tiny", "prompt": "x", "temperature": 1e999}', "temperature"),
+        (b'{"model": "tiny", "prompt": "x", "max_tokens": ' + b"9" * 5000 + b"}", None),
+        (b'{"model": "tiny", "prompt": "\\ud800"}', None),
+        (b'{"model": "\\ud800", "prompt": "x"}', None),
+        (b'{"model": "tiny", "prompt": "x", "\\ud800": 1}', None),
+        (b'{"model": "tiny", "prompt": "x", "' + b"k" * 100_000 + b'": 1}', "k" * 500 + "..."),
+    ],
+)
+async def test_bad_json(client: httpx.AsyncClient, body: bytes, param: str | None) -> None:
+    response = await client.post(
+        "/v1/completions", content=body, headers={"content-type": "application/json"}
+    )
+    assert response.status_code == 400
+    assert response.json()["error"]["param"] == param
+
+
+@pytest.mark.parametrize("kind", ["text/plain", "application/x-www-form-urlencoded", "", "x"])
+async def test_wrong_content_type(client: httpx.AsyncClient, kind: str) -> None:
+    response = await client.post("/v1/completions", content=b"{}", headers={"content-type": kind})
+    assert response.status_code == 415
+
+
+async def test_body_one_byte_too_long(client: httpx.AsyncClient, app: Any) -> None:
+    limit = app.state.context.settings.max_body_bytes
+    headers = {"content-type": "application/json"}
+
+    async def chunks(size: int) -> Any:
+        yield b'{"model": "tiny", "prompt": "Hi"}'.ljust(size)
+
+    whole = b'{"model": "tiny", "prompt": "Hi"}'.ljust(limit + 1)
+    assert (await client.post("/v1/completions", content=whole, headers=headers)).status_code == 413
+    for size, status in ((limit, 200), (limit + 1, 413)):
+        response = await client.post("/v1/completions", content=chunks(size), headers=headers)
+        assert response.status_code == status
+
+
+async def test_tokenize(client: httpx.AsyncClient) -> None:
+    response = await client.post("/tokenize", json={"prompt": "Hi"})
+    assert response.json() == {"tokens": [72, 105], "count": 2, "max_model_len": 100}
+    messages = [{"role": "user", "content": "Hi"}]
+    response = await client.post("/tokenize", json={"model": "pirate", "messages": messages})
+    assert response.json()["count"] == len("Q: Hi A:")
+    response = await client.post("/detokenize", json={"tokens": [72, 105]})
+    assert response.json() == {"prompt": "Hi"}
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "param"),
+    [
+        ("/tokenize", {}, "prompt"),
+        ("/tokenize", {"prompt": "x", "messages": [{"role": "user", "content": "x"}]}, "prompt"),
+        ("/tokenize", {"prompt": 5}, "prompt"),
+        ("/tokenize", {"prompt": "x", "add_special_tokens": True}, "add_special_tokens"),
+        ("/detokenize", {}, "tokens"),
+        ("/detokenize", {"tokens": [256]}, "tokens"),
+        ("/detokenize", {"tokens": [-1]}, "tokens"),
+        ("/detokenize", {"tokens": "x"}, "tokens"),
+    ],
+)
+async def test_bad_tokenize(
+    client: httpx.AsyncClient, path: str, body: dict[str, Any], param: str
+) -> None:
+    assert_refused(await client.post(path, json=body), param)

@@ -1,0 +1,170 @@
+"""The same routes on the real engine, with a tiny random model: where the two meet."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Iterator
+from typing import Any
+
+import httpx
+import pytest
+
+from reft_runtime import Engine
+from server.app import create_app
+from server.settings import Settings
+from tests.helpers.models import tiny
+from tests.helpers.tokenizer import tiny_tokenizer
+from tests.interventions.make import file_bytes
+
+
+@pytest.fixture(scope="module")
+def tiny_engine() -> Iterator[Engine]:
+    with Engine(tiny("llama"), tokenizer=tiny_tokenizer(), max_queued=4, max_running=4) as engine:
+        engine.registry.put("task", make_file(engine))
+        yield engine
+
+
+def make_file(engine: Engine, seed: int = 0) -> bytes:
+    """An intervention that fits the engine's model."""
+    return file_bytes(seed, base=engine.registry.base)
+
+
+@pytest.fixture
+async def http(tiny_engine: Engine) -> AsyncIterator[httpx.AsyncClient]:
+    app = create_app(tiny_engine, Settings())
+    transport = httpx.ASGITransport(app, raise_app_exceptions=False)
+    async with (
+        app.router.lifespan_context(app),
+        httpx.AsyncClient(transport=transport, base_url="http://test") as client,
+    ):
+        yield client
+    tiny_engine.check_integrity()
+    assert tiny_engine.stats().running == 0
+    assert all(entry.in_flight == 0 for entry in tiny_engine.registry.entries())
+
+
+def body(**fields: Any) -> dict[str, Any]:
+    return {"prompt": "you and the", "max_tokens": 12, "temperature": 0, **fields}
+
+
+@pytest.fixture
+def base(tiny_engine: Engine) -> str:
+    return tiny_engine.info.model
+
+
+@pytest.mark.parametrize("echo", [False, True])
+async def test_stream_and_whole_agree(http: httpx.AsyncClient, base: str, echo: bool) -> None:
+    for model in (base, "task"):
+        asked = body(model=model, echo=echo, logprobs=2, n=2, prompt=["you", "is it on?"])
+        whole = (await http.post("/v1/completions", json=asked)).json()
+        response = await http.post("/v1/completions", json={**asked, "stream": True})
+        merged: list[dict[str, Any]] = [
+            {"text": "", "tokens": [], "token_logprobs": [], "text_offset": []} for _ in range(4)
+        ]
+        for line in response.text.split("\n\n")[:-2]:
+            for choice in json.loads(line.removeprefix("data: "))["choices"]:
+                got = merged[choice["index"]]
+                got["text"] += choice["text"]
+                for key in ("tokens", "token_logprobs", "text_offset"):
+                    got[key] += choice["logprobs"][key]
+        for choice, got in zip(whole["choices"], merged, strict=True):
+            assert got["text"] == choice["text"]
+            assert got["tokens"] == choice["logprobs"]["tokens"]
+            assert got["text_offset"] == choice["logprobs"]["text_offset"]
+            expected = choice["logprobs"]["token_logprobs"]
+            assert [v is None for v in got["token_logprobs"]] == [v is None for v in expected]
+            numbers = [v for v in expected if v is not None]
+            got_numbers = [v for v in got["token_logprobs"] if v is not None]
+            assert got_numbers == pytest.approx(numbers, abs=1e-4)
+
+
+async def test_echo_alone_scores_the_prompt(http: httpx.AsyncClient, base: str) -> None:
+    asked = body(model=base, echo=True, logprobs=0, max_tokens=0)
+    answer = (await http.post("/v1/completions", json=asked)).json()
+    choice = answer["choices"][0]
+    assert (choice["text"], choice["finish_reason"]) == ("you and the", "length")
+    assert "".join(choice["logprobs"]["tokens"]) == "you and the"
+    assert choice["logprobs"]["token_logprobs"][0] is None
+    assert all(value < 0 for value in choice["logprobs"]["token_logprobs"][1:])
+    assert answer["usage"]["completion_tokens"] == 0
+
+
+async def test_an_intervention_changes_the_answer(http: httpx.AsyncClient, base: str) -> None:
+    plain = (await http.post("/v1/completions", json=body(model=base))).json()
+    response = await http.post("/v1/completions", json=body(model="task"))
+    assert response.json()["choices"][0]["text"] != plain["choices"][0]["text"]
+    entry = (await http.get("/v1/interventions/task")).json()
+    assert response.headers["x-intervention"] == f"task@{entry['digest']}"
+    off = body(model=base, interventions=[{"name": "task", "strength": 0}])
+    answer = (await http.post("/v1/completions", json=off)).json()
+    assert answer["choices"][0]["text"] == plain["choices"][0]["text"]
+
+
+async def test_chat(http: httpx.AsyncClient, base: str) -> None:
+    messages = [{"role": "developer", "content": "on"}, {"role": "user", "content": "is it?"}]
+    asked = {"model": base, "messages": messages, "max_tokens": 5, "logprobs": True}
+    answer = (await http.post("/v1/chat/completions", json={**asked, "top_logprobs": 3})).json()
+    content = answer["choices"][0]["logprobs"]["content"]
+    assert len(content) == answer["usage"]["completion_tokens"]
+    assert all(len(token["top_logprobs"]) == 3 for token in content)
+    count = (await http.post("/tokenize", json={"messages": messages})).json()["count"]
+    assert answer["usage"]["prompt_tokens"] == count
+
+
+async def test_upload_replace_and_remove(http: httpx.AsyncClient, tiny_engine: Engine) -> None:
+    url = "/v1/interventions/new"
+    assert (await http.put(url, content=make_file(tiny_engine, 1))).status_code == 201
+    first = (await http.post("/v1/completions", json=body(model="new"))).json()
+    digest = (await http.get(url)).json()["digest"]
+    assert (await http.put(url, content=make_file(tiny_engine, 2))).status_code == 200
+    again = await http.post("/v1/completions", json=body(model=f"new@{digest[:8]}"))
+    assert again.json()["choices"] == first["choices"]
+    assert (await http.delete(url)).status_code == 200
+    assert (await http.post("/v1/completions", json=body(model="new"))).status_code == 404
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "status", "code"),
+    [
+        ("Bad", b"x", 400, None),
+        ("a" * 65, b"x", 400, None),
+        ("new", b"", 400, "invalid_file"),
+        ("new", b"PK\x03\x04" + b"x" * 100, 400, "invalid_file"),
+        ("new", file_bytes(), 409, "wrong_base_model"),
+    ],
+)
+async def test_bad_upload(
+    http: httpx.AsyncClient, name: str, data: bytes, status: int, code: str | None
+) -> None:
+    response = await http.put(f"/v1/interventions/{name}", content=data)
+    assert response.status_code == status, response.text
+    assert response.json()["error"]["code"] == code
+
+
+async def test_wrong_checksum(http: httpx.AsyncClient, tiny_engine: Engine) -> None:
+    headers = {"x-sha256": "0" * 64}
+    data = make_file(tiny_engine, 3)
+    response = await http.put("/v1/interventions/new", content=data, headers=headers)
+    assert response.status_code == 400
+    assert "SHA-256" in response.json()["error"]["message"]
+    assert (await http.get("/v1/interventions/new")).status_code == 404
+
+
+async def test_token_ids_of_the_model(http: httpx.AsyncClient, base: str) -> None:
+    for prompt in ([320], [[1], [320]], ["a", ""]):
+        response = await http.post("/v1/completions", json=body(model=base, prompt=prompt))
+        assert response.status_code == 400
+        assert response.json()["error"]["param"] == "prompt"
+
+
+async def test_more_requests_than_places(http: httpx.AsyncClient, base: str) -> None:
+    asked = body(model=base, max_tokens=100, ignore_eos=True)
+    posts = [http.post("/v1/completions", json=asked) for _ in range(30)]
+    responses = await asyncio.gather(*posts)
+    assert {response.status_code for response in responses} <= {200, 503}
+    good = [response.json()["choices"][0]["text"] for response in responses if response.is_success]
+    assert len(good) >= 4
+    assert len(set(good)) == 1
+    for response in responses:
+        assert ("retry-after" in response.headers) is (response.status_code == 503)
