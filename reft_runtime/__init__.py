@@ -18,15 +18,17 @@ if TYPE_CHECKING:
     from reft_runtime.interventions import Registry as Registry
     from reft_runtime.llm import Engine as Engine
     from reft_runtime.sampling import SamplingParams as SamplingParams
+    from reft_runtime.use import Use as Use
 
 _HOMES = {
     "Engine": "reft_runtime.llm",
     "Intervention": "reft_runtime.interventions",
     "Registry": "reft_runtime.interventions",
     "SamplingParams": "reft_runtime.sampling",
+    "Use": "reft_runtime.use",
 }
 
-__all__ = ["Engine", "Intervention", "Registry", "SamplingParams"]
+__all__ = ["Engine", "Intervention", "Registry", "SamplingParams", "Use"]
 
 
 def __getattr__(name: str) -> object:

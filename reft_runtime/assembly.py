@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
-from reft_runtime.engine.events import Event, Failed, PromptScored, Started, TokenMade
+from torch import Tensor
+
+from reft_runtime.engine.events import Event, Failed, PromptScored, Started, TokenMade, Traced
 from reft_runtime.errors import RequestFailed
-from reft_runtime.outputs import Choice, ChoiceDelta, Generation, TokenLogprob
+from reft_runtime.outputs import Choice, ChoiceDelta, EditTrace, Generation, TokenLogprob
 from reft_runtime.sampling import SamplingParams
 from reft_runtime.text import TextStream, Tokenizer
 
@@ -30,6 +32,9 @@ class Assembler:
         self.prompt_logprobs: list[TokenLogprob | None] | None = (
             None if sampling.prompt_logprobs is None else [None]
         )
+        self.first_logprobs: Tensor | None = None
+        """Of a traced request: the distribution [vocabulary] of the first token."""
+        self._edits: dict[tuple[int, int, int], EditTrace] = {}
         self._abort_choice = abort_choice
         self._texts = {index: TextStream(tokenizer, sampling.stop) for index in range(sampling.n)}
 
@@ -37,6 +42,11 @@ class Assembler:
     def done(self) -> bool:
         """Whether every choice has ended."""
         return not self._texts
+
+    @property
+    def edits(self) -> tuple[EditTrace, ...]:
+        """Of a traced request: what every edit did, in the order of positions."""
+        return tuple(sorted(self._edits.values(), key=lambda e: (e.position, e.intervention)))
 
     def feed(self, event: Event) -> ChoiceDelta | None:
         """Take one event of this request; a choice that has ended gives None from then on.
@@ -52,6 +62,11 @@ class Assembler:
             case Failed():
                 self._texts.clear()
                 raise RequestFailed(event.reason)
+            case Traced():
+                # A preempted prompt is edited again: the same rows, the same sizes.
+                self._edits |= {(e.intervention, e.edit, e.position): e for e in event.edits}
+                if event.logprobs is not None:
+                    self.first_logprobs = event.logprobs
             case TokenMade():
                 return self._token(event)
         return None

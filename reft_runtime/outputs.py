@@ -73,13 +73,37 @@ class Generation:
 class EditTrace:
     """What one edit did to one row: the length of its change over the length of the row before.
 
-    `position` counts the request's tokens from 0; from the prompt's length on they are generated.
+    `intervention` counts those of the request from 0, `edit` those of its file. `position` counts
+    the request's tokens; from the prompt's length on they are generated.
     """
 
+    intervention: int
+    edit: int
     layer: int
     component: str
     position: int
     relative_size: float
+
+
+@dataclass(frozen=True, slots=True)
+class Trace:
+    """What a request's interventions did: every edit of every row, and the outcome.
+
+    `kl` is the Kullback-Leibler divergence, in nats, of the distribution of the first generated
+    token from the base model's after the same prompt.
+    """
+
+    edits: tuple[EditTrace, ...]
+    kl: float
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """One column of `Engine.compare`: which interventions, their answer, and what they did."""
+
+    interventions: tuple[str, ...]
+    answer: Generation
+    trace: Trace
 
 
 @dataclass(frozen=True, slots=True)

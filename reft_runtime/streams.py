@@ -10,10 +10,12 @@ import time
 from collections.abc import Callable
 from typing import Self
 
+from torch import Tensor
+
 from reft_runtime.assembly import Assembler
 from reft_runtime.engine.events import Event
 from reft_runtime.errors import EngineDead, RequestFailed
-from reft_runtime.outputs import ChoiceDelta, TokenLogprob
+from reft_runtime.outputs import ChoiceDelta, EditTrace, TokenLogprob
 
 
 class Stream:
@@ -50,6 +52,16 @@ class Stream:
     def prompt(self) -> tuple[int, ...]:
         """The prompt's token ids."""
         return self._assembler.prompt
+
+    @property
+    def edits(self) -> tuple[EditTrace, ...]:
+        """What the edits of a traced request did so far."""
+        return self._assembler.edits
+
+    @property
+    def first_logprobs(self) -> Tensor | None:
+        """Distribution [vocabulary] of a traced request's first token, once there is one."""
+        return self._assembler.first_logprobs
 
     @property
     def prompt_logprobs(self) -> list[TokenLogprob | None] | None:

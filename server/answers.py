@@ -7,6 +7,7 @@ import logging
 from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable
 from contextlib import aclosing
+from dataclasses import asdict
 from typing import Any
 
 from fastapi.responses import Response
@@ -107,6 +108,10 @@ class Answer(Response):
                 return
             choices = [self._shape.choice(run, choice) for choice in await run.collect()]
             body = self._envelope(run, self._shape.object, choices) | {"usage": run.usage()}
+            if job.trace:
+                engine = self._context.engine
+                traces = [await engine.explain(stream) for stream in run.streams]
+                body["trace"] = [asdict(trace) for trace in traces]
         # The engine is done with the request; how fast the client reads is no concern of it.
         whole = Response(json_bytes(body), headers=run.headers(), media_type="application/json")
         await whole(scope, receive, send)

@@ -17,6 +17,7 @@ from server.version import VERSION
 
 if TYPE_CHECKING:
     from reft_runtime.llm import Engine
+    from reft_runtime.use import Use
 
 Command = TypeVar("Command", bound=Callable[..., None])
 
@@ -113,9 +114,10 @@ def generate(
     """Answer one prompt in the terminal, without a server."""
     settings = load_settings(options)
     from reft_runtime.sampling import SamplingParams
+    from reft_runtime.use import Use
 
     sampling = SamplingParams(max_tokens=max_tokens, temperature=temperature, seed=seed)
-    uses = [] if intervention is None else [(intervention, strength)]
+    uses = [] if intervention is None else [Use(intervention, strength)]
     engine = _engine(settings)
     try:
         asyncio.run(_print_answer(engine, prompt, uses, sampling, raw=raw))
@@ -130,12 +132,12 @@ def _engine(settings: Settings) -> Engine:
 
 
 async def _print_answer(
-    engine: Engine, prompt: str, uses: list[tuple[str, float]], sampling: Any, *, raw: bool
+    engine: Engine, prompt: str, uses: list[Use], sampling: Any, *, raw: bool
 ) -> None:
     if raw:
         tokens = engine.tokenizer.encode(prompt)
     else:
-        template = engine.registry.resolve(uses[0][0]).manifest.template if uses else None
+        template = engine.registry.resolve(uses[0].label).manifest.template if uses else None
         tokens = engine.tokenizer.encode_chat([{"role": "user", "content": prompt}], template)
     async for deltas in await engine.open(tokens, sampling, uses):
         typer.echo("".join(delta.text for delta in deltas), nl=False)

@@ -31,6 +31,7 @@ class Job:
     prompts: list[list[int]]
     sampling: SamplingParams
     selection: Selection
+    trace: bool
     arrived: float
     """When the request came, on the monotonic clock."""
 
@@ -53,7 +54,7 @@ async def prepare(
         prompts = encode(engine.tokenizer, selection)
         for tokens in prompts:
             _check_length(engine, tokens, sampling.max_tokens, prompt)
-        return Job(prompts, sampling, selection, arrived)
+        return Job(prompts, sampling, selection, body.trace, arrived)
 
     return await asyncio.to_thread(work)
 
@@ -189,7 +190,11 @@ async def opened(context: Context, job: Job, prefix: str) -> AsyncIterator[Run]:
     try:
         for position, prompt in enumerate(job.prompts):
             stream = await context.engine.open(
-                prompt, job.sampling, job.selection.refs, request_id=f"{run.id}-{position}"
+                prompt,
+                job.sampling,
+                job.selection.uses,
+                request_id=f"{run.id}-{position}",
+                trace=job.trace,
             )
             run.streams.append(stream)
         yield run

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from reft_runtime.errors import InvalidRequest, NotFound
+from reft_runtime.use import Use
 from server.schemas.common import InterventionUse
 
 if TYPE_CHECKING:
@@ -17,11 +18,11 @@ if TYPE_CHECKING:
 class Selection:
     """Exact versions to apply, in order, and the chat template they agree on.
 
-    `refs` holds (name@digest, strength): a name that is replaced meanwhile cannot give one request
-    two versions. `names` are the same without digests. `template` None is the base model's own.
+    `uses` hold versions and not names: a name that is replaced meanwhile cannot give one request
+    two versions. `names` are the same by name. `template` None is the base model's own.
     """
 
-    refs: tuple[tuple[str, float], ...] = ()
+    uses: tuple[Use, ...] = ()
     names: tuple[str, ...] = ()
     template: str | None = None
 
@@ -34,27 +35,27 @@ def select(engine: Engine, model: str, uses: Sequence[InterventionUse] = ()) -> 
     """
     base = engine.info.model
     named = None if model == base else model.removeprefix(f"{base}:")
-    wanted: list[tuple[str, float]]
-    if uses:
-        wanted = [(use.name, use.strength) for use in uses]
-    else:
-        wanted = [] if named is None else [(named, 1.0)]
+    wanted = list(uses)
+    if not uses and named is not None:
+        wanted = [InterventionUse.model_construct(name=named)]
     if named is not None:
         try:
             engine.registry.resolve(named)
         except NotFound:
             raise NotFound(f"The model `{model}` does not exist.", param="model") from None
-    refs: list[tuple[str, float]] = []
+    resolved: list[Use] = []
     names: list[str] = []
     templates: dict[str, str] = {}
-    for position, (ref, strength) in enumerate(wanted):
+    for position, use in enumerate(wanted):
         try:
-            version = engine.registry.resolve(ref)
+            version = engine.registry.resolve(use.name)
         except NotFound:
             raise NotFound(
-                f"The intervention `{ref}` does not exist.", param=f"interventions.{position}.name"
+                f"The intervention `{use.name}` does not exist.",
+                param=f"interventions.{position}.name",
             ) from None
-        refs.append((f"{version.name}@{version.digest}", strength))
+        subspace = None if use.subspace is None else tuple(use.subspace)
+        resolved.append(Use(version, use.strength, subspace))
         names.append(version.name)
         if version.manifest.template is not None:
             templates[version.manifest.template] = version.name
@@ -64,4 +65,4 @@ def select(engine: Engine, model: str, uses: Sequence[InterventionUse] = ()) -> 
             "use /v1/completions to lay out the prompt yourself.",
             param="interventions",
         )
-    return Selection(tuple(refs), tuple(names), next(iter(templates), None))
+    return Selection(tuple(resolved), tuple(names), next(iter(templates), None))

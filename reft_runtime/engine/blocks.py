@@ -64,9 +64,9 @@ def block_keys(request: Request) -> Iterator[bytes]:
     """Keys of the prompt's full blocks, in order.
 
     Two blocks have the same key only if their keys and values are equal: a key chains the block's
-    token ids, the edits that fall in it (digest, strength, subspace, site, offsets; in order) and the key
-    before it; the chain starts at the request's salt. So blocks before the first edited position
-    carry the base model's keys.
+    token ids, the edits that fall in it (digest, strength, subspace, site, offsets; in order) and
+    the key before it; the chain starts at the request's salt. So blocks before the first edited
+    position carry the base model's keys.
     """
     length = len(request.prompt)
     key = hashlib.sha256(b"reft-kv" + request.salt).digest()

@@ -6,7 +6,7 @@ import time
 from dataclasses import dataclass
 
 from reft_runtime.engine.blocks import BlockBudget
-from reft_runtime.engine.events import Event, Failed, PromptScored, Started, TokenMade
+from reft_runtime.engine.events import Event, Failed, PromptScored, Started, TokenMade, Traced
 from reft_runtime.engine.loader import LoadedModel
 from reft_runtime.engine.runner import Runner, StepResult
 from reft_runtime.engine.sampler import Sampled
@@ -80,6 +80,7 @@ class EngineCore:
         self.scheduler.advance(plan)
         self._fail(result, events)
         self._score_prompts(result, events)
+        _trace(result, events)
         for sequence in ended:
             if sequence.status is Status.RUNNING:
                 events.append(TokenMade(sequence.request.id, sequence.choice, None, None, "length"))
@@ -161,3 +162,11 @@ def _newly_started(plan: StepPlan) -> list[Sequence]:
         sequence.started = True
     # Choices that could not be forked queue again on their own: their request has started before.
     return [sequence for sequence in fresh if sequence.leads]
+
+
+def _trace(result: StepResult, events: list[Event]) -> None:
+    for sequence in {**result.traces, **result.first_logprobs}:
+        if sequence.status is Status.RUNNING:
+            edits = tuple(result.traces.get(sequence, ()))
+            logprobs = result.first_logprobs.get(sequence)
+            events.append(Traced(sequence.request.id, edits, logprobs))

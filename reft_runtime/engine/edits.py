@@ -5,7 +5,8 @@ Every edit has the canonical form h + s * (g * h + c + phi(h V^T + b) U); see `C
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence as SequenceOf
+from collections.abc import Callable
+from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
 from functools import cache
 
@@ -29,7 +30,8 @@ BATCHED_ROWS = 32
 class Segment:
     """Rows of the packed step that one sequence's edit changes at one site.
 
-    `shift` added to an offset in the sequence gives the packed row.
+    `shift` added to an offset in the sequence gives the packed row. `source` is the intervention's
+    place in the request, and the edit's in its file.
     """
 
     sequence: Sequence
@@ -37,6 +39,7 @@ class Segment:
     strength: float
     rows: list[int]
     shift: int
+    source: tuple[int, int]
 
 
 @dataclass(slots=True)
@@ -76,10 +79,10 @@ class StepEdits:
     def _add(self, chunk: Chunk, shift: int) -> None:
         length = chunk.sequence.prompt_length
         edited: dict[Site, list[set[int]]] = {}  # by pass, the rows of this chunk
-        for applied in chunk.sequence.request.interventions:
+        for intervention, applied in enumerate(chunk.sequence.request.interventions):
             if not applied.strength:
                 continue
-            for edit in applied.edits:
+            for index, edit in enumerate(applied.edits):
                 offsets = edit.positions.offsets(length, chunk.start, chunk.stop)
                 if not offsets:
                     continue
@@ -96,7 +99,9 @@ class StepEdits:
                 if number == len(passes):
                     passes.append([])
                 passes[number].append(
-                    Segment(chunk.sequence, edit, applied.strength, rows, shift)
+                    Segment(
+                        chunk.sequence, edit, applied.strength, rows, shift, (intervention, index)
+                    )
                 )
 
     def apply(self, site: Site, hidden: Tensor) -> None:
@@ -118,7 +123,7 @@ class StepEdits:
         results = [_edit_alone(s, hidden) for s in segments if not _batches(s)]
         if short:
             results.append(_edit_together(short, hidden))
-        traced = [segment for segment in segments if segment.sequence.request.trace]
+        traced = [s for s in segments if s.sequence.request.trace and s.sequence.leads]
         before = [hidden[segment.rows].float() for segment in traced]
         for rows, edited in results:
             hidden.index_copy_(0, rows, edited.to(hidden.dtype))
@@ -128,7 +133,7 @@ class StepEdits:
     def _trace(self, site: Site, segment: Segment, old: Tensor, new: Tensor) -> None:
         sizes = (new - old).norm(dim=-1) / old.norm(dim=-1)
         self.traces.setdefault(segment.sequence, []).extend(
-            EditTrace(*site, position=row - segment.shift, relative_size=size)
+            EditTrace(*segment.source, *site, position=row - segment.shift, relative_size=size)
             for row, size in zip(segment.rows, sizes.tolist(), strict=True)
         )
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from reft_runtime.outputs import FinishReason, TokenLogprob
+from torch import Tensor
+
+from reft_runtime.outputs import EditTrace, FinishReason, TokenLogprob
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +41,18 @@ class TokenMade:
 
 
 @dataclass(frozen=True, slots=True)
+class Traced:
+    """What edits did to rows of a request's first choice, for a request that asks for it.
+
+    `logprobs` [vocabulary] is the distribution of its first token, in the step that makes it.
+    """
+
+    request_id: str
+    edits: tuple[EditTrace, ...]
+    logprobs: Tensor | None
+
+
+@dataclass(frozen=True, slots=True)
 class Failed:
     """A fault inside this request ended it, all choices."""
 
@@ -46,4 +60,4 @@ class Failed:
     reason: str
 
 
-Event = Started | PromptScored | TokenMade | Failed
+Event = Started | PromptScored | TokenMade | Traced | Failed

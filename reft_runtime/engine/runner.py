@@ -16,7 +16,7 @@ from reft_runtime.engine.sampler import Sampled, SampleRow, prompt_logprobs, sam
 from reft_runtime.engine.scheduler import Chunk
 from reft_runtime.engine.sequence import Sequence
 from reft_runtime.engine.sites import EditSites
-from reft_runtime.outputs import TokenLogprob
+from reft_runtime.outputs import EditTrace, TokenLogprob
 
 NOT_FINITE = "the model's output is not finite"
 
@@ -29,6 +29,9 @@ class StepResult:
     prompt_logprobs: list[tuple[Sequence, int, list[TokenLogprob]]] = field(default_factory=list)
     """Sequence, index of the first prompt token meant, and one entry a token."""
     failed: dict[Sequence, str] = field(default_factory=dict)
+    traces: dict[Sequence, list[EditTrace]] = field(default_factory=dict)
+    first_logprobs: dict[Sequence, Tensor] = field(default_factory=dict)
+    """Distribution [vocabulary] of the first token, of sequences that are traced."""
 
 
 @dataclass(slots=True)
@@ -70,7 +73,7 @@ class Runner:
         for chunk in chunks:
             for child in chunk.forks:
                 self.storage.fork(chunk.sequence, child, chunk.stop)
-        result = StepResult()
+        result = StepResult(traces=edits.traces)
         result.failed.update(
             {sequence: f"its intervention failed: {e}" for sequence, e in edits.failed.items()}
         )
@@ -90,6 +93,9 @@ class Runner:
         owners = [sequence for sequence, _ in wanted.samples]
         rows = [self._sample_row(sequence) for sequence in owners]
         logits = logits[[row for _, row in wanted.samples]]
+        for row, sequence in enumerate(owners):
+            if sequence.request.trace and sequence.leads and not sequence.generated_length:
+                result.first_logprobs[sequence] = logits[row].float().log_softmax(-1)
         for sequence, outcome in zip(owners, _sample_each(logits, rows), strict=True):
             if isinstance(outcome, Sampled):
                 result.sampled.append((sequence, outcome))

@@ -30,8 +30,8 @@ async def get_model(server: Server, model: str) -> dict[str, Any]:
     if model == base:
         return _model(server, base, root=base, parent=None)
     selection = await asyncio.to_thread(select, server.engine, model)
-    ((ref, _),) = selection.refs
-    return _model(server, model, root=ref.partition("@")[2], parent=base)
+    (use,) = selection.uses
+    return _model(server, model, root=use.label.partition("@")[2], parent=base)
 
 
 def _model(server: Context, model: str, *, root: str, parent: str | None) -> dict[str, Any]:

@@ -15,9 +15,10 @@ from reft_runtime.sampling import (
     MAX_STOP_TOKENS,
     SamplingParams,
 )
+from reft_runtime.use import MAX_INTERVENTIONS
 
-MAX_INTERVENTIONS = 16
 MAX_STRENGTH = 100.0
+MAX_SUBSPACE = 1024
 MAX_TOKENS = 2**31 - 1
 MAX_STOP_LENGTH = 1024
 
@@ -42,10 +43,14 @@ class RequestBody(BaseModel):
 
 
 class InterventionUse(RequestBody):
-    """One intervention to apply, and how strongly; 1 is as trained, 0 not at all."""
+    """One intervention to apply: how strongly (1 as trained, 0 not at all), and along what.
+
+    `subspace` names the directions to edit, columns of R; without it all are.
+    """
 
     name: ModelName
     strength: float = Field(default=1.0, ge=-MAX_STRENGTH, le=MAX_STRENGTH)
+    subspace: Annotated[list[TokenId], Field(min_length=1, max_length=MAX_SUBSPACE)] | None = None
 
 
 class StreamOptions(RequestBody):
@@ -88,6 +93,7 @@ class SamplingBody(WithoutEffect):
     n: int = Field(default=1, ge=1, le=MAX_CHOICES)
     stream: bool = False
     stream_options: StreamOptions = StreamOptions()
+    trace: bool = Field(default=False, description="Say what every edit did; not streamed.")
     stop: (
         StopString | Annotated[list[StopString], Field(max_length=MAX_STOP_STRINGS, fail_fast=True)]
     ) = Field(default=[])
@@ -106,6 +112,8 @@ class SamplingBody(WithoutEffect):
     def _check_streaming(self) -> SamplingBody:
         if "stream_options" in self.model_fields_set and not self.stream:
             raise InvalidRequest("stream_options needs stream: true.", param="stream_options")
+        if self.trace and self.stream:
+            raise InvalidRequest("trace needs stream: false.", param="trace")
         return self
 
     def sampling_params(

@@ -22,6 +22,7 @@ from reft_runtime.errors import (
 )
 from reft_runtime.outputs import ChoiceDelta, EngineInfo, EngineStats, TokenLogprob
 from reft_runtime.sampling import SamplingParams
+from reft_runtime.use import Use
 
 ALPHABET = b"abcdefghijklmnopqrstuvwxyz"
 DIGEST = "d1" * 32
@@ -159,9 +160,10 @@ class FakeEngine:
         self,
         prompt: Sequence[int],
         sampling: SamplingParams,
-        interventions: Sequence[tuple[str, float]] = (),
+        uses: Sequence[Use] = (),
         *,
         request_id: str | None = None,
+        trace: bool = False,
     ) -> FakeStream:
         if not self.alive:
             raise EngineDead("The engine stopped.")
@@ -171,9 +173,9 @@ class FakeEngine:
             raise Overloaded("The queue is full.", retry_after=2.5)
         if not prompt or max(prompt) >= self.info.vocab_size:
             raise InvalidRequest("prompt: empty, or an unknown token id.", param="prompt")
-        versions = [self.registry.resolve(ref) for ref, _ in interventions]
-        stream = FakeStream(self, tuple(prompt), sampling, interventions)
-        stream.versions = [f"{version.name}@{version.digest}" for version in versions]
+        stream = FakeStream(self, tuple(prompt), sampling)
+        stream.interventions = [(use.label, use.strength) for use in uses]
+        stream.versions = [use.label for use in uses]
         self.streams.append(stream)
         if self.die_after is not None and len(self.streams) > 1:
             asyncio.get_running_loop().call_later(self.die_after, self.close)
@@ -199,10 +201,9 @@ class FakeStream:
         engine: FakeEngine,
         prompt: tuple[int, ...],
         sampling: SamplingParams,
-        interventions: Sequence[tuple[str, float]],
     ) -> None:
         self.engine, self.prompt, self.sampling = engine, prompt, sampling
-        self.interventions = list(interventions)
+        self.interventions: list[tuple[str, float]] = []
         self.versions: list[str] = []
         self.queue_seconds: float | None = None
         self.prompt_logprobs: list[TokenLogprob | None] | None = None

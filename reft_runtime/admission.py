@@ -1,0 +1,129 @@
+"""Makes engine requests of what callers ask, and refuses, before anything is queued."""
+
+from __future__ import annotations
+
+import random
+import uuid
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import cast
+
+from reft_runtime.engine.sequence import AppliedIntervention, Request
+from reft_runtime.errors import InvalidRequest
+from reft_runtime.interventions import Registry, Version
+from reft_runtime.outputs import EngineInfo
+from reft_runtime.sampling import SamplingParams
+from reft_runtime.text import Message, Tokenizer
+from reft_runtime.use import MAX_INTERVENTIONS, Use
+
+Prompt = str | Sequence[int] | Sequence[Message]
+"""Text (taken as it is), token ids, or the messages of a chat (put through its template)."""
+
+
+class Admission:
+    """Checks requests completely, and takes hold of the versions that they use."""
+
+    def __init__(self, registry: Registry, tokenizer: Tokenizer, info: EngineInfo) -> None:
+        self._registry = registry
+        self._tokenizer = tokenizer
+        self._info = info
+
+    def tokens(self, prompt: Prompt, uses: Sequence[Use]) -> Sequence[int]:
+        """Token ids of a prompt; a chat goes through the template of what is used."""
+        if isinstance(prompt, str):
+            return self._tokenizer.encode(prompt)
+        if prompt and isinstance(prompt[0], Mapping):
+            templates = {self._resolve(use).manifest.template for use in uses} - {None}
+            if len(templates) > 1:
+                raise InvalidRequest(
+                    "The interventions' chat templates differ; give the prompt as text.",
+                    param="intervention",
+                )
+            template = next(iter(templates), None)
+            return self._tokenizer.encode_chat(cast(Sequence[Message], prompt), template)
+        return cast(Sequence[int], prompt)
+
+    def _resolve(self, use: Use) -> Version:
+        if isinstance(use.intervention, Version):
+            return use.intervention
+        return self._registry.resolve(use.intervention)
+
+    def prepare(
+        self,
+        prompt: Sequence[int],
+        sampling: SamplingParams,
+        uses: Sequence[Use],
+        *,
+        request_id: str | None = None,
+        salt: bytes = b"",
+        trace: bool = False,
+    ) -> tuple[Request, list[Version]]:
+        """Check a request completely, and take hold of its interventions' versions."""
+        sampling = self._checked(prompt, sampling)
+        if len(uses) > MAX_INTERVENTIONS:
+            raise InvalidRequest(
+                f"interventions: at most {MAX_INTERVENTIONS} in one request.",
+                param="interventions",
+            )
+        held: list[Version] = []
+        applied = []
+        try:
+            for use in uses:
+                version = self._resolve(use)
+                self._registry.hold(version)
+                held.append(version)
+                edits = version.edits()
+                if use.subspace is not None:
+                    edits = tuple(edit.subset(use.subspace) for edit in edits)
+                applied.append(
+                    AppliedIntervention(version.digest, edits, use.strength, use.subspace)
+                )
+        except BaseException:
+            self.release(held)
+            raise
+        request = Request(
+            id=request_id or uuid.uuid4().hex,
+            prompt=tuple(prompt),
+            sampling=sampling,
+            seed=random.getrandbits(63) if sampling.seed is None else sampling.seed,
+            interventions=tuple(applied),
+            salt=salt,
+            trace=trace,
+        )
+        return request, held
+
+    def _checked(self, prompt: Sequence[int], sampling: SamplingParams) -> SamplingParams:
+        """Check what depends on the model; `max_tokens` None becomes what is left of its length."""
+        vocabulary, limit = self._info.vocab_size, self._info.max_model_len
+        if not prompt:
+            raise InvalidRequest("prompt: it has no tokens; give at least one.", param="prompt")
+        for name, ids in (
+            ("prompt", prompt),
+            ("stop_token_ids", sampling.stop_token_ids),
+            ("logit_bias", sampling.logit_bias),
+        ):
+            if any(not 0 <= token < vocabulary for token in ids):
+                raise InvalidRequest(
+                    f"{name}: token ids must be from 0 to {vocabulary - 1}.", param=name
+                )
+        room = limit - len(prompt)
+        if room < min(1, 1 if sampling.max_tokens is None else sampling.max_tokens):
+            raise InvalidRequest(
+                f"prompt: it has {len(prompt)} tokens, and this model's maximum length is {limit} "
+                "tokens, prompt and answer together. Shorten the prompt.",
+                param="prompt",
+            )
+        if sampling.max_tokens is None:
+            return replace(sampling, max_tokens=room)
+        if sampling.max_tokens > room:
+            raise InvalidRequest(
+                f"max_tokens: this model's maximum length is {limit} tokens; {len(prompt)} in the "
+                f"prompt leave {room}, not {sampling.max_tokens}.",
+                param="max_tokens",
+            )
+        return sampling
+
+    def release(self, versions: Sequence[Version]) -> None:
+        """Let go of what `prepare` took hold of."""
+        for version in versions:
+            self._registry.release(version)

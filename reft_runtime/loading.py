@@ -1,0 +1,66 @@
+"""What happens once, at the start: find the base model, load it, size its memory."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from pathlib import Path
+
+import psutil
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from reft_runtime.demo import DEMO_NAME, demo_model
+from reft_runtime.engine.blocks import BLOCK_TOKENS
+from reft_runtime.engine.loader import LoadedModel, adopt_model, load_model
+from reft_runtime.errors import ConfigError
+
+KV_SHARE_OF_FREE_MEMORY = 0.3
+
+
+def load_base(
+    model: str | Path | PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    dtype: str,
+    max_model_len: int | None,
+) -> tuple[str, LoadedModel, PreTrainedTokenizerBase]:
+    """Name, model and tokenizer of "demo", a hub id, a folder, or a model in memory."""
+    if isinstance(model, PreTrainedModel):
+        if tokenizer is None:
+            raise ConfigError("tokenizer: give that of the model in memory.", param="tokenizer")
+        name = Path(model.name_or_path or "").name or type(model).__name__
+        return name, adopt_model(model, max_model_len), tokenizer
+    path, name = str(model), str(model)
+    if path == "demo":
+        path, name = str(demo_model()), DEMO_NAME
+    elif Path(path).is_dir():
+        name = Path(path).resolve().name
+    loaded = load_model(path, dtype, max_model_len)
+    return name, loaded, tokenizer or AutoTokenizer.from_pretrained(path)
+
+
+def kv_budget(loaded: LoadedModel, max_running: int, wanted: int | None) -> int:
+    """Tokens whose keys and values are held: `wanted`, or what running answers and memory allow.
+
+    All running answers at full length, but only a share of the free memory; rows round up to
+    twice what they hold at most, hence the 2. Raises `ConfigError` where one answer would not fit.
+    """
+    longest = loaded.max_model_len + BLOCK_TOKENS
+    if wanted is not None:
+        if wanted < longest:
+            raise ConfigError(
+                f"kv_tokens must be at least max_model_len + {BLOCK_TOKENS} ({longest}), "
+                f"not {wanted}.",
+                param="kv_tokens",
+            )
+        return wanted
+    affordable = KV_SHARE_OF_FREE_MEMORY * _free_memory() / (2 * loaded.kv_bytes_per_token)
+    return max(longest, min(max_running * longest, int(affordable)))
+
+
+def _free_memory() -> int:
+    """Bytes that may still be taken: the machine's, or less where a container has a limit."""
+    free: int = psutil.virtual_memory().available
+    with suppress(OSError, ValueError):
+        group = Path("/sys/fs/cgroup")
+        limit = int((group / "memory.max").read_text())  # "max" where there is none
+        free = min(free, limit - int((group / "memory.current").read_text()))
+    return free

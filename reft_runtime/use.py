@@ -1,0 +1,40 @@
+"""How a request names the interventions to apply."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from reft_runtime.errors import InvalidRequest
+
+if TYPE_CHECKING:
+    from reft_runtime.interventions import Version
+
+MAX_INTERVENTIONS = 16
+"""Most interventions that one request may compose."""
+
+
+@dataclass(frozen=True, slots=True)
+class Use:
+    """One intervention of a request: `NAME`, `NAME@DIGEST`, or a version that was resolved before.
+
+    `strength` scales the edit: 1 is as trained, 0 the base model exactly, and it may be negative.
+    `subspace` edits along some of its directions only (columns of R), None along all.
+    """
+
+    intervention: str | Version
+    strength: float = 1.0
+    subspace: tuple[int, ...] | None = None
+
+    def __post_init__(self) -> None:
+        if not math.isfinite(self.strength):
+            raise InvalidRequest(
+                f"strength must be a finite number, not {self.strength}.", param="strength"
+            )
+
+    @property
+    def label(self) -> str:
+        """The name as it was given."""
+        given = self.intervention
+        return given if isinstance(given, str) else f"{given.name}@{given.digest}"
