@@ -5,6 +5,8 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 
+import torch
+
 from reft_runtime.engine.blocks import BlockBudget
 from reft_runtime.engine.events import Event, Failed, PromptScored, Started, TokenMade, Traced
 from reft_runtime.engine.loader import LoadedModel
@@ -66,7 +68,12 @@ class EngineCore:
             return []
         now = time.monotonic()
         events: list[Event] = [Started(s.request.id, now) for s in _newly_started(plan)]
-        result = self.runner.run(plan.chunks)
+        result = self._run(plan)
+        if result is None:
+            # What the others have computed is still there: their next step does this one again.
+            newest = max((c.sequence for c in plan.chunks), key=lambda s: (s.order, s.choice))
+            self._fail(StepResult(failed={newest: "out of memory"}), events)
+            return events
         self.steps += 1
         self.prompt_tokens += sum(
             max(0, min(c.stop, c.sequence.prompt_length) - c.start) for c in plan.chunks
@@ -103,6 +110,16 @@ class EngineCore:
         self.runner.storage.check_integrity(idle=self.idle)
         if self.idle and self._live:
             raise AssertionError(f"requests left: {', '.join(self._live)}")
+
+    def _run(self, plan: StepPlan) -> StepResult | None:
+        """Run a step; None where memory ran out."""
+        try:
+            return self.runner.run(plan.chunks)
+        except (MemoryError, RuntimeError) as error:
+            if not _is_out_of_memory(error):
+                raise
+        # Out here nothing pins the failed step's tensors any more; inside, the exception would.
+        return None
 
     def _append(self, sequence: Sequence, sampled: Sampled) -> TokenMade:
         sequence.tokens.append(sampled.token)
@@ -170,3 +187,10 @@ def _trace(result: StepResult, events: list[Event]) -> None:
             edits = tuple(result.traces.get(sequence, ()))
             logprobs = result.first_logprobs.get(sequence)
             events.append(Traced(sequence.request.id, edits, logprobs))
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    # torch's CPU allocator has no exception type of its own.
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or (
+        "DefaultCPUAllocator" in str(error)
+    )

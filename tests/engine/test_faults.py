@@ -183,3 +183,35 @@ def test_a_prompt_that_cannot_be_scored_fails_alone() -> None:
     assert "not finite" in (found["bad"].failed or "")
     assert found["bad"].prompt_logprobs == []
     assert len(found["good"].prompt_logprobs) == 29
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        torch.OutOfMemoryError("CUDA out of memory"),
+        RuntimeError("DefaultCPUAllocator: not enough memory"),
+    ],
+)
+@pytest.mark.parametrize("at", [0, 1, 3])
+def test_out_of_memory_fails_the_newest_and_keeps_the_rest(
+    wanted: dict[str, dict[int, list[int]]],
+    monkeypatch: pytest.MonkeyPatch,
+    error: Exception,
+    at: int,
+) -> None:
+    core = make_core()
+    steps = iter(range(1000))
+    run_step = core.runner.run
+
+    def run_out_once(chunks: Sequence[Any]) -> Any:
+        if next(steps) == at:
+            raise error
+        return run_step(chunks)
+
+    monkeypatch.setattr(core.runner, "run", run_out_once)
+    got = answers(core, batch())
+    assert got["7"].failed == "out of memory"
+    assert {name: got[name].tokens for name in wanted if name != "7"} == {
+        name: tokens for name, tokens in wanted.items() if name != "7"
+    }
