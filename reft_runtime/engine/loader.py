@@ -11,6 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 
 from reft_runtime.engine.attention import ATTENTION, ShapeProbe
 from reft_runtime.engine.kv_rows import LayerShape
+from reft_runtime.engine.linears import prepack
 from reft_runtime.errors import ConfigError, UnsupportedModel
 
 SUPPORTED_LAYER_TYPES = {"full_attention", "sliding_attention"}
@@ -28,6 +29,7 @@ class LoadedModel:
     """A base model, ready to run packed steps.
 
     `layers` are the decoder layers in order, `shapes` their cache shapes; `eos_ids` end an answer.
+    `weight_bytes` is the memory of the weights.
     """
 
     model: PreTrainedModel
@@ -38,16 +40,12 @@ class LoadedModel:
     hidden_size: int
     vocab_size: int
     max_model_len: int
+    weight_bytes: int
 
     @property
     def dtype(self) -> torch.dtype:
         """Dtype of the weights, and of keys and values."""
         return self.model.dtype
-
-    @property
-    def weight_bytes(self) -> int:
-        """Memory of the weights; tied ones count once."""
-        return sum(p.numel() * p.element_size() for p in self.model.parameters())
 
     @property
     def kv_bytes_per_token(self) -> int:
@@ -93,6 +91,8 @@ def adopt_model(model: PreTrainedModel, max_model_len: int | None = None) -> Loa
     model.requires_grad_(False).train(False)
     layers = _decoder_layers(model, config.num_hidden_layers)
     probed = _probe(model)
+    weight_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
+    weight_bytes += prepack(model)
     eos = model.generation_config.eos_token_id if model.generation_config else None
     eos = config.eos_token_id if eos is None else eos
     eos_ids = frozenset(eos if isinstance(eos, list) else [] if eos is None else [eos])
@@ -105,6 +105,7 @@ def adopt_model(model: PreTrainedModel, max_model_len: int | None = None) -> Loa
         hidden_size=config.hidden_size,
         vocab_size=config.vocab_size,
         max_model_len=max_model_len,
+        weight_bytes=weight_bytes,
     )
 
 
