@@ -10,6 +10,9 @@ DTYPE ?= auto
 INTERVENTIONS ?= interventions
 ARGS ?=
 
+# pyreft, which tests compare with, pins packages that would replace ours: it is installed without its dependencies.
+PYREFT_NEEDS := matplotlib evaluate datasets scikit-learn protobuf networkx
+
 BIN := $(VENV)/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PIP_NO_INPUT := 1
@@ -66,3 +69,5 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 $(VENV)/.installed-test: $(VENV)/.installed
 	@echo "Installing the test tools into $(VENV)" >&2
 	$(call install,--editable '.[test]')
+	$(call install,$(PYREFT_NEEDS))
+	$(call install,--no-deps pyreft pyvene)

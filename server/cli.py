@@ -12,6 +12,7 @@ import typer
 from pydantic import SecretStr
 
 from reft_runtime.errors import ReftError
+from server import files_cli
 from server.settings import Settings, load_settings
 from server.version import VERSION
 
@@ -28,6 +29,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     help="One resident language model, many tasks: serve LoReFT interventions per request.",
 )
+app.add_typer(files_cli.app)
 
 
 def main() -> None:

@@ -6,8 +6,9 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+from transformers.activations import ACT2FN
 
-from reft_runtime.errors import InvalidRequest
+from reft_runtime.errors import InvalidFile, InvalidRequest
 from reft_runtime.interventions.kinds import Formula
 from reft_runtime.interventions.manifest import EditSpec
 from reft_runtime.interventions.positions import Positions
@@ -98,6 +99,8 @@ def canonical_edit(spec: EditSpec, parts: Formula, width: int) -> CanonicalEdit:
         (W, b), (P, q) = groups
         groups = [(W + P, b + q)]
     learned = 0 if linear or parts.learned is None else parts.learned[1].shape[0]
+    if act is not None:
+        _check_act(act, dtype)
     U = torch.empty(0, width) if parts.U is None else parts.U
     return CanonicalEdit(
         layer=spec.layer,
@@ -113,3 +116,11 @@ def canonical_edit(spec: EditSpec, parts: Formula, width: int) -> CanonicalEdit:
         offset=parts.offset,
         directions=U.shape[0],
     )
+
+
+def _check_act(act: str, dtype: torch.dtype) -> None:
+    # prelu keeps its parameter in float32 and takes nothing else, in pyreft as well.
+    try:
+        ACT2FN[act](torch.zeros(1, dtype=dtype))
+    except RuntimeError as error:
+        raise InvalidFile(f"act: {act} cannot be computed in {dtype} ({error}).") from None

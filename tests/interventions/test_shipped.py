@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from reft_runtime.interventions import BaseShape, Registry
+from reft_runtime.interventions import BaseShape, Registry, parse, serialise
 
 ROOT = Path(__file__).parents[2]
 CASES: dict[str, list[dict[str, Any]]] = json.loads(
@@ -25,6 +25,12 @@ def test_every_shipped_file_is_served() -> None:
     registry = Registry(DEMO, [ROOT / "interventions"])
     assert registry.problems() == {}
     assert [entry.name for entry in registry.entries()] == ["emoji", "pirate"]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_shipped_files_keep_their_digest_when_written_again(name: str) -> None:
+    data = (ROOT / "interventions" / f"{name}.safetensors").read_bytes()
+    assert serialise(parse(data)) == data
 
 
 @pytest.mark.parametrize(

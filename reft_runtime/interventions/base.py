@@ -1,0 +1,54 @@
+"""The shape of a base model, from its configuration alone: no weights are read."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from reft_runtime.demo import DEMO_NAME, demo_model
+from reft_runtime.errors import ConfigError
+from reft_runtime.interventions.manifest import BaseShape
+
+
+def read_base(model: str) -> tuple[BaseShape, PretrainedConfig]:
+    """Shape and configuration of `demo`, a folder or a hub id; raises `ConfigError`."""
+    path, name = model, model
+    if model == "demo":
+        path, name = str(demo_model()), DEMO_NAME
+    elif Path(model).is_dir():
+        name = Path(model).resolve().name
+    try:
+        config = AutoConfig.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"base: the configuration of {model!r} cannot be read ({str(error).splitlines()[0]});"
+            " give `demo`, a folder or a hub id.",
+            param="base",
+        ) from None
+    return base_shape(config, name), config
+
+
+def base_shape(config: PretrainedConfig, name: str) -> BaseShape:
+    """Shape of the causal language model that a configuration describes."""
+    architecture = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type)
+    if not isinstance(architecture, str):
+        raise ConfigError(
+            f"base: {name!r} ({config.model_type}) is no causal language model.", param="base"
+        )
+    return BaseShape(
+        model=name,
+        architecture=architecture,
+        hidden_size=config.hidden_size,
+        num_layers=config.num_hidden_layers,
+        vocab_size=config.vocab_size,
+    )
+
+
+def count_parameters(config: PretrainedConfig) -> int:
+    """Number of parameters of the model that a configuration describes."""
+    with torch.device("meta"):
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
+    return model.num_parameters()

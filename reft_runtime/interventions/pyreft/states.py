@@ -1,0 +1,45 @@
+"""State dicts out of pickles, by a process that does nothing else."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import safetensors.torch
+from torch import Tensor
+
+from reft_runtime.errors import InvalidFile
+from reft_runtime.interventions.pyreft import unpickle
+
+MAX_SECONDS = 600
+
+
+def read_states(paths: Sequence[Path]) -> list[dict[str, Tensor]]:
+    """State dicts of `.bin` files, R plain in each; raises `InvalidFile` that names the file."""
+    # -P, and another working directory: a file in this one must not pass for one of the modules.
+    command = [sys.executable, "-P", unpickle.__file__, *map(os.path.abspath, paths)]
+    try:
+        done = subprocess.run(
+            command,
+            cwd="/",
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            check=False,
+            timeout=MAX_SECONDS,
+        )
+    except subprocess.TimeoutExpired:
+        raise InvalidFile(f"Reading the checkpoint took more than {MAX_SECONDS} s.") from None
+    said = done.stderr.decode(errors="replace").strip()
+    if done.returncode == unpickle.REFUSED:
+        raise InvalidFile(said)
+    if done.returncode:
+        last = "".join(said.splitlines()[-1:])[:300]
+        raise InvalidFile(f"Reading the checkpoint failed (exit status {done.returncode}): {last}")
+    states: list[dict[str, Tensor]] = [{} for _ in paths]
+    for name, tensor in safetensors.torch.load(done.stdout).items():
+        index, _, key = name.partition(".")
+        states[int(index)][key] = tensor
+    return states
