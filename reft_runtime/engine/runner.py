@@ -49,9 +49,9 @@ class Runner:
     def __init__(self, loaded: LoadedModel, max_tokens: int) -> None:
         self.loaded = loaded
         self.storage = RowStorage(loaded.shapes, loaded.dtype, max_tokens)
-        zero = torch.zeros(1, dtype=torch.long)
+        two = torch.arange(2)
         self.sites = EditSites(
-            loaded.model, loaded.layers, lambda step: forward(loaded.model, zero, zero, zero, step)
+            loaded.model, loaded.layers, lambda step: forward(loaded.model, two, two, two[:1], step)
         )
 
     @torch.inference_mode()

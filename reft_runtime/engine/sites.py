@@ -40,40 +40,52 @@ class Editor(Protocol):
 class EditSites:
     """The places of one model where edits can act, found by name.
 
-    `forward_one` runs one token through the model with the given attention step: it shows which
-    places exist and how wide their rows are.
+    `forward_two` runs two tokens through the model, keeps the logits of one, and calls attention
+    with the given step: it shows which modules take or give a row of each token, and how wide.
     """
 
     def __init__(
         self,
         model: PreTrainedModel,
         layers: SequenceOf[nn.Module],
-        forward_one: Callable[[Any], Any],
+        forward_two: Callable[[Any], Any],
     ) -> None:
         self._model = model
         self._layers = layers
-        self._widths: dict[Site, int] = {}
-        named = [
-            (layer, component)
-            for layer in range(len(layers))
-            for component in NAMED
-            if self._place(layer, component) is not None
-        ]
-        with self.hooked(_WidthProbe(named, self._widths)):
-            forward_one(ShapeProbe())
+        self._widths: dict[tuple[nn.Module, Side], int] = {}
+        handles = [handle for module in model.modules() for handle in self._probe(module)]
+        try:
+            forward_two(ShapeProbe())
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _probe(self, module: nn.Module) -> tuple[RemovableHandle, ...]:
+        def see(side: Side, rows: object) -> None:
+            if isinstance(rows, Tensor) and rows.ndim == 3 and rows.shape[:2] == (1, 2):
+                self._widths[module, side] = rows.shape[-1]
+
+        def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            see("input", args[0] if args else kwargs.get("hidden_states"))
+
+        def after(_: nn.Module, args: Any, output: Any) -> None:
+            see("output", output[0] if isinstance(output, tuple) else output)
+
+        return (
+            module.register_forward_pre_hook(before, with_kwargs=True),
+            module.register_forward_hook(after),
+        )
 
     def check(self, layer: int, component: str, width: int) -> None:
         """Raise `WrongBaseModel` where the model has no such place, or its rows another width."""
-        site = layer, component
-        known = site in self._widths if component in NAMED else self._place(*site) is not None
-        if not known:
+        where = component[:120] + (f" of layer {layer}" if component in NAMED else "")
+        place = self._place(layer, component)
+        found = None if place is None else self._widths.get(place)
+        if found is None:
+            raise WrongBaseModel(f"The loaded model has no {where} that could be edited.")
+        if found != width:
             raise WrongBaseModel(
-                f"The loaded model has no {component[:120]} of its own in layer {layer}."
-            )
-        if self._widths.get(site, width) != width:
-            raise WrongBaseModel(
-                f"The {component} of layer {layer} is {self._widths[site]} wide in the loaded "
-                f"model, and {width} in the file."
+                f"The {where} is {found} wide in the loaded model, and {width} in the file."
             )
 
     @contextmanager
@@ -116,17 +128,6 @@ class EditSites:
             case "query" | "key" | "value":
                 module = _child(_child(module, _ATTENTION), (f"{part[0]}_proj",))
         return None if module is None else (module, "input" if side == "input" else "output")
-
-
-class _WidthProbe:
-    """An editor that changes nothing and notes the width of the rows it is shown."""
-
-    def __init__(self, sites: SequenceOf[Site], widths: dict[Site, int]) -> None:
-        self.sites = sites
-        self._widths = widths
-
-    def apply(self, site: Site, hidden: Tensor) -> None:
-        self._widths[site] = hidden.shape[-1]
 
 
 def _child(module: nn.Module | None, names: SequenceOf[str]) -> nn.Module | None:
