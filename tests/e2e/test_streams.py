@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import json
-from pathlib import Path
 
 import openai
-import pytest
 from transformers import PreTrainedModel
 
 from reft_runtime import Engine, SamplingParams
 from tests.e2e.conftest import generate
 
-FIXTURE = Path(__file__).parents[1] / "fixtures" / "pyreft_reference.json"
 MAX_TOKENS = 16
 WORDS = [
     "the",
@@ -66,18 +62,6 @@ async def test_32_streams_equal_their_solo_runs(
             ids = engine.tokenizer.encode(prompt)
             assert alone.tokens == generate(reference, ids, MAX_TOKENS)
     assert engine.stats().preemptions == 0
-
-
-@pytest.mark.parametrize("name", ["emoji", "pirate"])
-def test_shipped_interventions_give_pyrefts_tokens(engine: Engine, name: str) -> None:
-    cases = json.loads(FIXTURE.read_text())[name]
-    answers = engine.generate(
-        [case["prompt"] for case in cases],
-        SamplingParams(temperature=0, max_tokens=24),
-        intervention=name,
-        progress=False,
-    )
-    assert [answer.tokens for answer in answers] == [case["generated_ids"] for case in cases]
 
 
 def test_base_and_tasks_differ_in_a_chat(client: openai.OpenAI) -> None:
