@@ -42,7 +42,8 @@ class Engine:
 
     `model` is "demo", a hub id, a folder, or a transformers model (then `tokenizer` is needed).
     `interventions` is a folder of files; uploads are kept in `state_dir`, or in memory without
-    one. `max_running` bounds the answers made at once, `max_queued` and `max_queued_tokens` what
+    one; `allow_base` is a shell pattern for the names of base models whose files fit this one.
+    `max_running` bounds the answers made at once, `max_queued` and `max_queued_tokens` what
     may wait, `max_step_tokens` the tokens of one step, `kv_tokens` the tokens whose keys and
     values are held (by default from free memory). `dtype` "auto" is the fast one for this
     machine. Loading blocks; everything else may be called from any thread.
@@ -55,6 +56,7 @@ class Engine:
         tokenizer: PreTrainedTokenizerBase | None = None,
         interventions: str | Path | None = None,
         state_dir: str | Path | None = None,
+        allow_base: str | None = None,
         dtype: str = "auto",
         max_model_len: int | None = None,
         max_running: int = 64,
@@ -82,6 +84,7 @@ class Engine:
             sources=() if interventions is None else (interventions,),
             state_dir=state_dir,
             check_site=core.runner.sites.check,
+            allow_base=allow_base,
         )
         if interventions is not None:
             self.registry.watch(WATCH_SECONDS)

@@ -20,6 +20,7 @@ SHIPPED = Path("interventions")
 ENGINE_OPTIONS = (
     "interventions",
     "state_dir",
+    "allow_base",
     "dtype",
     "max_model_len",
     "max_running",
@@ -51,6 +52,13 @@ class Settings(BaseSettings):
     state_dir: Path | None = Field(
         default=None,
         description="Folder that keeps uploaded interventions; by default memory does.",
+    )
+    allow_base: str | None = Field(
+        default=None,
+        min_length=1,
+        max_length=256,
+        description="Shell pattern: take files made for base models of such names, where their "
+        "layers and width fit, though their fingerprint differs.",
     )
     host: str = Field(default="127.0.0.1", min_length=1, description="Address to listen on.")
     port: int = Field(

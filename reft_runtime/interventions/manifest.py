@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from fnmatch import fnmatchcase
 from typing import Annotated, Literal
 
 from pydantic import (
@@ -170,16 +171,22 @@ class Manifest(_Strict):
         return self.edits[index].width or self.base.hidden_size
 
 
-def check_base(manifest: Manifest, base: BaseShape) -> None:
+def check_base(manifest: Manifest, base: BaseShape, allow_base: str | None = None) -> None:
     """Raise `WrongBaseModel`, naming every difference, unless the file fits the loaded base.
 
     Architecture, hidden size, number of layers and vocabulary must be equal; the names may differ,
-    for the same weights are found under many.
+    for the same weights are found under many. Of a base whose name matches the shell pattern
+    `allow_base` only what the edits touch counts: the hidden size, and that their layers exist.
     """
     made, loaded = manifest.base, base
+    fields = ["architecture", "hidden_size", "num_layers", "vocab_size"]
+    if allow_base is not None and fnmatchcase(made.model, allow_base):
+        fields = ["hidden_size"]
+        if max(edit.layer for edit in manifest.edits) >= loaded.num_layers:
+            fields.append("num_layers")
     differences = [
         f"{field} {getattr(made, field)} (loaded: {getattr(loaded, field)})"
-        for field in ("architecture", "hidden_size", "num_layers", "vocab_size")
+        for field in fields
         if getattr(made, field) != getattr(loaded, field)
     ]
     if differences:

@@ -36,7 +36,8 @@ class Registry(Catalog):
     `sources` are folders that are read only; where two hold a file of one name, the first counts.
     Uploads are kept in `state_dir`, which one process owns, or in memory without one. A file that
     cannot be served is passed over, and `problems` says why. `check_site` raises where the loaded
-    model has no such place: it gets an edit's layer, component and width.
+    model has no such place: it gets an edit's layer, component and width. Files made for a base
+    whose name matches the shell pattern `allow_base` are taken though its fingerprint differs.
     """
 
     def __init__(
@@ -46,10 +47,12 @@ class Registry(Catalog):
         state_dir: str | Path | None = None,
         max_file_bytes: int = MAX_FILE_BYTES,
         check_site: Callable[[int, str, int], None] | None = None,
+        allow_base: str | None = None,
     ) -> None:
         super().__init__()
         self.base = base
         self._check_site = check_site
+        self._allow_base = allow_base
         self._sources = [Path(source) for source in sources]
         self._max_file_bytes = max_file_bytes
         for folder in self._sources:
@@ -194,7 +197,7 @@ class Registry(Catalog):
         _log.info("removed %r", version)
 
     def _check(self, manifest: Manifest) -> None:
-        check_base(manifest, self.base)
+        check_base(manifest, self.base, self._allow_base)
         if self._check_site is not None:
             for index, edit in enumerate(manifest.edits):
                 self._check_site(edit.layer, edit.component, manifest.width_of(index))

@@ -399,6 +399,15 @@ def test_what_could_not_be_read_again_is_not_written() -> None:
 def test_base_model_fingerprint() -> None:
     manifest = intervention().manifest
     check_base(manifest, BASE.model_copy(update={"model": "a mirror of tiny"}))
+    resized = BASE.model_copy(update={"vocab_size": 99, "architecture": "Other"})
+    check_base(manifest, resized, manifest.base.model[:2] + "*")
+    for pattern, other in (
+        ("another-*", resized),
+        ("*", BASE.model_copy(update={"hidden_size": 99})),
+        ("*", BASE.model_copy(update={"num_layers": 1})),
+    ):
+        with pytest.raises(WrongBaseModel):
+            check_base(manifest, other, pattern)
     for field, value in (
         ("architecture", "GPT2LMHeadModel"),
         ("hidden_size", 17),
