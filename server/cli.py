@@ -92,7 +92,7 @@ def serve(**options: Any) -> None:
     from server.lifecycle import configure_logging, listen, run
 
     configure_logging(settings)
-    with listen(settings) as listener:
+    with listen(settings.host, settings.port) as listener:
         raise SystemExit(run(_engine(settings), settings, listener))
 
 
