@@ -247,6 +247,7 @@ def test_help_names_every_option_and_loads_no_model() -> None:
     for arguments in (["--help"], ["serve", "--help"], ["--version"]):
         command = [sys.executable, "-c", code, *arguments]
         shown = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        assert "Undefined" not in shown
         if arguments[0] == "serve":
             for name in Settings.model_fields:
                 assert f"--{name.replace('_', '-')}" in shown
