@@ -2,14 +2,15 @@
 
 Everything is measured in one process, in alternating rounds, because a machine's speed drifts:
 compare the ratios, not the absolute figures. A round is n prompts of 64 random tokens, each
-answered by 64 tokens (prefill included). The floor is the model's linear layers alone, plain
-torch, over the same tokens.
+answered by 64 tokens (prefill included). The floor is the model's linear layers alone, with
+prepacked weights, over the same tokens.
 
     python -m benchmarks.throughput --dtypes float32,bfloat16 --concurrency 1,8,32 --rounds 5
 """
 
 from __future__ import annotations
 
+import copy
 import json
 import random
 import statistics
@@ -25,6 +26,7 @@ from transformers import AutoModelForCausalLM
 
 from reft_runtime import Engine, SamplingParams
 from reft_runtime.demo import demo_model
+from reft_runtime.engine.linears import prepack
 from reft_runtime.interventions import BaseShape, Edit, Intervention, serialise
 from reft_runtime.outputs import Generation
 
@@ -64,14 +66,16 @@ def settings(layers: int) -> dict[str, tuple[list[int], int, str]]:
 
 def linear_floor(model: nn.Module, n: int) -> Case:
     """The linear layers alone: one pass over all prompts, then one for each further token."""
-    linears = [module for module in model.modules() if isinstance(module, nn.Linear)]
+    model = copy.deepcopy(model)
     head = model.get_output_embeddings()  # type: ignore[operator]
     dtype = head.weight.dtype
+    linears = [module for module in model.modules() if isinstance(module, nn.Linear)]
     inputs = {
         (rows, module.in_features): torch.randn(rows, module.in_features).to(dtype)
         for module in linears
         for rows in (n, n * PROMPT_TOKENS)
     }
+    prepack(model)
 
     @torch.inference_mode()
     def run() -> None:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar, get_args, get_origin
 
 import typer
 from pydantic import SecretStr
+from pydantic_core import PydanticUndefined
 
 from reft_runtime.errors import ReftError
 from server import files_cli
@@ -50,7 +51,10 @@ def _print_version(wanted: bool) -> None:
 @app.callback()
 def _reft(
     version: Annotated[
-        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="The version.")
+        bool,
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, help="Show the version and exit."
+        ),
     ] = False,
 ) -> None:
     pass
@@ -78,7 +82,7 @@ def _option(name: str) -> inspect.Parameter:
     if get_origin(kind) is UnionType:
         kind = get_args(kind)[0]
     notes = [f"env: REFT_{name.upper()}"]
-    if field.default is not None:
+    if field.default not in (None, PydanticUndefined):
         notes.append(f"default: {field.default}")
     option = typer.Option(
         f"--{name.replace('_', '-')}", help=f"{field.description} [{', '.join(notes)}]"
@@ -95,25 +99,32 @@ def serve(**options: Any) -> None:
     from server.lifecycle import configure_logging, listen, run
 
     configure_logging(settings)
-    with listen(settings) as listener:
+    with listen(settings.host, settings.port) as listener:
         raise SystemExit(run(_engine(settings), settings, listener))
 
 
 @app.command()
 @_with_settings("model", "interventions", "state_dir", "dtype", "max_model_len", "threads")
 def generate(
-    prompt: Annotated[str, typer.Argument(help="What to say to the model.")],
+    prompt: Annotated[str, typer.Argument(help="What to say to the model, as one user's turn.")],
     intervention: Annotated[
-        str | None, typer.Option(help="Intervention to apply: NAME or NAME@DIGEST.")
+        str | None,
+        typer.Option(help="Intervention to apply, NAME or NAME@DIGEST; by default none."),
     ] = None,
-    strength: Annotated[float, typer.Option(help="How strongly; 1 is as trained.")] = 1.0,
-    raw: Annotated[bool, typer.Option("--raw", help="Use no chat template.")] = False,
+    strength: Annotated[
+        float, typer.Option(help="How strongly to apply it; 1 is as trained.")
+    ] = 1.0,
+    raw: Annotated[
+        bool, typer.Option("--raw", help="Take the prompt as it is, without the chat template.")
+    ] = False,
     max_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 256,
     temperature: Annotated[float, typer.Option(min=0, help="0 takes the likeliest token.")] = 0.0,
-    seed: Annotated[int | None, typer.Option(help="Makes a sampled answer repeatable.")] = None,
+    seed: Annotated[
+        int | None, typer.Option(help="Makes the answer repeatable when temperature is above 0.")
+    ] = None,
     **options: Any,
 ) -> None:
-    """Answer one prompt in the terminal, without a server."""
+    """Answer one prompt in the terminal, without a server; the answer alone is standard output."""
     settings = load_settings(options)
     from reft_runtime.sampling import SamplingParams
     from reft_runtime.use import Use

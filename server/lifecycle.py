@@ -8,17 +8,18 @@ import logging
 import logging.config
 import os
 import socket
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Iterator
+from contextlib import contextmanager
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import uvicorn
-from prometheus_client import start_http_server
 
 from reft_runtime.errors import ConfigError
 from server.app import create_app
 from server.banner import banner
 from server.context import Context
+from server.metrics_port import metrics_served
 from server.middleware import MAX_HEADER_BYTES
 from server.settings import Settings
 
@@ -43,14 +44,15 @@ def configure_logging(settings: Settings) -> None:
     logging.config.dictConfig(config)
 
 
-def listen(settings: Settings) -> socket.socket:
-    """A socket bound to the configured address; connections are refused until it is served.
+def listen(host: str, port: int, option: str = "--port") -> socket.socket:
+    """A socket bound to this address; connections are refused until it is served.
 
-    Bound before the model is loaded, so that a port in use is told at once. Raises `ConfigError`.
+    Bound before the model is loaded, so that a port in use is told at once. Raises `ConfigError`,
+    which names the port's `option`.
     """
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(
-            settings.host, settings.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )[0]
         listener = socket.socket(family, kind, protocol)
         try:
@@ -61,8 +63,8 @@ def listen(settings: Settings) -> socket.socket:
             raise
     except OSError as error:
         raise ConfigError(
-            f"Cannot listen on {settings.host} port {settings.port}: {error.strerror}. "
-            "Choose others with --host and --port."
+            f"Cannot listen on {host} port {port}: {error.strerror}. "
+            f"Choose others with --host and {option}."
         ) from None
     return listener
 
@@ -71,15 +73,6 @@ def run(engine: Engine, settings: Settings, listener: socket.socket) -> int:
     """Serve until a signal or the engine's end; returns the process's exit status."""
     app = create_app(engine, settings)
     context: Context = app.state.context
-    if settings.metrics_port is not None:
-        try:
-            start_http_server(settings.metrics_port, settings.host, context.metrics.registry)
-        except OSError as error:
-            engine.close()
-            raise ConfigError(
-                f"Cannot serve metrics on port {settings.metrics_port}: {error.strerror}. "
-                "Choose another with --metrics-port."
-            ) from None
     # Of uvicorn's two parsers only h11 bounds the headers while they arrive.
     config = uvicorn.Config(
         app,
@@ -92,10 +85,22 @@ def run(engine: Engine, settings: Settings, listener: socket.socket) -> int:
     )
     server = _Server(config, context)
     try:
-        server.run(sockets=[listener])
+        with _metrics_port(context):
+            server.run(sockets=[listener])
     finally:
         engine.close()
     return 0 if server.drained else 1
+
+
+@contextmanager
+def _metrics_port(context: Context) -> Iterator[None]:
+    settings = context.settings
+    if settings.metrics_port is None:
+        yield
+        return
+    listener = listen(settings.host, settings.metrics_port, "--metrics-port")
+    with metrics_served(context.metrics, listener):
+        yield
 
 
 class _Server(uvicorn.Server):

@@ -7,12 +7,15 @@ from collections import Counter as Tally
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
-from prometheus_client import CollectorRegistry, Counter, Histogram
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 if TYPE_CHECKING:
     from reft_runtime.llm import Engine
+
+CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+"""Prometheus' text format. Not negotiated: in the others older Prometheus servers get `reft_`."""
 
 MAX_NAMES = 100
 """Interventions with a label of their own; those that come later share `(other)`."""
@@ -65,6 +68,10 @@ class Metrics:
 
     def _histogram(self, name: str, text: str, buckets: Iterable[float]) -> Histogram:
         return Histogram(name, text, buckets=tuple(buckets), registry=self.registry)
+
+    def text(self) -> bytes:
+        """Every metric of this moment, as `CONTENT_TYPE`."""
+        return generate_latest(self.registry)
 
     def first_token(self, seconds: float, queued: float | None) -> None:
         """The first token of a request came after `seconds`, of which `queued` waiting."""

@@ -75,27 +75,38 @@ class Settings(BaseSettings):
         min_length=1,
         description="Key that clients send as 'Authorization: Bearer KEY'.",
     )
-    dtype: Dtype = Field(default="auto", description="Number format of the base model's weights.")
+    dtype: Dtype = Field(
+        default="auto",
+        description="Number format of the base model's weights; "
+        "auto is the fast one for this machine.",
+    )
     max_model_len: int | None = Field(
         default=None,
         ge=1,
         description="Longest prompt plus answer, in tokens; by default the model's.",
     )
     max_running: int | None = Field(
-        default=None, ge=1, le=65536, description="Most sequences in one engine step."
+        default=None,
+        ge=1,
+        le=65536,
+        description="Most sequences in one engine step; by default 64.",
     )
     max_queued: int | None = Field(
-        default=None, ge=1, description="Most requests that wait; the next is answered 503."
+        default=None,
+        ge=1,
+        description="Most requests that wait, by default 1024; the next is answered 503.",
     )
     max_queued_tokens: int | None = Field(
         default=None,
         ge=1,
-        description="Most prompt tokens that wait; the next request is answered 503.",
+        description="Most prompt tokens that wait, by default 1000000; "
+        "the next request is answered 503.",
     )
     kv_tokens: int | None = Field(
         default=None,
         ge=1,
-        description="Size of the key-value cache, in tokens; by default from free memory.",
+        description="Size of the key-value cache, in tokens; by default what fits into 30 % of "
+        "the available memory.",
     )
     threads: int | None = Field(
         default=None, ge=1, le=1024, description="CPU threads of the engine; by default one a core."

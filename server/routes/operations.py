@@ -7,9 +7,9 @@ from typing import Any
 
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
-from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
 from server.context import Server
+from server.metrics import CONTENT_TYPE
 from server.openapi import describe
 from server.version import VERSION
 
@@ -39,8 +39,8 @@ async def version() -> dict[str, str]:
 @router.get("/metrics", response_class=Response)
 async def metrics(server: Server) -> Response:
     """Metrics in Prometheus' text format."""
-    text = await asyncio.to_thread(generate_latest, server.metrics.registry)
-    return Response(text, media_type=CONTENT_TYPE_LATEST)
+    text = await asyncio.to_thread(server.metrics.text)
+    return Response(text, media_type=CONTENT_TYPE)
 
 
 @router.get("/openapi.json", include_in_schema=False)

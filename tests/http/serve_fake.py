@@ -19,7 +19,7 @@ def main(engine_options: str, options: str) -> int:
     settings = load_settings({"port": 0, **json.loads(options)})
     configure_logging(settings)
     engine = FakeEngine(**json.loads(engine_options))
-    with listen(settings) as listener:
+    with listen(settings.host, settings.port) as listener:
         return run(cast("Engine", engine), settings, listener)
 
 

@@ -22,6 +22,12 @@ from reft_runtime.errors import ConfigError
 from server.settings import Settings, load_settings
 from tests.http.conftest import completion
 
+PROMETHEUS_2 = (
+    "application/openmetrics-text;version=1.0.0,application/openmetrics-text;version=0.0.1;q=0.75,"
+    "text/plain;version=0.0.4;q=0.5,*/*;q=0.1"
+)
+"""What Prometheus 2.x accepts, best first."""
+
 
 class Process:
     """A server process, up to its banner."""
@@ -173,7 +179,30 @@ def test_metrics_port() -> None:
         port = free.getsockname()[1]
     with running(api_key="sesame", metrics_port=port) as server:
         assert httpx.get(f"{server.url}/metrics").status_code == 401
-        assert "reft:num_requests_running" in httpx.get(f"http://127.0.0.1:{port}/metrics").text
+        headers = {"authorization": "Bearer sesame", "accept": PROMETHEUS_2}
+        ours = httpx.get(f"{server.url}/metrics", headers=headers)
+        other = httpx.get(f"http://127.0.0.1:{port}/metrics", headers=headers)
+        assert other.text == ours.text
+        assert other.headers["content-type"] == ours.headers["content-type"]
+        assert "\nreft:num_requests_running 0.0\n" in ours.text
+        assert httpx.get(f"http://127.0.0.1:{port}/v1/models").status_code == 404
+        server.process.send_signal(signal.SIGTERM)
+        assert server.end() == 0
+
+
+def test_metrics_port_in_use() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        command = [sys.executable, "-m", "tests.http.serve_fake", "{}"]
+        ended = subprocess.run(
+            [*command, json.dumps({"metrics_port": port})],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+    assert f"Cannot listen on 127.0.0.1 port {port}: Address already in use." in ended.stderr
+    assert "--metrics-port." in ended.stderr
+    assert ended.returncode == 1
 
 
 def test_headers_are_bounded() -> None:
@@ -218,6 +247,7 @@ def test_help_names_every_option_and_loads_no_model() -> None:
     for arguments in (["--help"], ["serve", "--help"], ["--version"]):
         command = [sys.executable, "-c", code, *arguments]
         shown = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        assert "Undefined" not in shown
         if arguments[0] == "serve":
             for name in Settings.model_fields:
                 assert f"--{name.replace('_', '-')}" in shown

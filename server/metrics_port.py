@@ -1,0 +1,53 @@
+"""The metrics on a port of their own, without a key."""
+
+from __future__ import annotations
+
+import socket
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+from server.metrics import CONTENT_TYPE, Metrics
+
+IDLE_SECONDS = 30
+"""How long a connection may say nothing."""
+
+
+@contextmanager
+def metrics_served(metrics: Metrics, listener: socket.socket) -> Iterator[None]:
+    """Answer GET /metrics on `listener`, which is closed in the end, as long as the block lasts.
+
+    In threads of its own, so that a scrape is answered whatever the event loop does; and not by
+    `prometheus_client`'s own server, which negotiates a format in which `reft:` becomes `reft_`.
+    """
+
+    class Handler(BaseHTTPRequestHandler):
+        timeout = IDLE_SECONDS
+
+        def do_GET(self) -> None:
+            if self.path.partition("?")[0] != "/metrics":
+                self.send_error(404)
+                return
+            text = metrics.text()
+            self.send_response(200)
+            self.send_header("Content-Type", CONTENT_TYPE)
+            self.send_header("Content-Length", str(len(text)))
+            self.end_headers()
+            self.wfile.write(text)
+
+        def log_message(self, *_: object) -> None:
+            """Say nothing: there is a scrape every few seconds."""
+
+    server = ThreadingHTTPServer(listener.getsockname(), Handler, bind_and_activate=False)
+    server.socket.close()  # one that it made itself
+    server.socket = listener
+    server.server_activate()
+    thread = threading.Thread(target=server.serve_forever, args=[0.1])
+    thread.start()
+    try:
+        yield
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()

@@ -1,0 +1,72 @@
+"""The documents name only what there is, and all metrics."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from pathlib import Path
+from typing import cast
+
+import pytest
+import typer
+
+from reft_runtime import Engine
+from server.cli import app
+from server.metrics import Metrics
+from server.settings import Settings
+from tests.http.fake_engine import FakeEngine
+
+ROOT = Path(__file__).parents[1]
+DOCUMENTS = ["README.md", "docs/operations.md", "docs/structure.md", "interventions/README.md"]
+
+OTHER_PROGRAMS = {"--build-arg", "--gpus", "--data-binary"}
+"""Options of docker and curl in the documents."""
+
+OTHER_VARIABLES = {"REFT_CACHE"}
+"""Where the demo model is kept: the library reads it, too, so it is no setting of the server."""
+
+
+def options() -> set[str]:
+    """Every option of every command of `reft`."""
+    group = typer.main.get_command(app)
+    commands = [group, *group.commands.values()]  # type: ignore[attr-defined]
+    return {"--help"} | {
+        option
+        for command in commands
+        for parameter in command.params
+        for option in parameter.opts
+        if option.startswith("--")
+    }
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_options_and_variables_exist(document: str) -> None:
+    text = (ROOT / document).read_text()
+    named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", text))
+    assert named <= options() | OTHER_PROGRAMS
+    variables = {f"REFT_{name.upper()}" for name in Settings.model_fields} | OTHER_VARIABLES
+    assert set(re.findall(r"REFT_[A-Z_]+\b", text)) - {"REFT_"} <= variables
+
+
+def test_operations_explains_every_option_of_serve() -> None:
+    text = (ROOT / "docs/operations.md").read_text()
+    for name in Settings.model_fields:
+        assert f"`--{name.replace('_', '-')}`" in text
+
+
+def test_operations_lists_the_metrics() -> None:
+    text = (ROOT / "docs/operations.md").read_text()
+    families = Metrics(cast(Engine, FakeEngine())).registry.collect()
+    served = {
+        family.name + ("_total" if family.type == "counter" else "")
+        for family in families
+        if not family.name.endswith("_created")
+    }
+    assert set(re.findall(r"reft:[a-z_0-9]+", text)) == served
+
+
+def test_help_names_the_engines_defaults() -> None:
+    parameters = inspect.signature(Engine).parameters
+    for name in ("max_running", "max_queued", "max_queued_tokens"):
+        description = Settings.model_fields[name].description or ""
+        assert f"by default {parameters[name].default}" in description
