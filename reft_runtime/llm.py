@@ -141,7 +141,7 @@ class Engine:
     def compare(
         self,
         prompt: Prompt,
-        interventions: list[Applied] | list[str],
+        interventions: Sequence[Applied],
         sampling: SamplingParams | None = None,
     ) -> list[Comparison]:
         """Answer one prompt with the base model and with each of `interventions`, and say why.
@@ -150,7 +150,7 @@ class Engine:
         divergence of the first token's distribution from the base's after the same prompt tokens.
         Greedy unless `sampling` says otherwise.
         """
-        if not isinstance(interventions, list):
+        if not isinstance(interventions, list):  # a tuple would be one composition
             raise InvalidRequest(
                 "interventions: give a list with one entry for each answer; an entry is what "
                 "`generate` takes as its intervention.",

@@ -377,9 +377,10 @@ def test_compare_is_greedy_and_takes_chats(engine: Engine) -> None:
     # Each with its own template; the divergence is that of the edits and not of the templates.
     assert base.answer.prompt_tokens != task.answer.prompt_tokens
     assert_trace(task.trace, task.answer.prompt_tokens, task.answer.tokens, Applied((LOREFT,)))
+    wrong: Any
     for wrong in ("loreft", ("loreft",), Use("loreft")):
         with pytest.raises(InvalidRequest, match="interventions: give a list"):
-            engine.compare(chat, wrong)  # type: ignore[arg-type]
+            engine.compare(chat, wrong)
     with pytest.raises(NotFound, match="nope"):
         engine.compare(chat, ["loreft", "nope"])
     none, also = engine.compare(chat, ["loreft"], SamplingParams(max_tokens=0))
