@@ -32,7 +32,19 @@ class Admission:
         """Token ids of a prompt; a chat goes through the template of what is used."""
         if isinstance(prompt, str):
             return self._tokenizer.encode(prompt)
+        if not isinstance(prompt, Sequence) or isinstance(prompt, bytes):
+            raise InvalidRequest(
+                "prompt: give text, a list of token ids, or a list of messages, not "
+                f"{type(prompt).__name__}.",
+                param="prompt",
+            )
         if prompt and isinstance(prompt[0], Mapping):
+            if not all(_is_message(turn) for turn in prompt):
+                raise InvalidRequest(
+                    "messages: each needs a role and its content, both text, such as "
+                    '{"role": "user", "content": "Hi"}.',
+                    param="messages",
+                )
             templates = {self._resolve(use).manifest.template for use in uses} - {None}
             if len(templates) > 1:
                 raise InvalidRequest(
@@ -41,6 +53,8 @@ class Admission:
                 )
             template = next(iter(templates), None)
             return self._tokenizer.encode_chat(cast(Sequence[Message], prompt), template)
+        if any(type(token) is not int for token in prompt):
+            raise InvalidRequest("prompt: token ids are whole numbers (int).", param="prompt")
         return cast(Sequence[int], prompt)
 
     def _resolve(self, use: Use) -> Version:
@@ -68,13 +82,17 @@ class Admission:
         held: list[Version] = []
         applied = []
         try:
-            for use in uses:
+            for position, use in enumerate(uses):
                 version = self._resolve(use)
                 self._registry.hold(version)
                 held.append(version)
                 edits = version.edits()
                 if use.subspace is not None:
-                    edits = tuple(edit.subset(use.subspace) for edit in edits)
+                    try:
+                        edits = tuple(edit.subset(use.subspace) for edit in edits)
+                    except InvalidRequest as error:
+                        error.param = f"interventions.{position}.subspace"
+                        raise
                 applied.append(
                     AppliedIntervention(version.digest, edits, use.strength, use.subspace)
                 )
@@ -94,6 +112,11 @@ class Admission:
 
     def _checked(self, prompt: Sequence[int], sampling: SamplingParams) -> SamplingParams:
         """Check what depends on the model; `max_tokens` None becomes what is left of its length."""
+        if not isinstance(sampling, SamplingParams):
+            raise InvalidRequest(
+                f"sampling: give SamplingParams(...), not {type(sampling).__name__}.",
+                param="sampling",
+            )
         vocabulary, limit = self._info.vocab_size, self._info.max_model_len
         if not prompt:
             raise InvalidRequest("prompt: it has no tokens; give at least one.", param="prompt")
@@ -127,3 +150,9 @@ class Admission:
         """Let go of what `prepare` took hold of."""
         for version in versions:
             self._registry.release(version)
+
+
+def _is_message(turn: object) -> bool:
+    return isinstance(turn, Mapping) and all(
+        isinstance(turn.get(name), str) for name in ("role", "content")
+    )

@@ -12,6 +12,7 @@ from reft_runtime.assembly import Assembler, collect
 from reft_runtime.engine.events import Event
 from reft_runtime.engine.loop import EngineLoop
 from reft_runtime.engine.sequence import Request
+from reft_runtime.errors import Draining, Overloaded
 from reft_runtime.outputs import ChoiceDelta, Generation
 
 
@@ -39,9 +40,16 @@ def run_calls(loop: EngineLoop, calls: Iterable[Call], at_once: int, *, progress
     try:
         while waiting or live:
             while waiting and len(live) < at_once:
+                try:
+                    loop.submit(waiting[0].request, inbox.put)
+                except Draining:
+                    raise
+                except Overloaded:
+                    if not live:
+                        raise
+                    break  # the queue is full for now; our own that are in it make room
                 call = waiting.popleft()
                 live[call.request.id] = call
-                loop.submit(call.request, inbox.put)
             for event in inbox.get():
                 if event.request_id not in live:
                     continue

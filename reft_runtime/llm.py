@@ -153,6 +153,12 @@ class Engine:
         divergence of the first token's distribution from the base's after the same prompt tokens.
         Greedy unless `sampling` says otherwise.
         """
+        if not isinstance(interventions, list):  # a tuple would be one composition
+            raise InvalidRequest(
+                "interventions: give a list with one entry for each answer; an entry is what "
+                "`generate` takes as its intervention.",
+                param="interventions",
+            )
         sampling = sampling or SamplingParams(temperature=0, max_tokens=64)
         columns = [_uses(applied) for applied in (None, *interventions)]
         with (
@@ -218,6 +224,8 @@ class Engine:
 
     async def explain(self, stream: Stream) -> Trace:
         """What the interventions of a traced stream did, when it has ended."""
+        if stream.first_logprobs is None:
+            return Trace(stream.edits, 0.0)
         base = await self.open(stream.prompt, _FIRST_TOKEN, trace=True)
         async for _ in base:
             pass
@@ -276,6 +284,13 @@ def _uses(applied: Applied) -> tuple[Use, ...]:
     if applied is None:
         return ()
     several = applied if isinstance(applied, tuple) else (applied,)
+    for use in several:
+        if not isinstance(use, str | Use):
+            raise InvalidRequest(
+                "intervention: give a name, a Use, a tuple of them, or None, not "
+                f"{type(use).__name__}.",
+                param="intervention",
+            )
     return tuple(use if isinstance(use, Use) else Use(use) for use in several)
 
 
@@ -283,7 +298,13 @@ def _pair(
     prompts: Prompt | Sequence[Prompt], intervention: Applied | list[Applied] | list[str]
 ) -> list[tuple[Prompt, tuple[Use, ...]]]:
     """Prompts with what applies to them; a single prompt counts as a list of one."""
-    single = isinstance(prompts, str) or (prompts and isinstance(prompts[0], int | Mapping))
+    if not isinstance(prompts, str | list | tuple) or (not prompts and prompts != ""):
+        raise InvalidRequest(
+            "prompts: give text, a list of token ids, a list of messages, or a list of these, not "
+            f"{repr(prompts)[:40]}.",
+            param="prompts",
+        )
+    single = isinstance(prompts, str) or isinstance(prompts[0], int | Mapping)
     several = cast(Sequence[Prompt], [prompts] if single else prompts)
     if not isinstance(intervention, list):
         return [(prompt, _uses(intervention)) for prompt in several]

@@ -28,10 +28,16 @@ class Use:
     subspace: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
-        if not math.isfinite(self.strength):
+        if not isinstance(self.strength, int | float) or not math.isfinite(self.strength):
             raise InvalidRequest(
-                f"strength must be a finite number, not {self.strength}.", param="strength"
+                f"strength must be a finite number, not {self.strength!r}.", param="strength"
             )
+        if self.subspace is not None:
+            if any(type(direction) is not int for direction in self.subspace):
+                raise InvalidRequest(
+                    "subspace: name directions by their numbers, such as [0, 2].", param="subspace"
+                )
+            object.__setattr__(self, "subspace", tuple(self.subspace))
 
     @property
     def label(self) -> str:

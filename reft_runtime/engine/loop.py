@@ -119,7 +119,10 @@ class EngineLoop:
             self._thread.join()
 
     def check_integrity(self) -> None:
-        """Raise AssertionError if anything is left of requests that have ended."""
+        """Raise AssertionError if anything is left of requests that have ended.
+
+        An engine that has stopped raises it too, for nobody can look any more.
+        """
         done = threading.Event()
         problems: list[AssertionError] = []
 
@@ -133,7 +136,9 @@ class EngineLoop:
         with self._changed:
             self._inbox.append(check)
             self._changed.notify_all()
-        done.wait()
+        while not done.wait(HEARTBEAT_SECONDS):
+            if not self.alive:
+                raise AssertionError("the engine has stopped")
         if problems:
             raise problems[0]
 

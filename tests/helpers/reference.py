@@ -210,26 +210,36 @@ def _hook(stack: ExitStack, module: nn.Module, side: str, change: Any) -> None:
 
 @torch.inference_mode()
 def logits(
-    model: PreTrainedModel, text: SequenceOf[int], n: int, interventions: SequenceOf[Applied] = ()
+    model: PreTrainedModel,
+    text: SequenceOf[int],
+    n: int,
+    interventions: SequenceOf[Applied] = (),
+    sizes: dict[tuple[int, int, int], float] | None = None,
 ) -> Tensor:
-    """Logits [text, vocabulary] of one whole forward; the first n tokens are the prompt."""
+    """Logits [text, vocabulary] of one whole forward; the first n tokens are the prompt.
 
-    def change(intervention: Applied, edit: RandomEdit) -> Any:
+    `sizes` gets the relative size of every change by intervention, edit and position.
+    """
+
+    def change(place: tuple[int, int], intervention: Applied, edit: RandomEdit) -> Any:
         def changed(hidden: Tensor) -> Tensor:
             hidden = hidden.clone()
             rows = edited(edit.positions, n, len(text))
             old = hidden[0, rows]
             new = edit.formula(old, intervention.subspace)
             hidden[0, rows] = old + intervention.strength * (new - old)
+            if sizes is not None:
+                for row, before in zip(rows, old, strict=True):
+                    sizes[*place, row] = float((hidden[0, row] - before).norm() / before.norm())
             return hidden
 
         return changed
 
     with ExitStack() as stack:
-        for intervention in interventions:
-            for edit in intervention.edits:
+        for i, intervention in enumerate(interventions):
+            for j, edit in enumerate(intervention.edits):
                 module, side = place(model, edit.layer, edit.component)
-                _hook(stack, module, side, change(intervention, edit))
+                _hook(stack, module, side, change((i, j), intervention, edit))
         found: Tensor = model(input_ids=torch.tensor([list(text)]), use_cache=False).logits[0]
         return found
 

@@ -1,0 +1,228 @@
+"""Strengths, subspaces, compositions and traces over HTTP, on a tiny random model."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import AsyncIterator, Iterator
+from typing import Any
+
+import httpx
+import pytest
+
+from reft_runtime import Engine, SamplingParams, Use
+from reft_runtime.interventions import Intervention, serialise
+from server.app import create_app
+from server.settings import Settings
+from tests.helpers.models import MAX_LENGTH, generate, prompt, tiny_llama
+from tests.helpers.reference import Applied, RandomEdit, generate_applied
+from tests.helpers.tokenizer import tiny_tokenizer
+
+LOREFT = RandomEdit("loreft", "f2+l2", rank=4, seed=1)
+RED = RandomEdit("red", "all", seed=2)
+STEERING = RandomEdit("steering", "decode", layer=2, seed=3)
+FILES = {"loreft": LOREFT, "red": RED, "steering": STEERING}
+GREEDY = SamplingParams(temperature=0, max_tokens=8)
+TOKENS = list(prompt(9))
+
+
+@pytest.fixture(scope="module")
+def tiny_engine() -> Iterator[Engine]:
+    model = copy.deepcopy(tiny_llama()[0])
+    with Engine(model, tokenizer=tiny_tokenizer(), max_running=4) as engine:
+        for name, edit in FILES.items():
+            built = Intervention.build(engine.registry.base, [edit.stored])
+            engine.registry.put(name, serialise(built))
+        yield engine
+
+
+@pytest.fixture
+async def http(tiny_engine: Engine) -> AsyncIterator[httpx.AsyncClient]:
+    app = create_app(tiny_engine, Settings())
+    transport = httpx.ASGITransport(app, raise_app_exceptions=False)
+    async with (
+        app.router.lifespan_context(app),
+        httpx.AsyncClient(transport=transport, base_url="http://test") as client,
+    ):
+        yield client
+    tiny_engine.check_integrity()
+    stats = tiny_engine.stats()
+    assert (stats.running, stats.waiting) == (0, 0)
+    assert all(entry.in_flight == 0 for entry in tiny_engine.registry.entries())
+
+
+async def post(
+    http: httpx.AsyncClient, *interventions: dict[str, Any], chat: bool = False, **fields: Any
+) -> httpx.Response:
+    base = (await http.get("/v1/models")).json()["data"][0]["id"]
+    what = {"messages": [{"role": "user", "content": "Hi"}]} if chat else {"prompt": TOKENS}
+    body = {"model": base, "max_tokens": 8, "temperature": 0, **what}
+    if interventions:
+        body["interventions"] = list(interventions)
+    path = "/v1/chat/completions" if chat else "/v1/completions"
+    return await http.post(path, json={**body, **fields})
+
+
+async def text(http: httpx.AsyncClient, *interventions: dict[str, Any]) -> str:
+    response = await post(http, *interventions)
+    assert response.status_code == 200, response.text
+    answer: str = response.json()["choices"][0]["text"]
+    return answer
+
+
+def wanted(*used: Applied) -> str:
+    tokens = generate_applied(tiny_llama()[0], TOKENS, used)
+    return str(tiny_tokenizer().decode(tokens, skip_special_tokens=True))
+
+
+async def test_a_composition_is_applied_in_its_order(http: httpx.AsyncClient) -> None:
+    loreft = {"name": "loreft", "strength": 0.5}
+    red = {"name": "red", "strength": -0.7}
+    first = wanted(Applied((LOREFT,), 0.5), Applied((RED,), -0.7))
+    second = wanted(Applied((RED,), -0.7), Applied((LOREFT,), 0.5))
+    assert first != second
+    assert await text(http, loreft, red) == first
+    assert await text(http, red, loreft) == second
+    response = await post(http, loreft, red, {"name": "steering"})
+    names = [part.split("@")[0] for part in response.headers["x-intervention"].split(",")]
+    assert [name.strip() for name in names] == ["loreft", "red", "steering"]
+
+
+@pytest.mark.parametrize("strength", [0, 0.0, -1, 2, 100.0, -100.0])
+async def test_strengths(http: httpx.AsyncClient, strength: float) -> None:
+    answer = await text(http, {"name": "loreft", "strength": strength})
+    assert answer == wanted(Applied((LOREFT,), strength))
+    if not strength:
+        assert answer == wanted()
+
+
+async def test_a_subspace(http: httpx.AsyncClient) -> None:
+    answers = set()
+    for subspace in ([0], [1, 3], [3, 1], [0, 1, 2, 3]):
+        answer = await text(http, {"name": "loreft", "subspace": subspace})
+        assert answer == wanted(Applied((LOREFT,), 1, tuple(sorted(subspace))))
+        answers.add(answer)
+    assert len(answers) == 3
+    assert await text(http, {"name": "loreft", "subspace": None}) == wanted(Applied((LOREFT,)))
+
+
+@pytest.mark.parametrize("chat", [False, True])
+@pytest.mark.parametrize(
+    ("field", "uses", "message"),
+    [
+        ("interventions.0.strength", [{"name": "red", "strength": 100.1}], "100"),
+        ("interventions.0.strength", [{"name": "red", "strength": -100.1}], "-100"),
+        ("interventions.0.strength", [{"name": "red", "strength": "1"}], "number"),
+        ("interventions.0.strength", [{"name": "red", "strength": True}], "number"),
+        ("interventions.1.subspace", [{"name": "red"}, {"name": "red", "subspace": []}], "1"),
+        ("interventions.0.subspace.1", [{"name": "loreft", "subspace": [0, -1]}], "0"),
+        ("interventions.0.subspace.0", [{"name": "loreft", "subspace": ["0"]}], "integer"),
+        ("interventions.0.subspace.0", [{"name": "loreft", "subspace": [0.5]}], "integer"),
+        ("interventions.0.subspace", [{"name": "loreft", "subspace": 1}], "list"),
+        ("interventions.0.subspace", [{"name": "loreft", "subspace": [0] * 1025}], "1024"),
+        ("interventions.0.subspace", [{"name": "loreft", "subspace": [4]}], "directions 0 to 3"),
+        ("interventions.0.subspace", [{"name": "loreft", "subspace": [1, 1]}], "once"),
+        (
+            "interventions.1.subspace",
+            [{"name": "loreft"}, {"name": "steering", "subspace": [0]}],
+            "no directions",
+        ),
+        ("interventions.1.name", [{"name": "red"}, {"name": "nope"}], "`nope` does not exist"),
+        ("interventions", [{"name": "red"}] * 17, "16"),
+    ],
+)
+async def test_errors_name_the_field(
+    http: httpx.AsyncClient, chat: bool, field: str, uses: list[dict[str, Any]], message: str
+) -> None:
+    response = await post(http, *uses, chat=chat)
+    assert response.status_code == (404 if field.endswith("name") else 400), response.text
+    error = response.json()["error"]
+    assert error["param"] == field
+    assert message in error["message"]
+
+
+@pytest.mark.parametrize("chat", [False, True])
+async def test_traces_are_not_streamed(http: httpx.AsyncClient, chat: bool) -> None:
+    response = await post(http, {"name": "red"}, chat=chat, trace=True, stream=True)
+    assert response.status_code == 400
+    error = response.json()["error"]
+    assert error["param"] == "trace"
+    assert "stream: false" in error["message"]
+    values: list[Any] = [1, "true", []]
+    for wrong in values:
+        response = await post(http, chat=chat, trace=wrong)
+        assert (response.status_code, response.json()["error"]["param"]) == (400, "trace")
+    assert "trace" not in (await post(http, {"name": "red"}, chat=chat)).json()
+    assert "trace" not in (await post(http, {"name": "red"}, chat=chat, trace=False)).json()
+
+
+async def test_a_trace_is_what_compare_says(http: httpx.AsyncClient, tiny_engine: Engine) -> None:
+    uses = (Use("loreft", 0.5), Use("steering"))
+    asked: list[dict[str, Any]] = [{"name": "loreft", "strength": 0.5}, {"name": "steering"}]
+    messages = [{"role": "user", "content": "Hi"}]
+    cases: list[tuple[bool, Any]] = [(False, TOKENS), (True, messages)]
+    for chat, wanted_prompt in cases:
+        answer = (await post(http, *asked, chat=chat, trace=True)).json()
+        [_, other] = tiny_engine.compare(wanted_prompt, [uses], GREEDY)
+        [trace] = answer["trace"]
+        assert set(trace) == {"edits", "kl"}
+        assert trace["kl"] == pytest.approx(other.trace.kl, rel=1e-3)
+        assert trace["kl"] > 0
+        assert len(trace["edits"]) == len(other.trace.edits) == 4 + 7
+        for got, edit in zip(trace["edits"], other.trace.edits, strict=True):
+            assert set(got) == {
+                "intervention",
+                "edit",
+                "layer",
+                "component",
+                "position",
+                "relative_size",
+            }
+            assert (got["intervention"], got["edit"]) == (edit.intervention, edit.edit)
+            assert (got["layer"], got["component"]) == (edit.layer, "block_output")
+            assert got["position"] == edit.position
+            assert got["relative_size"] == pytest.approx(edit.relative_size, rel=1e-3)
+        count = answer["usage"]["prompt_tokens"]
+        assert {e["position"] for e in trace["edits"] if e["intervention"] == 1} == set(
+            range(count, count + 7)
+        )
+
+
+async def test_every_prompt_has_its_trace(http: httpx.AsyncClient) -> None:
+    prompts = [list(prompt(9)), list(prompt(21))]
+    answer = (
+        await post(http, {"name": "loreft"}, prompt=prompts, n=2, trace=True, temperature=1)
+    ).json()
+    assert len(answer["choices"]) == 4
+    first, second = answer["trace"]
+    assert [edit["position"] for edit in first["edits"]] == [0, 1, 7, 8]
+    assert [edit["position"] for edit in second["edits"]] == [0, 1, 19, 20]
+    assert first["kl"] != second["kl"]
+    # What is traced and counted is the request, and not the base's run beside it.
+    assert answer["usage"]["prompt_tokens"] == 30
+    assert answer["usage"]["completion_tokens"] == 32
+
+
+async def test_the_trace_of_the_base_model_is_empty(http: httpx.AsyncClient) -> None:
+    answer = (await post(http, trace=True)).json()
+    assert answer["trace"] == [{"edits": [], "kl": 0.0}]
+    off = (await post(http, {"name": "red", "strength": 0}, trace=True)).json()
+    assert off["trace"] == [{"edits": [], "kl": 0.0}]
+    assert off["choices"] == answer["choices"]
+    tokens = generate(tiny_llama()[0], TOKENS)
+    assert answer["choices"][0]["text"] == tiny_tokenizer().decode(tokens, skip_special_tokens=True)
+
+
+async def test_a_trace_without_an_answer(http: httpx.AsyncClient) -> None:
+    for length in (9, MAX_LENGTH):
+        response = await post(
+            http,
+            {"name": "loreft"},
+            prompt=list(prompt(length)),
+            max_tokens=0,
+            echo=True,
+            trace=True,
+        )
+        assert response.status_code == 200, response.text
+        [trace] = response.json()["trace"]
+        assert trace["kl"] == 0
+        assert len(trace["edits"]) == 4
