@@ -8,7 +8,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Self, cast
-from weakref import WeakKeyDictionary
 
 import torch
 from torch.nn.functional import kl_div
@@ -103,9 +102,7 @@ class Engine:
         )
         self._admission = Admission(self.registry, self.tokenizer, self.info)
         self._loop = EngineLoop(core, max_queued, max_queued_tokens)
-        self._sinks: WeakKeyDictionary[asyncio.AbstractEventLoop, EventLoopSink] = (
-            WeakKeyDictionary()
-        )
+        self._sinks: dict[asyncio.AbstractEventLoop, EventLoopSink] = {}
 
     def __enter__(self) -> Self:
         return self
@@ -190,20 +187,30 @@ class Engine:
         Raises `InvalidRequest`, `NotFound`, `InvalidFile`, `Overloaded`, `Draining` or
         `EngineDead` before anything is queued.
         """
-        request, versions = await asyncio.to_thread(
-            self._admission.prepare,
-            prompt,
-            sampling,
-            uses,
-            request_id=request_id,
-            salt=salt,
-            trace=trace,
+        preparing = asyncio.ensure_future(
+            asyncio.to_thread(
+                self._admission.prepare,
+                prompt,
+                sampling,
+                uses,
+                request_id=request_id,
+                salt=salt,
+                trace=trace,
+            )
         )
+        try:
+            request, versions = await asyncio.shield(preparing)
+        except asyncio.CancelledError:
+            # The thread goes on, and what it takes hold of must be let go.
+            preparing.add_done_callback(self._drop_prepared)
+            raise
         loop = asyncio.get_running_loop()
         sink = self._sinks.setdefault(loop, EventLoopSink(loop))
 
         def end() -> None:
             sink.streams.pop(request.id, None)
+            if not sink.streams:
+                self._sinks.pop(loop, None)
             self._admission.release(versions)
 
         stream = Stream(
@@ -272,6 +279,10 @@ class Engine:
             yield calls
         finally:
             self._admission.release(held)
+
+    def _drop_prepared(self, done: asyncio.Future[tuple[Request, list[Version]]]) -> None:
+        if not done.cancelled() and done.exception() is None:
+            self._admission.release(done.result()[1])
 
     def _assembler(self, request: Request) -> Assembler:
         def abort_choice(choice: int) -> None:

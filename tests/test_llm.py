@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import copy
 import math
+import threading
 from collections.abc import Iterator
 from contextlib import aclosing, contextmanager
 from typing import Any
@@ -468,3 +470,33 @@ async def test_open_holds_nothing_where_it_refuses(engine: Engine) -> None:
             await engine.open(prompt(9), GREEDY, uses)
     with pytest.raises(InvalidRequest):
         await engine.open([], GREEDY, (Use("loreft"),))
+
+
+async def test_open_cancelled_while_it_prepares_holds_nothing(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prepare = engine._admission.prepare
+    begun, go_on, done = threading.Event(), threading.Event(), threading.Event()
+
+    def slow(*args: Any, **kwargs: Any) -> Any:
+        begun.set()
+        assert go_on.wait(30)
+        try:
+            return prepare(*args, **kwargs)
+        finally:
+            done.set()
+
+    monkeypatch.setattr(engine._admission, "prepare", slow)
+    opening = asyncio.ensure_future(engine.open(prompt(9), GREEDY, (Use("loreft"),)))
+    assert await asyncio.to_thread(begun.wait, 30)
+    opening.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await opening
+    go_on.set()
+    assert await asyncio.to_thread(done.wait, 30)
+    for _ in range(100):
+        if engine.registry.entry("loreft").in_flight == 0:
+            break
+        await asyncio.sleep(0.01)
+    assert engine.registry.entry("loreft").in_flight == 0
+    assert engine.registry.entry("loreft").requests > 0
