@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 from fastapi import Request
 from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
 
 from reft_runtime.errors import InvalidRequest
 from server.context import Server
@@ -87,12 +88,18 @@ def _first_problem(error: ValidationError, data: Any) -> InvalidRequest:
     ]
     # Of the members of a union, the one that got furthest is the one that was meant.
     param, problem = max(problems, key=lambda pair: pair[0].count("."))
-    if problem["type"] == "extra_forbidden":
+    if problem["type"] == "extra_forbidden" or _is_for_nothing(problem):
         return InvalidRequest(
             f"{param} is not supported by this server; leave it out.", param=param
         )
-    message = problem["msg"].removeprefix("Value error, ")
+    message = problem["msg"].removeprefix("Value error, ").replace(" after validation", "")
     return InvalidRequest(f"{param}: {message[:1].lower()}{message[1:]}.", param=param)
+
+
+def _is_for_nothing(problem: ErrorDetails) -> bool:
+    """Whether the field may only be empty: it is there for clients that send it so."""
+    context = problem.get("ctx", {})
+    return context.get("max_length") == 0 or context.get("expected") == "''"
 
 
 def _path(loc: tuple[int | str, ...], data: Any, *, missing: bool) -> str:

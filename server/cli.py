@@ -12,12 +12,13 @@ import typer
 from pydantic import SecretStr
 from pydantic_core import PydanticUndefined
 
-from reft_runtime.errors import ReftError
+from reft_runtime.errors import ConfigError, NotFound, ReftError
 from server import files_cli
 from server.settings import Settings, load_settings
 from server.version import VERSION
 
 if TYPE_CHECKING:
+    from reft_runtime.interventions import Version
     from reft_runtime.llm import Engine
     from reft_runtime.use import Use
 
@@ -130,6 +131,8 @@ def generate(
     from reft_runtime.use import Use
 
     sampling = SamplingParams(max_tokens=max_tokens, temperature=temperature, seed=seed)
+    if intervention is None and strength != 1:
+        raise ConfigError("--strength needs --intervention.", param="strength")
     uses = [] if intervention is None else [Use(intervention, strength)]
     engine = _engine(settings)
     try:
@@ -147,11 +150,21 @@ def _engine(settings: Settings) -> Engine:
 async def _print_answer(
     engine: Engine, prompt: str, uses: list[Use], sampling: Any, *, raw: bool
 ) -> None:
+    template = _resolve(engine, uses[0].label).manifest.template if uses else None
     if raw:
         tokens = engine.tokenizer.encode(prompt)
     else:
-        template = engine.registry.resolve(uses[0].label).manifest.template if uses else None
         tokens = engine.tokenizer.encode_chat([{"role": "user", "content": prompt}], template)
     async for deltas in await engine.open(tokens, sampling, uses):
         typer.echo("".join(delta.text for delta in deltas), nl=False)
     typer.echo()
+
+
+def _resolve(engine: Engine, ref: str) -> Version:
+    try:
+        return engine.registry.resolve(ref)
+    except NotFound:
+        names = ", ".join(entry.name for entry in engine.registry.entries()) or "none"
+        raise NotFound(
+            f"--intervention: there is no {ref!r}. There are: {names}.", param="intervention"
+        ) from None

@@ -115,7 +115,7 @@ def install_error_handlers(app: FastAPI) -> None:
     async def handle_http(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
         message = {
-            404: f"There is no route {request.url.path}.",
+            404: f"There is no route {request.url.path}; /openapi.json lists them.",
             405: f"{request.url.path} does not accept {request.method}.",
         }.get(error.status_code, str(error.detail))
         return ApiError(error.status_code, message, headers=error.headers).response()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -69,6 +70,8 @@ def load_model(path: str, dtype: str = "auto", max_model_len: int | None = None)
 
     Raises `UnsupportedModel` where the engine would not give the model's own tokens.
     """
+    if path.startswith(("/", ".", "~")) and not Path(path).is_dir():
+        raise ConfigError(f"model: there is no folder {path}.", param="model")
     try:
         config = AutoConfig.from_pretrained(path)
     except (OSError, ValueError) as error:

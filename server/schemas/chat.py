@@ -29,9 +29,10 @@ class Message(RequestBody):
 
     role: Literal["system", "developer", "user", "assistant"]
     content: str | Annotated[list[TextPart], Field(max_length=MAX_PARTS, fail_fast=True)]
-    # A client sends an earlier answer back with these, empty.
+    # A client sends an earlier answer back with these, empty; the last one is LiteLLM's.
     tool_calls: Nothing = Field(default=[])
     annotations: Nothing = Field(default=[])
+    provider_specific_fields: dict[str, None] = Field(default={})
 
     def as_text(self) -> Turn:
         """Role and text, as chat templates take them; `developer` is today's name for `system`."""

@@ -94,7 +94,9 @@ class TestWithKey:
 async def test_unknown_route_and_method(client: httpx.AsyncClient) -> None:
     response = await client.get("/v1/nothing")
     assert response.status_code == 404
-    assert response.json()["error"]["message"] == "There is no route /v1/nothing."
+    assert response.json()["error"]["message"] == (
+        "There is no route /v1/nothing; /openapi.json lists them."
+    )
     response = await client.get("/v1/completions")
     assert response.status_code == 405
     assert response.headers["allow"] == "POST"

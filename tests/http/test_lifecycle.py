@@ -254,10 +254,19 @@ def test_help_names_every_option_and_loads_no_model() -> None:
                 assert f"REFT_{name.upper()}" in shown
 
 
-def test_command_line_mistakes_give_no_traceback() -> None:
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            ["serve", "--port", "70000"],
+            "--port (or REFT_PORT): input should be less than or equal to 65535.",
+        ),
+        (["generate", "Hi", "--strength", "0.5"], "--strength needs --intervention."),
+    ],
+)
+def test_command_line_mistakes_give_no_traceback(arguments: list[str], message: str) -> None:
     code = "import sys; from server.cli import main; main()"
-    command = [sys.executable, "-c", code, "serve", "--port", "70000"]
+    command = [sys.executable, "-c", code, *arguments]
     ended = subprocess.run(command, capture_output=True, text=True, check=False)
     assert ended.returncode == 2
-    expected = "reft: --port (or REFT_PORT): input should be less than or equal to 65535.\n"
-    assert ended.stderr == expected
+    assert ended.stderr == f"reft: {message}\n"

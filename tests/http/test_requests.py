@@ -181,6 +181,54 @@ async def test_what_has_no_effect_in_a_chat_is_accepted(client: httpx.AsyncClien
     assert response.status_code == 200, response.text
 
 
+async def test_a_litellm_conversation_is_accepted(client: httpx.AsyncClient) -> None:
+    """The body that LiteLLM sends when its earlier answer is part of the messages."""
+    earlier: dict[str, Any] = {"content": "Hello!", "role": "assistant"}
+    earlier["provider_specific_fields"] = {"refusal": None}
+    user = {"role": "user", "content": "Hi"}
+    body = {"messages": [user, earlier, user], "model": "tiny", "max_tokens": 4}
+    response = await client.post("/v1/chat/completions", json=body)
+    assert response.status_code == 200, response.text
+    earlier["provider_specific_fields"] = {"thinking": "x"}
+    response = await client.post("/v1/chat/completions", json=body)
+    assert response.status_code == 400
+    param = response.json()["error"]["param"]
+    assert param == "messages.1.provider_specific_fields.thinking"
+
+
+async def test_a_langchain_conversation_is_accepted(client: httpx.AsyncClient) -> None:
+    """The body that ChatOpenAI sends, an earlier answer among the messages."""
+    messages = [
+        {"content": "x", "role": "system"},
+        {"content": "Hi", "role": "user"},
+        {"content": "Hello!", "role": "assistant"},
+        {"content": [{"type": "text", "text": "More"}], "role": "user"},
+    ]
+    body = {"messages": messages, "model": "tiny", "max_completion_tokens": 4, "stream": False}
+    response = await client.post("/v1/chat/completions", json=body)
+    assert response.status_code == 200, response.text
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("tools", [{"type": "function"}]), ("functions", [{"name": "f"}])]
+)
+async def test_what_may_only_be_empty_is_told_plainly(
+    client: httpx.AsyncClient, field: str, value: Any
+) -> None:
+    response = await client.post("/v1/chat/completions", json=chat(**{field: value}))
+    message = f"{field} is not supported by this server; leave it out."
+    assert response.json()["error"]["message"] == message
+
+
+async def test_messages_do_not_speak_of_validation(client: httpx.AsyncClient) -> None:
+    response = await client.post("/v1/chat/completions", json=chat(messages=[]))
+    message = "messages: list should have at least 1 item, not 0."
+    assert response.json()["error"]["message"] == message
+    suffixed = await client.post("/v1/completions", json=completion(suffix="x"))
+    message = "suffix is not supported by this server; leave it out."
+    assert suffixed.json()["error"]["message"] == message
+
+
 async def test_choices_are_bounded_over_all_prompts(client: httpx.AsyncClient) -> None:
     response = await client.post("/v1/completions", json=completion(prompt=["a"] * 65, n=2))
     assert_refused(response, "n")
