@@ -56,6 +56,13 @@ def demo_model() -> Path:
     return folder
 
 
+def locate(model: str) -> tuple[str, str]:
+    """Where transformers finds a base model, and its name: `demo`, a folder, or a hub id."""
+    if model == "demo":
+        return str(demo_model()), DEMO_NAME
+    return model, Path(model).resolve().name if Path(model).is_dir() else model
+
+
 def _cache_folder() -> Path:
     if own := os.environ.get("REFT_CACHE"):
         return Path(own).expanduser()

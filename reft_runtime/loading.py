@@ -8,7 +8,7 @@ from pathlib import Path
 import psutil
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from reft_runtime.demo import DEMO_NAME, demo_model
+from reft_runtime.demo import locate
 from reft_runtime.engine.blocks import BLOCK_TOKENS
 from reft_runtime.engine.loader import LoadedModel, adopt_model, load_model
 from reft_runtime.errors import ConfigError
@@ -28,11 +28,7 @@ def load_base(
             raise ConfigError("tokenizer: give that of the model in memory.", param="tokenizer")
         name = Path(model.name_or_path or "").name or type(model).__name__
         return name, adopt_model(model, max_model_len), tokenizer
-    path, name = str(model), str(model)
-    if path == "demo":
-        path, name = str(demo_model()), DEMO_NAME
-    elif Path(path).is_dir():
-        name = Path(path).resolve().name
+    path, name = locate(str(model))
     loaded = load_model(path, dtype, max_model_len)
     return name, loaded, tokenizer or AutoTokenizer.from_pretrained(path)
 

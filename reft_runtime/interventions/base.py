@@ -2,24 +2,18 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from reft_runtime.demo import DEMO_NAME, demo_model
+from reft_runtime.demo import locate
 from reft_runtime.errors import ConfigError
 from reft_runtime.interventions.manifest import BaseShape
 
 
 def read_base(model: str) -> tuple[BaseShape, PretrainedConfig]:
     """Shape and configuration of `demo`, a folder or a hub id; raises `ConfigError`."""
-    path, name = model, model
-    if model == "demo":
-        path, name = str(demo_model()), DEMO_NAME
-    elif Path(model).is_dir():
-        name = Path(model).resolve().name
+    path, name = locate(model)
     try:
         config = AutoConfig.from_pretrained(path)
     except (OSError, ValueError) as error:
