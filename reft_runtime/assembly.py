@@ -36,7 +36,10 @@ class Assembler:
         """Of a traced request: the distribution [vocabulary] of the first token."""
         self._edits: dict[tuple[int, int, int], EditTrace] = {}
         self._abort_choice = abort_choice
-        self._texts = {index: TextStream(tokenizer, sampling.stop) for index in range(sampling.n)}
+        self._texts = {
+            index: TextStream(tokenizer, sampling.stop, sampling.min_tokens)
+            for index in range(sampling.n)
+        }
 
     @property
     def done(self) -> bool:

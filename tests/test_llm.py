@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import dataclasses
 import math
 import threading
 from collections.abc import Iterator
@@ -500,3 +501,16 @@ async def test_open_cancelled_while_it_prepares_holds_nothing(
         await asyncio.sleep(0.01)
     assert engine.registry.entry("loreft").in_flight == 0
     assert engine.registry.entry("loreft").requests > 0
+
+
+def test_a_stop_string_counts_from_min_tokens_on(engine: Engine) -> None:
+    free = SamplingParams(temperature=0, max_tokens=10, ignore_eos=True)
+    [whole] = engine.generate(prompt(9), free, progress=False)
+    stop = dataclasses.replace(free, stop=(whole.text[0],))
+    [stopped] = engine.generate(prompt(9), stop, progress=False)
+    assert (stopped.text, stopped.choices[0].stop_reason) == ("", whole.text[0])
+    assert len(stopped.tokens) < 10
+    later = dataclasses.replace(stop, min_tokens=10)
+    [full] = engine.generate(prompt(9), later, progress=False)
+    assert full.tokens == whole.tokens
+    assert full.text.startswith(whole.text[0])
