@@ -20,6 +20,8 @@ from reft_runtime.engine.kv_rows import LayerShape, RowStorage, Slab
 from reft_runtime.engine.scheduler import Chunk
 from reft_runtime.errors import UnsupportedModel
 
+from reft_runtime.engine.native import kernels,supports
+NATIVE=kernels()
 ATTENTION = "reft_packed"
 
 
@@ -244,6 +246,13 @@ def _attend_decodes(
 ) -> None:
     keys, values = group.slab.keys[layer], group.slab.values[layer]
     tokens = slice(group.first, group.first + group.rows)
+    if NATIVE is not None:
+        q = query[:, tokens].transpose(0, 1)
+        k = key[:, tokens].transpose(0, 1)
+        v = value[:, tokens].transpose(0, 1)
+        if supports(q,k,v):
+            NATIVE.attend(q,k,v,keys,values,group.slots,group.positions,out[tokens],scale=scaling or q.shape[-1]**-.5,window=window or 0)
+            return
     keys[group.slots, :, group.positions] = key[:, tokens].transpose(0, 1)
     values[group.slots, :, group.positions] = value[:, tokens].transpose(0, 1)
     kv_heads, span, length = key.shape[0], group.span, group.length

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from reft_runtime.engine.attention import ATTENTION, ShapeProbe
+from reft_runtime.engine.fused import fuse
 from reft_runtime.engine.kv_rows import LayerShape
 from reft_runtime.engine.linears import prepack
 from reft_runtime.errors import ConfigError, UnsupportedModel
@@ -96,6 +97,7 @@ def adopt_model(model: PreTrainedModel, max_model_len: int | None = None) -> Loa
     probed = _probe(model)
     weight_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
     weight_bytes += prepack(model)
+    fuse(model)
     eos = model.generation_config.eos_token_id if model.generation_config else None
     eos = config.eos_token_id if eos is None else eos
     eos_ids = frozenset(eos if isinstance(eos, list) else [] if eos is None else [eos])
