@@ -17,11 +17,10 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
 from reft_runtime.engine.kv_rows import LayerShape, RowStorage, Slab
+from reft_runtime.engine.native import attends, kernels
 from reft_runtime.engine.scheduler import Chunk
 from reft_runtime.errors import UnsupportedModel
 
-from reft_runtime.engine.native import kernels,supports
-NATIVE=kernels()
 ATTENTION = "reft_packed"
 
 
@@ -37,7 +36,7 @@ class AttentionStep(Protocol):
         scaling: float | None,
         window: int | None,
     ) -> Tensor:
-        """Store the step's keys and values [1, kv_heads, T, dim] and attend; [1, T, heads, dim]."""
+        """Store the step's keys and values [T, kv_heads, dim] and attend; like `query`'s [T, heads, dim]."""
 
 
 def packed_attention(
@@ -58,7 +57,8 @@ def packed_attention(
     if softcap is not None or s_aux is not None:
         raise UnsupportedModel("logit soft-capping and attention sinks are not supported")
     layer: int = module.layer_idx  # type: ignore[assignment]
-    return step.attend(layer, query, key, value, scaling, sliding_window), None
+    query, key, value = (heads[0].transpose(0, 1) for heads in (query, key, value))
+    return step.attend(layer, query, key, value, scaling, sliding_window)[None], None
 
 
 AttentionInterface.register(ATTENTION, packed_attention)
@@ -69,6 +69,7 @@ class ProbedLayer:
     """What one layer asked of attention."""
 
     shape: LayerShape
+    scaling: float | None
     window: int | None
 
 
@@ -90,21 +91,21 @@ class ShapeProbe:
         """Note the layer, and attend as the engine does: causally, within the window."""
         if layer in self.layers:
             raise UnsupportedModel("a layer attends more than once")
-        shape = LayerShape(key.shape[1], key.shape[3], value.shape[3])
-        self.layers[layer] = ProbedLayer(shape, window)
-        at = torch.arange(query.shape[2])
+        shape = LayerShape(key.shape[1], key.shape[2], value.shape[2])
+        self.layers[layer] = ProbedLayer(shape, scaling, window)
+        at = torch.arange(query.shape[0])
         seen = at <= at[:, None]
         if window is not None:
             seen &= at > at[:, None] - window
         result = scaled_dot_product_attention(
-            query,
-            key,
-            value,
+            query.transpose(0, 1)[None],
+            key.transpose(0, 1)[None],
+            value.transpose(0, 1)[None],
             attn_mask=seen,
             scale=scaling,
             enable_gqa=query.shape[1] != key.shape[1],
         )
-        return result.transpose(1, 2)
+        return result[0].transpose(0, 1)
 
 
 @dataclass(slots=True)
@@ -175,6 +176,7 @@ class RowAttentionStep:
     def __init__(self, storage: RowStorage, chunks: SequenceOf[Chunk]) -> None:
         self._decodes: list[_DecodeGroup] = []
         self._prompts: list[_PromptSegment] = []
+        self._native = kernels()
         first = 0
         at = 0
         while at < len(chunks):
@@ -215,13 +217,20 @@ class RowAttentionStep:
         window: int | None,
     ) -> Tensor:
         """See `AttentionStep.attend`."""
-        query, key, value = query[0], key[0], value[0]
-        out = query.new_empty(query.shape[1], query.shape[0], value.shape[-1])
+        out = query.new_empty(*query.shape[:-1], value.shape[-1])
+        native = self._native if self._decodes and attends(query, key, value) else None
         for group in self._decodes:
-            _attend_decodes(group, layer, query, key, value, scaling, window, out)
+            tokens = slice(group.first, group.first + group.rows)
+            rows = query[tokens], key[tokens], value[tokens], out[tokens]
+            if native is None:
+                _attend_decodes(group, layer, *rows, scaling, window)
+            else:
+                cache = group.slab.keys[layer], group.slab.values[layer]
+                scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+                native.attend(*rows, *cache, group.slots, group.positions, scale, window or 0)
         for segment in self._prompts:
             _attend_prompt(segment, layer, query, key, value, scaling, window, out)
-        return out[None]
+        return out
 
 
 def order_for_rows(storage: RowStorage, chunks: SequenceOf[Chunk]) -> list[Chunk]:
@@ -240,24 +249,17 @@ def _attend_decodes(
     query: Tensor,
     key: Tensor,
     value: Tensor,
+    out: Tensor,
     scaling: float | None,
     window: int | None,
-    out: Tensor,
 ) -> None:
+    """Attention of decoding tokens where there is no native operator for it."""
     keys, values = group.slab.keys[layer], group.slab.values[layer]
-    tokens = slice(group.first, group.first + group.rows)
-    if NATIVE is not None:
-        q = query[:, tokens].transpose(0, 1)
-        k = key[:, tokens].transpose(0, 1)
-        v = value[:, tokens].transpose(0, 1)
-        if supports(q,k,v):
-            NATIVE.attend(q,k,v,keys,values,group.slots,group.positions,out[tokens],scale=scaling or q.shape[-1]**-.5,window=window or 0)
-            return
-    keys[group.slots, :, group.positions] = key[:, tokens].transpose(0, 1)
-    values[group.slots, :, group.positions] = value[:, tokens].transpose(0, 1)
-    kv_heads, span, length = key.shape[0], group.span, group.length
+    keys[group.slots, :, group.positions] = key
+    values[group.slots, :, group.positions] = value
+    kv_heads, span, length = key.shape[1], group.span, group.length
     # Query heads that share a KV head become its queries: no repeated keys and values.
-    packed = query[:, tokens].transpose(0, 1).reshape(group.rows, kv_heads, -1, query.shape[-1])
+    packed = query.reshape(group.rows, kv_heads, -1, query.shape[-1])
     if span != group.rows:
         spread = packed.new_zeros(span, *packed.shape[1:])
         spread[group.slots] = packed
@@ -271,7 +273,7 @@ def _attend_decodes(
     )
     if span != group.rows:
         result = result[group.slots]
-    out[tokens] = result.reshape(group.rows, -1, value.shape[-1])
+    out.copy_(result.reshape(out.shape))
 
 
 def _attend_prompt(
@@ -288,16 +290,16 @@ def _attend_prompt(
     tokens = slice(segment.first, segment.first + segment.length)
     keys = segment.slab.keys[layer][segment.slot, :, :stop]
     values = segment.slab.values[layer][segment.slot, :, :stop]
-    keys[:, segment.start :] = key[:, tokens]
-    values[:, segment.start :] = value[:, tokens]
+    keys[:, segment.start :] = key[tokens].transpose(0, 1)
+    values[:, segment.start :] = value[tokens].transpose(0, 1)
     mask = segment.mask(window)
     result = scaled_dot_product_attention(
-        query[None, :, tokens],
+        query[tokens].transpose(0, 1)[None],
         keys[None],
         values[None],
         attn_mask=mask,
         is_causal=mask is None,
         scale=scaling,
-        enable_gqa=query.shape[0] != key.shape[0],
+        enable_gqa=query.shape[1] != key.shape[1],
     )
     out[tokens] = result[0].transpose(0, 1)

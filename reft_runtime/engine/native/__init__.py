@@ -23,6 +23,7 @@ _NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 _P, _I, _F = c_void_p, c_int64, c_float
 _ARGUMENTS: dict[str, list[Any]] = {
     "rms_norm": [_P, _P, _P, _I, _I, _F, c_int],
+    "add_rms_norm": [_P, _P, _P, _P, _P, _I, _I, _F, c_int],
     "silu_mul": [_P, _P, _I, c_int],
     "rotate": [_P, _P, _P, _P, _I, _I, _I, _I, c_int],
     "attend": [_P, _P, _P, _P, _P, _P, _P, _P, _I, _I, _I, _I, _I, _I, _F, c_int],
@@ -55,6 +56,25 @@ class Kernels:
         )
         return out
 
+    def add_rms_norm(
+        self, rows: Tensor, more: Tensor, weight: Tensor, epsilon: float
+    ) -> tuple[Tensor, Tensor]:
+        """The sum of two tensors [..., d], and `rms_norm` of it."""
+        total, out = torch.empty_like(rows), torch.empty_like(rows)
+        width = weight.shape[0]
+        self._functions["add_rms_norm", rows.dtype](
+            rows.data_ptr(),
+            more.data_ptr(),
+            weight.data_ptr(),
+            total.data_ptr(),
+            out.data_ptr(),
+            rows.numel() // width,
+            width,
+            epsilon,
+            torch.get_num_threads(),
+        )
+        return total, out
+
     def silu_mul_(self, gate: Tensor, up: Tensor) -> Tensor:
         """silu(gate) * up, of like shapes, written to `gate`."""
         self._functions["silu_mul", gate.dtype](
@@ -84,20 +104,19 @@ class Kernels:
         query: Tensor,
         key: Tensor,
         value: Tensor,
+        out: Tensor,
         keys: Tensor,
         values: Tensor,
         slots: Tensor,
         positions: Tensor,
-        out: Tensor,
-        *,
         scale: float,
         window: int,
     ) -> None:
-        """Store keys and values [T, kv_heads, dim] and attend with queries [T, heads, dim].
+        """Store keys and values [T, kv_heads, dim], attend with queries [T, heads, dim] into `out`.
 
         Token i is at `positions[i]` of the row `slots[i]` of the cache `keys` and `values`
-        [rows, kv_heads, capacity, dim]; it sees positions up to its own, the last `window` of
-        them if that is not 0. All tokens are stored before any attends. `out` is like `query`.
+        [rows, kv_heads, capacity, dim]; it sees the positions up to its own, the last `window` of
+        them if that is not 0. All tokens are stored before any attends.
         """
         self._functions["attend", query.dtype](
             query.data_ptr(),
@@ -128,7 +147,20 @@ def kernels() -> Kernels | None:
 
 def supports(*tensors: Tensor) -> bool:
     """Whether tensors are what the operators take: contiguous, on a CPU, of one known dtype."""
-    first = tensors[0].dtype
-    return first in _NAMES and all(
-        t.dtype == first and t.device.type == "cpu" and t.is_contiguous() for t in tensors
+    dtype = tensors[0].dtype
+    if dtype not in _NAMES:
+        return False
+    for tensor in tensors:
+        if tensor.dtype != dtype or not tensor.is_contiguous() or not tensor.is_cpu:
+            return False
+    return True
+
+
+def attends(query: Tensor, key: Tensor, value: Tensor) -> bool:
+    """Whether `Kernels.attend` takes these heads [T, heads, dim]."""
+    width = query.shape[2]
+    return (
+        width == value.shape[2] <= MAX_DIM
+        and query.shape[1] <= MAX_GROUP * key.shape[1]
+        and supports(query, key, value)
     )

@@ -1,7 +1,7 @@
 // Small operators of a decoder step on a CPU, fused: what torch does in several passes over memory
 // and a dispatch each is one pass here. Compiled at first use (build.py); plain C++17 and OpenMP,
 // vectorised by the compiler. Every function takes the number of threads to use. Arithmetic is in
-// float32, rounded once to the tensor's own type (but see rms_norm).
+// float32, rounded once to the tensor's own type (but see norm_row).
 
 #include <algorithm>
 #include <cmath>
@@ -10,6 +10,8 @@
 #include <limits>
 
 namespace {
+
+constexpr int64_t SERIAL = 16384;  // elements up to which one thread is faster than several
 
 struct bfloat16 {
     uint16_t bits;
@@ -60,29 +62,42 @@ inline float exponential(float x) {
 }
 
 template <typename T>
+void norm_row(const T* x, const T* weight, T* out, int64_t width, float epsilon) {
+    float sum = 0;
+    for (int64_t i = 0; i < width; ++i) {
+        const float value = load(x[i]);
+        sum += value * value;
+    }
+    const float scale = 1.0f / std::sqrt(sum / static_cast<float>(width) + epsilon);
+    for (int64_t i = 0; i < width; ++i) {
+        T normal;  // rounded before the weight is applied, as the models do
+        store(normal, load(x[i]) * scale);
+        store(out[i], load(normal) * load(weight[i]));
+    }
+}
+
+template <typename T>
 void rms_norm(const T* x, const T* weight, T* out, int64_t rows, int64_t width, float epsilon,
               int threads) {
-#pragma omp parallel for num_threads(threads) if (rows * width > 16384)
+#pragma omp parallel for num_threads(threads) if (rows * width > SERIAL)
+    for (int64_t row = 0; row < rows; ++row)
+        norm_row(x + row * width, weight, out + row * width, width, epsilon);
+}
+
+template <typename T>
+void add_rms_norm(const T* x, const T* more, const T* weight, T* total, T* out, int64_t rows,
+                  int64_t width, float epsilon, int threads) {
+#pragma omp parallel for num_threads(threads) if (rows * width > SERIAL)
     for (int64_t row = 0; row < rows; ++row) {
-        const T* from = x + row * width;
-        T* to = out + row * width;
-        float sum = 0;
-        for (int64_t i = 0; i < width; ++i) {
-            const float value = load(from[i]);
-            sum += value * value;
-        }
-        const float scale = 1.0f / std::sqrt(sum / static_cast<float>(width) + epsilon);
-        for (int64_t i = 0; i < width; ++i) {
-            T normal;  // rounded before the weight is applied, as the models do
-            store(normal, load(from[i]) * scale);
-            store(to[i], load(normal) * load(weight[i]));
-        }
+        const int64_t at = row * width;
+        for (int64_t i = at; i < at + width; ++i) store(total[i], load(x[i]) + load(more[i]));
+        norm_row(total + at, weight, out + at, width, epsilon);
     }
 }
 
 template <typename T>
 void silu_mul(T* gate, const T* up, int64_t size, int threads) {
-#pragma omp parallel for num_threads(threads) if (size > 16384)
+#pragma omp parallel for num_threads(threads) if (size > SERIAL)
     for (int64_t start = 0; start < size; start += 1024) {
         const int64_t stop = std::min(size, start + 1024);
         for (int64_t i = start; i < stop; ++i) {
@@ -108,7 +123,7 @@ void rotate_heads(T* heads, const T* cos, const T* sin, int64_t count, int64_t d
 template <typename T>
 void rotate(T* query, T* key, const T* cos, const T* sin, int64_t tokens, int64_t query_heads,
             int64_t key_heads, int64_t dim, int threads) {
-#pragma omp parallel for num_threads(threads) if (tokens * query_heads * dim > 16384)
+#pragma omp parallel for num_threads(threads) if (tokens * query_heads * dim > SERIAL)
     for (int64_t token = 0; token < tokens; ++token) {
         const T* c = cos + token * dim;
         const T* s = sin + token * dim;
@@ -216,6 +231,11 @@ void attend(const T* query, const T* key, const T* value, T* keys, T* values, T*
     extern "C" void rms_norm_##NAME(const T* x, const T* weight, T* out, int64_t rows,             \
                                     int64_t width, float epsilon, int threads) {                   \
         rms_norm(x, weight, out, rows, width, epsilon, threads);                                   \
+    }                                                                                              \
+    extern "C" void add_rms_norm_##NAME(const T* x, const T* more, const T* weight, T* total,      \
+                                        T* out, int64_t rows, int64_t width, float epsilon,        \
+                                        int threads) {                                             \
+        add_rms_norm(x, more, weight, total, out, rows, width, epsilon, threads);                  \
     }                                                                                              \
     extern "C" void silu_mul_##NAME(T* gate, const T* up, int64_t size, int threads) {             \
         silu_mul(gate, up, size, threads);                                                         \
