@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Protocol
 
 import torch
@@ -23,6 +24,12 @@ from reft_runtime.errors import UnsupportedModel
 
 ATTENTION = "reft_packed"
 
+SHORT_SPAN = 256
+"""Prompts up to this length are attended token by token where a native operator does it, and of
+longer ones up to `SHORT_CHUNK` tokens a step; measured on 2 cores."""
+
+SHORT_CHUNK = 8
+
 
 class AttentionStep(Protocol):
     """What attention needs to know about the step."""
@@ -36,7 +43,7 @@ class AttentionStep(Protocol):
         scaling: float | None,
         window: int | None,
     ) -> Tensor:
-        """Store the step's keys and values [T, kv_heads, dim] and attend; like `query`'s [T, heads, dim]."""
+        """Store the step's keys and values [T, kv_heads, dim], attend; [T, heads, dim]."""
 
 
 def packed_attention(
@@ -140,7 +147,7 @@ class _DecodeGroup:
         return self.masks[window]
 
 
-@dataclass(slots=True)
+@dataclass
 class _PromptSegment:
     """Consecutive tokens of one row: packed tokens [first, first + length), row offset `start`."""
 
@@ -150,6 +157,19 @@ class _PromptSegment:
     start: int
     length: int
     masks: dict[int | None, Tensor | None] = field(default_factory=dict)
+
+    @property
+    def short(self) -> bool:
+        """Whether one pass a token costs less than matrix products over the whole."""
+        return self.start + self.length <= SHORT_SPAN or self.length <= SHORT_CHUNK
+
+    @cached_property
+    def slots(self) -> Tensor:
+        return torch.full((self.length,), self.slot)
+
+    @cached_property
+    def positions(self) -> Tensor:
+        return torch.arange(self.start, self.start + self.length)
 
     def mask(self, window: int | None) -> Tensor | None:
         """Boolean mask [length, start + length], True where seen; None for a plain causal one."""
@@ -218,18 +238,24 @@ class RowAttentionStep:
     ) -> Tensor:
         """See `AttentionStep.attend`."""
         out = query.new_empty(*query.shape[:-1], value.shape[-1])
-        native = self._native if self._decodes and attends(query, key, value) else None
+        native = self._native if attends(query, key, value) else None
+        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
         for group in self._decodes:
             tokens = slice(group.first, group.first + group.rows)
             rows = query[tokens], key[tokens], value[tokens], out[tokens]
+            cache = group.slab.keys[layer], group.slab.values[layer]
             if native is None:
-                _attend_decodes(group, layer, *rows, scaling, window)
+                _attend_decodes(group, *cache, *rows, scale, window)
             else:
-                cache = group.slab.keys[layer], group.slab.values[layer]
-                scale = query.shape[-1] ** -0.5 if scaling is None else scaling
                 native.attend(*rows, *cache, group.slots, group.positions, scale, window or 0)
         for segment in self._prompts:
-            _attend_prompt(segment, layer, query, key, value, scaling, window, out)
+            tokens = slice(segment.first, segment.first + segment.length)
+            rows = query[tokens], key[tokens], value[tokens], out[tokens]
+            cache = segment.slab.keys[layer], segment.slab.values[layer]
+            if native is None or not segment.short:
+                _attend_prompt(segment, *cache, *rows, scale, window)
+            else:
+                native.attend(*rows, *cache, segment.slots, segment.positions, scale, window or 0)
         return out
 
 
@@ -245,16 +271,16 @@ def order_for_rows(storage: RowStorage, chunks: SequenceOf[Chunk]) -> list[Chunk
 
 def _attend_decodes(
     group: _DecodeGroup,
-    layer: int,
+    keys: Tensor,
+    values: Tensor,
     query: Tensor,
     key: Tensor,
     value: Tensor,
     out: Tensor,
-    scaling: float | None,
+    scale: float,
     window: int | None,
 ) -> None:
-    """Attention of decoding tokens where there is no native operator for it."""
-    keys, values = group.slab.keys[layer], group.slab.values[layer]
+    """Attention of decoding tokens [rows, heads, dim] by torch's own operators."""
     keys[group.slots, :, group.positions] = key
     values[group.slots, :, group.positions] = value
     kv_heads, span, length = key.shape[1], group.span, group.length
@@ -269,7 +295,7 @@ def _attend_decodes(
         keys[:span, :, :length],
         values[:span, :, :length],
         attn_mask=group.mask(window, query.dtype),
-        scale=scaling,
+        scale=scale,
     )
     if span != group.rows:
         result = result[group.slots]
@@ -278,28 +304,28 @@ def _attend_decodes(
 
 def _attend_prompt(
     segment: _PromptSegment,
-    layer: int,
+    keys: Tensor,
+    values: Tensor,
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    scaling: float | None,
-    window: int | None,
     out: Tensor,
+    scale: float,
+    window: int | None,
 ) -> None:
+    """Attention of a prompt's tokens [length, heads, dim] by torch's own operators."""
     stop = segment.start + segment.length
-    tokens = slice(segment.first, segment.first + segment.length)
-    keys = segment.slab.keys[layer][segment.slot, :, :stop]
-    values = segment.slab.values[layer][segment.slot, :, :stop]
-    keys[:, segment.start :] = key[tokens].transpose(0, 1)
-    values[:, segment.start :] = value[tokens].transpose(0, 1)
+    row_keys, row_values = keys[segment.slot, :, :stop], values[segment.slot, :, :stop]
+    row_keys[:, segment.start :] = key.transpose(0, 1)
+    row_values[:, segment.start :] = value.transpose(0, 1)
     mask = segment.mask(window)
     result = scaled_dot_product_attention(
-        query[tokens].transpose(0, 1)[None],
-        keys[None],
-        values[None],
+        query.transpose(0, 1)[None],
+        row_keys[None],
+        row_values[None],
         attn_mask=mask,
         is_causal=mask is None,
-        scale=scaling,
+        scale=scale,
         enable_gqa=query.shape[1] != key.shape[1],
     )
-    out[tokens] = result[0].transpose(0, 1)
+    out.copy_(result[0].transpose(0, 1))

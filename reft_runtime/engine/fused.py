@@ -97,9 +97,7 @@ def _fuse_rotary(
     if known[rotary] is None:
         return False
     names = {**own.__globals__, _ROTARY: known[rotary]}
-    forward = FunctionType(
-        own.__code__, names, own.__name__, own.__defaults__, own.__closure__
-    )
+    forward = FunctionType(own.__code__, names, own.__name__, own.__defaults__, own.__closure__)
     forward.__kwdefaults__ = own.__kwdefaults__
     module.forward = MethodType(forward, module)  # type: ignore[method-assign]
     return True

@@ -58,5 +58,7 @@ def _packable(weight: Tensor) -> bool:
     return weight.dtype == torch.float32
 
 
-def _linear(product: Callable[..., Tensor], packed: Tensor, bias: Tensor | None, rows: Tensor) -> Tensor:
+def _linear(
+    product: Callable[..., Tensor], packed: Tensor, bias: Tensor | None, rows: Tensor
+) -> Tensor:
     return product(rows, packed, bias, "none", [], "")

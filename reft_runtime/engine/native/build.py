@@ -31,7 +31,9 @@ def load_library() -> ctypes.CDLL | None:
     """The compiled kernels; None, with the reason in the log, where they cannot be had."""
     compiler = shutil.which(os.environ.get("CXX", "c++"))
     if compiler is None:
-        _log.info("no C++ compiler (c++, or $CXX): plain torch operators are used, which are slower")
+        _log.info(
+            "no C++ compiler (c++, or $CXX): plain torch operators are used, which are slower"
+        )
         return None
     try:
         return ctypes.CDLL(str(_compiled(compiler)))
