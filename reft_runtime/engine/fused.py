@@ -99,7 +99,7 @@ def _fuse_rotary(
     names = {**own.__globals__, _ROTARY: known[rotary]}
     forward = FunctionType(own.__code__, names, own.__name__, own.__defaults__, own.__closure__)
     forward.__kwdefaults__ = own.__kwdefaults__
-    module.forward = MethodType(forward, module)  # type: ignore[method-assign]
+    module.forward = MethodType(forward, module)
     return True
 
 
@@ -139,8 +139,8 @@ def _fuse_layer(layer: nn.Module, asked: ProbedLayer, operators: Kernels) -> boo
         return False
     modules = tuple(inner.values())
     before, after = (inner[n] for n in sorted(norms))
-    epsilons = _epsilon(before), _epsilon(after)
-    if None in epsilons:
+    first_epsilon, second_epsilon = _epsilon(before), _epsilon(after)
+    if first_epsilon is None or second_epsilon is None:
         return False
     q, k, v, o = (inner[f"self_attn.{p}_proj"].forward for p in "qkvo")
     gate, up, down = (inner[f"mlp.{p}_proj"].forward for p in ("gate", "up", "down"))
@@ -166,13 +166,13 @@ def _fuse_layer(layer: nn.Module, asked: ProbedLayer, operators: Kernels) -> boo
             kwargs |= {"position_embeddings": position_embeddings}
             return own(hidden_states, *args, **kwargs, **({} if step is None else {"step": step}))
         rows = hidden_states[0]
-        normal = operators.rms_norm(rows, before.weight, epsilons[0])
+        normal = operators.rms_norm(rows, before.weight, first_epsilon)
         query = q(normal).view(len(rows), -1, width)
         key, value = k(normal).view(-1, kv_heads, width), v(normal).view(-1, kv_heads, width)
         operators.rotate_(query, key, cos, sin)
         attended = step.attend(index, query, key, value, scaling, window)
         rows, normal = operators.add_rms_norm(
-            rows, o(attended.flatten(1)), after.weight, epsilons[1]
+            rows, o(attended.flatten(1)), after.weight, second_epsilon
         )
         rows += down(operators.silu_mul_(gate(normal), up(normal)))
         return rows[None]
@@ -184,10 +184,7 @@ def _fuse_layer(layer: nn.Module, asked: ProbedLayer, operators: Kernels) -> boo
 
 
 def _hooked(modules: SequenceOf[nn.Module]) -> bool:
-    for module in modules:
-        if module._forward_hooks or module._forward_pre_hooks:
-            return True
-    return False
+    return any(module._forward_hooks or module._forward_pre_hooks for module in modules)
 
 
 def _replace(
@@ -209,7 +206,7 @@ def _replace(
     wanted = call(module.forward)
     if not (call(forward) - wanted).norm() <= _TOLERANCE[args[0].dtype] * wanted.norm():
         return False
-    module.forward = forward  # type: ignore[method-assign]
+    module.forward = forward
     return True
 
 
