@@ -58,7 +58,7 @@ class Generation:
     prompt_tokens: list[int]
     choices: list[Choice]
     prompt_logprobs: list[TokenLogprob | None] | None = None
-    cached_tokens: int = 0
+    cached_tokens: int = field(default=0, compare=False)
     """Prompt tokens whose keys and values came from the prefix cache."""
 
     @property
