@@ -102,11 +102,7 @@ class EngineCore:
         self._fail(result, events)
         self._score_prompts(result, events)
         _trace(result, events)
-        events.extend(
-            PromptReused(c.sequence.request.id, c.sequence.cached)
-            for c in plan.chunks
-            if c.sequence.cached and c.sequence.leads and c.stop == c.sequence.prompt_length
-        )
+        _tell_reused(plan, events)
         finished = []
         for sequence in ended:
             if sequence.status is Status.RUNNING:
@@ -219,6 +215,14 @@ def _newly_started(plan: StepPlan) -> list[Sequence]:
         sequence.started = True
     # Choices that could not be forked queue again on their own: their request has started before.
     return [sequence for sequence in fresh if sequence.leads]
+
+
+def _tell_reused(plan: StepPlan, events: list[Event]) -> None:
+    for chunk in plan.chunks:
+        sequence = chunk.sequence
+        ends_prompt = chunk.stop == sequence.prompt_length and sequence.leads
+        if ends_prompt and sequence.cached and sequence.status is Status.RUNNING:
+            events.append(PromptReused(sequence.request.id, sequence.cached))
 
 
 def _trace(result: StepResult, events: list[Event]) -> None:
