@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import statistics
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -21,6 +22,8 @@ ANSWER_TOKENS = 64
 MIXED_REQUESTS = 64
 MIXED_PROMPTS = (16, 1024)
 MIXED_ANSWERS = (8, 256)
+MIXED_RATE = 3
+"""Arrivals a second: more than two cores keep up with, so that a queue forms and empties."""
 
 LORA_RANK = 8
 
@@ -44,7 +47,8 @@ def mixed(vocabulary: int, rate: float, seed: str) -> Job:
 
     def length(bounds: tuple[int, int]) -> int:
         low, high = bounds
-        return round(low * (high / low) ** shape.random())
+        drawn: float = low * (high / low) ** shape.random()
+        return round(drawn)
 
     job: Job = {"prompts": [], "answers": [], "arrivals": []}
     now = 0.0
@@ -61,7 +65,7 @@ def figures(result: Result) -> Figures:
     found = {SECONDS: result["seconds"]}
     if stamps := result.get("stamps"):
         first = [times[0] for times in stamps]
-        gaps = [b - a for times in stamps for a, b in zip(times, times[1:], strict=False)]
+        gaps = [b - a for times in stamps for a, b in pairwise(times)]
         found |= {
             "ttft_median": statistics.median(first),
             "ttft_p95": percentile(first, 95),
@@ -75,20 +79,23 @@ def percentile(values: list[float], percent: int) -> float:
     return sorted(values)[max(0, -(-len(values) * percent // 100) - 1)]
 
 
+L1 = "n tasks: 4 layers, r=4, l1"
+F3L3 = "n tasks: 4 layers, r=4, f3+l3"
+PAPER = "n tasks: all layers, r=8, f7+l7"
+"""The setting of most experiments of the LoReFT paper (arXiv 2404.03592)."""
+DECODE = "n tasks: all layers, r=8, decode"
+
+
 def settings(layers: int) -> dict[str, tuple[list[int], int, str]]:
     """Intervention settings by label: layers, rank, positions."""
     four = [layers * i // 5 for i in range(1, 5)]
     every = list(range(layers))
     return {
-        "n tasks: 4 layers, r=4, l1": (four, 4, "l1"),
-        "n tasks: 4 layers, r=4, f3+l3": (four, 4, "f3+l3"),
-        "n tasks: all layers, r=8, f7+l7": (every, 8, "f7+l7"),
-        "n tasks: all layers, r=8, decode": (every, 8, "decode"),
+        L1: (four, 4, "l1"),
+        F3L3: (four, 4, "f3+l3"),
+        PAPER: (every, 8, "f7+l7"),
+        DECODE: (every, 8, "decode"),
     }
-
-
-PAPER = "n tasks: all layers, r=8, f7+l7"
-"""The setting of most experiments of the LoReFT paper (arXiv 2404.03592)."""
 
 
 def random_intervention(base: BaseShape, layers: list[int], rank: int, positions: str) -> bytes:

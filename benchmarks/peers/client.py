@@ -31,7 +31,7 @@ class Peer:
         environment: Mapping[str, str] | None = None,
     ) -> None:
         self._name = name
-        self._log = tempfile.TemporaryFile("w+")
+        self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115
         read, write = os.pipe()
         self._answers = os.fdopen(read)
         command = [str(python), "-m", f"benchmarks.peers.{name}", json.dumps(config), str(write)]
