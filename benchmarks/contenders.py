@@ -18,14 +18,15 @@ VLLM = "vLLM: base"
 
 
 class Contender(NamedTuple):
-    """One line of a table: how it starts for n requests, and the n it is measured at.
+    """One line of a table: how it starts for n requests, and the n it is measured for.
 
     `environment` names the one that a peer needs beside ours: `vllm` or `peers`.
     """
 
     label: str
     start: Callable[[Stage, str, int], Case]
-    sizes: tuple[int, ...] = (1, 8, 32)
+    least: int = 1
+    most: int | None = None
     environment: str | None = None
 
     @property
@@ -77,20 +78,20 @@ def _peer(name: str, loras: int = 0, at_most: int | None = None) -> Callable[...
 
 CLOSED = [
     Contender(BASE, _closed(lambda stage: ours.at_once(stage.engine, ()))),
-    Contender(L1, _tasks(L1), (32,)),
-    Contender(F3L3, _tasks(F3L3), (32,)),
+    Contender(L1, _tasks(L1), least=32),
+    Contender(F3L3, _tasks(F3L3), least=32),
     Contender(PAPER, _tasks(PAPER)),
-    Contender(DECODE, _tasks(DECODE), (8, 32)),
+    Contender(DECODE, _tasks(DECODE), least=8),
     Contender(f"{BASE}, over HTTP", _http(None)),
-    Contender(f"{PAPER}, over HTTP", _http(PAPER), (8, 32)),
+    Contender(f"{PAPER}, over HTTP", _http(PAPER), least=8),
     Contender(FLOOR, lambda stage, _, n: timed(linear_floor(stage.reference, n))),
     Contender("transformers: generate, static batch", _peer("transformers_generate")),
     Contender("transformers: continuous batching", _peer("transformers_continuous")),
     Contender(VLLM, _peer("vllm_cpu"), environment="vllm"),
-    Contender("vLLM: 8 LoRAs", _peer("vllm_cpu", 8), (8, 32), "vllm"),
-    Contender("vLLM: 32 LoRAs", _peer("vllm_cpu", 32), (32,), "vllm"),
-    Contender("PEFT: n LoRAs, static batch", _peer("peft_lora", 32), (1, 8), "peers"),
-    Contender("pyreft, one by one (of 2)", _peer("pyreft_serial", 0, 2), (1, 8, 32), "peers"),
+    Contender("vLLM: 8 LoRAs", _peer("vllm_cpu", 8), least=8, environment="vllm"),
+    Contender("vLLM: 32 LoRAs", _peer("vllm_cpu", 32), least=32, environment="vllm"),
+    Contender("PEFT: n LoRAs, static batch", _peer("peft_lora", 32), most=8, environment="peers"),
+    Contender("pyreft, one by one (of 2)", _peer("pyreft_serial", 0, 2), environment="peers"),
 ]
 """n requests at once. PEFT is left out at n=32: as many tokens a second as at 8, in a minute."""
 

@@ -169,6 +169,7 @@ def _save(path: Path, setting: Setting, rounds: list[Round]) -> None:
     key = {**machine(), **setting}
     others = [group for group in load(path) if group["setting"] != key]
     text = json.dumps([*others, {"setting": key, "rounds": rounds}], indent=1)
+    path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".part")
     partial.write_text(text + "\n")
     partial.replace(path)

@@ -92,7 +92,9 @@ class Stage:
             environment = {**VLLM_ENVIRONMENT, "VLLM_CPU_OMP_THREADS_BIND": cores}
         python = self._pythons[needed]
         assert python is not None
-        return self._stack.enter_context(Peer(name, python, config, environment))
+        return self._stack.enter_context(
+            Peer(f"benchmarks.peers.{name}", python, config, environment)
+        )
 
     @cached_property
     def _interventions(self) -> Path:

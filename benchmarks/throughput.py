@@ -108,7 +108,7 @@ def main(
             or (
                 any(part in contender.label for part in cases.split(","))
                 and pythons[contender.environment] is not None
-                and (n is None or n in contender.sizes)
+                and (n is None or contender.least <= n <= (contender.most or n))
             )
         ]
 

@@ -21,20 +21,20 @@ class PeerFailed(RuntimeError):
 
 
 class Peer:
-    """A running peer: module `benchmarks.peers.NAME` under another environment's Python."""
+    """A running peer: a module that calls `worker.serve`, under the Python of its environment."""
 
     def __init__(
         self,
-        name: str,
+        module: str,
         python: str | Path,
         config: Mapping[str, Any],
         environment: Mapping[str, str] | None = None,
     ) -> None:
-        self._name = name
+        self._module = module
         self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115
         read, write = os.pipe()
         self._answers = os.fdopen(read)
-        command = [str(python), "-m", f"benchmarks.peers.{name}", json.dumps(config), str(write)]
+        command = [str(python), "-m", module, json.dumps(config), str(write)]
         self._process = subprocess.Popen(
             command,
             stdin=subprocess.PIPE,
@@ -88,5 +88,5 @@ class Peer:
         if "error" in answer:
             self._log.seek(0)
             tail = self._log.read()[-4000:]
-            raise PeerFailed(f"{self._name}: {answer['error']}\n{tail}")
+            raise PeerFailed(f"{self._module}: {answer['error']}\n{tail}")
         return answer
