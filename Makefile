@@ -75,7 +75,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 
 $(VENV)/.installed-test: $(VENV)/.installed
 	@echo "Installing the test tools into $(VENV)" >&2
-	$(call install,--editable '.[test]')
+	$(call install,--editable '.[bench,test]')
 	$(call install,$(PYREFT_NEEDS))
 	$(call install,--no-deps pyreft pyvene)
 
