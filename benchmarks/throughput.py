@@ -1,7 +1,7 @@
 """Whole runs, side by side: this project, its peers, and the floor.
 
 Closed: n prompts of 64 random tokens at once, each answered by 64 tokens, prefill included.
-Mixed: 64 requests that arrive at random, prompts of 16 to 1,024 and answers of 8 to 256 tokens.
+Mixed: 48 requests that arrive at random, prompts of 16 to 1,024 and answers of 8 to 256 tokens.
 A machine's speed drifts, so compare the ratios, not the absolute figures. README.md in this folder
 says more.
 
@@ -30,7 +30,7 @@ from benchmarks.measuring import (
     table,
 )
 from benchmarks.stage import Stage
-from benchmarks.workload import ANSWER_TOKENS, MIXED_RATE, PAPER, mixed
+from benchmarks.workload import ANSWER_TOKENS, MIXED_REQUESTS, PAPER, mixed
 from reft_runtime.demo import demo_model
 
 Row = Sequence[object]
@@ -62,7 +62,7 @@ def closed_rows(dtype: str, n: int, shown: Sequence[Contender], rounds: list[Rou
 
 def mixed_rows(dtype: str, shown: Sequence[Contender], rounds: list[Round]) -> list[Row]:
     """Times in seconds."""
-    tokens = sum(mixed(1, MIXED_RATE, "")["answers"])
+    tokens = sum(mixed(1, "")["answers"])
     rows: list[Row] = []
     for contender in shown:
         label = contender.label
@@ -134,7 +134,7 @@ def main(
             if mix:
                 shown = chosen(MIXED)
                 mixed_table += mixed_rows(
-                    dtype, shown, run(stage, {"workload": "mixed"}, shown, MIXED_RATE)
+                    dtype, shown, run(stage, {"workload": "mixed"}, shown, MIXED_REQUESTS)
                 )
     print(f"torch {torch.__version__}, {os.cpu_count()} cores, {rounds} rounds\n")
     print(table(CLOSED_HEADER, closed_table))

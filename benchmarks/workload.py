@@ -19,27 +19,27 @@ from reft_runtime.interventions import BaseShape, Edit, Intervention, serialise
 PROMPT_TOKENS = 64
 ANSWER_TOKENS = 64
 
-MIXED_REQUESTS = 64
+MIXED_REQUESTS = 48
 MIXED_PROMPTS = (16, 1024)
 MIXED_ANSWERS = (8, 256)
-MIXED_RATE = 3
-"""Arrivals a second: more than two cores keep up with, so that a queue forms and empties."""
+MIXED_RATE = 6
+"""Arrivals a second: more than two cores keep up with, so that many answers are made at once."""
 
 LORA_RANK = 8
 
 
-def closed(vocabulary: int, n: int, seed: str) -> Job:
+def closed(vocabulary: int, n: int, seed: str, answer: int = ANSWER_TOKENS) -> Job:
     """n requests at once: 64 random prompt tokens, 64 tokens to answer.
 
     Every case and round has prompts of its own, so that no prefix cache knows them.
     """
     rng = random.Random(seed)
     prompts = [[rng.randrange(vocabulary) for _ in range(PROMPT_TOKENS)] for _ in range(n)]
-    return {"prompts": prompts, "answers": [ANSWER_TOKENS] * n}
+    return {"prompts": prompts, "answers": [answer] * n}
 
 
-def mixed(vocabulary: int, rate: float, seed: str) -> Job:
-    """64 requests that arrive at random, `rate` a second (Poisson); lengths are log-uniform.
+def mixed(vocabulary: int, seed: str, requests: int = MIXED_REQUESTS) -> Job:
+    """Requests that arrive at random (Poisson); lengths are log-uniform.
 
     Lengths and arrivals are always the same; only the prompts' tokens depend on the seed.
     """
@@ -52,11 +52,11 @@ def mixed(vocabulary: int, rate: float, seed: str) -> Job:
 
     job: Job = {"prompts": [], "answers": [], "arrivals": []}
     now = 0.0
-    for _ in range(MIXED_REQUESTS):
+    for _ in range(requests):
         job["prompts"].append([tokens.randrange(vocabulary) for _ in range(length(MIXED_PROMPTS))])
         job["answers"].append(length(MIXED_ANSWERS))
         job["arrivals"].append(now)
-        now += shape.expovariate(rate)
+        now += shape.expovariate(MIXED_RATE)
     return job
 
 

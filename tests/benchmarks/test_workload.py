@@ -17,7 +17,7 @@ def test_closed_prompts_differ_by_seed_only() -> None:
 
 
 def test_mixed_has_the_same_lengths_and_arrivals_for_every_seed() -> None:
-    one, other = mixed(100, 3, "a"), mixed(100, 3, "b")
+    one, other = mixed(100, "a"), mixed(100, "b")
     assert one["prompts"] != other["prompts"]
     assert [len(p) for p in one["prompts"]] == [len(p) for p in other["prompts"]]
     assert (one["answers"], one["arrivals"]) == (other["answers"], other["arrivals"])
