@@ -61,6 +61,10 @@ class Peer:
 
     def close(self) -> None:
         """End the process; safe to call twice."""
+        self._end()
+        self._log.close()
+
+    def _end(self) -> None:
         assert self._process.stdin is not None
         self._process.stdin.close()
         self._answers.close()
@@ -69,7 +73,6 @@ class Peer:
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
-        self._log.close()
 
     def __enter__(self) -> Self:
         return self
@@ -85,6 +88,8 @@ class Peer:
     def _hear(self) -> Any:
         line = self._answers.readline()
         answer = json.loads(line) if line else {"error": "it ended"}
+        if not line:
+            self._end()  # then all it had to say is in the log
         if "error" in answer:
             self._log.seek(0)
             tail = self._log.read()[-4000:]
