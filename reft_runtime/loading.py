@@ -33,11 +33,14 @@ def load_base(
     return name, loaded, tokenizer or AutoTokenizer.from_pretrained(path)
 
 
-def kv_budget(loaded: LoadedModel, max_running: int, wanted: int | None) -> int:
+def kv_budget(
+    loaded: LoadedModel, max_running: int, wanted: int | None, *, prefix_cache: bool
+) -> int:
     """Tokens whose keys and values are held: `wanted`, or what running answers and memory allow.
 
-    All running answers at full length, but only a share of the free memory; rows round up to
-    twice what they hold at most, hence the 2. Raises `ConfigError` where one answer would not fit.
+    All running answers at full length, but only a share of the free memory. Rows round up to
+    twice what they hold at most, and what the prefix cache keeps lies beside them. Raises
+    `ConfigError` where one answer would not fit.
     """
     longest = loaded.max_model_len + BLOCK_TOKENS
     if wanted is not None:
@@ -48,7 +51,8 @@ def kv_budget(loaded: LoadedModel, max_running: int, wanted: int | None) -> int:
                 param="kv_tokens",
             )
         return wanted
-    affordable = KV_SHARE_OF_FREE_MEMORY * _free_memory() / (2 * loaded.kv_bytes_per_token)
+    copies = 3 if prefix_cache else 2
+    affordable = KV_SHARE_OF_FREE_MEMORY * _free_memory() / (copies * loaded.kv_bytes_per_token)
     return max(longest, min(max_running * longest, int(affordable)))
 
 
