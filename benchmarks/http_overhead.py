@@ -86,13 +86,15 @@ def ask_all(port: int, requests: Sequence[bytes]) -> list[bytes]:
     return [b"".join(pieces) for pieces in answers.values()]
 
 
-def request_bytes(model: str, prompt: list[int], *, stream: bool) -> bytes:
+def request_bytes(
+    model: str, prompt: list[int], *, stream: bool, answer: int = ANSWER_TOKENS
+) -> bytes:
     """A whole HTTP request for a completion, on a connection that it ends."""
     body = json.dumps(
         {
             "model": model,
             "prompt": prompt,
-            "max_tokens": ANSWER_TOKENS,
+            "max_tokens": answer,
             "temperature": 0,
             "ignore_eos": True,
             "stream": stream,

@@ -65,8 +65,8 @@ def over_http(port: int, base: str, names: Sequence[str]) -> Run:
 
     def run(job: Job) -> Result:
         requests = [
-            request_bytes(names[i] if names else base, prompt, stream=True)
-            for i, prompt in enumerate(job["prompts"])
+            request_bytes(names[i] if names else base, prompt, stream=True, answer=answer)
+            for i, (prompt, answer) in enumerate(zip(job["prompts"], job["answers"], strict=True))
         ]
         start = time.perf_counter()
         answers = ask_all(port, requests)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
@@ -55,7 +56,8 @@ class Peer:
     def run(self, job: Job) -> Result:
         """Run one job; `PeerFailed` if it cannot."""
         assert self._process.stdin is not None
-        print(json.dumps(job), file=self._process.stdin, flush=True)
+        with contextlib.suppress(BrokenPipeError):  # what is heard next says why
+            print(json.dumps(job), file=self._process.stdin, flush=True)
         answer: Result = self._hear()
         return answer
 
@@ -66,7 +68,8 @@ class Peer:
 
     def _end(self) -> None:
         assert self._process.stdin is not None
-        self._process.stdin.close()
+        with contextlib.suppress(BrokenPipeError):
+            self._process.stdin.close()
         self._answers.close()
         try:
             self._process.wait(60)

@@ -1,5 +1,6 @@
 """A peer that answers every job at once, for tests of the protocol."""
 
+import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,7 +13,9 @@ def load(config: Mapping[str, Any]) -> Run:
         raise ValueError(config["refuse"])
 
     def run(job: Job) -> Result:
-        print("more noise")
+        print("more noise", flush=True)
+        if job["answers"] == [0]:
+            os._exit(1)
         if not job["prompts"]:
             raise ValueError("no prompts")
         return {"seconds": config["seconds"], "tokens": job["prompts"][0]}

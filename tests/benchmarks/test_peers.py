@@ -23,6 +23,14 @@ def test_a_failed_job_says_why_and_the_next_one_runs() -> None:
         assert peer.run({"prompts": [[7]], "answers": [1]})["tokens"] == [7]
 
 
+def test_a_peer_that_dies_says_so() -> None:
+    with (
+        Peer(ECHO, sys.executable, {"seconds": 1}) as peer,
+        pytest.raises(PeerFailed, match=r"it ended(?s:.*)more noise"),
+    ):
+        peer.run({"prompts": [[7]], "answers": [0]})
+
+
 def test_a_peer_that_does_not_load_says_why() -> None:
     with pytest.raises(
         PeerFailed, match=r"it ended(?s:.*)noise(?s:.*)ValueError: too little memory"
