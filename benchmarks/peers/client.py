@@ -1,0 +1,92 @@
+"""This side of a peer's process: start it, give it jobs, end it."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from benchmarks.peers.worker import Job, Result
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+class PeerFailed(RuntimeError):
+    """A peer did not load, or could not run a job; the message ends with what it printed."""
+
+
+class Peer:
+    """A running peer: module `benchmarks.peers.NAME` under another environment's Python."""
+
+    def __init__(
+        self,
+        name: str,
+        python: str | Path,
+        config: Mapping[str, Any],
+        environment: Mapping[str, str] | None = None,
+    ) -> None:
+        self._name = name
+        self._log = tempfile.TemporaryFile("w+")
+        read, write = os.pipe()
+        self._answers = os.fdopen(read)
+        command = [str(python), "-m", f"benchmarks.peers.{name}", json.dumps(config), str(write)]
+        self._process = subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=self._log,
+            stderr=subprocess.STDOUT,
+            pass_fds=(write,),
+            text=True,
+            cwd=ROOT,
+            env={**os.environ, "HF_HUB_OFFLINE": "1", **(environment or {})},
+        )
+        os.close(write)
+        try:
+            self._hear()
+        except BaseException:
+            self.close()
+            raise
+
+    def run(self, job: Job) -> Result:
+        """Run one job; `PeerFailed` if it cannot."""
+        assert self._process.stdin is not None
+        print(json.dumps(job), file=self._process.stdin, flush=True)
+        answer: Result = self._hear()
+        return answer
+
+    def close(self) -> None:
+        """End the process; safe to call twice."""
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        self._answers.close()
+        try:
+            self._process.wait(60)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        self._log.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _hear(self) -> Any:
+        line = self._answers.readline()
+        answer = json.loads(line) if line else {"error": "it ended"}
+        if "error" in answer:
+            self._log.seek(0)
+            tail = self._log.read()[-4000:]
+            raise PeerFailed(f"{self._name}: {answer['error']}\n{tail}")
+        return answer
