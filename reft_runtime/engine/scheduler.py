@@ -2,7 +2,7 @@
 
 Order of a step: running sequences decode (oldest first, the newest is preempted when KV runs
 out), then running prompts go on, then waiting sequences are admitted in order of arrival, all
-within one budget of tokens.
+within one budget of tokens, which `StepPacer` makes smaller where streams would wait too long.
 """
 
 from __future__ import annotations
@@ -12,7 +12,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from reft_runtime.engine.blocks import BlockBudget
+from reft_runtime.engine.pacing import StepPacer
 from reft_runtime.engine.sequence import Sequence, Status
+
+MAX_SCORED_TOKENS = 512
+"""Prompt tokens of a step whose log-probabilities are asked: each takes a row of logits."""
 
 
 @dataclass(slots=True)
@@ -44,7 +48,13 @@ class StepPlan:
     """One step: the chunks to compute, decoding ones first, and who lost its KV to make room."""
 
     chunks: list[Chunk] = field(default_factory=list)
+    decodes: int = 0
     preempted: list[Sequence] = field(default_factory=list)
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Tokens of all chunks but the decoding ones."""
+        return sum(chunk.length for chunk in self.chunks[self.decodes :])
 
 
 class Scheduler:
@@ -60,6 +70,7 @@ class Scheduler:
         self.budget = budget
         self.max_running = max_running
         self.max_step_tokens = max_step_tokens
+        self.pacer = StepPacer()
         self.running: list[Sequence] = []
         self.waiting: deque[Sequence] = deque()
         self.preemptions = 0
@@ -81,7 +92,11 @@ class Scheduler:
         """Choose the next step's chunks; empty only when idle."""
         plan = StepPlan()
         self._schedule_decodes(plan)
-        tokens_left = self.max_step_tokens - len(plan.chunks)
+        plan.decodes = len(plan.chunks)
+        tokens_left = min(
+            self.max_step_tokens - plan.decodes,
+            self.pacer.prompt_tokens(plan.decodes, self._prompts()),
+        )
         for sequence in list(self.running):  # forks join while we look
             if tokens_left and not sequence.decoding:
                 tokens_left -= self._schedule_prompt(plan, sequence, tokens_left)
@@ -128,7 +143,18 @@ class Scheduler:
             else:
                 plan.chunks.append(Chunk(sequence, sequence.computed, 1))
 
+    def _prompts(self) -> int:
+        """Sequences that could compute prompt tokens now, KV permitting."""
+        admissible = min(len(self.waiting), self.max_running - len(self.running))
+        return admissible + sum(not sequence.decoding for sequence in self.running)
+
     def _schedule_prompt(self, plan: StepPlan, sequence: Sequence, limit: int) -> int:
+        if _scored(sequence):
+            prompts = plan.chunks[plan.decodes :]
+            scored = sum(chunk.length for chunk in prompts if _scored(chunk.sequence))
+            limit = min(limit, MAX_SCORED_TOKENS - scored)
+            if not limit:
+                return 0
         chunk = Chunk(sequence, sequence.computed, min(sequence.remaining, limit))
         plan.chunks.append(chunk)
         if chunk.completes and sequence.unforked:
@@ -167,6 +193,10 @@ class Scheduler:
         self.requeue([sequence])
         plan.preempted.append(sequence)
         self.preemptions += 1
+
+
+def _scored(sequence: Sequence) -> bool:
+    return sequence.leads and sequence.request.sampling.prompt_logprobs is not None
 
 
 def _arrival(sequence: Sequence) -> tuple[int, int]:
