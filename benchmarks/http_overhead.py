@@ -18,7 +18,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
@@ -38,13 +38,18 @@ CLIENT, SERVER = "client CPU", "server CPU"
 
 
 @contextmanager
-def served(model: str, dtype: str, limits: dict[str, int]) -> Iterator[tuple[int, psutil.Process]]:
+def served(
+    model: str, dtype: str, settings: Mapping[str, object]
+) -> Iterator[tuple[int, psutil.Process]]:
     """A server process for the time of the block: its port, and the process."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    options = {"model": model, "dtype": dtype, "port": port, "log-level": "warning"}
-    options |= {name.replace("_", "-"): value for name, value in limits.items()}
-    arguments = [text for name, value in options.items() for text in (f"--{name}", str(value))]
+    options = {"model": model, "dtype": dtype, "port": port, "log_level": "warning", **settings}
+    arguments = [
+        text
+        for name, value in options.items()
+        for text in (f"--{name.replace('_', '-')}", str(value))
+    ]
     command = [sys.executable, "-c", "from server.cli import main; main()", "serve", *arguments]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
@@ -81,13 +86,15 @@ def ask_all(port: int, requests: Sequence[bytes]) -> list[bytes]:
     return [b"".join(pieces) for pieces in answers.values()]
 
 
-def request_bytes(model: str, prompt: list[int], *, stream: bool) -> bytes:
+def request_bytes(
+    model: str, prompt: list[int], *, stream: bool, answer: int = ANSWER_TOKENS
+) -> bytes:
     """A whole HTTP request for a completion, on a connection that it ends."""
     body = json.dumps(
         {
             "model": model,
             "prompt": prompt,
-            "max_tokens": ANSWER_TOKENS,
+            "max_tokens": answer,
             "temperature": 0,
             "ignore_eos": True,
             "stream": stream,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import statistics
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -18,25 +19,27 @@ from reft_runtime.interventions import BaseShape, Edit, Intervention, serialise
 PROMPT_TOKENS = 64
 ANSWER_TOKENS = 64
 
-MIXED_REQUESTS = 64
+MIXED_REQUESTS = 48
 MIXED_PROMPTS = (16, 1024)
 MIXED_ANSWERS = (8, 256)
+MIXED_RATE = 6
+"""Arrivals a second: more than two cores keep up with, so that many answers are made at once."""
 
 LORA_RANK = 8
 
 
-def closed(vocabulary: int, n: int, seed: str) -> Job:
+def closed(vocabulary: int, n: int, seed: str, answer: int = ANSWER_TOKENS) -> Job:
     """n requests at once: 64 random prompt tokens, 64 tokens to answer.
 
     Every case and round has prompts of its own, so that no prefix cache knows them.
     """
     rng = random.Random(seed)
     prompts = [[rng.randrange(vocabulary) for _ in range(PROMPT_TOKENS)] for _ in range(n)]
-    return {"prompts": prompts, "answers": [ANSWER_TOKENS] * n}
+    return {"prompts": prompts, "answers": [answer] * n}
 
 
-def mixed(vocabulary: int, rate: float, seed: str) -> Job:
-    """64 requests that arrive at random, `rate` a second (Poisson); lengths are log-uniform.
+def mixed(vocabulary: int, seed: str, requests: int = MIXED_REQUESTS) -> Job:
+    """Requests that arrive at random (Poisson); lengths are log-uniform.
 
     Lengths and arrivals are always the same; only the prompts' tokens depend on the seed.
     """
@@ -44,15 +47,16 @@ def mixed(vocabulary: int, rate: float, seed: str) -> Job:
 
     def length(bounds: tuple[int, int]) -> int:
         low, high = bounds
-        return round(low * (high / low) ** shape.random())
+        drawn: float = low * (high / low) ** shape.random()
+        return round(drawn)
 
     job: Job = {"prompts": [], "answers": [], "arrivals": []}
     now = 0.0
-    for _ in range(MIXED_REQUESTS):
+    for _ in range(requests):
         job["prompts"].append([tokens.randrange(vocabulary) for _ in range(length(MIXED_PROMPTS))])
         job["answers"].append(length(MIXED_ANSWERS))
         job["arrivals"].append(now)
-        now += shape.expovariate(rate)
+        now += shape.expovariate(MIXED_RATE)
     return job
 
 
@@ -61,7 +65,7 @@ def figures(result: Result) -> Figures:
     found = {SECONDS: result["seconds"]}
     if stamps := result.get("stamps"):
         first = [times[0] for times in stamps]
-        gaps = [b - a for times in stamps for a, b in zip(times, times[1:], strict=False)]
+        gaps = [b - a for times in stamps for a, b in pairwise(times)]
         found |= {
             "ttft_median": statistics.median(first),
             "ttft_p95": percentile(first, 95),
@@ -75,20 +79,23 @@ def percentile(values: list[float], percent: int) -> float:
     return sorted(values)[max(0, -(-len(values) * percent // 100) - 1)]
 
 
+L1 = "n tasks: 4 layers, r=4, l1"
+F3L3 = "n tasks: 4 layers, r=4, f3+l3"
+PAPER = "n tasks: all layers, r=8, f7+l7"
+"""The setting of most experiments of the LoReFT paper (arXiv 2404.03592)."""
+DECODE = "n tasks: all layers, r=8, decode"
+
+
 def settings(layers: int) -> dict[str, tuple[list[int], int, str]]:
     """Intervention settings by label: layers, rank, positions."""
     four = [layers * i // 5 for i in range(1, 5)]
     every = list(range(layers))
     return {
-        "n tasks: 4 layers, r=4, l1": (four, 4, "l1"),
-        "n tasks: 4 layers, r=4, f3+l3": (four, 4, "f3+l3"),
-        "n tasks: all layers, r=8, f7+l7": (every, 8, "f7+l7"),
-        "n tasks: all layers, r=8, decode": (every, 8, "decode"),
+        L1: (four, 4, "l1"),
+        F3L3: (four, 4, "f3+l3"),
+        PAPER: (every, 8, "f7+l7"),
+        DECODE: (every, 8, "decode"),
     }
-
-
-PAPER = "n tasks: all layers, r=8, f7+l7"
-"""The setting of most experiments of the LoReFT paper (arXiv 2404.03592)."""
 
 
 def random_intervention(base: BaseShape, layers: list[int], rank: int, positions: str) -> bytes:

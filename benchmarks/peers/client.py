@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
@@ -21,20 +22,20 @@ class PeerFailed(RuntimeError):
 
 
 class Peer:
-    """A running peer: module `benchmarks.peers.NAME` under another environment's Python."""
+    """A running peer: a module that calls `worker.serve`, under the Python of its environment."""
 
     def __init__(
         self,
-        name: str,
+        module: str,
         python: str | Path,
         config: Mapping[str, Any],
         environment: Mapping[str, str] | None = None,
     ) -> None:
-        self._name = name
-        self._log = tempfile.TemporaryFile("w+")
+        self._module = module
+        self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115
         read, write = os.pipe()
         self._answers = os.fdopen(read)
-        command = [str(python), "-m", f"benchmarks.peers.{name}", json.dumps(config), str(write)]
+        command = [str(python), "-m", module, json.dumps(config), str(write)]
         self._process = subprocess.Popen(
             command,
             stdin=subprocess.PIPE,
@@ -55,21 +56,26 @@ class Peer:
     def run(self, job: Job) -> Result:
         """Run one job; `PeerFailed` if it cannot."""
         assert self._process.stdin is not None
-        print(json.dumps(job), file=self._process.stdin, flush=True)
+        with contextlib.suppress(BrokenPipeError):  # what is heard next says why
+            print(json.dumps(job), file=self._process.stdin, flush=True)
         answer: Result = self._hear()
         return answer
 
     def close(self) -> None:
         """End the process; safe to call twice."""
+        self._end()
+        self._log.close()
+
+    def _end(self) -> None:
         assert self._process.stdin is not None
-        self._process.stdin.close()
+        with contextlib.suppress(BrokenPipeError):
+            self._process.stdin.close()
         self._answers.close()
         try:
             self._process.wait(60)
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
-        self._log.close()
 
     def __enter__(self) -> Self:
         return self
@@ -85,8 +91,10 @@ class Peer:
     def _hear(self) -> Any:
         line = self._answers.readline()
         answer = json.loads(line) if line else {"error": "it ended"}
+        if not line:
+            self._end()  # then all it had to say is in the log
         if "error" in answer:
             self._log.seek(0)
             tail = self._log.read()[-4000:]
-            raise PeerFailed(f"{self._name}: {answer['error']}\n{tail}")
+            raise PeerFailed(f"{self._module}: {answer['error']}\n{tail}")
         return answer
