@@ -23,6 +23,9 @@ PROBE_TOKENS = 8
 PROBE_TOLERANCE = {4: 1e-2, 2: 0.3}
 """Relative distance of logits, by bytes of a weight: far above rounding, below any real error."""
 
+NATIVE_BFLOAT16 = ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16")
+"""Capabilities of CPUs, as torch names them, that multiply bfloat16: two of x86, two of ARM."""
+
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -59,7 +62,8 @@ class LoadedModel:
 def choose_dtype(name: str) -> torch.dtype:
     """Dtype by name; "auto" is bfloat16 where the CPU multiplies it natively, else float32."""
     if name == "auto":
-        native = torch.cpu.get_capabilities().get("avx512_bf16", False)
+        capabilities = torch.cpu.get_capabilities()
+        native = any(capabilities.get(name, False) for name in NATIVE_BFLOAT16)
         return torch.bfloat16 if native else torch.float32
     if name not in _DTYPES:
         raise ConfigError(f"dtype must be auto, {', '.join(_DTYPES)}, not {name!r}.", param="dtype")
