@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from reft_runtime.admission import Admission, Prompt
 from reft_runtime.assembly import Assembler
 from reft_runtime.blocking import Call, run_calls
-from reft_runtime.cores import usable_cores
+from reft_runtime.cores import releasing_workers, usable_cores
 from reft_runtime.engine.core import EngineConfig, EngineCore
 from reft_runtime.engine.loop import EngineLoop
 from reft_runtime.engine.sequence import Request
@@ -50,6 +50,7 @@ class Engine:
     for this machine. Loading blocks; everything else may be called from any thread.
     """
 
+    @releasing_workers
     def __init__(
         self,
         model: str | Path | PreTrainedModel = "demo",
@@ -334,6 +335,7 @@ def _pair(
     return [(p, _uses(applied)) for p, applied in zip(several, intervention, strict=True)]
 
 
+@releasing_workers
 def _trace(own: Assembler | Stream, base: Assembler | Stream) -> Trace:
     """The divergence is KL(own || base), in nats; 0 where no token was asked for."""
     kl = 0.0
