@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import random
 import time
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated
 
@@ -64,7 +65,7 @@ def long_prompt_among_streams(engine: Engine) -> Case:
             await asyncio.sleep(0.01)
         alone, beside = [], []
         for times in stamps:
-            for before, now in zip(times[SETTLING_TOKENS:], times[SETTLING_TOKENS + 1 :]):
+            for before, now in pairwise(times[SETTLING_TOKENS:]):
                 if now <= sent:
                     alone.append(now - before)
                 elif sent <= before and now <= first[0]:
