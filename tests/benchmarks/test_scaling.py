@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import latency, scaling
-from benchmarks.measuring import SECONDS
+from benchmarks.measuring import SECONDS, Round
 from tests.helpers.models import tiny
 from tests.helpers.tokenizer import tiny_tokenizer
 
@@ -32,7 +32,9 @@ def test_tables_and_plots(model: str, tmp_path: Path, capsys: pytest.CaptureFixt
 
 
 def test_change_of_speed_is_that_from_the_first_count_to_the_last() -> None:
-    rounds = [{str(k): {SECONDS: scale * k**0.1} for k in (1, 4, 16)} for scale in (1.0, 2.0, 3.0)]
+    rounds: list[Round] = [
+        {str(k): {SECONDS: scale * k**0.1} for k in (1, 4, 16)} for scale in (1.0, 2.0, 3.0)
+    ]
     change = scaling.change_of_speed(rounds, [1, 4, 16])
     assert change.median == pytest.approx(100 * (16**-0.1 - 1))
     assert change.low == pytest.approx(change.high)

@@ -17,7 +17,17 @@ import torch
 from reft_runtime.cache import cache_folder
 
 # Sums may be reordered, so that they vectorise; NaN and infinity keep their meaning.
-FLAGS = ["-std=c++17", "-O3", "-march=native", "-fPIC", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros", "-fassociative-math"]
+FLAGS = (
+    "-std=c++17",
+    "-O3",
+    "-march=native",
+    "-fPIC",
+    "-fopenmp",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-fno-signed-zeros",
+    "-fassociative-math",
+)
 WIDE = ("-mprefer-vector-width=512",)
 SECONDS = 120
 
