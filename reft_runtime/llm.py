@@ -44,10 +44,11 @@ class Engine:
     `interventions` is a folder of files; uploads are kept in `state_dir`, or in memory without
     one; `allow_base` is a shell pattern for the names of base models whose files fit this one.
     `max_running` bounds the answers made at once, `max_queued` and `max_queued_tokens` what
-    may wait, `max_step_tokens` the tokens of one step, `kv_tokens` the tokens whose keys and
-    values are held (by default from free memory); with `prefix_cache` those that nobody uses are
-    kept, and reused where prompts begin alike and are edited alike. `dtype` "auto" is the fast one
-    for this machine. Loading blocks; everything else may be called from any thread.
+    may wait, `max_step_tokens` the tokens of one step (measured times bound them too), `kv_tokens`
+    the tokens whose keys and values are held (by default from free memory); with `prefix_cache`
+    those that nobody uses are kept, and reused where prompts begin alike and are edited alike.
+    `threads` is by default one a core that this process may use, `dtype` "auto" the fast one for
+    this machine. Loading blocks; everything else may be called from any thread.
     """
 
     @releasing_workers
