@@ -24,7 +24,7 @@ from server.routes import (
     vllm_compat,
 )
 from server.settings import Settings
-from server.version import VERSION
+from reft_runtime.version import VERSION
 
 if TYPE_CHECKING:
     from reft_runtime.llm import Engine

@@ -15,7 +15,7 @@ from pydantic_core import PydanticUndefined
 from reft_runtime.errors import ConfigError, NotFound, ReftError
 from server import files_cli
 from server.settings import Settings, load_settings
-from server.version import VERSION
+from reft_runtime.version import VERSION
 
 if TYPE_CHECKING:
     from reft_runtime.interventions import Version

@@ -11,7 +11,7 @@ from fastapi.responses import JSONResponse, Response
 from server.context import Server
 from server.metrics import CONTENT_TYPE
 from server.openapi import describe
-from server.version import VERSION
+from reft_runtime.version import VERSION
 
 public = APIRouter(tags=["health"])
 router = APIRouter(tags=["operations"])
