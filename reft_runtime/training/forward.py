@@ -56,7 +56,9 @@ class Base:
             attention = BatchAttention([len(t) for t in missing], self.device, keep_own=True)
             self._forward(missing, [0] * len(missing), [], attention)
             made = dict(zip(missing, attention.prefixes_of_rows(), strict=True))
-            found = {tokens: self._prefixes.get(tokens) or made[tokens] for tokens in wanted if tokens}
+            found = {
+                tokens: self._prefixes.get(tokens) or made[tokens] for tokens in wanted if tokens
+            }
             for tokens, prefix in made.items():
                 if prefix.size_bytes <= self._free:
                     self._free -= prefix.size_bytes
@@ -70,7 +72,7 @@ class Base:
         prefixes: Sequence[Prefix | None],
         keep: Sequence[int],
     ) -> Tensor:
-        """Logits [len(keep), vocabulary] of packed rows; part i begins at `starts[i]` of its row."""
+        """Logits [len(keep), vocabulary] of packed rows; part i begins at `starts[i]`."""
         attention = BatchAttention([len(p) for p in parts], self.device, prefixes=prefixes)
         return self._forward(parts, starts, keep, attention)
 
@@ -113,7 +115,7 @@ class Predictions:
 
     def right(self, examples: Sequence[Example]) -> list[bool]:
         """For each example: whether greedy decoding gives its label, or, without one, all of it."""
-        hits = (self.logits.argmax(-1) == self.targets).split(self.counts)
+        hits = torch.split(self.logits.argmax(-1) == self.targets, list(self.counts))
         return [
             bool(hit[: example.label_length].all())
             for hit, example in zip(hits, examples, strict=True)
@@ -174,7 +176,7 @@ def predict(base: Base, edits: Sequence[CanonicalEdit], examples: Sequence[Examp
 
 
 def first_edited(edits: Sequence[CanonicalEdit], example: Example) -> int:
-    """Where the computation that depends on the edits begins: at an edit, or at the first logits."""
+    """Where what depends on the edits begins: at the first edit, or at the first logits."""
     stop = example.prompt_length - 1
     offsets = (edit.positions.offsets(example.prompt_length, 0, stop) for edit in edits)
     return min((found[0] for found in offsets if found), default=stop)

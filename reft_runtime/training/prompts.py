@@ -2,19 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from reft_runtime.errors import ConfigError, InvalidRequest
-from reft_runtime.interventions.manifest import TEMPLATE_FIELD
 from reft_runtime.text import Tokenizer
+from reft_runtime.training.layout import CHAT, Layout
 from reft_runtime.training.rows import Row, Rows
-
-CHAT = "chat"
-
-_FIELD = re.compile(r"\{(\w+)\}")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -37,43 +31,32 @@ class Example:
 
 
 class Formatter:
-    """Turns rows into prompts and examples, all in the same way.
+    """Turns rows of one layout into examples, with the model's tokenizer.
 
-    With `template` None rows have `messages` (a chat that ends with the assistant's turn, written
-    by the model's chat template), or `prompt` and `completion`, taken as they are. `chat` writes
-    `prompt` as one user's message. Any other template is a text with fields of the rows in braces,
-    `Review: {text}`, and rows have a `completion`. `served_template` is what the manifest
-    needs so that a chat with the served intervention gives the same prompts: a template of
-    one field takes that field's text as the message, one of several the whole prompt.
+    `eos_ids` are what ends the model's answers. `chat_template`, where given, is an intervention's
+    own: chats are then written by it, as the server does.
     """
 
     def __init__(
-        self, tokenizer: Tokenizer, template: str | None, first: Row, eos_ids: frozenset[int]
+        self,
+        layout: Layout,
+        tokenizer: Tokenizer,
+        eos_ids: frozenset[int],
+        chat_template: str | None = None,
     ) -> None:
+        self._layout = layout
         self._tokenizer = tokenizer
         self._eos_ids = eos_ids | tokenizer.eos_ids
         self._eos = min(tokenizer.eos_ids or eos_ids, default=None)
-        self._template = template
-        self._chats = template is None and "messages" in first.fields
-        self.served_template = CHAT if self._chats or template == CHAT else TEMPLATE_FIELD
-        if template not in (None, CHAT):
-            names = _FIELD.findall(template or "")
-            if not names:
-                raise ConfigError(
-                    "template: there is no field in it; write `chat`, or a text such as"
-                    f" 'Review: {{text}}', not {template!r}.",
-                    param="template",
-                )
-            if len(names) == 1:
-                self.served_template = _FIELD.sub(lambda _: TEMPLATE_FIELD, template or "")
+        self._chat_template = None if chat_template == CHAT else chat_template
 
     def prompt(self, row: Row) -> list[int]:
         """Token ids of a row's prompt, as a server makes them."""
+        asked = self._layout.prompt(row)
         try:
-            messages = self._messages(row)
-            if messages is not None:
-                return self._tokenizer.encode_chat(messages)
-            return self._tokenizer.encode(self._text(row))
+            if isinstance(asked, str):
+                return self._tokenizer.encode(asked)
+            return self._tokenizer.encode_chat(asked, self._chat_template)
         except InvalidRequest as error:
             raise row.error(error.message) from None
 
@@ -87,36 +70,16 @@ class Formatter:
             length = self._label_length(row, label.strip(), completion)
         return Example(row.where, (*prompt, *completion), len(prompt), length)
 
-    def completion_text(self, row: Row) -> str:
-        """The text that a row wants to be answered."""
-        text = row.fields["messages"][-1]["content"] if self._chats else row.text("completion")
-        assert isinstance(text, str)
-        return text
-
-    def _text(self, row: Row) -> str:
-        if self._template is None:
-            if "prompt" not in row.fields and "messages" in row.fields:
-                raise row.error("has messages, but the rows before it have a prompt.")
-            return row.text("prompt")
-        return _FIELD.sub(lambda field: row.text(field[1]), self._template)
-
-    def _messages(self, row: Row) -> list[dict[str, str]] | None:
-        """The turns before the answer, where a chat template writes the prompt."""
-        if self._chats:
-            return _turns(row)[:-1]
-        if self._template == CHAT:
-            return [{"role": "user", "content": row.text("prompt")}]
-        return None
-
     def _completion(self, row: Row, prompt: Sequence[int]) -> list[int]:
-        messages = self._messages(row)
-        if messages is None:
-            before, answer = self._text(row), row.text("completion")
-            ids = self._continued(prompt, before, answer, special=True)
+        asked, answer = self._layout.prompt(row), self._layout.completion(row)
+        if isinstance(asked, str):
+            ids = self._continued(prompt, asked, answer, special=True)
+        elif self._chat_template is not None:
+            ids = self._tokenizer.encode(answer, add_special_tokens=False)
         else:
-            turn = {"role": "assistant", "content": self.completion_text(row)}
-            before = self._tokenizer.render(messages)
-            whole = self._tokenizer.render([*messages, turn], answered=True)
+            turn = {"role": "assistant", "content": answer}
+            before = self._tokenizer.render(asked)
+            whole = self._tokenizer.render([*asked, turn], answered=True)
             if not whole.startswith(before):
                 raise row.error("the model's chat template writes an answered chat otherwise.")
             ids = self._continued(prompt, before, whole[len(before) :], special=False)
@@ -171,21 +134,3 @@ def _cut(example: Example, max_length: int) -> Example:
     return Example(
         example.where, (*prompt, *example.completion[:kept]), len(prompt), example.label_length
     )
-
-
-def _turns(row: Row) -> list[dict[str, str]]:
-    turns: Any = row.fields.get("messages")
-    if turns is None:
-        raise row.error("there is no field 'messages', which the first row has.")
-    fine = isinstance(turns, list) and all(
-        isinstance(turn, dict)
-        and isinstance(turn.get("role"), str)
-        and isinstance(turn.get("content"), str)
-        for turn in turns
-    )
-    if not fine or len(turns) < 2 or turns[-1]["role"] != "assistant":
-        raise row.error(
-            "messages must be a list of turns, each with role and content, that ends with the"
-            " assistant's."
-        )
-    return turns  # type: ignore[no-any-return]

@@ -53,7 +53,7 @@ class Rows:
 
 
 def read_rows(source: str | Path | Sequence[Mapping[str, Any]]) -> Rows:
-    """Read a JSON-lines file, or take rows from memory; raises `ConfigError` that names the line."""
+    """Read a JSON-lines file, or take rows from memory; a `ConfigError` names the line."""
     if not isinstance(source, str | Path):
         data = "\n".join(json.dumps(dict(fields), sort_keys=True) for fields in source).encode()
         rows = [Row(f"row {number}", fields) for number, fields in enumerate(source, 1)]

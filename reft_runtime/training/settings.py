@@ -27,7 +27,7 @@ class TrainSettings:
     first and the last tokens of `fN+lM` weights of their own. `lr` is the highest learning rate,
     reached after 6 % of the steps, from where it falls linearly to 0. `batch_size` rows make one
     step of `accumulate` parts: memory is that of `batch_size / accumulate` rows. `template` is
-    as in `prompts.Formatter`. Rows of more than `max_length` tokens (None: what the model takes)
+    as in `layout.Layout`. Rows of more than `max_length` tokens (None: what the model takes)
     are an error, or are cut with `truncate`. `dtype` is that of the base's weights; edits, their
     sums and the optimiser are in float32.
     """
@@ -69,7 +69,9 @@ class TrainSettings:
             )
         if self.dtype not in DTYPES:
             raise _error("dtype", f"must be one of {', '.join(DTYPES)}, not {self.dtype!r}.")
-        if self.layers is not None and (not self.layers or len(set(self.layers)) < len(self.layers)):
+        if self.layers is not None and (
+            not self.layers or len(set(self.layers)) < len(self.layers)
+        ):
             raise _error("layers", "name each layer once, such as 8,16,24; or all.")
 
     @property

@@ -23,6 +23,7 @@ from reft_runtime.interventions.file import SUFFIX
 from reft_runtime.loading import free_memory, load_base
 from reft_runtime.text import Tokenizer
 from reft_runtime.training.forward import Base, EditedModel
+from reft_runtime.training.layout import Layout
 from reft_runtime.training.prompts import Example, Formatter, make_examples
 from reft_runtime.training.rows import Rows, read_rows
 from reft_runtime.training.settings import TrainSettings
@@ -89,12 +90,8 @@ def train(
     )
     settings = settings.complete(shape, len(rows.rows))
     edits = new_edits(shape, settings)
-    formatter = Formatter(
-        Tokenizer(own_tokenizer, loaded.max_model_len),
-        settings.template,
-        rows.rows[0],
-        loaded.eos_ids,
-    )
+    layout = Layout(settings.template, rows.rows[0])
+    formatter = Formatter(layout, Tokenizer(own_tokenizer, loaded.max_model_len), loaded.eos_ids)
     longest = min(settings.max_length or loaded.max_model_len, loaded.max_model_len)
     examples = make_examples(rows, formatter, longest, truncate=settings.truncate)
     _check_edited(examples, edits)
@@ -121,7 +118,7 @@ def train(
         made = Intervention.build(
             shape,
             edits.export(),
-            template=formatter.served_template,
+            template=layout.served_template,
             description=description,
             license=license,
             metrics=_metrics(trainer),

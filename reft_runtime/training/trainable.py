@@ -78,9 +78,7 @@ def new_edits(base: BaseShape, settings: TrainSettings) -> TrainableEdits:
     return TrainableEdits(
         [
             TrainableEdit(
-                EditSpec(
-                    layer=layer, kind=settings.kind, positions=positions, dtype="float32"
-                ),
+                EditSpec(layer=layer, kind=settings.kind, positions=positions, dtype="float32"),
                 width,
                 _INITIAL[settings.kind](width, rank, generator),
             )
@@ -95,9 +93,11 @@ def _sides(settings: TrainSettings) -> list[Positions]:
     positions = Positions.parse(settings.positions)
     if not settings.untied:
         return [positions]
-    sides = [Positions(first=positions.first), Positions(last=positions.last)] if (
-        positions.first and positions.last
-    ) else []
+    sides = (
+        [Positions(first=positions.first), Positions(last=positions.last)]
+        if (positions.first and positions.last)
+        else []
+    )
     if not sides or positions != Positions(first=positions.first, last=positions.last):
         raise ConfigError(
             f"untied: needs positions of the form fN+lM, not {settings.positions!r}.",
@@ -111,7 +111,8 @@ Initial = Callable[[int, int, torch.Generator], dict[str, Tensor]]
 
 def _columns(d: int, r: int, generator: torch.Generator) -> Tensor:
     """Random orthonormal columns [d, r]."""
-    return torch.linalg.qr(torch.randn(d, r, generator=generator)).Q.contiguous()
+    Q: Tensor = torch.linalg.qr(torch.randn(d, r, generator=generator)).Q
+    return Q.contiguous()
 
 
 def _loreft(d: int, r: int, generator: torch.Generator) -> dict[str, Tensor]:

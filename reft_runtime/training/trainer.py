@@ -1,4 +1,4 @@
-"""transformers' Trainer for edits: batches of examples, evaluation, checkpoints that can be trusted."""
+"""transformers' Trainer for edits: batches, evaluation, checkpoints that can be trusted."""
 
 from __future__ import annotations
 
@@ -191,7 +191,9 @@ def arguments(
 
     It is None where there is nothing to evaluate on: then the last one is taken.
     """
-    steps = settings.steps or math.ceil((settings.epochs or 0) * math.ceil(rows / settings.batch_size))
+    steps = settings.steps or math.ceil(
+        (settings.epochs or 0) * math.ceil(rows / settings.batch_size)
+    )
     every = max(1, math.ceil(steps / CHECKS))
     evaluates = accuracy is not None
     args = TrainingArguments(
