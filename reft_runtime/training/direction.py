@@ -47,7 +47,8 @@ def direction(
     """A steering vector: what `layer` puts out for `positive` texts less what for `negative` ones.
 
     Both are means over texts of the mean over a text's tokens; the first token of every text is
-    left out, whose states are far longer than all others and say nothing. The vector, times `scale`, is
+    left out, whose states are far longer than all others and say nothing. The vector, times
+    `scale`, is
     added at `positions` (arXiv 2312.06681 calls this contrastive activation addition). `template`
     is the manifest's, for chats.
     """

@@ -185,6 +185,9 @@ def first_edited(edits: Sequence[CanonicalEdit], example: Example) -> int:
 class EditedModel(nn.Module):
     """What transformers' Trainer trains: the edits' parameters, with the base beside them."""
 
+    accepts_loss_kwargs = True
+    """Tells the Trainer to say how many tokens a step has, of which a batch may be a part."""
+
     def __init__(self, base: Base, edits: TrainableEdits) -> None:
         super().__init__()
         self.edits = edits

@@ -87,7 +87,9 @@ class TrainSettings:
         layers = tuple(range(base.num_layers)) if self.layers is None else self.layers
         for layer in layers:
             if not 0 <= layer < base.num_layers:
-                raise _error("layers", f"{layer}: {base.model} has 0 to {base.num_layers - 1}.")
+                raise _error(
+                    "layers", f"there is no {layer}; {base.model} has 0 to {base.num_layers - 1}."
+                )
         rank = self.rank or (DEFAULT_RANK if self.has_rank else None)
         if rank is not None and rank > base.hidden_size:
             raise _error("rank", f"{rank} is above the model's hidden size, {base.hidden_size}.")

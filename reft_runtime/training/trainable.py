@@ -7,7 +7,7 @@ from typing import cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.parametrizations import orthogonal
+from torch.nn.utils.parametrize import register_parametrization
 
 from reft_runtime.errors import ConfigError
 from reft_runtime.interventions import BaseShape, CanonicalEdit, Edit, EditSpec, Positions
@@ -16,11 +16,19 @@ from reft_runtime.interventions.kinds import KINDS
 from reft_runtime.training.settings import TrainSettings
 
 
+class _Orthonormal(nn.Module):
+    """Q [d, r] of X = QT with a positive diagonal of T: X itself, where it is orthonormal."""
+
+    def forward(self, X: Tensor) -> Tensor:
+        Q, T = torch.linalg.qr(X)
+        return Q * T.diagonal().sign()
+
+
 class TrainableEdit(nn.Module):
     """One edit: the tensors of its kind as parameters.
 
-    An orthonormal tensor is a product of Householder reflections (torch's parametrisation, which
-    pyreft uses, too): it stays orthonormal whatever the optimiser does.
+    An orthonormal tensor is the Q of its parameter's QR decomposition: it stays orthonormal
+    whatever the optimiser does.
     """
 
     def __init__(self, spec: EditSpec, width: int, tensors: Mapping[str, Tensor]) -> None:
@@ -31,7 +39,7 @@ class TrainableEdit(nn.Module):
         for name, tensor in tensors.items():
             self.register_parameter(name, nn.Parameter(tensor))
             if KINDS[spec.kind].tensors[name].orthonormal:
-                orthogonal(self, name, orthogonal_map="householder", use_trivialization=False)
+                register_parametrization(self, name, _Orthonormal())
         for parameter in self.parameters():  # checkpoints take nothing else
             parameter.data = parameter.data.contiguous()
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import (
+    PrinterCallback,
     ProgressCallback,
     Trainer,
     TrainerCallback,
@@ -98,8 +99,8 @@ class EditTrainer(Trainer):
             data_collator=collate,
             callbacks=[_Checkpoints(self)],
         )
-        if args.disable_tqdm is False:
-            self.remove_callback(ProgressCallback)
+        self.remove_callback(PrinterCallback if args.disable_tqdm else ProgressCallback)
+        if not args.disable_tqdm:
             self.add_callback(_Progress())
 
     def compute_loss(
@@ -110,12 +111,14 @@ class EditTrainer(Trainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """The loss, which must be finite."""
-        outputs = model(**inputs, num_items_in_batch=num_items_in_batch)
-        loss: Tensor = outputs["loss"]
+        loss: Tensor
+        loss, outputs = super().compute_loss(  # type: ignore[misc]
+            model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch
+        )
         if not bool(loss.isfinite()):
             raise TrainingFailed(
-                f"The loss is {float(loss)} at step {self.state.global_step + 1}. A lower learning"
-                f" rate (lr, it was {self.args.learning_rate:g}) usually helps."
+                f"The loss is {float(loss.detach())} at step {self.state.global_step + 1}. A lower"
+                f" learning rate (lr, it was {self.args.learning_rate:g}) usually helps."
             )
         return (loss, outputs) if return_outputs else loss
 
