@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
+from tqdm import tqdm
 
 from reft_runtime.engine.loader import LoadedModel, forward
 from reft_runtime.engine.sites import EditSites, Site
@@ -17,15 +18,14 @@ from reft_runtime.training.attention import BatchAttention, Prefix
 from reft_runtime.training.prompts import Example
 from reft_runtime.training.trainable import TrainableEdits
 
+GROUP = 32
+"""Prefixes that are computed at once."""
+
 
 class Base:
-    """A base model that trainings share: it is frozen, and no parameter of theirs.
+    """A base model with edits applied from outside: it is frozen, and no parameter of theirs."""
 
-    `prefix_bytes` bounds the memory in which keys and values before the first edited token are
-    kept from one pass over the data to the next: they are the base's own, whatever is learned.
-    """
-
-    def __init__(self, loaded: LoadedModel, prefix_bytes: int = 0) -> None:
+    def __init__(self, loaded: LoadedModel) -> None:
         self.loaded = loaded
         two = torch.arange(2)
         with torch.no_grad():
@@ -34,8 +34,7 @@ class Base:
                 loaded.layers,
                 lambda step: forward(loaded.model, two, two, two[:1], step),
             )
-        self._free = prefix_bytes
-        self._prefixes: dict[tuple[int, ...], Prefix] = {}
+        self._kept: dict[tuple[int, ...], Prefix] = {}
 
     @property
     def device(self) -> torch.device:
@@ -45,25 +44,38 @@ class Base:
     def to(self, device: torch.device) -> None:
         """Move the model; what was kept is forgotten."""
         self.loaded.model.to(device)  # type: ignore[arg-type]
-        self._prefixes.clear()
+        self._kept.clear()
+
+    def keep(self, prefixes: Iterable[tuple[int, ...]], max_bytes: int, *, progress: bool) -> None:
+        """Compute keys and values of beginnings, and keep them: they are the base's own.
+
+        They are good for every pass over the data, whatever is learned. What is computed together
+        depends on the prefixes alone: so a training gives the same weights when it is resumed.
+        The longest that `max_bytes` have no room for are left to be computed when they are needed.
+        """
+        wanted, free = [], max_bytes
+        for tokens in sorted(set(prefixes) - {()}, key=lambda tokens: (len(tokens), tokens)):
+            free -= len(tokens) * self.loaded.kv_bytes_per_token
+            if free < 0:
+                break
+            wanted.append(tokens)
+        with tqdm(total=len(wanted), desc="Prompts", disable=not progress or not wanted) as bar:
+            for first in range(0, len(wanted), GROUP):
+                part = wanted[first : first + GROUP]
+                self._kept.update(zip(part, self._compute(part), strict=True))
+                bar.update(len(part))
+
+    def prefixes(self, wanted: Sequence[tuple[int, ...]]) -> list[Prefix | None]:
+        """Keys and values of these beginnings; None of an empty one."""
+        missing = sorted({tokens for tokens in wanted if tokens} - self._kept.keys())
+        made = dict(zip(missing, self._compute(missing) if missing else (), strict=True))
+        return [self._kept.get(tokens) or made[tokens] if tokens else None for tokens in wanted]
 
     @torch.no_grad()
-    def prefixes(self, wanted: Sequence[tuple[int, ...]]) -> list[Prefix | None]:
-        """Keys and values of these beginnings, computed at once where they are not known."""
-        missing = list({tokens for tokens in wanted if tokens} - self._prefixes.keys())
-        found: Mapping[tuple[int, ...], Prefix] = self._prefixes
-        if missing:
-            attention = BatchAttention([len(t) for t in missing], self.device, keep_own=True)
-            self._forward(missing, [0] * len(missing), [], attention)
-            made = dict(zip(missing, attention.prefixes_of_rows(), strict=True))
-            found = {
-                tokens: self._prefixes.get(tokens) or made[tokens] for tokens in wanted if tokens
-            }
-            for tokens, prefix in made.items():
-                if prefix.size_bytes <= self._free:
-                    self._free -= prefix.size_bytes
-                    self._prefixes[tokens] = prefix
-        return [found[tokens] if tokens else None for tokens in wanted]
+    def _compute(self, prefixes: Sequence[tuple[int, ...]]) -> list[Prefix]:
+        attention = BatchAttention([len(t) for t in prefixes], self.device, keep_own=True)
+        self._forward(prefixes, [0] * len(prefixes), [], attention)
+        return attention.prefixes_of_rows()
 
     def logits(
         self,

@@ -26,7 +26,8 @@ class TrainSettings:
     `layers` None is all of them; `positions` as in a file (`l1`, `f1+l1`, ...); `untied` gives the
     first and the last tokens of `fN+lM` weights of their own. `lr` is the highest learning rate,
     reached after 6 % of the steps, from where it falls linearly to 0. `batch_size` rows make one
-    step of `accumulate` parts: memory is that of `batch_size / accumulate` rows. `template` is
+    step, shared by `accumulate` parts one after another and by all processes: memory is that of
+    `batch_size / accumulate` rows. `template` is
     as in `layout.Layout`. Rows of more than `max_length` tokens (None: what the model takes)
     are an error, or are cut with `truncate`. `dtype` is that of the base's weights; edits, their
     sums and the optimiser are in float32.
@@ -63,10 +64,6 @@ class TrainSettings:
                 raise _error(name, f"must be a finite number above 0, not {value}.")
         if self.epochs is not None and self.steps is not None:
             raise _error("steps", "give epochs or steps, not both.")
-        if self.batch_size % self.accumulate:
-            raise _error(
-                "accumulate", f"must divide batch_size ({self.batch_size}), not {self.accumulate}."
-            )
         if self.dtype not in DTYPES:
             raise _error("dtype", f"must be one of {', '.join(DTYPES)}, not {self.dtype!r}.")
         if self.layers is not None and (

@@ -22,7 +22,7 @@ from reft_runtime.interventions import BaseShape, Intervention, write
 from reft_runtime.interventions.file import SUFFIX
 from reft_runtime.loading import free_memory, load_base
 from reft_runtime.text import Tokenizer
-from reft_runtime.training.forward import Base, EditedModel
+from reft_runtime.training.forward import Base, EditedModel, first_edited
 from reft_runtime.training.layout import Layout
 from reft_runtime.training.prompts import Example, Formatter, make_examples
 from reft_runtime.training.rows import Rows, read_rows
@@ -99,19 +99,28 @@ def train(
         make_examples(held_out, formatter, longest, truncate=settings.truncate) if held_out else []
     )
     about = _about(rows, held_out, settings, str(loaded.dtype).removeprefix("torch."))
-    folder = _work_folder(target, {"base": shape.model_dump(), **about}, resume=resume)
     args = arguments(
         settings,
-        folder,
+        _work_folder(target),
         len(examples),
         accuracy=bool(held_out.labels) if held_out else None,
         device=torch.device("cuda" if torch.cuda.is_available() else "cpu"),
         progress=progress,
     )
-    base = Base(loaded, _prefix_bytes(args.device))
+    note = {"base": shape.model_dump(), **about}
+    folder = _work_folder(target)
+    _begin(folder, note, resume=resume)
+    base = Base(loaded)
     base.to(args.device)
-    trainer = EditTrainer(EditedModel(base, edits), args, examples, tests)
+    trainer = EditTrainer(EditedModel(base, edits), args, examples, tests, settings.batch_size)
     begun = time.monotonic()
+    canonical = [edit.canonical() for edit in edits]
+    prompts = [*trainer.schedule.used, *tests]
+    base.keep(
+        (example.tokens[: first_edited(canonical, example)] for example in prompts),
+        _prefix_bytes(args.device),
+        progress=progress,
+    )
 
     def finish() -> Trained:
         seconds = round(time.monotonic() - begun, 1)
@@ -204,9 +213,13 @@ def _about(
     return about
 
 
-def _work_folder(target: Path, about: Mapping[str, JsonValue], *, resume: bool) -> Path:
-    """Where checkpoints are kept; one that another training left there is not overwritten."""
-    folder = target.with_name(f".{target.stem}.training")
+def _work_folder(target: Path) -> Path:
+    """Where checkpoints are kept until the file is written."""
+    return target.with_name(f".{target.stem}.training")
+
+
+def _begin(folder: Path, about: Mapping[str, JsonValue], *, resume: bool) -> None:
+    """Make the folder, or see that what is resumed is this training; no other is overwritten."""
     note = folder / "training.json"
     text = json.dumps(about, indent=1, sort_keys=True)
     if not resume:
@@ -218,7 +231,7 @@ def _work_folder(target: Path, about: Mapping[str, JsonValue], *, resume: bool) 
             )
         folder.mkdir(exist_ok=True)
         note.write_text(text)
-        return folder
+        return
     if not note.exists():
         raise ConfigError(f"resume: there is nothing to resume in {folder}.", param="resume")
     if note.read_text() != text:
@@ -229,7 +242,6 @@ def _work_folder(target: Path, about: Mapping[str, JsonValue], *, resume: bool) 
             f" data and options, or remove {folder} to begin again.",
             param="resume",
         )
-    return folder
 
 
 def _checkpoint(folder: Path) -> str | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, Sampler, SequentialSampler
 from transformers import (
     PrinterCallback,
     ProgressCallback,
@@ -21,7 +22,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from reft_runtime.errors import TrainingFailed
+from reft_runtime.errors import ConfigError, TrainingFailed
 from reft_runtime.training.forward import Base, EditedModel, predict
 from reft_runtime.training.prompts import Example
 from reft_runtime.training.settings import TrainSettings
@@ -36,17 +37,30 @@ COMPLETE = "complete"
 """Name of the file that marks a checkpoint as whole: it is written last."""
 
 
-class Examples(Dataset[Example]):
-    """Examples as a data set of torch's."""
+class Schedule(Dataset[Example]):
+    """All examples of a training in the order of its steps, each pass shuffled anew.
 
-    def __init__(self, examples: Sequence[Example]) -> None:
-        self.examples = examples
+    The order is a function of the seed alone: a training that is resumed goes on in it, whatever
+    the random numbers of the process are.
+    """
+
+    def __init__(self, examples: Sequence[Example], length: int, seed: int) -> None:
+        self._examples = examples
+        generator = torch.Generator().manual_seed(seed)
+        passes = math.ceil(length / len(examples))
+        orders = [torch.randperm(len(examples), generator=generator) for _ in range(passes)]
+        self._order: list[int] = torch.cat(orders)[:length].tolist()
+
+    @property
+    def used(self) -> list[Example]:
+        """The examples that occur in it, each once."""
+        return [self._examples[index] for index in sorted(set(self._order))]
 
     def __len__(self) -> int:
-        return len(self.examples)
+        return len(self._order)
 
     def __getitem__(self, index: int) -> Example:
-        return self.examples[index]
+        return self._examples[self._order[index]]
 
 
 def collate(examples: list[Example]) -> dict[str, Any]:
@@ -89,19 +103,24 @@ class EditTrainer(Trainer):
         args: TrainingArguments,
         train: Sequence[Example],
         evaluation: Sequence[Example],
+        batch_size: int,
     ) -> None:
+        self.schedule = Schedule(train, args.max_steps * batch_size, args.seed)
         self.last_good: dict[str, Tensor] | None = None
         super().__init__(
             model=model,
             args=args,
-            train_dataset=Examples(train),
-            eval_dataset=Examples(evaluation) if evaluation else None,
+            train_dataset=self.schedule,
+            eval_dataset=list(evaluation) or None,  # type: ignore[arg-type]
             data_collator=collate,
             callbacks=[_Checkpoints(self)],
         )
         self.remove_callback(PrinterCallback if args.disable_tqdm else ProgressCallback)
         if not args.disable_tqdm:
             self.add_callback(_Progress())
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
+        return SequentialSampler(self.schedule)
 
     def compute_loss(
         self,
@@ -127,7 +146,7 @@ class EditTrainer(Trainer):
         """Loss, perplexity and accuracy of the held-out examples, shared among the processes."""
         model: Any = self.model
         held_out: Any = self.eval_dataset
-        share = held_out.examples[self.args.process_index :: self.args.world_size]
+        share = held_out[self.args.process_index :: self.args.world_size]
         totals = scores(model.base, model.edits, share, self.args.eval_batch_size)
         totals = self.accelerator.reduce(totals.to(self.args.device)).cpu()
         metrics = {f"eval_{name}": value for name, value in as_metrics(totals).items()}
@@ -194,15 +213,19 @@ def arguments(
 
     It is None where there is nothing to evaluate on: then the last one is taken.
     """
-    steps = settings.steps or math.ceil(
-        (settings.epochs or 0) * math.ceil(rows / settings.batch_size)
-    )
+    steps = settings.steps or math.ceil((settings.epochs or 0) * rows / settings.batch_size)
+    parts = settings.accumulate * int(os.environ.get("WORLD_SIZE", "1"))  # torchrun sets it
+    if settings.batch_size % parts:
+        raise ConfigError(
+            f"batch_size: {settings.batch_size} rows of a step cannot be shared by {parts} parts.",
+            param="batch_size",
+        )
     every = max(1, math.ceil(steps / CHECKS))
     evaluates = accuracy is not None
     args = TrainingArguments(
         output_dir=str(folder),
         max_steps=steps,
-        per_device_train_batch_size=settings.batch_size // settings.accumulate,
+        per_device_train_batch_size=settings.batch_size // parts,
         per_device_eval_batch_size=2 * settings.batch_size,
         gradient_accumulation_steps=settings.accumulate,
         learning_rate=settings.lr or 0.0,

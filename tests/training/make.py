@@ -46,8 +46,8 @@ def loaded(model_type: str = "llama") -> LoadedModel:
     return adopt_model(model(model_type), differentiable=True)
 
 
-def base(model_type: str = "llama", prefix_bytes: int = 0) -> Base:
-    return Base(loaded(model_type), prefix_bytes)
+def base(model_type: str = "llama") -> Base:
+    return Base(loaded(model_type))
 
 
 def examples(rows: Sequence[dict[str, Any]] = ROWS, template: str | None = None) -> list[Example]:

@@ -59,8 +59,10 @@ def test_known_prefixes_change_nothing(model_type: str) -> None:
     rows = [Example("", prompt(length), length - 2) for length in (4, 30, 11)]
     assert first_edited(edits, rows[1]) == 27
     assert first_edited([*nothing, *edits], rows[1]) == 0
-    keeping = base(model_type, prefix_bytes=1 << 20)
+    keeping = base(model_type)
     first = predict(keeping, edits, rows).logits
+    keeping.keep((row.tokens[: first_edited(edits, row)] for row in rows), 1 << 20, progress=False)
+    assert len(keeping._kept) == 3
     torch.testing.assert_close(predict(keeping, edits, rows).logits, first)
     torch.testing.assert_close(
         predict(base(model_type), [*nothing, *edits], rows).logits, first, atol=1e-4, rtol=1e-4
@@ -69,11 +71,14 @@ def test_known_prefixes_change_nothing(model_type: str) -> None:
 
 def test_kept_prefixes_stay_within_their_memory() -> None:
     edits = random_edits(positions="l1").canonical()
-    rows = examples()[:4]
-    small = base(prefix_bytes=10_000)
+    rows = [Example("", prompt(length), length - 2) for length in (4, 30, 11)]
+    starts = [row.tokens[: first_edited(edits, row)] for row in rows]
+    small = base()
     first = predict(small, edits, rows).logits
-    assert 0 < sum(p.size_bytes for p in small._prefixes.values()) <= 10_000
-    assert len(small._prefixes) < len(rows)
+    small.keep(starts, 20 * small.loaded.kv_bytes_per_token, progress=False)
+    assert set(small._kept) == {starts[0], starts[2]}
+    size = sum(prefix.size_bytes for prefix in small._kept.values())
+    assert size == (1 + 8) * small.loaded.kv_bytes_per_token
     torch.testing.assert_close(predict(small, edits, rows).logits, first)
 
 

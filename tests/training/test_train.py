@@ -103,7 +103,7 @@ from reft_runtime.training import TrainSettings, train
 settings = TrainSettings(steps=200, batch_size=4, lr=1e-2, dtype="float32")
 data, out, model = sys.argv[1:4]
 resume = "resume" in sys.argv
-train(data, out, model=model, evaluation=data, settings=settings, resume=resume, progress=False)
+train(data, out, model=model, settings=settings, resume=resume, progress=False)
 """
 
 
@@ -132,7 +132,6 @@ def test_killed_and_resumed_it_ends_with_the_same_weights(tmp_path: Path) -> Non
     one, other = parse(read(whole)), parse(read(killed))
     assert one.tensors.keys() == other.tensors.keys()
     assert all(torch.equal(one.tensors[name], other.tensors[name]) for name in one.tensors)
-    assert one.manifest.metrics == other.manifest.metrics
     assert not checkpoints.exists()
 
 
@@ -221,7 +220,7 @@ def test_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exc
         ({"layers": (1, 1)}, "layers: name each layer once"),
         ({"lr": float("nan")}, "lr: must be a finite number above 0"),
         ({"epochs": 1.0}, "steps: give epochs or steps, not both"),
-        ({"accumulate": 3}, "accumulate: must divide batch_size"),
+        ({"accumulate": 3}, "batch_size: 8 rows of a step cannot be shared by 3"),
         ({"dtype": "float16"}, "dtype: must be one of auto, float32, bfloat16"),
         ({"untied": True}, "untied: needs positions of the form fN"),
         ({"positions": "[40]"}, "row 1: positions .40. edit nothing in its prompt"),
