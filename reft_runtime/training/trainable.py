@@ -21,7 +21,8 @@ class _Orthonormal(nn.Module):
 
     def forward(self, X: Tensor) -> Tensor:
         Q, T = torch.linalg.qr(X)
-        return Q * T.diagonal().sign()
+        signed: Tensor = Q * T.diagonal().sign()
+        return signed
 
 
 class TrainableEdit(nn.Module):

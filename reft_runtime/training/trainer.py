@@ -111,7 +111,7 @@ class EditTrainer(Trainer):
             model=model,
             args=args,
             train_dataset=self.schedule,
-            eval_dataset=list(evaluation) or None,  # type: ignore[arg-type]
+            eval_dataset=list(evaluation) or None,
             data_collator=collate,
             callbacks=[_Checkpoints(self)],
         )
@@ -131,7 +131,7 @@ class EditTrainer(Trainer):
     ) -> Any:
         """The loss, which must be finite."""
         loss: Tensor
-        loss, outputs = super().compute_loss(  # type: ignore[misc]
+        loss, outputs = super().compute_loss(
             model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch
         )
         if not bool(loss.isfinite()):

@@ -62,7 +62,7 @@ def random_edits(seed: int = 0, **settings: Any) -> TrainableEdits:
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in edits.parameters():
-            parameter += 0.2 * torch.randn(parameter.shape, generator=generator)
+            parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator))
     return edits
 
 

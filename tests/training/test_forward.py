@@ -53,8 +53,9 @@ def test_known_prefixes_change_nothing(model_type: str) -> None:
     whole = random_edits(positions="[0]", layers=layers)
     with torch.no_grad():
         for edit in whole:
-            edit.W.copy_(edit.R.T)  # type: ignore[operator, union-attr]
-            edit.b.zero_()  # type: ignore[operator]
+            stored = edit.stored()
+            stored["W"].copy_(stored["R"].T)
+            stored["b"].zero_()
     nothing = whole.canonical()  # edits the first token, and changes nothing
     rows = [Example("", prompt(length), length - 2) for length in (4, 30, 11)]
     assert first_edited(edits, rows[1]) == 27
@@ -101,11 +102,11 @@ def test_gradients_are_those_of_differences(kind: str, positions: str) -> None:
         step = 1e-2 * torch.randn(parameter.shape, generator=generator)
         step /= step.norm() / 1e-2
         with torch.no_grad():
-            parameter += step
+            parameter.add_(step)
             above = float(loss())
-            parameter -= 2 * step
+            parameter.sub_(2 * step)
             below = float(loss())
-            parameter += step
+            parameter.add_(step)
         expected = float((parameter.grad * step).sum()) * 2
         assert above - below == pytest.approx(expected, rel=0.1, abs=2e-4)
 

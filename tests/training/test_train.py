@@ -138,7 +138,7 @@ def test_killed_and_resumed_it_ends_with_the_same_weights(tmp_path: Path) -> Non
 @pytest.fixture
 def cut_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A training that was interrupted after its first checkpoint."""
-    save = EditTrainer._save_checkpoint  # type: ignore[attr-defined]
+    save = EditTrainer._save_checkpoint
 
     def once(self: Any, *arguments: Any) -> None:
         if self.state.global_step > 4:
