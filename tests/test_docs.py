@@ -25,8 +25,8 @@ DOCUMENTS = [
     "interventions/README.md",
 ]
 
-OTHER_PROGRAMS = {"--build-arg", "--gpus", "--data-binary"}
-"""Options of docker and curl in the documents."""
+OTHER_PROGRAMS = {"--build-arg", "--gpus", "--data-binary", "--data"}
+"""Options of docker, curl and our scripts in the documents."""
 
 OTHER_VARIABLES = {"REFT_CACHE"}
 """Where the demo model is kept: the library reads it, too, so it is no setting of the server."""
