@@ -84,6 +84,7 @@ class BatchAttention:
         window: int | None,
     ) -> Tensor:
         """See `engine.attention.AttentionStep.attend`."""
+        query, key, value = (t.transpose(0, 1)[None] for t in (query, key, value))
         if self._keep_own:
             self._own[layer] = (key[0], value[0])
         query, key, value = (self._padded(t) for t in (query, key, value))
@@ -99,7 +100,7 @@ class BatchAttention:
             enable_gqa=query.shape[1] != key.shape[1],
         )
         rows = result.transpose(1, 2).flatten(0, 1)  # [rows * longest, heads, dim]
-        return rows.index_select(0, self._packed)[None]
+        return rows.index_select(0, self._packed)
 
     def prefixes_of_rows(self) -> list[Prefix]:
         """What was attended to, by row."""
