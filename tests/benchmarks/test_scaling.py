@@ -40,6 +40,10 @@ def test_change_of_speed_is_that_from_the_first_count_to_the_last() -> None:
     assert change.low == pytest.approx(change.high)
 
 
-def test_latency(model: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_latency(
+    model: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(latency, "STREAMS", 2)
+    monkeypatch.setattr(latency, "LONG_PROMPT_TOKENS", 200)
     latency.main(model, "float32", 1, None)
     assert "| float32 |" in capsys.readouterr().out
