@@ -1,6 +1,6 @@
 """Alternating rounds: what every measurement here is made with.
 
-A machine's speed drifts, so a round runs every case once, in an order that turns from round to
+A machine's speed drifts, so a round runs every case once, in an order that changes from round to
 round, and cases are compared within their round. Reported are medians, and the median of the
 ratios to a reference case with its 90 % bootstrap interval.
 
@@ -96,9 +96,9 @@ def measure(
             case(0)
             release_workers()
     for number in range(len(done) + 1, rounds + 1):
-        turn = (number - 1) % len(labels)
+        # Shuffled, because what a case leaves behind would always meet the same next one.
         taken = {}
-        for label in labels[turn:] + labels[:turn]:
+        for label in random.Random(number).sample(labels, len(labels)):
             taken[label] = cases[label](number)
             release_workers()
         done.append({label: taken[label] for label in labels})
