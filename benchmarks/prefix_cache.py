@@ -26,7 +26,7 @@ import torch
 import typer
 
 from benchmarks.measuring import SECONDS, Case, Figures, measure, median, speed_ratio, table
-from benchmarks.throughput import random_intervention
+from benchmarks.workload import random_intervention
 from reft_runtime import Engine, SamplingParams
 from reft_runtime.use import Use
 
