@@ -38,6 +38,13 @@ Setting = Mapping[str, str | int]
 """What is equal for all cases of a table, such as the dtype and the number of requests."""
 
 
+class Group(TypedDict):
+    """What a file holds of one setting (the machine's keys are in it): its rounds."""
+
+    setting: dict[str, str | int]
+    rounds: list[Round]
+
+
 class Ratio(NamedTuple):
     """A median ratio and the bounds of its 90 % bootstrap interval."""
 
@@ -98,7 +105,7 @@ def recorded(path: Path | None, setting: Setting, labels: Sequence[str]) -> list
     key = {**machine(), **setting}
     return [
         found
-        for group in _load(path)
+        for group in load(path)
         if group["setting"] == key
         for found in group["rounds"]
         if all(label in found for label in labels)
@@ -128,11 +135,11 @@ def interval(values: Sequence[float], resamples: int = 2000) -> Ratio:
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    """A Markdown table, its columns padded; numbers stand to the right."""
+    """A Markdown table, its columns padded; those of numbers (or blanks) stand to the right."""
     cells = [[str(cell) for cell in row] for row in (header, *rows)]
     widths = [max(3, *(len(row[column]) for row in cells)) for column in range(len(header))]
     numeric = [
-        bool(rows) and all(isinstance(row[column], int | float | Ratio) for row in rows)
+        all(row[column] == "" or isinstance(row[column], int | float | Ratio) for row in rows)
         for column in range(len(header))
     ]
 
@@ -150,22 +157,19 @@ def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     return "\n".join([line(cells[0]), line(rule), *map(line, cells[1:])])
 
 
-class _Group(TypedDict):
-    setting: dict[str, str | int]
-    rounds: list[Round]
-
-
-def _load(path: Path | None) -> list[_Group]:
+def load(path: Path | None) -> list[Group]:
+    """Everything in the file; nothing where there is none yet."""
     if path is None or not path.exists():
         return []
-    groups: list[_Group] = json.loads(path.read_text())
+    groups: list[Group] = json.loads(path.read_text())
     return groups
 
 
 def _save(path: Path, setting: Setting, rounds: list[Round]) -> None:
     key = {**machine(), **setting}
-    others = [group for group in _load(path) if group["setting"] != key]
+    others = [group for group in load(path) if group["setting"] != key]
     text = json.dumps([*others, {"setting": key, "rounds": rounds}], indent=1)
+    path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".part")
     partial.write_text(text + "\n")
     partial.replace(path)

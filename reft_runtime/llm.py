@@ -16,6 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from reft_runtime.admission import Admission, Prompt
 from reft_runtime.assembly import Assembler
 from reft_runtime.blocking import Call, run_calls
+from reft_runtime.cores import usable_cores
 from reft_runtime.engine.core import EngineConfig, EngineCore
 from reft_runtime.engine.loop import EngineLoop
 from reft_runtime.engine.sequence import Request
@@ -62,13 +63,12 @@ class Engine:
         max_running: int = 64,
         max_queued: int = 1024,
         max_queued_tokens: int = 1_000_000,
-        max_step_tokens: int = 512,
+        max_step_tokens: int = 2048,
         kv_tokens: int | None = None,
         prefix_cache: bool = True,
         threads: int | None = None,
     ) -> None:
-        if threads is not None:
-            torch.set_num_threads(threads)
+        torch.set_num_threads(threads or min(torch.get_num_threads(), usable_cores()))
         name, loaded, tokenizer = load_base(model, tokenizer, dtype, max_model_len)
         kv_tokens = kv_budget(loaded, max_running, kv_tokens, prefix_cache=prefix_cache)
         config = EngineConfig(

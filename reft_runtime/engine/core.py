@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -40,9 +41,17 @@ class EngineConfig:
 
 
 class EngineCore:
-    """Turns requests into tokens. Not thread safe: one thread owns it."""
+    """Turns requests into tokens. Not thread safe: one thread owns it.
 
-    def __init__(self, loaded: LoadedModel, config: EngineConfig) -> None:
+    `clock` gives seconds; how long steps take decides how large the next ones are.
+    """
+
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        config: EngineConfig,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
         self.loaded = loaded
         budget = BlockBudget(config.kv_tokens, PrefixCache() if config.prefix_cache else None)
         self.scheduler = Scheduler(budget, config.max_running, config.max_step_tokens)
@@ -52,6 +61,7 @@ class EngineCore:
         self.steps = 0
         self.prompt_tokens = 0
         self.generation_tokens = 0
+        self._clock = clock
         self._arrivals = 0
         self._live: dict[str, list[Sequence]] = {}
 
@@ -82,12 +92,15 @@ class EngineCore:
             return []
         now = time.monotonic()
         events: list[Event] = [Started(s.request.id, now) for s in _newly_started(plan)]
+        began = self._clock()
         result = self._run(plan)
+        seconds = self._clock() - began
         if result is None:
             # What the others have computed is still there: their next step does this one again.
             newest = max((c.sequence for c in plan.chunks), key=lambda s: (s.order, s.choice))
             self._fail(StepResult(failed={newest: "out of memory"}), events)
             return events
+        self.scheduler.pacer.record(plan.decodes, plan.prompt_tokens, seconds)
         self.steps += 1
         self.prompt_tokens += sum(
             max(0, min(c.stop, c.sequence.prompt_length) - c.start) for c in plan.chunks

@@ -96,7 +96,9 @@ class Runner:
             return
         owners = [sequence for sequence, _ in wanted.samples]
         rows = [self._sample_row(sequence) for sequence in owners]
-        logits = logits[[row for _, row in wanted.samples]]
+        kept = [row for _, row in wanted.samples]
+        if kept != list(range(len(logits))):  # an index makes a copy
+            logits = logits[kept]
         for row, sequence in enumerate(owners):
             if sequence.request.trace and sequence.leads and not sequence.generated_length:
                 result.first_logprobs[sequence] = logits[row].float().log_softmax(-1)

@@ -2,7 +2,7 @@
 
 Order of a step: running sequences decode (oldest first, the newest is preempted when KV runs
 out), then running prompts go on, then waiting sequences are admitted in order of arrival, all
-within one budget of tokens.
+within one budget of tokens, which `StepPacer` makes smaller where streams would wait too long.
 
 Before each chunk of a prompt the prefix cache is asked for what comes next. A prompt whose next
 block is being computed for another one sits the step out instead of computing it too. It waits
@@ -17,8 +17,12 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from reft_runtime.engine.blocks import BLOCK_TOKENS, BlockBudget
+from reft_runtime.engine.pacing import StepPacer
 from reft_runtime.engine.prefix_cache import BlockCopy
 from reft_runtime.engine.sequence import Sequence, Status
+
+MAX_SCORED_TOKENS = 512
+"""Prompt tokens of a step whose log-probabilities are asked: each takes a row of logits."""
 
 
 @dataclass(slots=True)
@@ -60,8 +64,14 @@ class StepPlan:
     """
 
     chunks: list[Chunk] = field(default_factory=list)
+    decodes: int = 0
     preempted: list[Sequence] = field(default_factory=list)
     kept: list[BlockCopy] = field(default_factory=list)
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Tokens of all chunks but the decoding ones."""
+        return sum(chunk.length for chunk in self.chunks[self.decodes :])
 
 
 class Scheduler:
@@ -78,6 +88,7 @@ class Scheduler:
         self.cache = budget.cache
         self.max_running = max_running
         self.max_step_tokens = max_step_tokens
+        self.pacer = StepPacer()
         self.running: list[Sequence] = []
         self.waiting: deque[Sequence] = deque()
         self.preemptions = 0
@@ -99,7 +110,11 @@ class Scheduler:
         """Choose the next step's chunks; empty only when idle."""
         plan = StepPlan()
         self._schedule_decodes(plan)
-        tokens_left = self.max_step_tokens - len(plan.chunks)
+        plan.decodes = len(plan.chunks)
+        tokens_left = min(
+            self.max_step_tokens - plan.decodes,
+            self.pacer.prompt_tokens(plan.decodes, self._prompts()),
+        )
         for sequence in list(self.running):  # forks join while we look
             if tokens_left and not sequence.decoding:
                 tokens_left -= self._schedule_prompt(plan, sequence, tokens_left)
@@ -164,7 +179,18 @@ class Scheduler:
             else:
                 plan.chunks.append(Chunk(sequence, sequence.computed, 1))
 
+    def _prompts(self) -> int:
+        """Sequences that could compute prompt tokens now, KV permitting."""
+        admissible = min(len(self.waiting), self.max_running - len(self.running))
+        return admissible + sum(not sequence.decoding for sequence in self.running)
+
     def _schedule_prompt(self, plan: StepPlan, sequence: Sequence, limit: int) -> int:
+        if _scored(sequence):
+            prompts = plan.chunks[plan.decodes :]
+            scored = sum(chunk.length for chunk in prompts if _scored(chunk.sequence))
+            limit = min(limit, MAX_SCORED_TOKENS - scored)
+            if not limit:
+                return 0
         start, reused = sequence.computed, []
         if self.cache is not None and sequence.reads_cache:
             keys = sequence.block_keys(len(sequence.tokens) - 1)  # the last is always computed
@@ -240,6 +266,10 @@ def _will_keep(chunk: Chunk, block: int, key: bytes) -> bool:
     keys = other.block_keys((block + 1) * BLOCK_TOKENS)
     no_token = other.request.sampling.max_tokens == 0
     return keys[block] == key and not (no_token and block >= other.keys.base)
+
+
+def _scored(sequence: Sequence) -> bool:
+    return sequence.leads and sequence.request.sampling.prompt_logprobs is not None
 
 
 def _arrival(sequence: Sequence) -> tuple[int, int]:
