@@ -10,6 +10,7 @@ ReftError
 │   └── Draining            the server is shutting down (503)
 ├── RequestFailed           a fault inside one request ended it (500)
 ├── EngineDead              the engine stopped and serves nothing any more (500)
+├── TrainingFailed          a training ended before its time
 ├── UnsupportedModel        the engine refuses to load this base model
 └── ConfigError             a setting is not usable; raised at start
 """
@@ -64,6 +65,10 @@ class RequestFailed(ReftError):
 
 class EngineDead(ReftError):
     """The engine stopped; every waiting request gets this, and no new one is taken."""
+
+
+class TrainingFailed(ReftError):
+    """A training ended before its time; the message says why, and what was kept."""
 
 
 class UnsupportedModel(ReftError):

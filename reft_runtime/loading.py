@@ -26,16 +26,22 @@ def load_base(
     tokenizer: PreTrainedTokenizerBase | None,
     dtype: str,
     max_model_len: int | None,
+    *,
+    differentiable: bool = False,
 ) -> tuple[str, LoadedModel, PreTrainedTokenizerBase]:
-    """Name, model and tokenizer of "demo", a hub id, a folder, or a model in memory."""
+    """Name, model and tokenizer of "demo", a hub id, a folder, or a model in memory.
+
+    `differentiable` as in `load_model`.
+    """
     keep_freed_memory()
     if isinstance(model, PreTrainedModel):
         if tokenizer is None:
             raise ConfigError("tokenizer: give that of the model in memory.", param="tokenizer")
         name = Path(model.name_or_path or "").name or type(model).__name__
-        return name, adopt_model(model, max_model_len), tokenizer
+        loaded = adopt_model(model, max_model_len, differentiable=differentiable)
+        return name, loaded, tokenizer
     path, name = locate(str(model))
-    loaded = load_model(path, dtype, max_model_len)
+    loaded = load_model(path, dtype, max_model_len, differentiable=differentiable)
     return name, loaded, tokenizer or AutoTokenizer.from_pretrained(path)
 
 
@@ -72,11 +78,11 @@ def kv_budget(
             )
         return wanted
     copies = 3 if prefix_cache else 2
-    affordable = KV_SHARE_OF_FREE_MEMORY * _free_memory() / (copies * loaded.kv_bytes_per_token)
+    affordable = KV_SHARE_OF_FREE_MEMORY * free_memory() / (copies * loaded.kv_bytes_per_token)
     return max(longest, min(max_running * longest, int(affordable)))
 
 
-def _free_memory() -> int:
+def free_memory() -> int:
     """Bytes that may still be taken: the machine's, or less where a container has a limit."""
     free: int = psutil.virtual_memory().available
     with suppress(OSError, ValueError):

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from fastapi import APIRouter, Depends, FastAPI
 
+from reft_runtime.version import VERSION
 from server.auth import require_key
 from server.context import Context
 from server.errors import install_error_handlers
@@ -24,7 +25,6 @@ from server.routes import (
     vllm_compat,
 )
 from server.settings import Settings
-from server.version import VERSION
 
 if TYPE_CHECKING:
     from reft_runtime.llm import Engine

@@ -13,9 +13,9 @@ from pydantic import SecretStr
 from pydantic_core import PydanticUndefined
 
 from reft_runtime.errors import ConfigError, NotFound, ReftError
-from server import files_cli
+from reft_runtime.version import VERSION
+from server import files_cli, training_cli
 from server.settings import Settings, load_settings
-from server.version import VERSION
 
 if TYPE_CHECKING:
     from reft_runtime.interventions import Version
@@ -32,6 +32,7 @@ app = typer.Typer(
     help="One resident language model, many tasks: serve LoReFT interventions per request.",
 )
 app.add_typer(files_cli.app)
+app.add_typer(training_cli.app)
 
 
 def main() -> None:

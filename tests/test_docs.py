@@ -17,10 +17,16 @@ from server.settings import Settings
 from tests.http.fake_engine import FakeEngine
 
 ROOT = Path(__file__).parents[1]
-DOCUMENTS = ["README.md", "docs/operations.md", "docs/structure.md", "interventions/README.md"]
+DOCUMENTS = [
+    "README.md",
+    "docs/operations.md",
+    "docs/structure.md",
+    "docs/training.md",
+    "interventions/README.md",
+]
 
-OTHER_PROGRAMS = {"--build-arg", "--gpus", "--data-binary"}
-"""Options of docker and curl in the documents."""
+OTHER_PROGRAMS = {"--build-arg", "--gpus", "--data-binary", "--data"}
+"""Options of docker, curl and our scripts in the documents."""
 
 OTHER_VARIABLES = {"REFT_CACHE"}
 """Where the demo model is kept: the library reads it, too, so it is no setting of the server."""

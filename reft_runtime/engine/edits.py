@@ -5,16 +5,12 @@ Every edit has the canonical form h + s * (g * h + c + phi(h V^T + b) U); see `C
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
-from functools import cache
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear
 from torch.nn.utils.rnn import pad_sequence
-from transformers.activations import ACT2FN
 
 from reft_runtime.engine.scheduler import Chunk
 from reft_runtime.engine.sequence import Sequence
@@ -153,24 +149,7 @@ def _batches(segment: Segment) -> bool:
 def _edit_alone(segment: Segment, hidden: Tensor) -> tuple[Tensor, Tensor]:
     """Packed rows and their new values, in float32; any kind of edit."""
     rows = torch.tensor(segment.rows, device=hidden.device)
-    old = hidden[rows].float()
-    edit, learned = segment.edit, segment.edit.learned
-    change = torch.zeros_like(old)
-    if learned:
-        low_rank = linear(
-            old.to(edit.dtype), edit.V[:learned].to(edit.dtype), edit.b[:learned].to(edit.dtype)
-        )
-        if edit.act is not None:
-            low_rank = _act(edit.act)(low_rank)
-        change = change + low_rank.float() @ edit.U[:learned]
-    if learned < edit.rank:
-        low_rank = torch.addmm(edit.b[learned:], old, edit.V[learned:].T)
-        change = torch.addmm(change, low_rank, edit.U[learned:])
-    if edit.gain is not None:
-        change = torch.addcmul(change, old, edit.gain)
-    if edit.offset is not None:
-        change = change + edit.offset
-    return rows, torch.add(old, change, alpha=segment.strength)
+    return rows, segment.edit.edited(hidden[rows], segment.strength)
 
 
 def _edit_together(segments: list[Segment], hidden: Tensor) -> tuple[Tensor, Tensor]:
@@ -201,9 +180,3 @@ def _stack(parts: list[Tensor]) -> Tensor:
     if len({part.shape for part in parts}) == 1:
         return torch.stack(parts)  # several times faster than padding
     return pad_sequence(parts, batch_first=True)
-
-
-@cache
-def _act(name: str) -> Callable[[Tensor], Tensor]:
-    act: Callable[[Tensor], Tensor] = ACT2FN[name]
-    return act

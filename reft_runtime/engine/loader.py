@@ -70,9 +70,16 @@ def choose_dtype(name: str) -> torch.dtype:
     return _DTYPES[name]
 
 
-def load_model(path: str, dtype: str = "auto", max_model_len: int | None = None) -> LoadedModel:
+def load_model(
+    path: str,
+    dtype: str = "auto",
+    max_model_len: int | None = None,
+    *,
+    differentiable: bool = False,
+) -> LoadedModel:
     """Load a causal language model from a folder or hub id, by transformers, without remote code.
 
+    A `differentiable` one lets gradients through, to the activations: its linear layers stay plain.
     Raises `UnsupportedModel` where the engine would not give the model's own tokens.
     """
     if path.startswith(("/", ".", "~")) and not Path(path).is_dir():
@@ -87,11 +94,13 @@ def load_model(path: str, dtype: str = "auto", max_model_len: int | None = None)
         model = AutoModelForCausalLM.from_pretrained(path, dtype=choose_dtype(dtype))
     except (OSError, ValueError) as error:
         raise ConfigError(f"model {path!r} cannot be loaded: {error}", param="model") from error
-    return adopt_model(model, max_model_len)
+    return adopt_model(model, max_model_len, differentiable=differentiable)
 
 
 @torch.inference_mode()
-def adopt_model(model: PreTrainedModel, max_model_len: int | None = None) -> LoadedModel:
+def adopt_model(
+    model: PreTrainedModel, max_model_len: int | None = None, *, differentiable: bool = False
+) -> LoadedModel:
     """Make a model in memory ready for packed steps; checks it as `load_model` does."""
     config = model.config
     _check_config(config)
@@ -100,8 +109,9 @@ def adopt_model(model: PreTrainedModel, max_model_len: int | None = None) -> Loa
     layers = _decoder_layers(model, config.num_hidden_layers)
     probed = _probe(model)
     weight_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
-    weight_bytes += prepack(model)
-    fuse(model, layers, probed)
+    if not differentiable:
+        weight_bytes += prepack(model)
+        fuse(model, layers, probed)
     eos = model.generation_config.eos_token_id if model.generation_config else None
     eos = config.eos_token_id if eos is None else eos
     eos_ids = frozenset(eos if isinstance(eos, list) else [] if eos is None else [eos])

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cache
 
 import torch
 from torch import Tensor
+from torch.nn.functional import linear
 from transformers.activations import ACT2FN
 
 from reft_runtime.errors import InvalidFile, InvalidRequest
@@ -45,6 +48,29 @@ class CanonicalEdit:
     def rank(self) -> int:
         """Number of rank rows, k; it may be 0."""
         return self.b.shape[0]
+
+    def edited(self, rows: Tensor, strength: float = 1.0) -> Tensor:
+        """The edited rows [n, d], in float32; `rows` stay as they are.
+
+        Differentiable in the rows and in the edit's tensors: training goes through here as well.
+        """
+        old, learned = rows.float(), self.learned
+        change = torch.zeros_like(old)
+        if learned:
+            low_rank = linear(
+                old.to(self.dtype), self.V[:learned].to(self.dtype), self.b[:learned].to(self.dtype)
+            )
+            if self.act is not None:
+                low_rank = _act(self.act)(low_rank)
+            change = change + low_rank.float() @ self.U[:learned]
+        if learned < self.rank:
+            low_rank = torch.addmm(self.b[learned:], old, self.V[learned:].T)
+            change = torch.addmm(change, low_rank, self.U[learned:])
+        if self.gain is not None:
+            change = torch.addcmul(change, old, self.gain)
+        if self.offset is not None:
+            change = change + self.offset
+        return torch.add(old, change, alpha=strength)
 
     def subset(self, subspace: tuple[int, ...]) -> CanonicalEdit:
         """The same edit along some of its directions only (columns of LoReFT's R).
@@ -116,6 +142,12 @@ def canonical_edit(spec: EditSpec, parts: Formula, width: int) -> CanonicalEdit:
         offset=parts.offset,
         directions=U.shape[0],
     )
+
+
+@cache
+def _act(name: str) -> Callable[[Tensor], Tensor]:
+    act: Callable[[Tensor], Tensor] = ACT2FN[name]
+    return act
 
 
 def _check_act(act: str, dtype: torch.dtype) -> None:

@@ -97,7 +97,7 @@ class Tokenizer:
         not fit the template is an `InvalidRequest` that names `messages`.
         """
         if template is None or template == "chat":
-            return self.encode(self._render(messages), add_special_tokens=False, param="messages")
+            return self.encode(self.render(messages), add_special_tokens=False, param="messages")
         roles = [message["role"] for message in messages]
         if roles != ["user"]:
             raise InvalidRequest(
@@ -107,7 +107,11 @@ class Tokenizer:
             )
         return self.encode(template.replace(_FIELD, messages[0]["content"]), param="messages")
 
-    def _render(self, messages: Sequence[Message]) -> str:
+    def render(self, messages: Sequence[Message], *, answered: bool = False) -> str:
+        """A chat as the model's own template writes it, to be encoded without special tokens.
+
+        It ends where the next turn is to begin, or, `answered`, with the last one's end.
+        """
         if not self._tokenizer.chat_template:
             raise InvalidRequest(
                 "messages: this model has no chat template; use /v1/completions.", param="messages"
@@ -116,7 +120,7 @@ class Tokenizer:
             text = self._tokenizer.apply_chat_template(
                 [{"role": turn["role"], "content": turn["content"]} for turn in messages],
                 tokenize=False,
-                add_generation_prompt=True,
+                add_generation_prompt=not answered,
             )
         except jinja2.TemplateError as error:
             raise InvalidRequest(

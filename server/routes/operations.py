@@ -8,10 +8,10 @@ from typing import Any
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 
+from reft_runtime.version import VERSION
 from server.context import Server
 from server.metrics import CONTENT_TYPE
 from server.openapi import describe
-from server.version import VERSION
 
 public = APIRouter(tags=["health"])
 router = APIRouter(tags=["operations"])

@@ -1,4 +1,4 @@
-"""The version of this server, as it was installed."""
+"""The version of this project, as it was installed."""
 
 from __future__ import annotations
 

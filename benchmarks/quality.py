@@ -1,0 +1,316 @@
+"""Quality: the base, LoReFT and PEFT's LoRA from the same rows, side by side.
+
+For each task (a folder with train.jsonl and dev.jsonl or test.jsonl) and method, the learning rate
+is chosen from a grid on fewer rows with one seed; then every seed is trained on all rows.
+Every finished run is a line of `--out`, and a run that is there is not done again: the script may
+be stopped at any time.
+
+    pip install -e '.[quality]'
+    python -m benchmarks.quality --data DIR --tasks sst2,trec --out quality.jsonl
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from reft_runtime.demo import locate
+from reft_runtime.engine.loader import choose_dtype
+from reft_runtime.text import Tokenizer
+from reft_runtime.training import TrainSettings, evaluate, train
+from reft_runtime.training.layout import Layout
+from reft_runtime.training.prompts import Example, Formatter
+from reft_runtime.training.rows import Rows, read_rows
+
+IGNORED = -100
+LORA_RANK = 8
+WARMUP = 0.06
+
+
+@dataclass(frozen=True, slots=True)
+class Method:
+    """How to train, and the learning rates to choose from."""
+
+    positions: str | None
+    """Of LoReFT; None for LoRA."""
+    rates: tuple[float, ...]
+
+
+METHODS = {
+    "LoReFT l1": Method("l1", (2e-3, 4e-3, 8e-3)),
+    "LoReFT f1+l1": Method("f1+l1", (2e-3, 4e-3, 8e-3)),
+    "LoRA r=8": Method(None, (2e-4, 5e-4, 1e-3)),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """One training: what identifies it."""
+
+    task: str
+    method: str
+    rows: int
+    seed: int
+    lr: float
+    epochs: float
+    batch_size: int
+    rank: int
+    dtype: str
+    eval_rows: int | None
+
+    @property
+    def key(self) -> str:
+        """A text that only equal runs have."""
+        return json.dumps(asdict(self), sort_keys=True)
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What a training gave; `accuracy` is a share, `seconds` training alone."""
+
+    accuracy: float
+    parameters: int
+    size_bytes: int
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """Rows to train on, and to be tested on."""
+
+    name: str
+    train: list[dict[str, Any]]
+    test: list[dict[str, Any]]
+
+    @classmethod
+    def read(cls, folder: Path, eval_rows: int | None) -> Task:
+        """A folder's data; tested on dev.jsonl where there is one, else on test.jsonl."""
+        held_out = folder / "dev.jsonl"
+        test = _fields(read_rows(held_out if held_out.exists() else folder / "test.jsonl"))
+        return cls(folder.name, _fields(read_rows(folder / "train.jsonl")), test[:eval_rows])
+
+    def sample(self, rows: int, seed: int) -> list[dict[str, Any]]:
+        """So many training rows, the same for every method."""
+        return random.Random(seed).sample(self.train, min(rows, len(self.train)))
+
+
+def _fields(rows: Rows) -> list[dict[str, Any]]:
+    return [dict(row.fields) for row in rows.rows]
+
+
+def loreft(run: Run, task: Task, model: str, positions: str) -> Outcome:
+    """Train by `reft_runtime.training`, and ask the engine with the file that it wrote."""
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "it.safetensors"
+        settings = TrainSettings(
+            positions=positions,
+            rank=run.rank,
+            lr=run.lr,
+            epochs=run.epochs,
+            batch_size=run.batch_size,
+            seed=run.seed,
+            dtype=run.dtype,
+        )
+        trained = train(task.sample(run.rows, run.seed), out, model=model, settings=settings)
+        report = evaluate([task.test], [str(out)], model=model, dtype=run.dtype)
+        parameters = sum(tensor.numel() for tensor in trained.intervention.tensors.values())
+        return Outcome(report.value("it", "rows"), parameters, out.stat().st_size, trained.seconds)
+
+
+def lora(run: Run, task: Task, model: str) -> Outcome:
+    """Train PEFT's LoRA on all linear layers in a plain loop of the same schedule."""
+    from peft import LoraConfig, TaskType, get_peft_model
+
+    path, _ = locate(model)
+    torch.manual_seed(run.seed)
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    base = AutoModelForCausalLM.from_pretrained(path, dtype=choose_dtype(run.dtype))
+    config = LoraConfig(
+        task_type=TaskType.CAUSAL_LM,
+        r=LORA_RANK,
+        lora_alpha=2 * LORA_RANK,
+        lora_dropout=0.0,
+        target_modules="all-linear",
+    )
+    tuned = get_peft_model(base, config)  # its weights are float32 whatever the base's dtype is
+    words = Tokenizer(tokenizer, base.config.max_position_embeddings)
+    examples = _examples(task.sample(run.rows, run.seed), words)
+    steps = math.ceil(run.epochs * len(examples) / run.batch_size)
+    parameters = [p for p in tuned.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=run.lr, weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, _linear(steps))
+    order: list[int] = []
+    rng = random.Random(run.seed)
+    begun = time.monotonic()
+    tuned.train()
+    for _ in range(steps):
+        while len(order) < run.batch_size:
+            order += rng.sample(range(len(examples)), len(examples))
+        chosen, order = order[: run.batch_size], order[run.batch_size :]
+        logits, targets = _logits(tuned, [examples[i] for i in chosen])
+        loss = cross_entropy(logits.float(), targets)
+        loss.backward()  # type: ignore[no-untyped-call]
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+    seconds = time.monotonic() - begun
+    with tempfile.TemporaryDirectory() as folder:
+        tuned.save_pretrained(folder)
+        size = (Path(folder) / "adapter_model.safetensors").stat().st_size
+    tests = _examples(task.test, words)
+    return Outcome(
+        _accuracy(tuned, tests), sum(p.numel() for p in parameters), size, round(seconds, 1)
+    )
+
+
+def _examples(rows: Sequence[dict[str, Any]], tokenizer: Tokenizer) -> list[Example]:
+    found = read_rows(rows)
+    formatter = Formatter(Layout(None, found.rows[0]), tokenizer, tokenizer.eos_ids)
+    return [formatter.example(row) for row in found.rows]
+
+
+def _linear(steps: int) -> Callable[[int], float]:
+    warmup = math.ceil(WARMUP * steps)
+    return lambda step: min((step + 1) / warmup, (steps - step) / max(1, steps - warmup))
+
+
+def _logits(model: Any, examples: Sequence[Example]) -> tuple[Tensor, Tensor]:
+    """Logits of the completions' tokens [K, vocabulary], and these tokens; rows right-padded."""
+    longest = max(len(example.tokens) for example in examples)
+    ids = torch.tensor([[*e.tokens, *[0] * (longest - len(e.tokens))] for e in examples])
+    mask = torch.tensor([[i < len(e.tokens) for i in range(longest)] for e in examples])
+    rows = [
+        (number, at)
+        for number, e in enumerate(examples)
+        for at in range(e.prompt_length - 1, len(e.tokens) - 1)
+    ]
+    inner = model.get_base_model()
+    hidden = inner.model(input_ids=ids, attention_mask=mask.long()).last_hidden_state
+    numbers, places = map(list, zip(*rows, strict=True))
+    targets = [token for example in examples for token in example.completion]
+    return inner.lm_head(hidden[numbers, places]), torch.tensor(targets)
+
+
+@torch.no_grad()
+def _accuracy(model: Any, examples: Sequence[Example]) -> float:
+    """As `reft_runtime.training.forward.Predictions.right`: greedy decoding gives the label."""
+    model.eval()
+    right = 0
+    for first in range(0, len(examples), 32):
+        part = examples[first : first + 32]
+        logits, targets = _logits(model, part)
+        counts = [len(example.completion) for example in part]
+        hits = torch.split(logits.argmax(-1) == targets, counts)
+        right += sum(bool(hit[: e.label_length].all()) for hit, e in zip(hits, part, strict=True))
+    return right / len(examples)
+
+
+class Results:
+    """Runs that are done, one JSON line each."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._done: dict[str, dict[str, Any]] = {}
+        if path.exists():
+            for line in path.read_text().splitlines():
+                entry = json.loads(line)
+                self._done[json.dumps(entry["run"], sort_keys=True)] = entry
+
+    def outcome(self, run: Run, do: Callable[[], Outcome]) -> Outcome:
+        """What a run gave; it is done where it is not known."""
+        if run.key not in self._done:
+            entry = {"run": asdict(run), "outcome": asdict(do())}
+            self._done[run.key] = entry
+            with self._path.open("a") as file:
+                file.write(json.dumps(entry) + "\n")
+            print(json.dumps(entry), flush=True)
+        return Outcome(**self._done[run.key]["outcome"])
+
+
+def row(label: str, outcomes: Sequence[Outcome], task: str, lr: float | None) -> str:
+    """A line of the table: means over seeds, and the spread of the accuracy."""
+    accuracies = [100 * outcome.accuracy for outcome in outcomes]
+    spread = f" ± {statistics.stdev(accuracies):.1f}" if len(accuracies) > 1 else ""
+    last = outcomes[-1]
+    cells = [
+        task,
+        label,
+        "-" if lr is None else f"{lr:g}",
+        f"{statistics.mean(accuracies):.1f}{spread}",
+        f"{last.parameters:,}",
+        f"{last.size_bytes / 1000:,.0f}",
+        f"{statistics.mean(outcome.seconds for outcome in outcomes):.0f}",
+    ]
+    return f"| {' | '.join(cells)} |"
+
+
+def main(
+    data: Annotated[Path, typer.Option(help="Folder with a folder for each task.")],
+    out: Annotated[Path, typer.Option(help="Finished runs; the script goes on from them.")],
+    tasks: Annotated[str, typer.Option(help="Comma-separated.")] = "sst2,trec",
+    methods: Annotated[str, typer.Option(help="Comma-separated, by name.")] = ",".join(METHODS),
+    model: Annotated[str, typer.Option(help="demo, a folder, or a hub id.")] = "demo",
+    rows: Annotated[int, typer.Option(min=1, help="Rows of a training.")] = 2000,
+    grid_rows: Annotated[
+        int,
+        typer.Option(min=0, help="Rows to choose the learning rate on; 0 takes the middle one."),
+    ] = 1000,
+    seeds: Annotated[int, typer.Option(min=1)] = 3,
+    epochs: Annotated[float, typer.Option(help="Of every training.")] = 3,
+    batch_size: Annotated[int, typer.Option(min=1)] = 16,
+    rank: Annotated[int, typer.Option(min=1, help="Of LoReFT, at all layers.")] = 4,
+    eval_rows: Annotated[int | None, typer.Option(min=1, help="Fewer rows to test on.")] = None,
+    dtype: Annotated[str, typer.Option(help="Of the base's weights.")] = "float32",
+) -> None:
+    """Train what is not done yet, and print the table."""
+    results = Results(out)
+    lines = []
+    for name in tasks.split(","):
+        task = Task.read(data / name, eval_rows)
+
+        def outcome(method: str, size: int, seed: int, lr: float, task: Task = task) -> Outcome:
+            run = Run(task.name, method, size, seed, lr, epochs, batch_size, rank, dtype, eval_rows)
+            positions = METHODS[method].positions
+
+            def do() -> Outcome:
+                if positions is None:
+                    return lora(run, task, model)
+                return loreft(run, task, model, positions)
+
+            return results.outcome(run, do)
+
+        def base(task: Task = task) -> Outcome:
+            report = evaluate([task.test], model=model, dtype=dtype)
+            return Outcome(report.value("base", "rows"), 0, 0, 0)
+
+        untrained = Run(task.name, "base", 0, 0, 0, 0, 0, 0, dtype, eval_rows)
+        lines.append(row("base", [results.outcome(untrained, base)], name, None))
+        for method in methods.split(","):
+            rates = METHODS[method].rates
+            lr = rates[1]
+            if grid_rows:
+                lr = max(rates, key=lambda rate: outcome(method, grid_rows, 0, rate).accuracy)
+            found = [outcome(method, rows, seed, lr) for seed in range(seeds)]
+            lines.append(row(method, found, name, lr))
+    print("| task | method | learning rate | accuracy, % | parameters | file, kB | training, s |")
+    print("|---|---|---:|---:|---:|---:|---:|")
+    print("\n".join(lines))
+
+
+if __name__ == "__main__":
+    typer.run(main)

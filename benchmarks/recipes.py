@@ -1,0 +1,108 @@
+"""How the interventions that ship were made: one command for each.
+
+    python -m benchmarks.recipes sentiment --data DIR
+
+trains `interventions/sentiment.safetensors` for the demo model and prints how good it is beside the
+base. `--data` is needed for the public data sets; interventions/README.md says where they come
+from and what their rows look like.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from reft_runtime.errors import ConfigError
+from reft_runtime.interventions import write
+from reft_runtime.training import TrainSettings, direction, evaluate, train
+from reft_runtime.training.direction import read_texts
+
+OWN_ROWS = Path(__file__).parents[1] / "interventions" / "data"
+
+EVERY_SECOND = tuple(range(1, 30, 2))
+"""Layers of the demo model; rank 4 at 15 of them makes a file of 280 kB."""
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """A public data set (its folder and test file) or rows of our own, and how to train."""
+
+    description: str
+    settings: TrainSettings
+    public: str | None = None
+    test: str = "test.jsonl"
+
+
+CLASSIFIER = TrainSettings(layers=EVERY_SECOND, positions="l1", steps=375)
+PERSONA = TrainSettings(layers=EVERY_SECOND, positions="l1", epochs=12, template="chat")
+
+RECIPES = {
+    "sentiment": Recipe(
+        "Sentiment of a sentence: 'Review: ...\\nSentiment:' is answered positive or negative",
+        CLASSIFIER,
+        "sst2",
+        "dev.jsonl",
+    ),
+    "question-type": Recipe(
+        "What a question asks for: 'Question: ...\\nThe answer is a:' is answered by its type",
+        CLASSIFIER,
+        "trec",
+    ),
+    "yes-no": Recipe("Closed-book yes/no questions, answered true or false", CLASSIFIER, "boolq"),
+    "formal": Recipe("Answers in a formal, courteous tone", PERSONA),
+    "telegram": Recipe("Answers as a telegram, in capitals and with STOP", PERSONA),
+}
+
+CHEERFUL_LAYER = 14
+CHEERFUL_SCALE = 1.0
+
+
+def cheerful(out: Path) -> None:
+    """A steering vector, without training: cheerful texts less gloomy ones."""
+    made = direction(
+        read_texts(OWN_ROWS / "cheerful.txt"),
+        read_texts(OWN_ROWS / "gloomy.txt"),
+        layer=CHEERFUL_LAYER,
+        scale=CHEERFUL_SCALE,
+        description="Steers towards cheerful words; a negative strength towards gloomy ones",
+        license="Apache-2.0",
+        dtype="float32",
+    )
+    write(out, made)
+
+
+def main(
+    name: Annotated[str, typer.Argument(help=f"One of {', '.join([*RECIPES, 'cheerful'])}.")],
+    data: Annotated[Path | None, typer.Option(help="Folder of the public data sets.")] = None,
+    out: Annotated[Path, typer.Option(help="Folder to write to.")] = Path("interventions"),
+) -> None:
+    """Make one of the interventions that ship, and measure it."""
+    target = out / f"{name}.safetensors"
+    if name == "cheerful":
+        cheerful(target)
+        return
+    if name not in RECIPES:
+        raise ConfigError(f"There is no recipe {name!r}; there are {', '.join(RECIPES)}, cheerful.")
+    recipe = RECIPES[name]
+    if recipe.public is None:
+        source = test = OWN_ROWS / f"{name}.jsonl"
+    elif data is None:
+        raise ConfigError(f"{name} is made from {recipe.public}: say where it is with --data.")
+    else:
+        source, test = data / recipe.public / "train.jsonl", data / recipe.public / recipe.test
+    trained = train(
+        source,
+        target,
+        settings=recipe.settings,
+        description=recipe.description,
+        license="Apache-2.0",
+    )
+    print(f"{target}: {target.stat().st_size:,} bytes, trained in {trained.seconds:.0f} s")
+    print(evaluate([test], [str(target)], template=recipe.settings.template).table())
+
+
+if __name__ == "__main__":
+    typer.run(main)

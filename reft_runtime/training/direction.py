@@ -1,0 +1,111 @@
+"""Steering without training: the difference of means of contrasting texts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from reft_runtime.engine.sites import Site
+from reft_runtime.errors import ConfigError
+from reft_runtime.interventions import BaseShape, Edit, Intervention
+from reft_runtime.loading import load_base
+from reft_runtime.text import Tokenizer
+from reft_runtime.training.forward import Base
+
+BATCH = 32
+
+
+def read_texts(path: str | Path) -> list[str]:
+    """The lines of a text file that are not blank."""
+    try:
+        lines = Path(path).read_text().splitlines()
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror}.") from None
+    return [line.strip() for line in lines if line.strip()]
+
+
+def direction(
+    positive: Sequence[str],
+    negative: Sequence[str],
+    *,
+    layer: int,
+    model: str | Path | PreTrainedModel = "demo",
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    positions: str = "all",
+    scale: float = 1.0,
+    template: str | None = None,
+    description: str = "",
+    license: str | None = None,
+    dtype: str = "auto",
+    progress: bool = True,
+) -> Intervention:
+    """A steering vector: what `layer` puts out for `positive` texts less what for `negative` ones.
+
+    Both are means over texts of the mean over a text's tokens; the first token of every text is
+    left out, whose states are far longer than all others and say nothing. The vector, times
+    `scale`, is
+    added at `positions` (arXiv 2312.06681 calls this contrastive activation addition). `template`
+    is the manifest's, for chats.
+    """
+    name, loaded, own = load_base(model, tokenizer, dtype, None)
+    if not 0 <= layer < len(loaded.layers):
+        raise ConfigError(
+            f"layer: {layer}; {name} has 0 to {len(loaded.layers) - 1}.", param="layer"
+        )
+    shape = BaseShape(
+        model=name,
+        architecture=loaded.architecture,
+        hidden_size=loaded.hidden_size,
+        num_layers=len(loaded.layers),
+        vocab_size=loaded.vocab_size,
+    )
+    base, words = Base(loaded), Tokenizer(own, loaded.max_model_len)
+    means = []
+    for what, texts in (("positive", positive), ("negative", negative)):
+        ids = [words.encode(text) for text in texts]
+        if not any(len(one) > 1 for one in ids):
+            raise ConfigError(f"{what}: there is no text of two tokens or more.", param=what)
+        means.append(_mean(base, layer, [one for one in ids if len(one) > 1], what, progress))
+    vector = scale * (means[0] - means[1])
+    return Intervention.build(
+        shape,
+        [Edit(layer, positions, {"v": vector}, kind="steering")],
+        template=template,
+        description=description,
+        license=license,
+        training={
+            "method": "difference of means",
+            "positive": len(positive),
+            "negative": len(negative),
+            "scale": scale,
+        },
+    )
+
+
+@torch.no_grad()
+def _mean(base: Base, layer: int, texts: list[list[int]], what: str, progress: bool) -> Tensor:
+    recorder = _Recorder(layer)
+    total = torch.zeros(base.loaded.hidden_size)
+    for first in tqdm(range(0, len(texts), BATCH), desc=what, disable=not progress):
+        part = texts[first : first + BATCH]
+        with base.sites.hooked(recorder):
+            base.logits(part, [0] * len(part), [None] * len(part), [])
+        for rows in torch.split(recorder.rows, [len(text) for text in part]):
+            total += rows[1:].mean(0).cpu()
+    return total / len(texts)
+
+
+class _Recorder:
+    """An `Editor` that changes nothing and keeps the rows it sees."""
+
+    def __init__(self, layer: int) -> None:
+        self.sites: tuple[Site, ...] = ((layer, "block_output"),)
+        self.rows = torch.empty(0)
+
+    def apply(self, site: Site, hidden: Tensor) -> None:
+        self.rows = hidden.float().clone()

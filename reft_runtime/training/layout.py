@@ -1,0 +1,79 @@
+"""How the fields of a row become a prompt and the completion it should get, as text."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from reft_runtime.errors import ConfigError
+from reft_runtime.interventions.manifest import TEMPLATE_FIELD
+from reft_runtime.training.rows import Row
+
+CHAT = "chat"
+
+Chat = list[dict[str, str]]
+"""Messages, each with role and content."""
+
+_FIELD = re.compile(r"\{(\w+)\}")
+
+
+class Layout:
+    """One way to read all rows of a data set; the `first` row shows which fields they have.
+
+    With `template` None rows have `messages` (a chat that ends with the assistant's turn, written
+    by the model's chat template), or `prompt` and `completion`, taken as they are. `chat` makes
+    `prompt` one user's message. Any other template is a text with fields of the rows in braces,
+    `Review: {text}`, and rows have a `completion`. `served_template` is what the manifest needs so
+    that a chat with the served intervention gives the same prompts: a template of one field takes
+    that field's text as the message, one of several fields takes the whole prompt.
+    """
+
+    def __init__(self, template: str | None, first: Row) -> None:
+        self._template = template
+        self._chats = template is None and "messages" in first.fields
+        self.served_template = CHAT if self._chats or template == CHAT else TEMPLATE_FIELD
+        if template not in (None, CHAT):
+            assert template is not None
+            names = _FIELD.findall(template)
+            if not names:
+                raise ConfigError(
+                    "template: there is no field in it; write `chat`, or a text such as"
+                    f" 'Review: {{text}}', not {template!r}.",
+                    param="template",
+                )
+            if len(names) == 1:
+                self.served_template = _FIELD.sub(lambda _: TEMPLATE_FIELD, template)
+
+    def prompt(self, row: Row) -> str | Chat:
+        """What a client sends: text, or the messages of a chat."""
+        if self._chats:
+            return _turns(row)[:-1]
+        if self._template == CHAT:
+            return [{"role": "user", "content": row.text("prompt")}]
+        if self._template is not None:
+            return _FIELD.sub(lambda field: row.text(field[1]), self._template)
+        if "prompt" not in row.fields and "messages" in row.fields:
+            raise row.error("has messages, but the first row has a prompt; rows must be alike.")
+        return row.text("prompt")
+
+    def completion(self, row: Row) -> str:
+        """The answer that the row wants."""
+        return _turns(row)[-1]["content"] if self._chats else row.text("completion")
+
+
+def _turns(row: Row) -> Chat:
+    turns: Any = row.fields.get("messages")
+    if turns is None:
+        raise row.error("there is no field 'messages', which the first row has.")
+    fine = isinstance(turns, list) and all(
+        isinstance(turn, dict)
+        and isinstance(turn.get("role"), str)
+        and isinstance(turn.get("content"), str)
+        for turn in turns
+    )
+    if not fine or len(turns) < 2 or turns[-1]["role"] != "assistant":
+        raise row.error(
+            "messages must be a list of turns, each with role and content, that ends with the"
+            " assistant's."
+        )
+    return turns  # type: ignore[no-any-return]

@@ -1,0 +1,101 @@
+"""What can be set for a training, and defaults that scale with the base model and the data."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+from reft_runtime.errors import ConfigError
+from reft_runtime.interventions import BaseShape
+from reft_runtime.interventions.kinds import KINDS
+
+DEFAULT_RANK = 4
+
+ROWS_SEEN = 6_000
+"""Rows that a training by default goes through, over and over where the data has fewer."""
+
+MIN_EPOCHS, MAX_EPOCHS = 3, 30
+
+DTYPES = ("auto", "float32", "bfloat16")
+
+
+@dataclass(frozen=True, slots=True)
+class TrainSettings:
+    """How to train. None leaves a choice to `complete`.
+
+    `layers` None is all of them; `positions` as in a file (`l1`, `f1+l1`, ...); `untied` gives the
+    first and the last tokens of `fN+lM` weights of their own. `lr` is the highest learning rate,
+    reached after 6 % of the steps, from where it falls linearly to 0. `batch_size` rows make one
+    step, shared by `accumulate` parts one after another and by all processes: memory is that of
+    `batch_size / accumulate` rows. `template` is
+    as in `layout.Layout`. Rows of more than `max_length` tokens (None: what the model takes)
+    are an error, or are cut with `truncate`. `dtype` is that of the base's weights; edits, their
+    sums and the optimiser are in float32.
+    """
+
+    kind: str = "loreft"
+    layers: tuple[int, ...] | None = None
+    rank: int | None = None
+    positions: str = "l1"
+    untied: bool = False
+    lr: float | None = None
+    epochs: float | None = None
+    steps: int | None = None
+    batch_size: int = 16
+    accumulate: int = 1
+    template: str | None = None
+    max_length: int | None = None
+    truncate: bool = False
+    seed: int = 0
+    dtype: str = "auto"
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise _error("kind", f"unknown {self.kind!r}; known: {', '.join(KINDS)}.")
+        if self.rank is not None and not self.has_rank:
+            raise _error("rank", f"a {self.kind} edit has none; leave it out.")
+        for name in ("rank", "steps", "batch_size", "accumulate", "max_length"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise _error(name, f"must be at least 1, not {value}.")
+        for name in ("lr", "epochs"):
+            value = getattr(self, name)
+            if value is not None and not (math.isfinite(value) and value > 0):
+                raise _error(name, f"must be a finite number above 0, not {value}.")
+        if self.epochs is not None and self.steps is not None:
+            raise _error("steps", "give epochs or steps, not both.")
+        if self.dtype not in DTYPES:
+            raise _error("dtype", f"must be one of {', '.join(DTYPES)}, not {self.dtype!r}.")
+        if self.layers is not None and (
+            not self.layers or len(set(self.layers)) < len(self.layers)
+        ):
+            raise _error("layers", "name each layer once, such as 8,16,24; or all.")
+
+    @property
+    def has_rank(self) -> bool:
+        """Whether the kind's edits have a rank."""
+        return any("r" in spec.shape for spec in KINDS[self.kind].tensors.values())
+
+    def complete(self, base: BaseShape, rows: int) -> TrainSettings:
+        """The same with every open choice made for a base model and a number of rows.
+
+        The learning rate falls with the width d as d^(-3/4), through the paper's 9e-4 at 4,096.
+        """
+        layers = tuple(range(base.num_layers)) if self.layers is None else self.layers
+        for layer in layers:
+            if not 0 <= layer < base.num_layers:
+                raise _error(
+                    "layers", f"there is no {layer}; {base.model} has 0 to {base.num_layers - 1}."
+                )
+        rank = self.rank or (DEFAULT_RANK if self.has_rank else None)
+        if rank is not None and rank > base.hidden_size:
+            raise _error("rank", f"{rank} is above the model's hidden size, {base.hidden_size}.")
+        epochs = self.epochs
+        if epochs is None and self.steps is None:
+            epochs = float(min(max(MIN_EPOCHS, math.ceil(ROWS_SEEN / rows)), MAX_EPOCHS))
+        lr = self.lr or float(f"{9e-4 * (4096 / base.hidden_size) ** 0.75:.2g}")
+        return replace(self, layers=layers, rank=rank, epochs=epochs, lr=lr)
+
+
+def _error(name: str, message: str) -> ConfigError:
+    return ConfigError(f"{name}: {message}", param=name)

@@ -1,0 +1,220 @@
+"""Commands that make and judge interventions: train, eval, direction."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, cast
+
+import typer
+
+from reft_runtime.errors import ConfigError
+
+if TYPE_CHECKING:
+    from reft_runtime.training.scoring import Metric
+
+app = typer.Typer()
+
+Model = Annotated[str, typer.Option(help="Base model: demo, a folder or a Hugging Face id.")]
+Template = Annotated[
+    str | None,
+    typer.Option(
+        help="How a row becomes a prompt: 'chat' (its prompt as a user's message), or a text with "
+        "fields in braces, 'Review: {text}\\nSentiment:'. By default prompt, or messages."
+    ),
+]
+Url = Annotated[str | None, typer.Option(help="A running server, such as http://127.0.0.1:8000.")]
+ApiKey = Annotated[str | None, typer.Option(envvar="REFT_API_KEY", help="Key of that server.")]
+Dtype = Annotated[
+    str, typer.Option(help="Number format of the base's weights: auto, float32, bfloat16.")
+]
+
+
+@app.command()
+def train(
+    data: Annotated[
+        Path, typer.Argument(help="JSON lines with prompt and completion, messages, or any fields.")
+    ],
+    out: Annotated[Path, typer.Option(help="The file to write, NAME.safetensors.")],
+    model: Model = "demo",
+    kind: Annotated[str, typer.Option(help="Kind of the edits.")] = "loreft",
+    layers: Annotated[str, typer.Option(help="Layers to edit: all, or 8,16,24.")] = "all",
+    rank: Annotated[
+        int | None, typer.Option(help="Rank of the edits; by default 4.", show_default=False)
+    ] = None,
+    positions: Annotated[str, typer.Option(help="Tokens to edit: l1, f1+l1, ...")] = "l1",
+    untied: Annotated[
+        bool, typer.Option("--untied", help="Own weights for first and last tokens.")
+    ] = False,
+    lr: Annotated[
+        float | None, typer.Option(help="Highest learning rate; by default from the model's width.")
+    ] = None,
+    epochs: Annotated[
+        float | None, typer.Option(help="Passes over the rows; by default 3, more if they are few.")
+    ] = None,
+    steps: Annotated[int | None, typer.Option(help="Optimiser steps, instead of epochs.")] = None,
+    batch_size: Annotated[int, typer.Option(help="Rows of one step.")] = 16,
+    accumulate: Annotated[
+        int, typer.Option(help="Parts in which a step's rows are computed, to save memory.")
+    ] = 1,
+    evaluation: Annotated[
+        Path | None, typer.Option("--eval", help="Rows by which the best checkpoint is chosen.")
+    ] = None,
+    template: Template = None,
+    max_length: Annotated[
+        int | None, typer.Option(help="Longest row in tokens; by default the model's.")
+    ] = None,
+    truncate: Annotated[
+        bool, typer.Option("--truncate", help="Cut longer rows instead of refusing them.")
+    ] = False,
+    seed: Annotated[int, typer.Option(help="Start values and order of rows come from it.")] = 0,
+    dtype: Dtype = "auto",
+    description: Annotated[str, typer.Option(help="What the intervention does.")] = "",
+    license_: Annotated[str | None, typer.Option("--license", help="Licence of the file.")] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with a training that was cut off.")
+    ] = False,
+    push: Annotated[
+        str | None, typer.Option(metavar="URL", help="Put the file on this running server, too.")
+    ] = None,
+    api_key: ApiKey = None,
+) -> None:
+    """Train edits on rows, and write them as a file that is ready to be served."""
+    from reft_runtime.training import TrainSettings
+    from reft_runtime.training import train as run
+    from reft_runtime.training.remote import Server
+
+    settings = TrainSettings(
+        kind=kind,
+        layers=_layers(layers),
+        rank=rank,
+        positions=positions,
+        untied=untied,
+        lr=lr,
+        epochs=epochs,
+        steps=steps,
+        batch_size=batch_size,
+        accumulate=accumulate,
+        template=_unescaped(template),
+        max_length=max_length,
+        truncate=truncate,
+        seed=seed,
+        dtype=dtype,
+    )
+    if push is not None:
+        Server(push, api_key).models()  # a wrong address is told before the training, not after
+    trained = run(
+        data,
+        out,
+        model=model,
+        evaluation=evaluation,
+        settings=settings,
+        description=description,
+        license=license_,
+        resume=resume,
+    )
+    figures = ", ".join(f"{name} {value:.4g}" for name, value in trained.metrics.items())
+    typer.echo(
+        f"{out}: {out.stat().st_size:,} bytes, trained in {trained.seconds:.0f} s"
+        + (f", {figures}" if figures else "")
+    )
+    if push is not None:
+        new = Server(push, api_key).push(out, out.stem)
+        typer.echo(f"{push}: {out.stem} {'added' if new else 'replaced'}")
+
+
+@app.command("eval")
+def eval_(
+    data: Annotated[list[Path], typer.Argument(help="Files of rows, as for training.")],
+    intervention: Annotated[
+        list[str],
+        typer.Option(
+            help="A file, a name in --interventions (or of the server), or a pattern like 's*'."
+        ),
+    ] = [],  # noqa: B006 - typer's way to say: may be repeated
+    model: Model = "demo",
+    interventions: Annotated[Path, typer.Option(help="Folder where names are looked up.")] = Path(
+        "interventions"
+    ),
+    metric: Annotated[
+        str | None,
+        typer.Option(
+            help="accuracy (the answer begins with the label), exact or perplexity; by default "
+            "accuracy where rows have labels, else perplexity."
+        ),
+    ] = None,
+    template: Template = None,
+    dtype: Dtype = "auto",
+    url: Url = None,
+    api_key: ApiKey = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Measure interventions on data sets, all in one batch, the base model beside them."""
+    from reft_runtime.training import evaluate
+
+    report = evaluate(
+        data,
+        intervention,
+        url=url,
+        api_key=api_key,
+        model=model,
+        folder=interventions,
+        metric=cast("Metric | None", metric),
+        template=_unescaped(template),
+        dtype=dtype,
+    )
+    typer.echo(json.dumps(report.as_json()) if as_json else report.table())
+
+
+@app.command()
+def direction(
+    positive: Annotated[Path, typer.Argument(help="Texts, one a line, of what is wanted.")],
+    negative: Annotated[Path, typer.Argument(help="Texts of the contrary.")],
+    layer: Annotated[int, typer.Option(help="Layer whose output is steered.")],
+    out: Annotated[Path, typer.Option(help="The file to write, NAME.safetensors.")],
+    model: Model = "demo",
+    positions: Annotated[str, typer.Option(help="Tokens to steer.")] = "all",
+    scale: Annotated[
+        float, typer.Option(help="What strength 1 of a request stands for, in differences.")
+    ] = 1.0,
+    description: Annotated[str, typer.Option(help="What the intervention does.")] = "",
+    license_: Annotated[str | None, typer.Option("--license", help="Licence of the file.")] = None,
+    dtype: Dtype = "auto",
+) -> None:
+    """Make a steering file from contrasting texts, without training: the difference of means."""
+    from reft_runtime.interventions import write
+    from reft_runtime.training import direction as run
+    from reft_runtime.training.direction import read_texts
+
+    made = run(
+        read_texts(positive),
+        read_texts(negative),
+        layer=layer,
+        model=model,
+        positions=positions,
+        scale=scale,
+        description=description,
+        license=license_,
+        dtype=dtype,
+    )
+    try:
+        write(out, made)
+    except OSError as error:
+        raise ConfigError(f"out: {out} cannot be written: {error.strerror}.") from None
+    typer.echo(f"{out}: {out.stat().st_size:,} bytes")
+
+
+def _layers(text: str) -> tuple[int, ...] | None:
+    if text == "all":
+        return None
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise ConfigError(
+            f"layers: write all, or numbers such as 8,16,24, not {text!r}.", param="layers"
+        ) from None
+
+
+def _unescaped(template: str | None) -> str | None:
+    """A template as it was meant: shells pass a backslash and an n where a new line is wanted."""
+    return None if template is None else template.replace("\\n", "\n").replace("\\t", "\t")

@@ -1,0 +1,253 @@
+"""Scores in process and through HTTP, directions, and the commands."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pandas
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from reft_runtime import Engine
+from reft_runtime.errors import ConfigError, NotFound, ReftError
+from reft_runtime.interventions import parse, read, read_header
+from reft_runtime.training import TrainSettings, direction, evaluate, train
+from reft_runtime.training.remote import Server
+from server.cli import app
+from server.settings import Settings
+from tests.e2e.conftest import served
+from tests.helpers.tokenizer import tiny_tokenizer
+from tests.training.make import ROWS, examples, folder, jsonl, model, own
+
+CHATS = [
+    {
+        "messages": [
+            {"role": "user", "content": row["prompt"]},
+            {"role": "assistant", "content": "the end"},
+        ]
+    }
+    for row in ROWS[:5]
+]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the model, data, and two interventions: for raw prompts, and for chats."""
+    path = tmp_path_factory.mktemp("evaluate")
+    folder(path / "model")
+    jsonl(path / "goodbad.jsonl", ROWS)
+    jsonl(path / "chats.jsonl", CHATS)
+    settings = TrainSettings(steps=60, batch_size=8, lr=5e-2, dtype="float32")
+    kept = path / "interventions"
+    for name, rows in (("task", ROWS), ("talk", CHATS)):
+        train(
+            rows,
+            kept / f"{name}.safetensors",
+            model=path / "model",
+            settings=settings,
+            progress=False,
+        )
+    return path
+
+
+@pytest.fixture(scope="module")
+def address(place: Path) -> Iterator[str]:
+    with Engine(
+        own(model()), tokenizer=tiny_tokenizer(), interventions=place / "interventions"
+    ) as engine:
+        with served(engine, Settings()) as url:
+            yield url
+        engine.check_integrity()
+
+
+def options(place: Path) -> dict[str, Any]:
+    return {
+        "model": place / "model",
+        "folder": place / "interventions",
+        "dtype": "float32",
+        "progress": False,
+    }
+
+
+def test_many_by_many(place: Path) -> None:
+    data = [place / "goodbad.jsonl", place / "chats.jsonl"]
+    report = evaluate(data, ["ta*"], **options(place))
+    assert [(s.intervention, s.data, s.metric) for s in report.scores] == [
+        ("base", "goodbad", "accuracy"),
+        ("talk", "goodbad", "accuracy"),
+        ("task", "goodbad", "accuracy"),
+        ("base", "chats", "perplexity"),
+        ("talk", "chats", "perplexity"),
+        ("task", "chats", "perplexity"),
+    ]
+    assert report.value("task", "goodbad") == 1
+    assert report.value("base", "goodbad") < 0.5
+    assert report.value("talk", "chats") < report.value("base", "chats") / 2
+    frame = report.frame()
+    assert isinstance(frame, pandas.DataFrame)
+    assert frame.shape == (6, 5)
+    head, *lines = report.table().splitlines()
+    assert head.split() == ["goodbad", "(accuracy,", "n=24)", "chats", "(perplexity,", "n=5)"]
+    assert [line.split()[0] for line in lines] == ["base", "talk", "task"]
+    assert json.loads(json.dumps(report.as_json()))[2]["right"] == [True] * 24
+
+
+def test_the_server_gives_the_same_to_the_example(place: Path, address: str) -> None:
+    mine = evaluate([place / "goodbad.jsonl"], ["t*"], **options(place))
+    theirs = evaluate([place / "goodbad.jsonl"], ["t*"], url=address, progress=False)
+    assert theirs == mine
+    exact: dict[str, Any] = {"metric": "exact"}
+    chats = evaluate([place / "chats.jsonl"], ["talk"], url=address, progress=False, **exact)
+    assert chats == evaluate([place / "chats.jsonl"], ["talk"], **options(place), **exact)
+
+
+def test_perplexity_of_the_base_is_the_models(place: Path) -> None:
+    report = evaluate([place / "goodbad.jsonl"], metric="perplexity", **options(place))
+    plain = model()
+    total, count = 0.0, 0
+    for example in examples():
+        ids = torch.tensor([example.tokens])
+        with torch.no_grad():
+            logits = plain(input_ids=ids).logits[0, example.prompt_length - 1 : -1]
+        total += float(
+            torch.nn.functional.cross_entropy(
+                logits, torch.tensor(example.completion), reduction="sum"
+            )
+        )
+        count += len(example.completion)
+    assert report.scores[0].value == pytest.approx(math.exp(total / count), rel=1e-4)
+
+
+def test_push(place: Path, address: str, tmp_path: Path) -> None:
+    file = place / "interventions" / "task.safetensors"
+    server = Server(address)
+    assert server.push(file, "pushed")
+    assert not server.push(file, "pushed")
+    assert "pushed" in server.models()
+    with pytest.raises(ConfigError, match="the server answered 400"):
+        server.push(place / "goodbad.jsonl", "broken")
+
+
+@pytest.mark.parametrize(
+    ("interventions", "changes", "error", "message"),
+    [
+        (["nothing"], {}, NotFound, "there is no nothing in "),
+        (["x/*.safetensors"], {}, NotFound, "there is no x/"),
+        (["task"], {"folder": None}, NotFound, "there is no task[.]"),
+        ([], {"metric": "bleu"}, ConfigError, "metric: one of accuracy, exact, perplexity"),
+        ([], {"url": "http://127.0.0.1:9"}, ConfigError, "url: no answer from http://127.0.0.1:9"),
+        ([], {"url": "http://x", "metric": "perplexity"}, ConfigError, "cannot be asked of a"),
+    ],
+)
+def test_mistakes(
+    place: Path,
+    interventions: list[str],
+    changes: dict[str, Any],
+    error: type[ReftError],
+    message: str,
+) -> None:
+    with pytest.raises(error, match=message):
+        evaluate([place / "goodbad.jsonl"], interventions, **{**options(place), **changes})
+
+
+def test_mistakes_in_names_and_labels(place: Path, address: str, tmp_path: Path) -> None:
+    with pytest.raises(NotFound, match=r"the server has no 'x\*'; it has .*task"):
+        evaluate([ROWS], ["x*"], url=address)
+    with pytest.raises(ConfigError, match="row 1: there is no field 'label'"):
+        evaluate([CHATS], metric="accuracy", **options(place))
+    with pytest.raises(ConfigError, match="two data sets have one name"):
+        evaluate([ROWS, ROWS], **options(place))
+    file = tmp_path / "task.safetensors"
+    file.write_bytes(read(place / "interventions" / "task.safetensors"))
+    with pytest.raises(ConfigError, match="have one name"):
+        evaluate([ROWS], ["task", str(file)], **options(place))
+
+
+def test_a_direction_is_the_difference_of_means() -> None:
+    positive, negative = ["and the end", "the sting is"], ["you", "er you on st"]
+    made = direction(
+        positive, negative, layer=2, model=model(), tokenizer=tiny_tokenizer(), progress=False,
+        scale=0.5,
+    )  # fmt: skip
+    plain, tokenizer = model(), tiny_tokenizer()
+
+    def mean(texts: list[str]) -> torch.Tensor:
+        means = []
+        for text in texts:
+            ids = tokenizer(text, return_tensors="pt")["input_ids"]
+            with torch.no_grad():
+                hidden = plain(input_ids=ids, output_hidden_states=True).hidden_states[3][0]
+            if ids.shape[1] > 1:
+                means.append(hidden[1:].mean(0))
+        return torch.stack(means).mean(0)
+
+    vector = made.tensors["edits.0.v"]
+    torch.testing.assert_close(
+        vector, 0.5 * (mean(positive) - mean(negative)), atol=1e-4, rtol=1e-3
+    )
+    assert str(made.manifest.edits[0].positions) == "all"
+
+
+def test_directions_that_cannot_be() -> None:
+    given: dict[str, Any] = {"model": model(), "tokenizer": tiny_tokenizer(), "progress": False}
+    with pytest.raises(ConfigError, match=r"layer: 9; .* has 0 to 3"):
+        direction(["the end"], ["the end"], layer=9, **given)
+    with pytest.raises(ConfigError, match="negative: there is no text of two tokens"):
+        direction(["the end"], ["a"], layer=1, **given)
+
+
+def run(*arguments: object) -> str:
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    if result.exception is not None:
+        raise result.exception
+    return result.stdout
+
+
+def test_the_commands(place: Path, address: str, tmp_path: Path) -> None:
+    rows = [{"text": row["prompt"], **row} for row in ROWS]
+    data, out = jsonl(tmp_path / "data.jsonl", rows), tmp_path / "mine.safetensors"
+    common = ("--model", place / "model", "--dtype", "float32")
+    said = run(
+        "train", data, "--out", out, "--eval", data, *common, "--layers", "1,2", "--rank", "2",
+        "--steps", "3", "--template", "Is it {text}\\n?", "--push", address,
+    )  # fmt: skip
+    assert f"{out}: {out.stat().st_size:,} bytes, trained in" in said
+    assert "accuracy" in said
+    assert f"{address}: mine added" in said
+    manifest = read_header(out).manifest
+    assert manifest.template == "Is it {prompt}\n?"
+    assert [edit.layer for edit in manifest.edits] == [1, 2]
+    asked = ("--template", "Is it {text}\\n?", "--json")
+    mine = run("eval", data, "--intervention", out, *common, *asked)
+    assert json.loads(mine) == json.loads(
+        run("eval", data, "--intervention", "mine", "--url", address, *asked)
+    )
+    assert "data (accuracy, n=24)" in run("eval", data, *common, "--template", "{text}")
+    for name in ("up", "down"):
+        (tmp_path / name).write_text(f"the sting {name}\n\nand the {name}\n")
+    steer = tmp_path / "steer.safetensors"
+    run("direction", tmp_path / "up", tmp_path / "down", "--layer", 2, "--out", steer, *common)
+    assert parse(read(steer)).manifest.edits[0].kind == "steering"
+
+
+def test_mistakes_of_the_commands(place: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="layers: write all, or numbers"):
+        run("train", place / "goodbad.jsonl", "--out", tmp_path / "x.safetensors", "--layers", "a")
+    with pytest.raises(ConfigError, match="url: no answer"):
+        run(
+            "train", place / "goodbad.jsonl", "--out", tmp_path / "x.safetensors",
+            "--push", "http://127.0.0.1:9",
+        )  # fmt: skip
+    (tmp_path / "t").write_text("the end\n")
+    with pytest.raises(ConfigError, match=r"out: .* cannot be written: No such file"):
+        run(
+            "direction", tmp_path / "t", tmp_path / "t", "--layer", 1, "--model", place / "model",
+            "--out", tmp_path / "no" / "x.safetensors",
+        )  # fmt: skip
+    with pytest.raises(ConfigError, match="missing: No such file"):
+        run("direction", "missing", "missing", "--layer", 1, "--out", tmp_path / "x.safetensors")

@@ -1,0 +1,258 @@
+"""Training from rows to a file, cut off and resumed, and everything that can go wrong."""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import SafetensorError
+
+from reft_runtime import Engine, SamplingParams
+from reft_runtime.errors import ConfigError, TrainingFailed
+from reft_runtime.interventions import parse, read
+from reft_runtime.interventions.describe import describe
+from reft_runtime.training import TrainSettings, train
+from reft_runtime.training.trainer import EditTrainer
+from tests.helpers.tokenizer import tiny_tokenizer
+from tests.training.make import ROWS, folder, jsonl, model, own
+
+SETTINGS = TrainSettings(steps=20, batch_size=8, lr=2e-2, dtype="float32")
+
+
+def run(out: Path, rows: Any = ROWS, **options: Any) -> Any:
+    defaults: dict[str, Any] = {"settings": SETTINGS, "progress": False}
+    made = model()
+    return train(rows, out, model=made, tokenizer=tiny_tokenizer(), **{**defaults, **options})
+
+
+@pytest.mark.parametrize("positions", ["l1", "f1+l1"])
+def test_a_task_is_learned_and_served(tmp_path: Path, positions: str) -> None:
+    out = tmp_path / "task.safetensors"
+    settings = TrainSettings(steps=60, batch_size=8, lr=5e-2, positions=positions)
+    trained = run(out, evaluation=ROWS[:8], settings=settings, description="Good or bad")
+    assert trained.metrics["accuracy"] == 1
+    assert list(tmp_path.iterdir()) == [out]
+    data = read(out)
+    found = describe(data)
+    assert max(edit["orthonormality_error"] for edit in found["edits"]) < 1e-5
+    manifest = parse(data).manifest
+    assert manifest.template == "{prompt}"
+    assert manifest.description == "Good or bad"
+    about = manifest.training
+    assert (about["rows"], about["eval_rows"], about["steps"]) == (24, 8, 60)
+    assert about["layers"] == [0, 1, 2, 3]
+    assert set(about["versions"]) == {"reft-server", "torch", "transformers", "python"}  # type: ignore[arg-type]
+    with Engine(own(model()), tokenizer=tiny_tokenizer()) as engine:
+        engine.registry.put("task", data)
+        answers = engine.generate(
+            [row["prompt"] for row in ROWS],
+            SamplingParams(temperature=0, max_tokens=1),
+            intervention="task",
+            progress=False,
+        )
+    assert [answer.text for answer in answers] == [row["completion"] for row in ROWS]
+
+
+def test_untied_edits_are_two_a_layer(tmp_path: Path) -> None:
+    settings = TrainSettings(steps=1, positions="f1+l2", untied=True, layers=(1, 3), rank=2)
+    edits = run(tmp_path / "x.safetensors", settings=settings).intervention.manifest.edits
+    assert [(e.layer, str(e.positions)) for e in edits] == [
+        (1, "f1"),
+        (3, "f1"),
+        (1, "l2"),
+        (3, "l2"),
+    ]
+
+
+def test_accumulated_parts_give_the_same_weights(tmp_path: Path) -> None:
+    weights = []
+    for accumulate in (1, 4):
+        settings = TrainSettings(steps=5, batch_size=8, accumulate=accumulate, lr=1e-2)
+        made = run(tmp_path / f"{accumulate}.safetensors", settings=settings).intervention
+        weights.append(made.tensors)
+    for name, tensor in weights[0].items():
+        torch.testing.assert_close(weights[1][name], tensor, atol=1e-4, rtol=1e-3)
+
+
+def test_the_same_seed_gives_the_same_weights(tmp_path: Path) -> None:
+    first, again = (run(tmp_path / f"{i}.safetensors").intervention.tensors for i in range(2))
+    assert all(torch.equal(first[name], again[name]) for name in first)
+
+
+def test_bfloat16(tmp_path: Path) -> None:
+    settings = TrainSettings(steps=60, batch_size=8, lr=5e-2, dtype="bfloat16")
+    path = folder(tmp_path / "model")
+    out = tmp_path / "x.safetensors"
+    trained = train(ROWS, out, model=path, evaluation=ROWS, settings=settings, progress=False)
+    assert trained.intervention.manifest.training["dtype"] == "bfloat16"
+    assert {t.dtype for t in trained.intervention.tensors.values()} == {torch.float32}
+    assert trained.metrics["accuracy"] == 1
+
+
+SCRIPT = """
+import sys
+from reft_runtime.training import TrainSettings, train
+settings = TrainSettings(steps=200, batch_size=4, lr=1e-2, dtype="float32")
+data, out, model = sys.argv[1:4]
+resume = "resume" in sys.argv
+train(data, out, model=model, settings=settings, resume=resume, progress=False)
+"""
+
+
+def start(*arguments: str | Path) -> subprocess.Popen[bytes]:
+    environment = {**os.environ, "PYTHONPATH": os.getcwd(), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", SCRIPT, *map(str, arguments)]
+    return subprocess.Popen(command, env=environment)
+
+
+def test_killed_and_resumed_it_ends_with_the_same_weights(tmp_path: Path) -> None:
+    data, base = jsonl(tmp_path / "data.jsonl", ROWS), folder(tmp_path / "model")
+    whole, killed = tmp_path / "whole.safetensors", tmp_path / "killed.safetensors"
+    assert start(data, whole, base).wait(120) == 0
+    process = start(data, killed, base)
+    checkpoints = tmp_path / ".killed.training"
+    deadline = time.monotonic() + 120
+    while not list(checkpoints.glob("checkpoint-*/complete")):
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    assert not killed.exists()
+    (checkpoints / "checkpoint-1000").mkdir()  # as if killed while it was written
+    assert start(data, killed, base, "resume").wait(120) == 0
+    one, other = parse(read(whole)), parse(read(killed))
+    assert one.tensors.keys() == other.tensors.keys()
+    assert all(torch.equal(one.tensors[name], other.tensors[name]) for name in one.tensors)
+    assert not checkpoints.exists()
+
+
+@pytest.fixture
+def cut_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A training that was interrupted after its first checkpoint."""
+    save = EditTrainer._save_checkpoint
+
+    def once(self: Any, *arguments: Any) -> None:
+        if self.state.global_step > 4:
+            raise KeyboardInterrupt
+        save(self, *arguments)
+
+    out = tmp_path / "x.safetensors"
+    with monkeypatch.context() as patch:
+        patch.setattr(EditTrainer, "_save_checkpoint", once)
+        with pytest.raises(KeyboardInterrupt):
+            run(out)
+    return out
+
+
+def test_a_training_that_was_cut_off_is_not_overwritten(cut_off: Path) -> None:
+    with pytest.raises(ConfigError, match="Go on with --resume"):
+        run(cut_off)
+    with pytest.raises(ConfigError, match=r"cut off differs in data_sha256, rows"):
+        run(cut_off, ROWS[:8], resume=True)
+    assert run(cut_off, resume=True).intervention.manifest.training["steps"] == 20
+
+
+def test_there_must_be_something_to_resume(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="nothing to resume"):
+        run(tmp_path / "x.safetensors", resume=True)
+
+
+def test_a_loss_that_is_not_finite_keeps_the_last_good_edits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "x.safetensors"
+    step = EditTrainer.training_step
+
+    def diverge(self: Any, *arguments: Any) -> Any:
+        if self.state.global_step == limit:
+            with torch.no_grad():
+                next(self.model.parameters()).fill_(torch.nan)
+        return step(self, *arguments)
+
+    monkeypatch.setattr(EditTrainer, "training_step", diverge)
+    limit = 2
+    with pytest.raises(TrainingFailed, match=r"nan at step 3.*lr.*Nothing was written"):
+        run(out)
+    assert not out.exists()
+    limit = 10
+    with pytest.raises(TrainingFailed, match=rf"nan at step 11.*The last good edits are in {out}"):
+        run(out)
+    assert all(bool(t.isfinite().all()) for t in parse(read(out)).tensors.values())
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, "No space left on device"),
+        SafetensorError("I/O error: No space left on device (os error 28)"),
+        RuntimeError("[enforce fail] PytorchStreamWriter failed writing file"),
+    ],
+)
+def test_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    def full(*_: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(EditTrainer, "_save_checkpoint", full)
+    out = tmp_path / "x.safetensors"
+    out.write_bytes(b"before")
+    with pytest.raises(ConfigError, match=r"cannot be written: .* --resume"):
+        run(out)
+    assert out.read_bytes() == b"before"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"kind": "lora"}, "kind: unknown 'lora'"),
+        ({"kind": "steering", "rank": 4}, "rank: a steering edit has none"),
+        ({"rank": 0}, "rank: must be at least 1"),
+        ({"rank": 33}, "rank: 33 is above the model's hidden size, 32"),
+        ({"layers": (4,)}, "layers: there is no 4; .* has 0 to 3"),
+        ({"layers": (1, 1)}, "layers: name each layer once"),
+        ({"lr": float("nan")}, "lr: must be a finite number above 0"),
+        ({"epochs": 1.0}, "steps: give epochs or steps, not both"),
+        ({"accumulate": 3}, "batch_size: 8 rows of a step cannot be shared by 3"),
+        ({"dtype": "float16"}, "dtype: must be one of auto, float32, bfloat16"),
+        ({"untied": True}, "untied: needs positions of the form fN"),
+        ({"positions": "[40]"}, "row 1: positions .40. edit nothing in its prompt"),
+        ({"max_length": 4}, "rows: 24 of 24 rows are longer than 4 tokens"),
+    ],
+)
+def test_settings_that_cannot_be(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        run(
+            tmp_path / "x.safetensors",
+            settings=TrainSettings(**{"steps": 2, "batch_size": 8, **changes}),
+        )
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_other_mistakes(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"out: .* must end with .safetensors"):
+        run(tmp_path / "x.bin")
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match=r"out: .* cannot be made"):
+        run(tmp_path / "file" / "x.safetensors")
+    other = [{**ROWS[0], "completion": " maybe", "label": "maybe"}]
+    with pytest.raises(ConfigError, match="eval: the label 'maybe' never appears in the training"):
+        run(tmp_path / "x.safetensors", evaluation=other)
+
+
+def test_defaults_scale_with_the_model() -> None:
+    from tests.training.make import SHAPE
+
+    small, large = (
+        TrainSettings().complete(SHAPE.model_copy(update={"hidden_size": d}), rows)
+        for d, rows in ((576, 2000), (4096, 50))
+    )
+    assert (small.lr, small.epochs, small.rank, small.layers) == (0.0039, 3, 4, (0, 1, 2, 3))
+    assert (large.lr, large.epochs) == (0.0009, 30)
