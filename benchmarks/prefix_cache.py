@@ -1,11 +1,13 @@
 """What the prefix cache saves: prompt tokens computed, and time to first token, with and without.
 
-Requests arrive all at once at a cold cache, over a system prompt that differs from round to round:
+Prompts are random tokens, new in each round, so every round begins cold:
 
-- 32 tasks that edit the last token (l1), 1,000 shared tokens and 30 of their own each;
-- 4 tasks that edit first and last token (f1+l1), 8 such requests each: they share within the task;
-- a chat of five turns, 200 tokens a turn and 50 an answer, whose turns edit their own last token
-  (l1), their first (f1), or nothing.
+- `tasks`: 32 tasks that edit the last token (l1), all at once, over one system prompt of 1,000
+  tokens, with endings of 30 tokens of their own; beside it, with `--vllm`, vLLM with 32 LoRAs;
+- `within`: 4 tasks that edit the first and the last token (f1+l1), 8 such requests each, all at
+  once: they share within the task;
+- `chat base`, `chat l1`, `chat f1`: five turns of 200 tokens, answered by 50 each, by the base,
+  by a task that edits the last token of every turn, and by one that edits the first.
 
 Both engines run the same model in one process, in alternating rounds (`measuring`).
 
@@ -26,161 +28,162 @@ import torch
 import typer
 
 from benchmarks.measuring import SECONDS, Case, Figures, measure, median, speed_ratio, table
-from benchmarks.workload import random_intervention
-from reft_runtime import Engine, SamplingParams
-from reft_runtime.use import Use
+from benchmarks.peers.client import Peer
+from benchmarks.peers.worker import Job
+from benchmarks.stage import Stage
+from benchmarks.workload import figures, random_intervention
+from reft_runtime import Engine, SamplingParams, Use
+from reft_runtime.demo import demo_model
 
-SHARED_TOKENS = 1000
-OWN_TOKENS = 30
-REQUESTS = 32
-ANSWER_TOKENS = 8
+SHARED_TOKENS, OWN_TOKENS, REQUESTS, ANSWER_TOKENS = 1000, 30, 32, 8
 TURNS, TURN_TOKENS, REPLY_TOKENS = 5, 200, 50
+KV_TOKENS = 65_536
+"""All 32 rows, and what the cache keeps."""
 BLOCK_TOKENS = 16
 
-FIRST_TOKEN, COMPUTED = "first_token", "computed"
+FIRST_TOKEN, COMPUTED = "ttft_median", "computed"
+CACHED, PLAIN, VLLM = "with the cache", "without", "vLLM, 32 LoRAs"
 
-Asked = Sequence[tuple[list[int], str | None]]
-"""Prompts, each with the name of its intervention."""
+WORKLOADS: dict[str, list[str]] = {
+    "tasks": [f"l1-{i}" for i in range(REQUESTS)],
+    "within": [f"f1-l1-{i % 4}" for i in range(REQUESTS)],
+    "chat base": [],
+    "chat l1": ["l1-0"],
+    "chat f1": ["f1-0"],
+}
+"""The interventions of each workload's requests, or of the one chat."""
 
 
-def random_tokens(rng: random.Random, count: int, vocabulary: int) -> list[int]:
-    """Tokens that no cache has seen."""
-    return [rng.randrange(vocabulary) for _ in range(count)]
-
-
-def over_one_prompt(names: Sequence[str], number: int, vocabulary: int) -> Asked:
-    """One request for each of `names`, over one system prompt; the same for the same `number`."""
+def over_one_prompt(vocabulary: int, number: int) -> Job:
+    """The requests of round `number`; the warm-up (0) has two."""
     rng = random.Random(number)
-    shared = random_tokens(rng, SHARED_TOKENS, vocabulary)
-    return [([*shared, *random_tokens(rng, OWN_TOKENS, vocabulary)], name) for name in names]
+
+    def tokens(count: int) -> list[int]:
+        return [rng.randrange(vocabulary) for _ in range(count)]
+
+    shared, count = tokens(SHARED_TOKENS), REQUESTS if number else 2
+    prompts = [[*shared, *tokens(OWN_TOKENS)] for _ in range(count)]
+    return {"prompts": prompts, "answers": [ANSWER_TOKENS] * count}
 
 
 class Side:
-    """One engine, and the answers it gave in each round of each case."""
+    """One engine with all interventions, and the answers it gave in each round."""
 
     def __init__(self, model: str, dtype: str, *, prefix_cache: bool) -> None:
-        self.engine = Engine(model, dtype=dtype, max_running=REQUESTS, prefix_cache=prefix_cache)
+        self.engine = Engine(model, dtype=dtype, kv_tokens=KV_TOKENS, prefix_cache=prefix_cache)
         self.answers: dict[tuple[str, int], list[list[int]]] = {}
         torch.manual_seed(0)
         base = self.engine.registry.base
         layers = [base.num_layers * i // 5 for i in range(1, 5)]
-        for positions, count in (("l1", REQUESTS), ("f1+l1", 4), ("f1", 1)):
-            for i in range(count):
-                data = random_intervention(base, layers, 4, positions)
-                self.engine.registry.put(f"{positions.replace('+', '-')}-{i}", data)
+        for name in sorted({name for names in WORKLOADS.values() for name in names}):
+            positions = name.rpartition("-")[0].replace("-", "+")
+            file = random_intervention(base, layers, 4, positions)
+            self.engine.registry.put(name, file)
 
-    def at_once(self, label: str, names: Sequence[str]) -> Case:
-        """A case: requests of these interventions over one prompt, all at once."""
+    def case(self, workload: str) -> Case:
+        """A case of `measure`."""
+        run = self._chat if workload.startswith("chat") else self._at_once
+        return lambda number: run(workload, number)
 
-        def run(number: int) -> Figures:
-            asked = over_one_prompt(names, number, self.engine.info.vocab_size)
-            return asyncio.run(self._run(label, number, asked))
+    def _at_once(self, workload: str, number: int) -> Figures:
+        job = over_one_prompt(self.engine.info.vocab_size, number)
+        names = WORKLOADS[workload][: len(job["prompts"])]
+        return asyncio.run(self._run((workload, number), job, names))
 
-        return run
-
-    def chat(self, label: str, name: str | None) -> Case:
-        """A case: the turns of a chat, one after another."""
-
-        def run(number: int) -> Figures:
-            rng = random.Random(1000 + number)
-            text: list[int] = []
-            total = {SECONDS: 0.0, FIRST_TOKEN: 0.0, COMPUTED: 0.0}
-            for _ in range(TURNS):
-                text += random_tokens(rng, TURN_TOKENS, self.engine.info.vocab_size)
-                figures = asyncio.run(self._run(label, number, [(text, name)], REPLY_TOKENS))
-                text += self.answers[label, number][-1]
-                total = {key: total[key] + value for key, value in figures.items()}
-            return total
-
-        return run
-
-    async def _run(
-        self, label: str, number: int, asked: Asked, max_tokens: int = ANSWER_TOKENS
-    ) -> Figures:
-        sampling = SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True)
-        before = self.engine.stats().prompt_tokens
-        start = time.perf_counter()
-
-        async def one(prompt: list[int], name: str | None) -> tuple[float, list[int]]:
-            first, tokens = 0.0, []
-            uses = [] if name is None else [Use(name)]
-            async for deltas in await self.engine.open(prompt, sampling, uses):
-                first = first or time.perf_counter() - start
-                tokens += [token for delta in deltas for token in delta.tokens]
-            return first, tokens
-
-        done = await asyncio.gather(*(one(prompt, name) for prompt, name in asked))
-        self.answers.setdefault((label, number), []).extend(tokens for _, tokens in done)
+    def _chat(self, workload: str, number: int) -> Figures:
+        rng = random.Random(number)
+        text: list[int] = []
+        turns: list[Figures] = []
+        for _ in range(TURNS if number else 1):
+            text += [rng.randrange(self.engine.info.vocab_size) for _ in range(TURN_TOKENS)]
+            job: Job = {"prompts": [text], "answers": [REPLY_TOKENS]}
+            turns.append(asyncio.run(self._run((workload, number), job, WORKLOADS[workload])))
+            text = [*text, *self.answers[workload, number][-1]]
         return {
-            SECONDS: time.perf_counter() - start,
-            FIRST_TOKEN: statistics.median(first for first, _ in done),
-            COMPUTED: self.engine.stats().prompt_tokens - before,
+            SECONDS: sum(turn[SECONDS] for turn in turns),
+            COMPUTED: sum(turn[COMPUTED] for turn in turns),
+            FIRST_TOKEN: statistics.median(turn[FIRST_TOKEN] for turn in turns),
         }
+
+    async def _run(self, key: tuple[str, int], job: Job, names: Sequence[str]) -> Figures:
+        before, begin = self.engine.stats().prompt_tokens, time.perf_counter()
+
+        async def one(i: int) -> tuple[list[int], list[float]]:
+            sampling = SamplingParams(temperature=0, max_tokens=job["answers"][i], ignore_eos=True)
+            tokens: list[int] = []
+            stamps: list[float] = []
+            uses = (Use(names[i]),) if names else ()
+            async for deltas in await self.engine.open(job["prompts"][i], sampling, uses):
+                for delta in deltas:
+                    tokens += delta.tokens
+                    stamps += [time.perf_counter() - begin] * len(delta.tokens)
+            return tokens, stamps
+
+        done = await asyncio.gather(*(one(i) for i in range(len(job["prompts"]))))
+        self.answers.setdefault(key, []).extend(tokens for tokens, _ in done)
+        seconds, stamps = time.perf_counter() - begin, [stamps for _, stamps in done]
+        measured = figures({"seconds": seconds, "tokens": done[0][0], "stamps": stamps})
+        return {**measured, COMPUTED: self.engine.stats().prompt_tokens - before}
+
+
+def beside(peer: Peer, vocabulary: int) -> Case:
+    """A case of `measure`: the requests of `tasks` through a peer, request i by its adapter i."""
+    return lambda number: figures(peer.run(over_one_prompt(vocabulary, number)))
+
+
+def differing(sides: dict[str, Side], workload: str) -> int:
+    """Answers of measured rounds that are not the same on both sides."""
+    return sum(
+        own != other
+        for key, answers in sides[CACHED].answers.items()
+        if key[0] == workload
+        for own, other in zip(answers, sides[PLAIN].answers[key], strict=True)
+    )
 
 
 def main(
     model: Annotated[str, typer.Option(help="demo, a folder, or a hub id.")] = "demo",
     dtype: Annotated[str, typer.Option(help="Number format.")] = "float32",
+    workloads: Annotated[str, typer.Option(help="Comma-separated.")] = ",".join(WORKLOADS),
     rounds: Annotated[int, typer.Option(min=1)] = 7,
+    vllm: Annotated[Path | None, typer.Option(help="Python of an environment with vLLM.")] = None,
     out: Annotated[Path | None, typer.Option(help="Keep the raw figures here.")] = None,
 ) -> None:
-    """Print, for every case, what was computed and how long the first token took."""
-    sides = {
-        cached: Side(model, dtype, prefix_cache=cached == "cached")
-        for cached in ("cached", "plain")
-    }
-    l1 = [f"l1-{i}" for i in range(REQUESTS)]
-    within = [f"f1-l1-{i % 4}" for i in range(REQUESTS)]
-    workloads = {
-        "32 tasks, l1": {side: s.at_once("32 tasks, l1", l1) for side, s in sides.items()},
-        "4 tasks, f1+l1, 8 each": {
-            side: s.at_once("4 tasks, f1+l1, 8 each", within) for side, s in sides.items()
-        },
-        "chat, base": {side: s.chat("chat, base", None) for side, s in sides.items()},
-        "chat, l1": {side: s.chat("chat, l1", "l1-0") for side, s in sides.items()},
-        "chat, f1": {side: s.chat("chat, f1", "f1-0") for side, s in sides.items()},
-    }
+    """Print, for every workload, what was computed and how long the first token took."""
+    path = str(demo_model()) if model == "demo" else model
+    sides = {label: Side(path, dtype, prefix_cache=label == CACHED) for label in (CACHED, PLAIN)}
     rows = []
-    for label, cases in workloads.items():
-        setting: dict[str, str | int] = {"workload": label, "dtype": dtype, "model": model}
-        found = measure(cases, rounds, setting, out)
-        differ = sum(
-            own != other
-            for key, answers in sides["cached"].answers.items()
-            if key[0] == label
-            for own, other in zip(answers, sides["plain"].answers[key], strict=True)
-        )
-        rows.append(
-            [
-                label,
-                round(median(found, "plain", COMPUTED)),
-                round(median(found, "cached", COMPUTED)),
-                round(1000 * median(found, "plain", FIRST_TOKEN)),
-                round(1000 * median(found, "cached", FIRST_TOKEN)),
-                speed_ratio(found, "cached", "plain", FIRST_TOKEN),
-                speed_ratio(found, "cached", "plain"),
-                differ,
-            ]
-        )
-        print(f"{label}: done", flush=True)
+    with Stage(path, dtype, {None: None, "vllm": vllm, "peers": None}) as stage:
+        for workload in workloads.split(","):
+            cases = {label: side.case(workload) for label, side in sides.items()}
+            if vllm is not None and workload == "tasks":
+                vocabulary = sides[PLAIN].engine.info.vocab_size
+                cases[VLLM] = beside(stage.peer("vllm_cpu", REQUESTS), vocabulary)
+            setting = {"workload": workload, "dtype": dtype, "model": model}
+            found = measure(cases, rounds, setting, out)
+            for label in cases:
+                ours = label in sides
+                rows.append(
+                    [
+                        workload,
+                        label,
+                        round(median(found, label, COMPUTED)) if ours else "",
+                        round(1000 * median(found, label, FIRST_TOKEN)),
+                        round(1000 * median(found, label)),
+                        speed_ratio(found, label, PLAIN, FIRST_TOKEN),
+                        speed_ratio(found, label, PLAIN),
+                    ]
+                )
+            print(f"{workload}: {differing(sides, workload)} answers differ", flush=True)
+    for side in sides.values():
+        side.engine.close()
     bound = SHARED_TOKENS + REQUESTS * (OWN_TOKENS + BLOCK_TOKENS)
     print(
         f"\n{dtype}, torch {torch.__version__}, {torch.get_num_threads()} threads, {rounds} rounds"
     )
-    print(f"At most {bound} tokens are to be computed for 32 tasks, l1.\n")
-    header = [
-        "workload",
-        "prompt tokens",
-        "computed",
-        "first token, ms",
-        "with cache, ms",
-        "first token, times as fast",
-        "whole run, times as fast",
-        "answers that differ",
-    ]
-    print(table(header, rows))
-    for side in sides.values():
-        side.engine.close()
+    print(f"Of `tasks` at most {bound} tokens are to be computed.\n")
+    header = ["workload", "", "prompt tokens computed", "first token, ms", "all, ms"]
+    print(table([*header, "first token, times as fast", "all, times as fast"], rows))
 
 
 if __name__ == "__main__":

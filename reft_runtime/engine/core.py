@@ -128,9 +128,9 @@ class EngineCore:
                 if event.finish_reason:
                     finished.append(sequence)
         # Decoding sequences are kept when they end, so that their steps have nothing to copy.
-        prompts = [c.sequence for c in plan.chunks if c.prompt and c.sequence not in finished]
-        running = [s for s in prompts if s.status is Status.RUNNING]
-        self._keep([copy for s in running for copy in self.scheduler.keep(s)])
+        prompts = [c.sequence for c in plan.prompts if c.sequence.status is Status.RUNNING]
+        lasting = [sequence for sequence in prompts if sequence not in finished]
+        self._keep([copy for s in lasting for copy in self.scheduler.keep(s)])
         # Later slots first: a dense slab then has no hole to fill when many end together.
         self._remove(sorted(finished, key=lambda s: -self.runner.storage.where(s)[1]))
         return events
@@ -231,7 +231,7 @@ def _newly_started(plan: StepPlan) -> list[Sequence]:
 
 
 def _tell_reused(plan: StepPlan, events: list[Event]) -> None:
-    for chunk in plan.chunks:
+    for chunk in plan.prompts:
         sequence = chunk.sequence
         ends_prompt = chunk.stop == sequence.prompt_length and sequence.leads
         if ends_prompt and sequence.cached and sequence.status is Status.RUNNING:

@@ -139,30 +139,29 @@ class RowStorage:
     def keep(self, copies: Iterable[BlockCopy]) -> None:
         """Copy blocks of rows to their slots; of several for one slot the last one."""
         latest = {copy.slot: copy for copy in copies}
-        for rows, pool, (slots, *where) in self._copied(latest.values()):
-            pool[slots] = _blocks(rows)[where[0], :, where[1]]
+        for row_blocks, pool, (slots, rows, blocks) in self._tensors(latest.values()):
+            pool[slots] = row_blocks[rows, :, blocks]
 
     @torch.inference_mode()
     def reuse(self, copies: Iterable[BlockCopy]) -> None:
         """Copy kept blocks to the rows of their sequences, which have room for them."""
-        for rows, pool, (slots, *where) in self._copied(copies):
-            _blocks(rows)[where[0], :, where[1]] = pool[slots]
+        for row_blocks, pool, (slots, rows, blocks) in self._tensors(copies):
+            row_blocks[rows, :, blocks] = pool[slots]
 
-    def _copied(
+    def _tensors(
         self, copies: Iterable[BlockCopy]
     ) -> Iterator[tuple[Tensor, Tensor, tuple[Tensor, Tensor, Tensor]]]:
-        """By slab and layer: rows, pool, and of each block its slot, its row, its place in that."""
+        """By slab and layer: rows in blocks, pool, and the slots, rows and places in them."""
         by_slab: dict[int, list[tuple[int, int, int]]] = defaultdict(list)
         for copy in copies:
             slab, row = self._places[copy.sequence]
             by_slab[slab.capacity].append((copy.slot, row, copy.block))
         for capacity, places in by_slab.items():
             slab, (slots, rows, blocks) = self._slabs[capacity], torch.tensor(places).unbind(1)
-            tensors = zip(
+            for own, pool in zip(
                 (*slab.keys, *slab.values), (*self._pool.keys, *self._pool.values), strict=True
-            )
-            for own, pool in tensors:
-                yield own, pool, (slots, rows, blocks)
+            ):
+                yield _in_blocks(own), pool, (slots, rows, blocks)
 
     @torch.inference_mode()
     def release(self, sequence: Sequence) -> None:
@@ -214,8 +213,8 @@ class RowStorage:
         self._places[last] = slab, slot
 
 
-def _blocks(rows: Tensor) -> Tensor:
-    """Rows by blocks: a view [rows, kv_heads, blocks, BLOCK_TOKENS, dim] of all that are whole."""
+def _in_blocks(rows: Tensor) -> Tensor:
+    """A view [rows, kv_heads, blocks, BLOCK_TOKENS, dim] of all that are whole."""
     whole = rows.shape[2] // BLOCK_TOKENS
     count, heads, _, dim = rows.shape
     return rows[:, :, : whole * BLOCK_TOKENS].view(count, heads, whole, BLOCK_TOKENS, dim)

@@ -46,11 +46,6 @@ class Chunk:
         return self.start + self.length
 
     @property
-    def prompt(self) -> bool:
-        """Whether it is of a prompt, or of several tokens that are computed again."""
-        return self.length > 1 or self.start < self.sequence.prompt_length
-
-    @property
     def completes(self) -> bool:
         """Whether it reaches the sequence's end, so that a token is sampled."""
         return self.stop == len(self.sequence.tokens)
@@ -69,9 +64,14 @@ class StepPlan:
     kept: list[BlockCopy] = field(default_factory=list)
 
     @property
+    def prompts(self) -> list[Chunk]:
+        """All chunks but the decoding ones."""
+        return self.chunks[self.decodes :]
+
+    @property
     def prompt_tokens(self) -> int:
         """Tokens of all chunks but the decoding ones."""
-        return sum(chunk.length for chunk in self.chunks[self.decodes :])
+        return sum(chunk.length for chunk in self.prompts)
 
 
 class Scheduler:
@@ -186,8 +186,7 @@ class Scheduler:
 
     def _schedule_prompt(self, plan: StepPlan, sequence: Sequence, limit: int) -> int:
         if _scored(sequence):
-            prompts = plan.chunks[plan.decodes :]
-            scored = sum(chunk.length for chunk in prompts if _scored(chunk.sequence))
+            scored = sum(chunk.length for chunk in plan.prompts if _scored(chunk.sequence))
             limit = min(limit, MAX_SCORED_TOKENS - scored)
             if not limit:
                 return 0
@@ -201,7 +200,7 @@ class Scheduler:
             ]
             block = first + len(reused)
             if block < min(len(keys), self.budget.free) and any(
-                _will_keep(chunk, block, keys[block]) for chunk in plan.chunks
+                _will_keep(chunk.sequence, block, keys[block]) for chunk in plan.prompts
             ):
                 return 0
             start = max(start, block * BLOCK_TOKENS)
@@ -258,14 +257,13 @@ class Scheduler:
         self.preemptions += 1
 
 
-def _will_keep(chunk: Chunk, block: int, key: bytes) -> bool:
-    """Whether what is computed in this step leads to the block with this key in the cache."""
-    other = chunk.sequence
-    if block >= len(other.tokens) // BLOCK_TOKENS or other.decoding:
+def _will_keep(sequence: Sequence, block: int, key: bytes) -> bool:
+    """Whether a prompt that is being computed brings the block with this key into the cache."""
+    if block >= len(sequence.tokens) // BLOCK_TOKENS:
         return False
-    keys = other.block_keys((block + 1) * BLOCK_TOKENS)
-    no_token = other.request.sampling.max_tokens == 0
-    return keys[block] == key and not (no_token and block >= other.keys.base)
+    keys = sequence.block_keys((block + 1) * BLOCK_TOKENS)
+    no_token = sequence.request.sampling.max_tokens == 0
+    return keys[block] == key and not (no_token and block >= sequence.keys.base)
 
 
 def _scored(sequence: Sequence) -> bool:

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from reft_runtime.engine.kv_rows import MIN_CAPACITY, MIN_ROWS, LayerShape, RowStorage
+from reft_runtime.engine.prefix_cache import BlockCopy
 from reft_runtime.engine.sequence import Request, Sequence, sequences_of
 from reft_runtime.sampling import SamplingParams
 
@@ -23,7 +24,7 @@ def inference() -> Iterator[None]:
 
 
 def storage() -> RowStorage:
-    return RowStorage(SHAPES, torch.float32, LONGEST)
+    return RowStorage(SHAPES, torch.float32, LONGEST, max_blocks=8)
 
 
 def sequence(length: int = 10) -> Sequence:
@@ -115,6 +116,43 @@ def test_a_fork_has_its_own_copy() -> None:
     assert holds(rows, child, 1)
     rows.release(parent)
     assert holds(rows, child, 1)
+
+
+@pytest.mark.parametrize("length", [40, LONGEST - 3])
+def test_kept_blocks_outlive_their_rows(length: int) -> None:
+    rows = storage()
+    one, other, unlike = sequence(length), sequence(33), sequence(300)
+    rows.ensure(one, length)
+    fill(rows, one, 1.0)
+    rows.keep([BlockCopy(one, 0, 5), BlockCopy(one, 1, 2)])
+    fill(rows, one, 3.0)
+    rows.release(one)
+    rows.ensure(other, 33)
+    rows.ensure(unlike, 300)
+    fill(rows, unlike, 7.0)
+    # Of two rows, in slabs of their own, and in another order than they were kept.
+    rows.reuse([BlockCopy(unlike, 1, 2), BlockCopy(other, 1, 2), BlockCopy(other, 0, 5)])
+    assert holds(rows, other, 1.0, 32)
+    assert holds(rows, unlike, 7.0, 16)
+    slab, slot = rows.where(unlike)
+    home, place = rows.where(other)
+    assert torch.equal(slab.keys[1][slot, :, 16:32], home.keys[1][place, :, 16:32])
+    assert torch.equal(
+        slab.values[0][slot, :, 32:300],
+        7 + torch.arange(32, 300)[None, :, None].expand(1, -1, 3) / 1000,
+    )
+
+
+def test_of_several_blocks_for_one_slot_the_last_is_kept() -> None:
+    rows = storage()
+    several = [sequence(16) for _ in range(20)]
+    for value, each in enumerate(several):
+        rows.ensure(each, 16)
+        fill(rows, each, value)
+    rows.keep([BlockCopy(each, 0, slot) for each in several for slot in (0, 1)])
+    rows.reuse([BlockCopy(several[0], 0, 0), BlockCopy(several[1], 0, 1)])
+    assert holds(rows, several[0], 19)
+    assert holds(rows, several[1], 19)
 
 
 def test_memory_of_a_length_that_nobody_has_goes() -> None:

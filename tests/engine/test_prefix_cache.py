@@ -144,7 +144,7 @@ class Simulation:
             if sequence.status is Status.RUNNING:
                 self.scheduler.finish(sequence)
                 self._keep(self.scheduler.keep(sequence))
-        for sequence in [c.sequence for c in plan.chunks if c.prompt]:
+        for sequence in [c.sequence for c in plan.prompts]:
             if sequence.status is Status.RUNNING:
                 self._keep(self.scheduler.keep(sequence))
         self.scheduler.check_integrity(idle=self.scheduler.idle)
@@ -179,8 +179,8 @@ class Simulation:
 
 
 def shape(plan: StepPlan) -> list[tuple[int, int, int]]:
-    """Order of arrival, start and length of every chunk of several tokens."""
-    return [(c.sequence.order, c.start, c.length) for c in plan.chunks if c.prompt]
+    """Order of arrival, start and length of every chunk of a prompt."""
+    return [(c.sequence.order, c.start, c.length) for c in plan.prompts]
 
 
 SYSTEM = prompt(100)

@@ -284,6 +284,29 @@ def test_out_of_memory_while_preempting(monkeypatch: pytest.MonkeyPatch) -> None
         assert found[f"{i}"].tokens == alone(each)
 
 
+def test_nothing_is_computed_over_blocks_that_could_not_be_kept(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    core = make_core()
+    each = request("a", SYSTEM)
+    core.add(each)
+    plan = core.scheduler.schedule()
+    plan.kept = [BlockCopy(plan.chunks[0].sequence, 0, 0)]
+
+    def broken(*_: Any) -> None:
+        raise MemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(core.scheduler, "schedule", lambda: plan)
+        patch.setattr(core.runner.storage, "keep", broken)
+        patch.setattr(core.runner, "run", lambda _: pytest.fail("the step was computed"))
+        assert core.step() == []
+    found: dict[str, Answer] = {}
+    while not core.idle:
+        step(core, found)
+    assert found["a"].tokens == alone(each)
+
+
 def test_out_of_memory_in_a_step_that_reuses(monkeypatch: pytest.MonkeyPatch) -> None:
     core = make_core()
     asked = [request(f"{i}", (*SYSTEM, i), *TASKS["l1"]) for i in range(3)]
