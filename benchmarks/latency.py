@@ -46,10 +46,14 @@ def long_prompt_among_streams(engine: Engine) -> Case:
         async def tokens_of(prompt_tokens: int, answer: int, into: list[float]) -> None:
             prompt = [rng.randrange(vocabulary) for _ in range(prompt_tokens)]
             sampling = SamplingParams(temperature=0, max_tokens=answer, ignore_eos=True)
-            async for deltas in await engine.open(prompt, sampling):
-                into += [time.perf_counter()] * sum(len(delta.tokens) for delta in deltas)
-                if all(len(times) >= ALONE_TOKENS for times in stamps):
-                    warm.set()
+            stream = await engine.open(prompt, sampling)
+            try:
+                async for deltas in stream:
+                    into += [time.perf_counter()] * sum(len(delta.tokens) for delta in deltas)
+                    if all(len(times) >= ALONE_TOKENS for times in stamps):
+                        warm.set()
+            finally:
+                stream.abort()
 
         longest = length - STREAM_PROMPT_TOKENS
         streams = [

@@ -8,11 +8,13 @@ is theirs, so that throughput does not suffer. Where nobody decodes, nobody wait
 
 from __future__ import annotations
 
-from reft_runtime.engine.blocks import BLOCK_TOKENS
-
 SHARE = 0.75
 """Time one prompt may add to a step, in steps without prompts: 1 would double what streams wait
 for a token on average, and so pass that at the 95th percentile."""
+
+LEAST_TOKENS = 8
+"""Prompt tokens of a step, however long it takes: prompts go on. All numbers are multiples of half
+of it. Whole blocks would be too coarse: 16 tokens after a long context can cost a decode step."""
 
 MIXED_TOKENS = 512
 """Most prompt tokens of a step in which sequences decode, and of one before anything is measured;
@@ -50,17 +52,17 @@ class StepPacer:
     def prompt_tokens(self, decodes: int, prompts: int) -> int:
         """Most prompt tokens for a step with `decodes` decode rows, `prompts` prompts at hand.
 
-        A multiple of the block size; 0 now and then while sequences decode, else at least a block.
+        0 now and then while sequences decode, else at least `LEAST_TOKENS`.
         """
         prompt = self._prompt_seconds
         if not decodes:
-            return _blocks(LONGEST_SECONDS / prompt) if prompt else MIXED_TOKENS
+            return _rounded(LONGEST_SECONDS / prompt) if prompt else MIXED_TOKENS
         if self._unmeasured >= MEASURED_EVERY:
             return 0
         decode = self._decode(decodes)
         if not decode or not prompt:
             return MIXED_TOKENS
-        return min(MIXED_TOKENS, _blocks(SHARE * prompts * decode / prompt))
+        return min(MIXED_TOKENS, _rounded(SHARE * prompts * decode / prompt))
 
     def record(self, decodes: int, prompt_tokens: int, seconds: float) -> None:
         """Learn from a step that took `seconds`."""
@@ -75,7 +77,7 @@ class StepPacer:
             return
         self._unmeasured += 1
         decode = self._decode(decodes)
-        if decode is not None and prompt_tokens >= BLOCK_TOKENS:
+        if decode is not None and prompt_tokens >= LEAST_TOKENS:
             self._learn_prompt(max(0.0, seconds - decode) / prompt_tokens)
 
     def _learn_prompt(self, seconds: float) -> None:
@@ -88,8 +90,9 @@ class StepPacer:
         return None if nearest is None else self._decode_seconds[nearest]
 
 
-def _blocks(tokens: float) -> int:
-    return max(BLOCK_TOKENS, int(tokens) // BLOCK_TOKENS * BLOCK_TOKENS)
+def _rounded(tokens: float) -> int:
+    grain = LEAST_TOKENS // 2
+    return max(LEAST_TOKENS, int(tokens) // grain * grain)
 
 
 def _size(decodes: int) -> int:
