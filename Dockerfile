@@ -17,6 +17,8 @@ COPY reft_runtime reft_runtime
 RUN /opt/reft/bin/pip install --constraint constraints.txt .
 
 FROM python:3.11-slim-bookworm
+# The CPU's fused operators are compiled at the first start, for the CPU at hand.
+RUN apt-get update && apt-get install --yes --no-install-recommends g++ && rm -rf /var/lib/apt/lists/*
 RUN useradd --no-log-init --user-group --uid 10001 --home-dir /cache --no-create-home reft \
     && install --directory --owner=reft --group=reft /cache /state
 COPY --from=build /opt/reft /opt/reft

@@ -18,11 +18,11 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PIP_NO_INPUT := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help serve bench test lint types format clean
+.PHONY: help serve bench bench-peers test lint types format clean
 .DELETE_ON_ERROR:
 
 help: ## List the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 	@echo
 	@echo "Variables of serve: HOST=$(HOST) PORT=$(PORT) MODEL=$(MODEL) DTYPE=$(DTYPE) INTERVENTIONS=$(INTERVENTIONS);"
 	@echo "ARGS holds further options of 'reft serve'. PYTHON=$(PYTHON) makes the environment in VENV=$(VENV)."
@@ -30,8 +30,13 @@ help: ## List the targets
 serve: $(VENV)/.installed ## Serve MODEL with the interventions of a folder, on HOST:PORT
 	@exec $(BIN)/reft serve --model $(MODEL) --interventions $(INTERVENTIONS) --host $(HOST) --port $(PORT) --dtype $(DTYPE) $(ARGS)
 
-bench: $(VENV)/.installed ## Measure whole runs: base, base with tasks, model.generate, the floor
+bench: $(VENV)/.installed ## Measure whole runs: base, tasks, HTTP, transformers, the floor
 	@$(BIN)/python -m benchmarks.throughput $(ARGS)
+
+bench-peers: $(VENV)/.installed-bench $(VENV)-vllm/.installed $(VENV)-peers/.installed ## The same beside vLLM, PEFT and pyreft, with plots in build/; over an hour
+	@$(BIN)/python -m benchmarks.throughput --vllm $(VENV)-vllm/bin/python --peers $(VENV)-peers/bin/python \
+		--out build/bench-peers.json $(ARGS)
+	@$(BIN)/python -m benchmarks.plots build/bench-peers.json build
 
 test: lint types ## Check everything: lint, types, import directions, all tests
 	$(BIN)/python -m pytest $(ARGS)
@@ -48,13 +53,15 @@ format: $(VENV)/.installed-test ## Format the code and fix what ruff can fix
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-clean: ## Remove the environment and every cache in the working tree (not the demo model)
-	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
+clean: ## Remove the environments and every cache in the working tree (not the demo model)
+	rm -rf $(VENV) $(VENV)-vllm $(VENV)-peers build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+CONSTRAINT = --constraint constraints.txt
 
 # pip install with the pinned versions; one retry, because registries do have hiccups.
 define install
-	@pip="$(BIN)/python -m pip install -qq --constraint constraints.txt"; \
+	@pip="$(BIN)/python -m pip install -qq $(CONSTRAINT)"; \
 	$$pip $(1) || { echo "The installation failed; trying once more." >&2; sleep 3; $$pip $(1); }
 	@touch $@
 endef
@@ -68,6 +75,24 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 
 $(VENV)/.installed-test: $(VENV)/.installed
 	@echo "Installing the test tools into $(VENV)" >&2
-	$(call install,--editable '.[test]')
+	$(call install,--editable '.[bench,test]')
 	$(call install,$(PYREFT_NEEDS))
+	$(call install,--no-deps pyreft pyvene)
+
+$(VENV)/.installed-bench: $(VENV)/.installed
+	$(call install,--editable '.[bench]')
+
+# What only measurements need has environments of its own.
+$(VENV)-vllm/.installed: BIN = $(VENV)-vllm/bin
+$(VENV)-vllm/.installed: CONSTRAINT = --no-deps
+$(VENV)-vllm/.installed: benchmarks/peers/requirements-vllm.txt
+	@$(PYTHON) -m venv --clear $(VENV)-vllm
+	@echo "Installing vLLM into $(VENV)-vllm (3.4 GB)" >&2
+	$(call install,--requirement benchmarks/peers/requirements-vllm.txt)
+
+$(VENV)-peers/.installed: BIN = $(VENV)-peers/bin
+$(VENV)-peers/.installed: constraints.txt
+	@$(PYTHON) -m venv --clear $(VENV)-peers
+	@echo "Installing PEFT and pyreft into $(VENV)-peers" >&2
+	$(call install,torch transformers accelerate peft $(PYREFT_NEEDS))
 	$(call install,--no-deps pyreft pyvene)

@@ -1,176 +1,145 @@
-"""Whole-run throughput of the engine: base, many tasks, `model.generate`, and the floor.
+"""Whole runs, side by side: this project, its peers, and the floor.
 
-Everything is measured in one process, in alternating rounds, because a machine's speed drifts:
-compare the ratios, not the absolute figures. A round is n prompts of 64 random tokens, each
-answered by 64 tokens (prefill included). The floor is the model's linear layers alone, with
-prepacked weights, over the same tokens.
+Closed: n prompts of 64 random tokens at once, each answered by 64 tokens, prefill included.
+Mixed: 48 requests that arrive at random, prompts of 16 to 1,024 and answers of 8 to 256 tokens.
+A machine's speed drifts, so compare the ratios, not the absolute figures. README.md in this folder
+says more.
 
-    python -m benchmarks.throughput --dtypes float32,bfloat16 --concurrency 1,8,32 --rounds 5
+    python -m benchmarks.throughput --dtypes bfloat16 --concurrency 8 --rounds 3 --cases base,floor
 """
 
 from __future__ import annotations
 
-import copy
-import json
-import random
-import statistics
-import time
-from collections.abc import Callable
+import os
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
 import torch
 import typer
-from torch import nn
-from transformers import AutoModelForCausalLM
 
-from reft_runtime import Engine, SamplingParams
+from benchmarks.contenders import BASE, CLOSED, MIXED, Contender
+from benchmarks.measuring import (
+    Round,
+    Setting,
+    measure,
+    median,
+    recorded,
+    speed_ratio,
+    table,
+)
+from benchmarks.stage import Stage
+from benchmarks.workload import ANSWER_TOKENS, MIXED_REQUESTS, PAPER, mixed
 from reft_runtime.demo import demo_model
-from reft_runtime.engine.linears import prepack
-from reft_runtime.interventions import BaseShape, Edit, Intervention, serialise
-from reft_runtime.outputs import Generation
 
-PROMPT_TOKENS = 64
-ANSWER_TOKENS = 64
+Row = Sequence[object]
 
-Case = Callable[[], None]
-
-
-def random_intervention(base: BaseShape, layers: list[int], rank: int, positions: str) -> bytes:
-    """A valid LoReFT file with random weights."""
-    d = base.hidden_size
-    edits = [
-        Edit(
-            layer,
-            positions,
-            {
-                "W": torch.randn(rank, d) * 0.02,
-                "R": torch.linalg.qr(torch.randn(d, rank)).Q,
-                "b": torch.randn(rank) * 0.02,
-            },
-        )
-        for layer in layers
-    ]
-    return serialise(Intervention.build(base, edits))
+CLOSED_HEADER = ("dtype", "n", "case", "tokens/s", "over base", "base over it", "n tasks over it")
+MIXED_HEADER = (
+    *("dtype", "case", "tokens/s", "first token", "p95", "between tokens, p95"),
+    *("over base", "base over it"),
+)
 
 
-def settings(layers: int) -> dict[str, tuple[list[int], int, str]]:
-    """Intervention settings by label: layers, rank, positions. The last is the paper's."""
-    four = [layers * i // 5 for i in range(1, 5)]
-    return {
-        "n tasks: 4 layers, r=4, l1": (four, 4, "l1"),
-        "n tasks: 4 layers, r=4, f3+l3": (four, 4, "f3+l3"),
-        "n tasks: all layers, r=8, f7+l7": (list(range(layers)), 8, "f7+l7"),
-    }
+def closed_rows(dtype: str, n: int, shown: Sequence[Contender], rounds: list[Round]) -> list[Row]:
+    """Our own cases are compared with our base; our base and the paper's setting with peers."""
+    labels = [contender.label for contender in shown]
+    rows: list[Row] = []
+    for contender in shown:
+        label = contender.label
+        rate = round(n * ANSWER_TOKENS / median(rounds, label))
+        ratios: list[object] = ["", "", ""]
+        if contender.ours:
+            ratios[0] = "" if label == BASE else speed_ratio(rounds, label, BASE)
+        else:
+            ratios[1] = speed_ratio(rounds, BASE, label)
+            if PAPER in labels:
+                ratios[2] = speed_ratio(rounds, PAPER, label)
+        rows.append((dtype, n, label, rate, *ratios))
+    return rows
 
 
-def linear_floor(model: nn.Module, n: int) -> Case:
-    """The linear layers alone: one pass over all prompts, then one for each further token."""
-    model = copy.deepcopy(model)
-    head = model.get_output_embeddings()  # type: ignore[operator]
-    dtype = head.weight.dtype
-    linears = [module for module in model.modules() if isinstance(module, nn.Linear)]
-    inputs = {
-        (rows, module.in_features): torch.randn(rows, module.in_features).to(dtype)
-        for module in linears
-        for rows in (n, n * PROMPT_TOKENS)
-    }
-    prepack(model)
-
-    @torch.inference_mode()
-    def run() -> None:
-        for step in range(ANSWER_TOKENS):
-            rows = n * PROMPT_TOKENS if step == 0 else n
-            for module in linears:
-                module(inputs[n if module is head else rows, module.in_features])
-
-    return run
-
-
-def cases(model: str, dtype: str, n: int) -> tuple[dict[str, Case], Callable[[], None]]:
-    """What is measured, by label, and how to clean up."""
-    path = str(demo_model()) if model == "demo" else model
-    engine = Engine(path, dtype=dtype, max_running=max(n, 1))
-    base = engine.registry.base
-    rng = random.Random(0)
-    vocabulary = engine.info.vocab_size
-    prompts = [[rng.randrange(vocabulary) for _ in range(PROMPT_TOKENS)] for _ in range(n)]
-    sampling = SamplingParams(temperature=0, max_tokens=ANSWER_TOKENS, ignore_eos=True)
-    reference = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, engine.info.dtype))
-    ids = torch.tensor(prompts)
-
-    def ours(names: list[str] | None) -> Case:
-        return lambda: _check(
-            engine.generate(prompts, sampling, intervention=names, progress=False)
-        )
-
-    def generate() -> None:
-        reference.generate(  # type: ignore[misc]
-            ids,
-            attention_mask=torch.ones_like(ids),
-            do_sample=False,
-            min_new_tokens=ANSWER_TOKENS,
-            max_new_tokens=ANSWER_TOKENS,
-        )
-
-    found: dict[str, Case] = {"base": ours(None)}
-    for number, (label, setting) in enumerate(settings(base.num_layers).items()):
-        names = [f"bench-{number}-{i}" for i in range(n)]
-        for name in names:
-            engine.registry.put(name, random_intervention(base, *setting))
-        found[label] = ours(names)
-    found["model.generate, static batch"] = generate
-    found["floor: linear layers alone"] = linear_floor(reference, n)
-    return found, engine.close
-
-
-def _check(answers: list[Generation]) -> None:
-    assert all(len(answer.tokens) == ANSWER_TOKENS for answer in answers)
-
-
-def measure(found: dict[str, Case], rounds: int) -> dict[str, list[float]]:
-    """Seconds of every case in every round; the order turns from round to round."""
-    seconds: dict[str, list[float]] = {label: [] for label in found}
-    for run in found.values():
-        run()
-    labels = list(found)
-    for number in range(rounds):
-        turn = number % len(labels)
-        for label in labels[turn:] + labels[:turn]:
-            start = time.perf_counter()
-            found[label]()
-            seconds[label].append(time.perf_counter() - start)
-    return seconds
+def mixed_rows(dtype: str, shown: Sequence[Contender], rounds: list[Round]) -> list[Row]:
+    """Times in seconds."""
+    tokens = sum(mixed(1, "")["answers"])
+    rows: list[Row] = []
+    for contender in shown:
+        label = contender.label
+        times = [
+            f"{median(rounds, label, figure):.2f}"
+            for figure in ("ttft_median", "ttft_p95", "gap_p95")
+        ]
+        ratios: list[object] = ["", ""]
+        if contender.ours:
+            ratios[0] = "" if label == BASE else speed_ratio(rounds, label, BASE)
+        else:
+            ratios[1] = speed_ratio(rounds, BASE, label)
+        rows.append((dtype, label, round(tokens / median(rounds, label)), *times, *ratios))
+    return rows
 
 
 def main(
-    model: Annotated[str, typer.Option(help="demo, a folder, or a hub id.")] = "demo",
+    model: Annotated[str, typer.Option(help="demo, or a folder.")] = "demo",
     dtypes: Annotated[str, typer.Option(help="Comma-separated.")] = "float32,bfloat16",
-    concurrency: Annotated[str, typer.Option(help="Comma-separated batch sizes.")] = "1,8,32",
-    rounds: Annotated[int, typer.Option(min=1)] = 5,
-    out: Annotated[Path | None, typer.Option(help="Write the raw figures as JSON.")] = None,
+    concurrency: Annotated[
+        str, typer.Option(help="Numbers of requests at once, comma-separated.")
+    ] = "1,8,32",
+    rounds: Annotated[int, typer.Option(min=1)] = 7,
+    cases: Annotated[
+        str, typer.Option(help="Parts of the labels to measure, comma-separated.")
+    ] = "",
+    mix: Annotated[bool, typer.Option(help="Measure the mixed workload too.")] = True,
+    vllm: Annotated[Path | None, typer.Option(help="Python of vLLM's environment.")] = None,
+    peers: Annotated[Path | None, typer.Option(help="Python of PEFT's and pyreft's.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Keep the raw figures here; what is there is not repeated.")
+    ] = None,
 ) -> None:
-    """Print medians in generated tokens per second, and ratios to the base of the same round."""
-    results = []
-    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {rounds} rounds")
-    print(f"| {'case':33} | dtype | n | tokens/s | over base |")
-    print("|---|---|---:|---:|---:|")
+    """Print medians in generated tokens per second, and ratios within rounds."""
+    path = str(demo_model()) if model == "demo" else model
+    pythons = {None: Path(sys.executable), "vllm": vllm, "peers": peers}
+
+    def chosen(contenders: Sequence[Contender], n: int | None = None) -> list[Contender]:
+        return [
+            contender
+            for contender in contenders
+            if contender.label == BASE
+            or (
+                any(part in contender.label for part in cases.split(","))
+                and pythons[contender.environment] is not None
+                and (n is None or contender.least <= n <= (contender.most or n))
+            )
+        ]
+
+    def run(stage: Stage, setting: Setting, shown: Sequence[Contender], n: int) -> list[Round]:
+        labels = [contender.label for contender in shown]
+        key = {"benchmark": "throughput", "model": model, "dtype": stage.dtype, **setting}
+        print(f"{stage.dtype} {setting}", file=sys.stderr, flush=True)
+        done = recorded(out, key, labels)
+        if len(done) >= rounds:
+            return done[:rounds]
+        started = {c.label: c.start(stage, c.label, n) for c in shown}
+        return measure(started, rounds, key, out)
+
+    closed_table: list[Row] = []
+    mixed_table: list[Row] = []
     for dtype in dtypes.split(","):
-        for n in map(int, concurrency.split(",")):
-            found, close = cases(model, dtype, n)
-            try:
-                seconds = measure(found, rounds)
-            finally:
-                close()
-            for label, taken in seconds.items():
-                rate = n * ANSWER_TOKENS / statistics.median(taken)
-                ratio = statistics.median(
-                    base / own for base, own in zip(seconds["base"], taken, strict=True)
+        with Stage(path, dtype, pythons) as stage:
+            for n in map(int, concurrency.split(",")):
+                shown = chosen(CLOSED, n)
+                closed_table += closed_rows(
+                    dtype, n, shown, run(stage, {"workload": "closed", "n": n}, shown, n)
                 )
-                print(f"| {label:33} | {dtype} | {n} | {rate:.0f} | {ratio:.2f} |", flush=True)
-                results.append({"case": label, "dtype": dtype, "n": n, "seconds": taken})
-    if out is not None:
-        out.write_text(json.dumps(results, indent=1))
+            if mix:
+                shown = chosen(MIXED)
+                mixed_table += mixed_rows(
+                    dtype, shown, run(stage, {"workload": "mixed"}, shown, MIXED_REQUESTS)
+                )
+    print(f"torch {torch.__version__}, {os.cpu_count()} cores, {rounds} rounds\n")
+    print(table(CLOSED_HEADER, closed_table))
+    if mix:
+        print(f"\n{table(MIXED_HEADER, mixed_table)}")
 
 
 if __name__ == "__main__":

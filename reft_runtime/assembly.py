@@ -6,7 +6,15 @@ from collections.abc import Callable, Iterable
 
 from torch import Tensor
 
-from reft_runtime.engine.events import Event, Failed, PromptScored, Started, TokenMade, Traced
+from reft_runtime.engine.events import (
+    Event,
+    Failed,
+    PromptReused,
+    PromptScored,
+    Started,
+    TokenMade,
+    Traced,
+)
 from reft_runtime.errors import RequestFailed
 from reft_runtime.outputs import Choice, ChoiceDelta, EditTrace, Generation, TokenLogprob
 from reft_runtime.sampling import SamplingParams
@@ -29,6 +37,8 @@ class Assembler:
     ) -> None:
         self.prompt = prompt
         self.started_at: float | None = None
+        self.cached_tokens = 0
+        """Prompt tokens that came from the prefix cache; known when the first delta comes."""
         self.prompt_logprobs: list[TokenLogprob | None] | None = (
             None if sampling.prompt_logprobs is None else [None]
         )
@@ -59,6 +69,8 @@ class Assembler:
         match event:
             case Started():
                 self.started_at = event.at
+            case PromptReused():
+                self.cached_tokens = event.tokens
             case PromptScored():
                 assert self.prompt_logprobs is not None
                 self.prompt_logprobs.extend(event.logprobs)

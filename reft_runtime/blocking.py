@@ -28,6 +28,7 @@ class Call:
         """The whole answer, once it has ended."""
         generation = collect(self.request.prompt, self.request.sampling.n, self.deltas)
         generation.prompt_logprobs = self.assembler.prompt_logprobs
+        generation.cached_tokens = self.assembler.cached_tokens
         return generation
 
 

@@ -21,6 +21,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from reft_runtime.cache import cache_folder
 from reft_runtime.errors import ConfigError
 
 DEMO_NAME = "SmolLM2-135M-Instruct"
@@ -39,7 +40,7 @@ def demo_model() -> Path:
 
     Raises ConfigError when the model cannot be downloaded or stored; the message names the way out.
     """
-    folder = _cache_folder() / DEMO_NAME
+    folder = cache_folder() / DEMO_NAME
     if folder.is_dir():
         return folder
     try:
@@ -61,13 +62,6 @@ def locate(model: str) -> tuple[str, str]:
     if model == "demo":
         return str(demo_model()), DEMO_NAME
     return model, Path(model).resolve().name if Path(model).is_dir() else model
-
-
-def _cache_folder() -> Path:
-    if own := os.environ.get("REFT_CACHE"):
-        return Path(own).expanduser()
-    shared = os.environ.get("XDG_CACHE_HOME")
-    return (Path(shared) if shared else Path.home() / ".cache") / "reft"
 
 
 @contextlib.contextmanager

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from reft_runtime.admission import Admission, Prompt
 from reft_runtime.assembly import Assembler
 from reft_runtime.blocking import Call, run_calls
+from reft_runtime.cores import usable_cores
 from reft_runtime.engine.core import EngineConfig, EngineCore
 from reft_runtime.engine.loop import EngineLoop
 from reft_runtime.engine.sequence import Request
@@ -44,8 +45,9 @@ class Engine:
     one; `allow_base` is a shell pattern for the names of base models whose files fit this one.
     `max_running` bounds the answers made at once, `max_queued` and `max_queued_tokens` what
     may wait, `max_step_tokens` the tokens of one step, `kv_tokens` the tokens whose keys and
-    values are held (by default from free memory). `dtype` "auto" is the fast one for this
-    machine. Loading blocks; everything else may be called from any thread.
+    values are held (by default from free memory); with `prefix_cache` those that nobody uses are
+    kept, and reused where prompts begin alike and are edited alike. `dtype` "auto" is the fast one
+    for this machine. Loading blocks; everything else may be called from any thread.
     """
 
     def __init__(
@@ -61,15 +63,17 @@ class Engine:
         max_running: int = 64,
         max_queued: int = 1024,
         max_queued_tokens: int = 1_000_000,
-        max_step_tokens: int = 512,
+        max_step_tokens: int = 2048,
         kv_tokens: int | None = None,
+        prefix_cache: bool = True,
         threads: int | None = None,
     ) -> None:
-        if threads is not None:
-            torch.set_num_threads(threads)
+        torch.set_num_threads(threads or min(torch.get_num_threads(), usable_cores()))
         name, loaded, tokenizer = load_base(model, tokenizer, dtype, max_model_len)
-        kv_tokens = kv_budget(loaded, max_running, kv_tokens)
-        config = EngineConfig(max_running, max(max_step_tokens, max_running), kv_tokens)
+        kv_tokens = kv_budget(loaded, max_running, kv_tokens, prefix_cache=prefix_cache)
+        config = EngineConfig(
+            max_running, max(max_step_tokens, max_running), kv_tokens, prefix_cache
+        )
         core = EngineCore(loaded, config)
         self.tokenizer = Tokenizer(tokenizer, loaded.max_model_len)
         self.registry = Registry(
@@ -183,6 +187,8 @@ class Engine:
         trace: bool = False,
     ) -> Stream:
         """Start one request, with `uses` applied in order; a `trace` is for `explain`.
+
+        Requests of different `salt` share nothing in the prefix cache.
 
         Raises `InvalidRequest`, `NotFound`, `InvalidFile`, `Overloaded`, `Draining` or
         `EngineDead` before anything is queued.

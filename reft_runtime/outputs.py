@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -57,6 +58,8 @@ class Generation:
     prompt_tokens: list[int]
     choices: list[Choice]
     prompt_logprobs: list[TokenLogprob | None] | None = None
+    cached_tokens: int = field(default=0, compare=False)
+    """Prompt tokens whose keys and values came from the prefix cache."""
 
     @property
     def text(self) -> str:
@@ -124,6 +127,21 @@ class EngineInfo:
 
 
 @dataclass(frozen=True, slots=True)
+class PrefixCacheStats:
+    """Reuse of keys and values, by kind of block: the base model's ("base"), or edited ("own").
+
+    `queries` and `hits` count tokens since the start: those that were looked for (all whole blocks
+    of every sequence that may read the cache), and those that were found. `blocks` are kept now;
+    `evictions` counts blocks that gave way to others.
+    """
+
+    queries: Mapping[str, int]
+    hits: Mapping[str, int]
+    blocks: Mapping[str, int]
+    evictions: int
+
+
+@dataclass(frozen=True, slots=True)
 class EngineStats:
     """A snapshot of the engine's load and its counters since the start."""
 
@@ -137,3 +155,5 @@ class EngineStats:
     preemptions: int
     heartbeat_age: float
     """Seconds since the loop last turned; an idle loop turns at least once a second."""
+    prefix_cache: PrefixCacheStats | None = None
+    """None where there is no prefix cache."""

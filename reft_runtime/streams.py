@@ -68,6 +68,11 @@ class Stream:
         """The prompt's log-probabilities, if asked for: complete when the first item arrives."""
         return self._assembler.prompt_logprobs
 
+    @property
+    def cached_tokens(self) -> int:
+        """Prompt tokens that came from the prefix cache; known when the first item arrives."""
+        return self._assembler.cached_tokens
+
     def __aiter__(self) -> Self:
         return self
 

@@ -9,6 +9,7 @@ from fastapi import Request
 
 from server.context import Server
 from server.errors import ApiError
+from server.settings import Settings
 
 
 def require_key(request: Request, server: Server) -> None:
@@ -32,6 +33,13 @@ def require_key(request: Request, server: Server) -> None:
             code="invalid_api_key",
             headers={"www-authenticate": "Bearer"},
         )
+
+
+def cache_salt(settings: Settings) -> bytes:
+    """What separates the prefix cache of the key's holders from others'; empty without a key."""
+    if settings.api_key is None:
+        return b""
+    return _digest(b"prefix cache of " + settings.api_key.get_secret_value().encode())
 
 
 def _digest(key: bytes) -> bytes:

@@ -86,9 +86,10 @@ def _option(name: str) -> inspect.Parameter:
     notes = [f"env: REFT_{name.upper()}"]
     if field.default not in (None, PydanticUndefined):
         notes.append(f"default: {field.default}")
-    option = typer.Option(
-        f"--{name.replace('_', '-')}", help=f"{field.description} [{', '.join(notes)}]"
-    )
+    flag = f"--{name.replace('_', '-')}"
+    if kind is bool:
+        flag += f"/--no-{name.replace('_', '-')}"
+    option = typer.Option(flag, help=f"{field.description} [{', '.join(notes)}]")
     kind = Annotated[str if kind is SecretStr else kind, option]
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=kind)
 

@@ -8,11 +8,12 @@ import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from reft_runtime.errors import Overloaded
 from reft_runtime.outputs import Choice, ChoiceDelta, TokenLogprob
 from reft_runtime.sampling import SamplingParams
+from server.auth import cache_salt
 from server.context import Context
 from server.errors import ApiError
 from server.schemas.common import SamplingBody
@@ -102,12 +103,13 @@ class Run:
         """Number of choices of all prompts."""
         return len(self.job.prompts) * self.job.sampling.n
 
-    def usage(self) -> dict[str, int]:
+    def usage(self) -> dict[str, Any]:
         """OpenAI's usage object, of what was made so far."""
         return {
             "prompt_tokens": self.prompt_tokens,
             "completion_tokens": self.completion_tokens,
             "total_tokens": self.prompt_tokens + self.completion_tokens,
+            "prompt_tokens_details": {"cached_tokens": sum(s.cached_tokens for s in self.streams)},
         }
 
     def prompt(self, index: int) -> list[int]:
@@ -194,6 +196,7 @@ async def opened(context: Context, job: Job, prefix: str) -> AsyncIterator[Run]:
                 job.sampling,
                 job.selection.uses,
                 request_id=f"{run.id}-{position}",
+                salt=cache_salt(context.settings),
                 trace=job.trace,
             )
             run.streams.append(stream)

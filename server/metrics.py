@@ -13,6 +13,7 @@ from prometheus_client.registry import Collector
 
 if TYPE_CHECKING:
     from reft_runtime.llm import Engine
+    from reft_runtime.outputs import PrefixCacheStats
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 """Prometheus' text format. Not negotiated: in the others older Prometheus servers get `reft_`."""
@@ -135,8 +136,32 @@ class _EngineCollector(Collector):
             ("num_preemptions", "Sequences put back for lack of cache.", stats.preemptions),
         ):
             yield CounterMetricFamily(f"reft:{name}", text, value)
+        yield from _prefix_cache(stats.prefix_cache)
         tiers = Tally(entry.tier for entry in self._engine.registry.entries())
         family = GaugeMetricFamily("reft:interventions", "Interventions by tier.", labels=["tier"])
         for tier, count in tiers.items():
             family.add_metric([tier], count)
         yield family
+
+
+def _prefix_cache(stats: PrefixCacheStats | None) -> Iterator[Metric]:
+    """The prefix cache's metrics; none where it is off."""
+    if stats is None:
+        return
+    blocks = GaugeMetricFamily(
+        "reft:prefix_cache_blocks", "Blocks kept for reuse.", labels=["kind"]
+    )
+    queries, hits = (
+        CounterMetricFamily(f"reft:prefix_cache_{name}", text, labels=["kind"])
+        for name, text in (
+            ("queries", "Tokens looked for in the prefix cache."),
+            ("hits", "Tokens found there, and not computed."),
+        )
+    )
+    for family, values in ((blocks, stats.blocks), (queries, stats.queries), (hits, stats.hits)):
+        for kind, value in values.items():
+            family.add_metric([kind], value)
+        yield family
+    yield CounterMetricFamily(
+        "reft:prefix_cache_evictions", "Blocks that gave way to others.", stats.evictions
+    )

@@ -27,6 +27,7 @@ ENGINE_OPTIONS = (
     "max_queued",
     "max_queued_tokens",
     "kv_tokens",
+    "prefix_cache",
     "threads",
 )
 """The fields that the engine takes, under the same names; one left unset is the engine's choice."""
@@ -107,6 +108,10 @@ class Settings(BaseSettings):
         ge=1,
         description="Size of the key-value cache, in tokens; by default what fits into 30 % of "
         "the available memory.",
+    )
+    prefix_cache: bool = Field(
+        default=True,
+        description="Reuse keys and values where prompts begin alike and are edited alike.",
     )
     threads: int | None = Field(
         default=None, ge=1, le=1024, description="CPU threads of the engine; by default one a core."

@@ -86,15 +86,6 @@ def test_first_call_makes_the_folder_and_the_second_needs_no_pip(
     assert cached(tmp_path) == {demo.DEMO_NAME}
 
 
-def test_cache_folder_without_reft_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.delenv("REFT_CACHE", raising=False)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert demo._cache_folder() == tmp_path / "reft"
-    monkeypatch.delenv("XDG_CACHE_HOME")
-    monkeypatch.setenv("HOME", str(tmp_path))
-    assert demo._cache_folder() == tmp_path / ".cache" / "reft"
-
-
 def test_broken_download_is_said_removed_and_tried_again(
     wheel: Path,
     tmp_path: Path,

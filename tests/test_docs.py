@@ -40,7 +40,7 @@ def options() -> set[str]:
         option
         for command in commands
         for parameter in command.params
-        for option in parameter.opts
+        for option in (*parameter.opts, *parameter.secondary_opts)
         if option.startswith("--")
     }
 

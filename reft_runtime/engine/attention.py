@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Protocol
 
 import torch
@@ -17,10 +18,17 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
 from reft_runtime.engine.kv_rows import LayerShape, RowStorage, Slab
+from reft_runtime.engine.native import attends, kernels
 from reft_runtime.engine.scheduler import Chunk
 from reft_runtime.errors import UnsupportedModel
 
 ATTENTION = "reft_packed"
+
+SHORT_SPAN = 256
+"""Prompts up to this length are attended token by token where a native operator does it, and of
+longer ones up to `SHORT_CHUNK` tokens a step; measured on 2 cores."""
+
+SHORT_CHUNK = 8
 
 
 class AttentionStep(Protocol):
@@ -35,7 +43,7 @@ class AttentionStep(Protocol):
         scaling: float | None,
         window: int | None,
     ) -> Tensor:
-        """Store the step's keys and values [1, kv_heads, T, dim] and attend; [1, T, heads, dim]."""
+        """Store the step's keys and values [T, kv_heads, dim], attend; [T, heads, dim]."""
 
 
 def packed_attention(
@@ -56,7 +64,8 @@ def packed_attention(
     if softcap is not None or s_aux is not None:
         raise UnsupportedModel("logit soft-capping and attention sinks are not supported")
     layer: int = module.layer_idx  # type: ignore[assignment]
-    return step.attend(layer, query, key, value, scaling, sliding_window), None
+    query, key, value = (heads[0].transpose(0, 1) for heads in (query, key, value))
+    return step.attend(layer, query, key, value, scaling, sliding_window)[None], None
 
 
 AttentionInterface.register(ATTENTION, packed_attention)
@@ -67,6 +76,7 @@ class ProbedLayer:
     """What one layer asked of attention."""
 
     shape: LayerShape
+    scaling: float | None
     window: int | None
 
 
@@ -88,21 +98,21 @@ class ShapeProbe:
         """Note the layer, and attend as the engine does: causally, within the window."""
         if layer in self.layers:
             raise UnsupportedModel("a layer attends more than once")
-        shape = LayerShape(key.shape[1], key.shape[3], value.shape[3])
-        self.layers[layer] = ProbedLayer(shape, window)
-        at = torch.arange(query.shape[2])
+        shape = LayerShape(key.shape[1], key.shape[2], value.shape[2])
+        self.layers[layer] = ProbedLayer(shape, scaling, window)
+        at = torch.arange(query.shape[0])
         seen = at <= at[:, None]
         if window is not None:
             seen &= at > at[:, None] - window
         result = scaled_dot_product_attention(
-            query,
-            key,
-            value,
+            query.transpose(0, 1)[None],
+            key.transpose(0, 1)[None],
+            value.transpose(0, 1)[None],
             attn_mask=seen,
             scale=scaling,
             enable_gqa=query.shape[1] != key.shape[1],
         )
-        return result.transpose(1, 2)
+        return result[0].transpose(0, 1)
 
 
 @dataclass(slots=True)
@@ -137,7 +147,7 @@ class _DecodeGroup:
         return self.masks[window]
 
 
-@dataclass(slots=True)
+@dataclass
 class _PromptSegment:
     """Consecutive tokens of one row: packed tokens [first, first + length), row offset `start`."""
 
@@ -147,6 +157,19 @@ class _PromptSegment:
     start: int
     length: int
     masks: dict[int | None, Tensor | None] = field(default_factory=dict)
+
+    @property
+    def short(self) -> bool:
+        """Whether one pass a token costs less than matrix products over the whole."""
+        return self.start + self.length <= SHORT_SPAN or self.length <= SHORT_CHUNK
+
+    @cached_property
+    def slots(self) -> Tensor:
+        return torch.full((self.length,), self.slot)
+
+    @cached_property
+    def positions(self) -> Tensor:
+        return torch.arange(self.start, self.start + self.length)
 
     def mask(self, window: int | None) -> Tensor | None:
         """Boolean mask [length, start + length], True where seen; None for a plain causal one."""
@@ -173,6 +196,7 @@ class RowAttentionStep:
     def __init__(self, storage: RowStorage, chunks: SequenceOf[Chunk]) -> None:
         self._decodes: list[_DecodeGroup] = []
         self._prompts: list[_PromptSegment] = []
+        self._native = kernels()
         first = 0
         at = 0
         while at < len(chunks):
@@ -213,13 +237,26 @@ class RowAttentionStep:
         window: int | None,
     ) -> Tensor:
         """See `AttentionStep.attend`."""
-        query, key, value = query[0], key[0], value[0]
-        out = query.new_empty(query.shape[1], query.shape[0], value.shape[-1])
+        out = query.new_empty(*query.shape[:-1], value.shape[-1])
+        native = self._native if attends(query, key, value) else None
+        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
         for group in self._decodes:
-            _attend_decodes(group, layer, query, key, value, scaling, window, out)
+            tokens = slice(group.first, group.first + group.rows)
+            rows = query[tokens], key[tokens], value[tokens], out[tokens]
+            cache = group.slab.keys[layer], group.slab.values[layer]
+            if native is None:
+                _attend_decodes(group, *cache, *rows, scale, window)
+            else:
+                native.attend(*rows, *cache, group.slots, group.positions, scale, window or 0)
         for segment in self._prompts:
-            _attend_prompt(segment, layer, query, key, value, scaling, window, out)
-        return out[None]
+            tokens = slice(segment.first, segment.first + segment.length)
+            rows = query[tokens], key[tokens], value[tokens], out[tokens]
+            cache = segment.slab.keys[layer], segment.slab.values[layer]
+            if native is None or not segment.short:
+                _attend_prompt(segment, *cache, *rows, scale, window)
+            else:
+                native.attend(*rows, *cache, segment.slots, segment.positions, scale, window or 0)
+        return out
 
 
 def order_for_rows(storage: RowStorage, chunks: SequenceOf[Chunk]) -> list[Chunk]:
@@ -234,21 +271,21 @@ def order_for_rows(storage: RowStorage, chunks: SequenceOf[Chunk]) -> list[Chunk
 
 def _attend_decodes(
     group: _DecodeGroup,
-    layer: int,
+    keys: Tensor,
+    values: Tensor,
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    scaling: float | None,
-    window: int | None,
     out: Tensor,
+    scale: float,
+    window: int | None,
 ) -> None:
-    keys, values = group.slab.keys[layer], group.slab.values[layer]
-    tokens = slice(group.first, group.first + group.rows)
-    keys[group.slots, :, group.positions] = key[:, tokens].transpose(0, 1)
-    values[group.slots, :, group.positions] = value[:, tokens].transpose(0, 1)
-    kv_heads, span, length = key.shape[0], group.span, group.length
+    """Attention of decoding tokens [rows, heads, dim] by torch's own operators."""
+    keys[group.slots, :, group.positions] = key
+    values[group.slots, :, group.positions] = value
+    kv_heads, span, length = key.shape[1], group.span, group.length
     # Query heads that share a KV head become its queries: no repeated keys and values.
-    packed = query[:, tokens].transpose(0, 1).reshape(group.rows, kv_heads, -1, query.shape[-1])
+    packed = query.reshape(group.rows, kv_heads, -1, query.shape[-1])
     if span != group.rows:
         spread = packed.new_zeros(span, *packed.shape[1:])
         spread[group.slots] = packed
@@ -258,37 +295,37 @@ def _attend_decodes(
         keys[:span, :, :length],
         values[:span, :, :length],
         attn_mask=group.mask(window, query.dtype),
-        scale=scaling,
+        scale=scale,
     )
     if span != group.rows:
         result = result[group.slots]
-    out[tokens] = result.reshape(group.rows, -1, value.shape[-1])
+    out.copy_(result.reshape(out.shape))
 
 
 def _attend_prompt(
     segment: _PromptSegment,
-    layer: int,
+    keys: Tensor,
+    values: Tensor,
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    scaling: float | None,
-    window: int | None,
     out: Tensor,
+    scale: float,
+    window: int | None,
 ) -> None:
+    """Attention of a prompt's tokens [length, heads, dim] by torch's own operators."""
     stop = segment.start + segment.length
-    tokens = slice(segment.first, segment.first + segment.length)
-    keys = segment.slab.keys[layer][segment.slot, :, :stop]
-    values = segment.slab.values[layer][segment.slot, :, :stop]
-    keys[:, segment.start :] = key[:, tokens]
-    values[:, segment.start :] = value[:, tokens]
+    row_keys, row_values = keys[segment.slot, :, :stop], values[segment.slot, :, :stop]
+    row_keys[:, segment.start :] = key.transpose(0, 1)
+    row_values[:, segment.start :] = value.transpose(0, 1)
     mask = segment.mask(window)
     result = scaled_dot_product_attention(
-        query[None, :, tokens],
-        keys[None],
-        values[None],
+        query.transpose(0, 1)[None],
+        row_keys[None],
+        row_values[None],
         attn_mask=mask,
         is_causal=mask is None,
-        scale=scaling,
-        enable_gqa=query.shape[0] != key.shape[0],
+        scale=scale,
+        enable_gqa=query.shape[1] != key.shape[1],
     )
-    out[tokens] = result[0].transpose(0, 1)
+    out.copy_(result[0].transpose(0, 1))

@@ -1,17 +1,16 @@
-"""The KV budget in blocks, and the keys under which a block's keys and values may be reused.
+"""The KV budget in blocks.
 
-The budget is logical: it decides who is admitted and who is preempted. Where the tensors lie is
-the storage's business (`kv_rows` on a CPU).
+It is logical: it decides who is admitted and who is preempted. Where the tensors lie is the
+storage's business (`kv_rows` on a CPU).
 """
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from reft_runtime.engine.sequence import Request, Sequence
+    from reft_runtime.engine.prefix_cache import PrefixCache
+    from reft_runtime.engine.sequence import Sequence
 
 BLOCK_TOKENS = 16
 
@@ -22,10 +21,14 @@ def blocks_for(tokens: int) -> int:
 
 
 class BlockBudget:
-    """Counts the blocks that each sequence holds, out of a fixed total."""
+    """Counts the blocks that each sequence holds, out of a fixed total.
 
-    def __init__(self, total_tokens: int) -> None:
+    What nobody holds is the prefix `cache`'s, if there is one, until somebody wants it.
+    """
+
+    def __init__(self, total_tokens: int, cache: PrefixCache | None = None) -> None:
         self.total = total_tokens // BLOCK_TOKENS
+        self.cache = cache
         self._held: dict[Sequence, int] = {}
         self._used = 0
 
@@ -47,6 +50,8 @@ class BlockBudget:
         if more > 0:
             self._held[sequence] = self._held.get(sequence, 0) + more
             self._used += more
+            if self.cache is not None:
+                self.cache.shrink(self.free)
         return True
 
     def release(self, sequence: Sequence) -> None:
@@ -58,33 +63,5 @@ class BlockBudget:
         held = sum(self._held.values())
         if held != self._used or not 0 <= self._used <= self.total:
             raise AssertionError(f"KV budget: {held} held, {self._used} used, {self.total} in all")
-
-
-def block_keys(request: Request) -> Iterator[bytes]:
-    """Keys of the prompt's full blocks, in order.
-
-    Two blocks have the same key only if their keys and values are equal: a key chains the block's
-    token ids, the edits that fall in it (digest, strength, subspace, site, offsets; in order) and
-    the key before it; the chain starts at the request's salt. So blocks before the first edited
-    position carry the base model's keys.
-    """
-    length = len(request.prompt)
-    key = hashlib.sha256(b"reft-kv" + request.salt).digest()
-    for start in range(0, length - length % BLOCK_TOKENS, BLOCK_TOKENS):
-        stop = start + BLOCK_TOKENS
-        edits = [
-            (
-                applied.digest,
-                applied.strength,
-                applied.subspace,
-                edit.layer,
-                edit.component,
-                tuple(offsets),
-            )
-            for applied in request.interventions
-            for edit in applied.edits
-            if applied.strength and (offsets := edit.positions.offsets(length, start, stop))
-        ]
-        content = repr((request.prompt[start:stop], edits)).encode()
-        key = hashlib.sha256(key + content).digest()
-        yield key
+        if self.cache is not None:
+            self.cache.check_integrity(self.free)

@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
 from reft_runtime.engine.blocks import BlockBudget
-from reft_runtime.engine.events import Event, Failed, PromptScored, Started, TokenMade, Traced
+from reft_runtime.engine.events import (
+    Event,
+    Failed,
+    PromptReused,
+    PromptScored,
+    Started,
+    TokenMade,
+    Traced,
+)
 from reft_runtime.engine.loader import LoadedModel
+from reft_runtime.engine.prefix_cache import BlockCopy, PrefixCache
 from reft_runtime.engine.runner import Runner, StepResult
 from reft_runtime.engine.sampler import Sampled
 from reft_runtime.engine.scheduler import Scheduler, StepPlan
@@ -19,25 +29,39 @@ from reft_runtime.outputs import FinishReason
 
 @dataclass(frozen=True, slots=True)
 class EngineConfig:
-    """Limits: sequences at once, tokens a step, tokens whose keys and values may be held."""
+    """Limits: sequences at once, tokens a step, tokens whose keys and values may be held.
+
+    With `prefix_cache` what is held but not in use is reused where it is equal.
+    """
 
     max_running: int
     max_step_tokens: int
     kv_tokens: int
+    prefix_cache: bool = True
 
 
 class EngineCore:
-    """Turns requests into tokens. Not thread safe: one thread owns it."""
+    """Turns requests into tokens. Not thread safe: one thread owns it.
 
-    def __init__(self, loaded: LoadedModel, config: EngineConfig) -> None:
+    `clock` gives seconds; how long steps take decides how large the next ones are.
+    """
+
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        config: EngineConfig,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
         self.loaded = loaded
-        self.scheduler = Scheduler(
-            BlockBudget(config.kv_tokens), config.max_running, config.max_step_tokens
+        budget = BlockBudget(config.kv_tokens, PrefixCache() if config.prefix_cache else None)
+        self.scheduler = Scheduler(budget, config.max_running, config.max_step_tokens)
+        self.runner = Runner(
+            loaded, loaded.max_model_len, budget.total if config.prefix_cache else 0
         )
-        self.runner = Runner(loaded, loaded.max_model_len)
         self.steps = 0
         self.prompt_tokens = 0
         self.generation_tokens = 0
+        self._clock = clock
         self._arrivals = 0
         self._live: dict[str, list[Sequence]] = {}
 
@@ -55,25 +79,28 @@ class EngineCore:
 
     def abort(self, request_id: str, choice: int | None = None) -> None:
         """End a request, or one of its choices, at once and without an event; unknown is fine."""
-        for sequence in reversed(list(self._live.get(request_id, ()))):
-            if choice is None or sequence.choice == choice:
-                self._remove(sequence)
+        live = self._live.get(request_id, ())
+        self._remove([s for s in reversed(live) if choice in (None, s.choice)])
 
     def step(self) -> list[Event]:
         """Compute one step. An exception from here means that the engine itself is broken."""
         plan = self.scheduler.schedule()
+        kept = self._keep(plan.kept)
         for sequence in plan.preempted:
             self.runner.storage.release(sequence)
-        if not plan.chunks:
+        if not plan.chunks or not kept:
             return []
         now = time.monotonic()
         events: list[Event] = [Started(s.request.id, now) for s in _newly_started(plan)]
+        began = self._clock()
         result = self._run(plan)
+        seconds = self._clock() - began
         if result is None:
             # What the others have computed is still there: their next step does this one again.
             newest = max((c.sequence for c in plan.chunks), key=lambda s: (s.order, s.choice))
             self._fail(StepResult(failed={newest: "out of memory"}), events)
             return events
+        self.scheduler.pacer.record(plan.decodes, plan.prompt_tokens, seconds)
         self.steps += 1
         self.prompt_tokens += sum(
             max(0, min(c.stop, c.sequence.prompt_length) - c.start) for c in plan.chunks
@@ -88,20 +115,24 @@ class EngineCore:
         self._fail(result, events)
         self._score_prompts(result, events)
         _trace(result, events)
+        _tell_reused(plan, events)
+        finished = []
         for sequence in ended:
             if sequence.status is Status.RUNNING:
                 events.append(TokenMade(sequence.request.id, sequence.choice, None, None, "length"))
-                self._remove(sequence)
-        finished = []
+                finished.append(sequence)
         for sequence, sampled in result.sampled:
             if sequence.status is Status.RUNNING:
                 event = self._append(sequence, sampled)
                 events.append(event)
                 if event.finish_reason:
                     finished.append(sequence)
+        # Decoding sequences are kept when they end, so that their steps have nothing to copy.
+        prompts = [c.sequence for c in plan.chunks if c.prompt and c.sequence not in finished]
+        running = [s for s in prompts if s.status is Status.RUNNING]
+        self._keep([copy for s in running for copy in self.scheduler.keep(s)])
         # Later slots first: a dense slab then has no hole to fill when many end together.
-        for sequence in sorted(finished, key=lambda s: -self.runner.storage.where(s)[1]):
-            self._remove(sequence)
+        self._remove(sorted(finished, key=lambda s: -self.runner.storage.where(s)[1]))
         return events
 
     def check_integrity(self) -> None:
@@ -147,8 +178,7 @@ class EngineCore:
             if request_id not in self._live:
                 continue  # another choice of it failed in this very step
             events.append(Failed(request_id, reason))
-            for sequence in reversed(list(self._live[request_id])):
-                self._remove(sequence)
+            self._remove(self._live[request_id][::-1], keep=False)
 
     def _score_prompts(self, result: StepResult, events: list[Event]) -> None:
         for sequence, first, values in result.prompt_logprobs:
@@ -158,19 +188,38 @@ class EngineCore:
                 sequence.prompt_logprobs_sent += len(unsent)
                 events.append(PromptScored(sequence.request.id, tuple(unsent)))
 
-    def _remove(self, sequence: Sequence) -> None:
-        """Take out one choice. To end a request, go from the last to the one that leads."""
-        self.scheduler.finish(sequence)
-        self.runner.storage.release(sequence)
-        siblings = self._live[sequence.request.id]
-        siblings.remove(sequence)
-        for sibling in siblings:
-            if sequence in sibling.unforked:
-                sibling.unforked.remove(sequence)
-        if sequence.unforked:
-            self.scheduler.requeue([sequence.pass_lead()])
-        if not siblings:
-            del self._live[sequence.request.id]
+    def _keep(self, copies: list[BlockCopy]) -> bool:
+        """Copy blocks into the prefix cache; where memory runs out it is emptied, and False."""
+        if not copies:
+            return True
+        try:
+            self.runner.storage.keep(copies)
+        except (MemoryError, RuntimeError) as error:
+            if not _is_out_of_memory(error):
+                raise
+        else:
+            return True
+        if self.scheduler.cache is not None:
+            self.scheduler.cache.shrink(0)  # what it says of these blocks is not so
+        return False
+
+    def _remove(self, sequences: list[Sequence], *, keep: bool = True) -> None:
+        """Take out choices. To end a request, go from the last to the one that leads."""
+        for sequence in sequences:
+            self.scheduler.finish(sequence)
+        if keep:
+            self._keep([copy for s in sequences for copy in self.scheduler.keep(s)])
+        for sequence in sequences:
+            self.runner.storage.release(sequence)
+            siblings = self._live[sequence.request.id]
+            siblings.remove(sequence)
+            for sibling in siblings:
+                if sequence in sibling.unforked:
+                    sibling.unforked.remove(sequence)
+            if sequence.unforked:
+                self.scheduler.requeue([sequence.pass_lead()])
+            if not siblings:
+                del self._live[sequence.request.id]
 
 
 def _newly_started(plan: StepPlan) -> list[Sequence]:
@@ -179,6 +228,14 @@ def _newly_started(plan: StepPlan) -> list[Sequence]:
         sequence.started = True
     # Choices that could not be forked queue again on their own: their request has started before.
     return [sequence for sequence in fresh if sequence.leads]
+
+
+def _tell_reused(plan: StepPlan, events: list[Event]) -> None:
+    for chunk in plan.chunks:
+        sequence = chunk.sequence
+        ends_prompt = chunk.stop == sequence.prompt_length and sequence.leads
+        if ends_prompt and sequence.cached and sequence.status is Status.RUNNING:
+            events.append(PromptReused(sequence.request.id, sequence.cached))
 
 
 def _trace(result: StepResult, events: list[Event]) -> None:

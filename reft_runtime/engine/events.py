@@ -18,6 +18,14 @@ class Started:
 
 
 @dataclass(frozen=True, slots=True)
+class PromptReused:
+    """The prompt is computed, and so many of its tokens came from the prefix cache."""
+
+    request_id: str
+    tokens: int
+
+
+@dataclass(frozen=True, slots=True)
 class PromptScored:
     """Log-probabilities of the next prompt tokens, in order, from the second token on."""
 
@@ -60,4 +68,4 @@ class Failed:
     reason: str
 
 
-Event = Started | PromptScored | TokenMade | Traced | Failed
+Event = Started | PromptReused | PromptScored | TokenMade | Traced | Failed

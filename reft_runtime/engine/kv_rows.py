@@ -8,16 +8,23 @@ moves to the next, with twice the capacity.
 A row's unused rest is attended under a mask, and 0 x NaN is NaN: what a row leaves behind must be
 finite. It is where a token came out of it; any other row (failed, or left before its prompt was
 whole) is wiped where it stood.
+
+Blocks that the prefix cache keeps lie in a pool of their own: rows come and go, and a block is
+copied out of a row and into others.
 """
 
 from __future__ import annotations
 
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from reft_runtime.engine.blocks import BLOCK_TOKENS
+from reft_runtime.engine.prefix_cache import BlockCopy
 from reft_runtime.engine.sequence import Sequence
 
 MIN_CAPACITY = 128
@@ -67,13 +74,36 @@ class Slab:
             tensor[slot].zero_()
 
 
-class RowStorage:
-    """Places the rows of all sequences; the budget of blocks bounds how many there are."""
+class BlockPool:
+    """Kept blocks: for every layer keys and values [blocks, kv_heads, BLOCK_TOKENS, dim]."""
 
-    def __init__(self, shapes: SequenceOf[LayerShape], dtype: torch.dtype, max_tokens: int) -> None:
+    def __init__(self, shapes: SequenceOf[LayerShape], blocks: int, dtype: torch.dtype) -> None:
+        # Uninitialised: the system gives memory page by page, as blocks are first written.
+        self.keys = [
+            torch.empty(blocks, s.kv_heads, BLOCK_TOKENS, s.key_dim, dtype=dtype) for s in shapes
+        ]
+        self.values = [
+            torch.empty(blocks, s.kv_heads, BLOCK_TOKENS, s.value_dim, dtype=dtype) for s in shapes
+        ]
+
+
+class RowStorage:
+    """Places the rows of all sequences; the budget of blocks bounds how many there are.
+
+    `max_tokens` is the longest row, `max_blocks` the most that a prefix cache may keep.
+    """
+
+    def __init__(
+        self,
+        shapes: SequenceOf[LayerShape],
+        dtype: torch.dtype,
+        max_tokens: int,
+        max_blocks: int = 0,
+    ) -> None:
         self.shapes = tuple(shapes)
         self.dtype = dtype
         self.max_tokens = max_tokens
+        self._pool = BlockPool(shapes, max_blocks, dtype)
         self._slabs: dict[int, Slab] = {}
         self._places: dict[Sequence, tuple[Slab, int]] = {}
 
@@ -99,6 +129,35 @@ class RowStorage:
         slab, slot = self._places[child]
         source, source_slot = self._places[parent]
         slab.copy(source, source_slot, slot, length)
+
+    @torch.inference_mode()
+    def keep(self, copies: Iterable[BlockCopy]) -> None:
+        """Copy blocks of rows to their slots; of several for one slot the last one."""
+        latest = {copy.slot: copy for copy in copies}
+        for rows, pool, (slots, *where) in self._copied(latest.values()):
+            pool[slots] = _blocks(rows)[where[0], :, where[1]]
+
+    @torch.inference_mode()
+    def reuse(self, copies: Iterable[BlockCopy]) -> None:
+        """Copy kept blocks to the rows of their sequences, which have room for them."""
+        for rows, pool, (slots, *where) in self._copied(copies):
+            _blocks(rows)[where[0], :, where[1]] = pool[slots]
+
+    def _copied(
+        self, copies: Iterable[BlockCopy]
+    ) -> Iterator[tuple[Tensor, Tensor, tuple[Tensor, Tensor, Tensor]]]:
+        """By slab and layer: rows, pool, and of each block its slot, its row, its place in that."""
+        by_slab: dict[int, list[tuple[int, int, int]]] = defaultdict(list)
+        for copy in copies:
+            slab, row = self._places[copy.sequence]
+            by_slab[slab.capacity].append((copy.slot, row, copy.block))
+        for capacity, places in by_slab.items():
+            slab, (slots, rows, blocks) = self._slabs[capacity], torch.tensor(places).unbind(1)
+            tensors = zip(
+                (*slab.keys, *slab.values), (*self._pool.keys, *self._pool.values), strict=True
+            )
+            for own, pool in tensors:
+                yield own, pool, (slots, rows, blocks)
 
     @torch.inference_mode()
     def release(self, sequence: Sequence) -> None:
@@ -148,3 +207,10 @@ class RowStorage:
             slab.wipe(end)
         slab.rows[slot] = last
         self._places[last] = slab, slot
+
+
+def _blocks(rows: Tensor) -> Tensor:
+    """Rows by blocks: a view [rows, kv_heads, blocks, BLOCK_TOKENS, dim] of all that are whole."""
+    whole = rows.shape[2] // BLOCK_TOKENS
+    count, heads, _, dim = rows.shape
+    return rows[:, :, : whole * BLOCK_TOKENS].view(count, heads, whole, BLOCK_TOKENS, dim)

@@ -26,6 +26,7 @@ def prepack(model: nn.Module) -> int:
     """
     if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
         return 0
+    product = torch.ops.mkldnn._linear_pointwise.default
     added = 0
     users: dict[int, int] = {}
     for module in model.modules():
@@ -39,7 +40,7 @@ def prepack(model: nn.Module) -> int:
         packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(
             module.weight.detach(), EXPECTED_ROWS
         )
-        forward: Callable[[Tensor], Tensor] = partial(_linear, packed, module.bias)
+        forward: Callable[[Tensor], Tensor] = partial(_linear, product, packed, module.bias)
         module.forward = forward  # type: ignore[method-assign, assignment]
         if users[id(module.weight)] == 1:
             module.weight = nn.Parameter(packed, requires_grad=False)
@@ -57,6 +58,7 @@ def _packable(weight: Tensor) -> bool:
     return weight.dtype == torch.float32
 
 
-def _linear(packed: Tensor, bias: Tensor | None, rows: Tensor) -> Tensor:
-    result: Tensor = torch.ops.mkldnn._linear_pointwise(rows, packed, bias, "none", [], "")
-    return result
+def _linear(
+    product: Callable[..., Tensor], packed: Tensor, bias: Tensor | None, rows: Tensor
+) -> Tensor:
+    return product(rows, packed, bias, "none", [], "")

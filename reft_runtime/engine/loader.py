@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from reft_runtime.engine.attention import ATTENTION, ShapeProbe
+from reft_runtime.engine.attention import ATTENTION, ProbedLayer, ShapeProbe
+from reft_runtime.engine.fused import fuse
 from reft_runtime.engine.kv_rows import LayerShape
 from reft_runtime.engine.linears import prepack
 from reft_runtime.errors import ConfigError, UnsupportedModel
@@ -21,6 +22,9 @@ PROBE_TOKENS = 8
 
 PROBE_TOLERANCE = {4: 1e-2, 2: 0.3}
 """Relative distance of logits, by bytes of a weight: far above rounding, below any real error."""
+
+NATIVE_BFLOAT16 = ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16")
+"""Capabilities of CPUs, as torch names them, that multiply bfloat16: two of x86, two of ARM."""
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -58,7 +62,8 @@ class LoadedModel:
 def choose_dtype(name: str) -> torch.dtype:
     """Dtype by name; "auto" is bfloat16 where the CPU multiplies it natively, else float32."""
     if name == "auto":
-        native = torch.cpu.get_capabilities().get("avx512_bf16", False)
+        capabilities = torch.cpu.get_capabilities()
+        native = any(capabilities.get(name, False) for name in NATIVE_BFLOAT16)
         return torch.bfloat16 if native else torch.float32
     if name not in _DTYPES:
         raise ConfigError(f"dtype must be auto, {', '.join(_DTYPES)}, not {name!r}.", param="dtype")
@@ -74,7 +79,7 @@ def load_model(
 ) -> LoadedModel:
     """Load a causal language model from a folder or hub id, by transformers, without remote code.
 
-    A `differentiable` one lets gradients through, to the activations: its linear layers stay plain.
+    A `differentiable` one lets gradients through to the activations: it keeps its own operators.
     Raises `UnsupportedModel` where the engine would not give the model's own tokens.
     """
     if path.startswith(("/", ".", "~")) and not Path(path).is_dir():
@@ -106,6 +111,7 @@ def adopt_model(
     weight_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
     if not differentiable:
         weight_bytes += prepack(model)
+        fuse(model, layers, probed)
     eos = model.generation_config.eos_token_id if model.generation_config else None
     eos = config.eos_token_id if eos is None else eos
     eos_ids = frozenset(eos if isinstance(eos, list) else [] if eos is None else [eos])
@@ -113,7 +119,7 @@ def adopt_model(
         model=model,
         architecture=type(model).__name__,
         layers=layers,
-        shapes=probed,
+        shapes=tuple(layer.shape for layer in probed),
         eos_ids=eos_ids,
         hidden_size=config.hidden_size,
         vocab_size=config.vocab_size,
@@ -133,8 +139,8 @@ def forward(model: PreTrainedModel, ids: Tensor, positions: Tensor, keep: Tensor
     ).logits[0]
 
 
-def _probe(model: PreTrainedModel) -> tuple[LayerShape, ...]:
-    """Switch the model to our attention, and see every layer's shapes.
+def _probe(model: PreTrainedModel) -> tuple[ProbedLayer, ...]:
+    """Switch the model to our attention, and see what every layer asks.
 
     A few tokens must give the logits that the model's own attention gives: what no rule of
     `_check_config` foresees (attention in both directions, terms of a kind we do not know) shows.
@@ -159,7 +165,7 @@ def _probe(model: PreTrainedModel) -> tuple[LayerShape, ...]:
     distance = float((packed.float() - own.float()).norm() / own.float().norm())
     if not distance < PROBE_TOLERANCE[model.dtype.itemsize]:
         raise _refuse(config, f"the engine's logits differ from its own (relative {distance:.1g})")
-    return tuple(probe.layers[i].shape for i in range(config.num_hidden_layers))
+    return tuple(probe.layers[i] for i in range(config.num_hidden_layers))
 
 
 def _check_config(config: PretrainedConfig) -> None:

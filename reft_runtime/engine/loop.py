@@ -108,6 +108,7 @@ class EngineLoop:
             generation_tokens=core.generation_tokens,
             preemptions=scheduler.preemptions,
             heartbeat_age=time.monotonic() - self._beat,
+            prefix_cache=None if budget.cache is None else budget.cache.stats(),
         )
 
     def close(self) -> None:

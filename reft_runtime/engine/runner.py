@@ -46,9 +46,9 @@ class _Wanted:
 class Runner:
     """Owns the model and the keys and values."""
 
-    def __init__(self, loaded: LoadedModel, max_tokens: int) -> None:
+    def __init__(self, loaded: LoadedModel, max_tokens: int, cache_blocks: int) -> None:
         self.loaded = loaded
-        self.storage = RowStorage(loaded.shapes, loaded.dtype, max_tokens)
+        self.storage = RowStorage(loaded.shapes, loaded.dtype, max_tokens, cache_blocks)
         two = torch.arange(2)
         self.sites = EditSites(
             loaded.model, loaded.layers, lambda step: forward(loaded.model, two, two, two[:1], step)
@@ -59,6 +59,8 @@ class Runner:
         """Compute the chunks' tokens, and sample where a chunk completes its sequence."""
         for chunk in chunks:
             self.storage.ensure(chunk.sequence, chunk.stop)
+        # Only now: until it is computed a moving row takes along what was there before alone.
+        self.storage.reuse(copy for chunk in chunks for copy in chunk.reused)
         chunks = order_for_rows(self.storage, chunks)
         wanted = _wanted_rows(chunks)
         edits = StepEdits.of(chunks)
@@ -92,7 +94,9 @@ class Runner:
             return
         owners = [sequence for sequence, _ in wanted.samples]
         rows = [self._sample_row(sequence) for sequence in owners]
-        logits = logits[[row for _, row in wanted.samples]]
+        kept = [row for _, row in wanted.samples]
+        if kept != list(range(len(logits))):  # an index makes a copy
+            logits = logits[kept]
         for row, sequence in enumerate(owners):
             if sequence.request.trace and sequence.leads and not sequence.generated_length:
                 result.first_logprobs[sequence] = logits[row].float().log_softmax(-1)

@@ -2,7 +2,12 @@
 
 Order of a step: running sequences decode (oldest first, the newest is preempted when KV runs
 out), then running prompts go on, then waiting sequences are admitted in order of arrival, all
-within one budget of tokens.
+within one budget of tokens, which `StepPacer` makes smaller where streams would wait too long.
+
+Before each chunk of a prompt the prefix cache is asked for what comes next. A prompt whose next
+block is being computed for another one sits the step out instead of computing it too. It waits
+only for a chunk of the same step: so whenever somebody waits somebody else gets on, and if that
+one fails, is aborted or preempted, it is not in the next step and nobody waits for it.
 """
 
 from __future__ import annotations
@@ -11,27 +16,39 @@ from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from reft_runtime.engine.blocks import BlockBudget
+from reft_runtime.engine.blocks import BLOCK_TOKENS, BlockBudget
+from reft_runtime.engine.pacing import StepPacer
+from reft_runtime.engine.prefix_cache import BlockCopy
 from reft_runtime.engine.sequence import Sequence, Status
+
+MAX_SCORED_TOKENS = 512
+"""Prompt tokens of a step whose log-probabilities are asked: each takes a row of logits."""
 
 
 @dataclass(slots=True)
 class Chunk:
     """Tokens [start, start + length) of one sequence, to be computed in this step.
 
-    `forks` are further choices of the same request: they copy this sequence's keys and values
-    after the step, and sample their first token from the same logits.
+    `reused` are copied into its row before: the blocks between what it had and `start`. `forks`
+    are further choices of the same request: they copy this sequence's keys and values after the
+    step, and sample their first token from the same logits.
     """
 
     sequence: Sequence
     start: int
     length: int
+    reused: list[BlockCopy] = field(default_factory=list)
     forks: list[Sequence] = field(default_factory=list)
 
     @property
     def stop(self) -> int:
         """End of the range, exclusive."""
         return self.start + self.length
+
+    @property
+    def prompt(self) -> bool:
+        """Whether it is of a prompt, or of several tokens that are computed again."""
+        return self.length > 1 or self.start < self.sequence.prompt_length
 
     @property
     def completes(self) -> bool:
@@ -41,10 +58,20 @@ class Chunk:
 
 @dataclass(slots=True)
 class StepPlan:
-    """One step: the chunks to compute, decoding ones first, and who lost its KV to make room."""
+    """One step: the chunks to compute, decoding ones first, and who lost its KV to make room.
+
+    Of those `kept` is copied into the prefix cache, before their rows go and before any chunk.
+    """
 
     chunks: list[Chunk] = field(default_factory=list)
+    decodes: int = 0
     preempted: list[Sequence] = field(default_factory=list)
+    kept: list[BlockCopy] = field(default_factory=list)
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Tokens of all chunks but the decoding ones."""
+        return sum(chunk.length for chunk in self.chunks[self.decodes :])
 
 
 class Scheduler:
@@ -58,8 +85,10 @@ class Scheduler:
         if max_step_tokens < max_running:
             raise ValueError("max_step_tokens must be at least max_running")
         self.budget = budget
+        self.cache = budget.cache
         self.max_running = max_running
         self.max_step_tokens = max_step_tokens
+        self.pacer = StepPacer()
         self.running: list[Sequence] = []
         self.waiting: deque[Sequence] = deque()
         self.preemptions = 0
@@ -81,7 +110,11 @@ class Scheduler:
         """Choose the next step's chunks; empty only when idle."""
         plan = StepPlan()
         self._schedule_decodes(plan)
-        tokens_left = self.max_step_tokens - len(plan.chunks)
+        plan.decodes = len(plan.chunks)
+        tokens_left = min(
+            self.max_step_tokens - plan.decodes,
+            self.pacer.prompt_tokens(plan.decodes, self._prompts()),
+        )
         for sequence in list(self.running):  # forks join while we look
             if tokens_left and not sequence.decoding:
                 tokens_left -= self._schedule_prompt(plan, sequence, tokens_left)
@@ -93,8 +126,26 @@ class Scheduler:
     def advance(self, plan: StepPlan) -> None:
         """Record that the plan's tokens have been computed."""
         for chunk in plan.chunks:
+            if chunk.reused and self.cache is not None:
+                first = chunk.sequence
+                self.cache.count_hit(first.keys, first.computed, chunk.start)
+                first.cached += max(0, min(chunk.start, first.prompt_length) - first.computed)
             for sequence in (chunk.sequence, *chunk.forks):
                 sequence.computed = chunk.stop
+
+    def keep(self, sequence: Sequence) -> list[BlockCopy]:
+        """Enter in the prefix cache what a sequence has computed; to copy it is for the caller.
+
+        Blocks with edits only once a token has come out of them: then they are finite.
+        """
+        if self.cache is None:
+            return []
+        keys = sequence.block_keys(sequence.computed)
+        base = sequence.keys.base
+        if not sequence.decoding:
+            keys = keys[:base]
+        placed = self.cache.add(keys, base, self.budget.free)
+        return [BlockCopy(sequence, block, slot) for block, slot in placed]
 
     def finish(self, sequence: Sequence) -> None:
         """Take a sequence out, wherever it is, and free its blocks; twice is fine."""
@@ -128,8 +179,33 @@ class Scheduler:
             else:
                 plan.chunks.append(Chunk(sequence, sequence.computed, 1))
 
+    def _prompts(self) -> int:
+        """Sequences that could compute prompt tokens now, KV permitting."""
+        admissible = min(len(self.waiting), self.max_running - len(self.running))
+        return admissible + sum(not sequence.decoding for sequence in self.running)
+
     def _schedule_prompt(self, plan: StepPlan, sequence: Sequence, limit: int) -> int:
-        chunk = Chunk(sequence, sequence.computed, min(sequence.remaining, limit))
+        if _scored(sequence):
+            prompts = plan.chunks[plan.decodes :]
+            scored = sum(chunk.length for chunk in prompts if _scored(chunk.sequence))
+            limit = min(limit, MAX_SCORED_TOKENS - scored)
+            if not limit:
+                return 0
+        start, reused = sequence.computed, []
+        if self.cache is not None and sequence.reads_cache:
+            keys = sequence.block_keys(len(sequence.tokens) - 1)  # the last is always computed
+            first = start // BLOCK_TOKENS
+            reused = [
+                BlockCopy(sequence, block, slot)
+                for block, slot in enumerate(self.cache.find(keys[first:]), first)
+            ]
+            block = first + len(reused)
+            if block < min(len(keys), self.budget.free) and any(
+                _will_keep(chunk, block, keys[block]) for chunk in plan.chunks
+            ):
+                return 0
+            start = max(start, block * BLOCK_TOKENS)
+        chunk = Chunk(sequence, start, min(len(sequence.tokens) - start, limit), reused)
         plan.chunks.append(chunk)
         if chunk.completes and sequence.unforked:
             self._fork(chunk)
@@ -143,11 +219,23 @@ class Scheduler:
         while admitted < len(others) and self._make_room(others[admitted]):
             admitted += 1
         chunk.forks = others[:admitted]
+        for fork in chunk.forks:
+            fork.keys = parent.keys.copy()
         self.requeue(others[admitted:])
 
     def _admit(self, sequence: Sequence, plan: StepPlan) -> bool:
         # After a preemption in this very step what came free belongs to those who run.
-        return not plan.preempted and self._make_room(sequence)
+        if plan.preempted:
+            return False
+        keys = []
+        if self.cache is not None and sequence.reads_cache:
+            keys = sequence.block_keys(len(sequence.tokens) - 1)
+            self.cache.find(keys)  # so that room is not made of what it will reuse
+        if not self._make_room(sequence):
+            return False
+        if self.cache is not None:
+            self.cache.count_query(sequence.keys, len(keys) * BLOCK_TOKENS)
+        return True
 
     def _make_room(self, sequence: Sequence) -> bool:
         if len(self.running) >= self.max_running:
@@ -162,11 +250,26 @@ class Scheduler:
     def _preempt(self, sequence: Sequence, plan: StepPlan) -> None:
         self.running.remove(sequence)
         self.budget.release(sequence)
+        plan.kept += self.keep(sequence)
         sequence.status = Status.WAITING
-        sequence.computed = 0
+        sequence.computed = sequence.cached = 0
         self.requeue([sequence])
         plan.preempted.append(sequence)
         self.preemptions += 1
+
+
+def _will_keep(chunk: Chunk, block: int, key: bytes) -> bool:
+    """Whether what is computed in this step leads to the block with this key in the cache."""
+    other = chunk.sequence
+    if block >= len(other.tokens) // BLOCK_TOKENS or other.decoding:
+        return False
+    keys = other.block_keys((block + 1) * BLOCK_TOKENS)
+    no_token = other.request.sampling.max_tokens == 0
+    return keys[block] == key and not (no_token and block >= other.keys.base)
+
+
+def _scored(sequence: Sequence) -> bool:
+    return sequence.leads and sequence.request.sampling.prompt_logprobs is not None
 
 
 def _arrival(sequence: Sequence) -> tuple[int, int]:

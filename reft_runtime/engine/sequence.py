@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from enum import Enum, auto
 from typing import TYPE_CHECKING
 
+from reft_runtime.engine.block_keys import BlockKeys
+from reft_runtime.engine.blocks import BLOCK_TOKENS
 from reft_runtime.sampling import SamplingParams
 
 if TYPE_CHECKING:
@@ -67,14 +69,17 @@ class Sequence:
     order: int
     tokens: list[int]
     computed: int = 0
+    cached: int = 0
     status: Status = Status.WAITING
     leads: bool = False
     unforked: list[Sequence] = field(default_factory=list)
     prompt_logprobs_sent: int = 0
     started: bool = False
     edits_decode: bool = field(init=False)
+    keys: BlockKeys = field(init=False)
 
     def __post_init__(self) -> None:
+        self.keys = BlockKeys(self.request)
         self.edits_decode = any(
             edit.positions.edits_decode
             for applied in self.request.interventions
@@ -88,6 +93,10 @@ class Sequence:
         heir.leads, heir.unforked = True, others
         heir.started, heir.prompt_logprobs_sent = self.started, self.prompt_logprobs_sent
         return heir
+
+    def block_keys(self, tokens: int) -> list[bytes]:
+        """Keys of the whole blocks among the first `tokens` tokens."""
+        return self.keys.upto(tokens // BLOCK_TOKENS, self.tokens)
 
     @property
     def prompt_length(self) -> int:
@@ -103,6 +112,11 @@ class Sequence:
     def generated_length(self) -> int:
         """Number of ids generated so far."""
         return len(self.tokens) - self.prompt_length
+
+    @property
+    def reads_cache(self) -> bool:
+        """Whether it may take what others computed: scores and traces need their own forward."""
+        return not self.request.trace and self.request.sampling.prompt_logprobs is None
 
     @property
     def remaining(self) -> int:

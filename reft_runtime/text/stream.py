@@ -74,6 +74,8 @@ class StopChecker:
         Text that may be the beginning of a stop string is held back. Neither the stop string nor
         what follows it is ever returned; after it, push nothing more.
         """
+        if not self._stop:
+            return text, None
         buffer = self._held + text
         for end, char in enumerate(text, start=len(self._held) + 1):
             for i, (pattern, borders) in enumerate(zip(self._stop, self._borders, strict=True)):

@@ -14,6 +14,9 @@ from torch import Tensor
 from torch.nn.functional import pad, scaled_dot_product_attention
 
 
+PLAIN = torch.contiguous_format
+
+
 @dataclass(frozen=True, slots=True)
 class Prefix:
     """Keys and values of a row's first tokens: by layer, tensors [kv_heads, length, dim]."""
@@ -85,7 +88,7 @@ class BatchAttention:
     ) -> Tensor:
         """See `engine.attention.AttentionStep.attend`."""
         if self._keep_own:
-            self._own[layer] = (key[0], value[0])
+            self._own[layer] = (key, value)
         query, key, value = (self._padded(t) for t in (query, key, value))
         if self._longest_prefix:
             key = torch.cat([self._known(layer, key, "keys"), key], dim=2)
@@ -99,7 +102,7 @@ class BatchAttention:
             enable_gqa=query.shape[1] != key.shape[1],
         )
         rows = result.transpose(1, 2).flatten(0, 1)  # [rows * longest, heads, dim]
-        return rows.index_select(0, self._packed)[None]
+        return rows.index_select(0, self._packed)
 
     def prefixes_of_rows(self) -> list[Prefix]:
         """What was attended to, by row."""
@@ -110,18 +113,23 @@ class BatchAttention:
             tokens = slice(first, first + length)
             found.append(
                 Prefix(
-                    tuple(keys[:, tokens].clone() for keys, _ in layers),
-                    tuple(values[:, tokens].clone() for _, values in layers),
+                    tuple(
+                        keys[tokens].transpose(0, 1).clone(memory_format=PLAIN)
+                        for keys, _ in layers
+                    ),
+                    tuple(
+                        values[tokens].transpose(0, 1).clone(memory_format=PLAIN)
+                        for _, values in layers
+                    ),
                 )
             )
             first += length
         return found
 
     def _padded(self, packed: Tensor) -> Tensor:
-        """[1, heads, T, dim] to [rows, heads, longest, dim]."""
-        heads, _, dim = packed.shape[1:]
-        spread = packed[0].index_select(1, self._spread.flatten())
-        return spread.view(heads, *self._spread.shape, dim).transpose(0, 1)
+        """[T, heads, dim] to [rows, heads, longest, dim]."""
+        spread = packed.index_select(0, self._spread.flatten())
+        return spread.view(*self._spread.shape, *packed.shape[1:]).transpose(1, 2)
 
     def _known(self, layer: int, own: Tensor, which: str) -> Tensor:
         """The prefixes' keys or values, [rows, kv_heads, longest prefix, dim]."""

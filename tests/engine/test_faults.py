@@ -12,7 +12,6 @@ from torch import Tensor
 from reft_runtime.engine import loader, runner, sampler
 from reft_runtime.engine.core import EngineCore
 from reft_runtime.engine.sampler import Sampled, SampleRow
-from reft_runtime.engine.scheduler import StepPlan
 from reft_runtime.engine.sequence import AppliedIntervention, Request
 from tests.helpers.models import (
     Answer,
@@ -21,6 +20,7 @@ from tests.helpers.models import (
     intervention,
     loreft,
     make_core,
+    preempt,
     prompt,
     request,
     run,
@@ -114,8 +114,7 @@ def test_what_is_not_finite_never_reaches_a_later_row(how: str) -> None:
         # It came second and has taken the first one's place.
         assert core.runner.storage.where(sequence)[1] == 0
     elif how == "preempted":
-        core.scheduler._preempt(sequence, StepPlan())
-        core.runner.storage.release(sequence)
+        preempt(core, sequence)
     elif how in ("grown", "ended"):
         finish(core, found)
     core.abort("bad")

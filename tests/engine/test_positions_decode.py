@@ -7,13 +7,13 @@ from typing import Any
 import pytest
 import torch
 
-from reft_runtime.engine.scheduler import StepPlan
 from reft_runtime.engine.sequence import Request
 from tests.helpers.models import (
     MAX_LENGTH,
     Answer,
     generate,
     make_core,
+    preempt,
     prompt,
     request,
     run,
@@ -156,8 +156,7 @@ def test_generated_tokens_keep_their_positions_when_prefilled_again(
         for sequence in [s for s in core.scheduler.running if s.generated_length == after]:
             if sequence.decoding and sequence.request.id in names:
                 names.remove(sequence.request.id)
-                core.scheduler._preempt(sequence, StepPlan())
-                core.runner.storage.release(sequence)
+                preempt(core, sequence)
                 preempted += 1
         step(core, found)
     assert preempted == 5

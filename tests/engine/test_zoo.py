@@ -1,6 +1,7 @@
 """Greedy answers of the packed loop are those of `model.generate`, for every kind of attention."""
 
 import copy
+from collections.abc import Iterator
 
 import pytest
 from transformers import PreTrainedModel
@@ -23,8 +24,20 @@ LENGTHS = (1, 2, 5, WINDOW, WINDOW + 1, 3 * WINDOW)
 NEW_TOKENS = WINDOW + 4
 
 
+@pytest.fixture(scope="module", params=["compiled", "torch"])
+def operators(request: pytest.FixtureRequest) -> Iterator[None]:
+    """With the compiled operators, and as on a machine without a compiler."""
+    with pytest.MonkeyPatch.context() as patch:
+        if request.param == "torch":
+            patch.setattr("reft_runtime.engine.attention.kernels", lambda: None)
+            patch.setattr("reft_runtime.engine.fused.kernels", lambda: None)
+        yield
+
+
 @pytest.fixture(scope="module", params=MODELS)
-def pair(request: pytest.FixtureRequest) -> tuple[PreTrainedModel, LoadedModel, list[list[int]]]:
+def pair(
+    request: pytest.FixtureRequest, operators: None
+) -> tuple[PreTrainedModel, LoadedModel, list[list[int]]]:
     """A model, the same as the engine runs it, and its own answers."""
     model = tiny(request.param)
     wanted = [generate(model, prompt(length), NEW_TOKENS) for length in LENGTHS]
@@ -47,7 +60,7 @@ def test_a_mixed_batch_gives_the_tokens_of_generate(
     assert [got[str(n)][0] for n in LENGTHS] == wanted
 
 
-def test_rows_grow_past_their_first_capacity() -> None:
+def test_rows_grow_past_their_first_capacity(operators: None) -> None:
     model = tiny("mistral")
     loaded = adopt_model(copy.deepcopy(model))
     lengths = (3, 120, 126)

@@ -17,7 +17,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, Pre
 from reft_runtime.engine.core import EngineConfig, EngineCore
 from reft_runtime.engine.events import Event, Failed, PromptScored, TokenMade
 from reft_runtime.engine.loader import LoadedModel, adopt_model
-from reft_runtime.engine.sequence import AppliedIntervention, Request
+from reft_runtime.engine.scheduler import StepPlan
+from reft_runtime.engine.sequence import AppliedIntervention, Request, Sequence
 from reft_runtime.interventions import CanonicalEdit, Positions
 from reft_runtime.outputs import TokenLogprob
 from reft_runtime.sampling import SamplingParams
@@ -95,10 +96,14 @@ def make_core(
     max_running: int = 16,
     max_step_tokens: int = 512,
     kv_tokens: int = 16 * (MAX_LENGTH + 16),
+    prefix_cache: bool = True,
 ) -> EngineCore:
-    """A core with room enough; of the tiny Llama unless another is given."""
-    config = EngineConfig(max_running, max(max_step_tokens, max_running), kv_tokens)
-    return EngineCore(loaded or tiny_llama()[1], config)
+    """A core with room enough; of the tiny Llama unless another is given.
+
+    Its clock stands still, so that its steps are the same in every run.
+    """
+    config = EngineConfig(max_running, max(max_step_tokens, max_running), kv_tokens, prefix_cache)
+    return EngineCore(loaded or tiny_llama()[1], config, clock=lambda: 0.0)
 
 
 def prompt(length: int, seed: int = 0) -> tuple[int, ...]:
@@ -156,6 +161,14 @@ def step(core: EngineCore, answers: dict[str, Answer]) -> list[Event]:
     for event in events:
         answers.setdefault(event.request_id, Answer()).note(event)
     return events
+
+
+def preempt(core: EngineCore, sequence: Sequence) -> None:
+    """Preempt as the core does when KV runs out."""
+    plan = StepPlan()
+    core.scheduler._preempt(sequence, plan)
+    core.runner.storage.keep(plan.kept)
+    core.runner.storage.release(sequence)
 
 
 def answers(core: EngineCore, requests: Iterable[Request]) -> dict[str, Answer]:

@@ -20,7 +20,13 @@ from reft_runtime.errors import (
     Overloaded,
     ReftError,
 )
-from reft_runtime.outputs import ChoiceDelta, EngineInfo, EngineStats, TokenLogprob
+from reft_runtime.outputs import (
+    ChoiceDelta,
+    EngineInfo,
+    EngineStats,
+    PrefixCacheStats,
+    TokenLogprob,
+)
 from reft_runtime.sampling import SamplingParams
 from reft_runtime.use import Use
 
@@ -163,6 +169,7 @@ class FakeEngine:
         uses: Sequence[Use] = (),
         *,
         request_id: str | None = None,
+        salt: bytes = b"",
         trace: bool = False,
     ) -> FakeStream:
         if not self.alive:
@@ -176,13 +183,20 @@ class FakeEngine:
         stream = FakeStream(self, tuple(prompt), sampling)
         stream.interventions = [(use.label, use.strength) for use in uses]
         stream.versions = [use.label for use in uses]
+        stream.salt = salt
         self.streams.append(stream)
         if self.die_after is not None and len(self.streams) > 1:
             asyncio.get_running_loop().call_later(self.die_after, self.close)
         return stream
 
     def stats(self) -> EngineStats:
-        return EngineStats(len(self.running), 0, 0.5, 1, 5, 7, 0, self.heartbeat_age)
+        cache = PrefixCacheStats(
+            queries={"base": 48, "own": 16},
+            hits={"base": 32, "own": 0},
+            blocks={"base": 3, "own": 1},
+            evictions=2,
+        )
+        return EngineStats(len(self.running), 0, 0.5, 1, 5, 7, 0, self.heartbeat_age, cache)
 
     def begin_drain(self) -> None:
         self.draining = True
@@ -205,6 +219,8 @@ class FakeStream:
         self.engine, self.prompt, self.sampling = engine, prompt, sampling
         self.interventions: list[tuple[str, float]] = []
         self.versions: list[str] = []
+        self.salt = b""
+        self.cached_tokens = len(prompt) // 2
         self.queue_seconds: float | None = None
         self.prompt_logprobs: list[TokenLogprob | None] | None = None
         self.aborted = self.ended = False

@@ -32,7 +32,12 @@ async def test_completion(client: httpx.AsyncClient) -> None:
         "object": "text_completion",
         "model": "tiny",
         "choices": [{"index": 0, "text": "abcd", "logprobs": None, "finish_reason": "length"}],
-        "usage": {"prompt_tokens": 2, "completion_tokens": 4, "total_tokens": 6},
+        "usage": {
+            "prompt_tokens": 2,
+            "completion_tokens": 4,
+            "total_tokens": 6,
+            "prompt_tokens_details": {"cached_tokens": 1},
+        },
     }
     assert response.headers["x-prompt-tokens"] == "2"
     assert response.headers["x-queue-time"] == "250.0"
@@ -86,7 +91,12 @@ async def test_batch_streams_every_choice(client: httpx.AsyncClient) -> None:
             texts[choice["index"]] += choice["text"]
     assert texts == ["abcd"] * 4
     assert last["choices"] == []
-    assert last["usage"] == {"prompt_tokens": 5, "completion_tokens": 16, "total_tokens": 21}
+    assert last["usage"] == {
+        "prompt_tokens": 5,
+        "completion_tokens": 16,
+        "total_tokens": 21,
+        "prompt_tokens_details": {"cached_tokens": 2},
+    }
 
 
 async def test_echo_with_logprobs_and_no_new_token(client: httpx.AsyncClient) -> None:

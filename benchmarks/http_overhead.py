@@ -1,0 +1,204 @@
+"""What HTTP costs: `reft serve` in a process of its own beside the engine used in process.
+
+Every round runs n requests at once, 64 random prompt tokens and 64 answered ones each: through
+`Engine.generate`, then over HTTP as server-sent events and as whole answers. The ratio is that of
+throughputs, whole run with prefill. The client shares the machine's cores with the server, so it
+does no more than read sockets; answers are checked after the clock has stopped.
+
+    python -m benchmarks.http_overhead --concurrency 32,256 --rounds 7
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import selectors
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import psutil
+import typer
+
+from benchmarks.measuring import SECONDS, Case, Figures, measure, median, speed_ratio, table, timed
+from reft_runtime import Engine, SamplingParams
+
+PROMPT_TOKENS = 64
+ANSWER_TOKENS = 64
+MAX_MODEL_LEN = 512
+
+IN_PROCESS, STREAMED, WHOLE = "in process", "HTTP, streamed", "HTTP, whole"
+CLIENT, SERVER = "client CPU", "server CPU"
+
+
+@contextmanager
+def served(
+    model: str, dtype: str, settings: Mapping[str, object]
+) -> Iterator[tuple[int, psutil.Process]]:
+    """A server process for the time of the block: its port, and the process."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    options = {"model": model, "dtype": dtype, "port": port, "log_level": "warning", **settings}
+    arguments = [
+        text
+        for name, value in options.items()
+        for text in (f"--{name.replace('_', '-')}", str(value))
+    ]
+    command = [sys.executable, "-c", "from server.cli import main; main()", "serve", *arguments]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    try:
+        if not any(line.startswith("Ready") for line in process.stdout):
+            raise SystemExit("The server did not start.")
+        yield port, psutil.Process(process.pid)
+    finally:
+        process.terminate()
+        process.wait()
+
+
+def ask_all(port: int, requests: Sequence[bytes]) -> list[bytes]:
+    """Send all requests at once, each on its own connection; what came back on each."""
+    answers: dict[socket.socket, list[bytes]] = {}
+    with selectors.DefaultSelector() as selector:
+        for request in requests:
+            connection = socket.create_connection(("127.0.0.1", port))
+            connection.sendall(request)
+            connection.setblocking(False)
+            answers[connection] = []
+            selector.register(connection, selectors.EVENT_READ)
+        left = len(answers)
+        while left:
+            for key, _ in selector.select():
+                connection = key.fileobj  # type: ignore[assignment]
+                data = connection.recv(65536)
+                if data:
+                    answers[connection].append(data)
+                else:
+                    selector.unregister(connection)
+                    connection.close()
+                    left -= 1
+    return [b"".join(pieces) for pieces in answers.values()]
+
+
+def request_bytes(
+    model: str, prompt: list[int], *, stream: bool, answer: int = ANSWER_TOKENS
+) -> bytes:
+    """A whole HTTP request for a completion, on a connection that it ends."""
+    body = json.dumps(
+        {
+            "model": model,
+            "prompt": prompt,
+            "max_tokens": answer,
+            "temperature": 0,
+            "ignore_eos": True,
+            "stream": stream,
+            **({"stream_options": {"include_usage": True}} if stream else {}),
+        }
+    ).encode()
+    head = (
+        "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n"
+        f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+    )
+    return head.encode() + body
+
+
+def over_http(port: int, server: psutil.Process, requests_of: Callable[[int], list[bytes]]) -> Case:
+    """A case with the seconds, and the cores that client and server were busy on."""
+
+    def case(number: int) -> Figures:
+        requests = requests_of(number)
+        before = server.cpu_times()
+        own, start = time.process_time(), time.perf_counter()
+        answers = ask_all(port, requests)
+        seconds = time.perf_counter() - start
+        own = time.process_time() - own
+        after = server.cpu_times()
+        busy = after.user + after.system - before.user - before.system
+        expected = b'"completion_tokens":%d' % ANSWER_TOKENS
+        assert all(expected in answer for answer in answers), answers[0][:500]
+        return {SECONDS: seconds, CLIENT: own / seconds, SERVER: busy / seconds}
+
+    return case
+
+
+def rows_of(
+    model: str, dtype: str, n: int, rounds: int, out: Path | None
+) -> list[tuple[object, ...]]:
+    """The table's lines for one dtype and one number of concurrent requests."""
+    tokens = max(n * (PROMPT_TOKENS + ANSWER_TOKENS + 32), 2 * MAX_MODEL_LEN)
+    limits = {"max_running": n, "max_model_len": MAX_MODEL_LEN, "kv_tokens": tokens}
+    sampling = SamplingParams(temperature=0, max_tokens=ANSWER_TOKENS, ignore_eos=True)
+    with (
+        Engine(
+            model, dtype=dtype, max_running=n, max_model_len=MAX_MODEL_LEN, kv_tokens=tokens
+        ) as engine,
+        served(model, dtype, limits) as (port, server),
+    ):
+        name, vocabulary = engine.info.model, engine.info.vocab_size
+
+        def prompts(label: str, number: int) -> list[list[int]]:
+            rng = random.Random(f"{label} {number}")  # new to every prefix cache
+            return [[rng.randrange(vocabulary) for _ in range(PROMPT_TOKENS)] for _ in range(n)]
+
+        def requests(label: str) -> Callable[[int], list[bytes]]:
+            return lambda number: [
+                request_bytes(name, prompt, stream=label == STREAMED)
+                for prompt in prompts(label, number)
+            ]
+
+        def in_process(number: int) -> None:
+            answers = engine.generate(prompts(IN_PROCESS, number), sampling, progress=False)
+            assert all(len(answer.tokens) == ANSWER_TOKENS for answer in answers)
+
+        cases = {
+            IN_PROCESS: timed(in_process),
+            STREAMED: over_http(port, server, requests(STREAMED)),
+            WHOLE: over_http(port, server, requests(WHOLE)),
+        }
+        setting: dict[str, str | int] = {
+            "benchmark": "http",
+            "model": name,
+            "dtype": dtype,
+            "n": n,
+        }
+        taken = measure(cases, rounds, setting, out)
+    lines: list[tuple[object, ...]] = []
+    for label in cases:
+        rate = round(n * ANSWER_TOKENS / median(taken, label))
+        ratio: object = "" if label == IN_PROCESS else speed_ratio(taken, label, IN_PROCESS)
+        cores: list[object] = ["", ""]
+        if label != IN_PROCESS:
+            cores = [f"{median(taken, label, figure):.2f}" for figure in (SERVER, CLIENT)]
+        lines.append((dtype, n, label, rate, ratio, *cores))
+    return lines
+
+
+def main(
+    model: Annotated[str, typer.Option(help="demo, a folder, or a hub id.")] = "demo",
+    dtypes: Annotated[str, typer.Option(help="Comma-separated.")] = "float32,bfloat16",
+    concurrency: Annotated[
+        str, typer.Option(help="Comma-separated numbers of requests.")
+    ] = "32,256",
+    rounds: Annotated[int, typer.Option(min=1)] = 7,
+    out: Annotated[
+        Path | None, typer.Option(help="Keep the raw figures in this JSON file.")
+    ] = None,
+) -> None:
+    """Print medians in generated tokens per second, and ratios to in-process of the same round."""
+    lines = []
+    for dtype in dtypes.split(","):
+        for n in map(int, concurrency.split(",")):
+            lines += rows_of(model, dtype, n, rounds, out)
+    header = ("dtype", "n", "case", "tokens/s", "over in process", "server cores", "client cores")
+    print(f"{os.cpu_count()} cores, {rounds} rounds")
+    print(table(header, lines))
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,110 @@
+"""What streams feel of a long prompt: time between tokens of 16 streams before and while it comes.
+
+A round lets the streams decode alone, then sends one prompt of 2,000 random tokens and takes the
+gaps between the streams' tokens until its first token. The ratio is that of the two 95th
+percentiles of the same round. In process, on the engine's own event loop.
+
+    python -m benchmarks.latency --dtypes float32,bfloat16 --rounds 7
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+from itertools import pairwise
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+
+from benchmarks.measuring import SECONDS, Case, Figures, interval, measure, median, table
+from benchmarks.workload import percentile
+from reft_runtime import Engine, SamplingParams
+
+STREAMS = 16
+STREAM_PROMPT_TOKENS = 64
+LONG_PROMPT_TOKENS = 2000
+ALONE_TOKENS = 48
+"""Tokens of every stream before the long prompt comes."""
+SETTLING_TOKENS = 4
+"""Of these the first, which came with the streams' own prompts, are not counted."""
+
+ALONE, BESIDE = "gap_p95_alone", "gap_p95_beside"
+
+
+def long_prompt_among_streams(engine: Engine) -> Case:
+    """Seconds until the long prompt's first token, and the streams' gaps alone and beside it."""
+    vocabulary, length = engine.info.vocab_size, engine.info.max_model_len
+
+    async def run(number: int) -> Figures:
+        rng = random.Random(f"latency {number}")  # new to every prefix cache
+        stamps: list[list[float]] = [[] for _ in range(STREAMS)]
+        warm = asyncio.Event()
+
+        async def tokens_of(prompt_tokens: int, answer: int, into: list[float]) -> None:
+            prompt = [rng.randrange(vocabulary) for _ in range(prompt_tokens)]
+            sampling = SamplingParams(temperature=0, max_tokens=answer, ignore_eos=True)
+            async for deltas in await engine.open(prompt, sampling):
+                into += [time.perf_counter()] * sum(len(delta.tokens) for delta in deltas)
+                if all(len(times) >= ALONE_TOKENS for times in stamps):
+                    warm.set()
+
+        longest = length - STREAM_PROMPT_TOKENS
+        streams = [
+            asyncio.create_task(tokens_of(STREAM_PROMPT_TOKENS, longest, times)) for times in stamps
+        ]
+        await warm.wait()
+        sent, first = time.perf_counter(), list[float]()
+        await tokens_of(LONG_PROMPT_TOKENS, 1, first)
+        for stream in streams:
+            stream.cancel()
+        await asyncio.gather(*streams, return_exceptions=True)
+        while engine.stats().running:
+            await asyncio.sleep(0.01)
+        alone, beside = [], []
+        for times in stamps:
+            for before, now in pairwise(times[SETTLING_TOKENS:]):
+                if now <= sent:
+                    alone.append(now - before)
+                elif sent <= before and now <= first[0]:
+                    beside.append(now - before)
+        return {
+            SECONDS: first[0] - sent,
+            ALONE: percentile(alone, 95),
+            BESIDE: percentile(beside, 95),
+        }
+
+    return lambda number: asyncio.run(run(number))
+
+
+def main(
+    model: Annotated[str, typer.Option(help="demo, a folder, or a hub id.")] = "demo",
+    dtypes: Annotated[str, typer.Option(help="Comma-separated.")] = "float32,bfloat16",
+    rounds: Annotated[int, typer.Option(min=1)] = 7,
+    out: Annotated[
+        Path | None, typer.Option(help="Keep the raw figures in this JSON file.")
+    ] = None,
+) -> None:
+    """Print the 95th percentiles in milliseconds, their ratio, and the time to the first token."""
+    lines = []
+    label = "long prompt among streams"
+    for dtype in dtypes.split(","):
+        with Engine(model, dtype=dtype, max_running=2 * STREAMS) as engine:
+            setting = {"benchmark": "latency", "model": engine.info.model, "dtype": dtype}
+            cases = {label: long_prompt_among_streams(engine)}
+            taken = measure(cases, rounds, setting, out)
+        ratio = interval([found[label][BESIDE] / found[label][ALONE] for found in taken])
+        alone, beside = (round(1000 * median(taken, label, figure)) for figure in (ALONE, BESIDE))
+        lines.append((dtype, alone, beside, ratio, f"{median(taken, label):.1f}"))
+    print(
+        f"{STREAMS} streams, a prompt of {LONG_PROMPT_TOKENS} tokens; "
+        f"{torch.get_num_threads()} threads, {rounds} rounds"
+    )
+    header = ("dtype", "p95 alone, ms", "p95 beside, ms", "ratio", "prompt's first token, s")
+    print(table(header, lines))
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,78 @@
+"""This project as one of the engines measured: in process, and over HTTP."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Sequence
+
+from benchmarks.http_overhead import ask_all, request_bytes
+from benchmarks.peers.worker import Job, Result, Run
+from reft_runtime import Engine, SamplingParams, Use
+
+
+def at_once(engine: Engine, names: Sequence[str]) -> Run:
+    """`Engine.generate`; request i goes through intervention i, or all through the base."""
+
+    def run(job: Job) -> Result:
+        [answer] = set(job["answers"])
+        sampling = SamplingParams(temperature=0, max_tokens=answer, ignore_eos=True)
+        start = time.perf_counter()
+        found = engine.generate(
+            job["prompts"],
+            sampling,
+            intervention=list(names[: len(job["prompts"])]) if names else None,
+            progress=False,
+        )
+        seconds = time.perf_counter() - start
+        assert all(len(one.tokens) == answer for one in found)
+        return {"seconds": seconds, "tokens": found[0].tokens}
+
+    return run
+
+
+def streamed(engine: Engine, names: Sequence[str]) -> Run:
+    """`Engine.open`, one stream a request, each begun at its arrival."""
+
+    async def one(job: Job, i: int, begin: float) -> tuple[list[int], list[float]]:
+        arrival = begin + (job["arrivals"][i] if "arrivals" in job else 0.0)
+        await asyncio.sleep(max(0.0, arrival - time.perf_counter()))
+        sampling = SamplingParams(temperature=0, max_tokens=job["answers"][i], ignore_eos=True)
+        tokens: list[int] = []
+        stamps: list[float] = []
+        uses = (Use(names[i]),) if names else ()
+        async for deltas in await engine.open(job["prompts"][i], sampling, uses):
+            for delta in deltas:
+                tokens += delta.tokens
+                stamps += [time.perf_counter() - arrival] * len(delta.tokens)
+        assert len(tokens) == job["answers"][i]
+        return tokens, stamps
+
+    async def run_all(job: Job) -> Result:
+        begin = time.perf_counter()
+        done = await asyncio.gather(*(one(job, i, begin) for i in range(len(job["prompts"]))))
+        return {
+            "seconds": time.perf_counter() - begin,
+            "tokens": done[0][0],
+            "stamps": [stamps for _, stamps in done],
+        }
+
+    return lambda job: asyncio.run(run_all(job))
+
+
+def over_http(port: int, base: str, names: Sequence[str]) -> Run:
+    """Server-sent events from `reft serve` on this machine, a connection for each request."""
+
+    def run(job: Job) -> Result:
+        requests = [
+            request_bytes(names[i] if names else base, prompt, stream=True, answer=answer)
+            for i, (prompt, answer) in enumerate(zip(job["prompts"], job["answers"], strict=True))
+        ]
+        start = time.perf_counter()
+        answers = ask_all(port, requests)
+        seconds = time.perf_counter() - start
+        for answer, tokens in zip(answers, job["answers"], strict=True):
+            assert b'"completion_tokens":%d' % tokens in answer, answer[:500]
+        return {"seconds": seconds, "tokens": []}
+
+    return run

@@ -1,0 +1,55 @@
+"""How many cores this process may use, which may be fewer than the machine has."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection
+from contextlib import suppress
+from pathlib import Path
+
+import psutil
+
+
+def usable_cores(root: Path = Path("/")) -> int:
+    """Physical cores that affinity and the CPU quota leave, at least 1.
+
+    Threads of one core share its arithmetic units, so that one thread a core is the fastest. Of a
+    quota whole cores count: with more threads than that the kernel would stop a step in the middle.
+    The files under `root` are Linux's: sysfs (Documentation/ABI/stable/sysfs-devices-system-cpu)
+    and version 2 of control groups (Documentation/admin-guide/cgroup-v2.rst).
+    """
+    if not hasattr(os, "sched_getaffinity"):  # macOS, Windows: neither limit is there
+        return psutil.cpu_count(logical=False) or os.cpu_count() or 1
+    cores = _physical(root, os.sched_getaffinity(0))
+    return max(1, min([cores, *_quotas(root)]))
+
+
+def _physical(root: Path, cpus: Collection[int]) -> int:
+    """Cores that these logical CPUs belong to; all of them where sysfs does not say."""
+    topology = root / "sys/devices/system/cpu"
+    siblings = set()
+    for cpu in cpus:
+        try:
+            path = topology / f"cpu{cpu}/topology/thread_siblings_list"
+            siblings.add(path.read_text())
+        except OSError:
+            return len(cpus)
+    return len(siblings)
+
+
+def _quotas(root: Path) -> list[int]:
+    """Whole cores allowed by the process's control group and by those around it."""
+    found = []
+    with suppress(OSError):
+        groups = (root / "proc/self/cgroup").read_text().splitlines()
+        own = next((g.removeprefix("0::/") for g in groups if g.startswith("0::/")), None)
+        if own is not None:
+            top = root / "sys/fs/cgroup"
+            for group in (top / own, *(top / own).parents):
+                if group == top.parent:
+                    break
+                # The topmost group of a machine has no quota; "max" stands for none.
+                with suppress(OSError, ValueError):
+                    quota, period = map(int, (group / "cpu.max").read_text().split())
+                    found.append(quota // period)
+    return found

@@ -1,0 +1,166 @@
+"""Fused operators for a CPU, compiled at first use; None where there is no compiler.
+
+Arguments are contiguous CPU tensors of one dtype, float32 or bfloat16, as `supports` says; the
+shapes are trusted, for the callers take them from the model.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from ctypes import c_float, c_int, c_int64, c_void_p
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from reft_runtime.engine.native.build import load_library
+
+MAX_DIM = 256
+MAX_GROUP = 64
+
+_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
+_P, _I, _F = c_void_p, c_int64, c_float
+_ARGUMENTS: dict[str, list[Any]] = {
+    "rms_norm": [_P, _P, _P, _I, _I, _F, c_int],
+    "add_rms_norm": [_P, _P, _P, _P, _P, _I, _I, _F, c_int],
+    "silu_mul": [_P, _P, _I, c_int],
+    "rotate": [_P, _P, _P, _P, _I, _I, _I, _I, c_int],
+    "attend": [_P, _P, _P, _P, _P, _P, _P, _P, _I, _I, _I, _I, _I, _I, _F, c_int],
+}
+
+
+class Kernels:
+    """The operators, by dtype."""
+
+    def __init__(self, library: ctypes.CDLL) -> None:
+        self._functions: dict[tuple[str, torch.dtype], Any] = {}
+        for operator, arguments in _ARGUMENTS.items():
+            for dtype, name in _NAMES.items():
+                function = getattr(library, f"{operator}_{name}")
+                function.argtypes, function.restype = arguments, None
+                self._functions[operator, dtype] = function
+
+    def rms_norm(self, rows: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+        """Rows [..., d] over their root mean square, times `weight` [d]."""
+        out = torch.empty_like(rows)
+        width = weight.shape[0]
+        self._functions["rms_norm", rows.dtype](
+            rows.data_ptr(),
+            weight.data_ptr(),
+            out.data_ptr(),
+            rows.numel() // width,
+            width,
+            epsilon,
+            torch.get_num_threads(),
+        )
+        return out
+
+    def add_rms_norm(
+        self, rows: Tensor, more: Tensor, weight: Tensor, epsilon: float
+    ) -> tuple[Tensor, Tensor]:
+        """The sum of two tensors [..., d], and `rms_norm` of it."""
+        total, out = torch.empty_like(rows), torch.empty_like(rows)
+        width = weight.shape[0]
+        self._functions["add_rms_norm", rows.dtype](
+            rows.data_ptr(),
+            more.data_ptr(),
+            weight.data_ptr(),
+            total.data_ptr(),
+            out.data_ptr(),
+            rows.numel() // width,
+            width,
+            epsilon,
+            torch.get_num_threads(),
+        )
+        return total, out
+
+    def silu_mul_(self, gate: Tensor, up: Tensor) -> Tensor:
+        """silu(gate) * up, of like shapes, written to `gate`."""
+        self._functions["silu_mul", gate.dtype](
+            gate.data_ptr(), up.data_ptr(), gate.numel(), torch.get_num_threads()
+        )
+        return gate
+
+    def rotate_(self, query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> None:
+        """Rotary positions in place: heads [T, heads, dim], `cos` and `sin` [T, dim].
+
+        The halves of a head are rotated against each other (`rotate_half` in transformers).
+        """
+        self._functions["rotate", query.dtype](
+            query.data_ptr(),
+            key.data_ptr(),
+            cos.data_ptr(),
+            sin.data_ptr(),
+            query.shape[0],
+            query.shape[1],
+            key.shape[1],
+            query.shape[2],
+            torch.get_num_threads(),
+        )
+
+    def attend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        out: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        slots: Tensor,
+        positions: Tensor,
+        scale: float,
+        window: int,
+    ) -> None:
+        """Store keys and values [T, kv_heads, dim], attend with queries [T, heads, dim] into `out`.
+
+        Token i is at `positions[i]` of the row `slots[i]` of the cache `keys` and `values`
+        [rows, kv_heads, capacity, dim]; it sees the positions up to its own, the last `window` of
+        them if that is not 0. All tokens are stored before any attends.
+        """
+        self._functions["attend", query.dtype](
+            query.data_ptr(),
+            key.data_ptr(),
+            value.data_ptr(),
+            keys.data_ptr(),
+            values.data_ptr(),
+            out.data_ptr(),
+            slots.data_ptr(),
+            positions.data_ptr(),
+            query.shape[0],
+            key.shape[1],
+            query.shape[1] // key.shape[1],
+            query.shape[2],
+            keys.shape[2],
+            window,
+            scale,
+            torch.get_num_threads(),
+        )
+
+
+@cache
+def kernels() -> Kernels | None:
+    """The compiled operators; the first call may take some seconds."""
+    library = load_library()
+    return None if library is None else Kernels(library)
+
+
+def supports(*tensors: Tensor) -> bool:
+    """Whether tensors are what the operators take: contiguous, on a CPU, of one known dtype."""
+    dtype = tensors[0].dtype
+    if dtype not in _NAMES:
+        return False
+    for tensor in tensors:
+        if tensor.dtype != dtype or not tensor.is_contiguous() or not tensor.is_cpu:
+            return False
+    return True
+
+
+def attends(query: Tensor, key: Tensor, value: Tensor) -> bool:
+    """Whether `Kernels.attend` takes these heads [T, heads, dim]."""
+    width = query.shape[2]
+    return (
+        width == value.shape[2] <= MAX_DIM
+        and query.shape[1] <= MAX_GROUP * key.shape[1]
+        and supports(query, key, value)
+    )

@@ -1,0 +1,102 @@
+"""How many prompt tokens a step may take, from measured step times. Knows no tensors.
+
+A step that computes prompts takes longer, and whoever decodes waits for it. So while sequences
+decode, every prompt that is to be computed may add a share of the time of a step without prompts:
+one long prompt slows the streams a little, and the more prompts there are, the more of the step
+is theirs, so that throughput does not suffer. Where nobody decodes, nobody waits.
+"""
+
+from __future__ import annotations
+
+from reft_runtime.engine.blocks import BLOCK_TOKENS
+
+SHARE = 0.75
+"""Time one prompt may add to a step, in steps without prompts: 1 would double what streams wait
+for a token on average, and so pass that at the 95th percentile."""
+
+MIXED_TOKENS = 512
+"""Most prompt tokens of a step in which sequences decode, and of one before anything is measured;
+beyond this larger products are hardly faster."""
+
+LONGEST_SECONDS = 5.0
+"""Of a step in which nobody decodes; half of what the server's health check allows."""
+
+MEASURED_EVERY = 32
+"""Steps with prompts after which one goes without, so that the time of such steps stays known."""
+
+MEASURED_TOKENS = 64
+"""Prompt tokens from which on a step without decode rows tells what one takes: the weights are
+read for a few as for many."""
+
+WEIGHT = 0.3
+"""Of the newest measurement in an estimate."""
+
+OUTLIER = 2.0
+"""A measurement counts at most this many times as much as the estimate, and at least its inverse:
+what is beyond is hardly the step's own."""
+
+
+class StepPacer:
+    """Keeps estimates of the time of a step that only decodes, and of one prompt token.
+
+    Exponentially weighted; the former by the number of rows, told apart by powers of two.
+    """
+
+    def __init__(self) -> None:
+        self._decode_seconds: dict[int, float] = {}
+        self._prompt_seconds: float | None = None
+        self._unmeasured = 0
+
+    def prompt_tokens(self, decodes: int, prompts: int) -> int:
+        """Most prompt tokens for a step with `decodes` decode rows, `prompts` prompts at hand.
+
+        A multiple of the block size; 0 now and then while sequences decode, else at least a block.
+        """
+        prompt = self._prompt_seconds
+        if not decodes:
+            return _blocks(LONGEST_SECONDS / prompt) if prompt else MIXED_TOKENS
+        if self._unmeasured >= MEASURED_EVERY:
+            return 0
+        decode = self._decode(decodes)
+        if not decode or not prompt:
+            return MIXED_TOKENS
+        return min(MIXED_TOKENS, _blocks(SHARE * prompts * decode / prompt))
+
+    def record(self, decodes: int, prompt_tokens: int, seconds: float) -> None:
+        """Learn from a step that took `seconds`."""
+        if not prompt_tokens:
+            self._unmeasured = 0
+            known = self._decode_seconds.get(_size(decodes))
+            self._decode_seconds[_size(decodes)] = _weighted(known, seconds)
+            return
+        if not decodes:
+            if prompt_tokens >= MEASURED_TOKENS:
+                self._learn_prompt(seconds / prompt_tokens)
+            return
+        self._unmeasured += 1
+        decode = self._decode(decodes)
+        if decode is not None and prompt_tokens >= BLOCK_TOKENS:
+            self._learn_prompt(max(0.0, seconds - decode) / prompt_tokens)
+
+    def _learn_prompt(self, seconds: float) -> None:
+        self._prompt_seconds = _weighted(self._prompt_seconds, seconds)
+
+    def _decode(self, decodes: int) -> float | None:
+        """Estimate for so many rows, or that of the nearest size that was measured."""
+        size = _size(decodes)
+        nearest = min(self._decode_seconds, key=lambda s: abs(s - size), default=None)
+        return None if nearest is None else self._decode_seconds[nearest]
+
+
+def _blocks(tokens: float) -> int:
+    return max(BLOCK_TOKENS, int(tokens) // BLOCK_TOKENS * BLOCK_TOKENS)
+
+
+def _size(decodes: int) -> int:
+    return (decodes - 1).bit_length()
+
+
+def _weighted(known: float | None, measured: float) -> float:
+    if not known:
+        return measured
+    return known + WEIGHT * (min(max(measured, known / OUTLIER), known * OUTLIER) - known)

@@ -1,0 +1,162 @@
+"""The compiled operators against torch's own, and what happens without them."""
+
+import ctypes
+import logging
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.functional import rms_norm, scaled_dot_product_attention, silu
+
+from reft_runtime.engine.native import MAX_DIM, Kernels, attends, build, kernels, supports
+
+TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 1e-2}
+
+dtypes = pytest.mark.parametrize("dtype", TOLERANCE)
+
+
+@pytest.fixture
+def operators() -> Kernels:
+    found = kernels()
+    assert found is not None, "the tests need a C++ compiler"
+    return found
+
+
+def rand(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def close(given: Tensor, wanted: Tensor) -> None:
+    assert given.dtype == wanted.dtype
+    tolerance = TOLERANCE[given.dtype]
+    torch.testing.assert_close(given, wanted, rtol=tolerance, atol=tolerance)
+
+
+@dtypes
+@pytest.mark.parametrize("rows", [1, 5, 700])
+def test_rms_norm(operators: Kernels, dtype: torch.dtype, rows: int) -> None:
+    x, weight = rand(1, rows, 37, dtype=dtype), rand(37, dtype=dtype, seed=1)
+    before = x.clone()
+    close(operators.rms_norm(x, weight, 1e-5), rms_norm(x, (37,), eps=1e-5) * weight)
+    assert torch.equal(x, before)
+
+
+@dtypes
+@pytest.mark.parametrize("rows", [1, 700])
+def test_add_rms_norm(operators: Kernels, dtype: torch.dtype, rows: int) -> None:
+    x, more = rand(rows, 40, dtype=dtype), rand(rows, 40, dtype=dtype, seed=1)
+    weight = rand(40, dtype=dtype, seed=2)
+    total, normal = operators.add_rms_norm(x, more, weight, 1e-5)
+    assert torch.equal(total, x + more)
+    close(normal, rms_norm(x + more, (40,), eps=1e-5) * weight)
+
+
+@dtypes
+@pytest.mark.parametrize("size", [1, 1023, 40_000])
+def test_silu_mul(operators: Kernels, dtype: torch.dtype, size: int) -> None:
+    gate, up = rand(size, dtype=dtype) * 5, rand(size, dtype=dtype, seed=1)
+    close(operators.silu_mul_(gate.clone(), up), (silu(gate.float()) * up.float()).to(dtype))
+
+
+def test_silu_mul_at_the_extremes(operators: Kernels) -> None:
+    gate = torch.tensor([-1e30, -200.0, -88.0, 0.0, 88.0, 200.0, 1e30, math.inf, math.nan])
+    given = operators.silu_mul_(gate.clone(), torch.ones_like(gate))
+    torch.testing.assert_close(given, silu(gate), equal_nan=True, rtol=1e-6, atol=1e-30)
+
+
+@dtypes
+@pytest.mark.parametrize("tokens", [1, 300])
+def test_rotate(operators: Kernels, dtype: torch.dtype, tokens: int) -> None:
+    query, key = rand(tokens, 4, 16, dtype=dtype), rand(tokens, 2, 16, dtype=dtype, seed=1)
+    angles = rand(tokens, 8, seed=2).repeat(1, 2)
+    cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
+
+    def turned(heads: Tensor) -> Tensor:
+        wide = heads.float()
+        half = torch.cat((-wide[..., 8:], wide[..., :8]), -1)
+        return (wide * cos[:, None].float() + half * sin[:, None].float()).to(dtype)
+
+    wanted = turned(query), turned(key)
+    operators.rotate_(query, key, cos, sin)
+    close(query, wanted[0])
+    close(key, wanted[1])
+
+
+@dtypes
+@pytest.mark.parametrize("dim", [64, 128, 24])
+@pytest.mark.parametrize("window", [0, 5, 70])
+def test_attend(operators: Kernels, dtype: torch.dtype, dim: int, window: int) -> None:
+    """Decoding rows of several lengths, and one prompt whose tokens see each other."""
+    kv_heads, group, capacity = 2, 3, 160
+    slots = torch.tensor([4, 0, 2, 1, 1, 1])
+    positions = torch.tensor([0, 63, 64, 130, 131, 132])
+    query = rand(6, kv_heads * group, dim, dtype=dtype)
+    key, value = (rand(6, kv_heads, dim, dtype=dtype, seed=s) for s in (1, 2))
+    keys, values = (rand(5, kv_heads, capacity, dim, dtype=dtype, seed=s) for s in (3, 4))
+    # What lies beyond a row's own tokens may be anything.
+    keys[0, :, 64:] = values[0, :, 64:] = math.nan
+    untouched = keys[3].clone()
+    out = torch.empty_like(query)
+    operators.attend(query, key, value, out, keys, values, slots, positions, 0.2, window)
+    for token, (slot, position) in enumerate(zip(slots, positions, strict=True)):
+        assert torch.equal(keys[slot, :, position], key[token])
+        assert torch.equal(values[slot, :, position], value[token])
+        first = max(0, int(position) - window + 1) if window else 0
+        seen = slice(first, int(position) + 1)
+        wanted = scaled_dot_product_attention(
+            query[token].view(kv_heads, group, dim).float(),
+            keys[slot, :, seen].float(),
+            values[slot, :, seen].float(),
+            scale=0.2,
+        )
+        close(out[token], wanted.reshape(-1, dim).to(dtype))
+    assert torch.equal(keys[3], untouched)
+
+
+def test_a_row_that_is_not_finite_spoils_no_other(operators: Kernels) -> None:
+    query, key, value = rand(2, 2, 64), rand(2, 2, 64), rand(2, 2, 64)
+    query[0] = math.nan
+    keys, values = torch.zeros(2, 2, 16, 64), torch.zeros(2, 2, 16, 64)
+    out = torch.empty_like(query)
+    slots, positions = torch.tensor([0, 1]), torch.tensor([0, 0])
+    operators.attend(query, key, value, out, keys, values, slots, positions, 1.0, 0)
+    assert out[0].isnan().all()
+    close(out[1], value[1])
+
+
+def test_what_the_operators_take() -> None:
+    heads = rand(3, 4, 16)
+    assert supports(heads, heads)
+    assert attends(heads, heads, heads)
+    assert not supports(heads, heads.bfloat16())
+    assert not supports(heads.half())
+    assert not supports(heads.transpose(0, 1))
+    assert not supports(heads.to("meta"))
+    assert not attends(heads, heads, rand(3, 4, 8))
+    wide = rand(1, 1, MAX_DIM + 1)
+    assert not attends(wide, wide, wide)
+
+
+def test_it_is_compiled_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("REFT_CACHE", str(tmp_path))
+    assert isinstance(build.load_library(), ctypes.CDLL)
+    (compiled,) = (tmp_path / "native").iterdir()
+    written = compiled.stat().st_mtime_ns
+    assert isinstance(build.load_library(), ctypes.CDLL)
+    assert compiled.stat().st_mtime_ns == written
+
+
+@pytest.mark.parametrize("compiler", ["no-such-compiler", "false"])
+def test_without_a_compiler_the_log_says_why(
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    compiler: str,
+) -> None:
+    monkeypatch.setenv("REFT_CACHE", str(tmp_path))
+    monkeypatch.setenv("CXX", compiler)
+    with caplog.at_level(logging.INFO):
+        assert build.load_library() is None
+    assert "plain torch operators" in caplog.text
