@@ -12,6 +12,8 @@ ARGS ?=
 
 # pyreft, which tests compare with, pins packages that would replace ours: it is installed without its dependencies.
 PYREFT_NEEDS := matplotlib evaluate datasets scikit-learn protobuf networkx
+# A name of its own, because `call` would split it at the comma.
+TEST_EXTRAS := .[bench,test]
 
 BIN := $(VENV)/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
@@ -75,7 +77,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 
 $(VENV)/.installed-test: $(VENV)/.installed
 	@echo "Installing the test tools into $(VENV)" >&2
-	$(call install,--editable '.[bench,test]')
+	$(call install,--editable '$(TEST_EXTRAS)')
 	$(call install,$(PYREFT_NEEDS))
 	$(call install,--no-deps pyreft pyvene)
 

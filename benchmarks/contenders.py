@@ -6,8 +6,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from benchmarks import ours
-from benchmarks.floor import linear_floor
-from benchmarks.measuring import SECONDS, Case, Figures, timed
+from benchmarks.measuring import SECONDS, Case, Figures
 from benchmarks.peers.worker import Run
 from benchmarks.stage import Stage
 from benchmarks.workload import (
@@ -102,7 +101,7 @@ CLOSED = [
     Contender(DECODE, _tasks(DECODE), least=32),
     Contender(f"{BASE}, over HTTP", _http(None)),
     Contender(f"{PAPER}, over HTTP", _http(PAPER), least=32),
-    Contender(FLOOR, lambda stage, _, n: timed(linear_floor(stage.reference, n))),
+    Contender(FLOOR, _peer("linear_floor")),
     Contender("transformers: generate, static batch", _peer("transformers_generate")),
     Contender("transformers: continuous batching", _peer("transformers_continuous"), least=8),
     Contender(VLLM, _peer("vllm_cpu"), environment="vllm"),

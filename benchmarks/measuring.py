@@ -1,6 +1,6 @@
 """Alternating rounds: what every measurement here is made with.
 
-A machine's speed drifts, so a round runs every case once, in an order that turns from round to
+A machine's speed drifts, so a round runs every case once, in an order that changes from round to
 round, and cases are compared within their round. Reported are medians, and the median of the
 ratios to a reference case with its 90 % bootstrap interval.
 
@@ -21,6 +21,8 @@ from pathlib import Path
 from typing import NamedTuple, TypedDict
 
 import torch
+
+from reft_runtime.cores import release_workers
 
 SECONDS = "seconds"
 
@@ -84,16 +86,21 @@ def measure(
 ) -> list[Round]:
     """Run all cases for as many rounds as are missing in the file `path`; all `rounds` rounds.
 
-    Every case runs once unmeasured first. The file is rewritten after every round.
+    Every case runs once unmeasured first, and what one computes in this thread costs the next
+    nothing. The file is rewritten after every round.
     """
     done = recorded(path, setting, list(cases))[:rounds]
     labels = list(cases)
     if len(done) < rounds:
         for case in cases.values():
             case(0)
+            release_workers()
     for number in range(len(done) + 1, rounds + 1):
-        turn = (number - 1) % len(labels)
-        taken = {label: cases[label](number) for label in labels[turn:] + labels[:turn]}
+        # Shuffled, because what a case leaves behind would always meet the same next one.
+        taken = {}
+        for label in random.Random(number).sample(labels, len(labels)):
+            taken[label] = cases[label](number)
+            release_workers()
         done.append({label: taken[label] for label in labels})
         if path is not None:
             _save(path, setting, done)

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from reft_runtime.admission import Admission, Prompt
 from reft_runtime.assembly import Assembler
 from reft_runtime.blocking import Call, run_calls
-from reft_runtime.cores import usable_cores
+from reft_runtime.cores import releasing_workers, usable_cores
 from reft_runtime.engine.core import EngineConfig, EngineCore
 from reft_runtime.engine.loop import EngineLoop
 from reft_runtime.engine.sequence import Request
@@ -44,12 +44,14 @@ class Engine:
     `interventions` is a folder of files; uploads are kept in `state_dir`, or in memory without
     one; `allow_base` is a shell pattern for the names of base models whose files fit this one.
     `max_running` bounds the answers made at once, `max_queued` and `max_queued_tokens` what
-    may wait, `max_step_tokens` the tokens of one step, `kv_tokens` the tokens whose keys and
-    values are held (by default from free memory); with `prefix_cache` those that nobody uses are
-    kept, and reused where prompts begin alike and are edited alike. `dtype` "auto" is the fast one
-    for this machine. Loading blocks; everything else may be called from any thread.
+    may wait, `max_step_tokens` the tokens of one step (measured times bound them too), `kv_tokens`
+    the tokens whose keys and values are held (by default from free memory); with `prefix_cache`
+    those that nobody uses are kept, and reused where prompts begin alike and are edited alike.
+    `threads` is by default one a core that this process may use, `dtype` "auto" the fast one for
+    this machine. Loading blocks; everything else may be called from any thread.
     """
 
+    @releasing_workers
     def __init__(
         self,
         model: str | Path | PreTrainedModel = "demo",
@@ -334,6 +336,7 @@ def _pair(
     return [(p, _uses(applied)) for p, applied in zip(several, intervention, strict=True)]
 
 
+@releasing_workers
 def _trace(own: Assembler | Stream, base: Assembler | Stream) -> Trace:
     """The divergence is KL(own || base), in nats; 0 where no token was asked for."""
     kl = 0.0

@@ -26,6 +26,7 @@ ENGINE_OPTIONS = (
     "max_running",
     "max_queued",
     "max_queued_tokens",
+    "max_step_tokens",
     "kv_tokens",
     "prefix_cache",
     "threads",
@@ -103,6 +104,13 @@ class Settings(BaseSettings):
         description="Most prompt tokens that wait, by default 1000000; "
         "the next request is answered 503.",
     )
+    max_step_tokens: int | None = Field(
+        default=None,
+        ge=1,
+        le=65536,
+        description="Most tokens of one engine step, by default 2048; while answers are being "
+        "made it takes fewer prompt tokens, by measured times.",
+    )
     kv_tokens: int | None = Field(
         default=None,
         ge=1,
@@ -114,7 +122,11 @@ class Settings(BaseSettings):
         description="Reuse keys and values where prompts begin alike and are edited alike.",
     )
     threads: int | None = Field(
-        default=None, ge=1, le=1024, description="CPU threads of the engine; by default one a core."
+        default=None,
+        ge=1,
+        le=1024,
+        description="CPU threads of the engine; by default one a core that affinity and the "
+        "container's CPU quota leave.",
     )
     first_token_timeout: float = Field(
         default=300.0, gt=0, le=86400, description="Seconds a request may wait for its first token."

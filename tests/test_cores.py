@@ -5,10 +5,11 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 
-from reft_runtime.cores import usable_cores
+from reft_runtime.cores import release_workers, releasing_workers, usable_cores
 from reft_runtime.engine.loader import choose_dtype
 
 
@@ -94,3 +95,26 @@ def test_auto_dtype_is_what_the_cpu_multiplies_natively(
 ) -> None:
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
     assert choose_dtype("auto") is dtype
+
+
+def multiply() -> None:
+    torch.mm(torch.ones(512, 512), torch.ones(512, 512)).exp_()
+
+
+def test_workers_end_with_what_started_them() -> None:
+    own = psutil.Process()
+    threads = torch.get_num_threads()
+    torch.set_num_threads(4)
+    try:
+        release_workers()
+        before = own.num_threads()
+        multiply()
+        assert own.num_threads() > before
+        release_workers()
+        assert own.num_threads() == before
+        releasing_workers(multiply)()
+        assert own.num_threads() == before
+        multiply()  # they come back when they are wanted
+    finally:
+        release_workers()
+        torch.set_num_threads(threads)

@@ -54,13 +54,15 @@ class Slab:
         ]
 
     def resize(self, rows: int) -> None:
-        """Make place for `rows` rows, keeping those in use."""
-        used = len(self.rows)
+        """Make place for `rows` rows, keeping what is computed of those in use."""
+        computed = [sequence.computed for sequence in self.rows]
+        used = max((slot + 1 for slot, length in enumerate(computed) if length), default=0)
+        length = max(computed, default=0)
         for tensors in (self.keys, self.values):
             for layer, old in enumerate(tensors):
                 # Zeros, because a masked entry that is not finite would still spoil a softmax sum.
                 tensors[layer] = new = old.new_zeros(rows, *old.shape[1:])
-                new[:used] = old[:used]
+                new[:used, :, :length] = old[:used, :, :length]
 
     def copy(self, source: Slab, source_slot: int, slot: int, length: int) -> None:
         """Copy the first `length` tokens of a row of `source` (may be this slab) to `slot`."""
@@ -108,7 +110,10 @@ class RowStorage:
         self._places: dict[Sequence, tuple[Slab, int]] = {}
 
     def ensure(self, sequence: Sequence, tokens: int) -> None:
-        """Give a sequence a row with room for `tokens` tokens; this may move other rows too."""
+        """Give a sequence a row with room for `tokens` tokens; this may move other rows too.
+
+        What is `computed` of a row moves with it, and no more.
+        """
         found = self._places.get(sequence)
         if found is not None and found[0].capacity >= tokens:
             return

@@ -9,6 +9,8 @@ import time
 from collections import deque
 from collections.abc import Callable
 
+import torch
+
 from reft_runtime.engine.core import EngineCore
 from reft_runtime.engine.events import Event, Failed, Started, TokenMade
 from reft_runtime.engine.sequence import Request
@@ -144,6 +146,7 @@ class EngineLoop:
             raise problems[0]
 
     def _run(self) -> None:
+        torch.set_num_threads(torch.get_num_threads())  # OpenMP keeps this by thread
         try:
             while self._turn():
                 pass

@@ -58,8 +58,10 @@ class Runner:
     def run(self, chunks: SequenceOf[Chunk]) -> StepResult:
         """Compute the chunks' tokens, and sample where a chunk completes its sequence."""
         for chunk in chunks:
-            self.storage.ensure(chunk.sequence, chunk.stop)
-        # Only now: until it is computed a moving row takes along what was there before alone.
+            # Room for the whole prompt at once: a row that grows chunk by chunk is copied often.
+            for sequence in (chunk.sequence, *chunk.forks):
+                self.storage.ensure(sequence, len(sequence.tokens))
+        # Only now: a row that moves takes along what was computed before alone.
         self.storage.reuse(copy for chunk in chunks for copy in chunk.reused)
         chunks = order_for_rows(self.storage, chunks)
         wanted = _wanted_rows(chunks)

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
+from reft_runtime.cores import releasing_workers
 from reft_runtime.errors import ConfigError, InvalidFile, InvalidRequest, NotFound, ReftError
 from reft_runtime.interventions.catalog import Catalog, unknown
 from reft_runtime.interventions.file import (
@@ -202,6 +203,7 @@ class Registry(Catalog):
             for index, edit in enumerate(manifest.edits):
                 self._check_site(edit.layer, edit.component, manifest.width_of(index))
 
+    @releasing_workers
     def _verified(self, name: str, data: bytes, origin: Origin) -> Version:
         header = header_of(data)
         self._check(header.manifest)

@@ -6,6 +6,7 @@ import threading
 from collections.abc import Callable
 from typing import Literal
 
+from reft_runtime.cores import releasing_workers
 from reft_runtime.errors import InvalidFile, NotFound
 from reft_runtime.interventions.canonical import CanonicalEdit
 from reft_runtime.interventions.file import header_of, parse
@@ -57,6 +58,7 @@ class Version:
                 self._edits = self._load()
             return self._edits
 
+    @releasing_workers
     def _load(self) -> tuple[CanonicalEdit, ...]:
         try:
             data = self._read()

@@ -14,9 +14,6 @@ from torch import Tensor
 from torch.nn.functional import pad, scaled_dot_product_attention
 
 
-PLAIN = torch.contiguous_format
-
-
 @dataclass(frozen=True, slots=True)
 class Prefix:
     """Keys and values of a row's first tokens: by layer, tensors [kv_heads, length, dim]."""
@@ -87,8 +84,9 @@ class BatchAttention:
         window: int | None,
     ) -> Tensor:
         """See `engine.attention.AttentionStep.attend`."""
+        query, key, value = (t.transpose(0, 1)[None] for t in (query, key, value))
         if self._keep_own:
-            self._own[layer] = (key, value)
+            self._own[layer] = (key[0], value[0])
         query, key, value = (self._padded(t) for t in (query, key, value))
         if self._longest_prefix:
             key = torch.cat([self._known(layer, key, "keys"), key], dim=2)
@@ -113,23 +111,18 @@ class BatchAttention:
             tokens = slice(first, first + length)
             found.append(
                 Prefix(
-                    tuple(
-                        keys[tokens].transpose(0, 1).clone(memory_format=PLAIN)
-                        for keys, _ in layers
-                    ),
-                    tuple(
-                        values[tokens].transpose(0, 1).clone(memory_format=PLAIN)
-                        for _, values in layers
-                    ),
+                    tuple(keys[:, tokens].clone() for keys, _ in layers),
+                    tuple(values[:, tokens].clone() for _, values in layers),
                 )
             )
             first += length
         return found
 
     def _padded(self, packed: Tensor) -> Tensor:
-        """[T, heads, dim] to [rows, heads, longest, dim]."""
-        spread = packed.index_select(0, self._spread.flatten())
-        return spread.view(*self._spread.shape, *packed.shape[1:]).transpose(1, 2)
+        """[1, heads, T, dim] to [rows, heads, longest, dim]."""
+        heads, _, dim = packed.shape[1:]
+        spread = packed[0].index_select(1, self._spread.flatten())
+        return spread.view(heads, *self._spread.shape, dim).transpose(0, 1)
 
     def _known(self, layer: int, own: Tensor, which: str) -> Tensor:
         """The prefixes' keys or values, [rows, kv_heads, longest prefix, dim]."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 
@@ -25,8 +24,10 @@ class Machine:
         self.scheduler = Scheduler(BlockBudget(100_000), max_running, 2048)
         self.arrived = 0
 
-    def add(self, length: int, max_tokens: int = 1000, **sampling: Any) -> Sequence:
-        params = SamplingParams(max_tokens=max_tokens, **sampling)
+    def add(
+        self, length: int, max_tokens: int = 1000, prompt_logprobs: int | None = None
+    ) -> Sequence:
+        params = SamplingParams(max_tokens=max_tokens, prompt_logprobs=prompt_logprobs)
         request = Request("", (1,) * length, params, 0)
         sequence = sequences_of(request, self.arrived)
         self.arrived += 1

@@ -13,6 +13,7 @@ from fastapi.routing import APIRoute
 from pydantic import SecretStr
 from starlette.routing import BaseRoute
 
+from server.auth import cache_salt
 from server.settings import Settings
 from tests.http.conftest import completion
 from tests.http.fake_engine import FakeEngine
@@ -66,6 +67,18 @@ class TestWithKey:
     async def test_right_key(self, client: httpx.AsyncClient, value: str) -> None:
         headers = {"authorization": value}
         assert (await client.get("/v1/models", headers=headers)).status_code == 200
+
+    async def test_the_prefix_cache_is_salted_by_the_key(
+        self, client: httpx.AsyncClient, engine: FakeEngine
+    ) -> None:
+        headers = {"authorization": f"Bearer {KEY}"}
+        for stream in (False, True):
+            await client.post("/v1/completions", json=completion(stream=stream), headers=headers)
+        salts = [stream.salt for stream in engine.streams[-2:]]
+        assert salts == [cache_salt(Settings(api_key=SecretStr(KEY)))] * 2
+        assert KEY.encode() not in salts[0]
+        assert salts[0] != cache_salt(Settings(api_key=SecretStr("another")))
+        assert cache_salt(Settings()) == b""
 
     async def test_a_crafted_host_opens_nothing(self, client: httpx.AsyncClient) -> None:
         for host in ("test/livez?", "test/health#", "/livez"):

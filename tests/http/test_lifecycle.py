@@ -19,6 +19,7 @@ import httpx
 import pytest
 
 from reft_runtime.errors import ConfigError
+from server.cli import app
 from server.settings import Settings, load_settings
 from tests.http.conftest import completion
 
@@ -239,6 +240,20 @@ def test_settings_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     assert settings.api_key is None
     assert settings.engine_options()["max_running"] == 3
     assert "threads" not in settings.engine_options()
+
+
+def test_the_prefix_cache_can_be_turned_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[dict[str, Any]] = []
+
+    def record(model: str, **options: Any) -> None:
+        given.append(options)
+        raise ConfigError("enough")
+
+    monkeypatch.setattr("reft_runtime.llm.Engine", record)
+    for arguments in (["--no-prefix-cache"], ["--prefix-cache"], []):
+        with pytest.raises(ConfigError, match="enough"):
+            app(["serve", "--port", "0", *arguments], standalone_mode=False)
+    assert [options["prefix_cache"] for options in given] == [False, True, True]
 
 
 def test_help_names_every_option_and_loads_no_model() -> None:

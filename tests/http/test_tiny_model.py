@@ -112,6 +112,30 @@ async def test_chat(http: httpx.AsyncClient, base: str) -> None:
     assert answer["usage"]["prompt_tokens"] == count
 
 
+async def test_a_repeated_prompt_is_reused(
+    http: httpx.AsyncClient, base: str, tiny_engine: Engine
+) -> None:
+    words = [5 + i for i in range(40)]
+    cached, texts = [], []
+    for stream in (False, False, True):
+        asked = body(model=base, prompt=[words, words[:-1]], stream=stream)
+        if stream:
+            asked["stream_options"] = {"include_usage": True}
+        text = (await http.post("/v1/completions", json=asked)).text
+        if stream:
+            answer = json.loads(text.split("\n\n")[-3].removeprefix("data: "))
+        else:
+            answer = json.loads(text)
+            texts.append([choice["text"] for choice in answer["choices"]])
+        cached.append(answer["usage"]["prompt_tokens_details"]["cached_tokens"])
+    assert cached == [32, 64, 64]
+    assert texts[0] == texts[1]
+    stats = tiny_engine.stats().prefix_cache
+    assert stats is not None
+    lines = (await http.get("/metrics")).text
+    assert f'reft:prefix_cache_hits_total{{kind="base"}} {stats.hits["base"]:.1f}\n' in lines
+
+
 async def test_upload_replace_and_remove(http: httpx.AsyncClient, tiny_engine: Engine) -> None:
     url = "/v1/interventions/new"
     assert (await http.put(url, content=make_file(tiny_engine, 1))).status_code == 201
