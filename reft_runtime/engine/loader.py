@@ -79,7 +79,7 @@ def load_model(
 ) -> LoadedModel:
     """Load a causal language model from a folder or hub id, by transformers, without remote code.
 
-    A `differentiable` one lets gradients through, to the activations: its linear layers stay plain.
+    A `differentiable` one lets gradients through to the activations: it keeps its own operators.
     Raises `UnsupportedModel` where the engine would not give the model's own tokens.
     """
     if path.startswith(("/", ".", "~")) and not Path(path).is_dir():

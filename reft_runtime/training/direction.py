@@ -52,7 +52,7 @@ def direction(
     added at `positions` (arXiv 2312.06681 calls this contrastive activation addition). `template`
     is the manifest's, for chats.
     """
-    name, loaded, own = load_base(model, tokenizer, dtype, None)
+    name, loaded, own = load_base(model, tokenizer, dtype, None, differentiable=True)
     if not 0 <= layer < len(loaded.layers):
         raise ConfigError(
             f"layer: {layer}; {name} has 0 to {len(loaded.layers) - 1}.", param="layer"

@@ -100,7 +100,7 @@ def evaluate(
             with Engine(model, tokenizer=tokenizer, dtype=dtype) as engine:
                 scores += _by_engine(engine, files, answered, progress=progress)
         if likely:
-            _, loaded, own = load_base(model, tokenizer, dtype, None)
+            _, loaded, own = load_base(model, tokenizer, dtype, None, differentiable=True)
             words = Tokenizer(own, loaded.max_model_len)
             scores += _perplexities(loaded, words, files, likely, progress=progress)
     order = {task.rows.name: place for place, task in enumerate(tasks)}
