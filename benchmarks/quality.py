@@ -322,7 +322,7 @@ def main(
                 lr = max(rates, key=lambda rate: outcome(method, grid_rows, 0, rate).accuracy)
             found = [outcome(method, rows, seed, lr) for seed in range(seeds)]
             lines.append(row(method, found, name, lr))
-    print("| task | method | learning rate | accuracy, % | parameters | file, kB | training, CPU s |")
+    print("| task | method | learning rate | accuracy, % | parameters | file, kB | CPU s |")
     print("|---|---|---:|---:|---:|---:|---:|")
     print("\n".join(lines))
 
