@@ -7,7 +7,7 @@ hooks: a layer with a hook anywhere inside it runs its own code, module by modul
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from collections.abc import Sequence as SequenceOf
 from types import FunctionType, MethodType
 from typing import Any
@@ -16,10 +16,42 @@ import torch
 from torch import Tensor, nn
 
 from reft_runtime.engine.attention import ProbedLayer, ShapeProbe
-from reft_runtime.engine.native import Kernels, kernels, supports
+from reft_runtime.engine.linears import Merged
+from reft_runtime.engine.native import Kernels, kernels, packs, supports
 
 _ROTARY = "apply_rotary_pos_emb"
-_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
+_PLAIN_ATTENTION = {
+    _ROTARY,
+    "shape",
+    "head_dim",
+    "q_proj",
+    "k_proj",
+    "v_proj",
+    "o_proj",
+    "view",
+    "transpose",
+    "reshape",
+    "contiguous",
+    "config",
+    "layer_idx",
+    "update",
+    "ALL_ATTENTION_FUNCTIONS",
+    "get_interface",
+    "_attn_implementation",
+    "eager_attention_forward",
+    "training",
+    "attention_dropout",
+    "scaling",
+    "sliding_window",
+    "getattr",
+    "nn",
+    "functional",
+    "dropout",
+    "residual_dropout",
+}
+"""Names that the code of an attention module may use: one with more does more."""
+
+_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 6e-2}
 _ROWS = 3
 
 Operator = Callable[..., Any]
@@ -28,79 +60,187 @@ Operator = Callable[..., Any]
 def fuse(model: nn.Module, layers: SequenceOf[nn.Module], probed: SequenceOf[ProbedLayer]) -> int:
     """Replace what can be; returns the number of modules changed (0 without a compiler).
 
-    `layers` are the decoder layers, and `probed` is what their attention asks for.
+    `layers` are the decoder layers, and `probed` is what their attention asks for. Linear layers
+    must not be packed yet.
     """
     operators = kernels()
     if operators is None or model.dtype not in _TOLERANCE:
         return 0
-    rotating: dict[Operator, Operator | None] = {}
+    fuser = _Fuser(operators)
     # Modules with another forward than their class's are somebody's already.
     changed = sum(
-        _fuse_norm(module, operators)
-        or _fuse_mlp(module, operators)
-        or _fuse_rotary(module, operators, rotating)
+        fuser.norm(module) or fuser.mlp(module)
         for module in model.modules()
         if "forward" not in vars(module)
     )
     for layer, asked in zip(layers, probed, strict=True):
+        attentions = [m for m in layer.modules() if "forward" not in vars(m) and _rotates(m)]
+        changed += sum(fuser.attention(m, asked) or fuser.rotary(m) for m in attentions)
         if "forward" not in vars(layer):
-            changed += _fuse_layer(layer, asked, operators)
+            changed += fuser.layer(layer)
     return changed
 
 
-def _fuse_norm(module: nn.Module, operators: Kernels) -> bool:
-    if not type(module).__name__.endswith("RMSNorm") or list(module._parameters) != ["weight"]:
-        return False
-    own, weight = module.forward, module.weight
-    epsilon = _epsilon(module)
-    if not isinstance(weight, Tensor) or epsilon is None:
-        return False
+class _Fuser:
+    """Replaces forwards, and remembers what it made: a layer is put together from its parts."""
 
-    def forward(hidden_states: Tensor) -> Any:
-        if not supports(hidden_states, weight):
-            return own(hidden_states)
-        return operators.rms_norm(hidden_states, weight, epsilon)
+    def __init__(self, operators: Kernels) -> None:
+        self._operators = operators
+        self._rotary: dict[Operator, Operator | None] = {}
+        self._mlps: dict[nn.Module, Callable[[Tensor], Tensor]] = {}
+        self._attentions: dict[nn.Module, Callable[[Tensor, Tensor, Tensor, Any], Tensor]] = {}
 
-    return _replace(module, forward, (_random(weight.shape[-1], weight.dtype),), {})
+    def norm(self, module: nn.Module) -> bool:
+        if not type(module).__name__.endswith("RMSNorm") or list(module._parameters) != ["weight"]:
+            return False
+        own, weight, operators = module.forward, module.weight, self._operators
+        epsilon = _epsilon(module)
+        if not isinstance(weight, Tensor) or epsilon is None:
+            return False
+
+        def forward(hidden_states: Tensor) -> Any:
+            if not supports(hidden_states, weight):
+                return own(hidden_states)
+            return operators.rms_norm(hidden_states, weight, epsilon)
+
+        return _replace(module, forward, (_random(weight.shape[-1], weight.dtype),), {})
+
+    def mlp(self, module: nn.Module) -> bool:
+        parts: dict[str, Any] = dict(module.named_children())
+        if parts.keys() != {"gate_proj", "up_proj", "down_proj", "act_fn"}:
+            return False
+        gate, up, down, act = (parts[n] for n in ("gate_proj", "up_proj", "down_proj", "act_fn"))
+        if not Merged.possible((gate, up)):
+            return False
+        own, operators, merged = module.forward, self._operators, Merged((gate, up))
+        inner = _hooks((gate, up, act))
+
+        def compute(rows: Tensor) -> Any:
+            return down(operators.silu_mul(merged.product(rows)))
+
+        def forward(hidden_states: Tensor) -> Any:
+            if any(inner) or not supports(hidden_states):
+                return own(hidden_states)
+            return compute(hidden_states)
+
+        rows = _random(gate.in_features, _dtype(module))
+        if not _replace(module, forward, (rows,), {}):
+            return False
+        merged.merge()
+        self._mlps[module] = compute
+        return True
+
+    def attention(self, module: nn.Module, asked: ProbedLayer) -> bool:
+        """Run an attention module's work as one function; it must be a plain one."""
+        parts: dict[str, Any] = dict(module.named_children())
+        if parts.keys() != {f"{p}_proj" for p in "qkvo"}:
+            return False
+        shape, scaling, window = asked.shape, asked.scaling, asked.window
+        if not _PLAIN_ATTENTION.issuperset(type(module).forward.__code__.co_names):
+            return False
+        projections = tuple(parts[f"{p}_proj"] for p in "qkv")
+        if shape.key_dim != shape.value_dim or not self._rotates_halves(module):
+            return False
+        if not Merged.possible(projections):
+            return False
+        own, o, operators = module.forward, parts["o_proj"], self._operators
+        merged, inner = Merged(projections), _hooks((*projections, o))
+        index: Any = module.layer_idx
+        width, kv_heads = shape.key_dim, shape.kv_heads
+        heads = projections[0].out_features // width
+
+        def compute(rows: Tensor, cos: Tensor, sin: Tensor, step: Any) -> Any:
+            every = merged.product(rows).view(len(rows), -1, width)
+            query, key, value = every.split_with_sizes((heads, kv_heads, kv_heads), 1)
+            operators.rotate_(query, key, cos, sin)
+            return o(step.attend(index, query, key, value, scaling, window).flatten(1))
+
+        def forward(
+            hidden_states: Tensor,
+            position_embeddings: tuple[Tensor, Tensor],
+            *args: Any,
+            step: Any = None,
+            **kwargs: Any,
+        ) -> Any:
+            cos, sin = position_embeddings
+            plain = step is not None and cos.shape[-1] == width and not any(inner)
+            if not plain or not supports(hidden_states, cos, sin):
+                kwargs |= {} if step is None else {"step": step}
+                return own(hidden_states, position_embeddings, *args, **kwargs)
+            return compute(hidden_states[0], cos, sin, step)[None], None
+
+        dtype = _dtype(module)
+        rows = _random(projections[0].in_features, dtype)
+        given = {"position_embeddings": _angles(width, dtype), "attention_mask": None}
+        if not _replace(module, forward, (rows,), given, needs_step=True):
+            return False
+        merged.merge()
+        self._attentions[module] = compute
+        return True
+
+    def rotary(self, module: nn.Module) -> bool:
+        """Run an attention module's own code, its rotary function's name bound to ours."""
+        if not self._rotates_halves(module):
+            return False
+        own = type(module).forward
+        names = {**own.__globals__, _ROTARY: self._rotary[own.__globals__[_ROTARY]]}
+        forward = FunctionType(own.__code__, names, own.__name__, own.__defaults__, own.__closure__)
+        forward.__kwdefaults__ = own.__kwdefaults__
+        module.forward = MethodType(forward, module)
+        return True
+
+    def _rotates_halves(self, module: nn.Module) -> bool:
+        rotary = type(module).forward.__globals__[_ROTARY]
+        if rotary not in self._rotary:
+            self._rotary[rotary] = _rotate(rotary, self._operators)
+        return self._rotary[rotary] is not None
+
+    def layer(self, layer: nn.Module) -> bool:
+        """Run a whole Llama-like layer as one function, calling no module but the linear ones."""
+        parts: dict[str, Any] = dict(layer.named_children())
+        norms = ("input_layernorm", "post_attention_layernorm")
+        if parts.keys() != {*norms, "self_attn", "mlp"}:
+            return False
+        attention = self._attentions.get(parts["self_attn"])
+        mlp = self._mlps.get(parts["mlp"])
+        before, after = (parts[n] for n in norms)
+        first_epsilon, second_epsilon = _epsilon(before), _epsilon(after)
+        if attention is None or mlp is None or first_epsilon is None or second_epsilon is None:
+            return False
+        own, operators = layer.forward, self._operators
+        inner = _hooks(module for module in layer.modules() if module is not layer)
+        width = parts["self_attn"].head_dim
+
+        def forward(
+            hidden_states: Tensor,
+            *args: Any,
+            position_embeddings: tuple[Tensor, Tensor],
+            step: Any = None,
+            **kwargs: Any,
+        ) -> Any:
+            cos, sin = position_embeddings
+            plain = step is not None and cos.shape[-1] == width and not any(inner)
+            if not plain or not supports(hidden_states, cos, sin):
+                kwargs |= {"position_embeddings": position_embeddings}
+                kwargs |= {} if step is None else {"step": step}
+                return own(hidden_states, *args, **kwargs)
+            rows = hidden_states[0]
+            normal = operators.rms_norm(rows, before.weight, first_epsilon)
+            rows, normal = operators.add_rms_norm(
+                rows, attention(normal, cos, sin, step), after.weight, second_epsilon
+            )
+            rows += mlp(normal)
+            return rows[None]
+
+        dtype = _dtype(layer)
+        given = {"position_embeddings": _angles(width, dtype)}
+        rows = _random(before.weight.shape[-1], dtype)
+        return _replace(layer, forward, (rows,), given, needs_step=True)
 
 
-def _fuse_mlp(module: nn.Module, operators: Kernels) -> bool:
-    parts = dict(module.named_children())
-    if parts.keys() != {"gate_proj", "up_proj", "down_proj", "act_fn"}:
-        return False
-    gate, up, down, act = (parts[n] for n in ("gate_proj", "up_proj", "down_proj", "act_fn"))
-    if type(gate) is not nn.Linear:
-        return False
-    own = module.forward
-
-    def forward(hidden_states: Tensor) -> Any:
-        if _hooked((act,)):
-            return own(hidden_states)
-        gated, upper = gate(hidden_states), up(hidden_states)
-        if not supports(gated, upper):
-            return own(hidden_states)
-        return down(operators.silu_mul_(gated, upper))
-
-    return _replace(module, forward, (_random(gate.in_features, _dtype(module)),), {})
-
-
-def _fuse_rotary(
-    module: nn.Module, operators: Kernels, known: dict[Operator, Operator | None]
-) -> bool:
-    """Run an attention module's own code, with the name of its rotary function bound to ours."""
+def _rotates(module: nn.Module) -> bool:
     own = type(module).forward
-    if not isinstance(own, FunctionType) or _ROTARY not in own.__code__.co_names:
-        return False
-    rotary = own.__globals__[_ROTARY]
-    if rotary not in known:
-        known[rotary] = _rotate(rotary, operators)
-    if known[rotary] is None:
-        return False
-    names = {**own.__globals__, _ROTARY: known[rotary]}
-    forward = FunctionType(own.__code__, names, own.__name__, own.__defaults__, own.__closure__)
-    forward.__kwdefaults__ = own.__kwdefaults__
-    module.forward = MethodType(forward, module)
-    return True
+    return isinstance(own, FunctionType) and _ROTARY in own.__code__.co_names
 
 
 def _rotate(rotary: Operator, operators: Kernels) -> Operator | None:
@@ -110,12 +250,12 @@ def _rotate(rotary: Operator, operators: Kernels) -> Operator | None:
         q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         # As a linear layer gave them, [1, T, heads, dim], they are nobody else's.
-        query, key = q.transpose(1, 2), k.transpose(1, 2)
+        query, key = q.transpose(1, 2)[0], k.transpose(1, 2)[0]
         whole = cos.shape[-1] == q.shape[-1] == k.shape[-1] and len(q) == len(cos) == 1
-        if args or kwargs or not whole or not supports(query, key, cos, sin):
+        if args or kwargs or not whole or not packs(query, key) or not supports(cos, sin):
             rotated: tuple[Tensor, Tensor] = rotary(q, k, cos, sin, *args, **kwargs)
             return rotated
-        operators.rotate_(query[0], key[0], cos, sin)
+        operators.rotate_(query, key, cos, sin)
         return q, k
 
     heads = [_random(n * 8, torch.float32).view(1, _ROWS, n, 8).transpose(1, 2) for n in (2, 1)]
@@ -126,65 +266,9 @@ def _rotate(rotary: Operator, operators: Kernels) -> Operator | None:
     return rotate if same else None
 
 
-def _fuse_layer(layer: nn.Module, asked: ProbedLayer, operators: Kernels) -> bool:
-    """Run a whole Llama-like layer as one function, calling no module between its linear ones."""
-    inner = {name: module for name, module in layer.named_modules() if name}
-    expected = {f"self_attn.{p}_proj" for p in "qkvo"} | {
-        f"mlp.{n}" for n in ("gate_proj", "up_proj", "down_proj", "act_fn")
-    }
-    norms = {"input_layernorm", "post_attention_layernorm"}
-    if inner.keys() != expected | norms | {"self_attn", "mlp"}:
-        return False
-    if not all(type(inner[n]) is nn.Linear for n in expected if n.endswith("proj")):
-        return False
-    modules = tuple(inner.values())
-    before, after = (inner[n] for n in sorted(norms))
-    first_epsilon, second_epsilon = _epsilon(before), _epsilon(after)
-    if first_epsilon is None or second_epsilon is None:
-        return False
-    q, k, v, o = (inner[f"self_attn.{p}_proj"].forward for p in "qkvo")
-    gate, up, down = (inner[f"mlp.{p}_proj"].forward for p in ("gate", "up", "down"))
-    own = layer.forward
-    index: Any = inner["self_attn"].layer_idx
-    width, kv_heads, scaling, window = (
-        asked.shape.key_dim,
-        asked.shape.kv_heads,
-        asked.scaling,
-        asked.window,
-    )
-
-    def forward(
-        hidden_states: Tensor,
-        *args: Any,
-        position_embeddings: tuple[Tensor, Tensor],
-        step: Any = None,
-        **kwargs: Any,
-    ) -> Any:
-        cos, sin = position_embeddings
-        plain = step is not None and cos.shape[-1] == width and not _hooked(modules)
-        if not plain or not supports(hidden_states, cos, sin):
-            kwargs |= {"position_embeddings": position_embeddings}
-            return own(hidden_states, *args, **kwargs, **({} if step is None else {"step": step}))
-        rows = hidden_states[0]
-        normal = operators.rms_norm(rows, before.weight, first_epsilon)
-        query = q(normal).view(len(rows), -1, width)
-        key, value = k(normal).view(-1, kv_heads, width), v(normal).view(-1, kv_heads, width)
-        operators.rotate_(query, key, cos, sin)
-        attended = step.attend(index, query, key, value, scaling, window)
-        rows, normal = operators.add_rms_norm(
-            rows, o(attended.flatten(1)), after.weight, second_epsilon
-        )
-        rows += down(operators.silu_mul_(gate(normal), up(normal)))
-        return rows[None]
-
-    dtype = _dtype(layer)
-    given = {"position_embeddings": _angles(width, dtype)}
-    rows = _random(before.weight.shape[-1], dtype)
-    return _replace(layer, forward, (rows,), given, needs_step=True)
-
-
-def _hooked(modules: SequenceOf[nn.Module]) -> bool:
-    return any(module._forward_hooks or module._forward_pre_hooks for module in modules)
+def _hooks(modules: Iterable[nn.Module]) -> list[dict[int, Any]]:
+    """The modules' hooks, to be looked at in every step: any of these is not empty."""
+    return [hooks for m in modules for hooks in (m._forward_hooks, m._forward_pre_hooks)]
 
 
 def _replace(

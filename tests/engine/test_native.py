@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import rms_norm, scaled_dot_product_attention, silu
 
-from reft_runtime.engine.native import MAX_DIM, Kernels, attends, build, kernels, supports
+from reft_runtime.engine.native import MAX_DIM, Kernels, attends, build, kernels, packs, supports
 
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 1e-2}
 
@@ -54,22 +54,53 @@ def test_add_rms_norm(operators: Kernels, dtype: torch.dtype, rows: int) -> None
 
 
 @dtypes
-@pytest.mark.parametrize("size", [1, 1023, 40_000])
-def test_silu_mul(operators: Kernels, dtype: torch.dtype, size: int) -> None:
-    gate, up = rand(size, dtype=dtype) * 5, rand(size, dtype=dtype, seed=1)
-    close(operators.silu_mul_(gate.clone(), up), (silu(gate.float()) * up.float()).to(dtype))
+@pytest.mark.parametrize("rows", [1, 3, 40])
+@pytest.mark.parametrize("width", [1, 1023, 1025, 2100])
+def test_silu_mul(operators: Kernels, dtype: torch.dtype, rows: int, width: int) -> None:
+    gate, up = rand(rows, width, dtype=dtype) * 5, rand(rows, width, dtype=dtype, seed=1)
+    given = operators.silu_mul(torch.cat((gate, up), -1))
+    close(given, (silu(gate.float()) * up.float()).to(dtype))
 
 
 def test_silu_mul_at_the_extremes(operators: Kernels) -> None:
     gate = torch.tensor([-1e30, -200.0, -88.0, 0.0, 88.0, 200.0, 1e30, math.inf, math.nan])
-    given = operators.silu_mul_(gate.clone(), torch.ones_like(gate))
+    given = operators.silu_mul(torch.cat((gate, torch.ones_like(gate))))
     torch.testing.assert_close(given, silu(gate), equal_nan=True, rtol=1e-6, atol=1e-30)
+
+
+@dtypes
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("width", [1, 31, 20_001])
+@pytest.mark.parametrize("shift", [-9, 0, 9])
+def test_greedy(operators: Kernels, dtype: torch.dtype, rows: int, width: int, shift: int) -> None:
+    logits = rand(rows, width, dtype=dtype) + shift  # in bfloat16 many of them are equal
+    assert operators.greedy(logits) == logits.argmax(-1).tolist()
+
+
+@dtypes
+def test_greedy_at_the_extremes(operators: Kernels, dtype: torch.dtype) -> None:
+    inf, nan = math.inf, math.nan
+    wanted = {
+        (0.0, -0.0, -1.0): 0,
+        (-1.0, -0.0, 0.0): 1,
+        (-inf, -3.0, -2.0): 2,
+        (-inf, -inf, -inf): -1,
+        (1.0, inf, 2.0): -1,
+        (1.0, nan, 2.0): -1,
+        (1.0, -nan, 2.0): -1,
+        (3e38, -3e38, -inf): 0,
+    }
+    given = operators.greedy(torch.tensor([list(row) for row in wanted], dtype=dtype))
+    assert given == list(wanted.values())
 
 
 @dtypes
 @pytest.mark.parametrize("tokens", [1, 300])
 def test_rotate(operators: Kernels, dtype: torch.dtype, tokens: int) -> None:
-    query, key = rand(tokens, 4, 16, dtype=dtype), rand(tokens, 2, 16, dtype=dtype, seed=1)
+    # Columns of one product, as a merged linear layer gives them.
+    both = rand(tokens, 9, 16, dtype=dtype)
+    query, key, rest = torch.split(both, [4, 2, 3], 1)
+    others = rest.clone()
     angles = rand(tokens, 8, seed=2).repeat(1, 2)
     cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
 
@@ -82,6 +113,7 @@ def test_rotate(operators: Kernels, dtype: torch.dtype, tokens: int) -> None:
     operators.rotate_(query, key, cos, sin)
     close(query, wanted[0])
     close(key, wanted[1])
+    assert torch.equal(rest, others)
 
 
 @dtypes
@@ -92,13 +124,13 @@ def test_attend(operators: Kernels, dtype: torch.dtype, dim: int, window: int) -
     kv_heads, group, capacity = 2, 3, 160
     slots = torch.tensor([4, 0, 2, 1, 1, 1])
     positions = torch.tensor([0, 63, 64, 130, 131, 132])
-    query = rand(6, kv_heads * group, dim, dtype=dtype)
-    key, value = (rand(6, kv_heads, dim, dtype=dtype, seed=s) for s in (1, 2))
+    both = rand(6, kv_heads * (group + 2), dim, dtype=dtype)
+    query, key, value = torch.split(both, [kv_heads * group, kv_heads, kv_heads], 1)
     keys, values = (rand(5, kv_heads, capacity, dim, dtype=dtype, seed=s) for s in (3, 4))
     # What lies beyond a row's own tokens may be anything.
     keys[0, :, 64:] = values[0, :, 64:] = math.nan
     untouched = keys[3].clone()
-    out = torch.empty_like(query)
+    out = query.new_empty(query.shape)
     operators.attend(query, key, value, out, keys, values, slots, positions, 0.2, window)
     for token, (slot, position) in enumerate(zip(slots, positions, strict=True)):
         assert torch.equal(keys[slot, :, position], key[token])
@@ -134,6 +166,10 @@ def test_what_the_operators_take() -> None:
     assert not supports(heads.half())
     assert not supports(heads.transpose(0, 1))
     assert not supports(heads.to("meta"))
+    assert packs(heads[:, 1:3], heads)
+    assert not supports(heads[:, 1:3])
+    for other in (heads.transpose(0, 1), heads[..., :8], heads.half()):
+        assert not packs(other)
     assert not attends(heads, heads, rand(3, 4, 8))
     wide = rand(1, 1, MAX_DIM + 1)
     assert not attends(wide, wide, wide)

@@ -1,7 +1,7 @@
 """Fused operators for a CPU, compiled at first use; None where there is no compiler.
 
-Arguments are contiguous CPU tensors of one dtype, float32 or bfloat16, as `supports` says; the
-shapes are trusted, for the callers take them from the model.
+Arguments are contiguous CPU tensors of one dtype, float32 or bfloat16, as `supports` says (heads:
+as `packs` says); the shapes are trusted, for the callers take them from the model.
 """
 
 from __future__ import annotations
@@ -24,9 +24,10 @@ _P, _I, _F = c_void_p, c_int64, c_float
 _ARGUMENTS: dict[str, list[Any]] = {
     "rms_norm": [_P, _P, _P, _I, _I, _F, c_int],
     "add_rms_norm": [_P, _P, _P, _P, _P, _I, _I, _F, c_int],
-    "silu_mul": [_P, _P, _I, c_int],
-    "rotate": [_P, _P, _P, _P, _I, _I, _I, _I, c_int],
-    "attend": [_P, _P, _P, _P, _P, _P, _P, _P, _I, _I, _I, _I, _I, _I, _F, c_int],
+    "silu_mul": [_P, _P, _I, _I, c_int],
+    "greedy": [_P, _P, _I, _I, c_int],
+    "rotate": [*[_P] * 4, *[_I] * 6, c_int],
+    "attend": [*[_P] * 8, *[_I] * 9, _F, c_int],
 }
 
 
@@ -75,17 +76,36 @@ class Kernels:
         )
         return total, out
 
-    def silu_mul_(self, gate: Tensor, up: Tensor) -> Tensor:
-        """silu(gate) * up, of like shapes, written to `gate`."""
-        self._functions["silu_mul", gate.dtype](
-            gate.data_ptr(), up.data_ptr(), gate.numel(), torch.get_num_threads()
+    def silu_mul(self, both: Tensor) -> Tensor:
+        """silu(gate) * up [..., d] of rows [..., 2 d] that hold gate and up side by side."""
+        width = both.shape[-1] // 2
+        out = both.new_empty(*both.shape[:-1], width)
+        self._functions["silu_mul", both.dtype](
+            both.data_ptr(),
+            out.data_ptr(),
+            both.numel() // (2 * width),
+            width,
+            torch.get_num_threads(),
         )
-        return gate
+        return out
+
+    def greedy(self, logits: Tensor) -> list[int]:
+        """The first of the largest logits [rows, vocabulary], a row.
+
+        -1 for a row that holds NaN or +inf, or only -inf.
+        """
+        best = torch.empty(len(logits), dtype=torch.long)
+        self._functions["greedy", logits.dtype](
+            logits.data_ptr(), best.data_ptr(), *logits.shape, torch.get_num_threads()
+        )
+        tokens: list[int] = best.tolist()
+        return tokens
 
     def rotate_(self, query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> None:
         """Rotary positions in place: heads [T, heads, dim], `cos` and `sin` [T, dim].
 
         The halves of a head are rotated against each other (`rotate_half` in transformers).
+        Heads of a token must lie one after another, as `packs` says.
         """
         self._functions["rotate", query.dtype](
             query.data_ptr(),
@@ -96,6 +116,8 @@ class Kernels:
             query.shape[1],
             key.shape[1],
             query.shape[2],
+            query.stride(0),
+            key.stride(0),
             torch.get_num_threads(),
         )
 
@@ -132,6 +154,9 @@ class Kernels:
             query.shape[1] // key.shape[1],
             query.shape[2],
             keys.shape[2],
+            query.stride(0),
+            key.stride(0),
+            value.stride(0),
             window,
             scale,
             torch.get_num_threads(),
@@ -148,12 +173,23 @@ def kernels() -> Kernels | None:
 def supports(*tensors: Tensor) -> bool:
     """Whether tensors are what the operators take: contiguous, on a CPU, of one known dtype."""
     dtype = tensors[0].dtype
-    if dtype not in _NAMES:
-        return False
     for tensor in tensors:
         if tensor.dtype != dtype or not tensor.is_contiguous() or not tensor.is_cpu:
             return False
-    return True
+    return dtype in _NAMES
+
+
+def packs(*heads: Tensor) -> bool:
+    """Whether these [T, heads, dim] have the heads of each token side by side; else as `supports`.
+
+    Tokens may lie apart: heads are often columns of a wider product.
+    """
+    dtype = heads[0].dtype
+    for tensor in heads:
+        _, between, within = tensor.stride()
+        if tensor.dtype != dtype or within != 1 or between != tensor.shape[2] or not tensor.is_cpu:
+            return False
+    return dtype in _NAMES
 
 
 def attends(query: Tensor, key: Tensor, value: Tensor) -> bool:
@@ -162,5 +198,5 @@ def attends(query: Tensor, key: Tensor, value: Tensor) -> bool:
     return (
         width == value.shape[2] <= MAX_DIM
         and query.shape[1] <= MAX_GROUP * key.shape[1]
-        and supports(query, key, value)
+        and packs(query, key, value)
     )

@@ -8,6 +8,7 @@
 #include <cstdint>
 #include <cstring>
 #include <limits>
+#include <type_traits>
 
 namespace {
 
@@ -95,16 +96,22 @@ void add_rms_norm(const T* x, const T* more, const T* weight, T* total, T* out, 
     }
 }
 
+// Of each row [gate | up], both of `width`.
 template <typename T>
-void silu_mul(T* gate, const T* up, int64_t size, int threads) {
-#pragma omp parallel for num_threads(threads) if (size > SERIAL)
-    for (int64_t start = 0; start < size; start += 1024) {
-        const int64_t stop = std::min(size, start + 1024);
-        for (int64_t i = start; i < stop; ++i) {
-            const float g = load(gate[i]);
-            store(gate[i], g / (1.0f + exponential(-g)) * load(up[i]));
+void silu_mul(const T* both, T* out, int64_t rows, int64_t width, int threads) {
+    constexpr int64_t PART = 1024;
+#pragma omp parallel for num_threads(threads) collapse(2) if (rows * width > SERIAL)
+    for (int64_t row = 0; row < rows; ++row)
+        for (int64_t start = 0; start < width; start += PART) {
+            const T* gate = both + row * 2 * width;
+            const T* up = gate + width;
+            T* to = out + row * width;
+            const int64_t stop = std::min(width, start + PART);
+            for (int64_t i = start; i < stop; ++i) {
+                const float g = load(gate[i]);
+                store(to[i], g / (1.0f + exponential(-g)) * load(up[i]));
+            }
         }
-    }
 }
 
 template <typename T>
@@ -122,13 +129,14 @@ void rotate_heads(T* heads, const T* cos, const T* sin, int64_t count, int64_t d
 
 template <typename T>
 void rotate(T* query, T* key, const T* cos, const T* sin, int64_t tokens, int64_t query_heads,
-            int64_t key_heads, int64_t dim, int threads) {
+            int64_t key_heads, int64_t dim, int64_t query_stride, int64_t key_stride,
+            int threads) {
 #pragma omp parallel for num_threads(threads) if (tokens * query_heads * dim > SERIAL)
     for (int64_t token = 0; token < tokens; ++token) {
         const T* c = cos + token * dim;
         const T* s = sin + token * dim;
-        rotate_heads(query + token * query_heads * dim, c, s, query_heads, dim);
-        rotate_heads(key + token * key_heads * dim, c, s, key_heads, dim);
+        rotate_heads(query + token * query_stride, c, s, query_heads, dim);
+        rotate_heads(key + token * key_stride, c, s, key_heads, dim);
     }
 }
 
@@ -196,32 +204,71 @@ void attend_group(const T* query, const T* keys, const T* values, T* out, int64_
 template <typename T>
 void attend(const T* query, const T* key, const T* value, T* keys, T* values, T* out,
             const int64_t* slots, const int64_t* positions, int64_t tokens, int64_t key_heads,
-            int64_t group, int64_t dim, int64_t capacity, int64_t window, float scale,
-            int threads) {
+            int64_t group, int64_t dim, int64_t capacity, int64_t query_stride,
+            int64_t key_stride, int64_t value_stride, int64_t window, float scale, int threads) {
     const int64_t head = capacity * dim, row = key_heads * head;
 #pragma omp parallel num_threads(threads)
     {
 #pragma omp for
         for (int64_t token = 0; token < tokens; ++token)
             for (int64_t h = 0; h < key_heads; ++h) {
-                const int64_t from = (token * key_heads + h) * dim;
                 const int64_t to = slots[token] * row + h * head + positions[token] * dim;
-                std::memcpy(keys + to, key + from, dim * sizeof(T));
-                std::memcpy(values + to, value + from, dim * sizeof(T));
+                std::memcpy(keys + to, key + token * key_stride + h * dim, dim * sizeof(T));
+                std::memcpy(values + to, value + token * value_stride + h * dim, dim * sizeof(T));
             }
 #pragma omp for schedule(dynamic) collapse(2)
         for (int64_t token = 0; token < tokens; ++token)
             for (int64_t h = 0; h < key_heads; ++h) {
                 const int64_t last = positions[token];
                 const int64_t first = window ? std::max<int64_t>(0, last - window + 1) : 0;
-                const int64_t at = (token * key_heads + h) * group * dim;
+                const T* q = query + token * query_stride + h * group * dim;
+                T* to = out + (token * key_heads + h) * group * dim;
                 const T* k = keys + slots[token] * row + h * head;
                 const T* v = values + slots[token] * row + h * head;
                 auto* attend_one = dim == 64    ? attend_group<T, 64>
                                    : dim == 128 ? attend_group<T, 128>
                                                 : attend_group<T, 0>;
-                attend_one(query + at, k, v, out + at, group, dim, first, last, scale);
+                attend_one(q, k, v, to, group, dim, first, last, scale);
             }
+    }
+}
+
+// A number that orders like the float whose bits these are; NaN is beyond the infinities.
+template <typename I>
+inline I ordered(I bits) {
+    return bits ^ ((bits >> (8 * sizeof(I) - 1)) & std::numeric_limits<I>::max());
+}
+
+// For each row the first of its largest elements, or -1: where it holds NaN or +inf, or is all -inf.
+template <typename T>
+void greedy(const T* rows, int64_t* best, int64_t count, int64_t width, int threads) {
+    using I = std::conditional_t<sizeof(T) == 2, int16_t, int32_t>;
+    constexpr I LARGEST = std::numeric_limits<I>::max();
+    T infinity;
+    store(infinity, std::numeric_limits<float>::infinity());
+    I infinite;
+    std::memcpy(&infinite, &infinity, sizeof infinite);
+#pragma omp parallel for num_threads(threads) if (count * width > SERIAL)
+    for (int64_t row = 0; row < count; ++row) {
+        const T* x = rows + row * width;
+        I top = std::numeric_limits<I>::min(), magnitude = 0;
+        for (int64_t i = 0; i < width; ++i) {
+            I bits;
+            std::memcpy(&bits, x + i, sizeof bits);
+            const I order = ordered(bits), size = bits & LARGEST;
+            top = order > top ? order : top;
+            magnitude = size > magnitude ? size : magnitude;
+        }
+        const I bits = ordered(top);  // is its own inverse
+        T value;
+        std::memcpy(&value, &bits, sizeof value);
+        int64_t at = -1;
+        // A magnitude beyond infinity's is NaN; infinity itself may be a banned token's -inf.
+        if (magnitude <= infinite && (bits & LARGEST) != infinite) {
+            at = 0;
+            while (load(x[at]) != load(value)) ++at;
+        }
+        best[row] = at;
     }
 }
 
@@ -237,21 +284,28 @@ void attend(const T* query, const T* key, const T* value, T* keys, T* values, T*
                                         int threads) {                                             \
         add_rms_norm(x, more, weight, total, out, rows, width, epsilon, threads);                  \
     }                                                                                              \
-    extern "C" void silu_mul_##NAME(T* gate, const T* up, int64_t size, int threads) {             \
-        silu_mul(gate, up, size, threads);                                                         \
+    extern "C" void silu_mul_##NAME(const T* both, T* out, int64_t rows, int64_t width,            \
+                                    int threads) {                                                 \
+        silu_mul(both, out, rows, width, threads);                                                 \
+    }                                                                                              \
+    extern "C" void greedy_##NAME(const T* rows, int64_t* best, int64_t count, int64_t width,      \
+                                  int threads) {                                                   \
+        greedy(rows, best, count, width, threads);                                                 \
     }                                                                                              \
     extern "C" void rotate_##NAME(T* query, T* key, const T* cos, const T* sin, int64_t tokens,    \
                                   int64_t query_heads, int64_t key_heads, int64_t dim,             \
-                                  int threads) {                                                   \
-        rotate(query, key, cos, sin, tokens, query_heads, key_heads, dim, threads);                \
+                                  int64_t query_stride, int64_t key_stride, int threads) {         \
+        rotate(query, key, cos, sin, tokens, query_heads, key_heads, dim, query_stride,            \
+               key_stride, threads);                                                               \
     }                                                                                              \
     extern "C" void attend_##NAME(const T* query, const T* key, const T* value, T* keys,           \
                                   T* values, T* out, const int64_t* slots,                         \
                                   const int64_t* positions, int64_t tokens, int64_t key_heads,     \
-                                  int64_t group, int64_t dim, int64_t capacity, int64_t window,    \
-                                  float scale, int threads) {                                      \
+                                  int64_t group, int64_t dim, int64_t capacity,                    \
+                                  int64_t query_stride, int64_t key_stride, int64_t value_stride,  \
+                                  int64_t window, float scale, int threads) {                      \
         attend(query, key, value, keys, values, out, slots, positions, tokens, key_heads, group,   \
-               dim, capacity, window, scale, threads);                                             \
+               dim, capacity, query_stride, key_stride, value_stride, window, scale, threads);     \
     }
 
 EXPORT(float32, float)
