@@ -1,9 +1,10 @@
 """What HTTP costs: `reft serve` in a process of its own beside the engine used in process.
 
-Every round runs n requests at once, 64 random prompt tokens and 64 answered ones each: through
-`Engine.generate`, then over HTTP as server-sent events and as whole answers. The ratio is that of
-throughputs, whole run with prefill. The client shares the machine's cores with the server, so it
-does no more than read sockets; answers are checked after the clock has stopped.
+Every round runs requests of 64 random prompt tokens and 64 answered ones, n at any time (a closed
+loop: who has its answer sends its next request), at least 96 in all: through `Engine.generate`,
+then over HTTP as server-sent events and as whole answers. The ratio is that of throughputs, whole
+run with prefill. The client shares the machine's cores with the server, so it does no more than
+read sockets; answers are checked after the clock has stopped.
 
     python -m benchmarks.http_overhead --concurrency 32,256 --rounds 7
 """
@@ -11,6 +12,7 @@ does no more than read sockets; answers are checked after the clock has stopped.
 from __future__ import annotations
 
 import json
+import math
 import os
 import random
 import selectors
@@ -18,6 +20,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -32,6 +35,8 @@ from reft_runtime import Engine, SamplingParams
 PROMPT_TOKENS = 64
 ANSWER_TOKENS = 64
 MAX_MODEL_LEN = 512
+REQUESTS = 96
+"""Of one run, at least; a whole number for every client."""
 
 IN_PROCESS, STREAMED, WHOLE = "in process", "HTTP, streamed", "HTTP, whole"
 CLIENT, SERVER = "client CPU", "server CPU"
@@ -62,28 +67,33 @@ def served(
         process.wait()
 
 
-def ask_all(port: int, requests: Sequence[bytes]) -> list[bytes]:
-    """Send all requests at once, each on its own connection; what came back on each."""
-    answers: dict[socket.socket, list[bytes]] = {}
+def ask_all(port: int, requests: Sequence[bytes], clients: int) -> list[bytes]:
+    """Send all requests, on a connection each, so many at any time; what came back on each."""
+    answers: list[list[bytes]] = []
+    waiting = deque(requests)
     with selectors.DefaultSelector() as selector:
-        for request in requests:
+
+        def send_next() -> None:
             connection = socket.create_connection(("127.0.0.1", port))
-            connection.sendall(request)
+            connection.sendall(waiting.popleft())
             connection.setblocking(False)
-            answers[connection] = []
-            selector.register(connection, selectors.EVENT_READ)
-        left = len(answers)
-        while left:
+            answers.append([])
+            selector.register(connection, selectors.EVENT_READ, answers[-1])
+
+        for _ in range(min(clients, len(requests))):
+            send_next()
+        while selector.get_map():
             for key, _ in selector.select():
-                connection = key.fileobj  # type: ignore[assignment]
+                connection: socket.socket = key.fileobj  # type: ignore[assignment]
                 data = connection.recv(65536)
                 if data:
-                    answers[connection].append(data)
-                else:
-                    selector.unregister(connection)
-                    connection.close()
-                    left -= 1
-    return [b"".join(pieces) for pieces in answers.values()]
+                    key.data.append(data)
+                    continue
+                selector.unregister(connection)
+                connection.close()
+                if waiting:
+                    send_next()
+    return [b"".join(pieces) for pieces in answers]
 
 
 def request_bytes(
@@ -108,14 +118,16 @@ def request_bytes(
     return head.encode() + body
 
 
-def over_http(port: int, server: psutil.Process, requests_of: Callable[[int], list[bytes]]) -> Case:
+def over_http(
+    port: int, server: psutil.Process, clients: int, requests_of: Callable[[int], list[bytes]]
+) -> Case:
     """A case with the seconds, and the cores that client and server were busy on."""
 
     def case(number: int) -> Figures:
         requests = requests_of(number)
         before = server.cpu_times()
         own, start = time.process_time(), time.perf_counter()
-        answers = ask_all(port, requests)
+        answers = ask_all(port, requests, clients)
         seconds = time.perf_counter() - start
         own = time.process_time() - own
         after = server.cpu_times()
@@ -131,6 +143,7 @@ def rows_of(
     model: str, dtype: str, n: int, rounds: int, out: Path | None
 ) -> list[tuple[object, ...]]:
     """The table's lines for one dtype and one number of concurrent requests."""
+    count = n * math.ceil(REQUESTS / n)
     tokens = max(n * (PROMPT_TOKENS + ANSWER_TOKENS + 32), 2 * MAX_MODEL_LEN)
     limits = {"max_running": n, "max_model_len": MAX_MODEL_LEN, "kv_tokens": tokens}
     sampling = SamplingParams(temperature=0, max_tokens=ANSWER_TOKENS, ignore_eos=True)
@@ -144,7 +157,7 @@ def rows_of(
 
         def prompts(label: str, number: int) -> list[list[int]]:
             rng = random.Random(f"{label} {number}")  # new to every prefix cache
-            return [[rng.randrange(vocabulary) for _ in range(PROMPT_TOKENS)] for _ in range(n)]
+            return [[rng.randrange(vocabulary) for _ in range(PROMPT_TOKENS)] for _ in range(count)]
 
         def requests(label: str) -> Callable[[int], list[bytes]]:
             return lambda number: [
@@ -158,8 +171,8 @@ def rows_of(
 
         cases = {
             IN_PROCESS: timed(in_process),
-            STREAMED: over_http(port, server, requests(STREAMED)),
-            WHOLE: over_http(port, server, requests(WHOLE)),
+            STREAMED: over_http(port, server, n, requests(STREAMED)),
+            WHOLE: over_http(port, server, n, requests(WHOLE)),
         }
         setting: dict[str, str | int] = {
             "benchmark": "http",
@@ -170,7 +183,7 @@ def rows_of(
         taken = measure(cases, rounds, setting, out)
     lines: list[tuple[object, ...]] = []
     for label in cases:
-        rate = round(n * ANSWER_TOKENS / median(taken, label))
+        rate = round(count * ANSWER_TOKENS / median(taken, label))
         ratio: object = "" if label == IN_PROCESS else speed_ratio(taken, label, IN_PROCESS)
         cores: list[object] = ["", ""]
         if label != IN_PROCESS:

@@ -69,7 +69,7 @@ def over_http(port: int, base: str, names: Sequence[str]) -> Run:
             for i, (prompt, answer) in enumerate(zip(job["prompts"], job["answers"], strict=True))
         ]
         start = time.perf_counter()
-        answers = ask_all(port, requests)
+        answers = ask_all(port, requests, len(requests))
         seconds = time.perf_counter() - start
         for answer, tokens in zip(answers, job["answers"], strict=True):
             assert b'"completion_tokens":%d' % tokens in answer, answer[:500]

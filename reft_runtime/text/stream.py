@@ -18,6 +18,7 @@ class Detokenizer:
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
+        self._byte_level = tokenizer.byte_level  # then `decode` is not needed, which is slower
         self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
         # The last tokens: `_shown` of them as context, since a decoder may drop a space at the
         # start of what it sees, then those whose text has not been returned.
@@ -32,7 +33,7 @@ class Detokenizer:
 
     def finish(self) -> str:
         """Return what was held back: a character still incomplete becomes U+FFFD."""
-        return self._emit()
+        return self._utf8.decode(b"", final=True) if self._byte_level else self._emit()
 
     def _emit(self) -> str:
         text = self._tokenizer.decode(self._ids)
@@ -48,6 +49,8 @@ class Detokenizer:
         # What adds no text is no context either.
         if not content or token in self._tokenizer.special_ids:
             return ""
+        if self._byte_level:
+            return self._utf8.decode(content)
         self._ids.append(token)
         self._utf8.decode(content)
         incomplete, _ = self._utf8.getstate()

@@ -37,13 +37,14 @@ class Tokenizer:
         self._max_chars = max_model_len * max(map(len, vocabulary))
         self._max_model_len = max_model_len
         added = tokenizer.added_tokens_decoder
-        self._added = {token_id: token.content for token_id, token in added.items()}
+        self._added = {token_id: token.content.encode() for token_id, token in added.items()}
         self._special = frozenset(token_id for token_id, token in added.items() if token.special)
         self._bytes = (
             {char: byte for byte, char in bytes_to_unicode().items()}  # type: ignore[no-untyped-call]
             if tokenizer.convert_tokens_to_string(["\u0120"]) == " "
             else None
         )
+        self._known_bytes: dict[int, bytes] = {}
 
     @property
     def vocab_size(self) -> int:
@@ -60,6 +61,11 @@ class Tokenizer:
     def special_ids(self) -> frozenset[int]:
         """Ids that `decode` leaves out of the text."""
         return self._special
+
+    @property
+    def byte_level(self) -> bool:
+        """Whether the text of ids is that of their bytes, joined: no token changes another's."""
+        return self._bytes is not None and self._tokenizer.is_fast
 
     def encode(
         self, text: str, *, add_special_tokens: bool = True, param: str = "prompt"
@@ -142,8 +148,14 @@ class Tokenizer:
 
     def token_bytes(self, token_id: int) -> bytes:
         """The UTF-8 bytes a token adds to a text, often part of a character; empty if unknown."""
+        known = self._known_bytes.get(token_id)
+        if known is None:
+            known = self._known_bytes[token_id] = self._token_bytes(token_id)
+        return known
+
+    def _token_bytes(self, token_id: int) -> bytes:
         if token_id in self._added:
-            return self._added[token_id].encode()
+            return self._added[token_id]
         token = self._tokenizer.convert_ids_to_tokens(token_id)
         if not isinstance(token, str):
             return b""

@@ -78,6 +78,9 @@ class TestDetokenizer:
     def test_invalid_bytes_are_shown_at_once_and_forgotten(self) -> None:
         stream = Detokenizer(BYTE_LEVEL)
         assert [stream.push([BYTE_IDS[0x80]]) for _ in range(100)] == ["\ufffd"] * 100
+        broken = SENTENCEPIECE.encode("\U0001f600", add_special_tokens=False)[-1:]
+        stream = Detokenizer(SENTENCEPIECE)
+        assert [stream.push(broken) for _ in range(100)] == ["\ufffd"] * 100
         assert len(stream._ids) < 5
 
     def test_special_tokens_are_left_out_and_cost_no_space(self) -> None:
