@@ -171,17 +171,18 @@ class _PromptSegment:
     def positions(self) -> Tensor:
         return torch.arange(self.start, self.start + self.length)
 
-    def mask(self, window: int | None) -> Tensor | None:
-        """Boolean mask [length, start + length], True where seen; None for a plain causal one."""
+    def mask(self, window: int | None, dtype: torch.dtype) -> Tensor | None:
+        """Additive mask [length, start + length]; None for a plain causal one."""
         if window not in self.masks:
             stop = self.start + self.length
             mask = None
             if self.start or (window is not None and window < stop):
                 rows = torch.arange(self.start, stop)[:, None]
                 columns = torch.arange(stop)
-                mask = columns <= rows
+                hidden = columns > rows
                 if window is not None:
-                    mask &= columns > rows - window
+                    hidden |= columns <= rows - window
+                mask = torch.zeros(hidden.shape, dtype=dtype).masked_fill_(hidden, -torch.inf)
             self.masks[window] = mask
         return self.masks[window]
 
@@ -318,7 +319,7 @@ def _attend_prompt(
     row_keys, row_values = keys[segment.slot, :, :stop], values[segment.slot, :, :stop]
     row_keys[:, segment.start :] = key.transpose(0, 1)
     row_values[:, segment.start :] = value.transpose(0, 1)
-    mask = segment.mask(window)
+    mask = segment.mask(window, query.dtype)
     result = scaled_dot_product_attention(
         query.transpose(0, 1)[None],
         row_keys[None],
