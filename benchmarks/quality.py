@@ -1,4 +1,4 @@
-"""Quality: the base, LoReFT and PEFT's LoRA from the same rows, side by side.
+"""Quality: the base, LoReFT (ours, and pyreft's modules) and PEFT's LoRA from the same rows.
 
 For each task (a folder with train.jsonl and dev.jsonl or test.jsonl) and method, the learning rate
 is chosen from a grid on fewer rows with one seed; then every seed is trained on all rows.
@@ -12,22 +12,21 @@ be stopped at any time.
 from __future__ import annotations
 
 import json
-import math
 import random
 import statistics
 import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
-from torch import Tensor
-from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from benchmarks.plain_loop import Tuned, accuracy, fit, with_lora, with_pyreft
 from reft_runtime.demo import locate
 from reft_runtime.engine.loader import choose_dtype
 from reft_runtime.text import Tokenizer
@@ -36,25 +35,13 @@ from reft_runtime.training.layout import Layout
 from reft_runtime.training.prompts import Example, Formatter
 from reft_runtime.training.rows import Rows, read_rows
 
-IGNORED = -100
-LORA_RANK = 8
-WARMUP = 0.06
-
 
 @dataclass(frozen=True, slots=True)
 class Method:
     """How to train, and the learning rates to choose from."""
 
-    positions: str | None
-    """Of LoReFT; None for LoRA."""
+    train: Callable[[Run, Task, str], Outcome]
     rates: tuple[float, ...]
-
-
-METHODS = {
-    "LoReFT l1": Method("l1", (2e-3, 4e-3, 8e-3)),
-    "LoReFT f1+l1": Method("f1+l1", (2e-3, 4e-3, 8e-3)),
-    "LoRA r=8": Method(None, (2e-4, 5e-4, 1e-3)),
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,7 +102,7 @@ def _fields(rows: Rows) -> list[dict[str, Any]]:
     return [dict(row.fields) for row in rows.rows]
 
 
-def loreft(run: Run, task: Task, model: str, positions: str) -> Outcome:
+def loreft(positions: str, run: Run, task: Task, model: str) -> Outcome:
     """Train by `reft_runtime.training`, and ask the engine with the file that it wrote."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "it.safetensors"
@@ -137,49 +124,40 @@ def loreft(run: Run, task: Task, model: str, positions: str) -> Outcome:
         return Outcome(accuracy, parameters, out.stat().st_size, round(seconds, 1))
 
 
-def lora(run: Run, task: Task, model: str) -> Outcome:
-    """Train PEFT's LoRA on all linear layers in a plain loop of the same schedule."""
-    from peft import LoraConfig, TaskType, get_peft_model
-
+def plain(run: Run, task: Task, model: str, tune: Callable[[Any], Tuned]) -> Outcome:
+    """Train in a plain loop of the same schedule, by modules that are not ours."""
     begun = time.process_time()
     path, _ = locate(model)
     torch.manual_seed(run.seed)
     tokenizer = AutoTokenizer.from_pretrained(path)
     base = AutoModelForCausalLM.from_pretrained(path, dtype=choose_dtype(run.dtype))
-    config = LoraConfig(
-        task_type=TaskType.CAUSAL_LM,
-        r=LORA_RANK,
-        lora_alpha=2 * LORA_RANK,
-        lora_dropout=0.0,
-        target_modules="all-linear",
-    )
-    tuned = get_peft_model(base, config)  # its weights are float32 whatever the base's dtype is
     words = Tokenizer(tokenizer, base.config.max_position_embeddings)
-    examples = _examples(task.sample(run.rows, run.seed), words)
-    steps = math.ceil(run.epochs * len(examples) / run.batch_size)
-    parameters = [p for p in tuned.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=run.lr, weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, _linear(steps))
-    batches: list[list[Example]] = []
-    rng = random.Random(run.seed)
-    tuned.train()
-    for _ in range(steps):
-        batches = batches or _batches(examples, run.batch_size, rng)
-        logits, targets = _logits(tuned, batches.pop())
-        loss = cross_entropy(logits.float(), targets)
-        loss.backward()  # type: ignore[no-untyped-call]
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
-    seconds = time.process_time() - begun
-    with tempfile.TemporaryDirectory() as folder:
-        tuned.save_pretrained(folder)
-        size = (Path(folder) / "adapter_model.safetensors").stat().st_size
-    tests = _examples(task.test, words)
-    return Outcome(
-        _accuracy(tuned, tests), sum(p.numel() for p in parameters), size, round(seconds, 1)
+    tuned = tune(base)
+    fit(
+        tuned,
+        _examples(task.sample(run.rows, run.seed), words),
+        lr=run.lr,
+        epochs=run.epochs,
+        batch_size=run.batch_size,
+        seed=run.seed,
     )
+    seconds = time.process_time() - begun
+    return Outcome(
+        accuracy(tuned, _examples(task.test, words)),
+        sum(parameter.numel() for parameter in tuned.parameters),
+        tuned.size_bytes,
+        round(seconds, 1),
+    )
+
+
+def pyreft(run: Run, task: Task, model: str) -> Outcome:
+    """pyreft's LoReFT modules."""
+    return plain(run, task, model, lambda base: with_pyreft(base, run.rank))
+
+
+def lora(run: Run, task: Task, model: str) -> Outcome:
+    """PEFT's LoRA."""
+    return plain(run, task, model, with_lora)
 
 
 def _examples(rows: Sequence[dict[str, Any]], tokenizer: Tokenizer) -> list[Example]:
@@ -188,51 +166,14 @@ def _examples(rows: Sequence[dict[str, Any]], tokenizer: Tokenizer) -> list[Exam
     return [formatter.example(row) for row in found.rows]
 
 
-def _batches(examples: Sequence[Example], size: int, rng: random.Random) -> list[list[Example]]:
-    """An epoch in random order; rows of a batch are of like length, so that few are padding."""
-    shuffled = rng.sample(examples, len(examples))
-    batches: list[list[Example]] = []
-    for first in range(0, len(shuffled), 16 * size):
-        like = sorted(shuffled[first : first + 16 * size], key=lambda e: len(e.tokens))
-        batches += [like[at : at + size] for at in range(0, len(like), size)]
-    rng.shuffle(batches)
-    return batches
+REFT_RATES = (2e-3, 4e-3, 8e-3)
 
-
-def _linear(steps: int) -> Callable[[int], float]:
-    warmup = math.ceil(WARMUP * steps)
-    return lambda step: min((step + 1) / warmup, (steps - step) / max(1, steps - warmup))
-
-
-def _logits(model: Any, examples: Sequence[Example]) -> tuple[Tensor, Tensor]:
-    """Logits of the completions' tokens [K, vocabulary], and these tokens; rows right-padded."""
-    longest = max(len(example.tokens) for example in examples)
-    ids = torch.tensor([[*e.tokens, *[0] * (longest - len(e.tokens))] for e in examples])
-    mask = torch.tensor([[i < len(e.tokens) for i in range(longest)] for e in examples])
-    rows = [
-        (number, at)
-        for number, e in enumerate(examples)
-        for at in range(e.prompt_length - 1, len(e.tokens) - 1)
-    ]
-    inner = model.get_base_model()
-    hidden = inner.model(input_ids=ids, attention_mask=mask.long()).last_hidden_state
-    numbers, places = map(list, zip(*rows, strict=True))
-    targets = [token for example in examples for token in example.completion]
-    return inner.lm_head(hidden[numbers, places]), torch.tensor(targets)
-
-
-@torch.no_grad()
-def _accuracy(model: Any, examples: Sequence[Example]) -> float:
-    """As `reft_runtime.training.forward.Predictions.right`: greedy decoding gives the label."""
-    model.eval()
-    right = 0
-    for first in range(0, len(examples), 32):
-        part = examples[first : first + 32]
-        logits, targets = _logits(model, part)
-        counts = [len(example.completion) for example in part]
-        hits = torch.split(logits.argmax(-1) == targets, counts)
-        right += sum(bool(hit[: e.label_length].all()) for hit, e in zip(hits, part, strict=True))
-    return right / len(examples)
+METHODS = {
+    "LoReFT l1": Method(partial(loreft, "l1"), REFT_RATES),
+    "LoReFT f1+l1": Method(partial(loreft, "f1+l1"), REFT_RATES),
+    "pyreft l1": Method(pyreft, REFT_RATES),
+    "LoRA r=8": Method(lora, (2e-4, 5e-4, 1e-3)),
+}
 
 
 class Results:
@@ -300,14 +241,7 @@ def main(
 
         def outcome(method: str, size: int, seed: int, lr: float, task: Task = task) -> Outcome:
             run = Run(task.name, method, size, seed, lr, epochs, batch_size, rank, dtype, eval_rows)
-            positions = METHODS[method].positions
-
-            def do() -> Outcome:
-                if positions is None:
-                    return lora(run, task, model)
-                return loreft(run, task, model, positions)
-
-            return results.outcome(run, do)
+            return results.outcome(run, lambda: METHODS[method].train(run, task, model))
 
         def base(task: Task = task) -> Outcome:
             report = evaluate([task.test], model=model, dtype=dtype)

@@ -12,7 +12,7 @@ from server.errors import ApiError
 from server.settings import Settings
 
 
-def require_key(request: Request, server: Server) -> None:
+async def require_key(request: Request, server: Server) -> None:
     """Answer 401 unless the request carries the configured key, if one is configured.
 
     Keys are compared as SHA-256 digests in constant time, so the time taken tells neither the

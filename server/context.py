@@ -27,7 +27,7 @@ class Context:
     started: int = field(default_factory=lambda: int(time.time()))
 
 
-def _context(request: Request) -> Context:
+async def _context(request: Request) -> Context:  # async, for others go through a thread
     context: Context = request.app.state.context
     return context
 

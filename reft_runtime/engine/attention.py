@@ -18,17 +18,15 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
 from reft_runtime.engine.kv_rows import LayerShape, RowStorage, Slab
-from reft_runtime.engine.native import attends, kernels
+from reft_runtime.engine.native import attends, attends_prompts, kernels
 from reft_runtime.engine.scheduler import Chunk
 from reft_runtime.errors import UnsupportedModel
 
 ATTENTION = "reft_packed"
 
-SHORT_SPAN = 256
-"""Prompts up to this length are attended token by token where a native operator does it, and of
-longer ones up to `SHORT_CHUNK` tokens a step; measured on 2 cores."""
-
 SHORT_CHUNK = 8
+"""Tokens of a prompt up to which each goes over the keys by itself; more do it together. Measured
+on 2 cores."""
 
 
 class AttentionStep(Protocol):
@@ -160,8 +158,8 @@ class _PromptSegment:
 
     @property
     def short(self) -> bool:
-        """Whether one pass a token costs less than matrix products over the whole."""
-        return self.start + self.length <= SHORT_SPAN or self.length <= SHORT_CHUNK
+        """Whether one pass a token costs less than going over the keys together."""
+        return self.length <= SHORT_CHUNK
 
     @cached_property
     def slots(self) -> Tensor:
@@ -249,7 +247,10 @@ class RowAttentionStep:
                 _attend_decodes(group, *cache, *rows, scale, window)
             else:
                 native.attend(*rows, *cache, group.slots, group.positions, scale, window or 0)
+        together = native is not None and attends_prompts(query, key)
         for segment in self._prompts:
+            if together and not segment.short:
+                continue
             tokens = slice(segment.first, segment.first + segment.length)
             rows = query[tokens], key[tokens], value[tokens], out[tokens]
             cache = segment.slab.keys[layer], segment.slab.values[layer]
@@ -257,7 +258,21 @@ class RowAttentionStep:
                 _attend_prompt(segment, *cache, *rows, scale, window)
             else:
                 native.attend(*rows, *cache, segment.slots, segment.positions, scale, window or 0)
+        if native is not None and together:
+            for slab, segments in self._long_prompts:
+                cache = slab.keys[layer], slab.values[layer]
+                native.attend_prompts(query, key, value, out, *cache, segments, scale, window or 0)
         return out
+
+    @cached_property
+    def _long_prompts(self) -> list[tuple[Slab, Tensor]]:
+        """Those that are not short, by slab: first token, slot, row offset, length."""
+        by_slab: dict[int, tuple[Slab, list[tuple[int, int, int, int]]]] = {}
+        for s in self._prompts:
+            if not s.short:
+                place = s.first, s.slot, s.start, s.length
+                by_slab.setdefault(id(s.slab), (s.slab, []))[1].append(place)
+        return [(slab, torch.tensor(places)) for slab, places in by_slab.values()]
 
 
 def order_for_rows(storage: RowStorage, chunks: SequenceOf[Chunk]) -> list[Chunk]:

@@ -1,16 +1,17 @@
 """How many prompt tokens a step may take, from measured step times. Knows no tensors.
 
 A step that computes prompts takes longer, and whoever decodes waits for it. So while sequences
-decode, every prompt that is to be computed may add a share of the time of a step without prompts:
-one long prompt slows the streams a little, and the more prompts there are, the more of the step
-is theirs, so that throughput does not suffer. Where nobody decodes, nobody waits.
+decode, prompts may add a share of the time of a step without prompts: one long prompt slows the
+streams a little. The share grows with the square of the number of prompts, for each of them waits
+for all before it: where many come, the steps are theirs, and throughput does not suffer. Where
+nobody decodes, nobody waits.
 """
 
 from __future__ import annotations
 
 SHARE = 0.75
-"""Time one prompt may add to a step, in steps without prompts: 1 would double what streams wait
-for a token on average, and so pass that at the 95th percentile."""
+"""Time that one prompt alone may add to a step, in steps without prompts: 1 would double what
+streams wait for a token on average, and so pass that at the 95th percentile."""
 
 LEAST_TOKENS = 8
 """Prompt tokens of a step, however long it takes: prompts go on. All numbers are multiples of half
@@ -62,7 +63,7 @@ class StepPacer:
         decode = self._decode(decodes)
         if not decode or not prompt:
             return MIXED_TOKENS
-        return min(MIXED_TOKENS, _rounded(SHARE * prompts * decode / prompt))
+        return min(MIXED_TOKENS, _rounded(SHARE * prompts**2 * decode / prompt))
 
     def record(self, decodes: int, prompt_tokens: int, seconds: float) -> None:
         """Learn from a step that took `seconds`."""

@@ -10,7 +10,17 @@ import torch
 from torch import Tensor
 from torch.nn.functional import rms_norm, scaled_dot_product_attention, silu
 
-from reft_runtime.engine.native import MAX_DIM, Kernels, attends, build, kernels, packs, supports
+from reft_runtime.engine.native import (
+    MAX_DIM,
+    PROMPT_DIMS,
+    Kernels,
+    attends,
+    attends_prompts,
+    build,
+    kernels,
+    packs,
+    supports,
+)
 
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 1e-2}
 
@@ -147,6 +157,58 @@ def test_attend(operators: Kernels, dtype: torch.dtype, dim: int, window: int) -
     assert torch.equal(keys[3], untouched)
 
 
+@dtypes
+@pytest.mark.parametrize("dim", PROMPT_DIMS)
+@pytest.mark.parametrize("window", [0, 5, 70])
+@pytest.mark.parametrize("group", [1, 3, 7])
+def test_attend_prompts(
+    operators: Kernels, dtype: torch.dtype, dim: int, window: int, group: int
+) -> None:
+    """Beginnings and continuations of prompts, none a multiple of a tile or a block."""
+    kv_heads, capacity = 2, 320
+    segments = [(0, 2, 0, 65), (65, 0, 130, 9), (74, 1, 63, 100), (174, 4, 250, 50)]
+    tokens = 224
+    both = rand(tokens, kv_heads * (group + 2), dim, dtype=dtype)
+    query, key, value = torch.split(both, [kv_heads * group, kv_heads, kv_heads], 1)
+    keys, values = (rand(5, kv_heads, capacity, dim, dtype=dtype, seed=s) for s in (3, 4))
+    untouched = keys[3].clone()
+    for _, slot, start, length in segments:  # what lies beyond may be anything
+        keys[slot, :, start + length :] = values[slot, :, start + length :] = math.nan
+    out = query.new_empty(query.shape)
+    places = torch.tensor(segments)
+    operators.attend_prompts(query, key, value, out, keys, values, places, 0.2, window)
+    for first, slot, start, length in segments:
+        own, stop = slice(first, first + length), start + length
+        assert torch.equal(keys[slot, :, start:stop], key[own].transpose(0, 1))
+        assert torch.equal(values[slot, :, start:stop], value[own].transpose(0, 1))
+        at, columns = torch.arange(start, stop)[:, None], torch.arange(stop)
+        seen = (columns <= at) & (columns > at - (window or stop))
+        wanted = scaled_dot_product_attention(
+            query[own].transpose(0, 1).float(),
+            keys[slot, :, :stop].float().repeat_interleave(group, 0),
+            values[slot, :, :stop].float().repeat_interleave(group, 0),
+            attn_mask=seen,
+            scale=0.2,
+        ).transpose(0, 1)
+        if dtype == torch.float32:
+            torch.testing.assert_close(out[own], wanted, rtol=1e-5, atol=1e-5)
+        else:
+            close(out[own], wanted.to(dtype))
+    assert torch.equal(keys[3], untouched)
+
+
+def test_a_token_that_is_not_finite_spoils_no_other_prompt(operators: Kernels) -> None:
+    query, key, value = rand(40, 2, 64), rand(40, 2, 64), rand(40, 2, 64)
+    query[3] = math.nan
+    keys, values = torch.zeros(2, 2, 32, 64), torch.zeros(2, 2, 32, 64)
+    out = torch.empty_like(query)
+    segments = torch.tensor([(0, 0, 0, 20), (20, 1, 0, 20)])
+    operators.attend_prompts(query, key, value, out, keys, values, segments, 1.0, 0)
+    assert out[3].isnan().all()
+    assert out[:3].isfinite().all()
+    assert out[4:].isfinite().all()
+
+
 def test_a_row_that_is_not_finite_spoils_no_other(operators: Kernels) -> None:
     query, key, value = rand(2, 2, 64), rand(2, 2, 64), rand(2, 2, 64)
     query[0] = math.nan
@@ -171,6 +233,9 @@ def test_what_the_operators_take() -> None:
     for other in (heads.transpose(0, 1), heads[..., :8], heads.half()):
         assert not packs(other)
     assert not attends(heads, heads, rand(3, 4, 8))
+    assert attends_prompts(heads, heads)
+    assert not attends_prompts(rand(3, 49, 16), rand(3, 1, 16))
+    assert not attends_prompts(rand(3, 4, 24), rand(3, 4, 24))
     wide = rand(1, 1, MAX_DIM + 1)
     assert not attends(wide, wide, wide)
 

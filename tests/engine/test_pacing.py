@@ -89,11 +89,11 @@ def test_a_long_prompt_stays_below_twice_the_step_of_its_streams(seconds: Second
     assert steps[-1][2] > 1.3 * alone, "the share is used"
 
 
-def test_every_prompt_at_hand_has_a_share() -> None:
+def test_many_prompts_have_the_steps_to_themselves() -> None:
     pacer = StepPacer()
     pacer.record(0, 1000, 1.0)
     pacer.record(16, 0, 0.064)
-    assert [pacer.prompt_tokens(16, prompts) for prompts in (1, 2, 4)] == [48, 96, 192]
+    assert [pacer.prompt_tokens(16, prompts) for prompts in (1, 2, 4)] == [48, 192, 512]
     assert pacer.prompt_tokens(16, 100) == MIXED_TOKENS
 
 

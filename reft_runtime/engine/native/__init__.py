@@ -18,6 +18,9 @@ from reft_runtime.engine.native.build import load_library
 
 MAX_DIM = 256
 MAX_GROUP = 64
+MAX_PROMPT_GROUP = 48
+PROMPT_DIMS = (16, 32, 64, 96, 128, 256)
+"""Widths of heads that `Kernels.attend_prompts` takes."""
 
 _NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 _P, _I, _F = c_void_p, c_int64, c_float
@@ -28,6 +31,7 @@ _ARGUMENTS: dict[str, list[Any]] = {
     "greedy": [_P, _P, _I, _I, c_int],
     "rotate": [*[_P] * 4, *[_I] * 6, c_int],
     "attend": [*[_P] * 8, *[_I] * 9, _F, c_int],
+    "attend_prompts": [*[_P] * 7, *[_I] * 9, _F, c_int],
 }
 
 
@@ -162,6 +166,43 @@ class Kernels:
             torch.get_num_threads(),
         )
 
+    def attend_prompts(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        out: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        segments: Tensor,
+        scale: float,
+        window: int,
+    ) -> None:
+        """As `attend`, of consecutive tokens of prompts: many of them go over the keys together.
+
+        `segments` [count, 4] are of (first token, row of the cache, its position there, length).
+        """
+        self._functions["attend_prompts", query.dtype](
+            query.data_ptr(),
+            key.data_ptr(),
+            value.data_ptr(),
+            keys.data_ptr(),
+            values.data_ptr(),
+            out.data_ptr(),
+            segments.data_ptr(),
+            len(segments),
+            key.shape[1],
+            query.shape[1] // key.shape[1],
+            query.shape[2],
+            keys.shape[2],
+            query.stride(0),
+            key.stride(0),
+            value.stride(0),
+            window,
+            scale,
+            torch.get_num_threads(),
+        )
+
 
 @cache
 def kernels() -> Kernels | None:
@@ -200,3 +241,8 @@ def attends(query: Tensor, key: Tensor, value: Tensor) -> bool:
         and query.shape[1] <= MAX_GROUP * key.shape[1]
         and packs(query, key, value)
     )
+
+
+def attends_prompts(query: Tensor, key: Tensor) -> bool:
+    """Whether `Kernels.attend_prompts` takes heads that `Kernels.attend` does."""
+    return query.shape[2] in PROMPT_DIMS and query.shape[1] <= MAX_PROMPT_GROUP * key.shape[1]
