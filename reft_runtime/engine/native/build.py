@@ -1,4 +1,4 @@
-"""Compiles kernels.cpp at first use, for the very CPU it runs on, and keeps the result."""
+"""Compiles kernels.cpp and its headers at first use, for the CPU at hand, and keeps the result."""
 
 from __future__ import annotations
 
@@ -58,7 +58,8 @@ def _compiled(compiler: str) -> Path:
     ).stdout
     # The same home may be mounted on machines with other CPUs.
     cpu = f"{platform.machine()} {sorted(torch.cpu.get_capabilities().items())}"
-    parts = (source.read_text(), *command, version, cpu)
+    texts = [path.read_text() for path in (source, *sorted(source.parent.glob("*.h")))]
+    parts = (*texts, *command, version, cpu)
     digest = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
     folder = cache_folder() / "native"
     found = folder / f"kernels-{digest}.so"

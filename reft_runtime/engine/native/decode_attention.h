@@ -1,0 +1,106 @@
+// Attention token by token: each query goes over its keys by itself.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+
+#include "scalars.h"
+
+namespace {
+
+constexpr int64_t BLOCK = 64;      // positions whose scores are held at once
+constexpr int64_t MAX_DIM = 256;   // of a head
+constexpr int64_t MAX_GROUP = 64;  // query heads that share a key head
+
+inline const float* widen(const float* from, float*, int64_t) { return from; }
+
+inline const float* widen(const bfloat16* from, float* scratch, int64_t size) {
+    for (int64_t i = 0; i < size; ++i) scratch[i] = load(from[i]);
+    return scratch;
+}
+
+// The query heads of one token that share a key head, over cached positions [first, last].
+// DIM is the heads' width where it is known when compiling, 0 where it is not.
+template <typename T, int DIM>
+void attend_group(const T* query, const T* keys, const T* values, T* out, int64_t group,
+                  int64_t dim, int64_t first, int64_t last, float scale) {
+    if (DIM) dim = DIM;
+    float queries[MAX_GROUP * (DIM ? DIM : MAX_DIM)], sums[MAX_GROUP * (DIM ? DIM : MAX_DIM)];
+    float largest[MAX_GROUP], weights[MAX_GROUP], scores[BLOCK];
+    float scratch[BLOCK * (DIM ? DIM : MAX_DIM)];
+    float key_scratch[BLOCK * (DIM ? DIM : MAX_DIM)];
+    for (int64_t i = 0; i < group * dim; ++i) queries[i] = load(query[i]) * scale, sums[i] = 0;
+    for (int64_t g = 0; g < group; ++g) {
+        largest[g] = -std::numeric_limits<float>::infinity();
+        weights[g] = 0;
+    }
+    for (int64_t start = first; start <= last; start += BLOCK) {
+        const int64_t count = std::min(BLOCK, last + 1 - start);
+        const float* k = widen(keys + start * dim, key_scratch, count * dim);
+        const float* v = widen(values + start * dim, scratch, count * dim);
+        for (int64_t g = 0; g < group; ++g) {
+            const float* q = queries + g * dim;
+            float top = largest[g];
+            for (int64_t j = 0; j < count; ++j) {
+                float dot = 0;
+                for (int64_t i = 0; i < dim; ++i) dot += q[i] * k[j * dim + i];
+                scores[j] = dot;
+                top = dot > top || dot != dot ? dot : top;
+            }
+            float* sum = sums + g * dim;
+            const float shrink = exponential(largest[g] - top);
+            float weight = weights[g] * shrink;
+            for (int64_t j = 0; j < count; ++j) {
+                scores[j] = exponential(scores[j] - top);
+                weight += scores[j];
+            }
+            float acc[DIM ? DIM : MAX_DIM];
+            for (int64_t i = 0; i < dim; ++i) acc[i] = sum[i] * shrink;
+            for (int64_t j = 0; j < count; ++j)
+                for (int64_t i = 0; i < dim; ++i) acc[i] += scores[j] * v[j * dim + i];
+            for (int64_t i = 0; i < dim; ++i) sum[i] = acc[i];
+            largest[g] = top;
+            weights[g] = weight;
+        }
+    }
+    for (int64_t g = 0; g < group; ++g) {
+        const float scale_out = 1.0f / weights[g];
+        for (int64_t i = 0; i < dim; ++i) store(out[g * dim + i], sums[g * dim + i] * scale_out);
+    }
+}
+
+template <typename T>
+void attend(const T* query, const T* key, const T* value, T* keys, T* values, T* out,
+            const int64_t* slots, const int64_t* positions, int64_t tokens, int64_t key_heads,
+            int64_t group, int64_t dim, int64_t capacity, int64_t query_stride,
+            int64_t key_stride, int64_t value_stride, int64_t window, float scale, int threads) {
+    const int64_t head = capacity * dim, row = key_heads * head;
+#pragma omp parallel num_threads(threads)
+    {
+#pragma omp for
+        for (int64_t token = 0; token < tokens; ++token)
+            for (int64_t h = 0; h < key_heads; ++h) {
+                const int64_t to = slots[token] * row + h * head + positions[token] * dim;
+                std::memcpy(keys + to, key + token * key_stride + h * dim, dim * sizeof(T));
+                std::memcpy(values + to, value + token * value_stride + h * dim, dim * sizeof(T));
+            }
+#pragma omp for schedule(dynamic) collapse(2)
+        for (int64_t token = 0; token < tokens; ++token)
+            for (int64_t h = 0; h < key_heads; ++h) {
+                const int64_t last = positions[token];
+                const int64_t first = window ? std::max<int64_t>(0, last - window + 1) : 0;
+                const T* q = query + token * query_stride + h * group * dim;
+                T* to = out + (token * key_heads + h) * group * dim;
+                const T* k = keys + slots[token] * row + h * head;
+                const T* v = values + slots[token] * row + h * head;
+                auto* attend_one = dim == 64    ? attend_group<T, 64>
+                                   : dim == 128 ? attend_group<T, 128>
+                                                : attend_group<T, 0>;
+                attend_one(q, k, v, to, group, dim, first, last, scale);
+            }
+    }
+}
+
+}  // namespace

@@ -1,0 +1,183 @@
+// Attention of prompts: queries of many tokens go over the keys together, as products of tiles.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#include <type_traits>
+#include <vector>
+
+#include "decode_attention.h"
+
+namespace {
+
+// Sixteen floats, in as many registers as that takes; arithmetic on them is element by element.
+typedef float lanes __attribute__((vector_size(64)));
+constexpr int64_t LANES = 16;
+constexpr int64_t ROWS = 4;   // of a product, computed at once
+constexpr int64_t TILE = 48;  // query heads times tokens that go over the keys together, at most
+
+// c [rows, N] (+)= a [rows, DEPTH] b [DEPTH, N], by rows of c; rows a multiple of ROWS, N of LANES.
+template <int64_t DEPTH, int64_t N, int64_t A_ROW, int64_t A_DEPTH>
+void multiply(const float* a, const float* b, float* c, int64_t rows, bool add) {
+#ifdef __AVX512F__
+    constexpr int64_t WIDE = N % 64 == 0 ? 4 : N % 48 == 0 ? 3 : N % 32 == 0 ? 2 : 1;
+#else
+    constexpr int64_t WIDE = 1;
+#endif
+    for (int64_t row = 0; row < rows; row += ROWS)
+        for (int64_t column = 0; column < N; column += WIDE * LANES) {
+            float* to = c + row * N + column;
+            lanes sums[ROWS][WIDE], right[WIDE];
+#pragma GCC unroll 4
+            for (int64_t r = 0; r < ROWS; ++r)
+#pragma GCC unroll 4
+                for (int64_t w = 0; w < WIDE; ++w)
+                    if (add)
+                        std::memcpy(&sums[r][w], to + r * N + w * LANES, sizeof(lanes));
+                    else
+                        sums[r][w] = lanes{};
+            for (int64_t k = 0; k < DEPTH; ++k) {
+#pragma GCC unroll 4
+                for (int64_t w = 0; w < WIDE; ++w)
+                    std::memcpy(&right[w], b + k * N + column + w * LANES, sizeof(lanes));
+#pragma GCC unroll 4
+                for (int64_t r = 0; r < ROWS; ++r)
+#pragma GCC unroll 4
+                    for (int64_t w = 0; w < WIDE; ++w)
+                        sums[r][w] += a[(row + r) * A_ROW + k * A_DEPTH] * right[w];
+            }
+#pragma GCC unroll 4
+            for (int64_t r = 0; r < ROWS; ++r)
+#pragma GCC unroll 4
+                for (int64_t w = 0; w < WIDE; ++w)
+                    std::memcpy(to + r * N + w * LANES, &sums[r][w], sizeof(lanes));
+        }
+}
+
+// BLOCK rows as floats; those from `count` on are zero, whatever lies there.
+template <int64_t DIM, typename T>
+const float* widen_block(const T* from, float* scratch, int64_t count) {
+    if constexpr (std::is_same_v<T, float>)
+        if (count == BLOCK) return from;
+    for (int64_t i = 0; i < count * DIM; ++i) scratch[i] = load(from[i]);
+    for (int64_t i = count * DIM; i < BLOCK * DIM; ++i) scratch[i] = 0;
+    return scratch;
+}
+
+// Tokens of one prompt at `position` and the following, and their query heads that share a key
+// head: TILE columns (token, head) of scores, whose rows are keys.
+template <typename T, int64_t DIM>
+void attend_tile(const T* query, const T* keys, const T* values, T* out, int64_t tokens,
+                 int64_t group, int64_t query_stride, int64_t out_stride, int64_t position,
+                 int64_t window, float scale) {
+    constexpr float NOTHING = -std::numeric_limits<float>::infinity();
+    alignas(64) float queries[DIM * TILE], scores[BLOCK * TILE], sums[TILE * DIM];
+    alignas(64) float key_scratch[BLOCK * DIM], value_scratch[BLOCK * DIM];
+    alignas(64) float largest[TILE], top[TILE], shrink[TILE], weights[TILE];
+    const int64_t used = tokens * group;
+    std::fill_n(queries, DIM * TILE, 0.0f);
+    std::fill_n(sums, TILE * DIM, 0.0f);
+    std::fill_n(largest, TILE, NOTHING);
+    std::fill_n(weights, TILE, 0.0f);
+    for (int64_t c = 0; c < used; ++c) {
+        const T* from = query + c / group * query_stride + c % group * DIM;
+        for (int64_t i = 0; i < DIM; ++i) queries[i * TILE + c] = load(from[i]) * scale;
+    }
+    const int64_t first = window ? std::max<int64_t>(0, position - window + 1) : 0;
+    const int64_t last = position + tokens - 1;
+    for (int64_t start = first; start <= last; start += BLOCK) {
+        const int64_t count = std::min(BLOCK, last + 1 - start);
+        const float* k = widen_block<DIM>(keys + start * DIM, key_scratch, count);
+        const float* v = widen_block<DIM>(values + start * DIM, value_scratch, count);
+        multiply<DIM, TILE, DIM, 1>(k, queries, scores, BLOCK, false);
+        // Key start + j is seen by the tokens from its own position on, `window` of them.
+        for (int64_t j = 0; j < BLOCK; ++j) {
+            const int64_t from = std::clamp<int64_t>((start + j - position) * group, 0, TILE);
+            const int64_t to =
+                window ? std::clamp<int64_t>((start + j + window - position) * group, 0, TILE)
+                       : TILE;
+            std::fill_n(scores + j * TILE, j < count ? from : TILE, NOTHING);
+            std::fill_n(scores + j * TILE + to, TILE - to, NOTHING);
+        }
+        std::copy_n(largest, TILE, top);
+        for (int64_t j = 0; j < BLOCK; ++j)
+            for (int64_t c = 0; c < TILE; ++c) {
+                const float score = scores[j * TILE + c];
+                top[c] = score > top[c] || score != score ? score : top[c];
+            }
+        for (int64_t c = 0; c < TILE; ++c) {
+            const float safe = top[c] == NOTHING ? 0.0f : top[c];  // where nothing is seen yet
+            shrink[c] = exponential(largest[c] - safe);
+            largest[c] = top[c];
+            top[c] = safe;
+            weights[c] *= shrink[c];
+        }
+        for (int64_t j = 0; j < BLOCK; ++j)
+            for (int64_t c = 0; c < TILE; ++c) {
+                scores[j * TILE + c] = exponential(scores[j * TILE + c] - top[c]);
+                weights[c] += scores[j * TILE + c];
+            }
+        for (int64_t c = 0; c < TILE; ++c)
+            for (int64_t i = 0; i < DIM; ++i) sums[c * DIM + i] *= shrink[c];
+        multiply<BLOCK, DIM, 1, TILE>(scores, v, sums, TILE, true);
+    }
+    for (int64_t c = 0; c < used; ++c) {
+        T* to = out + c / group * out_stride + c % group * DIM;
+        const float scale_out = 1.0f / weights[c];
+        for (int64_t i = 0; i < DIM; ++i) store(to[i], sums[c * DIM + i] * scale_out);
+    }
+}
+
+// Segments of prompts (first token of the step, slot, first position, length), tiled.
+template <typename T, int64_t DIM>
+void attend_prompts(const T* query, const T* key, const T* value, T* keys, T* values, T* out,
+                    const int64_t* segments, int64_t count, int64_t key_heads, int64_t group,
+                    int64_t capacity, int64_t query_stride, int64_t key_stride,
+                    int64_t value_stride, int64_t window, float scale, int threads) {
+    const int64_t head = capacity * DIM, row = key_heads * head;
+    const int64_t out_stride = key_heads * group * DIM;
+    const int64_t tile = TILE / group;
+    struct Part {
+        const int64_t* segment;
+        int64_t start;
+    };
+    std::vector<Part> parts;
+    for (int64_t i = 0; i < count; ++i) {
+        const int64_t* segment = segments + 4 * i;
+        for (int64_t start = 0; start < segment[3]; start += tile) parts.push_back({segment, start});
+    }
+    // What sees most comes first: the small parts fill up at the end.
+    std::reverse(parts.begin(), parts.end());
+#pragma omp parallel num_threads(threads)
+    {
+#pragma omp for collapse(2)
+        for (int64_t i = 0; i < count; ++i)
+            for (int64_t h = 0; h < key_heads; ++h) {
+                const int64_t* segment = segments + 4 * i;
+                T* to_keys = keys + segment[1] * row + h * head + segment[2] * DIM;
+                T* to_values = values + segment[1] * row + h * head + segment[2] * DIM;
+                for (int64_t t = 0; t < segment[3]; ++t) {
+                    const int64_t token = segment[0] + t;
+                    std::memcpy(to_keys + t * DIM, key + token * key_stride + h * DIM,
+                                DIM * sizeof(T));
+                    std::memcpy(to_values + t * DIM, value + token * value_stride + h * DIM,
+                                DIM * sizeof(T));
+                }
+            }
+#pragma omp for schedule(dynamic) collapse(2)
+        for (int64_t p = 0; p < static_cast<int64_t>(parts.size()); ++p)
+            for (int64_t h = 0; h < key_heads; ++h) {
+                const int64_t* segment = parts[p].segment;
+                const int64_t start = parts[p].start, token = segment[0] + start;
+                const int64_t place = segment[1] * row + h * head;
+                attend_tile<T, DIM>(query + token * query_stride + h * group * DIM, keys + place,
+                                    values + place, out + token * out_stride + h * group * DIM,
+                                    std::min(tile, segment[3] - start), group, query_stride,
+                                    out_stride, segment[2] + start, window, scale);
+            }
+    }
+}
+
+}  // namespace

@@ -1,0 +1,132 @@
+// Norms, the gated activation, rotary positions, and the largest of a row.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#include <type_traits>
+
+#include "scalars.h"
+
+namespace {
+
+template <typename T>
+void norm_row(const T* x, const T* weight, T* out, int64_t width, float epsilon) {
+    float sum = 0;
+    for (int64_t i = 0; i < width; ++i) {
+        const float value = load(x[i]);
+        sum += value * value;
+    }
+    const float scale = 1.0f / std::sqrt(sum / static_cast<float>(width) + epsilon);
+    for (int64_t i = 0; i < width; ++i) {
+        T normal;  // rounded before the weight is applied, as the models do
+        store(normal, load(x[i]) * scale);
+        store(out[i], load(normal) * load(weight[i]));
+    }
+}
+
+template <typename T>
+void rms_norm(const T* x, const T* weight, T* out, int64_t rows, int64_t width, float epsilon,
+              int threads) {
+#pragma omp parallel for num_threads(threads) if (rows * width > SERIAL)
+    for (int64_t row = 0; row < rows; ++row)
+        norm_row(x + row * width, weight, out + row * width, width, epsilon);
+}
+
+template <typename T>
+void add_rms_norm(const T* x, const T* more, const T* weight, T* total, T* out, int64_t rows,
+                  int64_t width, float epsilon, int threads) {
+#pragma omp parallel for num_threads(threads) if (rows * width > SERIAL)
+    for (int64_t row = 0; row < rows; ++row) {
+        const int64_t at = row * width;
+        for (int64_t i = at; i < at + width; ++i) store(total[i], load(x[i]) + load(more[i]));
+        norm_row(total + at, weight, out + at, width, epsilon);
+    }
+}
+
+// Of each row [gate | up], both of `width`.
+template <typename T>
+void silu_mul(const T* both, T* out, int64_t rows, int64_t width, int threads) {
+    constexpr int64_t PART = 1024;
+#pragma omp parallel for num_threads(threads) collapse(2) if (rows * width > SERIAL)
+    for (int64_t row = 0; row < rows; ++row)
+        for (int64_t start = 0; start < width; start += PART) {
+            const T* gate = both + row * 2 * width;
+            const T* up = gate + width;
+            T* to = out + row * width;
+            const int64_t stop = std::min(width, start + PART);
+            for (int64_t i = start; i < stop; ++i) {
+                const float g = load(gate[i]);
+                store(to[i], g / (1.0f + exponential(-g)) * load(up[i]));
+            }
+        }
+}
+
+template <typename T>
+void rotate_heads(T* heads, const T* cos, const T* sin, int64_t count, int64_t dim) {
+    const int64_t half = dim / 2;
+    for (int64_t head = 0; head < count; ++head) {
+        T* at = heads + head * dim;
+        for (int64_t i = 0; i < half; ++i) {
+            const float a = load(at[i]), b = load(at[i + half]);
+            store(at[i], a * load(cos[i]) - b * load(sin[i]));
+            store(at[i + half], b * load(cos[i + half]) + a * load(sin[i + half]));
+        }
+    }
+}
+
+template <typename T>
+void rotate(T* query, T* key, const T* cos, const T* sin, int64_t tokens, int64_t query_heads,
+            int64_t key_heads, int64_t dim, int64_t query_stride, int64_t key_stride,
+            int threads) {
+#pragma omp parallel for num_threads(threads) if (tokens * query_heads * dim > SERIAL)
+    for (int64_t token = 0; token < tokens; ++token) {
+        const T* c = cos + token * dim;
+        const T* s = sin + token * dim;
+        rotate_heads(query + token * query_stride, c, s, query_heads, dim);
+        rotate_heads(key + token * key_stride, c, s, key_heads, dim);
+    }
+}
+
+// A number that orders like the float whose bits these are; NaN is beyond the infinities.
+template <typename I>
+inline I ordered(I bits) {
+    return bits ^ ((bits >> (8 * sizeof(I) - 1)) & std::numeric_limits<I>::max());
+}
+
+// For each row the first of its largest elements, or -1: where it holds NaN or +inf, or is all -inf.
+template <typename T>
+void greedy(const T* rows, int64_t* best, int64_t count, int64_t width, int threads) {
+    using I = std::conditional_t<sizeof(T) == 2, int16_t, int32_t>;
+    constexpr I LARGEST = std::numeric_limits<I>::max();
+    T infinity;
+    store(infinity, std::numeric_limits<float>::infinity());
+    I infinite;
+    std::memcpy(&infinite, &infinity, sizeof infinite);
+#pragma omp parallel for num_threads(threads) if (count * width > SERIAL)
+    for (int64_t row = 0; row < count; ++row) {
+        const T* x = rows + row * width;
+        I top = std::numeric_limits<I>::min(), magnitude = 0;
+        for (int64_t i = 0; i < width; ++i) {
+            I bits;
+            std::memcpy(&bits, x + i, sizeof bits);
+            const I order = ordered(bits), size = bits & LARGEST;
+            top = order > top ? order : top;
+            magnitude = size > magnitude ? size : magnitude;
+        }
+        const I bits = ordered(top);  // is its own inverse
+        T value;
+        std::memcpy(&value, &bits, sizeof value);
+        int64_t at = -1;
+        // A magnitude beyond infinity's is NaN; infinity itself may be a banned token's -inf.
+        if (magnitude <= infinite && (bits & LARGEST) != infinite) {
+            at = 0;
+            while (load(x[at]) != load(value)) ++at;
+        }
+        best[row] = at;
+    }
+}
+
+}  // namespace
