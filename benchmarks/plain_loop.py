@@ -12,12 +12,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
+from transformers import get_linear_schedule_with_warmup
 
+from reft_runtime.training.forward import Predictions
 from reft_runtime.training.prompts import Example
+from reft_runtime.training.trainer import WARMUP
 
 LORA_RANK = 8
-WARMUP = 0.06
 
 
 @dataclass
@@ -38,8 +39,8 @@ class Tuned:
             self.save(Path(folder))
             return max(path.stat().st_size for path in Path(folder).iterdir())
 
-    def logits(self, examples: Sequence[Example]) -> tuple[Tensor, Tensor]:
-        """Logits of the completions' tokens [K, vocabulary], and these tokens."""
+    def predict(self, examples: Sequence[Example]) -> Predictions:
+        """As `reft_runtime.training.forward.predict`, of rows that are padded on the right."""
         longest = max(len(example.tokens) for example in examples)
         ids = torch.tensor([[*e.tokens, *[0] * (longest - len(e.tokens))] for e in examples])
         mask = torch.tensor([[i < len(e.tokens) for i in range(longest)] for e in examples])
@@ -52,7 +53,11 @@ class Tuned:
         hidden = self.model.model(input_ids=ids, attention_mask=mask.long()).last_hidden_state
         numbers, places = map(list, zip(*rows, strict=True))
         targets = [token for example in examples for token in example.completion]
-        return self.model.lm_head(hidden[numbers, places]), torch.tensor(targets)
+        return Predictions(
+            self.model.lm_head(hidden[numbers, places]),
+            torch.tensor(targets),
+            tuple(len(example.completion) for example in examples),
+        )
 
 
 def with_lora(model: Any) -> Tuned:
@@ -85,7 +90,8 @@ def with_pyreft(model: Any, rank: int) -> Tuned:
     tuned = Tuned(
         model,
         list(edits.parameters()),
-        lambda folder: torch.save(edits.state_dict(), folder / "edits.pt"),
+        # One by one: a LoreftIntervention's state_dict ignores its parent's.
+        lambda folder: torch.save([edit.state_dict() for edit in edits], folder / "edits.pt"),
     )
 
     def hook(edit: nn.Module) -> Callable[..., Tensor]:
@@ -109,18 +115,20 @@ def fit(
     batch_size: int,
     seed: int,
 ) -> None:
-    """AdamW, a warm-up and then a linear fall of the learning rate, gradients clipped at 1."""
+    """As our trainer: AdamW, its warm-up and linear fall, gradients clipped at 1."""
     steps = math.ceil(epochs * len(examples) / batch_size)
     # Weight decay would end pyreft's training: torch's parametrisation of R takes int(diagonal),
     # which is -1, and 0 as soon as the diagonal shrinks.
     optimizer = torch.optim.AdamW(tuned.parameters, lr=lr, weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, _linear(steps))
+    schedule = get_linear_schedule_with_warmup(  # type: ignore[no-untyped-call]
+        optimizer, math.ceil(WARMUP * steps), steps
+    )
     batches: list[list[Example]] = []
     rng = random.Random(seed)
     for _ in range(steps):
         batches = batches or _batches(examples, batch_size, rng)
-        logits, targets = tuned.logits(batches.pop())
-        loss = cross_entropy(logits.float(), targets)
+        made = tuned.predict(batches.pop())
+        loss = made.loss() / len(made.targets)
         loss.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(tuned.parameters, 1.0)
         optimizer.step()
@@ -130,15 +138,12 @@ def fit(
 
 @torch.no_grad()
 def accuracy(tuned: Tuned, examples: Sequence[Example]) -> float:
-    """As `reft_runtime.training.forward.Predictions.right`: greedy decoding gives the label."""
+    """Share of the examples whose label greedy decoding gives."""
     tuned.model.eval()
     right = 0
     for first in range(0, len(examples), 32):
         part = examples[first : first + 32]
-        logits, targets = tuned.logits(part)
-        counts = [len(example.completion) for example in part]
-        hits = torch.split(logits.argmax(-1) == targets, counts)
-        right += sum(bool(hit[: e.label_length].all()) for hit, e in zip(hits, part, strict=True))
+        right += sum(tuned.predict(part).right(part))
     return right / len(examples)
 
 
@@ -151,8 +156,3 @@ def _batches(examples: Sequence[Example], size: int, rng: random.Random) -> list
         batches += [like[at : at + size] for at in range(0, len(like), size)]
     rng.shuffle(batches)
     return batches
-
-
-def _linear(steps: int) -> Callable[[int], float]:
-    warmup = math.ceil(WARMUP * steps)
-    return lambda step: min((step + 1) / warmup, (steps - step) / max(1, steps - warmup))

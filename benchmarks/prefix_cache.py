@@ -34,12 +34,12 @@ from benchmarks.stage import Stage
 from benchmarks.workload import figures, random_intervention
 from reft_runtime import Engine, SamplingParams, Use
 from reft_runtime.demo import demo_model
+from reft_runtime.engine.blocks import BLOCK_TOKENS
 
 SHARED_TOKENS, OWN_TOKENS, REQUESTS, ANSWER_TOKENS = 1000, 30, 32, 8
 TURNS, TURN_TOKENS, REPLY_TOKENS = 5, 200, 50
 KV_TOKENS = 65_536
 """All 32 rows, and what the cache keeps."""
-BLOCK_TOKENS = 16
 
 FIRST_TOKEN, COMPUTED = "ttft_median", "computed"
 CACHED, PLAIN, VLLM = "with the cache", "without", "vLLM, 32 LoRAs"

@@ -53,7 +53,7 @@ MEMORY_CONTEXT = 512
 USED = 10
 """Interventions that are used while more and more are registered."""
 
-BASE, TASKS, IDLE = "base", "tasks", "idle"
+BASE, TASKS = "base", "tasks"
 STEP, MEMORY = "step", "bytes"
 
 
@@ -127,11 +127,18 @@ class Scaling:
 
     def memory(self, batches: Sequence[int]) -> tuple[str, Figure]:
         """Bytes by sequences at once; from few to many, for memory once taken is kept for reuse."""
-        cases: dict[str, Case] = {IDLE: lambda _: {SECONDS: 0.0, MEMORY: _resident()}}
-        cases |= {str(batch): self._decode(MEMORY_CONTEXT, batch) for batch in batches}
-        taken = self._measure("memory", cases, {"context": MEMORY_CONTEXT}, rounds=1)
-        idle = median(taken, IDLE, MEMORY)
-        used = [(median(taken, str(batch), MEMORY) - idle) / 2**20 for batch in batches]
+
+        def resident(batch: int, case: Case) -> float:  # a round of several would be shuffled
+            setting = {"context": MEMORY_CONTEXT, "batch": batch}
+            return median(
+                self._measure("memory", {MEMORY: case}, setting, rounds=1), MEMORY, MEMORY
+            )
+
+        idle = resident(0, lambda _: {SECONDS: 0.0, MEMORY: _resident()})
+        used = [
+            (resident(batch, self._decode(MEMORY_CONTEXT, batch)) - idle) / 2**20
+            for batch in batches
+        ]
         rows = [(batch, round(value)) for batch, value in zip(batches, used, strict=True)]
         text = f"MiB beyond the idle engine, {MEMORY_CONTEXT} tokens of context.\n\n"
         text += table(("sequences at once", "MiB"), rows)

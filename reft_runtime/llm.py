@@ -21,8 +21,8 @@ from reft_runtime.engine.core import EngineConfig, EngineCore
 from reft_runtime.engine.loop import EngineLoop
 from reft_runtime.engine.sequence import Request
 from reft_runtime.errors import InvalidRequest
-from reft_runtime.interventions import BaseShape, Registry, Version
-from reft_runtime.loading import kv_budget, load_base
+from reft_runtime.interventions import Registry, Version
+from reft_runtime.loading import kv_budget, load_base, shape_of
 from reft_runtime.outputs import Comparison, EngineInfo, EngineStats, Generation, Trace
 from reft_runtime.sampling import SamplingParams
 from reft_runtime.streams import EventLoopSink, Stream
@@ -79,13 +79,7 @@ class Engine:
         core = EngineCore(loaded, config)
         self.tokenizer = Tokenizer(tokenizer, loaded.max_model_len)
         self.registry = Registry(
-            BaseShape(
-                model=name,
-                architecture=loaded.architecture,
-                hidden_size=loaded.hidden_size,
-                num_layers=len(loaded.layers),
-                vocab_size=loaded.vocab_size,
-            ),
+            shape_of(name, loaded),
             sources=() if interventions is None else (interventions,),
             state_dir=state_dir,
             check_site=core.runner.sites.check,

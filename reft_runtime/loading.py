@@ -14,6 +14,7 @@ from reft_runtime.demo import locate
 from reft_runtime.engine.blocks import BLOCK_TOKENS
 from reft_runtime.engine.loader import LoadedModel, adopt_model, load_model
 from reft_runtime.errors import ConfigError
+from reft_runtime.interventions import BaseShape
 
 KV_SHARE_OF_FREE_MEMORY = 0.3
 
@@ -43,6 +44,17 @@ def load_base(
     path, name = locate(str(model))
     loaded = load_model(path, dtype, max_model_len, differentiable=differentiable)
     return name, loaded, tokenizer or AutoTokenizer.from_pretrained(path)
+
+
+def shape_of(name: str, loaded: LoadedModel) -> BaseShape:
+    """What interventions are checked against."""
+    return BaseShape(
+        model=name,
+        architecture=loaded.architecture,
+        hidden_size=loaded.hidden_size,
+        num_layers=len(loaded.layers),
+        vocab_size=loaded.vocab_size,
+    )
 
 
 def keep_freed_memory() -> None:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from reft_runtime.errors import ConfigError, NotFound
+
+if TYPE_CHECKING:
+    from reft_runtime.interventions import Intervention
 
 app = typer.Typer()
 
@@ -47,7 +50,6 @@ def import_(
     ] = None,
 ) -> None:
     """Turn a pyreft checkpoint into an intervention file. What it does not record must be given."""
-    from reft_runtime.interventions import write
     from reft_runtime.interventions.pyreft import import_pyreft
 
     target = _target(out, source, name)
@@ -61,10 +63,7 @@ def import_(
         kind=kind,
         template=template,
     )
-    try:
-        write(target, imported)
-    except OSError as error:
-        raise ConfigError(f"out: {target} cannot be written: {error.strerror}.") from None
+    write_file(target, imported)
     typer.echo(f"{target}: {len(imported.manifest.edits)} edits, {target.stat().st_size:,} bytes")
 
 
@@ -101,6 +100,16 @@ def export(
         raise ConfigError(f"to: unknown format {form!r}; write --to pyreft FOLDER.", param="to")
     export_pyreft(parse(_read(file)), folder)
     typer.echo(f"{folder}: written")
+
+
+def write_file(path: Path, intervention: Intervention) -> None:
+    """Write an intervention file; where that fails, name the option."""
+    from reft_runtime.interventions import write
+
+    try:
+        write(path, intervention)
+    except OSError as error:
+        raise ConfigError(f"out: {path} cannot be written: {error.strerror}.") from None
 
 
 def _target(out: Path, source: str, name: str | None) -> Path:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, cast
 import typer
 
 from reft_runtime.errors import ConfigError
+from server.files_cli import write_file
 
 if TYPE_CHECKING:
     from reft_runtime.training.scoring import Metric
@@ -16,6 +17,9 @@ if TYPE_CHECKING:
 app = typer.Typer()
 
 Model = Annotated[str, typer.Option(help="Base model: demo, a folder or a Hugging Face id.")]
+Out = Annotated[Path, typer.Option(help="The file to write, NAME.safetensors.")]
+Description = Annotated[str, typer.Option(help="What the intervention does.")]
+License = Annotated[str | None, typer.Option("--license", help="Licence of the file.")]
 Template = Annotated[
     str | None,
     typer.Option(
@@ -35,7 +39,7 @@ def train(
     data: Annotated[
         Path, typer.Argument(help="JSON lines with prompt and completion, messages, or any fields.")
     ],
-    out: Annotated[Path, typer.Option(help="The file to write, NAME.safetensors.")],
+    out: Out,
     model: Model = "demo",
     kind: Annotated[str, typer.Option(help="Kind of the edits.")] = "loreft",
     layers: Annotated[str, typer.Option(help="Layers to edit: all, or 8,16,24.")] = "all",
@@ -69,8 +73,8 @@ def train(
     ] = False,
     seed: Annotated[int, typer.Option(help="Start values and order of rows come from it.")] = 0,
     dtype: Dtype = "auto",
-    description: Annotated[str, typer.Option(help="What the intervention does.")] = "",
-    license_: Annotated[str | None, typer.Option("--license", help="Licence of the file.")] = None,
+    description: Description = "",
+    license_: License = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with a training that was cut off.")
     ] = False,
@@ -171,18 +175,17 @@ def direction(
     positive: Annotated[Path, typer.Argument(help="Texts, one a line, of what is wanted.")],
     negative: Annotated[Path, typer.Argument(help="Texts of the contrary.")],
     layer: Annotated[int, typer.Option(help="Layer whose output is steered.")],
-    out: Annotated[Path, typer.Option(help="The file to write, NAME.safetensors.")],
+    out: Out,
     model: Model = "demo",
     positions: Annotated[str, typer.Option(help="Tokens to steer.")] = "all",
     scale: Annotated[
         float, typer.Option(help="What strength 1 of a request stands for, in differences.")
     ] = 1.0,
-    description: Annotated[str, typer.Option(help="What the intervention does.")] = "",
-    license_: Annotated[str | None, typer.Option("--license", help="Licence of the file.")] = None,
+    description: Description = "",
+    license_: License = None,
     dtype: Dtype = "auto",
 ) -> None:
     """Make a steering file from contrasting texts, without training: the difference of means."""
-    from reft_runtime.interventions import write
     from reft_runtime.training import direction as run
     from reft_runtime.training.direction import read_texts
 
@@ -197,10 +200,7 @@ def direction(
         license=license_,
         dtype=dtype,
     )
-    try:
-        write(out, made)
-    except OSError as error:
-        raise ConfigError(f"out: {out} cannot be written: {error.strerror}.") from None
+    write_file(out, made)
     typer.echo(f"{out}: {out.stat().st_size:,} bytes")
 
 

@@ -247,10 +247,13 @@ class RowAttentionStep:
                 _attend_decodes(group, *cache, *rows, scale, window)
             else:
                 native.attend(*rows, *cache, group.slots, group.positions, scale, window or 0)
-        together = native is not None and attends_prompts(query, key)
-        for segment in self._prompts:
-            if together and not segment.short:
-                continue
+        segments = self._prompts
+        if native is not None and attends_prompts(query, key):
+            for slab, places in self._long_prompts:
+                cache = slab.keys[layer], slab.values[layer]
+                native.attend_prompts(query, key, value, out, *cache, places, scale, window or 0)
+            segments = self._short_prompts
+        for segment in segments:
             tokens = slice(segment.first, segment.first + segment.length)
             rows = query[tokens], key[tokens], value[tokens], out[tokens]
             cache = segment.slab.keys[layer], segment.slab.values[layer]
@@ -258,11 +261,11 @@ class RowAttentionStep:
                 _attend_prompt(segment, *cache, *rows, scale, window)
             else:
                 native.attend(*rows, *cache, segment.slots, segment.positions, scale, window or 0)
-        if native is not None and together:
-            for slab, segments in self._long_prompts:
-                cache = slab.keys[layer], slab.values[layer]
-                native.attend_prompts(query, key, value, out, *cache, segments, scale, window or 0)
         return out
+
+    @cached_property
+    def _short_prompts(self) -> list[_PromptSegment]:
+        return [segment for segment in self._prompts if segment.short]
 
     @cached_property
     def _long_prompts(self) -> list[tuple[Slab, Tensor]]:

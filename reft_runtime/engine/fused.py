@@ -56,6 +56,9 @@ _ROWS = 3
 
 Operator = Callable[..., Any]
 
+Compute = Callable[[Tensor, Tensor, Tensor, Any], Tensor]
+"""From rows [T, d], the rotary cosines and sines [1, T, dim] and the step to rows [T, d]."""
+
 
 def fuse(model: nn.Module, layers: SequenceOf[nn.Module], probed: SequenceOf[ProbedLayer]) -> int:
     """Replace what can be; returns the number of modules changed (0 without a compiler).
@@ -88,7 +91,7 @@ class _Fuser:
         self._operators = operators
         self._rotary: dict[Operator, Operator | None] = {}
         self._mlps: dict[nn.Module, Callable[[Tensor], Tensor]] = {}
-        self._attentions: dict[nn.Module, Callable[[Tensor, Tensor, Tensor, Any], Tensor]] = {}
+        self._attentions: dict[nn.Module, Compute] = {}
 
     def norm(self, module: nn.Module) -> bool:
         if not type(module).__name__.endswith("RMSNorm") or list(module._parameters) != ["weight"]:
@@ -143,7 +146,7 @@ class _Fuser:
             return False
         if not Merged.possible(projections):
             return False
-        own, o, operators = module.forward, parts["o_proj"], self._operators
+        o, operators = parts["o_proj"], self._operators
         merged, inner = Merged(projections), _hooks((*projections, o))
         index: Any = module.layer_idx
         width, kv_heads = shape.key_dim, shape.kv_heads
@@ -155,19 +158,11 @@ class _Fuser:
             operators.rotate_(query, key, cos, sin)
             return o(step.attend(index, query, key, value, scaling, window).flatten(1))
 
-        def forward(
-            hidden_states: Tensor,
-            position_embeddings: tuple[Tensor, Tensor],
-            *args: Any,
-            step: Any = None,
-            **kwargs: Any,
-        ) -> Any:
-            cos, sin = position_embeddings
-            plain = step is not None and cos.shape[-1] == width and not any(inner)
-            if not plain or not supports(hidden_states, cos, sin):
-                kwargs |= {} if step is None else {"step": step}
-                return own(hidden_states, position_embeddings, *args, **kwargs)
-            return compute(hidden_states[0], cos, sin, step)[None], None
+        guarded = _or_own(compute, module.forward, inner, width)
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            rows = guarded(*args, **kwargs)
+            return rows if isinstance(rows, tuple) else (rows, None)
 
         dtype = _dtype(module)
         rows = _random(projections[0].in_features, dtype)
@@ -207,31 +202,19 @@ class _Fuser:
         first_epsilon, second_epsilon = _epsilon(before), _epsilon(after)
         if attention is None or mlp is None or first_epsilon is None or second_epsilon is None:
             return False
-        own, operators = layer.forward, self._operators
+        operators = self._operators
         inner = _hooks(module for module in layer.modules() if module is not layer)
         width = parts["self_attn"].head_dim
 
-        def forward(
-            hidden_states: Tensor,
-            *args: Any,
-            position_embeddings: tuple[Tensor, Tensor],
-            step: Any = None,
-            **kwargs: Any,
-        ) -> Any:
-            cos, sin = position_embeddings
-            plain = step is not None and cos.shape[-1] == width and not any(inner)
-            if not plain or not supports(hidden_states, cos, sin):
-                kwargs |= {"position_embeddings": position_embeddings}
-                kwargs |= {} if step is None else {"step": step}
-                return own(hidden_states, *args, **kwargs)
-            rows = hidden_states[0]
+        def compute(rows: Tensor, cos: Tensor, sin: Tensor, step: Any) -> Tensor:
             normal = operators.rms_norm(rows, before.weight, first_epsilon)
             rows, normal = operators.add_rms_norm(
                 rows, attention(normal, cos, sin, step), after.weight, second_epsilon
             )
             rows += mlp(normal)
-            return rows[None]
+            return rows
 
+        forward = _or_own(compute, layer.forward, inner, width)
         dtype = _dtype(layer)
         given = {"position_embeddings": _angles(width, dtype)}
         rows = _random(before.weight.shape[-1], dtype)
@@ -264,6 +247,31 @@ def _rotate(rotary: Operator, operators: Kernels) -> Operator | None:
     given = rotate(*heads, *angles)
     same = all(torch.allclose(a, b, atol=1e-5) for a, b in zip(wanted, given, strict=True))
     return rotate if same else None
+
+
+def _or_own(
+    compute: Compute, own: Operator, inner: SequenceOf[dict[int, Any]], width: int
+) -> Operator:
+    """A forward that computes the rows of a plain step, and runs a module's `own` for all else.
+
+    Not plain is what has hooks `inner`, or rotates less than the `width` of its heads.
+    """
+
+    def forward(
+        hidden_states: Tensor,
+        *args: Any,
+        position_embeddings: tuple[Tensor, Tensor],
+        step: Any = None,
+        **kwargs: Any,
+    ) -> Any:
+        cos, sin = position_embeddings
+        plain = step is not None and cos.shape[-1] == width and not any(inner)
+        if plain and supports(hidden_states, cos, sin):
+            return compute(hidden_states[0], cos, sin, step)[None]
+        kwargs |= {} if step is None else {"step": step}
+        return own(hidden_states, *args, position_embeddings=position_embeddings, **kwargs)
+
+    return forward
 
 
 def _hooks(modules: Iterable[nn.Module]) -> list[dict[int, Any]]:

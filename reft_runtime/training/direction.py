@@ -12,8 +12,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from reft_runtime.engine.sites import Site
 from reft_runtime.errors import ConfigError
-from reft_runtime.interventions import BaseShape, Edit, Intervention
-from reft_runtime.loading import load_base
+from reft_runtime.interventions import Edit, Intervention
+from reft_runtime.loading import load_base, shape_of
 from reft_runtime.text import Tokenizer
 from reft_runtime.training.forward import Base
 
@@ -57,13 +57,7 @@ def direction(
         raise ConfigError(
             f"layer: {layer}; {name} has 0 to {len(loaded.layers) - 1}.", param="layer"
         )
-    shape = BaseShape(
-        model=name,
-        architecture=loaded.architecture,
-        hidden_size=loaded.hidden_size,
-        num_layers=len(loaded.layers),
-        vocab_size=loaded.vocab_size,
-    )
+    shape = shape_of(name, loaded)
     base, words = Base(loaded), Tokenizer(own, loaded.max_model_len)
     means = []
     for what, texts in (("positive", positive), ("negative", negative)):

@@ -18,9 +18,9 @@ from safetensors import SafetensorError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from reft_runtime.errors import ConfigError, TrainingFailed
-from reft_runtime.interventions import BaseShape, Intervention, write
+from reft_runtime.interventions import Intervention, write
 from reft_runtime.interventions.file import SUFFIX
-from reft_runtime.loading import free_memory, load_base
+from reft_runtime.loading import free_memory, load_base, shape_of
 from reft_runtime.text import Tokenizer
 from reft_runtime.training.forward import Base, EditedModel, first_edited
 from reft_runtime.training.layout import Layout
@@ -81,13 +81,7 @@ def train(
     name, loaded, own_tokenizer = load_base(
         model, tokenizer, settings.dtype, None, differentiable=True
     )
-    shape = BaseShape(
-        model=name,
-        architecture=loaded.architecture,
-        hidden_size=loaded.hidden_size,
-        num_layers=len(loaded.layers),
-        vocab_size=loaded.vocab_size,
-    )
+    shape = shape_of(name, loaded)
     settings = settings.complete(shape, len(rows.rows))
     edits = new_edits(shape, settings)
     layout = Layout(settings.template, rows.rows[0])
@@ -99,16 +93,16 @@ def train(
         make_examples(held_out, formatter, longest, truncate=settings.truncate) if held_out else []
     )
     about = _about(rows, held_out, settings, str(loaded.dtype).removeprefix("torch."))
+    folder = _work_folder(target)
     args = arguments(
         settings,
-        _work_folder(target),
+        folder,
         len(examples),
         accuracy=bool(held_out.labels) if held_out else None,
         device=torch.device("cuda" if torch.cuda.is_available() else "cpu"),
         progress=progress,
     )
     note = {"base": shape.model_dump(), **about}
-    folder = _work_folder(target)
     _begin(folder, note, resume=resume)
     base = Base(loaded)
     base.to(args.device)

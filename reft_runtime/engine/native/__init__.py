@@ -144,27 +144,8 @@ class Kernels:
         [rows, kv_heads, capacity, dim]; it sees the positions up to its own, the last `window` of
         them if that is not 0. All tokens are stored before any attends.
         """
-        self._functions["attend", query.dtype](
-            query.data_ptr(),
-            key.data_ptr(),
-            value.data_ptr(),
-            keys.data_ptr(),
-            values.data_ptr(),
-            out.data_ptr(),
-            slots.data_ptr(),
-            positions.data_ptr(),
-            query.shape[0],
-            key.shape[1],
-            query.shape[1] // key.shape[1],
-            query.shape[2],
-            keys.shape[2],
-            query.stride(0),
-            key.stride(0),
-            value.stride(0),
-            window,
-            scale,
-            torch.get_num_threads(),
-        )
+        cache = keys, values
+        self._attend("attend", query, key, value, out, *cache, (slots, positions), scale, window)
 
     def attend_prompts(
         self,
@@ -182,15 +163,31 @@ class Kernels:
 
         `segments` [count, 4] are of (first token, row of the cache, its position there, length).
         """
-        self._functions["attend_prompts", query.dtype](
+        cache = keys, values
+        self._attend("attend_prompts", query, key, value, out, *cache, (segments,), scale, window)
+
+    def _attend(
+        self,
+        operator: str,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        out: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        places: tuple[Tensor, ...],
+        scale: float,
+        window: int,
+    ) -> None:
+        self._functions[operator, query.dtype](
             query.data_ptr(),
             key.data_ptr(),
             value.data_ptr(),
             keys.data_ptr(),
             values.data_ptr(),
             out.data_ptr(),
-            segments.data_ptr(),
-            len(segments),
+            *[place.data_ptr() for place in places],
+            len(places[0]),
             key.shape[1],
             query.shape[1] // key.shape[1],
             query.shape[2],
