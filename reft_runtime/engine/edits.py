@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -20,6 +21,23 @@ from reft_runtime.outputs import EditTrace
 
 BATCHED_ROWS = 32
 """Segments of more rows get a matrix product of their own instead of padding the others."""
+
+
+class OnDevice:
+    """Edits with their tensors on the model's device, as long as anybody has the edits."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._moved: WeakKeyDictionary[CanonicalEdit, CanonicalEdit] = WeakKeyDictionary()
+
+    def __call__(self, edit: CanonicalEdit) -> CanonicalEdit:
+        """The same edit there; copied at its first use."""
+        if self._device.type == "cpu":
+            return edit
+        moved = self._moved.get(edit)
+        if moved is None:
+            moved = self._moved[edit] = edit.to(self._device)
+        return moved
 
 
 @dataclass(slots=True)
@@ -58,7 +76,7 @@ class StepEdits:
         return tuple(self.passes)
 
     @classmethod
-    def of(cls, chunks: SequenceOf[Chunk]) -> StepEdits:
+    def of(cls, chunks: SequenceOf[Chunk], on_device: OnDevice) -> StepEdits:
         """Find the rows to edit in a packed step (chunks in packed order)."""
         edits = cls()
         first = 0
@@ -68,11 +86,11 @@ class StepEdits:
             if sequence.edits_decode or (
                 sequence.request.interventions and chunk.start < sequence.prompt_length
             ):
-                edits._add(chunk, first - chunk.start)
+                edits._add(chunk, first - chunk.start, on_device)
             first += chunk.length
         return edits
 
-    def _add(self, chunk: Chunk, shift: int) -> None:
+    def _add(self, chunk: Chunk, shift: int, on_device: OnDevice) -> None:
         length = chunk.sequence.prompt_length
         edited: dict[Site, list[set[int]]] = {}  # by pass, the rows of this chunk
         for intervention, applied in enumerate(chunk.sequence.request.interventions):
@@ -96,7 +114,12 @@ class StepEdits:
                     passes.append([])
                 passes[number].append(
                     Segment(
-                        chunk.sequence, edit, applied.strength, rows, shift, (intervention, index)
+                        chunk.sequence,
+                        on_device(edit),
+                        applied.strength,
+                        rows,
+                        shift,
+                        (intervention, index),
                     )
                 )
 

@@ -15,29 +15,21 @@ copied out of a row and into others.
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from collections.abc import Sequence as SequenceOf
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from reft_runtime.engine.attention import LayerShape
 from reft_runtime.engine.blocks import BLOCK_TOKENS
 from reft_runtime.engine.prefix_cache import BlockCopy
+from reft_runtime.engine.row_attention import RowAttentionStep
+from reft_runtime.engine.scheduler import Chunk
 from reft_runtime.engine.sequence import Sequence
 
 MIN_CAPACITY = 128
 MIN_ROWS = 4
-
-
-@dataclass(frozen=True, slots=True)
-class LayerShape:
-    """Shape of one attention layer's cache entries."""
-
-    kv_heads: int
-    key_dim: int
-    value_dim: int
 
 
 class Slab:
@@ -139,36 +131,59 @@ class RowStorage:
     def keep(self, copies: Iterable[BlockCopy]) -> None:
         """Copy blocks of rows to their slots; of several for one slot the last one."""
         latest = {copy.slot: copy for copy in copies}
-        for row_blocks, pool, (slots, rows, blocks) in self._tensors(latest.values()):
-            pool[slots] = row_blocks[rows, :, blocks]
+        for row, kept in self._tensors(latest.values()):
+            kept.copy_(row)
 
     @torch.inference_mode()
     def reuse(self, copies: Iterable[BlockCopy]) -> None:
         """Copy kept blocks to the rows of their sequences, which have room for them."""
-        for row_blocks, pool, (slots, rows, blocks) in self._tensors(copies):
-            row_blocks[rows, :, blocks] = pool[slots]
+        for row, kept in self._tensors(copies):
+            row.copy_(kept)
 
-    def _tensors(
-        self, copies: Iterable[BlockCopy]
-    ) -> Iterator[tuple[Tensor, Tensor, tuple[Tensor, Tensor, Tensor]]]:
-        """By slab and layer: rows in blocks, pool, and the slots, rows and places in them."""
-        by_slab: dict[int, list[tuple[int, int, int]]] = defaultdict(list)
-        for copy in copies:
+    def _tensors(self, copies: Iterable[BlockCopy]) -> Iterator[tuple[Tensor, Tensor]]:
+        """By layer, and by run of blocks: where they are in a row, and in the pool.
+
+        Both are views [blocks, kv_heads, BLOCK_TOKENS, dim]. Blocks of one sequence that follow
+        each other, in slots that do, are copied at once.
+        """
+        for copy, count in _runs(copies):
             slab, row = self._places[copy.sequence]
-            by_slab[slab.capacity].append((copy.slot, row, copy.block))
-        for capacity, places in by_slab.items():
-            slab, (slots, rows, blocks) = self._slabs[capacity], torch.tensor(places).unbind(1)
             for own, pool in zip(
                 (*slab.keys, *slab.values), (*self._pool.keys, *self._pool.values), strict=True
             ):
-                yield _in_blocks(own), pool, (slots, rows, blocks)
+                tokens = own[row].narrow(1, copy.block * BLOCK_TOKENS, count * BLOCK_TOKENS)
+                blocks = tokens.view(len(tokens), count, BLOCK_TOKENS, -1).transpose(0, 1)
+                yield blocks, pool.narrow(0, copy.slot, count)
+
+    def prepare(self, chunks: SequenceOf[Chunk]) -> list[Chunk]:
+        """See `KVStorage.prepare`; decoding chunks come first, by slab and slot.
+
+        So their queries meet a slice of the slab.
+        """
+        for chunk in chunks:
+            # Room for the whole prompt at once: a row that grows chunk by chunk is copied often.
+            for sequence in (chunk.sequence, *chunk.forks):
+                self.ensure(sequence, len(sequence.tokens))
+        # Only now: a row that moves takes along what was computed before alone.
+        self.reuse(copy for chunk in chunks for copy in chunk.reused)
+
+        def place(chunk: Chunk) -> tuple[bool, int, int]:
+            slab, slot = self._places[chunk.sequence]
+            return chunk.length > 1, slab.capacity, slot
+
+        return sorted(chunks, key=place)
+
+    def attention(self, chunks: SequenceOf[Chunk]) -> RowAttentionStep:
+        """See `KVStorage.attention`."""
+        return RowAttentionStep(chunks, self.where)
 
     @torch.inference_mode()
-    def release(self, sequence: Sequence) -> None:
-        """Free a sequence's row, if it has one."""
-        found = self._places.pop(sequence, None)
-        if found is not None:
-            self._vacate(*found, sequence)
+    def release(self, sequences: Iterable[Sequence]) -> None:
+        """Free the rows of sequences, of those that have one."""
+        placed = [sequence for sequence in sequences if sequence in self._places]
+        # Later slots first: a dense slab then has no hole to fill when many end together.
+        for sequence in sorted(placed, key=lambda s: -self._places[s][1]):
+            self._vacate(*self._places.pop(sequence), sequence)
 
     def check_integrity(self, *, idle: bool = False) -> None:
         """Raise AssertionError if places and slabs disagree, or if `idle` and a row is in use."""
@@ -213,8 +228,14 @@ class RowStorage:
         self._places[last] = slab, slot
 
 
-def _in_blocks(rows: Tensor) -> Tensor:
-    """A view [rows, kv_heads, blocks, BLOCK_TOKENS, dim] of all that are whole."""
-    whole = rows.shape[2] // BLOCK_TOKENS
-    count, heads, _, dim = rows.shape
-    return rows[:, :, : whole * BLOCK_TOKENS].view(count, heads, whole, BLOCK_TOKENS, dim)
+def _runs(copies: Iterable[BlockCopy]) -> list[tuple[BlockCopy, int]]:
+    """Consecutive blocks and slots of one sequence: the first of them, and how many."""
+    runs: list[tuple[BlockCopy, int]] = []
+    for copy in copies:
+        if runs:
+            first, count = runs[-1]
+            if copy == BlockCopy(first.sequence, first.block + count, first.slot + count):
+                runs[-1] = first, count + 1
+                continue
+        runs.append((copy, 1))
+    return runs

@@ -17,13 +17,13 @@ from reft_runtime.interventions.manifest import EditSpec
 from reft_runtime.interventions.positions import Positions
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
 class CanonicalEdit:
     """One edit of the rows h, of width d, at `positions` of one layer's `component`.
 
     With strength s it is h + s * (g * h + c + phi(h Vᵀ + b) U), the sum in float32 and rounded to
     h's dtype at the end. `V` and `U` are [k, d], `b` is [k], `gain` (g) and `offset` (c) are [d] or
-    None for zero; all are contiguous float32 tensors on the CPU.
+    None for zero; all are contiguous float32 tensors, on the CPU when they are loaded.
 
     phi goes by rank row. The first `learned` rows are act(h Vᵀ + b) with h, V and b cast to `dtype`
     and product, bias and act computed in it (V and b hold values of that dtype, so the cast is
@@ -71,6 +71,17 @@ class CanonicalEdit:
         if self.offset is not None:
             change = change + self.offset
         return torch.add(old, change, alpha=strength)
+
+    def to(self, device: torch.device) -> CanonicalEdit:
+        """The same edit with its tensors on another device."""
+        return replace(
+            self,
+            V=self.V.to(device),
+            b=self.b.to(device),
+            U=self.U.to(device),
+            gain=None if self.gain is None else self.gain.to(device),
+            offset=None if self.offset is None else self.offset.to(device),
+        )
 
     def subset(self, subspace: tuple[int, ...]) -> CanonicalEdit:
         """The same edit along some of its directions only (columns of LoReFT's R).

@@ -168,7 +168,7 @@ def preempt(core: EngineCore, sequence: Sequence) -> None:
     plan = StepPlan()
     core.scheduler._preempt(sequence, plan)
     core.runner.storage.keep(plan.kept)
-    core.runner.storage.release(sequence)
+    core.runner.storage.release([sequence])
 
 
 def answers(core: EngineCore, requests: Iterable[Request]) -> dict[str, Answer]:
