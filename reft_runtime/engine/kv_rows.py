@@ -15,7 +15,6 @@ copied out of a row and into others.
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
@@ -139,29 +138,29 @@ class RowStorage:
     def keep(self, copies: Iterable[BlockCopy]) -> None:
         """Copy blocks of rows to their slots; of several for one slot the last one."""
         latest = {copy.slot: copy for copy in copies}
-        for row_blocks, pool, (slots, rows, blocks) in self._tensors(latest.values()):
-            pool[slots] = row_blocks[rows, :, blocks]
+        for row, kept in self._tensors(latest.values()):
+            kept.copy_(row)
 
     @torch.inference_mode()
     def reuse(self, copies: Iterable[BlockCopy]) -> None:
         """Copy kept blocks to the rows of their sequences, which have room for them."""
-        for row_blocks, pool, (slots, rows, blocks) in self._tensors(copies):
-            row_blocks[rows, :, blocks] = pool[slots]
+        for row, kept in self._tensors(copies):
+            row.copy_(kept)
 
-    def _tensors(
-        self, copies: Iterable[BlockCopy]
-    ) -> Iterator[tuple[Tensor, Tensor, tuple[Tensor, Tensor, Tensor]]]:
-        """By slab and layer: rows in blocks, pool, and the slots, rows and places in them."""
-        by_slab: dict[int, list[tuple[int, int, int]]] = defaultdict(list)
-        for copy in copies:
+    def _tensors(self, copies: Iterable[BlockCopy]) -> Iterator[tuple[Tensor, Tensor]]:
+        """By layer, and by run of blocks: where they are in a row, and in the pool.
+
+        Both are views [blocks, kv_heads, BLOCK_TOKENS, dim]. Blocks of one sequence that follow
+        each other, in slots that do, are copied at once.
+        """
+        for copy, count in _runs(copies):
             slab, row = self._places[copy.sequence]
-            by_slab[slab.capacity].append((copy.slot, row, copy.block))
-        for capacity, places in by_slab.items():
-            slab, (slots, rows, blocks) = self._slabs[capacity], torch.tensor(places).unbind(1)
             for own, pool in zip(
                 (*slab.keys, *slab.values), (*self._pool.keys, *self._pool.values), strict=True
             ):
-                yield _in_blocks(own), pool, (slots, rows, blocks)
+                tokens = own[row].narrow(1, copy.block * BLOCK_TOKENS, count * BLOCK_TOKENS)
+                blocks = tokens.view(len(tokens), count, BLOCK_TOKENS, -1).transpose(0, 1)
+                yield blocks, pool.narrow(0, copy.slot, count)
 
     @torch.inference_mode()
     def release(self, sequence: Sequence) -> None:
@@ -213,8 +212,14 @@ class RowStorage:
         self._places[last] = slab, slot
 
 
-def _in_blocks(rows: Tensor) -> Tensor:
-    """A view [rows, kv_heads, blocks, BLOCK_TOKENS, dim] of all that are whole."""
-    whole = rows.shape[2] // BLOCK_TOKENS
-    count, heads, _, dim = rows.shape
-    return rows[:, :, : whole * BLOCK_TOKENS].view(count, heads, whole, BLOCK_TOKENS, dim)
+def _runs(copies: Iterable[BlockCopy]) -> list[tuple[BlockCopy, int]]:
+    """Consecutive blocks and slots of one sequence: the first of them, and how many."""
+    runs: list[tuple[BlockCopy, int]] = []
+    for copy in copies:
+        if runs:
+            first, count = runs[-1]
+            if copy == BlockCopy(first.sequence, first.block + count, first.slot + count):
+                runs[-1] = first, count + 1
+                continue
+        runs.append((copy, 1))
+    return runs
