@@ -17,9 +17,9 @@ LEAST_TOKENS = 8
 """Prompt tokens of a step, however long it takes: prompts go on. All numbers are multiples of half
 of it. Whole blocks would be too coarse: 16 tokens after a long context can cost a decode step."""
 
-MIXED_TOKENS = 512
+MIXED_TOKENS = 384
 """Most prompt tokens of a step in which sequences decode, and of one before anything is measured;
-beyond this larger products are hardly faster."""
+beyond this larger products are hardly faster, and all in a step wait for its end."""
 
 LONGEST_SECONDS = 5.0
 """Of a step in which nobody decodes; half of what the server's health check allows."""

@@ -93,7 +93,7 @@ def test_many_prompts_have_the_steps_to_themselves() -> None:
     pacer = StepPacer()
     pacer.record(0, 1000, 1.0)
     pacer.record(16, 0, 0.064)
-    assert [pacer.prompt_tokens(16, prompts) for prompts in (1, 2, 4)] == [48, 192, 512]
+    assert [pacer.prompt_tokens(16, prompts) for prompts in (1, 2, 4)] == [48, 192, 384]
     assert pacer.prompt_tokens(16, 100) == MIXED_TOKENS
 
 
@@ -131,7 +131,7 @@ def test_where_nobody_decodes_a_slow_machine_still_turns() -> None:
     machine.add(2000)
     decodes, tokens, taken = machine.step()
     assert decodes == 0
-    assert 0 < tokens < 512
+    assert 0 < tokens < MIXED_TOKENS
     assert taken <= LONGEST_SECONDS
 
 
