@@ -28,12 +28,20 @@ EVERY_SECOND = tuple(range(1, 30, 2))
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """A public data set (its folder and test file) or rows of our own, and how to train."""
+    """How to train, and on what: a public data set (its folder, its test file) or rows of ours."""
 
     description: str
     settings: TrainSettings
     public: str | None = None
     test: str = "test.jsonl"
+
+    def files(self, name: str, data: Path | None) -> tuple[Path, Path]:
+        """Rows to train on, and rows to be tested on."""
+        if self.public is None:
+            return OWN_ROWS / f"{name}.jsonl", OWN_ROWS / f"{name}-test.jsonl"
+        if data is None:
+            raise ConfigError(f"{name} is made from {self.public}: say where it is with --data.")
+        return data / self.public / "train.jsonl", data / self.public / self.test
 
 
 CLASSIFIER = TrainSettings(layers=EVERY_SECOND, positions="l1", steps=375)
@@ -72,6 +80,8 @@ def cheerful(out: Path) -> None:
         dtype="float32",
     )
     write(out, made)
+    tests = [OWN_ROWS / f"{mood}-test.jsonl" for mood in ("cheerful", "gloomy")]
+    print(evaluate(tests, [str(out)]).table())
 
 
 def main(
@@ -79,7 +89,7 @@ def main(
     data: Annotated[Path | None, typer.Option(help="Folder of the public data sets.")] = None,
     out: Annotated[Path, typer.Option(help="Folder to write to.")] = Path("interventions"),
 ) -> None:
-    """Make one of the interventions that ship, and measure it."""
+    """Make one of the interventions that ship, and measure it on rows that it has not seen."""
     target = out / f"{name}.safetensors"
     if name == "cheerful":
         cheerful(target)
@@ -87,12 +97,7 @@ def main(
     if name not in RECIPES:
         raise ConfigError(f"There is no recipe {name!r}; there are {', '.join(RECIPES)}, cheerful.")
     recipe = RECIPES[name]
-    if recipe.public is None:
-        source = test = OWN_ROWS / f"{name}.jsonl"
-    elif data is None:
-        raise ConfigError(f"{name} is made from {recipe.public}: say where it is with --data.")
-    else:
-        source, test = data / recipe.public / "train.jsonl", data / recipe.public / recipe.test
+    source, test = recipe.files(name, data)
     trained = train(
         source,
         target,

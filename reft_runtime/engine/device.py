@@ -54,5 +54,6 @@ def decoder_for(runner: Runner, max_running: int) -> Decoder | None:
     layers, width = len(loaded.layers), loaded.hidden_size
     tables = EditTables(layers, width, max_running, loaded.device, edit_rows)
     graphs = DecodeGraphs(loaded, storage, runner.sites, tables, max_running, GraphCapture())
-    graphs.warm_up(progress=True)
+    with torch.cuda.device(loaded.device):
+        graphs.warm_up(progress=True)
     return graphs

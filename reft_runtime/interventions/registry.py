@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import threading
+import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -27,6 +28,9 @@ from reft_runtime.interventions.version import Origin, Version
 
 HISTORY = 8
 """How many uploaded versions of a name are kept, the current one included."""
+
+SCAN_SHARE = 0.02
+"""Of the time, at most, is spent on looking for changes in the sources."""
 
 _log = logging.getLogger(__name__)
 
@@ -73,7 +77,11 @@ class Registry(Catalog):
         self.scan()
 
     def watch(self, interval: float) -> None:
-        """Scan the sources every `interval` seconds in a thread of its own, until `close`."""
+        """Scan the sources in a thread of its own, until `close`.
+
+        Every `interval` seconds, or less often where scans would take more than `SCAN_SHARE` of
+        the time.
+        """
         if self._watcher is not None:
             raise RuntimeError("the registry is watching already")
         self._watcher = threading.Thread(
@@ -261,11 +269,15 @@ class Registry(Catalog):
             self._store.collect(keep=self._held_digests())
 
     def _watch(self, interval: float) -> None:
-        while not self._closed.wait(interval):
+        wait = interval
+        while not self._closed.wait(wait):
+            began = time.monotonic()
             try:
                 self.scan()
             except Exception:  # the watch must outlive whatever one scan meets
                 _log.exception("scanning the sources failed")
+            # A scan of thousands of files holds up the engine's thread now and then.
+            wait = max(interval, (time.monotonic() - began) / SCAN_SHARE)
 
 
 def _check_name(name: str) -> None:

@@ -38,20 +38,24 @@ def list_folder(folder: Path) -> tuple[dict[str, Found], dict[str, str]]:
     problems: dict[str, str] = {}
     root = Path(os.path.realpath(folder))
     with os.scandir(folder) as entries:
-        files = sorted(entry.path for entry in entries if entry.name.endswith(SUFFIX))
+        files = sorted((e for e in entries if e.name.endswith(SUFFIX)), key=lambda e: e.name)
     for file in files:
-        name = os.path.basename(file).removesuffix(SUFFIX)
+        name = file.name.removesuffix(SUFFIX)
         if not NAME.fullmatch(name):
-            problems[file] = f"The file's name is no name for an intervention: {NAME_RULE}."
+            problems[file.path] = f"The file's name is no name for an intervention: {NAME_RULE}."
             continue
-        path = Path(os.path.realpath(file))
-        if not path.is_relative_to(root):
-            problems[file] = "A link that leads out of the folder; put the file itself there."
-            continue
+        path = root / file.name
+        if file.is_symlink():  # of the others, which may be thousands, the real path is known
+            path = Path(os.path.realpath(path))
+            if not path.is_relative_to(root):
+                problems[file.path] = (
+                    "A link that leads out of the folder; put the file itself there."
+                )
+                continue
         try:
             status = os.stat(path, follow_symlinks=False)
         except OSError as error:
-            problems[file] = f"Cannot be read: {error.strerror}."
+            problems[file.path] = f"Cannot be read: {error.strerror}."
             continue
         found[name] = Found(
             path, status.st_mtime_ns, status.st_ctime_ns, status.st_size, status.st_ino

@@ -18,8 +18,8 @@ from reft_runtime.engine.cuda import kernels
 from reft_runtime.engine.page_attention import PageBatch
 
 KEYS_AT_ONCE = 64
-LEAST_ROWS = 16
-"""Of a matrix product (`tl.dot`)."""
+LEAST = 16
+"""Rows and columns of a matrix product (`tl.dot`)."""
 
 PROMPT_ROWS = 64
 """Queries times heads that a program of a prompt's attention works on."""
@@ -88,7 +88,7 @@ class TritonAttention:
                 )
                 sums = parts.new_empty(count, heads, splits, 2)
             lanes = triton.next_power_of_2(group)
-            tokens = max(tokens, -(-LEAST_ROWS // lanes))
+            tokens = max(tokens, -(-LEAST // lanes))
             kernels.attend[(count, kv_heads, splits)](
                 query,
                 keys,
@@ -109,8 +109,8 @@ class TritonAttention:
                 LANES=lanes,
                 KEY_DIM=key_dim,
                 VALUE_DIM=value_dim,
-                KEY_WIDTH=triton.next_power_of_2(key_dim),
-                VALUE_WIDTH=triton.next_power_of_2(value_dim),
+                KEY_WIDTH=_width(key_dim),
+                VALUE_WIDTH=_width(value_dim),
                 TOKENS=tokens,
                 KEYS=KEYS_AT_ONCE,
                 PAGE=BLOCK_TOKENS,
@@ -126,7 +126,11 @@ class TritonAttention:
                     HEADS=heads,
                     SPLITS=splits,
                     DIM=value_dim,
-                    WIDTH=triton.next_power_of_2(value_dim),
+                    WIDTH=_width(value_dim),
                 )
 
         return launch
+
+
+def _width(dim: int) -> int:
+    return max(LEAST, triton.next_power_of_2(dim))

@@ -106,7 +106,7 @@ def attend(
     written = real[:, None] & (value_at < VALUE_DIM)[None, :]
     place = packed * (KV_HEADS * GROUP) + query_head
     if SPLITS == 1:
-        result = result / total[:, None]
+        result = result / tl.where(total == 0.0, 1.0, total)[:, None]  # of lanes not real
         tl.store(
             out + place[:, None] * VALUE_DIM + value_at[None, :],
             result.to(out.dtype.element_ty),
@@ -163,9 +163,9 @@ def norm(
         tl.store(total + place, rounded, mask=inside)
         row = rounded.to(tl.float32)
     scale = tl.rsqrt(tl.sum(row * row, 0) / WIDTH + epsilon)
-    normal = (row * scale).to(out.dtype.element_ty)
-    factor = tl.load(weight + at, mask=inside, other=0.0)
-    tl.store(out + place, normal * factor, mask=inside)
+    normal = (row * scale).to(out.dtype.element_ty).to(tl.float32)
+    factor = tl.load(weight + at, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out + place, (normal * factor).to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -175,9 +175,9 @@ def silu_mul(both, out, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = at < WIDTH
     gate = tl.load(both + row * 2 * WIDTH + at, mask=inside, other=0.0).to(tl.float32)
-    up = tl.load(both + row * 2 * WIDTH + WIDTH + at, mask=inside, other=0.0)
-    active = (gate / (1.0 + tl.exp(-gate))).to(out.dtype.element_ty)
-    tl.store(out + row * WIDTH + at, active * up, mask=inside)
+    up = tl.load(both + row * 2 * WIDTH + WIDTH + at, mask=inside, other=0.0).to(tl.float32)
+    active = (gate / (1.0 + tl.exp(-gate))).to(out.dtype.element_ty).to(tl.float32)
+    tl.store(out + row * WIDTH + at, (active * up).to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit
