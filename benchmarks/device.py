@@ -197,7 +197,7 @@ class Bench:
 
 def main(
     shape: Annotated[str, typer.Option(help=f"{', '.join(SHAPES)}.")] = "llama-3-8b",
-    device: Annotated[str, typer.Option(help="As of reft serve.")] = "auto",
+    device: Annotated[str, typer.Option(help="As of reft serve.")] = "cuda",
     dtype: Annotated[str, typer.Option(help="As of reft serve.")] = "auto",
     concurrency: Annotated[str, typer.Option(help="Requests at once.")] = "1,32,256",
     rounds: Annotated[int, typer.Option(min=1)] = 7,

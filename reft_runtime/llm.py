@@ -48,8 +48,8 @@ class Engine:
     device 8,192; measured times bound them too), `kv_tokens`
     the tokens whose keys and values are held (by default from free memory); with `prefix_cache`
     those that nobody uses are kept, and reused where prompts begin alike and are edited alike.
-    `threads` is by default one a core that this process may use, `device` "auto" a CUDA device if
-    there is one (a model in memory stays where it is), `dtype` "auto" the fast one for the device.
+    `threads` is by default one a core that this process may use, `device` is cpu, cuda or
+    cuda:N (a model in memory stays where it is), `dtype` "auto" the fast one for the device.
     Loading blocks; everything else may be called from any thread.
     """
 
@@ -62,7 +62,7 @@ class Engine:
         interventions: str | Path | None = None,
         state_dir: str | Path | None = None,
         allow_base: str | None = None,
-        device: str = "auto",
+        device: str = "cpu",
         dtype: str = "auto",
         max_model_len: int | None = None,
         max_running: int | None = None,

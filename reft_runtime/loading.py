@@ -32,7 +32,7 @@ def load_base(
     dtype: str,
     max_model_len: int | None,
     *,
-    device: str = "auto",
+    device: str = "cpu",
     differentiable: bool = False,
 ) -> tuple[str, LoadedModel, PreTrainedTokenizerBase]:
     """Name, model and tokenizer of "demo", a hub id, a folder, or a model in memory.

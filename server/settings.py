@@ -79,9 +79,9 @@ class Settings(BaseSettings):
         description="Key that clients send as 'Authorization: Bearer KEY'.",
     )
     device: str = Field(
-        default="auto",
-        description="Where the model runs: cpu, cuda or cuda:N; auto is a CUDA device, if there "
-        "is one.",
+        default="cpu",
+        pattern=r"^(cpu|cuda(:[0-9]+)?)$",
+        description="Where the model runs: cpu, cuda or cuda:N (not yet measured on a device).",
     )
     dtype: Dtype = Field(
         default="auto",

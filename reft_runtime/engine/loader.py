@@ -66,17 +66,13 @@ class LoadedModel:
 
 
 def choose_device(name: str) -> torch.device:
-    """Device by name, such as "cuda:1"; "auto" is the first CUDA device, or else the CPU."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    """Device by name: cpu, cuda or cuda:N."""
     try:
         device = torch.device(name)
     except RuntimeError:
         device = None
     if device is None or device.type not in ("cpu", "cuda"):
-        raise ConfigError(
-            f"device must be auto, cpu, cuda or cuda:N, not {name!r}.", param="device"
-        )
+        raise ConfigError(f"device must be cpu, cuda or cuda:N, not {name!r}.", param="device")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ConfigError(
             f"device: there is no {name}; torch sees {torch.cuda.device_count()} CUDA devices.",
@@ -104,7 +100,7 @@ def load_model(
     dtype: str = "auto",
     max_model_len: int | None = None,
     *,
-    device: str = "auto",
+    device: str = "cpu",
     differentiable: bool = False,
 ) -> LoadedModel:
     """Load a causal language model from a folder or hub id, by transformers, without remote code.
