@@ -254,7 +254,8 @@ def _metrics(trainer: EditTrainer) -> dict[str, JsonValue]:
     for entry in trainer.state.log_history:
         if entry["step"] == best and "eval_loss" in entry:
             names = ("accuracy", "loss", "perplexity")
-            return {name: round(entry[f"eval_{name}"], 6) for name in names}
+            found = {name: entry.get(f"eval_{name}") for name in names}
+            return {name: round(value, 6) for name, value in found.items() if value is not None}
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     return {"train_loss": round(losses[-1], 6)} if losses else {}
 

@@ -83,11 +83,12 @@ def scores(base: Base, edits: TrainableEdits, examples: Sequence[Example], batch
     return totals
 
 
-def as_metrics(totals: Tensor) -> dict[str, float]:
-    """Loss a token, perplexity and accuracy from sums over examples."""
+def as_metrics(totals: Tensor, *, labelled: bool) -> dict[str, float]:
+    """Loss a token, perplexity, and accuracy where rows have labels, from sums over examples."""
     loss, tokens, right, count = totals.tolist()
     mean = loss / tokens
-    return {"loss": mean, "perplexity": math.exp(min(mean, 700)), "accuracy": right / count}
+    metrics = {"loss": mean, "perplexity": math.exp(min(mean, 700))}
+    return {"accuracy": right / count, **metrics} if labelled else metrics
 
 
 class EditTrainer(Trainer):
@@ -143,13 +144,15 @@ class EditTrainer(Trainer):
 
     @torch.no_grad()
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
-        """Loss, perplexity and accuracy of the held-out examples, shared among the processes."""
+        """The metrics of the held-out examples, shared among the processes."""
         model: Any = self.model
         held_out: Any = self.eval_dataset
         share = held_out[self.args.process_index :: self.args.world_size]
         totals = scores(model.base, model.edits, share, self.args.eval_batch_size)
         totals = self.accelerator.reduce(totals.to(self.args.device)).cpu()
-        metrics = {f"eval_{name}": value for name, value in as_metrics(totals).items()}
+        labelled = all(example.label_length is not None for example in held_out)
+        found = as_metrics(totals, labelled=labelled)
+        metrics = {f"eval_{name}": value for name, value in found.items()}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(
             self.args, self.state, self.control, metrics

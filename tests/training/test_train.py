@@ -61,6 +61,12 @@ def test_a_task_is_learned_and_served(tmp_path: Path, positions: str) -> None:
     assert [answer.text for answer in answers] == [row["completion"] for row in ROWS]
 
 
+def test_rows_without_labels_have_no_accuracy(tmp_path: Path) -> None:
+    rows = [{name: row[name] for name in ("prompt", "completion")} for row in ROWS]
+    trained = run(tmp_path / "task.safetensors", rows, evaluation=rows[:8])
+    assert trained.metrics.keys() == {"loss", "perplexity"}
+
+
 def test_untied_edits_are_two_a_layer(tmp_path: Path) -> None:
     settings = TrainSettings(steps=1, positions="f1+l2", untied=True, layers=(1, 3), rank=2)
     edits = run(tmp_path / "x.safetensors", settings=settings).intervention.manifest.edits
