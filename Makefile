@@ -85,54 +85,6 @@ $(VENV)/.installed-test: $(VENV)/.installed
 	@if [ "$$(uname -s)" = Linux ] && ! $(BIN)/python -c 'import triton' 2>/dev/null; then \
 		$(BIN)/python -m pip install -qq --no-deps $(TRITON); fi
 
-$(VENV)/.installed-bench $(VENV)-vllm/.installed $(VENV)-peers/.installed ## The same beside vLLM, PEFT and pyreft, with plots in build/; over an hour
-	@$(BIN)/python -m benchmarks.throughput --vllm $(VENV)-vllm/bin/python --peers $(VENV)-peers/bin/python \
-		--out build/bench-peers.json $(ARGS)
-	@$(BIN)/python -m benchmarks.plots build/bench-peers.json build
-
-test: lint types ## Check everything: lint, types, import directions, all tests
-	$(BIN)/python -m pytest $(ARGS)
-
-lint: $(VENV)/.installed-test ## Check style and import directions
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
-	$(BIN)/lint-imports
-
-types: $(VENV)/.installed-test ## Check the types
-	$(BIN)/mypy
-
-format: $(VENV)/.installed-test ## Format the code and fix what ruff can fix
-	$(BIN)/ruff check --fix .
-	$(BIN)/ruff format .
-
-clean: ## Remove the environments and every cache in the working tree (not the demo model)
-	rm -rf $(VENV) $(VENV)-vllm $(VENV)-peers build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
-	find . -name __pycache__ -type d -prune -exec rm -rf {} +
-
-CONSTRAINT = --constraint constraints.txt
-
-# pip install with the pinned versions; one retry, because registries do have hiccups.
-define install
-	@pip="$(BIN)/python -m pip install -qq $(CONSTRAINT)"; \
-	$$pip $(1) || { echo "The installation failed; trying once more." >&2; sleep 3; $$pip $(1); }
-	@touch $@
-endef
-
-$(VENV)/.installed: pyproject.toml constraints.txt
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
-		echo "Python 3.11 or newer is needed, and PYTHON=$(PYTHON) is not. Try: make PYTHON=/path/to/python3.11" >&2; exit 1; }
-	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
-	@echo "Installing the pinned packages into $(VENV) (the first time takes some minutes)" >&2
-	$(call install,--editable .)
-
-$(VENV)/.installed-test: $(VENV)/.installed
-	@echo "Installing the test tools into $(VENV)" >&2
-	$(call install,--editable '$(TEST_EXTRAS)')
-	$(call install,$(PYREFT_NEEDS))
-	$(call install,--no-deps pyreft pyvene)
-	@$(BIN)/python -c 'import sys, importlib.util as u; sys.exit(sys.platform != "linux" or bool(u.find_spec("triton")))' \
-		&& $(BIN)/python -m pip install -qq --no-deps $(TRITON) || true
-
 $(VENV)/.installed-bench: $(VENV)/.installed
 	$(call install,--editable '.[bench]')
 

@@ -32,7 +32,7 @@ from reft_runtime.interventions import parse
 from reft_runtime.loading import shape_of
 from reft_runtime.sampling import SamplingParams
 
-SHAPES: dict[str, dict[str, int]] = {
+SHAPES: dict[str, dict[str, Any]] = {
     "llama-3-8b": {
         "hidden_size": 4096,
         "intermediate_size": 14336,
@@ -180,7 +180,8 @@ class Bench:
     def _weight_bytes(self) -> int:
         """Of a step: all weights but the table of embeddings, of which only rows are read."""
         embeddings: Any = self.loaded.model.get_input_embeddings()
-        return self.loaded.weight_bytes - embeddings.weight.numel() * self.loaded.dtype.itemsize
+        table: int = embeddings.weight.nbytes
+        return self.loaded.weight_bytes - table
 
     def swap(self, layers: list[int], rank: int) -> float:
         """Seconds until an intervention that was on the CPU is on the device."""
@@ -219,7 +220,8 @@ def main(
         cases = {BASE: bench.case(n, [()])}
         for label, setting in used.items():
             cases[label] = bench.case(n, bench.interventions(n, *setting))
-        key = {"benchmark": "device", "shape": shape, "dtype": str(loaded.dtype), "n": n}
+        key: dict[str, str | int] = {"benchmark": "device", "shape": shape, "n": n}
+        key["dtype"] = str(loaded.dtype).removeprefix("torch.")
         taken = measure(cases, rounds, key, out)
         for label in cases:
             step, prompts = median(taken, label, STEP), median(taken, label, PROMPTS)

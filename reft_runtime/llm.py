@@ -76,8 +76,10 @@ class Engine:
         torch.set_num_threads(threads or min(torch.get_num_threads(), usable_cores()))
         name, loaded, tokenizer = load_base(model, tokenizer, dtype, max_model_len, device=device)
         on_cpu = loaded.device.type == "cpu"
-        max_running = max_running or (64 if on_cpu else 256)
-        max_step_tokens = max_step_tokens or (2048 if on_cpu else 8192)
+        if max_running is None:
+            max_running = 64 if on_cpu else 256
+        if max_step_tokens is None:
+            max_step_tokens = 2048 if on_cpu else 8192
         kv_tokens = kv_budget(loaded, max_running, kv_tokens, prefix_cache=prefix_cache)
         config = EngineConfig(
             max_running, max(max_step_tokens, max_running), kv_tokens, prefix_cache

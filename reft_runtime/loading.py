@@ -13,6 +13,7 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from reft_runtime.demo import locate
 from reft_runtime.engine.blocks import BLOCK_TOKENS
+from reft_runtime.engine.cuda.tables import table_bytes
 from reft_runtime.engine.loader import LoadedModel, adopt_model, load_model
 from reft_runtime.errors import ConfigError
 from reft_runtime.interventions import BaseShape
@@ -95,8 +96,17 @@ def kv_budget(
             )
         return wanted
     if loaded.device.type == "cuda":
+        torch.cuda.empty_cache()  # what is cached after the load fits nothing
         free = torch.cuda.mem_get_info(loaded.device)[0]
-        affordable = (KV_SHARE_OF_DEVICE * free - DEVICE_MARGIN) / loaded.kv_bytes_per_token
+        reserve = DEVICE_MARGIN + table_bytes(len(loaded.layers), loaded.hidden_size, max_running)
+        affordable = (KV_SHARE_OF_DEVICE * free - reserve) / loaded.kv_bytes_per_token
+        if affordable < longest:
+            raise ConfigError(
+                f"device: after the model {free / 2**30:.1f} GiB are free, too little for one"
+                f" answer of {loaded.max_model_len} tokens beside {reserve / 2**30:.1f} GiB to"
+                " work with. Take a smaller max_model_len or max_running, or another dtype.",
+                param="device",
+            )
     else:
         copies = 3 if prefix_cache else 2
         affordable = KV_SHARE_OF_FREE_MEMORY * free_memory() / (copies * loaded.kv_bytes_per_token)

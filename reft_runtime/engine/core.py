@@ -248,7 +248,8 @@ def _trace(result: StepResult, events: list[Event]) -> None:
 
 
 def _is_out_of_memory(error: Exception) -> bool:
-    # torch's CPU allocator has no exception type of its own.
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or (
-        "DefaultCPUAllocator" in str(error)
+    # torch's CPU allocator, cuBLAS and the driver have no exception type of their own.
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(
+        words in str(error)
+        for words in ("DefaultCPUAllocator", "CUBLAS_STATUS_ALLOC_FAILED", "out of memory")
     )

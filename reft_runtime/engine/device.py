@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+
 import torch
 
 from reft_runtime.engine.blocks import BlockBudget
@@ -12,6 +14,8 @@ from reft_runtime.engine.loader import LoadedModel
 from reft_runtime.engine.operators import has_triton
 from reft_runtime.engine.page_attention import GatheredAttention, PageKernel
 from reft_runtime.engine.runner import Decoder, Runner
+
+_log = logging.getLogger(__name__)
 
 
 def storage_for(loaded: LoadedModel, budget: BlockBudget, max_running: int) -> KVStorage:
@@ -54,6 +58,9 @@ def decoder_for(runner: Runner, max_running: int) -> Decoder | None:
     layers, width = len(loaded.layers), loaded.hidden_size
     tables = EditTables(layers, width, max_running, loaded.device, edit_rows)
     graphs = DecodeGraphs(loaded, storage, runner.sites, tables, max_running, GraphCapture())
-    with torch.cuda.device(loaded.device):
+    try:
         graphs.warm_up(progress=True)
+    except RuntimeError as error:
+        _log.warning("Decode steps run without CUDA graphs: %s", error)
+        return None
     return graphs

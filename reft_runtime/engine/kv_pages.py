@@ -23,11 +23,11 @@ from reft_runtime.engine.page_attention import (
     PageBatch,
     PageKernel,
     RowInPages,
-    to_device,
 )
 from reft_runtime.engine.prefix_cache import BlockCopy
 from reft_runtime.engine.scheduler import Chunk
 from reft_runtime.engine.sequence import Sequence
+from reft_runtime.engine.staging import to_device
 
 NOBODYS_PAGE = 0
 
@@ -51,7 +51,6 @@ class PageStorage:
         kernel: PageKernel,
         vacant: Callable[[], Iterable[int]] = tuple,
     ) -> None:
-        self.shapes = tuple(shapes)
         self.kernel = kernel
         self.spare_lane = max_rows
         self.tables = torch.full(

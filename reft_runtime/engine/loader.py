@@ -133,6 +133,8 @@ def adopt_model(
     model: PreTrainedModel, max_model_len: int | None = None, *, differentiable: bool = False
 ) -> LoadedModel:
     """Make a model in memory ready for packed steps where it is; checks it as `load_model` does."""
+    if model.device.type == "cuda":
+        torch.cuda.set_device(model.device)  # Triton's kernels are launched on the current one
     config = model.config
     _check_config(config)
     max_model_len = _chosen_length(config, max_model_len)

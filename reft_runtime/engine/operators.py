@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+from functools import cache
 from importlib.util import find_spec
 from typing import Protocol
 
@@ -9,6 +11,8 @@ import torch
 from torch import Tensor
 
 from reft_runtime.engine.native import kernels
+
+_log = logging.getLogger(__name__)
 
 
 class Operators(Protocol):
@@ -55,6 +59,17 @@ def operators_for(device: torch.device) -> Operators | None:
     return None
 
 
+@cache
 def has_triton(device: torch.device) -> bool:
-    """Whether Triton kernels run on a device."""
-    return device.type == "cuda" and find_spec("triton") is not None
+    """Whether Triton kernels run on a device: it needs a C compiler there, for one thing."""
+    if device.type != "cuda" or find_spec("triton") is None:
+        return False
+    from reft_runtime.engine.cuda.operators import TritonOperators
+
+    rows = torch.ones(2, 16, device=device)
+    try:
+        TritonOperators().rms_norm(rows, rows[0], 1e-5)
+    except Exception as error:
+        _log.warning("Triton does not work, torch's own operators are used: %s", error)
+        return False
+    return True

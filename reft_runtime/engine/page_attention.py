@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from reft_runtime.engine.blocks import BLOCK_TOKENS, blocks_for
+from reft_runtime.engine.staging import to_device
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,14 +100,6 @@ class PageKernel(Protocol):
         """
 
 
-def to_device(lists: SequenceOf[SequenceOf[int]], device: torch.device) -> tuple[Tensor, ...]:
-    """An int64 tensor of each list, by one copy; for one to a CUDA device nobody waits."""
-    packed = torch.tensor([number for numbers in lists for number in numbers], dtype=torch.long)
-    if device.type == "cuda":
-        packed = packed.pin_memory().to(device, non_blocking=True)
-    return torch.split(packed, [len(numbers) for numbers in lists])
-
-
 @dataclass(frozen=True, slots=True)
 class PageAttentionStep:
     """One step's attention over all layers' pages."""
@@ -127,10 +120,10 @@ class PageAttentionStep:
     ) -> Tensor:
         """See `AttentionStep.attend`."""
         keys, values = self.keys[layer], self.values[layer]
-        keys.flatten(0, 1).index_copy_(0, self.batch.slots, key)
-        values.flatten(0, 1).index_copy_(0, self.batch.slots, value)
+        keys.flatten(0, 1).index_copy_(0, self.batch.slots, key.to(keys.dtype))
+        values.flatten(0, 1).index_copy_(0, self.batch.slots, value.to(values.dtype))
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-        return self.kernel(query, keys, values, self.batch, scale, window)
+        return self.kernel(query.to(keys.dtype), keys, values, self.batch, scale, window)
 
 
 class GatheredAttention:

@@ -12,11 +12,11 @@ from torch import Tensor
 from reft_runtime.engine.edits import OnDevice, StepEdits
 from reft_runtime.engine.kv import KVStorage
 from reft_runtime.engine.loader import LoadedModel, forward
-from reft_runtime.engine.page_attention import to_device
 from reft_runtime.engine.sampler import Sampled, SampleRow, prompt_logprobs, sample
 from reft_runtime.engine.scheduler import Chunk
 from reft_runtime.engine.sequence import Sequence
 from reft_runtime.engine.sites import EditSites
+from reft_runtime.engine.staging import to_device
 from reft_runtime.outputs import EditTrace, TokenLogprob
 
 NOT_FINITE = "the model's output is not finite"
@@ -113,7 +113,7 @@ class Runner:
             logits = logits[kept]
         for row, sequence in enumerate(owners):
             if sequence.request.trace and sequence.leads and not sequence.generated_length:
-                result.first_logprobs[sequence] = logits[row].float().log_softmax(-1)
+                result.first_logprobs[sequence] = logits[row].float().log_softmax(-1).cpu()
         for sequence, outcome in zip(owners, _sample_each(logits, rows), strict=True):
             if isinstance(outcome, Sampled):
                 result.sampled.append((sequence, outcome))

@@ -17,7 +17,7 @@ from reft_runtime.interventions.manifest import EditSpec
 from reft_runtime.interventions.positions import Positions
 
 
-@dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class CanonicalEdit:
     """One edit of the rows h, of width d, at `positions` of one layer's `component`.
 
@@ -49,6 +49,12 @@ class CanonicalEdit:
         """Number of rank rows, k; it may be 0."""
         return self.b.shape[0]
 
+    @property
+    def nbytes(self) -> int:
+        """Memory of its tensors."""
+        tensors = (self.V, self.b, self.U, self.gain, self.offset)
+        return sum(tensor.nbytes for tensor in tensors if tensor is not None)
+
     def edited(self, rows: Tensor, strength: float = 1.0) -> Tensor:
         """The edited rows [n, d], in float32; `rows` stay as they are.
 
@@ -61,7 +67,7 @@ class CanonicalEdit:
                 old.to(self.dtype), self.V[:learned].to(self.dtype), self.b[:learned].to(self.dtype)
             )
             if self.act is not None:
-                low_rank = _act(self.act)(low_rank)
+                low_rank = _act(self.act, low_rank.device)(low_rank)
             change = change + low_rank.float() @ self.U[:learned]
         if learned < self.rank:
             low_rank = torch.addmm(self.b[learned:], old, self.V[learned:].T)
@@ -156,8 +162,8 @@ def canonical_edit(spec: EditSpec, parts: Formula, width: int) -> CanonicalEdit:
 
 
 @cache
-def _act(name: str) -> Callable[[Tensor], Tensor]:
-    act: Callable[[Tensor], Tensor] = ACT2FN[name]
+def _act(name: str, device: torch.device) -> Callable[[Tensor], Tensor]:
+    act: Callable[[Tensor], Tensor] = ACT2FN[name].to(device)  # some have parameters
     return act
 
 

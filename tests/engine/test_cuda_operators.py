@@ -53,7 +53,7 @@ def test_gated_silu(width: int, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dim", [16, 24])
 def test_rotary_positions(dim: int, dtype: torch.dtype) -> None:
     wide = random(3, 4 + 2 + 1, dim, dtype=dtype)
-    query, key, rest = wide.split([4, 2, 1], 1)
+    query, key, rest = torch.split(wide, [4, 2, 1], 1)
     assert OPERATORS.packs(query, key)
     assert not OPERATORS.packs(query.transpose(0, 1))
     angles = random(3, dim // 2, seed=1).repeat(1, 2)
@@ -82,16 +82,24 @@ def test_what_is_supported() -> None:
 def test_rows_are_edited_from_tables(dtype: torch.dtype) -> None:
     rows, width = random(5, 40, dtype=dtype), 40
     V, U = random(3, tables.RANK, width, seed=1), random(3, tables.RANK, width, seed=2)
-    b = random(3, tables.RANK, seed=3)
-    slots = torch.tensor([2, 0, 1, 2, 0], device=DEVICE)
-    strengths = torch.tensor([1.0, 1.0, 0.5, -2.0, 0.0], device=DEVICE)
-    V[0] = torch.nan  # slot 0 is not even read
-    found, wanted = rows.clone(), rows.clone()
-    edit_rows(found, V, U, b, slots, strengths)
-    edited = slots != 0
-    part = wanted[edited]
-    tables.edit_rows(part, V, U, b, slots[edited], strengths[edited])
-    wanted[edited] = part
-    assert torch.equal(found[~edited], rows[~edited])
+    table = tables.LayerTable(
+        V, U, random(3, tables.RANK, seed=3), torch.tensor([0, 3, 8], dtype=torch.int32).to(DEVICE)
+    )
+    slots, strengths = [2, 0, 1, 2, 0], [1.0, 1.0, 0.5, -2.0, 0.0]
+    V[0] = torch.nan  # what is beyond a slot's rank is not even read
+    U[1, 3:] = torch.nan
+    wanted = rows.clone()
+    for row, (slot, strength) in enumerate(zip(slots, strengths, strict=True)):
+        rank = int(table.ranks[slot])
+        low_rank = V[slot, :rank] @ rows[row].float() + table.b[slot, :rank]
+        wanted[row] = rows[row] + strength * (low_rank @ U[slot, :rank])
+    found = rows.clone()
+    edit_rows(
+        found,
+        table,
+        torch.tensor(slots, device=DEVICE),
+        torch.tensor(strengths, device=DEVICE),
+    )
+    assert torch.equal(found[[1, 4]], rows[[1, 4]])
     size = wanted.float().abs().max()
     close((found / size).to(dtype), (wanted / size).to(dtype))

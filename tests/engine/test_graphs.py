@@ -10,18 +10,28 @@ from itertools import pairwise
 
 import pytest
 import torch
+from torch import Tensor
 
 from reft_runtime.engine import core as engine_core
 from reft_runtime.engine.blocks import BlockBudget
 from reft_runtime.engine.cuda import tables
 from reft_runtime.engine.cuda.attention import TritonAttention
-from reft_runtime.engine.cuda.graphs import DecodeGraphs, GraphCapture, Replay, buckets
+from reft_runtime.engine.cuda.graphs import Compute, DecodeGraphs, GraphCapture, buckets
 from reft_runtime.engine.cuda.operators import edit_rows
-from reft_runtime.engine.cuda.tables import EditTables
+from reft_runtime.engine.cuda.tables import EditTables, LayerTable
 from reft_runtime.engine.kv_pages import PageStorage
 from reft_runtime.engine.loader import LoadedModel
 from reft_runtime.engine.runner import Runner
-from tests.helpers.models import generate, intervention, make_core, prompt, request, run, tiny_llama
+from tests.helpers.models import (
+    DEVICE,
+    generate,
+    intervention,
+    make_core,
+    prompt,
+    request,
+    run,
+    tiny_llama,
+)
 from tests.helpers.pages import pages_for
 from tests.helpers.reference import RandomEdit, applied
 
@@ -29,29 +39,41 @@ Spy = list[tuple[int, bool]]
 """Of each decode step that went through a graph: rows in the graph, and whether it edits."""
 
 
-def again(compute: Replay) -> Replay:
+def again(compute: Compute) -> Compute:
     return compute
 
 
-@pytest.fixture
-def replays(monkeypatch: pytest.MonkeyPatch) -> Spy:
-    """Cores with pages, Triton's attention and graphs; notes what is replayed."""
+def plain_edit(rows: Tensor, layer: LayerTable, slots: Tensor, strengths: Tensor) -> None:
+    """`EditRows` by torch's own operators."""
+    low_rank = torch.einsum("nd,nrd->nr", rows, layer.V[slots]) + layer.b[slots]
+    low_rank[torch.arange(tables.RANK) >= layer.ranks[slots][:, None]] = 0
+    rows += strengths[:, None] * torch.einsum("nr,nrd->nd", low_rank, layer.U[slots])
+
+
+@pytest.fixture(params=["torch"])
+def replays(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Spy:
+    """Cores with pages and graphs; notes what is replayed.
+
+    With Triton's kernels on a device, and where `request.param` asks for them: its interpreter
+    takes seconds.
+    """
     seen: Spy = []
+    own = request.param == "triton" or DEVICE.type == "cuda"
 
     def storage(loaded: LoadedModel, budget: BlockBudget, max_running: int) -> PageStorage:
-        return pages_for(loaded, budget, max_running, TritonAttention(loaded.group, 8))
+        kernel = TritonAttention(loaded.group, 8) if own else None
+        return pages_for(loaded, budget, max_running, kernel)
 
     def decoder(runner: Runner, max_running: int) -> DecodeGraphs:
         loaded, pages = runner.loaded, runner.storage
         assert isinstance(pages, PageStorage)
-        held = EditTables(
-            len(loaded.layers), loaded.hidden_size, max_running, loaded.device, edit_rows
-        )
+        edit = edit_rows if own else plain_edit
+        held = EditTables(len(loaded.layers), loaded.hidden_size, max_running, loaded.device, edit)
         capture = GraphCapture() if loaded.device.type == "cuda" else again
         graphs = DecodeGraphs(loaded, pages, runner.sites, held, max_running, capture)
         real = graphs._graph
 
-        def graph(rows: int, *, edited: bool) -> Replay:
+        def graph(rows: int, *, edited: bool) -> Compute:
             seen.append((rows, edited))
             return real(rows, edited=edited)
 
@@ -73,6 +95,7 @@ def test_buckets() -> None:
     assert len(sizes) < 32
 
 
+@pytest.mark.parametrize("replays", ["torch", "triton"], indirect=True)
 def test_base_and_prompt_edits_take_the_plain_set(replays: Spy) -> None:
     model, _ = tiny_llama()
     asked = [
@@ -83,7 +106,7 @@ def test_base_and_prompt_edits_take_the_plain_set(replays: Spy) -> None:
     found = run(make_core(), asked)
     assert found["base"][0] == generate(model, prompt(9), 5)
     assert found["long"][0] == generate(model, prompt(20), 8)
-    assert found["edited"] != run(make_core(), [request("edited", prompt(7), max_tokens=4)])
+    assert found["edited"][0] != generate(model, prompt(7), 4)
     assert {edited for _, edited in replays} == {False}
     # Three rows decode together, then fewer.
     assert [rows for rows, _ in replays[:7]] == [3, 3, 3, 2, 1, 1, 1]
@@ -131,8 +154,7 @@ def test_what_tables_cannot_hold_is_computed_eagerly(replays: Spy, name: str) ->
         assert run(make_core(), asked) == found
 
 
-def test_more_interventions_than_slots(replays: Spy, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tables, "SLOTS", 2)
+def test_more_interventions_than_slots(replays: Spy) -> None:
     asked = [
         request(
             f"{seed}",
@@ -144,16 +166,24 @@ def test_more_interventions_than_slots(replays: Spy, monkeypatch: pytest.MonkeyP
     ]
     wanted = {each.id: run(make_core(), [each])[each.id] for each in asked}
     replays.clear()
-    assert run(make_core(), asked[:2]) == {n: wanted[n] for n in ("0", "1")}
-    assert replays
-    replays.clear()
-    core = make_core()
-    assert run(core, asked) == wanted  # all at once: too many
-    assert not replays
-    # One after another in two slots: the least recently used gives way.
+    # Two at once: a slot for each, and the least recently used gives way.
+    core = make_core(max_running=2)
+    assert run(core, asked) == wanted
     for each in (*asked, *asked):
         assert run(core, [each])[each.id] == wanted[each.id]
-    assert replays
+    assert {edited for _, edited in replays} == {True}
+
+
+@pytest.mark.parametrize("replays", ["triton"], indirect=True)
+def test_tables_and_pages_by_triton(replays: Spy) -> None:
+    own = applied(DECODING["loreft"]).intervention
+    asked = [request("edited", prompt(5), own, max_tokens=3), request("base", prompt(3))]
+    found = run(make_core(), asked)
+    assert {edited for _, edited in replays} == {True, False}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engine_core, "storage_for", pages_for)
+        patch.setattr(engine_core, "decoder_for", lambda *_: None)
+        assert run(make_core(), asked) == found
 
 
 def test_one_core_after_another_in_any_company(replays: Spy) -> None:
@@ -167,12 +197,11 @@ def test_one_core_after_another_in_any_company(replays: Spy) -> None:
     assert together == {each.id: run(core, [each])[each.id] for each in asked}
 
 
-@torch.inference_mode()
-def test_slots_hold_what_they_are_asked_to() -> None:
-    held = EditTables(4, 32, 3, torch.device("cpu"), tables.edit_rows)
-    assert held.sites == [(layer, "block_output") for layer in range(4)]
-    held.choose([(0, 0.0), (0, 0.0)])
-    hidden = torch.randn(2, 32)
-    before = hidden.clone()
-    held.apply((1, "block_output"), hidden)
-    assert torch.equal(hidden, before)
+def test_warming_up_captures_both_sets_and_leaves_no_trace(replays: Spy) -> None:
+    core = make_core(max_running=6)
+    graphs = core.runner.decoder
+    assert isinstance(graphs, DecodeGraphs)
+    graphs.warm_up(progress=False)
+    assert replays == [(rows, edited) for rows in (6, 5, 4, 3, 2, 1) for edited in (False, True)]
+    assert run(core, [request("a", prompt(9))])["a"][0] == generate(tiny_llama()[0], prompt(9), 8)
+    core.check_integrity()

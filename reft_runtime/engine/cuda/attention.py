@@ -7,8 +7,6 @@ among programs, and a second kernel puts the parts together (flash decoding).
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 import triton
 from torch import Tensor
@@ -18,6 +16,8 @@ from reft_runtime.engine.cuda import kernels
 from reft_runtime.engine.page_attention import PageBatch
 
 KEYS_AT_ONCE = 64
+WIDE_BYTES = 256
+"""Of a head: of wider ones half as many keys fit into a processor's memory at once."""
 LEAST = 16
 """Rows and columns of a matrix product (`tl.dot`)."""
 
@@ -58,79 +58,81 @@ class TritonAttention:
         out = query.new_empty(*query.shape[:-1], values.shape[-1])
         if query.stride()[1:] != (query.shape[2], 1):
             query = query.contiguous()
-        launch = self._launcher(query, keys, values, out, batch, scale, window or 0)
         if batch.decodes:
             splits = self.splits(batch.decodes, keys.shape[2])
-            launch(None, batch.decodes, 1, splits)
+            _launch(query, keys, values, out, batch, scale, window, tokens=1, splits=splits)
         if len(batch.blocks):
-            launch(batch.blocks, len(batch.blocks), self.query_block, 1)
+            tokens = self.query_block
+            _launch(query, keys, values, out, batch, scale, window, tokens=tokens, splits=None)
         return out
 
-    def _launcher(
-        self,
-        query: Tensor,
-        keys: Tensor,
-        values: Tensor,
-        out: Tensor,
-        batch: PageBatch,
-        scale: float,
-        window: int,
-    ) -> Callable[[Tensor | None, int, int, int], None]:
-        heads, kv_heads = query.shape[1], keys.shape[2]
-        group = heads // kv_heads
-        key_dim, value_dim = keys.shape[3], values.shape[3]
 
-        def launch(blocks: Tensor | None, count: int, tokens: int, splits: int) -> None:
-            parts = sums = out
-            if splits > 1:
-                parts = torch.empty(
-                    (count, heads, splits, value_dim), dtype=torch.float32, device=out.device
-                )
-                sums = parts.new_empty(count, heads, splits, 2)
-            lanes = triton.next_power_of_2(group)
-            tokens = max(tokens, -(-LEAST // lanes))
-            kernels.attend[(count, kv_heads, splits)](
-                query,
-                keys,
-                values,
-                out,
-                parts,
-                sums,
-                batch.firsts if blocks is None else blocks,
-                batch.firsts,
-                batch.stops,
-                batch.lanes,
-                batch.tables,
-                scale,
-                query.stride(0),
-                batch.tables.stride(0),
-                KV_HEADS=kv_heads,
-                GROUP=group,
-                LANES=lanes,
-                KEY_DIM=key_dim,
-                VALUE_DIM=value_dim,
-                KEY_WIDTH=_width(key_dim),
-                VALUE_WIDTH=_width(value_dim),
-                TOKENS=tokens,
-                KEYS=KEYS_AT_ONCE,
-                PAGE=BLOCK_TOKENS,
-                SPLITS=splits,
-                WINDOW=window,
-                DECODES=blocks is None,
-            )
-            if splits > 1:
-                kernels.combine[(count, heads)](
-                    parts,
-                    sums,
-                    out,
-                    HEADS=heads,
-                    SPLITS=splits,
-                    DIM=value_dim,
-                    WIDTH=_width(value_dim),
-                )
-
-        return launch
+def _launch(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    out: Tensor,
+    batch: PageBatch,
+    scale: float,
+    window: int | None,
+    *,
+    tokens: int,
+    splits: int | None,
+) -> None:
+    """Attention of the decoding rows, in `splits` parts, or (None) of the pieces of prompts."""
+    decodes = splits is not None
+    parts_of_a_row = splits or 1
+    count = batch.decodes if decodes else len(batch.blocks)
+    heads, kv_heads = query.shape[1], keys.shape[2]
+    key_dim, value_dim = keys.shape[3], values.shape[3]
+    parts = sums = out
+    if parts_of_a_row > 1:
+        shape = count, heads, parts_of_a_row
+        parts = torch.empty((*shape, value_dim), dtype=torch.float32, device=out.device)
+        sums = parts.new_empty(*shape, 2)
+    group = heads // kv_heads
+    lanes = triton.next_power_of_2(group)
+    kernels.attend[(count, kv_heads, parts_of_a_row)](
+        query,
+        keys,
+        values,
+        out,
+        parts,
+        sums,
+        batch.firsts if decodes else batch.blocks,
+        batch.firsts,
+        batch.stops,
+        batch.lanes,
+        batch.tables,
+        scale,
+        query.stride(0),
+        batch.tables.stride(0),
+        KV_HEADS=kv_heads,
+        GROUP=group,
+        LANES=lanes,
+        KEY_DIM=key_dim,
+        VALUE_DIM=value_dim,
+        KEY_WIDTH=_width(key_dim),
+        VALUE_WIDTH=_width(value_dim),
+        TOKENS=max(tokens, -(-LEAST // lanes)),
+        KEYS=KEYS_AT_ONCE // (2 if key_dim * keys.itemsize > WIDE_BYTES else 1),
+        PAGE=BLOCK_TOKENS,
+        SPLITS=parts_of_a_row,
+        WINDOW=window or 0,
+        DECODES=decodes,
+    )
+    if parts_of_a_row > 1:
+        kernels.combine[(count, heads)](
+            parts,
+            sums,
+            out,
+            HEADS=heads,
+            SPLITS=parts_of_a_row,
+            DIM=value_dim,
+            WIDTH=_width(value_dim),
+        )
 
 
 def _width(dim: int) -> int:
-    return max(LEAST, triton.next_power_of_2(dim))
+    width: int = max(LEAST, triton.next_power_of_2(dim))
+    return width

@@ -9,7 +9,8 @@ import triton
 import triton.language as tl
 
 
-@triton.jit
+# Small tensors that are parts of one lie at any alignment: no reason to compile anew.
+@triton.jit(do_not_specialize_on_alignment=["blocks", "firsts", "stops", "lanes"])
 def attend(
     query,
     keys,
@@ -218,21 +219,23 @@ def edit_rows(
     V,
     U,
     b,
+    ranks,
     slots,
     strengths,
     WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
     RANK: tl.constexpr,
 ):
-    """A program a row: h + strength * U^T (V h + b) of its slot; slot 0 is left as it is."""
+    """A program a row: h + strength * U^T (V h + b), as far as its slot's rank goes."""
     row = tl.program_id(0).to(tl.int64)
     slot = tl.load(slots + row)
-    if slot != 0:
+    rank = tl.load(ranks + slot)
+    if rank > 0:
         at = tl.arange(0, BLOCK)
         inside = at < WIDTH
         old = tl.load(rows + row * WIDTH + at, mask=inside, other=0.0).to(tl.float32)
         change = tl.zeros([BLOCK], tl.float32)
-        for i in range(RANK):
+        for i in range(rank):
             place = slot * RANK + i
             down = tl.load(V + place * WIDTH + at, mask=inside, other=0.0)
             low = tl.sum(old * down, 0) + tl.load(b + place)

@@ -7,6 +7,7 @@ import triton
 from torch import Tensor
 
 from reft_runtime.engine.cuda import kernels
+from reft_runtime.engine.cuda.tables import LayerTable
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -73,12 +74,10 @@ class TritonOperators:
         )
 
 
-def edit_rows(
-    rows: Tensor, V: Tensor, U: Tensor, b: Tensor, slots: Tensor, strengths: Tensor
-) -> None:
+def edit_rows(rows: Tensor, layer: LayerTable, slots: Tensor, strengths: Tensor) -> None:
     """See `tables.EditRows`."""
     kernels.edit_rows[(len(rows),)](
-        rows, V, U, b, slots, strengths, RANK=V.shape[1], **_row(rows.shape[1])
+        rows, *layer, slots, strengths, RANK=layer.V.shape[1], **_row(rows.shape[1])
     )
 
 
