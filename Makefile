@@ -12,6 +12,8 @@ ARGS ?=
 
 # pyreft, which tests compare with, pins packages that would replace ours: it is installed without its dependencies.
 PYREFT_NEEDS := matplotlib evaluate datasets scikit-learn protobuf networkx
+# A CUDA build of torch brings the Triton that it needs. On a CPU tests run the kernels in this one's interpreter.
+TRITON := triton==3.9.0
 # A name of its own, because `call` would split it at the comma.
 TEST_EXTRAS := .[bench,test]
 
@@ -80,6 +82,8 @@ $(VENV)/.installed-test: $(VENV)/.installed
 	$(call install,--editable '$(TEST_EXTRAS)')
 	$(call install,$(PYREFT_NEEDS))
 	$(call install,--no-deps pyreft pyvene)
+	@if [ "$$(uname -s)" = Linux ] && ! $(BIN)/python -c 'import triton' 2>/dev/null; then \
+		$(BIN)/python -m pip install -qq --no-deps $(TRITON); fi
 
 $(VENV)/.installed-bench: $(VENV)/.installed
 	$(call install,--editable '.[bench]')

@@ -130,7 +130,9 @@ def plain(run: Run, task: Task, model: str, tune: Callable[[Any], Tuned]) -> Out
     path, _ = locate(model)
     torch.manual_seed(run.seed)
     tokenizer = AutoTokenizer.from_pretrained(path)
-    base = AutoModelForCausalLM.from_pretrained(path, dtype=choose_dtype(run.dtype))
+    base = AutoModelForCausalLM.from_pretrained(
+        path, dtype=choose_dtype(run.dtype, torch.device("cpu"))
+    )
     words = Tokenizer(tokenizer, base.config.max_position_embeddings)
     tuned = tune(base)
     fit(

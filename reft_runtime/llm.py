@@ -43,12 +43,14 @@ class Engine:
     `model` is "demo", a hub id, a folder, or a transformers model (then `tokenizer` is needed).
     `interventions` is a folder of files; uploads are kept in `state_dir`, or in memory without
     one; `allow_base` is a shell pattern for the names of base models whose files fit this one.
-    `max_running` bounds the answers made at once, `max_queued` and `max_queued_tokens` what
-    may wait, `max_step_tokens` the tokens of one step (measured times bound them too), `kv_tokens`
+    `max_running` bounds the answers made at once (64, on a CUDA device 256), `max_queued` and
+    `max_queued_tokens` what may wait, `max_step_tokens` the tokens of one step (2,048, on a CUDA
+    device 8,192; measured times bound them too), `kv_tokens`
     the tokens whose keys and values are held (by default from free memory); with `prefix_cache`
     those that nobody uses are kept, and reused where prompts begin alike and are edited alike.
-    `threads` is by default one a core that this process may use, `dtype` "auto" the fast one for
-    this machine. Loading blocks; everything else may be called from any thread.
+    `threads` is by default one a core that this process may use, `device` is cpu, cuda or
+    cuda:N (a model in memory stays where it is), `dtype` "auto" the fast one for the device.
+    Loading blocks; everything else may be called from any thread.
     """
 
     @releasing_workers
@@ -60,18 +62,24 @@ class Engine:
         interventions: str | Path | None = None,
         state_dir: str | Path | None = None,
         allow_base: str | None = None,
+        device: str = "cpu",
         dtype: str = "auto",
         max_model_len: int | None = None,
-        max_running: int = 64,
+        max_running: int | None = None,
         max_queued: int = 1024,
         max_queued_tokens: int = 1_000_000,
-        max_step_tokens: int = 2048,
+        max_step_tokens: int | None = None,
         kv_tokens: int | None = None,
         prefix_cache: bool = True,
         threads: int | None = None,
     ) -> None:
         torch.set_num_threads(threads or min(torch.get_num_threads(), usable_cores()))
-        name, loaded, tokenizer = load_base(model, tokenizer, dtype, max_model_len)
+        name, loaded, tokenizer = load_base(model, tokenizer, dtype, max_model_len, device=device)
+        on_cpu = loaded.device.type == "cpu"
+        if max_running is None:
+            max_running = 64 if on_cpu else 256
+        if max_step_tokens is None:
+            max_step_tokens = 2048 if on_cpu else 8192
         kv_tokens = kv_budget(loaded, max_running, kv_tokens, prefix_cache=prefix_cache)
         config = EngineConfig(
             max_running, max(max_step_tokens, max_running), kv_tokens, prefix_cache
@@ -91,7 +99,7 @@ class Engine:
             model=name,
             architecture=loaded.architecture,
             dtype=str(loaded.dtype).removeprefix("torch."),
-            device=str(loaded.model.device),
+            device=str(loaded.device),
             threads=torch.get_num_threads(),
             max_model_len=loaded.max_model_len,
             max_running=max_running,

@@ -8,15 +8,20 @@ from contextlib import suppress
 from pathlib import Path
 
 import psutil
+import torch
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from reft_runtime.demo import locate
 from reft_runtime.engine.blocks import BLOCK_TOKENS
+from reft_runtime.engine.cuda.tables import table_bytes
 from reft_runtime.engine.loader import LoadedModel, adopt_model, load_model
 from reft_runtime.errors import ConfigError
 from reft_runtime.interventions import BaseShape
 
 KV_SHARE_OF_FREE_MEMORY = 0.3
+KV_SHARE_OF_DEVICE = 0.9
+DEVICE_MARGIN = 2 << 30
+"""Bytes of a device's memory that are left to the activations of the largest step."""
 
 # glibc's mallopt: sizes from which memory is mapped by itself, and above which it is given back.
 _M_MMAP_THRESHOLD, _M_TRIM_THRESHOLD = -3, -1
@@ -28,11 +33,12 @@ def load_base(
     dtype: str,
     max_model_len: int | None,
     *,
+    device: str = "cpu",
     differentiable: bool = False,
 ) -> tuple[str, LoadedModel, PreTrainedTokenizerBase]:
     """Name, model and tokenizer of "demo", a hub id, a folder, or a model in memory.
 
-    `differentiable` as in `load_model`.
+    A model in memory stays on its device. `device` and `differentiable` as in `load_model`.
     """
     keep_freed_memory()
     if isinstance(model, PreTrainedModel):
@@ -42,7 +48,7 @@ def load_base(
         loaded = adopt_model(model, max_model_len, differentiable=differentiable)
         return name, loaded, tokenizer
     path, name = locate(str(model))
-    loaded = load_model(path, dtype, max_model_len, differentiable=differentiable)
+    loaded = load_model(path, dtype, max_model_len, device=device, differentiable=differentiable)
     return name, loaded, tokenizer or AutoTokenizer.from_pretrained(path)
 
 
@@ -76,9 +82,9 @@ def kv_budget(
 ) -> int:
     """Tokens whose keys and values are held: `wanted`, or what running answers and memory allow.
 
-    All running answers at full length, but only a share of the free memory. Rows round up to
-    twice what they hold at most, and what the prefix cache keeps lies beside them. Raises
-    `ConfigError` where one answer would not fit.
+    All running answers at full length, but only a share of the free memory. Rows on a CPU round up
+    to twice what they hold at most, and what the prefix cache keeps lies beside them; pages on a
+    device hold both. Raises `ConfigError` where one answer would not fit.
     """
     longest = loaded.max_model_len + BLOCK_TOKENS
     if wanted is not None:
@@ -89,8 +95,21 @@ def kv_budget(
                 param="kv_tokens",
             )
         return wanted
-    copies = 3 if prefix_cache else 2
-    affordable = KV_SHARE_OF_FREE_MEMORY * free_memory() / (copies * loaded.kv_bytes_per_token)
+    if loaded.device.type == "cuda":
+        torch.cuda.empty_cache()  # what is cached after the load fits nothing
+        free = torch.cuda.mem_get_info(loaded.device)[0]
+        reserve = DEVICE_MARGIN + table_bytes(len(loaded.layers), loaded.hidden_size, max_running)
+        affordable = (KV_SHARE_OF_DEVICE * free - reserve) / loaded.kv_bytes_per_token
+        if affordable < longest:
+            raise ConfigError(
+                f"device: after the model {free / 2**30:.1f} GiB are free, too little for one"
+                f" answer of {loaded.max_model_len} tokens beside {reserve / 2**30:.1f} GiB to"
+                " work with. Take a smaller max_model_len or max_running, or another dtype.",
+                param="device",
+            )
+    else:
+        copies = 3 if prefix_cache else 2
+        affordable = KV_SHARE_OF_FREE_MEMORY * free_memory() / (copies * loaded.kv_bytes_per_token)
     return max(longest, min(max_running * longest, int(affordable)))
 
 

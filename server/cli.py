@@ -107,7 +107,9 @@ def serve(**options: Any) -> None:
 
 
 @app.command()
-@_with_settings("model", "interventions", "state_dir", "dtype", "max_model_len", "threads")
+@_with_settings(
+    "model", "interventions", "state_dir", "device", "dtype", "max_model_len", "threads"
+)
 def generate(
     prompt: Annotated[str, typer.Argument(help="What to say to the model, as one user's turn.")],
     intervention: Annotated[

@@ -21,6 +21,7 @@ ENGINE_OPTIONS = (
     "interventions",
     "state_dir",
     "allow_base",
+    "device",
     "dtype",
     "max_model_len",
     "max_running",
@@ -77,10 +78,15 @@ class Settings(BaseSettings):
         min_length=1,
         description="Key that clients send as 'Authorization: Bearer KEY'.",
     )
+    device: str = Field(
+        default="cpu",
+        pattern=r"^(cpu|cuda(:[0-9]+)?)$",
+        description="Where the model runs: cpu, cuda or cuda:N (not yet measured on a device).",
+    )
     dtype: Dtype = Field(
         default="auto",
         description="Number format of the base model's weights; "
-        "auto is the fast one for this machine.",
+        "auto is the fast one for the device.",
     )
     max_model_len: int | None = Field(
         default=None,
@@ -91,7 +97,7 @@ class Settings(BaseSettings):
         default=None,
         ge=1,
         le=65536,
-        description="Most sequences in one engine step; by default 64.",
+        description="Most sequences in one engine step; by default 64, on a CUDA device 256.",
     )
     max_queued: int | None = Field(
         default=None,
@@ -108,14 +114,14 @@ class Settings(BaseSettings):
         default=None,
         ge=1,
         le=65536,
-        description="Most tokens of one engine step, by default 2048; while answers are being "
-        "made it takes fewer prompt tokens, by measured times.",
+        description="Most tokens of one engine step, by default 2048, on a CUDA device 8192; "
+        "while answers are being made it takes fewer prompt tokens, by measured times.",
     )
     kv_tokens: int | None = Field(
         default=None,
         ge=1,
         description="Size of the key-value cache, in tokens; by default what fits into 30 % of "
-        "the available memory.",
+        "the available memory, or into nine tenths of a CUDA device's.",
     )
     prefix_cache: bool = Field(
         default=True,

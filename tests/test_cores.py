@@ -94,7 +94,7 @@ def test_auto_dtype_is_what_the_cpu_multiplies_natively(
     monkeypatch: pytest.MonkeyPatch, capabilities: dict[str, bool], dtype: torch.dtype
 ) -> None:
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
-    assert choose_dtype("auto") is dtype
+    assert choose_dtype("auto", torch.device("cpu")) is dtype
 
 
 def multiply() -> None:

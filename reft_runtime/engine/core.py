@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from reft_runtime.engine.blocks import BlockBudget
+from reft_runtime.engine.device import decoder_for, storage_for
 from reft_runtime.engine.events import (
     Event,
     Failed,
@@ -19,6 +20,7 @@ from reft_runtime.engine.events import (
     Traced,
 )
 from reft_runtime.engine.loader import LoadedModel
+from reft_runtime.engine.pacing import DEVICE_MIXED_TOKENS, MIXED_TOKENS, StepPacer
 from reft_runtime.engine.prefix_cache import BlockCopy, PrefixCache
 from reft_runtime.engine.runner import Runner, StepResult
 from reft_runtime.engine.sampler import Sampled
@@ -54,10 +56,11 @@ class EngineCore:
     ) -> None:
         self.loaded = loaded
         budget = BlockBudget(config.kv_tokens, PrefixCache() if config.prefix_cache else None)
-        self.scheduler = Scheduler(budget, config.max_running, config.max_step_tokens)
-        self.runner = Runner(
-            loaded, loaded.max_model_len, budget.total if config.prefix_cache else 0
-        )
+        on_cpu = loaded.device.type == "cpu"
+        pacer = StepPacer(MIXED_TOKENS if on_cpu else DEVICE_MIXED_TOKENS)
+        self.scheduler = Scheduler(budget, config.max_running, config.max_step_tokens, pacer)
+        self.runner = Runner(loaded, storage_for(loaded, budget, config.max_running))
+        self.runner.decoder = decoder_for(self.runner, config.max_running)
         self.steps = 0
         self.prompt_tokens = 0
         self.generation_tokens = 0
@@ -86,8 +89,7 @@ class EngineCore:
         """Compute one step. An exception from here means that the engine itself is broken."""
         plan = self.scheduler.schedule()
         kept = self._keep(plan.kept)
-        for sequence in plan.preempted:
-            self.runner.storage.release(sequence)
+        self.runner.storage.release(plan.preempted)
         if not plan.chunks or not kept:
             return []
         now = time.monotonic()
@@ -131,8 +133,7 @@ class EngineCore:
         prompts = [c.sequence for c in plan.prompts if c.sequence.status is Status.RUNNING]
         lasting = [sequence for sequence in prompts if sequence not in finished]
         self._keep([copy for s in lasting for copy in self.scheduler.keep(s)])
-        # Later slots first: a dense slab then has no hole to fill when many end together.
-        self._remove(sorted(finished, key=lambda s: -self.runner.storage.where(s)[1]))
+        self._remove(finished)
         return events
 
     def check_integrity(self) -> None:
@@ -209,8 +210,8 @@ class EngineCore:
             self.scheduler.finish(sequence)
         if keep:
             self._keep([copy for s in sequences for copy in self.scheduler.keep(s)])
+        self.runner.storage.release(sequences)
         for sequence in sequences:
-            self.runner.storage.release(sequence)
             siblings = self._live[sequence.request.id]
             siblings.remove(sequence)
             for sibling in siblings:
@@ -247,7 +248,8 @@ def _trace(result: StepResult, events: list[Event]) -> None:
 
 
 def _is_out_of_memory(error: Exception) -> bool:
-    # torch's CPU allocator has no exception type of its own.
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or (
-        "DefaultCPUAllocator" in str(error)
+    # torch's CPU allocator, cuBLAS and the driver have no exception type of their own.
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(
+        words in str(error)
+        for words in ("DefaultCPUAllocator", "CUBLAS_STATUS_ALLOC_FAILED", "out of memory")
     )

@@ -5,6 +5,8 @@ Every edit has the canonical form h + s * (g * h + c + phi(h V^T + b) U); see `C
 
 from __future__ import annotations
 
+from collections import OrderedDict
+from collections.abc import Iterable
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
 
@@ -20,6 +22,49 @@ from reft_runtime.outputs import EditTrace
 
 BATCHED_ROWS = 32
 """Segments of more rows get a matrix product of their own instead of padding the others."""
+
+MOVED_BYTES = 1 << 30
+
+
+class OnDevice:
+    """Edits with their tensors on the model's device: those used last, up to `MOVED_BYTES`."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._moved: OrderedDict[CanonicalEdit, CanonicalEdit] = OrderedDict()
+        self._bytes = 0
+
+    def __call__(self, edit: CanonicalEdit) -> CanonicalEdit:
+        """The same edit there; copied where it is not yet."""
+        if self.device.type == "cpu":
+            return edit
+        if edit in self._moved:
+            self._moved.move_to_end(edit)
+            return self._moved[edit]
+        moved = self._moved[edit] = edit.to(self.device)
+        self._bytes += edit.nbytes
+        while self._bytes > MOVED_BYTES and len(self._moved) > 1:
+            self._bytes -= self._moved.popitem(last=False)[0].nbytes
+        return moved
+
+
+class Sent:
+    """Numbers on the model's device, sent once a step: most files edit like rows at many layers."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._known: dict[tuple[type, tuple[float, ...]], Tensor] = {}  # 1 and 1.0 are equal
+
+    def __call__(self, numbers: Iterable[float]) -> Tensor:
+        """A tensor [n] of them, int64 or float32."""
+        found = tuple(numbers)
+        key = type(found[0]), found
+        if key not in self._known:
+            tensor = torch.tensor(found)
+            if self._device.type == "cuda":
+                tensor = tensor.pin_memory().to(self._device, non_blocking=True)
+            self._known[key] = tensor
+        return self._known[key]
 
 
 @dataclass(slots=True)
@@ -51,6 +96,7 @@ class StepEdits:
     passes: dict[Site, list[list[Segment]]] = field(default_factory=dict)
     failed: dict[Sequence, Exception] = field(default_factory=dict)
     traces: dict[Sequence, list[EditTrace]] = field(default_factory=dict)
+    sent: Sent = field(default_factory=lambda: Sent(torch.device("cpu")))
 
     @property
     def sites(self) -> SequenceOf[Site]:
@@ -58,9 +104,9 @@ class StepEdits:
         return tuple(self.passes)
 
     @classmethod
-    def of(cls, chunks: SequenceOf[Chunk]) -> StepEdits:
+    def of(cls, chunks: SequenceOf[Chunk], on_device: OnDevice) -> StepEdits:
         """Find the rows to edit in a packed step (chunks in packed order)."""
-        edits = cls()
+        edits = cls(sent=Sent(on_device.device))
         first = 0
         for chunk in chunks:
             sequence = chunk.sequence
@@ -68,11 +114,11 @@ class StepEdits:
             if sequence.edits_decode or (
                 sequence.request.interventions and chunk.start < sequence.prompt_length
             ):
-                edits._add(chunk, first - chunk.start)
+                edits._add(chunk, first - chunk.start, on_device)
             first += chunk.length
         return edits
 
-    def _add(self, chunk: Chunk, shift: int) -> None:
+    def _add(self, chunk: Chunk, shift: int, on_device: OnDevice) -> None:
         length = chunk.sequence.prompt_length
         edited: dict[Site, list[set[int]]] = {}  # by pass, the rows of this chunk
         for intervention, applied in enumerate(chunk.sequence.request.interventions):
@@ -96,7 +142,12 @@ class StepEdits:
                     passes.append([])
                 passes[number].append(
                     Segment(
-                        chunk.sequence, edit, applied.strength, rows, shift, (intervention, index)
+                        chunk.sequence,
+                        on_device(edit),
+                        applied.strength,
+                        rows,
+                        shift,
+                        (intervention, index),
                     )
                 )
 
@@ -116,9 +167,9 @@ class StepEdits:
     def _apply_pass(self, site: Site, segments: list[Segment], hidden: Tensor) -> None:
         """Compute all segments' new rows before any is written: a failure changes nothing."""
         short = [segment for segment in segments if _batches(segment)]
-        results = [_edit_alone(s, hidden) for s in segments if not _batches(s)]
+        results = [_edit_alone(s, hidden, self.sent) for s in segments if not _batches(s)]
         if short:
-            results.append(_edit_together(short, hidden))
+            results.append(_edit_together(short, hidden, self.sent))
         traced = [s for s in segments if s.sequence.request.trace and s.sequence.leads]
         before = [hidden[segment.rows].float() for segment in traced]
         for rows, edited in results:
@@ -146,32 +197,32 @@ def _batches(segment: Segment) -> bool:
     )
 
 
-def _edit_alone(segment: Segment, hidden: Tensor) -> tuple[Tensor, Tensor]:
+def _edit_alone(segment: Segment, hidden: Tensor, sent: Sent) -> tuple[Tensor, Tensor]:
     """Packed rows and their new values, in float32; any kind of edit."""
-    rows = torch.tensor(segment.rows, device=hidden.device)
+    rows = sent(segment.rows)
     return rows, segment.edit.edited(hidden[rows], segment.strength)
 
 
-def _edit_together(segments: list[Segment], hidden: Tensor) -> tuple[Tensor, Tensor]:
+def _edit_together(segments: list[Segment], hidden: Tensor, sent: Sent) -> tuple[Tensor, Tensor]:
     """Batched products: segments padded to the longest, ranks to the largest."""
     longest = max(len(segment.rows) for segment in segments)
-    padded: list[list[int]] = []
+    padded: list[int] = []
     real: list[int] = []
     for number, segment in enumerate(segments):
         rows = segment.rows
-        padded.append(rows + rows[-1:] * (longest - len(rows)))
+        padded += rows + rows[-1:] * (longest - len(rows))
         real.extend(range(number * longest, number * longest + len(rows)))
-    index = torch.tensor(padded, device=hidden.device)
+    index = sent(padded).view(len(segments), longest)
     old = hidden[index].float()  # [segments, longest, d]
     down = _stack([s.edit.V for s in segments])  # [segments, rank, d]
     up = _stack([s.edit.U for s in segments])
     bias = _stack([s.edit.b for s in segments])
-    strength = torch.tensor([s.strength for s in segments], device=hidden.device)
+    strength = sent(float(s.strength) for s in segments)
     low_rank = torch.baddbmm(bias[:, None], old, down.transpose(1, 2))
     new = torch.baddbmm(old, low_rank * strength[:, None, None], up).flatten(0, 1)
     if len(real) == new.shape[0]:
         return index.flatten(), new
-    kept = torch.tensor(real, device=hidden.device)
+    kept = sent(real)
     return index.flatten()[kept], new[kept]
 
 

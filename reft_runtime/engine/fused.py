@@ -14,10 +14,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from reft_runtime.engine.attention import ProbedLayer, ShapeProbe
 from reft_runtime.engine.linears import Merged
-from reft_runtime.engine.native import Kernels, kernels, packs, supports
+from reft_runtime.engine.operators import Operators, operators_for
 
 _ROTARY = "apply_rotary_pos_emb"
 _PLAIN_ATTENTION = {
@@ -60,16 +61,18 @@ Compute = Callable[[Tensor, Tensor, Tensor, Any], Tensor]
 """From rows [T, d], the rotary cosines and sines [1, T, dim] and the step to rows [T, d]."""
 
 
-def fuse(model: nn.Module, layers: SequenceOf[nn.Module], probed: SequenceOf[ProbedLayer]) -> int:
+def fuse(
+    model: PreTrainedModel, layers: SequenceOf[nn.Module], probed: SequenceOf[ProbedLayer]
+) -> int:
     """Replace what can be; returns the number of modules changed (0 without a compiler).
 
     `layers` are the decoder layers, and `probed` is what their attention asks for. Linear layers
     must not be packed yet.
     """
-    operators = kernels()
+    operators = operators_for(model.device)
     if operators is None or model.dtype not in _TOLERANCE:
         return 0
-    fuser = _Fuser(operators)
+    fuser = _Fuser(operators, model.device)
     # Modules with another forward than their class's are somebody's already.
     changed = sum(
         fuser.norm(module) or fuser.mlp(module)
@@ -87,8 +90,9 @@ def fuse(model: nn.Module, layers: SequenceOf[nn.Module], probed: SequenceOf[Pro
 class _Fuser:
     """Replaces forwards, and remembers what it made: a layer is put together from its parts."""
 
-    def __init__(self, operators: Kernels) -> None:
+    def __init__(self, operators: Operators, device: torch.device) -> None:
         self._operators = operators
+        self._device = device
         self._rotary: dict[Operator, Operator | None] = {}
         self._mlps: dict[nn.Module, Callable[[Tensor], Tensor]] = {}
         self._attentions: dict[nn.Module, Compute] = {}
@@ -102,11 +106,11 @@ class _Fuser:
             return False
 
         def forward(hidden_states: Tensor) -> Any:
-            if not supports(hidden_states, weight):
+            if not operators.supports(hidden_states, weight):
                 return own(hidden_states)
             return operators.rms_norm(hidden_states, weight, epsilon)
 
-        return _replace(module, forward, (_random(weight.shape[-1], weight.dtype),), {})
+        return _replace(module, forward, (_random(weight.shape[-1], weight),), {})
 
     def mlp(self, module: nn.Module) -> bool:
         parts: dict[str, Any] = dict(module.named_children())
@@ -122,11 +126,11 @@ class _Fuser:
             return down(operators.silu_mul(merged.product(rows)))
 
         def forward(hidden_states: Tensor) -> Any:
-            if any(inner) or not supports(hidden_states):
+            if any(inner) or not operators.supports(hidden_states):
                 return own(hidden_states)
             return compute(hidden_states)
 
-        rows = _random(gate.in_features, _dtype(module))
+        rows = _random(gate.in_features, gate.weight)
         if not _replace(module, forward, (rows,), {}):
             return False
         merged.merge()
@@ -158,15 +162,15 @@ class _Fuser:
             operators.rotate_(query, key, cos, sin)
             return o(step.attend(index, query, key, value, scaling, window).flatten(1))
 
-        guarded = _or_own(compute, module.forward, inner, width)
+        guarded = _or_own(operators, compute, module.forward, inner, width)
 
         def forward(*args: Any, **kwargs: Any) -> Any:
             rows = guarded(*args, **kwargs)
             return rows if isinstance(rows, tuple) else (rows, None)
 
-        dtype = _dtype(module)
-        rows = _random(projections[0].in_features, dtype)
-        given = {"position_embeddings": _angles(width, dtype), "attention_mask": None}
+        weight = projections[0].weight
+        rows = _random(projections[0].in_features, weight)
+        given = {"position_embeddings": _angles(width, weight), "attention_mask": None}
         if not _replace(module, forward, (rows,), given, needs_step=True):
             return False
         merged.merge()
@@ -187,7 +191,7 @@ class _Fuser:
     def _rotates_halves(self, module: nn.Module) -> bool:
         rotary = type(module).forward.__globals__[_ROTARY]
         if rotary not in self._rotary:
-            self._rotary[rotary] = _rotate(rotary, self._operators)
+            self._rotary[rotary] = _rotate(rotary, self._operators, self._device)
         return self._rotary[rotary] is not None
 
     def layer(self, layer: nn.Module) -> bool:
@@ -214,10 +218,9 @@ class _Fuser:
             rows += mlp(normal)
             return rows
 
-        forward = _or_own(compute, layer.forward, inner, width)
-        dtype = _dtype(layer)
-        given = {"position_embeddings": _angles(width, dtype)}
-        rows = _random(before.weight.shape[-1], dtype)
+        forward = _or_own(operators, compute, layer.forward, inner, width)
+        given = {"position_embeddings": _angles(width, before.weight)}
+        rows = _random(before.weight.shape[-1], before.weight)
         return _replace(layer, forward, (rows,), given, needs_step=True)
 
 
@@ -226,7 +229,7 @@ def _rotates(module: nn.Module) -> bool:
     return isinstance(own, FunctionType) and _ROTARY in own.__code__.co_names
 
 
-def _rotate(rotary: Operator, operators: Kernels) -> Operator | None:
+def _rotate(rotary: Operator, operators: Operators, device: torch.device) -> Operator | None:
     """A function like `rotary` that works in place; None if it does not give the same."""
 
     def rotate(
@@ -235,14 +238,21 @@ def _rotate(rotary: Operator, operators: Kernels) -> Operator | None:
         # As a linear layer gave them, [1, T, heads, dim], they are nobody else's.
         query, key = q.transpose(1, 2)[0], k.transpose(1, 2)[0]
         whole = cos.shape[-1] == q.shape[-1] == k.shape[-1] and len(q) == len(cos) == 1
-        if args or kwargs or not whole or not packs(query, key) or not supports(cos, sin):
+        if (
+            args
+            or kwargs
+            or not whole
+            or not operators.packs(query, key)
+            or not operators.supports(cos, sin)
+        ):
             rotated: tuple[Tensor, Tensor] = rotary(q, k, cos, sin, *args, **kwargs)
             return rotated
         operators.rotate_(query, key, cos, sin)
         return q, k
 
-    heads = [_random(n * 8, torch.float32).view(1, _ROWS, n, 8).transpose(1, 2) for n in (2, 1)]
-    angles = _angles(8, torch.float32)
+    like = torch.empty(0, device=device)
+    heads = [_random(n * 8, like).view(1, _ROWS, n, 8).transpose(1, 2) for n in (2, 1)]
+    angles = _angles(8, like)
     wanted = rotary(*heads, *angles)
     given = rotate(*heads, *angles)
     same = all(torch.allclose(a, b, atol=1e-5) for a, b in zip(wanted, given, strict=True))
@@ -250,7 +260,11 @@ def _rotate(rotary: Operator, operators: Kernels) -> Operator | None:
 
 
 def _or_own(
-    compute: Compute, own: Operator, inner: SequenceOf[dict[int, Any]], width: int
+    operators: Operators,
+    compute: Compute,
+    own: Operator,
+    inner: SequenceOf[dict[int, Any]],
+    width: int,
 ) -> Operator:
     """A forward that computes the rows of a plain step, and runs a module's `own` for all else.
 
@@ -266,7 +280,7 @@ def _or_own(
     ) -> Any:
         cos, sin = position_embeddings
         plain = step is not None and cos.shape[-1] == width and not any(inner)
-        if plain and supports(hidden_states, cos, sin):
+        if plain and operators.supports(hidden_states, cos, sin):
             return compute(hidden_states[0], cos, sin, step)[None]
         kwargs |= {} if step is None else {"step": step}
         return own(hidden_states, *args, position_embeddings=position_embeddings, **kwargs)
@@ -307,14 +321,11 @@ def _epsilon(norm: nn.Module) -> float | None:
     return epsilon if isinstance(epsilon, float) else None
 
 
-def _dtype(module: nn.Module) -> torch.dtype:
-    return next(module.parameters()).dtype
+def _random(width: int, like: Tensor) -> Tensor:
+    """The same numbers on any device, on the device and with the dtype of `like`."""
+    return torch.randn(1, _ROWS, width, generator=torch.Generator().manual_seed(0)).to(like)
 
 
-def _random(width: int, dtype: torch.dtype) -> Tensor:
-    return torch.randn(1, _ROWS, width, generator=torch.Generator().manual_seed(0)).to(dtype)
-
-
-def _angles(width: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    angles = _random(width // 2, torch.float32).repeat(1, 1, 2)
-    return angles.cos().to(dtype), angles.sin().to(dtype)
+def _angles(width: int, like: Tensor) -> tuple[Tensor, Tensor]:
+    angles = _random(width // 2, like.float()).repeat(1, 1, 2)
+    return angles.cos().to(like.dtype), angles.sin().to(like.dtype)

@@ -17,26 +17,19 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from collections.abc import Sequence as SequenceOf
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from reft_runtime.engine.attention import LayerShape
 from reft_runtime.engine.blocks import BLOCK_TOKENS
 from reft_runtime.engine.prefix_cache import BlockCopy
+from reft_runtime.engine.row_attention import RowAttentionStep
+from reft_runtime.engine.scheduler import Chunk
 from reft_runtime.engine.sequence import Sequence
 
 MIN_CAPACITY = 128
 MIN_ROWS = 4
-
-
-@dataclass(frozen=True, slots=True)
-class LayerShape:
-    """Shape of one attention layer's cache entries."""
-
-    kv_heads: int
-    key_dim: int
-    value_dim: int
 
 
 class Slab:
@@ -162,12 +155,35 @@ class RowStorage:
                 blocks = tokens.view(len(tokens), count, BLOCK_TOKENS, -1).transpose(0, 1)
                 yield blocks, pool.narrow(0, copy.slot, count)
 
+    def prepare(self, chunks: SequenceOf[Chunk]) -> list[Chunk]:
+        """See `KVStorage.prepare`; decoding chunks come first, by slab and slot.
+
+        So their queries meet a slice of the slab.
+        """
+        for chunk in chunks:
+            # Room for the whole prompt at once: a row that grows chunk by chunk is copied often.
+            for sequence in (chunk.sequence, *chunk.forks):
+                self.ensure(sequence, len(sequence.tokens))
+        # Only now: a row that moves takes along what was computed before alone.
+        self.reuse(copy for chunk in chunks for copy in chunk.reused)
+
+        def place(chunk: Chunk) -> tuple[bool, int, int]:
+            slab, slot = self._places[chunk.sequence]
+            return chunk.length > 1, slab.capacity, slot
+
+        return sorted(chunks, key=place)
+
+    def attention(self, chunks: SequenceOf[Chunk]) -> RowAttentionStep:
+        """See `KVStorage.attention`."""
+        return RowAttentionStep(chunks, self.where)
+
     @torch.inference_mode()
-    def release(self, sequence: Sequence) -> None:
-        """Free a sequence's row, if it has one."""
-        found = self._places.pop(sequence, None)
-        if found is not None:
-            self._vacate(*found, sequence)
+    def release(self, sequences: Iterable[Sequence]) -> None:
+        """Free the rows of sequences, of those that have one."""
+        placed = [sequence for sequence in sequences if sequence in self._places]
+        # Later slots first: a dense slab then has no hole to fill when many end together.
+        for sequence in sorted(placed, key=lambda s: -self._places[s][1]):
+            self._vacate(*self._places.pop(sequence), sequence)
 
     def check_integrity(self, *, idle: bool = False) -> None:
         """Raise AssertionError if places and slabs disagree, or if `idle` and a row is in use."""

@@ -10,9 +10,8 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from reft_runtime.engine.attention import ATTENTION, ProbedLayer, ShapeProbe
+from reft_runtime.engine.attention import ATTENTION, LayerShape, ProbedLayer, ShapeProbe
 from reft_runtime.engine.fused import fuse
-from reft_runtime.engine.kv_rows import LayerShape
 from reft_runtime.engine.linears import prepack
 from reft_runtime.errors import ConfigError, UnsupportedModel
 
@@ -33,19 +32,26 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torc
 class LoadedModel:
     """A base model, ready to run packed steps.
 
-    `layers` are the decoder layers in order, `shapes` their cache shapes; `eos_ids` end an answer.
-    `weight_bytes` is the memory of the weights.
+    `layers` are the decoder layers in order, `shapes` their cache shapes, `group` the most heads
+    of queries that share one of keys; `eos_ids` end an answer. `weight_bytes` is the memory of the
+    weights.
     """
 
     model: PreTrainedModel
     architecture: str
     layers: tuple[nn.Module, ...]
     shapes: tuple[LayerShape, ...]
+    group: int
     eos_ids: frozenset[int]
     hidden_size: int
     vocab_size: int
     max_model_len: int
     weight_bytes: int
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are, and keys and values."""
+        return self.model.device
 
     @property
     def dtype(self) -> torch.dtype:
@@ -59,11 +65,30 @@ class LoadedModel:
         return numbers * self.dtype.itemsize
 
 
-def choose_dtype(name: str) -> torch.dtype:
-    """Dtype by name; "auto" is bfloat16 where the CPU multiplies it natively, else float32."""
+def choose_device(name: str) -> torch.device:
+    """Device by name: cpu, cuda or cuda:N."""
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise ConfigError(f"device must be cpu, cuda or cuda:N, not {name!r}.", param="device")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ConfigError(
+            f"device: there is no {name}; torch sees {torch.cuda.device_count()} CUDA devices.",
+            param="device",
+        )
+    return device
+
+
+def choose_dtype(name: str, device: torch.device) -> torch.dtype:
+    """Dtype by name; "auto" is bfloat16 where the device multiplies it natively, else float32."""
     if name == "auto":
-        capabilities = torch.cpu.get_capabilities()
-        native = any(capabilities.get(name, False) for name in NATIVE_BFLOAT16)
+        if device.type == "cuda":
+            native = torch.cuda.is_bf16_supported(including_emulation=False)
+        else:
+            capabilities = torch.cpu.get_capabilities()
+            native = any(capabilities.get(name, False) for name in NATIVE_BFLOAT16)
         return torch.bfloat16 if native else torch.float32
     if name not in _DTYPES:
         raise ConfigError(f"dtype must be auto, {', '.join(_DTYPES)}, not {name!r}.", param="dtype")
@@ -75,6 +100,7 @@ def load_model(
     dtype: str = "auto",
     max_model_len: int | None = None,
     *,
+    device: str = "cpu",
     differentiable: bool = False,
 ) -> LoadedModel:
     """Load a causal language model from a folder or hub id, by transformers, without remote code.
@@ -90,18 +116,25 @@ def load_model(
         raise ConfigError(f"model {path!r} cannot be read: {error}", param="model") from error
     _check_config(config)
     max_model_len = _chosen_length(config, max_model_len)
+    place = choose_device(device)
     try:
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=choose_dtype(dtype))
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=choose_dtype(dtype, place))
     except (OSError, ValueError) as error:
         raise ConfigError(f"model {path!r} cannot be loaded: {error}", param="model") from error
-    return adopt_model(model, max_model_len, differentiable=differentiable)
+    return adopt_model(
+        model.to(place),  # type: ignore[arg-type]
+        max_model_len,
+        differentiable=differentiable,
+    )
 
 
 @torch.inference_mode()
 def adopt_model(
     model: PreTrainedModel, max_model_len: int | None = None, *, differentiable: bool = False
 ) -> LoadedModel:
-    """Make a model in memory ready for packed steps; checks it as `load_model` does."""
+    """Make a model in memory ready for packed steps where it is; checks it as `load_model` does."""
+    if model.device.type == "cuda":
+        torch.cuda.set_device(model.device)  # Triton's kernels are launched on the current one
     config = model.config
     _check_config(config)
     max_model_len = _chosen_length(config, max_model_len)
@@ -120,6 +153,7 @@ def adopt_model(
         architecture=type(model).__name__,
         layers=layers,
         shapes=tuple(layer.shape for layer in probed),
+        group=max(layer.heads // layer.shape.kv_heads for layer in probed),
         eos_ids=eos_ids,
         hidden_size=config.hidden_size,
         vocab_size=config.vocab_size,
@@ -146,13 +180,14 @@ def _probe(model: PreTrainedModel) -> tuple[ProbedLayer, ...]:
     `_check_config` foresees (attention in both directions, terms of a kind we do not know) shows.
     """
     config = model.config
-    ids = torch.arange(PROBE_TOKENS) % config.vocab_size
+    positions = torch.arange(PROBE_TOKENS, device=model.device)
+    ids = positions % config.vocab_size
     probe = ShapeProbe()
     try:
         model.set_attn_implementation("eager")
         own = model(input_ids=ids[None], use_cache=False).logits[0]
         model.set_attn_implementation(ATTENTION)
-        packed = forward(model, ids, torch.arange(PROBE_TOKENS), ids, probe)
+        packed = forward(model, ids, positions, positions, probe)
     except UnsupportedModel as error:
         raise _refuse(config, error.message) from error
     except Exception as error:

@@ -147,6 +147,8 @@ class EngineLoop:
 
     def _run(self) -> None:
         torch.set_num_threads(torch.get_num_threads())  # OpenMP keeps this by thread
+        if self._core.loaded.device.type == "cuda":
+            torch.cuda.set_device(self._core.loaded.device)  # CUDA too
         try:
             while self._turn():
                 pass

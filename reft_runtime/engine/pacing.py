@@ -19,7 +19,10 @@ of it. Whole blocks would be too coarse: 16 tokens after a long context can cost
 
 MIXED_TOKENS = 384
 """Most prompt tokens of a step in which sequences decode, and of one before anything is measured;
-beyond this larger products are hardly faster, and all in a step wait for its end."""
+beyond this larger products are hardly faster, and all in a step wait for its end. Of a CPU."""
+
+DEVICE_MIXED_TOKENS = 2048
+"""The same of a CUDA device."""
 
 LONGEST_SECONDS = 5.0
 """Of a step in which nobody decodes; half of what the server's health check allows."""
@@ -45,7 +48,8 @@ class StepPacer:
     Exponentially weighted; the former by the number of rows, told apart by powers of two.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, mixed_tokens: int = MIXED_TOKENS) -> None:
+        self._mixed_tokens = mixed_tokens
         self._decode_seconds: dict[int, float] = {}
         self._prompt_seconds: float | None = None
         self._unmeasured = 0
@@ -57,13 +61,13 @@ class StepPacer:
         """
         prompt = self._prompt_seconds
         if not decodes:
-            return _rounded(LONGEST_SECONDS / prompt) if prompt else MIXED_TOKENS
+            return _rounded(LONGEST_SECONDS / prompt) if prompt else self._mixed_tokens
         if self._unmeasured >= MEASURED_EVERY:
             return 0
         decode = self._decode(decodes)
         if not decode or not prompt:
-            return MIXED_TOKENS
-        return min(MIXED_TOKENS, _rounded(SHARE * prompts**2 * decode / prompt))
+            return self._mixed_tokens
+        return min(self._mixed_tokens, _rounded(SHARE * prompts**2 * decode / prompt))
 
     def record(self, decodes: int, prompt_tokens: int, seconds: float) -> None:
         """Learn from a step that took `seconds`."""

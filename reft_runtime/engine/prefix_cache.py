@@ -84,6 +84,10 @@ class PrefixCache:
             self._blocks[kind] -= 1
             self._evictions += 1
 
+    def vacant(self) -> tuple[int, ...]:
+        """Slots that hold nothing to be found."""
+        return tuple(self._free)
+
     def count_query(self, keys: BlockKeys, tokens: int) -> None:
         """Note that the first `tokens` tokens of a sequence with these keys were looked for."""
         base = min(tokens, keys.base * BLOCK_TOKENS)

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from reft_runtime.engine.attention import RowAttentionStep, order_for_rows
-from reft_runtime.engine.edits import StepEdits
-from reft_runtime.engine.kv_rows import RowStorage
+from reft_runtime.engine.edits import OnDevice, StepEdits
+from reft_runtime.engine.kv import KVStorage
 from reft_runtime.engine.loader import LoadedModel, forward
 from reft_runtime.engine.sampler import Sampled, SampleRow, prompt_logprobs, sample
 from reft_runtime.engine.scheduler import Chunk
 from reft_runtime.engine.sequence import Sequence
 from reft_runtime.engine.sites import EditSites
+from reft_runtime.engine.staging import to_device
 from reft_runtime.outputs import EditTrace, TokenLogprob
 
 NOT_FINITE = "the model's output is not finite"
@@ -43,37 +44,38 @@ class _Wanted:
     prompts: list[tuple[Sequence, int, int, int]] = field(default_factory=list)
 
 
+class Decoder(Protocol):
+    """Another way to compute a step in which every sequence decodes."""
+
+    def logits(self, chunks: SequenceOf[Chunk]) -> Tensor | None:
+        """Logits [chunks, vocabulary], good until the next step; None where it cannot do this."""
+
+
 class Runner:
     """Owns the model and the keys and values."""
 
-    def __init__(self, loaded: LoadedModel, max_tokens: int, cache_blocks: int) -> None:
+    def __init__(self, loaded: LoadedModel, storage: KVStorage) -> None:
         self.loaded = loaded
-        self.storage = RowStorage(loaded.shapes, loaded.dtype, max_tokens, cache_blocks)
-        two = torch.arange(2)
+        self.storage = storage
+        two = torch.arange(2, device=loaded.device)
         self.sites = EditSites(
             loaded.model, loaded.layers, lambda step: forward(loaded.model, two, two, two[:1], step)
         )
+        self.decoder: Decoder | None = None
+        self._on_device = OnDevice(loaded.device)
 
     @torch.inference_mode()
     def run(self, chunks: SequenceOf[Chunk]) -> StepResult:
         """Compute the chunks' tokens, and sample where a chunk completes its sequence."""
-        for chunk in chunks:
-            # Room for the whole prompt at once: a row that grows chunk by chunk is copied often.
-            for sequence in (chunk.sequence, *chunk.forks):
-                self.storage.ensure(sequence, len(sequence.tokens))
-        # Only now: a row that moves takes along what was computed before alone.
-        self.storage.reuse(copy for chunk in chunks for copy in chunk.reused)
-        chunks = order_for_rows(self.storage, chunks)
+        chunks = self.storage.prepare(chunks)
         wanted = _wanted_rows(chunks)
-        edits = StepEdits.of(chunks)
-        with self.sites.hooked(edits):
-            logits = forward(
-                self.loaded.model,
-                torch.tensor([t for c in chunks for t in c.sequence.tokens[c.start : c.stop]]),
-                torch.tensor([p for c in chunks for p in range(c.start, c.stop)]),
-                torch.tensor(wanted.rows, dtype=torch.long),
-                RowAttentionStep(self.storage, chunks),
-            )
+        edits = StepEdits()
+        logits = None
+        if self.decoder is not None and wanted.rows == list(range(len(chunks))):
+            logits = self.decoder.logits(chunks)
+        if logits is None:
+            edits = StepEdits.of(chunks, self._on_device)
+            logits = self._forward(chunks, wanted, edits)
         for chunk in chunks:
             for child in chunk.forks:
                 self.storage.fork(chunk.sequence, child, chunk.stop)
@@ -83,6 +85,16 @@ class Runner:
         )
         self._sample(logits, wanted, result)
         return result
+
+    def _forward(self, chunks: SequenceOf[Chunk], wanted: _Wanted, edits: StepEdits) -> Tensor:
+        ids = [token for c in chunks for token in c.sequence.tokens[c.start : c.stop]]
+        positions = [position for c in chunks for position in range(c.start, c.stop)]
+        packed, places, rows = to_device((ids, positions, wanted.rows), self.loaded.device)
+        with self.sites.hooked(edits):
+            logits: Tensor = forward(
+                self.loaded.model, packed, places, rows, self.storage.attention(chunks)
+            )
+        return logits
 
     def _sample(self, logits: Tensor, wanted: _Wanted, result: StepResult) -> None:
         for sequence, first, row, count in wanted.prompts:
@@ -101,7 +113,7 @@ class Runner:
             logits = logits[kept]
         for row, sequence in enumerate(owners):
             if sequence.request.trace and sequence.leads and not sequence.generated_length:
-                result.first_logprobs[sequence] = logits[row].float().log_softmax(-1)
+                result.first_logprobs[sequence] = logits[row].float().log_softmax(-1).cpu()
         for sequence, outcome in zip(owners, _sample_each(logits, rows), strict=True):
             if isinstance(outcome, Sampled):
                 result.sampled.append((sequence, outcome))

@@ -30,6 +30,9 @@ from reft_runtime.sampling import SamplingParams
 _CHUNK = 2**18
 """Logits worked on at once: their float32 and float64 copies stay in a core's cache."""
 
+_DEVICE_CHUNK = 2**25
+"""The same on a device, where launches count: their copies take half a gigabyte."""
+
 _WIDTH = 256
 """Tokens of a row that are looked at first for its top_k and top_p thresholds."""
 
@@ -76,7 +79,7 @@ def sample(logits: Tensor, rows: Sequence[SampleRow]) -> list[Sampled | None]:
         for i, row in enumerate(rows)
         if tokens[i] is not None and (row.params.temperature > 0 or _is_edited(row))
     ]
-    for part in _chunks(worked, logits.shape[1]):
+    for part in _chunks(worked, logits):
         picked = _pick(logits[part].float(), [rows[i] for i in part])
         for i, token in zip(part, picked, strict=True):
             tokens[i] = token
@@ -121,8 +124,8 @@ def noise(seed: int, choice: int, step: int) -> float:
     return float(int.from_bytes(digest, "little") >> 11) * 2.0**-53
 
 
-def _chunks(indices: Sequence[int], vocabulary: int) -> list[Sequence[int]]:
-    rows = max(1, _CHUNK // vocabulary)
+def _chunks(indices: Sequence[int], logits: Tensor) -> list[Sequence[int]]:
+    rows = max(1, (_CHUNK if logits.is_cpu else _DEVICE_CHUNK) // logits.shape[1])
     return [indices[start : start + rows] for start in range(0, len(indices), rows)]
 
 
@@ -268,7 +271,7 @@ def _truncate(scores: Tensor, rows: Sequence[SampleRow]) -> None:
 def _logprobs(logits: Tensor, wanted: Mapping[int, tuple[int, int]]) -> dict[int, TokenLogprob]:
     """By row of `logits`: the log-probability of its token, with those of its k best tokens."""
     found = {}
-    for part in _chunks(list(wanted), logits.shape[1]):
+    for part in _chunks(list(wanted), logits):
         scores = logits[part].float()
         norms = scores.logsumexp(-1, keepdim=True)
         chosen = scores.gather(1, _column([wanted[i][0] for i in part], norms, torch.long)) - norms

@@ -81,14 +81,20 @@ class Scheduler:
     must be at least `max_running`, so that every running sequence can decode in every step).
     """
 
-    def __init__(self, budget: BlockBudget, max_running: int, max_step_tokens: int) -> None:
+    def __init__(
+        self,
+        budget: BlockBudget,
+        max_running: int,
+        max_step_tokens: int,
+        pacer: StepPacer | None = None,
+    ) -> None:
         if max_step_tokens < max_running:
             raise ValueError("max_step_tokens must be at least max_running")
         self.budget = budget
         self.cache = budget.cache
         self.max_running = max_running
         self.max_step_tokens = max_step_tokens
-        self.pacer = StepPacer()
+        self.pacer = pacer or StepPacer()
         self.running: list[Sequence] = []
         self.waiting: deque[Sequence] = deque()
         self.preemptions = 0

@@ -23,7 +23,7 @@ class CanonicalEdit:
 
     With strength s it is h + s * (g * h + c + phi(h Vᵀ + b) U), the sum in float32 and rounded to
     h's dtype at the end. `V` and `U` are [k, d], `b` is [k], `gain` (g) and `offset` (c) are [d] or
-    None for zero; all are contiguous float32 tensors on the CPU.
+    None for zero; all are contiguous float32 tensors, on the CPU when they are loaded.
 
     phi goes by rank row. The first `learned` rows are act(h Vᵀ + b) with h, V and b cast to `dtype`
     and product, bias and act computed in it (V and b hold values of that dtype, so the cast is
@@ -49,6 +49,12 @@ class CanonicalEdit:
         """Number of rank rows, k; it may be 0."""
         return self.b.shape[0]
 
+    @property
+    def nbytes(self) -> int:
+        """Memory of its tensors."""
+        tensors = (self.V, self.b, self.U, self.gain, self.offset)
+        return sum(tensor.nbytes for tensor in tensors if tensor is not None)
+
     def edited(self, rows: Tensor, strength: float = 1.0) -> Tensor:
         """The edited rows [n, d], in float32; `rows` stay as they are.
 
@@ -61,7 +67,7 @@ class CanonicalEdit:
                 old.to(self.dtype), self.V[:learned].to(self.dtype), self.b[:learned].to(self.dtype)
             )
             if self.act is not None:
-                low_rank = _act(self.act)(low_rank)
+                low_rank = _act(self.act, low_rank.device)(low_rank)
             change = change + low_rank.float() @ self.U[:learned]
         if learned < self.rank:
             low_rank = torch.addmm(self.b[learned:], old, self.V[learned:].T)
@@ -71,6 +77,17 @@ class CanonicalEdit:
         if self.offset is not None:
             change = change + self.offset
         return torch.add(old, change, alpha=strength)
+
+    def to(self, device: torch.device) -> CanonicalEdit:
+        """The same edit with its tensors on another device."""
+        return replace(
+            self,
+            V=self.V.to(device),
+            b=self.b.to(device),
+            U=self.U.to(device),
+            gain=None if self.gain is None else self.gain.to(device),
+            offset=None if self.offset is None else self.offset.to(device),
+        )
 
     def subset(self, subspace: tuple[int, ...]) -> CanonicalEdit:
         """The same edit along some of its directions only (columns of LoReFT's R).
@@ -145,8 +162,8 @@ def canonical_edit(spec: EditSpec, parts: Formula, width: int) -> CanonicalEdit:
 
 
 @cache
-def _act(name: str) -> Callable[[Tensor], Tensor]:
-    act: Callable[[Tensor], Tensor] = ACT2FN[name]
+def _act(name: str, device: torch.device) -> Callable[[Tensor], Tensor]:
+    act: Callable[[Tensor], Tensor] = ACT2FN[name].to(device)  # some have parameters
     return act
 
 

@@ -27,7 +27,7 @@ class Base:
 
     def __init__(self, loaded: LoadedModel) -> None:
         self.loaded = loaded
-        two = torch.arange(2)
+        two = torch.arange(2, device=loaded.device)
         with torch.no_grad():
             self.sites = EditSites(
                 loaded.model,

@@ -21,6 +21,8 @@ from tests.helpers.models import (
     tiny_llama,
 )
 
+pytestmark = pytest.mark.usefixtures("storages")
+
 N = 4
 TIGHT = MAX_LENGTH + 16
 

@@ -9,13 +9,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from reft_runtime.engine.edits import StepEdits
+from reft_runtime.engine.edits import OnDevice, StepEdits
 from reft_runtime.engine.events import Traced
 from reft_runtime.engine.scheduler import Chunk
 from reft_runtime.engine.sequence import Request, sequences_of
 from tests.helpers.models import HIDDEN, answers, make_core, prompt, request, run, tiny_llama
 from tests.helpers.reference import SHAPES, Applied, RandomEdit, generate_applied
 
+HERE = OnDevice(torch.device("cpu"))
 BFLOAT16 = torch.bfloat16
 LENGTH = 10
 
@@ -40,7 +41,7 @@ def changed(*interventions: Applied, rows: int = LENGTH) -> tuple[Tensor, Tensor
     sequence = sequences_of(request("a", prompt(rows), *used), 0)
     old = torch.randn(rows, HIDDEN, generator=torch.Generator().manual_seed(3))
     hidden = old.clone()
-    edits = StepEdits.of([Chunk(sequence, 0, rows)])
+    edits = StepEdits.of([Chunk(sequence, 0, rows)], HERE)
     if edits.sites:
         edits.apply((1, "block_output"), hidden)
     assert not edits.failed

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from reft_runtime.engine.edits import StepEdits
+from reft_runtime.engine.edits import OnDevice, StepEdits
 from reft_runtime.engine.scheduler import Chunk
 from reft_runtime.engine.sequence import AppliedIntervention, Request, sequences_of
 from tests.helpers.models import (
@@ -25,6 +25,8 @@ from tests.helpers.models import (
     step,
     tiny_llama,
 )
+
+HERE = OnDevice(torch.device("cpu"))
 
 Case = tuple[int, list[tuple[list[LoReFT], float]]]
 
@@ -149,7 +151,7 @@ def test_positions_are_those_of_the_prompt_whatever_the_chunks() -> None:
     both = (applied(loreft(0, "f3+l2")),)
 
     def rows(*chunks: Chunk) -> Mapping[Any, list[list[list[int]]]]:
-        passes = StepEdits.of(chunks).passes
+        passes = StepEdits.of(chunks, HERE).passes
         return {site: [[s.rows for s in part] for part in parts] for site, parts in passes.items()}
 
     site = (0, "block_output")
@@ -164,7 +166,9 @@ def test_positions_are_those_of_the_prompt_whatever_the_chunks() -> None:
 
 def test_edits_of_other_rows_share_a_pass() -> None:
     untied = (applied(loreft(0, "f2"), loreft(0, "l2", seed=1)),)
-    (passes,) = StepEdits.of([chunk(untied, 10, 0, 10), chunk(untied, 8, 0, 8)]).passes.values()
+    (passes,) = StepEdits.of(
+        [chunk(untied, 10, 0, 10), chunk(untied, 8, 0, 8)], HERE
+    ).passes.values()
     assert [[s.rows for s in part] for part in passes] == [[[0, 1], [8, 9], [10, 11], [16, 17]]]
 
 
@@ -175,7 +179,8 @@ def test_one_edit_in_a_batch_is_the_formula() -> None:
             chunk((applied(small, strength=0.5),), 6, 0, 6),
             chunk((applied(large, strength=-0.7),), 90, 0, 90),
             chunk((applied(loreft(0, "l1", seed=2)),), 3, 0, 3),
-        ]
+        ],
+        HERE,
     )
     hidden = torch.randn(99, HIDDEN)
     old = hidden.clone()

@@ -91,7 +91,7 @@ def test_hooks_inside_a_fused_layer_run(path: str) -> None:
 def test_without_a_compiler_nothing_is_fused(
     monkeypatch: pytest.MonkeyPatch, calls: dict[str, int]
 ) -> None:
-    monkeypatch.setattr("reft_runtime.engine.fused.kernels", lambda: None)
+    monkeypatch.setattr("reft_runtime.engine.operators.kernels", lambda: None)
     model = tiny("llama")
     wanted = generate(model, prompt(5), 6)
     assert answer(copy.deepcopy(model), calls) == wanted

@@ -21,6 +21,8 @@ from tests.helpers.models import (
     tiny_llama,
 )
 
+pytestmark = pytest.mark.usefixtures("storages")
+
 TIGHT = MAX_LENGTH + 16
 """The smallest KV budget with which any one request can end."""
 

@@ -7,7 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from reft_runtime.engine.kv_rows import MIN_CAPACITY, MIN_ROWS, LayerShape, RowStorage
+from reft_runtime.engine.attention import LayerShape
+from reft_runtime.engine.kv_rows import MIN_CAPACITY, MIN_ROWS, RowStorage
 from reft_runtime.engine.prefix_cache import BlockCopy
 from reft_runtime.engine.sequence import Request, Sequence, sequences_of
 from reft_runtime.sampling import SamplingParams
@@ -95,13 +96,13 @@ def test_the_last_row_moves_into_a_freed_place() -> None:
     for value, each in enumerate((a, b, c)):
         rows.ensure(each, each.computed)
         fill(rows, each, value)
-    rows.release(a)
+    rows.release([a])
     assert [rows.where(each)[1] for each in (c, b)] == [0, 1]
     assert holds(rows, b, 1)
     assert holds(rows, c, 2)
-    rows.release(b)
-    rows.release(b)
-    rows.release(c)
+    rows.release([b])
+    rows.release([b])
+    rows.release([c])
     rows.check_integrity(idle=True)
 
 
@@ -114,7 +115,7 @@ def test_a_fork_has_its_own_copy() -> None:
     assert holds(rows, child, 1)
     fill(rows, parent, 5)
     assert holds(rows, child, 1)
-    rows.release(parent)
+    rows.release([parent])
     assert holds(rows, child, 1)
 
 
@@ -126,7 +127,7 @@ def test_kept_blocks_outlive_their_rows(length: int) -> None:
     fill(rows, one, 1.0)
     rows.keep([BlockCopy(one, 0, 5), BlockCopy(one, 1, 2)])
     fill(rows, one, 3.0)
-    rows.release(one)
+    rows.release([one])
     rows.ensure(other, 33)
     rows.ensure(unlike, 300)
     fill(rows, unlike, 7.0)
@@ -159,7 +160,7 @@ def test_memory_of_a_length_that_nobody_has_goes() -> None:
     rows = storage()
     short, long = sequence(), sequence()
     rows.ensure(short, 10)
-    rows.release(short)
+    rows.release([short])
     rows.ensure(long, 200)
     assert list(rows._slabs) == [256]
 
@@ -182,9 +183,9 @@ def test_what_is_not_known_to_be_finite_leaves_nothing(how: str) -> None:
     if how == "grown":
         rows.ensure(suspect, 200)
     elif how == "moved":
-        rows.release(first)
+        rows.release([first])
         assert rows.where(suspect)[1] == 0
-    rows.release(suspect)
+    rows.release([suspect])
     assert finite_everywhere(rows)
 
 
@@ -206,7 +207,7 @@ def test_random_moves(moves: list[tuple[int, int]]) -> None:
     live: dict[int, Sequence] = {}
     for name, more in moves:
         if name in live and not more:
-            rows.release(live.pop(name))
+            rows.release([live.pop(name)])
         elif more:
             each = live.setdefault(name, sequence(0))
             rows.ensure(each, min(LONGEST, each.computed + more))
@@ -216,5 +217,5 @@ def test_random_moves(moves: list[tuple[int, int]]) -> None:
         rows.check_integrity()
         assert all(holds(rows, each, name) for name, each in live.items())
     for each in live.values():
-        rows.release(each)
+        rows.release([each])
     rows.check_integrity(idle=True)

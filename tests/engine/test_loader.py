@@ -183,6 +183,6 @@ def test_end_of_answer_ids_come_from_the_generation_config() -> None:
 
 def test_unknown_dtypes_and_missing_folders_are_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="int3"):
-        choose_dtype("int3")
+        choose_dtype("int3", torch.device("cpu"))
     with pytest.raises(ConfigError, match="there is no folder"):
         load_model(str(tmp_path / "none"), "float32")

@@ -22,6 +22,8 @@ from tests.helpers.models import (
 )
 from tests.helpers.reference import Applied, RandomEdit, applied, generate_applied, logits
 
+pytestmark = pytest.mark.usefixtures("storages")
+
 TIGHT = MAX_LENGTH + 16
 """The smallest KV budget with which any one request can end."""
 

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from reft_runtime.engine.core import EngineCore
 from reft_runtime.engine.events import Event, PromptReused
+from reft_runtime.engine.kv_rows import RowStorage
 from reft_runtime.engine.loader import adopt_model
 from reft_runtime.engine.prefix_cache import BlockCopy
 from reft_runtime.engine.sequence import AppliedIntervention, Request
@@ -31,6 +32,8 @@ from tests.helpers.models import (
 )
 from tests.helpers.reference import RandomEdit
 from tests.helpers.reference import applied as applied_random
+
+pytestmark = pytest.mark.usefixtures("storages")
 
 TIGHT = MAX_LENGTH + 16
 
@@ -189,9 +192,14 @@ def bad(positions: str) -> AppliedIntervention:
 def cache_is_finite(core: EngineCore) -> bool:
     cache = core.scheduler.cache
     assert cache is not None
-    slots = [slot for slot, _ in cache._kept.values()]
-    pool = core.runner.storage._pool
-    return all(bool(t[slots].isfinite().all()) for t in (*pool.keys, *pool.values))
+    kept = [slot for slot, _ in cache._kept.values()]
+    storage: Any = core.runner.storage
+    pool = storage
+    if isinstance(storage, RowStorage):
+        pool = storage._pool
+    else:
+        kept = [storage._kept[slot] for slot in kept]
+    return all(bool(t[kept].isfinite().all()) for t in (*pool.keys, *pool.values))
 
 
 @pytest.mark.parametrize("max_step_tokens", [512, 16])
@@ -311,7 +319,8 @@ def test_out_of_memory_in_a_step_that_reuses(monkeypatch: pytest.MonkeyPatch) ->
     core = make_core()
     asked = [request(f"{i}", (*SYSTEM, i), *TASKS["l1"]) for i in range(3)]
     check(core, asked[:1])
-    real = core.runner.storage.reuse
+    storage: Any = core.runner.storage
+    real = storage.reuse
     broken = True
 
     def reuse(copies: Any) -> None:

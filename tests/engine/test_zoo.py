@@ -29,8 +29,8 @@ def operators(request: pytest.FixtureRequest) -> Iterator[None]:
     """With the compiled operators, and as on a machine without a compiler."""
     with pytest.MonkeyPatch.context() as patch:
         if request.param == "torch":
-            patch.setattr("reft_runtime.engine.attention.kernels", lambda: None)
-            patch.setattr("reft_runtime.engine.fused.kernels", lambda: None)
+            patch.setattr("reft_runtime.engine.row_attention.kernels", lambda: None)
+            patch.setattr("reft_runtime.engine.operators.kernels", lambda: None)
         yield
 
 

@@ -23,6 +23,9 @@ from reft_runtime.interventions import CanonicalEdit, Positions
 from reft_runtime.outputs import TokenLogprob
 from reft_runtime.sampling import SamplingParams
 
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+"""Of the engine's copy of a model; what it is compared with stays on the CPU."""
+
 VOCABULARY = 320
 HIDDEN = 32
 MAX_LENGTH = 256
@@ -87,7 +90,7 @@ def tiny(model_type: str, *, seed: int = 0, **changes: Any) -> PreTrainedModel:
 def tiny_llama() -> tuple[PreTrainedModel, LoadedModel]:
     """A grouped-query Llama as transformers runs it, and the same weights as the engine does."""
     model = tiny("llama")
-    return model, adopt_model(copy.deepcopy(model))
+    return model, adopt_model(copy.deepcopy(model).to(DEVICE))  # type: ignore[arg-type]
 
 
 def make_core(
@@ -168,7 +171,7 @@ def preempt(core: EngineCore, sequence: Sequence) -> None:
     plan = StepPlan()
     core.scheduler._preempt(sequence, plan)
     core.runner.storage.keep(plan.kept)
-    core.runner.storage.release(sequence)
+    core.runner.storage.release([sequence])
 
 
 def answers(core: EngineCore, requests: Iterable[Request]) -> dict[str, Answer]:

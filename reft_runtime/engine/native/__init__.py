@@ -35,8 +35,33 @@ _ARGUMENTS: dict[str, list[Any]] = {
 }
 
 
+def supports(*tensors: Tensor) -> bool:
+    """Whether tensors are what the operators take: contiguous, on a CPU, of one known dtype."""
+    dtype = tensors[0].dtype
+    for tensor in tensors:
+        if tensor.dtype != dtype or not tensor.is_contiguous() or not tensor.is_cpu:
+            return False
+    return dtype in _NAMES
+
+
+def packs(*heads: Tensor) -> bool:
+    """Whether these [T, heads, dim] have the heads of each token side by side; else as `supports`.
+
+    Tokens may lie apart: heads are often columns of a wider product.
+    """
+    dtype = heads[0].dtype
+    for tensor in heads:
+        _, between, within = tensor.stride()
+        if tensor.dtype != dtype or within != 1 or between != tensor.shape[2] or not tensor.is_cpu:
+            return False
+    return dtype in _NAMES
+
+
 class Kernels:
-    """The operators, by dtype."""
+    """The operators, by dtype; see `reft_runtime.engine.operators.Operators`."""
+
+    supports = staticmethod(supports)
+    packs = staticmethod(packs)
 
     def __init__(self, library: ctypes.CDLL) -> None:
         self._functions: dict[tuple[str, torch.dtype], Any] = {}
@@ -206,28 +231,6 @@ def kernels() -> Kernels | None:
     """The compiled operators; the first call may take some seconds."""
     library = load_library()
     return None if library is None else Kernels(library)
-
-
-def supports(*tensors: Tensor) -> bool:
-    """Whether tensors are what the operators take: contiguous, on a CPU, of one known dtype."""
-    dtype = tensors[0].dtype
-    for tensor in tensors:
-        if tensor.dtype != dtype or not tensor.is_contiguous() or not tensor.is_cpu:
-            return False
-    return dtype in _NAMES
-
-
-def packs(*heads: Tensor) -> bool:
-    """Whether these [T, heads, dim] have the heads of each token side by side; else as `supports`.
-
-    Tokens may lie apart: heads are often columns of a wider product.
-    """
-    dtype = heads[0].dtype
-    for tensor in heads:
-        _, between, within = tensor.stride()
-        if tensor.dtype != dtype or within != 1 or between != tensor.shape[2] or not tensor.is_cpu:
-            return False
-    return dtype in _NAMES
 
 
 def attends(query: Tensor, key: Tensor, value: Tensor) -> bool:

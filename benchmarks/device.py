@@ -1,0 +1,247 @@
+"""A CUDA device beside its own limits: decode steps, prompts, interventions, at real shapes.
+
+    python -m benchmarks.device --shape llama-3-8b --out docs/measurements/device.json
+
+Weights are random. The floor of a decode step is the bytes that it must read (weights, keys and
+values) over the measured bandwidth of a copy; that of a prompt is its arithmetic over the measured
+rate of a matrix product.
+"""
+
+from __future__ import annotations
+
+import itertools
+import random
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from benchmarks.measuring import SECONDS, Figures, measure, median, speed_ratio, table
+from benchmarks.workload import F3L3, PROMPT_TOKENS, random_intervention, settings
+from reft_runtime.engine.core import EngineConfig, EngineCore
+from reft_runtime.engine.edits import OnDevice
+from reft_runtime.engine.loader import LoadedModel, adopt_model, choose_device, choose_dtype
+from reft_runtime.engine.sequence import AppliedIntervention, Request
+from reft_runtime.interventions import parse
+from reft_runtime.loading import shape_of
+from reft_runtime.sampling import SamplingParams
+
+SHAPES: dict[str, dict[str, Any]] = {
+    "llama-3-8b": {
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "vocab_size": 128256,
+    },
+    "1.5b": {
+        "hidden_size": 1536,
+        "intermediate_size": 8960,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 12,
+        "num_key_value_heads": 2,
+        "vocab_size": 151936,
+    },
+    "smallest": {
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 5,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "vocab_size": 512,
+    },
+}
+"""Those of Llama-3-8B, of Qwen2.5-1.5B, and one to try the script with."""
+
+ANSWER_TOKENS = 64
+MAX_TOKENS = 2048
+STEP, PROMPTS = "step", "prompts"
+BASE = "base"
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What a device can do: bytes a second of a copy, and operations of a matrix product."""
+
+    bandwidth: float
+    arithmetic: float
+
+    @classmethod
+    def measured(cls, loaded: LoadedModel) -> Limits:
+        """By copies larger than any cache, and products of 8,192 (on a CPU: 512) rows."""
+        on_cuda = loaded.device.type == "cuda"
+        size = 1 << (32 if on_cuda else 26)
+        source = torch.ones(size, dtype=torch.uint8, device=loaded.device)
+        target = torch.empty_like(source)
+        copied = _seconds(lambda: target.copy_(source), loaded.device)
+        n = 8192 if on_cuda else 512
+        a, b = (torch.randn(n, n, device=loaded.device).to(loaded.dtype) for _ in "ab")
+        multiplied = _seconds(lambda: a @ b, loaded.device)
+        return cls(2 * size / copied, 2 * n**3 / multiplied)
+
+
+def _seconds(run: Callable[[], object], device: torch.device, repeats: int = 10) -> float:
+    times = []
+    for _ in range(repeats + 3):
+        _wait(device)
+        begin = time.perf_counter()
+        run()
+        _wait(device)
+        times.append(time.perf_counter() - begin)
+    return statistics.median(times[3:])
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def build(shape: str, device: torch.device, dtype: torch.dtype) -> LoadedModel:
+    """A model of random weights."""
+    config = LlamaConfig(**SHAPES[shape], max_position_embeddings=MAX_TOKENS, eos_token_id=None)
+    torch.manual_seed(0)
+    with device:
+        model: Any = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
+            config, dtype=dtype
+        )
+    return adopt_model(model)
+
+
+class Bench:
+    """Runs through one core."""
+
+    def __init__(self, loaded: LoadedModel, most: int) -> None:
+        self.loaded = loaded
+        context = PROMPT_TOKENS + ANSWER_TOKENS + 16
+        config = EngineConfig(most, max(8192, most), max(2, most) * max(context, MAX_TOKENS // 8))
+        self.core = EngineCore(loaded, config)
+        self._ids = itertools.count()
+
+    def interventions(
+        self, count: int, layers: list[int], rank: int, positions: str
+    ) -> list[tuple[AppliedIntervention, ...]]:
+        """Different ones of random weights."""
+        shape = shape_of("random", self.loaded)
+        files = [random_intervention(shape, layers, rank, positions) for _ in range(count)]
+        return [
+            (AppliedIntervention(f"{next(self._ids)}", parse(file).canonical()),) for file in files
+        ]
+
+    def case(
+        self, n: int, applied: Sequence[tuple[AppliedIntervention, ...]]
+    ) -> Callable[[int], Figures]:
+        """n requests at once through these in turn: prompts, then a step a token."""
+
+        def run(number: int) -> Figures:
+            rng = random.Random(f"{n} {number} {next(self._ids)}")
+            sampling = SamplingParams(temperature=0, max_tokens=ANSWER_TOKENS, ignore_eos=True)
+            for i in range(n):
+                prompt = tuple(rng.randrange(self.loaded.vocab_size) for _ in range(PROMPT_TOKENS))
+                used = applied[i % len(applied)]
+                self.core.add(Request(f"{next(self._ids)}", prompt, sampling, 0, used))
+            begin = time.perf_counter()
+            while any(not s.generated_length for s in self._sequences()):
+                self.core.step()
+            prompts = time.perf_counter() - begin
+            steps = []
+            while not self.core.idle:
+                now = time.perf_counter()
+                self.core.step()
+                steps.append(time.perf_counter() - now)
+            seconds = time.perf_counter() - begin
+            return {SECONDS: seconds, PROMPTS: prompts, STEP: statistics.median(steps)}
+
+        return run
+
+    def _sequences(self) -> list[Any]:
+        scheduler = self.core.scheduler
+        return [*scheduler.running, *scheduler.waiting]
+
+    def floor(self, n: int, limits: Limits) -> float:
+        """Seconds of a decode step that reads everything once."""
+        tokens = PROMPT_TOKENS + ANSWER_TOKENS // 2
+        read = self._weight_bytes() + n * tokens * self.loaded.kv_bytes_per_token
+        return read / limits.bandwidth
+
+    def share_of_peak(self, n: int, seconds: float, limits: Limits) -> float:
+        """Of the matrix products' rate, in the prompts of n requests."""
+        numbers = self._weight_bytes() / self.loaded.dtype.itemsize
+        head = self.loaded.vocab_size * self.loaded.hidden_size  # for the last token alone
+        work = 2 * n * (PROMPT_TOKENS * (numbers - head) + head)
+        return work / seconds / limits.arithmetic
+
+    def _weight_bytes(self) -> int:
+        """Of a step: all weights but the table of embeddings, of which only rows are read."""
+        embeddings: Any = self.loaded.model.get_input_embeddings()
+        table: int = embeddings.weight.nbytes
+        return self.loaded.weight_bytes - table
+
+    def swap(self, layers: list[int], rank: int) -> float:
+        """Seconds until an intervention that was on the CPU is on the device."""
+        device = self.loaded.device
+        made = iter(self.interventions(13, layers, rank, "l1"))
+
+        def move() -> None:
+            on_device = OnDevice(device)
+            for edit in next(made)[0].edits:
+                on_device(edit)
+
+        return _seconds(move, device)
+
+
+def main(
+    shape: Annotated[str, typer.Option(help=f"{', '.join(SHAPES)}.")] = "llama-3-8b",
+    device: Annotated[str, typer.Option(help="As of reft serve.")] = "cuda",
+    dtype: Annotated[str, typer.Option(help="As of reft serve.")] = "auto",
+    concurrency: Annotated[str, typer.Option(help="Requests at once.")] = "1,32,256",
+    rounds: Annotated[int, typer.Option(min=1)] = 7,
+    out: Annotated[Path | None, typer.Option(help="Keep the raw figures here.")] = None,
+) -> None:
+    """Print the tables."""
+    place = choose_device(device)
+    loaded = build(shape, place, choose_dtype(dtype, place))
+    limits = Limits.measured(loaded)
+    counts = [int(n) for n in concurrency.split(",")]
+    bench = Bench(loaded, max(counts))
+    used = {label: s for label, s in settings(len(loaded.layers)).items() if label != F3L3}
+    print(
+        f"{shape}, {loaded.dtype} on {loaded.device}: copies {limits.bandwidth / 1e12:.2f} TB/s,"
+        f" products {limits.arithmetic / 1e12:.1f} TFLOP/s\n"
+    )
+    rows = []
+    for n in counts:
+        cases = {BASE: bench.case(n, [()])}
+        for label, setting in used.items():
+            cases[label] = bench.case(n, bench.interventions(n, *setting))
+        key: dict[str, str | int] = {"benchmark": "device", "shape": shape, "n": n}
+        key["dtype"] = str(loaded.dtype).removeprefix("torch.")
+        taken = measure(cases, rounds, key, out)
+        for label in cases:
+            step, prompts = median(taken, label, STEP), median(taken, label, PROMPTS)
+            rows.append(
+                (
+                    n,
+                    label,
+                    round(1000 * step, 2),
+                    round(step / bench.floor(n, limits), 2),
+                    round(n / step),
+                    round(100 * bench.share_of_peak(n, prompts, limits)),
+                    "" if label == BASE else speed_ratio(taken, label, BASE),
+                )
+            )
+    header = ("n", "case", "step, ms", "over floor", "tokens/s", "prompts, % of peak", "over base")
+    print(table(header, rows))
+    for label, (layers, rank, _) in used.items():
+        print(f"\nswap in, {label}: {1e6 * bench.swap(layers, rank):.0f} us", end="")
+    print()
+
+
+if __name__ == "__main__":
+    typer.run(main)

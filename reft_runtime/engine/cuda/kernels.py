@@ -1,0 +1,244 @@
+"""Triton kernels: what runs on the device; `attention` and `operators` beside this launch them.
+
+Sizes that are known at launch are `tl.constexpr`: each set of them is compiled once.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+# Small tensors that are parts of one lie at any alignment: no reason to compile anew.
+@triton.jit(do_not_specialize_on_alignment=["blocks", "firsts", "stops", "lanes"])
+def attend(
+    query,
+    keys,
+    values,
+    out,
+    parts,
+    sums,
+    blocks,
+    firsts,
+    stops,
+    lanes,
+    tables,
+    scale,
+    query_stride,
+    table_stride,
+    KV_HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    LANES: tl.constexpr,
+    KEY_DIM: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    KEY_WIDTH: tl.constexpr,
+    VALUE_WIDTH: tl.constexpr,
+    TOKENS: tl.constexpr,
+    KEYS: tl.constexpr,
+    PAGE: tl.constexpr,
+    SPLITS: tl.constexpr,
+    WINDOW: tl.constexpr,
+    DECODES: tl.constexpr,
+):
+    """Programs: (block of queries, head of keys, split). A block is (row, its first query)."""
+    block, head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    if DECODES:
+        row, begin = block.to(tl.int64), 0
+    else:
+        row, begin = tl.load(blocks + 2 * block), tl.load(blocks + 2 * block + 1)
+    first = tl.load(firsts + row)
+    length = tl.load(firsts + row + 1) - first
+    stop = tl.load(stops + row)
+    pages = tables + tl.load(lanes + row) * table_stride
+
+    lane = tl.arange(0, TOKENS * LANES)
+    token, member = begin + lane // LANES, lane % LANES
+    real = (token < length) & (member < GROUP)
+    packed = first + token
+    query_head = head * GROUP + member
+    key_at, value_at = tl.arange(0, KEY_WIDTH), tl.arange(0, VALUE_WIDTH)
+    own = tl.load(
+        query + packed[:, None] * query_stride + query_head[:, None] * KEY_DIM + key_at[None, :],
+        mask=real[:, None] & (key_at < KEY_DIM)[None, :],
+        other=0.0,
+    )
+
+    at_last = stop - length + token  # offsets of the queries
+    high = tl.minimum(stop, stop - length + begin + TOKENS)
+    low = stop * 0
+    if WINDOW:
+        low = tl.maximum(low, stop - length + begin - WINDOW + 1) // KEYS * KEYS
+    share = tl.cdiv(tl.cdiv(high - low, SPLITS), KEYS) * KEYS
+    low += split * share
+    high = tl.minimum(high, low + share)
+
+    best = tl.full([TOKENS * LANES], float("-inf"), tl.float32)
+    total = tl.zeros([TOKENS * LANES], tl.float32)
+    result = tl.zeros([TOKENS * LANES, VALUE_WIDTH], tl.float32)
+    for start in range(low, high, KEYS):
+        at = start + tl.arange(0, KEYS)
+        inside = at < high
+        page = tl.load(pages + at // PAGE, mask=inside, other=0)
+        place = ((page * PAGE + at % PAGE) * KV_HEADS + head).to(tl.int64)
+        key = tl.load(
+            keys + place[None, :] * KEY_DIM + key_at[:, None],
+            mask=inside[None, :] & (key_at < KEY_DIM)[:, None],
+            other=0.0,
+        )
+        scores = tl.dot(own, key, input_precision="ieee") * scale
+        seen = inside[None, :] & (at[None, :] <= at_last[:, None])
+        if WINDOW:
+            seen &= at[None, :] > at_last[:, None] - WINDOW
+        scores = tl.where(seen, scores, float("-inf"))
+        new_best = tl.maximum(best, tl.max(scores, 1))
+        finite = tl.where(new_best == float("-inf"), 0.0, new_best)  # where nothing is seen yet
+        weights = tl.exp(scores - finite[:, None])
+        shrink = tl.exp(best - finite)
+        total = total * shrink + tl.sum(weights, 1)
+        value = tl.load(
+            values + place[:, None] * VALUE_DIM + value_at[None, :],
+            mask=inside[:, None] & (value_at < VALUE_DIM)[None, :],
+            other=0.0,
+        )
+        result = result * shrink[:, None]
+        result += tl.dot(weights.to(value.dtype), value, input_precision="ieee")
+        best = new_best
+
+    written = real[:, None] & (value_at < VALUE_DIM)[None, :]
+    place = packed * (KV_HEADS * GROUP) + query_head
+    if SPLITS == 1:
+        result = result / tl.where(total == 0.0, 1.0, total)[:, None]  # of lanes not real
+        tl.store(
+            out + place[:, None] * VALUE_DIM + value_at[None, :],
+            result.to(out.dtype.element_ty),
+            mask=written,
+        )
+    else:
+        place = place * SPLITS + split
+        tl.store(parts + place[:, None] * VALUE_DIM + value_at[None, :], result, mask=written)
+        tl.store(sums + 2 * place, best, mask=real)
+        tl.store(sums + 2 * place + 1, total, mask=real)
+
+
+@triton.jit
+def combine(
+    parts,
+    sums,
+    out,
+    HEADS: tl.constexpr,
+    SPLITS: tl.constexpr,
+    DIM: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    """Programs: (token, query head). Adds the splits' parts, each scaled by its own best score."""
+    place = tl.program_id(0).to(tl.int64) * HEADS + tl.program_id(1)
+    split, at = tl.arange(0, SPLITS), tl.arange(0, WIDTH)
+    own = place * SPLITS + split
+    best, total = tl.load(sums + 2 * own), tl.load(sums + 2 * own + 1)
+    scale = tl.exp(best - tl.max(best, 0))
+    part = tl.load(parts + own[:, None] * DIM + at[None, :], mask=(at < DIM)[None, :], other=0.0)
+    result = tl.sum(part * scale[:, None], 0) / tl.sum(total * scale, 0)
+    tl.store(out + place * DIM + at, result.to(out.dtype.element_ty), mask=at < DIM)
+
+
+@triton.jit
+def norm(
+    rows,
+    more,
+    weight,
+    total,
+    out,
+    epsilon,
+    ADD: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """A program a row."""
+    at = tl.arange(0, BLOCK)
+    inside = at < WIDTH
+    place = tl.program_id(0).to(tl.int64) * WIDTH + at
+    row = tl.load(rows + place, mask=inside, other=0.0).to(tl.float32)
+    if ADD:
+        row += tl.load(more + place, mask=inside, other=0.0).to(tl.float32)
+        rounded = row.to(total.dtype.element_ty)
+        tl.store(total + place, rounded, mask=inside)
+        row = rounded.to(tl.float32)
+    scale = tl.rsqrt(tl.sum(row * row, 0) / WIDTH + epsilon)
+    normal = (row * scale).to(out.dtype.element_ty).to(tl.float32)
+    factor = tl.load(weight + at, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out + place, (normal * factor).to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def silu_mul(both, out, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+    """Programs: (row, piece of it)."""
+    row = tl.program_id(0).to(tl.int64)
+    at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < WIDTH
+    gate = tl.load(both + row * 2 * WIDTH + at, mask=inside, other=0.0).to(tl.float32)
+    up = tl.load(both + row * 2 * WIDTH + WIDTH + at, mask=inside, other=0.0).to(tl.float32)
+    active = (gate / (1.0 + tl.exp(-gate))).to(out.dtype.element_ty).to(tl.float32)
+    tl.store(out + row * WIDTH + at, (active * up).to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def rotate(
+    query,
+    key,
+    cos,
+    sin,
+    query_stride,
+    key_stride,
+    HEADS: tl.constexpr,
+    HALF: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Programs: (token, head), the heads of keys after those of queries."""
+    token, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    at = tl.arange(0, BLOCK)
+    inside = at < HALF
+    if head < HEADS:
+        own = query + token * query_stride + head * (2 * HALF)
+    else:
+        own = key + token * key_stride + (head - HEADS) * (2 * HALF)
+    angles = token * (2 * HALF) + at
+    low = tl.load(own + at, mask=inside, other=0.0).to(tl.float32)
+    high = tl.load(own + HALF + at, mask=inside, other=0.0).to(tl.float32)
+    cos_low = tl.load(cos + angles, mask=inside, other=0.0).to(tl.float32)
+    cos_high = tl.load(cos + angles + HALF, mask=inside, other=0.0).to(tl.float32)
+    sin_low = tl.load(sin + angles, mask=inside, other=0.0).to(tl.float32)
+    sin_high = tl.load(sin + angles + HALF, mask=inside, other=0.0).to(tl.float32)
+    kind = query.dtype.element_ty
+    tl.store(own + at, (low * cos_low - high * sin_low).to(kind), mask=inside)
+    tl.store(own + HALF + at, (high * cos_high + low * sin_high).to(kind), mask=inside)
+
+
+@triton.jit
+def edit_rows(
+    rows,
+    V,
+    U,
+    b,
+    ranks,
+    slots,
+    strengths,
+    WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+    RANK: tl.constexpr,
+):
+    """A program a row: h + strength * U^T (V h + b), as far as its slot's rank goes."""
+    row = tl.program_id(0).to(tl.int64)
+    slot = tl.load(slots + row)
+    rank = tl.load(ranks + slot)
+    if rank > 0:
+        at = tl.arange(0, BLOCK)
+        inside = at < WIDTH
+        old = tl.load(rows + row * WIDTH + at, mask=inside, other=0.0).to(tl.float32)
+        change = tl.zeros([BLOCK], tl.float32)
+        for i in range(rank):
+            place = slot * RANK + i
+            down = tl.load(V + place * WIDTH + at, mask=inside, other=0.0)
+            low = tl.sum(old * down, 0) + tl.load(b + place)
+            change += low * tl.load(U + place * WIDTH + at, mask=inside, other=0.0)
+        new = old + tl.load(strengths + row) * change
+        tl.store(rows + row * WIDTH + at, new.to(rows.dtype.element_ty), mask=inside)

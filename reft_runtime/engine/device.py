@@ -1,0 +1,66 @@
+"""What the engine uses on which device: storage, attention, and graphs of decode steps."""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+
+from reft_runtime.engine.blocks import BlockBudget
+from reft_runtime.engine.kv import KVStorage
+from reft_runtime.engine.kv_pages import PageStorage
+from reft_runtime.engine.kv_rows import RowStorage
+from reft_runtime.engine.loader import LoadedModel
+from reft_runtime.engine.operators import has_triton
+from reft_runtime.engine.page_attention import GatheredAttention, PageKernel
+from reft_runtime.engine.runner import Decoder, Runner
+
+_log = logging.getLogger(__name__)
+
+
+def storage_for(loaded: LoadedModel, budget: BlockBudget, max_running: int) -> KVStorage:
+    """The storage that suits the model's device, with room for what the budget gives away."""
+    cache = budget.cache
+    if loaded.device.type == "cpu":
+        kept = budget.total if cache is not None else 0
+        return RowStorage(loaded.shapes, loaded.dtype, loaded.max_model_len, kept)
+    return PageStorage(
+        loaded.shapes,
+        loaded.dtype,
+        loaded.device,
+        budget.total,
+        max_running,
+        loaded.max_model_len,
+        kernel=_page_kernel(loaded),
+        vacant=tuple if cache is None else cache.vacant,
+    )
+
+
+def _page_kernel(loaded: LoadedModel) -> PageKernel:
+    """Attention over pages: by Triton where it runs, else by torch's own operators."""
+    if not has_triton(loaded.device):
+        return GatheredAttention()
+    from reft_runtime.engine.cuda.attention import TritonAttention
+
+    processors = torch.cuda.get_device_properties(loaded.device).multi_processor_count
+    return TritonAttention(loaded.group, processors)
+
+
+def decoder_for(runner: Runner, max_running: int) -> Decoder | None:
+    """Graphs of decode steps, captured, where there are any."""
+    loaded, storage = runner.loaded, runner.storage
+    if not has_triton(loaded.device) or not isinstance(storage, PageStorage):
+        return None
+    from reft_runtime.engine.cuda.graphs import DecodeGraphs, GraphCapture
+    from reft_runtime.engine.cuda.operators import edit_rows
+    from reft_runtime.engine.cuda.tables import EditTables
+
+    layers, width = len(loaded.layers), loaded.hidden_size
+    tables = EditTables(layers, width, max_running, loaded.device, edit_rows)
+    graphs = DecodeGraphs(loaded, storage, runner.sites, tables, max_running, GraphCapture())
+    try:
+        graphs.warm_up(progress=True)
+    except RuntimeError as error:
+        _log.warning("Decode steps run without CUDA graphs: %s", error)
+        return None
+    return graphs

@@ -1,0 +1,12 @@
+"""Fixtures of the engine's tests."""
+
+import sys
+
+from tests.helpers.pages import storages as storages
+
+# There is no Triton for other systems.
+collect_ignore = (
+    []
+    if sys.platform == "linux"
+    else ["test_cuda_operators.py", "test_graphs.py", "test_page_attention.py"]
+)

@@ -1,0 +1,105 @@
+"""Triton's small operators give what torch's do."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.functional import silu
+
+from reft_runtime.engine.cuda import tables
+from reft_runtime.engine.cuda.operators import TritonOperators, edit_rows
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+DTYPES = [torch.float32, torch.bfloat16]
+OPERATORS = TritonOperators()
+
+
+def random(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(*shape, generator=generator).to(DEVICE, dtype)
+
+
+def close(found: Tensor, wanted: Tensor) -> None:
+    tolerance = 1e-5 if found.dtype == torch.float32 else 2e-2
+    torch.testing.assert_close(found, wanted.to(found.dtype), rtol=tolerance, atol=tolerance)
+
+
+def norm(rows: Tensor, weight: Tensor) -> Tensor:
+    wide = rows.float()
+    normal = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + 1e-5)
+    return weight * normal.to(rows.dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("width", [32, 57])
+def test_norms(width: int, dtype: torch.dtype) -> None:
+    rows, more = random(3, width, dtype=dtype), random(3, width, dtype=dtype, seed=1)
+    weight = random(width, dtype=dtype, seed=2)
+    close(OPERATORS.rms_norm(rows, weight, 1e-5), norm(rows, weight))
+    total, normal = OPERATORS.add_rms_norm(rows, more, weight, 1e-5)
+    close(total, rows + more)
+    close(normal, norm(rows + more, weight))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("width", [48, 1500])
+def test_gated_silu(width: int, dtype: torch.dtype) -> None:
+    both = random(3, 2 * width, dtype=dtype)
+    close(OPERATORS.silu_mul(both), silu(both[:, :width]) * both[:, width:])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dim", [16, 24])
+def test_rotary_positions(dim: int, dtype: torch.dtype) -> None:
+    wide = random(3, 4 + 2 + 1, dim, dtype=dtype)
+    query, key, rest = torch.split(wide, [4, 2, 1], 1)
+    assert OPERATORS.packs(query, key)
+    assert not OPERATORS.packs(query.transpose(0, 1))
+    angles = random(3, dim // 2, seed=1).repeat(1, 2)
+    cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
+    wanted = []
+    for heads in (query, key):
+        low, high = heads.chunk(2, -1)
+        turned = torch.cat([-high, low], -1)
+        wanted.append(heads * cos[:, None] + turned * sin[:, None])
+    untouched = rest.clone()
+    OPERATORS.rotate_(query, key, cos, sin)
+    close(query, wanted[0])
+    close(key, wanted[1])
+    assert torch.equal(rest, untouched)
+
+
+def test_what_is_supported() -> None:
+    rows = random(2, 8)
+    assert OPERATORS.supports(rows, rows)
+    assert not OPERATORS.supports(rows, rows.to(torch.bfloat16))
+    assert not OPERATORS.supports(rows.T)
+    assert not OPERATORS.supports(rows.double())
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rows_are_edited_from_tables(dtype: torch.dtype) -> None:
+    rows, width = random(5, 40, dtype=dtype), 40
+    V, U = random(3, tables.RANK, width, seed=1), random(3, tables.RANK, width, seed=2)
+    table = tables.LayerTable(
+        V, U, random(3, tables.RANK, seed=3), torch.tensor([0, 3, 8], dtype=torch.int32).to(DEVICE)
+    )
+    slots, strengths = [2, 0, 1, 2, 0], [1.0, 1.0, 0.5, -2.0, 0.0]
+    V[0] = torch.nan  # what is beyond a slot's rank is not even read
+    U[1, 3:] = torch.nan
+    wanted = rows.clone()
+    for row, (slot, strength) in enumerate(zip(slots, strengths, strict=True)):
+        rank = int(table.ranks[slot])
+        low_rank = V[slot, :rank] @ rows[row].float() + table.b[slot, :rank]
+        wanted[row] = rows[row] + strength * (low_rank @ U[slot, :rank])
+    found = rows.clone()
+    edit_rows(
+        found,
+        table,
+        torch.tensor(slots, device=DEVICE),
+        torch.tensor(strengths, device=DEVICE),
+    )
+    assert torch.equal(found[[1, 4]], rows[[1, 4]])
+    size = wanted.float().abs().max()
+    close((found / size).to(dtype), (wanted / size).to(dtype))

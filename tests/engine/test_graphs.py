@@ -1,0 +1,207 @@
+"""Decode steps from fixed addresses: the same tokens, whatever the numbers of rows and edits.
+
+Without a CUDA device what would be captured is computed again at each replay: everything but the
+capture itself is as it is there.
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import pytest
+import torch
+from torch import Tensor
+
+from reft_runtime.engine import core as engine_core
+from reft_runtime.engine.blocks import BlockBudget
+from reft_runtime.engine.cuda import tables
+from reft_runtime.engine.cuda.attention import TritonAttention
+from reft_runtime.engine.cuda.graphs import Compute, DecodeGraphs, GraphCapture, buckets
+from reft_runtime.engine.cuda.operators import edit_rows
+from reft_runtime.engine.cuda.tables import EditTables, LayerTable
+from reft_runtime.engine.kv_pages import PageStorage
+from reft_runtime.engine.loader import LoadedModel
+from reft_runtime.engine.runner import Runner
+from tests.helpers.models import (
+    DEVICE,
+    generate,
+    intervention,
+    make_core,
+    prompt,
+    request,
+    run,
+    tiny_llama,
+)
+from tests.helpers.pages import pages_for
+from tests.helpers.reference import RandomEdit, applied
+
+Spy = list[tuple[int, bool]]
+"""Of each decode step that went through a graph: rows in the graph, and whether it edits."""
+
+
+def again(compute: Compute) -> Compute:
+    return compute
+
+
+def plain_edit(rows: Tensor, layer: LayerTable, slots: Tensor, strengths: Tensor) -> None:
+    """`EditRows` by torch's own operators."""
+    low_rank = torch.einsum("nd,nrd->nr", rows, layer.V[slots]) + layer.b[slots]
+    low_rank[torch.arange(tables.RANK) >= layer.ranks[slots][:, None]] = 0
+    rows += strengths[:, None] * torch.einsum("nr,nrd->nd", low_rank, layer.U[slots])
+
+
+@pytest.fixture(params=["torch"])
+def replays(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Spy:
+    """Cores with pages and graphs; notes what is replayed.
+
+    With Triton's kernels on a device, and where `request.param` asks for them: its interpreter
+    takes seconds.
+    """
+    seen: Spy = []
+    own = request.param == "triton" or DEVICE.type == "cuda"
+
+    def storage(loaded: LoadedModel, budget: BlockBudget, max_running: int) -> PageStorage:
+        kernel = TritonAttention(loaded.group, 8) if own else None
+        return pages_for(loaded, budget, max_running, kernel)
+
+    def decoder(runner: Runner, max_running: int) -> DecodeGraphs:
+        loaded, pages = runner.loaded, runner.storage
+        assert isinstance(pages, PageStorage)
+        edit = edit_rows if own else plain_edit
+        held = EditTables(len(loaded.layers), loaded.hidden_size, max_running, loaded.device, edit)
+        capture = GraphCapture() if loaded.device.type == "cuda" else again
+        graphs = DecodeGraphs(loaded, pages, runner.sites, held, max_running, capture)
+        real = graphs._graph
+
+        def graph(rows: int, *, edited: bool) -> Compute:
+            seen.append((rows, edited))
+            return real(rows, edited=edited)
+
+        monkeypatch.setattr(graphs, "_graph", graph)
+        return graphs
+
+    monkeypatch.setattr(engine_core, "storage_for", storage)
+    monkeypatch.setattr(engine_core, "decoder_for", decoder)
+    return seen
+
+
+def test_buckets() -> None:
+    assert buckets(1) == [1]
+    assert buckets(5) == [1, 2, 3, 4, 5]
+    sizes = buckets(256)
+    assert sizes == sorted(set(sizes))
+    assert sizes[-1] == 256
+    assert all(b <= max(a + 1, 1.25 * a) for a, b in pairwise(sizes))
+    assert len(sizes) < 32
+
+
+@pytest.mark.parametrize("replays", ["torch", "triton"], indirect=True)
+def test_base_and_prompt_edits_take_the_plain_set(replays: Spy) -> None:
+    model, _ = tiny_llama()
+    asked = [
+        request("base", prompt(9), max_tokens=5),
+        request("long", prompt(20), max_tokens=8),
+        request("edited", prompt(7), intervention(1), max_tokens=4),
+    ]
+    found = run(make_core(), asked)
+    assert found["base"][0] == generate(model, prompt(9), 5)
+    assert found["long"][0] == generate(model, prompt(20), 8)
+    assert found["edited"][0] != generate(model, prompt(7), 4)
+    assert {edited for _, edited in replays} == {False}
+    # Three rows decode together, then fewer.
+    assert [rows for rows, _ in replays[:7]] == [3, 3, 3, 2, 1, 1, 1]
+
+
+DECODING = {
+    "loreft": RandomEdit("loreft", "l1+decode", seed=1),
+    "all": RandomEdit("direft", "all", seed=2, rank=1),
+    "steering": RandomEdit("steering", "all", seed=3),
+    "lobireft": RandomEdit("lobireft", "decode", seed=4, layer=2, size=3),
+}
+EAGER = {
+    "act": RandomEdit("loreft", "decode", act="relu", seed=5),
+    "input": RandomEdit("steering", "all", seed=6, component="block_input"),
+    "scaled": RandomEdit("red", "decode", seed=7),
+}
+
+
+@pytest.mark.parametrize("name", DECODING)
+def test_edits_of_decoded_tokens_come_from_tables(replays: Spy, name: str) -> None:
+    own = applied(DECODING[name], strength=0.7).intervention
+    asked = [
+        request("edited", prompt(9), own, max_tokens=5),
+        request("base", prompt(11), max_tokens=5),
+    ]
+    found = run(make_core(), asked)
+    assert {edited for _, edited in replays} == {True}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engine_core, "decoder_for", lambda *_: None)
+        assert run(make_core(), asked) == found
+    assert found["base"][0] == generate(tiny_llama()[0], prompt(11), 5)
+
+
+@pytest.mark.parametrize("name", EAGER)
+def test_what_tables_cannot_hold_is_computed_eagerly(replays: Spy, name: str) -> None:
+    own = applied(EAGER[name]).intervention
+    asked = [
+        request("edited", prompt(9), own, max_tokens=5),
+        request("base", prompt(11), max_tokens=7),
+    ]
+    found = run(make_core(), asked)
+    assert [edited for _, edited in replays] == [False] * 2  # once the edited one has ended
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engine_core, "decoder_for", lambda *_: None)
+        assert run(make_core(), asked) == found
+
+
+def test_more_interventions_than_slots(replays: Spy) -> None:
+    asked = [
+        request(
+            f"{seed}",
+            prompt(9),
+            applied(RandomEdit("steering", "all", seed=seed)).intervention,
+            max_tokens=4,
+        )
+        for seed in range(5)
+    ]
+    wanted = {each.id: run(make_core(), [each])[each.id] for each in asked}
+    replays.clear()
+    # Two at once: a slot for each, and the least recently used gives way.
+    core = make_core(max_running=2)
+    assert run(core, asked) == wanted
+    for each in (*asked, *asked):
+        assert run(core, [each])[each.id] == wanted[each.id]
+    assert {edited for _, edited in replays} == {True}
+
+
+@pytest.mark.parametrize("replays", ["triton"], indirect=True)
+def test_tables_and_pages_by_triton(replays: Spy) -> None:
+    own = applied(DECODING["loreft"]).intervention
+    asked = [request("edited", prompt(5), own, max_tokens=3), request("base", prompt(3))]
+    found = run(make_core(), asked)
+    assert {edited for _, edited in replays} == {True, False}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engine_core, "storage_for", pages_for)
+        patch.setattr(engine_core, "decoder_for", lambda *_: None)
+        assert run(make_core(), asked) == found
+
+
+def test_one_core_after_another_in_any_company(replays: Spy) -> None:
+    core = make_core(max_running=5)
+    asked = [
+        request(f"{n}", prompt(3 + 5 * n), *([intervention(n)] if n % 2 else []), max_tokens=3 + n)
+        for n in range(9)
+    ]
+    together = run(core, asked)
+    assert max(rows for rows, _ in replays) == 5
+    assert together == {each.id: run(core, [each])[each.id] for each in asked}
+
+
+def test_warming_up_captures_both_sets_and_leaves_no_trace(replays: Spy) -> None:
+    core = make_core(max_running=6)
+    graphs = core.runner.decoder
+    assert isinstance(graphs, DecodeGraphs)
+    graphs.warm_up(progress=False)
+    assert replays == [(rows, edited) for rows in (6, 5, 4, 3, 2, 1) for edited in (False, True)]
+    assert run(core, [request("a", prompt(9))])["a"][0] == generate(tiny_llama()[0], prompt(9), 8)
+    core.check_integrity()
