@@ -34,6 +34,10 @@ Applied = str | Use | tuple[str | Use, ...] | None
 
 WATCH_SECONDS = 2.0
 
+MAX_RUNNING, DEVICE_MAX_RUNNING = 64, 256
+MAX_STEP_TOKENS, DEVICE_MAX_STEP_TOKENS = 2048, 8192
+"""What a CPU, and what a CUDA device takes at once unless told otherwise."""
+
 _FIRST_TOKEN = SamplingParams(temperature=0, max_tokens=1)
 
 
@@ -77,9 +81,9 @@ class Engine:
         name, loaded, tokenizer = load_base(model, tokenizer, dtype, max_model_len, device=device)
         on_cpu = loaded.device.type == "cpu"
         if max_running is None:
-            max_running = 64 if on_cpu else 256
+            max_running = MAX_RUNNING if on_cpu else DEVICE_MAX_RUNNING
         if max_step_tokens is None:
-            max_step_tokens = 2048 if on_cpu else 8192
+            max_step_tokens = MAX_STEP_TOKENS if on_cpu else DEVICE_MAX_STEP_TOKENS
         kv_tokens = kv_budget(loaded, max_running, kv_tokens, prefix_cache=prefix_cache)
         config = EngineConfig(
             max_running, max(max_step_tokens, max_running), kv_tokens, prefix_cache

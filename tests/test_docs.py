@@ -10,7 +10,7 @@ from typing import cast
 import pytest
 import typer
 
-from reft_runtime import Engine
+from reft_runtime import Engine, llm
 from server.cli import app
 from server.metrics import Metrics
 from server.settings import Settings
@@ -73,6 +73,13 @@ def test_operations_lists_the_metrics() -> None:
 
 def test_help_names_the_engines_defaults() -> None:
     parameters = inspect.signature(Engine).parameters
-    for name in ("max_running", "max_queued", "max_queued_tokens"):
+    defaults = {name: parameters[name].default for name in ("max_queued", "max_queued_tokens")}
+    on_cpu = {"max_running": llm.MAX_RUNNING, "max_step_tokens": llm.MAX_STEP_TOKENS}
+    on_device = {
+        "max_running": llm.DEVICE_MAX_RUNNING,
+        "max_step_tokens": llm.DEVICE_MAX_STEP_TOKENS,
+    }
+    for name, default in {**defaults, **on_cpu}.items():
         description = Settings.model_fields[name].description or ""
-        assert f"by default {parameters[name].default}" in description
+        assert f"by default {default}" in description
+        assert name not in on_device or f"on a CUDA device {on_device[name]}" in description

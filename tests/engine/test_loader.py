@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
-from reft_runtime.engine.loader import adopt_model, choose_dtype, load_model
+from reft_runtime.engine.loader import adopt_model, choose_device, choose_dtype, load_model
 from reft_runtime.errors import ConfigError, UnsupportedModel
 from tests.helpers.models import (
     HIDDEN,
@@ -179,6 +179,13 @@ def test_end_of_answer_ids_come_from_the_generation_config() -> None:
         eos_token_id=[7, 9]
     )
     assert adopt_model(model).eos_ids == {7, 9}
+
+
+@pytest.mark.parametrize("name", ["tpu", "auto", "cuda:99", "meta"])
+def test_devices_that_are_not_there(name: str) -> None:
+    with pytest.raises(ConfigError, match="device"):
+        choose_device(name)
+    assert choose_device("cpu").type == "cpu"
 
 
 def test_unknown_dtypes_and_missing_folders_are_named(tmp_path: Path) -> None:

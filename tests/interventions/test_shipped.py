@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from benchmarks.recipes import RECIPES
 from reft_runtime.interventions import BaseShape, Registry, parse, serialise
 
 ROOT = Path(__file__).parents[2]
@@ -24,7 +25,12 @@ DEMO = BaseShape(
 def test_every_shipped_file_is_served() -> None:
     registry = Registry(DEMO, [ROOT / "interventions"])
     assert registry.problems() == {}
-    assert [entry.name for entry in registry.entries()] == ["emoji", "pirate"]
+    names = {entry.name for entry in registry.entries()}
+    assert names == {*RECIPES, "cheerful", "emoji", "pirate"}
+    table = (ROOT / "interventions" / "README.md").read_text()
+    for name in names:
+        assert f"| `{name}` |" in table
+        assert (ROOT / "interventions" / f"{name}.safetensors").stat().st_size <= 300_000
 
 
 @pytest.mark.parametrize("name", CASES)
