@@ -80,7 +80,6 @@ class Settings(BaseSettings):
     )
     device: str = Field(
         default="cpu",
-        pattern=r"^(cpu|cuda(:[0-9]+)?)$",
         description="Where the model runs: cpu, cuda or cuda:N (not yet measured on a device).",
     )
     dtype: Dtype = Field(
