@@ -174,7 +174,7 @@ METHODS = {
     "LoReFT l1": Method(partial(loreft, "l1"), REFT_RATES),
     "LoReFT f1+l1": Method(partial(loreft, "f1+l1"), REFT_RATES),
     "pyreft l1": Method(pyreft, REFT_RATES),
-    "LoRA r=8": Method(lora, (2e-4, 5e-4, 1e-3)),
+    "LoRA r=8": Method(lora, (5e-4, 1e-3, 2e-3)),
 }
 
 

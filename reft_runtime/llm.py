@@ -18,6 +18,7 @@ from reft_runtime.assembly import Assembler
 from reft_runtime.blocking import Call, run_calls
 from reft_runtime.cores import releasing_workers, usable_cores
 from reft_runtime.engine.core import EngineConfig, EngineCore
+from reft_runtime.engine.device import sizes_for
 from reft_runtime.engine.loop import EngineLoop
 from reft_runtime.engine.sequence import Request
 from reft_runtime.errors import InvalidRequest
@@ -33,10 +34,6 @@ Applied = str | Use | tuple[str | Use, ...] | None
 """What to apply to a prompt: one intervention, several in order, or (None) the base model."""
 
 WATCH_SECONDS = 2.0
-
-MAX_RUNNING, DEVICE_MAX_RUNNING = 64, 256
-MAX_STEP_TOKENS, DEVICE_MAX_STEP_TOKENS = 2048, 8192
-"""What a CPU, and what a CUDA device takes at once unless told otherwise."""
 
 _FIRST_TOKEN = SamplingParams(temperature=0, max_tokens=1)
 
@@ -79,11 +76,9 @@ class Engine:
     ) -> None:
         torch.set_num_threads(threads or min(torch.get_num_threads(), usable_cores()))
         name, loaded, tokenizer = load_base(model, tokenizer, dtype, max_model_len, device=device)
-        on_cpu = loaded.device.type == "cpu"
-        if max_running is None:
-            max_running = MAX_RUNNING if on_cpu else DEVICE_MAX_RUNNING
-        if max_step_tokens is None:
-            max_step_tokens = MAX_STEP_TOKENS if on_cpu else DEVICE_MAX_STEP_TOKENS
+        sizes = sizes_for(loaded.device)
+        max_running = sizes.max_running if max_running is None else max_running
+        max_step_tokens = sizes.max_step_tokens if max_step_tokens is None else max_step_tokens
         kv_tokens = kv_budget(loaded, max_running, kv_tokens, prefix_cache=prefix_cache)
         config = EngineConfig(
             max_running, max(max_step_tokens, max_running), kv_tokens, prefix_cache

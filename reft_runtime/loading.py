@@ -97,7 +97,7 @@ def kv_budget(
         return wanted
     if loaded.device.type == "cuda":
         torch.cuda.empty_cache()  # what is cached after the load fits nothing
-        free = torch.cuda.mem_get_info(loaded.device)[0]
+        free = free_memory(loaded.device)
         reserve = DEVICE_MARGIN + table_bytes(len(loaded.layers), loaded.hidden_size, max_running)
         affordable = (KV_SHARE_OF_DEVICE * free - reserve) / loaded.kv_bytes_per_token
         if affordable < longest:
@@ -109,12 +109,15 @@ def kv_budget(
             )
     else:
         copies = 3 if prefix_cache else 2
-        affordable = KV_SHARE_OF_FREE_MEMORY * free_memory() / (copies * loaded.kv_bytes_per_token)
+        share = KV_SHARE_OF_FREE_MEMORY * free_memory(loaded.device)
+        affordable = share / (copies * loaded.kv_bytes_per_token)
     return max(longest, min(max_running * longest, int(affordable)))
 
 
-def free_memory() -> int:
-    """Bytes that may still be taken: the machine's, or less where a container has a limit."""
+def free_memory(device: torch.device) -> int:
+    """Bytes that may still be taken: a device's; of a CPU less where a container has a limit."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
     free: int = psutil.virtual_memory().available
     with suppress(OSError, ValueError):
         group = Path("/sys/fs/cgroup")

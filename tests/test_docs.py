@@ -10,7 +10,8 @@ from typing import cast
 import pytest
 import typer
 
-from reft_runtime import Engine, llm
+from reft_runtime import Engine
+from reft_runtime.engine.device import ON_CPU, ON_CUDA
 from server.cli import app
 from server.metrics import Metrics
 from server.settings import Settings
@@ -74,10 +75,10 @@ def test_operations_lists_the_metrics() -> None:
 def test_help_names_the_engines_defaults() -> None:
     parameters = inspect.signature(Engine).parameters
     defaults = {name: parameters[name].default for name in ("max_queued", "max_queued_tokens")}
-    on_cpu = {"max_running": llm.MAX_RUNNING, "max_step_tokens": llm.MAX_STEP_TOKENS}
+    on_cpu = {"max_running": ON_CPU.max_running, "max_step_tokens": ON_CPU.max_step_tokens}
     on_device = {
-        "max_running": llm.DEVICE_MAX_RUNNING,
-        "max_step_tokens": llm.DEVICE_MAX_STEP_TOKENS,
+        "max_running": ON_CUDA.max_running,
+        "max_step_tokens": ON_CUDA.max_step_tokens,
     }
     for name, default in {**defaults, **on_cpu}.items():
         description = Settings.model_fields[name].description or ""

@@ -100,16 +100,27 @@ class ShapeProbe:
             raise UnsupportedModel("a layer attends more than once")
         shape = LayerShape(key.shape[1], key.shape[2], value.shape[2])
         self.layers[layer] = ProbedLayer(shape, query.shape[1], scaling, window)
-        at = torch.arange(query.shape[0], device=query.device)
-        seen = at <= at[:, None]
-        if window is not None:
-            seen &= at > at[:, None] - window
-        result = scaled_dot_product_attention(
-            query.transpose(0, 1)[None],
-            key.transpose(0, 1)[None],
-            value.transpose(0, 1)[None],
-            attn_mask=seen,
-            scale=scaling,
-            enable_gqa=query.shape[1] != key.shape[1],
-        )
-        return result[0].transpose(0, 1)
+        return attend_causally(query, key, value, scaling, window)
+
+
+def attend_causally(
+    query: Tensor, key: Tensor, value: Tensor, scaling: float | None, window: int | None
+) -> Tensor:
+    """Attention of the last n tokens of a sequence, by torch's own operators: the reference.
+
+    `query` is [n, heads, dim]; `key` and `value` are [length, kv_heads, dim] of all its tokens.
+    """
+    at = torch.arange(len(key), device=query.device)
+    last = at[len(key) - len(query) :, None]
+    seen = at <= last
+    if window is not None:
+        seen &= at > last - window
+    result = scaled_dot_product_attention(
+        query.transpose(0, 1)[None],
+        key.transpose(0, 1)[None],
+        value.transpose(0, 1)[None],
+        attn_mask=seen,
+        scale=scaling,
+        enable_gqa=query.shape[1] != key.shape[1],
+    )
+    return result[0].transpose(0, 1)

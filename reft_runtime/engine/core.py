@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from reft_runtime.engine.blocks import BlockBudget
-from reft_runtime.engine.device import decoder_for, storage_for
+from reft_runtime.engine.device import decoder_for, sizes_for, storage_for
 from reft_runtime.engine.events import (
     Event,
     Failed,
@@ -20,7 +20,7 @@ from reft_runtime.engine.events import (
     Traced,
 )
 from reft_runtime.engine.loader import LoadedModel
-from reft_runtime.engine.pacing import DEVICE_MIXED_TOKENS, MIXED_TOKENS, StepPacer
+from reft_runtime.engine.pacing import StepPacer
 from reft_runtime.engine.prefix_cache import BlockCopy, PrefixCache
 from reft_runtime.engine.runner import Runner, StepResult
 from reft_runtime.engine.sampler import Sampled
@@ -56,8 +56,7 @@ class EngineCore:
     ) -> None:
         self.loaded = loaded
         budget = BlockBudget(config.kv_tokens, PrefixCache() if config.prefix_cache else None)
-        on_cpu = loaded.device.type == "cpu"
-        pacer = StepPacer(MIXED_TOKENS if on_cpu else DEVICE_MIXED_TOKENS)
+        pacer = StepPacer(sizes_for(loaded.device).mixed_tokens)
         self.scheduler = Scheduler(budget, config.max_running, config.max_step_tokens, pacer)
         self.runner = Runner(loaded, storage_for(loaded, budget, config.max_running))
         self.runner.decoder = decoder_for(self.runner, config.max_running)

@@ -1,8 +1,9 @@
-"""What the engine uses on which device: storage, attention, and graphs of decode steps."""
+"""What the engine uses on which device: sizes, storage, attention, graphs of decode steps."""
 
 from __future__ import annotations
 
 import logging
+from dataclasses import dataclass
 
 import torch
 
@@ -12,10 +13,32 @@ from reft_runtime.engine.kv_pages import PageStorage
 from reft_runtime.engine.kv_rows import RowStorage
 from reft_runtime.engine.loader import LoadedModel
 from reft_runtime.engine.operators import has_triton
+from reft_runtime.engine.pacing import MIXED_TOKENS
 from reft_runtime.engine.page_attention import GatheredAttention, PageKernel
 from reft_runtime.engine.runner import Decoder, Runner
 
 _log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """What a device takes at once unless told otherwise.
+
+    Sequences, tokens of a step, and prompt tokens of a step in which sequences decode.
+    """
+
+    max_running: int
+    max_step_tokens: int
+    mixed_tokens: int
+
+
+ON_CPU = Sizes(max_running=64, max_step_tokens=2048, mixed_tokens=MIXED_TOKENS)
+ON_CUDA = Sizes(max_running=256, max_step_tokens=8192, mixed_tokens=2048)
+
+
+def sizes_for(device: torch.device) -> Sizes:
+    """The sizes that suit a device."""
+    return ON_CPU if device.type == "cpu" else ON_CUDA
 
 
 def storage_for(loaded: LoadedModel, budget: BlockBudget, max_running: int) -> KVStorage:

@@ -17,6 +17,7 @@ from torch.nn.utils.rnn import pad_sequence
 from reft_runtime.engine.scheduler import Chunk
 from reft_runtime.engine.sequence import Sequence
 from reft_runtime.engine.sites import Site
+from reft_runtime.engine.staging import send
 from reft_runtime.interventions import CanonicalEdit
 from reft_runtime.outputs import EditTrace
 
@@ -24,6 +25,7 @@ BATCHED_ROWS = 32
 """Segments of more rows get a matrix product of their own instead of padding the others."""
 
 MOVED_BYTES = 1 << 30
+"""Of edits that stay on the device."""
 
 
 class OnDevice:
@@ -60,10 +62,7 @@ class Sent:
         found = tuple(numbers)
         key = type(found[0]), found
         if key not in self._known:
-            tensor = torch.tensor(found)
-            if self._device.type == "cuda":
-                tensor = tensor.pin_memory().to(self._device, non_blocking=True)
-            self._known[key] = tensor
+            self._known[key] = send(torch.tensor(found), self._device)
         return self._known[key]
 
 
@@ -93,10 +92,10 @@ class StepEdits:
     `traces` says what was done to the sequences that ask for it.
     """
 
+    sent: Sent
     passes: dict[Site, list[list[Segment]]] = field(default_factory=dict)
     failed: dict[Sequence, Exception] = field(default_factory=dict)
     traces: dict[Sequence, list[EditTrace]] = field(default_factory=dict)
-    sent: Sent = field(default_factory=lambda: Sent(torch.device("cpu")))
 
     @property
     def sites(self) -> SequenceOf[Site]:
@@ -106,7 +105,7 @@ class StepEdits:
     @classmethod
     def of(cls, chunks: SequenceOf[Chunk], on_device: OnDevice) -> StepEdits:
         """Find the rows to edit in a packed step (chunks in packed order)."""
-        edits = cls(sent=Sent(on_device.device))
+        edits = cls(Sent(on_device.device))
         first = 0
         for chunk in chunks:
             sequence = chunk.sequence

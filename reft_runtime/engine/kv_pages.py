@@ -15,6 +15,7 @@ from collections.abc import Sequence as SequenceOf
 from itertools import chain
 
 import torch
+from torch import Tensor
 
 from reft_runtime.engine.attention import LayerShape
 from reft_runtime.engine.blocks import BLOCK_TOKENS, blocks_for
@@ -57,16 +58,12 @@ class PageStorage:
             (max_rows + 1, blocks_for(max_tokens)), NOBODYS_PAGE, dtype=torch.long, device=device
         )
         pages = 1 + blocks
-        self.keys, self.values = (
-            [
-                torch.zeros(pages, BLOCK_TOKENS, heads, dim, dtype=dtype, device=device)
-                for heads, dim in sides
-            ]
-            for sides in (
-                [(s.kv_heads, s.key_dim) for s in shapes],
-                [(s.kv_heads, s.value_dim) for s in shapes],
-            )
-        )
+
+        def pool(heads: int, dim: int) -> Tensor:
+            return torch.zeros(pages, BLOCK_TOKENS, heads, dim, dtype=dtype, device=device)
+
+        self.keys = [pool(shape.kv_heads, shape.key_dim) for shape in shapes]
+        self.values = [pool(shape.kv_heads, shape.value_dim) for shape in shapes]
         self._vacant = vacant
         self._users = [1] + [0] * blocks
         self._free = list(range(blocks, 0, -1))

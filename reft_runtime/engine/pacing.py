@@ -21,9 +21,6 @@ MIXED_TOKENS = 384
 """Most prompt tokens of a step in which sequences decode, and of one before anything is measured;
 beyond this larger products are hardly faster, and all in a step wait for its end. Of a CPU."""
 
-DEVICE_MIXED_TOKENS = 2048
-"""The same of a CUDA device."""
-
 LONGEST_SECONDS = 5.0
 """Of a step in which nobody decodes; half of what the server's health check allows."""
 

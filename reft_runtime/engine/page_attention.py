@@ -7,10 +7,9 @@ from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from typing import Protocol
 
-import torch
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
 
+from reft_runtime.engine.attention import attend_causally
 from reft_runtime.engine.blocks import BLOCK_TOKENS, blocks_for
 from reft_runtime.engine.staging import to_device
 
@@ -147,21 +146,6 @@ class GatheredAttention:
             pairwise(batch.firsts.tolist()), stops, lanes, strict=True
         ):
             pages = batch.tables[lane, : blocks_for(stop)]
-            row_keys, row_values = (
-                tensor[pages].flatten(0, 1)[:stop].transpose(0, 1) for tensor in (keys, values)
-            )
-            at = torch.arange(stop, device=query.device)
-            last = at[stop - (end - first) :, None]
-            seen = at <= last
-            if window is not None:
-                seen &= at > last - window
-            result = scaled_dot_product_attention(
-                query[first:end].transpose(0, 1)[None],
-                row_keys[None],
-                row_values[None],
-                attn_mask=seen,
-                scale=scale,
-                enable_gqa=query.shape[1] != keys.shape[2],
-            )
-            out[first:end] = result[0].transpose(0, 1)
+            row_keys, row_values = (t[pages].flatten(0, 1)[:stop] for t in (keys, values))
+            out[first:end] = attend_causally(query[first:end], row_keys, row_values, scale, window)
         return out

@@ -69,7 +69,7 @@ class Runner:
         """Compute the chunks' tokens, and sample where a chunk completes its sequence."""
         chunks = self.storage.prepare(chunks)
         wanted = _wanted_rows(chunks)
-        edits = StepEdits()
+        edits = StepEdits.of((), self._on_device)
         logits = None
         if self.decoder is not None and wanted.rows == list(range(len(chunks))):
             logits = self.decoder.logits(chunks)

@@ -244,8 +244,7 @@ def _checkpoint(folder: Path) -> str | None:
 
 
 def _prefix_bytes(device: torch.device) -> int:
-    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else free_memory()
-    return int(PREFIX_SHARE_OF_FREE_MEMORY * free)
+    return int(PREFIX_SHARE_OF_FREE_MEMORY * free_memory(device))
 
 
 def _metrics(trainer: EditTrainer) -> dict[str, JsonValue]:
