@@ -22,9 +22,9 @@ from reft_runtime.engine.events import (
 from reft_runtime.engine.loader import LoadedModel
 from reft_runtime.engine.pacing import StepPacer
 from reft_runtime.engine.prefix_cache import BlockCopy, PrefixCache
-from reft_runtime.engine.runner import Runner, StepResult
+from reft_runtime.engine.runner import Launched, Runner, StepResult
 from reft_runtime.engine.sampler import Sampled
-from reft_runtime.engine.scheduler import Scheduler, StepPlan
+from reft_runtime.engine.scheduler import Chunk, Scheduler, StepPlan
 from reft_runtime.engine.sequence import Request, Sequence, Status, sequences_of
 from reft_runtime.outputs import FinishReason
 
@@ -66,6 +66,8 @@ class EngineCore:
         self._clock = clock
         self._arrivals = 0
         self._live: dict[str, list[Sequence]] = {}
+        self._ahead: Launched | None = None
+        self._ended = 0.0
 
     @property
     def idle(self) -> bool:
@@ -85,30 +87,38 @@ class EngineCore:
         self._remove([s for s in reversed(live) if choice in (None, s.choice)])
 
     def step(self) -> list[Event]:
-        """Compute one step. An exception from here means that the engine itself is broken."""
-        plan = self.scheduler.schedule()
-        kept = self._keep(plan.kept)
-        self.runner.storage.release(plan.preempted)
-        if not plan.chunks or not kept:
-            return []
-        now = time.monotonic()
-        events: list[Event] = [Started(s.request.id, now) for s in _newly_started(plan)]
-        began = self._clock()
-        result = self._run(plan)
-        seconds = self._clock() - began
+        """Compute one step. An exception from here means that the engine itself is broken.
+
+        On a device the next step begins before this one's tokens are known, where it can.
+        """
+        ahead, self._ahead = self._ahead, None
+        plan, began = _left(ahead), self._ended
+        events: list[Event] = []
+        if not plan.chunks:
+            ahead = None
+            plan = self.scheduler.schedule()
+            kept = self._keep(plan.kept)
+            self.runner.storage.release(plan.preempted)
+            if not plan.chunks or not kept:
+                return []
+            now = time.monotonic()
+            events += [Started(s.request.id, now) for s in _newly_started(plan)]
+            began = self._clock()
+        result = self._run(plan, ahead)
+        self._ended = self._clock()
         if result is None:
             # What the others have computed is still there: their next step does this one again.
             newest = max((c.sequence for c in plan.chunks), key=lambda s: (s.order, s.choice))
             self._fail(StepResult(failed={newest: "out of memory"}), events)
             return events
-        self.scheduler.pacer.record(plan.decodes, plan.prompt_tokens, seconds)
+        self.scheduler.pacer.record(plan.decodes, plan.prompt_tokens, self._ended - began)
         self.steps += 1
         self.prompt_tokens += sum(
-            max(0, min(c.stop, c.sequence.prompt_length) - c.start) for c in plan.chunks
+            max(0, min(c.stop, c.sequence.prompt_length) - c.start) for c in plan.prompts
         )
         ended = [
             sequence
-            for chunk in plan.chunks
+            for chunk in plan.prompts
             if chunk.completes and chunk.sequence.request.sampling.max_tokens == 0
             for sequence in (chunk.sequence, *chunk.forks)
         ]
@@ -142,15 +152,28 @@ class EngineCore:
         if self.idle and self._live:
             raise AssertionError(f"requests left: {', '.join(self._live)}")
 
-    def _run(self, plan: StepPlan) -> StepResult | None:
-        """Run a step; None where memory ran out."""
+    def _run(self, plan: StepPlan, launched: Launched | None) -> StepResult | None:
+        """Run a step, or wait for one that was launched; None where memory ran out."""
         try:
-            return self.runner.run(plan.chunks)
+            if launched is None and plan.decodes == len(plan.chunks):
+                launched = self.runner.launch(plan.chunks)
+            if launched is None:
+                return self.runner.run(plan.chunks)
+            following = self.scheduler.after(c.sequence for c in plan.chunks if self._goes_on(c))
+            if following is not None:
+                self._ahead = self.runner.launch(following.chunks, launched)
+            return launched.result()
         except (MemoryError, RuntimeError) as error:
             if not _is_out_of_memory(error):
                 raise
         # Out here nothing pins the failed step's tensors any more; inside, the exception would.
         return None
+
+    def _goes_on(self, chunk: Chunk) -> bool:
+        """Whether a decoding sequence may get another token after this chunk's."""
+        length, most = chunk.stop + 1, chunk.sequence.request.sampling.max_tokens
+        generated = length - chunk.sequence.prompt_length
+        return length < self.loaded.max_model_len and generated != most
 
     def _append(self, sequence: Sequence, sampled: Sampled) -> TokenMade:
         sequence.tokens.append(sampled.token)
@@ -220,6 +243,13 @@ class EngineCore:
                 self.scheduler.requeue([sequence.pass_lead()])
             if not siblings:
                 del self._live[sequence.request.id]
+
+
+def _left(ahead: Launched | None) -> StepPlan:
+    """The step that was launched ahead, for the sequences that still run."""
+    chunks = [] if ahead is None else ahead.chunks
+    running = [chunk for chunk in chunks if chunk.sequence.status is Status.RUNNING]
+    return StepPlan(running, decodes=len(running))
 
 
 def _newly_started(plan: StepPlan) -> list[Sequence]:

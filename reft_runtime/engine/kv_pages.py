@@ -80,7 +80,7 @@ class PageStorage:
             self.reuse(chunk.reused)
         for chunk in chunks:
             for sequence in (chunk.sequence, *chunk.forks):
-                self._ensure(sequence, len(sequence.tokens))
+                self._ensure(sequence, max(chunk.stop, len(sequence.tokens)))
         self._send_changes()
         return sorted(chunks, key=lambda chunk: chunk.length > 1)
 

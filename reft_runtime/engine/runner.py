@@ -12,11 +12,19 @@ from torch import Tensor
 from reft_runtime.engine.edits import OnDevice, StepEdits
 from reft_runtime.engine.kv import KVStorage
 from reft_runtime.engine.loader import LoadedModel, forward
-from reft_runtime.engine.sampler import Sampled, SampleRow, prompt_logprobs, sample
+from reft_runtime.engine.sampler import (
+    Sampled,
+    SampleRow,
+    is_plain,
+    noise,
+    prompt_logprobs,
+    sample,
+    sample_plain,
+)
 from reft_runtime.engine.scheduler import Chunk
-from reft_runtime.engine.sequence import Sequence
+from reft_runtime.engine.sequence import Sequence, Status
 from reft_runtime.engine.sites import EditSites
-from reft_runtime.engine.staging import to_device
+from reft_runtime.engine.staging import Fetch, to_device
 from reft_runtime.outputs import EditTrace, TokenLogprob
 
 NOT_FINITE = "the model's output is not finite"
@@ -49,6 +57,36 @@ class Decoder(Protocol):
 
     def logits(self, chunks: SequenceOf[Chunk]) -> Tensor | None:
         """Logits [chunks, vocabulary], good until the next step; None where it cannot do this."""
+
+    def logits_after(
+        self, tokens: Tensor, rows: SequenceOf[int], chunks: SequenceOf[Chunk]
+    ) -> Tensor:
+        """The same one token further: for `rows` of the step that was computed last.
+
+        All its rows got `tokens`, which may be known to the device alone; -1 is none.
+        """
+
+
+class Launched:
+    """A decode step on its way: each chunk gets one token."""
+
+    def __init__(self, chunks: SequenceOf[Chunk], tokens: Tensor) -> None:
+        self.chunks = chunks
+        self.tokens = tokens
+        """int64 [chunks] on the device, -1 where the logits are not finite."""
+        self._fetch = Fetch(tokens)
+
+    def result(self) -> StepResult:
+        """Wait for the tokens, of those sequences that still run."""
+        result = StepResult()
+        for chunk, token in zip(self.chunks, self._fetch.tolist(), strict=True):
+            if chunk.sequence.status is not Status.RUNNING:
+                continue
+            if token < 0:
+                result.failed[chunk.sequence] = NOT_FINITE
+            else:
+                result.sampled.append((chunk.sequence, Sampled(token)))
+        return result
 
 
 class Runner:
@@ -85,6 +123,27 @@ class Runner:
         )
         self._sample(logits, wanted, result)
         return result
+
+    @torch.inference_mode()
+    def launch(self, chunks: SequenceOf[Chunk], after: Launched | None = None) -> Launched | None:
+        """Start a step in which every sequence decodes; None where it has to be `run`.
+
+        With `after`, the step that was launched last, whose sequences these are: one token further,
+        which may not be known yet.
+        """
+        if self.decoder is None or not all(map(_is_plain, chunks)):
+            return None
+        chunks = self.storage.prepare(chunks)
+        if after is None:
+            logits = self.decoder.logits(chunks)
+            if logits is None:
+                return None
+        else:
+            row_of = {chunk.sequence: row for row, chunk in enumerate(after.chunks)}
+            rows = [row_of[chunk.sequence] for chunk in chunks]
+            logits = self.decoder.logits_after(after.tokens, rows, chunks)
+        params = [chunk.sequence.request.sampling for chunk in chunks]
+        return Launched(chunks, sample_plain(logits, params, [_point(c) for c in chunks]))
 
     def _forward(self, chunks: SequenceOf[Chunk], wanted: _Wanted, edits: StepEdits) -> Tensor:
         ids = [token for c in chunks for token in c.sequence.tokens[c.start : c.stop]]
@@ -130,6 +189,19 @@ class Runner:
             generated=sequence.generated,
             eos_ids=self.loaded.eos_ids,
         )
+
+
+def _is_plain(chunk: Chunk) -> bool:
+    request = chunk.sequence.request
+    return not request.trace and is_plain(request.sampling, chunk.stop - len(request.prompt))
+
+
+def _point(chunk: Chunk) -> float:
+    """Where in its distribution a chunk's token is drawn, if it is drawn."""
+    request = chunk.sequence.request
+    if not request.sampling.temperature:
+        return 0.0
+    return noise(request.seed, chunk.sequence.choice, chunk.stop - len(request.prompt))
 
 
 def _wanted_rows(chunks: SequenceOf[Chunk]) -> _Wanted:

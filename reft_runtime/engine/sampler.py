@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from reft_runtime.engine.native import kernels, supports
+from reft_runtime.engine.staging import send
 from reft_runtime.outputs import TokenLogprob
 from reft_runtime.sampling import SamplingParams
 
@@ -97,6 +98,32 @@ def sample(logits: Tensor, rows: Sequence[SampleRow]) -> list[Sampled | None]:
     ]
 
 
+def is_plain(params: SamplingParams, made: int) -> bool:
+    """Whether the logits alone decide on the token after `made` others, and tell nothing else."""
+    return (
+        params.logprobs is None
+        and made >= params.min_tokens
+        and not _has_penalties(params)
+        and (params.temperature == 0 or not (params.top_k or params.top_p < 1))
+    )
+
+
+@torch.inference_mode()
+def sample_plain(
+    logits: Tensor, params: Sequence[SamplingParams], points: Sequence[float]
+) -> Tensor:
+    """As `sample` where all rows are plain, drawn at `points`; nobody waits for the device.
+
+    int64 [rows] where the logits are; -1 stands for a row that cannot be sampled.
+    """
+    best, tokens = logits.max(-1)
+    for part in _chunks([i for i, own in enumerate(params) if own.temperature > 0], logits):
+        rows = send(torch.tensor(part), logits.device)
+        drawn = _draw(logits[rows].float(), [params[i] for i in part], [points[i] for i in part])
+        tokens[rows] = drawn
+    return torch.where(best.isfinite(), tokens, -1)
+
+
 @torch.inference_mode()
 def prompt_logprobs(
     logits: Tensor, next_tokens: Sequence[int], k: int
@@ -155,7 +182,9 @@ def _pick(scores: Tensor, rows: Sequence[SampleRow]) -> list[int | None]:
     if drawn:
         # An index makes a copy, which is for nothing where every row is drawn.
         part = scores if len(drawn) == len(rows) else scores[drawn]
-        for i, token in zip(drawn, _draw(part, [rows[i] for i in drawn]), strict=True):
+        params = [rows[i].params for i in drawn]
+        points = [noise(rows[i].seed, rows[i].choice, len(rows[i].generated)) for i in drawn]
+        for i, token in zip(drawn, _draw(part, params, points).tolist(), strict=True):
             tokens[i] = token
     return tokens
 
@@ -168,13 +197,16 @@ def _banned(row: SampleRow) -> list[int]:
 
 
 def _is_edited(row: SampleRow) -> bool:
-    params = row.params
+    return _has_penalties(row.params) or bool(_banned(row))
+
+
+def _has_penalties(params: SamplingParams) -> bool:
+    """Or a bias."""
     return bool(
         params.logit_bias
         or params.repetition_penalty != 1
         or params.presence_penalty
         or params.frequency_penalty
-        or _banned(row)
     )
 
 
@@ -201,26 +233,26 @@ def _edit(scores: Tensor, row: SampleRow) -> None:
         scores[ids] -= params.presence_penalty + params.frequency_penalty * counts
 
 
-def _draw(scores: Tensor, rows: Sequence[SampleRow]) -> list[int]:
-    """Draw a token a row from `scores` [rows, vocabulary], finite at best; overwrites them."""
+def _draw(scores: Tensor, params: Sequence[SamplingParams], points: Sequence[float]) -> Tensor:
+    """Tokens [rows] drawn from `scores` [rows, vocabulary], finite at best; overwrites them.
 
+    Only `_truncate` waits for the device.
+    """
     # The best becomes 0 before anything divides, so that no temperature can overflow.
     scores -= scores.amax(-1, keepdim=True)
-    scores /= _column([row.params.temperature for row in rows], scores).clamp(min=_TINY)
-    if any(row.params.min_p > 0 for row in rows):
-        lowest = _column([row.params.min_p for row in rows], scores).log()
+    scores /= _column([own.temperature for own in params], scores).clamp(min=_TINY)
+    if any(own.min_p > 0 for own in params):
+        lowest = _column([own.min_p for own in params], scores).log()
         scores.masked_fill_(scores < lowest, -math.inf)
-    _truncate(scores, rows)
+    _truncate(scores, params)
 
     weights = scores.exp_().cumsum(-1, dtype=torch.float64)
-    uniform = _column([noise(row.seed, row.choice, len(row.generated)) for row in rows], weights)
+    uniform = _column(points, weights)
     # The first id whose cumulated weight exceeds the point: never one of weight 0.
-    drawn = torch.searchsorted(weights, uniform * weights[:, -1:], right=True)
-    picked: list[int] = drawn.squeeze(1).tolist()
-    return picked
+    return torch.searchsorted(weights, uniform * weights[:, -1:], right=True).squeeze(1)
 
 
-def _truncate(scores: Tensor, rows: Sequence[SampleRow]) -> None:
+def _truncate(scores: Tensor, params: Sequence[SamplingParams]) -> None:
     """Apply top_k and, to what it leaves, top_p; `scores` have their best at 0.
 
     Kept is the shortest list of best tokens whose weight reaches top_p of the whole. It is looked
@@ -228,11 +260,11 @@ def _truncate(scores: Tensor, rows: Sequence[SampleRow]) -> None:
     20 times as much, and only flat distributions need it.
     """
     vocabulary = scores.shape[1]
-    limits = [min(row.params.top_k or vocabulary, vocabulary) for row in rows]
-    pending = [i for i, row in enumerate(rows) if limits[i] < vocabulary or row.params.top_p < 1]
+    limits = [min(own.top_k or vocabulary, vocabulary) for own in params]
+    pending = [i for i, own in enumerate(params) if limits[i] < vocabulary or own.top_p < 1]
     if not pending:
         return
-    counts, thresholds = [vocabulary] * len(rows), [-math.inf] * len(rows)
+    counts, thresholds = [vocabulary] * len(params), [-math.inf] * len(params)
     width = _WIDTH
     while pending:
         width = min(width, vocabulary)
@@ -245,7 +277,7 @@ def _truncate(scores: Tensor, rows: Sequence[SampleRow]) -> None:
         total = torch.where(
             limit <= width, mass[:, -1:], part.exp_().sum(-1, keepdim=True, dtype=torch.float64)
         )
-        wanted = total * _column([rows[i].params.top_p for i in pending], mass)
+        wanted = total * _column([params[i].top_p for i in pending], mass)
         found = (limit <= width) | ((limit == vocabulary) & (mass[:, -1:] >= wanted))
         # A token is kept where those before it do not suffice; of weight 0, it is never drawn.
         needed = ((mass - weights < wanted) & (weights > 0)).count_nonzero(-1)
@@ -262,7 +294,7 @@ def _truncate(scores: Tensor, rows: Sequence[SampleRow]) -> None:
     lowest = _column(thresholds, scores)
     scores.masked_fill_(scores < lowest, -math.inf)
     kept = (scores >= lowest).count_nonzero(-1).tolist()
-    for i, excess in enumerate(kept[i] - counts[i] for i in range(len(rows))):
+    for i, excess in enumerate(kept[i] - counts[i] for i in range(len(params))):
         if excess > 0:
             equals = (scores[i] == thresholds[i]).nonzero().squeeze(1)
             scores[i, equals[-excess:]] = -math.inf
@@ -291,4 +323,4 @@ def _logprobs(logits: Tensor, wanted: Mapping[int, tuple[int, int]]) -> dict[int
 
 def _column(values: Sequence[float], like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """[rows, 1] on the device and, unless another is given, with the dtype of `like`."""
-    return torch.tensor(values, dtype=dtype or like.dtype, device=like.device).unsqueeze(1)
+    return send(torch.tensor(values, dtype=dtype or like.dtype), like.device).unsqueeze(1)

@@ -129,6 +129,18 @@ class Scheduler:
             tokens_left -= self._schedule_prompt(plan, sequence, tokens_left)
         return plan
 
+    def after(self, sequences: Iterable[Sequence]) -> StepPlan | None:
+        """The step after one whose tokens are not known yet, for those of it that go on.
+
+        None if something else has to be decided then: who starts, or who gives way.
+        """
+        if self.waiting or not all(sequence.decoding for sequence in self.running):
+            return None
+        chunks = [Chunk(sequence, sequence.computed + 1, 1) for sequence in sequences]
+        if not chunks or not all(self.budget.reserve(c.sequence, c.stop) for c in chunks):
+            return None
+        return StepPlan(chunks, decodes=len(chunks))
+
     def advance(self, plan: StepPlan) -> None:
         """Record that the plan's tokens have been computed."""
         for chunk in plan.chunks:

@@ -1,4 +1,4 @@
-"""Small numbers on their way to the device."""
+"""Small numbers on their way to the device, and back."""
 
 from __future__ import annotations
 
@@ -19,3 +19,23 @@ def to_device(lists: Sequence[Sequence[int]], device: torch.device) -> tuple[Ten
     """An int64 tensor of each list, by one copy."""
     packed = torch.tensor([number for numbers in lists for number in numbers], dtype=torch.long)
     return torch.split(send(packed, device), [len(numbers) for numbers in lists])
+
+
+class Fetch:
+    """A tensor on its way to the CPU, behind what the device has been given so far."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._tensor = tensor
+        self._arrived: torch.cuda.Event | None = None
+        if tensor.is_cuda:
+            self._tensor = torch.empty_like(tensor, device="cpu", pin_memory=True)
+            self._tensor.copy_(tensor, non_blocking=True)
+            self._arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            self._arrived.record()
+
+    def tolist(self) -> list[int]:
+        """Its numbers, once they are here."""
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        numbers: list[int] = self._tensor.tolist()
+        return numbers

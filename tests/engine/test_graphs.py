@@ -9,16 +9,12 @@ from __future__ import annotations
 from itertools import pairwise
 
 import pytest
-import torch
-from torch import Tensor
 
 from reft_runtime.engine import core as engine_core
 from reft_runtime.engine.blocks import BlockBudget
-from reft_runtime.engine.cuda import tables
 from reft_runtime.engine.cuda.attention import TritonAttention
-from reft_runtime.engine.cuda.graphs import Compute, DecodeGraphs, GraphCapture, buckets
+from reft_runtime.engine.cuda.graphs import Compute, DecodeGraphs, buckets
 from reft_runtime.engine.cuda.operators import edit_rows
-from reft_runtime.engine.cuda.tables import EditTables, LayerTable
 from reft_runtime.engine.kv_pages import PageStorage
 from reft_runtime.engine.loader import LoadedModel
 from reft_runtime.engine.runner import Runner
@@ -32,22 +28,11 @@ from tests.helpers.models import (
     run,
     tiny_llama,
 )
-from tests.helpers.pages import pages_for
+from tests.helpers.pages import graphs_for, pages_for, plain_edit
 from tests.helpers.reference import RandomEdit, applied
 
 Spy = list[tuple[int, bool]]
 """Of each decode step that went through a graph: rows in the graph, and whether it edits."""
-
-
-def again(compute: Compute) -> Compute:
-    return compute
-
-
-def plain_edit(rows: Tensor, layer: LayerTable, slots: Tensor, strengths: Tensor) -> None:
-    """`EditRows` by torch's own operators."""
-    low_rank = torch.einsum("nd,nrd->nr", rows, layer.V[slots]) + layer.b[slots]
-    low_rank[torch.arange(tables.RANK) >= layer.ranks[slots][:, None]] = 0
-    rows += strengths[:, None] * torch.einsum("nr,nrd->nd", low_rank, layer.U[slots])
 
 
 @pytest.fixture(params=["torch"])
@@ -65,12 +50,7 @@ def replays(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
         return pages_for(loaded, budget, max_running, kernel)
 
     def decoder(runner: Runner, max_running: int) -> DecodeGraphs:
-        loaded, pages = runner.loaded, runner.storage
-        assert isinstance(pages, PageStorage)
-        edit = edit_rows if own else plain_edit
-        held = EditTables(len(loaded.layers), loaded.hidden_size, max_running, loaded.device, edit)
-        capture = GraphCapture() if loaded.device.type == "cuda" else again
-        graphs = DecodeGraphs(loaded, pages, runner.sites, held, max_running, capture)
+        graphs = graphs_for(runner, max_running, edit_rows if own else plain_edit)
         real = graphs._graph
 
         def graph(rows: int, *, edited: bool) -> Compute:

@@ -1,16 +1,21 @@
-"""Storage in pages, as on a device, in the place of rows."""
+"""Storage in pages and graphs of decode steps, as on a device, in the place of rows."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
 import pytest
+import torch
+from torch import Tensor
 
 from reft_runtime.engine import core
 from reft_runtime.engine.blocks import BlockBudget
+from reft_runtime.engine.cuda.graphs import Compute, DecodeGraphs, GraphCapture
+from reft_runtime.engine.cuda.tables import RANK, EditRows, EditTables, LayerTable
 from reft_runtime.engine.kv_pages import PageStorage
 from reft_runtime.engine.loader import LoadedModel
 from reft_runtime.engine.page_attention import GatheredAttention, PageKernel
+from reft_runtime.engine.runner import Runner
 
 
 def pages_for(
@@ -30,10 +35,34 @@ def pages_for(
     )
 
 
-@pytest.fixture(scope="module", params=["rows", "pages"])
+def again(compute: Compute) -> Compute:
+    """A "capture" that computes everything again at each replay."""
+    return compute
+
+
+def plain_edit(rows: Tensor, layer: LayerTable, slots: Tensor, strengths: Tensor) -> None:
+    """`EditRows` by torch's own operators."""
+    low_rank = torch.einsum("nd,nrd->nr", rows, layer.V[slots]) + layer.b[slots]
+    low_rank[torch.arange(RANK, device=rows.device) >= layer.ranks[slots][:, None]] = 0
+    rows += strengths[:, None] * torch.einsum("nr,nrd->nd", low_rank, layer.U[slots])
+
+
+def graphs_for(runner: Runner, max_running: int, edit_rows: EditRows = plain_edit) -> DecodeGraphs:
+    """What `decoder_for` gives on a device; without one nothing is captured."""
+    loaded, pages = runner.loaded, runner.storage
+    assert isinstance(pages, PageStorage)
+    layers, width, device = len(loaded.layers), loaded.hidden_size, loaded.device
+    held = EditTables(layers, width, max_running, device, edit_rows)
+    capture = GraphCapture() if device.type == "cuda" else again
+    return DecodeGraphs(loaded, pages, runner.sites, held, max_running, capture)
+
+
+@pytest.fixture(scope="module", params=["rows", "pages", "graphs"])
 def storages(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Run a module's tests over each kind of storage."""
+    """Run a module's tests over each kind of storage, and with steps that begin ahead."""
     with pytest.MonkeyPatch.context() as patch:
-        if request.param == "pages":
+        if request.param != "rows":
             patch.setattr(core, "storage_for", pages_for)
+        if request.param == "graphs":
+            patch.setattr(core, "decoder_for", graphs_for)
         yield

@@ -15,12 +15,14 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from reft_runtime.engine.blocks import BLOCK_TOKENS
 from reft_runtime.engine.cuda.tables import EditTables
 from reft_runtime.engine.kv_pages import PageStorage
 from reft_runtime.engine.loader import LoadedModel, forward
 from reft_runtime.engine.page_attention import PageAttentionStep, PageBatch, RowInPages
 from reft_runtime.engine.scheduler import Chunk
 from reft_runtime.engine.sites import EditSites
+from reft_runtime.engine.staging import send
 
 Compute = Callable[[], None]
 """Computes a step from what lies at the fixed addresses to the logits, which do too."""
@@ -60,8 +62,8 @@ class DecodeGraphs:
         self._capture = capture
         self._buckets = buckets(most)
         device = loaded.device
-        nobody = torch.tensor([*_NOBODY, storage.spare_lane])
-        self._inputs = nobody[:, None].repeat(1, most).to(device)
+        self._nobody = torch.tensor([*_NOBODY, storage.spare_lane])[:, None].to(device)
+        self._inputs = self._nobody.repeat(1, most)
         self._staging = torch.empty_like(
             self._inputs, device="cpu", pin_memory=device.type == "cuda"
         )
@@ -91,7 +93,7 @@ class DecodeGraphs:
             edited = self._tables.slots_of(chunks)
             if edited is None:
                 return None
-        bucket = next(size for size in self._buckets if size >= count)
+        bucket = self._bucket(count)
         rows = [self._row(chunk) for chunk in chunks]
         rows += [(*_NOBODY, self._storage.spare_lane)] * (bucket - count)
         self._staging[:, :bucket] = torch.tensor(rows).T
@@ -100,6 +102,30 @@ class DecodeGraphs:
             self._tables.choose([*edited, *[(0, 0.0)] * (bucket - count)])
         self._graph(bucket, edited=edited is not None)()
         return self._logits[:count]
+
+    @torch.inference_mode()
+    def logits_after(self, tokens: Tensor, rows: Sequence[int], chunks: Sequence[Chunk]) -> Tensor:
+        """See `Decoder.logits_after`."""
+        count = len(rows)
+        bucket = self._bucket(count)
+        chosen = send(torch.tensor(rows), tokens.device)
+        inputs = self._inputs[:, chosen]
+        ids, positions, slots, stops, lanes = inputs
+        ids.copy_(tokens[chosen].clamp(min=0))
+        positions += 1
+        stops += 1
+        pages = self._storage.tables[lanes, positions // BLOCK_TOKENS]
+        slots.copy_(pages * BLOCK_TOKENS + positions % BLOCK_TOKENS)
+        self._inputs[:, :count] = inputs
+        self._inputs[:, count:bucket] = self._nobody
+        edited = any(chunk.sequence.edits_decode for chunk in chunks)
+        if edited:
+            self._tables.choose_again(chosen, bucket)
+        self._graph(bucket, edited=edited)()
+        return self._logits[:count]
+
+    def _bucket(self, count: int) -> int:
+        return next(size for size in self._buckets if size >= count)
 
     def _row(self, chunk: Chunk) -> tuple[int, ...]:
         row = self._storage.row(chunk)

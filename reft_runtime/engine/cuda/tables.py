@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from reft_runtime.engine.sites import Site
+from reft_runtime.engine.staging import send
 from reft_runtime.interventions import CanonicalEdit
 
 if TYPE_CHECKING:
@@ -75,9 +76,16 @@ class EditTables:
 
     def choose(self, rows: Sequence[tuple[int, float]]) -> None:
         """Slot and strength of each row of the next step."""
-        slots, strengths = zip(*rows, strict=True)
-        self._slots[: len(rows)].copy_(torch.tensor(slots))
-        self._strengths[: len(rows)].copy_(torch.tensor(strengths))
+        for held, numbers in zip(
+            (self._slots, self._strengths), zip(*rows, strict=True), strict=True
+        ):
+            held[: len(rows)].copy_(send(torch.tensor(numbers), held.device))
+
+    def choose_again(self, rows: Tensor, most: int) -> None:
+        """For the next step these of the last one's rows; those up to `most` are not edited."""
+        self._slots[: len(rows)] = self._slots[rows]
+        self._slots[len(rows) : most] = 0
+        self._strengths[: len(rows)] = self._strengths[rows]
 
     def slots_of(self, chunks: Sequence[Chunk]) -> list[tuple[int, float]] | None:
         """Slot and strength of each decoding row, copied in where they are new.
@@ -86,12 +94,17 @@ class EditTables:
         """
         found: list[AppliedIntervention | None] = []
         for chunk in chunks:
+            if not chunk.sequence.edits_decode:
+                found.append(None)
+                continue
             editing = [
                 applied
                 for applied in chunk.sequence.request.interventions
                 if applied.strength and any(e.positions.edits_decode for e in applied.edits)
             ]
-            if len(editing) > 1 or not all(_fits(applied.edits) for applied in editing):
+            if len(editing) > 1 or not all(
+                _key(applied) in self._used or _fits(applied.edits) for applied in editing
+            ):
                 return None
             found.append(editing[0] if editing else None)
         # Those of this step first become the latest used: none of them gives way to another.
