@@ -4,9 +4,10 @@
 
 Interventions act on the prompt's last token in four layers (r=4, l1). Their number in flight is
 varied at equal work: always the same number of requests, of which 64 run at once. That of
-registered ones too: always the same ten are used, in turns with the base model. A decode step is
-timed by the choices of one request, which share a prompt of the length wanted. Memory is what the
-process takes at its most beyond what it took before.
+registered ones too: always the same ten are used, in turns with the base model, 64 requests at
+once, or one at a time, whose first token is timed. A decode step is timed by the choices of one
+request, which share a prompt of the length wanted. Memory is what the process takes at its most
+beyond what it took before.
 """
 
 from __future__ import annotations
@@ -53,8 +54,9 @@ MEMORY_CONTEXT = 512
 USED = 10
 """Interventions that are used while more and more are registered."""
 
-BASE, TASKS = "base", "tasks"
-STEP, MEMORY = "step", "bytes"
+SECTIONS = ("memory", "steps", "in-flight", "registered")
+BASE, TASKS, ALONE = "base", "tasks", "tasks, one at a time"
+STEP, MEMORY, FIRST = "step", "bytes", "first token"
 
 
 class Scaling:
@@ -91,7 +93,7 @@ class Scaling:
         return text, figure
 
     def registered(self, counts: Sequence[int]) -> tuple[str, Figure]:
-        """Throughput through ten interventions, and of the base, by how many are registered."""
+        """Throughput and first tokens of ten interventions by how many are registered."""
         lines = {label: Line(label, [], []) for label in (TASKS, BASE)}
         layers = self.engine.registry.base.num_layers
         names = self._register(USED, settings(layers)[L1])
@@ -100,13 +102,17 @@ class Scaling:
             # Those that only lie there are small, to be made quickly.
             self._register(count - len(self.engine.registry.entries()), ([layers // 2], 1, "l1"))
             cases = {TASKS: self._answer(names, AT_ONCE), BASE: self._answer([None], AT_ONCE)}
+            cases[ALONE] = self._first_token(names)
             taken = self._measure("registered", cases, {"registered": count})
-            rates = {label: AT_ONCE * ANSWER_TOKENS / median(taken, label) for label in cases}
+            rates = {label: AT_ONCE * ANSWER_TOKENS / median(taken, label) for label in lines}
+            first = f"{1000 * median(taken, ALONE, FIRST):.1f}"
             for label, rate in rates.items():
                 lines[label].x.append(count)
                 lines[label].y.append(rate)
-            rows.append((count, *map(round, rates.values()), speed_ratio(taken, TASKS, BASE)))
-        text = table(("registered", "tasks, tokens/s", "base, tokens/s", "tasks over base"), rows)
+            ratio = speed_ratio(taken, TASKS, BASE)
+            rows.append((count, *map(round, rates.values()), ratio, first))
+        header = ("tasks, tokens/s", "base, tokens/s", "tasks over base", "first token, ms")
+        text = table(("registered", *header), rows)
         figure = draw(
             "registered interventions", "generated tokens per second", list(lines.values())
         )
@@ -180,6 +186,22 @@ class Scaling:
 
         return timed(run)
 
+    def _first_token(self, names: Sequence[str]) -> Case:
+        """Each of these asked for one token, one after another."""
+
+        def run(number: int) -> Figures:
+            rng = random.Random(f"first {number} {self._made}")
+            sampling = SamplingParams(temperature=0, max_tokens=1, ignore_eos=True)
+            vocabulary, seconds = self.engine.info.vocab_size, list[float]()
+            for name in names:
+                prompt = [rng.randrange(vocabulary) for _ in range(PROMPT_TOKENS)]
+                begin = time.perf_counter()
+                self.engine.generate([prompt], sampling, intervention=name, progress=False)
+                seconds.append(time.perf_counter() - begin)
+            return {SECONDS: sum(seconds), FIRST: statistics.median(seconds)}
+
+        return run
+
     def _decode(self, context: int, batch: int) -> Case:
         """A request with so many choices; its decode steps end at `context` tokens."""
 
@@ -228,11 +250,13 @@ def _numbers(text: str) -> list[int]:
 def main(
     model: Annotated[str, typer.Option(help="demo, a folder, or a hub id.")] = "demo",
     dtype: Annotated[str, typer.Option(help="Dtype of the model.")] = "bfloat16",
+    device: Annotated[str, typer.Option(help="As of reft serve.")] = "cpu",
     in_flight: Annotated[str, typer.Option(help="Different interventions.")] = "1,16,64,256",
     requests: Annotated[int, typer.Option(min=1, help="Requests through them.")] = 256,
     registered: Annotated[str, typer.Option(help="Interventions.")] = "10,100,1000,10000",
     contexts: Annotated[str, typer.Option(help="Tokens.")] = "128,512,1024,2048,4096",
     batches: Annotated[str, typer.Option(help="Sequences.")] = "1,8,32",
+    sections: Annotated[str, typer.Option(help="Comma-separated.")] = ",".join(SECTIONS),
     rounds: Annotated[int, typer.Option(min=1)] = 5,
     out: Annotated[Path, typer.Option(help="Folder of plots, tables and raw figures.")] = Path(
         "build/scaling"
@@ -246,6 +270,7 @@ def main(
         Engine(
             model,
             dtype=dtype,
+            device=device,
             interventions=folder,
             max_running=AT_ONCE,
             max_model_len=longest + 1,
@@ -253,14 +278,15 @@ def main(
         ) as engine,
     ):
         scaling = Scaling(engine, Path(folder), rounds, out / "scaling.json")
-        sections = {
-            "memory": scaling.memory([1, *range(16, AT_ONCE + 1, 16)]),
-            "steps": scaling.steps(_numbers(contexts), _numbers(batches)),
-            "in-flight": scaling.in_flight(_numbers(in_flight), requests),
-            "registered": scaling.registered(_numbers(registered)),
+        run = {
+            "memory": lambda: scaling.memory([1, *range(16, AT_ONCE + 1, 16)]),
+            "steps": lambda: scaling.steps(_numbers(contexts), _numbers(batches)),
+            "in-flight": lambda: scaling.in_flight(_numbers(in_flight), requests),
+            "registered": lambda: scaling.registered(_numbers(registered)),
         }
+        done = {name: run[name]() for name in sections.split(",")}
     texts = [f"{engine.info.model}, {dtype}, {torch.get_num_threads()} threads, {rounds} rounds."]
-    for name, (text, figure) in sections.items():
+    for name, (text, figure) in done.items():
         texts.append(text)
         figure.savefig(out / f"{name}.svg", metadata={"Date": None})
     (out / "scaling.md").write_text("\n\n".join(texts) + "\n")

@@ -22,12 +22,13 @@ def model(tmp_path: Path) -> str:
 
 def test_tables_and_plots(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "out"
-    scaling.main(model, "float32", "1,4", 4, "10,12", "512,600", "1,2", 2, out)
+    every = ",".join(scaling.SECTIONS)
+    scaling.main(model, "float32", "cpu", "1,4", 4, "10,12", "512,600", "1,2", every, 2, out)
     printed = capsys.readouterr().out
     assert (out / "scaling.md").read_text().strip() == printed.strip()
     for row in ("|         4 |", "|         12 |", "|     2 |", "|                64 |"):
         assert row in printed
-    for name in ("memory", "steps", "in-flight", "registered"):
+    for name in scaling.SECTIONS:
         assert "<svg" in (out / f"{name}.svg").read_text()
 
 
