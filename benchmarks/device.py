@@ -25,6 +25,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from benchmarks.measuring import SECONDS, Figures, measure, median, speed_ratio, table
 from benchmarks.workload import F3L3, PROMPT_TOKENS, random_intervention, settings
 from reft_runtime.engine.core import EngineConfig, EngineCore
+from reft_runtime.engine.cuda.graphs import DecodeGraphs
 from reft_runtime.engine.edits import OnDevice
 from reft_runtime.engine.loader import LoadedModel, adopt_model, choose_device, choose_dtype
 from reft_runtime.engine.sequence import AppliedIntervention, Request
@@ -75,19 +76,28 @@ class Limits:
 
     @classmethod
     def measured(cls, loaded: LoadedModel) -> Limits:
-        """By copies larger than any cache, and products of 8,192 (on a CPU: 512) rows."""
-        on_cuda = loaded.device.type == "cuda"
-        size = 1 << (32 if on_cuda else 26)
-        source = torch.ones(size, dtype=torch.uint8, device=loaded.device)
-        target = torch.empty_like(source)
-        copied = _seconds(lambda: target.copy_(source), loaded.device)
-        n = 8192 if on_cuda else 512
+        """Products are of 8,192 rows, on a CPU of 512."""
+        n = 8192 if loaded.device.type == "cuda" else 512
         a, b = (torch.randn(n, n, device=loaded.device).to(loaded.dtype) for _ in "ab")
-        multiplied = _seconds(lambda: a @ b, loaded.device)
-        return cls(2 * size / copied, 2 * n**3 / multiplied)
+        multiplied = seconds(lambda: a @ b, loaded.device)
+        return cls(bandwidth(loaded.device), 2 * n**3 / multiplied)
 
 
-def _seconds(run: Callable[[], object], device: torch.device, repeats: int = 10) -> float:
+def name_of(device: torch.device) -> str:
+    """The processor's own name, where it has one."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def bandwidth(device: torch.device) -> float:
+    """Bytes a second, read or written, of a copy that is larger than any cache."""
+    size = 1 << (32 if device.type == "cuda" else 26)
+    source = torch.ones(size, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    return 2 * size / seconds(lambda: target.copy_(source), device)
+
+
+def seconds(run: Callable[[], object], device: torch.device, repeats: int = 10) -> float:
+    """Of one run, the median; waits for the device."""
     times = []
     for _ in range(repeats + 3):
         _wait(device)
@@ -183,17 +193,24 @@ class Bench:
         table: int = embeddings.weight.nbytes
         return self.loaded.weight_bytes - table
 
-    def swap(self, layers: list[int], rank: int) -> float:
-        """Seconds until an intervention that was on the CPU is on the device."""
-        device = self.loaded.device
-        made = iter(self.interventions(13, layers, rank, "l1"))
+    def swap(self, layers: list[int], rank: int, positions: str) -> float:
+        """Seconds until an intervention that was on the CPU is on the device.
+
+        Where it edits decoded tokens, in the tables that the graphs read.
+        """
+        device, decoder = self.loaded.device, self.core.runner.decoder
+        made = iter(self.interventions(13, layers, rank, positions))
 
         def move() -> None:
-            on_device = OnDevice(device)
-            for edit in next(made)[0].edits:
-                on_device(edit)
+            (applied,) = next(made)
+            if isinstance(decoder, DecodeGraphs) and applied.edits[0].positions.edits_decode:
+                decoder.tables.hold(applied)
+            else:
+                on_device = OnDevice(device)
+                for edit in applied.edits:
+                    on_device(edit)
 
-        return _seconds(move, device)
+        return seconds(move, device)
 
 
 def main(
@@ -221,6 +238,7 @@ def main(
         for label, setting in used.items():
             cases[label] = bench.case(n, bench.interventions(n, *setting))
         key: dict[str, str | int] = {"benchmark": "device", "shape": shape, "n": n}
+        key["device"] = name_of(place)
         key["dtype"] = str(loaded.dtype).removeprefix("torch.")
         taken = measure(cases, rounds, key, out)
         for label in cases:
@@ -238,8 +256,8 @@ def main(
             )
     header = ("n", "case", "step, ms", "over floor", "tokens/s", "prompts, % of peak", "over base")
     print(table(header, rows))
-    for label, (layers, rank, _) in used.items():
-        print(f"\nswap in, {label}: {1e6 * bench.swap(layers, rank):.0f} us", end="")
+    for label, setting in used.items():
+        print(f"\nswap in, {label}: {1e6 * bench.swap(*setting):.0f} us", end="")
     print()
 
 

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import device
+from benchmarks import device, device_attention
+from reft_runtime.engine.page_attention import GatheredAttention
 
 
 def test_every_case_has_a_row(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -19,3 +20,19 @@ def test_every_case_has_a_row(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert "TB/s" in printed
     assert printed.count("swap in") == 3
     assert [entry["setting"]["n"] for entry in json.loads(out.read_text())] == [1, 3]
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+def test_kernels_that_agree_are_beside_each_other(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "figures.json"
+    ask = ("smallest", "cpu", "float32", "1,3", "5,40", 150, 1, out)
+    device_attention.main(*ask)
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+    assert len(lines) == 2 + 5 * 2
+    assert len(json.loads(out.read_text())) == 5
+    real = GatheredAttention.__call__
+    monkeypatch.setattr(GatheredAttention, "__call__", lambda *args: real(*args) + 1e-3)
+    with pytest.raises(SystemExit, match=r"flex_attention differs from the reference by 0\.001"):
+        device_attention.main(*ask)

@@ -58,7 +58,7 @@ class DecodeGraphs:
         self._loaded = loaded
         self._storage = storage
         self._sites = sites
-        self._tables = tables
+        self.tables = tables
         self._capture = capture
         self._buckets = buckets(most)
         device = loaded.device
@@ -90,7 +90,7 @@ class DecodeGraphs:
             return None
         edited = None
         if any(chunk.sequence.edits_decode for chunk in chunks):
-            edited = self._tables.slots_of(chunks)
+            edited = self.tables.slots_of(chunks)
             if edited is None:
                 return None
         bucket = self._bucket(count)
@@ -99,7 +99,7 @@ class DecodeGraphs:
         self._staging[:, :bucket] = torch.tensor(rows).T
         self._inputs.copy_(self._staging, non_blocking=True)
         if edited is not None:
-            self._tables.choose([*edited, *[(0, 0.0)] * (bucket - count)])
+            self.tables.choose([*edited, *[(0, 0.0)] * (bucket - count)])
         self._graph(bucket, edited=edited is not None)()
         return self._logits[:count]
 
@@ -120,7 +120,7 @@ class DecodeGraphs:
         self._inputs[:, count:bucket] = self._nobody
         edited = any(chunk.sequence.edits_decode for chunk in chunks)
         if edited:
-            self._tables.choose_again(chosen, bucket)
+            self.tables.choose_again(chosen, bucket)
         self._graph(bucket, edited=edited)()
         return self._logits[:count]
 
@@ -149,7 +149,7 @@ class DecodeGraphs:
             tables=self._storage.tables,
             blocks=self._firsts[:0].view(0, 2),
         )
-        with self._sites.hooked(self._tables) if edited else nullcontext():
+        with self._sites.hooked(self.tables) if edited else nullcontext():
             logits = forward(
                 self._loaded.model, ids, positions, self._firsts[:rows], self._step(batch)
             )
