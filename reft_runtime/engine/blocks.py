@@ -45,7 +45,7 @@ class BlockBudget:
     def reserve(self, sequence: Sequence, tokens: int) -> bool:
         """Let `sequence` hold blocks for `tokens` tokens in all; False if there are too few."""
         more = blocks_for(tokens) - self._held.get(sequence, 0)
-        if more > self.free:
+        if not self.has_room(sequence, tokens):
             return False
         if more > 0:
             self._held[sequence] = self._held.get(sequence, 0) + more
@@ -53,6 +53,10 @@ class BlockBudget:
             if self.cache is not None:
                 self.cache.shrink(self.free)
         return True
+
+    def has_room(self, sequence: Sequence, tokens: int) -> bool:
+        """Whether `sequence` could hold blocks for `tokens` tokens in all."""
+        return blocks_for(tokens) - self._held.get(sequence, 0) <= self.free
 
     def release(self, sequence: Sequence) -> None:
         """Take back every block of `sequence`; nothing happens if it holds none."""

@@ -56,7 +56,8 @@ class EngineCore:
     ) -> None:
         self.loaded = loaded
         budget = BlockBudget(config.kv_tokens, PrefixCache() if config.prefix_cache else None)
-        pacer = StepPacer(sizes_for(loaded.device).mixed_tokens)
+        sizes = sizes_for(loaded.device)
+        pacer = StepPacer(sizes.mixed_tokens, sizes.least_tokens)
         self.scheduler = Scheduler(budget, config.max_running, config.max_step_tokens, pacer)
         self.runner = Runner(loaded, storage_for(loaded, budget, config.max_running))
         self.runner.decoder = decoder_for(self.runner, config.max_running)
@@ -143,6 +144,8 @@ class EngineCore:
         lasting = [sequence for sequence in prompts if sequence not in finished]
         self._keep([copy for s in lasting for copy in self.scheduler.keep(s)])
         self._remove(finished)
+        if self.idle:
+            self._ahead = None  # all of it was in vain
         return events
 
     def check_integrity(self) -> None:
@@ -155,17 +158,17 @@ class EngineCore:
     def _run(self, plan: StepPlan, launched: Launched | None) -> StepResult | None:
         """Run a step, or wait for one that was launched; None where memory ran out."""
         try:
-            if launched is None and plan.decodes == len(plan.chunks):
-                launched = self.runner.launch(plan.chunks)
-            if launched is None:
-                return self.runner.run(plan.chunks)
+            begun = launched or self.runner.run(plan.chunks)
+            if isinstance(begun, StepResult):
+                return begun
             following = self.scheduler.after(c.sequence for c in plan.chunks if self._goes_on(c))
-            if following is not None:
-                self._ahead = self.runner.launch(following.chunks, launched)
-            return launched.result()
+            if following:
+                self._ahead = self.runner.run_after(begun, following)
+            return begun.result()
         except (MemoryError, RuntimeError) as error:
             if not _is_out_of_memory(error):
                 raise
+            self._ahead = None
         # Out here nothing pins the failed step's tensors any more; inside, the exception would.
         return None
 

@@ -13,7 +13,7 @@ from reft_runtime.engine.kv_pages import PageStorage
 from reft_runtime.engine.kv_rows import RowStorage
 from reft_runtime.engine.loader import LoadedModel
 from reft_runtime.engine.operators import has_triton
-from reft_runtime.engine.pacing import MIXED_TOKENS
+from reft_runtime.engine.pacing import LEAST_TOKENS, MIXED_TOKENS
 from reft_runtime.engine.page_attention import GatheredAttention, PageKernel
 from reft_runtime.engine.runner import Decoder, Runner
 
@@ -24,16 +24,19 @@ _log = logging.getLogger(__name__)
 class Sizes:
     """What a device takes at once unless told otherwise.
 
-    Sequences, tokens of a step, and prompt tokens of a step in which sequences decode.
+    Sequences, tokens of a step, and prompt tokens of a step in which sequences decode: the most
+    and, however long they take, the least. Such steps cost a device's host a fixed time that those
+    of decodes do not, so that few tokens hardly make them shorter.
     """
 
     max_running: int
     max_step_tokens: int
     mixed_tokens: int
+    least_tokens: int
 
 
-ON_CPU = Sizes(max_running=64, max_step_tokens=2048, mixed_tokens=MIXED_TOKENS)
-ON_CUDA = Sizes(max_running=256, max_step_tokens=8192, mixed_tokens=2048)
+ON_CPU = Sizes(64, 2048, MIXED_TOKENS, LEAST_TOKENS)
+ON_CUDA = Sizes(max_running=256, max_step_tokens=8192, mixed_tokens=2048, least_tokens=256)
 
 
 def sizes_for(device: torch.device) -> Sizes:

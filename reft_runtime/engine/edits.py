@@ -110,7 +110,7 @@ class StepEdits:
         for chunk in chunks:
             sequence = chunk.sequence
             # Most edits are of prompt positions: their decode steps have nothing to look at.
-            if sequence.edits_decode or (
+            if sequence.decode_edits or (
                 sequence.request.interventions and chunk.start < sequence.prompt_length
             ):
                 edits._add(chunk, first - chunk.start, on_device)

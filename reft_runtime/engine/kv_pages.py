@@ -80,7 +80,7 @@ class PageStorage:
             self.reuse(chunk.reused)
         for chunk in chunks:
             for sequence in (chunk.sequence, *chunk.forks):
-                self._ensure(sequence, max(chunk.stop, len(sequence.tokens)))
+                self._ensure(sequence, chunk.stop)
         self._send_changes()
         return sorted(chunks, key=lambda chunk: chunk.length > 1)
 
@@ -97,6 +97,12 @@ class PageStorage:
             for offset in range(chunk.start, chunk.stop)
         ]
         return RowInPages(chunk.start, slots, self._lanes[chunk.sequence])
+
+    def place(self, chunk: Chunk) -> tuple[int, int]:
+        """Slot and lane (see `RowInPages`) of a chunk of one token."""
+        page = self._lists[chunk.sequence][chunk.start // BLOCK_TOKENS]
+        slot = page * BLOCK_TOKENS + chunk.start % BLOCK_TOKENS
+        return slot, self._lanes[chunk.sequence]
 
     def fork(self, parent: Sequence, child: Sequence, length: int) -> None:
         """See `KVStorage.fork`."""

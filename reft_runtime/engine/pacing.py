@@ -14,8 +14,11 @@ SHARE = 0.75
 streams wait for a token on average, and so pass that at the 95th percentile."""
 
 LEAST_TOKENS = 8
-"""Prompt tokens of a step, however long it takes: prompts go on. All numbers are multiples of half
-of it. Whole blocks would be too coarse: 16 tokens after a long context can cost a decode step."""
+"""Prompt tokens of a step, however long it takes: prompts go on. Of a CPU. Whole blocks would be
+too coarse: 16 tokens after a long context can cost a decode step."""
+
+GRAIN = 4
+"""All numbers of prompt tokens are multiples of it."""
 
 MIXED_TOKENS = 384
 """Most prompt tokens of a step in which sequences decode, and of one before anything is measured;
@@ -45,8 +48,9 @@ class StepPacer:
     Exponentially weighted; the former by the number of rows, told apart by powers of two.
     """
 
-    def __init__(self, mixed_tokens: int = MIXED_TOKENS) -> None:
+    def __init__(self, mixed_tokens: int = MIXED_TOKENS, least_tokens: int = LEAST_TOKENS) -> None:
         self._mixed_tokens = mixed_tokens
+        self._least_tokens = least_tokens
         self._decode_seconds: dict[int, float] = {}
         self._prompt_seconds: float | None = None
         self._unmeasured = 0
@@ -54,17 +58,17 @@ class StepPacer:
     def prompt_tokens(self, decodes: int, prompts: int) -> int:
         """Most prompt tokens for a step with `decodes` decode rows, `prompts` prompts at hand.
 
-        0 now and then while sequences decode, else at least `LEAST_TOKENS`.
+        0 now and then while sequences decode, else at least `least_tokens`.
         """
         prompt = self._prompt_seconds
         if not decodes:
-            return _rounded(LONGEST_SECONDS / prompt) if prompt else self._mixed_tokens
+            return self._rounded(LONGEST_SECONDS / prompt) if prompt else self._mixed_tokens
         if self._unmeasured >= MEASURED_EVERY:
             return 0
         decode = self._decode(decodes)
         if not decode or not prompt:
             return self._mixed_tokens
-        return min(self._mixed_tokens, _rounded(SHARE * prompts**2 * decode / prompt))
+        return min(self._mixed_tokens, self._rounded(SHARE * prompts**2 * decode / prompt))
 
     def record(self, decodes: int, prompt_tokens: int, seconds: float) -> None:
         """Learn from a step that took `seconds`."""
@@ -79,8 +83,11 @@ class StepPacer:
             return
         self._unmeasured += 1
         decode = self._decode(decodes)
-        if decode is not None and prompt_tokens >= LEAST_TOKENS:
+        if decode is not None and prompt_tokens >= self._least_tokens:
             self._learn_prompt(max(0.0, seconds - decode) / prompt_tokens)
+
+    def _rounded(self, tokens: float) -> int:
+        return max(self._least_tokens, int(tokens) // GRAIN * GRAIN)
 
     def _learn_prompt(self, seconds: float) -> None:
         self._prompt_seconds = _weighted(self._prompt_seconds, seconds)
@@ -90,11 +97,6 @@ class StepPacer:
         size = _size(decodes)
         nearest = min(self._decode_seconds, key=lambda s: abs(s - size), default=None)
         return None if nearest is None else self._decode_seconds[nearest]
-
-
-def _rounded(tokens: float) -> int:
-    grain = LEAST_TOKENS // 2
-    return max(LEAST_TOKENS, int(tokens) // grain * grain)
 
 
 def _size(decodes: int) -> int:

@@ -24,7 +24,7 @@ from reft_runtime.engine.sampler import (
 from reft_runtime.engine.scheduler import Chunk
 from reft_runtime.engine.sequence import Sequence, Status
 from reft_runtime.engine.sites import EditSites
-from reft_runtime.engine.staging import Fetch, to_device
+from reft_runtime.engine.staging import Fetch, send, to_device
 from reft_runtime.outputs import EditTrace, TokenLogprob
 
 NOT_FINITE = "the model's output is not finite"
@@ -55,20 +55,15 @@ class _Wanted:
 class Decoder(Protocol):
     """Another way to compute a step in which every sequence decodes."""
 
-    def logits(self, chunks: SequenceOf[Chunk]) -> Tensor | None:
-        """Logits [chunks, vocabulary], good until the next step; None where it cannot do this."""
+    def logits(self, chunks: SequenceOf[Chunk], tokens: Tensor | None = None) -> Tensor | None:
+        """Logits [chunks, vocabulary], good until the next step; None where it cannot do this.
 
-    def logits_after(
-        self, tokens: Tensor, rows: SequenceOf[int], chunks: SequenceOf[Chunk]
-    ) -> Tensor:
-        """The same one token further: for `rows` of the step that was computed last.
-
-        All its rows got `tokens`, which may be known to the device alone; -1 is none.
+        `tokens` [chunks] are to be computed where the CPU does not know them yet; -1 is none.
         """
 
 
 class Launched:
-    """A decode step on its way: each chunk gets one token."""
+    """A decode step on its way: each chunk gets one token, which the CPU may wait for later."""
 
     def __init__(self, chunks: SequenceOf[Chunk], tokens: Tensor) -> None:
         self.chunks = chunks
@@ -103,14 +98,19 @@ class Runner:
         self._on_device = OnDevice(loaded.device)
 
     @torch.inference_mode()
-    def run(self, chunks: SequenceOf[Chunk]) -> StepResult:
-        """Compute the chunks' tokens, and sample where a chunk completes its sequence."""
+    def run(self, chunks: SequenceOf[Chunk]) -> StepResult | Launched:
+        """Compute the chunks' tokens, and sample where a chunk completes its sequence.
+
+        Where all decode, and nothing but tokens is asked for, the device may still be at it.
+        """
         chunks = self.storage.prepare(chunks)
         wanted = _wanted_rows(chunks)
         edits = StepEdits.of((), self._on_device)
         logits = None
         if self.decoder is not None and wanted.rows == list(range(len(chunks))):
             logits = self.decoder.logits(chunks)
+            if logits is not None and all(map(_is_plain, chunks)):
+                return self._launched(chunks, logits)
         if logits is None:
             edits = StepEdits.of(chunks, self._on_device)
             logits = self._forward(chunks, wanted, edits)
@@ -125,23 +125,21 @@ class Runner:
         return result
 
     @torch.inference_mode()
-    def launch(self, chunks: SequenceOf[Chunk], after: Launched | None = None) -> Launched | None:
-        """Start a step in which every sequence decodes; None where it has to be `run`.
+    def run_after(self, launched: Launched, chunks: SequenceOf[Chunk]) -> Launched | None:
+        """Begin the next step of a launched one's sequences, without knowing their tokens.
 
-        With `after`, the step that was launched last, whose sequences these are: one token further,
-        which may not be known yet.
+        None where that cannot be.
         """
         if self.decoder is None or not all(map(_is_plain, chunks)):
             return None
         chunks = self.storage.prepare(chunks)
-        if after is None:
-            logits = self.decoder.logits(chunks)
-            if logits is None:
-                return None
-        else:
-            row_of = {chunk.sequence: row for row, chunk in enumerate(after.chunks)}
-            rows = [row_of[chunk.sequence] for chunk in chunks]
-            logits = self.decoder.logits_after(after.tokens, rows, chunks)
+        row_of = {chunk.sequence: row for row, chunk in enumerate(launched.chunks)}
+        rows = torch.tensor([row_of[chunk.sequence] for chunk in chunks])
+        tokens = launched.tokens[send(rows, self.loaded.device)]
+        logits = self.decoder.logits(chunks, tokens)
+        return None if logits is None else self._launched(chunks, logits)
+
+    def _launched(self, chunks: SequenceOf[Chunk], logits: Tensor) -> Launched:
         params = [chunk.sequence.request.sampling for chunk in chunks]
         return Launched(chunks, sample_plain(logits, params, [_point(c) for c in chunks]))
 
@@ -192,8 +190,10 @@ class Runner:
 
 
 def _is_plain(chunk: Chunk) -> bool:
+    """Whether a chunk is a generated token, after which `sample_plain` picks the next."""
     request = chunk.sequence.request
-    return not request.trace and is_plain(request.sampling, chunk.stop - len(request.prompt))
+    made = chunk.stop - len(request.prompt)
+    return made > 0 and is_plain(request.sampling, made)
 
 
 def _point(chunk: Chunk) -> float:

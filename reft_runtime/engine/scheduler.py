@@ -129,17 +129,19 @@ class Scheduler:
             tokens_left -= self._schedule_prompt(plan, sequence, tokens_left)
         return plan
 
-    def after(self, sequences: Iterable[Sequence]) -> StepPlan | None:
+    def after(self, sequences: Iterable[Sequence]) -> list[Chunk]:
         """The step after one whose tokens are not known yet, for those of it that go on.
 
-        None if something else has to be decided then: who starts, or who gives way.
+        Empty if something else has to be decided then: who starts, whose prompt goes on, or who
+        gives way.
         """
-        if self.waiting or not all(sequence.decoding for sequence in self.running):
-            return None
+        if self.waiting and self._may_start(self.waiting[0]):
+            return []
+        if not all(sequence.decoding for sequence in self.running):
+            return []
         chunks = [Chunk(sequence, sequence.computed + 1, 1) for sequence in sequences]
-        if not chunks or not all(self.budget.reserve(c.sequence, c.stop) for c in chunks):
-            return None
-        return StepPlan(chunks, decodes=len(chunks))
+        roomy = all(self.budget.reserve(chunk.sequence, chunk.stop) for chunk in chunks)
+        return chunks if roomy else []
 
     def advance(self, plan: StepPlan) -> None:
         """Record that the plan's tokens have been computed."""
@@ -255,14 +257,18 @@ class Scheduler:
         return True
 
     def _make_room(self, sequence: Sequence) -> bool:
-        if len(self.running) >= self.max_running:
+        if not self._may_start(sequence):
             return False
-        # One more than there is, so that the first decode step does not preempt at once.
-        if not self.budget.reserve(sequence, len(sequence.tokens) + 1):
-            return False
+        self.budget.reserve(sequence, len(sequence.tokens) + 1)
         sequence.status = Status.RUNNING
         self.running.append(sequence)
         return True
+
+    def _may_start(self, sequence: Sequence) -> bool:
+        # One more than there is, so that the first decode step does not preempt at once.
+        return len(self.running) < self.max_running and self.budget.has_room(
+            sequence, len(sequence.tokens) + 1
+        )
 
     def _preempt(self, sequence: Sequence, plan: StepPlan) -> None:
         self.running.remove(sequence)

@@ -61,7 +61,7 @@ class Sequence:
     `tokens` are the prompt's and the generated ids; the keys and values of the first `computed`
     of them are in the cache. `order` is the order of arrival. The choice that `leads` computes the
     request's prompt first and scores it; its `unforked` are the other choices until then, for they
-    copy what it computed.
+    copy what it computed. `decode_edits` are the interventions that edit generated tokens.
     """
 
     request: Request
@@ -75,15 +75,15 @@ class Sequence:
     unforked: list[Sequence] = field(default_factory=list)
     prompt_logprobs_sent: int = 0
     started: bool = False
-    edits_decode: bool = field(init=False)
+    decode_edits: tuple[AppliedIntervention, ...] = field(init=False)
     keys: BlockKeys = field(init=False)
 
     def __post_init__(self) -> None:
         self.keys = BlockKeys(self.request)
-        self.edits_decode = any(
-            edit.positions.edits_decode
+        self.decode_edits = tuple(
+            applied
             for applied in self.request.interventions
-            for edit in applied.edits
+            if applied.strength and any(edit.positions.edits_decode for edit in applied.edits)
         )
 
     def pass_lead(self) -> Sequence:

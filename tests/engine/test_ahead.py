@@ -11,11 +11,12 @@ import torch
 
 from reft_runtime.engine import core as engine_core
 from reft_runtime.engine import runner, sampler
-from reft_runtime.engine.runner import Launched
+from reft_runtime.engine.runner import Launched, Runner, StepResult
 from reft_runtime.engine.sampler import SampleRow, is_plain, noise, sample, sample_plain
 from reft_runtime.engine.scheduler import Chunk
 from reft_runtime.sampling import SamplingParams
 from tests.helpers.models import (
+    DEVICE,
     Answer,
     answers,
     intervention,
@@ -33,29 +34,37 @@ Log = list[str]
 
 @pytest.fixture
 def log(monkeypatch: pytest.MonkeyPatch) -> Log:
-    """Cores as on a device; notes what is launched ("2", "2 ahead"), awaited and run at once."""
+    """Cores as on a device; notes what is launched ("2", "2 ahead"), awaited and run at once.
+
+    On a device nothing may wait for it while a step is launched ahead.
+    """
     seen: Log = []
-    real_launch, real_run = runner.Runner.launch, runner.Runner.run
-    real_result = Launched.result
+    real_run, real_after, real_result = Runner.run, Runner.run_after, Launched.result
 
-    def launch(
-        self: runner.Runner, chunks: Sequence[Chunk], after: Launched | None = None
-    ) -> Launched | None:
-        launched = real_launch(self, chunks, after)
-        if launched is not None:
-            seen.append(f"{len(chunks)}{' ahead' if after else ''}")
-        return launched
+    def run_step(self: Runner, chunks: Sequence[Chunk]) -> StepResult | Launched:
+        begun = real_run(self, chunks)
+        seen.append(f"{len(chunks)}" if isinstance(begun, Launched) else "run")
+        return begun
 
-    def run_step(self: runner.Runner, chunks: Sequence[Chunk]) -> Any:
-        seen.append("run")
-        return real_run(self, chunks)
+    def run_after(self: Runner, launched: Launched, chunks: Sequence[Chunk]) -> Launched | None:
+        strictly = DEVICE.type == "cuda"
+        if strictly:
+            torch.cuda.set_sync_debug_mode("error")
+        try:
+            ahead = real_after(self, launched, chunks)
+        finally:
+            if strictly:
+                torch.cuda.set_sync_debug_mode("default")
+        if ahead is not None:
+            seen.append(f"{len(chunks)} ahead")
+        return ahead
 
-    def result(self: Launched) -> Any:
+    def result(self: Launched) -> StepResult:
         seen.append("wait")
         return real_result(self)
 
-    monkeypatch.setattr(runner.Runner, "launch", launch)
-    monkeypatch.setattr(runner.Runner, "run", run_step)
+    monkeypatch.setattr(Runner, "run", run_step)
+    monkeypatch.setattr(Runner, "run_after", run_after)
     monkeypatch.setattr(Launched, "result", result)
     monkeypatch.setattr(engine_core, "storage_for", pages_for)
     monkeypatch.setattr(engine_core, "decoder_for", graphs_for)
@@ -134,6 +143,107 @@ def test_who_is_aborted_in_between_leaves_nothing(log: Log, gone: str) -> None:
     wanted = at_once(*asked, *late)
     for each in (*late, *([asked[0]] if gone == "b" else [])):
         assert found[each.id].tokens == wanted[each.id]
+
+
+def test_rows_beyond_the_sequences_write_nowhere(log: Log) -> None:
+    """A graph of ten rows computes nine sequences: the tenth's pages are another's by then."""
+    first = [request(f"{n}", prompt(9 + n), max_tokens=4 if n == 9 else 30) for n in range(10)]
+    late = request("late", prompt(40), max_tokens=20)
+    core = make_core(kv_tokens=16 * 4 * 11, prefix_cache=False)
+    found: dict[str, Answer] = {}
+    for each in first:
+        core.add(each)
+    while "9" not in found or not found["9"].reasons:
+        step(core, found)
+    core.add(late)
+    while not core.idle:
+        step(core, found)
+    assert "9 ahead" in log
+    wanted = at_once(*first, late)
+    assert {name: answer.tokens for name, answer in found.items()} == wanted
+
+
+def test_rows_keep_their_edits_when_one_before_them_ends(log: Log) -> None:
+    edits = [
+        applied(RandomEdit("loreft", "l1+decode", seed=seed), strength=0.5 + seed / 4)
+        for seed in (1, 2)
+    ]
+    asked = [
+        request("base", prompt(9), max_tokens=3),
+        request("one", prompt(11), edits[0].intervention, max_tokens=12),
+        request("two", prompt(13), edits[1].intervention, max_tokens=9),
+    ]
+    assert run(make_core(), asked) == at_once(*asked)
+    assert "2 ahead" in log
+
+
+def test_a_prompt_goes_on_beside_steps_ahead(log: Log) -> None:
+    """Now and then the pacer gives a prompt no token; what follows is not launched ahead."""
+    core = make_core(max_step_tokens=5, max_running=2)
+    found: dict[str, Answer] = {}
+    core.add(request("decoding", prompt(3), max_tokens=200))
+    core.add(request("long", prompt(200), max_tokens=1))
+    steps = 0
+    while "long" not in found or not found["long"].reasons:
+        step(core, found)
+        steps += 1
+    assert steps < 80
+    assert "decoding" not in found or not found["decoding"].reasons
+
+
+def test_who_waits_in_vain_stops_nobody(log: Log) -> None:
+    asked = [request(f"{n}", prompt(17 + n), max_tokens=12) for n in range(3)]
+    assert run(make_core(max_running=2), asked) == at_once(*asked)
+    assert log.count("2 ahead") == 10
+    log.clear()
+    # Room for two answers and a half.
+    assert run(make_core(kv_tokens=80, prefix_cache=False), asked) == at_once(*asked)
+    assert log.count("2 ahead") == 10
+
+
+def test_a_choice_that_has_ended_cannot_fail_the_others(
+    log: Log, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = request("a", prompt(9), max_tokens=9, n=2, temperature=1.0, seed=3)
+    free = at_once(asked)["a"]
+    assert free[0][2] not in (*free[0][:2], *free[1])
+    asked = request(
+        "a", prompt(9), max_tokens=9, n=2, temperature=1.0, seed=3, stop_token_ids=(free[0][2],)
+    )
+    calls, real = iter(range(99)), sample_plain
+
+    def without_the_third(*args: Any) -> Any:
+        tokens = real(*args)
+        if next(calls) == 2:  # its first was sampled with the prompt
+            tokens[0] = -1
+        return tokens
+
+    monkeypatch.setattr(runner, "sample_plain", without_the_third)
+    found = answers(make_core(), [asked])["a"]
+    assert found.failed is None
+    assert found.tokens == {0: free[0][:3], 1: free[1]}
+
+
+def test_times_are_from_the_end_of_the_step_before(
+    log: Log, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So that what the CPU does in between is in a step's time, and nothing is in two."""
+    core = make_core()
+    ticks = iter(range(1000))
+    monkeypatch.setattr(core, "_clock", lambda: float(next(ticks)))
+    seconds = []
+    monkeypatch.setattr(core.scheduler.pacer, "record", lambda *args: seconds.append(args[2]))
+    run(core, [request("a", prompt(9), max_tokens=5)])
+    assert log == ["run", "1", "1 ahead", "wait", "1 ahead", "wait", "1 ahead", "wait", "wait"]
+    assert seconds == [1.0] * 5
+
+
+def test_nothing_of_a_step_in_vain_is_held(log: Log) -> None:
+    free = run(make_core(), [request("a", prompt(9), max_tokens=9)])["a"][0]
+    core = make_core()
+    run(core, [request("a", prompt(9), max_tokens=9, stop_token_ids=(free[3],))])
+    assert log[-2:] == ["1 ahead", "wait"]
+    assert core._ahead is None
 
 
 def test_where_room_is_short_nothing_begins_ahead_and_somebody_gives_way(log: Log) -> None:

@@ -127,6 +127,12 @@ def test_what_is_not_finite_never_reaches_a_later_row(how: str) -> None:
     assert run(core, asked) == clean
 
 
+def forget_graphs(core: EngineCore) -> None:
+    """They are of the model as it was."""
+    if isinstance(core.runner.decoder, graphs.DecodeGraphs):
+        core.runner.decoder._graphs.clear()
+
+
 def finish(core: EngineCore, found: dict[str, Answer]) -> None:
     while not core.idle:
         step(core, found)
@@ -153,7 +159,9 @@ def test_logits_that_are_not_finite_while_decoding(
     with monkeypatch.context() as patch:
         for module in (runner, graphs):
             patch.setattr(module, "forward", broken)
+        forget_graphs(core)
         step(core, found)
+    forget_graphs(core)
     finish(core, found)
     (lost,) = (name for name, answer in found.items() if answer.failed)
     assert "not finite" in (found[lost].failed or "")
@@ -219,7 +227,7 @@ def test_out_of_memory_fails_the_newest_and_keeps_the_rest(
 
         return step
 
-    for name in ("run", "launch"):
+    for name in ("run", "run_after"):
         monkeypatch.setattr(core.runner, name, run_out_once(getattr(core.runner, name)))
     got = answers(core, batch())
     assert got["7"].failed == "out of memory"

@@ -7,19 +7,22 @@ capture itself is as it is there.
 from __future__ import annotations
 
 from itertools import pairwise
+from typing import Any
 
 import pytest
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from reft_runtime.engine import core as engine_core
 from reft_runtime.engine.blocks import BlockBudget
-from reft_runtime.engine.cuda.attention import TritonAttention
+from reft_runtime.engine.cuda import tables
 from reft_runtime.engine.cuda.graphs import Compute, DecodeGraphs, buckets
-from reft_runtime.engine.cuda.operators import edit_rows
 from reft_runtime.engine.kv_pages import PageStorage
 from reft_runtime.engine.loader import LoadedModel
 from reft_runtime.engine.runner import Runner
 from tests.helpers.models import (
-    DEVICE,
+    answers,
     generate,
     intervention,
     make_core,
@@ -28,7 +31,7 @@ from tests.helpers.models import (
     run,
     tiny_llama,
 )
-from tests.helpers.pages import graphs_for, pages_for, plain_edit
+from tests.helpers.pages import graphs_for, pages_for, triton_attention, triton_edit
 from tests.helpers.reference import RandomEdit, applied
 
 Spy = list[tuple[int, bool]]
@@ -39,18 +42,17 @@ Spy = list[tuple[int, bool]]
 def replays(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Spy:
     """Cores with pages and graphs; notes what is replayed.
 
-    With Triton's kernels on a device, and where `request.param` asks for them: its interpreter
-    takes seconds.
+    With Triton's kernels on a device, and where `request.param` asks for them.
     """
     seen: Spy = []
-    own = request.param == "triton" or DEVICE.type == "cuda"
+    own = request.param == "triton"
 
     def storage(loaded: LoadedModel, budget: BlockBudget, max_running: int) -> PageStorage:
-        kernel = TritonAttention(loaded.group, 8) if own else None
+        kernel = triton_attention(loaded) if own else None
         return pages_for(loaded, budget, max_running, kernel)
 
     def decoder(runner: Runner, max_running: int) -> DecodeGraphs:
-        graphs = graphs_for(runner, max_running, edit_rows if own else plain_edit)
+        graphs = graphs_for(runner, max_running, triton_edit() if own else None)
         real = graphs._graph
 
         def graph(rows: int, *, edited: bool) -> Compute:
@@ -152,6 +154,27 @@ def test_more_interventions_than_slots(replays: Spy) -> None:
     for each in (*asked, *asked):
         assert run(core, [each])[each.id] == wanted[each.id]
     assert {edited for _, edited in replays} == {True}
+
+
+def test_memory_that_runs_out_while_edits_are_copied_costs_the_newest_alone(
+    replays: Spy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = applied(DECODING["loreft"]).intervention
+    asked = [request("x", prompt(9), own, max_tokens=5), request("y", prompt(11), own)]
+    wanted = run(make_core(), asked)
+    real, calls = pad_sequence, iter(range(99))
+
+    def pad_once_less(*args: Any, **options: Any) -> Tensor:
+        if next(calls) == 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return real(*args, **options)
+
+    monkeypatch.setattr(tables, "pad_sequence", pad_once_less)
+    core = make_core()
+    found = answers(core, asked)
+    assert found["y"].failed == "out of memory"
+    assert found["x"].tokens == wanted["x"]
+    assert run(core, asked) == wanted
 
 
 @pytest.mark.parametrize("replays", ["triton"], indirect=True)

@@ -113,6 +113,20 @@ def test_a_prompt_goes_on_whatever_it_costs() -> None:
     assert pacer.prompt_tokens(1, 1) == LEAST_TOKENS
 
 
+def test_a_fixed_cost_of_steps_with_prompts_does_not_make_them_ever_smaller() -> None:
+    """As on a device, where steps that only decode are launched ahead."""
+    pacer = StepPacer(mixed_tokens=2048, least_tokens=256)
+    pacer.record(16, 0, 0.006)
+    for _ in range(100):
+        tokens = pacer.prompt_tokens(16, 1)
+        if tokens:
+            assert tokens >= 256
+            pacer.record(16, tokens, 0.014 + 0.00003 * tokens)
+            pacer.record(16, 20, 0.0146)  # the end of a prompt says little
+        else:
+            pacer.record(16, 0, 0.006)
+
+
 def test_where_nobody_decodes_all_prompts_are_computed_at_once() -> None:
     machine = Machine(linear)
     machine.add(64, max_tokens=1)

@@ -16,12 +16,15 @@ from reft_runtime.engine.kv_pages import PageStorage
 from reft_runtime.engine.loader import LoadedModel
 from reft_runtime.engine.page_attention import GatheredAttention, PageKernel
 from reft_runtime.engine.runner import Runner
+from tests.helpers.models import DEVICE
 
 
 def pages_for(
     loaded: LoadedModel, budget: BlockBudget, max_running: int, kernel: PageKernel | None = None
 ) -> PageStorage:
-    """What `storage_for` gives on a device."""
+    """What `storage_for` gives on a device; without one the reference attends."""
+    if kernel is None:
+        kernel = triton_attention(loaded) if DEVICE.type == "cuda" else GatheredAttention()
     cache = budget.cache
     return PageStorage(
         loaded.shapes,
@@ -30,9 +33,23 @@ def pages_for(
         budget.total,
         max_running,
         loaded.max_model_len,
-        kernel or GatheredAttention(),
+        kernel,
         tuple if cache is None else cache.vacant,
     )
+
+
+def triton_attention(loaded: LoadedModel) -> PageKernel:
+    """The kernel of devices; without one in Triton's interpreter, which takes seconds."""
+    from reft_runtime.engine.cuda.attention import TritonAttention
+
+    return TritonAttention(loaded.group, 8)
+
+
+def triton_edit() -> EditRows:
+    """See `triton_attention`."""
+    from reft_runtime.engine.cuda.operators import edit_rows
+
+    return edit_rows
 
 
 def again(compute: Compute) -> Compute:
@@ -47,12 +64,14 @@ def plain_edit(rows: Tensor, layer: LayerTable, slots: Tensor, strengths: Tensor
     rows += strengths[:, None] * torch.einsum("nr,nrd->nd", low_rank, layer.U[slots])
 
 
-def graphs_for(runner: Runner, max_running: int, edit_rows: EditRows = plain_edit) -> DecodeGraphs:
+def graphs_for(runner: Runner, max_running: int, edit: EditRows | None = None) -> DecodeGraphs:
     """What `decoder_for` gives on a device; without one nothing is captured."""
     loaded, pages = runner.loaded, runner.storage
     assert isinstance(pages, PageStorage)
     layers, width, device = len(loaded.layers), loaded.hidden_size, loaded.device
-    held = EditTables(layers, width, max_running, device, edit_rows)
+    if edit is None:
+        edit = triton_edit() if DEVICE.type == "cuda" else plain_edit
+    held = EditTables(layers, width, max_running, device, edit)
     capture = GraphCapture() if device.type == "cuda" else again
     return DecodeGraphs(loaded, pages, runner.sites, held, max_running, capture)
 

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from reft_runtime.engine.blocks import BLOCK_TOKENS
 from reft_runtime.engine.cuda.tables import EditTables
 from reft_runtime.engine.kv_pages import PageStorage
 from reft_runtime.engine.loader import LoadedModel, forward
@@ -62,11 +61,8 @@ class DecodeGraphs:
         self._capture = capture
         self._buckets = buckets(most)
         device = loaded.device
-        self._nobody = torch.tensor([*_NOBODY, storage.spare_lane])[:, None].to(device)
-        self._inputs = self._nobody.repeat(1, most)
-        self._staging = torch.empty_like(
-            self._inputs, device="cpu", pin_memory=device.type == "cuda"
-        )
+        nobody = torch.tensor([*_NOBODY, storage.spare_lane])
+        self._inputs = nobody[:, None].repeat(1, most).to(device)
         self._firsts = torch.arange(most + 1, device=device)
         self._logits = torch.empty(most, loaded.vocab_size, dtype=loaded.dtype, device=device)
         self._graphs: dict[tuple[int, bool], Compute] = {}
@@ -83,54 +79,31 @@ class DecodeGraphs:
             self._graph(rows, edited=edited)
 
     @torch.inference_mode()
-    def logits(self, chunks: Sequence[Chunk]) -> Tensor | None:
+    def logits(self, chunks: Sequence[Chunk], tokens: Tensor | None = None) -> Tensor | None:
         """See `Decoder.logits`; it cannot do what the tables cannot hold, or what is traced."""
         count = len(chunks)
         if count > self._buckets[-1] or not all(map(_decodes, chunks)):
             return None
         edited = None
-        if any(chunk.sequence.edits_decode for chunk in chunks):
+        if any(chunk.sequence.decode_edits for chunk in chunks):
             edited = self.tables.slots_of(chunks)
             if edited is None:
                 return None
-        bucket = self._bucket(count)
-        rows = [self._row(chunk) for chunk in chunks]
-        rows += [(*_NOBODY, self._storage.spare_lane)] * (bucket - count)
-        self._staging[:, :bucket] = torch.tensor(rows).T
-        self._inputs.copy_(self._staging, non_blocking=True)
+        bucket = next(size for size in self._buckets if size >= count)
+        ids = [0 if tokens is not None else c.sequence.tokens[c.start] for c in chunks]
+        slots, lanes = zip(*map(self._storage.place, chunks), strict=True)
+        used = (ids, [c.start for c in chunks], slots, [c.stop for c in chunks], lanes)
+        nobody = (*_NOBODY, self._storage.spare_lane)
+        rows = [
+            [*numbers, *[no] * (bucket - count)] for numbers, no in zip(used, nobody, strict=True)
+        ]
+        self._inputs[:, :bucket] = send(torch.tensor(rows), self._inputs.device)
+        if tokens is not None:
+            self._inputs[0, :count] = tokens.clamp(min=0)
         if edited is not None:
             self.tables.choose([*edited, *[(0, 0.0)] * (bucket - count)])
         self._graph(bucket, edited=edited is not None)()
         return self._logits[:count]
-
-    @torch.inference_mode()
-    def logits_after(self, tokens: Tensor, rows: Sequence[int], chunks: Sequence[Chunk]) -> Tensor:
-        """See `Decoder.logits_after`."""
-        count = len(rows)
-        bucket = self._bucket(count)
-        chosen = send(torch.tensor(rows), tokens.device)
-        inputs = self._inputs[:, chosen]
-        ids, positions, slots, stops, lanes = inputs
-        ids.copy_(tokens[chosen].clamp(min=0))
-        positions += 1
-        stops += 1
-        pages = self._storage.tables[lanes, positions // BLOCK_TOKENS]
-        slots.copy_(pages * BLOCK_TOKENS + positions % BLOCK_TOKENS)
-        self._inputs[:, :count] = inputs
-        self._inputs[:, count:bucket] = self._nobody
-        edited = any(chunk.sequence.edits_decode for chunk in chunks)
-        if edited:
-            self.tables.choose_again(chosen, bucket)
-        self._graph(bucket, edited=edited)()
-        return self._logits[:count]
-
-    def _bucket(self, count: int) -> int:
-        return next(size for size in self._buckets if size >= count)
-
-    def _row(self, chunk: Chunk) -> tuple[int, ...]:
-        row = self._storage.row(chunk)
-        token = chunk.sequence.tokens[chunk.start]
-        return token, chunk.start, row.slots[0], row.stop, row.lane
 
     def _graph(self, rows: int, *, edited: bool) -> Compute:
         if (rows, edited) not in self._graphs:

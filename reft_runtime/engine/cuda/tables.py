@@ -81,43 +81,30 @@ class EditTables:
         ):
             held[: len(rows)].copy_(send(torch.tensor(numbers), held.device))
 
-    def choose_again(self, rows: Tensor, most: int) -> None:
-        """For the next step these of the last one's rows; those up to `most` are not edited."""
-        self._slots[: len(rows)] = self._slots[rows]
-        self._slots[len(rows) : most] = 0
-        self._strengths[: len(rows)] = self._strengths[rows]
-
     def slots_of(self, chunks: Sequence[Chunk]) -> list[tuple[int, float]] | None:
         """Slot and strength of each decoding row, copied in where they are new.
 
         None where a row has edits that no slot can hold.
         """
-        found: list[AppliedIntervention | None] = []
+        rows: list[tuple[Key, float] | None] = []
+        wanted: dict[Key, AppliedIntervention] = {}
         for chunk in chunks:
-            if not chunk.sequence.edits_decode:
-                found.append(None)
+            editing = chunk.sequence.decode_edits
+            if not editing:
+                rows.append(None)
                 continue
-            editing = [
-                applied
-                for applied in chunk.sequence.request.interventions
-                if applied.strength and any(e.positions.edits_decode for e in applied.edits)
-            ]
-            if len(editing) > 1 or not all(
-                _key(applied) in self._used or _fits(applied.edits) for applied in editing
-            ):
+            applied, key = editing[0], _key(editing[0])
+            if len(editing) > 1 or not (key in self._used or _fits(applied.edits)):
                 return None
-            found.append(editing[0] if editing else None)
+            wanted[key] = applied
+            rows.append((key, applied.strength))
         # Those of this step first become the latest used: none of them gives way to another.
-        wanted = {_key(applied): applied for applied in found if applied is not None}
         for key in wanted:
             if key in self._used:
                 self._used.move_to_end(key)
         for applied in wanted.values():
             self.hold(applied)
-        return [
-            (0, 0.0) if applied is None else (self._used[_key(applied)], applied.strength)
-            for applied in found
-        ]
+        return [(0, 0.0) if row is None else (self._used[row[0]], row[1]) for row in rows]
 
     def hold(self, applied: AppliedIntervention) -> None:
         """Copy the edits of decoded tokens into a slot, if they are in none."""
@@ -125,8 +112,14 @@ class EditTables:
         if key in self._used:
             return
         slot = self._free.pop() if self._free else self._used.popitem(last=False)[1]
+        try:
+            self._write(slot, [edit for edit in applied.edits if edit.positions.edits_decode])
+        except BaseException:
+            self._free.append(slot)
+            raise
         self._used[key] = slot
-        edits = [edit for edit in applied.edits if edit.positions.edits_decode]
+
+    def _write(self, slot: int, edits: Sequence[CanonicalEdit]) -> None:
         parts = [_low_rank(edit) for edit in edits]
         device = self._V.device
         layers = torch.tensor([edit.layer for edit in edits], device=device)
