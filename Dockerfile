@@ -1,5 +1,5 @@
 # docker build -t reft-server .                              for a CPU
-# docker build -t reft-server --build-arg TORCH=cu130 .      for an NVIDIA GPU (run with --gpus all)
+# docker build -t reft-server --build-arg TORCH=cu130 .      for an NVIDIA GPU (run with --gpus all -e REFT_DEVICE=cuda)
 # TORCH is the name of one of PyTorch's package indexes; the wheels of a CUDA index bring CUDA themselves.
 
 FROM python:3.11-slim-bookworm AS build

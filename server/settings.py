@@ -60,8 +60,8 @@ class Settings(BaseSettings):
         default=None,
         min_length=1,
         max_length=256,
-        description="Shell pattern: take files made for base models of such names, where their "
-        "layers and width fit, though their fingerprint differs.",
+        description="Shell pattern: take files made for base models of such names where hidden "
+        "size and layers fit, though architecture or vocabulary differ.",
     )
     host: str = Field(default="127.0.0.1", min_length=1, description="Address to listen on.")
     port: int = Field(

@@ -9,25 +9,37 @@ from typing import cast
 
 import pytest
 import typer
+from fastapi.routing import APIRoute
 
 from reft_runtime import Engine
 from reft_runtime.engine.device import ON_CPU, ON_CUDA
+from server.app import create_app
 from server.cli import app
 from server.metrics import Metrics
+from server.schemas.chat import ChatRequest
+from server.schemas.common import InterventionUse
+from server.schemas.completions import CompletionRequest
 from server.settings import Settings
 from tests.http.fake_engine import FakeEngine
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [
     "README.md",
+    "docs/api.md",
+    "docs/from-lora.md",
+    "docs/interventions.md",
     "docs/operations.md",
     "docs/structure.md",
     "docs/training.md",
     "interventions/README.md",
 ]
 
-OTHER_PROGRAMS = {"--build-arg", "--gpus", "--data-binary", "--data"}
-"""Options of docker, curl and our scripts in the documents."""
+OTHER_PROGRAMS = {
+    *("--build-arg", "--gpus"),
+    *("--nproc-per-node", "--no-python"),
+    *("--data-binary", "--data", "--tasks"),
+}
+"""Options of docker, torchrun, curl and our scripts in the documents."""
 
 OTHER_VARIABLES = {"REFT_CACHE"}
 """Where the demo model is kept: the library reads it, too, so it is no setting of the server."""
@@ -84,3 +96,30 @@ def test_help_names_the_engines_defaults() -> None:
         description = Settings.model_fields[name].description or ""
         assert f"by default {default}" in description
         assert name not in on_device or f"on a CUDA device {on_device[name]}" in description
+
+
+def test_the_api_page_lists_every_route_and_field() -> None:
+    text = (ROOT / "docs/api.md").read_text()
+    api = create_app(cast(Engine, FakeEngine()), Settings())
+    routes = {
+        f"{method} {route.path.replace(':path', '')}"
+        for route in api.routes
+        if isinstance(route, APIRoute)
+        for method in route.methods or ()
+    }
+    assert routes <= set(re.findall(r"`([A-Z]+ /[^`]*)`", text))
+    for schema in (ChatRequest, CompletionRequest, InterventionUse):
+        for name in schema.model_fields:
+            assert f"`{name}`" in text or f'"{name}"' in text, name
+
+
+@pytest.mark.parametrize("document", [*DOCUMENTS, "benchmarks/README.md", "CHANGELOG.md"])
+def test_links_lead_somewhere(document: str) -> None:
+    here = ROOT / document
+    for path, anchor in re.findall(r"\]\((?!https?:)([^)#]*)(?:#([^)]*))?\)", here.read_text()):
+        target = (here.parent / path).resolve() if path else here
+        assert target.exists(), path
+        if anchor:
+            headings = re.findall(r"^#+ (.*)$", target.read_text(), re.MULTILINE)
+            known = {re.sub(r"[^\w -]", "", h.lower()).replace(" ", "-") for h in headings}
+            assert anchor in known, anchor
