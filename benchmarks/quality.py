@@ -118,7 +118,7 @@ def loreft(positions: str, run: Run, task: Task, model: str) -> Outcome:
         begun = time.process_time()
         trained = train(task.sample(run.rows, run.seed), out, model=model, settings=settings)
         seconds = time.process_time() - begun
-        report = evaluate([task.test], [str(out)], model=model, dtype=run.dtype)
+        report = evaluate([task.test], [str(out)], model=model, dtype=run.dtype, base=False)
         parameters = sum(tensor.numel() for tensor in trained.intervention.tensors.values())
         accuracy = report.value("it", "rows")
         return Outcome(accuracy, parameters, out.stat().st_size, round(seconds, 1))

@@ -64,9 +64,10 @@ def evaluate(
     metric: Metric | None = None,
     template: str | None = None,
     dtype: str = "auto",
+    base: bool = True,
     progress: bool = True,
 ) -> Report:
-    """Score interventions, and the base model, on data sets.
+    """Score interventions, and unless told otherwise the base model, on data sets.
 
     `interventions` are files, names of files in `folder`, or shell patterns for either; with `url`
     names that a running server has, or patterns. `template` is as for training; the chats of an
@@ -84,6 +85,7 @@ def evaluate(
     likely = [task for task in tasks if task.metric == "perplexity"]
     answered = [task for task in tasks if task.metric != "perplexity"]
     scores: list[Score] = []
+    unedited: list[str | None] = [None] if base else []
     if url is not None:
         if likely:
             raise ConfigError(
@@ -92,10 +94,10 @@ def evaluate(
                 param="metric",
             )
         server = Server(url, api_key)
-        names = [None, *_matching(interventions, server.models()[1:])]
+        names = [*unedited, *_matching(interventions, server.models()[1:])]
         scores = _by_server(server, names, answered, progress=progress)
     else:
-        files: Files = {None: None, **_read_files(interventions, folder)}
+        files: Files = {**dict.fromkeys(unedited), **_read_files(interventions, folder)}
         if answered:
             with Engine(model, tokenizer=tokenizer, dtype=dtype) as engine:
                 scores += _by_engine(engine, files, answered, progress=progress)

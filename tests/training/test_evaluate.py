@@ -106,6 +106,15 @@ def test_the_server_gives_the_same_to_the_example(place: Path, address: str) -> 
     assert chats == evaluate([place / "chats.jsonl"], ["talk"], **options(place), **exact)
 
 
+def test_without_the_base(place: Path, address: str) -> None:
+    data = [place / "goodbad.jsonl"]
+    every = evaluate(data, ["t*"], **options(place))
+    edited = tuple(score for score in every.scores if score.intervention != "base")
+    assert len(edited) == len(every.scores) - 1
+    assert evaluate(data, ["t*"], base=False, **options(place)).scores == edited
+    assert evaluate(data, ["t*"], base=False, url=address, progress=False).scores == edited
+
+
 def test_perplexity_of_the_base_is_the_models(place: Path) -> None:
     report = evaluate([place / "goodbad.jsonl"], metric="perplexity", **options(place))
     plain = model()
