@@ -44,14 +44,16 @@ class BlockBudget:
 
     def reserve(self, sequence: Sequence, tokens: int) -> bool:
         """Let `sequence` hold blocks for `tokens` tokens in all; False if there are too few."""
-        more = blocks_for(tokens) - self._held.get(sequence, 0)
-        if not self.has_room(sequence, tokens):
+        held = self._held.get(sequence, 0)
+        more = blocks_for(tokens) - held
+        if more <= 0:
+            return True
+        if more > self.free:
             return False
-        if more > 0:
-            self._held[sequence] = self._held.get(sequence, 0) + more
-            self._used += more
-            if self.cache is not None:
-                self.cache.shrink(self.free)
+        self._held[sequence] = held + more
+        self._used += more
+        if self.cache is not None:
+            self.cache.shrink(self.free)
         return True
 
     def has_room(self, sequence: Sequence, tokens: int) -> bool:
