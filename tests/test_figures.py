@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import statistics
 from pathlib import Path
 
 import pytest
@@ -91,3 +93,38 @@ def test_mixed_load() -> None:
                 f"{median(taken, label, key):.{digits}f}" for label in ("base", "vLLM: base")
             )
             assert f"{ours} s for {theirs} s" in README or f"{ours} s for its {theirs} s" in README
+
+
+def test_quality() -> None:
+    text = (ROOT / "docs/training.md").read_text()
+    runs = [
+        json.loads(line)
+        for line in (ROOT / "docs/measurements/quality.jsonl").read_text().splitlines()
+    ]
+    found: dict[tuple[str, str, int], list[dict[str, float]]] = {}
+    for entry in runs:
+        key = entry["run"]["task"], entry["run"]["method"], entry["run"]["rows"]
+        found.setdefault(key, []).append(entry["outcome"])
+    for method, label in (
+        ("base", "base"),
+        ("LoReFT l1", "LoReFT, `l1`"),
+        ("LoReFT f1+l1", "LoReFT, `f1+l1`"),
+        ("pyreft l1", "the same by pyreft's modules, `l1`"),
+        ("LoRA r=8", "LoRA, r=8 on all linear layers"),
+    ):
+        rows = 0 if method == "base" else 2000
+        cells = [accuracy(found.get((task, method, rows), [])) for task in ("sst2", "trec")]
+        line = f"| {label} | {' | '.join(cells)} | "
+        if rows:
+            outcomes = found["trec", method, rows]
+            seconds = statistics.mean(outcome["seconds"] for outcome in outcomes)
+            line += f"{outcomes[0]['parameters']:,} | {outcomes[-1]['size_bytes'] / 1000:,.0f} | "
+            line += f"{seconds:.0f} |"
+        assert line in text
+
+
+def accuracy(outcomes: list[dict[str, float]]) -> str:
+    values = [100 * outcome["accuracy"] for outcome in outcomes]
+    if len(values) > 1:
+        return f"{statistics.mean(values):.1f} ± {statistics.stdev(values):.1f}"
+    return f"{values[0]:.1f}" if values else ""
