@@ -23,6 +23,7 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from benchmarks.device import SHAPES, bandwidth, name_of, seconds
 from benchmarks.measuring import Figures, measure, median, table
 from reft_runtime.engine.blocks import BLOCK_TOKENS, blocks_for
+from reft_runtime.engine.device import page_kernel
 from reft_runtime.engine.loader import choose_device, choose_dtype
 from reft_runtime.engine.page_attention import (
     GatheredAttention,
@@ -69,16 +70,9 @@ class Pages:
 
     def by(self, kernel: PageKernel) -> Callable[[], Tensor]:
         """Attention by one of the engine's kernels."""
+        stop = self.before + self.own
         described = [
-            RowInPages(
-                self.before,
-                [
-                    pages[at // BLOCK_TOKENS] * BLOCK_TOKENS + at % BLOCK_TOKENS
-                    for at in range(self.before, self.before + self.own)
-                ],
-                lane,
-            )
-            for lane, pages in enumerate(self.lists)
+            RowInPages.of(pages, self.before, stop, lane) for lane, pages in enumerate(self.lists)
         ]
         batch = PageBatch.of(described, self.tables, kernel.query_block)
         return lambda: kernel(self.query, self.keys, self.values, batch, self.scale, None)
@@ -128,11 +122,8 @@ def kernels(pages: Pages) -> dict[str, Callable[[], Tensor]]:
     """Those that run on the device of the pages."""
     found = {GATHER: pages.by(GatheredAttention())}
     if pages.query.is_cuda:
-        from reft_runtime.engine.cuda.attention import TritonAttention
-
         group = pages.query.shape[1] // pages.keys.shape[2]
-        processors = torch.cuda.get_device_properties(pages.query.device).multi_processor_count
-        found[TRITON] = pages.by(TritonAttention(group, processors))
+        found[TRITON] = pages.by(page_kernel(pages.query.device, group))
         found[FLEX] = pages.by_flex(torch.compile(flex_attention, dynamic=False))
     else:
         found[FLEX] = pages.by_flex(flex_attention)

@@ -101,8 +101,11 @@ class Scaling:
         for count in counts:
             # Those that only lie there are small, to be made quickly.
             self._register(count - len(self.engine.registry.entries()), ([layers // 2], 1, "l1"))
-            cases = {TASKS: self._answer(names, AT_ONCE), BASE: self._answer([None], AT_ONCE)}
-            cases[ALONE] = self._first_token(names)
+            cases = {
+                TASKS: self._answer(names, AT_ONCE),
+                BASE: self._answer([None], AT_ONCE),
+                ALONE: self._first_token(names),
+            }
             taken = self._measure("registered", cases, {"registered": count})
             rates = {label: AT_ONCE * ANSWER_TOKENS / median(taken, label) for label in lines}
             first = f"{1000 * median(taken, ALONE, FIRST):.1f}"
@@ -168,6 +171,10 @@ class Scaling:
         self.engine.registry.scan()
         return names
 
+    def _prompt(self, rng: random.Random, length: int) -> list[int]:
+        """Random tokens."""
+        return [rng.randrange(self.engine.info.vocab_size) for _ in range(length)]
+
     def _answer(self, names: Sequence[str | None], requests: int) -> Case:
         """So many requests through these interventions in turn."""
         engine = self.engine
@@ -176,10 +183,7 @@ class Scaling:
         def run(number: int) -> None:
             rng = random.Random(f"{len(names)} {number}")  # new to every prefix cache
             asked = requests if number else AT_ONCE
-            vocabulary = engine.info.vocab_size
-            prompts = [
-                [rng.randrange(vocabulary) for _ in range(PROMPT_TOKENS)] for _ in range(asked)
-            ]
+            prompts = [self._prompt(rng, PROMPT_TOKENS) for _ in range(asked)]
             applied: list[Applied] = [names[i % len(names)] for i in range(asked)]
             answers = engine.generate(prompts, sampling, intervention=applied, progress=False)
             assert all(len(answer.tokens) == ANSWER_TOKENS for answer in answers)
@@ -192,9 +196,9 @@ class Scaling:
         def run(number: int) -> Figures:
             rng = random.Random(f"first {number} {self._made}")
             sampling = SamplingParams(temperature=0, max_tokens=1, ignore_eos=True)
-            vocabulary, seconds = self.engine.info.vocab_size, list[float]()
+            seconds = []
             for name in names:
-                prompt = [rng.randrange(vocabulary) for _ in range(PROMPT_TOKENS)]
+                prompt = self._prompt(rng, PROMPT_TOKENS)
                 begin = time.perf_counter()
                 self.engine.generate([prompt], sampling, intervention=name, progress=False)
                 seconds.append(time.perf_counter() - begin)
@@ -207,8 +211,7 @@ class Scaling:
 
         async def run(number: int) -> Figures:
             rng = random.Random(f"{context} {number}")
-            vocabulary = self.engine.info.vocab_size
-            prompt = [rng.randrange(vocabulary) for _ in range(context - STEP_TOKENS)]
+            prompt = self._prompt(rng, context - STEP_TOKENS)
             sampling = SamplingParams(max_tokens=STEP_TOKENS, n=batch, ignore_eos=True)
             begin = time.perf_counter()
             made, last, most, gaps = 0, begin, 0.0, list[float]()

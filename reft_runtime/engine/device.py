@@ -57,19 +57,22 @@ def storage_for(loaded: LoadedModel, budget: BlockBudget, max_running: int) -> K
         budget.total,
         max_running,
         loaded.max_model_len,
-        kernel=_page_kernel(loaded),
+        kernel=page_kernel(loaded.device, loaded.group),
         vacant=tuple if cache is None else cache.vacant,
     )
 
 
-def _page_kernel(loaded: LoadedModel) -> PageKernel:
-    """Attention over pages: by Triton where it runs, else by torch's own operators."""
-    if not has_triton(loaded.device):
+def page_kernel(device: torch.device, group: int) -> PageKernel:
+    """Attention over pages: by Triton where it runs, else by torch's own operators.
+
+    `group` is the most query heads that share a head of keys.
+    """
+    if not has_triton(device):
         return GatheredAttention()
     from reft_runtime.engine.cuda.attention import TritonAttention
 
-    processors = torch.cuda.get_device_properties(loaded.device).multi_processor_count
-    return TritonAttention(loaded.group, processors)
+    processors = torch.cuda.get_device_properties(device).multi_processor_count
+    return TritonAttention(group, processors)
 
 
 def decoder_for(runner: Runner, max_running: int) -> Decoder | None:

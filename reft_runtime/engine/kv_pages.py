@@ -91,12 +91,8 @@ class PageStorage:
 
     def row(self, chunk: Chunk) -> RowInPages:
         """Where the tokens of a chunk lie."""
-        pages = self._lists[chunk.sequence]
-        slots = [
-            pages[offset // BLOCK_TOKENS] * BLOCK_TOKENS + offset % BLOCK_TOKENS
-            for offset in range(chunk.start, chunk.stop)
-        ]
-        return RowInPages(chunk.start, slots, self._lanes[chunk.sequence])
+        pages, lane = self._lists[chunk.sequence], self._lanes[chunk.sequence]
+        return RowInPages.of(pages, chunk.start, chunk.stop, lane)
 
     def place(self, chunk: Chunk) -> tuple[int, int]:
         """Slot and lane (see `RowInPages`) of a chunk of one token."""

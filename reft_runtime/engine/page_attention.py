@@ -26,6 +26,15 @@ class RowInPages:
     slots: SequenceOf[int]
     lane: int
 
+    @classmethod
+    def of(cls, pages: SequenceOf[int], start: int, stop: int, lane: int) -> RowInPages:
+        """Tokens [start, stop) of the sequence that has these pages."""
+        slots = [
+            pages[offset // BLOCK_TOKENS] * BLOCK_TOKENS + offset % BLOCK_TOKENS
+            for offset in range(start, stop)
+        ]
+        return cls(start, slots, lane)
+
     @property
     def length(self) -> int:
         """How many tokens."""

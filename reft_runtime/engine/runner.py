@@ -105,14 +105,14 @@ class Runner:
         """
         chunks = self.storage.prepare(chunks)
         wanted = _wanted_rows(chunks)
-        edits = StepEdits.of((), self._on_device)
         logits = None
         if self.decoder is not None and wanted.rows == list(range(len(chunks))):
             logits = self.decoder.logits(chunks)
             if logits is not None and all(map(_is_plain, chunks)):
                 return self._launched(chunks, logits)
+        # What the decoder computed it has edited, too.
+        edits = StepEdits.of(chunks if logits is None else (), self._on_device)
         if logits is None:
-            edits = StepEdits.of(chunks, self._on_device)
             logits = self._forward(chunks, wanted, edits)
         for chunk in chunks:
             for child in chunk.forks:

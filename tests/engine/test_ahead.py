@@ -19,6 +19,7 @@ from tests.helpers.models import (
     DEVICE,
     Answer,
     answers,
+    finish,
     intervention,
     make_core,
     prompt,
@@ -111,8 +112,7 @@ def test_a_newcomer_is_let_in(log: Log) -> None:
         step(core, found)
     log.clear()
     core.add(new)
-    while not core.idle:
-        step(core, found)
+    finish(core, found)
     # What had begun is finished, and nothing more begins before it.
     assert log[:5] == ["wait", "run", "2", "2 ahead", "wait"]
     assert {name: answer.tokens for name, answer in found.items()} == at_once(old, new)
@@ -138,8 +138,7 @@ def test_who_is_aborted_in_between_leaves_nothing(log: Log, gone: str) -> None:
     late = [request(f"late {n}", prompt(20 + n), intervention(n), max_tokens=25) for n in range(3)]
     for each in late:
         core.add(each)
-    while not core.idle:
-        step(core, found)
+    finish(core, found)
     wanted = at_once(*asked, *late)
     for each in (*late, *([asked[0]] if gone == "b" else [])):
         assert found[each.id].tokens == wanted[each.id]
@@ -156,8 +155,7 @@ def test_rows_beyond_the_sequences_write_nowhere(log: Log) -> None:
     while "9" not in found or not found["9"].reasons:
         step(core, found)
     core.add(late)
-    while not core.idle:
-        step(core, found)
+    finish(core, found)
     assert "9 ahead" in log
     wanted = at_once(*first, late)
     assert {name: answer.tokens for name, answer in found.items()} == wanted

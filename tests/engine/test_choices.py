@@ -11,6 +11,7 @@ from tests.helpers.models import (
     MAX_LENGTH,
     Answer,
     answers,
+    finish,
     generate,
     intervention,
     make_core,
@@ -87,12 +88,6 @@ def start(core: EngineCore, *requests: Request, steps: int) -> dict[str, Answer]
     for _ in range(steps):
         step(core, found)
     return found
-
-
-def finish(core: EngineCore, found: dict[str, Answer]) -> None:
-    while not core.idle:
-        step(core, found)
-    core.check_integrity()
 
 
 @pytest.mark.parametrize("max_running", [2, 8])

@@ -19,6 +19,7 @@ from tests.helpers.models import (
     Answer,
     answers,
     applied,
+    finish,
     intervention,
     loreft,
     make_core,
@@ -131,12 +132,6 @@ def forget_graphs(core: EngineCore) -> None:
     """They are of the model as it was."""
     if isinstance(core.runner.decoder, graphs.DecodeGraphs):
         core.runner.decoder._graphs.clear()
-
-
-def finish(core: EngineCore, found: dict[str, Answer]) -> None:
-    while not core.idle:
-        step(core, found)
-    core.check_integrity()
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])

@@ -174,14 +174,19 @@ def preempt(core: EngineCore, sequence: Sequence) -> None:
     core.runner.storage.release([sequence])
 
 
+def finish(core: EngineCore, answers: dict[str, Answer]) -> None:
+    """Turn the core until nothing is left, and note what it says."""
+    while not core.idle:
+        step(core, answers)
+    core.check_integrity()
+
+
 def answers(core: EngineCore, requests: Iterable[Request]) -> dict[str, Answer]:
     """Run requests, all added at once, until nothing is left."""
     found: dict[str, Answer] = {}
     for each in requests:
         core.add(each)
-    while not core.idle:
-        step(core, found)
-    core.check_integrity()
+    finish(core, found)
     return found
 
 
