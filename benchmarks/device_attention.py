@@ -123,7 +123,9 @@ def kernels(pages: Pages) -> dict[str, Callable[[], Tensor]]:
     found = {GATHER: pages.by(GatheredAttention())}
     if pages.query.is_cuda:
         group = pages.query.shape[1] // pages.keys.shape[2]
-        found[TRITON] = pages.by(page_kernel(pages.query.device, group))
+        query = pages.query
+        kernel = page_kernel(query.device, group, query.dtype, query.shape[2])
+        found[TRITON] = pages.by(kernel)
         found[FLEX] = pages.by_flex(torch.compile(flex_attention, dynamic=False))
     else:
         found[FLEX] = pages.by_flex(flex_attention)

@@ -45,6 +45,26 @@ class AttentionStep(Protocol):
         """Store the step's keys and values [T, kv_heads, dim], attend; [T, heads, dim]."""
 
 
+class RotatingStep(AttentionStep, Protocol):
+    """A step that can rotate queries and keys while it stores the keys: one operator less."""
+
+    @property
+    def rotates(self) -> bool:
+        """Whether it does; a step that says nothing of it does not."""
+
+    def attend_rotated(
+        self,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        angles: tuple[Tensor, Tensor],
+        scaling: float | None,
+        window: int | None,
+    ) -> Tensor:
+        """`Operators.rotate_` by `angles`, cosines and sines [T, dim], and then `attend`."""
+
+
 def packed_attention(
     module: nn.Module,
     query: Tensor,

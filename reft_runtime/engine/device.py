@@ -57,22 +57,26 @@ def storage_for(loaded: LoadedModel, budget: BlockBudget, max_running: int) -> K
         budget.total,
         max_running,
         loaded.max_model_len,
-        kernel=page_kernel(loaded.device, loaded.group),
+        kernel=page_kernel(loaded.device, loaded.group, loaded.dtype, _widest(loaded)),
         vacant=tuple if cache is None else cache.vacant,
     )
 
 
-def page_kernel(device: torch.device, group: int) -> PageKernel:
+def page_kernel(device: torch.device, group: int, dtype: torch.dtype, dim: int) -> PageKernel:
     """Attention over pages: by Triton where it runs, else by torch's own operators.
 
-    `group` is the most query heads that share a head of keys.
+    `group` is the most query heads that share a head of keys, `dim` the width of the widest head.
     """
     if not has_triton(device):
         return GatheredAttention()
-    from reft_runtime.engine.cuda.attention import TritonAttention
+    from reft_runtime.engine.cuda.attention import Tiles, TritonAttention
 
     processors = torch.cuda.get_device_properties(device).multi_processor_count
-    return TritonAttention(group, processors)
+    return TritonAttention(group, processors, Tiles.of(dtype, dim))
+
+
+def _widest(loaded: LoadedModel) -> int:
+    return max(max(shape.key_dim, shape.value_dim) for shape in loaded.shapes)
 
 
 def decoder_for(runner: Runner, max_running: int) -> Decoder | None:

@@ -58,7 +58,8 @@ _ROWS = 3
 Operator = Callable[..., Any]
 
 Compute = Callable[[Tensor, Tensor, Tensor, Any], Tensor]
-"""From rows [T, d], the rotary cosines and sines [1, T, dim] and the step to rows [T, d]."""
+"""From rows [T, d], the rotary cosines and sines [1, T, dim] and the step to rows [T, d]; of
+attention to what its output projection gets."""
 
 
 def fuse(
@@ -94,8 +95,9 @@ class _Fuser:
         self._operators = operators
         self._device = device
         self._rotary: dict[Operator, Operator | None] = {}
-        self._mlps: dict[nn.Module, Callable[[Tensor], Tensor]] = {}
-        self._attentions: dict[nn.Module, Compute] = {}
+        # Of modules: what they compute before their last product, and the layer that does that.
+        self._mlps: dict[nn.Module, tuple[Callable[[Tensor], Tensor], nn.Linear]] = {}
+        self._attentions: dict[nn.Module, tuple[Compute, nn.Linear]] = {}
 
     def norm(self, module: nn.Module) -> bool:
         if not type(module).__name__.endswith("RMSNorm") or list(module._parameters) != ["weight"]:
@@ -123,18 +125,18 @@ class _Fuser:
         inner = _hooks((gate, up, act))
 
         def compute(rows: Tensor) -> Any:
-            return down(operators.silu_mul(merged.product(rows)))
+            return operators.silu_mul(merged.product(rows))
 
         def forward(hidden_states: Tensor) -> Any:
             if any(inner) or not operators.supports(hidden_states):
                 return own(hidden_states)
-            return compute(hidden_states)
+            return down(compute(hidden_states))
 
         rows = _random(gate.in_features, gate.weight)
         if not _replace(module, forward, (rows,), {}):
             return False
         merged.merge()
-        self._mlps[module] = compute
+        self._mlps[module] = compute, down
         return True
 
     def attention(self, module: nn.Module, asked: ProbedLayer) -> bool:
@@ -159,10 +161,17 @@ class _Fuser:
         def compute(rows: Tensor, cos: Tensor, sin: Tensor, step: Any) -> Any:
             every = merged.product(rows).view(len(rows), -1, width)
             query, key, value = every.split_with_sizes((heads, kv_heads, kv_heads), 1)
-            operators.rotate_(query, key, cos, sin)
-            return o(step.attend(index, query, key, value, scaling, window).flatten(1))
+            if getattr(step, "rotates", False):
+                mixed = step.attend_rotated(index, query, key, value, (cos, sin), scaling, window)
+            else:
+                operators.rotate_(query, key, cos, sin)
+                mixed = step.attend(index, query, key, value, scaling, window)
+            return mixed.flatten(1)
 
-        guarded = _or_own(operators, compute, module.forward, inner, width)
+        def whole(rows: Tensor, cos: Tensor, sin: Tensor, step: Any) -> Any:
+            return o(compute(rows, cos, sin, step))
+
+        guarded = _or_own(operators, whole, module.forward, inner, width)
 
         def forward(*args: Any, **kwargs: Any) -> Any:
             rows = guarded(*args, **kwargs)
@@ -174,7 +183,7 @@ class _Fuser:
         if not _replace(module, forward, (rows,), given, needs_step=True):
             return False
         merged.merge()
-        self._attentions[module] = compute
+        self._attentions[module] = compute, o
         return True
 
     def rotary(self, module: nn.Module) -> bool:
@@ -209,19 +218,34 @@ class _Fuser:
         operators = self._operators
         inner = _hooks(module for module in layer.modules() if module is not layer)
         width = parts["self_attn"].head_dim
+        (attend, o), (activate, down) = attention, mlp
 
         def compute(rows: Tensor, cos: Tensor, sin: Tensor, step: Any) -> Tensor:
             normal = operators.rms_norm(rows, before.weight, first_epsilon)
             rows, normal = operators.add_rms_norm(
-                rows, attention(normal, cos, sin, step), after.weight, second_epsilon
+                rows, o(attend(normal, cos, sin, step)), after.weight, second_epsilon
             )
-            rows += mlp(normal)
+            rows += down(activate(normal))
             return rows
 
+        def compute_in_place(rows: Tensor, cos: Tensor, sin: Tensor, step: Any) -> Tensor:
+            # A layer's input is nobody's but its own: what gave it is done.
+            normal = operators.rms_norm(rows, before.weight, first_epsilon)
+            rows.addmm_(attend(normal, cos, sin, step), o.weight.t())
+            normal = operators.rms_norm(rows, after.weight, second_epsilon)
+            return rows.addmm_(activate(normal), down.weight.t())
+
+        if all(_adds(linear) for linear in (o, down)):
+            compute = compute_in_place
         forward = _or_own(operators, compute, layer.forward, inner, width)
         given = {"position_embeddings": _angles(width, before.weight)}
         rows = _random(before.weight.shape[-1], before.weight)
         return _replace(layer, forward, (rows,), given, needs_step=True)
+
+
+def _adds(linear: nn.Linear) -> bool:
+    """Whether a device adds a layer's product to other rows in the very product."""
+    return type(linear) is nn.Linear and linear.weight.is_cuda and linear.bias is None
 
 
 def _rotates(module: nn.Module) -> bool:

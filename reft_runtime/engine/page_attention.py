@@ -93,6 +93,27 @@ class PageKernel(Protocol):
     query_block: int
     """Tokens of a piece in `PageBatch.blocks`."""
 
+    rotates: bool
+    """Whether it can `rotate_and_store`."""
+
+    def store(self, key: Tensor, value: Tensor, keys: Tensor, values: Tensor, slots: Tensor) -> None:
+        """Put a step's keys and values [T, kv_heads, dim] at their `slots` in a layer's pages."""
+
+    def rotate_and_store(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        angles: tuple[Tensor, Tensor],
+        keys: Tensor,
+        values: Tensor,
+        slots: Tensor,
+    ) -> None:
+        """`store`, and before it `Operators.rotate_` of keys and, in place, of queries.
+
+        `angles` are cosines and sines [T, dim]. The given keys may be left as they were.
+        """
+
     def __call__(
         self,
         query: Tensor,
@@ -117,6 +138,11 @@ class PageAttentionStep:
     batch: PageBatch
     kernel: PageKernel
 
+    @property
+    def rotates(self) -> bool:
+        """See `RotatingStep`."""
+        return self.kernel.rotates
+
     def attend(
         self,
         layer: int,
@@ -128,8 +154,32 @@ class PageAttentionStep:
     ) -> Tensor:
         """See `AttentionStep.attend`."""
         keys, values = self.keys[layer], self.values[layer]
-        keys.flatten(0, 1).index_copy_(0, self.batch.slots, key.to(keys.dtype))
-        values.flatten(0, 1).index_copy_(0, self.batch.slots, value.to(values.dtype))
+        self.kernel.store(key, value, keys, values, self.batch.slots)
+        return self._attend(query, keys, values, scaling, window)
+
+    def attend_rotated(
+        self,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        angles: tuple[Tensor, Tensor],
+        scaling: float | None,
+        window: int | None,
+    ) -> Tensor:
+        """See `RotatingStep.attend_rotated`."""
+        keys, values = self.keys[layer], self.values[layer]
+        self.kernel.rotate_and_store(query, key, value, angles, keys, values, self.batch.slots)
+        return self._attend(query, keys, values, scaling, window)
+
+    def _attend(
+        self,
+        query: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        scaling: float | None,
+        window: int | None,
+    ) -> Tensor:
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
         return self.kernel(query.to(keys.dtype), keys, values, self.batch, scale, window)
 
@@ -138,6 +188,16 @@ class GatheredAttention:
     """A `PageKernel` of torch's own operators, which gathers each row's pages: the reference."""
 
     query_block = BLOCK_TOKENS
+    rotates = False
+
+    def store(self, key: Tensor, value: Tensor, keys: Tensor, values: Tensor, slots: Tensor) -> None:
+        """See `PageKernel`."""
+        for pool, own in ((keys, key), (values, value)):
+            pool.flatten(0, 1).index_copy_(0, slots, own.to(pool.dtype))
+
+    def rotate_and_store(self, *_: object) -> None:
+        """See `PageKernel`."""
+        raise NotImplementedError
 
     def __call__(
         self,

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from reft_runtime.engine.blocks import BLOCK_TOKENS, blocks_for
-from reft_runtime.engine.cuda.attention import MAX_SPLITS, TritonAttention
+from reft_runtime.engine.cuda.attention import MAX_SPLITS, Tile, Tiles, TritonAttention
 from reft_runtime.engine.page_attention import GatheredAttention, PageBatch, RowInPages
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -21,7 +21,11 @@ BATCHES: dict[str, Lengths] = {
     "prompts": [(0, 5), (0, 16), (0, 33)],
     "later chunks": [(7, 9), (64, 20), (16, 3)],
     "mixed": [(40, 1), (3, 1), (0, 70), (30, 12)],
+    "long": [(300, 1), (0, 280)],
 }
+
+
+SMALL = Tiles(Tile(16, 16, 4, 1), Tile(16, 32, 4, 1))
 
 
 class Paged:
@@ -111,7 +115,7 @@ def test_triton(
     processors: int,
 ) -> None:
     paged = Paged(BATCHES[batch], heads, kv_heads, dims, torch.float32)
-    kernel = TritonAttention(heads // kv_heads, processors)
+    kernel = TritonAttention(heads // kv_heads, processors, SMALL)
     rows = paged.batch(kernel.query_block)
     if rows.decodes:
         assert (kernel.splits(rows.decodes, kv_heads) > 1) == (processors > 0)
@@ -119,11 +123,12 @@ def test_triton(
     torch.testing.assert_close(found, paged.plain(0.3, window), rtol=1e-4, atol=1e-5)
 
 
-def test_triton_in_16_bits() -> None:
+@pytest.mark.parametrize("batch", ["mixed", "long"])
+def test_triton_in_16_bits(batch: str) -> None:
     # Triton's interpreter multiplies no bfloat16.
     dtype = torch.bfloat16 if DEVICE.type == "cuda" else torch.float16
-    paged = Paged(BATCHES["mixed"], 4, 2, (32, 32), dtype)
-    kernel = TritonAttention(2, 4)
+    paged = Paged(BATCHES[batch], 4, 2, (32, 32), dtype)
+    kernel = TritonAttention(2, 4, Tiles.of(dtype, 32))
     rows = paged.batch(kernel.query_block)
     found = kernel(paged.query, paged.keys, paged.values, rows, 0.2, None)
     torch.testing.assert_close(found, paged.plain(0.2, None), rtol=0.05, atol=0.02)
@@ -131,7 +136,7 @@ def test_triton_in_16_bits() -> None:
 
 def test_heads_that_are_columns_of_a_wider_product() -> None:
     paged = Paged(BATCHES["mixed"], 4, 2, (16, 16), torch.float32)
-    kernel = TritonAttention(2, 0)
+    kernel = TritonAttention(2, 0, Tiles.of(torch.float32, 16))
     rows = paged.batch(kernel.query_block)
     wide = torch.cat([paged.query, paged.query[:, :3]], 1)
     turned = paged.query.transpose(0, 1).contiguous().transpose(0, 1)
@@ -140,8 +145,39 @@ def test_heads_that_are_columns_of_a_wider_product() -> None:
         torch.testing.assert_close(found, paged.plain(0.3, None), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("rotate", [False, True])
+@pytest.mark.parametrize("dims", [(16, 16), (24, 12)])
+def test_keys_and_values_are_stored(dims: tuple[int, int], rotate: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator).to(DEVICE)
+
+    kernel = TritonAttention(3, 0, SMALL)
+    wide = random(5, 6 + 2, dims[0])  # heads are columns of a wider product
+    query, key, value = wide[:, :6], wide[:, 6:], random(5, 2, dims[1])
+    angles = random(5, dims[0] // 2).repeat(1, 2)
+    cos, sin = angles.cos(), angles.sin()
+    wanted_query, wanted_key = query.clone(), key.clone()
+    if rotate:
+        for heads in (wanted_query, wanted_key):
+            low, high = heads.chunk(2, -1)
+            turned = torch.cat([-high, low], -1)
+            heads.copy_(heads * cos[:, None] + turned * sin[:, None])
+    keys, values = (torch.zeros(3, BLOCK_TOKENS, 2, dim, device=DEVICE) for dim in dims)
+    slots = torch.tensor([40, 3, 16, 17, 31], device=DEVICE)
+    if rotate:
+        kernel.rotate_and_store(query, key, value, (cos, sin), keys, values, slots)
+    else:
+        kernel.store(key, value, keys, values, slots)
+    torch.testing.assert_close(query, wanted_query)
+    torch.testing.assert_close(keys.flatten(0, 1)[slots], wanted_key)
+    torch.testing.assert_close(values.flatten(0, 1)[slots], value)
+    assert int((keys.flatten(0, 1) != 0).any(-1).any(-1).sum()) == len(slots)
+
+
 def test_the_fewer_rows_the_more_splits() -> None:
-    kernel = TritonAttention(4, 132)
+    kernel = TritonAttention(4, 132, SMALL)
     splits = [kernel.splits(rows, 8) for rows in (1, 4, 32, 256)]
     assert splits == sorted(splits, reverse=True)
     assert splits[0] == MAX_SPLITS

@@ -40,9 +40,9 @@ def pages_for(
 
 def triton_attention(loaded: LoadedModel) -> PageKernel:
     """The kernel of devices; without one in Triton's interpreter, which takes seconds."""
-    from reft_runtime.engine.cuda.attention import TritonAttention
+    from reft_runtime.engine.cuda.attention import Tiles, TritonAttention
 
-    return TritonAttention(loaded.group, 8)
+    return TritonAttention(loaded.group, 8, Tiles.of(loaded.dtype, 128))
 
 
 def triton_edit() -> EditRows:

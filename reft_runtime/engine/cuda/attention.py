@@ -7,6 +7,9 @@ among programs, and a second kernel puts the parts together (flash decoding).
 
 from __future__ import annotations
 
+import math
+from typing import NamedTuple
+
 import torch
 import triton
 from torch import Tensor
@@ -15,14 +18,33 @@ from reft_runtime.engine.blocks import BLOCK_TOKENS
 from reft_runtime.engine.cuda import kernels
 from reft_runtime.engine.page_attention import PageBatch
 
-KEYS_AT_ONCE = 64
-WIDE_BYTES = 256
-"""Of a head: of wider ones half as many keys fit into a processor's memory at once."""
+
 LEAST = 16
 """Rows and columns of a matrix product (`tl.dot`)."""
 
-PROMPT_ROWS = 64
-"""Queries times heads that a program of a prompt's attention works on."""
+
+class Tile(NamedTuple):
+    """Work of a program: `rows` are queries times heads, `keys` those attended to at once."""
+
+    rows: int
+    keys: int
+    warps: int
+    stages: int
+
+
+class Tiles(NamedTuple):
+    """Those of rows that decode, and of prompts. Measured on an H100."""
+
+    decode: Tile
+    prompt: Tile
+
+    @classmethod
+    def of(cls, dtype: torch.dtype, dim: int) -> Tiles:
+        """What a processor's memory holds of heads `dim` wide."""
+        if dtype.itemsize > 2 or dim > 128:
+            return cls(Tile(LEAST, 32, 4, 2), Tile(64, 32, 4, 2))
+        return cls(Tile(LEAST, 64, 2, 2), Tile(128, 128, 8, 3))
+
 
 PROGRAMS_PER_PROCESSOR = 4
 MAX_SPLITS = 32
@@ -31,10 +53,12 @@ MAX_SPLITS = 32
 class TritonAttention:
     """A `PageKernel` for layers of at most `group` query heads a head of keys."""
 
-    def __init__(self, group: int, processors: int) -> None:
-        self._group: int = triton.next_power_of_2(group)
+    rotates = True
+
+    def __init__(self, group: int, processors: int, tiles: Tiles) -> None:
+        self._tiles = tiles
         self._processors = processors
-        self.query_block = max(1, PROMPT_ROWS // self._group)
+        self.query_block = max(1, tiles.prompt.rows // triton.next_power_of_2(group))
 
     def splits(self, rows: int, kv_heads: int) -> int:
         """Parts in which the keys of a decoding row are read; the same for any length of context.
@@ -44,6 +68,23 @@ class TritonAttention:
         wanted = PROGRAMS_PER_PROCESSOR * self._processors // max(1, rows * kv_heads)
         splits: int = max(1, min(MAX_SPLITS, triton.next_power_of_2(wanted + 1) // 2))
         return splits
+
+    def store(self, key: Tensor, value: Tensor, keys: Tensor, values: Tensor, slots: Tensor) -> None:
+        """See `PageKernel`."""
+        _store(key, key, value, None, keys, values, slots)
+
+    def rotate_and_store(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        angles: tuple[Tensor, Tensor],
+        keys: Tensor,
+        values: Tensor,
+        slots: Tensor,
+    ) -> None:
+        """See `PageKernel`."""
+        _store(query, key, value, angles, keys, values, slots)
 
     def __call__(
         self,
@@ -56,30 +97,31 @@ class TritonAttention:
     ) -> Tensor:
         """See `PageKernel`."""
         out = query.new_empty(*query.shape[:-1], values.shape[-1])
-        if query.stride()[1:] != (query.shape[2], 1):
-            query = query.contiguous()
+        query = _packed(query)
+        step = _Step(query, keys, values, out, batch, scale, window)
         if batch.decodes:
             splits = self.splits(batch.decodes, keys.shape[2])
-            _launch(query, keys, values, out, batch, scale, window, tokens=1, splits=splits)
+            _launch(step, self._tiles.decode, tokens=1, splits=splits)
         if len(batch.blocks):
-            tokens = self.query_block
-            _launch(query, keys, values, out, batch, scale, window, tokens=tokens, splits=None)
+            _launch(step, self._tiles.prompt, tokens=self.query_block, splits=None)
         return out
 
 
-def _launch(
-    query: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    out: Tensor,
-    batch: PageBatch,
-    scale: float,
-    window: int | None,
-    *,
-    tokens: int,
-    splits: int | None,
-) -> None:
+class _Step(NamedTuple):
+    """Arguments of `PageKernel`, and where the result goes."""
+
+    query: Tensor
+    keys: Tensor
+    values: Tensor
+    out: Tensor
+    batch: PageBatch
+    scale: float
+    window: int | None
+
+
+def _launch(step: _Step, tile: Tile, *, tokens: int, splits: int | None) -> None:
     """Attention of the decoding rows, in `splits` parts, or (None) of the pieces of prompts."""
+    query, keys, values, out, batch, scale, window = step
     decodes = splits is not None
     parts_of_a_row = splits or 1
     count = batch.decodes if decodes else len(batch.blocks)
@@ -92,7 +134,7 @@ def _launch(
         sums = parts.new_empty(*shape, 2)
     group = heads // kv_heads
     lanes = triton.next_power_of_2(group)
-    kernels.attend[(count, kv_heads, parts_of_a_row)](
+    kernels.attend[(kv_heads, count, parts_of_a_row)](
         query,
         keys,
         values,
@@ -104,7 +146,7 @@ def _launch(
         batch.stops,
         batch.lanes,
         batch.tables,
-        scale,
+        scale * math.log2(math.e),
         query.stride(0),
         batch.tables.stride(0),
         KV_HEADS=kv_heads,
@@ -115,11 +157,13 @@ def _launch(
         KEY_WIDTH=_width(key_dim),
         VALUE_WIDTH=_width(value_dim),
         TOKENS=max(tokens, -(-LEAST // lanes)),
-        KEYS=KEYS_AT_ONCE // (2 if key_dim * keys.itemsize > WIDE_BYTES else 1),
+        KEYS=tile.keys,
         PAGE=BLOCK_TOKENS,
         SPLITS=parts_of_a_row,
         WINDOW=window or 0,
         DECODES=decodes,
+        num_warps=tile.warps,
+        num_stages=tile.stages,
     )
     if parts_of_a_row > 1:
         kernels.combine[(count, heads)](
@@ -131,6 +175,49 @@ def _launch(
             DIM=value_dim,
             WIDTH=_width(value_dim),
         )
+
+
+def _store(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    angles: tuple[Tensor, Tensor] | None,
+    keys: Tensor,
+    values: Tensor,
+    slots: Tensor,
+) -> None:
+    key, value = _packed(key), _packed(value)
+    cos, sin = angles or (key, key)
+    kv_heads, key_dim, value_dim = key.shape[1], key.shape[2], value.shape[2]
+    group = query.shape[1] // kv_heads
+    kernels.store[(len(key), kv_heads)](
+        query,
+        key,
+        value,
+        cos,
+        sin,
+        keys,
+        values,
+        slots,
+        query.stride(0),
+        key.stride(0),
+        value.stride(0),
+        KV_HEADS=kv_heads,
+        GROUP=group,
+        LANES=triton.next_power_of_2(group),
+        KEY_DIM=key_dim,
+        VALUE_DIM=value_dim,
+        HALF_WIDTH=triton.next_power_of_2(max(1, key_dim // 2)),
+        KEY_WIDTH=_width(key_dim),
+        VALUE_WIDTH=_width(value_dim),
+        ROTATE=angles is not None,
+        num_warps=2,
+    )
+
+
+def _packed(heads: Tensor) -> Tensor:
+    """[T, heads, dim] with the heads of each token side by side; tokens may lie apart."""
+    return heads if heads.stride()[1:] == (heads.shape[2], 1) else heads.contiguous()
 
 
 def _width(dim: int) -> int:

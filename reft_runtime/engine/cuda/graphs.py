@@ -8,8 +8,9 @@ outputs of all layers from `EditTables`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from warnings import catch_warnings, simplefilter
 
 import torch
 from torch import Tensor
@@ -157,11 +158,8 @@ class GraphCapture:
         self._stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._stream), torch.inference_mode():
             compute()
-            torch.cuda.set_sync_debug_mode("error")
-            try:
+            with _no_waiting():
                 compute()
-            finally:
-                torch.cuda.set_sync_debug_mode("default")
         torch.cuda.current_stream().wait_stream(self._stream)
         graph = torch.cuda.CUDAGraph()
         captured = torch.cuda.graph(
@@ -170,3 +168,15 @@ class GraphCapture:
         with torch.inference_mode(), captured:
             compute()
         return graph.replay
+
+
+@contextmanager
+def _no_waiting() -> Iterator[None]:
+    """Raise RuntimeError where something inside waits for the device."""
+    with catch_warnings():
+        simplefilter("ignore")  # torch warns that its debug mode is a prototype
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            yield
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
