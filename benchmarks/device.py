@@ -25,7 +25,6 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from benchmarks.measuring import SECONDS, Figures, measure, median, speed_ratio, table
 from benchmarks.workload import F3L3, PROMPT_TOKENS, random_intervention, settings
 from reft_runtime.engine.core import EngineConfig, EngineCore
-from reft_runtime.engine.cuda.graphs import DecodeGraphs
 from reft_runtime.engine.edits import OnDevice
 from reft_runtime.engine.loader import LoadedModel, adopt_model, choose_device, choose_dtype
 from reft_runtime.engine.sequence import AppliedIntervention, Request
@@ -194,18 +193,13 @@ class Bench:
         return self.loaded.weight_bytes - table
 
     def swap(self, layers: list[int], rank: int, positions: str) -> float:
-        """Seconds until an intervention that was on the CPU is on the device.
-
-        Where it edits decoded tokens, in the tables that the graphs read.
-        """
-        device, decoder = self.loaded.device, self.core.runner.decoder
+        """Seconds until an intervention that was on the CPU is on the device, in its tables."""
+        device, tables = self.loaded.device, self.core.runner.tables
         made = iter(self.interventions(13, layers, rank, positions))
 
         def move() -> None:
             (applied,) = next(made)
-            if isinstance(decoder, DecodeGraphs) and applied.edits[0].positions.edits_decode:
-                decoder.tables.hold(applied)
-            else:
+            if tables is None or tables.groups_of(applied) is None:
                 on_device = OnDevice(device)
                 for edit in applied.edits:
                     on_device(edit)

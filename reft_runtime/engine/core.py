@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from reft_runtime.engine.blocks import BlockBudget
-from reft_runtime.engine.device import decoder_for, sizes_for, storage_for
+from reft_runtime.engine.device import decoder_for, sizes_for, storage_for, tables_for
 from reft_runtime.engine.events import (
     Event,
     Failed,
@@ -59,7 +59,11 @@ class EngineCore:
         sizes = sizes_for(loaded.device)
         pacer = StepPacer(sizes.mixed_tokens, sizes.least_tokens)
         self.scheduler = Scheduler(budget, config.max_running, config.max_step_tokens, pacer)
-        self.runner = Runner(loaded, storage_for(loaded, budget, config.max_running))
+        self.runner = Runner(
+            loaded,
+            storage_for(loaded, budget, config.max_running),
+            tables_for(loaded, config.max_running),
+        )
         self.runner.decoder = decoder_for(self.runner, config.max_running)
         self.steps = 0
         self.prompt_tokens = 0

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from reft_runtime.engine.blocks import BlockBudget
+from reft_runtime.engine.cuda.tables import EditTables, table_bytes
 from reft_runtime.engine.kv import KVStorage
 from reft_runtime.engine.kv_pages import PageStorage
 from reft_runtime.engine.kv_rows import RowStorage
@@ -79,17 +80,24 @@ def _widest(loaded: LoadedModel) -> int:
     return max(max(shape.key_dim, shape.value_dim) for shape in loaded.shapes)
 
 
-def decoder_for(runner: Runner, max_running: int) -> Decoder | None:
-    """Graphs of decode steps, captured, where there are any."""
-    loaded, storage = runner.loaded, runner.storage
-    if not has_triton(loaded.device) or not isinstance(storage, PageStorage):
+def tables_for(loaded: LoadedModel, max_running: int) -> EditTables | None:
+    """Tables of interventions, where a kernel edits by them."""
+    if not has_triton(loaded.device):
         return None
-    from reft_runtime.engine.cuda.graphs import DecodeGraphs, GraphCapture
     from reft_runtime.engine.cuda.operators import edit_rows
-    from reft_runtime.engine.cuda.tables import EditTables
 
     layers, width = len(loaded.layers), loaded.hidden_size
-    tables = EditTables(layers, width, max_running, loaded.device, edit_rows)
+    budget = table_bytes(layers, width, max_running)
+    return EditTables(layers, width, budget, loaded.device, edit_rows)
+
+
+def decoder_for(runner: Runner, max_running: int) -> Decoder | None:
+    """Graphs of decode steps, captured, where there are any."""
+    loaded, storage, tables = runner.loaded, runner.storage, runner.tables
+    if tables is None or not isinstance(storage, PageStorage):
+        return None
+    from reft_runtime.engine.cuda.graphs import DecodeGraphs, GraphCapture
+
     graphs = DecodeGraphs(loaded, storage, runner.sites, tables, max_running, GraphCapture())
     try:
         graphs.warm_up(progress=True)

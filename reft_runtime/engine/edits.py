@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from reft_runtime.engine.cuda.tables import EditTables, PackedRows
 from reft_runtime.engine.scheduler import Chunk
 from reft_runtime.engine.sequence import Sequence
 from reft_runtime.engine.sites import Site
@@ -93,6 +94,8 @@ class StepEdits:
     """
 
     sent: Sent
+    rows: PackedRows | None = None
+    """What the device's tables edit, before all passes: rows of requests that are in none."""
     passes: dict[Site, list[list[Segment]]] = field(default_factory=dict)
     failed: dict[Sequence, Exception] = field(default_factory=dict)
     traces: dict[Sequence, list[EditTrace]] = field(default_factory=dict)
@@ -100,12 +103,14 @@ class StepEdits:
     @property
     def sites(self) -> SequenceOf[Site]:
         """The sites with something to edit."""
-        return tuple(self.passes)
+        return tuple(dict.fromkeys((*self.passes, *(self.rows.sites if self.rows else ()))))
 
     @classmethod
-    def of(cls, chunks: SequenceOf[Chunk], on_device: OnDevice) -> StepEdits:
+    def of(
+        cls, chunks: SequenceOf[Chunk], on_device: OnDevice, tables: EditTables | None = None
+    ) -> StepEdits:
         """Find the rows to edit in a packed step (chunks in packed order)."""
-        edits = cls(Sent(on_device.device))
+        edits = cls(Sent(on_device.device), None if tables is None else PackedRows(tables))
         first = 0
         for chunk in chunks:
             sequence = chunk.sequence
@@ -113,7 +118,9 @@ class StepEdits:
             if sequence.decode_edits or (
                 sequence.request.interventions and chunk.start < sequence.prompt_length
             ):
-                edits._add(chunk, first - chunk.start, on_device)
+                shift = first - chunk.start
+                if edits.rows is None or not edits.rows.add(chunk, shift):
+                    edits._add(chunk, shift, on_device)
             first += chunk.length
         return edits
 
@@ -152,7 +159,9 @@ class StepEdits:
 
     def apply(self, site: Site, hidden: Tensor) -> None:
         """Edit the packed rows [T, d] of one site in place."""
-        for segments in self.passes[site]:
+        if self.rows is not None:
+            self.rows.apply(site, hidden)
+        for segments in self.passes.get(site, ()):
             try:
                 self._apply_pass(site, segments, hidden)
             except Exception:

@@ -96,7 +96,9 @@ class PageKernel(Protocol):
     rotates: bool
     """Whether it can `rotate_and_store`."""
 
-    def store(self, key: Tensor, value: Tensor, keys: Tensor, values: Tensor, slots: Tensor) -> None:
+    def store(
+        self, key: Tensor, value: Tensor, keys: Tensor, values: Tensor, slots: Tensor
+    ) -> None:
         """Put a step's keys and values [T, kv_heads, dim] at their `slots` in a layer's pages."""
 
     def rotate_and_store(
@@ -190,7 +192,9 @@ class GatheredAttention:
     query_block = BLOCK_TOKENS
     rotates = False
 
-    def store(self, key: Tensor, value: Tensor, keys: Tensor, values: Tensor, slots: Tensor) -> None:
+    def store(
+        self, key: Tensor, value: Tensor, keys: Tensor, values: Tensor, slots: Tensor
+    ) -> None:
         """See `PageKernel`."""
         for pool, own in ((keys, key), (values, value)):
             pool.flatten(0, 1).index_copy_(0, slots, own.to(pool.dtype))

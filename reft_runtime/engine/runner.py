@@ -9,6 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from reft_runtime.engine.cuda.tables import EditTables
 from reft_runtime.engine.edits import OnDevice, StepEdits
 from reft_runtime.engine.kv import KVStorage
 from reft_runtime.engine.loader import LoadedModel, forward
@@ -87,13 +88,16 @@ class Launched:
 class Runner:
     """Owns the model and the keys and values."""
 
-    def __init__(self, loaded: LoadedModel, storage: KVStorage) -> None:
+    def __init__(
+        self, loaded: LoadedModel, storage: KVStorage, tables: EditTables | None = None
+    ) -> None:
         self.loaded = loaded
         self.storage = storage
         two = torch.arange(2, device=loaded.device)
         self.sites = EditSites(
             loaded.model, loaded.layers, lambda step: forward(loaded.model, two, two, two[:1], step)
         )
+        self.tables = tables
         self.decoder: Decoder | None = None
         self._on_device = OnDevice(loaded.device)
 
@@ -111,7 +115,7 @@ class Runner:
             if logits is not None and all(map(_is_plain, chunks)):
                 return self._launched(chunks, logits)
         # What the decoder computed it has edited, too.
-        edits = StepEdits.of(chunks if logits is None else (), self._on_device)
+        edits = StepEdits.of(chunks if logits is None else (), self._on_device, self.tables)
         if logits is None:
             logits = self._forward(chunks, wanted, edits)
         for chunk in chunks:

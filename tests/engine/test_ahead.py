@@ -27,7 +27,7 @@ from tests.helpers.models import (
     run,
     step,
 )
-from tests.helpers.pages import graphs_for, pages_for
+from tests.helpers.pages import graphs_for, pages_for, tables_for
 from tests.helpers.reference import RandomEdit, applied
 
 Log = list[str]
@@ -68,6 +68,7 @@ def log(monkeypatch: pytest.MonkeyPatch) -> Log:
     monkeypatch.setattr(Runner, "run_after", run_after)
     monkeypatch.setattr(Launched, "result", result)
     monkeypatch.setattr(engine_core, "storage_for", pages_for)
+    monkeypatch.setattr(engine_core, "tables_for", tables_for)
     monkeypatch.setattr(engine_core, "decoder_for", graphs_for)
     return seen
 

@@ -79,27 +79,29 @@ def test_what_is_supported() -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_rows_are_edited_from_tables(dtype: torch.dtype) -> None:
-    rows, width = random(5, 40, dtype=dtype), 40
-    V, U = random(3, tables.RANK, width, seed=1), random(3, tables.RANK, width, seed=2)
-    table = tables.LayerTable(
-        V, U, random(3, tables.RANK, seed=3), torch.tensor([0, 3, 8], dtype=torch.int32).to(DEVICE)
-    )
-    slots, strengths = [2, 0, 1, 2, 0], [1.0, 1.0, 0.5, -2.0, 0.0]
-    V[0] = torch.nan  # what is beyond a slot's rank is not even read
-    U[1, 3:] = torch.nan
+@pytest.mark.parametrize("ranks", [[0, 3, 8], [2, 1, 19]])
+def test_rows_are_edited_from_tables(dtype: torch.dtype, ranks: list[int]) -> None:
+    rows, width = random(7, 40, dtype=dtype), 40
+    held = [(random(r, width, seed=r), random(r, width, seed=9), random(r, seed=3)) for r in ranks]
+    offset = random(width, seed=4)
+    places = torch.zeros(3, tables.PLACE, dtype=torch.long)
+    for slot, (V, U, b) in enumerate(held):
+        offsets = offset.data_ptr() if slot == 1 else 0
+        places[slot] = torch.tensor([V.data_ptr(), U.data_ptr(), b.data_ptr(), offsets, len(b)])
+    slots, strengths, index = [2, 0, 1, 2, 0], [1.0, 1.0, 0.5, -2.0, 0.0], [6, 1, 3, 0, 4]
     wanted = rows.clone()
-    for row, (slot, strength) in enumerate(zip(slots, strengths, strict=True)):
-        rank = int(table.ranks[slot])
-        low_rank = V[slot, :rank] @ rows[row].float() + table.b[slot, :rank]
-        wanted[row] = rows[row] + strength * (low_rank @ U[slot, :rank])
+    for row, slot, strength in zip(index, slots, strengths, strict=True):
+        V, U, b = held[slot]
+        change = (V @ rows[row].float() + b) @ U + (offset if slot == 1 else 0)
+        wanted[row] = rows[row] + strength * change
     found = rows.clone()
     edit_rows(
         found,
-        table,
+        torch.tensor(index, device=DEVICE),
+        places.to(DEVICE),
         torch.tensor(slots, device=DEVICE),
         torch.tensor(strengths, device=DEVICE),
     )
-    assert torch.equal(found[[1, 4]], rows[[1, 4]])
+    assert torch.equal(found[[2, 4, 5]], rows[[2, 4, 5]])
     size = wanted.float().abs().max()
     close((found / size).to(dtype), (wanted / size).to(dtype))

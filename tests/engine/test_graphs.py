@@ -12,12 +12,13 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
 from reft_runtime.engine import core as engine_core
+from reft_runtime.engine import staging
 from reft_runtime.engine.blocks import BlockBudget
 from reft_runtime.engine.cuda import tables
 from reft_runtime.engine.cuda.graphs import Compute, DecodeGraphs, buckets
+from reft_runtime.engine.cuda.tables import EditTables
 from reft_runtime.engine.kv_pages import PageStorage
 from reft_runtime.engine.loader import LoadedModel
 from reft_runtime.engine.runner import Runner
@@ -31,8 +32,11 @@ from tests.helpers.models import (
     run,
     tiny_llama,
 )
-from tests.helpers.pages import graphs_for, pages_for, triton_attention, triton_edit
+from tests.helpers.pages import graphs_for, pages_for, tables_for, triton_attention, triton_edit
 from tests.helpers.reference import RandomEdit, applied
+
+BUDGET = 300
+"""Bytes: of two interventions in turn, one gives way to the other."""
 
 Spy = list[tuple[int, bool]]
 """Of each decode step that went through a graph: rows in the graph, and whether it edits."""
@@ -51,8 +55,11 @@ def replays(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
         kernel = triton_attention(loaded) if own else None
         return pages_for(loaded, budget, max_running, kernel)
 
+    def edits(loaded: LoadedModel, max_running: int) -> EditTables:
+        return tables_for(loaded, max_running, triton_edit() if own else None, budget=BUDGET)
+
     def decoder(runner: Runner, max_running: int) -> DecodeGraphs:
-        graphs = graphs_for(runner, max_running, triton_edit() if own else None)
+        graphs = graphs_for(runner, max_running)
         real = graphs._graph
 
         def graph(rows: int, *, edited: bool) -> Compute:
@@ -63,6 +70,7 @@ def replays(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
         return graphs
 
     monkeypatch.setattr(engine_core, "storage_for", storage)
+    monkeypatch.setattr(engine_core, "tables_for", edits)
     monkeypatch.setattr(engine_core, "decoder_for", decoder)
     return seen
 
@@ -136,7 +144,7 @@ def test_what_tables_cannot_hold_is_computed_eagerly(replays: Spy, name: str) ->
         assert run(make_core(), asked) == found
 
 
-def test_more_interventions_than_slots(replays: Spy) -> None:
+def test_more_interventions_than_memory(replays: Spy) -> None:
     asked = [
         request(
             f"{seed}",
@@ -148,11 +156,15 @@ def test_more_interventions_than_slots(replays: Spy) -> None:
     ]
     wanted = {each.id: run(make_core(), [each])[each.id] for each in asked}
     replays.clear()
-    # Two at once: a slot for each, and the least recently used gives way.
+    # Two at once: what they use stays, and the least recently used gives way.
     core = make_core(max_running=2)
+    held = core.runner.tables
+    assert held is not None
     assert run(core, asked) == wanted
     for each in (*asked, *asked):
         assert run(core, [each])[each.id] == wanted[each.id]
+        assert len(held._held) <= 2
+        assert len(held._held) + len(held._free) == tables.SLOTS - 1
     assert {edited for _, edited in replays} == {True}
 
 
@@ -162,14 +174,14 @@ def test_memory_that_runs_out_while_edits_are_copied_costs_the_newest_alone(
     own = applied(DECODING["loreft"]).intervention
     asked = [request("x", prompt(9), own, max_tokens=5), request("y", prompt(11), own)]
     wanted = run(make_core(), asked)
-    real, calls = pad_sequence, iter(range(99))
+    real, calls = staging.send, iter(range(99))
 
-    def pad_once_less(*args: Any, **options: Any) -> Tensor:
-        if next(calls) == 1:
+    def send_once_less(*args: Any) -> Tensor:
+        if next(calls) == 1:  # the edits are there, and the table does not say so yet
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return real(*args, **options)
+        return real(*args)
 
-    monkeypatch.setattr(tables, "pad_sequence", pad_once_less)
+    monkeypatch.setattr(tables, "send", send_once_less)
     core = make_core()
     found = answers(core, asked)
     assert found["y"].failed == "out of memory"
@@ -187,6 +199,46 @@ def test_tables_and_pages_by_triton(replays: Spy) -> None:
         patch.setattr(engine_core, "storage_for", pages_for)
         patch.setattr(engine_core, "decoder_for", lambda *_: None)
         assert run(make_core(), asked) == found
+
+
+TOGETHER = {
+    "two positions": RandomEdit("loreft", "f2+l1", seed=1, layer=1),
+    "another layer": RandomEdit("direft", "l3", seed=2, layer=2, rank=1),
+    "the same rows": RandomEdit("loreft", "l2", seed=3, layer=1),
+    "an offset": RandomEdit("steering", "all", seed=4, layer=1),
+    "rows scaled": RandomEdit("red", "l2", seed=5, layer=1),
+}
+
+
+def test_prompts_are_edited_from_tables(replays: Spy) -> None:
+    every = list(TOGETHER.values())
+    files = {name: [applied(edit).intervention] for name, edit in TOGETHER.items()}
+    files["one file"] = [applied(*every[:3]).intervention]
+    files["composed"] = [applied(edit, strength=0.6).intervention for edit in every[:3]]
+    files["turned"] = files["composed"][::-1]
+    files["of both kinds"] = [applied(*every).intervention]
+    files["long"] = [applied(RandomEdit("loreft", "all", seed=6, layer=1)).intervention]
+    asked = [
+        request(name, prompt(9 if name != "long" else 60), *own, max_tokens=3)
+        for name, own in files.items()
+    ]
+    edited: list[int] = []
+    real = tables.PackedRows.add
+
+    def add(self: tables.PackedRows, *args: Any) -> bool:
+        taken = real(self, *args)
+        edited.append(taken)
+        return taken
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tables.PackedRows, "add", add)
+        found = run(make_core(), asked)
+    assert set(edited) == {True, False}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engine_core, "tables_for", lambda *_: None)
+        patch.setattr(engine_core, "decoder_for", lambda *_: None)
+        assert run(make_core(), asked) == found
+    assert found["composed"] != found["turned"]
 
 
 def test_one_core_after_another_in_any_company(replays: Spy) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import math
 from collections.abc import Iterator
 
 import pytest
@@ -11,7 +13,7 @@ from torch import Tensor
 from reft_runtime.engine import core
 from reft_runtime.engine.blocks import BlockBudget
 from reft_runtime.engine.cuda.graphs import Compute, DecodeGraphs, GraphCapture
-from reft_runtime.engine.cuda.tables import RANK, EditRows, EditTables, LayerTable
+from reft_runtime.engine.cuda.tables import EditRows, EditTables
 from reft_runtime.engine.kv_pages import PageStorage
 from reft_runtime.engine.loader import LoadedModel
 from reft_runtime.engine.page_attention import GatheredAttention, PageKernel
@@ -57,23 +59,43 @@ def again(compute: Compute) -> Compute:
     return compute
 
 
-def plain_edit(rows: Tensor, layer: LayerTable, slots: Tensor, strengths: Tensor) -> None:
-    """`EditRows` by torch's own operators."""
-    low_rank = torch.einsum("nd,nrd->nr", rows, layer.V[slots]) + layer.b[slots]
-    low_rank[torch.arange(RANK, device=rows.device) >= layer.ranks[slots][:, None]] = 0
-    rows += strengths[:, None] * torch.einsum("nr,nrd->nd", low_rank, layer.U[slots])
+def plain_edit(
+    rows: Tensor, index: Tensor, places: Tensor, slots: Tensor, strengths: Tensor
+) -> None:
+    """`EditRows` by torch's own operators, of tables on the CPU."""
+    width = rows.shape[1]
+
+    def at(address: int, *shape: int) -> Tensor:
+        numbers = math.prod(shape)
+        memory = (ctypes.c_float * numbers).from_address(address)
+        return torch.frombuffer(memory, dtype=torch.float32, count=numbers).view(shape)
+
+    for row, slot, strength in zip(index, slots, strengths, strict=True):
+        V, U, b, offset, rank = places[slot].tolist()
+        old, change = rows[row].float(), torch.zeros(width)
+        if rank:
+            change += (at(V, rank, width) @ old + at(b, rank)) @ at(U, rank, width)
+        if offset:
+            change += at(offset, width)
+        rows[row] = (old + strength * change).to(rows.dtype)
 
 
-def graphs_for(runner: Runner, max_running: int, edit: EditRows | None = None) -> DecodeGraphs:
-    """What `decoder_for` gives on a device; without one nothing is captured."""
-    loaded, pages = runner.loaded, runner.storage
-    assert isinstance(pages, PageStorage)
-    layers, width, device = len(loaded.layers), loaded.hidden_size, loaded.device
+def tables_for(
+    loaded: LoadedModel, max_running: int, edit: EditRows | None = None, budget: int = 1 << 30
+) -> EditTables:
+    """What the engine's `tables_for` gives on a device."""
     if edit is None:
         edit = triton_edit() if DEVICE.type == "cuda" else plain_edit
-    held = EditTables(layers, width, max_running, device, edit)
-    capture = GraphCapture() if device.type == "cuda" else again
-    return DecodeGraphs(loaded, pages, runner.sites, held, max_running, capture)
+    return EditTables(len(loaded.layers), loaded.hidden_size, budget, loaded.device, edit)
+
+
+def graphs_for(runner: Runner, max_running: int) -> DecodeGraphs:
+    """What `decoder_for` gives on a device; without one nothing is captured."""
+    loaded, pages, tables = runner.loaded, runner.storage, runner.tables
+    assert isinstance(pages, PageStorage)
+    assert tables is not None
+    capture = GraphCapture() if loaded.device.type == "cuda" else again
+    return DecodeGraphs(loaded, pages, runner.sites, tables, max_running, capture)
 
 
 @pytest.fixture(scope="module", params=["rows", "pages", "graphs"])
@@ -83,5 +105,6 @@ def storages(request: pytest.FixtureRequest) -> Iterator[None]:
         if request.param != "rows":
             patch.setattr(core, "storage_for", pages_for)
         if request.param == "graphs":
+            patch.setattr(core, "tables_for", tables_for)
             patch.setattr(core, "decoder_for", graphs_for)
         yield

@@ -18,7 +18,6 @@ from reft_runtime.engine.blocks import BLOCK_TOKENS
 from reft_runtime.engine.cuda import kernels
 from reft_runtime.engine.page_attention import PageBatch
 
-
 LEAST = 16
 """Rows and columns of a matrix product (`tl.dot`)."""
 
@@ -69,7 +68,9 @@ class TritonAttention:
         splits: int = max(1, min(MAX_SPLITS, triton.next_power_of_2(wanted + 1) // 2))
         return splits
 
-    def store(self, key: Tensor, value: Tensor, keys: Tensor, values: Tensor, slots: Tensor) -> None:
+    def store(
+        self, key: Tensor, value: Tensor, keys: Tensor, values: Tensor, slots: Tensor
+    ) -> None:
         """See `PageKernel`."""
         _store(key, key, value, None, keys, values, slots)
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from reft_runtime.engine.cuda.tables import EditTables
+from reft_runtime.engine.cuda.tables import EditTables, FixedRows
 from reft_runtime.engine.kv_pages import PageStorage
 from reft_runtime.engine.loader import LoadedModel, forward
 from reft_runtime.engine.page_attention import PageAttentionStep, PageBatch, RowInPages
@@ -58,7 +58,7 @@ class DecodeGraphs:
         self._loaded = loaded
         self._storage = storage
         self._sites = sites
-        self.tables = tables
+        self._edits = FixedRows(tables, len(loaded.layers), most)
         self._capture = capture
         self._buckets = buckets(most)
         device = loaded.device
@@ -87,7 +87,7 @@ class DecodeGraphs:
             return None
         edited = None
         if any(chunk.sequence.decode_edits for chunk in chunks):
-            edited = self.tables.slots_of(chunks)
+            edited = self._edits.slots_of([chunk.sequence.decode_edits for chunk in chunks])
             if edited is None:
                 return None
         bucket = next(size for size in self._buckets if size >= count)
@@ -102,7 +102,7 @@ class DecodeGraphs:
         if tokens is not None:
             self._inputs[0, :count] = tokens.clamp(min=0)
         if edited is not None:
-            self.tables.choose([*edited, *[(0, 0.0)] * (bucket - count)])
+            self._edits.choose([*edited, *[(0, 0.0)] * (bucket - count)])
         self._graph(bucket, edited=edited is not None)()
         return self._logits[:count]
 
@@ -123,7 +123,7 @@ class DecodeGraphs:
             tables=self._storage.tables,
             blocks=self._firsts[:0].view(0, 2),
         )
-        with self._sites.hooked(self.tables) if edited else nullcontext():
+        with self._sites.hooked(self._edits) if edited else nullcontext():
             logits = forward(
                 self._loaded.model, ids, positions, self._firsts[:rows], self._step(batch)
             )

@@ -308,32 +308,43 @@ def rotate(
 @triton.jit
 def edit_rows(
     rows,
-    V,
-    U,
-    b,
-    ranks,
+    index,
+    places,
     slots,
     strengths,
     WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
-    RANK: tl.constexpr,
+    PLACE: tl.constexpr,
+    RANKS: tl.constexpr,
 ):
-    """A program a row: h + strength * U^T (V h + b), as far as its slot's rank goes."""
-    row = tl.program_id(0).to(tl.int64)
-    slot = tl.load(slots + row)
-    rank = tl.load(ranks + slot)
-    if rank > 0:
+    """A program a row: h + strength * (c + U^T (V h + b)), `RANKS` rank rows at a time.
+
+    `places` [slots, PLACE] says where V, U, b and c of a slot are, and what its rank is.
+    """
+    number = tl.program_id(0).to(tl.int64)
+    place = places + tl.load(slots + number) * PLACE
+    offset, rank = tl.load(place + 3), tl.load(place + 4).to(tl.int32)
+    if (rank > 0) | (offset != 0):
         at = tl.arange(0, BLOCK)
         inside = at < WIDTH
-        old = tl.load(rows + row * WIDTH + at, mask=inside, other=0.0).to(tl.float32)
+        own = rows + tl.load(index + number) * WIDTH + at
+        old = tl.load(own, mask=inside, other=0.0).to(tl.float32)
         change = tl.zeros([BLOCK], tl.float32)
-        for i in range(rank):
-            place = slot * RANK + i
-            down = tl.load(V + place * WIDTH + at, mask=inside, other=0.0)
-            low = tl.sum(old * down, 0) + tl.load(b + place)
-            change += low * tl.load(U + place * WIDTH + at, mask=inside, other=0.0)
-        new = old + tl.load(strengths + row) * change
-        tl.store(rows + row * WIDTH + at, new.to(rows.dtype.element_ty), mask=inside)
+        V = tl.multiple_of(tl.load(place), 16).to(tl.pointer_type(tl.float32))
+        U = tl.multiple_of(tl.load(place + 1), 16).to(tl.pointer_type(tl.float32))
+        b = tl.load(place + 2).to(tl.pointer_type(tl.float32))
+        for first in range(0, rank, RANKS):
+            i = first + tl.arange(0, RANKS)
+            there = (i < rank)[:, None] & inside[None, :]
+            down = tl.load(V + i[:, None] * WIDTH + at[None, :], mask=there, other=0.0)
+            up = tl.load(U + i[:, None] * WIDTH + at[None, :], mask=there, other=0.0)
+            low = tl.sum(down * old[None, :], 1) + tl.load(b + i, mask=i < rank, other=0.0)
+            change += tl.sum(up * low[:, None], 0)
+        if offset != 0:
+            c = tl.multiple_of(offset, 16).to(tl.pointer_type(tl.float32))
+            change += tl.load(c + at, mask=inside, other=0.0)
+        new = old + tl.load(strengths + number) * change
+        tl.store(own, new.to(rows.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -400,6 +411,4 @@ def store(
     row = tl.load(
         value + token * value_stride + head * VALUE_DIM + at, mask=at < VALUE_DIM, other=0.0
     )
-    tl.store(
-        values + slot * VALUE_DIM + at, row.to(values.dtype.element_ty), mask=at < VALUE_DIM
-    )
+    tl.store(values + slot * VALUE_DIM + at, row.to(values.dtype.element_ty), mask=at < VALUE_DIM)

@@ -7,7 +7,10 @@ import triton
 from torch import Tensor
 
 from reft_runtime.engine.cuda import kernels
-from reft_runtime.engine.cuda.tables import LayerTable
+from reft_runtime.engine.cuda.tables import PLACE
+
+NUMBERS_AT_ONCE = 32768
+"""Of a matrix, in the registers of a program."""
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -74,10 +77,14 @@ class TritonOperators:
         )
 
 
-def edit_rows(rows: Tensor, layer: LayerTable, slots: Tensor, strengths: Tensor) -> None:
+def edit_rows(
+    rows: Tensor, index: Tensor, places: Tensor, slots: Tensor, strengths: Tensor
+) -> None:
     """See `tables.EditRows`."""
-    kernels.edit_rows[(len(rows),)](
-        rows, *layer, slots, strengths, RANK=layer.V.shape[1], **_row(rows.shape[1])
+    sizes = _row(rows.shape[1])
+    ranks = max(1, min(8, NUMBERS_AT_ONCE // sizes["BLOCK"]))
+    kernels.edit_rows[(len(index),)](
+        rows, index, places, slots, strengths, PLACE=PLACE, RANKS=ranks, **sizes
     )
 
 

@@ -1,78 +1,197 @@
-"""Edits of decoded tokens at fixed addresses, so that a captured graph can apply them.
+"""Interventions on the device: where their edits lie, by layer, for kernels that edit rows.
 
-A slot holds one intervention's edits of decoded tokens at the outputs of all layers. Slot 0 changes
-nothing. What is not in a slot is copied, between two steps, into the one that was used longest ago.
+An intervention's edits of block outputs are copied to the device in one piece, and a slot of a
+table says where each layer's are, so that one kernel edits the rows of many interventions. The
+table lies at a fixed address: a captured graph reads it, too. What was used longest ago gives way,
+but nothing that the step at hand uses. Slot 0 changes nothing.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
 from reft_runtime.engine.sites import Site
-from reft_runtime.engine.staging import send
-from reft_runtime.interventions import CanonicalEdit
+from reft_runtime.engine.staging import send, to_device
+from reft_runtime.interventions import CanonicalEdit, Positions
+from reft_runtime.interventions.canonical import block_of, packed
 
 if TYPE_CHECKING:
     from reft_runtime.engine.scheduler import Chunk
     from reft_runtime.engine.sequence import AppliedIntervention
 
-RANK = 8
 COMPONENT = "block_output"
+SLOTS = 4096
+PLACE = 5
+"""Numbers of a layer's edit in the table: the addresses of V, U, b and c (0 is none), the rank."""
+
+MOST_ROWS = 32
+"""Of a request in a step: more are rather edited by matrix products."""
+
+RANK = 8
+"""Of an intervention of all layers, in what memory is set aside for."""
 
 Key = tuple[str, tuple[int, ...] | None]
 """Digest and subspace of an intervention."""
 
-
-class LayerTable(NamedTuple):
-    """Of one layer: `V`, `U` [slots, RANK, d] and `b` [slots, RANK], as far as `ranks` [slots]."""
-
-    V: Tensor
-    U: Tensor
-    b: Tensor
-    ranks: Tensor
+EditRows = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], None]
+"""Edits rows of hidden states [T, d] in place: those of `index` [n], by one layer's table [slots,
+PLACE], and for each of the n its slot and its strength."""
 
 
-EditRows = Callable[[Tensor, LayerTable, Tensor, Tensor], None]
-"""Edits rows [n, d] in place, by their slots and strengths [n] in a layer's table."""
+def table_bytes(layers: int, width: int, interventions: int) -> int:
+    """Memory of so many interventions of all layers."""
+    return 2 * layers * interventions * RANK * width * torch.float32.itemsize
 
 
-def table_bytes(layers: int, width: int, rows: int) -> int:
-    """Memory of the tables for so many rows a step."""
-    return 2 * layers * (rows + 1) * RANK * width * torch.float32.itemsize
+class Group(NamedTuple):
+    """Edits of an intervention at the same positions, at most one a layer, and their slot."""
+
+    positions: Positions
+    layers: frozenset[int]
+    slot: int
+
+
+class _Held(NamedTuple):
+    groups: tuple[Group, ...]
+    block: Tensor
 
 
 class EditTables:
-    """An `Editor` of up to `rows` rows, whose slots and strengths `choose` sets."""
+    """The interventions on a device, about `budget` bytes of them."""
 
     def __init__(
-        self, layers: int, width: int, rows: int, device: torch.device, edit_rows: EditRows
+        self, layers: int, width: int, budget: int, device: torch.device, edit_rows: EditRows
     ) -> None:
-        self._edit_rows = edit_rows
-        slots = rows + 1
-        self._V, self._U = (torch.zeros(layers, slots, RANK, width, device=device) for _ in "VU")
-        self._b = torch.zeros(layers, slots, RANK, device=device)
-        self._ranks = torch.zeros(layers, slots, dtype=torch.int32, device=device)
+        self.edit_rows = edit_rows
+        self.device = device
+        self._width = width
+        self._places = torch.zeros(layers, SLOTS, PLACE, dtype=torch.long, device=device)
+        self._free = list(range(SLOTS - 1, 0, -1))
+        self._budget = budget
+        self._bytes = 0
+        self._held: OrderedDict[Key, _Held] = OrderedDict()
+        self._in_use: set[Key] = set()
+
+    def layer(self, layer: int) -> Tensor:
+        """The part of the table [slots, PLACE] that tells of one layer."""
+        return self._places[layer]
+
+    def begin_step(self) -> None:
+        """What the last step used may give way now."""
+        self._in_use.clear()
+
+    def groups_of(self, applied: AppliedIntervention) -> tuple[Group, ...] | None:
+        """An intervention's edits in the order to apply them in, copied here where they are new.
+
+        None where its edits are not all affine ones of low rank at block outputs. Good until the
+        next step.
+        """
+        key = applied.digest, applied.subspace
+        held = self._held.get(key)
+        if held is None:
+            parts = _parts(applied.edits, self._width)
+            if parts is None:
+                return None
+            self._make_room(len(parts))
+            held = self._held[key] = self._copied(applied.edits, parts)
+            self._bytes += held.block.nbytes
+        self._held.move_to_end(key)
+        self._in_use.add(key)
+        self._make_room(0)
+        return held.groups
+
+    def _make_room(self, slots: int) -> None:
+        """Let others give way while there are too many bytes, or too few slots."""
+        for key in list(self._held):
+            if self._bytes <= self._budget and len(self._free) >= slots:
+                return
+            if key not in self._in_use:
+                held = self._held.pop(key)
+                self._bytes -= held.block.nbytes
+                self._free.extend(group.slot for group in held.groups)
+        if len(self._free) < slots:
+            raise torch.OutOfMemoryError("out of memory: more edits in a step than slots")
+
+    def _copied(self, edits: Sequence[CanonicalEdit], parts: Sequence[_Part]) -> _Held:
+        block = block_of(edits)
+        if block is None:
+            edits = packed(edits)
+            parts, block = _parts(edits, self._width) or (), block_of(edits)
+        block = torch.empty(0) if block is None else block  # nothing is in any of them
+        there = block.to(self.device, non_blocking=True)
+        shift = there.data_ptr() - block.data_ptr()
+        places = torch.zeros(len(self._places), len(parts), PLACE, dtype=torch.long)
+        for number, part in enumerate(parts):
+            for layer, edit in part.edits.items():
+                tensors = (edit.V, edit.U, edit.b, edit.offset)
+                addresses = [0 if t is None else t.data_ptr() + shift for t in tensors]
+                places[layer, number] = torch.tensor([*addresses, edit.rank])
+        slots = self._free[len(self._free) - len(parts) :]
+        self._places.index_copy_(
+            1, send(torch.tensor(slots, dtype=torch.long), self.device), send(places, self.device)
+        )
+        del self._free[len(self._free) - len(parts) :]
+        groups = tuple(
+            Group(part.positions, frozenset(part.edits), slot)
+            for part, slot in zip(parts, slots, strict=True)
+        )
+        return _Held(groups, there)
+
+
+class _Part(NamedTuple):
+    positions: Positions
+    edits: dict[int, CanonicalEdit]
+
+
+def _parts(edits: Sequence[CanonicalEdit], width: int) -> list[_Part] | None:
+    """Edits in groups, applied one group after another; None where one is of another kind.
+
+    So is one whose shapes disagree: a kernel does not look at them.
+    """
+    parts: list[_Part] = []
+    for edit in edits:
+        fits = (
+            edit.V.shape == edit.U.shape == (edit.rank, width)
+            and edit.b.ndim == 1
+            and (edit.offset is None or edit.offset.shape == (width,))
+        )
+        if not fits or edit.component != COMPONENT or edit.learned or edit.gain is not None:
+            return None
+        # After all earlier edits of its layer.
+        later = len(parts)
+        while later and edit.layer not in parts[later - 1].edits:
+            later -= 1
+        for part in parts[later:]:
+            if part.positions == edit.positions:
+                part.edits[edit.layer] = edit
+                break
+        else:
+            parts.append(_Part(edit.positions, {edit.layer: edit}))
+    return parts
+
+
+class FixedRows:
+    """An `Editor` of up to `rows` rows, one token each, whose slots and strengths are set anew
+    for each step at fixed addresses, so that a captured graph can edit."""
+
+    def __init__(self, tables: EditTables, layers: int, rows: int) -> None:
+        device = tables.device
+        self._tables = tables
+        self._layers = layers
+        self._index = torch.arange(rows, device=device)
         self._slots = torch.zeros(rows, dtype=torch.long, device=device)
         self._strengths = torch.zeros(rows, device=device)
-        self._free = list(range(slots - 1, 0, -1))
-        self._used: OrderedDict[Key, int] = OrderedDict()
 
     @property
     def sites(self) -> Sequence[Site]:
         """The outputs of all layers."""
-        return [(layer, COMPONENT) for layer in range(len(self._V))]
-
-    def apply(self, site: Site, hidden: Tensor) -> None:
-        """Edit the rows [n, d] of one layer in place."""
-        layer, n = site[0], len(hidden)
-        table = LayerTable(self._V[layer], self._U[layer], self._b[layer], self._ranks[layer])
-        self._edit_rows(hidden, table, self._slots[:n], self._strengths[:n])
+        return [(layer, COMPONENT) for layer in range(self._layers)]
 
     def choose(self, rows: Sequence[tuple[int, float]]) -> None:
         """Slot and strength of each row of the next step."""
@@ -81,80 +200,112 @@ class EditTables:
         ):
             held[: len(rows)].copy_(send(torch.tensor(numbers), held.device))
 
-    def slots_of(self, chunks: Sequence[Chunk]) -> list[tuple[int, float]] | None:
-        """Slot and strength of each decoding row, copied in where they are new.
-
-        None where a row has edits that no slot can hold.
-        """
-        rows: list[tuple[Key, float] | None] = []
-        wanted: dict[Key, AppliedIntervention] = {}
-        for chunk in chunks:
-            editing = chunk.sequence.decode_edits
-            if not editing:
-                rows.append(None)
-                continue
-            applied, key = editing[0], _key(editing[0])
-            if len(editing) > 1 or not (key in self._used or _fits(applied.edits)):
-                return None
-            wanted[key] = applied
-            rows.append((key, applied.strength))
-        # Those of this step first become the latest used: none of them gives way to another.
-        for key in wanted:
-            if key in self._used:
-                self._used.move_to_end(key)
-        for applied in wanted.values():
-            self.hold(applied)
-        return [(0, 0.0) if row is None else (self._used[row[0]], row[1]) for row in rows]
-
-    def hold(self, applied: AppliedIntervention) -> None:
-        """Copy the edits of decoded tokens into a slot, if they are in none."""
-        key = _key(applied)
-        if key in self._used:
-            return
-        slot = self._free.pop() if self._free else self._used.popitem(last=False)[1]
-        try:
-            self._write(slot, [edit for edit in applied.edits if edit.positions.edits_decode])
-        except BaseException:
-            self._free.append(slot)
-            raise
-        self._used[key] = slot
-
-    def _write(self, slot: int, edits: Sequence[CanonicalEdit]) -> None:
-        parts = [_low_rank(edit) for edit in edits]
-        device = self._V.device
-        layers = torch.tensor([edit.layer for edit in edits], device=device)
-        self._ranks[:, slot] = 0
-        self._ranks[layers, slot] = torch.tensor(
-            [len(b) for _, _, b in parts], dtype=torch.int32, device=device
+    def apply(self, site: Site, hidden: Tensor) -> None:
+        """Edit the rows [n, d] of one layer in place."""
+        n = len(hidden)
+        self._tables.edit_rows(
+            hidden,
+            self._index[:n],
+            self._tables.layer(site[0]),
+            self._slots[:n],
+            self._strengths[:n],
         )
-        for table, rows in zip((self._V, self._U, self._b), zip(*parts, strict=True), strict=True):
-            stacked = pad_sequence(list(rows), batch_first=True).to(device)
-            table[layers, slot, : stacked.shape[1]] = stacked
+
+    def slots_of(
+        self, editing: Sequence[Sequence[AppliedIntervention]]
+    ) -> list[tuple[int, float]] | None:
+        """Slot and strength of each row, of those that edit generated tokens there.
+
+        None where a row has edits that cannot be applied so: of another kind, or one after another.
+        """
+        self._tables.begin_step()
+        rows: list[tuple[int, float]] = []
+        for own in editing:
+            if not own:
+                rows.append((0, 0.0))
+                continue
+            groups = self._tables.groups_of(own[0]) if len(own) == 1 else None
+            decoding = [group for group in groups or () if group.positions.edits_decode]
+            if len(decoding) != 1:
+                return None
+            rows.append((decoding[0].slot, own[0].strength))
+        return rows
 
 
-def _low_rank(edit: CanonicalEdit) -> tuple[Tensor, Tensor, Tensor]:
-    """V, U and b; an offset is a direction that is always 1."""
-    if edit.offset is None:
-        return edit.V, edit.U, edit.b
-    row = edit.offset[None]
-    return (
-        torch.cat([edit.V, torch.zeros_like(row)]),
-        torch.cat([edit.U, row]),
-        torch.cat([edit.b, edit.b.new_ones(1)]),
-    )
+@dataclass(slots=True)
+class _Pass:
+    layers: set[int] = field(default_factory=set)
+    rows: list[int] = field(default_factory=list)
+    slots: list[int] = field(default_factory=list)
+    strengths: list[float] = field(default_factory=list)
 
 
-def _key(applied: AppliedIntervention) -> Key:
-    return applied.digest, applied.subspace
+class PackedRows:
+    """The rows of a packed step that the tables edit, in passes one after another.
 
+    Requests whose rows are too many, or whose edits are of another kind, are left to others.
+    """
 
-def _fits(edits: Sequence[CanonicalEdit]) -> bool:
-    """Whether a slot can hold the edits of decoded tokens among these."""
-    decoding = [edit for edit in edits if edit.positions.edits_decode]
-    return len({edit.layer for edit in decoding}) == len(decoding) and all(
-        edit.component == COMPONENT
-        and edit.rank + (edit.offset is not None) <= RANK
-        and not edit.learned
-        and edit.gain is None
-        for edit in decoding
-    )
+    def __init__(self, tables: EditTables) -> None:
+        self._tables = tables
+        self._passes: list[_Pass] = []
+        self._sent: list[tuple[Tensor, Tensor, Tensor]] | None = None
+        tables.begin_step()
+
+    @property
+    def sites(self) -> Sequence[Site]:
+        """The outputs of the layers that have something to edit."""
+        layers = set[int]().union(*(each.layers for each in self._passes))
+        return [(layer, COMPONENT) for layer in sorted(layers)]
+
+    def add(self, chunk: Chunk, shift: int) -> bool:
+        """Take over all edits of a chunk; False if that cannot be, and nothing is taken.
+
+        `shift` added to an offset in the sequence gives the packed row.
+        """
+        request = chunk.sequence.request
+        if request.trace:
+            return False
+        wanted: list[tuple[Group, float, list[int]]] = []
+        for applied in request.interventions:
+            if not applied.strength:
+                continue
+            groups = self._tables.groups_of(applied)
+            if groups is None:
+                return False
+            for group in groups:
+                offsets = group.positions.offsets(len(request.prompt), chunk.start, chunk.stop)
+                if len(offsets) > MOST_ROWS:
+                    return False
+                if offsets:
+                    wanted.append((group, applied.strength, [o + shift for o in offsets]))
+        passes: list[int] = []
+        for number, (group, strength, rows) in enumerate(wanted):
+            after = [
+                before
+                for before, (earlier, _, others) in zip(passes, wanted[:number], strict=True)
+                if not earlier.layers.isdisjoint(group.layers) and not set(others).isdisjoint(rows)
+            ]
+            passes.append(max(after, default=-1) + 1)
+            if passes[-1] == len(self._passes):
+                self._passes.append(_Pass())
+            own = self._passes[passes[-1]]
+            own.layers |= group.layers
+            own.rows += rows
+            own.slots += [group.slot] * len(rows)
+            own.strengths += [strength] * len(rows)
+        return True
+
+    def apply(self, site: Site, hidden: Tensor) -> None:
+        """Edit the packed rows [T, d] of one layer in place."""
+        if self._sent is None:
+            device = self._tables.device
+            self._sent = []
+            for each in self._passes:
+                rows, slots = to_device((each.rows, each.slots), device)
+                self._sent.append((rows, slots, send(torch.tensor(each.strengths), device)))
+        layer = site[0]
+        for each, (rows, slots, strengths) in zip(self._passes, self._sent, strict=True):
+            if layer in each.layers and site[1] == COMPONENT:
+                place = self._tables.layer(layer)
+                self._tables.edit_rows(hidden, rows, place, slots, strengths)
