@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from reft_runtime.engine.attention import ProbedLayer, ShapeProbe
 from reft_runtime.engine.linears import Merged
-from reft_runtime.engine.operators import Operators, operators_for
+from reft_runtime.engine.operators import Operators, ProductOperators, operators_for
 
 _ROTARY = "apply_rotary_pos_emb"
 _PLAIN_ATTENTION = {
@@ -96,7 +96,7 @@ class _Fuser:
         self._device = device
         self._rotary: dict[Operator, Operator | None] = {}
         # Of modules: what they compute before their last product, and the layer that does that.
-        self._mlps: dict[nn.Module, tuple[Callable[[Tensor], Tensor], nn.Linear]] = {}
+        self._mlps: dict[nn.Module, tuple[Callable[[Tensor], Tensor], Merged, nn.Linear]] = {}
         self._attentions: dict[nn.Module, tuple[Compute, nn.Linear]] = {}
 
     def norm(self, module: nn.Module) -> bool:
@@ -136,7 +136,7 @@ class _Fuser:
         if not _replace(module, forward, (rows,), {}):
             return False
         merged.merge()
-        self._mlps[module] = compute, down
+        self._mlps[module] = compute, merged, down
         return True
 
     def attention(self, module: nn.Module, asked: ProbedLayer) -> bool:
@@ -218,7 +218,7 @@ class _Fuser:
         operators = self._operators
         inner = _hooks(module for module in layer.modules() if module is not layer)
         width = parts["self_attn"].head_dim
-        (attend, o), (activate, down) = attention, mlp
+        (attend, o), (activate, gate_up, down) = attention, mlp
 
         def compute(rows: Tensor, cos: Tensor, sin: Tensor, step: Any) -> Tensor:
             normal = operators.rms_norm(rows, before.weight, first_epsilon)
@@ -228,14 +228,20 @@ class _Fuser:
             rows += down(activate(normal))
             return rows
 
-        def compute_in_place(rows: Tensor, cos: Tensor, sin: Tensor, step: Any) -> Tensor:
-            # A layer's input is nobody's but its own: what gave it is done.
-            normal = operators.rms_norm(rows, before.weight, first_epsilon)
-            rows.addmm_(attend(normal, cos, sin, step), o.weight.t())
-            normal = operators.rms_norm(rows, after.weight, second_epsilon)
-            return rows.addmm_(activate(normal), down.weight.t())
+        joined = gate_up.weight
+        products = operators if isinstance(operators, ProductOperators) else None
+        if products is not None and joined is not None and _plain(o, down, *gate_up.parts):
 
-        if all(_adds(linear) for linear in (o, down)):
+            def compute_in_place(rows: Tensor, cos: Tensor, sin: Tensor, step: Any) -> Tensor:
+                # A layer's input is nobody's but its own: what gave it is done.
+                normal = products.rms_norm(rows, before.weight, first_epsilon)
+                normal = products.add_product_and_norm(
+                    rows, attend(normal, cos, sin, step), o.weight, after.weight, second_epsilon
+                )
+                return products.add_product_(
+                    rows, products.gated_product(normal, joined), down.weight
+                )
+
             compute = compute_in_place
         forward = _or_own(operators, compute, layer.forward, inner, width)
         given = {"position_embeddings": _angles(width, before.weight)}
@@ -243,9 +249,9 @@ class _Fuser:
         return _replace(layer, forward, (rows,), given, needs_step=True)
 
 
-def _adds(linear: nn.Linear) -> bool:
-    """Whether a device adds a layer's product to other rows in the very product."""
-    return type(linear) is nn.Linear and linear.weight.is_cuda and linear.bias is None
+def _plain(*linears: nn.Linear) -> bool:
+    """Whether products with these layers' weights are all that they do."""
+    return all(type(linear) is nn.Linear and linear.bias is None for linear in linears)
 
 
 def _rotates(module: nn.Module) -> bool:

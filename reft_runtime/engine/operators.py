@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from functools import cache
 from importlib.util import find_spec
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -46,6 +46,22 @@ class Operators(Protocol):
 
         The halves of a head are rotated against each other (`rotate_half` in transformers).
         """
+
+
+@runtime_checkable
+class ProductOperators(Operators, Protocol):
+    """Operators that take in the matrix products beside them. Weights are without bias."""
+
+    def gated_product(self, rows: Tensor, weight: Tensor) -> Tensor:
+        """`silu_mul` of rows [T, k] times a weight [2 d, k] that gives gate and up."""
+
+    def add_product_(self, rows: Tensor, inputs: Tensor, weight: Tensor) -> Tensor:
+        """Rows [T, d] plus inputs [T, k] times a weight [d, k], in place; gives them."""
+
+    def add_product_and_norm(
+        self, rows: Tensor, inputs: Tensor, weight: Tensor, norm: Tensor, epsilon: float
+    ) -> Tensor:
+        """`add_product_`, and of that `rms_norm` with the weight `norm` [d]."""
 
 
 def operators_for(device: torch.device) -> Operators | None:

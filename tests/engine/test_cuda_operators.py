@@ -9,6 +9,7 @@ from torch.nn.functional import silu
 
 from reft_runtime.engine.cuda import tables
 from reft_runtime.engine.cuda.operators import TritonOperators, edit_rows
+from reft_runtime.engine.cuda.products import tile_for
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DTYPES = [torch.float32, torch.bfloat16]
@@ -105,3 +106,37 @@ def test_rows_are_edited_from_tables(dtype: torch.dtype, ranks: list[int]) -> No
     assert torch.equal(found[[2, 4, 5]], rows[[2, 4, 5]])
     size = wanted.float().abs().max()
     close((found / size).to(dtype), (wanted / size).to(dtype))
+
+
+PRODUCTS = [(1, 96, 128), (5, 160, 1024), (33, 64, 128), (2, 64, 100)]
+"""Rows, width and depth; the last two are left to torch."""
+
+
+@pytest.mark.parametrize(("rows", "width", "depth"), PRODUCTS)
+def test_products(rows: int, width: int, depth: int) -> None:
+    # Triton's interpreter multiplies no bfloat16.
+    dtype = torch.bfloat16 if DEVICE.type == "cuda" else torch.float16
+    inputs = random(rows, depth, dtype=dtype, seed=1) * 0.1
+    weight = random(2 * width, depth, dtype=dtype, seed=2) * 0.1
+    both = inputs.float() @ weight.float().t()
+    gated = silu(both[:, :width]) * both[:, width:]
+    close(OPERATORS.gated_product(inputs, weight), gated)
+
+    before = random(rows, width, dtype=dtype, seed=3)
+    wanted = before.float() + both[:, :width]
+    found = before.clone()
+    assert OPERATORS.add_product_(found, inputs, weight[:width]) is found
+    close(found, wanted)
+    factors = random(width, dtype=dtype, seed=4)
+    again = before.clone()
+    normal = OPERATORS.add_product_and_norm(again, inputs, weight[:width], factors, 1e-5)
+    assert torch.equal(again, found)
+    close(normal, norm(found, factors))
+
+
+def test_tiles_of_products() -> None:
+    assert tile_for(4096, 4096, gated=False) == (64, 128, 2)
+    assert tile_for(4096, 14336, gated=False) == (64, 128, 2)
+    assert tile_for(1536, 8960, gated=False) == (64, 64, 4)
+    assert tile_for(14336, 4096, gated=True) == (32, 128, 1)
+    assert tile_for(64, 96, gated=False) is None

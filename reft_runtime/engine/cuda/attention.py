@@ -16,6 +16,7 @@ from torch import Tensor
 
 from reft_runtime.engine.blocks import BLOCK_TOKENS
 from reft_runtime.engine.cuda import kernels
+from reft_runtime.engine.cuda.products import early
 from reft_runtime.engine.page_attention import PageBatch
 
 LEAST = 16
@@ -165,6 +166,7 @@ def _launch(step: _Step, tile: Tile, *, tokens: int, splits: int | None) -> None
         DECODES=decodes,
         num_warps=tile.warps,
         num_stages=tile.stages,
+        **early(),
     )
     if parts_of_a_row > 1:
         kernels.combine[(count, heads)](
@@ -175,6 +177,7 @@ def _launch(step: _Step, tile: Tile, *, tokens: int, splits: int | None) -> None
             SPLITS=parts_of_a_row,
             DIM=value_dim,
             WIDTH=_width(value_dim),
+            **early(),
         )
 
 
@@ -213,6 +216,7 @@ def _store(
         VALUE_WIDTH=_width(value_dim),
         ROTATE=angles is not None,
         num_warps=2,
+        **early(),
     )
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_wait
 
 
 @triton.jit
@@ -104,12 +105,15 @@ def attend(
     SPLITS: tl.constexpr,
     WINDOW: tl.constexpr,
     DECODES: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """Programs: (head of keys, block of queries, split). A block is (row, its first query).
 
     `scale` is that of the scores times log2(e): weights are powers of two. Of a prompt's blocks
     the last ones see the most keys, so they begin first.
     """
+    if EARLY:
+        gdc_wait()
     head, split = tl.program_id(0), tl.program_id(2)
     if DECODES:
         row, begin = tl.program_id(1).to(tl.int64), 0
@@ -221,8 +225,11 @@ def combine(
     SPLITS: tl.constexpr,
     DIM: tl.constexpr,
     WIDTH: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """Programs: (token, query head). Adds the splits' parts, each scaled by its own best score."""
+    if EARLY:
+        gdc_wait()
     place = tl.program_id(0).to(tl.int64) * HEADS + tl.program_id(1)
     split, at = tl.arange(0, SPLITS), tl.arange(0, WIDTH)
     own = place * SPLITS + split
@@ -244,8 +251,11 @@ def norm(
     ADD: tl.constexpr,
     WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """A program a row."""
+    if EARLY:
+        gdc_wait()
     at = tl.arange(0, BLOCK)
     inside = at < WIDTH
     place = tl.program_id(0).to(tl.int64) * WIDTH + at
@@ -262,8 +272,10 @@ def norm(
 
 
 @triton.jit
-def silu_mul(both, out, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+def silu_mul(both, out, WIDTH: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr):
     """Programs: (row, piece of it)."""
+    if EARLY:
+        gdc_wait()
     row = tl.program_id(0).to(tl.int64)
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = at < WIDTH
@@ -316,11 +328,14 @@ def edit_rows(
     BLOCK: tl.constexpr,
     PLACE: tl.constexpr,
     RANKS: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """A program a row: h + strength * (c + U^T (V h + b)), `RANKS` rank rows at a time.
 
     `places` [slots, PLACE] says where V, U, b and c of a slot are, and what its rank is.
     """
+    if EARLY:
+        gdc_wait()
     number = tl.program_id(0).to(tl.int64)
     place = places + tl.load(slots + number) * PLACE
     offset, rank = tl.load(place + 3), tl.load(place + 4).to(tl.int32)
@@ -369,11 +384,14 @@ def store(
     KEY_WIDTH: tl.constexpr,
     VALUE_WIDTH: tl.constexpr,
     ROTATE: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """Programs: (token, head of keys). Puts a key and a value in their place in the pages.
 
     With `ROTATE` rotates the key before, and in place the queries that share it.
     """
+    if EARLY:
+        gdc_wait()
     token, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     slot = tl.load(slots + token) * KV_HEADS + head
     own = key + token * key_stride + head * KEY_DIM

@@ -6,7 +6,8 @@ import torch
 import triton
 from torch import Tensor
 
-from reft_runtime.engine.cuda import kernels
+from reft_runtime.engine.cuda import kernels, products
+from reft_runtime.engine.cuda.products import early, row_block
 from reft_runtime.engine.cuda.tables import PLACE
 
 NUMBERS_AT_ONCE = 32768
@@ -32,12 +33,7 @@ class TritonOperators:
 
     def rms_norm(self, rows: Tensor, weight: Tensor, epsilon: float) -> Tensor:
         """See `Operators.rms_norm`."""
-        out = torch.empty_like(rows)
-        width = weight.shape[0]
-        kernels.norm[(rows.numel() // width,)](
-            rows, rows, weight, rows, out, epsilon, ADD=False, **_row(width)
-        )
-        return out
+        return products.rms_norm(rows, weight, epsilon)
 
     def add_rms_norm(
         self, rows: Tensor, more: Tensor, weight: Tensor, epsilon: float
@@ -46,19 +42,27 @@ class TritonOperators:
         total, out = torch.empty_like(rows), torch.empty_like(rows)
         width = weight.shape[0]
         kernels.norm[(rows.numel() // width,)](
-            rows, more, weight, total, out, epsilon, ADD=True, **_row(width)
+            rows, more, weight, total, out, epsilon, ADD=True, **row_block(width), **early()
         )
         return total, out
 
     def silu_mul(self, both: Tensor) -> Tensor:
         """See `Operators.silu_mul`."""
-        width = both.shape[-1] // 2
-        out = both.new_empty(*both.shape[:-1], width)
-        block = 1024
-        kernels.silu_mul[(both.numel() // (2 * width), triton.cdiv(width, block))](
-            both, out, WIDTH=width, BLOCK=block
-        )
-        return out
+        return products.silu_mul(both)
+
+    def gated_product(self, rows: Tensor, weight: Tensor) -> Tensor:
+        """See `ProductOperators.gated_product`."""
+        return products.gated_product(rows, weight)
+
+    def add_product_(self, rows: Tensor, inputs: Tensor, weight: Tensor) -> Tensor:
+        """See `ProductOperators.add_product_`."""
+        return products.add_product_(rows, inputs, weight)
+
+    def add_product_and_norm(
+        self, rows: Tensor, inputs: Tensor, weight: Tensor, norm: Tensor, epsilon: float
+    ) -> Tensor:
+        """See `ProductOperators.add_product_and_norm`."""
+        return products.add_product_and_norm(rows, inputs, weight, norm, epsilon)
 
     def rotate_(self, query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> None:
         """See `Operators.rotate_`."""
@@ -81,13 +85,8 @@ def edit_rows(
     rows: Tensor, index: Tensor, places: Tensor, slots: Tensor, strengths: Tensor
 ) -> None:
     """See `tables.EditRows`."""
-    sizes = _row(rows.shape[1])
+    sizes = row_block(rows.shape[1])
     ranks = max(1, min(8, NUMBERS_AT_ONCE // sizes["BLOCK"]))
     kernels.edit_rows[(len(index),)](
-        rows, index, places, slots, strengths, PLACE=PLACE, RANKS=ranks, **sizes
+        rows, index, places, slots, strengths, PLACE=PLACE, RANKS=ranks, **sizes, **early()
     )
-
-
-def _row(width: int) -> dict[str, int]:
-    block = triton.next_power_of_2(width)
-    return {"WIDTH": width, "BLOCK": block, "num_warps": max(1, min(16, block // 256))}
