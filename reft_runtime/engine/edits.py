@@ -110,7 +110,7 @@ class StepEdits:
         cls, chunks: SequenceOf[Chunk], on_device: OnDevice, tables: EditTables | None = None
     ) -> StepEdits:
         """Find the rows to edit in a packed step (chunks in packed order)."""
-        edits = cls(Sent(on_device.device), None if tables is None else PackedRows(tables))
+        edits = cls(Sent(on_device.device), None if tables is None else PackedRows(tables, chunks))
         first = 0
         for chunk in chunks:
             sequence = chunk.sequence

@@ -132,43 +132,40 @@ class CanonicalEdit:
         )
 
 
-def packed(edits: Sequence[CanonicalEdit]) -> tuple[CanonicalEdit, ...]:
-    """The same edits with their tensors in one block of the CPU's memory: see `block_of`.
+class PackedEdits(tuple[CanonicalEdit, ...]):
+    """Edits whose tensors lie in one `block` of the CPU's memory (float32, 1-D).
 
-    Where this process uses a CUDA device the block is page-locked: a copy there takes as long as
-    the bus needs, and nobody waits for it.
+    So a device gets all of them by one copy. Where this process uses a CUDA device the block is
+    page-locked: the copy takes as long as the bus needs, and nobody waits for it.
     """
-    tensors = [tensor for edit in edits for tensor in _tensors(edit).values()]
-    starts, end = [], 0
-    for tensor in tensors:
-        starts.append(end)
-        end += -(-tensor.numel() // _ALIGNED) * _ALIGNED
-    block = torch.zeros(end, pin_memory=_uses_cuda())
-    places = iter(starts)
 
-    def moved(tensor: Tensor) -> Tensor:
-        first = next(places)
-        place = block[first : first + tensor.numel()].view(tensor.shape)
-        return place.copy_(tensor)
+    block: Tensor
 
-    found = []
-    for edit in edits:
-        parts: dict[str, Any] = {name: moved(tensor) for name, tensor in _tensors(edit).items()}
-        found.append(replace(edit, **parts))
-    return tuple(found)
+    @classmethod
+    def of(cls, edits: Sequence[CanonicalEdit]) -> PackedEdits:
+        """The same edits, packed; those that are already are given back."""
+        if isinstance(edits, cls):
+            return edits
+        tensors = [tensor for edit in edits for tensor in _tensors(edit).values()]
+        starts, end = [], 0
+        for tensor in tensors:
+            starts.append(end)
+            end += -(-tensor.numel() // _ALIGNED) * _ALIGNED
+        block = torch.zeros(end, pin_memory=_uses_cuda())
+        places = iter(starts)
 
+        def moved(tensor: Tensor) -> Tensor:
+            first = next(places)
+            place = block[first : first + tensor.numel()].view(tensor.shape)
+            return place.copy_(tensor)
 
-def block_of(edits: Sequence[CanonicalEdit]) -> Tensor | None:
-    """The one block (float32, 1-D) in which all tensors of `packed` edits lie; else None."""
-    storages = {
-        tensor.untyped_storage().data_ptr(): tensor.untyped_storage()
-        for edit in edits
-        for tensor in _tensors(edit).values()
-    }
-    if len(storages) != 1:
-        return None
-    (storage,) = storages.values()
-    return torch.empty(0).set_(storage)
+        found = []
+        for edit in edits:
+            parts: dict[str, Any] = {name: moved(t) for name, t in _tensors(edit).items()}
+            found.append(replace(edit, **parts))
+        made = cls(found)
+        made.block = block
+        return made
 
 
 def _uses_cuda() -> bool:

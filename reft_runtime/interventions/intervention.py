@@ -11,7 +11,7 @@ from pydantic import JsonValue, ValidationError
 from torch import Tensor
 
 from reft_runtime.errors import InvalidFile
-from reft_runtime.interventions.canonical import CanonicalEdit, canonical_edit, packed
+from reft_runtime.interventions.canonical import CanonicalEdit, PackedEdits, canonical_edit
 from reft_runtime.interventions.components import normalise
 from reft_runtime.interventions.kinds import KINDS, TensorInfo, check_tensors, formula
 from reft_runtime.interventions.manifest import BaseShape, Manifest
@@ -116,13 +116,13 @@ class Intervention:
         )
 
     def canonical(self) -> tuple[CanonicalEdit, ...]:
-        """Check the tensors' values and convert every edit, in the manifest's order; `packed`."""
+        """Check the tensors' values and convert every edit, in the manifest's order; packed."""
         edits = []
         for index, tensors in enumerate(_by_edit(self.manifest, self.tensors)):
             spec = self.manifest.edits[index]
             parts = formula(spec.kind, f"edits.{index}.", tensors)
             edits.append(canonical_edit(spec, parts, self.manifest.width_of(index)))
-        return packed(edits)
+        return PackedEdits.of(edits)
 
 
 def validate_manifest(fields: Mapping[str, object]) -> Manifest:

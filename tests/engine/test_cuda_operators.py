@@ -87,7 +87,7 @@ def test_rows_are_edited_from_tables(dtype: torch.dtype, ranks: list[int]) -> No
     offset = random(width, seed=4)
     places = torch.zeros(3, tables.PLACE, dtype=torch.long)
     for slot, (V, U, b) in enumerate(held):
-        offsets = offset.data_ptr() if slot == 1 else 0
+        offsets = offset.data_ptr() if slot == 1 else -1
         places[slot] = torch.tensor([V.data_ptr(), U.data_ptr(), b.data_ptr(), offsets, len(b)])
     slots, strengths, index = [2, 0, 1, 2, 0], [1.0, 1.0, 0.5, -2.0, 0.0], [6, 1, 3, 0, 4]
     wanted = rows.clone()

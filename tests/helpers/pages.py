@@ -75,7 +75,7 @@ def plain_edit(
         old, change = rows[row].float(), torch.zeros(width)
         if rank:
             change += (at(V, rank, width) @ old + at(b, rank)) @ at(U, rank, width)
-        if offset:
+        if offset > 0:
             change += at(offset, width)
         rows[row] = (old + strength * change).to(rows.dtype)
 

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from reft_runtime.engine.blocks import BLOCK_TOKENS
+from reft_runtime.engine.cuda.products import FEW_ROWS
 from reft_runtime.engine.cuda.tables import EditTables, FixedRows
 from reft_runtime.engine.kv_pages import PageStorage
 from reft_runtime.engine.loader import LoadedModel, forward
@@ -71,10 +73,11 @@ class DecodeGraphs:
     @torch.inference_mode()
     def warm_up(self, *, progress: bool) -> None:
         """Compile the kernels of prompts, and capture both sets, the largest graphs first."""
-        two = self._firsts[:2]
-        row = RowInPages(0, [0, 1], self._storage.spare_lane)
-        batch = PageBatch.of([row], self._storage.tables, self._storage.kernel.query_block)
-        forward(self._loaded.model, two, two, two[:1], self._step(batch))
+        for length in (2, 2 * FEW_ROWS):
+            some = torch.arange(length, device=self._inputs.device) % BLOCK_TOKENS
+            row = RowInPages(0, some.tolist(), self._storage.spare_lane)
+            batch = PageBatch.of([row], self._storage.tables, self._storage.kernel.query_block)
+            forward(self._loaded.model, some, some, some[:1], self._step(batch))
         wanted = [(rows, edited) for rows in self._buckets[::-1] for edited in (False, True)]
         for rows, edited in tqdm(wanted, desc="CUDA graphs", disable=not progress):
             self._graph(rows, edited=edited)

@@ -317,7 +317,7 @@ def rotate(
     tl.store(own + HALF + at, (high * cos_high + low * sin_high).to(kind), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["index", "slots", "strengths"])
 def edit_rows(
     rows,
     index,
@@ -339,7 +339,7 @@ def edit_rows(
     number = tl.program_id(0).to(tl.int64)
     place = places + tl.load(slots + number) * PLACE
     offset, rank = tl.load(place + 3), tl.load(place + 4).to(tl.int32)
-    if (rank > 0) | (offset != 0):
+    if (rank > 0) | (offset > 0):
         at = tl.arange(0, BLOCK)
         inside = at < WIDTH
         own = rows + tl.load(index + number) * WIDTH + at
@@ -355,7 +355,7 @@ def edit_rows(
             up = tl.load(U + i[:, None] * WIDTH + at[None, :], mask=there, other=0.0)
             low = tl.sum(down * old[None, :], 1) + tl.load(b + i, mask=i < rank, other=0.0)
             change += tl.sum(up * low[:, None], 0)
-        if offset != 0:
+        if offset > 0:
             c = tl.multiple_of(offset, 16).to(tl.pointer_type(tl.float32))
             change += tl.load(c + at, mask=inside, other=0.0)
         new = old + tl.load(strengths + number) * change

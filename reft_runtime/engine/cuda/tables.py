@@ -9,7 +9,8 @@ but nothing that the step at hand uses. Slot 0 changes nothing.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -19,7 +20,7 @@ from torch import Tensor
 from reft_runtime.engine.sites import Site
 from reft_runtime.engine.staging import send, to_device
 from reft_runtime.interventions import CanonicalEdit, Positions
-from reft_runtime.interventions.canonical import block_of, packed
+from reft_runtime.interventions.canonical import PackedEdits
 
 if TYPE_CHECKING:
     from reft_runtime.engine.scheduler import Chunk
@@ -28,7 +29,11 @@ if TYPE_CHECKING:
 COMPONENT = "block_output"
 SLOTS = 4096
 PLACE = 5
-"""Numbers of a layer's edit in the table: the addresses of V, U, b and c (0 is none), the rank."""
+"""Numbers of a layer's edit in the table: the addresses of V, U, b and c (below 0: none), and the
+rank."""
+_RANK_AT = 4
+_BYTES = 4
+"""Of a number."""
 
 MOST_ROWS = 32
 """Of a request in a step: more are rather edited by matrix products."""
@@ -46,7 +51,7 @@ PLACE], and for each of the n its slot and its strength."""
 
 def table_bytes(layers: int, width: int, interventions: int) -> int:
     """Memory of so many interventions of all layers."""
-    return 2 * layers * interventions * RANK * width * torch.float32.itemsize
+    return interventions * layers * (2 * RANK * width + 2 * RANK) * _BYTES
 
 
 class Group(NamedTuple):
@@ -63,28 +68,32 @@ class _Held(NamedTuple):
 
 
 class EditTables:
-    """The interventions on a device, about `budget` bytes of them."""
+    """The interventions on a device, about `budget` bytes of them, which are set aside."""
 
     def __init__(
         self, layers: int, width: int, budget: int, device: torch.device, edit_rows: EditRows
     ) -> None:
         self.edit_rows = edit_rows
         self.device = device
-        self._width = width
+        self._layers, self._width = layers, width
         self._places = torch.zeros(layers, SLOTS, PLACE, dtype=torch.long, device=device)
         self._free = list(range(SLOTS - 1, 0, -1))
         self._budget = budget
         self._bytes = 0
         self._held: OrderedDict[Key, _Held] = OrderedDict()
         self._in_use: set[Key] = set()
+        self._plans: dict[Key, _Plan | None] = {}
+        self._pool = torch.cuda.MemPool() if device.type == "cuda" else None
+        with self._memory():
+            torch.empty(budget if self._pool else 0, dtype=torch.uint8, device=device)
 
     def layer(self, layer: int) -> Tensor:
         """The part of the table [slots, PLACE] that tells of one layer."""
         return self._places[layer]
 
-    def begin_step(self) -> None:
-        """What the last step used may give way now."""
-        self._in_use.clear()
+    def begin_step(self, wanted: Iterable[AppliedIntervention]) -> None:
+        """None of these gives way in the step that begins; what the last one used may, now."""
+        self._in_use = {_key(applied) for applied in wanted}
 
     def groups_of(self, applied: AppliedIntervention) -> tuple[Group, ...] | None:
         """An intervention's edits in the order to apply them in, copied here where they are new.
@@ -92,24 +101,31 @@ class EditTables:
         None where its edits are not all affine ones of low rank at block outputs. Good until the
         next step.
         """
-        key = applied.digest, applied.subspace
-        held = self._held.get(key)
-        if held is None:
-            parts = _parts(applied.edits, self._width)
-            if parts is None:
+        key = _key(applied)
+        if key not in self._held:
+            if key in self._plans and self._plans[key] is None:
                 return None
-            self._make_room(len(parts))
-            held = self._held[key] = self._copied(applied.edits, parts)
-            self._bytes += held.block.nbytes
+            edits = PackedEdits.of(applied.edits)
+            plan = self._plan_of(key, edits)
+            if plan is None:
+                return None
+            self._make_room(len(plan.parts), edits.block.nbytes)
+            self._held[key] = self._copied(edits.block, plan)
+            self._bytes += edits.block.nbytes
         self._held.move_to_end(key)
-        self._in_use.add(key)
-        self._make_room(0)
-        return held.groups
+        return self._held[key].groups
 
-    def _make_room(self, slots: int) -> None:
-        """Let others give way while there are too many bytes, or too few slots."""
+    def _plan_of(self, key: Key, edits: PackedEdits) -> _Plan | None:
+        if key not in self._plans:
+            if len(self._plans) > 2 * SLOTS:
+                self._plans.clear()
+            self._plans[key] = _Plan.of(edits, self._layers, self._width)
+        return self._plans[key]
+
+    def _make_room(self, slots: int, size: int) -> None:
+        """Let others give way until there are so many slots and bytes more, if need be."""
         for key in list(self._held):
-            if self._bytes <= self._budget and len(self._free) >= slots:
+            if self._bytes + size <= self._budget and len(self._free) >= slots:
                 return
             if key not in self._in_use:
                 held = self._held.pop(key)
@@ -118,35 +134,71 @@ class EditTables:
         if len(self._free) < slots:
             raise torch.OutOfMemoryError("out of memory: more edits in a step than slots")
 
-    def _copied(self, edits: Sequence[CanonicalEdit], parts: Sequence[_Part]) -> _Held:
-        block = block_of(edits)
-        if block is None:
-            edits = packed(edits)
-            parts, block = _parts(edits, self._width) or (), block_of(edits)
-        block = torch.empty(0) if block is None else block  # nothing is in any of them
-        there = block.to(self.device, non_blocking=True)
-        shift = there.data_ptr() - block.data_ptr()
-        places = torch.zeros(len(self._places), len(parts), PLACE, dtype=torch.long)
-        for number, part in enumerate(parts):
-            for layer, edit in part.edits.items():
-                tensors = (edit.V, edit.U, edit.b, edit.offset)
-                addresses = [0 if t is None else t.data_ptr() + shift for t in tensors]
-                places[layer, number] = torch.tensor([*addresses, edit.rank])
-        slots = self._free[len(self._free) - len(parts) :]
-        self._places.index_copy_(
-            1, send(torch.tensor(slots, dtype=torch.long), self.device), send(places, self.device)
-        )
-        del self._free[len(self._free) - len(parts) :]
+    def _copied(self, block: Tensor, plan: _Plan) -> _Held:
+        with self._memory():
+            there = torch.empty_like(block, device=self.device)
+        there.copy_(block, non_blocking=True)
+        count = len(plan.parts)
+        slots = self._free[len(self._free) - count :]
+        places = torch.where(plan.places < 0, plan.places, plan.places * _BYTES + there.data_ptr())
+        places[..., _RANK_AT] = plan.ranks
+        numbers = send(torch.cat([torch.tensor(slots), places.flatten()]), self.device)
+        self._places.index_copy_(1, numbers[:count], numbers[count:].view(places.shape))
+        del self._free[len(self._free) - count :]
         groups = tuple(
             Group(part.positions, frozenset(part.edits), slot)
-            for part, slot in zip(parts, slots, strict=True)
+            for part, slot in zip(plan.parts, slots, strict=True)
         )
         return _Held(groups, there)
+
+    @contextmanager
+    def _memory(self) -> Iterator[None]:
+        """Take memory of what was set aside."""
+        with torch.cuda.use_mem_pool(self._pool) if self._pool else nullcontext():
+            yield
+
+
+class _Plan(NamedTuple):
+    """How to enter packed edits in the table: numbers into their block, -1 for what there is not.
+
+    `places` are [layers, parts, PLACE], of which the last column is left to `ranks`.
+    """
+
+    parts: list[_Part]
+    places: Tensor
+    ranks: Tensor
+
+    @classmethod
+    def of(cls, edits: PackedEdits, layers: int, width: int) -> _Plan | None:
+        parts = _parts(edits, width)
+        if parts is None:
+            return None
+        nothing = [-1] * PLACE
+        start = edits.block.data_ptr()
+        places = []
+        ranks = []
+        for layer in range(layers):
+            for part in parts:
+                edit = part.edits.get(layer)
+                tensors = () if edit is None else (edit.V, edit.U, edit.b, edit.offset)
+                own = [-1 if t is None else (t.data_ptr() - start) // _BYTES for t in tensors]
+                places.append([*own, 0] if edit else nothing)
+                ranks.append(edit.rank if edit else 0)
+        shape = layers, len(parts)
+        return cls(
+            parts,
+            torch.tensor(places, dtype=torch.long).view(*shape, PLACE),
+            torch.tensor(ranks, dtype=torch.long).view(shape),
+        )
 
 
 class _Part(NamedTuple):
     positions: Positions
     edits: dict[int, CanonicalEdit]
+
+
+def _key(applied: AppliedIntervention) -> Key:
+    return applied.digest, applied.subspace
 
 
 def _parts(edits: Sequence[CanonicalEdit], width: int) -> list[_Part] | None:
@@ -218,7 +270,7 @@ class FixedRows:
 
         None where a row has edits that cannot be applied so: of another kind, or one after another.
         """
-        self._tables.begin_step()
+        self._tables.begin_step(applied for own in editing for applied in own)
         rows: list[tuple[int, float]] = []
         for own in editing:
             if not own:
@@ -246,11 +298,11 @@ class PackedRows:
     Requests whose rows are too many, or whose edits are of another kind, are left to others.
     """
 
-    def __init__(self, tables: EditTables) -> None:
+    def __init__(self, tables: EditTables, chunks: Iterable[Chunk]) -> None:
         self._tables = tables
         self._passes: list[_Pass] = []
         self._sent: list[tuple[Tensor, Tensor, Tensor]] | None = None
-        tables.begin_step()
+        tables.begin_step(a for chunk in chunks for a in chunk.sequence.request.interventions)
 
     @property
     def sites(self) -> Sequence[Site]:
