@@ -27,8 +27,10 @@ from pathlib import Path
 from typing import Annotated
 
 import psutil
+import torch
 import typer
 
+from benchmarks.device import name_of
 from benchmarks.measuring import SECONDS, Case, Figures, measure, median, speed_ratio, table, timed
 from reft_runtime import Engine, SamplingParams
 
@@ -140,16 +142,26 @@ def over_http(
 
 
 def rows_of(
-    model: str, dtype: str, n: int, rounds: int, out: Path | None
+    model: str, device: str, dtype: str, n: int, rounds: int, out: Path | None
 ) -> list[tuple[object, ...]]:
     """The table's lines for one dtype and one number of concurrent requests."""
     count = n * math.ceil(REQUESTS / n)
     tokens = max(n * (PROMPT_TOKENS + ANSWER_TOKENS + 32), 2 * MAX_MODEL_LEN)
-    limits = {"max_running": n, "max_model_len": MAX_MODEL_LEN, "kv_tokens": tokens}
+    limits = {
+        "device": device,
+        "max_running": n,
+        "max_model_len": MAX_MODEL_LEN,
+        "kv_tokens": tokens,
+    }
     sampling = SamplingParams(temperature=0, max_tokens=ANSWER_TOKENS, ignore_eos=True)
     with (
         Engine(
-            model, dtype=dtype, max_running=n, max_model_len=MAX_MODEL_LEN, kv_tokens=tokens
+            model,
+            device=device,
+            dtype=dtype,
+            max_running=n,
+            max_model_len=MAX_MODEL_LEN,
+            kv_tokens=tokens,
         ) as engine,
         served(model, dtype, limits) as (port, server),
     ):
@@ -180,6 +192,8 @@ def rows_of(
             "dtype": dtype,
             "n": n,
         }
+        if device != "cpu":
+            setting["device"] = name_of(torch.device(device))
         taken = measure(cases, rounds, setting, out)
     lines: list[tuple[object, ...]] = []
     for label in cases:
@@ -194,6 +208,7 @@ def rows_of(
 
 def main(
     model: Annotated[str, typer.Option(help="demo, a folder, or a hub id.")] = "demo",
+    device: Annotated[str, typer.Option(help="As of reft serve.")] = "cpu",
     dtypes: Annotated[str, typer.Option(help="Comma-separated.")] = "float32,bfloat16",
     concurrency: Annotated[
         str, typer.Option(help="Comma-separated numbers of requests.")
@@ -207,7 +222,7 @@ def main(
     lines = []
     for dtype in dtypes.split(","):
         for n in map(int, concurrency.split(",")):
-            lines += rows_of(model, dtype, n, rounds, out)
+            lines += rows_of(model, device, dtype, n, rounds, out)
     header = ("dtype", "n", "case", "tokens/s", "over in process", "server cores", "client cores")
     print(f"{os.cpu_count()} cores, {rounds} rounds")
     print(table(header, lines))
