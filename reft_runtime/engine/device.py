@@ -84,11 +84,11 @@ def tables_for(loaded: LoadedModel, max_running: int) -> EditTables | None:
     """Tables of interventions, where a kernel edits by them."""
     if not has_triton(loaded.device):
         return None
-    from reft_runtime.engine.cuda.operators import edit_rows
+    from reft_runtime.engine.cuda.operators import TritonEdits
 
     layers, width = len(loaded.layers), loaded.hidden_size
     budget = table_bytes(layers, width, max_running)
-    return EditTables(layers, width, budget, loaded.device, edit_rows)
+    return EditTables(layers, width, budget, loaded.device, TritonEdits())
 
 
 def decoder_for(runner: Runner, max_running: int) -> Decoder | None:

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn.functional import silu
 
 from reft_runtime.engine.cuda import tables
-from reft_runtime.engine.cuda.operators import TritonOperators, edit_rows
+from reft_runtime.engine.cuda.operators import TritonEdits, TritonOperators
 from reft_runtime.engine.cuda.products import tile_for
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -80,30 +80,38 @@ def test_what_is_supported() -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("ranks", [[0, 3, 8], [2, 1, 19]])
-def test_rows_are_edited_from_tables(dtype: torch.dtype, ranks: list[int]) -> None:
-    rows, width = random(7, 40, dtype=dtype), 40
+@pytest.mark.parametrize("together", [False, True])
+@pytest.mark.parametrize("ranks", [[0, 3, 8], [2, 1, 16], [2, 1, 19]])
+def test_rows_are_edited_from_tables(dtype: torch.dtype, ranks: list[int], together: bool) -> None:
+    if together and max(ranks) > tables.PIECE_RANKS:
+        pytest.skip("these are edited one by one")
+    rows, width = random(30, 200, dtype=dtype), 200
     held = [(random(r, width, seed=r), random(r, width, seed=9), random(r, seed=3)) for r in ranks]
     offset = random(width, seed=4)
     places = torch.zeros(3, tables.PLACE, dtype=torch.long)
     for slot, (V, U, b) in enumerate(held):
         offsets = offset.data_ptr() if slot == 1 else -1
         places[slot] = torch.tensor([V.data_ptr(), U.data_ptr(), b.data_ptr(), offsets, len(b)])
-    slots, strengths, index = [2, 0, 1, 2, 0], [1.0, 1.0, 0.5, -2.0, 0.0], [6, 1, 3, 0, 4]
+    pieces = [(2, 1.0, [6, 1, 29]), (0, 1.0, [2]), (1, 0.5, list(range(9, 25))), (2, -2.0, [3])]
     wanted = rows.clone()
-    for row, slot, strength in zip(index, slots, strengths, strict=True):
+    for slot, strength, index in pieces:
         V, U, b = held[slot]
-        change = (V @ rows[row].float() + b) @ U + (offset if slot == 1 else 0)
-        wanted[row] = rows[row] + strength * change
-    found = rows.clone()
-    edit_rows(
-        found,
-        torch.tensor(index, device=DEVICE),
-        places.to(DEVICE),
-        torch.tensor(slots, device=DEVICE),
-        torch.tensor(strengths, device=DEVICE),
-    )
-    assert torch.equal(found[[2, 4, 5]], rows[[2, 4, 5]])
+        for row in index:
+            change = (V @ rows[row].float() + b) @ U + (offset if slot == 1 else 0)
+            wanted[row] = rows[row] + strength * change
+    found, edits = rows.clone(), TritonEdits()
+    numbers = torch.tensor([row for *_, index in pieces for row in index], device=DEVICE)
+    slots = torch.tensor([slot for slot, _, index in pieces for _ in index], device=DEVICE)
+    strengths = torch.tensor([s for _, s, index in pieces for _ in index], device=DEVICE)
+    if together:
+        sizes = [len(index) for *_, index in pieces]
+        starts = [sum(sizes[:i]) for i in range(len(sizes))]
+        parts = torch.tensor(list(zip(starts, sizes, strict=True)), device=DEVICE)
+        edits.pieces(found, numbers, parts, places.to(DEVICE), slots, strengths)
+    else:
+        edits.rows(found, numbers, places.to(DEVICE), slots, strengths)
+    untouched = [0, 4, 5, 7, 8, 25, 28]
+    assert torch.equal(found[untouched], rows[untouched])
     size = wanted.float().abs().max()
     close((found / size).to(dtype), (wanted / size).to(dtype))
 

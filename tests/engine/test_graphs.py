@@ -32,7 +32,7 @@ from tests.helpers.models import (
     run,
     tiny_llama,
 )
-from tests.helpers.pages import graphs_for, pages_for, tables_for, triton_attention, triton_edit
+from tests.helpers.pages import graphs_for, pages_for, tables_for, triton_attention, triton_edits
 from tests.helpers.reference import RandomEdit, applied
 
 BUDGET = 300
@@ -56,7 +56,7 @@ def replays(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
         return pages_for(loaded, budget, max_running, kernel)
 
     def edits(loaded: LoadedModel, max_running: int) -> EditTables:
-        return tables_for(loaded, max_running, triton_edit() if own else None, budget=BUDGET)
+        return tables_for(loaded, max_running, triton_edits() if own else None, budget=BUDGET)
 
     def decoder(runner: Runner, max_running: int) -> DecodeGraphs:
         graphs = graphs_for(runner, max_running)

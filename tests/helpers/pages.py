@@ -13,7 +13,7 @@ from torch import Tensor
 from reft_runtime.engine import core
 from reft_runtime.engine.blocks import BlockBudget
 from reft_runtime.engine.cuda.graphs import Compute, DecodeGraphs, GraphCapture
-from reft_runtime.engine.cuda.tables import EditRows, EditTables
+from reft_runtime.engine.cuda.tables import EditTables, RowEdits
 from reft_runtime.engine.kv_pages import PageStorage
 from reft_runtime.engine.loader import LoadedModel
 from reft_runtime.engine.page_attention import GatheredAttention, PageKernel
@@ -47,11 +47,11 @@ def triton_attention(loaded: LoadedModel) -> PageKernel:
     return TritonAttention(loaded.group, 8, Tiles.of(loaded.dtype, 128))
 
 
-def triton_edit() -> EditRows:
+def triton_edits() -> RowEdits:
     """See `triton_attention`."""
-    from reft_runtime.engine.cuda.operators import edit_rows
+    from reft_runtime.engine.cuda.operators import TritonEdits
 
-    return edit_rows
+    return TritonEdits()
 
 
 def again(compute: Compute) -> Compute:
@@ -59,33 +59,49 @@ def again(compute: Compute) -> Compute:
     return compute
 
 
-def plain_edit(
-    rows: Tensor, index: Tensor, places: Tensor, slots: Tensor, strengths: Tensor
-) -> None:
-    """`EditRows` by torch's own operators, of tables on the CPU."""
-    width = rows.shape[1]
+class PlainEdits:
+    """`RowEdits` by torch's own operators, of tables on the CPU."""
 
-    def at(address: int, *shape: int) -> Tensor:
-        numbers = math.prod(shape)
-        memory = (ctypes.c_float * numbers).from_address(address)
-        return torch.frombuffer(memory, dtype=torch.float32, count=numbers).view(shape)
+    def rows(
+        self, hidden: Tensor, index: Tensor, places: Tensor, slots: Tensor, strengths: Tensor
+    ) -> None:
+        width = hidden.shape[1]
 
-    for row, slot, strength in zip(index, slots, strengths, strict=True):
-        V, U, b, offset, rank = places[slot].tolist()
-        old, change = rows[row].float(), torch.zeros(width)
-        if rank:
-            change += (at(V, rank, width) @ old + at(b, rank)) @ at(U, rank, width)
-        if offset > 0:
-            change += at(offset, width)
-        rows[row] = (old + strength * change).to(rows.dtype)
+        def at(address: int, *shape: int) -> Tensor:
+            numbers = math.prod(shape)
+            memory = (ctypes.c_float * numbers).from_address(address)
+            return torch.frombuffer(memory, dtype=torch.float32, count=numbers).view(shape)
+
+        for row, slot, strength in zip(index, slots, strengths, strict=True):
+            V, U, b, offset, rank = places[slot].tolist()
+            old, change = hidden[row].float(), torch.zeros(width)
+            if rank:
+                change += (at(V, rank, width) @ old + at(b, rank)) @ at(U, rank, width)
+            if offset > 0:
+                change += at(offset, width)
+            hidden[row] = (old + strength * change).to(hidden.dtype)
+
+    def pieces(
+        self,
+        hidden: Tensor,
+        index: Tensor,
+        pieces: Tensor,
+        places: Tensor,
+        slots: Tensor,
+        strengths: Tensor,
+    ) -> None:
+        for first, count in pieces.tolist():
+            own = slice(first, first + count)
+            assert len(set(slots[own].tolist())) == len(set(strengths[own].tolist())) == 1
+            self.rows(hidden, index[own], places, slots[own], strengths[own])
 
 
 def tables_for(
-    loaded: LoadedModel, max_running: int, edit: EditRows | None = None, budget: int = 1 << 30
+    loaded: LoadedModel, max_running: int, edit: RowEdits | None = None, budget: int = 1 << 30
 ) -> EditTables:
     """What the engine's `tables_for` gives on a device."""
     if edit is None:
-        edit = triton_edit() if DEVICE.type == "cuda" else plain_edit
+        edit = triton_edits() if DEVICE.type == "cuda" else PlainEdits()
     return EditTables(len(loaded.layers), loaded.hidden_size, budget, loaded.device, edit)
 
 

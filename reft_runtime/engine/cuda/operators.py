@@ -8,7 +8,7 @@ from torch import Tensor
 
 from reft_runtime.engine.cuda import kernels, products
 from reft_runtime.engine.cuda.products import early, row_block
-from reft_runtime.engine.cuda.tables import PLACE
+from reft_runtime.engine.cuda.tables import PIECE_RANKS, PIECE_ROWS, PLACE
 
 NUMBERS_AT_ONCE = 32768
 """Of a matrix, in the registers of a program."""
@@ -81,12 +81,40 @@ class TritonOperators:
         )
 
 
-def edit_rows(
-    rows: Tensor, index: Tensor, places: Tensor, slots: Tensor, strengths: Tensor
-) -> None:
-    """See `tables.EditRows`."""
-    sizes = row_block(rows.shape[1])
-    ranks = max(1, min(8, NUMBERS_AT_ONCE // sizes["BLOCK"]))
-    kernels.edit_rows[(len(index),)](
-        rows, index, places, slots, strengths, PLACE=PLACE, RANKS=ranks, **sizes, **early()
-    )
+class TritonEdits:
+    """`tables.RowEdits` on a CUDA device."""
+
+    def rows(
+        self, hidden: Tensor, index: Tensor, places: Tensor, slots: Tensor, strengths: Tensor
+    ) -> None:
+        """See `RowEdits.rows`."""
+        sizes = row_block(hidden.shape[1])
+        ranks = max(1, min(8, NUMBERS_AT_ONCE // sizes["BLOCK"]))
+        kernels.edit_rows[(len(index),)](
+            hidden, index, places, slots, strengths, PLACE=PLACE, RANKS=ranks, **sizes, **early()
+        )
+
+    def pieces(
+        self,
+        hidden: Tensor,
+        index: Tensor,
+        pieces: Tensor,
+        places: Tensor,
+        slots: Tensor,
+        strengths: Tensor,
+    ) -> None:
+        """See `RowEdits.pieces`."""
+        kernels.edit_pieces[(len(pieces),)](
+            hidden,
+            index,
+            pieces,
+            places,
+            slots,
+            strengths,
+            WIDTH=hidden.shape[1],
+            STEP=128,
+            PLACE=PLACE,
+            ROWS=PIECE_ROWS,
+            RANKS=PIECE_RANKS,
+            **early(),
+        )

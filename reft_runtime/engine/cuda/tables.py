@@ -9,10 +9,10 @@ but nothing that the step at hand uses. Slot 0 changes nothing.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -35,8 +35,14 @@ _RANK_AT = 4
 _BYTES = 4
 """Of a number."""
 
-MOST_ROWS = 32
-"""Of a request in a step: more are rather edited by matrix products."""
+PIECE_ROWS = 16
+"""Rows of one slot that are edited together, by matrix products."""
+
+PIECE_RANKS = 16
+"""Highest rank of a slot whose rows are."""
+
+ALONE = 4
+"""Up to so many rows of a request and slot are rather edited one by one."""
 
 RANK = 8
 """Of an intervention of all layers, in what memory is set aside for."""
@@ -44,9 +50,31 @@ RANK = 8
 Key = tuple[str, tuple[int, ...] | None]
 """Digest and subspace of an intervention."""
 
-EditRows = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], None]
-"""Edits rows of hidden states [T, d] in place: those of `index` [n], by one layer's table [slots,
-PLACE], and for each of the n its slot and its strength."""
+
+class RowEdits(Protocol):
+    """What edits rows of hidden states [T, d] in place, by one layer's table [slots, PLACE].
+
+    `index` [n] says which rows, and `slots` and `strengths` [n] how.
+    """
+
+    def rows(
+        self, hidden: Tensor, index: Tensor, places: Tensor, slots: Tensor, strengths: Tensor
+    ) -> None:
+        """Edit one by one."""
+
+    def pieces(
+        self,
+        hidden: Tensor,
+        index: Tensor,
+        pieces: Tensor,
+        places: Tensor,
+        slots: Tensor,
+        strengths: Tensor,
+    ) -> None:
+        """Edit up to PIECE_ROWS together, of one slot and strength, of rank PIECE_RANKS at most.
+
+        `pieces` [pieces, 2] are the first of each in `index`, and how many.
+        """
 
 
 def table_bytes(layers: int, width: int, interventions: int) -> int:
@@ -59,6 +87,8 @@ class Group(NamedTuple):
 
     positions: Positions
     layers: frozenset[int]
+    rank: int
+    """Of the highest."""
     slot: int
 
 
@@ -71,9 +101,9 @@ class EditTables:
     """The interventions on a device, about `budget` bytes of them, which are set aside."""
 
     def __init__(
-        self, layers: int, width: int, budget: int, device: torch.device, edit_rows: EditRows
+        self, layers: int, width: int, budget: int, device: torch.device, edit: RowEdits
     ) -> None:
-        self.edit_rows = edit_rows
+        self.edit = edit
         self.device = device
         self._layers, self._width = layers, width
         self._places = torch.zeros(layers, SLOTS, PLACE, dtype=torch.long, device=device)
@@ -146,7 +176,12 @@ class EditTables:
         self._places.index_copy_(1, numbers[:count], numbers[count:].view(places.shape))
         del self._free[len(self._free) - count :]
         groups = tuple(
-            Group(part.positions, frozenset(part.edits), slot)
+            Group(
+                part.positions,
+                frozenset(part.edits),
+                max(edit.rank for edit in part.edits.values()),
+                slot,
+            )
             for part, slot in zip(plan.parts, slots, strict=True)
         )
         return _Held(groups, there)
@@ -255,7 +290,7 @@ class FixedRows:
     def apply(self, site: Site, hidden: Tensor) -> None:
         """Edit the rows [n, d] of one layer in place."""
         n = len(hidden)
-        self._tables.edit_rows(
+        self._tables.edit.rows(
             hidden,
             self._index[:n],
             self._tables.layer(site[0]),
@@ -285,23 +320,48 @@ class FixedRows:
 
 
 @dataclass(slots=True)
-class _Pass:
-    layers: set[int] = field(default_factory=set)
+class _Rows:
+    """Rows of one pass, their slots and strengths, and where there are any their pieces."""
+
     rows: list[int] = field(default_factory=list)
     slots: list[int] = field(default_factory=list)
     strengths: list[float] = field(default_factory=list)
+    pieces: list[int] = field(default_factory=list)
+
+    def add(self, rows: Sequence[int], slot: int, strength: float) -> None:
+        self.rows += rows
+        self.slots += [slot] * len(rows)
+        self.strengths += [strength] * len(rows)
+
+    def add_pieces(self, rows: Sequence[int], slot: int, strength: float) -> None:
+        for start in range(0, len(rows), PIECE_ROWS):
+            piece = rows[start : start + PIECE_ROWS]
+            self.pieces += (len(self.rows), len(piece))
+            self.add(piece, slot, strength)
+
+    def sent(self, device: torch.device) -> tuple[Tensor, ...]:
+        lists = self.rows, self.pieces, self.slots
+        rows, pieces, slots = to_device(lists, device)
+        return rows, pieces.view(-1, 2), slots, send(torch.tensor(self.strengths), device)
+
+
+@dataclass(slots=True)
+class _Pass:
+    layers: set[int] = field(default_factory=set)
+    alone: _Rows = field(default_factory=_Rows)
+    together: _Rows = field(default_factory=_Rows)
 
 
 class PackedRows:
     """The rows of a packed step that the tables edit, in passes one after another.
 
-    Requests whose rows are too many, or whose edits are of another kind, are left to others.
+    Requests whose edits are of another kind are left to others.
     """
 
     def __init__(self, tables: EditTables, chunks: Iterable[Chunk]) -> None:
         self._tables = tables
         self._passes: list[_Pass] = []
-        self._sent: list[tuple[Tensor, Tensor, Tensor]] | None = None
+        self._sent: list[tuple[tuple[Tensor, ...], tuple[Tensor, ...]]] | None = None
         tables.begin_step(a for chunk in chunks for a in chunk.sequence.request.interventions)
 
     @property
@@ -327,8 +387,6 @@ class PackedRows:
                 return False
             for group in groups:
                 offsets = group.positions.offsets(len(request.prompt), chunk.start, chunk.stop)
-                if len(offsets) > MOST_ROWS:
-                    return False
                 if offsets:
                     wanted.append((group, applied.strength, [o + shift for o in offsets]))
         passes: list[int] = []
@@ -343,21 +401,25 @@ class PackedRows:
                 self._passes.append(_Pass())
             own = self._passes[passes[-1]]
             own.layers |= group.layers
-            own.rows += rows
-            own.slots += [group.slot] * len(rows)
-            own.strengths += [strength] * len(rows)
+            if len(rows) > ALONE and group.rank <= PIECE_RANKS:
+                own.together.add_pieces(rows, group.slot, strength)
+            else:
+                own.alone.add(rows, group.slot, strength)
         return True
 
     def apply(self, site: Site, hidden: Tensor) -> None:
         """Edit the packed rows [T, d] of one layer in place."""
         if self._sent is None:
             device = self._tables.device
-            self._sent = []
-            for each in self._passes:
-                rows, slots = to_device((each.rows, each.slots), device)
-                self._sent.append((rows, slots, send(torch.tensor(each.strengths), device)))
-        layer = site[0]
-        for each, (rows, slots, strengths) in zip(self._passes, self._sent, strict=True):
-            if layer in each.layers and site[1] == COMPONENT:
-                place = self._tables.layer(layer)
-                self._tables.edit_rows(hidden, rows, place, slots, strengths)
+            self._sent = [(p.alone.sent(device), p.together.sent(device)) for p in self._passes]
+        layer, component = site
+        edit, places = self._tables.edit, self._tables.layer(layer)
+        for each, (alone, together) in zip(self._passes, self._sent, strict=True):
+            if layer not in each.layers or component != COMPONENT:
+                continue
+            rows, _, slots, strengths = alone
+            if len(rows):
+                edit.rows(hidden, rows, places, slots, strengths)
+            rows, pieces, slots, strengths = together
+            if len(rows):
+                edit.pieces(hidden, rows, pieces, places, slots, strengths)
