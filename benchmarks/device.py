@@ -3,8 +3,9 @@
     python -m benchmarks.device --shape llama-3-8b --out docs/measurements/device.json
 
 Weights are random. The floor of a decode step is the bytes that it must read (weights, keys and
-values) over the measured bandwidth of a copy; that of a prompt is its arithmetic over the measured
-rate of a matrix product.
+values) over the measured bandwidth of a copy; beside it stands the time of the model's matrix
+products alone, by torch. A prompt is measured by its arithmetic, in linear layers and in attention,
+over the measured rate of a matrix product.
 """
 
 from __future__ import annotations
@@ -20,11 +21,14 @@ from typing import Annotated, Any
 
 import torch
 import typer
+from torch import nn
+from torch.nn.functional import linear
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from benchmarks.measuring import SECONDS, Figures, measure, median, speed_ratio, table
 from benchmarks.workload import F3L3, PROMPT_TOKENS, random_intervention, settings
 from reft_runtime.engine.core import EngineConfig, EngineCore
+from reft_runtime.engine.cuda.graphs import GraphCapture
 from reft_runtime.engine.edits import OnDevice
 from reft_runtime.engine.loader import LoadedModel, adopt_model, choose_device, choose_dtype
 from reft_runtime.engine.sequence import AppliedIntervention, Request
@@ -61,9 +65,19 @@ SHAPES: dict[str, dict[str, Any]] = {
 """Those of Llama-3-8B, of Qwen2.5-1.5B, and one to try the script with."""
 
 ANSWER_TOKENS = 64
-MAX_TOKENS = 2048
+MAX_TOKENS = 8192
 STEP, PROMPTS = "step", "prompts"
 BASE = "base"
+WHOLE = "n tasks: all layers, r=8, whole prompt"
+ALL = "n tasks: all layers, r=8, all"
+
+
+def cases_of(layers: int) -> dict[str, tuple[list[int], int, str]]:
+    """Interventions by label: layers, rank, positions."""
+    found = {label: setting for label, setting in settings(layers).items() if label != F3L3}
+    every = list(range(layers))
+    half = MAX_TOKENS // 2
+    return {**found, WHOLE: (every, 8, f"f{half}+l{half}"), ALL: (every, 8, "all")}
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,15 +158,19 @@ class Bench:
         ]
 
     def case(
-        self, n: int, applied: Sequence[tuple[AppliedIntervention, ...]]
+        self,
+        n: int,
+        applied: Sequence[tuple[AppliedIntervention, ...]],
+        prompt_tokens: int = PROMPT_TOKENS,
+        answer_tokens: int = ANSWER_TOKENS,
     ) -> Callable[[int], Figures]:
         """n requests at once through these in turn: prompts, then a step a token."""
 
         def run(number: int) -> Figures:
             rng = random.Random(f"{n} {number} {next(self._ids)}")
-            sampling = SamplingParams(temperature=0, max_tokens=ANSWER_TOKENS, ignore_eos=True)
+            sampling = SamplingParams(temperature=0, max_tokens=answer_tokens, ignore_eos=True)
             for i in range(n):
-                prompt = tuple(rng.randrange(self.loaded.vocab_size) for _ in range(PROMPT_TOKENS))
+                prompt = tuple(rng.randrange(self.loaded.vocab_size) for _ in range(prompt_tokens))
                 used = applied[i % len(applied)]
                 self.core.add(Request(f"{next(self._ids)}", prompt, sampling, 0, used))
             begin = time.perf_counter()
@@ -179,11 +197,37 @@ class Bench:
         read = self._weight_bytes() + n * tokens * self.loaded.kv_bytes_per_token
         return read / limits.bandwidth
 
-    def share_of_peak(self, n: int, seconds: float, limits: Limits) -> float:
-        """Of the matrix products' rate, in the prompts of n requests."""
-        numbers = self._weight_bytes() / self.loaded.dtype.itemsize
-        head = self.loaded.vocab_size * self.loaded.hidden_size  # for the last token alone
-        work = 2 * n * (PROMPT_TOKENS * (numbers - head) + head)
+    def products(self, n: int) -> float:
+        """Seconds of the linear layers of a step of n rows, one after another."""
+        device, dtype = self.loaded.device, self.loaded.dtype
+        layers = {
+            id(module.weight): module
+            for module in self.loaded.model.modules()
+            if isinstance(module, nn.Linear)
+        }.values()
+        inputs = {
+            width: torch.randn(n, width, device=device, dtype=dtype)
+            for width in {layer.in_features for layer in layers}
+        }
+
+        def run() -> None:
+            for layer in layers:
+                if layer.weight.is_mkldnn:
+                    layer(inputs[layer.in_features])
+                else:  # of layers that were put together all
+                    linear(inputs[layer.in_features], layer.weight)
+
+        with torch.inference_mode():
+            return seconds(GraphCapture()(run) if device.type == "cuda" else run, device)
+
+    def share_of_peak(self, n: int, tokens: int, seconds: float, limits: Limits) -> float:
+        """Of the matrix products' rate, in n prompts of so many tokens."""
+        loaded = self.loaded
+        numbers = self._weight_bytes() / loaded.dtype.itemsize
+        head = loaded.vocab_size * loaded.hidden_size  # for the last token alone
+        width: int = loaded.model.config.num_attention_heads * loaded.shapes[0].key_dim
+        attended = 2 * tokens * tokens * width * len(loaded.layers)  # half of the square, twice
+        work = n * (2 * (tokens * (numbers - head) + head) + attended)
         return work / seconds / limits.arithmetic
 
     def _weight_bytes(self) -> int:
@@ -212,6 +256,7 @@ def main(
     device: Annotated[str, typer.Option(help="As of reft serve.")] = "cuda",
     dtype: Annotated[str, typer.Option(help="As of reft serve.")] = "auto",
     concurrency: Annotated[str, typer.Option(help="Requests at once.")] = "1,32,256",
+    prompt: Annotated[int, typer.Option(min=1, help="Tokens of a long prompt.")] = 8000,
     rounds: Annotated[int, typer.Option(min=1)] = 7,
     out: Annotated[Path | None, typer.Option(help="Keep the raw figures here.")] = None,
 ) -> None:
@@ -221,20 +266,20 @@ def main(
     limits = Limits.measured(loaded)
     counts = [int(n) for n in concurrency.split(",")]
     bench = Bench(loaded, max(counts))
-    used = {label: s for label, s in settings(len(loaded.layers)).items() if label != F3L3}
+    used = cases_of(len(loaded.layers))
     print(
         f"{shape}, {loaded.dtype} on {loaded.device}: copies {limits.bandwidth / 1e12:.2f} TB/s,"
         f" products {limits.arithmetic / 1e12:.1f} TFLOP/s\n"
     )
-    rows = []
+    key: dict[str, str | int] = {"benchmark": "device", "shape": shape}
+    key |= {"device": name_of(place), "dtype": str(loaded.dtype).removeprefix("torch.")}
+    rows: list[tuple[object, ...]] = []
     for n in counts:
         cases = {BASE: bench.case(n, [()])}
         for label, setting in used.items():
             cases[label] = bench.case(n, bench.interventions(n, *setting))
-        key: dict[str, str | int] = {"benchmark": "device", "shape": shape, "n": n}
-        key["device"] = name_of(place)
-        key["dtype"] = str(loaded.dtype).removeprefix("torch.")
-        taken = measure(cases, rounds, key, out)
+        taken = measure(cases, rounds, {**key, "n": n}, out)
+        products = bench.products(n)
         for label in cases:
             step, prompts = median(taken, label, STEP), median(taken, label, PROMPTS)
             rows.append(
@@ -243,13 +288,30 @@ def main(
                     label,
                     round(1000 * step, 2),
                     round(step / bench.floor(n, limits), 2),
+                    round(step / products, 2),
                     round(n / step),
-                    round(100 * bench.share_of_peak(n, prompts, limits)),
+                    round(100 * bench.share_of_peak(n, PROMPT_TOKENS, prompts, limits)),
                     "" if label == BASE else speed_ratio(taken, label, BASE),
                 )
             )
-    header = ("n", "case", "step, ms", "over floor", "tokens/s", "prompts, % of peak", "over base")
+    header = (
+        *("n", "case", "step, ms", "over floor", "over products"),
+        *("tokens/s", "prompts, % of peak", "over base"),
+    )
     print(table(header, rows))
+
+    cases = {BASE: bench.case(1, [()], prompt, 4)}
+    for label, setting in used.items():
+        cases[label] = bench.case(1, bench.interventions(1, *setting), prompt, 4)
+    taken = measure(cases, rounds, {**key, "prompt": prompt}, out)
+    rows = []
+    for label in cases:
+        took = median(taken, label, PROMPTS)
+        share = round(100 * bench.share_of_peak(1, prompt, took, limits))
+        ratio = "" if label == BASE else speed_ratio(taken, label, BASE, PROMPTS)
+        rows.append((label, round(1000 * took, 1), share, ratio))
+    print(f"\nA prompt of {prompt:,} tokens:\n")
+    print(table(("case", "ms", "% of peak", "over base"), rows))
     for label, setting in used.items():
         print(f"\nswap in, {label}: {1e6 * bench.swap(*setting):.0f} us", end="")
     print()

@@ -13,13 +13,18 @@ from reft_runtime.engine.page_attention import GatheredAttention
 
 def test_every_case_has_a_row(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "figures.json"
-    device.main("smallest", "cpu", "float32", "1,3", 1, out)
+    device.main("smallest", "cpu", "float32", "1,3", 100, 1, out)
     printed = capsys.readouterr().out
     lines = [line for line in printed.splitlines() if line.startswith("|")]
-    assert len(lines) == 2 + 2 * 4
+    assert len(lines) == 2 + 2 * 6 + 2 + 6
     assert "TB/s" in printed
-    assert printed.count("swap in") == 3
-    assert [entry["setting"]["n"] for entry in json.loads(out.read_text())] == [1, 3]
+    assert printed.count("swap in") == 5
+    settings = [entry["setting"] for entry in json.loads(out.read_text())]
+    assert [(each.get("n"), each.get("prompt")) for each in settings] == [
+        (1, None),
+        (3, None),
+        (None, 100),
+    ]
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
