@@ -163,14 +163,14 @@ class Bench:
         applied: Sequence[tuple[AppliedIntervention, ...]],
         prompt_tokens: int = PROMPT_TOKENS,
         answer_tokens: int = ANSWER_TOKENS,
-        sampled: Sequence[dict[str, Any]] = ({"temperature": 0},),
+        settings: Sequence[dict[str, Any]] = ({"temperature": 0},),
     ) -> Callable[[int], Figures]:
         """n requests at once through these in turn: prompts, then a step a token."""
 
         def run(number: int) -> Figures:
             rng = random.Random(f"{n} {number} {next(self._ids)}")
             samplings = [
-                SamplingParams(max_tokens=answer_tokens, ignore_eos=True, **own) for own in sampled
+                SamplingParams(max_tokens=answer_tokens, ignore_eos=True, **own) for own in settings
             ]
             for i in range(n):
                 prompt = tuple(rng.randrange(self.loaded.vocab_size) for _ in range(prompt_tokens))

@@ -171,9 +171,9 @@ def test_of_equals_the_lowest_ids_are_kept_also_across_chunks() -> None:
     logits[:, 145:] = 2.0
     params = [SamplingParams(top_k=5 + 110, temperature=0.3, logprobs=20)] * 6
     params += [SamplingParams(top_p=0.5, temperature=3), SamplingParams(temperature=0)]
-    owners = [sequence(one, seed=i) for i, one in enumerate(params)]
+    owners = [sequence(one, seed) for one, seed in zip(params, range(8, 16), strict=True)]
     wanted = by_cpu(logits, owners)
-    assert sum(token in range(145, 150) for token in tokens(wanted[:6])) > 1
+    assert sum(token in range(145, 150) for token in tokens(wanted[:6])) > 2
     found = by_device(logits, owners)
     same(found, wanted)
     assert found[7] == Sampled(145)
