@@ -17,7 +17,7 @@ import hashlib
 import math
 import struct
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -40,7 +40,8 @@ _WIDTH = 256
 _WIDEN = 32
 """How many times more are looked at when those were not enough."""
 
-_TINY = torch.finfo(torch.float32).tiny
+TINY = torch.finfo(torch.float32).tiny
+"""The least temperature and repetition penalty."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,32 +97,6 @@ def sample(logits: Tensor, rows: Sequence[SampleRow]) -> list[Sampled | None]:
     return [
         None if token is None else Sampled(token, logprobs.get(i)) for i, token in enumerate(tokens)
     ]
-
-
-def is_plain(params: SamplingParams, made: int) -> bool:
-    """Whether the logits alone decide on the token after `made` others, and tell nothing else."""
-    return (
-        params.logprobs is None
-        and made >= params.min_tokens
-        and not _has_penalties(params)
-        and (params.temperature == 0 or not (params.top_k or params.top_p < 1))
-    )
-
-
-@torch.inference_mode()
-def sample_plain(
-    logits: Tensor, params: Sequence[SamplingParams], points: Sequence[float]
-) -> Tensor:
-    """As `sample` where all rows are plain, drawn at `points`; nobody waits for the device.
-
-    int64 [rows] where the logits are; -1 stands for a row that cannot be sampled.
-    """
-    best, tokens = logits.max(-1)
-    for part in _chunks([i for i, own in enumerate(params) if own.temperature > 0], logits):
-        rows = send(torch.tensor(part), logits.device)
-        drawn = _draw(logits[rows].float(), [params[i] for i in part], [points[i] for i in part])
-        tokens[rows] = drawn
-    return torch.where(best.isfinite(), tokens, -1)
 
 
 @torch.inference_mode()
@@ -189,25 +164,26 @@ def _pick(scores: Tensor, rows: Sequence[SampleRow]) -> list[int | None]:
     return tokens
 
 
+def banned(params: SamplingParams, eos_ids: Iterable[int]) -> list[int]:
+    """Tokens that would end a choice, and may not before it has `min_tokens`."""
+    return [*params.stop_token_ids, *(() if params.ignore_eos else eos_ids)]
+
+
+def has_penalties(params: SamplingParams) -> bool:
+    """Whether scores depend on which tokens there were before."""
+    return bool(
+        params.repetition_penalty != 1 or params.presence_penalty or params.frequency_penalty
+    )
+
+
 def _banned(row: SampleRow) -> list[int]:
-    """Tokens that would end the choice before it has `min_tokens`."""
-    if len(row.generated) >= row.params.min_tokens:
-        return []
-    return [*row.params.stop_token_ids, *(() if row.params.ignore_eos else row.eos_ids)]
+    """Those that are banned now."""
+    made = len(row.generated)
+    return banned(row.params, row.eos_ids) if made < row.params.min_tokens else []
 
 
 def _is_edited(row: SampleRow) -> bool:
-    return _has_penalties(row.params) or bool(_banned(row))
-
-
-def _has_penalties(params: SamplingParams) -> bool:
-    """Or a bias."""
-    return bool(
-        params.logit_bias
-        or params.repetition_penalty != 1
-        or params.presence_penalty
-        or params.frequency_penalty
-    )
+    return bool(row.params.logit_bias) or has_penalties(row.params) or bool(_banned(row))
 
 
 def _edit(scores: Tensor, row: SampleRow) -> None:
@@ -216,12 +192,12 @@ def _edit(scores: Tensor, row: SampleRow) -> None:
     if params.logit_bias:
         ids = torch.tensor(list(params.logit_bias), device=device)
         scores[ids] += torch.tensor(list(params.logit_bias.values()), device=device)
-    if banned := _banned(row):
-        scores[torch.tensor(banned, device=device)] = -math.inf
+    if banned_now := _banned(row):
+        scores[torch.tensor(banned_now, device=device)] = -math.inf
     if params.repetition_penalty != 1:
         # A repeated id is written repeatedly with the same value, so ids need not be unique.
         ids = torch.tensor([*row.prompt, *row.generated], dtype=torch.long, device=device)
-        seen, penalty = scores[ids], max(params.repetition_penalty, _TINY)
+        seen, penalty = scores[ids], max(params.repetition_penalty, TINY)
         # The clamp keeps a tiny penalty's quotient finite.
         scores[ids] = torch.where(seen > 0, seen / penalty, seen * penalty).clamp(
             max=torch.finfo(torch.float32).max
@@ -234,13 +210,10 @@ def _edit(scores: Tensor, row: SampleRow) -> None:
 
 
 def _draw(scores: Tensor, params: Sequence[SamplingParams], points: Sequence[float]) -> Tensor:
-    """Tokens [rows] drawn from `scores` [rows, vocabulary], finite at best; overwrites them.
-
-    Only `_truncate` waits for the device.
-    """
+    """Tokens [rows] drawn from `scores` [rows, vocabulary], finite at best; overwrites them."""
     # The best becomes 0 before anything divides, so that no temperature can overflow.
     scores -= scores.amax(-1, keepdim=True)
-    scores /= _column([own.temperature for own in params], scores).clamp(min=_TINY)
+    scores /= _column([own.temperature for own in params], scores).clamp(min=TINY)
     if any(own.min_p > 0 for own in params):
         lowest = _column([own.min_p for own in params], scores).log()
         scores.masked_fill_(scores < lowest, -math.inf)

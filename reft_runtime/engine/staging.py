@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,20 +23,22 @@ def to_device(lists: Sequence[Sequence[int]], device: torch.device) -> tuple[Ten
 
 
 class Fetch:
-    """A tensor on its way to the CPU, behind what the device has been given so far."""
+    """Tensors on their way to the CPU, behind what their device has been given so far."""
 
-    def __init__(self, tensor: Tensor) -> None:
-        self._tensor = tensor
+    def __init__(self, *tensors: Tensor) -> None:
+        self._tensors = tensors
         self._arrived: torch.cuda.Event | None = None
-        if tensor.is_cuda:
-            self._tensor = torch.empty_like(tensor, device="cpu", pin_memory=True)
-            self._tensor.copy_(tensor, non_blocking=True)
+        if tensors[0].is_cuda:
+            self._tensors = tuple(
+                torch.empty_like(tensor, device="cpu", pin_memory=True) for tensor in tensors
+            )
+            for here, there in zip(self._tensors, tensors, strict=True):
+                here.copy_(there, non_blocking=True)
             self._arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
             self._arrived.record()
 
-    def tolist(self) -> list[int]:
-        """Its numbers, once they are here."""
+    def lists(self) -> list[list[Any]]:
+        """Their numbers, nested as they are, once they are here."""
         if self._arrived is not None:
             self._arrived.synchronize()
-        numbers: list[int] = self._tensor.tolist()
-        return numbers
+        return [tensor.tolist() for tensor in self._tensors]
