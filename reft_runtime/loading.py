@@ -13,6 +13,7 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from reft_runtime.demo import locate
 from reft_runtime.engine.blocks import BLOCK_TOKENS
+from reft_runtime.engine.cuda.sampling import sampling_bytes
 from reft_runtime.engine.cuda.tables import table_bytes
 from reft_runtime.engine.loader import LoadedModel, adopt_model, load_model
 from reft_runtime.errors import ConfigError
@@ -98,7 +99,8 @@ def kv_budget(
     if loaded.device.type == "cuda":
         torch.cuda.empty_cache()  # what is cached after the load fits nothing
         free = free_memory(loaded.device)
-        reserve = DEVICE_MARGIN + table_bytes(len(loaded.layers), loaded.hidden_size, max_running)
+        reserve = DEVICE_MARGIN + sampling_bytes(loaded.vocab_size, max_running)
+        reserve += table_bytes(len(loaded.layers), loaded.hidden_size, max_running)
         affordable = (KV_SHARE_OF_DEVICE * free - reserve) / loaded.kv_bytes_per_token
         if affordable < longest:
             raise ConfigError(

@@ -9,7 +9,13 @@ from dataclasses import dataclass
 import torch
 
 from reft_runtime.engine.blocks import BlockBudget
-from reft_runtime.engine.device import decoder_for, sizes_for, storage_for, tables_for
+from reft_runtime.engine.device import (
+    decoder_for,
+    sampler_for,
+    sizes_for,
+    storage_for,
+    tables_for,
+)
 from reft_runtime.engine.events import (
     Event,
     Failed,
@@ -63,6 +69,7 @@ class EngineCore:
             loaded,
             storage_for(loaded, budget, config.max_running),
             tables_for(loaded, config.max_running),
+            sampler_for(loaded, config.max_running),
         )
         self.runner.decoder = decoder_for(self.runner, config.max_running)
         self.steps = 0
@@ -103,7 +110,7 @@ class EngineCore:
             ahead = None
             plan = self.scheduler.schedule()
             kept = self._keep(plan.kept)
-            self.runner.storage.release(plan.preempted)
+            self.runner.release(plan.preempted)
             if not plan.chunks or not kept:
                 return []
             now = time.monotonic()
@@ -155,7 +162,7 @@ class EngineCore:
     def check_integrity(self) -> None:
         """Raise AssertionError if the bookkeeping disagrees, or anything is left while idle."""
         self.scheduler.check_integrity(idle=self.idle)
-        self.runner.storage.check_integrity(idle=self.idle)
+        self.runner.check_integrity(idle=self.idle)
         if self.idle and self._live:
             raise AssertionError(f"requests left: {', '.join(self._live)}")
 
@@ -239,7 +246,7 @@ class EngineCore:
             self.scheduler.finish(sequence)
         if keep:
             self._keep([copy for s in sequences for copy in self.scheduler.keep(s)])
-        self.runner.storage.release(sequences)
+        self.runner.release(sequences)
         for sequence in sequences:
             siblings = self._live[sequence.request.id]
             siblings.remove(sequence)

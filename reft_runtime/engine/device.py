@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from reft_runtime.engine.blocks import BlockBudget
+from reft_runtime.engine.cuda.sampling import DeviceSampler
 from reft_runtime.engine.cuda.tables import EditTables, table_bytes
 from reft_runtime.engine.kv import KVStorage
 from reft_runtime.engine.kv_pages import PageStorage
@@ -89,6 +90,23 @@ def tables_for(loaded: LoadedModel, max_running: int) -> EditTables | None:
     layers, width = len(loaded.layers), loaded.hidden_size
     budget = table_bytes(layers, width, max_running)
     return EditTables(layers, width, budget, loaded.device, TritonEdits())
+
+
+def sampler_for(loaded: LoadedModel, max_running: int) -> DeviceSampler | None:
+    """What picks tokens without waiting for the device; None where `sampler.sample` does it."""
+    if not has_triton(loaded.device):
+        return None
+    from reft_runtime.engine.cuda.selection import TritonSelection
+
+    sampler = DeviceSampler(
+        loaded.vocab_size, max_running, loaded.eos_ids, loaded.device, TritonSelection()
+    )
+    try:
+        sampler.warm_up(loaded.dtype)
+    except Exception as error:
+        _log.warning("Every decode step waits for the tokens of the last: %s", error)
+        return None
+    return sampler
 
 
 def decoder_for(runner: Runner, max_running: int) -> Decoder | None:

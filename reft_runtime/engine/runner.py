@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -9,26 +10,22 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from reft_runtime.engine.cuda.sampling import DeviceSampler, Draw, Picked
 from reft_runtime.engine.cuda.tables import EditTables
 from reft_runtime.engine.edits import OnDevice, StepEdits
 from reft_runtime.engine.kv import KVStorage
 from reft_runtime.engine.loader import LoadedModel, forward
-from reft_runtime.engine.sampler import (
-    Sampled,
-    SampleRow,
-    is_plain,
-    noise,
-    prompt_logprobs,
-    sample,
-    sample_plain,
-)
+from reft_runtime.engine.sampler import Sampled, SampleRow, prompt_logprobs, sample
 from reft_runtime.engine.scheduler import Chunk
 from reft_runtime.engine.sequence import Sequence, Status
 from reft_runtime.engine.sites import EditSites
-from reft_runtime.engine.staging import Fetch, send, to_device
+from reft_runtime.engine.staging import send, to_device
 from reft_runtime.outputs import EditTrace, TokenLogprob
 
 NOT_FINITE = "the model's output is not finite"
+
+Sample = tuple[Sequence, int]
+"""Who gets a token, and from which row of logits."""
 
 
 @dataclass(slots=True)
@@ -49,7 +46,7 @@ class _Wanted:
     """Rows of logits to compute, and which of them are whose."""
 
     rows: list[int] = field(default_factory=list)
-    samples: list[tuple[Sequence, int]] = field(default_factory=list)
+    samples: list[Sample] = field(default_factory=list)
     prompts: list[tuple[Sequence, int, int, int]] = field(default_factory=list)
 
 
@@ -66,22 +63,22 @@ class Decoder(Protocol):
 class Launched:
     """A decode step on its way: each chunk gets one token, which the CPU may wait for later."""
 
-    def __init__(self, chunks: SequenceOf[Chunk], tokens: Tensor) -> None:
+    def __init__(self, chunks: SequenceOf[Chunk], picked: Picked) -> None:
         self.chunks = chunks
-        self.tokens = tokens
+        self.tokens = picked.tokens
         """int64 [chunks] on the device, -1 where the logits are not finite."""
-        self._fetch = Fetch(tokens)
+        self._picked = picked
 
     def result(self) -> StepResult:
         """Wait for the tokens, of those sequences that still run."""
         result = StepResult()
-        for chunk, token in zip(self.chunks, self._fetch.tolist(), strict=True):
+        for chunk, sampled in zip(self.chunks, self._picked.result(), strict=True):
             if chunk.sequence.status is not Status.RUNNING:
                 continue
-            if token < 0:
+            if sampled is None:
                 result.failed[chunk.sequence] = NOT_FINITE
             else:
-                result.sampled.append((chunk.sequence, Sampled(token)))
+                result.sampled.append((chunk.sequence, sampled))
         return result
 
 
@@ -89,7 +86,11 @@ class Runner:
     """Owns the model and the keys and values."""
 
     def __init__(
-        self, loaded: LoadedModel, storage: KVStorage, tables: EditTables | None = None
+        self,
+        loaded: LoadedModel,
+        storage: KVStorage,
+        tables: EditTables | None = None,
+        sampler: DeviceSampler | None = None,
     ) -> None:
         self.loaded = loaded
         self.storage = storage
@@ -98,6 +99,7 @@ class Runner:
             loaded.model, loaded.layers, lambda step: forward(loaded.model, two, two, two[:1], step)
         )
         self.tables = tables
+        self.sampler = sampler
         self.decoder: Decoder | None = None
         self._on_device = OnDevice(loaded.device)
 
@@ -105,15 +107,16 @@ class Runner:
     def run(self, chunks: SequenceOf[Chunk]) -> StepResult | Launched:
         """Compute the chunks' tokens, and sample where a chunk completes its sequence.
 
-        Where all decode, and nothing but tokens is asked for, the device may still be at it.
+        Where all decode the device may still be at it.
         """
         chunks = self.storage.prepare(chunks)
         wanted = _wanted_rows(chunks)
         logits = None
         if self.decoder is not None and wanted.rows == list(range(len(chunks))):
             logits = self.decoder.logits(chunks)
-            if logits is not None and all(map(_is_plain, chunks)):
-                return self._launched(chunks, logits)
+            if logits is not None and self.sampler is not None and all(map(_made, chunks)):
+                draws = [Draw(c.sequence, _made(c), row) for row, c in enumerate(chunks)]
+                return Launched(chunks, self.sampler.pick(logits, draws))
         # What the decoder computed it has edited, too.
         edits = StepEdits.of(chunks if logits is None else (), self._on_device, self.tables)
         if logits is None:
@@ -134,18 +137,32 @@ class Runner:
 
         None where that cannot be.
         """
-        if self.decoder is None or not all(map(_is_plain, chunks)):
+        if self.decoder is None or self.sampler is None:
             return None
         chunks = self.storage.prepare(chunks)
         row_of = {chunk.sequence: row for row, chunk in enumerate(launched.chunks)}
-        rows = torch.tensor([row_of[chunk.sequence] for chunk in chunks])
-        tokens = launched.tokens[send(rows, self.loaded.device)]
+        rows = [row_of[chunk.sequence] for chunk in chunks]
+        tokens = launched.tokens[send(torch.tensor(rows), self.loaded.device)]
         logits = self.decoder.logits(chunks, tokens)
-        return None if logits is None else self._launched(chunks, logits)
+        if logits is None:
+            return None
+        draws = [
+            Draw(chunk.sequence, _made(chunk), row, before)
+            for row, (chunk, before) in enumerate(zip(chunks, rows, strict=True))
+        ]
+        return Launched(chunks, self.sampler.pick(logits, draws, launched.tokens))
 
-    def _launched(self, chunks: SequenceOf[Chunk], logits: Tensor) -> Launched:
-        params = [chunk.sequence.request.sampling for chunk in chunks]
-        return Launched(chunks, sample_plain(logits, params, [_point(c) for c in chunks]))
+    def release(self, sequences: SequenceOf[Sequence]) -> None:
+        """Forget sequences that have ended or were preempted."""
+        self.storage.release(sequences)
+        if self.sampler is not None:
+            self.sampler.release(sequences)
+
+    def check_integrity(self, *, idle: bool = False) -> None:
+        """Raise AssertionError if the bookkeeping disagrees, or if `idle` and anything is left."""
+        self.storage.check_integrity(idle=idle)
+        if self.sampler is not None:
+            self.sampler.check_integrity(idle=idle)
 
     def _forward(self, chunks: SequenceOf[Chunk], wanted: _Wanted, edits: StepEdits) -> Tensor:
         ids = [token for c in chunks for token in c.sequence.tokens[c.start : c.stop]]
@@ -167,19 +184,24 @@ class Runner:
             result.prompt_logprobs.append((sequence, first, values))
         if not wanted.samples:
             return
-        owners = [sequence for sequence, _ in wanted.samples]
-        rows = [self._sample_row(sequence) for sequence in owners]
-        kept = [row for _, row in wanted.samples]
-        if kept != list(range(len(logits))):  # an index makes a copy
-            logits = logits[kept]
-        for row, sequence in enumerate(owners):
+        for sequence, row in wanted.samples:
             if sequence.request.trace and sequence.leads and not sequence.generated_length:
                 result.first_logprobs[sequence] = logits[row].float().log_softmax(-1).cpu()
-        for sequence, outcome in zip(owners, _sample_each(logits, rows), strict=True):
+        picked = _pick_each(lambda samples: self._pick(logits, samples), wanted.samples)
+        for (sequence, _), outcome in zip(wanted.samples, picked, strict=True):
             if isinstance(outcome, Sampled):
                 result.sampled.append((sequence, outcome))
             else:
                 result.failed[sequence] = outcome
+
+    def _pick(self, logits: Tensor, samples: SequenceOf[Sample]) -> list[Sampled | None]:
+        if self.sampler is not None:
+            draws = [Draw(s, s.generated_length, row) for s, row in samples]
+            return self.sampler.pick(logits, draws).result()
+        kept = [row for _, row in samples]
+        if kept != list(range(len(logits))):  # an index makes a copy
+            logits = logits[kept]
+        return sample(logits, [self._sample_row(sequence) for sequence, _ in samples])
 
     def _sample_row(self, sequence: Sequence) -> SampleRow:
         request = sequence.request
@@ -193,19 +215,9 @@ class Runner:
         )
 
 
-def _is_plain(chunk: Chunk) -> bool:
-    """Whether a chunk is a generated token, after which `sample_plain` picks the next."""
-    request = chunk.sequence.request
-    made = chunk.stop - len(request.prompt)
-    return made > 0 and is_plain(request.sampling, made)
-
-
-def _point(chunk: Chunk) -> float:
-    """Where in its distribution a chunk's token is drawn, if it is drawn."""
-    request = chunk.sequence.request
-    if not request.sampling.temperature:
-        return 0.0
-    return noise(request.seed, chunk.sequence.choice, chunk.stop - len(request.prompt))
+def _made(chunk: Chunk) -> int:
+    """How many tokens are generated up to a chunk's end; 0 for one of a prompt."""
+    return max(0, chunk.stop - chunk.sequence.prompt_length)
 
 
 def _wanted_rows(chunks: SequenceOf[Chunk]) -> _Wanted:
@@ -226,12 +238,14 @@ def _wanted_rows(chunks: SequenceOf[Chunk]) -> _Wanted:
     return wanted
 
 
-def _sample_each(logits: Tensor, rows: list[SampleRow]) -> list[Sampled | str]:
-    """Sample all rows; where that raises, one by one, so that one bad row fails alone."""
+def _pick_each(
+    pick: Callable[[SequenceOf[Sample]], list[Sampled | None]], samples: SequenceOf[Sample]
+) -> list[Sampled | str]:
+    """Pick all tokens; where that raises, one by one, so that one bad row fails alone."""
     try:
-        sampled = sample(logits, rows)
+        picked = pick(samples)
     except Exception as error:
-        if len(rows) == 1:
+        if len(samples) == 1:
             return [f"sampling failed: {error}"]
-        return [_sample_each(logits[i : i + 1], [row])[0] for i, row in enumerate(rows)]
-    return [NOT_FINITE if one is None else one for one in sampled]
+        return [_pick_each(pick, [one])[0] for one in samples]
+    return [NOT_FINITE if one is None else one for one in picked]

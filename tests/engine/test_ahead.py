@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,11 +9,9 @@ import pytest
 import torch
 
 from reft_runtime.engine import core as engine_core
-from reft_runtime.engine import runner, sampler
+from reft_runtime.engine.cuda.sampling import Batch, Chosen
 from reft_runtime.engine.runner import Launched, Runner, StepResult
-from reft_runtime.engine.sampler import SampleRow, is_plain, noise, sample, sample_plain
 from reft_runtime.engine.scheduler import Chunk
-from reft_runtime.sampling import SamplingParams
 from tests.helpers.models import (
     DEVICE,
     Answer,
@@ -27,7 +24,7 @@ from tests.helpers.models import (
     run,
     step,
 )
-from tests.helpers.pages import graphs_for, pages_for, tables_for
+from tests.helpers.pages import graphs_for, pages_for, sampler_for, tables_for
 from tests.helpers.reference import RandomEdit, applied
 
 Log = list[str]
@@ -69,14 +66,16 @@ def log(monkeypatch: pytest.MonkeyPatch) -> Log:
     monkeypatch.setattr(Launched, "result", result)
     monkeypatch.setattr(engine_core, "storage_for", pages_for)
     monkeypatch.setattr(engine_core, "tables_for", tables_for)
+    monkeypatch.setattr(engine_core, "sampler_for", sampler_for)
     monkeypatch.setattr(engine_core, "decoder_for", graphs_for)
     return seen
 
 
 def at_once(*requests: Any) -> dict[str, dict[int, list[int]]]:
-    """Their tokens from a core that knows each step's before the next."""
+    """Their tokens from a core that knows each step's before the next, by the CPU's sampler."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(engine_core, "decoder_for", lambda *_: None)
+        patch.setattr(engine_core, "sampler_for", lambda *_: None)
         return run(make_core(), requests)
 
 
@@ -209,16 +208,19 @@ def test_a_choice_that_has_ended_cannot_fail_the_others(
     asked = request(
         "a", prompt(9), max_tokens=9, n=2, temperature=1.0, seed=3, stop_token_ids=(free[0][2],)
     )
-    calls, real = iter(range(99)), sample_plain
+    core = make_core()
+    calls, sampler = iter(range(99)), core.runner.sampler
+    assert sampler is not None
+    real = sampler.select
 
-    def without_the_third(*args: Any) -> Any:
-        tokens = real(*args)
-        if next(calls) == 2:  # its first was sampled with the prompt
-            tokens[0] = -1
-        return tokens
+    def without_the_fourth(batch: Batch) -> Chosen:
+        chosen = real(batch)
+        if next(calls) == 3:  # its fourth token, after its end
+            chosen.tokens[0] = -1
+        return chosen
 
-    monkeypatch.setattr(runner, "sample_plain", without_the_third)
-    found = answers(make_core(), [asked])["a"]
+    sampler.select = without_the_fourth
+    found = answers(core, [asked])["a"]
     assert found.failed is None
     assert found.tokens == {0: free[0][:3], 1: free[1]}
 
@@ -259,14 +261,16 @@ def test_memory_that_runs_out_ahead_costs_the_newest(
 ) -> None:
     asked = [request("a", prompt(9)), request("b", prompt(12))]
     core = make_core()
-    real, calls = sample_plain, iter(range(99))
+    calls, sampler = iter(range(99)), core.runner.sampler
+    assert sampler is not None
+    real = sampler.select
 
-    def sample_once_less(*args: Any) -> Any:
-        if next(calls) == 2:
+    def once_less(batch: Batch) -> Chosen:
+        if next(calls) == 3:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return real(*args)
+        return real(batch)
 
-    monkeypatch.setattr(runner, "sample_plain", sample_once_less)
+    sampler.select = once_less
     found = answers(core, asked)
     assert log[:5] == ["run", "2", "2 ahead", "wait", "1"]
     assert found["b"].failed == "out of memory"
@@ -278,49 +282,126 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "drawn": {"temperature": 0.8},
     "min_p": {"temperature": 1.3, "min_p": 0.05},
     "min_tokens": {"temperature": 0, "min_tokens": 3, "stop_token_ids": (5,)},
-}
-NOT_PLAIN: dict[str, dict[str, Any]] = {
     "top_p": {"temperature": 1.0, "top_p": 0.9},
     "top_k": {"temperature": 1.0, "top_k": 7},
-    "bias": {"logit_bias": {3: 5.0}},
-    "penalty": {"presence_penalty": 1.0},
+    "bias": {"logit_bias": {3: 5.0, 4: -2.0}},
+    "repetition": {"repetition_penalty": 1.7},
+    "presence": {"presence_penalty": 1.0},
+    "frequency": {"temperature": 1.0, "frequency_penalty": 0.7},
     "logprobs": {"logprobs": 2},
+    "all": {
+        "temperature": 1.1,
+        "top_k": 40,
+        "top_p": 0.95,
+        "min_p": 0.01,
+        "repetition_penalty": 1.3,
+        "frequency_penalty": 0.2,
+        "logit_bias": {9: 3.0},
+        "logprobs": 3,
+        "min_tokens": 2,
+    },
 }
 
 
-@pytest.mark.parametrize("name", [*SETTINGS, *NOT_PLAIN])
+@pytest.mark.parametrize("name", SETTINGS)
 def test_settings(log: Log, name: str) -> None:
-    settings = {**SETTINGS, **NOT_PLAIN}[name]
     asked = [
-        request("own", prompt(9), seed=7, max_tokens=8, **settings),
+        request("own", prompt(9), seed=7, max_tokens=8, **SETTINGS[name]),
         request("greedy", prompt(12), max_tokens=12),
     ]
-    found = run(make_core(), asked)
-    assert found == at_once(*asked)
-    first = log.index("2 ahead") if "2 ahead" in log else None
-    assert (first is not None) == (name in SETTINGS)
-    if name == "min_tokens":  # ahead once the first three are made
-        assert log[:4] == ["run", "run", "run", "2"]
+    assert run(make_core(), asked) == at_once(*asked)
+    assert log[:4] == ["run", "2", "2 ahead", "wait"]
 
 
-def test_plain_rows_are_sampled_as_all_are(monkeypatch: pytest.MonkeyPatch) -> None:
-    generator = torch.Generator().manual_seed(0)
-    logits = 4 * torch.randn(40, 97, generator=generator)
-    logits[3, 5], logits[4, 9], logits[5] = math.nan, math.inf, -math.inf
-    logits[6, ::2] = -math.inf
-    logits[7] = 1.5  # all equal
-    temperatures = [0.0, 0.7, 1.0, 1e-6, 100.0]
-    params = [
-        SamplingParams(temperature=temperatures[i % 5], min_p=0.1 * (i % 3)) for i in range(40)
+def mixed(count: int = 1, **more: Any) -> list[Any]:
+    """A request of each kind; of those that are drawn n choices."""
+    return [
+        request(
+            name,
+            prompt(7 + 3 * i, seed=count),
+            seed=i,
+            **{"max_tokens": 12 + i, **settings, **more},
+            n=1 + (i % 2 and settings.get("temperature", 0) > 0),
+        )
+        for i, (name, settings) in enumerate(SETTINGS.items())
     ]
-    assert all(is_plain(own, 0) for own in params)
-    rows = [
-        SampleRow(own, seed=i, choice=i % 2, prompt=[1], generated=[2] * i, eos_ids=frozenset())
-        for i, own in enumerate(params)
+
+
+def test_every_kind_beside_all_others(log: Log) -> None:
+    asked = mixed()
+    core = make_core(max_running=20)
+    found = answers(core, asked)
+    assert {name: answer.tokens for name, answer in found.items()} == at_once(*asked)
+    assert "16 ahead" in log
+    # Alone each gives the same, and the same log-probabilities.
+    for each in asked:
+        if each.sampling.logprobs is not None:
+            alone = answers(make_core(), [each])[each.id]
+            assert alone.tokens == found[each.id].tokens
+            for made, others in found[each.id].logprobs.items():
+                for one, other in zip(others, alone.logprobs[made], strict=True):
+                    assert one is not None
+                    assert other is not None
+                    assert one.logprob == pytest.approx(other.logprob, abs=1e-4)
+                    assert len(one.top) == each.sampling.logprobs
+
+
+def test_every_kind_with_too_little_room(log: Log) -> None:
+    """Who gave way is counted anew; who comes takes the lanes of those who went."""
+    asked = mixed(2, max_tokens=30)
+    core = make_core(kv_tokens=416, max_running=8)
+    assert run(core, asked) == at_once(*asked)
+    assert core.scheduler.preemptions
+    assert any("ahead" in entry for entry in log)
+
+
+def test_lanes_of_the_aborted_are_used_again(log: Log) -> None:
+    core = make_core(max_running=4)
+    found: dict[str, Answer] = {}
+    old = [
+        request(f"{n}", prompt(9 + n), max_tokens=30, temperature=1.0, frequency_penalty=1.0)
+        for n in range(4)
     ]
-    wanted = [-1 if one is None else one.token for one in sample(logits, rows)]
-    assert wanted[3:6] == [-1, -1, -1]
-    points = [noise(i, i % 2, i) for i in range(40)]
-    for most in (sampler._CHUNK, 3 * 97):
-        monkeypatch.setattr(sampler, "_CHUNK", most)
-        assert sample_plain(logits, params, points).tolist() == wanted
+    for each in old:
+        core.add(each)
+    for _ in range(5):
+        step(core, found)
+    assert log[-2].endswith("ahead")
+    for n in (3, 1):
+        core.abort(f"{n}")
+    core.check_integrity()
+    late = [
+        request(f"late {n}", prompt(20), max_tokens=9, repetition_penalty=1.5, n=2, temperature=1)
+        for n in range(3)
+    ]
+    for each in late:
+        core.add(each)
+    finish(core, found)
+    wanted = at_once(old[0], old[2], *late)
+    assert {name: found[name].tokens for name in wanted} == wanted
+
+
+def test_a_token_is_counted_once_where_memory_ran_out(log: Log) -> None:
+    """The step that was lost with the one after it is computed again."""
+    asked = [
+        request("a", prompt(9), max_tokens=16, frequency_penalty=1.5),
+        request("b", prompt(12), max_tokens=16),
+    ]
+    for lost in range(2, 8):
+        core = make_core()
+        calls, sampler = iter(range(99)), core.runner.sampler
+        assert sampler is not None
+        real = sampler.select
+
+        def then_none(
+            batch: Batch, real: Any = real, calls: Any = calls, lost: int = lost
+        ) -> Chosen:
+            chosen: Chosen = real(batch)
+            if next(calls) == lost:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return chosen
+
+        sampler.select = then_none
+        found = answers(core, asked)
+        assert found["b"].failed == "out of memory"
+        assert found["a"].tokens == at_once(*asked)["a"]

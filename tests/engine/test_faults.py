@@ -9,11 +9,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from reft_runtime.engine import loader, runner, sampler
+from reft_runtime.engine import loader, runner
 from reft_runtime.engine.core import EngineCore
 from reft_runtime.engine.cuda import graphs
 from reft_runtime.engine.kv_rows import RowStorage
-from reft_runtime.engine.sampler import Sampled, SampleRow
+from reft_runtime.engine.runner import Sample
+from reft_runtime.engine.sampler import Sampled
 from reft_runtime.engine.sequence import AppliedIntervention, Request
 from tests.helpers.models import (
     Answer,
@@ -171,16 +172,17 @@ def test_logits_that_are_not_finite_while_decoding(
 def test_a_sampler_that_raises_on_one_row_fails_it_alone(
     wanted: dict[str, dict[int, list[int]]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = sampler.sample
+    core = make_core()
+    core.runner.decoder = None  # what is launched is not picked by rows
+    real = core.runner._pick
 
-    def fragile(logits: Tensor, rows: Sequence[SampleRow]) -> list[Sampled | None]:
-        if any(len(row.prompt) == 15 and len(row.generated) == 2 for row in rows):
+    def fragile(logits: Tensor, samples: Sequence[Sample]) -> list[Sampled | None]:
+        if any(s.prompt_length == 15 and s.generated_length == 2 for s, _ in samples):
             raise RuntimeError("no such token")
-        return real(logits, rows)
+        return real(logits, samples)
 
-    monkeypatch.setattr(runner, "sample", fragile)
-    monkeypatch.setattr(runner, "is_plain", lambda *_: False)  # those are not sampled by rows
-    found = answers(make_core(), batch())
+    monkeypatch.setattr(core.runner, "_pick", fragile)
+    found = answers(core, batch())
     assert found["2"].failed == "sampling failed: no such token"
     others = {name: tokens for name, tokens in wanted.items() if name != "2"}
     assert seven(found, wanted, "2") == others

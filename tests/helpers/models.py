@@ -171,7 +171,7 @@ def preempt(core: EngineCore, sequence: Sequence) -> None:
     plan = StepPlan()
     core.scheduler._preempt(sequence, plan)
     core.runner.storage.keep(plan.kept)
-    core.runner.storage.release([sequence])
+    core.runner.release([sequence])
 
 
 def finish(core: EngineCore, answers: dict[str, Answer]) -> None:

@@ -13,12 +13,14 @@ from torch import Tensor
 from reft_runtime.engine import core
 from reft_runtime.engine.blocks import BlockBudget
 from reft_runtime.engine.cuda.graphs import Compute, DecodeGraphs, GraphCapture
+from reft_runtime.engine.cuda.sampling import DeviceSampler
 from reft_runtime.engine.cuda.tables import EditTables, RowEdits
 from reft_runtime.engine.kv_pages import PageStorage
 from reft_runtime.engine.loader import LoadedModel
 from reft_runtime.engine.page_attention import GatheredAttention, PageKernel
 from reft_runtime.engine.runner import Runner
 from tests.helpers.models import DEVICE
+from tests.helpers.sampling import plain_select, triton_select
 
 
 def pages_for(
@@ -114,6 +116,12 @@ def graphs_for(runner: Runner, max_running: int) -> DecodeGraphs:
     return DecodeGraphs(loaded, pages, runner.sites, tables, max_running, capture)
 
 
+def sampler_for(loaded: LoadedModel, max_running: int) -> DeviceSampler:
+    """What `device.sampler_for` gives on a device; without one torch's operators pick."""
+    select = triton_select() if DEVICE.type == "cuda" else plain_select
+    return DeviceSampler(loaded.vocab_size, max_running, loaded.eos_ids, loaded.device, select)
+
+
 @pytest.fixture(scope="module", params=["rows", "pages", "graphs"])
 def storages(request: pytest.FixtureRequest) -> Iterator[None]:
     """Run a module's tests over each kind of storage, and with steps that begin ahead."""
@@ -122,5 +130,6 @@ def storages(request: pytest.FixtureRequest) -> Iterator[None]:
             patch.setattr(core, "storage_for", pages_for)
         if request.param == "graphs":
             patch.setattr(core, "tables_for", tables_for)
+            patch.setattr(core, "sampler_for", sampler_for)
             patch.setattr(core, "decoder_for", graphs_for)
         yield

@@ -26,7 +26,7 @@ from reft_runtime.engine.cuda.sampling_kernels import (
 
 
 @triton.jit
-def _below(
+def _upto(
     left,
     lengths,
     row,
@@ -37,25 +37,24 @@ def _below(
     AT_ONCE: tl.constexpr,
     SCALE: tl.constexpr,
 ):
-    """Of those left in each chunk: number and weight of bits below a limit, number of those at it.
-
-    Each [WIDE].
-    """
+    """Of those left: number and weight of bits up to a limit, the last of them, and the next."""
     chunk = tl.arange(0, WIDE)
     length = tl.load(lengths + row * CHUNKS + chunk, mask=chunk < CHUNKS, other=0)
-    count, equals = tl.zeros([WIDE], tl.int32), tl.zeros([WIDE], tl.int32)
-    mass = tl.zeros([WIDE], tl.int64)
+    count, mass = tl.zeros([WIDE], tl.int32), tl.zeros([WIDE], tl.int64)
+    last, following = tl.full([WIDE], -1, tl.int32), tl.full([WIDE], BEYOND, tl.int32)
     for start in range(0, tl.max(length, 0), AT_ONCE):
         at = start + tl.arange(0, AT_ONCE)
         real = at[None, :] < length[:, None]
         places = (row * CHUNKS + chunk)[:, None] * CHUNK + at[None, :]
         distance = tl.load(left + places, mask=real, other=INFINITY)
-        bits = distance.to(tl.int32, bitcast=True)
-        below = real & (bits < limit)
-        count += tl.sum(below.to(tl.int32), 1)
-        mass += tl.sum(tl.where(below, (tl.exp(-distance) * SCALE).to(tl.int64), 0), 1)
-        equals += tl.sum((real & (bits == limit)).to(tl.int32), 1)
-    return count, mass, equals
+        bits = tl.where(real, distance.to(tl.int32, bitcast=True), BEYOND)
+        within = bits <= limit
+        count += tl.sum(within.to(tl.int32), 1)
+        weight = (tl.exp(-distance) * SCALE).to(tl.int64)
+        mass += tl.sum(tl.where(within, weight, 0), 1)
+        last = tl.maximum(last, tl.max(tl.where(within, bits, -1), 1))
+        following = tl.minimum(following, tl.min(tl.where(within, BEYOND, bits), 1))
+    return tl.sum(count.to(tl.int64), 0), tl.sum(mass, 0), tl.max(last, 0), tl.min(following, 0)
 
 
 @triton.jit
@@ -75,16 +74,47 @@ def _search(
 ):
     """The least bits in (low, high] that, with all below, are `wanted` in number or weight.
 
-    And the number and the weight of those below them.
+    And the number and the weight of those below them. Only bits that something has are looked at:
+    of coarse numbers few remain.
     """
     while high - low > 1:
         middle = low + ((high - low) >> 1)
-        count, mass, _ = _below(left, lengths, row, middle + 1, CHUNK, CHUNKS, WIDE, AT_ONCE, SCALE)
-        found = tl.sum(count.to(tl.int64), 0) if BY_COUNT else tl.sum(mass, 0)
-        low = tl.where(found >= wanted, low, middle)
-        high = tl.where(found >= wanted, middle, high)
-    count, mass, _ = _below(left, lengths, row, high, CHUNK, CHUNKS, WIDE, AT_ONCE, SCALE)
-    return high, tl.sum(count.to(tl.int64), 0), tl.sum(mass, 0)
+        count, mass, last, following = _upto(
+            left, lengths, row, middle, CHUNK, CHUNKS, WIDE, AT_ONCE, SCALE
+        )
+        found = count if BY_COUNT else mass
+        high = tl.where(found >= wanted, last, high)
+        low = tl.where(found >= wanted, low, following - 1)
+    count, mass, _, _ = _upto(left, lengths, row, high - 1, CHUNK, CHUNKS, WIDE, AT_ONCE, SCALE)
+    return high, count, mass
+
+
+@triton.jit
+def _at_border(
+    left,
+    lengths,
+    row,
+    border,
+    CHUNK: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    WIDE: tl.constexpr,
+    AT_ONCE: tl.constexpr,
+    SCALE: tl.constexpr,
+):
+    """Of those left, by chunk: the weight of what lies before a border, the number at it."""
+    chunk = tl.arange(0, WIDE)
+    length = tl.load(lengths + row * CHUNKS + chunk, mask=chunk < CHUNKS, other=0)
+    mass, equals = tl.zeros([WIDE], tl.int64), tl.zeros([WIDE], tl.int64)
+    for start in range(0, tl.max(length, 0), AT_ONCE):
+        at = start + tl.arange(0, AT_ONCE)
+        real = at[None, :] < length[:, None]
+        places = (row * CHUNKS + chunk)[:, None] * CHUNK + at[None, :]
+        distance = tl.load(left + places, mask=real, other=INFINITY)
+        bits = distance.to(tl.int32, bitcast=True)
+        weight = (tl.exp(-distance) * SCALE).to(tl.int64)
+        mass += tl.sum(tl.where(real & (bits < border), weight, 0), 1)
+        equals += tl.sum((real & (bits == border)).to(tl.int64), 1)
+    return mass, equals
 
 
 @triton.jit
@@ -138,26 +168,31 @@ def choose(
                 total = tl.sum(tl.load(totals + own, mask=real, other=0), 0)
                 if by_count:
                     number = tl.load(numbers + own, mask=real, other=0).to(tl.int64)
-                    wanted = limit - tl.sum(number, 0)
-                    border, count, weight = _search(
-                        left, lengths, row, low, border, wanted,
-                        True, CHUNK, CHUNKS, WIDE, AT_ONCE, SCALE,
-                    )  # fmt: skip
-                    few = wanted - count
-                    each = (tl.exp(-(border.to(tl.float32, bitcast=True))) * SCALE).to(tl.int64)
-                    total = sure + weight + few * each
+                    length = tl.load(lengths + own, mask=real, other=0).to(tl.int64)
+                    wanted = tl.minimum(limit - tl.sum(number, 0), tl.sum(length, 0))
+                    total = sure
+                    if wanted > 0:
+                        border, count, weight = _search(
+                            left, lengths, row, low, border, wanted,
+                            True, CHUNK, CHUNKS, WIDE, AT_ONCE, SCALE,
+                        )  # fmt: skip
+                        few = wanted - count
+                        each = tl.exp(-border.to(tl.float32, bitcast=True))
+                        each = (each * SCALE).to(tl.int64)
+                        total = sure + weight + few * each
+                    else:
+                        border = low + 1
                 if by_weight:
                     wanted = share_of(total, setting) - sure
                     border, count, weight = _search(
                         left, lengths, row, low, border, wanted,
                         False, CHUNK, CHUNKS, WIDE, AT_ONCE, SCALE,
                     )  # fmt: skip
-                    each = (tl.exp(-(border.to(tl.float32, bitcast=True))) * SCALE).to(tl.int64)
+                    each = (tl.exp(-border.to(tl.float32, bitcast=True)) * SCALE).to(tl.int64)
                     few = (wanted - weight + each - 1) // tl.maximum(each, 1)
-                _, weight, equals = _below(
+                weight, equals = _at_border(
                     left, lengths, row, border, CHUNK, CHUNKS, WIDE, AT_ONCE, SCALE
                 )
-                equals = equals.to(tl.int64)
                 kept = few - (tl.cumsum(equals, 0) - equals)
                 kept = tl.maximum(tl.minimum(kept, equals), 0)
                 mass += weight + kept * each

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from reft_runtime.engine.sampler import TINY, Sampled, banned, has_penalties, noise
-from reft_runtime.engine.sequence import Sequence
+from reft_runtime.engine.sequence import Request, Sequence
 from reft_runtime.engine.staging import Fetch, send, to_device
 from reft_runtime.outputs import TokenLogprob
 from reft_runtime.sampling import SamplingParams
@@ -158,6 +158,17 @@ class DeviceSampler:
 
     def __post_init__(self) -> None:
         self._free = list(range(self.most))[::-1]
+
+    def warm_up(self, dtype: torch.dtype) -> None:
+        """Compile whatever a row may need, for logits of a model's type."""
+        params = SamplingParams(
+            top_k=2, top_p=0.5, repetition_penalty=2, logit_bias={0: 1}, logprobs=1
+        )
+        sequence = Sequence(Request("warm up", (0,), params, seed=0), 0, 0, [0])
+        logits = torch.zeros(1, self.vocabulary, dtype=dtype, device=self.device)
+        self.pick(logits, [Draw(sequence, 0, 0)]).result()
+        self.release([sequence])
+        self._counts = None  # until somebody has a penalty
 
     @torch.inference_mode()
     def pick(self, logits: Tensor, draws: SequenceOf[Draw], before: Tensor | None = None) -> Picked:

@@ -38,6 +38,8 @@ LARGEST = tl.constexpr(3.4028234663852886e38)
 BEYOND = tl.constexpr(0x7FFFFFFF)
 """Beyond the bits of every distance."""
 ITEMS = tl.constexpr(256)
+MARGIN = tl.constexpr(2.0**-16)
+"""Relative; sums of float32 numbers while an interval is narrowed are far more exact."""
 SPAN = tl.constexpr(16.0)
 """Distances that the first pass divides: what lies further off weighs next to nothing."""
 
@@ -98,18 +100,21 @@ def _narrowed(
     CHUNKS: tl.constexpr,
     WIDE: tl.constexpr,
     STEPS: tl.constexpr,
+    SCALE: tl.constexpr,
 ):
-    """The part (low, high] of a pass's interval in which the threshold lies."""
+    """The part (low, high] of a pass's interval in which the threshold surely lies."""
     chunk, step = tl.arange(0, WIDE), tl.arange(0, STEPS)
     real = chunk < CHUNKS
     limit = tl.load(setting + LIMIT).to(tl.int64)
     total = tl.sum(tl.load(totals + row * CHUNKS + chunk, mask=real, other=0), 0)
-    wanted = tl.where(limit < VOCABULARY, limit, share_of(total, setting))
+    wanted = limit.to(tl.float32)
+    if limit >= VOCABULARY:
+        wanted = share_of(total, setting).to(tl.float32) * (1.0 / SCALE)
     places = (row * STEPS + step)[:, None] * CHUNKS + chunk[None, :]
     within = tl.sum(tl.load(sums + places, mask=real[None, :], other=0), 1)
     edge = tl.load(edges + row * STEPS + step)
-    low = tl.max(tl.where(within < wanted, edge, -1.0), 0)
-    high = tl.min(tl.where(within < wanted, tl.load(ends + row), edge), 0)
+    low = tl.max(tl.where(within * (1.0 + MARGIN) < wanted, edge, -1.0), 0)
+    high = tl.min(tl.where(within * (1.0 - MARGIN) >= wanted, edge, tl.load(ends + row)), 0)
     return low, high
 
 
@@ -224,12 +229,13 @@ def narrow(
         at = chunk * CHUNK + tl.arange(0, CHUNK)
         score = scores_of(logits, edited, setting, at, stride, VOCABULARY)
         distance = distances_of(score, best, setting)
-        weight = (tl.exp(-distance) * SCALE).to(tl.int64)
+        weight = tl.exp(-distance)
         other = tl.arange(0, WIDE)
         lowest = tl.load(lows + row * CHUNKS + other, mask=other < CHUNKS, other=INFINITY)
         span = (best - tl.min(lowest, 0)) * tl.load(setting + INVERSE).to(tl.float32)
         if PASS == 0:
-            tl.store(totals + row * CHUNKS + chunk, tl.sum(weight, 0))
+            whole = tl.sum((weight * SCALE).to(tl.int64), 0)
+            tl.store(totals + row * CHUNKS + chunk, whole)
             low, high = tl.cast(-1.0, tl.float32), tl.cast(INFINITY, tl.float32)
             top = tl.minimum(span, SPAN)
         else:
@@ -245,18 +251,19 @@ def narrow(
                 CHUNKS,
                 WIDE,
                 STEPS,
+                SCALE,
             )
             top = tl.minimum(span, high)
         base = tl.maximum(low, 0.0)
         own = PASS * rows + row
         tl.store(ends + own, high)
+        measure = tl.where(by_count, 1.0, weight)
         for step in tl.static_range(STEPS):
             edge = low
             if step > 0:
                 edge = base + (top - base) * (step / STEPS)
             tl.store(edges + own * STEPS + step, edge)
-            measure = tl.where(by_count, 1, weight)
-            within = tl.sum(tl.where(distance <= edge, measure, 0), 0)
+            within = tl.sum(tl.where(distance <= edge, measure, 0.0), 0)
             tl.store(sums + (own * STEPS + step) * CHUNKS + chunk, within)
 
 
@@ -301,11 +308,13 @@ def gather(
         length = tl.cast(0, tl.int32)
         if by_count | by_weight:
             low, high = _narrowed(
-                edges, ends, sums, totals, setting, row, VOCABULARY, CHUNKS, WIDE, STEPS
+                edges, ends, sums, totals, setting, row, VOCABULARY, CHUNKS, WIDE, STEPS, SCALE
             )
             # The interval is that of top_k; top_p ends the list anywhere before.
             low = tl.where(by_count & by_weight, -1.0, low)
-            open = ((distance > low) & (distance <= high) & (at < VOCABULARY)).to(tl.int32)
+            # What weighs nothing is never drawn: it need not be listed.
+            open = (distance > low) & (distance <= high) & (distance < INFINITY)
+            open = open.to(tl.int32)
             length = tl.sum(open, 0)
             place = (row * CHUNKS + chunk) * CHUNK + tl.cumsum(open, 0) - 1
             tl.store(left + place, distance, mask=open > 0)

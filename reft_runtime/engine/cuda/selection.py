@@ -14,8 +14,11 @@ from reft_runtime.engine.cuda.sampling import Batch, Chosen
 from reft_runtime.sampling import MAX_LOGPROBS
 
 CHUNK = 4096
-"""Ids that a program works on; 8 warps hold 16 of them a thread."""
-WARPS = 8
+"""Ids that a program works on."""
+AT_ONCE, WARPS = 16, 8
+"""Of them a thread's where memory is the limit, and the most warps of any program."""
+SUMMED = 32
+"""Of them a thread's where many sums are made, which cost each thread the same."""
 
 PASSES, STEPS = 3, 8
 """How often, and in how many parts, the interval of a threshold is divided before it is bisected.
@@ -52,7 +55,7 @@ class TritonSelection:
         wide = {"WIDE": triton.next_power_of_2(chunks)}
         scale = {"SCALE": 2.0 ** (62 - vocabulary.bit_length())}
         steps = {"STEPS": STEPS}
-        grid, warps = (rows, chunks), {"num_warps": min(WARPS, max(1, self._chunk // 128))}
+        grid, warps, fewer = (rows, chunks), self._warps(AT_ONCE), self._warps(SUMMED)
         source = logits, edited, settings, tops
 
         sampling_kernels.scan[grid](
@@ -63,17 +66,17 @@ class TritonSelection:
         numbers, lengths = (new(rows, chunks, dtype=torch.int32) for _ in "nl")
         left = new(rows, chunks * self._chunk) if truncates else bounds
         edges, ends = new(PASSES, rows, STEPS), new(PASSES, rows)
-        sums = new(PASSES, rows, STEPS, chunks, dtype=torch.int64)
+        sums = new(PASSES, rows, STEPS, chunks)
         if truncates:
             for number in range(PASSES):
                 sampling_kernels.narrow[grid](
                     *source, lows, totals, edges, ends, sums, stride, rows,
-                    **sizes, **wide, **steps, **scale, **warps, PASS=number,
+                    **sizes, **wide, **steps, **scale, **fewer, PASS=number,
                 )  # fmt: skip
         if any(row.drawn for row in batch.rows):
             sampling_kernels.gather[grid](
                 *source, totals, edges[-1], ends[-1], sums[-1], masses, numbers, left, lengths,
-                bounds, stride, **sizes, **wide, **steps, **scale, **warps,
+                bounds, stride, **sizes, **wide, **steps, **scale, **fewer,
             )  # fmt: skip
         at_once = {"AT_ONCE": max(16, CANDIDATES // wide["WIDE"])}
         drawing_kernels.choose[(rows,)](
@@ -83,6 +86,9 @@ class TritonSelection:
         if all(row.best < 0 for row in batch.rows):
             return Chosen(tokens)
         return Chosen(tokens, *_logprobs(batch, tops, tokens, sizes, {**wide, **scale}, warps))
+
+    def _warps(self, each: int) -> dict[str, int]:
+        return {"num_warps": max(1, min(WARPS, self._chunk // (32 * each)))}
 
 
 def _logprobs(

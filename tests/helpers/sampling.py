@@ -1,0 +1,72 @@
+"""What picks tokens as on a device, in the place of its kernels."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from reft_runtime.engine import sampler
+from reft_runtime.engine.cuda.sampling import NOBODY, Batch, Chosen, Select, Settings
+from reft_runtime.sampling import MAX_LOGPROBS, SamplingParams
+
+
+def triton_select(chunk: int | None = None) -> Select:
+    """The kernels of devices; without one in Triton's interpreter, which takes seconds."""
+    from reft_runtime.engine.cuda.selection import CHUNK, TritonSelection
+
+    return TritonSelection(chunk or CHUNK)
+
+
+def plain_select(batch: Batch) -> Chosen:
+    """`Select` by torch's own operators, a row at a time; it draws as the CPU's sampler does."""
+    logits = batch.logits.float()
+    tokens = torch.tensor([_token(logits[int(row.source)], row, batch) for row in batch.rows])
+    if all(row.best == NOBODY for row in batch.rows):
+        return Chosen(tokens)
+    values = torch.zeros(len(tokens), 1 + MAX_LOGPROBS)
+    ids = torch.zeros(len(tokens), MAX_LOGPROBS, dtype=torch.int32)
+    for i, (row, token) in enumerate(zip(batch.rows, tokens.tolist(), strict=True)):
+        if row.best != NOBODY and token >= 0:
+            scores = logits[int(row.source)].log_softmax(-1)
+            best = scores.topk(int(row.best))
+            values[i, 0] = scores[token]
+            values[i, 1 : 1 + int(row.best)], ids[i, : int(row.best)] = best
+    return Chosen(tokens, values, ids)
+
+
+def _token(logits: Tensor, row: Settings, batch: Batch) -> int:
+    scores = _edited(logits, row, batch)
+    if not logits.max().isfinite() or not scores.max().isfinite():
+        return -1
+    if not row.drawn:
+        return int(scores.argmax())
+    params = SamplingParams(
+        temperature=min(1 / row.inverse, 100),
+        top_k=int(row.limit),
+        top_p=row.share,
+        min_p=math.exp(-row.reach),
+    )
+    return int(sampler._draw(scores[None].clone(), [params], [row.point]))
+
+
+def _edited(scores: Tensor, row: Settings, batch: Batch) -> Tensor:
+    scores = scores.clone()
+    for item in batch.items[int(row.first_item) : int(row.stop_item)]:
+        scores[int(item[0])] += item[1].float()
+    if row.lane != NOBODY:
+        assert batch.counts is not None
+        counts = batch.counts[int(row.lane)]
+        newest = int(row.newest)
+        if row.newest_at != NOBODY:
+            assert batch.before is not None
+            newest = int(batch.before[int(row.newest_at)])
+        if newest >= 0:
+            counts[newest] += 2
+        penalised = torch.where(scores > 0, scores / row.repetition, scores * row.repetition)
+        penalised.clamp_(max=torch.finfo(torch.float32).max)
+        scores = torch.where(counts > 0, penalised, scores)
+        times = (counts // 2).float()
+        scores = torch.where(times > 0, scores - (row.presence + row.frequency * times), scores)
+    return scores
