@@ -163,16 +163,20 @@ class Bench:
         applied: Sequence[tuple[AppliedIntervention, ...]],
         prompt_tokens: int = PROMPT_TOKENS,
         answer_tokens: int = ANSWER_TOKENS,
+        settings: Sequence[dict[str, Any]] = ({"temperature": 0},),
     ) -> Callable[[int], Figures]:
         """n requests at once through these in turn: prompts, then a step a token."""
 
         def run(number: int) -> Figures:
             rng = random.Random(f"{n} {number} {next(self._ids)}")
-            sampling = SamplingParams(temperature=0, max_tokens=answer_tokens, ignore_eos=True)
+            samplings = [
+                SamplingParams(max_tokens=answer_tokens, ignore_eos=True, **own) for own in settings
+            ]
             for i in range(n):
                 prompt = tuple(rng.randrange(self.loaded.vocab_size) for _ in range(prompt_tokens))
                 used = applied[i % len(applied)]
-                self.core.add(Request(f"{next(self._ids)}", prompt, sampling, 0, used))
+                sampling = samplings[i % len(samplings)]
+                self.core.add(Request(f"{next(self._ids)}", prompt, sampling, i, used))
             begin = time.perf_counter()
             while any(not s.generated_length for s in self._sequences()):
                 self.core.step()

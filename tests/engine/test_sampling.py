@@ -88,7 +88,8 @@ def tokens(found: SequenceOf[Sampled | None]) -> list[int | None]:
 def same(found: SequenceOf[Sampled | None], wanted: SequenceOf[Sampled | None]) -> None:
     assert tokens(found) == tokens(wanted)
     for one, other in zip(found, wanted, strict=True):
-        logprob, theirs = one and one.logprob, other and other.logprob
+        logprob = None if one is None else one.logprob
+        theirs = None if other is None else other.logprob
         assert (logprob is None) == (theirs is None)
         if logprob is not None and theirs is not None:
             assert logprob.token == theirs.token
@@ -177,8 +178,9 @@ def test_of_equals_the_lowest_ids_are_kept_also_across_chunks() -> None:
     found = by_device(logits, owners)
     same(found, wanted)
     assert found[3] == Sampled(145)
-    top = found[0] and found[0].logprob and [token for token, _ in found[0].logprob.top]
-    assert top == [*range(145, 150), *range(20, 35)]
+    assert found[0] is not None
+    assert found[0].logprob is not None
+    assert [token for token, _ in found[0].logprob.top] == [*range(145, 150), *range(20, 35)]
     # The last that is kept is the 110th of the equals, 129: drawn by the very end of the noise.
     flat = torch.zeros(1, VOCABULARY)
     last = [sequence(SamplingParams(top_k=131), seed=i) for i in range(3)]
