@@ -22,12 +22,13 @@ def triton_select(chunk: int | None = None) -> Select:
 def plain_select(batch: Batch) -> Chosen:
     """`Select` by torch's own operators, a row at a time; it draws as the CPU's sampler does."""
     logits = batch.logits.float()
-    tokens = torch.tensor([_token(logits[int(row.source)], row, batch) for row in batch.rows])
-    if all(row.best == NOBODY for row in batch.rows):
+    rows = [Settings(*numbers) for numbers in batch.settings.tolist()]
+    tokens = torch.tensor([_token(logits[int(row.source)], row, batch) for row in rows])
+    if not batch.needs.logprobs:
         return Chosen(tokens)
     values = torch.zeros(len(tokens), 1 + MAX_LOGPROBS)
     ids = torch.zeros(len(tokens), MAX_LOGPROBS, dtype=torch.int32)
-    for i, (row, token) in enumerate(zip(batch.rows, tokens.tolist(), strict=True)):
+    for i, (row, token) in enumerate(zip(rows, tokens.tolist(), strict=True)):
         if row.best != NOBODY and token >= 0:
             scores = logits[int(row.source)].log_softmax(-1)
             best = scores.topk(int(row.best))
@@ -40,7 +41,7 @@ def _token(logits: Tensor, row: Settings, batch: Batch) -> int:
     scores = _edited(logits, row, batch)
     if not logits.max().isfinite() or not scores.max().isfinite():
         return -1
-    if not row.drawn:
+    if not row.inverse:
         return int(scores.argmax())
     params = SamplingParams(
         temperature=min(1 / row.inverse, 100),

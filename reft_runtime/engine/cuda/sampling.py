@@ -7,6 +7,7 @@ asked for, travel back, and nobody waits for them before the next step is launch
 
 from __future__ import annotations
 
+from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable
 from collections.abc import Sequence as SequenceOf
@@ -53,31 +54,31 @@ class Settings(NamedTuple):
     share: float
     best: float
 
-    @property
-    def drawn(self) -> bool:
-        """Whether the best token is not good enough."""
-        return self.inverse > 0
 
-    def truncated(self, vocabulary: int) -> bool:
-        """Whether a threshold is to be found."""
-        return self.drawn and (self.limit < vocabulary or self.share < 1)
+class Needs(NamedTuple):
+    """What some row of a batch needs: a draw, a threshold, log-probabilities."""
+
+    draws: bool
+    truncates: bool
+    logprobs: bool
 
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """What is to be picked from `logits` [any, vocabulary], told twice: here and on the device.
+    """What is to be picked from `logits` [any, vocabulary].
 
-    `settings` is float64 [rows, fields], `items` float64 [items, 2] pairs of an id and what is
-    added to its score, by id in each row; `counts` int32 [lanes, vocabulary]; `before` int64 the
-    tokens of the step before.
+    `settings` is float64 [rows, fields of `Settings`], `items` float64 [items, 2] pairs of an id
+    and what is added to its score, by id in each row; `counts` int32 [lanes, vocabulary]; `before`
+    int64 the tokens of the step before. Scores of `edited` rows are not their logits.
     """
 
     logits: Tensor
-    rows: SequenceOf[Settings]
     settings: Tensor
     items: Tensor
     counts: Tensor | None
     before: Tensor | None
+    edited: int
+    needs: Needs
 
 
 class Chosen(NamedTuple):
@@ -134,11 +135,16 @@ def sampling_bytes(vocabulary: int, rows: int) -> int:
 
 @dataclass(slots=True)
 class _Held:
-    """What stays the same for a sequence, and how many of its tokens its lane has counted."""
+    """What stays the same for a sequence, and how many of its tokens its lane has counted.
+
+    `constant` are the last of its `Settings`.
+    """
 
     constant: tuple[float, ...]
-    bias: Tensor
-    bias_and_bans: Tensor
+    needs: Needs
+    penalised: bool
+    bias: Tensor | None
+    bias_and_bans: Tensor | None
     lane: int = NOBODY
     counted: int | None = None
 
@@ -176,31 +182,41 @@ class DeviceSampler:
 
         `before` are the tokens of the step before, where some are not known on the CPU.
         """
-        rows: list[Settings] = []
+        told = array("d")
         items: list[Tensor] = []
         counting: list[tuple[_Held, int]] = []
+        needs: set[Needs] = set()
         edited = added = 0
         for draw in draws:
-            sequence, params = draw.sequence, draw.sequence.request.sampling
-            held = self._hold(sequence)
-            own = held.bias_and_bans if draw.made < params.min_tokens else held.bias
-            newest = newest_at = NOBODY
-            if has_penalties(params):
-                newest, newest_at = self._count(held, draw)
-                counting.append((held, draw.made))
-            place = NOBODY
-            if len(own) or held.lane >= 0:
-                place, edited = edited, edited + 1
-            point = 0.0
-            if params.temperature:
-                point = noise(sequence.request.seed, sequence.choice, draw.made)
-            stop = added + len(own)
-            at = draw.source, place, held.lane, added, stop, newest, newest_at
-            rows.append(Settings(*at, point, *held.constant))
-            if len(own):
+            sequence, made, source, _ = draw
+            held = self._held.get(sequence) or self._hold(sequence)
+            params = sequence.request.sampling
+            needs.add(held.needs)
+            place = newest = newest_at = NOBODY
+            first, point = added, 0.0
+            own = held.bias_and_bans if made < params.min_tokens else held.bias
+            if own is not None:
                 items.append(own)
-                added = stop
-        batch = self._batch(logits, rows, items, before)
+                added += len(own)
+            if held.penalised:
+                newest, newest_at = self._count(held, draw)
+                counting.append((held, made))
+            if held.penalised or own is not None:
+                place, edited = edited, edited + 1
+            if params.temperature:
+                point = noise(sequence.request.seed, sequence.choice, made)
+            told.extend((source, place, held.lane, first, added, newest, newest_at, point))
+            told.extend(held.constant)
+        settings, adds = self._send(told, items)
+        batch = Batch(
+            logits,
+            settings,
+            adds,
+            self._counts,
+            before,
+            edited,
+            Needs(*map(any, zip(*needs, strict=True))),
+        )
         # If anything fails from here on, what was counted is unknown.
         for held, _ in counting:
             held.counted = None
@@ -224,30 +240,31 @@ class DeviceSampler:
         if idle and self._held:
             raise AssertionError(f"sampling: {len(self._held)} sequences are still known")
 
-    def _batch(
-        self,
-        logits: Tensor,
-        rows: SequenceOf[Settings],
-        items: SequenceOf[Tensor],
-        before: Tensor | None,
-    ) -> Batch:
-        """All numbers in one copy."""
-        told = torch.tensor(rows, dtype=torch.float64)
-        flat = torch.cat([told.flatten(), *(each.flatten() for each in items)])
-        settings, added = send(flat, self.device).tensor_split([told.numel()])
-        return Batch(
-            logits, rows, settings.view(told.shape), added.view(-1, 2), self._counts, before
-        )
+    def _send(self, told: array[float], items: SequenceOf[Tensor]) -> tuple[Tensor, Tensor]:
+        """Settings and items on the device, by one copy."""
+        flat = torch.frombuffer(told, dtype=torch.float64)
+        if items:
+            flat = torch.cat([flat, *(each.flatten() for each in items)])
+        settings, added = send(flat, self.device).tensor_split([len(told)])
+        return settings.view(-1, len(Settings._fields)), added.view(-1, 2)
 
     def _hold(self, sequence: Sequence) -> _Held:
-        held = self._held.get(sequence)
-        if held is None:
-            params = sequence.request.sampling
-            adds = dict(params.logit_bias)
-            bias = _items(adds)
-            adds.update(dict.fromkeys(banned(params, self.eos_ids), float("-inf")))
-            held = _Held(_constant(params, self.vocabulary), bias, _items(adds))
-            self._held[sequence] = held
+        params = sequence.request.sampling
+        bias = dict(params.logit_bias)
+        bans = dict.fromkeys(banned(params, self.eos_ids), float("-inf"))
+        truncates = 0 < params.top_k < self.vocabulary or params.top_p < 1
+        held = _Held(
+            _constant(params, self.vocabulary),
+            Needs(
+                params.temperature > 0,
+                params.temperature > 0 and truncates,
+                params.logprobs is not None,
+            ),
+            has_penalties(params),
+            _items(bias),
+            _items({**bias, **bans}),
+        )
+        self._held[sequence] = held
         return held
 
     def _count(self, held: _Held, draw: Draw) -> tuple[int, int]:
@@ -277,8 +294,8 @@ class DeviceSampler:
         for token in generated:
             codes[token] += 2
         ids, numbers = to_device((list(codes), list(codes.values())), self.device)
-        self._counts[lane] = 0
-        self._counts[lane, ids] = numbers.int()
+        counts = self._counts[lane].zero_()
+        counts[ids] = numbers.int()
 
 
 def _constant(params: SamplingParams, vocabulary: int) -> tuple[float, ...]:
@@ -297,9 +314,9 @@ def _constant(params: SamplingParams, vocabulary: int) -> tuple[float, ...]:
     )
 
 
-def _items(adds: dict[int, float]) -> Tensor:
-    """Float64 [items, 2], by id."""
-    return torch.tensor(sorted(adds.items()), dtype=torch.float64).view(-1, 2)
+def _items(adds: dict[int, float]) -> Tensor | None:
+    """Float64 [items, 2], by id; None of none."""
+    return torch.tensor(sorted(adds.items()), dtype=torch.float64) if adds else None
 
 
 def _logprob(

@@ -175,6 +175,7 @@ def scan(
                 newest = tl.load(before + newest_at)
             made = at == newest
             count += tl.where(made, 2, 0)
+            tl.debug_barrier()  # all have read before one writes
             tl.store(own, count, mask=inside & made)
             penalty = tl.load(setting + REPETITION).to(tl.float32)
             shrunk = tl.where(score > 0, tl.div_rn(score, penalty), score * penalty)
@@ -194,7 +195,7 @@ def scan(
     tl.store(lows + row * CHUNKS + chunk, tl.min(tl.where(safe > -INFINITY, safe, INFINITY), 0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def narrow(
     logits,
     edited,
@@ -267,7 +268,7 @@ def narrow(
             tl.store(sums + (own * STEPS + step) * CHUNKS + chunk, within)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["ends"])
 def gather(
     logits,
     edited,

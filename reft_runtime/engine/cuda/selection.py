@@ -15,10 +15,9 @@ from reft_runtime.sampling import MAX_LOGPROBS
 
 CHUNK = 4096
 """Ids that a program works on."""
-AT_ONCE, WARPS = 16, 8
-"""Of them a thread's where memory is the limit, and the most warps of any program."""
-SUMMED = 32
-"""Of them a thread's where many sums are made, which cost each thread the same."""
+EACH, EACH_SUMMED = 16, 32
+"""Of them a thread's; more where many sums are made, which cost every thread the same."""
+MOST_WARPS = 8
 
 PASSES, STEPS = 3, 8
 """How often, and in how many parts, the interval of a threshold is divided before it is bisected.
@@ -38,13 +37,11 @@ class TritonSelection:
 
     def __call__(self, batch: Batch) -> Chosen:
         """See `Select`."""
-        logits, settings, rows = batch.logits, batch.settings, len(batch.rows)
+        logits, settings, rows = batch.logits, batch.settings, len(batch.settings)
         vocabulary, stride = logits.shape[1], logits.stride(0)
         chunks = triton.cdiv(vocabulary, self._chunk)
         new = partial(torch.empty, device=logits.device)
-        places = sum(row.place >= 0 for row in batch.rows)
-        truncates = any(row.truncated(vocabulary) for row in batch.rows)
-        edited = new(max(1, places), vocabulary if places else 1)
+        edited = new(max(1, batch.edited), vocabulary if batch.edited else 1)
         tops, lows = new(rows, 2, chunks), new(rows, chunks)
         firsts = new(rows, chunks, dtype=torch.int32)
         totals = new(rows, chunks, dtype=torch.int64)
@@ -55,7 +52,7 @@ class TritonSelection:
         wide = {"WIDE": triton.next_power_of_2(chunks)}
         scale = {"SCALE": 2.0 ** (62 - vocabulary.bit_length())}
         steps = {"STEPS": STEPS}
-        grid, warps, fewer = (rows, chunks), self._warps(AT_ONCE), self._warps(SUMMED)
+        grid, warps, fewer = (rows, chunks), self._warps(EACH), self._warps(EACH_SUMMED)
         source = logits, edited, settings, tops
 
         sampling_kernels.scan[grid](
@@ -64,16 +61,16 @@ class TritonSelection:
         )  # fmt: skip
         masses, bounds = new(rows, chunks, dtype=torch.int64), new(rows, 2)
         numbers, lengths = (new(rows, chunks, dtype=torch.int32) for _ in "nl")
-        left = new(rows, chunks * self._chunk) if truncates else bounds
+        left = new(rows, chunks * self._chunk) if batch.needs.truncates else bounds
         edges, ends = new(PASSES, rows, STEPS), new(PASSES, rows)
         sums = new(PASSES, rows, STEPS, chunks)
-        if truncates:
+        if batch.needs.truncates:
             for number in range(PASSES):
                 sampling_kernels.narrow[grid](
                     *source, lows, totals, edges, ends, sums, stride, rows,
                     **sizes, **wide, **steps, **scale, **fewer, PASS=number,
                 )  # fmt: skip
-        if any(row.drawn for row in batch.rows):
+        if batch.needs.draws:
             sampling_kernels.gather[grid](
                 *source, totals, edges[-1], ends[-1], sums[-1], masses, numbers, left, lengths,
                 bounds, stride, **sizes, **wide, **steps, **scale, **fewer,
@@ -83,12 +80,12 @@ class TritonSelection:
             *source, firsts, totals, masses, numbers, left, lengths, bounds, tokens, stride,
             **sizes, **wide, **at_once, **scale, **warps,
         )  # fmt: skip
-        if all(row.best < 0 for row in batch.rows):
+        if not batch.needs.logprobs:
             return Chosen(tokens)
         return Chosen(tokens, *_logprobs(batch, tops, tokens, sizes, {**wide, **scale}, warps))
 
     def _warps(self, each: int) -> dict[str, int]:
-        return {"num_warps": max(1, min(WARPS, self._chunk // (32 * each)))}
+        return {"num_warps": max(1, min(MOST_WARPS, self._chunk // (32 * each)))}
 
 
 def _logprobs(
@@ -99,7 +96,7 @@ def _logprobs(
     more: dict[str, Any],
     warps: dict[str, int],
 ) -> tuple[Tensor, Tensor]:
-    logits, rows, chunks = batch.logits, len(batch.rows), sizes["CHUNKS"]
+    logits, rows, chunks = batch.logits, len(batch.settings), sizes["CHUNKS"]
     new = partial(torch.empty, device=logits.device)
     totals = new(rows, chunks, dtype=torch.int64)
     room = rows, chunks, int(logprob_kernels.TOPS.value)
