@@ -313,6 +313,25 @@ def test_settings(log: Log, name: str) -> None:
     assert log[:4] == ["run", "2", "2 ahead", "wait"]
 
 
+def test_bans_end_with_the_last_of_min_tokens(log: Log) -> None:
+    free = run(make_core(), [request("a", prompt(9), max_tokens=9)])["a"][0]
+    log.clear()
+    stopping = request(
+        "a",
+        prompt(9),
+        max_tokens=9,
+        min_tokens=3,
+        stop_token_ids=tuple(set(free)),
+        logit_bias={5: 1},
+    )
+    found = run(make_core(), [stopping])
+    assert found == at_once(stopping)
+    assert log[:4] == ["run", "1", "1 ahead", "wait"]
+    made = found["a"][0]
+    assert not set(made[:-1]) & set(free)
+    assert len(made) > 3
+
+
 def mixed(count: int = 1, **more: Any) -> list[Any]:
     """A request of each kind; of those that are drawn n choices."""
     return [
