@@ -131,7 +131,7 @@ def main(
     bench = Bench(loaded, max(counts))
     rows = []
     for n in counts:
-        cases = {label: bench.case(n, [()], own) for label, own in CASES.items()}
+        cases = {label: bench.case(n, [()], settings=own) for label, own in CASES.items()}
         found = measure(cases, rounds, {**key, "n": n, "logits": "of steps"}, out)
         for label in CASES:
             step = median(found, label, STEP)
