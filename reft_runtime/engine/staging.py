@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
+from warnings import catch_warnings, simplefilter
 
 import torch
 from torch import Tensor
@@ -42,3 +44,15 @@ class Fetch:
         if self._arrived is not None:
             self._arrived.synchronize()
         return [tensor.tolist() for tensor in self._tensors]
+
+
+@contextmanager
+def no_waiting() -> Iterator[None]:
+    """Raise RuntimeError where something in the `with` block waits for a CUDA device."""
+    with catch_warnings():
+        simplefilter("ignore")  # torch warns that its debug mode is a prototype
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            yield
+        finally:
+            torch.cuda.set_sync_debug_mode("default")

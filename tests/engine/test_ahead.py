@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from reft_runtime.engine import core as engine_core
 from reft_runtime.engine.cuda.sampling import Batch, Chosen
 from reft_runtime.engine.runner import Launched, Runner, StepResult
 from reft_runtime.engine.scheduler import Chunk
+from reft_runtime.engine.staging import no_waiting
 from tests.helpers.models import (
     DEVICE,
     Answer,
@@ -45,14 +47,8 @@ def log(monkeypatch: pytest.MonkeyPatch) -> Log:
         return begun
 
     def run_after(self: Runner, launched: Launched, chunks: Sequence[Chunk]) -> Launched | None:
-        strictly = DEVICE.type == "cuda"
-        if strictly:
-            torch.cuda.set_sync_debug_mode("error")
-        try:
+        with no_waiting() if DEVICE.type == "cuda" else nullcontext():
             ahead = real_after(self, launched, chunks)
-        finally:
-            if strictly:
-                torch.cuda.set_sync_debug_mode("default")
         if ahead is not None:
             seen.append(f"{len(chunks)} ahead")
         return ahead

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Sequence as SequenceOf
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor
 from reft_runtime.engine.cuda.sampling import DeviceSampler, Draw, Picked
 from reft_runtime.engine.sampler import Sampled, SampleRow, sample
 from reft_runtime.engine.sequence import Request, Sequence
+from reft_runtime.engine.staging import no_waiting
 from reft_runtime.sampling import SamplingParams
 from tests.helpers.models import DEVICE
 from tests.helpers.sampling import triton_select
@@ -47,13 +49,8 @@ def pick(
 ) -> Picked:
     """As the engine does; nothing may wait for a device."""
     logits = logits.to(DEVICE)
-    if ON_DEVICE:
-        torch.cuda.set_sync_debug_mode("error")
-    try:
+    with no_waiting() if ON_DEVICE else nullcontext():
         return sampler.pick(logits, draws, before)
-    finally:
-        if ON_DEVICE:
-            torch.cuda.set_sync_debug_mode("default")
 
 
 def by_device(logits: Tensor, owners: SequenceOf[Sequence], **sizes: int) -> list[Sampled | None]:

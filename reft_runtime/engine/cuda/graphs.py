@@ -8,9 +8,8 @@ outputs of all layers from `EditTables`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
-from warnings import catch_warnings, simplefilter
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor
@@ -24,7 +23,7 @@ from reft_runtime.engine.loader import LoadedModel, forward
 from reft_runtime.engine.page_attention import PageAttentionStep, PageBatch, RowInPages
 from reft_runtime.engine.scheduler import Chunk
 from reft_runtime.engine.sites import EditSites
-from reft_runtime.engine.staging import send
+from reft_runtime.engine.staging import no_waiting, send
 
 Compute = Callable[[], None]
 """Computes a step from what lies at the fixed addresses to the logits, which do too."""
@@ -161,7 +160,7 @@ class GraphCapture:
         self._stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._stream), torch.inference_mode():
             compute()
-            with _no_waiting():
+            with no_waiting():
                 compute()
         torch.cuda.current_stream().wait_stream(self._stream)
         graph = torch.cuda.CUDAGraph()
@@ -171,15 +170,3 @@ class GraphCapture:
         with torch.inference_mode(), captured:
             compute()
         return graph.replay
-
-
-@contextmanager
-def _no_waiting() -> Iterator[None]:
-    """Raise RuntimeError where something inside waits for the device."""
-    with catch_warnings():
-        simplefilter("ignore")  # torch warns that its debug mode is a prototype
-        torch.cuda.set_sync_debug_mode("error")
-        try:
-            yield
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
