@@ -15,7 +15,7 @@ import random
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -32,7 +32,8 @@ from reft_runtime.engine.cuda.graphs import GraphCapture
 from reft_runtime.engine.edits import OnDevice
 from reft_runtime.engine.loader import LoadedModel, adopt_model, choose_device, choose_dtype
 from reft_runtime.engine.sequence import AppliedIntervention, Request
-from reft_runtime.interventions import parse
+from reft_runtime.interventions import CanonicalEdit, Positions, parse
+from reft_runtime.interventions.canonical import PackedEdits
 from reft_runtime.loading import shape_of
 from reft_runtime.sampling import SamplingParams
 
@@ -65,6 +66,7 @@ SHAPES: dict[str, dict[str, Any]] = {
 """Those of Llama-3-8B, of Qwen2.5-1.5B, and one to try the script with."""
 
 ANSWER_TOKENS = 64
+FILES = 32
 MAX_TOKENS = 8192
 STEP, PROMPTS = "step", "prompts"
 BASE = "base"
@@ -146,16 +148,29 @@ class Bench:
         config = EngineConfig(most, max(8192, most), max(2, most) * max(context, MAX_TOKENS // 8))
         self.core = EngineCore(loaded, config)
         self._ids = itertools.count()
+        self._made: dict[tuple[int, int], list[Sequence[CanonicalEdit]]] = {}
 
     def interventions(
         self, count: int, layers: list[int], rank: int, positions: str
     ) -> list[tuple[AppliedIntervention, ...]]:
-        """Different ones of random weights."""
+        """Different ones of random weights, whose files are made once for all positions.
+
+        Of more than `FILES` some differ in their bias alone.
+        """
         shape = shape_of("random", self.loaded)
-        files = [random_intervention(shape, layers, rank, positions) for _ in range(count)]
-        return [
-            (AppliedIntervention(f"{next(self._ids)}", parse(file).canonical()),) for file in files
-        ]
+        made = self._made.setdefault((len(layers), rank), [])
+        while len(made) < min(count, FILES):
+            file = random_intervention(shape, layers, rank, "l1")
+            made.append(parse(file).canonical())
+        where = Positions.parse(positions)
+        found = []
+        for i in range(count):
+            edits = [
+                replace(edit, positions=where, b=edit.b + 0.01 * (i // FILES))
+                for edit in made[i % FILES]
+            ]
+            found.append((AppliedIntervention(f"{next(self._ids)}", PackedEdits.of(edits)),))
+        return found
 
     def case(
         self,
