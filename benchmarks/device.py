@@ -163,7 +163,7 @@ class Bench:
             file = random_intervention(shape, layers, rank, "l1")
             made.append(parse(file).canonical())
         where = Positions.parse(positions)
-        found = []
+        found: list[tuple[AppliedIntervention, ...]] = []
         for i in range(count):
             edits = [
                 replace(edit, positions=where, b=edit.b + 0.01 * (i // FILES))
