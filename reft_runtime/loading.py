@@ -15,7 +15,8 @@ from reft_runtime.demo import locate
 from reft_runtime.engine.blocks import BLOCK_TOKENS
 from reft_runtime.engine.cuda.sampling import sampling_bytes
 from reft_runtime.engine.cuda.tables import table_bytes
-from reft_runtime.engine.loader import LoadedModel, adopt_model, load_model
+from reft_runtime.engine.loader import adopt_model, load_model
+from reft_runtime.engine.model import LoadedModel
 from reft_runtime.errors import ConfigError
 from reft_runtime.interventions import BaseShape
 

@@ -1,14 +1,16 @@
 """Puts fused operators in the place of a model's small ones, where they give the same.
 
-Patterns of the Llama family, each tried on random rows before it is used, so that what has the
-same names and computes something else keeps its own code. Modules stay where they are, with their
-hooks: a layer with a hook anywhere inside it runs its own code, module by module.
+Patterns of the Llama family, each tried on random rows before it is used (`trial`), so that what
+has the same names and computes something else keeps its own code. Modules stay where they are,
+with their hooks: a layer with a hook anywhere inside it runs its own code, module by module.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from collections.abc import Sequence as SequenceOf
+from dataclasses import dataclass
+from functools import partial
 from types import FunctionType, MethodType
 from typing import Any
 
@@ -16,9 +18,10 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from reft_runtime.engine.attention import ProbedLayer, ShapeProbe
+from reft_runtime.engine.attention import ProbedLayer
 from reft_runtime.engine.linears import Merged
-from reft_runtime.engine.operators import Operators, ProductOperators, operators_for
+from reft_runtime.engine.operators import Operators, operators_for
+from reft_runtime.engine.trial import ROWS, TOLERANCE, Operator, Trials, angles, random_rows
 
 _ROTARY = "apply_rotary_pos_emb"
 _PLAIN_ATTENTION = {
@@ -52,14 +55,8 @@ _PLAIN_ATTENTION = {
 }
 """Names that the code of an attention module may use: one with more does more."""
 
-_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 6e-2}
-_ROWS = 3
-
-Operator = Callable[..., Any]
-
 Compute = Callable[[Tensor, Tensor, Tensor, Any], Tensor]
-"""From rows [T, d], the rotary cosines and sines [1, T, dim] and the step to rows [T, d]; of
-attention to what its output projection gets."""
+"""From rows [T, d], the rotary cosines and sines [1, T, dim] and the step to rows [T, d]."""
 
 
 def fuse(
@@ -71,87 +68,146 @@ def fuse(
     must not be packed yet.
     """
     operators = operators_for(model.device)
-    if operators is None or model.dtype not in _TOLERANCE:
+    if operators is None or model.dtype not in TOLERANCE:
         return 0
-    fuser = _Fuser(operators, model.device)
-    # Modules with another forward than their class's are somebody's already.
-    changed = sum(
-        fuser.norm(module) or fuser.mlp(module)
-        for module in model.modules()
-        if "forward" not in vars(module)
-    )
+    fuser = _Fuser(operators, model)
     for layer, asked in zip(layers, probed, strict=True):
-        attentions = [m for m in layer.modules() if "forward" not in vars(m) and _rotates(m)]
-        changed += sum(fuser.attention(m, asked) or fuser.rotary(m) for m in attentions)
-        if "forward" not in vars(layer):
-            changed += fuser.layer(layer)
-    return changed
+        fuser.decide(layer, asked)
+    for module in model.modules():
+        fuser.decide_alone(module)
+    return fuser.install()
+
+
+@dataclass(frozen=True, slots=True)
+class _Plan:
+    """A module's other forward, and the width of the rows that it takes.
+
+    `compute` is what of it a whole layer uses, and `merged` the linear layers that it merges.
+    """
+
+    forward: Operator
+    width: int
+    compute: Operator | None = None
+    merged: Merged | None = None
 
 
 class _Fuser:
-    """Replaces forwards, and remembers what it made: a layer is put together from its parts."""
+    """Decides module by module, and replaces nothing until all is decided.
 
-    def __init__(self, operators: Operators, device: torch.device) -> None:
+    A trial runs modules' own code, down to the linear layers.
+    """
+
+    def __init__(self, operators: Operators, model: PreTrainedModel) -> None:
         self._operators = operators
-        self._device = device
+        self._device = model.device
+        self._width: int = model.config.hidden_size
+        self._trials = Trials()
         self._rotary: dict[Operator, Operator | None] = {}
-        # Of modules: what they compute before their last product, and the layer that does that.
-        self._mlps: dict[nn.Module, tuple[Callable[[Tensor], Tensor], Merged, nn.Linear]] = {}
-        self._attentions: dict[nn.Module, tuple[Compute, nn.Linear]] = {}
+        self._decided: dict[nn.Module, _Plan] = {}
 
-    def norm(self, module: nn.Module) -> bool:
-        if not type(module).__name__.endswith("RMSNorm") or list(module._parameters) != ["weight"]:
+    def decide(self, layer: nn.Module, asked: ProbedLayer) -> None:
+        """Decide about a decoder layer and the modules in it."""
+        head = asked.shape.key_dim
+        for module in layer.modules():
+            if module is layer or self.decide_alone(module) or not _rotates(module):
+                continue
+            for build in (self._attention, self._rotation):
+                if self._try(module, partial(build, asked=asked), head, (build.__name__, asked)):
+                    break
+        build_layer = partial(self._layer, asked=asked, plans={})
+        if self._try(layer, build_layer, head, ("layer", asked), adds=True):
+            # Its parts are those that are replaced themselves, and merged once.
+            plan = self._layer(layer, asked, self._decided)
+            assert plan is not None
+            self._decided[layer] = plan
+
+    def decide_alone(self, module: nn.Module) -> bool:
+        """Decide about a module that needs no step; whether it is replaced."""
+        return self._try(module, self._norm) or self._try(module, self._mlp)
+
+    def install(self) -> int:
+        """Replace what was decided; returns how many modules that are."""
+        for module, plan in self._decided.items():
+            module.forward = plan.forward
+            if plan.merged is not None:
+                plan.merged.merge()
+        return len(self._decided)
+
+    def _try(
+        self,
+        module: nn.Module,
+        build: Callable[[Any], _Plan | None],
+        head: int | None = None,
+        kind: Hashable = None,
+        *,
+        adds: bool = False,
+    ) -> bool:
+        # Modules with another forward than their class's are somebody's already.
+        if module in self._decided or "forward" in vars(module):
+            return module in self._decided
+        plan = build(module)
+        if plan is None:
             return False
+
+        def forward(one: Any) -> Operator | None:
+            made = build(one)
+            return None if made is None else made.forward
+
+        fits = self._trials.fits(
+            module, forward, plan.width, kind=kind or build, head=head, adds=adds
+        )
+        if fits:
+            self._decided[module] = plan
+        return fits
+
+    def _norm(self, module: Any) -> _Plan | None:
+        if not type(module).__name__.endswith("RMSNorm") or list(module._parameters) != ["weight"]:
+            return None
         own, weight, operators = module.forward, module.weight, self._operators
         epsilon = _epsilon(module)
         if not isinstance(weight, Tensor) or epsilon is None:
-            return False
+            return None
 
         def forward(hidden_states: Tensor) -> Any:
             if not operators.supports(hidden_states, weight):
                 return own(hidden_states)
             return operators.rms_norm(hidden_states, weight, epsilon)
 
-        return _replace(module, forward, (_random(weight.shape[-1], weight),), {})
+        return _Plan(forward, weight.shape[-1])
 
-    def mlp(self, module: nn.Module) -> bool:
+    def _mlp(self, module: Any) -> _Plan | None:
         parts: dict[str, Any] = dict(module.named_children())
         if parts.keys() != {"gate_proj", "up_proj", "down_proj", "act_fn"}:
-            return False
+            return None
         gate, up, down, act = (parts[n] for n in ("gate_proj", "up_proj", "down_proj", "act_fn"))
         if not Merged.possible((gate, up)):
-            return False
+            return None
         own, operators, merged = module.forward, self._operators, Merged((gate, up))
         inner = _hooks((gate, up, act))
 
         def compute(rows: Tensor) -> Any:
-            return operators.silu_mul(merged.product(rows))
+            return down(operators.silu_mul(merged.product(rows)))
 
         def forward(hidden_states: Tensor) -> Any:
             if any(inner) or not operators.supports(hidden_states):
                 return own(hidden_states)
-            return down(compute(hidden_states))
+            return compute(hidden_states)
 
-        rows = _random(gate.in_features, gate.weight)
-        if not _replace(module, forward, (rows,), {}):
-            return False
-        merged.merge()
-        self._mlps[module] = compute, merged, down
-        return True
+        return _Plan(forward, gate.in_features, compute, merged)
 
-    def attention(self, module: nn.Module, asked: ProbedLayer) -> bool:
+    def _attention(self, module: Any, asked: ProbedLayer) -> _Plan | None:
         """Run an attention module's work as one function; it must be a plain one."""
         parts: dict[str, Any] = dict(module.named_children())
         if parts.keys() != {f"{p}_proj" for p in "qkvo"}:
-            return False
+            return None
         shape, scaling, window = asked.shape, asked.scaling, asked.window
         if not _PLAIN_ATTENTION.issuperset(type(module).forward.__code__.co_names):
-            return False
+            return None
         projections = tuple(parts[f"{p}_proj"] for p in "qkv")
         if shape.key_dim != shape.value_dim or not self._rotates_halves(module):
-            return False
+            return None
         if not Merged.possible(projections):
-            return False
+            return None
         o, operators = parts["o_proj"], self._operators
         merged, inner = Merged(projections), _hooks((*projections, o))
         index: Any = module.layer_idx
@@ -161,41 +217,26 @@ class _Fuser:
         def compute(rows: Tensor, cos: Tensor, sin: Tensor, step: Any) -> Any:
             every = merged.product(rows).view(len(rows), -1, width)
             query, key, value = every.split_with_sizes((heads, kv_heads, kv_heads), 1)
-            if getattr(step, "rotates", False):
-                mixed = step.attend_rotated(index, query, key, value, (cos, sin), scaling, window)
-            else:
-                operators.rotate_(query, key, cos, sin)
-                mixed = step.attend(index, query, key, value, scaling, window)
-            return mixed.flatten(1)
+            operators.rotate_(query, key, cos, sin)
+            return o(step.attend(index, query, key, value, scaling, window).flatten(1))
 
-        def whole(rows: Tensor, cos: Tensor, sin: Tensor, step: Any) -> Any:
-            return o(compute(rows, cos, sin, step))
-
-        guarded = _or_own(operators, whole, module.forward, inner, width)
+        guarded = _or_own(operators, compute, module.forward, inner, width)
 
         def forward(*args: Any, **kwargs: Any) -> Any:
             rows = guarded(*args, **kwargs)
             return rows if isinstance(rows, tuple) else (rows, None)
 
-        weight = projections[0].weight
-        rows = _random(projections[0].in_features, weight)
-        given = {"position_embeddings": _angles(width, weight), "attention_mask": None}
-        if not _replace(module, forward, (rows,), given, needs_step=True):
-            return False
-        merged.merge()
-        self._attentions[module] = compute, o
-        return True
+        return _Plan(forward, projections[0].in_features, compute, merged)
 
-    def rotary(self, module: nn.Module) -> bool:
+    def _rotation(self, module: Any, asked: ProbedLayer) -> _Plan | None:
         """Run an attention module's own code, its rotary function's name bound to ours."""
         if not self._rotates_halves(module):
-            return False
+            return None
         own = type(module).forward
         names = {**own.__globals__, _ROTARY: self._rotary[own.__globals__[_ROTARY]]}
         forward = FunctionType(own.__code__, names, own.__name__, own.__defaults__, own.__closure__)
         forward.__kwdefaults__ = own.__kwdefaults__
-        module.forward = MethodType(forward, module)
-        return True
+        return _Plan(MethodType(forward, module), self._width)
 
     def _rotates_halves(self, module: nn.Module) -> bool:
         rotary = type(module).forward.__globals__[_ROTARY]
@@ -203,55 +244,41 @@ class _Fuser:
             self._rotary[rotary] = _rotate(rotary, self._operators, self._device)
         return self._rotary[rotary] is not None
 
-    def layer(self, layer: nn.Module) -> bool:
-        """Run a whole Llama-like layer as one function, calling no module but the linear ones."""
+    def _layer(
+        self, layer: Any, asked: ProbedLayer, plans: Mapping[nn.Module, _Plan]
+    ) -> _Plan | None:
+        """Run a whole Llama-like layer as one function, calling no module but the linear ones.
+
+        `plans` are those of its parts, where they are made already.
+        """
         parts: dict[str, Any] = dict(layer.named_children())
         norms = ("input_layernorm", "post_attention_layernorm")
-        if parts.keys() != {*norms, "self_attn", "mlp"}:
-            return False
-        attention = self._attentions.get(parts["self_attn"])
-        mlp = self._mlps.get(parts["mlp"])
+        if parts.keys() != {*norms, "self_attn", "mlp"} or not _rotates(parts["self_attn"]):
+            return None
+        attending = plans.get(parts["self_attn"]) or self._attention(parts["self_attn"], asked)
+        widening = plans.get(parts["mlp"]) or self._mlp(parts["mlp"])
+        attention = attending and attending.compute
+        mlp = widening and widening.compute
         before, after = (parts[n] for n in norms)
         first_epsilon, second_epsilon = _epsilon(before), _epsilon(after)
-        if attention is None or mlp is None or first_epsilon is None or second_epsilon is None:
-            return False
+        one_dtype = len({weight.dtype for weight in layer.parameters()}) == 1
+        if attention is None or mlp is None or not one_dtype:
+            return None
+        if first_epsilon is None or second_epsilon is None:
+            return None
         operators = self._operators
         inner = _hooks(module for module in layer.modules() if module is not layer)
-        width = parts["self_attn"].head_dim
-        (attend, o), (activate, gate_up, down) = attention, mlp
 
         def compute(rows: Tensor, cos: Tensor, sin: Tensor, step: Any) -> Tensor:
             normal = operators.rms_norm(rows, before.weight, first_epsilon)
             rows, normal = operators.add_rms_norm(
-                rows, o(attend(normal, cos, sin, step)), after.weight, second_epsilon
+                rows, attention(normal, cos, sin, step), after.weight, second_epsilon
             )
-            rows += down(activate(normal))
+            rows += mlp(normal)
             return rows
 
-        joined = gate_up.weight
-        products = operators if isinstance(operators, ProductOperators) else None
-        if products is not None and joined is not None and _plain(o, down, *gate_up.parts):
-
-            def compute_in_place(rows: Tensor, cos: Tensor, sin: Tensor, step: Any) -> Tensor:
-                # A layer's input is nobody's but its own: what gave it is done.
-                normal = products.rms_norm(rows, before.weight, first_epsilon)
-                normal = products.add_product_and_norm(
-                    rows, attend(normal, cos, sin, step), o.weight, after.weight, second_epsilon
-                )
-                return products.add_product_(
-                    rows, products.gated_product(normal, joined), down.weight
-                )
-
-            compute = compute_in_place
-        forward = _or_own(operators, compute, layer.forward, inner, width)
-        given = {"position_embeddings": _angles(width, before.weight)}
-        rows = _random(before.weight.shape[-1], before.weight)
-        return _replace(layer, forward, (rows,), given, needs_step=True)
-
-
-def _plain(*linears: nn.Linear) -> bool:
-    """Whether products with these layers' weights are all that they do."""
-    return all(type(linear) is nn.Linear and linear.bias is None for linear in linears)
+        forward = _or_own(operators, compute, layer.forward, inner, asked.shape.key_dim)
+        return _Plan(forward, self._width)
 
 
 def _rotates(module: nn.Module) -> bool:
@@ -274,6 +301,7 @@ def _rotate(rotary: Operator, operators: Operators, device: torch.device) -> Ope
             or not whole
             or not operators.packs(query, key)
             or not operators.supports(cos, sin)
+            or cos.dtype != q.dtype  # what a model computes in a wider dtype stays its own
         ):
             rotated: tuple[Tensor, Tensor] = rotary(q, k, cos, sin, *args, **kwargs)
             return rotated
@@ -281,10 +309,9 @@ def _rotate(rotary: Operator, operators: Operators, device: torch.device) -> Ope
         return q, k
 
     like = torch.empty(0, device=device)
-    heads = [_random(n * 8, like).view(1, _ROWS, n, 8).transpose(1, 2) for n in (2, 1)]
-    angles = _angles(8, like)
-    wanted = rotary(*heads, *angles)
-    given = rotate(*heads, *angles)
+    heads = [random_rows(n * 8, like).view(1, ROWS, n, 8).transpose(1, 2) for n in (2, 1)]
+    wanted = rotary(*heads, *angles(8, like))
+    given = rotate(*heads, *angles(8, like))
     same = all(torch.allclose(a, b, atol=1e-5) for a, b in zip(wanted, given, strict=True))
     return rotate if same else None
 
@@ -323,39 +350,6 @@ def _hooks(modules: Iterable[nn.Module]) -> list[dict[int, Any]]:
     return [hooks for m in modules for hooks in (m._forward_hooks, m._forward_pre_hooks)]
 
 
-def _replace(
-    module: nn.Module,
-    forward: Operator,
-    args: tuple[Tensor, ...],
-    kwargs: dict[str, Any],
-    *,
-    needs_step: bool = False,
-) -> bool:
-    """Give a module another forward, if it gives the same for these arguments."""
-
-    def call(function: Operator) -> Tensor:
-        step = {"step": ShapeProbe()} if needs_step else {}
-        result = function(*(a.clone() for a in args), **kwargs, **step)
-        rows: Tensor = result[0] if isinstance(result, tuple) else result
-        return rows.float()
-
-    wanted = call(module.forward)
-    if not (call(forward) - wanted).norm() <= _TOLERANCE[args[0].dtype] * wanted.norm():
-        return False
-    module.forward = forward
-    return True
-
-
 def _epsilon(norm: nn.Module) -> float | None:
     epsilon = getattr(norm, "variance_epsilon", getattr(norm, "eps", None))
     return epsilon if isinstance(epsilon, float) else None
-
-
-def _random(width: int, like: Tensor) -> Tensor:
-    """The same numbers on any device, on the device and with the dtype of `like`."""
-    return torch.randn(1, _ROWS, width, generator=torch.Generator().manual_seed(0)).to(like)
-
-
-def _angles(width: int, like: Tensor) -> tuple[Tensor, Tensor]:
-    angles = _random(width // 2, like.float()).repeat(1, 1, 2)
-    return angles.cos().to(like.dtype), angles.sin().to(like.dtype)

@@ -1,0 +1,129 @@
+"""Whether a module's replacement gives what the module gives: tried before it is used.
+
+Twice: on a float32 copy, where a formula that is not the same shows, however small what it leaves
+out; and on the module itself, where dtypes meet that do not fit.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Hashable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from reft_runtime.engine.attention import CausalStep
+
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 6e-2}
+"""Relative distance by dtype: rounding, and no more."""
+
+ROWS = 3
+
+HALVINGS = 10
+"""How often rows are halved until what a layer adds outweighs them."""
+
+Operator = Callable[..., Any]
+
+
+class Trials:
+    """Tries replacements; a formula that held for one module holds for those that are alike."""
+
+    def __init__(self) -> None:
+        self._held: set[Hashable] = set()
+
+    def fits(
+        self,
+        module: nn.Module,
+        build: Callable[[Any], Operator | None],
+        width: int,
+        *,
+        kind: Hashable,
+        head: int | None = None,
+        adds: bool = False,
+    ) -> bool:
+        """Whether `build(module)` gives, from rows [1, T, width], what the module gives.
+
+        `kind` is what is built, and for what. `head` is the width of an attention's heads, whose
+        modules also take rotary positions and a step. What `adds` to its rows is judged by what it
+        adds.
+        """
+        formula = (kind, _formula(module))
+        if formula not in self._held:
+            plain = copy.deepcopy(module).float()
+            if not _same(plain, build(plain), width, head, adds=adds):
+                return False
+            self._held.add(formula)
+        return _dtype(module) == torch.float32 or _same(
+            module, build(module), width, head, adds=adds
+        )
+
+
+def _same(
+    module: nn.Module, other: Operator | None, width: int, head: int | None, *, adds: bool
+) -> bool:
+    if other is None:
+        return False
+    like = next(module.parameters())
+    given: dict[str, Any] = {}
+    if head is not None:
+        given = {
+            "position_embeddings": angles(head, like),
+            "attention_mask": None,
+            "step": CausalStep(),
+        }
+
+    def changes(function: Operator, rows: Tensor) -> Tensor:
+        made = function(rows.clone(), **given)
+        out: Tensor = made[0] if isinstance(made, tuple) else made
+        return out.float() - rows.float() if adds else out.float()
+
+    rows = random_rows(width, like)
+    try:
+        wanted = changes(module.forward, rows)
+        for _ in range(HALVINGS if adds else 0):
+            # Rows that are far longer than what is added would drown it, and round it away.
+            if wanted.norm() > rows.float().norm():
+                break
+            rows = rows / 2
+            wanted = changes(module.forward, rows)
+        found = changes(other, rows)
+    except Exception:
+        return False  # it wants other arguments: it is none of those that are replaced
+    return bool((found - wanted).norm() <= TOLERANCE[like.dtype] * wanted.norm())
+
+
+def _formula(module: nn.Module) -> Hashable:
+    """What two modules have in common that compute the same, of other weights."""
+    return tuple(
+        (
+            name,
+            type(part),
+            tuple(
+                (key, value)
+                for key, value in sorted(vars(part).items())
+                if isinstance(value, int | float | str | None) and key not in ("layer_idx",)
+            ),
+            tuple(
+                (key, weight.shape, weight.dtype)
+                for key, weight in part._parameters.items()
+                if weight is not None
+            ),
+        )
+        for name, part in module.named_modules()
+    )
+
+
+def _dtype(module: nn.Module) -> torch.dtype:
+    return next(module.parameters()).dtype
+
+
+def random_rows(width: int, like: Tensor) -> Tensor:
+    """The same numbers [1, ROWS, width] on any device, on the device and in the dtype of `like`."""
+    return torch.randn(1, ROWS, width, generator=torch.Generator().manual_seed(0)).to(like)
+
+
+def angles(width: int, like: Tensor) -> tuple[Tensor, Tensor]:
+    """Rotary cosines and sines [1, ROWS, width], in the dtype of `like`."""
+    found = random_rows(width // 2, like.float()).repeat(1, 1, 2)
+    return found.cos().to(like.dtype), found.sin().to(like.dtype)
