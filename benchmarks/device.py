@@ -133,7 +133,7 @@ def build(shape: str, device: torch.device, dtype: torch.dtype) -> LoadedModel:
     torch.manual_seed(0)
     with device:
         model: Any = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
-            config, dtype=dtype
+            config, dtype=dtype, trust_remote_code=False
         )
     return adopt_model(model)
 

@@ -1,12 +1,14 @@
 """Reading model folders by transformers: code of theirs is never run, and every fault is one line.
 
-Whatever transformers raises while it reads a folder is about that folder, so all of it becomes a
-`ConfigError` that says what is wrong and what to do.
+Without `trust_remote_code=False` transformers would ask on the terminal, and run a folder's code
+where a person, or a pipe, says yes. Whatever it raises while it reads a folder is about that
+folder, so all of it becomes a `ConfigError` that says what is wrong and what to do.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -34,6 +36,10 @@ _LFS = b"version https://git-lfs.github.com/"
 _COMPUTED = re.compile(r"(inv_freq|\.(attn|attention)\.(masked_)?bias|position_ids)$")
 """Keys of old checkpoints that are no weights: a model computes them itself."""
 
+_TOKENIZER_FILES = (
+    "It takes tokenizer.json, or what transformers makes one of, and tokenizer_config.json"
+)
+
 _SHOWN = 4
 
 _T = TypeVar("_T")
@@ -42,7 +48,12 @@ _T = TypeVar("_T")
 def read_config(path: str) -> PretrainedConfig:
     """Configuration of a folder or hub id; raises `ConfigError`."""
     _check_files(path)
-    return _read("configuration", path, lambda: AutoConfig.from_pretrained(path, **_NO_CODE))
+    config: PretrainedConfig = _read(
+        "configuration",
+        path,
+        lambda: AutoConfig.from_pretrained(path, trust_remote_code=False),
+    )
+    return config
 
 
 def read_tokenizer(path: str, **options: Any) -> PreTrainedTokenizerBase:
@@ -50,8 +61,16 @@ def read_tokenizer(path: str, **options: Any) -> PreTrainedTokenizerBase:
     tokenizer: PreTrainedTokenizerBase = _read(
         "tokenizer",
         path,
-        lambda: AutoTokenizer.from_pretrained(path, **_NO_CODE, **options),
+        lambda: AutoTokenizer.from_pretrained(path, trust_remote_code=False, **options),
     )
+    # Without files some kinds come empty, without a word.
+    known = set(tokenizer("Hello there", add_special_tokens=False)["input_ids"])
+    if not known - set(tokenizer.all_special_ids):
+        raise ConfigError(
+            f"model: {path!r} has no tokenizer: not one piece of a text is in its vocabulary."
+            f" {_TOKENIZER_FILES}; fetch them too.",
+            param="model",
+        )
     return tokenizer
 
 
@@ -68,13 +87,13 @@ def read_model(path: str, dtype: torch.dtype, **options: Any) -> PreTrainedModel
             dtype=dtype,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # reported, by name, and refused below
-            **_NO_CODE,
+            trust_remote_code=False,
             **options,
         )
 
     # What is found is told once, by name; transformers' own table of it would come on top.
     verbosity = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity_error()
+    transformers_logging.set_verbosity(logging.ERROR)
     try:
         model, found = _read("weights", path, load)
     finally:
@@ -82,10 +101,6 @@ def read_model(path: str, dtype: torch.dtype, **options: Any) -> PreTrainedModel
     _check_weights(path, model, found)
     loaded: PreTrainedModel = model
     return loaded
-
-
-_NO_CODE: dict[str, Any] = {"trust_remote_code": False}
-"""Without it transformers asks on the terminal, and runs the folder's code where a pipe says y."""
 
 
 def _read(what: str, path: str, read: Callable[[], _T]) -> _T:
@@ -108,10 +123,7 @@ def _reason(what: str, path: str, error: Exception) -> str:
     if isinstance(error, SafetensorError):
         text = f"a safetensors file is damaged or cut ({text}); fetch it again"
     elif what == "tokenizer":
-        text = (
-            f"{text[:200].rstrip('. :')}. It takes tokenizer.json (or what transformers makes one"
-            " of) and tokenizer_config.json"
-        )
+        text = f"{text[:200].rstrip('. :')}. {_TOKENIZER_FILES}"
     else:
         text = f"{text[:300] or type(error).__name__}".rstrip(". ")
     where = "the folder" if Path(path).is_dir() else "the name (a gated model needs HF_TOKEN)"

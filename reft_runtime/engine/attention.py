@@ -223,8 +223,8 @@ def _asked_mask(*_: Any, mask_function: Any, **__: Any) -> AskedMask:
     return AskedMask(mask_function)
 
 
-AttentionInterface.register(PROBE, probe_attention)  # type: ignore[arg-type]
-AttentionMaskInterface.register(PROBE, _asked_mask)  # type: ignore[arg-type]
+AttentionInterface.register(PROBE, probe_attention)
+AttentionMaskInterface.register(PROBE, _asked_mask)
 
 
 def attend_causally(

@@ -10,11 +10,13 @@ implementations are.
 from __future__ import annotations
 
 from collections.abc import Sequence as SequenceOf
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PretrainedConfig, PreTrainedModel
 
 from reft_runtime.engine.attention import ProbedLayer
@@ -26,7 +28,7 @@ from reft_runtime.engine.sequence import Request, Sequence
 from reft_runtime.errors import UnsupportedModel
 from reft_runtime.sampling import SamplingParams
 
-CHUNKS = ((17, 22, 32, 33), (11, 12), (5, 6), (1, 2))
+CHUNKS = ((12, 22, 23), (10, 13, 14), (5, 6), (1, 2))
 """Where the chunks of each prompt end: long and short, more than a block, and single tokens."""
 
 LARGEST_WINDOW = 64
@@ -57,7 +59,10 @@ class OwnLogits:
     samples: tuple[Sample, ...]
     logits: tuple[Tensor, ...]
     rounding: Tensor
-    """Relative distance of each token's logits between its own attention implementations."""
+    """Relative distance of each token's logits between its own attention implementations.
+
+    Zero in float32, where that is far below what is allowed anyway.
+    """
 
 
 def own_logits(
@@ -68,16 +73,20 @@ def own_logits(
 
     def run(implementation: str) -> tuple[Tensor, ...]:
         model.set_attn_implementation(implementation)
-        device = model.device
-        return tuple(
-            model(input_ids=s.tokens[None].to(device), use_cache=False).logits[0] for s in samples
-        )
+        found: list[Tensor] = []
+        # In batches: what fills up a row comes after its tokens, which do not see it.
+        for batch in (samples[: len(CHUNKS)], samples[len(CHUNKS) :]):
+            if batch:
+                ids = pad_sequence([sample.tokens for sample in batch], batch_first=True)
+                logits = model(input_ids=ids.to(model.device), use_cache=False).logits
+                found += [rows[: len(s.tokens)] for rows, s in zip(logits, batch, strict=True)]
+        return tuple(found)
 
     eager = run("eager")
-    try:
-        rounding = _distances(run("sdpa"), eager)
-    except (ValueError, ImportError):  # it has only the one
-        rounding = torch.zeros(1)
+    rounding = torch.zeros(1)
+    if model.dtype.itemsize < 4:
+        with suppress(ValueError, ImportError):  # some have only the one
+            rounding = _distances(run("sdpa"), eager)
     return OwnLogits(samples, eager, rounding)
 
 
@@ -89,7 +98,7 @@ def check(loaded: LoadedModel, own: OwnLogits, probed: SequenceOf[ProbedLayer]) 
     exact = loaded.dtype.itemsize == 4
     least = LEAST[4] if exact else LEAST[2] * torch.finfo(loaded.dtype).eps
     own_rounding = float(own.rounding.quantile(0.75))
-    if own_rounding > MOST / 2:
+    if own_rounding > MOST:
         raise UnsupportedModel(
             f"in {dtype} its logits are mostly rounding (its own two attention implementations"
             f" differ by {own_rounding:.1g}); take float32"
@@ -121,9 +130,9 @@ def _samples(
     first, stop = config.vocab_size // 8, max(config.vocab_size // 2, 1)
     samples = []
     for plan in plans:
-        ends = sorted({min(end, max_tokens) for end in plan})
-        tokens = torch.randint(first, stop, (ends[-1],), generator=generator)
-        samples.append(Sample(tokens, tuple(ends)))
+        cut = sorted({min(end, max_tokens) for end in plan})
+        tokens = torch.randint(first, stop, (cut[-1],), generator=generator)
+        samples.append(Sample(tokens, tuple(cut)))
     return tuple(samples)
 
 

@@ -257,8 +257,8 @@ class _Fuser:
             return None
         attending = plans.get(parts["self_attn"]) or self._attention(parts["self_attn"], asked)
         widening = plans.get(parts["mlp"]) or self._mlp(parts["mlp"])
-        attention = attending and attending.compute
-        mlp = widening and widening.compute
+        attention = None if attending is None else attending.compute
+        mlp = None if widening is None else widening.compute
         before, after = (parts[n] for n in norms)
         first_epsilon, second_epsilon = _epsilon(before), _epsilon(after)
         one_dtype = len({weight.dtype for weight in layer.parameters()}) == 1

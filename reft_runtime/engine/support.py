@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from transformers import PretrainedConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from reft_runtime.errors import ConfigError, UnsupportedModel
 
@@ -19,6 +20,9 @@ def check_config(config: PretrainedConfig) -> None:
         raise refuse(config, f"its weights are quantised ({_method(config)}); {_UNQUANTISED}")
     if getattr(config, "vision_config", None) or getattr(config, "audio_config", None):
         raise refuse(config, "it is multimodal; its text model alone may be served")
+    ours = type(config).__module__.startswith("transformers.")
+    if ours and config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        raise refuse(config, "it is no causal language model")
     if getattr(config, "kv_lora_rank", None):
         raise refuse(config, "multi-head latent attention (MLA)")
     if getattr(config, "attn_logit_softcapping", None) or getattr(

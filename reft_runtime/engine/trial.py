@@ -20,8 +20,8 @@ TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 6e-2}
 
 ROWS = 3
 
-HALVINGS = 10
-"""How often rows are halved until what a layer adds outweighs them."""
+SHORTEST = 2**-10
+"""To how much of their length rows are shortened, where a layer adds little to them."""
 
 Operator = Callable[..., Any]
 
@@ -80,13 +80,12 @@ def _same(
 
     rows = random_rows(width, like)
     try:
+        if adds:
+            # Rows far longer than what is added would drown it, and round it away. Norms come
+            # before all else, so that shorter rows get the same added.
+            share = changes(module.forward, rows).norm() / rows.float().norm()
+            rows = rows * float(share.clamp(SHORTEST, 1))
         wanted = changes(module.forward, rows)
-        for _ in range(HALVINGS if adds else 0):
-            # Rows that are far longer than what is added would drown it, and round it away.
-            if wanted.norm() > rows.float().norm():
-                break
-            rows = rows / 2
-            wanted = changes(module.forward, rows)
         found = changes(other, rows)
     except Exception:
         return False  # it wants other arguments: it is none of those that are replaced
