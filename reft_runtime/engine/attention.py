@@ -137,10 +137,12 @@ class CausalStep:
 class ShapeProbe(CausalStep):
     """A step that notes what every layer asks; `max_tokens` is the longest sequence to be served.
 
-    `own_masks` are the layers whose masks are made by code of the model's own.
+    `dtype` is what keys and values will be kept in. `own_masks` are the layers whose masks are made
+    by code of the model's own.
     """
 
     max_tokens: int
+    dtype: torch.dtype
     layers: dict[int, ProbedLayer] = field(default_factory=dict)
     own_masks: set[int] = field(default_factory=set)
 
@@ -164,6 +166,11 @@ class ShapeProbe(CausalStep):
         """Note the layer, and attend."""
         if layer in self.layers:
             raise UnsupportedModel("a layer attends more than once")
+        if {query.dtype, key.dtype, value.dtype} != {self.dtype}:
+            raise UnsupportedModel(
+                f"its attention does not work in the dtype of its weights, {self.dtype}; take"
+                " another dtype, such as float32"
+            )
         shape = LayerShape(key.shape[1], key.shape[2], value.shape[2])
         self.layers[layer] = ProbedLayer(shape, query.shape[1], scaling, window)
         return attend_causally(query, key, value, scaling, window)

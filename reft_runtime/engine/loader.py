@@ -130,7 +130,7 @@ def _probe(model: PreTrainedModel, max_tokens: int) -> tuple[ProbedLayer, ...]:
     """See what every layer asks of attention, and remember windows at the modules."""
     config = model.config
     positions = torch.arange(min(PROBE_TOKENS, max_tokens), device=model.device)
-    probe = ShapeProbe(max_tokens)
+    probe = ShapeProbe(max_tokens, model.dtype)
     model.set_attn_implementation(PROBE)
     try:
         forward(model, positions % config.vocab_size, positions, positions, probe)
