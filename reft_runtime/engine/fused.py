@@ -14,18 +14,17 @@ from functools import partial
 from types import FunctionType, MethodType
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from reft_runtime.engine.attention import ProbedLayer
 from reft_runtime.engine.linears import Merged
-from reft_runtime.engine.operators import Operators, operators_for
-from reft_runtime.engine.trial import ROWS, TOLERANCE, Operator, Trials, angles, random_rows
+from reft_runtime.engine.operators import Operators, ProductOperators, operators_for
+from reft_runtime.engine.rotary import ROTARY, rotates, rotating
+from reft_runtime.engine.trial import TOLERANCE, Operator, Trials
 
-_ROTARY = "apply_rotary_pos_emb"
 _PLAIN_ATTENTION = {
-    _ROTARY,
+    ROTARY,
     "shape",
     "head_dim",
     "q_proj",
@@ -56,7 +55,8 @@ _PLAIN_ATTENTION = {
 """Names that the code of an attention module may use: one with more does more."""
 
 Compute = Callable[[Tensor, Tensor, Tensor, Any], Tensor]
-"""From rows [T, d], the rotary cosines and sines [1, T, dim] and the step to rows [T, d]."""
+"""From rows [T, d], the rotary cosines and sines [1, T, dim] and the step to rows [T, d]; of
+attention to what its output projection gets."""
 
 
 def fuse(
@@ -72,30 +72,34 @@ def fuse(
         return 0
     fuser = _Fuser(operators, model)
     for layer, asked in zip(layers, probed, strict=True):
-        fuser.decide(layer, asked)
+        fuser.fuse(layer, asked)
     for module in model.modules():
-        fuser.decide_alone(module)
-    return fuser.install()
+        fuser.fuse_alone(module)
+    return fuser.changed
 
 
 @dataclass(frozen=True, slots=True)
 class _Plan:
-    """A module's other forward, and the width of the rows that it takes.
-
-    `compute` is what of it a whole layer uses, and `merged` the linear layers that it merges.
-    """
+    """A module's other forward, and the width of the rows that it takes."""
 
     forward: Operator
     width: int
-    compute: Operator | None = None
-    merged: Merged | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class _PartPlan(_Plan):
+    """Of a part of a layer: what it computes before its last product, and the layer of that.
+
+    `merged` are its first linear layers.
+    """
+
+    compute: Operator
+    merged: Merged
+    last: nn.Linear
 
 
 class _Fuser:
-    """Decides module by module, and replaces nothing until all is decided.
-
-    A trial runs modules' own code, down to the linear layers.
-    """
+    """Replaces forwards, and remembers what it made: a layer is put together from its parts."""
 
     def __init__(self, operators: Operators, model: PreTrainedModel) -> None:
         self._operators = operators
@@ -103,62 +107,57 @@ class _Fuser:
         self._width: int = model.config.hidden_size
         self._trials = Trials()
         self._rotary: dict[Operator, Operator | None] = {}
-        self._decided: dict[nn.Module, _Plan] = {}
+        self._plans: dict[nn.Module, _Plan] = {}
 
-    def decide(self, layer: nn.Module, asked: ProbedLayer) -> None:
-        """Decide about a decoder layer and the modules in it."""
-        head = asked.shape.key_dim
+    @property
+    def changed(self) -> int:
+        """How many modules were replaced."""
+        return len(self._plans)
+
+    def fuse(self, layer: nn.Module, asked: ProbedLayer) -> None:
+        """Replace a decoder layer and the modules in it, where that can be."""
+        head, kind = asked.shape.key_dim, ("layer", asked)
+        # A copy of the layer shows its own formula only while its parts are as they were.
+        whole = "forward" not in vars(layer) and self._trials.holds(
+            layer, partial(self._layer, asked=asked, plans=None), kind, head, adds=True
+        )
         for module in layer.modules():
-            if module is layer or self.decide_alone(module) or not _rotates(module):
+            if module is layer or self.fuse_alone(module) or not rotates(module):
                 continue
             for build in (self._attention, self._rotation):
-                if self._try(module, partial(build, asked=asked), head, (build.__name__, asked)):
+                if self._try(module, partial(build, asked=asked), (build.__name__, asked), head):
                     break
-        build_layer = partial(self._layer, asked=asked, plans={})
-        if self._try(layer, build_layer, head, ("layer", asked), adds=True):
-            # Its parts are those that are replaced themselves, and merged once.
-            plan = self._layer(layer, asked, self._decided)
-            assert plan is not None
-            self._decided[layer] = plan
+        plan = self._layer(layer, asked, self._plans) if whole else None
+        if plan is not None and self._trials.same(layer, plan.forward, plan.width, head, adds=True):
+            self._install(layer, plan)
 
-    def decide_alone(self, module: nn.Module) -> bool:
-        """Decide about a module that needs no step; whether it is replaced."""
-        return self._try(module, self._norm) or self._try(module, self._mlp)
-
-    def install(self) -> int:
-        """Replace what was decided; returns how many modules that are."""
-        for module, plan in self._decided.items():
-            module.forward = plan.forward
-            if plan.merged is not None:
-                plan.merged.merge()
-        return len(self._decided)
+    def fuse_alone(self, module: nn.Module) -> bool:
+        """Replace a module that needs no step; whether it is replaced."""
+        return self._try(module, self._norm, "norm") or self._try(module, self._mlp, "mlp")
 
     def _try(
         self,
         module: nn.Module,
         build: Callable[[Any], _Plan | None],
+        kind: Hashable,
         head: int | None = None,
-        kind: Hashable = None,
-        *,
-        adds: bool = False,
     ) -> bool:
         # Modules with another forward than their class's are somebody's already.
-        if module in self._decided or "forward" in vars(module):
-            return module in self._decided
+        if "forward" in vars(module):
+            return module in self._plans
         plan = build(module)
-        if plan is None:
+        if plan is None or not self._trials.holds(module, build, kind, head):
             return False
+        if not self._trials.same(module, plan.forward, plan.width, head):
+            return False
+        self._install(module, plan)
+        return True
 
-        def forward(one: Any) -> Operator | None:
-            made = build(one)
-            return None if made is None else made.forward
-
-        fits = self._trials.fits(
-            module, forward, plan.width, kind=kind or build, head=head, adds=adds
-        )
-        if fits:
-            self._decided[module] = plan
-        return fits
+    def _install(self, module: nn.Module, plan: _Plan) -> None:
+        module.forward = plan.forward
+        if isinstance(plan, _PartPlan):
+            plan.merged.merge()
+        self._plans[module] = plan
 
     def _norm(self, module: Any) -> _Plan | None:
         if not type(module).__name__.endswith("RMSNorm") or list(module._parameters) != ["weight"]:
@@ -175,7 +174,7 @@ class _Fuser:
 
         return _Plan(forward, weight.shape[-1])
 
-    def _mlp(self, module: Any) -> _Plan | None:
+    def _mlp(self, module: Any) -> _PartPlan | None:
         parts: dict[str, Any] = dict(module.named_children())
         if parts.keys() != {"gate_proj", "up_proj", "down_proj", "act_fn"}:
             return None
@@ -186,16 +185,16 @@ class _Fuser:
         inner = _hooks((gate, up, act))
 
         def compute(rows: Tensor) -> Any:
-            return down(operators.silu_mul(merged.product(rows)))
+            return operators.silu_mul(merged.product(rows))
 
         def forward(hidden_states: Tensor) -> Any:
             if any(inner) or not operators.supports(hidden_states):
                 return own(hidden_states)
-            return compute(hidden_states)
+            return down(compute(hidden_states))
 
-        return _Plan(forward, gate.in_features, compute, merged)
+        return _PartPlan(forward, gate.in_features, compute, merged, down)
 
-    def _attention(self, module: Any, asked: ProbedLayer) -> _Plan | None:
+    def _attention(self, module: Any, asked: ProbedLayer) -> _PartPlan | None:
         """Run an attention module's work as one function; it must be a plain one."""
         parts: dict[str, Any] = dict(module.named_children())
         if parts.keys() != {f"{p}_proj" for p in "qkvo"}:
@@ -217,103 +216,105 @@ class _Fuser:
         def compute(rows: Tensor, cos: Tensor, sin: Tensor, step: Any) -> Any:
             every = merged.product(rows).view(len(rows), -1, width)
             query, key, value = every.split_with_sizes((heads, kv_heads, kv_heads), 1)
-            operators.rotate_(query, key, cos, sin)
-            return o(step.attend(index, query, key, value, scaling, window).flatten(1))
+            if getattr(step, "rotates", False):
+                mixed = step.attend_rotated(index, query, key, value, (cos, sin), scaling, window)
+            else:
+                operators.rotate_(query, key, cos, sin)
+                mixed = step.attend(index, query, key, value, scaling, window)
+            return mixed.flatten(1)
 
-        guarded = _or_own(operators, compute, module.forward, inner, width)
+        def whole(rows: Tensor, cos: Tensor, sin: Tensor, step: Any) -> Any:
+            return o(compute(rows, cos, sin, step))
+
+        guarded = _or_own(operators, whole, module.forward, inner, width)
 
         def forward(*args: Any, **kwargs: Any) -> Any:
             rows = guarded(*args, **kwargs)
             return rows if isinstance(rows, tuple) else (rows, None)
 
-        return _Plan(forward, projections[0].in_features, compute, merged)
+        return _PartPlan(forward, projections[0].in_features, compute, merged, o)
 
     def _rotation(self, module: Any, asked: ProbedLayer) -> _Plan | None:
         """Run an attention module's own code, its rotary function's name bound to ours."""
         if not self._rotates_halves(module):
             return None
         own = type(module).forward
-        names = {**own.__globals__, _ROTARY: self._rotary[own.__globals__[_ROTARY]]}
+        names = {**own.__globals__, ROTARY: self._rotary[own.__globals__[ROTARY]]}
         forward = FunctionType(own.__code__, names, own.__name__, own.__defaults__, own.__closure__)
         forward.__kwdefaults__ = own.__kwdefaults__
         return _Plan(MethodType(forward, module), self._width)
 
     def _rotates_halves(self, module: nn.Module) -> bool:
-        rotary = type(module).forward.__globals__[_ROTARY]
+        rotary = type(module).forward.__globals__[ROTARY]
         if rotary not in self._rotary:
-            self._rotary[rotary] = _rotate(rotary, self._operators, self._device)
+            self._rotary[rotary] = rotating(rotary, self._operators, self._device)
         return self._rotary[rotary] is not None
 
     def _layer(
-        self, layer: Any, asked: ProbedLayer, plans: Mapping[nn.Module, _Plan]
+        self, layer: Any, asked: ProbedLayer, plans: Mapping[nn.Module, _Plan] | None
     ) -> _Plan | None:
         """Run a whole Llama-like layer as one function, calling no module but the linear ones.
 
-        `plans` are those of its parts, where they are made already.
+        `plans` are those of its parts, made and merged; without them it makes its own.
         """
         parts: dict[str, Any] = dict(layer.named_children())
-        norms = ("input_layernorm", "post_attention_layernorm")
-        if parts.keys() != {*norms, "self_attn", "mlp"} or not _rotates(parts["self_attn"]):
+        if parts.keys() != {"input_layernorm", "post_attention_layernorm", "self_attn", "mlp"}:
             return None
-        attending = plans.get(parts["self_attn"]) or self._attention(parts["self_attn"], asked)
-        widening = plans.get(parts["mlp"]) or self._mlp(parts["mlp"])
-        attention = None if attending is None else attending.compute
-        mlp = None if widening is None else widening.compute
-        before, after = (parts[n] for n in norms)
-        first_epsilon, second_epsilon = _epsilon(before), _epsilon(after)
+        before, after = parts["input_layernorm"], parts["post_attention_layernorm"]
         one_dtype = len({weight.dtype for weight in layer.parameters()}) == 1
-        if attention is None or mlp is None or not one_dtype:
+        first_epsilon, second_epsilon = _epsilon(before), _epsilon(after)
+        if first_epsilon is None or second_epsilon is None or not one_dtype:
             return None
-        if first_epsilon is None or second_epsilon is None:
+        if plans is None:
+            plans = self._parts(parts["self_attn"], parts["mlp"], asked)
+        attention, mlp = plans.get(parts["self_attn"]), plans.get(parts["mlp"])
+        if not isinstance(attention, _PartPlan) or not isinstance(mlp, _PartPlan):
             return None
         operators = self._operators
         inner = _hooks(module for module in layer.modules() if module is not layer)
+        attend, o, activate, down = attention.compute, attention.last, mlp.compute, mlp.last
 
         def compute(rows: Tensor, cos: Tensor, sin: Tensor, step: Any) -> Tensor:
             normal = operators.rms_norm(rows, before.weight, first_epsilon)
             rows, normal = operators.add_rms_norm(
-                rows, attention(normal, cos, sin, step), after.weight, second_epsilon
+                rows, o(attend(normal, cos, sin, step)), after.weight, second_epsilon
             )
-            rows += mlp(normal)
+            rows += down(activate(normal))
             return rows
 
+        joined = mlp.merged.weight
+        products = operators if isinstance(operators, ProductOperators) else None
+        if products is not None and joined is not None and _plain(o, down, *mlp.merged.parts):
+
+            def compute_in_place(rows: Tensor, cos: Tensor, sin: Tensor, step: Any) -> Tensor:
+                # A layer's input is nobody's but its own: what gave it is done.
+                normal = products.rms_norm(rows, before.weight, first_epsilon)
+                normal = products.add_product_and_norm(
+                    rows, attend(normal, cos, sin, step), o.weight, after.weight, second_epsilon
+                )
+                return products.add_product_(
+                    rows, products.gated_product(normal, joined), down.weight
+                )
+
+            compute = compute_in_place
         forward = _or_own(operators, compute, layer.forward, inner, asked.shape.key_dim)
         return _Plan(forward, self._width)
 
+    def _parts(
+        self, attention: nn.Module, mlp: nn.Module, asked: ProbedLayer
+    ) -> dict[nn.Module, _Plan]:
+        """Plans of a copied layer's parts, merged."""
+        made = self._attention(attention, asked) if rotates(attention) else None
+        plans = {attention: made, mlp: self._mlp(mlp)}
+        for plan in plans.values():
+            if plan is not None:
+                plan.merged.merge()
+        return {module: plan for module, plan in plans.items() if plan is not None}
 
-def _rotates(module: nn.Module) -> bool:
-    own = type(module).forward
-    return isinstance(own, FunctionType) and _ROTARY in own.__code__.co_names
 
-
-def _rotate(rotary: Operator, operators: Operators, device: torch.device) -> Operator | None:
-    """A function like `rotary` that works in place; None if it does not give the same."""
-
-    def rotate(
-        q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[Tensor, Tensor]:
-        # As a linear layer gave them, [1, T, heads, dim], they are nobody else's.
-        query, key = q.transpose(1, 2)[0], k.transpose(1, 2)[0]
-        whole = cos.shape[-1] == q.shape[-1] == k.shape[-1] and len(q) == len(cos) == 1
-        if (
-            args
-            or kwargs
-            or not whole
-            or not operators.packs(query, key)
-            or not operators.supports(cos, sin)
-            or cos.dtype != q.dtype  # what a model computes in a wider dtype stays its own
-        ):
-            rotated: tuple[Tensor, Tensor] = rotary(q, k, cos, sin, *args, **kwargs)
-            return rotated
-        operators.rotate_(query, key, cos, sin)
-        return q, k
-
-    like = torch.empty(0, device=device)
-    heads = [random_rows(n * 8, like).view(1, ROWS, n, 8).transpose(1, 2) for n in (2, 1)]
-    wanted = rotary(*heads, *angles(8, like))
-    given = rotate(*heads, *angles(8, like))
-    same = all(torch.allclose(a, b, atol=1e-5) for a, b in zip(wanted, given, strict=True))
-    return rotate if same else None
+def _plain(*linears: nn.Linear) -> bool:
+    """Whether products with these layers' weights are all that they do."""
+    return all(type(linear) is nn.Linear and linear.bias is None for linear in linears)
 
 
 def _or_own(

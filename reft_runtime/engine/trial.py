@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Hashable
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -26,70 +26,87 @@ SHORTEST = 2**-10
 Operator = Callable[..., Any]
 
 
+class Planned(Protocol):
+    """What is to take a module's place."""
+
+    @property
+    def forward(self) -> Operator:
+        """Its forward."""
+
+    @property
+    def width(self) -> int:
+        """Width of the rows that it takes."""
+
+
 class Trials:
-    """Tries replacements; a formula that held for one module holds for those that are alike."""
+    """Tries replacements; a formula that held for one module holds for those that are alike.
+
+    `head` is the width of an attention's heads, whose modules also take rotary positions and a
+    step. What `adds` to its rows is judged by what it adds.
+    """
 
     def __init__(self) -> None:
-        self._held: set[Hashable] = set()
+        self._held: dict[Hashable, bool] = {}
 
-    def fits(
+    def holds(
         self,
         module: nn.Module,
-        build: Callable[[Any], Operator | None],
-        width: int,
-        *,
+        build: Callable[[Any], Planned | None],
         kind: Hashable,
         head: int | None = None,
+        *,
         adds: bool = False,
     ) -> bool:
-        """Whether `build(module)` gives, from rows [1, T, width], what the module gives.
+        """Whether what `build` makes of a float32 copy gives what the copy gives.
 
-        `kind` is what is built, and for what. `head` is the width of an attention's heads, whose
-        modules also take rotary positions and a step. What `adds` to its rows is judged by what it
-        adds.
+        `kind` is what is built, and for what.
         """
-        formula = (kind, _formula(module))
+        formula = kind, _formula(module)
         if formula not in self._held:
             plain = copy.deepcopy(module).float()
-            if not _same(plain, build(plain), width, head, adds=adds):
-                return False
-            self._held.add(formula)
-        return _dtype(module) == torch.float32 or _same(
-            module, build(module), width, head, adds=adds
-        )
+            plan = build(plain)
+            self._held[formula] = plan is not None and self.same(
+                plain, plan.forward, plan.width, head, adds=adds
+            )
+        return self._held[formula]
 
+    def same(
+        self,
+        module: nn.Module,
+        other: Operator,
+        width: int,
+        head: int | None = None,
+        *,
+        adds: bool = False,
+    ) -> bool:
+        """Whether `other` gives what the module gives, of random rows [1, ROWS, width]."""
+        weight = next(module.parameters())
+        like = torch.empty(0, dtype=weight.dtype, device=weight.device)  # weights may be packed
+        given: dict[str, Any] = {}
+        if head is not None:
+            given = {
+                "position_embeddings": angles(head, like),
+                "attention_mask": None,
+                "step": CausalStep(),
+            }
 
-def _same(
-    module: nn.Module, other: Operator | None, width: int, head: int | None, *, adds: bool
-) -> bool:
-    if other is None:
-        return False
-    like = next(module.parameters())
-    given: dict[str, Any] = {}
-    if head is not None:
-        given = {
-            "position_embeddings": angles(head, like),
-            "attention_mask": None,
-            "step": CausalStep(),
-        }
+        def changes(function: Operator, rows: Tensor) -> Tensor:
+            made = function(rows.clone(), **given)
+            out: Tensor = made[0] if isinstance(made, tuple) else made
+            return out.float() - rows.float() if adds else out.float()
 
-    def changes(function: Operator, rows: Tensor) -> Tensor:
-        made = function(rows.clone(), **given)
-        out: Tensor = made[0] if isinstance(made, tuple) else made
-        return out.float() - rows.float() if adds else out.float()
-
-    rows = random_rows(width, like)
-    try:
-        if adds:
-            # Rows far longer than what is added would drown it, and round it away. Norms come
-            # before all else, so that shorter rows get the same added.
-            share = changes(module.forward, rows).norm() / rows.float().norm()
-            rows = rows * float(share.clamp(SHORTEST, 1))
-        wanted = changes(module.forward, rows)
-        found = changes(other, rows)
-    except Exception:
-        return False  # it wants other arguments: it is none of those that are replaced
-    return bool((found - wanted).norm() <= TOLERANCE[like.dtype] * wanted.norm())
+        rows = random_rows(width, like)
+        try:
+            if adds:
+                # Rows far longer than what is added would drown it, and round it away. Norms come
+                # before all else, so that shorter rows get the same added.
+                share = changes(module.forward, rows).norm() / rows.float().norm()
+                rows = rows * float(share.clamp(SHORTEST, 1))
+            wanted = changes(module.forward, rows)
+            found = changes(other, rows)
+        except Exception:
+            return False  # it wants other arguments: it is none of those that are replaced
+        return bool((found - wanted).norm() <= TOLERANCE[like.dtype] * wanted.norm())
 
 
 def _formula(module: nn.Module) -> Hashable:
@@ -111,10 +128,6 @@ def _formula(module: nn.Module) -> Hashable:
         )
         for name, part in module.named_modules()
     )
-
-
-def _dtype(module: nn.Module) -> torch.dtype:
-    return next(module.parameters()).dtype
 
 
 def random_rows(width: int, like: Tensor) -> Tensor:
