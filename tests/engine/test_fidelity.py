@@ -80,21 +80,9 @@ def test_layers_that_scale_what_they_add_keep_their_code(
 
 @pytest.mark.parametrize("dtype", [torch.float32, BFLOAT16])
 def test_plain_layers_are_fused_in_every_dtype(dtype: torch.dtype) -> None:
-    for scale in (0.02, 0.1):
+    for scale in (0.02, 0.1, 0.3):
         loaded = adopt_model(in_dtype(tiny("llama", initializer_range=scale), dtype))
         assert all("forward" in vars(layer) for layer in loaded.layers)
-
-
-def test_special_tokens_decide_nothing() -> None:
-    # Logits after these are noise: of long states, which the head does not see, their rounding.
-    model = tiny("llama", initializer_range=0.05)
-    weights = {name: parameter.data for name, parameter in model.named_parameters()}
-    direction = torch.nn.functional.normalize(torch.randn(32), dim=0)
-    head = weights["lm_head.weight"]
-    head -= (head @ direction)[:, None] * direction
-    weights["model.norm.weight"].fill_(1)
-    weights["model.embed_tokens.weight"][:20] += 1e3 * direction
-    adopt_model(in_dtype(model, BFLOAT16))
 
 
 @pytest.mark.parametrize("length", [WINDOW - 1, WINDOW, WINDOW + 1, 3 * WINDOW])
