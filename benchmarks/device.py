@@ -30,7 +30,8 @@ from benchmarks.workload import F3L3, PROMPT_TOKENS, random_intervention, settin
 from reft_runtime.engine.core import EngineConfig, EngineCore
 from reft_runtime.engine.cuda.graphs import GraphCapture
 from reft_runtime.engine.edits import OnDevice
-from reft_runtime.engine.loader import LoadedModel, adopt_model, choose_device, choose_dtype
+from reft_runtime.engine.loader import adopt_model, choose_device, choose_dtype
+from reft_runtime.engine.model import LoadedModel
 from reft_runtime.engine.sequence import AppliedIntervention, Request
 from reft_runtime.interventions import CanonicalEdit, Positions, parse
 from reft_runtime.interventions.canonical import PackedEdits
@@ -134,7 +135,7 @@ def build(shape: str, device: torch.device, dtype: torch.dtype) -> LoadedModel:
     torch.manual_seed(0)
     with device:
         model: Any = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
-            config, dtype=dtype
+            config, dtype=dtype, trust_remote_code=False
         )
     return adopt_model(model)
 

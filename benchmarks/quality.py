@@ -129,9 +129,9 @@ def plain(run: Run, task: Task, model: str, tune: Callable[[Any], Tuned]) -> Out
     begun = time.process_time()
     path, _ = locate(model)
     torch.manual_seed(run.seed)
-    tokenizer = AutoTokenizer.from_pretrained(path)
+    tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     base = AutoModelForCausalLM.from_pretrained(
-        path, dtype=choose_dtype(run.dtype, torch.device("cpu"))
+        path, dtype=choose_dtype(run.dtype, torch.device("cpu")), trust_remote_code=False
     )
     words = Tokenizer(tokenizer, base.config.max_position_embeddings)
     tuned = tune(base)

@@ -38,7 +38,9 @@ class Stage:
 
     def __init__(self, model: str, dtype: str, pythons: Mapping[str | None, Path | None]) -> None:
         self.model, self.dtype = model, dtype
-        self.layers: int = AutoConfig.from_pretrained(model).num_hidden_layers
+        self.layers: int = AutoConfig.from_pretrained(
+            model, trust_remote_code=False
+        ).num_hidden_layers
         self._pythons = pythons
         self._stack = ExitStack()
         self.peer = cache(self._peer)
@@ -70,7 +72,7 @@ class Stage:
     def reference(self) -> nn.Module:
         """The model as transformers loads it."""
         loaded: nn.Module = AutoModelForCausalLM.from_pretrained(
-            self.model, dtype=getattr(torch, self.dtype)
+            self.model, dtype=getattr(torch, self.dtype), trust_remote_code=False
         )
         return loaded
 

@@ -135,14 +135,13 @@ def _convert(gguf: Path, folder: Path) -> None:
     """Write the model, dequantised to float32, and its tokenizer to `folder`."""
     # Imported here because only the first run needs them, and they take seconds.
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from reft_runtime.pretrained import read_model, read_tokenizer
 
     # tqdm's bars go to standard error: five of them for a few seconds are no help.
     with contextlib.redirect_stderr(io.StringIO()):
-        model: Any = AutoModelForCausalLM.from_pretrained(
-            gguf.parent, gguf_file=gguf.name, dtype=torch.float32
-        )
-        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+        model: Any = read_model(str(gguf.parent), torch.float32, gguf_file=gguf.name)
+        tokenizer = read_tokenizer(str(gguf.parent), gguf_file=gguf.name)
         # The weights are plain tensors now; what still says GGUF would keep the model from saving.
         model.hf_quantizer = None
         model.is_quantized = False

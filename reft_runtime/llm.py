@@ -23,6 +23,7 @@ from reft_runtime.engine.loop import EngineLoop
 from reft_runtime.engine.sequence import Request
 from reft_runtime.errors import InvalidRequest
 from reft_runtime.interventions import Registry, Version
+from reft_runtime.interventions.registry import check_folders
 from reft_runtime.loading import kv_budget, load_base, shape_of
 from reft_runtime.outputs import Comparison, EngineInfo, EngineStats, Generation, Trace
 from reft_runtime.sampling import SamplingParams
@@ -75,6 +76,8 @@ class Engine:
         threads: int | None = None,
     ) -> None:
         torch.set_num_threads(threads or min(torch.get_num_threads(), usable_cores()))
+        sources = () if interventions is None else (interventions,)
+        check_folders(sources, state_dir)
         name, loaded, tokenizer = load_base(model, tokenizer, dtype, max_model_len, device=device)
         sizes = sizes_for(loaded.device)
         max_running = sizes.max_running if max_running is None else max_running
@@ -87,7 +90,7 @@ class Engine:
         self.tokenizer = Tokenizer(tokenizer, loaded.max_model_len)
         self.registry = Registry(
             shape_of(name, loaded),
-            sources=() if interventions is None else (interventions,),
+            sources=sources,
             state_dir=state_dir,
             check_site=core.runner.sites.check,
             allow_base=allow_base,

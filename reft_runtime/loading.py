@@ -9,15 +9,18 @@ from pathlib import Path
 
 import psutil
 import torch
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from reft_runtime.demo import locate
 from reft_runtime.engine.blocks import BLOCK_TOKENS
 from reft_runtime.engine.cuda.sampling import sampling_bytes
 from reft_runtime.engine.cuda.tables import table_bytes
-from reft_runtime.engine.loader import LoadedModel, adopt_model, load_model
+from reft_runtime.engine.loader import adopt_model, load_model
+from reft_runtime.engine.model import LoadedModel
+from reft_runtime.engine.support import check_config
 from reft_runtime.errors import ConfigError
 from reft_runtime.interventions import BaseShape
+from reft_runtime.pretrained import read_config, read_tokenizer
 
 KV_SHARE_OF_FREE_MEMORY = 0.3
 KV_SHARE_OF_DEVICE = 0.9
@@ -46,11 +49,23 @@ def load_base(
         if tokenizer is None:
             raise ConfigError("tokenizer: give that of the model in memory.", param="tokenizer")
         name = Path(model.name_or_path or "").name or type(model).__name__
-        loaded = adopt_model(model, max_model_len, differentiable=differentiable)
+        loaded = adopt_model(
+            model, max_model_len, tokenizer=tokenizer, differentiable=differentiable
+        )
         return name, loaded, tokenizer
     path, name = locate(str(model))
-    loaded = load_model(path, dtype, max_model_len, device=device, differentiable=differentiable)
-    return name, loaded, tokenizer or AutoTokenizer.from_pretrained(path)
+    check_config(read_config(path))
+    # The tokenizer before the model: what is wrong with it is told before minutes have gone by.
+    tokenizer = tokenizer or read_tokenizer(path)
+    loaded = load_model(
+        path,
+        dtype,
+        max_model_len,
+        tokenizer=tokenizer,
+        device=device,
+        differentiable=differentiable,
+    )
+    return name, loaded, tokenizer
 
 
 def shape_of(name: str, loaded: LoadedModel) -> BaseShape:

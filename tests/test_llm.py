@@ -376,7 +376,8 @@ def test_compare_twice_the_same_row(engine: Engine) -> None:
 def test_compare_is_greedy_and_takes_chats(engine: Engine) -> None:
     chat = [{"role": "user", "content": "is it on?"}]
     base, task = engine.compare(chat, ["q-and-a"])
-    assert len(base.answer.tokens) == 64
+    again = engine.generate([chat], SamplingParams(temperature=0, max_tokens=64))
+    assert base.answer.tokens == again[0].tokens
     # Each with its own template; the divergence is that of the edits and not of the templates.
     assert base.answer.prompt_tokens != task.answer.prompt_tokens
     assert_trace(task.trace, task.answer.prompt_tokens, task.answer.tokens, Applied((LOREFT,)))

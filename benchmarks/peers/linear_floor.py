@@ -20,7 +20,9 @@ from reft_runtime.engine.linears import prepack
 
 def load(config: Mapping[str, Any]) -> Run:
     """The linear layers, ready to run jobs whose requests are equally long."""
-    model = AutoModelForCausalLM.from_pretrained(config["model"], dtype=config["dtype"])
+    model = AutoModelForCausalLM.from_pretrained(
+        config["model"], dtype=config["dtype"], trust_remote_code=False
+    )
     prepack(model)
     return lambda job: run_layers(model, job)
 

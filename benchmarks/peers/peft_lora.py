@@ -17,7 +17,9 @@ from benchmarks.peers.worker import Job, Result, Run, serve
 
 def load(config: Mapping[str, Any]) -> Run:
     """The model with all adapters, ready to run jobs whose requests are equally long."""
-    model = AutoModelForCausalLM.from_pretrained(config["model"], dtype=config["dtype"])
+    model = AutoModelForCausalLM.from_pretrained(
+        config["model"], dtype=config["dtype"], trust_remote_code=False
+    )
     names = [f"lora-{i}" for i in range(len(config["loras"]))]
     first, *others = zip(config["loras"], names, strict=True)
     peft = PeftModel.from_pretrained(

@@ -23,7 +23,9 @@ SPAN = 7
 def load(config: Mapping[str, Any]) -> Run:
     """The model with its interventions, ready to run jobs."""
     dtype = getattr(torch, config["dtype"])
-    model = AutoModelForCausalLM.from_pretrained(config["model"], dtype=dtype)
+    model = AutoModelForCausalLM.from_pretrained(
+        config["model"], dtype=dtype, trust_remote_code=False
+    )
     layers = model.config.num_hidden_layers
     representations = [
         {

@@ -20,7 +20,10 @@ KV_BLOCKS = 64
 def load(config: Mapping[str, Any]) -> Run:
     """The model, ready to run jobs whose answers are equally long."""
     model = AutoModelForCausalLM.from_pretrained(
-        config["model"], dtype=config["dtype"], attn_implementation="sdpa"
+        config["model"],
+        dtype=config["dtype"],
+        attn_implementation="sdpa",
+        trust_remote_code=False,
     )
 
     def run(job: Job) -> Result:

@@ -14,7 +14,9 @@ from benchmarks.peers.worker import Job, Result, Run, serve
 
 def load(config: Mapping[str, Any]) -> Run:
     """The model, ready to run jobs whose requests are equally long."""
-    model = AutoModelForCausalLM.from_pretrained(config["model"], dtype=config["dtype"])
+    model = AutoModelForCausalLM.from_pretrained(
+        config["model"], dtype=config["dtype"], trust_remote_code=False
+    )
     return lambda job: run_static(model, job)
 
 

@@ -8,17 +8,26 @@ lie: see `row_attention` and `page_attention`.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
-from transformers import AttentionInterface
+from transformers import AttentionInterface, AttentionMaskInterface
 
 from reft_runtime.errors import UnsupportedModel
 
 ATTENTION = "reft_packed"
+PROBE = "reft_probe"
+"""The same while a model is looked at: only then are masks made, as descriptions."""
+
+_WINDOW = "reft_window"
+"""Attribute of an attention module: the window that its mask has."""
+
+_AFTER = 64
+"""Keys after a query that are looked at: a causal mask hides them all."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,19 +81,27 @@ def packed_attention(
     value: Tensor,
     attention_mask: Tensor | None,
     *,
-    step: AttentionStep,
+    step: AttentionStep | None = None,
     scaling: float | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """transformers' attention function: hands one layer's work to the step."""
+    """transformers' attention function: hands one layer's work to the step.
+
+    The window is the one that `probe_attention` saw in the layer's mask, if it saw one.
+    """
     if softcap is not None or s_aux is not None:
         raise UnsupportedModel("logit soft-capping and attention sinks are not supported")
+    if step is None:
+        raise UnsupportedModel(
+            "its layers do not hand on what transformers' attention interface is called with"
+        )
     layer: int = module.layer_idx  # type: ignore[assignment]
+    window: Any = getattr(module, _WINDOW, sliding_window)
     query, key, value = (heads[0].transpose(0, 1) for heads in (query, key, value))
-    return step.attend(layer, query, key, value, scaling, sliding_window)[None], None
+    return step.attend(layer, query, key, value, scaling, window)[None], None
 
 
 AttentionInterface.register(ATTENTION, packed_attention)
@@ -100,11 +117,8 @@ class ProbedLayer:
     window: int | None
 
 
-@dataclass(slots=True)
-class ShapeProbe:
-    """An `AttentionStep` for one short prompt that stores nothing; notes what every layer asks."""
-
-    layers: dict[int, ProbedLayer] = field(default_factory=dict)
+class CausalStep:
+    """An `AttentionStep` for one short prompt, which stores nothing."""
 
     def attend(
         self,
@@ -115,12 +129,109 @@ class ShapeProbe:
         scaling: float | None,
         window: int | None,
     ) -> Tensor:
-        """Note the layer, and attend as the engine does: causally, within the window."""
+        """Attend as the engine does: causally, within the window."""
+        return attend_causally(query, key, value, scaling, window)
+
+
+@dataclass(slots=True)
+class ShapeProbe(CausalStep):
+    """A step that notes what every layer asks; `max_tokens` is the longest sequence to be served.
+
+    `dtype` is what keys and values will be kept in. `own_masks` are the layers whose masks are made
+    by code of the model's own.
+    """
+
+    max_tokens: int
+    dtype: torch.dtype
+    layers: dict[int, ProbedLayer] = field(default_factory=dict)
+    own_masks: set[int] = field(default_factory=set)
+
+    def look_at_mask(self, module: nn.Module, mask: AskedMask | Tensor | None) -> None:
+        """Keep the window of a layer's mask at its module."""
+        layer: int = module.layer_idx  # type: ignore[assignment]
+        if isinstance(mask, AskedMask):
+            setattr(module, _WINDOW, mask.window(self.max_tokens))
+        elif mask is not None:
+            self.own_masks.add(layer)
+
+    def attend(
+        self,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scaling: float | None,
+        window: int | None,
+    ) -> Tensor:
+        """Note the layer, and attend."""
         if layer in self.layers:
             raise UnsupportedModel("a layer attends more than once")
+        if {query.dtype, key.dtype, value.dtype} != {self.dtype}:
+            raise UnsupportedModel(
+                f"its attention does not work in the dtype of its weights, {self.dtype}; take"
+                " another dtype, such as float32"
+            )
         shape = LayerShape(key.shape[1], key.shape[2], value.shape[2])
         self.layers[layer] = ProbedLayer(shape, query.shape[1], scaling, window)
         return attend_causally(query, key, value, scaling, window)
+
+
+def probe_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: AskedMask | Tensor | None,
+    *,
+    step: ShapeProbe | None = None,
+    **more: Any,
+) -> tuple[Tensor, None]:
+    """As `packed_attention`, of a `ShapeProbe`: masks say more than what a layer passes on."""
+    if step is not None:
+        step.look_at_mask(module, attention_mask)
+    return packed_attention(module, query, key, value, None, step=step, **more)
+
+
+@dataclass(frozen=True, slots=True)
+class AskedMask:
+    """A mask as transformers' mask interface describes it: who sees whom, by their positions."""
+
+    sees: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+    """From indices of sequence, head, query and key to whether the query sees the key."""
+
+    def window(self, length: int) -> int | None:
+        """The sliding window of a causal mask over so many tokens; None where all is seen.
+
+        Raises `UnsupportedModel` for any other mask.
+        """
+        last = length - 1
+        count = int(self._row(last, length).sum())
+        window = None if count == length else count
+        near = 0 if window is None else window
+        for query in {0, 1, near - 1, near, near + 1, 2 * near + 1, length // 2, last}:
+            if not 0 <= query <= last:
+                continue
+            width = min(query + _AFTER, length)
+            keys = torch.arange(width)
+            wanted = keys <= query
+            if window is not None:
+                wanted &= keys > query - window
+            if not torch.equal(self._row(query, width), wanted):
+                raise UnsupportedModel("its attention mask is neither causal nor a sliding window")
+        return window
+
+    def _row(self, query: int, keys: int) -> Tensor:
+        first = torch.zeros((), dtype=torch.long)
+        seen = self.sees(first, first, torch.tensor(query), torch.arange(keys))
+        return seen.expand(keys)
+
+
+def _asked_mask(*_: Any, mask_function: Any, **__: Any) -> AskedMask:
+    return AskedMask(mask_function)
+
+
+AttentionInterface.register(PROBE, probe_attention)
+AttentionMaskInterface.register(PROBE, _asked_mask)
 
 
 def attend_causally(

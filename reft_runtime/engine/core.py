@@ -25,7 +25,7 @@ from reft_runtime.engine.events import (
     TokenMade,
     Traced,
 )
-from reft_runtime.engine.loader import LoadedModel
+from reft_runtime.engine.model import LoadedModel
 from reft_runtime.engine.pacing import StepPacer
 from reft_runtime.engine.prefix_cache import BlockCopy, PrefixCache
 from reft_runtime.engine.runner import Launched, Runner, StepResult

@@ -13,7 +13,7 @@ from reft_runtime.engine.cuda.tables import EditTables, table_bytes
 from reft_runtime.engine.kv import KVStorage
 from reft_runtime.engine.kv_pages import PageStorage
 from reft_runtime.engine.kv_rows import RowStorage
-from reft_runtime.engine.loader import LoadedModel
+from reft_runtime.engine.model import LoadedModel
 from reft_runtime.engine.operators import has_triton
 from reft_runtime.engine.pacing import LEAST_TOKENS, MIXED_TOKENS
 from reft_runtime.engine.page_attention import GatheredAttention, PageKernel

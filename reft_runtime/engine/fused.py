@@ -1,28 +1,30 @@
 """Puts fused operators in the place of a model's small ones, where they give the same.
 
-Patterns of the Llama family, each tried on random rows before it is used, so that what has the
-same names and computes something else keeps its own code. Modules stay where they are, with their
-hooks: a layer with a hook anywhere inside it runs its own code, module by module.
+Patterns of the Llama family, each tried on random rows before it is used (`trial`), so that what
+has the same names and computes something else keeps its own code. Modules stay where they are,
+with their hooks: a layer with a hook anywhere inside it runs its own code, module by module.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from collections.abc import Sequence as SequenceOf
+from dataclasses import dataclass
+from functools import partial
 from types import FunctionType, MethodType
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from reft_runtime.engine.attention import ProbedLayer, ShapeProbe
+from reft_runtime.engine.attention import ProbedLayer
 from reft_runtime.engine.linears import Merged
 from reft_runtime.engine.operators import Operators, ProductOperators, operators_for
+from reft_runtime.engine.rotary import ROTARY, rotates, rotating
+from reft_runtime.engine.trial import TOLERANCE, Operator, Trials
 
-_ROTARY = "apply_rotary_pos_emb"
 _PLAIN_ATTENTION = {
-    _ROTARY,
+    ROTARY,
     "shape",
     "head_dim",
     "q_proj",
@@ -52,11 +54,6 @@ _PLAIN_ATTENTION = {
 }
 """Names that the code of an attention module may use: one with more does more."""
 
-_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 6e-2}
-_ROWS = 3
-
-Operator = Callable[..., Any]
-
 Compute = Callable[[Tensor, Tensor, Tensor, Any], Tensor]
 """From rows [T, d], the rotary cosines and sines [1, T, dim] and the step to rows [T, d]; of
 attention to what its output projection gets."""
@@ -71,56 +68,119 @@ def fuse(
     must not be packed yet.
     """
     operators = operators_for(model.device)
-    if operators is None or model.dtype not in _TOLERANCE:
+    if operators is None or model.dtype not in TOLERANCE:
         return 0
-    fuser = _Fuser(operators, model.device)
-    # Modules with another forward than their class's are somebody's already.
-    changed = sum(
-        fuser.norm(module) or fuser.mlp(module)
-        for module in model.modules()
-        if "forward" not in vars(module)
-    )
+    fuser = _Fuser(operators, model)
     for layer, asked in zip(layers, probed, strict=True):
-        attentions = [m for m in layer.modules() if "forward" not in vars(m) and _rotates(m)]
-        changed += sum(fuser.attention(m, asked) or fuser.rotary(m) for m in attentions)
-        if "forward" not in vars(layer):
-            changed += fuser.layer(layer)
-    return changed
+        fuser.fuse(layer, asked)
+    for module in model.modules():
+        fuser.fuse_alone(module)
+    return fuser.changed
+
+
+@dataclass(frozen=True, slots=True)
+class _Plan:
+    """A module's other forward, and the width of the rows that it takes."""
+
+    forward: Operator
+    width: int
+
+
+@dataclass(frozen=True, slots=True)
+class _PartPlan(_Plan):
+    """Of a part of a layer: what it computes before its last product, and the layer of that.
+
+    `merged` are its first linear layers.
+    """
+
+    compute: Operator
+    merged: Merged
+    last: nn.Linear
 
 
 class _Fuser:
     """Replaces forwards, and remembers what it made: a layer is put together from its parts."""
 
-    def __init__(self, operators: Operators, device: torch.device) -> None:
+    def __init__(self, operators: Operators, model: PreTrainedModel) -> None:
         self._operators = operators
-        self._device = device
+        self._device = model.device
+        self._width: int = model.config.hidden_size
+        self._trials = Trials()
         self._rotary: dict[Operator, Operator | None] = {}
-        # Of modules: what they compute before their last product, and the layer that does that.
-        self._mlps: dict[nn.Module, tuple[Callable[[Tensor], Tensor], Merged, nn.Linear]] = {}
-        self._attentions: dict[nn.Module, tuple[Compute, nn.Linear]] = {}
+        self._plans: dict[nn.Module, _Plan] = {}
 
-    def norm(self, module: nn.Module) -> bool:
-        if not type(module).__name__.endswith("RMSNorm") or list(module._parameters) != ["weight"]:
+    @property
+    def changed(self) -> int:
+        """How many modules were replaced."""
+        return len(self._plans)
+
+    def fuse(self, layer: nn.Module, asked: ProbedLayer) -> None:
+        """Replace a decoder layer and the modules in it, where that can be."""
+        head, kind = asked.shape.key_dim, ("layer", asked)
+        # A copy of the layer shows its own formula only while its parts are as they were.
+        whole = "forward" not in vars(layer) and self._trials.holds(
+            layer, partial(self._layer, asked=asked, plans=None), kind, head, adds=True
+        )
+        for module in layer.modules():
+            if module is layer or self.fuse_alone(module) or not rotates(module):
+                continue
+            for build in (self._attention, self._rotation):
+                if self._try(module, partial(build, asked=asked), (build.__name__, asked), head):
+                    break
+        plan = self._layer(layer, asked, self._plans) if whole else None
+        if plan is not None and self._trials.same(layer, plan.forward, plan.width, head, adds=True):
+            self._install(layer, plan)
+
+    def fuse_alone(self, module: nn.Module) -> bool:
+        """Replace a module that needs no step; whether it is replaced."""
+        return self._try(module, self._norm, "norm") or self._try(module, self._mlp, "mlp")
+
+    def _try(
+        self,
+        module: nn.Module,
+        build: Callable[[Any], _Plan | None],
+        kind: Hashable,
+        head: int | None = None,
+    ) -> bool:
+        # Modules with another forward than their class's are somebody's already.
+        if "forward" in vars(module):
+            return module in self._plans
+        plan = build(module)
+        if plan is None or not self._trials.holds(module, build, kind, head):
             return False
+        if not self._trials.same(module, plan.forward, plan.width, head):
+            return False
+        self._install(module, plan)
+        return True
+
+    def _install(self, module: nn.Module, plan: _Plan) -> None:
+        module.forward = plan.forward
+        if isinstance(plan, _PartPlan):
+            plan.merged.merge()
+        self._plans[module] = plan
+
+    def _norm(self, module: Any) -> _Plan | None:
+        if not type(module).__name__.endswith("RMSNorm") or list(module._parameters) != ["weight"]:
+            return None
         own, weight, operators = module.forward, module.weight, self._operators
         epsilon = _epsilon(module)
         if not isinstance(weight, Tensor) or epsilon is None:
-            return False
+            return None
 
         def forward(hidden_states: Tensor) -> Any:
             if not operators.supports(hidden_states, weight):
                 return own(hidden_states)
             return operators.rms_norm(hidden_states, weight, epsilon)
 
-        return _replace(module, forward, (_random(weight.shape[-1], weight),), {})
+        return _Plan(forward, weight.shape[-1])
 
-    def mlp(self, module: nn.Module) -> bool:
+    def _mlp(self, module: Any) -> _PartPlan | None:
         parts: dict[str, Any] = dict(module.named_children())
         if parts.keys() != {"gate_proj", "up_proj", "down_proj", "act_fn"}:
-            return False
+            return None
         gate, up, down, act = (parts[n] for n in ("gate_proj", "up_proj", "down_proj", "act_fn"))
         if not Merged.possible((gate, up)):
-            return False
+            return None
         own, operators, merged = module.forward, self._operators, Merged((gate, up))
         inner = _hooks((gate, up, act))
 
@@ -132,26 +192,21 @@ class _Fuser:
                 return own(hidden_states)
             return down(compute(hidden_states))
 
-        rows = _random(gate.in_features, gate.weight)
-        if not _replace(module, forward, (rows,), {}):
-            return False
-        merged.merge()
-        self._mlps[module] = compute, merged, down
-        return True
+        return _PartPlan(forward, gate.in_features, compute, merged, down)
 
-    def attention(self, module: nn.Module, asked: ProbedLayer) -> bool:
+    def _attention(self, module: Any, asked: ProbedLayer) -> _PartPlan | None:
         """Run an attention module's work as one function; it must be a plain one."""
         parts: dict[str, Any] = dict(module.named_children())
         if parts.keys() != {f"{p}_proj" for p in "qkvo"}:
-            return False
+            return None
         shape, scaling, window = asked.shape, asked.scaling, asked.window
         if not _PLAIN_ATTENTION.issuperset(type(module).forward.__code__.co_names):
-            return False
+            return None
         projections = tuple(parts[f"{p}_proj"] for p in "qkv")
         if shape.key_dim != shape.value_dim or not self._rotates_halves(module):
-            return False
+            return None
         if not Merged.possible(projections):
-            return False
+            return None
         o, operators = parts["o_proj"], self._operators
         merged, inner = Merged(projections), _hooks((*projections, o))
         index: Any = module.layer_idx
@@ -177,48 +232,47 @@ class _Fuser:
             rows = guarded(*args, **kwargs)
             return rows if isinstance(rows, tuple) else (rows, None)
 
-        weight = projections[0].weight
-        rows = _random(projections[0].in_features, weight)
-        given = {"position_embeddings": _angles(width, weight), "attention_mask": None}
-        if not _replace(module, forward, (rows,), given, needs_step=True):
-            return False
-        merged.merge()
-        self._attentions[module] = compute, o
-        return True
+        return _PartPlan(forward, projections[0].in_features, compute, merged, o)
 
-    def rotary(self, module: nn.Module) -> bool:
+    def _rotation(self, module: Any, asked: ProbedLayer) -> _Plan | None:
         """Run an attention module's own code, its rotary function's name bound to ours."""
         if not self._rotates_halves(module):
-            return False
+            return None
         own = type(module).forward
-        names = {**own.__globals__, _ROTARY: self._rotary[own.__globals__[_ROTARY]]}
+        names = {**own.__globals__, ROTARY: self._rotary[own.__globals__[ROTARY]]}
         forward = FunctionType(own.__code__, names, own.__name__, own.__defaults__, own.__closure__)
         forward.__kwdefaults__ = own.__kwdefaults__
-        module.forward = MethodType(forward, module)
-        return True
+        return _Plan(MethodType(forward, module), self._width)
 
     def _rotates_halves(self, module: nn.Module) -> bool:
-        rotary = type(module).forward.__globals__[_ROTARY]
+        rotary = type(module).forward.__globals__[ROTARY]
         if rotary not in self._rotary:
-            self._rotary[rotary] = _rotate(rotary, self._operators, self._device)
+            self._rotary[rotary] = rotating(rotary, self._operators, self._device)
         return self._rotary[rotary] is not None
 
-    def layer(self, layer: nn.Module) -> bool:
-        """Run a whole Llama-like layer as one function, calling no module but the linear ones."""
+    def _layer(
+        self, layer: Any, asked: ProbedLayer, plans: Mapping[nn.Module, _Plan] | None
+    ) -> _Plan | None:
+        """Run a whole Llama-like layer as one function, calling no module but the linear ones.
+
+        `plans` are those of its parts, made and merged; without them it makes its own.
+        """
         parts: dict[str, Any] = dict(layer.named_children())
-        norms = ("input_layernorm", "post_attention_layernorm")
-        if parts.keys() != {*norms, "self_attn", "mlp"}:
-            return False
-        attention = self._attentions.get(parts["self_attn"])
-        mlp = self._mlps.get(parts["mlp"])
-        before, after = (parts[n] for n in norms)
+        if parts.keys() != {"input_layernorm", "post_attention_layernorm", "self_attn", "mlp"}:
+            return None
+        before, after = parts["input_layernorm"], parts["post_attention_layernorm"]
+        one_dtype = len({weight.dtype for weight in layer.parameters()}) == 1
         first_epsilon, second_epsilon = _epsilon(before), _epsilon(after)
-        if attention is None or mlp is None or first_epsilon is None or second_epsilon is None:
-            return False
+        if first_epsilon is None or second_epsilon is None or not one_dtype:
+            return None
+        if plans is None:
+            plans = self._parts(parts["self_attn"], parts["mlp"], asked)
+        attention, mlp = plans.get(parts["self_attn"]), plans.get(parts["mlp"])
+        if not isinstance(attention, _PartPlan) or not isinstance(mlp, _PartPlan):
+            return None
         operators = self._operators
         inner = _hooks(module for module in layer.modules() if module is not layer)
-        width = parts["self_attn"].head_dim
-        (attend, o), (activate, gate_up, down) = attention, mlp
+        attend, o, activate, down = attention.compute, attention.last, mlp.compute, mlp.last
 
         def compute(rows: Tensor, cos: Tensor, sin: Tensor, step: Any) -> Tensor:
             normal = operators.rms_norm(rows, before.weight, first_epsilon)
@@ -228,9 +282,9 @@ class _Fuser:
             rows += down(activate(normal))
             return rows
 
-        joined = gate_up.weight
+        joined = mlp.merged.weight
         products = operators if isinstance(operators, ProductOperators) else None
-        if products is not None and joined is not None and _plain(o, down, *gate_up.parts):
+        if products is not None and joined is not None and _plain(o, down, *mlp.merged.parts):
 
             def compute_in_place(rows: Tensor, cos: Tensor, sin: Tensor, step: Any) -> Tensor:
                 # A layer's input is nobody's but its own: what gave it is done.
@@ -243,50 +297,24 @@ class _Fuser:
                 )
 
             compute = compute_in_place
-        forward = _or_own(operators, compute, layer.forward, inner, width)
-        given = {"position_embeddings": _angles(width, before.weight)}
-        rows = _random(before.weight.shape[-1], before.weight)
-        return _replace(layer, forward, (rows,), given, needs_step=True)
+        forward = _or_own(operators, compute, layer.forward, inner, asked.shape.key_dim)
+        return _Plan(forward, self._width)
+
+    def _parts(
+        self, attention: nn.Module, mlp: nn.Module, asked: ProbedLayer
+    ) -> dict[nn.Module, _Plan]:
+        """Plans of a copied layer's parts, merged."""
+        made = self._attention(attention, asked) if rotates(attention) else None
+        plans = {attention: made, mlp: self._mlp(mlp)}
+        for plan in plans.values():
+            if plan is not None:
+                plan.merged.merge()
+        return {module: plan for module, plan in plans.items() if plan is not None}
 
 
 def _plain(*linears: nn.Linear) -> bool:
     """Whether products with these layers' weights are all that they do."""
     return all(type(linear) is nn.Linear and linear.bias is None for linear in linears)
-
-
-def _rotates(module: nn.Module) -> bool:
-    own = type(module).forward
-    return isinstance(own, FunctionType) and _ROTARY in own.__code__.co_names
-
-
-def _rotate(rotary: Operator, operators: Operators, device: torch.device) -> Operator | None:
-    """A function like `rotary` that works in place; None if it does not give the same."""
-
-    def rotate(
-        q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[Tensor, Tensor]:
-        # As a linear layer gave them, [1, T, heads, dim], they are nobody else's.
-        query, key = q.transpose(1, 2)[0], k.transpose(1, 2)[0]
-        whole = cos.shape[-1] == q.shape[-1] == k.shape[-1] and len(q) == len(cos) == 1
-        if (
-            args
-            or kwargs
-            or not whole
-            or not operators.packs(query, key)
-            or not operators.supports(cos, sin)
-        ):
-            rotated: tuple[Tensor, Tensor] = rotary(q, k, cos, sin, *args, **kwargs)
-            return rotated
-        operators.rotate_(query, key, cos, sin)
-        return q, k
-
-    like = torch.empty(0, device=device)
-    heads = [_random(n * 8, like).view(1, _ROWS, n, 8).transpose(1, 2) for n in (2, 1)]
-    angles = _angles(8, like)
-    wanted = rotary(*heads, *angles)
-    given = rotate(*heads, *angles)
-    same = all(torch.allclose(a, b, atol=1e-5) for a, b in zip(wanted, given, strict=True))
-    return rotate if same else None
 
 
 def _or_own(
@@ -323,39 +351,6 @@ def _hooks(modules: Iterable[nn.Module]) -> list[dict[int, Any]]:
     return [hooks for m in modules for hooks in (m._forward_hooks, m._forward_pre_hooks)]
 
 
-def _replace(
-    module: nn.Module,
-    forward: Operator,
-    args: tuple[Tensor, ...],
-    kwargs: dict[str, Any],
-    *,
-    needs_step: bool = False,
-) -> bool:
-    """Give a module another forward, if it gives the same for these arguments."""
-
-    def call(function: Operator) -> Tensor:
-        step = {"step": ShapeProbe()} if needs_step else {}
-        result = function(*(a.clone() for a in args), **kwargs, **step)
-        rows: Tensor = result[0] if isinstance(result, tuple) else result
-        return rows.float()
-
-    wanted = call(module.forward)
-    if not (call(forward) - wanted).norm() <= _TOLERANCE[args[0].dtype] * wanted.norm():
-        return False
-    module.forward = forward
-    return True
-
-
 def _epsilon(norm: nn.Module) -> float | None:
     epsilon = getattr(norm, "variance_epsilon", getattr(norm, "eps", None))
     return epsilon if isinstance(epsilon, float) else None
-
-
-def _random(width: int, like: Tensor) -> Tensor:
-    """The same numbers on any device, on the device and with the dtype of `like`."""
-    return torch.randn(1, _ROWS, width, generator=torch.Generator().manual_seed(0)).to(like)
-
-
-def _angles(width: int, like: Tensor) -> tuple[Tensor, Tensor]:
-    angles = _random(width // 2, like.float()).repeat(1, 1, 2)
-    return angles.cos().to(like.dtype), angles.sin().to(like.dtype)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -36,7 +36,7 @@ class Merged:
     @staticmethod
     def possible(parts: Sequence[Any]) -> bool:
         """Whether these are plain linear layers of one input that can be put together."""
-        if not all(type(part) is nn.Linear and not part.weight.is_mkldnn for part in parts):
+        if not all(_is_plain(part) and not part.weight.is_mkldnn for part in parts):
             return False
         kinds = {(p.weight.shape[1], p.weight.dtype, p.bias is None) for p in parts}
         return len(kinds) == 1 and len({id(part.weight) for part in parts}) == len(parts)
@@ -73,8 +73,7 @@ def prepack(model: nn.Module) -> int:
             if parameter is not None:
                 users[id(parameter)] = users.get(id(parameter), 0) + 1
     for module in model.modules():
-        # Subclasses may compute something else.
-        if type(module) is not nn.Linear or not _packable(module.weight):
+        if not _is_plain(module) or not _packable(module.weight):
             continue
         product, packed = _product(module.weight.detach(), module.bias)
         module.forward = product  # type: ignore[method-assign, assignment]
@@ -83,6 +82,11 @@ def prepack(model: nn.Module) -> int:
         else:
             added += module.weight.numel() * module.weight.element_size()
     return added
+
+
+def _is_plain(module: nn.Module) -> TypeGuard[nn.Linear]:
+    """Whether it is a linear layer as torch has it: others may compute something else."""
+    return type(module) is nn.Linear and "forward" not in vars(module)
 
 
 def _packable(weight: Tensor) -> bool:

@@ -14,7 +14,7 @@ from reft_runtime.engine.cuda.sampling import DeviceSampler, Draw, Picked
 from reft_runtime.engine.cuda.tables import EditTables
 from reft_runtime.engine.edits import OnDevice, StepEdits
 from reft_runtime.engine.kv import KVStorage
-from reft_runtime.engine.loader import LoadedModel, forward
+from reft_runtime.engine.model import LoadedModel, forward
 from reft_runtime.engine.sampler import Sampled, SampleRow, prompt_logprobs, sample
 from reft_runtime.engine.scheduler import Chunk
 from reft_runtime.engine.sequence import Sequence, Status

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
-from reft_runtime.engine.attention import ShapeProbe
+from reft_runtime.engine.attention import CausalStep
 from reft_runtime.errors import WrongBaseModel
 from reft_runtime.interventions.components import NAMED, module_path
 
@@ -55,7 +55,7 @@ class EditSites:
         self._widths: dict[tuple[nn.Module, Side], int] = {}
         handles = [handle for module in model.modules() for handle in self._probe(module)]
         try:
-            forward_two(ShapeProbe())
+            forward_two(CausalStep())
         finally:
             for handle in handles:
                 handle.remove()

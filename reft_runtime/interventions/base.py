@@ -3,25 +3,22 @@
 from __future__ import annotations
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from reft_runtime.demo import locate
 from reft_runtime.errors import ConfigError
 from reft_runtime.interventions.manifest import BaseShape
+from reft_runtime.pretrained import read_config
 
 
 def read_base(model: str) -> tuple[BaseShape, PretrainedConfig]:
     """Shape and configuration of `demo`, a folder or a hub id; raises `ConfigError`."""
     path, name = locate(model)
     try:
-        config = AutoConfig.from_pretrained(path)
-    except (OSError, ValueError) as error:
-        raise ConfigError(
-            f"base: the configuration of {model!r} cannot be read ({str(error).splitlines()[0]});"
-            " give `demo`, a folder or a hub id.",
-            param="base",
-        ) from None
+        config = read_config(path)
+    except ConfigError as error:
+        raise ConfigError(f"base: {error.message.removeprefix('model: ')}", param="base") from None
     return base_shape(config, name), config
 
 
@@ -44,5 +41,7 @@ def base_shape(config: PretrainedConfig, name: str) -> BaseShape:
 def count_parameters(config: PretrainedConfig) -> int:
     """Number of parameters of the model that a configuration describes."""
     with torch.device("meta"):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
+            config, trust_remote_code=False
+        )
     return model.num_parameters()

@@ -35,6 +35,24 @@ SCAN_SHARE = 0.02
 _log = logging.getLogger(__name__)
 
 
+def check_folders(sources: Sequence[str | Path], state_dir: str | Path | None) -> None:
+    """Raise `ConfigError` for folders that a `Registry` would refuse.
+
+    It needs the model, which may take minutes to load; these are looked at before.
+    """
+    _check_sources([Path(source) for source in sources])
+    if state_dir is not None:
+        Store(Path(state_dir)).close()
+
+
+def _check_sources(folders: Sequence[Path]) -> None:
+    for folder in folders:
+        if not folder.is_dir():
+            raise ConfigError(
+                f"The interventions folder {folder} does not exist; make it, or name another."
+            )
+
+
 class Registry(Catalog):
     """The interventions of one base model.
 
@@ -60,9 +78,7 @@ class Registry(Catalog):
         self._allow_base = allow_base
         self._sources = [Path(source) for source in sources]
         self._max_file_bytes = max_file_bytes
-        for folder in self._sources:
-            if not folder.is_dir():
-                raise ConfigError(f"The interventions folder {folder} does not exist.")
+        _check_sources(self._sources)
         self._changing = threading.Lock()  # one change at a time; taken before _lock, never after
         self._listings: dict[Path, tuple[dict[str, Found], dict[str, str]]] = {}
         self._found: dict[str, Found] = {}

@@ -23,9 +23,13 @@ BATCH = 32
 def read_texts(path: str | Path) -> list[str]:
     """The lines of a text file that are not blank."""
     try:
-        lines = Path(path).read_text().splitlines()
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror}.") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(
+            f"{path}: not UTF-8 (byte {error.start}); save the texts as UTF-8."
+        ) from None
     return [line.strip() for line in lines if line.strip()]
 
 

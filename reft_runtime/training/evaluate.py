@@ -12,7 +12,7 @@ import torch
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from reft_runtime.engine.loader import LoadedModel
+from reft_runtime.engine.model import LoadedModel
 from reft_runtime.errors import ConfigError, NotFound
 from reft_runtime.interventions import CanonicalEdit, parse, read
 from reft_runtime.interventions.file import SUFFIX

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
-from reft_runtime.engine.loader import LoadedModel, forward
+from reft_runtime.engine.model import LoadedModel, forward
 from reft_runtime.engine.sites import EditSites, Site
 from reft_runtime.interventions import CanonicalEdit
 from reft_runtime.training.attention import BatchAttention, Prefix

@@ -33,8 +33,8 @@ class Example:
 class Formatter:
     """Turns rows of one layout into examples, with the model's tokenizer.
 
-    `eos_ids` are what ends the model's answers. `chat_template`, where given, is an intervention's
-    own: chats are then written by it, as the server does.
+    `eos_ids` are what ends the model's answers, where they are served too. `chat_template`, where
+    given, is an intervention's own: chats are then written by it, as the server does.
     """
 
     def __init__(
@@ -46,8 +46,8 @@ class Formatter:
     ) -> None:
         self._layout = layout
         self._tokenizer = tokenizer
-        self._eos_ids = eos_ids | tokenizer.eos_ids
-        self._eos = min(tokenizer.eos_ids or eos_ids, default=None)
+        self._eos_ids = eos_ids
+        self._eos = min(tokenizer.eos_ids & eos_ids or eos_ids, default=None)
         self._chat_template = None if chat_template == CHAT else chat_template
 
     def prompt(self, row: Row) -> list[int]:

@@ -19,7 +19,8 @@ from reft_runtime.demo import demo_model
 from reft_runtime.engine.blocks import BLOCK_TOKENS, blocks_for
 from reft_runtime.engine.core import EngineConfig, EngineCore
 from reft_runtime.engine.events import Failed, TokenMade, Traced
-from reft_runtime.engine.loader import LoadedModel, load_model
+from reft_runtime.engine.loader import load_model
+from reft_runtime.engine.model import LoadedModel
 from reft_runtime.engine.sequence import AppliedIntervention, Request
 from reft_runtime.interventions import parse, read, serialise
 from reft_runtime.interventions.pyreft import import_pyreft

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from reft_runtime.engine import loader, runner
+from reft_runtime.engine import model, runner
 from reft_runtime.engine.core import EngineCore
 from reft_runtime.engine.cuda import graphs
 from reft_runtime.engine.kv_rows import RowStorage
@@ -145,7 +145,7 @@ def test_logits_that_are_not_finite_while_decoding(
         core.add(each)
     for _ in range(3):
         step(core, found)
-    real = loader.forward
+    real = model.forward
 
     def broken(*args: Any) -> Tensor:
         logits: Tensor = real(*args)

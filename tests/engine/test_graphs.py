@@ -20,7 +20,7 @@ from reft_runtime.engine.cuda import tables
 from reft_runtime.engine.cuda.graphs import Compute, DecodeGraphs, buckets
 from reft_runtime.engine.cuda.tables import EditTables
 from reft_runtime.engine.kv_pages import PageStorage
-from reft_runtime.engine.loader import LoadedModel
+from reft_runtime.engine.model import LoadedModel
 from reft_runtime.engine.runner import Runner
 from tests.helpers.models import (
     answers,

@@ -97,8 +97,8 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "MLA": (small_deepseek, "MLA"),
     "dynamic NTK": (lambda: with_rope("llama", rope_type="dynamic", factor=2.0), "dynamic NTK"),
     "own attention code": (lambda: tiny("gptj"), "packed forward"),
-    "bidirectional": (lambda: tiny("bert"), "differ"),
-    "attention with a term of its own": (lambda: tiny("doge"), "differ"),
+    "bidirectional": (lambda: tiny("bert"), "neither causal"),
+    "attention with a term of its own": (lambda: tiny("doge"), "changes attention masks"),
     "attention twice a layer": (lambda: tiny("diffllama"), "more than once"),
 }
 

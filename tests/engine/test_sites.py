@@ -14,7 +14,8 @@ from transformers import PreTrainedModel
 
 from reft_runtime import Engine
 from reft_runtime.engine.core import EngineCore
-from reft_runtime.engine.loader import LoadedModel, adopt_model
+from reft_runtime.engine.loader import adopt_model
+from reft_runtime.engine.model import LoadedModel
 from reft_runtime.errors import WrongBaseModel
 from reft_runtime.interventions import Intervention, serialise
 from tests.helpers.models import (

@@ -5,7 +5,8 @@ from typing import Any
 
 import pytest
 
-from reft_runtime.engine.loader import LoadedModel, adopt_model
+from reft_runtime.engine.loader import adopt_model
+from reft_runtime.engine.model import LoadedModel
 from tests.helpers.models import (
     Answer,
     answers,

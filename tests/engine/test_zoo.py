@@ -6,7 +6,8 @@ from collections.abc import Iterator
 import pytest
 from transformers import PreTrainedModel
 
-from reft_runtime.engine.loader import LoadedModel, adopt_model
+from reft_runtime.engine.loader import adopt_model
+from reft_runtime.engine.model import LoadedModel
 from tests.helpers.models import WINDOW, answers, generate, make_core, prompt, request, run, tiny
 
 MODELS = (

@@ -16,7 +16,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, Pre
 
 from reft_runtime.engine.core import EngineConfig, EngineCore
 from reft_runtime.engine.events import Event, Failed, PromptScored, TokenMade
-from reft_runtime.engine.loader import LoadedModel, adopt_model
+from reft_runtime.engine.loader import adopt_model
+from reft_runtime.engine.model import LoadedModel
 from reft_runtime.engine.scheduler import StepPlan
 from reft_runtime.engine.sequence import AppliedIntervention, Request, Sequence
 from reft_runtime.interventions import CanonicalEdit, Positions

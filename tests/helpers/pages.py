@@ -16,7 +16,7 @@ from reft_runtime.engine.cuda.graphs import Compute, DecodeGraphs, GraphCapture
 from reft_runtime.engine.cuda.sampling import DeviceSampler
 from reft_runtime.engine.cuda.tables import EditTables, RowEdits
 from reft_runtime.engine.kv_pages import PageStorage
-from reft_runtime.engine.loader import LoadedModel
+from reft_runtime.engine.model import LoadedModel
 from reft_runtime.engine.page_attention import GatheredAttention, PageKernel
 from reft_runtime.engine.runner import Runner
 from tests.helpers.models import DEVICE

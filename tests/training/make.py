@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from reft_runtime.engine.loader import LoadedModel, adopt_model
+from reft_runtime.engine.loader import adopt_model
+from reft_runtime.engine.model import LoadedModel
 from reft_runtime.interventions import BaseShape
 from reft_runtime.text import Tokenizer
 from reft_runtime.training.forward import Base

@@ -9,6 +9,7 @@ import pytest
 
 from reft_runtime.errors import ConfigError
 from reft_runtime.text import Tokenizer
+from reft_runtime.training.direction import read_texts
 from reft_runtime.training.layout import Layout
 from reft_runtime.training.prompts import Formatter, make_examples
 from reft_runtime.training.rows import Row, Rows, read_rows
@@ -135,3 +136,10 @@ def test_long_rows_are_counted_and_cut_when_asked() -> None:
     [short] = make_examples(Rows("", rows.rows[1:2], ""), formatter, 4, truncate=True)
     assert text(short.tokens) == "defy"
     assert short.prompt_length == 3
+
+
+def test_texts_of_a_direction_that_are_not_utf8(tmp_path: Path) -> None:
+    path = tmp_path / "texts.txt"
+    path.write_bytes("good\ncafé\n".encode("latin-1"))
+    with pytest.raises(ConfigError, match=r"texts\.txt: not UTF-8 \(byte 8\)"):
+        read_texts(path)

@@ -19,7 +19,7 @@ from reft_runtime.engine.blocks import BLOCK_TOKENS
 from reft_runtime.engine.cuda.products import FEW_ROWS
 from reft_runtime.engine.cuda.tables import EditTables, FixedRows
 from reft_runtime.engine.kv_pages import PageStorage
-from reft_runtime.engine.loader import LoadedModel, forward
+from reft_runtime.engine.model import LoadedModel, forward
 from reft_runtime.engine.page_attention import PageAttentionStep, PageBatch, RowInPages
 from reft_runtime.engine.scheduler import Chunk
 from reft_runtime.engine.sites import EditSites

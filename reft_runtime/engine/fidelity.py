@@ -1,0 +1,200 @@
+"""The check at load: a model as it will be served gives what the model gave before.
+
+Its own logits are taken first, while nothing is replaced. When all is replaced, the same tokens go
+through packed steps as in serving: several prompts of different lengths in one step, whole and in
+chunks, prompts beside decoding sequences, keys and values in the storage that serves, in the dtype
+that serves. How far the two may be apart is the model's own rounding: how far its two attention
+implementations are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as SequenceOf
+from contextlib import suppress
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from transformers import PretrainedConfig, PreTrainedModel
+
+from reft_runtime.engine.attention import ProbedLayer
+from reft_runtime.engine.blocks import BLOCK_TOKENS, BlockBudget, blocks_for
+from reft_runtime.engine.device import storage_for
+from reft_runtime.engine.model import LoadedModel, forward
+from reft_runtime.engine.scheduler import Chunk
+from reft_runtime.engine.sequence import Request, Sequence
+from reft_runtime.errors import UnsupportedModel
+from reft_runtime.sampling import SamplingParams
+
+CHUNKS = ((12, 22, 23), (10, 13, 14), (5, 6), (1, 2))
+"""Where the chunks of each prompt end: long and short, more than a block, and single tokens."""
+
+LARGEST_WINDOW = 64
+"""Windows up to this are passed by prompts; larger ones are known from the mask alone."""
+
+ROUNDINGS = 4
+"""The engine may be so many times as far from the model as the model is from itself."""
+
+LEAST = {4: 1e-3, 2: 8}
+"""Distances that are always allowed: of float32 relative, of others in roundings of the dtype."""
+
+MOST = 0.5
+"""From here on logits say nothing: those of another model are 1.4 apart."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One prompt: its tokens, and where the chunks end in which it is computed."""
+
+    tokens: Tensor
+    ends: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class OwnLogits:
+    """What a model gives for its samples, by logits [tokens, vocabulary], and how far it rounds."""
+
+    samples: tuple[Sample, ...]
+    logits: tuple[Tensor, ...]
+    rounding: Tensor
+    """Relative distance of each token's logits between its own attention implementations.
+
+    Zero in float32, where that is far below what is allowed anyway.
+    """
+
+
+def own_logits(
+    model: PreTrainedModel, probed: SequenceOf[ProbedLayer], max_tokens: int
+) -> OwnLogits:
+    """Run samples through the model's own attention; before anything of it is replaced."""
+    samples = _samples(model.config, {layer.window for layer in probed}, max_tokens)
+
+    def run(implementation: str) -> tuple[Tensor, ...]:
+        model.set_attn_implementation(implementation)
+        found: list[Tensor] = []
+        # In batches: what fills up a row comes after its tokens, which do not see it.
+        for batch in (samples[: len(CHUNKS)], samples[len(CHUNKS) :]):
+            if batch:
+                ids = pad_sequence([sample.tokens for sample in batch], batch_first=True)
+                logits = model(input_ids=ids.to(model.device), use_cache=False).logits
+                found += [rows[: len(s.tokens)] for rows, s in zip(logits, batch, strict=True)]
+        return tuple(found)
+
+    eager = run("eager")
+    rounding = torch.zeros(1)
+    if model.dtype.itemsize < 4:
+        with suppress(ValueError, ImportError):  # some have only the one
+            rounding = _distances(run("sdpa"), eager)
+    return OwnLogits(samples, eager, rounding)
+
+
+def check(loaded: LoadedModel, own: OwnLogits, probed: SequenceOf[ProbedLayer]) -> None:
+    """Raise `UnsupportedModel`, with a reason, where packed steps give other logits than `own`."""
+    dtype = str(loaded.dtype).removeprefix("torch.")
+    if not all(bool(logits.isfinite().all()) for logits in own.logits):
+        raise UnsupportedModel(f"its own logits are not finite in {dtype}; try another dtype")
+    exact = loaded.dtype.itemsize == 4
+    least = LEAST[4] if exact else LEAST[2] * torch.finfo(loaded.dtype).eps
+    own_rounding = float(own.rounding.quantile(0.75))
+    if own_rounding > MOST:
+        raise UnsupportedModel(
+            f"in {dtype} its logits are mostly rounding (its own two attention implementations"
+            f" differ by {own_rounding:.1g}); take float32"
+        )
+    allowed = min(max(least, ROUNDINGS * own_rounding), MOST)
+    distances = _distances(_packed_logits(loaded, own.samples), own.logits)
+    windows = [layer.window for layer in probed if layer.window is not None]
+    for what, rows in _kinds(own.samples, min(windows, default=None)).items():
+        found = distances[rows]
+        # A router's choice may turn on a rounding, for single tokens; never in float32.
+        far = float(found.max() if exact else found.median())
+        if not far <= allowed:
+            raise UnsupportedModel(
+                f"the engine's logits differ from its own {what}"
+                f" (relative {far:.1g}, where {allowed:.1g} is rounding)"
+            )
+
+
+def _samples(
+    config: PretrainedConfig, windows: set[int | None], max_tokens: int
+) -> tuple[Sample, ...]:
+    plans = [*CHUNKS]
+    for window in windows:
+        if window is not None and window <= LARGEST_WINDOW:
+            ends = {window - 1, window, window + 1, 2 * window + 3, 2 * window + 4}
+            plans.append(tuple(sorted(ends - {0})))
+    generator = torch.Generator().manual_seed(0)
+    # Neither the first ids nor the last: there special tokens are, and bytes, and padding.
+    first, stop = config.vocab_size // 8, max(config.vocab_size // 2, 1)
+    samples = []
+    for plan in plans:
+        cut = sorted({min(end, max_tokens) for end in plan})
+        tokens = torch.randint(first, stop, (cut[-1],), generator=generator)
+        samples.append(Sample(tokens, tuple(cut)))
+    return tuple(samples)
+
+
+def _packed_logits(loaded: LoadedModel, samples: SequenceOf[Sample]) -> list[Tensor]:
+    """Logits of all tokens by packed steps: the first has every sample's first chunk, and so on."""
+    sequences = [
+        Sequence(Request(str(i), tuple(ids), SamplingParams(), seed=0), 0, i, ids)
+        for i, ids in enumerate(sample.tokens.tolist() for sample in samples)
+    ]
+    ends = {sequence: (0, *s.ends) for sequence, s in zip(sequences, samples, strict=True)}
+    blocks = sum(blocks_for(len(sequence.tokens)) for sequence in sequences)
+    storage = storage_for(loaded, BlockBudget(blocks * BLOCK_TOKENS), len(sequences))
+    found: dict[Sequence, list[Tensor]] = {sequence: [] for sequence in sequences}
+    for turn in range(max(len(sample.ends) for sample in samples)):
+        chunks = storage.prepare(
+            [
+                Chunk(sequence, *_start_and_length(ends[sequence], turn))
+                for sequence in sequences
+                if turn + 1 < len(ends[sequence])
+            ]
+        )
+        ids = [token for c in chunks for token in c.sequence.tokens[c.start : c.stop]]
+        positions = [position for c in chunks for position in range(c.start, c.stop)]
+        logits = forward(
+            loaded.model,
+            torch.tensor(ids, device=loaded.device),
+            torch.tensor(positions, device=loaded.device),
+            torch.arange(len(ids), device=loaded.device),
+            storage.attention(chunks),
+        )
+        for chunk, rows in zip(chunks, logits.split([c.length for c in chunks]), strict=True):
+            found[chunk.sequence].append(rows)
+            chunk.sequence.computed = chunk.stop
+    storage.release(sequences)
+    return [torch.cat(parts) for parts in found.values()]
+
+
+def _start_and_length(ends: SequenceOf[int], turn: int) -> tuple[int, int]:
+    return ends[turn], ends[turn + 1] - ends[turn]
+
+
+def _distances(given: SequenceOf[Tensor], wanted: SequenceOf[Tensor]) -> Tensor:
+    """Relative distance of each row of logits, on the CPU; what all tokens have in common aside."""
+    found = []
+    for one, other in zip(given, wanted, strict=True):
+        a, b = (logits.float() - logits.float().mean(-1, keepdim=True) for logits in (one, other))
+        size = b.norm(dim=-1).clamp_min(torch.finfo(torch.float32).tiny)
+        found.append(((a - b).norm(dim=-1) / size).cpu())
+    return torch.cat(found)
+
+
+def _kinds(samples: SequenceOf[Sample], window: int | None) -> dict[str, list[int]]:
+    """Rows by how they are computed: each kind is judged by itself."""
+    kinds: dict[str, list[int]] = {}
+    row = 0
+    for sample in samples:
+        for start, stop in pairwise((0, *sample.ends)):
+            what = "in decode steps" if stop - start == 1 else "in later chunks of a prompt"
+            if start == 0 and stop > 1:
+                what = "in prompts"
+            for position in range(start, stop):
+                past = window is not None and position >= window
+                kinds.setdefault(f"{what}, past its window" if past else what, []).append(row)
+                row += 1
+    return kinds

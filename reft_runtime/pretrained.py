@@ -1,0 +1,232 @@
+"""Reading model folders by transformers: code of theirs is never run, and every fault is one line.
+
+Without `trust_remote_code=False` transformers would ask on the terminal, and run a folder's code
+where a person, or a pipe, says yes. Whatever it raises while it reads a folder is about that
+folder, so all of it becomes a `ConfigError` that says what is wrong and what to do.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from safetensors import SafetensorError
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils import logging as transformers_logging
+
+from reft_runtime.errors import ConfigError
+
+_READ_BY_NAME = ("*.json", "tokenizer.model", "*.jinja", "model*.safetensors")
+"""Files of a folder that are looked at before transformers reads them."""
+
+_LFS = b"version https://git-lfs.github.com/"
+
+_COMPUTED = re.compile(r"(inv_freq|\.(attn|attention)\.(masked_)?bias|position_ids)$")
+"""Keys of old checkpoints that are no weights: a model computes them itself."""
+
+_TOKENIZER_FILES = (
+    "It takes tokenizer.json, or what transformers makes one of, and tokenizer_config.json"
+)
+
+_SHOWN = 4
+
+_T = TypeVar("_T")
+
+
+def read_config(path: str) -> PretrainedConfig:
+    """Configuration of a folder or hub id; raises `ConfigError`."""
+    _check_files(path)
+    config: PretrainedConfig = _read(
+        "configuration",
+        path,
+        lambda: AutoConfig.from_pretrained(path, trust_remote_code=False),
+    )
+    return config
+
+
+def read_tokenizer(path: str, **options: Any) -> PreTrainedTokenizerBase:
+    """Tokenizer of a folder or hub id; raises `ConfigError`."""
+    tokenizer: PreTrainedTokenizerBase = _read(
+        "tokenizer",
+        path,
+        lambda: AutoTokenizer.from_pretrained(path, trust_remote_code=False, **options),
+    )
+    # Without files some kinds come empty, without a word.
+    known = set(tokenizer("Hello there", add_special_tokens=False)["input_ids"])
+    if not known - set(tokenizer.all_special_ids):
+        raise ConfigError(
+            f"model: {path!r} has no tokenizer: not one piece of a text is in its vocabulary."
+            f" {_TOKENIZER_FILES}; fetch them too.",
+            param="model",
+        )
+    return tokenizer
+
+
+def read_model(path: str, dtype: torch.dtype, **options: Any) -> PreTrainedModel:
+    """The causal language model of a folder or hub id, on the CPU, with every weight from a file.
+
+    Raises `ConfigError`, which names them, where weights are missing, have other shapes, or belong
+    to layers and modules that this model has not.
+    """
+
+    def load() -> Any:
+        return AutoModelForCausalLM.from_pretrained(
+            path,
+            dtype=dtype,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # reported, by name, and refused below
+            trust_remote_code=False,
+            **options,
+        )
+
+    # What is found is told once, by name; transformers' own table of it would come on top.
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity(logging.ERROR)
+    try:
+        model, found = _read("weights", path, load)
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+    _check_weights(path, model, found)
+    loaded: PreTrainedModel = model
+    return loaded
+
+
+def _read(what: str, path: str, read: Callable[[], _T]) -> _T:
+    try:
+        return read()
+    except Exception as error:
+        raise ConfigError(f"model: {_reason(what, path, error)}", param="model") from error
+
+
+def _reason(what: str, path: str, error: Exception) -> str:
+    """One line: what is wrong, and what to do."""
+    text = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+    if "trust_remote_code" in str(error):
+        return (
+            f"the {what} of {path!r} needs Python code of its repository, which is never run."
+            " Take a model that transformers knows by itself."
+        )
+    if isinstance(error, torch.OutOfMemoryError | MemoryError) or "alloc" in text:
+        return f"the {what} of {path!r} does not fit into memory: {text[:200]}"
+    if isinstance(error, SafetensorError):
+        text = f"a safetensors file is damaged or cut ({text}); fetch it again"
+    elif what == "tokenizer":
+        text = f"{text[:200].rstrip('. :')}. {_TOKENIZER_FILES}"
+    else:
+        text = f"{text[:300] or type(error).__name__}".rstrip(". ")
+    where = "the folder" if Path(path).is_dir() else "the name (a gated model needs HF_TOKEN)"
+    return f"the {what} of {path!r} cannot be read: {text}. Check {where}, or take another model."
+
+
+def _check_files(path: str) -> None:
+    """Look at a folder's files: an unfetched or cut one is told before anything is loaded."""
+    folder = Path(path)
+    if not folder.is_dir():
+        if path.startswith(("/", ".", "~")):
+            raise ConfigError(f"model: there is no folder {path}.", param="model")
+        return
+    if not (folder / "config.json").is_file():
+        raise _broken(folder / "config.json", "is not there; is this a model's folder?")
+    for file in sorted({file for pattern in _READ_BY_NAME for file in folder.glob(pattern)}):
+        try:
+            with file.open("rb") as content:
+                head = content.read(len(_LFS))
+        except OSError as error:
+            raise _broken(file, f"cannot be read ({error.strerror}).") from None
+        if head == _LFS:
+            raise _broken(file, "is a Git LFS pointer, not the file itself: run `git lfs pull`.")
+        if file.suffix == ".safetensors":
+            _check_length(file)
+    index = folder / "model.safetensors.index.json"
+    if index.is_file() and not (folder / "model.safetensors").is_file():
+        _check_shards(index)
+
+
+def _check_length(file: Path) -> None:
+    """A safetensors file says in its header how long it is."""
+    size = file.stat().st_size
+    try:
+        with file.open("rb") as content:
+            header = int.from_bytes(content.read(8), "little")
+            tensors = json.loads(content.read(min(header, size)))
+        ends = [t["data_offsets"][1] for name, t in tensors.items() if name != "__metadata__"]
+    except (ValueError, KeyError, TypeError, IndexError, AttributeError):
+        raise _broken(file, "is damaged or cut; fetch it again.") from None
+    wanted = 8 + header + max(ends, default=0)
+    if size != wanted:
+        raise _broken(file, f"has {size:,} bytes instead of {wanted:,}; fetch it again.")
+
+
+def _check_shards(index: Path) -> None:
+    try:
+        shards = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise _broken(index, "is damaged; fetch it again.") from None
+    missing = [name for name in shards if not (index.parent / str(name)).is_file()]
+    if missing:
+        raise _broken(index, f"names files that are not there: {_listed(missing)}; fetch them.")
+
+
+def _broken(file: Path, what: str) -> ConfigError:
+    return ConfigError(f"model: {file} {what}", param="model")
+
+
+def _check_weights(path: str, model: PreTrainedModel, found: dict[str, Any]) -> None:
+    missing = sorted(found["missing_keys"])
+    shapes = [
+        f"{key} ({_shape(there)} instead of {_shape(wanted)})"
+        for key, there, wanted in sorted(found["mismatched_keys"])
+    ]
+    unexpected = sorted(key for key in found["unexpected_keys"] if _matters(key, model))
+    faults = [
+        f"{text} {_listed(keys)}"
+        for text, keys in (
+            ("without weights for", missing),
+            ("with weights of another shape for", shapes),
+            ("with weights that this model has no use for:", unexpected),
+            ("with faults:", found["error_msgs"]),
+        )
+        if keys
+    ]
+    if faults:
+        raise ConfigError(
+            f"model: {path!r} is {'; '.join(faults)}. Its weights and its config.json do not belong"
+            f" together, or {type(model).__name__} is not what they are of; fetch both again.",
+            param="model",
+        )
+
+
+def _matters(key: str, model: PreTrainedModel) -> bool:
+    """Whether a checkpoint's key that the model has not would change what the model computes.
+
+    What belongs to modules of the model does, and what lies among its layers; a head beside it
+    (of a reward model, or for speculation) does not.
+    """
+    if _COMPUTED.search(key):
+        return False
+    modules = dict(model.named_modules())
+    if key.rpartition(".")[0] in modules and "." in key:
+        return True
+    lists = [name for name, module in modules.items() if isinstance(module, torch.nn.ModuleList)]
+    return any(key.startswith(f"{name}.") for name in lists)
+
+
+def _shape(size: Iterable[int]) -> str:
+    return f"[{', '.join(map(str, size))}]"
+
+
+def _listed(names: list[str]) -> str:
+    more = len(names) - _SHOWN
+    return ", ".join(names[:_SHOWN]) + (f" and {more} more" if more > 0 else "")

@@ -1,0 +1,236 @@
+"""The check at load: what is served is the model, and good models are not refused by chance."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from reft_runtime.engine.attention import AskedMask, packed_attention
+from reft_runtime.engine.kv_rows import RowStorage
+from reft_runtime.engine.linears import Merged
+from reft_runtime.engine.loader import adopt_model
+from reft_runtime.errors import UnsupportedModel
+from tests.helpers.models import (
+    VOCABULARY,
+    WINDOW,
+    answers,
+    generate,
+    make_core,
+    prompt,
+    request,
+    run,
+    tiny,
+)
+
+BFLOAT16 = torch.bfloat16
+
+
+def in_dtype(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
+    cast: PreTrainedModel = model.to(dtype)  # type: ignore[arg-type]
+    return cast
+
+
+@torch.inference_mode()
+def logprobs(model: PreTrainedModel, tokens: tuple[int, ...], implementation: str) -> Tensor:
+    """The model's own log-probabilities of a prompt's tokens but the first."""
+    model.set_attn_implementation(implementation)
+    ids = torch.tensor(tokens)
+    rows = model(input_ids=ids[None]).logits[0, :-1].float().log_softmax(-1)
+    found: Tensor = rows.gather(1, ids[1:, None])[:, 0]
+    return found
+
+
+def served_logprobs(model: PreTrainedModel, tokens: tuple[int, ...]) -> Tensor:
+    core = make_core(adopt_model(copy.deepcopy(model)))
+    found = answers(core, [request("a", tokens, max_tokens=1, prompt_logprobs=0)])["a"]
+    assert not found.failed
+    return torch.tensor([each.logprob for each in found.prompt_logprobs])
+
+
+@pytest.mark.parametrize("model_type", ["olmo", "olmo2", "olmo3", "flex_olmo", "granite", "llama"])
+def test_bfloat16_is_as_near_as_the_models_own_attention(model_type: str) -> None:
+    changes: dict[str, dict[str, Any]] = {
+        "flex_olmo": {"num_experts": 4, "num_experts_per_tok": 2},
+        "granite": {"hidden_size": 64, "num_hidden_layers": 8, "residual_multiplier": 0.22},
+    }
+    model = in_dtype(tiny(model_type, **changes.get(model_type, {})), BFLOAT16)
+    tokens = prompt(40)
+    own, other = (logprobs(model, tokens, name) for name in ("eager", "sdpa"))
+    served = served_logprobs(model, tokens)
+    assert float((served - own).abs().median()) < 4 * float((other - own).abs().median())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, BFLOAT16])
+@pytest.mark.parametrize("multiplier", [0.22, 0.97])
+@pytest.mark.parametrize("scale", [0.02, 0.3])
+def test_layers_that_scale_what_they_add_keep_their_code(
+    dtype: torch.dtype, multiplier: float, scale: float
+) -> None:
+    # With small weights a layer adds little to its rows: a share of those would hide it.
+    model = tiny("granite", residual_multiplier=multiplier, initializer_range=scale)
+    loaded = adopt_model(in_dtype(model, dtype))
+    assert not any("forward" in vars(layer) for layer in loaded.layers)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, BFLOAT16])
+def test_plain_layers_are_fused_in_every_dtype(dtype: torch.dtype) -> None:
+    for scale in (0.02, 0.1, 0.3):
+        loaded = adopt_model(in_dtype(tiny("llama", initializer_range=scale), dtype))
+        assert all("forward" in vars(layer) for layer in loaded.layers)
+
+
+@pytest.mark.parametrize("length", [WINDOW - 1, WINDOW, WINDOW + 1, 3 * WINDOW])
+def test_a_window_that_lives_in_the_mask_alone(length: int) -> None:
+    model = tiny("phimoe", sliding_window=WINDOW, num_local_experts=4, num_experts_per_tok=2)
+    core = make_core(adopt_model(copy.deepcopy(model)))
+    got = run(core, [request("a", prompt(length), max_tokens=12)])["a"][0]
+    assert got == generate(model, prompt(length), 12)
+
+
+def test_windows_larger_than_any_probe_are_known() -> None:
+    model = tiny("phimoe", sliding_window=100, num_local_experts=4, num_experts_per_tok=2)
+    core = make_core(adopt_model(copy.deepcopy(model)))
+    got = run(core, [request("a", prompt(120), max_tokens=8)])["a"][0]
+    assert got == generate(model, prompt(120), 8)
+
+
+def asked(sees: Callable[..., Any]) -> AskedMask:
+    return AskedMask(lambda batch, head, query, key: sees(query, key))
+
+
+def test_the_window_of_a_mask() -> None:
+    assert asked(lambda q, k: k <= q).window(1000) is None
+    for window in (1, 2, 63, 64, 100, 999):
+        mask = asked(lambda q, k, window=window: (k <= q) & (k > q - window))
+        assert mask.window(1000) == window
+        assert mask.window(window) is None  # never reached
+    assert asked(lambda q, k: k <= q).window(1) is None
+
+
+@pytest.mark.parametrize(
+    "sees",
+    [
+        lambda q, k: q >= 0,  # both ways
+        lambda q, k: k < q,  # not itself
+        lambda q, k: (k <= q) & (k // 16 == q // 16),  # in chunks
+        lambda q, k: (k <= q) & (k % 2 == 0),  # every other
+        lambda q, k: (k <= q) & ((k > q - 8) | (k < 4)),  # a window and the beginning
+        lambda q, k: (k <= q) | (k < 3),  # a prefix both ways
+    ],
+)
+def test_other_masks_are_refused(sees: Callable[..., Any]) -> None:
+    with pytest.raises(UnsupportedModel, match="neither causal"):
+        asked(sees).window(256)
+
+
+# What goes wrong behind the fused operators, the storage or the attention is seen.
+
+
+def refused(model: PreTrainedModel, why: str = "differ from its own") -> None:
+    with pytest.raises(UnsupportedModel, match=why):
+        adopt_model(model)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, BFLOAT16])
+def test_a_wrong_merge_is_seen(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    merge = Merged.merge
+
+    def scaled(self: Merged) -> None:
+        merge(self)
+        product = self.product
+        self.product = lambda rows: 1.5 * product(rows)
+
+    monkeypatch.setattr(Merged, "merge", scaled)
+    refused(in_dtype(tiny("llama"), dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, BFLOAT16])
+def test_keys_that_are_lost_between_chunks_are_seen(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prepare = RowStorage.prepare
+
+    def forgetful(self: RowStorage, chunks: Any) -> Any:
+        chunks = prepare(self, chunks)
+        for chunk in chunks:
+            if chunk.start:
+                slab, slot = self.where(chunk.sequence)
+                for tensor in (*slab.keys, *slab.values):
+                    tensor[slot, :, : chunk.start] = 0
+        return chunks
+
+    monkeypatch.setattr(RowStorage, "prepare", forgetful)
+    refused(in_dtype(tiny("llama"), dtype), "chunks|decode")
+
+
+def test_sequences_that_see_each_other_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    attention = RowStorage.attention
+
+    def mixed(self: RowStorage, chunks: Any) -> Any:
+        first = chunks[-1].sequence
+        where = self.where
+        monkeypatch.setattr(self, "where", lambda s: where(first), raising=False)
+        return attention(self, chunks)
+
+    monkeypatch.setattr(RowStorage, "attention", mixed)
+    refused(tiny("llama"), "differ from its own|packed")
+
+
+def test_logits_that_are_not_finite_are_told() -> None:
+    model = in_dtype(tiny("llama"), torch.float16)
+    dict(model.named_parameters())["lm_head.weight"].data *= 6e4
+    refused(model, "not finite in float16; try another dtype")
+
+
+def test_a_model_that_is_all_rounding_is_told() -> None:
+    model = in_dtype(tiny("llama", num_hidden_layers=16), BFLOAT16)
+    for name, weight in model.named_parameters():
+        if "q_proj" in name:
+            weight.data *= 200  # whom a token attends to turns on the last bit
+    refused(model, "take float32")
+
+
+@pytest.mark.parametrize("model_type", ["stablelm", "nemotron", "gptj", "falcon"])
+def test_attention_that_is_not_called_through_the_interface_is_told(model_type: str) -> None:
+    changes = {} if model_type != "gptj" else {"rotary_dim": 8}
+    model = tiny(model_type, **changes)
+    with pytest.raises(UnsupportedModel) as refusal:
+        adopt_model(model)
+    message = refusal.value.message
+    assert "interface" in message
+    assert "argument" not in message
+
+
+def test_attention_in_another_dtype_than_keys_are_kept_in_is_told() -> None:
+    model = in_dtype(tiny("llama"), BFLOAT16)
+    for name, module in model.named_modules():
+        if name.endswith(("q_proj", "k_proj", "v_proj")):
+            module.register_forward_hook(lambda module, args, output: output.float())
+        if name.endswith("o_proj"):
+            module.register_forward_pre_hook(lambda module, args: (args[0].to(BFLOAT16),))
+    with pytest.raises(UnsupportedModel, match="bfloat16; take another dtype"):
+        adopt_model(model)
+
+
+def test_packed_attention_without_a_step_is_told() -> None:
+    heads = torch.zeros(1, 1, 1, 8)
+    with pytest.raises(UnsupportedModel, match="interface"):
+        packed_attention(nn.Module(), heads, heads, heads, None)
+
+
+def test_probes_are_ordinary_tokens() -> None:
+    from reft_runtime.engine.fidelity import _samples
+
+    samples = _samples(tiny("llama").config, {None, WINDOW}, 256)
+    tokens = torch.cat([sample.tokens for sample in samples])
+    assert int(tokens.min()) >= VOCABULARY // 8
+    assert int(tokens.max()) < VOCABULARY // 2
+    ends = {end for sample in samples for end in sample.ends}
+    assert {WINDOW - 1, WINDOW, WINDOW + 1, 2 * WINDOW + 4} <= ends
+    assert all(len(s.tokens) <= 5 for s in _samples(tiny("llama").config, {WINDOW}, 5))
