@@ -129,15 +129,19 @@ def _wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def build(shape: str, device: torch.device, dtype: torch.dtype) -> LoadedModel:
-    """A model of random weights."""
+def random_model(shape: str, device: torch.device, dtype: torch.dtype) -> Any:
+    """Of transformers, with random weights."""
     config = LlamaConfig(**SHAPES[shape], max_position_embeddings=MAX_TOKENS, eos_token_id=None)
     torch.manual_seed(0)
     with device:
-        model: Any = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
+        return AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
             config, dtype=dtype, trust_remote_code=False
         )
-    return adopt_model(model)
+
+
+def build(shape: str, device: torch.device, dtype: torch.dtype) -> LoadedModel:
+    """A random model, ready for the engine."""
+    return adopt_model(random_model(shape, device, dtype))
 
 
 class Bench:

@@ -1,8 +1,10 @@
 """The same requests through transformers on the same device: `generate`, and its batching.
 
-Both with its defaults, on a model of the same shape. `generate` gets all requests as one batch of
-equal lengths, which flatters it; continuous batching keeps its manager, and so its graphs, from run
-to run.
+    python -m benchmarks.device_peers --shape llama-3-8b --out docs/measurements/device.json
+
+Both with its defaults, on a model of the same shape, in the rounds of the engine's own cases.
+`generate` gets all requests as one batch of equal lengths, which flatters it; continuous batching
+keeps its manager, and so its graphs, from run to run.
 """
 
 from __future__ import annotations
@@ -10,12 +12,26 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Callable
-from typing import Any
+from pathlib import Path
+from typing import Annotated
 
 import torch
-from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig
+import typer
+from transformers import GenerationConfig
 
-from benchmarks.measuring import SECONDS, Figures
+from benchmarks.device import (
+    ANSWER_TOKENS,
+    BASE,
+    SHAPES,
+    Bench,
+    build,
+    cases_of,
+    name_of,
+    random_model,
+)
+from benchmarks.measuring import SECONDS, Figures, measure, median, speed_ratio, table
+from benchmarks.workload import L1, PROMPT_TOKENS
+from reft_runtime.engine.loader import choose_device, choose_dtype
 
 GENERATE = "transformers: generate"
 CONTINUOUS = "transformers: continuous batching"
@@ -24,19 +40,15 @@ CONTINUOUS = "transformers: continuous batching"
 class Transformers:
     """A model of random weights, as transformers runs it."""
 
-    def __init__(self, config: LlamaConfig, device: torch.device, dtype: torch.dtype) -> None:
-        torch.manual_seed(0)
-        with device:
-            self._model: Any = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
-                config, dtype=dtype
-            ).eval()
-        self._vocabulary = config.vocab_size
+    def __init__(self, shape: str, device: torch.device, dtype: torch.dtype) -> None:
+        self._model = random_model(shape, device, dtype).eval()
+        self._vocabulary: int = self._model.config.vocab_size
 
     def case(
         self, label: str, n: int, prompt_tokens: int, answer_tokens: int
     ) -> Callable[[int], Figures]:
         """n requests at once, greedy."""
-        settings = GenerationConfig(
+        settings = GenerationConfig(  # type: ignore[no-untyped-call]
             max_new_tokens=answer_tokens, do_sample=False, eos_token_id=None, pad_token_id=0
         )
         ask = self._generate if label == GENERATE else self._batch
@@ -69,3 +81,39 @@ class Transformers:
             inputs=prompts, generation_config=settings, persistent_manager=True
         )
         return sum(len(each.generated_tokens) for each in found.values())
+
+
+def main(
+    shape: Annotated[str, typer.Option(help=f"{', '.join(SHAPES)}.")] = "llama-3-8b",
+    device: Annotated[str, typer.Option(help="As of reft serve.")] = "cuda",
+    dtype: Annotated[str, typer.Option(help="As of reft serve.")] = "auto",
+    concurrency: Annotated[str, typer.Option(help="Requests at once.")] = "1,32,256",
+    peers: Annotated[str, typer.Option(help="Comma-separated.")] = f"{GENERATE},{CONTINUOUS}",
+    rounds: Annotated[int, typer.Option(min=1)] = 5,
+    out: Annotated[Path | None, typer.Option(help="Keep the raw figures here.")] = None,
+) -> None:
+    """Print generated tokens a second, whole runs with prompts, and ratios to the base."""
+    place = choose_device(device)
+    kind = choose_dtype(dtype, place)
+    counts = [int(n) for n in concurrency.split(",")]
+    loaded = build(shape, place, kind)
+    bench = Bench(loaded, max(counts))
+    theirs = Transformers(shape, place, kind)
+    key: dict[str, str | int] = {"benchmark": "device peers", "shape": shape}
+    key |= {"device": name_of(place), "dtype": str(kind).removeprefix("torch.")}
+    rows: list[tuple[object, ...]] = []
+    for n in counts:
+        own = bench.interventions(n, *cases_of(len(loaded.layers))[L1])
+        cases = {BASE: bench.case(n, [()]), L1: bench.case(n, own)}
+        for label in peers.split(","):
+            cases[label] = theirs.case(label, n, PROMPT_TOKENS, ANSWER_TOKENS)
+        taken = measure(cases, rounds, {**key, "n": n}, out)
+        for label in cases:
+            rate = round(n * ANSWER_TOKENS / median(taken, label))
+            ratio = "" if label == BASE else speed_ratio(taken, label, BASE)
+            rows.append((n, label, rate, ratio))
+    print(table(("n", "case", "tokens/s", "over base"), rows))
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import device, device_attention
+from benchmarks import device, device_attention, device_peers
 from reft_runtime.engine.page_attention import GatheredAttention
 
 
@@ -41,3 +41,11 @@ def test_kernels_that_agree_are_beside_each_other(
     monkeypatch.setattr(GatheredAttention, "__call__", lambda *args: real(*args) + 1e-3)
     with pytest.raises(SystemExit, match=r"flex_attention differs from the reference by 0\.001"):
         device_attention.main(*ask)
+
+
+def test_transformers_beside_the_engine(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    # Its continuous batching takes a minute to begin on a CPU.
+    ask = ("smallest", "cpu", "float32", "2", device_peers.GENERATE, 1, tmp_path / "f.json")
+    device_peers.main(*ask)
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+    assert len(lines) == 2 + 3
