@@ -50,8 +50,12 @@ def storage_for(loaded: LoadedModel, budget: BlockBudget, max_running: int) -> K
     """The storage that suits the model's device, with room for what the budget gives away."""
     cache = budget.cache
     if loaded.device.type == "cpu":
-        kept = budget.total if cache is not None else 0
-        return RowStorage(loaded.shapes, loaded.dtype, loaded.max_model_len, kept)
+        place = loaded.shapes, loaded.dtype, loaded.max_model_len
+        return (
+            RowStorage(*place)
+            if cache is None
+            else RowStorage(*place, budget.total, cache.take_freed)
+        )
     return PageStorage(
         loaded.shapes,
         loaded.dtype,

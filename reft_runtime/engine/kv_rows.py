@@ -1,90 +1,127 @@
-"""Keys and values on a CPU: one contiguous row a sequence, rows of like capacity in one slab.
+"""Keys and values on a CPU: each sequence has one contiguous row, in memory of its own.
 
-A contiguous row is 2 to 4 times cheaper to attend than gathered pages. Slabs are kept dense (the
-last row moves into a freed place), so that a decode step attends a slice and copies nothing, and
-grouped by capacity, so that a short row does not pay for a long one. A row that outgrows its slab
-moves to the next, with twice the capacity.
+A contiguous row is 2 to 4 times cheaper to attend than gathered pages. A row has room for more
+tokens than it holds, and takes memory only for those, page by page (`memory`): so what rows and
+kept blocks take is what the budget counts. A row that outgrows its room moves to one of twice the
+size, layer by layer, and gives back each layer as it goes. Nothing is shared between rows:
+whatever one holds, finite or not, no other sees.
 
-A row's unused rest is attended under a mask, and 0 x NaN is NaN: what a row leaves behind must be
-finite. It is where a token came out of it; any other row (failed, or left before its prompt was
-whole) is wiped where it stood.
-
-Blocks that the prefix cache keeps lie in a pool of their own: rows come and go, and a block is
-copied out of a row and into others.
+Blocks that the prefix cache keeps lie in a pool: rows come and go, and a block is copied out of a
+row and into others. A row that ends gives its memory back while its blocks are copied, and a
+block that gives way in the cache gives back its place.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable
 from collections.abc import Sequence as SequenceOf
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from reft_runtime.engine.attention import LayerShape
 from reft_runtime.engine.blocks import BLOCK_TOKENS
+from reft_runtime.engine.memory import MappedMemory
 from reft_runtime.engine.prefix_cache import BlockCopy
-from reft_runtime.engine.row_attention import RowAttentionStep
+from reft_runtime.engine.row_attention import TOGETHER_FROM, RowAttentionStep
 from reft_runtime.engine.scheduler import Chunk
-from reft_runtime.engine.sequence import Sequence
+from reft_runtime.engine.sequence import Sequence, Status
 
 MIN_CAPACITY = 128
-MIN_ROWS = 4
 
 
-class Slab:
-    """Rows of one capacity: for every layer keys and values [rows, kv_heads, capacity, dim]."""
+@dataclass(frozen=True, slots=True)
+class Part:
+    """The keys or the values of one layer; `before` counts a token's numbers of earlier parts."""
 
-    def __init__(self, shapes: SequenceOf[LayerShape], capacity: int, dtype: torch.dtype) -> None:
+    before: int
+    heads: int
+    dim: int
+
+    @property
+    def numbers(self) -> int:
+        """Numbers of one token."""
+        return self.heads * self.dim
+
+
+def parts_of(shapes: SequenceOf[LayerShape]) -> tuple[Part, ...]:
+    """The parts of a row in order: keys and values of the first layer, of the second, and so on."""
+    parts: list[Part] = []
+    before = 0
+    for shape in shapes:
+        for dim in (shape.key_dim, shape.value_dim):
+            parts.append(Part(before, shape.kv_heads, dim))
+            before += parts[-1].numbers
+    return tuple(parts)
+
+
+class Row:
+    """Room for `capacity` tokens: part after part, each [heads, capacity, dim]."""
+
+    def __init__(self, parts: tuple[Part, ...], capacity: int, dtype: torch.dtype) -> None:
         self.capacity = capacity
-        self.rows: list[Sequence] = []
-        self.keys: list[Tensor] = [
-            torch.zeros(0, s.kv_heads, capacity, s.key_dim, dtype=dtype) for s in shapes
+        self._parts = parts
+        self._memory = MappedMemory(_numbers(parts) * capacity, dtype)
+        self._views = [
+            self._memory.numbers.narrow(0, part.before * capacity, part.numbers * capacity).view(
+                part.heads, capacity, part.dim
+            )
+            for part in parts
         ]
-        self.values: list[Tensor] = [
-            torch.zeros(0, s.kv_heads, capacity, s.value_dim, dtype=dtype) for s in shapes
-        ]
 
-    def resize(self, rows: int) -> None:
-        """Make place for `rows` rows, keeping what is computed of those in use."""
-        computed = [sequence.computed for sequence in self.rows]
-        used = max((slot + 1 for slot, length in enumerate(computed) if length), default=0)
-        length = max(computed, default=0)
-        for tensors in (self.keys, self.values):
-            for layer, old in enumerate(tensors):
-                # Zeros, because a masked entry that is not finite would still spoil a softmax sum.
-                tensors[layer] = new = old.new_zeros(rows, *old.shape[1:])
-                new[:used, :, :length] = old[:used, :, :length]
+    @property
+    def address(self) -> int:
+        """Where the first number lies."""
+        return self._memory.numbers.data_ptr()
 
-    def copy(self, source: Slab, source_slot: int, slot: int, length: int) -> None:
-        """Copy the first `length` tokens of a row of `source` (may be this slab) to `slot`."""
-        for into, out_of in ((self.keys, source.keys), (self.values, source.values)):
-            for new, old in zip(into, out_of, strict=True):
-                new[slot, :, :length] = old[source_slot, :, :length]
+    def part(self, index: int) -> Tensor:
+        """Part number `index`, [heads, capacity, dim]."""
+        return self._views[index]
 
-    def wipe(self, slot: int) -> None:
-        """Zero a row."""
-        for tensor in (*self.keys, *self.values):
-            tensor[slot].zero_()
+    def keys(self, layer: int) -> Tensor:
+        """Keys of a layer, [heads, capacity, dim]."""
+        return self._views[2 * layer]
+
+    def values(self, layer: int) -> Tensor:
+        """Values of a layer, [heads, capacity, dim]."""
+        return self._views[2 * layer + 1]
+
+    def drop(self, index: int) -> None:
+        """Give back a part's memory; what it held is lost."""
+        part = self._parts[index]
+        start = part.before * self.capacity
+        self._memory.drop(start, start + part.numbers * self.capacity)
 
 
 class BlockPool:
-    """Kept blocks: for every layer keys and values [blocks, kv_heads, BLOCK_TOKENS, dim]."""
+    """Kept blocks, slot after slot: each is a row of `BLOCK_TOKENS` tokens."""
 
-    def __init__(self, shapes: SequenceOf[LayerShape], blocks: int, dtype: torch.dtype) -> None:
-        # Uninitialised: the system gives memory page by page, as blocks are first written.
-        self.keys = [
-            torch.empty(blocks, s.kv_heads, BLOCK_TOKENS, s.key_dim, dtype=dtype) for s in shapes
-        ]
-        self.values = [
-            torch.empty(blocks, s.kv_heads, BLOCK_TOKENS, s.value_dim, dtype=dtype) for s in shapes
-        ]
+    def __init__(self, parts: tuple[Part, ...], blocks: int, dtype: torch.dtype) -> None:
+        self._parts = parts
+        self._size = _numbers(parts) * BLOCK_TOKENS
+        self._memory = MappedMemory(self._size * blocks, dtype)
+
+    def part(self, index: int, slot: int, count: int) -> Tensor:
+        """Part number `index` of `count` slots, [count, heads, BLOCK_TOKENS, dim]."""
+        part = self._parts[index]
+        numbers = self._memory.numbers[slot * self._size : (slot + count) * self._size]
+        own = numbers.view(count, self._size).narrow(
+            1, part.before * BLOCK_TOKENS, part.numbers * BLOCK_TOKENS
+        )
+        return own.unflatten(1, (part.heads, BLOCK_TOKENS, part.dim))
+
+    def drop(self, slots: Iterable[int]) -> None:
+        """Give back the memory of slots; what they held is lost."""
+        for slot in slots:
+            self._memory.drop(slot * self._size, (slot + 1) * self._size)
 
 
 class RowStorage:
-    """Places the rows of all sequences; the budget of blocks bounds how many there are.
+    """Places the rows of all sequences; the budget of blocks bounds how much they hold.
 
-    `max_tokens` is the longest row, `max_blocks` the most that a prefix cache may keep.
+    `max_tokens` is the longest row, `max_blocks` the most that a prefix cache may keep; `freed`
+    tells which of its slots came free since it was last asked.
     """
 
     def __init__(
@@ -93,139 +130,122 @@ class RowStorage:
         dtype: torch.dtype,
         max_tokens: int,
         max_blocks: int = 0,
+        freed: Callable[[], Collection[int]] = tuple,
     ) -> None:
-        self.shapes = tuple(shapes)
         self.dtype = dtype
         self.max_tokens = max_tokens
-        self._pool = BlockPool(shapes, max_blocks, dtype)
-        self._slabs: dict[int, Slab] = {}
-        self._places: dict[Sequence, tuple[Slab, int]] = {}
+        self._parts = parts_of(shapes)
+        self._pool = BlockPool(self._parts, max_blocks, dtype)
+        self._freed = freed
+        self._rows: dict[Sequence, Row] = {}
 
+    @torch.inference_mode()
     def ensure(self, sequence: Sequence, tokens: int) -> None:
-        """Give a sequence a row with room for `tokens` tokens; this may move other rows too.
+        """Give a sequence a row with room for `tokens` tokens.
 
-        What is `computed` of a row moves with it, and no more.
+        What is `computed` of a row moves with it, and no more. Where memory runs out it raises
+        `MemoryError`, and everything is as it was.
         """
-        found = self._places.get(sequence)
-        if found is not None and found[0].capacity >= tokens:
+        old = self._rows.get(sequence)
+        if old is not None and old.capacity >= tokens:
             return
-        slab = self._slab(tokens)
-        slot = self._append(slab, sequence)
-        self._places[sequence] = slab, slot
-        if found is not None:
-            slab.copy(found[0], found[1], slot, sequence.computed)
-            self._vacate(*found, sequence)
+        new = Row(self._parts, self._capacity(tokens), self.dtype)
+        self._rows[sequence] = new
+        if old is not None:
+            for index in range(len(self._parts)):
+                new.part(index)[:, : sequence.computed] = old.part(index)[:, : sequence.computed]
+                old.drop(index)
 
-    def where(self, sequence: Sequence) -> tuple[Slab, int]:
-        """Slab and slot of a sequence's row, until rows are next given or freed."""
-        return self._places[sequence]
+    def where(self, sequence: Sequence) -> Row:
+        """A sequence's row, until it is next given room or freed."""
+        return self._rows[sequence]
 
+    @torch.inference_mode()
     def fork(self, parent: Sequence, child: Sequence, length: int) -> None:
         """Give `child` a copy of the first `length` tokens of `parent`'s row."""
         self.ensure(child, length)
-        slab, slot = self._places[child]
-        source, source_slot = self._places[parent]
-        slab.copy(source, source_slot, slot, length)
+        own, source = self._rows[child], self._rows[parent]
+        for index in range(len(self._parts)):
+            own.part(index)[:, :length] = source.part(index)[:, :length]
 
     @torch.inference_mode()
     def keep(self, copies: Iterable[BlockCopy]) -> None:
-        """Copy blocks of rows to their slots; of several for one slot the last one."""
-        latest = {copy.slot: copy for copy in copies}
-        for row, kept in self._tensors(latest.values()):
-            kept.copy_(row)
+        """Copy blocks of rows to their slots; of several for one slot the last one.
+
+        Of sequences that do not run any more the rows are of no use after it: they give back each
+        part when it is copied, so that a long row and its blocks do not both take memory.
+        """
+        runs = _runs({copy.slot: copy for copy in copies}.values())
+        leaving = {c.sequence for c, _ in runs if c.sequence.status is not Status.RUNNING}
+        for index in range(len(self._parts)):
+            for copy, count in runs:
+                blocks = self._blocks(index, copy, count)
+                self._pool.part(index, copy.slot, count).copy_(blocks)
+            for sequence in leaving:
+                self._rows[sequence].drop(index)
 
     @torch.inference_mode()
     def reuse(self, copies: Iterable[BlockCopy]) -> None:
         """Copy kept blocks to the rows of their sequences, which have room for them."""
-        for row, kept in self._tensors(copies):
-            row.copy_(kept)
-
-    def _tensors(self, copies: Iterable[BlockCopy]) -> Iterator[tuple[Tensor, Tensor]]:
-        """By layer, and by run of blocks: where they are in a row, and in the pool.
-
-        Both are views [blocks, kv_heads, BLOCK_TOKENS, dim]. Blocks of one sequence that follow
-        each other, in slots that do, are copied at once.
-        """
         for copy, count in _runs(copies):
-            slab, row = self._places[copy.sequence]
-            for own, pool in zip(
-                (*slab.keys, *slab.values), (*self._pool.keys, *self._pool.values), strict=True
-            ):
-                tokens = own[row].narrow(1, copy.block * BLOCK_TOKENS, count * BLOCK_TOKENS)
-                blocks = tokens.view(len(tokens), count, BLOCK_TOKENS, -1).transpose(0, 1)
-                yield blocks, pool.narrow(0, copy.slot, count)
+            for index in range(len(self._parts)):
+                blocks = self._blocks(index, copy, count)
+                blocks.copy_(self._pool.part(index, copy.slot, count))
 
     def prepare(self, chunks: SequenceOf[Chunk]) -> list[Chunk]:
-        """See `KVStorage.prepare`; decoding chunks come first, by slab and slot.
-
-        So their queries meet a slice of the slab.
-        """
+        """See `KVStorage.prepare`; chunks of few tokens come first, for they attend one by one."""
+        freed = set(self._freed())
+        reused = [copy for chunk in chunks for copy in chunk.reused]
+        needed = freed.intersection(copy.slot for copy in reused)
+        self._pool.drop(freed - needed)
         for chunk in chunks:
             # Room for the whole prompt at once: a row that grows chunk by chunk is copied often.
             for sequence in (chunk.sequence, *chunk.forks):
                 self.ensure(sequence, len(sequence.tokens))
         # Only now: a row that moves takes along what was computed before alone.
-        self.reuse(copy for chunk in chunks for copy in chunk.reused)
-
-        def place(chunk: Chunk) -> tuple[bool, int, int]:
-            slab, slot = self._places[chunk.sequence]
-            return chunk.length > 1, slab.capacity, slot
-
-        return sorted(chunks, key=place)
+        self.reuse(reused)
+        self._pool.drop(needed)
+        return sorted(chunks, key=lambda chunk: (chunk.length >= TOGETHER_FROM, chunk.length > 1))
 
     def attention(self, chunks: SequenceOf[Chunk]) -> RowAttentionStep:
         """See `KVStorage.attention`."""
-        return RowAttentionStep(chunks, self.where)
+        return RowAttentionStep(chunks, self.where, self._parts)
 
-    @torch.inference_mode()
     def release(self, sequences: Iterable[Sequence]) -> None:
         """Free the rows of sequences, of those that have one."""
-        placed = [sequence for sequence in sequences if sequence in self._places]
-        # Later slots first: a dense slab then has no hole to fill when many end together.
-        for sequence in sorted(placed, key=lambda s: -self._places[s][1]):
-            self._vacate(*self._places.pop(sequence), sequence)
+        for sequence in sequences:
+            self._rows.pop(sequence, None)
 
     def check_integrity(self, *, idle: bool = False) -> None:
-        """Raise AssertionError if places and slabs disagree, or if `idle` and a row is in use."""
-        placed = sum(len(slab.rows) for slab in self._slabs.values())
-        for sequence, (slab, slot) in self._places.items():
-            if slab.rows[slot] is not sequence:
-                raise AssertionError("KV rows: a sequence is not where it was placed")
-        if placed != len(self._places) or (idle and placed):
-            raise AssertionError(f"KV rows: {placed} in slabs, {len(self._places)} placed")
+        """Raise AssertionError if a row is too small for what it holds, or if `idle` and in use."""
+        for sequence, row in self._rows.items():
+            if sequence.computed > row.capacity:
+                raise AssertionError(f"KV rows: {sequence.computed} tokens in {row.capacity}")
+        if idle and self._rows:
+            raise AssertionError(f"KV rows: {len(self._rows)} sequences still have one")
 
-    def _slab(self, tokens: int) -> Slab:
+    def _capacity(self, tokens: int) -> int:
         capacity = MIN_CAPACITY
         while capacity < tokens:
             capacity *= 2
-        # The longest class is cut to what a row can be at most.
-        capacity = max(min(capacity, self.max_tokens), tokens)
-        if capacity not in self._slabs:
-            self._slabs[capacity] = Slab(self.shapes, capacity, self.dtype)
-        return self._slabs[capacity]
+        # The largest is cut to what a row can be at most.
+        return max(min(capacity, self.max_tokens), tokens)
 
-    def _append(self, slab: Slab, sequence: Sequence) -> int:
-        allocated = slab.keys[0].shape[0]
-        if len(slab.rows) == allocated:
-            # Memory of classes that nobody uses any more goes before new memory comes.
-            for capacity in [c for c, s in self._slabs.items() if not s.rows and s is not slab]:
-                del self._slabs[capacity]
-            slab.resize(max(MIN_ROWS, 2 * allocated))
-        slab.rows.append(sequence)
-        return len(slab.rows) - 1
+    def _blocks(self, index: int, copy: BlockCopy, count: int) -> Tensor:
+        """Of a row, `count` blocks from that of `copy` on: [count, heads, BLOCK_TOKENS, dim]."""
+        part = self._rows[copy.sequence].part(index)
+        tokens = part.narrow(1, copy.block * BLOCK_TOKENS, count * BLOCK_TOKENS)
+        return tokens.unflatten(1, (count, BLOCK_TOKENS)).transpose(0, 1)
 
-    def _vacate(self, slab: Slab, slot: int, leaving: Sequence) -> None:
-        if not leaving.decoding:
-            slab.wipe(slot)
-        last = slab.rows.pop()
-        end = len(slab.rows)
-        if slot == end:
-            return
-        slab.copy(slab, end, slot, last.computed)
-        if not last.decoding:
-            slab.wipe(end)
-        slab.rows[slot] = last
-        self._places[last] = slab, slot
+
+def rounding_bytes(shapes: SequenceOf[LayerShape], page: int) -> int:
+    """Most that a row takes beyond its tokens: memory comes in pages, for each head its own."""
+    return sum(part.heads for part in parts_of(shapes)) * page
+
+
+def _numbers(parts: tuple[Part, ...]) -> int:
+    """Numbers of one token."""
+    return sum(part.numbers for part in parts)
 
 
 def _runs(copies: Iterable[BlockCopy]) -> list[tuple[BlockCopy, int]]:

@@ -37,6 +37,7 @@ class PrefixCache:
     def __init__(self) -> None:
         self._kept: OrderedDict[bytes, tuple[int, str]] = OrderedDict()
         self._free: list[int] = []
+        self._freed: set[int] = set()
         self._blocks: dict[str, int] = {"base": 0, "own": 0}
         self._queries: dict[str, int] = {"base": 0, "own": 0}
         self._hits: dict[str, int] = {"base": 0, "own": 0}
@@ -69,6 +70,7 @@ class PrefixCache:
         placed = []
         for index in missing:
             slot = self._free.pop() if self._free else len(self._kept)
+            self._freed.discard(slot)
             kind = "base" if index < base else "own"
             self._kept[keys[index]] = slot, kind
             self._blocks[kind] += 1
@@ -81,12 +83,18 @@ class PrefixCache:
         while len(self._kept) > limit:
             _, (slot, kind) = self._kept.popitem(last=False)
             self._free.append(slot)
+            self._freed.add(slot)
             self._blocks[kind] -= 1
             self._evictions += 1
 
     def vacant(self) -> tuple[int, ...]:
         """Slots that hold nothing to be found."""
         return tuple(self._free)
+
+    def take_freed(self) -> set[int]:
+        """Slots that came free since the last call, and are still free."""
+        freed, self._freed = self._freed, set()
+        return freed
 
     def count_query(self, keys: BlockKeys, tokens: int) -> None:
         """Note that the first `tokens` tokens of a sequence with these keys were looked for."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
 
@@ -12,131 +12,57 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from reft_runtime.engine.attention import attend_causally
 from reft_runtime.engine.native import attends, attends_prompts, kernels
 from reft_runtime.engine.scheduler import Chunk
 from reft_runtime.engine.sequence import Sequence
 
 if TYPE_CHECKING:
-    from reft_runtime.engine.kv_rows import Slab
+    from reft_runtime.engine.kv_rows import Part, Row
 
-SHORT_CHUNK = 8
-"""Tokens of a prompt up to which each goes over the keys by itself; more do it together. Measured
-on 2 cores."""
+TOGETHER_FROM = 9
+"""Tokens of a prompt from which on they go over the keys together; fewer do it one by one.
+Measured on 2 cores."""
+
+PIECE = 256
+"""Tokens of a prompt that torch's own operators attend at once: their mask is as wide as the
+context."""
 
 
 @dataclass(slots=True)
-class _DecodeGroup:
-    """Rows of one slab that decode one token each: packed tokens [first, first + rows)."""
-
-    slab: Slab
-    first: int
-    slots: Tensor  # [rows]
-    positions: Tensor  # [rows]
-    span: int  # slots [0, span) are attended; more than `rows` where some of them do not decode
-    length: int  # tokens attended: the longest row's
-    masks: dict[int | None, Tensor | None] = field(default_factory=dict)
-
-    @property
-    def rows(self) -> int:
-        return self.slots.shape[0]
-
-    def mask(self, window: int | None, dtype: torch.dtype) -> Tensor | None:
-        """Additive mask [span, 1, 1, length]; None where every row sees everything."""
-        if window not in self.masks:
-            length = self.length
-            last = torch.zeros(self.span, 1, dtype=torch.long)
-            last[self.slots, 0] = self.positions
-            at = torch.arange(length)
-            hidden = at > last
-            if window is not None:
-                hidden |= at <= last - window
-            mask = torch.zeros(self.span, length, dtype=dtype)
-            mask.masked_fill_(hidden, -torch.inf)
-            self.masks[window] = mask[:, None, None] if hidden.any() else None
-        return self.masks[window]
-
-
-@dataclass
-class _PromptSegment:
+class _Segment:
     """Consecutive tokens of one row: packed tokens [first, first + length), row offset `start`."""
 
-    slab: Slab
-    slot: int
+    row: Row
     first: int
     start: int
     length: int
-    masks: dict[int | None, Tensor | None] = field(default_factory=dict)
-
-    @property
-    def short(self) -> bool:
-        """Whether one pass a token costs less than going over the keys together."""
-        return self.length <= SHORT_CHUNK
-
-    @cached_property
-    def slots(self) -> Tensor:
-        return torch.full((self.length,), self.slot)
-
-    @cached_property
-    def positions(self) -> Tensor:
-        return torch.arange(self.start, self.start + self.length)
-
-    def mask(self, window: int | None, dtype: torch.dtype) -> Tensor | None:
-        """Additive mask [length, start + length]; None for a plain causal one."""
-        if window not in self.masks:
-            stop = self.start + self.length
-            mask = None
-            if self.start or (window is not None and window < stop):
-                rows = torch.arange(self.start, stop)[:, None]
-                columns = torch.arange(stop)
-                hidden = columns > rows
-                if window is not None:
-                    hidden |= columns <= rows - window
-                mask = torch.zeros(hidden.shape, dtype=dtype).masked_fill_(hidden, -torch.inf)
-            self.masks[window] = mask
-        return self.masks[window]
 
 
 class RowAttentionStep:
     """One step's attention over the rows of `RowStorage`, which says `where` they are.
 
-    Decoding chunks must come first, ordered so that those of one slab are together and by slot.
+    `parts` are those of the rows: keys and values of each layer in turn. Chunks of fewer than
+    `TOGETHER_FROM` tokens must come first.
     """
 
     def __init__(
-        self, chunks: SequenceOf[Chunk], where: Callable[[Sequence], tuple[Slab, int]]
+        self,
+        chunks: SequenceOf[Chunk],
+        where: Callable[[Sequence], Row],
+        parts: SequenceOf[Part],
     ) -> None:
-        self._decodes: list[_DecodeGroup] = []
-        self._prompts: list[_PromptSegment] = []
+        self._parts = parts
         self._native = kernels()
+        self._segments: list[_Segment] = []
+        self._single = 0  # tokens that attend one by one
         first = 0
-        at = 0
-        while at < len(chunks):
-            slab, slot = where(chunks[at].sequence)
-            if chunks[at].length > 1:
-                chunk = chunks[at]
-                self._prompts.append(_PromptSegment(slab, slot, first, chunk.start, chunk.length))
-                first += chunk.length
-                at += 1
-                continue
-            slots, positions = [], []
-            while at < len(chunks) and chunks[at].length == 1:
-                other, slot = where(chunks[at].sequence)
-                if other is not slab:
-                    break
-                slots.append(slot)
-                positions.append(chunks[at].start)
-                at += 1
-            self._decodes.append(
-                _DecodeGroup(
-                    slab,
-                    first,
-                    torch.tensor(slots),
-                    torch.tensor(positions),
-                    span=max(slots) + 1,
-                    length=max(positions) + 1,
-                )
-            )
-            first += len(slots)
+        for chunk in chunks:
+            self._segments.append(_Segment(where(chunk.sequence), first, chunk.start, chunk.length))
+            first += chunk.length
+            if chunk.length < TOGETHER_FROM:
+                self._single = first
+        self._tokens = first
 
     def attend(
         self,
@@ -147,53 +73,64 @@ class RowAttentionStep:
         scaling: float | None,
         window: int | None,
     ) -> Tensor:
-        """See `AttentionStep.attend`."""
+        """See `AttentionStep.attend`; raises ValueError for heads that do not fit the rows."""
+        keys, values = self._parts[2 * layer], self._parts[2 * layer + 1]
+        if (
+            key.shape != (self._tokens, keys.heads, keys.dim)
+            or value.shape != (self._tokens, values.heads, values.dim)
+            or len(query) != self._tokens
+        ):
+            raise ValueError(
+                f"attention of layer {layer}: {tuple(query.shape)}, {tuple(key.shape)} and"
+                f" {tuple(value.shape)} do not fit {self._tokens} tokens of {keys} and {values}"
+            )
         out = query.new_empty(*query.shape[:-1], value.shape[-1])
         native = self._native if attends(query, key, value) else None
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-        for group in self._decodes:
-            tokens = slice(group.first, group.first + group.rows)
-            rows = query[tokens], key[tokens], value[tokens], out[tokens]
-            cache = group.slab.keys[layer], group.slab.values[layer]
-            if native is None:
-                _attend_decodes(group, *cache, *rows, scale, window)
-            else:
-                native.attend(*rows, *cache, group.slots, group.positions, scale, window or 0)
-        segments = self._prompts
-        if native is not None and attends_prompts(query, key):
-            for slab, places in self._long_prompts:
-                cache = slab.keys[layer], slab.values[layer]
-                native.attend_prompts(query, key, value, out, *cache, places, scale, window or 0)
-            segments = self._short_prompts
+        segments = self._segments
+        if native is not None:
+            before = keys.before, values.before
+            if self._single:
+                few = slice(self._single)
+                heads = query[few], key[few], value[few], out[few]
+                native.attend(*heads, self._places, before, scale, window or 0)
+            segments = self._long
+            if segments and attends_prompts(query, key):
+                heads = query, key, value, out
+                native.attend_prompts(*heads, self._long_places, before, scale, window or 0)
+                return out
         for segment in segments:
-            tokens = slice(segment.first, segment.first + segment.length)
-            rows = query[tokens], key[tokens], value[tokens], out[tokens]
-            cache = segment.slab.keys[layer], segment.slab.values[layer]
-            if native is None or not segment.short:
-                _attend_prompt(segment, *cache, *rows, scale, window)
-            else:
-                native.attend(*rows, *cache, segment.slots, segment.positions, scale, window or 0)
+            own = slice(segment.first, segment.first + segment.length)
+            _attend(segment, layer, query[own], key[own], value[own], out[own], scale, window)
         return out
 
     @cached_property
-    def _short_prompts(self) -> list[_PromptSegment]:
-        return [segment for segment in self._prompts if segment.short]
+    def _places(self) -> Tensor:
+        """Of each token that attends by itself: address and capacity of its row, its position."""
+        return torch.tensor(
+            [
+                (segment.row.address, segment.row.capacity, segment.start + offset)
+                for segment in self._segments
+                if segment.first < self._single
+                for offset in range(segment.length)
+            ]
+        )
 
     @cached_property
-    def _long_prompts(self) -> list[tuple[Slab, Tensor]]:
-        """Those that are not short, by slab: first token, slot, row offset, length."""
-        by_slab: dict[int, tuple[Slab, list[tuple[int, int, int, int]]]] = {}
-        for s in self._prompts:
-            if not s.short:
-                place = s.first, s.slot, s.start, s.length
-                by_slab.setdefault(id(s.slab), (s.slab, []))[1].append(place)
-        return [(slab, torch.tensor(places)) for slab, places in by_slab.values()]
+    def _long(self) -> list[_Segment]:
+        return [segment for segment in self._segments if segment.first >= self._single]
+
+    @cached_property
+    def _long_places(self) -> Tensor:
+        """Of the others: address and capacity of the row, first token, row offset, length."""
+        return torch.tensor(
+            [(s.row.address, s.row.capacity, s.first, s.start, s.length) for s in self._long]
+        )
 
 
-def _attend_decodes(
-    group: _DecodeGroup,
-    keys: Tensor,
-    values: Tensor,
+def _attend(
+    segment: _Segment,
+    layer: int,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -201,52 +138,24 @@ def _attend_decodes(
     scale: float,
     window: int | None,
 ) -> None:
-    """Attention of decoding tokens [rows, heads, dim] by torch's own operators."""
-    keys[group.slots, :, group.positions] = key
-    values[group.slots, :, group.positions] = value
-    kv_heads, span, length = key.shape[1], group.span, group.length
-    # Query heads that share a KV head become its queries: no repeated keys and values.
-    packed = query.reshape(group.rows, kv_heads, -1, query.shape[-1])
-    if span != group.rows:
-        spread = packed.new_zeros(span, *packed.shape[1:])
-        spread[group.slots] = packed
-        packed = spread
-    result = scaled_dot_product_attention(
-        packed,
-        keys[:span, :, :length],
-        values[:span, :, :length],
-        attn_mask=group.mask(window, query.dtype),
-        scale=scale,
-    )
-    if span != group.rows:
-        result = result[group.slots]
-    out.copy_(result.reshape(out.shape))
-
-
-def _attend_prompt(
-    segment: _PromptSegment,
-    keys: Tensor,
-    values: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    out: Tensor,
-    scale: float,
-    window: int | None,
-) -> None:
-    """Attention of a prompt's tokens [length, heads, dim] by torch's own operators."""
-    stop = segment.start + segment.length
-    row_keys, row_values = keys[segment.slot, :, :stop], values[segment.slot, :, :stop]
-    row_keys[:, segment.start :] = key.transpose(0, 1)
-    row_values[:, segment.start :] = value.transpose(0, 1)
-    mask = segment.mask(window, query.dtype)
-    result = scaled_dot_product_attention(
-        query.transpose(0, 1)[None],
-        row_keys[None],
-        row_values[None],
-        attn_mask=mask,
-        is_causal=mask is None,
-        scale=scale,
-        enable_gqa=query.shape[1] != key.shape[1],
-    )
-    out.copy_(result[0].transpose(0, 1))
+    """Attention of a segment's tokens [length, heads, dim] by torch's own operators."""
+    keys, values = segment.row.keys(layer), segment.row.values(layer)
+    start, stop = segment.start, segment.start + segment.length
+    keys[:, start:stop] = key.transpose(0, 1)
+    values[:, start:stop] = value.transpose(0, 1)
+    if segment.length == 1:
+        first = 0 if window is None else max(0, stop - window)
+        # Query heads that share a KV head become its queries: no repeated keys and values.
+        result = scaled_dot_product_attention(
+            query.reshape(1, len(keys), -1, query.shape[-1]),
+            keys[None, :, first:stop],
+            values[None, :, first:stop],
+            scale=scale,
+        )
+        out.copy_(result.reshape(out.shape))
+        return
+    for at in range(0, segment.length, PIECE):
+        piece = slice(at, min(at + PIECE, segment.length))
+        seen_keys = keys[:, : start + piece.stop].transpose(0, 1)
+        seen_values = values[:, : start + piece.stop].transpose(0, 1)
+        out[piece] = attend_causally(query[piece], seen_keys, seen_values, scale, window)

@@ -1,16 +1,21 @@
-"""Where rows lie, and that what they hold survives every move."""
+"""Where rows lie, what memory they take, and that what they hold survives every move."""
 
+import math
+import mmap
 from collections.abc import Iterator
+from typing import Any
 
+import psutil
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from reft_runtime.engine.attention import LayerShape
-from reft_runtime.engine.kv_rows import MIN_CAPACITY, MIN_ROWS, RowStorage
+from reft_runtime.engine.kv_rows import MIN_CAPACITY, RowStorage, rounding_bytes
 from reft_runtime.engine.prefix_cache import BlockCopy
-from reft_runtime.engine.sequence import Request, Sequence, sequences_of
+from reft_runtime.engine.scheduler import Chunk
+from reft_runtime.engine.sequence import Request, Sequence, Status, sequences_of
 from reft_runtime.sampling import SamplingParams
 
 SHAPES = (LayerShape(1, 2, 3), LayerShape(2, 2, 2))
@@ -24,8 +29,8 @@ def inference() -> Iterator[None]:
         yield
 
 
-def storage() -> RowStorage:
-    return RowStorage(SHAPES, torch.float32, LONGEST, max_blocks=8)
+def storage(**options: Any) -> RowStorage:
+    return RowStorage(SHAPES, torch.float32, LONGEST, max_blocks=8, **options)
 
 
 def sequence(length: int = 10) -> Sequence:
@@ -33,34 +38,32 @@ def sequence(length: int = 10) -> Sequence:
     made = sequences_of(Request("a", (0,) * length, SamplingParams(), 0), 0)
     made.tokens.append(0)
     made.computed = length
+    made.status = Status.RUNNING
     return made
 
 
 def fill(rows: RowStorage, sequence: Sequence, value: float) -> None:
     """Write what is computed: `value` and the position."""
-    slab, slot = rows.where(sequence)
+    row = rows.where(sequence)
     content = value + torch.arange(sequence.computed) / 1000
-    for tensor in (*slab.keys, *slab.values):
-        tensor[slot, :, : sequence.computed] = content[:, None]
+    for part in range(len(rows._parts)):
+        row.part(part)[:, : sequence.computed] = content[:, None]
 
 
 def holds(rows: RowStorage, sequence: Sequence, value: float, length: int | None = None) -> bool:
-    slab, slot = rows.where(sequence)
+    row = rows.where(sequence)
     length = sequence.computed if length is None else length
     content = (value + torch.arange(length) / 1000)[:, None]
-    return all(
-        torch.equal(tensor[slot, :, :length], content.expand_as(tensor[slot, :, :length]))
-        for tensor in (*slab.keys, *slab.values)
-    )
+    parts = [row.part(part)[:, :length] for part in range(len(rows._parts))]
+    return all(torch.equal(part, content.expand_as(part)) for part in parts)
 
 
 def test_shapes_of_layers_are_their_own() -> None:
     rows, one = storage(), sequence()
     rows.ensure(one, 10)
-    slab, slot = rows.where(one)
-    assert slot == 0
-    assert [t.shape for t in slab.keys] == [(MIN_ROWS, 1, 128, 2), (MIN_ROWS, 2, 128, 2)]
-    assert [t.shape for t in slab.values] == [(MIN_ROWS, 1, 128, 3), (MIN_ROWS, 2, 128, 2)]
+    row = rows.where(one)
+    assert [row.keys(layer).shape for layer in (0, 1)] == [(1, 128, 2), (2, 128, 2)]
+    assert [row.values(layer).shape for layer in (0, 1)] == [(1, 128, 3), (2, 128, 2)]
 
 
 def test_a_row_grows_and_keeps_its_content() -> None:
@@ -73,31 +76,45 @@ def test_a_row_grows_and_keeps_its_content() -> None:
     for tokens in (128, 129, 256, 257, 513, LONGEST):
         rows.ensure(one, tokens)
         rows.check_integrity()
-        capacities.append(rows.where(one)[0].capacity)
+        capacities.append(rows.where(one).capacity)
         assert holds(rows, one, 1.0)
         assert holds(rows, other, 2.0)
     assert capacities == [128, 256, 256, 512, LONGEST, LONGEST]
-    assert rows.where(other)[1] == 0, "the place that came free is filled"
 
 
-def test_a_slab_grows_and_keeps_its_rows() -> None:
-    rows = storage()
-    all_of_them = [sequence() for _ in range(3 * MIN_ROWS)]
-    for value, each in enumerate(all_of_them):
-        rows.ensure(each, 10)
-        fill(rows, each, value)
-    assert [rows.where(each)[1] for each in all_of_them] == list(range(3 * MIN_ROWS))
-    assert all(holds(rows, each, value) for value, each in enumerate(all_of_them))
+def test_a_growth_without_memory_leaves_everything_as_it_was(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    rows, one = storage(), sequence(100)
+    rows.ensure(one, 100)
+    fill(rows, one, 1.0)
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise OSError(12, "Cannot allocate memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("reft_runtime.engine.memory.mmap.mmap", refuse)
+        for tokens in (129, LONGEST):
+            with pytest.raises(MemoryError):
+                rows.ensure(one, tokens)
+        with pytest.raises(MemoryError):
+            rows.ensure(sequence(), 10)
+        with pytest.raises(MemoryError):
+            rows.fork(one, sequence(), 10)
+    rows.check_integrity()
+    assert rows.where(one).capacity == 128
+    assert holds(rows, one, 1.0)
+    rows.ensure(one, 129)
+    assert holds(rows, one, 1.0)
 
 
-def test_the_last_row_moves_into_a_freed_place() -> None:
+def test_rows_come_and_go() -> None:
     rows = storage()
     a, b, c = (sequence(length) for length in (10, 20, 30))
     for value, each in enumerate((a, b, c)):
         rows.ensure(each, each.computed)
         fill(rows, each, value)
     rows.release([a])
-    assert [rows.where(each)[1] for each in (c, b)] == [0, 1]
     assert holds(rows, b, 1)
     assert holds(rows, c, 2)
     rows.release([b])
@@ -126,20 +143,20 @@ def test_kept_blocks_outlive_their_rows(length: int) -> None:
     rows.ensure(one, length)
     fill(rows, one, 1.0)
     rows.keep([BlockCopy(one, 0, 5), BlockCopy(one, 1, 2)])
+    assert holds(rows, one, 1.0), "it goes on"
     fill(rows, one, 3.0)
     rows.release([one])
     rows.ensure(other, 33)
     rows.ensure(unlike, 300)
     fill(rows, unlike, 7.0)
-    # Of two rows, in slabs of their own, and in another order than they were kept.
+    # Of two rows, and in another order than they were kept.
     rows.reuse([BlockCopy(unlike, 1, 2), BlockCopy(other, 1, 2), BlockCopy(other, 0, 5)])
     assert holds(rows, other, 1.0, 32)
     assert holds(rows, unlike, 7.0, 16)
-    slab, slot = rows.where(unlike)
-    home, place = rows.where(other)
-    assert torch.equal(slab.keys[1][slot, :, 16:32], home.keys[1][place, :, 16:32])
+    theirs, own = rows.where(unlike), rows.where(other)
+    assert torch.equal(theirs.keys(1)[:, 16:32], own.keys(1)[:, 16:32])
     assert torch.equal(
-        slab.values[0][slot, :, 32:300],
+        theirs.values(0)[:, 32:300],
         7 + torch.arange(32, 300)[None, :, None].expand(1, -1, 3) / 1000,
     )
 
@@ -156,46 +173,13 @@ def test_of_several_blocks_for_one_slot_the_last_is_kept() -> None:
     assert holds(rows, several[1], 19)
 
 
-def test_memory_of_a_length_that_nobody_has_goes() -> None:
-    rows = storage()
-    short, long = sequence(), sequence()
-    rows.ensure(short, 10)
-    rows.release([short])
-    rows.ensure(long, 200)
-    assert list(rows._slabs) == [256]
-
-
-def finite_everywhere(rows: RowStorage) -> bool:
-    slabs = rows._slabs.values()
-    tensors = [tensor for slab in slabs for tensor in (*slab.keys, *slab.values)]
-    return all(bool(tensor.isfinite().all()) for tensor in tensors)
-
-
-@pytest.mark.parametrize("how", ["released", "grown", "moved"])
-def test_what_is_not_known_to_be_finite_leaves_nothing(how: str) -> None:
-    rows = storage()
-    first, suspect, last = sequence(), sequence(), sequence()
-    suspect.tokens.pop()  # no token came out of it
-    for each in (first, suspect, *([last] if how != "moved" else [])):
-        rows.ensure(each, 10)
-    fill(rows, first, 1)
-    fill(rows, suspect, float("nan"))
-    if how == "grown":
-        rows.ensure(suspect, 200)
-    elif how == "moved":
-        rows.release([first])
-        assert rows.where(suspect)[1] == 0
-    rows.release([suspect])
-    assert finite_everywhere(rows)
-
-
 def test_integrity_can_fail() -> None:
     rows, one = storage(), sequence()
     rows.ensure(one, 10)
-    with pytest.raises(AssertionError, match="1 in slabs"):
+    with pytest.raises(AssertionError, match="1 sequences still have one"):
         rows.check_integrity(idle=True)
-    rows.where(one)[0].rows[0] = sequence()
-    with pytest.raises(AssertionError, match="not where it was placed"):
+    one.computed = 129
+    with pytest.raises(AssertionError, match="129 tokens in 128"):
         rows.check_integrity()
 
 
@@ -219,3 +203,119 @@ def test_random_moves(moves: list[tuple[int, int]]) -> None:
     for each in live.values():
         rows.release([each])
     rows.check_integrity(idle=True)
+
+
+WIDE = (LayerShape(4, 64, 64),) * 8
+"""16 KiB a token in float32: of each head 16 tokens are a page."""
+
+TOKEN = 8 * 4 * 128 * 4
+BLOCKS = 256
+
+
+class Resident:
+    """Bytes that this process has taken since this was made."""
+
+    def __init__(self) -> None:
+        self._process = psutil.Process()
+        self._before = self._process.memory_info().rss
+
+    def tokens(self) -> float:
+        """As tokens of `WIDE`."""
+        return float(self._process.memory_info().rss - self._before) / TOKEN
+
+
+@pytest.mark.skipif(not hasattr(mmap, "MADV_DONTNEED"), reason="pages are not given back")
+def test_rows_and_kept_blocks_take_what_the_budget_counts(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    freed: set[int] = set()
+
+    def take() -> set[int]:
+        taken = set(freed)
+        freed.clear()
+        return taken
+
+    total = 16 * BLOCKS
+    rows = RowStorage(WIDE, torch.float32, total, BLOCKS, take)
+    slack = 0.05 * total
+    resident = Resident()
+    # One that has just outgrown half of the longest row: room for twice as much, taken or not.
+    one = sequence(total // 2 + 16)
+    rows.ensure(one, total // 2)
+    one.computed = 0
+    rows.ensure(one, total // 2 + 16)
+    one.computed = total // 2 + 16
+    fill(rows, one, math.nan)
+    assert resident.tokens() == pytest.approx(total // 2 + 16, abs=slack)
+    # It ends, and all of it is kept: never both the row and its blocks.
+    one.status = Status.FINISHED
+    seen = []
+    real = rows._pool.part
+
+    def watched(*args: int) -> torch.Tensor:
+        seen.append(resident.tokens())
+        return real(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(rows._pool, "part", watched)
+        rows.keep([BlockCopy(one, block, block) for block in range(total // 32)])
+    assert max(seen) < 0.6 * total + slack
+    rows.release([one])
+    assert resident.tokens() == pytest.approx(total // 2, abs=slack)
+    # Kept blocks give way to another.
+    freed.update(range(total // 32))
+    other = sequence(total)
+    other.computed = 0
+    rows.prepare([Chunk(other, 0, total)])
+    assert resident.tokens() == pytest.approx(0, abs=slack)
+    other.computed = total
+    fill(rows, other, 1.0)
+    assert resident.tokens() == pytest.approx(total, abs=slack)
+    rows.release([other])
+    assert resident.tokens() == pytest.approx(0, abs=slack)
+
+
+@pytest.mark.skipif(not hasattr(mmap, "MADV_DONTNEED"), reason="pages are not given back")
+def test_a_row_that_grows_does_not_take_twice_its_memory(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    rows = RowStorage(WIDE, torch.float32, 4096)
+    one = sequence(2048)
+    resident = Resident()
+    rows.ensure(one, 2048)
+    fill(rows, one, 1.0)
+    seen = []
+    old = rows.where(one)
+    real = old.part
+
+    def watched(index: int) -> torch.Tensor:
+        seen.append(resident.tokens())
+        return real(index)
+
+    monkeypatch.setattr(old, "part", watched)
+    rows.ensure(one, 2049)
+    assert len(seen) == 16
+    assert max(seen) < 1.2 * 2048
+    row = rows.where(one)
+    assert row.capacity == 4096
+    content = (1 + torch.arange(2048) / 1000)[:, None]
+    assert all(torch.equal(row.part(i)[0, :2048], content.expand(-1, 64)) for i in range(16))
+
+
+def test_a_blocks_place_is_given_back_after_it_was_reused() -> None:
+    """It may give way in the very step that reuses it."""
+    freed: set[int] = set()
+    rows = storage(freed=lambda: freed)
+    one, other = sequence(32), sequence(32)
+    rows.ensure(one, 32)
+    fill(rows, one, 1.0)
+    rows.keep([BlockCopy(one, 0, 3), BlockCopy(one, 1, 4)])
+    freed |= {3, 4}
+    other.computed = 0
+    reused = [BlockCopy(other, 0, 3), BlockCopy(other, 1, 4)]
+    rows.prepare([Chunk(other, 32, 1, reused)])
+    assert holds(rows, other, 1.0, 32)
+
+
+def test_what_memory_comes_in() -> None:
+    assert rounding_bytes(SHAPES, 4096) == (1 + 1 + 2 + 2) * 4096

@@ -132,21 +132,26 @@ def test_rotate(operators: Kernels, dtype: torch.dtype, tokens: int) -> None:
 def test_attend(operators: Kernels, dtype: torch.dtype, dim: int, window: int) -> None:
     """Decoding rows of several lengths, and one prompt whose tokens see each other."""
     kv_heads, group, capacity = 2, 3, 160
-    slots = torch.tensor([4, 0, 2, 1, 1, 1])
-    positions = torch.tensor([0, 63, 64, 130, 131, 132])
+    slots = [4, 0, 2, 1, 1, 1]
+    positions = [0, 63, 64, 130, 131, 132]
     both = rand(6, kv_heads * (group + 2), dim, dtype=dtype)
     query, key, value = torch.split(both, [kv_heads * group, kv_heads, kv_heads], 1)
-    keys, values = (rand(5, kv_heads, capacity, dim, dtype=dtype, seed=s) for s in (3, 4))
+    rows = rand(5, 2, kv_heads, capacity, dim, dtype=dtype, seed=3)
+    keys, values = rows.unbind(1)
     # What lies beyond a row's own tokens may be anything.
     keys[0, :, 64:] = values[0, :, 64:] = math.nan
     untouched = keys[3].clone()
     out = query.new_empty(query.shape)
-    operators.attend(query, key, value, out, keys, values, slots, positions, 0.2, window)
+    places = torch.tensor(
+        [(rows[slot].data_ptr(), capacity, at) for slot, at in zip(slots, positions, strict=True)]
+    )
+    before = 0, kv_heads * dim
+    operators.attend(query, key, value, out, places, before, 0.2, window)
     for token, (slot, position) in enumerate(zip(slots, positions, strict=True)):
         assert torch.equal(keys[slot, :, position], key[token])
         assert torch.equal(values[slot, :, position], value[token])
-        first = max(0, int(position) - window + 1) if window else 0
-        seen = slice(first, int(position) + 1)
+        first = max(0, position - window + 1) if window else 0
+        seen = slice(first, position + 1)
         wanted = scaled_dot_product_attention(
             query[token].view(kv_heads, group, dim).float(),
             keys[slot, :, seen].float(),
@@ -170,13 +175,17 @@ def test_attend_prompts(
     tokens = 224
     both = rand(tokens, kv_heads * (group + 2), dim, dtype=dtype)
     query, key, value = torch.split(both, [kv_heads * group, kv_heads, kv_heads], 1)
-    keys, values = (rand(5, kv_heads, capacity, dim, dtype=dtype, seed=s) for s in (3, 4))
+    rows = rand(5, 2, kv_heads, capacity, dim, dtype=dtype, seed=3)
+    keys, values = rows.unbind(1)
     untouched = keys[3].clone()
     for _, slot, start, length in segments:  # what lies beyond may be anything
         keys[slot, :, start + length :] = values[slot, :, start + length :] = math.nan
     out = query.new_empty(query.shape)
-    places = torch.tensor(segments)
-    operators.attend_prompts(query, key, value, out, keys, values, places, 0.2, window)
+    places = torch.tensor(
+        [(rows[slot].data_ptr(), capacity, first, *rest) for first, slot, *rest in segments]
+    )
+    before = 0, kv_heads * dim
+    operators.attend_prompts(query, key, value, out, places, before, 0.2, window)
     for first, slot, start, length in segments:
         own, stop = slice(first, first + length), start + length
         assert torch.equal(keys[slot, :, start:stop], key[own].transpose(0, 1))
@@ -200,10 +209,10 @@ def test_attend_prompts(
 def test_a_token_that_is_not_finite_spoils_no_other_prompt(operators: Kernels) -> None:
     query, key, value = rand(40, 2, 64), rand(40, 2, 64), rand(40, 2, 64)
     query[3] = math.nan
-    keys, values = torch.zeros(2, 2, 32, 64), torch.zeros(2, 2, 32, 64)
+    rows = torch.zeros(2, 2, 2, 32, 64)
     out = torch.empty_like(query)
-    segments = torch.tensor([(0, 0, 0, 20), (20, 1, 0, 20)])
-    operators.attend_prompts(query, key, value, out, keys, values, segments, 1.0, 0)
+    places = [(rows[0].data_ptr(), 32, 0, 0, 20), (rows[1].data_ptr(), 32, 20, 0, 20)]
+    operators.attend_prompts(query, key, value, out, torch.tensor(places), (0, 128), 1.0, 0)
     assert out[3].isnan().all()
     assert out[:3].isfinite().all()
     assert out[4:].isfinite().all()
@@ -212,12 +221,57 @@ def test_a_token_that_is_not_finite_spoils_no_other_prompt(operators: Kernels) -
 def test_a_row_that_is_not_finite_spoils_no_other(operators: Kernels) -> None:
     query, key, value = rand(2, 2, 64), rand(2, 2, 64), rand(2, 2, 64)
     query[0] = math.nan
-    keys, values = torch.zeros(2, 2, 16, 64), torch.zeros(2, 2, 16, 64)
+    rows = torch.zeros(2, 2, 2, 16, 64)
     out = torch.empty_like(query)
-    slots, positions = torch.tensor([0, 1]), torch.tensor([0, 0])
-    operators.attend(query, key, value, out, keys, values, slots, positions, 1.0, 0)
+    places = torch.tensor([(row.data_ptr(), 16, 0) for row in rows])
+    operators.attend(query, key, value, out, places, (0, 128), 1.0, 0)
     assert out[0].isnan().all()
     close(out[1], value[1])
+
+
+@pytest.mark.parametrize("place", [(16, 16), (16, -1), (0, 0)])
+def test_a_place_beyond_a_row_is_refused(operators: Kernels, place: tuple[int, int]) -> None:
+    """Capacity and position of the second of two tokens; the first one is not written either."""
+    heads, rows = rand(2, 2, 64), torch.zeros(2, 2, 2, 16, 64)
+    out = torch.empty_like(heads)
+    address = rows.data_ptr()
+    places = torch.tensor([(address, 16, 0), (address, *place)])
+    with pytest.raises(ValueError, match="beyond"):
+        operators.attend(heads, heads, heads, out, places, (0, 128), 1.0, 0)
+    segments = [(address, 16, 0, 0, 1), (address, place[0], 1, place[1], 1)]
+    with pytest.raises(ValueError, match="beyond"):
+        operators.attend_prompts(heads, heads, heads, out, torch.tensor(segments), (0, 128), 1.0, 0)
+    with pytest.raises(ValueError, match="beyond"):
+        operators.attend_prompts(
+            heads, heads, heads, out, torch.tensor([(address, 16, 1, 0, 2)]), (0, 128), 1.0, 0
+        )
+    assert not rows.any()
+
+
+def test_shapes_that_disagree_are_refused(operators: Kernels) -> None:
+    heads, rows = rand(2, 4, 64), torch.zeros(2, 2, 4, 16, 64)
+    out, wide = torch.empty_like(heads), rand(2, 130)
+    places = torch.tensor([(rows.data_ptr(), 16, 0), (rows.data_ptr(), 16, 1)])
+    angles = rand(2, 64)
+    for bad in (
+        lambda: operators.attend(heads, heads[:1], heads, out, places, (0, 256), 1.0, 0),
+        lambda: operators.attend(heads, heads, heads[:, :2], out, places, (0, 256), 1.0, 0),
+        lambda: operators.attend(heads, heads[:, :3], heads[:, :3], out, places, (0, 9), 1.0, 0),
+        lambda: operators.attend(heads, heads, heads, out[:1], places, (0, 256), 1.0, 0),
+        lambda: operators.attend(heads, heads, heads, out, places[:1], (0, 256), 1.0, 0),
+        lambda: operators.attend(heads, heads, heads, out, places[:, :2], (0, 256), 1.0, 0),
+        lambda: operators.rms_norm(wide, rand(131), 1e-5),
+        lambda: operators.rms_norm(wide, rand(65), 1e-5),
+        lambda: operators.rms_norm(wide, rand(130).bfloat16(), 1e-5),
+        lambda: operators.add_rms_norm(wide, wide[:1], rand(130), 1e-5),
+        lambda: operators.silu_mul(rand(2, 131)),
+        lambda: operators.rotate_(heads, heads[:1], angles, angles),
+        lambda: operators.rotate_(heads, heads, angles[:1], angles[:1]),
+        lambda: operators.rotate_(heads, heads, angles.bfloat16(), angles.bfloat16()),
+    ):
+        with pytest.raises(ValueError, match=r"shapes|places|width|for rows|gate"):
+            bad()
+    assert not rows.any()
 
 
 def test_what_the_operators_take() -> None:

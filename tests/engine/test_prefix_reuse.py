@@ -194,12 +194,13 @@ def cache_is_finite(core: EngineCore) -> bool:
     assert cache is not None
     kept = [slot for slot, _ in cache._kept.values()]
     storage: Any = core.runner.storage
-    pool = storage
     if isinstance(storage, RowStorage):
-        pool = storage._pool
+        parts = range(len(storage._parts))
+        blocks = [storage._pool.part(part, slot, 1) for part in parts for slot in kept]
     else:
         kept = [storage._kept[slot] for slot in kept]
-    return all(bool(t[kept].isfinite().all()) for t in (*pool.keys, *pool.values))
+        blocks = [pool[kept] for pool in (*storage.keys, *storage.values)]
+    return all(bool(block.isfinite().all()) for block in blocks)
 
 
 @pytest.mark.parametrize("max_step_tokens", [512, 16])

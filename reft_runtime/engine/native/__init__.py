@@ -1,7 +1,8 @@
 """Fused operators for a CPU, compiled at first use; None where there is no compiler.
 
 Arguments are contiguous CPU tensors of one dtype, float32 or bfloat16, as `supports` says (heads:
-as `packs` says); the shapes are trusted, for the callers take them from the model.
+as `packs` says). Shapes that disagree raise ValueError: a kernel would write where nothing is its
+own.
 """
 
 from __future__ import annotations
@@ -22,6 +23,9 @@ MAX_PROMPT_GROUP = 48
 PROMPT_DIMS = (16, 32, 64, 96, 128, 256)
 """Widths of heads that `Kernels.attend_prompts` takes."""
 
+_NO_MEMORY = 2
+"""What an operator that could not allocate answers; 0 is done, 1 a place that is not there."""
+
 _NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 _P, _I, _F = c_void_p, c_int64, c_float
 _ARGUMENTS: dict[str, list[Any]] = {
@@ -30,8 +34,8 @@ _ARGUMENTS: dict[str, list[Any]] = {
     "silu_mul": [_P, _P, _I, _I, c_int],
     "greedy": [_P, _P, _I, _I, c_int],
     "rotate": [*[_P] * 4, *[_I] * 6, c_int],
-    "attend": [*[_P] * 8, *[_I] * 9, _F, c_int],
-    "attend_prompts": [*[_P] * 7, *[_I] * 9, _F, c_int],
+    "attend": [*[_P] * 5, *[_I] * 11, _F, c_int],
+    "attend_prompts": [*[_P] * 5, *[_I] * 11, _F, c_int],
 }
 
 
@@ -68,13 +72,16 @@ class Kernels:
         for operator, arguments in _ARGUMENTS.items():
             for dtype, name in _NAMES.items():
                 function = getattr(library, f"{operator}_{name}")
-                function.argtypes, function.restype = arguments, None
+                function.argtypes = arguments
+                function.restype = c_int if operator.startswith("attend") else None
                 self._functions[operator, dtype] = function
 
     def rms_norm(self, rows: Tensor, weight: Tensor, epsilon: float) -> Tensor:
         """Rows [..., d] over their root mean square, times `weight` [d]."""
-        out = torch.empty_like(rows)
         width = weight.shape[0]
+        if weight.ndim != 1 or rows.shape[-1] != width or weight.dtype != rows.dtype:
+            raise ValueError(f"rms_norm: {tuple(weight.shape)} for rows {tuple(rows.shape)}")
+        out = torch.empty_like(rows)
         self._functions["rms_norm", rows.dtype](
             rows.data_ptr(),
             weight.data_ptr(),
@@ -90,8 +97,16 @@ class Kernels:
         self, rows: Tensor, more: Tensor, weight: Tensor, epsilon: float
     ) -> tuple[Tensor, Tensor]:
         """The sum of two tensors [..., d], and `rms_norm` of it."""
-        total, out = torch.empty_like(rows), torch.empty_like(rows)
         width = weight.shape[0]
+        if (
+            weight.ndim != 1
+            or rows.shape[-1] != width
+            or more.shape != rows.shape
+            or not weight.dtype == more.dtype == rows.dtype
+        ):
+            shapes = tuple(rows.shape), tuple(more.shape), tuple(weight.shape)
+            raise ValueError(f"add_rms_norm: shapes disagree: {shapes}")
+        total, out = torch.empty_like(rows), torch.empty_like(rows)
         self._functions["add_rms_norm", rows.dtype](
             rows.data_ptr(),
             more.data_ptr(),
@@ -107,7 +122,9 @@ class Kernels:
 
     def silu_mul(self, both: Tensor) -> Tensor:
         """silu(gate) * up [..., d] of rows [..., 2 d] that hold gate and up side by side."""
-        width = both.shape[-1] // 2
+        width, odd = divmod(both.shape[-1], 2)
+        if odd:
+            raise ValueError(f"silu_mul: gate and up in {tuple(both.shape)}")
         out = both.new_empty(*both.shape[:-1], width)
         self._functions["silu_mul", both.dtype](
             both.data_ptr(),
@@ -136,6 +153,17 @@ class Kernels:
         The halves of a head are rotated against each other (`rotate_half` in transformers).
         Heads of a token must lie one after another, as `packs` says.
         """
+        tokens, _, dim = query.shape
+        if (
+            key.shape[::2] != (tokens, dim)
+            or cos.shape[-2:] != (tokens, dim)
+            or cos.numel() != tokens * dim
+            or sin.shape != cos.shape
+            or dim % 2
+            or not query.dtype == key.dtype == cos.dtype == sin.dtype
+        ):
+            shapes = [(tuple(tensor.shape), tensor.dtype) for tensor in (query, key, cos, sin)]
+            raise ValueError(f"rotate: shapes disagree: {shapes}")
         self._functions["rotate", query.dtype](
             query.data_ptr(),
             key.data_ptr(),
@@ -156,21 +184,23 @@ class Kernels:
         key: Tensor,
         value: Tensor,
         out: Tensor,
-        keys: Tensor,
-        values: Tensor,
-        slots: Tensor,
-        positions: Tensor,
+        places: Tensor,
+        before: tuple[int, int],
         scale: float,
         window: int,
     ) -> None:
         """Store keys and values [T, kv_heads, dim], attend with queries [T, heads, dim] into `out`.
 
-        Token i is at `positions[i]` of the row `slots[i]` of the cache `keys` and `values`
-        [rows, kv_heads, capacity, dim]; it sees the positions up to its own, the last `window` of
-        them if that is not 0. All tokens are stored before any attends.
+        `places` int64 [T, 3] are of each token the address of its row, the row's capacity, and its
+        position there. A row holds keys and values of all layers, each [kv_heads, capacity, dim];
+        `before` is how many numbers a token takes before the layer's keys, and before its values.
+        A token sees the positions up to its own, the last `window` of them if that is not 0. All
+        tokens are stored before any attends. Raises ValueError, and nothing is written, where
+        shapes disagree or a position is beyond its row.
         """
-        cache = keys, values
-        self._attend("attend", query, key, value, out, *cache, (slots, positions), scale, window)
+        if len(places) != len(query):
+            raise ValueError(f"attend: {len(places)} places for {len(query)} tokens")
+        self._attend("attend", query, key, value, out, places, 3, before, scale, window)
 
     def attend_prompts(
         self,
@@ -178,18 +208,17 @@ class Kernels:
         key: Tensor,
         value: Tensor,
         out: Tensor,
-        keys: Tensor,
-        values: Tensor,
-        segments: Tensor,
+        places: Tensor,
+        before: tuple[int, int],
         scale: float,
         window: int,
     ) -> None:
         """As `attend`, of consecutive tokens of prompts: many of them go over the keys together.
 
-        `segments` [count, 4] are of (first token, row of the cache, its position there, length).
+        `places` [count, 5] are of (address of the row, its capacity, first token, its position in
+        the row, length). Raises `MemoryError` where there is none.
         """
-        cache = keys, values
-        self._attend("attend_prompts", query, key, value, out, *cache, (segments,), scale, window)
+        self._attend("attend_prompts", query, key, value, out, places, 5, before, scale, window)
 
     def _attend(
         self,
@@ -198,25 +227,38 @@ class Kernels:
         key: Tensor,
         value: Tensor,
         out: Tensor,
-        keys: Tensor,
-        values: Tensor,
-        places: tuple[Tensor, ...],
+        places: Tensor,
+        columns: int,
+        before: tuple[int, int],
         scale: float,
         window: int,
     ) -> None:
-        self._functions[operator, query.dtype](
+        tokens, heads, dim = query.shape
+        key_heads = key.shape[1]
+        if (
+            key.shape != (tokens, key_heads, dim)
+            or value.shape != key.shape
+            or out.shape != query.shape
+            or not out.is_contiguous()
+            or heads % key_heads
+            or places.shape[1:] != (columns,)
+            or places.dtype != torch.int64
+            or not places.is_contiguous()
+        ):
+            shapes = [tuple(tensor.shape) for tensor in (query, key, value, out, places)]
+            raise ValueError(f"{operator}: shapes disagree: {shapes}")
+        status = self._functions[operator, query.dtype](
             query.data_ptr(),
             key.data_ptr(),
             value.data_ptr(),
-            keys.data_ptr(),
-            values.data_ptr(),
             out.data_ptr(),
-            *[place.data_ptr() for place in places],
-            len(places[0]),
-            key.shape[1],
-            query.shape[1] // key.shape[1],
-            query.shape[2],
-            keys.shape[2],
+            places.data_ptr(),
+            len(places),
+            tokens,
+            *before,
+            key_heads,
+            heads // key_heads,
+            dim,
             query.stride(0),
             key.stride(0),
             value.stride(0),
@@ -224,6 +266,10 @@ class Kernels:
             scale,
             torch.get_num_threads(),
         )
+        if status == _NO_MEMORY:
+            raise MemoryError(f"{operator}: out of memory")
+        if status:
+            raise ValueError(f"{operator}: a token is beyond its row or the step")
 
 
 @cache

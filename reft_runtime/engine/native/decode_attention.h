@@ -71,36 +71,54 @@ void attend_group(const T* query, const T* keys, const T* values, T* out, int64_
     }
 }
 
+// What of a row a layer's keys or values are: [heads, capacity, dim] behind those of earlier layers.
 template <typename T>
-void attend(const T* query, const T* key, const T* value, T* keys, T* values, T* out,
-            const int64_t* slots, const int64_t* positions, int64_t tokens, int64_t key_heads,
-            int64_t group, int64_t dim, int64_t capacity, int64_t query_stride,
-            int64_t key_stride, int64_t value_stride, int64_t window, float scale, int threads) {
-    const int64_t head = capacity * dim, row = key_heads * head;
+inline T* part_of(int64_t address, int64_t capacity, int64_t before) {
+    return reinterpret_cast<T*>(static_cast<uintptr_t>(address)) + before * capacity;
+}
+
+// `places` are (address of the row, its capacity, position) a token. 0 when done; 1, and nothing is
+// written, where a position is beyond its row.
+template <typename T>
+int attend(const T* query, const T* key, const T* value, T* out, const int64_t* places,
+           int64_t tokens, int64_t keys_before, int64_t values_before, int64_t key_heads,
+           int64_t group, int64_t dim, int64_t query_stride, int64_t key_stride,
+           int64_t value_stride, int64_t window, float scale, int threads) {
+    if (dim > MAX_DIM || group > MAX_GROUP) return 1;
+    for (int64_t token = 0; token < tokens; ++token) {
+        const int64_t* place = places + 3 * token;
+        if (place[2] < 0 || place[2] >= place[1]) return 1;
+    }
 #pragma omp parallel num_threads(threads)
     {
 #pragma omp for
-        for (int64_t token = 0; token < tokens; ++token)
+        for (int64_t token = 0; token < tokens; ++token) {
+            const int64_t* place = places + 3 * token;
+            T* keys = part_of<T>(place[0], place[1], keys_before);
+            T* values = part_of<T>(place[0], place[1], values_before);
             for (int64_t h = 0; h < key_heads; ++h) {
-                const int64_t to = slots[token] * row + h * head + positions[token] * dim;
+                const int64_t to = (h * place[1] + place[2]) * dim;
                 std::memcpy(keys + to, key + token * key_stride + h * dim, dim * sizeof(T));
                 std::memcpy(values + to, value + token * value_stride + h * dim, dim * sizeof(T));
             }
+        }
 #pragma omp for schedule(dynamic) collapse(2)
         for (int64_t token = 0; token < tokens; ++token)
             for (int64_t h = 0; h < key_heads; ++h) {
-                const int64_t last = positions[token];
+                const int64_t* place = places + 3 * token;
+                const int64_t last = place[2], head = h * place[1] * dim;
                 const int64_t first = window ? std::max<int64_t>(0, last - window + 1) : 0;
                 const T* q = query + token * query_stride + h * group * dim;
                 T* to = out + (token * key_heads + h) * group * dim;
-                const T* k = keys + slots[token] * row + h * head;
-                const T* v = values + slots[token] * row + h * head;
+                const T* k = part_of<T>(place[0], place[1], keys_before) + head;
+                const T* v = part_of<T>(place[0], place[1], values_before) + head;
                 auto* attend_one = dim == 64    ? attend_group<T, 64>
                                    : dim == 128 ? attend_group<T, 128>
                                                 : attend_group<T, 0>;
                 attend_one(q, k, v, to, group, dim, first, last, scale);
             }
     }
+    return 0;
 }
 
 }  // namespace

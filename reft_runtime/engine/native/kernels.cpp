@@ -34,28 +34,31 @@
         rotate(query, key, cos, sin, tokens, query_heads, key_heads, dim, query_stride,            \
                key_stride, threads);                                                               \
     }                                                                                              \
-    extern "C" void attend_##NAME(const T* query, const T* key, const T* value, T* keys,           \
-                                  T* values, T* out, const int64_t* slots,                         \
-                                  const int64_t* positions, int64_t tokens, int64_t key_heads,     \
-                                  int64_t group, int64_t dim, int64_t capacity,                    \
-                                  int64_t query_stride, int64_t key_stride, int64_t value_stride,  \
-                                  int64_t window, float scale, int threads) {                      \
-        attend(query, key, value, keys, values, out, slots, positions, tokens, key_heads, group,   \
-               dim, capacity, query_stride, key_stride, value_stride, window, scale, threads);     \
-    } \
-    extern "C" void attend_prompts_##NAME(                                                         \
-        const T* query, const T* key, const T* value, T* keys, T* values, T* out,                  \
-        const int64_t* segments, int64_t count, int64_t key_heads, int64_t group, int64_t dim,     \
-        int64_t capacity, int64_t query_stride, int64_t key_stride, int64_t value_stride,          \
-        int64_t window, float scale, int threads) {                                                \
+    extern "C" int attend_##NAME(                                                                  \
+        const T* query, const T* key, const T* value, T* out, const int64_t* places,               \
+        int64_t count, int64_t, int64_t keys_before, int64_t values_before, int64_t key_heads,     \
+        int64_t group, int64_t dim, int64_t query_stride, int64_t key_stride,                      \
+        int64_t value_stride, int64_t window, float scale, int threads) {                          \
+        return attend(query, key, value, out, places, count, keys_before, values_before,           \
+                      key_heads, group, dim, query_stride, key_stride, value_stride, window,       \
+                      scale, threads);                                                             \
+    }                                                                                              \
+    extern "C" int attend_prompts_##NAME(                                                          \
+        const T* query, const T* key, const T* value, T* out, const int64_t* segments,             \
+        int64_t count, int64_t tokens, int64_t keys_before, int64_t values_before,                 \
+        int64_t key_heads, int64_t group, int64_t dim, int64_t query_stride, int64_t key_stride,   \
+        int64_t value_stride, int64_t window, float scale, int threads) {                          \
         auto* run = dim == 16    ? attend_prompts<T, 16>                                           \
                     : dim == 32  ? attend_prompts<T, 32>                                           \
                     : dim == 64  ? attend_prompts<T, 64>                                           \
                     : dim == 96  ? attend_prompts<T, 96>                                           \
                     : dim == 128 ? attend_prompts<T, 128>                                          \
-                                 : attend_prompts<T, 256>;                                         \
-        run(query, key, value, keys, values, out, segments, count, key_heads, group, capacity,     \
-            query_stride, key_stride, value_stride, window, scale, threads);                       \
+                    : dim == 256 ? attend_prompts<T, 256>                                          \
+                                 : nullptr;                                                        \
+        if (!run) return 1;                                                                        \
+        return run(query, key, value, out, segments, count, tokens, keys_before, values_before,    \
+                   key_heads, group, query_stride, key_stride, value_stride, window, scale,        \
+                   threads);                                                                       \
     }
 
 EXPORT(float32, float)

@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <cstring>
 #include <limits>
+#include <new>
 #include <type_traits>
 #include <vector>
 
@@ -130,14 +131,16 @@ void attend_tile(const T* query, const T* keys, const T* values, T* out, int64_t
     }
 }
 
-// Segments of prompts (first token of the step, slot, first position, length), tiled.
+// Segments of prompts (address of the row, its capacity, first token of the step, first position,
+// length), tiled. 0 when done; 1, and nothing is written, where a segment is beyond its row or the
+// step; 2 without memory.
 template <typename T, int64_t DIM>
-void attend_prompts(const T* query, const T* key, const T* value, T* keys, T* values, T* out,
-                    const int64_t* segments, int64_t count, int64_t key_heads, int64_t group,
-                    int64_t capacity, int64_t query_stride, int64_t key_stride,
-                    int64_t value_stride, int64_t window, float scale, int threads) {
-    const int64_t head = capacity * DIM, row = key_heads * head;
+int attend_prompts(const T* query, const T* key, const T* value, T* out, const int64_t* segments,
+                   int64_t count, int64_t tokens, int64_t keys_before, int64_t values_before,
+                   int64_t key_heads, int64_t group, int64_t query_stride, int64_t key_stride,
+                   int64_t value_stride, int64_t window, float scale, int threads) {
     const int64_t out_stride = key_heads * group * DIM;
+    if (group > TILE) return 1;
     const int64_t tile = TILE / group;
     struct Part {
         const int64_t* segment;
@@ -145,8 +148,15 @@ void attend_prompts(const T* query, const T* key, const T* value, T* keys, T* va
     };
     std::vector<Part> parts;
     for (int64_t i = 0; i < count; ++i) {
-        const int64_t* segment = segments + 4 * i;
-        for (int64_t start = 0; start < segment[3]; start += tile) parts.push_back({segment, start});
+        const int64_t* segment = segments + 5 * i;
+        const int64_t first = segment[2], position = segment[3], length = segment[4];
+        if (first < 0 || position < 0 || length < 0) return 1;
+        if (position + length > segment[1] || first + length > tokens) return 1;
+        try {
+            for (int64_t start = 0; start < length; start += tile) parts.push_back({segment, start});
+        } catch (const std::bad_alloc&) {
+            return 2;
+        }
     }
     // What sees most comes first: the small parts fill up at the end.
     std::reverse(parts.begin(), parts.end());
@@ -155,11 +165,12 @@ void attend_prompts(const T* query, const T* key, const T* value, T* keys, T* va
 #pragma omp for collapse(2)
         for (int64_t i = 0; i < count; ++i)
             for (int64_t h = 0; h < key_heads; ++h) {
-                const int64_t* segment = segments + 4 * i;
-                T* to_keys = keys + segment[1] * row + h * head + segment[2] * DIM;
-                T* to_values = values + segment[1] * row + h * head + segment[2] * DIM;
-                for (int64_t t = 0; t < segment[3]; ++t) {
-                    const int64_t token = segment[0] + t;
+                const int64_t* segment = segments + 5 * i;
+                const int64_t place = (h * segment[1] + segment[3]) * DIM;
+                T* to_keys = part_of<T>(segment[0], segment[1], keys_before) + place;
+                T* to_values = part_of<T>(segment[0], segment[1], values_before) + place;
+                for (int64_t t = 0; t < segment[4]; ++t) {
+                    const int64_t token = segment[2] + t;
                     std::memcpy(to_keys + t * DIM, key + token * key_stride + h * DIM,
                                 DIM * sizeof(T));
                     std::memcpy(to_values + t * DIM, value + token * value_stride + h * DIM,
@@ -170,14 +181,17 @@ void attend_prompts(const T* query, const T* key, const T* value, T* keys, T* va
         for (int64_t p = 0; p < static_cast<int64_t>(parts.size()); ++p)
             for (int64_t h = 0; h < key_heads; ++h) {
                 const int64_t* segment = parts[p].segment;
-                const int64_t start = parts[p].start, token = segment[0] + start;
-                const int64_t place = segment[1] * row + h * head;
-                attend_tile<T, DIM>(query + token * query_stride + h * group * DIM, keys + place,
-                                    values + place, out + token * out_stride + h * group * DIM,
-                                    std::min(tile, segment[3] - start), group, query_stride,
-                                    out_stride, segment[2] + start, window, scale);
+                const int64_t start = parts[p].start, token = segment[2] + start;
+                const int64_t head = h * segment[1] * DIM;
+                const T* keys = part_of<T>(segment[0], segment[1], keys_before) + head;
+                const T* values = part_of<T>(segment[0], segment[1], values_before) + head;
+                attend_tile<T, DIM>(query + token * query_stride + h * group * DIM, keys, values,
+                                    out + token * out_stride + h * group * DIM,
+                                    std::min(tile, segment[4] - start), group, query_stride,
+                                    out_stride, segment[3] + start, window, scale);
             }
     }
+    return 0;
 }
 
 }  // namespace

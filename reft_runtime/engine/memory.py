@@ -1,0 +1,50 @@
+"""Memory of its own mapping: taken page by page as it is written, and given back at once.
+
+What the allocator gives may stay with the process when it is freed, and growing it copies it. A
+mapping takes what is written of it, so that a buffer may be larger than what it holds.
+"""
+
+from __future__ import annotations
+
+import mmap
+from contextlib import suppress
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_PRIVATE: dict[str, Any] = {
+    "flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0)
+}
+_GIVE_BACK: int | None = getattr(mmap, "MADV_DONTNEED", None)
+_SMALL_PAGES: int | None = getattr(mmap, "MADV_NOHUGEPAGE", None)
+
+
+class MappedMemory:
+    """`numbers` [size] of one dtype, zero until they are written.
+
+    Raises `MemoryError` where the system gives no more address space.
+    """
+
+    def __init__(self, size: int, dtype: torch.dtype) -> None:
+        try:
+            self._mapping = mmap.mmap(-1, max(1, size) * dtype.itemsize, **_PRIVATE)
+        except OSError as error:
+            raise MemoryError(f"no memory for {size * dtype.itemsize} bytes: {error}") from error
+        if _SMALL_PAGES is not None:
+            # One written number would take 2 MiB where the system makes huge pages unasked.
+            self._advise(_SMALL_PAGES, 0, len(self._mapping))
+        self.numbers: Tensor = torch.frombuffer(self._mapping, dtype=dtype)
+
+    def drop(self, start: int, stop: int) -> None:
+        """Give back the whole pages of the numbers [start, stop), which are lost."""
+        if _GIVE_BACK is None:
+            return
+        size, page = self.numbers.itemsize, mmap.PAGESIZE
+        first, last = -(-start * size // page) * page, stop * size // page * page
+        if first < last:
+            self._advise(_GIVE_BACK, first, last - first)
+
+    def _advise(self, what: int, start: int, length: int) -> None:
+        with suppress(OSError):  # a hint: nothing is wrong without it
+            self._mapping.madvise(what, start, length)
