@@ -15,7 +15,7 @@ from reft_runtime.engine.events import (
     TokenMade,
     Traced,
 )
-from reft_runtime.errors import RequestFailed
+from reft_runtime.errors import OutOfMemory, RequestFailed
 from reft_runtime.outputs import Choice, ChoiceDelta, EditTrace, Generation, TokenLogprob
 from reft_runtime.sampling import SamplingParams
 from reft_runtime.text import TextStream, Tokenizer
@@ -64,7 +64,7 @@ class Assembler:
     def feed(self, event: Event) -> ChoiceDelta | None:
         """Take one event of this request; a choice that has ended gives None from then on.
 
-        Raises `RequestFailed` where the request failed.
+        Raises `RequestFailed` where the request failed, `OutOfMemory` where memory ran out.
         """
         match event:
             case Started():
@@ -76,6 +76,8 @@ class Assembler:
                 self.prompt_logprobs.extend(event.logprobs)
             case Failed():
                 self._texts.clear()
+                if event.out_of_memory:
+                    raise OutOfMemory(event.reason)
                 raise RequestFailed(event.reason)
             case Traced():
                 # A preempted prompt is edited again: the same rows, the same sizes.

@@ -7,7 +7,8 @@ ReftError
 │   └── FileTooLarge        ... or larger than the limit (413)
 ├── WrongBaseModel          a sound file, made for another base model (409)
 ├── Overloaded              the queue is full; try again later (503)
-│   └── Draining            the server is shutting down (503)
+│   ├── Draining            the server is shutting down (503)
+│   └── OutOfMemory         memory ran out while it was answered (503)
 ├── RequestFailed           a fault inside one request ended it (500)
 ├── EngineDead              the engine stopped and serves nothing any more (500)
 ├── TrainingFailed          a training ended before its time
@@ -57,6 +58,10 @@ class Overloaded(ReftError):
 
 class Draining(Overloaded):
     """The server is shutting down and takes no new request."""
+
+
+class OutOfMemory(Overloaded):
+    """Memory ran out while this request, the newest at work, was answered; no other ended."""
 
 
 class RequestFailed(ReftError):

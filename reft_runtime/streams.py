@@ -14,7 +14,7 @@ from torch import Tensor
 
 from reft_runtime.assembly import Assembler
 from reft_runtime.engine.events import Event
-from reft_runtime.errors import EngineDead, RequestFailed
+from reft_runtime.errors import EngineDead, OutOfMemory, RequestFailed
 from reft_runtime.outputs import ChoiceDelta, EditTrace, TokenLogprob
 
 
@@ -22,8 +22,9 @@ class Stream:
     """One request; iterate it for what its choices gain.
 
     Each item holds what came since the last one: a slow reader gets larger items. Iteration ends
-    after all choices have ended, and raises `RequestFailed` or `EngineDead` where the request did
-    not get that far. `versions` are the interventions applied, as `name@digest`, in order.
+    after all choices have ended, and raises `RequestFailed`, `OutOfMemory` or `EngineDead` where
+    the request did not get that far. `versions` are the interventions applied, as `name@digest`,
+    in order.
     """
 
     def __init__(
@@ -44,7 +45,7 @@ class Stream:
         self._engine_alive = engine_alive
         self._submitted = time.monotonic()
         self._deltas: list[ChoiceDelta] = []
-        self._error: RequestFailed | EngineDead | None = None
+        self._error: RequestFailed | OutOfMemory | EngineDead | None = None
         self._ended = False
         self._ready = asyncio.Event()
 
@@ -99,13 +100,15 @@ class Stream:
             return
         try:
             delta = self._assembler.feed(event)
-        except RequestFailed as error:
+        except (RequestFailed, OutOfMemory) as error:
             self._error = error if self._engine_alive() else EngineDead(error.message)
             self._end()
             return
         except Exception as error:
             # Text that cannot be made is this request's fault alone.
-            self._error = RequestFailed(f"its text could not be made: {error}")
+            memory = isinstance(error, MemoryError)
+            kind = OutOfMemory if memory else RequestFailed
+            self._error = kind(f"its text could not be made: {error}")
             self._abort()
             self._end()
             return

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
@@ -25,6 +26,7 @@ from server.routes import (
     vllm_compat,
 )
 from server.settings import Settings
+from server.threads import started_pool
 
 if TYPE_CHECKING:
     from reft_runtime.llm import Engine
@@ -36,6 +38,7 @@ def create_app(engine: Engine, settings: Settings) -> FastAPI:
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        asyncio.get_running_loop().set_default_executor(started_pool())
         await context.health.prove()
         yield
 

@@ -18,6 +18,7 @@ from reft_runtime.errors import (
     InvalidFile,
     InvalidRequest,
     NotFound,
+    OutOfMemory,
     Overloaded,
     ReftError,
     WrongBaseModel,
@@ -94,6 +95,8 @@ def api_error(error: BaseException, request_id: str) -> ApiError:
                 return ApiError(
                     status, error.message, param=error.param, code=code, headers=headers
                 )
+    if isinstance(error, MemoryError) or "can't start new thread" in str(error):
+        return api_error(OutOfMemory("Memory ran out; send the request again."), request_id)
     logger.error("Request %s failed", request_id, exc_info=error)
     return ApiError(
         500,

@@ -6,8 +6,6 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import torch
-
 from reft_runtime.engine.blocks import BlockBudget
 from reft_runtime.engine.device import (
     decoder_for,
@@ -25,6 +23,7 @@ from reft_runtime.engine.events import (
     TokenMade,
     Traced,
 )
+from reft_runtime.engine.memory import is_out_of_memory, is_spoiling
 from reft_runtime.engine.model import LoadedModel
 from reft_runtime.engine.pacing import StepPacer
 from reft_runtime.engine.prefix_cache import BlockCopy, PrefixCache
@@ -33,6 +32,8 @@ from reft_runtime.engine.sampler import Sampled
 from reft_runtime.engine.scheduler import Chunk, Scheduler, StepPlan
 from reft_runtime.engine.sequence import Request, Sequence, Status, sequences_of
 from reft_runtime.outputs import FinishReason
+
+OUT_OF_MEMORY = "memory ran out; send it again, or a shorter one"
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +76,8 @@ class EngineCore:
         self.steps = 0
         self.prompt_tokens = 0
         self.generation_tokens = 0
+        self.spoiled = False
+        """Whether the thread that calls `step` must hand over to another; see `is_spoiling`."""
         self._clock = clock
         self._arrivals = 0
         self._live: dict[str, list[Sequence]] = {}
@@ -121,7 +124,8 @@ class EngineCore:
         if result is None:
             # What the others have computed is still there: their next step does this one again.
             newest = max((c.sequence for c in plan.chunks), key=lambda s: (s.order, s.choice))
-            self._fail(StepResult(failed={newest: "out of memory"}), events)
+            events.append(Failed(newest.request.id, OUT_OF_MEMORY, out_of_memory=True))
+            self._remove(self._live[newest.request.id][::-1], keep=False)
             return events
         self.scheduler.pacer.record(plan.decodes, plan.prompt_tokens, self._ended - began)
         self.steps += 1
@@ -177,9 +181,10 @@ class EngineCore:
                 self._ahead = self.runner.run_after(begun, following)
             return begun.result()
         except (MemoryError, RuntimeError) as error:
-            if not _is_out_of_memory(error):
+            if not is_out_of_memory(error):
                 raise
             self._ahead = None
+            self.spoiled |= is_spoiling(error)
         # Out here nothing pins the failed step's tensors any more; inside, the exception would.
         return None
 
@@ -232,7 +237,7 @@ class EngineCore:
         try:
             self.runner.storage.keep(copies)
         except (MemoryError, RuntimeError) as error:
-            if not _is_out_of_memory(error):
+            if not is_out_of_memory(error):
                 raise
         else:
             return True
@@ -288,11 +293,3 @@ def _trace(result: StepResult, events: list[Event]) -> None:
             edits = tuple(result.traces.get(sequence, ()))
             logprobs = result.first_logprobs.get(sequence)
             events.append(Traced(sequence.request.id, edits, logprobs))
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    # torch's CPU allocator, cuBLAS and the driver have no exception type of their own.
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(
-        words in str(error)
-        for words in ("DefaultCPUAllocator", "CUBLAS_STATUS_ALLOC_FAILED", "out of memory")
-    )

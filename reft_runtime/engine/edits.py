@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from reft_runtime.engine.cuda.tables import EditTables, PackedRows
+from reft_runtime.engine.memory import is_out_of_memory
 from reft_runtime.engine.scheduler import Chunk
 from reft_runtime.engine.sequence import Sequence
 from reft_runtime.engine.sites import Site
@@ -164,12 +165,16 @@ class StepEdits:
         for segments in self.passes.get(site, ()):
             try:
                 self._apply_pass(site, segments, hidden)
-            except Exception:
+            except Exception as error:
+                if is_out_of_memory(error):
+                    raise
                 # Some request's edit is at fault: do them one by one, and let only it fail.
                 for segment in segments:
                     try:
                         self._apply_pass(site, [segment], hidden)
                     except Exception as error:
+                        if is_out_of_memory(error):
+                            raise
                         self.failed[segment.sequence] = error
 
     def _apply_pass(self, site: Site, segments: list[Segment], hidden: Tensor) -> None:

@@ -62,10 +62,14 @@ class Traced:
 
 @dataclass(frozen=True, slots=True)
 class Failed:
-    """A fault inside this request ended it, all choices."""
+    """A fault inside this request ended it, all choices.
+
+    Or memory ran out, and this one was the newest: then it may be sent again.
+    """
 
     request_id: str
     reason: str
+    out_of_memory: bool = False
 
 
 Event = Started | PromptReused | PromptScored | TokenMade | Traced | Failed

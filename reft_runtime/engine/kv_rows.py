@@ -109,7 +109,7 @@ class BlockPool:
         own = numbers.view(count, self._size).narrow(
             1, part.before * BLOCK_TOKENS, part.numbers * BLOCK_TOKENS
         )
-        return own.unflatten(1, (part.heads, BLOCK_TOKENS, part.dim))
+        return own.view(count, part.heads, BLOCK_TOKENS, part.dim)
 
     def drop(self, slots: Iterable[int]) -> None:
         """Give back the memory of slots; what they held is lost."""
@@ -235,7 +235,7 @@ class RowStorage:
         """Of a row, `count` blocks from that of `copy` on: [count, heads, BLOCK_TOKENS, dim]."""
         part = self._rows[copy.sequence].part(index)
         tokens = part.narrow(1, copy.block * BLOCK_TOKENS, count * BLOCK_TOKENS)
-        return tokens.unflatten(1, (count, BLOCK_TOKENS)).transpose(0, 1)
+        return tokens.view(len(tokens), count, BLOCK_TOKENS, -1).transpose(0, 1)
 
 
 def rounding_bytes(shapes: SequenceOf[LayerShape], page: int) -> int:

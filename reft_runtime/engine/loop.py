@@ -11,8 +11,9 @@ from collections.abc import Callable
 
 import torch
 
-from reft_runtime.engine.core import EngineCore
+from reft_runtime.engine.core import OUT_OF_MEMORY, EngineCore
 from reft_runtime.engine.events import Event, Failed, Started, TokenMade
+from reft_runtime.engine.memory import CODE_ROOM, check_room
 from reft_runtime.engine.sequence import Request
 from reft_runtime.errors import Draining, EngineDead, Overloaded
 from reft_runtime.outputs import EngineStats
@@ -21,6 +22,9 @@ Sink = Callable[[list[Event]], None]
 """Gets a step's events for all requests submitted with it, in one call, on the engine's thread."""
 
 HEARTBEAT_SECONDS = 1.0
+
+THREAD_BYTES = 16 << 20
+"""Address space of one thread: its stack, and what the allocator sets apart for it."""
 
 logger = logging.getLogger(__name__)
 
@@ -72,7 +76,7 @@ class EngineLoop:
             self._queued[request.id] = tokens
             self._sinks[request.id] = sink
             self._choices_left[request.id] = set(range(request.sampling.n))
-            self._inbox.append(lambda: self._core.add(request))
+            self._inbox.append(lambda: self._add(request))
             self._changed.notify_all()
 
     def abort(self, request_id: str, choice: int | None = None) -> None:
@@ -118,8 +122,8 @@ class EngineLoop:
         with self._changed:
             self._closing = True
             self._changed.notify_all()
-        if self._thread is not threading.current_thread():
-            self._thread.join()
+        while (thread := self._thread) is not threading.current_thread() and thread.is_alive():
+            thread.join()  # it may have handed over to another
 
     def check_integrity(self) -> None:
         """Raise AssertionError if anything is left of requests that have ended.
@@ -151,12 +155,26 @@ class EngineLoop:
             torch.cuda.set_device(self._core.loaded.device)  # CUDA too
         try:
             while self._turn():
-                pass
+                if self._core.spoiled and self._hand_over():
+                    return
         except Exception:
             logger.exception("The engine stopped")
             self._die("the engine stopped on an internal error")
         else:
             self._die("the engine was closed")
+
+    def _hand_over(self) -> bool:
+        """Let another thread go on in this one's place, if there is memory for it and its pool."""
+        successor = threading.Thread(target=self._run, name="reft-engine", daemon=True)
+        try:
+            check_room(CODE_ROOM + torch.get_num_threads() * THREAD_BYTES)
+            self._core.spoiled = False
+            successor.start()
+        except (MemoryError, RuntimeError):
+            self._core.spoiled = True
+            return False
+        self._thread = successor
+        return True
 
     def _turn(self) -> bool:
         with self._changed:
@@ -172,6 +190,13 @@ class EngineLoop:
         if not self._core.idle:
             self._deliver(self._core.step())
         return True
+
+    def _add(self, request: Request) -> None:
+        try:
+            self._core.add(request)
+        except MemoryError:
+            self._core.abort(request.id)
+            self._deliver([Failed(request.id, OUT_OF_MEMORY, out_of_memory=True)])
 
     def _deliver(self, events: list[Event]) -> None:
         """Hand each caller its events of the step in one call."""

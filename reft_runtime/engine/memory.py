@@ -1,4 +1,5 @@
-"""Memory of its own mapping: taken page by page as it is written, and given back at once.
+"""Memory of its own mapping: taken page by page as it is written, and given back at once. And what
+it looks like when there is none.
 
 What the allocator gives may stay with the process when it is freed, and growing it copies it. A
 mapping takes what is written of it, so that a buffer may be larger than what it holds.
@@ -18,6 +19,47 @@ _PRIVATE: dict[str, Any] = {
 }
 _GIVE_BACK: int | None = getattr(mmap, "MADV_DONTNEED", None)
 _SMALL_PAGES: int | None = getattr(mmap, "MADV_NOHUGEPAGE", None)
+
+
+_MESSAGES = (
+    "DefaultCPUAllocator",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUDNN_STATUS_ALLOC_FAILED",
+    "out of memory",
+    "can't start new thread",
+    # oneDNN says no more; what it cannot do at all shows when the model is tried at the start.
+    "could not create a",
+    "could not execute a primitive",
+    "could not reorder",
+)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an exception says that memory ran out.
+
+    Allocators, oneDNN, cuBLAS and the driver have no type of their own.
+    """
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in _MESSAGES)
+
+
+CODE_ROOM = 64 << 20
+"""Bytes that must be left where oneDNN generates code for shapes that are new to it: it takes up to
+some MiB for each product, and where it gets none it may write to where there is nothing."""
+
+
+def is_spoiling(error: BaseException) -> bool:
+    """Whether an error is oneDNN's that it could not generate code.
+
+    The thread in which that happened once can never do it again: its generator keeps the error.
+    """
+    return isinstance(error, RuntimeError) and "could not create a primitive" in str(error)
+
+
+def check_room(size: int) -> None:
+    """Raise `MemoryError` unless so many bytes could be mapped now."""
+    MappedMemory(size, torch.uint8)
 
 
 class MappedMemory:

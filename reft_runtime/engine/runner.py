@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
@@ -14,6 +15,7 @@ from reft_runtime.engine.cuda.sampling import DeviceSampler, Draw, Picked
 from reft_runtime.engine.cuda.tables import EditTables
 from reft_runtime.engine.edits import OnDevice, StepEdits
 from reft_runtime.engine.kv import KVStorage
+from reft_runtime.engine.memory import CODE_ROOM, check_room, is_out_of_memory
 from reft_runtime.engine.model import LoadedModel, forward
 from reft_runtime.engine.sampler import Sampled, SampleRow, prompt_logprobs, sample
 from reft_runtime.engine.scheduler import Chunk
@@ -21,6 +23,9 @@ from reft_runtime.engine.sequence import Sequence, Status
 from reft_runtime.engine.sites import EditSites
 from reft_runtime.engine.staging import send, to_device
 from reft_runtime.outputs import EditTrace, TokenLogprob
+
+KNOWN_SHAPES = 64
+"""Steps' shapes for which oneDNN still has code: it keeps that of 1,024 products."""
 
 NOT_FINITE = "the model's output is not finite"
 
@@ -102,6 +107,7 @@ class Runner:
         self.sampler = sampler
         self.decoder: Decoder | None = None
         self._on_device = OnDevice(loaded.device)
+        self._known: OrderedDict[tuple[int, int], None] = OrderedDict()
 
     @torch.inference_mode()
     def run(self, chunks: SequenceOf[Chunk]) -> StepResult | Launched:
@@ -120,6 +126,7 @@ class Runner:
         # What the decoder computed it has edited, too.
         edits = StepEdits.of(chunks if logits is None else (), self._on_device, self.tables)
         if logits is None:
+            self._check_room(sum(chunk.length for chunk in chunks), len(wanted.rows))
             logits = self._forward(chunks, wanted, edits)
         for chunk in chunks:
             for child in chunk.forks:
@@ -163,6 +170,20 @@ class Runner:
         self.storage.check_integrity(idle=idle)
         if self.sampler is not None:
             self.sampler.check_integrity(idle=idle)
+
+    def _check_room(self, tokens: int, rows: int) -> None:
+        """Raise `MemoryError` where a step's shapes are new, and code for them may get no memory.
+
+        What is new is asked for before anything is computed: oneDNN does not survive a refusal.
+        """
+        if self.loaded.device.type != "cpu":
+            return
+        if (tokens, rows) not in self._known:
+            check_room(CODE_ROOM)
+        self._known[tokens, rows] = None
+        self._known.move_to_end((tokens, rows))
+        if len(self._known) > KNOWN_SHAPES:
+            self._known.popitem(last=False)
 
     def _forward(self, chunks: SequenceOf[Chunk], wanted: _Wanted, edits: StepEdits) -> Tensor:
         ids = [token for c in chunks for token in c.sequence.tokens[c.start : c.stop]]
@@ -245,6 +266,8 @@ def _pick_each(
     try:
         picked = pick(samples)
     except Exception as error:
+        if is_out_of_memory(error):
+            raise
         if len(samples) == 1:
             return [f"sampling failed: {error}"]
         return [_pick_each(pick, [one])[0] for one in samples]

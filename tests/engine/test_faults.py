@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from reft_runtime.engine import model, runner
-from reft_runtime.engine.core import EngineCore
+from reft_runtime.engine.core import OUT_OF_MEMORY, EngineCore
 from reft_runtime.engine.cuda import graphs
 from reft_runtime.engine.kv_rows import RowStorage
 from reft_runtime.engine.loader import adopt_model
@@ -225,7 +225,7 @@ def test_out_of_memory_fails_the_newest_and_keeps_the_rest(
     for name in ("run", "run_after"):
         monkeypatch.setattr(core.runner, name, run_out_once(getattr(core.runner, name)))
     got = answers(core, batch())
-    assert got["7"].failed == "out of memory"
+    assert got["7"].failed == OUT_OF_MEMORY
     assert {name: got[name].tokens for name in wanted if name != "7"} == {
         name: tokens for name, tokens in wanted.items() if name != "7"
     }

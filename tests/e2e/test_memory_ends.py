@@ -1,0 +1,140 @@
+"""A real server whose address space ends while it is at work: `prlimit --as`, not a patch."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import resource
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import httpx
+import psutil
+import pytest
+
+from tests.helpers.models import tiny
+from tests.helpers.tokenizer import tiny_tokenizer
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="prlimit is Linux's")
+
+LONGEST = 4096
+MIB = 2**20
+STREAMS = 4
+ANSWER = 100
+
+
+@pytest.fixture(params=["float32", "bfloat16"])
+def served(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[tuple[str, int, bool]]:
+    """Address, process id and whether answers are the same in any batch; of a random model.
+
+    Its tokens take 16 KiB in float32.
+    """
+    folder = tmp_path_factory.mktemp("model")
+    model = tiny(
+        "llama",
+        vocab_size=320,
+        hidden_size=128,
+        num_hidden_layers=8,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        head_dim=64,
+        max_position_embeddings=LONGEST,
+    )
+    model.save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    start = "from server.cli import main; main()"
+    command = [sys.executable, "-c", start, "serve", "--model", str(folder)]
+    command += ["--interventions", str(tmp_path_factory.mktemp("none"))]
+    command += ["--port", str(port), "--kv-tokens", "32768", "--threads", "1"]
+    command += ["--dtype", request.param, "--first-token-timeout", "60"]
+    log = folder / "log"
+    with log.open("wb") as out:
+        process = subprocess.Popen(command, stdout=out, stderr=out, env={**os.environ})
+    url = f"http://127.0.0.1:{port}"
+    try:
+        deadline = time.monotonic() + 120
+        while time.monotonic() < deadline and process.poll() is None:
+            try:
+                if httpx.get(f"{url}/readyz").status_code == 200:
+                    break
+            except httpx.HTTPError:
+                time.sleep(0.2)
+        yield url, process.pid, request.param == "float32"
+        assert process.poll() is None, log.read_text()[-4000:]
+    finally:
+        process.send_signal(signal.SIGTERM)
+        process.wait(30)
+
+
+def limit(pid: int, more: int | None) -> None:
+    """Let the process map `more` bytes beyond what it has now; None: as much as it likes."""
+    endless = resource.RLIM_INFINITY
+    soft = endless if more is None else psutil.Process(pid).memory_info().vms + more
+    resource.prlimit(pid, resource.RLIMIT_AS, (soft, endless))
+
+
+def body(tokens: int, max_tokens: int, **fields: Any) -> dict[str, Any]:
+    prompt = [3 + (7 * i + tokens) % 300 for i in range(tokens)]
+    common = {"model": "", "temperature": 0, "ignore_eos": True, "max_tokens": max_tokens}
+    return {**common, "prompt": prompt, **fields}
+
+
+async def stream(client: httpx.AsyncClient, asked: dict[str, Any]) -> str:
+    text = ""
+    async with client.stream("POST", "/v1/completions", json={**asked, "stream": True}) as got:
+        assert got.status_code == 200
+        async for line in got.aiter_lines():
+            text += line
+    assert text.endswith("data: [DONE]"), text[-300:]
+    assert "error" not in text
+    return "".join(part.split('"')[0] for part in text.split('"text":"')[1:])
+
+
+async def test_memory_that_ends_costs_the_newest(served: tuple[str, int, bool]) -> None:
+    url, pid, exact = served
+    async with httpx.AsyncClient(base_url=url, timeout=120) as client:
+        model = (await client.get("/v1/models")).json()["data"][0]["id"]
+        long = [body(1500 + 300 * i, 4, model=model) for i in range(6)]
+        wanted = [(await client.post("/v1/completions", json=each)).json() for each in long]
+        # Their rows have room for the whole answer, so that they need nothing more.
+        short = [body(140 + i, ANSWER, model=model) for i in range(STREAMS)]
+        alone = await asyncio.gather(*(stream(client, each) for each in short))
+        refused = 0
+        for more in (1, 4, 16, 48, 100, 140):
+            streams = [asyncio.ensure_future(stream(client, each)) for each in short]
+            await asyncio.sleep(0.3)
+            limit(pid, more * MIB)
+            try:
+                answers = await asyncio.gather(
+                    *(client.post("/v1/completions", json=each) for each in long)
+                )
+            finally:
+                limit(pid, None)
+            for answer, want in zip(answers, wanted, strict=True):
+                if answer.status_code == 200:
+                    assert not exact or answer.json()["choices"] == want["choices"]
+                    continue
+                assert answer.status_code == 503, answer.text
+                assert int(answer.headers["retry-after"]) >= 1
+                assert answer.json()["error"]["code"] == "overloaded"
+                refused += 1
+            assert (await client.get("/livez")).status_code == 200
+            texts = await asyncio.gather(*streams)
+            assert not exact or texts == alone
+        assert refused
+        again = [(await client.post("/v1/completions", json=each)).json() for each in long]
+        for answer, want in zip(again, wanted, strict=True):
+            assert not exact or answer["choices"] == want["choices"]
+        # Lengths that it has not seen yet.
+        for tokens in range(700, 705):
+            new = await client.post("/v1/completions", json=body(tokens, 2, model=model))
+            assert new.status_code == 200
