@@ -5,9 +5,9 @@ from __future__ import annotations
 import random
 import uuid
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import cast
 
+from reft_runtime.bounds import bound_scores, bound_trace
 from reft_runtime.engine.sequence import AppliedIntervention, Request
 from reft_runtime.errors import InvalidRequest
 from reft_runtime.interventions import Registry, Version
@@ -73,6 +73,7 @@ class Admission:
         trace: bool = False,
     ) -> tuple[Request, list[Version]]:
         """Check a request completely, and take hold of its interventions' versions."""
+        given = isinstance(sampling, SamplingParams) and sampling.max_tokens is not None
         sampling = self._checked(prompt, sampling)
         if len(uses) > MAX_INTERVENTIONS:
             raise InvalidRequest(
@@ -96,6 +97,10 @@ class Admission:
                 applied.append(
                     AppliedIntervention(version.digest, edits, use.strength, use.subspace)
                 )
+            rows = 0
+            if trace:
+                edited = [e.positions for one in applied if one.strength for e in one.edits]
+                rows, sampling = bound_trace(edited, len(prompt), sampling, given=given)
         except BaseException:
             self.release(held)
             raise
@@ -107,6 +112,7 @@ class Admission:
             interventions=tuple(applied),
             salt=salt,
             trace=trace,
+            traced_rows=rows,
         )
         return request, held
 
@@ -136,15 +142,13 @@ class Admission:
                 "tokens, prompt and answer together. Shorten the prompt.",
                 param="prompt",
             )
-        if sampling.max_tokens is None:
-            return replace(sampling, max_tokens=room)
-        if sampling.max_tokens > room:
+        if sampling.max_tokens is not None and sampling.max_tokens > room:
             raise InvalidRequest(
                 f"max_tokens: this model's maximum length is {limit} tokens; {len(prompt)} in the "
                 f"prompt leave {room}, not {sampling.max_tokens}.",
                 param="max_tokens",
             )
-        return sampling
+        return bound_scores([len(prompt)], sampling, room)
 
     def release(self, versions: Sequence[Version]) -> None:
         """Let go of what `prepare` took hold of."""

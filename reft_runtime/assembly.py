@@ -44,7 +44,7 @@ class Assembler:
         )
         self.first_logprobs: Tensor | None = None
         """Of a traced request: the distribution [vocabulary] of the first token."""
-        self._edits: dict[tuple[int, int, int], EditTrace] = {}
+        self._edits: dict[tuple[int, int, int, str], dict[int, float]] = {}
         self._abort_choice = abort_choice
         self._texts = {
             index: TextStream(tokenizer, sampling.stop, sampling.min_tokens)
@@ -58,8 +58,16 @@ class Assembler:
 
     @property
     def edits(self) -> tuple[EditTrace, ...]:
-        """Of a traced request: what every edit did, in the order of positions."""
-        return tuple(sorted(self._edits.values(), key=lambda e: (e.position, e.intervention)))
+        """Of a traced request: what every edit did, in the order of positions.
+
+        Made anew each time, which takes some milliseconds for thousands of rows.
+        """
+        found = [
+            EditTrace(*edit, position=position, relative_size=size)
+            for edit, sizes in self._edits.items()
+            for position, size in sizes.items()
+        ]
+        return tuple(sorted(found, key=lambda e: (e.position, e.intervention)))
 
     def feed(self, event: Event) -> ChoiceDelta | None:
         """Take one event of this request; a choice that has ended gives None from then on.
@@ -81,7 +89,11 @@ class Assembler:
                 raise RequestFailed(event.reason)
             case Traced():
                 # A preempted prompt is edited again: the same rows, the same sizes.
-                self._edits |= {(e.intervention, e.edit, e.position): e for e in event.edits}
+                for e in event.edits:
+                    sizes = self._edits.setdefault(
+                        (e.intervention, e.edit, e.layer, e.component), {}
+                    )
+                    sizes.update(zip(e.positions, e.relative_sizes, strict=True))
                 if event.logprobs is not None:
                     self.first_logprobs = event.logprobs
             case TokenMade():

@@ -24,7 +24,7 @@ from reft_runtime.engine.sequence import Request
 from reft_runtime.errors import InvalidRequest
 from reft_runtime.interventions import Registry, Version
 from reft_runtime.interventions.registry import check_folders
-from reft_runtime.loading import kv_budget, load_base, shape_of
+from reft_runtime.loading import kv_budget, kv_bytes, load_base, memory_bytes, shape_of
 from reft_runtime.outputs import Comparison, EngineInfo, EngineStats, Generation, Trace
 from reft_runtime.sampling import SamplingParams
 from reft_runtime.streams import EventLoopSink, Stream
@@ -82,7 +82,7 @@ class Engine:
         sizes = sizes_for(loaded.device)
         max_running = sizes.max_running if max_running is None else max_running
         max_step_tokens = sizes.max_step_tokens if max_step_tokens is None else max_step_tokens
-        kv_tokens = kv_budget(loaded, max_running, kv_tokens, prefix_cache=prefix_cache)
+        kv_tokens = kv_budget(loaded, max_running, kv_tokens)
         config = EngineConfig(
             max_running, max(max_step_tokens, max_running), kv_tokens, prefix_cache
         )
@@ -107,7 +107,8 @@ class Engine:
             max_running=max_running,
             vocab_size=loaded.vocab_size,
             parameters=loaded.model.num_parameters(),
-            memory_bytes=loaded.weight_bytes + kv_tokens * loaded.kv_bytes_per_token,
+            memory_bytes=memory_bytes(loaded, kv_tokens, max_running, config.max_step_tokens),
+            kv_bytes=kv_bytes(loaded, kv_tokens, max_running),
             kv_tokens=kv_tokens,
         )
         self._admission = Admission(self.registry, self.tokenizer, self.info)
@@ -232,6 +233,7 @@ class Engine:
             on_end=end,
             abort=lambda: self._loop.abort(request.id),
             engine_alive=lambda: self._loop.alive,
+            traced_rows=request.traced_rows,
         )
         sink.streams[request.id] = stream
         try:
@@ -243,12 +245,12 @@ class Engine:
 
     async def explain(self, stream: Stream) -> Trace:
         """What the interventions of a traced stream did, when it has ended."""
-        if stream.first_logprobs is None:
-            return Trace(stream.edits, 0.0)
-        base = await self.open(stream.prompt, _FIRST_TOKEN, trace=True)
-        async for _ in base:
-            pass
-        return _trace(stream, base)
+        base = stream
+        if stream.first_logprobs is not None:
+            base = await self.open(stream.prompt, _FIRST_TOKEN, trace=True)
+            async for _ in base:
+                pass
+        return await asyncio.to_thread(_trace, stream, base)
 
     def stats(self) -> EngineStats:
         """A snapshot of load and counters."""

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import ctypes
+import gc
+import mmap
+import resource
 import sys
 from contextlib import suppress
 from pathlib import Path
@@ -15,8 +18,10 @@ from reft_runtime.demo import locate
 from reft_runtime.engine.blocks import BLOCK_TOKENS
 from reft_runtime.engine.cuda.sampling import sampling_bytes
 from reft_runtime.engine.cuda.tables import table_bytes
+from reft_runtime.engine.kv_rows import rounding_bytes
 from reft_runtime.engine.loader import adopt_model, load_model
 from reft_runtime.engine.model import LoadedModel
+from reft_runtime.engine.scheduler import MAX_SCORED_TOKENS
 from reft_runtime.engine.support import check_config
 from reft_runtime.errors import ConfigError
 from reft_runtime.interventions import BaseShape
@@ -26,6 +31,9 @@ KV_SHARE_OF_FREE_MEMORY = 0.3
 KV_SHARE_OF_DEVICE = 0.9
 DEVICE_MARGIN = 2 << 30
 """Bytes of a device's memory that are left to the activations of the largest step."""
+
+WORKING_BYTES = 256 << 20
+"""On a CPU, for requests and answers on their way, and code that is generated for new shapes."""
 
 # glibc's mallopt: sizes from which memory is mapped by itself, and above which it is given back.
 _M_MMAP_THRESHOLD, _M_TRIM_THRESHOLD = -3, -1
@@ -44,7 +52,6 @@ def load_base(
 
     A model in memory stays on its device. `device` and `differentiable` as in `load_model`.
     """
-    keep_freed_memory()
     if isinstance(model, PreTrainedModel):
         if tokenizer is None:
             raise ConfigError("tokenizer: give that of the model in memory.", param="tokenizer")
@@ -52,19 +59,20 @@ def load_base(
         loaded = adopt_model(
             model, max_model_len, tokenizer=tokenizer, differentiable=differentiable
         )
-        return name, loaded, tokenizer
-    path, name = locate(str(model))
-    check_config(read_config(path))
-    # The tokenizer before the model: what is wrong with it is told before minutes have gone by.
-    tokenizer = tokenizer or read_tokenizer(path)
-    loaded = load_model(
-        path,
-        dtype,
-        max_model_len,
-        tokenizer=tokenizer,
-        device=device,
-        differentiable=differentiable,
-    )
+    else:
+        path, name = locate(str(model))
+        check_config(read_config(path))
+        # The tokenizer before the model: what is wrong with it is told before minutes have gone by.
+        tokenizer = tokenizer or read_tokenizer(path)
+        loaded = load_model(
+            path,
+            dtype,
+            max_model_len,
+            tokenizer=tokenizer,
+            device=device,
+            differentiable=differentiable,
+        )
+    keep_freed_memory()
     return name, loaded, tokenizer
 
 
@@ -82,25 +90,26 @@ def shape_of(name: str, loaded: LoadedModel) -> BaseShape:
 def keep_freed_memory() -> None:
     """Let the allocator keep what a step frees, up to 1 GiB, for the next step.
 
-    Giving it back costs a page fault for every 4 KiB taken again: 13 % of a 2,048-token step.
-    Nothing happens where the C library is not glibc.
+    Giving it back costs a page fault for every 4 KiB taken again: 13 % of a 2,048-token step. What
+    the load has freed is given back first. Nothing happens where the C library is not glibc.
     """
     if sys.platform != "linux":
         return
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    library = ctypes.CDLL(None)
+    mallopt = getattr(library, "mallopt", None)
     if mallopt is not None:
+        gc.collect()
+        library.malloc_trim(0)
         mallopt(_M_MMAP_THRESHOLD, 32 << 20)
         mallopt(_M_TRIM_THRESHOLD, 1 << 30)
 
 
-def kv_budget(
-    loaded: LoadedModel, max_running: int, wanted: int | None, *, prefix_cache: bool
-) -> int:
+def kv_budget(loaded: LoadedModel, max_running: int, wanted: int | None) -> int:
     """Tokens whose keys and values are held: `wanted`, or what running answers and memory allow.
 
-    All running answers at full length, but only a share of the free memory. Rows on a CPU round up
-    to twice what they hold at most, and what the prefix cache keeps lies beside them; pages on a
-    device hold both. Raises `ConfigError` where one answer would not fit.
+    All running answers at full length, but only a share of the free memory. It is all that rows,
+    or pages on a device, and kept blocks take together; rows take whole pages of memory too.
+    Raises `ConfigError` where one answer would not fit.
     """
     longest = loaded.max_model_len + BLOCK_TOKENS
     if wanted is not None:
@@ -125,14 +134,44 @@ def kv_budget(
                 param="device",
             )
     else:
-        copies = 3 if prefix_cache else 2
         share = KV_SHARE_OF_FREE_MEMORY * free_memory(loaded.device)
-        affordable = share / (copies * loaded.kv_bytes_per_token)
+        rounding = max_running * rounding_bytes(loaded.shapes, mmap.PAGESIZE)
+        affordable = (share - rounding) / loaded.kv_bytes_per_token
     return max(longest, min(max_running * longest, int(affordable)))
 
 
+def kv_bytes(loaded: LoadedModel, kv_tokens: int, max_running: int) -> int:
+    """Most bytes that keys and values take, running or kept."""
+    taken = kv_tokens * loaded.kv_bytes_per_token
+    if loaded.device.type == "cuda":
+        return taken
+    return taken + max_running * rounding_bytes(loaded.shapes, mmap.PAGESIZE)
+
+
+def memory_bytes(
+    loaded: LoadedModel, kv_tokens: int, max_running: int, max_step_tokens: int
+) -> int:
+    """Most bytes that the model takes where it is, with keys and values and the largest step.
+
+    On a CPU this is the whole process: what it takes now, with the model loaded, and what it will.
+    """
+    held = kv_bytes(loaded, kv_tokens, max_running)
+    if loaded.device.type == "cuda":
+        return loaded.weight_bytes + held
+    config = loaded.model.config
+    inner = getattr(config, "intermediate_size", None) or 4 * loaded.hidden_size
+    numbers = max_step_tokens * (3 * inner + 8 * loaded.hidden_size)
+    # Of the rows of logits: as they come, in float32, and their logarithms.
+    scored = (max_running + MAX_SCORED_TOKENS) * loaded.vocab_size
+    step = numbers * loaded.dtype.itemsize + scored * (loaded.dtype.itemsize + 8)
+    return int(psutil.Process().memory_info().rss) + held + step + WORKING_BYTES
+
+
 def free_memory(device: torch.device) -> int:
-    """Bytes that may still be taken: a device's; of a CPU less where a container has a limit."""
+    """Bytes that may still be taken: a device's; of a CPU less where there is a limit.
+
+    That of a container, or of the process's address space.
+    """
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     free: int = psutil.virtual_memory().available
@@ -140,4 +179,7 @@ def free_memory(device: torch.device) -> int:
         group = Path("/sys/fs/cgroup")
         limit = int((group / "memory.max").read_text())  # "max" where there is none
         free = min(free, limit - int((group / "memory.current").read_text()))
+    space, _ = resource.getrlimit(resource.RLIMIT_AS)
+    if space != resource.RLIM_INFINITY:
+        free = min(free, max(0, space - psutil.Process().memory_info().vms))
     return free

@@ -111,7 +111,11 @@ class Comparison:
 
 @dataclass(frozen=True, slots=True)
 class EngineInfo:
-    """What is loaded. `memory_bytes` counts weights and reserved KV; `kv_tokens` the KV budget."""
+    """What is loaded.
+
+    `memory_bytes` is the most that the process means to take (on a device, that weights, keys and
+    values do), `kv_bytes` the part of keys and values, which are those of `kv_tokens` tokens.
+    """
 
     model: str
     architecture: str
@@ -123,6 +127,7 @@ class EngineInfo:
     vocab_size: int
     parameters: int
     memory_bytes: int
+    kv_bytes: int
     kv_tokens: int
 
 
@@ -154,6 +159,9 @@ class EngineStats:
     generation_tokens: int
     preemptions: int
     heartbeat_age: float
-    """Seconds since the loop last turned; an idle loop turns at least once a second."""
+    """Seconds since the loop last turned, less what its step in progress may take.
+
+    An idle loop turns at least once a second.
+    """
     prefix_cache: PrefixCacheStats | None = None
     """None where there is no prefix cache."""

@@ -35,9 +35,12 @@ class Stream:
         on_end: Callable[[], None],
         abort: Callable[[], None],
         engine_alive: Callable[[], bool],
+        traced_rows: int = 0,
     ) -> None:
         self.request_id = request_id
         self.versions = versions
+        self.traced_rows = traced_rows
+        """Most rows that its trace has."""
         self.queue_seconds: float | None = None
         self._assembler = assembler
         self._on_end = on_end

@@ -10,6 +10,7 @@ from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from reft_runtime.bounds import MAX_TRACED_ROWS, bound_scores, too_much_traced
 from reft_runtime.errors import Overloaded
 from reft_runtime.outputs import Choice, ChoiceDelta, TokenLogprob
 from reft_runtime.sampling import SamplingParams
@@ -55,6 +56,7 @@ async def prepare(
         prompts = encode(engine.tokenizer, selection)
         for tokens in prompts:
             _check_length(engine, tokens, sampling.max_tokens, prompt)
+        bound_scores([len(tokens) for tokens in prompts], sampling)
         return Job(prompts, sampling, selection, body.trace, arrived)
 
     return await asyncio.to_thread(work)
@@ -200,6 +202,8 @@ async def opened(context: Context, job: Job, prefix: str) -> AsyncIterator[Run]:
                 trace=job.trace,
             )
             run.streams.append(stream)
+            if (rows := sum(stream.traced_rows for stream in run.streams)) > MAX_TRACED_ROWS:
+                raise too_much_traced(rows)
         yield run
     except asyncio.CancelledError:
         unfinished = "abort"

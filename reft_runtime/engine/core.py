@@ -33,6 +33,12 @@ from reft_runtime.engine.scheduler import Chunk, Scheduler, StepPlan
 from reft_runtime.engine.sequence import Request, Sequence, Status, sequences_of
 from reft_runtime.outputs import FinishReason
 
+SLOWER = 4.0
+"""Times what steps like it took that a step may take: one far into a prompt attends to more."""
+
+SLOWEST = 2e9
+"""Multiplications and additions a second that a machine is taken to do at least."""
+
 OUT_OF_MEMORY = "memory ran out; send it again, or a shorter one"
 
 
@@ -76,8 +82,11 @@ class EngineCore:
         self.steps = 0
         self.prompt_tokens = 0
         self.generation_tokens = 0
+        self.allowance = 0.0
+        """Seconds that the step in progress may take; 0 between steps."""
         self.spoiled = False
         """Whether the thread that calls `step` must hand over to another; see `is_spoiling`."""
+        self._parameters: int = loaded.model.num_parameters()
         self._clock = clock
         self._arrivals = 0
         self._live: dict[str, list[Sequence]] = {}
@@ -119,8 +128,10 @@ class EngineCore:
             now = time.monotonic()
             events += [Started(s.request.id, now) for s in _newly_started(plan)]
             began = self._clock()
+        self.allowance = self._allowed(plan)
         result = self._run(plan, ahead)
         self._ended = self._clock()
+        self.allowance = 0.0
         if result is None:
             # What the others have computed is still there: their next step does this one again.
             newest = max((c.sequence for c in plan.chunks), key=lambda s: (s.order, s.choice))
@@ -187,6 +198,12 @@ class EngineCore:
             self.spoiled |= is_spoiling(error)
         # Out here nothing pins the failed step's tensors any more; inside, the exception would.
         return None
+
+    def _allowed(self, plan: StepPlan) -> float:
+        expected = self.scheduler.pacer.expected(plan.decodes, plan.prompt_tokens)
+        if expected is not None:
+            return SLOWER * expected
+        return (plan.decodes + plan.prompt_tokens) * self._parameters * 2 / SLOWEST
 
     def _goes_on(self, chunk: Chunk) -> bool:
         """Whether a decoding sequence may get another token after this chunk's."""

@@ -15,13 +15,13 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from reft_runtime.engine.cuda.tables import EditTables, PackedRows
+from reft_runtime.engine.events import TracedEdit
 from reft_runtime.engine.memory import is_out_of_memory
 from reft_runtime.engine.scheduler import Chunk
 from reft_runtime.engine.sequence import Sequence
 from reft_runtime.engine.sites import Site
 from reft_runtime.engine.staging import send
 from reft_runtime.interventions import CanonicalEdit
-from reft_runtime.outputs import EditTrace
 
 BATCHED_ROWS = 32
 """Segments of more rows get a matrix product of their own instead of padding the others."""
@@ -99,7 +99,7 @@ class StepEdits:
     """What the device's tables edit, before all passes: rows of requests that are in none."""
     passes: dict[Site, list[list[Segment]]] = field(default_factory=dict)
     failed: dict[Sequence, Exception] = field(default_factory=dict)
-    traces: dict[Sequence, list[EditTrace]] = field(default_factory=dict)
+    traces: dict[Sequence, list[TracedEdit]] = field(default_factory=dict)
 
     @property
     def sites(self) -> SequenceOf[Site]:
@@ -192,10 +192,9 @@ class StepEdits:
 
     def _trace(self, site: Site, segment: Segment, old: Tensor, new: Tensor) -> None:
         sizes = (new - old).norm(dim=-1) / old.norm(dim=-1)
-        self.traces.setdefault(segment.sequence, []).extend(
-            EditTrace(*segment.source, *site, position=row - segment.shift, relative_size=size)
-            for row, size in zip(segment.rows, sizes.tolist(), strict=True)
-        )
+        positions = tuple(row - segment.shift for row in segment.rows)
+        traced = TracedEdit(*segment.source, *site, positions, tuple(sizes.tolist()))
+        self.traces.setdefault(segment.sequence, []).append(traced)
 
 
 def _batches(segment: Segment) -> bool:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from reft_runtime.outputs import EditTrace, FinishReason, TokenLogprob
+from reft_runtime.outputs import FinishReason, TokenLogprob
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +49,18 @@ class TokenMade:
 
 
 @dataclass(frozen=True, slots=True)
+class TracedEdit:
+    """What one edit did in one step: `EditTrace` for several positions."""
+
+    intervention: int
+    edit: int
+    layer: int
+    component: str
+    positions: tuple[int, ...]
+    relative_sizes: tuple[float, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Traced:
     """What edits did to rows of a request's first choice, for a request that asks for it.
 
@@ -56,7 +68,7 @@ class Traced:
     """
 
     request_id: str
-    edits: tuple[EditTrace, ...]
+    edits: tuple[TracedEdit, ...]
     logprobs: Tensor | None
 
 

@@ -113,7 +113,7 @@ class EngineLoop:
             prompt_tokens=core.prompt_tokens,
             generation_tokens=core.generation_tokens,
             preemptions=scheduler.preemptions,
-            heartbeat_age=time.monotonic() - self._beat,
+            heartbeat_age=max(0.0, time.monotonic() - self._beat - core.allowance),
             prefix_cache=None if budget.cache is None else budget.cache.stats(),
         )
 

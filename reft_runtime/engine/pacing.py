@@ -70,6 +70,12 @@ class StepPacer:
             return self._mixed_tokens
         return min(self._mixed_tokens, self._rounded(SHARE * prompts**2 * decode / prompt))
 
+    def expected(self, decodes: int, prompt_tokens: int) -> float | None:
+        """Seconds that a step is likely to take; None where nothing like it was measured."""
+        decode = self._decode(decodes) if decodes else 0.0
+        prompt = self._prompt_seconds if prompt_tokens else 0.0
+        return None if decode is None or prompt is None else decode + prompt_tokens * prompt
+
     def record(self, decodes: int, prompt_tokens: int, seconds: float) -> None:
         """Learn from a step that took `seconds`."""
         if not prompt_tokens:

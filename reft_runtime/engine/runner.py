@@ -14,6 +14,7 @@ from torch import Tensor
 from reft_runtime.engine.cuda.sampling import DeviceSampler, Draw, Picked
 from reft_runtime.engine.cuda.tables import EditTables
 from reft_runtime.engine.edits import OnDevice, StepEdits
+from reft_runtime.engine.events import TracedEdit
 from reft_runtime.engine.kv import KVStorage
 from reft_runtime.engine.memory import CODE_ROOM, check_room, is_out_of_memory
 from reft_runtime.engine.model import LoadedModel, forward
@@ -22,7 +23,7 @@ from reft_runtime.engine.scheduler import Chunk
 from reft_runtime.engine.sequence import Sequence, Status
 from reft_runtime.engine.sites import EditSites
 from reft_runtime.engine.staging import send, to_device
-from reft_runtime.outputs import EditTrace, TokenLogprob
+from reft_runtime.outputs import TokenLogprob
 
 KNOWN_SHAPES = 64
 """Steps' shapes for which oneDNN still has code: it keeps that of 1,024 products."""
@@ -41,7 +42,7 @@ class StepResult:
     prompt_logprobs: list[tuple[Sequence, int, list[TokenLogprob]]] = field(default_factory=list)
     """Sequence, index of the first prompt token meant, and one entry a token."""
     failed: dict[Sequence, str] = field(default_factory=dict)
-    traces: dict[Sequence, list[EditTrace]] = field(default_factory=dict)
+    traces: dict[Sequence, list[TracedEdit]] = field(default_factory=dict)
     first_logprobs: dict[Sequence, Tensor] = field(default_factory=dict)
     """Distribution [vocabulary] of the first token, of sequences that are traced."""
 

@@ -34,7 +34,7 @@ class Request:
 
     `seed` is always set: the caller's, or one drawn when the request was made. `salt` separates
     tenants in cache keys. `interventions` are applied in order. With `trace` the engine tells what
-    they did.
+    they did, `traced_rows` rows at most.
     """
 
     id: str
@@ -44,6 +44,7 @@ class Request:
     interventions: tuple[AppliedIntervention, ...] = ()
     salt: bytes = b""
     trace: bool = False
+    traced_rows: int = 0
 
 
 class Status(Enum):

@@ -95,6 +95,10 @@ class Positions:
         """Whether generated tokens are edited."""
         return self.decode or self.everything
 
+    def count(self, n: int) -> int:
+        """How many tokens of a prompt of `n` are edited."""
+        return n if self.everything else len(self.offsets(n, 0, n))
+
     def offsets(self, n: int, start: int, stop: int) -> list[int]:
         """Absolute indices of the edited tokens in [start, stop), ascending.
 

@@ -214,3 +214,15 @@ def test_scored_prompts_bound_the_rows_of_logits() -> None:
     scored = [chunk.length for chunk in plan.chunks if chunk.sequence is not plain]
     assert scored == [300, MAX_SCORED_TOKENS - 300]
     assert plain in {chunk.sequence for chunk in plan.chunks}
+
+
+def test_what_a_step_is_expected_to_take() -> None:
+    pacer = StepPacer()
+    assert pacer.expected(1, 0) is None
+    assert pacer.expected(0, 100) is None
+    pacer.record(4, 0, 0.5)
+    assert pacer.expected(4, 0) == 0.5
+    assert pacer.expected(4, 10) is None
+    pacer.record(0, 100, 2.0)
+    assert pacer.expected(0, 50) == 1.0
+    assert pacer.expected(4, 50) == 1.5

@@ -136,6 +136,7 @@ class FakeEngine:
             vocab_size=256,
             parameters=1000,
             memory_bytes=4_000_000,
+            kv_bytes=1_000_000,
             kv_tokens=800,
         )
     )
@@ -221,6 +222,7 @@ class FakeStream:
         self.versions: list[str] = []
         self.salt = b""
         self.cached_tokens = len(prompt) // 2
+        self.traced_rows = 0
         self.queue_seconds: float | None = None
         self.prompt_logprobs: list[TokenLogprob | None] | None = None
         self.aborted = self.ended = False
