@@ -87,6 +87,7 @@ def run(
     for dtype in dtypes.split(","):
         for size in kv_tokens.split(","):
             arguments = ["--model", model, "--dtype", dtype, "--kv-tokens", size]
+            arguments += ["--first-token-timeout", "86400", "--request-timeout", "86400"]
             with announced(arguments) as (url, pid, gib):
                 name = httpx.get(f"{url}/v1/models").json()["data"][0]["id"]
                 print(f"{dtype}, {size} tokens of cache: {gib:.2f} GiB announced", flush=True)

@@ -269,7 +269,7 @@ def test_memory_that_runs_out_ahead_costs_the_newest(
     sampler.select = once_less
     found = answers(core, asked)
     assert log[:5] == ["run", "2", "2 ahead", "wait", "1"]
-    assert found["b"].failed == "out of memory"
+    assert found["b"].failed == engine_core.OUT_OF_MEMORY
     assert found["a"].tokens == at_once(*asked)["a"]
 
 

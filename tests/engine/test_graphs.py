@@ -184,7 +184,7 @@ def test_memory_that_runs_out_while_edits_are_copied_costs_the_newest_alone(
     monkeypatch.setattr(tables, "send", send_once_less)
     core = make_core()
     found = answers(core, asked)
-    assert found["y"].failed == "out of memory"
+    assert found["y"].failed == engine_core.OUT_OF_MEMORY
     assert found["x"].tokens == wanted["x"]
     assert run(core, asked) == wanted
 

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from reft_runtime.engine.core import EngineCore
+from reft_runtime.engine.core import OUT_OF_MEMORY, EngineCore
 from reft_runtime.engine.events import Event, PromptReused
 from reft_runtime.engine.kv_rows import RowStorage
 from reft_runtime.engine.loader import adopt_model
@@ -333,7 +333,7 @@ def test_out_of_memory_in_a_step_that_reuses(monkeypatch: pytest.MonkeyPatch) ->
 
     monkeypatch.setattr(core.runner.storage, "reuse", reuse)
     found = answers(core, asked[1:])
-    assert found["2"].failed == "out of memory"
+    assert found["2"].failed == OUT_OF_MEMORY
     assert found["1"].tokens == alone(asked[1])
 
 
