@@ -5,7 +5,6 @@ from typing import Any
 
 import pytest
 
-from reft_runtime.engine import loop as loops
 from reft_runtime.engine.core import SLOWER, SLOWEST
 from reft_runtime.engine.loop import EngineLoop
 from tests.helpers.models import make_core, prompt, request, run
@@ -30,7 +29,7 @@ def age(monkeypatch: pytest.MonkeyPatch, core: Any, seconds: float) -> float:
         assert inside.wait(60)
         beat = loop._beat
         with monkeypatch.context() as patch:
-            patch.setattr(loops.time, "monotonic", lambda: beat + seconds)
+            patch.setattr("reft_runtime.engine.loop.time.monotonic", lambda: beat + seconds)
             found = loop.stats().heartbeat_age
         go.set()
         loop.wait_empty()

@@ -88,7 +88,6 @@ def test_it_costs_the_newest_wherever_it_is_met(
     }
     target, name = patches[where]
     monkeypatch.setattr(target, name, once(getattr(target, name), error, always))
-    monkeypatch.setattr(runner, "is_plain", lambda *_: False)
     found = answers(core, asked)
     failed = {name: answer.failed for name, answer in found.items() if answer.failed}
     assert failed == ({} if where == "blocks" else {"3": OUT_OF_MEMORY})
