@@ -160,9 +160,9 @@ def test_keys_that_are_lost_between_chunks_are_seen(
         chunks = prepare(self, chunks)
         for chunk in chunks:
             if chunk.start:
-                slab, slot = self.where(chunk.sequence)
-                for tensor in (*slab.keys, *slab.values):
-                    tensor[slot, :, : chunk.start] = 0
+                row = self.where(chunk.sequence)
+                for part in range(len(self._parts)):
+                    row.part(part)[:, : chunk.start] = 0
         return chunks
 
     monkeypatch.setattr(RowStorage, "prepare", forgetful)
