@@ -418,5 +418,5 @@ def test_a_token_is_counted_once_where_memory_ran_out(log: Log) -> None:
 
         sampler.select = then_none
         found = answers(core, asked)
-        assert found["b"].failed == "out of memory"
+        assert found["b"].failed == engine_core.OUT_OF_MEMORY
         assert found["a"].tokens == at_once(*asked)["a"]
