@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import Awaitable, Callable
 from typing import Any, TypeVar
@@ -13,8 +14,23 @@ from pydantic_core import ErrorDetails
 from reft_runtime.errors import InvalidRequest
 from server.context import Server
 from server.errors import ApiError
+from server.refusals import instead
 
 Body = TypeVar("Body", bound=BaseModel)
+
+AT_ONCE_BYTES = 16 * 2**10
+"""Bodies up to here are read on the event loop; a larger one would hold up all others."""
+
+MAX_STRINGS = 100_000
+"""Strings of one body, keys among them: more than the messages of any chat need."""
+
+MAX_VALUES = 1_000_000
+"""Values of one body: the commas between them are counted, those within strings too."""
+
+MAX_KEYS = 2048
+"""Keys of one object."""
+
+MAX_WHOLE = 2**63
 
 
 async def read_body(request: Request, limit: int) -> bytes:
@@ -42,22 +58,38 @@ def json_body(model: type[Body]) -> Callable[[Request, Server], Awaitable[Body]]
         kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
         if kind != "application/json":
             raise ApiError(415, "Send the body as JSON, with Content-Type: application/json.")
-        data = parse_json(await read_body(request, server.settings.max_body_bytes))
-        if not isinstance(data, dict):
-            raise InvalidRequest("The body must be a JSON object.")
-        try:
-            return model.model_validate(data)
-        except ValidationError as error:
-            raise _first_problem(error, data) from None
+        body = await read_body(request, server.settings.max_body_bytes)
+        if len(body) <= AT_ONCE_BYTES:
+            return _validated(model, body)
+        return await asyncio.to_thread(_validated, model, body)
 
     return read
 
 
+def _validated(model: type[Body], body: bytes) -> Body:
+    data = parse_json(body)
+    if not isinstance(data, dict):
+        raise InvalidRequest("The body must be a JSON object.")
+    try:
+        return model.model_validate(data)
+    except ValidationError as error:
+        raise _first_problem(error, data) from None
+
+
 def parse_json(body: bytes) -> Any:
-    """`body` as JSON; duplicate keys, NaN, Infinity and half characters are refused."""
+    """`body` as JSON; duplicate keys, NaN, Infinity and half characters are refused.
+
+    A whole number is an int however it is written: 4.0 and 4 are the same number in JSON.
+    """
+    _check_size(body)
     try:
         text = body.decode()
-        data = json.loads(text, object_pairs_hook=_unique_keys, parse_constant=_no_constant)
+        data = json.loads(
+            text,
+            object_pairs_hook=_unique_keys,
+            parse_constant=_no_constant,
+            parse_float=_number,
+        )
         if "\\ud" in text or "\\uD" in text:
             # An escaped surrogate without its other half is no character: nothing can encode it.
             json.dumps(data, ensure_ascii=False).encode()
@@ -68,8 +100,18 @@ def parse_json(body: bytes) -> Any:
         raise InvalidRequest(f"The body is not valid JSON: {error}.") from None
 
 
+def _check_size(body: bytes) -> None:
+    """Refuse a body of very many small values unread: the parser holds up all other threads."""
+    if body.count(b'"') - body.count(b'\\"') > 2 * MAX_STRINGS:
+        raise InvalidRequest(f"The body has more than {MAX_STRINGS} strings and keys.")
+    if body.count(b",") > MAX_VALUES or body.count(b"[") + body.count(b"{") > MAX_VALUES:
+        raise InvalidRequest(f"The body has more than {MAX_VALUES} values.")
+
+
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     result: dict[str, Any] = {}
+    if len(pairs) > MAX_KEYS:
+        raise InvalidRequest(f"The body has an object of more than {MAX_KEYS} keys.")
     for name, value in pairs:
         if name in result:
             raise InvalidRequest(f"The key {name!r} is there twice in one object.", param=name)
@@ -81,6 +123,11 @@ def _no_constant(name: str) -> None:
     raise ValueError(f"{name} is not a JSON value")
 
 
+def _number(text: str) -> float | int:
+    value = float(text)
+    return int(value) if abs(value) < MAX_WHOLE and value.is_integer() else value
+
+
 def _first_problem(error: ValidationError, data: Any) -> InvalidRequest:
     problems = [
         (_path(problem["loc"], data, missing=problem["type"] == "missing"), problem)
@@ -90,9 +137,12 @@ def _first_problem(error: ValidationError, data: Any) -> InvalidRequest:
     param, problem = max(problems, key=lambda pair: pair[0].count("."))
     if problem["type"] == "extra_forbidden" or _is_for_nothing(problem):
         return InvalidRequest(
-            f"{param} is not supported by this server; leave it out.", param=param
+            f"{param} is not supported by this server; {instead(param) or 'leave it out'}.",
+            param=param,
         )
     message = problem["msg"].removeprefix("Value error, ").replace(" after validation", "")
+    hint = instead(param) if problem["type"] == "literal_error" else None
+    message = f"{message}; {hint}" if hint else message
     return InvalidRequest(f"{param}: {message[:1].lower()}{message[1:]}.", param=param)
 
 

@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Any, cast
 
 import httpx
 import pytest
-import uvicorn
 from fastapi import FastAPI
 
 from server.app import create_app
+from server.connections import Limits
+from server.lifecycle import HttpServer
 from server.settings import Settings
 from tests.http.fake_engine import FakeEngine
 
@@ -49,11 +50,15 @@ async def client(app: FastAPI, engine: FakeEngine) -> AsyncIterator[httpx.AsyncC
 
 
 @pytest.fixture
-def server_url(app: FastAPI, engine: FakeEngine) -> Iterator[str]:
+def limits() -> Limits:
+    return Limits(100)
+
+
+@pytest.fixture
+def server_url(app: FastAPI, engine: FakeEngine, limits: Limits) -> Iterator[str]:
     """Address of the app on a real socket, served by a thread."""
     listener = socket.create_server(("127.0.0.1", 0))
-    config = uvicorn.Config(app, http="h11", ws="none", log_level="warning")
-    server = uvicorn.Server(config)
+    server = HttpServer(app, limits)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
     thread.start()
     while not server.started:

@@ -28,6 +28,7 @@ from reft_runtime.outputs import (
     TokenLogprob,
 )
 from reft_runtime.sampling import SamplingParams
+from reft_runtime.text.chat import check_switches
 from reft_runtime.use import Use
 
 ALPHABET = b"abcdefghijklmnopqrstuvwxyz"
@@ -36,18 +37,39 @@ EOS = 0
 
 
 class FakeTokenizer:
-    def encode(self, text: str) -> list[int]:
+    byte_level = True
+    special_ids: frozenset[int] = frozenset()
+    switches: tuple[str, ...] = ("enable_thinking",)
+
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         return list(text.encode())
 
-    def encode_chat(self, messages: list[dict[str, str]], template: str | None) -> list[int]:
+    def encode_chat(
+        self,
+        messages: list[dict[str, str]],
+        template: str | None,
+        *,
+        system: str = "prepend",
+        options: Any = None,
+        add_special_tokens: bool | None = None,
+    ) -> list[int]:
+        self.last_options = options
+        if options is not None:
+            check_switches(options.switches, self.switches)
         if template is not None and len(messages) > 1:
             raise InvalidRequest("This template takes one user message.", param="messages")
         if template is not None:
             return self.encode(template.replace("{prompt}", messages[0]["content"]))
         return self.encode("".join(f"<{m['role']}>{m['content']}" for m in messages))
 
-    def decode(self, ids: Sequence[int]) -> str:
+    def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         return bytes(ids).decode(errors="replace")
+
+    def describe(self) -> dict[str, Any]:
+        return {"tokenizer_class": "FakeTokenizer"}
+
+    def token_strings(self, ids: Sequence[int]) -> list[str]:
+        return [self.token_text(token) for token in ids]
 
     def token_text(self, token: int) -> str:
         return self.decode([token])
@@ -65,7 +87,9 @@ class FakeVersion:
     @property
     def manifest(self) -> Any:
         return SimpleNamespace(
-            template=self.template, model_dump=lambda mode: {"template": self.template}
+            template=self.template,
+            system_turn="prepend",
+            model_dump=lambda mode: {"template": self.template},
         )
 
 

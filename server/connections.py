@@ -1,0 +1,353 @@
+"""Connections: uvicorn's HTTP/1.1 protocol, with the deadlines and bounds that it does not have.
+
+uvicorn's own settings bound the pause between two requests and the number of requests, not how
+long a head, a body or an answer may take, nor how many connections may be silent.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import resource
+import socket
+from dataclasses import dataclass
+from typing import Any, cast
+
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
+
+from server.errors import ApiError
+from server.metrics import Metrics
+from server.middleware import MAX_HEADER_BYTES
+
+logger = logging.getLogger("reft.server")
+
+RESERVED_FILES = 64
+"""Open files that are not left to connections: models, interventions, logs, sockets of others."""
+
+MAX_CONNECTIONS = 16_384
+LOOK_SECONDS = 0.5
+PROBE_SECONDS = 0.1
+CLOSE_WAIT = 8
+"""Linux' name for a TCP connection whose other side has said that it will send no more."""
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """Seconds that a client may take, and how many there may be at once.
+
+    `head` for a request's head, from its first byte; `idle` without any request; `body` without a
+    byte of the body, which must also come at `body_rate` bytes a second after that time; `reader`
+    without taking what is written to it; `linger` to take an answer that came before the end of
+    its request's body.
+    """
+
+    connections: int
+    head: float = 10.0
+    idle: float = 30.0
+    body: float = 20.0
+    body_rate: float = 16_384.0
+    reader: float = 30.0
+    linger: float = 2.0
+
+
+def file_limit() -> int:
+    """How many connections the process's limit of open files leaves room for."""
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == resource.RLIM_INFINITY:
+        return MAX_CONNECTIONS
+    try:
+        used = len(os.listdir("/proc/self/fd"))
+    except OSError:
+        used = RESERVED_FILES
+    return max(8, min(soft - used - RESERVED_FILES, MAX_CONNECTIONS))
+
+
+class Connections:
+    """All connections of one server: who may come, and who has taken too long."""
+
+    def __init__(self, metrics: Metrics, limits: Limits) -> None:
+        self.limits = limits
+        self.metrics = metrics
+        self.open: set[Connection] = set()
+        self._full = False
+
+    def protocol(self, **arguments: Any) -> Connection:
+        """A new connection's protocol, as uvicorn asks for it."""
+        return Connection(self, **arguments)
+
+    def admit(self, connection: Connection) -> bool:
+        """Whether there is room for one more; the one that has been idle longest makes room."""
+        if len(self.open) >= self.limits.connections:
+            if not self._full:
+                self._full = True
+                logger.warning(
+                    "All %d connections that the limit of open files leaves are in use; raise the "
+                    "limit (ulimit -n) if these are clients of yours",
+                    self.limits.connections,
+                )
+            idle = [other for other in self.open if other.idle]
+            if not idle:
+                self.metrics.cut("limit")
+                return False
+            min(idle, key=lambda other: other.since).cut("limit")
+        elif len(self.open) < 0.9 * self.limits.connections:
+            self._full = False
+        self.open.add(connection)
+        return True
+
+    def close(self, reason: str) -> None:
+        """Cut off all that are left, and say how many there were."""
+        if self.open:
+            logger.warning("Cutting off %d clients that did not take an answer", len(self.open))
+        for connection in list(self.open):
+            connection.cut(reason)
+
+    async def watch(self) -> None:
+        """Look at every connection, again and again."""
+        while True:
+            await asyncio.sleep(LOOK_SECONDS)
+            now = asyncio.get_running_loop().time()
+            for connection in list(self.open):
+                connection.look(now)
+
+
+class Connection(HttpToolsProtocol):
+    """One connection; `since` is when what it is doing began, on the event loop's clock."""
+
+    def __init__(self, connections: Connections, **arguments: Any) -> None:
+        super().__init__(**arguments)
+        self._all = connections
+        self._limits = connections.limits
+        self.since = self.loop.time()
+        self._head_bytes = 0
+        """Of a request whose head is not complete yet; 0 between requests."""
+        self._header_bytes = 0
+        self._body_bytes = 0
+        self._last_byte = 0.0
+        self._keep_alive = True
+        self._write_paused_at: float | None = None
+        self._half_closed = False
+        self._discarding = False
+        self._cut = False
+
+    @property
+    def idle(self) -> bool:
+        """Whether no request is being read or answered."""
+        return self.cycle is None or self.cycle.response_complete
+
+    def cut(self, reason: str) -> None:
+        """End the connection now, and count why."""
+        self._cut = True
+        self._all.metrics.cut(reason)
+        self.transport.abort()
+
+    def look(self, now: float) -> None:
+        """Cut the connection off if its client has taken too long."""
+        limits, paused = self._limits, self._write_paused_at
+        if paused is not None and now - paused > limits.reader:
+            self.cut("reader")
+        elif self._discarding or self.transport.is_closing():
+            if now - self.since > max(limits.linger, limits.reader * self.transport.is_closing()):
+                self.transport.abort()
+        elif self.idle:
+            if self._head_bytes and now - self.since > limits.head:
+                self._refuse(ApiError(408, "The request's head took too long."), "head")
+            elif not self._head_bytes and now - self.since > limits.idle:
+                self.transport.close()
+        elif self.cycle.more_body and not self.flow.read_paused:
+            late = now - self.since - limits.body
+            if now - self._last_byte > limits.body or late * limits.body_rate > self._body_bytes:
+                self._refuse(ApiError(408, "The request's body came too slowly."), "body")
+
+    # What uvicorn and the event loop call
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """Begin, or say that there is no room."""
+        super().connection_made(transport)
+        if not self._all.admit(self):
+            full = ApiError(
+                503,
+                "The server has no room for more connections; try again later.",
+                code="overloaded",
+                headers={"retry-after": "1"},
+            )
+            self._write(full)
+            self._linger()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """End; a client that leaves before its answer is nothing to log, but is counted."""
+        self._all.open.discard(self)
+        if not self.idle and not self._cut:
+            self._all.metrics.cut("left")
+        super().connection_lost(exc)
+        self._unset_keepalive_if_required()
+
+    def data_received(self, data: bytes) -> None:
+        """Parse what came, if it is still wanted."""
+        if self._discarding or self.transport.is_closing():
+            return
+        if self.idle:
+            if not self._head_bytes:
+                self.since = self.loop.time()
+            self._head_bytes += len(data)
+        elif self.cycle.more_body:
+            self._last_byte = self.loop.time()
+        super().data_received(data)
+        if self.idle and self._head_bytes > 2 * MAX_HEADER_BYTES:
+            self.send_400_response("")
+
+    def eof_received(self) -> bool | None:
+        """Answer a client that has closed its sending half only: it may wait for the answer."""
+        if self.idle or self.cycle.more_body or not hasattr(socket, "TCP_INFO"):
+            return None
+        self._half_closed = True
+        # A client that has left for good answers any byte with a reset; one that has not gets it
+        # as part of its answer: each begins with an H, and a stream may have comments.
+        if not self.cycle.response_started:
+            self.transport.write(b"H")
+            cast(_Answered, self.cycle.transport).skip = 1
+        elif self.cycle.chunked_encoding:
+            self.transport.write(b"3\r\n:\n\n\r\n")
+        self.loop.call_later(PROBE_SECONDS, self._probe)
+        return True
+
+    def _probe(self) -> None:
+        if self.transport.is_closing():
+            return
+        connection = self.transport.get_extra_info("socket")
+        if connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0] != CLOSE_WAIT:
+            self.transport.abort()
+        else:
+            self.loop.call_later(PROBE_SECONDS, self._probe)
+
+    def pause_writing(self) -> None:
+        """The client does not take what is written."""
+        self._write_paused_at = self.loop.time()
+        super().pause_writing()
+
+    def resume_writing(self) -> None:
+        """The client goes on reading."""
+        self._write_paused_at = None
+        super().resume_writing()
+
+    def shutdown(self) -> None:
+        """Close, when the answer under way is complete."""
+        self._keep_alive = False
+        super().shutdown()
+
+    # What the parser calls
+
+    def on_message_begin(self) -> None:
+        """Count a new request's headers."""
+        self._header_bytes = 0
+        super().on_message_begin()
+
+    def on_url(self, url: bytes) -> None:
+        """Take a piece of the address."""
+        self._count(len(url))
+        super().on_url(url)
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        """Take a header, or what follows a chunked body in the form of one."""
+        self._count(len(name) + len(value))
+        if self._head_bytes:
+            super().on_header(name, value)
+
+    def _count(self, size: int) -> None:
+        self._header_bytes += size
+        if self._header_bytes > 2 * MAX_HEADER_BYTES:
+            raise ValueError("too many headers")
+
+    def on_headers_complete(self) -> None:
+        """Begin to answer a request."""
+        names = {name for name, _ in self.headers}
+        if {b"content-length", b"transfer-encoding"} <= names:
+            # What one reads as a body another reads as the next request.
+            raise ValueError("two lengths")
+        super().on_headers_complete()
+        self._head_bytes, self._body_bytes = 0, 0
+        self.since = self._last_byte = self.loop.time()
+        # An answer that comes before the whole request has come is the connection's last.
+        self._keep_alive, self.cycle.keep_alive = self.cycle.keep_alive, False
+        self.cycle.transport = cast(asyncio.Transport, _Answered(self))
+
+    def on_body(self, body: bytes) -> None:
+        """Take a piece of the body."""
+        self._body_bytes += len(body)
+        super().on_body(body)
+
+    def on_message_complete(self) -> None:
+        """The request has come as a whole."""
+        if not self.cycle.response_started:
+            self.cycle.keep_alive = self._keep_alive
+        super().on_message_complete()
+
+    def on_response_complete(self) -> None:
+        """Wait for the next request, if one may come."""
+        super().on_response_complete()
+        self.since = self.loop.time()
+        if self._half_closed and self.idle:
+            self.transport.close()
+
+    def send_400_response(self, msg: str) -> None:
+        """Refuse what is no HTTP."""
+        if max(self._head_bytes, self._header_bytes) > 2 * MAX_HEADER_BYTES:
+            self._refuse(ApiError(431, f"The headers are larger than {MAX_HEADER_BYTES} bytes."))
+        else:
+            self._refuse(ApiError(400, "This is not a valid HTTP request."))
+
+    def _refuse(self, error: ApiError, reason: str | None = None) -> None:
+        """Answer with `error`, unless an answer has begun, and end."""
+        if self.cycle is None or self.idle or not self.cycle.response_started:
+            self._write(error)
+        if reason is not None:
+            self._all.metrics.cut(reason)
+        self._cut = True
+        if not self.idle:
+            self.cycle.disconnected = True  # its application is to write nothing any more
+            self.cycle.message_event.set()
+        self._linger()
+
+    def _write(self, error: ApiError) -> None:
+        response = error.response()
+        lines = [STATUS_LINE[error.status]]
+        for name, value in response.raw_headers:
+            lines += [name, b": ", value, b"\r\n"]
+        self.transport.write(b"".join([*lines, b"connection: close\r\n\r\n", response.body]))
+
+    def _linger(self) -> None:
+        """Send no more, and read on for a while: a reset would take the answer from the client."""
+        self._discarding = True
+        self.since = self.loop.time()
+        self.flow.resume_reading()
+        if self.transport.can_write_eof():
+            self.transport.write_eof()
+
+    def end_answer(self) -> None:
+        """Close after an answer, when the client has had the time to take it."""
+        if self.cycle.more_body and not self.transport.is_closing():
+            self._linger()
+        else:
+            self.transport.close()
+
+
+class _Answered:
+    """What an answer is written to; of its first bytes `skip` have been sent ahead."""
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+        self.skip = 0
+
+    def write(self, data: bytes) -> None:
+        """Write the next bytes of the answer."""
+        self._connection.transport.write(data[self.skip :])
+        self.skip = 0
+
+    def close(self) -> None:
+        """End the connection after the answer."""
+        self._connection.end_answer()
+
+    def is_closing(self) -> bool:
+        """Whether the connection has ended."""
+        return self._connection.transport.is_closing()
