@@ -133,7 +133,7 @@ def install_error_handlers(app: FastAPI) -> None:
 
     async def handle_http(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
-        path, headers = request.url.path, dict(error.headers or {})
+        path, headers = request.url.path, error.headers
         message = str(error.detail)
         if error.status_code == 404:
             instead = INSTEAD_OF_ROUTES.get(path, "/openapi.json lists them")
@@ -141,7 +141,7 @@ def install_error_handlers(app: FastAPI) -> None:
         elif error.status_code == 405:
             methods = ", ".join(sorted(_methods(request.app.routes, request.scope)))
             message = f"{path} does not accept {request.method}, but {methods}."
-            headers["allow"] = methods
+            headers = {"allow": methods}
         return ApiError(error.status_code, message, headers=headers).response()
 
     async def handle_invalid(request: Request, error: Exception) -> Response:
