@@ -53,9 +53,10 @@ class Admission:
                     "differ; give the prompt as text.",
                     param="intervention",
                 )
-            template, system = next(iter(templates), (None, "prepend"))
             messages = cast(Sequence[Message], prompt)
-            return self._tokenizer.encode_chat(messages, template, system=system)
+            for template, system in templates:
+                return self._tokenizer.encode_chat(messages, template, system=system)
+            return self._tokenizer.encode_chat(messages)
         if any(type(token) is not int for token in prompt):
             raise InvalidRequest("prompt: token ids are whole numbers (int).", param="prompt")
         return cast(Sequence[int], prompt)

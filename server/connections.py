@@ -14,7 +14,12 @@ import socket
 from dataclasses import dataclass
 from typing import Any, cast
 
-from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
+from uvicorn._types import ASGI3Application
+from uvicorn.protocols.http.httptools_impl import (
+    STATUS_LINE,
+    HttpToolsProtocol,
+    RequestResponseCycle,
+)
 
 from server.errors import ApiError
 from server.metrics import Metrics
@@ -126,6 +131,8 @@ class Connection(HttpToolsProtocol):
         self._body_bytes = 0
         self._last_byte = 0.0
         self._keep_alive = True
+        self._answered: RequestResponseCycle | None = None
+        """The request that is being answered, or was last; others may wait behind it."""
         self._write_paused_at: float | None = None
         self._half_closed = False
         self._discarding = False
@@ -133,8 +140,8 @@ class Connection(HttpToolsProtocol):
 
     @property
     def idle(self) -> bool:
-        """Whether no request is being read or answered."""
-        return self.cycle is None or self.cycle.response_complete
+        """Whether no request is being read or answered, its head aside."""
+        return self._answered is None or self._answered.response_complete
 
     def cut(self, reason: str) -> None:
         """End the connection now, and count why."""
@@ -180,6 +187,7 @@ class Connection(HttpToolsProtocol):
         self._all.open.discard(self)
         if not self.idle and not self._cut:
             self._all.metrics.cut("left")
+        self._forget_answer()
         super().connection_lost(exc)
         self._unset_keepalive_if_required()
 
@@ -187,27 +195,26 @@ class Connection(HttpToolsProtocol):
         """Parse what came, if it is still wanted."""
         if self._discarding or self.transport.is_closing():
             return
-        if self.idle:
-            if not self._head_bytes:
-                self.since = self.loop.time()
+        if self._head_bytes:
             self._head_bytes += len(data)
-        elif self.cycle.more_body:
+        else:
             self._last_byte = self.loop.time()
         super().data_received(data)
-        if self.idle and self._head_bytes > 2 * MAX_HEADER_BYTES:
+        if self._head_bytes > 2 * MAX_HEADER_BYTES and not self._discarding:
             self.send_400_response("")
 
-    def eof_received(self) -> bool | None:
+    def eof_received(self) -> bool | None:  # type: ignore[override]
         """Answer a client that has closed its sending half only: it may wait for the answer."""
         if self.idle or self.cycle.more_body or not hasattr(socket, "TCP_INFO"):
             return None
         self._half_closed = True
+        assert self._answered is not None
         # A client that has left for good answers any byte with a reset; one that has not gets it
         # as part of its answer: each begins with an H, and a stream may have comments.
-        if not self.cycle.response_started:
+        if not self._answered.response_started:
             self.transport.write(b"H")
-            cast(_Answered, self.cycle.transport).skip = 1
-        elif self.cycle.chunked_encoding:
+            cast(_Answered, self._answered.transport).skip = 1
+        elif self._answered.chunked_encoding:
             self.transport.write(b"3\r\n:\n\n\r\n")
         self.loop.call_later(PROBE_SECONDS, self._probe)
         return True
@@ -239,8 +246,9 @@ class Connection(HttpToolsProtocol):
     # What the parser calls
 
     def on_message_begin(self) -> None:
-        """Count a new request's headers."""
-        self._header_bytes = 0
+        """The first byte of a request has come."""
+        self._head_bytes, self._header_bytes = 1, 0
+        self.since = self.loop.time()
         super().on_message_begin()
 
     def on_url(self, url: bytes) -> None:
@@ -261,6 +269,8 @@ class Connection(HttpToolsProtocol):
 
     def on_headers_complete(self) -> None:
         """Begin to answer a request."""
+        if self.parser.get_http_version() not in ("1.0", "1.1"):
+            raise ValueError("another version of HTTP")
         names = {name for name, _ in self.headers}
         if {b"content-length", b"transfer-encoding"} <= names:
             # What one reads as a body another reads as the next request.
@@ -271,6 +281,10 @@ class Connection(HttpToolsProtocol):
         # An answer that comes before the whole request has come is the connection's last.
         self._keep_alive, self.cycle.keep_alive = self.cycle.keep_alive, False
         self.cycle.transport = cast(asyncio.Transport, _Answered(self))
+
+    def _start_asgi_task(self, cycle: RequestResponseCycle, app: ASGI3Application) -> None:
+        self._answered = cycle
+        super()._start_asgi_task(cycle, app)
 
     def on_body(self, body: bytes) -> None:
         """Take a piece of the body."""
@@ -299,15 +313,19 @@ class Connection(HttpToolsProtocol):
 
     def _refuse(self, error: ApiError, reason: str | None = None) -> None:
         """Answer with `error`, unless an answer has begun, and end."""
-        if self.cycle is None or self.idle or not self.cycle.response_started:
+        if self.idle or not (self._answered and self._answered.response_started):
             self._write(error)
         if reason is not None:
             self._all.metrics.cut(reason)
         self._cut = True
-        if not self.idle:
-            self.cycle.disconnected = True  # its application is to write nothing any more
-            self.cycle.message_event.set()
+        self._forget_answer()
         self._linger()
+
+    def _forget_answer(self) -> None:
+        """Tell the application that nobody waits for its answer: it is to write no more."""
+        if self._answered is not None and not self._answered.response_complete:
+            self._answered.disconnected = True
+            self._answered.message_event.set()
 
     def _write(self, error: ApiError) -> None:
         response = error.response()

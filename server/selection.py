@@ -11,8 +11,9 @@ from reft_runtime.use import Use
 from server.schemas.common import InterventionUse
 
 if TYPE_CHECKING:
+    from reft_runtime.interventions.manifest import SystemTurn
     from reft_runtime.llm import Engine
-    from reft_runtime.text import ChatOptions, Message, SystemTurn, Tokenizer
+    from reft_runtime.text import ChatOptions, Message, Tokenizer
 
 
 @dataclass(frozen=True, slots=True)

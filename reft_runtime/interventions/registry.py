@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import os
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -61,7 +62,7 @@ class Registry(Catalog):
         self._sources = [Path(source) for source in sources]
         self._max_file_bytes = max_file_bytes
         for folder in self._sources:
-            if not folder.is_dir():
+            if not os.path.isdir(folder):  # pathlib's raises where a name is too long
                 raise ConfigError(f"The interventions folder {folder} does not exist.")
         self._changing = threading.Lock()  # one change at a time; taken before _lock, never after
         self._listings: dict[Path, tuple[dict[str, Found], dict[str, str]]] = {}

@@ -1,6 +1,6 @@
 """Text on the caller's side of the engine, which itself speaks token ids only."""
 
-from reft_runtime.text.chat import ChatOptions, Message, SystemTurn
+from reft_runtime.text.chat import ChatOptions, Message
 from reft_runtime.text.stream import Detokenizer, StopChecker, TextOffsets, TextStream
 from reft_runtime.text.tokenizer import Tokenizer
 
@@ -9,7 +9,6 @@ __all__ = [
     "Detokenizer",
     "Message",
     "StopChecker",
-    "SystemTurn",
     "TextOffsets",
     "TextStream",
     "Tokenizer",

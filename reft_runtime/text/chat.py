@@ -92,13 +92,14 @@ def render(
             "continue_final_message needs add_generation_prompt: false.",
             param="continue_final_message",
         )
+    switches: dict[str, Any] = dict(options.switches)
     try:
         text = tokenizer.apply_chat_template(
             [dict(turn) for turn in messages],
             tokenize=False,
             add_generation_prompt=options.add_generation_prompt,
             continue_final_message=options.continue_final_message,
-            **options.switches,
+            **switches,
         )
     except MemoryError:
         raise

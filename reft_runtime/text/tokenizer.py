@@ -12,10 +12,10 @@ from transformers import PreTrainedTokenizerBase
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from reft_runtime.errors import InvalidRequest
+from reft_runtime.interventions.manifest import SystemTurn
 from reft_runtime.text.chat import (
     ChatOptions,
     Message,
-    SystemTurn,
     check_switches,
     fill,
     render,

@@ -44,7 +44,9 @@ Nothing = Annotated[list[Any], Field(max_length=0)]
 
 def one_or_many(value: Any) -> str | None:
     """Discriminator of a text (`one`) and a list (`many`); None for anything else."""
-    return {str: "one", list: "many"}.get(type(value))
+    if isinstance(value, str):
+        return "one"
+    return "many" if isinstance(value, list) else None
 
 
 Stop = Annotated[
