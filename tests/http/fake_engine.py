@@ -28,7 +28,6 @@ from reft_runtime.outputs import (
     TokenLogprob,
 )
 from reft_runtime.sampling import SamplingParams
-from reft_runtime.text.chat import check_switches
 from reft_runtime.use import Use
 
 ALPHABET = b"abcdefghijklmnopqrstuvwxyz"
@@ -54,8 +53,9 @@ class FakeTokenizer:
         add_special_tokens: bool | None = None,
     ) -> list[int]:
         self.last_options = options
-        if options is not None:
-            check_switches(options.switches, self.switches)
+        for name in () if options is None else options.switches:
+            if name not in self.switches:
+                raise InvalidRequest("No such switch.", param=f"chat_template_kwargs.{name}")
         if template is not None and len(messages) > 1:
             raise InvalidRequest("This template takes one user message.", param="messages")
         if template is not None:
@@ -172,6 +172,8 @@ class FakeEngine:
     die_after: float | None = None
     """Seconds after which the engine dies, counted from the second request (after the canary)."""
     draining: bool = False
+    names: int = 0
+    """Interventions that it has beside its own."""
     streams: list[FakeStream] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -180,6 +182,7 @@ class FakeEngine:
             FakeVersion("emoji"),
             FakeVersion("pirate", "e2" * 32, template="Q: {prompt} A:"),
             FakeVersion("formal", "f3" * 32, template="{prompt} =>"),
+            *(FakeVersion(f"{'x' * 60}{i}") for i in range(self.names)),
         )
 
     @property

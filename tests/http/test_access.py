@@ -15,6 +15,10 @@ from starlette.routing import BaseRoute
 
 from reft_runtime.errors import ConfigError
 from server.auth import cache_salt
+from server.schemas.chat import ChatRequest, Message
+from server.schemas.completions import CompletionRequest
+from server.schemas.interventions import LoadRequest
+from server.schemas.text import TokenizeRequest
 from server.settings import Settings, load_settings
 from tests.http.conftest import completion
 from tests.http.fake_engine import FakeEngine
@@ -246,6 +250,28 @@ async def test_description(client: httpx.AsyncClient) -> None:
         for operation in path.values():
             assert operation["operationId"]
             assert operation["responses"]
+
+
+async def test_the_description_has_the_errors_and_nulls(client: httpx.AsyncClient) -> None:
+    document = (await client.get("/openapi.json")).json()
+    for path, method, statuses in (
+        ("/v1/completions", "post", {200, 400, 401, 404, 405, 408, 413, 415, 431, 500, 503}),
+        ("/v1/interventions/{name}", "put", {200, 201, 400, 401, 404, 409, 413, 500, 503, 507}),
+        ("/v1/interventions/{name}", "get", {200, 400, 401, 404, 500, 503}),
+        ("/v1/load_lora_adapter", "post", {200, 400, 401, 404, 409, 413, 415, 500, 503}),
+        ("/v1/models", "get", {200, 401, 500, 503}),
+        ("/readyz", "get", {200, 503}),
+    ):
+        declared = document["paths"][path][method]["responses"]
+        assert {str(status) for status in statuses} <= declared.keys()
+        assert "422" not in declared
+    schemas = document["components"]["schemas"]
+    for model in (CompletionRequest, ChatRequest, Message, TokenizeRequest, LoadRequest):
+        schema = schemas[model.__name__]
+        assert schema["additionalProperties"] == {"type": "null"}
+        for name, field in schema["properties"].items():
+            nullable = {"type": "null"} in field.get("anyOf", ())
+            assert nullable is (name not in schema.get("required", ())), name
 
 
 def references(node: Any) -> Iterator[str]:

@@ -122,9 +122,8 @@ class TestDeadlines:
         await cut(server_url, "body" if start else "head")
 
     async def test_who_does_not_read_is_let_go(self, server_url: str, engine: FakeEngine) -> None:
-        name = "x" * 60
-        for i in range(20_000):
-            engine.registry.versions[f"{name}{i}"] = engine.registry.versions["emoji"]
+        engine.names = 20_000
+        engine.__post_init__()
         async with connected(server_url, head("/v1/models", "GET"), limit=1):
             await cut(server_url, "reader")
 
