@@ -129,6 +129,8 @@ class Connection(HttpToolsProtocol):
         """Of a request whose head is not complete yet; 0 between requests."""
         self._header_bytes = 0
         self._body_bytes = 0
+        self._pieces: list[bytes] = []
+        """Of the body, until all that came is parsed: it may have come in very small chunks."""
         self._last_byte = 0.0
         self._keep_alive = True
         self._answered: RequestResponseCycle | None = None
@@ -200,6 +202,7 @@ class Connection(HttpToolsProtocol):
         else:
             self._last_byte = self.loop.time()
         super().data_received(data)
+        self._join_pieces()
         if self._head_bytes > 2 * MAX_HEADER_BYTES and not self._discarding:
             self.send_400_response("")
 
@@ -288,11 +291,18 @@ class Connection(HttpToolsProtocol):
 
     def on_body(self, body: bytes) -> None:
         """Take a piece of the body."""
-        self._body_bytes += len(body)
-        super().on_body(body)
+        self._pieces.append(body)
+
+    def _join_pieces(self) -> None:
+        if self._pieces:
+            body = b"".join(self._pieces)
+            self._pieces.clear()
+            self._body_bytes += len(body)
+            super().on_body(body)
 
     def on_message_complete(self) -> None:
         """The request has come as a whole."""
+        self._join_pieces()
         if not self.cycle.response_started:
             self.cycle.keep_alive = self._keep_alive
         super().on_message_complete()

@@ -55,7 +55,9 @@ class FakeTokenizer:
         self.last_options = options
         for name in () if options is None else options.switches:
             if name not in self.switches:
-                raise InvalidRequest("No such switch.", param=f"chat_template_kwargs.{name}")
+                raise InvalidRequest(
+                    "The template has no such switch.", param=f"chat_template_kwargs.{name}"
+                )
         if template is not None and len(messages) > 1:
             raise InvalidRequest("This template takes one user message.", param="messages")
         if template is not None:

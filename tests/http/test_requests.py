@@ -362,8 +362,9 @@ MANY = 390_000
         ('"logit_bias": {%s}', "strings and keys"),
         ('"metadata": {%s}', "strings and keys"),
         ('"messages": [{%s}]', "strings and keys"),
-        ('"prompt": [' + "1," * 1_100_000 + "1]", "values"),
-        ('"prompt": ' + "[" * 1_100_000, "values"),
+        ('"prompt": [' + "1," * 300_000 + "1]", "values"),
+        ('"prompt": [' + "[1]," * 150_000 + "[1]]", "values"),
+        ('"prompt": ' + "[" * 300_000, "values"),
         ('"metadata": {' + ",".join(f'"{i}": "\\"' for i in range(MANY // 2)) + "}", "strings"),
         ('"metadata": {' + ",".join(f'"{i}": 1' for i in range(2049)) + "}", "2048 keys"),
     ],
@@ -380,6 +381,12 @@ async def test_bodies_of_very_many_parts_are_not_parsed(
     response = await client.post("/v1/completions", content=text.encode(), headers=headers)
     assert response.status_code == 400
     assert message in response.json()["error"]["message"]
+
+
+async def test_commas_within_text_are_no_values(client: httpx.AsyncClient) -> None:
+    metadata = {"text": 'a,[{"\\,"' * 150_000, "more": '",'}
+    response = await client.post("/v1/completions", json=completion(metadata=metadata))
+    assert response.status_code == 200
 
 
 async def test_a_large_body_is_read_beside_the_event_loop(
