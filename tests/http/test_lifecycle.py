@@ -322,6 +322,16 @@ def test_help_names_every_option_and_loads_no_model() -> None:
                 assert f"REFT_{name.upper()}" in shown
 
 
+@pytest.mark.parametrize("status", [0, 1, 2])
+def test_the_servers_words_are_the_last(status: int) -> None:
+    code = "import sys, atexit, torch, triton\nfrom server import cli\n"
+    code += "def app(): print('served'); atexit.register(print, 'left')\n"
+    code += f"cli.app = lambda: (app(), sys.exit({status}))\ncli.main()"
+    command = [sys.executable, "-c", code]
+    ended = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (status, "served\nleft\n", "")
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -10,7 +10,8 @@ from typing import Any
 import httpx
 import pytest
 
-from reft_runtime import Engine
+from reft_runtime import Engine, SamplingParams
+from reft_runtime.interventions import Intervention, parse, serialise
 from server.app import create_app
 from server.settings import Settings
 from tests.helpers.models import tiny
@@ -244,6 +245,61 @@ async def test_a_repeated_prompt_is_reused(
     assert stats is not None
     lines = (await http.get("/metrics")).text
     assert f'reft:prefix_cache_hits_total{{kind="base"}} {stats.hits["base"]:.1f}\n' in lines
+
+
+@pytest.mark.parametrize(
+    ("system", "answer"), [(None, 200), ("prepend", 200), ("drop", 200), ("refuse", 400)]
+)
+async def test_a_system_turn_on_a_text_template(
+    http: httpx.AsyncClient, tiny_engine: Engine, system: Any, answer: int
+) -> None:
+    plain = parse(make_file(tiny_engine))
+    fields = {"template": "Q: {prompt} A:", "system": system}
+    manifest = plain.manifest.model_copy(update=fields)
+    tiny_engine.registry.put("text", serialise(Intervention(manifest, plain.tensors)))
+    messages = [{"role": "developer", "content": "be kind"}, {"role": "user", "content": "who"}]
+    asked = {"model": "text", "messages": messages, "max_tokens": 1, "return_token_ids": True}
+    response = await http.post("/v1/chat/completions", json=asked)
+    assert response.status_code == answer, response.text
+    counted = await http.post("/tokenize", json={"model": "text", "messages": messages})
+    if answer == 400:
+        for refused in (response, counted):
+            assert refused.json()["error"]["param"] == "messages"
+            assert "takes no system turn" in refused.json()["error"]["message"]
+        messages = messages[1:]
+        response = await http.post("/v1/chat/completions", json={**asked, "messages": messages})
+        assert response.status_code == 200
+    else:
+        text = "Q: who A:" if system == "drop" else "Q: be kind\n\nwho A:"
+        tokens = response.json()["prompt_token_ids"]
+        assert tiny_engine.tokenizer.decode(tokens) == text
+        assert counted.json()["tokens"] == tokens
+        library = tiny_engine.generate(
+            [[{"role": "system", "content": "be kind"}, messages[1]]],
+            SamplingParams(max_tokens=1),
+            intervention="text",
+            progress=False,
+        )
+        assert library[0].prompt_tokens == tokens
+    tiny_engine.registry.remove("text")
+
+
+async def test_texts_that_differ_on_system_turns_do_not_go_together(
+    http: httpx.AsyncClient, tiny_engine: Engine, base: str
+) -> None:
+    plain = parse(make_file(tiny_engine))
+    for name in ("drop", "refuse"):
+        fields = {"template": "{prompt}", "system": name}
+        manifest = plain.manifest.model_copy(update=fields)
+        tiny_engine.registry.put(name, serialise(Intervention(manifest, plain.tensors)))
+    messages = [{"role": "user", "content": "who"}]
+    uses = [{"name": "drop"}, {"name": "refuse"}]
+    asked = {"model": base, "messages": messages, "interventions": uses}
+    response = await http.post("/v1/chat/completions", json=asked)
+    assert response.status_code == 400
+    assert response.json()["error"]["param"] == "interventions"
+    for name in ("drop", "refuse"):
+        tiny_engine.registry.remove(name)
 
 
 async def test_upload_replace_and_remove(http: httpx.AsyncClient, tiny_engine: Engine) -> None:
