@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import re
 import resource
 import socket
 from dataclasses import dataclass
@@ -33,6 +34,8 @@ RESERVED_FILES = 64
 MAX_CONNECTIONS = 16_384
 LOOK_SECONDS = 0.5
 PROBE_SECONDS = 0.1
+_UPGRADE = re.compile(rb"\r\nupgrade(?=:)", re.IGNORECASE)
+
 CLOSE_WAIT = 8
 """Linux' name for a TCP connection whose other side has said that it will send no more."""
 
@@ -197,6 +200,8 @@ class Connection(HttpToolsProtocol):
         """Parse what came, if it is still wanted."""
         if self._discarding or self.transport.is_closing():
             return
+        if self._head_bytes or self.cycle is None or not self.cycle.more_body:
+            data = _without_upgrade(data)
         if self._head_bytes:
             self._head_bytes += len(data)
         else:
@@ -358,6 +363,16 @@ class Connection(HttpToolsProtocol):
             self._linger()
         else:
             self.transport.close()
+
+
+def _without_upgrade(data: bytes) -> bytes:
+    """`data`, which begins within a head, with that head's offer of another protocol renamed.
+
+    The parser would take what follows for the other protocol, the request's body too; Java's own
+    client offers HTTP/2 with every first request.
+    """
+    head, end, after = data.partition(b"\r\n\r\n")
+    return _UPGRADE.sub(b"\r\nignored", head) + end + after if _UPGRADE.search(head) else data
 
 
 class _Answered:

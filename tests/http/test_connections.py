@@ -188,6 +188,8 @@ class TestRoom:
         b"GET /livez HTTP/1.1\r\nhost: x\r\n folded: y\r\n\r\n",
         b"GET /livez HTTP/1.1\r\nhost : x\r\n\r\n",
         b"GET  /livez\r\n\r\n",
+        b"CONNECT x:443 HTTP/1.1\r\nhost: x\r\n\r\n",
+        b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
         b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03",
         b"SSH-2.0-x\r\n",
     ],
@@ -290,6 +292,29 @@ async def test_a_connection_is_used_again(server_url: str) -> None:
                 found = re.search(rb"content-length: (\d+)", answer)
                 assert found
                 await reader.readexactly(int(found[1]))
+
+
+@pytest.mark.parametrize("split", [False, True])
+async def test_an_offer_of_http_2_is_declined(
+    server_url: str, caplog: pytest.LogCaptureFixture, split: bool
+) -> None:
+    """Java's own client makes one with every first request."""
+    offer = {"connection": "Upgrade, HTTP2-Settings", "upgrade": "h2c", "http2_settings": "AAE"}
+    data = request(completion(), **offer)
+    start = data.index(b"\r\n\r\n") + 4
+    async with connected(server_url) as (reader, writer):
+        for _ in range(2):
+            writer.write(data[:start] if split else data)
+            if split:
+                await writer.drain()
+                await asyncio.sleep(0.05)
+                writer.write(data[start:])
+            answer = await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), SOON)
+            assert status(answer) == 200
+            found = re.search(rb"content-length: (\d+)", answer)
+            assert found
+            await reader.readexactly(int(found[1]))
+    assert [r for r in caplog.records if r.levelno >= logging.WARNING] == []
 
 
 class TestUnread:

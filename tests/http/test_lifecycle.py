@@ -12,7 +12,8 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -242,6 +243,22 @@ def test_metrics_port() -> None:
         assert httpx.get(f"http://127.0.0.1:{port}/v1/models").status_code == 404
         server.process.send_signal(signal.SIGTERM)
         assert server.end() == 0
+
+
+def test_silent_clients_of_the_metrics_port_make_room() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    with running(metrics_port=port) as server, ExitStack() as stack:
+        for _ in range(40):
+            silent = stack.enter_context(socket.create_connection(("127.0.0.1", port)))
+            silent.sendall(b"GET /met")
+        assert httpx.get(f"http://127.0.0.1:{port}/metrics").status_code == 200
+        status = Path(f"/proc/{server.process.pid}/status")
+        if status.exists():
+            threads = re.search(r"Threads:\s+(\d+)", status.read_text())
+            assert threads
+            assert int(threads[1]) < 40
+    assert "Traceback" not in "".join(server.log)
 
 
 def test_metrics_port_in_use() -> None:
