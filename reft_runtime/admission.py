@@ -49,8 +49,8 @@ class Admission:
             templates = {(m.template, m.system_turn) for m in manifests if m.template is not None}
             if len(templates) > 1:
                 raise InvalidRequest(
-                    "The interventions' chat templates, or what they do with a system turn, "
-                    "differ; give the prompt as text.",
+                    "The interventions' chat templates differ, or what they do with a system "
+                    "turn; give the prompt as text.",
                     param="intervention",
                 )
             messages = cast(Sequence[Message], prompt)

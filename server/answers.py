@@ -104,7 +104,7 @@ class Answer(Response):
                 raise
             draining = self._context.health.draining
             problem = api_error(error, self._request_id, draining=draining)
-            # A client that does not take this loses its connection (`server.connections`).
+            # A client that does not take this loses its connection (`server.protocol`).
             await send(_piece(event(problem.body()) + DONE))
             await send(_piece(b"", more=False))
 

@@ -12,8 +12,8 @@ from fastapi import Request
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from reft_runtime.errors import InvalidRequest
-from server.context import Server
+from reft_runtime.errors import InvalidRequest, Overloaded
+from server.context import Context, Server
 from server.errors import ApiError
 from server.refusals import instead
 
@@ -38,13 +38,19 @@ _STRING = re.compile(rb'"(?:[^"\\]+|\\.)*"', re.DOTALL)
 
 
 async def read_body(request: Request, limit: int) -> bytes:
-    """The whole body; 413 as soon as it is known to be longer than `limit` bytes."""
+    """The whole body; 413 as soon as it is known to be longer than `limit` bytes.
+
+    503 where the bodies of all requests under way have no room for it.
+    """
+    context: Context = request.app.state.context
     too_large = ApiError(413, f"The body is larger than {limit} bytes.", code="body_too_large")
     declared = request.headers.get("content-length", "0")
     if declared.isdecimal() and int(declared) > limit:
         raise too_large
     body = bytearray()
     async for chunk in request.stream():
+        if not context.bodies.take(request.scope, len(chunk)):
+            raise Overloaded("Too many large bodies are under way; try again later.")
         body += chunk
         if len(body) > limit:
             raise too_large

@@ -11,6 +11,7 @@ import os
 import socket
 from collections.abc import Coroutine, Iterator
 from contextlib import contextmanager
+from functools import partial
 from types import FrameType
 from typing import TYPE_CHECKING, Any, cast
 
@@ -23,6 +24,7 @@ from server.banner import banner
 from server.connections import Connections, Limits, file_limit
 from server.context import Context
 from server.metrics_port import metrics_served
+from server.protocol import Connection
 from server.settings import Settings
 
 if TYPE_CHECKING:
@@ -104,7 +106,7 @@ class HttpServer(uvicorn.Server):
         # byte would hold the event loop for seconds.
         config = uvicorn.Config(
             app,
-            http=cast("type[asyncio.Protocol]", self._connections.protocol),
+            http=cast("type[asyncio.Protocol]", partial(Connection, self._connections)),
             ws="none",
             timeout_keep_alive=int(limits.idle) or 1,
             log_config=None,

@@ -61,3 +61,5 @@ class RequestMiddleware:
                 raise
             error = api_error(problem, request_id, draining=self._context.health.draining)
             await error.response()(scope, receive, send_with_id)
+        finally:
+            self._context.bodies.give_back(scope)

@@ -5,7 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import Discriminator, Field, Tag, ValidationInfo, field_validator, model_validator
+from pydantic import (
+    BeforeValidator,
+    Discriminator,
+    Field,
+    Tag,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 from pydantic_core import PydanticKnownError
 
 from reft_runtime.errors import InvalidRequest
@@ -28,7 +36,21 @@ MAX_PARTS = 4096
 MAX_TOOLS = 128
 MAX_SWITCHES = 16
 
-Switch = bool | int | float | Annotated[str, Field(max_length=256)]
+MAX_SWITCH_LENGTH = 256
+
+
+def _plain(value: Any) -> Any:
+    # Before the union's members, each of which would say that it alone is wanted.
+    if not isinstance(value, bool | int | float | str) or (
+        isinstance(value, str) and len(value) > MAX_SWITCH_LENGTH
+    ):
+        raise ValueError(
+            f"give a text of up to {MAX_SWITCH_LENGTH} characters, a number, true or false"
+        )
+    return value
+
+
+Switch = Annotated[bool | int | float | str, BeforeValidator(_plain)]
 ChatSwitches = Annotated[
     dict[Annotated[str, Field(max_length=64)], Switch], Field(max_length=MAX_SWITCHES)
 ]

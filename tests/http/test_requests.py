@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import threading
+from collections.abc import AsyncIterator
 from types import SimpleNamespace
 from typing import Any
 
 import httpx
 import pytest
+from fastapi import FastAPI
 
 from reft_runtime.text import ChatOptions
 from tests.http.conftest import chat, completion
@@ -268,6 +271,11 @@ async def test_a_langchain_conversation_is_accepted(client: httpx.AsyncClient) -
             "messages.0.content: field required.",
         ),
         (
+            "chat_template_kwargs.enable_thinking",
+            {"chat_template_kwargs": {"enable_thinking": [1]}},
+            "give a text of up to 256 characters, a number, true or false.",
+        ),
+        (
             "logit_bias",
             {"logit_bias": {"a": 1, "7": 1, "-1": 1, "x y": 2}},
             "logit_bias: 'a', '-1', 'x y': no token id.",
@@ -511,6 +519,35 @@ async def test_body_one_byte_too_long(client: httpx.AsyncClient, app: Any) -> No
     for size, status in ((limit, 200), (limit + 1, 413)):
         response = await client.post("/v1/completions", content=chunks(size), headers=headers)
         assert response.status_code == status
+
+
+async def test_bodies_under_way_share_one_bound(client: httpx.AsyncClient, app: FastAPI) -> None:
+    bodies = app.state.context.bodies
+    bodies.limit = 1000
+    more, arrived = asyncio.Event(), asyncio.Event()
+
+    async def stalled() -> AsyncIterator[bytes]:
+        yield b'{"model": "tiny", "prompt": "' + b"x" * 50
+        arrived.set()
+        await more.wait()
+        yield b'", "max_tokens": 1}'
+
+    headers = {"content-type": "application/json"}
+    first = asyncio.ensure_future(
+        client.post("/v1/completions", content=stalled(), headers=headers)
+    )
+    await arrived.wait()
+    for path, method in (("/v1/completions", "POST"), ("/v1/interventions/x", "PUT")):
+        response = await client.request(method, path, content=b" " * 950, headers=headers)
+        assert response.status_code == 503
+        assert response.headers["retry-after"]
+        assert response.json()["error"]["code"] == "overloaded"
+    more.set()
+    assert (await first).status_code == 200
+    assert bodies.held == 0
+    refused = await client.post("/v1/completions", content=b" " * 950, headers=headers)
+    assert refused.status_code == 400  # there is room for it now
+    assert bodies.held == 0
 
 
 async def test_tokenize(client: httpx.AsyncClient) -> None:
