@@ -45,14 +45,18 @@ class Admission:
                     '{"role": "user", "content": "Hi"}.',
                     param="messages",
                 )
-            templates = {self._resolve(use).manifest.template for use in uses} - {None}
+            manifests = [self._resolve(use).manifest for use in uses]
+            templates = {(m.template, m.system_turn) for m in manifests if m.template is not None}
             if len(templates) > 1:
                 raise InvalidRequest(
-                    "The interventions' chat templates differ; give the prompt as text.",
+                    "The interventions' chat templates differ, or what they do with a system "
+                    "turn; give the prompt as text.",
                     param="intervention",
                 )
-            template = next(iter(templates), None)
-            return self._tokenizer.encode_chat(cast(Sequence[Message], prompt), template)
+            messages = cast(Sequence[Message], prompt)
+            for template, system in templates:
+                return self._tokenizer.encode_chat(messages, template, system=system)
+            return self._tokenizer.encode_chat(messages)
         if any(type(token) is not int for token in prompt):
             raise InvalidRequest("prompt: token ids are whole numbers (int).", param="prompt")
         return cast(Sequence[int], prompt)

@@ -46,8 +46,15 @@ class Assembler:
         """Of a traced request: the distribution [vocabulary] of the first token."""
         self._edits: dict[tuple[int, int, int, str], dict[int, float]] = {}
         self._abort_choice = abort_choice
+        self._include_stop = sampling.include_stop_str_in_output
         self._texts = {
-            index: TextStream(tokenizer, sampling.stop, sampling.min_tokens)
+            index: TextStream(
+                tokenizer,
+                sampling.stop,
+                sampling.min_tokens,
+                skip_special_tokens=sampling.skip_special_tokens,
+                include_stop=sampling.include_stop_str_in_output,
+            )
             for index in range(sampling.n)
         }
 
@@ -105,7 +112,9 @@ class Assembler:
         if text_stream is None:
             return None  # a stop string ended it; the engine was faster than the abort
         tokens = () if event.token is None else (event.token,)
-        text, stop_string = text_stream.push(tokens)
+        # The token that ends an answer is no part of its text, though it may be an ordinary one.
+        ends = event.finish_reason == "stop" and not self._include_stop
+        text, stop_string = text_stream.push(() if ends else tokens)
         if event.finish_reason and stop_string is None:
             rest, stop_string = text_stream.finish()
             text += rest

@@ -61,7 +61,7 @@ def locate(model: str) -> tuple[str, str]:
     """Where transformers finds a base model, and its name: `demo`, a folder, or a hub id."""
     if model == "demo":
         return str(demo_model()), DEMO_NAME
-    return model, Path(model).resolve().name if Path(model).is_dir() else model
+    return model, Path(model).resolve().name if os.path.isdir(model) else model
 
 
 @contextlib.contextmanager

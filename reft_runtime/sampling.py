@@ -10,7 +10,7 @@ from reft_runtime.errors import InvalidRequest
 
 MAX_CHOICES = 128
 MAX_LOGPROBS = 20
-MAX_STOP_STRINGS = 4
+MAX_STOP_STRINGS = 128
 MAX_STOP_TOKENS = 128
 MAX_LOGIT_BIAS = 1024
 MAX_SEED = 2**63 - 1
@@ -25,7 +25,8 @@ class SamplingParams:
     best; `prompt_logprobs` does the same for the prompt. Log-probabilities are those of the model,
     before penalties, bias and temperature. A `seed` makes the answer reproducible whatever else is
     in the batch. Penalties: presence and frequency count generated tokens (OpenAI), repetition
-    counts prompt and generated tokens (CTRL, arXiv 1909.05858).
+    counts prompt and generated tokens (CTRL, arXiv 1909.05858). The text leaves out special tokens,
+    and the stop string, stop id or EOS that ended it, unless the last two fields say otherwise.
     """
 
     max_tokens: int | None = 16
@@ -45,6 +46,8 @@ class SamplingParams:
     ignore_eos: bool = False
     logprobs: int | None = None
     prompt_logprobs: int | None = None
+    skip_special_tokens: bool = True
+    include_stop_str_in_output: bool = False
 
     def __post_init__(self) -> None:
         if isinstance(self.stop, str):

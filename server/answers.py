@@ -8,13 +8,14 @@ from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable
 from contextlib import aclosing
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 from fastapi.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from reft_runtime.errors import Overloaded
-from reft_runtime.outputs import Choice, ChoiceDelta
+from reft_runtime.outputs import Choice, ChoiceDelta, Trace
 from server.context import Context
 from server.disconnect import ClientDisconnected, run_unless_disconnected
 from server.errors import api_error
@@ -23,9 +24,6 @@ from server.schemas.common import SamplingBody
 from server.streaming import DONE, event, json_bytes
 
 logger = logging.getLogger("reft.server")
-
-ERROR_SECONDS = 5.0
-"""How long a client that reads slowly is waited for to take the event that says why it ends."""
 
 
 class Shape(ABC):
@@ -36,6 +34,15 @@ class Shape(ABC):
 
     object: str
     chunk_object: str
+
+    @property
+    def heavy(self) -> bool:
+        """Whether writing takes long enough to hold up other requests."""
+        return False
+
+    def whole(self, run: Run) -> dict[str, Any]:
+        """What stands beside the choices, in a whole answer and in a stream's first event."""
+        return {}
 
     @abstractmethod
     def choice(self, run: Run, choice: Choice) -> dict[str, Any]:
@@ -95,10 +102,11 @@ class Answer(Response):
         except Exception as error:
             if not started:
                 raise
-            problem = api_error(error, self._request_id)
-            async with asyncio.timeout(ERROR_SECONDS):
-                await send(_piece(event(problem.body()) + DONE))
-                await send(_piece(b"", more=False))
+            draining = self._context.health.draining
+            problem = api_error(error, self._request_id, draining=draining)
+            # A client that does not take this loses its connection (`server.protocol`).
+            await send(_piece(event(problem.body()) + DONE))
+            await send(_piece(b"", more=False))
 
     async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
         job = await self._prepare()
@@ -106,35 +114,52 @@ class Answer(Response):
             if self._request.stream:
                 await self._stream(run, send)
                 return
-            choices = [self._shape.choice(run, choice) for choice in await run.collect()]
-            body = self._envelope(run, self._shape.object, choices) | {"usage": run.usage()}
-            if job.trace:
-                engine = self._context.engine
-                traces = [await engine.explain(stream) for stream in run.streams]
-                body["trace"] = [asdict(trace) for trace in traces]
+            choices = await run.collect()
+            engine = self._context.engine
+            traces = [await engine.explain(stream) for stream in run.streams] if job.trace else []
         # The engine is done with the request; how fast the client reads is no concern of it.
-        whole = Response(json_bytes(body), headers=run.headers(), media_type="application/json")
+        write = partial(self._whole, run, choices, traces)
+        content = await asyncio.to_thread(write) if self._shape.heavy or traces else write()
+        whole = Response(content, headers=run.headers(), media_type="application/json")
         await whole(scope, receive, send)
 
+    def _whole(self, run: Run, choices: list[Choice], traces: list[Trace]) -> bytes:
+        written = [self._shape.choice(run, choice) for choice in choices]
+        body = self._envelope(run, self._shape.object, written) | {"usage": run.usage()}
+        body |= self._shape.whole(run)
+        if traces:
+            body["trace"] = [asdict(trace) for trace in traces]
+        return json_bytes(body)
+
     async def _stream(self, run: Run, send: Send) -> None:
-        include_usage = self._request.stream_options.include_usage
+        options = self._request.stream_options
         common = self._envelope(run, self._shape.chunk_object, [])
-        if include_usage:
+        if options.include_usage:
             common["usage"] = None
+
+        def written(step: list[tuple[int, ChoiceDelta]], first: bool) -> bytes:
+            if options.continuous_usage_stats:
+                common["usage"] = run.usage()
+            chunks = [c for index, delta in step for c in self._shape.chunks(run, index, delta)]
+            events = [common | {"choices": [chunk]} for chunk in chunks]
+            if first and events:
+                events[0] |= self._shape.whole(run)
+            return b"".join(map(event, events))
+
         started = False
         async with aclosing(run.steps()) as steps:
             async for step in steps:
+                # The first step may bring the prompt's log-probabilities, all of them.
+                if self._shape.heavy and not started:
+                    events = await asyncio.to_thread(written, step, True)
+                else:
+                    events = written(step, not started)
                 if not started:
                     await send(self._start(run))
                     started = True
-                events = [
-                    event(common | {"choices": [chunk]})
-                    for index, delta in step
-                    for chunk in self._shape.chunks(run, index, delta)
-                ]
                 if events:
-                    await send(_piece(b"".join(events)))
-        last = event(common | {"usage": run.usage()}) if include_usage else b""
+                    await send(_piece(events))
+        last = event(common | {"usage": run.usage()}) if options.include_usage else b""
         await send(_piece(last + DONE))
         await send(_piece(b"", more=False))
 

@@ -8,6 +8,7 @@ from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
 
 from fastapi import APIRouter, Depends, FastAPI
+from fastapi.middleware.cors import CORSMiddleware
 
 from reft_runtime.version import VERSION
 from server.auth import require_key
@@ -31,6 +32,9 @@ from server.threads import started_pool
 if TYPE_CHECKING:
     from reft_runtime.llm import Engine
 
+EXPOSED = ["retry-after", "x-request-id", "x-intervention", "x-prompt-tokens", "x-queue-time"]
+"""Response headers that a page of another origin may read."""
+
 
 def create_app(engine: Engine, settings: Settings) -> FastAPI:
     """Application that serves `engine`, whose owner closes it. It is ready once it has started."""
@@ -52,7 +56,16 @@ def create_app(engine: Engine, settings: Settings) -> FastAPI:
         lifespan=lifespan,
     )
     app.state.context = context
-    app.add_middleware(RequestMiddleware)
+    app.add_middleware(RequestMiddleware, context=context)
+    if settings.origins:
+        # Outermost, for a browser shows a page only answers, and errors, with these headers.
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=settings.origins,
+            allow_methods=["*"],
+            allow_headers=["*"],
+            expose_headers=EXPOSED,
+        )
     install_error_handlers(app)
     app.include_router(operations.public)
     guarded = APIRouter(dependencies=[Depends(require_key)])

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import re
 from collections.abc import Awaitable, Callable
 from typing import Any, TypeVar
 
@@ -10,21 +12,45 @@ from fastapi import Request
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from reft_runtime.errors import InvalidRequest
-from server.context import Server
+from reft_runtime.errors import InvalidRequest, Overloaded
+from server.context import Context, Server
 from server.errors import ApiError
+from server.refusals import instead
 
 Body = TypeVar("Body", bound=BaseModel)
 
+AT_ONCE_BYTES = 16 * 2**10
+"""Bodies up to here are read on the event loop; a larger one would hold up all others."""
+
+MAX_STRINGS = 100_000
+"""Strings of one body, keys among them: more than the messages of any chat need."""
+
+MAX_VALUES = 2**18
+"""Values of one body: the commas between them, and the brackets around them, are counted."""
+
+MAX_KEYS = 2048
+"""Keys of one object."""
+
+MAX_WHOLE = 2**63
+MAX_DIGITS = 1000
+
+_STRING = re.compile(rb'"(?:[^"\\]+|\\.)*"', re.DOTALL)
+
 
 async def read_body(request: Request, limit: int) -> bytes:
-    """The whole body; 413 as soon as it is known to be longer than `limit` bytes."""
+    """The whole body; 413 as soon as it is known to be longer than `limit` bytes.
+
+    503 where the bodies of all requests under way have no room for it.
+    """
+    context: Context = request.app.state.context
     too_large = ApiError(413, f"The body is larger than {limit} bytes.", code="body_too_large")
     declared = request.headers.get("content-length", "0")
     if declared.isdecimal() and int(declared) > limit:
         raise too_large
     body = bytearray()
     async for chunk in request.stream():
+        if not context.bodies.take(request.scope, len(chunk)):
+            raise Overloaded("Too many large bodies are under way; try again later.")
         body += chunk
         if len(body) > limit:
             raise too_large
@@ -42,22 +68,39 @@ def json_body(model: type[Body]) -> Callable[[Request, Server], Awaitable[Body]]
         kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
         if kind != "application/json":
             raise ApiError(415, "Send the body as JSON, with Content-Type: application/json.")
-        data = parse_json(await read_body(request, server.settings.max_body_bytes))
-        if not isinstance(data, dict):
-            raise InvalidRequest("The body must be a JSON object.")
-        try:
-            return model.model_validate(data)
-        except ValidationError as error:
-            raise _first_problem(error, data) from None
+        body = await read_body(request, server.settings.max_body_bytes)
+        if len(body) <= AT_ONCE_BYTES:
+            return _validated(model, body)
+        return await asyncio.to_thread(_validated, model, body)
 
     return read
 
 
+def _validated(model: type[Body], body: bytes) -> Body:
+    data = parse_json(body)
+    if not isinstance(data, dict):
+        raise InvalidRequest("The body must be a JSON object.")
+    try:
+        return model.model_validate(data)
+    except ValidationError as error:
+        raise _first_problem(error, data) from None
+
+
 def parse_json(body: bytes) -> Any:
-    """`body` as JSON; duplicate keys, NaN, Infinity and half characters are refused."""
+    """`body` as JSON; duplicate keys, NaN, Infinity and half characters are refused.
+
+    A whole number is an int however it is written: 4.0 and 4 are the same number in JSON.
+    """
+    _check_size(body)
     try:
         text = body.decode()
-        data = json.loads(text, object_pairs_hook=_unique_keys, parse_constant=_no_constant)
+        data = json.loads(
+            text,
+            object_pairs_hook=_unique_keys,
+            parse_constant=_no_constant,
+            parse_float=_number,
+            parse_int=_whole,
+        )
         if "\\ud" in text or "\\uD" in text:
             # An escaped surrogate without its other half is no character: nothing can encode it.
             json.dumps(data, ensure_ascii=False).encode()
@@ -68,8 +111,28 @@ def parse_json(body: bytes) -> Any:
         raise InvalidRequest(f"The body is not valid JSON: {error}.") from None
 
 
+def _check_size(body: bytes) -> None:
+    """Refuse a body of very many small values unread: the parser holds up all other threads."""
+    if body.count(b'"') - body.count(b'\\"') > 2 * MAX_STRINGS:
+        raise InvalidRequest(f"The body has more than {MAX_STRINGS} strings and keys.")
+    if _values(body, 0, len(body)) > MAX_VALUES:
+        # Text has commas, too; this takes longer, and lets other threads in between strings.
+        values, end = 0, 0
+        for string in _STRING.finditer(body):
+            values += _values(body, end, string.start())
+            end = string.end()
+        if values + _values(body, end, len(body)) > MAX_VALUES:
+            raise InvalidRequest(f"The body has more than {MAX_VALUES} values.")
+
+
+def _values(body: bytes, start: int, end: int) -> int:
+    return sum(body.count(mark, start, end) for mark in (b",", b"[", b"{"))
+
+
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     result: dict[str, Any] = {}
+    if len(pairs) > MAX_KEYS:
+        raise InvalidRequest(f"The body has an object of more than {MAX_KEYS} keys.")
     for name, value in pairs:
         if name in result:
             raise InvalidRequest(f"The key {name!r} is there twice in one object.", param=name)
@@ -81,6 +144,18 @@ def _no_constant(name: str) -> None:
     raise ValueError(f"{name} is not a JSON value")
 
 
+def _whole(text: str) -> int:
+    # A function of Python, though int alone would do: it lets other threads in.
+    if len(text) > MAX_DIGITS:
+        raise ValueError(f"a number has more than {MAX_DIGITS} digits")
+    return int(text)
+
+
+def _number(text: str) -> float | int:
+    value = float(text)
+    return int(value) if abs(value) < MAX_WHOLE and value.is_integer() else value
+
+
 def _first_problem(error: ValidationError, data: Any) -> InvalidRequest:
     problems = [
         (_path(problem["loc"], data, missing=problem["type"] == "missing"), problem)
@@ -90,9 +165,12 @@ def _first_problem(error: ValidationError, data: Any) -> InvalidRequest:
     param, problem = max(problems, key=lambda pair: pair[0].count("."))
     if problem["type"] == "extra_forbidden" or _is_for_nothing(problem):
         return InvalidRequest(
-            f"{param} is not supported by this server; leave it out.", param=param
+            f"{param} is not supported by this server; {instead(param) or 'leave it out'}.",
+            param=param,
         )
     message = problem["msg"].removeprefix("Value error, ").replace(" after validation", "")
+    hint = instead(param) if problem["type"] == "literal_error" else None
+    message = f"{message}; {hint}" if hint else message
     return InvalidRequest(f"{param}: {message[:1].lower()}{message[1:]}.", param=param)
 
 

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import atexit
 import inspect
+import os
+import sys
 from collections.abc import Callable
 from types import UnionType
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar, get_args, get_origin
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TypeVar, get_args, get_origin
 
 import typer
 from pydantic import SecretStr
@@ -41,7 +44,22 @@ def main() -> None:
         app()
     except ReftError as error:
         typer.echo(f"reft: {error.message}", err=True)
-        raise SystemExit(2) from None
+        _leave(2)
+    except SystemExit as end:
+        _leave(end.code)
+
+
+def _leave(status: str | int | None) -> NoReturn:
+    """End the process without what a library of the model's says when Python takes it down.
+
+    Its last lines, some thirty of "nanobind: leaked", would hide the server's own.
+    """
+    if "torch" not in sys.modules or not isinstance(status, int):
+        raise SystemExit(status)
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 def _print_version(wanted: bool) -> None:

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import Response
 from starlette.exceptions import HTTPException
+from starlette.routing import BaseRoute, Match
+from starlette.types import Scope
 
 from reft_runtime.errors import (
     Draining,
+    EngineDead,
     FileTooLarge,
     InvalidFile,
     InvalidRequest,
@@ -23,9 +26,13 @@ from reft_runtime.errors import (
     ReftError,
     WrongBaseModel,
 )
+from server.refusals import INSTEAD_OF_ROUTES
 from server.streaming import json_bytes
 
 logger = logging.getLogger("reft.server")
+
+RESTART_SECONDS = 5
+"""When a client may try again where this process has ended, or is about to."""
 
 MAX_TEXT = 500
 """Characters of a message or field name; both may quote what the client sent."""
@@ -38,6 +45,7 @@ _CODES: dict[type[ReftError], tuple[int, str | None]] = {
     WrongBaseModel: (409, "wrong_base_model"),
     Draining: (503, "draining"),
     Overloaded: (503, "overloaded"),
+    EngineDead: (503, "engine_dead"),
 }
 """Status and code by exception; what is not listed is an internal error (500)."""
 
@@ -79,8 +87,18 @@ class ApiError(Exception):
         )
 
 
-def api_error(error: BaseException, request_id: str) -> ApiError:
-    """`error` as the client sees it; an internal one is logged here, and told without details."""
+def api_error(error: BaseException, request_id: str, *, draining: bool = False) -> ApiError:
+    """`error` as the client sees it; an internal one is logged here, and told without details.
+
+    An engine that ends because the server is `draining` is no fault.
+    """
+    if isinstance(error, EngineDead):
+        # Why it ended is in the log, once; it may say too much for a client.
+        error = (
+            Draining("The server is shutting down.", retry_after=RESTART_SECONDS)
+            if draining
+            else EngineDead("The engine has stopped, and the server with it; try again later.")
+        )
     if isinstance(error, ApiError):
         return error
     if isinstance(error, ReftError):
@@ -90,8 +108,9 @@ def api_error(error: BaseException, request_id: str) -> ApiError:
                 if isinstance(error, NotFound) and error.param == "model":
                     code = "model_not_found"
                 headers = {}
-                if isinstance(error, Overloaded):
-                    headers["retry-after"] = str(max(1, math.ceil(error.retry_after)))
+                if status == 503:
+                    wait = error.retry_after if isinstance(error, Overloaded) else RESTART_SECONDS
+                    headers["retry-after"] = str(max(1, math.ceil(wait)))
                 return ApiError(
                     status, error.message, param=error.param, code=code, headers=headers
                 )
@@ -106,32 +125,49 @@ def api_error(error: BaseException, request_id: str) -> ApiError:
 
 
 def install_error_handlers(app: FastAPI) -> None:
-    """Answer every exception of `app`'s routes with OpenAI's error object."""
+    """Answer what `app`'s routes raise on purpose with OpenAI's error object.
+
+    What they raise otherwise is for `RequestMiddleware`, which frames them.
+    """
 
     async def handle(request: Request, error: Exception) -> Response:
-        request_id = request.state.request_id
-        response = api_error(error, request_id).response()
-        # Starlette sends the answer to an unforeseen exception outside all middleware.
-        response.headers["x-request-id"] = request_id
-        return response
+        draining = request.app.state.context.health.draining
+        return api_error(error, request.state.request_id, draining=draining).response()
 
     async def handle_http(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
-        message = {
-            404: f"There is no route {request.url.path}; /openapi.json lists them.",
-            405: f"{request.url.path} does not accept {request.method}.",
-        }.get(error.status_code, str(error.detail))
-        return ApiError(error.status_code, message, headers=error.headers).response()
+        path, headers = request.url.path, error.headers
+        message = str(error.detail)
+        if error.status_code == 404:
+            instead = INSTEAD_OF_ROUTES.get(path, "/openapi.json lists them")
+            message = f"There is no route {path}; {instead}."
+        elif error.status_code == 405:
+            methods = ", ".join(sorted(_methods(request.app.routes, request.scope)))
+            message = f"{path} does not accept {request.method}, but {methods}."
+            headers = {"allow": methods}
+        return ApiError(error.status_code, message, headers=headers).response()
 
     async def handle_invalid(request: Request, error: Exception) -> Response:
         assert isinstance(error, RequestValidationError)
         first = error.errors()[0]
         return ApiError(400, first["msg"], param=str(first["loc"][-1])).response()
 
-    for kind in (ReftError, ApiError, Exception):
+    for kind in (ReftError, ApiError):
         app.add_exception_handler(kind, handle)
     app.add_exception_handler(HTTPException, handle_http)
     app.add_exception_handler(RequestValidationError, handle_invalid)
+
+
+def _methods(routes: Iterable[BaseRoute], scope: Scope) -> set[str]:
+    """What all routes of this path accept: each by itself knows its own methods only."""
+    found: set[str] = set()
+    for route in routes:
+        inner = getattr(route, "original_router", None)
+        if inner is not None:
+            found |= _methods(inner.routes, scope)
+        elif route.matches(scope)[0] is not Match.NONE:
+            found |= getattr(route, "methods", None) or set()
+    return found
 
 
 def _shown(text: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -113,7 +114,7 @@ def write_file(path: Path, intervention: Intervention) -> None:
 
 
 def _target(out: Path, source: str, name: str | None) -> Path:
-    if out.is_dir():
+    if os.path.isdir(out):  # pathlib's raises where a name is too long
         stem = name or Path(source).resolve().name.lower()
         return out / f"{stem}.safetensors"
     if name is not None:

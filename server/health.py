@@ -23,7 +23,7 @@ class Health:
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
         self._proven = False
-        self._draining = False
+        self.draining = False
 
     async def prove(self) -> None:
         """Generate one token, the canary; raises what the engine raises, or `RequestFailed`."""
@@ -44,7 +44,7 @@ class Health:
 
     def begin_drain(self) -> None:
         """From now on: not ready."""
-        self._draining = True
+        self.draining = True
 
     @property
     def live(self) -> bool:
@@ -56,6 +56,6 @@ class Health:
         """ "ok" when ready, else why not."""
         if not self.live:
             return "engine not running"
-        if self._draining:
+        if self.draining:
             return "draining"
         return "ok" if self._proven else "starting"

@@ -11,17 +11,20 @@ import os
 import socket
 from collections.abc import Coroutine, Iterator
 from contextlib import contextmanager
+from functools import partial
 from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import uvicorn
+from fastapi import FastAPI
 
 from reft_runtime.errors import ConfigError
 from server.app import create_app
 from server.banner import banner
+from server.connections import Connections, Limits, file_limit
 from server.context import Context
 from server.metrics_port import metrics_served
-from server.middleware import MAX_HEADER_BYTES
+from server.protocol import Connection
 from server.settings import Settings
 
 if TYPE_CHECKING:
@@ -73,20 +76,9 @@ def listen(host: str, port: int, option: str = "--port") -> socket.socket:
 def run(engine: Engine, settings: Settings, listener: socket.socket) -> int:
     """Serve until a signal or the engine's end; returns the process's exit status."""
     app = create_app(engine, settings)
-    context: Context = app.state.context
-    # Of uvicorn's two parsers only h11 bounds the headers while they arrive.
-    config = uvicorn.Config(
-        app,
-        http="h11",
-        ws="none",
-        h11_max_incomplete_event_size=MAX_HEADER_BYTES,
-        timeout_graceful_shutdown=FLUSH_SECONDS,
-        log_config=None,
-        server_header=False,
-    )
-    server = _Server(config, context)
+    server = HttpServer(app, Limits(file_limit()))
     try:
-        with _metrics_port(context):
+        with _metrics_port(app.state.context):
             server.run(sockets=[listener])
     finally:
         engine.close()
@@ -104,13 +96,24 @@ def _metrics_port(context: Context) -> Iterator[None]:
         yield
 
 
-class _Server(uvicorn.Server):
+class HttpServer(uvicorn.Server):
     """Drains on the first signal, exits at once on the second, and stops with its engine."""
 
-    def __init__(self, config: uvicorn.Config, context: Context) -> None:
+    def __init__(self, app: FastAPI, limits: Limits) -> None:
+        self._context: Context = app.state.context
+        self._connections = Connections(self._context.metrics, limits)
+        # httptools, because h11 takes some 15 microseconds a chunk: megabytes in chunks of one
+        # byte would hold the event loop for seconds.
+        config = uvicorn.Config(
+            app,
+            http=cast("type[asyncio.Protocol]", partial(Connection, self._connections)),
+            ws="none",
+            timeout_keep_alive=int(limits.idle) or 1,
+            log_config=None,
+            server_header=False,
+        )
         super().__init__(config)
         self.drained = False
-        self._context = context
         self._signalled = False
         self._tasks: set[asyncio.Task[None]] = set()
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -126,6 +129,15 @@ class _Server(uvicorn.Server):
             host, port = sockets[0].getsockname()[:2]
             print(banner(self._context.engine, self._context.settings, host, port), flush=True)
             self._spawn(self._watch_engine())
+            self._spawn(self._connections.watch())
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Close what is idle, and cut off who has not taken an answer when the time is up."""
+        cutting = asyncio.get_running_loop().call_later(
+            FLUSH_SECONDS, self._connections.close, "shutdown"
+        )
+        await super().shutdown(sockets)
+        cutting.cancel()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Handle SIGTERM and SIGINT; called between two bytecodes of the main thread."""

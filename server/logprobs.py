@@ -18,28 +18,25 @@ def completion_logprobs(
     tokenizer: Tokenizer,
     tokens: Sequence[int],
     logprobs: Sequence[TokenLogprob | None],
-    offset: int,
+    offsets: list[int],
+    count: int,
 ) -> dict[str, Any]:
-    """The object of /v1/completions; `offset` is where the first token begins, in characters.
+    """The object of /v1/completions; `offsets` are where the tokens begin, in characters.
 
     The first token of a prompt has no log-probability (None). The chosen token is among the
-    alternatives, whether or not it is one of the best.
+    `count` alternatives, whether or not it is one of the best.
     """
     texts: list[str] = []
     values: list[float | None] = []
     tops: list[dict[str, float] | None] = []
-    offsets: list[int] = []
     for token, logprob in zip(tokens, logprobs, strict=True):
-        text = tokenizer.token_text(token)
-        texts.append(text)
-        offsets.append(offset)
-        offset += len(text)
+        texts.append(tokenizer.token_text(token))
         values.append(None if logprob is None else _finite(logprob.logprob))
         if logprob is None:
             tops.append(None)
             continue
         top: dict[str, float] = {}
-        for other, value in (*logprob.top, (token, logprob.logprob)):
+        for other, value in (*logprob.top[:count], (token, logprob.logprob)):
             top.setdefault(tokenizer.token_text(other), _finite(value))
         tops.append(top)
     return {
@@ -48,6 +45,50 @@ def completion_logprobs(
         "top_logprobs": tops,
         "text_offset": offsets,
     }
+
+
+def prompt_offsets(tokenizer: Tokenizer, tokens: Sequence[int], text: str) -> list[int]:
+    """Where the tokens of a prompt begin in its echoed `text`.
+
+    A special token takes up room where the text has its name, and none where it was added, or
+    left out of the text.
+    """
+    from reft_runtime.text import TextOffsets  # loads torch: not before it must
+
+    offsets, named, found = TextOffsets(tokenizer), 0, []
+    for token in tokens:
+        found.append(min(offsets.push(token) + named, len(text)))
+        if token in tokenizer.special_ids:
+            name = tokenizer.token_text(token)
+            named += len(name) if text.startswith(name, found[-1]) else 0
+    return found
+
+
+def prompt_logprobs(
+    tokenizer: Tokenizer, logprobs: Sequence[TokenLogprob | None], count: int
+) -> list[dict[str, Any] | None]:
+    """vLLM's object: for every prompt token its own log-probability and the `count` best, by id.
+
+    `rank` counts from 1, and is None for a token that is not among the best.
+    """
+    written: list[dict[str, Any] | None] = []
+    for entry in logprobs:
+        if entry is None:
+            written.append(None)
+            continue
+        best = entry.top[:count]
+        ranks = {token: rank for rank, (token, _) in enumerate(best, start=1)}
+        written.append(
+            {
+                str(token): {
+                    "logprob": _finite(value),
+                    "rank": ranks.get(token),
+                    "decoded_token": tokenizer.token_text(token),
+                }
+                for token, value in ((entry.token, entry.logprob), *best)
+            }
+        )
+    return written
 
 
 def chat_logprobs(tokenizer: Tokenizer, logprobs: Sequence[TokenLogprob]) -> dict[str, Any]:

@@ -42,6 +42,12 @@ class Metrics:
             ["finished_reason"],
             registry=self.registry,
         )
+        self._cut = Counter(
+            "reft:connections_cut",
+            "Connections that ended before their answer was whole, by reason.",
+            ["reason"],
+            registry=self.registry,
+        )
         self._first_token = self._histogram(
             "reft:time_to_first_token_seconds", "From arrival to first token.", _FIRST_TOKEN
         )
@@ -100,6 +106,10 @@ class Metrics:
         """A file was published as `name`."""
         self._swap.observe(seconds)
         self._loads.labels(self._label(name)).inc()
+
+    def cut(self, reason: str) -> None:
+        """A connection ended early: its client left, was too slow, or there was no room."""
+        self._cut.labels(reason).inc()
 
     def _label(self, name: str) -> str:
         with self._lock:

@@ -5,13 +5,17 @@ from __future__ import annotations
 import socket
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
 
 from server.metrics import CONTENT_TYPE, Metrics
 
 IDLE_SECONDS = 30
 """How long a connection may say nothing."""
+
+MAX_CONNECTIONS = 16
+"""Each has a thread."""
 
 
 @contextmanager
@@ -39,7 +43,29 @@ def metrics_served(metrics: Metrics, listener: socket.socket) -> Iterator[None]:
         def log_message(self, *_: object) -> None:
             """Say nothing: there is a scrape every few seconds."""
 
-    server = ThreadingHTTPServer(listener.getsockname(), Handler, bind_and_activate=False)
+    class Server(ThreadingHTTPServer):
+        """One with a bound: the connection that has been there longest makes room."""
+
+        def __init__(self, *arguments: Any, **options: Any) -> None:
+            super().__init__(*arguments, **options)
+            self.connections: list[socket.socket] = []
+
+        def process_request(self, request: Any, client_address: Any) -> None:
+            if len(self.connections) >= MAX_CONNECTIONS:
+                with suppress(OSError):
+                    self.connections[0].shutdown(socket.SHUT_RDWR)
+            self.connections.append(request)
+            super().process_request(request, client_address)
+
+        def shutdown_request(self, request: Any) -> None:
+            with suppress(ValueError):
+                self.connections.remove(request)
+            super().shutdown_request(request)
+
+        def handle_error(self, request: Any, client_address: Any) -> None:
+            """Say nothing: a client that leaves is no fault of the server."""
+
+    server = Server(listener.getsockname(), Handler, bind_and_activate=False)
     server.socket.close()  # one that it made itself
     server.socket = listener
     server.server_activate()

@@ -1,4 +1,4 @@
-"""What frames every request: its id, and a bound on its headers."""
+"""What frames every request: its id, a bound on its headers, and an answer whatever happens."""
 
 from __future__ import annotations
 
@@ -6,9 +6,11 @@ import re
 import uuid
 
 from starlette.datastructures import Headers, MutableHeaders
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from server.errors import ApiError
+from server.context import Context
+from server.errors import ApiError, api_error
 
 MAX_HEADER_BYTES = 32 * 2**10
 """Names and values of all headers of one request."""
@@ -19,11 +21,15 @@ _SANE_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 class RequestMiddleware:
     """Sets `request.state.request_id` and the response header `x-request-id`; bounds the headers.
 
+    An unforeseen exception is logged and answered here, and a client that leaves while its body is
+    read ends its request silently: nobody waits for an answer.
+
     Plain ASGI: a `BaseHTTPMiddleware` would hide the client's disconnect from the routes.
     """
 
-    def __init__(self, app: ASGIApp) -> None:
+    def __init__(self, app: ASGIApp, context: Context) -> None:
         self.app = app
+        self._context = context
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle one connection (ASGI)."""
@@ -33,9 +39,12 @@ class RequestMiddleware:
         given = Headers(scope=scope).get("x-request-id", "")
         request_id = given if _SANE_ID.fullmatch(given) else uuid.uuid4().hex
         scope.setdefault("state", {})["request_id"] = request_id
+        started = False
 
         async def send_with_id(message: Message) -> None:
+            nonlocal started
             if message["type"] == "http.response.start":
+                started = True
                 MutableHeaders(scope=message)["x-request-id"] = request_id
             await send(message)
 
@@ -43,4 +52,14 @@ class RequestMiddleware:
             error = ApiError(431, f"The headers are larger than {MAX_HEADER_BYTES} bytes.")
             await error.response()(scope, receive, send_with_id)
             return
-        await self.app(scope, receive, send_with_id)
+        try:
+            await self.app(scope, receive, send_with_id)
+        except ClientDisconnect:
+            pass
+        except Exception as problem:
+            if started:
+                raise
+            error = api_error(problem, request_id, draining=self._context.health.draining)
+            await error.response()(scope, receive, send_with_id)
+        finally:
+            self._context.bodies.give_back(scope)

@@ -27,12 +27,74 @@ def takes_file() -> dict[str, Any]:
     return {"requestBody": {"required": True, "content": content}}
 
 
+_ERROR = {
+    "type": "object",
+    "required": ["error"],
+    "properties": {
+        "error": {
+            "type": "object",
+            "required": ["message", "type", "param", "code"],
+            "properties": {
+                "message": {"type": "string"},
+                "type": {"type": "string"},
+                "param": {"type": ["string", "null"]},
+                "code": {"type": ["string", "null"]},
+            },
+        }
+    },
+}
+
+_ALL = {
+    400: "A field, a file or the request itself is wrong.",
+    405: "The path does not accept this method.",
+    408: "The request came too slowly.",
+    431: "The headers are too large.",
+    500: "A fault of the server; the log has the request's id.",
+    503: "Too much to do, shutting down, or stopped: Retry-After says when to try again.",
+}
+_WITH_KEY = {401: "No key, or a wrong one."}
+_WITH_NAME = {404: "No such model, intervention or file."}
+_WITH_JSON = {413: "The body is too large.", 415: "The body is not sent as JSON."}
+_WITH_FILE = {
+    409: "The file is for another base model.",
+    413: "The file is too large.",
+    507: "There is no room to keep the file.",
+}
+
+
 def describe(app: FastAPI) -> dict[str, Any]:
-    """OpenAPI document of `app`."""
+    """OpenAPI document of `app`, with every status that its routes send."""
     document = get_openapi(title=app.title, version=app.version, routes=app.routes)
     models = sorted(_bodies, key=lambda model: model.__name__)
     _, schemas = models_json_schema(
         [(model, "validation") for model in models], ref_template=_TEMPLATE
     )
-    document.setdefault("components", {}).setdefault("schemas", {}).update(schemas["$defs"])
+    components = document.setdefault("components", {}).setdefault("schemas", {})
+    components.update(schemas["$defs"], Error=_ERROR)
+    for unused in ("HTTPValidationError", "ValidationError"):
+        components.pop(unused, None)
+    for path in document["paths"].values():
+        for operation in path.values():
+            responses = operation["responses"]
+            responses.pop("422", None)  # FastAPI's own; ours is 400
+            for status, meaning in _statuses(operation).items():
+                responses.setdefault(str(status), _response(meaning))
     return document
+
+
+def _statuses(operation: dict[str, Any]) -> dict[int, str]:
+    """What an operation answers but success, by status."""
+    if "health" in operation["tags"]:
+        return _ALL
+    taken = operation.get("requestBody", {}).get("content", {})
+    named = _WITH_NAME if taken or operation.get("parameters") else {}
+    json_body = _WITH_JSON if "application/json" in taken else {}
+    file_body = _WITH_FILE if "application/octet-stream" in taken else {}
+    # What vLLM's routes load is a file, too.
+    loads = _WITH_FILE if "vllm" in operation["tags"] else {}
+    return _ALL | _WITH_KEY | named | loads | file_body | json_body
+
+
+def _response(meaning: str) -> dict[str, Any]:
+    schema = {"$ref": _TEMPLATE.format(model="Error")}
+    return {"description": meaning, "content": {"application/json": {"schema": schema}}}

@@ -11,7 +11,9 @@ from reft_runtime.use import Use
 from server.schemas.common import InterventionUse
 
 if TYPE_CHECKING:
+    from reft_runtime.interventions.manifest import SystemTurn
     from reft_runtime.llm import Engine
+    from reft_runtime.text import ChatOptions, Message, Tokenizer
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,12 +21,31 @@ class Selection:
     """Exact versions to apply, in order, and the chat template they agree on.
 
     `uses` hold versions and not names: a name that is replaced meanwhile cannot give one request
-    two versions. `names` are the same by name. `template` None is the base model's own.
+    two versions. `names` are the same by name. `template` None is the base model's own, and
+    `system` is what a text template does with a system turn.
     """
 
     uses: tuple[Use, ...] = ()
     names: tuple[str, ...] = ()
     template: str | None = None
+    system: SystemTurn = "prepend"
+
+    def encode(
+        self,
+        tokenizer: Tokenizer,
+        messages: Sequence[Message],
+        options: ChatOptions,
+        *,
+        add_special_tokens: bool | None = None,
+    ) -> list[int]:
+        """Token ids of a chat under the template."""
+        return tokenizer.encode_chat(
+            messages,
+            self.template,
+            system=self.system,
+            options=options,
+            add_special_tokens=add_special_tokens,
+        )
 
 
 def select(engine: Engine, model: str, uses: Sequence[InterventionUse] = ()) -> Selection:
@@ -45,7 +66,7 @@ def select(engine: Engine, model: str, uses: Sequence[InterventionUse] = ()) -> 
             raise NotFound(f"The model `{model}` does not exist.", param="model") from None
     resolved: list[Use] = []
     names: list[str] = []
-    templates: dict[str, str] = {}
+    templates: dict[tuple[str, SystemTurn], str] = {}
     for position, use in enumerate(wanted):
         try:
             version = engine.registry.resolve(use.name)
@@ -57,12 +78,14 @@ def select(engine: Engine, model: str, uses: Sequence[InterventionUse] = ()) -> 
         subspace = None if use.subspace is None else tuple(use.subspace)
         resolved.append(Use(version, use.strength, subspace))
         names.append(version.name)
-        if version.manifest.template is not None:
-            templates[version.manifest.template] = version.name
+        manifest = version.manifest
+        if manifest.template is not None:
+            templates[manifest.template, manifest.system_turn] = version.name
     if len(templates) > 1:
         raise InvalidRequest(
-            f"The chat templates of {' and '.join(templates.values())} differ; "
+            f"The chat templates of {' and '.join(templates.values())}, or what they do with a "
+            "system turn, differ; "
             "use /v1/completions to lay out the prompt yourself.",
             param="interventions",
         )
-    return Selection(tuple(resolved), tuple(names), next(iter(templates), None))
+    return Selection(tuple(resolved), tuple(names), *next(iter(templates), ()))

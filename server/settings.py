@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, SecretStr, ValidationError
+from pydantic import Field, SecretStr, ValidationError, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from reft_runtime.errors import ConfigError
@@ -77,6 +79,12 @@ class Settings(BaseSettings):
         default=None,
         min_length=1,
         description="Key that clients send as 'Authorization: Bearer KEY'.",
+    )
+    allowed_origins: str | None = Field(
+        default=None,
+        min_length=1,
+        description="Origins whose pages browsers let use this server (CORS): '*', or "
+        "'https://a.example', several with commas or as a JSON list; by default none.",
     )
     device: str = Field(
         default="cpu",
@@ -150,6 +158,19 @@ class Settings(BaseSettings):
     )
     log_level: LogLevel = Field(default="info", description="Least severe message that is logged.")
 
+    @field_validator("allowed_origins")
+    @classmethod
+    def _check_origins(cls, value: str | None) -> str | None:
+        for origin in _origins(value):
+            if origin != "*" and not re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/\s]+", origin):
+                raise ValueError("write '*', or origins such as https://a.example or a JSON list")
+        return value
+
+    @property
+    def origins(self) -> list[str]:
+        """The allowed origins, each by itself."""
+        return _origins(self.allowed_origins)
+
     def engine_options(self) -> dict[str, Any]:
         """Keyword arguments for the engine, those that are set."""
         values = {name: getattr(self, name) for name in ENGINE_OPTIONS}
@@ -168,7 +189,20 @@ def load_settings(options: Mapping[str, Any]) -> Settings:
         raise ConfigError("\n".join(lines)) from None
 
 
+def _origins(value: str | None) -> list[str]:
+    """Origins written with commas between them, or as a JSON list, as vLLM takes them."""
+    if value is None:
+        return []
+    if value.startswith("["):
+        try:
+            listed = json.loads(value)
+        except ValueError:
+            listed = [""]
+        return [str(origin) for origin in listed]
+    return [origin.strip() for origin in value.split(",")]
+
+
 def _problem(loc: tuple[int | str, ...], message: str) -> str:
-    name = str(loc[0])
+    name, message = str(loc[0]), message.removeprefix("Value error, ")
     option, variable = f"--{name.replace('_', '-')}", f"REFT_{name.upper()}"
     return f"{option} (or {variable}): {message[:1].lower()}{message[1:]}."

@@ -12,6 +12,7 @@ from reft_runtime.errors import ConfigError
 from server.files_cli import write_file
 
 if TYPE_CHECKING:
+    from reft_runtime.interventions.manifest import SystemTurn
     from reft_runtime.training.scoring import Metric
 
 app = typer.Typer()
@@ -65,6 +66,13 @@ def train(
         Path | None, typer.Option("--eval", help="Rows by which the best checkpoint is chosen.")
     ] = None,
     template: Template = None,
+    system: Annotated[
+        str | None,
+        typer.Option(
+            help="What a template that is a text does with a system turn of a chat: prepend (the "
+            "default) its text to the user's, drop it, or refuse it."
+        ),
+    ] = None,
     max_length: Annotated[
         int | None, typer.Option(help="Longest row in tokens; by default the model's.")
     ] = None,
@@ -115,6 +123,7 @@ def train(
         settings=settings,
         description=description,
         license=license_,
+        system=cast("SystemTurn | None", system),
         resume=resume,
     )
     figures = ", ".join(f"{name} {value:.4g}" for name, value in trained.metrics.items())

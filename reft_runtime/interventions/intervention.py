@@ -14,7 +14,7 @@ from reft_runtime.errors import InvalidFile
 from reft_runtime.interventions.canonical import CanonicalEdit, PackedEdits, canonical_edit
 from reft_runtime.interventions.components import normalise
 from reft_runtime.interventions.kinds import KINDS, TensorInfo, check_tensors, formula
-from reft_runtime.interventions.manifest import BaseShape, Manifest
+from reft_runtime.interventions.manifest import BaseShape, Manifest, SystemTurn
 
 _T = TypeVar("_T")
 
@@ -52,6 +52,7 @@ class Intervention:
         edits: Sequence[Edit],
         *,
         template: str | None = None,
+        system: SystemTurn | None = None,
         description: str = "",
         license: str | None = None,
         metrics: Mapping[str, JsonValue] | None = None,
@@ -72,6 +73,7 @@ class Intervention:
                 "base": base,
                 "edits": specs,
                 "template": template,
+                "system": system,
                 "description": description,
                 "license": license,
                 "metrics": dict(metrics or {}),

@@ -29,6 +29,8 @@ MAX_EDITS = 1024
 MAX_JSON_DEPTH = 8
 TEMPLATE_FIELD = "{prompt}"
 
+SystemTurn = Literal["prepend", "drop", "refuse"]
+
 _Name = Annotated[str, StringConstraints(min_length=1, max_length=256)]
 _Size = Annotated[int, Field(ge=1, le=2**31 - 1)]
 
@@ -122,13 +124,15 @@ class Manifest(_Strict):
     `edits` apply in the order listed; several may share a layer (untied weights: one edit at the
     first tokens, one at the last). `template` is how a chat becomes a prompt: None leaves the
     choice to the server, `chat` is the base model's own, and any other string holds the field
-    `{prompt}` once, replaced by the text of a single user message.
+    `{prompt}` once, replaced by the text of a single user message. `system` says what such a text
+    does with a system turn: put its text before the user's, leave it out, or refuse the request.
     """
 
     schema_version: Literal[1] = 1
     base: BaseShape
     edits: Annotated[tuple[EditSpec, ...], Field(min_length=1, max_length=MAX_EDITS, strict=False)]
     template: Annotated[str, StringConstraints(max_length=16_384)] | None = None
+    system: SystemTurn | None = None
     description: Annotated[str, StringConstraints(max_length=4096)] = ""
     license: Annotated[str, StringConstraints(max_length=256)] | None = None
     metrics: dict[str, JsonValue] = {}
@@ -143,6 +147,28 @@ class Manifest(_Strict):
                 f" {template.count(TEMPLATE_FIELD)} times)"
             )
         return template
+
+    @model_validator(mode="after")
+    def _system_needs_a_text(self) -> Manifest:
+        if self.system is not None and self.template in (None, "chat"):
+            raise ValueError(
+                "system: the base model's own chat template takes system turns; leave it out, or"
+                " give a template that is a text"
+            )
+        return self
+
+    @property
+    def system_turn(self) -> SystemTurn:
+        """What a text template does with a system turn; files that do not say put it first."""
+        return self.system or "prepend"
+
+    @model_serializer(mode="wrap")
+    def _without_new_defaults(self, dump: SerializerFunctionWrapHandler) -> dict[str, JsonValue]:
+        # As for edits: what the first files could say keeps its digest.
+        fields: dict[str, JsonValue] = dump(self)
+        if fields.get("system") is None:
+            fields.pop("system", None)
+        return fields
 
     @field_validator("metrics", "training")
     @classmethod

@@ -80,9 +80,9 @@ def locate(path: str, folders: Sequence[Path]) -> Path:
     if not inside:
         raise InvalidRequest("The path leads outside the configured sources.", param="path")
     for real in inside:
-        if real.is_file():
+        if os.path.isfile(real):  # pathlib's would raise where a name is too long
             return real
-    if any(real.is_dir() for real in inside):
+    if any(os.path.isdir(real) for real in inside):
         raise InvalidRequest(
             f"The path is a folder; give the {SUFFIX} file inside it.", param="path"
         )

@@ -1,6 +1,15 @@
 """Text on the caller's side of the engine, which itself speaks token ids only."""
 
-from reft_runtime.text.stream import Detokenizer, StopChecker, TextStream
-from reft_runtime.text.tokenizer import Message, Tokenizer
+from reft_runtime.text.chat import ChatOptions, Message
+from reft_runtime.text.stream import Detokenizer, StopChecker, TextOffsets, TextStream
+from reft_runtime.text.tokenizer import Tokenizer
 
-__all__ = ["Detokenizer", "Message", "StopChecker", "TextStream", "Tokenizer"]
+__all__ = [
+    "ChatOptions",
+    "Detokenizer",
+    "Message",
+    "StopChecker",
+    "TextOffsets",
+    "TextStream",
+    "Tokenizer",
+]

@@ -9,15 +9,16 @@ from reft_runtime.text.tokenizer import Tokenizer
 
 
 class Detokenizer:
-    """Text of one growing answer; special tokens are left out.
+    """Text of one growing answer; special tokens are left out, unless they are asked for.
 
     All pieces joined are `decode` of all ids, and no piece ends within a character: U+FFFD is
     emitted for bytes that can no longer become one. (Where a byte-fallback tokenizer meets an
     invalid byte, `decode` also drops the valid characters beside it; those were emitted.)
     """
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    def __init__(self, tokenizer: Tokenizer, *, skip_special_tokens: bool = True) -> None:
         self._tokenizer = tokenizer
+        self._skip = skip_special_tokens
         self._byte_level = tokenizer.byte_level  # then `decode` is not needed, which is slower
         self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
         # The last tokens: `_shown` of them as context, since a decoder may drop a space at the
@@ -36,18 +37,21 @@ class Detokenizer:
         return self._utf8.decode(b"", final=True) if self._byte_level else self._emit()
 
     def _emit(self) -> str:
-        text = self._tokenizer.decode(self._ids)
+        text = self._decode()
         piece = text[self._emitted :]
         if piece:
             self._ids = self._ids[self._shown :]
             self._shown = len(self._ids)
-            self._emitted = len(self._tokenizer.decode(self._ids))
+            self._emitted = len(self._decode())
         return piece
+
+    def _decode(self) -> str:
+        return self._tokenizer.decode(self._ids, skip_special_tokens=self._skip)
 
     def _push(self, token: int) -> str:
         content = self._tokenizer.token_bytes(token)
         # What adds no text is no context either.
-        if not content or token in self._tokenizer.special_ids:
+        if not content or (self._skip and token in self._tokenizer.special_ids):
             return ""
         if self._byte_level:
             return self._utf8.decode(content)
@@ -67,6 +71,7 @@ class StopChecker:
     def __init__(self, stop: Sequence[str]) -> None:
         self._stop = sorted(stop, key=len, reverse=True)
         self._borders = [_borders(pattern) for pattern in self._stop]
+        self._firsts = {pattern[0] for pattern in stop}
         self._matched = [0] * len(stop)
         """Length of each stop string's longest beginning that the text so far ends with."""
         self._held = ""
@@ -80,7 +85,10 @@ class StopChecker:
         if not self._stop:
             return text, None
         buffer = self._held + text
+        begun = bool(self._held)
         for end, char in enumerate(text, start=len(self._held) + 1):
+            if not begun and char not in self._firsts:
+                continue  # most characters belong to none of them, however many there are
             for i, (pattern, borders) in enumerate(zip(self._stop, self._borders, strict=True)):
                 length = self._matched[i]
                 while length and pattern[length] != char:
@@ -89,6 +97,7 @@ class StopChecker:
                 if self._matched[i] == len(pattern):
                     self._held = ""
                     return buffer[: end - len(pattern)], pattern
+            begun = any(self._matched)
         shown = len(buffer) - max(self._matched, default=0)
         self._held = buffer[shown:]
         return buffer[:shown], None
@@ -100,23 +109,57 @@ class StopChecker:
 
 
 class TextStream:
-    """Text of one choice, up to its stop string, if one comes after `min_tokens` tokens."""
+    """Text of one choice, up to its stop string, if one comes after `min_tokens` tokens.
 
-    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = (), min_tokens: int = 0) -> None:
-        self._detokenizer = Detokenizer(tokenizer)
+    The stop string itself is left out of the text, unless `include_stop` asks for it.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        stop: Sequence[str] = (),
+        min_tokens: int = 0,
+        *,
+        skip_special_tokens: bool = True,
+        include_stop: bool = False,
+    ) -> None:
+        self._detokenizer = Detokenizer(tokenizer, skip_special_tokens=skip_special_tokens)
         self._stop = StopChecker(stop)
         self._required = min_tokens
+        self._include_stop = include_stop
 
     def push(self, ids: Sequence[int]) -> tuple[str, str | None]:
         """Take the next tokens; return the text to show, and the stop string that ended it."""
         self._required -= len(ids)
         text = self._detokenizer.push(ids)
-        return (text, None) if self._required > 0 else self._stop.push(text)
+        return (text, None) if self._required > 0 else self._found(*self._stop.push(text))
 
     def finish(self) -> tuple[str, str | None]:
         """Return the text held back at the end of the tokens, which may complete a stop string."""
         text, matched = self._stop.push(self._detokenizer.finish())
-        return (text, matched) if matched else (text + self._stop.finish(), None)
+        return self._found(text, matched) if matched else (text + self._stop.finish(), None)
+
+    def _found(self, text: str, matched: str | None) -> tuple[str, str | None]:
+        return (text + matched if matched and self._include_stop else text), matched
+
+
+class TextOffsets:
+    """Where each token of a text begins, in characters of the text that is shown.
+
+    A token that begins within a character begins where that character does; one that adds no
+    text, such as a special token that is left out, where the next one does.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, *, skip_special_tokens: bool = True) -> None:
+        self._detokenizer = Detokenizer(tokenizer, skip_special_tokens=skip_special_tokens)
+        self.end = 0
+        """Characters so far, an incomplete one not counted."""
+
+    def push(self, token: int) -> int:
+        """Take the next token; return where it begins."""
+        begin = self.end
+        self.end += len(self._detokenizer.push((token,)))
+        return begin
 
 
 def _borders(pattern: str) -> list[int]:

@@ -4,21 +4,26 @@ from __future__ import annotations
 
 import re
 import threading
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
+from functools import cached_property
+from typing import Any
 
-import jinja2
 from transformers import PreTrainedTokenizerBase
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from reft_runtime.errors import InvalidRequest
+from reft_runtime.interventions.manifest import SystemTurn
+from reft_runtime.text.chat import (
+    ChatOptions,
+    Message,
+    check_switches,
+    fill,
+    render,
+    switches_of,
+)
 
-_FIELD = "{prompt}"
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")
 """How SentencePiece writes the tokens that stand for one byte."""
-
-
-Message = Mapping[str, str]
-"""One turn of a chat: its `role` and its `content`."""
 
 
 class Tokenizer:
@@ -94,47 +99,56 @@ class Tokenizer:
             )["input_ids"]
         return ids
 
-    def encode_chat(self, messages: Sequence[Message], template: str | None = None) -> list[int]:
+    def encode_chat(
+        self,
+        messages: Sequence[Message],
+        template: str | None = None,
+        *,
+        system: SystemTurn = "prepend",
+        options: ChatOptions | None = None,
+        add_special_tokens: bool | None = None,
+    ) -> list[int]:
         """Token ids of a prompt that asks for the next turn of `messages`.
 
         `template` None or "chat" is the model's own chat template. Any other is a text with one
-        field `{prompt}`, which takes the content of exactly one user message; it is tokenised
-        with the tokenizer's default special tokens, as pyreft does for training. Whatever does
-        not fit the template is an `InvalidRequest` that names `messages`.
+        field `{prompt}`, which takes the content of exactly one user message, and of system turns
+        as `system` says; it is tokenised with the tokenizer's default special tokens, as pyreft
+        does for training, the model's own template without, unless `add_special_tokens` says
+        otherwise. Whatever does not fit the template is an `InvalidRequest` that names its field.
         """
+        options = options or ChatOptions()
         if template is None or template == "chat":
-            return self.encode(self.render(messages), add_special_tokens=False, param="messages")
-        roles = [message["role"] for message in messages]
-        if roles != ["user"]:
-            raise InvalidRequest(
-                "messages: this model's prompt template takes exactly one user message, not "
-                f"{', '.join(roles[:8]) or 'none'}; for other prompts use /v1/completions.",
-                param="messages",
-            )
-        return self.encode(template.replace(_FIELD, messages[0]["content"]), param="messages")
+            if options.switches:
+                check_switches(options.switches, self.switches)
+            text, special = render(self._tokenizer, messages, options), False
+        else:
+            text, special = fill(template, system, messages, options), True
+        if add_special_tokens is not None:
+            special = add_special_tokens
+        return self.encode(text, add_special_tokens=special, param="messages")
 
     def render(self, messages: Sequence[Message], *, answered: bool = False) -> str:
         """A chat as the model's own template writes it, to be encoded without special tokens.
 
         It ends where the next turn is to begin, or, `answered`, with the last one's end.
         """
-        if not self._tokenizer.chat_template:
-            raise InvalidRequest(
-                "messages: this model has no chat template; use /v1/completions.", param="messages"
-            )
-        try:
-            text = self._tokenizer.apply_chat_template(
-                [{"role": turn["role"], "content": turn["content"]} for turn in messages],
-                tokenize=False,
-                add_generation_prompt=not answered,
-            )
-        except jinja2.TemplateError as error:
-            raise InvalidRequest(
-                f"messages: the model's chat template does not take them: {error}",
-                param="messages",
-            ) from None
-        assert isinstance(text, str)
-        return text
+        return render(self._tokenizer, messages, ChatOptions(add_generation_prompt=not answered))
+
+    @cached_property
+    def switches(self) -> list[str]:
+        """Names of the chat template's own variables, such as `enable_thinking`."""
+        return switches_of(self._tokenizer)
+
+    def describe(self) -> dict[str, Any]:
+        """What a client needs to write prompts itself: special tokens and the chat template."""
+        inner = self._tokenizer
+        return {
+            "tokenizer_class": type(inner).__name__,
+            "vocab_size": self.vocab_size,
+            "model_max_length": self._max_model_len,
+            **{name: str(token) for name, token in inner.special_tokens_map.items()},
+            "chat_template": inner.chat_template,
+        }
 
     def decode(self, ids: Iterable[int], *, skip_special_tokens: bool = True) -> str:
         """Text of `ids`; U+FFFD stands for bytes that are no UTF-8."""
@@ -164,6 +178,10 @@ class Tokenizer:
         if match := _BYTE_TOKEN.fullmatch(token):
             return bytes.fromhex(match[1])
         return token.replace("\u2581", " ").encode()
+
+    def token_strings(self, ids: Iterable[int]) -> list[str]:
+        """The vocabulary's own entries for `ids`, as the tokenizer's maker wrote them."""
+        return [str(token) for token in self._tokenizer.convert_ids_to_tokens(list(ids))]
 
     def token_text(self, token_id: int) -> str:
         r"""A token as OpenAI's logprobs show it: its text, or `bytes:\xf0\x9f` where it is none."""

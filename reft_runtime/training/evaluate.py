@@ -16,6 +16,7 @@ from reft_runtime.engine.model import LoadedModel
 from reft_runtime.errors import ConfigError, NotFound
 from reft_runtime.interventions import CanonicalEdit, parse, read
 from reft_runtime.interventions.file import SUFFIX
+from reft_runtime.interventions.manifest import Manifest
 from reft_runtime.llm import Applied, Engine
 from reft_runtime.loading import load_base
 from reft_runtime.sampling import SamplingParams
@@ -197,17 +198,17 @@ def _answered(
 def _by_engine(
     engine: Engine, files: Files, tasks: Sequence[_Task], *, progress: bool
 ) -> list[Score]:
-    templates: dict[str | None, str | None] = {None: None}
+    manifests: dict[str | None, Manifest] = {}
     for name, data in files.items():
         if name is not None and data is not None:
             version, _ = engine.registry.put(name, data)
-            templates[name] = version.manifest.template
+            manifests[name] = version.manifest
     tokenizer = engine.tokenizer
 
     def ask(asked: Sequence[_Asked], max_tokens: int) -> list[str]:
         prompts = [
-            Formatter(
-                one.task.layout, tokenizer, tokenizer.eos_ids, templates[one.intervention]
+            _formatter(
+                one.task, tokenizer, tokenizer.eos_ids, manifests.get(one.intervention)
             ).prompt(one.row)
             for one in asked
         ]
@@ -255,11 +256,11 @@ def _perplexities(
         for task in tasks:
             for name, data in files.items():
                 edits: tuple[CanonicalEdit, ...] = ()
-                template = None
+                manifest = None
                 if data is not None:
                     intervention = parse(data)
-                    edits, template = intervention.canonical(), intervention.manifest.template
-                formatter = Formatter(task.layout, tokenizer, loaded.eos_ids, template)
+                    edits, manifest = intervention.canonical(), intervention.manifest
+                formatter = _formatter(task, tokenizer, loaded.eos_ids, manifest)
                 examples = [formatter.example(row) for row in task.rows.rows]
                 loss, tokens = 0.0, 0
                 for first in range(0, len(examples), BATCH):
@@ -271,3 +272,12 @@ def _perplexities(
                     Score(name or BASE, task.rows.name, "perplexity", value, len(examples))
                 )
     return scores
+
+
+def _formatter(
+    task: _Task, tokenizer: Tokenizer, eos_ids: frozenset[int], manifest: Manifest | None
+) -> Formatter:
+    """What writes a task's prompts for an intervention, or for the base model."""
+    if manifest is None:
+        return Formatter(task.layout, tokenizer, eos_ids)
+    return Formatter(task.layout, tokenizer, eos_ids, manifest.template, manifest.system_turn)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from reft_runtime.errors import ConfigError, InvalidRequest
+from reft_runtime.interventions.manifest import SystemTurn
 from reft_runtime.text import Tokenizer
 from reft_runtime.training.layout import CHAT, Layout
 from reft_runtime.training.rows import Row, Rows
@@ -34,7 +35,8 @@ class Formatter:
     """Turns rows of one layout into examples, with the model's tokenizer.
 
     `eos_ids` are what ends the model's answers, where they are served too. `chat_template`, where
-    given, is an intervention's own: chats are then written by it, as the server does.
+    given, is an intervention's own: chats are then written by it, and a `system` turn in them, as
+    the server does.
     """
 
     def __init__(
@@ -43,11 +45,13 @@ class Formatter:
         tokenizer: Tokenizer,
         eos_ids: frozenset[int],
         chat_template: str | None = None,
+        system: SystemTurn = "prepend",
     ) -> None:
         self._layout = layout
         self._tokenizer = tokenizer
         self._eos_ids = eos_ids
         self._eos = min(tokenizer.eos_ids & eos_ids or eos_ids, default=None)
+        self._system = system
         self._chat_template = None if chat_template == CHAT else chat_template
 
     def prompt(self, row: Row) -> list[int]:
@@ -56,7 +60,7 @@ class Formatter:
         try:
             if isinstance(asked, str):
                 return self._tokenizer.encode(asked)
-            return self._tokenizer.encode_chat(asked, self._chat_template)
+            return self._tokenizer.encode_chat(asked, self._chat_template, system=self._system)
         except InvalidRequest as error:
             raise row.error(error.message) from None
 

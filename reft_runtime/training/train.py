@@ -20,10 +20,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from reft_runtime.errors import ConfigError, TrainingFailed
 from reft_runtime.interventions import Intervention, write
 from reft_runtime.interventions.file import SUFFIX
+from reft_runtime.interventions.manifest import SystemTurn
 from reft_runtime.loading import free_memory, load_base, shape_of
 from reft_runtime.text import Tokenizer
 from reft_runtime.training.forward import Base, EditedModel, first_edited
-from reft_runtime.training.layout import Layout
+from reft_runtime.training.layout import CHAT, Layout
 from reft_runtime.training.prompts import Example, Formatter, make_examples
 from reft_runtime.training.rows import Rows, read_rows
 from reft_runtime.training.settings import TrainSettings
@@ -61,13 +62,15 @@ def train(
     settings: TrainSettings | None = None,
     description: str = "",
     license: str | None = None,
+    system: SystemTurn | None = None,
     resume: bool = False,
     progress: bool = True,
 ) -> Trained:
     """Train edits on rows and write them to `out`, one `NAME.safetensors`.
 
     `model` and `tokenizer` are as for `Engine`; `evaluation` are rows by which the best of several
-    checkpoints is chosen (without them the last is taken). Checkpoints are kept beside `out`
+    checkpoints is chosen (without them the last is taken). `system` is what a template that is a
+    text does with a system turn of a chat, by default "prepend". Checkpoints are kept beside `out`
     until it is written; with `resume` a training that was cut off goes on from the newest and, in
     float32 on a CPU, ends with the weights it would have had. Raises `ConfigError` for mistakes in
     rows and settings, before anything is computed, and `TrainingFailed` where the loss is no
@@ -78,13 +81,14 @@ def train(
     held_out = None if evaluation is None else read_rows(evaluation)
     _check_labels(rows, held_out)
     settings = settings or TrainSettings()
+    layout = Layout(settings.template, rows.rows[0])
+    system = _system(system, layout.served_template)
     name, loaded, own_tokenizer = load_base(
         model, tokenizer, settings.dtype, None, differentiable=True
     )
     shape = shape_of(name, loaded)
     settings = settings.complete(shape, len(rows.rows))
     edits = new_edits(shape, settings)
-    layout = Layout(settings.template, rows.rows[0])
     formatter = Formatter(layout, Tokenizer(own_tokenizer, loaded.max_model_len), loaded.eos_ids)
     longest = min(settings.max_length or loaded.max_model_len, loaded.max_model_len)
     examples = make_examples(rows, formatter, longest, truncate=settings.truncate)
@@ -122,6 +126,7 @@ def train(
             shape,
             edits.export(),
             template=layout.served_template,
+            system=system,
             description=description,
             license=license,
             metrics=_metrics(trainer),
@@ -155,6 +160,21 @@ def _target(out: Path) -> Path:
     except OSError as error:
         raise ConfigError(f"out: {out.parent} cannot be made: {error.strerror}.") from None
     return out
+
+
+def _system(system: SystemTurn | None, template: str) -> SystemTurn | None:
+    """What the manifest says of system turns; the model's own template takes them anyway."""
+    if system not in (None, "prepend", "drop", "refuse"):
+        raise ConfigError(f"system: write prepend, drop or refuse, not {system!r}.", param="system")
+    if template != CHAT:
+        return system or "prepend"
+    if system is not None:
+        raise ConfigError(
+            "system: chats are written by the model's own template, which takes system turns;"
+            " leave it out, or give a template that is a text.",
+            param="system",
+        )
+    return None
 
 
 def _check_labels(rows: Rows, held_out: Rows | None) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from fastapi import APIRouter, Depends, Request
 
@@ -11,9 +11,13 @@ from server.answers import Answer, Shape
 from server.body import json_body
 from server.context import Server
 from server.generation import Run, prepare
-from server.logprobs import chat_logprobs
+from server.logprobs import chat_logprobs, prompt_logprobs
 from server.openapi import takes
 from server.schemas.chat import ChatRequest
+from server.selection import Selection
+
+if TYPE_CHECKING:
+    from reft_runtime.text import Tokenizer
 
 router = APIRouter(tags=["openai"])
 
@@ -29,14 +33,31 @@ class ChatShape(Shape):
         self._body = body
         self._begun: set[int] = set()
 
+    @property
+    def heavy(self) -> bool:
+        """Log-probabilities are many numbers."""
+        return self._body.logprobs or self._body.prompt_logprobs is not None
+
+    def whole(self, run: Run) -> dict[str, Any]:
+        """What vLLM says of the prompt, where it is asked for."""
+        said: dict[str, Any] = {}
+        if self._body.return_token_ids:
+            said["prompt_token_ids"] = run.prompt(0)
+        count = self._body.prompt_logprobs
+        if count is not None:
+            tokenizer = run.context.engine.tokenizer
+            said["prompt_logprobs"] = prompt_logprobs(tokenizer, run.prompt_logprobs(0), count)
+        return said
+
     def choice(self, run: Run, choice: Choice) -> dict[str, Any]:
         """A finished message."""
-        return {
+        written = {
             "index": choice.index,
             "message": {"role": "assistant", "content": choice.text, "refusal": None},
             "logprobs": self._logprobs(run, choice.logprobs),
             "finish_reason": choice.finish_reason,
         }
+        return written | {"token_ids": choice.tokens} if self._body.return_token_ids else written
 
     def chunks(self, run: Run, index: int, delta: ChoiceDelta) -> list[dict[str, Any]]:
         """A chunk with the new text; before a choice's first one, a chunk with the role."""
@@ -44,10 +65,12 @@ class ChatShape(Shape):
         if index not in self._begun:
             self._begun.add(index)
             chunks.append(_chunk(index, {"role": "assistant", "content": ""}, None, None))
-        if delta.text or delta.logprobs or delta.finish_reason:
+        ids = list(delta.tokens) if self._body.return_token_ids else []
+        if delta.text or delta.logprobs or delta.finish_reason or ids:
             content = {"content": delta.text} if delta.text else {}
             logprobs = self._logprobs(run, list(delta.logprobs))
-            chunks.append(_chunk(index, content, logprobs, delta.finish_reason))
+            chunk = _chunk(index, content, logprobs, delta.finish_reason)
+            chunks.append(chunk | {"token_ids": ids} if self._body.return_token_ids else chunk)
         return chunks
 
     def _logprobs(self, run: Run, logprobs: list[TokenLogprob]) -> dict[str, Any] | None:
@@ -73,17 +96,15 @@ async def create_chat_completion(
 ) -> Answer:
     """Answer a conversation `n` times."""
     sampling = body.sampling()
-    messages = [message.as_text() for message in body.messages]
+
+    def encode(tokenizer: Tokenizer, selection: Selection) -> list[list[int]]:
+        messages = [message.as_text() for message in body.messages]
+        return [selection.encode(tokenizer, messages, body.options(tokenizer.switches))]
+
     return Answer(
         server,
         body,
         ChatShape(body),
-        lambda: prepare(
-            server,
-            body,
-            sampling,
-            lambda tokenizer, selection: [tokenizer.encode_chat(messages, selection.template)],
-            prompt="messages",
-        ),
+        lambda: prepare(server, body, sampling, encode, prompt="messages"),
         request.state.request_id,
     )

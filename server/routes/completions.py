@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from fastapi import APIRouter, Depends, Request
 
@@ -11,9 +11,12 @@ from server.answers import Answer, Shape
 from server.body import json_body
 from server.context import Server
 from server.generation import Run, prepare
-from server.logprobs import completion_logprobs
+from server.logprobs import completion_logprobs, prompt_logprobs, prompt_offsets
 from server.openapi import takes
 from server.schemas.completions import CompletionRequest
+
+if TYPE_CHECKING:
+    from reft_runtime.text import TextOffsets
 
 router = APIRouter(tags=["openai"])
 
@@ -26,18 +29,31 @@ class CompletionShape(Shape):
 
     def __init__(self, body: CompletionRequest) -> None:
         self._body = body
-        self._offsets: dict[int, int] = {}
+        self._begun: set[int] = set()
+        self._offsets: dict[int, TextOffsets] = {}
+
+    @property
+    def heavy(self) -> bool:
+        """Log-probabilities are many numbers."""
+        return self._body.logprobs is not None or self._body.prompt_logprobs is not None
 
     def choice(self, run: Run, choice: Choice) -> dict[str, Any]:
         """A finished choice."""
-        return self._written(
+        written = self._written(
             run, choice.index, choice.text, choice.tokens, choice.logprobs, choice.finish_reason
         )
+        count = self._body.prompt_logprobs
+        if count is not None:
+            scored = run.prompt_logprobs(choice.index)
+            tokenizer = run.context.engine.tokenizer
+            written["prompt_logprobs"] = prompt_logprobs(tokenizer, scored, count)
+        return written
 
     def chunks(self, run: Run, index: int, delta: ChoiceDelta) -> list[dict[str, Any]]:
         """One chunk, or none while there is nothing to show."""
-        shown = delta.text or delta.logprobs or delta.finish_reason
-        if not shown and (index in self._offsets or not self._body.echo):
+        ids = delta.tokens if self._body.return_token_ids else ()
+        shown = delta.text or delta.logprobs or delta.finish_reason or ids
+        if not shown and (index in self._begun or not self._body.echo):
             return []
         chunk = self._written(
             run, index, delta.text, list(delta.tokens), list(delta.logprobs), delta.finish_reason
@@ -54,28 +70,56 @@ class CompletionShape(Shape):
         finish_reason: str | None,
     ) -> dict[str, Any]:
         """`text` as a choice; the first of an index has the echoed prompt before it."""
-        tokenizer = run.context.engine.tokenizer
-        entries: list[TokenLogprob | None] = list(logprobs)
-        if self._body.echo and index not in self._offsets:
-            prompt = run.prompt(index)
-            text = self._prompt_text(run, index) + text
-            tokens = [*prompt, *tokens]
-            entries = [*run.prompt_logprobs(index), *entries]
-        offset = self._offsets.setdefault(index, 0)
-        written = None
-        if self._body.logprobs is not None:
-            written = completion_logprobs(tokenizer, tokens, entries, offset)
-            self._offsets[index] += sum(len(token) for token in written["tokens"])
-        return {
+        first = index not in self._begun
+        self._begun.add(index)
+        echoed = self._prompt_text(run, index) if first and self._body.echo else ""
+        written: dict[str, Any] = {
             "index": index,
-            "text": text,
-            "logprobs": written,
+            "text": echoed + text,
+            "logprobs": None,
             "finish_reason": finish_reason,
         }
+        if self._body.logprobs is not None:
+            written["logprobs"] = self._logprobs(run, index, echoed, first, tokens, logprobs)
+        if self._body.return_token_ids:
+            written["token_ids"] = tokens
+            written["prompt_token_ids"] = run.prompt(index) if first else None
+        return written
+
+    def _logprobs(
+        self,
+        run: Run,
+        index: int,
+        echoed: str,
+        first: bool,
+        tokens: list[int],
+        logprobs: list[TokenLogprob],
+    ) -> dict[str, Any]:
+        from reft_runtime.text import TextOffsets  # loads torch: not before it must
+
+        tokenizer = run.context.engine.tokenizer
+        entries: list[TokenLogprob | None] = list(logprobs)
+        begins: list[int] = []
+        if first:
+            skip = self._body.skip_special_tokens
+            self._offsets[index] = TextOffsets(tokenizer, skip_special_tokens=skip)
+            self._offsets[index].end = len(echoed)
+        generated = [self._offsets[index].push(token) for token in tokens]
+        if first and self._body.echo:
+            prompt = run.prompt(index)
+            begins = prompt_offsets(tokenizer, prompt, echoed)
+            tokens = [*prompt, *tokens]
+            entries = [*run.prompt_logprobs(index), *entries]
+        count = self._body.logprobs or 0
+        return completion_logprobs(tokenizer, tokens, entries, begins + generated, count)
 
     def _prompt_text(self, run: Run, index: int) -> str:
         prompt = self._body.prompts[index // self._body.n]
-        return prompt if isinstance(prompt, str) else run.context.engine.tokenizer.decode(prompt)
+        if isinstance(prompt, str):
+            return prompt
+        return run.context.engine.tokenizer.decode(
+            prompt, skip_special_tokens=self._body.skip_special_tokens
+        )
 
 
 @router.post("/v1/completions", openapi_extra=takes(CompletionRequest))

@@ -16,15 +16,17 @@ from server.openapi import describe
 public = APIRouter(tags=["health"])
 router = APIRouter(tags=["operations"])
 
+UNHEALTHY: dict[int | str, dict[str, Any]] = {503: {"description": "Not so; `status` says why."}}
 
-@public.get("/livez")
+
+@public.get("/livez", responses=UNHEALTHY)
 async def livez(server: Server) -> JSONResponse:
     """200 while the engine's loop turns; else restart the process."""
     return _health("ok" if server.health.live else "engine not running")
 
 
-@public.get("/readyz")
-@public.get("/health")
+@public.get("/readyz", responses=UNHEALTHY)
+@public.get("/health", responses=UNHEALTHY)
 async def readyz(server: Server) -> JSONResponse:
     """200 while requests are welcome: loaded, proven by a first generation, not draining."""
     return _health(server.health.status)

@@ -1,4 +1,4 @@
-"""POST /tokenize and /detokenize."""
+"""POST /tokenize and /detokenize, GET /tokenizer_info."""
 
 from __future__ import annotations
 
@@ -24,19 +24,34 @@ async def tokenize(
     """Token ids of a prompt, or of a conversation under the model's chat template."""
     engine = server.engine
 
-    def work() -> list[int]:
+    def work() -> dict[str, Any]:
         selection = select(engine, body.model or engine.info.model)
+        tokenizer = engine.tokenizer
         if body.messages is None:
-            return engine.tokenizer.encode(body.prompt or "")
-        messages = [message.as_text() for message in body.messages]
-        return engine.tokenizer.encode_chat(messages, selection.template)
+            special = body.add_special_tokens is not False
+            tokens = tokenizer.encode(body.prompt or "", add_special_tokens=special)
+        else:
+            messages = [message.as_text() for message in body.messages]
+            options = body.options(tokenizer.switches)
+            tokens = selection.encode(
+                tokenizer, messages, options, add_special_tokens=body.add_special_tokens
+            )
+        written: dict[str, Any] = {
+            "tokens": tokens,
+            "count": len(tokens),
+            "max_model_len": engine.info.max_model_len,
+        }
+        if body.return_token_strs:
+            written["token_strs"] = tokenizer.token_strings(tokens)
+        return written
 
-    tokens = await asyncio.to_thread(work)
-    return {
-        "tokens": tokens,
-        "count": len(tokens),
-        "max_model_len": engine.info.max_model_len,
-    }
+    return await asyncio.to_thread(work)
+
+
+@router.get("/tokenizer_info")
+async def tokenizer_info(server: Server) -> dict[str, Any]:
+    """Special tokens and chat template, for clients that lay prompts out themselves."""
+    return await asyncio.to_thread(server.engine.tokenizer.describe)
 
 
 @router.post("/detokenize", openapi_extra=takes(DetokenizeRequest))
@@ -51,6 +66,6 @@ async def detokenize(
 
     def work() -> str:
         select(engine, body.model or engine.info.model)
-        return engine.tokenizer.decode(body.tokens)
+        return engine.tokenizer.decode(body.tokens, skip_special_tokens=body.skip_special_tokens)
 
     return {"prompt": await asyncio.to_thread(work)}

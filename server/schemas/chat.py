@@ -2,19 +2,59 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Literal
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import (
+    BeforeValidator,
+    Discriminator,
+    Field,
+    Tag,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
+from pydantic_core import PydanticKnownError
 
 from reft_runtime.errors import InvalidRequest
 from reft_runtime.sampling import MAX_LOGPROBS, SamplingParams
-from server.schemas.common import MAX_TOKENS, Nothing, RequestBody, SamplingBody, TextFormat
+from server.schemas.common import (
+    MAX_TOKENS,
+    Nothing,
+    RequestBody,
+    SamplingBody,
+    TextFormat,
+    one_or_many,
+)
 
 if TYPE_CHECKING:
+    from reft_runtime.text import ChatOptions
     from reft_runtime.text import Message as Turn
 
 MAX_MESSAGES = 4096
 MAX_PARTS = 4096
+MAX_TOOLS = 128
+MAX_SWITCHES = 16
+
+MAX_SWITCH_LENGTH = 256
+
+
+def _plain(value: Any) -> Any:
+    # Before the union's members, each of which would say that it alone is wanted.
+    if not isinstance(value, bool | int | float | str) or (
+        isinstance(value, str) and len(value) > MAX_SWITCH_LENGTH
+    ):
+        raise ValueError(
+            f"give a text of up to {MAX_SWITCH_LENGTH} characters, a number, true or false"
+        )
+    return value
+
+
+Switch = Annotated[bool | int | float | str, BeforeValidator(_plain)]
+ChatSwitches = Annotated[
+    dict[Annotated[str, Field(max_length=64)], Switch], Field(max_length=MAX_SWITCHES)
+]
+"""Values of the chat template's own variables, by name."""
 
 
 class TextPart(RequestBody):
@@ -24,29 +64,70 @@ class TextPart(RequestBody):
     text: str
 
 
+Content = Annotated[
+    Annotated[str, Tag("one")]
+    | Annotated[list[TextPart], Field(max_length=MAX_PARTS, fail_fast=True), Tag("many")],
+    Discriminator(
+        one_or_many,
+        custom_error_type="content_type",
+        custom_error_message="Give a text, or a list of text parts",
+    ),
+]
+
+
 class Message(RequestBody):
-    """One turn. The parts of a content list are joined without anything between them."""
+    """One turn. The parts of a content list are joined without anything between them.
+
+    An assistant's turn may have no content. `name` is for templates that show who speaks.
+    """
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | Annotated[list[TextPart], Field(max_length=MAX_PARTS, fail_fast=True)]
+    content: Content | None = Field(default=None, validate_default=True)
+    name: str = Field(default="", max_length=256)
     # A client sends an earlier answer back with these, empty; the last one is LiteLLM's.
     tool_calls: Nothing = Field(default=[])
     annotations: Nothing = Field(default=[])
     provider_specific_fields: dict[str, None] = Field(default={})
 
+    @field_validator("content", mode="before")
+    @classmethod
+    def _only_an_assistant_says_nothing(cls, content: Any, info: ValidationInfo) -> Any:
+        if content is None and info.data.get("role", "assistant") != "assistant":
+            raise PydanticKnownError("missing")
+        return content
+
     def as_text(self) -> Turn:
         """Role and text, as chat templates take them; `developer` is today's name for `system`."""
-        if isinstance(self.content, str):
-            text = self.content
-        else:
-            text = "".join(part.text for part in self.content)
-        return {"role": "system" if self.role == "developer" else self.role, "content": text}
+        parts = [self.content] if isinstance(self.content, str) else self.content or []
+        text = "".join(part if isinstance(part, str) else part.text for part in parts)
+        turn = {"role": "system" if self.role == "developer" else self.role, "content": text}
+        return turn | {"name": self.name} if self.name else turn
 
 
 Messages = Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
 
 
-class ChatRequest(SamplingBody):
+class ChatLayout(RequestBody):
+    """How a conversation is written as a prompt."""
+
+    add_generation_prompt: bool = True
+    continue_final_message: bool = False
+    chat_template_kwargs: ChatSwitches = Field(default={})
+    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh"] | None = Field(
+        default=None, description="A value for chat templates that read it."
+    )
+
+    def options(self, known: Sequence[str]) -> ChatOptions:
+        """These fields for a template whose switches are `known`."""
+        from reft_runtime.text import ChatOptions  # loads torch: not before it must
+
+        switches = dict(self.chat_template_kwargs)
+        if self.reasoning_effort is not None and "reasoning_effort" in known:
+            switches.setdefault("reasoning_effort", self.reasoning_effort)
+        return ChatOptions(self.add_generation_prompt, self.continue_final_message, switches)
+
+
+class ChatRequest(SamplingBody, ChatLayout):
     """A conversation to answer."""
 
     messages: Messages
@@ -56,10 +137,14 @@ class ChatRequest(SamplingBody):
     top_logprobs: int = Field(default=0, ge=0, le=MAX_LOGPROBS)
     response_format: TextFormat = TextFormat(type="text")
     modalities: list[Literal["text"]] = Field(default=["text"], max_length=1)
-    tools: Nothing = Field(default=[])
-    functions: Nothing = Field(default=[])
-    tool_choice: Literal["none", "auto"] = "none"
-    function_call: Literal["none", "auto"] = "none"
+    tools: list[dict[str, Any]] = Field(
+        default=[], max_length=MAX_TOOLS, description='Taken where tool_choice is "none".'
+    )
+    functions: list[dict[str, Any]] = Field(
+        default=[], max_length=MAX_TOOLS, description='Taken where function_call is "none".'
+    )
+    tool_choice: Literal["none", "auto"] | None = None
+    function_call: Literal["none", "auto"] | None = None
     parallel_tool_calls: bool = True
 
     @model_validator(mode="after")
@@ -72,6 +157,17 @@ class ChatRequest(SamplingBody):
                 "max_tokens and max_completion_tokens differ; give one of them.",
                 param="max_tokens",
             )
+        for name, tools, choice in (
+            ("tools", self.tools, self.tool_choice),
+            ("functions", self.functions, self.function_call),
+        ):
+            if tools and choice != "none":
+                other = "tool_choice" if name == "tools" else "function_call"
+                raise InvalidRequest(
+                    f'{name} are taken only with {other}: "none", for this server makes no tool '
+                    "calls; leave them out, or describe them in a message.",
+                    param=name,
+                )
         return self
 
     def sampling(self) -> SamplingParams:

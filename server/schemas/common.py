@@ -4,12 +4,22 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    field_validator,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError
 
 from reft_runtime.errors import InvalidRequest
 from reft_runtime.sampling import (
     MAX_CHOICES,
     MAX_LOGIT_BIAS,
+    MAX_LOGPROBS,
     MAX_SEED,
     MAX_STOP_STRINGS,
     MAX_STOP_TOKENS,
@@ -21,6 +31,9 @@ MAX_STRENGTH = 100.0
 MAX_SUBSPACE = 1024
 MAX_TOKENS = 2**31 - 1
 MAX_STOP_LENGTH = 1024
+MAX_BIAS = 100
+MAX_NAMED = 8
+"""Keys at fault that one error names."""
 
 TokenId = Annotated[int, Field(ge=0, le=MAX_TOKENS)]
 ModelName = Annotated[str, Field(min_length=1, max_length=512)]
@@ -29,17 +42,59 @@ Nothing = Annotated[list[Any], Field(max_length=0)]
 """An empty list: what clients send for a feature that they do not use."""
 
 
+def one_or_many(value: Any) -> str | None:
+    """Discriminator of a text (`one`) and a list (`many`); None for anything else."""
+    if isinstance(value, str):
+        return "one"
+    return "many" if isinstance(value, list) else None
+
+
+Stop = Annotated[
+    Annotated[StopString, Tag("one")]
+    | Annotated[list[StopString], Field(max_length=MAX_STOP_STRINGS, fail_fast=True), Tag("many")],
+    Discriminator(
+        one_or_many,
+        custom_error_type="stop_type",
+        custom_error_message=f"Give a string, or a list of up to {MAX_STOP_STRINGS} strings",
+    ),
+]
+
+
+def _describe_nulls(schema: dict[str, Any]) -> None:
+    """Say in a JSON schema what `RequestBody` does with nulls, unknown fields' among them."""
+    required = schema.get("required", ())
+    for name, kind in schema["properties"].items():
+        if name not in required and {"type": "null"} not in kind.get("anyOf", ()):
+            schema["properties"][name] = {"anyOf": [kind, {"type": "null"}]}
+            for key in ("default", "description", "title"):
+                if key in kind:
+                    schema["properties"][name][key] = kind.pop(key)
+    schema["additionalProperties"] = {"type": "null"}
+
+
 class RequestBody(BaseModel):
     """A JSON object whose nulls mean 'not given' and whose unknown fields are refused."""
 
-    model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False, frozen=True)
+    model_config = ConfigDict(
+        strict=True,
+        extra="forbid",
+        allow_inf_nan=False,
+        frozen=True,
+        json_schema_extra=_describe_nulls,
+    )
 
     @model_validator(mode="before")
     @classmethod
     def _drop_nulls(cls, data: Any) -> Any:
-        if isinstance(data, dict):
-            return {name: value for name, value in data.items() if value is not None}
-        return data
+        """Without nulls, and with one unknown field of many: an error names one."""
+        if not isinstance(data, dict):
+            return data
+        given = {name: value for name, value in data.items() if value is not None}
+        unknown = given.keys() - cls.model_fields.keys()
+        if len(unknown) > 1:
+            first = next(name for name in given if name in unknown)
+            return {n: v for n, v in given.items() if n not in unknown or n == first}
+        return given
 
 
 class InterventionUse(RequestBody):
@@ -54,9 +109,13 @@ class InterventionUse(RequestBody):
 
 
 class StreamOptions(RequestBody):
-    """`include_usage`: end the stream with a chunk that counts the tokens."""
+    """`include_usage`: end the stream with a chunk that counts the tokens.
+
+    `continuous_usage_stats`: count in every chunk what was made so far.
+    """
 
     include_usage: bool = False
+    continuous_usage_stats: bool = False
 
 
 class TextFormat(RequestBody):
@@ -77,6 +136,7 @@ class WithoutEffect(RequestBody):
     safety_identifier: str = ""
     prompt_cache_key: str = ""
     store: Literal[False] = False
+    priority: int = Field(default=0, ge=-MAX_SEED - 1, le=MAX_SEED)
 
 
 class SamplingBody(WithoutEffect):
@@ -94,19 +154,40 @@ class SamplingBody(WithoutEffect):
     stream: bool = False
     stream_options: StreamOptions = StreamOptions()
     trace: bool = Field(default=False, description="Say what every edit did; not streamed.")
-    stop: (
-        StopString | Annotated[list[StopString], Field(max_length=MAX_STOP_STRINGS, fail_fast=True)]
-    ) = Field(default=[])
+    stop: Stop = Field(default=[])
     stop_token_ids: list[TokenId] = Field(default=[], max_length=MAX_STOP_TOKENS, fail_fast=True)
     seed: int | None = Field(default=None, ge=-MAX_SEED - 1, le=MAX_SEED)
     presence_penalty: float = Field(default=0.0, ge=-2, le=2)
     frequency_penalty: float = Field(default=0.0, ge=-2, le=2)
     repetition_penalty: float = Field(default=1.0, gt=0, le=100)
-    logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] = Field(
-        default={}, max_length=MAX_LOGIT_BIAS
-    )
+    logit_bias: dict[str, float] = Field(default={}, max_length=MAX_LOGIT_BIAS)
     min_tokens: int = Field(default=0, ge=0, le=MAX_TOKENS)
     ignore_eos: bool = False
+    skip_special_tokens: bool = True
+    include_stop_str_in_output: bool = Field(
+        default=False, description="Leave the stop string, stop id or EOS in the text."
+    )
+    return_token_ids: bool = False
+    prompt_logprobs: int | None = Field(
+        default=None, ge=0, le=MAX_LOGPROBS, description="Of every prompt token; not streamed."
+    )
+
+    @field_validator("logit_bias")
+    @classmethod
+    def _check_logit_bias(cls, biases: dict[str, float]) -> dict[str, float]:
+        wrong = [key for key in biases if not _is_token_id(key)]
+        if wrong:
+            raise PydanticCustomError(
+                "logit_bias_keys", "{keys}: no token id", {"keys": _listed(wrong)}
+            )
+        wrong = [key for key, bias in biases.items() if not -MAX_BIAS <= bias <= MAX_BIAS]
+        if wrong:
+            raise PydanticCustomError(
+                "logit_bias_values",
+                "the bias of {keys} is not between -100 and 100",
+                {"keys": _listed(wrong)},
+            )
+        return biases
 
     @model_validator(mode="after")
     def _check_streaming(self) -> SamplingBody:
@@ -114,12 +195,18 @@ class SamplingBody(WithoutEffect):
             raise InvalidRequest("stream_options needs stream: true.", param="stream_options")
         if self.trace and self.stream:
             raise InvalidRequest("trace needs stream: false.", param="trace")
+        if self.prompt_logprobs is not None and self.stream:
+            raise InvalidRequest("prompt_logprobs needs stream: false.", param="prompt_logprobs")
         return self
 
     def sampling_params(
-        self, *, max_tokens: int | None, logprobs: int | None, prompt_logprobs: int | None = None
+        self, *, max_tokens: int | None, logprobs: int | None, echoed: int | None = None
     ) -> SamplingParams:
-        """The engine's form of these fields; raises `InvalidRequest`."""
+        """The engine's form of these fields; raises `InvalidRequest`.
+
+        `echoed` is how many log-probabilities an echoed prompt's tokens need.
+        """
+        scored = [count for count in (self.prompt_logprobs, echoed) if count is not None]
         return SamplingParams(
             max_tokens=max_tokens,
             temperature=self.temperature,
@@ -129,7 +216,7 @@ class SamplingBody(WithoutEffect):
             repetition_penalty=self.repetition_penalty,
             presence_penalty=self.presence_penalty,
             frequency_penalty=self.frequency_penalty,
-            logit_bias={_token_id(key): bias for key, bias in self.logit_bias.items()},
+            logit_bias={int(key): bias for key, bias in self.logit_bias.items()},
             seed=self.seed,
             n=self.n,
             stop=(self.stop,) if isinstance(self.stop, str) else tuple(self.stop),
@@ -137,11 +224,17 @@ class SamplingBody(WithoutEffect):
             min_tokens=self.min_tokens,
             ignore_eos=self.ignore_eos,
             logprobs=logprobs,
-            prompt_logprobs=prompt_logprobs,
+            prompt_logprobs=max(scored, default=None),
+            skip_special_tokens=self.skip_special_tokens,
+            include_stop_str_in_output=self.include_stop_str_in_output,
         )
 
 
-def _token_id(key: str) -> int:
-    if not (key.isascii() and key.isdecimal() and len(key) <= 10):
-        raise InvalidRequest(f"logit_bias: {key!r} is not a token id.", param="logit_bias")
-    return int(key)
+def _is_token_id(key: str) -> bool:
+    return key.isascii() and key.isdecimal() and len(key) <= 10
+
+
+def _listed(keys: list[str]) -> str:
+    """The first few of `keys`, and how many more there are."""
+    more = f" and {len(keys) - MAX_NAMED} more" if len(keys) > MAX_NAMED else ""
+    return ", ".join(repr(key[:40]) for key in keys[:MAX_NAMED]) + more

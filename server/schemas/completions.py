@@ -81,5 +81,5 @@ class CompletionRequest(SamplingBody):
         return self.sampling_params(
             max_tokens=self.max_tokens,
             logprobs=self.logprobs,
-            prompt_logprobs=self.logprobs if self.echo else None,
+            echoed=self.logprobs if self.echo else None,
         )

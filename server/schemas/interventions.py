@@ -13,9 +13,13 @@ class LoadRequest(RequestBody):
     lora_name: str = Field(min_length=1, max_length=64)
     lora_path: str = Field(min_length=1, max_length=4096)
     load_inplace: bool = False
+    base_model_name: str = Field(
+        default="", max_length=512, description="Taken and not used: the file names its base."
+    )
 
 
 class UnloadRequest(RequestBody):
     """Serve `lora_name` no longer."""
 
     lora_name: str = Field(min_length=1, max_length=64)
+    lora_int_id: int | None = Field(default=None, description="Taken and not used: names are ids.")

@@ -5,21 +5,30 @@ from __future__ import annotations
 from pydantic import Field, model_validator
 
 from reft_runtime.errors import InvalidRequest
-from server.schemas.chat import Messages
-from server.schemas.common import ModelName, RequestBody, TokenId
+from server.schemas.chat import ChatLayout, Messages
+from server.schemas.common import ModelName, Nothing, RequestBody, TokenId
 
 
-class TokenizeRequest(RequestBody):
+class TokenizeRequest(ChatLayout):
     """Text, or a conversation laid out by the model's chat template, to turn into token ids."""
 
     model: ModelName | None = None
     prompt: str | None = None
     messages: Messages | None = None
+    add_special_tokens: bool | None = Field(
+        default=None, description="By default true for a prompt, and the template's for messages."
+    )
+    return_token_strs: bool = False
+    tools: Nothing = Field(default=[])
 
     @model_validator(mode="after")
     def _check_together(self) -> TokenizeRequest:
         if (self.prompt is None) == (self.messages is None):
             raise InvalidRequest("Give either prompt or messages.", param="prompt")
+        given = self.model_fields_set & ChatLayout.model_fields.keys()
+        if self.messages is None and given:
+            name = min(given)
+            raise InvalidRequest(f"{name} needs messages.", param=name)
         return self
 
 
@@ -28,3 +37,4 @@ class DetokenizeRequest(RequestBody):
 
     model: ModelName | None = None
     tokens: list[TokenId] = Field(fail_fast=True)
+    skip_special_tokens: bool = False

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import re
 import socket
 import threading
 import time
 from collections.abc import AsyncIterator, Iterator
+from functools import cache
 from typing import TYPE_CHECKING, Any, cast
 
 import httpx
 import pytest
-import uvicorn
 from fastapi import FastAPI
 
 from server.app import create_app
+from server.connections import Limits
+from server.lifecycle import HttpServer
+from server.openapi import describe
 from server.settings import Settings
 from tests.http.fake_engine import FakeEngine
 
@@ -36,24 +40,48 @@ def app(engine: FakeEngine, settings: Settings) -> FastAPI:
     return create_app(cast("Engine", engine), settings)
 
 
+@cache
+def _declared() -> list[tuple[re.Pattern[str], str, set[str]]]:
+    """Of every operation: its path, its method, the statuses that openapi.json says it sends."""
+    document = describe(create_app(cast("Engine", FakeEngine()), Settings()))
+    return [
+        (re.compile(re.sub(r"\{\w+\}", r"[^/]+", path)), method, set(operation["responses"]))
+        for path, operations in document["paths"].items()
+        for method, operation in operations.items()
+    ]
+
+
+async def check_declared(response: httpx.Response) -> None:
+    """A status that is sent is in the API's description."""
+    request = response.request
+    for path, method, statuses in _declared():
+        if path.fullmatch(request.url.path) and method == request.method.lower():
+            assert str(response.status_code) in statuses, request
+
+
 @pytest.fixture
 async def client(app: FastAPI, engine: FakeEngine) -> AsyncIterator[httpx.AsyncClient]:
     """A client of the app in this event loop, without a socket."""
     transport = httpx.ASGITransport(app, raise_app_exceptions=False)
+    hooks = {"response": [check_declared]}
     async with (
         app.router.lifespan_context(app),
-        httpx.AsyncClient(transport=transport, base_url="http://test") as client,
+        httpx.AsyncClient(transport=transport, base_url="http://test", event_hooks=hooks) as client,
     ):
         yield client
     assert not engine.running
 
 
 @pytest.fixture
-def server_url(app: FastAPI, engine: FakeEngine) -> Iterator[str]:
+def limits() -> Limits:
+    return Limits(100)
+
+
+@pytest.fixture
+def server_url(app: FastAPI, engine: FakeEngine, limits: Limits) -> Iterator[str]:
     """Address of the app on a real socket, served by a thread."""
     listener = socket.create_server(("127.0.0.1", 0))
-    config = uvicorn.Config(app, http="h11", ws="none", log_level="warning")
-    server = uvicorn.Server(config)
+    server = HttpServer(app, limits)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
     thread.start()
     while not server.started:

@@ -36,18 +36,42 @@ EOS = 0
 
 
 class FakeTokenizer:
-    def encode(self, text: str) -> list[int]:
+    byte_level = True
+    special_ids: frozenset[int] = frozenset()
+    switches: tuple[str, ...] = ("enable_thinking",)
+
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         return list(text.encode())
 
-    def encode_chat(self, messages: list[dict[str, str]], template: str | None) -> list[int]:
+    def encode_chat(
+        self,
+        messages: list[dict[str, str]],
+        template: str | None,
+        *,
+        system: str = "prepend",
+        options: Any = None,
+        add_special_tokens: bool | None = None,
+    ) -> list[int]:
+        self.last_options = options
+        for name in () if options is None else options.switches:
+            if name not in self.switches:
+                raise InvalidRequest(
+                    "The template has no such switch.", param=f"chat_template_kwargs.{name}"
+                )
         if template is not None and len(messages) > 1:
             raise InvalidRequest("This template takes one user message.", param="messages")
         if template is not None:
             return self.encode(template.replace("{prompt}", messages[0]["content"]))
         return self.encode("".join(f"<{m['role']}>{m['content']}" for m in messages))
 
-    def decode(self, ids: Sequence[int]) -> str:
+    def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         return bytes(ids).decode(errors="replace")
+
+    def describe(self) -> dict[str, Any]:
+        return {"tokenizer_class": "FakeTokenizer"}
+
+    def token_strings(self, ids: Sequence[int]) -> list[str]:
+        return [self.token_text(token) for token in ids]
 
     def token_text(self, token: int) -> str:
         return self.decode([token])
@@ -65,7 +89,9 @@ class FakeVersion:
     @property
     def manifest(self) -> Any:
         return SimpleNamespace(
-            template=self.template, model_dump=lambda mode: {"template": self.template}
+            template=self.template,
+            system_turn="prepend",
+            model_dump=lambda mode: {"template": self.template},
         )
 
 
@@ -149,6 +175,8 @@ class FakeEngine:
     die_after: float | None = None
     """Seconds after which the engine dies, counted from the second request (after the canary)."""
     draining: bool = False
+    names: int = 0
+    """Interventions that it has beside its own."""
     streams: list[FakeStream] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -157,6 +185,7 @@ class FakeEngine:
             FakeVersion("emoji"),
             FakeVersion("pirate", "e2" * 32, template="Q: {prompt} A:"),
             FakeVersion("formal", "f3" * 32, template="{prompt} =>"),
+            *(FakeVersion(f"{'x' * 60}{i}") for i in range(self.names)),
         )
 
     @property

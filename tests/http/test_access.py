@@ -13,8 +13,13 @@ from fastapi.routing import APIRoute
 from pydantic import SecretStr
 from starlette.routing import BaseRoute
 
+from reft_runtime.errors import ConfigError
 from server.auth import cache_salt
-from server.settings import Settings
+from server.schemas.chat import ChatRequest, Message
+from server.schemas.completions import CompletionRequest
+from server.schemas.interventions import LoadRequest
+from server.schemas.text import TokenizeRequest
+from server.settings import Settings, load_settings
 from tests.http.conftest import completion
 from tests.http.fake_engine import FakeEngine
 
@@ -110,9 +115,87 @@ async def test_unknown_route_and_method(client: httpx.AsyncClient) -> None:
     assert response.json()["error"]["message"] == (
         "There is no route /v1/nothing; /openapi.json lists them."
     )
-    response = await client.get("/v1/completions")
+    for path, methods in (
+        ("/v1/completions", "POST"),
+        ("/v1/interventions/x", "DELETE, GET, PUT"),
+        ("/health", "GET"),
+    ):
+        response = await client.patch(path)
+        assert response.status_code == 405
+        assert response.headers["allow"] == methods
+        assert methods in response.json()["error"]["message"]
+    for path in ("/v1/responses", "/v1/embeddings"):
+        response = await client.post(path, json={})
+        assert response.status_code == 404
+        assert "use " in response.json()["error"]["message"]
+
+
+class TestOrigins:
+    @pytest.fixture
+    def settings(self) -> Settings:
+        return Settings(api_key=SecretStr(KEY), allowed_origins="https://a.example,https://b")
+
+    async def test_a_browser_may_ask_from_these(self, client: httpx.AsyncClient) -> None:
+        headers = {
+            "origin": "https://a.example",
+            "access-control-request-method": "POST",
+            "access-control-request-headers": "authorization,content-type",
+        }
+        response = await client.options("/v1/chat/completions", headers=headers)
+        assert response.status_code == 200
+        assert response.headers["access-control-allow-origin"] == "https://a.example"
+        assert "POST" in response.headers["access-control-allow-methods"]
+        assert "authorization" in response.headers["access-control-allow-headers"]
+
+    @pytest.mark.parametrize("broken", [False, True])
+    async def test_it_may_read_errors_too(
+        self,
+        client: httpx.AsyncClient,
+        engine: FakeEngine,
+        monkeypatch: pytest.MonkeyPatch,
+        broken: bool,
+    ) -> None:
+        headers = {"origin": "https://b"}
+        if broken:
+            monkeypatch.setattr(engine, "registry", None)
+            headers["authorization"] = f"Bearer {KEY}"
+        response = await client.get("/v1/models", headers=headers)
+        assert response.status_code == (500 if broken else 401)
+        assert response.headers["access-control-allow-origin"] == "https://b"
+        assert "x-request-id" in response.headers["access-control-expose-headers"]
+
+    async def test_others_may_not(self, client: httpx.AsyncClient) -> None:
+        headers = {"origin": "https://c.example", "access-control-request-method": "POST"}
+        response = await client.options("/v1/chat/completions", headers=headers)
+        assert response.status_code == 400
+        assert "access-control-allow-origin" not in response.headers
+
+
+async def test_no_origin_is_allowed_by_default(client: httpx.AsyncClient) -> None:
+    headers = {"origin": "https://a.example", "access-control-request-method": "POST"}
+    response = await client.options("/v1/completions", headers=headers)
     assert response.status_code == 405
-    assert response.headers["allow"] == "POST"
+    assert "access-control-allow-origin" not in response.headers
+
+
+@pytest.mark.parametrize("value", ["a.example", "https://a/b", "[1]", '["https://a"', "*,,", "[]x"])
+def test_origins_that_are_none(value: str) -> None:
+    with pytest.raises(ConfigError, match=r"--allowed-origins .*: write '\*', or origins"):
+        load_settings({"allowed_origins": value})
+
+
+@pytest.mark.parametrize(
+    ("value", "origins"),
+    [
+        (None, []),
+        ("*", ["*"]),
+        ('["*"]', ["*"]),
+        ('["http://a:1", "https://b"]', ["http://a:1", "https://b"]),
+        ("http://a:1, https://b", ["http://a:1", "https://b"]),
+    ],
+)
+def test_origins(value: str | None, origins: list[str]) -> None:
+    assert load_settings({"allowed_origins": value}).origins == origins
 
 
 async def test_full_queue(client: httpx.AsyncClient, engine: FakeEngine) -> None:
@@ -167,6 +250,28 @@ async def test_description(client: httpx.AsyncClient) -> None:
         for operation in path.values():
             assert operation["operationId"]
             assert operation["responses"]
+
+
+async def test_the_description_has_the_errors_and_nulls(client: httpx.AsyncClient) -> None:
+    document = (await client.get("/openapi.json")).json()
+    for path, method, statuses in (
+        ("/v1/completions", "post", {200, 400, 401, 404, 405, 408, 413, 415, 431, 500, 503}),
+        ("/v1/interventions/{name}", "put", {200, 201, 400, 401, 404, 409, 413, 500, 503, 507}),
+        ("/v1/interventions/{name}", "get", {200, 400, 401, 404, 500, 503}),
+        ("/v1/load_lora_adapter", "post", {200, 400, 401, 404, 409, 413, 415, 500, 503}),
+        ("/v1/models", "get", {200, 401, 500, 503}),
+        ("/readyz", "get", {200, 503}),
+    ):
+        declared = document["paths"][path][method]["responses"]
+        assert {str(status) for status in statuses} <= declared.keys()
+        assert "422" not in declared
+    schemas = document["components"]["schemas"]
+    for model in (CompletionRequest, ChatRequest, Message, TokenizeRequest, LoadRequest):
+        schema = schemas[model.__name__]
+        assert schema["additionalProperties"] == {"type": "null"}
+        for name, field in schema["properties"].items():
+            nullable = {"type": "null"} in field.get("anyOf", ())
+            assert nullable is (name not in schema.get("required", ())), name
 
 
 def references(node: Any) -> Iterator[str]:

@@ -97,6 +97,14 @@ async def test_vllm_routes(client: httpx.AsyncClient) -> None:
     assert (await post("unload")).status_code == 400
 
 
+async def test_what_a_sidecar_sends(client: httpx.AsyncClient) -> None:
+    """The bodies of Kubernetes' dynamic-lora-sidecar."""
+    load = {"lora_name": "new", "lora_path": "new.safetensors", "base_model_name": "tiny"}
+    assert (await client.post("/v1/load_lora_adapter", json=load)).status_code == 200
+    unload = {"lora_name": "new", "lora_int_id": 1}
+    assert (await client.post("/v1/unload_lora_adapter", json=unload)).status_code == 200
+
+
 async def test_health(client: httpx.AsyncClient, engine: FakeEngine) -> None:
     for path in ("/livez", "/readyz", "/health"):
         assert (await client.get(path)).status_code == 200

@@ -124,6 +124,67 @@ async def test_streamed_logprobs_have_running_offsets(client: httpx.AsyncClient)
     assert choices[1]["logprobs"]["top_logprobs"] == [{"x": -0.25, "y": -9999.0, "b": -0.5}]
 
 
+@pytest.mark.parametrize("include", [False, True])
+async def test_usage_in_every_chunk(client: httpx.AsyncClient, include: bool) -> None:
+    options = {"include_usage": include, "continuous_usage_stats": True}
+    for path, body in (("completions", completion()), ("chat/completions", chat())):
+        asked = {**body, "n": 2, "stream": True, "stream_options": options}
+        chunks = events(await client.post(f"/v1/{path}", json=asked))
+        counts = [chunk["usage"]["completion_tokens"] for chunk in chunks]
+        assert counts == sorted(counts)
+        assert (counts[0], counts[-1]) == (2, 8)
+        assert (chunks[-1]["choices"] == []) is include
+
+
+async def test_token_ids(client: httpx.AsyncClient) -> None:
+    asked = completion(prompt=["Hi", "Ho!"], return_token_ids=True)
+    choices = (await client.post("/v1/completions", json=asked)).json()["choices"]
+    assert [choice["prompt_token_ids"] for choice in choices] == [[72, 105], [72, 111, 33]]
+    assert [choice["token_ids"] for choice in choices] == [[97, 98, 99, 100]] * 2
+    chunks = events(await client.post("/v1/completions", json={**asked, "stream": True}))
+    ids: dict[int, list[int]] = {0: [], 1: []}
+    prompts: dict[int, list[int]] = {}
+    for chunk in chunks:
+        for choice in chunk["choices"]:
+            ids[choice["index"]] += choice["token_ids"]
+            prompts.setdefault(choice["index"], choice["prompt_token_ids"])
+    assert ids == {0: [97, 98, 99, 100], 1: [97, 98, 99, 100]}
+    assert prompts == {0: [72, 105], 1: [72, 111, 33]}
+    plain = (await client.post("/v1/completions", json=completion())).json()
+    assert plain["choices"][0].keys() == {"index", "text", "logprobs", "finish_reason"}
+
+
+async def test_token_ids_of_a_chat(client: httpx.AsyncClient) -> None:
+    asked = chat(return_token_ids=True)
+    body = (await client.post("/v1/chat/completions", json=asked)).json()
+    assert bytes(body["prompt_token_ids"]) == b"<user>Hi"
+    assert body["choices"][0]["token_ids"] == [97, 98, 99, 100]
+    first, *others = events(
+        await client.post("/v1/chat/completions", json={**asked, "stream": True})
+    )
+    assert bytes(first["prompt_token_ids"]) == b"<user>Hi"
+    assert not any("prompt_token_ids" in chunk for chunk in others)
+    ids = [token for chunk in others for token in chunk["choices"][0]["token_ids"]]
+    assert ids == [97, 98, 99, 100]
+
+
+async def test_prompt_logprobs(client: httpx.AsyncClient) -> None:
+    asked = completion(prompt_logprobs=1, echo=True, logprobs=0, max_tokens=1)
+    choice = (await client.post("/v1/completions", json=asked)).json()["choices"][0]
+    scored = {
+        "105": {"logprob": -0.5, "rank": None, "decoded_token": "i"},
+        "120": {"logprob": -0.25, "rank": 1, "decoded_token": "x"},
+    }
+    assert choice["prompt_logprobs"] == [None, scored]
+    assert choice["logprobs"]["top_logprobs"] == [None, {"i": -0.5}, {"a": -0.5}]
+    body = (await client.post("/v1/chat/completions", json=chat(prompt_logprobs=1))).json()
+    assert len(body["prompt_logprobs"]) == len("<user>Hi")
+    assert body["prompt_logprobs"][-1] == scored
+    streamed = completion(prompt_logprobs=0, stream=True)
+    response = await client.post("/v1/completions", json=streamed)
+    assert response.json()["error"]["param"] == "prompt_logprobs"
+
+
 async def test_chat_logprobs(client: httpx.AsyncClient) -> None:
     body = chat(logprobs=True, top_logprobs=1, max_tokens=1)
     choice = (await client.post("/v1/chat/completions", json=body)).json()["choices"][0]

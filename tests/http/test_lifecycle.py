@@ -12,7 +12,8 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -133,14 +134,46 @@ def test_drain() -> None:
 
 def test_drain_ends_what_takes_too_long() -> None:
     results: list[str] = []
+    answers: list[httpx.Response] = []
     with running({"step_seconds": 0.3}, drain_seconds=0.5) as server:
         threads = stream_in_thread(server.url, results)
+        threads += answer_in_threads(server.url, answers)
         server.process.send_signal(signal.SIGTERM)
         for thread in threads:
             thread.join()
         assert server.end() == 0
-    assert '"error"' in results[0]
+        log = "".join(server.log)
+    assert '"code":"draining"' in results[0]
     assert results[0].endswith("data: [DONE]\n\n")
+    assert_told(answers, "draining")
+    assert log.count("Ending the requests that are left") == 1
+    assert "Traceback" not in log
+
+
+def answer_in_threads(
+    url: str, answers: list[httpx.Response], count: int = 5
+) -> list[threading.Thread]:
+    """Ask for whole answers, and wait until they are being made, with one stream beside them."""
+
+    def ask() -> None:
+        body = completion(max_tokens=90)
+        answers.append(httpx.post(f"{url}/v1/completions", json=body, timeout=30))
+
+    threads = [threading.Thread(target=ask) for _ in range(count)]
+    for thread in threads:
+        thread.start()
+    while f"reft:num_requests_running {count + 1}.0" not in httpx.get(f"{url}/metrics").text:
+        time.sleep(0.02)
+    return threads
+
+
+def assert_told(answers: list[httpx.Response], code: str) -> None:
+    """All were told to try again, and why."""
+    assert len(answers) == 5
+    for answer in answers:
+        assert answer.status_code == 503
+        assert int(answer.headers["retry-after"]) >= 1
+        assert answer.json()["error"]["code"] == code
 
 
 def test_second_signal() -> None:
@@ -158,10 +191,31 @@ def test_second_signal() -> None:
 
 def test_the_engines_end_is_the_servers() -> None:
     results: list[str] = []
-    with running({"step_seconds": 0.05, "die_after": 1.0}) as server:
-        stream_in_thread(server.url, results)[0].join()
+    answers: list[httpx.Response] = []
+    with running({"step_seconds": 0.3, "die_after": 2.0}) as server:
+        threads = stream_in_thread(server.url, results)
+        for thread in threads + answer_in_threads(server.url, answers):
+            thread.join()
         assert server.end() == 1
-    assert '"error"' in results[0]
+        log = "".join(server.log)
+    assert '"code":"engine_dead"' in results[0]
+    assert results[0].endswith("data: [DONE]\n\n")
+    assert_told(answers, "engine_dead")
+    assert log.count("The engine stopped") == 1
+    assert "Traceback" not in log
+
+
+def test_who_does_not_take_an_answer_does_not_keep_the_server() -> None:
+    with running({"names": 30_000}) as server:
+        host, port = server.url.removeprefix("http://").split(":")
+        with socket.create_connection((host, int(port))) as client:
+            client.sendall(b"GET /v1/models HTTP/1.1\r\nhost: x\r\n\r\n")
+            client.recv(1)
+            server.process.send_signal(signal.SIGTERM)
+            assert server.end() == 0
+            log = "".join(server.log)
+    assert "Cutting off 1 clients that did not take an answer" in log
+    assert "Traceback" not in log
 
 
 def test_port_in_use() -> None:
@@ -189,6 +243,22 @@ def test_metrics_port() -> None:
         assert httpx.get(f"http://127.0.0.1:{port}/v1/models").status_code == 404
         server.process.send_signal(signal.SIGTERM)
         assert server.end() == 0
+
+
+def test_silent_clients_of_the_metrics_port_make_room() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    with running(metrics_port=port) as server, ExitStack() as stack:
+        for _ in range(40):
+            silent = stack.enter_context(socket.create_connection(("127.0.0.1", port)))
+            silent.sendall(b"GET /met")
+        assert httpx.get(f"http://127.0.0.1:{port}/metrics").status_code == 200
+        status = Path(f"/proc/{server.process.pid}/status")
+        if status.exists():
+            threads = re.search(r"Threads:\s+(\d+)", status.read_text())
+            assert threads
+            assert int(threads[1]) < 40
+    assert "Traceback" not in "".join(server.log)
 
 
 def test_metrics_port_in_use() -> None:
@@ -267,6 +337,18 @@ def test_help_names_every_option_and_loads_no_model() -> None:
             for name in Settings.model_fields:
                 assert f"--{name.replace('_', '-')}" in shown
                 assert f"REFT_{name.upper()}" in shown
+
+
+@pytest.mark.parametrize("status", [0, 1, 2])
+def test_the_servers_words_are_the_last(status: int) -> None:
+    # A library that would speak at the very end, after Python itself, is stood for by an abort.
+    code = "import sys, atexit, ctypes, torch\nfrom server import cli\n"
+    code += "libc = ctypes.CDLL(None); libc.__cxa_atexit(libc.abort, None, None)\n"
+    code += "def app(): print('served'); atexit.register(print, 'left')\n"
+    code += f"cli.app = lambda: (app(), sys.exit({status}))\ncli.main()"
+    command = [sys.executable, "-c", code]
+    ended = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (status, "served\nleft\n", "")
 
 
 @pytest.mark.parametrize(

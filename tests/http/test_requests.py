@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
+import json
+import threading
+from collections.abc import AsyncIterator
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
 import pytest
+from fastapi import FastAPI
 
+from reft_runtime.text import ChatOptions
 from tests.http.conftest import chat, completion
 from tests.http.fake_engine import FakeEngine
 
@@ -24,9 +31,9 @@ SAMPLING: list[tuple[str, Any]] = [
     *each("top_p", 0, -1, 1.01, "1", False),
     *each("top_k", -2, HUGE, 1.5, "5", True),
     *each("min_p", -0.1, 1.1, "x"),
-    *each("n", 0, -1, 129, 1_000_000, HUGE, 1.0, "1", True),
+    *each("n", 0, -1, 129, 1_000_000, HUGE, 1.5, "1", True),
     *each("stream", 1, "true", 0, []),
-    *each("stop", "", [""], ["a"] * 5, ["a"] * 10_000, [1], 5, "x" * 1025, {}),
+    *each("stop", "", [""], ["a"] * 129, ["a"] * 10_000, [1], 5, "x" * 1025, {}),
     *each("stop_token_ids", [-1], ["a"], [1.5], [0] * 129, 3, [HUGE]),
     *each("seed", HUGE, -HUGE - 1, 1.5, "1", True),
     *each("presence_penalty", -2.1, 2.1, "1"),
@@ -42,7 +49,12 @@ SAMPLING: list[tuple[str, Any]] = [
     *each("user", 5, []),
     *each("metadata", "x", []),
     ("stream_options", {"include_usage": True}),
-    *((name, 1) for name in ("nonsense", "prompt_logprobs", "guided_json", "use_beam_search")),
+    *each("prompt_logprobs", -1, 21, True, "1", 1.5),
+    *each("skip_special_tokens", 1, "true"),
+    *each("include_stop_str_in_output", 1),
+    *each("return_token_ids", 1),
+    *each("priority", "1", 1.5, True, HUGE),
+    *((name, 1) for name in ("nonsense", "guided_json", "use_beam_search")),
     *((name, "x") for name in ("chat_template", "guided_regex", "truncate_prompt_tokens")),
 ]
 COMPLETION: list[tuple[str, Any]] = [
@@ -70,7 +82,12 @@ CHAT: list[tuple[str, Any]] = [
     *each("prompt", "x"),
     *each("chat_template_kwargs", {"a": 1}),
     *each("documents", []),
-    *each("reasoning_effort", "low"),
+    *each("reasoning_effort", "huge", 5, True),
+    *each("chat_template_kwargs", [], "x", {"enable_thinking": [1]}, {"x" * 65: 1}),
+    *each("chat_template_kwargs", {"enable_thinking": "x" * 257}, {str(i): 1 for i in range(17)}),
+    *each("chat_template_kwargs", {"chat_template": "x"}, {"tokenize": False}),
+    *each("add_generation_prompt", 1, "true"),
+    *each("continue_final_message", 1, "true"),
     *each("audio", {"voice": "x"}),
 ]
 NESTED: list[tuple[str, Any]] = [
@@ -82,7 +99,12 @@ NESTED: list[tuple[str, Any]] = [
     ("messages.0.role", {"messages": [{"role": "tool", "content": "x"}]}),
     ("messages.0.content", {"messages": [{"role": "user"}]}),
     ("messages.0.content", {"messages": [{"role": "user", "content": 5}]}),
-    ("messages.0.name", {"messages": [{"role": "user", "content": "x", "name": "y"}]}),
+    ("messages.0.content", {"messages": [{"role": "user", "content": None}]}),
+    ("messages.0.content", {"messages": [{"role": "system"}]}),
+    ("messages.0.content", {"messages": [{"role": "assistant", "content": 5}]}),
+    ("messages.0.name", {"messages": [{"role": "user", "content": "x", "name": 5}]}),
+    ("messages.0.name", {"messages": [{"role": "user", "content": "x", "name": "y" * 257}]}),
+    ("chat_template_kwargs.a", {"chat_template_kwargs": {"a": 1}}),
     (
         "messages.0.content.0.type",
         {"messages": [{"role": "user", "content": [{"type": "image_url", "text": "x"}]}]},
@@ -210,14 +232,68 @@ async def test_a_langchain_conversation_is_accepted(client: httpx.AsyncClient) -
 
 
 @pytest.mark.parametrize(
-    ("field", "value"), [("tools", [{"type": "function"}]), ("functions", [{"name": "f"}])]
+    ("param", "fields", "message"),
+    [
+        ("tools", {"tools": [{}]}, 'tools are taken only with tool_choice: "none", for this'),
+        ("tools", {"tools": [{}], "tool_choice": "auto"}, "describe them in a message."),
+        ("functions", {"functions": [{}]}, 'functions are taken only with function_call: "none"'),
+        ("tool_choice", {"tool_choice": "required"}, "leave it out, or say none."),
+        ("nonsense", {"nonsense": 1}, "nonsense is not supported by this server; leave it out."),
+        ("chat_template", {"chat_template": "x"}, "is never taken; lay the prompt out for"),
+        ("guided_json", {"guided_json": {}}, "ask for the form you want in a message."),
+        (
+            "response_format.type",
+            {"response_format": {"type": "json_object"}},
+            "input should be 'text'; this server writes text only; ask for",
+        ),
+        (
+            "messages.0.role",
+            {"messages": [{"role": "tool", "content": "x"}]},
+            "write a tool's result into a user message.",
+        ),
+        (
+            "messages.0.tool_calls",
+            {"messages": [{"role": "assistant", "tool_calls": [1]}]},
+            "write the call and its result into messages.",
+        ),
+        ("stop", {"stop": 5}, "stop: give a string, or a list of up to 128 strings."),
+        ("stop", {"stop": {}}, "stop: give a string, or a list of up to 128 strings."),
+        ("stop", {"stop": ["x"] * 129}, "stop: list should have at most 128 items, not 129."),
+        ("stop.1", {"stop": ["x", 5]}, "stop.1: input should be a valid string."),
+        (
+            "messages.0.content",
+            {"messages": [{"role": "user", "content": 5}]},
+            "messages.0.content: give a text, or a list of text parts.",
+        ),
+        (
+            "messages.0.content",
+            {"messages": [{"role": "user"}]},
+            "messages.0.content: field required.",
+        ),
+        (
+            "chat_template_kwargs.enable_thinking",
+            {"chat_template_kwargs": {"enable_thinking": [1]}},
+            "give a text of up to 256 characters, a number, true or false.",
+        ),
+        (
+            "logit_bias",
+            {"logit_bias": {"a": 1, "7": 1, "-1": 1, "x y": 2}},
+            "logit_bias: 'a', '-1', 'x y': no token id.",
+        ),
+        (
+            "logit_bias",
+            {"logit_bias": {"1": 101, "7": 1, "2": -101}},
+            "logit_bias: the bias of '1', '2' is not between -100 and 100.",
+        ),
+    ],
 )
-async def test_what_may_only_be_empty_is_told_plainly(
-    client: httpx.AsyncClient, field: str, value: Any
+async def test_a_refusal_says_what_is_wrong_and_what_to_do(
+    client: httpx.AsyncClient, param: str, fields: dict[str, Any], message: str
 ) -> None:
-    response = await client.post("/v1/chat/completions", json=chat(**{field: value}))
-    message = f"{field} is not supported by this server; leave it out."
-    assert response.json()["error"]["message"] == message
+    response = await client.post("/v1/chat/completions", json=chat(**fields))
+    assert_refused(response, param)
+    assert response.json()["error"]["param"] == param
+    assert message in response.json()["error"]["message"]
 
 
 async def test_messages_do_not_speak_of_validation(client: httpx.AsyncClient) -> None:
@@ -225,8 +301,116 @@ async def test_messages_do_not_speak_of_validation(client: httpx.AsyncClient) ->
     message = "messages: list should have at least 1 item, not 0."
     assert response.json()["error"]["message"] == message
     suffixed = await client.post("/v1/completions", json=completion(suffix="x"))
-    message = "suffix is not supported by this server; leave it out."
-    assert suffixed.json()["error"]["message"] == message
+    message = "suffix is not supported by this server; the prompt is continued at its end only; "
+    assert suffixed.json()["error"]["message"] == message + "leave it out."
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"max_tokens": 4.0, "n": 1.0, "seed": 7.0, "top_k": 5.0},
+        {"stop": ["a"] * 128, "priority": 3, "skip_special_tokens": False},
+        {"stream": True, "stream_options": {"continuous_usage_stats": True}},
+        {"messages": [{"role": "user", "content": "x", "name": "ann"}]},
+        {"messages": [{"role": "assistant", "content": None}, {"role": "user", "content": "x"}]},
+        {"messages": [{"role": "user", "content": "x"}, {"role": "assistant"}]},
+        {"tools": [{"type": "function", "function": {"name": "f"}}], "tool_choice": "none"},
+        {"functions": [{"name": "f"}], "function_call": "none"},
+        {"tool_choice": "auto", "reasoning_effort": "low"},
+        {"chat_template_kwargs": {}, "add_generation_prompt": True},
+        {"chat_template_kwargs": {"enable_thinking": False}, "continue_final_message": False},
+    ],
+)
+async def test_what_clients_send_is_taken(
+    client: httpx.AsyncClient, fields: dict[str, Any]
+) -> None:
+    response = await client.post("/v1/chat/completions", json=chat(**fields))
+    assert response.status_code == 200, response.text
+
+
+async def test_a_chats_options_reach_the_template(
+    client: httpx.AsyncClient, engine: FakeEngine
+) -> None:
+    engine.tokenizer.switches = ("enable_thinking", "reasoning_effort")
+    fields: dict[str, Any] = {
+        "chat_template_kwargs": {"enable_thinking": False},
+        "reasoning_effort": "low",
+        "add_generation_prompt": False,
+        "continue_final_message": True,
+    }
+    wanted = ChatOptions(
+        add_generation_prompt=False,
+        continue_final_message=True,
+        switches={"enable_thinking": False, "reasoning_effort": "low"},
+    )
+    await client.post("/v1/chat/completions", json=chat(**fields))
+    assert engine.tokenizer.last_options == wanted
+    engine.tokenizer.last_options = None
+    messages = [{"role": "user", "content": "Hi"}]
+    await client.post("/tokenize", json={"messages": messages, **fields})
+    assert engine.tokenizer.last_options == wanted
+
+
+async def test_of_many_unknown_keys_one_is_named(client: httpx.AsyncClient) -> None:
+    unknown = {f"k{i}": 1 for i in range(2000)}
+    response = await client.post("/v1/chat/completions", json=chat(**unknown))
+    assert_refused(response, "k0")
+    messages = [{"role": "user", "content": "x", **unknown}]
+    response = await client.post("/v1/chat/completions", json=chat(messages=messages))
+    assert_refused(response, "messages.0.k0")
+
+
+MANY = 390_000
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ('"k%d": 1', "strings and keys"),
+        ('"logit_bias": {%s}', "strings and keys"),
+        ('"metadata": {%s}', "strings and keys"),
+        ('"messages": [{%s}]', "strings and keys"),
+        ('"prompt": [' + "1," * 300_000 + "1]", "values"),
+        ('"prompt": [' + "[1]," * 150_000 + "[1]]", "values"),
+        ('"prompt": ' + "[" * 300_000, "values"),
+        ('"metadata": {' + ",".join(f'"{i}": "\\"' for i in range(MANY // 2)) + "}", "strings"),
+        ('"metadata": {' + ",".join(f'"{i}": 1' for i in range(2049)) + "}", "2048 keys"),
+    ],
+)
+async def test_bodies_of_very_many_parts_are_not_parsed(
+    client: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch, body: str, message: str
+) -> None:
+    if "2048" not in message:
+        parser = SimpleNamespace(loads=lambda *_, **__: pytest.fail("parsed"))
+        monkeypatch.setattr("server.body.json", parser)
+    many = ",".join(f'"{i}":1' for i in range(MANY))
+    text = "{" + body.replace("%s", many).replace('"k%d": 1', many) + "}"
+    headers = {"content-type": "application/json"}
+    response = await client.post("/v1/completions", content=text.encode(), headers=headers)
+    assert response.status_code == 400
+    assert message in response.json()["error"]["message"]
+
+
+async def test_commas_within_text_are_no_values(client: httpx.AsyncClient) -> None:
+    metadata = {"text": 'a,[{"\\,"' * 150_000, "more": '",'}
+    response = await client.post("/v1/completions", json=completion(metadata=metadata))
+    assert response.status_code == 200
+
+
+async def test_a_large_body_is_read_beside_the_event_loop(
+    client: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    threads = []
+
+    def note(*arguments: Any, **options: Any) -> Any:
+        threads.append(threading.current_thread())
+        return json.JSONDecoder(**options).decode(*arguments)
+
+    monkeypatch.setattr("server.body.json", SimpleNamespace(loads=note))
+    for metadata in ({}, {"x": "y" * 20_000}):
+        response = await client.post("/v1/completions", json=completion(metadata=metadata))
+        assert response.status_code == 200
+    assert [thread is threading.main_thread() for thread in threads] == [True, False]
 
 
 async def test_choices_are_bounded_over_all_prompts(client: httpx.AsyncClient) -> None:
@@ -337,12 +521,43 @@ async def test_body_one_byte_too_long(client: httpx.AsyncClient, app: Any) -> No
         assert response.status_code == status
 
 
+async def test_bodies_under_way_share_one_bound(client: httpx.AsyncClient, app: FastAPI) -> None:
+    bodies = app.state.context.bodies
+    bodies.limit = 1000
+    more, arrived = asyncio.Event(), asyncio.Event()
+
+    async def stalled() -> AsyncIterator[bytes]:
+        yield b'{"model": "tiny", "prompt": "' + b"x" * 50
+        arrived.set()
+        await more.wait()
+        yield b'", "max_tokens": 1}'
+
+    headers = {"content-type": "application/json"}
+    first = asyncio.ensure_future(
+        client.post("/v1/completions", content=stalled(), headers=headers)
+    )
+    await arrived.wait()
+    for path, method in (("/v1/completions", "POST"), ("/v1/interventions/x", "PUT")):
+        response = await client.request(method, path, content=b" " * 950, headers=headers)
+        assert response.status_code == 503
+        assert response.headers["retry-after"]
+        assert response.json()["error"]["code"] == "overloaded"
+    more.set()
+    assert (await first).status_code == 200
+    assert bodies.held == 0
+    refused = await client.post("/v1/completions", content=b" " * 950, headers=headers)
+    assert refused.status_code == 400  # there is room for it now
+    assert bodies.held == 0
+
+
 async def test_tokenize(client: httpx.AsyncClient) -> None:
     response = await client.post("/tokenize", json={"prompt": "Hi"})
     assert response.json() == {"tokens": [72, 105], "count": 2, "max_model_len": 100}
     messages = [{"role": "user", "content": "Hi"}]
     response = await client.post("/tokenize", json={"model": "pirate", "messages": messages})
     assert response.json()["count"] == len("Q: Hi A:")
+    response = await client.post("/tokenize", json={"prompt": "Hi", "return_token_strs": True})
+    assert response.json()["token_strs"] == ["H", "i"]
     response = await client.post("/detokenize", json={"tokens": [72, 105]})
     assert response.json() == {"prompt": "Hi"}
 
@@ -353,7 +568,10 @@ async def test_tokenize(client: httpx.AsyncClient) -> None:
         ("/tokenize", {}, "prompt"),
         ("/tokenize", {"prompt": "x", "messages": [{"role": "user", "content": "x"}]}, "prompt"),
         ("/tokenize", {"prompt": 5}, "prompt"),
-        ("/tokenize", {"prompt": "x", "add_special_tokens": True}, "add_special_tokens"),
+        ("/tokenize", {"prompt": "x", "add_special_tokens": "yes"}, "add_special_tokens"),
+        ("/tokenize", {"prompt": "x", "add_generation_prompt": False}, "add_generation_prompt"),
+        ("/tokenize", {"prompt": "x", "chat_template": "{{ x }}"}, "chat_template"),
+        ("/detokenize", {"tokens": [1], "skip_special_tokens": "no"}, "skip_special_tokens"),
         ("/detokenize", {}, "tokens"),
         ("/detokenize", {"tokens": [256]}, "tokens"),
         ("/detokenize", {"tokens": [-1]}, "tokens"),

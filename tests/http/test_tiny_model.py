@@ -10,7 +10,8 @@ from typing import Any
 import httpx
 import pytest
 
-from reft_runtime import Engine
+from reft_runtime import Engine, SamplingParams
+from reft_runtime.interventions import Intervention, parse, serialise
 from server.app import create_app
 from server.settings import Settings
 from tests.helpers.models import tiny
@@ -90,6 +91,116 @@ async def test_echo_alone_scores_the_prompt(http: httpx.AsyncClient, base: str) 
     assert answer["usage"]["completion_tokens"] == 0
 
 
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    ("prompt", "text", "offsets"),
+    [
+        ("a\u65e5b\U0001f600\u672c", None, [0, 1, 1, 1, 2, 3, 3, 3, 3, 4, 4, 4]),
+        ([64, 2, 65], "ab", [0, 1, 1]),
+        ("a<|im_end|>b", None, [0, 1, 11]),
+        ([2, 1], "", [0, 0]),
+    ],
+)
+async def test_offsets_count_the_text(
+    http: httpx.AsyncClient,
+    base: str,
+    prompt: Any,
+    text: str | None,
+    offsets: list[int],
+    stream: bool,
+) -> None:
+    """Characters of what is shown: not of a token's name, nor of its bytes written out."""
+    if isinstance(prompt, list):
+        names = [tiny_tokenizer().encode(letter)[0] for letter in "ab"]
+        prompt = [{64: names[0], 65: names[1]}.get(token, token) for token in prompt]
+    text = prompt if text is None else text
+    asked = body(model=base, prompt=prompt, echo=True, logprobs=0, max_tokens=1, stream=stream)
+    # A token whose text is known: " the".
+    (the,) = tiny_tokenizer().encode(" the")
+    asked["logit_bias"] = {str(the): 100}
+    response = await http.post("/v1/completions", json=asked)
+    if stream:
+        first = response.text.split("\n\n")[0]
+        choice = json.loads(first.removeprefix("data: "))["choices"][0]
+    else:
+        choice = response.json()["choices"][0]
+    assert choice["text"] == text + " the"
+    assert choice["logprobs"]["text_offset"] == [*offsets, len(text)]
+    assert len(choice["logprobs"]["tokens"]) == len(offsets) + 1
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("include", [False, True])
+async def test_what_ends_an_answer_is_no_part_of_its_text(
+    http: httpx.AsyncClient, base: str, include: bool, stream: bool
+) -> None:
+    (the,) = tiny_tokenizer().encode(" the")
+    common = {"logit_bias": {str(the): 100}, "return_token_ids": True, "stream": stream}
+    for stop, text in (({"stop_token_ids": [the]}, ""), ({"stop": "th"}, " ")):
+        asked = body(model=base, include_stop_str_in_output=include, **common, **stop)
+        response = await http.post("/v1/completions", json=asked)
+        chunks = (
+            [json.loads(line[6:]) for line in response.text.split("\n\n")[:-2]]
+            if stream
+            else [response.json()]
+        )
+        choices = [chunk["choices"][0] for chunk in chunks]
+        shown = "".join(choice["text"] for choice in choices)
+        whole = " the" if "stop_token_ids" in stop else " th"
+        assert shown == (whole if include else text)
+        assert choices[-1]["finish_reason"] == "stop"
+        assert choices[-1]["token_ids"] == [the]
+
+
+@pytest.mark.parametrize("skip", [True, False])
+async def test_special_tokens_in_the_text(http: httpx.AsyncClient, base: str, skip: bool) -> None:
+    asked = body(model=base, logit_bias={"1": 100}, max_tokens=2, skip_special_tokens=skip)
+    asked |= {"echo": True, "prompt": [2], "logprobs": 0}
+    choice = (await http.post("/v1/completions", json=asked)).json()["choices"][0]
+    names = ["<|im_end|>", "<|im_start|>", "<|im_start|>"]
+    assert choice["logprobs"]["tokens"] == names
+    assert choice["text"] == ("" if skip else "".join(names))
+    assert choice["logprobs"]["text_offset"] == ([0, 0, 0] if skip else [0, 10, 22])
+
+
+async def test_detokenize_is_the_inverse_of_tokenize(http: httpx.AsyncClient) -> None:
+    messages = [{"role": "user", "content": "is it?"}]
+    asked = {"messages": messages, "return_token_strs": True}
+    tokens = (await http.post("/tokenize", json=asked)).json()
+    text = (await http.post("/detokenize", json={"tokens": tokens["tokens"]})).json()["prompt"]
+    assert text.startswith("<|im_start|>user\nis it?<|im_end|>")
+    again = (await http.post("/tokenize", json={"prompt": text})).json()
+    assert again["tokens"] == tokens["tokens"]
+    assert tokens["token_strs"][0] == "<|im_start|>"
+    plain = {"tokens": tokens["tokens"], "skip_special_tokens": True}
+    assert (await http.post("/detokenize", json=plain)).json()["prompt"].startswith("user\nis it?")
+    continued = [*messages, {"role": "assistant", "content": "it is"}]
+    asked = {"messages": continued, "add_generation_prompt": False, "continue_final_message": True}
+    tokens = (await http.post("/tokenize", json=asked)).json()
+    text = (await http.post("/detokenize", json={"tokens": tokens["tokens"]})).json()["prompt"]
+    assert text.endswith("<|im_start|>assistant\nit is")
+
+
+async def test_tokenizer_info(http: httpx.AsyncClient) -> None:
+    info = (await http.get("/tokenizer_info")).json()
+    assert info["eos_token"] == "<|im_end|>"
+    assert "<|im_start|>" in info["chat_template"]
+
+
+async def test_a_template_that_fails_is_the_requests_fault(
+    http: httpx.AsyncClient, base: str, tiny_engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inner = tiny_engine.tokenizer._tokenizer
+    monkeypatch.setattr(inner, "chat_template", "{{ 1 + messages }}")
+    messages = [{"role": "user", "content": "Hi"}]
+    for path in ("/v1/chat/completions", "/tokenize"):
+        response = await http.post(path, json={"model": base, "messages": messages})
+        assert response.status_code == 400
+        error = response.json()["error"]
+        assert error["param"] == "messages"
+        assert "chat template does not take them" in error["message"]
+
+
 async def test_an_intervention_changes_the_answer(http: httpx.AsyncClient, base: str) -> None:
     plain = (await http.post("/v1/completions", json=body(model=base))).json()
     response = await http.post("/v1/completions", json=body(model="task"))
@@ -134,6 +245,61 @@ async def test_a_repeated_prompt_is_reused(
     assert stats is not None
     lines = (await http.get("/metrics")).text
     assert f'reft:prefix_cache_hits_total{{kind="base"}} {stats.hits["base"]:.1f}\n' in lines
+
+
+@pytest.mark.parametrize(
+    ("system", "answer"), [(None, 200), ("prepend", 200), ("drop", 200), ("refuse", 400)]
+)
+async def test_a_system_turn_on_a_text_template(
+    http: httpx.AsyncClient, tiny_engine: Engine, system: Any, answer: int
+) -> None:
+    plain = parse(make_file(tiny_engine))
+    fields = {"template": "Q: {prompt} A:", "system": system}
+    manifest = plain.manifest.model_copy(update=fields)
+    tiny_engine.registry.put("text", serialise(Intervention(manifest, plain.tensors)))
+    messages = [{"role": "developer", "content": "be kind"}, {"role": "user", "content": "who"}]
+    asked = {"model": "text", "messages": messages, "max_tokens": 1, "return_token_ids": True}
+    response = await http.post("/v1/chat/completions", json=asked)
+    assert response.status_code == answer, response.text
+    counted = await http.post("/tokenize", json={"model": "text", "messages": messages})
+    if answer == 400:
+        for refused in (response, counted):
+            assert refused.json()["error"]["param"] == "messages"
+            assert "takes no system turn" in refused.json()["error"]["message"]
+        messages = messages[1:]
+        response = await http.post("/v1/chat/completions", json={**asked, "messages": messages})
+        assert response.status_code == 200
+    else:
+        text = "Q: who A:" if system == "drop" else "Q: be kind\n\nwho A:"
+        tokens = response.json()["prompt_token_ids"]
+        assert tiny_engine.tokenizer.decode(tokens) == text
+        assert counted.json()["tokens"] == tokens
+        library = tiny_engine.generate(
+            [[{"role": "system", "content": "be kind"}, messages[1]]],
+            SamplingParams(max_tokens=1),
+            intervention="text",
+            progress=False,
+        )
+        assert library[0].prompt_tokens == tokens
+    tiny_engine.registry.remove("text")
+
+
+async def test_texts_that_differ_on_system_turns_do_not_go_together(
+    http: httpx.AsyncClient, tiny_engine: Engine, base: str
+) -> None:
+    plain = parse(make_file(tiny_engine))
+    for name in ("drop", "refuse"):
+        fields = {"template": "{prompt}", "system": name}
+        manifest = plain.manifest.model_copy(update=fields)
+        tiny_engine.registry.put(name, serialise(Intervention(manifest, plain.tensors)))
+    messages = [{"role": "user", "content": "who"}]
+    uses = [{"name": "drop"}, {"name": "refuse"}]
+    asked = {"model": base, "messages": messages, "interventions": uses}
+    response = await http.post("/v1/chat/completions", json=asked)
+    assert response.status_code == 400
+    assert response.json()["error"]["param"] == "interventions"
+    for name in ("drop", "refuse"):
+        tiny_engine.registry.remove(name)
 
 
 async def test_upload_replace_and_remove(http: httpx.AsyncClient, tiny_engine: Engine) -> None:

@@ -273,6 +273,18 @@ CORRUPT: dict[str, tuple[bytes, str]] = {
         with_manifest(lambda m: m["base"].update(hidden_size=32)),
         r"edits\.0\.W: shape \[3, 16\], expected \[r=3, d=32\]",
     ),
+    "system without a text": (
+        with_manifest(lambda m: m.update(system="drop", template="chat")),
+        "template that is a text",
+    ),
+    "system without a template": (
+        with_manifest(lambda m: m.update(system="drop")),
+        "template that is a text",
+    ),
+    "unknown system": (
+        with_manifest(lambda m: m.update(system="append", template="{prompt}")),
+        "system",
+    ),
     "template without field": (with_manifest(lambda m: m.update(template="x")), "template"),
     "infinite metric": (
         with_manifest_text(
@@ -416,3 +428,15 @@ def test_base_model_fingerprint() -> None:
     ):
         with pytest.raises(WrongBaseModel, match=rf"{field} \w+ \(loaded: {value}\)"):
             check_base(manifest, BASE.model_copy(update={field: value}))
+
+
+@pytest.mark.parametrize("system", [None, "prepend", "drop", "refuse"])
+def test_a_file_says_what_its_text_does_with_a_system_turn(system: Any) -> None:
+    edit = Edit(1, "l1", loreft_tensors())
+    made = Intervention.build(BASE, [edit], template="{prompt} ->", system=system)
+    data = serialise(made)
+    found = parse(data).manifest
+    assert found.system == system
+    assert found.system_turn == (system or "prepend")
+    # What says nothing is written as before the field was there: it keeps its digest.
+    assert (b"system" in data) is (system is not None)

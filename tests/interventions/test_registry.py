@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from reft_runtime.demo import locate as locate_model
 from reft_runtime.errors import (
     ConfigError,
     FileTooLarge,
@@ -709,3 +710,15 @@ def test_a_first_use_by_many_reads_once(folder: Path, monkeypatch: pytest.Monkey
         thread.join(60)
     assert len(loads) == 1
     assert registry.entry("a").in_flight == 4
+
+
+@pytest.mark.parametrize("length", [255, 256, 4096])
+def test_names_that_are_too_long(tmp_path: Path, length: int) -> None:
+    registry = Registry(BASE, [tmp_path])
+    for path in ("x" * length, f"sub/{'x' * length}", f"{tmp_path}/{'x' * length}"):
+        with pytest.raises(NotFound, match="no such file"):
+            registry.load("x", path)
+    if length > 255:
+        with pytest.raises(ConfigError, match="does not exist"):
+            Registry(BASE, [tmp_path / ("x" * length)])
+        assert locate_model("x" * length) == ("x" * length,) * 2

@@ -168,6 +168,10 @@ class TestTextStream:
         assert stream.push(BYTE_LEVEL.encode("a\U0001f600")[:-1]) == ("a", None)
         assert stream.finish() == ("", "\ufffd")
 
+    def test_the_stop_string_is_shown_where_it_is_asked_for(self) -> None:
+        stream = TextStream(BYTE_LEVEL, ["nd t"], include_stop=True)
+        assert stream.push(BYTE_LEVEL.encode("and the")) == ("and t", "nd t")
+
     def test_no_stop_string_ends_it_before_min_tokens(self) -> None:
         a = BYTE_LEVEL.encode("a")
         stream = TextStream(BYTE_LEVEL, ["a"], min_tokens=3)

@@ -3,7 +3,8 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from reft_runtime.errors import InvalidRequest
-from reft_runtime.text import Message, Tokenizer
+from reft_runtime.interventions.manifest import SystemTurn
+from reft_runtime.text import ChatOptions, Message, Tokenizer
 from tests.helpers.tokenizer import tiny_sentencepiece_tokenizer, tiny_tokenizer
 
 BYTE_LEVEL = Tokenizer(tiny_tokenizer(), max_model_len=100)
@@ -72,7 +73,8 @@ class TestChat:
         ("messages", "named"),
         [
             ([], "none"),
-            ([turn("system", "x"), turn("user", "y")], "system, user"),
+            ([turn("system", "x")], "system"),
+            ([turn("user", "x"), turn("user", "y")], "user, user"),
             ([turn("user", "x"), turn("assistant", "y"), turn("user", "z")], "user, assistant"),
             ([turn("assistant", "x")], "assistant"),
         ],
@@ -80,6 +82,97 @@ class TestChat:
     def test_which_takes_one_user_message_only(self, messages: list[Message], named: str) -> None:
         with pytest.raises(InvalidRequest, match=f"one user message.*{named}") as error:
             BYTE_LEVEL.encode_chat(messages, "{prompt}")
+        assert error.value.param == "messages"
+
+    @pytest.mark.parametrize(
+        ("system", "text"), [("prepend", "Q: be\n\nkind\n\nwho A:"), ("drop", "Q: who A:")]
+    )
+    def test_a_system_turn_in_a_text(self, system: SystemTurn, text: str) -> None:
+        messages = [turn("system", "be"), turn("system", "kind"), turn("user", "who")]
+        ids = BYTE_LEVEL.encode_chat(messages, "Q: {prompt} A:", system=system)
+        assert BYTE_LEVEL.decode(ids) == text
+        empty = BYTE_LEVEL.encode_chat([turn("system", ""), messages[-1]], "Q: {prompt} A:")
+        assert BYTE_LEVEL.decode(empty) == "Q: who A:"
+
+    def test_a_text_that_refuses_a_system_turn(self) -> None:
+        messages = [turn("system", "be"), turn("user", "who")]
+        with pytest.raises(InvalidRequest, match="takes no system turn; put its text") as error:
+            BYTE_LEVEL.encode_chat(messages, "{prompt}", system="refuse")
+        assert error.value.param == "messages"
+        assert BYTE_LEVEL.encode_chat(messages[1:], "{prompt}", system="refuse")
+
+    def test_where_the_prompt_ends(self) -> None:
+        messages = [turn("user", "you"), turn("assistant", "the ")]
+        options = ChatOptions(add_generation_prompt=False)
+        ids = BYTE_LEVEL.encode_chat(messages, options=options)
+        text = "<|im_start|>user\nyou<|im_end|>\n<|im_start|>assistant\nthe "
+        assert BYTE_LEVEL.decode(ids, skip_special_tokens=False) == f"{text}<|im_end|>\n"
+        options = ChatOptions(add_generation_prompt=False, continue_final_message=True)
+        ids = BYTE_LEVEL.encode_chat(messages, options=options)
+        assert BYTE_LEVEL.decode(ids, skip_special_tokens=False) == text
+
+    @pytest.mark.parametrize(
+        ("options", "template", "param"),
+        [
+            (ChatOptions(continue_final_message=True), None, "continue_final_message"),
+            (ChatOptions(False, True), "{prompt}", "continue_final_message"),
+            (ChatOptions(False), "{prompt}", "add_generation_prompt"),
+            (ChatOptions(switches={"x": 1}), "{prompt}", "chat_template_kwargs.x"),
+        ],
+    )
+    def test_options_that_do_not_fit(
+        self, options: ChatOptions, template: str | None, param: str
+    ) -> None:
+        with pytest.raises(InvalidRequest) as error:
+            BYTE_LEVEL.encode_chat([turn("user", "x")], template, options=options)
+        assert error.value.param == param
+
+    def test_the_templates_own_switches(self) -> None:
+        inner = tiny_tokenizer()
+        inner.chat_template = (
+            "{%- set own = 1 %}{{ bos_token }}{% for m in messages %}{{ m.content }}{% endfor %}"
+            "{% if enable_thinking %}think{{ own }}{% endif %}{{ tools or '' }}{{ depth }}"
+            "{% if add_generation_prompt %}{% generation %}>{% endgeneration %}{% endif %}"
+        )
+        tokenizer = Tokenizer(inner, 100)
+        assert tokenizer.switches == ["depth", "enable_thinking"]
+        options = ChatOptions(switches={"enable_thinking": True, "depth": 3})
+        ids = tokenizer.encode_chat([turn("user", "you")], options=options)
+        assert tokenizer.decode(ids) == "youthink13>"
+        for name in ("own", "tools", "messages", "chat_template", "tokenize", "bos_token", "x"):
+            options = ChatOptions(switches={name: "x"})
+            with pytest.raises(InvalidRequest, match="it has: depth, enable_thinking") as error:
+                tokenizer.encode_chat([turn("user", "you")], options=options)
+            assert error.value.param == f"chat_template_kwargs.{name}"
+        assert BYTE_LEVEL.switches == []
+        assert SENTENCEPIECE.switches == []
+
+    def test_names_reach_the_template(self) -> None:
+        inner = tiny_tokenizer()
+        inner.chat_template = "{% for m in messages %}{{ m.name }}: {{ m.content }}{% endfor %}"
+        ids = Tokenizer(inner, 100).encode_chat([{**turn("user", "you"), "name": "Ann"}])
+        assert BYTE_LEVEL.decode(ids) == "Ann: you"
+
+    @pytest.mark.parametrize(
+        "fault",
+        [
+            "{{ 1 + messages }}",
+            "{{ [1, 'a'] | sort }}",
+            "{{ messages[0]['content'] | round }}",
+            "{{ 1 // 0 }}",
+            "{{ messages.nothing.more }}",
+            "{{ raise_exception('no') }}",
+            "{% for i in range(10 ** 9) %}{% endfor %}",
+            "{% macro again() %}{{ again() }}{% endmacro %}{{ again() }}",
+            "{{ 'x'.encode('rot13') }}",
+        ],
+    )
+    @pytest.mark.parametrize("answered", [False, True])
+    def test_whatever_a_template_raises(self, fault: str, answered: bool) -> None:
+        inner = tiny_tokenizer()
+        inner.chat_template = fault
+        with pytest.raises(InvalidRequest, match="chat template does not take them: ") as error:
+            Tokenizer(inner, 100).render([turn("user", "x")], answered=answered)
         assert error.value.param == "messages"
 
     def test_without_a_template(self) -> None:
@@ -119,6 +212,13 @@ class TestTokens:
     def test_facts(self) -> None:
         assert BYTE_LEVEL.vocab_size == 320
         assert BYTE_LEVEL.eos_ids == {2}
+        described = BYTE_LEVEL.describe()
+        assert described["eos_token"] == "<|im_end|>"
+        assert described["chat_template"].startswith("{%")
+        assert not any(
+            "/" in str(value) for name, value in described.items() if "template" not in name
+        )
+        assert SENTENCEPIECE.describe()["chat_template"] is None
         assert BYTE_LEVEL.special_ids == {0, 1, 2}
         inner = tiny_tokenizer()
         inner.eos_token = None

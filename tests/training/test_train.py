@@ -44,7 +44,7 @@ def test_a_task_is_learned_and_served(tmp_path: Path, positions: str) -> None:
     found = describe(data)
     assert max(edit["orthonormality_error"] for edit in found["edits"]) < 1e-5
     manifest = parse(data).manifest
-    assert manifest.template == "{prompt}"
+    assert (manifest.template, manifest.system) == ("{prompt}", "prepend")
     assert manifest.description == "Good or bad"
     about = manifest.training
     assert (about["rows"], about["eval_rows"], about["steps"]) == (24, 8, 60)
@@ -262,3 +262,17 @@ def test_defaults_scale_with_the_model() -> None:
     )
     assert (small.lr, small.epochs, small.rank, small.layers) == (0.0039, 3, 4, (0, 1, 2, 3))
     assert (large.lr, large.epochs) == (0.0009, 30)
+
+
+def test_what_a_template_does_with_a_system_turn(tmp_path: Path) -> None:
+    out = tmp_path / "task.safetensors"
+    settings = TrainSettings(steps=1, dtype="float32")
+    run(out, settings=settings, system="refuse")
+    assert parse(read(out)).manifest.system == "refuse"
+    chats = TrainSettings(steps=1, template="chat", dtype="float32")
+    run(out, settings=chats)
+    assert parse(read(out)).manifest.system is None
+    with pytest.raises(ConfigError, match="system: chats are written by the model's own"):
+        run(out, settings=chats, system="drop")
+    with pytest.raises(ConfigError, match="system: write prepend, drop or refuse, not 'x'"):
+        run(out, settings=settings, system="x")

@@ -1,0 +1,147 @@
+"""Chats as text: through the model's own chat template, or a text with one field."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import jinja2
+from jinja2 import meta
+from jinja2.ext import loopcontrols
+from transformers import PreTrainedTokenizerBase
+
+from reft_runtime.errors import InvalidRequest
+from reft_runtime.interventions.manifest import SystemTurn
+
+Message = Mapping[str, str]
+"""One turn of a chat: its `role` and its `content`; `name`, where given, is the speaker's."""
+
+Switches = Mapping[str, bool | int | float | str]
+
+_FIELD = "{prompt}"
+_GIVEN = {"messages", "tools", "documents", "raise_exception", "strftime_now", "namespace", "range"}
+"""Names that a chat template gets from the library, as far as its call's parameters do not say."""
+
+
+@dataclass(frozen=True, slots=True)
+class ChatOptions:
+    """How a chat is written.
+
+    With `add_generation_prompt` it ends where the next turn is to begin; with
+    `continue_final_message` within the last turn, which the answer goes on with. `switches` are
+    values of the template's own variables, such as `enable_thinking`.
+    """
+
+    add_generation_prompt: bool = True
+    continue_final_message: bool = False
+    switches: Switches = field(default_factory=dict)
+
+
+def fill(
+    template: str, system: SystemTurn, messages: Sequence[Message], options: ChatOptions
+) -> str:
+    """`template` with the text of the one user message that it takes in the place of `{prompt}`.
+
+    Texts of system turns stand before it, with an empty line between, unless `system` says
+    otherwise. Whatever does not fit is an `InvalidRequest` that names its field.
+    """
+    if options.continue_final_message or not options.add_generation_prompt:
+        name = (
+            "continue_final_message" if options.continue_final_message else "add_generation_prompt"
+        )
+        raise InvalidRequest(
+            f"{name}: this model's prompt template is one text around a user message; leave the "
+            "field out, or write the prompt yourself with /v1/completions.",
+            param=name,
+        )
+    check_switches(options.switches, ())
+    turns = [turn for turn in messages if turn["role"] != "system"]
+    systems = [turn["content"] for turn in messages if turn["role"] == "system"]
+    if systems and system == "refuse":
+        raise InvalidRequest(
+            "messages: this model's prompt template takes no system turn; put its text into the "
+            "user message, or use /v1/completions.",
+            param="messages",
+        )
+    if [turn["role"] for turn in turns] != ["user"]:
+        roles = ", ".join(turn["role"] for turn in messages[:8]) or "none"
+        raise InvalidRequest(
+            f"messages: this model's prompt template takes exactly one user message, not {roles}; "
+            "for other prompts use /v1/completions.",
+            param="messages",
+        )
+    before = [text for text in systems if text] if system == "prepend" else []
+    return template.replace(_FIELD, "\n\n".join([*before, turns[0]["content"]]))
+
+
+def render(
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], options: ChatOptions
+) -> str:
+    """A chat as the model's own template writes it; it says what it does not take.
+
+    A template is a program of the model's maker: whatever it raises, the messages are not for it.
+    """
+    if not tokenizer.chat_template:
+        raise InvalidRequest(
+            "messages: this model has no chat template; use /v1/completions.", param="messages"
+        )
+    if options.continue_final_message and options.add_generation_prompt:
+        raise InvalidRequest(
+            "continue_final_message needs add_generation_prompt: false.",
+            param="continue_final_message",
+        )
+    switches: dict[str, Any] = dict(options.switches)
+    try:
+        text = tokenizer.apply_chat_template(
+            [dict(turn) for turn in messages],
+            tokenize=False,
+            add_generation_prompt=options.add_generation_prompt,
+            continue_final_message=options.continue_final_message,
+            **switches,
+        )
+    except MemoryError:
+        raise
+    except Exception as error:
+        reason = str(error) or type(error).__name__
+        raise InvalidRequest(
+            f"messages: the model's chat template does not take them: {reason}",
+            param="messages",
+        ) from None
+    assert isinstance(text, str)
+    return text
+
+
+def switches_of(tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """Variables that the model's chat template reads and nothing else sets, sorted."""
+    try:
+        source = tokenizer.get_chat_template()
+        tree = jinja2.Environment(extensions=[loopcontrols, _Generation]).parse(source)
+    except (ValueError, jinja2.TemplateError):
+        return []
+    parameters = inspect.signature(type(tokenizer).apply_chat_template).parameters
+    taken = _GIVEN | parameters.keys() | tokenizer.special_tokens_map.keys()
+    return sorted(meta.find_undeclared_variables(tree) - taken)
+
+
+class _Generation(jinja2.ext.Extension):
+    """Reads `{% generation %}`, a tag that the library adds for training, as its content."""
+
+    tags = {"generation"}  # noqa: RUF012 - as jinja2 declares it
+
+    def parse(self, parser: Any) -> Any:
+        """The tag's body."""
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+def check_switches(given: Iterable[str], known: Sequence[str]) -> None:
+    """Raise `InvalidRequest` for a switch that the template does not have."""
+    for name in given:
+        if name not in known:
+            there = f"it has: {', '.join(known)}" if known else "it has none"
+            raise InvalidRequest(
+                f"chat_template_kwargs: the chat template has no switch {name[:80]!r}; {there}.",
+                param=f"chat_template_kwargs.{name}",
+            )

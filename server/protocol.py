@@ -1,0 +1,306 @@
+"""One connection: uvicorn's HTTP/1.1 protocol, with the deadlines and bounds that it does not have.
+
+uvicorn's own settings bound the pause between two requests, not how long a head, a body or an
+answer may take.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import socket
+from typing import Any, cast
+
+from uvicorn._types import ASGI3Application
+from uvicorn.protocols.http.httptools_impl import (
+    STATUS_LINE,
+    HttpToolsProtocol,
+    RequestResponseCycle,
+)
+
+from server.connections import Connections
+from server.errors import ApiError
+from server.middleware import MAX_HEADER_BYTES
+
+PROBE_SECONDS = 0.1
+
+_UPGRADE = re.compile(rb"\r\nupgrade(?=:)", re.IGNORECASE)
+
+CLOSE_WAIT = 8
+"""Linux' name for a TCP connection whose other side has said that it will send no more."""
+
+
+class Connection(HttpToolsProtocol):
+    """One connection; `since` is when what it is doing began, on the event loop's clock."""
+
+    def __init__(self, connections: Connections, **arguments: Any) -> None:
+        super().__init__(**arguments)
+        self._all = connections
+        self._limits = connections.limits
+        self.since = self.loop.time()
+        self._head_bytes = 0
+        """Of a request whose head is not complete yet; 0 between requests."""
+        self._header_bytes = 0
+        self._body_bytes = 0
+        self._pieces: list[bytes] = []
+        """Of the body, until all that came is parsed: it may have come in very small chunks."""
+        self._last_byte = 0.0
+        self._keep_alive = True
+        self._answered: RequestResponseCycle | None = None
+        """The request that is being answered, or was last; others may wait behind it."""
+        self._write_paused_at: float | None = None
+        self._half_closed = False
+        self._discarding = False
+        self._cut = False
+
+    @property
+    def idle(self) -> bool:
+        """Whether no request is being read or answered, its head aside."""
+        return self._answered is None or self._answered.response_complete
+
+    def cut(self, reason: str) -> None:
+        """End the connection now, and count why."""
+        self._cut = True
+        self._all.metrics.cut(reason)
+        self.transport.abort()
+
+    def look(self, now: float) -> None:
+        """Cut the connection off if its client has taken too long."""
+        limits, paused = self._limits, self._write_paused_at
+        if paused is not None and now - paused > limits.reader:
+            self.cut("reader")
+        elif self._discarding or self.transport.is_closing():
+            if now - self.since > max(limits.linger, limits.reader * self.transport.is_closing()):
+                self.transport.abort()
+        elif self.idle:
+            if self._head_bytes and now - self.since > limits.head:
+                self._refuse(ApiError(408, "The request's head took too long."), "head")
+            elif not self._head_bytes and now - self.since > limits.idle:
+                self.transport.close()
+        elif self.cycle.more_body and not self.flow.read_paused:
+            late = now - self.since - limits.body
+            if now - self._last_byte > limits.body or late * limits.body_rate > self._body_bytes:
+                self._refuse(ApiError(408, "The request's body came too slowly."), "body")
+
+    # What uvicorn and the event loop call
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """Begin, or say that there is no room."""
+        super().connection_made(transport)
+        if not self._all.admit(self):
+            full = ApiError(
+                503,
+                "The server has no room for more connections; try again later.",
+                code="overloaded",
+                headers={"retry-after": "1"},
+            )
+            self._write(full)
+            self._linger()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """End; a client that leaves before its answer is nothing to log, but is counted."""
+        self._all.open.discard(self)
+        if not self.idle and not self._cut:
+            self._all.metrics.cut("left")
+        self._forget_answer()
+        super().connection_lost(exc)
+        self._unset_keepalive_if_required()
+
+    def data_received(self, data: bytes) -> None:
+        """Parse what came, if it is still wanted."""
+        if self._discarding or self.transport.is_closing():
+            return
+        if self._head_bytes or self.cycle is None or not self.cycle.more_body:
+            data = _without_upgrade(data)
+        if self._head_bytes:
+            self._head_bytes += len(data)
+        else:
+            self._last_byte = self.loop.time()
+        super().data_received(data)
+        self._join_pieces()
+        if self._head_bytes > 2 * MAX_HEADER_BYTES and not self._discarding:
+            self.send_400_response("")
+
+    def eof_received(self) -> bool | None:  # type: ignore[override]
+        """Answer a client that has closed its sending half only: it may wait for the answer."""
+        if self.idle or self.cycle.more_body or not hasattr(socket, "TCP_INFO"):
+            return None
+        self._half_closed = True
+        assert self._answered is not None
+        # A client that has left for good answers any byte with a reset; one that has not gets it
+        # as part of its answer: each begins with an H, and a stream may have comments.
+        if not self._answered.response_started:
+            self.transport.write(b"H")
+            cast(_Answered, self._answered.transport).skip = 1
+        elif self._answered.chunked_encoding:
+            self.transport.write(b"3\r\n:\n\n\r\n")
+        self.loop.call_later(PROBE_SECONDS, self._probe)
+        return True
+
+    def _probe(self) -> None:
+        if self.transport.is_closing():
+            return
+        connection = self.transport.get_extra_info("socket")
+        if connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0] != CLOSE_WAIT:
+            self.transport.abort()
+        else:
+            self.loop.call_later(PROBE_SECONDS, self._probe)
+
+    def pause_writing(self) -> None:
+        """The client does not take what is written."""
+        self._write_paused_at = self.loop.time()
+        super().pause_writing()
+
+    def resume_writing(self) -> None:
+        """The client goes on reading."""
+        self._write_paused_at = None
+        super().resume_writing()
+
+    def shutdown(self) -> None:
+        """Close, when the answer under way is complete."""
+        self._keep_alive = False
+        super().shutdown()
+
+    # What the parser calls
+
+    def on_message_begin(self) -> None:
+        """The first byte of a request has come."""
+        self._head_bytes, self._header_bytes = 1, 0
+        self.since = self.loop.time()
+        super().on_message_begin()
+
+    def on_url(self, url: bytes) -> None:
+        """Take a piece of the address."""
+        self._count(len(url))
+        super().on_url(url)
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        """Take a header, or what follows a chunked body in the form of one."""
+        self._count(len(name) + len(value))
+        if self._head_bytes:
+            super().on_header(name, value)
+
+    def _count(self, size: int) -> None:
+        self._header_bytes += size
+        if self._header_bytes > 2 * MAX_HEADER_BYTES:
+            raise ValueError("too many headers")
+
+    def on_headers_complete(self) -> None:
+        """Begin to answer a request."""
+        if self.parser.get_http_version() not in ("1.0", "1.1"):
+            raise ValueError("another version of HTTP")
+        names = {name for name, _ in self.headers}
+        if {b"content-length", b"transfer-encoding"} <= names:
+            # What one reads as a body another reads as the next request.
+            raise ValueError("two lengths")
+        super().on_headers_complete()
+        self._head_bytes, self._body_bytes = 0, 0
+        self.since = self._last_byte = self.loop.time()
+        # An answer that comes before the whole request has come is the connection's last.
+        self._keep_alive, self.cycle.keep_alive = self.cycle.keep_alive, False
+        self.cycle.transport = cast(asyncio.Transport, _Answered(self))
+
+    def _start_asgi_task(self, cycle: RequestResponseCycle, app: ASGI3Application) -> None:
+        self._answered = cycle
+        super()._start_asgi_task(cycle, app)
+
+    def on_body(self, body: bytes) -> None:
+        """Take a piece of the body."""
+        self._pieces.append(body)
+
+    def _join_pieces(self) -> None:
+        if self._pieces:
+            body = b"".join(self._pieces)
+            self._pieces.clear()
+            self._body_bytes += len(body)
+            super().on_body(body)
+
+    def on_message_complete(self) -> None:
+        """The request has come as a whole."""
+        self._join_pieces()
+        if not self.cycle.response_started:
+            self.cycle.keep_alive = self._keep_alive
+        super().on_message_complete()
+
+    def on_response_complete(self) -> None:
+        """Wait for the next request, if one may come."""
+        super().on_response_complete()
+        self.since = self.loop.time()
+        if self._half_closed and self.idle:
+            self.transport.close()
+
+    def send_400_response(self, msg: str) -> None:
+        """Refuse what is no HTTP."""
+        if max(self._head_bytes, self._header_bytes) > 2 * MAX_HEADER_BYTES:
+            self._refuse(ApiError(431, f"The headers are larger than {MAX_HEADER_BYTES} bytes."))
+        else:
+            self._refuse(ApiError(400, "This is not a valid HTTP request."))
+
+    def _refuse(self, error: ApiError, reason: str | None = None) -> None:
+        """Answer with `error`, unless an answer has begun, and end."""
+        if self.idle or not (self._answered and self._answered.response_started):
+            self._write(error)
+        if reason is not None:
+            self._all.metrics.cut(reason)
+        self._cut = True
+        self._forget_answer()
+        self._linger()
+
+    def _forget_answer(self) -> None:
+        """Tell the application that nobody waits for its answer: it is to write no more."""
+        if self._answered is not None and not self._answered.response_complete:
+            self._answered.disconnected = True
+            self._answered.message_event.set()
+
+    def _write(self, error: ApiError) -> None:
+        response = error.response()
+        lines = [STATUS_LINE[error.status]]
+        for name, value in response.raw_headers:
+            lines += [name, b": ", value, b"\r\n"]
+        self.transport.write(b"".join([*lines, b"connection: close\r\n\r\n", response.body]))
+
+    def _linger(self) -> None:
+        """Send no more, and read on for a while: a reset would take the answer from the client."""
+        self._discarding = True
+        self.since = self.loop.time()
+        self.flow.resume_reading()
+        if self.transport.can_write_eof():
+            self.transport.write_eof()
+
+    def end_answer(self) -> None:
+        """Close after an answer, when the client has had the time to take it."""
+        if self.cycle.more_body and not self.transport.is_closing():
+            self._linger()
+        else:
+            self.transport.close()
+
+
+def _without_upgrade(data: bytes) -> bytes:
+    """`data`, which begins within a head, with that head's offer of another protocol renamed.
+
+    The parser would take what follows for the other protocol, the request's body too; Java's own
+    client offers HTTP/2 with every first request.
+    """
+    head, end, after = data.partition(b"\r\n\r\n")
+    return _UPGRADE.sub(b"\r\nignored", head) + end + after if _UPGRADE.search(head) else data
+
+
+class _Answered:
+    """What an answer is written to; of its first bytes `skip` have been sent ahead."""
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+        self.skip = 0
+
+    def write(self, data: bytes) -> None:
+        """Write the next bytes of the answer."""
+        self._connection.transport.write(data[self.skip :])
+        self.skip = 0
+
+    def close(self) -> None:
+        """End the connection after the answer."""
+        self._connection.end_answer()
+
+    def is_closing(self) -> bool:
+        """Whether the connection has ended."""
+        return self._connection.transport.is_closing()

@@ -1,0 +1,45 @@
+"""What a client can do instead where the server refuses a feature that it does not have."""
+
+from __future__ import annotations
+
+_IN_WORDS = "ask for the form you want in a message"
+_ANSWERS = "use /v1/chat/completions, which every OpenAI client can be told to use"
+
+INSTEAD_OF_FIELDS = {
+    "response_format": _IN_WORDS,
+    "response_format.type": f"this server writes text only; {_IN_WORDS}",
+    "structured_outputs": _IN_WORDS,
+    "guided_json": _IN_WORDS,
+    "guided_regex": _IN_WORDS,
+    "guided_choice": _IN_WORDS,
+    "guided_grammar": _IN_WORDS,
+    "chat_template": "a client's template is never taken; lay the prompt out for /v1/completions",
+    "documents": "put their text into a message",
+    "truncate_prompt_tokens": "shorten the prompt; /tokenize counts its tokens",
+    "use_beam_search": "ask for several choices with n and a temperature",
+    "suffix": "the prompt is continued at its end only; leave it out",
+    "store": "answers are not kept; leave it out",
+    "messages.role": "write a tool's result into a user message",
+    "messages.tool_calls": "write the call and its result into messages",
+    "messages.function_call": "write the call and its result into messages",
+    "messages.content.type": "this server reads text only; send parts of type text",
+    "tool_choice": "this server makes no tool calls; leave it out, or say none",
+    "function_call": "this server makes no tool calls; leave it out, or say none",
+    "modalities": "this server reads and writes text only; leave it out",
+    "audio": "this server reads and writes text only; leave it out",
+}
+"""By field, list positions left out; any other field can only be left out."""
+
+INSTEAD_OF_ROUTES = {
+    "/v1/responses": _ANSWERS,
+    "/v1/messages": _ANSWERS,
+    "/v1/embeddings": "this server has a language model only; use another for embeddings",
+}
+"""By path: routes of other servers that clients ask for."""
+
+
+def instead(param: str) -> str | None:
+    """What to do instead of giving the field `param`; None where nothing is known."""
+    return INSTEAD_OF_FIELDS.get(
+        ".".join(step for step in param.split(".") if not step.isdecimal())
+    )
