@@ -45,7 +45,7 @@ class Admission:
                     '{"role": "user", "content": "Hi"}.',
                     param="messages",
                 )
-            templates = {self._resolve(use).manifest.template for use in uses} - {None}
+            templates = {self._resolve(use).template for use in uses} - {None}
             if len(templates) > 1:
                 raise InvalidRequest(
                     "The interventions' chat templates differ; give the prompt as text.",
@@ -60,7 +60,7 @@ class Admission:
     def _resolve(self, use: Use) -> Version:
         if isinstance(use.intervention, Version):
             return use.intervention
-        return self._registry.resolve(use.intervention)
+        return self._registry.ready(use.intervention)
 
     def prepare(
         self,

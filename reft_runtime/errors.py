@@ -8,6 +8,8 @@ ReftError
 ├── WrongBaseModel          a sound file, made for another base model (409)
 ├── Overloaded              the queue is full; try again later (503)
 │   └── Draining            the server is shutting down (503)
+├── Unavailable             a stored file or the state folder cannot be used just now (503)
+├── StoreFull               there is no room left for another upload (507)
 ├── RequestFailed           a fault inside one request ended it (500)
 ├── EngineDead              the engine stopped and serves nothing any more (500)
 ├── TrainingFailed          a training ended before its time
@@ -57,6 +59,14 @@ class Overloaded(ReftError):
 
 class Draining(Overloaded):
     """The server is shutting down and takes no new request."""
+
+
+class Unavailable(ReftError):
+    """A stored file, or the state folder, cannot be used just now; the asker did nothing wrong."""
+
+
+class StoreFull(ReftError):
+    """There is no room for another upload; the message says of what."""
 
 
 class RequestFailed(ReftError):

@@ -38,6 +38,7 @@ def create_app(engine: Engine, settings: Settings) -> FastAPI:
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         await context.health.prove()
         yield
+        context.close()
 
     # FastAPI's own pages would need no key: the description is a route like any other here.
     app = FastAPI(

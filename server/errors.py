@@ -20,6 +20,8 @@ from reft_runtime.errors import (
     NotFound,
     Overloaded,
     ReftError,
+    StoreFull,
+    Unavailable,
     WrongBaseModel,
 )
 from server.streaming import json_bytes
@@ -37,6 +39,8 @@ _CODES: dict[type[ReftError], tuple[int, str | None]] = {
     WrongBaseModel: (409, "wrong_base_model"),
     Draining: (503, "draining"),
     Overloaded: (503, "overloaded"),
+    Unavailable: (503, "unavailable"),
+    StoreFull: (507, "store_full"),
 }
 """Status and code by exception; what is not listed is an internal error (500)."""
 

@@ -201,7 +201,7 @@ def _by_engine(
     for name, data in files.items():
         if name is not None and data is not None:
             version, _ = engine.registry.put(name, data)
-            templates[name] = version.manifest.template
+            templates[name] = version.template
     tokenizer = engine.tokenizer
 
     def ask(asked: Sequence[_Asked], max_tokens: int) -> list[str]:

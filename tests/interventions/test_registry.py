@@ -5,6 +5,7 @@ import os
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -14,11 +15,14 @@ from reft_runtime.errors import (
     InvalidFile,
     InvalidRequest,
     NotFound,
+    StoreFull,
+    Unavailable,
     WrongBaseModel,
 )
 from reft_runtime.interventions import Registry, Version
 from reft_runtime.interventions.file import header_of, write_atomic
 from reft_runtime.interventions.registry import HISTORY
+from reft_runtime.interventions.sources import look
 from tests.interventions.make import BASE, file_bytes
 
 ONE, TWO, THREE = file_bytes(1), file_bytes(2), file_bytes(3)
@@ -146,22 +150,146 @@ def test_a_broken_replacement_of_what_was_never_read_is_not_served(folder: Path)
     registry = Registry(BASE, [folder])
     place(folder, "a", b"")
     registry.scan()
-    with pytest.raises(NotFound):
+    with pytest.raises(Unavailable, match="`a` cannot be served: Cut off"):
         registry.resolve("a")
     assert "Cut off" in only_problem(registry)
+    assert names(registry) == []
 
 
-def test_a_file_changed_since_the_scan_is_an_error_that_says_so(folder: Path) -> None:
+def test_what_changes_is_served_without_waiting_for_a_scan(folder: Path) -> None:
+    registry = Registry(BASE, [folder])
+    path = place(folder, "a", ONE)  # new
+    assert registry.ready("a").digest == digest(ONE)
+    place(folder, "a", TWO)  # replaced and in memory
+    assert registry.ready("a").digest == digest(TWO)
+    place(folder, "a", b"")  # broken: the one before it
+    assert registry.ready("a").digest == digest(TWO)
+    place(folder, "a", THREE)  # mended
+    assert registry.resolve("a").digest == digest(THREE)
+    place(folder, "a", ONE)  # replaced and never read
+    assert registry.ready("a").digest == digest(ONE)
+    assert registry.problems() == {}
+    path.unlink()
+    for ref in ("a", f"a@{digest(ONE)}"):
+        with pytest.raises(NotFound):
+            registry.resolve(ref)
+
+
+def test_a_version_whose_file_changes_under_its_request(folder: Path) -> None:
     path = place(folder, "a", ONE)
     registry = Registry(BASE, [folder])
     version = registry.resolve("a")
     place(folder, "a", TWO)
-    with pytest.raises(InvalidFile, match="`a` has changed since it was listed"):
+    with pytest.raises(Unavailable, match="`a` cannot be used now: Its file has changed"):
         registry.hold(version)
     path.unlink()
     with pytest.raises(NotFound, match="`a` cannot be read any more"):
         registry.hold(version)
     assert registry.entry("a").in_flight == 0
+
+
+def test_a_file_that_changes_while_it_is_read_is_read_again(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place(folder, "a", ONE)
+    registry = Registry(BASE, [folder])
+    files = iter([TWO, THREE])
+
+    def read_late(path: Path, size: int) -> bytes:
+        for data in files:
+            place(folder, "a", data)
+            break
+        return path.read_bytes()
+
+    monkeypatch.setattr("reft_runtime.interventions.version.read", read_late)
+    assert registry.ready("a").digest == digest(THREE)
+
+
+def test_a_change_that_the_disks_clock_does_not_show(folder: Path) -> None:
+    path = place(folder, "a", ONE)
+    registry = Registry(BASE, [folder])
+    registry._found["a"] = look(path)
+    path.write_bytes(TWO)
+    registry._found["a"] = look(path)  # as if both had been written within one tick
+    assert registry.ready("a").digest == digest(TWO)
+
+
+def test_damaged_data_is_not_the_askers_fault(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place(folder, "a", damaged(ONE))
+    registry = Registry(BASE, [folder])
+    assert registry.entry("a").problem is None  # only its header was read
+    with pytest.raises(Unavailable, match="`a` cannot be used now: The data does not match"):
+        registry.ready("a")
+    assert "damaged file" in str(registry.entry("a").problem)
+    assert "damaged file" in registry.problems()["a"]
+    monkeypatch.setattr("reft_runtime.interventions.version.read", None)  # not read again
+    with pytest.raises(Unavailable, match="damaged file"):
+        registry.ready("a")
+    monkeypatch.undo()
+    place(folder, "a", ONE)
+    assert registry.ready("a").digest == digest(ONE)
+    assert registry.problems() == {}
+
+
+def test_an_old_version_that_serves_on_says_why(folder: Path) -> None:
+    place(folder, "a", ONE)
+    registry = Registry(BASE, [folder])
+    registry.ready("a")
+    place(folder, "a", damaged(TWO))
+    assert registry.ready("a").digest == digest(ONE)
+    assert "new file is not served: " in str(registry.entry("a").problem)
+    assert "damaged file" in str(registry.entry("a").problem)
+    place(folder, "a", TWO)
+    assert registry.ready("a").digest == digest(TWO)
+    assert registry.entry("a").problem is None
+
+
+def test_a_disk_that_fails_for_a_moment(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    place(folder, "a", ONE)
+    registry = Registry(BASE, [folder])
+
+    def fail(path: Path, size: int) -> bytes:
+        raise OSError(5, "Input/output error")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("reft_runtime.interventions.version.read", fail)
+        with pytest.raises(Unavailable, match="Input/output error"):
+            registry.ready("a")
+    assert registry.ready("a").digest == digest(ONE)
+
+
+@pytest.mark.parametrize("kept", [False, True])
+def test_the_base_models_id_is_no_name(folder: Path, state: Path, kept: bool) -> None:
+    place(folder, "tiny", ONE)
+    place(folder, "a", ONE)
+    registry = Registry(BASE, [folder], state_dir=state if kept else None)
+    assert names(registry) == ["a"]
+    assert "the base model's own id" in only_problem(registry)
+    with pytest.raises(NotFound):
+        registry.resolve("tiny")
+    for call in (
+        lambda: registry.put("tiny", ONE),
+        lambda: registry.load("tiny", "a.safetensors"),
+    ):
+        with pytest.raises(InvalidRequest, match="`tiny` is the base model's own id") as caught:
+            call()
+        assert caught.value.param == "name"
+    registry.close()
+
+
+def test_an_upload_named_as_another_servers_base_can_be_deleted(state: Path) -> None:
+    registry = Registry(BASE.model_copy(update={"model": "other"}), state_dir=state)
+    registry.put("tiny", ONE)
+    registry.close()
+    registry = Registry(BASE, state_dir=state)
+    assert names(registry) == []
+    assert "the base model's own id" in registry.problems()["tiny"]
+    registry.remove("tiny")
+    assert registry.problems() == {}
+    assert list((state / "blobs").iterdir()) == list((state / "pointers").iterdir()) == []
+    registry.close()
 
 
 def test_problems_of_a_folder(folder: Path, tmp_path: Path) -> None:
@@ -222,10 +350,10 @@ def test_watch_picks_up_a_file_and_survives_a_fault(
     scan = registry.scan
     faults = iter([RuntimeError("once")])
 
-    def watched_scan() -> None:
+    def watched_scan(*rest: Any) -> None:
         for fault in faults:
             raise fault
-        scan()
+        scan(*rest)
         if names(registry):
             scanned.set()
 
@@ -550,9 +678,13 @@ def test_a_full_disk_leaves_the_old_version(state: Path, monkeypatch: pytest.Mon
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", no_space)
-        with pytest.raises(OSError, match="No space"):
+        with pytest.raises(StoreFull, match="disk of the state folder is full"):
             registry.put("a", TWO)
+        with pytest.raises(StoreFull, match="disk of the state folder is full"):
+            registry.put("b", TWO)
     assert registry.resolve("a") is old
+    assert names(registry) == ["a"]
+    assert len(list((state / "blobs").iterdir())) == 1
     registry.close()
     registry = Registry(BASE, state_dir=state)
     assert registry.resolve("a").digest == digest(ONE)
