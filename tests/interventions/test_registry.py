@@ -2,7 +2,11 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shutil
+import sys
 import threading
+import time
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,12 +19,13 @@ from reft_runtime.errors import (
     InvalidFile,
     InvalidRequest,
     NotFound,
+    Overloaded,
     StoreFull,
     Unavailable,
     WrongBaseModel,
 )
 from reft_runtime.interventions import Registry, Version
-from reft_runtime.interventions.file import header_of, write_atomic
+from reft_runtime.interventions.file import header_of, parse, write_atomic
 from reft_runtime.interventions.registry import HISTORY
 from reft_runtime.interventions.sources import look
 from tests.interventions.make import BASE, file_bytes
@@ -644,6 +649,264 @@ def test_a_damaged_pointer_is_a_problem_and_deletes_nothing(state: Path, pointer
     registry.close()
 
 
+@pytest.mark.parametrize("shown", [False, True])
+def test_deleting_mends_a_damaged_pointer(folder: Path, state: Path, shown: bool) -> None:
+    if shown:
+        place(folder, "a", TWO)
+    registry = Registry(BASE, state_dir=state)
+    registry.put("a", ONE)
+    registry.close()
+    (state / "pointers" / "a.json").write_bytes(b"{")
+    (state / "pointers" / "No Name.json").write_bytes(b"{")
+    registry = Registry(BASE, [folder], state_dir=state)
+    for name in ("a", "No Name"):
+        registry.remove(name)
+    assert registry.problems() == {}
+    assert list((state / "pointers").iterdir()) == list((state / "blobs").iterdir()) == []
+    assert names(registry) == (["a"] if shown else [])
+    if not shown:
+        with pytest.raises(NotFound):
+            registry.remove("a")
+    registry.close()
+
+
+def test_deleting_takes_an_upload_that_could_not_be_restored(folder: Path, state: Path) -> None:
+    place(folder, "a", THREE)
+    registry = Registry(BASE, state_dir=state)
+    registry.put("a", ONE)
+    registry.close()
+    (state / "blobs" / f"{digest(ONE)}.safetensors").unlink()
+    registry = Registry(BASE, [folder], state_dir=state)
+    registry.remove("a")
+    assert registry.problems() == {}
+    assert registry.entry("a").origin == "folder"
+    assert list((state / "pointers").iterdir()) == []
+    registry.close()
+
+
+# A state folder that goes away
+
+
+@pytest.mark.parametrize("gone", [".", "pointers", "blobs"])
+def test_a_deleted_state_folder_is_made_again(state: Path, gone: str) -> None:
+    registry = Registry(BASE, state_dir=state)
+    registry.put("a", ONE)
+    registry.put("b", TWO)
+    shutil.rmtree(state / gone)
+    registry.put("c", THREE)
+    assert registry.ready("a").digest == digest(ONE)  # serves on from memory
+    assert "no longer kept" in registry.problems()["a"]
+    assert registry.entry("c").problem is None
+    with pytest.raises(ConfigError, match="in use by another server"):
+        Registry(BASE, state_dir=state)
+    registry.put("a", TWO)
+    registry.remove("b")
+    assert registry.problems() == {}
+    registry.close()
+    registry = Registry(BASE, state_dir=state)
+    assert {entry.name: entry.versions for entry in registry.entries()} == {
+        "a": (digest(TWO),),
+        "c": (digest(THREE),),
+    }
+    registry.close()
+
+
+def test_the_watch_takes_a_deleted_state_folder_again(state: Path) -> None:
+    registry = Registry(BASE, state_dir=state)
+    registry.put("a", ONE)
+    registry.watch(0.005)
+    state.rename(state.with_name("aside"))
+    for _ in range(2000):
+        if registry.problems():
+            break
+        time.sleep(0.005)
+    assert "no longer kept" in registry.problems()["a"]
+    with pytest.raises(ConfigError, match="in use by another server"):
+        Registry(BASE, state_dir=state)
+    registry.close()
+
+
+def test_a_state_folder_that_another_server_has_taken(state: Path) -> None:
+    registry = Registry(BASE, state_dir=state)
+    registry.put("a", ONE)
+    shutil.rmtree(state)
+    other = Registry(BASE, state_dir=state)
+    for call in (lambda: registry.put("a", TWO), lambda: registry.remove("a")):
+        with pytest.raises(Unavailable, match="another server has it now"):
+            call()
+    assert registry.ready("a").digest == digest(ONE)
+    assert "another server has it" in only_problem(registry)
+    assert names(other) == []
+    registry.close()
+    other.close()
+
+
+def test_a_state_folder_that_cannot_be_written(
+    state: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    registry = Registry(BASE, state_dir=state)
+    registry.put("a", ONE)
+
+    def refuse(descriptor: int) -> None:
+        raise OSError(30, "Read-only file system")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", refuse)
+        for call in (lambda: registry.put("a", TWO), lambda: registry.remove("a")):
+            with pytest.raises(Unavailable, match="cannot be written: Read-only file system"):
+                call()
+    assert registry.ready("a").digest == digest(ONE)
+    registry.close()
+    shutil.rmtree(state)
+    state.write_bytes(b"")  # a file where the folder was
+    registry = Registry(BASE)
+    registry.close()
+
+
+# Memory
+
+
+def edit_bytes(data: bytes) -> int:
+    return sum(edit.nbytes for edit in parse(data).canonical())
+
+
+def fixed(count: int) -> int:
+    """Room for the manifests of so many uploads."""
+    registry = Registry(BASE)
+    version, _ = registry.put("a", ONE)
+    return count * (version.fixed_bytes - version.tensor_bytes)
+
+
+@pytest.mark.parametrize("kept", [False, True])
+def test_the_bytes_of_an_upload_are_not_kept(state: Path, kept: bool) -> None:
+    registry = Registry(BASE, state_dir=state if kept else None)
+    data = bytes(bytearray(ONE))
+    before = sys.getrefcount(data)
+    registry.put("a", data)
+    assert sys.getrefcount(data) == before
+    registry.close()
+
+
+@pytest.mark.parametrize("kept", [False, True])
+def test_what_is_deleted_is_given_back(
+    state: Path, kept: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trimmed: list[int] = []
+    monkeypatch.setattr("reft_runtime.interventions.residency._TRIM_BYTES", 1000)
+    monkeypatch.setattr(
+        "reft_runtime.interventions.catalog.return_freed_memory", lambda: trimmed.append(1)
+    )
+    registry = Registry(BASE, state_dir=state if kept else None)
+    gone = []
+    for seed in range(4):
+        version, _ = registry.put("a", file_bytes(seed))
+        gone.append(weakref.ref(version))
+    held = version
+    registry.hold(held)
+    registry.remove("a")
+    del version
+    assert [ref() is None for ref in gone] == [True, True, True, False]
+    assert registry._memory.used == held.fixed_bytes + (held.tensor_bytes if kept else 0)
+    registry.release(held)
+    assert registry._memory.used == 0
+    assert trimmed
+    registry.close()
+
+
+def test_uploads_in_memory_are_bounded_and_make_room_when_deleted(folder: Path) -> None:
+    place(folder, "f", ONE)
+    registry = Registry(BASE, [folder], memory_bytes=fixed(3) + 3 * edit_bytes(ONE) - 1)
+    registry.put("a", ONE)
+    registry.put("b", TWO)
+    for call in (
+        lambda: registry.put("c", THREE),
+        lambda: registry.put("a", THREE),  # its history counts
+        lambda: registry.load("c", "f.safetensors"),
+    ):
+        with pytest.raises(StoreFull, match="bytes of memory, and this one would take"):
+            call()
+    assert names(registry) == ["a", "b", "f"]
+    registry.put("a", ONE)  # the very same again
+    registry.remove("b")
+    registry.put("c", THREE)
+    assert registry.ready("c").digest == digest(THREE)
+
+
+def test_uploads_on_disk_are_bounded(state: Path) -> None:
+    registry = Registry(BASE, state_dir=state, state_bytes=2 * len(ONE))
+    registry.put("a", ONE)
+    registry.put("b", ONE)  # the same file is kept once
+    registry.put("c", TWO)
+    with pytest.raises(StoreFull, match="bytes of the state folder"):
+        registry.put("d", THREE)
+    registry.remove("c")
+    registry.put("d", THREE)
+    registry.close()
+
+
+def test_names_are_bounded(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("reft_runtime.interventions.registry.MAX_ADDED_NAMES", 2)
+    place(folder, "f", ONE)
+    registry = Registry(BASE, [folder])
+    registry.put("a", ONE)
+    registry.load("b", "f.safetensors")
+    for call in (lambda: registry.put("c", ONE), lambda: registry.load("c", "f.safetensors")):
+        with pytest.raises(InvalidRequest, match="as many as there may be; delete one first"):
+            call()
+    registry.put("a", TWO)
+    registry.remove("b")
+    registry.put("c", ONE)
+
+
+@pytest.mark.parametrize("uploaded", [False, True])
+def test_tensors_used_least_recently_give_way(folder: Path, state: Path, uploaded: bool) -> None:
+    one = edit_bytes(ONE)
+    room = 2 * one + (fixed(4) if uploaded else 0)
+    registry = Registry(BASE, [folder], state_dir=state, memory_bytes=room)
+    for name, seed in zip("abcd", range(4), strict=True):
+        if uploaded:
+            registry.put(name, file_bytes(seed))
+        else:
+            place(folder, name, file_bytes(seed))
+    registry.scan()
+
+    def loaded() -> list[str]:
+        return [entry.name for entry in registry.entries() if entry.tier == "host"]
+
+    registry.ready("a")
+    held = registry.resolve("b")
+    registry.hold(held)
+    registry.ready("a")
+    assert loaded() == ["a", "b"]
+    registry.ready("c")  # b came before a, and is in use
+    assert loaded() == ["b", "c"]
+    assert registry.tiers() == {"disk": 2, "host": 2}
+    other = registry.resolve("d")
+    registry.hold(other)
+    assert loaded() == ["b", "d"]
+    with pytest.raises(Overloaded, match="interventions in use fill the memory"):
+        registry.ready("a")
+    assert loaded() == ["b", "d"]
+    registry.hold(held)  # what is in memory can be used by more
+    for version in (held, held, other):
+        registry.release(version)
+    assert registry.ready("a").edits()
+    assert registry._memory.used <= room
+    registry.close()
+
+
+def test_the_only_copy_does_not_give_way(folder: Path) -> None:
+    place(folder, "a", ONE)
+    place(folder, "b", TWO)
+    registry = Registry(BASE, [folder], memory_bytes=edit_bytes(ONE))
+    registry.ready("a")
+    place(folder, "a", b"")
+    registry.scan()
+    with pytest.raises(Overloaded):
+        registry.ready("b")
+    assert registry.ready("a").digest == digest(ONE)
+
+
 @pytest.mark.parametrize(
     ("blob", "reason"),
     [(None, "No such file"), (b"", "Cut off"), (TWO, "not the one"), (FOREIGN, "made for")],
@@ -757,7 +1020,7 @@ def test_load_what_is_no_file(folder: Path) -> None:
     os.mkfifo(folder / "fifo")
     place(folder, "bad", ONE[:-1])
     registry = Registry(BASE, [folder])
-    for path in ("missing.safetensors", "fifo"):
+    for path in ("missing.safetensors", "fifo", "x" * 256, "x/" * 3000):
         with pytest.raises(NotFound, match="no such file"):
             registry.load("a", path)
     with pytest.raises(InvalidRequest, match="is a folder"):
