@@ -19,7 +19,8 @@ from reft_runtime.errors import (
     WrongBaseModel,
 )
 from reft_runtime.interventions.catalog import Catalog
-from reft_runtime.interventions.sources import NAME, Found, find, list_folder
+from reft_runtime.interventions.file import SUFFIX
+from reft_runtime.interventions.sources import NAME, Found, find, list_folder, look
 from reft_runtime.interventions.version import Version
 
 CHANGES = 3
@@ -134,9 +135,9 @@ class Folders(Catalog):
 
     def _refresh(self, name: str) -> None:
         """Follow the file of one name, if it is new, changed or gone."""
+        if self._unchanged(name):
+            return
         try:
-            if self._look(name) == self._found.get(name):
-                return
             with self._scanning:
                 file = self._look(name)
                 if file == self._found.get(name):
@@ -151,6 +152,17 @@ class Folders(Catalog):
                     self._found[name] = file
         except OSError:  # the folder cannot be read: serve on with what was there
             return
+
+    def _unchanged(self, name: str) -> bool:
+        """Whether one look says so: every request asks, and most files are as they were."""
+        known = self._found.get(name)
+        for folder in self._sources:
+            try:
+                now = look(folder / f"{name}{SUFFIX}", follow=True)
+            except OSError:
+                continue
+            return known is not None and now._replace(path=known.path) == known
+        return known is None
 
     def _look(self, name: str) -> Found | None:
         for folder in self._sources:

@@ -36,9 +36,9 @@ class Found(NamedTuple):
         return now._replace(changed_ns=self.changed_ns) == self
 
 
-def look(path: Path) -> Found:
-    """A file as it is now; `path` is a real path. Raises `OSError`."""
-    status = os.stat(path, follow_symlinks=False)
+def look(path: Path, *, follow: bool = False) -> Found:
+    """A file as it is now; `path` is a real path, unless it is to be followed. Raises `OSError`."""
+    status = os.stat(path, follow_symlinks=follow)
     return Found(path, status.st_mtime_ns, status.st_ctime_ns, status.st_size, status.st_ino)
 
 

@@ -1062,7 +1062,7 @@ def test_requests_keep_their_version_while_names_move(folder: Path, state: Path)
             registry.release(version)
 
     def change() -> None:
-        for turn in range(40):
+        for turn in range(12):
             registry.put("a", files[turn % 4])
             place(folder, "b", files[turn % 4])
             registry.scan()
