@@ -7,7 +7,8 @@ from collections import OrderedDict
 
 from reft_runtime.interventions.version import Version
 
-_TRIM_BYTES = 16 << 20
+_TRIM_BYTES = 32 << 20
+"""Freed memory that is worth returning."""
 
 
 class Residency:
@@ -37,6 +38,7 @@ class Residency:
         if version.origin != "folder":
             self._fixed[version] = version.fixed_bytes
             self.fixed += version.fixed_bytes
+            self._freed += 2 * version.size_bytes  # the file as bytes, and its stored tensors
         self.touch(version)
 
     def touch(self, version: Version) -> None:
@@ -46,6 +48,7 @@ class Residency:
         elif version.loaded and version.reloadable:
             self._tensors[version] = version.tensor_bytes
             self._tensor_bytes += version.tensor_bytes
+            self._freed += 2 * version.size_bytes
 
     def evicted(self, version: Version) -> None:
         """The tensors of a version are gone."""

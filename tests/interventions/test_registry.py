@@ -347,6 +347,28 @@ def test_a_missing_folder_at_the_start_is_a_configuration_error(tmp_path: Path) 
         Registry(BASE, [tmp_path / "missing"])
 
 
+def test_nobody_waits_for_a_scan_of_many_changes(folder: Path) -> None:
+    files = [f"f{number}" for number in range(9)]
+    registry = Registry(BASE, [folder])
+    for name in files:
+        place(folder, name, ONE)
+    worked: list[float] = []
+
+    def rest(seconds: float) -> bool:
+        if not worked:  # between two files everything else goes on
+            registry.put("u", TWO)
+            assert registry.ready("f8").digest == digest(ONE)
+            registry.remove("f8")
+            assert registry.tiers() == {"disk": 1, "host": 1}
+        worked.append(seconds)
+        return len(worked) == 5
+
+    registry.scan(rest)
+    assert names(registry) == [*files[:5], "u"]
+    registry.scan(rest)
+    assert names(registry) == [*files[:8], "u"]
+
+
 def test_watch_picks_up_a_file_and_survives_a_fault(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
