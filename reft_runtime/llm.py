@@ -23,7 +23,8 @@ from reft_runtime.engine.loop import EngineLoop
 from reft_runtime.engine.sequence import Request
 from reft_runtime.errors import InvalidRequest
 from reft_runtime.interventions import Registry, Version
-from reft_runtime.interventions.registry import MEMORY_BYTES, STATE_BYTES, check_folders
+from reft_runtime.interventions.registry import MEMORY_BYTES, check_folders
+from reft_runtime.interventions.store import STATE_BYTES
 from reft_runtime.loading import kv_budget, load_base, shape_of
 from reft_runtime.outputs import Comparison, EngineInfo, EngineStats, Generation, Trace
 from reft_runtime.sampling import SamplingParams

@@ -23,7 +23,7 @@ from reft_runtime.interventions.file import (
 from reft_runtime.interventions.folders import WORK_SHARE, Folders, check_sources
 from reft_runtime.interventions.manifest import BaseShape, Manifest, check_base
 from reft_runtime.interventions.sources import NAME, NAME_RULE, Found, locate, look
-from reft_runtime.interventions.store import Store
+from reft_runtime.interventions.store import STATE_BYTES, Store
 from reft_runtime.interventions.version import Origin, Version
 
 HISTORY = 8
@@ -34,9 +34,6 @@ MAX_ADDED_NAMES = 100_000
 
 MEMORY_BYTES = 1 << 30
 """Memory that interventions take, unless told otherwise."""
-
-STATE_BYTES = 16 << 30
-"""What uploads take of the state folder, unless told otherwise."""
 
 LOOK_SHARE = 0.05
 """Of the time, at most, is spent on looking for changes in the sources."""
@@ -51,7 +48,7 @@ def check_folders(sources: Sequence[str | Path], state_dir: str | Path | None) -
     """
     check_sources([Path(source) for source in sources])
     if state_dir is not None:
-        Store(Path(state_dir), STATE_BYTES).close()
+        Store(Path(state_dir)).close()
 
 
 class Registry(Folders):

@@ -24,6 +24,9 @@ from reft_runtime.interventions.sources import NAME
 
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 
+STATE_BYTES = 16 << 30
+"""What uploads take of the state folder, unless told otherwise."""
+
 _log = logging.getLogger(__name__)
 
 
@@ -34,7 +37,7 @@ class Store:
     names whose pointer cannot be read. What the disk refuses is a `StoreFull` or an `Unavailable`.
     """
 
-    def __init__(self, folder: Path, max_bytes: int) -> None:
+    def __init__(self, folder: Path, max_bytes: int = STATE_BYTES) -> None:
         self._folder = folder
         self._blobs = folder / "blobs"
         self._pointers = folder / "pointers"
