@@ -185,7 +185,7 @@ class Results:
         self._path = path
         self._done: dict[str, dict[str, Any]] = {}
         if path.exists():
-            for line in path.read_text().splitlines():
+            for line in path.read_text().split("\n")[:-1]:
                 entry = json.loads(line)
                 self._done[json.dumps(entry["run"], sort_keys=True)] = entry
 

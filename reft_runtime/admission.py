@@ -45,8 +45,8 @@ class Admission:
                     '{"role": "user", "content": "Hi"}.',
                     param="messages",
                 )
-            manifests = [self._resolve(use).manifest for use in uses]
-            templates = {(m.template, m.system_turn) for m in manifests if m.template is not None}
+            versions = [self._resolve(use) for use in uses]
+            templates = {(v.template, v.system_turn) for v in versions if v.template is not None}
             if len(templates) > 1:
                 raise InvalidRequest(
                     "The interventions' chat templates differ, or what they do with a system "
@@ -64,7 +64,7 @@ class Admission:
     def _resolve(self, use: Use) -> Version:
         if isinstance(use.intervention, Version):
             return use.intervention
-        return self._registry.resolve(use.intervention)
+        return self._registry.ready(use.intervention)
 
     def prepare(
         self,

@@ -9,6 +9,8 @@ ReftError
 ├── Overloaded              the queue is full; try again later (503)
 │   ├── Draining            the server is shutting down (503)
 │   └── OutOfMemory         memory ran out while it was answered (503)
+├── Unavailable             a stored file or the state folder cannot be used just now (503)
+├── StoreFull               there is no room left for another upload (507)
 ├── RequestFailed           a fault inside one request ended it (500)
 ├── EngineDead              the engine stopped and serves nothing any more (500)
 ├── TrainingFailed          a training ended before its time
@@ -62,6 +64,14 @@ class Draining(Overloaded):
 
 class OutOfMemory(Overloaded):
     """Memory ran out while this request, the newest at work, was answered; no other ended."""
+
+
+class Unavailable(ReftError):
+    """A stored file, or the state folder, cannot be used just now; the asker did nothing wrong."""
+
+
+class StoreFull(ReftError):
+    """There is no room for another upload; the message says of what."""
 
 
 class RequestFailed(ReftError):

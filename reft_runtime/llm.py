@@ -23,7 +23,8 @@ from reft_runtime.engine.loop import EngineLoop
 from reft_runtime.engine.sequence import Request
 from reft_runtime.errors import InvalidRequest
 from reft_runtime.interventions import Registry, Version
-from reft_runtime.interventions.registry import check_folders
+from reft_runtime.interventions.registry import MEMORY_BYTES, check_folders
+from reft_runtime.interventions.store import STATE_BYTES
 from reft_runtime.loading import kv_budget, kv_bytes, load_base, memory_bytes, shape_of
 from reft_runtime.outputs import Comparison, EngineInfo, EngineStats, Generation, Trace
 from reft_runtime.sampling import SamplingParams
@@ -44,7 +45,8 @@ class Engine:
 
     `model` is "demo", a hub id, a folder, or a transformers model (then `tokenizer` is needed).
     `interventions` is a folder of files; uploads are kept in `state_dir`, or in memory without
-    one; `allow_base` is a shell pattern for the names of base models whose files fit this one.
+    one; `allow_base` is a shell pattern for the names of base models whose files fit this one;
+    `intervention_bytes` bounds the memory of interventions, `state_bytes` the uploads on disk.
     `max_running` bounds the answers made at once (64, on a CUDA device 256), `max_queued` and
     `max_queued_tokens` what may wait, `max_step_tokens` the tokens of one step (2,048, on a CUDA
     device 8,192; measured times bound them too), `kv_tokens`
@@ -64,6 +66,8 @@ class Engine:
         interventions: str | Path | None = None,
         state_dir: str | Path | None = None,
         allow_base: str | None = None,
+        intervention_bytes: int = MEMORY_BYTES,
+        state_bytes: int = STATE_BYTES,
         device: str = "cpu",
         dtype: str = "auto",
         max_model_len: int | None = None,
@@ -94,8 +98,10 @@ class Engine:
             state_dir=state_dir,
             check_site=core.runner.sites.check,
             allow_base=allow_base,
+            memory_bytes=intervention_bytes,
+            state_bytes=state_bytes,
         )
-        if interventions is not None:
+        if interventions is not None or state_dir is not None:
             self.registry.watch(WATCH_SECONDS)
         self.info = EngineInfo(
             model=name,

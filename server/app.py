@@ -45,6 +45,7 @@ def create_app(engine: Engine, settings: Settings) -> FastAPI:
         asyncio.get_running_loop().set_default_executor(started_pool())
         await context.health.prove()
         yield
+        context.close()
 
     # FastAPI's own pages would need no key: the description is a route like any other here.
     app = FastAPI(

@@ -172,7 +172,7 @@ def _engine(settings: Settings) -> Engine:
 async def _print_answer(
     engine: Engine, prompt: str, uses: list[Use], sampling: Any, *, raw: bool
 ) -> None:
-    template = _resolve(engine, uses[0].label).manifest.template if uses else None
+    template = _resolve(engine, uses[0].label).template if uses else None
     if raw:
         tokens = engine.tokenizer.encode(prompt)
     else:

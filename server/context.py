@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Annotated
+from functools import partial
+from typing import TYPE_CHECKING, Annotated, ParamSpec, TypeVar
 
 from fastapi import Depends, Request
 from starlette.types import Scope
@@ -12,10 +16,17 @@ from starlette.types import Scope
 from server.health import Health
 from server.metrics import Metrics
 from server.settings import Settings
+from server.threads import started_pool
 
 if TYPE_CHECKING:
     from reft_runtime.llm import Engine
 
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+ADMIN_THREADS = 4
+"""Threads for uploads, listings and metrics; those of requests are asyncio's own."""
 
 BODIES_BYTES = 256 * 2**20
 """Bytes of the bodies of all requests under way, or twice the largest body where that is more."""
@@ -51,10 +62,22 @@ class Context:
     health: Health
     started: int = field(default_factory=lambda: int(time.time()))
     bodies: BodyBudget = field(init=False)
+    _admin: ThreadPoolExecutor = field(
+        default_factory=lambda: started_pool(ADMIN_THREADS, "reft-admin")
+    )
 
     def __post_init__(self) -> None:
         limit = max(BODIES_BYTES, 2 * self.settings.max_body_bytes)
         object.__setattr__(self, "bodies", BodyBudget(limit))
+
+    async def administer(self, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
+        """Run what may take long in a thread that no completion waits for."""
+        work = partial(function, *args, **kwargs)
+        return await asyncio.get_running_loop().run_in_executor(self._admin, work)
+
+    def close(self) -> None:
+        """Start no more of it."""
+        self._admin.shutdown(wait=False, cancel_futures=True)
 
 
 async def _context(request: Request) -> Context:  # async, for others go through a thread

@@ -24,6 +24,8 @@ from reft_runtime.errors import (
     OutOfMemory,
     Overloaded,
     ReftError,
+    StoreFull,
+    Unavailable,
     WrongBaseModel,
 )
 from server.refusals import INSTEAD_OF_ROUTES
@@ -46,6 +48,8 @@ _CODES: dict[type[ReftError], tuple[int, str | None]] = {
     Draining: (503, "draining"),
     Overloaded: (503, "overloaded"),
     EngineDead: (503, "engine_dead"),
+    Unavailable: (503, "unavailable"),
+    StoreFull: (507, "store_full"),
 }
 """Status and code by exception; what is not listed is an internal error (500)."""
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-from collections import Counter as Tally
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
@@ -147,9 +146,8 @@ class _EngineCollector(Collector):
         ):
             yield CounterMetricFamily(f"reft:{name}", text, value)
         yield from _prefix_cache(stats.prefix_cache)
-        tiers = Tally(entry.tier for entry in self._engine.registry.entries())
         family = GaugeMetricFamily("reft:interventions", "Interventions by tier.", labels=["tier"])
-        for tier, count in tiers.items():
+        for tier, count in self._engine.registry.tiers().items():
             family.add_metric([tier], count)
         yield family
 

@@ -49,7 +49,7 @@ class Selection:
 
 
 def select(engine: Engine, model: str, uses: Sequence[InterventionUse] = ()) -> Selection:
-    """Resolve `model`, or `uses` where given, in the registry; may touch the disk.
+    """Resolve `model`, or `uses` where given, in the registry, their tensors read from the disk.
 
     `model` is the base's id, NAME, NAME@DIGEST or BASE:NAME. Raises `NotFound` for an unknown one
     and `InvalidRequest` where interventions bring templates that differ.
@@ -69,7 +69,7 @@ def select(engine: Engine, model: str, uses: Sequence[InterventionUse] = ()) -> 
     templates: dict[tuple[str, SystemTurn], str] = {}
     for position, use in enumerate(wanted):
         try:
-            version = engine.registry.resolve(use.name)
+            version = engine.registry.ready(use.name)
         except NotFound:
             raise NotFound(
                 f"The intervention `{use.name}` does not exist.",
@@ -78,9 +78,8 @@ def select(engine: Engine, model: str, uses: Sequence[InterventionUse] = ()) -> 
         subspace = None if use.subspace is None else tuple(use.subspace)
         resolved.append(Use(version, use.strength, subspace))
         names.append(version.name)
-        manifest = version.manifest
-        if manifest.template is not None:
-            templates[manifest.template, manifest.system_turn] = version.name
+        if version.template is not None:
+            templates[version.template, version.system_turn] = version.name
     if len(templates) > 1:
         raise InvalidRequest(
             f"The chat templates of {' and '.join(templates.values())}, or what they do with a "

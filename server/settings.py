@@ -23,6 +23,8 @@ ENGINE_OPTIONS = (
     "interventions",
     "state_dir",
     "allow_base",
+    "intervention_bytes",
+    "state_bytes",
     "device",
     "dtype",
     "max_model_len",
@@ -64,6 +66,18 @@ class Settings(BaseSettings):
         max_length=256,
         description="Shell pattern: take files made for base models of such names where hidden "
         "size and layers fit, though architecture or vocabulary differ.",
+    )
+    intervention_bytes: int | None = Field(
+        default=None,
+        ge=2**28,
+        description="Memory for interventions, in bytes, by default 1 GiB: those used least "
+        "recently give way, uploads without --state-dir stay.",
+    )
+    state_bytes: int | None = Field(
+        default=None,
+        ge=2**26,
+        description="Most bytes of uploads in --state-dir, by default 16 GiB; the next is answered "
+        "507.",
     )
     host: str = Field(default="127.0.0.1", min_length=1, description="Address to listen on.")
     port: int = Field(

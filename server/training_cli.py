@@ -156,6 +156,9 @@ def eval_(
             "accuracy where rows have labels, else perplexity."
         ),
     ] = None,
+    prefixes: Annotated[
+        bool, typer.Option("--prefixes", help="A label may end inside a word: 1 stands for 10.")
+    ] = False,
     template: Template = None,
     dtype: Dtype = "auto",
     url: Url = None,
@@ -173,6 +176,7 @@ def eval_(
         model=model,
         folder=interventions,
         metric=cast("Metric | None", metric),
+        prefixes=prefixes,
         template=_unescaped(template),
         dtype=dtype,
     )

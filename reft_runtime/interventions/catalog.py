@@ -7,16 +7,26 @@ under a lock that is never held while a file is read; who holds a version keeps 
 
 from __future__ import annotations
 
+import json
 import re
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import chain, islice
 from typing import Literal
 
-from reft_runtime.errors import NotFound
+from reft_runtime.errors import NotFound, Overloaded, StoreFull
+from reft_runtime.interventions.intervention import validate_manifest
 from reft_runtime.interventions.manifest import Manifest
+from reft_runtime.interventions.residency import Residency, return_freed_memory
 from reft_runtime.interventions.version import Origin, Version
+
+Tier = Literal["disk", "host"]
+
+PAGE, PAGE_BYTES = 128, 1 << 18
+"""Names of one part of the listing, and what their manifests may take."""
 
 _LAYERS: tuple[Origin, ...] = ("loaded", "uploaded", "folder")
 _PREFIX = re.compile(r"[0-9a-f]{8,64}")
@@ -28,19 +38,26 @@ class Entry:
 
     `versions` are the digests that can be addressed, the current one first. `in_flight`,
     `requests` and `last_used` (Unix time) count all versions of the name. `tier` says where the
-    current version's tensors are: still on `disk`, or in `host` memory.
+    current version's tensors are: still on `disk`, or in `host` memory. `problem` says what is
+    wrong with the name's file, where the version cannot be used or is an older one.
     """
 
     name: str
     digest: str
     versions: tuple[str, ...]
     origin: Origin
-    tier: Literal["disk", "host"]
+    tier: Tier
     in_flight: int
     requests: int
     last_used: float | None
     size_bytes: int
-    manifest: Manifest
+    problem: str | None
+    manifest_json: bytes
+
+    @property
+    def manifest(self) -> Manifest:
+        """What the file says about itself; made anew at every call."""
+        return validate_manifest(json.loads(self.manifest_json))
 
 
 @dataclass(slots=True)
@@ -51,6 +68,11 @@ class _Name:
     held: set[Version] = field(default_factory=set)
     requests: int = 0
     last_used: float | None = None
+    problem: str | None = None
+
+    def reachable(self) -> set[Version]:
+        """All versions that somebody can address or holds."""
+        return {*self.layers.values(), *self.history, *self.held}
 
     def shown(self) -> list[Version]:
         """The layers, topmost first."""
@@ -66,11 +88,16 @@ class _Name:
 
 
 class Catalog:
-    """Names and versions in memory; every method may be called from any thread."""
+    """Names and versions in memory; every method may be called from any thread.
 
-    def __init__(self) -> None:
+    Interventions take at most `memory_bytes`: tensors that can be read again give way, and `hold`
+    and `_reserve` refuse what would not fit beside what must stay.
+    """
+
+    def __init__(self, memory_bytes: int) -> None:
         self._names: dict[str, _Name] = {}
-        self._lock = threading.Lock()  # guards _names and every version's in_flight
+        self._memory = Residency(memory_bytes)
+        self._lock = threading.Lock()  # guards _names, _memory and every version's in_flight
 
     def resolve(self, ref: str) -> Version:
         """The version that `NAME` or `NAME@<digest prefix>` (8 to 64 hex digits) stands for now.
@@ -96,36 +123,54 @@ class Catalog:
         """Begin a request on a version, its tensors loaded on return (a first use reads the file).
 
         Until the matching `release` the version works and stays addressable by its digest,
-        whatever happens to its name or its file. Raises as `Version.edits`, then holding nothing.
+        whatever happens to its name or its file. Raises as `Version.edits`, and `Overloaded` where
+        the interventions of other requests fill the memory; then holding nothing.
         """
+        self._pin(version)
         with self._lock:
-            known = self._names.setdefault(version.name, _Name())
-            known.held.add(version)
-            version.in_flight += 1
+            known = self._names[version.name]
             known.requests += 1
             known.last_used = time.time()
-        try:
-            version.edits()
-        except BaseException:
-            self.release(version)
-            raise
+
+    def ready(self, ref: str) -> Version:
+        """As `resolve`, with the tensors read, as a request that is about to begin wants it."""
+        version = self.resolve(ref)
+        self._pin(version)
+        self.release(version)
+        return version
 
     def release(self, version: Version) -> None:
         """End one request that held a version."""
-        with self._lock:
+        with self._changed(version.name) as known:
             if version.in_flight < 1:
                 raise RuntimeError(f"{version!r} is released more often than held")
             version.in_flight -= 1
             if version.in_flight == 0:
-                self._names[version.name].held.discard(version)
-                self._prune(version.name)
+                known.held.discard(version)
 
     def entries(self) -> list[Entry]:
         """The listing, sorted by name."""
+        return list(chain.from_iterable(self.pages()))
+
+    def pages(self) -> Iterator[list[Entry]]:
+        """The listing in parts that are short work each, so that nobody else waits for the lock."""
         with self._lock:
-            return [
-                _entry(name, known) for name, known in sorted(self._names.items()) if known.layers
-            ]
+            names = list(self._names)
+        names.sort()
+        rest = iter(names)
+        while page := list(islice(rest, PAGE)):
+            with self._lock:
+                found = [(name, self._names.get(name)) for name in page]
+                entries = [self._entry(n, known) for n, known in found if known and known.layers]
+            part: list[Entry] = []
+            size = 0
+            for entry in entries:  # manifests are small as a rule, and may be large
+                part.append(entry)
+                size += len(entry.manifest_json)
+                if size > PAGE_BYTES:
+                    yield part
+                    part, size = [], 0
+            yield part
 
     def entry(self, name: str) -> Entry:
         """One name's line of the listing; raises `NotFound`."""
@@ -133,7 +178,45 @@ class Catalog:
             known = self._names.get(name)
             if known is None or not known.layers:
                 raise unknown(name)
-            return _entry(name, known)
+            return self._entry(name, known)
+
+    def tiers(self) -> dict[Tier, int]:
+        """How many names' current versions are still on disk, and how many in memory."""
+        with self._lock:
+            host = sum(
+                1 for known in self._names.values() if known.layers and known.shown()[0].loaded
+            )
+            return {"disk": sum(1 for k in self._names.values() if k.layers) - host, "host": host}
+
+    def _entry(self, name: str, known: _Name) -> Entry:
+        current = known.shown()[0]
+        return Entry(
+            name=name,
+            digest=current.digest,
+            versions=tuple(known.versions()),
+            origin=current.origin,
+            tier="host" if current.loaded else "disk",
+            in_flight=sum(version.in_flight for version in known.held),
+            requests=known.requests,
+            last_used=known.last_used,
+            size_bytes=current.size_bytes,
+            problem=current.problem or (known.problem if current.origin == "folder" else None),
+            manifest_json=current.manifest_json,
+        )
+
+    def _pin(self, version: Version) -> None:
+        with self._changed(version.name) as known:
+            known.held.add(version)
+            version.in_flight += 1
+        try:
+            version.edits()
+            with self._lock:
+                self._memory.touch(version)
+            self._shrink(version)
+        except BaseException:
+            self.release(version)
+            self._shrink()
+            raise
 
     def _current(self, name: str) -> Version | None:
         with self._lock:
@@ -150,54 +233,102 @@ class Catalog:
             known = self._names.get(name)
             return list(known.history) if known is not None else []
 
-    def _place(self, version: Version) -> None:
-        """Put a version in its layer."""
+    def _uploads(self) -> list[Version]:
         with self._lock:
-            self._names.setdefault(version.name, _Name()).layers[version.origin] = version
-
-    def _place_upload(self, history: Sequence[Version]) -> None:
-        """Put the first of `history` on top, as the newest word on its name."""
-        with self._lock:
-            known = self._names.setdefault(history[0].name, _Name())
-            known.layers.pop("loaded", None)
-            known.layers["uploaded"] = history[0]
-            known.history = list(history)
-
-    def _displace(self, name: str, origin: Origin) -> None:
-        """Take one layer away, if it is there; an upload goes with its history."""
-        with self._lock:
-            if name in self._names:
-                self._names[name].layers.pop(origin, None)
-                if origin == "uploaded":
-                    self._names[name].history.clear()
-                self._prune(name)
+            return [version for known in self._names.values() for version in known.history]
 
     def _held_digests(self) -> set[str]:
         with self._lock:
             return {version.digest for known in self._names.values() for version in known.held}
 
-    def _prune(self, name: str) -> None:
-        known = self._names[name]
-        if not (known.layers or known.history or known.held):
-            del self._names[name]
+    def _reserve(self, size: int, leaving: Iterable[Version]) -> None:
+        """Raise `StoreFull` unless so many bytes that stay fit in, once these versions are gone."""
+        with self._lock:
+            fixed, budget = self._memory.fixed, self._memory.budget
+            if fixed + size - sum(old.fixed_bytes for old in leaving) > budget:
+                raise StoreFull(
+                    f"Uploaded interventions take {fixed} bytes of memory, and this one would take"
+                    f" {size}; there may be {budget}. Delete some of them, or start the server with"
+                    " more --intervention-bytes or with a --state-dir."
+                )
+
+    def _place(self, version: Version) -> None:
+        """Put a version in its layer."""
+        with self._changed(version.name) as known:
+            known.layers[version.origin] = version
+        self._shrink()
+
+    def _place_upload(self, history: Sequence[Version]) -> None:
+        """Put the first of `history` on top, as the newest word on its name."""
+        with self._changed(history[0].name) as known:
+            known.layers.pop("loaded", None)
+            known.layers["uploaded"] = history[0]
+            known.history = list(history)
+        self._shrink()
+
+    def _displace(self, name: str, origin: Origin) -> None:
+        """Take one layer away, if it is there; an upload goes with its history."""
+        with self._changed(name) as known:
+            known.layers.pop(origin, None)
+            if origin == "uploaded":
+                known.history.clear()
+        self._shrink()
+
+    def _note(self, name: str, problem: str | None) -> None:
+        """Show what is wrong with the name's file in a folder in the listing, or no longer."""
+        with self._lock:
+            if name in self._names:
+                self._names[name].problem = problem
+
+    def _shrink(self, newest: Version | None = None) -> None:
+        """Let the tensors that were used least recently give way until the budget holds.
+
+        Where it cannot hold, because of what is in use, `newest` gives way with `Overloaded`.
+        """
+        evicted = True
+        while evicted:
+            with self._lock:
+                idle = self._memory.idle()
+            # Asks the disk, and so not under the lock.
+            again = {version: version.replaceable() for version in idle}
+            evicted = False
+            with self._lock:
+                for version, replaceable in again.items():
+                    if not replaceable:  # the only copy of its content: others have to give way
+                        self._memory.touch(version)
+                    elif version.in_flight == 0 and version.evict():
+                        self._memory.evicted(version)
+                        evicted = True
+        with self._lock:
+            much = self._memory.freed_much()
+            full = self._memory.used > self._memory.budget
+            full = full and newest is not None and newest.reloadable and newest.in_flight == 1
+        if much:
+            return_freed_memory()
+        if full:
+            raise Overloaded(
+                "The interventions in use fill the memory set aside for them; try again in a"
+                " moment, or start the server with more --intervention-bytes."
+            )
+
+    @contextmanager
+    def _changed(self, name: str) -> Iterator[_Name]:
+        """Change what a name stands for, under the lock and with the books kept."""
+        with self._lock:
+            known = self._names.setdefault(name, _Name())
+            before = known.reachable()
+            try:
+                yield known
+            finally:
+                after = known.reachable()
+                for version in after - before:
+                    self._memory.enter(version)
+                for version in before - after:
+                    self._memory.leave(version)
+                if not after:
+                    del self._names[name]
 
 
 def unknown(name: str) -> NotFound:
     """The error for a name that stands for nothing."""
     return NotFound(f"The intervention `{name}` does not exist.", param="name")
-
-
-def _entry(name: str, known: _Name) -> Entry:
-    current = known.shown()[0]
-    return Entry(
-        name=name,
-        digest=current.digest,
-        versions=tuple(known.versions()),
-        origin=current.origin,
-        tier="host" if current.loaded else "disk",
-        in_flight=sum(version.in_flight for version in known.held),
-        requests=known.requests,
-        last_used=known.last_used,
-        size_bytes=current.size_bytes,
-        manifest=current.manifest,
-    )

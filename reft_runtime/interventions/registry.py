@@ -7,12 +7,11 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
 
 from reft_runtime.cores import releasing_workers
-from reft_runtime.errors import ConfigError, InvalidFile, InvalidRequest, NotFound, ReftError
-from reft_runtime.interventions.catalog import Catalog, unknown
+from reft_runtime.errors import InvalidFile, InvalidRequest, NotFound, ReftError, Unavailable
+from reft_runtime.interventions.catalog import unknown
 from reft_runtime.interventions.file import (
     MAX_FILE_BYTES,
     header_of,
@@ -21,15 +20,22 @@ from reft_runtime.interventions.file import (
     read_header,
     too_large,
 )
+from reft_runtime.interventions.folders import WORK_SHARE, Folders, check_sources
 from reft_runtime.interventions.manifest import BaseShape, Manifest, check_base
-from reft_runtime.interventions.sources import NAME, NAME_RULE, Found, list_folder, locate
-from reft_runtime.interventions.store import Store
+from reft_runtime.interventions.sources import NAME, NAME_RULE, Found, locate, look
+from reft_runtime.interventions.store import STATE_BYTES, Store
 from reft_runtime.interventions.version import Origin, Version
 
 HISTORY = 8
 """How many uploaded versions of a name are kept, the current one included."""
 
-SCAN_SHARE = 0.02
+MAX_ADDED_NAMES = 100_000
+"""Names that may be uploaded or loaded at run time."""
+
+MEMORY_BYTES = 1 << 30
+"""Memory that interventions take, unless told otherwise."""
+
+LOOK_SHARE = 0.05
 """Of the time, at most, is spent on looking for changes in the sources."""
 
 _log = logging.getLogger(__name__)
@@ -40,27 +46,21 @@ def check_folders(sources: Sequence[str | Path], state_dir: str | Path | None) -
 
     It needs the model, which may take minutes to load; these are looked at before.
     """
-    _check_sources([Path(source) for source in sources])
+    check_sources([Path(source) for source in sources])
     if state_dir is not None:
         Store(Path(state_dir)).close()
 
 
-def _check_sources(folders: Sequence[Path]) -> None:
-    for folder in folders:
-        if not folder.is_dir():
-            raise ConfigError(
-                f"The interventions folder {folder} does not exist; make it, or name another."
-            )
-
-
-class Registry(Catalog):
+class Registry(Folders):
     """The interventions of one base model.
 
     `sources` are folders that are read only; where two hold a file of one name, the first counts.
-    Uploads are kept in `state_dir`, which one process owns, or in memory without one. A file that
-    cannot be served is passed over, and `problems` says why. `check_site` raises where the loaded
-    model has no such place: it gets an edit's layer, component and width. Files made for a base
-    whose name matches the shell pattern `allow_base` are taken though its fingerprint differs.
+    Uploads are kept in `state_dir`, which one process owns, in at most `state_bytes`, or in memory
+    without one. Interventions take at most `memory_bytes`, all tensors of uploads without a state
+    folder included. A file that cannot be served is passed over, and `problems` says why.
+    `check_site` raises where the loaded model has no such place: it gets an edit's layer, component
+    and width. Files made for a base whose name matches the shell pattern `allow_base` are taken
+    though its fingerprint differs.
     """
 
     def __init__(
@@ -71,32 +71,30 @@ class Registry(Catalog):
         max_file_bytes: int = MAX_FILE_BYTES,
         check_site: Callable[[int, str, int], None] | None = None,
         allow_base: str | None = None,
+        memory_bytes: int = MEMORY_BYTES,
+        state_bytes: int = STATE_BYTES,
     ) -> None:
-        super().__init__()
+        super().__init__(memory_bytes, sources, reserved=base.model)
         self.base = base
         self._check_site = check_site
         self._allow_base = allow_base
-        self._sources = [Path(source) for source in sources]
         self._max_file_bytes = max_file_bytes
-        _check_sources(self._sources)
         self._changing = threading.Lock()  # one change at a time; taken before _lock, never after
-        self._listings: dict[Path, tuple[dict[str, Found], dict[str, str]]] = {}
-        self._found: dict[str, Found] = {}
-        self._broken: dict[str, str] = {}
-        self._scan_problems: dict[str, str] = {}
+        self._added: set[str] = set()  # names that were uploaded or loaded
         self._upload_problems: dict[str, str] = {}
+        self._state_problem: str | None = None
         self._closed = threading.Event()
         self._watcher: threading.Thread | None = None
-        self._store = None if state_dir is None else Store(Path(state_dir))
+        self._store = None if state_dir is None else Store(Path(state_dir), state_bytes)
         if self._store is not None:
             self._restore(self._store)
         self.scan()
 
     def watch(self, interval: float) -> None:
-        """Scan the sources in a thread of its own, until `close`.
+        """Scan the sources, and look after the state folder, in a thread of its own until `close`.
 
-        Every `interval` seconds, or less often where scans would take more than `SCAN_SHARE` of
-        the time.
+        Every `interval` seconds, or less often where looking would take more than `LOOK_SHARE` of
+        the time; reading what has changed takes at most `WORK_SHARE`.
         """
         if self._watcher is not None:
             raise RuntimeError("the registry is watching already")
@@ -115,40 +113,24 @@ class Registry(Catalog):
                 self._store.close()
                 self._store = None
 
-    def problems(self) -> dict[str, str]:
+    def unserved(self) -> dict[str, str]:
         """Why files are not served, by path, or by name for uploads."""
-        with self._changing:
-            return {**self._scan_problems, **self._upload_problems}
+        with self._scanning:
+            broken = {
+                str(self._found[name].path): error.message
+                for name, error in self._broken.items()
+                if name in self._found
+            }
+        state = {} if self._state_problem is None else {"(state folder)": self._state_problem}
+        return {**self._unlisted, **broken, **state, **self._upload_problems}
 
-    def scan(self) -> None:
-        """Take in what is new, changed or gone in the sources; reads only what has changed.
-
-        A file that replaces one in use is verified completely before its name moves to it; until
-        a broken one is mended, the version before it goes on being served if it is in memory.
-        """
-        with self._changing:
-            present: dict[str, Found] = {}
-            problems: dict[str, str] = {}
-            for folder in self._sources:
-                try:
-                    self._listings[folder] = list_folder(folder)
-                except OSError as error:  # serve on with what was there
-                    problems[str(folder)] = f"The folder cannot be read: {error.strerror}."
-                found, unlisted = self._listings.get(folder, ({}, {}))
-                problems.update(unlisted)
-                for name, file in found.items():
-                    if present.setdefault(name, file) is not file:
-                        problems[str(file.path)] = f"Hidden by {present[name].path}."
-            broken: dict[str, str] = {}
-            for name, file in present.items():
-                changed = self._found.get(name) != file
-                reason = self._adopt(name, file) if changed else self._broken.get(name)
-                if reason is not None:
-                    broken[name] = reason
-                    problems[str(file.path)] = reason
-            for name in self._found.keys() - present.keys():
-                self._displace(name, "folder")
-            self._found, self._broken, self._scan_problems = present, broken, problems
+    def problems(self) -> dict[str, str]:
+        """As `unserved`, and what is wrong with those that are listed, by name."""
+        problems = self.unserved()
+        for entry in self.entries():
+            if entry.problem is not None and entry.name not in self._broken:
+                problems[entry.name] = entry.problem
+        return problems
 
     def put(self, name: str, data: bytes, sha256: str | None = None) -> tuple[Version, bool]:
         """Upload a file under a name; returns its version, and whether the name is new.
@@ -157,7 +139,7 @@ class Registry(Catalog):
         before anything changes: `InvalidRequest` (the name), `FileTooLarge`, `InvalidFile`,
         `WrongBaseModel`. The upload shadows a source's file of the same name.
         """
-        _check_name(name)
+        self._check_name(name)
         if len(data) > self._max_file_bytes:
             raise too_large(len(data), self._max_file_bytes)
         if sha256 is not None and hashlib.sha256(data).hexdigest() != sha256.lower():
@@ -167,13 +149,14 @@ class Registry(Catalog):
             )
         version = self._verified(name, data, "uploaded")
         with self._changing:
+            self._tend()
             created = self._current(name) is None
-            history = [old for old in self._history(name) if old.digest != version.digest]
-            history = [version, *history[: HISTORY - 1]]
+            before = self._history(name)
+            kept = [old for old in before if old.digest != version.digest][: HISTORY - 1]
+            self._admit(version, kept=self._store is not None, leaving=set(before) - set(kept))
             if self._store is not None:
-                self._store.add_blob(version.digest, data)
-                self._store.point(name, [kept.digest for kept in history])
-            self._place_upload(history)
+                self._write(self._store, version, data, kept)
+            self._place_upload([version, *kept])
             self._upload_problems.pop(name, None)
             self._collect()
         _log.info("%s %r", "added" if created else "replaced", version)
@@ -186,12 +169,16 @@ class Registry(Catalog):
         outside, and for a name that is taken unless `replace`; `NotFound` for a missing file; and
         what `put` raises.
         """
-        _check_name(name)
+        self._check_name(name)
         file = locate(path, self._sources)
         try:
             data = read(file, self._max_file_bytes)
-        except OSError as error:
+        except FileNotFoundError as error:
             raise NotFound(f"The file cannot be read: {error.strerror}.", param="path") from error
+        except OSError as error:
+            raise Unavailable(
+                f"The file cannot be read: {error.strerror}.", param="path"
+            ) from error
         version = self._verified(name, data, "loaded")
         with self._changing:
             if not replace and self._current(name) is not None:
@@ -200,6 +187,8 @@ class Registry(Catalog):
                     " first.",
                     param="name",
                 )
+            before = self._layer(name, "loaded")
+            self._admit(version, kept=False, leaving=set() if before is None else {before})
             self._place(version)
         _log.info("loaded %r", version)
         return version
@@ -207,19 +196,37 @@ class Registry(Catalog):
     def remove(self, name: str) -> None:
         """Take away what a name stands for; what it shadowed, if anything, shows again.
 
-        An upload is deleted with its history. A source's file stays on disk and comes back when it
-        changes, or at the next start. Requests in flight end on what they began with. Raises
-        `NotFound`.
+        An upload is deleted with its history, also one that could not be restored. A source's file
+        stays on disk and comes back when it changes, or at the next start. Requests in flight end
+        on what they began with. Raises `NotFound`.
         """
         with self._changing:
+            self._tend()
             version = self._current(name)
-            if version is None:
+            origin = None if version is None else version.origin
+            if origin in (None, "folder") and name in self._upload_problems:
+                origin = "uploaded"
+            if origin is None:
                 raise unknown(name)
-            if version.origin == "uploaded" and self._store is not None:
-                self._store.remove(name)
-            self._displace(name, version.origin)
+            if origin == "uploaded":
+                if self._store is not None:
+                    self._store.remove(name)
+                self._upload_problems.pop(name, None)
+            self._displace(name, origin)
+            if self._layer(name, "loaded") is None and self._layer(name, "uploaded") is None:
+                self._added.discard(name)
             self._collect()
-        _log.info("removed %r", version)
+        _log.info("removed %s (%s)", name, origin)
+
+    def _check_name(self, name: str) -> None:
+        if not NAME.fullmatch(name):
+            raise InvalidRequest(
+                f"The name {name[:80]!r} is not allowed: {NAME_RULE}.", param="name"
+            )
+        if name == self.base.model:
+            raise InvalidRequest(
+                f"The name `{name}` is the base model's own id; choose another.", param="name"
+            )
 
     def _check(self, manifest: Manifest) -> None:
         check_base(manifest, self.base, self._allow_base)
@@ -231,54 +238,82 @@ class Registry(Catalog):
     def _verified(self, name: str, data: bytes, origin: Origin) -> Version:
         header = header_of(data)
         self._check(header.manifest)
-        edits = parse(data).canonical()
-        return Version(name, header, origin, lambda: data, edits)
+        return Version(name, header, origin, None, parse(data).canonical())
 
-    def _listed(self, name: str, path: Path, origin: Origin) -> Version:
-        header = read_header(path, self._max_file_bytes)
+    def _listed(self, name: str, file: Found, origin: Origin = "folder") -> Version:
+        header = read_header(file.path, self._max_file_bytes)
         self._check(header.manifest)
-        return Version(name, header, origin, partial(read, path, self._max_file_bytes))
+        return Version(name, header, origin, file)
 
-    def _adopt(self, name: str, file: Found) -> str | None:
-        """Serve a new or changed file of a source; returns the reason why not, if so."""
-        before = self._layer(name, "folder")
+    def _admit(self, version: Version, *, kept: bool, leaving: set[Version]) -> None:
+        """Refuse what would not fit. Of what is `kept` on disk the tensors need not stay."""
+        if version.name not in self._added and len(self._added) >= MAX_ADDED_NAMES:
+            raise InvalidRequest(
+                f"There are {MAX_ADDED_NAMES} uploaded names, as many as there may be; delete one"
+                " first.",
+                param="name",
+            )
+        size = version.fixed_bytes - (version.tensor_bytes if kept else 0)
+        self._reserve(size, leaving)
+        self._added.add(version.name)
+
+    def _write(self, store: Store, version: Version, data: bytes, kept: Sequence[Version]) -> None:
+        """Keep an upload on disk, from where its tensors can be read again."""
+        digests = [version.digest, *(old.digest for old in kept if store.holds(old.digest))]
         try:
-            version = self._listed(name, file.path, "folder")
-            if before is not None and before.loaded:
-                if before.digest == version.digest:
-                    return None
-                version.edits()
-            self._place(version)
-        except (ReftError, OSError) as error:
-            if before is not None and not before.loaded:
-                self._displace(name, "folder")
-            reason = error.message if isinstance(error, ReftError) else f"{error.strerror}."
-            _log.warning("%s is not served: %s", file.path, reason)
-            return reason
-        if before is not None:
-            _log.info("replaced %r by %r", before, version)
-        return None
+            store.add_blob(version.digest, data)
+            version.moved(look(store.blob(version.digest)))
+            store.point(version.name, digests)
+        except BaseException:
+            if self._layer(version.name, "uploaded") is None:
+                self._added.discard(version.name)
+            self._collect()
+            raise
 
     def _restore(self, store: Store) -> None:
         """Bring back what was uploaded before the last stop."""
         for name in store.damaged:
-            self._upload_problems[name] = "The pointer file is damaged; upload it again."
+            self._upload_problems[name] = (
+                "The pointer file is damaged; upload it again, or delete it."
+            )
         for name, digests in store.histories.items():
+            if name == self.base.model:
+                self._upload_problems[name] = "The name is the base model's own id; delete it."
+                continue
             history: list[Version] = []
             for digest in digests:
                 try:
-                    version = self._listed(name, store.blob(digest), "uploaded")
+                    version = self._listed(name, look(store.blob(digest)), "uploaded")
                     if version.digest != digest:
                         raise InvalidFile("The stored file is not the one that was uploaded.")
                 except (ReftError, OSError) as error:
-                    self._upload_problems.setdefault(name, f"Version {digest[:12]}: {error}")
+                    reason = error.message if isinstance(error, ReftError) else error.strerror
+                    self._upload_problems.setdefault(name, f"Version {digest[:12]}: {reason}")
                     if not history:
                         break
                 else:
                     history.append(version)
             if history:
                 self._place_upload(history)
+                self._added.add(name)
         self._collect()
+
+    def _tend(self) -> None:
+        """See that the state folder is still there, and ours; raises `Unavailable`."""
+        if self._store is None:
+            return
+        try:
+            if not self._store.check():
+                self._upload_problems.clear()
+                for version in self._uploads():
+                    version.problem = (
+                        "The state folder was deleted while the server ran, and this upload is no"
+                        " longer kept there; upload it again."
+                    )
+        except Unavailable as error:
+            self._state_problem = error.message
+            raise
+        self._state_problem = None
 
     def _collect(self) -> None:
         if self._store is not None:
@@ -287,15 +322,28 @@ class Registry(Catalog):
     def _watch(self, interval: float) -> None:
         wait = interval
         while not self._closed.wait(wait):
-            began = time.monotonic()
+            began, away = time.monotonic(), 0.0
+
+            def rest(worked: float) -> bool:
+                # Whoever computes in Python holds up the engine's thread.
+                nonlocal away
+                away += worked / WORK_SHARE
+                return self._closed.wait(worked / WORK_SHARE - worked)
+
             try:
-                self.scan()
+                self.scan(rest)
+                self._watch_state()
             except Exception:  # the watch must outlive whatever one scan meets
                 _log.exception("scanning the sources failed")
-            # A scan of thousands of files holds up the engine's thread now and then.
-            wait = max(interval, (time.monotonic() - began) / SCAN_SHARE)
+            wait = max(interval, (time.monotonic() - began - away) / LOOK_SHARE)
 
-
-def _check_name(name: str) -> None:
-    if not NAME.fullmatch(name):
-        raise InvalidRequest(f"The name {name[:80]!r} is not allowed: {NAME_RULE}.", param="name")
+    def _watch_state(self) -> None:
+        known = self._state_problem
+        if self._changing.acquire(blocking=False):  # whoever changes something looks as well
+            try:
+                self._tend()
+            except Unavailable as error:
+                if error.message != known:
+                    _log.error("%s", error.message)
+            finally:
+                self._changing.release()

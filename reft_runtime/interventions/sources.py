@@ -27,6 +27,37 @@ class Found(NamedTuple):
     size: int
     inode: int
 
+    def intact(self) -> bool:
+        """Whether the same content is still there; a new link to it, as backups make, is none."""
+        try:
+            now = look(self.path)
+        except OSError:
+            return False
+        return now._replace(changed_ns=self.changed_ns) == self
+
+
+def look(path: Path, *, follow: bool = False) -> Found:
+    """A file as it is now; `path` is a real path, unless it is to be followed. Raises `OSError`."""
+    status = os.stat(path, follow_symlinks=follow)
+    return Found(path, status.st_mtime_ns, status.st_ctime_ns, status.st_size, status.st_ino)
+
+
+def find(name: str, folder: Path) -> Found | None:
+    """The file that `list_folder` would list under this name, if there is one.
+
+    Raises `OSError` where the folder cannot be read.
+    """
+    root = Path(os.path.realpath(folder, strict=True))
+    path = root / f"{name}{SUFFIX}"
+    try:
+        if os.path.islink(path):
+            path = Path(os.path.realpath(path))
+            if not path.is_relative_to(root):
+                return None
+        return look(path)
+    except FileNotFoundError:
+        return None
+
 
 def list_folder(folder: Path) -> tuple[dict[str, Found], dict[str, str]]:
     """List the intervention files of one folder, not those of folders below it.
@@ -53,13 +84,9 @@ def list_folder(folder: Path) -> tuple[dict[str, Found], dict[str, str]]:
                 )
                 continue
         try:
-            status = os.stat(path, follow_symlinks=False)
+            found[name] = look(path)
         except OSError as error:
             problems[file.path] = f"Cannot be read: {error.strerror}."
-            continue
-        found[name] = Found(
-            path, status.st_mtime_ns, status.st_ctime_ns, status.st_size, status.st_ino
-        )
     return found, problems
 
 

@@ -2,26 +2,32 @@
 
 from __future__ import annotations
 
+import json
 import threading
-from collections.abc import Callable
 from typing import Literal
 
 from reft_runtime.cores import releasing_workers
-from reft_runtime.errors import InvalidFile, NotFound
+from reft_runtime.errors import InvalidFile, NotFound, Unavailable
 from reft_runtime.interventions.canonical import CanonicalEdit
-from reft_runtime.interventions.file import header_of, parse
+from reft_runtime.interventions.file import header_of, parse, read
 from reft_runtime.interventions.header import Header
+from reft_runtime.interventions.intervention import validate_manifest
 from reft_runtime.interventions.manifest import Manifest
+from reft_runtime.interventions.sources import Found
 
 Origin = Literal["loaded", "uploaded", "folder"]
+
+_OBJECT_BYTES = 2048
+"""What a version takes besides its manifest and its tensors, generously."""
 
 
 class Version:
     """What a name stood for when it was resolved: one file's content, and where it came from.
 
-    Only the header is read at first; the tensors are read, verified and converted at the first
-    call of `edits`, unless they are given. Made by `Registry`, which also counts `in_flight`, the
-    requests that hold it.
+    Only the header is read at first; the tensors are read from `source`, verified and converted at
+    the first call of `edits`, and may be dropped again by `evict`. Without a source the tensors
+    that are given are the only copy, and stay. Made by the registry, which also counts `in_flight`,
+    the requests that hold it.
     """
 
     def __init__(
@@ -29,50 +35,105 @@ class Version:
         name: str,
         header: Header,
         origin: Origin,
-        read: Callable[[], bytes],
+        source: Found | None,
         edits: tuple[CanonicalEdit, ...] | None = None,
     ) -> None:
         self.name = name
         self.origin = origin
         self.digest = header.digest
-        self.manifest: Manifest = header.manifest
+        self.template = header.manifest.template
+        self.system_turn = header.manifest.system_turn
+        # As text a manifest takes a fraction of the memory, and listing thousands costs no time.
+        self.manifest_json = header.manifest.model_dump_json().encode()
         self.size_bytes = header.size_bytes
         self.in_flight = 0
-        self._read = read
+        self.problem: str | None = None
+        self._source = source
         self._edits = edits
         self._loading = threading.Lock()
+
+    @property
+    def manifest(self) -> Manifest:
+        """What the file says about itself; made anew at every call."""
+        return validate_manifest(json.loads(self.manifest_json))
 
     @property
     def loaded(self) -> bool:
         """Whether the tensors are in memory."""
         return self._edits is not None
 
+    @property
+    def reloadable(self) -> bool:
+        """Whether the tensors have a file that they can be read from again."""
+        return self._source is not None
+
+    @property
+    def tensor_bytes(self) -> int:
+        """Memory of the tensors; 0 while they are on disk."""
+        return sum(edit.nbytes for edit in self._edits or ())
+
+    @property
+    def fixed_bytes(self) -> int:
+        """Memory that it takes as long as it can be addressed, in bytes."""
+        kept = 0 if self.reloadable else self.tensor_bytes
+        return _OBJECT_BYTES + len(self.manifest_json) + kept
+
     def edits(self) -> tuple[CanonicalEdit, ...]:
         """The edits in canonical form, in the order in which they apply.
 
-        The first call reads the file. Raises `InvalidFile` where its data is broken or it has
-        changed since it was listed, and `NotFound` where it is gone.
+        The first call reads the file. Raises `Unavailable` where its data is broken, cannot be
+        read or has changed since it was listed, and `NotFound` where a folder's file is gone.
         """
         with self._loading:
             if self._edits is None:
                 self._edits = self._load()
             return self._edits
 
+    def moved(self, file: Found) -> None:
+        """The same content is found in another file from now on."""
+        self._source = file
+
+    def replaceable(self) -> bool:
+        """Whether the tensors could be read again from the very file they came from."""
+        return self._source is not None and self._source.intact()
+
+    def evict(self) -> bool:
+        """Drop the tensors, unless somebody is reading them just now; whether it was done."""
+        if not self._loading.acquire(blocking=False):
+            return False
+        self._edits = None
+        self._loading.release()
+        return True
+
     @releasing_workers
     def _load(self) -> tuple[CanonicalEdit, ...]:
+        if self.problem is not None:  # known from an earlier try: the file must change first
+            raise self._unavailable(self.problem)
+        assert self._source is not None
         try:
-            data = self._read()
+            data = read(self._source.path, self._source.size)
+        except FileNotFoundError as error:
+            if self.origin == "folder":
+                raise NotFound(
+                    f"The file of the intervention `{self.name}` cannot be read any more"
+                    f" ({error.strerror})."
+                ) from None
+            self.problem = "Its file in the state folder is gone; upload it again."
+            raise self._unavailable(self.problem) from None
         except OSError as error:
-            raise NotFound(
-                f"The file of the intervention `{self.name}` cannot be read any more"
-                f" ({error.strerror})."
-            ) from error
-        if header_of(data).digest != self.digest:
-            raise InvalidFile(
-                f"The file of the intervention `{self.name}` has changed since it was listed; try"
-                " again in a moment."
-            )
-        return parse(data).canonical()
+            raise self._unavailable(f"Its file cannot be read ({error.strerror}).") from error
+        except InvalidFile as error:
+            raise self._unavailable(error.message) from None
+        try:
+            if header_of(data).digest == self.digest:
+                return parse(data).canonical()
+            reason = "Its file has changed since it was listed."
+        except InvalidFile as error:
+            reason = self.problem = error.message
+        raise self._unavailable(reason)
+
+    def _unavailable(self, reason: str) -> Unavailable:
+        return Unavailable(f"The intervention `{self.name}` cannot be used now: {reason}")
 
     def __repr__(self) -> str:
         return f"<Version {self.name}@{self.digest[:12]} ({self.origin})>"

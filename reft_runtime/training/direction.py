@@ -21,16 +21,17 @@ BATCH = 32
 
 
 def read_texts(path: str | Path) -> list[str]:
-    """The lines of a text file that are not blank."""
+    """The lines of a text file in UTF-8 that are not blank; a line ends at a line feed only."""
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        text = Path(path).read_bytes().decode("utf-8-sig")
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror}.") from None
     except UnicodeDecodeError as error:
         raise ConfigError(
             f"{path}: not UTF-8 (byte {error.start}); save the texts as UTF-8."
         ) from None
-    return [line.strip() for line in lines if line.strip()]
+    lines = (line.strip(" \t\r") for line in text.split("\n"))
+    return [line for line in lines if line.strip()]
 
 
 def direction(

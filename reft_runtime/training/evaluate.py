@@ -32,6 +32,8 @@ from reft_runtime.training.scoring import (
     Metric,
     Report,
     Score,
+    answer_texts,
+    check_label,
     is_right,
     metric_of,
     wanted_text,
@@ -40,17 +42,24 @@ from reft_runtime.training.train import Data
 
 BATCH = 32
 
+MARGIN = 3
+"""Tokens of an answer beyond the wanted ones: other blanks before it, and what shows its end."""
+
 Files = Mapping[str | None, bytes | None]
 """Intervention files by name; None is the base model."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Task:
-    """A data set, what is measured on it, and how its rows are read."""
+    """A data set, what is measured on it, and how its rows are read.
+
+    `labels` are those that answers begin with as whole words, None where prefixes count.
+    """
 
     rows: Rows
     metric: Metric
     layout: Layout
+    labels: set[str] | None
 
 
 def evaluate(
@@ -66,6 +75,7 @@ def evaluate(
     template: str | None = None,
     dtype: str = "auto",
     base: bool = True,
+    prefixes: bool = False,
     progress: bool = True,
 ) -> Report:
     """Score interventions, and unless told otherwise the base model, on data sets.
@@ -74,13 +84,23 @@ def evaluate(
     names that a running server has, or patterns. `template` is as for training; the chats of an
     intervention with a template of its own go through that. Prompts of all interventions and all
     data sets run in one batch, on an `Engine` of `model` or on the server. `metric` None is
-    accuracy where rows have labels, and else perplexity, which only runs in process.
+    accuracy where rows have labels, and else perplexity, which only runs in process. An answer
+    begins with a label as a whole word, or, with `prefixes`, by its letters alone.
     Raises `ConfigError` and `NotFound`.
     """
     tasks = [
-        _Task(rows, metric_of(rows, metric), Layout(template, rows.rows[0]))
+        _Task(
+            rows,
+            metric_of(rows, metric),
+            Layout(template, rows.rows[0]),
+            None if prefixes else rows.labels,
+        )
         for rows in map(read_rows, data)
     ]
+    for task in tasks:
+        if task.metric == "accuracy" and task.labels is not None:
+            for row in task.rows.rows:
+                check_label(row, task.layout, task.labels)
     if len({task.rows.name for task in tasks}) < len(tasks):
         raise ConfigError("data: two data sets have one name; rename a file.", param="data")
     likely = [task for task in tasks if task.metric == "perplexity"]
@@ -181,13 +201,16 @@ def _answered(
         ]
         if not asked:
             continue
-        # Answers begin with a blank; one that must be exact also has to end.
-        texts = sorted({f" {one.wanted}" for one in asked})
-        longest = max(count_tokens(texts)) + (metric == "exact")
+        texts = {
+            text
+            for one in asked
+            for text in answer_texts(one.row, one.wanted, metric, one.task.layout)
+        }
+        longest = max(count_tokens(sorted(texts))) + MARGIN
         rights: dict[tuple[str | None, str], list[bool]] = {}
         for one, answer in zip(asked, ask(asked, longest), strict=True):
             key = (one.intervention, one.task.rows.name)
-            rights.setdefault(key, []).append(is_right(answer, one.wanted, metric))
+            rights.setdefault(key, []).append(is_right(answer, one.wanted, metric, one.task.labels))
         scores += [
             Score(name or BASE, data, metric, sum(right) / len(right), len(right), tuple(right))
             for (name, data), right in rights.items()

@@ -60,6 +60,10 @@ class Layout:
         """The answer that the row wants."""
         return _turns(row)[-1]["content"] if self._chats else row.text("completion")
 
+    def has_completion(self, row: Row) -> bool:
+        """Whether the row says what the whole answer is; for a label alone it need not."""
+        return self._chats or "completion" in row.fields
+
 
 def _turns(row: Row) -> Chat:
     turns: Any = row.fields.get("messages")

@@ -34,8 +34,13 @@ class Row:
 
     @property
     def label(self) -> str | None:
-        """The answer's class, where rows have one."""
-        return self.text("label") if "label" in self.fields else None
+        """The answer's class, where rows have one; every answer would begin with an empty one."""
+        if "label" not in self.fields:
+            return None
+        label = self.text("label")
+        if not label.strip():
+            raise self.error("label is empty; write what the answer begins with, or leave it out.")
+        return label
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,14 +66,15 @@ def read_rows(source: str | Path | Sequence[Mapping[str, Any]]) -> Rows:
     path = Path(source)
     try:
         data = path.read_bytes()
-        text = data.decode()
+        text = data.decode("utf-8-sig")
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror}.", param="data") from None
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path}: not UTF-8 (byte {error.start}).", param="data") from None
     rows = []
-    for number, line in enumerate(text.splitlines(), 1):
-        if not line.strip():
+    # Not splitlines: strings in JSON may hold U+2028 and other things that it takes for line ends.
+    for number, line in enumerate(text.split("\n"), 1):
+        if not line.strip(" \t\r"):
             continue
         where = f"{path.name}, line {number}"
         try:

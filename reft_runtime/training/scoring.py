@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import unicodedata
+from collections.abc import Collection
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -94,7 +96,66 @@ def wanted_text(row: Row, metric: Metric, layout: Layout) -> str:
     return label.strip()
 
 
-def is_right(answer: str, wanted: str, metric: Metric) -> bool:
-    """Accuracy: the answer begins with the label. Exact: it is the completion. Blanks aside."""
+def answer_texts(row: Row, wanted: str, metric: Metric, layout: Layout) -> list[str]:
+    """The right answer as far as it counts, as it is written: how long answers have to be.
+
+    Behind something, as answers are: at the beginning of a text some tokenizers add a blank.
+    """
+    texts = [f" {wanted}", wanted]
+    if layout.has_completion(row):
+        completion = layout.completion(row)
+        begin = len(completion) - len(completion.lstrip())
+        if metric == "exact":
+            texts = [completion.rstrip()]
+        elif completion.startswith(wanted, begin):
+            texts = [completion[: begin + len(wanted)]]
+    return [text if text[:1].isspace() else f"\n{text}" for text in texts]
+
+
+def check_label(row: Row, layout: Layout, labels: Collection[str]) -> None:
+    """Raise where the very answer that a row wants would not count as right."""
+    if not layout.has_completion(row):
+        return
+    completion, label = layout.completion(row).strip(), row.label
+    if label is None or not completion.startswith(label.strip()):
+        return
+    if not begins_with(completion, label.strip(), labels):
+        raise row.error(
+            f"the label {label.strip()!r} is not what the completion {completion[:40]!r} begins"
+            " with, but a part of it; write the whole word, or count prefixes with --prefixes."
+        )
+
+
+def is_right(
+    answer: str, wanted: str, metric: Metric, labels: Collection[str] | None = None
+) -> bool:
+    """Accuracy: the answer begins with the label. Exact: it is the completion. Blanks aside.
+
+    `labels` are all that there are, None where any text that begins with the label's letters is
+    right, as `10` for the label `1`.
+    """
     answer = answer.strip()
-    return answer.startswith(wanted) if metric == "accuracy" else answer == wanted
+    if metric != "accuracy":
+        return answer == wanted
+    return answer.startswith(wanted) if labels is None else begins_with(answer, wanted, labels)
+
+
+def begins_with(answer: str, label: str, labels: Collection[str]) -> bool:
+    """Whether the answer begins with the label as a whole word, and with no longer one of them."""
+    return _begins(answer, label) and not any(
+        len(other) > len(label) and _begins(answer, other) for other in labels
+    )
+
+
+def _begins(answer: str, label: str) -> bool:
+    return answer.startswith(label) and not _inside_a_word(label[-1:], answer[len(label) :])
+
+
+def _inside_a_word(last: str, rest: str) -> bool:
+    """Whether a word, or a number, goes on behind its character `last`."""
+    if not rest or not last.isalnum():
+        return False
+    if rest[0].isalnum() or rest[0] == "_" or unicodedata.combining(rest[0]):
+        return True
+    joint = ".,:/" if last.isdecimal() else "'\u2019"
+    return rest[0] in joint and rest[1:2].isalnum()

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
-import asyncio
 import base64
 import binascii
+import os
 import re
 import time
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
-from fastapi import APIRouter, Request, Response
+from fastapi import APIRouter, Request
+from fastapi.responses import Response, StreamingResponse
+from orjson import Fragment
 
 from reft_runtime.errors import InvalidRequest
 from server.body import read_body
 from server.context import Server
+from server.listing import listing
 from server.openapi import takes_file
+from server.streaming import json_bytes
 
 if TYPE_CHECKING:
     from reft_runtime.interventions import Entry
@@ -22,23 +27,37 @@ if TYPE_CHECKING:
 router = APIRouter(prefix="/v1/interventions", tags=["interventions"])
 
 
-@router.get("")
-async def list_interventions(server: Server) -> dict[str, Any]:
-    """All interventions, by name."""
-    entries = await asyncio.to_thread(server.engine.registry.entries)
-    return {"object": "list", "data": [_entry(entry) for entry in entries]}
+MAX_PROBLEMS = 100
+"""Files that are not served, of which a listing says why; the log names all."""
 
 
-@router.get("/{name}")
-async def get_intervention(server: Server, name: str) -> dict[str, Any]:
+@router.get("", response_model=None)
+async def list_interventions(server: Server) -> StreamingResponse:
+    """All interventions, by name, and why files of the folder are not among them."""
+
+    def problems() -> dict[str, Any]:
+        found = sorted(server.engine.registry.unserved().items())
+        # A client need not know where on this machine a file lies.
+        return {
+            "problems": {os.path.basename(file): why for file, why in islice(found, MAX_PROBLEMS)}
+        }
+
+    return listing(server, _entry, more=problems)
+
+
+@router.get("/{name}", response_model=None)
+async def get_intervention(server: Server, name: str) -> Response:
     """One intervention."""
-    return _entry(await asyncio.to_thread(server.engine.registry.entry, name))
+    return _answer(await server.administer(server.engine.registry.entry, name))
 
 
-@router.put("/{name}", openapi_extra=takes_file(), responses={201: {"description": "New"}})
-async def put_intervention(
-    request: Request, response: Response, server: Server, name: str
-) -> dict[str, Any]:
+@router.put(
+    "/{name}",
+    openapi_extra=takes_file(),
+    response_model=None,
+    responses={201: {"description": "New"}},
+)
+async def put_intervention(request: Request, server: Server, name: str) -> Response:
     """Serve the file in the body under this name: 201 for a new name, 200 for a replaced one.
 
     Requests in flight end on the version that they began with.
@@ -46,20 +65,23 @@ async def put_intervention(
     from reft_runtime.interventions.file import MAX_FILE_BYTES  # loads torch: not before it must
 
     sha256 = _declared_sha256(request)
-    data = await read_body(request, MAX_FILE_BYTES)
-    begun = time.monotonic()
     registry = server.engine.registry
-    _, created = await asyncio.to_thread(registry.put, name, data, sha256)
+    body = await read_body(request, MAX_FILE_BYTES)
+    begun = time.monotonic()
+    _, created = await server.administer(registry.put, name, body, sha256)
     server.metrics.loaded(name, time.monotonic() - begun)
-    response.status_code = 201 if created else 200
-    return _entry(await asyncio.to_thread(registry.entry, name))
+    return _answer(await server.administer(registry.entry, name), 201 if created else 200)
 
 
 @router.delete("/{name}")
 async def delete_intervention(server: Server, name: str) -> dict[str, Any]:
     """Serve this name no longer. Requests in flight end as they began."""
-    await asyncio.to_thread(server.engine.registry.remove, name)
+    await server.administer(server.engine.registry.remove, name)
     return {"id": name, "object": "intervention", "deleted": True}
+
+
+def _answer(entry: Entry, status: int = 200) -> Response:
+    return Response(json_bytes(_entry(entry)), status, media_type="application/json")
 
 
 def _entry(entry: Entry) -> dict[str, Any]:
@@ -74,7 +96,8 @@ def _entry(entry: Entry) -> dict[str, Any]:
         "requests": entry.requests,
         "last_used": entry.last_used,
         "size_bytes": entry.size_bytes,
-        "manifest": entry.manifest.model_dump(mode="json"),
+        "problem": entry.problem,
+        "manifest": Fragment(entry.manifest_json),
     }
 
 

@@ -3,24 +3,30 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fastapi import APIRouter
+from fastapi.responses import StreamingResponse
 
+from reft_runtime.errors import NotFound
 from server.context import Context, Server
-from server.selection import select
+from server.listing import listing
+
+if TYPE_CHECKING:
+    from reft_runtime.interventions import Entry
 
 router = APIRouter(tags=["openai"])
 
 
-@router.get("/v1/models")
-async def list_models(server: Server) -> dict[str, Any]:
+@router.get("/v1/models", response_model=None)
+async def list_models(server: Server) -> StreamingResponse:
     """The base model, then the interventions by name."""
     base = server.engine.info.model
-    entries = await asyncio.to_thread(server.engine.registry.entries)
-    models = [_model(server, base, root=base, parent=None)]
-    models += [_model(server, entry.name, root=entry.digest, parent=base) for entry in entries]
-    return {"object": "list", "data": models}
+
+    def line(entry: Entry) -> dict[str, Any]:
+        return _model(server, entry.name, root=entry.digest, parent=base)
+
+    return listing(server, line, first=(_model(server, base, root=base, parent=None),))
 
 
 @router.get("/v1/models/{model:path}")
@@ -29,9 +35,12 @@ async def get_model(server: Server, model: str) -> dict[str, Any]:
     base = server.engine.info.model
     if model == base:
         return _model(server, base, root=base, parent=None)
-    selection = await asyncio.to_thread(select, server.engine, model)
-    (use,) = selection.uses
-    return _model(server, model, root=use.label.partition("@")[2], parent=base)
+    name = model.removeprefix(f"{base}:")
+    try:
+        version = await asyncio.to_thread(server.engine.registry.resolve, name)
+    except NotFound:
+        raise NotFound(f"The model `{model}` does not exist.", param="model") from None
+    return _model(server, model, root=version.digest, parent=base)
 
 
 def _model(server: Context, model: str, *, root: str, parent: str | None) -> dict[str, Any]:

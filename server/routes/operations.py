@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -41,7 +40,7 @@ async def version() -> dict[str, str]:
 @router.get("/metrics", response_class=Response)
 async def metrics(server: Server) -> Response:
     """Metrics in Prometheus' text format."""
-    text = await asyncio.to_thread(server.metrics.text)
+    text = await server.administer(server.metrics.text)
     return Response(text, media_type=CONTENT_TYPE)
 
 

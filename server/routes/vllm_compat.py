@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -29,7 +28,7 @@ async def load_lora_adapter(
     """Serve a file inside the configured folder under a name."""
     begun = time.monotonic()
     with _vllm_fields():
-        await asyncio.to_thread(
+        await server.administer(
             server.engine.registry.load, body.lora_name, body.lora_path, body.load_inplace
         )
     server.metrics.loaded(body.lora_name, time.monotonic() - begun)
@@ -42,7 +41,7 @@ async def unload_lora_adapter(
 ) -> PlainTextResponse:
     """Serve a name no longer."""
     with _vllm_fields():
-        await asyncio.to_thread(server.engine.registry.remove, body.lora_name)
+        await server.administer(server.engine.registry.remove, body.lora_name)
     return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' removed successfully.")
 
 

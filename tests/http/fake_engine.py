@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-from collections.abc import AsyncIterator, Sequence
+import json
+from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
@@ -85,14 +86,11 @@ class FakeVersion:
     name: str
     digest: str = DIGEST
     template: str | None = None
+    system_turn: str = "prepend"
 
     @property
-    def manifest(self) -> Any:
-        return SimpleNamespace(
-            template=self.template,
-            system_turn="prepend",
-            model_dump=lambda mode: {"template": self.template},
-        )
+    def manifest_json(self) -> bytes:
+        return json.dumps({"template": self.template}).encode()
 
 
 class FakeRegistry:
@@ -105,6 +103,8 @@ class FakeRegistry:
         if version is None or (at and (len(prefix) < 8 or not version.digest.startswith(prefix))):
             raise NotFound(f"The model `{ref}` does not exist.", param="model")
         return version
+
+    ready = resolve
 
     def entry(self, name: str) -> Any:
         if name not in self.versions:
@@ -120,11 +120,21 @@ class FakeRegistry:
             requests=0,
             last_used=None,
             size_bytes=1,
-            manifest=version.manifest,
+            problem=None,
+            manifest_json=version.manifest_json,
         )
 
     def entries(self) -> list[Any]:
         return [self.entry(name) for name in sorted(self.versions)]
+
+    def pages(self) -> Iterator[list[Any]]:
+        yield self.entries()
+
+    def tiers(self) -> dict[str, int]:
+        return {"disk": 0, "host": len(self.versions)}
+
+    def unserved(self) -> dict[str, str]:
+        return self.problems()
 
     def problems(self) -> dict[str, str]:
         return {"broken.safetensors": "Cut off."}

@@ -2,9 +2,14 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shutil
+import sys
 import threading
+import time
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -15,11 +20,15 @@ from reft_runtime.errors import (
     InvalidFile,
     InvalidRequest,
     NotFound,
+    Overloaded,
+    StoreFull,
+    Unavailable,
     WrongBaseModel,
 )
 from reft_runtime.interventions import Registry, Version
-from reft_runtime.interventions.file import header_of, write_atomic
+from reft_runtime.interventions.file import header_of, parse, write_atomic
 from reft_runtime.interventions.registry import HISTORY
+from reft_runtime.interventions.sources import look
 from tests.interventions.make import BASE, file_bytes
 
 ONE, TWO, THREE = file_bytes(1), file_bytes(2), file_bytes(3)
@@ -147,22 +156,146 @@ def test_a_broken_replacement_of_what_was_never_read_is_not_served(folder: Path)
     registry = Registry(BASE, [folder])
     place(folder, "a", b"")
     registry.scan()
-    with pytest.raises(NotFound):
+    with pytest.raises(Unavailable, match="`a` cannot be served: Cut off"):
         registry.resolve("a")
     assert "Cut off" in only_problem(registry)
+    assert names(registry) == []
 
 
-def test_a_file_changed_since_the_scan_is_an_error_that_says_so(folder: Path) -> None:
+def test_what_changes_is_served_without_waiting_for_a_scan(folder: Path) -> None:
+    registry = Registry(BASE, [folder])
+    path = place(folder, "a", ONE)  # new
+    assert registry.ready("a").digest == digest(ONE)
+    place(folder, "a", TWO)  # replaced and in memory
+    assert registry.ready("a").digest == digest(TWO)
+    place(folder, "a", b"")  # broken: the one before it
+    assert registry.ready("a").digest == digest(TWO)
+    place(folder, "a", THREE)  # mended
+    assert registry.resolve("a").digest == digest(THREE)
+    place(folder, "a", ONE)  # replaced and never read
+    assert registry.ready("a").digest == digest(ONE)
+    assert registry.problems() == {}
+    path.unlink()
+    for ref in ("a", f"a@{digest(ONE)}"):
+        with pytest.raises(NotFound):
+            registry.resolve(ref)
+
+
+def test_a_version_whose_file_changes_under_its_request(folder: Path) -> None:
     path = place(folder, "a", ONE)
     registry = Registry(BASE, [folder])
     version = registry.resolve("a")
     place(folder, "a", TWO)
-    with pytest.raises(InvalidFile, match="`a` has changed since it was listed"):
+    with pytest.raises(Unavailable, match="`a` cannot be used now: Its file has changed"):
         registry.hold(version)
     path.unlink()
     with pytest.raises(NotFound, match="`a` cannot be read any more"):
         registry.hold(version)
     assert registry.entry("a").in_flight == 0
+
+
+def test_a_file_that_changes_while_it_is_read_is_read_again(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place(folder, "a", ONE)
+    registry = Registry(BASE, [folder])
+    files = iter([TWO, THREE])
+
+    def read_late(path: Path, size: int) -> bytes:
+        for data in files:
+            place(folder, "a", data)
+            break
+        return path.read_bytes()
+
+    monkeypatch.setattr("reft_runtime.interventions.version.read", read_late)
+    assert registry.ready("a").digest == digest(THREE)
+
+
+def test_a_change_that_the_disks_clock_does_not_show(folder: Path) -> None:
+    path = place(folder, "a", ONE)
+    registry = Registry(BASE, [folder])
+    registry._found["a"] = look(path)
+    path.write_bytes(TWO)
+    registry._found["a"] = look(path)  # as if both had been written within one tick
+    assert registry.ready("a").digest == digest(TWO)
+
+
+def test_damaged_data_is_not_the_askers_fault(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place(folder, "a", damaged(ONE))
+    registry = Registry(BASE, [folder])
+    assert registry.entry("a").problem is None  # only its header was read
+    with pytest.raises(Unavailable, match="`a` cannot be used now: The data does not match"):
+        registry.ready("a")
+    assert "damaged file" in str(registry.entry("a").problem)
+    assert "damaged file" in registry.problems()["a"]
+    monkeypatch.setattr("reft_runtime.interventions.version.read", None)  # not read again
+    with pytest.raises(Unavailable, match="damaged file"):
+        registry.ready("a")
+    monkeypatch.undo()
+    place(folder, "a", ONE)
+    assert registry.ready("a").digest == digest(ONE)
+    assert registry.problems() == {}
+
+
+def test_an_old_version_that_serves_on_says_why(folder: Path) -> None:
+    place(folder, "a", ONE)
+    registry = Registry(BASE, [folder])
+    registry.ready("a")
+    place(folder, "a", damaged(TWO))
+    assert registry.ready("a").digest == digest(ONE)
+    assert "new file is not served: " in str(registry.entry("a").problem)
+    assert "damaged file" in str(registry.entry("a").problem)
+    place(folder, "a", TWO)
+    assert registry.ready("a").digest == digest(TWO)
+    assert registry.entry("a").problem is None
+
+
+def test_a_disk_that_fails_for_a_moment(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    place(folder, "a", ONE)
+    registry = Registry(BASE, [folder])
+
+    def fail(path: Path, size: int) -> bytes:
+        raise OSError(5, "Input/output error")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("reft_runtime.interventions.version.read", fail)
+        with pytest.raises(Unavailable, match="Input/output error"):
+            registry.ready("a")
+    assert registry.ready("a").digest == digest(ONE)
+
+
+@pytest.mark.parametrize("kept", [False, True])
+def test_the_base_models_id_is_no_name(folder: Path, state: Path, kept: bool) -> None:
+    place(folder, "tiny", ONE)
+    place(folder, "a", ONE)
+    registry = Registry(BASE, [folder], state_dir=state if kept else None)
+    assert names(registry) == ["a"]
+    assert "the base model's own id" in only_problem(registry)
+    with pytest.raises(NotFound):
+        registry.resolve("tiny")
+    for call in (
+        lambda: registry.put("tiny", ONE),
+        lambda: registry.load("tiny", "a.safetensors"),
+    ):
+        with pytest.raises(InvalidRequest, match="`tiny` is the base model's own id") as caught:
+            call()
+        assert caught.value.param == "name"
+    registry.close()
+
+
+def test_an_upload_named_as_another_servers_base_can_be_deleted(state: Path) -> None:
+    registry = Registry(BASE.model_copy(update={"model": "other"}), state_dir=state)
+    registry.put("tiny", ONE)
+    registry.close()
+    registry = Registry(BASE, state_dir=state)
+    assert names(registry) == []
+    assert "the base model's own id" in registry.problems()["tiny"]
+    registry.remove("tiny")
+    assert registry.problems() == {}
+    assert list((state / "blobs").iterdir()) == list((state / "pointers").iterdir()) == []
+    registry.close()
 
 
 def test_problems_of_a_folder(folder: Path, tmp_path: Path) -> None:
@@ -215,6 +348,28 @@ def test_a_missing_folder_at_the_start_is_a_configuration_error(tmp_path: Path) 
         Registry(BASE, [tmp_path / "missing"])
 
 
+def test_nobody_waits_for_a_scan_of_many_changes(folder: Path) -> None:
+    files = [f"f{number}" for number in range(9)]
+    registry = Registry(BASE, [folder])
+    for name in files:
+        place(folder, name, ONE)
+    worked: list[float] = []
+
+    def rest(seconds: float) -> bool:
+        if not worked:  # between two files everything else goes on
+            registry.put("u", TWO)
+            assert registry.ready("f8").digest == digest(ONE)
+            registry.remove("f8")
+            assert registry.tiers() == {"disk": 1, "host": 1}
+        worked.append(seconds)
+        return len(worked) == 5
+
+    registry.scan(rest)
+    assert names(registry) == [*files[:5], "u"]
+    registry.scan(rest)
+    assert names(registry) == [*files[:8], "u"]
+
+
 def test_watch_picks_up_a_file_and_survives_a_fault(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -223,10 +378,10 @@ def test_watch_picks_up_a_file_and_survives_a_fault(
     scan = registry.scan
     faults = iter([RuntimeError("once")])
 
-    def watched_scan() -> None:
+    def watched_scan(*rest: Any) -> None:
         for fault in faults:
             raise fault
-        scan()
+        scan(*rest)
         if names(registry):
             scanned.set()
 
@@ -517,6 +672,264 @@ def test_a_damaged_pointer_is_a_problem_and_deletes_nothing(state: Path, pointer
     registry.close()
 
 
+@pytest.mark.parametrize("shown", [False, True])
+def test_deleting_mends_a_damaged_pointer(folder: Path, state: Path, shown: bool) -> None:
+    if shown:
+        place(folder, "a", TWO)
+    registry = Registry(BASE, state_dir=state)
+    registry.put("a", ONE)
+    registry.close()
+    (state / "pointers" / "a.json").write_bytes(b"{")
+    (state / "pointers" / "No Name.json").write_bytes(b"{")
+    registry = Registry(BASE, [folder], state_dir=state)
+    for name in ("a", "No Name"):
+        registry.remove(name)
+    assert registry.problems() == {}
+    assert list((state / "pointers").iterdir()) == list((state / "blobs").iterdir()) == []
+    assert names(registry) == (["a"] if shown else [])
+    if not shown:
+        with pytest.raises(NotFound):
+            registry.remove("a")
+    registry.close()
+
+
+def test_deleting_takes_an_upload_that_could_not_be_restored(folder: Path, state: Path) -> None:
+    place(folder, "a", THREE)
+    registry = Registry(BASE, state_dir=state)
+    registry.put("a", ONE)
+    registry.close()
+    (state / "blobs" / f"{digest(ONE)}.safetensors").unlink()
+    registry = Registry(BASE, [folder], state_dir=state)
+    registry.remove("a")
+    assert registry.problems() == {}
+    assert registry.entry("a").origin == "folder"
+    assert list((state / "pointers").iterdir()) == []
+    registry.close()
+
+
+# A state folder that goes away
+
+
+@pytest.mark.parametrize("gone", [".", "pointers", "blobs"])
+def test_a_deleted_state_folder_is_made_again(state: Path, gone: str) -> None:
+    registry = Registry(BASE, state_dir=state)
+    registry.put("a", ONE)
+    registry.put("b", TWO)
+    shutil.rmtree(state / gone)
+    registry.put("c", THREE)
+    assert registry.ready("a").digest == digest(ONE)  # serves on from memory
+    assert "no longer kept" in registry.problems()["a"]
+    assert registry.entry("c").problem is None
+    with pytest.raises(ConfigError, match="in use by another server"):
+        Registry(BASE, state_dir=state)
+    registry.put("a", TWO)
+    registry.remove("b")
+    assert registry.problems() == {}
+    registry.close()
+    registry = Registry(BASE, state_dir=state)
+    assert {entry.name: entry.versions for entry in registry.entries()} == {
+        "a": (digest(TWO),),
+        "c": (digest(THREE),),
+    }
+    registry.close()
+
+
+def test_the_watch_takes_a_deleted_state_folder_again(state: Path) -> None:
+    registry = Registry(BASE, state_dir=state)
+    registry.put("a", ONE)
+    registry.watch(0.005)
+    state.rename(state.with_name("aside"))
+    for _ in range(2000):
+        if registry.problems():
+            break
+        time.sleep(0.005)
+    assert "no longer kept" in registry.problems()["a"]
+    with pytest.raises(ConfigError, match="in use by another server"):
+        Registry(BASE, state_dir=state)
+    registry.close()
+
+
+def test_a_state_folder_that_another_server_has_taken(state: Path) -> None:
+    registry = Registry(BASE, state_dir=state)
+    registry.put("a", ONE)
+    shutil.rmtree(state)
+    other = Registry(BASE, state_dir=state)
+    for call in (lambda: registry.put("a", TWO), lambda: registry.remove("a")):
+        with pytest.raises(Unavailable, match="another server has it now"):
+            call()
+    assert registry.ready("a").digest == digest(ONE)
+    assert "another server has it" in only_problem(registry)
+    assert names(other) == []
+    registry.close()
+    other.close()
+
+
+def test_a_state_folder_that_cannot_be_written(
+    state: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    registry = Registry(BASE, state_dir=state)
+    registry.put("a", ONE)
+
+    def refuse(descriptor: int) -> None:
+        raise OSError(30, "Read-only file system")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", refuse)
+        for call in (lambda: registry.put("a", TWO), lambda: registry.remove("a")):
+            with pytest.raises(Unavailable, match="cannot be written: Read-only file system"):
+                call()
+    assert registry.ready("a").digest == digest(ONE)
+    registry.close()
+    shutil.rmtree(state)
+    state.write_bytes(b"")  # a file where the folder was
+    registry = Registry(BASE)
+    registry.close()
+
+
+# Memory
+
+
+def edit_bytes(data: bytes) -> int:
+    return sum(edit.nbytes for edit in parse(data).canonical())
+
+
+def fixed(count: int) -> int:
+    """Room for the manifests of so many uploads."""
+    registry = Registry(BASE)
+    version, _ = registry.put("a", ONE)
+    return count * (version.fixed_bytes - version.tensor_bytes)
+
+
+@pytest.mark.parametrize("kept", [False, True])
+def test_the_bytes_of_an_upload_are_not_kept(state: Path, kept: bool) -> None:
+    registry = Registry(BASE, state_dir=state if kept else None)
+    data = bytes(bytearray(ONE))
+    before = sys.getrefcount(data)
+    registry.put("a", data)
+    assert sys.getrefcount(data) == before
+    registry.close()
+
+
+@pytest.mark.parametrize("kept", [False, True])
+def test_what_is_deleted_is_given_back(
+    state: Path, kept: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trimmed: list[int] = []
+    monkeypatch.setattr("reft_runtime.interventions.residency._TRIM_BYTES", 1000)
+    monkeypatch.setattr(
+        "reft_runtime.interventions.catalog.return_freed_memory", lambda: trimmed.append(1)
+    )
+    registry = Registry(BASE, state_dir=state if kept else None)
+    gone = []
+    for seed in range(4):
+        version, _ = registry.put("a", file_bytes(seed))
+        gone.append(weakref.ref(version))
+    held = version
+    registry.hold(held)
+    registry.remove("a")
+    del version
+    assert [ref() is None for ref in gone] == [True, True, True, False]
+    assert registry._memory.used == held.fixed_bytes + (held.tensor_bytes if kept else 0)
+    registry.release(held)
+    assert registry._memory.used == 0
+    assert trimmed
+    registry.close()
+
+
+def test_uploads_in_memory_are_bounded_and_make_room_when_deleted(folder: Path) -> None:
+    place(folder, "f", ONE)
+    registry = Registry(BASE, [folder], memory_bytes=fixed(3) + 3 * edit_bytes(ONE) - 1)
+    registry.put("a", ONE)
+    registry.put("b", TWO)
+    for call in (
+        lambda: registry.put("c", THREE),
+        lambda: registry.put("a", THREE),  # its history counts
+        lambda: registry.load("c", "f.safetensors"),
+    ):
+        with pytest.raises(StoreFull, match="bytes of memory, and this one would take"):
+            call()
+    assert names(registry) == ["a", "b", "f"]
+    registry.put("a", ONE)  # the very same again
+    registry.remove("b")
+    registry.put("c", THREE)
+    assert registry.ready("c").digest == digest(THREE)
+
+
+def test_uploads_on_disk_are_bounded(state: Path) -> None:
+    registry = Registry(BASE, state_dir=state, state_bytes=2 * len(ONE))
+    registry.put("a", ONE)
+    registry.put("b", ONE)  # the same file is kept once
+    registry.put("c", TWO)
+    with pytest.raises(StoreFull, match="bytes of the state folder"):
+        registry.put("d", THREE)
+    registry.remove("c")
+    registry.put("d", THREE)
+    registry.close()
+
+
+def test_names_are_bounded(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("reft_runtime.interventions.registry.MAX_ADDED_NAMES", 2)
+    place(folder, "f", ONE)
+    registry = Registry(BASE, [folder])
+    registry.put("a", ONE)
+    registry.load("b", "f.safetensors")
+    for call in (lambda: registry.put("c", ONE), lambda: registry.load("c", "f.safetensors")):
+        with pytest.raises(InvalidRequest, match="as many as there may be; delete one first"):
+            call()
+    registry.put("a", TWO)
+    registry.remove("b")
+    registry.put("c", ONE)
+
+
+@pytest.mark.parametrize("uploaded", [False, True])
+def test_tensors_used_least_recently_give_way(folder: Path, state: Path, uploaded: bool) -> None:
+    one = edit_bytes(ONE)
+    room = 2 * one + (fixed(4) if uploaded else 0)
+    registry = Registry(BASE, [folder], state_dir=state, memory_bytes=room)
+    for name, seed in zip("abcd", range(4), strict=True):
+        if uploaded:
+            registry.put(name, file_bytes(seed))
+        else:
+            place(folder, name, file_bytes(seed))
+    registry.scan()
+
+    def loaded() -> list[str]:
+        return [entry.name for entry in registry.entries() if entry.tier == "host"]
+
+    registry.ready("a")
+    held = registry.resolve("b")
+    registry.hold(held)
+    registry.ready("a")
+    assert loaded() == ["a", "b"]
+    registry.ready("c")  # b came before a, and is in use
+    assert loaded() == ["b", "c"]
+    assert registry.tiers() == {"disk": 2, "host": 2}
+    other = registry.resolve("d")
+    registry.hold(other)
+    assert loaded() == ["b", "d"]
+    with pytest.raises(Overloaded, match="interventions in use fill the memory"):
+        registry.ready("a")
+    assert loaded() == ["b", "d"]
+    registry.hold(held)  # what is in memory can be used by more
+    for version in (held, held, other):
+        registry.release(version)
+    assert registry.ready("a").edits()
+    assert registry._memory.used <= room
+    registry.close()
+
+
+def test_the_only_copy_does_not_give_way(folder: Path) -> None:
+    place(folder, "a", ONE)
+    place(folder, "b", TWO)
+    registry = Registry(BASE, [folder], memory_bytes=edit_bytes(ONE))
+    registry.ready("a")
+    place(folder, "a", b"")
+    registry.scan()
+    with pytest.raises(Overloaded):
+        registry.ready("b")
+    assert registry.ready("a").digest == digest(ONE)
+
+
 @pytest.mark.parametrize(
     ("blob", "reason"),
     [(None, "No such file"), (b"", "Cut off"), (TWO, "not the one"), (FOREIGN, "made for")],
@@ -551,9 +964,13 @@ def test_a_full_disk_leaves_the_old_version(state: Path, monkeypatch: pytest.Mon
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", no_space)
-        with pytest.raises(OSError, match="No space"):
+        with pytest.raises(StoreFull, match="disk of the state folder is full"):
             registry.put("a", TWO)
+        with pytest.raises(StoreFull, match="disk of the state folder is full"):
+            registry.put("b", TWO)
     assert registry.resolve("a") is old
+    assert names(registry) == ["a"]
+    assert len(list((state / "blobs").iterdir())) == 1
     registry.close()
     registry = Registry(BASE, state_dir=state)
     assert registry.resolve("a").digest == digest(ONE)
@@ -626,7 +1043,7 @@ def test_load_what_is_no_file(folder: Path) -> None:
     os.mkfifo(folder / "fifo")
     place(folder, "bad", ONE[:-1])
     registry = Registry(BASE, [folder])
-    for path in ("missing.safetensors", "fifo"):
+    for path in ("missing.safetensors", "fifo", "x" * 256, "x/" * 3000):
         with pytest.raises(NotFound, match="no such file"):
             registry.load("a", path)
     with pytest.raises(InvalidRequest, match="is a folder"):
@@ -668,7 +1085,7 @@ def test_requests_keep_their_version_while_names_move(folder: Path, state: Path)
             registry.release(version)
 
     def change() -> None:
-        for turn in range(40):
+        for turn in range(12):
             registry.put("a", files[turn % 4])
             place(folder, "b", files[turn % 4])
             registry.scan()

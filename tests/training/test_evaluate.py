@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pandas
@@ -17,7 +18,9 @@ from reft_runtime import Engine
 from reft_runtime.errors import ConfigError, NotFound, ReftError
 from reft_runtime.interventions import parse, read, read_header
 from reft_runtime.training import TrainSettings, direction, evaluate, train
+from reft_runtime.training.direction import read_texts
 from reft_runtime.training.remote import Server
+from reft_runtime.training.scoring import is_right
 from server.cli import app
 from server.settings import Settings
 from tests.e2e.conftest import served
@@ -76,7 +79,8 @@ def options(place: Path) -> dict[str, Any]:
 
 def test_many_by_many(place: Path) -> None:
     data = [place / "goodbad.jsonl", place / "chats.jsonl"]
-    report = evaluate(data, ["ta*"], **options(place))
+    # So small a model learns its labels, but not to end behind them.
+    report = evaluate(data, ["ta*"], prefixes=True, **options(place))
     assert [(s.intervention, s.data, s.metric) for s in report.scores] == [
         ("base", "goodbad", "accuracy"),
         ("talk", "goodbad", "accuracy"),
@@ -104,6 +108,77 @@ def test_the_server_gives_the_same_to_the_example(place: Path, address: str) -> 
     exact: dict[str, Any] = {"metric": "exact"}
     chats = evaluate([place / "chats.jsonl"], ["talk"], url=address, progress=False, **exact)
     assert chats == evaluate([place / "chats.jsonl"], ["talk"], **options(place), **exact)
+
+
+LATE = [
+    {
+        "messages": [
+            {"role": "user", "content": row["prompt"]},
+            {"role": "assistant", "content": "\n\n\nsting"},
+        ],
+        "label": "sting",
+    }
+    for row in ROWS[:5]
+]
+"""Answers that begin with more than a blank, and whose label has more tokens."""
+
+
+@pytest.mark.parametrize("metric", ["accuracy", "exact"])
+@pytest.mark.parametrize("served", [False, True])
+def test_answers_are_as_long_as_they_are_written(
+    place: Path, address: str, monkeypatch: pytest.MonkeyPatch, metric: Any, served: bool
+) -> None:
+    """A model that answers what the rows want gets all points, whatever tokens it needs."""
+    tokenizer = tiny_tokenizer()
+    wanted = tokenizer.encode("\n\n\nsting", add_special_tokens=False)
+    allowed: list[int] = []
+
+    def cut(max_tokens: int) -> str:
+        allowed.append(max_tokens)
+        text = str(tokenizer.decode(wanted[:max_tokens]))
+        return text if max_tokens > len(wanted) else text + "?"  # it has to end, too
+
+    def generate(self: Engine, prompts: Any, sampling: Any, **_: Any) -> Any:
+        return [SimpleNamespace(text=cut(sampling.max_tokens)) for _ in prompts]
+
+    def answers(self: Server, questions: Any, **_: Any) -> list[str]:
+        return [cut(question.max_tokens) for question in questions]
+
+    monkeypatch.setattr(Engine, "generate", generate)
+    monkeypatch.setattr(Server, "answers", answers)
+    where = {"url": address, "progress": False} if served else options(place)
+    report = evaluate([LATE], ["talk"], metric=metric, **where)
+    assert report.value("talk", "rows") == 1
+    assert max(allowed) < len(wanted) + 8
+
+
+@pytest.mark.parametrize(
+    ("answer", "label", "right"),
+    [
+        ("1", "1", True), (" 1\n2", "1", True), ("1.", "1", True), ("1, or 2", "1", True),
+        ("10", "1", False), ("1.5", "1", False), ("1,000", "1", False), ("1st", "1", False),
+        ("1:30", "1", False), ("yes.", "yes", True), ("yes", "yes", True), ("yes!", "yes", True),
+        ("yesterday", "yes", False), ("don't", "don", False), ("don\u2019t", "don", False),
+        ("yes_no", "yes", False), ("cafe\u0301", "cafe", False), ("C++", "C++", True),
+        ("New York", "New", False), ("New", "New", True), ("New York", "New York", True),
+        ("(a) x", "(a)", True), ("nothing", "no", False), ("", "no", False),
+        ("no", "nothing", False),
+    ],
+)  # fmt: skip
+def test_a_label_is_a_whole_word(answer: str, label: str, right: bool) -> None:
+    labels = {"New York", label}
+    assert is_right(answer, label, "accuracy", labels) is right
+    assert is_right(answer, label, "accuracy") is answer.strip().startswith(label)  # prefixes
+
+
+def test_labels_that_say_nothing_or_stand_inside_a_word(place: Path) -> None:
+    for label in ("", " \n"):
+        with pytest.raises(ConfigError, match="row 2: label is empty"):
+            evaluate([[ROWS[0], {**ROWS[1], "label": label}]], **options(place))
+    inside = [{"prompt": "x", "completion": " 10", "label": "1"}]
+    with pytest.raises(ConfigError, match="row 1: the label '1' is not what the completion '10'"):
+        evaluate([inside], **options(place))
+    assert evaluate([inside], prefixes=True, **options(place)).value("base", "rows") == 0
 
 
 def test_without_the_base(place: Path, address: str) -> None:
@@ -202,6 +277,12 @@ def test_a_direction_is_the_difference_of_means() -> None:
     assert str(made.manifest.edits[0].positions) == "all"
 
 
+def test_texts_are_the_lines_of_a_file(tmp_path: Path) -> None:
+    path = tmp_path / "texts.txt"
+    path.write_bytes("\ufeffone\u2028still\x85one\r\n\n  two\rstill two \n".encode())
+    assert read_texts(path) == ["one\u2028still\x85one", "two\rstill two"]
+
+
 def test_directions_that_cannot_be() -> None:
     given: dict[str, Any] = {"model": model(), "tokenizer": tiny_tokenizer(), "progress": False}
     with pytest.raises(ConfigError, match=r"layer: 9; .* has 0 to 3"):
@@ -231,7 +312,7 @@ def test_the_commands(place: Path, address: str, tmp_path: Path) -> None:
     manifest = read_header(out).manifest
     assert manifest.template == "Is it {prompt}\n?"
     assert [edit.layer for edit in manifest.edits] == [1, 2]
-    asked = ("--template", "Is it {text}\\n?", "--json")
+    asked = ("--template", "Is it {text}\\n?", "--json", "--prefixes")
     mine = run("eval", data, "--intervention", out, *common, *asked)
     assert json.loads(mine) == json.loads(
         run("eval", data, "--intervention", "mine", "--url", address, *asked)

@@ -81,6 +81,16 @@ def test_the_digest_is_the_files(tmp_path: Path) -> None:
     assert rows.sha256 != read_rows([{"prompt": "a", "completion": "c"}]).sha256
 
 
+def test_only_a_line_feed_ends_a_row(tmp_path: Path) -> None:
+    path = tmp_path / "x.jsonl"
+    inside = "a\u2028b\u2029c\x85d\x1ce"
+    line = '{"prompt": "' + inside.replace("\x1c", "\\u001c") + '", "completion": "y"}'
+    path.write_bytes(f"\ufeff{line}\r\n\r\n{line}".encode())
+    rows = read_rows(path)
+    assert [row.fields["prompt"] for row in rows.rows] == [inside, inside]
+    assert rows.rows[1].where == "x.jsonl, line 3"
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
@@ -113,6 +123,7 @@ def test_files_that_cannot_be_read(tmp_path: Path, content: bytes, message: str)
         ([{"messages": [{"role": "assistant"}, *CHAT]}], None, "each with role and content"),
         ([{"messages": [{"role": "x", "content": "y"}, *CHAT]}], None, "unknown role x"),
         ([{"prompt": "x", "completion": " no", "label": "yes"}], None, "begin with the label"),
+        ([{"prompt": "x", "completion": " no", "label": " "}], None, "row 1: label is empty"),
         ([{"prompt": "\ud800", "completion": "x"}], None, "row 1: prompt: not valid Unicode"),
     ],
 )
