@@ -35,7 +35,7 @@ from tests.helpers.models import (
 from tests.helpers.pages import graphs_for, pages_for, tables_for, triton_attention, triton_edits
 from tests.helpers.reference import RandomEdit, applied
 
-BUDGET = 300
+BUDGET = 256
 """Bytes: of two interventions in turn, one gives way to the other."""
 
 Spy = list[tuple[int, bool]]
@@ -187,6 +187,10 @@ def test_memory_that_runs_out_while_edits_are_copied_costs_the_newest_alone(
     assert found["y"].failed == engine_core.OUT_OF_MEMORY
     assert found["x"].tokens == wanted["x"]
     assert run(core, asked) == wanted
+    held = core.runner.tables
+    assert held is not None
+    parts = sum(each.lent for each in held._held.values())
+    assert bool(parts) != bool(held._arena._free)  # what was taken in vain was given back
 
 
 @pytest.mark.parametrize("replays", ["triton"], indirect=True)

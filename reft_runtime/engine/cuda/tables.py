@@ -9,14 +9,14 @@ but nothing that the step at hand uses. Slot 0 changes nothing.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
+from reft_runtime.engine.cuda.arena import Arena, whole
 from reft_runtime.engine.sites import Site
 from reft_runtime.engine.staging import send, to_device
 from reft_runtime.interventions import CanonicalEdit, Positions
@@ -31,7 +31,7 @@ SLOTS = 4096
 PLACE = 5
 """Numbers of a layer's edit in the table: the addresses of V, U, b and c (below 0: none), and the
 rank."""
-_RANK_AT = 4
+NOWHERE = -1
 _BYTES = 4
 """Of a number."""
 
@@ -79,7 +79,7 @@ class RowEdits(Protocol):
 
 def table_bytes(layers: int, width: int, interventions: int) -> int:
     """Memory of so many interventions of all layers."""
-    return interventions * layers * (2 * RANK * width + 2 * RANK) * _BYTES
+    return interventions * whole(layers * (2 * RANK * width + RANK) * _BYTES)
 
 
 class Group(NamedTuple):
@@ -95,10 +95,15 @@ class Group(NamedTuple):
 class _Held(NamedTuple):
     groups: tuple[Group, ...]
     block: Tensor
+    lent: bool
+    """Whether the block is a part of what was set aside."""
 
 
 class EditTables:
-    """The interventions on a device, about `budget` bytes of them, which are set aside."""
+    """The interventions on a device, as many as `budget` bytes hold, which are set aside.
+
+    Only where a single step uses more does it take more.
+    """
 
     def __init__(
         self, layers: int, width: int, budget: int, device: torch.device, edit: RowEdits
@@ -108,14 +113,10 @@ class EditTables:
         self._layers, self._width = layers, width
         self._places = torch.zeros(layers, SLOTS, PLACE, dtype=torch.long, device=device)
         self._free = list(range(SLOTS - 1, 0, -1))
-        self._budget = budget
-        self._bytes = 0
+        self._arena = Arena(budget, device)
         self._held: OrderedDict[Key, _Held] = OrderedDict()
         self._in_use: set[Key] = set()
         self._plans: dict[Key, _Plan | None] = {}
-        self._pool = torch.cuda.MemPool() if device.type == "cuda" else None
-        with self._memory():
-            torch.empty(budget if self._pool else 0, dtype=torch.uint8, device=device)
 
     def layer(self, layer: int) -> Tensor:
         """The part of the table [slots, PLACE] that tells of one layer."""
@@ -139,9 +140,7 @@ class EditTables:
             plan = self._plan_of(key, edits)
             if plan is None:
                 return None
-            self._make_room(len(plan.parts), edits.block.nbytes)
             self._held[key] = self._copied(edits.block, plan)
-            self._bytes += edits.block.nbytes
         self._held.move_to_end(key)
         return self._held[key].groups
 
@@ -152,79 +151,85 @@ class EditTables:
             self._plans[key] = _Plan.of(edits, self._layers, self._width)
         return self._plans[key]
 
-    def _make_room(self, slots: int, size: int) -> None:
-        """Let others give way until there are so many slots and bytes more, if need be."""
-        for key in list(self._held):
-            if self._bytes + size <= self._budget and len(self._free) >= slots:
-                return
-            if key not in self._in_use:
-                held = self._held.pop(key)
-                self._bytes -= held.block.nbytes
-                self._free.extend(group.slot for group in held.groups)
+    def _room_for(self, size: int, slots: int) -> tuple[Tensor, bool]:
+        """Bytes for an intervention; others give way where there is no room, or too few slots."""
+        place = self._arena.take(size)
+        unused = (key for key in list(self._held) if key not in self._in_use)
+        while place is None or len(self._free) < slots:
+            key = next(unused, None)
+            if key is None:
+                break
+            held = self._held.pop(key)
+            self._free.extend(group.slot for group in held.groups)
+            if held.lent:
+                self._arena.give_back(held.block)
+            place = self._arena.take(size) if place is None else place
         if len(self._free) < slots:
             raise torch.OutOfMemoryError("out of memory: more edits in a step than slots")
+        if place is not None:
+            return place, True
+        return torch.empty(size, dtype=torch.uint8, device=self.device), False
 
     def _copied(self, block: Tensor, plan: _Plan) -> _Held:
-        with self._memory():
-            there = torch.empty_like(block, device=self.device)
-        there.copy_(block, non_blocking=True)
-        count = len(plan.parts)
-        slots = self._free[len(self._free) - count :]
-        places = torch.where(plan.places < 0, plan.places, plan.places * _BYTES + there.data_ptr())
-        places[..., _RANK_AT] = plan.ranks
-        numbers = send(torch.cat([torch.tensor(slots), places.flatten()]), self.device)
-        self._places.index_copy_(1, numbers[:count], numbers[count:].view(places.shape))
-        del self._free[len(self._free) - count :]
+        there, lent = self._room_for(block.nbytes, len(plan.groups))
+        try:
+            there[: block.nbytes].view(torch.float32).copy_(block, non_blocking=True)
+            slots = self._free[len(self._free) - len(plan.groups) :]
+            places = plan.places + plan.present * there.data_ptr()
+            sent = send(torch.cat([torch.tensor(slots), places.flatten()]), self.device)
+            numbers, addresses = sent.tensor_split([len(slots)])
+            self._places.index_copy_(1, numbers, addresses.view(places.shape))
+        except BaseException:
+            if lent:
+                self._arena.give_back(there)
+            raise
+        del self._free[len(self._free) - len(slots) :]
         groups = tuple(
-            Group(
-                part.positions,
-                frozenset(part.edits),
-                max(edit.rank for edit in part.edits.values()),
-                slot,
-            )
-            for part, slot in zip(plan.parts, slots, strict=True)
+            group._replace(slot=slot) for group, slot in zip(plan.groups, slots, strict=True)
         )
-        return _Held(groups, there)
-
-    @contextmanager
-    def _memory(self) -> Iterator[None]:
-        """Take memory of what was set aside."""
-        with torch.cuda.use_mem_pool(self._pool) if self._pool else nullcontext():
-            yield
+        return _Held(groups, there, lent)
 
 
 class _Plan(NamedTuple):
-    """How to enter packed edits in the table: numbers into their block, -1 for what there is not.
+    """How to enter packed edits in the table, without the edits.
 
-    `places` are [layers, parts, PLACE], of which the last column is left to `ranks`.
+    `places` are [layers, groups, PLACE]: addresses as if the block began at 0, of which those that
+    are `present` (1, else 0) are to be moved.
     """
 
-    parts: list[_Part]
+    groups: list[Group]
     places: Tensor
-    ranks: Tensor
+    present: Tensor
 
     @classmethod
     def of(cls, edits: PackedEdits, layers: int, width: int) -> _Plan | None:
         parts = _parts(edits, width)
         if parts is None:
             return None
-        nothing = [-1] * PLACE
         start = edits.block.data_ptr()
-        places = []
-        ranks = []
-        for layer in range(layers):
-            for part in parts:
-                edit = part.edits.get(layer)
-                tensors = () if edit is None else (edit.V, edit.U, edit.b, edit.offset)
-                own = [-1 if t is None else (t.data_ptr() - start) // _BYTES for t in tensors]
-                places.append([*own, 0] if edit else nothing)
-                ranks.append(edit.rank if edit else 0)
-        shape = layers, len(parts)
-        return cls(
-            parts,
-            torch.tensor(places, dtype=torch.long).view(*shape, PLACE),
-            torch.tensor(ranks, dtype=torch.long).view(shape),
-        )
+        places = torch.full((layers, len(parts), PLACE), NOWHERE, dtype=torch.long)
+        places[..., -1] = 0
+        for number, part in enumerate(parts):
+            told = [
+                [
+                    *(
+                        NOWHERE if tensor is None else tensor.data_ptr() - start
+                        for tensor in (edit.V, edit.U, edit.b, edit.offset)
+                    ),
+                    edit.rank,
+                ]
+                for edit in part.edits.values()
+            ]
+            places[list(part.edits), number] = torch.tensor(told)
+        present = (places != NOWHERE).long()
+        present[..., -1] = 0
+        groups = [
+            Group(
+                part.positions, frozenset(part.edits), max(e.rank for e in part.edits.values()), 0
+            )
+            for part in parts
+        ]
+        return cls(groups, places, present)
 
 
 class _Part(NamedTuple):
