@@ -128,3 +128,19 @@ def accuracy(outcomes: list[dict[str, float]]) -> str:
     if len(values) > 1:
         return f"{statistics.mean(values):.1f} ± {statistics.stdev(values):.1f}"
     return f"{values[0]:.1f}" if values else ""
+
+
+def test_tables_of_a_device() -> None:
+    text = (ROOT / "docs/measurements/README.md").read_text()
+    lines = text.partition("## On an H100")[2].splitlines()
+    for group in load(ROOT / "docs/measurements/device.json"):
+        taken, n = group["rounds"], group["setting"].get("n")
+        for label in taken[0]:
+            step, prompts = median(taken, label, "step"), median(taken, label, "prompts")
+            ratio = speed_ratio(taken, label, "base", "seconds" if n else "prompts")
+            told = "" if label == "base" else str(ratio)
+            if n:
+                line = f"| {n} | {label} | {1000 * step:.2f} | {int(n) / step:.0f} | {told} |"
+            else:
+                line = f"| {label} | {1000 * prompts:.0f} | {told} |"
+            assert line in lines
