@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from reft_runtime.engine.cuda.tables import EditTables, PackedRows
+from reft_runtime.engine.cuda.editors import PackedRows
+from reft_runtime.engine.cuda.tables import EditTables
 from reft_runtime.engine.events import TracedEdit
 from reft_runtime.engine.memory import is_out_of_memory
 from reft_runtime.engine.scheduler import Chunk

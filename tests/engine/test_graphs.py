@@ -16,7 +16,7 @@ from torch import Tensor
 from reft_runtime.engine import core as engine_core
 from reft_runtime.engine import staging
 from reft_runtime.engine.blocks import BlockBudget
-from reft_runtime.engine.cuda import tables
+from reft_runtime.engine.cuda import editors, tables
 from reft_runtime.engine.cuda.graphs import Compute, DecodeGraphs, buckets
 from reft_runtime.engine.cuda.tables import EditTables
 from reft_runtime.engine.kv_pages import PageStorage
@@ -227,15 +227,15 @@ def test_prompts_are_edited_from_tables(replays: Spy) -> None:
         for name, own in files.items()
     ]
     edited: list[int] = []
-    real = tables.PackedRows.add
+    real = editors.PackedRows.add
 
-    def add(self: tables.PackedRows, *args: Any) -> bool:
+    def add(self: editors.PackedRows, *args: Any) -> bool:
         taken = real(self, *args)
         edited.append(taken)
         return taken
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tables.PackedRows, "add", add)
+        patch.setattr(editors.PackedRows, "add", add)
         found = run(make_core(), asked)
     assert set(edited) == {True, False}
     with pytest.MonkeyPatch.context() as patch:

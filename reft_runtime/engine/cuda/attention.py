@@ -15,7 +15,7 @@ import triton
 from torch import Tensor
 
 from reft_runtime.engine.blocks import BLOCK_TOKENS
-from reft_runtime.engine.cuda import kernels
+from reft_runtime.engine.cuda import attention_kernels as kernels
 from reft_runtime.engine.cuda.products import early
 from reft_runtime.engine.page_attention import PageBatch
 

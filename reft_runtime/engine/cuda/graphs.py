@@ -16,8 +16,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from reft_runtime.engine.blocks import BLOCK_TOKENS
+from reft_runtime.engine.cuda.editors import FixedRows
 from reft_runtime.engine.cuda.products import FEW_ROWS
-from reft_runtime.engine.cuda.tables import EditTables, FixedRows
+from reft_runtime.engine.cuda.tables import EditTables
 from reft_runtime.engine.kv_pages import PageStorage
 from reft_runtime.engine.model import LoadedModel, forward
 from reft_runtime.engine.page_attention import PageAttentionStep, PageBatch, RowInPages

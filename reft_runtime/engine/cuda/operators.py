@@ -6,7 +6,7 @@ import torch
 import triton
 from torch import Tensor
 
-from reft_runtime.engine.cuda import kernels, products
+from reft_runtime.engine.cuda import edit_kernels, kernels, products
 from reft_runtime.engine.cuda.products import early, row_block
 from reft_runtime.engine.cuda.tables import PIECE_RANKS, PIECE_ROWS, PLACE
 
@@ -90,7 +90,7 @@ class TritonEdits:
         """See `RowEdits.rows`."""
         sizes = row_block(hidden.shape[1])
         ranks = max(1, min(8, NUMBERS_AT_ONCE // sizes["BLOCK"]))
-        kernels.edit_rows[(len(index),)](
+        edit_kernels.edit_rows[(len(index),)](
             hidden, index, places, slots, strengths, PLACE=PLACE, RANKS=ranks, **sizes, **early()
         )
 
@@ -104,7 +104,7 @@ class TritonEdits:
         strengths: Tensor,
     ) -> None:
         """See `RowEdits.pieces`."""
-        kernels.edit_pieces[(len(pieces),)](
+        edit_kernels.edit_pieces[(len(pieces),)](
             hidden,
             index,
             pieces,
