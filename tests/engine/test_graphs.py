@@ -177,7 +177,7 @@ def test_memory_that_runs_out_while_edits_are_copied_costs_the_newest_alone(
     real, calls = staging.send, iter(range(99))
 
     def send_once_less(*args: Any) -> Tensor:
-        if next(calls) == 1:  # the edits are there, and the table does not say so yet
+        if next(calls) == 0:  # the edits are there, and the table does not say so yet
             raise torch.OutOfMemoryError("CUDA out of memory")
         return real(*args)
 
