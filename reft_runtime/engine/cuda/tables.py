@@ -38,6 +38,9 @@ PIECE_ROWS = 16
 PIECE_RANKS = 16
 """Highest rank of a slot whose rows are."""
 
+MOST_BYTES = 4 << 30
+"""To set aside: the rest of a device holds keys and values."""
+
 RANK = 8
 """Of an intervention of all layers, in what memory is set aside for."""
 
@@ -72,8 +75,9 @@ class RowEdits(Protocol):
 
 
 def table_bytes(layers: int, width: int, interventions: int) -> int:
-    """Memory of so many interventions of all layers."""
-    return interventions * whole(layers * (2 * RANK * width + RANK) * _BYTES)
+    """Memory to set aside: that of so many interventions of all layers, but `MOST_BYTES`."""
+    each = whole(layers * (2 * RANK * width + RANK) * _BYTES)
+    return min(interventions * each, MOST_BYTES)
 
 
 class Group(NamedTuple):
