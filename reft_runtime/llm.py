@@ -114,6 +114,7 @@ class Engine:
             vocab_size=loaded.vocab_size,
             parameters=loaded.model.num_parameters(),
             memory_bytes=memory_bytes(loaded, kv_tokens, max_running, config.max_step_tokens),
+            intervention_bytes=intervention_bytes,
             kv_bytes=kv_bytes(loaded, kv_tokens, max_running),
             kv_tokens=kv_tokens,
         )

@@ -23,7 +23,8 @@ def banner(engine: Engine, settings: Settings, host: str, port: int) -> str:
         "",
         f"Serving {info.model} ({info.architecture}, {info.parameters / 1e6:,.0f} M parameters)",
         f"  {info.dtype} on {info.device}, {info.threads} threads, "
-        f"at most {info.memory_bytes / 2**30:.2f} GiB of memory",
+        f"at most {info.memory_bytes / 2**30:.2f} GiB of memory, "
+        f"and {info.intervention_bytes / 2**30:.2f} GiB for interventions",
         f"  up to {info.max_model_len} tokens a request, {info.kv_tokens} tokens of cache "
         f"({info.kv_bytes / 2**30:.2f} GiB), "
         f"{info.max_running} sequences at once",

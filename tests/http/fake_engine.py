@@ -172,6 +172,7 @@ class FakeEngine:
             vocab_size=256,
             parameters=1000,
             memory_bytes=4_000_000,
+            intervention_bytes=2_000_000,
             kv_bytes=1_000_000,
             kv_tokens=800,
         )
