@@ -17,6 +17,8 @@ INSTEAD_OF_FIELDS = {
     "documents": "put their text into a message",
     "truncate_prompt_tokens": "shorten the prompt; /tokenize counts its tokens",
     "use_beam_search": "ask for several choices with n and a temperature",
+    "verbosity": "ask for a short or a long answer in a message",
+    "stream_options.include_obfuscation": "events are not padded; leave it out",
     "suffix": "the prompt is continued at its end only; leave it out",
     "store": "answers are not kept; leave it out",
     "messages.role": "write a tool's result into a user message",

@@ -113,8 +113,8 @@ class ChatLayout(RequestBody):
     add_generation_prompt: bool = True
     continue_final_message: bool = False
     chat_template_kwargs: ChatSwitches = Field(default={})
-    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh"] | None = Field(
-        default=None, description="A value for chat templates that read it."
+    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = (
+        Field(default=None, description="A value for chat templates that read it.")
     )
 
     def options(self, known: Sequence[str]) -> ChatOptions:
@@ -136,6 +136,7 @@ class ChatRequest(SamplingBody, ChatLayout):
     logprobs: bool = False
     top_logprobs: int = Field(default=0, ge=0, le=MAX_LOGPROBS)
     response_format: TextFormat = TextFormat(type="text")
+    verbosity: Literal["medium"] = "medium"
     modalities: list[Literal["text"]] = Field(default=["text"], max_length=1)
     tools: list[dict[str, Any]] = Field(
         default=[], max_length=MAX_TOOLS, description='Taken where tool_choice is "none".'

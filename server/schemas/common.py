@@ -112,10 +112,12 @@ class StreamOptions(RequestBody):
     """`include_usage`: end the stream with a chunk that counts the tokens.
 
     `continuous_usage_stats`: count in every chunk what was made so far.
+    `include_obfuscation` asks for padding, which there is none of.
     """
 
     include_usage: bool = False
     continuous_usage_stats: bool = False
+    include_obfuscation: Literal[False] = False
 
 
 class TextFormat(RequestBody):
@@ -135,6 +137,7 @@ class WithoutEffect(RequestBody):
     service_tier: str = "auto"
     safety_identifier: str = ""
     prompt_cache_key: str = ""
+    prompt_cache_retention: str = ""
     store: Literal[False] = False
     priority: int = Field(default=0, ge=-MAX_SEED - 1, le=MAX_SEED)
 

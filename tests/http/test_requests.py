@@ -161,6 +161,7 @@ async def test_bad_nested_field(
         {"stop": []},
         {"nonsense": None},
         {"prompt": "", "echo": True} | {"prompt": "x"},
+        {"stream": True, "stream_options": {"include_obfuscation": False}},
     ],
 )
 async def test_what_has_no_effect_is_accepted(
@@ -173,6 +174,7 @@ async def test_what_has_no_effect_is_accepted(
         "service_tier": "auto",
         "safety_identifier": "x",
         "prompt_cache_key": "x",
+        "prompt_cache_retention": "24h",
     }
     response = await client.post("/v1/completions", json=completion(**ordinary, **fields))
     assert response.status_code == 200, response.text
@@ -198,6 +200,9 @@ async def test_what_has_no_effect_in_a_chat_is_accepted(client: httpx.AsyncClien
         "modalities": ["text"],
         "logprobs": False,
         "top_logprobs": 0,
+        "verbosity": "medium",
+        "reasoning_effort": "max",
+        "prompt_cache_retention": "in_memory",
     }
     response = await client.post("/v1/chat/completions", json=chat(**fields))
     assert response.status_code == 200, response.text
@@ -238,6 +243,12 @@ async def test_a_langchain_conversation_is_accepted(client: httpx.AsyncClient) -
         ("tools", {"tools": [{}], "tool_choice": "auto"}, "describe them in a message."),
         ("functions", {"functions": [{}]}, 'functions are taken only with function_call: "none"'),
         ("tool_choice", {"tool_choice": "required"}, "leave it out, or say none."),
+        ("verbosity", {"verbosity": "low"}, "ask for a short or a long answer in a message."),
+        (
+            "stream_options.include_obfuscation",
+            {"stream": True, "stream_options": {"include_obfuscation": True}},
+            "events are not padded; leave it out.",
+        ),
         ("nonsense", {"nonsense": 1}, "nonsense is not supported by this server; leave it out."),
         ("chat_template", {"chat_template": "x"}, "is never taken; lay the prompt out for"),
         ("guided_json", {"guided_json": {}}, "ask for the form you want in a message."),
