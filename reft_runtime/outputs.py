@@ -114,8 +114,8 @@ class EngineInfo:
     """What is loaded.
 
     `memory_bytes` is the most that the process means to take (on a device, that weights, keys and
-    values do) beside `intervention_bytes`, `kv_bytes` the part of keys and values, which are those of
-    `kv_tokens` tokens.
+    values do) beside `intervention_bytes`; `kv_bytes` is the part of keys and values, which are
+    those of `kv_tokens` tokens.
     """
 
     model: str
