@@ -22,10 +22,11 @@ from reft_runtime.engine.kv_rows import rounding_bytes
 from reft_runtime.engine.loader import adopt_model, load_model
 from reft_runtime.engine.model import LoadedModel
 from reft_runtime.engine.scheduler import MAX_SCORED_TOKENS
-from reft_runtime.engine.support import check_config
+from reft_runtime.engine.support import check_config, chosen_length
 from reft_runtime.errors import ConfigError
 from reft_runtime.interventions import BaseShape
 from reft_runtime.pretrained import read_config, read_tokenizer
+from reft_runtime.text import Tokenizer
 
 KV_SHARE_OF_FREE_MEMORY = 0.3
 KV_SHARE_OF_DEVICE = 0.9
@@ -74,6 +75,14 @@ def load_base(
         )
     keep_freed_memory()
     return name, loaded, tokenizer
+
+
+def read_words(model: str | Path) -> Tokenizer:
+    """The tokenizer of "demo", a hub id or a folder, without its weights."""
+    path, _ = locate(str(model))
+    config = read_config(path)
+    check_config(config)
+    return Tokenizer(read_tokenizer(path), chosen_length(config, None))
 
 
 def shape_of(name: str, loaded: LoadedModel) -> BaseShape:

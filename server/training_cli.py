@@ -1,4 +1,4 @@
-"""Commands that make and judge interventions: train, eval, direction."""
+"""Commands that make and judge interventions: check, train, eval, direction."""
 
 from __future__ import annotations
 
@@ -28,6 +28,17 @@ Template = Annotated[
         "fields in braces, 'Review: {text}\\nSentiment:'. By default prompt, or messages."
     ),
 ]
+DATA = (
+    "CSV, TSV, Parquet, a JSON array or JSON lines, or hf:NAME[/CONFIG][:SPLIT]; with text and "
+    "label, prompt and completion, or messages."
+)
+Rows = Annotated[str, typer.Argument(help=DATA)]
+Text = Annotated[
+    str | None, typer.Option(help="Column of the text; by default one of a usual name.")
+]
+Label = Annotated[
+    str | None, typer.Option(help="Column of the class; by default one of a usual name.")
+]
 Url = Annotated[str | None, typer.Option(help="A running server, such as http://127.0.0.1:8000.")]
 ApiKey = Annotated[str | None, typer.Option(envvar="REFT_API_KEY", help="Key of that server.")]
 Dtype = Annotated[
@@ -36,11 +47,51 @@ Dtype = Annotated[
 
 
 @app.command()
+def check(
+    data: Rows,
+    evaluation: Annotated[
+        str | None, typer.Option("--eval", help="Rows by which a training would be judged.")
+    ] = None,
+    text: Text = None,
+    label: Label = None,
+    template: Template = None,
+    model: Annotated[
+        str | None,
+        typer.Option(help="Base model whose tokenizer measures the rows; no weights are loaded."),
+    ] = None,
+    max_length: Annotated[
+        int | None, typer.Option(help="Longest row in tokens; by default the model's.", min=1)
+    ] = None,
+) -> None:
+    """Say all that is wrong with rows, before a training; ends with 1 where it could not begin."""
+    from reft_runtime.training import check as run
+
+    if max_length is not None and model is None:
+        raise ConfigError("--max-length needs --model, whose tokens it counts.", param="max_length")
+    found = run(
+        data,
+        evaluation,
+        text=text,
+        label=label,
+        template=_unescaped(template),
+        model=model,
+        max_length=max_length,
+    )
+    for one in found:
+        typer.echo(one)
+    if any(one.errors for one in found):
+        raise typer.Exit(1)
+
+
+@app.command()
 def train(
-    data: Annotated[
-        Path, typer.Argument(help="JSON lines with prompt and completion, messages, or any fields.")
-    ],
-    out: Out,
+    data: Rows,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="The file to write, NAME.safetensors; by default named as the data."),
+    ] = None,
+    text: Text = None,
+    label: Label = None,
     model: Model = "demo",
     kind: Annotated[str, typer.Option(help="Kind of the edits.")] = "loreft",
     layers: Annotated[str, typer.Option(help="Layers to edit: all, or 8,16,24.")] = "all",
@@ -63,7 +114,7 @@ def train(
         int, typer.Option(help="Parts in which a step's rows are computed, to save memory.")
     ] = 1,
     evaluation: Annotated[
-        Path | None, typer.Option("--eval", help="Rows by which the best checkpoint is chosen.")
+        str | None, typer.Option("--eval", help="Rows by which the best checkpoint is chosen.")
     ] = None,
     template: Template = None,
     system: Annotated[
@@ -95,6 +146,7 @@ def train(
     from reft_runtime.training import TrainSettings
     from reft_runtime.training import train as run
     from reft_runtime.training.remote import Server
+    from reft_runtime.training.sources import file_for
 
     settings = TrainSettings(
         kind=kind,
@@ -115,6 +167,7 @@ def train(
     )
     if push is not None:
         Server(push, api_key).models()  # a wrong address is told before the training, not after
+    out = out or file_for(data)
     trained = run(
         data,
         out,
@@ -124,7 +177,10 @@ def train(
         description=description,
         license=license_,
         system=cast("SystemTurn | None", system),
+        text=text,
+        label=label,
         resume=resume,
+        say=lambda line: typer.echo(line, err=True),
     )
     figures = ", ".join(f"{name} {value:.4g}" for name, value in trained.metrics.items())
     typer.echo(
@@ -138,7 +194,7 @@ def train(
 
 @app.command("eval")
 def eval_(
-    data: Annotated[list[Path], typer.Argument(help="Files of rows, as for training.")],
+    data: Annotated[list[str], typer.Argument(help="Files of rows, as for training.")],
     intervention: Annotated[
         list[str],
         typer.Option(
@@ -159,6 +215,8 @@ def eval_(
     prefixes: Annotated[
         bool, typer.Option("--prefixes", help="A label may end inside a word: 1 stands for 10.")
     ] = False,
+    text: Text = None,
+    label: Label = None,
     template: Template = None,
     dtype: Dtype = "auto",
     url: Url = None,
@@ -177,6 +235,8 @@ def eval_(
         folder=interventions,
         metric=cast("Metric | None", metric),
         prefixes=prefixes,
+        text=text,
+        label=label,
         template=_unescaped(template),
         dtype=dtype,
     )
@@ -201,7 +261,9 @@ def direction(
     """Make a steering file from contrasting texts, without training: the difference of means."""
     from reft_runtime.training import direction as run
     from reft_runtime.training.direction import read_texts
+    from reft_runtime.training.target import check_target
 
+    check_target(out)
     made = run(
         read_texts(positive),
         read_texts(negative),

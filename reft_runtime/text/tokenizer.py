@@ -57,6 +57,11 @@ class Tokenizer:
         return len(self._tokenizer)
 
     @property
+    def max_model_len(self) -> int:
+        """The most tokens that a request, or a row, may have."""
+        return self._max_model_len
+
+    @property
     def eos_ids(self) -> frozenset[int]:
         """The tokenizer's EOS id, if it has one; a model's generation config may name more."""
         eos = self._tokenizer.eos_token_id

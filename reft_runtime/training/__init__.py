@@ -1,9 +1,20 @@
 """How an intervention is made and judged: training, evaluation, steering directions."""
 
+from reft_runtime.training.check import Check, check
 from reft_runtime.training.direction import direction
 from reft_runtime.training.evaluate import evaluate
 from reft_runtime.training.scoring import Report, Score
 from reft_runtime.training.settings import TrainSettings
 from reft_runtime.training.train import Trained, train
 
-__all__ = ["Report", "Score", "TrainSettings", "Trained", "direction", "evaluate", "train"]
+__all__ = [
+    "Check",
+    "Report",
+    "Score",
+    "TrainSettings",
+    "Trained",
+    "check",
+    "direction",
+    "evaluate",
+    "train",
+]

@@ -13,7 +13,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from reft_runtime.engine.model import LoadedModel
-from reft_runtime.errors import ConfigError, NotFound
+from reft_runtime.errors import ConfigError, InvalidFile, NotFound
 from reft_runtime.interventions import CanonicalEdit, parse, read
 from reft_runtime.interventions.file import SUFFIX
 from reft_runtime.interventions.manifest import Manifest
@@ -38,7 +38,7 @@ from reft_runtime.training.scoring import (
     metric_of,
     wanted_text,
 )
-from reft_runtime.training.train import Data
+from reft_runtime.training.sources import Data
 
 BATCH = 32
 
@@ -76,12 +76,15 @@ def evaluate(
     dtype: str = "auto",
     base: bool = True,
     prefixes: bool = False,
+    text: str | None = None,
+    label: str | None = None,
     progress: bool = True,
 ) -> Report:
     """Score interventions, and unless told otherwise the base model, on data sets.
 
     `interventions` are files, names of files in `folder`, or shell patterns for either; with `url`
-    names that a running server has, or patterns. `template` is as for training; the chats of an
+    names that a running server has, or patterns. `template`, `text` and `label` are as for
+    training; the chats of an
     intervention with a template of its own go through that. Prompts of all interventions and all
     data sets run in one batch, on an `Engine` of `model` or on the server. `metric` None is
     accuracy where rows have labels, and else perplexity, which only runs in process. An answer
@@ -95,7 +98,7 @@ def evaluate(
             Layout(template, rows.rows[0]),
             None if prefixes else rows.labels,
         )
-        for rows in map(read_rows, data)
+        for rows in (read_rows(source, text=text, label=label) for source in data)
     ]
     for task in tasks:
         if task.metric == "accuracy" and task.labels is not None:
@@ -150,7 +153,18 @@ def _read_files(wanted: Sequence[str], folder: str | Path | None) -> dict[str | 
                     f"intervention: {found[path.stem]} and {path} have one name.",
                     param="intervention",
                 )
-    return {name: read(path.resolve()) for name, path in found.items()}
+    return {name: _sound(path) for name, path in found.items()}
+
+
+def _sound(path: Path) -> bytes:
+    """A file's bytes, looked at before any model is loaded."""
+    try:
+        data = read(path.resolve())
+        parse(data)
+    except (OSError, InvalidFile) as error:
+        reason = error.message if isinstance(error, InvalidFile) else f"{error.strerror}."
+        raise ConfigError(f"intervention: {path}: {reason}", param="intervention") from None
+    return data
 
 
 def _matching(wanted: Sequence[str], known: Sequence[str]) -> list[str]:

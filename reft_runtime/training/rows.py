@@ -1,15 +1,14 @@
-"""Rows of a task's data: JSON lines, read with the number of the line that a mistake is on."""
+"""Rows of a task's data, each with the place that a mistake in it is at."""
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from reft_runtime.errors import ConfigError
+from reft_runtime.training.columns import choose_columns
+from reft_runtime.training.sources import Data, read_records
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +25,9 @@ class Row:
     def text(self, name: str) -> str:
         """A field that must be there and be text."""
         if name not in self.fields:
-            raise self.error(f"there is no field {name!r}; it has {_listed(self.fields)}.")
+            raise self.error(
+                f"there is no field {name!r}; it has {_listed(self.fields)}.{_HINTS.get(name, '')}"
+            )
         value = self.fields[name]
         if not isinstance(value, str):
             raise self.error(f"{name} must be text, not {type(value).__name__}.")
@@ -45,11 +46,17 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class Rows:
-    """A data set: its name, its rows, at least one, and the SHA-256 of its file."""
+    """A data set: its name, its rows, at least one, and the SHA-256 of its file.
+
+    `wrong` are the lines of the file that hold no row, as messages; `note` says which columns were
+    taken for text and label because of their names.
+    """
 
     name: str
     rows: Sequence[Row]
     sha256: str
+    wrong: Sequence[str] = ()
+    note: str = ""
 
     @property
     def labels(self) -> set[str]:
@@ -57,44 +64,32 @@ class Rows:
         return {row.label.strip() for row in self.rows if row.label is not None}
 
 
-def read_rows(source: str | Path | Sequence[Mapping[str, Any]]) -> Rows:
-    """Read a JSON-lines file, or take rows from memory; a `ConfigError` names the line."""
-    if not isinstance(source, str | Path):
-        data = "\n".join(json.dumps(dict(fields), sort_keys=True) for fields in source).encode()
-        rows = [Row(f"row {number}", fields) for number, fields in enumerate(source, 1)]
-        return _checked("rows", rows, data)
-    path = Path(source)
-    try:
-        data = path.read_bytes()
-        text = data.decode("utf-8-sig")
-    except OSError as error:
-        raise ConfigError(f"{path}: {error.strerror}.", param="data") from None
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{path}: not UTF-8 (byte {error.start}).", param="data") from None
-    rows = []
-    # Not splitlines: strings in JSON may hold U+2028 and other things that it takes for line ends.
-    for number, line in enumerate(text.split("\n"), 1):
-        if not line.strip(" \t\r"):
-            continue
-        where = f"{path.name}, line {number}"
-        try:
-            fields = json.loads(line)
-        except ValueError as error:
-            raise ConfigError(f"{where}: not JSON: {error}.", param="data") from None
-        if not isinstance(fields, dict):
-            raise ConfigError(f"{where}: must be a JSON object.", param="data")
-        rows.append(Row(where, fields))
-    return _checked(path.stem if path.stem not in _SPLITS else path.parent.name, rows, data)
+def read_rows(
+    source: Data, *, text: str | None = None, label: str | None = None, lenient: bool = False
+) -> Rows:
+    """Read rows, as `sources.read_records` does; a `ConfigError` names the line.
+
+    `text` and `label` are the columns that become `prompt`, and `label` and `completion`; without
+    them, those of usual names do where rows have no such fields. With `lenient`, lines that hold
+    no row are left to `Rows.wrong`.
+    """
+    found = read_records(source)
+    if found.wrong and not lenient:
+        more = len(found.wrong) - 1
+        others = f" {more} more lines are wrong; `reft check` lists them." if more else ""
+        raise ConfigError(found.wrong[0] + others, param="data")
+    if not found.records:
+        first = f": {found.wrong[0]}" if found.wrong else "."
+        raise ConfigError(f"{found.name}: there are no rows{first}", param="data")
+    columns = choose_columns(found.records[0][1], text, label)
+    rows = [Row(where, columns.fields(fields)) for where, fields in found.records]
+    return Rows(found.name, rows, found.sha256, found.wrong, columns.note)
 
 
-_SPLITS = ("train", "dev", "test", "validation")
-"""File names that say nothing about the task: the folder's name does."""
-
-
-def _checked(name: str, rows: list[Row], data: bytes) -> Rows:
-    if not rows:
-        raise ConfigError(f"{name}: there are no rows.", param="data")
-    return Rows(name, rows, hashlib.sha256(data).hexdigest())
+_HINTS = {
+    "prompt": " Name its column: --text COLUMN (text= in Python), or give a template.",
+    "completion": " Name the answers' column: --label COLUMN (label= in Python).",
+}
 
 
 def _listed(fields: Mapping[str, Any]) -> str:

@@ -6,7 +6,7 @@ import json
 import platform
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,23 +19,29 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from reft_runtime.errors import ConfigError, TrainingFailed
 from reft_runtime.interventions import Intervention, write
-from reft_runtime.interventions.file import SUFFIX
 from reft_runtime.interventions.manifest import SystemTurn
 from reft_runtime.loading import free_memory, load_base, shape_of
 from reft_runtime.text import Tokenizer
+from reft_runtime.training.check import check_data, measure_of
 from reft_runtime.training.forward import Base, EditedModel, first_edited
 from reft_runtime.training.layout import CHAT, Layout
 from reft_runtime.training.prompts import Example, Formatter, make_examples
 from reft_runtime.training.rows import Rows, read_rows
 from reft_runtime.training.settings import TrainSettings
+from reft_runtime.training.sources import Data
+from reft_runtime.training.target import check_target
 from reft_runtime.training.trainable import TrainableEdits, new_edits
 from reft_runtime.training.trainer import EditTrainer, arguments, newest_checkpoint
 from reft_runtime.version import VERSION
 
 PREFIX_SHARE_OF_FREE_MEMORY = 0.3
 
-Data = str | Path | Sequence[Mapping[str, Any]]
-"""A JSON-lines file, or rows in memory."""
+_NOTE = "training.json"
+"""What a training is, beside its checkpoints."""
+
+
+def _silent(_: str) -> None:
+    pass
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -63,41 +69,74 @@ def train(
     description: str = "",
     license: str | None = None,
     system: SystemTurn | None = None,
+    text: str | None = None,
+    label: str | None = None,
     resume: bool = False,
     progress: bool = True,
+    say: Callable[[str], None] = _silent,
 ) -> Trained:
     """Train edits on rows and write them to `out`, one `NAME.safetensors`.
 
+    `data` is a file's name, `hf:NAME`, a list of dicts or a DataFrame; `text` and `label` name
+    its columns, where it has no `prompt` and `completion`, and usual names are found without.
     `model` and `tokenizer` are as for `Engine`; `evaluation` are rows by which the best of several
     checkpoints is chosen (without them the last is taken). `system` is what a template that is a
     text does with a system turn of a chat, by default "prepend". Checkpoints are kept beside `out`
     until it is written; with `resume` a training that was cut off goes on from the newest and, in
-    float32 on a CPU, ends with the weights it would have had. Raises `ConfigError` for mistakes in
-    rows and settings, before anything is computed, and `TrainingFailed` where the loss is no
+    float32 on a CPU, ends with the weights it would have had. `say` is given, line by line, what
+    was found in the data and what is trained. Raises `ConfigError` for mistakes in
+    rows and settings, before anything is computed, `TypeError` for data that are no rows, and
+    `TrainingFailed` where the loss is no
     longer finite: the edits of the last good checkpoint are written then.
     """
-    target = _target(Path(out))
-    rows = read_rows(data)
-    held_out = None if evaluation is None else read_rows(evaluation)
-    _check_labels(rows, held_out)
+    target = check_target(out)
+    folder = _work_folder(target)
+    _check_resume(folder, resume=resume)
+    rows = read_rows(data, text=text, label=label, lenient=True)
+    held_out = None
+    if evaluation is not None:
+        held_out = read_rows(evaluation, text=text, label=label, lenient=True)
     settings = settings or TrainSettings()
     layout = Layout(settings.template, rows.rows[0])
     system = _system(system, layout.served_template)
+    measure = None
+    if not settings.truncate and not isinstance(model, PreTrainedModel):
+        measure = measure_of(model, layout, settings.max_length)
+    checks = check_data(rows, held_out, settings.template, measure)
+    for check in checks:
+        say(str(check))
+    for check in checks:
+        check.raise_errors()
     name, loaded, own_tokenizer = load_base(
         model, tokenizer, settings.dtype, None, differentiable=True
     )
     shape = shape_of(name, loaded)
     settings = settings.complete(shape, len(rows.rows))
     edits = new_edits(shape, settings)
+
+    def built(**figures: Any) -> Intervention:
+        return Intervention.build(
+            shape,
+            edits.export(),
+            template=layout.served_template,
+            system=system,
+            description=description,
+            license=license,
+            **figures,
+        )
+
+    built()  # what the file's format refuses, such as too long a description, is told now
     formatter = Formatter(layout, Tokenizer(own_tokenizer, loaded.max_model_len), loaded.eos_ids)
     longest = min(settings.max_length or loaded.max_model_len, loaded.max_model_len)
     examples = make_examples(rows, formatter, longest, truncate=settings.truncate)
     _check_edited(examples, edits)
+    tokens = sum(len(example.tokens) for example in examples)
+    parameters = sum(parameter.numel() for parameter in edits.parameters())
+    say(f"{tokens:,} tokens, {parameters:,} trained parameters, {settings.epochs or 0:g} passes")
     tests = (
         make_examples(held_out, formatter, longest, truncate=settings.truncate) if held_out else []
     )
     about = _about(rows, held_out, settings, str(loaded.dtype).removeprefix("torch."))
-    folder = _work_folder(target)
     args = arguments(
         settings,
         folder,
@@ -122,13 +161,7 @@ def train(
 
     def finish() -> Trained:
         seconds = round(time.monotonic() - begun, 1)
-        made = Intervention.build(
-            shape,
-            edits.export(),
-            template=layout.served_template,
-            system=system,
-            description=description,
-            license=license,
+        made = built(
             metrics=_metrics(trainer),
             training={**about, "steps": trainer.state.global_step, "seconds": seconds},
         )
@@ -152,16 +185,6 @@ def train(
     return trained
 
 
-def _target(out: Path) -> Path:
-    if out.suffix != SUFFIX:
-        raise ConfigError(f"out: {out} must end with {SUFFIX}.", param="out")
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"out: {out.parent} cannot be made: {error.strerror}.") from None
-    return out
-
-
 def _system(system: SystemTurn | None, template: str) -> SystemTurn | None:
     """What the manifest says of system turns; the model's own template takes them anyway."""
     if system not in (None, "prepend", "drop", "refuse"):
@@ -175,18 +198,6 @@ def _system(system: SystemTurn | None, template: str) -> SystemTurn | None:
             param="system",
         )
     return None
-
-
-def _check_labels(rows: Rows, held_out: Rows | None) -> None:
-    """Labels that the training never shows cannot be learned."""
-    if held_out is None or not rows.labels:
-        return
-    if unknown := sorted(held_out.labels - rows.labels):
-        raise ConfigError(
-            f"eval: the label {unknown[0]!r} never appears in the training rows, which have"
-            f" {', '.join(sorted(rows.labels))}.",
-            param="eval",
-        )
 
 
 def _check_edited(examples: Sequence[Example], edits: TrainableEdits) -> None:
@@ -232,23 +243,27 @@ def _work_folder(target: Path) -> Path:
     return target.with_name(f".{target.stem}.training")
 
 
+def _check_resume(folder: Path, *, resume: bool) -> None:
+    """No training that was cut off is overwritten, and what is resumed must be there."""
+    if resume:
+        if not (folder / _NOTE).exists():
+            raise ConfigError(f"resume: there is nothing to resume in {folder}.", param="resume")
+    elif newest_checkpoint(folder) is not None:
+        raise ConfigError(
+            f"resume: {folder} holds a training that was cut off. Go on with --resume, or"
+            " remove that folder to begin again.",
+            param="resume",
+        )
+
+
 def _begin(folder: Path, about: Mapping[str, JsonValue], *, resume: bool) -> None:
-    """Make the folder, or see that what is resumed is this training; no other is overwritten."""
-    note = folder / "training.json"
+    """Make the folder, or see that what is resumed is this training."""
+    note = folder / _NOTE
     text = json.dumps(about, indent=1, sort_keys=True)
     if not resume:
-        if newest_checkpoint(folder) is not None:
-            raise ConfigError(
-                f"resume: {folder} holds a training that was cut off. Go on with --resume, or"
-                " remove that folder to begin again.",
-                param="resume",
-            )
         folder.mkdir(exist_ok=True)
         note.write_text(text)
-        return
-    if not note.exists():
-        raise ConfigError(f"resume: there is nothing to resume in {folder}.", param="resume")
-    if note.read_text() != text:
+    elif note.read_text() != text:
         before = json.loads(note.read_text())
         differs = sorted(key for key in about if before.get(key) != about[key])
         raise ConfigError(

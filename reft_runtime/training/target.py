@@ -1,0 +1,38 @@
+"""Where a file is going to be written: what is wrong with the place is said before the work."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+
+from reft_runtime.errors import ConfigError
+from reft_runtime.interventions.file import SUFFIX
+from reft_runtime.interventions.sources import NAME, NAME_RULE
+
+
+def check_target(out: str | Path) -> Path:
+    """The path, in a folder that is there and can be written to; raises `ConfigError`."""
+    out = Path(out)
+    if out.suffix != SUFFIX:
+        raise ConfigError(f"out: {out} must end with {SUFFIX}.", param="out")
+    if not NAME.fullmatch(out.stem):
+        raise ConfigError(
+            f"out: {out.stem[:80]!r} is no name for an intervention: {NAME_RULE}.", param="out"
+        )
+    if os.path.isdir(out):
+        raise ConfigError(f"out: {out} is a folder; name a file.", param="out")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(
+            f"out: {out.parent} cannot be made: {error.strerror}.", param="out"
+        ) from None
+    try:
+        with tempfile.TemporaryFile(dir=out.parent):
+            pass
+    except OSError as error:
+        raise ConfigError(
+            f"out: {out.parent} cannot be written to: {error.strerror}.", param="out"
+        ) from None
+    return out
