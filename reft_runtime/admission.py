@@ -14,7 +14,7 @@ from reft_runtime.interventions import Registry, Version
 from reft_runtime.outputs import EngineInfo
 from reft_runtime.sampling import SamplingParams
 from reft_runtime.text import Message, Tokenizer
-from reft_runtime.use import MAX_INTERVENTIONS, Use
+from reft_runtime.use import MAX_INTERVENTIONS, Use, completion_prefix
 
 Prompt = str | Sequence[int] | Sequence[Message]
 """Text (taken as it is), token ids, or the messages of a chat (put through its template)."""
@@ -31,7 +31,8 @@ class Admission:
     def tokens(self, prompt: Prompt, uses: Sequence[Use]) -> Sequence[int]:
         """Token ids of a prompt; a chat goes through the template of what is used."""
         if isinstance(prompt, str):
-            return self._tokenizer.encode(prompt)
+            begins = completion_prefix((self._resolve(use), use.strength) for use in uses)
+            return self._tokenizer.encode(prompt, completion_prefix=begins)
         if not isinstance(prompt, Sequence) or isinstance(prompt, bytes):
             raise InvalidRequest(
                 "prompt: give text, a list of token ids, or a list of messages, not "
@@ -54,8 +55,13 @@ class Admission:
                     param="intervention",
                 )
             messages = cast(Sequence[Message], prompt)
+            begins = completion_prefix(
+                (version, use.strength) for version, use in zip(versions, uses, strict=True)
+            )
             for template, system in templates:
-                return self._tokenizer.encode_chat(messages, template, system=system)
+                return self._tokenizer.encode_chat(
+                    messages, template, system=system, completion_prefix=begins
+                )
             return self._tokenizer.encode_chat(messages)
         if any(type(token) is not int for token in prompt):
             raise InvalidRequest("prompt: token ids are whole numbers (int).", param="prompt")

@@ -34,6 +34,7 @@ class Assembler:
         sampling: SamplingParams,
         tokenizer: Tokenizer,
         abort_choice: Callable[[int], None],
+        completion_prefix: str = "",
     ) -> None:
         self.prompt = prompt
         self.started_at: float | None = None
@@ -54,6 +55,7 @@ class Assembler:
                 sampling.min_tokens,
                 skip_special_tokens=sampling.skip_special_tokens,
                 include_stop=sampling.include_stop_str_in_output,
+                completion_prefix=completion_prefix,
             )
             for index in range(sampling.n)
         }

@@ -30,7 +30,7 @@ from reft_runtime.outputs import Comparison, EngineInfo, EngineStats, Generation
 from reft_runtime.sampling import SamplingParams
 from reft_runtime.streams import EventLoopSink, Stream
 from reft_runtime.text import Tokenizer
-from reft_runtime.use import Use
+from reft_runtime.use import Use, completion_prefix
 
 Applied = str | Use | tuple[str | Use, ...] | None
 """What to apply to a prompt: one intervention, several in order, or (None) the base model."""
@@ -235,7 +235,7 @@ class Engine:
 
         stream = Stream(
             request.id,
-            self._assembler(request),
+            self._assembler(request, versions, uses),
             [f"{version.name}@{version.digest}" for version in versions],
             on_end=end,
             abort=lambda: self._loop.abort(request.id),
@@ -296,7 +296,7 @@ class Engine:
                 tokens = self._admission.tokens(prompt, uses)
                 request, versions = self._admission.prepare(tokens, sampling, uses, trace=trace)
                 held += versions
-                calls.append(Call(request, self._assembler(request)))
+                calls.append(Call(request, self._assembler(request, versions, uses)))
             yield calls
         finally:
             self._admission.release(held)
@@ -305,11 +305,16 @@ class Engine:
         if not done.cancelled() and done.exception() is None:
             self._admission.release(done.result()[1])
 
-    def _assembler(self, request: Request) -> Assembler:
+    def _assembler(
+        self, request: Request, versions: Sequence[Version], uses: Sequence[Use]
+    ) -> Assembler:
         def abort_choice(choice: int) -> None:
             self._loop.abort(request.id, choice)
 
-        return Assembler(request.prompt, request.sampling, self.tokenizer, abort_choice)
+        begins = completion_prefix(
+            (version, use.strength) for version, use in zip(versions, uses, strict=True)
+        )
+        return Assembler(request.prompt, request.sampling, self.tokenizer, abort_choice, begins)
 
 
 def _uses(applied: Applied) -> tuple[Use, ...]:

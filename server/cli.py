@@ -16,6 +16,7 @@ from pydantic import SecretStr
 from pydantic_core import PydanticUndefined
 
 from reft_runtime.errors import ConfigError, NotFound, ReftError
+from reft_runtime.use import completion_prefix
 from reft_runtime.version import VERSION
 from server import files_cli, training_cli
 from server.settings import Settings, load_settings
@@ -172,11 +173,15 @@ def _engine(settings: Settings) -> Engine:
 async def _print_answer(
     engine: Engine, prompt: str, uses: list[Use], sampling: Any, *, raw: bool
 ) -> None:
-    template = _resolve(engine, uses[0].label).template if uses else None
+    template, begins = None, ""
+    if uses:
+        version = _resolve(engine, uses[0].label)
+        template, begins = version.template, completion_prefix([(version, uses[0].strength)])
     if raw:
-        tokens = engine.tokenizer.encode(prompt)
+        tokens = engine.tokenizer.encode(prompt, completion_prefix=begins)
     else:
-        tokens = engine.tokenizer.encode_chat([{"role": "user", "content": prompt}], template)
+        messages = [{"role": "user", "content": prompt}]
+        tokens = engine.tokenizer.encode_chat(messages, template, completion_prefix=begins)
     async for deltas in await engine.open(tokens, sampling, uses):
         typer.echo("".join(delta.text for delta in deltas), nl=False)
     typer.echo()

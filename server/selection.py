@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from reft_runtime.errors import InvalidRequest, NotFound
-from reft_runtime.use import Use
+from reft_runtime.use import Use, completion_prefix
 from server.schemas.common import InterventionUse
 
 if TYPE_CHECKING:
+    from reft_runtime.interventions import Version
     from reft_runtime.interventions.manifest import SystemTurn
     from reft_runtime.llm import Engine
     from reft_runtime.text import ChatOptions, Message, Tokenizer
@@ -22,13 +23,15 @@ class Selection:
 
     `uses` hold versions and not names: a name that is replaced meanwhile cannot give one request
     two versions. `names` are the same by name. `template` None is the base model's own, and
-    `system` is what a text template does with a system turn.
+    `system` is what a text template does with a system turn; `completion_prefix` what answers
+    begin with that is not shown, and prompts do not end with.
     """
 
     uses: tuple[Use, ...] = ()
     names: tuple[str, ...] = ()
     template: str | None = None
     system: SystemTurn = "prepend"
+    completion_prefix: str = ""
 
     def encode(
         self,
@@ -43,6 +46,7 @@ class Selection:
             messages,
             self.template,
             system=self.system,
+            completion_prefix=self.completion_prefix,
             options=options,
             add_special_tokens=add_special_tokens,
         )
@@ -66,6 +70,7 @@ def select(engine: Engine, model: str, uses: Sequence[InterventionUse] = ()) -> 
             raise NotFound(f"The model `{model}` does not exist.", param="model") from None
     resolved: list[Use] = []
     names: list[str] = []
+    strengths: list[tuple[Version, float]] = []
     templates: dict[tuple[str, SystemTurn], str] = {}
     for position, use in enumerate(wanted):
         try:
@@ -78,6 +83,7 @@ def select(engine: Engine, model: str, uses: Sequence[InterventionUse] = ()) -> 
         subspace = None if use.subspace is None else tuple(use.subspace)
         resolved.append(Use(version, use.strength, subspace))
         names.append(version.name)
+        strengths.append((version, use.strength))
         if version.template is not None:
             templates[version.template, version.system_turn] = version.name
     if len(templates) > 1:
@@ -87,4 +93,6 @@ def select(engine: Engine, model: str, uses: Sequence[InterventionUse] = ()) -> 
             "use /v1/completions to lay out the prompt yourself.",
             param="interventions",
         )
-    return Selection(tuple(resolved), tuple(names), *next(iter(templates), ()))
+    none: tuple[str | None, SystemTurn] = (None, "prepend")
+    template, system = next(iter(templates), none)
+    return Selection(tuple(resolved), tuple(names), template, system, completion_prefix(strengths))

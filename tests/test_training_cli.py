@@ -55,7 +55,7 @@ def test_a_table_is_trained_without_options(
     done = run("train", tickets, "--model", base, "--steps", 1, "--dtype", "float32")
     assert done.exception is None
     assert "tickets: 24 rows, 2 labels: the 12, and 12" in done.stderr
-    assert " tokens, 1,040 trained parameters" in done.stderr
+    assert " tokens, 1,040 trained parameters, 1 steps" in done.stderr
     manifest = parse(read(tmp_path / "tickets.safetensors")).manifest
     assert manifest.training["rows"] == 24
 

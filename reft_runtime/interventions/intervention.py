@@ -14,7 +14,12 @@ from reft_runtime.errors import InvalidFile
 from reft_runtime.interventions.canonical import CanonicalEdit, PackedEdits, canonical_edit
 from reft_runtime.interventions.components import normalise
 from reft_runtime.interventions.kinds import KINDS, TensorInfo, check_tensors, formula
-from reft_runtime.interventions.manifest import BaseShape, Manifest, SystemTurn
+from reft_runtime.interventions.manifest import (
+    BaseShape,
+    CompletionPrefix,
+    Manifest,
+    SystemTurn,
+)
 
 _T = TypeVar("_T")
 
@@ -53,6 +58,7 @@ class Intervention:
         *,
         template: str | None = None,
         system: SystemTurn | None = None,
+        completion_prefix: CompletionPrefix | None = None,
         description: str = "",
         license: str | None = None,
         metrics: Mapping[str, JsonValue] | None = None,
@@ -74,6 +80,7 @@ class Intervention:
                 "edits": specs,
                 "template": template,
                 "system": system,
+                "completion_prefix": completion_prefix,
                 "description": description,
                 "license": license,
                 "metrics": dict(metrics or {}),

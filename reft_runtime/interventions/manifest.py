@@ -31,6 +31,8 @@ TEMPLATE_FIELD = "{prompt}"
 
 SystemTurn = Literal["prepend", "drop", "refuse"]
 
+CompletionPrefix = Literal["", " "]
+
 _Name = Annotated[str, StringConstraints(min_length=1, max_length=256)]
 _Size = Annotated[int, Field(ge=1, le=2**31 - 1)]
 
@@ -126,6 +128,9 @@ class Manifest(_Strict):
     choice to the server, `chat` is the base model's own, and any other string holds the field
     `{prompt}` once, replaced by the text of a single user message. `system` says what such a text
     does with a system turn: put its text before the user's, leave it out, or refuse the request.
+    `completion_prefix` is what the training put before every completion, for the tokenizer's sake:
+    it belongs neither to prompts, whose ends lose it, nor to answers. None is for files that say
+    nothing of it: theirs are taken as they are.
     """
 
     schema_version: Literal[1] = 1
@@ -133,6 +138,7 @@ class Manifest(_Strict):
     edits: Annotated[tuple[EditSpec, ...], Field(min_length=1, max_length=MAX_EDITS, strict=False)]
     template: Annotated[str, StringConstraints(max_length=16_384)] | None = None
     system: SystemTurn | None = None
+    completion_prefix: CompletionPrefix | None = None
     description: Annotated[str, StringConstraints(max_length=4096)] = ""
     license: Annotated[str, StringConstraints(max_length=256)] | None = None
     metrics: dict[str, JsonValue] = {}
@@ -166,8 +172,9 @@ class Manifest(_Strict):
     def _without_new_defaults(self, dump: SerializerFunctionWrapHandler) -> dict[str, JsonValue]:
         # As for edits: what the first files could say keeps its digest.
         fields: dict[str, JsonValue] = dump(self)
-        if fields.get("system") is None:
-            fields.pop("system", None)
+        for name in ("system", "completion_prefix"):
+            if fields.get(name) is None:
+                fields.pop(name, None)
         return fields
 
     @field_validator("metrics", "training")

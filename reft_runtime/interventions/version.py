@@ -43,6 +43,7 @@ class Version:
         self.digest = header.digest
         self.template = header.manifest.template
         self.system_turn = header.manifest.system_turn
+        self.completion_prefix = header.manifest.completion_prefix
         # As text a manifest takes a fraction of the memory, and listing thousands costs no time.
         self.manifest_json = header.manifest.model_dump_json().encode()
         self.size_bytes = header.size_bytes

@@ -108,10 +108,27 @@ class StopChecker:
         return held
 
 
+class Beginning:
+    """Takes `prefix` off the beginning of a text that comes in pieces.
+
+    A prefix is at most one character, so that a piece has it whole or not at all.
+    """
+
+    def __init__(self, prefix: str) -> None:
+        self._prefix = prefix
+
+    def __call__(self, text: str) -> str:
+        """Take the next piece; return what is shown of it."""
+        if text and self._prefix:
+            text, self._prefix = text.removeprefix(self._prefix), ""
+        return text
+
+
 class TextStream:
     """Text of one choice, up to its stop string, if one comes after `min_tokens` tokens.
 
-    The stop string itself is left out of the text, unless `include_stop` asks for it.
+    The stop string itself is left out of the text, unless `include_stop` asks for it. So is the
+    `completion_prefix` that the text begins with, before stop strings are looked for.
     """
 
     def __init__(
@@ -122,7 +139,9 @@ class TextStream:
         *,
         skip_special_tokens: bool = True,
         include_stop: bool = False,
+        completion_prefix: str = "",
     ) -> None:
+        self._shown = Beginning(completion_prefix)
         self._detokenizer = Detokenizer(tokenizer, skip_special_tokens=skip_special_tokens)
         self._stop = StopChecker(stop)
         self._required = min_tokens
@@ -131,12 +150,12 @@ class TextStream:
     def push(self, ids: Sequence[int]) -> tuple[str, str | None]:
         """Take the next tokens; return the text to show, and the stop string that ended it."""
         self._required -= len(ids)
-        text = self._detokenizer.push(ids)
+        text = self._shown(self._detokenizer.push(ids))
         return (text, None) if self._required > 0 else self._found(*self._stop.push(text))
 
     def finish(self) -> tuple[str, str | None]:
         """Return the text held back at the end of the tokens, which may complete a stop string."""
-        text, matched = self._stop.push(self._detokenizer.finish())
+        text, matched = self._stop.push(self._shown(self._detokenizer.finish()))
         return self._found(text, matched) if matched else (text + self._stop.finish(), None)
 
     def _found(self, text: str, matched: str | None) -> tuple[str, str | None]:
@@ -150,7 +169,14 @@ class TextOffsets:
     text, such as a special token that is left out, where the next one does.
     """
 
-    def __init__(self, tokenizer: Tokenizer, *, skip_special_tokens: bool = True) -> None:
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        *,
+        skip_special_tokens: bool = True,
+        completion_prefix: str = "",
+    ) -> None:
+        self._shown = Beginning(completion_prefix)
         self._detokenizer = Detokenizer(tokenizer, skip_special_tokens=skip_special_tokens)
         self.end = 0
         """Characters so far, an incomplete one not counted."""
@@ -158,7 +184,7 @@ class TextOffsets:
     def push(self, token: int) -> int:
         """Take the next token; return where it begins."""
         begin = self.end
-        self.end += len(self._detokenizer.push((token,)))
+        self.end += len(self._shown(self._detokenizer.push((token,))))
         return begin
 
 

@@ -78,9 +78,17 @@ class Tokenizer:
         return self._bytes is not None and self._tokenizer.is_fast
 
     def encode(
-        self, text: str, *, add_special_tokens: bool = True, param: str = "prompt"
+        self,
+        text: str,
+        *,
+        add_special_tokens: bool = True,
+        completion_prefix: str = "",
+        param: str = "prompt",
     ) -> list[int]:
         """Token ids of `text`; special tokens written in it are parsed as such.
+
+        What the answer is to begin with, `completion_prefix`, is taken off the text's end: a
+        tokenizer joins a blank with the word behind it.
 
         `InvalidRequest` names `param` where the text is not valid Unicode or, by its length
         alone, cannot fit into `max_model_len` tokens.
@@ -98,6 +106,8 @@ class Tokenizer:
                 f"{param}: not valid Unicode, a lone surrogate at character {error.start}.",
                 param=param,
             ) from None
+        if completion_prefix:
+            text = text.rstrip(completion_prefix)
         with self._encoding:
             ids: list[int] = self._tokenizer(
                 text, add_special_tokens=add_special_tokens, verbose=False
@@ -110,6 +120,7 @@ class Tokenizer:
         template: str | None = None,
         *,
         system: SystemTurn = "prepend",
+        completion_prefix: str = "",
         options: ChatOptions | None = None,
         add_special_tokens: bool | None = None,
     ) -> list[int]:
@@ -130,7 +141,12 @@ class Tokenizer:
             text, special = fill(template, system, messages, options), True
         if add_special_tokens is not None:
             special = add_special_tokens
-        return self.encode(text, add_special_tokens=special, param="messages")
+        return self.encode(
+            text,
+            add_special_tokens=special,
+            completion_prefix=completion_prefix,
+            param="messages",
+        )
 
     def render(self, messages: Sequence[Message], *, answered: bool = False) -> str:
         """A chat as the model's own template writes it, to be encoded without special tokens.

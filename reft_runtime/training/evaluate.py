@@ -317,4 +317,11 @@ def _formatter(
     """What writes a task's prompts for an intervention, or for the base model."""
     if manifest is None:
         return Formatter(task.layout, tokenizer, eos_ids)
-    return Formatter(task.layout, tokenizer, eos_ids, manifest.template, manifest.system_turn)
+    return Formatter(
+        task.layout,
+        tokenizer,
+        eos_ids,
+        manifest.template,
+        manifest.system_turn,
+        manifest.completion_prefix,
+    )

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from reft_runtime.errors import ConfigError, InvalidRequest
-from reft_runtime.interventions.manifest import SystemTurn
+from reft_runtime.interventions.manifest import CompletionPrefix, SystemTurn
 from reft_runtime.text import Tokenizer
+from reft_runtime.training.join import join
 from reft_runtime.training.layout import CHAT, Layout
 from reft_runtime.training.rows import Row, Rows
 
@@ -36,7 +37,8 @@ class Formatter:
 
     `eos_ids` are what ends the model's answers, where they are served too. `chat_template`, where
     given, is an intervention's own: chats are then written by it, and a `system` turn in them, as
-    the server does.
+    the server does. `completion_prefix` is what stands between a prompt and its completion, as in
+    `join`; None takes both as they are.
     """
 
     def __init__(
@@ -46,12 +48,14 @@ class Formatter:
         eos_ids: frozenset[int],
         chat_template: str | None = None,
         system: SystemTurn = "prepend",
+        completion_prefix: CompletionPrefix | None = None,
     ) -> None:
         self._layout = layout
         self._tokenizer = tokenizer
         self._eos_ids = eos_ids
         self._eos = min(tokenizer.eos_ids & eos_ids or eos_ids, default=None)
         self._system = system
+        self._prefix = completion_prefix
         self._chat_template = None if chat_template == CHAT else chat_template
 
     def prompt(self, row: Row) -> list[int]:
@@ -59,8 +63,13 @@ class Formatter:
         asked = self._layout.prompt(row)
         try:
             if isinstance(asked, str):
-                return self._tokenizer.encode(asked)
-            return self._tokenizer.encode_chat(asked, self._chat_template, system=self._system)
+                return self._tokenizer.encode(asked, completion_prefix=self._prefix or "")
+            return self._tokenizer.encode_chat(
+                asked,
+                self._chat_template,
+                system=self._system,
+                completion_prefix=self._prefix or "",
+            )
         except InvalidRequest as error:
             raise row.error(error.message) from None
 
@@ -75,8 +84,9 @@ class Formatter:
         return Example(row.where, (*prompt, *completion), len(prompt), length)
 
     def _completion(self, row: Row, prompt: Sequence[int]) -> list[int]:
-        asked, answer = self._layout.prompt(row), self._layout.completion(row)
+        asked, answer = self._layout.prompt(row), join(self._layout.completion(row), self._prefix)
         if isinstance(asked, str):
+            asked = asked.rstrip(self._prefix) if self._prefix else asked
             ids = self._continued(prompt, asked, answer, special=True)
         elif self._chat_template is not None:
             ids = self._tokenizer.encode(answer, add_special_tokens=False)

@@ -24,6 +24,7 @@ from reft_runtime.loading import free_memory, load_base, shape_of
 from reft_runtime.text import Tokenizer
 from reft_runtime.training.check import check_data, measure_of
 from reft_runtime.training.forward import Base, EditedModel, first_edited
+from reft_runtime.training.join import choose_prefix
 from reft_runtime.training.layout import CHAT, Layout
 from reft_runtime.training.prompts import Example, Formatter, make_examples
 from reft_runtime.training.rows import Rows, read_rows
@@ -113,6 +114,8 @@ def train(
     shape = shape_of(name, loaded)
     settings = settings.complete(shape, len(rows.rows))
     edits = new_edits(shape, settings)
+    words = Tokenizer(own_tokenizer, loaded.max_model_len)
+    prefix = choose_prefix(rows.rows, layout, words)
 
     def built(**figures: Any) -> Intervention:
         return Intervention.build(
@@ -120,19 +123,21 @@ def train(
             edits.export(),
             template=layout.served_template,
             system=system,
+            completion_prefix=prefix,
             description=description,
             license=license,
             **figures,
         )
 
     built()  # what the file's format refuses, such as too long a description, is told now
-    formatter = Formatter(layout, Tokenizer(own_tokenizer, loaded.max_model_len), loaded.eos_ids)
+    formatter = Formatter(layout, words, loaded.eos_ids, completion_prefix=prefix)
     longest = min(settings.max_length or loaded.max_model_len, loaded.max_model_len)
     examples = make_examples(rows, formatter, longest, truncate=settings.truncate)
     _check_edited(examples, edits)
     tokens = sum(len(example.tokens) for example in examples)
     parameters = sum(parameter.numel() for parameter in edits.parameters())
-    say(f"{tokens:,} tokens, {parameters:,} trained parameters, {settings.epochs or 0:g} passes")
+    length = f"{settings.epochs:g} passes" if settings.epochs else f"{settings.steps} steps"
+    say(f"{tokens:,} tokens, {parameters:,} trained parameters, {length}")
     tests = (
         make_examples(held_out, formatter, longest, truncate=settings.truncate) if held_out else []
     )
@@ -145,7 +150,7 @@ def train(
         device=torch.device("cuda" if torch.cuda.is_available() else "cpu"),
         progress=progress,
     )
-    note = {"base": shape.model_dump(), **about}
+    note = {"base": shape.model_dump(), "completion_prefix": prefix, **about}
     _begin(folder, note, resume=resume)
     base = Base(loaded)
     base.to(args.device)

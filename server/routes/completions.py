@@ -102,7 +102,10 @@ class CompletionShape(Shape):
         begins: list[int] = []
         if first:
             skip = self._body.skip_special_tokens
-            self._offsets[index] = TextOffsets(tokenizer, skip_special_tokens=skip)
+            prefix = run.job.selection.completion_prefix
+            self._offsets[index] = TextOffsets(
+                tokenizer, skip_special_tokens=skip, completion_prefix=prefix
+            )
             self._offsets[index].end = len(echoed)
         generated = [self._offsets[index].push(token) for token in tokens]
         if first and self._body.echo:
@@ -138,8 +141,10 @@ async def create_completion(
             server,
             body,
             sampling,
-            lambda tokenizer, _: [
-                tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
+            lambda tokenizer, selection: [
+                tokenizer.encode(prompt, completion_prefix=selection.completion_prefix)
+                if isinstance(prompt, str)
+                else prompt
                 for prompt in body.prompts
             ],
             prompt="prompt",

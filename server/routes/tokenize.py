@@ -29,7 +29,11 @@ async def tokenize(
         tokenizer = engine.tokenizer
         if body.messages is None:
             special = body.add_special_tokens is not False
-            tokens = tokenizer.encode(body.prompt or "", add_special_tokens=special)
+            tokens = tokenizer.encode(
+                body.prompt or "",
+                add_special_tokens=special,
+                completion_prefix=selection.completion_prefix,
+            )
         else:
             messages = [message.as_text() for message in body.messages]
             options = body.options(tokenizer.switches)

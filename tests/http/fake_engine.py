@@ -41,7 +41,9 @@ class FakeTokenizer:
     special_ids: frozenset[int] = frozenset()
     switches: tuple[str, ...] = ("enable_thinking",)
 
-    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+    def encode(
+        self, text: str, *, add_special_tokens: bool = True, completion_prefix: str = ""
+    ) -> list[int]:
         return list(text.encode())
 
     def encode_chat(
@@ -50,6 +52,7 @@ class FakeTokenizer:
         template: str | None,
         *,
         system: str = "prepend",
+        completion_prefix: str = "",
         options: Any = None,
         add_special_tokens: bool | None = None,
     ) -> list[int]:
@@ -87,6 +90,7 @@ class FakeVersion:
     digest: str = DIGEST
     template: str | None = None
     system_turn: str = "prepend"
+    completion_prefix: str | None = None
 
     @property
     def manifest_json(self) -> bytes:

@@ -440,3 +440,15 @@ def test_a_file_says_what_its_text_does_with_a_system_turn(system: Any) -> None:
     assert found.system_turn == (system or "prepend")
     # What says nothing is written as before the field was there: it keeps its digest.
     assert (b"system" in data) is (system is not None)
+
+
+@pytest.mark.parametrize("prefix", [None, "", " "])
+def test_a_file_says_how_a_completion_begins(prefix: Any) -> None:
+    edit = Edit(1, "l1", loreft_tensors())
+    made = Intervention.build(BASE, [edit], completion_prefix=prefix)
+    data = serialise(made)
+    assert parse(data).manifest.completion_prefix == prefix
+    # What says nothing is written as before the field was there: it keeps its digest.
+    assert (b"completion_prefix" in data) is (prefix is not None)
+    with pytest.raises(InvalidFile, match="completion_prefix"):
+        Intervention.build(BASE, [edit], completion_prefix="\n")  # type: ignore[arg-type]

@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerBase
 
-from reft_runtime.text import Detokenizer, StopChecker, TextStream, Tokenizer
+from reft_runtime.text import Detokenizer, StopChecker, TextOffsets, TextStream, Tokenizer
 from tests.helpers.tokenizer import tiny_sentencepiece_tokenizer, tiny_tokenizer
 
 BYTE_LEVEL = Tokenizer(tiny_tokenizer(), max_model_len=1000)
@@ -176,6 +176,27 @@ class TestTextStream:
         a = BYTE_LEVEL.encode("a")
         stream = TextStream(BYTE_LEVEL, ["a"], min_tokens=3)
         assert [stream.push(a) for _ in range(3)] == [("a", None), ("a", None), ("", "a")]
+
+    def test_what_the_training_put_before_an_answer_is_not_shown(self) -> None:
+        blank, the = BYTE_LEVEL.encode(" "), BYTE_LEVEL.encode(" the")
+        for pieces in ([*the, *the], [*blank, *BYTE_LEVEL.encode("the"), *the]):
+            stream = TextStream(BYTE_LEVEL, [" t"], completion_prefix=" ")
+            shown, found = "", None
+            for token in pieces:
+                text, found = stream.push([token])
+                shown += text
+            assert (shown, found) == ("the", " t")  # a stop string is one of what is shown
+        assert TextStream(BYTE_LEVEL, completion_prefix=" ").push(BYTE_LEVEL.encode("a the")) == (
+            "a the",
+            None,
+        )
+        cut = TextStream(BYTE_LEVEL, completion_prefix=" ")
+        assert cut.push(blank) == ("", None)
+        assert cut.finish() == ("", None)
+
+    def test_offsets_are_those_of_what_is_shown(self) -> None:
+        offsets = TextOffsets(BYTE_LEVEL, completion_prefix=" ")
+        assert [offsets.push(token) for token in BYTE_LEVEL.encode(" the the a")] == [0, 3, 7, 8]
 
 
 def test_tokenizers_differ_in_kind() -> None:

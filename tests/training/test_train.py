@@ -58,7 +58,7 @@ def test_a_task_is_learned_and_served(tmp_path: Path, positions: str) -> None:
             intervention="task",
             progress=False,
         )
-    assert [answer.text for answer in answers] == [row["completion"] for row in ROWS]
+    assert [answer.text for answer in answers] == [row["label"] for row in ROWS]
 
 
 def test_rows_without_labels_have_no_accuracy(tmp_path: Path) -> None:
