@@ -115,7 +115,7 @@ NESTED: list[tuple[str, Any]] = [
 ]
 
 
-def assert_refused(response: httpx.Response, param: str | None, status: int = 400) -> None:
+def assert_refused(response: httpx.Response, param: str, status: int = 400) -> None:
     assert response.status_code == status, response.text
     error = response.json()["error"]
     assert set(error) == {"message", "type", "param", "code"}
@@ -412,7 +412,8 @@ async def test_a_string_without_an_end_is_passed_once(
         content=b"[" + b"," * 300_000 + b'"' + text,
         headers={"content-type": "application/json"},
     )
-    assert_refused(response, None)
+    assert response.status_code == 400
+    assert "values" in response.json()["error"]["message"]
 
 
 async def test_commas_within_text_are_no_values(client: httpx.AsyncClient) -> None:
