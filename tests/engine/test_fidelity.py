@@ -106,9 +106,9 @@ class SharedMLP(LlamaMLP):
 
     def forward(self, x: Tensor) -> Tensor:
         """A share of what its parent gives."""
-        out: Tensor = super().forward(x)
+        out: Tensor = super().forward(x)  # type: ignore[no-untyped-call]
         share: Any = self.share
-        return out * share[0]
+        return out * float(share[0])
 
 
 @pytest.mark.parametrize("length", [WINDOW - 1, WINDOW, WINDOW + 1, 3 * WINDOW])
