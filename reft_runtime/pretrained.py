@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -28,7 +28,13 @@ from transformers.utils import logging as transformers_logging
 
 from reft_runtime.errors import ConfigError
 
-_READ_BY_NAME = ("*.json", "tokenizer.model", "*.jinja", "model*.safetensors")
+_READ_BY_NAME = (
+    "*.json",
+    "tokenizer.model",
+    "*.jinja",
+    "model*.safetensors",
+    "pytorch_model*.bin",
+)
 """Files of a folder that are looked at before transformers reads them."""
 
 _LFS = b"version https://git-lfs.github.com/"
@@ -36,8 +42,16 @@ _LFS = b"version https://git-lfs.github.com/"
 _COMPUTED = re.compile(r"(inv_freq|\.(attn|attention)\.(masked_)?bias|position_ids)$")
 """Keys of old checkpoints that are no weights: a model computes them itself."""
 
+_INTEGERS = {"I8", "U8", "I16", "U16", "I32", "U32", "I64", "U64", "BOOL"}
+
 _TOKENIZER_FILES = (
     "It takes tokenizer.json, or what transformers makes one of, and tokenizer_config.json"
+)
+
+_ADAPTER = "adapter_config.json"
+_ADAPTERS = (
+    "of adapters (LoRA), which are not applied: merge them into their model with PEFT's"
+    " merge_and_unload, and serve what that gives."
 )
 
 _SHOWN = 4
@@ -53,19 +67,21 @@ def read_config(path: str) -> PretrainedConfig:
         path,
         lambda: AutoConfig.from_pretrained(path, trust_remote_code=False),
     )
+    # A folder may name the code that attends: that of a repository too, which would be fetched.
+    config._attn_implementation = None
     return config
 
 
 def read_tokenizer(path: str, **options: Any) -> PreTrainedTokenizerBase:
     """Tokenizer of a folder or hub id; raises `ConfigError`."""
-    tokenizer: PreTrainedTokenizerBase = _read(
-        "tokenizer",
-        path,
-        lambda: AutoTokenizer.from_pretrained(path, trust_remote_code=False, **options),
-    )
-    # Without files some kinds come empty, without a word.
-    known = set(tokenizer("Hello there", add_special_tokens=False)["input_ids"])
-    if not known - set(tokenizer.all_special_ids):
+
+    def load() -> tuple[PreTrainedTokenizerBase, set[int]]:
+        found = AutoTokenizer.from_pretrained(path, trust_remote_code=False, **options)
+        known = found("Hello there", add_special_tokens=False)["input_ids"]
+        return found, set(known) - set(found.all_special_ids)
+
+    tokenizer, known = _read("tokenizer", path, load)
+    if not known:  # without files some kinds come empty, without a word
         raise ConfigError(
             f"model: {path!r} has no tokenizer: not one piece of a text is in its vocabulary."
             f" {_TOKENIZER_FILES}; fetch them too.",
@@ -80,6 +96,7 @@ def read_model(path: str, dtype: torch.dtype, **options: Any) -> PreTrainedModel
     Raises `ConfigError`, which names them, where weights are missing, have other shapes, or belong
     to layers and modules that this model has not.
     """
+    config = read_config(path)  # it names no code that attends
 
     def load() -> Any:
         return AutoModelForCausalLM.from_pretrained(
@@ -88,6 +105,8 @@ def read_model(path: str, dtype: torch.dtype, **options: Any) -> PreTrainedModel
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # reported, by name, and refused below
             trust_remote_code=False,
+            config=config,
+            attn_implementation="eager",
             **options,
         )
 
@@ -98,6 +117,8 @@ def read_model(path: str, dtype: torch.dtype, **options: Any) -> PreTrainedModel
         model, found = _read("weights", path, load)
     finally:
         transformers_logging.set_verbosity(verbosity)
+    if getattr(model, "_hf_peft_config_loaded", False):  # of the hub: its files were not looked at
+        raise ConfigError(f"model: {path!r} is {_ADAPTERS}", param="model")
     _check_weights(path, model, found)
     loaded: PreTrainedModel = model
     return loaded
@@ -122,6 +143,8 @@ def _reason(what: str, path: str, error: Exception) -> str:
         return f"the {what} of {path!r} does not fit into memory: {text[:200]}"
     if isinstance(error, SafetensorError):
         text = f"a safetensors file is damaged or cut ({text}); fetch it again"
+    elif "weights_only" in text or "PytorchStreamReader" in text:
+        text = "a pickled file of weights is damaged, cut, or no plain one; take safetensors"
     elif what == "tokenizer":
         text = f"{text[:200].rstrip('. :')}. {_TOKENIZER_FILES}"
     else:
@@ -137,6 +160,8 @@ def _check_files(path: str) -> None:
         if path.startswith(("/", ".", "~")):
             raise ConfigError(f"model: there is no folder {path}.", param="model")
         return
+    if (folder / _ADAPTER).exists():
+        raise _broken(folder / _ADAPTER, f"is {_ADAPTERS}")
     if not (folder / "config.json").is_file():
         raise _broken(folder / "config.json", "is not there; is this a model's folder?")
     for file in sorted({file for pattern in _READ_BY_NAME for file in folder.glob(pattern)}):
@@ -185,6 +210,7 @@ def _broken(file: Path, what: str) -> ConfigError:
 
 def _check_weights(path: str, model: PreTrainedModel, found: dict[str, Any]) -> None:
     missing = sorted(found["missing_keys"])
+    whole = sorted(_stored_as_integers(Path(path), model))
     shapes = [
         f"{key} ({_shape(there)} instead of {_shape(wanted)})"
         for key, there, wanted in sorted(found["mismatched_keys"])
@@ -195,6 +221,7 @@ def _check_weights(path: str, model: PreTrainedModel, found: dict[str, Any]) -> 
         for text, keys in (
             ("without weights for", missing),
             ("with weights of another shape for", shapes),
+            ("with integers instead of weights for", whole),
             ("with weights that this model has no use for:", unexpected),
             ("with faults:", found["error_msgs"]),
         )
@@ -208,19 +235,38 @@ def _check_weights(path: str, model: PreTrainedModel, found: dict[str, Any]) -> 
         )
 
 
+def _stored_as_integers(folder: Path, model: PreTrainedModel) -> Iterable[str]:
+    """Weights of a folder that are integers, as quantised ones are: their scales are elsewhere."""
+    wanted = {name for name, weight in model.named_parameters() if weight.is_floating_point()}
+    for file in folder.glob("model*.safetensors"):
+        with safe_open(file, "pt") as content:
+            for name in content.keys():  # noqa: SIM118 - it is no dictionary
+                if name in wanted and content.get_slice(name).get_dtype() in _INTEGERS:
+                    yield name
+
+
 def _matters(key: str, model: PreTrainedModel) -> bool:
     """Whether a checkpoint's key that the model has not would change what the model computes.
 
-    What belongs to modules of the model does, and what lies among its layers; a head beside it
-    (of a reward model, or for speculation) does not.
+    What belongs to modules of the model does, and what lies among its layers, and adapters of
+    them; a head beside it (of a reward model, or for speculation) does not.
     """
     if _COMPUTED.search(key):
         return False
-    modules = dict(model.named_modules())
-    if key.rpartition(".")[0] in modules and "." in key:
+    if ".lora_" in key:
         return True
-    lists = [name for name, module in modules.items() if isinstance(module, torch.nn.ModuleList)]
-    return any(key.startswith(f"{name}.") for name in lists)
+    modules = dict(model.named_modules())
+    # A checkpoint of the model without its head has names without this prefix.
+    for name in (key, f"{model.base_model_prefix}.{key}"):
+        if name.rpartition(".")[0] in modules and "." in key:
+            return True
+        if any(
+            name.startswith(f"{place}.")
+            for place, module in modules.items()
+            if isinstance(module, torch.nn.ModuleList)
+        ):
+            return True
+    return False
 
 
 def _shape(size: Iterable[int]) -> str:

@@ -34,7 +34,8 @@ MAX_KEYS = 2048
 MAX_WHOLE = 2**63
 MAX_DIGITS = 1000
 
-_STRING = re.compile(rb'"(?:[^"\\]+|\\.)*"', re.DOTALL)
+_STRING = re.compile(rb'"(?:[^"\\]++|\\.)*+"?', re.DOTALL)
+"""A string, which may lack its end: it is passed once, whatever is in it."""
 
 
 async def read_body(request: Request, limit: int) -> bytes:

@@ -24,6 +24,7 @@ from server.middleware import MAX_HEADER_BYTES
 
 PROBE_SECONDS = 0.1
 
+_OFFER = b"\r\nupgrade:"
 _UPGRADE = re.compile(rb"\r\nupgrade(?=:)", re.IGNORECASE)
 
 CLOSE_WAIT = 8
@@ -42,6 +43,8 @@ class Connection(HttpToolsProtocol):
         """Of a request whose head is not complete yet; 0 between requests."""
         self._header_bytes = 0
         self._body_bytes = 0
+        self._held = b""
+        """The end of what came of a head: it may be the beginning of an offer."""
         self._pieces: list[bytes] = []
         """Of the body, until all that came is parsed: it may have come in very small chunks."""
         self._last_byte = 0.0
@@ -111,6 +114,7 @@ class Connection(HttpToolsProtocol):
         if self._discarding or self.transport.is_closing():
             return
         if self._head_bytes or self.cycle is None or not self.cycle.more_body:
+            data, self._held = _whole_offers(self._held + data)
             data = _without_upgrade(data)
         if self._head_bytes:
             self._head_bytes += len(data)
@@ -123,7 +127,8 @@ class Connection(HttpToolsProtocol):
 
     def eof_received(self) -> bool | None:  # type: ignore[override]
         """Answer a client that has closed its sending half only: it may wait for the answer."""
-        if self.idle or self.cycle.more_body or not hasattr(socket, "TCP_INFO"):
+        over = self._discarding or self.transport.is_closing()
+        if over or self.idle or self.cycle.more_body or not hasattr(socket, "TCP_INFO"):
             return None
         self._half_closed = True
         assert self._answered is not None
@@ -273,6 +278,15 @@ class Connection(HttpToolsProtocol):
             self._linger()
         else:
             self.transport.close()
+
+
+def _whole_offers(data: bytes) -> tuple[bytes, bytes]:
+    """`data` of a head, and what is to wait for more: an end with which an offer may begin."""
+    if b"\r\n\r\n" not in data:
+        for start in range(max(0, len(data) - len(_OFFER)), len(data)):
+            if any(end.startswith(data[start:].lower()) for end in (_OFFER, b"\r\n\r\n")):
+                return data[:start], data[start:]
+    return data, b""
 
 
 def _without_upgrade(data: bytes) -> bytes:

@@ -131,6 +131,25 @@ def test_code_for_generation_never_runs(folder: Path, marker: Path) -> None:
     assert sys.stdin.read(2) == "y\n"
 
 
+@pytest.mark.parametrize("key", ["attn_implementation", "_attn_implementation"])
+@pytest.mark.parametrize("value", ["someone/kernel", "flash_attention_2", {"": "someone/kernel"}])
+def test_code_that_attends_is_not_a_folders_to_choose(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, key: str, value: Any
+) -> None:
+    from reft_runtime.interventions.base import count_parameters
+    from reft_runtime.pretrained import read_config
+
+    fetched: list[Any] = []
+    monkeypatch.setattr(
+        "transformers.modeling_utils.lazy_import_flash_attention",
+        lambda *args, **_: fetched.append(args),
+    )
+    change_config(folder, **{key: value})
+    load(folder)
+    count_parameters(read_config(str(folder)))
+    assert fetched == []
+
+
 def test_the_base_of_an_intervention_is_read_without_its_code(folder: Path, marker: Path) -> None:
     from reft_runtime.interventions.base import read_base
 
@@ -179,6 +198,18 @@ WRONG_WEIGHTS: dict[str, tuple[dict[str, Tensor | None], str]] = {
     "a bias": (
         {"model__layers__0__self_attn__q_proj__bias": torch.zeros(32)},
         "no use for: model.layers.0.self_attn.q_proj.bias",
+    ),
+    "a layer more, named from its list on": (
+        {"layers__4__mlp__up_proj__weight": torch.zeros(48, 32)},
+        "no use for: layers.4.mlp.up_proj.weight",
+    ),
+    "an adapter": (
+        {"base_model__model__x__q_proj__lora_A__weight": torch.zeros(2, 32)},
+        "no use for: base_model.model.x.q_proj.lora_A.weight",
+    ),
+    "integers": (
+        {"model__layers__0__mlp__up_proj__weight": torch.zeros(48, 32, dtype=torch.int8)},
+        "with integers instead of weights for model.layers.0.mlp.up_proj.weight",
     ),
     "a norm more": (
         {"model__layers__0__self_attn__q_norm__weight": torch.zeros(8)},
@@ -239,6 +270,22 @@ def test_pointers_of_git_lfs(name: str, folder: Path) -> None:
     assert "git lfs pull" in message
 
 
+@pytest.mark.parametrize("left", [POINTER, b"\x80\x04K\x01.", b"PK\x03\x04"])
+def test_a_pickled_weights_file_that_cannot_be_read(left: bytes, folder: Path) -> None:
+    (folder / WEIGHTS).unlink()
+    (folder / "pytorch_model.bin").write_bytes(left)
+    message = fault(folder)
+    assert "git lfs pull" in message if left == POINTER else "take safetensors" in message
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_adapters_are_told(whole: bool, folder: Path) -> None:
+    change_config(folder, "adapter_config.json", peft_type="LORA", base_model_name_or_path="x")
+    if not whole:
+        (folder / "config.json").unlink()
+    assert "merge_and_unload" in fault(folder)
+
+
 @pytest.mark.parametrize("length", [0, 5, 500, -100])
 def test_a_cut_weights_file(length: int, folder: Path) -> None:
     path = folder / WEIGHTS
@@ -297,6 +344,11 @@ def test_a_folder_without_a_tokenizer_is_told_before_its_weights_are_read(
     message = fault(tmp_path)
     assert "tokenizer" in message
     assert "tokenizer.json" in message
+
+
+def test_a_tokenizer_that_is_none_is_told(folder: Path) -> None:
+    change_config(folder, "tokenizer_config.json", tokenizer_class="RagTokenizer")
+    assert "tokenizer" in fault(folder)
 
 
 @pytest.mark.parametrize("text", ["{", "[]", '{"model": 1}'])

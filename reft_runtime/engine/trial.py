@@ -24,6 +24,9 @@ ROWS = 3
 SHORTEST = 2**-10
 """To how much of their length rows are shortened, where a layer adds little to them."""
 
+SMALL = 64
+"""Numbers of a tensor up to which it is taken for a setting of a formula."""
+
 Operator = Callable[..., Any]
 
 
@@ -117,9 +120,10 @@ def _formula(module: nn.Module) -> Hashable:
             name,
             type(part),
             tuple(
-                (key, value)
-                for key, value in sorted(vars(part).items())
-                if isinstance(value, int | float | str | None) and key not in ("layer_idx",)
+                (key, _told(value))
+                for key, value in sorted({**vars(part), **part._buffers}.items())
+                if isinstance(value, int | float | str | tuple | list | Tensor | None)
+                and key not in ("layer_idx",)
             ),
             tuple(
                 (key, weight.shape, weight.dtype)
@@ -129,6 +133,13 @@ def _formula(module: nn.Module) -> Hashable:
         )
         for name, part in module.named_modules()
     )
+
+
+def _told(value: Any) -> Hashable:
+    """A module's attribute, to be compared with another's; a large tensor's shape stands for it."""
+    if isinstance(value, Tensor):
+        return tuple(value.shape), repr(value.tolist()) if value.numel() <= SMALL else ""
+    return repr(value) if isinstance(value, tuple | list) else value
 
 
 def random_rows(width: int, like: Tensor) -> Tensor:

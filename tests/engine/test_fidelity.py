@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.models.llama.modeling_llama import LlamaMLP
 
 from reft_runtime.engine.attention import AskedMask, packed_attention
 from reft_runtime.engine.kv_rows import RowStorage
@@ -83,6 +84,31 @@ def test_plain_layers_are_fused_in_every_dtype(dtype: torch.dtype) -> None:
     for scale in (0.02, 0.1, 0.3):
         loaded = adopt_model(in_dtype(tiny("llama", initializer_range=scale), dtype))
         assert all("forward" in vars(layer) for layer in loaded.layers)
+
+
+@pytest.mark.parametrize("kept", ["buffer", "list", "tensor"])
+def test_layers_that_differ_in_more_than_weights_keep_their_code(kept: str) -> None:
+    model = in_dtype(tiny("llama"), BFLOAT16)
+    for index, layer in enumerate(dict(model.named_modules())["model.layers"].children()):
+        share: Any = torch.tensor([1.0 if index == 0 else 0.9], dtype=BFLOAT16)
+        mlp: Any = layer.mlp
+        if kept == "buffer":
+            mlp.register_buffer("share", share)
+        else:
+            mlp.share = share.tolist() if kept == "list" else share
+        mlp.__class__ = SharedMLP
+    loaded = adopt_model(model)
+    assert ["forward" in vars(layer) for layer in loaded.layers] == [True, False, False, False]
+
+
+class SharedMLP(LlamaMLP):
+    """One that gives a share of what it computes, which may be all of it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """A share of what its parent gives."""
+        out: Tensor = super().forward(x)  # type: ignore[no-untyped-call]
+        share: Any = self.share
+        return out * float(share[0])
 
 
 @pytest.mark.parametrize("length", [WINDOW - 1, WINDOW, WINDOW + 1, 3 * WINDOW])

@@ -294,18 +294,21 @@ async def test_a_connection_is_used_again(server_url: str) -> None:
                 await reader.readexactly(int(found[1]))
 
 
-@pytest.mark.parametrize("split", [False, True])
+@pytest.mark.parametrize(
+    "split",
+    [None, b"{", b"\r\n\r\n", b"\n\r\n{", b"\r\nupgrade", b"\nupgrade", b"upgrade:", b"ade:", b":"],
+)
 async def test_an_offer_of_http_2_is_declined(
-    server_url: str, caplog: pytest.LogCaptureFixture, split: bool
+    server_url: str, caplog: pytest.LogCaptureFixture, split: bytes | None
 ) -> None:
-    """Java's own client makes one with every first request."""
+    """Java's own client makes one with every first request; wherever its packets end."""
     offer = {"connection": "Upgrade, HTTP2-Settings", "upgrade": "h2c", "http2_settings": "AAE"}
     data = request(completion(), **offer)
-    start = data.index(b"\r\n\r\n") + 4
     async with connected(server_url) as (reader, writer):
         for _ in range(2):
-            writer.write(data[:start] if split else data)
-            if split:
+            start = len(data) if split is None else data.index(split)
+            writer.write(data[:start])
+            if split is not None:
                 await writer.drain()
                 await asyncio.sleep(0.05)
                 writer.write(data[start:])
@@ -315,6 +318,33 @@ async def test_an_offer_of_http_2_is_declined(
             assert found
             await reader.readexactly(int(found[1]))
     assert [r for r in caplog.records if r.levelno >= logging.WARNING] == []
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 1000])
+async def test_packets_may_end_anywhere(server_url: str, size: int) -> None:
+    content = json.dumps(completion()).encode() + b"\r\n"
+    data = head(content_length=len(content)) + content + head("/livez", "GET")
+    async with connected(server_url) as (reader, writer):
+        for start in range(0, len(data), size):
+            writer.write(data[start : start + size])
+            await writer.drain()
+            await asyncio.sleep(0.001)
+        writer.write_eof()
+        assert (await rest(reader)).count(b"HTTP/1.1 200 OK") == 2
+
+
+async def test_a_client_that_leaves_after_a_refusal_is_silent(
+    server_url: str, engine: FakeEngine, caplog: pytest.LogCaptureFixture
+) -> None:
+    engine.step_seconds = 0.2
+    async with connected(server_url, request(completion()) + b"no HTTP\r\n\r\n") as (
+        reader,
+        writer,
+    ):
+        assert status(await rest(reader)) == 400
+        writer.write_eof()
+        await asyncio.sleep(0.1)
+    assert [r for r in caplog.records if r.name == "asyncio" or r.exc_info] == []
 
 
 class TestUnread:

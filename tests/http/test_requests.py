@@ -402,6 +402,20 @@ async def test_bodies_of_very_many_parts_are_not_parsed(
     assert message in response.json()["error"]["message"]
 
 
+@pytest.mark.parametrize("text", [b"a" * 200_000, b'\\"' * 200_000, b"\\" * 200_001, b"\n" * 9])
+async def test_a_string_without_an_end_is_passed_once(
+    client: httpx.AsyncClient, text: bytes
+) -> None:
+    # Behind so many commas strings are looked for; again and again, one would stop the process.
+    response = await client.post(
+        "/v1/completions",
+        content=b"[" + b"," * 300_000 + b'"' + text,
+        headers={"content-type": "application/json"},
+    )
+    assert response.status_code == 400
+    assert "values" in response.json()["error"]["message"]
+
+
 async def test_commas_within_text_are_no_values(client: httpx.AsyncClient) -> None:
     metadata = {"text": 'a,[{"\\,"' * 150_000, "more": '",'}
     response = await client.post("/v1/completions", json=completion(metadata=metadata))
