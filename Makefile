@@ -63,9 +63,10 @@ clean: ## Remove the environments and every cache in the working tree (not the d
 
 CONSTRAINT = --constraint constraints.txt
 
-# pip install with the pinned versions; one retry, because registries do have hiccups.
+# pip install with the pinned versions, its progress shown: this takes minutes. One retry, because
+# registries do have hiccups.
 define install
-	@pip="$(BIN)/python -m pip install -qq $(CONSTRAINT)"; \
+	@pip="$(BIN)/python -m pip install $(CONSTRAINT)"; \
 	$$pip $(1) || { echo "The installation failed; trying once more." >&2; sleep 3; $$pip $(1); }
 	@touch $@
 endef

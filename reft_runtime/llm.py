@@ -28,6 +28,7 @@ from reft_runtime.interventions.store import STATE_BYTES
 from reft_runtime.loading import kv_budget, kv_bytes, load_base, memory_bytes, shape_of
 from reft_runtime.outputs import Comparison, EngineInfo, EngineStats, Generation, Trace
 from reft_runtime.sampling import SamplingParams
+from reft_runtime.stages import stage
 from reft_runtime.streams import EventLoopSink, Stream
 from reft_runtime.text import Tokenizer
 from reft_runtime.use import Use, completion_prefix
@@ -90,17 +91,19 @@ class Engine:
         config = EngineConfig(
             max_running, max(max_step_tokens, max_running), kv_tokens, prefix_cache
         )
-        core = EngineCore(loaded, config)
+        with stage("Setting up the cache"):
+            core = EngineCore(loaded, config)
         self.tokenizer = Tokenizer(tokenizer, loaded.max_model_len)
-        self.registry = Registry(
-            shape_of(name, loaded),
-            sources=sources,
-            state_dir=state_dir,
-            check_site=core.runner.sites.check,
-            allow_base=allow_base,
-            memory_bytes=intervention_bytes,
-            state_bytes=state_bytes,
-        )
+        with stage("Reading the interventions"):
+            self.registry = Registry(
+                shape_of(name, loaded),
+                sources=sources,
+                state_dir=state_dir,
+                check_site=core.runner.sites.check,
+                allow_base=allow_base,
+                memory_bytes=intervention_bytes,
+                state_bytes=state_bytes,
+            )
         if interventions is not None or state_dir is not None:
             self.registry.watch(WATCH_SECONDS)
         self.info = EngineInfo(

@@ -26,6 +26,7 @@ from reft_runtime.engine.support import check_config, chosen_length
 from reft_runtime.errors import ConfigError
 from reft_runtime.interventions import BaseShape
 from reft_runtime.pretrained import read_config, read_tokenizer
+from reft_runtime.stages import stage
 from reft_runtime.text import Tokenizer
 
 KV_SHARE_OF_FREE_MEMORY = 0.3
@@ -61,10 +62,11 @@ def load_base(
             model, max_model_len, tokenizer=tokenizer, differentiable=differentiable
         )
     else:
-        path, name = locate(str(model))
-        check_config(read_config(path))
-        # The tokenizer before the model: what is wrong with it is told before minutes have gone by.
-        tokenizer = tokenizer or read_tokenizer(path)
+        with stage("Finding the model"):
+            path, name = locate(str(model))
+            check_config(read_config(path))
+            # The tokenizer before the weights: what is wrong with it is told at once.
+            tokenizer = tokenizer or read_tokenizer(path)
         loaded = load_model(
             path,
             dtype,

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import logging
 import re
+import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -112,11 +113,16 @@ def read_model(path: str, dtype: torch.dtype, **options: Any) -> PreTrainedModel
 
     # What is found is told once, by name; transformers' own table of it would come on top.
     verbosity = transformers_logging.get_verbosity()
+    bars = transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity(logging.ERROR)
+    if bars and not sys.stderr.isatty():  # a bar fills a log, where nothing can overwrite it
+        transformers_logging.disable_progress_bar()
     try:
         model, found = _read("weights", path, load)
     finally:
         transformers_logging.set_verbosity(verbosity)
+        if bars:
+            transformers_logging.enable_progress_bar()
     if getattr(model, "_hf_peft_config_loaded", False):  # of the hub: its files were not looked at
         raise ConfigError(f"model: {path!r} is {_ADAPTERS}", param="model")
     _check_weights(path, model, found)

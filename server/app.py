@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from fastapi import APIRouter, Depends, FastAPI
 from fastapi.middleware.cors import CORSMiddleware
 
+from reft_runtime.stages import stage
 from reft_runtime.version import VERSION
 from server.auth import require_key
 from server.context import Context
@@ -43,7 +44,8 @@ def create_app(engine: Engine, settings: Settings) -> FastAPI:
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         asyncio.get_running_loop().set_default_executor(started_pool())
-        await context.health.prove()
+        with stage("Answering a first prompt"):
+            await context.health.prove()
         yield
         context.close()
 

@@ -14,14 +14,26 @@ MAX_LISTED = 20
 """Interventions, and broken files, that are listed; the rest are counted."""
 
 
-def banner(engine: Engine, settings: Settings, host: str, port: int) -> str:
+SHOWN, QUESTION = "pirate", "Who are you?"
+"""The task that ships whose answer is most plainly not the base's, and what it is asked; where it
+is not served, another is asked the same."""
+
+
+def address_of(host: str, port: int) -> str:
+    """Where a client on this machine reaches the socket of `host` and `port`."""
+    reachable = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+    return f"http://[{reachable}]:{port}" if ":" in reachable else f"http://{reachable}:{port}"
+
+
+def banner(engine: Engine, settings: Settings, address: str) -> str:
     """What is served, what is wrong, and a command that works as it stands."""
     info = engine.info
     entries = engine.registry.entries()
     problems = engine.registry.problems()
     lines = [
         "",
-        f"Serving {info.model} ({info.architecture}, {info.parameters / 1e6:,.0f} M parameters)",
+        f"Serving at {address}",
+        f"  {info.model} ({info.architecture}, {info.parameters / 1e6:,.0f} M parameters)",
         f"  {info.dtype} on {info.device}, {info.threads} threads, "
         f"at most {info.memory_bytes / 2**30:.2f} GiB of memory, "
         f"and {info.intervention_bytes / 2**30:.2f} GiB for interventions",
@@ -33,10 +45,10 @@ def banner(engine: Engine, settings: Settings, host: str, port: int) -> str:
     lines += _list("Not served", [f"{file}: {reason}" for file, reason in problems.items()])
     if settings.api_key is None:
         lines.append("No API key is set: whoever reaches this port can use and change everything.")
-    reachable = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
-    address = f"[{reachable}]" if ":" in reachable else reachable
-    model = entries[0].name if entries else info.model
-    lines += ["Ready. Try:", "", _curl(f"http://{address}:{port}", model, settings), ""]
+    names = [entry.name for entry in entries] or [info.model]
+    model = SHOWN if SHOWN in names else names[0]
+    same = f' ("model": "{info.model}" asks the base itself)' if model != info.model else ""
+    lines += [f"Ready. Try{same}:", "", _curl(address, model, settings), ""]
     return "\n".join(lines)
 
 
@@ -51,9 +63,9 @@ def _list(title: str, items: list[str]) -> list[str]:
 def _curl(url: str, model: str, settings: Settings) -> str:
     body = {
         "model": model,
-        "messages": [{"role": "user", "content": "What is the capital of France?"}],
         "temperature": 0,
-        "max_tokens": 64,
+        "max_tokens": 32,
+        "messages": [{"role": "user", "content": QUESTION}],
     }
     key = ' -H "Authorization: Bearer $REFT_API_KEY"' if settings.api_key else ""
     return (

@@ -16,6 +16,7 @@ from pydantic import SecretStr
 from pydantic_core import PydanticUndefined
 
 from reft_runtime.errors import ConfigError, NotFound, ReftError
+from reft_runtime.stages import stage
 from reft_runtime.use import completion_prefix
 from reft_runtime.version import VERSION
 from server import files_cli, training_cli
@@ -118,10 +119,11 @@ def _option(name: str) -> inspect.Parameter:
 def serve(**options: Any) -> None:
     """Serve a model and its interventions over HTTP."""
     settings = load_settings(options)
-    from server.lifecycle import configure_logging, listen, run
+    from server.lifecycle import configure_logging, listen, run, tell_address
 
     configure_logging(settings)
     with listen(settings.host, settings.port) as listener:
+        tell_address(listener)
         raise SystemExit(run(_engine(settings), settings, listener))
 
 
@@ -165,7 +167,8 @@ def generate(
 
 
 def _engine(settings: Settings) -> Engine:
-    from reft_runtime.llm import Engine
+    with stage("Starting Python's libraries"):
+        from reft_runtime.llm import Engine
 
     return Engine(settings.model, **settings.engine_options())
 

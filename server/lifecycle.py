@@ -19,8 +19,9 @@ import uvicorn
 from fastapi import FastAPI
 
 from reft_runtime.errors import ConfigError
+from reft_runtime.version import VERSION
 from server.app import create_app
-from server.banner import banner
+from server.banner import address_of, banner
 from server.connections import Connections, Limits, file_limit
 from server.context import Context
 from server.metrics_port import metrics_served
@@ -71,6 +72,12 @@ def listen(host: str, port: int, option: str = "--port") -> socket.socket:
             f"Choose others with --host and {option}."
         ) from None
     return listener
+
+
+def tell_address(listener: socket.socket) -> None:
+    """The first line of a start: where the server will be."""
+    host, port = listener.getsockname()[:2]
+    logger.info("reft-server %s will answer at %s", VERSION, address_of(host, port))
 
 
 def run(engine: Engine, settings: Settings, listener: socket.socket) -> int:
@@ -126,8 +133,8 @@ class HttpServer(uvicorn.Server):
         gc.freeze()
         await super().startup(sockets)
         if self.started and sockets:
-            host, port = sockets[0].getsockname()[:2]
-            print(banner(self._context.engine, self._context.settings, host, port), flush=True)
+            address = address_of(*sockets[0].getsockname()[:2])
+            print(banner(self._context.engine, self._context.settings, address), flush=True)
             self._spawn(self._watch_engine())
             self._spawn(self._connections.watch())
 

@@ -403,3 +403,19 @@ def test_the_models_own_generation_settings_are_named_once(
     assert "repetition_penalty=1.3" in record.getMessage()
     assert "temperature=0.6" in record.getMessage()
     assert "eos_token_id" not in record.getMessage()
+
+
+def test_a_log_gets_stages_and_no_progress_bars(
+    folder: Path, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, logger="reft_runtime.stages")
+    load(folder)
+    assert "Loading weights" not in capfd.readouterr().err
+    told = [r.getMessage() for r in caplog.records if r.name == "reft_runtime.stages"]
+    assert [line.rpartition(":")[0] for line in told if not line.endswith("far")] == [
+        "Finding the model",
+        "Loading the weights",
+        "Asking the model for its own logits",
+        "Packing the weights",
+        "Checking what will be served",
+    ]

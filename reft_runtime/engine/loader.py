@@ -15,6 +15,7 @@ from reft_runtime.engine.model import LoadedModel, forward
 from reft_runtime.engine.support import check_config, chosen_length, refuse
 from reft_runtime.errors import ConfigError, UnsupportedModel
 from reft_runtime.pretrained import read_config, read_model
+from reft_runtime.stages import stage
 
 PROBE_TOKENS = 8
 
@@ -74,9 +75,10 @@ def load_model(
     check_config(config)
     max_model_len = chosen_length(config, max_model_len)
     place = choose_device(device)
-    model = read_model(path, choose_dtype(dtype, place))
+    with stage("Loading the weights"):
+        model = read_model(path, choose_dtype(dtype, place)).to(place)  # type: ignore[arg-type]
     return adopt_model(
-        model.to(place),  # type: ignore[arg-type]
+        model,
         max_model_len,
         tokenizer=tokenizer,
         differentiable=differentiable,
@@ -100,13 +102,15 @@ def adopt_model(
     model.requires_grad_(False).train(False)
     layers = _decoder_layers(model, config.num_hidden_layers)
     try:
-        probed = _probe(model, max_model_len)
-        own = own_logits(model, probed, max_model_len)
+        with stage("Asking the model for its own logits"):
+            probed = _probe(model, max_model_len)
+            own = own_logits(model, probed, max_model_len)
         model.set_attn_implementation(ATTENTION)
         weight_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
         if not differentiable:
-            fuse(model, layers, probed)
-            weight_bytes += prepack(model)
+            with stage("Packing the weights"):
+                fuse(model, layers, probed)
+                weight_bytes += prepack(model)
         loaded = LoadedModel(
             model=model,
             architecture=type(model).__name__,
@@ -119,7 +123,8 @@ def adopt_model(
             max_model_len=max_model_len,
             weight_bytes=weight_bytes,
         )
-        check(loaded, own, probed)
+        with stage("Checking what will be served"):
+            check(loaded, own, probed)
     except UnsupportedModel as error:
         raise refuse(config, error.message) from error
     tell_ignored(model)

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import httpx
 
+from server.banner import QUESTION, SHOWN
+
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
 
@@ -39,7 +41,10 @@ def shell(command: str, url: str) -> str:
 
 
 def test_curl(url: str) -> None:
-    answer = json.loads(shell(block("", "/v1/chat/completions"), url))
+    command = block("", "/v1/chat/completions")
+    asked = json.loads(command[command.index("{") : command.rindex("}") + 1])
+    assert (asked["model"], asked["messages"][0]["content"]) == (SHOWN, QUESTION)
+    answer = json.loads(shell(command, url))
     text = answer["choices"][0]["message"]["content"]
     assert text
     assert f"answers `{text}`" in README

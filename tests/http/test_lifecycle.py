@@ -20,6 +20,7 @@ import httpx
 import pytest
 
 from reft_runtime.errors import ConfigError
+from server.banner import SHOWN
 from server.cli import app
 from server.settings import Settings, load_settings
 from tests.http.conftest import completion
@@ -49,9 +50,9 @@ class Process:
             if line.startswith("  -d"):
                 break
         self.banner = "".join(lines)
-        found = re.search(r"http://[^/]+", self.banner)
+        found = re.search(r"^Serving at (http://\S+)$", self.banner, re.MULTILINE)
         assert found, self.banner
-        self.url = found[0]
+        self.url = found[1]
         # Nothing reads the pipe from here on but this; else the process might block on it.
         self.log: list[str] = []
         self._reader = threading.Thread(target=self.log.extend, args=[self.process.stdout])
@@ -96,7 +97,7 @@ def stream_in_thread(url: str, results: list[str], count: int = 1) -> list[threa
 
 def test_banner_and_its_command() -> None:
     with running(api_key="sesame") as server:
-        assert "Serving tiny (TinyForCausalLM" in server.banner
+        assert "tiny (TinyForCausalLM" in server.banner
         assert "emoji@d1d1d1d1d1d1" in server.banner
         assert "broken.safetensors: Cut off." in server.banner
         assert "sesame" not in server.banner
@@ -106,7 +107,7 @@ def test_banner_and_its_command() -> None:
             command, shell=True, env=environment, capture_output=True, text=True, check=True
         )
         body = json.loads(answer.stdout)
-        assert body["model"] == "emoji"
+        assert body["model"] == SHOWN
         assert body["choices"][0]["message"]["content"].startswith("abc")
 
 

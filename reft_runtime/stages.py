@@ -1,0 +1,39 @@
+"""What a start is doing: every stage tells its seconds, and none is silent for long."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+SILENT_SECONDS = 3.0
+"""After so long a stage that goes on says so, and again after as long."""
+
+_log = logging.getLogger(__name__)
+
+
+@contextmanager
+def stage(name: str) -> Iterator[None]:
+    """Log the seconds that the block takes, at its end and now and then before it.
+
+    A block that raises logs no end: what went wrong is told by whoever catches it. The lines have
+    level INFO, so that a library's user sees them only where logging is set up to show them.
+    """
+    began, ended = time.monotonic(), threading.Event()
+
+    def watch() -> None:
+        while not ended.wait(SILENT_SECONDS):
+            _log.info("%s: %.0f s so far", name, time.monotonic() - began)
+
+    watcher = threading.Thread(target=watch, name="reft-stage", daemon=True)
+    if _log.isEnabledFor(logging.INFO):
+        watcher.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        if watcher.ident is not None:
+            watcher.join()
+    _log.info("%s: %.1f s", name, time.monotonic() - began)
