@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from reft_runtime.admission import Admission, Prompt
 from reft_runtime.assembly import Assembler
 from reft_runtime.blocking import Call, run_calls
-from reft_runtime.cores import releasing_workers, usable_cores
+from reft_runtime.cores import releasing_workers
 from reft_runtime.engine.core import EngineConfig, EngineCore
 from reft_runtime.engine.device import sizes_for
 from reft_runtime.engine.loop import EngineLoop
@@ -25,7 +25,14 @@ from reft_runtime.errors import InvalidRequest
 from reft_runtime.interventions import Registry, Version
 from reft_runtime.interventions.registry import MEMORY_BYTES, check_folders
 from reft_runtime.interventions.store import STATE_BYTES
-from reft_runtime.loading import kv_budget, kv_bytes, load_base, memory_bytes, shape_of
+from reft_runtime.loading import (
+    kv_budget,
+    kv_bytes,
+    load_base,
+    memory_bytes,
+    shape_of,
+    use_threads,
+)
 from reft_runtime.outputs import Comparison, EngineInfo, EngineStats, Generation, Trace
 from reft_runtime.sampling import SamplingParams
 from reft_runtime.stages import stage
@@ -80,7 +87,7 @@ class Engine:
         prefix_cache: bool = True,
         threads: int | None = None,
     ) -> None:
-        torch.set_num_threads(threads or min(torch.get_num_threads(), usable_cores()))
+        use_threads(threads)
         sources = () if interventions is None else (interventions,)
         check_folders(sources, state_dir)
         name, loaded, tokenizer = load_base(model, tokenizer, dtype, max_model_len, device=device)

@@ -14,6 +14,7 @@ import psutil
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from reft_runtime.cores import usable_cores
 from reft_runtime.demo import locate
 from reft_runtime.engine.blocks import BLOCK_TOKENS
 from reft_runtime.engine.cuda.sampling import sampling_bytes
@@ -39,6 +40,16 @@ WORKING_BYTES = 256 << 20
 
 # glibc's mallopt: sizes from which memory is mapped by itself, and above which it is given back.
 _M_MMAP_THRESHOLD, _M_TRIM_THRESHOLD = -3, -1
+
+
+def use_threads(threads: int | None) -> None:
+    """Compute with so many threads, or with one for each core that this process may use.
+
+    Raises `ConfigError`.
+    """
+    if threads is not None and threads < 1:
+        raise ConfigError(f"threads must be at least 1, not {threads}.", param="threads")
+    torch.set_num_threads(threads or min(torch.get_num_threads(), usable_cores()))
 
 
 def load_base(

@@ -46,6 +46,17 @@ Dtype = Annotated[
 ]
 
 
+Threads = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        max=1024,
+        envvar="REFT_THREADS",
+        help="CPU threads; by default one a core that affinity and the container's quota leave.",
+    ),
+]
+
+
 @app.command()
 def check(
     data: Rows,
@@ -132,6 +143,7 @@ def train(
     ] = False,
     seed: Annotated[int, typer.Option(help="Start values and order of rows come from it.")] = 0,
     dtype: Dtype = "auto",
+    threads: Threads = None,
     description: Description = "",
     license_: License = None,
     resume: Annotated[
@@ -181,6 +193,7 @@ def train(
         label=label,
         resume=resume,
         say=lambda line: typer.echo(line, err=True),
+        threads=threads,
     )
     figures = ", ".join(f"{name} {value:.4g}" for name, value in trained.metrics.items())
     typer.echo(
@@ -219,6 +232,7 @@ def eval_(
     label: Label = None,
     template: Template = None,
     dtype: Dtype = "auto",
+    threads: Threads = None,
     url: Url = None,
     api_key: ApiKey = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
@@ -239,6 +253,7 @@ def eval_(
         label=label,
         template=_unescaped(template),
         dtype=dtype,
+        threads=threads,
     )
     typer.echo(json.dumps(report.as_json()) if as_json else report.table())
 
@@ -257,6 +272,7 @@ def direction(
     description: Description = "",
     license_: License = None,
     dtype: Dtype = "auto",
+    threads: Threads = None,
 ) -> None:
     """Make a steering file from contrasting texts, without training: the difference of means."""
     from reft_runtime.training import direction as run
@@ -274,6 +290,7 @@ def direction(
         description=description,
         license=license_,
         dtype=dtype,
+        threads=threads,
     )
     write_file(out, made)
     typer.echo(f"{out}: {out.stat().st_size:,} bytes")

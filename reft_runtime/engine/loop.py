@@ -11,6 +11,7 @@ from collections.abc import Callable
 
 import torch
 
+from reft_runtime.contention import StepWatch
 from reft_runtime.engine.core import OUT_OF_MEMORY, EngineCore
 from reft_runtime.engine.events import Event, Failed, Started, TokenMade
 from reft_runtime.engine.memory import CODE_ROOM, check_room
@@ -49,6 +50,8 @@ class EngineLoop:
         self._closing = False
         self._death: str | None = None
         self._beat = time.monotonic()
+        on_cpu = core.loaded.device.type == "cpu"
+        self.watch = StepWatch(torch.get_num_threads() if on_cpu else 1)
         self._thread = threading.Thread(target=self._run, name="reft-engine", daemon=True)
         self._thread.start()
 
@@ -188,7 +191,9 @@ class EngineLoop:
         for message in messages:
             message()
         if not self._core.idle:
-            self._deliver(self._core.step())
+            with self.watch.step():
+                events = self._core.step()
+            self._deliver(events)
         return True
 
     def _add(self, request: Request) -> None:

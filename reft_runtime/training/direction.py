@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from reft_runtime.engine.sites import Site
 from reft_runtime.errors import ConfigError
 from reft_runtime.interventions import Edit, Intervention
-from reft_runtime.loading import load_base, shape_of
+from reft_runtime.loading import load_base, shape_of, use_threads
 from reft_runtime.text import Tokenizer
 from reft_runtime.training.forward import Base
 
@@ -48,6 +48,7 @@ def direction(
     license: str | None = None,
     dtype: str = "auto",
     progress: bool = True,
+    threads: int | None = None,
 ) -> Intervention:
     """A steering vector: what `layer` puts out for `positive` texts less what for `negative` ones.
 
@@ -55,8 +56,9 @@ def direction(
     left out, whose states are far longer than all others and say nothing. The vector, times
     `scale`, is
     added at `positions` (arXiv 2312.06681 calls this contrastive activation addition). `template`
-    is the manifest's, for chats.
+    is the manifest's, for chats; `threads` is by default one a core that this process may use.
     """
+    use_threads(threads)
     name, loaded, own = load_base(model, tokenizer, dtype, None, differentiable=True)
     if not 0 <= layer < len(loaded.layers):
         raise ConfigError(

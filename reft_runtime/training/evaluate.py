@@ -18,7 +18,7 @@ from reft_runtime.interventions import CanonicalEdit, parse, read
 from reft_runtime.interventions.file import SUFFIX
 from reft_runtime.interventions.manifest import Manifest
 from reft_runtime.llm import Applied, Engine
-from reft_runtime.loading import load_base
+from reft_runtime.loading import load_base, use_threads
 from reft_runtime.sampling import SamplingParams
 from reft_runtime.text import Tokenizer
 from reft_runtime.training.forward import Base, predict
@@ -79,6 +79,7 @@ def evaluate(
     text: str | None = None,
     label: str | None = None,
     progress: bool = True,
+    threads: int | None = None,
 ) -> Report:
     """Score interventions, and unless told otherwise the base model, on data sets.
 
@@ -88,7 +89,8 @@ def evaluate(
     intervention with a template of its own go through that. Prompts of all interventions and all
     data sets run in one batch, on an `Engine` of `model` or on the server. `metric` None is
     accuracy where rows have labels, and else perplexity, which only runs in process. An answer
-    begins with a label as a whole word, or, with `prefixes`, by its letters alone.
+    begins with a label as a whole word, or, with `prefixes`, by its letters alone. `threads` is by
+    default one a core that this process may use.
     Raises `ConfigError` and `NotFound`.
     """
     tasks = [
@@ -123,9 +125,10 @@ def evaluate(
     else:
         files: Files = {**dict.fromkeys(unedited), **_read_files(interventions, folder)}
         if answered:
-            with Engine(model, tokenizer=tokenizer, dtype=dtype) as engine:
+            with Engine(model, tokenizer=tokenizer, dtype=dtype, threads=threads) as engine:
                 scores += _by_engine(engine, files, answered, progress=progress)
         if likely:
+            use_threads(threads)
             _, loaded, own = load_base(model, tokenizer, dtype, None, differentiable=True)
             words = Tokenizer(own, loaded.max_model_len)
             scores += _perplexities(loaded, words, files, likely, progress=progress)

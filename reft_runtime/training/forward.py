@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
+from reft_runtime.contention import StepWatch
 from reft_runtime.engine.model import LoadedModel, forward
 from reft_runtime.engine.sites import EditSites, Site
 from reft_runtime.interventions import CanonicalEdit
@@ -27,6 +28,7 @@ class Base:
 
     def __init__(self, loaded: LoadedModel) -> None:
         self.loaded = loaded
+        self.watch = self._watch()
         two = torch.arange(2, device=loaded.device)
         with torch.no_grad():
             self.sites = EditSites(
@@ -45,6 +47,10 @@ class Base:
         """Move the model; what was kept is forgotten."""
         self.loaded.model.to(device)  # type: ignore[arg-type]
         self._kept.clear()
+        self.watch = self._watch()
+
+    def _watch(self) -> StepWatch:
+        return StepWatch(torch.get_num_threads() if self.device.type == "cpu" else 1)
 
     def keep(self, prefixes: Iterable[tuple[int, ...]], max_bytes: int, *, progress: bool) -> None:
         """Compute keys and values of beginnings, and keep them: they are the base's own.
@@ -100,13 +106,14 @@ class Base:
         positions = [
             start + i for part, start in zip(parts, starts, strict=True) for i in range(len(part))
         ]
-        made: Tensor = forward(
-            self.loaded.model,
-            torch.tensor(ids, device=device),
-            torch.tensor(positions, device=device),
-            torch.tensor(keep, dtype=torch.long, device=device),
-            attention,
-        )
+        with self.watch.step():
+            made: Tensor = forward(
+                self.loaded.model,
+                torch.tensor(ids, device=device),
+                torch.tensor(positions, device=device),
+                torch.tensor(keep, dtype=torch.long, device=device),
+                attention,
+            )
         return made
 
 

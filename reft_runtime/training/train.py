@@ -20,7 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from reft_runtime.errors import ConfigError, TrainingFailed
 from reft_runtime.interventions import Intervention, write
 from reft_runtime.interventions.manifest import SystemTurn
-from reft_runtime.loading import free_memory, load_base, shape_of
+from reft_runtime.loading import free_memory, load_base, shape_of, use_threads
 from reft_runtime.text import Tokenizer
 from reft_runtime.training.check import check_data, measure_of
 from reft_runtime.training.forward import Base, EditedModel, first_edited
@@ -75,6 +75,7 @@ def train(
     resume: bool = False,
     progress: bool = True,
     say: Callable[[str], None] = _silent,
+    threads: int | None = None,
 ) -> Trained:
     """Train edits on rows and write them to `out`, one `NAME.safetensors`.
 
@@ -88,8 +89,10 @@ def train(
     was found in the data and what is trained. Raises `ConfigError` for mistakes in
     rows and settings, before anything is computed, `TypeError` for data that are no rows, and
     `TrainingFailed` where the loss is no
-    longer finite: the edits of the last good checkpoint are written then.
+    longer finite: the edits of the last good checkpoint are written then. `threads` is by default
+    one a core that this process may use.
     """
+    use_threads(threads)
     target = check_target(out)
     folder = _work_folder(target)
     _check_resume(folder, resume=resume)
