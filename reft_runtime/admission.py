@@ -9,7 +9,7 @@ from typing import cast
 
 from reft_runtime.bounds import bound_scores, bound_trace
 from reft_runtime.engine.sequence import AppliedIntervention, Request
-from reft_runtime.errors import InvalidRequest
+from reft_runtime.errors import InvalidRequest, NotFound
 from reft_runtime.interventions import Registry, Version
 from reft_runtime.outputs import EngineInfo
 from reft_runtime.sampling import SamplingParams
@@ -70,7 +70,11 @@ class Admission:
     def _resolve(self, use: Use) -> Version:
         if isinstance(use.intervention, Version):
             return use.intervention
-        return self._registry.ready(use.intervention)
+        try:
+            return self._registry.ready(use.intervention)
+        except NotFound as error:
+            meant = self._registry.meant(use.intervention)
+            raise NotFound(f"{error.message}{meant}", param=error.param) from None
 
     def prepare(
         self,

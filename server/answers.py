@@ -168,7 +168,7 @@ class Answer(Response):
             "id": run.id,
             "object": kind,
             "created": run.created,
-            "model": self._request.model,
+            "model": run.job.selection.label,
             "choices": choices,
         }
 

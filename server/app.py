@@ -14,7 +14,7 @@ from reft_runtime.stages import stage
 from reft_runtime.version import VERSION
 from server.auth import require_key
 from server.context import Context
-from server.errors import install_error_handlers
+from server.errors import install_error_handlers, refuse_query
 from server.health import Health
 from server.metrics import Metrics
 from server.middleware import RequestMiddleware
@@ -71,7 +71,7 @@ def create_app(engine: Engine, settings: Settings) -> FastAPI:
         )
     install_error_handlers(app)
     app.include_router(operations.public)
-    guarded = APIRouter(dependencies=[Depends(require_key)])
+    guarded = APIRouter(dependencies=[Depends(require_key), Depends(refuse_query)])
     for module in (
         completions,
         chat,

@@ -5,17 +5,19 @@ from __future__ import annotations
 import asyncio
 import json
 import re
-from collections.abc import Awaitable, Callable
-from typing import Any, TypeVar
+from collections.abc import Awaitable, Callable, Iterator
+from typing import Any, TypeVar, get_args
 
 from fastapi import Request
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from reft_runtime.errors import InvalidRequest, Overloaded
+from reft_runtime.nearest import nearest
 from server.context import Context, Server
 from server.errors import ApiError
 from server.refusals import instead
+from server.schemas.common import InterventionUse
 
 Body = TypeVar("Body", bound=BaseModel)
 
@@ -84,7 +86,7 @@ def _validated(model: type[Body], body: bytes) -> Body:
     try:
         return model.model_validate(data)
     except ValidationError as error:
-        raise _first_problem(error, data) from None
+        raise _first_problem(error, data, model) from None
 
 
 def parse_json(body: bytes) -> Any:
@@ -157,7 +159,7 @@ def _number(text: str) -> float | int:
     return int(value) if abs(value) < MAX_WHOLE and value.is_integer() else value
 
 
-def _first_problem(error: ValidationError, data: Any) -> InvalidRequest:
+def _first_problem(error: ValidationError, data: Any, model: type[BaseModel]) -> InvalidRequest:
     problems = [
         (_path(problem["loc"], data, missing=problem["type"] == "missing"), problem)
         for problem in error.errors(include_url=False, include_input=False)
@@ -165,14 +167,40 @@ def _first_problem(error: ValidationError, data: Any) -> InvalidRequest:
     # Of the members of a union, the one that got furthest is the one that was meant.
     param, problem = max(problems, key=lambda pair: pair[0].count("."))
     if problem["type"] == "extra_forbidden" or _is_for_nothing(problem):
-        return InvalidRequest(
-            f"{param} is not supported by this server; {instead(param) or 'leave it out'}.",
-            param=param,
-        )
+        hint = instead(param) or "leave it out"
+        if problem["type"] == "extra_forbidden" and not instead(param):
+            *_, name = param.split(".")
+            if like := nearest(name, _fields(model, problem["loc"][:-1]), 1):
+                hint = f"did you mean {like[0]}? If not, leave it out"
+        return InvalidRequest(f"{param} is not supported by this server; {hint}.", param=param)
     message = problem["msg"].removeprefix("Value error, ").replace(" after validation", "")
     hint = instead(param) if problem["type"] == "literal_error" else None
     message = f"{message}; {hint}" if hint else message
     return InvalidRequest(f"{param}: {message[:1].lower()}{message[1:]}.", param=param)
+
+
+def _fields(model: type[BaseModel], loc: tuple[int | str, ...]) -> list[str]:
+    """Names that the object at `loc` may have, or, at the top, that one of its interventions may.
+
+    Where it may be of several kinds, those of all.
+    """
+    found = [model]
+    for step in loc:
+        inner = [kind.model_fields[step] for kind in found if step in kind.model_fields]
+        if inner:
+            found = [kind for field in inner for kind in _models(field.annotation)]
+    names = {name: None for kind in found for name in kind.model_fields}
+    if not loc and "interventions" in names:
+        names |= dict.fromkeys(InterventionUse.model_fields)
+    return list(names)
+
+
+def _models(annotation: Any) -> Iterator[type[BaseModel]]:
+    """All models in an annotation, however deep."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    for part in get_args(annotation):
+        yield from _models(part)
 
 
 def _is_for_nothing(problem: ErrorDetails) -> bool:

@@ -194,7 +194,8 @@ def _resolve(engine: Engine, ref: str) -> Version:
     try:
         return engine.registry.resolve(ref)
     except NotFound:
-        names = ", ".join(entry.name for entry in engine.registry.entries()) or "none"
+        names = [entry.name for entry in engine.registry.entries()]
+        meant = engine.registry.meant(ref) or f" There are: {', '.join(names) or 'none'}."
         raise NotFound(
-            f"--intervention: there is no {ref!r}. There are: {names}.", param="intervention"
+            f"--intervention: there is no {ref!r}.{meant}", param="intervention"
         ) from None

@@ -128,6 +128,17 @@ def api_error(error: BaseException, request_id: str, *, draining: bool = False) 
     )
 
 
+async def refuse_query(request: Request) -> None:
+    """Dependency of routes: none of them takes a query parameter, and none is ignored."""
+    for name in request.query_params:
+        raise ApiError(
+            400,
+            f"{request.url.path} takes no query parameter {name!r}; leave it out"
+            f"{', or send it in the body' if request.method == 'POST' else ''}.",
+            param=name,
+        )
+
+
 def install_error_handlers(app: FastAPI) -> None:
     """Answer what `app`'s routes raise on purpose with OpenAI's error object.
 

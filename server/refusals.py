@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 _IN_WORDS = "ask for the form you want in a message"
+_BESIDE = 'give it beside a name in interventions: [{{"name": ..., "{}": ...}}]'
 _ANSWERS = "use /v1/chat/completions, which every OpenAI client can be told to use"
 
 INSTEAD_OF_FIELDS = {
@@ -19,6 +20,8 @@ INSTEAD_OF_FIELDS = {
     "use_beam_search": "ask for several choices with n and a temperature",
     "verbosity": "ask for a short or a long answer in a message",
     "stream_options.include_obfuscation": "events are not padded; leave it out",
+    "strength": _BESIDE.format("strength"),
+    "subspace": _BESIDE.format("subspace"),
     "suffix": "the prompt is continued at its end only; leave it out",
     "store": "answers are not kept; leave it out",
     "messages.role": "write a tool's result into a user message",

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from reft_runtime.errors import InvalidRequest, NotFound
+from reft_runtime.nearest import did_you_mean
 from reft_runtime.use import Use, completion_prefix
 from server.schemas.common import InterventionUse
 
@@ -24,9 +25,11 @@ class Selection:
     `uses` hold versions and not names: a name that is replaced meanwhile cannot give one request
     two versions. `names` are the same by name. `template` None is the base model's own, and
     `system` is what a text template does with a system turn; `completion_prefix` what answers
-    begin with that is not shown, and prompts do not end with.
+    begin with that is not shown, and prompts do not end with. `label` is how an answer calls what
+    is applied: as the request did, or, where it gave `interventions`, by their names.
     """
 
+    label: str
     uses: tuple[Use, ...] = ()
     names: tuple[str, ...] = ()
     template: str | None = None
@@ -67,7 +70,8 @@ def select(engine: Engine, model: str, uses: Sequence[InterventionUse] = ()) -> 
         try:
             engine.registry.resolve(named)
         except NotFound:
-            raise NotFound(f"The model `{model}` does not exist.", param="model") from None
+            meant = engine.registry.meant(named) or did_you_mean(named, [base])
+            raise NotFound(f"The model `{model}` does not exist.{meant}", param="model") from None
     resolved: list[Use] = []
     names: list[str] = []
     strengths: list[tuple[Version, float]] = []
@@ -77,7 +81,7 @@ def select(engine: Engine, model: str, uses: Sequence[InterventionUse] = ()) -> 
             version = engine.registry.ready(use.name)
         except NotFound:
             raise NotFound(
-                f"The intervention `{use.name}` does not exist.",
+                f"The intervention `{use.name}` does not exist.{engine.registry.meant(use.name)}",
                 param=f"interventions.{position}.name",
             ) from None
         subspace = None if use.subspace is None else tuple(use.subspace)
@@ -95,4 +99,10 @@ def select(engine: Engine, model: str, uses: Sequence[InterventionUse] = ()) -> 
         )
     none: tuple[str | None, SystemTurn] = (None, "prepend")
     template, system = next(iter(templates), none)
-    return Selection(tuple(resolved), tuple(names), template, system, completion_prefix(strengths))
+    label = "+".join(map(_label, wanted)) if uses else model
+    prefix = completion_prefix(strengths)
+    return Selection(label, tuple(resolved), tuple(names), template, system, prefix)
+
+
+def _label(use: InterventionUse) -> str:
+    return use.name if use.strength == 1 else f"{use.name}*{use.strength:g}"

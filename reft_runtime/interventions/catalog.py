@@ -22,6 +22,7 @@ from reft_runtime.interventions.intervention import validate_manifest
 from reft_runtime.interventions.manifest import Manifest
 from reft_runtime.interventions.residency import Residency, return_freed_memory
 from reft_runtime.interventions.version import Origin, Version
+from reft_runtime.nearest import did_you_mean
 
 Tier = Literal["disk", "host"]
 
@@ -176,9 +177,16 @@ class Catalog:
         """One name's line of the listing; raises `NotFound`."""
         with self._lock:
             known = self._names.get(name)
-            if known is None or not known.layers:
-                raise unknown(name)
-            return self._entry(name, known)
+            if known is not None and known.layers:
+                return self._entry(name, known)
+        raise self._unknown(name)
+
+    def meant(self, ref: str) -> str:
+        """A question to put behind the error for an unknown ref: which names are like its own."""
+        name = ref.partition("@")[0]
+        with self._lock:
+            names = [known for known, entry in self._names.items() if entry.layers]
+        return did_you_mean(name, names) if name not in names else ""
 
     def tiers(self) -> dict[Tier, int]:
         """How many names' current versions are still on disk, and how many in memory."""
@@ -328,7 +336,8 @@ class Catalog:
                 if not after:
                     del self._names[name]
 
-
-def unknown(name: str) -> NotFound:
-    """The error for a name that stands for nothing."""
-    return NotFound(f"The intervention `{name}` does not exist.", param="name")
+    def _unknown(self, name: str) -> NotFound:
+        """The error for a name that stands for nothing."""
+        return NotFound(
+            f"The intervention `{name}` does not exist.{self.meant(name)}", param="name"
+        )

@@ -11,7 +11,6 @@ from pathlib import Path
 
 from reft_runtime.cores import releasing_workers
 from reft_runtime.errors import InvalidFile, InvalidRequest, NotFound, ReftError, Unavailable
-from reft_runtime.interventions.catalog import unknown
 from reft_runtime.interventions.file import (
     MAX_FILE_BYTES,
     header_of,
@@ -207,7 +206,7 @@ class Registry(Folders):
             if origin in (None, "folder") and name in self._upload_problems:
                 origin = "uploaded"
             if origin is None:
-                raise unknown(name)
+                raise self._unknown(name)
             if origin == "uploaded":
                 if self._store is not None:
                     self._store.remove(name)

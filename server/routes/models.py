@@ -39,7 +39,8 @@ async def get_model(server: Server, model: str) -> dict[str, Any]:
     try:
         version = await asyncio.to_thread(server.engine.registry.resolve, name)
     except NotFound:
-        raise NotFound(f"The model `{model}` does not exist.", param="model") from None
+        meant = server.engine.registry.meant(name)
+        raise NotFound(f"The model `{model}` does not exist.{meant}", param="model") from None
     return _model(server, model, root=version.digest, parent=base)
 
 

@@ -21,6 +21,7 @@ from reft_runtime.errors import (
     Overloaded,
     ReftError,
 )
+from reft_runtime.nearest import did_you_mean
 from reft_runtime.outputs import (
     ChoiceDelta,
     EngineInfo,
@@ -110,9 +111,14 @@ class FakeRegistry:
 
     ready = resolve
 
+    def meant(self, ref: str) -> str:
+        return "" if ref.partition("@")[0] in self.versions else did_you_mean(ref, self.versions)
+
     def entry(self, name: str) -> Any:
         if name not in self.versions:
-            raise NotFound(f"The intervention `{name}` does not exist.", param="name")
+            raise NotFound(
+                f"The intervention `{name}` does not exist.{self.meant(name)}", param="name"
+            )
         version = self.versions[name]
         return SimpleNamespace(
             name=name,
