@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import re
 import sys
 from collections.abc import Callable, Iterable
@@ -155,14 +156,14 @@ def _reason(what: str, path: str, error: Exception) -> str:
         text = f"{text[:200].rstrip('. :')}. {_TOKENIZER_FILES}"
     else:
         text = f"{text[:300] or type(error).__name__}".rstrip(". ")
-    where = "the folder" if Path(path).is_dir() else "the name (a gated model needs HF_TOKEN)"
+    where = "the folder" if os.path.isdir(path) else "the name (a gated model needs HF_TOKEN)"
     return f"the {what} of {path!r} cannot be read: {text}. Check {where}, or take another model."
 
 
 def _check_files(path: str) -> None:
     """Look at a folder's files: an unfetched or cut one is told before anything is loaded."""
     folder = Path(path)
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         if path.startswith(("/", ".", "~")):
             raise ConfigError(f"model: there is no folder {path}.", param="model")
         return

@@ -109,8 +109,10 @@ class Answer(Response):
             await send(_piece(b"", more=False))
 
     async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
-        job = await self._prepare()
+        # The log of the request (`server.logs`) looks at both when it has ended.
+        scope["state"]["job"] = job = await self._prepare()
         async with opened(self._context, job, self._shape.prefix) as run:
+            scope["state"]["run"] = run
             if self._request.stream:
                 await self._stream(run, send)
                 return

@@ -119,7 +119,8 @@ def _option(name: str) -> inspect.Parameter:
 def serve(**options: Any) -> None:
     """Serve a model and its interventions over HTTP."""
     settings = load_settings(options)
-    from server.lifecycle import configure_logging, listen, run, tell_address
+    from server.lifecycle import listen, run, tell_address
+    from server.logs import configure_logging
 
     configure_logging(settings)
     with listen(settings.host, settings.port) as listener:

@@ -93,6 +93,10 @@ class Run:
     created: int = field(default_factory=lambda: int(time.time()))
     completion_tokens: int = 0
     finish_reasons: dict[int, str] = field(default_factory=dict)
+    first_token_seconds: float | None = None
+    """From the request's arrival."""
+    ends: list[str] = field(default_factory=list)
+    """Why each choice ended; empty while the request runs."""
     _last: dict[int, float] = field(default_factory=dict)
 
     @property
@@ -104,6 +108,12 @@ class Run:
     def choices(self) -> int:
         """Number of choices of all prompts."""
         return len(self.job.prompts) * self.job.sampling.n
+
+    @property
+    def queue_seconds(self) -> float | None:
+        """How long the prompt that waited longest did; None while all wait."""
+        queued = [s.queue_seconds for s in self.streams if s.queue_seconds is not None]
+        return max(queued, default=None)
 
     def usage(self) -> dict[str, Any]:
         """OpenAI's usage object, of what was made so far."""
@@ -125,9 +135,8 @@ class Run:
     def headers(self) -> dict[str, str]:
         """Response headers that are known once the first token is."""
         headers = {"x-prompt-tokens": str(self.prompt_tokens)}
-        queued = [s.queue_seconds for s in self.streams if s.queue_seconds is not None]
-        if queued:
-            headers["x-queue-time"] = f"{1000 * max(queued):.1f}"
+        if self.queue_seconds is not None:
+            headers["x-queue-time"] = f"{1000 * self.queue_seconds:.1f}"
         if self.streams[0].versions:
             headers["x-intervention"] = ", ".join(self.streams[0].versions)
         return headers
@@ -147,7 +156,8 @@ class Run:
                 raise Overloaded(f"No first token within {timeout:g} seconds.") from None
             if step is not None:
                 queued = self.streams[step[0]].queue_seconds
-                self.context.metrics.first_token(time.monotonic() - self.job.arrived, queued)
+                self.first_token_seconds = time.monotonic() - self.job.arrived
+                self.context.metrics.first_token(self.first_token_seconds, queued)
             while step is not None:
                 prompt, deltas = step
                 self._count(prompt, deltas)
@@ -212,10 +222,10 @@ async def opened(context: Context, job: Job, prefix: str) -> AsyncIterator[Run]:
         for stream in run.streams:
             stream.abort()
         if run.streams:
-            reasons = [run.finish_reasons.get(i, unfinished) for i in range(run.choices)]
+            run.ends = [run.finish_reasons.get(i, unfinished) for i in range(run.choices)]
             seconds = time.monotonic() - job.arrived
             names = job.selection.names
-            context.metrics.finished(seconds, reasons, names, run.completion_tokens)
+            context.metrics.finished(seconds, run.ends, names, run.completion_tokens)
 
 
 async def _merge(

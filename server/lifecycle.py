@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import copy
 import gc
 import logging
-import logging.config
 import os
 import socket
 from collections.abc import Coroutine, Iterator
@@ -37,16 +35,6 @@ FLUSH_SECONDS = 5
 """How long answers that the engine has finished may take to reach slow clients, when draining."""
 
 WATCH_SECONDS = 0.5
-
-
-def configure_logging(settings: Settings) -> None:
-    """Log what the server, the runtime and uvicorn say, in uvicorn's way."""
-    config = copy.deepcopy(uvicorn.config.LOGGING_CONFIG)
-    for name in ("reft", "reft_runtime"):
-        config["loggers"][name] = {"handlers": ["default"], "propagate": False}
-    for logger_config in config["loggers"].values():
-        logger_config["level"] = settings.log_level.upper()
-    logging.config.dictConfig(config)
 
 
 def listen(host: str, port: int, option: str = "--port") -> socket.socket:
@@ -117,6 +105,7 @@ class HttpServer(uvicorn.Server):
             ws="none",
             timeout_keep_alive=int(limits.idle) or 1,
             log_config=None,
+            access_log=False,  # ours says more: `server.logs`
             server_header=False,
         )
         super().__init__(config)
@@ -134,7 +123,12 @@ class HttpServer(uvicorn.Server):
         await super().startup(sockets)
         if self.started and sockets:
             address = address_of(*sockets[0].getsockname()[:2])
-            print(banner(self._context.engine, self._context.settings, address), flush=True)
+            settings = self._context.settings
+            text = banner(self._context.engine, settings, address)
+            if settings.log_format == "json":
+                logger.info("%s", text)
+            else:
+                print(text, flush=True)
             self._spawn(self._watch_engine())
             self._spawn(self._connections.watch())
 

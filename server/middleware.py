@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import time
 import uuid
 
 from starlette.datastructures import Headers, MutableHeaders
@@ -11,6 +12,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server.context import Context
 from server.errors import ApiError, api_error
+from server.logs import log_request
 
 MAX_HEADER_BYTES = 32 * 2**10
 """Names and values of all headers of one request."""
@@ -19,7 +21,8 @@ _SANE_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 
 
 class RequestMiddleware:
-    """Sets `request.state.request_id` and the response header `x-request-id`; bounds the headers.
+    """Sets `request.state.request_id` and the response header `x-request-id`; bounds the headers;
+    logs each request when it has ended.
 
     An unforeseen exception is logged and answered here, and a client that leaves while its body is
     read ends its request silently: nobody waits for an answer.
@@ -39,27 +42,30 @@ class RequestMiddleware:
         given = Headers(scope=scope).get("x-request-id", "")
         request_id = given if _SANE_ID.fullmatch(given) else uuid.uuid4().hex
         scope.setdefault("state", {})["request_id"] = request_id
-        started = False
+        status: int | None = None
+        began = time.monotonic()
 
         async def send_with_id(message: Message) -> None:
-            nonlocal started
+            nonlocal status
             if message["type"] == "http.response.start":
-                started = True
+                status = message["status"]
                 MutableHeaders(scope=message)["x-request-id"] = request_id
             await send(message)
 
         if sum(len(name) + len(value) for name, value in scope["headers"]) > MAX_HEADER_BYTES:
             error = ApiError(431, f"The headers are larger than {MAX_HEADER_BYTES} bytes.")
             await error.response()(scope, receive, send_with_id)
+            log_request(scope, status, time.monotonic() - began)
             return
         try:
             await self.app(scope, receive, send_with_id)
         except ClientDisconnect:
             pass
         except Exception as problem:
-            if started:
+            if status is not None:
                 raise
             error = api_error(problem, request_id, draining=self._context.health.draining)
             await error.response()(scope, receive, send_with_id)
         finally:
             self._context.bodies.give_back(scope)
+            log_request(scope, status, time.monotonic() - began)

@@ -14,6 +14,7 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 from reft_runtime.errors import ConfigError
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+LogFormat = Literal["text", "json"]
 LogLevel = Literal["debug", "info", "warning", "error"]
 
 SHIPPED = Path("interventions")
@@ -169,6 +170,9 @@ class Settings(BaseSettings):
     )
     max_body_bytes: int = Field(
         default=4 * 2**20, ge=1024, le=2**30, description="Largest JSON body accepted, in bytes."
+    )
+    log_format: LogFormat = Field(
+        default="text", description="Lines of the log: text, or json, an object a line."
     )
     log_level: LogLevel = Field(default="info", description="Least severe message that is logged.")
 

@@ -43,7 +43,8 @@ def test_a_stage_that_fails_tells_no_end(caplog: pytest.LogCaptureFixture) -> No
     assert told(caplog) == []
 
 
-def test_no_thread_where_nobody_listens() -> None:
+def test_no_thread_where_nobody_listens(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.WARNING)
     before = threading.active_count()
     with stage("Loading"):
         assert threading.active_count() == before

@@ -40,7 +40,8 @@ class Entry:
     `versions` are the digests that can be addressed, the current one first. `in_flight`,
     `requests` and `last_used` (Unix time) count all versions of the name. `tier` says where the
     current version's tensors are: still on `disk`, or in `host` memory. `problem` says what is
-    wrong with the name's file, where the version cannot be used or is an older one.
+    wrong with the name's file, where the version cannot be used or is an older one. `hides` says
+    what else has the name, and would be served if this were removed.
     """
 
     name: str
@@ -53,6 +54,7 @@ class Entry:
     last_used: float | None
     size_bytes: int
     problem: str | None
+    hides: tuple[Origin, ...]
     manifest_json: bytes
 
     @property
@@ -209,6 +211,7 @@ class Catalog:
             last_used=known.last_used,
             size_bytes=current.size_bytes,
             problem=current.problem or (known.problem if current.origin == "folder" else None),
+            hides=tuple(version.origin for version in known.shown()[1:]),
             manifest_json=current.manifest_json,
         )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import threading
 import time
 from abc import abstractmethod
@@ -35,7 +36,7 @@ _log = logging.getLogger(__name__)
 def check_sources(folders: Sequence[Path]) -> None:
     """Raise `ConfigError` where one of the folders is not there."""
     for folder in folders:
-        if not folder.is_dir():
+        if not os.path.isdir(folder):  # pathlib's raises where a name is too long
             raise ConfigError(
                 f"The interventions folder {folder} does not exist; make it, or name another."
             )
@@ -123,6 +124,9 @@ class Folders(Catalog):
                 f"`{self._reserved}` is the base model's own id, which requests would get; give the"
                 " file another name."
             )
+        for path, why in problems.items():
+            if self._unlisted.get(path) != why:
+                _log.warning("%s is not served: %s", path, why)
         self._unlisted = problems
         with self._scanning:
             known = dict(self._found)
@@ -164,6 +168,11 @@ class Folders(Catalog):
             return known is not None and now._replace(path=known.path) == known
         return known is None
 
+    def _tell_hidden(self, before: Version | None, now: Version) -> None:
+        """Say that what a client put under a name hides the file that was served under it."""
+        if before is not None and before.origin == "folder":
+            _log.warning("%s: the folder's file is hidden by what was %s", now.name, now.origin)
+
     def _look(self, name: str) -> Found | None:
         for folder in self._sources:
             if (file := find(name, folder)) is not None:
@@ -197,5 +206,7 @@ class Folders(Catalog):
             return
         self._broken.pop(name, None)
         self._note(name, None)
+        if before is None and (above := self._current(name)) not in (None, version):
+            _log.warning("%s: %s is hidden by what was %s", name, file.path, above.origin)
         if before not in (None, version):
             _log.info("replaced %r by %r", before, version)

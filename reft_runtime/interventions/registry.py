@@ -149,7 +149,7 @@ class Registry(Folders):
         version = self._verified(name, data, "uploaded")
         with self._changing:
             self._tend()
-            created = self._current(name) is None
+            shown = self._current(name)
             before = self._history(name)
             kept = [old for old in before if old.digest != version.digest][: HISTORY - 1]
             self._admit(version, kept=self._store is not None, leaving=set(before) - set(kept))
@@ -158,8 +158,9 @@ class Registry(Folders):
             self._place_upload([version, *kept])
             self._upload_problems.pop(name, None)
             self._collect()
-        _log.info("%s %r", "added" if created else "replaced", version)
-        return version, created
+        _log.info("%s %r", "replaced" if shown else "added", version)
+        self._tell_hidden(shown, version)
+        return version, shown is None
 
     def load(self, name: str, path: str, replace: bool = False) -> Version:
         """Load a file inside the sources under a name, as it is now and until the process ends.
@@ -180,7 +181,8 @@ class Registry(Folders):
             ) from error
         version = self._verified(name, data, "loaded")
         with self._changing:
-            if not replace and self._current(name) is not None:
+            shown = self._current(name)
+            if not replace and shown is not None:
                 raise InvalidRequest(
                     f"The intervention `{name}` is loaded already; ask to replace it, or unload it"
                     " first.",
@@ -190,6 +192,7 @@ class Registry(Folders):
             self._admit(version, kept=False, leaving=set() if before is None else {before})
             self._place(version)
         _log.info("loaded %r", version)
+        self._tell_hidden(shown, version)
         return version
 
     def remove(self, name: str) -> None:
@@ -272,9 +275,7 @@ class Registry(Folders):
     def _restore(self, store: Store) -> None:
         """Bring back what was uploaded before the last stop."""
         for name in store.damaged:
-            self._upload_problems[name] = (
-                "The pointer file is damaged; upload it again, or delete it."
-            )
+            self._upload_problems[name] = "Its pointer is damaged; upload it again, or delete it."
         for name, digests in store.histories.items():
             if name == self.base.model:
                 self._upload_problems[name] = "The name is the base model's own id; delete it."
@@ -295,6 +296,8 @@ class Registry(Folders):
             if history:
                 self._place_upload(history)
                 self._added.add(name)
+        for name, why in self._upload_problems.items():
+            _log.warning("the upload %s is not served as it was: %s", name, why)
         self._collect()
 
     def _tend(self) -> None:

@@ -97,6 +97,7 @@ def _entry(entry: Entry) -> dict[str, Any]:
         "last_used": entry.last_used,
         "size_bytes": entry.size_bytes,
         "problem": entry.problem,
+        "hides": entry.hides,
         "manifest": Fragment(entry.manifest_json),
     }
 

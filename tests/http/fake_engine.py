@@ -131,6 +131,7 @@ class FakeRegistry:
             last_used=None,
             size_bytes=1,
             problem=None,
+            hides=(),
             manifest_json=version.manifest_json,
         )
 

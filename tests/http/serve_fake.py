@@ -6,7 +6,8 @@ import json
 import sys
 from typing import TYPE_CHECKING, cast
 
-from server.lifecycle import configure_logging, listen, run
+from server.lifecycle import listen, run
+from server.logs import configure_logging
 from server.settings import load_settings
 from tests.http.fake_engine import FakeEngine
 

@@ -321,6 +321,7 @@ def test_the_prefix_cache_can_be_turned_off(monkeypatch: pytest.MonkeyPatch) -> 
         raise ConfigError("enough")
 
     monkeypatch.setattr("reft_runtime.llm.Engine", record)
+    monkeypatch.setattr("server.logs.configure_logging", print)  # it would be for all tests
     for arguments in (["--no-prefix-cache"], ["--prefix-cache"], []):
         with pytest.raises(ConfigError, match="enough"):
             app(["serve", "--port", "0", *arguments], standalone_mode=False)

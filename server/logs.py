@@ -1,0 +1,132 @@
+"""The log: its set-up, as text or JSON, and the one line that every request gets."""
+
+from __future__ import annotations
+
+import json
+import logging
+import logging.config
+import time
+from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
+
+from starlette.types import Scope
+
+from server.settings import Settings
+
+if TYPE_CHECKING:
+    from server.generation import Job, Run
+
+logger = logging.getLogger("reft.requests")
+
+QUIET_PATHS = {"/livez", "/readyz", "/health", "/metrics"}
+"""Asked for every few seconds by programs: logged at level debug."""
+
+TIME = "%Y-%m-%dT%H:%M:%S"
+
+
+class TextFormatter(logging.Formatter):
+    """Time (UTC), level, message."""
+
+    converter = time.gmtime
+    default_time_format, default_msec_format = TIME, "%s.%03dZ"
+
+    def __init__(self) -> None:
+        super().__init__("%(asctime)s %(levelname)s %(message)s")
+
+
+class JsonFormatter(logging.Formatter):
+    """One object a line: `time`, `level`, `logger`, `message`, `exception`, a request's fields."""
+
+    converter = time.gmtime
+    default_time_format, default_msec_format = TIME, "%s.%03dZ"
+
+    def format(self, record: logging.LogRecord) -> str:
+        """`record` as JSON."""
+        line = {
+            "time": self.formatTime(record),
+            "level": record.levelname.lower(),
+            "logger": record.name,
+            "message": record.getMessage(),
+            **getattr(record, "request", {}),
+        }
+        if record.exc_info:
+            line["exception"] = self.formatException(record.exc_info)
+        return json.dumps(line, default=str)
+
+
+def configure_logging(settings: Settings) -> None:
+    """Log what the server, the runtime, uvicorn and others say on standard error."""
+    formatter = JsonFormatter if settings.log_format == "json" else TextFormatter
+    level = settings.log_level.upper()
+    logging.config.dictConfig(
+        {
+            "version": 1,
+            "disable_existing_loggers": False,
+            "formatters": {"ours": {"()": formatter}},
+            "handlers": {
+                "stderr": {
+                    "class": "logging.StreamHandler",
+                    "formatter": "ours",
+                    "stream": "ext://sys.stderr",
+                }
+            },
+            "root": {"handlers": ["stderr"], "level": "WARNING"},
+            "loggers": {name: {"level": level} for name in ("reft", "reft_runtime", "uvicorn")},
+        }
+    )
+    logging.captureWarnings(True)
+
+
+def log_request(scope: Scope, status: int | None, seconds: float) -> None:
+    """Log one request that has ended; `status` is None where its client left before the answer."""
+    level = logging.DEBUG if scope["path"] in QUIET_PATHS else logging.INFO
+    if not logger.isEnabledFor(level):
+        return
+    state = scope["state"]
+    fields: dict[str, Any] = {
+        "id": state["request_id"],
+        "method": scope["method"],
+        "path": quote(scope["path"]),
+        "status": status,
+        **_generated(state.get("job"), state.get("run")),
+        "total_seconds": round(seconds, 4),
+    }
+    logger.log(level, "%s", _line(fields), extra={"request": fields})
+
+
+def _generated(job: Job | None, run: Run | None) -> dict[str, Any]:
+    """What a request asked of the engine, and got so far."""
+    if job is None:
+        return {}
+    fields: dict[str, Any] = {
+        "task": job.selection.label,
+        "prompt_tokens": sum(map(len, job.prompts)),
+    }
+    if run is not None:
+        fields |= {
+            "completion_tokens": run.completion_tokens,
+            "queue_seconds": _rounded(run.queue_seconds),
+            "first_token_seconds": _rounded(run.first_token_seconds),
+            "finish_reason": ",".join(sorted(set(run.ends))),
+        }
+    return fields
+
+
+def _rounded(seconds: float | None) -> float | None:
+    return None if seconds is None else round(seconds, 4)
+
+
+def _line(fields: dict[str, Any]) -> str:
+    """Fields as text, those that a request has not left out: `id=... GET /v1/models 200 ...`."""
+    status = "left" if fields["status"] is None else fields["status"]
+    words = [f"{fields['method']} {fields['path']} {status}", f"id={fields['id']}"]
+    if "task" in fields:
+        made = fields.get("completion_tokens", 0)
+        words += [f"task={fields['task']}", f"tokens={fields['prompt_tokens']}+{made}"]
+    for name in ("queue", "first_token", "total"):
+        seconds = fields.get(f"{name}_seconds")
+        if seconds is not None:
+            words.append(f"{name}={seconds:.3f}s")
+    if fields.get("finish_reason"):
+        words.append(f"finish={fields['finish_reason']}")
+    return " ".join(words)
