@@ -6,6 +6,7 @@ ReftError
 ├── InvalidFile             an intervention file is broken (400)
 │   └── FileTooLarge        ... or larger than the limit (413)
 ├── WrongBaseModel          a sound file, made for another base model (409)
+├── Changed                 a name does not stand for what its asker expected (412)
 ├── Overloaded              the queue is full; try again later (503)
 │   ├── Draining            the server is shutting down (503)
 │   └── OutOfMemory         memory ran out while it was answered (503)
@@ -48,6 +49,10 @@ class FileTooLarge(InvalidFile):
 
 class WrongBaseModel(ReftError):
     """A sound intervention file that was made for another base model."""
+
+
+class Changed(ReftError):
+    """A name does not stand for what whoever wants to change it expected; nothing was changed."""
 
 
 class Overloaded(ReftError):

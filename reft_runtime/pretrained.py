@@ -117,13 +117,13 @@ def read_model(path: str, dtype: torch.dtype, **options: Any) -> PreTrainedModel
     bars = transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity(logging.ERROR)
     if bars and not sys.stderr.isatty():  # a bar fills a log, where nothing can overwrite it
-        transformers_logging.disable_progress_bar()
+        transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     try:
         model, found = _read("weights", path, load)
     finally:
         transformers_logging.set_verbosity(verbosity)
         if bars:
-            transformers_logging.enable_progress_bar()
+            transformers_logging.enable_progress_bar()  # type: ignore[no-untyped-call]
     if getattr(model, "_hf_peft_config_loaded", False):  # of the hub: its files were not looked at
         raise ConfigError(f"model: {path!r} is {_ADAPTERS}", param="model")
     _check_weights(path, model, found)

@@ -167,11 +167,12 @@ def _first_problem(error: ValidationError, data: Any, model: type[BaseModel]) ->
     # Of the members of a union, the one that got furthest is the one that was meant.
     param, problem = max(problems, key=lambda pair: pair[0].count("."))
     if problem["type"] == "extra_forbidden" or _is_for_nothing(problem):
-        hint = instead(param) or "leave it out"
-        if problem["type"] == "extra_forbidden" and not instead(param):
+        hint = instead(param)
+        if problem["type"] == "extra_forbidden" and not hint:
             *_, name = param.split(".")
             if like := nearest(name, _fields(model, problem["loc"][:-1]), 1):
                 hint = f"did you mean {like[0]}? If not, leave it out"
+        hint = hint or "leave it out"
         return InvalidRequest(f"{param} is not supported by this server; {hint}.", param=param)
     message = problem["msg"].removeprefix("Value error, ").replace(" after validation", "")
     hint = instead(param) if problem["type"] == "literal_error" else None

@@ -15,6 +15,7 @@ from starlette.routing import BaseRoute, Match
 from starlette.types import Scope
 
 from reft_runtime.errors import (
+    Changed,
     Draining,
     EngineDead,
     FileTooLarge,
@@ -45,6 +46,7 @@ _CODES: dict[type[ReftError], tuple[int, str | None]] = {
     FileTooLarge: (413, "file_too_large"),
     InvalidFile: (400, "invalid_file"),
     WrongBaseModel: (409, "wrong_base_model"),
+    Changed: (412, "precondition_failed"),
     Draining: (503, "draining"),
     Overloaded: (503, "overloaded"),
     EngineDead: (503, "engine_dead"),

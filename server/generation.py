@@ -224,8 +224,11 @@ async def opened(context: Context, job: Job, prefix: str) -> AsyncIterator[Run]:
         if run.streams:
             run.ends = [run.finish_reasons.get(i, unfinished) for i in range(run.choices)]
             seconds = time.monotonic() - job.arrived
-            names = job.selection.names
-            context.metrics.finished(seconds, run.ends, names, run.completion_tokens)
+            names = dict.fromkeys(job.selection.names)
+            tokens = run.prompt_tokens, run.completion_tokens
+            context.metrics.finished(seconds, run.ends, names, *tokens)
+            for name in names:
+                context.engine.registry.count(name, *tokens)
 
 
 async def _merge(

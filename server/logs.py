@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import logging.config
-import time
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
@@ -21,24 +21,21 @@ logger = logging.getLogger("reft.requests")
 QUIET_PATHS = {"/livez", "/readyz", "/health", "/metrics"}
 """Asked for every few seconds by programs: logged at level debug."""
 
-TIME = "%Y-%m-%dT%H:%M:%S"
-
 
 class TextFormatter(logging.Formatter):
     """Time (UTC), level, message."""
 
-    converter = time.gmtime
-    default_time_format, default_msec_format = TIME, "%s.%03dZ"
-
     def __init__(self) -> None:
         super().__init__("%(asctime)s %(levelname)s %(message)s")
 
+    def formatTime(self, record: logging.LogRecord, datefmt: str | None = None) -> str:  # noqa: N802
+        """ISO 8601, to the millisecond."""
+        made = datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds")
+        return made.replace("+00:00", "Z")
 
-class JsonFormatter(logging.Formatter):
+
+class JsonFormatter(TextFormatter):
     """One object a line: `time`, `level`, `logger`, `message`, `exception`, a request's fields."""
-
-    converter = time.gmtime
-    default_time_format, default_msec_format = TIME, "%s.%03dZ"
 
     def format(self, record: logging.LogRecord) -> str:
         """`record` as JSON."""

@@ -62,10 +62,11 @@ class Metrics:
         self._swap = self._histogram(
             "reft:intervention_swap_seconds", "Checking and publishing a file.", _FIRST_TOKEN
         )
-        self._requests, self._tokens, self._loads = (
+        self._requests, self._prompt, self._tokens, self._loads = (
             Counter(f"reft:intervention_{name}", text, ["intervention"], registry=self.registry)
             for name, text in (
                 ("requests", "Requests that named the intervention."),
+                ("prompt_tokens", "Prompt tokens of these requests."),
                 ("generation_tokens", "Tokens generated under the intervention."),
                 ("loads", "Times a file was published under the name."),
             )
@@ -90,15 +91,16 @@ class Metrics:
         self._per_token.observe(seconds)
 
     def finished(
-        self, seconds: float, reasons: Iterable[str], names: Iterable[str], tokens: int
+        self, seconds: float, reasons: Iterable[str], names: Iterable[str], prompt: int, tokens: int
     ) -> None:
-        """A request ended: a reason for each choice, its interventions, its generated tokens."""
+        """A request ended: a reason for each choice, its interventions, its tokens."""
         self._whole.observe(seconds)
         for reason in reasons:
             self._finished.labels(reason).inc()
         for name in names or (BASE,):
             label = self._label(name)
             self._requests.labels(label).inc()
+            self._prompt.labels(label).inc(prompt)
             self._tokens.labels(label).inc(tokens)
 
     def loaded(self, name: str, seconds: float) -> None:

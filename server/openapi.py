@@ -55,6 +55,7 @@ _ALL = {
 _WITH_KEY = {401: "No key, or a wrong one."}
 _WITH_NAME = {404: "No such model, intervention or file."}
 _WITH_JSON = {413: "The body is too large.", 415: "The body is not sent as JSON."}
+_WITH_CONDITION = {412: "The name does not stand for what If-Match or If-None-Match says."}
 _WITH_FILE = {
     409: "The file is for another base model.",
     413: "The file is too large.",
@@ -92,7 +93,9 @@ def _statuses(operation: dict[str, Any]) -> dict[int, str]:
     file_body = _WITH_FILE if "application/octet-stream" in taken else {}
     # What vLLM's routes load is a file, too.
     loads = _WITH_FILE if "vllm" in operation["tags"] else {}
-    return _ALL | _WITH_KEY | named | loads | file_body | json_body
+    deletes = operation.get("operationId", "").endswith("_delete")
+    conditional = _WITH_CONDITION if file_body or deletes else {}
+    return _ALL | _WITH_KEY | named | loads | file_body | json_body | conditional
 
 
 def _response(meaning: str) -> dict[str, Any]:

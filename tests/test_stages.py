@@ -28,7 +28,12 @@ def test_a_long_stage_says_that_it_goes_on(
     caplog.set_level(logging.INFO)
     monkeypatch.setattr(stages, "SILENT_SECONDS", 0.001)
     seen = threading.Event()
-    caplog.handler.addFilter(lambda record: seen.set() or True)
+
+    def see(record: logging.LogRecord) -> bool:
+        seen.set()
+        return True
+
+    caplog.handler.addFilter(see)
     with stage("Loading"):
         assert seen.wait(10)
     first, *_, last = told(caplog)

@@ -1,7 +1,7 @@
 """What an intervention is: its maths, its file, its positions, and the registry of versions."""
 
 from reft_runtime.interventions.canonical import CanonicalEdit
-from reft_runtime.interventions.catalog import Entry
+from reft_runtime.interventions.entry import Entry
 from reft_runtime.interventions.file import parse, read, read_header, serialise, write
 from reft_runtime.interventions.header import Header
 from reft_runtime.interventions.intervention import Edit, Intervention

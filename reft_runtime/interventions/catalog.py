@@ -7,7 +7,6 @@ under a lock that is never held while a file is read; who holds a version keeps 
 
 from __future__ import annotations
 
-import json
 import re
 import threading
 import time
@@ -15,52 +14,18 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import chain, islice
-from typing import Literal
 
 from reft_runtime.errors import NotFound, Overloaded, StoreFull
-from reft_runtime.interventions.intervention import validate_manifest
-from reft_runtime.interventions.manifest import Manifest
+from reft_runtime.interventions.entry import Entry, Tier
 from reft_runtime.interventions.residency import Residency, return_freed_memory
 from reft_runtime.interventions.version import Origin, Version
 from reft_runtime.nearest import did_you_mean
-
-Tier = Literal["disk", "host"]
 
 PAGE, PAGE_BYTES = 128, 1 << 18
 """Names of one part of the listing, and what their manifests may take."""
 
 _LAYERS: tuple[Origin, ...] = ("loaded", "uploaded", "folder")
 _PREFIX = re.compile(r"[0-9a-f]{8,64}")
-
-
-@dataclass(frozen=True, slots=True)
-class Entry:
-    """One line of the listing.
-
-    `versions` are the digests that can be addressed, the current one first. `in_flight`,
-    `requests` and `last_used` (Unix time) count all versions of the name. `tier` says where the
-    current version's tensors are: still on `disk`, or in `host` memory. `problem` says what is
-    wrong with the name's file, where the version cannot be used or is an older one. `hides` says
-    what else has the name, and would be served if this were removed.
-    """
-
-    name: str
-    digest: str
-    versions: tuple[str, ...]
-    origin: Origin
-    tier: Tier
-    in_flight: int
-    requests: int
-    last_used: float | None
-    size_bytes: int
-    problem: str | None
-    hides: tuple[Origin, ...]
-    manifest_json: bytes
-
-    @property
-    def manifest(self) -> Manifest:
-        """What the file says about itself; made anew at every call."""
-        return validate_manifest(json.loads(self.manifest_json))
 
 
 @dataclass(slots=True)
@@ -70,6 +35,8 @@ class _Name:
     """Uploaded versions, the current one first."""
     held: set[Version] = field(default_factory=set)
     requests: int = 0
+    prompt_tokens: int = 0
+    generation_tokens: int = 0
     last_used: float | None = None
     problem: str | None = None
 
@@ -134,6 +101,13 @@ class Catalog:
             known = self._names[version.name]
             known.requests += 1
             known.last_used = time.time()
+
+    def count(self, name: str, prompt_tokens: int, generation_tokens: int) -> None:
+        """Add the tokens of a request that has ended; nothing where the name has gone."""
+        with self._lock:
+            if known := self._names.get(name):
+                known.prompt_tokens += prompt_tokens
+                known.generation_tokens += generation_tokens
 
     def ready(self, ref: str) -> Version:
         """As `resolve`, with the tensors read, as a request that is about to begin wants it."""
@@ -208,6 +182,8 @@ class Catalog:
             tier="host" if current.loaded else "disk",
             in_flight=sum(version.in_flight for version in known.held),
             requests=known.requests,
+            prompt_tokens=known.prompt_tokens,
+            generation_tokens=known.generation_tokens,
             last_used=known.last_used,
             size_bytes=current.size_bytes,
             problem=current.problem or (known.problem if current.origin == "folder" else None),

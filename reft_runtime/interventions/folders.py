@@ -7,11 +7,12 @@ import os
 import threading
 import time
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
 from pathlib import Path
 
 from reft_runtime.errors import (
+    Changed,
     ConfigError,
     InvalidFile,
     NotFound,
@@ -167,6 +168,25 @@ class Folders(Catalog):
                 continue
             return known is not None and now._replace(path=known.path) == known
         return known is None
+
+    def _expect(self, name: str, expected: Collection[str] | None) -> Version | None:
+        """What the name stands for at this moment, which is one of the digests `expected`.
+
+        `*` is any, () nothing, None whatever there is. Raises `Changed`.
+        """
+        if expected is None:
+            return self._current(name)
+        if name != self._reserved:
+            self._refresh(name)
+        current = self._current(name)
+        if current is None and expected:
+            raise Changed(
+                f"There is no intervention `{name}`, which was to be there.", param="name"
+            )
+        if current is not None and not {current.digest, "*"} & set(expected):
+            wanted = "another one was expected" if expected else "none was to be there"
+            raise Changed(f"`{name}` is served as {current.digest}, and {wanted}.", param="name")
+        return current
 
     def _tell_hidden(self, before: Version | None, now: Version) -> None:
         """Say that what a client put under a name hides the file that was served under it."""

@@ -6,7 +6,7 @@ import hashlib
 import logging
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 
 from reft_runtime.cores import releasing_workers
@@ -131,12 +131,19 @@ class Registry(Folders):
                 problems[entry.name] = entry.problem
         return problems
 
-    def put(self, name: str, data: bytes, sha256: str | None = None) -> tuple[Version, bool]:
+    def put(
+        self,
+        name: str,
+        data: bytes,
+        sha256: str | None = None,
+        expected: Collection[str] | None = None,
+    ) -> tuple[Version, bool]:
         """Upload a file under a name; returns its version, and whether the name is new.
 
         `sha256`, where given, is what the whole file must hash to. The file is checked completely
         before anything changes: `InvalidRequest` (the name), `FileTooLarge`, `InvalidFile`,
-        `WrongBaseModel`. The upload shadows a source's file of the same name.
+        `WrongBaseModel`, `Changed` (it stands for none of the digests `expected`; `*` is any, ()
+        nothing). The upload shadows a source's file of the same name.
         """
         self._check_name(name)
         if len(data) > self._max_file_bytes:
@@ -149,7 +156,7 @@ class Registry(Folders):
         version = self._verified(name, data, "uploaded")
         with self._changing:
             self._tend()
-            shown = self._current(name)
+            shown = self._expect(name, expected)
             before = self._history(name)
             kept = [old for old in before if old.digest != version.digest][: HISTORY - 1]
             self._admit(version, kept=self._store is not None, leaving=set(before) - set(kept))
@@ -195,16 +202,16 @@ class Registry(Folders):
         self._tell_hidden(shown, version)
         return version
 
-    def remove(self, name: str) -> None:
+    def remove(self, name: str, expected: Collection[str] | None = None) -> None:
         """Take away what a name stands for; what it shadowed, if anything, shows again.
 
         An upload is deleted with its history, also one that could not be restored. A source's file
         stays on disk and comes back when it changes, or at the next start. Requests in flight end
-        on what they began with. Raises `NotFound`.
+        on what they began with. Raises `NotFound`, and `Changed` as `put`.
         """
         with self._changing:
             self._tend()
-            version = self._current(name)
+            version = self._expect(name, expected)
             origin = None if version is None else version.origin
             if origin in (None, "folder") and name in self._upload_problems:
                 origin = "uploaded"

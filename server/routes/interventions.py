@@ -7,6 +7,7 @@ import binascii
 import os
 import re
 import time
+from collections.abc import Collection
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
 
 router = APIRouter(prefix="/v1/interventions", tags=["interventions"])
 
+
+_TAG = re.compile(r'\*|"[0-9a-f]{64}"')
 
 MAX_PROBLEMS = 100
 """Files that are not served, of which a listing says why; the log names all."""
@@ -60,28 +63,33 @@ async def get_intervention(server: Server, name: str) -> Response:
 async def put_intervention(request: Request, server: Server, name: str) -> Response:
     """Serve the file in the body under this name: 201 for a new name, 200 for a replaced one.
 
-    Requests in flight end on the version that they began with.
+    Requests in flight end on the version that they began with. With `If-None-Match: *` or
+    `If-Match: "DIGEST"` only where that holds; else 412.
     """
     from reft_runtime.interventions.file import MAX_FILE_BYTES  # loads torch: not before it must
 
-    sha256 = _declared_sha256(request)
+    sha256, expected = _declared_sha256(request), _expected(request)
     registry = server.engine.registry
     body = await read_body(request, MAX_FILE_BYTES)
     begun = time.monotonic()
-    _, created = await server.administer(registry.put, name, body, sha256)
+    _, created = await server.administer(registry.put, name, body, sha256, expected)
     server.metrics.loaded(name, time.monotonic() - begun)
     return _answer(await server.administer(registry.entry, name), 201 if created else 200)
 
 
 @router.delete("/{name}")
-async def delete_intervention(server: Server, name: str) -> dict[str, Any]:
-    """Serve this name no longer. Requests in flight end as they began."""
-    await server.administer(server.engine.registry.remove, name)
+async def delete_intervention(request: Request, server: Server, name: str) -> dict[str, Any]:
+    """Serve this name no longer. Requests in flight end as they began.
+
+    With `If-Match: "DIGEST"` only where it stands for that; else 412.
+    """
+    await server.administer(server.engine.registry.remove, name, _expected(request))
     return {"id": name, "object": "intervention", "deleted": True}
 
 
 def _answer(entry: Entry, status: int = 200) -> Response:
-    return Response(json_bytes(_entry(entry)), status, media_type="application/json")
+    headers = {"etag": f'"{entry.digest}"'}
+    return Response(json_bytes(_entry(entry)), status, headers, media_type="application/json")
 
 
 def _entry(entry: Entry) -> dict[str, Any]:
@@ -94,12 +102,37 @@ def _entry(entry: Entry) -> dict[str, Any]:
         "tier": entry.tier,
         "in_flight": entry.in_flight,
         "requests": entry.requests,
+        "prompt_tokens": entry.prompt_tokens,
+        "generation_tokens": entry.generation_tokens,
         "last_used": entry.last_used,
         "size_bytes": entry.size_bytes,
         "problem": entry.problem,
         "hides": entry.hides,
         "manifest": Fragment(entry.manifest_json),
     }
+
+
+def _expected(request: Request) -> Collection[str] | None:
+    """What the name is to stand for: digests, `*` for any, () for nothing; None if no matter."""
+    match, none_match = (
+        ", ".join(request.headers.getlist(name)) or None for name in ("if-match", "if-none-match")
+    )
+    if none_match is not None:
+        if none_match != "*" or match is not None or request.method != "PUT":
+            raise InvalidRequest(
+                "If-None-Match is taken with PUT, as *, and without If-Match.",
+                param="if-none-match",
+            )
+        return ()
+    if match is None:
+        return None
+    tags = [tag.strip() for tag in match.split(",")]
+    if not all(_TAG.fullmatch(tag) for tag in tags):
+        raise InvalidRequest(
+            'If-Match must be "DIGEST", the 64 digits of a version in quotes, or *.',
+            param="if-match",
+        )
+    return [tag.strip('"') for tag in tags]
 
 
 def _declared_sha256(request: Request) -> str | None:

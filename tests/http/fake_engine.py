@@ -101,6 +101,7 @@ class FakeVersion:
 class FakeRegistry:
     def __init__(self, *versions: FakeVersion) -> None:
         self.versions = {version.name: version for version in versions}
+        self.tokens: dict[str, tuple[int, int]] = {}
 
     def resolve(self, ref: str) -> FakeVersion:
         name, at, prefix = ref.partition("@")
@@ -128,6 +129,8 @@ class FakeRegistry:
             tier="host",
             in_flight=0,
             requests=0,
+            prompt_tokens=self.tokens.get(name, (0, 0))[0],
+            generation_tokens=self.tokens.get(name, (0, 0))[1],
             last_used=None,
             size_bytes=1,
             problem=None,
@@ -150,7 +153,13 @@ class FakeRegistry:
     def problems(self) -> dict[str, str]:
         return {"broken.safetensors": "Cut off."}
 
-    def put(self, name: str, data: bytes, sha256: str | None = None) -> tuple[FakeVersion, bool]:
+    def count(self, name: str, prompt_tokens: int, generation_tokens: int) -> None:
+        prompt, generated = self.tokens.get(name, (0, 0))
+        self.tokens[name] = (prompt + prompt_tokens, generated + generation_tokens)
+
+    def put(
+        self, name: str, data: bytes, sha256: str | None = None, expected: Any = None
+    ) -> tuple[FakeVersion, bool]:
         self.last_put = (data, sha256)
         created = name not in self.versions
         self.versions[name] = FakeVersion(name)
@@ -164,7 +173,7 @@ class FakeRegistry:
         self.versions[name] = FakeVersion(name)
         return self.versions[name]
 
-    def remove(self, name: str) -> None:
+    def remove(self, name: str, expected: Any = None) -> None:
         self.entry(name)
         del self.versions[name]
 
