@@ -38,8 +38,9 @@ OTHER_PROGRAMS = {
     *("--build-arg", "--gpus"),
     *("--nproc-per-node", "--no-python"),
     *("--data-binary", "--data", "--tasks"),
+    *("--no-deps", "--wheel-dir"),
 }
-"""Options of docker, torchrun, curl and our scripts in the documents."""
+"""Options of docker, torchrun, curl, pip and our scripts in the documents."""
 
 OTHER_VARIABLES = {"REFT_CACHE"}
 """Where the demo model is kept: the library reads it, too, so it is no setting of the server."""
