@@ -92,6 +92,12 @@ def render(
             "continue_final_message needs add_generation_prompt: false.",
             param="continue_final_message",
         )
+    if options.continue_final_message and not (messages and messages[-1]["content"].strip()):
+        raise InvalidRequest(
+            "continue_final_message: the last message has no text to go on with; leave it out, and "
+            "the answer begins anew.",
+            param="continue_final_message",
+        )
     switches: dict[str, Any] = dict(options.switches)
     try:
         text = tokenizer.apply_chat_template(

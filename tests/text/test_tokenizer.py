@@ -127,6 +127,14 @@ class TestChat:
             BYTE_LEVEL.encode_chat([turn("user", "x")], template, options=options)
         assert error.value.param == param
 
+    @pytest.mark.parametrize("last", ["", " \n"])
+    def test_nothing_to_go_on_with(self, last: str) -> None:
+        options = ChatOptions(add_generation_prompt=False, continue_final_message=True)
+        with pytest.raises(InvalidRequest, match="no text to go on with") as error:
+            messages = [turn("user", "x"), turn("assistant", last)]
+            BYTE_LEVEL.encode_chat(messages, options=options)
+        assert error.value.param == "continue_final_message"
+
     def test_the_templates_own_switches(self) -> None:
         inner = tiny_tokenizer()
         inner.chat_template = (
