@@ -130,8 +130,8 @@ class TestChat:
     @pytest.mark.parametrize("last", ["", " \n"])
     def test_nothing_to_go_on_with(self, last: str) -> None:
         options = ChatOptions(add_generation_prompt=False, continue_final_message=True)
+        messages = [turn("user", "x"), turn("assistant", last)]
         with pytest.raises(InvalidRequest, match="no text to go on with") as error:
-            messages = [turn("user", "x"), turn("assistant", last)]
             BYTE_LEVEL.encode_chat(messages, options=options)
         assert error.value.param == "continue_final_message"
 
