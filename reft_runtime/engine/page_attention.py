@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
-from typing import Protocol
+from typing import ClassVar, Protocol
 
+import torch
 from torch import Tensor
 
 from reft_runtime.engine.attention import attend_causally
@@ -93,27 +94,20 @@ class PageKernel(Protocol):
     query_block: int
     """Tokens of a piece in `PageBatch.blocks`."""
 
-    rotates: bool
-    """Whether it can `rotate_and_store`."""
-
     def store(
-        self, key: Tensor, value: Tensor, keys: Tensor, values: Tensor, slots: Tensor
-    ) -> None:
-        """Put a step's keys and values [T, kv_heads, dim] at their `slots` in a layer's pages."""
-
-    def rotate_and_store(
         self,
         query: Tensor,
         key: Tensor,
         value: Tensor,
-        angles: tuple[Tensor, Tensor],
         keys: Tensor,
         values: Tensor,
         slots: Tensor,
+        angles: tuple[Tensor, Tensor] | None = None,
     ) -> None:
-        """`store`, and before it `Operators.rotate_` of keys and, in place, of queries.
+        """Put a step's keys and values [T, kv_heads, dim] at their `slots` in a layer's pages.
 
-        `angles` are cosines and sines [T, dim]. The given keys may be left as they were.
+        With `angles`, cosines and sines [T, dim], `Operators.rotate_` of keys and, in place, of
+        queries before. The given keys may be left as they were.
         """
 
     def __call__(
@@ -140,10 +134,8 @@ class PageAttentionStep:
     batch: PageBatch
     kernel: PageKernel
 
-    @property
-    def rotates(self) -> bool:
-        """See `RotatingStep`."""
-        return self.kernel.rotates
+    rotates: ClassVar[bool] = True
+    """See `RotatingStep`."""
 
     def attend(
         self,
@@ -155,9 +147,7 @@ class PageAttentionStep:
         window: int | None,
     ) -> Tensor:
         """See `AttentionStep.attend`."""
-        keys, values = self.keys[layer], self.values[layer]
-        self.kernel.store(key, value, keys, values, self.batch.slots)
-        return self._attend(query, keys, values, scaling, window)
+        return self.attend_rotated(layer, query, key, value, None, scaling, window)
 
     def attend_rotated(
         self,
@@ -165,23 +155,13 @@ class PageAttentionStep:
         query: Tensor,
         key: Tensor,
         value: Tensor,
-        angles: tuple[Tensor, Tensor],
+        angles: tuple[Tensor, Tensor] | None,
         scaling: float | None,
         window: int | None,
     ) -> Tensor:
-        """See `RotatingStep.attend_rotated`."""
+        """See `RotatingStep.attend_rotated`; without angles nothing is rotated."""
         keys, values = self.keys[layer], self.values[layer]
-        self.kernel.rotate_and_store(query, key, value, angles, keys, values, self.batch.slots)
-        return self._attend(query, keys, values, scaling, window)
-
-    def _attend(
-        self,
-        query: Tensor,
-        keys: Tensor,
-        values: Tensor,
-        scaling: float | None,
-        window: int | None,
-    ) -> Tensor:
+        self.kernel.store(query, key, value, keys, values, self.batch.slots, angles)
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
         return self.kernel(query.to(keys.dtype), keys, values, self.batch, scale, window)
 
@@ -190,18 +170,23 @@ class GatheredAttention:
     """A `PageKernel` of torch's own operators, which gathers each row's pages: the reference."""
 
     query_block = BLOCK_TOKENS
-    rotates = False
 
     def store(
-        self, key: Tensor, value: Tensor, keys: Tensor, values: Tensor, slots: Tensor
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        slots: Tensor,
+        angles: tuple[Tensor, Tensor] | None = None,
     ) -> None:
         """See `PageKernel`."""
+        if angles is not None:
+            query.copy_(_rotated(query, angles))
+            key = _rotated(key, angles)
         for pool, own in ((keys, key), (values, value)):
             pool.flatten(0, 1).index_copy_(0, slots, own.to(pool.dtype))
-
-    def rotate_and_store(self, *_: object) -> None:
-        """See `PageKernel`."""
-        raise NotImplementedError
 
     def __call__(
         self,
@@ -222,3 +207,9 @@ class GatheredAttention:
             row_keys, row_values = (t[pages].flatten(0, 1)[:stop] for t in (keys, values))
             out[first:end] = attend_causally(query[first:end], row_keys, row_values, scale, window)
         return out
+
+
+def _rotated(heads: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor:
+    cos, sin = (each.reshape(-1, 1, heads.shape[2]) for each in angles)
+    low, high = heads.chunk(2, -1)
+    return heads * cos + torch.cat([-high, low], -1) * sin

@@ -9,7 +9,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from reft_runtime.engine.blocks import BLOCK_TOKENS, blocks_for
 from reft_runtime.engine.cuda.attention import MAX_SPLITS, Tile, Tiles, TritonAttention
-from reft_runtime.engine.page_attention import GatheredAttention, PageBatch, RowInPages
+from reft_runtime.engine.page_attention import GatheredAttention, PageBatch, PageKernel, RowInPages
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -145,15 +145,17 @@ def test_heads_that_are_columns_of_a_wider_product() -> None:
         torch.testing.assert_close(found, paged.plain(0.3, None), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("kernel", [GatheredAttention(), TritonAttention(3, 0, SMALL)])
 @pytest.mark.parametrize("rotate", [False, True])
 @pytest.mark.parametrize("dims", [(16, 16), (24, 12)])
-def test_keys_and_values_are_stored(dims: tuple[int, int], rotate: bool) -> None:
+def test_keys_and_values_are_stored(
+    dims: tuple[int, int], rotate: bool, kernel: PageKernel
+) -> None:
     generator = torch.Generator().manual_seed(0)
 
     def random(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator).to(DEVICE)
 
-    kernel = TritonAttention(3, 0, SMALL)
     wide = random(5, 6 + 2, dims[0])  # heads are columns of a wider product
     query, key, value = wide[:, :6], wide[:, 6:], random(5, 2, dims[1])
     angles = random(5, dims[0] // 2).repeat(1, 2)
@@ -166,10 +168,7 @@ def test_keys_and_values_are_stored(dims: tuple[int, int], rotate: bool) -> None
             heads.copy_(heads * cos[:, None] + turned * sin[:, None])
     keys, values = (torch.zeros(3, BLOCK_TOKENS, 2, dim, device=DEVICE) for dim in dims)
     slots = torch.tensor([40, 3, 16, 17, 31], device=DEVICE)
-    if rotate:
-        kernel.rotate_and_store(query, key, value, (cos, sin), keys, values, slots)
-    else:
-        kernel.store(key, value, keys, values, slots)
+    kernel.store(query, key, value, keys, values, slots, (cos, sin) if rotate else None)
     torch.testing.assert_close(query, wanted_query)
     torch.testing.assert_close(keys.flatten(0, 1)[slots], wanted_key)
     torch.testing.assert_close(values.flatten(0, 1)[slots], value)

@@ -16,11 +16,8 @@ from torch import Tensor
 
 from reft_runtime.engine.blocks import BLOCK_TOKENS
 from reft_runtime.engine.cuda import attention_kernels as kernels
-from reft_runtime.engine.cuda.products import early
+from reft_runtime.engine.cuda.products import LEAST, early
 from reft_runtime.engine.page_attention import PageBatch
-
-LEAST = 16
-"""Rows and columns of a matrix product (`tl.dot`)."""
 
 
 class Tile(NamedTuple):
@@ -53,8 +50,6 @@ MAX_SPLITS = 32
 class TritonAttention:
     """A `PageKernel` for layers of at most `group` query heads a head of keys."""
 
-    rotates = True
-
     def __init__(self, group: int, processors: int, tiles: Tiles) -> None:
         self._tiles = tiles
         self._processors = processors
@@ -70,23 +65,44 @@ class TritonAttention:
         return splits
 
     def store(
-        self, key: Tensor, value: Tensor, keys: Tensor, values: Tensor, slots: Tensor
-    ) -> None:
-        """See `PageKernel`."""
-        _store(key, key, value, None, keys, values, slots)
-
-    def rotate_and_store(
         self,
         query: Tensor,
         key: Tensor,
         value: Tensor,
-        angles: tuple[Tensor, Tensor],
         keys: Tensor,
         values: Tensor,
         slots: Tensor,
+        angles: tuple[Tensor, Tensor] | None = None,
     ) -> None:
         """See `PageKernel`."""
-        _store(query, key, value, angles, keys, values, slots)
+        key, value = _packed(key), _packed(value)
+        cos, sin = angles or (key, key)
+        kv_heads, key_dim, value_dim = key.shape[1], key.shape[2], value.shape[2]
+        group = query.shape[1] // kv_heads
+        kernels.store[(len(key), kv_heads)](
+            query,
+            key,
+            value,
+            cos,
+            sin,
+            keys,
+            values,
+            slots,
+            query.stride(0),
+            key.stride(0),
+            value.stride(0),
+            KV_HEADS=kv_heads,
+            GROUP=group,
+            LANES=triton.next_power_of_2(group),
+            KEY_DIM=key_dim,
+            VALUE_DIM=value_dim,
+            HALF_WIDTH=triton.next_power_of_2(max(1, key_dim // 2)),
+            KEY_WIDTH=_width(key_dim),
+            VALUE_WIDTH=_width(value_dim),
+            ROTATE=angles is not None,
+            num_warps=2,
+            **early(),
+        )
 
     def __call__(
         self,
@@ -179,45 +195,6 @@ def _launch(step: _Step, tile: Tile, *, tokens: int, splits: int | None) -> None
             WIDTH=_width(value_dim),
             **early(),
         )
-
-
-def _store(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    angles: tuple[Tensor, Tensor] | None,
-    keys: Tensor,
-    values: Tensor,
-    slots: Tensor,
-) -> None:
-    key, value = _packed(key), _packed(value)
-    cos, sin = angles or (key, key)
-    kv_heads, key_dim, value_dim = key.shape[1], key.shape[2], value.shape[2]
-    group = query.shape[1] // kv_heads
-    kernels.store[(len(key), kv_heads)](
-        query,
-        key,
-        value,
-        cos,
-        sin,
-        keys,
-        values,
-        slots,
-        query.stride(0),
-        key.stride(0),
-        value.stride(0),
-        KV_HEADS=kv_heads,
-        GROUP=group,
-        LANES=triton.next_power_of_2(group),
-        KEY_DIM=key_dim,
-        VALUE_DIM=value_dim,
-        HALF_WIDTH=triton.next_power_of_2(max(1, key_dim // 2)),
-        KEY_WIDTH=_width(key_dim),
-        VALUE_WIDTH=_width(value_dim),
-        ROTATE=angles is not None,
-        num_warps=2,
-        **early(),
-    )
 
 
 def _packed(heads: Tensor) -> Tensor:

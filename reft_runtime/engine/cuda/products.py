@@ -20,7 +20,7 @@ FEW_ROWS = 32
 """Up to here Triton's kernels are the faster ones on an H100."""
 
 LEAST = 16
-"""Rows of a matrix product (`tl.dot`)."""
+"""Rows and columns of a matrix product (`tl.dot`)."""
 
 PROGRAMS = 100
 """At least, so that an H100's 132 processors have work; more parts only cost sums."""
