@@ -24,6 +24,7 @@ from server.routes import (
     interventions,
     models,
     operations,
+    page,
     tokenize,
     vllm_compat,
 )
@@ -70,6 +71,7 @@ def create_app(engine: Engine, settings: Settings) -> FastAPI:
             expose_headers=EXPOSED,
         )
     install_error_handlers(app)
+    app.router.routes.extend(page.routes)
     app.include_router(operations.public)
     guarded = APIRouter(dependencies=[Depends(require_key), Depends(refuse_query)])
     for module in (
