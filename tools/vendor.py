@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-PAGE, TESTS = ROOT / "server/page/vendor", ROOT / "tests/page/vendor"
+PAGE, TESTS = ROOT / "server/page/js/vendor", ROOT / "tests/page/vendor"
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,71 @@
+// The frame of the page: which view is open, the colours, and the key where one is needed.
+
+import { ask, forgetKey, key, onKeyNeeded } from "./api.js";
+import { Compare } from "./compare.js";
+import { html, render, useEffect, useState } from "./lib.js";
+import { Store, useStore } from "./store.js";
+import { Frame, KeyDialog } from "./frame.js";
+import { Loading, Problem } from "./ui.js";
+
+const VIEWS = {
+  compare: ["Compare", Compare],
+};
+
+/** `model` is the base's name; `asking` what the key's dialog answers to, while it is open. */
+const app = new Store({ model: null, error: null, asking: null });
+
+onKeyNeeded(
+  (refused) =>
+    new Promise((resolve) => {
+      const done = (given) => {
+        app.set({ asking: null });
+        resolve(given);
+      };
+      if (refused) forgetKey();
+      app.set({ asking: { refused, done } });
+    }),
+);
+
+async function begin() {
+  app.set({ error: null });
+  try {
+    const { model } = await ask("v1/stats");
+    app.set({ model });
+  } catch (error) {
+    app.set({ error });
+  }
+}
+
+/** The open view and what stands behind it in the address: `#/compare/STATE`. */
+function place() {
+  const [, view, ...rest] = location.hash.split("/");
+  return { view: view in VIEWS ? view : "compare", rest: rest.join("/") };
+}
+
+function App() {
+  const { model, error, asking } = useStore(app);
+  const [{ view, rest }, setPlace] = useState(place);
+  useEffect(() => {
+    const changed = () => setPlace(place());
+    addEventListener("hashchange", changed);
+    return () => removeEventListener("hashchange", changed);
+  }, []);
+  const [title, View] = VIEWS[view];
+  useEffect(() => {
+    document.title = `${title} · ${model ?? "reft-server"}`;
+  }, [title, model]);
+  const links = Object.entries(VIEWS).map(([name, [text]]) => [`./#/${name}`, text, name === view]);
+  return html`
+    <${Frame} links=${[...links, ["docs", "API", false]]} model=${model}
+      keyed=${key() !== null} onForget=${() => { forgetKey(); location.reload(); }}>
+      ${model
+        ? html`<${View} base=${model} rest=${rest} key=${view} />`
+        : error
+          ? html`<${Problem} error=${error} retry=${begin} />`
+          : html`<${Loading} what="the server's model" />`}
+    <//>
+    ${asking && html`<${KeyDialog} ...${asking} />`}`;
+}
+
+render(html`<${App} />`, document.getElementById("app"));
+begin();
