@@ -3,12 +3,16 @@
 import { ask, forgetKey, key, onKeyNeeded } from "./api.js";
 import { Compare } from "./compare.js";
 import { html, render, useEffect, useState } from "./lib.js";
+import { Interventions } from "./interventions.js";
+import { ServerView } from "./server.js";
 import { Store, useStore } from "./store.js";
 import { Frame, KeyDialog } from "./frame.js";
 import { Loading, Problem } from "./ui.js";
 
 const VIEWS = {
   compare: ["Compare", Compare],
+  interventions: ["Interventions", Interventions],
+  server: ["Server", ServerView],
 };
 
 /** `model` is the base's name; `asking` what the key's dialog answers to, while it is open. */
