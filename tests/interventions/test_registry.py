@@ -27,8 +27,8 @@ from reft_runtime.errors import (
 )
 from reft_runtime.interventions import Registry, Version
 from reft_runtime.interventions.file import header_of, parse, write_atomic
-from reft_runtime.interventions.registry import HISTORY
 from reft_runtime.interventions.sources import look
+from reft_runtime.interventions.uploads import HISTORY
 from tests.interventions.make import BASE, file_bytes
 
 ONE, TWO, THREE = file_bytes(1), file_bytes(2), file_bytes(3)
@@ -868,7 +868,7 @@ def test_uploads_on_disk_are_bounded(state: Path) -> None:
 
 
 def test_names_are_bounded(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("reft_runtime.interventions.registry.MAX_ADDED_NAMES", 2)
+    monkeypatch.setattr("reft_runtime.interventions.uploads.MAX_ADDED_NAMES", 2)
     place(folder, "f", ONE)
     registry = Registry(BASE, [folder])
     registry.put("a", ONE)
