@@ -15,6 +15,9 @@ DEFAULT_PAGE = 100
 MAX_QUERY = 100
 """Characters of a search."""
 
+MAX_AFTER = 128
+"""Characters of a place: a number and a name."""
+
 Sort = Literal[
     "name",
     "size",

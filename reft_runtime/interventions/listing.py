@@ -113,7 +113,7 @@ class Listing(Catalog):
                 return _entry(name, known)
         raise self._unknown(name)
 
-    def versions(self, name: str) -> list[VersionEntry]:
+    def versions_of(self, name: str) -> list[VersionEntry]:
         """All versions of a name that can be addressed, the current one first.
 
         Uploads come in the order in which they were served last. Raises `NotFound`.

@@ -85,15 +85,14 @@ class Uploads(Folders):
         return version
 
     def _admit(self, version: Version, *, kept: bool, leaving: set[Version]) -> None:
-        """Refuse what would not fit. Of what is `kept` on disk the tensors need not stay."""
+        """Refuse what would not fit; of what is `kept` on disk only its line must stay."""
         if version.name not in self._added and len(self._added) >= MAX_ADDED_NAMES:
             raise InvalidRequest(
                 f"There are {MAX_ADDED_NAMES} uploaded names, as many as there may be; delete one"
                 " first.",
                 param="name",
             )
-        size = version.fixed_bytes - (version.tensor_bytes if kept else 0)
-        self._reserve(size, leaving)
+        self._reserve(version.listed_bytes if kept else version.fixed_bytes, leaving)
         self._added.add(version.name)
 
     def _write(self, store: Store, version: Version, data: bytes, kept: Sequence[Version]) -> None:

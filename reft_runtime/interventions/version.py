@@ -83,10 +83,15 @@ class Version:
         return sum(edit.nbytes for edit in self._edits or ())
 
     @property
+    def listed_bytes(self) -> int:
+        """Memory that its line of the listing takes: its manifest, and a summary of that."""
+        return _OBJECT_BYTES + 2 * len(self.manifest_json)
+
+    @property
     def fixed_bytes(self) -> int:
         """Memory that it takes as long as it can be addressed, in bytes."""
         kept = 0 if self.reloadable else self.tensor_bytes + len(self._data or b"")
-        return _OBJECT_BYTES + 2 * len(self.manifest_json) + kept  # the summary is no longer
+        return self.listed_bytes + kept
 
     @property
     def modified(self) -> float:
