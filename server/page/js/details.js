@@ -126,9 +126,8 @@ function Versions({ id, digest, path, onChange }) {
           <li key=${version.digest}>
             <code>${version.digest.slice(0, 12)}</code>
             <span class="muted">${bytes(version.size_bytes)}${version.modified ? `, ${when(version.modified)}` : ""}</span>
-            ${version.digest === digest
-              ? html`<span class="count">served</span>`
-              : html`<button type="button" onClick=${() => back(version.digest)}
+            ${version.current && html`<span class="count">served</span>`}
+            ${!version.current && version.kept && html`<button type="button" onClick=${() => back(version.digest)}
                   aria-label=${`Roll ${id} back to ${version.digest.slice(0, 12)}`}>
                   <${Icon} name="back" />Roll back</button>`}
           </li>`)}
