@@ -1,12 +1,12 @@
-// The frame of the page: which view is open, the colours, and the key where one is needed.
+// The frame of the page: which view is open.
 
-import { ask, forgetKey, key, onKeyNeeded } from "./api.js";
+import { ask } from "./api.js";
 import { Compare } from "./compare.js";
 import { html, render, useEffect, useState } from "./lib.js";
 import { Interventions } from "./interventions.js";
 import { ServerView } from "./server.js";
 import { Store, useStore } from "./store.js";
-import { Frame, KeyDialog } from "./frame.js";
+import { Frame } from "./frame.js";
 import { Loading, Problem } from "./ui.js";
 
 const VIEWS = {
@@ -15,20 +15,8 @@ const VIEWS = {
   server: ["Server", ServerView],
 };
 
-/** `model` is the base's name; `asking` what the key's dialog answers to, while it is open. */
-const app = new Store({ model: null, error: null, asking: null });
-
-onKeyNeeded(
-  (refused) =>
-    new Promise((resolve) => {
-      const done = (given) => {
-        app.set({ asking: null });
-        resolve(given);
-      };
-      if (refused) forgetKey();
-      app.set({ asking: { refused, done } });
-    }),
-);
+/** `model` is the base's name. */
+const app = new Store({ model: null, error: null });
 
 async function begin() {
   app.set({ error: null });
@@ -47,7 +35,7 @@ function place() {
 }
 
 function App() {
-  const { model, error, asking } = useStore(app);
+  const { model, error } = useStore(app);
   const [{ view, rest }, setPlace] = useState(place);
   useEffect(() => {
     const changed = () => setPlace(place());
@@ -60,15 +48,13 @@ function App() {
   }, [title, model]);
   const links = Object.entries(VIEWS).map(([name, [text]]) => [`./#/${name}`, text, name === view]);
   return html`
-    <${Frame} links=${[...links, ["docs", "API", false]]} model=${model}
-      keyed=${key() !== null} onForget=${() => { forgetKey(); location.reload(); }}>
+    <${Frame} links=${[...links, ["docs", "API", false]]} model=${model}>
       ${model
         ? html`<${View} base=${model} rest=${rest} key=${view} />`
         : error
           ? html`<${Problem} error=${error} retry=${begin} />`
           : html`<${Loading} what="the server's model" />`}
-    <//>
-    ${asking && html`<${KeyDialog} ...${asking} />`}`;
+    <//>`;
 }
 
 render(html`<${App} />`, document.getElementById("app"));

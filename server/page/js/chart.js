@@ -34,7 +34,7 @@ export function Chart({ title, xs, series, format, formatX, max }) {
   return html`
     <figure class="chart">
       <figcaption>
-        <h3>${title}</h3>
+        <h2>${title}</h2>
         <ul>
           ${series.map(({ name }, i) => html`
             <li key=${name}><i class=${`line-${i}`}></i>${name}

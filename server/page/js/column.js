@@ -70,6 +70,7 @@ export function AddColumn({ busy, onAdd }) {
 
 function Part({ part: one, alone, onChange, onRemove }) {
   const [picking, setPicking] = useState(false);
+  const [open, setOpen] = useState(false);
   const { name, strength, directions } = one;
   const id = `strength-${name}`;
   const pick = (other) => {
@@ -96,9 +97,9 @@ function Part({ part: one, alone, onChange, onRemove }) {
         <${IconButton} icon="reset" label=${`Strength of ${name} back to 1`} disabled=${strength === 1}
           onClick=${() => onChange({ strength: 1 })} />
       </div>
-      <details class="directions">
+      <details class="directions" onToggle=${(event) => setOpen(event.target.open)}>
         <summary>Directions${directions && html` <span class="count">${directions.length}</span>`}</summary>
-        <${Directions} name=${name} directions=${directions} onChange=${onChange} />
+        ${open && html`<${Directions} name=${name} directions=${directions} onChange=${onChange} />`}
       </details>
     </div>`;
 }

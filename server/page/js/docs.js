@@ -1,21 +1,12 @@
 // The API's reference: /openapi.json as a page, an operation a section, schemas folded out.
 
-import { ask, forgetKey, key, onKeyNeeded } from "./api.js";
-import { Frame, KeyDialog } from "./frame.js";
+import { ask, save } from "./api.js";
+import { Frame } from "./frame.js";
 import { html, render, useState } from "./lib.js";
 import { Store, useStore } from "./store.js";
 import { Icon, Loading, Problem } from "./ui.js";
 
-const page = new Store({ document: null, error: null, asking: null });
-
-onKeyNeeded((refused) => new Promise((resolve) => {
-  const done = (given) => {
-    page.set({ asking: null });
-    resolve(given);
-  };
-  if (refused) forgetKey();
-  page.set({ asking: { refused, done } });
-}));
+const page = new Store({ document: null, error: null });
 
 async function begin() {
   page.set({ error: null });
@@ -26,9 +17,14 @@ async function begin() {
   }
 }
 
-/** Operations by tag, in the document's order. */
+const HEADINGS = {
+  openai: "Answers and models", interventions: "Interventions", text: "Tokens", operations: "Operations",
+  health: "Health", vllm: "vLLM's routes",
+};
+
+/** Operations by tag: those of `HEADINGS` in that order, then the others. */
 function grouped({ paths }) {
-  const groups = new Map();
+  const groups = new Map(Object.keys(HEADINGS).map((tag) => [tag, []]));
   for (const [path, methods] of Object.entries(paths)) {
     for (const [method, operation] of Object.entries(methods)) {
       const [tag = "other"] = operation.tags ?? [];
@@ -48,15 +44,13 @@ const LINKS = [
 ];
 
 function Reference() {
-  const { document: found, error, asking } = useStore(page);
+  const { document: found, error } = useStore(page);
   return html`
-    <${Frame} links=${LINKS} keyed=${key() !== null}
-      onForget=${() => { forgetKey(); location.reload(); }}>
+    <${Frame} links=${LINKS}>
       ${error && html`<${Problem} error=${error} retry=${begin} />`}
       ${!found && !error && html`<${Loading} what="the API's description" />`}
       ${found && html`<${Operations} found=${found} />`}
-    <//>
-    ${asking && html`<${KeyDialog} ...${asking} />`}`;
+    <//>`;
 }
 
 function Operations({ found }) {
@@ -74,15 +68,21 @@ function Operations({ found }) {
       <label class="search"><${Icon} name="search" />
         <input type="search" aria-label="Search routes" placeholder="Search" value=${query}
           onInput=${(event) => setQuery(event.target.value)} /></label>
-      <a href="openapi.json" download="openapi.json">openapi.json</a>
+      <button type="button" onClick=${() => saved(found)}><${Icon} name="down" />openapi.json</button>
     </div>
     ${groups.length === 0 && html`<p class="muted">No route has that text.</p>`}
     ${groups.map(([tag, list]) => html`
-      <section key=${tag} class="group" aria-label=${tag}>
-        <h2>${tag}</h2>
+      <section key=${tag} class="group" aria-label=${HEADINGS[tag] ?? tag}>
+        <h2>${HEADINGS[tag] ?? tag}</h2>
         ${list.map((one) => html`<${Operation} key=${one.method + one.path} ...${one} found=${found} />`)}
       </section>`)}`;
 }
+
+const saved = (found) =>
+  save(new Blob([JSON.stringify(found, null, 2)], { type: "application/json" }), "openapi.json");
+
+/** Text in which `this` is code. */
+const prose = (text) => text.split("`").map((part, i) => (i % 2 ? html`<code>${part}</code>` : part));
 
 function Operation({ path, method, operation, found }) {
   const { description = "", parameters = [], requestBody, responses } = operation;
@@ -91,10 +91,10 @@ function Operation({ path, method, operation, found }) {
       <summary>
         <span class=${`method ${method}`}>${method.toUpperCase()}</span>
         <code>${path}</code>
-        <span class="muted">${description.split(/[.:]\s/)[0]}</span>
+        <span class="muted">${prose(description.split(/[.:]\s/)[0].replace(/\.$/, ""))}</span>
       </summary>
       <div class="stack">
-        <p class="prose">${description}</p>
+        <p class="prose">${prose(description)}</p>
         ${parameters.length > 0 && html`
           <h3>Parameters</h3>
           <dl class="fields-list">
@@ -128,7 +128,7 @@ function Fields({ schema, found }) {
     ([a], [b]) => required.has(b) - required.has(a),
   );
   return html`
-    ${object.description && html`<p class="prose muted">${object.description}</p>`}
+    ${object.description && html`<p class="prose muted">${prose(object.description)}</p>`}
     <dl class="fields-list">
       ${fields.map(([name, one]) => html`
         <${Field} key=${name} name=${name} schema=${one} required=${required.has(name)}
@@ -147,7 +147,7 @@ function Field({ name, schema, required, about, found }) {
         ${schema.default !== undefined && schema.default !== null && html`
           <span class="muted"> by default <code>${JSON.stringify(schema.default)}</code></span>`}
         ${bounds && html`<span class="muted"> ${bounds}</span>`}
-        ${about && html`<p>${about}</p>`}
+        ${about && html`<p>${prose(about)}</p>`}
         ${inner.map((one) => html`
           <details key=${one.title}><summary>${one.title}</summary><${Fields} schema=${one} found=${found} /></details>`)}
       </dd>

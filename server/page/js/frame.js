@@ -1,9 +1,26 @@
 // What surrounds every view, the reference among them: the name, the links, the colours, the key.
 
+import { forgetKey, key, onKeyNeeded } from "./api.js";
 import { html, useState } from "./lib.js";
+import { Store, useStore } from "./store.js";
 import { Dialog, Icon, IconButton } from "./ui.js";
 
 const THEME = "reft-theme";
+
+/** What the key's dialog is open for: {refused, done}, or null. */
+const gate = new Store({ asking: null });
+
+onKeyNeeded(
+  (refused) =>
+    new Promise((resolve) => {
+      const done = (given) => {
+        gate.set({ asking: null });
+        resolve(given);
+      };
+      if (refused) forgetKey();
+      gate.set({ asking: { refused, done } });
+    }),
+);
 
 applyTheme(localStorage.getItem(THEME));
 
@@ -28,24 +45,33 @@ function ThemeButton() {
     label=${isDark ? "Light colours" : "Dark colours"} />`;
 }
 
+const forget = () => {
+  forgetKey();
+  location.reload();
+};
+
 /** `links` are [address, text, whether it is open]. */
-export const Frame = ({ links, model, keyed, onForget, children }) => html`
-  <a class="skip" href="#main" onClick=${toMain}>Skip to the content</a>
-  <header class="top">
-    <a class="brand" href="./#/compare">
-      <${Mark} /><span>reft<span class="brand-rest">-server</span></span>
-    </a>
-    <nav aria-label="Views">
-      ${links.map(([address, text, open]) => html`
-        <a href=${address} key=${text} aria-current=${open ? "page" : null}>${text}</a>`)}
-    </nav>
-    <div class="top-end">
-      ${model && html`<span class="model" title="The base model">${model}</span>`}
-      ${keyed && html`<button type="button" class="quiet" onClick=${onForget}>Forget key</button>`}
-      <${ThemeButton} />
-    </div>
-  </header>
-  <main id="main" tabindex="-1">${children}</main>`;
+export function Frame({ links, model, children }) {
+  const { asking } = useStore(gate);
+  return html`
+    <a class="skip" href="#main" onClick=${toMain}>Skip to the content</a>
+    <header class="top">
+      <a class="brand" href="./#/compare">
+        <${Mark} /><span>reft<span class="brand-rest">-server</span></span>
+      </a>
+      <nav aria-label="Views">
+        ${links.map(([address, text, open]) => html`
+          <a href=${address} key=${text} aria-current=${open ? "page" : null}>${text}</a>`)}
+      </nav>
+      <div class="top-end">
+        ${model && html`<span class="model" title="The base model">${model}</span>`}
+        ${key() && html`<button type="button" class="quiet" onClick=${forget}>Forget key</button>`}
+        <${ThemeButton} />
+      </div>
+    </header>
+    <main id="main" tabindex="-1">${children}</main>
+    ${asking && html`<${KeyDialog} ...${asking} />`}`;
+}
 
 // The address holds the view, so the link must not change it.
 function toMain(event) {
@@ -60,7 +86,7 @@ const Mark = () => html`
   </svg>`;
 
 /** Asks for the key of a server that needs one; `done(null)` where none is given. */
-export function KeyDialog({ refused, done }) {
+function KeyDialog({ refused, done }) {
   const [given, setGiven] = useState("");
   const submit = (event) => {
     event.preventDefault();

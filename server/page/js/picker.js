@@ -1,7 +1,7 @@
 // A search among the served interventions, by the server: a combobox with a list below it.
 
 import { ask } from "./api.js";
-import { html, useEffect, useRef, useState } from "./lib.js";
+import { html, useEffect, useLayoutEffect, useRef, useState } from "./lib.js";
 import { useLoaded } from "./ui.js";
 
 const SHOWN = 12;
@@ -16,7 +16,7 @@ export function Picker({ label, first, onPick, onClose }) {
   const [active, setActive] = useState(0);
   const [id] = useState(() => `picker-${(count += 1)}`);
   const box = useRef();
-  useEffect(() => box.current.focus(), []);
+  useLayoutEffect(() => box.current.focus(), []);
   useEffect(() => {
     const timer = setTimeout(() => setSearched(text.trim()), PAUSE_MS);
     return () => clearTimeout(timer);

@@ -3,7 +3,7 @@
 import { address, save } from "./api.js";
 import { change, comparison, replace } from "./comparison.js";
 import { html, useRef, useState } from "./lib.js";
-import { fromRequest, plain, requestOf, revived, title } from "./session.js";
+import { fromRequest, packed, plain, requestOf, revived, title } from "./session.js";
 import { CopyButton, Dialog, Icon, Problem, Segmented } from "./ui.js";
 
 export function ShareMenu({ session }) {
@@ -22,7 +22,7 @@ export function ShareMenu({ session }) {
     }
   };
   return html`
-    <${CopyButton} label="Copy link" icon="link" text=${() => location.href} />
+    <${CopyButton} label="Copy link" icon="link" text=${async () => `${address("")}#/compare/${await packed(session)}`} />
     <button type="button" class="quiet" onClick=${exported}><${Icon} name="down" />Export</button>
     <button type="button" class="quiet" onClick=${() => file.current.click()}>
       <${Icon} name="up" />Import</button>
