@@ -20,10 +20,10 @@ PAGE_BYTES = 4 << 20
 """What the manifests of one page may take; then it has fewer entries than it may."""
 
 LOOKED_AT = 500
-"""Names that a search looks at without a pause."""
+"""Names that a search or a count looks at without a pause."""
 
 REST_SECONDS = 0.001
-"""The pause: the engine's thread needs the interpreter, too."""
+"""The pause: the engine's thread needs the interpreter, and others the lock."""
 
 _VALUES: dict[str, Callable[[Version, Name], float]] = {
     "name": lambda version, known: 0.0,
@@ -139,10 +139,11 @@ class Listing(Catalog):
 
     def tiers(self) -> dict[Tier, int]:
         """How many names' current versions are still on disk, and how many in memory."""
-        with self._lock:
-            shown = [current for known in self._names.values() if (current := known.current())]
-        host = sum(1 for version in shown if version.loaded)
-        return {"disk": len(shown) - host, "host": host}
+        tiers: dict[Tier, int] = {"disk": 0, "host": 0}
+        for part in self._shown():
+            for _, version, _ in part:
+                tiers["host" if version.loaded else "disk"] += 1
+        return tiers
 
     def held_bytes(self) -> int:
         """Memory that interventions take now, in bytes."""
@@ -150,22 +151,27 @@ class Listing(Catalog):
             return self._memory.used
 
     def _matching(self, q: str, value: Callable[[Version, Name], float]) -> Iterator[Place]:
-        """The places of the names that match, with pauses in between."""
+        """The places of the names that match."""
+        for part in self._shown():
+            for name, version, known in part:
+                if not q or q in name or q in version.summary.description.casefold():
+                    yield value(version, known), name
+
+    def _shown(self) -> Iterator[list[tuple[str, Version, Name]]]:
+        """All names and what they stand for, in parts with pauses in between."""
         with self._lock:
             names = list(self._names)
         for start in range(0, len(names), LOOKED_AT):
             if start:
                 time.sleep(REST_SECONDS)
-            found: list[tuple[str, Version, float]] = []
+            part: list[tuple[str, Version, Name]] = []
             with self._lock:
                 for name in names[start : start + LOOKED_AT]:
                     known = self._names.get(name)
                     current = None if known is None else known.current()
                     if known is not None and current is not None:
-                        found.append((name, current, value(current, known)))
-            for name, version, number in found:
-                if not q or q in name or q in version.summary.description.casefold():
-                    yield number, name
+                        part.append((name, current, known))
+            yield part
 
 
 def _entry(name: str, known: Name) -> Entry:
