@@ -80,19 +80,28 @@ class Listing(Catalog):
         if not 1 <= limit <= MAX_PAGE:
             raise InvalidRequest(f"limit: give 1 to {MAX_PAGE}.", param="limit")
         begin = None if after is None else place_of(after, sort)
+        value = _VALUES[sort.lstrip("-")]
         descending = sort.startswith("-")
-        places: list[Place] = []
+        best = heapq.nlargest if descending else heapq.nsmallest
+        q = q.casefold()
         total = 0
-        for place in self._matching(q.casefold(), _VALUES[sort.lstrip("-")]):
-            total += 1
-            if begin is None or (place < begin if descending else place > begin):
-                places.append(place)
-        # Not sorted as a whole: that would keep the interpreter from all others meanwhile.
-        first = (heapq.nlargest if descending else heapq.nsmallest)(limit + 1, places)
+        first: list[Place] = []
+        for part in self._shown():
+            places = [
+                (value(version, known), name)
+                for name, version, known in part
+                if not q or q in name or q in version.summary.description.casefold()
+            ]
+            total += len(places)
+            if begin is not None:
+                places = [p for p in places if (p < begin if descending else p > begin)]
+            first = best(limit + 1, chain(first, places))
         chosen = first[:limit]
         entries: list[Entry] = []
         size = 0
         for number, (_, name) in enumerate(chosen):
+            if number % PART == PART - 1:
+                time.sleep(REST_SECONDS)
             with self._lock:
                 known = self._names.get(name)
                 entry = _entry(name, known) if known is not None and known.layers else None
@@ -149,13 +158,6 @@ class Listing(Catalog):
         """Memory that interventions take now, in bytes."""
         with self._lock:
             return self._memory.used
-
-    def _matching(self, q: str, value: Callable[[Version, Name], float]) -> Iterator[Place]:
-        """The places of the names that match."""
-        for part in self._shown():
-            for name, version, known in part:
-                if not q or q in name or q in version.summary.description.casefold():
-                    yield value(version, known), name
 
     def _shown(self) -> Iterator[list[tuple[str, Version, Name]]]:
         """All names and what they stand for, in parts with pauses in between."""
