@@ -20,10 +20,10 @@ PAGE_BYTES = 4 << 20
 """What the manifests of one page may take; then it has fewer entries than it may."""
 
 LOOKED_AT = 500
-"""Names that a search looks at without a pause."""
+"""Names that a search or a count looks at without a pause."""
 
 REST_SECONDS = 0.001
-"""The pause: the engine's thread needs the interpreter, too."""
+"""The pause: the engine's thread needs the interpreter, and others the lock."""
 
 _VALUES: dict[str, Callable[[Version, Name], float]] = {
     "name": lambda version, known: 0.0,
@@ -81,18 +81,26 @@ class Listing(Catalog):
             raise InvalidRequest(f"limit: give 1 to {MAX_PAGE}.", param="limit")
         begin = None if after is None else place_of(after, sort)
         descending = sort.startswith("-")
-        places: list[Place] = []
+        best = heapq.nlargest if descending else heapq.nsmallest
+        q = q.casefold()
         total = 0
-        for place in self._matching(q.casefold(), _VALUES[sort.lstrip("-")]):
-            total += 1
-            if begin is None or (place < begin if descending else place > begin):
-                places.append(place)
-        # Not sorted as a whole: that would keep the interpreter from all others meanwhile.
-        first = (heapq.nlargest if descending else heapq.nsmallest)(limit + 1, places)
+        first: list[Place] = []
+        for part in self._shown(_VALUES[sort.lstrip("-")]):
+            places = [
+                (value, name)
+                for name, version, value in part
+                if not q or q in name or q in version.summary.description.casefold()
+            ]
+            total += len(places)
+            if begin is not None:
+                places = [p for p in places if (p < begin if descending else p > begin)]
+            first = best(limit + 1, chain(first, places))
         chosen = first[:limit]
         entries: list[Entry] = []
         size = 0
         for number, (_, name) in enumerate(chosen):
+            if number % PART == PART - 1:
+                time.sleep(REST_SECONDS)
             with self._lock:
                 known = self._names.get(name)
                 entry = _entry(name, known) if known is not None and known.layers else None
@@ -139,33 +147,34 @@ class Listing(Catalog):
 
     def tiers(self) -> dict[Tier, int]:
         """How many names' current versions are still on disk, and how many in memory."""
-        with self._lock:
-            shown = [current for known in self._names.values() if (current := known.current())]
-        host = sum(1 for version in shown if version.loaded)
-        return {"disk": len(shown) - host, "host": host}
+        tiers: dict[Tier, int] = {"disk": 0, "host": 0}
+        for part in self._shown(_VALUES["name"]):
+            for _, version, _ in part:
+                tiers["host" if version.loaded else "disk"] += 1
+        return tiers
 
     def held_bytes(self) -> int:
         """Memory that interventions take now, in bytes."""
         with self._lock:
             return self._memory.used
 
-    def _matching(self, q: str, value: Callable[[Version, Name], float]) -> Iterator[Place]:
-        """The places of the names that match, with pauses in between."""
+    def _shown(
+        self, value: Callable[[Version, Name], float]
+    ) -> Iterator[list[tuple[str, Version, float]]]:
+        """All names, what they stand for and a value, in parts with pauses in between."""
         with self._lock:
             names = list(self._names)
         for start in range(0, len(names), LOOKED_AT):
             if start:
                 time.sleep(REST_SECONDS)
-            found: list[tuple[str, Version, float]] = []
+            part: list[tuple[str, Version, float]] = []
             with self._lock:
                 for name in names[start : start + LOOKED_AT]:
                     known = self._names.get(name)
                     current = None if known is None else known.current()
                     if known is not None and current is not None:
-                        found.append((name, current, value(current, known)))
-            for name, version, number in found:
-                if not q or q in name or q in version.summary.description.casefold():
-                    yield number, name
+                        part.append((name, current, value(current, known)))
+            yield part
 
 
 def _entry(name: str, known: Name) -> Entry:
