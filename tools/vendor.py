@@ -12,7 +12,6 @@ import hashlib
 import json
 import re
 import subprocess
-import sys
 import tarfile
 import tempfile
 from dataclasses import dataclass, field
@@ -115,4 +114,4 @@ def _sha256(content: bytes) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

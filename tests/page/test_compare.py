@@ -22,7 +22,9 @@ CHAT = "/v1/chat/completions"
 
 def alone(url: str, sent: dict[str, Any]) -> tuple[str, int]:
     """Text of a request by itself, not streamed, and how many tokens it has."""
-    asked = {name: value for name, value in sent.items() if name not in ("stream", "stream_options")}
+    asked = {
+        name: value for name, value in sent.items() if name not in ("stream", "stream_options")
+    }
     answer = httpx.post(f"{url}{CHAT}", json=asked, timeout=60).json()
     return answer["choices"][0]["message"]["content"], answer["usage"]["completion_tokens"]
 
@@ -127,7 +129,12 @@ def test_strength_directions_and_settings_are_what_is_sent(tab: Tab) -> None:
     card.get_by_text("Directions").click()
     card.get_by_role("button", name="3", exact=True).click()
     page.get_by_role("button", name="Settings").click()
-    for label, value in (("Temperature", "0.7"), ("Seed", "7"), ("Top k", "40"), ("Max tokens", "4")):
+    for label, value in (
+        ("Temperature", "0.7"),
+        ("Seed", "7"),
+        ("Top k", "40"),
+        ("Max tokens", "4"),
+    ):
         page.get_by_label(label).fill(value)
     page.get_by_label("Stop texts").fill("END\n###")
     page.get_by_label("System message").fill("Be brief.")
@@ -225,7 +232,7 @@ def test_requests_are_copied_and_pasted(tab: Tab) -> None:
     dialog.get_by_role("button", name="Take it over").click()
     card = page.get_by_role("region", name="Column A")
     expect(card.get_by_role("slider", name="Strength of emoji")).to_have_value("2")
-    expect(page.get_by_role("region", name="Answer of emoji × 2")).to_contain_text("Not asked yet")
+    expect(page.get_by_role("region", name="Answer of emoji")).to_contain_text("Not asked yet")
     page.get_by_role("button", name="Answer again", exact=True).click()
     answered(page)
     assert body(tab.requests(CHAT)[-3])["temperature"] == 0.25
@@ -310,7 +317,6 @@ def test_the_keyboard_alone_is_enough(tab: Tab) -> None:
     page.keyboard.press("Enter")
     expect(page.get_by_role("combobox", name="Another intervention")).to_be_focused()
     page.keyboard.type("telegram")
-    expect(page.get_by_role("listbox").get_by_role("option")).to_have_count(1)
     page.keyboard.press("Enter")
     expect(page.get_by_role("slider", name="Strength of telegram")).to_be_visible()
     short(page, 4)

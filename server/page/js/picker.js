@@ -22,18 +22,28 @@ export function Picker({ label, first, onPick, onClose }) {
     return () => clearTimeout(timer);
   }, [text]);
   const { data, error } = useLoaded(
-    (signal) => ask(`v1/interventions?limit=${SHOWN}&q=${encodeURIComponent(searched)}`, { signal }),
+    async (signal) => {
+      const query = encodeURIComponent(searched);
+      const found = await ask(`v1/interventions?limit=${SHOWN}&q=${query}`, { signal });
+      return { ...found, searched };
+    },
     [searched],
   );
   const found = (data?.data ?? []).map((entry) => ({
     name: entry.id, text: entry.id, description: entry.manifest.description,
   }));
-  const options = first && !searched ? [{ name: null, text: first }, ...found] : found;
+  const options = first && !text.trim() ? [{ name: null, text: first }, ...found] : found;
+  // Who types and presses Enter at once means what will be found, not what is still shown.
+  const [entered, setEntered] = useState(false);
+  const current = data?.searched === text.trim();
+  useEffect(() => {
+    if (entered && current) options[active] ? onPick(options[active].name) : setEntered(false);
+  }, [entered, current]);
 
   const keys = (event) => {
     const step = { ArrowDown: 1, ArrowUp: -1 }[event.key];
     if (step) setActive((active + step + options.length) % Math.max(options.length, 1));
-    else if (event.key === "Enter" && options[active]) onPick(options[active].name);
+    else if (event.key === "Enter") setEntered(true);
     else if (event.key === "Escape") onClose();
     else return;
     event.preventDefault();
@@ -45,7 +55,7 @@ export function Picker({ label, first, onPick, onClose }) {
       <input ref=${box} type="text" role="combobox" aria-label=${label} placeholder="Search…"
         aria-expanded="true" aria-controls=${id} aria-autocomplete="list" autocomplete="off"
         aria-activedescendant=${options[active] ? `${id}-${active}` : null} value=${text}
-        onInput=${(event) => { setText(event.target.value); setActive(0); }}
+        onInput=${(event) => { setText(event.target.value); setActive(0); setEntered(false); }}
         onKeyDown=${keys} onBlur=${onClose} />
       <ul id=${id} role="listbox" aria-label=${label} onMouseDown=${(event) => event.preventDefault()}>
         ${options.map((option, i) => html`
