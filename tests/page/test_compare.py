@@ -232,7 +232,9 @@ def test_requests_are_copied_and_pasted(tab: Tab) -> None:
     dialog.get_by_role("button", name="Take it over").click()
     card = page.get_by_role("region", name="Column A")
     expect(card.get_by_role("slider", name="Strength of emoji")).to_have_value("2")
-    expect(page.get_by_role("region", name="Answer of emoji")).to_contain_text("Not asked yet")
+    expect(
+        page.get_by_role("region", name="Answer of emoji \N{MULTIPLICATION SIGN} 2")
+    ).to_contain_text("Not asked yet")
     page.get_by_role("button", name="Answer again", exact=True).click()
     answered(page)
     assert body(tab.requests(CHAT)[-3])["temperature"] == 0.25
