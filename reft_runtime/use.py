@@ -7,13 +7,16 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from reft_runtime.errors import InvalidRequest
+from reft_runtime.errors import ConfigError, InvalidRequest
 
 if TYPE_CHECKING:
     from reft_runtime.interventions import Version
 
 MAX_INTERVENTIONS = 16
 """Most interventions that one request may compose."""
+
+MAX_STRENGTH = 100.0
+"""A server takes strengths from minus this to this."""
 
 
 def completion_prefix(applied: Iterable[tuple[Version, float]]) -> str:
@@ -55,3 +58,24 @@ class Use:
         """The name as it was given."""
         given = self.intervention
         return given if isinstance(given, str) else f"{given.name}@{given.digest}"
+
+
+def parse_use(text: str) -> Use:
+    """What a command's option names: `NAME`, `NAME@DIGEST`, a file, each with `=STRENGTH` or not.
+
+    Raises `ConfigError` for a strength that is none.
+    """
+    name, equals, written = text.rpartition("=")
+    if not equals or "/" in written or written.endswith(".safetensors"):
+        return Use(text)
+    try:
+        strength = float(written)
+    except ValueError:
+        strength = math.nan
+    if not name or not -MAX_STRENGTH <= strength <= MAX_STRENGTH:
+        raise ConfigError(
+            f"intervention: write NAME=STRENGTH, the strength a number from {-MAX_STRENGTH:g} to"
+            f" {MAX_STRENGTH:g}, not {text!r}.",
+            param="intervention",
+        )
+    return Use(name, strength)
