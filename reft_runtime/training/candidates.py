@@ -88,22 +88,20 @@ def find_served(wanted: Sequence[str], server: Server) -> list[Candidate]:
 def _paths(reference: str, folder: str | Path | None) -> list[Path]:
     """Files that a reference names, at least one."""
     if reference.endswith(SUFFIX) or "/" in reference:
-        path = Path(reference)
-        paths = sorted(path.parent.glob(path.name))
-        beside = [str(other) for other in path.parent.glob(f"*{SUFFIX}")]
-        where, meant = "", did_you_mean(f"{reference.removesuffix(SUFFIX)}{SUFFIX}", beside)
+        place, pattern, where = Path(reference).parent, Path(reference).name, ""
     elif folder is not None:
-        paths = sorted(Path(folder).glob(f"{reference}{SUFFIX}"))
-        names = sorted(path.stem for path in Path(folder).glob(f"*{SUFFIX}"))
-        where, meant = f" in {folder}", did_you_mean(reference, names)
-        if not meant and Path(f"{reference}{SUFFIX}").is_file():
-            meant = f" Did you mean the file `{reference}{SUFFIX}`?"
-        meant = meant or f" There are: {_some(names)}."
+        place, pattern, where = Path(folder), f"{reference}{SUFFIX}", f" in {folder}"
     else:
-        paths, where, meant = [], "", ""
+        raise NotFound(f"intervention: there is no {reference}.", param="intervention")
+    paths = sorted(place.glob(pattern))
     if not paths:
+        names = sorted(path.stem for path in place.glob(f"*{SUFFIX}"))
+        meant = did_you_mean(pattern.removesuffix(SUFFIX), names)
+        if Path(f"{reference}{SUFFIX}").is_file():
+            meant = f" Did you mean the file `{reference}{SUFFIX}`?"
         raise NotFound(
-            f"intervention: there is no {reference}{where}.{meant}", param="intervention"
+            f"intervention: there is no {reference}{where}.{meant or f' There are: {_some(names)}.'}",
+            param="intervention",
         )
     return paths
 
