@@ -34,9 +34,10 @@ def advise(score: Score, base: Score | None = None) -> list[str]:
     found = []
     if len(others) >= max(OUTSIDE * score.rows, 2):
         found.append(
-            f"{len(others):,} of {score.rows:,} answers begin with no label, such as"
-            f" {others[0].answered!r}: the prompts may differ from the training's. Give its"
-            " --template (chat makes each prompt a user's message), or train longer (--epochs)."
+            f"{len(others):,} of {score.rows:,} answers begin with no label of these rows, such as"
+            f" {others[0].answered!r}: the prompts may not be those of the training (without"
+            " --template they are written as the file says; `reft inspect` shows how), or it needs"
+            " more passes (--epochs)."
         )
     if not mostly_other:
         found += _no_better(score, base)

@@ -99,9 +99,9 @@ def _paths(reference: str, folder: str | Path | None) -> list[Path]:
         meant = did_you_mean(pattern.removesuffix(SUFFIX), names)
         if Path(f"{reference}{SUFFIX}").is_file():
             meant = f" Did you mean the file `{reference}{SUFFIX}`?"
+        meant = meant or f" There are: {_some(names)}."
         raise NotFound(
-            f"intervention: there is no {reference}{where}.{meant or f' There are: {_some(names)}.'}",
-            param="intervention",
+            f"intervention: there is no {reference}{where}.{meant}", param="intervention"
         )
     return paths
 

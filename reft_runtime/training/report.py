@@ -89,9 +89,10 @@ def _details(score: Score, base: Score | None) -> list[str]:
         head.append(f"always {label} {share:.1%}")
     lines = [", ".join(head)]
     if score.runs_on:
-        lines += [f"  {score.runs_on:,} right answers did not end where they should"]
+        right = sum(score.right)
+        lines += [f"  {score.runs_on:,} of {right:,} right answers went on after what was wanted"]
     lines += _section("labels, the worst first", _label_lines(score.labels))
-    lines += _section("commonest confusions", _confusion_lines(score.confusions))
+    lines += _section("commonest confusions, wanted -> given", _confusion_lines(score.confusions))
     shown = score.wrong[:MOST_WRONG]
     wrong = [line for outcome in shown for line in _wrong_lines(outcome)]
     lines += _section(f"wrong rows, {len(shown)} of {len(score.wrong):,}", wrong)
