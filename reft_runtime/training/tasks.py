@@ -53,10 +53,11 @@ class Task:
     def outcome(self, row: Row, layout: Layout, wanted: str, answer: Answer) -> Outcome:
         """What became of a row that was asked by this layout."""
         text, labelled = answer.text.strip(), self.metric == "accuracy"
+        right = is_right(text, wanted, self.metric, self.labels)
         given = None
         if labelled:
-            given = given_label(text, self.rows.labels, prefixes=self.labels is None)
-        right = is_right(text, wanted, self.metric, self.labels)
+            prefixes = self.labels is None
+            given = wanted if right else given_label(text, self.rows.labels, prefixes=prefixes)
         ends = not layout.has_completion(row) or layout.completion(row).strip() == wanted
         return Outcome(
             row.where,

@@ -9,7 +9,9 @@ import pytest
 from reft_runtime.training import Report, Score
 from reft_runtime.training.advice import advise
 from reft_runtime.training.outcomes import Confusion, LabelFigures, Outcome
+from reft_runtime.training.remote import Answer
 from reft_runtime.training.scoring import given_label
+from reft_runtime.training.tasks import read_tasks
 
 
 def score(
@@ -108,7 +110,7 @@ def test_json_has_every_rows_outcome() -> None:
     ("found", "says"),
     [
         (score(("a", "a", 48), ("b", "b", 50), ("b", "a", 2)), []),
-        (score(("a", "a", 8), ("a", None, 3)), ["3 of 11 answers begin with no label, such as"]),
+        (score(("a", "a", 8), ("a", None, 3)), ["3 of 11 answers begin with no label of these rows, such as"]),
         (score(("a", None, 40), ("b", None, 9), ("b", "b", 1)), ["49 of 50 answers begin with no"]),
         (
             score(("a", "a", 50), ("b", "a", 50)),
@@ -137,6 +139,18 @@ def test_what_to_try_next(found: Score, says: list[str]) -> None:
     assert len(advice) == len(says), advice
     for sentence, begins in zip(advice, says, strict=True):
         assert sentence.startswith(begins)
+
+
+def test_a_right_answer_gives_what_was_wanted() -> None:
+    """Also where labels count by their letters, and a longer one begins the answer too."""
+    rows = [{"prompt": "x", "completion": "10", "label": label} for label in ("1", "10")]
+    [task] = read_tasks([rows], None, template=None, prefixes=True, text=None, label=None)
+    first, second = (
+        task.outcome(row, task.layout, wanted, Answer("10", ended=True))
+        for row, wanted in zip(task.rows.rows, ("1", "10"), strict=True)
+    )
+    assert (first.right, first.given, first.runs_on) == (True, "1", False)
+    assert (second.right, second.given, second.runs_on) == (True, "10", False)
 
 
 def test_the_base_may_be_the_bar() -> None:
