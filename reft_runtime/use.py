@@ -63,8 +63,8 @@ class Use:
             return cls(name, float(strength))
         except (ValueError, InvalidRequest):
             raise InvalidRequest(
-                f"{text!r}: what is behind = must be a finite number, the strength, such as"
-                f" {name}=0.5.",
+                f"intervention: {text!r}: what is behind = must be a finite number, the strength,"
+                f" such as {name}=0.5.",
                 param="intervention",
             ) from None
 

@@ -50,6 +50,8 @@ def header_length(start: bytes) -> int:
     length = int.from_bytes(start[:LENGTH_BYTES], "little")
     if len(start) >= LENGTH_BYTES and 2 <= length <= MAX_HEADER_BYTES:
         return length
+    if not start:
+        raise InvalidFile("Cut off: the file is empty.")
     if what := what_file(start[:HEAD_BYTES]):
         raise InvalidFile(f"Not an intervention file but {what}.")
     if len(start) < LENGTH_BYTES:
