@@ -6,11 +6,11 @@ import json
 from pathlib import Path
 
 import pytest
-from transformers import LlamaConfig
+from transformers import LlamaConfig, LlamaForCausalLM, T5Config
 from typer.testing import CliRunner
 
 from reft_runtime.errors import ConfigError, InvalidFile, NotFound, ReftError
-from reft_runtime.interventions import Edit, Intervention, parse, read_header, write
+from reft_runtime.interventions import BaseShape, Edit, Intervention, parse, read_header, write
 from reft_runtime.interventions.pyreft import export_pyreft
 from server.files_cli import app
 from tests.interventions.make import BASE, loreft_tensors
@@ -170,3 +170,24 @@ def test_a_file_that_is_not_there_says_which_may_be_meant(
             run("inspect", given)
         assert caught.value.message.endswith(f".{meant}")
         assert caught.value.message.startswith(f"{given}: ")
+
+
+def test_the_shape_of_a_base(base: Path, tmp_path: Path) -> None:
+    shape = BaseShape.of(base)
+    assert shape == BaseShape.of(str(base))
+    assert (shape.model, shape.architecture) == ("tiny", "LlamaForCausalLM")
+    assert (shape.hidden_size, shape.num_layers, shape.vocab_size) == (16, 4, 64)
+    model = LlamaForCausalLM(LlamaConfig.from_pretrained(base))
+    unnamed = shape.model_copy(update={"model": "LlamaForCausalLM"})
+    assert BaseShape.of(model) == unnamed
+    encoder = tmp_path / "encoder"
+    T5Config().save_pretrained(encoder)
+    for wrong, message in (
+        (tmp_path / "none", "model: there is no folder"),
+        (encoder, "no causal language model"),
+        (5, "model: give demo, a folder, a hub id or a transformers model, not int"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            BaseShape.of(wrong)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match=r"^base: there is no folder"):
+        run("inspect", "x", "--base", tmp_path / "none")
