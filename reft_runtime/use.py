@@ -50,6 +50,24 @@ class Use:
                 )
             object.__setattr__(self, "subspace", tuple(self.subspace))
 
+    @classmethod
+    def parse(cls, text: str) -> Use:
+        """What a command's option says: `NAME`, `NAME@DIGEST` or a file's path, then `=STRENGTH`.
+
+        Without a strength it is 1. Raises `InvalidRequest`.
+        """
+        name, equals, strength = text.rpartition("=")
+        if not equals or text.endswith(".safetensors"):  # "=" may be a part of a file's name
+            return cls(text)
+        try:
+            return cls(name, float(strength))
+        except (ValueError, InvalidRequest):
+            raise InvalidRequest(
+                f"intervention: {text!r}: what is behind = must be a finite number, the strength,"
+                f" such as {name}=0.5.",
+                param="intervention",
+            ) from None
+
     @property
     def label(self) -> str:
         """The name as it was given."""
