@@ -43,7 +43,7 @@ bench-peers: $(VENV)/.installed-bench $(VENV)-vllm/.installed $(VENV)-peers/.ins
 	@$(BIN)/python -m benchmarks.plots build/bench-peers.json build
 
 test: lint types ## Check everything: lint, types, import directions, all tests
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n logical --dist loadfile $(ARGS)
 
 lint: $(VENV)/.installed-test ## Check style and import directions
 	$(BIN)/ruff check .

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from reft_runtime.errors import ConfigError, InvalidRequest
+from reft_runtime.errors import InvalidRequest
 
 if TYPE_CHECKING:
     from reft_runtime.interventions import Version
@@ -53,29 +53,26 @@ class Use:
                 )
             object.__setattr__(self, "subspace", tuple(self.subspace))
 
+    @classmethod
+    def parse(cls, text: str) -> Use:
+        """What a command's option says: `NAME`, `NAME@DIGEST` or a file's path, then `=STRENGTH`.
+
+        Without a strength it is 1. Raises `InvalidRequest`.
+        """
+        name, equals, strength = text.rpartition("=")
+        if not equals or text.endswith(".safetensors"):  # "=" may be a part of a file's name
+            return cls(text)
+        try:
+            return cls(name, float(strength))
+        except (ValueError, InvalidRequest):
+            raise InvalidRequest(
+                f"intervention: {text!r}: what is behind = must be a finite number, the strength,"
+                f" such as {name}=0.5.",
+                param="intervention",
+            ) from None
+
     @property
     def label(self) -> str:
         """The name as it was given."""
         given = self.intervention
         return given if isinstance(given, str) else f"{given.name}@{given.digest}"
-
-
-def parse_use(text: str) -> Use:
-    """What a command's option names: `NAME`, `NAME@DIGEST`, a file, each with `=STRENGTH` or not.
-
-    Raises `ConfigError` for a strength that is none.
-    """
-    name, equals, written = text.rpartition("=")
-    if not equals or "/" in written or written.endswith(".safetensors"):
-        return Use(text)
-    try:
-        strength = float(written)
-    except ValueError:
-        strength = math.nan
-    if not name or not -MAX_STRENGTH <= strength <= MAX_STRENGTH:
-        raise ConfigError(
-            f"intervention: write NAME=STRENGTH, the strength a number from {-MAX_STRENGTH:g} to"
-            f" {MAX_STRENGTH:g}, not {text!r}.",
-            param="intervention",
-        )
-    return Use(name, strength)

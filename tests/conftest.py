@@ -1,4 +1,4 @@
-"""Triton's kernels run in its interpreter where there is no CUDA device."""
+"""Triton's kernels run in its interpreter where there is no CUDA device; workers have own cores."""
 
 import os
 from pathlib import Path
@@ -6,3 +6,10 @@ from pathlib import Path
 if not Path("/dev/nvidiactl").exists():
     # Before anything imports Triton, as transformers does where it is installed.
     os.environ["TRITON_INTERPRET"] = "1"
+
+worker, workers = os.environ.get("PYTEST_XDIST_WORKER"), os.environ.get("PYTEST_XDIST_WORKER_COUNT")
+if worker and workers and hasattr(os, "sched_setaffinity"):
+    # Two processes with two threads each would wait for each other: each has its share of cores.
+    cores = sorted(os.sched_getaffinity(0))
+    own = cores[int(worker.removeprefix("gw")) :: int(workers)]
+    os.sched_setaffinity(0, own or cores)

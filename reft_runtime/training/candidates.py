@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from reft_runtime.errors import ConfigError, InvalidFile, NotFound
+from reft_runtime.errors import ConfigError, InvalidFile, InvalidRequest, NotFound
 from reft_runtime.interventions import parse, read
 from reft_runtime.interventions.file import SUFFIX
 from reft_runtime.nearest import did_you_mean
 from reft_runtime.training.remote import Server
 from reft_runtime.training.report import BASE
-from reft_runtime.use import parse_use
+from reft_runtime.use import MAX_STRENGTH, Use
 
 MOST_NAMED = 10
 """Names that an error lists where none is like the one asked for."""
@@ -38,11 +38,11 @@ def find_files(wanted: Sequence[str], folder: str | Path | None) -> list[tuple[C
     """What is wanted, in order, each with its file.
 
     Each is a file, a name in `folder`, or a shell pattern of either, with `=STRENGTH` or without.
-    Raises `NotFound` with the names that are nearest, and `ConfigError`.
+    Raises `NotFound` with the names that are nearest, `InvalidRequest` and `ConfigError`.
     """
     found: dict[str, Path] = {}
     candidates: dict[Candidate, None] = {}
-    for use in map(parse_use, wanted):
+    for use in map(_parse, wanted):
         for path in _paths(use.label, folder):
             if found.setdefault(path.stem, path) != path:
                 raise ConfigError(
@@ -58,11 +58,11 @@ def find_served(wanted: Sequence[str], server: Server) -> list[Candidate]:
     """What is wanted of a server, in order.
 
     Each is a name, a pattern, or NAME@DIGEST, with `=STRENGTH` or without. Raises `NotFound` with
-    the names that are nearest, and `ConfigError`.
+    the names that are nearest, and `InvalidRequest`.
     """
     known = server.models()[1:]
     candidates: dict[Candidate, None] = {}
-    for use in map(parse_use, wanted):
+    for use in map(_parse, wanted):
         reference = use.label
         names = [name for name in known if fnmatchcase(name, reference)]
         if "@" in reference and reference.partition("@")[0] in known:
@@ -83,6 +83,18 @@ def find_served(wanted: Sequence[str], server: Server) -> list[Candidate]:
             )
         candidates.update(dict.fromkeys(Candidate(name, use.strength) for name in names))
     return list(candidates)
+
+
+def _parse(text: str) -> Use:
+    """What a reference names, at a strength that a server takes, too."""
+    use = Use.parse(text)
+    if abs(use.strength) > MAX_STRENGTH:
+        raise InvalidRequest(
+            f"intervention: {text!r}: the strength must be from {-MAX_STRENGTH:g} to"
+            f" {MAX_STRENGTH:g}.",
+            param="intervention",
+        )
+    return use
 
 
 def _paths(reference: str, folder: str | Path | None) -> list[Path]:

@@ -68,7 +68,13 @@ def test_own_intervention(url: str, tmp_path: Path) -> None:
     put = block("", "-X PUT")
     assert file in put
     created = json.loads(shell(put.replace(file, ours), url))
-    assert created["manifest"]["description"] == "My first"
-    body = {"model": "mine", "prompt": "Hi", "max_tokens": 2}
-    assert httpx.post(f"{url}/v1/completions", json=body, timeout=60).status_code == 200
+    assert created["manifest"]["description"] == "No"
+    question, base, called, mine = re.findall(r"`([^`]+)`", README[README.index("asked `") :])[:4]
+    assert called == "mine"
+    for model, begins in (("mine", mine), (created["manifest"]["base"]["model"], base)):
+        asked = {"role": "user", "content": question}
+        body = {"model": model, "messages": [asked], "max_tokens": 8, "temperature": 0}
+        answer = httpx.post(f"{url}/v1/chat/completions", json=body, timeout=60).json()
+        said = answer["choices"][0]["message"]["content"]
+        assert begins.startswith(said) or said.startswith(begins)
     assert httpx.delete(f"{url}/v1/interventions/mine").status_code == 200

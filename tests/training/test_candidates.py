@@ -11,12 +11,11 @@ import pytest
 from typer.testing import CliRunner
 
 from reft_runtime import Engine, SamplingParams
-from reft_runtime.errors import ConfigError, NotFound
+from reft_runtime.errors import InvalidRequest, NotFound
 from reft_runtime.interventions.manifest import Manifest
 from reft_runtime.training import TrainSettings, evaluate, train
 from reft_runtime.training.layout import CHAT
 from reft_runtime.training.tasks import read_tasks
-from reft_runtime.use import Use, parse_use
 from server.cli import app
 from server.settings import Settings
 from tests.e2e.conftest import served
@@ -151,25 +150,11 @@ def test_strengths_and_versions_of_a_server(place: Path, address: str, engine: E
     ]
 
 
-@pytest.mark.parametrize(
-    ("text", "use"),
-    [
-        ("pirate", Use("pirate")), ("pirate=0.5", Use("pirate", 0.5)), ("s*=-2", Use("s*", -2)),
-        ("x@abc=1e-1", Use("x@abc", 0.1)), ("a/x.safetensors=2", Use("a/x.safetensors", 2)),
-        ("lr=1/x", Use("lr=1/x")), ("lr=1/x.safetensors", Use("lr=1/x.safetensors")),
-        ("lr=1.safetensors", Use("lr=1.safetensors")),
-    ],
-)  # fmt: skip
-def test_a_name_with_its_strength(text: str, use: Use) -> None:
-    assert parse_use(text) == use
-
-
-@pytest.mark.parametrize("text", ["pirate=", "pirate=much", "pirate=nan", "pirate=101", "=1"])
-def test_strengths_that_are_none(text: str) -> None:
-    with pytest.raises(
-        ConfigError, match=r"intervention: write NAME=STRENGTH, .* -100 to 100, not"
-    ):
-        parse_use(text)
+@pytest.mark.parametrize("strength", ["", "much", "nan", "-101", "1e3"])
+def test_strengths_that_are_none(place: Path, address: str, strength: str) -> None:
+    for where in (options(place), {"url": address}):
+        with pytest.raises(InvalidRequest, match=f"intervention: 'bare={strength}': .*must be"):
+            evaluate([TABLE], [f"bare={strength}"], **where)
 
 
 def test_unknown_names(

@@ -110,7 +110,7 @@ def test_json_has_every_rows_outcome() -> None:
     ("found", "says"),
     [
         (score(("a", "a", 48), ("b", "b", 50), ("b", "a", 2)), []),
-        (score(("a", "a", 8), ("a", None, 3)), ["3 of 11 answers begin with no label of these rows, such as"]),
+        (score(("a", "a", 8), ("a", None, 3)), ["3 of 11 answers begin with no label of these"]),
         (score(("a", None, 40), ("b", None, 9), ("b", "b", 1)), ["49 of 50 answers begin with no"]),
         (
             score(("a", "a", 50), ("b", "a", 50)),
