@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 import time
 from collections.abc import Callable
@@ -23,14 +24,22 @@ Say = Callable[[str], None]
 
 
 class Complete(TrainerCallback):
-    """Marks checkpoints as whole."""
+    """Marks checkpoints as whole, and removes those that are neither the newest nor the best."""
 
     def on_save(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
         """Called when a checkpoint is written."""
-        if args.should_save:
-            (Path(str(args.output_dir)) / f"checkpoint-{state.global_step}" / COMPLETE).touch()
+        if not args.should_save:
+            return
+        folder = Path(str(args.output_dir))
+        newest, best = (
+            f"checkpoint-{step}" for step in (state.global_step, state.best_global_step)
+        )
+        (folder / newest / COMPLETE).touch()
+        for other in folder.glob("checkpoint-*"):
+            if other.name not in (newest, best):
+                shutil.rmtree(other, ignore_errors=True)
 
 
 class Patience(TrainerCallback):

@@ -293,7 +293,6 @@ def arguments(
         eval_steps=every if evaluates else None,
         save_strategy="steps",
         save_steps=every,
-        save_total_limit=2,
         load_best_model_at_end=evaluates,
         metric_for_best_model=MERIT if evaluates else None,
         greater_is_better=True if evaluates else None,
