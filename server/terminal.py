@@ -19,13 +19,20 @@ class _Told(logging.Handler):
         typer.echo(self.format(record), err=True)
 
 
-def show_stages() -> None:
-    """Tell the stages of a start on standard error, each with its seconds."""
-    stages = logging.getLogger("reft_runtime.stages")
-    if not any(isinstance(handler, _Told) for handler in stages.handlers):
-        stages.addHandler(_Told())
+@contextmanager
+def stages_told() -> Iterator[None]:
+    """Tell the stages of a start on standard error, each with its seconds; decorates a command."""
+    stages, told = logging.getLogger("reft_runtime.stages"), _Told()
+    before = stages.level, stages.propagate
+    stages.addHandler(told)
     stages.setLevel(logging.INFO)
     stages.propagate = False
+    try:
+        yield
+    finally:
+        stages.removeHandler(told)
+        stages.setLevel(before[0])
+        stages.propagate = before[1]
 
 
 @contextmanager

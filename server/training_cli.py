@@ -11,7 +11,7 @@ import typer
 from reft_runtime.errors import ConfigError
 from reft_runtime.stages import stage
 from server.files_cli import write_file
-from server.terminal import show_stages, stoppable
+from server.terminal import stages_told, stoppable
 
 if TYPE_CHECKING:
     from reft_runtime.interventions.manifest import SystemTurn
@@ -97,6 +97,7 @@ def check(
 
 
 @app.command()
+@stages_told()
 def train(
     data: Rows,
     out: Annotated[
@@ -179,7 +180,6 @@ def train(
     api_key: ApiKey = None,
 ) -> None:
     """Train edits on rows, and write them as a file that is ready to be served."""
-    show_stages()
     with stoppable():
         with stage("Starting Python's libraries"):
             from reft_runtime.training import TrainSettings
@@ -240,6 +240,7 @@ def train(
 
 
 @app.command("eval")
+@stages_told()
 def eval_(
     data: Annotated[list[str], typer.Argument(help="Files of rows, as for training.")],
     intervention: Annotated[
@@ -272,7 +273,6 @@ def eval_(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Measure interventions on data sets, all in one batch, the base model beside them."""
-    show_stages()
     with stage("Starting Python's libraries"):
         from reft_runtime.training import evaluate
 
@@ -295,6 +295,7 @@ def eval_(
 
 
 @app.command()
+@stages_told()
 def direction(
     positive: Annotated[Path, typer.Argument(help="Texts, one a line, of what is wanted.")],
     negative: Annotated[Path, typer.Argument(help="Texts of the contrary.")],
@@ -311,7 +312,6 @@ def direction(
     threads: Threads = None,
 ) -> None:
     """Make a steering file from contrasting texts, without training: the difference of means."""
-    show_stages()
     with stage("Starting Python's libraries"):
         from reft_runtime.training import direction as run
         from reft_runtime.training.direction import read_texts
