@@ -22,6 +22,7 @@ from server import files_cli, training_cli
 from server.applied import encode, read_asked, resolve
 from server.settings import Settings, load_settings
 from server.tables import trace_table
+from server.terminal import stages_told
 
 if TYPE_CHECKING:
     from reft_runtime.llm import Engine
@@ -129,6 +130,7 @@ def serve(**options: Any) -> None:
 
 
 @app.command()
+@stages_told()
 @_with_settings(
     "model", "interventions", "state_dir", "device", "dtype", "max_model_len", "threads"
 )
