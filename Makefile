@@ -22,7 +22,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PIP_NO_INPUT := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help serve bench bench-peers test lint types format clean
+.PHONY: help serve bench bench-peers test test-long lint types format clean
 .DELETE_ON_ERROR:
 
 help: ## List the targets
@@ -44,6 +44,9 @@ bench-peers: $(VENV)/.installed-bench $(VENV)-vllm/.installed $(VENV)-peers/.ins
 
 test: lint types ## Check everything: lint, types, import directions, all tests
 	$(BIN)/python -m pytest $(ARGS)
+
+test-long: $(VENV)/.installed-test ## Run the documents' trainings as they are written, and look at what they reach
+	$(BIN)/python -m pytest -m long $(ARGS)
 
 lint: $(VENV)/.installed-test ## Check style and import directions
 	$(BIN)/ruff check .
