@@ -3,8 +3,8 @@
 The tickets that ship are trained as a CSV, as prompts and completions with and without a leading
 blank, under a template that is a text, as chats by a template, and as messages. Each training is
 judged on the tickets held out, in the same layout, by what the engine answers with the written
-file: an answer is right where it is the label and nothing else. Every finished training is a line of
-`--out`, and one that is there is not done again: the script may be stopped at any time.
+file: an answer is right where it is the label and nothing else. Every finished training is a line
+of `--out`, and one that is there is not done again: the script may be stopped at any time.
 
     python -m benchmarks.layouts --out layouts.jsonl
 """
@@ -118,6 +118,12 @@ def measure(run: Run, model: str) -> Outcome:
         return Outcome(sum(score.right), score.rows, round(seconds, 1))
 
 
+def read(path: Path) -> dict[Run, Outcome]:
+    """Trainings that are done, by the file that they are lines of."""
+    entries = [json.loads(line) for line in path.read_text().splitlines()]
+    return {Run(**entry["run"]): Outcome(**entry["outcome"]) for entry in entries}
+
+
 def table(done: dict[Run, Outcome]) -> str:
     """Accuracy by layout in per cent, each seed and their mean, and how far the means differ."""
     seeds = sorted({run.seed for run in done})
@@ -151,11 +157,7 @@ def main(
     model: Annotated[str, typer.Option(help="demo, a folder, or a hub id.")] = "demo",
 ) -> None:
     """Train what is not done yet, and print the table."""
-    done: dict[Run, Outcome] = {}
-    if out.exists():
-        for line in out.read_text().splitlines():
-            entry = json.loads(line)
-            done[Run(**entry["run"])] = Outcome(**entry["outcome"])
+    done = read(out) if out.exists() else {}
     wanted = [Run(layout, seed, epochs, dtype) for seed in range(seeds) for layout in LAYOUTS]
     for run in wanted:
         if run not in done:

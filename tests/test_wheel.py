@@ -47,8 +47,8 @@ def clean(built: Path, tmp_path: Path) -> Path:
     """The `bin` of an environment that has the wheel, and what this one has but the project."""
     environment = tmp_path / "environment"
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", environment], check=True)
-    pip = [sys.executable, "-m", "pip", "--python", environment / "bin/python", "install", "-qq"]
-    subprocess.run([*pip, "--no-deps", "--no-index", built], check=True)
+    pip = [sys.executable, "-m", "pip", "--python", str(environment / "bin/python")]
+    subprocess.run([*pip, "install", "-qq", "--no-deps", "--no-index", str(built)], check=True)
     [packages] = environment.glob("lib/*/site-packages")
     # A folder named in a .pth file is searched, but .pth files in it are not read, as that of an
     # editable install.

@@ -30,9 +30,7 @@ def notebook() -> NotebookNode:
     return nbformat.read(NOTEBOOK, as_version=4)  # type: ignore[no-any-return,no-untyped-call]
 
 
-def test_it_runs(
-    notebook: NotebookNode, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_it_runs(notebook: NotebookNode, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     [cell] = [cell for cell in notebook.cells if "steps = None" in cell.source]
     cell.source = cell.source.replace("steps = None", "steps = 2")
     printed = executed(notebook, tmp_path, monkeypatch)
