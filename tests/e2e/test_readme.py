@@ -31,11 +31,12 @@ from tests.helpers.documents import ROOT, Block, blocks, commands, is_shown
 ADDRESS = "http://127.0.0.1:8000"
 SERVE = "make serve\n"
 STEPS = " --steps 2"
+SECONDS = 900
+"""After which a command is taken to hang."""
 
 NOT_RUN = {
     "pipx install": "installs torch anew, minutes; tests/test_wheel.py installs a wheel",
     "meta-llama/": "a gated model of 16 GB",
-    "docker build": "needs Docker",
 }
 """Blocks that nobody can run here, by a part of their text, and why."""
 
@@ -83,6 +84,7 @@ class Place:
             stderr=subprocess.STDOUT,
             text=True,
             check=False,
+            timeout=SECONDS,
         )
         assert ended.returncode == 0, ended.stdout
         return ended.stdout
@@ -105,7 +107,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
         shutil.copy(folder / "interventions" / source, folder / name)
     environment = folder / ".venv"
     environment.mkdir()
-    (environment / "bin").symlink_to(Path(sys.executable).parent)
+    for name in ("bin", "lib", "pyvenv.cfg"):
+        (environment / name).symlink_to(Path(sys.prefix) / name)
     (environment / ".installed").touch()
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
