@@ -20,4 +20,6 @@ def test_what_is_shown() -> None:
     assert is_shown(shown, "in 1 s\n\nmore\nand more\nloss 1, done")
     assert not is_shown(shown, "in 1 s\nmore\nloss 1, done, nearly\n")
     assert not is_shown(shown, "in 1 s\nmore\n")
+    assert is_shown("It is ... far.", "It is not so far.\n")
+    assert not is_shown("It is ... far.", "It is not so far away.\n")
     assert not is_shown("", "something\n")

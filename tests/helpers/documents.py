@@ -66,9 +66,12 @@ def _goes_on(command: Command) -> bool:
 
 
 def is_shown(shown: str, printed: str) -> bool:
-    """Whether a document shows what was printed: numbers aside, and a line `...` is any lines."""
+    """Whether a document shows what was printed: numbers aside.
+
+    A line `...` is any lines, and `...` in a line any text.
+    """
     wanted = "".join(
-        r"(?:.*\n)*?" if line == "..." else re.escape(line) + r"\n"
+        r"(?:.*\n)*?" if line == "..." else re.escape(line).replace(r"\.\.\.", ".*") + r"\n"
         for line in _without_numbers(shown).splitlines()
     )
     return re.fullmatch(wanted, _without_numbers(printed)) is not None
