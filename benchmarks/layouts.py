@@ -125,7 +125,10 @@ def read(path: Path) -> dict[Run, Outcome]:
 
 
 def table(done: dict[Run, Outcome]) -> str:
-    """Accuracy by layout in per cent, each seed and their mean, and how far the means differ."""
+    """Accuracy by layout in per cent, each seed and their mean, and how far the means differ.
+
+    A layout that not all seeds have been trained in has no mean.
+    """
     seeds = sorted({run.seed for run in done})
     lines = [
         f"| layout | {' | '.join(f'seed {seed}' for seed in seeds)} | mean |",
@@ -140,11 +143,14 @@ def table(done: dict[Run, Outcome]) -> str:
         }
         if not found:
             continue
-        means.append(statistics.mean(found.values()))
         cells = [f"{found[seed]:.1f}" if seed in found else "" for seed in seeds]
-        lines.append(f"| {layout} | {' | '.join(cells)} | {means[-1]:.1f} |")
-    spread = f"The means are {max(means) - min(means):.1f} points apart."
-    return "\n".join([*lines, "", spread])
+        whole = len(found) == len(seeds)
+        if whole:
+            means.append(statistics.mean(found.values()))
+        lines.append(f"| {layout} | {' | '.join(cells)} | {f'{means[-1]:.1f}' if whole else ''} |")
+    if means:
+        lines += ["", f"The means are {max(means) - min(means):.1f} points apart."]
+    return "\n".join(lines)
 
 
 def main(
