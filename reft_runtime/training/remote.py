@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -84,28 +84,16 @@ class Server:
     def answers(self, questions: Sequence[Question], *, progress: bool) -> list[Answer]:
         """Greedy answers, in order."""
         base = self.models()[0]
-        return asyncio.run(self._answers(questions, base, progress=progress))
+        with self._client() as client, ThreadPoolExecutor(CONCURRENCY) as pool:
 
-    async def _answers(
-        self, questions: Sequence[Question], base: str, *, progress: bool
-    ) -> list[Answer]:
-        limit = asyncio.Semaphore(CONCURRENCY)
-        async with httpx.AsyncClient(**self._options()) as client:
-            with tqdm(total=len(questions), desc="Answers", disable=not progress) as bar:
+            def answer(question: Question) -> Answer:
+                path, body = _request(question, base)
+                choice = _call(client, "POST", path, json=body).json()["choices"][0]
+                text = choice["text"] if "text" in choice else choice["message"]["content"]
+                return Answer(str(text), choice["finish_reason"] == "stop")
 
-                async def answer(question: Question) -> Answer:
-                    async with limit:
-                        path, body = _request(question, base)
-                        try:
-                            response = await client.post(path, json=body)
-                        except httpx.HTTPError as error:
-                            raise _unreachable(client.base_url, error) from None
-                    bar.update()
-                    choice = _checked(response).json()["choices"][0]
-                    text = choice["text"] if "text" in choice else choice["message"]["content"]
-                    return Answer(str(text), choice["finish_reason"] == "stop")
-
-                return list(await asyncio.gather(*map(answer, questions)))
+            answers = pool.map(answer, questions)
+            return list(tqdm(answers, "Answers", len(questions), disable=not progress))
 
     def _client(self) -> httpx.Client:
         return httpx.Client(**self._options())
