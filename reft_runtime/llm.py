@@ -200,6 +200,10 @@ class Engine:
                 for uses, call, base in zip(columns, calls, bases, strict=True)
             ]
 
+    def encode(self, prompt: Prompt, uses: Sequence[Use] = ()) -> Sequence[int]:
+        """Token ids of a prompt for `open`; a chat goes through the template of what is used."""
+        return self._admission.tokens(prompt, uses)
+
     async def open(
         self,
         prompt: Sequence[int],

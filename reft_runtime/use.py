@@ -15,6 +15,9 @@ if TYPE_CHECKING:
 MAX_INTERVENTIONS = 16
 """Most interventions that one request may compose."""
 
+MAX_STRENGTH = 100.0
+"""A server takes strengths from minus this to this."""
+
 
 def completion_prefix(applied: Iterable[tuple[Version, float]]) -> str:
     """What answers of these versions, at these strengths, begin with for the tokenizer's sake.
@@ -49,6 +52,24 @@ class Use:
                     "subspace: name directions by their numbers, such as [0, 2].", param="subspace"
                 )
             object.__setattr__(self, "subspace", tuple(self.subspace))
+
+    @classmethod
+    def parse(cls, text: str) -> Use:
+        """What a command's option says: `NAME`, `NAME@DIGEST` or a file's path, then `=STRENGTH`.
+
+        Without a strength it is 1. Raises `InvalidRequest`.
+        """
+        name, equals, strength = text.rpartition("=")
+        if not equals or text.endswith(".safetensors"):  # "=" may be a part of a file's name
+            return cls(text)
+        try:
+            return cls(name, float(strength))
+        except (ValueError, InvalidRequest):
+            raise InvalidRequest(
+                f"intervention: {text!r}: what is behind = must be a finite number, the strength,"
+                f" such as {name}=0.5.",
+                param="intervention",
+            ) from None
 
     @property
     def label(self) -> str:

@@ -15,15 +15,16 @@ import typer
 from pydantic import SecretStr
 from pydantic_core import PydanticUndefined
 
-from reft_runtime.errors import ConfigError, NotFound, ReftError
+from reft_runtime.errors import ReftError
 from reft_runtime.stages import stage
-from reft_runtime.use import completion_prefix
 from reft_runtime.version import VERSION
 from server import files_cli, training_cli
+from server.applied import encode, read_asked, resolve
 from server.settings import Settings, load_settings
+from server.tables import trace_table
+from server.terminal import stages_told
 
 if TYPE_CHECKING:
-    from reft_runtime.interventions import Version
     from reft_runtime.llm import Engine
     from reft_runtime.use import Use
 
@@ -129,18 +130,26 @@ def serve(**options: Any) -> None:
 
 
 @app.command()
+@stages_told()
 @_with_settings(
     "model", "interventions", "state_dir", "device", "dtype", "max_model_len", "threads"
 )
 def generate(
     prompt: Annotated[str, typer.Argument(help="What to say to the model, as one user's turn.")],
     intervention: Annotated[
-        str | None,
-        typer.Option(help="Intervention to apply, NAME or NAME@DIGEST; by default none."),
+        list[str] | None,
+        typer.Option(
+            "--intervention",
+            "-i",
+            metavar="WHICH[=STRENGTH]",
+            help="Intervention to apply: NAME, NAME@DIGEST or a file, by default at strength 1, as "
+            "trained; may be given several times.",
+        ),
     ] = None,
-    strength: Annotated[
-        float, typer.Option(help="How strongly to apply it; 1 is as trained.")
-    ] = 1.0,
+    trace: Annotated[
+        bool,
+        typer.Option("--trace", help="Then say on standard error what every edit did."),
+    ] = False,
     raw: Annotated[
         bool, typer.Option("--raw", help="Take the prompt as it is, without the chat template.")
     ] = False,
@@ -154,15 +163,13 @@ def generate(
     """Answer one prompt in the terminal, without a server; the answer alone is standard output."""
     settings = load_settings(options)
     from reft_runtime.sampling import SamplingParams
-    from reft_runtime.use import Use
 
     sampling = SamplingParams(max_tokens=max_tokens, temperature=temperature, seed=seed)
-    if intervention is None and strength != 1:
-        raise ConfigError("--strength needs --intervention.", param="strength")
-    uses = [] if intervention is None else [Use(intervention, strength)]
+    asked = read_asked(intervention or (), settings.model)
     engine = _engine(settings)
     try:
-        asyncio.run(_print_answer(engine, prompt, uses, sampling, raw=raw))
+        uses = resolve(engine, asked)
+        asyncio.run(_print_answer(engine, prompt, uses, sampling, raw=raw, trace=trace))
     finally:
         engine.close()
 
@@ -175,28 +182,12 @@ def _engine(settings: Settings) -> Engine:
 
 
 async def _print_answer(
-    engine: Engine, prompt: str, uses: list[Use], sampling: Any, *, raw: bool
+    engine: Engine, prompt: str, uses: list[Use], sampling: Any, *, raw: bool, trace: bool
 ) -> None:
-    template, begins = None, ""
-    if uses:
-        version = _resolve(engine, uses[0].label)
-        template, begins = version.template, completion_prefix([(version, uses[0].strength)])
-    if raw:
-        tokens = engine.tokenizer.encode(prompt, completion_prefix=begins)
-    else:
-        messages = [{"role": "user", "content": prompt}]
-        tokens = engine.tokenizer.encode_chat(messages, template, completion_prefix=begins)
-    async for deltas in await engine.open(tokens, sampling, uses):
+    tokens = encode(engine, prompt if raw else [{"role": "user", "content": prompt}], uses)
+    stream = await engine.open(tokens, sampling, uses, trace=trace)
+    async for deltas in stream:
         typer.echo("".join(delta.text for delta in deltas), nl=False)
     typer.echo()
-
-
-def _resolve(engine: Engine, ref: str) -> Version:
-    try:
-        return engine.registry.resolve(ref)
-    except NotFound:
-        names = [entry.name for entry in engine.registry.entries()]
-        meant = engine.registry.meant(ref) or f" There are: {', '.join(names) or 'none'}."
-        raise NotFound(
-            f"--intervention: there is no {ref!r}.{meant}", param="intervention"
-        ) from None
+    if trace:
+        typer.echo(trace_table(await engine.explain(stream), uses, len(tokens)), err=True)

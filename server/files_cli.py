@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from reft_runtime.errors import ConfigError, NotFound
+from reft_runtime.errors import ConfigError
+from server.local_files import naming, read_file
+from server.tables import aligned
 
 if TYPE_CHECKING:
     from reft_runtime.interventions import Intervention
@@ -81,7 +83,8 @@ def inspect(
     from reft_runtime.interventions.describe import describe
 
     parameters = None if base is None else count_parameters(read_base(base)[1])
-    found = describe(_read(file), parameters)
+    with naming(file):
+        found = describe(read_file(file), parameters)
     typer.echo(json.dumps(found, indent=2, ensure_ascii=False) if as_json else _table(found))
 
 
@@ -99,7 +102,9 @@ def export(
     form, folder = to
     if form != "pyreft":
         raise ConfigError(f"to: unknown format {form!r}; write --to pyreft FOLDER.", param="to")
-    export_pyreft(parse(_read(file)), folder)
+    with naming(file):
+        intervention = parse(read_file(file))
+    export_pyreft(intervention, folder)
     typer.echo(f"{folder}: written")
 
 
@@ -120,15 +125,6 @@ def _target(out: Path, source: str, name: str | None) -> Path:
     if name is not None:
         raise ConfigError(f"name: {out} is not a folder, so it is the name already.", param="name")
     return out
-
-
-def _read(file: Path) -> bytes:
-    from reft_runtime.interventions import read
-
-    try:
-        return read(file.resolve())
-    except OSError as error:
-        raise NotFound(f"{file}: {error.strerror}.") from None
 
 
 def _table(found: dict[str, Any]) -> str:
@@ -153,11 +149,7 @@ def _table(found: dict[str, Any]) -> str:
                 "-" if error is None else f"{error:.1e}",
             )
         )
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = [
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-        for row in rows
-    ]
+    lines = aligned(rows)
     share = "" if found["share"] is None else f" ({found['share']:.4%} of the base model's)"
     manifest = json.dumps(
         {key: value for key, value in found["manifest"].items() if key != "edits"},

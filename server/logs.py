@@ -55,7 +55,7 @@ class JsonFormatter(TextFormatter):
 
 
 def configure_logging(settings: Settings) -> None:
-    """Log what the server, the runtime, uvicorn and others say on standard error."""
+    """Log what the server and the runtime say on standard error, and what others warn of."""
     formatter = JsonFormatter if settings.log_format == "json" else TextFormatter
     level = settings.log_level.upper()
     logging.config.dictConfig(
@@ -70,8 +70,9 @@ def configure_logging(settings: Settings) -> None:
                     "stream": "ext://sys.stderr",
                 }
             },
+            # uvicorn's own words about starting and ending would stand between ours.
             "root": {"handlers": ["stderr"], "level": "WARNING"},
-            "loggers": {name: {"level": level} for name in ("reft", "reft_runtime", "uvicorn")},
+            "loggers": {name: {"level": level} for name in ("reft", "reft_runtime")},
         }
     )
     logging.captureWarnings(True)

@@ -6,11 +6,11 @@ import json
 from pathlib import Path
 
 import pytest
-from transformers import LlamaConfig
+from transformers import LlamaConfig, LlamaForCausalLM, T5Config
 from typer.testing import CliRunner
 
-from reft_runtime.errors import ConfigError, NotFound, ReftError
-from reft_runtime.interventions import Edit, Intervention, parse, read_header, write
+from reft_runtime.errors import ConfigError, InvalidFile, NotFound, ReftError
+from reft_runtime.interventions import BaseShape, Edit, Intervention, parse, read_header, write
 from reft_runtime.interventions.pyreft import export_pyreft
 from server.files_cli import app
 from tests.interventions.make import BASE, loreft_tensors
@@ -108,7 +108,7 @@ def test_a_folder_takes_the_name_given_or_the_sources(
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        (("inspect", "missing.safetensors"), NotFound, "missing.safetensors: No such file"),
+        (("inspect", "missing.safetensors"), NotFound, "^missing.safetensors: No such file"),
         (("export", "missing", "--to", "onnx", "x"), ConfigError, "unknown format 'onnx'"),
         (
             ("import", "x", "--base", "demo", "--out", "y.safetensors", "--name", "z"),
@@ -127,3 +127,67 @@ def test_an_output_that_cannot_be_written(checkpoint: Path, base: Path, tmp_path
     options = ("--base", base, "--out", out, "--positions", "l1", "--act", "relu")
     with pytest.raises(ConfigError, match=r"out: .* cannot be written: No such file"):
         run("import", checkpoint, *options)
+
+
+@pytest.mark.parametrize("command", [("inspect",), ("export", "--to", "pyreft", "x")])
+def test_a_wrong_file_is_named_and_told(
+    command: tuple[str, ...], checkpoint: Path, tmp_path: Path
+) -> None:
+    text, empty = tmp_path / "rows.csv", tmp_path / "empty"
+    text.write_text("text,label\nHello,greeting\n")
+    empty.touch()
+    for path, message in (
+        (text, "Not an intervention file but a table of texts"),
+        (empty, "Cut off: the file is empty"),
+        (next(checkpoint.glob("*.bin")), "`reft import` takes the folder"),
+        (checkpoint, "Not a regular file but a checkpoint of pyreft"),
+    ):
+        with pytest.raises(InvalidFile) as caught:
+            run(command[0], path, *command[1:])
+        assert caught.value.message.startswith(f"{path}: ")
+        assert message in caught.value.message
+
+
+def test_a_file_that_is_not_there_says_which_may_be_meant(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for path in ("interventions/pirate", "interventions/formal", "here/formol"):
+        file = Path(f"{path}.safetensors")
+        file.parent.mkdir(exist_ok=True)
+        file.touch()
+    for given, meant in (
+        ("pirate", " Did you mean interventions/pirate.safetensors?"),
+        ("here/priate.safetensors", " Did you mean interventions/pirate.safetensors?"),
+        (
+            "here/formul",
+            " Did you mean here/formol.safetensors or interventions/formal.safetensors?",
+        ),
+        ("nothing.like", ""),
+        ("x" * 300, ""),
+    ):
+        with pytest.raises(NotFound) as caught:
+            run("inspect", given)
+        assert caught.value.message.endswith(f".{meant}")
+        assert caught.value.message.startswith(f"{given}: ")
+
+
+def test_the_shape_of_a_base(base: Path, tmp_path: Path) -> None:
+    shape = BaseShape.of(base)
+    assert shape == BaseShape.of(str(base))
+    assert (shape.model, shape.architecture) == ("tiny", "LlamaForCausalLM")
+    assert (shape.hidden_size, shape.num_layers, shape.vocab_size) == (16, 4, 64)
+    model = LlamaForCausalLM(LlamaConfig.from_pretrained(base))
+    unnamed = shape.model_copy(update={"model": "LlamaForCausalLM"})
+    assert BaseShape.of(model) == unnamed
+    encoder = tmp_path / "encoder"
+    T5Config().save_pretrained(encoder)
+    for wrong, message in (
+        (tmp_path / "none", "model: there is no folder"),
+        (encoder, "no causal language model"),
+        (5, "model: give demo, a folder, a hub id or a transformers model, not int"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            BaseShape.of(wrong)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match=r"^base: there is no folder"):
+        run("inspect", "x", "--base", tmp_path / "none")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
@@ -12,22 +14,39 @@ from reft_runtime.interventions.manifest import BaseShape
 from reft_runtime.pretrained import read_config
 
 
+def read_shape(model: str | Path | PreTrainedModel) -> BaseShape:
+    """Shape of `demo`, a folder, a hub id or a transformers model; raises `ConfigError`."""
+    if isinstance(model, PreTrainedModel):
+        name = Path(model.name_or_path or "").name or type(model).__name__
+        return base_shape(model.config, name)
+    if not isinstance(model, str | Path):
+        raise ConfigError(
+            "model: give demo, a folder, a hub id or a transformers model, not"
+            f" {type(model).__name__}.",
+            param="model",
+        )
+    path, name = locate(str(model))
+    return base_shape(read_config(path), name)
+
+
 def read_base(model: str) -> tuple[BaseShape, PretrainedConfig]:
-    """Shape and configuration of `demo`, a folder or a hub id; raises `ConfigError`."""
-    path, name = locate(model)
+    """Shape and configuration of `demo`, a folder or a hub id; raises `ConfigError` of `base`."""
     try:
+        path, name = locate(model)
         config = read_config(path)
+        return base_shape(config, name), config
     except ConfigError as error:
         raise ConfigError(f"base: {error.message.removeprefix('model: ')}", param="base") from None
-    return base_shape(config, name), config
 
 
 def base_shape(config: PretrainedConfig, name: str) -> BaseShape:
     """Shape of the causal language model that a configuration describes."""
     architecture = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type)
-    if not isinstance(architecture, str):
+    sizes = ("hidden_size", "num_hidden_layers", "vocab_size")
+    if not isinstance(architecture, str) or not all(hasattr(config, size) for size in sizes):
         raise ConfigError(
-            f"base: {name!r} ({config.model_type}) is no causal language model.", param="base"
+            f"model: {name!r} ({config.model_type}) is no causal language model of text alone.",
+            param="model",
         )
     return BaseShape(
         model=name,

@@ -27,6 +27,7 @@ from reft_runtime.interventions.header import (
     parse_header,
 )
 from reft_runtime.interventions.intervention import Intervention
+from reft_runtime.interventions.recognise import HEAD_BYTES, what_file, what_folder
 
 SUFFIX = ".safetensors"
 MAX_FILE_BYTES = 64 << 20
@@ -105,7 +106,7 @@ def read(path: str | Path, max_bytes: int = MAX_FILE_BYTES) -> bytes:
     with file:
         data = file.read(max_bytes + 1)
     if len(data) > max_bytes:  # it grew after its size was taken
-        raise too_large(len(data), max_bytes)
+        raise too_large(len(data), max_bytes, data[:HEAD_BYTES])
     return data
 
 
@@ -138,9 +139,11 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def too_large(size: int, max_bytes: int) -> FileTooLarge:
-    """The error for a file of `size` bytes above the limit."""
-    return FileTooLarge(f"{size} bytes; an intervention file may have at most {max_bytes}.")
+def too_large(size: int, max_bytes: int, start: bytes = b"") -> FileTooLarge:
+    """The error for a file of `size` bytes above the limit, which begins with `start`."""
+    what = what_file(start) if start else None
+    is_one = "" if what is None else f" It is {what}."
+    return FileTooLarge(f"{size} bytes; an intervention file may have at most {max_bytes}.{is_one}")
 
 
 def _damaged() -> InvalidFile:
@@ -148,8 +151,12 @@ def _damaged() -> InvalidFile:
 
 
 def _header(file: BufferedReader, size: int) -> Header:
-    start = file.read(LENGTH_BYTES)
-    return parse_header(start + file.read(header_length(start)), size)
+    """The header of an open file, which then stands where its data begin."""
+    start = file.read(HEAD_BYTES)
+    length = LENGTH_BYTES + header_length(start)
+    header = parse_header((start + file.read(max(0, length - len(start))))[:length], size)
+    file.seek(length)
+    return header
 
 
 def _open(path: str | Path, max_bytes: int) -> tuple[BufferedReader, int]:
@@ -157,7 +164,9 @@ def _open(path: str | Path, max_bytes: int) -> tuple[BufferedReader, int]:
     try:
         file = open(path, "rb", opener=_opener)  # noqa: SIM115  # whoever asks closes it
     except OSError as error:
-        if error.errno in (errno.ELOOP, errno.EISDIR, errno.ENXIO):  # a link, a folder, a socket
+        if error.errno == errno.EISDIR:
+            raise InvalidFile(f"Not a regular file but {what_folder(path)}.") from None
+        if error.errno in (errno.ELOOP, errno.ENXIO):  # a link, a socket
             raise InvalidFile("Not a regular file.") from None
         raise
     try:
@@ -165,7 +174,7 @@ def _open(path: str | Path, max_bytes: int) -> tuple[BufferedReader, int]:
         if not stat.S_ISREG(status.st_mode):
             raise InvalidFile("Not a regular file.")
         if status.st_size > max_bytes:
-            raise too_large(status.st_size, max_bytes)
+            raise too_large(status.st_size, max_bytes, file.read(HEAD_BYTES))
     except BaseException:
         file.close()
         raise

@@ -20,6 +20,7 @@ from reft_runtime.errors import InvalidFile
 from reft_runtime.interventions.intervention import check_layout, validate_manifest
 from reft_runtime.interventions.kinds import TensorInfo
 from reft_runtime.interventions.manifest import Manifest
+from reft_runtime.interventions.recognise import HEAD_BYTES, what_file
 
 METADATA_KEY = "reft"
 LENGTH_BYTES = 8
@@ -42,18 +43,23 @@ class Header:
 
 
 def header_length(start: bytes) -> int:
-    """Length in bytes of the header's JSON, from the first bytes of a file."""
+    """Length in bytes of the header's JSON, from the first bytes of a file, `HEAD_BYTES` or more.
+
+    Raises `InvalidFile` that says, where that can be told, what the file is instead.
+    """
+    length = int.from_bytes(start[:LENGTH_BYTES], "little")
+    if len(start) >= LENGTH_BYTES and 2 <= length <= MAX_HEADER_BYTES:
+        return length
+    if not start:
+        raise InvalidFile("Cut off: the file is empty.")
+    if what := what_file(start[:HEAD_BYTES]):
+        raise InvalidFile(f"Not an intervention file but {what}.")
     if len(start) < LENGTH_BYTES:
         raise InvalidFile(f"Cut off: {len(start)} bytes are too few for a safetensors file.")
-    length = int.from_bytes(start[:LENGTH_BYTES], "little")
-    if not 2 <= length <= MAX_HEADER_BYTES:
-        if start.startswith((b"PK\x03\x04", b"\x80")):
-            raise InvalidFile("A PyTorch or pickle file, which is never read here.")
-        raise InvalidFile(
-            f"Header length {length}; it must be 2 to {MAX_HEADER_BYTES} bytes. Not a safetensors"
-            " file, or a damaged one."
-        )
-    return length
+    raise InvalidFile(
+        f"Header length {length}; it must be 2 to {MAX_HEADER_BYTES} bytes. Not a safetensors"
+        " file, or a damaged one."
+    )
 
 
 def parse_header(head: bytes, size: int) -> Header:
@@ -67,6 +73,8 @@ def parse_header(head: bytes, size: int) -> Header:
     metadata = fields.pop("__metadata__", None)
     stored = metadata.get(METADATA_KEY) if isinstance(metadata, dict) else None
     if not isinstance(stored, str):
+        if what := what_file(head):
+            raise InvalidFile(f"Not an intervention file but {what}.")
         raise InvalidFile(
             f"header: no manifest under __metadata__.{METADATA_KEY}; not an intervention file."
         )

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from fnmatch import fnmatchcase
-from typing import Annotated, Literal
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import (
     BaseModel,
@@ -24,6 +25,9 @@ from reft_runtime.errors import InvalidFile, WrongBaseModel
 from reft_runtime.interventions.components import HIDDEN_SIZED, normalise
 from reft_runtime.interventions.kinds import ACTS, KINDS
 from reft_runtime.interventions.positions import MAX_SPAN, Positions
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 MAX_EDITS = 1024
 MAX_JSON_DEPTH = 8
@@ -49,6 +53,16 @@ class BaseShape(_Strict):
     hidden_size: _Size
     num_layers: _Size
     vocab_size: _Size
+
+    @classmethod
+    def of(cls, model: str | Path | PreTrainedModel) -> BaseShape:
+        """The shape of "demo", a folder, a hub id or a transformers model; no weights are read.
+
+        Raises `ConfigError`.
+        """
+        from reft_runtime.interventions.base import read_shape  # needs this module
+
+        return read_shape(model)
 
 
 def _read_positions(value: object) -> object:

@@ -22,6 +22,7 @@ from reft_runtime.interventions.file import (
 )
 from reft_runtime.interventions.folders import WORK_SHARE, check_sources
 from reft_runtime.interventions.manifest import BaseShape, Manifest, check_base
+from reft_runtime.interventions.recognise import HEAD_BYTES
 from reft_runtime.interventions.sources import NAME, NAME_RULE, Found, locate
 from reft_runtime.interventions.store import STATE_BYTES, Store
 from reft_runtime.interventions.uploads import HISTORY, Uploads
@@ -136,13 +137,13 @@ class Registry(Uploads):
         """
         self._check_name(name)
         if len(data) > self._max_file_bytes:
-            raise too_large(len(data), self._max_file_bytes)
+            raise too_large(len(data), self._max_file_bytes, data[:HEAD_BYTES])
         if sha256 is not None and hashlib.sha256(data).hexdigest() != sha256.lower():
             raise InvalidFile(
                 f"The file's SHA-256 is {hashlib.sha256(data).hexdigest()}, not the one that was"
                 " sent with it; upload it again."
             )
-        version = self._verified(name, data, "uploaded")
+        version = self.verified(name, data, "uploaded")
         with self._changing:
             self._tend()
             shown = self._expect(name, expected)
@@ -175,7 +176,7 @@ class Registry(Uploads):
             raise Unavailable(
                 f"The file cannot be read: {error.strerror}.", param="path"
             ) from error
-        version = self._verified(name, data, "loaded")
+        version = self.verified(name, data, "loaded")
         with self._changing:
             shown = self._current(name)
             if not replace and shown is not None:
@@ -234,6 +235,16 @@ class Registry(Uploads):
             self._collect()
         _log.info("removed %s (%s)", name, origin)
 
+    @releasing_workers
+    def verified(self, name: str, data: bytes, origin: Origin = "loaded") -> Version:
+        """A whole file as a version that no name stands for, which a `Use` may hold.
+
+        `name` is how it is called. Raises `InvalidFile` and `WrongBaseModel`.
+        """
+        header = header_of(data)
+        self._check(header.manifest)
+        return Version(name, header, origin, None, parse(data).canonical(), data)
+
     def _check_name(self, name: str) -> None:
         if not NAME.fullmatch(name):
             raise InvalidRequest(
@@ -249,12 +260,6 @@ class Registry(Uploads):
         if self._check_site is not None:
             for index, edit in enumerate(manifest.edits):
                 self._check_site(edit.layer, edit.component, manifest.width_of(index))
-
-    @releasing_workers
-    def _verified(self, name: str, data: bytes, origin: Origin) -> Version:
-        header = header_of(data)
-        self._check(header.manifest)
-        return Version(name, header, origin, None, parse(data).canonical(), data)
 
     def _listed(self, name: str, file: Found, origin: Origin = "folder") -> Version:
         header = read_header(file.path, self._max_file_bytes)

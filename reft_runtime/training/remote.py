@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,8 @@ import httpx
 from tqdm import tqdm
 
 from reft_runtime.errors import ConfigError, NotFound
+from reft_runtime.interventions.intervention import validate_manifest
+from reft_runtime.interventions.manifest import Manifest
 
 CONCURRENCY = 32
 """Requests under way at once; the server batches them."""
@@ -26,6 +28,15 @@ class Question:
     asked: str | Sequence[Mapping[str, str]]
     intervention: str | None
     max_tokens: int
+    strength: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """An answer's text, and whether it ended by itself, not because of its length."""
+
+    text: str
+    ended: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +58,21 @@ class Server:
             found = _call(client, "GET", "/v1/models").json()["data"]
         return [model["id"] for model in found]
 
+    def has_model(self, model: str) -> bool:
+        """Whether a request may name this model, such as NAME@DIGEST."""
+        with self._client() as client:
+            try:
+                _call(client, "GET", f"/v1/models/{model}")
+            except NotFound:
+                return False
+        return True
+
+    def manifest(self, name: str) -> Manifest:
+        """What the file of an intervention says about itself."""
+        with self._client() as client:
+            found = _call(client, "GET", f"/v1/interventions/{name}").json()
+        return validate_manifest(found["manifest"])
+
     def count_tokens(self, texts: Sequence[str]) -> list[int]:
         """How many tokens texts have."""
         with self._client() as client:
@@ -55,31 +81,19 @@ class Server:
                 for text in texts
             ]
 
-    def answers(self, questions: Sequence[Question], *, progress: bool) -> list[str]:
+    def answers(self, questions: Sequence[Question], *, progress: bool) -> list[Answer]:
         """Greedy answers, in order."""
         base = self.models()[0]
-        return asyncio.run(self._answers(questions, base, progress=progress))
+        with self._client() as client, ThreadPoolExecutor(CONCURRENCY) as pool:
 
-    async def _answers(
-        self, questions: Sequence[Question], base: str, *, progress: bool
-    ) -> list[str]:
-        limit = asyncio.Semaphore(CONCURRENCY)
-        async with httpx.AsyncClient(**self._options()) as client:
-            with tqdm(total=len(questions), desc="Answers", disable=not progress) as bar:
+            def answer(question: Question) -> Answer:
+                path, body = _request(question, base)
+                choice = _call(client, "POST", path, json=body).json()["choices"][0]
+                text = choice["text"] if "text" in choice else choice["message"]["content"]
+                return Answer(str(text), choice["finish_reason"] == "stop")
 
-                async def answer(question: Question) -> str:
-                    async with limit:
-                        path, body = _request(question, base)
-                        try:
-                            response = await client.post(path, json=body)
-                        except httpx.HTTPError as error:
-                            raise _unreachable(client.base_url, error) from None
-                    bar.update()
-                    choice = _checked(response).json()["choices"][0]
-                    text = choice["text"] if "text" in choice else choice["message"]["content"]
-                    return str(text)
-
-                return list(await asyncio.gather(*map(answer, questions)))
+            answers = pool.map(answer, questions)
+            return list(tqdm(answers, "Answers", len(questions), disable=not progress))
 
     def _client(self) -> httpx.Client:
         return httpx.Client(**self._options())
@@ -96,6 +110,9 @@ def _request(question: Question, base: str) -> tuple[str, dict[str, Any]]:
         "temperature": 0,
         "max_tokens": question.max_tokens,
     }
+    if question.strength != 1:
+        use = {"name": question.intervention, "strength": question.strength}
+        body |= {"model": base, "interventions": [use]}
     if isinstance(question.asked, str):
         return "/v1/completions", {**body, "prompt": question.asked}
     return "/v1/chat/completions", {**body, "messages": list(question.asked)}

@@ -19,7 +19,7 @@ from reft_runtime.errors import InvalidRequest
 from reft_runtime.paging import DEFAULT_PAGE, MAX_AFTER, MAX_PAGE, MAX_QUERY, Sort
 from server.body import read_body
 from server.context import Context, Server
-from server.entries import entry_answer, entry_fields
+from server.entries import entry_answer, entry_fields, etag
 from server.listing import listing, page
 from server.openapi import takes_file
 
@@ -59,10 +59,18 @@ async def list_interventions(
     return await page(request, server, asked, line, more)
 
 
-@router.get("/{name}", response_model=None)
-async def get_intervention(server: Server, name: str) -> Response:
-    """One intervention."""
-    return entry_answer(server, await server.administer(server.engine.registry.entry, name))
+@router.get(
+    "/{name}",
+    response_model=None,
+    responses={304: {"description": "Still the version that If-None-Match names"}},
+)
+async def get_intervention(request: Request, server: Server, name: str) -> Response:
+    """One intervention; nothing where `If-None-Match` names the version that is served."""
+    tags = _tags(request, "if-none-match", weak=True)
+    entry = await server.administer(server.engine.registry.entry, name)
+    if {entry.digest, "*"} & set(tags or ()):
+        return Response(status_code=304, headers=etag(entry))
+    return entry_answer(server, entry)
 
 
 @router.put(
@@ -108,23 +116,30 @@ def _problems(server: Context) -> dict[str, Any]:
 
 def expected_digests(request: Request) -> Collection[str] | None:
     """What the name is to stand for: digests, `*` for any, () for nothing; None if no matter."""
-    match, none_match = (
-        ", ".join(request.headers.getlist(name)) or None for name in ("if-match", "if-none-match")
-    )
+    match, none_match = _tags(request, "if-match"), _tags(request, "if-none-match")
     if none_match is not None:
-        if none_match != "*" or match is not None or request.method != "PUT":
+        if none_match != ["*"] or match is not None or request.method != "PUT":
             raise InvalidRequest(
                 "If-None-Match is taken with PUT, as *, and without If-Match.",
                 param="if-none-match",
             )
         return ()
-    if match is None:
+    return match
+
+
+def _tags(request: Request, name: str, *, weak: bool = False) -> list[str] | None:
+    """The digests, or `*`, that a condition's header names; None without one.
+
+    A proxy that compresses makes tags `weak`, W/"DIGEST", which do for reading.
+    """
+    given = ", ".join(request.headers.getlist(name))
+    if not given:
         return None
-    tags = [tag.strip() for tag in match.split(",")]
+    tags = [tag.strip().removeprefix("W/" if weak else "") for tag in given.split(",")]
     if not all(_TAG.fullmatch(tag) for tag in tags):
         raise InvalidRequest(
-            'If-Match must be "DIGEST", the 64 digits of a version in quotes, or *.',
-            param="if-match",
+            f'{name.title()} must be "DIGEST", the 64 digits of a version in quotes, or *.',
+            param=name,
         )
     return [tag.strip('"') for tag in tags]
 

@@ -137,6 +137,8 @@ class ChatRequest(SamplingBody, ChatLayout):
     top_logprobs: int = Field(default=0, ge=0, le=MAX_LOGPROBS)
     response_format: TextFormat = TextFormat(type="text")
     verbosity: Literal["medium"] = "medium"
+    echo: Literal[False] = False
+    add_special_tokens: Literal[False] = False
     modalities: list[Literal["text"]] = Field(default=["text"], max_length=1)
     tools: list[dict[str, Any]] = Field(
         default=[], max_length=MAX_TOOLS, description='Taken where tool_choice is "none".'

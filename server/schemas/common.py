@@ -25,9 +25,8 @@ from reft_runtime.sampling import (
     MAX_STOP_TOKENS,
     SamplingParams,
 )
-from reft_runtime.use import MAX_INTERVENTIONS
+from reft_runtime.use import MAX_INTERVENTIONS, MAX_STRENGTH
 
-MAX_STRENGTH = 100.0
 MAX_SUBSPACE = 1024
 MAX_TOKENS = 2**31 - 1
 MAX_STOP_LENGTH = 1024
@@ -139,6 +138,12 @@ class WithoutEffect(RequestBody):
     prompt_cache_key: str = ""
     prompt_cache_retention: str = ""
     store: Literal[False] = False
+    use_beam_search: Literal[False] = False
+    early_stopping: Literal[False] = False
+    length_penalty: float = Field(default=1.0, ge=1, le=1)
+    spaces_between_special_tokens: Literal[True] = True
+    return_tokens_as_token_ids: Literal[False] = False
+    bad_words: Nothing = Field(default=[])
     priority: int = Field(default=0, ge=-MAX_SEED - 1, le=MAX_SEED)
 
 
@@ -154,6 +159,7 @@ class SamplingBody(WithoutEffect):
     top_k: int = Field(default=0, ge=-1, le=MAX_TOKENS, description="0 or -1: all tokens.")
     min_p: float = Field(default=0.0, ge=0, le=1)
     n: int = Field(default=1, ge=1, le=MAX_CHOICES)
+    best_of: int | None = Field(default=None, description="Accepted where it equals n.")
     stream: bool = False
     stream_options: StreamOptions = StreamOptions()
     trace: bool = Field(default=False, description="Say what every edit did; not streamed.")
@@ -193,7 +199,11 @@ class SamplingBody(WithoutEffect):
         return biases
 
     @model_validator(mode="after")
-    def _check_streaming(self) -> SamplingBody:
+    def _check_sampling(self) -> SamplingBody:
+        if self.best_of is not None and self.best_of != self.n:
+            raise InvalidRequest(
+                f"best_of is supported only where it equals n ({self.n}).", param="best_of"
+            )
         if "stream_options" in self.model_fields_set and not self.stream:
             raise InvalidRequest("stream_options needs stream: true.", param="stream_options")
         if self.trace and self.stream:

@@ -48,15 +48,11 @@ class CompletionRequest(SamplingBody):
     max_tokens: int = Field(DEFAULT_MAX_TOKENS, ge=0, le=MAX_TOKENS)
     echo: bool = False
     logprobs: int | None = Field(default=None, ge=0, le=MAX_LOGPROBS)
-    best_of: int | None = Field(default=None, description="Accepted where it equals n.")
     suffix: Literal[""] = ""
+    add_special_tokens: Literal[True] = True
 
     @model_validator(mode="after")
     def _check_together(self) -> CompletionRequest:
-        if self.best_of is not None and self.best_of != self.n:
-            raise InvalidRequest(
-                f"best_of is supported only where it equals n ({self.n}).", param="best_of"
-            )
         if len(self.prompts) * self.n > MAX_CHOICES:
             raise InvalidRequest(
                 f"n times the number of prompts is at most {MAX_CHOICES}, "

@@ -88,6 +88,7 @@ async def test_the_folders_file_of_this_moment_counts(
         ("PUT", {"if-none-match": TAG_ONE}, "if-none-match"),
         ("PUT", {"if-none-match": "*", "if-match": TAG_ONE}, "if-none-match"),
         ("DELETE", {"if-none-match": "*"}, "if-none-match"),
+        ("GET", {"if-none-match": digest(ONE)}, "if-none-match"),
     ],
 )
 async def test_conditions_that_are_none(
@@ -96,6 +97,21 @@ async def test_conditions_that_are_none(
     response = await client.request(method, PATH, content=ONE, headers=headers)
     assert response.status_code == 400
     assert response.json()["error"]["param"] == param
+
+
+async def test_what_a_client_has_is_not_sent_again(client: httpx.AsyncClient) -> None:
+    await put(client, ONE)
+    for tags in (TAG_ONE, f"{TAG_TWO}, {TAG_ONE}", f"W/{TAG_ONE}", "*"):
+        response = await client.get(PATH, headers={"if-none-match": tags})
+        assert (response.status_code, response.content) == (304, b"")
+        assert response.headers["etag"] == TAG_ONE
+        assert "content-length" not in response.headers
+    assert (await client.get(PATH, headers={"if-none-match": TAG_TWO})).status_code == 200
+    await put(client, TWO)
+    response = await client.get(PATH, headers={"if-none-match": TAG_ONE})
+    assert (response.status_code, response.headers["etag"]) == (200, TAG_TWO)
+    absent = await client.get("/v1/interventions/b", headers={"if-none-match": "*"})
+    assert absent.status_code == 404
 
 
 async def test_every_task_is_counted(client: httpx.AsyncClient, engine: FakeEngine) -> None:

@@ -360,7 +360,11 @@ def test_the_servers_words_are_the_last(status: int) -> None:
             ["serve", "--port", "70000"],
             "--port (or REFT_PORT): input should be less than or equal to 65535.",
         ),
-        (["generate", "Hi", "--strength", "0.5"], "--strength needs --intervention."),
+        (
+            ["generate", "Hi", "-i", "pirate=much"],
+            "intervention: 'pirate=much': what is behind = must be a finite number, the strength, "
+            "such as pirate=0.5.",
+        ),
     ],
 )
 def test_command_line_mistakes_give_no_traceback(arguments: list[str], message: str) -> None:

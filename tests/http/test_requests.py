@@ -54,7 +54,14 @@ SAMPLING: list[tuple[str, Any]] = [
     *each("include_stop_str_in_output", 1),
     *each("return_token_ids", 1),
     *each("priority", "1", 1.5, True, HUGE),
-    *((name, 1) for name in ("nonsense", "guided_json", "use_beam_search")),
+    *each("best_of", 2, 0, -1, 1_000_000, "1"),
+    *each("use_beam_search", True, 1),
+    *each("length_penalty", 0.5, 2, "1"),
+    *each("bad_words", ["x"], "x"),
+    *each("early_stopping", True),
+    *each("spaces_between_special_tokens", False),
+    *each("return_tokens_as_token_ids", True),
+    *((name, 1) for name in ("nonsense", "guided_json")),
     *((name, "x") for name in ("chat_template", "guided_regex", "truncate_prompt_tokens")),
 ]
 COMPLETION: list[tuple[str, Any]] = [
@@ -64,8 +71,8 @@ COMPLETION: list[tuple[str, Any]] = [
     ("prompt", "x" * 100),
     ("prompt", [1] * 100),
     *each("logprobs", -1, 21, True, "1"),
-    *each("best_of", 2, 0, -1, 1_000_000, "1"),
     *each("echo", 1, "true"),
+    *each("add_special_tokens", False),
     ("suffix", "x"),
     ("messages", []),
 ]
@@ -89,6 +96,8 @@ CHAT: list[tuple[str, Any]] = [
     *each("add_generation_prompt", 1, "true"),
     *each("continue_final_message", 1, "true"),
     *each("audio", {"voice": "x"}),
+    *each("echo", True),
+    *each("add_special_tokens", True),
 ]
 NESTED: list[tuple[str, Any]] = [
     ("interventions.0.name", {"interventions": [{}]}),
@@ -113,6 +122,15 @@ NESTED: list[tuple[str, Any]] = [
     ("response_format.type", {"response_format": {"type": "json_object"}}),
     ("stream_options.x", {"stream": True, "stream_options": {"x": 1}}),
 ]
+
+NOTHING_OF_VLLM = {
+    "use_beam_search": False,
+    "early_stopping": False,
+    "length_penalty": 1,
+    "spaces_between_special_tokens": True,
+    "return_tokens_as_token_ids": False,
+    "bad_words": [],
+}
 
 
 def assert_refused(response: httpx.Response, param: str, status: int = 400) -> None:
@@ -175,6 +193,8 @@ async def test_what_has_no_effect_is_accepted(
         "safety_identifier": "x",
         "prompt_cache_key": "x",
         "prompt_cache_retention": "24h",
+        "add_special_tokens": True,
+        **NOTHING_OF_VLLM,
     }
     response = await client.post("/v1/completions", json=completion(**ordinary, **fields))
     assert response.status_code == 200, response.text
@@ -203,6 +223,10 @@ async def test_what_has_no_effect_in_a_chat_is_accepted(client: httpx.AsyncClien
         "verbosity": "medium",
         "reasoning_effort": "max",
         "prompt_cache_retention": "in_memory",
+        "best_of": 1,
+        "echo": False,
+        "add_special_tokens": False,
+        **NOTHING_OF_VLLM,
     }
     response = await client.post("/v1/chat/completions", json=chat(**fields))
     assert response.status_code == 200, response.text

@@ -158,7 +158,7 @@ def test_other_writers_metadata_and_tensor_order_are_accepted() -> None:
 
 
 CORRUPT: dict[str, tuple[bytes, str]] = {
-    "empty": (b"", "Cut off: 0 bytes"),
+    "empty": (b"", "Cut off: the file is empty"),
     "seven bytes": (GOOD[:7], "Cut off: 7 bytes"),
     "length only": (GOOD[:8], "Cut off inside the header"),
     "cut in the header": (GOOD[:60], "Cut off inside the header"),
@@ -169,7 +169,7 @@ CORRUPT: dict[str, tuple[bytes, str]] = {
     "zero header length": (bytes(8) + GOOD[8:], "Header length 0"),
     "pickle": (b"\x80\x02}q\x00X\x06\x00\x00\x00weight", "PyTorch or pickle"),
     "zip": (a_zip(), "PyTorch or pickle"),
-    "text": (b"<!doctype html><html></html>", "Header length"),
+    "text": (b"<!doctype html><html></html>", "but a web page"),
     "not JSON": (assemble("{nonsense}"), "header: not valid JSON"),
     "not UTF-8": (assemble(b'{"a\xff": 1}'), "header: not valid JSON"),
     "deep JSON": (assemble("[" * 50_000), "header: not valid JSON"),

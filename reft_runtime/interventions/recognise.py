@@ -1,0 +1,98 @@
+"""What something is that was taken for an intervention file: told by its first bytes, or its names.
+
+Nothing is parsed, and at most `HEAD_BYTES` or the file's header are looked at.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from itertools import islice
+from pathlib import Path
+
+HEAD_BYTES = 4096
+"""As many first bytes of a file as are enough."""
+
+_MOST_NAMES = 1000
+"""Names of a folder that are looked at."""
+
+_SUFFIX = ".safetensors"
+_TRAIN = "`reft train` makes an intervention of rows"
+_LORA = (
+    "a LoRA adapter, which is not applied here, nor turned into an intervention; train one from the"
+    " same rows (`reft train`)"
+)
+_MODEL = "a model's weights; --model takes the folder that they are in"
+
+_MAGIC = {
+    b"version https://git-lfs": "a Git LFS pointer, not the file itself; run `git lfs pull`",
+    b"GGUF": "a model in the GGUF format",
+    b"PK\x03\x04": (
+        "a PyTorch or pickle file, which is never read here; of a checkpoint of pyreft"
+        " `reft import` takes the folder"
+    ),
+    b"\x80": (
+        "a PyTorch or pickle file, which is never read here; of a checkpoint of pyreft"
+        " `reft import` takes the folder"
+    ),
+    b"PAR1": f"a Parquet file; {_TRAIN}",
+    b"\x1f\x8b": "a gzip archive; unpack it first",
+}
+_LORA_NAME = re.compile(rb'"[^"]*\blora_[^"]*":')
+_WEIGHT_NAME = re.compile(
+    rb'"([^"]*\.)?((layers|h|blocks)\.\d+\.[^"]+|(embed_tokens|wte|lm_head|embed_in)\.weight)":'
+)
+
+
+def what_file(start: bytes) -> str | None:
+    """What a file that begins with `start` is, and what to do with it; None where that is unknown.
+
+    Of a safetensors file the names of its tensors tell, as far as they are in `start`.
+    """
+    for magic, what in _MAGIC.items():
+        if start.startswith(magic):
+            return what
+    if start[8:9] == b"{":
+        if _LORA_NAME.search(start):
+            return _LORA
+        return _MODEL if _WEIGHT_NAME.search(start) else None
+    return _what_text(start[:HEAD_BYTES])
+
+
+def what_folder(path: str | Path) -> str:
+    """What a folder is, and what to do with it."""
+    try:
+        with os.scandir(path) as entries:
+            names = {entry.name for entry in islice(entries, _MOST_NAMES)}
+    except OSError:
+        return "a folder"
+    if "adapter_config.json" in names:
+        return f"the folder of {_LORA}"
+    if "intervenable_model" in names or any(name.startswith("intkey_") for name in names):
+        return "a checkpoint of pyreft; `reft import` makes an intervention file of it"
+    if "config.json" in names:
+        return "a model's folder, which --model takes"
+    files = sorted(name for name in names if name.endswith(_SUFFIX))
+    return f"a folder; name a file in it, such as {files[0]}" if files else "a folder"
+
+
+def _what_text(start: bytes) -> str | None:
+    try:
+        text = start.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        if error.start < len(start) - 3:  # the last character may be cut
+            return None
+        text = start[: error.start].decode("utf-8-sig")
+    if any(not (letter.isprintable() or letter in "\t\r\n") for letter in text):
+        return None
+    text = text.lstrip()
+    if text.startswith("<"):
+        return "a web page; what was downloaded is not the file itself"
+    if text.startswith(("{", "[")):
+        return f"a JSON file; {_TRAIN}"
+    first, _, rest = text.partition("\n")
+    second = rest.partition("\n")[0]
+    for mark in ",;\t":
+        if 0 < first.count(mark) == second.count(mark):
+            return f"a table of texts; {_TRAIN}"
+    return "a text file"

@@ -1,0 +1,60 @@
+"""Tables of text for a terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import groupby
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from reft_runtime.outputs import EditTrace, Trace
+    from reft_runtime.use import Use
+
+_TRACE_HEAD = ("INTERVENTION", "LAYER", "COMPONENT", "ROWS", "MEAN", "LARGEST", "POSITIONS")
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Lines of rows whose columns stand below each other."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in rows
+    ]
+
+
+def trace_table(trace: Trace, uses: Sequence[Use], prompt_tokens: int) -> str:
+    """What every edit did, one line each: to how many rows, and how far it moved them."""
+    edits: dict[tuple[int, int], list[EditTrace]] = {}
+    for row in trace.edits:
+        edits.setdefault((row.intervention, row.edit), []).append(row)
+    rows = [_TRACE_HEAD]
+    for (intervention, _), moved in sorted(edits.items()):
+        sizes = [row.relative_size for row in moved]
+        use = uses[intervention]
+        rows.append(
+            (
+                use.label.partition("@")[0] + ("" if use.strength == 1 else f"={use.strength:g}"),
+                str(moved[0].layer),
+                moved[0].component,
+                str(len(moved)),
+                f"{sum(sizes) / len(sizes):.3f}",
+                f"{max(sizes):.3f}",
+                _ranges(sorted(row.position for row in moved)),
+            )
+        )
+    return "\n".join(
+        [
+            *(aligned(rows) if edits else ["No row was edited."]),
+            "",
+            "MEAN, LARGEST  length of the change, in lengths of the row before it",
+            f"POSITIONS      of tokens, counted from 0; from {prompt_tokens} on they are generated",
+            f"first token    {trace.kl:.3f} nats from the base model's distribution",
+        ]
+    )
+
+
+def _ranges(numbers: Sequence[int]) -> str:
+    """Ascending numbers in short: 0-2,7."""
+    runs = groupby(enumerate(numbers), lambda pair: pair[1] - pair[0])
+    ends = [[number for _, number in run] for _, run in runs]
+    return ",".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in ends)
