@@ -43,8 +43,8 @@ OTHER_PROGRAMS = {
 }
 """Options of docker, torchrun, curl, pip, pipx, uvx and our scripts in the documents."""
 
-OTHER_VARIABLES = {"REFT_CACHE"}
-"""Where the demo model is kept: the library reads it, too, so it is no setting of the server."""
+OTHER_VARIABLES = {"REFT_CACHE", "REFT_PICTURES"}
+"""Where the demo model is kept, and a switch of tests: no settings of the server."""
 
 
 def options() -> set[str]:
