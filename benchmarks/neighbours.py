@@ -45,6 +45,15 @@ def _listings(client: httpx.Client, model: str, vocabulary: int) -> None:
     client.get("/v1/models").raise_for_status()
 
 
+def _pages(client: httpx.Client, model: str, vocabulary: int) -> None:
+    for query in ("limit=100", "limit=100&q=task-77", "limit=100&sort=-requests"):
+        client.get(f"/v1/interventions?{query}").raise_for_status()
+
+
+def _stats(client: httpx.Client, model: str, vocabulary: int) -> None:
+    client.get("/v1/stats").raise_for_status()
+
+
 def _metrics(client: httpx.Client, model: str, vocabulary: int) -> None:
     client.get("/metrics").raise_for_status()
 
@@ -55,7 +64,13 @@ def _trace(client: httpx.Client, model: str, vocabulary: int) -> None:
     client.post("/v1/completions", json=body).raise_for_status()
 
 
-NEIGHBOURS: dict[str, Ask] = {"listings": _listings, "metrics": _metrics, "a trace": _trace}
+NEIGHBOURS: dict[str, Ask] = {
+    "listings": _listings,
+    "pages": _pages,
+    "stats": _stats,
+    "metrics": _metrics,
+    "a trace": _trace,
+}
 
 
 def files(folder: Path, base: BaseShape, count: int) -> None:

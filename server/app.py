@@ -21,10 +21,13 @@ from server.middleware import RequestMiddleware
 from server.routes import (
     chat,
     completions,
+    files,
     interventions,
     models,
     operations,
+    stats,
     tokenize,
+    versions,
     vllm_compat,
 )
 from server.settings import Settings
@@ -46,7 +49,10 @@ def create_app(engine: Engine, settings: Settings) -> FastAPI:
         asyncio.get_running_loop().set_default_executor(started_pool())
         with stage("Answering a first prompt"):
             await context.health.prove()
+        sampling = asyncio.ensure_future(context.rates.watch(engine.stats))
         yield
+        sampling.cancel()
+        await asyncio.wait([sampling])
         context.close()
 
     # FastAPI's own pages would need no key: the description is a route like any other here.
@@ -77,8 +83,11 @@ def create_app(engine: Engine, settings: Settings) -> FastAPI:
         chat,
         models,
         interventions,
+        versions,
+        files,
         vllm_compat,
         tokenize,
+        stats,
         operations,
     ):
         guarded.include_router(module.router)

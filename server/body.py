@@ -60,14 +60,19 @@ async def read_body(request: Request, limit: int) -> bytes:
     return bytes(body)
 
 
-def json_body(model: type[Body]) -> Callable[[Request, Server], Awaitable[Body]]:
-    """Dependency that answers the JSON body as `model`.
+def json_body(
+    model: type[Body], *, required: bool = True
+) -> Callable[[Request, Server], Awaitable[Body]]:
+    """Dependency that answers the JSON body as `model`; where it is not `required`, without one
+    all fields have their defaults.
 
     A dependency and not FastAPI's own body parameter, which is read and parsed before the
     router's dependencies: before the key is checked.
     """
 
     async def read(request: Request, server: Server) -> Body:
+        if not required and not _has_body(request):
+            return model()
         kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
         if kind != "application/json":
             raise ApiError(415, "Send the body as JSON, with Content-Type: application/json.")
@@ -77,6 +82,11 @@ def json_body(model: type[Body]) -> Callable[[Request, Server], Awaitable[Body]]
         return await asyncio.to_thread(_validated, model, body)
 
     return read
+
+
+def _has_body(request: Request) -> bool:
+    headers = request.headers
+    return "transfer-encoding" in headers or headers.get("content-length", "0") != "0"
 
 
 def _validated(model: type[Body], body: bytes) -> Body:

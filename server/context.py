@@ -15,6 +15,7 @@ from starlette.types import Scope
 
 from server.health import Health
 from server.metrics import Metrics
+from server.recent import Rates
 from server.settings import Settings
 from server.threads import started_pool
 
@@ -27,6 +28,9 @@ R = TypeVar("R")
 
 ADMIN_THREADS = 4
 """Threads for uploads, listings and metrics; those of requests are asyncio's own."""
+
+MAX_DOWNLOADS = 16
+"""Files that are sent at the same time: each is open until its client has taken it."""
 
 BODIES_BYTES = 256 * 2**20
 """Bytes of the bodies of all requests under way, or twice the largest body where that is more."""
@@ -62,6 +66,8 @@ class Context:
     health: Health
     started: int = field(default_factory=lambda: int(time.time()))
     bodies: BodyBudget = field(init=False)
+    rates: Rates = field(default_factory=Rates)
+    downloads: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(MAX_DOWNLOADS))
     _admin: ThreadPoolExecutor = field(
         default_factory=lambda: started_pool(ADMIN_THREADS, "reft-admin")
     )

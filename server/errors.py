@@ -131,14 +131,20 @@ def api_error(error: BaseException, request_id: str, *, draining: bool = False) 
 
 
 async def refuse_query(request: Request) -> None:
-    """Dependency of routes: none of them takes a query parameter, and none is ignored."""
-    for name in request.query_params:
-        raise ApiError(
-            400,
-            f"{request.url.path} takes no query parameter {name!r}; leave it out"
-            f"{', or send it in the body' if request.method == 'POST' else ''}.",
-            param=name,
-        )
+    """Dependency of routes: no query parameter is ignored, be it unknown or there twice."""
+    taken = [field.alias for field in request.scope["route"].dependant.query_params]
+    given = [name for name, _ in request.query_params.multi_items()]
+    for name in given:
+        if name not in taken:
+            instead = f", or give one of {', '.join(taken)}" if taken else ""
+            instead = ", or send it in the body" if request.method == "POST" else instead
+            raise ApiError(
+                400,
+                f"{request.url.path} takes no query parameter {name!r}; leave it out{instead}.",
+                param=name,
+            )
+        if given.count(name) > 1:
+            raise ApiError(400, f"{name}: is given more than once.", param=name)
 
 
 def install_error_handlers(app: FastAPI) -> None:
@@ -167,7 +173,9 @@ def install_error_handlers(app: FastAPI) -> None:
     async def handle_invalid(request: Request, error: Exception) -> Response:
         assert isinstance(error, RequestValidationError)
         first = error.errors()[0]
-        return ApiError(400, first["msg"], param=str(first["loc"][-1])).response()
+        param, message = str(first["loc"][-1]), first["msg"]
+        message = f"{param}: {message[:1].lower()}{message[1:]}."
+        return ApiError(400, message, param=param).response()
 
     for kind in (ReftError, ApiError):
         app.add_exception_handler(kind, handle)

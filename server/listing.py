@@ -1,21 +1,29 @@
-"""Long listings, sent in parts: none of them takes the event loop or the memory for itself."""
+"""Listings, long ones in parts: none of them takes the event loop or the memory for itself."""
 
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-from fastapi.responses import StreamingResponse
+from fastapi import Request
+from fastapi.responses import Response, StreamingResponse
 
+from reft_runtime.errors import Overloaded
 from server.context import Context
 from server.streaming import json_bytes
 
 if TYPE_CHECKING:
     from reft_runtime.interventions import Entry
+    from reft_runtime.interventions.entry import Page
 
 REST_SECONDS = 0.002
 """Pause after each part: the engine's thread needs the interpreter, too."""
+
+
+LINES = 100
+"""Lines of a page that are made without such a pause."""
 
 
 def listing(
@@ -44,6 +52,31 @@ def listing(
         yield b"]," + fields if fields != b"}" else b"]}"
 
     return StreamingResponse(parts(), media_type="application/json")
+
+
+async def page(
+    request: Request,
+    server: Context,
+    ask: Callable[[], Page],
+    line: Callable[[Entry], Mapping[str, Any]],
+    more: Callable[[], Mapping[str, Any]],
+) -> Response:
+    """One page as a list object: how many there are in all, where the next begins, and `more`."""
+
+    def made() -> bytes:
+        found = ask()
+        lines: list[bytes] = []
+        for entry in found.entries:
+            if lines and len(lines) % LINES == 0:
+                time.sleep(REST_SECONDS)
+            lines.append(json_bytes(line(entry)))
+        fields = json_bytes({"total": found.total, "next": found.next, **more()})[1:]
+        return b'{"object":"list","data":[' + b",".join(lines) + b"]," + fields
+
+    content = await server.administer(made)
+    if not server.bodies.take(request.scope, len(content)):
+        raise Overloaded("Too many large answers are under way; try again later.")
+    return Response(content, media_type="application/json")
 
 
 def _page(pages: Iterator[list[Entry]], line: Callable[[Entry], Mapping[str, Any]]) -> bytes | None:

@@ -10,6 +10,8 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, generate_la
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from server.recent import Durations
+
 if TYPE_CHECKING:
     from reft_runtime.llm import Engine
     from reft_runtime.outputs import PrefixCacheStats
@@ -35,6 +37,7 @@ class Metrics:
         self.registry = CollectorRegistry()
         self._names: set[str] = set()
         self._lock = threading.Lock()
+        self.recent_first_token, self.recent_per_token = Durations(), Durations()
         self._finished = Counter(
             "reft:request_success",
             "Choices that ended, by reason.",
@@ -83,12 +86,14 @@ class Metrics:
     def first_token(self, seconds: float, queued: float | None) -> None:
         """The first token of a request came after `seconds`, of which `queued` waiting."""
         self._first_token.observe(seconds)
+        self.recent_first_token.observe(seconds)
         if queued is not None:
             self._queue.observe(queued)
 
     def next_token(self, seconds: float) -> None:
         """A further token came `seconds` after the one before it."""
         self._per_token.observe(seconds)
+        self.recent_per_token.observe(seconds)
 
     def finished(
         self, seconds: float, reasons: Iterable[str], names: Iterable[str], prompt: int, tokens: int
@@ -102,6 +107,15 @@ class Metrics:
             self._requests.labels(label).inc()
             self._prompt.labels(label).inc(prompt)
             self._tokens.labels(label).inc(tokens)
+
+    def outcomes(self) -> dict[str, int]:
+        """Choices that ended since the start, by reason."""
+        [family] = self._finished.collect()
+        return {
+            sample.labels["finished_reason"]: int(sample.value)
+            for sample in family.samples
+            if sample.name.endswith("_total")
+        }
 
     def loaded(self, name: str, seconds: float) -> None:
         """A file was published as `name`."""

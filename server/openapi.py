@@ -13,11 +13,18 @@ _TEMPLATE = "#/components/schemas/{model}"
 _bodies: set[type[BaseModel]] = set()
 
 
-def takes(model: type[BaseModel]) -> dict[str, Any]:
+def takes(model: type[BaseModel], *, required: bool = True) -> dict[str, Any]:
     """`openapi_extra` of a route whose JSON body is `model`."""
     _bodies.add(model)
-    schema = {"$ref": _TEMPLATE.format(model=model.__name__)}
-    return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
+    content = {"application/json": {"schema": {"$ref": _TEMPLATE.format(model=model.__name__)}}}
+    return {"requestBody": {"required": required, "content": content}}
+
+
+def sends_file() -> dict[int | str, dict[str, Any]]:
+    """`responses` of a route that answers with a file."""
+    schema = {"type": "string", "format": "binary"}
+    content = {"application/octet-stream": {"schema": schema}}
+    return {200: {"description": "The file", "content": content}}
 
 
 def takes_file() -> dict[str, Any]:
@@ -56,10 +63,10 @@ _WITH_KEY = {401: "No key, or a wrong one."}
 _WITH_NAME = {404: "No such model, intervention or file."}
 _WITH_JSON = {413: "The body is too large.", 415: "The body is not sent as JSON."}
 _WITH_CONDITION = {412: "The name does not stand for what If-Match or If-None-Match says."}
-_WITH_FILE = {
+_WITH_STORE = {507: "There is no room to keep the file, or which one is served."}
+_WITH_FILE = _WITH_STORE | {
     409: "The file is for another base model.",
     413: "The file is too large.",
-    507: "There is no room to keep the file.",
 }
 
 
@@ -88,14 +95,18 @@ def _statuses(operation: dict[str, Any]) -> dict[int, str]:
     if "health" in operation["tags"]:
         return _ALL
     taken = operation.get("requestBody", {}).get("content", {})
-    named = _WITH_NAME if taken or operation.get("parameters") else {}
+    in_path = any(parameter["in"] == "path" for parameter in operation.get("parameters", ()))
+    named = _WITH_NAME if taken or in_path else {}
     json_body = _WITH_JSON if "application/json" in taken else {}
     file_body = _WITH_FILE if "application/octet-stream" in taken else {}
     # What vLLM's routes load is a file, too.
     loads = _WITH_FILE if "vllm" in operation["tags"] else {}
-    deletes = operation.get("operationId", "").endswith("_delete")
-    conditional = _WITH_CONDITION if file_body or deletes else {}
-    return _ALL | _WITH_KEY | named | loads | file_body | json_body | conditional
+    conditional = file_body
+    if operation.get("operationId", "").endswith(("_delete", "_rollback_post")):
+        conditional = _WITH_STORE
+    if conditional:
+        conditional = conditional | _WITH_CONDITION
+    return _ALL | _WITH_KEY | named | loads | json_body | conditional
 
 
 def _response(meaning: str) -> dict[str, Any]:

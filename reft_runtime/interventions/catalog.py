@@ -13,23 +13,20 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from itertools import chain, islice
 
 from reft_runtime.errors import NotFound, Overloaded, StoreFull
-from reft_runtime.interventions.entry import Entry, Tier
 from reft_runtime.interventions.residency import Residency, return_freed_memory
 from reft_runtime.interventions.version import Origin, Version
 from reft_runtime.nearest import did_you_mean
-
-PAGE, PAGE_BYTES = 128, 1 << 18
-"""Names of one part of the listing, and what their manifests may take."""
 
 _LAYERS: tuple[Origin, ...] = ("loaded", "uploaded", "folder")
 _PREFIX = re.compile(r"[0-9a-f]{8,64}")
 
 
 @dataclass(slots=True)
-class _Name:
+class Name:
+    """What is known of one name."""
+
     layers: dict[Origin, Version] = field(default_factory=dict)
     history: list[Version] = field(default_factory=list)
     """Uploaded versions, the current one first."""
@@ -48,6 +45,17 @@ class _Name:
         """The layers, topmost first."""
         return [self.layers[layer] for layer in _LAYERS if layer in self.layers]
 
+    def current(self) -> Version | None:
+        """What the name stands for; None where only requests hold something of it."""
+        for layer in _LAYERS:
+            if layer in self.layers:
+                return self.layers[layer]
+        return None
+
+    def in_flight(self) -> int:
+        """How many requests hold one of its versions."""
+        return sum(version.in_flight for version in self.held)
+
     def versions(self) -> dict[str, Version]:
         """All that can be addressed, by digest, the current one first."""
         held = sorted(self.held, key=lambda version: version.digest)
@@ -65,7 +73,7 @@ class Catalog:
     """
 
     def __init__(self, memory_bytes: int) -> None:
-        self._names: dict[str, _Name] = {}
+        self._names: dict[str, Name] = {}
         self._memory = Residency(memory_bytes)
         self._lock = threading.Lock()  # guards _names, _memory and every version's in_flight
 
@@ -79,9 +87,9 @@ class Catalog:
         with self._lock:
             known = self._names.get(name)
             if known is not None and not at:
-                shown = known.shown()
-                if shown:
-                    return shown[0]
+                current = known.current()
+                if current is not None:
+                    return current
             elif known is not None and _PREFIX.fullmatch(prefix):
                 versions = known.versions()
                 matches = [digest for digest in versions if digest.startswith(prefix)]
@@ -125,71 +133,12 @@ class Catalog:
             if version.in_flight == 0:
                 known.held.discard(version)
 
-    def entries(self) -> list[Entry]:
-        """The listing, sorted by name."""
-        return list(chain.from_iterable(self.pages()))
-
-    def pages(self) -> Iterator[list[Entry]]:
-        """The listing in parts that are short work each, so that nobody else waits for the lock."""
-        with self._lock:
-            names = list(self._names)
-        names.sort()
-        rest = iter(names)
-        while page := list(islice(rest, PAGE)):
-            with self._lock:
-                found = [(name, self._names.get(name)) for name in page]
-                entries = [self._entry(n, known) for n, known in found if known and known.layers]
-            part: list[Entry] = []
-            size = 0
-            for entry in entries:  # manifests are small as a rule, and may be large
-                part.append(entry)
-                size += len(entry.manifest_json)
-                if size > PAGE_BYTES:
-                    yield part
-                    part, size = [], 0
-            yield part
-
-    def entry(self, name: str) -> Entry:
-        """One name's line of the listing; raises `NotFound`."""
-        with self._lock:
-            known = self._names.get(name)
-            if known is not None and known.layers:
-                return self._entry(name, known)
-        raise self._unknown(name)
-
     def meant(self, ref: str) -> str:
         """A question to put behind the error for an unknown ref: which names are like its own."""
         name = ref.partition("@")[0]
         with self._lock:
             names = [known for known, entry in self._names.items() if entry.layers]
         return did_you_mean(name, names) if name not in names else ""
-
-    def tiers(self) -> dict[Tier, int]:
-        """How many names' current versions are still on disk, and how many in memory."""
-        with self._lock:
-            host = sum(
-                1 for known in self._names.values() if known.layers and known.shown()[0].loaded
-            )
-            return {"disk": sum(1 for k in self._names.values() if k.layers) - host, "host": host}
-
-    def _entry(self, name: str, known: _Name) -> Entry:
-        current = known.shown()[0]
-        return Entry(
-            name=name,
-            digest=current.digest,
-            versions=tuple(known.versions()),
-            origin=current.origin,
-            tier="host" if current.loaded else "disk",
-            in_flight=sum(version.in_flight for version in known.held),
-            requests=known.requests,
-            prompt_tokens=known.prompt_tokens,
-            generation_tokens=known.generation_tokens,
-            last_used=known.last_used,
-            size_bytes=current.size_bytes,
-            problem=current.problem or (known.problem if current.origin == "folder" else None),
-            hides=tuple(version.origin for version in known.shown()[1:]),
-            manifest_json=current.manifest_json,
-        )
 
     def _pin(self, version: Version) -> None:
         with self._changed(version.name) as known:
@@ -208,7 +157,7 @@ class Catalog:
     def _current(self, name: str) -> Version | None:
         with self._lock:
             known = self._names.get(name)
-            return known.shown()[0] if known is not None and known.layers else None
+            return None if known is None else known.current()
 
     def _layer(self, name: str, origin: Origin) -> Version | None:
         with self._lock:
@@ -219,6 +168,12 @@ class Catalog:
         with self._lock:
             known = self._names.get(name)
             return list(known.history) if known is not None else []
+
+    def _digests(self, name: str) -> list[str]:
+        """Of all versions that can be addressed, the current one first."""
+        with self._lock:
+            known = self._names.get(name)
+            return list(known.versions()) if known is not None else []
 
     def _uploads(self) -> list[Version]:
         with self._lock:
@@ -299,10 +254,10 @@ class Catalog:
             )
 
     @contextmanager
-    def _changed(self, name: str) -> Iterator[_Name]:
+    def _changed(self, name: str) -> Iterator[Name]:
         """Change what a name stands for, under the lock and with the books kept."""
         with self._lock:
-            known = self._names.setdefault(name, _Name())
+            known = self._names.setdefault(name, Name())
             before = known.reachable()
             try:
                 yield known

@@ -12,10 +12,8 @@ import json
 import os
 import secrets
 import stat
-from collections.abc import Iterator
-from contextlib import contextmanager
+from io import BufferedReader
 from pathlib import Path
-from typing import BinaryIO
 
 import safetensors
 import safetensors.torch
@@ -64,7 +62,7 @@ def parse(data: bytes) -> Intervention:
     header = header_of(data)
     body = memoryview(data)[LENGTH_BYTES + header_length(data) :]
     if hashlib.sha256(body).hexdigest() != header.data_sha256:
-        raise InvalidFile("The data does not match the manifest's data_sha256: damaged file.")
+        raise _damaged()
     try:
         tensors = safetensors.torch.load(data)
     except safetensors.SafetensorError as error:
@@ -74,10 +72,28 @@ def parse(data: bytes) -> Intervention:
 
 def read_header(path: str | Path, max_bytes: int = MAX_FILE_BYTES) -> Header:
     """Read a file's header only. Errors as for `read`."""
-    with _open(path, max_bytes) as (file, size):
-        start = file.read(HEAD_BYTES)
-        length = LENGTH_BYTES + header_length(start)
-        return parse_header((start + file.read(max(0, length - len(start))))[:length], size)
+    file, size = _open(path, max_bytes)
+    with file:
+        return _header(file, size)
+
+
+def open_verified(
+    path: str | Path, max_bytes: int = MAX_FILE_BYTES
+) -> tuple[BufferedReader, Header]:
+    """Open a file to read it from its start, once its data is what its header says.
+
+    The file is read for that in small parts. Errors as for `read`, and `InvalidFile`.
+    """
+    file, size = _open(path, max_bytes)
+    try:
+        header = _header(file, size)
+        if hashlib.file_digest(file, "sha256").hexdigest() != header.data_sha256:
+            raise _damaged()
+        file.seek(0)
+    except BaseException:
+        file.close()
+        raise
+    return file, header
 
 
 def read(path: str | Path, max_bytes: int = MAX_FILE_BYTES) -> bytes:
@@ -86,7 +102,8 @@ def read(path: str | Path, max_bytes: int = MAX_FILE_BYTES) -> bytes:
     Raises `InvalidFile` for what is not a regular file (a symbolic link is none: resolve it first),
     `FileTooLarge` above `max_bytes`, and `OSError` for a file that is not there or not readable.
     """
-    with _open(path, max_bytes) as (file, _):
+    file, _ = _open(path, max_bytes)
+    with file:
         data = file.read(max_bytes + 1)
     if len(data) > max_bytes:  # it grew after its size was taken
         raise too_large(len(data), max_bytes, data[:HEAD_BYTES])
@@ -129,22 +146,37 @@ def too_large(size: int, max_bytes: int, start: bytes = b"") -> FileTooLarge:
     return FileTooLarge(f"{size} bytes; an intervention file may have at most {max_bytes}.{is_one}")
 
 
-@contextmanager
-def _open(path: str | Path, max_bytes: int) -> Iterator[tuple[BinaryIO, int]]:
+def _damaged() -> InvalidFile:
+    return InvalidFile("The data does not match the manifest's data_sha256: damaged file.")
+
+
+def _header(file: BufferedReader, size: int) -> Header:
+    """The header; the file is then where its data begin."""
+    length = LENGTH_BYTES + header_length(file.read(HEAD_BYTES))
+    file.seek(0)
+    return parse_header(file.read(length), size)
+
+
+def _open(path: str | Path, max_bytes: int) -> tuple[BufferedReader, int]:
+    """A regular file, and its size in bytes."""
     try:
-        with open(path, "rb", opener=_opener) as file:
-            status = os.fstat(file.fileno())
-            if not stat.S_ISREG(status.st_mode):
-                raise InvalidFile("Not a regular file.")
-            if status.st_size > max_bytes:
-                raise too_large(status.st_size, max_bytes, file.read(HEAD_BYTES))
-            yield file, status.st_size
+        file = open(path, "rb", opener=_opener)  # noqa: SIM115  # whoever asks closes it
     except OSError as error:
         if error.errno == errno.EISDIR:
             raise InvalidFile(f"Not a regular file but {what_folder(path)}.") from None
         if error.errno in (errno.ELOOP, errno.ENXIO):  # a link, a socket
             raise InvalidFile("Not a regular file.") from None
         raise
+    try:
+        status = os.fstat(file.fileno())
+        if not stat.S_ISREG(status.st_mode):
+            raise InvalidFile("Not a regular file.")
+        if status.st_size > max_bytes:
+            raise too_large(status.st_size, max_bytes, file.read(HEAD_BYTES))
+    except BaseException:
+        file.close()
+        raise
+    return file, status.st_size
 
 
 def _opener(path: str, flags: int) -> int:

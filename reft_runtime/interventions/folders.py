@@ -20,8 +20,8 @@ from reft_runtime.errors import (
     Unavailable,
     WrongBaseModel,
 )
-from reft_runtime.interventions.catalog import Catalog
 from reft_runtime.interventions.file import SUFFIX
+from reft_runtime.interventions.listing import Listing
 from reft_runtime.interventions.sources import NAME, Found, find, list_folder, look
 from reft_runtime.interventions.version import Version
 
@@ -43,7 +43,7 @@ def check_sources(folders: Sequence[Path]) -> None:
             )
 
 
-class Folders(Catalog):
+class Folders(Listing):
     """The layer of the catalog that follows folders; where two have a file of one name, the first
     counts.
 

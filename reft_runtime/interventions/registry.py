@@ -8,9 +8,10 @@ import threading
 import time
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
+from typing import BinaryIO
 
 from reft_runtime.cores import releasing_workers
-from reft_runtime.errors import InvalidFile, InvalidRequest, NotFound, ReftError, Unavailable
+from reft_runtime.errors import InvalidFile, InvalidRequest, NotFound, Unavailable
 from reft_runtime.interventions.file import (
     MAX_FILE_BYTES,
     header_of,
@@ -19,18 +20,13 @@ from reft_runtime.interventions.file import (
     read_header,
     too_large,
 )
-from reft_runtime.interventions.folders import WORK_SHARE, Folders, check_sources
+from reft_runtime.interventions.folders import WORK_SHARE, check_sources
 from reft_runtime.interventions.manifest import BaseShape, Manifest, check_base
 from reft_runtime.interventions.recognise import HEAD_BYTES
-from reft_runtime.interventions.sources import NAME, NAME_RULE, Found, locate, look
+from reft_runtime.interventions.sources import NAME, NAME_RULE, Found, locate
 from reft_runtime.interventions.store import STATE_BYTES, Store
+from reft_runtime.interventions.uploads import HISTORY, Uploads
 from reft_runtime.interventions.version import Origin, Version
-
-HISTORY = 8
-"""How many uploaded versions of a name are kept, the current one included."""
-
-MAX_ADDED_NAMES = 100_000
-"""Names that may be uploaded or loaded at run time."""
 
 MEMORY_BYTES = 1 << 30
 """Memory that interventions take, unless told otherwise."""
@@ -51,13 +47,13 @@ def check_folders(sources: Sequence[str | Path], state_dir: str | Path | None) -
         Store(Path(state_dir)).close()
 
 
-class Registry(Folders):
+class Registry(Uploads):
     """The interventions of one base model.
 
     `sources` are folders that are read only; where two hold a file of one name, the first counts.
     Uploads are kept in `state_dir`, which one process owns, in at most `state_bytes`, or in memory
-    without one. Interventions take at most `memory_bytes`, all tensors of uploads without a state
-    folder included. A file that cannot be served is passed over, and `problems` says why.
+    without one. Interventions take at most `memory_bytes`, all files and tensors of uploads without
+    a state folder included. A file that cannot be served is passed over, and `problems` says why.
     `check_site` raises where the loaded model has no such place: it gets an edit's layer, component
     and width. Files made for a base whose name matches the shell pattern `allow_base` are taken
     though its fingerprint differs.
@@ -74,20 +70,13 @@ class Registry(Folders):
         memory_bytes: int = MEMORY_BYTES,
         state_bytes: int = STATE_BYTES,
     ) -> None:
-        super().__init__(memory_bytes, sources, reserved=base.model)
         self.base = base
         self._check_site = check_site
         self._allow_base = allow_base
         self._max_file_bytes = max_file_bytes
-        self._changing = threading.Lock()  # one change at a time; taken before _lock, never after
-        self._added: set[str] = set()  # names that were uploaded or loaded
-        self._upload_problems: dict[str, str] = {}
-        self._state_problem: str | None = None
         self._closed = threading.Event()
         self._watcher: threading.Thread | None = None
-        self._store = None if state_dir is None else Store(Path(state_dir), state_bytes)
-        if self._store is not None:
-            self._restore(self._store)
+        super().__init__(memory_bytes, sources, base.model, state_dir, state_bytes)
         self.scan()
 
     def watch(self, interval: float) -> None:
@@ -203,6 +192,24 @@ class Registry(Folders):
         self._tell_hidden(shown, version)
         return version
 
+    def open(self, ref: str) -> tuple[Version, BinaryIO]:
+        """The version that `ref` stands for now, as `resolve` says, and its file as `Version.open`.
+
+        Raises what they raise; `NotFound` names the versions that there are.
+        """
+        name, _, prefix = ref.partition("@")
+        try:
+            version = self.resolve(ref)
+        except NotFound:
+            if (known := self._digests(name)) and prefix:
+                raise NotFound(
+                    f"There is no version {prefix} of `{name}`; there are"
+                    f" {', '.join(digest[:12] for digest in known[:HISTORY])}.",
+                    param="name",
+                ) from None
+            raise self._unknown(name) from None
+        return version, version.open()
+
     def remove(self, name: str, expected: Collection[str] | None = None) -> None:
         """Take away what a name stands for; what it shadowed, if anything, shows again.
 
@@ -236,7 +243,7 @@ class Registry(Folders):
         """
         header = header_of(data)
         self._check(header.manifest)
-        return Version(name, header, origin, None, parse(data).canonical())
+        return Version(name, header, origin, None, parse(data).canonical(), data)
 
     def _check_name(self, name: str) -> None:
         if not NAME.fullmatch(name):
@@ -258,80 +265,6 @@ class Registry(Folders):
         header = read_header(file.path, self._max_file_bytes)
         self._check(header.manifest)
         return Version(name, header, origin, file)
-
-    def _admit(self, version: Version, *, kept: bool, leaving: set[Version]) -> None:
-        """Refuse what would not fit. Of what is `kept` on disk the tensors need not stay."""
-        if version.name not in self._added and len(self._added) >= MAX_ADDED_NAMES:
-            raise InvalidRequest(
-                f"There are {MAX_ADDED_NAMES} uploaded names, as many as there may be; delete one"
-                " first.",
-                param="name",
-            )
-        size = version.fixed_bytes - (version.tensor_bytes if kept else 0)
-        self._reserve(size, leaving)
-        self._added.add(version.name)
-
-    def _write(self, store: Store, version: Version, data: bytes, kept: Sequence[Version]) -> None:
-        """Keep an upload on disk, from where its tensors can be read again."""
-        digests = [version.digest, *(old.digest for old in kept if store.holds(old.digest))]
-        try:
-            store.add_blob(version.digest, data)
-            version.moved(look(store.blob(version.digest)))
-            store.point(version.name, digests)
-        except BaseException:
-            if self._layer(version.name, "uploaded") is None:
-                self._added.discard(version.name)
-            self._collect()
-            raise
-
-    def _restore(self, store: Store) -> None:
-        """Bring back what was uploaded before the last stop."""
-        for name in store.damaged:
-            self._upload_problems[name] = "Its pointer is damaged; upload it again, or delete it."
-        for name, digests in store.histories.items():
-            if name == self.base.model:
-                self._upload_problems[name] = "The name is the base model's own id; delete it."
-                continue
-            history: list[Version] = []
-            for digest in digests:
-                try:
-                    version = self._listed(name, look(store.blob(digest)), "uploaded")
-                    if version.digest != digest:
-                        raise InvalidFile("The stored file is not the one that was uploaded.")
-                except (ReftError, OSError) as error:
-                    reason = error.message if isinstance(error, ReftError) else error.strerror
-                    self._upload_problems.setdefault(name, f"Version {digest[:12]}: {reason}")
-                    if not history:
-                        break
-                else:
-                    history.append(version)
-            if history:
-                self._place_upload(history)
-                self._added.add(name)
-        for name, why in self._upload_problems.items():
-            _log.warning("the upload %s is not served as it was: %s", name, why)
-        self._collect()
-
-    def _tend(self) -> None:
-        """See that the state folder is still there, and ours; raises `Unavailable`."""
-        if self._store is None:
-            return
-        try:
-            if not self._store.check():
-                self._upload_problems.clear()
-                for version in self._uploads():
-                    version.problem = (
-                        "The state folder was deleted while the server ran, and this upload is no"
-                        " longer kept there; upload it again."
-                    )
-        except Unavailable as error:
-            self._state_problem = error.message
-            raise
-        self._state_problem = None
-
-    def _collect(self) -> None:
-        if self._store is not None:
-            self._store.collect(keep=self._held_digests())
 
     def _watch(self, interval: float) -> None:
         wait = interval

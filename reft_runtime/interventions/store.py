@@ -1,8 +1,8 @@
 """The state folder: what was uploaded, as content-addressed blobs and pointers with history.
 
 `blobs/<digest>.safetensors` are immutable; `pointers/<name>.json` names the digests of an
-intervention's versions, newest first, and is replaced in one atomic step. The same layout works on
-an object store.
+intervention's versions, the one that is served first, and is replaced in one atomic step. The same
+layout works on an object store.
 """
 
 from __future__ import annotations

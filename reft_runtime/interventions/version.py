@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import io
 import json
 import threading
-from typing import Literal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import BinaryIO, Literal
 
 from reft_runtime.cores import releasing_workers
 from reft_runtime.errors import InvalidFile, NotFound, Unavailable
 from reft_runtime.interventions.canonical import CanonicalEdit
-from reft_runtime.interventions.file import header_of, parse, read
+from reft_runtime.interventions.file import header_of, open_verified, parse, read
 from reft_runtime.interventions.header import Header
 from reft_runtime.interventions.intervention import validate_manifest
 from reft_runtime.interventions.manifest import Manifest
 from reft_runtime.interventions.sources import Found
+from reft_runtime.interventions.summary import summarise
 
 Origin = Literal["loaded", "uploaded", "folder"]
 
@@ -25,9 +30,9 @@ class Version:
     """What a name stood for when it was resolved: one file's content, and where it came from.
 
     Only the header is read at first; the tensors are read from `source`, verified and converted at
-    the first call of `edits`, and may be dropped again by `evict`. Without a source the tensors
-    that are given are the only copy, and stay. Made by the registry, which also counts `in_flight`,
-    the requests that hold it.
+    the first call of `edits`, and may be dropped again by `evict`. Without a source what is given
+    is the only copy, and stays: the tensors, and the file as `data`. Made by the registry, which
+    also counts `in_flight`, the requests that hold it.
     """
 
     def __init__(
@@ -37,6 +42,7 @@ class Version:
         origin: Origin,
         source: Found | None,
         edits: tuple[CanonicalEdit, ...] | None = None,
+        data: bytes | None = None,
     ) -> None:
         self.name = name
         self.origin = origin
@@ -46,11 +52,14 @@ class Version:
         self.completion_prefix = header.manifest.completion_prefix
         # As text a manifest takes a fraction of the memory, and listing thousands costs no time.
         self.manifest_json = header.manifest.model_dump_json().encode()
+        self.summary = summarise(header)
         self.size_bytes = header.size_bytes
         self.in_flight = 0
         self.problem: str | None = None
         self._source = source
         self._edits = edits
+        self._data = data
+        self._made = time.time()
         self._loading = threading.Lock()
 
     @property
@@ -74,10 +83,20 @@ class Version:
         return sum(edit.nbytes for edit in self._edits or ())
 
     @property
+    def listed_bytes(self) -> int:
+        """Memory that its line of the listing takes: its manifest, and a summary of that."""
+        return _OBJECT_BYTES + 2 * len(self.manifest_json)
+
+    @property
     def fixed_bytes(self) -> int:
         """Memory that it takes as long as it can be addressed, in bytes."""
-        kept = 0 if self.reloadable else self.tensor_bytes
-        return _OBJECT_BYTES + len(self.manifest_json) + kept
+        kept = 0 if self.reloadable else self.tensor_bytes + len(self._data or b"")
+        return self.listed_bytes + kept
+
+    @property
+    def modified(self) -> float:
+        """When its file was written or, without one, when it came (Unix time)."""
+        return self._made if self._source is None else self._source.modified_ns / 1e9
 
     def edits(self) -> tuple[CanonicalEdit, ...]:
         """The edits in canonical form, in the order in which they apply.
@@ -90,9 +109,24 @@ class Version:
                 self._edits = self._load()
             return self._edits
 
+    def open(self) -> BinaryIO:
+        """Its file, verified, to be read from the start; whoever asks closes it.
+
+        Raises as `edits`.
+        """
+        if self._data is not None:
+            return io.BytesIO(self._data)
+        assert self._source is not None
+        with self._reading():
+            file, header = open_verified(self._source.path, self._source.size)
+        if header.digest != self.digest:
+            file.close()
+            raise self._unavailable("Its file has changed since it was listed.")
+        return file
+
     def moved(self, file: Found) -> None:
         """The same content is found in another file from now on."""
-        self._source = file
+        self._source, self._data = file, None
 
     def replaceable(self) -> bool:
         """Whether the tensors could be read again from the very file they came from."""
@@ -111,8 +145,21 @@ class Version:
         if self.problem is not None:  # known from an earlier try: the file must change first
             raise self._unavailable(self.problem)
         assert self._source is not None
-        try:
+        with self._reading():
             data = read(self._source.path, self._source.size)
+        try:
+            if header_of(data).digest == self.digest:
+                return parse(data).canonical()
+            reason = "Its file has changed since it was listed."
+        except InvalidFile as error:
+            reason = self.problem = error.message
+        raise self._unavailable(reason)
+
+    @contextmanager
+    def _reading(self) -> Iterator[None]:
+        """Say what the disk refuses in an error of ours."""
+        try:
+            yield
         except FileNotFoundError as error:
             if self.origin == "folder":
                 raise NotFound(
@@ -125,13 +172,6 @@ class Version:
             raise self._unavailable(f"Its file cannot be read ({error.strerror}).") from error
         except InvalidFile as error:
             raise self._unavailable(error.message) from None
-        try:
-            if header_of(data).digest == self.digest:
-                return parse(data).canonical()
-            reason = "Its file has changed since it was listed."
-        except InvalidFile as error:
-            reason = self.problem = error.message
-        raise self._unavailable(reason)
 
     def _unavailable(self, reason: str) -> Unavailable:
         return Unavailable(f"The intervention `{self.name}` cannot be used now: {reason}")

@@ -8,22 +8,20 @@ import os
 import re
 import time
 from collections.abc import Collection
+from functools import partial
 from itertools import islice
-from typing import TYPE_CHECKING, Any
+from typing import Annotated, Any
 
-from fastapi import APIRouter, Request
-from fastapi.responses import Response, StreamingResponse
-from orjson import Fragment
+from fastapi import APIRouter, Query, Request
+from fastapi.responses import Response
 
 from reft_runtime.errors import InvalidRequest
+from reft_runtime.paging import DEFAULT_PAGE, MAX_AFTER, MAX_PAGE, MAX_QUERY, Sort
 from server.body import read_body
-from server.context import Server
-from server.listing import listing
+from server.context import Context, Server
+from server.entries import entry_answer, entry_fields
+from server.listing import listing, page
 from server.openapi import takes_file
-from server.streaming import json_bytes
-
-if TYPE_CHECKING:
-    from reft_runtime.interventions import Entry
 
 router = APIRouter(prefix="/v1/interventions", tags=["interventions"])
 
@@ -35,17 +33,26 @@ MAX_PROBLEMS = 100
 
 
 @router.get("", response_model=None)
-async def list_interventions(server: Server) -> StreamingResponse:
-    """All interventions, by name, and why files of the folder are not among them."""
+async def list_interventions(
+    request: Request,
+    server: Server,
+    limit: Annotated[int | None, Query(ge=1, le=MAX_PAGE)] = None,
+    after: Annotated[str | None, Query(max_length=MAX_AFTER)] = None,
+    q: Annotated[str | None, Query(max_length=MAX_QUERY)] = None,
+    sort: Sort | None = None,
+) -> Response:
+    """Interventions, and why files of the folder are not among them.
 
-    def problems() -> dict[str, Any]:
-        found = sorted(server.engine.registry.unserved().items())
-        # A client need not know where on this machine a file lies.
-        return {
-            "problems": {os.path.basename(file): why for file, why in islice(found, MAX_PROBLEMS)}
-        }
-
-    return listing(server, _entry, more=problems)
+    All, by name; or, with any parameter, a page of `limit` (100 where it is not given) of those
+    whose name or description has `q`. `after` is the `next` of the page before.
+    """
+    line, more = partial(entry_fields, server), partial(_problems, server)
+    if all(given is None for given in (limit, after, q, sort)):
+        return listing(server, line, more=more)
+    asked = partial(
+        server.engine.registry.page, q or "", sort or "name", after, limit or DEFAULT_PAGE
+    )
+    return await page(request, server, asked, line, more)
 
 
 @router.get(
@@ -58,8 +65,8 @@ async def get_intervention(request: Request, server: Server, name: str) -> Respo
     tags = _tags(request, "if-none-match", weak=True)
     entry = await server.administer(server.engine.registry.entry, name)
     if {entry.digest, "*"} & set(tags or ()):
-        return Response(status_code=304, headers=_etag(entry))
-    return _answer(entry)
+        return Response(status_code=304, headers={"etag": f'"{entry.digest}"'})
+    return entry_answer(server, entry)
 
 
 @router.put(
@@ -76,13 +83,15 @@ async def put_intervention(request: Request, server: Server, name: str) -> Respo
     """
     from reft_runtime.interventions.file import MAX_FILE_BYTES  # loads torch: not before it must
 
-    sha256, expected = _declared_sha256(request), _expected(request)
+    sha256, expected = _declared_sha256(request), expected_digests(request)
     registry = server.engine.registry
     body = await read_body(request, MAX_FILE_BYTES)
     begun = time.monotonic()
     _, created = await server.administer(registry.put, name, body, sha256, expected)
     server.metrics.loaded(name, time.monotonic() - begun)
-    return _answer(await server.administer(registry.entry, name), 201 if created else 200)
+    return entry_answer(
+        server, await server.administer(registry.entry, name), 201 if created else 200
+    )
 
 
 @router.delete("/{name}")
@@ -91,40 +100,17 @@ async def delete_intervention(request: Request, server: Server, name: str) -> di
 
     With `If-Match: "DIGEST"` only where it stands for that; else 412.
     """
-    await server.administer(server.engine.registry.remove, name, _expected(request))
+    await server.administer(server.engine.registry.remove, name, expected_digests(request))
     return {"id": name, "object": "intervention", "deleted": True}
 
 
-def _answer(entry: Entry, status: int = 200) -> Response:
-    body = json_bytes(_entry(entry))
-    return Response(body, status, _etag(entry), media_type="application/json")
+def _problems(server: Context) -> dict[str, Any]:
+    found = sorted(server.engine.registry.unserved().items())
+    # A client need not know where on this machine a file lies.
+    return {"problems": {os.path.basename(file): why for file, why in islice(found, MAX_PROBLEMS)}}
 
 
-def _etag(entry: Entry) -> dict[str, str]:
-    return {"etag": f'"{entry.digest}"'}
-
-
-def _entry(entry: Entry) -> dict[str, Any]:
-    return {
-        "id": entry.name,
-        "object": "intervention",
-        "digest": entry.digest,
-        "versions": list(entry.versions),
-        "origin": entry.origin,
-        "tier": entry.tier,
-        "in_flight": entry.in_flight,
-        "requests": entry.requests,
-        "prompt_tokens": entry.prompt_tokens,
-        "generation_tokens": entry.generation_tokens,
-        "last_used": entry.last_used,
-        "size_bytes": entry.size_bytes,
-        "problem": entry.problem,
-        "hides": entry.hides,
-        "manifest": Fragment(entry.manifest_json),
-    }
-
-
-def _expected(request: Request) -> Collection[str] | None:
+def expected_digests(request: Request) -> Collection[str] | None:
     """What the name is to stand for: digests, `*` for any, () for nothing; None if no matter."""
     match, none_match = _tags(request, "if-match"), _tags(request, "if-none-match")
     if none_match is not None:

@@ -1,4 +1,4 @@
-"""Bodies of vLLM's load and unload routes."""
+"""Bodies of the routes that change what is served, vLLM's among them."""
 
 from __future__ import annotations
 
@@ -23,3 +23,13 @@ class UnloadRequest(RequestBody):
 
     lora_name: str = Field(min_length=1, max_length=64)
     lora_int_id: int | None = Field(default=None, description="Taken and not used: names are ids.")
+
+
+class RollbackRequest(RequestBody):
+    """Serve an uploaded version again that is kept."""
+
+    digest: str | None = Field(
+        default=None,
+        pattern=r"^[0-9a-f]{8,64}$",
+        description="8 or more of its digits; by default the version before the current one.",
+    )

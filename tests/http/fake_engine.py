@@ -6,6 +6,7 @@ It keeps the contract of `reft_runtime.llm.Engine` and records what the server a
 from __future__ import annotations
 
 import asyncio
+import io
 import itertools
 import json
 from collections.abc import AsyncIterator, Iterator, Sequence
@@ -92,6 +93,8 @@ class FakeVersion:
     template: str | None = None
     system_turn: str = "prepend"
     completion_prefix: str | None = None
+    reloadable: bool = True
+    size_bytes: int = 3
 
     @property
     def manifest_json(self) -> bytes:
@@ -132,9 +135,13 @@ class FakeRegistry:
             prompt_tokens=self.tokens.get(name, (0, 0))[0],
             generation_tokens=self.tokens.get(name, (0, 0))[1],
             last_used=None,
-            size_bytes=1,
+            size_bytes=version.size_bytes,
+            modified=1.5e9,
             problem=None,
             hides=(),
+            summary=SimpleNamespace(
+                description="", kinds=("loreft",), positions=("l1",), layers=(1,), parameters=10
+            ),
             manifest_json=version.manifest_json,
         )
 
@@ -143,6 +150,30 @@ class FakeRegistry:
 
     def pages(self) -> Iterator[list[Any]]:
         yield self.entries()
+
+    def page(self, q: str, sort: str, after: str | None, limit: int) -> Any:
+        self.last_page = (q, sort, after, limit)
+        return SimpleNamespace(entries=self.entries()[:limit], total=3, next="next")
+
+    def open(self, ref: str) -> tuple[FakeVersion, io.BytesIO]:
+        version = self.resolve(ref)
+        return version, io.BytesIO(b"abc")
+
+    def versions_of(self, name: str) -> list[Any]:
+        from reft_runtime.interventions.entry import VersionEntry  # loads torch
+
+        entry = self.entry(name)
+        return [
+            VersionEntry(entry.digest, "uploaded", 3, 1.5e9, in_flight=0, current=True, kept=True)
+        ]
+
+    def rollback(self, name: str, digest: str | None, expected: Any = None) -> FakeVersion:
+        self.entry(name)
+        self.last_rollback = (name, digest, expected)
+        return self.versions[name]
+
+    def held_bytes(self) -> int:
+        return 1234
 
     def tiers(self) -> dict[str, int]:
         return {"disk": 0, "host": len(self.versions)}

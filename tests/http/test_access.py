@@ -259,6 +259,8 @@ async def test_the_description_has_the_errors_and_nulls(client: httpx.AsyncClien
         ("/v1/interventions/{name}", "put", {200, 201, 400, 401, 404, 409, 413, 500, 503, 507}),
         ("/v1/interventions/{name}", "get", {200, 400, 401, 404, 500, 503}),
         ("/v1/load_lora_adapter", "post", {200, 400, 401, 404, 409, 413, 415, 500, 503}),
+        ("/v1/interventions/{name}/file", "get", {200, 400, 401, 404, 500, 503}),
+        ("/v1/interventions/{name}/rollback", "post", {200, 400, 401, 404, 412, 415, 503, 507}),
         ("/v1/models", "get", {200, 401, 500, 503}),
         ("/readyz", "get", {200, 503}),
     ):

@@ -80,7 +80,8 @@ async def test_an_unknown_task(client: httpx.AsyncClient) -> None:
     [
         ("POST", "/v1/completions"),
         ("GET", "/v1/models"),
-        ("GET", "/v1/interventions"),
+        ("GET", "/v1/interventions/emoji"),
+        ("GET", "/v1/stats"),
         ("GET", "/metrics"),
         ("POST", "/tokenize"),
         ("DELETE", "/v1/interventions/emoji"),

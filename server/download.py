@@ -1,0 +1,90 @@
+"""An intervention's file as an answer, sent in parts as its client takes them."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from typing import TYPE_CHECKING, BinaryIO
+
+from fastapi.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from reft_runtime.errors import Overloaded
+from server.context import Context
+from server.disconnect import ClientDisconnected, run_unless_disconnected
+
+if TYPE_CHECKING:
+    from reft_runtime.interventions import Version
+
+logger = logging.getLogger("reft.server")
+
+PART_BYTES = 256 * 2**10
+"""Of the file that are in memory for one client."""
+
+
+class Download(Response):
+    """The file of one intervention, verified before the first byte of the answer is sent.
+
+    Whatever its size one part of it is in memory, of a file on disk; an upload that is kept in
+    memory alone stays there until it is sent. Both count as a body under way.
+    """
+
+    media_type = "application/octet-stream"
+
+    def __init__(self, context: Context, ref: str) -> None:
+        super().__init__()
+        self._context = context
+        self._ref = ref
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send the answer (ASGI)."""
+        if self._context.downloads.locked():
+            raise Overloaded("Too many files are being sent; try again later.")
+        async with self._context.downloads:
+            try:
+                await run_unless_disconnected(receive, self._send(scope, send))
+            except ClientDisconnected:
+                logger.debug("The client left while %s was sent", self._ref)
+
+    async def _send(self, scope: Scope, send: Send) -> None:
+        version, file = await self._opened()
+        with file:
+            size = version.size_bytes
+            held = min(size, PART_BYTES) if version.reloadable else size
+            if not self._context.bodies.take(scope, held):
+                raise Overloaded("Too many large bodies are under way; try again later.")
+            self.init_headers(
+                {
+                    "content-length": str(size),
+                    "etag": f'"{version.digest}"',
+                    # A name has no character that would need to be escaped.
+                    "content-disposition": f'attachment; filename="{version.name}.safetensors"',
+                }
+            )
+            start = {"type": "http.response.start", "status": 200, "headers": self.raw_headers}
+            await send(start)
+            await self._send_parts(file, size, send)
+
+    async def _opened(self) -> tuple[Version, BinaryIO]:
+        """The version and its open file, which is closed where nobody waits for it any more."""
+        work = self._context.administer(self._context.engine.registry.open, self._ref)
+        opening = asyncio.ensure_future(work)
+        try:
+            return await asyncio.shield(opening)
+        except asyncio.CancelledError:
+            opening.add_done_callback(_close)
+            raise
+
+    async def _send_parts(self, file: BinaryIO, size: int, send: Send) -> None:
+        left = size
+        while left:
+            part = await self._context.administer(file.read, min(PART_BYTES, left))
+            if not part:
+                raise OSError(f"the file of {self._ref} became shorter while it was sent")
+            left -= len(part)
+            await send({"type": "http.response.body", "body": part, "more_body": left > 0})
+
+
+def _close(opening: asyncio.Future[tuple[Version, BinaryIO]]) -> None:
+    if not opening.cancelled() and opening.exception() is None:
+        opening.result()[1].close()

@@ -1,0 +1,56 @@
+"""How an intervention and its versions are written in answers."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from fastapi.responses import Response
+from orjson import Fragment
+
+from server.context import Context
+from server.streaming import json_bytes
+
+if TYPE_CHECKING:
+    from reft_runtime.interventions import Entry
+    from reft_runtime.interventions.entry import VersionEntry
+
+
+def entry_fields(server: Context, entry: Entry) -> dict[str, Any]:
+    """One intervention, as all routes write it; `share` is of the base model's parameters."""
+    summary = entry.summary
+    return {
+        "id": entry.name,
+        "object": "intervention",
+        "digest": entry.digest,
+        "versions": list(entry.versions),
+        "origin": entry.origin,
+        "tier": entry.tier,
+        "in_flight": entry.in_flight,
+        "requests": entry.requests,
+        "prompt_tokens": entry.prompt_tokens,
+        "generation_tokens": entry.generation_tokens,
+        "last_used": entry.last_used,
+        "size_bytes": entry.size_bytes,
+        "modified": entry.modified,
+        "kinds": summary.kinds,
+        "positions": summary.positions,
+        "layers": summary.layers,
+        "parameters": summary.parameters,
+        "share": summary.parameters / server.engine.info.parameters,
+        "problem": entry.problem,
+        "hides": entry.hides,
+        "manifest": Fragment(entry.manifest_json),
+    }
+
+
+def entry_answer(server: Context, entry: Entry, status: int = 200) -> Response:
+    """One intervention as a whole answer, its digest as `ETag`."""
+    headers = {"etag": f'"{entry.digest}"'}
+    content = json_bytes(entry_fields(server, entry))
+    return Response(content, status, headers, media_type="application/json")
+
+
+def version_fields(version: VersionEntry) -> dict[str, Any]:
+    """One version of an intervention."""
+    return {"object": "intervention.version", **asdict(version)}

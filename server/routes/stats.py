@@ -1,0 +1,76 @@
+"""GET /v1/stats: the server at a glance, by the counters that /metrics has, too."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from fastapi import APIRouter
+
+from reft_runtime.outputs import PrefixCacheStats
+from reft_runtime.version import VERSION
+from server.context import Context, Server
+from server.recent import DURATIONS_SECONDS, RATES_SECONDS, Durations
+
+router = APIRouter(tags=["operations"])
+
+OUTCOMES = ("stop", "length", "abort", "error")
+
+
+@router.get("/v1/stats")
+async def get_stats(server: Server) -> dict[str, Any]:
+    """What is loaded, how much there is to do, how fast it goes, what has ended and how."""
+    return await server.administer(_stats, server)
+
+
+def _stats(server: Context) -> dict[str, Any]:
+    engine, metrics = server.engine, server.metrics
+    info, now = engine.info, engine.stats()
+    prompt, generated = server.rates.until(now)
+    tiers = engine.registry.tiers()
+    return {
+        "object": "stats",
+        "version": VERSION,
+        "model": info.model,
+        "device": info.device,
+        "dtype": info.dtype,
+        "status": server.health.status,
+        "time": time.time(),
+        "uptime_seconds": max(0.0, time.time() - server.started),
+        "running": now.running,
+        "max_running": info.max_running,
+        "waiting": now.waiting,
+        "preemptions": now.preemptions,
+        "prompt_tokens": now.prompt_tokens,
+        "generation_tokens": now.generation_tokens,
+        "tokens_per_second": {"prompt": prompt, "generation": generated, "seconds": RATES_SECONDS},
+        "time_to_first_token_seconds": _durations(metrics.recent_first_token),
+        "time_per_output_token_seconds": _durations(metrics.recent_per_token),
+        "kv_cache": {"usage": now.kv_usage, "tokens": info.kv_tokens, "bytes": info.kv_bytes},
+        "prefix_cache": _prefix_cache(now.prefix_cache),
+        "interventions": {
+            "registered": sum(tiers.values()),
+            "loaded": tiers["host"],
+            "bytes": engine.registry.held_bytes(),
+            "max_bytes": info.intervention_bytes,
+        },
+        "finished": dict.fromkeys(OUTCOMES, 0) | metrics.outcomes(),
+    }
+
+
+def _durations(recent: Durations) -> dict[str, Any]:
+    count, (median, high) = recent.percentiles(0.5, 0.95)
+    return {"p50": median, "p95": high, "count": count, "seconds": DURATIONS_SECONDS}
+
+
+def _prefix_cache(stats: PrefixCacheStats | None) -> dict[str, Any] | None:
+    """The prefix cache since the start, blocks of both kinds together; None where it is off."""
+    if stats is None:
+        return None
+    queries, hits = sum(stats.queries.values()), sum(stats.hits.values())
+    return {
+        "queries": queries,
+        "hits": hits,
+        "hit_rate": hits / queries if queries else None,
+        "blocks": sum(stats.blocks.values()),
+    }

@@ -1,0 +1,46 @@
+"""/v1/interventions/{name}/versions and /rollback: what is kept, and a way back to it."""
+
+from __future__ import annotations
+
+import time
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Depends, Request
+from fastapi.responses import Response
+
+from server.body import json_body
+from server.context import Server
+from server.entries import entry_answer, version_fields
+from server.openapi import takes
+from server.routes.interventions import expected_digests
+from server.schemas.interventions import RollbackRequest
+
+router = APIRouter(prefix="/v1/interventions", tags=["interventions"])
+
+Rollback = Annotated[RollbackRequest, Depends(json_body(RollbackRequest, required=False))]
+
+
+@router.get("/{name}/versions")
+async def list_versions(server: Server, name: str) -> dict[str, Any]:
+    """All versions of a name that can be asked for, the current one first."""
+    versions = await server.administer(server.engine.registry.versions_of, name)
+    return {"object": "list", "data": [version_fields(version) for version in versions]}
+
+
+@router.post(
+    "/{name}/rollback",
+    openapi_extra=takes(RollbackRequest, required=False),
+    response_model=None,
+)
+async def roll_back(request: Request, server: Server, name: str, body: Rollback) -> Response:
+    """Serve a kept version of an upload again: that of `digest`, else the one before.
+
+    Requests in flight end on the version that they began with. With `If-Match: "DIGEST"` only
+    where the name stands for that; else 412.
+    """
+    expected = expected_digests(request)
+    begun = time.monotonic()
+    registry = server.engine.registry
+    await server.administer(registry.rollback, name, body.digest, expected)
+    server.metrics.loaded(name, time.monotonic() - begun)
+    return entry_answer(server, await server.administer(registry.entry, name))
