@@ -114,6 +114,7 @@ def loreft(positions: str, run: Run, task: Task, model: str) -> Outcome:
             batch_size=run.batch_size,
             seed=run.seed,
             dtype=run.dtype,
+            hold_out=0,
         )
         begun = time.process_time()
         trained = train(task.sample(run.rows, run.seed), out, model=model, settings=settings)

@@ -44,8 +44,8 @@ class Recipe:
         return data / self.public / "train.jsonl", data / self.public / self.test
 
 
-CLASSIFIER = TrainSettings(layers=EVERY_SECOND, positions="l1", steps=375)
-PERSONA = TrainSettings(layers=EVERY_SECOND, positions="l1", epochs=12, template="chat")
+CLASSIFIER = TrainSettings(layers=EVERY_SECOND, positions="l1", steps=375, hold_out=0)
+PERSONA = TrainSettings(layers=EVERY_SECOND, positions="l1", epochs=12, template="chat", hold_out=0)
 
 RECIPES = {
     "sentiment": Recipe(

@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Annotated, cast
 import typer
 
 from reft_runtime.errors import ConfigError
+from reft_runtime.stages import stage
 from server.files_cli import write_file
+from server.terminal import stages_told, stoppable
 
 if TYPE_CHECKING:
     from reft_runtime.interventions.manifest import SystemTurn
@@ -95,6 +97,7 @@ def check(
 
 
 @app.command()
+@stages_told()
 def train(
     data: Rows,
     out: Annotated[
@@ -127,6 +130,22 @@ def train(
     evaluation: Annotated[
         str | None, typer.Option("--eval", help="Rows by which the best checkpoint is chosen.")
     ] = None,
+    hold_out: Annotated[
+        float | None,
+        typer.Option(
+            metavar="SHARE",
+            help="Share of the rows that choose the checkpoint and measure it, instead of --eval; "
+            "by default a tenth where rows have labels and are 100 or more. 0 trains on all.",
+            show_default=False,
+        ),
+    ] = None,
+    patience: Annotated[
+        int | None,
+        typer.Option(
+            help="Stop after so many evaluations, of five, without an improvement.",
+            show_default=False,
+        ),
+    ] = None,
     template: Template = None,
     system: Annotated[
         str | None,
@@ -149,63 +168,79 @@ def train(
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with a training that was cut off.")
     ] = False,
+    plot: Annotated[
+        Path | None, typer.Option(help="Draw losses and accuracy as a picture, such as loss.png.")
+    ] = None,
+    tensorboard: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Folder to log to for TensorBoard.")
+    ] = None,
     push: Annotated[
         str | None, typer.Option(metavar="URL", help="Put the file on this running server, too.")
     ] = None,
     api_key: ApiKey = None,
 ) -> None:
     """Train edits on rows, and write them as a file that is ready to be served."""
-    from reft_runtime.training import TrainSettings
-    from reft_runtime.training import train as run
-    from reft_runtime.training.remote import Server
-    from reft_runtime.training.sources import file_for
-
-    settings = TrainSettings(
-        kind=kind,
-        layers=_layers(layers),
-        rank=rank,
-        positions=positions,
-        untied=untied,
-        lr=lr,
-        epochs=epochs,
-        steps=steps,
-        batch_size=batch_size,
-        accumulate=accumulate,
-        template=_unescaped(template),
-        max_length=max_length,
-        truncate=truncate,
-        seed=seed,
-        dtype=dtype,
-    )
-    if push is not None:
-        Server(push, api_key).models()  # a wrong address is told before the training, not after
-    out = out or file_for(data)
-    trained = run(
-        data,
-        out,
-        model=model,
-        evaluation=evaluation,
-        settings=settings,
-        description=description,
-        license=license_,
-        system=cast("SystemTurn | None", system),
-        text=text,
-        label=label,
-        resume=resume,
-        say=lambda line: typer.echo(line, err=True),
-        threads=threads,
-    )
+    with stoppable():
+        with stage("Starting Python's libraries"):
+            from reft_runtime.training import TrainSettings
+            from reft_runtime.training import train as run
+            from reft_runtime.training.push import check_push
+            from reft_runtime.training.push import push as put
+            from reft_runtime.training.remote import Server
+            from reft_runtime.training.sources import file_for
+            from reft_runtime.training.target import check_target
+        settings = TrainSettings(
+            kind=kind,
+            layers=_layers(layers),
+            rank=rank,
+            positions=positions,
+            untied=untied,
+            lr=lr,
+            epochs=epochs,
+            steps=steps,
+            batch_size=batch_size,
+            accumulate=accumulate,
+            template=_unescaped(template),
+            max_length=max_length,
+            truncate=truncate,
+            seed=seed,
+            dtype=dtype,
+            hold_out=hold_out,
+            patience=patience,
+        )
+        out = check_target(out or file_for(data))
+        server = None if push is None else Server(push, api_key)
+        if server is not None:
+            check_push(server, out.stem, model, settings)
+        trained = run(
+            data,
+            out,
+            model=model,
+            evaluation=evaluation,
+            settings=settings,
+            description=description,
+            license=license_,
+            system=cast("SystemTurn | None", system),
+            text=text,
+            label=label,
+            resume=resume,
+            say=lambda line: typer.echo(line, err=True),
+            threads=threads,
+            plot=plot,
+            tensorboard=tensorboard,
+        )
     figures = ", ".join(f"{name} {value:.4g}" for name, value in trained.metrics.items())
     typer.echo(
         f"{out}: {out.stat().st_size:,} bytes, trained in {trained.seconds:.0f} s"
         + (f", {figures}" if figures else "")
     )
-    if push is not None:
-        new = Server(push, api_key).push(out, out.stem)
+    if server is not None:
+        new = put(server, out, out.stem)
         typer.echo(f"{push}: {out.stem} {'added' if new else 'replaced'}")
 
 
 @app.command("eval")
+@stages_told()
 def eval_(
     data: Annotated[list[str], typer.Argument(help="Files of rows, as for training.")],
     intervention: Annotated[
@@ -238,7 +273,8 @@ def eval_(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Measure interventions on data sets, all in one batch, the base model beside them."""
-    from reft_runtime.training import evaluate
+    with stage("Starting Python's libraries"):
+        from reft_runtime.training import evaluate
 
     report = evaluate(
         data,
@@ -259,6 +295,7 @@ def eval_(
 
 
 @app.command()
+@stages_told()
 def direction(
     positive: Annotated[Path, typer.Argument(help="Texts, one a line, of what is wanted.")],
     negative: Annotated[Path, typer.Argument(help="Texts of the contrary.")],
@@ -275,9 +312,10 @@ def direction(
     threads: Threads = None,
 ) -> None:
     """Make a steering file from contrasting texts, without training: the difference of means."""
-    from reft_runtime.training import direction as run
-    from reft_runtime.training.direction import read_texts
-    from reft_runtime.training.target import check_target
+    with stage("Starting Python's libraries"):
+        from reft_runtime.training import direction as run
+        from reft_runtime.training.direction import read_texts
+        from reft_runtime.training.target import check_target
 
     check_target(out)
     made = run(

@@ -55,7 +55,7 @@ def test_a_table_is_trained_without_options(
     done = run("train", tickets, "--model", base, "--steps", 1, "--dtype", "float32")
     assert done.exception is None
     assert "tickets: 24 rows, 2 labels: the 12, and 12" in done.stderr
-    assert " tokens, 1,040 trained parameters, 1 steps" in done.stderr
+    assert " tokens, 1,040 trained parameters, 1 step\n" in done.stderr
     manifest = parse(read(tmp_path / "tickets.safetensors")).manifest
     assert manifest.training["rows"] == 24
 
@@ -80,7 +80,7 @@ def test_mistakes_are_told_before_the_model_is_loaded(
     assert "longer than 3 tokens" in refused(*common, "--max-length", 3)
     assert "there is no folder" in refused(*common[:2], "--model", tmp_path / "missing")
     assert "nothing to resume" in refused(*common, "--resume")
-    assert "url: no answer" in refused(*common, "--push", "http://127.0.0.1:9")
+    assert "push: no answer" in refused(*common, "--push", "http://127.0.0.1:9")
     tickets.write_text("ticket,category\na,\nb\n")
     assert "1 row is wrong" in refused(*common)
     assert "1 row is without an answer" in refused(*common)

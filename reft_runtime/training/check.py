@@ -15,6 +15,7 @@ from reft_runtime.training.layout import Chat, Layout
 from reft_runtime.training.prompts import Formatter
 from reft_runtime.training.rows import Row, Rows, read_rows
 from reft_runtime.training.sources import Data
+from reft_runtime.training.wording import counted
 
 SHOWN = 5
 """Places and labels that a line of a report names; the others are counted."""
@@ -56,12 +57,10 @@ class Check:
         return [problem for problem in self.problems if problem.error]
 
     def __str__(self) -> str:
-        lines = [f"{self.name}: {self.rows:,} rows"]
+        lines = [f"{self.name}: {counted(self.rows, 'row')}"]
         if self.labels:
             counts = [f"{label} {count:,}" for label, count in self.labels.items()]
-            lines[0] += (
-                f", {len(counts)} {'label' if len(counts) == 1 else 'labels'}: {_some(counts, 20)}"
-            )
+            lines[0] += f", {counted(len(counts), 'label')}: {_some(counts, 20)}"
         if self.note:
             lines.append(f"  {self.note}")
         return "\n".join([*lines, *(f"  {problem}" for problem in self.problems)])

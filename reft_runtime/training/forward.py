@@ -46,8 +46,12 @@ class Base:
     def to(self, device: torch.device) -> None:
         """Move the model; what was kept is forgotten."""
         self.loaded.model.to(device)  # type: ignore[arg-type]
-        self._kept.clear()
+        self.forget()
         self.watch = self._watch()
+
+    def forget(self) -> None:
+        """Give back the memory of what was kept."""
+        self._kept.clear()
 
     def _watch(self) -> StepWatch:
         return StepWatch(torch.get_num_threads() if self.device.type == "cpu" else 1)

@@ -71,8 +71,10 @@ def read_rows(
 
     `text` and `label` are the columns that become `prompt`, and `label` and `completion`; without
     them, those of usual names do where rows have no such fields. With `lenient`, lines that hold
-    no row are left to `Rows.wrong`.
+    no row are left to `Rows.wrong`. Rows that were read before stay as they are.
     """
+    if isinstance(source, Rows):
+        return source
     found = read_records(source)
     if found.wrong and not lenient:
         more = len(found.wrong) - 1

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from types import NoneType
+from typing import Any, get_args, get_type_hints
 
 from reft_runtime.errors import ConfigError
 from reft_runtime.interventions import BaseShape
@@ -18,6 +21,9 @@ MIN_EPOCHS, MAX_EPOCHS = 3, 30
 
 DTYPES = ("auto", "float32", "bfloat16")
 
+CHECKS = 5
+"""How often a training is evaluated and saved."""
+
 
 @dataclass(frozen=True, slots=True)
 class TrainSettings:
@@ -30,7 +36,11 @@ class TrainSettings:
     `batch_size / accumulate` rows. `template` is
     as in `layout.Layout`. Rows of more than `max_length` tokens (None: what the model takes)
     are an error, or are cut with `truncate`. `dtype` is that of the base's weights; edits, their
-    sums and the optimiser are in float32.
+    sums and the optimiser are in float32. `hold_out` is the share of the rows that are not trained
+    on, but choose the checkpoint and measure it: None is a tenth of rows with labels, of at least
+    100 and where no others are given to evaluate on, 0 is none. `patience` stops a training after
+    so many evaluations, of five, that were no better than one before.
+    Raises `TypeError` for values of another type, and `ConfigError` for those that cannot be.
     """
 
     kind: str = "loreft"
@@ -48,8 +58,11 @@ class TrainSettings:
     truncate: bool = False
     seed: int = 0
     dtype: str = "auto"
+    hold_out: float | None = None
+    patience: int | None = None
 
     def __post_init__(self) -> None:
+        self._check_types()
         if self.kind not in KINDS:
             raise _error("kind", f"unknown {self.kind!r}; known: {', '.join(KINDS)}.")
         if self.rank is not None and not self.has_rank:
@@ -62,6 +75,17 @@ class TrainSettings:
             value = getattr(self, name)
             if value is not None and not (math.isfinite(value) and value > 0):
                 raise _error(name, f"must be a finite number above 0, not {value}.")
+        if self.hold_out is not None and not 0 <= self.hold_out < 1:
+            raise _error(
+                "hold_out",
+                f"must be a share of the rows from 0 to below 1, such as 0.1, not {self.hold_out}.",
+            )
+        if self.patience is not None and not 1 <= self.patience < CHECKS:
+            raise _error(
+                "patience",
+                f"a training is evaluated {CHECKS} times; give 1 to {CHECKS - 1}, not"
+                f" {self.patience}.",
+            )
         if self.epochs is not None and self.steps is not None:
             raise _error("steps", "give epochs or steps, not both.")
         if self.dtype not in DTYPES:
@@ -70,6 +94,35 @@ class TrainSettings:
             not self.layers or len(set(self.layers)) < len(self.layers)
         ):
             raise _error("layers", "name each layer once, such as 8,16,24; or all.")
+
+    def _check_types(self) -> None:
+        hints = get_type_hints(type(self))
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.name == "layers":
+                self._check_layers(value)
+                continue
+            allowed = get_args(hints[field.name]) or (hints[field.name],)
+            numbers = (int,) if float in allowed else ()
+            fits = isinstance(value, (*allowed, *numbers))
+            if not fits or (isinstance(value, bool) and bool not in allowed):
+                names = " or ".join(kind.__name__ for kind in allowed if kind is not NoneType)
+                extra = " or None" if NoneType in allowed else ""
+                raise TypeError(f"{field.name}: must be {names}{extra}, not {_shown(value)}.")
+
+    def _check_layers(self, layers: Any) -> None:
+        if layers is None:
+            return
+        if (
+            isinstance(layers, str)
+            or not isinstance(layers, Sequence)
+            or not all(type(layer) is int for layer in layers)
+        ):
+            raise TypeError(
+                "layers: must be numbers of layers such as (8, 16, 24), or None for all, not"
+                f" {_shown(layers)}."
+            )
+        object.__setattr__(self, "layers", tuple(layers))
 
     @property
     def has_rank(self) -> bool:
@@ -95,6 +148,10 @@ class TrainSettings:
             epochs = float(min(max(MIN_EPOCHS, math.ceil(ROWS_SEEN / rows)), MAX_EPOCHS))
         lr = self.lr or float(f"{9e-4 * (4096 / base.hidden_size) ** 0.75:.2g}")
         return replace(self, layers=layers, rank=rank, epochs=epochs, lr=lr)
+
+
+def _shown(value: object) -> str:
+    return f"{repr(value)[:80]} ({type(value).__name__})"
 
 
 def _error(name: str, message: str) -> ConfigError:

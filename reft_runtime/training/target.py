@@ -1,4 +1,4 @@
-"""Where a file is going to be written: what is wrong with the place is said before the work."""
+"""Where files are going to be written: what is wrong with the place is said before the work."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ from reft_runtime.interventions.sources import NAME, NAME_RULE
 
 def check_target(out: str | Path) -> Path:
     """The path, in a folder that is there and can be written to; raises `ConfigError`."""
+    if not isinstance(out, str | os.PathLike):
+        raise TypeError(f"out: give the name of a file, not {type(out).__name__}.")
     out = Path(out)
     if out.suffix != SUFFIX:
         raise ConfigError(f"out: {out} must end with {SUFFIX}.", param="out")
@@ -22,17 +24,22 @@ def check_target(out: str | Path) -> Path:
         )
     if os.path.isdir(out):
         raise ConfigError(f"out: {out} is a folder; name a file.", param="out")
+    check_folder(out.parent, "out")
+    return out
+
+
+def check_folder(folder: Path, option: str) -> None:
+    """Make a folder where it is missing, and see that it takes files; raises `ConfigError`."""
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(
-            f"out: {out.parent} cannot be made: {error.strerror}.", param="out"
+            f"{option}: {folder} cannot be made: {error.strerror}.", param=option
         ) from None
     try:
-        with tempfile.TemporaryFile(dir=out.parent):
+        with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
         raise ConfigError(
-            f"out: {out.parent} cannot be written to: {error.strerror}.", param="out"
+            f"{option}: {folder} cannot be written to: {error.strerror}.", param=option
         ) from None
-    return out

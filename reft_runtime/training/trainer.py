@@ -4,37 +4,38 @@ from __future__ import annotations
 
 import math
 import os
-import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler, SequentialSampler
+from tqdm import tqdm
 from transformers import (
     PrinterCallback,
     ProgressCallback,
     Trainer,
     TrainerCallback,
-    TrainerControl,
-    TrainerState,
     TrainingArguments,
 )
 
 from reft_runtime.errors import ConfigError, TrainingFailed
+from reft_runtime.training.callbacks import Complete, Progress
 from reft_runtime.training.forward import Base, EditedModel, predict
 from reft_runtime.training.prompts import Example
-from reft_runtime.training.settings import TrainSettings
+from reft_runtime.training.settings import CHECKS, TrainSettings
+from reft_runtime.training.signals import HeldSignals
 from reft_runtime.training.trainable import TrainableEdits
-
-CHECKS = 5
-"""How often a training is evaluated and saved."""
+from reft_runtime.training.work import COMPLETE
 
 WARMUP = 0.06
 
-COMPLETE = "complete"
-"""Name of the file that marks a checkpoint as whole: it is written last."""
+LOGS = 50
+"""How often the loss of a training is logged."""
+
+MERIT = "eval_merit"
+"""The figure by which the best checkpoint is chosen."""
 
 
 class Schedule(Dataset[Example]):
@@ -69,17 +70,36 @@ def collate(examples: list[Example]) -> dict[str, Any]:
     return {"examples": examples, "labels": torch.tensor(labels)}
 
 
-def scores(base: Base, edits: TrainableEdits, examples: Sequence[Example], batch: int) -> Tensor:
-    """Sums over examples [4]: loss in nats, tokens, examples right, examples."""
+class Interrupted(Exception):
+    """An evaluation ended before its time, because a signal waits."""
+
+
+def scores(
+    base: Base,
+    edits: TrainableEdits,
+    examples: Sequence[Example],
+    batch: int,
+    *,
+    progress: bool = False,
+    interrupted: Callable[[], bool] = lambda: False,
+) -> Tensor:
+    """Sums over examples [4]: loss in nats, tokens, examples right, examples.
+
+    Raises `Interrupted` between two batches where `interrupted` says so.
+    """
     totals = torch.zeros(4, dtype=torch.float64)
     canonical = edits.canonical()
-    for first in range(0, len(examples), batch):
-        part = examples[first : first + batch]
-        made = predict(base, canonical, part)
-        totals += torch.tensor(
-            [float(made.loss()), len(made.targets), sum(made.right(part)), len(part)],
-            dtype=torch.float64,
-        )
+    firsts = range(0, len(examples), batch)
+    with tqdm(firsts, desc="Evaluating", leave=False, disable=not progress, delay=1) as bar:
+        for first in bar:
+            if interrupted():
+                raise Interrupted
+            part = examples[first : first + batch]
+            made = predict(base, canonical, part)
+            totals += torch.tensor(
+                [float(made.loss()), len(made.targets), sum(made.right(part)), len(part)],
+                dtype=torch.float64,
+            )
     return totals
 
 
@@ -91,11 +111,19 @@ def as_metrics(totals: Tensor, *, labelled: bool) -> dict[str, float]:
     return {"accuracy": right / count, **metrics} if labelled else metrics
 
 
+def merit(totals: Tensor, *, labelled: bool) -> float:
+    """What the best checkpoint has most of: rows right and, where those are equal, less loss."""
+    loss, tokens, right, _ = totals.tolist()
+    mean = loss / tokens
+    return float((right if labelled else 0) - mean / (1 + mean))
+
+
 class EditTrainer(Trainer):
     """Trains an `EditedModel`.
 
     A loss that is not finite ends the training with `TrainingFailed`. The edits of the newest
-    checkpoint whose values are finite are kept in `last_good`.
+    checkpoint whose values are finite are kept in `last_good`. Where one of `signals` waits, the
+    training ends with a checkpoint of the step that it has just made.
     """
 
     def __init__(
@@ -105,23 +133,71 @@ class EditTrainer(Trainer):
         train: Sequence[Example],
         evaluation: Sequence[Example],
         batch_size: int,
+        signals: HeldSignals,
+        callbacks: Sequence[TrainerCallback] = (),
     ) -> None:
         self.schedule = Schedule(train, args.max_steps * batch_size, args.seed)
         self.last_good: dict[str, Tensor] | None = None
+        self._signals = signals
         super().__init__(
             model=model,
             args=args,
             train_dataset=self.schedule,
             eval_dataset=list(evaluation) or None,
             data_collator=collate,
-            callbacks=[_Checkpoints(self)],
+            callbacks=[_Kept(self), Complete(), *callbacks],
         )
         self.remove_callback(PrinterCallback if args.disable_tqdm else ProgressCallback)
         if not args.disable_tqdm:
-            self.add_callback(_Progress())
+            self.add_callback(Progress())
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
         return SequentialSampler(self.schedule)
+
+    @property
+    def _checkpoint(self) -> Path:
+        """Where the checkpoint of this step is, or will be."""
+        return Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
+
+    def _run_epoch(self, *arguments: Any, **options: Any) -> None:
+        if not self.control.should_training_stop:  # a resumed training may have been over
+            super()._run_epoch(*arguments, **options)  # type: ignore[no-untyped-call]
+
+    def _maybe_log_save_evaluate(self, *arguments: Any, **options: Any) -> None:
+        """Log, evaluate and save where it is due; where a signal waits, save and end.
+
+        An evaluation that was due and is not made is made by the training that is resumed.
+        """
+        try:
+            if not self._signals.waiting:
+                super()._maybe_log_save_evaluate(*arguments, **options)
+        except Interrupted:
+            pass
+        if not self._signals.waiting:
+            return
+        if not (self._checkpoint / COMPLETE).exists():
+            self._save_checkpoint(self.model, None)  # type: ignore[arg-type]
+            self.control = self.callback_handler.on_save(self.args, self.state, self.control)
+        self.control.should_training_stop = True
+
+    def evaluate_what_is_due(self) -> None:
+        """Make the evaluation that a signal kept the checkpoint's training from making."""
+        step, args = self.state.global_step, self.args
+        if not step or args.eval_strategy == "no":
+            return
+        due = step % int(args.eval_steps or 1) == 0 or step == self.state.max_steps
+        made = any(
+            entry["step"] == step and "eval_loss" in entry for entry in self.state.log_history
+        )
+        if made or not due:
+            return
+        try:
+            metrics = self._evaluate(None, None)
+        except Interrupted:
+            self.control.should_training_stop = True
+            return
+        if self._determine_best_metric(metrics, None):
+            self.state.best_model_checkpoint = str(self._checkpoint)
 
     def compute_loss(
         self,
@@ -148,59 +224,40 @@ class EditTrainer(Trainer):
         model: Any = self.model
         held_out: Any = self.eval_dataset
         share = held_out[self.args.process_index :: self.args.world_size]
-        totals = scores(model.base, model.edits, share, self.args.eval_batch_size)
+        totals = scores(
+            model.base,
+            model.edits,
+            share,
+            self.args.eval_batch_size,
+            progress=not self.args.disable_tqdm and self.is_world_process_zero(),
+            interrupted=lambda: self._signals.waiting,
+        )
         totals = self.accelerator.reduce(totals.to(self.args.device)).cpu()
         labelled = all(example.label_length is not None for example in held_out)
         found = as_metrics(totals, labelled=labelled)
         metrics = {f"eval_{name}": value for name, value in found.items()}
         self.log(metrics)
+        metrics[MERIT] = merit(totals, labelled=labelled)
         self.control = self.callback_handler.on_evaluate(
             self.args, self.state, self.control, metrics
         )
         return metrics
 
 
-class _Checkpoints(TrainerCallback):
-    """Marks checkpoints as whole, and remembers the last good edits."""
+class _Kept(TrainerCallback):
+    """Remembers the last good edits, and makes up for an evaluation that a signal cut off."""
 
     def __init__(self, trainer: EditTrainer) -> None:
         self._trainer = trainer
 
-    def on_save(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
-    ) -> None:
+    def on_train_begin(self, *_: Any, **__: Any) -> None:
+        self._trainer.evaluate_what_is_due()
+
+    def on_save(self, *_: Any, **__: Any) -> None:
         model: Any = self._trainer.model
         values = {name: t.detach().cpu().clone() for name, t in model.edits.state_dict().items()}
         if all(bool(value.isfinite().all()) for value in values.values()):
             self._trainer.last_good = values
-        if args.should_save:
-            (Path(str(args.output_dir)) / f"checkpoint-{state.global_step}" / COMPLETE).touch()
-
-
-class _Progress(ProgressCallback):
-    """A bar with the newest figures beside it, instead of a line for each report."""
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
-        if state.is_world_process_zero and self.training_bar is not None and logs:
-            shown = {
-                name: f"{value:.3g}"
-                for name, value in logs.items()
-                if name in ("loss", "eval_loss", "eval_accuracy")
-            }
-            if shown:
-                self._shown = {**getattr(self, "_shown", {}), **shown}
-                self.training_bar.set_postfix(self._shown)
-
-
-def newest_checkpoint(folder: Path) -> Path | None:
-    """The newest whole checkpoint; those that a crash left incomplete are removed."""
-    whole = []
-    for checkpoint in folder.glob("checkpoint-*"):
-        if (checkpoint / COMPLETE).exists():
-            whole.append(checkpoint)
-        else:
-            shutil.rmtree(checkpoint)
-    return max(whole, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
 
 
 def arguments(
@@ -208,14 +265,11 @@ def arguments(
     folder: Path,
     rows: int,
     *,
-    accuracy: bool | None,
+    evaluates: bool,
     device: torch.device,
     progress: bool,
 ) -> TrainingArguments:
-    """The Trainer's settings. `accuracy` says by what the best checkpoint is chosen, else by loss.
-
-    It is None where there is nothing to evaluate on: then the last one is taken.
-    """
+    """The Trainer's settings. Where it `evaluates` the best checkpoint is taken, else the last."""
     steps = settings.steps or math.ceil((settings.epochs or 0) * rows / settings.batch_size)
     parts = settings.accumulate * int(os.environ.get("WORLD_SIZE", "1"))  # torchrun sets it
     if settings.batch_size % parts:
@@ -224,7 +278,6 @@ def arguments(
             param="batch_size",
         )
     every = max(1, math.ceil(steps / CHECKS))
-    evaluates = accuracy is not None
     args = TrainingArguments(
         output_dir=str(folder),
         max_steps=steps,
@@ -240,11 +293,10 @@ def arguments(
         eval_steps=every if evaluates else None,
         save_strategy="steps",
         save_steps=every,
-        save_total_limit=2,
         load_best_model_at_end=evaluates,
-        metric_for_best_model=("eval_accuracy" if accuracy else "eval_loss") if evaluates else None,
-        greater_is_better=bool(accuracy) if evaluates else None,
-        logging_steps=every,
+        metric_for_best_model=MERIT if evaluates else None,
+        greater_is_better=True if evaluates else None,
+        logging_steps=math.ceil(steps / LOGS),
         logging_nan_inf_filter=False,
         report_to="none",
         disable_tqdm=not progress,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -19,8 +20,8 @@ from reft_runtime import Engine, SamplingParams
 from reft_runtime.errors import ConfigError, TrainingFailed
 from reft_runtime.interventions import parse, read
 from reft_runtime.interventions.describe import describe
-from reft_runtime.training import TrainSettings, train
-from reft_runtime.training.trainer import EditTrainer
+from reft_runtime.training import TrainSettings, evaluate, train
+from reft_runtime.training.trainer import EditTrainer, merit
 from tests.helpers.tokenizer import tiny_tokenizer
 from tests.training.make import ROWS, folder, jsonl, model, own
 
@@ -193,6 +194,7 @@ def test_a_loss_that_is_not_finite_keeps_the_last_good_edits(
     with pytest.raises(TrainingFailed, match=rf"nan at step 11.*The last good edits are in {out}"):
         run(out)
     assert all(bool(t.isfinite().all()) for t in parse(read(out)).tensors.values())
+    assert list(tmp_path.iterdir()) == [out]
 
 
 @pytest.mark.parametrize(
@@ -210,9 +212,10 @@ def test_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exc
     monkeypatch.setattr(EditTrainer, "_save_checkpoint", full)
     out = tmp_path / "x.safetensors"
     out.write_bytes(b"before")
-    with pytest.raises(ConfigError, match=r"cannot be written: .* --resume"):
+    with pytest.raises(ConfigError, match=r"cannot be written: .* start it again"):
         run(out)
     assert out.read_bytes() == b"before"
+    assert list(tmp_path.iterdir()) == [out]
 
 
 @pytest.mark.parametrize(
@@ -228,6 +231,9 @@ def test_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exc
         ({"epochs": 1.0}, "steps: give epochs or steps, not both"),
         ({"accumulate": 3}, "batch_size: 8 rows of a step cannot be shared by 3"),
         ({"dtype": "float16"}, "dtype: must be one of auto, float32, bfloat16"),
+        ({"hold_out": 1.0}, "hold_out: must be a share of the rows from 0 to below 1"),
+        ({"hold_out": 0.01}, "hold_out: a share of 0.01 of 24 rows is none that can be spared"),
+        ({"patience": 5}, "patience: a training is evaluated 5 times; give 1 to 4, not 5"),
         ({"untied": True}, "untied: needs positions of the form fN"),
         ({"positions": "[40]"}, "row 1: positions .40. edit nothing in its prompt"),
         ({"max_length": 4}, "rows: 24 of 24 rows are longer than 4 tokens"),
@@ -242,6 +248,41 @@ def test_settings_that_cannot_be(tmp_path: Path, changes: dict[str, Any], messag
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"layers": "8,16"}, r"layers: must be numbers of layers such as \(8, 16, 24\).*'8,16'"),
+        ({"layers": 8}, "layers: must be numbers"),
+        ({"layers": (8.0,)}, "layers: must be numbers"),
+        ({"rank": 4.0}, r"rank: must be int or None, not 4.0 \(float\)"),
+        ({"steps": True}, "steps: must be int or None, not True"),
+        ({"lr": "1e-3"}, "lr: must be float or None, not '1e-3'"),
+        ({"untied": 1}, r"untied: must be bool, not 1 \(int\)"),
+        ({"template": 3}, "template: must be str or None"),
+    ],
+)
+def test_settings_of_a_wrong_type(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(TypeError, match=message):
+        TrainSettings(**changes)
+
+
+def test_settings_take_what_is_meant() -> None:
+    made = TrainSettings(layers=[1, 3], lr=1, epochs=2)  # type: ignore[arg-type]
+    assert made.layers == (1, 3)
+
+
+def test_arguments_of_a_wrong_type(tmp_path: Path) -> None:
+    out: Any = tmp_path / "x.safetensors"
+    with pytest.raises(TypeError, match="settings: give a TrainSettings, not dict"):
+        run(out, settings={"rank": 4})
+    with pytest.raises(TypeError, match=r"model: give demo, a folder, .* not int"):
+        train(ROWS, out, model=3)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="out: give the name of a file, not NoneType"):
+        run(None)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="data: give a file's name, a list of rows"):
+        run(out, 3)
+
+
 def test_other_mistakes(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"out: .* must end with .safetensors"):
         run(tmp_path / "x.bin")
@@ -251,6 +292,76 @@ def test_other_mistakes(tmp_path: Path) -> None:
     other = [{**ROWS[0], "completion": " maybe", "label": "maybe"}]
     with pytest.raises(ConfigError, match="eval: the label 'maybe' never appears in the training"):
         run(tmp_path / "x.safetensors", evaluation=other)
+
+
+def test_equal_accuracy_is_decided_by_the_loss() -> None:
+    def of(right: float, loss: float) -> float:
+        return merit(torch.tensor([loss * 10, 10, right, 24], dtype=torch.float64), labelled=True)
+
+    assert of(23, 0.5) > of(22, 0.1) > of(22, 0.2) > of(22, 90.0) > of(21, 0.0)
+    few, many = (torch.tensor([loss, 10, 3, 24], dtype=torch.float64) for loss in (5, 6))
+    assert merit(few, labelled=False) > merit(many, labelled=False)
+
+
+def test_losses_are_logged_finely_and_drawn(tmp_path: Path) -> None:
+    settings = TrainSettings(steps=100, batch_size=2, dtype="float32")
+    said, picture = list[str](), tmp_path / "loss.svg"
+    trained = run(
+        tmp_path / "x.safetensors",
+        evaluation=ROWS[:8],
+        settings=settings,
+        plot=picture,
+        say=said.append,
+    )
+    assert trained.metrics["accuracy"]
+    # Each mark of the curves is a use of one shape.
+    assert picture.read_text().count("<use ") >= 10
+    assert "1,040 trained parameters, 100 steps" in said[2]
+    assert re.fullmatch(r"about \d+ (second|minute)s? for 100 steps", said[3])
+    assert re.fullmatch(r"step \d+ of 100 is taken, the best of those .*", said[4])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"plot": "loss.txt"}, r"plot: loss.txt must end with .png, .svg or .pdf"),
+        ({"plot": "/dev/null/loss.png"}, "plot: /dev/null cannot be"),
+        ({"tensorboard": "logs"}, r"tensorboard: is not installed; run `pip install 'reft-server"),
+    ],
+)
+def test_curves_that_cannot_be_written(
+    tmp_path: Path, options: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("reft_runtime.training.curves.importlib.util.find_spec", lambda _: None)
+    with pytest.raises(ConfigError, match=message):
+        run(tmp_path / "x.safetensors", **options)
+    monkeypatch.setitem(sys.modules, "matplotlib.backend_bases", None)
+    with pytest.raises(ConfigError, match=r"plot: needs matplotlib; run `pip install"):
+        run(tmp_path / "x.safetensors", plot="loss.png")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_was_held_out_is_measured_on_the_loaded_model(tmp_path: Path) -> None:
+    settings = TrainSettings(steps=60, batch_size=8, lr=5e-2, hold_out=0.25, dtype="float32")
+    said: list[str] = []
+    trained = run(tmp_path / "task.safetensors", settings=settings, say=said.append)
+    assert said[1].startswith("6 of 24 rows are held out to measure it; --hold-out 0 trains on all")
+    about = trained.intervention.manifest.training
+    assert (about["rows"], about["eval_rows"], about["hold_out"]) == (18, 6, 0.25)
+    reports = [
+        evaluate(
+            [trained.held_out],
+            [str(trained.path)],
+            model=base,
+            tokenizer=trained.tokenizer,
+            progress=False,
+        )
+        for base in (trained.model, model())
+    ]
+    assert reports[0] == reports[1]
+    assert reports[0].value("task", "rows (held out)") > reports[0].value("base", "rows (held out)")
+    with pytest.raises(ConfigError, match="hold_out: there are other rows to evaluate on"):
+        run(tmp_path / "y.safetensors", evaluation=ROWS[:8], settings=settings)
 
 
 def test_defaults_scale_with_the_model() -> None:
