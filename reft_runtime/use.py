@@ -15,6 +15,9 @@ if TYPE_CHECKING:
 MAX_INTERVENTIONS = 16
 """Most interventions that one request may compose."""
 
+MAX_STRENGTH = 100.0
+"""A server takes strengths from minus this to this."""
+
 
 def completion_prefix(applied: Iterable[tuple[Version, float]]) -> str:
     """What answers of these versions, at these strengths, begin with for the tokenizer's sake.

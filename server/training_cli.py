@@ -246,7 +246,10 @@ def eval_(
     intervention: Annotated[
         list[str],
         typer.Option(
-            help="A file, a name in --interventions (or of the server), or a pattern like 's*'."
+            "--intervention",
+            "-i",
+            help="A file, a name in --interventions (or of the server), or a pattern like 's*'; "
+            "NAME=0.5 applies it at that strength. May be repeated.",
         ),
     ] = [],  # noqa: B006 - typer's way to say: may be repeated
     model: Model = "demo",
@@ -270,7 +273,17 @@ def eval_(
     threads: Threads = None,
     url: Url = None,
     api_key: ApiKey = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    details: Annotated[
+        bool,
+        typer.Option(
+            "--details",
+            help="Figures by label, confusions, wrong rows and what to try next, of several "
+            "interventions too; of one they are shown anyway.",
+        ),
+    ] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print JSON, with every row's outcome.")
+    ] = False,
 ) -> None:
     """Measure interventions on data sets, all in one batch, the base model beside them."""
     with stage("Starting Python's libraries"):
@@ -291,7 +304,12 @@ def eval_(
         dtype=dtype,
         threads=threads,
     )
-    typer.echo(json.dumps(report.as_json()) if as_json else report.table())
+    if as_json:
+        typer.echo(json.dumps(report.as_json()))
+        return
+    typer.echo(report.table())
+    if (details or len(report.interventions) == 1) and (found := report.details()):
+        typer.echo(f"\n{found}")
 
 
 @app.command()

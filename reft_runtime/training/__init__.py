@@ -3,7 +3,8 @@
 from reft_runtime.training.check import Check, check
 from reft_runtime.training.direction import direction
 from reft_runtime.training.evaluate import evaluate
-from reft_runtime.training.scoring import Report, Score
+from reft_runtime.training.outcomes import Score
+from reft_runtime.training.report import Report
 from reft_runtime.training.settings import TrainSettings
 from reft_runtime.training.train import Trained, train
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -13,53 +13,30 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from reft_runtime.engine.model import LoadedModel
-from reft_runtime.errors import ConfigError, InvalidFile, NotFound
-from reft_runtime.interventions import CanonicalEdit, parse, read
-from reft_runtime.interventions.file import SUFFIX
+from reft_runtime.errors import ConfigError
+from reft_runtime.interventions import parse
 from reft_runtime.interventions.manifest import Manifest
 from reft_runtime.llm import Applied, Engine
 from reft_runtime.loading import load_base, use_threads
 from reft_runtime.sampling import SamplingParams
 from reft_runtime.text import Tokenizer
+from reft_runtime.training.candidates import Candidate, find_files, find_served
 from reft_runtime.training.forward import Base, predict
 from reft_runtime.training.layout import Layout
+from reft_runtime.training.outcomes import Outcome, Score
 from reft_runtime.training.prompts import Formatter
-from reft_runtime.training.remote import Question, Server
-from reft_runtime.training.rows import Row, Rows, read_rows
-from reft_runtime.training.scoring import (
-    BASE,
-    METRICS,
-    Metric,
-    Report,
-    Score,
-    answer_texts,
-    check_label,
-    is_right,
-    metric_of,
-    wanted_text,
-)
+from reft_runtime.training.remote import Answer, Question, Server
+from reft_runtime.training.report import Report
+from reft_runtime.training.rows import Row
+from reft_runtime.training.scoring import METRICS, Metric, answer_texts, wanted_text
 from reft_runtime.training.sources import Data
+from reft_runtime.training.tasks import Task, read_tasks
+from reft_runtime.use import Use
 
 BATCH = 32
 
 MARGIN = 3
 """Tokens of an answer beyond the wanted ones: other blanks before it, and what shows its end."""
-
-Files = Mapping[str | None, bytes | None]
-"""Intervention files by name; None is the base model."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Task:
-    """A data set, what is measured on it, and how its rows are read.
-
-    `labels` are those that answers begin with as whole words, None where prefixes count.
-    """
-
-    rows: Rows
-    metric: Metric
-    layout: Layout
-    labels: set[str] | None
 
 
 def evaluate(
@@ -84,34 +61,20 @@ def evaluate(
     """Score interventions, and unless told otherwise the base model, on data sets.
 
     `interventions` are files, names of files in `folder`, or shell patterns for either; with `url`
-    names that a running server has, or patterns. `template`, `text` and `label` are as for
-    training; the chats of an
-    intervention with a template of its own go through that. Prompts of all interventions and all
-    data sets run in one batch, on an `Engine` of `model` or on the server. `metric` None is
-    accuracy where rows have labels, and else perplexity, which only runs in process. An answer
-    begins with a label as a whole word, or, with `prefixes`, by its letters alone. `threads` is by
-    default one a core that this process may use.
+    names that a running server has, NAME@DIGEST, or patterns; each with `=STRENGTH` behind it or
+    without. `text` and `label` are as for training, `template` too: without it, rows are asked of a
+    file as the template in its manifest says. Prompts of all interventions and all data sets run in
+    one batch, on an `Engine` of `model` or on the server. `metric` None is accuracy where rows have
+    labels, and else perplexity, which only runs in process. An answer begins with a label as a
+    whole word, or, with `prefixes`, by its letters alone. `threads` is by default one a core that
+    this process may use.
     Raises `ConfigError` and `NotFound`.
     """
-    tasks = [
-        _Task(
-            rows,
-            metric_of(rows, metric),
-            Layout(template, rows.rows[0]),
-            None if prefixes else rows.labels,
-        )
-        for rows in (read_rows(source, text=text, label=label) for source in data)
-    ]
-    for task in tasks:
-        if task.metric == "accuracy" and task.labels is not None:
-            for row in task.rows.rows:
-                check_label(row, task.layout, task.labels)
-    if len({task.rows.name for task in tasks}) < len(tasks):
-        raise ConfigError("data: two data sets have one name; rename a file.", param="data")
+    tasks = read_tasks(data, metric, template=template, prefixes=prefixes, text=text, label=label)
     likely = [task for task in tasks if task.metric == "perplexity"]
     answered = [task for task in tasks if task.metric != "perplexity"]
     scores: list[Score] = []
-    unedited: list[str | None] = [None] if base else []
+    bases = [_Subject(Candidate())] if base else []
     if url is not None:
         if likely:
             raise ConfigError(
@@ -120,211 +83,191 @@ def evaluate(
                 param="metric",
             )
         server = Server(url, api_key)
-        names = [*unedited, *_matching(interventions, server.models()[1:])]
-        scores = _by_server(server, names, answered, progress=progress)
+        served = find_served(interventions, server)
+        # A server tells the manifest of a name's newest version; older ones are taken as alike.
+        names = {one: (one.name or "").partition("@")[0] for one in served}
+        manifests = {name: server.manifest(name) for name in set(names.values())}
+        subjects = [*bases, *(_Subject(one, manifests[names[one]]) for one in served)]
+        scores = _by_server(server, subjects, answered, progress=progress)
     else:
-        files: Files = {**dict.fromkeys(unedited), **_read_files(interventions, folder)}
+        found = find_files(interventions, folder)
+        subjects = [*bases, *(_Subject(one, parse(file).manifest, file) for one, file in found)]
         if answered:
             with Engine(model, tokenizer=tokenizer, dtype=dtype, threads=threads) as engine:
-                scores += _by_engine(engine, files, answered, progress=progress)
+                scores += _by_engine(engine, subjects, answered, progress=progress)
         if likely:
             use_threads(threads)
             _, loaded, own = load_base(model, tokenizer, dtype, None, differentiable=True)
             words = Tokenizer(own, loaded.max_model_len)
-            scores += _perplexities(loaded, words, files, likely, progress=progress)
+            scores += _perplexities(loaded, words, subjects, likely, progress=progress)
     order = {task.rows.name: place for place, task in enumerate(tasks)}
     return Report(tuple(sorted(scores, key=lambda score: order[score.data])))
 
 
-def _read_files(wanted: Sequence[str], folder: str | Path | None) -> dict[str | None, bytes | None]:
-    """Files by the name that they are served under."""
-    found: dict[str, Path] = {}
-    for reference in wanted:
-        if reference.endswith(SUFFIX) or "/" in reference:
-            path = Path(reference)
-            paths = sorted(path.parent.glob(path.name))
-        elif folder is not None:
-            paths = sorted(Path(folder).glob(f"{reference}{SUFFIX}"))
-        else:
-            paths = []
-        if not paths:
-            where = "" if folder is None else f" in {folder}"
-            raise NotFound(f"intervention: there is no {reference}{where}.", param="intervention")
-        for path in paths:
-            if found.setdefault(path.stem, path) != path:
-                raise ConfigError(
-                    f"intervention: {found[path.stem]} and {path} have one name.",
-                    param="intervention",
-                )
-    return {name: _sound(path) for name, path in found.items()}
+@dataclass(frozen=True, slots=True)
+class _Subject:
+    """A candidate, its manifest and, unless a server has it, its file; the base has neither."""
 
+    candidate: Candidate
+    manifest: Manifest | None = None
+    file: bytes | None = None
 
-def _sound(path: Path) -> bytes:
-    """A file's bytes, looked at before any model is loaded."""
-    try:
-        data = read(path.resolve())
-        parse(data)
-    except (OSError, InvalidFile) as error:
-        reason = error.message if isinstance(error, InvalidFile) else f"{error.strerror}."
-        raise ConfigError(f"intervention: {path}: {reason}", param="intervention") from None
-    return data
+    def formatter(self, layout: Layout, tokenizer: Tokenizer, eos_ids: frozenset[int]) -> Formatter:
+        """What writes its prompts, as a server does."""
+        if self.manifest is None:
+            return Formatter(layout, tokenizer, eos_ids)
+        return Formatter(
+            layout,
+            tokenizer,
+            eos_ids,
+            self.manifest.template,
+            self.manifest.system_turn,
+            self.manifest.completion_prefix if self.candidate.strength else None,
+        )
 
-
-def _matching(wanted: Sequence[str], known: Sequence[str]) -> list[str]:
-    """Names that a server has."""
-    found: dict[str, None] = {}
-    for reference in wanted:
-        names = [name for name in known if fnmatchcase(name, reference)]
-        if not names:
-            raise NotFound(
-                f"intervention: the server has no {reference!r}; it has"
-                f" {', '.join(known) or 'none'}. A file is put on it with `reft train --push`, or"
-                " PUT /v1/interventions/NAME.",
-                param="intervention",
-            )
-        found.update(dict.fromkeys(names))
-    return list(found)
+    def score(self, task: Task, value: float, outcomes: Sequence[Outcome] = ()) -> Score:
+        """Its score, which knows on how many rows it was trained, where the file says so."""
+        trained = None if self.manifest is None else self.manifest.training.get("rows")
+        return Score(
+            self.candidate.label,
+            task.rows.name,
+            task.metric,
+            value,
+            len(task.rows.rows),
+            tuple(outcomes),
+            trained if isinstance(trained, int) else None,
+        )
 
 
 @dataclass(frozen=True, slots=True)
 class _Asked:
-    """One prompt of one intervention, and what its answer should be."""
+    """One prompt of one candidate, and what its answer should be."""
 
-    task: _Task
-    intervention: str | None
+    task: Task
+    subject: _Subject
+    layout: Layout
     row: Row
     wanted: str
 
 
-Ask = Callable[[Sequence[_Asked], int], list[str]]
+Ask = Callable[[Sequence[_Asked], int], list[Answer]]
 """Greedy answers of at most so many tokens."""
 
 
 def _answered(
-    tasks: Sequence[_Task],
-    names: Sequence[str | None],
+    tasks: Sequence[Task],
+    subjects: Sequence[_Subject],
     count_tokens: Callable[[Sequence[str]], list[int]],
     ask: Ask,
 ) -> list[Score]:
     """Ask everything that is compared in one way in one run, and score it."""
     scores = []
     for metric in METRICS:
-        asked = [
-            _Asked(task, name, row, wanted_text(row, metric, task.layout))
-            for task in tasks
-            if task.metric == metric
-            for name in names
-            for row in task.rows.rows
-        ]
+        pairs = [(task, one) for task in tasks if task.metric == metric for one in subjects]
+        asked = []
+        for task, subject in pairs:
+            layout = task.asked_of(subject.manifest)
+            asked += [
+                _Asked(task, subject, layout, row, wanted_text(row, metric, layout))
+                for row in task.rows.rows
+            ]
         if not asked:
             continue
         texts = {
-            text
-            for one in asked
-            for text in answer_texts(one.row, one.wanted, metric, one.task.layout)
+            text for one in asked for text in answer_texts(one.row, one.wanted, metric, one.layout)
         }
         longest = max(count_tokens(sorted(texts))) + MARGIN
-        rights: dict[tuple[str | None, str], list[bool]] = {}
-        for one, answer in zip(asked, ask(asked, longest), strict=True):
-            key = (one.intervention, one.task.rows.name)
-            rights.setdefault(key, []).append(is_right(answer, one.wanted, metric, one.task.labels))
-        scores += [
-            Score(name or BASE, data, metric, sum(right) / len(right), len(right), tuple(right))
-            for (name, data), right in rights.items()
-        ]
+        answers = iter(zip(asked, ask(asked, longest), strict=True))
+        for task, subject in pairs:
+            outcomes = [
+                one.task.outcome(one.row, one.layout, one.wanted, answer)
+                for one, answer in islice(answers, len(task.rows.rows))
+            ]
+            value = sum(outcome.right for outcome in outcomes) / len(outcomes)
+            scores.append(subject.score(task, value, outcomes))
     return scores
 
 
 def _by_engine(
-    engine: Engine, files: Files, tasks: Sequence[_Task], *, progress: bool
+    engine: Engine,
+    subjects: Sequence[_Subject],
+    tasks: Sequence[Task],
+    *,
+    progress: bool,
 ) -> list[Score]:
-    manifests: dict[str | None, Manifest] = {}
-    for name, data in files.items():
-        if name is not None and data is not None:
-            version, _ = engine.registry.put(name, data)
-            manifests[name] = version.manifest
+    files = {one.candidate.name: one.file for one in subjects}
+    for name, file in files.items():
+        if name is not None and file is not None:
+            engine.registry.put(name, file)
     tokenizer = engine.tokenizer
 
-    def ask(asked: Sequence[_Asked], max_tokens: int) -> list[str]:
+    def ask(asked: Sequence[_Asked], max_tokens: int) -> list[Answer]:
         prompts = [
-            _formatter(
-                one.task, tokenizer, tokenizer.eos_ids, manifests.get(one.intervention)
-            ).prompt(one.row)
+            one.subject.formatter(one.layout, tokenizer, tokenizer.eos_ids).prompt(one.row)
             for one in asked
         ]
-        applied: list[Applied] = [one.intervention for one in asked]
+        candidates = (one.subject.candidate for one in asked)
+        applied: list[Applied] = [
+            None if one.name is None else Use(one.name, one.strength) for one in candidates
+        ]
         answers = engine.generate(
             prompts,
             SamplingParams(temperature=0, max_tokens=max_tokens),
             intervention=applied,
             progress=progress,
         )
-        return [answer.text for answer in answers]
+        choices = [answer.choices[0] for answer in answers]
+        return [Answer(choice.text, choice.finish_reason == "stop") for choice in choices]
 
     def count(texts: Sequence[str]) -> list[int]:
         return [len(tokenizer.encode(text, add_special_tokens=False)) for text in texts]
 
-    return _answered(tasks, list(files), count, ask)
+    return _answered(tasks, subjects, count, ask)
 
 
 def _by_server(
-    server: Server, names: Sequence[str | None], tasks: Sequence[_Task], *, progress: bool
+    server: Server, subjects: Sequence[_Subject], tasks: Sequence[Task], *, progress: bool
 ) -> list[Score]:
-    def ask(asked: Sequence[_Asked], max_tokens: int) -> list[str]:
-        questions = [
-            Question(one.task.layout.prompt(one.row), one.intervention, max_tokens) for one in asked
-        ]
+    def ask(asked: Sequence[_Asked], max_tokens: int) -> list[Answer]:
+        questions = []
+        for one in asked:
+            candidate = one.subject.candidate
+            prompt = one.layout.prompt(one.row)
+            questions.append(Question(prompt, candidate.name, max_tokens, candidate.strength))
         return server.answers(questions, progress=progress)
 
-    return _answered(tasks, names, server.count_tokens, ask)
+    return _answered(tasks, subjects, server.count_tokens, ask)
 
 
 @torch.no_grad()
 def _perplexities(
     loaded: LoadedModel,
     tokenizer: Tokenizer,
-    files: Files,
-    tasks: Sequence[_Task],
+    subjects: Sequence[_Subject],
+    tasks: Sequence[Task],
     *,
     progress: bool,
 ) -> list[Score]:
     """Perplexity of the completions' tokens, as training computes its loss."""
     base = Base(loaded)
     scores = []
-    batches = sum(math.ceil(len(task.rows.rows) / BATCH) for task in tasks) * len(files)
+    batches = sum(math.ceil(len(task.rows.rows) / BATCH) for task in tasks) * len(subjects)
     with tqdm(total=batches, desc="Perplexity", disable=not progress) as bar:
         for task in tasks:
-            for name, data in files.items():
-                edits: tuple[CanonicalEdit, ...] = ()
-                manifest = None
-                if data is not None:
-                    intervention = parse(data)
-                    edits, manifest = intervention.canonical(), intervention.manifest
-                formatter = _formatter(task, tokenizer, loaded.eos_ids, manifest)
+            for subject in subjects:
+                edits = () if subject.file is None else parse(subject.file).canonical()
+                layout = task.asked_of(subject.manifest)
+                formatter = subject.formatter(layout, tokenizer, loaded.eos_ids)
                 examples = [formatter.example(row) for row in task.rows.rows]
                 loss, tokens = 0.0, 0
                 for first in range(0, len(examples), BATCH):
-                    made = predict(base, edits, examples[first : first + BATCH])
+                    made = predict(
+                        base,
+                        edits,
+                        examples[first : first + BATCH],
+                        subject.candidate.strength,
+                    )
                     loss, tokens = loss + float(made.loss()), tokens + len(made.targets)
                     bar.update()
-                value = math.exp(loss / tokens)
-                scores.append(
-                    Score(name or BASE, task.rows.name, "perplexity", value, len(examples))
-                )
+                scores.append(subject.score(task, math.exp(loss / tokens)))
     return scores
-
-
-def _formatter(
-    task: _Task, tokenizer: Tokenizer, eos_ids: frozenset[int], manifest: Manifest | None
-) -> Formatter:
-    """What writes a task's prompts for an intervention, or for the base model."""
-    if manifest is None:
-        return Formatter(task.layout, tokenizer, eos_ids)
-    return Formatter(
-        task.layout,
-        tokenizer,
-        eos_ids,
-        manifest.template,
-        manifest.system_turn,
-        manifest.completion_prefix,
-    )

@@ -146,10 +146,11 @@ class Predictions:
 
 
 class _BatchEdits:
-    """An `Editor` of one batch: packed rows by site and edit."""
+    """An `Editor` of one batch: packed rows by site and edit, all edits at one strength."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, strength: float) -> None:
         self._device = device
+        self._strength = strength
         self._passes: dict[Site, list[tuple[CanonicalEdit, Tensor]]] = {}
 
     @property
@@ -163,10 +164,16 @@ class _BatchEdits:
 
     def apply(self, site: Site, hidden: Tensor) -> None:
         for edit, rows in self._passes[site]:
-            hidden.index_copy_(0, rows, edit.edited(hidden[rows]).to(hidden.dtype))
+            new = edit.edited(hidden[rows], self._strength)
+            hidden.index_copy_(0, rows, new.to(hidden.dtype))
 
 
-def predict(base: Base, edits: Sequence[CanonicalEdit], examples: Sequence[Example]) -> Predictions:
+def predict(
+    base: Base,
+    edits: Sequence[CanonicalEdit],
+    examples: Sequence[Example],
+    strength: float = 1.0,
+) -> Predictions:
     """Run examples through the base with edits, at the positions where serving applies them.
 
     Gradients flow from the first edited token and layer on; what is before is computed without
@@ -184,7 +191,7 @@ def predict(base: Base, edits: Sequence[CanonicalEdit], examples: Sequence[Examp
             offsets = edit.positions.offsets(example.prompt_length, start, stop)
             rows.append([first - start + offset for offset in offsets])
         first += len(part)
-    editor = _BatchEdits(base.device)
+    editor = _BatchEdits(base.device, strength)
     for rows, edit in zip(places, edits, strict=True):
         editor.add(edit, [row for some in rows for row in some])
     prefixes = base.prefixes([e.tokens[:s] for e, s in zip(examples, starts, strict=True)])

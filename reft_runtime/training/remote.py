@@ -12,6 +12,8 @@ import httpx
 from tqdm import tqdm
 
 from reft_runtime.errors import ConfigError, NotFound
+from reft_runtime.interventions.intervention import validate_manifest
+from reft_runtime.interventions.manifest import Manifest
 
 CONCURRENCY = 32
 """Requests under way at once; the server batches them."""
@@ -26,6 +28,15 @@ class Question:
     asked: str | Sequence[Mapping[str, str]]
     intervention: str | None
     max_tokens: int
+    strength: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """An answer's text, and whether it ended by itself, not because of its length."""
+
+    text: str
+    ended: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +58,21 @@ class Server:
             found = _call(client, "GET", "/v1/models").json()["data"]
         return [model["id"] for model in found]
 
+    def has_model(self, model: str) -> bool:
+        """Whether a request may name this model, such as NAME@DIGEST."""
+        with self._client() as client:
+            try:
+                _call(client, "GET", f"/v1/models/{model}")
+            except NotFound:
+                return False
+        return True
+
+    def manifest(self, name: str) -> Manifest:
+        """What the file of an intervention says about itself."""
+        with self._client() as client:
+            found = _call(client, "GET", f"/v1/interventions/{name}").json()
+        return validate_manifest(found["manifest"])
+
     def count_tokens(self, texts: Sequence[str]) -> list[int]:
         """How many tokens texts have."""
         with self._client() as client:
@@ -55,19 +81,19 @@ class Server:
                 for text in texts
             ]
 
-    def answers(self, questions: Sequence[Question], *, progress: bool) -> list[str]:
+    def answers(self, questions: Sequence[Question], *, progress: bool) -> list[Answer]:
         """Greedy answers, in order."""
         base = self.models()[0]
         return asyncio.run(self._answers(questions, base, progress=progress))
 
     async def _answers(
         self, questions: Sequence[Question], base: str, *, progress: bool
-    ) -> list[str]:
+    ) -> list[Answer]:
         limit = asyncio.Semaphore(CONCURRENCY)
         async with httpx.AsyncClient(**self._options()) as client:
             with tqdm(total=len(questions), desc="Answers", disable=not progress) as bar:
 
-                async def answer(question: Question) -> str:
+                async def answer(question: Question) -> Answer:
                     async with limit:
                         path, body = _request(question, base)
                         try:
@@ -77,7 +103,7 @@ class Server:
                     bar.update()
                     choice = _checked(response).json()["choices"][0]
                     text = choice["text"] if "text" in choice else choice["message"]["content"]
-                    return str(text)
+                    return Answer(str(text), choice["finish_reason"] == "stop")
 
                 return list(await asyncio.gather(*map(answer, questions)))
 
@@ -96,6 +122,9 @@ def _request(question: Question, base: str) -> tuple[str, dict[str, Any]]:
         "temperature": 0,
         "max_tokens": question.max_tokens,
     }
+    if question.strength != 1:
+        use = {"name": question.intervention, "strength": question.strength}
+        body |= {"model": base, "interventions": [use]}
     if isinstance(question.asked, str):
         return "/v1/completions", {**body, "prompt": question.asked}
     return "/v1/chat/completions", {**body, "messages": list(question.asked)}

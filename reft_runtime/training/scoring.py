@@ -1,11 +1,10 @@
-"""What an evaluation measures, and how it is shown."""
+"""What an evaluation measures, and when an answer is right."""
 
 from __future__ import annotations
 
 import unicodedata
 from collections.abc import Collection
-from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Literal
 
 from reft_runtime.errors import ConfigError
 from reft_runtime.training.layout import Layout
@@ -14,69 +13,6 @@ from reft_runtime.training.rows import Row, Rows
 Metric = Literal["accuracy", "exact", "perplexity"]
 
 METRICS: tuple[Metric, ...] = ("accuracy", "exact", "perplexity")
-
-BASE = "base"
-"""What the model without an intervention is called."""
-
-
-@dataclass(frozen=True, slots=True)
-class Score:
-    """One intervention on one data set. `right` says it by row; perplexity has no such thing."""
-
-    intervention: str
-    data: str
-    metric: Metric
-    value: float
-    rows: int
-    right: tuple[bool, ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class Report:
-    """All scores, the base's among them."""
-
-    scores: tuple[Score, ...]
-
-    def value(self, intervention: str, data: str) -> float:
-        """One figure."""
-        [found] = [s for s in self.scores if (s.intervention, s.data) == (intervention, data)]
-        return found.value
-
-    def as_json(self) -> list[dict[str, Any]]:
-        """Plain values."""
-        return [asdict(score) for score in self.scores]
-
-    def frame(self) -> Any:
-        """A pandas DataFrame, one line a score; `pip install pandas` provides it."""
-        try:
-            import pandas
-        except ImportError:
-            raise ConfigError("frame: needs pandas; run `pip install pandas`.") from None
-        fields = ("intervention", "data", "metric", "value", "rows")
-        return pandas.DataFrame(
-            [[getattr(score, field) for field in fields] for score in self.scores],
-            columns=list(fields),
-        )
-
-    def table(self) -> str:
-        """Interventions by data sets, for a terminal: accuracies in per cent."""
-        sets = list(dict.fromkeys((s.data, s.metric, s.rows) for s in self.scores))
-        names = list(dict.fromkeys(s.intervention for s in self.scores))
-        shown = {(s.intervention, s.data): _shown(s) for s in self.scores}
-        lines = [["", *(f"{data} ({metric}, n={rows})" for data, metric, rows in sets)]]
-        lines += [[name, *(shown[name, data] for data, _, _ in sets)] for name in names]
-        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-        return "\n".join(
-            "  ".join(
-                cell.rjust(width) if column else cell.ljust(width)
-                for column, (cell, width) in enumerate(zip(line, widths, strict=True))
-            ).rstrip()
-            for line in lines
-        )
-
-
-def _shown(score: Score) -> str:
-    return f"{score.value:.3f}" if score.metric == "perplexity" else f"{score.value:.1%}"
 
 
 def metric_of(rows: Rows, wanted: Metric | None) -> Metric:
@@ -145,6 +81,16 @@ def begins_with(answer: str, label: str, labels: Collection[str]) -> bool:
     return _begins(answer, label) and not any(
         len(other) > len(label) and _begins(answer, other) for other in labels
     )
+
+
+def given_label(answer: str, labels: Collection[str], *, prefixes: bool = False) -> str | None:
+    """The label that an answer begins with: the longest, and None where it is none.
+
+    As a whole word or, with `prefixes`, by its letters alone.
+    """
+    answer = answer.strip()
+    begins = str.startswith if prefixes else _begins
+    return max((label for label in labels if begins(answer, label)), key=len, default=None)
 
 
 def _begins(answer: str, label: str) -> bool:

@@ -25,9 +25,8 @@ from reft_runtime.sampling import (
     MAX_STOP_TOKENS,
     SamplingParams,
 )
-from reft_runtime.use import MAX_INTERVENTIONS
+from reft_runtime.use import MAX_INTERVENTIONS, MAX_STRENGTH
 
-MAX_STRENGTH = 100.0
 MAX_SUBSPACE = 1024
 MAX_TOKENS = 2**31 - 1
 MAX_STOP_LENGTH = 1024

@@ -6,7 +6,6 @@ import json
 import math
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pandas
@@ -17,9 +16,10 @@ from typer.testing import CliRunner
 from reft_runtime import Engine
 from reft_runtime.errors import ConfigError, NotFound, ReftError
 from reft_runtime.interventions import parse, read, read_header
+from reft_runtime.outputs import Choice, Generation
 from reft_runtime.training import TrainSettings, direction, evaluate, train
 from reft_runtime.training.direction import read_texts
-from reft_runtime.training.remote import Server
+from reft_runtime.training.remote import Answer, Server
 from reft_runtime.training.scoring import is_right
 from server.cli import app
 from server.settings import Settings
@@ -139,10 +139,11 @@ def test_answers_are_as_long_as_they_are_written(
         return text if max_tokens > len(wanted) else text + "?"  # it has to end, too
 
     def generate(self: Engine, prompts: Any, sampling: Any, **_: Any) -> Any:
-        return [SimpleNamespace(text=cut(sampling.max_tokens)) for _ in prompts]
+        choice = Choice(0, cut(sampling.max_tokens), finish_reason="stop")
+        return [Generation([], [choice]) for _ in prompts]
 
-    def answers(self: Server, questions: Any, **_: Any) -> list[str]:
-        return [cut(question.max_tokens) for question in questions]
+    def answers(self: Server, questions: Any, **_: Any) -> list[Answer]:
+        return [Answer(cut(question.max_tokens), True) for question in questions]
 
     monkeypatch.setattr(Engine, "generate", generate)
     monkeypatch.setattr(Server, "answers", answers)

@@ -1,0 +1,134 @@
+"""What an evaluation judges: interventions by file or by a server's names, at strengths."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+from reft_runtime.errors import ConfigError, InvalidFile, InvalidRequest, NotFound
+from reft_runtime.interventions import parse, read
+from reft_runtime.interventions.file import SUFFIX
+from reft_runtime.nearest import did_you_mean
+from reft_runtime.training.remote import Server
+from reft_runtime.training.report import BASE
+from reft_runtime.use import MAX_STRENGTH, Use
+
+MOST_NAMED = 10
+"""Names that an error lists where none is like the one asked for."""
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """An intervention at a strength; `name` None is the base model."""
+
+    name: str | None = None
+    strength: float = 1.0
+
+    @property
+    def label(self) -> str:
+        """What a report calls it: the name, and the strength where it is not 1."""
+        if self.name is None or self.strength == 1:
+            return self.name or BASE
+        return f"{self.name}={repr(float(self.strength)).removesuffix('.0')}"
+
+
+def find_files(wanted: Sequence[str], folder: str | Path | None) -> list[tuple[Candidate, bytes]]:
+    """What is wanted, in order, each with its file.
+
+    Each is a file, a name in `folder`, or a shell pattern of either, with `=STRENGTH` or without.
+    Raises `NotFound` with the names that are nearest, `InvalidRequest` and `ConfigError`.
+    """
+    found: dict[str, Path] = {}
+    candidates: dict[Candidate, None] = {}
+    for use in map(_parse, wanted):
+        for path in _paths(use.label, folder):
+            if found.setdefault(path.stem, path) != path:
+                raise ConfigError(
+                    f"intervention: {found[path.stem]} and {path} have one name.",
+                    param="intervention",
+                )
+            candidates[Candidate(path.stem, use.strength)] = None
+    files = {name: _sound(path) for name, path in found.items()}
+    return [(candidate, files[candidate.name or ""]) for candidate in candidates]
+
+
+def find_served(wanted: Sequence[str], server: Server) -> list[Candidate]:
+    """What is wanted of a server, in order.
+
+    Each is a name, a pattern, or NAME@DIGEST, with `=STRENGTH` or without. Raises `NotFound` with
+    the names that are nearest, and `InvalidRequest`.
+    """
+    known = server.models()[1:]
+    candidates: dict[Candidate, None] = {}
+    for use in map(_parse, wanted):
+        reference = use.label
+        names = [name for name in known if fnmatchcase(name, reference)]
+        if "@" in reference and reference.partition("@")[0] in known:
+            if not server.has_model(reference):
+                raise NotFound(
+                    f"intervention: the server has no version {reference!r}; GET"
+                    " /v1/interventions lists the versions of each.",
+                    param="intervention",
+                )
+            names = [reference]
+        if not names:
+            meant = did_you_mean(reference.partition("@")[0], known)
+            raise NotFound(
+                f"intervention: the server has no {reference!r}{'.' if meant else ''}"
+                f"{meant or f'; it has {_some(known)}.'} A file is put on it with"
+                " `reft train --push`, or PUT /v1/interventions/NAME.",
+                param="intervention",
+            )
+        candidates.update(dict.fromkeys(Candidate(name, use.strength) for name in names))
+    return list(candidates)
+
+
+def _parse(text: str) -> Use:
+    """What a reference names, at a strength that a server takes, too."""
+    use = Use.parse(text)
+    if abs(use.strength) > MAX_STRENGTH:
+        raise InvalidRequest(
+            f"intervention: {text!r}: the strength must be from {-MAX_STRENGTH:g} to"
+            f" {MAX_STRENGTH:g}.",
+            param="intervention",
+        )
+    return use
+
+
+def _paths(reference: str, folder: str | Path | None) -> list[Path]:
+    """Files that a reference names, at least one."""
+    if reference.endswith(SUFFIX) or "/" in reference:
+        place, pattern, where = Path(reference).parent, Path(reference).name, ""
+    elif folder is not None:
+        place, pattern, where = Path(folder), f"{reference}{SUFFIX}", f" in {folder}"
+    else:
+        raise NotFound(f"intervention: there is no {reference}.", param="intervention")
+    paths = sorted(place.glob(pattern))
+    if not paths:
+        names = sorted(path.stem for path in place.glob(f"*{SUFFIX}"))
+        meant = did_you_mean(pattern.removesuffix(SUFFIX), names)
+        if Path(f"{reference}{SUFFIX}").is_file():
+            meant = f" Did you mean the file `{reference}{SUFFIX}`?"
+        meant = meant or f" There are: {_some(names)}."
+        raise NotFound(
+            f"intervention: there is no {reference}{where}.{meant}", param="intervention"
+        )
+    return paths
+
+
+def _some(names: Sequence[str]) -> str:
+    more = len(names) - MOST_NAMED
+    return (", ".join(names[:MOST_NAMED]) or "none") + (f" and {more:,} more" if more > 0 else "")
+
+
+def _sound(path: Path) -> bytes:
+    """A file's bytes, looked at before any model is loaded."""
+    try:
+        data = read(path.resolve())
+        parse(data)
+    except (OSError, InvalidFile) as error:
+        reason = error.message if isinstance(error, InvalidFile) else f"{error.strerror}."
+        raise ConfigError(f"intervention: {path}: {reason}", param="intervention") from None
+    return data

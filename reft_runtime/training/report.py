@@ -1,0 +1,149 @@
+"""All scores of an evaluation, and how they are shown."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from reft_runtime.errors import ConfigError
+from reft_runtime.training.advice import advise
+from reft_runtime.training.outcomes import OTHER, Confusion, LabelFigures, Outcome, Score
+
+BASE = "base"
+"""What the model without an intervention is called."""
+
+MOST_LABELS = 20
+MOST_WRONG = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """All scores, the base's among them."""
+
+    scores: tuple[Score, ...]
+
+    def value(self, intervention: str, data: str) -> float:
+        """One figure."""
+        [found] = [s for s in self.scores if (s.intervention, s.data) == (intervention, data)]
+        return found.value
+
+    @property
+    def interventions(self) -> list[str]:
+        """What was judged, without the base."""
+        return list(dict.fromkeys(s.intervention for s in self.scores if s.intervention != BASE))
+
+    def as_json(self) -> list[dict[str, Any]]:
+        """Plain values: each score with its rows' outcomes, labels and confusions."""
+        return [
+            {
+                **asdict(score),
+                "right": list(score.right),
+                "labels": [asdict(figures) for figures in score.labels],
+                "confusions": [asdict(confusion) for confusion in score.confusions],
+            }
+            for score in self.scores
+        ]
+
+    def frame(self) -> Any:
+        """A pandas DataFrame, one line a score; `pip install pandas` provides it."""
+        try:
+            import pandas
+        except ImportError:
+            raise ConfigError("frame: needs pandas; run `pip install pandas`.") from None
+        fields = ("intervention", "data", "metric", "value", "rows")
+        return pandas.DataFrame(
+            [[getattr(score, field) for field in fields] for score in self.scores],
+            columns=list(fields),
+        )
+
+    def table(self) -> str:
+        """Interventions by data sets, for a terminal: accuracies in per cent."""
+        sets = list(dict.fromkeys((s.data, s.metric, s.rows) for s in self.scores))
+        names = list(dict.fromkeys(s.intervention for s in self.scores))
+        shown = {(s.intervention, s.data): _shown(s) for s in self.scores}
+        lines = [["", *(f"{data} ({metric}, n={rows})" for data, metric, rows in sets)]]
+        lines += [[name, *(shown[name, data] for data, _, _ in sets)] for name in names]
+        return "\n".join(_aligned(lines))
+
+    def details(self) -> str:
+        """Each intervention on each data set that it answered, for a terminal.
+
+        By label, the commonest confusions, some wrong rows, and what to try next; the base model
+        stands beside it.
+        """
+        bases = {s.data: s for s in self.scores if s.intervention == BASE}
+        return "\n\n".join(
+            "\n".join(_details(score, bases.get(score.data)))
+            for score in self.scores
+            if score.intervention != BASE and score.outcomes
+        )
+
+
+def _details(score: Score, base: Score | None) -> list[str]:
+    head = [f"{score.intervention} on {score.data}: {_shown(score)} of {score.rows:,} rows right"]
+    if base is not None:
+        head.append(f"base {_shown(base)}")
+    if score.majority is not None:
+        label, share = score.majority
+        head.append(f"always {label} {share:.1%}")
+    lines = [", ".join(head)]
+    if score.runs_on:
+        right = sum(score.right)
+        lines += [f"  {score.runs_on:,} of {right:,} right answers went on after what was wanted"]
+    lines += _section("labels, the worst first", _label_lines(score.labels))
+    lines += _section("commonest confusions, wanted -> given", _confusion_lines(score.confusions))
+    shown = score.wrong[:MOST_WRONG]
+    wrong = [line for outcome in shown for line in _wrong_lines(outcome)]
+    lines += _section(f"wrong rows, {len(shown)} of {len(score.wrong):,}", wrong)
+    return lines + _section("to try next", advise(score, base))
+
+
+def _section(title: str, lines: Sequence[str]) -> list[str]:
+    return ["", f"  {title}", *(f"    {line}" for line in lines)] if lines else []
+
+
+def _label_lines(labels: Sequence[LabelFigures]) -> list[str]:
+    if not labels:
+        return []
+    rows = [["", "precision", "recall", "rows"]]
+    rows += [
+        [
+            one.label,
+            "-" if one.precision is None else f"{one.precision:.1%}",
+            f"{one.recall:.1%}",
+            f"{one.rows:,}",
+        ]
+        for one in labels[:MOST_LABELS]
+    ]
+    more = len(labels) - MOST_LABELS
+    return [*_aligned(rows), *([f"and {more:,} more, which are better"] if more > 0 else [])]
+
+
+def _confusion_lines(confusions: Sequence[Confusion]) -> list[str]:
+    return [
+        f"{one.count:>4,}  {one.wanted} -> "
+        + (one.given if one.given is not None else f"{OTHER}, such as {one.example!r}")
+        for one in confusions
+    ]
+
+
+def _wrong_lines(outcome: Outcome) -> Iterable[str]:
+    yield f"{outcome.where}: {outcome.text}"
+    yield f"  wanted {outcome.wanted!r}, answered {outcome.answered!r}"
+
+
+def _shown(score: Score) -> str:
+    return f"{score.value:.3f}" if score.metric == "perplexity" else f"{score.value:.1%}"
+
+
+def _aligned(lines: Sequence[Sequence[str]]) -> list[str]:
+    """Lines of cells in columns: the first to the left, the others to the right."""
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return [
+        "  ".join(
+            cell.rjust(width) if column else cell.ljust(width)
+            for column, (cell, width) in enumerate(zip(line, widths, strict=True))
+        ).rstrip()
+        for line in lines
+    ]

@@ -1,0 +1,113 @@
+"""Data sets as an evaluation asks them: what is measured, and how rows are asked and judged."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from reft_runtime.errors import ConfigError
+from reft_runtime.interventions.manifest import TEMPLATE_FIELD, Manifest
+from reft_runtime.training.layout import CHAT, Chat, Layout
+from reft_runtime.training.outcomes import Outcome
+from reft_runtime.training.remote import Answer
+from reft_runtime.training.rows import Row, Rows, read_rows
+from reft_runtime.training.scoring import Metric, check_label, given_label, is_right, metric_of
+from reft_runtime.training.sources import Data
+
+TEXT = 100
+"""Characters of a prompt that an outcome keeps."""
+
+ANSWER = 80
+"""Characters of an answer that an outcome keeps."""
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """A data set, what is measured on it, and how its rows are read.
+
+    `template` is what the user gave. `labels` are those that answers begin with as whole words,
+    None where prefixes count.
+    """
+
+    rows: Rows
+    metric: Metric
+    template: str | None
+    layout: Layout
+    labels: set[str] | None
+
+    def asked_of(self, manifest: Manifest | None) -> Layout:
+        """How the rows are asked of an intervention: as its training asked its own.
+
+        Where neither the user nor the rows say it, prompts become what a user says in a chat, which
+        the file's template writes. Prompts that all have such a text around them already stay.
+        """
+        first = self.rows.rows[0]
+        template = None if manifest is None else manifest.template
+        told = self.template is not None or "messages" in first.fields
+        if told or template in (None, TEMPLATE_FIELD):
+            return self.layout
+        if template != CHAT and _written_out(self.rows, template):
+            return self.layout
+        return Layout(CHAT, first)
+
+    def outcome(self, row: Row, layout: Layout, wanted: str, answer: Answer) -> Outcome:
+        """What became of a row that was asked by this layout."""
+        text, labelled = answer.text.strip(), self.metric == "accuracy"
+        right = is_right(text, wanted, self.metric, self.labels)
+        given = None
+        if labelled:
+            prefixes = self.labels is None
+            given = wanted if right else given_label(text, self.rows.labels, prefixes=prefixes)
+        ends = not layout.has_completion(row) or layout.completion(row).strip() == wanted
+        return Outcome(
+            row.where,
+            _one_line(_last_turn(layout.prompt(row)), TEXT),
+            wanted if labelled else _one_line(wanted, ANSWER),
+            _one_line(text, ANSWER),
+            right,
+            given,
+            right and ends and not (answer.ended and text == wanted),
+        )
+
+
+def read_tasks(
+    data: Sequence[Data],
+    metric: Metric | None,
+    *,
+    template: str | None,
+    prefixes: bool,
+    text: str | None,
+    label: str | None,
+) -> list[Task]:
+    """Data sets, looked through; raises `ConfigError` for wrong rows and for two of one name."""
+    tasks = []
+    for source in data:
+        rows = read_rows(source, text=text, label=label)
+        layout = Layout(template, rows.rows[0])
+        labels = None if prefixes else rows.labels
+        task = Task(rows, metric_of(rows, metric), template, layout, labels)
+        if task.metric == "accuracy" and labels is not None:
+            for row in rows.rows:
+                check_label(row, layout, labels)
+        tasks.append(task)
+    if len({task.rows.name for task in tasks}) < len(tasks):
+        raise ConfigError("data: two data sets have one name; rename a file.", param="data")
+    return tasks
+
+
+def _written_out(rows: Rows, template: str) -> bool:
+    """Whether all prompts begin and end as a template that is a text writes them."""
+    before, behind = (part.strip() for part in template.split(TEMPLATE_FIELD))
+    if not before and not behind:
+        return False
+    prompts = (row.text("prompt").strip() for row in rows.rows)
+    return all(prompt.startswith(before) and prompt.endswith(behind) for prompt in prompts)
+
+
+def _last_turn(asked: str | Chat) -> str:
+    return asked if isinstance(asked, str) else asked[-1]["content"]
+
+
+def _one_line(text: str, longest: int) -> str:
+    line = " ".join(text[: 2 * longest].split())
+    return line if len(line) <= longest else f"{line[: longest - 1]}\u2026"
