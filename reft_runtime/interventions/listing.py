@@ -81,18 +81,26 @@ class Listing(Catalog):
             raise InvalidRequest(f"limit: give 1 to {MAX_PAGE}.", param="limit")
         begin = None if after is None else place_of(after, sort)
         descending = sort.startswith("-")
-        places: list[Place] = []
+        best = heapq.nlargest if descending else heapq.nsmallest
+        q = q.casefold()
         total = 0
-        for place in self._matching(q.casefold(), _VALUES[sort.lstrip("-")]):
-            total += 1
-            if begin is None or (place < begin if descending else place > begin):
-                places.append(place)
-        # Not sorted as a whole: that would keep the interpreter from all others meanwhile.
-        first = (heapq.nlargest if descending else heapq.nsmallest)(limit + 1, places)
+        first: list[Place] = []
+        for part in self._shown(_VALUES[sort.lstrip("-")]):
+            places = [
+                (value, name)
+                for name, version, value in part
+                if not q or q in name or q in version.summary.description.casefold()
+            ]
+            total += len(places)
+            if begin is not None:
+                places = [p for p in places if (p < begin if descending else p > begin)]
+            first = best(limit + 1, chain(first, places))
         chosen = first[:limit]
         entries: list[Entry] = []
         size = 0
         for number, (_, name) in enumerate(chosen):
+            if number % PART == PART - 1:
+                time.sleep(REST_SECONDS)
             with self._lock:
                 known = self._names.get(name)
                 entry = _entry(name, known) if known is not None and known.layers else None
@@ -140,7 +148,7 @@ class Listing(Catalog):
     def tiers(self) -> dict[Tier, int]:
         """How many names' current versions are still on disk, and how many in memory."""
         tiers: dict[Tier, int] = {"disk": 0, "host": 0}
-        for part in self._shown():
+        for part in self._shown(_VALUES["name"]):
             for _, version, _ in part:
                 tiers["host" if version.loaded else "disk"] += 1
         return tiers
@@ -150,27 +158,22 @@ class Listing(Catalog):
         with self._lock:
             return self._memory.used
 
-    def _matching(self, q: str, value: Callable[[Version, Name], float]) -> Iterator[Place]:
-        """The places of the names that match."""
-        for part in self._shown():
-            for name, version, known in part:
-                if not q or q in name or q in version.summary.description.casefold():
-                    yield value(version, known), name
-
-    def _shown(self) -> Iterator[list[tuple[str, Version, Name]]]:
-        """All names and what they stand for, in parts with pauses in between."""
+    def _shown(
+        self, value: Callable[[Version, Name], float]
+    ) -> Iterator[list[tuple[str, Version, float]]]:
+        """All names, what they stand for and a value, in parts with pauses in between."""
         with self._lock:
             names = list(self._names)
         for start in range(0, len(names), LOOKED_AT):
             if start:
                 time.sleep(REST_SECONDS)
-            part: list[tuple[str, Version, Name]] = []
+            part: list[tuple[str, Version, float]] = []
             with self._lock:
                 for name in names[start : start + LOOKED_AT]:
                     known = self._names.get(name)
                     current = None if known is None else known.current()
                     if known is not None and current is not None:
-                        part.append((name, current, known))
+                        part.append((name, current, value(current, known)))
             yield part
 
 

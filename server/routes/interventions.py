@@ -36,10 +36,14 @@ MAX_PROBLEMS = 100
 async def list_interventions(
     request: Request,
     server: Server,
-    limit: Annotated[int | None, Query(ge=1, le=MAX_PAGE)] = None,
-    after: Annotated[str | None, Query(max_length=MAX_AFTER)] = None,
-    q: Annotated[str | None, Query(max_length=MAX_QUERY)] = None,
-    sort: Sort | None = None,
+    limit: Annotated[int | None, Query(ge=1, le=MAX_PAGE, description="Of a page.")] = None,
+    after: Annotated[
+        str | None, Query(max_length=MAX_AFTER, description="`next` of the page before.")
+    ] = None,
+    q: Annotated[
+        str | None, Query(max_length=MAX_QUERY, description="In names and descriptions.")
+    ] = None,
+    sort: Annotated[Sort | None, Query(description="By name, where it is not given.")] = None,
 ) -> Response:
     """Interventions, and why files of the folder are not among them.
 

@@ -358,3 +358,39 @@ async def test_more_requests_than_places(http: httpx.AsyncClient, base: str) -> 
     assert len(set(good)) == 1
     for response in responses:
         assert ("retry-after" in response.headers) is (response.status_code == 503)
+
+
+async def test_a_rollback_brings_the_old_answers_back(
+    http: httpx.AsyncClient, tiny_engine: Engine
+) -> None:
+    async def answer(model: str = "versioned") -> str:
+        response = await http.post("/v1/completions", json=body(model=model, logprobs=0))
+        return json.dumps(response.json()["choices"])
+
+    path = "/v1/interventions/versioned"
+    answers = []
+    for seed in (1, 2):
+        await http.put(path, content=make_file(tiny_engine, seed))
+        answers.append(await answer())
+    assert answers[0] != answers[1]
+    version = tiny_engine.registry.resolve("versioned")
+    assert (await http.post(f"{path}/rollback")).status_code == 200
+    assert [await answer(), await answer(f"versioned@{version.digest}")] == answers
+    file = (await http.get(f"{path}/file")).content
+    assert file == make_file(tiny_engine, 1)
+    await http.delete(path)
+
+
+async def test_stats_count_what_the_engine_did(
+    http: httpx.AsyncClient, tiny_engine: Engine
+) -> None:
+    before = (await http.get("/v1/stats")).json()
+    usage = (await http.post("/v1/completions", json=body(model="task", n=2))).json()["usage"]
+    after = (await http.get("/v1/stats")).json()
+    grown = after["generation_tokens"] - before["generation_tokens"]
+    assert grown == usage["completion_tokens"]
+    assert sum(after["finished"].values()) == sum(before["finished"].values()) + 2
+    assert after["tokens_per_second"]["generation"] > 0
+    assert after["interventions"]["bytes"] == tiny_engine.registry.held_bytes() > 0
+    text = (await http.get("/metrics")).text
+    assert f"reft:generation_tokens_total {float(after['generation_tokens'])}\n" in text

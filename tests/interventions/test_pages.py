@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +22,7 @@ def registry(monkeypatch: pytest.MonkeyPatch) -> Iterator[Registry]:
     monkeypatch.setattr("reft_runtime.interventions.listing.LOOKED_AT", 2)  # and pauses
     registry = Registry(BASE)
     for number, name in enumerate(("delta", "alpha", "echo", "bravo", "charlie")):
-        wide = [Edit(layer, "l1", loreft_tensors(number)) for layer in range(1 + number % 3)]
-        file = Intervention.build(BASE, wide, description=f"Speaks like {name.upper()} Straße")
-        registry.put(name, serialise(file))
+        registry.put(name, made(name, number))
     for name, times in (("echo", 3), ("alpha", 1), ("delta", 1)):
         for _ in range(times):
             version = registry.resolve(name)
@@ -31,6 +30,14 @@ def registry(monkeypatch: pytest.MonkeyPatch) -> Iterator[Registry]:
             registry.release(version)
     yield registry
     registry.close()
+
+
+@cache
+def made(name: str, number: int) -> bytes:
+    """A file with 1 to 3 edits, and a description."""
+    edits = [Edit(layer, "l1", loreft_tensors(number)) for layer in range(1 + number % 3)]
+    description = f"Speaks like {name.upper()} Straße"
+    return serialise(Intervention.build(BASE, edits, description=description))
 
 
 def walk(registry: Registry, sort: Sort, limit: int, q: str = "") -> list[str]:
