@@ -22,6 +22,11 @@ def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
     ]
 
 
+def short(digest: str) -> str:
+    """The first digits of a digest, by which a version can be named."""
+    return digest[:12]
+
+
 def trace_table(trace: Trace, uses: Sequence[Use], prompt_tokens: int) -> str:
     """What every edit did, one line each: to how many rows, and how far it moved them."""
     edits: dict[tuple[int, int], list[EditTrace]] = {}
@@ -39,7 +44,7 @@ def trace_table(trace: Trace, uses: Sequence[Use], prompt_tokens: int) -> str:
                 str(len(moved)),
                 f"{sum(sizes) / len(sizes):.3f}",
                 f"{max(sizes):.3f}",
-                _ranges(sorted(row.position for row in moved)),
+                ranges(sorted(row.position for row in moved)),
             )
         )
     return "\n".join(
@@ -53,7 +58,7 @@ def trace_table(trace: Trace, uses: Sequence[Use], prompt_tokens: int) -> str:
     )
 
 
-def _ranges(numbers: Sequence[int]) -> str:
+def ranges(numbers: Sequence[int]) -> str:
     """Ascending numbers in short: 0-2,7."""
     runs = groupby(enumerate(numbers), lambda pair: pair[1] - pair[0])
     ends = [[number for _, number in run] for _, run in runs]
