@@ -97,7 +97,7 @@ class Server:
         entry: Body = response.json()
         if entry["digest"] != digest_of(data):
             raise ConfigError(
-                f"url: the server has {entry['digest'][:12]} as {name}, which is not what was"
+                f"the server has {entry['digest'][:12]} as {name}, which is not what was"
                 f" sent, {digest_of(data)[:12]}: another upload came between."
             )
         return entry, response.status_code == httpx.codes.CREATED
@@ -110,7 +110,7 @@ class Server:
         response = self._call("GET", f"{_path(reference)}/file")
         data, digest = response.content, response.headers["etag"].strip('"')
         if not is_whole(data, digest):
-            raise ConfigError(f"url: the file of {reference} was damaged on its way; try again.")
+            raise ConfigError(f"the file of {reference} was damaged on its way; try again.")
         return data, digest
 
     def listing(self, query: str = "", sort: str = "name") -> Iterator[Body]:
@@ -228,7 +228,7 @@ class Server:
                     continue
                 event: Body = json.loads(line.removeprefix("data: "))
                 if "error" in event:
-                    raise ConfigError(f"url: the server said: {event['error']['message']}")
+                    raise ConfigError(f"the server said: {event['error']['message']}")
                 yield event
 
     def _call(self, method: str, path: str, **content: Any) -> httpx.Response:
@@ -282,7 +282,7 @@ def _checked(response: httpx.Response) -> httpx.Response:
         raise NotServed(message)
     if response.status_code == httpx.codes.UNAUTHORIZED:
         message += " Give it as --api-key or REFT_API_KEY."
-    raise ConfigError(f"url: the server answered {response.status_code}: {message}", param="url")
+    raise ConfigError(f"the server answered {response.status_code}: {message}", param="url")
 
 
 @contextmanager
@@ -291,6 +291,9 @@ def _reaching(url: httpx.URL) -> Iterator[None]:
     try:
         yield
     except (httpx.HTTPError, httpx.InvalidURL) as error:
+        said = str(error) or type(error).__name__
         raise Unreachable(
-            f"url: no answer from {url}: {str(error) or type(error).__name__}.", param="url"
+            f"url: no answer from {url}: {said}. `reft serve` starts a server; --url says where"
+            " one is.",
+            param="url",
         ) from None

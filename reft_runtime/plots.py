@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from reft_runtime.errors import ConfigError
+from reft_runtime.errors import ConfigError, InvalidRequest
 from reft_runtime.places import check_folder
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+    from reft_runtime.outputs import Trace
 
 
 def need_matplotlib() -> None:
@@ -34,3 +41,33 @@ def check_plot(path: str | Path) -> Path:
         raise ConfigError(f"plot: {path} is a folder; name a file.", param="plot")
     check_folder(path.parent, "plot")
     return path
+
+
+def heat_map(trace: Trace, axes: Axes | None = None) -> Axes:
+    """`Trace.plot`."""
+    need_matplotlib()
+    if not trace.edits:
+        raise InvalidRequest("plot: no row was edited, so there is nothing to draw.")
+    components = {edit.component for edit in trace.edits}
+    places = sorted({(edit.layer, edit.component) for edit in trace.edits})
+    positions = sorted({edit.position for edit in trace.edits})
+    sizes = [[math.nan] * len(positions) for _ in places]
+    for edit in trace.edits:
+        row = sizes[places.index((edit.layer, edit.component))]
+        column = positions.index(edit.position)
+        row[column] = max(edit.relative_size, row[column])  # nan, what it holds first, loses
+    if axes is None:
+        from matplotlib import pyplot
+
+        _, axes = pyplot.subplots(
+            figsize=(2.5 + 0.25 * len(positions), 1.2 + 0.25 * len(places)), layout="constrained"
+        )
+    image = axes.imshow(sizes, aspect="auto", vmin=0, origin="lower")
+    axes.set_xticks(range(len(positions)), [str(position) for position in positions])
+    axes.set_yticks(
+        range(len(places)),
+        [f"{layer} {where}" if len(components) > 1 else str(layer) for layer, where in places],
+    )
+    axes.set(xlabel="position", ylabel="layer")
+    axes.figure.colorbar(image, ax=axes, label="length of the change / of the row")
+    return axes

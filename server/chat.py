@@ -58,7 +58,7 @@ class Chat:
         """
         url = self._backend.url
         place = "in this process" if url is None else f"on the server at {url}"
-        _note(f"{self._backend.model} {place}, {self._applied_in_words()}")
+        _note(f"{self._backend.model} {place}. {self._applied_in_words()}")
         self._warn_of_one_turn()
         _note("/help lists the commands. Ctrl-C stops an answer, Ctrl-D ends.")
         while True:
@@ -114,7 +114,7 @@ class Chat:
             else:
                 del self._turns[-1]
         if reply is None:
-            _note("Stopped.")
+            _note("Stopped." if said else "\nStopped.")
             return
         if reply.finish_reason == "length":
             _note(f"Cut off at {reply.tokens} tokens; --max-tokens says how long one may be.")
@@ -127,14 +127,14 @@ class Chat:
         return Ask(alone([*system, *self._turns], applied), applied, self._sampling, trace)
 
     def _use(self, rest: str) -> None:
-        """/use NAME[=STRENGTH]...   apply these from now on; /use - none, /use says which"""
+        """/use NAME[=STRENGTH]...  apply these from now on; /use - none, /use says which"""
         if rest:
             self._apply([] if rest == NOTHING else rest.split())
             self._warn_of_one_turn()
-        _note(self._applied_in_words().capitalize())
+        _note(self._applied_in_words())
 
     def _strength(self, rest: str) -> None:
-        """/strength [NAME] NUMBER   change the strength of what is applied"""
+        """/strength [NAME] NUMBER  change the strength of what is applied"""
         *names, number = rest.split() or [""]
         uses = [Use.parse(option) for option in self._options]
         try:
@@ -158,10 +158,10 @@ class Chat:
                 for use, option in zip(uses, self._options, strict=True)
             ]
         )
-        _note(self._applied_in_words().capitalize())
+        _note(self._applied_in_words())
 
     def _compare(self, rest: str) -> None:
-        """/compare [A B+C=0.5 ...]   the last question, to the base and each of these"""
+        """/compare [A B+C=0.5]...  the last question, to the base and each of these"""
         asked = [turn["role"] for turn in self._turns]
         if "user" not in asked:
             raise InvalidRequest("/compare: asks the last question again; there is none yet.")
@@ -180,23 +180,23 @@ class Chat:
             self._turns = kept
 
     def _set_system(self, rest: str) -> None:
-        """/system TEXT              what the model is told first; /system - nothing"""
+        """/system TEXT             what the model is told first; /system - nothing"""
         if rest:
             self._system = None if rest == NOTHING else rest
         _note(f"System: {self._system}" if self._system else "No system message.")
 
     def _trace(self, rest: str) -> None:
-        """/trace                    say behind each answer what every edit did, or no longer"""
+        """/trace                   what every edit did, behind each answer; or no longer"""
         self._tracing = not self._tracing
         _note("Traces are on." if self._tracing else "Traces are off.")
 
     def _reset(self, rest: str) -> None:
-        """/reset                    forget the conversation; what is applied stays"""
+        """/reset                   forget the conversation; what is applied stays"""
         self._turns = []
         _note("The conversation is forgotten.")
 
     def _save(self, rest: str) -> None:
-        """/save FILE                write the conversation as a row that `reft train` reads"""
+        """/save FILE               write the conversation, a row that `reft train` reads"""
         if not rest:
             raise InvalidRequest("/save: name a file, such as /save talk.jsonl.")
         system = [] if self._system is None else [{"role": "system", "content": self._system}]
@@ -210,9 +210,9 @@ class Chat:
         _note(f"{path}: {len(self._turns)} messages")
 
     def _help(self, rest: str) -> None:
-        """/help                     this"""
+        """/help                    this"""
         lines = [command.__doc__ or "" for command in self._commands.values()]
-        lines.append("/quit                     end, as Ctrl-D does")
+        lines.append("/quit                    end, as Ctrl-D does")
         lines.append("")
         lines.append(
             f"A backslash at a line's end goes on in the next; so does {BLOCK}, up to {BLOCK}."
@@ -225,8 +225,8 @@ class Chat:
 
     def _applied_in_words(self) -> str:
         if not self._options:
-            return "no intervention applied: the base model."
-        return f"applied: {', '.join(self._options)}."
+            return "No intervention is applied."
+        return f"Applied: {', '.join(self._options)}."
 
     def _warn_of_one_turn(self) -> None:
         if self._applied.one_turn:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping, Sequence
 
-from rich import box
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 _WIDE = 10_000
 """Columns where the output is no terminal: nothing is cut off for a program that reads it."""
@@ -33,20 +33,28 @@ def error_console() -> Console:
 
 
 def table(columns: Mapping[str, str], rows: Sequence[Sequence[str]]) -> Table:
-    """Rows below the names of their columns, each with what it does where there is no room.
+    """Rows below the names of their columns, each with how it is laid out.
 
-    That is `fold` (goes on in the next line), `cut` (ends with dots), or `right` (numbers, whole).
+    `whole` and `right` (for numbers) keep their width; of the others, `cut` ends with dots where
+    there is no room, and `fold` goes on in the next line.
     """
-    made = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
+    made = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     for name, how in columns.items():
         made.add_column(
             name,
             justify="right" if how == "right" else "left",
-            overflow="fold" if how == "fold" else "ellipsis",
-            no_wrap=how != "fold",
+            overflow="fold",
+            no_wrap=how in ("whole", "right"),
         )
     for row in rows:
-        made.add_row(*map(printable, row))
+        made.add_row(
+            *(
+                Text(printable(cell), no_wrap=True, overflow="ellipsis")
+                if how == "cut"
+                else printable(cell)
+                for cell, how in zip(row, columns.values(), strict=True)
+            )
+        )
     return made
 
 

@@ -38,13 +38,13 @@ def overview(stats: Body, used: list[Body]) -> RenderableType:
             f"{size(own['bytes'])} of {size(own['max_bytes'])}",
         ),
     ]
-    grid = table({"": "cut", " ": "fold"}, lines)
+    grid = table({"": "whole", " ": "fold"}, lines)
     grid.show_header = False
     if not used:
         return grid
     rows = [(entry["id"], f"{entry['in_flight']:,}", f"{entry['requests']:,}") for entry in used]
     return Group(
-        grid, "", table({"in use": "fold", "in flight": "right", "requests": "right"}, rows)
+        grid, "", table({"in use": "whole", "in flight": "right", "requests": "right"}, rows)
     )
 
 

@@ -23,6 +23,9 @@ app = typer.Typer()
 
 REFRESH_SECONDS = 1.0
 
+LONGEST_LAYERS = 12
+"""Characters of layers in a listing."""
+
 Name = Annotated[str, typer.Argument(metavar="NAME", help="Name of an intervention.")]
 
 
@@ -59,13 +62,13 @@ def list_(
             entry["id"],
             " ".join(entry["manifest"]["description"].split()),
             " ".join(entry["kinds"]),
-            ranges(entry["layers"]),
+            _layers(entry["layers"]),
             size(entry["size_bytes"]),
             f"{entry['requests']:,}",
         )
         for entry in entries
     ]
-    columns = {"name": "fold", "description": "cut", "kinds": "cut", "layers": "cut"}
+    columns = {"name": "whole", "description": "cut", "kinds": "whole", "layers": "whole"}
     if rows:
         console().print(table({**columns, "size": "right", "requests": "right"}, rows))
     else:
@@ -93,7 +96,7 @@ def show(name: Name, url: Url = LOCAL_URL, api_key: ApiKey = None, as_json: AsJs
         ("layers", ranges(entry["layers"])),
         ("positions", " ".join(entry["positions"])),
         ("parameters", f"{entry['parameters']:,} ({entry['share']:.4%} of the base model's)"),
-        ("template", manifest["template"] or ""),
+        ("template", (manifest["template"] or "").replace("\n", "\\n")),
         ("metrics", json.dumps(manifest["metrics"]) if manifest.get("metrics") else ""),
         ("requests", f"{entry['requests']:,} since the start, {entry['in_flight']:,} in flight"),
         ("problem", entry["problem"] or ""),
@@ -111,7 +114,7 @@ def show(name: Name, url: Url = LOCAL_URL, api_key: ApiKey = None, as_json: AsJs
         )
         for version in versions
     ]
-    columns = dict.fromkeys(("version", "state", "origin", "made"), "fold")
+    columns = dict.fromkeys(("version", "state", "origin", "made"), "whole")
     console().print(table({**columns, "size": "right", "in flight": "right"}, rows))
 
 
@@ -197,6 +200,12 @@ def ps(
                 live.update(overview(server.stats(), busy(server)), refresh=True)
     except KeyboardInterrupt:
         return
+
+
+def _layers(layers: list[int]) -> str:
+    """Layers in short; of many apart from each other the first, the last and their number."""
+    text = ranges(layers)
+    return text if len(text) <= LONGEST_LAYERS else f"{layers[0]}..{layers[-1]} ({len(layers)})"
 
 
 def _print_json(value: Any) -> None:

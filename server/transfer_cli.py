@@ -59,9 +59,8 @@ def push(
             except Unreachable:
                 raise
             except ReftError as error:
-                said = error.message.removeprefix("url: ")
-                file = "" if said.startswith(str(path)) else f"{path}: "
-                typer.echo(f"reft: {file}{said}", err=True)
+                file = "" if error.message.startswith(str(path)) else f"{path}: "
+                typer.echo(f"reft: {file}{error.message}", err=True)
                 continue
             taken.append({**entry, "new": new})
             if not as_json:
