@@ -281,7 +281,11 @@ def _checked(response: httpx.Response) -> httpx.Response:
     if response.status_code == httpx.codes.NOT_FOUND:
         raise NotServed(message)
     if response.status_code == httpx.codes.UNAUTHORIZED:
-        message += " Give it as --api-key or REFT_API_KEY."
+        raise ConfigError(
+            f"api_key: {response.url.scheme}://{response.url.netloc.decode()} needs a valid key;"
+            " give it as --api-key or REFT_API_KEY.",
+            param="api_key",
+        )
     raise ConfigError(f"the server answered {response.status_code}: {message}", param="url")
 
 

@@ -14,6 +14,11 @@ if TYPE_CHECKING:
 
     from reft_runtime.outputs import Trace
 
+WIDEST = 16.0
+"""Inches of a heat map."""
+
+MOST_TICKS = 60
+
 
 def need_matplotlib() -> None:
     """Raise `ConfigError` that says how to install it."""
@@ -60,10 +65,12 @@ def heat_map(trace: Trace, axes: Axes | None = None) -> Axes:
         from matplotlib import pyplot
 
         _, axes = pyplot.subplots(
-            figsize=(2.5 + 0.25 * len(positions), 1.2 + 0.25 * len(places)), layout="constrained"
+            figsize=(min(2.5 + 0.25 * len(positions), WIDEST), 1.2 + 0.25 * len(places)),
+            layout="constrained",
         )
     image = axes.imshow(sizes, aspect="auto", vmin=0, origin="lower")
-    axes.set_xticks(range(len(positions)), [str(position) for position in positions])
+    step = 1 + len(positions) // MOST_TICKS
+    axes.set_xticks(range(0, len(positions), step), [str(p) for p in positions[::step]])
     axes.set_yticks(
         range(len(places)),
         [f"{layer} {where}" if len(components) > 1 else str(layer) for layer, where in places],
