@@ -52,14 +52,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def options(place: Path) -> list[str]:
-    return [
-        "--model",
-        str(place / "model"),
-        "--interventions",
-        str(place / "served"),
-        "--dtype",
-        "float32",
-    ]
+    given = ["--model", str(place / "model"), "--interventions", str(place / "served")]
+    return [*given, "--dtype", "float32"]
 
 
 @pytest.fixture(scope="module")
@@ -74,12 +68,8 @@ def url(place: Path) -> Iterator[str]:
 
 @pytest.fixture(scope="module")
 def local(place: Path) -> Iterator[Backend]:
-    given = {
-        "model": str(place / "model"),
-        "interventions": str(place / "served"),
-        "dtype": "float32",
-    }
-    backend = LocalBackend({**OPTIONS, **given})
+    given = {"model": str(place / "model"), "interventions": str(place / "served")}
+    backend = LocalBackend({**OPTIONS, **given, "dtype": "float32"})
     yield backend
     backend.close()
 
@@ -217,7 +207,7 @@ def test_an_answer_is_stopped_and_the_chat_goes_on(
             if signals and piece:
                 os.kill(os.getpid(), signals.pop())
 
-        return answer(self, ask, told)  # type: ignore[arg-type]
+        return answer(self, ask, told)
 
     monkeypatch.setattr(type(backend), "answer", interrupted)
     chat = talk(backend, "good", "/reset", "good", tokens=200)
@@ -347,8 +337,7 @@ def test_who_is_asked(url: str, options: list[str], monkeypatch: pytest.MonkeyPa
     piped = reft("chat", "-i", "talk", *options, "--max-tokens", "2", stdin="good\nbad\n")
     assert "in this process. Applied: talk." in piped.stderr
     assert piped.exit_code == 0
-    monkeypatch.setattr(backends, "LOCAL_URL", "http://127.0.0.1:9")
-    assert not Server(backends.LOCAL_URL).answers_at_all()
+    assert not Server("http://127.0.0.1:9").answers_at_all()
 
 
 def test_a_terminal(url: str, tmp_path: Path) -> None:

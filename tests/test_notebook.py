@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from html.parser import HTMLParser
 
+import numpy as np
 import pytest
 from matplotlib import pyplot
 
@@ -106,9 +107,8 @@ def test_a_trace_is_drawn() -> None:
         layers = [label.get_text() for label in axes.get_yticklabels()]
         assert layers == ["4 block_output", "9 mlp_output"]
         [image] = axes.images
-        sizes = image.get_array()
-        assert sizes is not None
-        assert sizes.filled(-1).tolist() == [[0.75, 1.5], [-1, 0.5]]
+        sizes = np.ma.filled(image.get_array(), -1)
+        assert sizes.tolist() == [[0.75, 1.5], [-1, 0.5]]
         given = pyplot.subplots()[1]
         assert TRACE.plot(given) is given
         many = [EditTrace(0, 0, 4, "block_output", place, 0.5) for place in range(1000)]
