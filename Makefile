@@ -22,7 +22,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PIP_NO_INPUT := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help serve bench bench-peers test lint types format clean
+.PHONY: help serve bench bench-peers test test-long lint types format clean
 .DELETE_ON_ERROR:
 
 help: ## List the targets
@@ -44,6 +44,9 @@ bench-peers: $(VENV)/.installed-bench $(VENV)-vllm/.installed $(VENV)-peers/.ins
 
 test: lint types ## Check everything: lint, types, import directions, all tests
 	$(BIN)/python -m pytest -n logical --dist loadfile $(ARGS)
+
+test-long: $(VENV)/.installed-test ## Run the documents' trainings as they are written, and look at what they reach
+	$(BIN)/python -m pytest -m long $(ARGS)
 
 lint: $(VENV)/.installed-test ## Check style and import directions
 	$(BIN)/ruff check .
@@ -74,8 +77,9 @@ endef
 $(VENV)/.installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
 		echo "Python 3.11 or newer is needed, and PYTHON=$(PYTHON) is not. Try: make PYTHON=/path/to/python3.11" >&2; exit 1; }
-	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
 	@echo "Installing the pinned packages into $(VENV) (the first time takes some minutes)" >&2
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
+	@$(BIN)/python -m pip install --quiet --upgrade $(CONSTRAINT) pip  # older ones are silent while they unpack
 	$(call install,--editable .)
 
 $(VENV)/.installed-test: $(VENV)/.installed

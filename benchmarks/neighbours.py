@@ -1,4 +1,4 @@
-"""What streams feel of their neighbours: 10,000 registered files, listings, metrics, a long trace.
+"""What streams feel of their neighbours: 10,000 files, listings, pages, metrics, a long trace.
 
     python -m benchmarks.neighbours --out build/neighbours.json
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import asyncio
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -197,22 +197,15 @@ class Server:
 
     def ask(self, requests: Sequence[tuple[str, Body]], *, progress: bool = False) -> list[Body]:
         """Whole answers to requests, each a path and its body, in order; asked together."""
-        return asyncio.run(self._ask(requests, progress=progress))
+        with self._client() as client, ThreadPoolExecutor(CONCURRENCY) as pool:
 
-    async def _ask(self, requests: Sequence[tuple[str, Body]], *, progress: bool) -> list[Body]:
-        limit = asyncio.Semaphore(CONCURRENCY)
-        async with httpx.AsyncClient(**self._options()) as client:
-            with tqdm(total=len(requests), desc="Answers", disable=not progress) as bar:
+            def answer(request: tuple[str, Body]) -> Body:
+                path, body = request
+                whole: Body = _call(client, "POST", path, json=body).json()
+                return whole
 
-                async def answer(path: str, body: Body) -> Body:
-                    async with limit:
-                        with _reaching(client.base_url):
-                            response = await client.post(path, json=body)
-                    bar.update()
-                    whole: Body = _checked(response).json()
-                    return whole
-
-                return list(await asyncio.gather(*(answer(*request) for request in requests)))
+            answers = pool.map(answer, requests)
+            return list(tqdm(answers, "Answers", len(requests), disable=not progress))
 
     def stream(self, path: str, body: Body) -> Iterator[Body]:
         """The events of a streamed answer; who stops reading ends the request."""

@@ -18,6 +18,7 @@ from server.applied import encode, read_asked, resolve, start_engine
 from server.options import LOCAL_SETTINGS, MaxTokens, Seed, Temperature, with_settings
 from server.settings import load_settings
 from server.tables import trace_table
+from server.terminal import stages_told
 
 if TYPE_CHECKING:
     from reft_runtime.llm import Engine
@@ -94,6 +95,7 @@ def serve(**options: Any) -> None:
 
 
 @app.command()
+@stages_told()
 @with_settings(*LOCAL_SETTINGS)
 def generate(
     prompt: Annotated[str, typer.Argument(help="What to say to the model, as one user's turn.")],

@@ -46,9 +46,13 @@ def entry_fields(server: Context, entry: Entry) -> dict[str, Any]:
 
 def entry_answer(server: Context, entry: Entry, status: int = 200) -> Response:
     """One intervention as a whole answer, its digest as `ETag`."""
-    headers = {"etag": f'"{entry.digest}"'}
     content = json_bytes(entry_fields(server, entry))
-    return Response(content, status, headers, media_type="application/json")
+    return Response(content, status, etag(entry), media_type="application/json")
+
+
+def etag(entry: Entry) -> dict[str, str]:
+    """The header that names the version."""
+    return {"etag": f'"{entry.digest}"'}
 
 
 def version_fields(version: VersionEntry) -> dict[str, Any]:

@@ -36,11 +36,11 @@ def stages_told() -> Iterator[None]:
 
 
 @contextmanager
-def stoppable() -> Iterator[None]:
+def stoppable(kept: str = "Nothing is kept.") -> Iterator[None]:
     """Ctrl-C and SIGTERM end the block without a traceback, and the process with their status.
 
-    What the work noted on `KeyboardInterrupt` is told: what of it is kept. A second signal ends the
-    process at once.
+    What the work noted on `KeyboardInterrupt` is told, else `kept`: what there is of it. A second
+    signal ends the process at once.
     """
     received: list[int] = []
 
@@ -54,7 +54,7 @@ def stoppable() -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt as error:
-        notes = getattr(error, "__notes__", ["Nothing is kept."])
+        notes = getattr(error, "__notes__", [kept])
         typer.echo("\n".join(["", "reft: stopped.", *notes]), err=True)
         raise typer.Exit(128 + (received[0] if received else signal.SIGINT)) from None
     finally:

@@ -15,6 +15,7 @@ from server.terminal import stages_told, stoppable
 
 if TYPE_CHECKING:
     from reft_runtime.interventions.manifest import SystemTurn
+    from reft_runtime.training import Trained
     from reft_runtime.training.scoring import Metric
 
 app = typer.Typer()
@@ -237,6 +238,24 @@ def train(
     if server is not None:
         new = put(server, out, out.stem)
         typer.echo(f"{push}: {out.stem} {'added' if new else 'replaced'}")
+    if trained.held_out is not None:
+        with stoppable(f"{out} is written; the report on its held-out rows is left out."):
+            typer.echo(_judged(trained, settings.template))
+
+
+def _judged(trained: Trained, template: str | None) -> str:
+    """What a file answers to the rows that were held out of its training, the base beside it."""
+    from reft_runtime.training import evaluate
+
+    assert trained.held_out is not None
+    report = evaluate(
+        [trained.held_out],
+        [str(trained.path)],
+        model=trained.model,
+        tokenizer=trained.tokenizer,
+        template=template,
+    )
+    return report.details() or report.table()
 
 
 @app.command("eval")

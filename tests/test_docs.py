@@ -38,9 +38,9 @@ OTHER_PROGRAMS = {
     *("--build-arg", "--gpus"),
     *("--nproc-per-node", "--no-python"),
     *("--data-binary", "--data", "--tasks"),
-    *("--no-deps", "--wheel-dir"),
+    *("--no-deps", "--wheel-dir", "--constraint", "--constraints", "--pip-args", "--from"),
 }
-"""Options of docker, torchrun, curl, pip and our scripts in the documents."""
+"""Options of docker, torchrun, curl, pip, pipx, uvx and our scripts in the documents."""
 
 OTHER_VARIABLES = {"REFT_CACHE"}
 """Where the demo model is kept: the library reads it, too, so it is no setting of the server."""

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import layouts
 from benchmarks.measuring import Round, load, median, speed_ratio
 
 ROOT = Path(__file__).parents[1]
@@ -121,6 +122,11 @@ def test_quality() -> None:
             line += f"{outcomes[0]['parameters']:,} | {outcomes[-1]['size_bytes'] / 1000:,.0f} | "
             line += f"{seconds:.0f} |"
         assert line in text
+
+
+def test_table_of_layouts() -> None:
+    text = (ROOT / "docs/training.md").read_text()
+    assert layouts.table(layouts.read(ROOT / "docs/measurements/layouts.jsonl")) in text
 
 
 def accuracy(outcomes: list[dict[str, float]]) -> str:

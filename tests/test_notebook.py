@@ -107,7 +107,9 @@ def test_a_trace_is_drawn() -> None:
         layers = [label.get_text() for label in axes.get_yticklabels()]
         assert layers == ["4 block_output", "9 mlp_output"]
         [image] = axes.images
-        sizes = np.ma.filled(image.get_array(), -1)
+        drawn = image.get_array()
+        assert drawn is not None
+        sizes = np.ma.filled(drawn, -1)
         assert sizes.tolist() == [[0.75, 1.5], [-1, 0.5]]
         given = pyplot.subplots()[1]
         assert TRACE.plot(given) is given

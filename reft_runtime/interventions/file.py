@@ -143,10 +143,12 @@ def _damaged() -> InvalidFile:
 
 
 def _header(file: BufferedReader, size: int) -> Header:
-    """The header; the file is then where its data begin."""
-    length = LENGTH_BYTES + header_length(file.read(HEAD_BYTES))
-    file.seek(0)
-    return parse_header(file.read(length), size)
+    """The header of an open file, which then stands where its data begin."""
+    start = file.read(HEAD_BYTES)
+    length = LENGTH_BYTES + header_length(start)
+    header = parse_header((start + file.read(max(0, length - len(start))))[:length], size)
+    file.seek(length)
+    return header
 
 
 def _open(path: str | Path, max_bytes: int) -> tuple[BufferedReader, int]:

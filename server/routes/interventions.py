@@ -20,7 +20,7 @@ from reft_runtime.files import MAX_FILE_BYTES
 from reft_runtime.paging import DEFAULT_PAGE, MAX_AFTER, MAX_PAGE, MAX_QUERY, Sort
 from server.body import read_body
 from server.context import Context, Server
-from server.entries import entry_answer, entry_fields
+from server.entries import entry_answer, entry_fields, etag
 from server.listing import listing, page
 from server.openapi import takes_file
 
@@ -70,7 +70,7 @@ async def get_intervention(request: Request, server: Server, name: str) -> Respo
     tags = _tags(request, "if-none-match", weak=True)
     entry = await server.administer(server.engine.registry.entry, name)
     if {entry.digest, "*"} & set(tags or ()):
-        return Response(status_code=304, headers={"etag": f'"{entry.digest}"'})
+        return Response(status_code=304, headers=etag(entry))
     return entry_answer(server, entry)
 
 

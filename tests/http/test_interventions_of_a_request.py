@@ -190,7 +190,7 @@ async def test_a_trace_is_what_compare_says(http: httpx.AsyncClient, tiny_engine
 async def test_every_prompt_has_its_trace(http: httpx.AsyncClient) -> None:
     prompts = [list(prompt(9)), list(prompt(21))]
     answer = (
-        await post(http, {"name": "loreft"}, prompt=prompts, n=2, trace=True, temperature=1)
+        await post(http, {"name": "loreft"}, prompt=prompts, n=2, trace=True, temperature=1, seed=1)
     ).json()
     assert len(answer["choices"]) == 4
     first, second = answer["trace"]

@@ -329,7 +329,7 @@ def test_the_commands(place: Path, address: str, tmp_path: Path) -> None:
 def test_mistakes_of_the_commands(place: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="layers: write all, or numbers"):
         run("train", place / "goodbad.jsonl", "--out", tmp_path / "x.safetensors", "--layers", "a")
-    with pytest.raises(ConfigError, match="url: no answer"):
+    with pytest.raises(ConfigError, match="push: no answer"):
         run(
             "train", place / "goodbad.jsonl", "--out", tmp_path / "x.safetensors",
             "--push", "http://127.0.0.1:9",

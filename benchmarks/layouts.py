@@ -1,0 +1,179 @@
+"""The same rows in six layouts: does it matter how a table is written down?
+
+The tickets that ship are trained as a CSV, as prompts and completions with and without a leading
+blank, under a template that is a text, as chats by a template, and as messages. Each training is
+judged on the tickets held out, in the same layout, by what the engine answers with the written
+file: an answer is right where it is the label and nothing else. Every finished training is a line
+of `--out`, and one that is there is not done again: the script may be stopped at any time.
+
+    python -m benchmarks.layouts --out layouts.jsonl
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from reft_runtime.training import TrainSettings, evaluate, train
+
+DATA = Path(__file__).parents[1] / "interventions/data"
+
+Record = dict[str, Any]
+
+
+def _pair(blank: str) -> Callable[[Record], Record]:
+    return lambda row: {"prompt": row["text"], "completion": blank + row["label"]}
+
+
+def _text(row: Record) -> Record:
+    return {"text": row["text"], "completion": row["label"]}
+
+
+def _messages(row: Record) -> Record:
+    user = {"role": "user", "content": row["text"]}
+    return {"messages": [user, {"role": "assistant", "content": row["label"]}]}
+
+
+@dataclass(frozen=True, slots=True)
+class Written:
+    """A way to write a row of the table down, and the template that belongs to it.
+
+    `record` None is the CSV file as it ships.
+    """
+
+    record: Callable[[Record], Record] | None
+    template: str | None = None
+
+    def file(self, source: Path, folder: Path) -> Path:
+        """The rows of a CSV file in this layout, in a file of the same stem."""
+        if self.record is None:
+            return source
+        written = folder / f"{source.stem}.jsonl"
+        with source.open(newline="", encoding="utf-8") as rows:
+            lines = [json.dumps(self.record(row)) for row in csv.DictReader(rows)]
+        written.write_text("".join(f"{line}\n" for line in lines))
+        return written
+
+
+LAYOUTS = {
+    "CSV, text and label": Written(None),
+    "prompt, completion with a leading blank": Written(_pair(" ")),
+    "prompt, completion without": Written(_pair("")),
+    "template `Ticket: {text}\\nLabel:`": Written(_text, "Ticket: {text}\nLabel:"),
+    "template `chat`": Written(_pair(""), "chat"),
+    "messages": Written(_messages),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """One training: what identifies it."""
+
+    layout: str
+    seed: int
+    epochs: float | None
+    dtype: str
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What a training gave. `right` of `rows` answers are the label; `seconds` are of the wall."""
+
+    right: int
+    rows: int
+    seconds: float
+
+
+def measure(run: Run, model: str) -> Outcome:
+    """Train one layout, and ask the engine for the rows held out."""
+    layout = LAYOUTS[run.layout]
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        settings = TrainSettings(
+            template=layout.template, epochs=run.epochs, seed=run.seed, dtype=run.dtype
+        )
+        begun = time.monotonic()
+        out = folder / "it.safetensors"
+        train(layout.file(DATA / "tickets.csv", folder), out, model=model, settings=settings)
+        seconds = time.monotonic() - begun
+        report = evaluate(
+            [layout.file(DATA / "tickets-test.csv", folder)],
+            [str(out)],
+            model=model,
+            template=layout.template,
+            dtype=run.dtype,
+            metric="exact",
+            base=False,
+        )
+        [score] = report.scores
+        return Outcome(sum(score.right), score.rows, round(seconds, 1))
+
+
+def read(path: Path) -> dict[Run, Outcome]:
+    """Trainings that are done, by the file that they are lines of."""
+    entries = [json.loads(line) for line in path.read_text().splitlines()]
+    return {Run(**entry["run"]): Outcome(**entry["outcome"]) for entry in entries}
+
+
+def table(done: dict[Run, Outcome]) -> str:
+    """Accuracy by layout in per cent, each seed and their mean, and how far the means differ.
+
+    A layout that not all seeds have been trained in has no mean.
+    """
+    seeds = sorted({run.seed for run in done})
+    lines = [
+        f"| layout | {' | '.join(f'seed {seed}' for seed in seeds)} | mean |",
+        f"|---|{'---:|' * (len(seeds) + 1)}",
+    ]
+    means = []
+    for layout in LAYOUTS:
+        found = {
+            run.seed: 100 * outcome.right / outcome.rows
+            for run, outcome in done.items()
+            if run.layout == layout
+        }
+        if not found:
+            continue
+        cells = [f"{found[seed]:.1f}" if seed in found else "" for seed in seeds]
+        whole = len(found) == len(seeds)
+        if whole:
+            means.append(statistics.mean(found.values()))
+        lines.append(f"| {layout} | {' | '.join(cells)} | {f'{means[-1]:.1f}' if whole else ''} |")
+    if means:
+        lines += ["", f"The means are {max(means) - min(means):.1f} points apart."]
+    return "\n".join(lines)
+
+
+def main(
+    out: Annotated[Path, typer.Option(help="Finished trainings; the script goes on from them.")],
+    seeds: Annotated[int, typer.Option(min=1)] = 2,
+    epochs: Annotated[
+        float | None, typer.Option(help="Passes; by default as many as `reft train` takes.")
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="Of the base's weights.")] = "auto",
+    model: Annotated[str, typer.Option(help="demo, a folder, or a hub id.")] = "demo",
+) -> None:
+    """Train what is not done yet, and print the table."""
+    done = read(out) if out.exists() else {}
+    wanted = [Run(layout, seed, epochs, dtype) for seed in range(seeds) for layout in LAYOUTS]
+    for run in wanted:
+        if run not in done:
+            done[run] = measure(run, model)
+            entry = {"run": asdict(run), "outcome": asdict(done[run])}
+            with out.open("a") as file:
+                file.write(json.dumps(entry) + "\n")
+            print(json.dumps(entry), flush=True)
+    print(table({run: done[run] for run in wanted}))
+
+
+if __name__ == "__main__":
+    typer.run(main)
