@@ -87,17 +87,20 @@ class Backend(Protocol):
         """Free what it holds."""
 
 
-def open_backend(url: str | None, api_key: str | None, options: Mapping[str, Any]) -> Backend:
-    """The server at `url`; without one that of this machine, or else a model in this process.
+def server_to_ask(url: str | None, api_key: str | None, options: Mapping[str, Any]) -> str | None:
+    """The address given, or of this machine's server; None for a model in this process.
 
-    `options` are those of `Settings` for a model in this process; a `model` among them asks for it.
+    A `model` among the options asks for that.
     """
-    if url is not None:
-        return RemoteBackend(Server(url, api_key))
-    local = Server(LOCAL_URL, api_key)
-    if options["model"] is None and local.answers_at_all():
-        return RemoteBackend(local)
-    return LocalBackend(options)
+    if url is not None or options["model"] is not None:
+        return url
+    return LOCAL_URL if Server(LOCAL_URL, api_key).answers_at_all() else None
+
+
+def open_backend(url: str | None, api_key: str | None, options: Mapping[str, Any]) -> Backend:
+    """Whom `server_to_ask` finds; `options` are those of `Settings` for a model in this process."""
+    found = server_to_ask(url, api_key, options)
+    return LocalBackend(options) if found is None else RemoteBackend(Server(found, api_key))
 
 
 class RemoteBackend:

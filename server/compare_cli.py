@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -13,7 +13,7 @@ from reft_runtime.plots import check_plot
 from reft_runtime.sampling import SamplingParams
 from reft_runtime.stages import stage
 from reft_runtime.use import Use
-from server.backend import BASE, Applied, Ask, Backend, open_backend
+from server.backend import BASE, Applied, Ask, Backend, open_backend, server_to_ask
 from server.columns import alone, answer_columns, show_columns
 from server.console import console
 from server.options import (
@@ -29,6 +29,9 @@ from server.options import (
 from server.settings import load_settings
 from server.sweep import Point, draw, read_strengths, show_points
 from server.terminal import stages_told
+
+if TYPE_CHECKING:
+    from reft_runtime.training import Score
 
 app = typer.Typer()
 
@@ -146,16 +149,17 @@ def sweep(
         )
     picture = None if plot is None else check_plot(plot)
     sampling = SamplingParams(max_tokens=max_tokens, temperature=temperature, seed=seed)
-    backend = open_backend(url, api_key, options)
+    asked = server_to_ask(url, api_key, options)
+    scores: list[Score | None] = [None] * len(grid)
+    if evaluation is not None:
+        scores = list(_scores(evaluation, name, grid, asked, api_key, options))
+    backend = open_backend(asked, api_key, options)
     try:
         applied = _at(backend, name, grid)
         columns = answer_columns(backend, [_ask(prompt, system, one, sampling) for one in applied])
-        asked_url = backend.url
     finally:
         backend.close()
-    points = [Point(*pair) for pair in zip(grid, columns, strict=True)]
-    if evaluation is not None:
-        points = _scored(points, evaluation, name, asked_url, api_key, options)
+    points = [Point(*of_one) for of_one in zip(grid, columns, scores, strict=True)]
     if picture is not None:
         draw(picture, name, points)
     if as_json:
@@ -181,21 +185,21 @@ def _ask(prompt: str, system: str | None, applied: Applied, sampling: SamplingPa
 
 
 @stages_told()
-def _scored(
-    points: list[Point],
+def _scores(
     data: str,
     name: str,
+    grid: list[float],
     url: str | None,
     api_key: str | None,
     options: dict[str, Any],
-) -> list[Point]:
-    """The points with the score that `reft eval` gives at each."""
+) -> tuple[Score, ...]:
+    """What `reft eval` finds at each strength."""
     with stage("Starting Python's libraries"):
         from reft_runtime.training import evaluate
     settings = load_settings(options)
     report = evaluate(
         [data],
-        [f"{name}={point.strength!r}" for point in points],
+        [f"{name}={strength!r}" for strength in grid],
         url=url,
         api_key=api_key,
         model=settings.model,
@@ -204,4 +208,4 @@ def _scored(
         threads=settings.threads,
         base=False,
     )
-    return [point.with_score(score) for point, score in zip(points, report.scores, strict=True)]
+    return report.scores

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,8 +20,6 @@ if TYPE_CHECKING:
 
 MOST_STRENGTHS = 101
 
-_PERPLEXITY = "perplexity"
-
 
 @dataclass(frozen=True, slots=True)
 class Point:
@@ -29,17 +27,14 @@ class Point:
 
     strength: float
     column: Column
-    metric: str | None = None
-    score: float | None = None
-
-    def with_score(self, score: Score) -> Point:
-        """The same with what an evaluation found."""
-        return replace(self, metric=score.metric, score=score.value)
+    score: Score | None = None
 
     def as_json(self) -> dict[str, Any]:
         """Plain values."""
-        scored = {} if self.score is None else {"metric": self.metric, "score": self.score}
-        return {"strength": self.strength, **self.column.as_json(), **scored}
+        plain = {"strength": self.strength, **self.column.as_json()}
+        if self.score is None:
+            return plain
+        return {**plain, "metric": self.score.metric, "score": self.score.value}
 
 
 def read_strengths(text: str) -> list[float]:
@@ -81,15 +76,15 @@ def _range(first: float, last: float, step: float) -> list[float]:
 def show_points(console: Console, points: Sequence[Point]) -> None:
     """A table with a line for each strength."""
     columns = {"strength": "right", "tokens": "right", "nats": "right"}
-    metric = points[0].metric
-    if metric is not None:
-        columns[metric] = "right"
+    scored = points[0].score
+    if scored is not None:
+        columns[scored.metric] = "right"
     rows = []
     for point in points:
         reply = point.column.reply
         row = [f"{point.strength:g}", str(reply.tokens), f"{reply.trace.kl:.3f}"]
         if point.score is not None:
-            row.append(f"{point.score:.3f}" if metric == _PERPLEXITY else f"{point.score:.1%}")
+            row.append(point.score.shown)
         rows.append([*row, reply.text.strip()])
     console.print(table({**columns, "answer": "fold"}, rows))
     console.print("nats: how far the first token's distribution is from the base's", style="dim")
@@ -100,12 +95,13 @@ def draw(path: Path, name: str, points: Sequence[Point]) -> None:
     from matplotlib.figure import Figure
 
     strengths = [point.strength for point in points]
-    curves: list[tuple[str, Sequence[float | None]]] = [
+    curves: list[tuple[str, Sequence[float]]] = [
         ("first token, nats from the base", [point.column.reply.trace.kl for point in points]),
         ("length of the answer, tokens", [point.column.reply.tokens for point in points]),
     ]
-    if points[0].metric is not None:
-        curves.append((points[0].metric, [point.score for point in points]))
+    scores = [point.score for point in points if point.score is not None]
+    if scores:
+        curves.append((scores[0].metric, [score.value for score in scores]))
     figure = Figure(figsize=(6, 2.2 * len(curves)), layout="constrained")
     figure.suptitle(name)
     rows = figure.subplots(len(curves), sharex=True)

@@ -51,22 +51,20 @@ def push(
     if name is not None and len(paths) > 1:
         raise ConfigError(f"name: is for one file, and there are {len(paths)}.", param="name")
     server, taken = Server(url, api_key), []
-    with _progress() as progress:
-        for path in paths:
-            served = name or path.name.removesuffix(SUFFIX)
-            try:
-                entry, new = _upload(server, path, served, progress)
-            except Unreachable:
-                raise
-            except ReftError as error:
-                file = "" if error.message.startswith(str(path)) else f"{path}: "
-                typer.echo(f"reft: {file}{error.message}", err=True)
-                continue
-            taken.append({**entry, "new": new})
-            if not as_json:
-                verb = "added" if new else "replaced"
-                done = f"{short(entry['digest'])}, {size(entry['size_bytes'])}"
-                typer.echo(f"{served}: {verb}, {done}")
+    for path in paths:
+        served = name or path.name.removesuffix(SUFFIX)
+        try:
+            entry, new = _upload(server, path, served)
+        except Unreachable:
+            raise
+        except ReftError as error:
+            file = "" if error.message.startswith(str(path)) else f"{path}: "
+            typer.echo(f"reft: {file}{error.message}", err=True)
+            continue
+        taken.append({**entry, "new": new})
+        if not as_json:
+            verb = "added" if new else "replaced"
+            typer.echo(f"{served}: {verb}, {short(entry['digest'])}, {size(entry['size_bytes'])}")
     if as_json:
         typer.echo(json.dumps(taken, ensure_ascii=False))
     if len(taken) < len(paths):
@@ -123,28 +121,23 @@ def _files(given: Sequence[str]) -> list[Path]:
     return list(found)
 
 
-def _upload(server: Server, path: Path, name: str, progress: Progress) -> tuple[Body, bool]:
+def _upload(server: Server, path: Path, name: str) -> tuple[Body, bool]:
+    """Its entry, and whether it is new; meanwhile a bar, where standard error is a terminal."""
     with naming(path):
         fits = path.stat().st_size <= MAX_FILE_BYTES
         data = path.read_bytes() if fits else read_file(path)  # which says what it is
-    task = progress.add_task(name, total=len(data))
-    try:
-        return server.upload(name, data, lambda sent: progress.advance(task, sent))
-    finally:
-        progress.remove_task(task)
-
-
-def _progress() -> Progress:
-    """A bar on standard error, gone when it is done; where that is no terminal, nothing."""
     console = error_console()
-    return Progress(
+    with Progress(
         TextColumn("{task.description}", markup=False),
         BarColumn(),
         DownloadColumn(),
         console=console,
         transient=True,
+        redirect_stdout=False,
         disable=not console.is_terminal,
-    )
+    ) as progress:
+        task = progress.add_task(name, total=len(data))
+        return server.upload(name, data, lambda sent: progress.advance(task, sent))
 
 
 def _write(path: Path, data: bytes, *, force: bool) -> None:
