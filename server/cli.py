@@ -7,7 +7,7 @@ import atexit
 import inspect
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import UnionType
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TypeVar, get_args, get_origin
 
@@ -22,7 +22,6 @@ from server import files_cli, training_cli
 from server.applied import encode, read_asked, resolve
 from server.settings import Settings, load_settings
 from server.tables import trace_table
-from server.terminal import stages_told
 
 if TYPE_CHECKING:
     from reft_runtime.llm import Engine
@@ -130,7 +129,6 @@ def serve(**options: Any) -> None:
 
 
 @app.command()
-@stages_told()
 @_with_settings(
     "model", "interventions", "state_dir", "device", "dtype", "max_model_len", "threads"
 )
@@ -184,7 +182,10 @@ def _engine(settings: Settings) -> Engine:
 async def _print_answer(
     engine: Engine, prompt: str, uses: list[Use], sampling: Any, *, raw: bool, trace: bool
 ) -> None:
-    tokens = encode(engine, prompt if raw else [{"role": "user", "content": prompt}], uses)
+    if raw:
+        tokens: Sequence[int] = engine.tokenizer.encode(prompt)
+    else:
+        tokens = encode(engine, [{"role": "user", "content": prompt}], uses)
     stream = await engine.open(tokens, sampling, uses, trace=trace)
     async for deltas in stream:
         typer.echo("".join(delta.text for delta in deltas), nl=False)
