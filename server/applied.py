@@ -63,7 +63,7 @@ def encode(engine: Engine, prompt: Prompt, uses: Sequence[Use]) -> Sequence[int]
     try:
         return engine.encode(prompt, uses)
     except InvalidRequest as error:
-        if error.param != "intervention":
+        if error.param != "interventions":
             raise
         raise InvalidRequest(
             "--intervention: the chat templates of these differ, or what they do with a system "

@@ -6,6 +6,7 @@ import asyncio
 import atexit
 import os
 import sys
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
@@ -18,7 +19,6 @@ from server.applied import encode, read_asked, resolve, start_engine
 from server.options import LOCAL_SETTINGS, MaxTokens, Seed, Temperature, with_settings
 from server.settings import load_settings
 from server.tables import trace_table
-from server.terminal import stages_told
 
 if TYPE_CHECKING:
     from reft_runtime.llm import Engine
@@ -95,7 +95,6 @@ def serve(**options: Any) -> None:
 
 
 @app.command()
-@stages_told()
 @with_settings(*LOCAL_SETTINGS)
 def generate(
     prompt: Annotated[str, typer.Argument(help="What to say to the model, as one user's turn.")],
@@ -138,7 +137,10 @@ def generate(
 async def _print_answer(
     engine: Engine, prompt: str, uses: list[Use], sampling: Any, *, raw: bool, trace: bool
 ) -> None:
-    tokens = encode(engine, prompt if raw else [{"role": "user", "content": prompt}], uses)
+    if raw:
+        tokens: Sequence[int] = engine.tokenizer.encode(prompt)
+    else:
+        tokens = encode(engine, [{"role": "user", "content": prompt}], uses)
     stream = await engine.open(tokens, sampling, uses, trace=trace)
     async for deltas in stream:
         typer.echo("".join(delta.text for delta in deltas), nl=False)
