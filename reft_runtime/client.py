@@ -229,16 +229,14 @@ class Server:
             return _call(client, method, path, **content)
 
     def _client(self) -> httpx.Client:
-        return httpx.Client(**self._options())
-
-    def _options(self) -> dict[str, Any]:
         if "://" not in self.url:
             raise ConfigError(
                 f"url: write it with its scheme, http://{self.url}, not {self.url!r}.", param="url"
             )
         headers = {} if self.api_key is None else {"authorization": f"Bearer {self.api_key}"}
         url = self.url.rstrip("/").removesuffix("/v1")
-        return {"base_url": url, "headers": headers, "timeout": SECONDS}
+        with _reaching(url):
+            return httpx.Client(base_url=url, headers=headers, timeout=SECONDS)
 
 
 def _path(name: str) -> str:
@@ -283,7 +281,7 @@ def _checked(response: httpx.Response) -> httpx.Response:
 
 
 @contextmanager
-def _reaching(url: httpx.URL) -> Iterator[None]:
+def _reaching(url: httpx.URL | str) -> Iterator[None]:
     """Tell what keeps a server from being reached as `Unreachable`."""
     try:
         yield

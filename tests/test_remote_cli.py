@@ -212,4 +212,5 @@ def test_keys_and_addresses(engine: Any) -> None:
         assert reft(url, "ls", "--api-key", "right").exit_code == 0
         assert reft(f"{url}/v1/", "ls", "--api-key", "right").exit_code == 0
     assert "reft serve" in refused(url, Unreachable, "ls")
+    assert "no answer from http://[::" in refused("http://[::", Unreachable, "ls")
     assert "write it with its scheme, http://here:8000" in refused("here:8000", ConfigError, "ls")

@@ -67,9 +67,16 @@ def test_what_a_server_refuses(server: Server, registry: Registry, base: str) ->
     assert registry.entries() == []
 
 
-@pytest.mark.parametrize("url", ["http://127.0.0.1:9", "localhost:8000", "http://[::"])
-def test_no_server(base: str, url: str) -> None:
-    with pytest.raises(ConfigError, match="push: no answer from"):
+@pytest.mark.parametrize(
+    ("url", "message"),
+    [
+        ("http://127.0.0.1:9", "push: no answer from"),
+        ("http://[::", "url: no answer from"),
+        ("localhost:8000", "url: write it with its scheme"),
+    ],
+)
+def test_no_server(base: str, url: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
         check_push(Server(url), "mine", base, TrainSettings())
 
 
