@@ -120,7 +120,7 @@ def show(name: Name, url: Url = LOCAL_URL, api_key: ApiKey = None, as_json: AsJs
 
 @app.command()
 def rm(
-    names: Annotated[list[str], typer.Argument(metavar="NAME...", help="Interventions.")],
+    names: Annotated[list[str], typer.Argument(metavar="NAME", help="Interventions.")],
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
     url: Url = LOCAL_URL,
     api_key: ApiKey = None,

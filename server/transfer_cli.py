@@ -28,7 +28,7 @@ def push(
     files: Annotated[
         list[str],
         typer.Argument(
-            metavar="FILE...",
+            metavar="FILE",
             help="Intervention files, folders of them, or patterns such as 'made/s*'.",
         ),
     ],
