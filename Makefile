@@ -22,7 +22,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PIP_NO_INPUT := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help serve bench bench-peers test test-long lint types format clean
+.PHONY: help serve bench bench-peers test test-long lint types format vendor clean
 .DELETE_ON_ERROR:
 
 help: ## List the targets
@@ -59,6 +59,9 @@ types: $(VENV)/.installed-test ## Check the types
 format: $(VENV)/.installed-test ## Format the code and fix what ruff can fix
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+vendor: ## Fetch the page's libraries anew with npm, at the versions that tools/vendor.py names
+	$(PYTHON) -m tools.vendor
 
 clean: ## Remove the environments and every cache in the working tree (not the demo model)
 	rm -rf $(VENV) $(VENV)-vllm $(VENV)-peers build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis

@@ -25,6 +25,7 @@ from server.routes import (
     interventions,
     models,
     operations,
+    page,
     stats,
     tokenize,
     versions,
@@ -76,6 +77,7 @@ def create_app(engine: Engine, settings: Settings) -> FastAPI:
             expose_headers=EXPOSED,
         )
     install_error_handlers(app)
+    app.router.routes.extend(page.routes)
     app.include_router(operations.public)
     guarded = APIRouter(dependencies=[Depends(require_key), Depends(refuse_query)])
     for module in (

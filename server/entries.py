@@ -36,6 +36,7 @@ def entry_fields(server: Context, entry: Entry) -> dict[str, Any]:
         "kinds": summary.kinds,
         "positions": summary.positions,
         "layers": summary.layers,
+        "directions": summary.directions,
         "parameters": summary.parameters,
         "share": summary.parameters / server.engine.info.parameters,
         "problem": entry.problem,

@@ -21,6 +21,9 @@ logger = logging.getLogger("reft.requests")
 QUIET_PATHS = {"/livez", "/readyz", "/health", "/metrics"}
 """Asked for every few seconds by programs: logged at level debug."""
 
+QUIET_FOLDER = "/page/"
+"""Files of the page: a browser asks for many at once, and they say nothing of the server's use."""
+
 
 class TextFormatter(logging.Formatter):
     """Time (UTC), level, message."""
@@ -77,7 +80,9 @@ def configure_logging(settings: Settings) -> None:
 
 def log_request(scope: Scope, status: int | None, seconds: float) -> None:
     """Log one request that has ended; `status` is None where its client left before the answer."""
-    level = logging.DEBUG if scope["path"] in QUIET_PATHS else logging.INFO
+    path = scope["path"]
+    quiet = path in QUIET_PATHS or path.startswith(QUIET_FOLDER)
+    level = logging.DEBUG if quiet else logging.INFO
     if not logger.isEnabledFor(level):
         return
     state = scope["state"]

@@ -30,6 +30,7 @@ DOCUMENTS = [
     "docs/from-lora.md",
     "docs/interventions.md",
     "docs/operations.md",
+    "docs/page.md",
     "docs/structure.md",
     "docs/training.md",
     "interventions/README.md",

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 
 from reft_runtime.interventions.header import Header
+from reft_runtime.interventions.kinds import KINDS
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,6 +20,9 @@ class Summary:
     parameters: int
     """Numbers of all its tensors, as they are stored."""
 
+    directions: int
+    """How many directions every edit has, for a request's `subspace` to choose from."""
+
 
 def summarise(header: Header) -> Summary:
     """The summary of the file that has this header."""
@@ -29,4 +33,13 @@ def summarise(header: Header) -> Summary:
         positions=tuple(dict.fromkeys(str(edit.positions) for edit in edits)),
         layers=tuple(sorted({edit.layer for edit in edits})),
         parameters=sum(math.prod(info.shape) for info in header.tensors.values()),
+        directions=min((_rank(header, number) for number in range(len(edits))), default=0),
     )
+
+
+def _rank(header: Header, number: int) -> int:
+    """Rank of an edit, 0 where its kind has no directions."""
+    for name, spec in KINDS[header.manifest.edits[number].kind].tensors.items():
+        if "r" in spec.shape and not spec.optional:
+            return header.tensors[f"edits.{number}.{name}"].shape[spec.shape.index("r")]
+    return 0

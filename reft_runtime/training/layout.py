@@ -13,6 +13,9 @@ from reft_runtime.training.rows import Row, Rows
 
 CHAT = "chat"
 
+RECURRENCE = 8
+"""Completions that each occur so often, on average, are classes."""
+
 Chat = list[dict[str, str]]
 """Messages, each with role and content."""
 
@@ -73,16 +76,23 @@ class Layout:
 def choose_template(rows: Rows, *, chats: bool) -> str | None:
     """How rows become prompts where nobody says it, for a model that knows `chats` or does not.
 
-    What a table has as texts, and prompts of rows with a label, are what a user says in a chat:
-    a model that was tuned to chats reads them better so. Prompts that all end in the same words,
-    such as `Sentiment:`, lead to the answer already, and stay as they are.
+    What a table has as texts, and prompts of rows with a class, are what a user says in a chat: a
+    model that was tuned to chats reads them better so. A class is a label, or a completion that
+    recurs. Prompts that all end in the same words, such as `Sentiment:`, lead to the answer
+    already, and stay as they are.
     """
     first = rows.rows[0]
-    asked = rows.columns or first.label is not None
+    asked = rows.columns or first.label is not None or _recur(rows)
     if not chats or not asked or "messages" in first.fields:
         return None
     prompts = [str(row.fields.get("prompt", "")).rstrip() for row in rows.rows]
     return None if len(prompts) > 1 and re.search(r"\s\w", _common_ending(prompts)) else CHAT
+
+
+def _recur(rows: Rows) -> bool:
+    """Whether completions are some few."""
+    answers = [str(row.fields.get("completion", "")).strip() for row in rows.rows]
+    return len(set(answers)) * RECURRENCE <= len(answers)
 
 
 def _common_ending(texts: Sequence[str]) -> str:

@@ -140,7 +140,12 @@ class FakeRegistry:
             problem=None,
             hides=(),
             summary=SimpleNamespace(
-                description="", kinds=("loreft",), positions=("l1",), layers=(1,), parameters=10
+                description="",
+                kinds=("loreft",),
+                positions=("l1",),
+                layers=(1,),
+                parameters=10,
+                directions=4,
             ),
             manifest_json=version.manifest_json,
         )

@@ -80,6 +80,7 @@ def test_what_a_page_says(registry: Registry) -> None:
     summary = page.entries[0].summary
     assert (summary.kinds, summary.positions, summary.layers) == (("loreft",), ("l1",), (0, 1))
     assert summary.parameters == 2 * (16 * 3 * 2 + 3)
+    assert summary.directions == 3
     page = registry.page(sort="-requests", limit=2)
     assert [(entry.name, entry.requests) for entry in page.entries] == [("echo", 3), ("delta", 1)]
     assert registry.page(sort="-requests", after=page.next).entries[0].name == "alpha"

@@ -1,0 +1,105 @@
+// One answer of one column: its tokens, coloured; what else the model considered; its figures.
+
+import { comparison } from "./comparison.js";
+import { classes, html, useState } from "./lib.js";
+import { CopyButton, IconButton, Problem, seconds } from "./ui.js";
+
+/** Bounds of five classes: of probability downwards, of distance (nats) upwards. */
+const PROBABILITIES = [0.8, 0.5, 0.2, 0.05];
+const DISTANCES = [0.02, 0.1, 0.5, 2];
+
+/** The class of a piece: that of its least expected token. */
+function shade({ tokens }, colour) {
+  if (colour === "probability") {
+    const least = Math.exp(Math.min(...tokens.map(({ logprob }) => logprob)));
+    const level = PROBABILITIES.findIndex((bound) => least >= bound);
+    return `p${level < 0 ? 4 : level}`;
+  }
+  const known = tokens.map(({ distance }) => distance).filter((distance) => distance != null);
+  if (!known.length) return "";
+  const level = DISTANCES.findIndex((bound) => Math.max(...known) < bound);
+  return `d${level < 0 ? 4 : level}`;
+}
+
+export function Answer({ answer, name, c, t, colour, busy, last, onAnswer }) {
+  const [picked, setPicked] = useState(null);
+  return html`
+    <section class="answer" aria-label=${`Answer of ${name}`} aria-busy=${answer?.running ?? false}>
+      <h3 class="answer-name">${name}</h3>
+      ${!answer
+        ? html`<p class="muted">Not asked yet.</p>`
+        : html`
+          <${Text} answer=${answer} colour=${colour} picked=${picked} onPick=${setPicked} />
+          ${picked !== null && answer.pieces[picked]?.tokens.map((token, i) => html`
+            <${Alternatives} key=${i} token=${token} onClose=${() => setPicked(null)} />`)}
+          ${answer.error && html`<${Problem} error=${answer.error} />`}`}
+      <footer>
+        <${Figures} answer=${answer} />
+        <span class="answer-actions">
+          ${(last || !answer) && html`<${IconButton} icon="reset" disabled=${busy}
+            label=${answer ? `Answer again: ${name}` : `Answer: ${name}`} onClick=${onAnswer} />`}
+          ${answer?.text && html`
+            <${CopyButton} small label=${`Copy the answer of ${name}`} text=${() => answer.text} />`}
+          <${IconButton} icon="code" label=${`The request of ${name}, as curl, Python or JSON`}
+            onClick=${() => comparison.set({ dialog: { kind: "copy", c, t } })} />
+        </span>
+      </footer>
+    </section>`;
+}
+
+function Text({ answer, colour, picked, onPick }) {
+  const { pieces, text, running } = answer;
+  const cursor = running && html`<span class="cursor" aria-hidden="true"></span>`;
+  if (colour === "none" || !pieces.length) return html`<p class="text">${text}${cursor}</p>`;
+  return html`
+    <p class="text" onKeyDown=${walk}>
+      ${pieces.map((piece, i) => html`
+        <span role="button" key=${i} tabindex=${i === (picked ?? 0) ? 0 : -1} aria-pressed=${i === picked}
+          class=${classes("token", piece.tokens.length && shade(piece, colour))}
+          onClick=${() => onPick(i === picked ? null : i)}>${piece.text}</span>`)}${cursor}
+    </p>`;
+}
+
+/** Arrow keys go from token to token, Enter and space pick one, as on any button. */
+function walk(event) {
+  const { target, key } = event;
+  const next = { ArrowRight: target.nextElementSibling, ArrowLeft: target.previousElementSibling }[key];
+  if (next?.matches(".token")) next.focus();
+  else if (key === "Enter" || key === " ") target.click();
+  else return;
+  event.preventDefault();
+}
+
+const Alternatives = ({ token, onClose }) => html`
+  <div class="alternatives" role="region" aria-label="Alternatives">
+    <header>
+      <span>Instead of <code>${visibleText(token.text)}</code></span>
+      <${IconButton} icon="close" label="Close the alternatives" onClick=${onClose} />
+    </header>
+    <ol>
+      ${token.top.map(({ text, logprob }) => html`
+        <li key=${text} class=${classes(text === token.text && "chosen")}>
+          <code>${visibleText(text)}</code>
+          <meter min="0" max="1" value=${Math.exp(logprob)} aria-label="Probability"></meter>
+          <span class="figure">${(Math.exp(logprob) * 100).toFixed(1)} %</span>
+        </li>`)}
+    </ol>
+    ${token.distance != null && html`<p class="muted">${token.distance.toFixed(3)} nats from the base.</p>`}
+  </div>`;
+
+const visibleText = (text) => text.replaceAll(" ", "␣").replaceAll("\n", "↵");
+
+function Figures({ answer }) {
+  const figures = answer?.figures;
+  if (!figures) return html`<p class="figures"></p>`;
+  const { tokens, first, rate, prompt, cached } = figures;
+  const finish = { length: "cut at max tokens", stopped: "stopped" }[answer.finish];
+  return html`
+    <p class="figures">
+      <span>${tokens} tokens</span>
+      ${first !== null && html`<span title="Time to the first token">first ${seconds(first)}</span>`}
+      ${rate !== null && html`<span title="Tokens a second">${rate.toFixed(1)} tok/s</span>`}
+      ${cached !== null && html`<span title="Prompt tokens that the prefix cache had">${cached} of ${prompt} cached</span>`}
+      ${finish && html`<span>${finish}</span>`}
+    </p>`;
+}

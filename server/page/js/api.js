@@ -1,0 +1,107 @@
+// The server's API: requests with the key where one is needed, errors as it says them, streams.
+
+const KEY = "reft-key";
+
+/** Asks the user for the API key; `refused` says that one was given and is wrong. Set by app.js. */
+let askForKey = null;
+let asking = null;
+
+export function onKeyNeeded(ask) {
+  askForKey = ask;
+}
+
+export class ApiError extends Error {
+  constructor(message, { status = 0, code = null, param = null } = {}) {
+    super(message);
+    this.name = "ApiError";
+    this.status = status;
+    this.code = code;
+    this.param = param;
+  }
+}
+
+/** The address of a route: relative to the page, which may lie behind a path of a proxy. */
+export const address = (path) => new URL(path, new URL(".", document.baseURI)).href;
+
+export const key = () => sessionStorage.getItem(KEY);
+
+export function forgetKey() {
+  sessionStorage.removeItem(KEY);
+}
+
+/** The response to a request, its status checked; asks for the key where it is missing or wrong. */
+export async function send(path, { method = "GET", json, body, headers = {}, signal } = {}) {
+  for (;;) {
+    const used = key();
+    const response = await fetched(path, {
+      method,
+      signal,
+      body: json === undefined ? body : JSON.stringify(json),
+      headers: {
+        ...(json === undefined ? {} : { "content-type": "application/json" }),
+        ...(used ? { authorization: `Bearer ${used}` } : {}),
+        ...headers,
+      },
+    });
+    if (response.ok) return response;
+    if (response.status !== 401 || !askForKey) throw await failure(response);
+    // Several requests may find at once that a key is needed: it is asked for once.
+    if (key() === used) {
+      asking ??= askForKey(used !== null).finally(() => (asking = null));
+      const given = await asking;
+      if (!given) throw await failure(response);
+      sessionStorage.setItem(KEY, given);
+    }
+  }
+}
+
+/** The JSON that a route answers. */
+export const ask = async (path, options) => (await send(path, options)).json();
+
+/** The events of a streamed answer, parsed; an error within the stream is thrown. */
+export async function* stream(path, json, signal) {
+  const response = await send(path, { method: "POST", json, signal });
+  const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
+  let text = "";
+  for (;;) {
+    const { done, value } = await reader.read();
+    if (done) return;
+    text += value;
+    const parts = text.split("\n\n");
+    text = parts.pop();
+    for (const part of parts) {
+      if (!part.startsWith("data: ") || part === "data: [DONE]") continue;
+      const event = JSON.parse(part.slice(6));
+      if (event.error) throw new ApiError(event.error.message, event.error);
+      yield event;
+    }
+  }
+}
+
+/** Save bytes as a file of this name. */
+export function save(blob, name) {
+  const link = document.createElement("a");
+  link.href = URL.createObjectURL(blob);
+  link.download = name;
+  link.click();
+  setTimeout(() => URL.revokeObjectURL(link.href), 10_000);
+}
+
+async function fetched(path, options) {
+  try {
+    return await fetch(address(path), options);
+  } catch (error) {
+    if (error.name === "AbortError") throw error;
+    throw new ApiError("The server cannot be reached.", { code: "unreachable" });
+  }
+}
+
+async function failure(response) {
+  const { status } = response;
+  try {
+    const { error } = await response.json();
+    return new ApiError(error.message, { ...error, status });
+  } catch {
+    return new ApiError(`The server answered ${status}.`, { status });
+  }
+}

@@ -1,0 +1,123 @@
+// What one column applies: interventions with strengths and directions, or nothing, the base.
+
+import { ask } from "./api.js";
+import { change, comparison } from "./comparison.js";
+import { html, useState } from "./lib.js";
+import { Picker } from "./picker.js";
+import { STRENGTH, column as newColumn, part } from "./session.js";
+import { Icon, IconButton, Problem, useLoaded } from "./ui.js";
+
+const LETTERS = "ABCD";
+
+export function ColumnCard({ c, column, session, base, busy }) {
+  const [adding, setAdding] = useState(false);
+  const { columns, turns } = session;
+  const setParts = (parts) =>
+    change({ columns: columns.map((one, i) => (i === c ? { ...one, parts } : one)) });
+  const setPart = (i, fields) =>
+    setParts(column.parts.map((one, j) => (i === j ? { ...one, ...fields } : one)));
+  const remove = () => {
+    const without = (list) => list.filter((_, i) => i !== c);
+    change({
+      columns: without(columns),
+      turns: turns.map((turn) => ({ ...turn, answers: without(turn.answers) })),
+    });
+  };
+  return html`
+    <section class="card" aria-label=${`Column ${LETTERS[c]}`}>
+      <header>
+        <span class="letter" aria-hidden="true">${LETTERS[c]}</span>
+        <h2>${kind(column)}</h2>
+        <span class="card-actions">
+          <${IconButton} icon="code" label=${`Paste a request into column ${LETTERS[c]}`}
+            disabled=${busy} onClick=${() => comparison.set({ dialog: { kind: "paste", c } })} />
+          ${columns.length > 1 && html`
+            <${IconButton} icon="close" label=${`Remove column ${LETTERS[c]}`} disabled=${busy}
+              onClick=${remove} />`}
+        </span>
+      </header>
+      ${column.parts.length === 0 && html`<p class="muted base-name">${base}, as it is</p>`}
+      ${column.parts.map((one, i) => html`
+        <${Part} key=${i} part=${one} alone=${column.parts.length === 1} onChange=${(fields) => setPart(i, fields)}
+          onRemove=${() => setParts(column.parts.filter((_, j) => j !== i))} />`)}
+      ${adding
+        ? html`<${Picker} label="Add an intervention" onClose=${() => setAdding(false)}
+            onPick=${(name) => { setAdding(false); setParts([...column.parts, part(name)]); }} />`
+        : html`<button type="button" class="quiet add" onClick=${() => setAdding(true)}>
+            <${Icon} name="plus" />${column.parts.length ? "Compose with another" : "Add an intervention"}
+          </button>`}
+    </section>`;
+}
+
+function kind({ parts }) {
+  if (!parts.length) return "Base model";
+  return parts.length === 1 ? "Intervention" : "Composition";
+}
+
+export function AddColumn({ busy, onAdd }) {
+  const [adding, setAdding] = useState(false);
+  if (!adding) {
+    return html`<button type="button" class="quiet" disabled=${busy} onClick=${() => setAdding(true)}>
+      <${Icon} name="plus" />Column</button>`;
+  }
+  const pick = (name) => {
+    setAdding(false);
+    onAdd(name === null ? newColumn() : newColumn(name));
+  };
+  return html`<${Picker} label="The new column's intervention" first="Base model" onPick=${pick}
+    onClose=${() => setAdding(false)} />`;
+}
+
+function Part({ part: one, alone, onChange, onRemove }) {
+  const [picking, setPicking] = useState(false);
+  const [open, setOpen] = useState(false);
+  const { name, strength, directions } = one;
+  const id = `strength-${name}`;
+  const pick = (other) => {
+    setPicking(false);
+    if (other === null) onRemove();
+    else onChange({ name: other, directions: null });
+  };
+  return html`
+    <div class="part">
+      <div class="part-name">
+        ${picking
+          ? html`<${Picker} label="Another intervention" onClose=${() => setPicking(false)}
+              first=${alone && "Base model"} onPick=${pick} />`
+          : html`<button type="button" class="name" title="Choose another" onClick=${() => setPicking(true)}>
+              ${name}<${Icon} name="chevron" /></button>
+            ${!alone && html`
+              <${IconButton} icon="close" label=${`Take ${name} out`} onClick=${onRemove} />`}`}
+      </div>
+      <div class="strength">
+        <input type="range" id=${id} ...${STRENGTH} value=${strength}
+          aria-label=${`Strength of ${name}`}
+          onInput=${(event) => onChange({ strength: Number(event.target.value) })} />
+        <output class="figure" for=${id}>${strength.toFixed(2)}</output>
+        <${IconButton} icon="reset" label=${`Strength of ${name} back to 1`} disabled=${strength === 1}
+          onClick=${() => onChange({ strength: 1 })} />
+      </div>
+      <details class="directions" onToggle=${(event) => setOpen(event.target.open)}>
+        <summary>Directions${directions && html` <span class="count">${directions.length}</span>`}</summary>
+        ${open && html`<${Directions} name=${name} directions=${directions} onChange=${onChange} />`}
+      </details>
+    </div>`;
+}
+
+function Directions({ name, directions, onChange }) {
+  const { data, error } = useLoaded((signal) => ask(`v1/interventions/${name}`, { signal }), [name]);
+  if (error) return html`<${Problem} error=${error} />`;
+  if (!data) return null;
+  const all = Array.from({ length: data.directions }, (_, i) => i);
+  const on = directions ?? all;
+  const toggle = (i) => {
+    const chosen = on.includes(i) ? on.filter((other) => other !== i) : [...on, i].sort((a, b) => a - b);
+    onChange({ directions: chosen.length === all.length ? null : chosen });
+  };
+  return html`
+    <div class="toggles" role="group" aria-label=${`Directions of ${name}`}>
+      ${all.map((i) => html`
+        <button type="button" key=${i} aria-pressed=${on.includes(i)} onClick=${() => toggle(i)}
+          disabled=${on.length === 1 && on.includes(i)}>${i}</button>`)}
+    </div>`;
+}

@@ -1,0 +1,218 @@
+// Compare: one conversation, answered by up to four columns at once.
+
+import { ask } from "./api.js";
+import { Answer } from "./answer.js";
+import { AddColumn, ColumnCard } from "./column.js";
+import { change, comparison, replace } from "./comparison.js";
+import { classes, html, useEffect, useRef, useState } from "./lib.js";
+import { answer } from "./run.js";
+import { MAX_COLUMNS, column, newSession, packed, title, unpacked } from "./session.js";
+import { Settings, changed as changedSettings } from "./settings.js";
+import { ShareDialog, ShareMenu } from "./share.js";
+import { useStore } from "./store.js";
+import { Icon, IconButton, Problem, Segmented } from "./ui.js";
+
+const EXAMPLES = ["Who are you?", "What's a dog?", "Why is the sky blue?", "Give me a tip for Monday."];
+
+const COLOURS = [
+  ["none", "Plain"],
+  ["probability", "Probability"],
+  ["distance", "Distance from base"],
+];
+
+/** The tasks that show most plainly what a task is, where they are served. */
+const SHOWN = ["pirate", "emoji"];
+
+/** Columns that show something: the base, and two of what is served. */
+async function firstSession() {
+  const { data } = await ask("v1/interventions?limit=50");
+  const names = data.filter(({ problem }) => !problem).map(({ id }) => id);
+  const first = [...SHOWN.filter((name) => names.includes(name)), ...names];
+  const two = [...new Set(first)].slice(0, 2);
+  return newSession([column(), ...two.map((name) => column(name))]);
+}
+
+async function open(rest) {
+  try {
+    if (rest) replace(await unpacked(rest));
+    else if (!comparison.value.session) replace(await firstSession());
+  } catch (error) {
+    const problem = rest ? new Error("This link holds no comparison that can be read.") : error;
+    comparison.set({ problem, session: comparison.value.session ?? (rest ? newSession() : null) });
+  }
+}
+
+export function Compare({ base, rest }) {
+  const { session, running, problem, dialog } = useStore(comparison);
+  useEffect(() => {
+    // A link that was followed, or the view opened anew: not the address this view wrote itself.
+    if (rest !== written.current) open(rest);
+  }, [rest]);
+  const written = useRef(null);
+  useAddress(session, running, written);
+  if (!session) return problem && html`<${Problem} error=${problem} retry=${() => open("")} />`;
+  const { columns, turns, mode } = session;
+  const all = columns.map((_, c) => c);
+
+  const say = (user) => {
+    const kept = mode === "text" ? [] : turns;
+    change({ turns: [...kept, { user, answers: columns.map(() => null) }] });
+    answer(comparison, base, kept.length, all);
+  };
+  const edit = (t, user) => {
+    change({ turns: [...turns.slice(0, t), { user, answers: columns.map(() => null) }] });
+    answer(comparison, base, t, all);
+  };
+  return html`
+    <h1 class="unseen">Compare</h1>
+    <${Toolbar} session=${session} busy=${running !== null} />
+    ${problem && html`<${Problem} error=${problem} />`}
+    <section class=${`columns of-${columns.length}`} aria-label="Columns">
+      ${columns.map((one, c) => html`
+        <${ColumnCard} key=${c} c=${c} column=${one} session=${session} base=${base}
+          busy=${running !== null} />`)}
+    </section>
+    <section class="turns" aria-label="Conversation">
+      ${turns.length === 0 && html`<${Welcome} say=${say} columns=${columns.length} />`}
+      ${turns.map((turn, t) => html`
+        <${Turn} key=${t} turn=${turn} t=${t} session=${session}
+          busy=${running !== null} last=${t === turns.length - 1}
+          onEdit=${(user) => edit(t, user)} onAnswer=${(which) => answer(comparison, base, t, which)} />`)}
+    </section>
+    <${Composer} mode=${mode} busy=${running !== null} onSay=${say}
+      onStop=${() => running.abort()} again=${turns.length > 0} />
+    <${ShareDialog} dialog=${dialog} session=${session} base=${base} />`;
+}
+
+/** Keeps the address in step with the session, once answers have ended. */
+function useAddress(session, running, written) {
+  useEffect(() => {
+    if (!session || running) return undefined;
+    const timer = setTimeout(async () => {
+      written.current = await packed(session);
+      history.replaceState(null, "", `#/compare/${written.current}`);
+    }, 250);
+    return () => clearTimeout(timer);
+  }, [session, running]);
+}
+
+function Toolbar({ session, busy }) {
+  const { mode, colour, turns } = session;
+  const [settings, setSettings] = useState(false);
+  const count = changedSettings(session);
+  return html`
+    <div class="toolbar">
+      <${Segmented} label="Kind of prompt" value=${mode}
+        options=${[["chat", "Chat"], ["text", "Text"]]}
+        onChange=${(chosen) => chosen !== mode && change({ mode: chosen, turns: [] })} />
+      <label class="inline">Colour
+        <select value=${colour} onChange=${(event) => change({ colour: event.target.value })}>
+          ${COLOURS.map(([value, text]) => html`<option value=${value} key=${value}>${text}</option>`)}
+        </select>
+      </label>
+      ${colour !== "none" && html`<${Legend} colour=${colour} />`}
+      <span class="spring"></span>
+      <${AddColumn} busy=${busy || session.columns.length === MAX_COLUMNS} onAdd=${(added) => change({
+        columns: [...session.columns, added],
+        turns: turns.map((turn) => ({ ...turn, answers: [...turn.answers, null] })),
+      })} />
+      <button type="button" class="quiet" aria-expanded=${settings}
+        onClick=${() => setSettings(!settings)}>
+        <${Icon} name="sliders" />Settings${count > 0 && html`<span class="count">${count}</span>`}
+      </button>
+      <${ShareMenu} session=${session} />
+      <button type="button" class="quiet" disabled=${busy || !turns.length}
+        onClick=${() => change({ turns: [] })}><${Icon} name="plus" />New</button>
+    </div>
+    ${settings && html`<${Settings} session=${session} change=${change} />`}`;
+}
+
+const Welcome = ({ say, columns }) => html`
+  <div class="empty">
+    <h2>One model, many tasks</h2>
+    <p>Ask once: ${columns === 1 ? "the column answers" : `all ${columns} columns answer together, in one batch`}.
+      Each task is a small file that edits what the model thinks of your prompt.</p>
+    <div class="examples">
+      ${EXAMPLES.map((text) => html`
+        <button type="button" key=${text} onClick=${() => say(text)}>${text}</button>`)}
+    </div>
+  </div>`;
+
+function Turn({ turn, t, session, busy, last, onEdit, onAnswer }) {
+  const [draft, setDraft] = useState(null);
+  const article = useRef();
+  useEffect(() => {
+    if (last && busy) article.current.scrollIntoView({ block: "nearest" });
+  }, []);
+  const { columns } = session;
+  const run = () => {
+    setDraft(null);
+    onEdit(draft);
+  };
+  return html`
+    <article ref=${article} class="turn" aria-label=${`Turn ${t + 1}`}>
+      <div class="asked">
+        ${draft === null
+          ? html`<p class="said">${turn.user}</p>
+              <span class="asked-actions">
+                <${IconButton} icon="edit" label="Edit this turn" disabled=${busy}
+                  onClick=${() => setDraft(turn.user)} />
+                ${last && html`<${IconButton} icon="reset" label="Answer again" disabled=${busy}
+                  onClick=${() => onAnswer(columns.map((_, c) => c))} />`}
+              </span>`
+          : html`<form class="editing" onSubmit=${(event) => { event.preventDefault(); run(); }}>
+              <textarea aria-label="The turn's text" autofocus rows="3" value=${draft}
+                onInput=${(event) => setDraft(event.target.value)}></textarea>
+              <div class="actions">
+                <button type="button" onClick=${() => setDraft(null)}>Cancel</button>
+                <button class="primary" disabled=${!draft.trim()}>Ask this instead</button>
+              </div>
+            </form>`}
+      </div>
+      <div class=${classes("columns", `of-${columns.length}`)}>
+        ${columns.map((one, c) => html`
+          <${Answer} key=${c} answer=${turn.answers[c]} name=${title(one)} c=${c} t=${t}
+            colour=${session.colour} busy=${busy} last=${last}
+            onAnswer=${() => onAnswer([c])} />`)}
+      </div>
+    </article>`;
+}
+
+const ENDS = {
+  probability: ["likely", "unlikely", "p"],
+  distance: ["as the base", "far from it", "d"],
+};
+
+function Legend({ colour }) {
+  const [least, most, letter] = ENDS[colour];
+  return html`
+    <span class="legend">${least}
+      ${[0, 1, 2, 3, 4].map((n) => html`<i class=${`${letter}${n}`} key=${n}></i>`)}
+      ${most}
+    </span>`;
+}
+
+function Composer({ mode, busy, onSay, onStop, again }) {
+  const [text, setText] = useState("");
+  const submit = (event) => {
+    event.preventDefault();
+    if (busy || !text.trim()) return;
+    onSay(text);
+    if (mode === "chat") setText("");
+  };
+  // Enter sends a chat's turn; a text's lines belong to it.
+  const keys = (event) => {
+    const enter = event.key === "Enter" && !event.isComposing;
+    if (enter && (event.ctrlKey || event.metaKey || (mode === "chat" && !event.shiftKey))) submit(event);
+  };
+  const hint = mode === "text" ? "Text to continue" : again ? "Go on" : "Ask something";
+  return html`
+    <form class="composer" onSubmit=${submit}>
+      <textarea rows=${mode === "text" ? 4 : 2} value=${text} placeholder=${`${hint}…`}
+        aria-label=${hint} onKeyDown=${keys}
+        onInput=${(event) => setText(event.target.value)}></textarea>
+      ${busy
+        ? html`<button type="button" onClick=${onStop}><${Icon} name="stop" />Stop</button>`
+        : html`<button class="primary" disabled=${!text.trim()}><${Icon} name="play" />Run</button>`}
+    </form>`;
+}

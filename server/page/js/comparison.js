@@ -1,0 +1,27 @@
+// The one comparison of this page. It outlives its view: answers go on while another is open.
+
+import { column, newSession } from "./session.js";
+import { Store } from "./store.js";
+
+/**
+ * `running` is the AbortController of the answers under way; `dialog` is what share.js shows:
+ * {kind: "copy" | "paste", c, t}.
+ */
+export const comparison = new Store({ session: null, running: null, problem: null, dialog: null });
+
+/** Change fields of the session. */
+export function change(fields) {
+  comparison.set({ session: { ...comparison.value.session, ...fields } });
+}
+
+/** Show another session instead; what is still being answered is not wanted any more. */
+export function replace(session) {
+  comparison.value.running?.abort();
+  comparison.set({ session, problem: null });
+}
+
+/** "Try it": the base beside one intervention, with the settings as they are. */
+export function tryOut(name) {
+  const session = comparison.value.session ?? newSession();
+  replace({ ...session, columns: [column(), column(name)], turns: [] });
+}

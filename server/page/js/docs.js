@@ -1,0 +1,196 @@
+// The API's reference: /openapi.json as a page, an operation a section, schemas folded out.
+
+import { ask, save } from "./api.js";
+import { Frame } from "./frame.js";
+import { html, render, useState } from "./lib.js";
+import { Store, useStore } from "./store.js";
+import { Icon, Loading, Problem } from "./ui.js";
+
+const page = new Store({ document: null, error: null });
+
+async function begin() {
+  page.set({ error: null });
+  try {
+    page.set({ document: await ask("openapi.json") });
+  } catch (error) {
+    page.set({ error });
+  }
+}
+
+const HEADINGS = {
+  openai: "Answers and models", interventions: "Interventions", text: "Tokens", operations: "Operations",
+  health: "Health", vllm: "vLLM's routes",
+};
+
+/** Operations by tag: those of `HEADINGS` in that order, then the others. */
+function grouped({ paths }) {
+  const groups = new Map(Object.keys(HEADINGS).map((tag) => [tag, []]));
+  for (const [path, methods] of Object.entries(paths)) {
+    for (const [method, operation] of Object.entries(methods)) {
+      const [tag = "other"] = operation.tags ?? [];
+      if (!groups.has(tag)) groups.set(tag, []);
+      groups.get(tag).push({ path, method, operation });
+    }
+  }
+  return [...groups];
+}
+
+const LINKS = [
+  ["./#/compare", "Compare", false],
+  ["./#/look", "Look inside", false],
+  ["./#/interventions", "Interventions", false],
+  ["./#/server", "Server", false],
+  ["docs", "API", true],
+];
+
+function Reference() {
+  const { document: found, error } = useStore(page);
+  return html`
+    <${Frame} links=${LINKS}>
+      ${error && html`<${Problem} error=${error} retry=${begin} />`}
+      ${!found && !error && html`<${Loading} what="the API's description" />`}
+      ${found && html`<${Operations} found=${found} />`}
+    <//>`;
+}
+
+function Operations({ found }) {
+  const [query, setQuery] = useState("");
+  const wanted = query.trim().toLowerCase();
+  const fits = ({ path, method, operation }) =>
+    `${method} ${path} ${operation.summary} ${operation.description}`.toLowerCase().includes(wanted);
+  const groups = grouped(found)
+    .map(([tag, list]) => [tag, list.filter(fits)])
+    .filter(([, list]) => list.length);
+  return html`
+    <div class="head">
+      <h1>API</h1><span class="muted">${found.info.title} ${found.info.version}</span>
+      <span class="spring"></span>
+      <label class="search"><${Icon} name="search" />
+        <input type="search" aria-label="Search routes" placeholder="Search" value=${query}
+          onInput=${(event) => setQuery(event.target.value)} /></label>
+      <button type="button" onClick=${() => saved(found)}><${Icon} name="down" />openapi.json</button>
+    </div>
+    ${groups.length === 0 && html`<p class="muted">No route has that text.</p>`}
+    ${groups.map(([tag, list]) => html`
+      <section key=${tag} class="group" aria-label=${HEADINGS[tag] ?? tag}>
+        <h2>${HEADINGS[tag] ?? tag}</h2>
+        ${list.map((one) => html`<${Operation} key=${one.method + one.path} ...${one} found=${found} />`)}
+      </section>`)}`;
+}
+
+const saved = (found) =>
+  save(new Blob([JSON.stringify(found, null, 2)], { type: "application/json" }), "openapi.json");
+
+/** Text in which `this` is code. */
+const prose = (text) => text.split("`").map((part, i) => (i % 2 ? html`<code>${part}</code>` : part));
+
+function Operation({ path, method, operation, found }) {
+  const { description = "", parameters = [], requestBody, responses } = operation;
+  return html`
+    <details class="operation panel">
+      <summary>
+        <span class=${`method ${method}`}>${method.toUpperCase()}</span>
+        <code>${path}</code>
+        <span class="muted">${prose(description.split(/[.:]\s/)[0].replace(/\.$/, ""))}</span>
+      </summary>
+      <div class="stack">
+        <p class="prose">${prose(description)}</p>
+        ${parameters.length > 0 && html`
+          <h3>Parameters</h3>
+          <dl class="fields-list">
+            ${parameters.map(({ name, in: place, required, schema, description: about }) => html`
+              <${Field} key=${name} name=${name} schema=${schema} required=${required}
+                about=${[`in the ${place}`, about].filter(Boolean).join("; ")} found=${found} />`)}
+          </dl>`}
+        ${requestBody && Object.entries(requestBody.content).map(([type, { schema }]) => html`
+          <h3 key=${type}>Body <small class="muted">${type}</small></h3>
+          <${Fields} schema=${schema} found=${found} />`)}
+        <h3>Answers</h3>
+        <dl class="answers">
+          ${Object.entries(responses).map(([status, response]) => html`
+            <div key=${status}><dt class=${status < 400 ? "good" : ""}>${status}</dt>
+              <dd>${response.description}</dd></div>`)}
+        </dl>
+      </div>
+    </details>`;
+}
+
+const resolved = (schema, found) =>
+  schema?.$ref ? found.components.schemas[schema.$ref.split("/").at(-1)] : schema;
+
+/** The fields of an object's schema, or what else it is. */
+function Fields({ schema, found }) {
+  const object = resolved(schema, found);
+  if (!object?.properties) return html`<p class="muted">${typeName(schema, found)}</p>`;
+  const required = new Set(object.required);
+  // Those that must be given come first; what else there is keeps its order.
+  const fields = Object.entries(object.properties).sort(
+    ([a], [b]) => required.has(b) - required.has(a),
+  );
+  return html`
+    ${object.description && html`<p class="prose muted">${prose(object.description)}</p>`}
+    <dl class="fields-list">
+      ${fields.map(([name, one]) => html`
+        <${Field} key=${name} name=${name} schema=${one} required=${required.has(name)}
+          about=${one.description} found=${found} />`)}
+    </dl>`;
+}
+
+function Field({ name, schema, required, about, found }) {
+  const inner = objects(schema, found);
+  const bounds = limits(schema);
+  return html`
+    <div>
+      <dt><code>${name}</code>${required && html` <span class="count">required</span>`}</dt>
+      <dd>
+        <span class="type">${typeName(schema, found)}</span>
+        ${schema.default !== undefined && schema.default !== null && html`
+          <span class="muted"> by default <code>${JSON.stringify(schema.default)}</code></span>`}
+        ${bounds && html`<span class="muted"> ${bounds}</span>`}
+        ${about && html`<p>${prose(about)}</p>`}
+        ${inner.map((one) => html`
+          <details key=${one.title}><summary>${one.title}</summary><${Fields} schema=${one} found=${found} /></details>`)}
+      </dd>
+    </div>`;
+}
+
+/** What a schema may be, nulls aside: they only say that a field may be left out. */
+const choices = (schema) =>
+  (schema?.anyOf ?? schema?.oneOf ?? [schema ?? {}]).filter(({ type }) => type !== "null");
+
+function typeName(schema, found) {
+  const names = choices(schema).map((one) => {
+    if (one.anyOf || one.oneOf) return typeName(one, found);
+    if (one.$ref) return one.$ref.split("/").at(-1);
+    if (one.const !== undefined) return JSON.stringify(one.const);
+    if (one.enum) return one.enum.map((value) => JSON.stringify(value)).join(", ");
+    if (one.type === "array") return `list of ${typeName(one.items, found)}`;
+    if (one.format === "binary") return "bytes";
+    return one.type ?? "anything";
+  });
+  return [...new Set(names)].join(" or ");
+}
+
+/** The objects within a schema that have fields of their own. */
+function objects(schema, found) {
+  return choices(schema).flatMap((one) => {
+    if (one.anyOf || one.oneOf) return objects(one, found);
+    if (one.type === "array") return objects(one.items, found);
+    const object = resolved(one, found);
+    return object?.properties ? [object] : [];
+  });
+}
+
+function limits(schema) {
+  const [one = {}] = choices(schema);
+  const low = one.minimum ?? (one.exclusiveMinimum === undefined ? null : `above ${one.exclusiveMinimum}`);
+  const high = one.maximum ?? one.exclusiveMaximum ?? null;
+  if (low !== null && high !== null) return `${low} to ${high}`;
+  if (low !== null) return typeof low === "string" ? low : `at least ${low}`;
+  if (high !== null) return `at most ${high}`;
+  const most = one.maxLength ?? one.maxItems;
+  return most === undefined ? "" : `up to ${most} ${one.maxLength === undefined ? "of them" : "characters"}`;
+}
+
+render(html`<${Reference} />`, document.getElementById("app"));
+begin();

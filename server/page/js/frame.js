@@ -1,0 +1,107 @@
+// What surrounds every view, the reference among them: the name, the links, the colours, the key.
+
+import { forgetKey, key, onKeyNeeded } from "./api.js";
+import { html, useState } from "./lib.js";
+import { Store, useStore } from "./store.js";
+import { Dialog, Icon, IconButton } from "./ui.js";
+
+const THEME = "reft-theme";
+
+/** What the key's dialog is open for: {refused, done}, or null. */
+const gate = new Store({ asking: null });
+
+onKeyNeeded(
+  (refused) =>
+    new Promise((resolve) => {
+      const done = (given) => {
+        gate.set({ asking: null });
+        resolve(given);
+      };
+      if (refused) forgetKey();
+      gate.set({ asking: { refused, done } });
+    }),
+);
+
+applyTheme(localStorage.getItem(THEME));
+
+function applyTheme(theme) {
+  if (theme) document.documentElement.dataset.theme = theme;
+}
+
+const dark = () => {
+  const { theme } = document.documentElement.dataset;
+  return theme ? theme === "dark" : matchMedia("(prefers-color-scheme: dark)").matches;
+};
+
+function ThemeButton() {
+  const [isDark, setDark] = useState(dark);
+  const change = () => {
+    const theme = isDark ? "light" : "dark";
+    localStorage.setItem(THEME, theme);
+    applyTheme(theme);
+    setDark(!isDark);
+  };
+  return html`<${IconButton} icon=${isDark ? "sun" : "moon"} onClick=${change}
+    label=${isDark ? "Light colours" : "Dark colours"} />`;
+}
+
+const forget = () => {
+  forgetKey();
+  location.reload();
+};
+
+/** `links` are [address, text, whether it is open]. */
+export function Frame({ links, model, children }) {
+  const { asking } = useStore(gate);
+  return html`
+    <a class="skip" href="#main" onClick=${toMain}>Skip to the content</a>
+    <header class="top">
+      <a class="brand" href="./#/compare">
+        <${Mark} /><span>reft<span class="brand-rest">-server</span></span>
+      </a>
+      <nav aria-label="Views">
+        ${links.map(([address, text, open]) => html`
+          <a href=${address} key=${text} aria-current=${open ? "page" : null}>${text}</a>`)}
+      </nav>
+      <div class="top-end">
+        ${model && html`<span class="model" title="The base model">${model}</span>`}
+        ${key() && html`<button type="button" class="quiet" onClick=${forget}>Forget key</button>`}
+        <${ThemeButton} />
+      </div>
+    </header>
+    <main id="main" tabindex="-1">${children}</main>
+    ${asking && html`<${KeyDialog} ...${asking} />`}`;
+}
+
+// The address holds the view, so the link must not change it.
+function toMain(event) {
+  event.preventDefault();
+  document.getElementById("main").focus();
+}
+
+const Mark = () => html`
+  <svg viewBox="0 0 32 32" class="mark" aria-hidden="true">
+    <path d="M4 8h24M4 16h24M4 24h24" />
+    <circle cx="11" cy="8" r="4" /><circle cx="21" cy="16" r="4" /><circle cx="15" cy="24" r="4" />
+  </svg>`;
+
+/** Asks for the key of a server that needs one; `done(null)` where none is given. */
+function KeyDialog({ refused, done }) {
+  const [given, setGiven] = useState("");
+  const submit = (event) => {
+    event.preventDefault();
+    if (given.trim()) done(given.trim());
+  };
+  return html`
+    <${Dialog} title="This server needs a key" onClose=${() => done(null)}>
+      <form onSubmit=${submit} class="stack">
+        <p>It is sent as <code>Authorization: Bearer</code> and kept until this tab is closed.</p>
+        ${refused && html`<p class="problem" role="alert">The server did not take that key.</p>`}
+        <label class="field">API key
+          <input type="password" autocomplete="off" autofocus value=${given}
+            onInput=${(event) => setGiven(event.target.value)} />
+        </label>
+        <div class="actions"><button class="primary"><${Icon} name="play" />Use this key</button></div>
+      </form>
+    <//>`;
+}

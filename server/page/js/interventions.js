@@ -1,0 +1,170 @@
+// Interventions: all that is served, searched, sorted and paged by the server; uploads by drop.
+
+import { ask } from "./api.js";
+import { Details } from "./details.js";
+import { classes, html, useEffect, useRef, useState } from "./lib.js";
+import { Empty, Icon, Loading, Problem, bytes, number, percent } from "./ui.js";
+import { Uploads, take } from "./uploads.js";
+
+const PAGE = 50;
+const PAUSE_MS = 200;
+
+/** Of each column: its heading, what it sorts by, what a row shows, and its class. */
+const COLUMNS = [
+  ["Name", "name", (entry) => html`<${Name} entry=${entry} />`],
+  ["Kind", null, ({ kinds }) => kinds.join(", "), "narrow"],
+  ["Layers", null, ({ layers }) => spans(layers), "narrow"],
+  ["Positions", null, ({ positions }) => positions.join(", "), "narrow"],
+  ["Parameters", "parameters", (entry) => html`${number(entry.parameters)}
+    <small>${percent(entry.share)} of the base</small>`, "number narrow"],
+  ["Size", "size", ({ size_bytes }) => bytes(size_bytes), "number"],
+  ["Requests", "requests", (entry) => html`${number(entry.requests)}
+    ${entry.in_flight > 0 && html`<small>${entry.in_flight} in flight</small>`}`, "number"],
+  ["Changed", "modified", ({ modified }) => modified && when(modified), "number narrow"],
+];
+
+/** Layers as text: 0 to 3, 6; those at one distance in short: every 2nd of 1 to 29. */
+export function spans(layers) {
+  const step = layers[1] - layers[0];
+  const even = layers.every((layer, i) => i === 0 || layer - layers[i - 1] === step);
+  if (layers.length > 4 && even && step > 1) {
+    return `every ${step}${{ 2: "nd", 3: "rd" }[step] ?? "th"} of ${layers[0]} to ${layers.at(-1)}`;
+  }
+  const runs = [];
+  for (const layer of layers) {
+    if (runs.length && layer === runs.at(-1)[1] + 1) runs.at(-1)[1] = layer;
+    else runs.push([layer, layer]);
+  }
+  return runs.map(([from, to]) => (from === to ? from : `${from} to ${to}`)).join(", ");
+}
+
+/** Unix time as a day, or the time of today. */
+export function when(time) {
+  const date = new Date(time * 1000);
+  const today = date.toDateString() === new Date().toDateString();
+  return today
+    ? date.toLocaleTimeString("en-GB", { timeStyle: "short" })
+    : date.toLocaleDateString("en-GB", { dateStyle: "medium" });
+}
+
+const Name = ({ entry }) => html`
+  <a href=${`./#/interventions/${entry.id}`}>${entry.id}</a>
+  ${entry.manifest.description && html`<span class="about">${entry.manifest.description}</span>`}
+  ${entry.problem && html`<span class="about bad">${entry.problem}</span>`}`;
+
+export function Interventions({ base, rest }) {
+  const [query, setQuery] = useState("");
+  const [sort, setSort] = useState("name");
+  const { rows, total, next, problems, error, loading, more, reload } = usePages(query.trim(), sort);
+  const [over, setOver] = useState(false);
+  const chooser = useRef();
+  const drop = (event) => {
+    event.preventDefault();
+    setOver(false);
+    take(event.dataTransfer.files, reload);
+  };
+  const close = () => (location.hash = "#/interventions");
+  return html`
+    <div class=${classes("drop", over && "over")} onDrop=${drop}
+      onDragOver=${(event) => { event.preventDefault(); setOver(true); }}
+      onDragLeave=${(event) => event.currentTarget.contains(event.relatedTarget) || setOver(false)}>
+      <div class="head">
+        <h1>Interventions</h1>
+        ${total !== null && html`<span class="muted figure" role="status">
+          ${number(total)} ${query.trim() ? "found" : "served"}</span>`}
+        <span class="spring"></span>
+        <label class="search"><${Icon} name="search" />
+          <input type="search" aria-label="Search names and descriptions" placeholder="Search"
+            value=${query} onInput=${(event) => setQuery(event.target.value)} /></label>
+        <button type="button" class="primary" onClick=${() => chooser.current.click()}>
+          <${Icon} name="up" />Upload</button>
+        <input ref=${chooser} type="file" multiple hidden accept=".safetensors" aria-label="Files to upload"
+          onChange=${(event) => { take(event.target.files, reload); event.target.value = ""; }} />
+      </div>
+      <${Uploads} reload=${reload} />
+      ${error && html`<${Problem} error=${error} retry=${reload} />`}
+      ${rows === null && !error && html`<${Loading} what="interventions" />`}
+      ${rows?.length === 0 && html`
+        <${Empty} title=${query ? "Nothing is found" : "No intervention is served yet"}>
+          <p>${query ? "No name or description has that text." : "Drop a .safetensors file here, or make one with reft train."}</p>
+        <//>`}
+      ${rows?.length > 0 && html`
+        <${Table} rows=${rows} sort=${sort} onSort=${setSort} />
+        <div class="after">
+          <span class="muted">${number(rows.length)} of ${number(total)}</span>
+          ${next && html`<button type="button" disabled=${loading} onClick=${more}>Show more</button>`}
+        </div>`}
+      ${Object.keys(problems).length > 0 && html`
+        <details class="panel unserved"><summary>Files that are not served
+          <span class="count">${Object.keys(problems).length}</span></summary>
+          <dl>${Object.entries(problems).map(([file, why]) => html`<dt key=${file}>${file}</dt><dd>${why}</dd>`)}</dl>
+        </details>`}
+      <p class="drop-hint" aria-hidden="true">Drop to upload</p>
+    </div>
+    ${rest && html`<${Details} key=${rest} name=${decodeURIComponent(rest)} base=${base} onClose=${close}
+      onChange=${reload} />`}`;
+}
+
+function Table({ rows, sort, onSort }) {
+  const by = sort.replace("-", "");
+  const down = sort.startsWith("-");
+  return html`
+    <table class="list">
+      <thead><tr>
+        ${COLUMNS.map(([heading, key, , style]) => html`
+          <th key=${heading} class=${style} scope="col"
+            aria-sort=${key && key === by ? (down ? "descending" : "ascending") : null}>
+            ${key
+              ? html`<button type="button" onClick=${() => onSort(turned(key, sort))}>${heading}
+                  <span class="direction" aria-hidden="true">${key === by ? (down ? "↓" : "↑") : ""}</span></button>`
+              : heading}
+          </th>`)}
+      </tr></thead>
+      <tbody>
+        ${rows.map((entry) => html`
+          <tr key=${entry.id}>
+            ${COLUMNS.map(([heading, , shown, style]) => html`<td key=${heading} class=${style}>${shown(entry)}</td>`)}
+          </tr>`)}
+      </tbody>
+    </table>`;
+}
+
+/** Names begin with a; numbers and times with the largest. */
+function turned(key, sort) {
+  const first = key === "name" ? key : `-${key}`;
+  const other = key === "name" ? `-${key}` : key;
+  return sort === first ? other : first;
+}
+
+/** The pages of a search that were asked for so far, and a way to the next. */
+function usePages(query, sort) {
+  const [state, setState] = useState({ rows: null, total: null, next: null, problems: {}, error: null });
+  const [round, setRound] = useState(0);
+  const [loading, setLoading] = useState(false);
+  const asked = useRef(0);
+  const load = async (rows, after) => {
+    const mine = (asked.current += 1);
+    setLoading(true);
+    const parameters = new URLSearchParams({ limit: PAGE, sort, ...(query && { q: query }), ...(after && { after }) });
+    let found;
+    try {
+      const { data, total, next, problems } = await ask(`v1/interventions?${parameters}`);
+      found = { rows: [...rows, ...data], total, next, problems, error: null };
+    } catch (error) {
+      found = { error };
+    }
+    // What a slower answer to an earlier search says is not shown.
+    if (mine !== asked.current) return;
+    setState((old) => ({ ...old, ...found }));
+    setLoading(false);
+  };
+  useEffect(() => {
+    const timer = setTimeout(() => load([], null), state.rows === null || !query ? 0 : PAUSE_MS);
+    return () => clearTimeout(timer);
+  }, [query, sort, round]);
+  return {
+    ...state, loading,
+    more: () => load(state.rows, state.next),
+    reload: () => setRound((old) => old + 1),
+  };
+}

@@ -1,0 +1,119 @@
+// Server: what is served, and how it is doing now, asked again every two seconds.
+
+import { ask } from "./api.js";
+import { Chart } from "./chart.js";
+import { classes, html, useEffect } from "./lib.js";
+import { Store, useStore } from "./store.js";
+import { Loading, Problem, bytes, number, percent, seconds } from "./ui.js";
+
+const EVERY_MS = 2000;
+const KEPT = 150;
+
+/** What was answered, oldest first; it is kept while another view is open. */
+const watched = new Store({ samples: [], error: null });
+
+async function look(signal) {
+  try {
+    const sample = await ask("v1/stats", { signal });
+    watched.set({ samples: [...watched.value.samples, sample].slice(-KEPT), error: null });
+  } catch (error) {
+    if (error.name !== "AbortError") watched.set({ error });
+  }
+}
+
+/** Looks as long as the view is open and the tab is seen. */
+function useWatch() {
+  useEffect(() => {
+    const controller = new AbortController();
+    let timer;
+    const next = async () => {
+      if (!document.hidden) await look(controller.signal);
+      if (!controller.signal.aborted) timer = setTimeout(next, EVERY_MS);
+    };
+    next();
+    return () => {
+      controller.abort();
+      clearTimeout(timer);
+    };
+  }, []);
+}
+
+export function ServerView() {
+  useWatch();
+  const { samples, error } = useStore(watched);
+  const now = samples.at(-1);
+  if (!now) return error ? html`<${Problem} error=${error} />` : html`<${Loading} what="the server's numbers" />`;
+  const ready = now.status === "ok" && !error;
+  return html`
+    <div class="head">
+      <h1>Server</h1>
+      <span class=${classes("status", ready ? "good" : "bad")} role="status">
+        ${error ? "not reached" : ready ? "ready" : now.status}</span>
+      <span class="muted">up ${duration(now.uptime_seconds)}, version ${now.version}</span>
+    </div>
+    ${error && html`<${Problem} error=${error} />`}
+    <dl class="facts panel tiles">
+      ${tiles(now).map(([what, value, more]) => html`
+        <div key=${what}><dt>${what}</dt><dd>${value} <small>${more}</small></dd></div>`)}
+    </dl>
+    <div class="charts">${charts(samples)}</div>`;
+}
+
+function tiles(now) {
+  const { kv_cache: cache, interventions, finished } = now;
+  const failed = finished.error ?? 0;
+  return [
+    ["Base model", now.model, `${now.dtype} on ${now.device}`],
+    ["Interventions", number(interventions.registered), `${number(interventions.loaded)} in memory, ${bytes(interventions.bytes)}`],
+    ["Running", `${now.running} of ${now.max_running}`, `${number(now.waiting)} waiting`],
+    ["Key-value cache", percentage(cache.usage), `of ${number(cache.tokens)} tokens, ${bytes(cache.bytes)}`],
+    ["Tokens made", number(now.generation_tokens), `for ${number(now.prompt_tokens)} of prompts`],
+    ["Requests ended", number(Object.values(finished).reduce((sum, count) => sum + count, 0)),
+      failed ? `${number(failed)} by a fault` : "none by a fault"],
+  ];
+}
+
+function charts(samples) {
+  const xs = samples.map(({ time }) => time);
+  const column = (read) => samples.map((sample) => read(sample) ?? null);
+  const hits = samples.map((sample, i) => hitRate(samples[i - 1], sample));
+  const common = { xs, formatX: (time) => ago(xs.at(-1) - time) };
+  const first = "time_to_first_token_seconds";
+  const between = "time_per_output_token_seconds";
+  const all = [
+    ["Tokens a second", (value) => value.toFixed(value < 10 ? 1 : 0), {}, [
+      ["generated", column((one) => one.tokens_per_second.generation)],
+      ["prompt", column((one) => one.tokens_per_second.prompt)]]],
+    ["Requests", (value) => `${Math.round(value)}`, {}, [
+      ["running", column((one) => one.running)], ["waiting", column((one) => one.waiting)]]],
+    ["Cache", percentage, { max: 1 }, [
+      ["in use", column((one) => one.kv_cache.usage)], ["hit rate", hits]]],
+    ["First token", seconds, {}, [
+      ["median", column((one) => one[first].p50)], ["95th percentile", column((one) => one[first].p95)]]],
+    ["Between tokens", seconds, {}, [
+      ["median", column((one) => one[between].p50)], ["95th percentile", column((one) => one[between].p95)]]],
+  ];
+  return all.map(([title, format, more, series]) => html`
+    <${Chart} key=${title} title=${title} format=${format} ...${common} ...${more}
+      series=${series.map(([name, values]) => ({ name, values }))} />`);
+}
+
+/** The share of looked-up blocks that were there, between two samples. */
+function hitRate(before, after) {
+  if (!before?.prefix_cache || !after.prefix_cache) return null;
+  const queries = after.prefix_cache.queries - before.prefix_cache.queries;
+  return queries > 0 ? (after.prefix_cache.hits - before.prefix_cache.hits) / queries : null;
+}
+
+const percentage = (share) => (share > 0 && share < 0.1 ? percent(share) : `${Math.round(share * 100)} %`);
+
+const ago = (time) => (time < 1 ? "now" : `${Math.round(time)} s ago`);
+
+function duration(time) {
+  const units = [["d", 86400], ["h", 3600], ["min", 60], ["s", 1]];
+  const i = units.findIndex(([, size]) => time >= size);
+  const [unit, size] = units[i < 0 ? 3 : i];
+  const whole = Math.floor(time / size);
+  const below = i >= 0 && i < 2 ? units[i + 1] : null;
+  return below ? `${whole} ${unit} ${Math.floor((time - whole * size) / below[1])} ${below[0]}` : `${whole} ${unit}`;
+}

@@ -1,0 +1,197 @@
+// A comparison as plain data: what is asked of which column, the requests it makes, and how it is
+// written into a link. Nothing here touches the document, so every other module may rely on it.
+
+export const MAX_COLUMNS = 4;
+export const ALTERNATIVES = 5;
+export const STRENGTH = { min: -2, max: 2, step: 0.05 };
+
+/** Sampling settings: the value that a request leaves out, and what a field may hold. */
+export const SAMPLING = {
+  max_tokens: { label: "Max tokens", value: 128, min: 1, max: 4096, step: 1, always: true },
+  temperature: { label: "Temperature", value: 0, min: 0, max: 2, step: 0.05, always: true },
+  top_p: { label: "Top p", value: 1, min: 0.01, max: 1, step: 0.01 },
+  top_k: { label: "Top k", value: 0, min: 0, max: 1000, step: 1 },
+  min_p: { label: "Min p", value: 0, min: 0, max: 1, step: 0.01 },
+  repetition_penalty: { label: "Repetition penalty", value: 1, min: 0.5, max: 2, step: 0.05 },
+  presence_penalty: { label: "Presence penalty", value: 0, min: -2, max: 2, step: 0.05 },
+  frequency_penalty: { label: "Frequency penalty", value: 0, min: -2, max: 2, step: 0.05 },
+  seed: { label: "Seed", value: null, step: 1 },
+};
+
+export const part = (name) => ({ name, strength: 1, directions: null });
+
+export const column = (...names) => ({ parts: names.map(part) });
+
+export function newSession(columns = [column()]) {
+  return {
+    mode: "chat",
+    system: "",
+    columns,
+    turns: [],
+    sampling: Object.fromEntries(Object.entries(SAMPLING).map(([name, { value }]) => [name, value])),
+    stop: "",
+    colour: "probability",
+  };
+}
+
+/** What a column applies, in words: `base`, `pirate`, `pirate × 0.5 + emoji`. */
+export function title({ parts }) {
+  if (!parts.length) return "Base model";
+  return parts
+    .map(({ name, strength }) => (strength === 1 ? name : `${name} × ${strength}`))
+    .join(" + ");
+}
+
+/** Route and body of the request that answers turn `t` in column `c`. */
+export function requestOf(session, base, c, t) {
+  const chat = session.mode === "chat";
+  const body = { ...used(session.columns[c], base) };
+  if (chat) body.messages = messages(session, c, t);
+  else body.prompt = session.turns[t].user;
+  for (const [name, { value, always }] of Object.entries(SAMPLING)) {
+    const given = session.sampling[name];
+    if (given !== null && (always || given !== value)) body[name] = given;
+  }
+  const stop = session.stop.split("\n").filter(Boolean);
+  if (stop.length) body.stop = stop;
+  return { path: chat ? "v1/chat/completions" : "v1/completions", body };
+}
+
+/** `body`, streamed and with what the page shows of each token. */
+export function shown(body, { distance = false } = {}) {
+  const scored = body.messages
+    ? { logprobs: true, top_logprobs: ALTERNATIVES }
+    : { logprobs: ALTERNATIVES };
+  const trace = distance ? { trace: true } : {};
+  return { ...body, stream: true, stream_options: { include_usage: true }, ...scored, ...trace };
+}
+
+function used({ parts }, base) {
+  if (!parts.length) return { model: base };
+  const [{ name, strength, directions }] = parts;
+  if (parts.length === 1 && strength === 1 && !directions) return { model: name };
+  const interventions = parts.map((one) => ({
+    name: one.name,
+    ...(one.strength === 1 ? {} : { strength: one.strength }),
+    ...(one.directions ? { subspace: one.directions } : {}),
+  }));
+  return { model: base, interventions };
+}
+
+function messages({ system, turns }, c, t) {
+  const said = system.trim() ? [{ role: "system", content: system }] : [];
+  for (const turn of turns.slice(0, t)) {
+    const text = turn.answers[c]?.text;
+    // A column that came later was not asked then, and one that failed has said nothing.
+    if (!text) continue;
+    said.push({ role: "user", content: turn.user }, { role: "assistant", content: text });
+  }
+  return [...said, { role: "user", content: turns[t].user }];
+}
+
+/** Fields of a session that a request's JSON says; throws an Error that says what is wrong. */
+export function fromRequest(text, base) {
+  const body = parsed(text);
+  if (!body || typeof body !== "object" || Array.isArray(body)) {
+    throw new Error("Paste the JSON object of one request.");
+  }
+  const found = { sampling: {} };
+  for (const name of Object.keys(SAMPLING)) {
+    const value = body[name] ?? (name === "max_tokens" ? body.max_completion_tokens : undefined);
+    if (typeof value === "number") found.sampling[name] = value;
+  }
+  found.stop = [body.stop ?? []].flat().join("\n");
+  found.parts = parts(body, base);
+  if (Array.isArray(body.messages)) {
+    found.mode = "chat";
+    Object.assign(found, conversation(body.messages));
+  } else if (typeof body.prompt === "string") {
+    found.mode = "text";
+    found.system = "";
+    found.turns = [{ user: body.prompt }];
+  } else {
+    throw new Error("The request needs messages, or a prompt that is a text.");
+  }
+  return found;
+}
+
+function parts({ model, interventions }, base) {
+  if (interventions?.length) {
+    return interventions.map(({ name, strength = 1, subspace = null }) => ({
+      name: String(name), strength, directions: subspace,
+    }));
+  }
+  const name = String(model ?? base).replace(`${base}:`, "");
+  return name === base ? [] : [part(name)];
+}
+
+function conversation(list) {
+  const texts = list.map(({ role, content }) => ({
+    role: role === "developer" ? "system" : role,
+    text: [content ?? ""].flat().map((piece) => piece.text ?? piece).join(""),
+  }));
+  const system = texts.filter(({ role }) => role === "system").map(({ text }) => text).join("\n\n");
+  const turns = [];
+  for (const { role, text } of texts) {
+    if (role === "user") turns.push({ user: text });
+    else if (role === "assistant" && turns.length) turns.at(-1).answer = text;
+  }
+  if (!turns.length) throw new Error("The request's messages have no user turn.");
+  return { system, turns };
+}
+
+function parsed(text) {
+  try {
+    return JSON.parse(text);
+  } catch (error) {
+    throw new Error(`This is not JSON: ${error.message}.`);
+  }
+}
+
+// Links and files
+
+/** What is kept of an answer: its text and figures, and its pieces where `whole`. */
+const kept = (whole) => (answer) =>
+  answer && {
+    text: answer.text,
+    figures: answer.figures,
+    finish: answer.finish,
+    pieces: whole ? answer.pieces : [],
+  };
+
+export function plain(session, whole) {
+  const turns = session.turns.map(({ user, answers }) => ({
+    user, answers: answers.map(kept(whole)),
+  }));
+  return { version: 1, ...session, turns };
+}
+
+/** A session from what `plain` wrote; throws where it is something else. */
+export function revived(data) {
+  const { version, ...session } = data ?? {};
+  const sound = version === 1 && Array.isArray(session.columns) && Array.isArray(session.turns);
+  if (!sound || !session.columns.length || session.columns.length > MAX_COLUMNS) {
+    throw new Error("This is no saved comparison.");
+  }
+  const fresh = newSession();
+  return { ...fresh, ...session, sampling: { ...fresh.sampling, ...session.sampling } };
+}
+
+/** A session as text for an address: JSON, deflated, in base64url. */
+export async function packed(session) {
+  const json = new Blob([JSON.stringify(plain(session, false))]);
+  const bytes = await through(json, new CompressionStream("deflate-raw"));
+  const text = Array.from(bytes, (byte) => String.fromCharCode(byte)).join("");
+  return btoa(text).replaceAll("+", "-").replaceAll("/", "_").replaceAll("=", "");
+}
+
+export async function unpacked(text) {
+  const binary = atob(text.replaceAll("-", "+").replaceAll("_", "/"));
+  const bytes = Uint8Array.from(binary, (char) => char.charCodeAt(0));
+  const json = await through(new Blob([bytes]), new DecompressionStream("deflate-raw"));
+  return revived(JSON.parse(new TextDecoder().decode(json)));
+}
+
+async function through(blob, transform) {
+  return new Uint8Array(await new Response(blob.stream().pipeThrough(transform)).arrayBuffer());
+}

@@ -1,0 +1,132 @@
+// Small parts that several views use: icons, buttons, dialogs, errors, numbers in words.
+
+import { classes, html, useEffect, useRef, useState } from "./lib.js";
+
+const PATHS = {
+  plus: "M12 5v14M5 12h14",
+  close: "M6 6l12 12M18 6L6 18",
+  reset: "M4 4v6h6M20 12a8 8 0 1 1-2.6-5.9L20 8",
+  edit: "M4 20h4L19 9l-4-4L4 16zM13 7l4 4",
+  copy: "M9 9h11v11H9zM5 15H4V4h11v1",
+  code: "M8 7l-5 5 5 5M16 7l5 5-5 5",
+  down: "M12 4v11M7 11l5 5 5-5M5 20h14",
+  up: "M12 16V5M7 9l5-5 5 5M5 20h14",
+  trash: "M5 7h14M10 4h4M7 7l1 13h8l1-13M10 11v5M14 11v5",
+  back: "M9 14L4 9l5-5M4 9h10a6 6 0 0 1 0 12h-3",
+  link: "M10 14a4 4 0 0 0 6 0l3-3a4 4 0 0 0-6-6l-1 1M14 10a4 4 0 0 0-6 0l-3 3a4 4 0 0 0 6 6l1-1",
+  play: "M7 5l12 7-12 7z",
+  stop: "M7 7h10v10H7z",
+  chevron: "M6 9l6 6 6-6",
+  sun: "M12 8a4 4 0 1 0 0 8 4 4 0 0 0 0-8M12 2v2M12 20v2M4.9 4.9l1.4 1.4M17.7 17.7l1.4 1.4"
+    + "M2 12h2M20 12h2M4.9 19.1l1.4-1.4M17.7 6.3l1.4-1.4",
+  moon: "M20 14A8 8 0 1 1 10 4a7 7 0 0 0 10 10z",
+  search: "M11 4a7 7 0 1 0 0 14 7 7 0 0 0 0-14M16 16l5 5",
+  sliders: "M4 7h10M18 7h2M4 17h2M10 17h10M16 5v4M8 15v4",
+};
+
+export const Icon = ({ name }) => html`
+  <svg class="icon" viewBox="0 0 24 24" aria-hidden="true"><path d=${PATHS[name]} /></svg>`;
+
+/** A button of an icon alone; its label is read out, and shown when the pointer rests on it. */
+export const IconButton = ({ icon, label, ...rest }) => html`
+  <button type="button" class="icon-button" aria-label=${label} title=${label} ...${rest}>
+    <${Icon} name=${icon} />
+  </button>`;
+
+/** Copies what `text()` gives, and says for a moment that it did. */
+export function CopyButton({ text, label = "Copy", icon = "copy", small = false }) {
+  const [copied, setCopied] = useState(false);
+  const copy = async () => {
+    await copyText(await text());
+    setCopied(true);
+    setTimeout(() => setCopied(false), 1500);
+  };
+  if (small) {
+    return html`<${IconButton} icon=${icon} label=${copied ? "Copied" : label} onClick=${copy} />`;
+  }
+  return html`<button type="button" onClick=${copy}>
+    <${Icon} name=${icon} /><span aria-live="polite">${copied ? "Copied" : label}</span>
+  </button>`;
+}
+
+async function copyText(text) {
+  if (navigator.clipboard) {
+    await navigator.clipboard.writeText(text);
+    return;
+  }
+  // A page that came over plain HTTP from another machine has no clipboard but this one.
+  const area = document.createElement("textarea");
+  area.value = text;
+  (document.querySelector("dialog[open]") ?? document.body).append(area);
+  area.select();
+  document.execCommand("copy");
+  area.remove();
+}
+
+/** A modal dialog, open as long as it is in the document; Escape and its cross close it. */
+export function Dialog({ title, onClose, wide = false, children }) {
+  const dialog = useRef();
+  useEffect(() => dialog.current.showModal(), []);
+  return html`
+    <dialog ref=${dialog} class=${classes(wide && "wide")} aria-labelledby="dialog-title"
+      onClose=${onClose} onClick=${(event) => event.target === dialog.current && onClose()}>
+      <div class="dialog-body">
+        <header>
+          <h2 id="dialog-title">${title}</h2>
+          <${IconButton} icon="close" label="Close" onClick=${onClose} />
+        </header>
+        ${children}
+      </div>
+    </dialog>`;
+}
+
+/** What went wrong, in the server's own words, and what can be done. */
+export const Problem = ({ error, retry }) => html`
+  <div class="problem" role="alert">
+    <p>${error.message}${error.param && html` <code>${error.param}</code>`}</p>
+    ${retry && html`<button type="button" onClick=${retry}>Try again</button>`}
+  </div>`;
+
+export const Empty = ({ title, children }) => html`
+  <div class="empty"><h2>${title}</h2>${children}</div>`;
+
+export const Loading = ({ what }) => html`<p class="loading" role="status">Loading ${what}…</p>`;
+
+/** One of a few choices, as buttons side by side; `options` are [value, label]. */
+export const Segmented = ({ label, value, options, onChange }) => html`
+  <div class="segmented" role="group" aria-label=${label}>
+    ${options.map(([option, text]) => html`
+      <button type="button" aria-pressed=${option === value} key=${option}
+        onClick=${() => onChange(option)}>${text}</button>`)}
+  </div>`;
+
+/** Data of a route: loaded when `path` changes, with the state it is in. */
+export function useLoaded(load, inputs) {
+  const [state, setState] = useState({ data: null, error: null });
+  const [round, setRound] = useState(0);
+  useEffect(() => {
+    const controller = new AbortController();
+    load(controller.signal).then(
+      (data) => setState({ data, error: null }),
+      (error) => error.name !== "AbortError" && setState((old) => ({ ...old, error })),
+    );
+    return () => controller.abort();
+  }, [...inputs, round]);
+  return { ...state, reload: () => setRound((old) => old + 1) };
+}
+
+// Numbers in words
+
+const UNITS = ["B", "kB", "MB", "GB", "TB"];
+
+export function bytes(count) {
+  const power = count ? Math.min(Math.floor(Math.log10(count) / 3), UNITS.length - 1) : 0;
+  const value = count / 1000 ** power;
+  return `${power && value < 100 ? value.toFixed(1) : Math.round(value)} ${UNITS[power]}`;
+}
+
+export const number = (value) => value.toLocaleString("en");
+
+export const seconds = (value) => (value < 1 ? `${Math.round(value * 1000)} ms` : `${value.toFixed(2)} s`);
+
+export const percent = (share) => `${(share * 100).toPrecision(2)} %`;

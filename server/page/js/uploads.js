@@ -1,0 +1,59 @@
+// Files on their way to the server. A name that is taken is replaced only when that is said.
+
+import { ask } from "./api.js";
+import { html } from "./lib.js";
+import { Store, useStore } from "./store.js";
+import { IconButton } from "./ui.js";
+
+/** Each is {id, file, name, state: "sending" | "done" | "taken" | "failed", message}. */
+const uploads = new Store({ list: [] });
+let count = 0;
+
+const update = (id, fields) =>
+  uploads.set({ list: uploads.value.list.map((one) => (one.id === id ? { ...one, ...fields } : one)) });
+
+/** Upload files, each under its own name; `done` is called after each that is served. */
+export function take(files, done) {
+  for (const file of files) {
+    const id = (count += 1);
+    const name = file.name.replace(/\.safetensors$/, "");
+    uploads.set({ list: [...uploads.value.list, { id, file, name, state: "sending", message: "" }] });
+    send(id, file, name, { "if-none-match": "*" }, done);
+  }
+}
+
+/** Serve a file under a name; an error is said where the upload is shown. */
+async function send(id, file, name, headers, done) {
+  update(id, { state: "sending", message: "" });
+  try {
+    const entry = await put(name, file, headers);
+    update(id, { state: "done", message: `${name} is served, version ${entry.digest.slice(0, 8)}.` });
+    done();
+  } catch (error) {
+    if (error.status === 412) update(id, { state: "taken", message: `${name} is served already.` });
+    else update(id, { state: "failed", message: error.message });
+  }
+}
+
+export const put = (name, file, headers = {}) =>
+  ask(`v1/interventions/${encodeURIComponent(name)}`, {
+    method: "PUT", body: file, headers: { "content-type": "application/octet-stream", ...headers },
+  });
+
+export function Uploads({ reload }) {
+  const { list } = useStore(uploads);
+  if (!list.length) return null;
+  const drop = (id) => uploads.set({ list: list.filter((one) => one.id !== id) });
+  return html`
+    <ul class="uploads" aria-label="Uploads">
+      ${list.map(({ id, file, name, state, message }) => html`
+        <li key=${id} class=${state}>
+          <strong>${file.name}</strong>
+          <span role=${state === "failed" ? "alert" : "status"}>${message || "Uploading…"}</span>
+          ${state === "taken" && html`
+            <button type="button" onClick=${() => send(id, file, name, {}, reload)}>Replace it</button>`}
+          ${state !== "sending" && html`
+            <${IconButton} icon="close" label=${`Dismiss ${file.name}`} onClick=${() => drop(id)} />`}
+        </li>`)}
+    </ul>`;
+}

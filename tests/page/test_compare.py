@@ -1,0 +1,329 @@
+"""Compare: what columns show is what the API answers; every control does what it says."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from collections.abc import Callable
+from contextlib import redirect_stdout
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import httpx
+from playwright.sync_api import Request, expect
+
+from reft_runtime import Engine
+from tests.page.conftest import Tab
+from tests.page.make import KEY, add_column, answered, answers, body, say, short
+
+CHAT = "/v1/chat/completions"
+
+
+def alone(url: str, sent: dict[str, Any]) -> tuple[str, int]:
+    """Text of a request by itself, not streamed, and how many tokens it has."""
+    asked = {
+        name: value for name, value in sent.items() if name not in ("stream", "stream_options")
+    }
+    answer = httpx.post(f"{url}{CHAT}", json=asked, timeout=60).json()
+    return answer["choices"][0]["message"]["content"], answer["usage"]["completion_tokens"]
+
+
+def test_four_columns_give_what_four_requests_give(tab: Tab) -> None:
+    page = tab.open()
+    add_column(page, "formal")
+    last = page.get_by_role("region", name="Column D")
+    last.get_by_role("button", name="Compose with another").click()
+    last.get_by_role("combobox").fill("cheer")
+    last.get_by_role("option", name="cheerful").click()
+    last.get_by_role("slider", name="Strength of formal").fill("0.5")
+    short(page, 8)
+    before = len(tab.asked)
+    done: list[Request] = []
+    begun_before_an_end: list[int] = []
+
+    def ended(request: Request) -> None:
+        begun_before_an_end.append(len(tab.requests(CHAT)))
+        done.append(request)
+
+    page.on("requestfinished", ended)
+    say(page, "What is a dog?")
+    asked = tab.asked[before:]
+    # One request for each column, nothing else, all under way before the first has ended.
+    asked = [request for request in asked if not request.url.endswith("icon.svg")]
+    assert [request.url for request in asked] == [f"{tab.url}{CHAT}"] * 4
+    assert begun_before_an_end[0] == 4
+    sent = [body(request) for request in asked]
+    assert [one["model"] for one in sent[:3]] == ["SmolLM2-135M-Instruct", "pirate", "emoji"]
+    assert sent[3]["interventions"] == [{"name": "formal", "strength": 0.5}, {"name": "cheerful"}]
+    expected = [alone(tab.url, one) for one in sent]
+    assert answers(page) == [text for text, _ in expected]
+    figures = page.locator(".figures").all_text_contents()
+    for said, (_, tokens) in zip(figures, expected, strict=True):
+        assert said.startswith(f"{tokens} tokens")
+        for part in ("first ", "tok/s", "cached"):
+            assert part in said
+
+
+def test_opening_asks_for_no_more_than_it_shows(tab: Tab) -> None:
+    page = tab.open()
+    expect(page.get_by_role("region", name="Column C")).to_be_visible()
+    assert [request.url.removeprefix(tab.url) for request in tab.requests()] == [
+        "/v1/stats",
+        "/v1/interventions?limit=50",
+    ]
+    short(page, 4)
+    page.get_by_role("button", name="What's a dog?").click()
+    answered(page)
+    page.wait_for_timeout(400)  # longer than it takes until the address is written
+    assert len(tab.requests()) == 5
+
+
+def test_stop_keeps_what_came(tab: Tab, engine: Engine) -> None:
+    page = tab.open()
+    short(page, 700)
+    page.locator(".composer textarea").fill("Tell me a very long story about a ship.")
+    page.locator(".composer textarea").press("Enter")
+    base = page.get_by_role("region", name="Answer of Base model")
+    expect(base.locator(".token")).not_to_have_count(0)
+    page.get_by_role("button", name="Stop", exact=True).click()
+    answered(page)
+    expect(base).to_contain_text("stopped")
+    assert answers(page)[0]
+    expect(page.get_by_role("button", name="Run", exact=True)).to_be_visible()
+
+
+def test_turns_go_on_are_edited_and_answered_again(tab: Tab) -> None:
+    page = tab.open()
+    page.get_by_role("button", name="Remove column C").click()
+    short(page)
+    say(page, "Who are you?")
+    first = answers(page)
+    say(page, "And who am I?")
+    sent = [body(request) for request in tab.requests(CHAT)[-2:]]
+    assert [turn["role"] for turn in sent[0]["messages"]] == ["user", "assistant", "user"]
+    assert sent[0]["messages"][1]["content"] == first[0]
+    # The pirate's own template takes one turn; the server says so, where the answer would be.
+    expect(page.get_by_role("region", name="Answer of pirate").last).to_contain_text("one")
+    assert page.locator(".problem").count() == 1
+
+    page.get_by_role("button", name="Edit this turn").first.click()
+    page.get_by_label("The turn's text").fill("What's a dog?")
+    page.get_by_role("button", name="Ask this instead").click()
+    answered(page)
+    expect(page.locator(".turn")).to_have_count(1)
+    assert answers(page) != first
+    again = answers(page)
+    before = len(tab.requests(CHAT))
+    page.get_by_role("button", name="Answer again: pirate").click()
+    answered(page)
+    assert len(tab.requests(CHAT)) == before + 1
+    assert answers(page) == again
+
+
+def test_strength_directions_and_settings_are_what_is_sent(tab: Tab) -> None:
+    page = tab.open()
+    card = page.get_by_role("region", name="Column B")
+    card.get_by_role("slider").fill("-0.5")
+    expect(card.get_by_role("status")).to_have_text("-0.50")
+    card.get_by_text("Directions").click()
+    card.get_by_role("button", name="3", exact=True).click()
+    page.get_by_role("button", name="Settings").click()
+    for label, value in (
+        ("Temperature", "0.7"),
+        ("Seed", "7"),
+        ("Top k", "40"),
+        ("Max tokens", "4"),
+    ):
+        page.get_by_label(label).fill(value)
+    page.get_by_label("Stop texts").fill("END\n###")
+    page.get_by_label("System message").fill("Be brief.")
+    page.get_by_role("button", name="Settings").click()
+    page.get_by_role("button", name="Remove column C").click()
+    say(page, "Hello")
+    base, edited = (body(request) for request in tab.requests(CHAT))
+    for sent in (base, edited):
+        assert (sent["temperature"], sent["seed"], sent["top_k"]) == (0.7, 7, 40)
+        assert (sent["max_tokens"], sent["stop"]) == (4, ["END", "###"])
+        assert sent["messages"][0] == {"role": "system", "content": "Be brief."}
+        assert "top_p" not in sent
+    assert edited["interventions"] == [
+        {"name": "pirate", "strength": -0.5, "subspace": [0, 1, 2, 4, 5, 6, 7]}
+    ]
+    card.get_by_role("button", name="Strength of pirate back to 1").click()
+    expect(card.get_by_role("status")).to_have_text("1.00")
+
+
+def test_tokens_show_what_else_was_likely(tab: Tab) -> None:
+    page = tab.open()
+    short(page)
+    say(page, "Why is the sky blue?")
+    base = page.get_by_role("region", name="Answer of Base model")
+    base.locator(".token").nth(2).click()
+    shown = base.get_by_role("region", name="Alternatives")
+    expect(shown.get_by_role("listitem")).to_have_count(5)
+    expect(shown.locator(".chosen")).to_have_count(1)
+    # The keyboard goes from token to token.
+    page.keyboard.press("ArrowRight")
+    page.keyboard.press("Enter")
+    expect(base.locator(".token").nth(3)).to_have_attribute("aria-pressed", "true")
+    page.get_by_role("combobox", name="Colour").select_option("none")
+    expect(page.locator(".token")).to_have_count(0)
+
+
+def test_emoji_made_of_several_tokens_are_whole(tab: Tab) -> None:
+    page = tab.open()
+    short(page, 12)
+    page.get_by_role("button", name="Who are you?").click()
+    answered(page)
+    emoji = page.get_by_role("region", name="Answer of emoji")
+    pieces = emoji.locator(".token").all_text_contents()
+    assert pieces
+    assert "�" not in "".join(pieces)
+    assert "".join(pieces) == answers(page)[2]
+
+
+def test_text_mode_continues_a_text(tab: Tab) -> None:
+    page = tab.open()
+    page.get_by_role("button", name="Text", exact=True).click()
+    short(page, 6)
+    page.locator(".composer textarea").fill("The capital of France is")
+    page.locator(".composer textarea").press("Control+Enter")
+    answered(page)
+    sent = [body(request) for request in tab.requests("/v1/completions")]
+    assert [one["prompt"] for one in sent] == ["The capital of France is"] * 3
+    expect(page.get_by_role("region", name="Answer of Base model")).to_contain_text("Paris")
+    expect(page.locator(".token")).not_to_have_count(0)
+
+
+def test_requests_are_copied_and_pasted(tab: Tab) -> None:
+    page = tab.open()
+    short(page)
+    page.get_by_role("slider", name="Strength of pirate").fill("1.5")
+    say(page, "It's a dog's life, isn't it?")
+    shown = answers(page)[1]
+    page.get_by_role("button", name="The request of pirate").click()
+    dialog = page.get_by_role("dialog")
+
+    def copied(form: str) -> str:
+        dialog.get_by_role("button", name=form, exact=True).click()
+        dialog.get_by_role("button", name="Copy").click()
+        expect(dialog.get_by_role("button", name="Copied")).to_be_visible()
+        text: str = page.evaluate("() => navigator.clipboard.readText()")
+        return text
+
+    with redirect_stdout(StringIO()) as printed:
+        exec(copied("Python"), {})
+    assert printed.getvalue() == f"{shown}\n"
+    curl = subprocess.run(
+        ["bash", "-c", copied("curl")], capture_output=True, text=True, check=True
+    )
+    assert json.loads(curl.stdout)["choices"][0]["message"]["content"] == shown
+    request = json.loads(copied("JSON"))
+    assert request["interventions"] == [{"name": "pirate", "strength": 1.5}]
+    page.keyboard.press("Escape")
+
+    request |= {"temperature": 0.25, "interventions": [{"name": "emoji", "strength": 2}]}
+    page.get_by_role("button", name="Paste a request into column A").click()
+    dialog.get_by_role("textbox").fill("{")
+    dialog.get_by_role("button", name="Take it over").click()
+    expect(dialog.get_by_role("alert")).to_contain_text("not JSON")
+    dialog.get_by_role("textbox").fill(json.dumps(request))
+    dialog.get_by_role("button", name="Take it over").click()
+    card = page.get_by_role("region", name="Column A")
+    expect(card.get_by_role("slider", name="Strength of emoji")).to_have_value("2")
+    expect(
+        page.get_by_role("region", name="Answer of emoji \N{MULTIPLICATION SIGN} 2")
+    ).to_contain_text("Not asked yet")
+    page.get_by_role("button", name="Answer again", exact=True).click()
+    answered(page)
+    assert body(tab.requests(CHAT)[-3])["temperature"] == 0.25
+
+
+def test_a_link_and_a_file_show_the_same(
+    tab: Tab, new_tab: Callable[..., Tab], tmp_path: Path
+) -> None:
+    page = tab.open()
+    short(page)
+    page.get_by_role("slider", name="Strength of pirate").fill("0.8")
+    say(page, "Who are you?")
+    shown = answers(page)
+    page.get_by_role("button", name="Copy link").click()
+    expect(page.get_by_role("button", name="Copied")).to_be_visible()
+    link = page.evaluate("() => navigator.clipboard.readText()")
+    page.wait_for_url(link)
+    with page.expect_download() as download:
+        page.get_by_role("button", name="Export").click()
+    file = tmp_path / "comparison.json"
+    download.value.save_as(file)
+
+    other = new_tab()
+    seen = other.open(link.removeprefix(f"{tab.url}/"))
+    expect(seen.locator(".text")).to_have_text(shown)
+    expect(seen.get_by_role("slider", name="Strength of pirate")).to_have_value("0.8")
+    assert [request.url for request in other.requests()] == [f"{tab.url}/v1/stats"]
+
+    third = new_tab()
+    seen = third.open()
+    seen.get_by_label("A comparison's file").set_input_files(file)
+    expect(seen.locator(".text")).to_have_text(shown)
+    expect(seen.locator(".token")).not_to_have_count(0)
+    file.write_text("{}")
+    seen.get_by_label("A comparison's file").set_input_files(file)
+    expect(seen.get_by_role("alert")).to_contain_text("no comparison")
+    other.open("#/compare/nonsense")
+    expect(other.page.get_by_role("alert")).to_contain_text("no comparison")
+
+
+def test_the_key_is_asked_for_once(new_tab: Callable[..., Tab], keyed_url: str) -> None:
+    tab = new_tab(keyed_url)
+    page = tab.open()
+    dialog = page.get_by_role("dialog", name="This server needs a key")
+    dialog.get_by_label("API key").fill("wrong")
+    dialog.get_by_label("API key").press("Enter")
+    expect(dialog.get_by_role("alert")).to_contain_text("did not take")
+    dialog.get_by_label("API key").fill(KEY)
+    dialog.get_by_role("button", name="Use this key").click()
+    short(page, 4)
+    say(page, "Hello")
+    expect(dialog).to_have_count(0)
+    page.reload()
+    expect(page.get_by_role("region", name="Column A")).to_be_visible()
+    page.get_by_role("button", name="Forget key").click()
+    expect(dialog).to_be_visible()
+    page.keyboard.press("Escape")
+    expect(page.get_by_role("alert")).to_contain_text("API key")
+    assert tab.page.evaluate("() => localStorage.length") == 0
+
+
+def test_a_server_that_is_gone_is_said(tab: Tab) -> None:
+    page = tab.page
+    page.context.route("**/v1/stats", lambda route: route.abort())
+    tab.open()
+    expect(page.get_by_role("alert")).to_contain_text("cannot be reached")
+    page.context.unroute("**/v1/stats")
+    page.get_by_role("button", name="Try again").click()
+    expect(page.get_by_role("region", name="Column A")).to_be_visible()
+    tab.faults = [fault for fault in tab.faults if "net::ERR_FAILED" not in fault]
+
+
+def test_the_keyboard_alone_is_enough(tab: Tab) -> None:
+    page = tab.open()
+    expect(page.get_by_role("region", name="Column A")).to_be_visible()
+    page.keyboard.press("Tab")
+    expect(page.get_by_text("Skip to the content")).to_be_focused()
+    page.keyboard.press("Enter")
+    expect(page.locator("main")).to_be_focused()
+    # A column's intervention is chosen in its list.
+    page.get_by_role("button", name="emoji").first.focus()
+    page.keyboard.press("Enter")
+    expect(page.get_by_role("combobox", name="Another intervention")).to_be_focused()
+    page.keyboard.type("telegram")
+    page.keyboard.press("Enter")
+    expect(page.get_by_role("slider", name="Strength of telegram")).to_be_visible()
+    short(page, 4)
+    page.locator(".composer textarea").focus()
+    page.keyboard.type("Hello")
+    page.keyboard.press("Enter")
+    answered(page)
+    assert len(answers(page)) == 3

@@ -1,0 +1,236 @@
+"""Interventions, Server, the reference; and of every view: no fault by axe-core, room for all."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+from playwright.sync_api import Page, expect
+
+from reft_runtime import Engine
+from tests.page.conftest import INTERVENTIONS, Tab, overflow, violations
+from tests.page.make import answered, say, short
+
+PIRATE, EMOJI = (INTERVENTIONS / f"{name}.safetensors" for name in ("pirate", "emoji"))
+
+
+@pytest.fixture
+def mine(engine: Engine) -> Iterator[str]:
+    """A name that a test may upload to; it is served no longer afterwards."""
+    yield "mine"
+    if "mine" in [entry.name for entry in engine.registry.entries()]:
+        engine.registry.remove("mine")
+
+
+def upload(page: Page, source: Path, name: str, folder: Path) -> None:
+    """Give the page a file called `name` with the content of `source`."""
+    file = folder / name
+    file.write_bytes(source.read_bytes())
+    page.get_by_label("Files to upload").set_input_files(file)
+
+
+def test_the_table_is_searched_sorted_and_paged_by_the_server(tab: Tab) -> None:
+    page = tab.open("#/interventions")
+    rows = page.locator("tbody tr")
+    expect(rows).to_have_count(8)
+    expect(page.get_by_text("8 served")).to_be_visible()
+    page.get_by_label("Search names").fill("PIRATE")
+    expect(rows).to_have_count(1)
+    expect(rows).to_contain_text("Answers in the voice of a pirate.")
+    expect(rows).to_contain_text("36,896")
+    page.get_by_label("Search names").fill("no such thing")
+    expect(page.get_by_text("Nothing is found")).to_be_visible()
+    page.get_by_label("Search names").fill("")
+    expect(rows).to_have_count(8)
+    page.get_by_role("button", name="Size").click()
+    expect(page.locator("th[aria-sort=descending]")).to_contain_text("Size")
+    page.get_by_role("button", name="Size").click()
+    expect(rows.first).to_contain_text("cheerful")
+    last = tab.requests("/v1/interventions")[-1].url
+    assert last.endswith("?limit=50&sort=size")
+
+
+def test_more_than_a_page_is_asked_for_when_it_is_wanted(tab: Tab) -> None:
+    entries = httpx.get(f"{tab.url}/v1/interventions?limit=2").json()
+    answer = {**entries, "total": 10_000}
+    tab.page.context.route("**/v1/interventions?*", lambda route: route.fulfill(json=answer))
+    page = tab.open("#/interventions")
+    expect(page.get_by_text("2 of 10,000")).to_be_visible()
+    page.get_by_role("button", name="Show more").click()
+    expect(page.get_by_text("4 of 10,000")).to_be_visible()
+    assert f"after={entries['next']}" in tab.requests("/v1/interventions")[-1].url
+
+
+def test_upload_replace_roll_back_download_and_delete(tab: Tab, mine: str, tmp_path: Path) -> None:
+    page = tab.open("#/interventions")
+    upload(page, PIRATE, "mine.safetensors", tmp_path)
+    uploads = page.get_by_role("list", name="Uploads")
+    expect(uploads).to_contain_text("mine is served, version")
+    expect(page.locator("tbody tr")).to_have_count(9)
+    # A name that is taken is replaced only when that is said.
+    upload(page, EMOJI, "mine.safetensors", tmp_path)
+    expect(uploads).to_contain_text("mine is served already.")
+    page.get_by_role("button", name="Replace it").click()
+    expect(uploads.locator(".done")).to_have_count(2)
+
+    page.get_by_role("link", name="mine").click()
+    dialog = page.get_by_role("dialog", name="mine")
+    expect(dialog).to_contain_text("Answers in emoji only.")
+    expect(dialog.get_by_role("region", name="Versions").get_by_role("listitem")).to_have_count(2)
+    dialog.get_by_role("button", name="Roll mine back").click()
+    expect(dialog).to_contain_text("Answers in the voice of a pirate.")
+    expect(page.locator("tbody tr", has_text="mine")).to_contain_text("voice of a pirate")
+    with page.expect_download() as download:
+        dialog.get_by_role("button", name="Download").click()
+    assert download.value.suggested_filename == "mine.safetensors"
+    assert download.value.path().read_bytes() == PIRATE.read_bytes()
+    dialog.get_by_label("A new file for mine").set_input_files(EMOJI)
+    expect(dialog).to_contain_text("Answers in emoji only.")
+
+    dialog.get_by_role("button", name="Delete", exact=True).click()
+    dialog.get_by_role("button", name="Keep it").click()
+    dialog.get_by_role("button", name="Delete", exact=True).click()
+    dialog.get_by_role("button", name="Delete mine").click()
+    expect(dialog).to_have_count(0)
+    expect(page.locator("tbody tr")).to_have_count(8)
+
+
+def test_a_drop_that_is_refused_says_why_in_place(tab: Tab) -> None:
+    page = tab.open("#/interventions")
+    expect(page.locator("tbody tr")).to_have_count(8)
+    dropped = page.evaluate_handle(
+        """() => {
+            const data = new DataTransfer();
+            data.items.add(new File(["not an intervention"], "broken.safetensors"));
+            return data;
+        }"""
+    )
+    page.dispatch_event(".drop", "dragover", {"dataTransfer": dropped})
+    expect(page.locator(".drop.over")).to_be_visible()
+    page.dispatch_event(".drop", "drop", {"dataTransfer": dropped})
+    answer = httpx.put(f"{tab.url}/v1/interventions/broken", content=b"not an intervention")
+    said = answer.json()["error"]["message"]
+    expect(page.locator(".uploads").get_by_role("alert")).to_have_text(said)
+    page.get_by_role("button", name="Dismiss broken.safetensors").click()
+    expect(page.locator(".uploads")).to_have_count(0)
+
+
+def test_a_change_of_another_is_not_undone(tab: Tab, mine: str) -> None:
+    url = f"{tab.url}/v1/interventions/mine"
+    httpx.put(url, content=PIRATE.read_bytes())
+    page = tab.open("#/interventions/mine")
+    dialog = page.get_by_role("dialog", name="mine")
+    expect(dialog).to_contain_text("voice of a pirate")
+    httpx.put(url, content=EMOJI.read_bytes())
+    dialog.get_by_role("button", name="Delete", exact=True).click()
+    dialog.get_by_role("button", name="Delete mine").click()
+    expect(dialog.get_by_role("alert")).to_be_visible()
+    assert httpx.get(url).status_code == 200
+
+
+def test_try_it_opens_compare(tab: Tab) -> None:
+    page = tab.open("#/interventions/telegram")
+    page.get_by_role("button", name="Try it").click()
+    expect(page.get_by_role("slider", name="Strength of telegram")).to_be_visible()
+    expect(page.get_by_role("region", name="Column C")).to_have_count(0)
+    assert page.title() == "Compare · SmolLM2-135M-Instruct"
+
+
+def test_the_server_is_looked_at_while_its_view_is_open(tab: Tab) -> None:
+    tab.page.clock.install()
+    page = tab.open("#/server")
+    expect(page.get_by_role("heading", name="Server")).to_be_visible()
+    expect(page.get_by_role("status")).to_have_text("ready")
+    for title in ("Tokens a second", "Requests", "Cache", "First token", "Between tokens"):
+        expect(page.get_by_role("img", name=title)).to_be_visible()
+    with page.expect_request("**/v1/stats"):
+        page.clock.run_for(2000)
+    page.get_by_role("link", name="Interventions").click()
+    expect(page.locator("tbody tr")).to_have_count(8)
+    asked = len(tab.requests("/v1/stats"))
+    page.clock.run_for(10_000)
+    assert len(tab.requests("/v1/stats")) == asked
+
+
+def test_the_reference_shows_every_route_and_its_fields(tab: Tab) -> None:
+    page = tab.open("docs")
+    document = httpx.get(f"{tab.url}/openapi.json").json()
+    operations = sum(len(methods) for methods in document["paths"].values())
+    expect(page.locator(".operation")).to_have_count(operations)
+    page.get_by_label("Search routes").fill("/v1/chat")
+    page.locator(".operation summary").first.click()
+    fields = document["components"]["schemas"]["ChatRequest"]["properties"]
+    shown = page.locator(".operation[open] > .stack > .fields-list > div > dt > code")
+    expect(shown).to_have_count(len(fields))
+    assert set(shown.all_text_contents()) == set(fields)
+    page.get_by_role("link", name="Compare").click()
+    expect(page.get_by_role("region", name="Column A")).to_be_visible()
+
+
+def compare(page: Page) -> None:
+    short(page)
+    say(page, "Who are you?")
+    page.locator(".token").first.click()
+    page.get_by_role("button", name="Settings").click()
+    page.get_by_text("Directions").first.click()
+    expect(page.locator(".toggles")).to_be_visible()
+
+
+def dialog(page: Page) -> None:
+    page.get_by_role("button", name="Paste a request into column A").click()
+
+
+def picker(page: Page) -> None:
+    page.get_by_role("button", name="Column", exact=True).click()
+    expect(page.get_by_role("listbox").get_by_role("option").nth(2)).to_be_visible()
+
+
+def details(page: Page) -> None:
+    expect(page.get_by_role("region", name="Versions").get_by_role("listitem")).to_have_count(1)
+    page.get_by_text("Prompt template").click()
+
+
+def table(page: Page) -> None:
+    expect(page.locator("tbody tr")).to_have_count(8)
+
+
+def charts(page: Page) -> None:
+    expect(page.locator(".chart")).to_have_count(5)
+
+
+def reference(page: Page) -> None:
+    page.locator(".operation summary", has_text="/v1/completions").click()
+
+
+@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
+def test_every_view_is_accessible_and_fits(new_tab: Callable[..., Tab], dark: bool) -> None:
+    tab = new_tab(width=400, height=800, dark=dark)
+    page = tab.page
+    for place, prepare in (
+        ("#/compare", compare),
+        ("#/interventions", table),
+        ("#/interventions/pirate", details),
+        ("#/server", charts),
+        ("docs", reference),
+        ("#/compare", picker),
+        ("", dialog),
+    ):
+        tab.open(place)
+        prepare(page)
+        for width in (400, 1280):
+            page.set_viewport_size({"width": width, "height": 800})
+            assert overflow(page) == 0, (place, width)
+            assert violations(page) == [], (place, width)
+        page.set_viewport_size({"width": 400, "height": 800})
+
+
+def test_the_colours_are_chosen_and_kept(tab: Tab) -> None:
+    page = tab.open()
+    page.get_by_role("button", name="Dark colours").click()
+    page.reload()
+    expect(page.get_by_role("button", name="Light colours")).to_be_visible()
+    scheme = page.evaluate("() => getComputedStyle(document.documentElement).colorScheme")
+    assert scheme == "dark"
+    answered(page)
