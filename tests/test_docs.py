@@ -26,6 +26,7 @@ ROOT = Path(__file__).parents[1]
 DOCUMENTS = [
     "README.md",
     "docs/api.md",
+    "docs/cli.md",
     "docs/from-lora.md",
     "docs/interventions.md",
     "docs/operations.md",
@@ -43,8 +44,8 @@ OTHER_PROGRAMS = {
 }
 """Options of docker, torchrun, curl, pip, pipx, uvx and our scripts in the documents."""
 
-OTHER_VARIABLES = {"REFT_CACHE"}
-"""Where the demo model is kept: the library reads it, too, so it is no setting of the server."""
+OTHER_VARIABLES = {"REFT_CACHE", "REFT_URL"}
+"""What is no setting of a server: where the demo model is kept, which server a command asks."""
 
 
 def options() -> set[str]:

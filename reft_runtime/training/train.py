@@ -22,10 +22,11 @@ from reft_runtime.errors import ConfigError, TrainingFailed
 from reft_runtime.interventions import Intervention, write
 from reft_runtime.interventions.manifest import SystemTurn
 from reft_runtime.loading import free_memory, load_base, read_words, shape_of, use_threads
+from reft_runtime.plots import check_plot
 from reft_runtime.text import Tokenizer
 from reft_runtime.training.callbacks import Pace, Patience, Say
 from reft_runtime.training.check import check_data, measure_of
-from reft_runtime.training.curves import check_plot, check_tensorboard, write_plot
+from reft_runtime.training.curves import check_tensorboard, write_plot
 from reft_runtime.training.curves import tensorboard as tensorboard_callback
 from reft_runtime.training.forward import Base, EditedModel, first_edited
 from reft_runtime.training.hold_out import split
