@@ -3,8 +3,9 @@
 The tickets that ship are trained as a CSV, as prompts and completions with and without a leading
 blank, under a template that is a text, as chats by a template, and as messages. Each training is
 judged on the tickets held out, in the same layout, by what the engine answers with the written
-file: an answer is right where it is the label and nothing else. Every finished training is a line
-of `--out`, and one that is there is not done again: the script may be stopped at any time.
+file: an answer is right where it is the label and nothing else. Layouts that give the same tokens
+are trained once. Every finished layout is a line of `--out`, and one that is there is not done
+again: the script may be stopped at any time.
 
     python -m benchmarks.layouts --out layouts.jsonl
 """
@@ -12,18 +13,24 @@ of `--out`, and one that is there is not done again: the script may be stopped a
 from __future__ import annotations
 
 import csv
+import hashlib
 import json
 import statistics
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from reft_runtime.loading import read_words
 from reft_runtime.training import TrainSettings, evaluate, train
+from reft_runtime.training.join import choose_prefix
+from reft_runtime.training.layout import Layout, choose_template
+from reft_runtime.training.prompts import Formatter
+from reft_runtime.training.rows import read_rows
 
 DATA = Path(__file__).parents[1] / "interventions/data"
 
@@ -93,29 +100,61 @@ class Outcome:
     seconds: float
 
 
-def measure(run: Run, model: str) -> Outcome:
+@dataclass(slots=True)
+class Trainings:
+    """Files that were trained, in a folder, by seed and by the tokens that they were trained on."""
+
+    folder: Path
+    model: str
+    done: dict[tuple[int, str], tuple[Path, float]] = field(default_factory=dict)
+
+    def file(self, run: Run) -> tuple[Path, float]:
+        """A trained file, and the seconds of the wall that it took."""
+        layout = LAYOUTS[run.layout]
+        source = layout.file(DATA / "tickets.csv", self.folder)
+        key = (run.seed, tokens_of(source, layout.template, self.model))
+        if key not in self.done:
+            out = self.folder / f"it-{len(self.done)}.safetensors"
+            settings = TrainSettings(
+                template=layout.template,
+                epochs=run.epochs,
+                seed=run.seed,
+                dtype=run.dtype,
+                hold_out=0,
+            )
+            begun = time.monotonic()
+            train(source, out, model=self.model, settings=settings)
+            self.done[key] = out, time.monotonic() - begun
+        return self.done[key]
+
+
+def tokens_of(source: Path, template: str | None, model: str) -> str:
+    """SHA-256 of all tokens that a training on rows goes through, and where prompts end."""
+    rows, words = read_rows(source), read_words(model)
+    template = template or choose_template(rows, chats=words.knows_chats)
+    layout = Layout(template, rows.rows[0])
+    prefix = choose_prefix(rows.rows, layout, words)
+    formatter = Formatter(layout, words, words.eos_ids, completion_prefix=prefix)
+    examples = [formatter.example(row) for row in rows.rows]
+    written = json.dumps([(example.tokens, example.prompt_length) for example in examples])
+    return hashlib.sha256(written.encode()).hexdigest()
+
+
+def measure(run: Run, trainings: Trainings) -> Outcome:
     """Train one layout, and ask the engine for the rows held out."""
     layout = LAYOUTS[run.layout]
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        settings = TrainSettings(
-            template=layout.template, epochs=run.epochs, seed=run.seed, dtype=run.dtype
-        )
-        begun = time.monotonic()
-        out = folder / "it.safetensors"
-        train(layout.file(DATA / "tickets.csv", folder), out, model=model, settings=settings)
-        seconds = time.monotonic() - begun
-        report = evaluate(
-            [layout.file(DATA / "tickets-test.csv", folder)],
-            [str(out)],
-            model=model,
-            template=layout.template,
-            dtype=run.dtype,
-            metric="exact",
-            base=False,
-        )
-        [score] = report.scores
-        return Outcome(sum(score.right), score.rows, round(seconds, 1))
+    out, seconds = trainings.file(run)
+    report = evaluate(
+        [layout.file(DATA / "tickets-test.csv", trainings.folder)],
+        [str(out)],
+        model=trainings.model,
+        template=layout.template,
+        dtype=run.dtype,
+        metric="exact",
+        base=False,
+    )
+    [score] = report.scores
+    return Outcome(sum(score.right), score.rows, round(seconds, 1))
 
 
 def read(path: Path) -> dict[Run, Outcome]:
@@ -165,13 +204,15 @@ def main(
     """Train what is not done yet, and print the table."""
     done = read(out) if out.exists() else {}
     wanted = [Run(layout, seed, epochs, dtype) for seed in range(seeds) for layout in LAYOUTS]
-    for run in wanted:
-        if run not in done:
-            done[run] = measure(run, model)
-            entry = {"run": asdict(run), "outcome": asdict(done[run])}
-            with out.open("a") as file:
-                file.write(json.dumps(entry) + "\n")
-            print(json.dumps(entry), flush=True)
+    with tempfile.TemporaryDirectory() as folder:
+        trainings = Trainings(Path(folder), model)
+        for run in wanted:
+            if run not in done:
+                done[run] = measure(run, trainings)
+                entry = {"run": asdict(run), "outcome": asdict(done[run])}
+                with out.open("a") as file:
+                    file.write(json.dumps(entry) + "\n")
+                print(json.dumps(entry), flush=True)
     print(table({run: done[run] for run in wanted}))
 
 

@@ -12,12 +12,13 @@ from reft_runtime.engine.sequence import AppliedIntervention, Request
 from reft_runtime.errors import InvalidRequest, NotFound
 from reft_runtime.interventions import Registry, Version
 from reft_runtime.outputs import EngineInfo
+from reft_runtime.prompt_form import PromptForm
 from reft_runtime.sampling import SamplingParams
 from reft_runtime.text import Message, Tokenizer
-from reft_runtime.use import MAX_INTERVENTIONS, Use, completion_prefix
+from reft_runtime.use import MAX_INTERVENTIONS, Use
 
 Prompt = str | Sequence[int] | Sequence[Message]
-"""Text (taken as it is), token ids, or the messages of a chat (put through its template)."""
+"""Text (as it is, or a message where a file says so), token ids, or the messages of a chat."""
 
 
 class Admission:
@@ -29,10 +30,9 @@ class Admission:
         self._info = info
 
     def tokens(self, prompt: Prompt, uses: Sequence[Use]) -> Sequence[int]:
-        """Token ids of a prompt; a chat goes through the template of what is used."""
+        """Token ids of a prompt, written in the form that what is used asks for."""
         if isinstance(prompt, str):
-            begins = completion_prefix((self._resolve(use), use.strength) for use in uses)
-            return self._tokenizer.encode(prompt, completion_prefix=begins)
+            return self._form(uses).text(self._tokenizer, prompt)
         if not isinstance(prompt, Sequence) or isinstance(prompt, bytes):
             raise InvalidRequest(
                 "prompt: give text, a list of token ids, or a list of messages, not "
@@ -46,26 +46,13 @@ class Admission:
                     '{"role": "user", "content": "Hi"}.',
                     param="messages",
                 )
-            versions = [self._resolve(use) for use in uses]
-            templates = {(v.template, v.system_turn) for v in versions if v.template is not None}
-            if len(templates) > 1:
-                raise InvalidRequest(
-                    "The interventions' chat templates differ, or what they do with a system "
-                    "turn; give the prompt as text.",
-                    param="intervention",
-                )
-            messages = cast(Sequence[Message], prompt)
-            begins = completion_prefix(
-                (version, use.strength) for version, use in zip(versions, uses, strict=True)
-            )
-            for template, system in templates:
-                return self._tokenizer.encode_chat(
-                    messages, template, system=system, completion_prefix=begins
-                )
-            return self._tokenizer.encode_chat(messages)
+            return self._form(uses).chat(self._tokenizer, cast(Sequence[Message], prompt))
         if any(type(token) is not int for token in prompt):
             raise InvalidRequest("prompt: token ids are whole numbers (int).", param="prompt")
         return cast(Sequence[int], prompt)
+
+    def _form(self, uses: Sequence[Use]) -> PromptForm:
+        return PromptForm.of([(self._resolve(use), use.strength) for use in uses])
 
     def _resolve(self, use: Use) -> Version:
         if isinstance(use.intervention, Version):

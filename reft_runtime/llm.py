@@ -33,7 +33,7 @@ from reft_runtime.loading import (
     shape_of,
     use_threads,
 )
-from reft_runtime.outputs import Comparison, EngineInfo, EngineStats, Generation, Trace
+from reft_runtime.outputs import Comparison, Comparisons, EngineInfo, EngineStats, Generation, Trace
 from reft_runtime.sampling import SamplingParams
 from reft_runtime.stages import stage
 from reft_runtime.streams import EventLoopSink, Stream
@@ -171,7 +171,7 @@ class Engine:
         prompt: Prompt,
         interventions: Sequence[Applied],
         sampling: SamplingParams | None = None,
-    ) -> list[Comparison]:
+    ) -> Comparisons:
         """Answer one prompt with the base model and with each of `interventions`, and say why.
 
         The base model comes first. Each trace says how far every edit moved every row, and the
@@ -191,14 +191,14 @@ class Engine:
             self._calls([(c.request.prompt, ()) for c in calls], _FIRST_TOKEN, trace=True) as bases,
         ):
             run_calls(self._loop, [*calls, *bases], 2 * self.info.max_running, progress=False)
-            return [
+            return Comparisons(
                 Comparison(
                     tuple(use.label for use in uses),
                     call.answer(),
                     _trace(call.assembler, base.assembler),
                 )
                 for uses, call, base in zip(columns, calls, bases, strict=True)
-            ]
+            )
 
     def encode(self, prompt: Prompt, uses: Sequence[Use] = ()) -> Sequence[int]:
         """Token ids of a prompt for `open`; a chat goes through the template of what is used."""

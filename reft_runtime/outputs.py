@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import TYPE_CHECKING, Literal, Self
+
+from reft_runtime.notebook import comparisons_html, trace_html
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 FinishReason = Literal["stop", "length"]
 
@@ -99,6 +104,51 @@ class Trace:
     edits: tuple[EditTrace, ...]
     kl: float
 
+    def summaries(self) -> list[EditSummary]:
+        """What each edit did to all its rows, by intervention and edit."""
+        rows: dict[tuple[int, int], list[EditTrace]] = {}
+        for row in self.edits:
+            rows.setdefault((row.intervention, row.edit), []).append(row)
+        return [EditSummary.of(rows[key]) for key in sorted(rows)]
+
+    def plot(self, axes: Axes | None = None) -> Axes:
+        """Draw the size of every edit as a heat map, layers by positions; returns its axes.
+
+        Needs matplotlib. Where several edits meet in one place, the largest is shown.
+        Raises `ConfigError` without matplotlib, and `InvalidRequest` where nothing was edited.
+        """
+        from reft_runtime.plots import heat_map
+
+        return heat_map(self, axes)
+
+    def _repr_html_(self) -> str:
+        return trace_html(self)
+
+
+@dataclass(frozen=True, slots=True)
+class EditSummary:
+    """What one edit did: the positions of its rows, and the mean and the largest relative size."""
+
+    intervention: int
+    layer: int
+    component: str
+    positions: tuple[int, ...]
+    mean: float
+    largest: float
+
+    @classmethod
+    def of(cls, rows: Sequence[EditTrace]) -> Self:
+        """Of the rows of one edit, at least one."""
+        sizes = [row.relative_size for row in rows]
+        return cls(
+            rows[0].intervention,
+            rows[0].layer,
+            rows[0].component,
+            tuple(sorted(row.position for row in rows)),
+            sum(sizes) / len(sizes),
+            max(sizes),
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
@@ -107,6 +157,16 @@ class Comparison:
     interventions: tuple[str, ...]
     answer: Generation
     trace: Trace
+
+    def _repr_html_(self) -> str:
+        return comparisons_html([self])
+
+
+class Comparisons(list[Comparison]):
+    """All columns of `Engine.compare`, the base model's first."""
+
+    def _repr_html_(self) -> str:
+        return comparisons_html(self)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,4 @@
-"""What `--intervention` of a command means: names in the engine's registry, and files beside it."""
+"""A command's engine, and what `--intervention` means: names in its registry, and files."""
 
 from __future__ import annotations
 
@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from reft_runtime.errors import InvalidRequest, NotFound
+from reft_runtime.stages import stage
 from reft_runtime.use import Use
 from server.local_files import naming, read_file
+from server.settings import Settings
 
 if TYPE_CHECKING:
     from reft_runtime.admission import Prompt
@@ -24,6 +26,14 @@ class Asked:
     use: Use
     file: Path | None = None
     data: bytes = b""
+
+
+def start_engine(settings: Settings) -> Engine:
+    """The engine that settings ask for."""
+    with stage("Starting Python's libraries"):
+        from reft_runtime.llm import Engine
+
+    return Engine(settings.model, **settings.engine_options())
 
 
 def read_asked(options: Sequence[str], model: str) -> list[Asked]:
@@ -53,7 +63,7 @@ def encode(engine: Engine, prompt: Prompt, uses: Sequence[Use]) -> Sequence[int]
     try:
         return engine.encode(prompt, uses)
     except InvalidRequest as error:
-        if error.param != "intervention":
+        if error.param != "interventions":
             raise
         raise InvalidRequest(
             "--intervention: the chat templates of these differ, or what they do with a system "

@@ -8,6 +8,7 @@ from itertools import islice
 from pathlib import Path
 
 from reft_runtime.errors import InvalidFile, NotFound, WrongBaseModel
+from reft_runtime.files import SUFFIX
 from reft_runtime.nearest import MOST_COMPARED, nearest
 
 SHIPPED = Path("interventions")
@@ -37,8 +38,6 @@ def read_file(file: Path) -> bytes:
 
 
 def _meant(file: Path) -> str:
-    from reft_runtime.interventions.file import SUFFIX
-
     found: dict[str, Path] = {}
     for folder in (SHIPPED, file.parent):
         with suppress(OSError):

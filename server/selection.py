@@ -1,65 +1,42 @@
-"""Which interventions a request means, and which chat template comes with them."""
+"""Which interventions a request means, and how prompts are written for them."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from reft_runtime.errors import InvalidRequest, NotFound
+from reft_runtime.errors import NotFound
 from reft_runtime.nearest import did_you_mean
-from reft_runtime.use import Use, completion_prefix
+from reft_runtime.prompt_form import PromptForm
+from reft_runtime.use import Use
 from server.schemas.common import InterventionUse
 
 if TYPE_CHECKING:
     from reft_runtime.interventions import Version
-    from reft_runtime.interventions.manifest import SystemTurn
     from reft_runtime.llm import Engine
-    from reft_runtime.text import ChatOptions, Message, Tokenizer
 
 
 @dataclass(frozen=True, slots=True)
 class Selection:
-    """Exact versions to apply, in order, and the chat template they agree on.
+    """Exact versions to apply, in order, and how prompts are written for them.
 
     `uses` hold versions and not names: a name that is replaced meanwhile cannot give one request
-    two versions. `names` are the same by name. `template` None is the base model's own, and
-    `system` is what a text template does with a system turn; `completion_prefix` what answers
-    begin with that is not shown, and prompts do not end with. `label` is how an answer calls what
-    is applied: as the request did, or, where it gave `interventions`, by their names.
+    two versions. `names` are the same by name, `form` is how their prompts are written. `label` is
+    how an answer calls what is applied: as the request did, or, where it gave `interventions`, by
+    their names.
     """
 
     label: str
     uses: tuple[Use, ...] = ()
     names: tuple[str, ...] = ()
-    template: str | None = None
-    system: SystemTurn = "prepend"
-    completion_prefix: str = ""
-
-    def encode(
-        self,
-        tokenizer: Tokenizer,
-        messages: Sequence[Message],
-        options: ChatOptions,
-        *,
-        add_special_tokens: bool | None = None,
-    ) -> list[int]:
-        """Token ids of a chat under the template."""
-        return tokenizer.encode_chat(
-            messages,
-            self.template,
-            system=self.system,
-            completion_prefix=self.completion_prefix,
-            options=options,
-            add_special_tokens=add_special_tokens,
-        )
+    form: PromptForm = field(default_factory=PromptForm)
 
 
 def select(engine: Engine, model: str, uses: Sequence[InterventionUse] = ()) -> Selection:
     """Resolve `model`, or `uses` where given, in the registry, their tensors read from the disk.
 
-    `model` is the base's id, NAME, NAME@DIGEST or BASE:NAME. Raises `NotFound` for an unknown one
-    and `InvalidRequest` where interventions bring templates that differ.
+    `model` is the base's id, NAME, NAME@DIGEST or BASE:NAME. Raises `NotFound` for an unknown one.
     """
     base = engine.info.model
     named = None if model == base else model.removeprefix(f"{base}:")
@@ -75,7 +52,6 @@ def select(engine: Engine, model: str, uses: Sequence[InterventionUse] = ()) -> 
     resolved: list[Use] = []
     names: list[str] = []
     strengths: list[tuple[Version, float]] = []
-    templates: dict[tuple[str, SystemTurn], str] = {}
     for position, use in enumerate(wanted):
         try:
             version = engine.registry.ready(use.name)
@@ -88,20 +64,8 @@ def select(engine: Engine, model: str, uses: Sequence[InterventionUse] = ()) -> 
         resolved.append(Use(version, use.strength, subspace))
         names.append(version.name)
         strengths.append((version, use.strength))
-        if version.template is not None:
-            templates[version.template, version.system_turn] = version.name
-    if len(templates) > 1:
-        raise InvalidRequest(
-            f"The chat templates of {' and '.join(templates.values())}, or what they do with a "
-            "system turn, differ; "
-            "use /v1/completions to lay out the prompt yourself.",
-            param="interventions",
-        )
-    none: tuple[str | None, SystemTurn] = (None, "prepend")
-    template, system = next(iter(templates), none)
     label = "+".join(map(_label, wanted)) if uses else model
-    prefix = completion_prefix(strengths)
-    return Selection(label, tuple(resolved), tuple(names), template, system, prefix)
+    return Selection(label, tuple(resolved), tuple(names), PromptForm.of(strengths))
 
 
 def _label(use: InterventionUse) -> str:

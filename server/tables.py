@@ -7,7 +7,7 @@ from itertools import groupby
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from reft_runtime.outputs import EditTrace, Trace
+    from reft_runtime.outputs import Trace
     from reft_runtime.use import Use
 
 _TRACE_HEAD = ("INTERVENTION", "LAYER", "COMPONENT", "ROWS", "MEAN", "LARGEST", "POSITIONS")
@@ -22,29 +22,30 @@ def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
     ]
 
 
+def short(digest: str) -> str:
+    """The first digits of a digest, by which a version can be named."""
+    return digest[:12]
+
+
 def trace_table(trace: Trace, uses: Sequence[Use], prompt_tokens: int) -> str:
     """What every edit did, one line each: to how many rows, and how far it moved them."""
-    edits: dict[tuple[int, int], list[EditTrace]] = {}
-    for row in trace.edits:
-        edits.setdefault((row.intervention, row.edit), []).append(row)
     rows = [_TRACE_HEAD]
-    for (intervention, _), moved in sorted(edits.items()):
-        sizes = [row.relative_size for row in moved]
-        use = uses[intervention]
+    for edit in trace.summaries():
+        use = uses[edit.intervention]
         rows.append(
             (
                 use.label.partition("@")[0] + ("" if use.strength == 1 else f"={use.strength:g}"),
-                str(moved[0].layer),
-                moved[0].component,
-                str(len(moved)),
-                f"{sum(sizes) / len(sizes):.3f}",
-                f"{max(sizes):.3f}",
-                _ranges(sorted(row.position for row in moved)),
+                str(edit.layer),
+                edit.component,
+                str(len(edit.positions)),
+                f"{edit.mean:.3f}",
+                f"{edit.largest:.3f}",
+                ranges(edit.positions),
             )
         )
     return "\n".join(
         [
-            *(aligned(rows) if edits else ["No row was edited."]),
+            *(aligned(rows) if trace.edits else ["No row was edited."]),
             "",
             "MEAN, LARGEST  length of the change, in lengths of the row before it",
             f"POSITIONS      of tokens, counted from 0; from {prompt_tokens} on they are generated",
@@ -53,7 +54,7 @@ def trace_table(trace: Trace, uses: Sequence[Use], prompt_tokens: int) -> str:
     )
 
 
-def _ranges(numbers: Sequence[int]) -> str:
+def ranges(numbers: Sequence[int]) -> str:
     """Ascending numbers in short: 0-2,7."""
     runs = groupby(enumerate(numbers), lambda pair: pair[1] - pair[0])
     ends = [[number for _, number in run] for _, run in runs]

@@ -183,11 +183,11 @@ def train(
     """Train edits on rows, and write them as a file that is ready to be served."""
     with stoppable():
         with stage("Starting Python's libraries"):
+            from reft_runtime.client import Server
             from reft_runtime.training import TrainSettings
             from reft_runtime.training import train as run
             from reft_runtime.training.push import check_push
             from reft_runtime.training.push import push as put
-            from reft_runtime.training.remote import Server
             from reft_runtime.training.sources import file_for
             from reft_runtime.training.target import check_target
         settings = TrainSettings(

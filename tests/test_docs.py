@@ -26,6 +26,7 @@ ROOT = Path(__file__).parents[1]
 DOCUMENTS = [
     "README.md",
     "docs/api.md",
+    "docs/cli.md",
     "docs/from-lora.md",
     "docs/interventions.md",
     "docs/operations.md",
@@ -43,8 +44,8 @@ OTHER_PROGRAMS = {
 }
 """Options of docker, torchrun, curl, pip, pipx, uvx and our scripts in the documents."""
 
-OTHER_VARIABLES = {"REFT_CACHE", "REFT_PICTURES"}
-"""Where the demo model is kept, and a switch of tests: no settings of the server."""
+OTHER_VARIABLES = {"REFT_CACHE", "REFT_PICTURES", "REFT_URL"}
+"""No settings of a server: where the demo model is kept, a switch of tests, whom a command asks."""
 
 
 def options() -> set[str]:

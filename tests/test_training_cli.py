@@ -99,7 +99,7 @@ def test_a_folder_that_is_not_writable(
     def closed(dir: Path) -> None:
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr("reft_runtime.training.target.tempfile.TemporaryFile", closed)
+    monkeypatch.setattr("reft_runtime.places.tempfile.TemporaryFile", closed)
     said = refused("train", tickets, "--out", tmp_path / "closed" / "x.safetensors")
     assert f"{tmp_path / 'closed'} cannot be written to: Permission denied" in said
 

@@ -19,18 +19,10 @@ import safetensors
 import safetensors.torch
 
 from reft_runtime.errors import FileTooLarge, InvalidFile
-from reft_runtime.interventions.header import (
-    LENGTH_BYTES,
-    METADATA_KEY,
-    Header,
-    header_length,
-    parse_header,
-)
+from reft_runtime.files import LENGTH_BYTES, MAX_FILE_BYTES, METADATA_KEY
+from reft_runtime.interventions.header import Header, header_length, parse_header
 from reft_runtime.interventions.intervention import Intervention
 from reft_runtime.interventions.recognise import HEAD_BYTES, what_file, what_folder
-
-SUFFIX = ".safetensors"
-MAX_FILE_BYTES = 64 << 20
 
 
 def serialise(intervention: Intervention) -> bytes:

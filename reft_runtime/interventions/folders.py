@@ -20,7 +20,7 @@ from reft_runtime.errors import (
     Unavailable,
     WrongBaseModel,
 )
-from reft_runtime.interventions.file import SUFFIX
+from reft_runtime.files import SUFFIX
 from reft_runtime.interventions.listing import Listing
 from reft_runtime.interventions.sources import NAME, Found, find, list_folder, look
 from reft_runtime.interventions.version import Version

@@ -8,7 +8,6 @@ of the length and the header.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import re
@@ -17,13 +16,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from reft_runtime.errors import InvalidFile
+from reft_runtime.files import LENGTH_BYTES, METADATA_KEY, digest_of
 from reft_runtime.interventions.intervention import check_layout, validate_manifest
 from reft_runtime.interventions.kinds import TensorInfo
 from reft_runtime.interventions.manifest import Manifest
 from reft_runtime.interventions.recognise import HEAD_BYTES, what_file
 
-METADATA_KEY = "reft"
-LENGTH_BYTES = 8
 MAX_HEADER_BYTES = 1 << 20
 
 _DTYPES = {"F32": ("float32", 4), "F16": ("float16", 2), "BF16": ("bfloat16", 2)}
@@ -85,7 +83,7 @@ def parse_header(head: bytes, size: int) -> Header:
     manifest = validate_manifest(content)
     tensors = _tensors(fields, size - len(head))
     check_layout(manifest, tensors)
-    return Header(hashlib.sha256(head).hexdigest(), manifest, data_sha256, tensors, size)
+    return Header(digest_of(head), manifest, data_sha256, tensors, size)
 
 
 def _object(text: str | bytes, what: str) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from reft_runtime.interventions.manifest import (
     CompletionPrefix,
     Manifest,
     SystemTurn,
+    Texts,
 )
 
 _T = TypeVar("_T")
@@ -59,6 +60,7 @@ class Intervention:
         template: str | None = None,
         system: SystemTurn | None = None,
         completion_prefix: CompletionPrefix | None = None,
+        texts: Texts | None = None,
         description: str = "",
         license: str | None = None,
         metrics: Mapping[str, JsonValue] | None = None,
@@ -81,6 +83,7 @@ class Intervention:
                 "template": template,
                 "system": system,
                 "completion_prefix": completion_prefix,
+                "texts": texts,
                 "description": description,
                 "license": license,
                 "metrics": dict(metrics or {}),

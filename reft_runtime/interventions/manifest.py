@@ -37,6 +37,8 @@ SystemTurn = Literal["prepend", "drop", "refuse"]
 
 CompletionPrefix = Literal["", " "]
 
+Texts = Literal["message"]
+
 _Name = Annotated[str, StringConstraints(min_length=1, max_length=256)]
 _Size = Annotated[int, Field(ge=1, le=2**31 - 1)]
 
@@ -144,7 +146,9 @@ class Manifest(_Strict):
     does with a system turn: put its text before the user's, leave it out, or refuse the request.
     `completion_prefix` is what the training put before every completion, for the tokenizer's sake:
     it belongs neither to prompts, whose ends lose it, nor to answers. None is for files that say
-    nothing of it: theirs are taken as they are.
+    nothing of it: theirs are taken as they are. `texts` says what a prompt that is a text stands
+    for: `message` what a user says in a chat, so that it goes through the template too; None takes
+    it as it is.
     """
 
     schema_version: Literal[1] = 1
@@ -153,6 +157,7 @@ class Manifest(_Strict):
     template: Annotated[str, StringConstraints(max_length=16_384)] | None = None
     system: SystemTurn | None = None
     completion_prefix: CompletionPrefix | None = None
+    texts: Texts | None = None
     description: Annotated[str, StringConstraints(max_length=4096)] = ""
     license: Annotated[str, StringConstraints(max_length=256)] | None = None
     metrics: dict[str, JsonValue] = {}
@@ -177,6 +182,12 @@ class Manifest(_Strict):
             )
         return self
 
+    @model_validator(mode="after")
+    def _texts_need_a_template(self) -> Manifest:
+        if self.texts is not None and self.template is None:
+            raise ValueError("texts: only a template can write a text as a message; give one")
+        return self
+
     @property
     def system_turn(self) -> SystemTurn:
         """What a text template does with a system turn; files that do not say put it first."""
@@ -186,7 +197,7 @@ class Manifest(_Strict):
     def _without_new_defaults(self, dump: SerializerFunctionWrapHandler) -> dict[str, JsonValue]:
         # As for edits: what the first files could say keeps its digest.
         fields: dict[str, JsonValue] = dump(self)
-        for name in ("system", "completion_prefix"):
+        for name in ("system", "completion_prefix", "texts"):
             if fields.get(name) is None:
                 fields.pop(name, None)
         return fields

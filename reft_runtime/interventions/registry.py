@@ -12,14 +12,8 @@ from typing import BinaryIO
 
 from reft_runtime.cores import releasing_workers
 from reft_runtime.errors import InvalidFile, InvalidRequest, NotFound, Unavailable
-from reft_runtime.interventions.file import (
-    MAX_FILE_BYTES,
-    header_of,
-    parse,
-    read,
-    read_header,
-    too_large,
-)
+from reft_runtime.files import MAX_FILE_BYTES
+from reft_runtime.interventions.file import header_of, parse, read, read_header, too_large
 from reft_runtime.interventions.folders import WORK_SHARE, check_sources
 from reft_runtime.interventions.manifest import BaseShape, Manifest, check_base
 from reft_runtime.interventions.recognise import HEAD_BYTES

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from reft_runtime.errors import InvalidRequest, NotFound
-from reft_runtime.interventions.file import SUFFIX
+from reft_runtime.files import SUFFIX
 
 NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 NAME_RULE = (

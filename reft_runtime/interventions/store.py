@@ -19,7 +19,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from reft_runtime.errors import ConfigError, StoreFull, Unavailable
-from reft_runtime.interventions.file import SUFFIX, sync_folder, write_atomic
+from reft_runtime.files import SUFFIX
+from reft_runtime.interventions.file import sync_folder, write_atomic
 from reft_runtime.interventions.sources import NAME
 
 _DIGEST = re.compile(r"[0-9a-f]{64}")

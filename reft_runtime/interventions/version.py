@@ -50,6 +50,7 @@ class Version:
         self.template = header.manifest.template
         self.system_turn = header.manifest.system_turn
         self.completion_prefix = header.manifest.completion_prefix
+        self.texts = header.manifest.texts
         # As text a manifest takes a fraction of the memory, and listing thousands costs no time.
         self.manifest_json = header.manifest.model_dump_json().encode()
         self.summary = summarise(header)

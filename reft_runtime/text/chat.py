@@ -13,14 +13,13 @@ from jinja2.ext import loopcontrols
 from transformers import PreTrainedTokenizerBase
 
 from reft_runtime.errors import InvalidRequest
-from reft_runtime.interventions.manifest import SystemTurn
+from reft_runtime.interventions.manifest import TEMPLATE_FIELD, SystemTurn
 
 Message = Mapping[str, str]
 """One turn of a chat: its `role` and its `content`; `name`, where given, is the speaker's."""
 
 Switches = Mapping[str, bool | int | float | str]
 
-_FIELD = "{prompt}"
 _GIVEN = {"messages", "tools", "documents", "raise_exception", "strftime_now", "namespace", "range"}
 """Names that a chat template gets from the library, as far as its call's parameters do not say."""
 
@@ -73,7 +72,7 @@ def fill(
             param="messages",
         )
     before = [text for text in systems if text] if system == "prepend" else []
-    return template.replace(_FIELD, "\n\n".join([*before, turns[0]["content"]]))
+    return template.replace(TEMPLATE_FIELD, "\n\n".join([*before, turns[0]["content"]]))
 
 
 def render(

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from reft_runtime.errors import InvalidRequest
-from reft_runtime.interventions.manifest import SystemTurn
+from reft_runtime.interventions.manifest import TEMPLATE_FIELD, SystemTurn
 from reft_runtime.text.chat import (
     ChatOptions,
     Message,
@@ -154,6 +154,22 @@ class Tokenizer:
         It ends where the next turn is to begin, or, `answered`, with the last one's end.
         """
         return render(self._tokenizer, messages, ChatOptions(add_generation_prompt=not answered))
+
+    @property
+    def knows_chats(self) -> bool:
+        """Whether the model brings a chat template."""
+        return bool(self._tokenizer.chat_template)
+
+    def is_laid_out(self, text: str, template: str) -> bool:
+        """Whether a text ends as the template, or, of "chat", the model's own, ends prompts."""
+        behind = self._behind if template == "chat" else template.partition(TEMPLATE_FIELD)[2]
+        return bool(behind.strip()) and text.rstrip().endswith(behind.strip())
+
+    @cached_property
+    def _behind(self) -> str:
+        """What the model's own chat template writes behind a user's message."""
+        asked = self.render([{"role": "user", "content": TEMPLATE_FIELD}])
+        return asked.rpartition(TEMPLATE_FIELD)[2]
 
     @cached_property
     def switches(self) -> list[str]:

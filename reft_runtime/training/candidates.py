@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 
+from reft_runtime.client import Server
 from reft_runtime.errors import ConfigError, InvalidFile, InvalidRequest, NotFound
+from reft_runtime.files import SUFFIX
 from reft_runtime.interventions import parse, read
-from reft_runtime.interventions.file import SUFFIX
 from reft_runtime.nearest import did_you_mean
-from reft_runtime.training.remote import Server
 from reft_runtime.training.report import BASE
 from reft_runtime.use import MAX_STRENGTH, Use
 

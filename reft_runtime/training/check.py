@@ -11,7 +11,8 @@ from pathlib import Path
 
 from reft_runtime.errors import ConfigError
 from reft_runtime.loading import read_words
-from reft_runtime.training.layout import Chat, Layout
+from reft_runtime.text import Tokenizer
+from reft_runtime.training.layout import Chat, Layout, choose_template
 from reft_runtime.training.prompts import Formatter
 from reft_runtime.training.rows import Row, Rows, read_rows
 from reft_runtime.training.sources import Data
@@ -94,7 +95,9 @@ def check(
         held_out = read_rows(evaluation, text=text, label=label, lenient=True)
     measure = None
     if model is not None:
-        measure = measure_of(model, Layout(template, rows.rows[0]), max_length)
+        words = read_words(model)
+        template = template or choose_template(rows, chats=words.knows_chats)
+        measure = measure_of(words, Layout(template, rows.rows[0]), max_length)
     return check_data(rows, held_out, template, measure)
 
 
@@ -114,9 +117,8 @@ class Measure:
         return len(self.formatter.example(row).tokens) > self.longest
 
 
-def measure_of(model: str | Path, layout: Layout, max_length: int | None) -> Measure:
-    """What measures rows by a model's tokenizer; its weights are not loaded."""
-    words = read_words(model)
+def measure_of(words: Tokenizer, layout: Layout, max_length: int | None) -> Measure:
+    """What measures rows by a model's tokenizer."""
     longest = min(max_length or words.max_model_len, words.max_model_len)
     return Measure(Formatter(layout, words, words.eos_ids), longest)
 

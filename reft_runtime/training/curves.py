@@ -11,28 +11,7 @@ from transformers import TrainerCallback
 from transformers.integrations.integration_utils import TensorBoardCallback
 
 from reft_runtime.errors import ConfigError
-from reft_runtime.training.target import check_folder
-
-
-def check_plot(path: str | Path) -> Path:
-    """The place of a picture, which can be drawn and written; raises `ConfigError`."""
-    path = Path(path)
-    try:
-        from matplotlib.backend_bases import FigureCanvasBase
-    except ImportError:
-        raise ConfigError(
-            "plot: needs matplotlib; run `pip install 'reft-server[plot]'`, or leave it out.",
-            param="plot",
-        ) from None
-    endings = FigureCanvasBase.get_supported_filetypes()
-    if path.suffix.lower().removeprefix(".") not in endings:
-        raise ConfigError(
-            f"plot: {path} must end with .png, .svg or .pdf, which says what it is.", param="plot"
-        )
-    if path.is_dir():
-        raise ConfigError(f"plot: {path} is a folder; name a file.", param="plot")
-    check_folder(path.parent, "plot")
-    return path
+from reft_runtime.places import check_folder
 
 
 def check_tensorboard(folder: str | Path) -> Path:

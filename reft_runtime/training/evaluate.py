@@ -12,6 +12,7 @@ import torch
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from reft_runtime.client import Answer, Question, Server
 from reft_runtime.engine.model import LoadedModel
 from reft_runtime.errors import ConfigError
 from reft_runtime.interventions import parse
@@ -25,7 +26,6 @@ from reft_runtime.training.forward import Base, predict
 from reft_runtime.training.layout import Layout
 from reft_runtime.training.outcomes import Outcome, Score
 from reft_runtime.training.prompts import Formatter
-from reft_runtime.training.remote import Answer, Question, Server
 from reft_runtime.training.report import Report
 from reft_runtime.training.rows import Row
 from reft_runtime.training.scoring import METRICS, Metric, answer_texts, wanted_text

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
+from itertools import takewhile
 from typing import Any
 
 from reft_runtime.errors import ConfigError
-from reft_runtime.interventions.manifest import TEMPLATE_FIELD
-from reft_runtime.training.rows import Row
+from reft_runtime.interventions.manifest import TEMPLATE_FIELD, Texts
+from reft_runtime.training.rows import Row, Rows
 
 CHAT = "chat"
+
+RECURRENCE = 8
+"""Completions that each occur so often, on average, are classes."""
 
 Chat = list[dict[str, str]]
 """Messages, each with role and content."""
@@ -25,13 +30,15 @@ class Layout:
     `prompt` one user's message. Any other template is a text with fields of the rows in braces,
     `Review: {text}`, and rows have a `completion`. `served_template` is what the manifest needs so
     that a chat with the served intervention gives the same prompts: a template of one field takes
-    that field's text as the message, one of several fields takes the whole prompt.
+    that field's text as the message, one of several fields takes the whole prompt. `texts` says,
+    likewise, whether a text that is given as a prompt is such a message.
     """
 
     def __init__(self, template: str | None, first: Row) -> None:
         self._template = template
         self._chats = template is None and "messages" in first.fields
         self.served_template = CHAT if self._chats or template == CHAT else TEMPLATE_FIELD
+        self.texts: Texts | None = "message" if template == CHAT else None
         if template not in (None, CHAT):
             assert template is not None
             names = _FIELD.findall(template)
@@ -43,6 +50,7 @@ class Layout:
                 )
             if len(names) == 1:
                 self.served_template = _FIELD.sub(lambda _: TEMPLATE_FIELD, template)
+                self.texts = "message" if self.served_template != TEMPLATE_FIELD else None
 
     def prompt(self, row: Row) -> str | Chat:
         """What a client sends: text, or the messages of a chat."""
@@ -63,6 +71,34 @@ class Layout:
     def has_completion(self, row: Row) -> bool:
         """Whether the row says what the whole answer is; for a label alone it need not."""
         return self._chats or "completion" in row.fields
+
+
+def choose_template(rows: Rows, *, chats: bool) -> str | None:
+    """How rows become prompts where nobody says it, for a model that knows `chats` or does not.
+
+    What a table has as texts, and prompts of rows with a class, are what a user says in a chat: a
+    model that was tuned to chats reads them better so. A class is a label, or a completion that
+    recurs. Prompts that all end in the same words, such as `Sentiment:`, lead to the answer
+    already, and stay as they are.
+    """
+    first = rows.rows[0]
+    asked = rows.columns or first.label is not None or _recur(rows)
+    if not chats or not asked or "messages" in first.fields:
+        return None
+    prompts = [str(row.fields.get("prompt", "")).rstrip() for row in rows.rows]
+    return None if len(prompts) > 1 and re.search(r"\s\w", _common_ending(prompts)) else CHAT
+
+
+def _recur(rows: Rows) -> bool:
+    """Whether completions are some few."""
+    answers = [str(row.fields.get("completion", "")).strip() for row in rows.rows]
+    return len(set(answers)) * RECURRENCE <= len(answers)
+
+
+def _common_ending(texts: Sequence[str]) -> str:
+    backwards = [text[::-1] for text in texts]
+    pairs = zip(min(backwards), max(backwards), strict=False)  # all others lie between the two
+    return "".join(one for one, _ in takewhile(lambda pair: pair[0] == pair[1], pairs))[::-1]
 
 
 def _turns(row: Row) -> Chat:

@@ -76,6 +76,11 @@ class Score:
     trained_rows: int | None = None
 
     @property
+    def shown(self) -> str:
+        """The value for people: a share in per cent, a perplexity as a number."""
+        return f"{self.value:.3f}" if self.metric == "perplexity" else f"{self.value:.1%}"
+
+    @property
     def right(self) -> tuple[bool, ...]:
         """Whether each row was answered right."""
         return tuple(outcome.right for outcome in self.outcomes)

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from reft_runtime.errors import ConfigError
+from reft_runtime.notebook import report_html
 from reft_runtime.training.advice import advise
 from reft_runtime.training.outcomes import OTHER, Confusion, LabelFigures, Outcome, Score
 
@@ -59,12 +60,19 @@ class Report:
 
     def table(self) -> str:
         """Interventions by data sets, for a terminal: accuracies in per cent."""
+        return "\n".join(_aligned(self.cells()))
+
+    def cells(self) -> list[list[str]]:
+        """The table's cells, its head first."""
         sets = list(dict.fromkeys((s.data, s.metric, s.rows) for s in self.scores))
         names = list(dict.fromkeys(s.intervention for s in self.scores))
-        shown = {(s.intervention, s.data): _shown(s) for s in self.scores}
+        shown = {(s.intervention, s.data): s.shown for s in self.scores}
         lines = [["", *(f"{data} ({metric}, n={rows})" for data, metric, rows in sets)]]
         lines += [[name, *(shown[name, data] for data, _, _ in sets)] for name in names]
-        return "\n".join(_aligned(lines))
+        return lines
+
+    def _repr_html_(self) -> str:
+        return report_html(self)
 
     def details(self) -> str:
         """Each intervention on each data set that it answered, for a terminal.
@@ -81,9 +89,9 @@ class Report:
 
 
 def _details(score: Score, base: Score | None) -> list[str]:
-    head = [f"{score.intervention} on {score.data}: {_shown(score)} of {score.rows:,} rows right"]
+    head = [f"{score.intervention} on {score.data}: {score.shown} of {score.rows:,} rows right"]
     if base is not None:
-        head.append(f"base {_shown(base)}")
+        head.append(f"base {base.shown}")
     if score.majority is not None:
         label, share = score.majority
         head.append(f"always {label} {share:.1%}")
@@ -131,10 +139,6 @@ def _confusion_lines(confusions: Sequence[Confusion]) -> list[str]:
 def _wrong_lines(outcome: Outcome) -> Iterable[str]:
     yield f"{outcome.where}: {outcome.text}"
     yield f"  wanted {outcome.wanted!r}, answered {outcome.answered!r}"
-
-
-def _shown(score: Score) -> str:
-    return f"{score.value:.3f}" if score.metric == "perplexity" else f"{score.value:.1%}"
 
 
 def _aligned(lines: Sequence[Sequence[str]]) -> list[str]:

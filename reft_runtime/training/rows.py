@@ -49,7 +49,8 @@ class Rows:
     """A data set: its name, its rows, at least one, and the SHA-256 of its file.
 
     `wrong` are the lines of the file that hold no row, as messages; `note` says which columns were
-    taken for text and label because of their names.
+    taken for text and label because of their names; `columns` is True where prompts are the texts
+    of a column.
     """
 
     name: str
@@ -57,6 +58,7 @@ class Rows:
     sha256: str
     wrong: Sequence[str] = ()
     note: str = ""
+    columns: bool = False
 
     @property
     def labels(self) -> set[str]:
@@ -85,7 +87,8 @@ def read_rows(
         raise ConfigError(f"{found.name}: there are no rows{first}", param="data")
     columns = choose_columns(found.records[0][1], text, label)
     rows = [Row(where, columns.fields(fields)) for where, fields in found.records]
-    return Rows(found.name, rows, found.sha256, found.wrong, columns.note)
+    texts = columns.prompt is not None
+    return Rows(found.name, rows, found.sha256, found.wrong, columns.note, texts)
 
 
 _HINTS = {

@@ -33,10 +33,10 @@ class TrainSettings:
     first and the last tokens of `fN+lM` weights of their own. `lr` is the highest learning rate,
     reached after 6 % of the steps, from where it falls linearly to 0. `batch_size` rows make one
     step, shared by `accumulate` parts one after another and by all processes: memory is that of
-    `batch_size / accumulate` rows. `template` is
-    as in `layout.Layout`. Rows of more than `max_length` tokens (None: what the model takes)
-    are an error, or are cut with `truncate`. `dtype` is that of the base's weights; edits, their
-    sums and the optimiser are in float32. `hold_out` is the share of the rows that are not trained
+    `batch_size / accumulate` rows. `template` is as in `layout.Layout`; None leaves it to
+    `layout.choose_template`. Rows of more than `max_length` tokens (None: what the model takes) are
+    an error, or are cut with `truncate`. `dtype` is that of the base's weights; edits, their sums
+    and the optimiser are in float32. `hold_out` is the share of the rows that are not trained
     on, but choose the checkpoint and measure it: None is a tenth of rows with labels, of at least
     100 and where no others are given to evaluate on, 0 is none. `patience` stops a training after
     so many evaluations, of five, that were no better than one before.

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
-import tempfile
 from pathlib import Path
 
 from reft_runtime.errors import ConfigError
-from reft_runtime.interventions.file import SUFFIX
+from reft_runtime.files import SUFFIX
 from reft_runtime.interventions.sources import NAME, NAME_RULE
+from reft_runtime.places import check_folder
 
 
 def check_target(out: str | Path) -> Path:
@@ -26,20 +26,3 @@ def check_target(out: str | Path) -> Path:
         raise ConfigError(f"out: {out} is a folder; name a file.", param="out")
     check_folder(out.parent, "out")
     return out
-
-
-def check_folder(folder: Path, option: str) -> None:
-    """Make a folder where it is missing, and see that it takes files; raises `ConfigError`."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(
-            f"{option}: {folder} cannot be made: {error.strerror}.", param=option
-        ) from None
-    try:
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise ConfigError(
-            f"{option}: {folder} cannot be written to: {error.strerror}.", param=option
-        ) from None

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from reft_runtime.client import Answer
 from reft_runtime.errors import ConfigError
 from reft_runtime.interventions.manifest import TEMPLATE_FIELD, Manifest
 from reft_runtime.training.layout import CHAT, Chat, Layout
 from reft_runtime.training.outcomes import Outcome
-from reft_runtime.training.remote import Answer
 from reft_runtime.training.rows import Row, Rows, read_rows
 from reft_runtime.training.scoring import Metric, check_label, given_label, is_right, metric_of
 from reft_runtime.training.sources import Data

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,16 +21,17 @@ from transformers import (
 from reft_runtime.errors import ConfigError, TrainingFailed
 from reft_runtime.interventions import Intervention, write
 from reft_runtime.interventions.manifest import SystemTurn
-from reft_runtime.loading import free_memory, load_base, shape_of, use_threads
+from reft_runtime.loading import free_memory, load_base, read_words, shape_of, use_threads
+from reft_runtime.plots import check_plot
 from reft_runtime.text import Tokenizer
 from reft_runtime.training.callbacks import Pace, Patience, Say
 from reft_runtime.training.check import check_data, measure_of
-from reft_runtime.training.curves import check_plot, check_tensorboard, write_plot
+from reft_runtime.training.curves import check_tensorboard, write_plot
 from reft_runtime.training.curves import tensorboard as tensorboard_callback
 from reft_runtime.training.forward import Base, EditedModel, first_edited
 from reft_runtime.training.hold_out import split
 from reft_runtime.training.join import choose_prefix
-from reft_runtime.training.layout import CHAT, Layout
+from reft_runtime.training.layout import CHAT, Layout, choose_template
 from reft_runtime.training.prompts import Example, Formatter, make_examples
 from reft_runtime.training.record import about, extent_of, metrics_of, taken_of
 from reft_runtime.training.rows import Rows, read_rows
@@ -125,9 +126,12 @@ def train(
         held_out = None
         if evaluation is not None:
             held_out = read_rows(evaluation, text=text, label=label, lenient=True)
+        given = None if isinstance(model, PreTrainedModel) else read_words(model)
+        if system is None:
+            settings = _with_template(settings, rows, given, tokenizer)
         layout = Layout(settings.template, rows.rows[0])
         system = _system(system, layout.served_template)
-        _check_rows(rows, held_out, model, layout, settings, say)
+        _check_rows(rows, held_out, given, layout, settings, say)
         if held_out is None:
             rows, held_out = _held_out(rows, layout, settings, say)
         elif settings.hold_out:
@@ -157,6 +161,7 @@ def train(
                 template=layout.served_template,
                 system=system,
                 completion_prefix=prefix,
+                texts=layout.texts,
                 description=description,
                 license=license,
                 **figures,
@@ -255,21 +260,36 @@ def _check_types(model: object, settings: object) -> None:
         raise TypeError(f"settings: give a TrainSettings, not {type(settings).__name__}.")
 
 
+def _with_template(
+    settings: TrainSettings,
+    rows: Rows,
+    words: Tokenizer | None,
+    tokenizer: PreTrainedTokenizerBase | None,
+) -> TrainSettings:
+    """The same with a template, where rows are to be asked by one and nobody says by which."""
+    if settings.template is not None:
+        return settings
+    chats = words.knows_chats if words else tokenizer is not None and bool(tokenizer.chat_template)
+    return replace(settings, template=choose_template(rows, chats=chats))
+
+
 def _check_rows(
     rows: Rows,
     held_out: Rows | None,
-    model: str | Path | PreTrainedModel,
+    words: Tokenizer | None,
     layout: Layout,
     settings: TrainSettings,
     say: Say,
 ) -> None:
     """Say what is in the rows; raises `ConfigError` where they cannot be trained on."""
     measure = None
-    if not settings.truncate and not isinstance(model, PreTrainedModel):
-        measure = measure_of(model, layout, settings.max_length)
+    if not settings.truncate and words is not None:
+        measure = measure_of(words, layout, settings.max_length)
     checks = check_data(rows, held_out, settings.template, measure)
     for check in checks:
         say(str(check))
+    if layout.texts and layout.served_template == CHAT:
+        say("texts are asked as what a user says in a chat; --template '{prompt}' leaves them bare")
     for check in checks:
         check.raise_errors()
 

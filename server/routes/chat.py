@@ -99,7 +99,7 @@ async def create_chat_completion(
 
     def encode(tokenizer: Tokenizer, selection: Selection) -> list[list[int]]:
         messages = [message.as_text() for message in body.messages]
-        return [selection.encode(tokenizer, messages, body.options(tokenizer.switches))]
+        return [selection.form.chat(tokenizer, messages, body.options(tokenizer.switches))]
 
     return Answer(
         server,

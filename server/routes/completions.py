@@ -102,7 +102,7 @@ class CompletionShape(Shape):
         begins: list[int] = []
         if first:
             skip = self._body.skip_special_tokens
-            prefix = run.job.selection.completion_prefix
+            prefix = run.job.selection.form.completion_prefix
             self._offsets[index] = TextOffsets(
                 tokenizer, skip_special_tokens=skip, completion_prefix=prefix
             )
@@ -118,10 +118,10 @@ class CompletionShape(Shape):
 
     def _prompt_text(self, run: Run, index: int) -> str:
         prompt = self._body.prompts[index // self._body.n]
-        if isinstance(prompt, str):
+        if isinstance(prompt, str) and not run.job.selection.form.texts:
             return prompt
         return run.context.engine.tokenizer.decode(
-            prompt, skip_special_tokens=self._body.skip_special_tokens
+            run.prompt(index), skip_special_tokens=self._body.skip_special_tokens
         )
 
 
@@ -142,9 +142,7 @@ async def create_completion(
             body,
             sampling,
             lambda tokenizer, selection: [
-                tokenizer.encode(prompt, completion_prefix=selection.completion_prefix)
-                if isinstance(prompt, str)
-                else prompt
+                selection.form.text(tokenizer, prompt) if isinstance(prompt, str) else prompt
                 for prompt in body.prompts
             ],
             prompt="prompt",

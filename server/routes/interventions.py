@@ -16,6 +16,7 @@ from fastapi import APIRouter, Query, Request
 from fastapi.responses import Response
 
 from reft_runtime.errors import InvalidRequest
+from reft_runtime.files import MAX_FILE_BYTES
 from reft_runtime.paging import DEFAULT_PAGE, MAX_AFTER, MAX_PAGE, MAX_QUERY, Sort
 from server.body import read_body
 from server.context import Context, Server
@@ -85,8 +86,6 @@ async def put_intervention(request: Request, server: Server, name: str) -> Respo
     Requests in flight end on the version that they began with. With `If-None-Match: *` or
     `If-Match: "DIGEST"` only where that holds; else 412.
     """
-    from reft_runtime.interventions.file import MAX_FILE_BYTES  # loads torch: not before it must
-
     sha256, expected = _declared_sha256(request), expected_digests(request)
     registry = server.engine.registry
     body = await read_body(request, MAX_FILE_BYTES)

@@ -28,16 +28,13 @@ async def tokenize(
         selection = select(engine, body.model or engine.info.model)
         tokenizer = engine.tokenizer
         if body.messages is None:
-            special = body.add_special_tokens is not False
-            tokens = tokenizer.encode(
-                body.prompt or "",
-                add_special_tokens=special,
-                completion_prefix=selection.completion_prefix,
+            tokens = selection.form.text(
+                tokenizer, body.prompt or "", add_special_tokens=body.add_special_tokens
             )
         else:
             messages = [message.as_text() for message in body.messages]
             options = body.options(tokenizer.switches)
-            tokens = selection.encode(
+            tokens = selection.form.chat(
                 tokenizer, messages, options, add_special_tokens=body.add_special_tokens
             )
         written: dict[str, Any] = {

@@ -64,7 +64,7 @@ async def test_checksum_of_an_upload(client: httpx.AsyncClient, engine: FakeEngi
 async def test_upload_is_bounded(
     client: httpx.AsyncClient, engine: FakeEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("reft_runtime.interventions.file.MAX_FILE_BYTES", 1000)
+    monkeypatch.setattr("server.routes.interventions.MAX_FILE_BYTES", 1000)
 
     async def body() -> Any:
         for _ in range(1001):

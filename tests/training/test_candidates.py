@@ -23,7 +23,7 @@ from tests.helpers.tokenizer import tiny_tokenizer
 from tests.training.make import ROWS, folder, model, own
 
 TABLE = [{"text": row["prompt"], "label": row["label"]} for row in ROWS]
-TEMPLATES = {"bare": None, "talk": "chat", "framed": "Is it {text}\nor not:"}
+TEMPLATES = {"bare": "{prompt}", "talk": "chat", "framed": "Is it {text}\nor not:"}
 
 
 @pytest.fixture(scope="module")

@@ -14,12 +14,12 @@ import torch
 from typer.testing import CliRunner
 
 from reft_runtime import Engine
+from reft_runtime.client import Answer, Server
 from reft_runtime.errors import ConfigError, NotFound, ReftError
 from reft_runtime.interventions import parse, read, read_header
 from reft_runtime.outputs import Choice, Generation
 from reft_runtime.training import TrainSettings, direction, evaluate, train
 from reft_runtime.training.direction import read_texts
-from reft_runtime.training.remote import Answer, Server
 from reft_runtime.training.scoring import is_right
 from server.cli import app
 from server.settings import Settings

@@ -11,12 +11,12 @@ import pytest
 from pydantic import SecretStr
 
 from reft_runtime import Engine
+from reft_runtime.client import Server
 from reft_runtime.errors import ConfigError
 from reft_runtime.interventions import Registry
 from reft_runtime.interventions.base import read_base
 from reft_runtime.training import TrainSettings
 from reft_runtime.training.push import check_push, push
-from reft_runtime.training.remote import Server
 from server.settings import Settings
 from tests.e2e.conftest import served
 from tests.http.fake_engine import FakeEngine
@@ -67,9 +67,16 @@ def test_what_a_server_refuses(server: Server, registry: Registry, base: str) ->
     assert registry.entries() == []
 
 
-@pytest.mark.parametrize("url", ["http://127.0.0.1:9", "localhost:8000", "http://[::"])
-def test_no_server(base: str, url: str) -> None:
-    with pytest.raises(ConfigError, match="push: no answer from"):
+@pytest.mark.parametrize(
+    ("url", "message"),
+    [
+        ("http://127.0.0.1:9", "push: no answer from"),
+        ("http://[::", "url: no answer from"),
+        ("localhost:8000", "url: write it with its scheme"),
+    ],
+)
+def test_no_server(base: str, url: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
         check_push(Server(url), "mine", base, TrainSettings())
 
 

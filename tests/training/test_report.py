@@ -6,10 +6,10 @@ import json
 
 import pytest
 
+from reft_runtime.client import Answer
 from reft_runtime.training import Report, Score
 from reft_runtime.training.advice import advise
 from reft_runtime.training.outcomes import Confusion, LabelFigures, Outcome
-from reft_runtime.training.remote import Answer
 from reft_runtime.training.scoring import given_label
 from reft_runtime.training.tasks import read_tasks
 

@@ -45,7 +45,7 @@ def test_a_task_is_learned_and_served(tmp_path: Path, positions: str) -> None:
     found = describe(data)
     assert max(edit["orthonormality_error"] for edit in found["edits"]) < 1e-5
     manifest = parse(data).manifest
-    assert (manifest.template, manifest.system) == ("{prompt}", "prepend")
+    assert (manifest.template, manifest.system, manifest.texts) == ("chat", None, "message")
     assert manifest.description == "Good or bad"
     about = manifest.training
     assert (about["rows"], about["eval_rows"], about["steps"]) == (24, 8, 60)
@@ -316,9 +316,9 @@ def test_losses_are_logged_finely_and_drawn(tmp_path: Path) -> None:
     assert trained.metrics["accuracy"]
     # Each mark of the curves is a use of one shape.
     assert picture.read_text().count("<use ") >= 10
-    assert "1,040 trained parameters, 100 steps" in said[2]
-    assert re.fullmatch(r"about \d+ (second|minute)s? for 100 steps", said[3])
-    assert re.fullmatch(r"step \d+ of 100 is taken, the best of those .*", said[4])
+    assert "1,040 trained parameters, 100 steps" in said[3]
+    assert re.fullmatch(r"about \d+ (second|minute)s? for 100 steps", said[4])
+    assert re.fullmatch(r"step \d+ of 100 is taken, the best of those .*", said[5])
 
 
 @pytest.mark.parametrize(
@@ -345,7 +345,7 @@ def test_what_was_held_out_is_measured_on_the_loaded_model(tmp_path: Path) -> No
     settings = TrainSettings(steps=60, batch_size=8, lr=5e-2, hold_out=0.25, dtype="float32")
     said: list[str] = []
     trained = run(tmp_path / "task.safetensors", settings=settings, say=said.append)
-    assert said[1].startswith("6 of 24 rows are held out to measure it; --hold-out 0 trains on all")
+    assert said[2].startswith("6 of 24 rows are held out to measure it; --hold-out 0 trains on all")
     about = trained.intervention.manifest.training
     assert (about["rows"], about["eval_rows"], about["hold_out"]) == (18, 6, 0.25)
     reports = [

@@ -1,0 +1,294 @@
+"""A running server seen from outside: what it serves, putting a file on it, asking it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
+
+import httpx
+from tqdm import tqdm
+
+from reft_runtime.errors import ConfigError, NotFound, ReftError
+from reft_runtime.files import digest_of, is_whole
+from reft_runtime.paging import MAX_PAGE
+
+if TYPE_CHECKING:
+    from reft_runtime.interventions import Manifest
+
+CONCURRENCY = 32
+"""Requests under way at once; the server batches them."""
+
+SECONDS = 600.0
+
+PART_BYTES = 1 << 16
+"""Bytes of an upload that are sent before its progress is told again."""
+
+Body = dict[str, Any]
+Counted = Callable[[int], object]
+"""Is told how many bytes more have gone."""
+
+
+class NotServed(NotFound):
+    """The server has no such intervention or version."""
+
+
+class Unreachable(ConfigError):
+    """No server answers at this address."""
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """One request: text or the messages of a chat, to the base model (None) or an intervention."""
+
+    asked: str | Sequence[Mapping[str, str]]
+    intervention: str | None
+    max_tokens: int
+    strength: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """An answer's text, and whether it ended by itself, not because of its length."""
+
+    text: str
+    ended: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Server:
+    """A reft server at `url`, such as http://127.0.0.1:8000.
+
+    All methods raise `Unreachable`, `NotServed` for what it does not have, and `ConfigError` for
+    what it refuses.
+    """
+
+    url: str
+    api_key: str | None = field(default=None, repr=False)
+
+    def push(self, file: Path, name: str) -> bool:
+        """Put a file on the server under a name; True where the name is new."""
+        _, new = self.upload(name, file.read_bytes())
+        return new
+
+    def upload(self, name: str, data: bytes, sent: Counted = lambda _: None) -> tuple[Body, bool]:
+        """Put a file's bytes on the server under a name: its entry, and whether the name is new.
+
+        Raises `ConfigError` as well where the server then serves another digest than the file's.
+        """
+
+        def parts() -> Iterator[bytes]:
+            for start in range(0, len(data), PART_BYTES):
+                part = data[start : start + PART_BYTES]
+                yield part
+                sent(len(part))
+
+        headers = {
+            "content-length": str(len(data)),
+            "x-sha256": hashlib.sha256(data).hexdigest(),
+        }
+        response = self._call("PUT", _path(name), content=parts(), headers=headers)
+        entry: Body = response.json()
+        if entry["digest"] != digest_of(data):
+            raise ConfigError(
+                f"the server has {entry['digest'][:12]} as {name}, which is not what was"
+                f" sent, {digest_of(data)[:12]}: another upload came between."
+            )
+        return entry, response.status_code == httpx.codes.CREATED
+
+    def download(self, reference: str) -> tuple[bytes, str]:
+        """The file of NAME or NAME@DIGEST, and its digest.
+
+        Raises `ConfigError` where it does not arrive whole.
+        """
+        response = self._call("GET", f"{_path(reference)}/file")
+        data, digest = response.content, response.headers["etag"].strip('"')
+        if not is_whole(data, digest):
+            raise ConfigError(f"the file of {reference} was damaged on its way; try again.")
+        return data, digest
+
+    def listing(self, query: str = "", sort: str = "name") -> Iterator[Body]:
+        """All interventions whose name or description has `query`, page by page."""
+        asked: dict[str, str | int] = {"limit": MAX_PAGE, "q": query, "sort": sort}
+        while True:
+            page = self._call("GET", "/v1/interventions", params=asked).json()
+            yield from page["data"]
+            if page["next"] is None:
+                return
+            asked["after"] = page["next"]
+
+    def entry(self, name: str) -> Body:
+        """One intervention."""
+        found: Body = self._call("GET", _path(name)).json()
+        return found
+
+    def versions(self, name: str) -> list[Body]:
+        """All versions of an intervention that can be asked for."""
+        found: list[Body] = self._call("GET", f"{_path(name)}/versions").json()["data"]
+        return found
+
+    def remove(self, name: str) -> None:
+        """Serve an intervention no longer."""
+        self._call("DELETE", _path(name))
+
+    def rollback(self, name: str, digest: str | None) -> Body:
+        """Serve a kept version again, by default the one before; its entry."""
+        body = {} if digest is None else {"digest": digest}
+        found: Body = self._call("POST", f"{_path(name)}/rollback", json=body).json()
+        return found
+
+    def stats(self) -> Body:
+        """The server at a glance."""
+        found: Body = self._call("GET", "/v1/stats").json()
+        return found
+
+    def models(self) -> list[str]:
+        """The base model's name, then the interventions'."""
+        return [model["id"] for model in self._call("GET", "/v1/models").json()["data"]]
+
+    def has_model(self, model: str) -> bool:
+        """Whether a request may name this model, such as NAME@DIGEST."""
+        try:
+            self.check_model(model)
+        except NotServed:
+            return False
+        return True
+
+    def check_model(self, model: str) -> None:
+        """Raise `NotServed` where no request may name this model, such as NAME@DIGEST."""
+        self._call("GET", f"/v1/models/{quote(model, safe='@')}")
+
+    def answers_at_all(self) -> bool:
+        """Whether a server that is alive answers within a second."""
+        try:
+            return self._call("GET", "/livez", timeout=1.0).is_success
+        except ReftError:
+            return False
+
+    def manifest(self, name: str) -> Manifest:
+        """What the file of an intervention says about itself."""
+        from reft_runtime.interventions.intervention import validate_manifest  # loads torch
+
+        return validate_manifest(self.entry(name)["manifest"])
+
+    def count_tokens(self, texts: Sequence[str]) -> list[int]:
+        """How many tokens texts have."""
+        with self._client() as client:
+            return [
+                _call(client, "POST", "/tokenize", json={"prompt": text}).json()["count"]
+                for text in texts
+            ]
+
+    def answers(self, questions: Sequence[Question], *, progress: bool) -> list[Answer]:
+        """Greedy answers, in order."""
+        base = self.models()[0]
+        answers = []
+        for whole in self.ask([_request(q, base) for q in questions], progress=progress):
+            choice = whole["choices"][0]
+            text = choice["text"] if "text" in choice else choice["message"]["content"]
+            answers.append(Answer(str(text), choice["finish_reason"] == "stop"))
+        return answers
+
+    def ask(self, requests: Sequence[tuple[str, Body]], *, progress: bool = False) -> list[Body]:
+        """Whole answers to requests, each a path and its body, in order; asked together."""
+        with self._client() as client, ThreadPoolExecutor(CONCURRENCY) as pool:
+
+            def answer(request: tuple[str, Body]) -> Body:
+                path, body = request
+                whole: Body = _call(client, "POST", path, json=body).json()
+                return whole
+
+            answers = pool.map(answer, requests)
+            return list(tqdm(answers, "Answers", len(requests), disable=not progress))
+
+    def stream(self, path: str, body: Body) -> Iterator[Body]:
+        """The events of a streamed answer; who stops reading ends the request."""
+        with (
+            self._client() as client,
+            _reaching(client.base_url),
+            client.stream("POST", path, json={**body, "stream": True}) as response,
+        ):
+            if not response.is_success:
+                response.read()
+            for line in _checked(response).iter_lines():
+                if not line.startswith("data: ") or line == "data: [DONE]":
+                    continue
+                event: Body = json.loads(line.removeprefix("data: "))
+                if "error" in event:
+                    raise ConfigError(f"the server said: {event['error']['message']}")
+                yield event
+
+    def _call(self, method: str, path: str, **content: Any) -> httpx.Response:
+        with self._client() as client:
+            return _call(client, method, path, **content)
+
+    def _client(self) -> httpx.Client:
+        if "://" not in self.url:
+            raise ConfigError(
+                f"url: write it with its scheme, http://{self.url}, not {self.url!r}.", param="url"
+            )
+        headers = {} if self.api_key is None else {"authorization": f"Bearer {self.api_key}"}
+        url = self.url.rstrip("/").removesuffix("/v1")
+        with _reaching(url):
+            return httpx.Client(base_url=url, headers=headers, timeout=SECONDS)
+
+
+def _path(name: str) -> str:
+    return f"/v1/interventions/{quote(name, safe='@')}"
+
+
+def _request(question: Question, base: str) -> tuple[str, Body]:
+    body: Body = {
+        "model": question.intervention or base,
+        "temperature": 0,
+        "max_tokens": question.max_tokens,
+    }
+    if question.strength != 1:
+        use = {"name": question.intervention, "strength": question.strength}
+        body |= {"model": base, "interventions": [use]}
+    if isinstance(question.asked, str):
+        return "/v1/completions", {**body, "prompt": question.asked}
+    return "/v1/chat/completions", {**body, "messages": list(question.asked)}
+
+
+def _call(client: httpx.Client, method: str, path: str, **content: Any) -> httpx.Response:
+    with _reaching(client.base_url):
+        return _checked(client.request(method, path, **content))
+
+
+def _checked(response: httpx.Response) -> httpx.Response:
+    if response.is_success:
+        return response
+    try:
+        message = response.json()["error"]["message"]
+    except (ValueError, KeyError, TypeError):
+        message = response.text[:200]
+    if response.status_code == httpx.codes.NOT_FOUND:
+        raise NotServed(message)
+    if response.status_code == httpx.codes.UNAUTHORIZED:
+        raise ConfigError(
+            f"api_key: {response.url.scheme}://{response.url.netloc.decode()} needs a valid key;"
+            " give it as --api-key or REFT_API_KEY.",
+            param="api_key",
+        )
+    raise ConfigError(f"the server answered {response.status_code}: {message}", param="url")
+
+
+@contextmanager
+def _reaching(url: httpx.URL | str) -> Iterator[None]:
+    """Tell what keeps a server from being reached as `Unreachable`."""
+    try:
+        yield
+    except (httpx.HTTPError, httpx.InvalidURL) as error:
+        said = str(error) or type(error).__name__
+        raise Unreachable(
+            f"url: no answer from {url}: {said}. `reft serve` starts a server; --url says where"
+            " one is.",
+            param="url",
+        ) from None

@@ -1,0 +1,34 @@
+"""What an intervention file is called, how large it may be, and what identifies it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+
+SUFFIX = ".safetensors"
+
+MAX_FILE_BYTES = 64 << 20
+
+METADATA_KEY = "reft"
+"""Where a header's metadata hold the manifest, and with it the SHA-256 of the data."""
+
+LENGTH_BYTES = 8
+"""Bytes at a file's start that hold the length of its header, little-endian."""
+
+
+def digest_of(data: bytes) -> str:
+    """The digest of a file, from its bytes or its first ones: 64 hexadecimal digits.
+
+    It is the SHA-256 of the header with its length; the header holds the SHA-256 of the data.
+    """
+    length = int.from_bytes(data[:LENGTH_BYTES], "little")
+    return hashlib.sha256(data[: LENGTH_BYTES + length]).hexdigest()
+
+
+def is_whole(data: bytes, digest: str) -> bool:
+    """Whether this is the file of that digest, its data included."""
+    body = LENGTH_BYTES + int.from_bytes(data[:LENGTH_BYTES], "little")
+    if digest_of(data) != digest:
+        return False
+    manifest = json.loads(json.loads(data[LENGTH_BYTES:body])["__metadata__"][METADATA_KEY])
+    return bool(hashlib.sha256(data[body:]).hexdigest() == manifest["data_sha256"])

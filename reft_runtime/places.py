@@ -1,0 +1,25 @@
+"""Places in the file system where something is going to be written."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+from reft_runtime.errors import ConfigError
+
+
+def check_folder(folder: Path, option: str) -> None:
+    """Make a folder where it is missing, and see that it takes files; raises `ConfigError`."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(
+            f"{option}: {folder} cannot be made: {error.strerror}.", param=option
+        ) from None
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ConfigError(
+            f"{option}: {folder} cannot be written to: {error.strerror}.", param=option
+        ) from None

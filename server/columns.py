@@ -1,0 +1,65 @@
+"""Answers of one prompt below each other: who answered, how long, how far from the base."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from rich.console import Console
+from rich.text import Text
+
+from server.backend import Applied, Ask, Backend, Reply
+from server.console import printable
+
+BASE_LABEL = "base"
+"""What the model without an intervention is called."""
+
+
+@dataclass(frozen=True, slots=True)
+class Column:
+    """What was applied, and what it answered."""
+
+    label: str
+    reply: Reply
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain values; `kl` is the first token's divergence from the base, in nats."""
+        return {
+            "interventions": self.label,
+            "answer": self.reply.text,
+            "tokens": self.reply.tokens,
+            "finish_reason": self.reply.finish_reason,
+            "kl": self.reply.trace.kl,
+        }
+
+
+def answer_columns(backend: Backend, asks: Sequence[Ask]) -> list[Column]:
+    """Ask all together."""
+    return [
+        Column(ask.applied.label or BASE_LABEL, reply)
+        for ask, reply in zip(asks, backend.answers(asks), strict=True)
+    ]
+
+
+def show_columns(console: Console, columns: Sequence[Column]) -> None:
+    """Write them, each below a line that says whose it is."""
+    for place, column in enumerate(columns):
+        if place:
+            console.print()
+        said = [f"{column.reply.tokens} tokens"]
+        if column.reply.finish_reason == "length":
+            said = [f"cut off at {column.reply.tokens} tokens"]
+        if column.label != BASE_LABEL:
+            said.append(f"first token {column.reply.trace.kl:.3f} nats from the base")
+        console.print(
+            Text.assemble((printable(column.label), "bold"), "  ", (", ".join(said), "dim"))
+        )
+        console.print(printable(column.reply.text.strip()))
+
+
+def alone(messages: Sequence[Any], applied: Applied) -> list[Any]:
+    """The messages as far as its template takes them: system turns and the last one, or all."""
+    if not applied.one_turn:
+        return list(messages)
+    return [m for m in messages[:-1] if m["role"] == "system"] + list(messages[-1:])

@@ -1,0 +1,66 @@
+"""What commands write to a terminal: tables, and text that came from elsewhere."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+_WIDE = 10_000
+"""Columns where the output is no terminal: nothing is cut off for a program that reads it."""
+
+_CONTROL = {code: "\ufffd" for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
+
+
+def printable(text: str) -> str:
+    """Text without control characters, with which a terminal could be told to do something."""
+    return text.translate(_CONTROL)
+
+
+def console() -> Console:
+    """Standard output; nothing in a text is taken for markup."""
+    return Console(
+        width=None if sys.stdout.isatty() else _WIDE, markup=False, highlight=False, emoji=False
+    )
+
+
+def error_console() -> Console:
+    """Standard error, likewise."""
+    return Console(stderr=True, markup=False, highlight=False, emoji=False)
+
+
+def table(columns: Mapping[str, str], rows: Sequence[Sequence[str]]) -> Table:
+    """Rows below the names of their columns, each with how it is laid out.
+
+    `whole` and `right` (for numbers) keep their width; of the others, `cut` ends with dots where
+    there is no room, and `fold` goes on in the next line.
+    """
+    made = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for name, how in columns.items():
+        made.add_column(
+            name,
+            justify="right" if how == "right" else "left",
+            overflow="fold",
+            no_wrap=how in ("whole", "right"),
+        )
+    for row in rows:
+        made.add_row(
+            *(
+                Text(printable(cell), no_wrap=True, overflow="ellipsis")
+                if how == "cut"
+                else printable(cell)
+                for cell, how in zip(row, columns.values(), strict=True)
+            )
+        )
+    return made
+
+
+def size(count: int) -> str:
+    """A number of bytes for people, in decimal units as disks have them."""
+    for unit, factor in (("MB", 10**6), ("kB", 10**3)):
+        if count >= factor:
+            return f"{count / factor:,.1f} {unit}"
+    return f"{count} B"

@@ -1,0 +1,102 @@
+"""Options that several commands have."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from types import UnionType
+from typing import Annotated, Any, TypeVar, get_args, get_origin
+
+import typer
+from pydantic import SecretStr
+from pydantic_core import PydanticUndefined
+
+from server.settings import Settings
+
+Command = TypeVar("Command", bound=Callable[..., None])
+
+LOCAL_URL = "http://127.0.0.1:8000"
+"""Where `reft serve` listens unless told otherwise."""
+
+Url = Annotated[
+    str, typer.Option(envvar="REFT_URL", metavar="URL", help="The running server to talk to.")
+]
+MaybeUrl = Annotated[
+    str | None,
+    typer.Option(
+        envvar="REFT_URL",
+        metavar="URL",
+        help=f"The running server to ask; by default {LOCAL_URL} where one answers, else a model in"
+        " this process.",
+        show_default=False,
+    ),
+]
+ApiKey = Annotated[
+    str | None,
+    typer.Option(
+        envvar="REFT_API_KEY", metavar="KEY", help="Key of that server.", show_default=False
+    ),
+]
+Composed = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--intervention",
+        "-i",
+        metavar="NAME[=STRENGTH]",
+        help="Intervention to apply, by default at strength 1, as trained; may be given several "
+        "times. Without a server a file may be named, too.",
+        show_default=False,
+    ),
+]
+MaxTokens = Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")]
+Temperature = Annotated[float, typer.Option(min=0, help="0 takes the likeliest token.")]
+Seed = Annotated[
+    int | None,
+    typer.Option(
+        help="Makes the answer repeatable when temperature is above 0.", show_default=False
+    ),
+]
+LOCAL_SETTINGS = (
+    "model",
+    "interventions",
+    "state_dir",
+    "device",
+    "dtype",
+    "max_model_len",
+    "threads",
+)
+"""Settings of a model in a command's own process."""
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+def with_settings(*names: str) -> Callable[[Command], Command]:
+    """Give a command the options of these fields of `Settings`, or of all, as `**options`."""
+
+    def decorate(command: Command) -> Command:
+        signature = inspect.signature(command, eval_str=True)
+        own = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
+        ours = [_option(name) for name in names or Settings.model_fields]
+        signature = signature.replace(parameters=[*own, *ours])
+        command.__signature__ = signature  # type: ignore[attr-defined]
+        command.__annotations__ = {p.name: p.annotation for p in signature.parameters.values()}
+        return command
+
+    return decorate
+
+
+def _option(name: str) -> inspect.Parameter:
+    """Option of a settings field; its default None means not given: the environment decides."""
+    field = Settings.model_fields[name]
+    kind: Any = field.annotation
+    if get_origin(kind) is UnionType:
+        kind = get_args(kind)[0]
+    notes = [f"env: REFT_{name.upper()}"]
+    if field.default not in (None, PydanticUndefined):
+        notes.append(f"default: {field.default}")
+    flag = f"--{name.replace('_', '-')}"
+    if kind is bool:
+        flag += f"/--no-{name.replace('_', '-')}"
+    option = typer.Option(flag, help=f"{field.description} [{', '.join(notes)}]")
+    kind = Annotated[str if kind is SecretStr else kind, option]
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=kind)
