@@ -82,7 +82,7 @@ def test_installed_it_serves_from_an_empty_folder(clean: Path, tmp_path: Path) -
     env = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
     code = "import server, reft_runtime as r; print(server.__file__, r.__file__, sep='\\n')"
     where = subprocess.run(
-        [clean / "python", "-c", code], cwd=empty, env=env, capture_output=True, text=True
+        [clean / "python", "-c", code], cwd=empty, env=env, stdout=subprocess.PIPE, text=True
     ).stdout
     assert [Path(line).is_relative_to(clean.parent) for line in where.split()] == [True, True]
     model = model_folder(tmp_path / "tiny")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 from collections.abc import Callable
 from contextlib import redirect_stdout
@@ -169,6 +170,33 @@ def test_tokens_show_what_else_was_likely(tab: Tab) -> None:
     expect(base.locator(".token").nth(3)).to_have_attribute("aria-pressed", "true")
     page.get_by_role("combobox", name="Colour").select_option("none")
     expect(page.locator(".token")).to_have_count(0)
+
+
+def test_tokens_show_how_far_they_are_from_the_base(tab: Tab) -> None:
+    page = tab.open()
+    short(page, 8)
+    say(page, "Who are you?")
+    before = len(tab.requests())
+    page.get_by_role("combobox", name="Colour").select_option("distance")
+    pirate = page.get_by_role("region", name="Answer of pirate")
+    expect(pirate.locator(".d4")).not_to_have_count(0)
+    # The base is asked once, about the tokens of all answers, and finds its own as it did.
+    [asked] = tab.requests()[before:]
+    sent = body(asked)
+    assert (sent["model"], len(sent["prompt"])) == ("SmolLM2-135M-Instruct", 3)
+    base = page.get_by_role("region", name="Answer of Base model")
+    expect(base.locator(".token.d0")).to_have_count(8)
+    pirate.locator(".d4").first.click()
+    said = pirate.get_by_role("region", name="Alternatives").locator("p").text_content() or ""
+    [share] = re.findall(r"gives it ([\d.]+) %", said)
+    answer = json.loads(asked.response().text())["choices"][1]["logprobs"]  # type: ignore[union-attr]
+    shown = pirate.locator(".token").all_text_contents()
+    place = next(i for i, token in enumerate(reversed(answer["tokens"])) if token == shown[-1])
+    assert place <= 1  # the answer's last token, but for what ended it
+    assert 0 <= float(share) <= 100
+    page.get_by_role("combobox", name="Colour").select_option("probability")
+    page.get_by_role("combobox", name="Colour").select_option("distance")
+    assert len(tab.requests()) == before + 1
 
 
 def test_emoji_made_of_several_tokens_are_whole(tab: Tab) -> None:

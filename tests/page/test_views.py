@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from playwright.sync_api import Page, expect
 
 from reft_runtime import Engine
 from tests.page.conftest import INTERVENTIONS, Tab, overflow, violations
-from tests.page.make import answered, say, short
+from tests.page.make import answered, body, say, short
 
 PIRATE, EMOJI = (INTERVENTIONS / f"{name}.safetensors" for name in ("pirate", "emoji"))
 
@@ -138,6 +139,49 @@ def test_try_it_opens_compare(tab: Tab) -> None:
     assert page.title() == "Compare · SmolLM2-135M-Instruct"
 
 
+def test_edits_by_layer_are_those_of_the_trace(tab: Tab) -> None:
+    page = tab.open("#/look")
+    page.get_by_label("Max tokens").fill("4")
+    page.get_by_role("button", name="Look", exact=True).click()
+    edited = page.locator(".heat td[title]")
+    # f3+l3 at four layers of a prompt of 13 tokens.
+    expect(edited).to_have_count(4 * 6)
+    expect(page.locator(".heat tbody th")).to_have_text(["24", "18", "12", "6"])
+    asked = next(request for request in tab.requests("/v1/chat") if request.post_data)
+    response = asked.response()
+    assert response is not None
+    trace = response.json()["trace"][0]
+    sizes = [edit["relative_size"] for edit in trace["edits"] if edit["layer"] == 24]
+    row = page.locator(".heat tbody tr").first.locator("td[title]").all_text_contents()
+    assert [float(text) for text in row] == pytest.approx(sizes, rel=0.06)
+    expect(page.get_by_role("region", name="Edits")).to_contain_text(f"{trace['kl']:.3f} nats")
+    expect(page.get_by_role("region", name="Answer").locator(".token")).to_have_count(4)
+    expect(page.get_by_role("img", name="Nats from the base")).to_be_visible()
+    assert len(tab.requests("/v1/c")) == 2
+
+
+def test_a_fan_asks_at_every_strength(tab: Tab) -> None:
+    page = tab.open("#/look")
+    page.get_by_role("button", name="Fan of strengths").click()
+    for label, value in (("Max tokens", "4"), ("From", "0"), ("To", "1"), ("Step", "0.5")):
+        page.get_by_label(label, exact=True).fill(value)
+    page.get_by_role("button", name="Ask at 3 strengths").click()
+    expect(page.get_by_role("img", name="Mean distance").first).to_have_attribute(
+        "aria-label", re.compile(r"distance \d")
+    )
+    sent = [body(request) for request in tab.requests("/v1/chat")]
+    assert [one.get("interventions") for one in sent] == [
+        [{"name": "pirate", "strength": 0}],
+        [{"name": "pirate", "strength": 0.5}],
+        None,  # as trained: the model's own name says it
+    ]
+    assert sent[2]["model"] == "pirate"
+    lines = page.get_by_role("list", name="Answers by strength").get_by_role("listitem")
+    expect(lines).to_have_count(3)
+    expect(lines.last).to_contain_text("Arr")
+    assert len(tab.requests("/v1/completions")) == 1
+
+
 def test_the_server_is_looked_at_while_its_view_is_open(tab: Tab) -> None:
     tab.page.clock.install()
     page = tab.open("#/server")
@@ -200,16 +244,33 @@ def charts(page: Page) -> None:
     expect(page.locator(".chart")).to_have_count(5)
 
 
+def inside(page: Page) -> None:
+    page.get_by_label("Max tokens").fill("4")
+    page.get_by_role("button", name="Look", exact=True).click()
+    expect(page.locator(".heat")).to_be_visible()
+
+
+def fan(page: Page) -> None:
+    page.get_by_role("button", name="Fan of strengths").click()
+    page.get_by_label("Max tokens").fill("2")
+    page.get_by_role("button", name="Ask at 7 strengths").click()
+    expect(page.get_by_role("button", name="Ask at 7 strengths")).to_be_visible()
+
+
 def reference(page: Page) -> None:
     page.locator(".operation summary", has_text="/v1/completions").click()
 
 
-@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
-def test_every_view_is_accessible_and_fits(new_tab: Callable[..., Tab], dark: bool) -> None:
+@pytest.mark.parametrize(("dark", "looked_at"), [(False, 400), (True, 1280)], ids=["light", "dark"])
+def test_every_view_is_accessible_and_fits(
+    new_tab: Callable[..., Tab], dark: bool, looked_at: int
+) -> None:
     tab = new_tab(width=400, height=800, dark=dark)
     page = tab.page
     for place, prepare in (
         ("#/compare", compare),
+        ("#/look", inside),
+        ("#/look", fan),
         ("#/interventions", table),
         ("#/interventions/pirate", details),
         ("#/server", charts),
@@ -222,7 +283,8 @@ def test_every_view_is_accessible_and_fits(new_tab: Callable[..., Tab], dark: bo
         for width in (400, 1280):
             page.set_viewport_size({"width": width, "height": 800})
             assert overflow(page) == 0, (place, width)
-            assert violations(page) == [], (place, width)
+            if width == looked_at:
+                assert violations(page) == [], (place, width)
         page.set_viewport_size({"width": 400, "height": 800})
 
 

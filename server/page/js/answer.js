@@ -2,11 +2,12 @@
 
 import { comparison } from "./comparison.js";
 import { classes, html, useState } from "./lib.js";
+import { distance } from "./run.js";
 import { CopyButton, IconButton, Problem, seconds } from "./ui.js";
 
 /** Bounds of five classes: of probability downwards, of distance (nats) upwards. */
 const PROBABILITIES = [0.8, 0.5, 0.2, 0.05];
-const DISTANCES = [0.02, 0.1, 0.5, 2];
+const DISTANCES = [0.1, 0.5, 1.5, 4];
 
 /** The class of a piece: that of its least expected token. */
 function shade({ tokens }, colour) {
@@ -15,9 +16,10 @@ function shade({ tokens }, colour) {
     const level = PROBABILITIES.findIndex((bound) => least >= bound);
     return `p${level < 0 ? 4 : level}`;
   }
-  const known = tokens.map(({ distance }) => distance).filter((distance) => distance != null);
-  if (!known.length) return "";
-  const level = DISTANCES.findIndex((bound) => Math.max(...known) < bound);
+  const moved = tokens.map(distance).filter((nats) => nats !== null);
+  if (!moved.length) return "";
+  const most = Math.max(...moved.map(Math.abs));
+  const level = DISTANCES.findIndex((bound) => most < bound);
   return `d${level < 0 ? 4 : level}`;
 }
 
@@ -47,7 +49,7 @@ export function Answer({ answer, name, c, t, colour, busy, last, onAnswer }) {
     </section>`;
 }
 
-function Text({ answer, colour, picked, onPick }) {
+export function Text({ answer, colour, picked, onPick }) {
   const { pieces, text, running } = answer;
   const cursor = running && html`<span class="cursor" aria-hidden="true"></span>`;
   if (colour === "none" || !pieces.length) return html`<p class="text">${text}${cursor}</p>`;
@@ -70,7 +72,7 @@ function walk(event) {
   event.preventDefault();
 }
 
-const Alternatives = ({ token, onClose }) => html`
+export const Alternatives = ({ token, onClose }) => html`
   <div class="alternatives" role="region" aria-label="Alternatives">
     <header>
       <span>Instead of <code>${visibleText(token.text)}</code></span>
@@ -84,7 +86,8 @@ const Alternatives = ({ token, onClose }) => html`
           <span class="figure">${(Math.exp(logprob) * 100).toFixed(1)} %</span>
         </li>`)}
     </ol>
-    ${token.distance != null && html`<p class="muted">${token.distance.toFixed(3)} nats from the base.</p>`}
+    ${token.base != null && html`
+      <p class="muted">The base model gives it ${(Math.exp(token.base) * 100).toFixed(1)} %: ${distance(token).toFixed(2)} nats between them.</p>`}
   </div>`;
 
 const visibleText = (text) => text.replaceAll(" ", "␣").replaceAll("\n", "↵");

@@ -4,6 +4,7 @@ import { ask } from "./api.js";
 import { Compare } from "./compare.js";
 import { html, render, useEffect, useState } from "./lib.js";
 import { Interventions } from "./interventions.js";
+import { Look } from "./look.js";
 import { ServerView } from "./server.js";
 import { Store, useStore } from "./store.js";
 import { Frame } from "./frame.js";
@@ -11,6 +12,7 @@ import { Loading, Problem } from "./ui.js";
 
 const VIEWS = {
   compare: ["Compare", Compare],
+  look: ["Look inside", Look],
   interventions: ["Interventions", Interventions],
   server: ["Server", ServerView],
 };

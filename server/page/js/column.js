@@ -68,7 +68,8 @@ export function AddColumn({ busy, onAdd }) {
     onClose=${() => setAdding(false)} />`;
 }
 
-function Part({ part: one, alone, onChange, onRemove }) {
+/** `alone`: nothing else is composed with it. `fixed`: its strength is not chosen here. */
+export function Part({ part: one, alone, fixed = false, onChange, onRemove }) {
   const [picking, setPicking] = useState(false);
   const [open, setOpen] = useState(false);
   const { name, strength, directions } = one;
@@ -86,17 +87,17 @@ function Part({ part: one, alone, onChange, onRemove }) {
               first=${alone && "Base model"} onPick=${pick} />`
           : html`<button type="button" class="name" title="Choose another" onClick=${() => setPicking(true)}>
               ${name}<${Icon} name="chevron" /></button>
-            ${!alone && html`
+            ${!alone && onRemove && html`
               <${IconButton} icon="close" label=${`Take ${name} out`} onClick=${onRemove} />`}`}
       </div>
-      <div class="strength">
+      ${!fixed && html`<div class="strength">
         <input type="range" id=${id} ...${STRENGTH} value=${strength}
           aria-label=${`Strength of ${name}`}
           onInput=${(event) => onChange({ strength: Number(event.target.value) })} />
         <output class="figure" for=${id}>${strength.toFixed(2)}</output>
         <${IconButton} icon="reset" label=${`Strength of ${name} back to 1`} disabled=${strength === 1}
           onClick=${() => onChange({ strength: 1 })} />
-      </div>
+      </div>`}
       <details class="directions" onToggle=${(event) => setOpen(event.target.open)}>
         <summary>Directions${directions && html` <span class="count">${directions.length}</span>`}</summary>
         ${open && html`<${Directions} name=${name} directions=${directions} onChange=${onChange} />`}

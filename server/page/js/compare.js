@@ -5,7 +5,7 @@ import { Answer } from "./answer.js";
 import { AddColumn, ColumnCard } from "./column.js";
 import { change, comparison, replace } from "./comparison.js";
 import { classes, html, useEffect, useRef, useState } from "./lib.js";
-import { answer } from "./run.js";
+import { answer, measure, unmeasured } from "./run.js";
 import { MAX_COLUMNS, column, newSession, packed, title, unpacked } from "./session.js";
 import { Settings, changed as changedSettings } from "./settings.js";
 import { ShareDialog, ShareMenu } from "./share.js";
@@ -50,6 +50,7 @@ export function Compare({ base, rest }) {
   }, [rest]);
   const written = useRef(null);
   useAddress(session, running, written);
+  useDistance(session, running, base);
   if (!session) return problem && html`<${Problem} error=${problem} retry=${() => open("")} />`;
   const { columns, turns, mode } = session;
   const all = columns.map((_, c) => c);
@@ -93,6 +94,16 @@ function useAddress(session, running, written) {
       history.replaceState(null, "", `#/compare/${written.current}`);
     }, 250);
     return () => clearTimeout(timer);
+  }, [session, running]);
+}
+
+/** Asks the base about answers that are coloured by their distance from it, once they have ended. */
+function useDistance(session, running, base) {
+  useEffect(() => {
+    if (running || session?.colour !== "distance") return;
+    const answers = unmeasured(session.turns.flatMap((turn) => turn.answers));
+    if (!answers.length) return;
+    measure(comparison, base, answers).catch((problem) => comparison.set({ problem }));
   }, [session, running]);
 }
 

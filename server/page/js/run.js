@@ -1,14 +1,17 @@
 // Answering: a request for each column, all started at once, their tokens gathered as they come.
+// Measuring: what the base model thinks of the same tokens, asked for all answers in one request.
 
-import { ApiError, stream } from "./api.js";
+import { ApiError, ask, stream } from "./api.js";
 import { requestOf, shown } from "./session.js";
 
 /**
- * An answer that has not begun. Tokens are {text, logprob, top: [{text, logprob}], distance};
- * pieces are {text, tokens}, for a character may be made of several tokens.
+ * An answer that has not begun. Tokens are {text, logprob, top: [{text, logprob}], base}, base being
+ * the log-probability that the base model gives it there, once that is measured; pieces are {text,
+ * tokens}, for a character may be made of several tokens. `prompt` and `ids` are token ids.
  */
-const blank = () => ({
-  text: "", pieces: [], tokens: [], waiting: [], finish: null, error: null, figures: null, running: true,
+export const blank = () => ({
+  text: "", pieces: [], waiting: [], prompt: [], ids: [],
+  finish: null, error: null, figures: null, running: true,
 });
 
 /** Answer turn `t` in the columns `which`; ends when all have, however they did. */
@@ -22,27 +25,28 @@ export async function answer(store, base, t, which) {
   await Promise.all(
     which.map((c) => {
       const { path, body } = requestOf(session, base, c, t);
-      const distance = session.colour === "distance";
-      const json = shown(body, { distance });
-      return fill(turn.answers[c], store, path, json, controller.signal, began);
+      return fill(turn.answers[c], store, path, shown(body), controller.signal, began);
     }),
   );
   store.set({ running: null });
 }
 
-async function fill(answer, store, path, body, signal, began) {
+/** Stream the answer to one request into `answer`; what goes wrong is kept there, too. */
+export async function fill(answer, store, path, body, signal, began) {
   let first = null;
   let last = began;
   let usage = null;
   try {
     for await (const event of stream(path, body, signal)) {
       usage = event.usage ?? usage;
-      attach(answer, event.trace);
       const [choice] = event.choices;
       if (!choice) continue;
+      const prompt = event.prompt_token_ids ?? choice.prompt_token_ids;
+      if (prompt) answer.prompt = prompt;
+      answer.ids.push(...(choice.token_ids ?? []));
       grow(answer, choice.delta?.content ?? choice.text ?? "", tokens(choice.logprobs));
       answer.finish = choice.finish_reason ?? answer.finish;
-      if (answer.tokens.length) {
+      if (answer.ids.length) {
         last = performance.now();
         first ??= last;
       }
@@ -60,7 +64,6 @@ async function fill(answer, store, path, body, signal, began) {
 
 /** Text that came, with the tokens that made it: a piece each, where their texts are whole. */
 function grow(answer, text, came) {
-  answer.tokens.push(...came);
   answer.waiting.push(...came);
   if (!text) return;
   answer.text += text;
@@ -87,13 +90,62 @@ function tokens(logprobs) {
   }));
 }
 
-function attach(answer, trace) {
-  void answer;
-  void trace;
+/** Tokens of a whole chat answer as pieces of its text; what ended it is none. */
+export function pieces(content, text) {
+  const found = [];
+  let bytes = [];
+  let waiting = [];
+  for (const [i, token] of tokens({ content }).entries()) {
+    bytes.push(...content[i].bytes);
+    waiting.push(token);
+    const whole = decoded(bytes);
+    if (whole === null) continue;
+    found.push({ text: whole, tokens: waiting });
+    bytes = [];
+    waiting = [];
+  }
+  const length = () => found.reduce((sum, piece) => sum + piece.text.length, 0);
+  while (length() > text.length && !text.endsWith(found.at(-1).text)) found.pop();
+  return found;
 }
 
+/** The text of bytes, null where a character is not complete. */
+function decoded(bytes) {
+  try {
+    return new TextDecoder("utf-8", { fatal: true }).decode(Uint8Array.from(bytes));
+  } catch {
+    return null;
+  }
+}
+
+/** Answers whose tokens the base was not asked about yet. */
+export const unmeasured = (answers) =>
+  answers.filter((answer) => answer && !answer.running && answer.ids.length && !answer.measured);
+
+/** Ask the base model how probable it finds the tokens of these answers, each after its own prompt. */
+export async function measure(store, base, answers) {
+  for (const answer of answers) answer.measured = true;
+  const { choices } = await ask("v1/completions", {
+    method: "POST",
+    json: {
+      model: base,
+      prompt: answers.map(({ prompt, ids }) => [...prompt, ...ids]),
+      max_tokens: 0, echo: true, logprobs: 0, temperature: 0,
+    },
+  });
+  for (const { index, logprobs } of choices) {
+    const { pieces, prompt } = answers[index];
+    const values = logprobs.token_logprobs.slice(prompt.length);
+    pieces.flatMap(({ tokens }) => tokens).forEach((token, i) => (token.base = values[i]));
+  }
+  store.touched();
+}
+
+/** By how many nats the edits moved a token; null where that was not measured. */
+export const distance = ({ logprob, base }) => (base == null ? null : logprob - base);
+
 function figures(answer, usage, began, first, last) {
-  const count = usage?.completion_tokens ?? answer.tokens.length;
+  const count = usage?.completion_tokens ?? answer.ids.length;
   const seconds = first === null ? 0 : (last - first) / 1000;
   return {
     tokens: count,

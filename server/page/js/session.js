@@ -58,15 +58,14 @@ export function requestOf(session, base, c, t) {
 }
 
 /** `body`, streamed and with what the page shows of each token. */
-export function shown(body, { distance = false } = {}) {
+export function shown(body) {
   const scored = body.messages
     ? { logprobs: true, top_logprobs: ALTERNATIVES }
     : { logprobs: ALTERNATIVES };
-  const trace = distance ? { trace: true } : {};
-  return { ...body, stream: true, stream_options: { include_usage: true }, ...scored, ...trace };
+  return { ...body, stream: true, stream_options: { include_usage: true }, return_token_ids: true, ...scored };
 }
 
-function used({ parts }, base) {
+export function used({ parts }, base) {
   if (!parts.length) return { model: base };
   const [{ name, strength, directions }] = parts;
   if (parts.length === 1 && strength === 1 && !directions) return { model: name };
@@ -150,13 +149,15 @@ function parsed(text) {
 
 // Links and files
 
-/** What is kept of an answer: its text and figures, and its pieces where `whole`. */
+/** What is kept of an answer: its text and figures, and its tokens where `whole`. */
 const kept = (whole) => (answer) =>
   answer && {
     text: answer.text,
     figures: answer.figures,
     finish: answer.finish,
     pieces: whole ? answer.pieces : [],
+    prompt: whole ? answer.prompt : [],
+    ids: whole ? answer.ids : [],
   };
 
 export function plain(session, whole) {

@@ -4,7 +4,7 @@ import { address, save } from "./api.js";
 import { change, comparison, replace } from "./comparison.js";
 import { html, useRef, useState } from "./lib.js";
 import { fromRequest, packed, plain, requestOf, revived, title } from "./session.js";
-import { CopyButton, Dialog, Icon, Problem, Segmented } from "./ui.js";
+import { CopyButton, Dialog, IconButton, Problem, Segmented } from "./ui.js";
 
 export function ShareMenu({ session }) {
   const file = useRef();
@@ -23,9 +23,8 @@ export function ShareMenu({ session }) {
   };
   return html`
     <${CopyButton} label="Copy link" icon="link" text=${async () => `${address("")}#/compare/${await packed(session)}`} />
-    <button type="button" class="quiet" onClick=${exported}><${Icon} name="down" />Export</button>
-    <button type="button" class="quiet" onClick=${() => file.current.click()}>
-      <${Icon} name="up" />Import</button>
+    <${IconButton} icon="down" label="Export" onClick=${exported} />
+    <${IconButton} icon="up" label="Import" onClick=${() => file.current.click()} />
     <input ref=${file} type="file" accept="application/json,.json" hidden aria-label="A comparison's file"
       onChange=${imported} />`;
 }
@@ -140,7 +139,7 @@ function Paste({ session, base, c, onClose }) {
 function taken(session, { parts, turns, sampling, ...fields }, c) {
   const columns = session.columns.map((one, i) => (i === c ? { ...one, parts } : one));
   const said = (text) =>
-    text === undefined ? null : { text, pieces: [], finish: null, error: null, figures: null };
+    text === undefined ? null : { text, pieces: [], prompt: [], ids: [], finish: null, error: null, figures: null };
   return {
     ...fields,
     columns,

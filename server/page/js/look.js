@@ -1,0 +1,198 @@
+// Look inside: what an intervention does to one prompt, row by row, and at a range of strengths.
+
+import { ask } from "./api.js";
+import { Alternatives, Text } from "./answer.js";
+import { Chart } from "./chart.js";
+import { Part } from "./column.js";
+import { HeatMap, rowsOf } from "./heatmap.js";
+import { html, useEffect, useState } from "./lib.js";
+import { Picker } from "./picker.js";
+import { blank, distance, fill, measure, pieces, unmeasured } from "./run.js";
+import { part, shown, used } from "./session.js";
+import { Store, useStore } from "./store.js";
+import { Icon, Problem, Segmented } from "./ui.js";
+
+const MAX_STRENGTHS = 25;
+
+/** What is looked at, and what was found. It outlives the view. `fan` is a list of {strength, answer}. */
+const looked = new Store({
+  kind: "map", chosen: null, prompt: "Who are you?", maxTokens: 24, range: { from: -1, to: 2, step: 0.5 },
+  trace: null, fan: null, running: null, error: null,
+});
+
+const set = (fields) => looked.set(fields);
+
+/** The first intervention that is served, where none was chosen. */
+async function choose() {
+  try {
+    const { data } = await ask("v1/interventions?limit=50");
+    const names = data.filter(({ problem }) => !problem).map(({ id }) => id);
+    if (names.length) set({ chosen: part(names.includes("pirate") ? "pirate" : names[0]) });
+  } catch (error) {
+    set({ error });
+  }
+}
+
+const bodyOf = ({ prompt, maxTokens }, base, one) => ({
+  ...used({ parts: [one] }, base), messages: [{ role: "user", content: prompt }],
+  max_tokens: maxTokens, temperature: 0,
+});
+
+/** One request with a trace, and what the base says of its tokens. */
+async function lookInside(base) {
+  const { chosen, prompt } = looked.value;
+  const body = bodyOf(looked.value, base, chosen);
+  await running(async (signal) => {
+    const answer = await ask("v1/chat/completions", {
+      method: "POST", signal,
+      json: {
+        ...body, trace: true, logprobs: true, top_logprobs: 5, prompt_logprobs: 0, return_token_ids: true,
+      },
+    });
+    const [choice] = answer.choices;
+    const { content } = choice.logprobs;
+    const { prompt_token_ids: ids } = answer;
+    const said = {
+      ...blank(), running: false, text: choice.message.content, prompt: ids, ids: choice.token_ids,
+      pieces: pieces(content, choice.message.content),
+    };
+    await measure(looked, base, [said]);
+    // The first token of a prompt has no probability, and so no text there.
+    const before = answer.prompt_logprobs.map((entry, i) => entry?.[ids[i]].decoded_token ?? "");
+    const texts = [...before, ...content.map(({ token }) => token)];
+    set({ trace: { ...answer.trace[0], prompt, name: chosen.name, said, texts, from: ids.length } });
+  });
+}
+
+/** Strengths from a range, both ends included, to three digits. */
+function strengths({ from, to, step }) {
+  const count = step > 0 && to >= from ? Math.floor((to - from) / step + 1e-9) + 1 : 0;
+  return Array.from({ length: count }, (_, i) => Number((from + i * step).toFixed(3)));
+}
+
+/** The same prompt at every strength of the range, all sent at once. */
+async function spread(base) {
+  const { chosen, range } = looked.value;
+  const fan = strengths(range).map((strength) => ({ strength, answer: blank() }));
+  set({ fan });
+  await running(async (signal) => {
+    const began = performance.now();
+    await Promise.all(fan.map(({ strength, answer }) => {
+      const body = shown(bodyOf(looked.value, base, { ...chosen, strength }));
+      return fill(answer, looked, "v1/chat/completions", body, signal, began);
+    }));
+    const answers = unmeasured(fan.map(({ answer }) => answer));
+    if (answers.length) await measure(looked, base, answers);
+  });
+}
+
+async function running(work) {
+  const controller = new AbortController();
+  set({ running: controller, error: null });
+  try {
+    await work(controller.signal);
+  } catch (error) {
+    if (error.name !== "AbortError") set({ error });
+  }
+  set({ running: null });
+}
+
+export function Look({ base }) {
+  const state = useStore(looked);
+  const { kind, chosen, prompt, maxTokens, running: busy, error, trace, fan } = state;
+  useEffect(() => {
+    if (!chosen) choose();
+  }, []);
+  const start = (event) => {
+    event.preventDefault();
+    if (kind === "map") lookInside(base);
+    else spread(base);
+  };
+  const count = strengths(state.range).length;
+  const possible = chosen && prompt.trim() && (kind === "map" || (count > 0 && count <= MAX_STRENGTHS));
+  return html`
+    <div class="head"><h1>Look inside</h1>
+      <${Segmented} label="What to show" value=${kind} onChange=${(value) => set({ kind: value })}
+        options=${[["map", "Edits by layer"], ["fan", "Fan of strengths"]]} /></div>
+    <form class="panel look" onSubmit=${start}>
+      <div class="look-subject">
+        ${chosen
+          ? html`<${Part} part=${chosen} fixed=${kind === "fan"} onChange=${(fields) => set({ chosen: { ...chosen, ...fields } })} />`
+          : html`<${Picker} label="The intervention to look into" onClose=${() => {}}
+              onPick=${(name) => set({ chosen: part(name) })} />`}
+      </div>
+      <label class="field look-prompt">Prompt
+        <textarea rows="2" value=${prompt} onInput=${(event) => set({ prompt: event.target.value })}></textarea></label>
+      <div class="look-end">
+        <${NumberField} label="Max tokens" value=${maxTokens} min="1" max="512" step="1"
+          onChange=${(value) => set({ maxTokens: value })} />
+        ${kind === "fan" && html`<${Range} range=${state.range} />`}
+        ${busy
+          ? html`<button type="button" onClick=${() => busy.abort()}><${Icon} name="stop" />Stop</button>`
+          : html`<button class="primary" disabled=${!possible}><${Icon} name="play" />${kind === "map" ? "Look" : `Ask at ${count} strengths`}</button>`}
+      </div>
+    </form>
+    ${error && html`<${Problem} error=${error} />`}
+    ${kind === "map" && trace && html`<${Inside} trace=${trace} />`}
+    ${kind === "fan" && fan && html`<${Fan} fan=${fan} />`}`;
+}
+
+const NumberField = ({ label, value, onChange, ...bounds }) => html`
+  <label class="field short">${label}
+    <input type="number" ...${bounds} value=${value}
+      onChange=${(event) => event.target.value !== "" && onChange(Number(event.target.value))} /></label>`;
+
+const Range = ({ range }) => ["from", "to", "step"].map((end) => html`
+  <${NumberField} key=${end} label=${{ from: "From", to: "To", step: "Step" }[end]} value=${range[end]}
+    min=${end === "step" ? 0.05 : -2} max="2" step="0.05"
+    onChange=${(value) => set({ range: { ...range, [end]: value } })} />`);
+
+function Inside({ trace }) {
+  const [picked, setPicked] = useState(null);
+  const { said } = trace;
+  const nats = said.pieces.map(({ tokens }) => Math.abs(distance(tokens[0]) ?? 0));
+  return html`
+    <section class="panel stack" aria-label="Edits">
+      <h2>How far each edit moved each row</h2>
+      <p class="muted">${trace.name}, over ${JSON.stringify(trace.prompt)}: length of the change over the row's own, by layer and token.
+        The first answer token's distribution is ${trace.kl.toFixed(3)} nats (KL) from the base model's.</p>
+      <${HeatMap} rows=${rowsOf(trace.edits)} texts=${trace.texts} from=${trace.from} />
+    </section>
+    <section class="panel stack" aria-label="Answer">
+      <h2>How far the answer is from the base model</h2>
+      <${Text} answer=${said} colour="distance" picked=${picked} onPick=${setPicked} />
+      ${picked !== null && said.pieces[picked]?.tokens.map((token, i) => html`
+        <${Alternatives} key=${i} token=${token} onClose=${() => setPicked(null)} />`)}
+      ${nats.length > 1 && html`
+        <${Chart} title="Nats from the base, by token of the answer" xs=${nats.map((_, i) => i)}
+          series=${[{ name: "distance", values: nats }]} format=${(value) => value.toFixed(2)}
+          formatX=${(i) => `token ${i + 1}`} />`}
+    </section>`;
+}
+
+function Fan({ fan }) {
+  const xs = fan.map(({ strength }) => strength);
+  const length = fan.map(({ answer }) => answer.ids.length || null);
+  const means = fan.map(({ answer }) => mean(answer.pieces.flatMap(({ tokens }) => tokens).map(distance)));
+  const formatX = (strength) => `strength ${strength}`;
+  return html`
+    <div class="charts two">
+      <${Chart} title="Mean distance from the base" xs=${xs} format=${(value) => `${value.toFixed(2)} nats`}
+        formatX=${formatX} series=${[{ name: "distance", values: means }]} />
+      <${Chart} title="Length of the answer" xs=${xs} format=${(value) => `${Math.round(value)} tokens`}
+        formatX=${formatX} series=${[{ name: "length", values: length }]} />
+    </div>
+    <ol class="fan" aria-label="Answers by strength">
+      ${fan.map(({ strength, answer }) => html`
+        <li key=${strength} aria-busy=${answer.running}>
+          <strong class="figure">${strength.toFixed(2)}</strong>
+          <div><p class="text">${answer.text}${answer.running && html`<span class="cursor" aria-hidden="true"></span>`}</p>
+            ${answer.error && html`<${Problem} error=${answer.error} />`}</div>
+        </li>`)}
+    </ol>`;
+}
+
+function mean(values) {
+  const known = values.filter((value) => value !== null);
+  return known.length ? known.reduce((sum, value) => sum + Math.abs(value), 0) / known.length : null;
+}
