@@ -42,13 +42,19 @@ def wheel(built: Path) -> zipfile.ZipFile:
     return zipfile.ZipFile(built)
 
 
+def outside() -> dict[str, str]:
+    """This process's variables without those that show Python the project."""
+    return {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
+
+
 @pytest.fixture
 def clean(built: Path, tmp_path: Path) -> Path:
     """The `bin` of an environment that has the wheel, and what this one has but the project."""
     environment = tmp_path / "environment"
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", environment], check=True)
     pip = [sys.executable, "-m", "pip", "--python", str(environment / "bin/python")]
-    subprocess.run([*pip, "install", "-qq", "--no-deps", "--no-index", str(built)], check=True)
+    install = [*pip, "install", "-qq", "--no-deps", "--no-index", str(built)]
+    subprocess.run(install, cwd=tmp_path, env=outside(), check=True)
     [packages] = environment.glob("lib/*/site-packages")
     # A folder named in a .pth file is searched, but .pth files in it are not read, as that of an
     # editable install.
@@ -79,10 +85,10 @@ def test_it_has_the_command_and_the_licence(wheel: zipfile.ZipFile) -> None:
 def test_installed_it_serves_from_an_empty_folder(clean: Path, tmp_path: Path) -> None:
     empty = tmp_path / "empty"
     empty.mkdir()
-    env = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
+    env = outside()
     code = "import server, reft_runtime as r; print(server.__file__, r.__file__, sep='\\n')"
     where = subprocess.run(
-        [clean / "python", "-c", code], cwd=empty, env=env, capture_output=True, text=True
+        [clean / "python", "-c", code], cwd=empty, env=env, stdout=subprocess.PIPE, text=True
     ).stdout
     assert [Path(line).is_relative_to(clean.parent) for line in where.split()] == [True, True]
     model = model_folder(tmp_path / "tiny")
