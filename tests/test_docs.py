@@ -44,8 +44,8 @@ OTHER_PROGRAMS = {
 }
 """Options of docker, torchrun, curl, pip, pipx, uvx and our scripts in the documents."""
 
-OTHER_VARIABLES = {"REFT_CACHE", "REFT_URL"}
-"""What is no setting of a server: where the demo model is kept, which server a command asks."""
+OTHER_VARIABLES = {"REFT_CACHE", "REFT_PICTURES", "REFT_URL"}
+"""No settings of a server: where the demo model is kept, a switch of tests, whom a command asks."""
 
 
 def options() -> set[str]:

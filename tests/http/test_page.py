@@ -51,7 +51,7 @@ async def test_all_that_html_names_is_there_and_kept_for_good(
 async def test_modules_name_only_what_is_there(client: httpx.AsyncClient) -> None:
     scripts = {name: file for name, file in page().files.items() if name.endswith(".js")}
     for name, file in scripts.items():
-        named = re.findall(r'from ?"([^"]+)"', file.content.decode())
+        named = re.findall(r'from ?"([\w./-]+)"', file.content.decode())
         for other in named:
             assert other.startswith("./"), f"{name} imports {other}"
             folder = name.rpartition("/")[0]

@@ -68,8 +68,10 @@ def keyed_url(engine: Engine) -> Iterator[str]:
         yield address
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
+    """Chromium. It is closed after each module: Playwright keeps an event loop running in this
+    thread, beside which no asynchronous test of another module could have its own."""
     found = shutil.which("chromium") or shutil.which("chromium-browser")
     if found is None:
         pytest.skip("the page is tried in Chromium, and there is none (apt-get install chromium)")
@@ -120,13 +122,11 @@ def new_tab(browser: Browser, url: str) -> Iterator[Callable[..., Tab]]:
     """Makes tabs; at the end of a test nothing must have gone wrong in any."""
     tabs: list[Tab] = []
 
-    def make(
-        at: str = url, width: int = 1280, height: int = 800, dark: bool = False, scale: float = 1
-    ) -> Tab:
+    def make(at: str = url, width: int = 1280, height: int = 800, dark: bool = False) -> Tab:
         context = browser.new_context(
             viewport={"width": width, "height": height},
             color_scheme="dark" if dark else "light",
-            device_scale_factor=scale,
+            reduced_motion="reduce",  # colours on their way to others have any contrast
             permissions=["clipboard-read", "clipboard-write"],
         )
         context.set_default_timeout(PATIENCE_MS)

@@ -1,16 +1,18 @@
-"""The pictures of docs/images, made anew where asked for: `REFT_PICTURES=1 pytest ...`."""
+"""The pictures of docs/images: `REFT_PICTURES=1 pytest tests/page/test_pictures.py`."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import httpx
 import pytest
 from playwright.sync_api import Page, expect
 
 from tests.page.conftest import Tab
-from tests.page.make import add_column, answered
+from tests.page.make import add_column, answered, say, short
 
 IMAGES = Path(__file__).parents[2] / "docs/images"
 MAX_BYTES = 150_000
@@ -23,15 +25,15 @@ pytestmark = pytest.mark.skipif(
 def compare(page: Page) -> None:
     page.get_by_role("button", name="Remove column C").click()
     add_column(page, "telegram")
-    add_column(page, "emoji")
+    add_column(page, "formal")
+    last = page.get_by_role("region", name="Column D")
+    last.get_by_role("button", name="Compose with another").click()
+    last.get_by_role("combobox").fill("cheerful")
+    last.get_by_role("option", name="cheerful").click()
+    last.get_by_role("slider", name="Strength of cheerful").fill("0.5")
     page.get_by_role("combobox", name="Colour").select_option("distance")
-    page.locator(".composer textarea").fill("What's a dog?")
-    page.get_by_role("button", name="Settings").click()
-    page.get_by_label("Max tokens").fill("48")
-    page.get_by_label("Max tokens").press("Tab")
-    page.get_by_role("button", name="Settings").click()
-    page.get_by_role("button", name="Run", exact=True).click()
-    answered(page)
+    short(page, 32)
+    say(page, "What's a dog?")
     expect(page.locator(".token.d4").first).to_be_visible()
 
 
@@ -51,6 +53,7 @@ def fan(page: Page) -> None:
     page.get_by_role("button", name="Fan of strengths").click()
     for label, value in (("From", "0"), ("To", "1.5"), ("Step", "0.25")):
         page.get_by_label(label, exact=True).fill(value)
+        page.get_by_label(label, exact=True).press("Tab")
     page.get_by_role("button", name="Ask at 7 strengths").click()
     expect(page.get_by_role("button", name="Ask at 7 strengths")).to_be_visible()
     expect(page.get_by_role("img", name="Mean distance").first).to_be_visible()
@@ -62,7 +65,22 @@ def interventions(page: Page) -> None:
 
 def server(page: Page) -> None:
     expect(page.locator(".chart")).to_have_count(5)
-    page.wait_for_timeout(12_000)
+    route = page.url.partition("#")[0] + "v1/chat/completions"
+
+    def ask(number: int) -> None:
+        body = {
+            "model": ["pirate", "telegram", "formal"][number % 3],
+            "messages": [{"role": "user", "content": "Who are you, and what is a dog?"}],
+            "max_tokens": 24,
+            "ignore_eos": True,
+        }
+        httpx.post(route, json=body, timeout=60)
+
+    # The page's own requests pass through this thread, so others make the load.
+    with ThreadPoolExecutor(8) as pool:
+        for count in (1, 6, 3, 8, 2, 5, 7):
+            pool.map(ask, range(count))
+            page.wait_for_timeout(2500)
 
 
 def reference(page: Page) -> None:
@@ -72,8 +90,8 @@ def reference(page: Page) -> None:
 @pytest.mark.parametrize(
     ("name", "place", "prepare", "width", "height", "dark"),
     [
-        ("compare", "", compare, 1280, 800, False),
-        ("compare-dark", "", compare, 1280, 800, True),
+        ("compare", "", compare, 1280, 900, False),
+        ("compare-dark", "", compare, 1280, 900, True),
         ("compare-phone", "", tokens, 400, 800, False),
         ("look", "#/look", look, 1280, 960, False),
         ("fan", "#/look", fan, 1280, 800, True),
@@ -95,6 +113,7 @@ def test_picture(
     page = tab.open(place)
     prepare(page)
     page.mouse.move(0, 0)
+    page.evaluate("() => document.activeElement?.blur()")
     IMAGES.mkdir(exist_ok=True)
     file = IMAGES / f"page-{name}.png"
     page.screenshot(path=file, animations="disabled", caret="hide")

@@ -58,14 +58,11 @@ export function Chart({ title, xs, series, format, formatX, max }) {
     </figure>`;
 }
 
-/** The path through all values that are known; a lone one is a dot. */
+/** The path through all values that are known. */
 function line(values, x, y) {
-  let path = "";
-  values.forEach((value, i) => {
-    if (value === null) return;
-    const alone = values[i - 1] == null && values[i + 1] == null;
-    const joined = i > 0 && values[i - 1] !== null;
-    path += `${joined ? "L" : "M"}${x(i).toFixed(1)},${y(value).toFixed(1)}${alone ? "h0.1" : ""}`;
-  });
-  return path;
+  return values
+    .map((value, i) => (value === null ? "" : `${x(i).toFixed(1)},${y(value).toFixed(1)}`))
+    .filter(Boolean)
+    .map((point, i, all) => `${i ? "L" : "M"}${point}${all.length === 1 ? "h1" : ""}`)
+    .join("");
 }

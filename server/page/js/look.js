@@ -10,7 +10,7 @@ import { Picker } from "./picker.js";
 import { blank, distance, fill, measure, pieces, unmeasured } from "./run.js";
 import { part, shown, used } from "./session.js";
 import { Store, useStore } from "./store.js";
-import { Icon, Problem, Segmented } from "./ui.js";
+import { Icon, NumberInput, Problem, Segmented } from "./ui.js";
 
 const MAX_STRENGTHS = 25;
 
@@ -139,8 +139,8 @@ export function Look({ base }) {
 
 const NumberField = ({ label, value, onChange, ...bounds }) => html`
   <label class="field short">${label}
-    <input type="number" ...${bounds} value=${value}
-      onChange=${(event) => event.target.value !== "" && onChange(Number(event.target.value))} /></label>`;
+    <${NumberInput} ...${bounds} value=${value} onChange=${(text) => text !== "" && onChange(Number(text))} />
+  </label>`;
 
 const Range = ({ range }) => ["from", "to", "step"].map((end) => html`
   <${NumberField} key=${end} label=${{ from: "From", to: "To", step: "Step" }[end]} value=${range[end]}

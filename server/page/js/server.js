@@ -89,9 +89,9 @@ function charts(samples) {
     ["Cache", percentage, { max: 1 }, [
       ["in use", column((one) => one.kv_cache.usage)], ["hit rate", hits]]],
     ["First token", seconds, {}, [
-      ["median", column((one) => one[first].p50)], ["95th percentile", column((one) => one[first].p95)]]],
+      ["median", column((one) => one[first].p50)], ["p95", column((one) => one[first].p95)]]],
     ["Between tokens", seconds, {}, [
-      ["median", column((one) => one[between].p50)], ["95th percentile", column((one) => one[between].p95)]]],
+      ["median", column((one) => one[between].p50)], ["p95", column((one) => one[between].p95)]]],
   ];
   return all.map(([title, format, more, series]) => html`
     <${Chart} key=${title} title=${title} format=${format} ...${common} ...${more}

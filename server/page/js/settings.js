@@ -2,6 +2,7 @@
 
 import { html } from "./lib.js";
 import { SAMPLING } from "./session.js";
+import { NumberInput } from "./ui.js";
 
 /** How many settings differ from those of a new comparison. */
 export function changed({ sampling, stop, system }) {
@@ -20,20 +21,19 @@ export function Settings({ session, change }) {
       <div class="fields">
         ${Object.entries(SAMPLING).map(([name, { label, value, min, max, step }]) => html`
           <label class="field" key=${name}>${label}
-            <input type="number" min=${min} max=${max} step=${step} value=${sampling[name] ?? ""}
-              placeholder=${value === null ? "random" : value}
-              onChange=${(event) => set(name, event.target.value)} />
+            <${NumberInput} min=${min} max=${max} step=${step} value=${sampling[name]}
+              placeholder=${value === null ? "random" : value} onChange=${(text) => set(name, text)} />
           </label>`)}
       </div>
       <div class="fields wide">
         ${mode === "chat" && html`
           <label class="field">System message
             <textarea rows="2" value=${system}
-              onChange=${(event) => change({ system: event.target.value })}></textarea>
+              onInput=${(event) => change({ system: event.target.value })}></textarea>
           </label>`}
         <label class="field">Stop texts, one a line
           <textarea rows="2" value=${stop}
-            onChange=${(event) => change({ stop: event.target.value })}></textarea>
+            onInput=${(event) => change({ stop: event.target.value })}></textarea>
         </label>
       </div>
     </section>`;

@@ -100,6 +100,20 @@ export const Segmented = ({ label, value, options, onChange }) => html`
         onClick=${() => onChange(option)}>${text}</button>`)}
   </div>`;
 
+/**
+ * A field for a number. What is typed is kept until it is complete, whatever is drawn meanwhile;
+ * `onChange` gets its text then, which may be empty.
+ */
+export function NumberInput({ value, onChange, ...bounds }) {
+  const [draft, setDraft] = useState(null);
+  const done = (event) => {
+    setDraft(null);
+    onChange(event.target.value);
+  };
+  return html`<input type="number" ...${bounds} value=${draft ?? value ?? ""}
+    onInput=${(event) => setDraft(event.target.value)} onChange=${done} />`;
+}
+
 /** Data of a route: loaded when `path` changes, with the state it is in. */
 export function useLoaded(load, inputs) {
   const [state, setState] = useState({ data: null, error: null });
