@@ -93,6 +93,7 @@ class FakeVersion:
     template: str | None = None
     system_turn: str = "prepend"
     completion_prefix: str | None = None
+    texts: str | None = None
     reloadable: bool = True
     size_bytes: int = 3
 
