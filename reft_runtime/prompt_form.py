@@ -38,7 +38,8 @@ class PromptForm:
             if version.template is not None
         }
         templates = tuple((*key, name) for key, name in found.items())
-        texts = len(templates) == 1 and any(version.texts for version, _ in applied)
+        alike = len({template for template, _, _ in templates}) == 1
+        texts = alike and any(version.texts for version, _ in applied)
         return cls(templates, texts, completion_prefix(applied))
 
     def chat(
@@ -49,8 +50,13 @@ class PromptForm:
         *,
         add_special_tokens: bool | None = None,
     ) -> list[int]:
-        """Token ids of a chat; raises `InvalidRequest` where templates differ."""
-        if len(self.templates) > 1:
+        """Token ids of a chat; raises `InvalidRequest` where templates differ.
+
+        What they do with a system turn may differ where there is none.
+        """
+        alike = len({template for template, _, _ in self.templates}) <= 1
+        systems = any(message["role"] == "system" for message in messages)
+        if len(self.templates) > 1 and (systems or not alike):
             names = " and ".join(name for _, _, name in self.templates)
             raise InvalidRequest(
                 f"The chat templates differ, or what they do with a system turn: those of {names}."
@@ -75,9 +81,12 @@ class PromptForm:
 
         A text that ends as the template ends its prompts is laid out already.
         """
-        if self.texts and not tokenizer.is_laid_out(text, self.templates[0][0]):
-            message = {"role": "user", "content": text}
-            return self.chat(tokenizer, [message], add_special_tokens=add_special_tokens)
+        if self.texts:
+            written = tokenizer.laid_out(text, self.templates[0][0])
+            if written is None:
+                message = {"role": "user", "content": text}
+                return self.chat(tokenizer, [message], add_special_tokens=add_special_tokens)
+            text = written
         return tokenizer.encode(
             text,
             add_special_tokens=add_special_tokens is not False,

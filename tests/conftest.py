@@ -1,6 +1,7 @@
-"""Triton's kernels run in its interpreter where there is no CUDA device; workers have own cores."""
+"""What all tests need: Triton's interpreter, own cores for workers, a Ctrl-C that counts."""
 
 import os
+import signal
 from pathlib import Path
 
 if not Path("/dev/nvidiactl").exists():
@@ -13,3 +14,7 @@ if worker and workers and hasattr(os, "sched_setaffinity"):
     cores = sorted(os.sched_getaffinity(0))
     own = cores[int(worker.removeprefix("gw")) :: int(workers)]
     os.sched_setaffinity(0, own or cores)
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    # A shell that runs the tests in the background has it ignored, by all that they start, too.
+    signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import pty
@@ -346,7 +347,7 @@ def test_a_terminal(url: str, tmp_path: Path) -> None:
     ours, theirs = pty.openpty()
     command = "from server.cli import main; main()"
     environment = {**os.environ, "REFT_URL": url, "REFT_CACHE": str(tmp_path), "TERM": "dumb"}
-    with subprocess.Popen(
+    chat = subprocess.Popen(
         [sys.executable, "-c", command, "chat", "--max-tokens", "2"],
         stdin=theirs,
         stdout=theirs,
@@ -354,16 +355,20 @@ def test_a_terminal(url: str, tmp_path: Path) -> None:
         env=environment,
         start_new_session=True,
         preexec_fn=_own_terminal,
-    ) as chat:
-        os.close(theirs)
+    )
+    os.close(theirs)
+    try:
         said = _until(ours, "> ")
         assert f"on the server at {url}" in said
         os.write(ours, b"not this\x03")
         _until(ours, "> ", again=b"\x03")
         os.write(ours, b"good\n")
         _until(ours, "> ")
-        os.write(ours, b"\x04")
-        assert chat.wait(60) == 0
+        _ended(chat, ours)
+        assert chat.wait() == 0
+    finally:
+        chat.kill()
+        chat.wait()
         os.close(ours)
     assert (tmp_path / "chat_history").read_text() == "good\n"
     assert (tmp_path / "chat_history").stat().st_mode & 0o777 == 0o600
@@ -374,6 +379,17 @@ def _own_terminal() -> None:
     import termios
 
     fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+
+
+def _ended(chat: subprocess.Popen[bytes], terminal: int) -> None:
+    """Press Ctrl-D until the command ends: between two prompts a key may go unseen."""
+    deadline = time.monotonic() + 60
+    while chat.poll() is None:
+        assert time.monotonic() < deadline
+        os.write(terminal, b"\x04")
+        with contextlib.suppress(OSError):  # the other side has gone
+            while select.select([terminal], [], [], 1)[0] and os.read(terminal, 4096):
+                pass
 
 
 def _until(terminal: int, end: str, again: bytes = b"") -> str:

@@ -160,10 +160,16 @@ class Tokenizer:
         """Whether the model brings a chat template."""
         return bool(self._tokenizer.chat_template)
 
-    def is_laid_out(self, text: str, template: str) -> bool:
-        """Whether a text ends as the template, or, of "chat", the model's own, ends prompts."""
+    def laid_out(self, text: str, template: str) -> str | None:
+        """The text as a whole prompt, if it ends as the template, or the model's own, ends prompts.
+
+        Blanks and line ends behind it become the template's. "chat" is the model's own template.
+        """
         behind = self._behind if template == "chat" else template.partition(TEMPLATE_FIELD)[2]
-        return bool(behind.strip()) and text.rstrip().endswith(behind.strip())
+        ending, text = behind.rstrip(), text.rstrip()
+        if not ending.strip() or not text.endswith(ending.lstrip()):
+            return None
+        return text + behind[len(ending) :]
 
     @cached_property
     def _behind(self) -> str:

@@ -28,12 +28,14 @@ def made(engine: Engine, **said: Any) -> Intervention:
 @pytest.fixture(scope="module")
 def engine() -> Iterator[Engine]:
     with Engine(tiny("llama"), tokenizer=tiny_tokenizer()) as engine:
-        for name, template, texts in (
-            ("chat", "chat", "message"),
-            ("frame", FRAME, "message"),
-            ("as-it-is", FRAME, None),
+        for name, template, texts, system in (
+            ("chat", "chat", "message", None),
+            ("frame", FRAME, "message", None),
+            ("as-it-is", FRAME, None, None),
+            ("drop", FRAME, "message", "drop"),
         ):
-            engine.registry.put(name, serialise(made(engine, template=template, texts=texts)))
+            file = made(engine, template=template, texts=texts, system=system)
+            engine.registry.put(name, serialise(file))
         yield engine
 
 
@@ -90,9 +92,9 @@ async def test_what_is_laid_out_stays(http: httpx.AsyncClient, engine: Engine) -
     for model, text in written.items():
         plain = await tokens(http, "as-it-is", prompt=text)
         assert await tokens(http, model, prompt=text) == plain
-        assert await tokens(http, model, prompt=text + " ") == [
-            *await tokens(http, "as-it-is", prompt=text + " ")
-        ]
+        for ending in (" ", "\n\n"):
+            assert await tokens(http, model, prompt=text.rstrip() + ending) == plain
+        assert await tokens(http, model, prompt=text.rstrip()) == plain
     choice = await complete(http, model="chat", prompt=[5, 6, 7])
     assert choice["prompt_token_ids"] == [5, 6, 7]
 
@@ -114,6 +116,18 @@ async def test_templates_that_differ_leave_texts_as_they_are(http: httpx.AsyncCl
     error = answer.json()["error"]
     assert (answer.status_code, error["param"]) == (400, "interventions")
     assert "those of chat and frame" in error["message"]
+
+
+async def test_what_is_done_with_system_turns_may_differ_without_one(
+    http: httpx.AsyncClient,
+) -> None:
+    both = {"model": "frame", "interventions": [{"name": "frame"}, {"name": "drop"}]}
+    user, system = {"role": "user", "content": "on"}, {"role": "system", "content": "Be brief."}
+    for messages, status in ([user], 200), ([system, user], 400):
+        asked = {**both, "messages": messages, "max_tokens": 1}
+        assert (await http.post("/v1/chat/completions", json=asked)).status_code == status
+    choice = await complete(http, **both, prompt="on the hill")
+    assert choice["prompt_token_ids"] == await tokens(http, "frame", prompt="on the hill")
 
 
 def test_it_needs_a_template_and_old_files_keep_their_digest(engine: Engine) -> None:

@@ -335,7 +335,7 @@ def test_curves_that_cannot_be_written(
     monkeypatch.setattr("reft_runtime.training.curves.importlib.util.find_spec", lambda _: None)
     with pytest.raises(ConfigError, match=message):
         run(tmp_path / "x.safetensors", **options)
-    monkeypatch.setitem(sys.modules, "matplotlib.backend_bases", None)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(ConfigError, match=r"plot: needs matplotlib; run `pip install"):
         run(tmp_path / "x.safetensors", plot="loss.png")
     assert list(tmp_path.iterdir()) == []
