@@ -37,7 +37,7 @@ def run_calls(loop: EngineLoop, calls: Iterable[Call], at_once: int, *, progress
     waiting = deque(calls)
     live: dict[str, Call] = {}
     inbox: SimpleQueue[list[Event]] = SimpleQueue()
-    bar = tqdm(total=len(waiting), disable=not progress, unit="prompt")
+    bar = tqdm(total=len(waiting), desc="Answers", disable=not progress, unit="prompt")
     try:
         while waiting or live:
             while waiting and len(live) < at_once:

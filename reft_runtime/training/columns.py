@@ -46,7 +46,9 @@ class Columns:
         }
         if self.label is not None:
             found |= {
-                name: found[name].strip() for name in ("completion", "label") if name in found
+                name: value.strip()
+                for name in ("completion", "label")
+                if isinstance(value := found.get(name), str)
             }
         return {**row, **found} if found else row
 

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from reft_runtime.errors import ConfigError
+from reft_runtime.training.check import check
 from reft_runtime.training.rows import Rows, read_rows
 from reft_runtime.training.sources import file_for
 
@@ -68,6 +69,13 @@ def test_named_columns_and_numbers() -> None:
     [row] = read_rows([{"ticket_body": "Hi", "queue": "3"}]).rows
     with pytest.raises(ConfigError, match=r"'prompt'; it has ticket_body, queue. Name .* --text"):
         row.text("prompt")
+
+
+def test_a_label_that_is_no_text_is_a_wrong_row() -> None:
+    (found,) = check([{"text": "Charged, twice", "label": ["billing"]}])
+    assert [str(problem) for problem in found.problems] == [
+        "error: 1 row is wrong: row 1: completion must be text, not list."
+    ]
 
 
 def test_rows_that_have_the_form_are_left_as_they_are() -> None:
