@@ -121,6 +121,8 @@ def train(
     board = None if tensorboard is None else check_tensorboard(tensorboard)
     work = WorkFolder(target)
     work.check(resume=resume)
+    if target.exists():
+        say(f"{target} is there; it will be replaced when the training has ended")
     with work.guarded():
         rows = read_rows(data, text=text, label=label, lenient=True)
         held_out = None
@@ -287,11 +289,10 @@ def _check_rows(
         measure = measure_of(words, layout, settings.max_length)
     checks = check_data(rows, held_out, settings.template, measure)
     for check in checks:
+        check.raise_errors()
         say(str(check))
     if layout.texts and layout.served_template == CHAT:
         say("texts are asked as what a user says in a chat; --template '{prompt}' leaves them bare")
-    for check in checks:
-        check.raise_errors()
 
 
 def _held_out(
