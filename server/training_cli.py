@@ -28,7 +28,8 @@ Template = Annotated[
     str | None,
     typer.Option(
         help="How a row becomes a prompt: 'chat' (its prompt as a user's message), or a text with "
-        "fields in braces, 'Review: {text}\\nSentiment:'. By default prompt, or messages."
+        "fields in braces, 'Review: {text}\\nSentiment:'. By default texts and prompts "
+        "of classes as 'chat', where the model has a chat template, others as they are."
     ),
 ]
 DATA = (
