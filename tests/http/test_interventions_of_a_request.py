@@ -284,7 +284,9 @@ async def test_openai_reads_the_trace_of_a_stream(http: httpx.AsyncClient, app: 
         temperature=0,
         extra_body={"trace": True},
     ) as helper:
-        final = await helper.get_final_completion()
+        events = [event async for event in helper]
+    assert len(events) > len(chunks)
+    final = helper.current_completion_snapshot
     assert final.choices[0].message.content == "".join(
         chunk.choices[0].delta.content or "" for chunk in chunks
     )
