@@ -75,7 +75,7 @@ class Admission:
     ) -> tuple[Request, list[Version]]:
         """Check a request completely, and take hold of its interventions' versions."""
         given = isinstance(sampling, SamplingParams) and sampling.max_tokens is not None
-        sampling = self._checked(prompt, sampling)
+        sampling = self._checked(prompt, sampling, trace=trace)
         if len(uses) > MAX_INTERVENTIONS:
             raise InvalidRequest(
                 f"interventions: at most {MAX_INTERVENTIONS} in one request.",
@@ -117,7 +117,9 @@ class Admission:
         )
         return request, held
 
-    def _checked(self, prompt: Sequence[int], sampling: SamplingParams) -> SamplingParams:
+    def _checked(
+        self, prompt: Sequence[int], sampling: SamplingParams, *, trace: bool
+    ) -> SamplingParams:
         """Check what depends on the model; `max_tokens` None becomes what is left of its length."""
         if not isinstance(sampling, SamplingParams):
             raise InvalidRequest(
@@ -149,7 +151,7 @@ class Admission:
                 f"prompt leave {room}, not {sampling.max_tokens}.",
                 param="max_tokens",
             )
-        return bound_scores([len(prompt)], sampling, room)
+        return bound_scores([len(prompt)], sampling, room, trace=trace)
 
     def release(self, versions: Sequence[Version]) -> None:
         """Let go of what `prepare` took hold of."""

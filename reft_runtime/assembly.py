@@ -15,9 +15,9 @@ from reft_runtime.engine.events import (
     TokenMade,
     Traced,
 )
+from reft_runtime.engine.sequence import Request
 from reft_runtime.errors import OutOfMemory, RequestFailed
 from reft_runtime.outputs import Choice, ChoiceDelta, EditTrace, Generation, TokenLogprob
-from reft_runtime.sampling import SamplingParams
 from reft_runtime.text import TextStream, Tokenizer
 
 
@@ -30,21 +30,23 @@ class Assembler:
 
     def __init__(
         self,
-        prompt: tuple[int, ...],
-        sampling: SamplingParams,
+        request: Request,
         tokenizer: Tokenizer,
         abort_choice: Callable[[int], None],
         completion_prefix: str = "",
     ) -> None:
-        self.prompt = prompt
+        sampling = request.sampling
+        self.request = request
         self.started_at: float | None = None
         self.cached_tokens = 0
         """Prompt tokens that came from the prefix cache; known when the first delta comes."""
         self.prompt_logprobs: list[TokenLogprob | None] | None = (
-            None if sampling.prompt_logprobs is None else [None]
+            None if sampling.prompt_logprobs is None else [None] * request.scored_from
         )
         self.first_logprobs: Tensor | None = None
         """Of a traced request: the distribution [vocabulary] of the first token."""
+        self.scores: list[list[TokenLogprob]] = [[] for _ in range(sampling.n)]
+        """Of a traced request: by choice, its tokens with their log-probabilities."""
         self._edits: dict[tuple[int, int, int, str], dict[int, float]] = {}
         self._abort_choice = abort_choice
         self._include_stop = sampling.include_stop_str_in_output
@@ -113,6 +115,8 @@ class Assembler:
         text_stream = self._texts.get(event.choice)
         if text_stream is None:
             return None  # a stop string ended it; the engine was faster than the abort
+        if self.request.trace and event.logprob is not None:
+            self.scores[event.choice].append(event.logprob)
         tokens = () if event.token is None else (event.token,)
         # The token that ends an answer is no part of its text, though it may be an ordinary one.
         ends = event.finish_reason == "stop" and not self._include_stop

@@ -19,10 +19,14 @@ from reft_runtime.outputs import ChoiceDelta, Generation
 class Call:
     """One prepared request, and what has come of it."""
 
-    def __init__(self, request: Request, assembler: Assembler) -> None:
-        self.request = request
+    def __init__(self, assembler: Assembler) -> None:
         self.assembler = assembler
         self.deltas: list[ChoiceDelta] = []
+
+    @property
+    def request(self) -> Request:
+        """What is asked."""
+        return self.assembler.request
 
     def answer(self) -> Generation:
         """The whole answer, once it has ended."""

@@ -10,7 +10,10 @@ from reft_runtime.errors import InvalidRequest
 from reft_runtime.sampling import SamplingParams
 
 MAX_SCORES = 200_000
-"""Log-probabilities of one request: tokens times one more than their alternatives."""
+"""Log-probabilities of one request: tokens times one more than their alternatives.
+
+With a trace there is one more for each token of an answer, the base model's.
+"""
 
 MAX_TRACED_ROWS = 16_384
 """Rows of one request's trace: edits times the tokens that they edit."""
@@ -24,12 +27,17 @@ class _Positions(Protocol):
 
 
 def bound_scores(
-    prompts: Sequence[int], sampling: SamplingParams, room: int | None = None
+    prompts: Sequence[int],
+    sampling: SamplingParams,
+    room: int | None = None,
+    *,
+    trace: bool = False,
 ) -> SamplingParams:
     """Settings of a request with prompts of such lengths, its log-probabilities bounded.
 
-    Where `max_tokens` is not given (None) it becomes what the bound allows, at most `room`; None
-    where there is no `room` yet. Raises `InvalidRequest`.
+    A `trace` needs those of the answers' tokens: the settings ask for them then. Where `max_tokens`
+    is not given (None) it becomes what the bound allows, at most `room`; None where there is no
+    `room` yet. Raises `InvalidRequest`.
     """
     scored = 0
     if sampling.prompt_logprobs is not None:
@@ -41,20 +49,24 @@ def bound_scores(
                 f"{MAX_SCORES}. Send fewer prompts at once, or lower logprobs.",
                 param="logprobs",
             )
-    each = 0
+    if trace and sampling.logprobs is None:
+        sampling = replace(sampling, logprobs=0)
+    answers, of_token = len(prompts) * sampling.n, 0
     if sampling.logprobs is not None:
-        each = len(prompts) * sampling.n * (1 + sampling.logprobs)
+        of_token = 1 + sampling.logprobs + trace
+    each = answers * of_token
     if sampling.max_tokens is None:
         if room is None:
             return sampling
         most = min(room, (MAX_SCORES - scored) // each) if each else room
         return replace(sampling, max_tokens=max(1, most))
     if scored + each * sampling.max_tokens > MAX_SCORES:
+        asked = "trace" if trace else "logprobs"
         raise InvalidRequest(
-            f"logprobs: {sampling.max_tokens} tokens in {len(prompts) * sampling.n} answers with "
-            f"{sampling.logprobs} alternatives are more than {MAX_SCORES} numbers, the most that "
-            f"one request gets. max_tokens: at most {(MAX_SCORES - scored) // each}.",
-            param="logprobs",
+            f"{asked}: {answers} x {sampling.max_tokens} tokens of answers with {of_token} "
+            f"log-probabilities each are more than {MAX_SCORES} numbers, the most that one request "
+            f"gets. max_tokens: at most {(MAX_SCORES - scored) // each}.",
+            param=asked,
         )
     return sampling
 

@@ -10,7 +10,6 @@ from types import TracebackType
 from typing import Self, cast
 
 import torch
-from torch.nn.functional import kl_div
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from reft_runtime.admission import Admission, Prompt
@@ -38,14 +37,13 @@ from reft_runtime.sampling import SamplingParams
 from reft_runtime.stages import stage
 from reft_runtime.streams import EventLoopSink, Stream
 from reft_runtime.text import Tokenizer
+from reft_runtime.traces import base_requests, trace_of
 from reft_runtime.use import Use, completion_prefix
 
 Applied = str | Use | tuple[str | Use, ...] | None
 """What to apply to a prompt: one intervention, several in order, or (None) the base model."""
 
 WATCH_SECONDS = 2.0
-
-_FIRST_TOKEN = SamplingParams(temperature=0, max_tokens=1)
 
 
 class Engine:
@@ -163,7 +161,7 @@ class Engine:
         anything is computed; a fault in one request raises `RequestFailed` and drops the others.
         """
         with self._calls(_pair(prompts, intervention), sampling or SamplingParams()) as calls:
-            run_calls(self._loop, calls, 2 * self.info.max_running, progress=progress)
+            self._run(calls, progress=progress)
             return [call.answer() for call in calls]
 
     def compare(
@@ -174,9 +172,9 @@ class Engine:
     ) -> Comparisons:
         """Answer one prompt with the base model and with each of `interventions`, and say why.
 
-        The base model comes first. Each trace says how far every edit moved every row, and the
-        divergence of the first token's distribution from the base's after the same prompt tokens.
-        Greedy unless `sampling` says otherwise.
+        The base model comes first. Each trace says how far every edit moved every row, and how far
+        the answer's tokens are from what the base model would say after the same ones. Greedy
+        unless `sampling` says otherwise.
         """
         if not isinstance(interventions, list):  # a tuple would be one composition
             raise InvalidRequest(
@@ -186,19 +184,18 @@ class Engine:
             )
         sampling = sampling or SamplingParams(temperature=0, max_tokens=64)
         columns = [_uses(applied) for applied in (None, *interventions)]
-        with (
-            self._calls([(prompt, uses) for uses in columns], sampling, trace=True) as calls,
-            self._calls([(c.request.prompt, ()) for c in calls], _FIRST_TOKEN, trace=True) as bases,
-        ):
-            run_calls(self._loop, [*calls, *bases], 2 * self.info.max_running, progress=False)
-            return Comparisons(
-                Comparison(
-                    tuple(use.label for use in uses),
-                    call.answer(),
-                    _trace(call.assembler, base.assembler),
-                )
-                for uses, call, base in zip(columns, calls, bases, strict=True)
+        with self._calls([(prompt, uses) for uses in columns], sampling, trace=True) as calls:
+            self._run(calls)
+        bases = [[Call(b) for b in self._bases(call.assembler)] for call in calls]
+        self._run([base for several in bases for base in several])
+        return Comparisons(
+            Comparison(
+                tuple(use.label for use in uses),
+                call.answer(),
+                trace_of(call.assembler, [base.assembler for base in several]),
             )
+            for uses, call, several in zip(columns, calls, bases, strict=True)
+        )
 
     def encode(self, prompt: Prompt, uses: Sequence[Use] = ()) -> Sequence[int]:
         """Token ids of a prompt for `open`; a chat goes through the template of what is used."""
@@ -238,40 +235,25 @@ class Engine:
             # The thread goes on, and what it takes hold of must be let go.
             preparing.add_done_callback(self._drop_prepared)
             raise
-        loop = asyncio.get_running_loop()
-        sink = self._sinks.setdefault(loop, EventLoopSink(loop))
-
-        def end() -> None:
-            sink.streams.pop(request.id, None)
-            if not sink.streams:
-                self._sinks.pop(loop, None)
-            self._admission.release(versions)
-
-        stream = Stream(
-            request.id,
-            self._assembler(request, versions, uses),
-            [f"{version.name}@{version.digest}" for version in versions],
-            on_end=end,
-            abort=lambda: self._loop.abort(request.id),
-            engine_alive=lambda: self._loop.alive,
-            traced_rows=request.traced_rows,
-        )
-        sink.streams[request.id] = stream
-        try:
-            self._loop.submit(request, sink)
-        except BaseException:
-            end()
-            raise
-        return stream
+        return self._start(self._assembler(request, versions, uses), versions)
 
     async def explain(self, stream: Stream) -> Trace:
-        """What the interventions of a traced stream did, when it has ended."""
-        base = stream
-        if stream.first_logprobs is not None:
-            base = await self.open(stream.prompt, _FIRST_TOKEN, trace=True)
-            async for _ in base:
-                pass
-        return await asyncio.to_thread(_trace, stream, base)
+        """What the interventions of a traced stream did, when it has ended.
+
+        The base model computes the prompt for it and, for each choice, what follows there.
+        """
+        bases = await asyncio.to_thread(self._bases, stream.assembler)
+        asked: list[Stream] = []
+        try:
+            for base in bases:
+                asked.append(self._start(base, (), follow_up=True))
+            for each in asked:
+                async for _ in each:
+                    pass
+        finally:
+            for each in asked:
+                each.abort()
+        return await asyncio.to_thread(trace_of, stream.assembler, bases)
 
     def stats(self) -> EngineStats:
         """A snapshot of load and counters."""
@@ -310,10 +292,46 @@ class Engine:
                 tokens = self._admission.tokens(prompt, uses)
                 request, versions = self._admission.prepare(tokens, sampling, uses, trace=trace)
                 held += versions
-                calls.append(Call(request, self._assembler(request, versions, uses)))
+                calls.append(Call(self._assembler(request, versions, uses)))
             yield calls
         finally:
             self._admission.release(held)
+
+    def _run(self, calls: Sequence[Call], *, progress: bool = False) -> None:
+        run_calls(self._loop, calls, 2 * self.info.max_running, progress=progress)
+
+    def _start(
+        self, assembler: Assembler, versions: Sequence[Version], *, follow_up: bool = False
+    ) -> Stream:
+        """Submit a request; its stream lets go of the versions when it ends."""
+        request = assembler.request
+        loop = asyncio.get_running_loop()
+        sink = self._sinks.setdefault(loop, EventLoopSink(loop))
+
+        def end() -> None:
+            sink.streams.pop(request.id, None)
+            if not sink.streams:
+                self._sinks.pop(loop, None)
+            self._admission.release(versions)
+
+        stream = Stream(
+            assembler,
+            [f"{version.name}@{version.digest}" for version in versions],
+            on_end=end,
+            abort=lambda: self._loop.abort(request.id),
+            engine_alive=lambda: self._loop.alive,
+        )
+        sink.streams[request.id] = stream
+        try:
+            self._loop.submit(request, sink, follow_up=follow_up)
+        except BaseException:
+            end()
+            raise
+        return stream
+
+    def _bases(self, own: Assembler) -> list[Assembler]:
+        """Of what the trace of a request asks the base model."""
+        return [self._assembler(request, (), ()) for request in base_requests(own)]
 
     def _drop_prepared(self, done: asyncio.Future[tuple[Request, list[Version]]]) -> None:
         if not done.cancelled() and done.exception() is None:
@@ -328,7 +346,7 @@ class Engine:
         begins = completion_prefix(
             (version, use.strength) for version, use in zip(versions, uses, strict=True)
         )
-        return Assembler(request.prompt, request.sampling, self.tokenizer, abort_choice, begins)
+        return Assembler(request, self.tokenizer, abort_choice, begins)
 
 
 def _uses(applied: Applied) -> tuple[Use, ...]:
@@ -366,14 +384,3 @@ def _pair(
             param="intervention",
         )
     return [(p, _uses(applied)) for p, applied in zip(several, intervention, strict=True)]
-
-
-@releasing_workers
-def _trace(own: Assembler | Stream, base: Assembler | Stream) -> Trace:
-    """The divergence is KL(own || base), in nats; 0 where no token was asked for."""
-    kl = 0.0
-    if own.first_logprobs is not None and base.first_logprobs is not None:
-        kl = float(
-            kl_div(base.first_logprobs, own.first_logprobs, reduction="sum", log_target=True)
-        )
-    return Trace(own.edits, kl)

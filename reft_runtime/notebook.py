@@ -15,7 +15,7 @@ _RIGHT = "text-align: right; vertical-align: top"
 
 
 def trace_html(trace: Trace) -> str:
-    """What every edit did, one line each, and the divergence of the first token."""
+    """What every edit did, one line each, and how far the answer is from the base."""
     rows = [
         (
             str(one.intervention),
@@ -28,7 +28,10 @@ def trace_html(trace: Trace) -> str:
         for one in trace.summaries()
     ]
     head = ("intervention", "layer", "component", "rows", "mean change", "largest change")
-    return _table(head, rows, texts=(2,)) + f"<p>first token {trace.kl:.3f} nats from the base</p>"
+    far = (
+        f"first token {trace.kl:.3f} nats from the base, answer {trace.mean_log_ratio:.3f} a token"
+    )
+    return _table(head, rows, texts=(2,)) + f"<p>{far}</p>"
 
 
 def comparisons_html(comparisons: Iterable[Comparison]) -> str:
@@ -39,10 +42,12 @@ def comparisons_html(comparisons: Iterable[Comparison]) -> str:
             one.answer.text.strip(),
             str(len(one.answer.tokens)),
             f"{one.trace.kl:.3f}",
+            f"{one.trace.mean_log_ratio:.3f}",
         )
         for one in comparisons
     ]
-    return _table(("interventions", "answer", "tokens", "first token, nats"), rows, texts=(0, 1))
+    head = ("interventions", "answer", "tokens", "first token, nats", "mean a token, nats")
+    return _table(head, rows, texts=(0, 1))
 
 
 def report_html(report: Report) -> str:

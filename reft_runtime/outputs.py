@@ -98,11 +98,23 @@ class Trace:
     """What a request's interventions did: every edit of every row, and the outcome.
 
     `kl` is the Kullback-Leibler divergence, in nats, of the distribution of the first generated
-    token from the base model's after the same prompt.
+    token from the base model's after the same prompt. `log_ratios` has for each choice one number
+    a token, an ending EOS or stop id included: its log-probability with the edits, less the base
+    model's after the same tokens (nats; above 0 where the edits make it likelier).
     """
 
     edits: tuple[EditTrace, ...]
     kl: float
+    log_ratios: tuple[tuple[float, ...], ...] = ()
+
+    @property
+    def mean_log_ratio(self) -> float:
+        """Mean of `log_ratios` over the tokens of all choices; 0 where there are none.
+
+        Over answers drawn at temperature 1 it estimates the divergence from the base, a token.
+        """
+        ratios = [ratio for choice in self.log_ratios for ratio in choice]
+        return sum(ratios) / len(ratios) if ratios else 0.0
 
     def summaries(self) -> list[EditSummary]:
         """What each edit did to all its rows, by intervention and edit."""

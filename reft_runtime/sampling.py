@@ -22,8 +22,9 @@ class SamplingParams:
 
     `temperature` 0 is greedy. `top_k` 0 and `top_p` 1 mean all tokens. `max_tokens` None means up
     to the model's length. `logprobs` None returns none; k returns the chosen token's and the k
-    best; `prompt_logprobs` does the same for the prompt. Log-probabilities are those of the model,
-    before penalties, bias and temperature. A `seed` makes the answer reproducible whatever else is
+    best; `prompt_logprobs` does the same for the prompt. A request that is traced returns at least
+    the chosen tokens'. Log-probabilities are those of the model, before penalties, bias and
+    temperature. A `seed` makes the answer reproducible whatever else is
     in the batch. Penalties: presence and frequency count generated tokens (OpenAI), repetition
     counts prompt and generated tokens (CTRL, arXiv 1909.05858). The text leaves out special tokens,
     and the stop string, stop id or EOS that ended it, unless the last two fields say otherwise.

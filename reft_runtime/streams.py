@@ -10,12 +10,10 @@ import time
 from collections.abc import Callable
 from typing import Self
 
-from torch import Tensor
-
 from reft_runtime.assembly import Assembler
 from reft_runtime.engine.events import Event
 from reft_runtime.errors import EngineDead, OutOfMemory, RequestFailed
-from reft_runtime.outputs import ChoiceDelta, EditTrace, TokenLogprob
+from reft_runtime.outputs import ChoiceDelta, TokenLogprob
 
 
 class Stream:
@@ -29,20 +27,15 @@ class Stream:
 
     def __init__(
         self,
-        request_id: str,
         assembler: Assembler,
         versions: list[str],
         on_end: Callable[[], None],
         abort: Callable[[], None],
         engine_alive: Callable[[], bool],
-        traced_rows: int = 0,
     ) -> None:
-        self.request_id = request_id
+        self.assembler = assembler
         self.versions = versions
-        self.traced_rows = traced_rows
-        """Most rows that its trace has."""
         self.queue_seconds: float | None = None
-        self._assembler = assembler
         self._on_end = on_end
         self._abort = abort
         self._engine_alive = engine_alive
@@ -53,29 +46,19 @@ class Stream:
         self._ready = asyncio.Event()
 
     @property
-    def prompt(self) -> tuple[int, ...]:
-        """The prompt's token ids."""
-        return self._assembler.prompt
-
-    @property
-    def edits(self) -> tuple[EditTrace, ...]:
-        """What the edits of a traced request did so far."""
-        return self._assembler.edits
-
-    @property
-    def first_logprobs(self) -> Tensor | None:
-        """Distribution [vocabulary] of a traced request's first token, once there is one."""
-        return self._assembler.first_logprobs
+    def traced_rows(self) -> int:
+        """Most rows that its trace has."""
+        return self.assembler.request.traced_rows
 
     @property
     def prompt_logprobs(self) -> list[TokenLogprob | None] | None:
         """The prompt's log-probabilities, if asked for: complete when the first item arrives."""
-        return self._assembler.prompt_logprobs
+        return self.assembler.prompt_logprobs
 
     @property
     def cached_tokens(self) -> int:
         """Prompt tokens that came from the prefix cache; known when the first item arrives."""
-        return self._assembler.cached_tokens
+        return self.assembler.cached_tokens
 
     def __aiter__(self) -> Self:
         return self
@@ -102,7 +85,7 @@ class Stream:
         if self._ended:
             return
         try:
-            delta = self._assembler.feed(event)
+            delta = self.assembler.feed(event)
         except (RequestFailed, OutOfMemory) as error:
             self._error = error if self._engine_alive() else EngineDead(error.message)
             self._end()
@@ -115,12 +98,12 @@ class Stream:
             self._abort()
             self._end()
             return
-        if self._assembler.started_at is not None:
-            self.queue_seconds = self._assembler.started_at - self._submitted
+        if self.assembler.started_at is not None:
+            self.queue_seconds = self.assembler.started_at - self._submitted
         if delta is not None:
             self._deltas.append(delta)
             self._ready.set()
-        if self._assembler.done:
+        if self.assembler.done:
             self._end()
 
     def _end(self) -> None:

@@ -7,7 +7,6 @@ import logging
 from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable
 from contextlib import aclosing
-from dataclasses import asdict
 from functools import partial
 from typing import Any
 
@@ -25,6 +24,9 @@ from server.streaming import DONE, event, json_bytes
 
 logger = logging.getLogger("reft.server")
 
+AT_ONCE_TOKENS = 4096
+"""Tokens that are written on the event loop; more of them would hold up other requests."""
+
 
 class Shape(ABC):
     """How one route writes choices; an instance serves one request."""
@@ -37,7 +39,7 @@ class Shape(ABC):
 
     @property
     def heavy(self) -> bool:
-        """Whether writing takes long enough to hold up other requests."""
+        """Whether it writes so much of each token that a few hold up other requests."""
         return False
 
     def whole(self, run: Run) -> dict[str, Any]:
@@ -117,11 +119,11 @@ class Answer(Response):
                 await self._stream(run, send)
                 return
             choices = await run.collect()
-            engine = self._context.engine
-            traces = [await engine.explain(stream) for stream in run.streams] if job.trace else []
+            traces = await run.explain()
         # The engine is done with the request; how fast the client reads is no concern of it.
         write = partial(self._whole, run, choices, traces)
-        content = await asyncio.to_thread(write) if self._shape.heavy or traces else write()
+        large = traces or self._is_large(run)
+        content = await asyncio.to_thread(write) if large else write()
         whole = Response(content, headers=run.headers(), media_type="application/json")
         await whole(scope, receive, send)
 
@@ -130,7 +132,7 @@ class Answer(Response):
         body = self._envelope(run, self._shape.object, written) | {"usage": run.usage()}
         body |= self._shape.whole(run)
         if traces:
-            body["trace"] = [asdict(trace) for trace in traces]
+            body["trace"] = traces
         return json_bytes(body)
 
     async def _stream(self, run: Run, send: Send) -> None:
@@ -149,11 +151,14 @@ class Answer(Response):
             return b"".join(map(event, events))
 
         started = False
+        begun: set[int] = set()
         async with aclosing(run.steps()) as steps:
             async for step in steps:
-                # The first step may bring the prompt's log-probabilities, all of them.
-                if self._shape.heavy and not started:
-                    events = await asyncio.to_thread(written, step, True)
+                # A choice's first step may bring its prompt, with log-probabilities of all of it.
+                fresh = {index for index, _ in step} - begun
+                begun |= fresh
+                if fresh and self._is_large(run):
+                    events = await asyncio.to_thread(written, step, not started)
                 else:
                     events = written(step, not started)
                 if not started:
@@ -161,9 +166,20 @@ class Answer(Response):
                     started = True
                 if events:
                     await send(_piece(events))
-        last = event(common | {"usage": run.usage()}) if options.include_usage else b""
-        await send(_piece(last + DONE))
+        last: dict[str, Any] = {"usage": run.usage()} if options.include_usage else {}
+        end = b""
+        if run.job.trace:
+            last["trace"] = await run.explain()
+            end = await asyncio.to_thread(event, common | last)
+        elif last:
+            end = event(common | last)
+        await send(_piece(end + DONE))
         await send(_piece(b"", more=False))
+
+    def _is_large(self, run: Run) -> bool:
+        """Whether writing the answer is for a thread."""
+        prompts = run.prompt_tokens * run.job.sampling.n
+        return self._shape.heavy or prompts + run.completion_tokens > AT_ONCE_TOKENS
 
     def _envelope(self, run: Run, kind: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
         return {

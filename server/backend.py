@@ -117,21 +117,21 @@ class RemoteBackend:
         return Applied("+".join(options), tuple(uses), _one_turn(map(self._template, uses)))
 
     def answer(self, ask: Ask, say: Say) -> Reply:
-        """As in `Backend`. An answer that is traced comes whole."""
-        if ask.trace:
-            [reply] = self.answers([ask])
-            say(reply.text)
-            return reply
+        """As in `Backend`."""
         text, ended, usage = "", "", {"prompt_tokens": 0, "completion_tokens": 0}
+        traced: list[Body] = []
         body = {**self._body(ask), "stream_options": {"include_usage": True}}
         for event in self._server.stream(_PATH, body):
             usage = event.get("usage") or usage
+            traced = event.get("trace", [])
             for choice in event["choices"]:
                 piece = choice["delta"].get("content") or ""
                 ended = choice["finish_reason"] or ended
                 text += piece
                 say(piece)
-        return Reply(text, usage["completion_tokens"], usage["prompt_tokens"], ended)
+        return Reply(
+            text, usage["completion_tokens"], usage["prompt_tokens"], ended, *_traces(traced)
+        )
 
     def answers(self, asks: Sequence[Ask]) -> list[Reply]:
         """As in `Backend`."""
@@ -231,12 +231,21 @@ def _one_turn(templates: Iterable[str | None]) -> bool:
 def _reply(whole: Body) -> Reply:
     [choice] = whole["choices"]
     usage = whole["usage"]
-    traced = whole.get("trace", [])
-    traces = [Trace(tuple(EditTrace(**edit) for edit in t["edits"]), t["kl"]) for t in traced]
     return Reply(
         choice["message"]["content"] or "",
         usage["completion_tokens"],
         usage["prompt_tokens"],
         choice["finish_reason"],
-        *traces,
+        *_traces(whole.get("trace", [])),
     )
+
+
+def _traces(written: Sequence[Body]) -> list[Trace]:
+    return [
+        Trace(
+            tuple(EditTrace(**edit) for edit in one["edits"]),
+            one["kl"],
+            tuple(map(tuple, one["log_ratios"])),
+        )
+        for one in written
+    ]

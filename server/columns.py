@@ -24,13 +24,17 @@ class Column:
     reply: Reply
 
     def as_json(self) -> dict[str, Any]:
-        """Plain values; `kl` is the first token's divergence from the base, in nats."""
+        """Plain values; `kl` is the first token's divergence from the base, in nats.
+
+        `mean_log_ratio` is how much likelier the answer is than to the base, in nats a token.
+        """
         return {
             "interventions": self.label,
             "answer": self.reply.text,
             "tokens": self.reply.tokens,
             "finish_reason": self.reply.finish_reason,
             "kl": self.reply.trace.kl,
+            "mean_log_ratio": self.reply.trace.mean_log_ratio,
         }
 
 
@@ -51,7 +55,9 @@ def show_columns(console: Console, columns: Sequence[Column]) -> None:
         if column.reply.finish_reason == "length":
             said = [f"cut off at {column.reply.tokens} tokens"]
         if column.label != BASE_LABEL:
-            said.append(f"first token {column.reply.trace.kl:.3f} nats from the base")
+            trace = column.reply.trace
+            said.append(f"first token {trace.kl:.3f} nats from the base")
+            said.append(f"answer {trace.mean_log_ratio:+.3f} a token")
         console.print(
             Text.assemble((printable(column.label), "bold"), "  ", (", ".join(said), "dim"))
         )

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from reft_runtime.bounds import MAX_TRACED_ROWS, bound_scores, too_much_traced
 from reft_runtime.errors import Overloaded
-from reft_runtime.outputs import Choice, ChoiceDelta, TokenLogprob
+from reft_runtime.outputs import Choice, ChoiceDelta, TokenLogprob, Trace
 from reft_runtime.sampling import SamplingParams
 from server.auth import cache_salt
 from server.context import Context
@@ -56,7 +56,7 @@ async def prepare(
         prompts = encode(engine.tokenizer, selection)
         for tokens in prompts:
             _check_length(engine, tokens, sampling.max_tokens, prompt)
-        bound_scores([len(tokens) for tokens in prompts], sampling)
+        bound_scores([len(tokens) for tokens in prompts], sampling, trace=body.trace)
         return Job(prompts, sampling, selection, body.trace, arrived)
 
     return await asyncio.to_thread(work)
@@ -179,6 +179,11 @@ class Run:
         for choice, pieces in zip(choices, texts, strict=True):
             choice.text = "".join(pieces)
         return choices
+
+    async def explain(self) -> list[Trace]:
+        """The trace of each prompt, when all has ended; none where it is not asked for."""
+        engine = self.context.engine
+        return [await engine.explain(s) for s in self.streams] if self.job.trace else []
 
     def _count(self, prompt: int, deltas: list[ChoiceDelta]) -> None:
         now = time.monotonic()

@@ -75,28 +75,36 @@ def _range(first: float, last: float, step: float) -> list[float]:
 
 def show_points(console: Console, points: Sequence[Point]) -> None:
     """A table with a line for each strength."""
-    columns = {"strength": "right", "tokens": "right", "nats": "right"}
+    columns = {"strength": "right", "tokens": "right", "first": "right", "mean": "right"}
     scored = points[0].score
     if scored is not None:
         columns[scored.metric] = "right"
     rows = []
     for point in points:
         reply = point.column.reply
-        row = [f"{point.strength:g}", str(reply.tokens), f"{reply.trace.kl:.3f}"]
+        nats = [f"{reply.trace.kl:.3f}", f"{reply.trace.mean_log_ratio:.3f}"]
+        row = [f"{point.strength:g}", str(reply.tokens), *nats]
         if point.score is not None:
             row.append(point.score.shown)
         rows.append([*row, reply.text.strip()])
     console.print(table({**columns, "answer": "fold"}, rows))
-    console.print("nats: how far the first token's distribution is from the base's", style="dim")
+    console.print("first: nats from the base's distribution of the first token", style="dim")
+    console.print(
+        "mean: nats a token by which the answer is likelier than to the base", style="dim"
+    )
 
 
 def draw(path: Path, name: str, points: Sequence[Point]) -> None:
-    """A picture of divergence, length and score by strength."""
+    """A picture of divergences, length and score by strength."""
     from matplotlib.figure import Figure
 
     strengths = [point.strength for point in points]
     curves: list[tuple[str, Sequence[float]]] = [
         ("first token, nats from the base", [point.column.reply.trace.kl for point in points]),
+        (
+            "answer, nats a token likelier than to the base",
+            [point.column.reply.trace.mean_log_ratio for point in points],
+        ),
         ("length of the answer, tokens", [point.column.reply.tokens for point in points]),
     ]
     scores = [point.score for point in points if point.score is not None]

@@ -50,6 +50,7 @@ def trace_table(trace: Trace, uses: Sequence[Use], prompt_tokens: int) -> str:
             "MEAN, LARGEST  length of the change, in lengths of the row before it",
             f"POSITIONS      of tokens, counted from 0; from {prompt_tokens} on they are generated",
             f"first token    {trace.kl:.3f} nats from the base model's distribution",
+            f"answer         {trace.mean_log_ratio:.3f} nats a token likelier than to the base",
         ]
     )
 

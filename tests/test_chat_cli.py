@@ -115,6 +115,9 @@ def test_both_answer_alike(url: str, local: Backend, backend: Backend) -> None:
         assert (reply.text, reply.tokens) == (same.text, same.tokens)
         assert reply.trace.kl == pytest.approx(same.trace.kl, rel=1e-4, abs=1e-6)
         assert len(reply.trace.edits) == len(same.trace.edits)
+        [ratios], [wanted_ratios] = reply.trace.log_ratios, same.trace.log_ratios
+        assert ratios == pytest.approx(wanted_ratios, abs=1e-4)
+        assert len(ratios) == reply.tokens
     assert replies[0].trace.kl == pytest.approx(0, abs=1e-6)
     assert replies[1].trace.kl > 0
     pieces: list[str] = []
@@ -122,8 +125,14 @@ def test_both_answer_alike(url: str, local: Backend, backend: Backend) -> None:
     assert "".join(pieces) == streamed.text == replies[1].text
     assert streamed.tokens == replies[1].tokens
     assert streamed.prompt_tokens == replies[1].prompt_tokens
+    pieces.clear()
     traced = backend.answer(asks[1], pieces.append)
-    assert traced.trace == replies[1].trace
+    assert len(pieces) > 1
+    assert "".join(pieces) == traced.text == replies[1].text
+    assert traced.trace.edits == replies[1].trace.edits
+    assert traced.trace.kl == pytest.approx(replies[1].trace.kl, rel=1e-4)
+    [ratios], [again] = replies[1].trace.log_ratios, traced.trace.log_ratios
+    assert again == pytest.approx(ratios, abs=1e-4)
 
 
 def test_turns_and_commands(
@@ -280,12 +289,13 @@ def test_sweep(url: str, options: list[str], tmp_path: Path) -> None:
     assert [point["strength"] for point in points] == [-1, 0, 1]
     assert points[1]["kl"] == pytest.approx(0, abs=1e-6)
     assert points[2]["kl"] > 0
+    assert points[1]["mean_log_ratio"] == 0 != points[2]["mean_log_ratio"]
     assert {point["metric"] for point in points} == {"accuracy"}
     assert all(point["score"] in (0, 0.25, 0.5, 0.75, 1) for point in points)
     assert "strength" in picture.read_text()
     shown = reft(*common, *options)
     head, *lines = shown.stdout.splitlines()
-    assert head.split() == ["strength", "tokens", "nats", "answer"]
+    assert head.split() == ["strength", "tokens", "first", "mean", "answer"]
     assert [line.split()[:2] for line in lines[:3]] == [["-1", "4"], ["0", "4"], ["1", "4"]]
 
 

@@ -105,6 +105,7 @@ def test_names_and_files_compose_and_are_traced(model: Path, served: Path, tmp_p
     nothing = generate(model, served, "-i", "two=0", "--trace")
     assert nothing.stderr.startswith("No row was edited.")
     assert "first token    0.000 nats" in nothing.stderr
+    assert "answer         0.000 nats a token" in nothing.stderr
 
 
 def test_names_that_are_not_served(model: Path, served: Path) -> None:

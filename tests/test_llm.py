@@ -16,11 +16,26 @@ import torch
 from transformers import PreTrainedModel
 
 from reft_runtime import Engine, SamplingParams, Use
-from reft_runtime.errors import EngineDead, InvalidRequest, NotFound, Overloaded, ReftError
+from reft_runtime.errors import (
+    Draining,
+    EngineDead,
+    InvalidRequest,
+    NotFound,
+    Overloaded,
+    ReftError,
+)
 from reft_runtime.interventions import Intervention, serialise
 from reft_runtime.outputs import Trace
+from reft_runtime.streams import Stream
 from tests.helpers.models import MAX_LENGTH, generate, prompt, tiny_llama
-from tests.helpers.reference import Applied, RandomEdit, applied, generate_applied, logits
+from tests.helpers.reference import (
+    Applied,
+    RandomEdit,
+    applied,
+    generate_applied,
+    log_ratios,
+    logits,
+)
 from tests.helpers.tokenizer import tiny_tokenizer
 
 GREEDY = SamplingParams(temperature=0, max_tokens=10)
@@ -333,6 +348,14 @@ def assert_trace(trace: Trace, tokens: list[int], made: list[int], *used: Applie
         edit = used[entry.intervention].edits[entry.edit]
         assert (entry.layer, entry.component) == (edit.layer, edit.component)
     assert trace.kl == pytest.approx(divergence(tokens, *used), rel=1e-3, abs=1e-6)
+    assert_ratio(trace.log_ratios[0], tokens, made, *used)
+
+
+def assert_ratio(
+    ratios: tuple[float, ...], tokens: list[int], made: list[int], *used: Applied
+) -> None:
+    """Those of one choice."""
+    assert ratios == pytest.approx(log_ratios(tiny_llama()[0], tokens, made, used), abs=1e-4)
 
 
 def test_compare(engine: Engine, model: PreTrainedModel) -> None:
@@ -348,7 +371,8 @@ def test_compare(engine: Engine, model: PreTrainedModel) -> None:
     base, *others = engine.compare(tokens, list(columns), GREEDY)
     assert base.interventions == ()
     assert base.answer.tokens == generate(model, tokens, 10)
-    assert base.trace == Trace((), 0.0)
+    assert base.trace == Trace((), 0.0, ((0.0,) * 10,))
+    assert others[4].trace == others[5].trace == base.trace
     for got, wanted in zip(others, columns.values(), strict=True):
         used = wanted if isinstance(wanted, tuple) else (wanted,)
         assert got.answer.tokens == generate_applied(model, tokens, used, 10)
@@ -389,6 +413,8 @@ def test_compare_is_greedy_and_takes_chats(engine: Engine) -> None:
         engine.compare(chat, ["loreft", "nope"])
     none, also = engine.compare(chat, ["loreft"], SamplingParams(max_tokens=0))
     assert none.trace.kl == also.trace.kl == 0
+    assert also.trace.log_ratios == ((),)
+    assert also.trace.mean_log_ratio == 0
     assert len(also.trace.edits) == 4
 
 
@@ -418,18 +444,86 @@ async def test_traces_of_several_choices(settings: dict[str, int]) -> None:
                 for delta in deltas:
                     made[delta.index].extend(delta.tokens)
             assert [len(each) for each in made] == [40] * 3
-            # The trace follows the first choice.
+            # Its edits are those of the first choice.
             trace = await engine.explain(stream)
             assert_trace(trace, tokens[i], made[0], *(used if i % 2 else ()))
+            assert len(trace.log_ratios) == 3
+            for ratios, answer in zip(trace.log_ratios, made, strict=True):
+                assert_ratio(ratios, tokens[i], answer, *(used if i % 2 else ()))
         assert (engine.stats().preemptions > 0) == ("kv_tokens" in settings)
+
+
+async def ended(engine: Engine, **settings: Any) -> tuple[Stream, list[list[int]]]:
+    """A traced stream of three choices at its end, and what they are."""
+    sampling = SamplingParams(temperature=1, seed=3, n=3, **{"max_tokens": 10, **settings})
+    stream = await engine.open(prompt(48), sampling, (Use("several"),), trace=True)
+    made: list[list[int]] = [[], [], []]
+    async for deltas in stream:
+        for delta in deltas:
+            made[delta.index].extend(delta.tokens)
+    return stream, made
+
+
+@pytest.mark.parametrize("cache", [True, False])
+async def test_the_base_computes_the_prompt_of_a_trace_once(cache: bool) -> None:
+    with opened(max_running=4, prefix_cache=cache) as engine:
+        stream, made = await ended(engine, ignore_eos=True)
+        before = engine.stats().prompt_tokens
+        trace = await engine.explain(stream)
+        # Two blocks of 16 tokens are reused; the last token of the third is scored from.
+        each = 48 + 10 - (32 if cache else 0)
+        assert engine.stats().prompt_tokens - before == 48 + 3 * each
+        for ratios, answer in zip(trace.log_ratios, made, strict=True):
+            assert_ratio(ratios, list(prompt(48)), answer, Applied(FILES["several"]))
+
+
+async def test_answers_of_a_trace_that_end_early(engine: Engine) -> None:
+    whole, made = await ended(engine, ignore_eos=True)
+    stream, cut = await ended(engine, ignore_eos=True, stop_token_ids=(made[1][4],))
+    assert len(cut[1]) <= 5
+    lengths = [len(answer) for answer in cut]
+    trace, other = await engine.explain(stream), await engine.explain(whole)
+    assert [len(ratios) for ratios in trace.log_ratios] == lengths
+    assert trace.log_ratios[1] == pytest.approx(other.log_ratios[1][: lengths[1]], abs=1e-4)
+    count = sum(lengths)
+    assert trace.mean_log_ratio == pytest.approx(sum(map(sum, trace.log_ratios)) / count)
+
+
+async def test_a_trace_is_not_refused_at_its_end() -> None:
+    with opened(max_running=1, max_queued=1) as engine:
+        stream, _ = await ended(engine)
+        engine.begin_drain()
+        with pytest.raises(Draining):
+            await engine.open(prompt(9), GREEDY)
+        assert len((await engine.explain(stream)).log_ratios) == 3
+
+
+async def test_who_leaves_a_trace_leaves_nothing(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stream, _ = await ended(engine)
+    submit, asked = engine._loop.submit, []
+
+    def submit_and_leave(*request: Any, **fields: Any) -> None:
+        submit(*request, **fields)
+        asked.append(request)
+        explaining.cancel()
+
+    monkeypatch.setattr(engine._loop, "submit", submit_and_leave)
+    explaining = asyncio.ensure_future(engine.explain(stream))
+    with pytest.raises(asyncio.CancelledError):
+        await explaining
+    assert len(asked) == 4
+    assert not engine._sinks
 
 
 async def test_no_trace_unless_asked(engine: Engine) -> None:
     stream = await engine.open(prompt(9), GREEDY, (Use("several"),))
     async for _ in stream:
         pass
-    assert stream.edits == ()
-    assert stream.first_logprobs is None
+    assert stream.assembler.edits == ()
+    assert stream.assembler.first_logprobs is None
+    assert stream.assembler.scores == [[]]
 
 
 async def test_abort_mid_way(engine: Engine) -> None:

@@ -30,6 +30,7 @@ TRACE = Trace(
         EditTrace(1, 0, 4, "block_output", 7, 1.5),
     ),
     kl=1.25,
+    log_ratios=((0.5, -1.0), (2.0,)),
 )
 NASTY = "<script>alert('a')</script> & more"
 
@@ -66,23 +67,25 @@ def test_a_trace_is_summed_up_by_edit() -> None:
     ]
     html = _Cells(TRACE._repr_html_())
     assert html.cells[6:12] == ["0", "4", "block_output", "2", "0.500", "0.750"]
-    assert html.cells[-1].endswith("first token 1.250 nats from the base")
+    assert html.cells[-1].endswith("first token 1.250 nats from the base, answer 0.500 a token")
 
 
 def test_answers_are_escaped() -> None:
     html = Comparisons([comparison(), comparison("a<b", "c=0.5")])._repr_html_()
     assert "script" not in _Cells(html).tags
-    assert _Cells(html).cells[4:] == [
+    assert _Cells(html).cells[5:] == [
         "base",
         NASTY,
         "3",
         "1.250",
+        "0.500",
         "a<b + c=0.5",
         NASTY,
         "3",
         "1.250",
+        "0.500",
     ]
-    assert _Cells(comparison("one")._repr_html_()).cells[4] == "one"
+    assert _Cells(comparison("one")._repr_html_()).cells[5] == "one"
 
 
 def test_a_report_is_a_table_with_its_details() -> None:

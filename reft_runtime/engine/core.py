@@ -242,7 +242,8 @@ class EngineCore:
     def _score_prompts(self, result: StepResult, events: list[Event]) -> None:
         for sequence, first, values in result.prompt_logprobs:
             # A preempted prompt is computed again; what was sent already is not sent twice.
-            unsent = values[max(0, sequence.prompt_logprobs_sent + 1 - first) :]
+            sent = sequence.request.scored_from + sequence.prompt_logprobs_sent
+            unsent = values[max(0, sent - first) :]
             if unsent and sequence.status is Status.RUNNING:
                 sequence.prompt_logprobs_sent += len(unsent)
                 events.append(PromptScored(sequence.request.id, tuple(unsent)))

@@ -27,7 +27,7 @@ class PromptReused:
 
 @dataclass(frozen=True, slots=True)
 class PromptScored:
-    """Log-probabilities of the next prompt tokens, in order, from the second token on."""
+    """Log-probabilities of the next prompt tokens, in order, from `Request.scored_from` on."""
 
     request_id: str
     logprobs: tuple[TokenLogprob, ...]

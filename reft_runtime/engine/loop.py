@@ -60,27 +60,33 @@ class EngineLoop:
         """Whether the thread runs and the engine has not broken."""
         return self._death is None and self._thread.is_alive()
 
-    def submit(self, request: Request, sink: Sink) -> None:
+    def submit(self, request: Request, sink: Sink, *, follow_up: bool = False) -> None:
         """Queue a request; its events go to `sink` until its last choice ends.
 
-        Raises `Overloaded`, `Draining` or `EngineDead` before anything is queued.
+        A `follow_up` belongs to a request that was taken before: it is refused neither by a full
+        queue nor while draining. Raises `Overloaded`, `Draining` or `EngineDead` before anything
+        is queued.
         """
         tokens = len(request.prompt)
         with self._changed:
             if self._death is not None or self._closing:
                 raise EngineDead(self._death or "the engine is closed")
-            if self._draining:
-                raise Draining("The server is shutting down; try another one.", retry_after=5)
-            if len(self._queued) >= self._max_queued:
-                raise Overloaded(f"The queue is full ({self._max_queued} requests).")
-            waiting_tokens = sum(self._queued.values())
-            if self._queued and waiting_tokens + tokens > self._max_queued_tokens:
-                raise Overloaded(f"The queue is full ({waiting_tokens} prompt tokens).")
+            if not follow_up:
+                self._check_queue(tokens)
             self._queued[request.id] = tokens
             self._sinks[request.id] = sink
             self._choices_left[request.id] = set(range(request.sampling.n))
             self._inbox.append(lambda: self._add(request))
             self._changed.notify_all()
+
+    def _check_queue(self, tokens: int) -> None:
+        if self._draining:
+            raise Draining("The server is shutting down; try another one.", retry_after=5)
+        if len(self._queued) >= self._max_queued:
+            raise Overloaded(f"The queue is full ({self._max_queued} requests).")
+        waiting_tokens = sum(self._queued.values())
+        if self._queued and waiting_tokens + tokens > self._max_queued_tokens:
+            raise Overloaded(f"The queue is full ({waiting_tokens} prompt tokens).")
 
     def abort(self, request_id: str, choice: int | None = None) -> None:
         """End a request, or one choice of it, without an event; what has ended is left alone."""

@@ -249,10 +249,12 @@ def _wanted_rows(chunks: SequenceOf[Chunk]) -> _Wanted:
         sequence, sampling = chunk.sequence, chunk.sequence.request.sampling
         if sampling.prompt_logprobs is not None and sequence.leads:
             # The row of token i predicts token i + 1.
+            start = max(chunk.start, sequence.request.scored_from - 1)
             stop = min(chunk.stop, sequence.prompt_length - 1)
-            if (count := stop - chunk.start) > 0:
-                wanted.prompts.append((sequence, chunk.start + 1, len(wanted.rows), count))
-                wanted.rows.extend(range(first, first + count))
+            if (count := stop - start) > 0:
+                wanted.prompts.append((sequence, start + 1, len(wanted.rows), count))
+                begin = first + start - chunk.start
+                wanted.rows.extend(range(begin, begin + count))
         if chunk.completes and sampling.max_tokens != 0:
             wanted.samples.extend((s, len(wanted.rows)) for s in (sequence, *chunk.forks))
             wanted.rows.append(first + chunk.length - 1)

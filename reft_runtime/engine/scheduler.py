@@ -211,8 +211,8 @@ class Scheduler:
             if not limit:
                 return 0
         start, reused = sequence.computed, []
-        if self.cache is not None and sequence.reads_cache:
-            keys = sequence.block_keys(len(sequence.tokens) - 1)  # the last is always computed
+        if self.cache is not None and sequence.reusable:
+            keys = sequence.block_keys(sequence.reusable)
             first = start // BLOCK_TOKENS
             reused = [
                 BlockCopy(sequence, block, slot)
@@ -247,8 +247,8 @@ class Scheduler:
         if plan.preempted:
             return False
         keys = []
-        if self.cache is not None and sequence.reads_cache:
-            keys = sequence.block_keys(len(sequence.tokens) - 1)
+        if self.cache is not None and sequence.reusable:
+            keys = sequence.block_keys(sequence.reusable)
             self.cache.find(keys)  # so that room is not made of what it will reuse
         if not self._make_room(sequence):
             return False

@@ -34,7 +34,8 @@ class Request:
 
     `seed` is always set: the caller's, or one drawn when the request was made. `salt` separates
     tenants in cache keys. `interventions` are applied in order. With `trace` the engine tells what
-    they did, `traced_rows` rows at most.
+    they did, `traced_rows` rows at most. Where the prompt's log-probabilities are asked for, they
+    are those of its tokens from `scored_from` on.
     """
 
     id: str
@@ -45,6 +46,7 @@ class Request:
     salt: bytes = b""
     trace: bool = False
     traced_rows: int = 0
+    scored_from: int = 1
 
 
 class Status(Enum):
@@ -115,9 +117,16 @@ class Sequence:
         return len(self.tokens) - self.prompt_length
 
     @property
-    def reads_cache(self) -> bool:
-        """Whether it may take what others computed: scores and traces need their own forward."""
-        return not self.request.trace and self.request.sampling.prompt_logprobs is None
+    def reusable(self) -> int:
+        """How many of its first tokens others may have computed.
+
+        The last needs a forward of its own, and so do traces, and the tokens that scores follow.
+        """
+        if self.request.trace:
+            return 0
+        if self.request.sampling.prompt_logprobs is not None:
+            return self.request.scored_from - 1
+        return len(self.tokens) - 1
 
     @property
     def remaining(self) -> int:

@@ -66,7 +66,8 @@ class ChatShape(Shape):
             self._begun.add(index)
             chunks.append(_chunk(index, {"role": "assistant", "content": ""}, None, None))
         ids = list(delta.tokens) if self._body.return_token_ids else []
-        if delta.text or delta.logprobs or delta.finish_reason or ids:
+        scored = self._body.logprobs and delta.logprobs
+        if delta.text or scored or delta.finish_reason or ids:
             content = {"content": delta.text} if delta.text else {}
             logprobs = self._logprobs(run, list(delta.logprobs))
             chunk = _chunk(index, content, logprobs, delta.finish_reason)

@@ -52,7 +52,8 @@ class CompletionShape(Shape):
     def chunks(self, run: Run, index: int, delta: ChoiceDelta) -> list[dict[str, Any]]:
         """One chunk, or none while there is nothing to show."""
         ids = delta.tokens if self._body.return_token_ids else ()
-        shown = delta.text or delta.logprobs or delta.finish_reason or ids
+        scored = self._body.logprobs is not None and delta.logprobs
+        shown = delta.text or scored or delta.finish_reason or ids
         if not shown and (index in self._begun or not self._body.echo):
             return []
         chunk = self._written(

@@ -162,7 +162,9 @@ class SamplingBody(WithoutEffect):
     best_of: int | None = Field(default=None, description="Accepted where it equals n.")
     stream: bool = False
     stream_options: StreamOptions = StreamOptions()
-    trace: bool = Field(default=False, description="Say what every edit did; not streamed.")
+    trace: bool = Field(
+        default=False, description="Say what every edit did, and how it changed each token."
+    )
     stop: Stop = Field(default=[])
     stop_token_ids: list[TokenId] = Field(default=[], max_length=MAX_STOP_TOKENS, fail_fast=True)
     seed: int | None = Field(default=None, ge=-MAX_SEED - 1, le=MAX_SEED)
@@ -206,8 +208,6 @@ class SamplingBody(WithoutEffect):
             )
         if "stream_options" in self.model_fields_set and not self.stream:
             raise InvalidRequest("stream_options needs stream: true.", param="stream_options")
-        if self.trace and self.stream:
-            raise InvalidRequest("trace needs stream: false.", param="trace")
         if self.prompt_logprobs is not None and self.stream:
             raise InvalidRequest("prompt_logprobs needs stream: false.", param="prompt_logprobs")
         return self

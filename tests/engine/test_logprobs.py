@@ -1,5 +1,7 @@
 """Log-probabilities of prompts and answers are those of the model itself."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
@@ -55,7 +57,8 @@ def test_a_prompt_of_one_token_has_none() -> None:
     assert scored == answers(make_core(), [request("a", prompt(1))])
 
 
-def test_after_a_preemption_in_mid_prompt() -> None:
+@pytest.mark.parametrize("scored_from", [1, 60])
+def test_after_a_preemption_in_mid_prompt(scored_from: int) -> None:
     # Decoding requests use up the KV while a long prompt, the newest, is computed bit by bit.
     core = make_core(max_running=8, max_step_tokens=8, kv_tokens=MAX_LENGTH + 16)
     found: dict[str, Answer] = {}
@@ -63,7 +66,8 @@ def test_after_a_preemption_in_mid_prompt() -> None:
         core.add(request(f"{i}", prompt(14, seed=i), max_tokens=100))
     while len(found) < 5:
         step(core, found)
-    core.add(request("a", prompt(100), prompt_logprobs=K, max_tokens=4))
+    scored = request("a", prompt(100), prompt_logprobs=K, max_tokens=4)
+    core.add(replace(scored, scored_from=scored_from))
     longest = 0
     while not core.idle:
         sequences = core._live.get("a", [])
@@ -72,8 +76,8 @@ def test_after_a_preemption_in_mid_prompt() -> None:
         if sequences and before[0] and not sequences[0].computed:
             longest = max(longest, before[0])
     assert 0 < longest < 100, "the prompt was preempted part way"
-    assert len(found["a"].prompt_logprobs) == 99
-    check(found["a"].prompt_logprobs, prompt(100), 1)
+    assert len(found["a"].prompt_logprobs) == 100 - scored_from
+    check(found["a"].prompt_logprobs, prompt(100), scored_from)
 
 
 def test_of_generated_tokens_with_alternatives() -> None:

@@ -255,3 +255,16 @@ def generate_applied(
     for _ in range(max_tokens):
         text.append(int(logits(model, text, len(tokens), interventions)[-1].argmax()))
     return text[len(tokens) :]
+
+
+def log_ratios(
+    model: PreTrainedModel,
+    tokens: SequenceOf[int],
+    made: SequenceOf[int],
+    interventions: SequenceOf[Applied],
+) -> list[float]:
+    """Log-probability of each token made, less the base model's after the same tokens."""
+    text, n = [*tokens, *made], len(tokens)
+    own = logits(model, text, n, interventions).double().log_softmax(-1)
+    base = logits(model, text, n).double().log_softmax(-1)
+    return [float((own - base)[n - 1 + i, token]) for i, token in enumerate(made)]

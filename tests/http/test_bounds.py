@@ -142,6 +142,32 @@ async def test_log_probabilities(
         assert str(SCORES) in error["message"]
 
 
+@pytest.mark.parametrize(
+    ("fields", "most"),
+    [
+        ({}, 150),  # each token's own, and the base's
+        ({"n": 2}, 75),
+        ({"logprobs": 1}, 100),
+        ({"echo": True, "logprobs": 0}, 145),
+    ],
+)
+async def test_traces_have_log_probabilities(
+    http: httpx.AsyncClient, fields: dict[str, Any], most: int
+) -> None:
+    for made in (most, most + 1):
+        asked = body("last", 10, trace=True, max_tokens=made, **fields)
+        got = await http.post("/v1/completions", json=asked)
+        assert got.status_code == (200 if made == most else 400), got.text
+    error = got.json()["error"]
+    assert error["param"] == "trace"
+    assert f"at most {most}." in error["message"]
+    messages = [{"role": "user", "content": "is it on?"}]
+    chat = {"model": "last", "messages": messages, "ignore_eos": True, "trace": True}
+    answer = (await http.post("/v1/chat/completions", json=chat)).json()
+    assert answer["usage"]["completion_tokens"] == SCORES // 2
+    assert len(answer["trace"][0]["log_ratios"][0]) == SCORES // 2
+
+
 async def test_log_probabilities_of_several_prompts_count_together(
     http: httpx.AsyncClient,
 ) -> None:

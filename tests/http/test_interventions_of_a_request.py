@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
 import httpx
+import httpx2
+import openai
 import pytest
+from fastapi import FastAPI
 
 from reft_runtime import Engine, SamplingParams, Use
 from reft_runtime.interventions import Intervention, serialise
 from server.app import create_app
 from server.settings import Settings
 from tests.helpers.models import MAX_LENGTH, generate, prompt, tiny_llama
-from tests.helpers.reference import Applied, RandomEdit, generate_applied
+from tests.helpers.reference import Applied, RandomEdit, generate_applied, log_ratios
 from tests.helpers.tokenizer import tiny_tokenizer
 
 LOREFT = RandomEdit("loreft", "f2+l2", rank=4, seed=1)
@@ -22,6 +26,7 @@ RED = RandomEdit("red", "all", seed=2)
 STEERING = RandomEdit("steering", "decode", layer=2, seed=3)
 FILES = {"loreft": LOREFT, "red": RED, "steering": STEERING}
 GREEDY = SamplingParams(temperature=0, max_tokens=8)
+SEEDED: dict[str, Any] = {"temperature": 1, "seed": 1, "return_token_ids": True}
 TOKENS = list(prompt(9))
 
 
@@ -36,8 +41,12 @@ def tiny_engine() -> Iterator[Engine]:
 
 
 @pytest.fixture
-async def http(tiny_engine: Engine) -> AsyncIterator[httpx.AsyncClient]:
-    app = create_app(tiny_engine, Settings())
+def app(tiny_engine: Engine) -> FastAPI:
+    return create_app(tiny_engine, Settings())
+
+
+@pytest.fixture
+async def http(tiny_engine: Engine, app: FastAPI) -> AsyncIterator[httpx.AsyncClient]:
     transport = httpx.ASGITransport(app, raise_app_exceptions=False)
     async with (
         app.router.lifespan_context(app),
@@ -141,12 +150,7 @@ async def test_errors_name_the_field(
 
 
 @pytest.mark.parametrize("chat", [False, True])
-async def test_traces_are_not_streamed(http: httpx.AsyncClient, chat: bool) -> None:
-    response = await post(http, {"name": "red"}, chat=chat, trace=True, stream=True)
-    assert response.status_code == 400
-    error = response.json()["error"]
-    assert error["param"] == "trace"
-    assert "stream: false" in error["message"]
+async def test_traces_are_asked_for(http: httpx.AsyncClient, chat: bool) -> None:
     values: list[Any] = [1, "true", []]
     for wrong in values:
         response = await post(http, chat=chat, trace=wrong)
@@ -164,7 +168,9 @@ async def test_a_trace_is_what_compare_says(http: httpx.AsyncClient, tiny_engine
         answer = (await post(http, *asked, chat=chat, trace=True)).json()
         [_, other] = tiny_engine.compare(wanted_prompt, [uses], GREEDY)
         [trace] = answer["trace"]
-        assert set(trace) == {"edits", "kl"}
+        assert set(trace) == {"edits", "kl", "log_ratios"}
+        [ratios], [others] = trace["log_ratios"], other.trace.log_ratios
+        assert ratios == pytest.approx(others, abs=1e-4)
         assert trace["kl"] == pytest.approx(other.trace.kl, rel=1e-3)
         assert trace["kl"] > 0
         assert len(trace["edits"]) == len(other.trace.edits) == 4 + 7
@@ -190,23 +196,108 @@ async def test_a_trace_is_what_compare_says(http: httpx.AsyncClient, tiny_engine
 async def test_every_prompt_has_its_trace(http: httpx.AsyncClient) -> None:
     prompts = [list(prompt(9)), list(prompt(21))]
     answer = (
-        await post(http, {"name": "loreft"}, prompt=prompts, n=2, trace=True, temperature=1, seed=1)
+        await post(http, {"name": "loreft"}, prompt=prompts, n=2, trace=True, **SEEDED)
     ).json()
     assert len(answer["choices"]) == 4
     first, second = answer["trace"]
     assert [edit["position"] for edit in first["edits"]] == [0, 1, 7, 8]
     assert [edit["position"] for edit in second["edits"]] == [0, 1, 19, 20]
     assert first["kl"] != second["kl"]
+    used = (Applied((LOREFT,)),)
+    for choice, ratios in zip(
+        answer["choices"], first["log_ratios"] + second["log_ratios"], strict=True
+    ):
+        tokens, made = prompts[choice["index"] // 2], choice["token_ids"]
+        assert ratios == pytest.approx(log_ratios(tiny_llama()[0], tokens, made, used), abs=1e-4)
     # What is traced and counted is the request, and not the base's run beside it.
     assert answer["usage"]["prompt_tokens"] == 30
     assert answer["usage"]["completion_tokens"] == 32
 
 
+async def streamed(http: httpx.AsyncClient, *uses: dict[str, Any], **fields: Any) -> list[Any]:
+    response = await post(http, *uses, stream=True, **fields)
+    assert response.status_code == 200, response.text
+    *events, done, rest = response.text.split("\n\n")
+    assert (done, rest) == ("data: [DONE]", "")
+    return [json.loads(event.removeprefix("data: ")) for event in events]
+
+
+@pytest.mark.parametrize("chat", [False, True])
+@pytest.mark.parametrize("usage", [False, True])
+async def test_the_trace_of_a_stream(http: httpx.AsyncClient, chat: bool, usage: bool) -> None:
+    uses = [{"name": "loreft", "strength": 0.5}, {"name": "red", "strength": -0.7}]
+    asked: dict[str, Any] = {"chat": chat, "n": 2, "trace": True, **SEEDED}
+    whole = (await post(http, *uses, **asked)).json()
+    options = {"stream_options": {"include_usage": True}} if usage else {}
+    *events, last = await streamed(http, *uses, **asked, **options)
+    assert last["choices"] == []
+    assert last.get("usage") == (whole["usage"] if usage else None)
+    assert not any("trace" in event for event in events)
+    assert all(len(event["choices"]) == 1 for event in events)
+    assert all(choice["logprobs"] is None for event in events for choice in event["choices"])
+    made: list[list[int]] = [[], []]
+    for choice in [choice for event in events for choice in event["choices"]]:
+        made[choice["index"]] += choice.get("token_ids") or []
+    assert made == [choice["token_ids"] for choice in whole["choices"]]
+    [got], [wanted] = last["trace"], whole["trace"]
+    sizes = [[edit.pop("relative_size") for edit in one["edits"]] for one in (got, wanted)]
+    assert sizes[0] == pytest.approx(sizes[1], rel=1e-3)
+    assert got["edits"] == wanted["edits"]
+    assert got["kl"] == pytest.approx(wanted["kl"], rel=1e-3)
+    for ratios, others in zip(got["log_ratios"], wanted["log_ratios"], strict=True):
+        assert ratios == pytest.approx(others, abs=1e-4)
+    assert [len(ratios) for ratios in got["log_ratios"]] == [len(tokens) for tokens in made]
+    assert max(map(abs, got["log_ratios"][0])) > 0.01
+
+
+async def test_a_trace_adds_nothing_else_to_a_stream(http: httpx.AsyncClient) -> None:
+    use = {"name": "red", "strength": 0}
+    for chat in (False, True):
+        plain = await streamed(http, use, chat=chat)
+        *events, last = await streamed(http, use, chat=chat, trace=True)
+        assert [event["choices"] for event in events] == [event["choices"] for event in plain]
+        [trace] = last["trace"]
+        assert (trace["edits"], trace["kl"], set(trace["log_ratios"][0])) == ([], 0, {0})
+
+
+async def test_openai_reads_the_trace_of_a_stream(http: httpx.AsyncClient, app: FastAPI) -> None:
+    transport = httpx2.AsyncClient(transport=httpx2.ASGITransport(app))
+    client = openai.AsyncOpenAI(base_url="http://test/v1", api_key="-", http_client=transport)
+    stream = await client.chat.completions.create(
+        model="red",
+        messages=[{"role": "user", "content": "Hi"}],
+        max_tokens=4,
+        temperature=0,
+        stream=True,
+        extra_body={"trace": True},
+    )
+    *chunks, last = [chunk async for chunk in stream]
+    assert len(chunks) > 1
+    assert not any("trace" in (chunk.model_extra or {}) for chunk in chunks)
+    assert last.choices == []
+    [trace] = (last.model_extra or {})["trace"]
+    assert len(trace["log_ratios"][0]) <= 4
+    async with client.chat.completions.stream(
+        model="red",
+        messages=[{"role": "user", "content": "Hi"}],
+        max_tokens=4,
+        temperature=0,
+        extra_body={"trace": True},
+    ) as helper:
+        events = [event async for event in helper]
+    assert len(events) > len(chunks)
+    final = helper.current_completion_snapshot
+    assert final.choices[0].message.content == "".join(
+        chunk.choices[0].delta.content or "" for chunk in chunks
+    )
+    await client.close()
+
+
 async def test_the_trace_of_the_base_model_is_empty(http: httpx.AsyncClient) -> None:
     answer = (await post(http, trace=True)).json()
-    assert answer["trace"] == [{"edits": [], "kl": 0.0}]
+    assert answer["trace"] == [{"edits": [], "kl": 0.0, "log_ratios": [[0.0] * 8]}]
     off = (await post(http, {"name": "red", "strength": 0}, trace=True)).json()
-    assert off["trace"] == [{"edits": [], "kl": 0.0}]
+    assert off["trace"] == answer["trace"]
     assert off["choices"] == answer["choices"]
     tokens = generate(tiny_llama()[0], TOKENS)
     assert answer["choices"][0]["text"] == tiny_tokenizer().decode(tokens, skip_special_tokens=True)
@@ -225,4 +316,5 @@ async def test_a_trace_without_an_answer(http: httpx.AsyncClient) -> None:
         assert response.status_code == 200, response.text
         [trace] = response.json()["trace"]
         assert trace["kl"] == 0
+        assert trace["log_ratios"] == [[]]
         assert len(trace["edits"]) == 4
