@@ -147,3 +147,7 @@ async def _print_answer(
     typer.echo()
     if trace:
         typer.echo(trace_table(await engine.explain(stream), uses, len(tokens)), err=True)
+
+
+if __name__ == "__main__":
+    main()

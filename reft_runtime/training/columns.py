@@ -65,6 +65,10 @@ def choose_columns(first: Mapping[str, Any], text: str | None, label: str | None
                 f"{option}: there is no column {column!r}; there are {', '.join(first) or 'none'}.",
                 param=option,
             )
+    if text is not None and text == label:
+        raise ConfigError(
+            f"label: {label!r} is the column of the texts, too; name another.", param="label"
+        )
     guessed = []
     answer: str | None = None
     if "messages" not in first:

@@ -147,6 +147,11 @@ def test_every_wrong_line_is_kept(
         read_rows(path)
 
 
+def test_one_column_is_not_the_text_and_its_label() -> None:
+    with pytest.raises(ConfigError, match="label: 'text' is the column of the texts, too"):
+        read_rows([{"text": "a", "label": "b"}], text="text", label="text")
+
+
 def test_a_table_names_each_column_once(tmp_path: Path) -> None:
     path = tmp_path / "x.csv"
     path.write_text("text,text\na,b\n")
