@@ -294,7 +294,9 @@ async def test_texts_that_differ_on_system_turns_do_not_go_together(
         tiny_engine.registry.put(name, serialise(Intervention(manifest, plain.tensors)))
     messages = [{"role": "user", "content": "who"}]
     uses = [{"name": "drop"}, {"name": "refuse"}]
-    asked = {"model": base, "messages": messages, "interventions": uses}
+    asked = {"model": base, "messages": messages, "interventions": uses, "max_tokens": 1}
+    assert (await http.post("/v1/chat/completions", json=asked)).status_code == 200
+    asked["messages"] = [{"role": "system", "content": "Be brief."}, *messages]
     response = await http.post("/v1/chat/completions", json=asked)
     assert response.status_code == 400
     assert response.json()["error"]["param"] == "interventions"
