@@ -30,6 +30,12 @@ SECONDS = 600.0
 PART_BYTES = 1 << 16
 """Bytes of an upload that are sent before its progress is told again."""
 
+SECONDS_TO_REFUSE = 30.0
+"""Within which a server must say whether it would take a file."""
+
+_NEVER = f'"{"0" * 64}"'
+"""A version that no name stands for: no file has this digest."""
+
 Body = dict[str, Any]
 Counted = Callable[[int], object]
 """Is told how many bytes more have gone."""
@@ -71,6 +77,29 @@ class Server:
 
     url: str
     api_key: str | None = field(default=None, repr=False)
+
+    @property
+    def root(self) -> str:
+        """The address that all routes begin with; who gives that of `/v1` means the same server."""
+        return self.url.rstrip("/").removesuffix("/v1")
+
+    def refusal(self, name: str, data: bytes) -> str | None:
+        """What the server has against a file under a name; None where it would take it.
+
+        The file is sent on the condition that the name stands for a version that cannot be. So the
+        server checks the key, the name, and the file; then, where all is well, it says that the
+        condition does not hold, and changes nothing. Raises `httpx.HTTPError` without an answer.
+        """
+        with self._client() as client:
+            response = client.put(
+                _path(name),
+                content=data,
+                headers={"if-match": _NEVER},
+                timeout=SECONDS_TO_REFUSE,
+            )
+        if response.status_code == httpx.codes.PRECONDITION_FAILED:
+            return None
+        return f"it answered {response.status_code}: {_said(response)}"
 
     def push(self, file: Path, name: str) -> bool:
         """Put a file on the server under a name; True where the name is new."""
@@ -234,9 +263,8 @@ class Server:
                 f"url: write it with its scheme, http://{self.url}, not {self.url!r}.", param="url"
             )
         headers = {} if self.api_key is None else {"authorization": f"Bearer {self.api_key}"}
-        url = self.url.rstrip("/").removesuffix("/v1")
-        with _reaching(url):
-            return httpx.Client(base_url=url, headers=headers, timeout=SECONDS)
+        with _reaching(self.root):
+            return httpx.Client(base_url=self.root, headers=headers, timeout=SECONDS)
 
 
 def _path(name: str) -> str:
@@ -265,10 +293,7 @@ def _call(client: httpx.Client, method: str, path: str, **content: Any) -> httpx
 def _checked(response: httpx.Response) -> httpx.Response:
     if response.is_success:
         return response
-    try:
-        message = response.json()["error"]["message"]
-    except (ValueError, KeyError, TypeError):
-        message = response.text[:200]
+    message = _said(response)
     if response.status_code == httpx.codes.NOT_FOUND:
         raise NotServed(message)
     if response.status_code == httpx.codes.UNAUTHORIZED:
@@ -278,6 +303,14 @@ def _checked(response: httpx.Response) -> httpx.Response:
             param="api_key",
         )
     raise ConfigError(f"the server answered {response.status_code}: {message}", param="url")
+
+
+def _said(response: httpx.Response) -> str:
+    """The reason that a refusal gives."""
+    try:
+        return str(response.json()["error"]["message"])
+    except (ValueError, KeyError, TypeError):
+        return response.text[:200] or response.reason_phrase
 
 
 @contextmanager
