@@ -11,6 +11,7 @@ from reft_runtime.places import check_folder
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
     from reft_runtime.outputs import Trace
 
@@ -46,6 +47,16 @@ def check_plot(path: str | Path) -> Path:
         raise ConfigError(f"plot: {path} is a folder; name a file.", param="plot")
     check_folder(path.parent, "plot")
     return path
+
+
+def save(figure: Figure, path: Path, meanwhile: str = "") -> None:
+    """Write a picture; the `ConfigError` where that fails ends with what is `meanwhile` done."""
+    try:
+        figure.savefig(path)
+    except OSError as error:
+        raise ConfigError(
+            f"plot: {path} cannot be written: {error.strerror}.{meanwhile}", param="plot"
+        ) from None
 
 
 def heat_map(trace: Trace, axes: Axes | None = None) -> Axes:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from reft_runtime.errors import ConfigError
+from reft_runtime.plots import save
 from reft_runtime.use import MAX_STRENGTH
 from server.columns import Column
 from server.console import table
@@ -118,7 +119,4 @@ def draw(path: Path, name: str, points: Sequence[Point]) -> None:
         axes.set_title(label, loc="left", fontsize="medium")
         axes.grid(alpha=0.3)
     rows[-1].set_xlabel("strength")
-    try:
-        figure.savefig(path)
-    except OSError as error:
-        raise ConfigError(f"plot: {path} cannot be written: {error.strerror}.") from None
+    save(figure, path)

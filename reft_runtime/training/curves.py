@@ -12,6 +12,7 @@ from transformers.integrations.integration_utils import TensorBoardCallback
 
 from reft_runtime.errors import ConfigError
 from reft_runtime.places import check_folder
+from reft_runtime.plots import save
 
 
 def check_tensorboard(folder: str | Path) -> Path:
@@ -49,13 +50,7 @@ def write_plot(path: Path, history: Sequence[Mapping[str, Any]], taken: int | No
     if taken is not None:
         losses.axvline(taken, color="grey", linestyle=":", label=f"step {taken} is taken")
     figure.legend(loc="outside upper center", ncols=4)
-    try:
-        figure.savefig(path)
-    except OSError as error:
-        raise ConfigError(
-            f"plot: {path} cannot be written: {error.strerror}. The intervention is written.",
-            param="plot",
-        ) from None
+    save(figure, path, meanwhile=" The intervention is written.")
 
 
 def _curve(
