@@ -14,11 +14,10 @@ from reft_runtime.nearest import did_you_mean
 from reft_runtime.sampling import SamplingParams
 from reft_runtime.use import Use
 from server.backend import BASE, Applied, Ask, Backend, Reply
-from server.columns import alone, answer_columns, show_columns
+from server.columns import Message, alone, answer_columns, conversation, show_columns
 from server.console import console, printable
 from server.tables import trace_table
 
-Message = dict[str, str]
 Read = Callable[[str], str]
 """Reads one line behind a prompt; `EOFError` at the end."""
 
@@ -123,8 +122,8 @@ class Chat:
 
     def _asked(self, applied: Applied, *, trace: bool) -> Ask:
         """The conversation up to its last question, for what is applied."""
-        system = [] if self._system is None else [{"role": "system", "content": self._system}]
-        return Ask(alone([*system, *self._turns], applied), applied, self._sampling, trace)
+        messages = alone(conversation(self._system, self._turns), applied)
+        return Ask(messages, applied, self._sampling, trace)
 
     def _use(self, rest: str) -> None:
         """/use NAME[=STRENGTH]...  apply these from now on; /use - none, /use says which"""
@@ -199,8 +198,8 @@ class Chat:
         """/save FILE               write the conversation, a row that `reft train` reads"""
         if not rest:
             raise InvalidRequest("/save: name a file, such as /save talk.jsonl.")
-        system = [] if self._system is None else [{"role": "system", "content": self._system}]
-        row = {"messages": [*system, *self._turns], "interventions": self._options}
+        messages = conversation(self._system, self._turns)
+        row = {"messages": messages, "interventions": self._options}
         path = Path(rest).expanduser()
         try:
             with path.open("x", encoding="utf-8") as file:

@@ -12,6 +12,8 @@ from rich.text import Text
 from server.backend import Applied, Ask, Backend, Reply
 from server.console import printable
 
+Message = dict[str, str]
+
 BASE_LABEL = "base"
 """What the model without an intervention is called."""
 
@@ -62,6 +64,12 @@ def show_columns(console: Console, columns: Sequence[Column]) -> None:
             Text.assemble((printable(column.label), "bold"), "  ", (", ".join(said), "dim"))
         )
         console.print(printable(column.reply.text.strip()))
+
+
+def conversation(system: str | None, turns: Sequence[Message]) -> list[Message]:
+    """The turns, behind what the model is told first, if anything."""
+    told = [] if system is None else [{"role": "system", "content": system}]
+    return [*told, *turns]
 
 
 def alone(messages: Sequence[Any], applied: Applied) -> list[Any]:

@@ -14,7 +14,7 @@ from reft_runtime.sampling import SamplingParams
 from reft_runtime.stages import stage
 from reft_runtime.use import Use
 from server.backend import BASE, Applied, Ask, Backend, open_backend, server_to_ask
-from server.columns import alone, answer_columns, show_columns
+from server.columns import alone, answer_columns, conversation, show_columns
 from server.console import console
 from server.options import (
     LOCAL_SETTINGS,
@@ -179,9 +179,8 @@ def _at(backend: Backend, name: str, grid: list[float]) -> list[Applied]:
 
 
 def _ask(prompt: str, system: str | None, applied: Applied, sampling: SamplingParams) -> Ask:
-    turns = [] if system is None else [{"role": "system", "content": system}]
-    turns.append({"role": "user", "content": prompt})
-    return Ask(alone(turns, applied), applied, sampling, trace=True)
+    messages = conversation(system, [{"role": "user", "content": prompt}])
+    return Ask(alone(messages, applied), applied, sampling, trace=True)
 
 
 @stages_told()
