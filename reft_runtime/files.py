@@ -16,6 +16,11 @@ LENGTH_BYTES = 8
 """Bytes at a file's start that hold the length of its header, little-endian."""
 
 
+def names_file(reference: str) -> bool:
+    """Whether what a user gives as an intervention is a file's path, not a name."""
+    return reference.endswith(SUFFIX) or "/" in reference
+
+
 def digest_of(data: bytes) -> str:
     """The digest of a file, from its bytes or its first ones: 64 hexadecimal digits.
 

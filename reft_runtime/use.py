@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from reft_runtime.errors import InvalidRequest
+from reft_runtime.files import SUFFIX
 
 if TYPE_CHECKING:
     from reft_runtime.interventions import Version
@@ -60,7 +61,7 @@ class Use:
         Without a strength it is 1. Raises `InvalidRequest`.
         """
         name, equals, strength = text.rpartition("=")
-        if not equals or text.endswith(".safetensors"):  # "=" may be a part of a file's name
+        if not equals or text.endswith(SUFFIX):  # "=" may be a part of a file's name
             return cls(text)
         try:
             return cls(name, float(strength))

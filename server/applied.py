@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from reft_runtime.errors import InvalidRequest, NotFound
+from reft_runtime.files import names_file
 from reft_runtime.stages import stage
 from reft_runtime.use import Use
 from server.local_files import naming, read_file
@@ -42,7 +43,7 @@ def read_asked(options: Sequence[str], model: str) -> list[Asked]:
     Raises `InvalidRequest` (a strength), `NotFound`, `InvalidFile` and `WrongBaseModel`.
     """
     uses = [Use.parse(option) for option in options]
-    return [_read(use, model) if _is_file(use.label) else Asked(use) for use in uses]
+    return [_read(use, model) if names_file(use.label) else Asked(use) for use in uses]
 
 
 def resolve(engine: Engine, asked: Sequence[Asked]) -> list[Use]:
@@ -70,10 +71,6 @@ def encode(engine: Engine, prompt: Prompt, uses: Sequence[Use]) -> Sequence[int]
             "turn; lay out the prompt yourself, with --raw.",
             param="intervention",
         ) from None
-
-
-def _is_file(reference: str) -> bool:
-    return reference.endswith(".safetensors") or "/" in reference
 
 
 def _read(use: Use, model: str) -> Asked:

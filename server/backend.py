@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 from reft_runtime.client import Body, Server
 from reft_runtime.errors import InvalidRequest
+from reft_runtime.files import names_file
 from reft_runtime.outputs import EditTrace, Trace
 from reft_runtime.sampling import SamplingParams
 from reft_runtime.use import Use
@@ -155,7 +156,7 @@ class RemoteBackend:
 
     def _template(self, use: Use) -> str | None:
         name, at, _ = use.label.partition("@")
-        if "/" in name or name.endswith(".safetensors"):
+        if names_file(name):
             raise InvalidRequest(
                 f"--intervention: a server applies what it has; put the file on it first, with"
                 f" `reft push {name}`, and give its name."

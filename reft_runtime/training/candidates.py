@@ -9,7 +9,7 @@ from pathlib import Path
 
 from reft_runtime.client import Server
 from reft_runtime.errors import ConfigError, InvalidFile, InvalidRequest, NotFound
-from reft_runtime.files import SUFFIX
+from reft_runtime.files import SUFFIX, names_file
 from reft_runtime.interventions import parse, read
 from reft_runtime.nearest import did_you_mean
 from reft_runtime.training.report import BASE
@@ -99,7 +99,7 @@ def _parse(text: str) -> Use:
 
 def _paths(reference: str, folder: str | Path | None) -> list[Path]:
     """Files that a reference names, at least one."""
-    if reference.endswith(SUFFIX) or "/" in reference:
+    if names_file(reference):
         place, pattern, where = Path(reference).parent, Path(reference).name, ""
     elif folder is not None:
         place, pattern, where = Path(folder), f"{reference}{SUFFIX}", f" in {folder}"
