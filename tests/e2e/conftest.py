@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import socket
-import threading
 import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
@@ -19,6 +17,7 @@ from reft_runtime import Engine
 from reft_runtime.demo import demo_model
 from server.app import create_app
 from server.settings import Settings
+from tests.helpers.serving import listening
 
 INTERVENTIONS = Path(__file__).parents[2] / "interventions"
 
@@ -45,20 +44,11 @@ def engine(demo_engine: Engine) -> Iterator[Engine]:
 @contextmanager
 def served(engine: Engine, settings: Settings) -> Iterator[str]:
     """The address of a server of `engine`, as long as the block lasts."""
-    listener = socket.create_server(("127.0.0.1", 0))
     config = uvicorn.Config(
         create_app(engine, settings), http="h11", ws="none", log_level="warning"
     )
-    server = uvicorn.Server(config)
-    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
-    thread.start()
-    try:
-        while not server.started:
-            time.sleep(0.01)
-        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
-    finally:
-        server.should_exit = True
-        thread.join()
+    with listening(uvicorn.Server(config)) as address:
+        yield address
 
 
 @pytest.fixture

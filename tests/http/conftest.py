@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import re
-import socket
-import threading
-import time
 from collections.abc import AsyncIterator, Iterator
 from functools import cache
 from typing import TYPE_CHECKING, Any, cast
@@ -19,6 +16,7 @@ from server.connections import Limits
 from server.lifecycle import HttpServer
 from server.openapi import describe
 from server.settings import Settings
+from tests.helpers.serving import client_of, listening
 from tests.http.fake_engine import FakeEngine
 
 if TYPE_CHECKING:
@@ -62,12 +60,7 @@ async def check_declared(response: httpx.Response) -> None:
 @pytest.fixture
 async def client(app: FastAPI, engine: FakeEngine) -> AsyncIterator[httpx.AsyncClient]:
     """A client of the app in this event loop, without a socket."""
-    transport = httpx.ASGITransport(app, raise_app_exceptions=False)
-    hooks = {"response": [check_declared]}
-    async with (
-        app.router.lifespan_context(app),
-        httpx.AsyncClient(transport=transport, base_url="http://test", event_hooks=hooks) as client,
-    ):
+    async with client_of(app, response=[check_declared]) as client:
         yield client
     assert not engine.running
 
@@ -80,15 +73,8 @@ def limits() -> Limits:
 @pytest.fixture
 def server_url(app: FastAPI, engine: FakeEngine, limits: Limits) -> Iterator[str]:
     """Address of the app on a real socket, served by a thread."""
-    listener = socket.create_server(("127.0.0.1", 0))
-    server = HttpServer(app, limits)
-    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
-    thread.start()
-    while not server.started:
-        time.sleep(0.01)
-    yield f"http://127.0.0.1:{listener.getsockname()[1]}"
-    server.should_exit = True
-    thread.join()
+    with listening(HttpServer(app, limits)) as address:
+        yield address
     assert not engine.running
 
 

@@ -14,6 +14,7 @@ from server import generation
 from server.app import create_app
 from server.settings import Settings
 from tests.helpers.models import tiny
+from tests.helpers.serving import client_of
 from tests.helpers.tokenizer import tiny_tokenizer
 from tests.interventions.make import loreft_tensors
 
@@ -43,12 +44,7 @@ async def http(
     for module in (bounds, generation):
         monkeypatch.setattr(module, "MAX_TRACED_ROWS", ROWS)
     monkeypatch.setattr(bounds, "MAX_SCORES", SCORES)
-    app = create_app(tiny_engine, Settings())
-    transport = httpx.ASGITransport(app, raise_app_exceptions=False)
-    async with (
-        app.router.lifespan_context(app),
-        httpx.AsyncClient(transport=transport, base_url="http://test") as client,
-    ):
+    async with client_of(create_app(tiny_engine, Settings())) as client:
         yield client
     tiny_engine.check_integrity()
     assert tiny_engine.stats().running == 0

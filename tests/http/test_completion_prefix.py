@@ -15,6 +15,7 @@ from reft_runtime.use import Use
 from server.app import create_app
 from server.settings import Settings
 from tests.helpers.models import HIDDEN, tiny
+from tests.helpers.serving import client_of
 from tests.helpers.tokenizer import tiny_tokenizer
 from tests.interventions.make import loreft_tensors
 
@@ -39,11 +40,7 @@ def engine() -> Iterator[Engine]:
 
 @pytest.fixture
 async def http(engine: Engine) -> AsyncIterator[httpx.AsyncClient]:
-    app = create_app(engine, Settings())
-    async with (
-        app.router.lifespan_context(app),
-        httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as client,
-    ):
+    async with client_of(create_app(engine, Settings())) as client:
         yield client
 
 

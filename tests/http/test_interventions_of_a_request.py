@@ -19,6 +19,7 @@ from server.app import create_app
 from server.settings import Settings
 from tests.helpers.models import MAX_LENGTH, generate, prompt, tiny_llama
 from tests.helpers.reference import Applied, RandomEdit, generate_applied, log_ratios
+from tests.helpers.serving import client_of
 from tests.helpers.tokenizer import tiny_tokenizer
 
 LOREFT = RandomEdit("loreft", "f2+l2", rank=4, seed=1)
@@ -47,11 +48,7 @@ def app(tiny_engine: Engine) -> FastAPI:
 
 @pytest.fixture
 async def http(tiny_engine: Engine, app: FastAPI) -> AsyncIterator[httpx.AsyncClient]:
-    transport = httpx.ASGITransport(app, raise_app_exceptions=False)
-    async with (
-        app.router.lifespan_context(app),
-        httpx.AsyncClient(transport=transport, base_url="http://test") as client,
-    ):
+    async with client_of(app) as client:
         yield client
     tiny_engine.check_integrity()
     stats = tiny_engine.stats()

@@ -15,6 +15,7 @@ from reft_runtime.interventions import Intervention, parse, serialise
 from server.app import create_app
 from server.settings import Settings
 from tests.helpers.models import tiny
+from tests.helpers.serving import client_of
 from tests.helpers.tokenizer import tiny_tokenizer
 from tests.interventions.make import file_bytes
 
@@ -33,12 +34,7 @@ def make_file(engine: Engine, seed: int = 0) -> bytes:
 
 @pytest.fixture
 async def http(tiny_engine: Engine) -> AsyncIterator[httpx.AsyncClient]:
-    app = create_app(tiny_engine, Settings())
-    transport = httpx.ASGITransport(app, raise_app_exceptions=False)
-    async with (
-        app.router.lifespan_context(app),
-        httpx.AsyncClient(transport=transport, base_url="http://test") as client,
-    ):
+    async with client_of(create_app(tiny_engine, Settings())) as client:
         yield client
     tiny_engine.check_integrity()
     assert tiny_engine.stats().running == 0

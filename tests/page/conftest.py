@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import shutil
-import socket
-import threading
-import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -20,6 +16,7 @@ from server.app import create_app
 from server.connections import Limits
 from server.lifecycle import HttpServer
 from server.settings import Settings
+from tests.helpers.serving import listening
 from tests.page.make import KEY
 
 INTERVENTIONS = Path(__file__).parents[2] / "interventions"
@@ -40,31 +37,20 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
         yield engine
 
 
-@contextmanager
-def _served(engine: Engine, settings: Settings) -> Iterator[str]:
-    listener = socket.create_server(("127.0.0.1", 0))
-    server = HttpServer(create_app(engine, settings), Limits(100))
-    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
-    thread.start()
-    try:
-        while not server.started:
-            time.sleep(0.01)
-        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
-    finally:
-        server.should_exit = True
-        thread.join()
+def _server(engine: Engine, settings: Settings) -> HttpServer:
+    return HttpServer(create_app(engine, settings), Limits(100))
 
 
 @pytest.fixture(scope="session")
 def url(engine: Engine) -> Iterator[str]:
-    with _served(engine, Settings()) as address:
+    with listening(_server(engine, Settings())) as address:
         yield address
 
 
 @pytest.fixture
 def keyed_url(engine: Engine) -> Iterator[str]:
     """The address of a server that asks for `KEY`."""
-    with _served(engine, Settings(api_key=SecretStr(KEY))) as address:
+    with listening(_server(engine, Settings(api_key=SecretStr(KEY)))) as address:
         yield address
 
 

@@ -1,0 +1,42 @@
+"""Apps as clients meet them: behind a socket, or in a test's own event loop."""
+
+from __future__ import annotations
+
+import socket
+import threading
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from typing import Any
+
+import httpx
+import uvicorn
+from fastapi import FastAPI
+
+
+@contextmanager
+def listening(server: uvicorn.Server) -> Iterator[str]:
+    """The address of a server, which a thread runs as long as the block lasts."""
+    listener = socket.create_server(("127.0.0.1", 0))
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+    thread.start()
+    try:
+        while not server.started:
+            time.sleep(0.01)
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+    finally:
+        server.should_exit = True
+        thread.join()
+
+
+@asynccontextmanager
+async def client_of(
+    app: FastAPI, **hooks: list[Callable[..., Any]]
+) -> AsyncIterator[httpx.AsyncClient]:
+    """A client of the app in this event loop, without a socket; `hooks` are httpx's."""
+    transport = httpx.ASGITransport(app, raise_app_exceptions=False)
+    async with (
+        app.router.lifespan_context(app),
+        httpx.AsyncClient(transport=transport, base_url="http://test", event_hooks=hooks) as client,
+    ):
+        yield client
