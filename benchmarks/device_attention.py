@@ -22,15 +22,15 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from benchmarks.device import SHAPES, bandwidth, name_of, seconds
 from benchmarks.measuring import Figures, measure, median, table
-from reft_runtime.engine.blocks import BLOCK_TOKENS, blocks_for
+from reft_runtime.base.loader import choose_device, choose_dtype
 from reft_runtime.engine.device import page_kernel
-from reft_runtime.engine.loader import choose_device, choose_dtype
-from reft_runtime.engine.page_attention import (
+from reft_runtime.kv.page_attention import (
     GatheredAttention,
     PageBatch,
     PageKernel,
     RowInPages,
 )
+from reft_runtime.schedule.blocks import BLOCK_TOKENS, blocks_for
 
 GATHER, FLEX, TRITON = "gather", "flex_attention", "Triton"
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2}

@@ -57,7 +57,13 @@ def served(
         for name, value in options.items()
         for text in (f"--{name.replace('_', '-')}", str(value))
     ]
-    command = [sys.executable, "-c", "from server.cli import main; main()", "serve", *arguments]
+    command = [
+        sys.executable,
+        "-c",
+        "from server.cli.main import main; main()",
+        "serve",
+        *arguments,
+    ]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     try:

@@ -22,7 +22,7 @@ from typing import NamedTuple, TypedDict
 
 import torch
 
-from reft_runtime.cores import release_workers
+from reft_runtime.machine.cores import release_workers
 
 SECONDS = "seconds"
 

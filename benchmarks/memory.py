@@ -32,7 +32,13 @@ def announced(arguments: list[str]) -> Iterator[tuple[str, int, float]]:
     """A server for the time of the block: address, process id, and the GiB that it announces."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    command = [sys.executable, "-c", "from server.cli import main; main()", "serve", *arguments]
+    command = [
+        sys.executable,
+        "-c",
+        "from server.cli.main import main; main()",
+        "serve",
+        *arguments,
+    ]
     process = subprocess.Popen(
         [*command, "--port", str(port), "--log-level", "warning"],
         stdout=subprocess.PIPE,

@@ -33,8 +33,8 @@ from benchmarks.peers.worker import Job
 from benchmarks.stage import Stage
 from benchmarks.workload import figures, random_intervention
 from reft_runtime import Engine, SamplingParams, Use
-from reft_runtime.demo import demo_model
-from reft_runtime.engine.blocks import BLOCK_TOKENS
+from reft_runtime.base.demo import demo_model
+from reft_runtime.schedule.blocks import BLOCK_TOKENS
 
 SHARED_TOKENS, OWN_TOKENS, REQUESTS, ANSWER_TOKENS = 1000, 30, 32, 8
 TURNS, TURN_TOKENS, REPLY_TOKENS = 5, 200, 50

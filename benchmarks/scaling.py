@@ -43,7 +43,7 @@ from benchmarks.measuring import (
 )
 from benchmarks.workload import L1, random_intervention, settings
 from reft_runtime import Engine, SamplingParams
-from reft_runtime.llm import Applied
+from reft_runtime.front.engine import Applied
 
 AT_ONCE = 64
 PROMPT_TOKENS = 16

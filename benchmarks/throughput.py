@@ -31,7 +31,7 @@ from benchmarks.measuring import (
 )
 from benchmarks.stage import Stage
 from benchmarks.workload import ANSWER_TOKENS, MIXED_REQUESTS, PAPER, mixed
-from reft_runtime.demo import demo_model
+from reft_runtime.base.demo import demo_model
 
 Row = Sequence[object]
 

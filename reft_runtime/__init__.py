@@ -14,14 +14,14 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from reft_runtime.front.engine import Engine as Engine
     from reft_runtime.interventions import Intervention as Intervention
     from reft_runtime.interventions import Registry as Registry
-    from reft_runtime.llm import Engine as Engine
     from reft_runtime.sampling import SamplingParams as SamplingParams
     from reft_runtime.use import Use as Use
 
 _HOMES = {
-    "Engine": "reft_runtime.llm",
+    "Engine": "reft_runtime.front.engine",
     "Intervention": "reft_runtime.interventions",
     "Registry": "reft_runtime.interventions",
     "SamplingParams": "reft_runtime.sampling",

@@ -16,8 +16,8 @@ import httpx
 from tqdm import tqdm
 
 from reft_runtime.errors import ConfigError, NotFound, ReftError
-from reft_runtime.files import digest_of, is_whole
-from reft_runtime.paging import MAX_PAGE
+from reft_runtime.interventions.format.identity import digest_of, is_whole
+from reft_runtime.interventions.registry.paging import MAX_PAGE
 
 if TYPE_CHECKING:
     from reft_runtime.interventions import Manifest
@@ -202,7 +202,7 @@ class Server:
 
     def manifest(self, name: str) -> Manifest:
         """What the file of an intervention says about itself."""
-        from reft_runtime.interventions.intervention import validate_manifest  # loads torch
+        from reft_runtime.interventions.format.intervention import validate_manifest  # loads torch
 
         return validate_manifest(self.entry(name)["manifest"])
 

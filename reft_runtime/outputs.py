@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, Self
 
-from reft_runtime.notebook import comparisons_html, trace_html
+from reft_runtime.display.html import comparisons_html, trace_html
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -129,7 +129,7 @@ class Trace:
         Needs matplotlib. Where several edits meet in one place, the largest is shown.
         Raises `ConfigError` without matplotlib, and `InvalidRequest` where nothing was edited.
         """
-        from reft_runtime.plots import heat_map
+        from reft_runtime.display.plots import heat_map
 
         return heat_map(self, axes)
 

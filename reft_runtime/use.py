@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from reft_runtime.errors import InvalidRequest
-from reft_runtime.files import SUFFIX
+from reft_runtime.interventions.format.identity import SUFFIX
 
 if TYPE_CHECKING:
     from reft_runtime.interventions import Version

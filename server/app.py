@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from fastapi import APIRouter, Depends, FastAPI
 from fastapi.middleware.cors import CORSMiddleware
 
-from reft_runtime.stages import stage
+from reft_runtime.base.stages import stage
 from reft_runtime.version import VERSION
 from server.auth import require_key
 from server.context import Context
@@ -35,7 +35,7 @@ from server.settings import Settings
 from server.threads import started_pool
 
 if TYPE_CHECKING:
-    from reft_runtime.llm import Engine
+    from reft_runtime.front.engine import Engine
 
 EXPOSED = ["retry-after", "x-request-id", "x-intervention", "x-prompt-tokens", "x-queue-time"]
 """Response headers that a page of another origin may read."""

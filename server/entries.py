@@ -13,7 +13,7 @@ from server.streaming import json_bytes
 
 if TYPE_CHECKING:
     from reft_runtime.interventions import Entry
-    from reft_runtime.interventions.entry import VersionEntry
+    from reft_runtime.interventions.registry.entry import VersionEntry
 
 
 def entry_fields(server: Context, entry: Entry) -> dict[str, Any]:

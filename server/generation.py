@@ -10,8 +10,8 @@ from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from reft_runtime.bounds import MAX_TRACED_ROWS, bound_scores, too_much_traced
 from reft_runtime.errors import Overloaded
+from reft_runtime.front.bounds import MAX_TRACED_ROWS, bound_scores, too_much_traced
 from reft_runtime.outputs import Choice, ChoiceDelta, TokenLogprob, Trace
 from reft_runtime.sampling import SamplingParams
 from server.auth import cache_salt
@@ -21,8 +21,8 @@ from server.schemas.common import SamplingBody
 from server.selection import Selection, select
 
 if TYPE_CHECKING:
-    from reft_runtime.llm import Engine
-    from reft_runtime.streams import Stream
+    from reft_runtime.front.engine import Engine
+    from reft_runtime.front.streams import Stream
     from reft_runtime.text import Tokenizer
 
 

@@ -9,7 +9,7 @@ from reft_runtime.errors import RequestFailed
 from reft_runtime.sampling import SamplingParams
 
 if TYPE_CHECKING:
-    from reft_runtime.llm import Engine
+    from reft_runtime.front.engine import Engine
 
 HEARTBEAT_SECONDS = 10.0
 """An engine loop that has not turned for this long counts as dead."""

@@ -16,7 +16,7 @@ from server.streaming import json_bytes
 
 if TYPE_CHECKING:
     from reft_runtime.interventions import Entry
-    from reft_runtime.interventions.entry import Page
+    from reft_runtime.interventions.registry.entry import Page
 
 REST_SECONDS = 0.002
 """Pause after each part: the engine's thread needs the interpreter, too."""

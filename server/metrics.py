@@ -13,7 +13,7 @@ from prometheus_client.registry import Collector
 from server.recent import Durations
 
 if TYPE_CHECKING:
-    from reft_runtime.llm import Engine
+    from reft_runtime.front.engine import Engine
     from reft_runtime.outputs import PrefixCacheStats
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"

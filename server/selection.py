@@ -7,14 +7,14 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from reft_runtime.errors import NotFound
+from reft_runtime.front.prompt_form import PromptForm
 from reft_runtime.nearest import did_you_mean
-from reft_runtime.prompt_form import PromptForm
 from reft_runtime.use import Use
 from server.schemas.common import InterventionUse
 
 if TYPE_CHECKING:
+    from reft_runtime.front.engine import Engine
     from reft_runtime.interventions import Version
-    from reft_runtime.llm import Engine
 
 
 @dataclass(frozen=True, slots=True)

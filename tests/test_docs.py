@@ -13,7 +13,7 @@ import typer
 from reft_runtime import Engine
 from reft_runtime.engine.device import ON_CPU, ON_CUDA
 from server.app import create_app
-from server.cli import app
+from server.cli.main import app
 from server.metrics import Metrics
 from server.schemas.chat import ChatRequest
 from server.schemas.common import InterventionUse

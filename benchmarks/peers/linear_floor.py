@@ -15,7 +15,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from benchmarks.peers.worker import Job, Result, Run, serve
-from reft_runtime.engine.linears import prepack
+from reft_runtime.base.linears import prepack
 
 
 def load(config: Mapping[str, Any]) -> Run:

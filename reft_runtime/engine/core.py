@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from reft_runtime.engine.blocks import BlockBudget
+from reft_runtime.base.model import LoadedModel
 from reft_runtime.engine.device import (
     decoder_for,
     sampler_for,
@@ -23,15 +23,15 @@ from reft_runtime.engine.events import (
     TokenMade,
     Traced,
 )
-from reft_runtime.engine.memory import is_out_of_memory, is_spoiling
-from reft_runtime.engine.model import LoadedModel
-from reft_runtime.engine.pacing import StepPacer
-from reft_runtime.engine.prefix_cache import BlockCopy, PrefixCache
 from reft_runtime.engine.runner import Launched, Runner, StepResult
 from reft_runtime.engine.sampler import Sampled
-from reft_runtime.engine.scheduler import Chunk, Scheduler, StepPlan
-from reft_runtime.engine.sequence import Request, Sequence, Status, sequences_of
+from reft_runtime.machine.memory import is_out_of_memory, is_spoiling
 from reft_runtime.outputs import FinishReason
+from reft_runtime.schedule.blocks import BlockBudget
+from reft_runtime.schedule.pacing import StepPacer
+from reft_runtime.schedule.prefix_cache import BlockCopy, PrefixCache
+from reft_runtime.schedule.scheduler import Chunk, Scheduler, StepPlan
+from reft_runtime.schedule.sequence import Request, Sequence, Status, sequences_of
 
 SLOWER = 4.0
 """Times what steps like it took that a step may take: one far into a prompt attends to more."""

@@ -7,17 +7,17 @@ from dataclasses import dataclass
 
 import torch
 
-from reft_runtime.engine.blocks import BlockBudget
-from reft_runtime.engine.cuda.sampling import DeviceSampler
-from reft_runtime.engine.cuda.tables import EditTables, table_bytes
-from reft_runtime.engine.kv import KVStorage
-from reft_runtime.engine.kv_pages import PageStorage
-from reft_runtime.engine.kv_rows import RowStorage
-from reft_runtime.engine.model import LoadedModel
-from reft_runtime.engine.operators import has_triton
-from reft_runtime.engine.pacing import LEAST_TOKENS, MIXED_TOKENS
-from reft_runtime.engine.page_attention import GatheredAttention, PageKernel
+from reft_runtime.base.model import LoadedModel
+from reft_runtime.edits.tables import EditTables, table_bytes
+from reft_runtime.engine.device_sampler import DeviceSampler
 from reft_runtime.engine.runner import Decoder, Runner
+from reft_runtime.kernels.operators import has_triton
+from reft_runtime.kv.page_attention import GatheredAttention, PageKernel
+from reft_runtime.kv.pages import PageStorage
+from reft_runtime.kv.rows import RowStorage
+from reft_runtime.kv.storage import KVStorage
+from reft_runtime.schedule.blocks import BlockBudget
+from reft_runtime.schedule.pacing import LEAST_TOKENS, MIXED_TOKENS
 
 _log = logging.getLogger(__name__)
 
@@ -75,7 +75,7 @@ def page_kernel(device: torch.device, group: int, dtype: torch.dtype, dim: int) 
     """
     if not has_triton(device):
         return GatheredAttention()
-    from reft_runtime.engine.cuda.attention import Tiles, TritonAttention
+    from reft_runtime.kv.triton_attention import Tiles, TritonAttention
 
     processors = torch.cuda.get_device_properties(device).multi_processor_count
     return TritonAttention(group, processors, Tiles.of(dtype, dim))
@@ -89,7 +89,7 @@ def tables_for(loaded: LoadedModel, max_running: int) -> EditTables | None:
     """Tables of interventions, where a kernel edits by them."""
     if not has_triton(loaded.device):
         return None
-    from reft_runtime.engine.cuda.operators import TritonEdits
+    from reft_runtime.kernels.cuda.operators import TritonEdits
 
     layers, width = len(loaded.layers), loaded.hidden_size
     budget = table_bytes(layers, width, max_running)
@@ -100,7 +100,7 @@ def sampler_for(loaded: LoadedModel, max_running: int) -> DeviceSampler | None:
     """What picks tokens without waiting for the device; None where `sampler.sample` does it."""
     if not has_triton(loaded.device):
         return None
-    from reft_runtime.engine.cuda.selection import TritonSelection
+    from reft_runtime.engine.triton_selection import TritonSelection
 
     sampler = DeviceSampler(
         loaded.vocab_size, max_running, loaded.eos_ids, loaded.device, TritonSelection()
@@ -118,7 +118,7 @@ def decoder_for(runner: Runner, max_running: int) -> Decoder | None:
     loaded, storage, tables = runner.loaded, runner.storage, runner.tables
     if tables is None or not isinstance(storage, PageStorage):
         return None
-    from reft_runtime.engine.cuda.graphs import DecodeGraphs, GraphCapture
+    from reft_runtime.engine.graphs import DecodeGraphs, GraphCapture
 
     graphs = DecodeGraphs(loaded, storage, runner.sites, tables, max_running, GraphCapture())
     try:

@@ -19,14 +19,14 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PretrainedConfig, PreTrainedModel
 
-from reft_runtime.engine.attention import ProbedLayer
-from reft_runtime.engine.blocks import BLOCK_TOKENS, BlockBudget, blocks_for
+from reft_runtime.base.attention import ProbedLayer
+from reft_runtime.base.model import LoadedModel, forward
 from reft_runtime.engine.device import storage_for
-from reft_runtime.engine.model import LoadedModel, forward
-from reft_runtime.engine.scheduler import Chunk
-from reft_runtime.engine.sequence import Request, Sequence
 from reft_runtime.errors import UnsupportedModel
 from reft_runtime.sampling import SamplingParams
+from reft_runtime.schedule.blocks import BLOCK_TOKENS, BlockBudget, blocks_for
+from reft_runtime.schedule.scheduler import Chunk
+from reft_runtime.schedule.sequence import Request, Sequence
 
 CHUNKS = ((12, 22, 23), (10, 13, 14), (5, 6), (1, 2))
 """Where the chunks of each prompt end: long and short, more than a block, and single tokens."""

@@ -11,13 +11,13 @@ from collections.abc import Callable
 
 import torch
 
-from reft_runtime.contention import StepWatch
 from reft_runtime.engine.core import OUT_OF_MEMORY, EngineCore
 from reft_runtime.engine.events import Event, Failed, Started, TokenMade
-from reft_runtime.engine.memory import CODE_ROOM, check_room
-from reft_runtime.engine.sequence import Request
 from reft_runtime.errors import Draining, EngineDead, Overloaded
+from reft_runtime.machine.contention import StepWatch
+from reft_runtime.machine.memory import CODE_ROOM, check_room
 from reft_runtime.outputs import EngineStats
+from reft_runtime.schedule.sequence import Request
 
 Sink = Callable[[list[Event]], None]
 """Gets a step's events for all requests submitted with it, in one call, on the engine's thread."""

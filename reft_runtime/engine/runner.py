@@ -11,19 +11,19 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from reft_runtime.engine.cuda.sampling import DeviceSampler, Draw, Picked
-from reft_runtime.engine.cuda.tables import EditTables
-from reft_runtime.engine.edits import OnDevice, StepEdits
+from reft_runtime.base.model import LoadedModel, forward
+from reft_runtime.edits.sites import EditSites
+from reft_runtime.edits.step import OnDevice, StepEdits
+from reft_runtime.edits.tables import EditTables
+from reft_runtime.engine.device_sampler import DeviceSampler, Draw, Picked
 from reft_runtime.engine.events import TracedEdit
-from reft_runtime.engine.kv import KVStorage
-from reft_runtime.engine.memory import CODE_ROOM, check_room, is_out_of_memory
-from reft_runtime.engine.model import LoadedModel, forward
 from reft_runtime.engine.sampler import Sampled, SampleRow, prompt_logprobs, sample
-from reft_runtime.engine.scheduler import Chunk
-from reft_runtime.engine.sequence import Sequence, Status
-from reft_runtime.engine.sites import EditSites
-from reft_runtime.engine.staging import send, to_device
+from reft_runtime.kernels.staging import send, to_device
+from reft_runtime.kv.storage import KVStorage
+from reft_runtime.machine.memory import CODE_ROOM, check_room, is_out_of_memory
 from reft_runtime.outputs import TokenLogprob
+from reft_runtime.schedule.scheduler import Chunk
+from reft_runtime.schedule.sequence import Sequence, Status
 
 KNOWN_SHAPES = 64
 """Steps' shapes for which oneDNN still has code: it keeps that of 1,024 products."""

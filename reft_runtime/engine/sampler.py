@@ -23,8 +23,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from reft_runtime.engine.native import kernels, supports
-from reft_runtime.engine.staging import send
+from reft_runtime.kernels.cpu import kernels, supports
+from reft_runtime.kernels.staging import send
 from reft_runtime.outputs import TokenLogprob
 from reft_runtime.sampling import SamplingParams
 

@@ -13,7 +13,7 @@ from jinja2.ext import loopcontrols
 from transformers import PreTrainedTokenizerBase
 
 from reft_runtime.errors import InvalidRequest
-from reft_runtime.interventions.manifest import TEMPLATE_FIELD, SystemTurn
+from reft_runtime.interventions.format.manifest import TEMPLATE_FIELD, SystemTurn
 
 Message = Mapping[str, str]
 """One turn of a chat: its `role` and its `content`; `name`, where given, is the speaker's."""

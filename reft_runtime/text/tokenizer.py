@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from reft_runtime.errors import InvalidRequest
-from reft_runtime.interventions.manifest import TEMPLATE_FIELD, SystemTurn
+from reft_runtime.interventions.format.manifest import TEMPLATE_FIELD, SystemTurn
 from reft_runtime.text.chat import (
     ChatOptions,
     Message,

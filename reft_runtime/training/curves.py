@@ -10,9 +10,9 @@ from typing import Any
 from transformers import TrainerCallback
 from transformers.integrations.integration_utils import TensorBoardCallback
 
+from reft_runtime.display.plots import save
 from reft_runtime.errors import ConfigError
-from reft_runtime.places import check_folder
-from reft_runtime.plots import save
+from reft_runtime.machine.places import check_folder
 
 
 def check_tensorboard(folder: str | Path) -> Path:

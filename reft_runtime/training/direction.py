@@ -10,10 +10,10 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from reft_runtime.engine.sites import Site
+from reft_runtime.base.loading import load_base, shape_of, use_threads
+from reft_runtime.edits.sites import Site
 from reft_runtime.errors import ConfigError
 from reft_runtime.interventions import Edit, Intervention
-from reft_runtime.loading import load_base, shape_of, use_threads
 from reft_runtime.text import Tokenizer
 from reft_runtime.training.forward import Base
 

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
-from reft_runtime.contention import StepWatch
-from reft_runtime.engine.model import LoadedModel, forward
-from reft_runtime.engine.sites import EditSites, Site
+from reft_runtime.base.model import LoadedModel, forward
+from reft_runtime.edits.sites import EditSites, Site
 from reft_runtime.interventions import CanonicalEdit
+from reft_runtime.machine.contention import StepWatch
 from reft_runtime.training.attention import BatchAttention, Prefix
 from reft_runtime.training.prompts import Example
 from reft_runtime.training.trainable import TrainableEdits

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from itertools import islice
 
 from reft_runtime.errors import InvalidRequest
-from reft_runtime.interventions.manifest import CompletionPrefix
+from reft_runtime.interventions.format.manifest import CompletionPrefix
 from reft_runtime.text import Tokenizer
 from reft_runtime.training.layout import Layout
 from reft_runtime.training.rows import Row

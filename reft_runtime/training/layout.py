@@ -8,7 +8,7 @@ from itertools import takewhile
 from typing import Any
 
 from reft_runtime.errors import ConfigError
-from reft_runtime.interventions.manifest import TEMPLATE_FIELD, Texts
+from reft_runtime.interventions.format.manifest import TEMPLATE_FIELD, Texts
 from reft_runtime.training.rows import Row, Rows
 
 CHAT = "chat"

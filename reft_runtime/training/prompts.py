@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from reft_runtime.errors import ConfigError, InvalidRequest
-from reft_runtime.interventions.manifest import CompletionPrefix, SystemTurn
+from reft_runtime.interventions.format.manifest import CompletionPrefix, SystemTurn
 from reft_runtime.text import Tokenizer
 from reft_runtime.training.join import join
 from reft_runtime.training.layout import CHAT, Layout

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import httpx
 
+from reft_runtime.base.shape import read_base
 from reft_runtime.client import Server
 from reft_runtime.errors import ConfigError, ReftError
 from reft_runtime.interventions import Intervention, serialise
-from reft_runtime.interventions.base import read_base
 from reft_runtime.training.settings import TrainSettings
 from reft_runtime.training.trainable import new_edits
 

@@ -6,8 +6,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from reft_runtime.display.html import report_html
 from reft_runtime.errors import ConfigError
-from reft_runtime.notebook import report_html
 from reft_runtime.training.advice import advise
 from reft_runtime.training.outcomes import OTHER, Confusion, LabelFigures, Outcome, Score
 

@@ -10,7 +10,7 @@ from typing import Any, get_args, get_type_hints
 
 from reft_runtime.errors import ConfigError
 from reft_runtime.interventions import BaseShape
-from reft_runtime.interventions.kinds import KINDS
+from reft_runtime.interventions.format.kinds import KINDS
 
 DEFAULT_RANK = 4
 

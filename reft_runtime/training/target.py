@@ -6,9 +6,9 @@ import os
 from pathlib import Path
 
 from reft_runtime.errors import ConfigError
-from reft_runtime.files import SUFFIX
-from reft_runtime.interventions.sources import NAME, NAME_RULE
-from reft_runtime.places import check_folder
+from reft_runtime.interventions.format.identity import SUFFIX
+from reft_runtime.interventions.registry.sources import NAME, NAME_RULE
+from reft_runtime.machine.places import check_folder
 
 
 def check_target(out: str | Path) -> Path:

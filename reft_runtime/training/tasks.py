@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from reft_runtime.client import Answer
 from reft_runtime.errors import ConfigError
-from reft_runtime.interventions.manifest import TEMPLATE_FIELD, Manifest
+from reft_runtime.interventions.format.manifest import TEMPLATE_FIELD, Manifest
 from reft_runtime.training.layout import CHAT, Chat, Layout
 from reft_runtime.training.outcomes import Outcome
 from reft_runtime.training.rows import Row, Rows, read_rows

@@ -11,8 +11,8 @@ from torch.nn.utils.parametrize import register_parametrization
 
 from reft_runtime.errors import ConfigError
 from reft_runtime.interventions import BaseShape, CanonicalEdit, Edit, EditSpec, Positions
-from reft_runtime.interventions.canonical import canonical_edit
-from reft_runtime.interventions.kinds import KINDS
+from reft_runtime.interventions.format.canonical import canonical_edit
+from reft_runtime.interventions.format.kinds import KINDS
 from reft_runtime.training.settings import TrainSettings
 
 

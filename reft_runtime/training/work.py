@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from reft_runtime.errors import ConfigError
-from reft_runtime.interventions.file import write_atomic
+from reft_runtime.interventions.format.file import write_atomic
 
 COMPLETE = "complete"
 """Name of the file that marks a checkpoint as whole: it is written last."""

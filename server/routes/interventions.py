@@ -16,8 +16,14 @@ from fastapi import APIRouter, Query, Request
 from fastapi.responses import Response
 
 from reft_runtime.errors import InvalidRequest
-from reft_runtime.files import MAX_FILE_BYTES
-from reft_runtime.paging import DEFAULT_PAGE, MAX_AFTER, MAX_PAGE, MAX_QUERY, Sort
+from reft_runtime.interventions.format.identity import MAX_FILE_BYTES
+from reft_runtime.interventions.registry.paging import (
+    DEFAULT_PAGE,
+    MAX_AFTER,
+    MAX_PAGE,
+    MAX_QUERY,
+    Sort,
+)
 from server.body import read_body
 from server.context import Context, Server
 from server.entries import entry_answer, entry_fields, etag

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import device, device_attention, device_peers
-from reft_runtime.engine.page_attention import GatheredAttention
+from reft_runtime.kv.page_attention import GatheredAttention
 
 
 def test_every_case_has_a_row(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -14,7 +14,7 @@ import uvicorn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from reft_runtime import Engine
-from reft_runtime.demo import demo_model
+from reft_runtime.base.demo import demo_model
 from server.app import create_app
 from server.settings import Settings
 from tests.helpers.serving import listening

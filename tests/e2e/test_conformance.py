@@ -15,16 +15,16 @@ import pytest
 import torch
 
 from reft_runtime import Engine
-from reft_runtime.demo import demo_model
-from reft_runtime.engine.blocks import BLOCK_TOKENS, blocks_for
+from reft_runtime.base.demo import demo_model
+from reft_runtime.base.loader import load_model
+from reft_runtime.base.model import LoadedModel
 from reft_runtime.engine.core import EngineConfig, EngineCore
 from reft_runtime.engine.events import Failed, TokenMade, Traced
-from reft_runtime.engine.loader import load_model
-from reft_runtime.engine.model import LoadedModel
-from reft_runtime.engine.sequence import AppliedIntervention, Request
 from reft_runtime.interventions import parse, read, serialise
 from reft_runtime.interventions.pyreft import import_pyreft
 from reft_runtime.sampling import SamplingParams
+from reft_runtime.schedule.blocks import BLOCK_TOKENS, blocks_for
+from reft_runtime.schedule.sequence import AppliedIntervention, Request
 from tests.e2e.conftest import INTERVENTIONS
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"

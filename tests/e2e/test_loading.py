@@ -3,9 +3,9 @@
 import torch
 from transformers import PreTrainedModel
 
-from reft_runtime.demo import demo_model
-from reft_runtime.engine.loader import adopt_model
-from reft_runtime.pretrained import read_model
+from reft_runtime.base.demo import demo_model
+from reft_runtime.base.loader import adopt_model
+from reft_runtime.base.pretrained import read_model
 
 
 @torch.no_grad()

@@ -51,7 +51,7 @@ def served(
     tiny_tokenizer().save_pretrained(folder)
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    start = "from server.cli import main; main()"
+    start = "from server.cli.main import main; main()"
     command = [sys.executable, "-c", start, "serve", "--model", str(folder)]
     command += ["--interventions", str(tmp_path_factory.mktemp("none"))]
     command += ["--port", str(port), "--kv-tokens", "32768", "--threads", "1"]

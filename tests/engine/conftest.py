@@ -5,8 +5,4 @@ import sys
 from tests.helpers.pages import storages as storages
 
 # There is no Triton for other systems.
-collect_ignore = (
-    []
-    if sys.platform == "linux"
-    else ["test_cuda_operators.py", "test_graphs.py", "test_page_attention.py", "test_sampling.py"]
-)
+collect_ignore = [] if sys.platform == "linux" else ["test_graphs.py", "test_sampling.py"]

@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from reft_runtime.engine import core as engine_core
-from reft_runtime.engine.cuda.sampling import Batch, Chosen
+from reft_runtime.engine.device_sampler import Batch, Chosen
 from reft_runtime.engine.runner import Launched, Runner, StepResult
-from reft_runtime.engine.scheduler import Chunk
-from reft_runtime.engine.staging import no_waiting
+from reft_runtime.kernels.staging import no_waiting
+from reft_runtime.schedule.scheduler import Chunk
 from tests.helpers.models import (
     DEVICE,
     Answer,

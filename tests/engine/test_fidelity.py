@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaMLP
 
-from reft_runtime.engine.attention import AskedMask, packed_attention
-from reft_runtime.engine.kv_rows import RowStorage
-from reft_runtime.engine.linears import Merged
-from reft_runtime.engine.loader import adopt_model
+from reft_runtime.base.attention import AskedMask, packed_attention
+from reft_runtime.base.linears import Merged
+from reft_runtime.base.loader import adopt_model
 from reft_runtime.errors import UnsupportedModel
+from reft_runtime.kv.rows import RowStorage
 from tests.helpers.models import (
     VOCABULARY,
     WINDOW,

@@ -13,15 +13,15 @@ import pytest
 import torch
 from torch import Tensor
 
+from reft_runtime.base.model import LoadedModel
+from reft_runtime.edits import editors, tables
+from reft_runtime.edits.tables import EditTables
 from reft_runtime.engine import core as engine_core
-from reft_runtime.engine import staging
-from reft_runtime.engine.blocks import BlockBudget
-from reft_runtime.engine.cuda import editors, tables
-from reft_runtime.engine.cuda.graphs import Compute, DecodeGraphs, buckets
-from reft_runtime.engine.cuda.tables import EditTables
-from reft_runtime.engine.kv_pages import PageStorage
-from reft_runtime.engine.model import LoadedModel
+from reft_runtime.engine.graphs import Compute, DecodeGraphs, buckets
 from reft_runtime.engine.runner import Runner
+from reft_runtime.kernels import staging
+from reft_runtime.kv.pages import PageStorage
+from reft_runtime.schedule.blocks import BlockBudget
 from tests.helpers.models import (
     answers,
     generate,

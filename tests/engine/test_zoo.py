@@ -6,8 +6,8 @@ from collections.abc import Iterator
 import pytest
 from transformers import PreTrainedModel
 
-from reft_runtime.engine.loader import adopt_model
-from reft_runtime.engine.model import LoadedModel
+from reft_runtime.base.loader import adopt_model
+from reft_runtime.base.model import LoadedModel
 from tests.helpers.models import WINDOW, answers, generate, make_core, prompt, request, run, tiny
 
 MODELS = (
@@ -30,8 +30,8 @@ def operators(request: pytest.FixtureRequest) -> Iterator[None]:
     """With the compiled operators, and as on a machine without a compiler."""
     with pytest.MonkeyPatch.context() as patch:
         if request.param == "torch":
-            patch.setattr("reft_runtime.engine.row_attention.kernels", lambda: None)
-            patch.setattr("reft_runtime.engine.operators.kernels", lambda: None)
+            patch.setattr("reft_runtime.kv.row_attention.kernels", lambda: None)
+            patch.setattr("reft_runtime.kernels.operators.kernels", lambda: None)
         yield
 
 

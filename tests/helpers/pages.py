@@ -10,15 +10,15 @@ import pytest
 import torch
 from torch import Tensor
 
+from reft_runtime.base.model import LoadedModel
+from reft_runtime.edits.tables import EditTables, RowEdits
 from reft_runtime.engine import core
-from reft_runtime.engine.blocks import BlockBudget
-from reft_runtime.engine.cuda.graphs import Compute, DecodeGraphs, GraphCapture
-from reft_runtime.engine.cuda.sampling import DeviceSampler
-from reft_runtime.engine.cuda.tables import EditTables, RowEdits
-from reft_runtime.engine.kv_pages import PageStorage
-from reft_runtime.engine.model import LoadedModel
-from reft_runtime.engine.page_attention import GatheredAttention, PageKernel
+from reft_runtime.engine.device_sampler import DeviceSampler
+from reft_runtime.engine.graphs import Compute, DecodeGraphs, GraphCapture
 from reft_runtime.engine.runner import Runner
+from reft_runtime.kv.page_attention import GatheredAttention, PageKernel
+from reft_runtime.kv.pages import PageStorage
+from reft_runtime.schedule.blocks import BlockBudget
 from tests.helpers.models import DEVICE
 from tests.helpers.sampling import plain_select, triton_select
 
@@ -44,14 +44,14 @@ def pages_for(
 
 def triton_attention(loaded: LoadedModel) -> PageKernel:
     """The kernel of devices; without one in Triton's interpreter, which takes seconds."""
-    from reft_runtime.engine.cuda.attention import Tiles, TritonAttention
+    from reft_runtime.kv.triton_attention import Tiles, TritonAttention
 
     return TritonAttention(loaded.group, 8, Tiles.of(loaded.dtype, 128))
 
 
 def triton_edits() -> RowEdits:
     """See `triton_attention`."""
-    from reft_runtime.engine.cuda.operators import TritonEdits
+    from reft_runtime.kernels.cuda.operators import TritonEdits
 
     return TritonEdits()
 

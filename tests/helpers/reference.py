@@ -13,8 +13,8 @@ from torch.nn.functional import linear
 from transformers import PreTrainedModel
 from transformers.activations import ACT2FN
 
-from reft_runtime.engine.sequence import AppliedIntervention
 from reft_runtime.interventions import BaseShape, Edit, Intervention
+from reft_runtime.schedule.sequence import AppliedIntervention
 from tests.helpers.models import HIDDEN, VOCABULARY
 
 BASE = BaseShape(

@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 
 from reft_runtime.engine import sampler
-from reft_runtime.engine.cuda.sampling import NOBODY, Batch, Chosen, Select, Settings
+from reft_runtime.engine.device_sampler import NOBODY, Batch, Chosen, Select, Settings
 from reft_runtime.sampling import MAX_LOGPROBS, SamplingParams
 
 
 def triton_select(chunk: int | None = None) -> Select:
     """The kernels of devices; without one in Triton's interpreter, which takes seconds."""
-    from reft_runtime.engine.cuda.selection import CHUNK, TritonSelection
+    from reft_runtime.engine.triton_selection import CHUNK, TritonSelection
 
     return TritonSelection(chunk or CHUNK)
 

@@ -20,7 +20,7 @@ from tests.helpers.serving import client_of, listening
 from tests.http.fake_engine import FakeEngine
 
 if TYPE_CHECKING:
-    from reft_runtime.llm import Engine
+    from reft_runtime.front.engine import Engine
 
 
 @pytest.fixture

@@ -1,6 +1,6 @@
 """An engine without a model: every token is a byte, and the answer is the alphabet, over and over.
 
-It keeps the contract of `reft_runtime.llm.Engine` and records what the server asked of it.
+It keeps the contract of `reft_runtime.front.engine.Engine` and records what the server asked of it.
 """
 
 from __future__ import annotations
@@ -166,7 +166,7 @@ class FakeRegistry:
         return version, io.BytesIO(b"abc")
 
     def versions_of(self, name: str) -> list[Any]:
-        from reft_runtime.interventions.entry import VersionEntry  # loads torch
+        from reft_runtime.interventions.registry.entry import VersionEntry  # loads torch
 
         entry = self.entry(name)
         return [

@@ -12,7 +12,7 @@ from server.settings import load_settings
 from tests.http.fake_engine import FakeEngine
 
 if TYPE_CHECKING:
-    from reft_runtime.llm import Engine
+    from reft_runtime.front.engine import Engine
 
 
 def main(engine_options: str, options: str) -> int:

@@ -8,7 +8,8 @@ from typing import Any
 import httpx
 import pytest
 
-from reft_runtime import Engine, bounds
+from reft_runtime import Engine
+from reft_runtime.front import bounds
 from reft_runtime.interventions import Edit, Intervention, serialise
 from server import generation
 from server.app import create_app

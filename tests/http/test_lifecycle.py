@@ -21,7 +21,7 @@ import pytest
 
 from reft_runtime.errors import ConfigError
 from server.banner import SHOWN
-from server.cli import app
+from server.cli.main import app
 from server.settings import Settings, load_settings
 from tests.http.conftest import completion
 
@@ -320,7 +320,7 @@ def test_the_prefix_cache_can_be_turned_off(monkeypatch: pytest.MonkeyPatch) -> 
         given.append(options)
         raise ConfigError("enough")
 
-    monkeypatch.setattr("reft_runtime.llm.Engine", record)
+    monkeypatch.setattr("reft_runtime.front.engine.Engine", record)
     monkeypatch.setattr("server.logs.configure_logging", print)  # it would be for all tests
     for arguments in (["--no-prefix-cache"], ["--prefix-cache"], []):
         with pytest.raises(ConfigError, match="enough"):
@@ -329,7 +329,7 @@ def test_the_prefix_cache_can_be_turned_off(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_help_names_every_option_and_loads_no_model() -> None:
-    code = "import sys; from server.cli import main; sys.argv = ['reft', *sys.argv[1:]]\n"
+    code = "import sys; from server.cli.main import main; sys.argv = ['reft', *sys.argv[1:]]\n"
     code += "try: main()\nfinally: assert 'torch' not in sys.modules"
     for arguments in (["--help"], ["serve", "--help"], ["--version"]):
         command = [sys.executable, "-c", code, *arguments]
@@ -368,7 +368,7 @@ def test_the_servers_words_are_the_last(status: int) -> None:
     ],
 )
 def test_command_line_mistakes_give_no_traceback(arguments: list[str], message: str) -> None:
-    code = "import sys; from server.cli import main; main()"
+    code = "import sys; from server.cli.main import main; main()"
     command = [sys.executable, "-c", code, *arguments]
     ended = subprocess.run(command, capture_output=True, text=True, check=False)
     assert ended.returncode == 2

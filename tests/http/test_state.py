@@ -148,14 +148,14 @@ async def test_a_path_that_is_too_long(client: httpx.AsyncClient, path: str) -> 
 async def test_listings_have_many_parts(
     client: httpx.AsyncClient, engine: FakeEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("reft_runtime.interventions.listing.PART", 2)
+    monkeypatch.setattr("reft_runtime.interventions.registry.listing.PART", 2)
     names = ["a", *(f"n{number}" for number in range(7))]
     for name in names[1:]:
         engine.registry.put(name, ONE)
     assert list(await listed(client)) == names
     models = (await client.get("/v1/models")).json()
     assert [model["id"] for model in models["data"]] == ["tiny", *names]
-    monkeypatch.setattr("reft_runtime.interventions.listing.PART_BYTES", 1)
+    monkeypatch.setattr("reft_runtime.interventions.registry.listing.PART_BYTES", 1)
     body = (await client.get("/v1/interventions")).json()
     assert [entry["id"] for entry in body["data"]] == names
     assert body["data"][0]["manifest"]["base"]["model"] == "tiny"
@@ -170,7 +170,7 @@ async def test_listings_have_many_parts(
 async def test_an_unread_listing_is_made_no_further(
     app: Any, engine: FakeEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("reft_runtime.interventions.listing.PART", 1)
+    monkeypatch.setattr("reft_runtime.interventions.registry.listing.PART", 1)
     for number in range(20):
         engine.registry.put(f"n{number}", ONE)
     sent: list[bytes] = []

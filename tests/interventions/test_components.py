@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from reft_runtime.errors import InvalidFile
-from reft_runtime.interventions.components import module_path, normalise
+from reft_runtime.interventions.format.components import module_path, normalise
 
 
 @pytest.mark.parametrize(

@@ -23,8 +23,8 @@ from reft_runtime.interventions import (
     serialise,
     write,
 )
-from reft_runtime.interventions.file import header_of
-from reft_runtime.interventions.manifest import check_base
+from reft_runtime.interventions.format.file import header_of
+from reft_runtime.interventions.format.manifest import check_base
 from tests.interventions.make import BASE, file_bytes, intervention, loreft_tensors
 
 GOOD = file_bytes()

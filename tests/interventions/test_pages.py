@@ -12,14 +12,14 @@ import pytest
 
 from reft_runtime.errors import InvalidRequest
 from reft_runtime.interventions import Edit, Entry, Intervention, Registry, serialise
-from reft_runtime.paging import SORTS, Sort
+from reft_runtime.interventions.registry.paging import SORTS, Sort
 from tests.interventions.make import BASE, file_bytes, loreft_tensors
 from tests.interventions.test_registry import digest
 
 
 @pytest.fixture
 def registry(monkeypatch: pytest.MonkeyPatch) -> Iterator[Registry]:
-    monkeypatch.setattr("reft_runtime.interventions.listing.LOOKED_AT", 2)  # and pauses
+    monkeypatch.setattr("reft_runtime.interventions.registry.listing.LOOKED_AT", 2)  # and pauses
     registry = Registry(BASE)
     for number, name in enumerate(("delta", "alpha", "echo", "bravo", "charlie")):
         registry.put(name, made(name, number))
@@ -116,7 +116,7 @@ def test_a_page_goes_on_where_names_have_gone(registry: Registry) -> None:
 def test_large_manifests_make_short_pages(
     registry: Registry, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("reft_runtime.interventions.listing.PAGE_BYTES", 1)
+    monkeypatch.setattr("reft_runtime.interventions.registry.listing.PAGE_BYTES", 1)
     page = registry.page(limit=3)
     assert ([entry.name for entry in page.entries], page.next) == (["alpha"], "alpha")
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from reft_runtime.demo import locate as locate_model
+from reft_runtime.base.demo import locate as locate_model
 from reft_runtime.errors import (
     ConfigError,
     FileTooLarge,
@@ -26,9 +26,9 @@ from reft_runtime.errors import (
     WrongBaseModel,
 )
 from reft_runtime.interventions import Registry, Version
-from reft_runtime.interventions.file import header_of, parse, write_atomic
-from reft_runtime.interventions.sources import look
-from reft_runtime.interventions.uploads import HISTORY
+from reft_runtime.interventions.format.file import header_of, parse, write_atomic
+from reft_runtime.interventions.registry.sources import look
+from reft_runtime.interventions.registry.uploads import HISTORY
 from tests.interventions.make import BASE, file_bytes
 
 ONE, TWO, THREE = file_bytes(1), file_bytes(2), file_bytes(3)
@@ -117,7 +117,7 @@ def test_scan_reads_nothing_that_has_not_changed(
     def refuse(*_: object) -> None:
         raise AssertionError("read again")
 
-    monkeypatch.setattr("reft_runtime.interventions.registry.read_header", refuse)
+    monkeypatch.setattr("reft_runtime.interventions.registry.registry.read_header", refuse)
     registry.scan()
     assert registry.resolve("a") is before
     assert registry.problems() == problems
@@ -207,7 +207,7 @@ def test_a_file_that_changes_while_it_is_read_is_read_again(
             break
         return path.read_bytes()
 
-    monkeypatch.setattr("reft_runtime.interventions.version.read", read_late)
+    monkeypatch.setattr("reft_runtime.interventions.registry.version.read", read_late)
     assert registry.ready("a").digest == digest(THREE)
 
 
@@ -230,7 +230,7 @@ def test_damaged_data_is_not_the_askers_fault(
         registry.ready("a")
     assert "damaged file" in str(registry.entry("a").problem)
     assert "damaged file" in registry.problems()["a"]
-    monkeypatch.setattr("reft_runtime.interventions.version.read", None)  # not read again
+    monkeypatch.setattr("reft_runtime.interventions.registry.version.read", None)  # not read again
     with pytest.raises(Unavailable, match="damaged file"):
         registry.ready("a")
     monkeypatch.undo()
@@ -260,7 +260,7 @@ def test_a_disk_that_fails_for_a_moment(folder: Path, monkeypatch: pytest.Monkey
         raise OSError(5, "Input/output error")
 
     with monkeypatch.context() as patch:
-        patch.setattr("reft_runtime.interventions.version.read", fail)
+        patch.setattr("reft_runtime.interventions.registry.version.read", fail)
         with pytest.raises(Unavailable, match="Input/output error"):
             registry.ready("a")
     assert registry.ready("a").digest == digest(ONE)
@@ -815,9 +815,9 @@ def test_what_is_deleted_is_given_back(
     state: Path, kept: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     trimmed: list[int] = []
-    monkeypatch.setattr("reft_runtime.interventions.residency._TRIM_BYTES", 1000)
+    monkeypatch.setattr("reft_runtime.interventions.registry.residency._TRIM_BYTES", 1000)
     monkeypatch.setattr(
-        "reft_runtime.interventions.catalog.return_freed_memory", lambda: trimmed.append(1)
+        "reft_runtime.interventions.registry.catalog.return_freed_memory", lambda: trimmed.append(1)
     )
     registry = Registry(BASE, state_dir=state if kept else None)
     gone = []
@@ -868,7 +868,7 @@ def test_uploads_on_disk_are_bounded(state: Path) -> None:
 
 
 def test_names_are_bounded(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("reft_runtime.interventions.uploads.MAX_ADDED_NAMES", 2)
+    monkeypatch.setattr("reft_runtime.interventions.registry.uploads.MAX_ADDED_NAMES", 2)
     place(folder, "f", ONE)
     registry = Registry(BASE, [folder])
     registry.put("a", ONE)

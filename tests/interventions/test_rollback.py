@@ -12,8 +12,8 @@ import pytest
 
 from reft_runtime.errors import Changed, InvalidRequest, NotFound, StoreFull, Unavailable
 from reft_runtime.interventions import Registry
-from reft_runtime.interventions.file import parse
-from reft_runtime.interventions.uploads import HISTORY
+from reft_runtime.interventions.format.file import parse
+from reft_runtime.interventions.registry.uploads import HISTORY
 from tests.interventions.make import BASE, file_bytes
 from tests.interventions.test_registry import damaged, digest, place
 

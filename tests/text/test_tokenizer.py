@@ -3,7 +3,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from reft_runtime.errors import InvalidRequest
-from reft_runtime.interventions.manifest import SystemTurn
+from reft_runtime.interventions.format.manifest import SystemTurn
 from reft_runtime.text import ChatOptions, Message, Tokenizer
 from tests.helpers.tokenizer import tiny_sentencepiece_tokenizer, tiny_tokenizer
 

@@ -12,11 +12,11 @@ from typer.testing import CliRunner
 
 from reft_runtime import Engine, SamplingParams
 from reft_runtime.errors import InvalidRequest, NotFound
-from reft_runtime.interventions.manifest import Manifest
+from reft_runtime.interventions.format.manifest import Manifest
 from reft_runtime.training import TrainSettings, evaluate, train
 from reft_runtime.training.layout import CHAT
 from reft_runtime.training.tasks import read_tasks
-from server.cli import app
+from server.cli.main import app
 from server.settings import Settings
 from tests.e2e.conftest import served
 from tests.helpers.tokenizer import tiny_tokenizer

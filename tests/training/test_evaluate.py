@@ -21,7 +21,7 @@ from reft_runtime.outputs import Choice, Generation
 from reft_runtime.training import TrainSettings, direction, evaluate, train
 from reft_runtime.training.direction import read_texts
 from reft_runtime.training.scoring import is_right
-from server.cli import app
+from server.cli.main import app
 from server.settings import Settings
 from tests.e2e.conftest import served
 from tests.helpers.tokenizer import tiny_tokenizer

@@ -7,7 +7,7 @@ import torch
 
 from reft_runtime import Engine, SamplingParams
 from reft_runtime.interventions import Intervention, serialise
-from reft_runtime.interventions.kinds import KINDS
+from reft_runtime.interventions.format.kinds import KINDS
 from reft_runtime.training.forward import EditedModel, first_edited, predict
 from reft_runtime.training.prompts import Example
 from tests.helpers.models import prompt

@@ -20,7 +20,7 @@ from reft_runtime.training import Trained, TrainSettings
 from reft_runtime.training import trainer as trainer_module
 from reft_runtime.training.forward import Base
 from reft_runtime.training.trainer import EditTrainer, Interrupted
-from server.training_cli import app
+from server.cli.training import app
 from tests.training.make import ROWS, folder, jsonl
 from tests.training.test_train import run
 
@@ -214,7 +214,7 @@ def test_the_command_ends_with_the_signals_status(
 def test_sigterm_of_a_process(tmp_path: Path) -> None:
     data, base = jsonl(tmp_path / "data.jsonl", ROWS), folder(tmp_path / "model")
     environment = {**os.environ, "PYTHONPATH": os.getcwd(), "OMP_NUM_THREADS": "1"}
-    code = "from server.cli import main; main()"
+    code = "from server.cli.main import main; main()"
     process = subprocess.Popen(
         [sys.executable, "-c", code, "train", data, "--model", base, "--steps", "100000"],
         env=environment,

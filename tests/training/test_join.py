@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from reft_runtime.interventions.manifest import CompletionPrefix
+from reft_runtime.interventions.format.manifest import CompletionPrefix
 from reft_runtime.text import Tokenizer
 from reft_runtime.training.join import choose_prefix, join
 from reft_runtime.training.layout import Layout

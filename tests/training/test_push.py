@@ -11,10 +11,10 @@ import pytest
 from pydantic import SecretStr
 
 from reft_runtime import Engine
+from reft_runtime.base.shape import read_base
 from reft_runtime.client import Server
 from reft_runtime.errors import ConfigError
 from reft_runtime.interventions import Registry
-from reft_runtime.interventions.base import read_base
 from reft_runtime.training import TrainSettings
 from reft_runtime.training.push import check_push, push
 from server.settings import Settings

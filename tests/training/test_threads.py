@@ -11,11 +11,11 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from reft_runtime.base.loading import use_threads
 from reft_runtime.engine.loop import EngineLoop
 from reft_runtime.errors import ConfigError
-from reft_runtime.loading import use_threads
 from reft_runtime.training.forward import predict
-from server.cli import app
+from server.cli.main import app
 from tests.helpers.models import make_core, request
 from tests.training.make import base, examples
 
@@ -47,7 +47,7 @@ def test_every_command_that_computes_takes_threads(
 
     for name in ("train", "evaluate", "direction"):
         monkeypatch.setattr(f"reft_runtime.training.{name}", record)
-    monkeypatch.setattr("reft_runtime.llm.Engine", record)
+    monkeypatch.setattr("reft_runtime.front.engine.Engine", record)
     monkeypatch.chdir(tmp_path)
     for file in ("a.txt", "b.txt"):
         (tmp_path / file).write_text("A text.\n")

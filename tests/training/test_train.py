@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from reft_runtime import Engine, SamplingParams
 from reft_runtime.errors import ConfigError, TrainingFailed
 from reft_runtime.interventions import parse, read
-from reft_runtime.interventions.describe import describe
+from reft_runtime.interventions.format.describe import describe
 from reft_runtime.training import TrainSettings, evaluate, train
 from reft_runtime.training.trainer import EditTrainer, merit
 from tests.helpers.tokenizer import tiny_tokenizer

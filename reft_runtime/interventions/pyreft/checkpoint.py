@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from reft_runtime.errors import InvalidFile
-from reft_runtime.interventions.manifest import MAX_EDITS
+from reft_runtime.interventions.format.manifest import MAX_EDITS
 from reft_runtime.interventions.pyreft.classes import Stored
 from reft_runtime.interventions.pyreft.names import Place, parse_name
 from reft_runtime.interventions.pyreft.states import read_states

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers.activations import ACT2FN
 
 from reft_runtime.errors import ConfigError, InvalidFile
-from reft_runtime.interventions.kinds import KINDS
+from reft_runtime.interventions.format.kinds import KINDS
 from reft_runtime.interventions.pyreft.unpickle import PLAIN
 
 CLASSES = {

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from reft_runtime.errors import ConfigError, InvalidFile
-from reft_runtime.interventions.intervention import Intervention
-from reft_runtime.interventions.manifest import EditSpec
+from reft_runtime.interventions.format.intervention import Intervention
+from reft_runtime.interventions.format.manifest import EditSpec
 from reft_runtime.interventions.pyreft.classes import CLASSES, exportable, state_of
 from reft_runtime.interventions.pyreft.names import Place
 from reft_runtime.interventions.pyreft.unpickle import BASE, ORIGINAL, PLAIN

@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 from transformers.activations import ACT2CLS, ACT2FN
 
+from reft_runtime.base.shape import base_shape, read_base
 from reft_runtime.errors import ConfigError, InvalidFile
-from reft_runtime.interventions.base import base_shape, read_base
-from reft_runtime.interventions.components import HIDDEN_SIZED, normalise
-from reft_runtime.interventions.intervention import Edit, Intervention
-from reft_runtime.interventions.kinds import ACTS, KINDS, TensorInfo, check_tensors
-from reft_runtime.interventions.manifest import BaseShape
-from reft_runtime.interventions.positions import Positions
+from reft_runtime.interventions.format.components import HIDDEN_SIZED, normalise
+from reft_runtime.interventions.format.intervention import Edit, Intervention
+from reft_runtime.interventions.format.kinds import ACTS, KINDS, TensorInfo, check_tensors
+from reft_runtime.interventions.format.manifest import BaseShape
+from reft_runtime.interventions.format.positions import Positions
 from reft_runtime.interventions.pyreft.checkpoint import Checkpoint, read_checkpoint
 from reft_runtime.interventions.pyreft.classes import Stored, kind_of, tensors_of
 from reft_runtime.interventions.pyreft.unpickle import with_plain_rotation

@@ -1,0 +1,356 @@
+"""Puts fused operators in the place of a model's small ones, where they give the same.
+
+Patterns of the Llama family, each tried on random rows before it is used (`trial`), so that what
+has the same names and computes something else keeps its own code. Modules stay where they are,
+with their hooks: a layer with a hook anywhere inside it runs its own code, module by module.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterable, Mapping
+from collections.abc import Sequence as SequenceOf
+from dataclasses import dataclass
+from functools import partial
+from types import FunctionType, MethodType
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from reft_runtime.base.attention import ProbedLayer
+from reft_runtime.base.linears import Merged
+from reft_runtime.base.rotary import ROTARY, rotates, rotating
+from reft_runtime.base.trial import TOLERANCE, Operator, Trials
+from reft_runtime.kernels.operators import Operators, ProductOperators, operators_for
+
+_PLAIN_ATTENTION = {
+    ROTARY,
+    "shape",
+    "head_dim",
+    "q_proj",
+    "k_proj",
+    "v_proj",
+    "o_proj",
+    "view",
+    "transpose",
+    "reshape",
+    "contiguous",
+    "config",
+    "layer_idx",
+    "update",
+    "ALL_ATTENTION_FUNCTIONS",
+    "get_interface",
+    "_attn_implementation",
+    "eager_attention_forward",
+    "training",
+    "attention_dropout",
+    "scaling",
+    "sliding_window",
+    "getattr",
+    "nn",
+    "functional",
+    "dropout",
+    "residual_dropout",
+}
+"""Names that the code of an attention module may use: one with more does more."""
+
+Compute = Callable[[Tensor, Tensor, Tensor, Any], Tensor]
+"""From rows [T, d], the rotary cosines and sines [1, T, dim] and the step to rows [T, d]; of
+attention to what its output projection gets."""
+
+
+def fuse(
+    model: PreTrainedModel, layers: SequenceOf[nn.Module], probed: SequenceOf[ProbedLayer]
+) -> int:
+    """Replace what can be; returns the number of modules changed (0 without a compiler).
+
+    `layers` are the decoder layers, and `probed` is what their attention asks for. Linear layers
+    must not be packed yet.
+    """
+    operators = operators_for(model.device)
+    if operators is None or model.dtype not in TOLERANCE:
+        return 0
+    fuser = _Fuser(operators, model)
+    for layer, asked in zip(layers, probed, strict=True):
+        fuser.fuse(layer, asked)
+    for module in model.modules():
+        fuser.fuse_alone(module)
+    return fuser.changed
+
+
+@dataclass(frozen=True, slots=True)
+class _Plan:
+    """A module's other forward, and the width of the rows that it takes."""
+
+    forward: Operator
+    width: int
+
+
+@dataclass(frozen=True, slots=True)
+class _PartPlan(_Plan):
+    """Of a part of a layer: what it computes before its last product, and the layer of that.
+
+    `merged` are its first linear layers.
+    """
+
+    compute: Operator
+    merged: Merged
+    last: nn.Linear
+
+
+class _Fuser:
+    """Replaces forwards, and remembers what it made: a layer is put together from its parts."""
+
+    def __init__(self, operators: Operators, model: PreTrainedModel) -> None:
+        self._operators = operators
+        self._device = model.device
+        self._width: int = model.config.hidden_size
+        self._trials = Trials()
+        self._rotary: dict[Operator, Operator | None] = {}
+        self._plans: dict[nn.Module, _Plan] = {}
+
+    @property
+    def changed(self) -> int:
+        """How many modules were replaced."""
+        return len(self._plans)
+
+    def fuse(self, layer: nn.Module, asked: ProbedLayer) -> None:
+        """Replace a decoder layer and the modules in it, where that can be."""
+        head, kind = asked.shape.key_dim, ("layer", asked)
+        # A copy of the layer shows its own formula only while its parts are as they were.
+        whole = "forward" not in vars(layer) and self._trials.holds(
+            layer, partial(self._layer, asked=asked, plans=None), kind, head, adds=True
+        )
+        for module in layer.modules():
+            if module is layer or self.fuse_alone(module) or not rotates(module):
+                continue
+            for build in (self._attention, self._rotation):
+                if self._try(module, partial(build, asked=asked), (build.__name__, asked), head):
+                    break
+        plan = self._layer(layer, asked, self._plans) if whole else None
+        if plan is not None and self._trials.same(layer, plan.forward, plan.width, head, adds=True):
+            self._install(layer, plan)
+
+    def fuse_alone(self, module: nn.Module) -> bool:
+        """Replace a module that needs no step; whether it is replaced."""
+        return self._try(module, self._norm, "norm") or self._try(module, self._mlp, "mlp")
+
+    def _try(
+        self,
+        module: nn.Module,
+        build: Callable[[Any], _Plan | None],
+        kind: Hashable,
+        head: int | None = None,
+    ) -> bool:
+        # Modules with another forward than their class's are somebody's already.
+        if "forward" in vars(module):
+            return module in self._plans
+        plan = build(module)
+        if plan is None or not self._trials.holds(module, build, kind, head):
+            return False
+        if not self._trials.same(module, plan.forward, plan.width, head):
+            return False
+        self._install(module, plan)
+        return True
+
+    def _install(self, module: nn.Module, plan: _Plan) -> None:
+        module.forward = plan.forward
+        if isinstance(plan, _PartPlan):
+            plan.merged.merge()
+        self._plans[module] = plan
+
+    def _norm(self, module: Any) -> _Plan | None:
+        if not type(module).__name__.endswith("RMSNorm") or list(module._parameters) != ["weight"]:
+            return None
+        own, weight, operators = module.forward, module.weight, self._operators
+        epsilon = _epsilon(module)
+        if not isinstance(weight, Tensor) or epsilon is None:
+            return None
+
+        def forward(hidden_states: Tensor) -> Any:
+            if not operators.supports(hidden_states, weight):
+                return own(hidden_states)
+            return operators.rms_norm(hidden_states, weight, epsilon)
+
+        return _Plan(forward, weight.shape[-1])
+
+    def _mlp(self, module: Any) -> _PartPlan | None:
+        parts: dict[str, Any] = dict(module.named_children())
+        if parts.keys() != {"gate_proj", "up_proj", "down_proj", "act_fn"}:
+            return None
+        gate, up, down, act = (parts[n] for n in ("gate_proj", "up_proj", "down_proj", "act_fn"))
+        if not Merged.possible((gate, up)):
+            return None
+        own, operators, merged = module.forward, self._operators, Merged((gate, up))
+        inner = _hooks((gate, up, act))
+
+        def compute(rows: Tensor) -> Any:
+            return operators.silu_mul(merged.product(rows))
+
+        def forward(hidden_states: Tensor) -> Any:
+            if any(inner) or not operators.supports(hidden_states):
+                return own(hidden_states)
+            return down(compute(hidden_states))
+
+        return _PartPlan(forward, gate.in_features, compute, merged, down)
+
+    def _attention(self, module: Any, asked: ProbedLayer) -> _PartPlan | None:
+        """Run an attention module's work as one function; it must be a plain one."""
+        parts: dict[str, Any] = dict(module.named_children())
+        if parts.keys() != {f"{p}_proj" for p in "qkvo"}:
+            return None
+        shape, scaling, window = asked.shape, asked.scaling, asked.window
+        if not _PLAIN_ATTENTION.issuperset(type(module).forward.__code__.co_names):
+            return None
+        projections = tuple(parts[f"{p}_proj"] for p in "qkv")
+        if shape.key_dim != shape.value_dim or not self._rotates_halves(module):
+            return None
+        if not Merged.possible(projections):
+            return None
+        o, operators = parts["o_proj"], self._operators
+        merged, inner = Merged(projections), _hooks((*projections, o))
+        index: Any = module.layer_idx
+        width, kv_heads = shape.key_dim, shape.kv_heads
+        heads = projections[0].out_features // width
+
+        def compute(rows: Tensor, cos: Tensor, sin: Tensor, step: Any) -> Any:
+            every = merged.product(rows).view(len(rows), -1, width)
+            query, key, value = every.split_with_sizes((heads, kv_heads, kv_heads), 1)
+            if getattr(step, "rotates", False):
+                mixed = step.attend_rotated(index, query, key, value, (cos, sin), scaling, window)
+            else:
+                operators.rotate_(query, key, cos, sin)
+                mixed = step.attend(index, query, key, value, scaling, window)
+            return mixed.flatten(1)
+
+        def whole(rows: Tensor, cos: Tensor, sin: Tensor, step: Any) -> Any:
+            return o(compute(rows, cos, sin, step))
+
+        guarded = _or_own(operators, whole, module.forward, inner, width)
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            rows = guarded(*args, **kwargs)
+            return rows if isinstance(rows, tuple) else (rows, None)
+
+        return _PartPlan(forward, projections[0].in_features, compute, merged, o)
+
+    def _rotation(self, module: Any, asked: ProbedLayer) -> _Plan | None:
+        """Run an attention module's own code, its rotary function's name bound to ours."""
+        if not self._rotates_halves(module):
+            return None
+        own = type(module).forward
+        names = {**own.__globals__, ROTARY: self._rotary[own.__globals__[ROTARY]]}
+        forward = FunctionType(own.__code__, names, own.__name__, own.__defaults__, own.__closure__)
+        forward.__kwdefaults__ = own.__kwdefaults__
+        return _Plan(MethodType(forward, module), self._width)
+
+    def _rotates_halves(self, module: nn.Module) -> bool:
+        rotary = type(module).forward.__globals__[ROTARY]
+        if rotary not in self._rotary:
+            self._rotary[rotary] = rotating(rotary, self._operators, self._device)
+        return self._rotary[rotary] is not None
+
+    def _layer(
+        self, layer: Any, asked: ProbedLayer, plans: Mapping[nn.Module, _Plan] | None
+    ) -> _Plan | None:
+        """Run a whole Llama-like layer as one function, calling no module but the linear ones.
+
+        `plans` are those of its parts, made and merged; without them it makes its own.
+        """
+        parts: dict[str, Any] = dict(layer.named_children())
+        if parts.keys() != {"input_layernorm", "post_attention_layernorm", "self_attn", "mlp"}:
+            return None
+        before, after = parts["input_layernorm"], parts["post_attention_layernorm"]
+        one_dtype = len({weight.dtype for weight in layer.parameters()}) == 1
+        first_epsilon, second_epsilon = _epsilon(before), _epsilon(after)
+        if first_epsilon is None or second_epsilon is None or not one_dtype:
+            return None
+        if plans is None:
+            plans = self._parts(parts["self_attn"], parts["mlp"], asked)
+        attention, mlp = plans.get(parts["self_attn"]), plans.get(parts["mlp"])
+        if not isinstance(attention, _PartPlan) or not isinstance(mlp, _PartPlan):
+            return None
+        operators = self._operators
+        inner = _hooks(module for module in layer.modules() if module is not layer)
+        attend, o, activate, down = attention.compute, attention.last, mlp.compute, mlp.last
+
+        def compute(rows: Tensor, cos: Tensor, sin: Tensor, step: Any) -> Tensor:
+            normal = operators.rms_norm(rows, before.weight, first_epsilon)
+            rows, normal = operators.add_rms_norm(
+                rows, o(attend(normal, cos, sin, step)), after.weight, second_epsilon
+            )
+            rows += down(activate(normal))
+            return rows
+
+        joined = mlp.merged.weight
+        products = operators if isinstance(operators, ProductOperators) else None
+        if products is not None and joined is not None and _plain(o, down, *mlp.merged.parts):
+
+            def compute_in_place(rows: Tensor, cos: Tensor, sin: Tensor, step: Any) -> Tensor:
+                # A layer's input is nobody's but its own: what gave it is done.
+                normal = products.rms_norm(rows, before.weight, first_epsilon)
+                normal = products.add_product_and_norm(
+                    rows, attend(normal, cos, sin, step), o.weight, after.weight, second_epsilon
+                )
+                return products.add_product_(
+                    rows, products.gated_product(normal, joined), down.weight
+                )
+
+            compute = compute_in_place
+        forward = _or_own(operators, compute, layer.forward, inner, asked.shape.key_dim)
+        return _Plan(forward, self._width)
+
+    def _parts(
+        self, attention: nn.Module, mlp: nn.Module, asked: ProbedLayer
+    ) -> dict[nn.Module, _Plan]:
+        """Plans of a copied layer's parts, merged."""
+        made = self._attention(attention, asked) if rotates(attention) else None
+        plans = {attention: made, mlp: self._mlp(mlp)}
+        for plan in plans.values():
+            if plan is not None:
+                plan.merged.merge()
+        return {module: plan for module, plan in plans.items() if plan is not None}
+
+
+def _plain(*linears: nn.Linear) -> bool:
+    """Whether products with these layers' weights are all that they do."""
+    return all(type(linear) is nn.Linear and linear.bias is None for linear in linears)
+
+
+def _or_own(
+    operators: Operators,
+    compute: Compute,
+    own: Operator,
+    inner: SequenceOf[dict[int, Any]],
+    width: int,
+) -> Operator:
+    """A forward that computes the rows of a plain step, and runs a module's `own` for all else.
+
+    Not plain is what has hooks `inner`, or rotates less than the `width` of its heads.
+    """
+
+    def forward(
+        hidden_states: Tensor,
+        *args: Any,
+        position_embeddings: tuple[Tensor, Tensor],
+        step: Any = None,
+        **kwargs: Any,
+    ) -> Any:
+        cos, sin = position_embeddings
+        plain = step is not None and cos.shape[-1] == width and not any(inner)
+        if plain and operators.supports(hidden_states, cos, sin):
+            return compute(hidden_states[0], cos, sin, step)[None]
+        kwargs |= {} if step is None else {"step": step}
+        return own(hidden_states, *args, position_embeddings=position_embeddings, **kwargs)
+
+    return forward
+
+
+def _hooks(modules: Iterable[nn.Module]) -> list[dict[int, Any]]:
+    """The modules' hooks, to be looked at in every step: any of these is not empty."""
+    return [hooks for m in modules for hooks in (m._forward_hooks, m._forward_pre_hooks)]
+
+
+def _epsilon(norm: nn.Module) -> float | None:
+    epsilon = getattr(norm, "variance_epsilon", getattr(norm, "eps", None))
+    return epsilon if isinstance(epsilon, float) else None

@@ -1,0 +1,166 @@
+"""Loads a base model, and refuses, with the reason, what the engine would get wrong."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from reft_runtime.base.attention import ATTENTION, PROBE, AskedMask, ProbedLayer, ShapeProbe
+from reft_runtime.base.fused import fuse
+from reft_runtime.base.generation import ends_of_answers, tell_ignored
+from reft_runtime.base.linears import prepack
+from reft_runtime.base.model import LoadedModel, forward
+from reft_runtime.base.pretrained import read_config, read_model
+from reft_runtime.base.stages import stage
+from reft_runtime.base.support import check_config, chosen_length, refuse
+from reft_runtime.engine.fidelity import check, own_logits
+from reft_runtime.errors import ConfigError, UnsupportedModel
+
+PROBE_TOKENS = 8
+
+NATIVE_BFLOAT16 = ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16")
+"""Capabilities of CPUs, as torch names them, that multiply bfloat16: two of x86, two of ARM."""
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def choose_device(name: str) -> torch.device:
+    """Device by name: cpu, cuda or cuda:N."""
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise ConfigError(f"device must be cpu, cuda or cuda:N, not {name!r}.", param="device")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ConfigError(
+            f"device: there is no {name}; torch sees {torch.cuda.device_count()} CUDA devices.",
+            param="device",
+        )
+    return device
+
+
+def choose_dtype(name: str, device: torch.device) -> torch.dtype:
+    """Dtype by name; "auto" is bfloat16 where the device multiplies it natively, else float32."""
+    if name == "auto":
+        if device.type == "cuda":
+            native = torch.cuda.is_bf16_supported(including_emulation=False)
+        else:
+            capabilities = torch.cpu.get_capabilities()
+            native = any(capabilities.get(name, False) for name in NATIVE_BFLOAT16)
+        return torch.bfloat16 if native else torch.float32
+    if name not in _DTYPES:
+        raise ConfigError(f"dtype must be auto, {', '.join(_DTYPES)}, not {name!r}.", param="dtype")
+    return _DTYPES[name]
+
+
+def load_model(
+    path: str,
+    dtype: str = "auto",
+    max_model_len: int | None = None,
+    *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    device: str = "cpu",
+    differentiable: bool = False,
+) -> LoadedModel:
+    """Load a causal language model from a folder or hub id, by transformers, without remote code.
+
+    `tokenizer` is the model's: its end of sequence ends an answer too. A `differentiable` model
+    lets gradients through to the activations: it keeps its own operators.
+    Raises `ConfigError` where the folder cannot be read, or not all weights come from it, and
+    `UnsupportedModel` where the engine would not give the model's own tokens.
+    """
+    config = read_config(path)
+    check_config(config)
+    max_model_len = chosen_length(config, max_model_len)
+    place = choose_device(device)
+    with stage("Loading the weights"):
+        model = read_model(path, choose_dtype(dtype, place)).to(place)  # type: ignore[arg-type]
+    return adopt_model(
+        model,
+        max_model_len,
+        tokenizer=tokenizer,
+        differentiable=differentiable,
+    )
+
+
+@torch.inference_mode()
+def adopt_model(
+    model: PreTrainedModel,
+    max_model_len: int | None = None,
+    *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    differentiable: bool = False,
+) -> LoadedModel:
+    """Make a model in memory ready for packed steps where it is; checks it as `load_model` does."""
+    if model.device.type == "cuda":
+        torch.cuda.set_device(model.device)  # Triton's kernels are launched on the current one
+    config = model.config
+    check_config(config)
+    max_model_len = chosen_length(config, max_model_len)
+    model.requires_grad_(False).train(False)
+    layers = _decoder_layers(model, config.num_hidden_layers)
+    try:
+        with stage("Asking the model for its own logits"):
+            probed = _probe(model, max_model_len)
+            own = own_logits(model, probed, max_model_len)
+        model.set_attn_implementation(ATTENTION)
+        weight_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
+        if not differentiable:
+            with stage("Packing the weights"):
+                fuse(model, layers, probed)
+                weight_bytes += prepack(model)
+        loaded = LoadedModel(
+            model=model,
+            architecture=type(model).__name__,
+            layers=layers,
+            shapes=tuple(layer.shape for layer in probed),
+            group=max(layer.heads // layer.shape.kv_heads for layer in probed),
+            eos_ids=ends_of_answers(model, tokenizer),
+            hidden_size=config.hidden_size,
+            vocab_size=config.vocab_size,
+            max_model_len=max_model_len,
+            weight_bytes=weight_bytes,
+        )
+        with stage("Checking what will be served"):
+            check(loaded, own, probed)
+    except UnsupportedModel as error:
+        raise refuse(config, error.message) from error
+    tell_ignored(model)
+    return loaded
+
+
+def _probe(model: PreTrainedModel, max_tokens: int) -> tuple[ProbedLayer, ...]:
+    """See what every layer asks of attention, and remember windows at the modules."""
+    config = model.config
+    positions = torch.arange(min(PROBE_TOKENS, max_tokens), device=model.device)
+    probe = ShapeProbe(max_tokens, model.dtype)
+    model.set_attn_implementation(PROBE)
+    try:
+        forward(model, positions % config.vocab_size, positions, positions, probe)
+    except UnsupportedModel:
+        raise
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        if AskedMask.__name__ in str(error):
+            raise UnsupportedModel("its own code changes attention masks") from error
+        reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
+        raise UnsupportedModel(f"a packed forward fails: {reason[:200]}") from error
+    if not probe.layers:
+        raise UnsupportedModel("its attention does not go through transformers' interface")
+    if sorted(probe.layers) != list(range(config.num_hidden_layers)):
+        raise UnsupportedModel("not every layer is a plain attention layer with its own KV")
+    window = getattr(config, "sliding_window", None)
+    for layer in probe.own_masks:
+        if probe.layers[layer].window is None and isinstance(window, int) and window < max_tokens:
+            raise UnsupportedModel("a window may be in masks that its own code makes")
+    return tuple(probe.layers[i] for i in range(config.num_hidden_layers))
+
+
+def _decoder_layers(model: PreTrainedModel, count: int) -> tuple[nn.Module, ...]:
+    for module in model.modules():
+        if isinstance(module, nn.ModuleList) and len(module) == count:
+            return tuple(module)
+    raise refuse(model.config, "its decoder layers were not found")

@@ -1,0 +1,91 @@
+"""Pictures, which matplotlib draws where it is installed."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from reft_runtime.errors import ConfigError, InvalidRequest
+from reft_runtime.machine.places import check_folder
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+    from reft_runtime.outputs import Trace
+
+WIDEST = 16.0
+"""Inches of a heat map."""
+
+MOST_TICKS = 60
+
+
+def need_matplotlib() -> None:
+    """Raise `ConfigError` that says how to install it."""
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError:
+        raise ConfigError(
+            "plot: needs matplotlib; run `pip install 'reft-server[plot]'`, or leave it out.",
+            param="plot",
+        ) from None
+
+
+def check_plot(path: str | Path) -> Path:
+    """The place of a picture, which can be drawn and written; raises `ConfigError`."""
+    need_matplotlib()
+    from matplotlib.backend_bases import FigureCanvasBase
+
+    path = Path(path)
+    endings = FigureCanvasBase.get_supported_filetypes()
+    if path.suffix.lower().removeprefix(".") not in endings:
+        raise ConfigError(
+            f"plot: {path} must end with .png, .svg or .pdf, which says what it is.", param="plot"
+        )
+    if path.is_dir():
+        raise ConfigError(f"plot: {path} is a folder; name a file.", param="plot")
+    check_folder(path.parent, "plot")
+    return path
+
+
+def save(figure: Figure, path: Path, meanwhile: str = "") -> None:
+    """Write a picture; the `ConfigError` where that fails ends with what is `meanwhile` done."""
+    try:
+        figure.savefig(path)
+    except OSError as error:
+        raise ConfigError(
+            f"plot: {path} cannot be written: {error.strerror}.{meanwhile}", param="plot"
+        ) from None
+
+
+def heat_map(trace: Trace, axes: Axes | None = None) -> Axes:
+    """`Trace.plot`."""
+    need_matplotlib()
+    if not trace.edits:
+        raise InvalidRequest("plot: no row was edited, so there is nothing to draw.")
+    components = {edit.component for edit in trace.edits}
+    places = sorted({(edit.layer, edit.component) for edit in trace.edits})
+    positions = sorted({edit.position for edit in trace.edits})
+    sizes = [[math.nan] * len(positions) for _ in places]
+    for edit in trace.edits:
+        row = sizes[places.index((edit.layer, edit.component))]
+        column = positions.index(edit.position)
+        row[column] = max(edit.relative_size, row[column])  # nan, what it holds first, loses
+    if axes is None:
+        from matplotlib import pyplot
+
+        _, axes = pyplot.subplots(
+            figsize=(min(2.5 + 0.25 * len(positions), WIDEST), 1.2 + 0.25 * len(places)),
+            layout="constrained",
+        )
+    image = axes.imshow(sizes, aspect="auto", vmin=0, origin="lower")
+    step = 1 + len(positions) // MOST_TICKS
+    axes.set_xticks(range(0, len(positions), step), [str(p) for p in positions[::step]])
+    axes.set_yticks(
+        range(len(places)),
+        [f"{layer} {where}" if len(components) > 1 else str(layer) for layer, where in places],
+    )
+    axes.set(xlabel="position", ylabel="layer")
+    axes.figure.colorbar(image, ax=axes, label="length of the change / of the row")
+    return axes

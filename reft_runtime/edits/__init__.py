@@ -1,0 +1,1 @@
+"""Which rows of a step are edited, where, and by what."""

@@ -1,0 +1,183 @@
+"""Editors of steps by the tables of interventions: rows at fixed addresses, and packed ones."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from reft_runtime.edits.sites import Site
+from reft_runtime.edits.tables import COMPONENT, PIECE_RANKS, PIECE_ROWS, EditTables, Group
+from reft_runtime.kernels.staging import send, to_device
+
+if TYPE_CHECKING:
+    from reft_runtime.schedule.scheduler import Chunk
+    from reft_runtime.schedule.sequence import AppliedIntervention
+
+ALONE = 4
+"""Up to so many rows of a request and slot are rather edited one by one."""
+
+
+class FixedRows:
+    """An `Editor` of up to `rows` rows, one token each, whose slots and strengths are set anew
+    for each step at fixed addresses, so that a captured graph can edit."""
+
+    def __init__(self, tables: EditTables, layers: int, rows: int) -> None:
+        device = tables.device
+        self._tables = tables
+        self._layers = layers
+        self._index = torch.arange(rows, device=device)
+        self._slots = torch.zeros(rows, dtype=torch.long, device=device)
+        self._strengths = torch.zeros(rows, device=device)
+
+    @property
+    def sites(self) -> Sequence[Site]:
+        """The outputs of all layers."""
+        return [(layer, COMPONENT) for layer in range(self._layers)]
+
+    def choose(self, rows: Sequence[tuple[int, float]]) -> None:
+        """Slot and strength of each row of the next step."""
+        for held, numbers in zip(
+            (self._slots, self._strengths), zip(*rows, strict=True), strict=True
+        ):
+            held[: len(rows)].copy_(send(torch.tensor(numbers), held.device))
+
+    def apply(self, site: Site, hidden: Tensor) -> None:
+        """Edit the rows [n, d] of one layer in place."""
+        n = len(hidden)
+        self._tables.edit.rows(
+            hidden,
+            self._index[:n],
+            self._tables.layer(site[0]),
+            self._slots[:n],
+            self._strengths[:n],
+        )
+
+    def slots_of(
+        self, editing: Sequence[Sequence[AppliedIntervention]]
+    ) -> list[tuple[int, float]] | None:
+        """Slot and strength of each row, of those that edit generated tokens there.
+
+        None where a row has edits that cannot be applied so: of another kind, or one after another.
+        """
+        self._tables.begin_step(applied for own in editing for applied in own)
+        rows: list[tuple[int, float]] = []
+        for own in editing:
+            if not own:
+                rows.append((0, 0.0))
+                continue
+            groups = self._tables.groups_of(own[0]) if len(own) == 1 else None
+            decoding = [group for group in groups or () if group.positions.edits_decode]
+            if len(decoding) != 1:
+                return None
+            rows.append((decoding[0].slot, own[0].strength))
+        return rows
+
+
+@dataclass(slots=True)
+class _Rows:
+    """Rows of one pass, their slots and strengths, and where there are any their pieces."""
+
+    rows: list[int] = field(default_factory=list)
+    slots: list[int] = field(default_factory=list)
+    strengths: list[float] = field(default_factory=list)
+    pieces: list[int] = field(default_factory=list)
+
+    def add(self, rows: Sequence[int], slot: int, strength: float) -> None:
+        self.rows += rows
+        self.slots += [slot] * len(rows)
+        self.strengths += [strength] * len(rows)
+
+    def add_pieces(self, rows: Sequence[int], slot: int, strength: float) -> None:
+        for start in range(0, len(rows), PIECE_ROWS):
+            piece = rows[start : start + PIECE_ROWS]
+            self.pieces += (len(self.rows), len(piece))
+            self.add(piece, slot, strength)
+
+    def sent(self, device: torch.device) -> tuple[Tensor, ...]:
+        lists = self.rows, self.pieces, self.slots
+        rows, pieces, slots = to_device(lists, device)
+        return rows, pieces.view(-1, 2), slots, send(torch.tensor(self.strengths), device)
+
+
+@dataclass(slots=True)
+class _Pass:
+    layers: set[int] = field(default_factory=set)
+    alone: _Rows = field(default_factory=_Rows)
+    together: _Rows = field(default_factory=_Rows)
+
+
+class PackedRows:
+    """The rows of a packed step that the tables edit, in passes one after another.
+
+    Requests whose edits are of another kind are left to others.
+    """
+
+    def __init__(self, tables: EditTables, chunks: Iterable[Chunk]) -> None:
+        self._tables = tables
+        self._passes: list[_Pass] = []
+        self._sent: list[tuple[tuple[Tensor, ...], tuple[Tensor, ...]]] | None = None
+        tables.begin_step(a for chunk in chunks for a in chunk.sequence.request.interventions)
+
+    @property
+    def sites(self) -> Sequence[Site]:
+        """The outputs of the layers that have something to edit."""
+        layers = set[int]().union(*(each.layers for each in self._passes))
+        return [(layer, COMPONENT) for layer in sorted(layers)]
+
+    def add(self, chunk: Chunk, shift: int) -> bool:
+        """Take over all edits of a chunk; False if that cannot be, and nothing is taken.
+
+        `shift` added to an offset in the sequence gives the packed row.
+        """
+        request = chunk.sequence.request
+        if request.trace:
+            return False
+        wanted: list[tuple[Group, float, list[int]]] = []
+        for applied in request.interventions:
+            if not applied.strength:
+                continue
+            groups = self._tables.groups_of(applied)
+            if groups is None:
+                return False
+            for group in groups:
+                offsets = group.positions.offsets(len(request.prompt), chunk.start, chunk.stop)
+                if offsets:
+                    wanted.append((group, applied.strength, [o + shift for o in offsets]))
+        passes: list[int] = []
+        for number, (group, strength, rows) in enumerate(wanted):
+            after = [
+                before
+                for before, (earlier, _, others) in zip(passes, wanted[:number], strict=True)
+                if not earlier.layers.isdisjoint(group.layers) and not set(others).isdisjoint(rows)
+            ]
+            passes.append(max(after, default=-1) + 1)
+            if passes[-1] == len(self._passes):
+                self._passes.append(_Pass())
+            own = self._passes[passes[-1]]
+            own.layers |= group.layers
+            if len(rows) > ALONE and group.rank <= PIECE_RANKS:
+                own.together.add_pieces(rows, group.slot, strength)
+            else:
+                own.alone.add(rows, group.slot, strength)
+        return True
+
+    def apply(self, site: Site, hidden: Tensor) -> None:
+        """Edit the packed rows [T, d] of one layer in place."""
+        if self._sent is None:
+            device = self._tables.device
+            self._sent = [(p.alone.sent(device), p.together.sent(device)) for p in self._passes]
+        layer, component = site
+        edit, places = self._tables.edit, self._tables.layer(layer)
+        for each, (alone, together) in zip(self._passes, self._sent, strict=True):
+            if layer not in each.layers or component != COMPONENT:
+                continue
+            rows, _, slots, strengths = alone
+            if len(rows):
+                edit.rows(hidden, rows, places, slots, strengths)
+            rows, pieces, slots, strengths = together
+            if len(rows):
+                edit.pieces(hidden, rows, pieces, places, slots, strengths)

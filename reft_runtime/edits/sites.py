@@ -1,0 +1,166 @@
+"""Where edits happen: the modules of a model behind the names of components, and their hooks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from collections.abc import Sequence as SequenceOf
+from contextlib import contextmanager
+from typing import Any, Literal, Protocol
+
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+from transformers import PreTrainedModel
+
+from reft_runtime.base.attention import CausalStep
+from reft_runtime.errors import WrongBaseModel
+from reft_runtime.interventions.format.components import NAMED, module_path
+
+Site = tuple[int, str]
+"""Layer index and component."""
+
+Side = Literal["input", "output"]
+
+# Names that architectures give to the parts of a decoder layer.
+_ATTENTION = ("self_attn", "attn", "attention")
+_ACT = ("act_fn", "act")
+_OUT_PROJECTION = ("o_proj", "c_proj", "dense", "out_proj")
+
+
+class Editor(Protocol):
+    """What changes the rows of the sites it knows."""
+
+    @property
+    def sites(self) -> SequenceOf[Site]:
+        """The sites it wants to see."""
+
+    def apply(self, site: Site, hidden: Tensor) -> None:
+        """Change packed rows [T, d] of one site in place."""
+
+
+class EditSites:
+    """The places of one model where edits can act, found by name.
+
+    `forward_two` runs two tokens through the model, keeps the logits of one, and calls attention
+    with the given step: it shows which modules take or give a row of each token, and how wide.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        layers: SequenceOf[nn.Module],
+        forward_two: Callable[[Any], Any],
+    ) -> None:
+        self._model = model
+        self._layers = layers
+        self._widths: dict[tuple[nn.Module, Side], int] = {}
+        handles = [handle for module in model.modules() for handle in self._probe(module)]
+        try:
+            forward_two(CausalStep())
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _probe(self, module: nn.Module) -> tuple[RemovableHandle, ...]:
+        def see(side: Side, rows: object) -> None:
+            if isinstance(rows, Tensor) and rows.ndim == 3 and rows.shape[:2] == (1, 2):
+                self._widths[module, side] = rows.shape[-1]
+
+        def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            see("input", args[0] if args else kwargs.get("hidden_states"))
+
+        def after(_: nn.Module, args: Any, output: Any) -> None:
+            see("output", output[0] if isinstance(output, tuple) else output)
+
+        return (
+            module.register_forward_pre_hook(before, with_kwargs=True),
+            module.register_forward_hook(after),
+        )
+
+    def check(self, layer: int, component: str, width: int) -> None:
+        """Raise `WrongBaseModel` where the model has no such place, or its rows another width."""
+        where = component[:120] + (f" of layer {layer}" if component in NAMED else "")
+        place = self._place(layer, component)
+        found = None if place is None else self._widths.get(place)
+        if found is None:
+            raise WrongBaseModel(f"The loaded model has no {where} that could be edited.")
+        if found != width:
+            raise WrongBaseModel(
+                f"The {where} is {found} wide in the loaded model, and {width} in the file."
+            )
+
+    @contextmanager
+    def hooked(self, editor: Editor) -> Iterator[None]:
+        """Let `editor` change its sites in the forward passes made inside the `with` block."""
+        handles = [handle for site in editor.sites for handle in self._hook(site, editor)]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _hook(self, site: Site, editor: Editor) -> list[RemovableHandle]:
+        place = self._place(*site)
+        assert place is not None, f"{site} was not checked"
+        module, side = place
+        if side == "input":
+            return [module.register_forward_pre_hook(_input_hook(editor, site), with_kwargs=True)]
+        return [module.register_forward_hook(_output_hook(editor, site))]
+
+    def _place(self, layer: int, component: str) -> tuple[nn.Module, Side] | None:
+        """Module and side of a site, None where the model has no such place."""
+        if component not in NAMED:
+            path, side = module_path(component)
+            try:
+                return self._model.get_submodule(path), "input" if side == "input" else "output"
+            except AttributeError:
+                return None
+        module: nn.Module | None = self._layers[layer]
+        part, _, side = component.rpartition("_")
+        match part:
+            case "mlp" if side == "activation":
+                module, side = _child(_child(module, ("mlp",)), _ACT), "output"
+            case "mlp":
+                module = _child(module, ("mlp",))
+            case "attention":
+                module = _child(module, _ATTENTION)
+            case "attention_value":
+                module, side = _child(_child(module, _ATTENTION), _OUT_PROJECTION), "input"
+            case "query" | "key" | "value":
+                module = _child(_child(module, _ATTENTION), (f"{part[0]}_proj",))
+        return None if module is None else (module, "input" if side == "input" else "output")
+
+
+def _child(module: nn.Module | None, names: SequenceOf[str]) -> nn.Module | None:
+    for name in names:
+        child = getattr(module, name, None)
+        if isinstance(child, nn.Module):
+            return child
+    return None
+
+
+def _output_hook(editor: Editor, site: Site) -> Callable[[nn.Module, Any, Any], Any]:
+    fresh = site[1] == "block_output"
+
+    def hook(module: nn.Module, args: Any, output: Any) -> Any:
+        hidden: Tensor = output[0] if isinstance(output, tuple) else output
+        # A block's output is its own fresh sum. Other outputs may be another tensor's too (a
+        # dropout returns its input when it does nothing), so they are copied.
+        if not fresh:
+            hidden = hidden.clone()
+        editor.apply(site, hidden[0])
+        return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
+
+    return hook
+
+
+def _input_hook(
+    editor: Editor, site: Site
+) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], Any]:
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        hidden: Tensor = (args[0] if args else kwargs["hidden_states"]).clone()
+        editor.apply(site, hidden[0])
+        if args:
+            return (hidden, *args[1:]), kwargs
+        return args, {**kwargs, "hidden_states": hidden}
+
+    return hook

@@ -1,0 +1,246 @@
+"""Edits of one step: which rows of the packed hidden states change, and by what.
+
+Every edit has the canonical form h + s * (g * h + c + phi(h V^T + b) U); see `CanonicalEdit`.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterable
+from collections.abc import Sequence as SequenceOf
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from reft_runtime.edits.editors import PackedRows
+from reft_runtime.edits.sites import Site
+from reft_runtime.edits.tables import EditTables
+from reft_runtime.engine.events import TracedEdit
+from reft_runtime.interventions import CanonicalEdit
+from reft_runtime.kernels.staging import send
+from reft_runtime.machine.memory import is_out_of_memory
+from reft_runtime.schedule.scheduler import Chunk
+from reft_runtime.schedule.sequence import Sequence
+
+BATCHED_ROWS = 32
+"""Segments of more rows get a matrix product of their own instead of padding the others."""
+
+MOVED_BYTES = 1 << 30
+"""Of edits that stay on the device."""
+
+
+class OnDevice:
+    """Edits with their tensors on the model's device: those used last, up to `MOVED_BYTES`."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._moved: OrderedDict[CanonicalEdit, CanonicalEdit] = OrderedDict()
+        self._bytes = 0
+
+    def __call__(self, edit: CanonicalEdit) -> CanonicalEdit:
+        """The same edit there; copied where it is not yet."""
+        if self.device.type == "cpu":
+            return edit
+        if edit in self._moved:
+            self._moved.move_to_end(edit)
+            return self._moved[edit]
+        moved = self._moved[edit] = edit.to(self.device)
+        self._bytes += edit.nbytes
+        while self._bytes > MOVED_BYTES and len(self._moved) > 1:
+            self._bytes -= self._moved.popitem(last=False)[0].nbytes
+        return moved
+
+
+class Sent:
+    """Numbers on the model's device, sent once a step: most files edit like rows at many layers."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._known: dict[tuple[type, tuple[float, ...]], Tensor] = {}  # 1 and 1.0 are equal
+
+    def __call__(self, numbers: Iterable[float]) -> Tensor:
+        """A tensor [n] of them, int64 or float32."""
+        found = tuple(numbers)
+        key = type(found[0]), found
+        if key not in self._known:
+            self._known[key] = send(torch.tensor(found), self._device)
+        return self._known[key]
+
+
+@dataclass(slots=True)
+class Segment:
+    """Rows of the packed step that one sequence's edit changes at one site.
+
+    `shift` added to an offset in the sequence gives the packed row. `source` is the intervention's
+    place in the request, and the edit's in its file.
+    """
+
+    sequence: Sequence
+    edit: CanonicalEdit
+    strength: float
+    rows: list[int]
+    shift: int
+    source: tuple[int, int]
+
+
+@dataclass(slots=True)
+class StepEdits:
+    """All edits of a step.
+
+    For each site the passes, in order: edits of the same row are in passes one after another, so
+    a composition is applied in the order it was named, and a file's edits in the order it lists
+    them. `failed` collects the sequences whose edit raised; the rows of all others are right.
+    `traces` says what was done to the sequences that ask for it.
+    """
+
+    sent: Sent
+    rows: PackedRows | None = None
+    """What the device's tables edit, before all passes: rows of requests that are in none."""
+    passes: dict[Site, list[list[Segment]]] = field(default_factory=dict)
+    failed: dict[Sequence, Exception] = field(default_factory=dict)
+    traces: dict[Sequence, list[TracedEdit]] = field(default_factory=dict)
+
+    @property
+    def sites(self) -> SequenceOf[Site]:
+        """The sites with something to edit."""
+        return tuple(dict.fromkeys((*self.passes, *(self.rows.sites if self.rows else ()))))
+
+    @classmethod
+    def of(
+        cls, chunks: SequenceOf[Chunk], on_device: OnDevice, tables: EditTables | None = None
+    ) -> StepEdits:
+        """Find the rows to edit in a packed step (chunks in packed order)."""
+        edits = cls(Sent(on_device.device), None if tables is None else PackedRows(tables, chunks))
+        first = 0
+        for chunk in chunks:
+            sequence = chunk.sequence
+            # Most edits are of prompt positions: their decode steps have nothing to look at.
+            if sequence.decode_edits or (
+                sequence.request.interventions and chunk.start < sequence.prompt_length
+            ):
+                shift = first - chunk.start
+                if edits.rows is None or not edits.rows.add(chunk, shift):
+                    edits._add(chunk, shift, on_device)
+            first += chunk.length
+        return edits
+
+    def _add(self, chunk: Chunk, shift: int, on_device: OnDevice) -> None:
+        length = chunk.sequence.prompt_length
+        edited: dict[Site, list[set[int]]] = {}  # by pass, the rows of this chunk
+        for intervention, applied in enumerate(chunk.sequence.request.interventions):
+            if not applied.strength:
+                continue
+            for index, edit in enumerate(applied.edits):
+                offsets = edit.positions.offsets(length, chunk.start, chunk.stop)
+                if not offsets:
+                    continue
+                site = (edit.layer, edit.component)
+                rows = [offset + shift for offset in offsets]
+                earlier = edited.setdefault(site, [])
+                number = len(earlier)
+                while number and earlier[number - 1].isdisjoint(rows):
+                    number -= 1
+                if number == len(earlier):
+                    earlier.append(set())
+                earlier[number].update(rows)
+                passes = self.passes.setdefault(site, [])
+                if number == len(passes):
+                    passes.append([])
+                passes[number].append(
+                    Segment(
+                        chunk.sequence,
+                        on_device(edit),
+                        applied.strength,
+                        rows,
+                        shift,
+                        (intervention, index),
+                    )
+                )
+
+    def apply(self, site: Site, hidden: Tensor) -> None:
+        """Edit the packed rows [T, d] of one site in place."""
+        if self.rows is not None:
+            self.rows.apply(site, hidden)
+        for segments in self.passes.get(site, ()):
+            try:
+                self._apply_pass(site, segments, hidden)
+            except Exception as error:
+                if is_out_of_memory(error):
+                    raise
+                # Some request's edit is at fault: do them one by one, and let only it fail.
+                for segment in segments:
+                    try:
+                        self._apply_pass(site, [segment], hidden)
+                    except Exception as error:
+                        if is_out_of_memory(error):
+                            raise
+                        self.failed[segment.sequence] = error
+
+    def _apply_pass(self, site: Site, segments: list[Segment], hidden: Tensor) -> None:
+        """Compute all segments' new rows before any is written: a failure changes nothing."""
+        short = [segment for segment in segments if _batches(segment)]
+        results = [_edit_alone(s, hidden, self.sent) for s in segments if not _batches(s)]
+        if short:
+            results.append(_edit_together(short, hidden, self.sent))
+        traced = [s for s in segments if s.sequence.request.trace and s.sequence.leads]
+        before = [hidden[segment.rows].float() for segment in traced]
+        for rows, edited in results:
+            hidden.index_copy_(0, rows, edited.to(hidden.dtype))
+        for segment, old in zip(traced, before, strict=True):
+            self._trace(site, segment, old, hidden[segment.rows].float())
+
+    def _trace(self, site: Site, segment: Segment, old: Tensor, new: Tensor) -> None:
+        sizes = (new - old).norm(dim=-1) / old.norm(dim=-1)
+        positions = tuple(row - segment.shift for row in segment.rows)
+        traced = TracedEdit(*segment.source, *site, positions, tuple(sizes.tolist()))
+        self.traces.setdefault(segment.sequence, []).append(traced)
+
+
+def _batches(segment: Segment) -> bool:
+    """Whether a segment is a short affine low-rank edit, which goes through batched products."""
+    edit = segment.edit
+    return (
+        len(segment.rows) <= BATCHED_ROWS
+        and edit.rank > 0
+        and not edit.learned
+        and edit.gain is None
+        and edit.offset is None
+    )
+
+
+def _edit_alone(segment: Segment, hidden: Tensor, sent: Sent) -> tuple[Tensor, Tensor]:
+    """Packed rows and their new values, in float32; any kind of edit."""
+    rows = sent(segment.rows)
+    return rows, segment.edit.edited(hidden[rows], segment.strength)
+
+
+def _edit_together(segments: list[Segment], hidden: Tensor, sent: Sent) -> tuple[Tensor, Tensor]:
+    """Batched products: segments padded to the longest, ranks to the largest."""
+    longest = max(len(segment.rows) for segment in segments)
+    padded: list[int] = []
+    real: list[int] = []
+    for number, segment in enumerate(segments):
+        rows = segment.rows
+        padded += rows + rows[-1:] * (longest - len(rows))
+        real.extend(range(number * longest, number * longest + len(rows)))
+    index = sent(padded).view(len(segments), longest)
+    old = hidden[index].float()  # [segments, longest, d]
+    down = _stack([s.edit.V for s in segments])  # [segments, rank, d]
+    up = _stack([s.edit.U for s in segments])
+    bias = _stack([s.edit.b for s in segments])
+    strength = sent(float(s.strength) for s in segments)
+    low_rank = torch.baddbmm(bias[:, None], old, down.transpose(1, 2))
+    new = torch.baddbmm(old, low_rank * strength[:, None, None], up).flatten(0, 1)
+    if len(real) == new.shape[0]:
+        return index.flatten(), new
+    kept = sent(real)
+    return index.flatten()[kept], new[kept]
+
+
+def _stack(parts: list[Tensor]) -> Tensor:
+    """Stack along a new first dimension; smaller ranks get rows of zeros."""
+    if len({part.shape for part in parts}) == 1:
+        return torch.stack(parts)  # several times faster than padding
+    return pad_sequence(parts, batch_first=True)

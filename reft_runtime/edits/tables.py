@@ -1,0 +1,266 @@
+"""Interventions on the device: where their edits lie, by layer, for kernels that edit rows.
+
+An intervention's edits of block outputs are copied to the device in one piece, and a slot of a
+table says where each layer's are, so that one kernel edits the rows of many interventions. The
+table lies at a fixed address: a captured graph reads it, too. What was used longest ago gives way,
+but nothing that the step at hand uses. Slot 0 changes nothing.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from reft_runtime.edits.arena import Arena, whole
+from reft_runtime.interventions import CanonicalEdit, Positions
+from reft_runtime.interventions.format.canonical import PackedEdits
+from reft_runtime.kernels.staging import send
+
+if TYPE_CHECKING:
+    from reft_runtime.schedule.sequence import AppliedIntervention
+
+COMPONENT = "block_output"
+SLOTS = 4096
+PLACE = 5
+"""Numbers of a layer's edit in the table: the addresses of V, U, b and c (below 0: none), and the
+rank."""
+NOWHERE = -1
+_BYTES = 4
+"""Of a number."""
+
+PIECE_ROWS = 16
+"""Rows of one slot that are edited together, by matrix products."""
+
+PIECE_RANKS = 16
+"""Highest rank of a slot whose rows are."""
+
+MOST_BYTES = 4 << 30
+"""To set aside: the rest of a device holds keys and values."""
+
+RANK = 8
+"""Of an intervention of all layers, in what memory is set aside for."""
+
+Key = tuple[str, tuple[int, ...] | None]
+"""Digest and subspace of an intervention."""
+
+
+class RowEdits(Protocol):
+    """What edits rows of hidden states [T, d] in place, by one layer's table [slots, PLACE].
+
+    `index` [n] says which rows, and `slots` and `strengths` [n] how.
+    """
+
+    def rows(
+        self, hidden: Tensor, index: Tensor, places: Tensor, slots: Tensor, strengths: Tensor
+    ) -> None:
+        """Edit one by one."""
+
+    def pieces(
+        self,
+        hidden: Tensor,
+        index: Tensor,
+        pieces: Tensor,
+        places: Tensor,
+        slots: Tensor,
+        strengths: Tensor,
+    ) -> None:
+        """Edit up to PIECE_ROWS together, of one slot and strength, of rank PIECE_RANKS at most.
+
+        `pieces` [pieces, 2] are the first of each in `index`, and how many.
+        """
+
+
+def table_bytes(layers: int, width: int, interventions: int) -> int:
+    """Memory to set aside: that of so many interventions of all layers, but `MOST_BYTES`."""
+    each = whole(layers * (2 * RANK * width + RANK) * _BYTES)
+    return min(interventions * each, MOST_BYTES)
+
+
+class Group(NamedTuple):
+    """Edits of an intervention at the same positions, at most one a layer, and their slot."""
+
+    positions: Positions
+    layers: frozenset[int]
+    rank: int
+    """Of the highest."""
+    slot: int
+
+
+class _Held(NamedTuple):
+    groups: tuple[Group, ...]
+    block: Tensor
+    lent: bool
+    """Whether the block is a part of what was set aside."""
+
+
+class EditTables:
+    """The interventions on a device, as many as `budget` bytes hold, which are set aside.
+
+    Only where a single step uses more does it take more.
+    """
+
+    def __init__(
+        self, layers: int, width: int, budget: int, device: torch.device, edit: RowEdits
+    ) -> None:
+        self.edit = edit
+        self.device = device
+        self._layers, self._width = layers, width
+        self._places = torch.zeros(layers, SLOTS, PLACE, dtype=torch.long, device=device)
+        self._free = list(range(SLOTS - 1, 0, -1))
+        self._arena = Arena(budget, device)
+        self._held: OrderedDict[Key, _Held] = OrderedDict()
+        self._in_use: set[Key] = set()
+        self._plans: dict[Key, _Plan | None] = {}
+
+    def layer(self, layer: int) -> Tensor:
+        """The part of the table [slots, PLACE] that tells of one layer."""
+        return self._places[layer]
+
+    def begin_step(self, wanted: Iterable[AppliedIntervention]) -> None:
+        """None of these gives way in the step that begins; what the last one used may, now."""
+        self._in_use = {_key(applied) for applied in wanted}
+
+    def groups_of(self, applied: AppliedIntervention) -> tuple[Group, ...] | None:
+        """An intervention's edits in the order to apply them in, copied here where they are new.
+
+        None where its edits are not all affine ones of low rank at block outputs. Good until the
+        next step.
+        """
+        key = _key(applied)
+        if key not in self._held:
+            if key in self._plans and self._plans[key] is None:
+                return None
+            edits = PackedEdits.of(applied.edits)
+            plan = self._plan_of(key, edits)
+            if plan is None:
+                return None
+            self._held[key] = self._copied(edits.block, plan)
+        self._held.move_to_end(key)
+        return self._held[key].groups
+
+    def _plan_of(self, key: Key, edits: PackedEdits) -> _Plan | None:
+        if key not in self._plans:
+            if len(self._plans) > 2 * SLOTS:
+                self._plans.clear()
+            self._plans[key] = _Plan.of(edits, self._layers, self._width)
+        return self._plans[key]
+
+    def _room_for(self, size: int, slots: int) -> tuple[Tensor, bool]:
+        """Bytes for an intervention; others give way where there is no room, or too few slots."""
+        place = self._arena.take(size)
+        unused = (key for key in list(self._held) if key not in self._in_use)
+        while place is None or len(self._free) < slots:
+            key = next(unused, None)
+            if key is None:
+                break
+            held = self._held.pop(key)
+            self._free.extend(group.slot for group in held.groups)
+            if held.lent:
+                self._arena.give_back(held.block)
+            place = self._arena.take(size) if place is None else place
+        if len(self._free) < slots:
+            raise torch.OutOfMemoryError("out of memory: more edits in a step than slots")
+        if place is not None:
+            return place, True
+        return torch.empty(size, dtype=torch.uint8, device=self.device), False
+
+    def _copied(self, block: Tensor, plan: _Plan) -> _Held:
+        there, lent = self._room_for(block.nbytes, len(plan.groups))
+        try:
+            there[: block.nbytes].view(torch.float32).copy_(block, non_blocking=True)
+            slots = self._free[len(self._free) - len(plan.groups) :]
+            places = plan.places + plan.present * there.data_ptr()
+            sent = send(torch.cat([torch.tensor(slots), places.flatten()]), self.device)
+            numbers, addresses = sent.tensor_split([len(slots)])
+            self._places.index_copy_(1, numbers, addresses.view(places.shape))
+        except BaseException:
+            if lent:
+                self._arena.give_back(there)
+            raise
+        del self._free[len(self._free) - len(slots) :]
+        groups = tuple(
+            group._replace(slot=slot) for group, slot in zip(plan.groups, slots, strict=True)
+        )
+        return _Held(groups, there, lent)
+
+
+class _Plan(NamedTuple):
+    """How to enter packed edits in the table, without the edits.
+
+    `places` are [layers, groups, PLACE]: addresses as if the block began at 0, of which those that
+    are `present` (1, else 0) are to be moved.
+    """
+
+    groups: list[Group]
+    places: Tensor
+    present: Tensor
+
+    @classmethod
+    def of(cls, edits: PackedEdits, layers: int, width: int) -> _Plan | None:
+        parts = _parts(edits, width)
+        if parts is None:
+            return None
+        start = edits.block.data_ptr()
+        places = torch.full((layers, len(parts), PLACE), NOWHERE, dtype=torch.long)
+        places[..., -1] = 0
+        for number, part in enumerate(parts):
+            told = [
+                [
+                    *(
+                        NOWHERE if tensor is None else tensor.data_ptr() - start
+                        for tensor in (edit.V, edit.U, edit.b, edit.offset)
+                    ),
+                    edit.rank,
+                ]
+                for edit in part.edits.values()
+            ]
+            places[list(part.edits), number] = torch.tensor(told)
+        present = (places != NOWHERE).long()
+        present[..., -1] = 0
+        groups = [
+            Group(
+                part.positions, frozenset(part.edits), max(e.rank for e in part.edits.values()), 0
+            )
+            for part in parts
+        ]
+        return cls(groups, places, present)
+
+
+class _Part(NamedTuple):
+    positions: Positions
+    edits: dict[int, CanonicalEdit]
+
+
+def _key(applied: AppliedIntervention) -> Key:
+    return applied.digest, applied.subspace
+
+
+def _parts(edits: Sequence[CanonicalEdit], width: int) -> list[_Part] | None:
+    """Edits in groups, applied one group after another; None where one is of another kind.
+
+    So is one whose shapes disagree: a kernel does not look at them.
+    """
+    parts: list[_Part] = []
+    for edit in edits:
+        fits = (
+            edit.V.shape == edit.U.shape == (edit.rank, width)
+            and edit.b.ndim == 1
+            and (edit.offset is None or edit.offset.shape == (width,))
+        )
+        if not fits or edit.component != COMPONENT or edit.learned or edit.gain is not None:
+            return None
+        # After all earlier edits of its layer.
+        later = len(parts)
+        while later and edit.layer not in parts[later - 1].edits:
+            later -= 1
+        for part in parts[later:]:
+            if part.positions == edit.positions:
+                part.edits[edit.layer] = edit
+                break
+        else:
+            parts.append(_Part(edit.positions, {edit.layer: edit}))
+    return parts

@@ -1,1 +1,0 @@
-"""The engine on a CUDA device: Triton kernels, graphs of decode steps, tables of edits."""

@@ -1,0 +1,173 @@
+"""Decode steps as CUDA graphs: one launch in the place of hundreds.
+
+A graph is captured for each of some numbers of rows; a step takes the next larger one, and rows
+without a sequence write to nobody's page. What a step needs lies at fixed addresses, and is copied
+there in one piece. There are two sets: the plain one knows no edits at all; the other one edits the
+outputs of all layers from `EditTables`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from reft_runtime.base.model import LoadedModel, forward
+from reft_runtime.edits.editors import FixedRows
+from reft_runtime.edits.sites import EditSites
+from reft_runtime.edits.tables import EditTables
+from reft_runtime.kernels.cuda.products import FEW_ROWS
+from reft_runtime.kernels.staging import no_waiting, send
+from reft_runtime.kv.page_attention import PageAttentionStep, PageBatch, RowInPages
+from reft_runtime.kv.pages import PageStorage
+from reft_runtime.schedule.blocks import BLOCK_TOKENS
+from reft_runtime.schedule.scheduler import Chunk
+
+Compute = Callable[[], None]
+"""Computes a step from what lies at the fixed addresses to the logits, which do too."""
+
+_NOBODY = (0, 0, 0, 1)
+"""Token, position, place of its key and value, and tokens attended, of a row without sequence."""
+
+
+def buckets(most: int) -> list[int]:
+    """Numbers of rows to capture: close together where rows are few, never over a quarter apart."""
+    sizes, size = [], 1
+    while size < most:
+        sizes.append(size)
+        size += 2 ** max(0, size.bit_length() - 3)
+    return [*sizes, most]
+
+
+class DecodeGraphs:
+    """The graphs of one model over one storage, for up to `most` rows.
+
+    `capture` turns a function into one that replays what it did.
+    """
+
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        storage: PageStorage,
+        sites: EditSites,
+        tables: EditTables,
+        most: int,
+        capture: Callable[[Compute], Compute],
+    ) -> None:
+        self._loaded = loaded
+        self._storage = storage
+        self._sites = sites
+        self._edits = FixedRows(tables, len(loaded.layers), most)
+        self._capture = capture
+        self._buckets = buckets(most)
+        device = loaded.device
+        nobody = torch.tensor([*_NOBODY, storage.spare_lane])
+        self._inputs = nobody[:, None].repeat(1, most).to(device)
+        self._firsts = torch.arange(most + 1, device=device)
+        self._logits = torch.empty(most, loaded.vocab_size, dtype=loaded.dtype, device=device)
+        self._graphs: dict[tuple[int, bool], Compute] = {}
+
+    @torch.inference_mode()
+    def warm_up(self, *, progress: bool) -> None:
+        """Compile the kernels of prompts, and capture both sets, the largest graphs first."""
+        for length in (2, 2 * FEW_ROWS):
+            some = torch.arange(length, device=self._inputs.device) % BLOCK_TOKENS
+            row = RowInPages(0, some.tolist(), self._storage.spare_lane)
+            batch = PageBatch.of([row], self._storage.tables, self._storage.kernel.query_block)
+            forward(self._loaded.model, some, some, some[:1], self._step(batch))
+        wanted = [(rows, edited) for rows in self._buckets[::-1] for edited in (False, True)]
+        for rows, edited in tqdm(wanted, desc="CUDA graphs", disable=not progress):
+            self._graph(rows, edited=edited)
+
+    @torch.inference_mode()
+    def logits(self, chunks: Sequence[Chunk], tokens: Tensor | None = None) -> Tensor | None:
+        """See `Decoder.logits`; it cannot do what the tables cannot hold, or what is traced."""
+        count = len(chunks)
+        if count > self._buckets[-1] or not all(map(_decodes, chunks)):
+            return None
+        edited = None
+        if any(chunk.sequence.decode_edits for chunk in chunks):
+            edited = self._edits.slots_of([chunk.sequence.decode_edits for chunk in chunks])
+            if edited is None:
+                return None
+        bucket = next(size for size in self._buckets if size >= count)
+        ids = [0 if tokens is not None else c.sequence.tokens[c.start] for c in chunks]
+        slots, lanes = zip(*map(self._storage.place, chunks), strict=True)
+        used = (ids, [c.start for c in chunks], slots, [c.stop for c in chunks], lanes)
+        nobody = (*_NOBODY, self._storage.spare_lane)
+        rows = [
+            [*numbers, *[no] * (bucket - count)] for numbers, no in zip(used, nobody, strict=True)
+        ]
+        self._inputs[:, :bucket] = send(torch.tensor(rows), self._inputs.device)
+        if tokens is not None:
+            self._inputs[0, :count] = tokens.clamp(min=0)
+        if edited is not None:
+            self._edits.choose([*edited, *[(0, 0.0)] * (bucket - count)])
+        self._graph(bucket, edited=edited is not None)()
+        return self._logits[:count]
+
+    def _graph(self, rows: int, *, edited: bool) -> Compute:
+        if (rows, edited) not in self._graphs:
+            graph = self._capture(lambda: self._compute(rows, edited=edited))
+            self._graphs[rows, edited] = graph
+        return self._graphs[rows, edited]
+
+    def _compute(self, rows: int, *, edited: bool) -> None:
+        ids, positions, slots, stops, lanes = self._inputs[:, :rows].unbind()
+        batch = PageBatch(
+            decodes=rows,
+            slots=slots,
+            firsts=self._firsts[: rows + 1],
+            stops=stops,
+            lanes=lanes,
+            tables=self._storage.tables,
+            blocks=self._firsts[:0].view(0, 2),
+        )
+        with self._sites.hooked(self._edits) if edited else nullcontext():
+            logits = forward(
+                self._loaded.model, ids, positions, self._firsts[:rows], self._step(batch)
+            )
+        self._logits[:rows] = logits
+
+    def _step(self, batch: PageBatch) -> PageAttentionStep:
+        storage = self._storage
+        return PageAttentionStep(storage.keys, storage.values, batch, storage.kernel)
+
+
+def _decodes(chunk: Chunk) -> bool:
+    """Whether a chunk is one generated token, or one token that nothing edits; and not traced."""
+    request = chunk.sequence.request
+    return chunk.length == 1 and (
+        not request.interventions
+        or (chunk.start >= chunk.sequence.prompt_length and not request.trace)
+    )
+
+
+class GraphCapture:
+    """Captures functions as CUDA graphs, on one stream and in one pool of memory."""
+
+    def __init__(self) -> None:
+        self._pool = torch.cuda.graph_pool_handle()
+        self._stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+
+    def __call__(self, compute: Compute) -> Compute:
+        """Run a function until nothing in it is new (compiled, allocated), then capture it.
+
+        Raises RuntimeError where it waits for the device: that cannot be captured.
+        """
+        self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream), torch.inference_mode():
+            compute()
+            with no_waiting():
+                compute()
+        torch.cuda.current_stream().wait_stream(self._stream)
+        graph = torch.cuda.CUDAGraph()
+        captured = torch.cuda.graph(
+            graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"
+        )
+        with torch.inference_mode(), captured:
+            compute()
+        return graph.replay

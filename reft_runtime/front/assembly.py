@@ -1,0 +1,152 @@
+"""From the engine's token events to the text its callers read, for one request."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+from torch import Tensor
+
+from reft_runtime.engine.events import (
+    Event,
+    Failed,
+    PromptReused,
+    PromptScored,
+    Started,
+    TokenMade,
+    Traced,
+)
+from reft_runtime.errors import OutOfMemory, RequestFailed
+from reft_runtime.outputs import Choice, ChoiceDelta, EditTrace, Generation, TokenLogprob
+from reft_runtime.schedule.sequence import Request
+from reft_runtime.text import TextStream, Tokenizer
+
+
+class Assembler:
+    """Text, stop strings and results of one request's choices.
+
+    `abort_choice` is called with the index of a choice that a stop string ended, for the engine
+    does not know about text.
+    """
+
+    def __init__(
+        self,
+        request: Request,
+        tokenizer: Tokenizer,
+        abort_choice: Callable[[int], None],
+        completion_prefix: str = "",
+    ) -> None:
+        sampling = request.sampling
+        self.request = request
+        self.started_at: float | None = None
+        self.cached_tokens = 0
+        """Prompt tokens that came from the prefix cache; known when the first delta comes."""
+        self.prompt_logprobs: list[TokenLogprob | None] | None = (
+            None if sampling.prompt_logprobs is None else [None] * request.scored_from
+        )
+        self.first_logprobs: Tensor | None = None
+        """Of a traced request: the distribution [vocabulary] of the first token."""
+        self.scores: list[list[TokenLogprob]] = [[] for _ in range(sampling.n)]
+        """Of a traced request: by choice, its tokens with their log-probabilities."""
+        self._edits: dict[tuple[int, int, int, str], dict[int, float]] = {}
+        self._abort_choice = abort_choice
+        self._include_stop = sampling.include_stop_str_in_output
+        self._texts = {
+            index: TextStream(
+                tokenizer,
+                sampling.stop,
+                sampling.min_tokens,
+                skip_special_tokens=sampling.skip_special_tokens,
+                include_stop=sampling.include_stop_str_in_output,
+                completion_prefix=completion_prefix,
+            )
+            for index in range(sampling.n)
+        }
+
+    @property
+    def done(self) -> bool:
+        """Whether every choice has ended."""
+        return not self._texts
+
+    @property
+    def edits(self) -> tuple[EditTrace, ...]:
+        """Of a traced request: what every edit did, in the order of positions.
+
+        Made anew each time, which takes some milliseconds for thousands of rows.
+        """
+        found = [
+            EditTrace(*edit, position=position, relative_size=size)
+            for edit, sizes in self._edits.items()
+            for position, size in sizes.items()
+        ]
+        return tuple(sorted(found, key=lambda e: (e.position, e.intervention)))
+
+    def feed(self, event: Event) -> ChoiceDelta | None:
+        """Take one event of this request; a choice that has ended gives None from then on.
+
+        Raises `RequestFailed` where the request failed, `OutOfMemory` where memory ran out.
+        """
+        match event:
+            case Started():
+                self.started_at = event.at
+            case PromptReused():
+                self.cached_tokens = event.tokens
+            case PromptScored():
+                assert self.prompt_logprobs is not None
+                self.prompt_logprobs.extend(event.logprobs)
+            case Failed():
+                self._texts.clear()
+                if event.out_of_memory:
+                    raise OutOfMemory(event.reason)
+                raise RequestFailed(event.reason)
+            case Traced():
+                # A preempted prompt is edited again: the same rows, the same sizes.
+                for e in event.edits:
+                    sizes = self._edits.setdefault(
+                        (e.intervention, e.edit, e.layer, e.component), {}
+                    )
+                    sizes.update(zip(e.positions, e.relative_sizes, strict=True))
+                if event.logprobs is not None:
+                    self.first_logprobs = event.logprobs
+            case TokenMade():
+                return self._token(event)
+        return None
+
+    def _token(self, event: TokenMade) -> ChoiceDelta | None:
+        text_stream = self._texts.get(event.choice)
+        if text_stream is None:
+            return None  # a stop string ended it; the engine was faster than the abort
+        if self.request.trace and event.logprob is not None:
+            self.scores[event.choice].append(event.logprob)
+        tokens = () if event.token is None else (event.token,)
+        # The token that ends an answer is no part of its text, though it may be an ordinary one.
+        ends = event.finish_reason == "stop" and not self._include_stop
+        text, stop_string = text_stream.push(() if ends else tokens)
+        if event.finish_reason and stop_string is None:
+            rest, stop_string = text_stream.finish()
+            text += rest
+        if stop_string is not None and event.finish_reason is None:
+            self._abort_choice(event.choice)
+        reason = event.finish_reason if stop_string is None else "stop"
+        if reason is not None:
+            del self._texts[event.choice]
+        return ChoiceDelta(
+            index=event.choice,
+            text=text,
+            tokens=tokens,
+            logprobs=() if event.logprob is None else (event.logprob,),
+            finish_reason=reason,
+            stop_reason=event.stop_id if stop_string is None else stop_string,
+        )
+
+
+def collect(prompt: tuple[int, ...], n: int, deltas: Iterable[ChoiceDelta]) -> Generation:
+    """Join the deltas of a request into its whole answer."""
+    choices = [Choice(index, "") for index in range(n)]
+    for delta in deltas:
+        choice = choices[delta.index]
+        choice.text += delta.text
+        choice.tokens.extend(delta.tokens)
+        choice.logprobs.extend(delta.logprobs)
+        if delta.finish_reason:
+            choice.finish_reason, choice.stop_reason = delta.finish_reason, delta.stop_reason
+    return Generation(list(prompt), choices)

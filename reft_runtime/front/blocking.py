@@ -1,0 +1,70 @@
+"""Runs a list of requests to their end from an ordinary thread."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable
+from queue import SimpleQueue
+
+from tqdm.auto import tqdm
+
+from reft_runtime.engine.events import Event
+from reft_runtime.engine.loop import EngineLoop
+from reft_runtime.errors import Draining, Overloaded
+from reft_runtime.front.assembly import Assembler, collect
+from reft_runtime.outputs import ChoiceDelta, Generation
+from reft_runtime.schedule.sequence import Request
+
+
+class Call:
+    """One prepared request, and what has come of it."""
+
+    def __init__(self, assembler: Assembler) -> None:
+        self.assembler = assembler
+        self.deltas: list[ChoiceDelta] = []
+
+    @property
+    def request(self) -> Request:
+        """What is asked."""
+        return self.assembler.request
+
+    def answer(self) -> Generation:
+        """The whole answer, once it has ended."""
+        generation = collect(self.request.prompt, self.request.sampling.n, self.deltas)
+        generation.prompt_logprobs = self.assembler.prompt_logprobs
+        generation.cached_tokens = self.assembler.cached_tokens
+        return generation
+
+
+def run_calls(loop: EngineLoop, calls: Iterable[Call], at_once: int, *, progress: bool) -> None:
+    """Run calls to their end, so many at once; a call that fails raises and drops the others."""
+    waiting = deque(calls)
+    live: dict[str, Call] = {}
+    inbox: SimpleQueue[list[Event]] = SimpleQueue()
+    bar = tqdm(total=len(waiting), desc="Answers", disable=not progress, unit="prompt")
+    try:
+        while waiting or live:
+            while waiting and len(live) < at_once:
+                try:
+                    loop.submit(waiting[0].request, inbox.put)
+                except Draining:
+                    raise
+                except Overloaded:
+                    if not live:
+                        raise
+                    break  # the queue is full for now; our own that are in it make room
+                call = waiting.popleft()
+                live[call.request.id] = call
+            for event in inbox.get():
+                if event.request_id not in live:
+                    continue
+                call = live[event.request_id]
+                if (delta := call.assembler.feed(event)) is not None:
+                    call.deltas.append(delta)
+                if call.assembler.done:
+                    del live[event.request_id]
+                    bar.update()
+    finally:
+        bar.close()
+        for request_id in live:
+            loop.abort(request_id)

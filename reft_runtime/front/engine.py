@@ -1,0 +1,386 @@
+"""The library's front door: one resident model, its interventions, and prompts in, answers out."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import Self, cast
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from reft_runtime.base.loading import (
+    kv_budget,
+    kv_bytes,
+    load_base,
+    memory_bytes,
+    shape_of,
+    use_threads,
+)
+from reft_runtime.base.stages import stage
+from reft_runtime.engine.core import EngineConfig, EngineCore
+from reft_runtime.engine.device import sizes_for
+from reft_runtime.engine.loop import EngineLoop
+from reft_runtime.errors import InvalidRequest
+from reft_runtime.front.admission import Admission, Prompt
+from reft_runtime.front.assembly import Assembler
+from reft_runtime.front.blocking import Call, run_calls
+from reft_runtime.front.streams import EventLoopSink, Stream
+from reft_runtime.front.traces import base_requests, trace_of
+from reft_runtime.interventions import Registry, Version
+from reft_runtime.interventions.registry.registry import MEMORY_BYTES, check_folders
+from reft_runtime.interventions.registry.store import STATE_BYTES
+from reft_runtime.machine.cores import releasing_workers
+from reft_runtime.outputs import Comparison, Comparisons, EngineInfo, EngineStats, Generation, Trace
+from reft_runtime.sampling import SamplingParams
+from reft_runtime.schedule.sequence import Request
+from reft_runtime.text import Tokenizer
+from reft_runtime.use import Use, completion_prefix
+
+Applied = str | Use | tuple[str | Use, ...] | None
+"""What to apply to a prompt: one intervention, several in order, or (None) the base model."""
+
+WATCH_SECONDS = 2.0
+
+
+class Engine:
+    """One resident base model that answers prompts, each through its own interventions.
+
+    `model` is "demo", a hub id, a folder, or a transformers model (then `tokenizer` is needed).
+    `interventions` is a folder of files; uploads are kept in `state_dir`, or in memory without
+    one; `allow_base` is a shell pattern for the names of base models whose files fit this one;
+    `intervention_bytes` bounds the memory of interventions, `state_bytes` the uploads on disk.
+    `max_running` bounds the answers made at once (64, on a CUDA device 256), `max_queued` and
+    `max_queued_tokens` what may wait, `max_step_tokens` the tokens of one step (2,048, on a CUDA
+    device 8,192; measured times bound them too), `kv_tokens`
+    the tokens whose keys and values are held (by default from free memory); with `prefix_cache`
+    those that nobody uses are kept, and reused where prompts begin alike and are edited alike.
+    `threads` is by default one a core that this process may use, `device` is cpu, cuda or
+    cuda:N (a model in memory stays where it is), `dtype` "auto" the fast one for the device.
+    Loading blocks; everything else may be called from any thread.
+    """
+
+    @releasing_workers
+    def __init__(
+        self,
+        model: str | Path | PreTrainedModel = "demo",
+        *,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        interventions: str | Path | None = None,
+        state_dir: str | Path | None = None,
+        allow_base: str | None = None,
+        intervention_bytes: int = MEMORY_BYTES,
+        state_bytes: int = STATE_BYTES,
+        device: str = "cpu",
+        dtype: str = "auto",
+        max_model_len: int | None = None,
+        max_running: int | None = None,
+        max_queued: int = 1024,
+        max_queued_tokens: int = 1_000_000,
+        max_step_tokens: int | None = None,
+        kv_tokens: int | None = None,
+        prefix_cache: bool = True,
+        threads: int | None = None,
+    ) -> None:
+        use_threads(threads)
+        sources = () if interventions is None else (interventions,)
+        check_folders(sources, state_dir)
+        name, loaded, tokenizer = load_base(model, tokenizer, dtype, max_model_len, device=device)
+        sizes = sizes_for(loaded.device)
+        max_running = sizes.max_running if max_running is None else max_running
+        max_step_tokens = sizes.max_step_tokens if max_step_tokens is None else max_step_tokens
+        kv_tokens = kv_budget(loaded, max_running, kv_tokens)
+        config = EngineConfig(
+            max_running, max(max_step_tokens, max_running), kv_tokens, prefix_cache
+        )
+        with stage("Setting up the cache"):
+            core = EngineCore(loaded, config)
+        self.tokenizer = Tokenizer(tokenizer, loaded.max_model_len)
+        with stage("Reading the interventions"):
+            self.registry = Registry(
+                shape_of(name, loaded),
+                sources=sources,
+                state_dir=state_dir,
+                check_site=core.runner.sites.check,
+                allow_base=allow_base,
+                memory_bytes=intervention_bytes,
+                state_bytes=state_bytes,
+            )
+        if interventions is not None or state_dir is not None:
+            self.registry.watch(WATCH_SECONDS)
+        self.info = EngineInfo(
+            model=name,
+            architecture=loaded.architecture,
+            dtype=str(loaded.dtype).removeprefix("torch."),
+            device=str(loaded.device),
+            threads=torch.get_num_threads(),
+            max_model_len=loaded.max_model_len,
+            max_running=max_running,
+            vocab_size=loaded.vocab_size,
+            parameters=loaded.model.num_parameters(),
+            memory_bytes=memory_bytes(loaded, kv_tokens, max_running, config.max_step_tokens),
+            intervention_bytes=intervention_bytes,
+            kv_bytes=kv_bytes(loaded, kv_tokens, max_running),
+            kv_tokens=kv_tokens,
+        )
+        self._admission = Admission(self.registry, self.tokenizer, self.info)
+        self._loop = EngineLoop(core, max_queued, max_queued_tokens)
+        self._sinks: dict[asyncio.AbstractEventLoop, EventLoopSink] = {}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    @property
+    def alive(self) -> bool:
+        """Whether the engine can answer; once False it stays so."""
+        return self._loop.alive
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling: SamplingParams | None = None,
+        *,
+        intervention: Applied | list[Applied] | list[str] = None,
+        progress: bool = True,
+    ) -> list[Generation]:
+        """Answer prompts, in their order; blocks, also inside a running event loop.
+
+        `intervention` is a name (or a `Use`, or a tuple of them to compose) for all prompts, or a
+        list with one for each; None is the base model. Any mistake in the arguments raises before
+        anything is computed; a fault in one request raises `RequestFailed` and drops the others.
+        """
+        with self._calls(_pair(prompts, intervention), sampling or SamplingParams()) as calls:
+            self._run(calls, progress=progress)
+            return [call.answer() for call in calls]
+
+    def compare(
+        self,
+        prompt: Prompt,
+        interventions: Sequence[Applied],
+        sampling: SamplingParams | None = None,
+    ) -> Comparisons:
+        """Answer one prompt with the base model and with each of `interventions`, and say why.
+
+        The base model comes first. Each trace says how far every edit moved every row, and how far
+        the answer's tokens are from what the base model would say after the same ones. Greedy
+        unless `sampling` says otherwise.
+        """
+        if not isinstance(interventions, list):  # a tuple would be one composition
+            raise InvalidRequest(
+                "interventions: give a list with one entry for each answer; an entry is what "
+                "`generate` takes as its intervention.",
+                param="interventions",
+            )
+        sampling = sampling or SamplingParams(temperature=0, max_tokens=64)
+        columns = [_uses(applied) for applied in (None, *interventions)]
+        with self._calls([(prompt, uses) for uses in columns], sampling, trace=True) as calls:
+            self._run(calls)
+        bases = [[Call(b) for b in self._bases(call.assembler)] for call in calls]
+        self._run([base for several in bases for base in several])
+        return Comparisons(
+            Comparison(
+                tuple(use.label for use in uses),
+                call.answer(),
+                trace_of(call.assembler, [base.assembler for base in several]),
+            )
+            for uses, call, several in zip(columns, calls, bases, strict=True)
+        )
+
+    def encode(self, prompt: Prompt, uses: Sequence[Use] = ()) -> Sequence[int]:
+        """Token ids of a prompt for `open`; a chat goes through the template of what is used."""
+        return self._admission.tokens(prompt, uses)
+
+    async def open(
+        self,
+        prompt: Sequence[int],
+        sampling: SamplingParams,
+        uses: Sequence[Use] = (),
+        *,
+        request_id: str | None = None,
+        salt: bytes = b"",
+        trace: bool = False,
+    ) -> Stream:
+        """Start one request, with `uses` applied in order; a `trace` is for `explain`.
+
+        Requests of different `salt` share nothing in the prefix cache.
+
+        Raises `InvalidRequest`, `NotFound`, `InvalidFile`, `Overloaded`, `Draining` or
+        `EngineDead` before anything is queued.
+        """
+        preparing = asyncio.ensure_future(
+            asyncio.to_thread(
+                self._admission.prepare,
+                prompt,
+                sampling,
+                uses,
+                request_id=request_id,
+                salt=salt,
+                trace=trace,
+            )
+        )
+        try:
+            request, versions = await asyncio.shield(preparing)
+        except asyncio.CancelledError:
+            # The thread goes on, and what it takes hold of must be let go.
+            preparing.add_done_callback(self._drop_prepared)
+            raise
+        return self._start(self._assembler(request, versions, uses), versions)
+
+    async def explain(self, stream: Stream) -> Trace:
+        """What the interventions of a traced stream did, when it has ended.
+
+        The base model computes the prompt for it and, for each choice, what follows there.
+        """
+        bases = await asyncio.to_thread(self._bases, stream.assembler)
+        asked: list[Stream] = []
+        try:
+            for base in bases:
+                asked.append(self._start(base, (), follow_up=True))
+            for each in asked:
+                async for _ in each:
+                    pass
+        finally:
+            for each in asked:
+                each.abort()
+        return await asyncio.to_thread(trace_of, stream.assembler, bases)
+
+    def stats(self) -> EngineStats:
+        """A snapshot of load and counters."""
+        return self._loop.stats()
+
+    def begin_drain(self) -> None:
+        """Take no new request from now on; those that run or wait go on."""
+        self._loop.begin_drain()
+
+    async def drained(self) -> None:
+        """Wait until no request is left."""
+        await asyncio.to_thread(self._loop.wait_empty)
+
+    def check_integrity(self) -> None:
+        """Raise AssertionError if an idle engine still holds anything, or its books disagree."""
+        self._loop.check_integrity()
+
+    def close(self) -> None:
+        """Fail what is left and stop; safe to call twice."""
+        self._loop.close()
+        self.registry.close()
+
+    @contextmanager
+    def _calls(
+        self,
+        asked: Iterable[tuple[Prompt, Sequence[Use]]],
+        sampling: SamplingParams,
+        *,
+        trace: bool = False,
+    ) -> Iterator[list[Call]]:
+        """Calls that hold their versions for the length of the block."""
+        calls: list[Call] = []
+        held: list[Version] = []
+        try:
+            for prompt, uses in asked:
+                tokens = self._admission.tokens(prompt, uses)
+                request, versions = self._admission.prepare(tokens, sampling, uses, trace=trace)
+                held += versions
+                calls.append(Call(self._assembler(request, versions, uses)))
+            yield calls
+        finally:
+            self._admission.release(held)
+
+    def _run(self, calls: Sequence[Call], *, progress: bool = False) -> None:
+        run_calls(self._loop, calls, 2 * self.info.max_running, progress=progress)
+
+    def _start(
+        self, assembler: Assembler, versions: Sequence[Version], *, follow_up: bool = False
+    ) -> Stream:
+        """Submit a request; its stream lets go of the versions when it ends."""
+        request = assembler.request
+        loop = asyncio.get_running_loop()
+        sink = self._sinks.setdefault(loop, EventLoopSink(loop))
+
+        def end() -> None:
+            sink.streams.pop(request.id, None)
+            if not sink.streams:
+                self._sinks.pop(loop, None)
+            self._admission.release(versions)
+
+        stream = Stream(
+            assembler,
+            [f"{version.name}@{version.digest}" for version in versions],
+            on_end=end,
+            abort=lambda: self._loop.abort(request.id),
+            engine_alive=lambda: self._loop.alive,
+        )
+        sink.streams[request.id] = stream
+        try:
+            self._loop.submit(request, sink, follow_up=follow_up)
+        except BaseException:
+            end()
+            raise
+        return stream
+
+    def _bases(self, own: Assembler) -> list[Assembler]:
+        """Of what the trace of a request asks the base model."""
+        return [self._assembler(request, (), ()) for request in base_requests(own)]
+
+    def _drop_prepared(self, done: asyncio.Future[tuple[Request, list[Version]]]) -> None:
+        if not done.cancelled() and done.exception() is None:
+            self._admission.release(done.result()[1])
+
+    def _assembler(
+        self, request: Request, versions: Sequence[Version], uses: Sequence[Use]
+    ) -> Assembler:
+        def abort_choice(choice: int) -> None:
+            self._loop.abort(request.id, choice)
+
+        begins = completion_prefix(
+            (version, use.strength) for version, use in zip(versions, uses, strict=True)
+        )
+        return Assembler(request, self.tokenizer, abort_choice, begins)
+
+
+def _uses(applied: Applied) -> tuple[Use, ...]:
+    if applied is None:
+        return ()
+    several = applied if isinstance(applied, tuple) else (applied,)
+    for use in several:
+        if not isinstance(use, str | Use):
+            raise InvalidRequest(
+                "intervention: give a name, a Use, a tuple of them, or None, not "
+                f"{type(use).__name__}.",
+                param="intervention",
+            )
+    return tuple(use if isinstance(use, Use) else Use(use) for use in several)
+
+
+def _pair(
+    prompts: Prompt | Sequence[Prompt], intervention: Applied | list[Applied] | list[str]
+) -> list[tuple[Prompt, tuple[Use, ...]]]:
+    """Prompts with what applies to them; a single prompt counts as a list of one."""
+    if not isinstance(prompts, str | list | tuple) or (not prompts and prompts != ""):
+        raise InvalidRequest(
+            "prompts: give text, a list of token ids, a list of messages, or a list of these, not "
+            f"{repr(prompts)[:40]}.",
+            param="prompts",
+        )
+    single = isinstance(prompts, str) or isinstance(prompts[0], int | Mapping)
+    several = cast(Sequence[Prompt], [prompts] if single else prompts)
+    if not isinstance(intervention, list):
+        return [(prompt, _uses(intervention)) for prompt in several]
+    if len(intervention) != len(several):
+        raise InvalidRequest(
+            f"intervention: {len(intervention)} for {len(several)} prompts; give one, or a list "
+            "with one for each prompt.",
+            param="intervention",
+        )
+    return [(p, _uses(applied)) for p, applied in zip(several, intervention, strict=True)]

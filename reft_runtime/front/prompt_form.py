@@ -1,0 +1,94 @@
+"""How prompts are written for the interventions that a request applies."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from reft_runtime.errors import InvalidRequest
+from reft_runtime.use import completion_prefix
+
+if TYPE_CHECKING:
+    from reft_runtime.interventions import Version
+    from reft_runtime.interventions.format.manifest import SystemTurn
+    from reft_runtime.text import ChatOptions, Message, Tokenizer
+
+
+@dataclass(frozen=True, slots=True)
+class PromptForm:
+    """What the files of a request say of its prompts.
+
+    `templates` are theirs, each with what it does with a system turn, and the name of an
+    intervention that brings it; without any, chats are written by the base model's own. `texts` is
+    True where a text is what a user says in a chat. `completion_prefix` is what answers begin with
+    that is not shown, and prompts do not end with.
+    """
+
+    templates: tuple[tuple[str, SystemTurn, str], ...] = ()
+    texts: bool = False
+    completion_prefix: str = ""
+
+    @classmethod
+    def of(cls, applied: Sequence[tuple[Version, float]]) -> PromptForm:
+        """The form for versions at strengths."""
+        found = {
+            (version.template, version.system_turn): version.name
+            for version, _ in applied
+            if version.template is not None
+        }
+        templates = tuple((*key, name) for key, name in found.items())
+        alike = len({template for template, _, _ in templates}) == 1
+        texts = alike and any(version.texts for version, _ in applied)
+        return cls(templates, texts, completion_prefix(applied))
+
+    def chat(
+        self,
+        tokenizer: Tokenizer,
+        messages: Sequence[Message],
+        options: ChatOptions | None = None,
+        *,
+        add_special_tokens: bool | None = None,
+    ) -> list[int]:
+        """Token ids of a chat; raises `InvalidRequest` where templates differ.
+
+        What they do with a system turn may differ where there is none.
+        """
+        alike = len({template for template, _, _ in self.templates}) <= 1
+        systems = any(message["role"] == "system" for message in messages)
+        if len(self.templates) > 1 and (systems or not alike):
+            names = " and ".join(name for _, _, name in self.templates)
+            raise InvalidRequest(
+                f"The chat templates differ, or what they do with a system turn: those of {names}."
+                " Lay the prompt out yourself, and give it as text (/v1/completions).",
+                param="interventions",
+            )
+        none: tuple[str | None, SystemTurn, str] = (None, "prepend", "")
+        template, system, _ = next(iter(self.templates), none)
+        return tokenizer.encode_chat(
+            messages,
+            template,
+            system=system,
+            completion_prefix=self.completion_prefix,
+            options=options,
+            add_special_tokens=add_special_tokens,
+        )
+
+    def text(
+        self, tokenizer: Tokenizer, text: str, *, add_special_tokens: bool | None = None
+    ) -> list[int]:
+        """Token ids of a text: as a chat's one message where files say so, else as it is.
+
+        A text that ends as the template ends its prompts is laid out already.
+        """
+        if self.texts:
+            written = tokenizer.laid_out(text, self.templates[0][0])
+            if written is None:
+                message = {"role": "user", "content": text}
+                return self.chat(tokenizer, [message], add_special_tokens=add_special_tokens)
+            text = written
+        return tokenizer.encode(
+            text,
+            add_special_tokens=add_special_tokens is not False,
+            completion_prefix=self.completion_prefix,
+        )

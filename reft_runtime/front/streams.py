@@ -1,0 +1,130 @@
+"""A request's answer as an asyncio stream.
+
+The engine's thread wakes an event loop once a step, with the events of all its requests.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from typing import Self
+
+from reft_runtime.engine.events import Event
+from reft_runtime.errors import EngineDead, OutOfMemory, RequestFailed
+from reft_runtime.front.assembly import Assembler
+from reft_runtime.outputs import ChoiceDelta, TokenLogprob
+
+
+class Stream:
+    """One request; iterate it for what its choices gain.
+
+    Each item holds what came since the last one: a slow reader gets larger items. Iteration ends
+    after all choices have ended, and raises `RequestFailed`, `OutOfMemory` or `EngineDead` where
+    the request did not get that far. `versions` are the interventions applied, as `name@digest`,
+    in order.
+    """
+
+    def __init__(
+        self,
+        assembler: Assembler,
+        versions: list[str],
+        on_end: Callable[[], None],
+        abort: Callable[[], None],
+        engine_alive: Callable[[], bool],
+    ) -> None:
+        self.assembler = assembler
+        self.versions = versions
+        self.queue_seconds: float | None = None
+        self._on_end = on_end
+        self._abort = abort
+        self._engine_alive = engine_alive
+        self._submitted = time.monotonic()
+        self._deltas: list[ChoiceDelta] = []
+        self._error: RequestFailed | OutOfMemory | EngineDead | None = None
+        self._ended = False
+        self._ready = asyncio.Event()
+
+    @property
+    def traced_rows(self) -> int:
+        """Most rows that its trace has."""
+        return self.assembler.request.traced_rows
+
+    @property
+    def prompt_logprobs(self) -> list[TokenLogprob | None] | None:
+        """The prompt's log-probabilities, if asked for: complete when the first item arrives."""
+        return self.assembler.prompt_logprobs
+
+    @property
+    def cached_tokens(self) -> int:
+        """Prompt tokens that came from the prefix cache; known when the first item arrives."""
+        return self.assembler.cached_tokens
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> list[ChoiceDelta]:
+        while not self._deltas:
+            if self._error is not None:
+                raise self._error
+            if self._ended:
+                raise StopAsyncIteration
+            self._ready.clear()
+            await self._ready.wait()
+        deltas, self._deltas = self._deltas, []
+        return deltas
+
+    def abort(self) -> None:
+        """End the request and free what it holds; does nothing if it has ended."""
+        if not self._ended:
+            self._abort()
+            self._end()
+
+    def feed(self, event: Event) -> None:
+        """Take one event of this request; called on the event loop."""
+        if self._ended:
+            return
+        try:
+            delta = self.assembler.feed(event)
+        except (RequestFailed, OutOfMemory) as error:
+            self._error = error if self._engine_alive() else EngineDead(error.message)
+            self._end()
+            return
+        except Exception as error:
+            # Text that cannot be made is this request's fault alone.
+            memory = isinstance(error, MemoryError)
+            kind = OutOfMemory if memory else RequestFailed
+            self._error = kind(f"its text could not be made: {error}")
+            self._abort()
+            self._end()
+            return
+        if self.assembler.started_at is not None:
+            self.queue_seconds = self.assembler.started_at - self._submitted
+        if delta is not None:
+            self._deltas.append(delta)
+            self._ready.set()
+        if self.assembler.done:
+            self._end()
+
+    def _end(self) -> None:
+        self._ended = True
+        self._ready.set()
+        self._on_end()
+
+
+class EventLoopSink:
+    """Delivers a step's events to the streams of one event loop, in one wake-up."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = loop
+        self.streams: dict[str, Stream] = {}
+
+    def __call__(self, events: list[Event]) -> None:
+        """Called on the engine's thread."""
+        self._loop.call_soon_threadsafe(self._dispatch, events)
+
+    def _dispatch(self, events: list[Event]) -> None:
+        for event in events:
+            stream = self.streams.get(event.request_id)
+            if stream is not None:
+                stream.feed(event)

@@ -1,0 +1,1 @@
+"""An intervention: its maths, its manifest and its file."""

@@ -1,0 +1,62 @@
+"""What a file holds: its edits, their sizes, and how exact its rotations are."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from reft_runtime.interventions.format.file import header_of, parse
+from reft_runtime.interventions.format.kinds import KINDS, orthonormal_error
+
+
+def describe(data: bytes, base_parameters: int | None = None) -> dict[str, Any]:
+    """The content of a whole file, as plain values; raises `InvalidFile` where it is broken.
+
+    `share` is its number of parameters in relation to `base_parameters`. Of every edit,
+    `orthonormality_error` is max |RᵀR - I|, None for a kind without such a tensor.
+    """
+    header, intervention = header_of(data), parse(data)
+    manifest = intervention.manifest
+    edits: list[dict[str, Any]] = []
+    for index, (spec, canonical) in enumerate(
+        zip(manifest.edits, intervention.canonical(), strict=True)
+    ):
+        prefix = f"edits.{index}."
+        tensors = {
+            name.removeprefix(prefix): tensor
+            for name, tensor in intervention.tensors.items()
+            if name.startswith(prefix)
+        }
+        errors = [
+            orthonormal_error(tensors[name])
+            for name, expected in KINDS[spec.kind].tensors.items()
+            if expected.orthonormal
+        ]
+        edits.append(
+            {
+                "layer": spec.layer,
+                "component": spec.component,
+                "kind": spec.kind,
+                "positions": str(spec.positions),
+                "act": spec.act,
+                "dtype": spec.dtype,
+                "directions": canonical.directions,
+                "parameters": sum(tensor.numel() for tensor in tensors.values()),
+                "orthonormality_error": max(errors) if errors else None,
+                "tensors": {
+                    name: {
+                        "dtype": str(tensor.dtype).removeprefix("torch."),
+                        "shape": list(tensor.shape),
+                    }
+                    for name, tensor in sorted(tensors.items())
+                },
+            }
+        )
+    parameters = sum(edit["parameters"] for edit in edits)
+    return {
+        "digest": header.digest,
+        "size_bytes": header.size_bytes,
+        "parameters": parameters,
+        "share": None if base_parameters is None else parameters / base_parameters,
+        "edits": edits,
+        "manifest": manifest.model_dump(mode="json"),
+    }

@@ -1,0 +1,148 @@
+"""The header of an intervention file, read without its data and without trusting it.
+
+A file is in the safetensors format: 8 bytes with the length of the header (little-endian), the
+header in JSON, and the tensors' data. The header's metadata holds one key, `reft`: the manifest in
+JSON, with the SHA-256 of the data beside its fields. A file's identity, its digest, is the SHA-256
+of the length and the header.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from reft_runtime.errors import InvalidFile
+from reft_runtime.interventions.format.identity import LENGTH_BYTES, METADATA_KEY, digest_of
+from reft_runtime.interventions.format.intervention import check_layout, validate_manifest
+from reft_runtime.interventions.format.kinds import TensorInfo
+from reft_runtime.interventions.format.manifest import Manifest
+from reft_runtime.interventions.format.recognise import HEAD_BYTES, what_file
+
+MAX_HEADER_BYTES = 1 << 20
+
+_DTYPES = {"F32": ("float32", 4), "F16": ("float16", 2), "BF16": ("bfloat16", 2)}
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+
+
+@dataclass(frozen=True, slots=True)
+class Header:
+    """What a file's header says: enough to list it, and to verify its data when it is loaded."""
+
+    digest: str
+    manifest: Manifest
+    data_sha256: str
+    tensors: Mapping[str, TensorInfo]
+    size_bytes: int
+    """Size of the whole file."""
+
+
+def header_length(start: bytes) -> int:
+    """Length in bytes of the header's JSON, from the first bytes of a file, `HEAD_BYTES` or more.
+
+    Raises `InvalidFile` that says, where that can be told, what the file is instead.
+    """
+    length = int.from_bytes(start[:LENGTH_BYTES], "little")
+    if len(start) >= LENGTH_BYTES and 2 <= length <= MAX_HEADER_BYTES:
+        return length
+    if not start:
+        raise InvalidFile("Cut off: the file is empty.")
+    if what := what_file(start[:HEAD_BYTES]):
+        raise InvalidFile(f"Not an intervention file but {what}.")
+    if len(start) < LENGTH_BYTES:
+        raise InvalidFile(f"Cut off: {len(start)} bytes are too few for a safetensors file.")
+    raise InvalidFile(
+        f"Header length {length}; it must be 2 to {MAX_HEADER_BYTES} bytes. Not a safetensors"
+        " file, or a damaged one."
+    )
+
+
+def parse_header(head: bytes, size: int) -> Header:
+    """Read a header: `head` is the length and the JSON, `size` the whole file's size in bytes.
+
+    Raises `InvalidFile` that says what is wrong, and where.
+    """
+    if len(head) < LENGTH_BYTES + header_length(head):
+        raise InvalidFile("Cut off inside the header.")
+    fields = _object(head[LENGTH_BYTES:], "header")
+    metadata = fields.pop("__metadata__", None)
+    stored = metadata.get(METADATA_KEY) if isinstance(metadata, dict) else None
+    if not isinstance(stored, str):
+        if what := what_file(head):
+            raise InvalidFile(f"Not an intervention file but {what}.")
+        raise InvalidFile(
+            f"header: no manifest under __metadata__.{METADATA_KEY}; not an intervention file."
+        )
+    content = _object(stored, "manifest")
+    data_sha256 = content.pop("data_sha256", None)
+    if not isinstance(data_sha256, str) or not _SHA256.fullmatch(data_sha256):
+        raise InvalidFile("manifest, data_sha256: must be 64 hexadecimal digits, lower case.")
+    manifest = validate_manifest(content)
+    tensors = _tensors(fields, size - len(head))
+    check_layout(manifest, tensors)
+    return Header(digest_of(head), manifest, data_sha256, tensors, size)
+
+
+def _object(text: str | bytes, what: str) -> dict[str, Any]:
+    try:
+        if isinstance(text, bytes):
+            text = text.decode("utf-8")
+        value = json.loads(text, object_pairs_hook=_unique, parse_constant=_no_constant)
+        json.dumps(value, ensure_ascii=False).encode()  # refuses lone surrogates
+    except (ValueError, RecursionError) as error:
+        raise InvalidFile(f"{what}: not valid JSON: {str(error)[:200]}.") from None
+    if not isinstance(value, dict):
+        raise InvalidFile(f"{what}: must be a JSON object.")
+    return value
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
+        raise ValueError("a key occurs twice in one object")
+    return fields
+
+
+def _no_constant(name: str) -> None:
+    raise ValueError(f"{name} is not JSON")
+
+
+def _tensors(fields: Mapping[str, Any], data_size: int) -> dict[str, TensorInfo]:
+    infos: dict[str, TensorInfo] = {}
+    spans: list[tuple[int, int, str]] = []
+    for name, entry in fields.items():
+        where = f"header, {name[:200]}"
+        if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
+            raise InvalidFile(f"{where}: must have dtype, shape and data_offsets, and no more.")
+        dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+        if not isinstance(dtype, str) or dtype not in _DTYPES:
+            raise InvalidFile(f"{where}: dtype {str(dtype)[:20]}; store F32, F16 or BF16.")
+        if not _naturals(shape) or not _naturals(offsets) or len(offsets) != 2:
+            raise InvalidFile(f"{where}: shape and data_offsets must be lists of natural numbers.")
+        torch_name, width = _DTYPES[dtype]
+        if offsets[1] - offsets[0] != math.prod(shape) * width:
+            raise InvalidFile(f"{where}: data_offsets do not fit the shape.")
+        infos[name] = TensorInfo(torch_name, tuple(shape))
+        spans.append((offsets[0], offsets[1], where))
+    end = 0
+    for start, stop, where in sorted(spans):
+        if start != end:
+            raise InvalidFile(f"{where}: data_offsets overlap another tensor's, or leave a gap.")
+        end = stop
+    if end != data_size:
+        raise InvalidFile(
+            f"The data has {data_size} bytes, but the header describes {end}: the file is cut off"
+            " or has something appended."
+        )
+    return infos
+
+
+def _naturals(value: object) -> bool:
+    return (
+        isinstance(value, list)
+        and len(value) <= 8
+        and all(type(n) is int and n >= 0 for n in value)
+    )

@@ -1,0 +1,203 @@
+"""An intervention in memory: its manifest and its tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+from pydantic import JsonValue, ValidationError
+from torch import Tensor
+
+from reft_runtime.errors import InvalidFile
+from reft_runtime.interventions.format.canonical import CanonicalEdit, PackedEdits, canonical_edit
+from reft_runtime.interventions.format.components import normalise
+from reft_runtime.interventions.format.kinds import KINDS, TensorInfo, check_tensors, formula
+from reft_runtime.interventions.format.manifest import (
+    BaseShape,
+    CompletionPrefix,
+    Manifest,
+    SystemTurn,
+    Texts,
+)
+
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Edit:
+    """One edit as it is stored, for `Intervention.build`.
+
+    LoReFT takes `W` [r, d], `R` [d, r] with orthonormal columns, and optionally `b` [r]; `KINDS`
+    says what the others take. `component` and the rest are as in `EditSpec`; a component may be
+    written in any of the ways that `components.normalise` knows.
+    """
+
+    layer: int
+    positions: str
+    tensors: Mapping[str, Tensor]
+    kind: str = "loreft"
+    component: str = "block_output"
+    act: str | None = None
+    width: int | None = None
+    suffix_offset: int = 0
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Intervention:
+    """A manifest and the tensors it describes, named `edits.<index>.<tensor>`."""
+
+    manifest: Manifest
+    tensors: Mapping[str, Tensor]
+
+    @classmethod
+    def build(
+        cls,
+        base: BaseShape,
+        edits: Sequence[Edit],
+        *,
+        template: str | None = None,
+        system: SystemTurn | None = None,
+        completion_prefix: CompletionPrefix | None = None,
+        texts: Texts | None = None,
+        description: str = "",
+        license: str | None = None,
+        metrics: Mapping[str, JsonValue] | None = None,
+        training: Mapping[str, JsonValue] | None = None,
+    ) -> Intervention:
+        """Make an intervention from tensors; what would not load again raises `InvalidFile`.
+
+        Untied weights are two edits of one layer, such as at positions `f2` and `l2`.
+        """
+        tensors = {
+            f"edits.{index}.{name}": _own_copy(tensor)
+            for index, edit in enumerate(edits)
+            for name, tensor in edit.tensors.items()
+        }
+        specs = [_spec(edit) for edit in edits]
+        manifest = validate_manifest(
+            {
+                "base": base,
+                "edits": specs,
+                "template": template,
+                "system": system,
+                "completion_prefix": completion_prefix,
+                "texts": texts,
+                "description": description,
+                "license": license,
+                "metrics": dict(metrics or {}),
+                "training": dict(training or {}),
+            }
+        )
+        infos = {
+            name: TensorInfo(_dtype_name(tensor), tuple(tensor.shape))
+            for name, tensor in tensors.items()
+        }
+        check_layout(manifest, infos)
+        intervention = cls(manifest, tensors)
+        intervention.canonical()
+        return intervention
+
+    @classmethod
+    def from_pyreft(
+        cls,
+        reft_model: Any,
+        *,
+        positions: str,
+        share_weights: bool | None = None,
+        suffix_offset: int = 0,
+        base: BaseShape | None = None,
+        template: str | None = None,
+    ) -> Intervention:
+        """Take over what a live `pyreft.ReftModel` has learned, without files in between.
+
+        pyreft's model does not know `positions`, `share_weights` (needed for fN+lM only) and
+        `suffix_offset`: give those of the training's data module. `base` is read from the model
+        where it is None. Raises `InvalidFile` and `ConfigError`, as `import_pyreft` does.
+        """
+        from reft_runtime.interventions.pyreft.importing import from_live
+
+        return from_live(
+            reft_model,
+            positions=positions,
+            share_weights=share_weights,
+            suffix_offset=suffix_offset,
+            base=base,
+            template=template,
+        )
+
+    def canonical(self) -> tuple[CanonicalEdit, ...]:
+        """Check the tensors' values and convert every edit, in the manifest's order; packed."""
+        edits = []
+        for index, tensors in enumerate(_by_edit(self.manifest, self.tensors)):
+            spec = self.manifest.edits[index]
+            parts = formula(spec.kind, f"edits.{index}.", tensors)
+            edits.append(canonical_edit(spec, parts, self.manifest.width_of(index)))
+        return PackedEdits.of(edits)
+
+
+def validate_manifest(fields: Mapping[str, object]) -> Manifest:
+    """Make a manifest of plain values; raises `InvalidFile` that names the field at fault."""
+    try:
+        return Manifest.model_validate(fields)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_context=False, include_input=False)[0]
+        place = ".".join(str(part) for part in first["loc"])
+        where = f"manifest, {place[:200]}" if place else "manifest"
+        raise InvalidFile(f"{where}: {first['msg'].removeprefix('Value error, ')}.") from None
+
+
+def check_layout(manifest: Manifest, infos: Mapping[str, TensorInfo]) -> None:
+    """Check that exactly the tensors the manifest's edits need are there, in dtype and shape."""
+    for index, own in enumerate(_by_edit(manifest, infos)):
+        spec = manifest.edits[index]
+        check_tensors(
+            spec.kind,
+            f"edits.{index}.",
+            own,
+            dtype=spec.dtype,
+            width=manifest.width_of(index),
+        )
+
+
+def _by_edit(manifest: Manifest, items: Mapping[str, _T]) -> list[dict[str, _T]]:
+    places = {f"edits.{index}": index for index in range(len(manifest.edits))}
+    groups: list[dict[str, _T]] = [{} for _ in places]
+    for name, item in items.items():
+        place, _, tensor = name.rpartition(".")
+        if place not in places:
+            raise InvalidFile(f"{name[:200]}: no edit of the manifest has this tensor.")
+        groups[places[place]][tensor] = item
+    return groups
+
+
+def _spec(edit: Edit) -> dict[str, object]:
+    layer, component = normalise(edit.layer, edit.component)
+    return {
+        "layer": layer,
+        "component": component,
+        "kind": edit.kind,
+        "positions": edit.positions,
+        "dtype": _stored_dtype(edit),
+        "act": None if edit.act == "linear" else edit.act,
+        "width": edit.width,
+        "suffix_offset": edit.suffix_offset,
+    }
+
+
+def _own_copy(tensor: Tensor) -> Tensor:
+    # A copy, so that later changes and shared storage of the caller's tensors do not matter.
+    return tensor.detach().to(device="cpu", copy=True, memory_format=torch.contiguous_format)
+
+
+def _dtype_name(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
+
+
+def _stored_dtype(edit: Edit) -> str:
+    specs = KINDS[edit.kind].tensors if edit.kind in KINDS else {}
+    for name, tensor in edit.tensors.items():
+        if name in specs and not specs[name].orthonormal:
+            return _dtype_name(tensor)
+    return "float32"

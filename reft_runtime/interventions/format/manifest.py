@@ -1,0 +1,265 @@
+"""The manifest: what an intervention file says about itself, and the base model it was made for."""
+
+from __future__ import annotations
+
+import math
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    JsonValue,
+    PlainSerializer,
+    SerializerFunctionWrapHandler,
+    StringConstraints,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
+
+from reft_runtime.errors import InvalidFile, WrongBaseModel
+from reft_runtime.interventions.format.components import HIDDEN_SIZED, normalise
+from reft_runtime.interventions.format.kinds import ACTS, KINDS
+from reft_runtime.interventions.format.positions import MAX_SPAN, Positions
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+MAX_EDITS = 1024
+MAX_JSON_DEPTH = 8
+TEMPLATE_FIELD = "{prompt}"
+
+SystemTurn = Literal["prepend", "drop", "refuse"]
+
+CompletionPrefix = Literal["", " "]
+
+Texts = Literal["message"]
+
+_Name = Annotated[str, StringConstraints(min_length=1, max_length=256)]
+_Size = Annotated[int, Field(ge=1, le=2**31 - 1)]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
+
+
+class BaseShape(_Strict):
+    """The base model a file was made for. `model` is its name and informs people only."""
+
+    model: _Name
+    architecture: _Name
+    hidden_size: _Size
+    num_layers: _Size
+    vocab_size: _Size
+
+    @classmethod
+    def of(cls, model: str | Path | PreTrainedModel) -> BaseShape:
+        """The shape of "demo", a folder, a hub id or a transformers model; no weights are read.
+
+        Raises `ConfigError`.
+        """
+        from reft_runtime.base.shape import read_shape  # needs this module
+
+        return read_shape(model)
+
+
+def _read_positions(value: object) -> object:
+    if not isinstance(value, str):
+        return value
+    try:
+        return Positions.parse(value)
+    except InvalidFile as error:  # pydantic adds the place to a ValueError only
+        raise ValueError(error.message.removeprefix("positions: ")) from None
+
+
+class EditSpec(_Strict):
+    """One edit: where it acts, and how to read its tensors, `edits.<index>.<tensor>`.
+
+    `component` is one of the names in `components`, or a module path. `dtype` is the stored dtype
+    of the edit's tensors; orthonormal ones may be stored in another. `act` is a name in
+    transformers' `ACT2FN`, for the kinds that have one. `width` is that of the edited rows, the
+    base's hidden size if None. The last `suffix_offset` prompt tokens do not count for `positions`.
+    """
+
+    layer: Annotated[int, Field(ge=0)]
+    component: Annotated[str, StringConstraints(max_length=256)] = "block_output"
+    kind: str
+    positions: Annotated[
+        Positions, BeforeValidator(_read_positions), PlainSerializer(str, return_type=str)
+    ]
+    dtype: Literal["float32", "float16", "bfloat16"]
+    act: str | None = None
+    width: _Size | None = None
+    suffix_offset: Annotated[int, Field(ge=0, le=MAX_SPAN)] = 0
+
+    @field_validator("kind")
+    @classmethod
+    def _known_kind(cls, kind: str) -> str:
+        if kind not in KINDS:
+            raise ValueError(f"unknown kind {kind[:80]!r}; known: {', '.join(KINDS)}")
+        return kind
+
+    @field_validator("act")
+    @classmethod
+    def _known_act(cls, act: str | None) -> str | None:
+        if act is not None and act not in ACTS:
+            raise ValueError(f"unknown act {act[:80]!r}; known: {', '.join(sorted(ACTS))}")
+        return act
+
+    @model_validator(mode="after")
+    def _consistent(self) -> EditSpec:
+        if self.act is not None and not KINDS[self.kind].has_act:
+            raise ValueError(f"act: a {self.kind} edit has none; leave it out")
+        try:
+            normal = normalise(self.layer, self.component)
+        except InvalidFile as error:
+            raise ValueError(error.message.removesuffix(".")) from None
+        if normal != (self.layer, self.component):
+            raise ValueError(
+                f"component: {self.component[:80]!r} of layer {self.layer} is to be written as"
+                f" {normal[1]!r} of layer {normal[0]}"
+            )
+        return self
+
+    @model_serializer(mode="wrap")
+    def _without_defaults(self, dump: SerializerFunctionWrapHandler) -> dict[str, JsonValue]:
+        # Fields newer than the format's first files are written only where they say something, so
+        # that content which the first files could express keeps its digest.
+        fields: dict[str, JsonValue] = dump(self)
+        for name in ("act", "width", "suffix_offset"):
+            if not fields[name]:
+                del fields[name]
+        return fields
+
+
+class Manifest(_Strict):
+    """What an intervention file says about itself.
+
+    `edits` apply in the order listed; several may share a layer (untied weights: one edit at the
+    first tokens, one at the last). `template` is how a chat becomes a prompt: None leaves the
+    choice to the server, `chat` is the base model's own, and any other string holds the field
+    `{prompt}` once, replaced by the text of a single user message. `system` says what such a text
+    does with a system turn: put its text before the user's, leave it out, or refuse the request.
+    `completion_prefix` is what the training put before every completion, for the tokenizer's sake:
+    it belongs neither to prompts, whose ends lose it, nor to answers. None is for files that say
+    nothing of it: theirs are taken as they are. `texts` says what a prompt that is a text stands
+    for: `message` what a user says in a chat, so that it goes through the template too; None takes
+    it as it is.
+    """
+
+    schema_version: Literal[1] = 1
+    base: BaseShape
+    edits: Annotated[tuple[EditSpec, ...], Field(min_length=1, max_length=MAX_EDITS, strict=False)]
+    template: Annotated[str, StringConstraints(max_length=16_384)] | None = None
+    system: SystemTurn | None = None
+    completion_prefix: CompletionPrefix | None = None
+    texts: Texts | None = None
+    description: Annotated[str, StringConstraints(max_length=4096)] = ""
+    license: Annotated[str, StringConstraints(max_length=256)] | None = None
+    metrics: dict[str, JsonValue] = {}
+    training: dict[str, JsonValue] = {}
+
+    @field_validator("template")
+    @classmethod
+    def _one_field(cls, template: str | None) -> str | None:
+        if template not in (None, "chat") and template.count(TEMPLATE_FIELD) != 1:
+            raise ValueError(
+                f"write `chat`, or a text that holds {TEMPLATE_FIELD} exactly once (it holds it"
+                f" {template.count(TEMPLATE_FIELD)} times)"
+            )
+        return template
+
+    @model_validator(mode="after")
+    def _system_needs_a_text(self) -> Manifest:
+        if self.system is not None and self.template in (None, "chat"):
+            raise ValueError(
+                "system: the base model's own chat template takes system turns; leave it out, or"
+                " give a template that is a text"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _texts_need_a_template(self) -> Manifest:
+        if self.texts is not None and self.template is None:
+            raise ValueError("texts: only a template can write a text as a message; give one")
+        return self
+
+    @property
+    def system_turn(self) -> SystemTurn:
+        """What a text template does with a system turn; files that do not say put it first."""
+        return self.system or "prepend"
+
+    @model_serializer(mode="wrap")
+    def _without_new_defaults(self, dump: SerializerFunctionWrapHandler) -> dict[str, JsonValue]:
+        # As for edits: what the first files could say keeps its digest.
+        fields: dict[str, JsonValue] = dump(self)
+        for name in ("system", "completion_prefix", "texts"):
+            if fields.get(name) is None:
+                fields.pop(name, None)
+        return fields
+
+    @field_validator("metrics", "training")
+    @classmethod
+    def _plain_json(cls, value: dict[str, JsonValue]) -> dict[str, JsonValue]:
+        _check_json(value, MAX_JSON_DEPTH)
+        return value
+
+    @model_validator(mode="after")
+    def _edits_fit_the_base(self) -> Manifest:
+        for index, edit in enumerate(self.edits):
+            if edit.layer >= self.base.num_layers:
+                raise ValueError(
+                    f"edits.{index}.layer is {edit.layer}, but the base model has layers 0 to"
+                    f" {self.base.num_layers - 1}"
+                )
+            width = self.width_of(index)
+            if edit.component in HIDDEN_SIZED and width != self.base.hidden_size:
+                raise ValueError(
+                    f"edits.{index}.width is {width}, but {edit.component} has the base model's"
+                    f" hidden size, {self.base.hidden_size}"
+                )
+        return self
+
+    def width_of(self, index: int) -> int:
+        """Width of the rows that one of the edits acts on."""
+        return self.edits[index].width or self.base.hidden_size
+
+
+def check_base(manifest: Manifest, base: BaseShape, allow_base: str | None = None) -> None:
+    """Raise `WrongBaseModel`, naming every difference, unless the file fits the loaded base.
+
+    Architecture, hidden size, number of layers and vocabulary must be equal; the names may differ,
+    for the same weights are found under many. Of a base whose name matches the shell pattern
+    `allow_base` only what the edits touch counts: the hidden size, and that their layers exist.
+    """
+    made, loaded = manifest.base, base
+    fields = ["architecture", "hidden_size", "num_layers", "vocab_size"]
+    if allow_base is not None and fnmatchcase(made.model, allow_base):
+        fields = ["hidden_size"]
+        if max(edit.layer for edit in manifest.edits) >= loaded.num_layers:
+            fields.append("num_layers")
+    differences = [
+        f"{field} {getattr(made, field)} (loaded: {getattr(loaded, field)})"
+        for field in fields
+        if getattr(made, field) != getattr(loaded, field)
+    ]
+    if differences:
+        raise WrongBaseModel(
+            f"The file was made for {made.model}, not for the loaded {loaded.model}:"
+            f" {', '.join(differences)}."
+        )
+
+
+def _check_json(value: JsonValue, depth: int) -> None:
+    # What passes here can be written as JSON again, by any writer.
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError("holds NaN or an infinite number; leave it out")
+    if isinstance(value, dict | list):
+        if depth == 0:
+            raise ValueError(f"is nested deeper than {MAX_JSON_DEPTH} levels")
+        for item in value.values() if isinstance(value, dict) else value:
+            _check_json(item, depth - 1)

@@ -1,0 +1,45 @@
+"""What listings and searches tell of a file, by its header."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from reft_runtime.interventions.format.header import Header
+from reft_runtime.interventions.format.kinds import KINDS
+
+
+@dataclass(frozen=True, slots=True)
+class Summary:
+    """A file in few words; `kinds` and `positions` in the order of its edits, each once."""
+
+    description: str
+    kinds: tuple[str, ...]
+    positions: tuple[str, ...]
+    layers: tuple[int, ...]
+    parameters: int
+    """Numbers of all its tensors, as they are stored."""
+
+    directions: int
+    """How many directions every edit has, for a request's `subspace` to choose from."""
+
+
+def summarise(header: Header) -> Summary:
+    """The summary of the file that has this header."""
+    edits = header.manifest.edits
+    return Summary(
+        description=header.manifest.description,
+        kinds=tuple(dict.fromkeys(edit.kind for edit in edits)),
+        positions=tuple(dict.fromkeys(str(edit.positions) for edit in edits)),
+        layers=tuple(sorted({edit.layer for edit in edits})),
+        parameters=sum(math.prod(info.shape) for info in header.tensors.values()),
+        directions=min((_rank(header, number) for number in range(len(edits))), default=0),
+    )
+
+
+def _rank(header: Header, number: int) -> int:
+    """Rank of an edit, 0 where its kind has no directions."""
+    for name, spec in KINDS[header.manifest.edits[number].kind].tensors.items():
+        if "r" in spec.shape and not spec.optional:
+            return header.tensors[f"edits.{number}.{name}"].shape[spec.shape.index("r")]
+    return 0

@@ -1,0 +1,1 @@
+"""Names, versions, who holds them, and where they come from."""

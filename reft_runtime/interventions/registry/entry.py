@@ -1,0 +1,74 @@
+"""Lines of the listing, of a name and of a version."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import Literal
+
+from reft_runtime.interventions.format.intervention import validate_manifest
+from reft_runtime.interventions.format.manifest import Manifest
+from reft_runtime.interventions.format.summary import Summary
+from reft_runtime.interventions.registry.version import Origin
+
+Tier = Literal["disk", "host"]
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One line of the listing.
+
+    `versions` are the digests that can be addressed, the current one first. `in_flight`,
+    `requests`, their tokens and `last_used` (Unix time) count all versions of the name. `tier` says
+    where the current version's tensors are: still on `disk`, or in `host` memory. `problem` says
+    what is wrong with the name's file, where the version cannot be used or is an older one. `hides`
+    says what else has the name, and would be served if this were removed. `modified` (Unix time) is
+    when the current version's file was written.
+    """
+
+    name: str
+    digest: str
+    versions: tuple[str, ...]
+    origin: Origin
+    tier: Tier
+    in_flight: int
+    requests: int
+    prompt_tokens: int
+    generation_tokens: int
+    last_used: float | None
+    size_bytes: int
+    modified: float
+    problem: str | None
+    hides: tuple[Origin, ...]
+    summary: Summary
+    manifest_json: bytes
+
+    @property
+    def manifest(self) -> Manifest:
+        """What the file says about itself; made anew at every call."""
+        return validate_manifest(json.loads(self.manifest_json))
+
+
+@dataclass(frozen=True, slots=True)
+class VersionEntry:
+    """One version that can be addressed; `kept` says whether a name can be rolled back to it."""
+
+    digest: str
+    origin: Origin
+    size_bytes: int
+    modified: float
+    in_flight: int
+    current: bool
+    kept: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Page:
+    """A part of the listing: `total` is how many names match the search, on all pages.
+
+    `next` is where the next page begins, None on the last one.
+    """
+
+    entries: tuple[Entry, ...]
+    total: int
+    next: str | None

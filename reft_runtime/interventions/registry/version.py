@@ -1,0 +1,181 @@
+"""One immutable version of a named intervention."""
+
+from __future__ import annotations
+
+import io
+import json
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import BinaryIO, Literal
+
+from reft_runtime.errors import InvalidFile, NotFound, Unavailable
+from reft_runtime.interventions.format.canonical import CanonicalEdit
+from reft_runtime.interventions.format.file import header_of, open_verified, parse, read
+from reft_runtime.interventions.format.header import Header
+from reft_runtime.interventions.format.intervention import validate_manifest
+from reft_runtime.interventions.format.manifest import Manifest
+from reft_runtime.interventions.format.summary import summarise
+from reft_runtime.interventions.registry.sources import Found
+from reft_runtime.machine.cores import releasing_workers
+
+Origin = Literal["loaded", "uploaded", "folder"]
+
+_OBJECT_BYTES = 2048
+"""What a version takes besides its manifest and its tensors, generously."""
+
+
+class Version:
+    """What a name stood for when it was resolved: one file's content, and where it came from.
+
+    Only the header is read at first; the tensors are read from `source`, verified and converted at
+    the first call of `edits`, and may be dropped again by `evict`. Without a source what is given
+    is the only copy, and stays: the tensors, and the file as `data`. Made by the registry, which
+    also counts `in_flight`, the requests that hold it.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        header: Header,
+        origin: Origin,
+        source: Found | None,
+        edits: tuple[CanonicalEdit, ...] | None = None,
+        data: bytes | None = None,
+    ) -> None:
+        self.name = name
+        self.origin = origin
+        self.digest = header.digest
+        self.template = header.manifest.template
+        self.system_turn = header.manifest.system_turn
+        self.completion_prefix = header.manifest.completion_prefix
+        self.texts = header.manifest.texts
+        # As text a manifest takes a fraction of the memory, and listing thousands costs no time.
+        self.manifest_json = header.manifest.model_dump_json().encode()
+        self.summary = summarise(header)
+        self.size_bytes = header.size_bytes
+        self.in_flight = 0
+        self.problem: str | None = None
+        self._source = source
+        self._edits = edits
+        self._data = data
+        self._made = time.time()
+        self._loading = threading.Lock()
+
+    @property
+    def manifest(self) -> Manifest:
+        """What the file says about itself; made anew at every call."""
+        return validate_manifest(json.loads(self.manifest_json))
+
+    @property
+    def loaded(self) -> bool:
+        """Whether the tensors are in memory."""
+        return self._edits is not None
+
+    @property
+    def reloadable(self) -> bool:
+        """Whether the tensors have a file that they can be read from again."""
+        return self._source is not None
+
+    @property
+    def tensor_bytes(self) -> int:
+        """Memory of the tensors; 0 while they are on disk."""
+        return sum(edit.nbytes for edit in self._edits or ())
+
+    @property
+    def listed_bytes(self) -> int:
+        """Memory that its line of the listing takes: its manifest, and a summary of that."""
+        return _OBJECT_BYTES + 2 * len(self.manifest_json)
+
+    @property
+    def fixed_bytes(self) -> int:
+        """Memory that it takes as long as it can be addressed, in bytes."""
+        kept = 0 if self.reloadable else self.tensor_bytes + len(self._data or b"")
+        return self.listed_bytes + kept
+
+    @property
+    def modified(self) -> float:
+        """When its file was written or, without one, when it came (Unix time)."""
+        return self._made if self._source is None else self._source.modified_ns / 1e9
+
+    def edits(self) -> tuple[CanonicalEdit, ...]:
+        """The edits in canonical form, in the order in which they apply.
+
+        The first call reads the file. Raises `Unavailable` where its data is broken, cannot be
+        read or has changed since it was listed, and `NotFound` where a folder's file is gone.
+        """
+        with self._loading:
+            if self._edits is None:
+                self._edits = self._load()
+            return self._edits
+
+    def open(self) -> BinaryIO:
+        """Its file, verified, to be read from the start; whoever asks closes it.
+
+        Raises as `edits`.
+        """
+        if self._data is not None:
+            return io.BytesIO(self._data)
+        assert self._source is not None
+        with self._reading():
+            file, header = open_verified(self._source.path, self._source.size)
+        if header.digest != self.digest:
+            file.close()
+            raise self._unavailable("Its file has changed since it was listed.")
+        return file
+
+    def moved(self, file: Found) -> None:
+        """The same content is found in another file from now on."""
+        self._source, self._data = file, None
+
+    def replaceable(self) -> bool:
+        """Whether the tensors could be read again from the very file they came from."""
+        return self._source is not None and self._source.intact()
+
+    def evict(self) -> bool:
+        """Drop the tensors, unless somebody is reading them just now; whether it was done."""
+        if not self._loading.acquire(blocking=False):
+            return False
+        self._edits = None
+        self._loading.release()
+        return True
+
+    @releasing_workers
+    def _load(self) -> tuple[CanonicalEdit, ...]:
+        if self.problem is not None:  # known from an earlier try: the file must change first
+            raise self._unavailable(self.problem)
+        assert self._source is not None
+        with self._reading():
+            data = read(self._source.path, self._source.size)
+        try:
+            if header_of(data).digest == self.digest:
+                return parse(data).canonical()
+            reason = "Its file has changed since it was listed."
+        except InvalidFile as error:
+            reason = self.problem = error.message
+        raise self._unavailable(reason)
+
+    @contextmanager
+    def _reading(self) -> Iterator[None]:
+        """Say what the disk refuses in an error of ours."""
+        try:
+            yield
+        except FileNotFoundError as error:
+            if self.origin == "folder":
+                raise NotFound(
+                    f"The file of the intervention `{self.name}` cannot be read any more"
+                    f" ({error.strerror})."
+                ) from None
+            self.problem = "Its file in the state folder is gone; upload it again."
+            raise self._unavailable(self.problem) from None
+        except OSError as error:
+            raise self._unavailable(f"Its file cannot be read ({error.strerror}).") from error
+        except InvalidFile as error:
+            raise self._unavailable(error.message) from None
+
+    def _unavailable(self, reason: str) -> Unavailable:
+        return Unavailable(f"The intervention `{self.name}` cannot be used now: {reason}")
+
+    def __repr__(self) -> str:
+        return f"<Version {self.name}@{self.digest[:12]} ({self.origin})>"

@@ -1,0 +1,1 @@
+"""Arithmetic by device: the one door to kernels."""

@@ -1,0 +1,294 @@
+"""Fused operators for a CPU, compiled at first use; None where there is no compiler.
+
+Arguments are contiguous CPU tensors of one dtype, float32 or bfloat16, as `supports` says (heads:
+as `packs` says). Shapes that disagree raise ValueError: a kernel would write where nothing is its
+own.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from ctypes import c_float, c_int, c_int64, c_void_p
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from reft_runtime.kernels.cpu.build import load_library
+
+MAX_DIM = 256
+MAX_GROUP = 64
+MAX_PROMPT_GROUP = 48
+PROMPT_DIMS = (16, 32, 64, 96, 128, 256)
+"""Widths of heads that `Kernels.attend_prompts` takes."""
+
+_NO_MEMORY = 2
+"""What an operator that could not allocate answers; 0 is done, 1 a place that is not there."""
+
+_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
+_P, _I, _F = c_void_p, c_int64, c_float
+_ARGUMENTS: dict[str, list[Any]] = {
+    "rms_norm": [_P, _P, _P, _I, _I, _F, c_int],
+    "add_rms_norm": [_P, _P, _P, _P, _P, _I, _I, _F, c_int],
+    "silu_mul": [_P, _P, _I, _I, c_int],
+    "greedy": [_P, _P, _I, _I, c_int],
+    "rotate": [*[_P] * 4, *[_I] * 6, c_int],
+    "attend": [*[_P] * 5, *[_I] * 11, _F, c_int],
+    "attend_prompts": [*[_P] * 5, *[_I] * 11, _F, c_int],
+}
+
+
+def supports(*tensors: Tensor) -> bool:
+    """Whether tensors are what the operators take: contiguous, on a CPU, of one known dtype."""
+    dtype = tensors[0].dtype
+    for tensor in tensors:
+        if tensor.dtype != dtype or not tensor.is_contiguous() or not tensor.is_cpu:
+            return False
+    return dtype in _NAMES
+
+
+def packs(*heads: Tensor) -> bool:
+    """Whether these [T, heads, dim] have the heads of each token side by side; else as `supports`.
+
+    Tokens may lie apart: heads are often columns of a wider product.
+    """
+    dtype = heads[0].dtype
+    for tensor in heads:
+        _, between, within = tensor.stride()
+        if tensor.dtype != dtype or within != 1 or between != tensor.shape[2] or not tensor.is_cpu:
+            return False
+    return dtype in _NAMES
+
+
+class Kernels:
+    """The operators, by dtype; see `reft_runtime.kernels.operators.Operators`."""
+
+    supports = staticmethod(supports)
+    packs = staticmethod(packs)
+
+    def __init__(self, library: ctypes.CDLL) -> None:
+        self._functions: dict[tuple[str, torch.dtype], Any] = {}
+        for operator, arguments in _ARGUMENTS.items():
+            for dtype, name in _NAMES.items():
+                function = getattr(library, f"{operator}_{name}")
+                function.argtypes = arguments
+                function.restype = c_int if operator.startswith("attend") else None
+                self._functions[operator, dtype] = function
+
+    def rms_norm(self, rows: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+        """Rows [..., d] over their root mean square, times `weight` [d]."""
+        width = weight.shape[0]
+        if weight.ndim != 1 or rows.shape[-1] != width or weight.dtype != rows.dtype:
+            raise ValueError(f"rms_norm: {tuple(weight.shape)} for rows {tuple(rows.shape)}")
+        out = torch.empty_like(rows)
+        self._functions["rms_norm", rows.dtype](
+            rows.data_ptr(),
+            weight.data_ptr(),
+            out.data_ptr(),
+            rows.numel() // width,
+            width,
+            epsilon,
+            torch.get_num_threads(),
+        )
+        return out
+
+    def add_rms_norm(
+        self, rows: Tensor, more: Tensor, weight: Tensor, epsilon: float
+    ) -> tuple[Tensor, Tensor]:
+        """The sum of two tensors [..., d], and `rms_norm` of it."""
+        width = weight.shape[0]
+        if (
+            weight.ndim != 1
+            or rows.shape[-1] != width
+            or more.shape != rows.shape
+            or not weight.dtype == more.dtype == rows.dtype
+        ):
+            shapes = tuple(rows.shape), tuple(more.shape), tuple(weight.shape)
+            raise ValueError(f"add_rms_norm: shapes disagree: {shapes}")
+        total, out = torch.empty_like(rows), torch.empty_like(rows)
+        self._functions["add_rms_norm", rows.dtype](
+            rows.data_ptr(),
+            more.data_ptr(),
+            weight.data_ptr(),
+            total.data_ptr(),
+            out.data_ptr(),
+            rows.numel() // width,
+            width,
+            epsilon,
+            torch.get_num_threads(),
+        )
+        return total, out
+
+    def silu_mul(self, both: Tensor) -> Tensor:
+        """silu(gate) * up [..., d] of rows [..., 2 d] that hold gate and up side by side."""
+        width, odd = divmod(both.shape[-1], 2)
+        if odd:
+            raise ValueError(f"silu_mul: gate and up in {tuple(both.shape)}")
+        out = both.new_empty(*both.shape[:-1], width)
+        self._functions["silu_mul", both.dtype](
+            both.data_ptr(),
+            out.data_ptr(),
+            both.numel() // (2 * width),
+            width,
+            torch.get_num_threads(),
+        )
+        return out
+
+    def greedy(self, logits: Tensor) -> list[int]:
+        """The first of the largest logits [rows, vocabulary], a row.
+
+        -1 for a row that holds NaN or +inf, or only -inf.
+        """
+        best = torch.empty(len(logits), dtype=torch.long)
+        self._functions["greedy", logits.dtype](
+            logits.data_ptr(), best.data_ptr(), *logits.shape, torch.get_num_threads()
+        )
+        tokens: list[int] = best.tolist()
+        return tokens
+
+    def rotate_(self, query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> None:
+        """Rotary positions in place: heads [T, heads, dim], `cos` and `sin` [T, dim].
+
+        The halves of a head are rotated against each other (`rotate_half` in transformers).
+        Heads of a token must lie one after another, as `packs` says.
+        """
+        tokens, _, dim = query.shape
+        if (
+            key.shape[::2] != (tokens, dim)
+            or cos.shape[-2:] != (tokens, dim)
+            or cos.numel() != tokens * dim
+            or sin.shape != cos.shape
+            or dim % 2
+            or not query.dtype == key.dtype == cos.dtype == sin.dtype
+        ):
+            shapes = [(tuple(tensor.shape), tensor.dtype) for tensor in (query, key, cos, sin)]
+            raise ValueError(f"rotate: shapes disagree: {shapes}")
+        self._functions["rotate", query.dtype](
+            query.data_ptr(),
+            key.data_ptr(),
+            cos.data_ptr(),
+            sin.data_ptr(),
+            query.shape[0],
+            query.shape[1],
+            key.shape[1],
+            query.shape[2],
+            query.stride(0),
+            key.stride(0),
+            torch.get_num_threads(),
+        )
+
+    def attend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        out: Tensor,
+        places: Tensor,
+        before: tuple[int, int],
+        scale: float,
+        window: int,
+    ) -> None:
+        """Store keys and values [T, kv_heads, dim], attend with queries [T, heads, dim] into `out`.
+
+        `places` int64 [T, 3] are of each token the address of its row, the row's capacity, and its
+        position there. A row holds keys and values of all layers, each [kv_heads, capacity, dim];
+        `before` is how many numbers a token takes before the layer's keys, and before its values.
+        A token sees the positions up to its own, the last `window` of them if that is not 0. All
+        tokens are stored before any attends. Raises ValueError, and nothing is written, where
+        shapes disagree or a position is beyond its row.
+        """
+        if len(places) != len(query):
+            raise ValueError(f"attend: {len(places)} places for {len(query)} tokens")
+        self._attend("attend", query, key, value, out, places, 3, before, scale, window)
+
+    def attend_prompts(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        out: Tensor,
+        places: Tensor,
+        before: tuple[int, int],
+        scale: float,
+        window: int,
+    ) -> None:
+        """As `attend`, of consecutive tokens of prompts: many of them go over the keys together.
+
+        `places` [count, 5] are of (address of the row, its capacity, first token, its position in
+        the row, length). Raises `MemoryError` where there is none.
+        """
+        self._attend("attend_prompts", query, key, value, out, places, 5, before, scale, window)
+
+    def _attend(
+        self,
+        operator: str,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        out: Tensor,
+        places: Tensor,
+        columns: int,
+        before: tuple[int, int],
+        scale: float,
+        window: int,
+    ) -> None:
+        tokens, heads, dim = query.shape
+        key_heads = key.shape[1]
+        if (
+            key.shape != (tokens, key_heads, dim)
+            or value.shape != key.shape
+            or out.shape != query.shape
+            or not out.is_contiguous()
+            or heads % key_heads
+            or places.shape[1:] != (columns,)
+            or places.dtype != torch.int64
+            or not places.is_contiguous()
+        ):
+            shapes = [tuple(tensor.shape) for tensor in (query, key, value, out, places)]
+            raise ValueError(f"{operator}: shapes disagree: {shapes}")
+        status = self._functions[operator, query.dtype](
+            query.data_ptr(),
+            key.data_ptr(),
+            value.data_ptr(),
+            out.data_ptr(),
+            places.data_ptr(),
+            len(places),
+            tokens,
+            *before,
+            key_heads,
+            heads // key_heads,
+            dim,
+            query.stride(0),
+            key.stride(0),
+            value.stride(0),
+            window,
+            scale,
+            torch.get_num_threads(),
+        )
+        if status == _NO_MEMORY:
+            raise MemoryError(f"{operator}: out of memory")
+        if status:
+            raise ValueError(f"{operator}: a token is beyond its row or the step")
+
+
+@cache
+def kernels() -> Kernels | None:
+    """The compiled operators; the first call may take some seconds."""
+    library = load_library()
+    return None if library is None else Kernels(library)
+
+
+def attends(query: Tensor, key: Tensor, value: Tensor) -> bool:
+    """Whether `Kernels.attend` takes these heads [T, heads, dim]."""
+    width = query.shape[2]
+    return (
+        width == value.shape[2] <= MAX_DIM
+        and query.shape[1] <= MAX_GROUP * key.shape[1]
+        and packs(query, key, value)
+    )
+
+
+def attends_prompts(query: Tensor, key: Tensor) -> bool:
+    """Whether `Kernels.attend_prompts` takes heads that `Kernels.attend` does."""
+    return query.shape[2] in PROMPT_DIMS and query.shape[1] <= MAX_PROMPT_GROUP * key.shape[1]

@@ -1,0 +1,121 @@
+"""The small operators between matrix products as Triton kernels; sums are float32."""
+
+from __future__ import annotations
+
+import torch
+import triton
+from torch import Tensor
+
+from reft_runtime.edits.tables import PIECE_RANKS, PIECE_ROWS, PLACE
+from reft_runtime.kernels.cuda import edit_kernels, products
+from reft_runtime.kernels.cuda import layer_kernels as kernels
+from reft_runtime.kernels.cuda.products import early, row_block
+
+NUMBERS_AT_ONCE = 32768
+"""Of a matrix, in the registers of a program."""
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+class TritonOperators:
+    """`Operators` on a CUDA device."""
+
+    def supports(self, *tensors: Tensor) -> bool:
+        """See `Operators.supports`."""
+        dtype = tensors[0].dtype
+        return dtype in _DTYPES and all(t.dtype == dtype and t.is_contiguous() for t in tensors)
+
+    def packs(self, *heads: Tensor) -> bool:
+        """See `Operators.packs`."""
+        dtype = heads[0].dtype
+        return dtype in _DTYPES and all(
+            t.dtype == dtype and t.stride()[1:] == (t.shape[2], 1) for t in heads
+        )
+
+    def rms_norm(self, rows: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+        """See `Operators.rms_norm`."""
+        return products.rms_norm(rows, weight, epsilon)
+
+    def add_rms_norm(
+        self, rows: Tensor, more: Tensor, weight: Tensor, epsilon: float
+    ) -> tuple[Tensor, Tensor]:
+        """See `Operators.add_rms_norm`."""
+        total, out = torch.empty_like(rows), torch.empty_like(rows)
+        width = weight.shape[0]
+        kernels.norm[(rows.numel() // width,)](
+            rows, more, weight, total, out, epsilon, ADD=True, **row_block(width), **early()
+        )
+        return total, out
+
+    def silu_mul(self, both: Tensor) -> Tensor:
+        """See `Operators.silu_mul`."""
+        return products.silu_mul(both)
+
+    def gated_product(self, rows: Tensor, weight: Tensor) -> Tensor:
+        """See `ProductOperators.gated_product`."""
+        return products.gated_product(rows, weight)
+
+    def add_product_(self, rows: Tensor, inputs: Tensor, weight: Tensor) -> Tensor:
+        """See `ProductOperators.add_product_`."""
+        return products.add_product_(rows, inputs, weight)
+
+    def add_product_and_norm(
+        self, rows: Tensor, inputs: Tensor, weight: Tensor, norm: Tensor, epsilon: float
+    ) -> Tensor:
+        """See `ProductOperators.add_product_and_norm`."""
+        return products.add_product_and_norm(rows, inputs, weight, norm, epsilon)
+
+    def rotate_(self, query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> None:
+        """See `Operators.rotate_`."""
+        tokens, heads, width = query.shape
+        kv_heads = key.shape[1]
+        kernels.rotate[(tokens, heads + kv_heads)](
+            query,
+            key,
+            cos,
+            sin,
+            query.stride(0),
+            key.stride(0),
+            HEADS=heads,
+            HALF=width // 2,
+            BLOCK=triton.next_power_of_2(width // 2),
+        )
+
+
+class TritonEdits:
+    """`tables.RowEdits` on a CUDA device."""
+
+    def rows(
+        self, hidden: Tensor, index: Tensor, places: Tensor, slots: Tensor, strengths: Tensor
+    ) -> None:
+        """See `RowEdits.rows`."""
+        sizes = row_block(hidden.shape[1])
+        ranks = max(1, min(8, NUMBERS_AT_ONCE // sizes["BLOCK"]))
+        edit_kernels.edit_rows[(len(index),)](
+            hidden, index, places, slots, strengths, PLACE=PLACE, RANKS=ranks, **sizes, **early()
+        )
+
+    def pieces(
+        self,
+        hidden: Tensor,
+        index: Tensor,
+        pieces: Tensor,
+        places: Tensor,
+        slots: Tensor,
+        strengths: Tensor,
+    ) -> None:
+        """See `RowEdits.pieces`."""
+        edit_kernels.edit_pieces[(len(pieces),)](
+            hidden,
+            index,
+            pieces,
+            places,
+            slots,
+            strengths,
+            WIDTH=hidden.shape[1],
+            STEP=128,
+            PLACE=PLACE,
+            ROWS=PIECE_ROWS,
+            RANKS=PIECE_RANKS,
+            **early(),
+        )

@@ -1,0 +1,91 @@
+"""Fused operators for the parts of a layer between its matrix products, by device."""
+
+from __future__ import annotations
+
+import logging
+from functools import cache
+from importlib.util import find_spec
+from typing import Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from reft_runtime.kernels.cpu import kernels
+
+_log = logging.getLogger(__name__)
+
+
+class Operators(Protocol):
+    """What a device's operators do; the shapes are trusted, for the callers take them from models.
+
+    Arguments are contiguous tensors of one dtype, as `supports` says (heads: as `packs` says).
+    """
+
+    def supports(self, *tensors: Tensor) -> bool:
+        """Whether tensors are what the operators take: contiguous, of one dtype that they know."""
+
+    def packs(self, *heads: Tensor) -> bool:
+        """Whether these [T, heads, dim] have the heads of each token side by side.
+
+        Else as `supports`. Tokens may lie apart: heads are often columns of a wider product.
+        """
+
+    def rms_norm(self, rows: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+        """Rows [..., d] over their root mean square, times `weight` [d]."""
+
+    def add_rms_norm(
+        self, rows: Tensor, more: Tensor, weight: Tensor, epsilon: float
+    ) -> tuple[Tensor, Tensor]:
+        """The sum of two tensors [..., d], and `rms_norm` of it."""
+
+    def silu_mul(self, both: Tensor) -> Tensor:
+        """silu(gate) * up [..., d] of rows [..., 2 d] that hold gate and up side by side."""
+
+    def rotate_(self, query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> None:
+        """Rotary positions in place: heads [T, heads, dim], `cos` and `sin` [T, dim].
+
+        The halves of a head are rotated against each other (`rotate_half` in transformers).
+        """
+
+
+@runtime_checkable
+class ProductOperators(Operators, Protocol):
+    """Operators that take in the matrix products beside them. Weights are without bias."""
+
+    def gated_product(self, rows: Tensor, weight: Tensor) -> Tensor:
+        """`silu_mul` of rows [T, k] times a weight [2 d, k] that gives gate and up."""
+
+    def add_product_(self, rows: Tensor, inputs: Tensor, weight: Tensor) -> Tensor:
+        """Rows [T, d] plus inputs [T, k] times a weight [d, k], in place; gives them."""
+
+    def add_product_and_norm(
+        self, rows: Tensor, inputs: Tensor, weight: Tensor, norm: Tensor, epsilon: float
+    ) -> Tensor:
+        """`add_product_`, and of that `rms_norm` with the weight `norm` [d]."""
+
+
+def operators_for(device: torch.device) -> Operators | None:
+    """The operators of a device; None where there are none, for want of a compiler say."""
+    if device.type == "cpu":
+        return kernels()
+    if has_triton(device):
+        from reft_runtime.kernels.cuda.operators import TritonOperators
+
+        return TritonOperators()
+    return None
+
+
+@cache
+def has_triton(device: torch.device) -> bool:
+    """Whether Triton kernels run on a device: it needs a C compiler there, for one thing."""
+    if device.type != "cuda" or find_spec("triton") is None:
+        return False
+    from reft_runtime.kernels.cuda.operators import TritonOperators
+
+    rows = torch.ones(2, 16, device=device)
+    try:
+        TritonOperators().rms_norm(rows, rows[0], 1e-5)
+    except Exception as error:
+        _log.warning("Triton does not work, torch's own operators are used: %s", error)
+        return False
+    return True

@@ -1,0 +1,215 @@
+"""Attention of one packed step over pages of keys and values."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as SequenceOf
+from dataclasses import dataclass
+from itertools import accumulate, pairwise
+from typing import ClassVar, Protocol
+
+import torch
+from torch import Tensor
+
+from reft_runtime.base.attention import attend_causally
+from reft_runtime.kernels.staging import to_device
+from reft_runtime.schedule.blocks import BLOCK_TOKENS, blocks_for
+
+
+@dataclass(frozen=True, slots=True)
+class RowInPages:
+    """Consecutive tokens of one sequence from offset `start` on: the places of their keys.
+
+    `slots` are page * BLOCK_TOKENS + offset in it; `lane` is the row of the sequence's pages in
+    the table of all.
+    """
+
+    start: int
+    slots: SequenceOf[int]
+    lane: int
+
+    @classmethod
+    def of(cls, pages: SequenceOf[int], start: int, stop: int, lane: int) -> RowInPages:
+        """Tokens [start, stop) of the sequence that has these pages."""
+        slots = [
+            pages[offset // BLOCK_TOKENS] * BLOCK_TOKENS + offset % BLOCK_TOKENS
+            for offset in range(start, stop)
+        ]
+        return cls(start, slots, lane)
+
+    @property
+    def length(self) -> int:
+        """How many tokens."""
+        return len(self.slots)
+
+    @property
+    def stop(self) -> int:
+        """How many tokens the last of them attends to."""
+        return self.start + self.length
+
+
+@dataclass(frozen=True, slots=True)
+class PageBatch:
+    """The rows of a step as a kernel needs them: int64 tensors on the device.
+
+    The first `decodes` rows have one token each. `slots` [T] is where each packed token's key and
+    value go, `firsts` [rows + 1] the first packed token of each row, `stops` [rows] how many tokens
+    its last one attends to, and `tables[lanes]` [rows, pages] are its pages. `blocks` [n, 2] are
+    pieces of the rows that are no decodes: row and first token in it.
+    """
+
+    decodes: int
+    slots: Tensor
+    firsts: Tensor
+    stops: Tensor
+    lanes: Tensor
+    blocks: Tensor
+    tables: Tensor
+
+    @classmethod
+    def of(cls, rows: SequenceOf[RowInPages], tables: Tensor, query_block: int) -> PageBatch:
+        """The rows in packed order, in pieces of `query_block` tokens."""
+        decodes = sum(row.length == 1 for row in rows)
+        blocks = [
+            number
+            for index, row in enumerate(rows[decodes:], decodes)
+            for begin in range(0, row.length, query_block)
+            for number in (index, begin)
+        ]
+        slots, firsts, stops, lanes, pieces = to_device(
+            (
+                [slot for row in rows for slot in row.slots],
+                [0, *accumulate(row.length for row in rows)],
+                [row.stop for row in rows],
+                [row.lane for row in rows],
+                blocks,
+            ),
+            tables.device,
+        )
+        return cls(decodes, slots, firsts, stops, lanes, pieces.view(-1, 2), tables)
+
+
+class PageKernel(Protocol):
+    """Attention over pages."""
+
+    query_block: int
+    """Tokens of a piece in `PageBatch.blocks`."""
+
+    def store(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        slots: Tensor,
+        angles: tuple[Tensor, Tensor] | None = None,
+    ) -> None:
+        """Put a step's keys and values [T, kv_heads, dim] at their `slots` in a layer's pages.
+
+        With `angles`, cosines and sines [T, dim], `Operators.rotate_` of keys and, in place, of
+        queries before. The given keys may be left as they were.
+        """
+
+    def __call__(
+        self,
+        query: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        batch: PageBatch,
+        scale: float,
+        window: int | None,
+    ) -> Tensor:
+        """From queries [T, heads, dim] to [T, heads, dim]; the step's own keys are in the pages.
+
+        `keys` and `values` of a layer are [pages, BLOCK_TOKENS, kv_heads, dim].
+        """
+
+
+@dataclass(frozen=True, slots=True)
+class PageAttentionStep:
+    """One step's attention over all layers' pages."""
+
+    keys: SequenceOf[Tensor]
+    values: SequenceOf[Tensor]
+    batch: PageBatch
+    kernel: PageKernel
+
+    rotates: ClassVar[bool] = True
+    """See `RotatingStep`."""
+
+    def attend(
+        self,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scaling: float | None,
+        window: int | None,
+    ) -> Tensor:
+        """See `AttentionStep.attend`."""
+        return self.attend_rotated(layer, query, key, value, None, scaling, window)
+
+    def attend_rotated(
+        self,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        angles: tuple[Tensor, Tensor] | None,
+        scaling: float | None,
+        window: int | None,
+    ) -> Tensor:
+        """See `RotatingStep.attend_rotated`; without angles nothing is rotated."""
+        keys, values = self.keys[layer], self.values[layer]
+        self.kernel.store(query, key, value, keys, values, self.batch.slots, angles)
+        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        return self.kernel(query.to(keys.dtype), keys, values, self.batch, scale, window)
+
+
+class GatheredAttention:
+    """A `PageKernel` of torch's own operators, which gathers each row's pages: the reference."""
+
+    query_block = BLOCK_TOKENS
+
+    def store(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        slots: Tensor,
+        angles: tuple[Tensor, Tensor] | None = None,
+    ) -> None:
+        """See `PageKernel`."""
+        if angles is not None:
+            query.copy_(_rotated(query, angles))
+            key = _rotated(key, angles)
+        for pool, own in ((keys, key), (values, value)):
+            pool.flatten(0, 1).index_copy_(0, slots, own.to(pool.dtype))
+
+    def __call__(
+        self,
+        query: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        batch: PageBatch,
+        scale: float,
+        window: int | None,
+    ) -> Tensor:
+        """See `PageKernel`."""
+        out = query.new_empty(*query.shape[:-1], values.shape[-1])
+        stops, lanes = batch.stops.tolist(), batch.lanes.tolist()
+        for (first, end), stop, lane in zip(
+            pairwise(batch.firsts.tolist()), stops, lanes, strict=True
+        ):
+            pages = batch.tables[lane, : blocks_for(stop)]
+            row_keys, row_values = (t[pages].flatten(0, 1)[:stop] for t in (keys, values))
+            out[first:end] = attend_causally(query[first:end], row_keys, row_values, scale, window)
+        return out
+
+
+def _rotated(heads: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor:
+    cos, sin = (each.reshape(-1, 1, heads.shape[2]) for each in angles)
+    low, high = heads.chunk(2, -1)
+    return heads * cos + torch.cat([-high, low], -1) * sin

@@ -1,0 +1,207 @@
+"""Attention over pages by Triton kernels: FlashAttention-2's online softmax (arXiv 2307.08691).
+
+The query heads that share a head of keys are rows of one product, so that keys and values are read
+once for all of them. Few decoding rows would leave most of the device idle: their keys are split
+among programs, and a second kernel puts the parts together (flash decoding).
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from reft_runtime.kernels.cuda import attention_kernels as kernels
+from reft_runtime.kernels.cuda.products import LEAST, early
+from reft_runtime.kv.page_attention import PageBatch
+from reft_runtime.schedule.blocks import BLOCK_TOKENS
+
+
+class Tile(NamedTuple):
+    """Work of a program: `rows` are queries times heads, `keys` those attended to at once."""
+
+    rows: int
+    keys: int
+    warps: int
+    stages: int
+
+
+class Tiles(NamedTuple):
+    """Those of rows that decode, and of prompts. Measured on an H100."""
+
+    decode: Tile
+    prompt: Tile
+
+    @classmethod
+    def of(cls, dtype: torch.dtype, dim: int) -> Tiles:
+        """What a processor's memory holds of heads `dim` wide."""
+        if dtype.itemsize > 2 or dim > 128:
+            return cls(Tile(LEAST, 32, 4, 2), Tile(64, 32, 4, 2))
+        return cls(Tile(LEAST, 64, 2, 2), Tile(128, 128, 8, 3))
+
+
+PROGRAMS_PER_PROCESSOR = 4
+MAX_SPLITS = 32
+
+
+class TritonAttention:
+    """A `PageKernel` for layers of at most `group` query heads a head of keys."""
+
+    def __init__(self, group: int, processors: int, tiles: Tiles) -> None:
+        self._tiles = tiles
+        self._processors = processors
+        self.query_block = max(1, tiles.prompt.rows // triton.next_power_of_2(group))
+
+    def splits(self, rows: int, kv_heads: int) -> int:
+        """Parts in which the keys of a decoding row are read; the same for any length of context.
+
+        So a captured graph can be replayed for every step of as many rows.
+        """
+        wanted = PROGRAMS_PER_PROCESSOR * self._processors // max(1, rows * kv_heads)
+        splits: int = max(1, min(MAX_SPLITS, triton.next_power_of_2(wanted + 1) // 2))
+        return splits
+
+    def store(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        slots: Tensor,
+        angles: tuple[Tensor, Tensor] | None = None,
+    ) -> None:
+        """See `PageKernel`."""
+        key, value = _packed(key), _packed(value)
+        cos, sin = angles or (key, key)
+        kv_heads, key_dim, value_dim = key.shape[1], key.shape[2], value.shape[2]
+        group = query.shape[1] // kv_heads
+        kernels.store[(len(key), kv_heads)](
+            query,
+            key,
+            value,
+            cos,
+            sin,
+            keys,
+            values,
+            slots,
+            query.stride(0),
+            key.stride(0),
+            value.stride(0),
+            KV_HEADS=kv_heads,
+            GROUP=group,
+            LANES=triton.next_power_of_2(group),
+            KEY_DIM=key_dim,
+            VALUE_DIM=value_dim,
+            HALF_WIDTH=triton.next_power_of_2(max(1, key_dim // 2)),
+            KEY_WIDTH=_width(key_dim),
+            VALUE_WIDTH=_width(value_dim),
+            ROTATE=angles is not None,
+            num_warps=2,
+            **early(),
+        )
+
+    def __call__(
+        self,
+        query: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        batch: PageBatch,
+        scale: float,
+        window: int | None,
+    ) -> Tensor:
+        """See `PageKernel`."""
+        out = query.new_empty(*query.shape[:-1], values.shape[-1])
+        query = _packed(query)
+        step = _Step(query, keys, values, out, batch, scale, window)
+        if batch.decodes:
+            splits = self.splits(batch.decodes, keys.shape[2])
+            _launch(step, self._tiles.decode, tokens=1, splits=splits)
+        if len(batch.blocks):
+            _launch(step, self._tiles.prompt, tokens=self.query_block, splits=None)
+        return out
+
+
+class _Step(NamedTuple):
+    """Arguments of `PageKernel`, and where the result goes."""
+
+    query: Tensor
+    keys: Tensor
+    values: Tensor
+    out: Tensor
+    batch: PageBatch
+    scale: float
+    window: int | None
+
+
+def _launch(step: _Step, tile: Tile, *, tokens: int, splits: int | None) -> None:
+    """Attention of the decoding rows, in `splits` parts, or (None) of the pieces of prompts."""
+    query, keys, values, out, batch, scale, window = step
+    decodes = splits is not None
+    parts_of_a_row = splits or 1
+    count = batch.decodes if decodes else len(batch.blocks)
+    heads, kv_heads = query.shape[1], keys.shape[2]
+    key_dim, value_dim = keys.shape[3], values.shape[3]
+    parts = sums = out
+    if parts_of_a_row > 1:
+        shape = count, heads, parts_of_a_row
+        parts = torch.empty((*shape, value_dim), dtype=torch.float32, device=out.device)
+        sums = parts.new_empty(*shape, 2)
+    group = heads // kv_heads
+    lanes = triton.next_power_of_2(group)
+    kernels.attend[(kv_heads, count, parts_of_a_row)](
+        query,
+        keys,
+        values,
+        out,
+        parts,
+        sums,
+        batch.firsts if decodes else batch.blocks,
+        batch.firsts,
+        batch.stops,
+        batch.lanes,
+        batch.tables,
+        scale * math.log2(math.e),
+        query.stride(0),
+        batch.tables.stride(0),
+        KV_HEADS=kv_heads,
+        GROUP=group,
+        LANES=lanes,
+        KEY_DIM=key_dim,
+        VALUE_DIM=value_dim,
+        KEY_WIDTH=_width(key_dim),
+        VALUE_WIDTH=_width(value_dim),
+        TOKENS=max(tokens, -(-LEAST // lanes)),
+        KEYS=tile.keys,
+        PAGE=BLOCK_TOKENS,
+        SPLITS=parts_of_a_row,
+        WINDOW=window or 0,
+        DECODES=decodes,
+        num_warps=tile.warps,
+        num_stages=tile.stages,
+        **early(),
+    )
+    if parts_of_a_row > 1:
+        kernels.combine[(count, heads)](
+            parts,
+            sums,
+            out,
+            HEADS=heads,
+            SPLITS=parts_of_a_row,
+            DIM=value_dim,
+            WIDTH=_width(value_dim),
+            **early(),
+        )
+
+
+def _packed(heads: Tensor) -> Tensor:
+    """[T, heads, dim] with the heads of each token side by side; tokens may lie apart."""
+    return heads if heads.stride()[1:] == (heads.shape[2], 1) else heads.contiguous()
+
+
+def _width(dim: int) -> int:
+    width: int = max(LEAST, triton.next_power_of_2(dim))
+    return width

@@ -1,0 +1,1 @@
+"""What this computer gives: cores, memory, places to write."""

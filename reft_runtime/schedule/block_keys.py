@@ -1,0 +1,70 @@
+"""The keys under which a block's keys and values may be reused. Knows no tensors."""
+
+from __future__ import annotations
+
+import hashlib
+from array import array
+from collections.abc import Sequence as SequenceOf
+from typing import TYPE_CHECKING
+
+from reft_runtime.schedule.blocks import BLOCK_TOKENS
+
+if TYPE_CHECKING:
+    from reft_runtime.interventions import Positions
+    from reft_runtime.schedule.sequence import AppliedIntervention, Request
+
+
+class BlockKeys:
+    """Keys of one sequence's full blocks, in order, made as far as they are asked for.
+
+    Two blocks have the same key only if their keys and values are equal: a key chains the block's
+    token ids, the edits that fall in it (digest, strength, subspace, sites, offsets; in order) and
+    the key before it; the chain starts at the request's salt. So the blocks before the first
+    edited token carry the base model's keys; `base` counts them among those made.
+    """
+
+    def __init__(self, request: Request) -> None:
+        self.base = 0
+        self._made: list[bytes] = []
+        self._last = hashlib.sha256(b"reft-kv" + request.salt).digest()
+        self._prompt_length = len(request.prompt)
+        self._edits = [
+            edits
+            for applied in request.interventions
+            if applied.strength
+            for edits in _by_positions(applied)
+        ]
+
+    def upto(self, blocks: int, tokens: SequenceOf[int]) -> list[bytes]:
+        """Keys of the first `blocks` blocks of `tokens`, which must be as long and never change."""
+        while len(self._made) < blocks:
+            start = len(self._made) * BLOCK_TOKENS
+            stop = start + BLOCK_TOKENS
+            edits = [
+                (what, offsets)
+                for positions, what in self._edits
+                if (offsets := positions.offsets(self._prompt_length, start, stop))
+            ]
+            if not edits and self.base == len(self._made):
+                self.base += 1
+            content = array("q", tokens[start:stop]).tobytes() + repr(edits).encode()
+            self._last = hashlib.sha256(self._last + content).digest()
+            self._made.append(self._last)
+        return self._made[:blocks]
+
+    def copy(self) -> BlockKeys:
+        """For a sequence that begins with the same tokens and may go on with others."""
+        other = object.__new__(BlockKeys)
+        other.__dict__ |= self.__dict__ | {"_made": list(self._made)}
+        return other
+
+
+def _by_positions(applied: AppliedIntervention) -> list[tuple[Positions, str]]:
+    """Distinct positions of an intervention's edits, each with what is done there."""
+    places: dict[Positions, list[tuple[int, int, str]]] = {}
+    for index, edit in enumerate(applied.edits):
+        places.setdefault(edit.positions, []).append((index, edit.layer, edit.component))
+    return [
+        (positions, repr((applied.digest, applied.strength, applied.subspace, where)))
+        for positions, where in places.items()
+    ]

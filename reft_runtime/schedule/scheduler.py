@@ -1,0 +1,298 @@
+"""Decides, step by step, which tokens of which sequences are computed. Knows no tensors.
+
+Order of a step: running sequences decode (oldest first, the newest is preempted when KV runs
+out), then running prompts go on, then waiting sequences are admitted in order of arrival, all
+within one budget of tokens, which `StepPacer` makes smaller where streams would wait too long.
+
+Before each chunk of a prompt the prefix cache is asked for what comes next. A prompt whose next
+block is being computed for another one sits the step out instead of computing it too. It waits
+only for a chunk of the same step: so whenever somebody waits somebody else gets on, and if that
+one fails, is aborted or preempted, it is not in the next step and nobody waits for it.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from reft_runtime.schedule.blocks import BLOCK_TOKENS, BlockBudget
+from reft_runtime.schedule.pacing import StepPacer
+from reft_runtime.schedule.prefix_cache import BlockCopy
+from reft_runtime.schedule.sequence import Sequence, Status
+
+MAX_SCORED_TOKENS = 512
+"""Prompt tokens of a step whose log-probabilities are asked: each takes a row of logits."""
+
+
+@dataclass(slots=True)
+class Chunk:
+    """Tokens [start, start + length) of one sequence, to be computed in this step.
+
+    `reused` are copied into its row before: the blocks between what it had and `start`. `forks`
+    are further choices of the same request: they copy this sequence's keys and values after the
+    step, and sample their first token from the same logits.
+    """
+
+    sequence: Sequence
+    start: int
+    length: int
+    reused: list[BlockCopy] = field(default_factory=list)
+    forks: list[Sequence] = field(default_factory=list)
+
+    @property
+    def stop(self) -> int:
+        """End of the range, exclusive."""
+        return self.start + self.length
+
+    @property
+    def completes(self) -> bool:
+        """Whether it reaches the sequence's end, so that a token is sampled."""
+        return self.stop == len(self.sequence.tokens)
+
+
+@dataclass(slots=True)
+class StepPlan:
+    """One step: the chunks to compute, decoding ones first, and who lost its KV to make room.
+
+    Of those `kept` is copied into the prefix cache, before their rows go and before any chunk.
+    """
+
+    chunks: list[Chunk] = field(default_factory=list)
+    decodes: int = 0
+    preempted: list[Sequence] = field(default_factory=list)
+    kept: list[BlockCopy] = field(default_factory=list)
+
+    @property
+    def prompts(self) -> list[Chunk]:
+        """All chunks but the decoding ones."""
+        return self.chunks[self.decodes :]
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Tokens of all chunks but the decoding ones."""
+        return sum(chunk.length for chunk in self.prompts)
+
+
+class Scheduler:
+    """Queues and the budget; every call is cheap and none touches a tensor.
+
+    `max_running` bounds the sequences that hold KV, `max_step_tokens` the tokens of one step (it
+    must be at least `max_running`, so that every running sequence can decode in every step).
+    """
+
+    def __init__(
+        self,
+        budget: BlockBudget,
+        max_running: int,
+        max_step_tokens: int,
+        pacer: StepPacer | None = None,
+    ) -> None:
+        if max_step_tokens < max_running:
+            raise ValueError("max_step_tokens must be at least max_running")
+        self.budget = budget
+        self.cache = budget.cache
+        self.max_running = max_running
+        self.max_step_tokens = max_step_tokens
+        self.pacer = pacer or StepPacer()
+        self.running: list[Sequence] = []
+        self.waiting: deque[Sequence] = deque()
+        self.preemptions = 0
+
+    @property
+    def idle(self) -> bool:
+        """Whether there is nothing to compute."""
+        return not self.running and not self.waiting
+
+    def add(self, sequence: Sequence) -> None:
+        """Queue a new sequence."""
+        self.waiting.append(sequence)
+
+    def requeue(self, sequences: Iterable[Sequence]) -> None:
+        """Queue sequences of requests that came earlier, at their places in order of arrival."""
+        self.waiting = deque(sorted((*sequences, *self.waiting), key=_arrival))
+
+    def schedule(self) -> StepPlan:
+        """Choose the next step's chunks; empty only when idle."""
+        plan = StepPlan()
+        self._schedule_decodes(plan)
+        plan.decodes = len(plan.chunks)
+        tokens_left = min(
+            self.max_step_tokens - plan.decodes,
+            self.pacer.prompt_tokens(plan.decodes, self._prompts()),
+        )
+        for sequence in list(self.running):  # forks join while we look
+            if tokens_left and not sequence.decoding:
+                tokens_left -= self._schedule_prompt(plan, sequence, tokens_left)
+        while tokens_left and self.waiting and self._admit(self.waiting[0], plan):
+            sequence = self.waiting.popleft()
+            tokens_left -= self._schedule_prompt(plan, sequence, tokens_left)
+        return plan
+
+    def after(self, sequences: Iterable[Sequence]) -> list[Chunk]:
+        """The step after one whose tokens are not known yet, for those of it that go on.
+
+        Empty if something else has to be decided then: who starts, whose prompt goes on, or who
+        gives way.
+        """
+        if self.waiting and self._may_start(self.waiting[0]):
+            return []
+        if not all(sequence.decoding for sequence in self.running):
+            return []
+        chunks = [Chunk(sequence, sequence.computed + 1, 1) for sequence in sequences]
+        roomy = all(self.budget.reserve(chunk.sequence, chunk.stop) for chunk in chunks)
+        return chunks if roomy else []
+
+    def advance(self, plan: StepPlan) -> None:
+        """Record that the plan's tokens have been computed."""
+        for chunk in plan.chunks:
+            if chunk.reused and self.cache is not None:
+                first = chunk.sequence
+                self.cache.count_hit(first.keys, first.computed, chunk.start)
+                first.cached += max(0, min(chunk.start, first.prompt_length) - first.computed)
+            for sequence in (chunk.sequence, *chunk.forks):
+                sequence.computed = chunk.stop
+
+    def keep(self, sequence: Sequence) -> list[BlockCopy]:
+        """Enter in the prefix cache what a sequence has computed; to copy it is for the caller.
+
+        Blocks with edits only once a token has come out of them: then they are finite.
+        """
+        if self.cache is None:
+            return []
+        keys = sequence.block_keys(sequence.computed)
+        base = sequence.keys.base
+        if not sequence.decoding:
+            keys = keys[:base]
+        placed = self.cache.add(keys, base, self.budget.free)
+        return [BlockCopy(sequence, block, slot) for block, slot in placed]
+
+    def finish(self, sequence: Sequence) -> None:
+        """Take a sequence out, wherever it is, and free its blocks; twice is fine."""
+        if sequence.status is Status.RUNNING:
+            self.running.remove(sequence)
+        elif sequence.status is Status.WAITING and sequence in self.waiting:
+            self.waiting.remove(sequence)
+        sequence.status = Status.FINISHED
+        self.budget.release(sequence)
+
+    def check_integrity(self, *, idle: bool = False) -> None:
+        """Raise AssertionError if queues and budget disagree, or if `idle` and anything is left."""
+        self.budget.check_integrity()
+        if len(self.running) > self.max_running:
+            raise AssertionError(f"{len(self.running)} sequences run, {self.max_running} may")
+        if idle and not (self.idle and self.budget.used == 0):
+            raise AssertionError(
+                f"not empty: {len(self.running)} running, {len(self.waiting)} waiting, "
+                f"{self.budget.used} blocks held"
+            )
+
+    def _schedule_decodes(self, plan: StepPlan) -> None:
+        for sequence in sorted(self.running, key=_arrival):
+            if sequence.status is not Status.RUNNING or not sequence.decoding:
+                continue
+            while not self.budget.reserve(sequence, len(sequence.tokens)):
+                victim = max(self.running, key=_arrival)
+                self._preempt(victim, plan)
+                if victim is sequence:
+                    break
+            else:
+                plan.chunks.append(Chunk(sequence, sequence.computed, 1))
+
+    def _prompts(self) -> int:
+        """Sequences that could compute prompt tokens now, KV permitting."""
+        admissible = min(len(self.waiting), self.max_running - len(self.running))
+        return admissible + sum(not sequence.decoding for sequence in self.running)
+
+    def _schedule_prompt(self, plan: StepPlan, sequence: Sequence, limit: int) -> int:
+        if _scored(sequence):
+            scored = sum(chunk.length for chunk in plan.prompts if _scored(chunk.sequence))
+            limit = min(limit, MAX_SCORED_TOKENS - scored)
+            if not limit:
+                return 0
+        start, reused = sequence.computed, []
+        if self.cache is not None and sequence.reusable:
+            keys = sequence.block_keys(sequence.reusable)
+            first = start // BLOCK_TOKENS
+            reused = [
+                BlockCopy(sequence, block, slot)
+                for block, slot in enumerate(self.cache.find(keys[first:]), first)
+            ]
+            block = first + len(reused)
+            if block < min(len(keys), self.budget.free) and any(
+                _will_keep(chunk.sequence, block, keys[block]) for chunk in plan.prompts
+            ):
+                return 0
+            start = max(start, block * BLOCK_TOKENS)
+        chunk = Chunk(sequence, start, min(len(sequence.tokens) - start, limit), reused)
+        plan.chunks.append(chunk)
+        if chunk.completes and sequence.unforked:
+            self._fork(chunk)
+        return chunk.length
+
+    def _fork(self, chunk: Chunk) -> None:
+        """Admit the request's other choices; those without room queue and compute on their own."""
+        parent = chunk.sequence
+        others, parent.unforked = parent.unforked, []
+        admitted = 0
+        while admitted < len(others) and self._make_room(others[admitted]):
+            admitted += 1
+        chunk.forks = others[:admitted]
+        for fork in chunk.forks:
+            fork.keys = parent.keys.copy()
+        self.requeue(others[admitted:])
+
+    def _admit(self, sequence: Sequence, plan: StepPlan) -> bool:
+        # After a preemption in this very step what came free belongs to those who run.
+        if plan.preempted:
+            return False
+        keys = []
+        if self.cache is not None and sequence.reusable:
+            keys = sequence.block_keys(sequence.reusable)
+            self.cache.find(keys)  # so that room is not made of what it will reuse
+        if not self._make_room(sequence):
+            return False
+        if self.cache is not None:
+            self.cache.count_query(sequence.keys, len(keys) * BLOCK_TOKENS)
+        return True
+
+    def _make_room(self, sequence: Sequence) -> bool:
+        if not self._may_start(sequence):
+            return False
+        self.budget.reserve(sequence, len(sequence.tokens) + 1)
+        sequence.status = Status.RUNNING
+        self.running.append(sequence)
+        return True
+
+    def _may_start(self, sequence: Sequence) -> bool:
+        # One more than there is, so that the first decode step does not preempt at once.
+        return len(self.running) < self.max_running and self.budget.has_room(
+            sequence, len(sequence.tokens) + 1
+        )
+
+    def _preempt(self, sequence: Sequence, plan: StepPlan) -> None:
+        self.running.remove(sequence)
+        self.budget.release(sequence)
+        plan.kept += self.keep(sequence)
+        sequence.status = Status.WAITING
+        sequence.computed = sequence.cached = 0
+        self.requeue([sequence])
+        plan.preempted.append(sequence)
+        self.preemptions += 1
+
+
+def _will_keep(sequence: Sequence, block: int, key: bytes) -> bool:
+    """Whether a prompt that is being computed brings the block with this key into the cache."""
+    if block >= len(sequence.tokens) // BLOCK_TOKENS:
+        return False
+    keys = sequence.block_keys((block + 1) * BLOCK_TOKENS)
+    no_token = sequence.request.sampling.max_tokens == 0
+    return keys[block] == key and not (no_token and block >= sequence.keys.base)
+
+
+def _scored(sequence: Sequence) -> bool:
+    return sequence.leads and sequence.request.sampling.prompt_logprobs is not None
+
+
+def _arrival(sequence: Sequence) -> tuple[int, int]:
+    return sequence.order, sequence.choice

@@ -1,0 +1,149 @@
+"""A request and its choices, as the engine sees them: token ids, edits and progress."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as SequenceOf
+from dataclasses import dataclass, field
+from enum import Enum, auto
+from typing import TYPE_CHECKING
+
+from reft_runtime.sampling import SamplingParams
+from reft_runtime.schedule.block_keys import BlockKeys
+from reft_runtime.schedule.blocks import BLOCK_TOKENS
+
+if TYPE_CHECKING:
+    from reft_runtime.interventions import CanonicalEdit
+
+
+@dataclass(frozen=True, slots=True)
+class AppliedIntervention:
+    """One intervention of a request: the version's digest, its edits and the strength.
+
+    `subspace` says which directions of the version's edits these are, None for all.
+    """
+
+    digest: str
+    edits: tuple[CanonicalEdit, ...]
+    strength: float = 1.0
+    subspace: tuple[int, ...] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What a caller asks of the engine; token ids only.
+
+    `seed` is always set: the caller's, or one drawn when the request was made. `salt` separates
+    tenants in cache keys. `interventions` are applied in order. With `trace` the engine tells what
+    they did, `traced_rows` rows at most. Where the prompt's log-probabilities are asked for, they
+    are those of its tokens from `scored_from` on.
+    """
+
+    id: str
+    prompt: tuple[int, ...]
+    sampling: SamplingParams
+    seed: int
+    interventions: tuple[AppliedIntervention, ...] = ()
+    salt: bytes = b""
+    trace: bool = False
+    traced_rows: int = 0
+    scored_from: int = 1
+
+
+class Status(Enum):
+    """Where a sequence is in its life."""
+
+    WAITING = auto()
+    RUNNING = auto()
+    FINISHED = auto()
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """One choice of a request on its way through the engine.
+
+    `tokens` are the prompt's and the generated ids; the keys and values of the first `computed`
+    of them are in the cache. `order` is the order of arrival. The choice that `leads` computes the
+    request's prompt first and scores it; its `unforked` are the other choices until then, for they
+    copy what it computed. `decode_edits` are the interventions that edit generated tokens.
+    """
+
+    request: Request
+    choice: int
+    order: int
+    tokens: list[int]
+    computed: int = 0
+    cached: int = 0
+    status: Status = Status.WAITING
+    leads: bool = False
+    unforked: list[Sequence] = field(default_factory=list)
+    prompt_logprobs_sent: int = 0
+    started: bool = False
+    decode_edits: tuple[AppliedIntervention, ...] = field(init=False)
+    keys: BlockKeys = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.keys = BlockKeys(self.request)
+        self.decode_edits = tuple(
+            applied
+            for applied in self.request.interventions
+            if applied.strength and any(edit.positions.edits_decode for edit in applied.edits)
+        )
+
+    def pass_lead(self) -> Sequence:
+        """Let the next of the unforked choices lead in this one's place, from the beginning."""
+        heir, *others = self.unforked
+        self.unforked = []
+        heir.leads, heir.unforked = True, others
+        heir.started, heir.prompt_logprobs_sent = self.started, self.prompt_logprobs_sent
+        return heir
+
+    def block_keys(self, tokens: int) -> list[bytes]:
+        """Keys of the whole blocks among the first `tokens` tokens."""
+        return self.keys.upto(tokens // BLOCK_TOKENS, self.tokens)
+
+    @property
+    def prompt_length(self) -> int:
+        """Number of prompt tokens, fixed at admission."""
+        return len(self.request.prompt)
+
+    @property
+    def generated(self) -> SequenceOf[int]:
+        """Ids generated so far."""
+        return self.tokens[self.prompt_length :]
+
+    @property
+    def generated_length(self) -> int:
+        """Number of ids generated so far."""
+        return len(self.tokens) - self.prompt_length
+
+    @property
+    def reusable(self) -> int:
+        """How many of its first tokens others may have computed.
+
+        The last needs a forward of its own, and so do traces, and the tokens that scores follow.
+        """
+        if self.request.trace:
+            return 0
+        if self.request.sampling.prompt_logprobs is not None:
+            return self.request.scored_from - 1
+        return len(self.tokens) - 1
+
+    @property
+    def remaining(self) -> int:
+        """Tokens whose keys and values are still to be computed."""
+        return len(self.tokens) - self.computed
+
+    @property
+    def decoding(self) -> bool:
+        """Whether only the newest token is left to compute, and it is a generated one."""
+        return self.remaining == 1 and len(self.tokens) > self.prompt_length
+
+
+def sequences_of(request: Request, order: int) -> Sequence:
+    """Make the first choice's sequence; it carries the others as `unforked`."""
+    first, *others = (
+        Sequence(request, choice, order, list(request.prompt))
+        for choice in range(request.sampling.n)
+    )
+    first.leads, first.unforked = True, others
+    return first

@@ -1,0 +1,103 @@
+"""A command's engine, and what `--intervention` means: names in its registry, and files."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from reft_runtime.base.stages import stage
+from reft_runtime.errors import InvalidRequest, NotFound
+from reft_runtime.interventions.format.identity import names_file
+from reft_runtime.use import Use
+from server.cli.local_files import naming, read_file
+from server.settings import Settings
+
+if TYPE_CHECKING:
+    from reft_runtime.front.admission import Prompt
+    from reft_runtime.front.engine import Engine
+    from reft_runtime.interventions import Version
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """One intervention as it was asked for: a name (`file` None) or a file, which has been read."""
+
+    use: Use
+    file: Path | None = None
+    data: bytes = b""
+
+
+def start_engine(settings: Settings) -> Engine:
+    """The engine that settings ask for."""
+    with stage("Starting Python's libraries"):
+        from reft_runtime.front.engine import Engine
+
+    return Engine(settings.model, **settings.engine_options())
+
+
+def read_asked(options: Sequence[str], model: str) -> list[Asked]:
+    """Read the options' values, and check the files among them, before the base is loaded.
+
+    Raises `InvalidRequest` (a strength), `NotFound`, `InvalidFile` and `WrongBaseModel`.
+    """
+    uses = [Use.parse(option) for option in options]
+    return [_read(use, model) if names_file(use.label) else Asked(use) for use in uses]
+
+
+def resolve(engine: Engine, asked: Sequence[Asked]) -> list[Use]:
+    """Exact versions to apply, in order; raises `NotFound` that says which names may be meant."""
+    uses = []
+    for one in asked:
+        if one.file is None:
+            version = _version(engine, one.use.label)
+        else:
+            with naming(one.file):
+                version = engine.registry.verified(one.file.stem, one.data)
+        uses.append(Use(version, one.use.strength))
+    return uses
+
+
+def encode(engine: Engine, prompt: Prompt, uses: Sequence[Use]) -> Sequence[int]:
+    """Token ids of a prompt under what is applied; raises `InvalidRequest`."""
+    try:
+        return engine.encode(prompt, uses)
+    except InvalidRequest as error:
+        if error.param != "interventions":
+            raise
+        raise InvalidRequest(
+            "--intervention: the chat templates of these differ, or what they do with a system "
+            "turn; lay out the prompt yourself, with --raw.",
+            param="intervention",
+        ) from None
+
+
+def _read(use: Use, model: str) -> Asked:
+    from reft_runtime.interventions import BaseShape, parse
+    from reft_runtime.interventions.format.manifest import check_base
+
+    file = Path(use.label)
+    with naming(file):
+        data = read_file(file)
+        intervention = parse(data)
+        intervention.canonical()
+        check_base(intervention.manifest, BaseShape.of(model))
+    return Asked(use, file, data)
+
+
+def _version(engine: Engine, ref: str) -> Version:
+    try:
+        return engine.registry.resolve(ref)
+    except NotFound:
+        name = ref.partition("@")[0]
+        for path, why in engine.registry.unserved().items():
+            if Path(path).stem == name:
+                raise NotFound(
+                    f"--intervention: {path} is not served: {why}", param="intervention"
+                ) from None
+        names = [entry.name for entry in engine.registry.entries()]
+        meant = engine.registry.meant(ref) or f" There are: {', '.join(names) or 'none'}."
+        raise NotFound(
+            f"--intervention: there is no {ref!r}.{meant}", param="intervention"
+        ) from None

@@ -1,0 +1,210 @@
+"""Commands that put answers of one prompt beside each other: compare, sweep."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from reft_runtime.base.stages import stage
+from reft_runtime.display.plots import check_plot
+from reft_runtime.errors import ConfigError
+from reft_runtime.sampling import SamplingParams
+from reft_runtime.use import Use
+from server.cli.backend import BASE, Applied, Ask, Backend, open_backend, server_to_ask
+from server.cli.columns import alone, answer_columns, conversation, show_columns
+from server.cli.console import console
+from server.cli.options import (
+    LOCAL_SETTINGS,
+    ApiKey,
+    AsJson,
+    MaxTokens,
+    MaybeUrl,
+    Seed,
+    Temperature,
+    with_settings,
+)
+from server.cli.sweep import Point, draw, read_strengths, show_points
+from server.cli.terminal import stages_told
+from server.settings import load_settings
+
+if TYPE_CHECKING:
+    from reft_runtime.training import Score
+
+app = typer.Typer()
+
+Prompt = Annotated[str, typer.Argument(help="What to say to the model, as one user's turn.")]
+System = Annotated[
+    str | None, typer.Option(help="What the model is told first.", show_default=False)
+]
+
+
+@app.command()
+@with_settings(*LOCAL_SETTINGS)
+def compare(
+    prompt: Prompt,
+    intervention: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--intervention",
+            "-i",
+            metavar="NAME[=STRENGTH][+...]",
+            help="What one of the answers is made with: an intervention, or several with a plus "
+            "between them, such as pirate+emoji=0.5; may be given several times. Without a "
+            "server a file may be named, too.",
+            show_default=False,
+        ),
+    ] = None,
+    base: Annotated[
+        bool, typer.Option("--base/--no-base", help="Let the base model answer first.")
+    ] = True,
+    system: System = None,
+    url: MaybeUrl = None,
+    api_key: ApiKey = None,
+    max_tokens: MaxTokens = 128,
+    temperature: Temperature = 0.0,
+    seed: Seed = None,
+    as_json: AsJson = False,
+    **options: Any,
+) -> None:
+    """Answer one prompt with several interventions, all in one batch, below each other.
+
+    A running server is asked (--url, or the one of this machine), else a model in this process.
+    """
+    wanted = intervention or []
+    if not base and not wanted:
+        raise ConfigError("intervention: name one with -i, or leave out --no-base.")
+    sampling = SamplingParams(max_tokens=max_tokens, temperature=temperature, seed=seed)
+    backend = open_backend(url, api_key, options)
+    try:
+        applied = [BASE] * base + [backend.resolve(column.split("+")) for column in wanted]
+        columns = answer_columns(
+            backend, [_ask(prompt, system, column, sampling) for column in applied]
+        )
+    finally:
+        backend.close()
+    if as_json:
+        typer.echo(json.dumps([column.as_json() for column in columns], ensure_ascii=False))
+    else:
+        show_columns(console(), columns)
+
+
+@app.command()
+@with_settings(*LOCAL_SETTINGS)
+def sweep(
+    prompt: Prompt,
+    intervention: Annotated[
+        str,
+        typer.Option(
+            "--intervention",
+            "-i",
+            metavar="NAME",
+            help="The intervention; without a server a file may be named, too.",
+        ),
+    ],
+    strengths: Annotated[
+        str,
+        typer.Option(
+            metavar="FROM:TO:STEP",
+            help="Strengths, both ends among them; or numbers with commas between them.",
+        ),
+    ] = "-1:2:0.5",
+    system: System = None,
+    evaluation: Annotated[
+        str | None,
+        typer.Option(
+            "--eval",
+            metavar="DATA",
+            help="Rows as for `reft eval`: the score at each strength, too.",
+            show_default=False,
+        ),
+    ] = None,
+    plot: Annotated[
+        Path | None,
+        typer.Option(
+            help="Draw divergence, length and score as a picture, such as sweep.png.",
+            show_default=False,
+        ),
+    ] = None,
+    url: MaybeUrl = None,
+    api_key: ApiKey = None,
+    max_tokens: MaxTokens = 64,
+    temperature: Temperature = 0.0,
+    seed: Seed = None,
+    as_json: AsJson = False,
+    **options: Any,
+) -> None:
+    """Answer one prompt at a grid of strengths of an intervention, all in one batch.
+
+    A running server is asked (--url, or the one of this machine), else a model in this process.
+    """
+    grid = read_strengths(strengths)
+    name = Use.parse(intervention).label
+    if name != intervention or "+" in intervention:
+        raise ConfigError(
+            f"intervention: one name, without a strength, not {intervention!r}; --strengths says"
+            " at which it is applied."
+        )
+    picture = None if plot is None else check_plot(plot)
+    sampling = SamplingParams(max_tokens=max_tokens, temperature=temperature, seed=seed)
+    asked = server_to_ask(url, api_key, options)
+    scores: list[Score | None] = [None] * len(grid)
+    if evaluation is not None:
+        scores = list(_scores(evaluation, name, grid, asked, api_key, options))
+    backend = open_backend(asked, api_key, options)
+    try:
+        applied = _at(backend, name, grid)
+        columns = answer_columns(backend, [_ask(prompt, system, one, sampling) for one in applied])
+    finally:
+        backend.close()
+    points = [Point(*of_one) for of_one in zip(grid, columns, scores, strict=True)]
+    if picture is not None:
+        draw(picture, name, points)
+    if as_json:
+        typer.echo(json.dumps([point.as_json() for point in points], ensure_ascii=False))
+    else:
+        show_points(console(), points)
+
+
+def _at(backend: Backend, name: str, grid: list[float]) -> list[Applied]:
+    """One intervention, looked up once, at several strengths."""
+    found = backend.resolve([name])
+    [use] = found.uses
+    return [
+        Applied(f"{name}={strength:g}", (Use(use.intervention, strength),), found.one_turn)
+        for strength in grid
+    ]
+
+
+def _ask(prompt: str, system: str | None, applied: Applied, sampling: SamplingParams) -> Ask:
+    messages = conversation(system, [{"role": "user", "content": prompt}])
+    return Ask(alone(messages, applied), applied, sampling, trace=True)
+
+
+@stages_told()
+def _scores(
+    data: str,
+    name: str,
+    grid: list[float],
+    url: str | None,
+    api_key: str | None,
+    options: dict[str, Any],
+) -> tuple[Score, ...]:
+    """What `reft eval` finds at each strength."""
+    with stage("Starting Python's libraries"):
+        from reft_runtime.training import evaluate
+    settings = load_settings(options)
+    report = evaluate(
+        [data],
+        [f"{name}={strength!r}" for strength in grid],
+        url=url,
+        api_key=api_key,
+        model=settings.model,
+        folder=settings.interventions,
+        dtype=settings.dtype,
+        threads=settings.threads,
+        base=False,
+    )
+    return report.scores

@@ -1,0 +1,166 @@
+"""Commands on intervention files: import from pyreft, inspect, export. No server is involved."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from reft_runtime.errors import ConfigError
+from server.cli.local_files import naming, read_file
+from server.cli.tables import aligned
+
+if TYPE_CHECKING:
+    from reft_runtime.interventions import Intervention
+
+app = typer.Typer()
+
+
+@app.command("import")
+def import_(
+    source: Annotated[
+        str, typer.Argument(help="A folder that pyreft saved, or hf:REPO for one on the Hub.")
+    ],
+    out: Annotated[Path, typer.Option(help="The file to write, or the folder to put it in.")],
+    base: Annotated[
+        str, typer.Option(help="The base model it was trained on: demo, a folder or a hub id.")
+    ],
+    name: Annotated[
+        str | None, typer.Option(help="Name of the file in a folder; else that of the source.")
+    ] = None,
+    positions: Annotated[
+        str | None, typer.Option(help="Positions of the training, such as f3+l3.")
+    ] = None,
+    share_weights: Annotated[
+        bool | None,
+        typer.Option(
+            "--share-weights/--untied", help="Whether first and last tokens share their weights."
+        ),
+    ] = None,
+    act: Annotated[str | None, typer.Option(help="act_fn of the training, or linear.")] = None,
+    suffix_offset: Annotated[
+        int | None,
+        typer.Option(min=0, help="Last prompt tokens that the training's data set left out."),
+    ] = None,
+    kind: Annotated[
+        str | None, typer.Option(help="Kind, where tensors without a config.json fit two.")
+    ] = None,
+    template: Annotated[
+        str | None, typer.Option(help="chat, or a text with {prompt}: how a chat becomes a prompt.")
+    ] = None,
+) -> None:
+    """Turn a pyreft checkpoint into an intervention file. What it does not record must be given."""
+    from reft_runtime.interventions.pyreft import import_pyreft
+
+    target = _target(out, source, name)
+    imported = import_pyreft(
+        source,
+        base=base,
+        positions=positions,
+        share_weights=share_weights,
+        act=act,
+        suffix_offset=suffix_offset,
+        kind=kind,
+        template=template,
+    )
+    write_file(target, imported)
+    typer.echo(f"{target}: {len(imported.manifest.edits)} edits, {target.stat().st_size:,} bytes")
+
+
+@app.command()
+def inspect(
+    file: Annotated[Path, typer.Argument(help="An intervention file.")],
+    base: Annotated[
+        str | None, typer.Option(help="Base model (demo, a folder, a hub id), for the share of it.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Show what a file holds, after the checks that it passes before it is served."""
+    from reft_runtime.base.shape import count_parameters, read_base
+    from reft_runtime.interventions.format.describe import describe
+
+    parameters = None if base is None else count_parameters(read_base(base)[1])
+    with naming(file):
+        found = describe(read_file(file), parameters)
+    typer.echo(json.dumps(found, indent=2, ensure_ascii=False) if as_json else _table(found))
+
+
+@app.command()
+def export(
+    file: Annotated[Path, typer.Argument(help="An intervention file.")],
+    to: Annotated[
+        tuple[str, Path], typer.Option(metavar="pyreft FOLDER", help="Format, and where to write.")
+    ],
+) -> None:
+    """Write a file's edits as a folder that pyreft loads."""
+    from reft_runtime.interventions import parse
+    from reft_runtime.interventions.pyreft import export_pyreft
+
+    form, folder = to
+    if form != "pyreft":
+        raise ConfigError(f"to: unknown format {form!r}; write --to pyreft FOLDER.", param="to")
+    with naming(file):
+        intervention = parse(read_file(file))
+    export_pyreft(intervention, folder)
+    typer.echo(f"{folder}: written")
+
+
+def write_file(path: Path, intervention: Intervention) -> None:
+    """Write an intervention file; where that fails, name the option."""
+    from reft_runtime.interventions import write
+
+    try:
+        write(path, intervention)
+    except OSError as error:
+        raise ConfigError(f"out: {path} cannot be written: {error.strerror}.") from None
+
+
+def _target(out: Path, source: str, name: str | None) -> Path:
+    if os.path.isdir(out):  # pathlib's raises where a name is too long
+        stem = name or Path(source).resolve().name.lower()
+        return out / f"{stem}.safetensors"
+    if name is not None:
+        raise ConfigError(f"name: {out} is not a folder, so it is the name already.", param="name")
+    return out
+
+
+def _table(found: dict[str, Any]) -> str:
+    head = "LAYER COMPONENT KIND POSITIONS RANK ACT TENSORS PARAMETERS RᵀR-I"
+    rows = [tuple(head.split())]
+    for edit in found["edits"]:
+        error = edit["orthonormality_error"]
+        tensors = " ".join(
+            f"{name}[{','.join(map(str, tensor['shape']))}]:{tensor['dtype']}"
+            for name, tensor in edit["tensors"].items()
+        )
+        rows.append(
+            (
+                str(edit["layer"]),
+                edit["component"],
+                edit["kind"],
+                edit["positions"],
+                str(edit["directions"] or "-"),
+                edit["act"] or "-",
+                tensors,
+                f"{edit['parameters']:,}",
+                "-" if error is None else f"{error:.1e}",
+            )
+        )
+    lines = aligned(rows)
+    share = "" if found["share"] is None else f" ({found['share']:.4%} of the base model's)"
+    manifest = json.dumps(
+        {key: value for key, value in found["manifest"].items() if key != "edits"},
+        indent=2,
+        ensure_ascii=False,
+    )
+    lines += [
+        "",
+        f"parameters  {found['parameters']:,}{share}",
+        f"size        {found['size_bytes']:,} bytes",
+        f"digest      {found['digest']}",
+        f"manifest    {manifest}",
+    ]
+    return "\n".join(lines)

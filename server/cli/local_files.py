@@ -1,0 +1,48 @@
+"""Intervention files of this machine, as a command's arguments name them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from itertools import islice
+from pathlib import Path
+
+from reft_runtime.errors import InvalidFile, NotFound, WrongBaseModel
+from reft_runtime.interventions.format.identity import SUFFIX
+from reft_runtime.nearest import MOST_COMPARED, nearest
+
+SHIPPED = Path("interventions")
+"""Where a file that is called by its name alone may be meant to lie."""
+
+
+@contextmanager
+def naming(file: Path) -> Iterator[None]:
+    """Let errors about a file begin with its path, as it was given.
+
+    Where there is none, `NotFound` says which may have been meant.
+    """
+    try:
+        yield
+    except (InvalidFile, WrongBaseModel) as error:
+        raise type(error)(f"{file}: {error.message}") from None
+    except OSError as error:
+        meant = _meant(file) if isinstance(error, FileNotFoundError) else ""
+        raise NotFound(f"{file}: {error.strerror}.{meant}") from None
+
+
+def read_file(file: Path) -> bytes:
+    """A whole file; a link to it is followed. Raises `InvalidFile` and `OSError`."""
+    from reft_runtime.interventions import read
+
+    return read(file.resolve())
+
+
+def _meant(file: Path) -> str:
+    found: dict[str, Path] = {}
+    for folder in (SHIPPED, file.parent):
+        with suppress(OSError):
+            for path in islice(folder.glob(f"*{SUFFIX}"), MOST_COMPARED):
+                found[path.stem] = path
+    stem = file.name.removesuffix(SUFFIX)
+    near = [stem] if stem in found else nearest(stem, found)
+    return f" Did you mean {' or '.join(str(found[name]) for name in near)}?" if near else ""

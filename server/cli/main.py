@@ -1,0 +1,158 @@
+"""The command `reft`. What needs the model is imported late, so that `--help` is quick."""
+
+from __future__ import annotations
+
+import asyncio
+import atexit
+import os
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+
+from reft_runtime.client import NotServed
+from reft_runtime.errors import ReftError
+from reft_runtime.version import VERSION
+from server.cli import chat as chat_cli
+from server.cli import compare as compare_cli
+from server.cli import files as files_cli
+from server.cli import remote as remote_cli
+from server.cli import training as training_cli
+from server.cli import transfers as transfer_cli
+from server.cli.applied import encode, read_asked, resolve, start_engine
+from server.cli.options import LOCAL_SETTINGS, MaxTokens, Seed, Temperature, with_settings
+from server.cli.tables import trace_table
+from server.settings import load_settings
+
+if TYPE_CHECKING:
+    from reft_runtime.front.engine import Engine
+    from reft_runtime.use import Use
+
+app = typer.Typer(
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    help="One resident language model, many tasks: serve LoReFT interventions per request.",
+)
+app.add_typer(chat_cli.app)
+app.add_typer(compare_cli.app)
+app.add_typer(remote_cli.app)
+app.add_typer(transfer_cli.app)
+app.add_typer(training_cli.app)
+app.add_typer(files_cli.app)
+
+
+def main() -> None:
+    """Entry point of the console command; mistakes end it with a message and no traceback."""
+    try:
+        app()
+    except ReftError as error:
+        typer.echo(f"reft: {error.message}", err=True)
+        _leave(1 if isinstance(error, NotServed) else 2)
+    except SystemExit as end:
+        _leave(end.code)
+
+
+def _leave(status: str | int | None) -> NoReturn:
+    """End the process without what a library of the model's says when Python takes it down.
+
+    Its last lines, some thirty of "nanobind: leaked", would hide the server's own.
+    """
+    if "torch" not in sys.modules or not isinstance(status, int):
+        raise SystemExit(status)
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(VERSION)
+        raise typer.Exit
+
+
+@app.callback()
+def _reft(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, help="Show the version and exit."
+        ),
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+@with_settings()
+def serve(**options: Any) -> None:
+    """Serve a model and its interventions over HTTP."""
+    settings = load_settings(options)
+    from server.lifecycle import listen, run, tell_address
+    from server.logs import configure_logging
+
+    configure_logging(settings)
+    with listen(settings.host, settings.port) as listener:
+        tell_address(listener)
+        raise SystemExit(run(start_engine(settings), settings, listener))
+
+
+@app.command()
+@with_settings(*LOCAL_SETTINGS)
+def generate(
+    prompt: Annotated[str, typer.Argument(help="What to say to the model, as one user's turn.")],
+    intervention: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--intervention",
+            "-i",
+            metavar="WHICH[=STRENGTH]",
+            help="Intervention to apply: NAME, NAME@DIGEST or a file, by default at strength 1, as "
+            "trained; may be given several times.",
+        ),
+    ] = None,
+    trace: Annotated[
+        bool,
+        typer.Option("--trace", help="Then say on standard error what every edit did."),
+    ] = False,
+    raw: Annotated[
+        bool, typer.Option("--raw", help="Take the prompt as it is, without the chat template.")
+    ] = False,
+    max_tokens: MaxTokens = 256,
+    temperature: Temperature = 0.0,
+    seed: Seed = None,
+    **options: Any,
+) -> None:
+    """Answer one prompt in the terminal, without a server; the answer alone is standard output."""
+    settings = load_settings(options)
+    from reft_runtime.sampling import SamplingParams
+
+    sampling = SamplingParams(max_tokens=max_tokens, temperature=temperature, seed=seed)
+    asked = read_asked(intervention or (), settings.model)
+    engine = start_engine(settings)
+    try:
+        uses = resolve(engine, asked)
+        asyncio.run(_print_answer(engine, prompt, uses, sampling, raw=raw, trace=trace))
+    finally:
+        engine.close()
+
+
+async def _print_answer(
+    engine: Engine, prompt: str, uses: list[Use], sampling: Any, *, raw: bool, trace: bool
+) -> None:
+    if raw:
+        tokens: Sequence[int] = engine.tokenizer.encode(prompt)
+    else:
+        tokens = encode(engine, [{"role": "user", "content": prompt}], uses)
+    stream = await engine.open(tokens, sampling, uses, trace=trace)
+    async for deltas in stream:
+        typer.echo("".join(delta.text for delta in deltas), nl=False)
+    typer.echo()
+    if trace:
+        typer.echo(trace_table(await engine.explain(stream), uses, len(tokens)), err=True)
+
+
+if __name__ == "__main__":
+    main()

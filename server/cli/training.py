@@ -1,0 +1,388 @@
+"""Commands that make and judge interventions: check, train, eval, direction."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, cast
+
+import typer
+
+from reft_runtime.base.stages import stage
+from reft_runtime.errors import ConfigError
+from server.cli.files import write_file
+from server.cli.terminal import stages_told, stoppable
+
+if TYPE_CHECKING:
+    from reft_runtime.interventions.format.manifest import SystemTurn
+    from reft_runtime.training import Trained
+    from reft_runtime.training.scoring import Metric
+
+app = typer.Typer()
+
+Model = Annotated[str, typer.Option(help="Base model: demo, a folder or a Hugging Face id.")]
+Out = Annotated[Path, typer.Option(help="The file to write, NAME.safetensors.")]
+Description = Annotated[str, typer.Option(help="What the intervention does.")]
+License = Annotated[str | None, typer.Option("--license", help="Licence of the file.")]
+Template = Annotated[
+    str | None,
+    typer.Option(
+        help="How a row becomes a prompt: 'chat' (its prompt as a user's message), or a text with "
+        "fields in braces, 'Review: {text}\\nSentiment:'. By default texts and prompts "
+        "of classes as 'chat', where the model has a chat template, others as they are."
+    ),
+]
+DATA = (
+    "CSV, TSV, Parquet, a JSON array or JSON lines, or hf:NAME[/CONFIG][:SPLIT]; with text and "
+    "label, prompt and completion, or messages."
+)
+Rows = Annotated[str, typer.Argument(help=DATA)]
+Text = Annotated[
+    str | None, typer.Option(help="Column of the text; by default one of a usual name.")
+]
+Label = Annotated[
+    str | None, typer.Option(help="Column of the class; by default one of a usual name.")
+]
+Url = Annotated[str | None, typer.Option(help="A running server, such as http://127.0.0.1:8000.")]
+ApiKey = Annotated[str | None, typer.Option(envvar="REFT_API_KEY", help="Key of that server.")]
+Dtype = Annotated[
+    str, typer.Option(help="Number format of the base's weights: auto, float32, bfloat16.")
+]
+
+
+Threads = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        max=1024,
+        envvar="REFT_THREADS",
+        help="CPU threads; by default one a core that affinity and the container's quota leave.",
+    ),
+]
+
+
+@app.command()
+def check(
+    data: Rows,
+    evaluation: Annotated[
+        str | None, typer.Option("--eval", help="Rows by which a training would be judged.")
+    ] = None,
+    text: Text = None,
+    label: Label = None,
+    template: Template = None,
+    model: Annotated[
+        str | None,
+        typer.Option(help="Base model whose tokenizer measures the rows; no weights are loaded."),
+    ] = None,
+    max_length: Annotated[
+        int | None, typer.Option(help="Longest row in tokens; by default the model's.", min=1)
+    ] = None,
+) -> None:
+    """Say all that is wrong with rows, before a training; ends with 1 where it could not begin."""
+    from reft_runtime.training import check as run
+
+    if max_length is not None and model is None:
+        raise ConfigError("--max-length needs --model, whose tokens it counts.", param="max_length")
+    found = run(
+        data,
+        evaluation,
+        text=text,
+        label=label,
+        template=_unescaped(template),
+        model=model,
+        max_length=max_length,
+    )
+    for one in found:
+        typer.echo(one)
+    if any(one.errors for one in found):
+        raise typer.Exit(1)
+
+
+@app.command()
+@stages_told()
+def train(
+    data: Rows,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="The file to write, NAME.safetensors; by default named as the data."),
+    ] = None,
+    text: Text = None,
+    label: Label = None,
+    model: Model = "demo",
+    kind: Annotated[str, typer.Option(help="Kind of the edits.")] = "loreft",
+    layers: Annotated[str, typer.Option(help="Layers to edit: all, or 8,16,24.")] = "all",
+    rank: Annotated[
+        int | None, typer.Option(help="Rank of the edits; by default 4.", show_default=False)
+    ] = None,
+    positions: Annotated[str, typer.Option(help="Tokens to edit: l1, f1+l1, ...")] = "l1",
+    untied: Annotated[
+        bool, typer.Option("--untied", help="Own weights for first and last tokens.")
+    ] = False,
+    lr: Annotated[
+        float | None, typer.Option(help="Highest learning rate; by default from the model's width.")
+    ] = None,
+    epochs: Annotated[
+        float | None, typer.Option(help="Passes over the rows; by default 3, more if they are few.")
+    ] = None,
+    steps: Annotated[int | None, typer.Option(help="Optimiser steps, instead of epochs.")] = None,
+    batch_size: Annotated[int, typer.Option(help="Rows of one step.")] = 16,
+    accumulate: Annotated[
+        int, typer.Option(help="Parts in which a step's rows are computed, to save memory.")
+    ] = 1,
+    evaluation: Annotated[
+        str | None, typer.Option("--eval", help="Rows by which the best checkpoint is chosen.")
+    ] = None,
+    hold_out: Annotated[
+        float | None,
+        typer.Option(
+            metavar="SHARE",
+            help="Share of the rows that choose the checkpoint and measure it, instead of --eval; "
+            "by default a tenth where rows have labels and are 100 or more. 0 trains on all.",
+            show_default=False,
+        ),
+    ] = None,
+    patience: Annotated[
+        int | None,
+        typer.Option(
+            help="Stop after so many evaluations, of five, without an improvement.",
+            show_default=False,
+        ),
+    ] = None,
+    template: Template = None,
+    system: Annotated[
+        str | None,
+        typer.Option(
+            help="What a template that is a text does with a system turn of a chat: prepend (the "
+            "default) its text to the user's, drop it, or refuse it."
+        ),
+    ] = None,
+    max_length: Annotated[
+        int | None, typer.Option(help="Longest row in tokens; by default the model's.")
+    ] = None,
+    truncate: Annotated[
+        bool, typer.Option("--truncate", help="Cut longer rows instead of refusing them.")
+    ] = False,
+    seed: Annotated[int, typer.Option(help="Start values and order of rows come from it.")] = 0,
+    dtype: Dtype = "auto",
+    threads: Threads = None,
+    description: Description = "",
+    license_: License = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with a training that was cut off.")
+    ] = False,
+    plot: Annotated[
+        Path | None, typer.Option(help="Draw losses and accuracy as a picture, such as loss.png.")
+    ] = None,
+    tensorboard: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Folder to log to for TensorBoard.")
+    ] = None,
+    push: Annotated[
+        str | None, typer.Option(metavar="URL", help="Put the file on this running server, too.")
+    ] = None,
+    api_key: ApiKey = None,
+) -> None:
+    """Train edits on rows, and write them as a file that is ready to be served."""
+    with stoppable():
+        with stage("Starting Python's libraries"):
+            from reft_runtime.client import Server
+            from reft_runtime.training import TrainSettings
+            from reft_runtime.training import train as run
+            from reft_runtime.training.push import check_push
+            from reft_runtime.training.push import push as put
+            from reft_runtime.training.sources import file_for
+            from reft_runtime.training.target import check_target
+        settings = TrainSettings(
+            kind=kind,
+            layers=_layers(layers),
+            rank=rank,
+            positions=positions,
+            untied=untied,
+            lr=lr,
+            epochs=epochs,
+            steps=steps,
+            batch_size=batch_size,
+            accumulate=accumulate,
+            template=_unescaped(template),
+            max_length=max_length,
+            truncate=truncate,
+            seed=seed,
+            dtype=dtype,
+            hold_out=hold_out,
+            patience=patience,
+        )
+        out = check_target(out or file_for(data))
+        server = None if push is None else Server(push, api_key)
+        if server is not None:
+            check_push(server, out.stem, model, settings)
+        trained = run(
+            data,
+            out,
+            model=model,
+            evaluation=evaluation,
+            settings=settings,
+            description=description,
+            license=license_,
+            system=cast("SystemTurn | None", system),
+            text=text,
+            label=label,
+            resume=resume,
+            say=lambda line: typer.echo(line, err=True),
+            threads=threads,
+            plot=plot,
+            tensorboard=tensorboard,
+        )
+    figures = ", ".join(f"{name} {value:.4g}" for name, value in trained.metrics.items())
+    typer.echo(
+        f"{out}: {out.stat().st_size:,} bytes, trained in {trained.seconds:.0f} s"
+        + (f", {figures}" if figures else "")
+    )
+    if server is not None:
+        new = put(server, out, out.stem)
+        typer.echo(f"{push}: {out.stem} {'added' if new else 'replaced'}")
+    if trained.held_out is not None:
+        with stoppable(f"{out} is written; the report on its held-out rows is left out."):
+            typer.echo(_judged(trained, settings.template))
+
+
+def _judged(trained: Trained, template: str | None) -> str:
+    """What a file answers to the rows that were held out of its training, the base beside it."""
+    from reft_runtime.training import evaluate
+
+    assert trained.held_out is not None
+    report = evaluate(
+        [trained.held_out],
+        [str(trained.path)],
+        model=trained.model,
+        tokenizer=trained.tokenizer,
+        template=template,
+    )
+    return report.details() or report.table()
+
+
+@app.command("eval")
+@stages_told()
+def eval_(
+    data: Annotated[list[str], typer.Argument(help="Files of rows, as for training.")],
+    intervention: Annotated[
+        list[str],
+        typer.Option(
+            "--intervention",
+            "-i",
+            help="A file, a name in --interventions (or of the server), or a pattern like 's*'; "
+            "NAME=0.5 applies it at that strength. May be repeated.",
+        ),
+    ] = [],  # noqa: B006 - typer's way to say: may be repeated
+    model: Model = "demo",
+    interventions: Annotated[Path, typer.Option(help="Folder where names are looked up.")] = Path(
+        "interventions"
+    ),
+    metric: Annotated[
+        str | None,
+        typer.Option(
+            help="accuracy (the answer begins with the label), exact or perplexity; by default "
+            "accuracy where rows have labels, else perplexity."
+        ),
+    ] = None,
+    prefixes: Annotated[
+        bool, typer.Option("--prefixes", help="A label may end inside a word: 1 stands for 10.")
+    ] = False,
+    text: Text = None,
+    label: Label = None,
+    template: Template = None,
+    dtype: Dtype = "auto",
+    threads: Threads = None,
+    url: Url = None,
+    api_key: ApiKey = None,
+    details: Annotated[
+        bool,
+        typer.Option(
+            "--details",
+            help="Figures by label, confusions, wrong rows and what to try next, of several "
+            "interventions too; of one they are shown anyway.",
+        ),
+    ] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print JSON, with every row's outcome.")
+    ] = False,
+) -> None:
+    """Measure interventions on data sets, all in one batch, the base model beside them."""
+    with stage("Starting Python's libraries"):
+        from reft_runtime.training import evaluate
+
+    report = evaluate(
+        data,
+        intervention,
+        url=url,
+        api_key=api_key,
+        model=model,
+        folder=interventions,
+        metric=cast("Metric | None", metric),
+        prefixes=prefixes,
+        text=text,
+        label=label,
+        template=_unescaped(template),
+        dtype=dtype,
+        threads=threads,
+    )
+    if as_json:
+        typer.echo(json.dumps(report.as_json()))
+        return
+    typer.echo(report.table())
+    if (details or len(report.interventions) == 1) and (found := report.details()):
+        typer.echo(f"\n{found}")
+
+
+@app.command()
+@stages_told()
+def direction(
+    positive: Annotated[Path, typer.Argument(help="Texts, one a line, of what is wanted.")],
+    negative: Annotated[Path, typer.Argument(help="Texts of the contrary.")],
+    layer: Annotated[int, typer.Option(help="Layer whose output is steered.")],
+    out: Out,
+    model: Model = "demo",
+    positions: Annotated[str, typer.Option(help="Tokens to steer.")] = "all",
+    scale: Annotated[
+        float, typer.Option(help="What strength 1 of a request stands for, in differences.")
+    ] = 1.0,
+    description: Description = "",
+    license_: License = None,
+    dtype: Dtype = "auto",
+    threads: Threads = None,
+) -> None:
+    """Make a steering file from contrasting texts, without training: the difference of means."""
+    with stage("Starting Python's libraries"):
+        from reft_runtime.training import direction as run
+        from reft_runtime.training.direction import read_texts
+        from reft_runtime.training.target import check_target
+
+    check_target(out)
+    made = run(
+        read_texts(positive),
+        read_texts(negative),
+        layer=layer,
+        model=model,
+        positions=positions,
+        scale=scale,
+        description=description,
+        license=license_,
+        dtype=dtype,
+        threads=threads,
+    )
+    write_file(out, made)
+    typer.echo(f"{out}: {out.stat().st_size:,} bytes")
+
+
+def _layers(text: str) -> tuple[int, ...] | None:
+    if text == "all":
+        return None
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise ConfigError(
+            f"layers: write all, or numbers such as 8,16,24, not {text!r}.", param="layers"
+        ) from None
+
+
+def _unescaped(template: str | None) -> str | None:
+    """A template as it was meant: shells pass a backslash and an n where a new line is wanted."""
+    return None if template is None else template.replace("\\n", "\n").replace("\\t", "\t")

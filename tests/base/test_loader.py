@@ -1,0 +1,195 @@
+"""What the engine would compute otherwise than the model does is refused, with the reason."""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+
+from reft_runtime.base.loader import adopt_model, choose_device, choose_dtype, load_model
+from reft_runtime.errors import ConfigError, UnsupportedModel
+from tests.helpers.models import (
+    HIDDEN,
+    MAX_LENGTH,
+    VOCABULARY,
+    make_core,
+    prompt,
+    run,
+    tiny,
+    tiny_llama,
+)
+from tests.helpers.models import request as ask
+
+
+def bare(model_type: str, **values: Any) -> PreTrainedModel:
+    """A model whose config takes none of the usual names."""
+    config = AutoConfig.for_model(model_type, **values)
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
+        config, dtype=torch.float32
+    )
+    return model
+
+
+def small_mamba() -> PreTrainedModel:
+    return bare(
+        "mamba", vocab_size=32, hidden_size=16, state_size=4, num_hidden_layers=2, time_step_rank=2
+    )
+
+
+def small_falcon_h1() -> PreTrainedModel:
+    # Attention in every layer, and a state-space mixer beside it.
+    return tiny("falcon_h1", mamba_d_ssm=32, mamba_n_heads=4, mamba_d_head=8, mamba_d_state=8)
+
+
+def small_deepseek() -> PreTrainedModel:
+    return tiny(
+        "deepseek_v3",
+        kv_lora_rank=8,
+        q_lora_rank=8,
+        qk_nope_head_dim=8,
+        qk_rope_head_dim=8,
+        v_head_dim=8,
+        n_routed_experts=4,
+        n_group=1,
+        topk_group=1,
+        num_experts_per_tok=2,
+        moe_intermediate_size=16,
+    )
+
+
+def small_gpt_oss() -> PreTrainedModel:
+    return tiny(
+        "gpt_oss",
+        head_dim=8,
+        num_local_experts=2,
+        num_experts_per_tok=1,
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+    )
+
+
+def with_rope(model_type: str, **rope: Any) -> PreTrainedModel:
+    return tiny(model_type, rope_parameters={"rope_theta": 10000.0, **rope})
+
+
+REFUSED: dict[str, tuple[Any, str]] = {
+    "state space": (small_mamba, "state-space"),
+    "state space beside attention": (small_falcon_h1, "state-space"),
+    "soft-capping": (lambda: tiny("gemma2", head_dim=8), "soft-capping"),
+    "sinks": (small_gpt_oss, "sinks"),
+    "ALiBi": (lambda: bare("bloom", vocab_size=32, hidden_size=16, n_layer=2, n_head=2), "ALiBi"),
+    "ALiBi by a flag": (
+        lambda: bare(
+            "falcon",
+            vocab_size=32,
+            hidden_size=16,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            alibi=True,
+        ),
+        "ALiBi",
+    ),
+    "M-RoPE": (
+        lambda: with_rope("llama", rope_type="default", mrope_section=[1, 1, 2]),
+        "M-RoPE",
+    ),
+    "MLA": (small_deepseek, "MLA"),
+    "dynamic NTK": (lambda: with_rope("llama", rope_type="dynamic", factor=2.0), "dynamic NTK"),
+    "own attention code": (lambda: tiny("gptj"), "packed forward"),
+    "bidirectional": (lambda: tiny("bert"), "neither causal"),
+    "attention with a term of its own": (lambda: tiny("doge"), "changes attention masks"),
+    "attention twice a layer": (lambda: tiny("diffllama"), "more than once"),
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(("make", "reason"), REFUSED.values(), ids=REFUSED)
+def test_refusal_names_the_model_and_the_reason(make: Any, reason: str) -> None:
+    model = make()
+    with pytest.raises(UnsupportedModel) as refusal:
+        adopt_model(model)
+    assert reason in refusal.value.message
+    assert repr(model.config.model_type) in refusal.value.message
+
+
+def test_a_folder_is_refused_before_its_weights_are_read(tmp_path: Path) -> None:
+    small_mamba().config.save_pretrained(tmp_path)
+    with pytest.raises(UnsupportedModel, match="state-space"):
+        load_model(str(tmp_path), "float32")
+
+
+def test_an_encoder_decoder_folder_is_refused(tmp_path: Path) -> None:
+    AutoConfig.for_model("t5", d_model=16, num_layers=1).save_pretrained(tmp_path)
+    with pytest.raises(UnsupportedModel, match="encoder-decoder"):
+        load_model(str(tmp_path), "float32")
+
+
+def test_longrope_ends_where_its_short_factors_do() -> None:
+    half = HIDDEN // 4 // 2
+    model = tiny(
+        "phi3",
+        original_max_position_embeddings=64,
+        rope_parameters={
+            "rope_type": "longrope",
+            "rope_theta": 10000.0,
+            "short_factor": [1.0] * half,
+            "long_factor": [2.0] * half,
+            "original_max_position_embeddings": 64,
+        },
+    )
+    assert adopt_model(copy.deepcopy(model)).max_model_len == 64
+    with pytest.raises(ConfigError, match="64") as error:
+        adopt_model(model, max_model_len=65)
+    assert error.value.param == "max_model_len"
+
+
+@pytest.mark.parametrize("length", [0, MAX_LENGTH + 1])
+def test_the_length_never_passes_the_models_positions(length: int, tmp_path: Path) -> None:
+    model = tiny("gpt2")
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match=f"from 1 to {MAX_LENGTH}") as error:
+        load_model(str(tmp_path), "float32", max_model_len=length)
+    assert error.value.param == "max_model_len"
+    with pytest.raises(ConfigError, match=f"from 1 to {MAX_LENGTH}"):
+        adopt_model(model, max_model_len=length)
+    assert adopt_model(model, max_model_len=MAX_LENGTH).max_model_len == MAX_LENGTH
+
+
+def test_a_saved_model_answers_as_the_one_in_memory(tmp_path: Path) -> None:
+    model, adopted = tiny_llama()
+    model.save_pretrained(tmp_path)
+    loaded = load_model(str(tmp_path), "float32", max_model_len=40)
+    assert (loaded.max_model_len, loaded.vocab_size, loaded.hidden_size) == (40, VOCABULARY, HIDDEN)
+    assert loaded.dtype == torch.float32
+    asked = [ask("a", prompt(9))]
+    assert run(make_core(loaded), asked) == run(make_core(adopted), asked)
+
+
+def test_a_model_can_be_adopted_again() -> None:
+    _, loaded = tiny_llama()
+    again = adopt_model(loaded.model)
+    assert again.shapes == loaded.shapes
+
+
+def test_end_of_answer_ids_come_from_the_generation_config() -> None:
+    model = tiny("llama", eos_token_id=5)
+    assert adopt_model(model).eos_ids == {5}
+    model.generation_config = GenerationConfig(  # type: ignore[no-untyped-call]
+        eos_token_id=[7, 9]
+    )
+    assert adopt_model(model).eos_ids == {7, 9}
+
+
+@pytest.mark.parametrize("name", ["tpu", "auto", "cuda:99", "meta"])
+def test_devices_that_are_not_there(name: str) -> None:
+    with pytest.raises(ConfigError, match="device"):
+        choose_device(name)
+    assert choose_device("cpu").type == "cpu"
+
+
+def test_unknown_dtypes_and_missing_folders_are_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="int3"):
+        choose_dtype("int3", torch.device("cpu"))
+    with pytest.raises(ConfigError, match="there is no folder"):
+        load_model(str(tmp_path / "none"), "float32")

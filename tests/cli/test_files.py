@@ -1,0 +1,193 @@
+"""The commands on files, as the console script runs them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from transformers import LlamaConfig, LlamaForCausalLM, T5Config
+from typer.testing import CliRunner
+
+from reft_runtime.errors import ConfigError, InvalidFile, NotFound, ReftError
+from reft_runtime.interventions import BaseShape, Edit, Intervention, parse, read_header, write
+from reft_runtime.interventions.pyreft import export_pyreft
+from server.cli.files import app
+from tests.interventions.make import BASE, loreft_tensors
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    edits = [Edit(1, "f1+l2", loreft_tensors(seed)) for seed in range(2)]
+    folder = tmp_path / "Checkpoint"
+    export_pyreft(Intervention.build(BASE, edits), folder)
+    (folder / "args.json").unlink()
+    return folder
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Path:
+    """The configuration of a model, without its weights."""
+    config = LlamaConfig(
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=4,
+        num_attention_heads=2,
+        vocab_size=64,
+        tie_word_embeddings=True,
+    )
+    config.save_pretrained(tmp_path / "tiny")
+    return tmp_path / "tiny"
+
+
+def run(*arguments: str | Path) -> str:
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    if result.exception is not None:
+        raise result.exception
+    return result.stdout
+
+
+def test_import_inspect_export(checkpoint: Path, base: Path, tmp_path: Path) -> None:
+    out = tmp_path / "pirate.safetensors"
+    options = ("--positions", "f1+l2", "--untied", "--act", "gelu", "--template", "Q: {prompt}")
+    said = run("import", checkpoint, "--base", base, "--out", out, *options)
+    assert said == f"{out}: 2 edits, {out.stat().st_size:,} bytes\n"
+    found = json.loads(run("inspect", out, "--json", "--base", base))
+    assert found["digest"] == read_header(out).digest
+    assert found["size_bytes"] == out.stat().st_size
+    assert found["parameters"] == 2 * (16 * 3 + 3 * 16 + 3)
+    model = 64 * 16 + 4 * (4 * 16 * 16 + 3 * 16 * 24 + 2 * 16) + 16
+    assert found["share"] == found["parameters"] / model
+    assert found["manifest"]["base"]["model"] == "tiny"
+    assert found["manifest"]["template"] == "Q: {prompt}"
+    edit = found["edits"][1]
+    assert (edit["layer"], edit["positions"], edit["act"], edit["directions"]) == (
+        1,
+        "l2",
+        "gelu",
+        3,
+    )
+    assert 0 < edit["orthonormality_error"] < 1e-5
+    assert edit["tensors"]["R"] == {"dtype": "float32", "shape": [16, 3]}
+    assert (
+        run("export", out, "--to", "pyreft", tmp_path / "back") == f"{tmp_path / 'back'}: written\n"
+    )
+    assert json.loads((tmp_path / "back" / "args.json").read_text()) == {
+        "position": "f1+l2",
+        "share_weights": False,
+        "act_fn": "gelu",
+    }
+
+
+def test_the_table(tmp_path: Path) -> None:
+    vector = loreft_tensors()["W"][0]
+    edits = [Edit(1, "l1", loreft_tensors()), Edit(3, "all", {"v": vector}, "steering")]
+    write(tmp_path / "x.safetensors", Intervention.build(BASE, edits))
+    head, loreft, steering, *rest = run("inspect", tmp_path / "x.safetensors").splitlines()
+    assert head.split()[3:6] == ["POSITIONS", "RANK", "ACT"]
+    assert loreft.split()[:6] == ["1", "block_output", "loreft", "l1", "3", "-"]
+    assert steering.split()[4:] == ["-", "-", "v[16]:float32", "16", "-"]
+    assert "parameters  115" in rest
+    assert any(line.startswith("digest ") for line in rest)
+
+
+def test_a_folder_takes_the_name_given_or_the_sources(
+    checkpoint: Path, base: Path, tmp_path: Path
+) -> None:
+    options = ("--base", base, "--positions", "l1", "--act", "linear", "--out", tmp_path)
+    run("import", checkpoint, *options)
+    run("import", checkpoint, *options, "--name", "mine")
+    assert sorted(path.name for path in tmp_path.glob("*.safetensors")) == [
+        "checkpoint.safetensors",
+        "mine.safetensors",
+    ]
+    written = parse((tmp_path / "mine.safetensors").read_bytes())
+    assert {str(edit.positions) for edit in written.manifest.edits} == {"l1"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        (("inspect", "missing.safetensors"), NotFound, "^missing.safetensors: No such file"),
+        (("export", "missing", "--to", "onnx", "x"), ConfigError, "unknown format 'onnx'"),
+        (
+            ("import", "x", "--base", "demo", "--out", "y.safetensors", "--name", "z"),
+            ConfigError,
+            "name: y.safetensors is not a folder",
+        ),
+    ],
+)
+def test_mistakes(arguments: tuple[str, ...], error: type[ReftError], message: str) -> None:
+    with pytest.raises(error, match=message):
+        run(*arguments)
+
+
+def test_an_output_that_cannot_be_written(checkpoint: Path, base: Path, tmp_path: Path) -> None:
+    out = tmp_path / "missing" / "x.safetensors"
+    options = ("--base", base, "--out", out, "--positions", "l1", "--act", "relu")
+    with pytest.raises(ConfigError, match=r"out: .* cannot be written: No such file"):
+        run("import", checkpoint, *options)
+
+
+@pytest.mark.parametrize("command", [("inspect",), ("export", "--to", "pyreft", "x")])
+def test_a_wrong_file_is_named_and_told(
+    command: tuple[str, ...], checkpoint: Path, tmp_path: Path
+) -> None:
+    text, empty = tmp_path / "rows.csv", tmp_path / "empty"
+    text.write_text("text,label\nHello,greeting\n")
+    empty.touch()
+    for path, message in (
+        (text, "Not an intervention file but a table of texts"),
+        (empty, "Cut off: the file is empty"),
+        (next(checkpoint.glob("*.bin")), "`reft import` takes the folder"),
+        (checkpoint, "Not a regular file but a checkpoint of pyreft"),
+    ):
+        with pytest.raises(InvalidFile) as caught:
+            run(command[0], path, *command[1:])
+        assert caught.value.message.startswith(f"{path}: ")
+        assert message in caught.value.message
+
+
+def test_a_file_that_is_not_there_says_which_may_be_meant(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for path in ("interventions/pirate", "interventions/formal", "here/formol"):
+        file = Path(f"{path}.safetensors")
+        file.parent.mkdir(exist_ok=True)
+        file.touch()
+    for given, meant in (
+        ("pirate", " Did you mean interventions/pirate.safetensors?"),
+        ("here/priate.safetensors", " Did you mean interventions/pirate.safetensors?"),
+        (
+            "here/formul",
+            " Did you mean here/formol.safetensors or interventions/formal.safetensors?",
+        ),
+        ("nothing.like", ""),
+        ("x" * 300, ""),
+    ):
+        with pytest.raises(NotFound) as caught:
+            run("inspect", given)
+        assert caught.value.message.endswith(f".{meant}")
+        assert caught.value.message.startswith(f"{given}: ")
+
+
+def test_the_shape_of_a_base(base: Path, tmp_path: Path) -> None:
+    shape = BaseShape.of(base)
+    assert shape == BaseShape.of(str(base))
+    assert (shape.model, shape.architecture) == ("tiny", "LlamaForCausalLM")
+    assert (shape.hidden_size, shape.num_layers, shape.vocab_size) == (16, 4, 64)
+    model = LlamaForCausalLM(LlamaConfig.from_pretrained(base))
+    unnamed = shape.model_copy(update={"model": "LlamaForCausalLM"})
+    assert BaseShape.of(model) == unnamed
+    encoder = tmp_path / "encoder"
+    T5Config().save_pretrained(encoder)
+    for wrong, message in (
+        (tmp_path / "none", "model: there is no folder"),
+        (encoder, "no causal language model"),
+        (5, "model: give demo, a folder, a hub id or a transformers model, not int"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            BaseShape.of(wrong)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match=r"^base: there is no folder"):
+        run("inspect", "x", "--base", tmp_path / "none")

@@ -1,0 +1,216 @@
+"""Commands against a running server: what they do to it, and what they say."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+from pydantic import SecretStr
+from typer.testing import CliRunner
+
+from reft_runtime.client import NotServed, Server, Unreachable
+from reft_runtime.errors import ConfigError, ReftError
+from reft_runtime.interventions import Registry
+from reft_runtime.interventions.format.identity import digest_of
+from server.cli import main as cli
+from server.settings import Settings
+from tests.e2e.conftest import served
+from tests.http.fake_engine import FakeEngine
+from tests.interventions.make import BASE, file_bytes
+
+
+@pytest.fixture
+def engine() -> Any:
+    engine = cast(Any, FakeEngine())
+    engine.registry = Registry(BASE)
+    for name in ("one", "two"):
+        engine.registry.put(name, file_bytes(description=f"The {name} [bold]of them."))
+    return engine
+
+
+@pytest.fixture
+def url(engine: Any) -> Iterator[str]:
+    with served(engine, Settings()) as address:
+        yield address
+
+
+def reft(url: str, *arguments: str, stdin: str | None = None) -> Any:
+    return CliRunner(env={"REFT_URL": url}).invoke(cli.app, arguments, input=stdin)
+
+
+def refused(url: str, kind: type[ReftError], *arguments: str) -> str:
+    ended = reft(url, *arguments)
+    assert isinstance(ended.exception, kind), ended.output
+    assert "\n" not in ended.exception.message
+    return ended.exception.message
+
+
+def test_the_listing_pages_searches_and_sorts(
+    url: str, engine: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("reft_runtime.client.MAX_PAGE", 2)
+    for number in range(3):
+        engine.registry.put(f"more-{number}", file_bytes(number))
+    listed = reft(url, "ls")
+    head, *lines = listed.stdout.splitlines()
+    assert head.split() == ["name", "description", "kinds", "layers", "size", "requests"]
+    assert [line.split()[0] for line in lines] == ["more-0", "more-1", "more-2", "one", "two"]
+    assert "The one [bold]of them." in lines[3]
+    backwards = json.loads(reft(url, "ls", "--sort", "-name", "--json").stdout)
+    assert [entry["id"] for entry in backwards] == ["two", "one", "more-2", "more-1", "more-0"]
+    [found] = json.loads(reft(url, "ls", "-q", "ONE", "--json").stdout)
+    assert found["kinds"] == ["loreft"]
+    nothing = reft(url, "ls", "-q", "three")
+    assert (nothing.exit_code, nothing.stdout) == (0, "")
+    assert nothing.stderr == "No intervention has 'three' in its name or description.\n"
+    assert "Did you mean `size`?" in refused(url, ConfigError, "ls", "--sort", "sise")
+
+
+def test_a_file_goes_there_and_back(url: str, engine: Any, tmp_path: Path) -> None:
+    for number in range(2):
+        (tmp_path / f"file-{number}.safetensors").write_bytes(file_bytes(number))
+    first, second = (digest_of(file_bytes(number))[:12] for number in range(2))
+    pushed = reft(url, "push", str(tmp_path))
+    assert pushed.stdout.splitlines()[0].startswith(f"file-0: added, {first}, ")
+    again = reft(url, "push", f"{tmp_path}/*-1.safetensors", "--name", "file-0")
+    assert again.stdout.startswith(f"file-0: replaced, {second}, ")
+    back = reft(url, "rollback", "file-0")
+    assert back.stdout == f"file-0: {first} is served, {second} was\n"
+    assert reft(url, "rollback", "file-0", first).stdout == f"file-0: {first} is served already\n"
+    shown = reft(url, "show", "file-0")
+    assert f"digest      {digest_of(file_bytes(0))}\n" in shown.stdout
+    versions = [line.split()[:2] for line in shown.stdout.splitlines()[-2:]]
+    assert versions == [[first, "served"], [second, "kept"]]
+    out = tmp_path / "pulled.safetensors"
+    assert reft(url, "pull", f"file-0@{second}", "--out", str(out)).exit_code == 0
+    assert out.read_bytes() == file_bytes(1)
+    assert "is there already; --force" in refused(
+        url, ConfigError, "pull", "file-0", "--out", str(out)
+    )
+    assert reft(url, "pull", "file-0", "--out", str(out), "--force").exit_code == 0
+    assert out.read_bytes() == file_bytes(0)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "file-0.safetensors",
+        "file-1.safetensors",
+        "pulled.safetensors",
+    ]
+
+
+def test_a_file_that_is_refused_keeps_no_other_back(url: str, engine: Any, tmp_path: Path) -> None:
+    (tmp_path / "a.safetensors").write_text("no tensors")
+    (tmp_path / "b.safetensors").write_bytes(file_bytes(1))
+    pushed = reft(url, "push", str(tmp_path), f"{tmp_path}/c.safetensors")
+    assert pushed.exit_code == 2
+    assert pushed.stdout.startswith("b: added, ")
+    wrong, missing, last = pushed.stderr.splitlines()
+    assert wrong.startswith(f"reft: {tmp_path}/a.safetensors: the server answered 400: Not an")
+    assert missing.startswith(f"reft: {tmp_path}/c.safetensors: No such file or directory.")
+    assert last == "reft: 2 of 3 were not taken."
+    assert "there is no *.safetensors" in refused(url, ReftError, "push", f"{tmp_path}/x*")
+
+
+def test_a_version_that_came_between_is_told(
+    url: str, engine: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put = engine.registry.put
+
+    def twice(name: str, *rest: Any) -> Any:
+        result = put(name, *rest)
+        put(name, file_bytes(9))
+        return result
+
+    monkeypatch.setattr(engine.registry, "put", twice)
+    with pytest.raises(ConfigError, match="another upload came between"):
+        Server(url).upload("one", file_bytes(1))
+
+
+def test_removal_asks_and_looks_first(
+    url: str, engine: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert "--yes" in refused(url, ConfigError, "rm", "one")
+    assert "Did you mean `two`?" in refused(url, NotServed, "rm", "--yes", "one", "twoo")
+    assert len(engine.registry.entries()) == 2
+    typed = type("Typed", (), {"isatty": lambda self: True})()
+    monkeypatch.setattr("server.cli.remote.sys", type("Sys", (), {"stdin": typed})())
+    kept = reft(url, "rm", "one", stdin="n\n")
+    assert kept.exit_code == 1
+    assert kept.stdout.startswith(f"Remove one ({digest_of(_one())[:12]}) from {url}? [y/N]")
+    assert len(engine.registry.entries()) == 2
+    assert reft(url, "rm", "one", stdin="y\n").stdout.endswith("one: removed\n")
+    assert json.loads(reft(url, "rm", "-y", "two", "--json").stdout) == [
+        {"id": "two", "deleted": True}
+    ]
+    assert engine.registry.entries() == []
+
+
+def _one() -> bytes:
+    return file_bytes(description="The one [bold]of them.")
+
+
+def test_what_runs_is_shown(url: str, engine: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    version = engine.registry.resolve("two")
+    engine.registry.hold(version)
+    shown = reft(url, "ps")
+    assert "0 running of 8, 0 waiting" in shown.stdout
+    assert shown.stdout.splitlines()[-1].split() == ["two", "1", "1"]
+    [used] = json.loads(reft(url, "ps", "--json").stdout)["in_use"]
+    assert used["id"] == "two"
+    waits: list[float] = []
+
+    def wait(seconds: float) -> None:
+        waits.append(seconds)
+        if len(waits) == 2:
+            engine.registry.release(version)
+        if len(waits) == 3:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr("server.cli.remote.time.sleep", wait)
+    watched = reft(url, "ps", "--watch")
+    assert watched.exit_code == 0
+    assert waits == [1.0] * 3
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status"),
+    [
+        (["show", "on"], 1),
+        (["rollback", "on"], 1),
+        (["rollback", "one", "0123456789"], 1),
+        (["pull", "one@0123456789"], 1),
+        (["rollback", "one", "zz"], 2),
+        (["ls", "--url", "http://127.0.0.1:9"], 2),
+        (["ls", "--url", "127.0.0.1:9"], 2),
+    ],
+)
+def test_the_status_says_what_is_not_so(
+    url: str,
+    arguments: list[str],
+    status: int,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("REFT_URL", url)
+    monkeypatch.setattr(sys, "argv", ["reft", *arguments])
+    left: list[Any] = []
+    monkeypatch.setattr(cli, "_leave", left.append)
+    cli.main()
+    assert left == [status]
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert said.err.startswith("reft: ")
+    assert said.err.count("\n") == 1
+
+
+def test_keys_and_addresses(engine: Any) -> None:
+    with served(engine, Settings(api_key=SecretStr("right"))) as url:
+        assert "--api-key or REFT_API_KEY" in refused(url, ConfigError, "ls")
+        assert "--api-key or REFT_API_KEY" in refused(url, ConfigError, "ps", "--api-key", "wrong")
+        assert reft(url, "ls", "--api-key", "right").exit_code == 0
+        assert reft(f"{url}/v1/", "ls", "--api-key", "right").exit_code == 0
+    assert "reft serve" in refused(url, Unreachable, "ls")
+    assert "no answer from http://[::" in refused("http://[::", Unreachable, "ls")
+    assert "write it with its scheme, http://here:8000" in refused("here:8000", ConfigError, "ls")

@@ -1,0 +1,317 @@
+"""The compiled operators against torch's own, and what happens without them."""
+
+import ctypes
+import logging
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.functional import rms_norm, scaled_dot_product_attention, silu
+
+from reft_runtime.kernels.cpu import (
+    MAX_DIM,
+    PROMPT_DIMS,
+    Kernels,
+    attends,
+    attends_prompts,
+    build,
+    kernels,
+    packs,
+    supports,
+)
+
+TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 1e-2}
+
+dtypes = pytest.mark.parametrize("dtype", TOLERANCE)
+
+
+@pytest.fixture
+def operators() -> Kernels:
+    found = kernels()
+    assert found is not None, "the tests need a C++ compiler"
+    return found
+
+
+def rand(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def close(given: Tensor, wanted: Tensor) -> None:
+    assert given.dtype == wanted.dtype
+    tolerance = TOLERANCE[given.dtype]
+    torch.testing.assert_close(given, wanted, rtol=tolerance, atol=tolerance)
+
+
+@dtypes
+@pytest.mark.parametrize("rows", [1, 5, 700])
+def test_rms_norm(operators: Kernels, dtype: torch.dtype, rows: int) -> None:
+    x, weight = rand(1, rows, 37, dtype=dtype), rand(37, dtype=dtype, seed=1)
+    before = x.clone()
+    close(operators.rms_norm(x, weight, 1e-5), rms_norm(x, (37,), eps=1e-5) * weight)
+    assert torch.equal(x, before)
+
+
+@dtypes
+@pytest.mark.parametrize("rows", [1, 700])
+def test_add_rms_norm(operators: Kernels, dtype: torch.dtype, rows: int) -> None:
+    x, more = rand(rows, 40, dtype=dtype), rand(rows, 40, dtype=dtype, seed=1)
+    weight = rand(40, dtype=dtype, seed=2)
+    total, normal = operators.add_rms_norm(x, more, weight, 1e-5)
+    assert torch.equal(total, x + more)
+    close(normal, rms_norm(x + more, (40,), eps=1e-5) * weight)
+
+
+@dtypes
+@pytest.mark.parametrize("rows", [1, 3, 40])
+@pytest.mark.parametrize("width", [1, 1023, 1025, 2100])
+def test_silu_mul(operators: Kernels, dtype: torch.dtype, rows: int, width: int) -> None:
+    gate, up = rand(rows, width, dtype=dtype) * 5, rand(rows, width, dtype=dtype, seed=1)
+    given = operators.silu_mul(torch.cat((gate, up), -1))
+    close(given, (silu(gate.float()) * up.float()).to(dtype))
+
+
+def test_silu_mul_at_the_extremes(operators: Kernels) -> None:
+    gate = torch.tensor([-1e30, -200.0, -88.0, 0.0, 88.0, 200.0, 1e30, math.inf, math.nan])
+    given = operators.silu_mul(torch.cat((gate, torch.ones_like(gate))))
+    torch.testing.assert_close(given, silu(gate), equal_nan=True, rtol=1e-6, atol=1e-30)
+
+
+@dtypes
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("width", [1, 31, 20_001])
+@pytest.mark.parametrize("shift", [-9, 0, 9])
+def test_greedy(operators: Kernels, dtype: torch.dtype, rows: int, width: int, shift: int) -> None:
+    logits = rand(rows, width, dtype=dtype) + shift  # in bfloat16 many of them are equal
+    assert operators.greedy(logits) == logits.argmax(-1).tolist()
+
+
+@dtypes
+def test_greedy_at_the_extremes(operators: Kernels, dtype: torch.dtype) -> None:
+    inf, nan = math.inf, math.nan
+    wanted = {
+        (0.0, -0.0, -1.0): 0,
+        (-1.0, -0.0, 0.0): 1,
+        (-inf, -3.0, -2.0): 2,
+        (-inf, -inf, -inf): -1,
+        (1.0, inf, 2.0): -1,
+        (1.0, nan, 2.0): -1,
+        (1.0, -nan, 2.0): -1,
+        (3e38, -3e38, -inf): 0,
+    }
+    given = operators.greedy(torch.tensor([list(row) for row in wanted], dtype=dtype))
+    assert given == list(wanted.values())
+
+
+@dtypes
+@pytest.mark.parametrize("tokens", [1, 300])
+def test_rotate(operators: Kernels, dtype: torch.dtype, tokens: int) -> None:
+    # Columns of one product, as a merged linear layer gives them.
+    both = rand(tokens, 9, 16, dtype=dtype)
+    query, key, rest = torch.split(both, [4, 2, 3], 1)
+    others = rest.clone()
+    angles = rand(tokens, 8, seed=2).repeat(1, 2)
+    cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
+
+    def turned(heads: Tensor) -> Tensor:
+        wide = heads.float()
+        half = torch.cat((-wide[..., 8:], wide[..., :8]), -1)
+        return (wide * cos[:, None].float() + half * sin[:, None].float()).to(dtype)
+
+    wanted = turned(query), turned(key)
+    operators.rotate_(query, key, cos, sin)
+    close(query, wanted[0])
+    close(key, wanted[1])
+    assert torch.equal(rest, others)
+
+
+@dtypes
+@pytest.mark.parametrize("dim", [64, 128, 24])
+@pytest.mark.parametrize("window", [0, 5, 70])
+def test_attend(operators: Kernels, dtype: torch.dtype, dim: int, window: int) -> None:
+    """Decoding rows of several lengths, and one prompt whose tokens see each other."""
+    kv_heads, group, capacity = 2, 3, 160
+    slots = [4, 0, 2, 1, 1, 1]
+    positions = [0, 63, 64, 130, 131, 132]
+    both = rand(6, kv_heads * (group + 2), dim, dtype=dtype)
+    query, key, value = torch.split(both, [kv_heads * group, kv_heads, kv_heads], 1)
+    rows = rand(5, 2, kv_heads, capacity, dim, dtype=dtype, seed=3)
+    keys, values = rows.unbind(1)
+    # What lies beyond a row's own tokens may be anything.
+    keys[0, :, 64:] = values[0, :, 64:] = math.nan
+    untouched = keys[3].clone()
+    out = query.new_empty(query.shape)
+    places = torch.tensor(
+        [(rows[slot].data_ptr(), capacity, at) for slot, at in zip(slots, positions, strict=True)]
+    )
+    before = 0, kv_heads * dim
+    operators.attend(query, key, value, out, places, before, 0.2, window)
+    for token, (slot, position) in enumerate(zip(slots, positions, strict=True)):
+        assert torch.equal(keys[slot, :, position], key[token])
+        assert torch.equal(values[slot, :, position], value[token])
+        first = max(0, position - window + 1) if window else 0
+        seen = slice(first, position + 1)
+        wanted = scaled_dot_product_attention(
+            query[token].view(kv_heads, group, dim).float(),
+            keys[slot, :, seen].float(),
+            values[slot, :, seen].float(),
+            scale=0.2,
+        )
+        close(out[token], wanted.reshape(-1, dim).to(dtype))
+    assert torch.equal(keys[3], untouched)
+
+
+@dtypes
+@pytest.mark.parametrize("dim", PROMPT_DIMS)
+@pytest.mark.parametrize("window", [0, 5, 70])
+@pytest.mark.parametrize("group", [1, 3, 7])
+def test_attend_prompts(
+    operators: Kernels, dtype: torch.dtype, dim: int, window: int, group: int
+) -> None:
+    """Beginnings and continuations of prompts, none a multiple of a tile or a block."""
+    kv_heads, capacity = 2, 320
+    segments = [(0, 2, 0, 65), (65, 0, 130, 9), (74, 1, 63, 100), (174, 4, 250, 50)]
+    tokens = 224
+    both = rand(tokens, kv_heads * (group + 2), dim, dtype=dtype)
+    query, key, value = torch.split(both, [kv_heads * group, kv_heads, kv_heads], 1)
+    rows = rand(5, 2, kv_heads, capacity, dim, dtype=dtype, seed=3)
+    keys, values = rows.unbind(1)
+    untouched = keys[3].clone()
+    for _, slot, start, length in segments:  # what lies beyond may be anything
+        keys[slot, :, start + length :] = values[slot, :, start + length :] = math.nan
+    out = query.new_empty(query.shape)
+    places = torch.tensor(
+        [(rows[slot].data_ptr(), capacity, first, *rest) for first, slot, *rest in segments]
+    )
+    before = 0, kv_heads * dim
+    operators.attend_prompts(query, key, value, out, places, before, 0.2, window)
+    for first, slot, start, length in segments:
+        own, stop = slice(first, first + length), start + length
+        assert torch.equal(keys[slot, :, start:stop], key[own].transpose(0, 1))
+        assert torch.equal(values[slot, :, start:stop], value[own].transpose(0, 1))
+        at, columns = torch.arange(start, stop)[:, None], torch.arange(stop)
+        seen = (columns <= at) & (columns > at - (window or stop))
+        wanted = scaled_dot_product_attention(
+            query[own].transpose(0, 1).float(),
+            keys[slot, :, :stop].float().repeat_interleave(group, 0),
+            values[slot, :, :stop].float().repeat_interleave(group, 0),
+            attn_mask=seen,
+            scale=0.2,
+        ).transpose(0, 1)
+        if dtype == torch.float32:
+            torch.testing.assert_close(out[own], wanted, rtol=1e-5, atol=1e-5)
+        else:
+            close(out[own], wanted.to(dtype))
+    assert torch.equal(keys[3], untouched)
+
+
+def test_a_token_that_is_not_finite_spoils_no_other_prompt(operators: Kernels) -> None:
+    query, key, value = rand(40, 2, 64), rand(40, 2, 64), rand(40, 2, 64)
+    query[3] = math.nan
+    rows = torch.zeros(2, 2, 2, 32, 64)
+    out = torch.empty_like(query)
+    places = [(rows[0].data_ptr(), 32, 0, 0, 20), (rows[1].data_ptr(), 32, 20, 0, 20)]
+    operators.attend_prompts(query, key, value, out, torch.tensor(places), (0, 128), 1.0, 0)
+    assert out[3].isnan().all()
+    assert out[:3].isfinite().all()
+    assert out[4:].isfinite().all()
+
+
+def test_a_row_that_is_not_finite_spoils_no_other(operators: Kernels) -> None:
+    query, key, value = rand(2, 2, 64), rand(2, 2, 64), rand(2, 2, 64)
+    query[0] = math.nan
+    rows = torch.zeros(2, 2, 2, 16, 64)
+    out = torch.empty_like(query)
+    places = torch.tensor([(row.data_ptr(), 16, 0) for row in rows])
+    operators.attend(query, key, value, out, places, (0, 128), 1.0, 0)
+    assert out[0].isnan().all()
+    close(out[1], value[1])
+
+
+@pytest.mark.parametrize("place", [(16, 16), (16, -1), (0, 0)])
+def test_a_place_beyond_a_row_is_refused(operators: Kernels, place: tuple[int, int]) -> None:
+    """Capacity and position of the second of two tokens; the first one is not written either."""
+    heads, rows = rand(2, 2, 64), torch.zeros(2, 2, 2, 16, 64)
+    out = torch.empty_like(heads)
+    address = rows.data_ptr()
+    places = torch.tensor([(address, 16, 0), (address, *place)])
+    with pytest.raises(ValueError, match="beyond"):
+        operators.attend(heads, heads, heads, out, places, (0, 128), 1.0, 0)
+    segments = [(address, 16, 0, 0, 1), (address, place[0], 1, place[1], 1)]
+    with pytest.raises(ValueError, match="beyond"):
+        operators.attend_prompts(heads, heads, heads, out, torch.tensor(segments), (0, 128), 1.0, 0)
+    with pytest.raises(ValueError, match="beyond"):
+        operators.attend_prompts(
+            heads, heads, heads, out, torch.tensor([(address, 16, 1, 0, 2)]), (0, 128), 1.0, 0
+        )
+    assert not rows.any()
+
+
+def test_shapes_that_disagree_are_refused(operators: Kernels) -> None:
+    heads, rows = rand(2, 4, 64), torch.zeros(2, 2, 4, 16, 64)
+    out, wide = torch.empty_like(heads), rand(2, 130)
+    places = torch.tensor([(rows.data_ptr(), 16, 0), (rows.data_ptr(), 16, 1)])
+    angles = rand(2, 64)
+    for bad in (
+        lambda: operators.attend(heads, heads[:1], heads, out, places, (0, 256), 1.0, 0),
+        lambda: operators.attend(heads, heads, heads[:, :2], out, places, (0, 256), 1.0, 0),
+        lambda: operators.attend(heads, heads[:, :3], heads[:, :3], out, places, (0, 9), 1.0, 0),
+        lambda: operators.attend(heads, heads, heads, out[:1], places, (0, 256), 1.0, 0),
+        lambda: operators.attend(heads, heads, heads, out, places[:1], (0, 256), 1.0, 0),
+        lambda: operators.attend(heads, heads, heads, out, places[:, :2], (0, 256), 1.0, 0),
+        lambda: operators.rms_norm(wide, rand(131), 1e-5),
+        lambda: operators.rms_norm(wide, rand(65), 1e-5),
+        lambda: operators.rms_norm(wide, rand(130).bfloat16(), 1e-5),
+        lambda: operators.add_rms_norm(wide, wide[:1], rand(130), 1e-5),
+        lambda: operators.silu_mul(rand(2, 131)),
+        lambda: operators.rotate_(heads, heads[:1], angles, angles),
+        lambda: operators.rotate_(heads, heads, angles[:1], angles[:1]),
+        lambda: operators.rotate_(heads, heads, angles.bfloat16(), angles.bfloat16()),
+    ):
+        with pytest.raises(ValueError, match=r"shapes|places|width|for rows|gate"):
+            bad()
+    assert not rows.any()
+
+
+def test_what_the_operators_take() -> None:
+    heads = rand(3, 4, 16)
+    assert supports(heads, heads)
+    assert attends(heads, heads, heads)
+    assert not supports(heads, heads.bfloat16())
+    assert not supports(heads.half())
+    assert not supports(heads.transpose(0, 1))
+    assert not supports(heads.to("meta"))
+    assert packs(heads[:, 1:3], heads)
+    assert not supports(heads[:, 1:3])
+    for other in (heads.transpose(0, 1), heads[..., :8], heads.half()):
+        assert not packs(other)
+    assert not attends(heads, heads, rand(3, 4, 8))
+    assert attends_prompts(heads, heads)
+    assert not attends_prompts(rand(3, 49, 16), rand(3, 1, 16))
+    assert not attends_prompts(rand(3, 4, 24), rand(3, 4, 24))
+    wide = rand(1, 1, MAX_DIM + 1)
+    assert not attends(wide, wide, wide)
+
+
+def test_it_is_compiled_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("REFT_CACHE", str(tmp_path))
+    assert isinstance(build.load_library(), ctypes.CDLL)
+    (compiled,) = (tmp_path / "native").iterdir()
+    written = compiled.stat().st_mtime_ns
+    assert isinstance(build.load_library(), ctypes.CDLL)
+    assert compiled.stat().st_mtime_ns == written
+
+
+@pytest.mark.parametrize("compiler", ["no-such-compiler", "false"])
+def test_without_a_compiler_the_log_says_why(
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    compiler: str,
+) -> None:
+    monkeypatch.setenv("REFT_CACHE", str(tmp_path))
+    monkeypatch.setenv("CXX", compiler)
+    with caplog.at_level(logging.INFO):
+        assert build.load_library() is None
+    assert "plain torch operators" in caplog.text

@@ -1,0 +1,184 @@
+"""Attention over pages: the reference beside plain attention, Triton's kernel beside that."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from reft_runtime.kv.page_attention import GatheredAttention, PageBatch, PageKernel, RowInPages
+from reft_runtime.kv.triton_attention import MAX_SPLITS, Tile, Tiles, TritonAttention
+from reft_runtime.schedule.blocks import BLOCK_TOKENS, blocks_for
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+Lengths = list[tuple[int, int]]
+"""Of each row: tokens before, and tokens of the step."""
+
+BATCHES: dict[str, Lengths] = {
+    "decodes": [(0, 1), (15, 1), (16, 1), (70, 1), (131, 1)],
+    "prompts": [(0, 5), (0, 16), (0, 33)],
+    "later chunks": [(7, 9), (64, 20), (16, 3)],
+    "mixed": [(40, 1), (3, 1), (0, 70), (30, 12)],
+    "long": [(300, 1), (0, 280)],
+}
+
+
+SMALL = Tiles(Tile(16, 16, 4, 1), Tile(16, 32, 4, 1))
+
+
+class Paged:
+    """Random keys and values of rows, in pages in any order, and what attention makes of them."""
+
+    def __init__(
+        self, lengths: Lengths, heads: int, kv_heads: int, dims: tuple[int, int], dtype: torch.dtype
+    ) -> None:
+        generator = torch.Generator().manual_seed(0)
+
+        def random(*shape: int) -> Tensor:
+            return torch.randn(*shape, generator=generator).to(DEVICE, dtype)
+
+        self.lengths = lengths
+        count = sum(blocks_for(before + own) for before, own in lengths)
+        order = (1 + torch.randperm(count, generator=generator)).tolist()
+        width = max(blocks_for(before + own) for before, own in lengths)
+        # Whatever nobody wrote must not matter.
+        self.keys, self.values = (
+            torch.full((count + 1, BLOCK_TOKENS, kv_heads, dim), torch.nan, dtype=dtype).to(DEVICE)
+            for dim in dims
+        )
+        self.tables = torch.zeros(len(lengths), width, dtype=torch.long, device=DEVICE)
+        self.query = random(sum(own for _, own in lengths), heads, dims[0])
+        self.rows: list[tuple[Tensor, Tensor]] = []
+        described = []
+        for lane, (before, own) in enumerate(lengths):
+            pages = [order.pop() for _ in range(blocks_for(before + own))]
+            self.tables[lane, : len(pages)] = torch.tensor(pages)
+            slots = [
+                pages[at // BLOCK_TOKENS] * BLOCK_TOKENS + at % BLOCK_TOKENS
+                for at in range(before + own)
+            ]
+            row = random(before + own, kv_heads, dims[0]), random(before + own, kv_heads, dims[1])
+            for tensor, part in zip((self.keys, self.values), row, strict=True):
+                tensor.flatten(0, 1)[slots] = part
+            self.rows.append(row)
+            described.append(RowInPages(before, slots[before:], lane))
+        self.described = described
+
+    def batch(self, query_block: int) -> PageBatch:
+        return PageBatch.of(self.described, self.tables, query_block)
+
+    def plain(self, scale: float, window: int | None) -> Tensor:
+        """By rows, over keys that lie one after another."""
+        first, out = 0, []
+        for (before, own), (keys, values) in zip(self.lengths, self.rows, strict=True):
+            at = torch.arange(before + own, device=DEVICE)
+            hidden = at > at[before:, None]
+            if window:
+                hidden |= at <= at[before:, None] - window
+            group = self.query.shape[1] // keys.shape[1]
+            result = scaled_dot_product_attention(
+                self.query[first : first + own].transpose(0, 1),
+                keys.repeat_interleave(group, 1).transpose(0, 1),
+                values.repeat_interleave(group, 1).transpose(0, 1),
+                attn_mask=~hidden,
+                scale=scale,
+            )
+            out.append(result.transpose(0, 1))
+            first += own
+        return torch.cat(out)
+
+
+@pytest.mark.parametrize("window", [None, 8])
+@pytest.mark.parametrize("batch", BATCHES)
+def test_the_reference_is_plain_attention(batch: str, window: int | None) -> None:
+    paged = Paged(BATCHES[batch], 4, 2, (8, 6), torch.float32)
+    kernel = GatheredAttention()
+    rows = paged.batch(kernel.query_block)
+    found = kernel(paged.query, paged.keys, paged.values, rows, 0.3, window)
+    torch.testing.assert_close(found, paged.plain(0.3, window))
+
+
+@pytest.mark.parametrize("processors", [0, 64], ids=["whole", "split"])
+@pytest.mark.parametrize("batch", BATCHES)
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "dims", "window"),
+    [(4, 2, (16, 16), 8), (3, 3, (24, 24), None), (8, 1, (32, 16), 8)],
+)
+def test_triton(
+    heads: int,
+    kv_heads: int,
+    dims: tuple[int, int],
+    window: int | None,
+    batch: str,
+    processors: int,
+) -> None:
+    paged = Paged(BATCHES[batch], heads, kv_heads, dims, torch.float32)
+    kernel = TritonAttention(heads // kv_heads, processors, SMALL)
+    rows = paged.batch(kernel.query_block)
+    if rows.decodes:
+        assert (kernel.splits(rows.decodes, kv_heads) > 1) == (processors > 0)
+    found = kernel(paged.query, paged.keys, paged.values, rows, 0.3, window)
+    torch.testing.assert_close(found, paged.plain(0.3, window), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("batch", ["mixed", "long"])
+def test_triton_in_16_bits(batch: str) -> None:
+    # Triton's interpreter multiplies no bfloat16.
+    dtype = torch.bfloat16 if DEVICE.type == "cuda" else torch.float16
+    paged = Paged(BATCHES[batch], 4, 2, (32, 32), dtype)
+    kernel = TritonAttention(2, 4, Tiles.of(dtype, 32))
+    rows = paged.batch(kernel.query_block)
+    found = kernel(paged.query, paged.keys, paged.values, rows, 0.2, None)
+    torch.testing.assert_close(found, paged.plain(0.2, None), rtol=0.05, atol=0.02)
+
+
+def test_heads_that_are_columns_of_a_wider_product() -> None:
+    paged = Paged(BATCHES["mixed"], 4, 2, (16, 16), torch.float32)
+    kernel = TritonAttention(2, 0, Tiles.of(torch.float32, 16))
+    rows = paged.batch(kernel.query_block)
+    wide = torch.cat([paged.query, paged.query[:, :3]], 1)
+    turned = paged.query.transpose(0, 1).contiguous().transpose(0, 1)
+    for query in (wide[:, :4], turned):
+        found = kernel(query, paged.keys, paged.values, rows, 0.3, None)
+        torch.testing.assert_close(found, paged.plain(0.3, None), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kernel", [GatheredAttention(), TritonAttention(3, 0, SMALL)])
+@pytest.mark.parametrize("rotate", [False, True])
+@pytest.mark.parametrize("dims", [(16, 16), (24, 12)])
+def test_keys_and_values_are_stored(
+    dims: tuple[int, int], rotate: bool, kernel: PageKernel
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator).to(DEVICE)
+
+    wide = random(5, 6 + 2, dims[0])  # heads are columns of a wider product
+    query, key, value = wide[:, :6], wide[:, 6:], random(5, 2, dims[1])
+    angles = random(5, dims[0] // 2).repeat(1, 2)
+    cos, sin = angles.cos(), angles.sin()
+    wanted_query, wanted_key = query.clone(), key.clone()
+    if rotate:
+        for heads in (wanted_query, wanted_key):
+            low, high = heads.chunk(2, -1)
+            turned = torch.cat([-high, low], -1)
+            heads.copy_(heads * cos[:, None] + turned * sin[:, None])
+    keys, values = (torch.zeros(3, BLOCK_TOKENS, 2, dim, device=DEVICE) for dim in dims)
+    slots = torch.tensor([40, 3, 16, 17, 31], device=DEVICE)
+    kernel.store(query, key, value, keys, values, slots, (cos, sin) if rotate else None)
+    torch.testing.assert_close(query, wanted_query)
+    torch.testing.assert_close(keys.flatten(0, 1)[slots], wanted_key)
+    torch.testing.assert_close(values.flatten(0, 1)[slots], value)
+    assert int((keys.flatten(0, 1) != 0).any(-1).any(-1).sum()) == len(slots)
+
+
+def test_the_fewer_rows_the_more_splits() -> None:
+    kernel = TritonAttention(4, 132, SMALL)
+    splits = [kernel.splits(rows, 8) for rows in (1, 4, 32, 256)]
+    assert splits == sorted(splits, reverse=True)
+    assert splits[0] == MAX_SPLITS
+    assert splits[-1] == 1
+    assert all(number & (number - 1) == 0 for number in splits)
