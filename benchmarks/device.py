@@ -27,16 +27,16 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from benchmarks.measuring import SECONDS, Figures, measure, median, speed_ratio, table
 from benchmarks.workload import F3L3, PROMPT_TOKENS, random_intervention, settings
-from reft_runtime.base.loader import adopt_model, choose_device, choose_dtype
-from reft_runtime.base.loading import shape_of
 from reft_runtime.base.model import LoadedModel
+from reft_runtime.base.shape import shape_of
 from reft_runtime.edits.step import OnDevice
 from reft_runtime.engine.core import EngineConfig, EngineCore
 from reft_runtime.engine.graphs import GraphCapture
 from reft_runtime.interventions import CanonicalEdit, Positions, parse
 from reft_runtime.interventions.format.canonical import PackedEdits
+from reft_runtime.loading.loader import adopt_model, choose_device, choose_dtype
 from reft_runtime.sampling import SamplingParams
-from reft_runtime.schedule.sequence import AppliedIntervention, Request
+from reft_runtime.schedule.request import AppliedIntervention, Request
 
 SHAPES: dict[str, dict[str, Any]] = {
     "llama-3-8b": {

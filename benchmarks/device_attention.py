@@ -22,14 +22,14 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from benchmarks.device import SHAPES, bandwidth, name_of, seconds
 from benchmarks.measuring import Figures, measure, median, table
-from reft_runtime.base.loader import choose_device, choose_dtype
-from reft_runtime.engine.device import page_kernel
+from reft_runtime.kv.choice import page_kernel
 from reft_runtime.kv.page_attention import (
     GatheredAttention,
     PageBatch,
     PageKernel,
     RowInPages,
 )
+from reft_runtime.loading.loader import choose_device, choose_dtype
 from reft_runtime.schedule.blocks import BLOCK_TOKENS, blocks_for
 
 GATHER, FLEX, TRITON = "gather", "flex_attention", "Triton"

@@ -31,7 +31,7 @@ from benchmarks.device import (
 )
 from benchmarks.measuring import SECONDS, Figures, measure, median, speed_ratio, table
 from benchmarks.workload import L1, PROMPT_TOKENS
-from reft_runtime.base.loader import choose_device, choose_dtype
+from reft_runtime.loading.loader import choose_device, choose_dtype
 
 GENERATE = "transformers: generate"
 CONTINUOUS = "transformers: continuous batching"

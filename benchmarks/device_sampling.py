@@ -21,12 +21,13 @@ from torch import Tensor
 
 from benchmarks.device import STEP, Bench, bandwidth, build, name_of, seconds
 from benchmarks.measuring import Figures, measure, median, speed_ratio, table
-from reft_runtime.base.loader import choose_device, choose_dtype
 from reft_runtime.engine.device import sampler_for
 from reft_runtime.engine.device_sampler import DeviceSampler, Draw
 from reft_runtime.engine.sampler import SampleRow, sample
+from reft_runtime.loading.loader import choose_device, choose_dtype
 from reft_runtime.sampling import SamplingParams
-from reft_runtime.schedule.sequence import Request, Sequence
+from reft_runtime.schedule.request import Request
+from reft_runtime.schedule.sequence import Sequence
 
 GREEDY = "greedy"
 CASES: dict[str, list[dict[str, Any]]] = {

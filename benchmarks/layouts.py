@@ -25,7 +25,7 @@ from typing import Annotated, Any
 
 import typer
 
-from reft_runtime.base.loading import read_words
+from reft_runtime.loading.base import read_words
 from reft_runtime.training import TrainSettings, evaluate, train
 from reft_runtime.training.join import choose_prefix
 from reft_runtime.training.layout import Layout, choose_template

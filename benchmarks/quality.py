@@ -28,7 +28,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks.plain_loop import Tuned, accuracy, fit, with_lora, with_pyreft
 from reft_runtime.base.demo import locate
-from reft_runtime.base.loader import choose_dtype
+from reft_runtime.loading.loader import choose_dtype
 from reft_runtime.text import Tokenizer
 from reft_runtime.training import TrainSettings, evaluate, train
 from reft_runtime.training.layout import Layout

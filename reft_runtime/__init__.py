@@ -14,6 +14,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from reft_runtime.base.shape import base_shape as base_shape
     from reft_runtime.front.engine import Engine as Engine
     from reft_runtime.interventions import Intervention as Intervention
     from reft_runtime.interventions import Registry as Registry
@@ -26,9 +27,10 @@ _HOMES = {
     "Registry": "reft_runtime.interventions",
     "SamplingParams": "reft_runtime.sampling",
     "Use": "reft_runtime.use",
+    "base_shape": "reft_runtime.base.shape",
 }
 
-__all__ = ["Engine", "Intervention", "Registry", "SamplingParams", "Use"]
+__all__ = ["Engine", "Intervention", "Registry", "SamplingParams", "Use", "base_shape"]
 
 
 def __getattr__(name: str) -> object:

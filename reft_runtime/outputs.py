@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, Self
 
-from reft_runtime.display.html import comparisons_html, trace_html
+from reft_runtime.display.html import table
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -94,6 +94,18 @@ class EditTrace:
 
 
 @dataclass(frozen=True, slots=True)
+class TracedEdit:
+    """What one edit did in one step: `EditTrace` for several positions."""
+
+    intervention: int
+    edit: int
+    layer: int
+    component: str
+    positions: tuple[int, ...]
+    relative_sizes: tuple[float, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Trace:
     """What a request's interventions did: every edit of every row, and the outcome.
 
@@ -131,10 +143,28 @@ class Trace:
         """
         from reft_runtime.display.plots import heat_map
 
-        return heat_map(self, axes)
+        return heat_map(
+            [(e.layer, e.component, e.position, e.relative_size) for e in self.edits], axes
+        )
 
     def _repr_html_(self) -> str:
-        return trace_html(self)
+        rows = [
+            (
+                str(one.intervention),
+                str(one.layer),
+                one.component,
+                str(len(one.positions)),
+                f"{one.mean:.3f}",
+                f"{one.largest:.3f}",
+            )
+            for one in self.summaries()
+        ]
+        head = ("intervention", "layer", "component", "rows", "mean change", "largest change")
+        far = (
+            f"first token {self.kl:.3f} nats from the base, answer {self.mean_log_ratio:.3f} a"
+            " token"
+        )
+        return table(head, rows, texts=(2,)) + f"<p>{far}</p>"
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,14 +201,30 @@ class Comparison:
     trace: Trace
 
     def _repr_html_(self) -> str:
-        return comparisons_html([self])
+        return _side_by_side([self])
 
 
 class Comparisons(list[Comparison]):
     """All columns of `Engine.compare`, the base model's first."""
 
     def _repr_html_(self) -> str:
-        return comparisons_html(self)
+        return _side_by_side(self)
+
+
+def _side_by_side(comparisons: Iterable[Comparison]) -> str:
+    """Answers below each other in HTML, each with its length and its distance from the base."""
+    rows = [
+        (
+            " + ".join(one.interventions) or "base",
+            one.answer.text.strip(),
+            str(len(one.answer.tokens)),
+            f"{one.trace.kl:.3f}",
+            f"{one.trace.mean_log_ratio:.3f}",
+        )
+        for one in comparisons
+    ]
+    head = ("interventions", "answer", "tokens", "first token, nats", "mean a token, nats")
+    return table(head, rows, texts=(0, 1))
 
 
 @dataclass(frozen=True, slots=True)

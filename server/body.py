@@ -12,8 +12,7 @@ from fastapi import Request
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from reft_runtime.errors import InvalidRequest, Overloaded
-from reft_runtime.nearest import nearest
+from reft_runtime.errors import InvalidRequest, Overloaded, nearest
 from server.context import Context, Server
 from server.errors import ApiError
 from server.refusals import instead

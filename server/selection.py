@@ -6,9 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from reft_runtime.errors import NotFound
+from reft_runtime.errors import NotFound, did_you_mean
 from reft_runtime.front.prompt_form import PromptForm
-from reft_runtime.nearest import did_you_mean
 from reft_runtime.use import Use
 from server.schemas.common import InterventionUse
 

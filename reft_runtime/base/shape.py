@@ -9,16 +9,19 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from reft_runtime.base.demo import locate
+from reft_runtime.base.model import LoadedModel
 from reft_runtime.base.pretrained import read_config
 from reft_runtime.errors import ConfigError
 from reft_runtime.interventions.format.manifest import BaseShape
 
 
-def read_shape(model: str | Path | PreTrainedModel) -> BaseShape:
-    """Shape of `demo`, a folder, a hub id or a transformers model; raises `ConfigError`."""
+def base_shape(model: str | Path | PreTrainedModel) -> BaseShape:
+    """The shape of "demo", a folder, a hub id or a transformers model; no weights are read.
+
+    Raises `ConfigError`.
+    """
     if isinstance(model, PreTrainedModel):
-        name = Path(model.name_or_path or "").name or type(model).__name__
-        return base_shape(model.config, name)
+        return _shape(model.config, model_name(model), type(model).__name__)
     if not isinstance(model, str | Path):
         raise ConfigError(
             "model: give demo, a folder, a hub id or a transformers model, not"
@@ -26,7 +29,7 @@ def read_shape(model: str | Path | PreTrainedModel) -> BaseShape:
             param="model",
         )
     path, name = locate(str(model))
-    return base_shape(read_config(path), name)
+    return _configured(read_config(path), name)
 
 
 def read_base(model: str) -> tuple[BaseShape, PretrainedConfig]:
@@ -34,12 +37,32 @@ def read_base(model: str) -> tuple[BaseShape, PretrainedConfig]:
     try:
         path, name = locate(model)
         config = read_config(path)
-        return base_shape(config, name), config
+        return _configured(config, name), config
     except ConfigError as error:
         raise ConfigError(f"base: {error.message.removeprefix('model: ')}", param="base") from None
 
 
-def base_shape(config: PretrainedConfig, name: str) -> BaseShape:
+def model_name(model: PreTrainedModel) -> str:
+    """What a model in memory is called: as where it was loaded from, else as its class."""
+    return Path(model.name_or_path or "").name or type(model).__name__
+
+
+def shape_of(name: str, loaded: LoadedModel) -> BaseShape:
+    """What interventions of a loaded model are checked against."""
+    return _shape(loaded.model.config, name, loaded.architecture)
+
+
+def _shape(config: PretrainedConfig, name: str, architecture: str) -> BaseShape:
+    return BaseShape(
+        model=name,
+        architecture=architecture,
+        hidden_size=config.hidden_size,
+        num_layers=config.num_hidden_layers,
+        vocab_size=config.vocab_size,
+    )
+
+
+def _configured(config: PretrainedConfig, name: str) -> BaseShape:
     """Shape of the causal language model that a configuration describes."""
     architecture = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type)
     sizes = ("hidden_size", "num_hidden_layers", "vocab_size")
@@ -48,13 +71,7 @@ def base_shape(config: PretrainedConfig, name: str) -> BaseShape:
             f"model: {name!r} ({config.model_type}) is no causal language model of text alone.",
             param="model",
         )
-    return BaseShape(
-        model=name,
-        architecture=architecture,
-        hidden_size=config.hidden_size,
-        num_layers=config.num_hidden_layers,
-        vocab_size=config.vocab_size,
-    )
+    return _shape(config, name, architecture)
 
 
 def count_parameters(config: PretrainedConfig) -> int:

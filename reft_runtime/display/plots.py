@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,8 +13,6 @@ from reft_runtime.machine.places import check_folder
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-
-    from reft_runtime.outputs import Trace
 
 WIDEST = 16.0
 """Inches of a heat map."""
@@ -59,19 +58,23 @@ def save(figure: Figure, path: Path, meanwhile: str = "") -> None:
         ) from None
 
 
-def heat_map(trace: Trace, axes: Axes | None = None) -> Axes:
-    """`Trace.plot`."""
+def heat_map(edits: Sequence[tuple[int, str, int, float]], axes: Axes | None = None) -> Axes:
+    """Draw the sizes of edits, each (layer, component, position, size): layers by positions.
+
+    Where several meet in one place, the largest is shown. Raises `ConfigError` without
+    matplotlib, and `InvalidRequest` where there are none.
+    """
     need_matplotlib()
-    if not trace.edits:
+    if not edits:
         raise InvalidRequest("plot: no row was edited, so there is nothing to draw.")
-    components = {edit.component for edit in trace.edits}
-    places = sorted({(edit.layer, edit.component) for edit in trace.edits})
-    positions = sorted({edit.position for edit in trace.edits})
+    components = {component for _, component, _, _ in edits}
+    places = sorted({(layer, component) for layer, component, _, _ in edits})
+    positions = sorted({position for _, _, position, _ in edits})
     sizes = [[math.nan] * len(positions) for _ in places]
-    for edit in trace.edits:
-        row = sizes[places.index((edit.layer, edit.component))]
-        column = positions.index(edit.position)
-        row[column] = max(edit.relative_size, row[column])  # nan, what it holds first, loses
+    for layer, component, position, size in edits:
+        row = sizes[places.index((layer, component))]
+        column = positions.index(position)
+        row[column] = max(size, row[column])  # nan, what it holds first, loses
     if axes is None:
         from matplotlib import pyplot
 

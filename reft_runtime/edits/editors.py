@@ -14,8 +14,8 @@ from reft_runtime.edits.tables import COMPONENT, PIECE_RANKS, PIECE_ROWS, EditTa
 from reft_runtime.kernels.staging import send, to_device
 
 if TYPE_CHECKING:
+    from reft_runtime.schedule.request import AppliedIntervention
     from reft_runtime.schedule.scheduler import Chunk
-    from reft_runtime.schedule.sequence import AppliedIntervention
 
 ALONE = 4
 """Up to so many rows of a request and slot are rather edited one by one."""

@@ -17,10 +17,10 @@ from torch.nn.utils.rnn import pad_sequence
 from reft_runtime.edits.editors import PackedRows
 from reft_runtime.edits.sites import Site
 from reft_runtime.edits.tables import EditTables
-from reft_runtime.engine.events import TracedEdit
 from reft_runtime.interventions import CanonicalEdit
 from reft_runtime.kernels.staging import send
 from reft_runtime.machine.memory import is_out_of_memory
+from reft_runtime.outputs import TracedEdit
 from reft_runtime.schedule.scheduler import Chunk
 from reft_runtime.schedule.sequence import Sequence
 

@@ -21,7 +21,7 @@ from reft_runtime.interventions.format.canonical import PackedEdits
 from reft_runtime.kernels.staging import send
 
 if TYPE_CHECKING:
-    from reft_runtime.schedule.sequence import AppliedIntervention
+    from reft_runtime.schedule.request import AppliedIntervention
 
 COMPONENT = "block_output"
 SLOTS = 4096

@@ -7,13 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from reft_runtime.base.model import LoadedModel
-from reft_runtime.engine.device import (
-    decoder_for,
-    sampler_for,
-    sizes_for,
-    storage_for,
-    tables_for,
-)
+from reft_runtime.engine.device import decoder_for, sampler_for, sizes_for, tables_for
 from reft_runtime.engine.events import (
     Event,
     Failed,
@@ -25,13 +19,15 @@ from reft_runtime.engine.events import (
 )
 from reft_runtime.engine.runner import Launched, Runner, StepResult
 from reft_runtime.engine.sampler import Sampled
+from reft_runtime.kv.choice import storage_for
 from reft_runtime.machine.memory import is_out_of_memory, is_spoiling
 from reft_runtime.outputs import FinishReason
-from reft_runtime.schedule.blocks import BlockBudget
+from reft_runtime.schedule.budget import BlockBudget
 from reft_runtime.schedule.pacing import StepPacer
 from reft_runtime.schedule.prefix_cache import BlockCopy, PrefixCache
+from reft_runtime.schedule.request import Request
 from reft_runtime.schedule.scheduler import Chunk, Scheduler, StepPlan
-from reft_runtime.schedule.sequence import Request, Sequence, Status, sequences_of
+from reft_runtime.schedule.sequence import Sequence, Status, sequences_of
 
 SLOWER = 4.0
 """Times what steps like it took that a step may take: one far into a prompt attends to more."""

@@ -12,11 +12,7 @@ from reft_runtime.edits.tables import EditTables, table_bytes
 from reft_runtime.engine.device_sampler import DeviceSampler
 from reft_runtime.engine.runner import Decoder, Runner
 from reft_runtime.kernels.operators import has_triton
-from reft_runtime.kv.page_attention import GatheredAttention, PageKernel
 from reft_runtime.kv.pages import PageStorage
-from reft_runtime.kv.rows import RowStorage
-from reft_runtime.kv.storage import KVStorage
-from reft_runtime.schedule.blocks import BlockBudget
 from reft_runtime.schedule.pacing import LEAST_TOKENS, MIXED_TOKENS
 
 _log = logging.getLogger(__name__)
@@ -46,50 +42,11 @@ def sizes_for(device: torch.device) -> Sizes:
     return ON_CPU if device.type == "cpu" else ON_CUDA
 
 
-def storage_for(loaded: LoadedModel, budget: BlockBudget, max_running: int) -> KVStorage:
-    """The storage that suits the model's device, with room for what the budget gives away."""
-    cache = budget.cache
-    if loaded.device.type == "cpu":
-        place = loaded.shapes, loaded.dtype, loaded.max_model_len
-        return (
-            RowStorage(*place)
-            if cache is None
-            else RowStorage(*place, budget.total, cache.take_freed)
-        )
-    return PageStorage(
-        loaded.shapes,
-        loaded.dtype,
-        loaded.device,
-        budget.total,
-        max_running,
-        loaded.max_model_len,
-        kernel=page_kernel(loaded.device, loaded.group, loaded.dtype, _widest(loaded)),
-        vacant=tuple if cache is None else cache.vacant,
-    )
-
-
-def page_kernel(device: torch.device, group: int, dtype: torch.dtype, dim: int) -> PageKernel:
-    """Attention over pages: by Triton where it runs, else by torch's own operators.
-
-    `group` is the most query heads that share a head of keys, `dim` the width of the widest head.
-    """
-    if not has_triton(device):
-        return GatheredAttention()
-    from reft_runtime.kv.triton_attention import Tiles, TritonAttention
-
-    processors = torch.cuda.get_device_properties(device).multi_processor_count
-    return TritonAttention(group, processors, Tiles.of(dtype, dim))
-
-
-def _widest(loaded: LoadedModel) -> int:
-    return max(max(shape.key_dim, shape.value_dim) for shape in loaded.shapes)
-
-
 def tables_for(loaded: LoadedModel, max_running: int) -> EditTables | None:
     """Tables of interventions, where a kernel edits by them."""
     if not has_triton(loaded.device):
         return None
-    from reft_runtime.kernels.cuda.operators import TritonEdits
+    from reft_runtime.edits.triton import TritonEdits
 
     layers, width = len(loaded.layers), loaded.hidden_size
     budget = table_bytes(layers, width, max_running)

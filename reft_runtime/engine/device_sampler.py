@@ -21,7 +21,8 @@ from reft_runtime.engine.sampler import TINY, Sampled, banned, has_penalties, no
 from reft_runtime.kernels.staging import Fetch, send, to_device
 from reft_runtime.outputs import TokenLogprob
 from reft_runtime.sampling import SamplingParams
-from reft_runtime.schedule.sequence import Request, Sequence
+from reft_runtime.schedule.request import Request
+from reft_runtime.schedule.sequence import Sequence
 
 NOBODY = -1
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from reft_runtime.outputs import FinishReason, TokenLogprob
+from reft_runtime.outputs import FinishReason, TokenLogprob, TracedEdit
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,18 +46,6 @@ class TokenMade:
     logprob: TokenLogprob | None = None
     finish_reason: FinishReason | None = None
     stop_id: int | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class TracedEdit:
-    """What one edit did in one step: `EditTrace` for several positions."""
-
-    intervention: int
-    edit: int
-    layer: int
-    component: str
-    positions: tuple[int, ...]
-    relative_sizes: tuple[float, ...]
 
 
 @dataclass(frozen=True, slots=True)

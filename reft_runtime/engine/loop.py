@@ -17,7 +17,7 @@ from reft_runtime.errors import Draining, EngineDead, Overloaded
 from reft_runtime.machine.contention import StepWatch
 from reft_runtime.machine.memory import CODE_ROOM, check_room
 from reft_runtime.outputs import EngineStats
-from reft_runtime.schedule.sequence import Request
+from reft_runtime.schedule.request import Request
 
 Sink = Callable[[list[Event]], None]
 """Gets a step's events for all requests submitted with it, in one call, on the engine's thread."""

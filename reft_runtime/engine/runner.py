@@ -16,12 +16,11 @@ from reft_runtime.edits.sites import EditSites
 from reft_runtime.edits.step import OnDevice, StepEdits
 from reft_runtime.edits.tables import EditTables
 from reft_runtime.engine.device_sampler import DeviceSampler, Draw, Picked
-from reft_runtime.engine.events import TracedEdit
 from reft_runtime.engine.sampler import Sampled, SampleRow, prompt_logprobs, sample
 from reft_runtime.kernels.staging import send, to_device
 from reft_runtime.kv.storage import KVStorage
 from reft_runtime.machine.memory import CODE_ROOM, check_room, is_out_of_memory
-from reft_runtime.outputs import TokenLogprob
+from reft_runtime.outputs import TokenLogprob, TracedEdit
 from reft_runtime.schedule.scheduler import Chunk
 from reft_runtime.schedule.sequence import Sequence, Status
 

@@ -13,7 +13,7 @@ from reft_runtime.front.prompt_form import PromptForm
 from reft_runtime.interventions import Registry, Version
 from reft_runtime.outputs import EngineInfo
 from reft_runtime.sampling import SamplingParams
-from reft_runtime.schedule.sequence import AppliedIntervention, Request
+from reft_runtime.schedule.request import AppliedIntervention, Request
 from reft_runtime.text import Message, Tokenizer
 from reft_runtime.use import MAX_INTERVENTIONS, Use
 

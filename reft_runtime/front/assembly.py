@@ -17,7 +17,7 @@ from reft_runtime.engine.events import (
 )
 from reft_runtime.errors import OutOfMemory, RequestFailed
 from reft_runtime.outputs import Choice, ChoiceDelta, EditTrace, Generation, TokenLogprob
-from reft_runtime.schedule.sequence import Request
+from reft_runtime.schedule.request import Request
 from reft_runtime.text import TextStream, Tokenizer
 
 

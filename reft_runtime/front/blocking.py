@@ -13,7 +13,7 @@ from reft_runtime.engine.loop import EngineLoop
 from reft_runtime.errors import Draining, Overloaded
 from reft_runtime.front.assembly import Assembler, collect
 from reft_runtime.outputs import ChoiceDelta, Generation
-from reft_runtime.schedule.sequence import Request
+from reft_runtime.schedule.request import Request
 
 
 class Call:

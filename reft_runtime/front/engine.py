@@ -12,17 +12,11 @@ from typing import Self, cast
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from reft_runtime.base.loading import (
-    kv_budget,
-    kv_bytes,
-    load_base,
-    memory_bytes,
-    shape_of,
-    use_threads,
-)
+from reft_runtime.base.shape import shape_of
 from reft_runtime.base.stages import stage
 from reft_runtime.engine.core import EngineConfig, EngineCore
 from reft_runtime.engine.device import sizes_for
+from reft_runtime.engine.kv_budget import kv_budget, kv_bytes, memory_bytes
 from reft_runtime.engine.loop import EngineLoop
 from reft_runtime.errors import InvalidRequest
 from reft_runtime.front.admission import Admission, Prompt
@@ -33,10 +27,11 @@ from reft_runtime.front.traces import base_requests, trace_of
 from reft_runtime.interventions import Registry, Version
 from reft_runtime.interventions.registry.registry import MEMORY_BYTES, check_folders
 from reft_runtime.interventions.registry.store import STATE_BYTES
-from reft_runtime.machine.cores import releasing_workers
+from reft_runtime.loading.base import load_base
+from reft_runtime.machine.cores import releasing_workers, use_threads
 from reft_runtime.outputs import Comparison, Comparisons, EngineInfo, EngineStats, Generation, Trace
 from reft_runtime.sampling import SamplingParams
-from reft_runtime.schedule.sequence import Request
+from reft_runtime.schedule.request import Request
 from reft_runtime.text import Tokenizer
 from reft_runtime.use import Use, completion_prefix
 

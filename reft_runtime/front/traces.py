@@ -12,7 +12,7 @@ from reft_runtime.front.assembly import Assembler
 from reft_runtime.machine.cores import releasing_workers
 from reft_runtime.outputs import TokenLogprob, Trace
 from reft_runtime.sampling import SamplingParams
-from reft_runtime.schedule.sequence import Request
+from reft_runtime.schedule.request import Request
 
 _FIRST_TOKEN = SamplingParams(temperature=0, max_tokens=1)
 _SCORES = SamplingParams(max_tokens=0, prompt_logprobs=0)

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -14,11 +13,9 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from reft_runtime.base.attention import attend_causally
 from reft_runtime.kernels.cpu import attends, attends_prompts, kernels
+from reft_runtime.kv.slabs import Part, Row
 from reft_runtime.schedule.scheduler import Chunk
 from reft_runtime.schedule.sequence import Sequence
-
-if TYPE_CHECKING:
-    from reft_runtime.kv.rows import Part, Row
 
 TOGETHER_FROM = 9
 """Tokens of a prompt from which on they go over the keys together; fewer do it one by one.

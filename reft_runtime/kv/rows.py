@@ -15,106 +15,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable
 from collections.abc import Sequence as SequenceOf
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from reft_runtime.base.attention import LayerShape
 from reft_runtime.kv.row_attention import TOGETHER_FROM, RowAttentionStep
-from reft_runtime.machine.memory import MappedMemory
+from reft_runtime.kv.slabs import BlockPool, Row, parts_of
 from reft_runtime.schedule.blocks import BLOCK_TOKENS
 from reft_runtime.schedule.prefix_cache import BlockCopy
 from reft_runtime.schedule.scheduler import Chunk
 from reft_runtime.schedule.sequence import Sequence, Status
 
 MIN_CAPACITY = 128
-
-
-@dataclass(frozen=True, slots=True)
-class Part:
-    """The keys or the values of one layer; `before` counts a token's numbers of earlier parts."""
-
-    before: int
-    heads: int
-    dim: int
-
-    @property
-    def numbers(self) -> int:
-        """Numbers of one token."""
-        return self.heads * self.dim
-
-
-def parts_of(shapes: SequenceOf[LayerShape]) -> tuple[Part, ...]:
-    """The parts of a row in order: keys and values of the first layer, of the second, and so on."""
-    parts: list[Part] = []
-    before = 0
-    for shape in shapes:
-        for dim in (shape.key_dim, shape.value_dim):
-            parts.append(Part(before, shape.kv_heads, dim))
-            before += parts[-1].numbers
-    return tuple(parts)
-
-
-class Row:
-    """Room for `capacity` tokens: part after part, each [heads, capacity, dim]."""
-
-    def __init__(self, parts: tuple[Part, ...], capacity: int, dtype: torch.dtype) -> None:
-        self.capacity = capacity
-        self._parts = parts
-        self._memory = MappedMemory(_numbers(parts) * capacity, dtype)
-        self._views = [
-            self._memory.numbers.narrow(0, part.before * capacity, part.numbers * capacity).view(
-                part.heads, capacity, part.dim
-            )
-            for part in parts
-        ]
-
-    @property
-    def address(self) -> int:
-        """Where the first number lies."""
-        return self._memory.numbers.data_ptr()
-
-    def part(self, index: int) -> Tensor:
-        """Part number `index`, [heads, capacity, dim]."""
-        return self._views[index]
-
-    def keys(self, layer: int) -> Tensor:
-        """Keys of a layer, [heads, capacity, dim]."""
-        return self._views[2 * layer]
-
-    def values(self, layer: int) -> Tensor:
-        """Values of a layer, [heads, capacity, dim]."""
-        return self._views[2 * layer + 1]
-
-    def drop(self, index: int) -> None:
-        """Give back a part's memory; what it held is lost."""
-        part = self._parts[index]
-        start = part.before * self.capacity
-        self._memory.drop(start, start + part.numbers * self.capacity)
-
-
-class BlockPool:
-    """Kept blocks, slot after slot: each is a row of `BLOCK_TOKENS` tokens."""
-
-    def __init__(self, parts: tuple[Part, ...], blocks: int, dtype: torch.dtype) -> None:
-        self._parts = parts
-        self._size = _numbers(parts) * BLOCK_TOKENS
-        self._memory = MappedMemory(self._size * blocks, dtype)
-
-    def part(self, index: int, slot: int, count: int) -> Tensor:
-        """Part number `index` of `count` slots, [count, heads, BLOCK_TOKENS, dim]."""
-        part = self._parts[index]
-        numbers = self._memory.numbers[slot * self._size : (slot + count) * self._size]
-        own = numbers.view(count, self._size).narrow(
-            1, part.before * BLOCK_TOKENS, part.numbers * BLOCK_TOKENS
-        )
-        return own.view(count, part.heads, BLOCK_TOKENS, part.dim)
-
-    def drop(self, slots: Iterable[int]) -> None:
-        """Give back the memory of slots; what they held is lost."""
-        for slot in slots:
-            self._memory.drop(slot * self._size, (slot + 1) * self._size)
 
 
 class RowStorage:
@@ -236,16 +149,6 @@ class RowStorage:
         part = self._rows[copy.sequence].part(index)
         tokens = part.narrow(1, copy.block * BLOCK_TOKENS, count * BLOCK_TOKENS)
         return tokens.view(len(tokens), count, BLOCK_TOKENS, -1).transpose(0, 1)
-
-
-def rounding_bytes(shapes: SequenceOf[LayerShape], page: int) -> int:
-    """Most that a row takes beyond its tokens: memory comes in pages, for each head its own."""
-    return sum(part.heads for part in parts_of(shapes)) * page
-
-
-def _numbers(parts: tuple[Part, ...]) -> int:
-    """Numbers of one token."""
-    return sum(part.numbers for part in parts)
 
 
 def _runs(copies: Iterable[BlockCopy]) -> list[tuple[BlockCopy, int]]:

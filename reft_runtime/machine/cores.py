@@ -11,6 +11,9 @@ from pathlib import Path
 from typing import ParamSpec, TypeVar
 
 import psutil
+import torch
+
+from reft_runtime.errors import ConfigError
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -30,6 +33,16 @@ def usable_cores(root: Path = Path("/")) -> int:
         return psutil.cpu_count(logical=False) or os.cpu_count() or 1
     cores = _physical(root, os.sched_getaffinity(0))
     return max(1, min([cores, *_quotas(root)]))
+
+
+def use_threads(threads: int | None) -> None:
+    """Compute with so many threads, or with one for each core that this process may use.
+
+    Raises `ConfigError`.
+    """
+    if threads is not None and threads < 1:
+        raise ConfigError(f"threads must be at least 1, not {threads}.", param="threads")
+    torch.set_num_threads(threads or min(torch.get_num_threads(), usable_cores()))
 
 
 def release_workers() -> None:

@@ -1,5 +1,5 @@
-"""Memory of its own mapping: taken page by page as it is written, and given back at once. And what
-it looks like when there is none.
+"""Memory: what is free, what the allocator keeps, what it looks like when there is none, and
+memory of its own mapping: taken page by page as it is written, and given back at once.
 
 What the allocator gives may stay with the process when it is freed, and growing it copies it. A
 mapping takes what is written of it, so that a buffer may be larger than what it holds.
@@ -7,10 +7,16 @@ mapping takes what is written of it, so that a buffer may be larger than what it
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import mmap
+import resource
+import sys
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from torch import Tensor
 
@@ -20,6 +26,9 @@ _PRIVATE: dict[str, Any] = {
 _GIVE_BACK: int | None = getattr(mmap, "MADV_DONTNEED", None)
 _SMALL_PAGES: int | None = getattr(mmap, "MADV_NOHUGEPAGE", None)
 
+
+# glibc's mallopt: sizes from which memory is mapped by itself, and above which it is given back.
+_M_MMAP_THRESHOLD, _M_TRIM_THRESHOLD = -3, -1
 
 _MESSAGES = (
     "DefaultCPUAllocator",
@@ -90,3 +99,38 @@ class MappedMemory:
     def _advise(self, what: int, start: int, length: int) -> None:
         with suppress(OSError):  # a hint: nothing is wrong without it
             self._mapping.madvise(what, start, length)
+
+
+def keep_freed_memory() -> None:
+    """Let the allocator keep what a step frees, up to 1 GiB, for the next step.
+
+    Giving it back costs a page fault for every 4 KiB taken again: 13 % of a 2,048-token step. What
+    the load has freed is given back first. Nothing happens where the C library is not glibc.
+    """
+    if sys.platform != "linux":
+        return
+    library = ctypes.CDLL(None)
+    mallopt = getattr(library, "mallopt", None)
+    if mallopt is not None:
+        gc.collect()
+        library.malloc_trim(0)
+        mallopt(_M_MMAP_THRESHOLD, 32 << 20)
+        mallopt(_M_TRIM_THRESHOLD, 1 << 30)
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that may still be taken: a device's; of a CPU less where there is a limit.
+
+    That of a container, or of the process's address space.
+    """
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    free: int = psutil.virtual_memory().available
+    with suppress(OSError, ValueError):
+        group = Path("/sys/fs/cgroup")
+        limit = int((group / "memory.max").read_text())  # "max" where there is none
+        free = min(free, limit - int((group / "memory.current").read_text()))
+    space, _ = resource.getrlimit(resource.RLIMIT_AS)
+    if space != resource.RLIM_INFINITY:
+        free = min(free, max(0, space - psutil.Process().memory_info().vms))
+    return free

@@ -5,13 +5,10 @@ from __future__ import annotations
 import hashlib
 from array import array
 from collections.abc import Sequence as SequenceOf
-from typing import TYPE_CHECKING
 
+from reft_runtime.interventions.format.positions import Positions
 from reft_runtime.schedule.blocks import BLOCK_TOKENS
-
-if TYPE_CHECKING:
-    from reft_runtime.interventions import Positions
-    from reft_runtime.schedule.sequence import AppliedIntervention, Request
+from reft_runtime.schedule.request import AppliedIntervention, Request
 
 
 class BlockKeys:

@@ -9,14 +9,11 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from reft_runtime.outputs import PrefixCacheStats
+from reft_runtime.schedule.block_keys import BlockKeys
 from reft_runtime.schedule.blocks import BLOCK_TOKENS
-
-if TYPE_CHECKING:
-    from reft_runtime.schedule.block_keys import BlockKeys
-    from reft_runtime.schedule.sequence import Sequence
+from reft_runtime.schedule.sequence import Sequence
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,7 +16,8 @@ from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from reft_runtime.schedule.blocks import BLOCK_TOKENS, BlockBudget
+from reft_runtime.schedule.blocks import BLOCK_TOKENS
+from reft_runtime.schedule.budget import BlockBudget
 from reft_runtime.schedule.pacing import StepPacer
 from reft_runtime.schedule.prefix_cache import BlockCopy
 from reft_runtime.schedule.sequence import Sequence, Status

@@ -1,52 +1,14 @@
-"""A request and its choices, as the engine sees them: token ids, edits and progress."""
+"""The choices of a request on their way through the engine: tokens and progress."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
 from enum import Enum, auto
-from typing import TYPE_CHECKING
 
-from reft_runtime.sampling import SamplingParams
 from reft_runtime.schedule.block_keys import BlockKeys
 from reft_runtime.schedule.blocks import BLOCK_TOKENS
-
-if TYPE_CHECKING:
-    from reft_runtime.interventions import CanonicalEdit
-
-
-@dataclass(frozen=True, slots=True)
-class AppliedIntervention:
-    """One intervention of a request: the version's digest, its edits and the strength.
-
-    `subspace` says which directions of the version's edits these are, None for all.
-    """
-
-    digest: str
-    edits: tuple[CanonicalEdit, ...]
-    strength: float = 1.0
-    subspace: tuple[int, ...] | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Request:
-    """What a caller asks of the engine; token ids only.
-
-    `seed` is always set: the caller's, or one drawn when the request was made. `salt` separates
-    tenants in cache keys. `interventions` are applied in order. With `trace` the engine tells what
-    they did, `traced_rows` rows at most. Where the prompt's log-probabilities are asked for, they
-    are those of its tokens from `scored_from` on.
-    """
-
-    id: str
-    prompt: tuple[int, ...]
-    sampling: SamplingParams
-    seed: int
-    interventions: tuple[AppliedIntervention, ...] = ()
-    salt: bytes = b""
-    trace: bool = False
-    traced_rows: int = 0
-    scored_from: int = 1
+from reft_runtime.schedule.request import AppliedIntervention, Request
 
 
 class Status(Enum):

@@ -8,10 +8,9 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 from reft_runtime.client import Server
-from reft_runtime.errors import ConfigError, InvalidFile, InvalidRequest, NotFound
+from reft_runtime.errors import ConfigError, InvalidFile, InvalidRequest, NotFound, did_you_mean
 from reft_runtime.interventions import parse, read
 from reft_runtime.interventions.format.identity import SUFFIX, names_file
-from reft_runtime.nearest import did_you_mean
 from reft_runtime.training.report import BASE
 from reft_runtime.use import MAX_STRENGTH, Use
 

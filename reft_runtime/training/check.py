@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 
-from reft_runtime.base.loading import read_words
 from reft_runtime.errors import ConfigError
+from reft_runtime.loading.base import read_words
 from reft_runtime.text import Tokenizer
 from reft_runtime.training.layout import Chat, Layout, choose_template
 from reft_runtime.training.prompts import Formatter

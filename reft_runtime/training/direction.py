@@ -10,10 +10,12 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from reft_runtime.base.loading import load_base, shape_of, use_threads
+from reft_runtime.base.shape import shape_of
 from reft_runtime.edits.sites import Site
 from reft_runtime.errors import ConfigError
 from reft_runtime.interventions import Edit, Intervention
+from reft_runtime.loading.base import load_base
+from reft_runtime.machine.cores import use_threads
 from reft_runtime.text import Tokenizer
 from reft_runtime.training.forward import Base
 

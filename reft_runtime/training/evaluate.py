@@ -12,13 +12,14 @@ import torch
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from reft_runtime.base.loading import load_base, use_threads
 from reft_runtime.base.model import LoadedModel
 from reft_runtime.client import Answer, Question, Server
 from reft_runtime.errors import ConfigError
 from reft_runtime.front.engine import Applied, Engine
 from reft_runtime.interventions import parse
 from reft_runtime.interventions.format.manifest import Manifest
+from reft_runtime.loading.base import load_base
+from reft_runtime.machine.cores import use_threads
 from reft_runtime.sampling import SamplingParams
 from reft_runtime.text import Tokenizer
 from reft_runtime.training.candidates import Candidate, find_files, find_served

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
+from html import escape
 from typing import Any
 
-from reft_runtime.display.html import report_html
+from reft_runtime.display.html import table
 from reft_runtime.errors import ConfigError
 from reft_runtime.training.advice import advise
 from reft_runtime.training.outcomes import OTHER, Confusion, LabelFigures, Outcome, Score
@@ -72,7 +73,11 @@ class Report:
         return lines
 
     def _repr_html_(self) -> str:
-        return report_html(self)
+        head, *rows = self.cells()
+        shown, details = table(head, rows, texts=(0,)), self.details()
+        if not details:
+            return shown
+        return f"{shown}<details><summary>details</summary><pre>{escape(details)}</pre></details>"
 
     def details(self) -> str:
         """Each intervention on each data set that it answered, for a terminal.

@@ -18,11 +18,14 @@ from transformers import (
     TrainerCallback,
 )
 
-from reft_runtime.base.loading import free_memory, load_base, read_words, shape_of, use_threads
+from reft_runtime.base.shape import shape_of
 from reft_runtime.display.plots import check_plot
 from reft_runtime.errors import ConfigError, TrainingFailed
 from reft_runtime.interventions import Intervention, write
 from reft_runtime.interventions.format.manifest import SystemTurn
+from reft_runtime.loading.base import load_base, read_words
+from reft_runtime.machine.cores import use_threads
+from reft_runtime.machine.memory import free_memory
 from reft_runtime.text import Tokenizer
 from reft_runtime.training.callbacks import Pace, Patience, Say
 from reft_runtime.training.check import check_data, measure_of

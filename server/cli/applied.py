@@ -74,7 +74,8 @@ def encode(engine: Engine, prompt: Prompt, uses: Sequence[Use]) -> Sequence[int]
 
 
 def _read(use: Use, model: str) -> Asked:
-    from reft_runtime.interventions import BaseShape, parse
+    from reft_runtime.base.shape import base_shape
+    from reft_runtime.interventions import parse
     from reft_runtime.interventions.format.manifest import check_base
 
     file = Path(use.label)
@@ -82,7 +83,7 @@ def _read(use: Use, model: str) -> Asked:
         data = read_file(file)
         intervention = parse(data)
         intervention.canonical()
-        check_base(intervention.manifest, BaseShape.of(model))
+        check_base(intervention.manifest, base_shape(model))
     return Asked(use, file, data)
 
 

@@ -9,8 +9,7 @@ from pathlib import Path
 
 import typer
 
-from reft_runtime.errors import ConfigError, InvalidRequest, ReftError
-from reft_runtime.nearest import did_you_mean
+from reft_runtime.errors import ConfigError, InvalidRequest, ReftError, did_you_mean
 from reft_runtime.sampling import SamplingParams
 from reft_runtime.use import Use
 from server.cli.backend import BASE, Applied, Ask, Backend, Reply

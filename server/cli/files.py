@@ -53,12 +53,13 @@ def import_(
     ] = None,
 ) -> None:
     """Turn a pyreft checkpoint into an intervention file. What it does not record must be given."""
+    from reft_runtime.base.shape import read_base
     from reft_runtime.interventions.pyreft import import_pyreft
 
     target = _target(out, source, name)
     imported = import_pyreft(
         source,
-        base=base,
+        base=read_base(base)[0],
         positions=positions,
         share_weights=share_weights,
         act=act,

@@ -7,9 +7,8 @@ from contextlib import contextmanager, suppress
 from itertools import islice
 from pathlib import Path
 
-from reft_runtime.errors import InvalidFile, NotFound, WrongBaseModel
+from reft_runtime.errors import MOST_COMPARED, InvalidFile, NotFound, WrongBaseModel, nearest
 from reft_runtime.interventions.format.identity import SUFFIX
-from reft_runtime.nearest import MOST_COMPARED, nearest
 
 SHIPPED = Path("interventions")
 """Where a file that is called by its name alone may be meant to lie."""

@@ -11,9 +11,8 @@ import typer
 from rich.live import Live
 
 from reft_runtime.client import Server
-from reft_runtime.errors import ConfigError
+from reft_runtime.errors import ConfigError, did_you_mean
 from reft_runtime.interventions.registry.paging import SORTS
-from reft_runtime.nearest import did_you_mean
 from server.cli.console import console, printable, size, table
 from server.cli.options import LOCAL_URL, ApiKey, AsJson, Url
 from server.cli.overview import busy, overview

@@ -4,7 +4,7 @@ import pytest
 from transformers import GenerationConfig
 
 from reft_runtime.base.generation import ignored_settings
-from reft_runtime.base.loading import load_base
+from reft_runtime.loading.base import load_base
 from reft_runtime.text import Tokenizer
 from reft_runtime.training.layout import Layout
 from reft_runtime.training.prompts import Formatter

@@ -19,8 +19,8 @@ from torch import Tensor
 
 import benchmarks
 import reft_runtime
-from reft_runtime.base.loading import load_base
 from reft_runtime.errors import ConfigError, ReftError
+from reft_runtime.loading.base import load_base
 from server.cli import main as cli
 from tests.helpers.models import tiny
 from tests.helpers.tokenizer import tiny_tokenizer

@@ -9,8 +9,9 @@ import pytest
 from transformers import LlamaConfig, LlamaForCausalLM, T5Config
 from typer.testing import CliRunner
 
+from reft_runtime import base_shape
 from reft_runtime.errors import ConfigError, InvalidFile, NotFound, ReftError
-from reft_runtime.interventions import BaseShape, Edit, Intervention, parse, read_header, write
+from reft_runtime.interventions import Edit, Intervention, parse, read_header, write
 from reft_runtime.interventions.pyreft import export_pyreft
 from server.cli.files import app
 from tests.interventions.make import BASE, loreft_tensors
@@ -173,13 +174,13 @@ def test_a_file_that_is_not_there_says_which_may_be_meant(
 
 
 def test_the_shape_of_a_base(base: Path, tmp_path: Path) -> None:
-    shape = BaseShape.of(base)
-    assert shape == BaseShape.of(str(base))
+    shape = base_shape(base)
+    assert shape == base_shape(str(base))
     assert (shape.model, shape.architecture) == ("tiny", "LlamaForCausalLM")
     assert (shape.hidden_size, shape.num_layers, shape.vocab_size) == (16, 4, 64)
     model = LlamaForCausalLM(LlamaConfig.from_pretrained(base))
     unnamed = shape.model_copy(update={"model": "LlamaForCausalLM"})
-    assert BaseShape.of(model) == unnamed
+    assert base_shape(model) == unnamed
     encoder = tmp_path / "encoder"
     T5Config().save_pretrained(encoder)
     for wrong, message in (
@@ -188,6 +189,6 @@ def test_the_shape_of_a_base(base: Path, tmp_path: Path) -> None:
         (5, "model: give demo, a folder, a hub id or a transformers model, not int"),
     ):
         with pytest.raises(ConfigError, match=message):
-            BaseShape.of(wrong)  # type: ignore[arg-type]
+            base_shape(wrong)  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match=r"^base: there is no folder"):
         run("inspect", "x", "--base", tmp_path / "none")

@@ -14,17 +14,17 @@ import httpx
 import pytest
 import torch
 
-from reft_runtime import Engine
+from reft_runtime import Engine, base_shape
 from reft_runtime.base.demo import demo_model
-from reft_runtime.base.loader import load_model
 from reft_runtime.base.model import LoadedModel
 from reft_runtime.engine.core import EngineConfig, EngineCore
 from reft_runtime.engine.events import Failed, TokenMade, Traced
 from reft_runtime.interventions import parse, read, serialise
 from reft_runtime.interventions.pyreft import import_pyreft
+from reft_runtime.loading.loader import load_model
 from reft_runtime.sampling import SamplingParams
 from reft_runtime.schedule.blocks import BLOCK_TOKENS, blocks_for
-from reft_runtime.schedule.sequence import AppliedIntervention, Request
+from reft_runtime.schedule.request import AppliedIntervention, Request
 from tests.e2e.conftest import INTERVENTIONS
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
@@ -39,7 +39,7 @@ def file_of(name: str) -> bytes:
     """The intervention as a file: shipped, kept as a fixture, or imported from pyreft's folder."""
     folder = FIXTURES / "conformance"
     if (folder / name).is_dir():
-        return serialise(import_pyreft(folder / name, base="demo"))
+        return serialise(import_pyreft(folder / name, base=base_shape("demo")))
     shipped = INTERVENTIONS / f"{name}.safetensors"
     return read(shipped if shipped.exists() else folder / f"{name}.safetensors")
 

@@ -4,8 +4,8 @@ import torch
 from transformers import PreTrainedModel
 
 from reft_runtime.base.demo import demo_model
-from reft_runtime.base.loader import adopt_model
 from reft_runtime.base.pretrained import read_model
+from reft_runtime.loading.loader import adopt_model
 
 
 @torch.no_grad()

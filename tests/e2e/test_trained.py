@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from reft_runtime import Engine
-from reft_runtime.base.loading import load_base
 from reft_runtime.interventions import CanonicalEdit, parse, read
+from reft_runtime.loading.base import load_base
 from reft_runtime.text import Tokenizer
 from reft_runtime.training import evaluate
 from reft_runtime.training.forward import Base, predict

@@ -9,8 +9,9 @@ import torch
 from torch import nn
 
 from reft_runtime.edits.step import OnDevice, StepEdits
+from reft_runtime.schedule.request import AppliedIntervention, Request
 from reft_runtime.schedule.scheduler import Chunk
-from reft_runtime.schedule.sequence import AppliedIntervention, Request, sequences_of
+from reft_runtime.schedule.sequence import sequences_of
 from tests.helpers.models import (
     HIDDEN,
     LoReFT,

@@ -13,11 +13,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from reft_runtime import Engine
-from reft_runtime.base.loader import adopt_model
 from reft_runtime.base.model import LoadedModel
 from reft_runtime.engine.core import EngineCore
 from reft_runtime.errors import WrongBaseModel
 from reft_runtime.interventions import Intervention, serialise
+from reft_runtime.loading.loader import adopt_model
 from tests.helpers.models import (
     HIDDEN,
     answers,

@@ -6,7 +6,7 @@ import pytest
 
 from reft_runtime.engine.core import EngineCore
 from reft_runtime.engine.events import Started
-from reft_runtime.schedule.sequence import Request
+from reft_runtime.schedule.request import Request
 from tests.helpers.models import (
     MAX_LENGTH,
     Answer,

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 from reft_runtime.base import model
-from reft_runtime.base.loader import adopt_model
 from reft_runtime.engine import graphs, runner
 from reft_runtime.engine.core import OUT_OF_MEMORY, EngineCore
 from reft_runtime.engine.runner import Sample
 from reft_runtime.engine.sampler import Sampled
 from reft_runtime.kv.rows import RowStorage
-from reft_runtime.schedule.sequence import AppliedIntervention, Request
+from reft_runtime.loading.loader import adopt_model
+from reft_runtime.schedule.request import AppliedIntervention, Request
 from tests.helpers.models import (
     Answer,
     answers,

@@ -21,7 +21,7 @@ from reft_runtime.engine.graphs import Compute, DecodeGraphs, buckets
 from reft_runtime.engine.runner import Runner
 from reft_runtime.kernels import staging
 from reft_runtime.kv.pages import PageStorage
-from reft_runtime.schedule.blocks import BlockBudget
+from reft_runtime.schedule.budget import BlockBudget
 from tests.helpers.models import (
     answers,
     generate,

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from reft_runtime.engine.events import Started
-from reft_runtime.schedule.sequence import Request
+from reft_runtime.schedule.request import Request
 from tests.helpers.models import (
     MAX_LENGTH,
     Answer,

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from reft_runtime.schedule.sequence import Request
+from reft_runtime.schedule.request import Request
 from tests.helpers.models import (
     MAX_LENGTH,
     Answer,

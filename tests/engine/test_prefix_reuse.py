@@ -10,13 +10,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from reft_runtime.base.loader import adopt_model
 from reft_runtime.engine.core import OUT_OF_MEMORY, EngineCore
 from reft_runtime.engine.events import Event, PromptReused
 from reft_runtime.interventions import CanonicalEdit
 from reft_runtime.kv.rows import RowStorage
+from reft_runtime.loading.loader import adopt_model
 from reft_runtime.schedule.prefix_cache import BlockCopy
-from reft_runtime.schedule.sequence import AppliedIntervention, Request
+from reft_runtime.schedule.request import AppliedIntervention, Request
 from tests.helpers.models import (
     MAX_LENGTH,
     Answer,

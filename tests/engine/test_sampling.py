@@ -18,7 +18,8 @@ from reft_runtime.engine.device_sampler import DeviceSampler, Draw, Picked
 from reft_runtime.engine.sampler import Sampled, SampleRow, sample
 from reft_runtime.kernels.staging import no_waiting
 from reft_runtime.sampling import SamplingParams
-from reft_runtime.schedule.sequence import Request, Sequence
+from reft_runtime.schedule.request import Request
+from reft_runtime.schedule.sequence import Sequence
 from tests.helpers.models import DEVICE
 from tests.helpers.sampling import triton_select
 

@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 
-from reft_runtime.base.loader import adopt_model
 from reft_runtime.base.model import LoadedModel
+from reft_runtime.loading.loader import adopt_model
 from tests.helpers.models import (
     Answer,
     answers,

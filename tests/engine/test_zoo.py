@@ -6,8 +6,8 @@ from collections.abc import Iterator
 import pytest
 from transformers import PreTrainedModel
 
-from reft_runtime.base.loader import adopt_model
 from reft_runtime.base.model import LoadedModel
+from reft_runtime.loading.loader import adopt_model
 from tests.helpers.models import WINDOW, answers, generate, make_core, prompt, request, run, tiny
 
 MODELS = (

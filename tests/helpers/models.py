@@ -14,15 +14,16 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
-from reft_runtime.base.loader import adopt_model
 from reft_runtime.base.model import LoadedModel
 from reft_runtime.engine.core import EngineConfig, EngineCore
 from reft_runtime.engine.events import Event, Failed, PromptScored, TokenMade
 from reft_runtime.interventions import CanonicalEdit, Positions
+from reft_runtime.loading.loader import adopt_model
 from reft_runtime.outputs import TokenLogprob
 from reft_runtime.sampling import SamplingParams
+from reft_runtime.schedule.request import AppliedIntervention, Request
 from reft_runtime.schedule.scheduler import StepPlan
-from reft_runtime.schedule.sequence import AppliedIntervention, Request, Sequence
+from reft_runtime.schedule.sequence import Sequence
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 """Of the engine's copy of a model; what it is compared with stays on the CPU."""

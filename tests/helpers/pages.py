@@ -18,7 +18,7 @@ from reft_runtime.engine.graphs import Compute, DecodeGraphs, GraphCapture
 from reft_runtime.engine.runner import Runner
 from reft_runtime.kv.page_attention import GatheredAttention, PageKernel
 from reft_runtime.kv.pages import PageStorage
-from reft_runtime.schedule.blocks import BlockBudget
+from reft_runtime.schedule.budget import BlockBudget
 from tests.helpers.models import DEVICE
 from tests.helpers.sampling import plain_select, triton_select
 
@@ -51,7 +51,7 @@ def triton_attention(loaded: LoadedModel) -> PageKernel:
 
 def triton_edits() -> RowEdits:
     """See `triton_attention`."""
-    from reft_runtime.kernels.cuda.operators import TritonEdits
+    from reft_runtime.edits.triton import TritonEdits
 
     return TritonEdits()
 

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from transformers.activations import ACT2FN
 
 from reft_runtime.interventions import BaseShape, Edit, Intervention
-from reft_runtime.schedule.sequence import AppliedIntervention
+from reft_runtime.schedule.request import AppliedIntervention
 from tests.helpers.models import HIDDEN, VOCABULARY
 
 BASE = BaseShape(

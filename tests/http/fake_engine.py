@@ -21,8 +21,8 @@ from reft_runtime.errors import (
     NotFound,
     Overloaded,
     ReftError,
+    did_you_mean,
 )
-from reft_runtime.nearest import did_you_mean
 from reft_runtime.outputs import (
     ChoiceDelta,
     EngineInfo,

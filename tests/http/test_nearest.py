@@ -7,7 +7,7 @@ from typing import Any
 import httpx
 import pytest
 
-from reft_runtime.nearest import MOST_COMPARED, did_you_mean, nearest
+from reft_runtime.errors import MOST_COMPARED, did_you_mean, nearest
 from tests.http.conftest import chat, completion
 from tests.http.fake_engine import DIGEST
 

@@ -11,9 +11,10 @@ import huggingface_hub
 import pytest
 import torch
 
+from reft_runtime import base_shape
 from reft_runtime.errors import ConfigError, InvalidFile
 from reft_runtime.interventions import Edit, Intervention, parse, serialise
-from reft_runtime.interventions.pyreft import checkpoint, export_pyreft, import_pyreft
+from reft_runtime.interventions.pyreft import checkpoint, export_pyreft, from_live, import_pyreft
 from reft_runtime.interventions.pyreft.names import Place, parse_name
 from reft_runtime.interventions.pyreft.unpickle import read_state
 from tests.helpers.canonical import apply
@@ -243,7 +244,8 @@ def test_a_live_model() -> None:
         module("consreft", seed=4),
     ]
     live = reft_model(TWICE, modules)
-    edits = Intervention.from_pyreft(live, positions="f1+l2", share_weights=False)
+    base = base_shape(live.model)
+    edits = from_live(live, base=base, positions="f1+l2", share_weights=False)
     assert edits.manifest.base.architecture == "LlamaForCausalLM"
     found = [(e.layer, e.kind, str(e.positions), e.act) for e in edits.manifest.edits]
     assert found == [
@@ -258,7 +260,7 @@ def test_a_live_model() -> None:
 @pytest.mark.parametrize("act", ["gelu", "gelu_new", "gelu_10", "silu", "swish", "relu", "relu6"])
 def test_a_live_models_act_is_found(act: str) -> None:
     live = reft_model([(1, "block_output")], [module("loreft", act=act)])
-    (edit,) = Intervention.from_pyreft(live, positions="l1", base=BASE).canonical()
+    (edit,) = from_live(live, base=BASE, positions="l1").canonical()
     theirs = module("loreft", act=act)
     torch.testing.assert_close(apply(edit, H), theirs(H).detach(), atol=1e-5, rtol=0)
 
@@ -272,14 +274,14 @@ def test_what_a_live_model_has_and_cannot_be_served() -> None:
         representation["intervention"] = module("loreft")
     live = pyreft.get_reft_model(tiny_model(), pyreft.ReftConfig(representations=linked))
     with pytest.raises(InvalidFile, match="intervention_link_key"):
-        Intervention.from_pyreft(live, positions="l1")
+        from_live(live, base=BASE, positions="l1")
     trained = module("loreft", act="prelu")
     trained.act_fn.weight.data.fill_(0.7)
     with pytest.raises(InvalidFile, match="act_fn is none of"):
-        Intervention.from_pyreft(reft_model([(1, "block_output")], [trained]), positions="l1")
+        from_live(reft_model([(1, "block_output")], [trained]), base=BASE, positions="l1")
     vanilla = pyvene.VanillaIntervention(embed_dim=WIDTH)
     with pytest.raises(InvalidFile, match="VanillaIntervention takes its values from the run"):
-        Intervention.from_pyreft(reft_model([(1, "block_output")], [vanilla]), positions="l1")
+        from_live(reft_model([(1, "block_output")], [vanilla]), base=BASE, positions="l1")
 
 
 LOADABLE = ("loreft", "direft", "consreft", "lobireft")

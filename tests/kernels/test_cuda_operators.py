@@ -8,7 +8,8 @@ from torch import Tensor
 from torch.nn.functional import silu
 
 from reft_runtime.edits import tables
-from reft_runtime.kernels.cuda.operators import TritonEdits, TritonOperators
+from reft_runtime.edits.triton import TritonEdits
+from reft_runtime.kernels.cuda.operators import TritonOperators
 from reft_runtime.kernels.cuda.products import tile_for
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")

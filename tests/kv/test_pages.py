@@ -15,8 +15,9 @@ from reft_runtime.kv.pages import NOBODYS_PAGE, PageStorage
 from reft_runtime.sampling import SamplingParams
 from reft_runtime.schedule.blocks import BLOCK_TOKENS, blocks_for
 from reft_runtime.schedule.prefix_cache import BlockCopy
+from reft_runtime.schedule.request import Request
 from reft_runtime.schedule.scheduler import Chunk
-from reft_runtime.schedule.sequence import Request, Sequence, sequences_of
+from reft_runtime.schedule.sequence import Sequence, sequences_of
 
 SHAPES = (LayerShape(1, 2, 3), LayerShape(2, 2, 2))
 BLOCKS = 24

@@ -12,11 +12,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from reft_runtime.base.attention import LayerShape
-from reft_runtime.kv.rows import MIN_CAPACITY, RowStorage, rounding_bytes
+from reft_runtime.kv.rows import MIN_CAPACITY, RowStorage
+from reft_runtime.kv.slabs import rounding_bytes
 from reft_runtime.sampling import SamplingParams
 from reft_runtime.schedule.prefix_cache import BlockCopy
+from reft_runtime.schedule.request import Request
 from reft_runtime.schedule.scheduler import Chunk
-from reft_runtime.schedule.sequence import Request, Sequence, Status, sequences_of
+from reft_runtime.schedule.sequence import Sequence, Status, sequences_of
 
 SHAPES = (LayerShape(1, 2, 3), LayerShape(2, 2, 2))
 LONGEST = 5 * MIN_CAPACITY

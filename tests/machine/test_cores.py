@@ -9,7 +9,7 @@ import psutil
 import pytest
 import torch
 
-from reft_runtime.base.loader import choose_dtype
+from reft_runtime.loading.loader import choose_dtype
 from reft_runtime.machine.cores import release_workers, releasing_workers, usable_cores
 
 

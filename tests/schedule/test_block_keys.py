@@ -8,7 +8,7 @@ from reft_runtime.interventions import CanonicalEdit, Positions
 from reft_runtime.sampling import SamplingParams
 from reft_runtime.schedule.block_keys import BlockKeys
 from reft_runtime.schedule.blocks import BLOCK_TOKENS
-from reft_runtime.schedule.sequence import AppliedIntervention, Request
+from reft_runtime.schedule.request import AppliedIntervention, Request
 from tests.helpers.models import applied, loreft, prompt
 
 LENGTH = 5 * BLOCK_TOKENS + 3

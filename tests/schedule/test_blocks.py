@@ -3,9 +3,11 @@
 import pytest
 
 from reft_runtime.sampling import SamplingParams
-from reft_runtime.schedule.blocks import BLOCK_TOKENS, BlockBudget, blocks_for
+from reft_runtime.schedule.blocks import BLOCK_TOKENS, blocks_for
+from reft_runtime.schedule.budget import BlockBudget
 from reft_runtime.schedule.prefix_cache import PrefixCache
-from reft_runtime.schedule.sequence import Request, Sequence, sequences_of
+from reft_runtime.schedule.request import Request
+from reft_runtime.schedule.sequence import Sequence, sequences_of
 
 
 def sequence() -> Sequence:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 
 from reft_runtime.sampling import SamplingParams
-from reft_runtime.schedule.blocks import BlockBudget
+from reft_runtime.schedule.budget import BlockBudget
 from reft_runtime.schedule.pacing import (
     LEAST_TOKENS,
     LONGEST_SECONDS,
@@ -15,8 +15,9 @@ from reft_runtime.schedule.pacing import (
     MIXED_TOKENS,
     StepPacer,
 )
+from reft_runtime.schedule.request import Request
 from reft_runtime.schedule.scheduler import MAX_SCORED_TOKENS, Scheduler
-from reft_runtime.schedule.sequence import Request, Sequence, sequences_of
+from reft_runtime.schedule.sequence import Sequence, sequences_of
 
 Seconds = Callable[[int, int], float]
 """Time of a step, by its decode rows and prompt tokens."""

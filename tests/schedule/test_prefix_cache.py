@@ -7,16 +7,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from reft_runtime.sampling import SamplingParams
-from reft_runtime.schedule.blocks import BLOCK_TOKENS, BlockBudget
+from reft_runtime.schedule.blocks import BLOCK_TOKENS
+from reft_runtime.schedule.budget import BlockBudget
 from reft_runtime.schedule.prefix_cache import BlockCopy, PrefixCache
+from reft_runtime.schedule.request import AppliedIntervention, Request
 from reft_runtime.schedule.scheduler import Chunk, Scheduler, StepPlan
-from reft_runtime.schedule.sequence import (
-    AppliedIntervention,
-    Request,
-    Sequence,
-    Status,
-    sequences_of,
-)
+from reft_runtime.schedule.sequence import Sequence, Status, sequences_of
 from tests.helpers.models import applied, loreft, prompt
 
 KEYS = [bytes([number]) for number in range(100)]

@@ -5,9 +5,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from reft_runtime.sampling import SamplingParams
-from reft_runtime.schedule.blocks import BLOCK_TOKENS, BlockBudget, blocks_for
+from reft_runtime.schedule.blocks import BLOCK_TOKENS, blocks_for
+from reft_runtime.schedule.budget import BlockBudget
+from reft_runtime.schedule.request import Request
 from reft_runtime.schedule.scheduler import Scheduler, StepPlan
-from reft_runtime.schedule.sequence import Request, Sequence, Status, sequences_of
+from reft_runtime.schedule.sequence import Sequence, Status, sequences_of
 
 Shape = tuple[int, int, int, bool]
 """Order of arrival, start, length, and whether it decodes."""

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from reft_runtime.base.loader import adopt_model
 from reft_runtime.base.model import LoadedModel
 from reft_runtime.interventions import BaseShape
+from reft_runtime.loading.loader import adopt_model
 from reft_runtime.text import Tokenizer
 from reft_runtime.training.forward import Base
 from reft_runtime.training.layout import Layout

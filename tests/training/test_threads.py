@@ -11,9 +11,9 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from reft_runtime.base.loading import use_threads
 from reft_runtime.engine.loop import EngineLoop
 from reft_runtime.errors import ConfigError
+from reft_runtime.machine.cores import use_threads
 from reft_runtime.training.forward import predict
 from server.cli.main import app
 from tests.helpers.models import make_core, request

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from pydantic import JsonValue, ValidationError
@@ -98,34 +98,6 @@ class Intervention:
         intervention = cls(manifest, tensors)
         intervention.canonical()
         return intervention
-
-    @classmethod
-    def from_pyreft(
-        cls,
-        reft_model: Any,
-        *,
-        positions: str,
-        share_weights: bool | None = None,
-        suffix_offset: int = 0,
-        base: BaseShape | None = None,
-        template: str | None = None,
-    ) -> Intervention:
-        """Take over what a live `pyreft.ReftModel` has learned, without files in between.
-
-        pyreft's model does not know `positions`, `share_weights` (needed for fN+lM only) and
-        `suffix_offset`: give those of the training's data module. `base` is read from the model
-        where it is None. Raises `InvalidFile` and `ConfigError`, as `import_pyreft` does.
-        """
-        from reft_runtime.interventions.pyreft.importing import from_live
-
-        return from_live(
-            reft_model,
-            positions=positions,
-            share_weights=share_weights,
-            suffix_offset=suffix_offset,
-            base=base,
-            template=template,
-        )
 
     def canonical(self) -> tuple[CanonicalEdit, ...]:
         """Check the tensors' values and convert every edit, in the manifest's order; packed."""

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 from fnmatch import fnmatchcase
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Literal
 
 from pydantic import (
     BaseModel,
@@ -25,9 +24,6 @@ from reft_runtime.errors import InvalidFile, WrongBaseModel
 from reft_runtime.interventions.format.components import HIDDEN_SIZED, normalise
 from reft_runtime.interventions.format.kinds import ACTS, KINDS
 from reft_runtime.interventions.format.positions import MAX_SPAN, Positions
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 MAX_EDITS = 1024
 MAX_JSON_DEPTH = 8
@@ -55,16 +51,6 @@ class BaseShape(_Strict):
     hidden_size: _Size
     num_layers: _Size
     vocab_size: _Size
-
-    @classmethod
-    def of(cls, model: str | Path | PreTrainedModel) -> BaseShape:
-        """The shape of "demo", a folder, a hub id or a transformers model; no weights are read.
-
-        Raises `ConfigError`.
-        """
-        from reft_runtime.base.shape import read_shape  # needs this module
-
-        return read_shape(model)
 
 
 def _read_positions(value: object) -> object:

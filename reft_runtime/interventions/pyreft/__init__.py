@@ -1,6 +1,6 @@
 """pyreft's checkpoints: read into an intervention, or written from one. Never at serving time."""
 
 from reft_runtime.interventions.pyreft.exporting import export_pyreft
-from reft_runtime.interventions.pyreft.importing import import_pyreft
+from reft_runtime.interventions.pyreft.importing import from_live, import_pyreft
 
-__all__ = ["export_pyreft", "import_pyreft"]
+__all__ = ["export_pyreft", "from_live", "import_pyreft"]

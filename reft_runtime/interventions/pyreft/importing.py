@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 from transformers.activations import ACT2CLS, ACT2FN
 
-from reft_runtime.base.shape import base_shape, read_base
 from reft_runtime.errors import ConfigError, InvalidFile
 from reft_runtime.interventions.format.components import HIDDEN_SIZED, normalise
 from reft_runtime.interventions.format.intervention import Edit, Intervention
@@ -63,7 +62,7 @@ class Unrecorded:
 def import_pyreft(
     source: str | Path,
     *,
-    base: str | BaseShape,
+    base: BaseShape,
     positions: str | None = None,
     share_weights: bool | None = None,
     act: str | None = None,
@@ -74,7 +73,7 @@ def import_pyreft(
     """Read a checkpoint: a folder, or `hf:REPO` from the Hub. Its pickles are read by a process
     of their own.
 
-    `base` is the base model: `demo`, a folder, a hub id, or its shape. `positions`,
+    `base` is the base model's shape (`reft_runtime.base_shape`). `positions`,
     `share_weights`, `act` (`linear` for none), `suffix_offset` (0) and `kind` are taken from
     args.json where it is there; see `Unrecorded`. Raises `ConfigError` that names what must be
     given, and `InvalidFile` that names what is broken or contradicts the tensors.
@@ -87,7 +86,6 @@ def import_pyreft(
             )
     checkpoint = read_checkpoint(_fetched(str(source)))
     unrecorded = unrecorded.completed_by(checkpoint.args)
-    shape = base if isinstance(base, BaseShape) else read_base(base)[0]
     kinds = [kind_of(stored, unrecorded.kind) for stored in checkpoint.interventions]
     if unrecorded.act is None and any(KINDS[kind].has_act for kind in kinds):
         raise ConfigError(
@@ -97,19 +95,25 @@ def import_pyreft(
         )
     act = None if unrecorded.act == "linear" else unrecorded.act
     acts = [act if KINDS[kind].has_act else None for kind in kinds]
-    return _build(checkpoint, kinds, acts, shape, unrecorded, template)
+    return _build(checkpoint, kinds, acts, base, unrecorded, template)
 
 
 def from_live(
     reft_model: Any,
     *,
+    base: BaseShape,
     positions: str,
     share_weights: bool | None = None,
     suffix_offset: int = 0,
-    base: BaseShape | None = None,
     template: str | None = None,
 ) -> Intervention:
-    """Read a live `pyreft.ReftModel`; see `Intervention.from_pyreft`."""
+    """Take over what a live `pyreft.ReftModel` has learned, without files in between.
+
+    `base` is the shape of its model (`reft_runtime.base_shape(reft_model.model)`). pyreft's model
+    does not know `positions`, `share_weights` (needed for fN+lM only) and `suffix_offset`: give
+    those of the training's data module. Raises `InvalidFile` and `ConfigError`, as `import_pyreft`
+    does.
+    """
     if getattr(reft_model, "_intervention_reverse_link", None):
         raise InvalidFile("intervention_link_key: linked interventions cannot be served.")
     stored, acts = [], []
@@ -128,12 +132,10 @@ def from_live(
         place = (representation.layer, representation.component)
         stored.append(Stored(key, *place, type(module).__name__, state))
         acts.append(_act_name(key, getattr(module, "act_fn", None)))
-    config = reft_model.model.config
-    shape = base or base_shape(config, config.name_or_path or type(reft_model.model).__name__)
     kinds = [kind_of(each, None) for each in stored]
     unrecorded = Unrecorded(positions, share_weights, suffix_offset=suffix_offset)
     checkpoint = Checkpoint(tuple(stored), {}, ordered=True)
-    return _build(checkpoint, kinds, acts, shape, unrecorded, template)
+    return _build(checkpoint, kinds, acts, base, unrecorded, template)
 
 
 def _build(

@@ -14,10 +14,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-from reft_runtime.errors import NotFound, Overloaded, StoreFull
+from reft_runtime.errors import NotFound, Overloaded, StoreFull, did_you_mean
 from reft_runtime.interventions.registry.residency import Residency, return_freed_memory
 from reft_runtime.interventions.registry.version import Origin, Version
-from reft_runtime.nearest import did_you_mean
 
 _LAYERS: tuple[Origin, ...] = ("loaded", "uploaded", "folder")
 _PREFIX = re.compile(r"[0-9a-f]{8,64}")

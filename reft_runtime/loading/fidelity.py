@@ -21,12 +21,14 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from reft_runtime.base.attention import ProbedLayer
 from reft_runtime.base.model import LoadedModel, forward
-from reft_runtime.engine.device import storage_for
 from reft_runtime.errors import UnsupportedModel
+from reft_runtime.kv.choice import storage_for
 from reft_runtime.sampling import SamplingParams
-from reft_runtime.schedule.blocks import BLOCK_TOKENS, BlockBudget, blocks_for
+from reft_runtime.schedule.blocks import BLOCK_TOKENS, blocks_for
+from reft_runtime.schedule.budget import BlockBudget
+from reft_runtime.schedule.request import Request
 from reft_runtime.schedule.scheduler import Chunk
-from reft_runtime.schedule.sequence import Request, Sequence
+from reft_runtime.schedule.sequence import Sequence
 
 CHUNKS = ((12, 22, 23), (10, 13, 14), (5, 6), (1, 2))
 """Where the chunks of each prompt end: long and short, more than a block, and single tokens."""

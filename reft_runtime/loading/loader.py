@@ -14,8 +14,8 @@ from reft_runtime.base.model import LoadedModel, forward
 from reft_runtime.base.pretrained import read_config, read_model
 from reft_runtime.base.stages import stage
 from reft_runtime.base.support import check_config, chosen_length, refuse
-from reft_runtime.engine.fidelity import check, own_logits
 from reft_runtime.errors import ConfigError, UnsupportedModel
+from reft_runtime.loading.fidelity import check, own_logits
 
 PROBE_TOKENS = 8
 

@@ -14,9 +14,9 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 
 from reft_runtime.base.attention import AskedMask, packed_attention
 from reft_runtime.base.linears import Merged
-from reft_runtime.base.loader import adopt_model
 from reft_runtime.errors import UnsupportedModel
 from reft_runtime.kv.rows import RowStorage
+from reft_runtime.loading.loader import adopt_model
 from tests.helpers.models import (
     VOCABULARY,
     WINDOW,
@@ -251,7 +251,7 @@ def test_packed_attention_without_a_step_is_told() -> None:
 
 
 def test_probes_are_ordinary_tokens() -> None:
-    from reft_runtime.engine.fidelity import _samples
+    from reft_runtime.loading.fidelity import _samples
 
     samples = _samples(tiny("llama").config, {None, WINDOW}, 256)
     tokens = torch.cat([sample.tokens for sample in samples])

@@ -8,8 +8,8 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
-from reft_runtime.base.loader import adopt_model, choose_device, choose_dtype, load_model
 from reft_runtime.errors import ConfigError, UnsupportedModel
+from reft_runtime.loading.loader import adopt_model, choose_device, choose_dtype, load_model
 from tests.helpers.models import (
     HIDDEN,
     MAX_LENGTH,

@@ -1,0 +1,64 @@
+"""The KV budget in blocks.
+
+It is logical: it decides who is admitted and who is preempted. Where the tensors lie is the
+storage's business (`kv/`).
+"""
+
+from __future__ import annotations
+
+from reft_runtime.schedule.blocks import BLOCK_TOKENS, blocks_for
+from reft_runtime.schedule.prefix_cache import PrefixCache
+from reft_runtime.schedule.sequence import Sequence
+
+
+class BlockBudget:
+    """Counts the blocks that each sequence holds, out of a fixed total.
+
+    What nobody holds is the prefix `cache`'s, if there is one, until somebody wants it.
+    """
+
+    def __init__(self, total_tokens: int, cache: PrefixCache | None = None) -> None:
+        self.total = total_tokens // BLOCK_TOKENS
+        self.cache = cache
+        self._held: dict[Sequence, int] = {}
+        self._used = 0
+
+    @property
+    def used(self) -> int:
+        """Blocks held by all sequences."""
+        return self._used
+
+    @property
+    def free(self) -> int:
+        """Blocks nobody holds."""
+        return self.total - self._used
+
+    def reserve(self, sequence: Sequence, tokens: int) -> bool:
+        """Let `sequence` hold blocks for `tokens` tokens in all; False if there are too few."""
+        held = self._held.get(sequence, 0)
+        more = blocks_for(tokens) - held
+        if more <= 0:
+            return True
+        if more > self.free:
+            return False
+        self._held[sequence] = held + more
+        self._used += more
+        if self.cache is not None:
+            self.cache.shrink(self.free)
+        return True
+
+    def has_room(self, sequence: Sequence, tokens: int) -> bool:
+        """Whether `sequence` could hold blocks for `tokens` tokens in all."""
+        return blocks_for(tokens) - self._held.get(sequence, 0) <= self.free
+
+    def release(self, sequence: Sequence) -> None:
+        """Take back every block of `sequence`; nothing happens if it holds none."""
+        self._used -= self._held.pop(sequence, 0)
+
+    def check_integrity(self) -> None:
+        """Raise AssertionError unless what is held adds up to what is used."""
+        held = sum(self._held.values())
+        if held != self._used or not 0 <= self._used <= self.total:
+            raise AssertionError(f"KV budget: {held} held, {self._used} used, {self.total} in all")
+        if self.cache is not None:
+            self.cache.check_integrity(self.free)
