@@ -23,13 +23,12 @@ from reft_runtime.front.admission import Admission, Prompt
 from reft_runtime.front.assembly import Assembler
 from reft_runtime.front.blocking import Call, run_calls
 from reft_runtime.front.streams import EventLoopSink, Stream
-from reft_runtime.front.traces import base_requests, trace_of
 from reft_runtime.interventions import Registry, Version
 from reft_runtime.interventions.registry.registry import MEMORY_BYTES, check_folders
 from reft_runtime.interventions.registry.store import STATE_BYTES
 from reft_runtime.loading.base import load_base
 from reft_runtime.machine.cores import releasing_workers, use_threads
-from reft_runtime.outputs import Comparison, Comparisons, EngineInfo, EngineStats, Generation, Trace
+from reft_runtime.outputs import Comparison, Comparisons, EngineInfo, EngineStats, Generation
 from reft_runtime.sampling import SamplingParams
 from reft_runtime.schedule.request import Request
 from reft_runtime.text import Tokenizer
@@ -181,15 +180,9 @@ class Engine:
         columns = [_uses(applied) for applied in (None, *interventions)]
         with self._calls([(prompt, uses) for uses in columns], sampling, trace=True) as calls:
             self._run(calls)
-        bases = [[Call(b) for b in self._bases(call.assembler)] for call in calls]
-        self._run([base for several in bases for base in several])
         return Comparisons(
-            Comparison(
-                tuple(use.label for use in uses),
-                call.answer(),
-                trace_of(call.assembler, [base.assembler for base in several]),
-            )
-            for uses, call, several in zip(columns, calls, bases, strict=True)
+            Comparison(tuple(use.label for use in uses), call.answer(), call.assembler.trace())
+            for uses, call in zip(columns, calls, strict=True)
         )
 
     def encode(self, prompt: Prompt, uses: Sequence[Use] = ()) -> Sequence[int]:
@@ -206,7 +199,7 @@ class Engine:
         salt: bytes = b"",
         trace: bool = False,
     ) -> Stream:
-        """Start one request, with `uses` applied in order; a `trace` is for `explain`.
+        """Start one request, with `uses` applied in order; a `trace` is for `Stream.trace`.
 
         Requests of different `salt` share nothing in the prefix cache.
 
@@ -231,24 +224,6 @@ class Engine:
             preparing.add_done_callback(self._drop_prepared)
             raise
         return self._start(self._assembler(request, versions, uses), versions)
-
-    async def explain(self, stream: Stream) -> Trace:
-        """What the interventions of a traced stream did, when it has ended.
-
-        The base model computes the prompt for it and, for each choice, what follows there.
-        """
-        bases = await asyncio.to_thread(self._bases, stream.assembler)
-        asked: list[Stream] = []
-        try:
-            for base in bases:
-                asked.append(self._start(base, (), follow_up=True))
-            for each in asked:
-                async for _ in each:
-                    pass
-        finally:
-            for each in asked:
-                each.abort()
-        return await asyncio.to_thread(trace_of, stream.assembler, bases)
 
     def stats(self) -> EngineStats:
         """A snapshot of load and counters."""
@@ -295,19 +270,18 @@ class Engine:
     def _run(self, calls: Sequence[Call], *, progress: bool = False) -> None:
         run_calls(self._loop, calls, 2 * self.info.max_running, progress=progress)
 
-    def _start(
-        self, assembler: Assembler, versions: Sequence[Version], *, follow_up: bool = False
-    ) -> Stream:
-        """Submit a request; its stream lets go of the versions when it ends."""
+    def _start(self, assembler: Assembler, versions: Sequence[Version]) -> Stream:
+        """Submit a request; its versions are let go when it is over, or here if it is refused."""
         request = assembler.request
         loop = asyncio.get_running_loop()
-        sink = self._sinks.setdefault(loop, EventLoopSink(loop))
+        for gone in [other for other in self._sinks if other.is_closed()]:
+            del self._sinks[gone]
+        sink = self._sinks.get(loop) or EventLoopSink(loop)
 
         def end() -> None:
             sink.streams.pop(request.id, None)
             if not sink.streams:
                 self._sinks.pop(loop, None)
-            self._admission.release(versions)
 
         stream = Stream(
             assembler,
@@ -316,17 +290,15 @@ class Engine:
             abort=lambda: self._loop.abort(request.id),
             engine_alive=lambda: self._loop.alive,
         )
-        sink.streams[request.id] = stream
         try:
-            self._loop.submit(request, sink, follow_up=follow_up)
+            self._loop.submit(request, sink, lambda: self._admission.release(versions))
         except BaseException:
-            end()
+            self._admission.release(versions)
             raise
+        # The sink delivers on this event loop: not before this returns.
+        sink.streams[request.id] = stream
+        self._sinks[loop] = sink
         return stream
-
-    def _bases(self, own: Assembler) -> list[Assembler]:
-        """Of what the trace of a request asks the base model."""
-        return [self._assembler(request, (), ()) for request in base_requests(own)]
 
     def _drop_prepared(self, done: asyncio.Future[tuple[Request, list[Version]]]) -> None:
         if not done.cancelled() and done.exception() is None:

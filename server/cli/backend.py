@@ -218,7 +218,7 @@ class LocalBackend:
                     ended = delta.finish_reason or ended
         finally:
             stream.abort()
-        trace = await engine.explain(stream) if ask.trace else _UNTRACED
+        trace = await stream.trace() if ask.trace else _UNTRACED
         return Reply(text, count, len(tokens), ended, trace)
 
 

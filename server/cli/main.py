@@ -151,7 +151,7 @@ async def _print_answer(
         typer.echo("".join(delta.text for delta in deltas), nl=False)
     typer.echo()
     if trace:
-        typer.echo(trace_table(await engine.explain(stream), uses, len(tokens)), err=True)
+        typer.echo(trace_table(await stream.trace(), uses, len(tokens)), err=True)
 
 
 if __name__ == "__main__":

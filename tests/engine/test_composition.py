@@ -11,6 +11,7 @@ from torch import Tensor
 
 from reft_runtime.edits.step import OnDevice, StepEdits
 from reft_runtime.engine.events import Traced
+from reft_runtime.engine.explain import Explanations
 from reft_runtime.schedule.request import Request
 from reft_runtime.schedule.scheduler import Chunk
 from reft_runtime.schedule.sequence import sequences_of
@@ -71,16 +72,19 @@ def test_strength_zero_is_the_base_bit_for_bit(name: str, zero: float) -> None:
         core = make_core()
         each = replace(asked("a", *interventions, logprobs=20), trace=True)
         core.add(each)
-        found: list[Tensor] = []
+        found: dict[str, Tensor] = {}
+
+        def keep(_: Explanations, name: str, logprobs: Tensor) -> None:
+            found[name] = logprobs
+
         later: list[object] = []
-        while not core.idle:
-            for event in core.step():
-                if isinstance(event, Traced):
-                    found += [event.logprobs] if event.logprobs is not None else []
-                else:
-                    later.append(getattr(event, "logprob", None))
-        (distribution,) = found
-        return distribution, later
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Explanations, "first", keep)
+            while not core.idle:
+                for event in core.step():
+                    if not isinstance(event, Traced):
+                        later.append(getattr(event, "logprob", None))
+        return found["a"], later
 
     edit = EDITS[name]
     off, later = first(Applied((edit,), zero))
