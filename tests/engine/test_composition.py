@@ -43,7 +43,7 @@ def changed(*interventions: Applied, rows: int = LENGTH) -> tuple[Tensor, Tensor
     sequence = sequences_of(request("a", prompt(rows), *used), 0)
     old = torch.randn(rows, HIDDEN, generator=torch.Generator().manual_seed(3))
     hidden = old.clone()
-    edits = StepEdits.of([Chunk(sequence, 0, rows)], HERE)
+    edits = StepEdits.of([Chunk(sequence, 0, rows)], HERE, lambda site: site)
     if edits.sites:
         edits.apply((1, "block_output"), hidden)
     assert not edits.failed
@@ -98,6 +98,19 @@ def test_strength_zero_is_the_base_bit_for_bit(name: str, zero: float) -> None:
     alone, alone_later = first(Applied((EDITS["loreft"],)))
     assert torch.equal(both, alone)
     assert both_later == alone_later
+
+
+def test_one_module_under_two_layers_keeps_each_requests_order() -> None:
+    model, _ = tiny_llama()
+    a, b = (
+        Applied((RandomEdit("loreft", "all", layer, "model.norm.output", seed=30 + layer),))
+        for layer in (1, 2)
+    )
+    orders = {"ab": (a, b), "ba": (b, a), "a": (a,), "b": (b,)}
+    got = run(make_core(), [asked(name, *order) for name, order in orders.items()])
+    for name, order in orders.items():
+        assert got[name][0] == generate_applied(model, prompt(LENGTH), order), name
+    assert got["ab"] != got["ba"]
 
 
 @pytest.mark.parametrize("name", DIRECTED)
