@@ -193,13 +193,13 @@ def bad(positions: str) -> AppliedIntervention:
 def cache_is_finite(core: EngineCore) -> bool:
     cache = core.scheduler.cache
     assert cache is not None
-    kept = [slot for slot, _ in cache._kept.values()]
+    kept = [place for place, _ in cache._kept.values()]
     storage: Any = core.runner.storage
     if isinstance(storage, RowStorage):
         parts = range(len(storage._parts))
-        blocks = [storage._pool.part(part, slot, 1) for part in parts for slot in kept]
+        blocks = [storage._pool.part(part, place, 1) for part in parts for place in kept]
     else:
-        kept = [storage._kept[slot] for slot in kept]
+        kept = [storage._kept[place] for place in kept]
         blocks = [pool[kept] for pool in (*storage.keys, *storage.values)]
     return all(bool(block.isfinite().all()) for block in blocks)
 
