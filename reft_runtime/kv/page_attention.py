@@ -53,8 +53,8 @@ class PageBatch:
 
     The first `decodes` rows have one token each. `addresses` [T] say where each packed token's key
     and value go, `firsts` [rows + 1] the first packed token of each row, `stops` [rows] how many
-    tokens its last one attends to, and `tables[lanes]` [rows, pages] are its pages. `blocks` [n, 2] are
-    pieces of the rows that are no decodes: row and first token in it.
+    tokens its last one attends to, and `tables[lanes]` [rows, pages] are its pages. `blocks` [n, 2]
+    are pieces of the rows that are no decodes: row and first token in it.
     """
 
     decodes: int
