@@ -30,7 +30,7 @@ import typer
 from benchmarks.measuring import SECONDS, Case, Figures, measure, median, speed_ratio, table
 from benchmarks.peers.client import Peer
 from benchmarks.peers.worker import Job
-from benchmarks.stage import Stage
+from benchmarks.testbed import Testbed
 from benchmarks.workload import figures, random_intervention
 from reft_runtime import Engine, SamplingParams, Use
 from reft_runtime.base.demo import demo_model
@@ -153,12 +153,12 @@ def main(
     path = str(demo_model()) if model == "demo" else model
     sides = {label: Side(path, dtype, prefix_cache=label == CACHED) for label in (CACHED, PLAIN)}
     rows = []
-    with Stage(path, dtype, {None: None, "vllm": vllm, "peers": None}) as stage:
+    with Testbed(path, dtype, {None: None, "vllm": vllm, "peers": None}) as testbed:
         for workload in workloads.split(","):
             cases = {label: side.case(workload) for label, side in sides.items()}
             if vllm is not None and workload == "tasks":
                 vocabulary = sides[PLAIN].engine.info.vocab_size
-                cases[VLLM] = beside(stage.peer("vllm_cpu", REQUESTS), vocabulary)
+                cases[VLLM] = beside(testbed.peer("vllm_cpu", REQUESTS), vocabulary)
             setting = {"workload": workload, "dtype": dtype, "model": model}
             found = measure(cases, rounds, setting, out)
             for label in cases:

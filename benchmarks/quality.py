@@ -26,7 +26,7 @@ import torch
 import typer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from benchmarks.plain_loop import Tuned, accuracy, fit, with_lora, with_pyreft
+from benchmarks.peer_training import Tuned, accuracy, fit, with_lora, with_pyreft
 from reft_runtime.base.demo import locate
 from reft_runtime.loading.loader import choose_dtype
 from reft_runtime.text import Tokenizer

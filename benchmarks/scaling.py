@@ -27,7 +27,7 @@ import torch
 import typer
 from matplotlib.figure import Figure
 
-from benchmarks.drawing import Line, draw
+from benchmarks.line_plot import Line, draw
 from benchmarks.measuring import (
     SECONDS,
     Case,

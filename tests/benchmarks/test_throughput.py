@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from benchmarks.plots import main as draw
+from benchmarks.throughput_plots import main as draw
 from benchmarks.throughput import main
 from benchmarks.workload import LORA_RANK, write_lora
 from tests.helpers.models import tiny

@@ -1,4 +1,4 @@
-"""Training without this project's trainer: PEFT's LoRA and pyreft's modules in one plain loop."""
+"""Training by peers: PEFT's LoRA and pyreft's modules, both in one plain loop."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Small line plots for documents."""
+"""A small line plot for documents."""
 
 from __future__ import annotations
 

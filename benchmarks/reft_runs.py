@@ -1,4 +1,4 @@
-"""This project as one of the engines measured: in process, and over HTTP."""
+"""Jobs run by this project: in process, as streams, and over HTTP."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Pictures of what `benchmarks.throughput` measured.
 
-python -m benchmarks.plots bench.json docs
+python -m benchmarks.throughput_plots bench.json docs
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import matplotlib
 import typer
 from matplotlib.figure import Figure
 
-from benchmarks.contenders import BASE, CLOSED, FLOOR
+from benchmarks.throughput_cases import BASE, CLOSED, FLOOR
 from benchmarks.measuring import Group, load, median, speed_ratio
 from benchmarks.workload import ANSWER_TOKENS, DECODE, F3L3, L1, PAPER
 
@@ -20,7 +20,7 @@ Groups = dict[tuple[str, int], Group]
 """What was measured of n requests at once, by dtype and n."""
 
 OF_OURS = {BASE: "-", PAPER: "--"}
-PEERS = [contender.label for contender in CLOSED if not contender.ours]
+PEERS = [case.label for case in CLOSED if not case.ours]
 TASKS = [L1, F3L3, PAPER, DECODE]
 TICKS = [10, 20, 50, 100, 200, 500, 1000]
 
