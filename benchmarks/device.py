@@ -26,7 +26,7 @@ from torch.nn.functional import linear
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from benchmarks.measuring import SECONDS, Figures, measure, median, speed_ratio, table
-from benchmarks.workload import F3L3, PROMPT_TOKENS, random_intervention, settings
+from benchmarks.workload import F3L3, PROMPT_TOKENS, random_intervention, random_tokens, settings
 from reft_runtime.base.model import LoadedModel
 from reft_runtime.base.shape import shape_of
 from reft_runtime.edits.step import OnDevice
@@ -193,7 +193,7 @@ class Bench:
                 SamplingParams(max_tokens=answer_tokens, ignore_eos=True, **own) for own in settings
             ]
             for i in range(n):
-                prompt = tuple(rng.randrange(self.loaded.vocab_size) for _ in range(prompt_tokens))
+                prompt = tuple(random_tokens(rng, self.loaded.vocab_size, prompt_tokens))
                 used = applied[i % len(applied)]
                 sampling = samplings[i % len(samplings)]
                 self.core.add(Request(f"{next(self._ids)}", prompt, sampling, i, used))

@@ -30,7 +30,7 @@ from benchmarks.device import (
     random_model,
 )
 from benchmarks.measuring import SECONDS, Figures, measure, median, speed_ratio, table
-from benchmarks.workload import L1, PROMPT_TOKENS
+from benchmarks.workload import L1, PROMPT_TOKENS, random_tokens
 from reft_runtime.loading.loader import choose_device, choose_dtype
 
 GENERATE = "transformers: generate"
@@ -55,9 +55,7 @@ class Transformers:
 
         def run(number: int) -> Figures:
             rng = random.Random(f"{label} {n} {number}")
-            prompts = [
-                [rng.randrange(self._vocabulary) for _ in range(prompt_tokens)] for _ in range(n)
-            ]
+            prompts = [random_tokens(rng, self._vocabulary, prompt_tokens) for _ in range(n)]
             begin = time.perf_counter()
             made = ask(prompts, settings)
             seconds = time.perf_counter() - begin

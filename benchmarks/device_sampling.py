@@ -21,6 +21,7 @@ from torch import Tensor
 
 from benchmarks.device import STEP, Bench, bandwidth, build, name_of, seconds
 from benchmarks.measuring import Figures, measure, median, speed_ratio, table
+from benchmarks.workload import random_tokens
 from reft_runtime.engine.device import sampler_for
 from reft_runtime.engine.device_sampler import DeviceSampler, Draw
 from reft_runtime.engine.sampler import SampleRow, sample
@@ -59,7 +60,7 @@ def alone(
     rng = random.Random(0)
     owners = []
     for i in range(len(logits)):
-        tokens = [rng.randrange(logits.shape[1]) for _ in range(2 * MADE)]
+        tokens = random_tokens(rng, logits.shape[1], 2 * MADE)
         params = SamplingParams(**settings[i % len(settings)])
         owners.append(Sequence(Request("", tuple(tokens[:MADE]), params, i), 0, i, tokens))
     launches: list[float] = []

@@ -20,7 +20,7 @@ import torch
 import typer
 
 from benchmarks.measuring import SECONDS, Case, Figures, interval, measure, median, table
-from benchmarks.workload import percentile
+from benchmarks.workload import percentile, random_tokens
 from reft_runtime import Engine, SamplingParams
 
 STREAMS = 16
@@ -44,7 +44,7 @@ def long_prompt_among_streams(engine: Engine) -> Case:
         warm = asyncio.Event()
 
         async def tokens_of(prompt_tokens: int, answer: int, into: list[float]) -> None:
-            prompt = [rng.randrange(vocabulary) for _ in range(prompt_tokens)]
+            prompt = random_tokens(rng, vocabulary, prompt_tokens)
             sampling = SamplingParams(temperature=0, max_tokens=answer, ignore_eos=True)
             stream = await engine.open(prompt, sampling)
             try:

@@ -19,12 +19,14 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from benchmarks.finished_runs import FinishedRuns
 from reft_runtime.loading.base import read_words
 from reft_runtime.training import TrainSettings, evaluate, train
 from reft_runtime.training.join import choose_prefix
@@ -157,10 +159,9 @@ def measure(run: Run, trainings: Trainings) -> Outcome:
     return Outcome(sum(score.right), score.rows, round(seconds, 1))
 
 
-def read(path: Path) -> dict[Run, Outcome]:
-    """Trainings that are done, by the file that they are lines of."""
-    entries = [json.loads(line) for line in path.read_text().splitlines()]
-    return {Run(**entry["run"]): Outcome(**entry["outcome"]) for entry in entries}
+def finished(path: Path) -> FinishedRuns[Run, Outcome]:
+    """The trainings in a file."""
+    return FinishedRuns(path, Run, Outcome)
 
 
 def table(done: dict[Run, Outcome]) -> str:
@@ -202,18 +203,12 @@ def main(
     model: Annotated[str, typer.Option(help="demo, a folder, or a hub id.")] = "demo",
 ) -> None:
     """Train what is not done yet, and print the table."""
-    done = read(out) if out.exists() else {}
+    runs = finished(out)
     wanted = [Run(layout, seed, epochs, dtype) for seed in range(seeds) for layout in LAYOUTS]
     with tempfile.TemporaryDirectory() as folder:
         trainings = Trainings(Path(folder), model)
-        for run in wanted:
-            if run not in done:
-                done[run] = measure(run, trainings)
-                entry = {"run": asdict(run), "outcome": asdict(done[run])}
-                with out.open("a") as file:
-                    file.write(json.dumps(entry) + "\n")
-                print(json.dumps(entry), flush=True)
-    print(table({run: done[run] for run in wanted}))
+        done = {run: runs.outcome(run, partial(measure, run, trainings)) for run in wanted}
+    print(table(done))
 
 
 if __name__ == "__main__":

@@ -30,9 +30,10 @@ import typer
 from benchmarks.measuring import SECONDS, Case, Figures, measure, median, speed_ratio, table
 from benchmarks.peers.client import Peer
 from benchmarks.peers.worker import Job
+from benchmarks.reft_runs import stream
 from benchmarks.testbed import Testbed
-from benchmarks.workload import figures, random_intervention
-from reft_runtime import Engine, SamplingParams, Use
+from benchmarks.workload import figures, random_intervention, random_tokens
+from reft_runtime import Engine, Use
 from reft_runtime.base.demo import demo_model
 from reft_runtime.schedule.blocks import BLOCK_TOKENS
 
@@ -57,12 +58,8 @@ WORKLOADS: dict[str, list[str]] = {
 def over_one_prompt(vocabulary: int, number: int) -> Job:
     """The requests of round `number`; the warm-up (0) has two."""
     rng = random.Random(number)
-
-    def tokens(count: int) -> list[int]:
-        return [rng.randrange(vocabulary) for _ in range(count)]
-
-    shared, count = tokens(SHARED_TOKENS), REQUESTS if number else 2
-    prompts = [[*shared, *tokens(OWN_TOKENS)] for _ in range(count)]
+    shared, count = random_tokens(rng, vocabulary, SHARED_TOKENS), REQUESTS if number else 2
+    prompts = [[*shared, *random_tokens(rng, vocabulary, OWN_TOKENS)] for _ in range(count)]
     return {"prompts": prompts, "answers": [ANSWER_TOKENS] * count}
 
 
@@ -95,7 +92,7 @@ class Side:
         text: list[int] = []
         turns: list[Figures] = []
         for _ in range(TURNS if number else 1):
-            text += [rng.randrange(self.engine.info.vocab_size) for _ in range(TURN_TOKENS)]
+            text += random_tokens(rng, self.engine.info.vocab_size, TURN_TOKENS)
             job: Job = {"prompts": [text], "answers": [REPLY_TOKENS]}
             turns.append(asyncio.run(self._run((workload, number), job, WORKLOADS[workload])))
             text = [*text, *self.answers[workload, number][-1]]
@@ -108,18 +105,13 @@ class Side:
     async def _run(self, key: tuple[str, int], job: Job, names: Sequence[str]) -> Figures:
         before, begin = self.engine.stats().prompt_tokens, time.perf_counter()
 
-        async def one(i: int) -> tuple[list[int], list[float]]:
-            sampling = SamplingParams(temperature=0, max_tokens=job["answers"][i], ignore_eos=True)
-            tokens: list[int] = []
-            stamps: list[float] = []
-            uses = (Use(names[i]),) if names else ()
-            async for deltas in await self.engine.open(job["prompts"][i], sampling, uses):
-                for delta in deltas:
-                    tokens += delta.tokens
-                    stamps += [time.perf_counter() - begin] * len(delta.tokens)
-            return tokens, stamps
-
-        done = await asyncio.gather(*(one(i) for i in range(len(job["prompts"]))))
+        asked = enumerate(zip(job["prompts"], job["answers"], strict=True))
+        done = await asyncio.gather(
+            *(
+                stream(self.engine, prompt, answer, (Use(names[i]),) if names else (), begin)
+                for i, (prompt, answer) in asked
+            )
+        )
         self.answers.setdefault(key, []).extend(tokens for tokens, _ in done)
         seconds, stamps = time.perf_counter() - begin, [stamps for _, stamps in done]
         measured = figures({"seconds": seconds, "tokens": done[0][0], "stamps": stamps})

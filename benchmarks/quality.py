@@ -11,13 +11,12 @@ be stopped at any time.
 
 from __future__ import annotations
 
-import json
 import random
 import statistics
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -26,6 +25,7 @@ import torch
 import typer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from benchmarks.finished_runs import FinishedRuns
 from benchmarks.peer_training import Tuned, accuracy, fit, with_lora, with_pyreft
 from reft_runtime.base.demo import locate
 from reft_runtime.loading.loader import choose_dtype
@@ -58,11 +58,6 @@ class Run:
     rank: int
     dtype: str
     eval_rows: int | None
-
-    @property
-    def key(self) -> str:
-        """A text that only equal runs have."""
-        return json.dumps(asdict(self), sort_keys=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,28 +174,6 @@ METHODS = {
 }
 
 
-class Results:
-    """Runs that are done, one JSON line each."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._done: dict[str, dict[str, Any]] = {}
-        if path.exists():
-            for line in path.read_text().split("\n")[:-1]:
-                entry = json.loads(line)
-                self._done[json.dumps(entry["run"], sort_keys=True)] = entry
-
-    def outcome(self, run: Run, do: Callable[[], Outcome]) -> Outcome:
-        """What a run gave; it is done where it is not known."""
-        if run.key not in self._done:
-            entry = {"run": asdict(run), "outcome": asdict(do())}
-            self._done[run.key] = entry
-            with self._path.open("a") as file:
-                file.write(json.dumps(entry) + "\n")
-            print(json.dumps(entry), flush=True)
-        return Outcome(**self._done[run.key]["outcome"])
-
-
 def row(label: str, outcomes: Sequence[Outcome], task: str, lr: float | None) -> str:
     """A line of the table: means over seeds, and the spread of the accuracy."""
     accuracies = [100 * outcome.accuracy for outcome in outcomes]
@@ -237,7 +210,7 @@ def main(
     dtype: Annotated[str, typer.Option(help="Of the base's weights.")] = "float32",
 ) -> None:
     """Train what is not done yet, and print the table."""
-    results = Results(out)
+    results = FinishedRuns(out, Run, Outcome)
     lines = []
     for name in tasks.split(","):
         task = Task.read(data / name, eval_rows)

@@ -41,7 +41,7 @@ from benchmarks.measuring import (
     table,
     timed,
 )
-from benchmarks.workload import L1, random_intervention, settings
+from benchmarks.workload import L1, random_intervention, random_tokens, settings
 from reft_runtime import Engine, SamplingParams
 from reft_runtime.front.engine import Applied
 
@@ -172,8 +172,7 @@ class Scaling:
         return names
 
     def _prompt(self, rng: random.Random, length: int) -> list[int]:
-        """Random tokens."""
-        return [rng.randrange(self.engine.info.vocab_size) for _ in range(length)]
+        return random_tokens(rng, self.engine.info.vocab_size, length)
 
     def _answer(self, names: Sequence[str | None], requests: int) -> Case:
         """So many requests through these interventions in turn."""

@@ -15,8 +15,8 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from benchmarks.http_overhead import served
 from benchmarks.peers.client import Peer
+from benchmarks.serving import served
 from benchmarks.workload import random_intervention, settings, write_lora
 from reft_runtime import Engine
 
@@ -66,7 +66,7 @@ class Testbed:
     def port(self) -> int:
         """The port of our server in a process of its own; it knows the interventions."""
         options = {"kv_tokens": KV_TOKENS, "interventions": self._interventions}
-        return self._stack.enter_context(served(self.model, self.dtype, options))[0]
+        return self._stack.enter_context(served(self.model, self.dtype, options)).port
 
     @cached_property
     def reference(self) -> nn.Module:

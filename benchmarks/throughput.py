@@ -19,7 +19,6 @@ from typing import Annotated
 import torch
 import typer
 
-from benchmarks.throughput_cases import BASE, CLOSED, MIXED, ThroughputCase
 from benchmarks.measuring import (
     Round,
     Setting,
@@ -30,6 +29,7 @@ from benchmarks.measuring import (
     table,
 )
 from benchmarks.testbed import Testbed
+from benchmarks.throughput_cases import BASE, CLOSED, MIXED, ThroughputCase
 from benchmarks.workload import ANSWER_TOKENS, MIXED_REQUESTS, PAPER, mixed
 from reft_runtime.base.demo import demo_model
 

@@ -49,7 +49,7 @@ class ThroughputCase(NamedTuple):
 
 
 def _closed(start: Callable[[Testbed], Run], at_most: int | None = None) -> Callable[..., Case]:
-    """Cases of n requests at once. Of more than `at_most` only those run, and the time is scaled."""
+    """Cases of n requests at once; of more than `at_most` only those run, and time is scaled."""
 
     def build(testbed: Testbed, label: str, n: int) -> Case:
         run, asked = start(testbed), min(n, at_most or n)

@@ -12,8 +12,8 @@ import matplotlib
 import typer
 from matplotlib.figure import Figure
 
-from benchmarks.throughput_cases import BASE, CLOSED, FLOOR
 from benchmarks.measuring import Group, load, median, speed_ratio
+from benchmarks.throughput_cases import BASE, CLOSED, FLOOR
 from benchmarks.workload import ANSWER_TOKENS, DECODE, F3L3, L1, PAPER
 
 Groups = dict[tuple[str, int], Group]

@@ -28,13 +28,18 @@ MIXED_RATE = 6
 LORA_RANK = 8
 
 
+def random_tokens(rng: random.Random, vocabulary: int, count: int) -> list[int]:
+    """Token ids of a prompt, each drawn from the whole vocabulary."""
+    return [rng.randrange(vocabulary) for _ in range(count)]
+
+
 def closed(vocabulary: int, n: int, seed: str, answer: int = ANSWER_TOKENS) -> Job:
     """n requests at once: 64 random prompt tokens, 64 tokens to answer.
 
     Every case and round has prompts of its own, so that no prefix cache knows them.
     """
     rng = random.Random(seed)
-    prompts = [[rng.randrange(vocabulary) for _ in range(PROMPT_TOKENS)] for _ in range(n)]
+    prompts = [random_tokens(rng, vocabulary, PROMPT_TOKENS) for _ in range(n)]
     return {"prompts": prompts, "answers": [answer] * n}
 
 
@@ -53,7 +58,7 @@ def mixed(vocabulary: int, seed: str, requests: int = MIXED_REQUESTS) -> Job:
     job: Job = {"prompts": [], "answers": [], "arrivals": []}
     now = 0.0
     for _ in range(requests):
-        job["prompts"].append([tokens.randrange(vocabulary) for _ in range(length(MIXED_PROMPTS))])
+        job["prompts"].append(random_tokens(tokens, vocabulary, length(MIXED_PROMPTS)))
         job["answers"].append(length(MIXED_ANSWERS))
         job["arrivals"].append(now)
         now += shape.expovariate(MIXED_RATE)
