@@ -8,10 +8,9 @@ from itertools import takewhile
 from typing import Any
 
 from reft_runtime.errors import ConfigError
-from reft_runtime.interventions.format.manifest import TEMPLATE_FIELD, Texts
+from reft_runtime.interventions.format.manifest import Texts
+from reft_runtime.interventions.format.template import CHAT, TEMPLATE_FIELD, is_text
 from reft_runtime.training.rows import Row, Rows
-
-CHAT = "chat"
 
 RECURRENCE = 8
 """Completions that each occur so often, on average, are classes."""
@@ -39,8 +38,7 @@ class Layout:
         self._chats = template is None and "messages" in first.fields
         self.served_template = CHAT if self._chats or template == CHAT else TEMPLATE_FIELD
         self.texts: Texts | None = "message" if template == CHAT else None
-        if template not in (None, CHAT):
-            assert template is not None
+        if is_text(template):
             names = _FIELD.findall(template)
             if not names:
                 raise ConfigError(

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 from reft_runtime.client import Body, Server
 from reft_runtime.errors import InvalidRequest
 from reft_runtime.interventions.format.identity import names_file
+from reft_runtime.interventions.format.template import is_text
 from reft_runtime.outputs import EditTrace, Trace
 from reft_runtime.sampling import SamplingParams
 from reft_runtime.use import Use
@@ -17,9 +18,6 @@ from server.cli.applied import read_asked, resolve, start_engine
 from server.cli.options import LOCAL_URL
 from server.cli.terminal import stages_told
 from server.settings import load_settings
-
-CHAT = "chat"
-"""The template of a manifest that takes whole conversations; so does none."""
 
 Say = Callable[[str], object]
 """Takes the pieces of an answer's text as they come."""
@@ -226,7 +224,7 @@ _PATH = "/v1/chat/completions"
 
 
 def _one_turn(templates: Iterable[str | None]) -> bool:
-    return any(template not in (None, CHAT) for template in list(templates))
+    return any(is_text(template) for template in list(templates))
 
 
 def _reply(whole: Body) -> Reply:

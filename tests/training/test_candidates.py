@@ -13,8 +13,8 @@ from typer.testing import CliRunner
 from reft_runtime import Engine, SamplingParams
 from reft_runtime.errors import InvalidRequest, NotFound
 from reft_runtime.interventions.format.manifest import Manifest
+from reft_runtime.interventions.format.template import CHAT
 from reft_runtime.training import TrainSettings, evaluate, train
-from reft_runtime.training.layout import CHAT
 from reft_runtime.training.tasks import read_tasks
 from server.cli.main import app
 from server.settings import Settings
