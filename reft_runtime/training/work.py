@@ -90,13 +90,18 @@ class WorkFolder:
         with suppress(FileNotFoundError):
             shutil.rmtree(self.path)
 
+    def progress(self, steps: int) -> str:
+        """How far a training of so many steps is: `step 120 of 375`."""
+        newest = self.newest
+        return f"step 0 of {steps}: none was kept" if newest is None else _progress(newest)
+
     def kept(self) -> str:
         """Which step a checkpoint is of, and how to go on; or that there is none."""
         newest = self.newest
         if newest is None:
             return "No step is kept, and nothing is left behind: start it again."
         return (
-            f"{progress_of(newest).capitalize()} is kept in {self.path}. The same command with"
+            f"{_progress(newest).capitalize()} is kept in {self.path}. The same command with"
             " --resume (in Python resume=True) goes on from there."
         )
 
@@ -116,7 +121,7 @@ class WorkFolder:
             raise
 
 
-def progress_of(checkpoint: Path) -> str:
+def _progress(checkpoint: Path) -> str:
     """How far a checkpoint is: `step 120 of 375`."""
     steps = json.loads((checkpoint / _STATE).read_text())["max_steps"]
     return f"step {_step(checkpoint)} of {steps}"

@@ -110,7 +110,7 @@ def test_what_the_format_refuses_is_told_before_the_training(
     def begin(*_: object, **__: object) -> None:
         raise AssertionError("the training began")
 
-    monkeypatch.setattr(sys.modules["reft_runtime.training.train"], "EditTrainer", begin)
+    monkeypatch.setattr(sys.modules["reft_runtime.training.run"], "EditTrainer", begin)
     with pytest.raises(ReftError, match="description"):
         train(
             ROWS,
