@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, Self
 
 from reft_runtime.display.html import table
+from reft_runtime.use import BASE_LABEL
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -215,7 +216,7 @@ def _side_by_side(comparisons: Iterable[Comparison]) -> str:
     """Answers below each other in HTML, each with its length and its distance from the base."""
     rows = [
         (
-            " + ".join(one.interventions) or "base",
+            " + ".join(one.interventions) or BASE_LABEL,
             one.answer.text.strip(),
             str(len(one.answer.tokens)),
             f"{one.trace.kl:.3f}",

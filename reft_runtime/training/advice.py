@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 from reft_runtime.training.outcomes import LabelFigures, Score
+from reft_runtime.training.wording import listed
 
 POOR = 0.8
 """An accuracy below this is worth another training."""
@@ -74,11 +75,9 @@ def _never_given(labels: tuple[LabelFigures, ...]) -> list[str]:
     never = [one for one in labels if not one.given and one.rows >= ENOUGH]
     if not never:
         return []
-    names = ", ".join(one.label for one in never[:NAMED])
-    more = f" and {len(never) - NAMED} more" if len(never) > NAMED else ""
     return [
-        f"Never given: {names}{more}. Look whether the training rows have enough of"
-        f" {'it' if len(never) == 1 else 'them'}, spelled the same."
+        f"Never given: {listed([one.label for one in never], NAMED)}. Look whether the training"
+        f" rows have enough of {'it' if len(never) == 1 else 'them'}, spelled the same."
     ]
 
 

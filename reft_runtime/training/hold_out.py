@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import random
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
 from reft_runtime.errors import ConfigError
-from reft_runtime.training.layout import Layout
+from reft_runtime.training.layout import Layout, prompt_key
 from reft_runtime.training.rows import Row, Rows
 
 SHARE = 0.1
@@ -68,7 +67,7 @@ def _groups(rows: Rows, layout: Layout, order: random.Random) -> _Groups:
     """In random order. Prompts with several labels are left out: they stay in the training."""
     prompts: dict[str, list[int]] = defaultdict(list)
     for place, row in enumerate(rows.rows):
-        prompts[_key(layout.prompt(row))].append(place)
+        prompts[prompt_key(layout.prompt(row))].append(place)
     found: dict[str | None, list[list[int]]] = defaultdict(list)
     for places in prompts.values():
         labels = {_label(rows.rows[place]) for place in places}
@@ -92,8 +91,3 @@ def _quotas(groups: _Groups, wanted: int) -> Iterator[tuple[str | None, int]]:
 
 def _label(row: Row) -> str | None:
     return None if row.label is None else row.label.strip()
-
-
-def _key(prompt: object) -> str:
-    text = prompt if isinstance(prompt, str) else json.dumps(prompt, sort_keys=True)
-    return " ".join(text.split()).casefold()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Sequence
 from itertools import takewhile
@@ -69,6 +70,12 @@ class Layout:
     def has_completion(self, row: Row) -> bool:
         """Whether the row says what the whole answer is; for a label alone it need not."""
         return self._chats or "completion" in row.fields
+
+
+def prompt_key(prompt: str | Chat) -> str:
+    """A text that prompts have in common which differ in blanks and capitals alone."""
+    text = prompt if isinstance(prompt, str) else json.dumps(prompt, sort_keys=True)
+    return " ".join(text.split()).casefold()
 
 
 def choose_template(rows: Rows, *, chats: bool) -> str | None:

@@ -11,9 +11,7 @@ from reft_runtime.display.html import table
 from reft_runtime.errors import ConfigError
 from reft_runtime.training.advice import advise
 from reft_runtime.training.outcomes import OTHER, Confusion, LabelFigures, Outcome, Score
-
-BASE = "base"
-"""What the model without an intervention is called."""
+from reft_runtime.use import BASE_LABEL
 
 MOST_LABELS = 20
 MOST_WRONG = 3
@@ -33,7 +31,8 @@ class Report:
     @property
     def interventions(self) -> list[str]:
         """What was judged, without the base."""
-        return list(dict.fromkeys(s.intervention for s in self.scores if s.intervention != BASE))
+        names = dict.fromkeys(score.intervention for score in self.scores)
+        return [name for name in names if name != BASE_LABEL]
 
     def as_json(self) -> list[dict[str, Any]]:
         """Plain values: each score with its rows' outcomes, labels and confusions."""
@@ -85,11 +84,11 @@ class Report:
         By label, the commonest confusions, some wrong rows, and what to try next; the base model
         stands beside it.
         """
-        bases = {s.data: s for s in self.scores if s.intervention == BASE}
+        bases = {s.data: s for s in self.scores if s.intervention == BASE_LABEL}
         return "\n\n".join(
             "\n".join(_details(score, bases.get(score.data)))
             for score in self.scores
-            if score.intervention != BASE and score.outcomes
+            if score.intervention != BASE_LABEL and score.outcomes
         )
 
 

@@ -9,13 +9,11 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
+from reft_runtime.use import BASE_LABEL
 from server.cli.backend import Applied, Ask, Backend, Reply
 from server.cli.console import printable
 
 Message = dict[str, str]
-
-BASE_LABEL = "base"
-"""What the model without an intervention is called."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,7 +13,7 @@ from reft_runtime.display.plots import check_plot
 from reft_runtime.errors import ConfigError
 from reft_runtime.sampling import SamplingParams
 from reft_runtime.use import Use
-from server.cli.backend import BASE, Applied, Ask, Backend, open_backend, server_to_ask
+from server.cli.backend import BASE, Applied, Ask, Backend, open_backend
 from server.cli.columns import alone, answer_columns, conversation, show_columns
 from server.cli.console import console
 from server.cli.options import (
@@ -28,10 +28,10 @@ from server.cli.options import (
 )
 from server.cli.sweep import Point, draw, read_strengths, show_points
 from server.cli.terminal import stages_told
-from server.settings import load_settings
 
 if TYPE_CHECKING:
     from reft_runtime.training import Score
+    from reft_runtime.training.rows import Rows
 
 app = typer.Typer()
 
@@ -149,13 +149,13 @@ def sweep(
         )
     picture = None if plot is None else check_plot(plot)
     sampling = SamplingParams(max_tokens=max_tokens, temperature=temperature, seed=seed)
-    asked = server_to_ask(url, api_key, options)
+    rows = None if evaluation is None else _read(evaluation)
     scores: list[Score | None] = [None] * len(grid)
-    if evaluation is not None:
-        scores = list(_scores(evaluation, name, grid, asked, api_key, options))
-    backend = open_backend(asked, api_key, options)
+    backend = open_backend(url, api_key, options)
     try:
         applied = _at(backend, name, grid)
+        if rows is not None:
+            scores = list(backend.evaluate(rows, [f"{name}={strength!r}" for strength in grid]))
         columns = answer_columns(backend, [_ask(prompt, system, one, sampling) for one in applied])
     finally:
         backend.close()
@@ -184,27 +184,8 @@ def _ask(prompt: str, system: str | None, applied: Applied, sampling: SamplingPa
 
 
 @stages_told()
-def _scores(
-    data: str,
-    name: str,
-    grid: list[float],
-    url: str | None,
-    api_key: str | None,
-    options: dict[str, Any],
-) -> tuple[Score, ...]:
-    """What `reft eval` finds at each strength."""
+def _read(data: str) -> Rows:
+    """Rows to score, read before a model is loaded."""
     with stage("Starting Python's libraries"):
-        from reft_runtime.training import evaluate
-    settings = load_settings(options)
-    report = evaluate(
-        [data],
-        [f"{name}={strength!r}" for strength in grid],
-        url=url,
-        api_key=api_key,
-        model=settings.model,
-        folder=settings.interventions,
-        dtype=settings.dtype,
-        threads=settings.threads,
-        base=False,
-    )
-    return report.scores
+        from reft_runtime.training.rows import read_rows
+    return read_rows(data)

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from itertools import groupby
 from typing import TYPE_CHECKING
 
+from reft_runtime.use import with_strength
+
 if TYPE_CHECKING:
     from reft_runtime.outputs import Trace
     from reft_runtime.use import Use
@@ -34,7 +36,7 @@ def trace_table(trace: Trace, uses: Sequence[Use], prompt_tokens: int) -> str:
         use = uses[edit.intervention]
         rows.append(
             (
-                use.label.partition("@")[0] + ("" if use.strength == 1 else f"={use.strength:g}"),
+                with_strength(use.label.partition("@")[0], use.strength),
                 str(edit.layer),
                 edit.component,
                 str(len(edit.positions)),

@@ -237,8 +237,7 @@ def train(
         + (f", {figures}" if figures else "")
     )
     if server is not None:
-        new = put(server, out, out.stem)
-        typer.echo(f"{push}: {out.stem} {'added' if new else 'replaced'}")
+        typer.echo(f"{push}: {out.stem} {put(server, out, out.stem)}")
     if trained.held_out is not None:
         with stoppable(f"{out} is written; the report on its held-out rows is left out."):
             typer.echo(_judged(trained, settings.template))

@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
 
-from reft_runtime.client import Body, Server, Unreachable
+from reft_runtime.client import Body, Change, Server, Unreachable
 from reft_runtime.errors import ConfigError, NotFound, ReftError
 from reft_runtime.interventions.format.identity import MAX_FILE_BYTES, SUFFIX
 from server.cli.console import error_console, size
@@ -54,17 +54,16 @@ def push(
     for path in paths:
         served = name or path.name.removesuffix(SUFFIX)
         try:
-            entry, new = _upload(server, path, served)
+            entry, change = _upload(server, path, served)
         except Unreachable:
             raise
         except ReftError as error:
             file = "" if error.message.startswith(str(path)) else f"{path}: "
             typer.echo(f"reft: {file}{error.message}", err=True)
             continue
-        taken.append({**entry, "new": new})
+        taken.append({**entry, "new": change == "added"})
         if not as_json:
-            verb = "added" if new else "replaced"
-            typer.echo(f"{served}: {verb}, {short(entry['digest'])}, {size(entry['size_bytes'])}")
+            typer.echo(f"{served}: {change}, {short(entry['digest'])}, {size(entry['size_bytes'])}")
     if as_json:
         typer.echo(json.dumps(taken, ensure_ascii=False))
     if len(taken) < len(paths):
@@ -121,8 +120,8 @@ def _files(given: Sequence[str]) -> list[Path]:
     return list(found)
 
 
-def _upload(server: Server, path: Path, name: str) -> tuple[Body, bool]:
-    """Its entry, and whether it is new; meanwhile a bar, where standard error is a terminal."""
+def _upload(server: Server, path: Path, name: str) -> tuple[Body, Change]:
+    """Its entry, and what changed; meanwhile a bar, where standard error is a terminal."""
     with naming(path):
         fits = path.stat().st_size <= MAX_FILE_BYTES
         data = path.read_bytes() if fits else read_file(path)  # which says what it is

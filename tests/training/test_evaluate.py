@@ -211,11 +211,11 @@ def test_perplexity_of_the_base_is_the_models(place: Path) -> None:
 def test_push(place: Path, address: str, tmp_path: Path) -> None:
     file = place / "interventions" / "task.safetensors"
     server = Server(address)
-    assert server.push(file, "pushed")
-    assert not server.push(file, "pushed")
-    assert "pushed" in server.models()
+    assert server.upload("pushed", file.read_bytes())[1] == "added"
+    assert server.upload("pushed", file.read_bytes())[1] == "unchanged"
+    assert "pushed" in server.names()
     with pytest.raises(ConfigError, match="the server answered 400"):
-        server.push(place / "goodbad.jsonl", "broken")
+        server.upload("broken", (place / "goodbad.jsonl").read_bytes())
 
 
 @pytest.mark.parametrize(
