@@ -7,12 +7,14 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, Self
 
 from reft_runtime.display.html import table
-from reft_runtime.use import BASE_LABEL
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 FinishReason = Literal["stop", "length"]
+
+BASE_LABEL = "base"
+"""What tables and reports call the model without an intervention."""
 
 
 @dataclass(frozen=True, slots=True)

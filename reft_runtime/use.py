@@ -19,9 +19,6 @@ MAX_INTERVENTIONS = 16
 MAX_STRENGTH = 100.0
 """A server takes strengths from minus this to this."""
 
-BASE_LABEL = "base"
-"""What tables and reports call the model without an intervention."""
-
 
 def with_strength(name: str, strength: float) -> str:
     """A name as `Use.parse` reads it: with `=STRENGTH` behind it, where that is not 1."""

@@ -11,8 +11,9 @@ from reft_runtime.client import Server
 from reft_runtime.errors import ConfigError, InvalidFile, InvalidRequest, NotFound, did_you_mean
 from reft_runtime.interventions import Intervention, parse, read
 from reft_runtime.interventions.format.identity import SUFFIX, names_file
+from reft_runtime.outputs import BASE_LABEL
 from reft_runtime.training.wording import listed
-from reft_runtime.use import BASE_LABEL, MAX_STRENGTH, Use, with_strength
+from reft_runtime.use import MAX_STRENGTH, Use, with_strength
 
 MOST_NAMED = 10
 """Names that an error lists where none is like the one asked for."""

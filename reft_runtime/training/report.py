@@ -8,10 +8,11 @@ from html import escape
 from typing import Any
 
 from reft_runtime.display.html import table
+from reft_runtime.display.text import aligned
 from reft_runtime.errors import ConfigError
+from reft_runtime.outputs import BASE_LABEL
 from reft_runtime.training.advice import advise
 from reft_runtime.training.outcomes import OTHER, Confusion, LabelFigures, Outcome, Score
-from reft_runtime.use import BASE_LABEL
 
 MOST_LABELS = 20
 MOST_WRONG = 3
@@ -60,7 +61,7 @@ class Report:
 
     def table(self) -> str:
         """Interventions by data sets, for a terminal: accuracies in per cent."""
-        return "\n".join(_aligned(self.cells()))
+        return "\n".join(aligned(self.cells(), numbers=True))
 
     def cells(self) -> list[list[str]]:
         """The table's cells, its head first."""
@@ -129,7 +130,8 @@ def _label_lines(labels: Sequence[LabelFigures]) -> list[str]:
         for one in labels[:MOST_LABELS]
     ]
     more = len(labels) - MOST_LABELS
-    return [*_aligned(rows), *([f"and {more:,} more, which are better"] if more > 0 else [])]
+    lines = aligned(rows, numbers=True)
+    return [*lines, f"and {more:,} more, which are better"] if more > 0 else lines
 
 
 def _confusion_lines(confusions: Sequence[Confusion]) -> list[str]:
@@ -143,15 +145,3 @@ def _confusion_lines(confusions: Sequence[Confusion]) -> list[str]:
 def _wrong_lines(outcome: Outcome) -> Iterable[str]:
     yield f"{outcome.where}: {outcome.text}"
     yield f"  wanted {outcome.wanted!r}, answered {outcome.answered!r}"
-
-
-def _aligned(lines: Sequence[Sequence[str]]) -> list[str]:
-    """Lines of cells in columns: the first to the left, the others to the right."""
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return [
-        "  ".join(
-            cell.rjust(width) if column else cell.ljust(width)
-            for column, (cell, width) in enumerate(zip(line, widths, strict=True))
-        ).rstrip()
-        for line in lines
-    ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from typing import Annotated, Any
+from typing import Any
 
 import typer
 
@@ -20,6 +20,7 @@ from server.cli.options import (
     MaxTokens,
     MaybeUrl,
     Seed,
+    System,
     Temperature,
     with_settings,
 )
@@ -34,9 +35,7 @@ KEPT_LINES = 1000
 @with_settings(*LOCAL_SETTINGS)
 def chat(
     intervention: Composed = None,
-    system: Annotated[
-        str | None, typer.Option(help="What the model is told first.", show_default=False)
-    ] = None,
+    system: System = None,
     url: MaybeUrl = None,
     api_key: ApiKey = None,
     max_tokens: MaxTokens = 512,

@@ -9,7 +9,7 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
-from reft_runtime.use import BASE_LABEL
+from reft_runtime.outputs import BASE_LABEL
 from server.cli.backend import Applied, Ask, Backend, Reply
 from server.cli.console import printable
 

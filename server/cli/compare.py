@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,14 +14,16 @@ from reft_runtime.sampling import SamplingParams
 from reft_runtime.use import Use
 from server.cli.backend import BASE, Applied, Ask, Backend, open_backend
 from server.cli.columns import alone, answer_columns, conversation, show_columns
-from server.cli.console import console
+from server.cli.console import console, print_json
 from server.cli.options import (
     LOCAL_SETTINGS,
     ApiKey,
     AsJson,
     MaxTokens,
     MaybeUrl,
+    Prompt,
     Seed,
+    System,
     Temperature,
     with_settings,
 )
@@ -34,11 +35,6 @@ if TYPE_CHECKING:
     from reft_runtime.training.rows import Rows
 
 app = typer.Typer()
-
-Prompt = Annotated[str, typer.Argument(help="What to say to the model, as one user's turn.")]
-System = Annotated[
-    str | None, typer.Option(help="What the model is told first.", show_default=False)
-]
 
 
 @app.command()
@@ -86,7 +82,7 @@ def compare(
     finally:
         backend.close()
     if as_json:
-        typer.echo(json.dumps([column.as_json() for column in columns], ensure_ascii=False))
+        print_json([column.as_json() for column in columns])
     else:
         show_columns(console(), columns)
 
@@ -163,7 +159,7 @@ def sweep(
     if picture is not None:
         draw(picture, name, points)
     if as_json:
-        typer.echo(json.dumps([point.as_json() for point in points], ensure_ascii=False))
+        print_json([point.as_json() for point in points])
     else:
         show_points(console(), points)
 

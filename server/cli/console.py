@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Mapping, Sequence
+from typing import Any
 
+import typer
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -25,6 +28,11 @@ def console() -> Console:
     return Console(
         width=None if sys.stdout.isatty() else _WIDE, markup=False, highlight=False, emoji=False
     )
+
+
+def print_json(value: Any) -> None:
+    """Write plain values to standard output as one line of JSON."""
+    typer.echo(json.dumps(value, ensure_ascii=False))
 
 
 def error_console() -> Console:

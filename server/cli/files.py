@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from reft_runtime.display.text import aligned
 from reft_runtime.errors import ConfigError
 from server.cli.local_files import naming, read_file
-from server.cli.tables import aligned
+from server.cli.options import AsJson
 
 if TYPE_CHECKING:
     from reft_runtime.interventions import Intervention
@@ -77,7 +78,7 @@ def inspect(
     base: Annotated[
         str | None, typer.Option(help="Base model (demo, a folder, a hub id), for the share of it.")
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Show what a file holds, after the checks that it passes before it is served."""
     from reft_runtime.base.shape import count_parameters, read_base

@@ -15,6 +15,12 @@ from server.settings import Settings
 
 Command = TypeVar("Command", bound=Callable[..., None])
 
+
+def _unescaped(template: str | None) -> str | None:
+    """A template as it was meant: shells pass a backslash and an n where a new line is wanted."""
+    return None if template is None else template.replace("\\n", "\n").replace("\\t", "\t")
+
+
 LOCAL_URL = "http://127.0.0.1:8000"
 """Where `reft serve` listens unless told otherwise."""
 
@@ -54,6 +60,45 @@ Seed = Annotated[
     int | None,
     typer.Option(
         help="Makes the answer repeatable when temperature is above 0.", show_default=False
+    ),
+]
+Prompt = Annotated[str, typer.Argument(help="What to say to the model, as one user's turn.")]
+System = Annotated[
+    str | None, typer.Option(help="What the model is told first.", show_default=False)
+]
+Model = Annotated[str, typer.Option(help="Base model: demo, a folder or a Hugging Face id.")]
+Description = Annotated[str, typer.Option(help="What the intervention does.")]
+License = Annotated[str | None, typer.Option("--license", help="Licence of the file.")]
+Template = Annotated[
+    str | None,
+    typer.Option(
+        callback=_unescaped,
+        help="How a row becomes a prompt: 'chat' (its prompt as a user's message), or a text with "
+        "fields in braces, 'Review: {text}\\nSentiment:'. By default texts and prompts "
+        "of classes as 'chat', where the model has a chat template, others as they are.",
+    ),
+]
+DATA = (
+    "CSV, TSV, Parquet, a JSON array or JSON lines, or hf:NAME[/CONFIG][:SPLIT]; with text and "
+    "label, prompt and completion, or messages."
+)
+Rows = Annotated[str, typer.Argument(help=DATA)]
+Text = Annotated[
+    str | None, typer.Option(help="Column of the text; by default one of a usual name.")
+]
+Label = Annotated[
+    str | None, typer.Option(help="Column of the class; by default one of a usual name.")
+]
+Dtype = Annotated[
+    str, typer.Option(help="Number format of the base's weights: auto, float32, bfloat16.")
+]
+Threads = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        max=1024,
+        envvar="REFT_THREADS",
+        help="CPU threads; by default one a core that affinity and the container's quota leave.",
     ),
 ]
 LOCAL_SETTINGS = (

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from itertools import groupby
 from typing import TYPE_CHECKING
 
+from reft_runtime.display.text import aligned
 from reft_runtime.use import with_strength
 
 if TYPE_CHECKING:
@@ -13,15 +14,6 @@ if TYPE_CHECKING:
     from reft_runtime.use import Use
 
 _TRACE_HEAD = ("INTERVENTION", "LAYER", "COMPONENT", "ROWS", "MEAN", "LARGEST", "POSITIONS")
-
-
-def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Lines of rows whose columns stand below each other."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return [
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-        for row in rows
-    ]
 
 
 def short(digest: str) -> str:

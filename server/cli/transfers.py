@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Sequence
 from glob import glob, has_magic
@@ -15,7 +14,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
 from reft_runtime.client import Body, Change, Server, Unreachable
 from reft_runtime.errors import ConfigError, NotFound, ReftError
 from reft_runtime.interventions.format.identity import MAX_FILE_BYTES, SUFFIX
-from server.cli.console import error_console, size
+from server.cli.console import error_console, print_json, size
 from server.cli.local_files import naming, read_file
 from server.cli.options import LOCAL_URL, ApiKey, AsJson, Url
 from server.cli.tables import short
@@ -65,7 +64,7 @@ def push(
         if not as_json:
             typer.echo(f"{served}: {change}, {short(entry['digest'])}, {size(entry['size_bytes'])}")
     if as_json:
-        typer.echo(json.dumps(taken, ensure_ascii=False))
+        print_json(taken)
     if len(taken) < len(paths):
         if len(paths) > 1:
             typer.echo(f"reft: {len(paths) - len(taken)} of {len(paths)} were not taken.", err=True)
@@ -98,7 +97,7 @@ def pull(
     _write(path, data, force=force)
     if as_json:
         made = {"id": reference, "file": str(path), "digest": digest, "size_bytes": len(data)}
-        typer.echo(json.dumps(made, ensure_ascii=False))
+        print_json(made)
     else:
         typer.echo(f"{path}: {short(digest)}, {size(len(data))}")
 
