@@ -47,7 +47,7 @@ class Transformers:
     def case(
         self, label: str, n: int, prompt_tokens: int, answer_tokens: int
     ) -> Callable[[int], Figures]:
-        """n requests at once, greedy."""
+        """A case of n requests at once, answered greedily."""
         settings = GenerationConfig(  # type: ignore[no-untyped-call]
             max_new_tokens=answer_tokens, do_sample=False, eos_token_id=None, pad_token_id=0
         )
@@ -83,10 +83,14 @@ class Transformers:
 
 def main(
     shape: Annotated[str, typer.Option(help=f"{', '.join(SHAPES)}.")] = "llama-3-8b",
-    device: Annotated[str, typer.Option(help="As of reft serve.")] = "cuda",
-    dtype: Annotated[str, typer.Option(help="As of reft serve.")] = "auto",
-    concurrency: Annotated[str, typer.Option(help="Requests at once.")] = "1,32,256",
-    peers: Annotated[str, typer.Option(help="Comma-separated.")] = f"{GENERATE},{CONTINUOUS}",
+    device: Annotated[str, typer.Option(help="As for `reft serve`.")] = "cuda",
+    dtype: Annotated[str, typer.Option(help="As for `reft serve`.")] = "auto",
+    concurrency: Annotated[
+        str, typer.Option(help="Numbers of requests at once, comma-separated.")
+    ] = "1,32,256",
+    peers: Annotated[
+        str, typer.Option(help="Ways to ask it, comma-separated.")
+    ] = f"{GENERATE},{CONTINUOUS}",
     rounds: Annotated[int, typer.Option(min=1)] = 5,
     out: Annotated[Path | None, typer.Option(help="Keep the raw figures here.")] = None,
 ) -> None:

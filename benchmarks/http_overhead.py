@@ -32,14 +32,14 @@ PROMPT_TOKENS = 64
 ANSWER_TOKENS = 64
 MAX_MODEL_LEN = 512
 REQUESTS = 96
-"""Of one run, at least; a whole number for every client."""
+"""A run has at least this many requests, and as many for one client as for another."""
 
 IN_PROCESS, STREAMED, WHOLE = "in process", "HTTP, streamed", "HTTP, whole"
 CLIENT, SERVER = "client CPU", "server CPU"
 
 
 def over_http(server: Served, clients: int, requests_of: Callable[[int], list[bytes]]) -> Case:
-    """A case with the seconds, and the cores that client and server were busy on."""
+    """A case whose figures are seconds, and the cores that client and server kept busy."""
 
     def case(number: int) -> Figures:
         requests = requests_of(number)
@@ -60,7 +60,7 @@ def over_http(server: Served, clients: int, requests_of: Callable[[int], list[by
 def rows_of(
     model: str, device: str, dtype: str, n: int, rounds: int, out: Path | None
 ) -> list[tuple[object, ...]]:
-    """The table's lines for one dtype and one number of concurrent requests."""
+    """The lines of the table for one dtype and n requests at a time."""
     count = n * math.ceil(REQUESTS / n)
     tokens = max(n * (PROMPT_TOKENS + ANSWER_TOKENS + 32), 2 * MAX_MODEL_LEN)
     limits = {
@@ -124,10 +124,12 @@ def rows_of(
 
 def main(
     model: Annotated[str, typer.Option(help="demo, a folder, or a hub id.")] = "demo",
-    device: Annotated[str, typer.Option(help="As of reft serve.")] = "cpu",
-    dtypes: Annotated[str, typer.Option(help="Comma-separated.")] = "float32,bfloat16",
+    device: Annotated[str, typer.Option(help="As for `reft serve`.")] = "cpu",
+    dtypes: Annotated[
+        str, typer.Option(help="Number formats, comma-separated.")
+    ] = "float32,bfloat16",
     concurrency: Annotated[
-        str, typer.Option(help="Comma-separated numbers of requests.")
+        str, typer.Option(help="Numbers of requests at a time, comma-separated.")
     ] = "32,256",
     rounds: Annotated[int, typer.Option(min=1)] = 7,
     out: Annotated[

@@ -85,7 +85,7 @@ LAYOUTS = {
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """One training: what identifies it."""
+    """What identifies one training."""
 
     layout: str
     seed: int
@@ -95,7 +95,7 @@ class Run:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What a training gave. `right` of `rows` answers are the label; `seconds` are of the wall."""
+    """What a training gave: `right` of `rows` answers are the label, and it took `seconds`."""
 
     right: int
     rows: int
@@ -111,7 +111,7 @@ class Trainings:
     done: dict[tuple[int, str], tuple[Path, float]] = field(default_factory=dict)
 
     def file(self, run: Run) -> tuple[Path, float]:
-        """A trained file, and the seconds of the wall that it took."""
+        """A trained file, and the seconds that its training took."""
         layout = LAYOUTS[run.layout]
         source = layout.file(DATA / "tickets.csv", self.folder)
         key = (run.seed, tokens_of(source, layout.template, self.model))
@@ -131,7 +131,7 @@ class Trainings:
 
 
 def tokens_of(source: Path, template: str | None, model: str) -> str:
-    """SHA-256 of all tokens that a training on rows goes through, and where prompts end."""
+    """A digest of all that a training on rows sees: tokens, and where prompts end in them."""
     rows, words = read_rows(source), read_words(model)
     template = template or choose_template(rows, chats=words.knows_chats)
     layout = Layout(template, rows.rows[0])
@@ -199,7 +199,7 @@ def main(
     epochs: Annotated[
         float | None, typer.Option(help="Passes; by default as many as `reft train` takes.")
     ] = None,
-    dtype: Annotated[str, typer.Option(help="Of the base's weights.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="Number format of the base's weights.")] = "auto",
     model: Annotated[str, typer.Option(help="demo, a folder, or a hub id.")] = "demo",
 ) -> None:
     """Train what is not done yet, and print the table."""

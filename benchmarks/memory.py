@@ -31,7 +31,7 @@ def announced(banner: str) -> float:
 
 
 def peak(pid: int) -> float:
-    """Most that a process has been resident since `forget`, in GiB."""
+    """The largest resident memory of a process since `forget`, in GiB."""
     status = Path(f"/proc/{pid}/status").read_text()
     found = re.search(r"VmHWM:\s+(\d+) kB", status)
     assert found is not None
@@ -39,12 +39,12 @@ def peak(pid: int) -> float:
 
 
 def forget(pid: int) -> None:
-    """Begin to look for a process's peak anew."""
+    """Let `peak` count from now on."""
     Path(f"/proc/{pid}/clear_refs").write_text("5")
 
 
 def ask(url: str, model: str, tokens: int, seed: int) -> None:
-    """One prompt that no other begins like, and a short answer."""
+    """Send one prompt that begins as no other does, and read its short answer."""
     prompt = random.Random(seed).choices(range(100, 40_000), k=tokens)
     body = {"model": model, "prompt": prompt, "max_tokens": 8, "ignore_eos": True}
     httpx.post(f"{url}/v1/completions", json=body, timeout=None).raise_for_status()

@@ -74,7 +74,7 @@ NEIGHBOURS: dict[str, Ask] = {
 
 
 def files(folder: Path, base: BaseShape, count: int) -> None:
-    """So many small interventions, and one that edits all tokens in two layers."""
+    """Write `count` small interventions, and one that edits all tokens in two layers."""
     layer = base.num_layers // 2
     for number in range(count):
         (folder / f"task-{number}.safetensors").write_bytes(
@@ -110,19 +110,19 @@ def _without_a_pause(kind: str, url: str, model: str, vocabulary: int) -> None:
 
 
 def worst(found: list[list[float]]) -> list[float]:
-    """Of each stream, its longest gap over its median one; the first gaps are of the prompts."""
+    """The longest gap of each stream over its median gap, apart from those beside prompts."""
     steady = [each[STREAMS:] for each in found]
     return [max(each) / statistics.median(each) for each in steady]
 
 
 def main(
     model: Annotated[str, typer.Option(help="demo, a folder, or a hub id.")] = "demo",
-    dtype: Annotated[str, typer.Option(help="As of reft serve.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="As for `reft serve`.")] = "auto",
     count: Annotated[int, typer.Option(min=1, help="Files registered.")] = 10_000,
     rounds: Annotated[int, typer.Option(min=1)] = 3,
     out: Annotated[Path | None, typer.Option(help="Keep the raw figures here.")] = None,
 ) -> None:
-    """Print the table."""
+    """Print by how much gaps grow beside each neighbour."""
     from reft_runtime import Engine
 
     with Engine(model, dtype=dtype) as engine:

@@ -40,7 +40,7 @@ from reft_runtime.schedule.blocks import BLOCK_TOKENS
 SHARED_TOKENS, OWN_TOKENS, REQUESTS, ANSWER_TOKENS = 1000, 30, 32, 8
 TURNS, TURN_TOKENS, REPLY_TOKENS = 5, 200, 50
 KV_TOKENS = 65_536
-"""All 32 rows, and what the cache keeps."""
+"""Room for the tokens of all 32 requests at once, and for what the cache keeps."""
 
 FIRST_TOKEN, COMPUTED = "ttft_median", "computed"
 CACHED, PLAIN, VLLM = "with the cache", "without", "vLLM, 32 LoRAs"
@@ -52,7 +52,7 @@ WORKLOADS: dict[str, list[str]] = {
     "chat l1": ["l1-0"],
     "chat f1": ["f1-0"],
 }
-"""The interventions of each workload's requests, or of the one chat."""
+"""The interventions of each workload: one for each request, or that of the one chat."""
 
 
 def over_one_prompt(vocabulary: int, number: int) -> Job:
@@ -78,7 +78,7 @@ class Side:
             self.engine.registry.put(name, file)
 
     def case(self, workload: str) -> Case:
-        """A case of `measure`."""
+        """A case that runs one workload on this side."""
         run = self._chat if workload.startswith("chat") else self._at_once
         return lambda number: run(workload, number)
 
@@ -119,12 +119,12 @@ class Side:
 
 
 def beside(peer: Peer, vocabulary: int) -> Case:
-    """A case of `measure`: the requests of `tasks` through a peer, request i by its adapter i."""
+    """A case that sends the requests of `tasks` through a peer, request i by its adapter i."""
     return lambda number: figures(peer.run(over_one_prompt(vocabulary, number)))
 
 
 def differing(sides: dict[str, Side], workload: str) -> int:
-    """Answers of measured rounds that are not the same on both sides."""
+    """How many answers of the measured rounds are not the same on both sides."""
     return sum(
         own != other
         for key, answers in sides[CACHED].answers.items()
@@ -136,7 +136,9 @@ def differing(sides: dict[str, Side], workload: str) -> int:
 def main(
     model: Annotated[str, typer.Option(help="demo, a folder, or a hub id.")] = "demo",
     dtype: Annotated[str, typer.Option(help="Number format.")] = "float32",
-    workloads: Annotated[str, typer.Option(help="Comma-separated.")] = ",".join(WORKLOADS),
+    workloads: Annotated[str, typer.Option(help="Workloads, comma-separated.")] = ",".join(
+        WORKLOADS
+    ),
     rounds: Annotated[int, typer.Option(min=1)] = 7,
     vllm: Annotated[Path | None, typer.Option(help="Python of an environment with vLLM.")] = None,
     out: Annotated[Path | None, typer.Option(help="Keep the raw figures here.")] = None,

@@ -46,7 +46,7 @@ class Method:
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """One training: what identifies it."""
+    """What identifies one training."""
 
     task: str
     method: str
@@ -62,9 +62,9 @@ class Run:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What a training gave: `accuracy` is a share, `seconds` are of all CPUs, with the loading.
+    """What a training gave. `accuracy` is a share of the rows; `seconds` include the loading.
 
-    Time of CPUs, because it is the same where other work has a share of the machine.
+    They are CPU seconds, which other work on the machine does not change.
     """
 
     accuracy: float
@@ -83,13 +83,13 @@ class Task:
 
     @classmethod
     def read(cls, folder: Path, eval_rows: int | None) -> Task:
-        """A folder's data; tested on dev.jsonl where there is one, else on test.jsonl."""
+        """The task of a folder, tested on dev.jsonl where there is one, else on test.jsonl."""
         held_out = folder / "dev.jsonl"
         test = _fields(read_rows(held_out if held_out.exists() else folder / "test.jsonl"))
         return cls(folder.name, _fields(read_rows(folder / "train.jsonl")), test[:eval_rows])
 
     def sample(self, rows: int, seed: int) -> list[dict[str, Any]]:
-        """So many training rows, the same for every method."""
+        """A sample of the training rows, which is the same for every method."""
         return random.Random(seed).sample(self.train, min(rows, len(self.train)))
 
 
@@ -121,7 +121,7 @@ def loreft(positions: str, run: Run, task: Task, model: str) -> Outcome:
 
 
 def plain(run: Run, task: Task, model: str, tune: Callable[[Any], Tuned]) -> Outcome:
-    """Train in a plain loop of the same schedule, by modules that are not ours."""
+    """Train a peer's modules in a plain loop, by the same schedule."""
     begun = time.process_time()
     path, _ = locate(model)
     torch.manual_seed(run.seed)
@@ -149,12 +149,12 @@ def plain(run: Run, task: Task, model: str, tune: Callable[[Any], Tuned]) -> Out
 
 
 def pyreft(run: Run, task: Task, model: str) -> Outcome:
-    """pyreft's LoReFT modules."""
+    """Train pyreft's LoReFT modules."""
     return plain(run, task, model, lambda base: with_pyreft(base, run.rank))
 
 
 def lora(run: Run, task: Task, model: str) -> Outcome:
-    """PEFT's LoRA."""
+    """Train PEFT's LoRA."""
     return plain(run, task, model, with_lora)
 
 
@@ -194,8 +194,10 @@ def row(label: str, outcomes: Sequence[Outcome], task: str, lr: float | None) ->
 def main(
     data: Annotated[Path, typer.Option(help="Folder with a folder for each task.")],
     out: Annotated[Path, typer.Option(help="Finished runs; the script goes on from them.")],
-    tasks: Annotated[str, typer.Option(help="Comma-separated.")] = "sst2,trec",
-    methods: Annotated[str, typer.Option(help="Comma-separated, by name.")] = ",".join(METHODS),
+    tasks: Annotated[str, typer.Option(help="Folders of tasks, comma-separated.")] = "sst2,trec",
+    methods: Annotated[str, typer.Option(help="Names of methods, comma-separated.")] = ",".join(
+        METHODS
+    ),
     model: Annotated[str, typer.Option(help="demo, a folder, or a hub id.")] = "demo",
     rows: Annotated[int, typer.Option(min=1, help="Rows of a training.")] = 2000,
     grid_rows: Annotated[
@@ -203,11 +205,11 @@ def main(
         typer.Option(min=0, help="Rows to choose the learning rate on; 0 takes the middle one."),
     ] = 1000,
     seeds: Annotated[int, typer.Option(min=1)] = 3,
-    epochs: Annotated[float, typer.Option(help="Of every training.")] = 2,
+    epochs: Annotated[float, typer.Option(help="Passes over the rows in every training.")] = 2,
     batch_size: Annotated[int, typer.Option(min=1)] = 16,
-    rank: Annotated[int, typer.Option(min=1, help="Of LoReFT, at all layers.")] = 4,
+    rank: Annotated[int, typer.Option(min=1, help="Rank of LoReFT, which edits all layers.")] = 4,
     eval_rows: Annotated[int | None, typer.Option(min=1, help="Fewer rows to test on.")] = None,
-    dtype: Annotated[str, typer.Option(help="Of the base's weights.")] = "float32",
+    dtype: Annotated[str, typer.Option(help="Number format of the base's weights.")] = "float32",
 ) -> None:
     """Train what is not done yet, and print the table."""
     results = FinishedRuns(out, Run, Outcome)

@@ -12,7 +12,7 @@ from reft_runtime import Engine, SamplingParams, Use
 
 
 def at_once(engine: Engine, names: Sequence[str]) -> Run:
-    """`Engine.generate`; request i goes through intervention i, or all through the base."""
+    """Jobs run by `Engine.generate`. Request i takes name i; without names all take the base."""
 
     def run(job: Job) -> Result:
         [answer] = set(job["answers"])
@@ -47,7 +47,7 @@ async def stream(
 
 
 def streamed(engine: Engine, names: Sequence[str]) -> Run:
-    """`Engine.open`, one stream a request, each begun at its arrival."""
+    """Jobs run by `Engine.open`: a stream for each request, begun at its arrival."""
 
     async def one(job: Job, i: int, begin: float) -> tuple[list[int], list[float]]:
         arrival = begin + (job["arrivals"][i] if "arrivals" in job else 0.0)
@@ -68,7 +68,7 @@ def streamed(engine: Engine, names: Sequence[str]) -> Run:
 
 
 def over_http(port: int, base: str, names: Sequence[str]) -> Run:
-    """Server-sent events from `reft serve` on this machine, a connection for each request."""
+    """Jobs run by `reft serve` on this machine, streamed, with a connection for each request."""
 
     def run(job: Job) -> Result:
         requests = [

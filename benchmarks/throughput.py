@@ -63,7 +63,7 @@ def closed_rows(
 
 
 def mixed_rows(dtype: str, shown: Sequence[ThroughputCase], rounds: list[Round]) -> list[Row]:
-    """Times in seconds."""
+    """The lines of the mixed table; times are in seconds."""
     tokens = sum(mixed(1, "")["answers"])
     rows: list[Row] = []
     for one in shown:
@@ -83,13 +83,15 @@ def mixed_rows(dtype: str, shown: Sequence[ThroughputCase], rounds: list[Round])
 
 def main(
     model: Annotated[str, typer.Option(help="demo, or a folder.")] = "demo",
-    dtypes: Annotated[str, typer.Option(help="Comma-separated.")] = "float32,bfloat16",
+    dtypes: Annotated[
+        str, typer.Option(help="Number formats, comma-separated.")
+    ] = "float32,bfloat16",
     concurrency: Annotated[
         str, typer.Option(help="Numbers of requests at once, comma-separated.")
     ] = "1,8,32",
     rounds: Annotated[int, typer.Option(min=1)] = 7,
     cases: Annotated[
-        str, typer.Option(help="Parts of the labels to measure, comma-separated.")
+        str, typer.Option(help="Measure the cases whose labels hold one of these, comma-separated.")
     ] = "",
     mix: Annotated[bool, typer.Option(help="Measure the mixed workload too.")] = True,
     vllm: Annotated[Path | None, typer.Option(help="Python of vLLM's environment.")] = None,

@@ -23,7 +23,7 @@ MIXED_REQUESTS = 48
 MIXED_PROMPTS = (16, 1024)
 MIXED_ANSWERS = (8, 256)
 MIXED_RATE = 6
-"""Arrivals a second: more than two cores keep up with, so that many answers are made at once."""
+"""Arrivals a second. Two cores do not keep up with them, so many answers are made at once."""
 
 LORA_RANK = 8
 
@@ -66,7 +66,7 @@ def mixed(vocabulary: int, seed: str, requests: int = MIXED_REQUESTS) -> Job:
 
 
 def figures(result: Result) -> Figures:
-    """Seconds, and of streams the times to first token and between tokens, in seconds."""
+    """The seconds of a job and, where it streamed, to first tokens and between tokens."""
     found = {SECONDS: result["seconds"]}
     if stamps := result.get("stamps"):
         first = [times[0] for times in stamps]
