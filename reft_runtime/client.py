@@ -22,15 +22,15 @@ if TYPE_CHECKING:
     from reft_runtime.interventions import Manifest
 
 CONCURRENCY = 32
-"""Requests under way at once; the server batches them."""
+"""This many requests are under way at once; the server batches them."""
 
 SECONDS = 600.0
 
 PART_BYTES = 1 << 16
-"""Bytes of an upload that are sent before its progress is told again."""
+"""The progress of an upload is told after each part of this many bytes."""
 
 SECONDS_TO_REFUSE = 30.0
-"""Within which a server must say whether it would take a file."""
+"""A server must say within this time whether it would take a file."""
 
 _NEVER = f'"{"0" * 64}"'
 """A version that no name stands for: no file has this digest."""
@@ -156,7 +156,7 @@ class Server:
             asked["after"] = page["next"]
 
     def entry(self, name: str) -> Body:
-        """One intervention."""
+        """What a server says of one intervention."""
         found: Body = self._call("GET", _path(name)).json()
         return found
 

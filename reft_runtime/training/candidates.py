@@ -16,7 +16,7 @@ from reft_runtime.training.wording import listed
 from reft_runtime.use import MAX_STRENGTH, Use, with_strength
 
 MOST_NAMED = 10
-"""Names that an error lists where none is like the one asked for."""
+"""An error lists this many names where none is like the one asked for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +41,7 @@ class File:
 
 
 def find_files(wanted: Sequence[str], folder: str | Path | None) -> list[tuple[Candidate, File]]:
-    """What is wanted, in order, each with its file.
+    """The candidates that are wanted, in order, each with its file.
 
     Each is a file, a name in `folder`, or a shell pattern of either, with `=STRENGTH` or without.
     Raises `NotFound` with the names that are nearest, `InvalidRequest` and `ConfigError`.
@@ -61,7 +61,7 @@ def find_files(wanted: Sequence[str], folder: str | Path | None) -> list[tuple[C
 
 
 def find_served(wanted: Sequence[str], server: Server) -> list[Candidate]:
-    """What is wanted of a server, in order.
+    """The candidates that are wanted of a server, in order.
 
     Each is a name, a pattern, or NAME@DIGEST, with `=STRENGTH` or without. Raises `NotFound` with
     the names that are nearest, and `InvalidRequest`.
@@ -92,7 +92,7 @@ def find_served(wanted: Sequence[str], server: Server) -> list[Candidate]:
 
 
 def _parse(text: str) -> Use:
-    """What a reference names, at a strength that a server takes, too."""
+    """Read NAME=STRENGTH; raises `InvalidRequest` for a strength that a server would refuse."""
     use = Use.parse(text)
     if abs(use.strength) > MAX_STRENGTH:
         raise InvalidRequest(
@@ -104,7 +104,7 @@ def _parse(text: str) -> Use:
 
 
 def _paths(reference: str, folder: str | Path | None) -> list[Path]:
-    """Files that a reference names, at least one."""
+    """The files that a reference names, at least one; raises `NotFound`."""
     if names_file(reference):
         place, pattern, where = Path(reference).parent, Path(reference).name, ""
     elif folder is not None:
@@ -129,7 +129,7 @@ def _some(names: Sequence[str]) -> str:
 
 
 def _sound(path: Path) -> File:
-    """A file, looked at before any model is loaded."""
+    """Read and check a file, before any model is loaded; raises `ConfigError`."""
     try:
         data = read(path.resolve())
         return File(data, parse(data))

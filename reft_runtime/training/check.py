@@ -110,7 +110,7 @@ class Measure:
     longest: int
 
     def exceeded(self, row: Row, prompt: str | Chat, completion: str) -> bool:
-        """Whether a row is longer. A text has no more tokens than bytes, and a few around it."""
+        """Whether a row is longer. A text has no more tokens than bytes, with a few around them."""
         if isinstance(prompt, str):
             size = len(prompt.encode(errors="replace")) + len(completion.encode(errors="replace"))
             if size + _AROUND <= self.longest:
@@ -119,7 +119,7 @@ class Measure:
 
 
 def measure_of(words: Tokenizer, layout: Layout, max_length: int | None) -> Measure:
-    """What measures rows by a model's tokenizer."""
+    """A measure of rows by the tokenizer of a model; `max_length` None is the model's own."""
     longest = min(max_length or words.max_model_len, words.max_model_len)
     return Measure(Formatter(layout, words, words.eos_ids), longest)
 
@@ -169,7 +169,7 @@ def check_rows(rows: Rows, template: str | None = None, measure: Measure | None 
 def check_pair(
     rows: Rows, check: Check, held_out: Rows, held: Check, template: str | None = None
 ) -> list[Problem]:
-    """What is wrong between rows to train on and rows to judge by: other labels, the same texts."""
+    """Problems between rows to train on and rows to judge by: other labels, the same texts."""
     problems = []
     if check.labels and (unknown := sorted(held.labels.keys() - check.labels.keys())):
         text = (
@@ -208,7 +208,7 @@ def _prompts(rows: Rows, template: str | None) -> dict[str, str]:
 
 
 def _twice(prompts: dict[str, list[Row]], layout: Layout) -> Iterable[Problem]:
-    """Prompts that stand in several rows, with one answer or, where rows have labels, several."""
+    """Problems of prompts that several rows have, with one answer or with several labels."""
     same, against = [], []
     for rows in prompts.values():
         answers = {layout.completion(row).strip() for row in rows}

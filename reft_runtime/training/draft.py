@@ -58,7 +58,7 @@ class Draft:
 
     @property
     def note(self) -> dict[str, Any]:
-        """What the training is; where anything of it differs it is another training."""
+        """What identifies the training; one that differs in any of this is another training."""
         base = self._shape.model_dump()
         return {"base": base, "completion_prefix": self._prefix, **self._about}
 

@@ -36,7 +36,7 @@ from reft_runtime.use import Use
 BATCH = 32
 
 MARGIN = 3
-"""Tokens of an answer beyond the wanted ones: other blanks before it, and what shows its end."""
+"""An answer may be this many tokens longer than the right one, for blanks and its end."""
 
 
 def evaluate(
@@ -117,7 +117,7 @@ class _Subject:
     file: File | None = None
 
     def formatter(self, layout: Layout, tokenizer: Tokenizer, eos_ids: frozenset[int]) -> Formatter:
-        """What writes its prompts, as a server does."""
+        """A formatter that writes the candidate's prompts as a server does."""
         if self.manifest is None:
             return Formatter(layout, tokenizer, eos_ids)
         return Formatter(
@@ -130,7 +130,7 @@ class _Subject:
         )
 
     def score(self, task: Task, value: float, outcomes: Sequence[Outcome] = ()) -> Score:
-        """Its score, which knows on how many rows it was trained, where the file says so."""
+        """The candidate's score on a task, with the number of rows that it was trained on."""
         trained = None if self.manifest is None else self.manifest.training.get("rows")
         return Score(
             self.candidate.label,
@@ -155,7 +155,7 @@ class _Asked:
 
 
 Ask = Callable[[Sequence[_Asked], int], list[Answer]]
-"""Greedy answers of at most so many tokens."""
+"""A function that gives greedy answers to all prompts, of at most so many tokens."""
 
 
 def _answered(
@@ -164,7 +164,7 @@ def _answered(
     count_tokens: Callable[[Sequence[str]], list[int]],
     ask: Ask,
 ) -> list[Score]:
-    """Ask everything that is compared in one way in one run, and score it."""
+    """Ask all prompts, those of one metric in one run, and score the answers."""
     scores = []
     for metric in METRICS:
         pairs = [(task, one) for task in tasks if task.metric == metric for one in subjects]
@@ -254,7 +254,7 @@ def _perplexities(
     *,
     progress: bool,
 ) -> list[Score]:
-    """Perplexity of the completions' tokens, as training computes its loss."""
+    """The perplexities of the completions' tokens, computed as training computes its loss."""
     base = Base(loaded)
     scores = []
     batches = sum(math.ceil(len(task.rows.rows) / BATCH) for task in tasks) * len(subjects)

@@ -14,7 +14,7 @@ from reft_runtime.interventions.format.template import CHAT, TEMPLATE_FIELD, is_
 from reft_runtime.training.rows import Row, Rows
 
 RECURRENCE = 8
-"""Completions that each occur so often, on average, are classes."""
+"""Completions are taken for classes where each occurs this often on average."""
 
 Chat = list[dict[str, str]]
 """Messages, each with role and content."""
@@ -73,13 +73,13 @@ class Layout:
 
 
 def prompt_key(prompt: str | Chat) -> str:
-    """A text that prompts have in common which differ in blanks and capitals alone."""
+    """A key of a prompt; prompts that differ in blanks and capitals alone have the same."""
     text = prompt if isinstance(prompt, str) else json.dumps(prompt, sort_keys=True)
     return " ".join(text.split()).casefold()
 
 
 def choose_template(rows: Rows, *, chats: bool) -> str | None:
-    """How rows become prompts where nobody says it, for a model that knows `chats` or does not.
+    """The template of rows that nobody gave one for; `chats` is whether the model knows chats.
 
     What a table has as texts, and prompts of rows with a class, are what a user says in a chat: a
     model that was tuned to chats reads them better so. A class is a label, or a completion that
@@ -95,7 +95,7 @@ def choose_template(rows: Rows, *, chats: bool) -> str | None:
 
 
 def _recur(rows: Rows) -> bool:
-    """Whether completions are some few."""
+    """Whether all completions are a few that recur."""
     answers = [str(row.fields.get("completion", "")).strip() for row in rows.rows]
     return len(set(answers)) * RECURRENCE <= len(answers)
 

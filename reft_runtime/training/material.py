@@ -83,7 +83,7 @@ def prepare(
 def _chosen_template(
     rows: Rows, words: Tokenizer | None, tokenizer: PreTrainedTokenizerBase | None
 ) -> str | None:
-    """The template of rows that nobody gave one for."""
+    """The template where nobody gave one: what the rows and the model's tokenizer suggest."""
     chats = words.knows_chats if words else tokenizer is not None and bool(tokenizer.chat_template)
     return choose_template(rows, chats=chats)
 

@@ -25,13 +25,13 @@ class Report:
     scores: tuple[Score, ...]
 
     def value(self, intervention: str, data: str) -> float:
-        """One figure."""
+        """The value of one intervention on one data set."""
         [found] = [s for s in self.scores if (s.intervention, s.data) == (intervention, data)]
         return found.value
 
     @property
     def interventions(self) -> list[str]:
-        """What was judged, without the base."""
+        """The interventions that were judged, without the base."""
         names = dict.fromkeys(score.intervention for score in self.scores)
         return [name for name in names if name != BASE_LABEL]
 
@@ -64,7 +64,7 @@ class Report:
         return "\n".join(aligned(self.cells(), numbers=True))
 
     def cells(self) -> list[list[str]]:
-        """The table's cells, its head first."""
+        """The cells of the table, line by line, the head first."""
         sets = list(dict.fromkeys((s.data, s.metric, s.rows) for s in self.scores))
         names = list(dict.fromkeys(s.intervention for s in self.scores))
         shown = {(s.intervention, s.data): s.shown for s in self.scores}

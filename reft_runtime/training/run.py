@@ -20,7 +20,7 @@ from reft_runtime.training.trainer import EditTrainer
 from reft_runtime.training.work import WorkFolder
 
 PREFIX_SHARE_OF_FREE_MEMORY = 0.3
-"""Share of the free memory that keys and values of the prompts' beginnings may take."""
+"""The prefixes that the base keeps may take this share of the free memory."""
 
 
 class TrainingRun:
@@ -57,7 +57,7 @@ class TrainingRun:
 
     @property
     def writes(self) -> bool:
-        """Whether this one, of several processes, writes files."""
+        """Whether this process, of those that train together, writes the files."""
         return bool(self._trainer.is_world_process_zero())
 
     def train(self, target: Path, work: WorkFolder, *, progress: bool) -> Intervention:
@@ -68,7 +68,7 @@ class TrainingRun:
         """
         begun = time.monotonic()
         checkpoint = work.newest
-        self._keep_beginnings(progress=progress)
+        self._keep_prefixes(progress=progress)
         try:
             with self._signals:
                 self._trainer.train(
@@ -87,8 +87,8 @@ class TrainingRun:
                 raise
             raise _unwritten(target, work, error) from error
 
-    def _keep_beginnings(self, *, progress: bool) -> None:
-        """Let the base keep what of each example lies before the first edit."""
+    def _keep_prefixes(self, *, progress: bool) -> None:
+        """Let the base keep the prefix of each example that lies before its first edit."""
         edits = self._draft.edits.canonical()
         examples = [*self._trainer.schedule.used, *self._examples.held_out]
         self._base.keep(

@@ -22,10 +22,10 @@ from reft_runtime.training.scoring import Metric, check_label, given_label, is_r
 from reft_runtime.training.sources import Data
 
 TEXT = 100
-"""Characters of a prompt that an outcome keeps."""
+"""An outcome keeps this many characters of a prompt."""
 
 ANSWER = 80
-"""Characters of an answer that an outcome keeps."""
+"""An outcome keeps this many characters of an answer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +58,7 @@ class Task:
         return Layout(CHAT, first)
 
     def outcome(self, row: Row, layout: Layout, wanted: str, answer: Answer) -> Outcome:
-        """What became of a row that was asked by this layout."""
+        """The outcome of a row that was asked by `layout`."""
         text, labelled = answer.text.strip(), self.metric == "accuracy"
         right = is_right(text, wanted, self.metric, self.labels)
         given = None
@@ -86,7 +86,7 @@ def read_tasks(
     text: str | None,
     label: str | None,
 ) -> list[Task]:
-    """Data sets, looked through; raises `ConfigError` for wrong rows and for two of one name."""
+    """Read and check data sets; raises `ConfigError` for wrong rows and for two of one name."""
     tasks = []
     for source in data:
         rows = read_rows(source, text=text, label=label)

@@ -24,12 +24,12 @@ if TYPE_CHECKING:
     from reft_runtime.training.sources import Data
 
 Say = Callable[[str], object]
-"""Takes the pieces of an answer's text as they come."""
+"""A function that is given the pieces of an answer's text as they come."""
 
 
 @dataclass(frozen=True, slots=True)
 class Applied:
-    """What is applied to a request; `label` is how it was asked for, empty for the base model.
+    """The interventions of a request; `label` is how they were asked for, empty for none.
 
     `one_turn` says that its template takes one user's message, not a conversation.
     """
@@ -78,19 +78,19 @@ class Backend(Protocol):
         """The server's address; None for a model in this process."""
 
     def resolve(self, options: Sequence[str]) -> Applied:
-        """What the values of `--intervention` mean together; raises where one is not there."""
+        """Look up the values of `--intervention`; raises `NotFound` where one is not there."""
 
     def answer(self, ask: Ask, say: Say) -> Reply:
-        """One answer, told as it comes; `KeyboardInterrupt` ends the request and goes on."""
+        """Answer one chat, piece by piece; `KeyboardInterrupt` ends the request and is raised."""
 
     def answers(self, asks: Sequence[Ask]) -> list[Reply]:
-        """Answers to all, computed together."""
+        """Answer all chats together, in order."""
 
     def evaluate(self, data: Data, interventions: Sequence[str]) -> tuple[Score, ...]:
         """The score of each intervention on rows, as `reft eval` finds it."""
 
     def close(self) -> None:
-        """Free what it holds."""
+        """Free what the backend holds."""
 
 
 def open_backend(url: str | None, api_key: str | None, options: Mapping[str, Any]) -> Backend:
@@ -146,7 +146,7 @@ class RemoteBackend:
         return report.scores
 
     def close(self) -> None:
-        """Nothing is held."""
+        """Do nothing: a server's client holds nothing."""
 
     def _body(self, ask: Ask) -> Body:
         sampling = ask.sampling
@@ -175,7 +175,7 @@ class RemoteBackend:
 
 
 class LocalBackend:
-    """A model in this process, which is loaded first."""
+    """A model in this process, which is loaded when the backend is made."""
 
     def __init__(self, options: Mapping[str, Any]) -> None:
         self._settings = load_settings(options)

@@ -28,7 +28,7 @@ from server.cli.options import (
 app = typer.Typer()
 
 KEPT_LINES = 1000
-"""Lines of the history that the next chat finds."""
+"""The next chat finds this many lines of the history."""
 
 
 @app.command()
@@ -63,7 +63,7 @@ def _read(prompt: str) -> str:
 
 @contextmanager
 def _history() -> Iterator[None]:
-    """Lines can be edited and found again, in the next chat, too; where nobody types, nothing."""
+    """Let typed lines be edited, and found again by the next chat; without a terminal do nothing."""
     if not sys.stdin.isatty():
         yield
         return

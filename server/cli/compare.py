@@ -104,7 +104,7 @@ def sweep(
         str,
         typer.Option(
             metavar="FROM:TO:STEP",
-            help="Strengths, both ends among them; or numbers with commas between them.",
+            help="Strengths to try, both ends included; or numbers with commas between them.",
         ),
     ] = "-1:2:0.5",
     system: System = None,
@@ -113,7 +113,7 @@ def sweep(
         typer.Option(
             "--eval",
             metavar="DATA",
-            help="Rows as for `reft eval`: the score at each strength, too.",
+            help="Rows as for `reft eval`, to show the score at each strength, too.",
             show_default=False,
         ),
     ] = None,
@@ -165,7 +165,7 @@ def sweep(
 
 
 def _at(backend: Backend, name: str, grid: list[float]) -> list[Applied]:
-    """One intervention, looked up once, at several strengths."""
+    """One intervention at several strengths; it is looked up once."""
     found = backend.resolve([name])
     [use] = found.uses
     return [
@@ -181,7 +181,7 @@ def _ask(prompt: str, system: str | None, applied: Applied, sampling: SamplingPa
 
 @stages_told()
 def _read(data: str) -> Rows:
-    """Rows to score, read before a model is loaded."""
+    """Read the rows to score, before a model is loaded."""
     with stage("Starting Python's libraries"):
         from reft_runtime.training.rows import read_rows
     return read_rows(data)

@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 _WIDE = 10_000
-"""Columns where the output is no terminal: nothing is cut off for a program that reads it."""
+"""The width where the output is no terminal: nothing is cut off for a program that reads it."""
 
 _CONTROL = {code: "\ufffd" for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
 
@@ -24,7 +24,7 @@ def printable(text: str) -> str:
 
 
 def console() -> Console:
-    """Standard output; nothing in a text is taken for markup."""
+    """A console on standard output; nothing in a text is taken for markup."""
     return Console(
         width=None if sys.stdout.isatty() else _WIDE, markup=False, highlight=False, emoji=False
     )
@@ -36,12 +36,12 @@ def print_json(value: Any) -> None:
 
 
 def error_console() -> Console:
-    """Standard error, likewise."""
+    """A console on standard error; nothing in a text is taken for markup."""
     return Console(stderr=True, markup=False, highlight=False, emoji=False)
 
 
 def table(columns: Mapping[str, str], rows: Sequence[Sequence[str]]) -> Table:
-    """Rows below the names of their columns, each with how it is laid out.
+    """A table: rows below the names of their columns, each with how it is laid out.
 
     `whole` and `right` (for numbers) keep their width; of the others, `cut` ends with dots where
     there is no room, and `fold` goes on in the next line.

@@ -18,7 +18,7 @@ from server.cli.console import console, printable
 from server.cli.tables import trace_table
 
 Read = Callable[[str], str]
-"""Reads one line behind a prompt; `EOFError` at the end."""
+"""A function that reads one line behind a prompt, and raises `EOFError` at the end."""
 
 BLOCK = '"""'
 NOTHING = "-"

@@ -38,10 +38,11 @@ def import_(
     share_weights: Annotated[
         bool | None,
         typer.Option(
-            "--share-weights/--untied", help="Whether first and last tokens share their weights."
+            "--share-weights/--untied",
+            help="Whether first and last tokens share their weights.",
         ),
     ] = None,
-    act: Annotated[str | None, typer.Option(help="act_fn of the training, or linear.")] = None,
+    act: Annotated[str | None, typer.Option(help="The act_fn of the training, or linear.")] = None,
     suffix_offset: Annotated[
         int | None,
         typer.Option(min=0, help="Last prompt tokens that the training's data set left out."),
@@ -111,7 +112,7 @@ def export(
 
 
 def write_file(path: Path, intervention: Intervention) -> None:
-    """Write an intervention file; where that fails, name the option."""
+    """Write an intervention file; raises `ConfigError` that names the option."""
     from reft_runtime.interventions import write
 
     try:

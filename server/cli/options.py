@@ -25,7 +25,7 @@ LOCAL_URL = "http://127.0.0.1:8000"
 """Where `reft serve` listens unless told otherwise."""
 
 Url = Annotated[
-    str, typer.Option(envvar="REFT_URL", metavar="URL", help="The running server to talk to.")
+    str, typer.Option(envvar="REFT_URL", metavar="URL", help="Address of the running server.")
 ]
 MaybeUrl = Annotated[
     str | None,
@@ -54,7 +54,7 @@ Composed = Annotated[
         show_default=False,
     ),
 ]
-MaxTokens = Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")]
+MaxTokens = Annotated[int, typer.Option(min=1, help="Length of the longest answer, in tokens.")]
 Temperature = Annotated[float, typer.Option(min=0, help="0 takes the likeliest token.")]
 Seed = Annotated[
     int | None,
@@ -74,8 +74,8 @@ Template = Annotated[
     typer.Option(
         callback=_unescaped,
         help="How a row becomes a prompt: 'chat' (its prompt as a user's message), or a text with "
-        "fields in braces, 'Review: {text}\\nSentiment:'. By default texts and prompts "
-        "of classes as 'chat', where the model has a chat template, others as they are.",
+        "fields in braces, 'Review: {text}\\nSentiment:'. By default texts, and prompts "
+        "of classes, become 'chat' where the model has a chat template; others stay as they are.",
     ),
 ]
 DATA = (
@@ -84,10 +84,10 @@ DATA = (
 )
 Rows = Annotated[str, typer.Argument(help=DATA)]
 Text = Annotated[
-    str | None, typer.Option(help="Column of the text; by default one of a usual name.")
+    str | None, typer.Option(help="Name of the column of texts; by default a usual one.")
 ]
 Label = Annotated[
-    str | None, typer.Option(help="Column of the class; by default one of a usual name.")
+    str | None, typer.Option(help="Name of the column of classes; by default a usual one.")
 ]
 Dtype = Annotated[
     str, typer.Option(help="Number format of the base's weights: auto, float32, bfloat16.")
@@ -131,7 +131,7 @@ def with_settings(*names: str) -> Callable[[Command], Command]:
 
 
 def _option(name: str) -> inspect.Parameter:
-    """Option of a settings field; its default None means not given: the environment decides."""
+    """The option of a settings field. Its default None means that the environment decides."""
     field = Settings.model_fields[name]
     kind: Any = field.annotation
     if get_origin(kind) is UnionType:

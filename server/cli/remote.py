@@ -24,7 +24,7 @@ app = typer.Typer()
 REFRESH_SECONDS = 1.0
 
 LONGEST_LAYERS = 12
-"""Characters of layers in a listing."""
+"""A listing shows at most this many characters of the layers."""
 
 Name = Annotated[str, typer.Argument(metavar="NAME", help="Name of an intervention.")]
 
@@ -34,7 +34,10 @@ def list_(
     query: Annotated[
         str,
         typer.Option(
-            "-q", "--query", metavar="TEXT", help="Those with this in their name or description."
+            "-q",
+            "--query",
+            metavar="TEXT",
+            help="Only those with this in name or description.",
         ),
     ] = "",
     sort: Annotated[
@@ -203,6 +206,6 @@ def ps(
 
 
 def _layers(layers: list[int]) -> str:
-    """Layers in short; of many apart from each other the first, the last and their number."""
+    """Layers in short; where there are many runs, the first, the last and their number."""
     text = ranges(layers)
     return text if len(text) <= LONGEST_LAYERS else f"{layers[0]}..{layers[-1]} ({len(layers)})"

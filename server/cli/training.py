@@ -86,18 +86,21 @@ def train(
     ] = None,
     positions: Annotated[str, typer.Option(help="Tokens to edit: l1, f1+l1, ...")] = "l1",
     untied: Annotated[
-        bool, typer.Option("--untied", help="Own weights for first and last tokens.")
+        bool, typer.Option("--untied", help="Give first and last tokens weights of their own.")
     ] = False,
     lr: Annotated[
         float | None, typer.Option(help="Highest learning rate; by default from the model's width.")
     ] = None,
     epochs: Annotated[
-        float | None, typer.Option(help="Passes over the rows; by default 3, more if they are few.")
+        float | None,
+        typer.Option(help="Number of passes over the rows; by default 3, more if they are few."),
     ] = None,
-    steps: Annotated[int | None, typer.Option(help="Optimiser steps, instead of epochs.")] = None,
-    batch_size: Annotated[int, typer.Option(help="Rows of one step.")] = 16,
+    steps: Annotated[
+        int | None, typer.Option(help="Number of optimiser steps, instead of --epochs.")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(help="Number of rows in one step.")] = 16,
     accumulate: Annotated[
-        int, typer.Option(help="Parts in which a step's rows are computed, to save memory.")
+        int, typer.Option(help="Compute the rows of a step in this many parts, to save memory.")
     ] = 1,
     evaluation: Annotated[
         str | None, typer.Option("--eval", help="Rows by which the best checkpoint is chosen.")
@@ -132,7 +135,9 @@ def train(
     truncate: Annotated[
         bool, typer.Option("--truncate", help="Cut longer rows instead of refusing them.")
     ] = False,
-    seed: Annotated[int, typer.Option(help="Start values and order of rows come from it.")] = 0,
+    seed: Annotated[
+        int, typer.Option(help="Seed of the start values and of the order of rows.")
+    ] = 0,
     dtype: Dtype = "auto",
     threads: Threads = None,
     description: Description = "",
@@ -232,13 +237,14 @@ def _judged(trained: Trained, template: str | None) -> str:
 @stages_told()
 def direction(
     positive: Annotated[Path, typer.Argument(help="Texts, one a line, of what is wanted.")],
-    negative: Annotated[Path, typer.Argument(help="Texts of the contrary.")],
+    negative: Annotated[Path, typer.Argument(help="Texts of the contrary, one a line.")],
     layer: Annotated[int, typer.Option(help="Layer whose output is steered.")],
     out: Annotated[Path, typer.Option(help="The file to write, NAME.safetensors.")],
     model: Model = "demo",
     positions: Annotated[str, typer.Option(help="Tokens to steer.")] = "all",
     scale: Annotated[
-        float, typer.Option(help="What strength 1 of a request stands for, in differences.")
+        float,
+        typer.Option(help="Multiply the difference by this: what a request applies at strength 1."),
     ] = 1.0,
     description: Description = "",
     license_: License = None,

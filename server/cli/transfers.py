@@ -120,7 +120,7 @@ def _files(given: Sequence[str]) -> list[Path]:
 
 
 def _upload(server: Server, path: Path, name: str) -> tuple[Body, Change]:
-    """Its entry, and what changed; meanwhile a bar, where standard error is a terminal."""
+    """Put one file on the server, with a progress bar: its entry, and what that changed."""
     with naming(path):
         fits = path.stat().st_size <= MAX_FILE_BYTES
         data = path.read_bytes() if fits else read_file(path)  # which says what it is
