@@ -63,7 +63,7 @@ def _read(prompt: str) -> str:
 
 @contextmanager
 def _history() -> Iterator[None]:
-    """Let typed lines be edited, and found again by the next chat; without a terminal do nothing."""
+    """Let typed lines be edited, and found by the next chat; without a terminal do nothing."""
     if not sys.stdin.isatty():
         yield
         return

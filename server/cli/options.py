@@ -40,7 +40,7 @@ MaybeUrl = Annotated[
 ApiKey = Annotated[
     str | None,
     typer.Option(
-        envvar="REFT_API_KEY", metavar="KEY", help="Key of that server.", show_default=False
+        envvar="REFT_API_KEY", metavar="KEY", help="API key of the server.", show_default=False
     ),
 ]
 Composed = Annotated[
