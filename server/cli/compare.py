@@ -151,7 +151,8 @@ def sweep(
     try:
         applied = _at(backend, name, grid)
         if rows is not None:
-            scores = list(backend.evaluate(rows, [f"{name}={strength!r}" for strength in grid]))
+            with stages_told():
+                scores = list(backend.evaluate(rows, [f"{name}={strength!r}" for strength in grid]))
         columns = answer_columns(backend, [_ask(prompt, system, one, sampling) for one in applied])
     finally:
         backend.close()
