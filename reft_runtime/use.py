@@ -20,6 +20,11 @@ MAX_STRENGTH = 100.0
 """A server takes strengths from minus this to this."""
 
 
+def with_strength(name: str, strength: float) -> str:
+    """A name as `Use.parse` reads it: with `=STRENGTH` behind it, where that is not 1."""
+    return name if strength == 1 else f"{name}={repr(float(strength)).removesuffix('.0')}"
+
+
 def completion_prefix(applied: Iterable[tuple[Version, float]]) -> str:
     """What answers of these versions, at these strengths, begin with for the tokenizer's sake.
 
