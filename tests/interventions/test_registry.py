@@ -454,8 +454,8 @@ def test_unknown_references(ref: str) -> None:
 def test_an_ambiguous_prefix_is_not_found() -> None:
     registry = Registry(BASE)
     for data, start in ((ONE, "aaaaaaaa1"), (TWO, "aaaaaaaa2")):
-        version, _ = registry.put("a", data)
-        version.digest = start.ljust(64, "0")
+        registry.put("a", data)
+        registry.resolve("a").digest = start.ljust(64, "0")
     with pytest.raises(NotFound):
         registry.resolve("a@aaaaaaaa")
     assert registry.resolve("a@aaaaaaaa2").digest.startswith("aaaaaaaa2")
@@ -477,12 +477,12 @@ def test_put_replace_and_address_the_history(uploads: Registry) -> None:
     assert (first.origin, first.digest) == ("uploaded", digest(ONE))
     second, created = uploads.put("a", TWO, sha256=hashlib.sha256(TWO).hexdigest())
     assert not created
-    assert uploads.resolve("a") is second
+    assert uploads.resolve("a").digest == second.digest == digest(TWO)
     assert uploads.resolve(f"a@{digest(ONE)[:8]}").digest == first.digest
     again, created = uploads.put("a", ONE)
     assert not created
-    assert uploads.resolve("a") is again
-    assert uploads.entry("a").versions == (digest(ONE), digest(TWO))
+    assert uploads.entry("a") == again
+    assert again.versions == (digest(ONE), digest(TWO))
 
 
 def test_history_is_bounded(uploads: Registry) -> None:
@@ -524,7 +524,8 @@ def test_a_removed_folder_name_stays_away_until_its_file_changes(
 
 
 def test_removing_leaves_requests_in_flight_alone(uploads: Registry) -> None:
-    version, _ = uploads.put("a", ONE)
+    uploads.put("a", ONE)
+    version = uploads.resolve("a")
     uploads.hold(version)
     uploads.remove("a")
     assert names(uploads) == []
@@ -549,7 +550,8 @@ def test_a_refused_upload_changes_nothing(
     folder: Path, state: Path, data: bytes, error: type[Exception], reason: str
 ) -> None:
     registry = Registry(BASE, [folder], state_dir=state, max_file_bytes=4096)
-    version, _ = registry.put("a", ONE)
+    registry.put("a", ONE)
+    version = registry.resolve("a")
     with pytest.raises(error, match=reason):
         registry.put("a", data)
     assert registry.resolve("a") is version
@@ -796,7 +798,8 @@ def edit_bytes(data: bytes) -> int:
 def fixed(count: int) -> int:
     """Room for so many uploads in memory, their tensors aside."""
     registry = Registry(BASE)
-    version, _ = registry.put("a", ONE)
+    registry.put("a", ONE)
+    version = registry.resolve("a")
     return count * (version.fixed_bytes - version.tensor_bytes)
 
 
@@ -822,7 +825,8 @@ def test_what_is_deleted_is_given_back(
     registry = Registry(BASE, state_dir=state if kept else None)
     gone = []
     for seed in range(4):
-        version, _ = registry.put("a", file_bytes(seed))
+        registry.put("a", file_bytes(seed))
+        version = registry.resolve("a")
         gone.append(weakref.ref(version))
     held = version
     registry.hold(held)
@@ -957,7 +961,8 @@ def test_a_damaged_blob_is_a_problem_and_the_folder_shows(
 
 def test_a_full_disk_leaves_the_old_version(state: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     registry = Registry(BASE, state_dir=state)
-    old, _ = registry.put("a", ONE)
+    registry.put("a", ONE)
+    old = registry.resolve("a")
 
     def no_space(descriptor: int) -> None:
         raise OSError(28, "No space left on device")

@@ -15,6 +15,7 @@ from reft_runtime.interventions.format.file import header_of, parse, read, read_
 from reft_runtime.interventions.format.identity import MAX_FILE_BYTES
 from reft_runtime.interventions.format.manifest import BaseShape, Manifest, check_base
 from reft_runtime.interventions.format.recognise import HEAD_BYTES
+from reft_runtime.interventions.registry.entry import Entry
 from reft_runtime.interventions.registry.folders import WORK_SHARE, check_sources
 from reft_runtime.interventions.registry.sources import NAME, NAME_RULE, Found, locate
 from reft_runtime.interventions.registry.store import STATE_BYTES, Store
@@ -121,8 +122,8 @@ class Registry(Uploads):
         data: bytes,
         sha256: str | None = None,
         expected: Collection[str] | None = None,
-    ) -> tuple[Version, bool]:
-        """Upload a file under a name; returns its version, and whether the name is new.
+    ) -> tuple[Entry, bool]:
+        """Upload a file under a name; returns the entry that it made, and whether the name is new.
 
         `sha256`, where given, is what the whole file must hash to. The file is checked completely
         before anything changes: `InvalidRequest` (the name), `FileTooLarge`, `InvalidFile`,
@@ -149,13 +150,15 @@ class Registry(Uploads):
             self._place_upload([version, *kept])
             self._upload_problems.pop(name, None)
             self._collect()
+            entry = self.entry(name)
         _log.info("%s %r", "replaced" if shown else "added", version)
         self._tell_hidden(shown, version)
-        return version, shown is None
+        return entry, shown is None
 
-    def load(self, name: str, path: str, replace: bool = False) -> Version:
+    def load(self, name: str, path: str, replace: bool = False) -> Entry:
         """Load a file inside the sources under a name, as it is now and until the process ends.
 
+        Returns the entry that it made.
         `path` is absolute, or relative to a source. Raises `InvalidRequest` for a path that leads
         outside, and for a name that is taken unless `replace`; `NotFound` for a missing file; and
         what `put` raises.
@@ -182,9 +185,10 @@ class Registry(Uploads):
             before = self._layer(name, "loaded")
             self._admit(version, kept=False, leaving=set() if before is None else {before})
             self._place(version)
+            entry = self.entry(name)
         _log.info("loaded %r", version)
         self._tell_hidden(shown, version)
-        return version
+        return entry
 
     def open(self, ref: str) -> tuple[Version, BinaryIO]:
         """The version that `ref` stands for now, as `resolve` says, and its file as `Version.open`.

@@ -9,6 +9,7 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from reft_runtime.errors import InvalidFile, InvalidRequest, NotFound, ReftError, Unavailable
+from reft_runtime.interventions.registry.entry import Entry
 from reft_runtime.interventions.registry.folders import Folders
 from reft_runtime.interventions.registry.sources import Found, look
 from reft_runtime.interventions.registry.store import Store
@@ -53,8 +54,8 @@ class Uploads(Folders):
 
     def rollback(
         self, name: str, digest: str | None = None, expected: Collection[str] | None = None
-    ) -> Version:
-        """Serve an uploaded version again that is still kept, in one step; returns it.
+    ) -> Entry:
+        """Serve an uploaded version again that is still kept, in one step; returns the new entry.
 
         `digest` may be a prefix of 8 digits or more; without one it is the version that was served
         before the current one, so that a second call undoes the first. Nothing falls out of the
@@ -72,7 +73,7 @@ class Uploads(Folders):
             history = self._history(name)
             version = _kept(name, history, digest)
             if version is current:
-                return version
+                return self.entry(name)
             self._pin(version)  # reads and verifies it
             try:
                 after = [version, *(old for old in history if old is not version)]
@@ -81,8 +82,9 @@ class Uploads(Folders):
                 self._place_upload(after)
             finally:
                 self.release(version)
+            entry = self.entry(name)
         _log.info("rolled %r back to %r", current, version)
-        return version
+        return entry
 
     def _admit(self, version: Version, *, kept: bool, leaving: set[Version]) -> None:
         """Refuse what would not fit; of what is `kept` on disk only its line must stay."""
