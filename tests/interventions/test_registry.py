@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import shutil
 import sys
@@ -26,7 +27,8 @@ from reft_runtime.errors import (
     WrongBaseModel,
 )
 from reft_runtime.interventions import Registry, Version
-from reft_runtime.interventions.format.file import header_of, parse, write_atomic
+from reft_runtime.interventions.format.file import parse, write_atomic
+from reft_runtime.interventions.format.header import header_of
 from reft_runtime.interventions.registry.sources import look
 from reft_runtime.interventions.registry.uploads import HISTORY
 from tests.interventions.make import BASE, file_bytes
@@ -483,6 +485,19 @@ def test_put_replace_and_address_the_history(uploads: Registry) -> None:
     assert not created
     assert uploads.entry("a") == again
     assert again.versions == (digest(ONE), digest(TWO))
+
+
+def test_an_upload_is_parsed_once(uploads: Registry, monkeypatch: pytest.MonkeyPatch) -> None:
+    parsed: list[str | bytes] = []
+    loads = json.loads
+
+    def note(text: str | bytes, **options: Any) -> Any:
+        parsed.append(text)
+        return loads(text, **options)
+
+    monkeypatch.setattr(json, "loads", note)
+    uploads.hold(uploads.resolve(uploads.put("a", ONE)[0].name))
+    assert len(parsed) == 2  # the header, and the manifest in it
 
 
 def test_history_is_bounded(uploads: Registry) -> None:

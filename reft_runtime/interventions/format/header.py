@@ -8,6 +8,7 @@ of the length and the header.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import re
@@ -16,7 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from reft_runtime.errors import InvalidFile
-from reft_runtime.interventions.format.identity import LENGTH_BYTES, METADATA_KEY, digest_of
+from reft_runtime.interventions.format.identity import LENGTH_BYTES, METADATA_KEY
 from reft_runtime.interventions.format.intervention import check_layout, validate_manifest
 from reft_runtime.interventions.format.kinds import TensorInfo
 from reft_runtime.interventions.format.manifest import Manifest
@@ -36,6 +37,9 @@ class Header:
     manifest: Manifest
     data_sha256: str
     tensors: Mapping[str, TensorInfo]
+    data_start: int
+    """Where the tensors' data begin, in bytes."""
+
     size_bytes: int
     """Size of the whole file."""
 
@@ -60,12 +64,19 @@ def header_length(start: bytes) -> int:
     )
 
 
-def parse_header(head: bytes, size: int) -> Header:
-    """Read a header: `head` is the length and the JSON, `size` the whole file's size in bytes.
+def header_of(data: bytes) -> Header:
+    """The header of a file held in memory; raises as `parse_header`."""
+    return parse_header(data, len(data))
+
+
+def parse_header(start: bytes, size: int) -> Header:
+    """Read the header of a file of `size` bytes that begins with `start`, which holds all of it.
 
     Raises `InvalidFile` that says what is wrong, and where.
     """
-    if len(head) < LENGTH_BYTES + header_length(head):
+    end = LENGTH_BYTES + header_length(start)
+    head = start[:end]
+    if len(head) < end:
         raise InvalidFile("Cut off inside the header.")
     fields = _object(head[LENGTH_BYTES:], "header")
     metadata = fields.pop("__metadata__", None)
@@ -81,9 +92,10 @@ def parse_header(head: bytes, size: int) -> Header:
     if not isinstance(data_sha256, str) or not _SHA256.fullmatch(data_sha256):
         raise InvalidFile("manifest, data_sha256: must be 64 hexadecimal digits, lower case.")
     manifest = validate_manifest(content)
-    tensors = _tensors(fields, size - len(head))
+    tensors = _tensors(fields, size - end)
     check_layout(manifest, tensors)
-    return Header(digest_of(head), manifest, data_sha256, tensors, size)
+    digest = hashlib.sha256(head).hexdigest()
+    return Header(digest, manifest, data_sha256, tensors, end, size)
 
 
 def _object(text: str | bytes, what: str) -> dict[str, Any]:

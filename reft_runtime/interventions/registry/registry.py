@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import BinaryIO
 
 from reft_runtime.errors import InvalidFile, InvalidRequest, NotFound, Unavailable
-from reft_runtime.interventions.format.file import header_of, parse, read, read_header, too_large
+from reft_runtime.interventions.format.file import edits_of, read, read_header, too_large
+from reft_runtime.interventions.format.header import header_of
 from reft_runtime.interventions.format.identity import MAX_FILE_BYTES
 from reft_runtime.interventions.format.manifest import BaseShape, Manifest, check_base
 from reft_runtime.interventions.format.recognise import HEAD_BYTES
@@ -241,7 +242,7 @@ class Registry(Uploads):
         """
         header = header_of(data)
         self._check(header.manifest)
-        return Version(name, header, origin, None, parse(data).canonical(), data)
+        return Version(name, header, origin, None, edits_of(header, data), data)
 
     def _check_name(self, name: str) -> None:
         if not NAME.fullmatch(name):
