@@ -12,7 +12,8 @@ from transformers import PreTrainedTokenizerBase
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from reft_runtime.errors import InvalidRequest
-from reft_runtime.interventions.format.manifest import TEMPLATE_FIELD, SystemTurn
+from reft_runtime.interventions.format.manifest import SystemTurn
+from reft_runtime.interventions.format.template import TEMPLATE_FIELD, around
 from reft_runtime.text.chat import (
     ChatOptions,
     Message,
@@ -165,7 +166,7 @@ class Tokenizer:
 
         Blanks and line ends behind it become the template's. "chat" is the model's own template.
         """
-        behind = self._behind if template == "chat" else template.partition(TEMPLATE_FIELD)[2]
+        behind = self._behind if template == "chat" else around(template)[1]
         ending, text = behind.rstrip(), text.rstrip()
         if not ending.strip() or not text.endswith(ending.lstrip()):
             return None

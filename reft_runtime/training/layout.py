@@ -8,7 +8,8 @@ from itertools import takewhile
 from typing import Any
 
 from reft_runtime.errors import ConfigError
-from reft_runtime.interventions.format.manifest import TEMPLATE_FIELD, Texts
+from reft_runtime.interventions.format.manifest import Texts
+from reft_runtime.interventions.format.template import TEMPLATE_FIELD
 from reft_runtime.training.rows import Row, Rows
 
 CHAT = "chat"

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 from reft_runtime.client import Answer
 from reft_runtime.errors import ConfigError
-from reft_runtime.interventions.format.manifest import TEMPLATE_FIELD, Manifest
+from reft_runtime.interventions.format.manifest import Manifest
+from reft_runtime.interventions.format.template import TEMPLATE_FIELD, around
 from reft_runtime.training.layout import CHAT, Chat, Layout
 from reft_runtime.training.outcomes import Outcome
 from reft_runtime.training.rows import Row, Rows, read_rows
@@ -97,7 +98,7 @@ def read_tasks(
 
 def _written_out(rows: Rows, template: str) -> bool:
     """Whether all prompts begin and end as a template that is a text writes them."""
-    before, behind = (part.strip() for part in template.split(TEMPLATE_FIELD))
+    before, behind = (part.strip() for part in around(template))
     if not before and not behind:
         return False
     prompts = (row.text("prompt").strip() for row in rows.rows)

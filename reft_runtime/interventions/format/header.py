@@ -9,7 +9,6 @@ of the length and the header.
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import re
 from collections.abc import Mapping
@@ -22,6 +21,7 @@ from reft_runtime.interventions.format.intervention import check_layout, validat
 from reft_runtime.interventions.format.kinds import TensorInfo
 from reft_runtime.interventions.format.manifest import Manifest
 from reft_runtime.interventions.format.recognise import HEAD_BYTES, what_file
+from reft_runtime.interventions.format.strict_json import load_strict
 
 MAX_HEADER_BYTES = 1 << 20
 
@@ -100,26 +100,12 @@ def parse_header(start: bytes, size: int) -> Header:
 
 def _object(text: str | bytes, what: str) -> dict[str, Any]:
     try:
-        if isinstance(text, bytes):
-            text = text.decode("utf-8")
-        value = json.loads(text, object_pairs_hook=_unique, parse_constant=_no_constant)
-        json.dumps(value, ensure_ascii=False).encode()  # refuses lone surrogates
-    except (ValueError, RecursionError) as error:
+        value = load_strict(text)
+    except ValueError as error:
         raise InvalidFile(f"{what}: not valid JSON: {str(error)[:200]}.") from None
     if not isinstance(value, dict):
         raise InvalidFile(f"{what}: must be a JSON object.")
     return value
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    fields = dict(pairs)
-    if len(fields) < len(pairs):
-        raise ValueError("a key occurs twice in one object")
-    return fields
-
-
-def _no_constant(name: str) -> None:
-    raise ValueError(f"{name} is not JSON")
 
 
 def _tensors(fields: Mapping[str, Any], data_size: int) -> dict[str, TensorInfo]:

@@ -25,13 +25,13 @@ from reft_runtime.errors import InvalidFile, WrongBaseModel
 from reft_runtime.interventions.format.components import HIDDEN_SIZED, normalise
 from reft_runtime.interventions.format.kinds import ACTS, KINDS
 from reft_runtime.interventions.format.positions import MAX_SPAN, Positions
+from reft_runtime.interventions.format.template import check_template
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 MAX_EDITS = 1024
 MAX_JSON_DEPTH = 8
-TEMPLATE_FIELD = "{prompt}"
 
 SystemTurn = Literal["prepend", "drop", "refuse"]
 
@@ -166,11 +166,8 @@ class Manifest(_Strict):
     @field_validator("template")
     @classmethod
     def _one_field(cls, template: str | None) -> str | None:
-        if template not in (None, "chat") and template.count(TEMPLATE_FIELD) != 1:
-            raise ValueError(
-                f"write `chat`, or a text that holds {TEMPLATE_FIELD} exactly once (it holds it"
-                f" {template.count(TEMPLATE_FIELD)} times)"
-            )
+        if template not in (None, "chat"):
+            check_template(template)
         return template
 
     @model_validator(mode="after")
