@@ -216,9 +216,9 @@ def test_a_file_that_changes_while_it_is_read_is_read_again(
 def test_a_change_that_the_disks_clock_does_not_show(folder: Path) -> None:
     path = place(folder, "a", ONE)
     registry = Registry(BASE, [folder])
-    registry._found["a"] = look(path)
+    registry._folders._found["a"] = look(path)
     path.write_bytes(TWO)
-    registry._found["a"] = look(path)  # as if both had been written within one tick
+    registry._folders._found["a"] = look(path)  # as if both had been written within one tick
     assert registry.ready("a").digest == digest(TWO)
 
 
@@ -848,9 +848,9 @@ def test_what_is_deleted_is_given_back(
     registry.remove("a")
     del version
     assert [ref() is None for ref in gone] == [True, True, True, False]
-    assert registry._memory.used == held.fixed_bytes + (held.tensor_bytes if kept else 0)
+    assert registry.held_bytes() == held.fixed_bytes + (held.tensor_bytes if kept else 0)
     registry.release(held)
-    assert registry._memory.used == 0
+    assert registry.held_bytes() == 0
     assert trimmed
     registry.close()
 
@@ -933,7 +933,7 @@ def test_tensors_used_least_recently_give_way(folder: Path, state: Path, uploade
     for version in (held, held, other):
         registry.release(version)
     assert registry.ready("a").edits()
-    assert registry._memory.used <= room
+    assert registry.held_bytes() <= room
     registry.close()
 
 
