@@ -538,6 +538,23 @@ def test_a_removed_folder_name_stays_away_until_its_file_changes(
     assert names(uploads) == ["a"]
 
 
+def test_a_file_that_is_replaced_during_its_removal_is_served(
+    uploads: Registry, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place(folder, "a", ONE)
+    uploads.scan()
+    displace = uploads._catalog.displace
+
+    def replaced_before(*arguments: Any) -> None:
+        place(folder, "a", TWO)
+        uploads.scan()
+        displace(*arguments)
+
+    monkeypatch.setattr(uploads._catalog, "displace", replaced_before)
+    uploads.remove("a", [digest(ONE)])
+    assert uploads.resolve("a").digest == digest(TWO)
+
+
 def test_removing_leaves_requests_in_flight_alone(uploads: Registry) -> None:
     uploads.put("a", ONE)
     version = uploads.resolve("a")

@@ -229,12 +229,16 @@ class Catalog:
             known.history = list(history)
         self._shrink()
 
-    def displace(self, name: str, origin: Origin) -> None:
-        """Take one layer away, if it is there; an upload goes with its history."""
+    def displace(self, name: str, origin: Origin, version: Version | None = None) -> None:
+        """Take one layer away, if it is there; an upload goes with its history.
+
+        With a `version` only as long as the layer has that one.
+        """
         with self._changed(name) as known:
-            known.layers.pop(origin, None)
-            if origin == "uploaded":
-                known.history.clear()
+            if version in (None, known.layers.get(origin)):
+                known.layers.pop(origin, None)
+                if origin == "uploaded":
+                    known.history.clear()
         self._shrink()
 
     def note(self, name: str, problem: str | None) -> None:

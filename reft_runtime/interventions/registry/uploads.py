@@ -104,7 +104,8 @@ class Uploads:
                 if self._store is not None:
                     self._store.remove(name)
                 self._problems.pop(name, None)
-            self._catalog.displace(name, origin)
+            # The folder's file may have been replaced by now; the new one was not meant.
+            self._catalog.displace(name, origin, version if origin == "folder" else None)
             if not any(self._catalog.layer(name, layer) for layer in _ADDED):
                 self._added.discard(name)
             self._collect()
