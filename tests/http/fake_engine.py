@@ -173,10 +173,10 @@ class FakeRegistry:
             VersionEntry(entry.digest, "uploaded", 3, 1.5e9, in_flight=0, current=True, kept=True)
         ]
 
-    def rollback(self, name: str, digest: str | None, expected: Any = None) -> FakeVersion:
-        self.entry(name)
+    def rollback(self, name: str, digest: str | None, expected: Any = None) -> Any:
+        entry = self.entry(name)
         self.last_rollback = (name, digest, expected)
-        return self.versions[name]
+        return entry
 
     def held_bytes(self) -> int:
         return 1234
@@ -196,19 +196,19 @@ class FakeRegistry:
 
     def put(
         self, name: str, data: bytes, sha256: str | None = None, expected: Any = None
-    ) -> tuple[FakeVersion, bool]:
+    ) -> tuple[Any, bool]:
         self.last_put = (data, sha256)
         created = name not in self.versions
         self.versions[name] = FakeVersion(name)
-        return self.versions[name], created
+        return self.entry(name), created
 
-    def load(self, name: str, path: str, replace: bool = False) -> FakeVersion:
+    def load(self, name: str, path: str, replace: bool = False) -> Any:
         if name in self.versions and not replace:
             raise InvalidRequest(f"The intervention `{name}` is loaded already.", param="name")
         if path.startswith("/"):
             raise InvalidRequest("The path leads outside the sources.", param="path")
         self.versions[name] = FakeVersion(name)
-        return self.versions[name]
+        return self.entry(name)
 
     def remove(self, name: str, expected: Any = None) -> None:
         self.entry(name)

@@ -162,7 +162,7 @@ async def test_listings_have_many_parts(
     assert body["data"][0] == (await client.get("/v1/interventions/a")).json()
     for name in names[1:]:
         engine.registry.remove(name)
-    os.unlink(cast(Registry, engine.registry)._found["a"].path)
+    os.unlink(cast(Registry, engine.registry)._folders._found["a"].path)
     cast(Registry, engine.registry).scan()
     assert (await client.get("/v1/interventions")).json()["data"] == []
 
