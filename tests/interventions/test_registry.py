@@ -29,6 +29,7 @@ from reft_runtime.errors import (
 from reft_runtime.interventions import Registry, Version
 from reft_runtime.interventions.format.file import parse, write_atomic
 from reft_runtime.interventions.format.header import header_of
+from reft_runtime.interventions.registry import sources
 from reft_runtime.interventions.registry.sources import look
 from reft_runtime.interventions.registry.uploads import HISTORY
 from tests.interventions.make import BASE, file_bytes
@@ -370,6 +371,20 @@ def test_nobody_waits_for_a_scan_of_many_changes(folder: Path) -> None:
     assert names(registry) == [*files[:5], "u"]
     registry.scan(rest)
     assert names(registry) == [*files[:8], "u"]
+
+
+def test_looking_at_many_files_is_done_in_parts(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sources, "LOOKS_AT_ONCE", 4)
+    for number in range(9):
+        place(folder, f"f{number}", ONE)
+    registry = Registry(BASE, [folder])
+    looked: list[float] = []
+    registry.scan(between=looked.append)
+    assert len(looked) == 2
+    assert all(seconds >= 0 for seconds in looked)
+    assert len(names(registry)) == 9
 
 
 def test_watch_picks_up_a_file_and_survives_a_fault(

@@ -27,7 +27,7 @@ CHANGES = 3
 """How often a file may be replaced while it is being read."""
 
 WORK_SHARE = 0.25
-"""Of the time, at most, the watch spends on reading what has changed."""
+"""At most this share of time is spent on reading what has changed."""
 
 _log = logging.getLogger(__name__)
 
@@ -115,13 +115,13 @@ class Folders:
         """Whether there is a file of the name that cannot be served."""
         return name in self._broken
 
-    def scan(self, rest: Callable[[float], bool]) -> None:
+    def scan(self, rest: Callable[[float], bool], between: Callable[[float], object]) -> None:
         """Take in what is new, changed or gone in the folders; `Registry.scan` says more of it."""
         present: dict[str, Found] = {}
         problems: dict[str, str] = {}
         for folder in self.sources:
             try:
-                self._listings[folder] = list_folder(folder)
+                self._listings[folder] = list_folder(folder, between)
             except OSError as error:  # serve on with what was there
                 problems[str(folder)] = f"The folder cannot be read: {error.strerror}."
             found, unlisted = self._listings.get(folder, ({}, {}))

@@ -32,7 +32,10 @@ MEMORY_BYTES = 1 << 30
 """Memory that interventions take, unless told otherwise."""
 
 LOOK_SHARE = 0.05
-"""Of the time, at most, is spent on looking for changes in the sources."""
+"""At most this share of time is spent on looking for changes in the sources."""
+
+BREATH = 4
+"""Between files that are looked at so many times the time that they took is left to others."""
 
 _log = logging.getLogger(__name__)
 
@@ -103,15 +106,19 @@ class Registry:
             self._watcher.join()
         self._uploads.close()
 
-    def scan(self, rest: Callable[[float], bool] = lambda worked: False) -> None:
+    def scan(
+        self,
+        rest: Callable[[float], bool] = lambda worked: False,
+        between: Callable[[float], object] = lambda looked: None,
+    ) -> None:
         """Take in what is new, changed or gone in the sources; reads only what has changed.
 
         A file that replaces one in use is verified completely before its name moves to it; until
         a broken one is mended, the version before it goes on being served if it is in memory.
         `rest` is called after each file that was read, with the seconds that it took, and ends the
-        scan by answering True.
+        scan by answering True; `between` after some hundred that were looked at, likewise.
         """
-        self._folders.scan(rest)
+        self._folders.scan(rest, between)
 
     def resolve(self, ref: str) -> Version:
         """The version that `NAME` or `NAME@<digest prefix>` (8 to 64 hex digits) stands for now.
@@ -328,8 +335,13 @@ class Registry:
                 away += worked / WORK_SHARE
                 return self._closed.wait(worked / WORK_SHARE - worked)
 
+            def between(looked: float) -> None:
+                nonlocal away
+                away += BREATH * looked
+                self._closed.wait(BREATH * looked)
+
             try:
-                self.scan(rest)
+                self.scan(rest, between)
                 self._uploads.tend()
             except Exception:  # the watch must outlive whatever one scan meets
                 _log.exception("scanning the sources failed")

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from reft_runtime.errors import InvalidRequest, NotFound
 from reft_runtime.interventions.format.identity import SUFFIX
+
+LOOKS_AT_ONCE = 200
+"""Files that are looked at in one go, which takes about a millisecond: a step of the engine that
+waits for the core, or for Python's lock, waits no longer than that."""
 
 NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 NAME_RULE = (
@@ -59,18 +64,25 @@ def find(name: str, folder: Path) -> Found | None:
         return None
 
 
-def list_folder(folder: Path) -> tuple[dict[str, Found], dict[str, str]]:
+def list_folder(
+    folder: Path, between: Callable[[float], object]
+) -> tuple[dict[str, Found], dict[str, str]]:
     """List the intervention files of one folder, not those of folders below it.
 
     Returns what was found by name (the file's stem), and by path why a file cannot be listed.
-    Raises `OSError` where the folder itself cannot be read.
+    Raises `OSError` where the folder itself cannot be read. `between` is called after every
+    `LOOKS_AT_ONCE` files, with the seconds that they took.
     """
     found: dict[str, Found] = {}
     problems: dict[str, str] = {}
     root = Path(os.path.realpath(folder))
     with os.scandir(folder) as entries:
         files = sorted((e for e in entries if e.name.endswith(SUFFIX)), key=lambda e: e.name)
-    for file in files:
+    began = time.monotonic()
+    for number, file in enumerate(files, 1):
+        if number % LOOKS_AT_ONCE == 0:
+            between(time.monotonic() - began)
+            began = time.monotonic()
         name = file.name.removesuffix(SUFFIX)
         if not NAME.fullmatch(name):
             problems[file.path] = f"The file's name is no name for an intervention: {NAME_RULE}."
