@@ -6,6 +6,7 @@ from typing import Any
 
 from reft_runtime.interventions.format.file import header_of, parse
 from reft_runtime.interventions.format.kinds import KINDS, orthonormal_error
+from reft_runtime.machine.dtypes import name_of
 
 
 def describe(data: bytes, base_parameters: int | None = None) -> dict[str, Any]:
@@ -44,7 +45,7 @@ def describe(data: bytes, base_parameters: int | None = None) -> dict[str, Any]:
                 "orthonormality_error": max(errors) if errors else None,
                 "tensors": {
                     name: {
-                        "dtype": str(tensor.dtype).removeprefix("torch."),
+                        "dtype": name_of(tensor.dtype),
                         "shape": list(tensor.shape),
                     }
                     for name, tensor in sorted(tensors.items())
