@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -18,16 +17,6 @@ MAX_INTERVENTIONS = 16
 
 MAX_STRENGTH = 100.0
 """A server takes strengths from minus this to this."""
-
-
-def completion_prefix(applied: Iterable[tuple[Version, float]]) -> str:
-    """What answers of these versions, at these strengths, begin with for the tokenizer's sake.
-
-    A strength of 0 is the base model, which knows of none; where versions differ nothing is taken.
-    """
-    said = {version.completion_prefix for version, strength in applied if strength}
-    found = said - {None}
-    return (found.pop() or "") if len(found) == 1 else ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Self, cast
@@ -22,9 +23,11 @@ from reft_runtime.errors import InvalidRequest
 from reft_runtime.front.admission import Admission, Prompt
 from reft_runtime.front.assembly import Assembler
 from reft_runtime.front.blocking import Call, run_calls
+from reft_runtime.front.hop import unless_left
+from reft_runtime.front.prepared import Prepared, release_all
 from reft_runtime.front.streams import EventLoopSink, Stream
 from reft_runtime.front.traces import base_requests, trace_of
-from reft_runtime.interventions import Registry, Version
+from reft_runtime.interventions import Registry
 from reft_runtime.interventions.registry.registry import MEMORY_BYTES, check_folders
 from reft_runtime.interventions.registry.store import STATE_BYTES
 from reft_runtime.loading.base import load_base
@@ -33,9 +36,9 @@ from reft_runtime.outputs import Comparison, Comparisons, EngineInfo, EngineStat
 from reft_runtime.sampling import SamplingParams
 from reft_runtime.schedule.request import Request
 from reft_runtime.text import Tokenizer
-from reft_runtime.use import Use, completion_prefix
+from reft_runtime.use import Use
 
-Applied = str | Use | tuple[str | Use, ...] | None
+Uses = str | Use | tuple[str | Use, ...] | None
 """What to apply to a prompt: one intervention, several in order, or (None) the base model."""
 
 WATCH_SECONDS = 2.0
@@ -121,7 +124,7 @@ class Engine:
             kv_bytes=kv_bytes(loaded, kv_tokens, max_running),
             kv_tokens=kv_tokens,
         )
-        self._admission = Admission(self.registry, self.tokenizer, self.info)
+        self.admission = Admission(self.registry, self.tokenizer, self.info)
         self._loop = EngineLoop(core, max_queued, max_queued_tokens)
         self._sinks: dict[asyncio.AbstractEventLoop, EventLoopSink] = {}
 
@@ -146,7 +149,7 @@ class Engine:
         prompts: Prompt | Sequence[Prompt],
         sampling: SamplingParams | None = None,
         *,
-        intervention: Applied | list[Applied] | list[str] = None,
+        intervention: Uses | list[Uses] | list[str] = None,
         progress: bool = True,
     ) -> list[Generation]:
         """Answer prompts, in their order; blocks, also inside a running event loop.
@@ -162,7 +165,7 @@ class Engine:
     def compare(
         self,
         prompt: Prompt,
-        interventions: Sequence[Applied],
+        interventions: Sequence[Uses],
         sampling: SamplingParams | None = None,
     ) -> Comparisons:
         """Answer one prompt with the base model and with each of `interventions`, and say why.
@@ -192,13 +195,9 @@ class Engine:
             for uses, call, several in zip(columns, calls, bases, strict=True)
         )
 
-    def encode(self, prompt: Prompt, uses: Sequence[Use] = ()) -> Sequence[int]:
-        """Token ids of a prompt for `open`; a chat goes through the template of what is used."""
-        return self._admission.tokens(prompt, uses)
-
     async def open(
         self,
-        prompt: Sequence[int],
+        prompt: Prompt,
         sampling: SamplingParams,
         uses: Sequence[Use] = (),
         *,
@@ -208,29 +207,30 @@ class Engine:
     ) -> Stream:
         """Start one request, with `uses` applied in order; a `trace` is for `explain`.
 
-        Requests of different `salt` share nothing in the prefix cache.
-
-        Raises `InvalidRequest`, `NotFound`, `InvalidFile`, `Overloaded`, `Draining` or
-        `EngineDead` before anything is queued.
+        Requests of different `salt` share nothing in the prefix cache. What it applies is held from
+        here on, until it ends. Raises before anything is queued, as `Admission.prepare` in a
+        worker thread and then `start` do.
         """
-        preparing = asyncio.ensure_future(
-            asyncio.to_thread(
-                self._admission.prepare,
-                prompt,
-                sampling,
-                uses,
-                request_id=request_id,
-                salt=salt,
-                trace=trace,
-            )
+        work = partial(
+            self.admission.prepare,
+            [prompt],
+            sampling,
+            uses,
+            request_id=request_id,
+            salt=salt,
+            trace=trace,
         )
-        try:
-            request, versions = await asyncio.shield(preparing)
-        except asyncio.CancelledError:
-            # The thread goes on, and what it takes hold of must be let go.
-            preparing.add_done_callback(self._drop_prepared)
-            raise
-        return self._start(self._assembler(request, versions, uses), versions)
+        [prepared] = await unless_left(asyncio.to_thread(work), release_all)
+        return self.start(prepared)
+
+    def start(self, prepared: Prepared) -> Stream:
+        """Queue a request that was prepared; its stream is for the running event loop.
+
+        The versions that it holds are let go when it ends, or here where it is refused: raises
+        `Overloaded`, `Draining` or `EngineDead`.
+        """
+        assembler = self._assembler(prepared.request, prepared.form.completion_prefix)
+        return self._start(assembler, prepared.versions, prepared.release)
 
     async def explain(self, stream: Stream) -> Trace:
         """What the interventions of a traced stream did, when it has ended.
@@ -241,7 +241,7 @@ class Engine:
         asked: list[Stream] = []
         try:
             for base in bases:
-                asked.append(self._start(base, (), follow_up=True))
+                asked.append(self._start(base, follow_up=True))
             for each in asked:
                 async for _ in each:
                     pass
@@ -280,23 +280,24 @@ class Engine:
         trace: bool = False,
     ) -> Iterator[list[Call]]:
         """Calls that hold their versions for the length of the block."""
-        calls: list[Call] = []
-        held: list[Version] = []
-        try:
+        with ExitStack() as held:
+            calls = []
             for prompt, uses in asked:
-                tokens = self._admission.tokens(prompt, uses)
-                request, versions = self._admission.prepare(tokens, sampling, uses, trace=trace)
-                held += versions
-                calls.append(Call(self._assembler(request, versions, uses)))
+                [one] = self.admission.prepare([prompt], sampling, uses, trace=trace)
+                held.callback(one.release)
+                calls.append(Call(self._assembler(one.request, one.form.completion_prefix)))
             yield calls
-        finally:
-            self._admission.release(held)
 
     def _run(self, calls: Sequence[Call], *, progress: bool = False) -> None:
         run_calls(self._loop, calls, 2 * self.info.max_running, progress=progress)
 
     def _start(
-        self, assembler: Assembler, versions: Sequence[Version], *, follow_up: bool = False
+        self,
+        assembler: Assembler,
+        versions: Sequence[str] = (),
+        release: Callable[[], None] = lambda: None,
+        *,
+        follow_up: bool = False,
     ) -> Stream:
         """Submit a request; its stream lets go of the versions when it ends."""
         request = assembler.request
@@ -307,11 +308,11 @@ class Engine:
             sink.streams.pop(request.id, None)
             if not sink.streams:
                 self._sinks.pop(loop, None)
-            self._admission.release(versions)
+            release()
 
         stream = Stream(
             assembler,
-            [f"{version.name}@{version.digest}" for version in versions],
+            list(versions),
             on_end=end,
             abort=lambda: self._loop.abort(request.id),
             engine_alive=lambda: self._loop.alive,
@@ -326,25 +327,16 @@ class Engine:
 
     def _bases(self, own: Assembler) -> list[Assembler]:
         """Of what the trace of a request asks the base model."""
-        return [self._assembler(request, (), ()) for request in base_requests(own)]
+        return [self._assembler(request) for request in base_requests(own)]
 
-    def _drop_prepared(self, done: asyncio.Future[tuple[Request, list[Version]]]) -> None:
-        if not done.cancelled() and done.exception() is None:
-            self._admission.release(done.result()[1])
-
-    def _assembler(
-        self, request: Request, versions: Sequence[Version], uses: Sequence[Use]
-    ) -> Assembler:
+    def _assembler(self, request: Request, completion_prefix: str = "") -> Assembler:
         def abort_choice(choice: int) -> None:
             self._loop.abort(request.id, choice)
 
-        begins = completion_prefix(
-            (version, use.strength) for version, use in zip(versions, uses, strict=True)
-        )
-        return Assembler(request, self.tokenizer, abort_choice, begins)
+        return Assembler(request, self.tokenizer, abort_choice, completion_prefix)
 
 
-def _uses(applied: Applied) -> tuple[Use, ...]:
+def _uses(applied: Uses) -> tuple[Use, ...]:
     if applied is None:
         return ()
     several = applied if isinstance(applied, tuple) else (applied,)
@@ -359,7 +351,7 @@ def _uses(applied: Applied) -> tuple[Use, ...]:
 
 
 def _pair(
-    prompts: Prompt | Sequence[Prompt], intervention: Applied | list[Applied] | list[str]
+    prompts: Prompt | Sequence[Prompt], intervention: Uses | list[Uses] | list[str]
 ) -> list[tuple[Prompt, tuple[Use, ...]]]:
     """Prompts with what applies to them; a single prompt counts as a list of one."""
     if not isinstance(prompts, str | list | tuple) or (not prompts and prompts != ""):

@@ -6,7 +6,7 @@ import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import pytest
 from pydantic import SecretStr
@@ -25,7 +25,7 @@ from tests.interventions.make import BASE, file_bytes
 
 @pytest.fixture
 def engine() -> Any:
-    engine = cast(Any, FakeEngine())
+    engine: Any = FakeEngine()
     engine.registry = Registry(BASE)
     for name in ("one", "two"):
         engine.registry.put(name, file_bytes(description=f"The {name} [bold]of them."))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import httpx
 import pytest
@@ -12,7 +12,7 @@ import pytest
 from reft_runtime.interventions import Registry
 from server.metrics import MAX_NAMES
 from tests.http.conftest import completion
-from tests.http.fake_engine import FakeEngine, FakeRegistry
+from tests.http.fake_engine import FakeEngine
 from tests.interventions.make import BASE, file_bytes
 from tests.interventions.test_registry import digest, place
 
@@ -31,7 +31,7 @@ def folder(tmp_path: Path) -> Path:
 def engine(folder: Path) -> Iterator[FakeEngine]:
     engine = FakeEngine()
     registry = Registry(BASE, [folder])
-    engine.registry = cast(FakeRegistry, registry)
+    engine.registry = registry
     yield engine
     registry.close()
 

@@ -116,11 +116,13 @@ class Catalog:
                 known.prompt_tokens += prompt_tokens
                 known.generation_tokens += generation_tokens
 
-    def ready(self, ref: str) -> Version:
-        """As `resolve`, with the tensors read, as a request that is about to begin wants it."""
-        version = self.resolve(ref)
+    def acquire(self, ref: str | Version) -> Version:
+        """As `resolve`, held until the matching `release`, its tensors read; counts no request.
+
+        A version that was resolved before is taken as it is. Raises as `resolve` and `hold`.
+        """
+        version = self.resolve(ref) if isinstance(ref, str) else ref
         self._pin(version)
-        self.release(version)
         return version
 
     def release(self, version: Version) -> None:

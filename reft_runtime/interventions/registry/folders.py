@@ -84,12 +84,12 @@ class Folders(Listing):
                 f"The file of the intervention `{name}` cannot be served: {broken.message}"
             ) from None
 
-    def ready(self, ref: str) -> Version:
-        """As `Catalog.ready`; a file that is replaced just now is used in its new version."""
+    def acquire(self, ref: str | Version) -> Version:
+        """As `Catalog.acquire`; a file that is replaced just now is used in its new version."""
         for _ in range(CHANGES):
             with suppress(NotFound, Unavailable):
-                return super().ready(ref)
-        return super().ready(ref)
+                return super().acquire(ref)
+        return super().acquire(ref)
 
     def _pin(self, version: Version) -> None:
         try:
