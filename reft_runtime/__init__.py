@@ -14,6 +14,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from reft_runtime.base.demo import demo_model as demo_model
     from reft_runtime.base.shape import base_shape as base_shape
     from reft_runtime.front.engine import Engine as Engine
     from reft_runtime.interventions import Intervention as Intervention
@@ -28,9 +29,18 @@ _HOMES = {
     "SamplingParams": "reft_runtime.sampling",
     "Use": "reft_runtime.use",
     "base_shape": "reft_runtime.base.shape",
+    "demo_model": "reft_runtime.base.demo",
 }
 
-__all__ = ["Engine", "Intervention", "Registry", "SamplingParams", "Use", "base_shape"]
+__all__ = [
+    "Engine",
+    "Intervention",
+    "Registry",
+    "SamplingParams",
+    "Use",
+    "base_shape",
+    "demo_model",
+]
 
 
 def __getattr__(name: str) -> object:

@@ -120,6 +120,9 @@ class Stream(Protocol):
     def __aiter__(self) -> AsyncIterator[list[ChoiceDelta]]:
         """What its choices gained, step by step."""
 
+    async def trace(self) -> Trace:
+        """What the interventions of a traced request did, when all its choices have ended."""
+
     def abort(self) -> None:
         """End the request; does nothing if it has ended."""
 
@@ -149,9 +152,6 @@ class Engine(Protocol):
 
     def start(self, prepared: Prepared) -> Stream:
         """Queue a request; what it holds is let go when it ends, or is refused."""
-
-    async def explain(self, stream: Any) -> Trace:
-        """What the interventions of a traced stream did, when it has ended."""
 
     def stats(self) -> EngineStats:
         """A snapshot of load and counters."""

@@ -197,8 +197,7 @@ class Run:
 
     async def explain(self) -> list[Trace]:
         """The trace of each prompt, when all has ended; none where it is not asked for."""
-        engine = self.context.engine
-        return [await engine.explain(s) for s in self.streams] if self.job.trace else []
+        return [await stream.trace() for stream in self.streams] if self.job.trace else []
 
     def _count(self, prompt: int, deltas: list[ChoiceDelta]) -> None:
         now = time.monotonic()

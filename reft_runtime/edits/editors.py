@@ -18,11 +18,11 @@ if TYPE_CHECKING:
     from reft_runtime.schedule.scheduler import Chunk
 
 ALONE = 4
-"""Up to so many rows of a request and slot are rather edited one by one."""
+"""Up to so many rows of a request and entry are rather edited one by one."""
 
 
 class FixedRows:
-    """An `Editor` of up to `rows` rows, one token each, whose slots and strengths are set anew
+    """An `Editor` of up to `rows` rows, one token each, whose entries and strengths are set anew
     for each step at fixed addresses, so that a captured graph can edit."""
 
     def __init__(self, tables: EditTables, layers: int, rows: int) -> None:
@@ -39,7 +39,7 @@ class FixedRows:
         return [(layer, COMPONENT) for layer in range(self._layers)]
 
     def choose(self, rows: Sequence[tuple[int, float]]) -> None:
-        """Slot and strength of each row of the next step."""
+        """Entry and strength of each row of the next step."""
         for held, numbers in zip(
             (self._slots, self._strengths), zip(*rows, strict=True), strict=True
         ):
@@ -59,7 +59,7 @@ class FixedRows:
     def slots_of(
         self, editing: Sequence[Sequence[AppliedIntervention]]
     ) -> list[tuple[int, float]] | None:
-        """Slot and strength of each row, of those that edit generated tokens there.
+        """Entry and strength of each row, of those that edit generated tokens there.
 
         None where a row has edits that cannot be applied so: of another kind, or one after another.
         """
@@ -73,34 +73,34 @@ class FixedRows:
             decoding = [group for group in groups or () if group.positions.edits_decode]
             if len(decoding) != 1:
                 return None
-            rows.append((decoding[0].slot, own[0].strength))
+            rows.append((decoding[0].entry, own[0].strength))
         return rows
 
 
 @dataclass(slots=True)
 class _Rows:
-    """Rows of one pass, their slots and strengths, and where there are any their pieces."""
+    """Rows of one pass, their entries and strengths, and where there are any their pieces."""
 
     rows: list[int] = field(default_factory=list)
-    slots: list[int] = field(default_factory=list)
+    entries: list[int] = field(default_factory=list)
     strengths: list[float] = field(default_factory=list)
     pieces: list[int] = field(default_factory=list)
 
-    def add(self, rows: Sequence[int], slot: int, strength: float) -> None:
+    def add(self, rows: Sequence[int], entry: int, strength: float) -> None:
         self.rows += rows
-        self.slots += [slot] * len(rows)
+        self.entries += [entry] * len(rows)
         self.strengths += [strength] * len(rows)
 
-    def add_pieces(self, rows: Sequence[int], slot: int, strength: float) -> None:
+    def add_pieces(self, rows: Sequence[int], entry: int, strength: float) -> None:
         for start in range(0, len(rows), PIECE_ROWS):
             piece = rows[start : start + PIECE_ROWS]
             self.pieces += (len(self.rows), len(piece))
-            self.add(piece, slot, strength)
+            self.add(piece, entry, strength)
 
     def sent(self, device: torch.device) -> tuple[Tensor, ...]:
-        lists = self.rows, self.pieces, self.slots
-        rows, pieces, slots = to_device(lists, device)
-        return rows, pieces.view(-1, 2), slots, send(torch.tensor(self.strengths), device)
+        lists = self.rows, self.pieces, self.entries
+        rows, pieces, entries = to_device(lists, device)
+        return rows, pieces.view(-1, 2), entries, send(torch.tensor(self.strengths), device)
 
 
 @dataclass(slots=True)
@@ -160,9 +160,9 @@ class PackedRows:
             own = self._passes[passes[-1]]
             own.layers |= group.layers
             if len(rows) > ALONE and group.rank <= PIECE_RANKS:
-                own.together.add_pieces(rows, group.slot, strength)
+                own.together.add_pieces(rows, group.entry, strength)
             else:
-                own.alone.add(rows, group.slot, strength)
+                own.alone.add(rows, group.entry, strength)
         return True
 
     def apply(self, site: Site, hidden: Tensor) -> None:
@@ -175,9 +175,9 @@ class PackedRows:
         for each, (alone, together) in zip(self._passes, self._sent, strict=True):
             if layer not in each.layers or component != COMPONENT:
                 continue
-            rows, _, slots, strengths = alone
+            rows, _, entries, strengths = alone
             if len(rows):
-                edit.rows(hidden, rows, places, slots, strengths)
-            rows, pieces, slots, strengths = together
+                edit.rows(hidden, rows, places, entries, strengths)
+            rows, pieces, entries, strengths = together
             if len(rows):
-                edit.pieces(hidden, rows, pieces, places, slots, strengths)
+                edit.pieces(hidden, rows, pieces, places, entries, strengths)

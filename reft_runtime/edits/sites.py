@@ -53,6 +53,8 @@ class EditSites:
         self._model = model
         self._layers = layers
         self._widths: dict[tuple[nn.Module, Side], int] = {}
+        self._names: dict[tuple[nn.Module, Side], Site] = {}
+        self._same: dict[Site, Site] = {}
         handles = [handle for module in model.modules() for handle in self._probe(module)]
         try:
             forward_two(CausalStep())
@@ -87,6 +89,17 @@ class EditSites:
             raise WrongBaseModel(
                 f"The {where} is {found} wide in the loaded model, and {width} in the file."
             )
+
+    def same(self, site: Site) -> Site:
+        """The one name of a place that sites may name differently: the first that was asked for.
+
+        A path names its module whatever the layer beside it is.
+        """
+        if site not in self._same:
+            place = self._place(*site)
+            assert place is not None, f"{site} was not checked"
+            self._same[site] = self._names.setdefault(place, site)
+        return self._same[site]
 
     @contextmanager
     def hooked(self, editor: Editor) -> Iterator[None]:

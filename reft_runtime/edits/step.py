@@ -6,7 +6,7 @@ Every edit has the canonical form h + s * (g * h + c + phi(h V^T + b) U); see `C
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
 
@@ -96,6 +96,8 @@ class StepEdits:
     """
 
     sent: Sent
+    same: Callable[[Site], Site]
+    """The one name of a site's place, by which edits of several requests meet in its passes."""
     rows: PackedRows | None = None
     """What the device's tables edit, before all passes: rows of requests that are in none."""
     passes: dict[Site, list[list[Segment]]] = field(default_factory=dict)
@@ -109,10 +111,18 @@ class StepEdits:
 
     @classmethod
     def of(
-        cls, chunks: SequenceOf[Chunk], on_device: OnDevice, tables: EditTables | None = None
+        cls,
+        chunks: SequenceOf[Chunk],
+        on_device: OnDevice,
+        same: Callable[[Site], Site],
+        tables: EditTables | None = None,
     ) -> StepEdits:
-        """Find the rows to edit in a packed step (chunks in packed order)."""
-        edits = cls(Sent(on_device.device), None if tables is None else PackedRows(tables, chunks))
+        """Find the rows to edit in a packed step (chunks in packed order).
+
+        `same` is `EditSites.same`.
+        """
+        rows = None if tables is None else PackedRows(tables, chunks)
+        edits = cls(Sent(on_device.device), same, rows)
         first = 0
         for chunk in chunks:
             sequence = chunk.sequence
@@ -136,7 +146,7 @@ class StepEdits:
                 offsets = edit.positions.offsets(length, chunk.start, chunk.stop)
                 if not offsets:
                     continue
-                site = (edit.layer, edit.component)
+                site = self.same((edit.layer, edit.component))
                 rows = [offset + shift for offset in offsets]
                 earlier = edited.setdefault(site, [])
                 number = len(earlier)
@@ -165,20 +175,20 @@ class StepEdits:
             self.rows.apply(site, hidden)
         for segments in self.passes.get(site, ()):
             try:
-                self._apply_pass(site, segments, hidden)
+                self._apply_pass(segments, hidden)
             except Exception as error:
                 if is_out_of_memory(error):
                     raise
                 # Some request's edit is at fault: do them one by one, and let only it fail.
                 for segment in segments:
                     try:
-                        self._apply_pass(site, [segment], hidden)
+                        self._apply_pass([segment], hidden)
                     except Exception as error:
                         if is_out_of_memory(error):
                             raise
                         self.failed[segment.sequence] = error
 
-    def _apply_pass(self, site: Site, segments: list[Segment], hidden: Tensor) -> None:
+    def _apply_pass(self, segments: list[Segment], hidden: Tensor) -> None:
         """Compute all segments' new rows before any is written: a failure changes nothing."""
         short = [segment for segment in segments if _batches(segment)]
         results = [_edit_alone(s, hidden, self.sent) for s in segments if not _batches(s)]
@@ -189,11 +199,12 @@ class StepEdits:
         for rows, edited in results:
             hidden.index_copy_(0, rows, edited.to(hidden.dtype))
         for segment, old in zip(traced, before, strict=True):
-            self._trace(site, segment, old, hidden[segment.rows].float())
+            self._trace(segment, old, hidden[segment.rows].float())
 
-    def _trace(self, site: Site, segment: Segment, old: Tensor, new: Tensor) -> None:
+    def _trace(self, segment: Segment, old: Tensor, new: Tensor) -> None:
         sizes = (new - old).norm(dim=-1) / old.norm(dim=-1)
         positions = tuple(row - segment.shift for row in segment.rows)
+        site = segment.edit.layer, segment.edit.component
         traced = TracedEdit(*segment.source, *site, positions, tuple(sizes.tolist()))
         self.traces.setdefault(segment.sequence, []).append(traced)
 

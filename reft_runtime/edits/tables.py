@@ -1,9 +1,9 @@
 """Interventions on the device: where their edits lie, by layer, for kernels that edit rows.
 
-An intervention's edits of block outputs are copied to the device in one piece, and a slot of a
+An intervention's edits of block outputs are copied to the device in one piece, and an entry of a
 table says where each layer's are, so that one kernel edits the rows of many interventions. The
 table lies at a fixed address: a captured graph reads it, too. What was used longest ago gives way,
-but nothing that the step at hand uses. Slot 0 changes nothing.
+but nothing that the step at hand uses. Entry 0 changes nothing.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ _BYTES = 4
 """Of a number."""
 
 PIECE_ROWS = 16
-"""Rows of one slot that are edited together, by matrix products."""
+"""Rows of one entry that are edited together, by matrix products."""
 
 PIECE_RANKS = 16
-"""Highest rank of a slot whose rows are."""
+"""Highest rank of an entry whose rows are."""
 
 MOST_BYTES = 4 << 30
 """To set aside: the rest of a device holds keys and values."""
@@ -49,13 +49,13 @@ Key = tuple[str, tuple[int, ...] | None]
 
 
 class RowEdits(Protocol):
-    """What edits rows of hidden states [T, d] in place, by one layer's table [slots, PLACE].
+    """What edits rows of hidden states [T, d] in place, by one layer's table [entries, PLACE].
 
-    `index` [n] says which rows, and `slots` and `strengths` [n] how.
+    `index` [n] says which rows, and `entries` and `strengths` [n] how.
     """
 
     def rows(
-        self, hidden: Tensor, index: Tensor, places: Tensor, slots: Tensor, strengths: Tensor
+        self, hidden: Tensor, index: Tensor, places: Tensor, entries: Tensor, strengths: Tensor
     ) -> None:
         """Edit one by one."""
 
@@ -65,10 +65,10 @@ class RowEdits(Protocol):
         index: Tensor,
         pieces: Tensor,
         places: Tensor,
-        slots: Tensor,
+        entries: Tensor,
         strengths: Tensor,
     ) -> None:
-        """Edit up to PIECE_ROWS together, of one slot and strength, of rank PIECE_RANKS at most.
+        """Edit up to PIECE_ROWS together, of one entry and strength, of rank PIECE_RANKS at most.
 
         `pieces` [pieces, 2] are the first of each in `index`, and how many.
         """
@@ -81,13 +81,13 @@ def table_bytes(layers: int, width: int, interventions: int) -> int:
 
 
 class Group(NamedTuple):
-    """Edits of an intervention at the same positions, at most one a layer, and their slot."""
+    """Edits of an intervention at the same positions, at most one a layer, and their entry."""
 
     positions: Positions
     layers: frozenset[int]
     rank: int
     """Of the highest."""
-    slot: int
+    entry: int
 
 
 class _Held(NamedTuple):
@@ -117,7 +117,7 @@ class EditTables:
         self._plans: dict[Key, _Plan | None] = {}
 
     def layer(self, layer: int) -> Tensor:
-        """The part of the table [slots, PLACE] that tells of one layer."""
+        """The part of the table [entries, PLACE] that tells of one layer."""
         return self._places[layer]
 
     def begin_step(self, wanted: Iterable[AppliedIntervention]) -> None:
@@ -149,21 +149,21 @@ class EditTables:
             self._plans[key] = _Plan.of(edits, self._layers, self._width)
         return self._plans[key]
 
-    def _room_for(self, size: int, slots: int) -> tuple[Tensor, bool]:
-        """Bytes for an intervention; others give way where there is no room, or too few slots."""
+    def _room_for(self, size: int, entries: int) -> tuple[Tensor, bool]:
+        """Bytes for an intervention; others give way where there is no room, or too few entries."""
         place = self._arena.take(size)
         unused = (key for key in list(self._held) if key not in self._in_use)
-        while place is None or len(self._free) < slots:
+        while place is None or len(self._free) < entries:
             key = next(unused, None)
             if key is None:
                 break
             held = self._held.pop(key)
-            self._free.extend(group.slot for group in held.groups)
+            self._free.extend(group.entry for group in held.groups)
             if held.lent:
                 self._arena.give_back(held.block)
             place = self._arena.take(size) if place is None else place
-        if len(self._free) < slots:
-            raise torch.OutOfMemoryError("out of memory: more edits in a step than slots")
+        if len(self._free) < entries:
+            raise torch.OutOfMemoryError("out of memory: more edits in a step than entries")
         if place is not None:
             return place, True
         return torch.empty(size, dtype=torch.uint8, device=self.device), False
@@ -172,18 +172,18 @@ class EditTables:
         there, lent = self._room_for(block.nbytes, len(plan.groups))
         try:
             there[: block.nbytes].view(torch.float32).copy_(block, non_blocking=True)
-            slots = self._free[len(self._free) - len(plan.groups) :]
+            entries = self._free[len(self._free) - len(plan.groups) :]
             places = plan.places + plan.present * there.data_ptr()
-            sent = send(torch.cat([torch.tensor(slots), places.flatten()]), self.device)
-            numbers, addresses = sent.tensor_split([len(slots)])
+            sent = send(torch.cat([torch.tensor(entries), places.flatten()]), self.device)
+            numbers, addresses = sent.tensor_split([len(entries)])
             self._places.index_copy_(1, numbers, addresses.view(places.shape))
         except BaseException:
             if lent:
                 self._arena.give_back(there)
             raise
-        del self._free[len(self._free) - len(slots) :]
+        del self._free[len(self._free) - len(entries) :]
         groups = tuple(
-            group._replace(slot=slot) for group, slot in zip(plan.groups, slots, strict=True)
+            group._replace(entry=entry) for group, entry in zip(plan.groups, entries, strict=True)
         )
         return _Held(groups, there, lent)
 

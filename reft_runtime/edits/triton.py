@@ -16,13 +16,13 @@ class TritonEdits:
     """`tables.RowEdits` on a CUDA device."""
 
     def rows(
-        self, hidden: Tensor, index: Tensor, places: Tensor, slots: Tensor, strengths: Tensor
+        self, hidden: Tensor, index: Tensor, places: Tensor, entries: Tensor, strengths: Tensor
     ) -> None:
         """See `RowEdits.rows`."""
         sizes = row_block(hidden.shape[1])
         ranks = max(1, min(8, NUMBERS_AT_ONCE // sizes["BLOCK"]))
         edit_kernels.edit_rows[(len(index),)](
-            hidden, index, places, slots, strengths, PLACE=PLACE, RANKS=ranks, **sizes, **early()
+            hidden, index, places, entries, strengths, PLACE=PLACE, RANKS=ranks, **sizes, **early()
         )
 
     def pieces(
@@ -31,7 +31,7 @@ class TritonEdits:
         index: Tensor,
         pieces: Tensor,
         places: Tensor,
-        slots: Tensor,
+        entries: Tensor,
         strengths: Tensor,
     ) -> None:
         """See `RowEdits.pieces`."""
@@ -40,7 +40,7 @@ class TritonEdits:
             index,
             pieces,
             places,
-            slots,
+            entries,
             strengths,
             WIDTH=hidden.shape[1],
             STEP=128,

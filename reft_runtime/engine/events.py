@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from torch import Tensor
-
 from reft_runtime.outputs import FinishReason, TokenLogprob, TracedEdit
 
 
@@ -50,14 +48,23 @@ class TokenMade:
 
 @dataclass(frozen=True, slots=True)
 class Traced:
-    """What edits did to rows of a request's first choice, for a request that asks for it.
-
-    `logprobs` [vocabulary] is the distribution of its first token, in the step that makes it.
-    """
+    """What edits did to rows of a request's first choice, for a request that asks for it."""
 
     request_id: str
     edits: tuple[TracedEdit, ...]
-    logprobs: Tensor | None
+
+
+@dataclass(frozen=True, slots=True)
+class Explained:
+    """How far a traced request is from the base model; its last event, after its choices ended.
+
+    `kl` and `log_ratios` are as in `Trace`, the ratios of all tokens that were made: also of those
+    behind a stop string, which the engine does not know.
+    """
+
+    request_id: str
+    kl: float
+    log_ratios: tuple[tuple[float, ...], ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,4 +79,4 @@ class Failed:
     out_of_memory: bool = False
 
 
-Event = Started | PromptReused | PromptScored | TokenMade | Traced | Failed
+Event = Started | PromptReused | PromptScored | TokenMade | Traced | Explained | Failed

@@ -95,8 +95,8 @@ class DecodeGraphs:
                 return None
         bucket = next(size for size in self._buckets if size >= count)
         ids = [0 if tokens is not None else c.sequence.tokens[c.start] for c in chunks]
-        slots, lanes = zip(*map(self._storage.place, chunks), strict=True)
-        used = (ids, [c.start for c in chunks], slots, [c.stop for c in chunks], lanes)
+        addresses, lanes = zip(*map(self._storage.address, chunks), strict=True)
+        used = (ids, [c.start for c in chunks], addresses, [c.stop for c in chunks], lanes)
         nobody = (*_NOBODY, self._storage.spare_lane)
         rows = [
             [*numbers, *[no] * (bucket - count)] for numbers, no in zip(used, nobody, strict=True)
@@ -116,10 +116,10 @@ class DecodeGraphs:
         return self._graphs[rows, edited]
 
     def _compute(self, rows: int, *, edited: bool) -> None:
-        ids, positions, slots, stops, lanes = self._inputs[:, :rows].unbind()
+        ids, positions, addresses, stops, lanes = self._inputs[:, :rows].unbind()
         batch = PageBatch(
             decodes=rows,
-            slots=slots,
+            addresses=addresses,
             firsts=self._firsts[: rows + 1],
             stops=stops,
             lanes=lanes,

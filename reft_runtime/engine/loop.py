@@ -8,12 +8,14 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 
-from reft_runtime.engine.core import OUT_OF_MEMORY, EngineCore
-from reft_runtime.engine.events import Event, Failed, Started, TokenMade
-from reft_runtime.errors import Draining, EngineDead, Overloaded
+from reft_runtime.engine.core import EngineCore
+from reft_runtime.engine.events import Event, Explained, Failed, Started, TokenMade
+from reft_runtime.engine.settle import OUT_OF_MEMORY
+from reft_runtime.errors import Draining, EngineDead, InvalidRequest, Overloaded
 from reft_runtime.machine.contention import StepWatch
 from reft_runtime.machine.memory import CODE_ROOM, check_room
 from reft_runtime.outputs import EngineStats
@@ -22,7 +24,13 @@ from reft_runtime.schedule.request import Request
 Sink = Callable[[list[Event]], None]
 """Gets a step's events for all requests submitted with it, in one call, on the engine's thread."""
 
+OnEnd = Callable[[], None]
+"""Called once when a request is over, on whichever thread ended it."""
+
 HEARTBEAT_SECONDS = 1.0
+
+_TRACE = -1
+"""What a traced request waits for when its choices, from 0 on, have ended."""
 
 THREAD_BYTES = 16 << 20
 """Address space of one thread: its stack, and what the allocator sets apart for it."""
@@ -30,9 +38,20 @@ THREAD_BYTES = 16 << 20
 logger = logging.getLogger(__name__)
 
 
+@dataclass(slots=True)
+class _Live:
+    """A request that was taken: who is told of it, and what is still to come (choices, a trace)."""
+
+    sink: Sink
+    on_end: OnEnd
+    left: set[int]
+
+
 class EngineLoop:
     """Runs an `EngineCore` in a thread of its own; every public method may be called from any.
 
+    It says when a request is over: its choices have ended (of a traced one, its trace is told), it
+    was aborted, it failed, nobody takes its events any more, or the engine stopped.
     `max_queued` and `max_queued_tokens` bound the requests (and their prompt tokens) that were
     submitted and have not started; beyond them `submit` raises `Overloaded`.
     """
@@ -43,8 +62,7 @@ class EngineLoop:
         self._max_queued_tokens = max_queued_tokens
         self._changed = threading.Condition()
         self._inbox: deque[Callable[[], None]] = deque()
-        self._sinks: dict[str, Sink] = {}
-        self._choices_left: dict[str, set[int]] = {}
+        self._live: dict[str, _Live] = {}
         self._queued: dict[str, int] = {}
         self._draining = False
         self._closing = False
@@ -60,22 +78,25 @@ class EngineLoop:
         """Whether the thread runs and the engine has not broken."""
         return self._death is None and self._thread.is_alive()
 
-    def submit(self, request: Request, sink: Sink, *, follow_up: bool = False) -> None:
-        """Queue a request; its events go to `sink` until its last choice ends.
+    def submit(self, request: Request, sink: Sink, on_end: OnEnd = lambda: None) -> None:
+        """Queue a request; its events go to `sink` until it is over, and then `on_end` is called.
 
-        A `follow_up` belongs to a request that was taken before: it is refused neither by a full
-        queue nor while draining. Raises `Overloaded`, `Draining` or `EngineDead` before anything
-        is queued.
+        Raises `InvalidRequest` where another of its id is not over, `Overloaded`, `Draining` or
+        `EngineDead`; then nothing is queued, and `on_end` is never called.
         """
         tokens = len(request.prompt)
         with self._changed:
             if self._death is not None or self._closing:
                 raise EngineDead(self._death or "the engine is closed")
-            if not follow_up:
-                self._check_queue(tokens)
+            if request.id in self._live:
+                raise InvalidRequest(
+                    f"request_id: a request of the id {request.id!r} is under way; give another.",
+                    param="request_id",
+                )
+            self._check_queue(tokens)
             self._queued[request.id] = tokens
-            self._sinks[request.id] = sink
-            self._choices_left[request.id] = set(range(request.sampling.n))
+            left = {*range(request.sampling.n), *([_TRACE] if request.trace else [])}
+            self._live[request.id] = _Live(sink, on_end, left)
             self._inbox.append(lambda: self._add(request))
             self._changed.notify_all()
 
@@ -90,15 +111,17 @@ class EngineLoop:
 
     def abort(self, request_id: str, choice: int | None = None) -> None:
         """End a request, or one choice of it, without an event; what has ended is left alone."""
+        ended: list[OnEnd] = []
         with self._changed:
-            if request_id not in self._sinks:
+            if request_id not in self._live:
                 return
             if choice is None:
-                self._forget(request_id)
+                ended += self._forget(request_id)
             else:
-                self._end_choice(request_id, choice)
-            self._inbox.append(lambda: self._core.abort(request_id, choice))
+                ended += self._has_come(request_id, choice)
+            self._inbox.append(lambda: self._deliver(self._core.abort(request_id, choice)))
             self._changed.notify_all()
+        _call(ended)
 
     def begin_drain(self) -> None:
         """Refuse new requests from now on; those that are in go on."""
@@ -108,7 +131,7 @@ class EngineLoop:
     def wait_empty(self) -> None:
         """Block until no request is left."""
         with self._changed:
-            self._changed.wait_for(lambda: not self._sinks)
+            self._changed.wait_for(lambda: not self._live)
 
     def stats(self) -> EngineStats:
         """A snapshot; taken without stopping the engine."""
@@ -119,8 +142,8 @@ class EngineLoop:
             waiting=len(self._queued),
             kv_usage=budget.used / budget.total,
             steps=core.steps,
-            prompt_tokens=core.prompt_tokens,
-            generation_tokens=core.generation_tokens,
+            prompt_tokens=core.requests.prompt_tokens,
+            generation_tokens=core.requests.generation_tokens,
             preemptions=scheduler.preemptions,
             heartbeat_age=max(0.0, time.monotonic() - self._beat - core.allowance),
             prefix_cache=None if budget.cache is None else budget.cache.stats(),
@@ -212,19 +235,22 @@ class EngineLoop:
     def _deliver(self, events: list[Event]) -> None:
         """Hand each caller its events of the step in one call."""
         by_sink: dict[Sink, list[Event]] = {}
+        ended: list[OnEnd] = []
         with self._changed:
             for event in events:
-                sink = self._sinks.get(event.request_id)
-                if sink is None:
+                live = self._live.get(event.request_id)
+                if live is None:
                     continue  # aborted while the step ran
-                by_sink.setdefault(sink, []).append(event)
+                by_sink.setdefault(live.sink, []).append(event)
                 match event:
                     case Started():
                         self._queued.pop(event.request_id, None)
                     case Failed():
-                        self._forget(event.request_id)
+                        ended += self._forget(event.request_id)
                     case TokenMade() if event.finish_reason:
-                        self._end_choice(event.request_id, event.choice)
+                        ended += self._has_come(event.request_id, event.choice)
+                    case Explained():
+                        ended += self._has_come(event.request_id, _TRACE)
         for sink, batch in by_sink.items():
             try:
                 sink(batch)
@@ -233,30 +259,40 @@ class EngineLoop:
                 logger.exception("Events could not be delivered")
                 for event in batch:
                     self.abort(event.request_id)
+        _call(ended)
 
-    def _end_choice(self, request_id: str, choice: int) -> None:
-        left = self._choices_left[request_id]
-        left.discard(choice)
-        if not left:
-            self._forget(request_id)
+    def _has_come(self, request_id: str, what: int) -> list[OnEnd]:
+        """Cross off a choice, or the trace; with the last of these the request is over."""
+        left = self._live[request_id].left
+        left.discard(what)
+        return [] if left else self._forget(request_id)
 
-    def _forget(self, request_id: str) -> None:
+    def _forget(self, request_id: str) -> list[OnEnd]:
+        """Take a request out, under the lock; what is returned is called without it."""
         self._queued.pop(request_id, None)
-        self._choices_left.pop(request_id, None)
-        self._sinks.pop(request_id, None)
-        if not self._sinks:
+        live = self._live.pop(request_id)
+        if not self._live:
             self._changed.notify_all()
+        return [live.on_end]
 
     def _die(self, reason: str) -> None:
         """Tell every caller, so that nobody waits for an engine that has gone."""
+        by_sink: dict[Sink, list[Event]] = {}
+        ended: list[OnEnd] = []
         with self._changed:
             self._death = reason
-            waiting = dict(self._sinks)
-            for request_id in waiting:
-                self._forget(request_id)
-        by_sink: dict[Sink, list[Event]] = {}
-        for request_id, sink in waiting.items():
-            by_sink.setdefault(sink, []).append(Failed(request_id, reason))
+            for request_id, live in list(self._live.items()):
+                by_sink.setdefault(live.sink, []).append(Failed(request_id, reason))
+                ended += self._forget(request_id)
         for sink, batch in by_sink.items():
             with contextlib.suppress(Exception):
                 sink(batch)
+        _call(ended)
+
+
+def _call(ended: list[OnEnd]) -> None:
+    for on_end in ended:
+        try:
+            on_end()
+        except Exception:  # it is the caller's, and no harm to others
+            logger.exception("The end of a request could not be told")

@@ -124,7 +124,9 @@ class Runner:
                 draws = [Draw(c.sequence, _made(c), row) for row, c in enumerate(chunks)]
                 return Launched(chunks, self.sampler.pick(logits, draws))
         # What the decoder computed it has edited, too.
-        edits = StepEdits.of(chunks if logits is None else (), self._on_device, self.tables)
+        edits = StepEdits.of(
+            chunks if logits is None else (), self._on_device, self.sites.same, self.tables
+        )
         if logits is None:
             self._check_room(sum(chunk.length for chunk in chunks), len(wanted.rows))
             logits = self._forward(chunks, wanted, edits)

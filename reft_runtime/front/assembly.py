@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
-from torch import Tensor
-
 from reft_runtime.engine.events import (
     Event,
+    Explained,
     Failed,
     PromptReused,
     PromptScored,
@@ -16,7 +15,7 @@ from reft_runtime.engine.events import (
     Traced,
 )
 from reft_runtime.errors import OutOfMemory, RequestFailed
-from reft_runtime.outputs import Choice, ChoiceDelta, EditTrace, Generation, TokenLogprob
+from reft_runtime.outputs import Choice, ChoiceDelta, EditTrace, Generation, TokenLogprob, Trace
 from reft_runtime.schedule.request import Request
 from reft_runtime.text import TextStream, Tokenizer
 
@@ -43,10 +42,8 @@ class Assembler:
         self.prompt_logprobs: list[TokenLogprob | None] | None = (
             None if sampling.prompt_logprobs is None else [None] * request.scored_from
         )
-        self.first_logprobs: Tensor | None = None
-        """Of a traced request: the distribution [vocabulary] of the first token."""
-        self.scores: list[list[TokenLogprob]] = [[] for _ in range(sampling.n)]
-        """Of a traced request: by choice, its tokens with their log-probabilities."""
+        self._explained: Explained | None = None
+        self._made = [0] * sampling.n
         self._edits: dict[tuple[int, int, int, str], dict[int, float]] = {}
         self._abort_choice = abort_choice
         self._include_stop = sampling.include_stop_str_in_output
@@ -68,11 +65,26 @@ class Assembler:
         return not self._texts
 
     @property
-    def edits(self) -> tuple[EditTrace, ...]:
-        """Of a traced request: what every edit did, in the order of positions.
+    def over(self) -> bool:
+        """Whether nothing more is to come: of a traced request, its trace is there too."""
+        return self.done and (self._explained is not None or not self.request.trace)
 
-        Made anew each time, which takes some milliseconds for thousands of rows.
+    def trace(self) -> Trace:
+        """What the interventions of a traced request did; once it is `over`.
+
+        It takes some milliseconds for thousands of rows.
         """
+        if self._explained is None:
+            raise RuntimeError("the request is not traced, or not over")
+        ratios = zip(self._explained.log_ratios, self._made, strict=True)
+        # The engine may have made more tokens than the text has, which a stop string ended.
+        return Trace(
+            self._edit_traces(),
+            self._explained.kl,
+            tuple(choice[:made] for choice, made in ratios),
+        )
+
+    def _edit_traces(self) -> tuple[EditTrace, ...]:
         found = [
             EditTrace(*edit, position=position, relative_size=size)
             for edit, sizes in self._edits.items()
@@ -105,8 +117,8 @@ class Assembler:
                         (e.intervention, e.edit, e.layer, e.component), {}
                     )
                     sizes.update(zip(e.positions, e.relative_sizes, strict=True))
-                if event.logprobs is not None:
-                    self.first_logprobs = event.logprobs
+            case Explained():
+                self._explained = event
             case TokenMade():
                 return self._token(event)
         return None
@@ -115,9 +127,8 @@ class Assembler:
         text_stream = self._texts.get(event.choice)
         if text_stream is None:
             return None  # a stop string ended it; the engine was faster than the abort
-        if self.request.trace and event.logprob is not None:
-            self.scores[event.choice].append(event.logprob)
         tokens = () if event.token is None else (event.token,)
+        self._made[event.choice] += len(tokens)
         # The token that ends an answer is no part of its text, though it may be an ordinary one.
         ends = event.finish_reason == "stop" and not self._include_stop
         text, stop_string = text_stream.push(() if ends else tokens)

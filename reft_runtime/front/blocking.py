@@ -61,7 +61,7 @@ def run_calls(loop: EngineLoop, calls: Iterable[Call], at_once: int, *, progress
                 call = live[event.request_id]
                 if (delta := call.assembler.feed(event)) is not None:
                     call.deltas.append(delta)
-                if call.assembler.done:
+                if call.assembler.over:
                     del live[event.request_id]
                     bar.update()
     finally:

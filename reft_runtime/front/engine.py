@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
@@ -26,15 +26,13 @@ from reft_runtime.front.blocking import Call, run_calls
 from reft_runtime.front.hop import unless_left
 from reft_runtime.front.prepared import Prepared, release_all
 from reft_runtime.front.streams import EventLoopSink, Stream
-from reft_runtime.front.traces import base_requests, trace_of
 from reft_runtime.interventions import Registry
 from reft_runtime.interventions.registry.registry import MEMORY_BYTES, check_folders
 from reft_runtime.interventions.registry.store import STATE_BYTES
 from reft_runtime.loading.base import load_base
 from reft_runtime.machine.cores import releasing_workers, use_threads
-from reft_runtime.outputs import Comparison, Comparisons, EngineInfo, EngineStats, Generation, Trace
+from reft_runtime.outputs import Comparison, Comparisons, EngineInfo, EngineStats, Generation
 from reft_runtime.sampling import SamplingParams
-from reft_runtime.schedule.request import Request
 from reft_runtime.text import Tokenizer
 from reft_runtime.use import Use
 
@@ -184,15 +182,9 @@ class Engine:
         columns = [_uses(applied) for applied in (None, *interventions)]
         with self._calls([(prompt, uses) for uses in columns], sampling, trace=True) as calls:
             self._run(calls)
-        bases = [[Call(b) for b in self._bases(call.assembler)] for call in calls]
-        self._run([base for several in bases for base in several])
         return Comparisons(
-            Comparison(
-                tuple(use.label for use in uses),
-                call.answer(),
-                trace_of(call.assembler, [base.assembler for base in several]),
-            )
-            for uses, call, several in zip(columns, calls, bases, strict=True)
+            Comparison(tuple(use.label for use in uses), call.answer(), call.assembler.trace())
+            for uses, call in zip(columns, calls, strict=True)
         )
 
     async def open(
@@ -205,7 +197,7 @@ class Engine:
         salt: bytes = b"",
         trace: bool = False,
     ) -> Stream:
-        """Start one request, with `uses` applied in order; a `trace` is for `explain`.
+        """Start one request, with `uses` applied in order; a `trace` is for `Stream.trace`.
 
         Requests of different `salt` share nothing in the prefix cache. What it applies is held from
         here on, until it ends. Raises before anything is queued, as `Admission.prepare` in a
@@ -226,29 +218,37 @@ class Engine:
     def start(self, prepared: Prepared) -> Stream:
         """Queue a request that was prepared; its stream is for the running event loop.
 
-        The versions that it holds are let go when it ends, or here where it is refused: raises
-        `Overloaded`, `Draining` or `EngineDead`.
+        The versions that it holds are let go when it is over, or here if it is refused: raises
+        `InvalidRequest` where another of its id is not over, `Overloaded`, `Draining` or
+        `EngineDead`.
         """
-        assembler = self._assembler(prepared.request, prepared.form.completion_prefix)
-        return self._start(assembler, prepared.versions, prepared.release)
+        request = prepared.request
+        loop = asyncio.get_running_loop()
+        for gone in [other for other in self._sinks if other.is_closed()]:
+            del self._sinks[gone]
+        sink = self._sinks.get(loop) or EventLoopSink(loop)
 
-    async def explain(self, stream: Stream) -> Trace:
-        """What the interventions of a traced stream did, when it has ended.
+        def end() -> None:
+            sink.streams.pop(request.id, None)
+            if not sink.streams:
+                self._sinks.pop(loop, None)
 
-        The base model computes the prompt for it and, for each choice, what follows there.
-        """
-        bases = await asyncio.to_thread(self._bases, stream.assembler)
-        asked: list[Stream] = []
+        stream = Stream(
+            self._assembler(prepared),
+            list(prepared.versions),
+            on_end=end,
+            abort=lambda: self._loop.abort(request.id),
+            engine_alive=lambda: self._loop.alive,
+        )
         try:
-            for base in bases:
-                asked.append(self._start(base, follow_up=True))
-            for each in asked:
-                async for _ in each:
-                    pass
-        finally:
-            for each in asked:
-                each.abort()
-        return await asyncio.to_thread(trace_of, stream.assembler, bases)
+            self._loop.submit(request, sink, prepared.release)
+        except BaseException:
+            prepared.release()
+            raise
+        # The sink delivers on this event loop: not before this returns.
+        sink.streams[request.id] = stream
+        self._sinks[loop] = sink
+        return stream
 
     def stats(self) -> EngineStats:
         """A snapshot of load and counters."""
@@ -285,55 +285,18 @@ class Engine:
             for prompt, uses in asked:
                 [one] = self.admission.prepare([prompt], sampling, uses, trace=trace)
                 held.callback(one.release)
-                calls.append(Call(self._assembler(one.request, one.form.completion_prefix)))
+                calls.append(Call(self._assembler(one)))
             yield calls
 
     def _run(self, calls: Sequence[Call], *, progress: bool = False) -> None:
         run_calls(self._loop, calls, 2 * self.info.max_running, progress=progress)
 
-    def _start(
-        self,
-        assembler: Assembler,
-        versions: Sequence[str] = (),
-        release: Callable[[], None] = lambda: None,
-        *,
-        follow_up: bool = False,
-    ) -> Stream:
-        """Submit a request; its stream lets go of the versions when it ends."""
-        request = assembler.request
-        loop = asyncio.get_running_loop()
-        sink = self._sinks.setdefault(loop, EventLoopSink(loop))
-
-        def end() -> None:
-            sink.streams.pop(request.id, None)
-            if not sink.streams:
-                self._sinks.pop(loop, None)
-            release()
-
-        stream = Stream(
-            assembler,
-            list(versions),
-            on_end=end,
-            abort=lambda: self._loop.abort(request.id),
-            engine_alive=lambda: self._loop.alive,
-        )
-        sink.streams[request.id] = stream
-        try:
-            self._loop.submit(request, sink, follow_up=follow_up)
-        except BaseException:
-            end()
-            raise
-        return stream
-
-    def _bases(self, own: Assembler) -> list[Assembler]:
-        """Of what the trace of a request asks the base model."""
-        return [self._assembler(request) for request in base_requests(own)]
-
-    def _assembler(self, request: Request, completion_prefix: str = "") -> Assembler:
+    def _assembler(self, prepared: Prepared) -> Assembler:
         def abort_choice(choice: int) -> None:
-            self._loop.abort(request.id, choice)
+            self._loop.abort(prepared.request.id, choice)
 
-        return Assembler(request, self.tokenizer, abort_choice, completion_prefix)
+        prefix = prepared.form.completion_prefix
+        return Assembler(prepared.request, self.tokenizer, abort_choice, prefix)
 
 
 def _uses(applied: Uses) -> tuple[Use, ...]:

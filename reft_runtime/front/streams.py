@@ -13,7 +13,7 @@ from typing import Self
 from reft_runtime.engine.events import Event
 from reft_runtime.errors import EngineDead, OutOfMemory, RequestFailed
 from reft_runtime.front.assembly import Assembler
-from reft_runtime.outputs import ChoiceDelta, TokenLogprob
+from reft_runtime.outputs import ChoiceDelta, TokenLogprob, Trace
 
 
 class Stream:
@@ -42,7 +42,7 @@ class Stream:
         self._submitted = time.monotonic()
         self._deltas: list[ChoiceDelta] = []
         self._error: RequestFailed | OutOfMemory | EngineDead | None = None
-        self._ended = False
+        self._over = False
         self._ready = asyncio.Event()
 
     @property
@@ -67,22 +67,38 @@ class Stream:
         while not self._deltas:
             if self._error is not None:
                 raise self._error
-            if self._ended:
+            if self._over or self.assembler.done:
                 raise StopAsyncIteration
             self._ready.clear()
             await self._ready.wait()
         deltas, self._deltas = self._deltas, []
         return deltas
 
+    async def trace(self) -> Trace:
+        """What the interventions of a traced request did, when all its choices have ended.
+
+        Raises as iterating does. Who is cancelled here ends the request.
+        """
+        try:
+            while not self._over:
+                self._ready.clear()
+                await self._ready.wait()
+        except asyncio.CancelledError:
+            self.abort()
+            raise
+        if self._error is not None:
+            raise self._error
+        return await asyncio.to_thread(self.assembler.trace)
+
     def abort(self) -> None:
-        """End the request and free what it holds; does nothing if it has ended."""
-        if not self._ended:
+        """End the request and free what it holds; does nothing if it is over."""
+        if not self._over:
             self._abort()
             self._end()
 
     def feed(self, event: Event) -> None:
         """Take one event of this request; called on the event loop."""
-        if self._ended:
+        if self._over:
             return
         try:
             delta = self.assembler.feed(event)
@@ -103,11 +119,11 @@ class Stream:
         if delta is not None:
             self._deltas.append(delta)
             self._ready.set()
-        if self.assembler.done:
+        if self.assembler.over:
             self._end()
 
     def _end(self) -> None:
-        self._ended = True
+        self._over = True
         self._ready.set()
         self._on_end()
 

@@ -19,27 +19,27 @@ from reft_runtime.schedule.blocks import BLOCK_TOKENS, blocks_for
 class RowInPages:
     """Consecutive tokens of one sequence from offset `start` on: the places of their keys.
 
-    `slots` are page * BLOCK_TOKENS + offset in it; `lane` is the row of the sequence's pages in
+    `addresses` are page * BLOCK_TOKENS + offset in it; `lane` is the row of the sequence's pages in
     the table of all.
     """
 
     start: int
-    slots: SequenceOf[int]
+    addresses: SequenceOf[int]
     lane: int
 
     @classmethod
     def of(cls, pages: SequenceOf[int], start: int, stop: int, lane: int) -> RowInPages:
         """Tokens [start, stop) of the sequence that has these pages."""
-        slots = [
+        addresses = [
             pages[offset // BLOCK_TOKENS] * BLOCK_TOKENS + offset % BLOCK_TOKENS
             for offset in range(start, stop)
         ]
-        return cls(start, slots, lane)
+        return cls(start, addresses, lane)
 
     @property
     def length(self) -> int:
         """How many tokens."""
-        return len(self.slots)
+        return len(self.addresses)
 
     @property
     def stop(self) -> int:
@@ -51,14 +51,14 @@ class RowInPages:
 class PageBatch:
     """The rows of a step as a kernel needs them: int64 tensors on the device.
 
-    The first `decodes` rows have one token each. `slots` [T] is where each packed token's key and
-    value go, `firsts` [rows + 1] the first packed token of each row, `stops` [rows] how many tokens
-    its last one attends to, and `tables[lanes]` [rows, pages] are its pages. `blocks` [n, 2] are
-    pieces of the rows that are no decodes: row and first token in it.
+    The first `decodes` rows have one token each. `addresses` [T] say where each packed token's key
+    and value go, `firsts` [rows + 1] the first packed token of each row, `stops` [rows] how many
+    tokens its last one attends to, and `tables[lanes]` [rows, pages] are its pages. `blocks` [n, 2]
+    are pieces of the rows that are no decodes: row and first token in it.
     """
 
     decodes: int
-    slots: Tensor
+    addresses: Tensor
     firsts: Tensor
     stops: Tensor
     lanes: Tensor
@@ -75,9 +75,9 @@ class PageBatch:
             for begin in range(0, row.length, query_block)
             for number in (index, begin)
         ]
-        slots, firsts, stops, lanes, pieces = to_device(
+        addresses, firsts, stops, lanes, pieces = to_device(
             (
-                [slot for row in rows for slot in row.slots],
+                [address for row in rows for address in row.addresses],
                 [0, *accumulate(row.length for row in rows)],
                 [row.stop for row in rows],
                 [row.lane for row in rows],
@@ -85,7 +85,7 @@ class PageBatch:
             ),
             tables.device,
         )
-        return cls(decodes, slots, firsts, stops, lanes, pieces.view(-1, 2), tables)
+        return cls(decodes, addresses, firsts, stops, lanes, pieces.view(-1, 2), tables)
 
 
 class PageKernel(Protocol):
@@ -101,10 +101,10 @@ class PageKernel(Protocol):
         value: Tensor,
         keys: Tensor,
         values: Tensor,
-        slots: Tensor,
+        addresses: Tensor,
         angles: tuple[Tensor, Tensor] | None = None,
     ) -> None:
-        """Put a step's keys and values [T, kv_heads, dim] at their `slots` in a layer's pages.
+        """Put a step's keys and values [T, kv_heads, dim] at their `addresses` in a layer's pages.
 
         With `angles`, cosines and sines [T, dim], `Operators.rotate_` of keys and, in place, of
         queries before. The given keys may be left as they were.
@@ -161,7 +161,7 @@ class PageAttentionStep:
     ) -> Tensor:
         """See `RotatingStep.attend_rotated`; without angles nothing is rotated."""
         keys, values = self.keys[layer], self.values[layer]
-        self.kernel.store(query, key, value, keys, values, self.batch.slots, angles)
+        self.kernel.store(query, key, value, keys, values, self.batch.addresses, angles)
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
         return self.kernel(query.to(keys.dtype), keys, values, self.batch, scale, window)
 
@@ -178,7 +178,7 @@ class GatheredAttention:
         value: Tensor,
         keys: Tensor,
         values: Tensor,
-        slots: Tensor,
+        addresses: Tensor,
         angles: tuple[Tensor, Tensor] | None = None,
     ) -> None:
         """See `PageKernel`."""
@@ -186,7 +186,7 @@ class GatheredAttention:
             query.copy_(_rotated(query, angles))
             key = _rotated(key, angles)
         for pool, own in ((keys, key), (values, value)):
-            pool.flatten(0, 1).index_copy_(0, slots, own.to(pool.dtype))
+            pool.flatten(0, 1).index_copy_(0, addresses, own.to(pool.dtype))
 
     def __call__(
         self,

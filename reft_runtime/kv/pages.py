@@ -37,7 +37,7 @@ class PageStorage:
     """Pages for `blocks` blocks: for every layer keys and values [pages, BLOCK_TOKENS, heads, dim].
 
     At most `max_rows` sequences of `max_tokens` tokens have pages at once. The budget of blocks
-    bounds what they and the prefix cache hold together; `vacant` tells which of the cache's slots
+    bounds what they and the prefix cache hold together; `vacant` tells which of the cache's places
     it has given up since, whose pages are taken back when pages run short.
     """
 
@@ -71,7 +71,7 @@ class PageStorage:
         self._lanes: dict[Sequence, int] = {}
         self._free_lanes = list(range(max_rows))[::-1]
         self._changes: dict[tuple[int, int], int] = {}  # page by lane and column
-        self._kept: dict[int, int] = {}  # page by the cache's slot
+        self._kept: dict[int, int] = {}  # page by the cache's place
 
     def prepare(self, chunks: SequenceOf[Chunk]) -> list[Chunk]:
         """See `KVStorage.prepare`; decoding chunks come first."""
@@ -94,11 +94,11 @@ class PageStorage:
         pages, lane = self._lists[chunk.sequence], self._lanes[chunk.sequence]
         return RowInPages.of(pages, chunk.start, chunk.stop, lane)
 
-    def place(self, chunk: Chunk) -> tuple[int, int]:
-        """Slot and lane (see `RowInPages`) of a chunk of one token."""
+    def address(self, chunk: Chunk) -> tuple[int, int]:
+        """Place and lane (see `RowInPages`) of a chunk of one token."""
         page = self._lists[chunk.sequence][chunk.start // BLOCK_TOKENS]
-        slot = page * BLOCK_TOKENS + chunk.start % BLOCK_TOKENS
-        return slot, self._lanes[chunk.sequence]
+        address = page * BLOCK_TOKENS + chunk.start % BLOCK_TOKENS
+        return address, self._lanes[chunk.sequence]
 
     def fork(self, parent: Sequence, child: Sequence, length: int) -> None:
         """See `KVStorage.fork`."""
@@ -114,13 +114,13 @@ class PageStorage:
         """See `KVStorage.keep`."""
         for copy in copies:
             page = self._share(self._lists[copy.sequence][copy.block])
-            self._let_go(copy.slot)
-            self._kept[copy.slot] = page
+            self._let_go(copy.place)
+            self._kept[copy.place] = page
 
     def reuse(self, copies: Iterable[BlockCopy]) -> None:
         """Put kept blocks in the lists of sequences, in their order; what stood there goes."""
         for copy in copies:
-            self._put(copy.sequence, copy.block, self._share(self._kept[copy.slot]))
+            self._put(copy.sequence, copy.block, self._share(self._kept[copy.place]))
 
     def release(self, sequences: Iterable[Sequence]) -> None:
         """See `KVStorage.release`."""
@@ -171,8 +171,8 @@ class PageStorage:
 
     def _take(self) -> int:
         if not self._free:
-            for slot in self._vacant():
-                self._let_go(slot)
+            for place in self._vacant():
+                self._let_go(place)
         page = self._free.pop()
         self._users[page] = 1
         return page
@@ -186,7 +186,7 @@ class PageStorage:
         if not self._users[page]:
             self._free.append(page)
 
-    def _let_go(self, slot: int) -> None:
-        page = self._kept.pop(slot, None)
+    def _let_go(self, place: int) -> None:
+        page = self._kept.pop(place, None)
         if page is not None:
             self._give_back(page)

@@ -34,7 +34,7 @@ class RowStorage:
     """Places the rows of all sequences; the budget of blocks bounds how much they hold.
 
     `max_tokens` is the longest row, `max_blocks` the most that a prefix cache may keep; `freed`
-    tells which of its slots came free since it was last asked.
+    tells which of its places came free since it was last asked.
     """
 
     def __init__(
@@ -83,17 +83,17 @@ class RowStorage:
 
     @torch.inference_mode()
     def keep(self, copies: Iterable[BlockCopy]) -> None:
-        """Copy blocks of rows to their slots; of several for one slot the last one.
+        """Copy blocks of rows to their places; of several for one place the last one.
 
         Of sequences that do not run any more the rows are of no use after it: they give back each
         part when it is copied, so that a long row and its blocks do not both take memory.
         """
-        runs = _runs({copy.slot: copy for copy in copies}.values())
+        runs = _runs({copy.place: copy for copy in copies}.values())
         leaving = {c.sequence for c, _ in runs if c.sequence.status is not Status.RUNNING}
         for index in range(len(self._parts)):
             for copy, count in runs:
                 blocks = self._blocks(index, copy, count)
-                self._pool.part(index, copy.slot, count).copy_(blocks)
+                self._pool.part(index, copy.place, count).copy_(blocks)
             for sequence in leaving:
                 self._rows[sequence].drop(index)
 
@@ -103,13 +103,13 @@ class RowStorage:
         for copy, count in _runs(copies):
             for index in range(len(self._parts)):
                 blocks = self._blocks(index, copy, count)
-                blocks.copy_(self._pool.part(index, copy.slot, count))
+                blocks.copy_(self._pool.part(index, copy.place, count))
 
     def prepare(self, chunks: SequenceOf[Chunk]) -> list[Chunk]:
         """See `KVStorage.prepare`; chunks of few tokens come first, for they attend one by one."""
         freed = set(self._freed())
         reused = [copy for chunk in chunks for copy in chunk.reused]
-        needed = freed.intersection(copy.slot for copy in reused)
+        needed = freed.intersection(copy.place for copy in reused)
         self._pool.drop(freed - needed)
         for chunk in chunks:
             # Room for the whole prompt at once: a row that grows chunk by chunk is copied often.
@@ -152,12 +152,12 @@ class RowStorage:
 
 
 def _runs(copies: Iterable[BlockCopy]) -> list[tuple[BlockCopy, int]]:
-    """Consecutive blocks and slots of one sequence: the first of them, and how many."""
+    """Consecutive blocks and places of one sequence: the first of them, and how many."""
     runs: list[tuple[BlockCopy, int]] = []
     for copy in copies:
         if runs:
             first, count = runs[-1]
-            if copy == BlockCopy(first.sequence, first.block + count, first.slot + count):
+            if copy == BlockCopy(first.sequence, first.block + count, first.place + count):
                 runs[-1] = first, count + 1
                 continue
         runs.append((copy, 1))

@@ -78,26 +78,26 @@ class Row:
 
 
 class BlockPool:
-    """Kept blocks, slot after slot: each is a row of `BLOCK_TOKENS` tokens."""
+    """Kept blocks, place after place: each is a row of `BLOCK_TOKENS` tokens."""
 
     def __init__(self, parts: tuple[Part, ...], blocks: int, dtype: torch.dtype) -> None:
         self._parts = parts
         self._size = _numbers(parts) * BLOCK_TOKENS
         self._memory = MappedMemory(self._size * blocks, dtype)
 
-    def part(self, index: int, slot: int, count: int) -> Tensor:
-        """Part number `index` of `count` slots, [count, heads, BLOCK_TOKENS, dim]."""
+    def part(self, index: int, place: int, count: int) -> Tensor:
+        """Part number `index` of `count` places, [count, heads, BLOCK_TOKENS, dim]."""
         part = self._parts[index]
-        numbers = self._memory.numbers[slot * self._size : (slot + count) * self._size]
+        numbers = self._memory.numbers[place * self._size : (place + count) * self._size]
         own = numbers.view(count, self._size).narrow(
             1, part.before * BLOCK_TOKENS, part.numbers * BLOCK_TOKENS
         )
         return own.view(count, part.heads, BLOCK_TOKENS, part.dim)
 
-    def drop(self, slots: Iterable[int]) -> None:
-        """Give back the memory of slots; what they held is lost."""
-        for slot in slots:
-            self._memory.drop(slot * self._size, (slot + 1) * self._size)
+    def drop(self, places: Iterable[int]) -> None:
+        """Give back the memory of places; what they held is lost."""
+        for place in places:
+            self._memory.drop(place * self._size, (place + 1) * self._size)
 
 
 def rounding_bytes(shapes: SequenceOf[LayerShape], page: int) -> int:

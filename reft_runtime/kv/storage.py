@@ -31,7 +31,7 @@ class KVStorage(Protocol):
         """Give `child`, which had room in this step, the first `length` tokens of `parent`."""
 
     def keep(self, copies: Iterable[BlockCopy]) -> None:
-        """Let the prefix cache's slots hold blocks of sequences; of several for one the last."""
+        """Let the prefix cache's places hold blocks of sequences; of several for one the last."""
 
     def release(self, sequences: Iterable[Sequence]) -> None:
         """Free what sequences have, of those that have anything."""

@@ -71,7 +71,7 @@ class TritonAttention:
         value: Tensor,
         keys: Tensor,
         values: Tensor,
-        slots: Tensor,
+        addresses: Tensor,
         angles: tuple[Tensor, Tensor] | None = None,
     ) -> None:
         """See `PageKernel`."""
@@ -87,7 +87,7 @@ class TritonAttention:
             sin,
             keys,
             values,
-            slots,
+            addresses,
             query.stride(0),
             key.stride(0),
             value.stride(0),

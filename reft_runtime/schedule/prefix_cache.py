@@ -18,15 +18,15 @@ from reft_runtime.schedule.sequence import Sequence
 
 @dataclass(frozen=True, slots=True)
 class BlockCopy:
-    """Block number `block` of a sequence, and the `slot` that it is copied from or to."""
+    """Block number `block` of a sequence, and the `place` that it is copied from or to."""
 
     sequence: Sequence
     block: int
-    slot: int
+    place: int
 
 
 class PrefixCache:
-    """Slots by key. Slots are small numbers: never more than blocks were kept at once.
+    """Places by key. Places are small numbers: never more than blocks were kept at once.
 
     A block is the base model's ("base") where no edit stands before its end, else "own".
     """
@@ -44,7 +44,7 @@ class PrefixCache:
         return len(self._kept)
 
     def find(self, keys: SequenceOf[bytes]) -> list[int]:
-        """Slots of the leading `keys` that are kept; counts as a use of them."""
+        """Places of the leading `keys` that are kept; counts as a use of them."""
         found: list[int] = []
         for key in keys:
             if key not in self._kept:
@@ -56,7 +56,7 @@ class PrefixCache:
     def add(self, keys: SequenceOf[bytes], base: int, limit: int) -> list[tuple[int, int]]:
         """Keep blocks of a sequence, from its beginning on; at most `limit` may be kept in all.
 
-        The first `base` of them are the base model's. Gives index and slot of those that were not
+        The first `base` of them are the base model's. Gives index and place of those that were not
         kept yet: to copy their content is the caller's business. Blocks used longer ago give way;
         where there is no room even so, the last of `keys` are left out.
         """
@@ -66,30 +66,30 @@ class PrefixCache:
         self.shrink(limit - len(missing))
         placed = []
         for index in missing:
-            slot = self._free.pop() if self._free else len(self._kept)
-            self._freed.discard(slot)
+            place = self._free.pop() if self._free else len(self._kept)
+            self._freed.discard(place)
             kind = "base" if index < base else "own"
-            self._kept[keys[index]] = slot, kind
+            self._kept[keys[index]] = place, kind
             self._blocks[kind] += 1
-            placed.append((index, slot))
+            placed.append((index, place))
         self._touch(keys)
         return placed
 
     def shrink(self, limit: int) -> None:
         """Let the least recently used go until at most `limit` are kept."""
         while len(self._kept) > limit:
-            _, (slot, kind) = self._kept.popitem(last=False)
-            self._free.append(slot)
-            self._freed.add(slot)
+            _, (place, kind) = self._kept.popitem(last=False)
+            self._free.append(place)
+            self._freed.add(place)
             self._blocks[kind] -= 1
             self._evictions += 1
 
     def vacant(self) -> tuple[int, ...]:
-        """Slots that hold nothing to be found."""
+        """Places that hold nothing to be found."""
         return tuple(self._free)
 
     def take_freed(self) -> set[int]:
-        """Slots that came free since the last call, and are still free."""
+        """Places that came free since the last call, and are still free."""
         freed, self._freed = self._freed, set()
         return freed
 
@@ -115,10 +115,10 @@ class PrefixCache:
         )
 
     def check_integrity(self, limit: int) -> None:
-        """Raise AssertionError unless every slot is kept or free, and at most `limit` are kept."""
-        slots = sorted([*self._free, *(slot for slot, _ in self._kept.values())])
-        if slots != list(range(len(slots))) or sum(self._blocks.values()) != len(self._kept):
-            raise AssertionError("prefix cache: slots are lost or given twice")
+        """Raise AssertionError unless every place is kept or free, and at most `limit` are kept."""
+        places = sorted([*self._free, *(place for place, _ in self._kept.values())])
+        if places != list(range(len(places))) or sum(self._blocks.values()) != len(self._kept):
+            raise AssertionError("prefix cache: places are lost or given twice")
         if len(self._kept) > limit:
             raise AssertionError(f"prefix cache: {len(self._kept)} blocks kept, {limit} may be")
 

@@ -166,7 +166,7 @@ class Scheduler:
         if not sequence.decoding:
             keys = keys[:base]
         placed = self.cache.add(keys, base, self.budget.free)
-        return [BlockCopy(sequence, block, slot) for block, slot in placed]
+        return [BlockCopy(sequence, block, place) for block, place in placed]
 
     def finish(self, sequence: Sequence) -> None:
         """Take a sequence out, wherever it is, and free its blocks; twice is fine."""
@@ -216,8 +216,8 @@ class Scheduler:
             keys = sequence.block_keys(sequence.reusable)
             first = start // BLOCK_TOKENS
             reused = [
-                BlockCopy(sequence, block, slot)
-                for block, slot in enumerate(self.cache.find(keys[first:]), first)
+                BlockCopy(sequence, block, place)
+                for block, place in enumerate(self.cache.find(keys[first:]), first)
             ]
             block = first + len(reused)
             if block < min(len(keys), self.budget.free) and any(

@@ -215,9 +215,9 @@ class LocalBackend:
                     text += delta.text
                     count += len(delta.tokens)
                     ended = delta.finish_reason or ended
+            trace = await stream.trace() if ask.trace else _UNTRACED
         finally:
             stream.abort()
-        trace = await engine.explain(stream) if ask.trace else _UNTRACED
         return Reply(text, count, len(stream.assembler.request.prompt), ended, trace)
 
 

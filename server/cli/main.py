@@ -152,7 +152,7 @@ async def _print_answer(
     typer.echo()
     if trace:
         length = len(stream.assembler.request.prompt)
-        typer.echo(trace_table(await engine.explain(stream), uses, length), err=True)
+        typer.echo(trace_table(await stream.trace(), uses, length), err=True)
 
 
 if __name__ == "__main__":

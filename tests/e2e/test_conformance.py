@@ -18,7 +18,7 @@ from reft_runtime import Engine, base_shape
 from reft_runtime.base.demo import demo_model
 from reft_runtime.base.model import LoadedModel
 from reft_runtime.engine.core import EngineConfig, EngineCore
-from reft_runtime.engine.events import Failed, TokenMade, Traced
+from reft_runtime.engine.events import Failed, TokenMade
 from reft_runtime.interventions import parse, read, serialise
 from reft_runtime.interventions.pyreft import import_pyreft
 from reft_runtime.loading.loader import load_model
@@ -32,7 +32,7 @@ REFERENCE: dict[str, list[dict[str, Any]]] = {
     **json.loads((FIXTURES / "pyreft_reference.json").read_text()),
     **json.loads((FIXTURES / "conformance/reference.json").read_text()),
 }
-SAMPLING = SamplingParams(temperature=0, max_tokens=24)
+SAMPLING = SamplingParams(temperature=0, max_tokens=24, logprobs=20)
 
 
 def file_of(name: str) -> bytes:
@@ -61,9 +61,7 @@ def requests(files: dict[str, bytes]) -> list[Request]:
         name: AppliedIntervention(name, parse(data).canonical()) for name, data in files.items()
     }
     return [
-        Request(
-            f"{name}/{i}", tuple(case["prompt_tokens"]), SAMPLING, 0, (applied[name],), trace=True
-        )
+        Request(f"{name}/{i}", tuple(case["prompt_tokens"]), SAMPLING, 0, (applied[name],))
         for i in range(max(map(len, REFERENCE.values())))
         for name, cases in REFERENCE.items()
         for case in cases[i : i + 1]
@@ -75,21 +73,21 @@ def check(core: EngineCore, requests: list[Request]) -> None:
     for request in requests:
         core.add(request)
     tokens: dict[str, list[int | None]] = {request.id: [] for request in requests}
-    first: dict[str, torch.Tensor] = {}
+    first: dict[str, dict[int, float]] = {}
     while not core.idle:
         for event in core.step():
             assert not isinstance(event, Failed)
             if isinstance(event, TokenMade):
                 tokens[event.request_id].append(event.token)
-            elif isinstance(event, Traced) and event.logprobs is not None:
-                first[event.request_id] = event.logprobs
+                assert event.logprob is not None
+                first.setdefault(event.request_id, dict(event.logprob.top))
     core.check_integrity()
     for request in requests:
         name, _, number = request.id.partition("/")
         case = REFERENCE[name][int(number)]
         assert tokens[request.id] == case["generated_ids"], request.id
         best, logits = zip(*case["last_logits_top5"], strict=True)
-        ours = first[request.id][list(best)]
+        ours = torch.tensor([first[request.id][token] for token in best])
         # Log-probabilities are the logits less one number, the same for all tokens.
         shift = ours - torch.tensor(logits)
         assert float(shift.max() - shift.min()) < 1e-3, request.id

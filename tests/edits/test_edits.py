@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from reft_runtime.edits.sites import Site
 from reft_runtime.edits.step import OnDevice, StepEdits
 from reft_runtime.schedule.request import AppliedIntervention, Request
 from reft_runtime.schedule.scheduler import Chunk
@@ -28,6 +29,12 @@ from tests.helpers.models import (
 )
 
 HERE = OnDevice(torch.device("cpu"))
+
+
+def as_named(site: Site) -> Site:
+    """All places are named by layer here."""
+    return site
+
 
 Case = tuple[int, list[tuple[list[LoReFT], float]]]
 
@@ -152,7 +159,7 @@ def test_positions_are_those_of_the_prompt_whatever_the_chunks() -> None:
     both = (applied(loreft(0, "f3+l2")),)
 
     def rows(*chunks: Chunk) -> Mapping[Any, list[list[list[int]]]]:
-        passes = StepEdits.of(chunks, HERE).passes
+        passes = StepEdits.of(chunks, HERE, as_named).passes
         return {site: [[s.rows for s in part] for part in parts] for site, parts in passes.items()}
 
     site = (0, "block_output")
@@ -168,7 +175,7 @@ def test_positions_are_those_of_the_prompt_whatever_the_chunks() -> None:
 def test_edits_of_other_rows_share_a_pass() -> None:
     untied = (applied(loreft(0, "f2"), loreft(0, "l2", seed=1)),)
     (passes,) = StepEdits.of(
-        [chunk(untied, 10, 0, 10), chunk(untied, 8, 0, 8)], HERE
+        [chunk(untied, 10, 0, 10), chunk(untied, 8, 0, 8)], HERE, as_named
     ).passes.values()
     assert [[s.rows for s in part] for part in passes] == [[[0, 1], [8, 9], [10, 11], [16, 17]]]
 
@@ -182,6 +189,7 @@ def test_one_edit_in_a_batch_is_the_formula() -> None:
             chunk((applied(loreft(0, "l1", seed=2)),), 3, 0, 3),
         ],
         HERE,
+        as_named,
     )
     hidden = torch.randn(99, HIDDEN)
     old = hidden.clone()

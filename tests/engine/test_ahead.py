@@ -12,6 +12,7 @@ import torch
 from reft_runtime.engine import core as engine_core
 from reft_runtime.engine.device_sampler import Batch, Chosen
 from reft_runtime.engine.runner import Launched, Runner, StepResult
+from reft_runtime.engine.settle import OUT_OF_MEMORY
 from reft_runtime.kernels.staging import no_waiting
 from reft_runtime.schedule.scheduler import Chunk
 from tests.helpers.models import (
@@ -240,7 +241,7 @@ def test_nothing_of_a_step_in_vain_is_held(log: Log) -> None:
     core = make_core()
     run(core, [request("a", prompt(9), max_tokens=9, stop_token_ids=(free[3],))])
     assert log[-2:] == ["1 ahead", "wait"]
-    assert core._ahead is None
+    assert core._ahead._launched is None
 
 
 def test_where_room_is_short_nothing_begins_ahead_and_somebody_gives_way(log: Log) -> None:
@@ -269,7 +270,7 @@ def test_memory_that_runs_out_ahead_costs_the_newest(
     sampler.select = once_less
     found = answers(core, asked)
     assert log[:5] == ["run", "2", "2 ahead", "wait", "1"]
-    assert found["b"].failed == engine_core.OUT_OF_MEMORY
+    assert found["b"].failed == OUT_OF_MEMORY
     assert found["a"].tokens == at_once(*asked)["a"]
 
 
@@ -418,5 +419,5 @@ def test_a_token_is_counted_once_where_memory_ran_out(log: Log) -> None:
 
         sampler.select = then_none
         found = answers(core, asked)
-        assert found["b"].failed == engine_core.OUT_OF_MEMORY
+        assert found["b"].failed == OUT_OF_MEMORY
         assert found["a"].tokens == at_once(*asked)["a"]

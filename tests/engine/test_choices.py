@@ -42,8 +42,8 @@ def test_greedy_choices_are_equal_and_share_one_prefill() -> None:
     core = make_core()
     got = run(core, [request("a", prompt(20), n=N)])["a"]
     assert got == dict.fromkeys(range(N), generate(tiny_llama()[0], prompt(20)))
-    assert core.prompt_tokens == 20
-    assert core.generation_tokens == 8 * N
+    assert core.requests.prompt_tokens == 20
+    assert core.requests.generation_tokens == 8 * N
 
 
 def test_sampled_choices_differ(wanted: dict[int, list[int]]) -> None:
@@ -68,7 +68,7 @@ def test_choices_that_cannot_fork_compute_on_their_own(
     core = make_core(max_running=max_running, max_step_tokens=max_step_tokens)
     got = run(core, [sampled(), request("other", prompt(5), max_tokens=20)])
     assert got["s"] == wanted
-    assert (core.prompt_tokens > 25) == (max_running < N)
+    assert (core.requests.prompt_tokens > 25) == (max_running < N)
 
 
 def test_choices_in_a_batch_and_preempted(wanted: dict[int, list[int]]) -> None:

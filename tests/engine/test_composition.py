@@ -11,6 +11,7 @@ from torch import Tensor
 
 from reft_runtime.edits.step import OnDevice, StepEdits
 from reft_runtime.engine.events import Traced
+from reft_runtime.engine.explain import Explanations
 from reft_runtime.schedule.request import Request
 from reft_runtime.schedule.scheduler import Chunk
 from reft_runtime.schedule.sequence import sequences_of
@@ -42,7 +43,7 @@ def changed(*interventions: Applied, rows: int = LENGTH) -> tuple[Tensor, Tensor
     sequence = sequences_of(request("a", prompt(rows), *used), 0)
     old = torch.randn(rows, HIDDEN, generator=torch.Generator().manual_seed(3))
     hidden = old.clone()
-    edits = StepEdits.of([Chunk(sequence, 0, rows)], HERE)
+    edits = StepEdits.of([Chunk(sequence, 0, rows)], HERE, lambda site: site)
     if edits.sites:
         edits.apply((1, "block_output"), hidden)
     assert not edits.failed
@@ -71,16 +72,19 @@ def test_strength_zero_is_the_base_bit_for_bit(name: str, zero: float) -> None:
         core = make_core()
         each = replace(asked("a", *interventions, logprobs=20), trace=True)
         core.add(each)
-        found: list[Tensor] = []
+        found: dict[str, Tensor] = {}
+
+        def keep(_: Explanations, name: str, logprobs: Tensor) -> None:
+            found[name] = logprobs
+
         later: list[object] = []
-        while not core.idle:
-            for event in core.step():
-                if isinstance(event, Traced):
-                    found += [event.logprobs] if event.logprobs is not None else []
-                else:
-                    later.append(getattr(event, "logprob", None))
-        (distribution,) = found
-        return distribution, later
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Explanations, "first", keep)
+            while not core.idle:
+                for event in core.step():
+                    if not isinstance(event, Traced):
+                        later.append(getattr(event, "logprob", None))
+        return found["a"], later
 
     edit = EDITS[name]
     off, later = first(Applied((edit,), zero))
@@ -94,6 +98,19 @@ def test_strength_zero_is_the_base_bit_for_bit(name: str, zero: float) -> None:
     alone, alone_later = first(Applied((EDITS["loreft"],)))
     assert torch.equal(both, alone)
     assert both_later == alone_later
+
+
+def test_one_module_under_two_layers_keeps_each_requests_order() -> None:
+    model, _ = tiny_llama()
+    a, b = (
+        Applied((RandomEdit("loreft", "all", layer, "model.norm.output", seed=30 + layer),))
+        for layer in (1, 2)
+    )
+    orders = {"ab": (a, b), "ba": (b, a), "a": (a,), "b": (b,)}
+    got = run(make_core(), [asked(name, *order) for name, order in orders.items()])
+    for name, order in orders.items():
+        assert got[name][0] == generate_applied(model, prompt(LENGTH), order), name
+    assert got["ab"] != got["ba"]
 
 
 @pytest.mark.parametrize("name", DIRECTED)

@@ -11,9 +11,10 @@ from torch import Tensor
 
 from reft_runtime.base import model
 from reft_runtime.engine import graphs, runner
-from reft_runtime.engine.core import OUT_OF_MEMORY, EngineCore
+from reft_runtime.engine.core import EngineCore
 from reft_runtime.engine.runner import Sample
 from reft_runtime.engine.sampler import Sampled
+from reft_runtime.engine.settle import OUT_OF_MEMORY
 from reft_runtime.kv.rows import RowStorage
 from reft_runtime.loading.loader import adopt_model
 from reft_runtime.schedule.request import AppliedIntervention, Request
@@ -116,7 +117,7 @@ def test_what_is_not_finite_never_reaches_a_later_row(how: str) -> None:
     core.add(bad)
     found: dict[str, Answer] = {}
     step(core, found)
-    (sequence,) = core._live["bad"]
+    (sequence,) = core.requests._sequences["bad"]
     assert 0 < sequence.computed < length
     if how == "preempted":
         preempt(core, sequence)

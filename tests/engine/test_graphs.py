@@ -19,6 +19,7 @@ from reft_runtime.edits.tables import EditTables
 from reft_runtime.engine import core as engine_core
 from reft_runtime.engine.graphs import Compute, DecodeGraphs, buckets
 from reft_runtime.engine.runner import Runner
+from reft_runtime.engine.settle import OUT_OF_MEMORY
 from reft_runtime.kernels import staging
 from reft_runtime.kv.pages import PageStorage
 from reft_runtime.schedule.budget import BlockBudget
@@ -184,7 +185,7 @@ def test_memory_that_runs_out_while_edits_are_copied_costs_the_newest_alone(
     monkeypatch.setattr(tables, "send", send_once_less)
     core = make_core()
     found = answers(core, asked)
-    assert found["y"].failed == engine_core.OUT_OF_MEMORY
+    assert found["y"].failed == OUT_OF_MEMORY
     assert found["x"].tokens == wanted["x"]
     assert run(core, asked) == wanted
     held = core.runner.tables

@@ -70,7 +70,7 @@ def test_after_a_preemption_in_mid_prompt(scored_from: int) -> None:
     core.add(replace(scored, scored_from=scored_from))
     longest = 0
     while not core.idle:
-        sequences = core._live.get("a", [])
+        sequences = core.requests._sequences.get("a", [])
         before = [s.computed for s in sequences]
         step(core, found)
         if sequences and before[0] and not sequences[0].computed:

@@ -9,9 +9,9 @@ import torch
 
 from reft_runtime.edits.step import StepEdits
 from reft_runtime.engine import runner
-from reft_runtime.engine.core import OUT_OF_MEMORY
 from reft_runtime.engine.events import Event, Failed, TokenMade
 from reft_runtime.engine.loop import EngineLoop
+from reft_runtime.engine.settle import OUT_OF_MEMORY
 from reft_runtime.machine.memory import MappedMemory, check_room, is_out_of_memory
 from tests.helpers.models import answers, intervention, make_core, prompt, request, run
 

@@ -10,8 +10,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from reft_runtime.engine.core import OUT_OF_MEMORY, EngineCore
+from reft_runtime.engine.core import EngineCore
 from reft_runtime.engine.events import Event, PromptReused
+from reft_runtime.engine.settle import OUT_OF_MEMORY
 from reft_runtime.interventions import CanonicalEdit
 from reft_runtime.kv.rows import RowStorage
 from reft_runtime.loading.loader import adopt_model
@@ -105,16 +106,16 @@ def test_one_prompt_is_computed_for_all_tasks_that_edit_its_end() -> None:
         for i in range(20)
     ]
     check(core, asked)
-    assert core.prompt_tokens == 80 + 19 * (80 - 64)
+    assert core.requests.prompt_tokens == 80 + 19 * (80 - 64)
 
 
 def test_a_beginning_that_is_edited_is_shared_within_the_task_alone() -> None:
     core = make_core()
     task, other = TASKS["f1+l1"], TASKS["other f1+l1"]
     check(core, [request(f"{i}", (*SYSTEM, 5 + i), *task) for i in range(4)])
-    assert core.prompt_tokens == 71 + 3 * 7
+    assert core.requests.prompt_tokens == 71 + 3 * 7
     check(core, [request("other", (*SYSTEM, 5), *other)])
-    assert core.prompt_tokens == 71 + 3 * 7 + 71
+    assert core.requests.prompt_tokens == 71 + 3 * 7 + 71
 
 
 @pytest.mark.parametrize(("task", "saved"), [("base", 96), ("f1+l1", 64), ("l1", 64), ("all", 96)])
@@ -122,11 +123,11 @@ def test_the_next_turn_of_a_chat(task: str, saved: int) -> None:
     core = make_core()
     first = request("first", SYSTEM, *TASKS[task], max_tokens=40)
     check(core, [first])
-    before = core.prompt_tokens
+    before = core.requests.prompt_tokens
     turn = (*SYSTEM, *alone(first)[0], *prompt(10, seed=5))
     check(core, [request("second", turn, *TASKS[task])])
     # 109 tokens were computed; l1 edited the 70th, all edits every token of both turns.
-    assert core.prompt_tokens - before == len(turn) - saved
+    assert core.requests.prompt_tokens - before == len(turn) - saved
 
 
 def test_a_warm_answer_says_what_it_reused() -> None:
@@ -175,7 +176,7 @@ def test_other_architectures(model_type: str) -> None:
     assert run(core, asked) == wanted
     assert run(core, asked) == wanted
     # 45 to 48 tokens: at first the first one whole, then all without their two shared blocks.
-    assert core.prompt_tokens == 45 + (14 + 15 + 16) + (13 + 14 + 15 + 16)
+    assert core.requests.prompt_tokens == 45 + (14 + 15 + 16) + (13 + 14 + 15 + 16)
 
 
 def bad(positions: str) -> AppliedIntervention:
@@ -192,13 +193,13 @@ def bad(positions: str) -> AppliedIntervention:
 def cache_is_finite(core: EngineCore) -> bool:
     cache = core.scheduler.cache
     assert cache is not None
-    kept = [slot for slot, _ in cache._kept.values()]
+    kept = [place for place, _ in cache._kept.values()]
     storage: Any = core.runner.storage
     if isinstance(storage, RowStorage):
         parts = range(len(storage._parts))
-        blocks = [storage._pool.part(part, slot, 1) for part in parts for slot in kept]
+        blocks = [storage._pool.part(part, place, 1) for part in parts for place in kept]
     else:
-        kept = [storage._kept[slot] for slot in kept]
+        kept = [storage._kept[place] for place in kept]
         blocks = [pool[kept] for pool in (*storage.keys, *storage.values)]
     return all(bool(block.isfinite().all()) for block in blocks)
 

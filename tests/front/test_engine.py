@@ -458,7 +458,7 @@ async def test_traces_of_several_choices(settings: dict[str, int]) -> None:
                     made[delta.index].extend(delta.tokens)
             assert [len(each) for each in made] == [40] * 3
             # Its edits are those of the first choice.
-            trace = await engine.explain(stream)
+            trace = await stream.trace()
             assert_trace(trace, tokens[i], made[0], *(used if i % 2 else ()))
             assert len(trace.log_ratios) == 3
             for ratios, answer in zip(trace.log_ratios, made, strict=True):
@@ -481,11 +481,10 @@ async def ended(engine: Engine, **settings: Any) -> tuple[Stream, list[list[int]
 async def test_the_base_computes_the_prompt_of_a_trace_once(cache: bool) -> None:
     with opened(max_running=4, prefix_cache=cache) as engine:
         stream, made = await ended(engine, ignore_eos=True)
-        before = engine.stats().prompt_tokens
-        trace = await engine.explain(stream)
+        trace = await stream.trace()
         # Two blocks of 16 tokens are reused; the last token of the third is scored from.
         each = 48 + 10 - (32 if cache else 0)
-        assert engine.stats().prompt_tokens - before == 48 + 3 * each
+        assert engine.stats().prompt_tokens == 48 + 48 + 3 * each
         for ratios, answer in zip(trace.log_ratios, made, strict=True):
             assert_ratio(ratios, list(prompt(48)), answer, Applied(FILES["several"]))
 
@@ -495,7 +494,7 @@ async def test_answers_of_a_trace_that_end_early(engine: Engine) -> None:
     stream, cut = await ended(engine, ignore_eos=True, stop_token_ids=(made[1][4],))
     assert len(cut[1]) <= 5
     lengths = [len(answer) for answer in cut]
-    trace, other = await engine.explain(stream), await engine.explain(whole)
+    trace, other = await stream.trace(), await whole.trace()
     assert [len(ratios) for ratios in trace.log_ratios] == lengths
     assert trace.log_ratios[1] == pytest.approx(other.log_ratios[1][: lengths[1]], abs=1e-4)
     count = sum(lengths)
@@ -508,35 +507,27 @@ async def test_a_trace_is_not_refused_at_its_end() -> None:
         engine.begin_drain()
         with pytest.raises(Draining):
             await engine.open(prompt(9), GREEDY)
-        assert len((await engine.explain(stream)).log_ratios) == 3
+        assert len((await stream.trace()).log_ratios) == 3
 
 
-async def test_who_leaves_a_trace_leaves_nothing(
-    engine: Engine, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_who_leaves_a_trace_leaves_nothing(engine: Engine) -> None:
     stream, _ = await ended(engine)
-    submit, asked = engine._loop.submit, []
-
-    def submit_and_leave(*request: Any, **fields: Any) -> None:
-        submit(*request, **fields)
-        asked.append(request)
-        explaining.cancel()
-
-    monkeypatch.setattr(engine._loop, "submit", submit_and_leave)
-    explaining = asyncio.ensure_future(engine.explain(stream))
+    explaining = asyncio.ensure_future(stream.trace())
+    await asyncio.sleep(0)
+    explaining.cancel()
     with pytest.raises(asyncio.CancelledError):
         await explaining
-    assert len(asked) == 4
     assert not engine._sinks
+    assert engine.registry.entry("several").in_flight == 0
+    engine.check_integrity()
 
 
 async def test_no_trace_unless_asked(engine: Engine) -> None:
     stream = await engine.open(prompt(9), GREEDY, (Use("several"),))
     async for _ in stream:
         pass
-    assert stream.assembler.edits == ()
-    assert stream.assembler.first_logprobs is None
-    assert stream.assembler.scores == [[]]
+    with pytest.raises(RuntimeError, match="not traced"):
+        await stream.trace()
 
 
 async def test_abort_mid_way(engine: Engine) -> None:

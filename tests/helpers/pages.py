@@ -65,7 +65,7 @@ class PlainEdits:
     """`RowEdits` by torch's own operators, of tables on the CPU."""
 
     def rows(
-        self, hidden: Tensor, index: Tensor, places: Tensor, slots: Tensor, strengths: Tensor
+        self, hidden: Tensor, index: Tensor, places: Tensor, entries: Tensor, strengths: Tensor
     ) -> None:
         width = hidden.shape[1]
 
@@ -74,8 +74,8 @@ class PlainEdits:
             memory = (ctypes.c_float * numbers).from_address(address)
             return torch.frombuffer(memory, dtype=torch.float32, count=numbers).view(shape)
 
-        for row, slot, strength in zip(index, slots, strengths, strict=True):
-            V, U, b, offset, rank = places[slot].tolist()
+        for row, entry, strength in zip(index, entries, strengths, strict=True):
+            V, U, b, offset, rank = places[entry].tolist()
             old, change = hidden[row].float(), torch.zeros(width)
             if rank:
                 change += (at(V, rank, width) @ old + at(b, rank)) @ at(U, rank, width)
@@ -89,13 +89,13 @@ class PlainEdits:
         index: Tensor,
         pieces: Tensor,
         places: Tensor,
-        slots: Tensor,
+        entries: Tensor,
         strengths: Tensor,
     ) -> None:
         for first, count in pieces.tolist():
             own = slice(first, first + count)
-            assert len(set(slots[own].tolist())) == len(set(strengths[own].tolist())) == 1
-            self.rows(hidden, index[own], places, slots[own], strengths[own])
+            assert len(set(entries[own].tolist())) == len(set(strengths[own].tolist())) == 1
+            self.rows(hidden, index[own], places, entries[own], strengths[own])
 
 
 def tables_for(

@@ -309,9 +309,6 @@ class FakeEngine:
             asyncio.get_running_loop().call_later(self.die_after, self.close)
         return stream
 
-    async def explain(self, stream: FakeStream) -> Trace:
-        return Trace((), 0.0)
-
     def stats(self) -> EngineStats:
         cache = PrefixCacheStats(
             queries={"base": 48, "own": 16},
@@ -344,6 +341,9 @@ class FakeStream:
         self.prompt_logprobs: list[TokenLogprob | None] | None = None
         self.aborted = self.ended = False
         self._release = prepared.release
+
+    async def trace(self) -> Trace:
+        return Trace((), 0.0)
 
     def abort(self) -> None:
         self.aborted = self.aborted or not self.ended

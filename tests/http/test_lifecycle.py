@@ -344,7 +344,7 @@ def test_help_names_every_option_and_loads_no_model() -> None:
 @pytest.mark.parametrize("status", [0, 1, 2])
 def test_the_servers_words_are_the_last(status: int) -> None:
     # A library that would speak at the very end, after Python itself, is stood for by an abort.
-    code = "import sys, atexit, ctypes, torch\nfrom server import cli\n"
+    code = "import sys, atexit, ctypes, torch\nfrom server.cli import main as cli\n"
     code += "libc = ctypes.CDLL(None); libc.__cxa_atexit(libc.abort, None, None)\n"
     code += "def app(): print('served'); atexit.register(print, 'left')\n"
     code += f"cli.app = lambda: (app(), sys.exit({status}))\ncli.main()"

@@ -90,27 +90,27 @@ def test_rows_are_edited_from_tables(dtype: torch.dtype, ranks: list[int], toget
     held = [(random(r, width, seed=r), random(r, width, seed=9), random(r, seed=3)) for r in ranks]
     offset = random(width, seed=4)
     places = torch.zeros(3, tables.PLACE, dtype=torch.long)
-    for slot, (V, U, b) in enumerate(held):
-        offsets = offset.data_ptr() if slot == 1 else -1
-        places[slot] = torch.tensor([V.data_ptr(), U.data_ptr(), b.data_ptr(), offsets, len(b)])
+    for entry, (V, U, b) in enumerate(held):
+        offsets = offset.data_ptr() if entry == 1 else -1
+        places[entry] = torch.tensor([V.data_ptr(), U.data_ptr(), b.data_ptr(), offsets, len(b)])
     pieces = [(2, 1.0, [6, 1, 29]), (0, 1.0, [2]), (1, 0.5, list(range(9, 25))), (2, -2.0, [3])]
     wanted = rows.clone()
-    for slot, strength, index in pieces:
-        V, U, b = held[slot]
+    for entry, strength, index in pieces:
+        V, U, b = held[entry]
         for row in index:
-            change = (V @ rows[row].float() + b) @ U + (offset if slot == 1 else 0)
+            change = (V @ rows[row].float() + b) @ U + (offset if entry == 1 else 0)
             wanted[row] = rows[row] + strength * change
     found, edits = rows.clone(), TritonEdits()
     numbers = torch.tensor([row for *_, index in pieces for row in index], device=DEVICE)
-    slots = torch.tensor([slot for slot, _, index in pieces for _ in index], device=DEVICE)
+    entries = torch.tensor([entry for entry, _, index in pieces for _ in index], device=DEVICE)
     strengths = torch.tensor([s for _, s, index in pieces for _ in index], device=DEVICE)
     if together:
         sizes = [len(index) for *_, index in pieces]
         starts = [sum(sizes[:i]) for i in range(len(sizes))]
         parts = torch.tensor(list(zip(starts, sizes, strict=True)), device=DEVICE)
-        edits.pieces(found, numbers, parts, places.to(DEVICE), slots, strengths)
+        edits.pieces(found, numbers, parts, places.to(DEVICE), entries, strengths)
     else:
-        edits.rows(found, numbers, places.to(DEVICE), slots, strengths)
+        edits.rows(found, numbers, places.to(DEVICE), entries, strengths)
     untouched = [0, 4, 5, 7, 8, 25, 28]
     assert torch.equal(found[untouched], rows[untouched])
     size = wanted.float().abs().max()

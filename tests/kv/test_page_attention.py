@@ -55,15 +55,15 @@ class Paged:
         for lane, (before, own) in enumerate(lengths):
             pages = [order.pop() for _ in range(blocks_for(before + own))]
             self.tables[lane, : len(pages)] = torch.tensor(pages)
-            slots = [
+            addresses = [
                 pages[at // BLOCK_TOKENS] * BLOCK_TOKENS + at % BLOCK_TOKENS
                 for at in range(before + own)
             ]
             row = random(before + own, kv_heads, dims[0]), random(before + own, kv_heads, dims[1])
             for tensor, part in zip((self.keys, self.values), row, strict=True):
-                tensor.flatten(0, 1)[slots] = part
+                tensor.flatten(0, 1)[addresses] = part
             self.rows.append(row)
-            described.append(RowInPages(before, slots[before:], lane))
+            described.append(RowInPages(before, addresses[before:], lane))
         self.described = described
 
     def batch(self, query_block: int) -> PageBatch:
@@ -167,12 +167,12 @@ def test_keys_and_values_are_stored(
             turned = torch.cat([-high, low], -1)
             heads.copy_(heads * cos[:, None] + turned * sin[:, None])
     keys, values = (torch.zeros(3, BLOCK_TOKENS, 2, dim, device=DEVICE) for dim in dims)
-    slots = torch.tensor([40, 3, 16, 17, 31], device=DEVICE)
-    kernel.store(query, key, value, keys, values, slots, (cos, sin) if rotate else None)
+    addresses = torch.tensor([40, 3, 16, 17, 31], device=DEVICE)
+    kernel.store(query, key, value, keys, values, addresses, (cos, sin) if rotate else None)
     torch.testing.assert_close(query, wanted_query)
-    torch.testing.assert_close(keys.flatten(0, 1)[slots], wanted_key)
-    torch.testing.assert_close(values.flatten(0, 1)[slots], value)
-    assert int((keys.flatten(0, 1) != 0).any(-1).any(-1).sum()) == len(slots)
+    torch.testing.assert_close(keys.flatten(0, 1)[addresses], wanted_key)
+    torch.testing.assert_close(values.flatten(0, 1)[addresses], value)
+    assert int((keys.flatten(0, 1) != 0).any(-1).any(-1).sum()) == len(addresses)
 
 
 def test_the_fewer_rows_the_more_splits() -> None:

@@ -117,11 +117,11 @@ def test_a_fork_shares_what_is_whole_and_copies_the_rest(length: int) -> None:
     # What the child writes next is not the parent's.
     child.tokens.append(0)
     pages.prepare([Chunk(child, length, 1)])
-    slot = pages.row(Chunk(child, length, 1)).slots[0]
-    pages.keys[0].flatten(0, 1)[slot] = 9.0
+    address = pages.row(Chunk(child, length, 1)).addresses[0]
+    pages.keys[0].flatten(0, 1)[address] = 9.0
     parent.tokens.append(0)
     pages.prepare([Chunk(parent, length, 1)])
-    assert pages.row(Chunk(parent, length, 1)).slots[0] != slot
+    assert pages.row(Chunk(parent, length, 1)).addresses[0] != address
     assert torch.equal(content(pages, parent, length), wanted(1.0, length))
     pages.release([parent])
     assert torch.equal(content(pages, child, length), wanted(1.0, length))
@@ -131,7 +131,7 @@ def test_kept_blocks_are_the_same_pages_and_outlive_their_sequence() -> None:
     pages = storage()
     first, second = sequence(48), sequence(50)
     write(pages, first, 1.0)
-    pages.keep([BlockCopy(first, block, slot) for block, slot in ((0, 4), (1, 2))])
+    pages.keep([BlockCopy(first, block, place) for block, place in ((0, 4), (1, 2))])
     assert used(pages) == 3
     pages.release([first])
     assert used(pages) == 2
@@ -140,7 +140,7 @@ def test_kept_blocks_are_the_same_pages_and_outlive_their_sequence() -> None:
     assert torch.equal(content(pages, second, 32), wanted(1.0, 32))
     assert used(pages) == 4
     pages.release([second])
-    # Another block in the slot lets the page of the one before go.
+    # Another block in the place lets the page of the one before go.
     write(pages, first, 3.0)
     pages.keep([BlockCopy(first, 0, 4)])
     pages.release([first])
@@ -196,7 +196,7 @@ def test_any_history_keeps_the_books(data: st.DataObject) -> None:
     vacant: list[int] = []
     pages = storage(vacant)
     live: dict[Sequence, float] = {}
-    kept: dict[int, float] = {}  # by slot: what its block was written with
+    kept: dict[int, float] = {}  # by place: what its block was written with
     for number in range(data.draw(st.integers(1, 25))):
         match data.draw(st.sampled_from(["new", "release", "keep", "reuse", "forget"])):
             case "new" if len(live) < ROWS - 1 and used(pages) < BLOCKS - 4:
@@ -211,19 +211,19 @@ def test_any_history_keeps_the_books(data: st.DataObject) -> None:
                 able = [each for each in live if len(each.tokens) >= BLOCK_TOKENS]
                 if able:
                     each = data.draw(st.sampled_from(sorted(able, key=live.__getitem__)))
-                    slot = data.draw(st.integers(0, 3))
-                    pages.keep([BlockCopy(each, 0, slot)])
-                    kept[slot] = live[each]
-                    if slot in vacant:
-                        vacant.remove(slot)
+                    place = data.draw(st.integers(0, 3))
+                    pages.keep([BlockCopy(each, 0, place)])
+                    kept[place] = live[each]
+                    if place in vacant:
+                        vacant.remove(place)
             case "reuse" if len(live) < ROWS - 1 and used(pages) < BLOCKS - 4:
-                slots = sorted(set(kept) - set(vacant))
-                if slots:
-                    slot = data.draw(st.sampled_from(slots))
+                places = sorted(set(kept) - set(vacant))
+                if places:
+                    place = data.draw(st.sampled_from(places))
                     each = sequence(BLOCK_TOKENS + 3)
-                    pages.prepare([Chunk(each, BLOCK_TOKENS, 3, [BlockCopy(each, 0, slot)])])
+                    pages.prepare([Chunk(each, BLOCK_TOKENS, 3, [BlockCopy(each, 0, place)])])
                     found = content(pages, each, BLOCK_TOKENS)
-                    assert torch.equal(found, wanted(kept[slot], BLOCK_TOKENS))
+                    assert torch.equal(found, wanted(kept[place], BLOCK_TOKENS))
                     pages.release([each])
             case "forget" if set(kept) - set(vacant):
                 vacant.append(data.draw(st.sampled_from(sorted(set(kept) - set(vacant)))))

@@ -169,7 +169,7 @@ def test_of_several_blocks_for_one_slot_the_last_is_kept() -> None:
     for value, each in enumerate(several):
         rows.ensure(each, 16)
         fill(rows, each, value)
-    rows.keep([BlockCopy(each, 0, slot) for each in several for slot in (0, 1)])
+    rows.keep([BlockCopy(each, 0, place) for each in several for place in (0, 1)])
     rows.reuse([BlockCopy(several[0], 0, 0), BlockCopy(several[1], 0, 1)])
     assert holds(rows, several[0], 19)
     assert holds(rows, several[1], 19)

@@ -39,9 +39,9 @@ def test_the_least_recently_used_goes_and_of_a_sequence_the_last_block() -> None
     assert len(cache.find(KEYS[10:13])) == 1
     assert cache.stats().evictions == 2
     assert dict(cache.stats().blocks) == {"base": 3, "own": 1}
-    # Their slots are used again, and what was used last stays.
+    # Their places are used again, and what was used last stays.
     cache.find(KEYS[:3])
-    assert {slot for _, slot in cache.add(KEYS[20:23], 3, 6)} < set(range(6))
+    assert {place for _, place in cache.add(KEYS[20:23], 3, 6)} < set(range(6))
     assert len(cache.find(KEYS[:3])) == 3
     cache.check_integrity(6)
 
@@ -59,7 +59,7 @@ def test_integrity_can_fail() -> None:
     cache = PrefixCache()
     cache.add(KEYS[:3], 3, 3)
     cache._free.append(1)
-    with pytest.raises(AssertionError, match="slots"):
+    with pytest.raises(AssertionError, match="places"):
         cache.check_integrity(3)
 
 
@@ -78,19 +78,19 @@ def test_slots_are_never_lost_nor_given_twice(
     for first, length, limit, add in moves:
         keys = KEYS[10 * first : 10 * first + length]
         if add:
-            for index, slot in cache.add(keys, length // 2, limit):
-                content[slot] = keys[index]
+            for index, place in cache.add(keys, length // 2, limit):
+                content[place] = keys[index]
             assert len(cache) <= limit
             assert len(cache.find(keys)) == min(length, limit)
         else:
             cache.shrink(limit)
         cache.check_integrity(max(limit, len(cache)))
         found = cache.find(keys)
-        assert [content[slot] for slot in found] == keys[: len(found)]
+        assert [content[place] for place in found] == keys[: len(found)]
 
 
 class Simulation:
-    """A scheduler with a cache, whose rows and slots hold the keys of what they would hold."""
+    """A scheduler with a cache, whose rows and places hold the keys of what they would hold."""
 
     def __init__(
         self, max_running: int = 8, max_step_tokens: int = 512, kv_tokens: int = 10_000
@@ -98,7 +98,7 @@ class Simulation:
         self.cache = PrefixCache()
         budget = BlockBudget(kv_tokens, self.cache)
         self.scheduler = Scheduler(budget, max_running, max_step_tokens)
-        self.slots: dict[int, bytes] = {}
+        self.places: dict[int, bytes] = {}
         self.computed = 0
         self.arrived = 0
         self.sequences: list[Sequence] = []
@@ -150,7 +150,7 @@ class Simulation:
         for copy in copies:
             sequence = copy.sequence
             keys = sequence.keys.upto(copy.block + 1, sequence.tokens)
-            self.slots[copy.slot] = keys[copy.block]
+            self.places[copy.place] = keys[copy.block]
 
     def _check_reuse(self, chunk: Chunk) -> None:
         sequence = chunk.sequence
@@ -163,7 +163,7 @@ class Simulation:
         assert chunk.start % BLOCK_TOKENS == 0
         assert chunk.start < len(sequence.tokens), "the last token is computed"
         keys = sequence.block_keys(chunk.start)
-        assert [self.slots[copy.slot] for copy in chunk.reused] == [keys[b] for b in blocks]
+        assert [self.places[copy.place] for copy in chunk.reused] == [keys[b] for b in blocks]
 
     def finish(self) -> None:
         for _ in range(10_000):
@@ -215,8 +215,8 @@ def test_a_part_of_a_block_is_no_reason_to_compute_the_rest() -> None:
     assert one.computed == 24, "in the middle of a block"
     # Meanwhile another has computed it, in a way that does not matter here.
     keys = one.block_keys(100)
-    for index, slot in simulation.cache.add(keys, len(keys), 100):
-        simulation.slots[slot] = keys[index]
+    for index, place in simulation.cache.add(keys, len(keys), 100):
+        simulation.places[place] = keys[index]
     assert shape(simulation.step()) == [(0, 96, 4)]
 
 

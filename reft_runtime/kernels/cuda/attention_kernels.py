@@ -249,7 +249,7 @@ def store(
     sin,
     keys,
     values,
-    slots,
+    addresses,
     query_stride,
     key_stride,
     value_stride,
@@ -271,9 +271,9 @@ def store(
     if EARLY:
         gdc_wait()
     token, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    slot = tl.load(slots + token) * KV_HEADS + head
+    address = tl.load(addresses + token) * KV_HEADS + head
     own = key + token * key_stride + head * KEY_DIM
-    place = keys + slot * KEY_DIM
+    place = keys + address * KEY_DIM
     if ROTATE:
         half: tl.constexpr = KEY_DIM // 2
         at = tl.arange(0, HALF_WIDTH)
@@ -307,4 +307,6 @@ def store(
     row = tl.load(
         value + token * value_stride + head * VALUE_DIM + at, mask=at < VALUE_DIM, other=0.0
     )
-    tl.store(values + slot * VALUE_DIM + at, row.to(values.dtype.element_ty), mask=at < VALUE_DIM)
+    tl.store(
+        values + address * VALUE_DIM + at, row.to(values.dtype.element_ty), mask=at < VALUE_DIM
+    )

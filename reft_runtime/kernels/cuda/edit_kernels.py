@@ -7,12 +7,12 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_wait
 
 
-@triton.jit(do_not_specialize_on_alignment=["index", "slots", "strengths"])
+@triton.jit(do_not_specialize_on_alignment=["index", "entries", "strengths"])
 def edit_rows(
     rows,
     index,
     places,
-    slots,
+    entries,
     strengths,
     WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -22,12 +22,12 @@ def edit_rows(
 ):
     """A program a row: h + strength * (c + U^T (V h + b)), `RANKS` rank rows at a time.
 
-    `places` [slots, PLACE] says where V, U, b and c of a slot are, and what its rank is.
+    `places` [entries, PLACE] says where V, U, b and c of an entry are, and what its rank is.
     """
     if EARLY:
         gdc_wait()
     number = tl.program_id(0).to(tl.int64)
-    place = places + tl.load(slots + number) * PLACE
+    place = places + tl.load(entries + number) * PLACE
     offset, rank = tl.load(place + 3), tl.load(place + 4).to(tl.int32)
     if (rank > 0) | (offset > 0):
         at = tl.arange(0, BLOCK)
@@ -52,13 +52,13 @@ def edit_rows(
         tl.store(own, new.to(rows.dtype.element_ty), mask=inside)
 
 
-@triton.jit(do_not_specialize_on_alignment=["index", "pieces", "slots", "strengths"])
+@triton.jit(do_not_specialize_on_alignment=["index", "pieces", "entries", "strengths"])
 def edit_pieces(
     rows,
     index,
     pieces,
     places,
-    slots,
+    entries,
     strengths,
     WIDTH: tl.constexpr,
     STEP: tl.constexpr,
@@ -67,7 +67,7 @@ def edit_pieces(
     RANKS: tl.constexpr,
     EARLY: tl.constexpr,
 ):
-    """A program a piece: as `edit_rows`, for up to `ROWS` rows of one slot of at most `RANKS`.
+    """A program a piece: as `edit_rows`, for up to `ROWS` rows of one entry of at most `RANKS`.
 
     `pieces` [n, 2] are the first of a piece's rows in `index`, and their number.
     """
@@ -75,7 +75,7 @@ def edit_pieces(
         gdc_wait()
     piece = pieces + 2 * tl.program_id(0)
     first, count = tl.load(piece), tl.load(piece + 1)
-    place = places + tl.load(slots + first) * PLACE
+    place = places + tl.load(entries + first) * PLACE
     offset, rank = tl.load(place + 3), tl.load(place + 4).to(tl.int32)
     if (rank > 0) | (offset > 0):
         number, i = tl.arange(0, ROWS), tl.arange(0, RANKS)

@@ -1,0 +1,241 @@
+"""What the result of a step means for requests: tokens appended, choices ended, events told."""
+
+from __future__ import annotations
+
+import time
+
+from reft_runtime.base.model import LoadedModel
+from reft_runtime.engine.events import (
+    Event,
+    Failed,
+    PromptReused,
+    PromptScored,
+    Started,
+    TokenMade,
+    Traced,
+)
+from reft_runtime.engine.explain import Explanations
+from reft_runtime.engine.runner import Runner, StepResult
+from reft_runtime.engine.sampler import Sampled
+from reft_runtime.machine.memory import is_out_of_memory
+from reft_runtime.outputs import FinishReason
+from reft_runtime.schedule.prefix_cache import BlockCopy
+from reft_runtime.schedule.request import Request
+from reft_runtime.schedule.scheduler import Scheduler, StepPlan
+from reft_runtime.schedule.sequence import Sequence, Status, sequences_of
+
+OUT_OF_MEMORY = "memory ran out; send it again, or a shorter one"
+
+
+class LiveRequests:
+    """The requests that the engine computes, from `add` to their last event.
+
+    It owns what becomes of their sequences: the scheduler and the runner forget one when it is
+    taken out here, and nowhere else.
+    """
+
+    def __init__(self, loaded: LoadedModel, scheduler: Scheduler, runner: Runner) -> None:
+        self.prompt_tokens = 0
+        """Prompt tokens computed since the start."""
+        self.generation_tokens = 0
+        """Tokens generated since the start."""
+        self._loaded = loaded
+        self._scheduler = scheduler
+        self._runner = runner
+        self._explanations = Explanations()
+        self._arrivals = 0
+        self._sequences: dict[str, list[Sequence]] = {}
+
+    def add(self, request: Request) -> None:
+        """Queue a request. The caller has checked it; see `Engine.open`."""
+        first = sequences_of(request, self._arrivals)
+        self._arrivals += 1
+        self._sequences[request.id] = [first, *first.unforked]
+        self._explanations.begin(request)
+        self._scheduler.add(first)
+
+    def abort(self, request_id: str, choice: int | None = None) -> list[Event]:
+        """End a request, or one of its choices; gives a trace that is complete with it.
+
+        Nothing happens where the request, or the choice, has ended.
+        """
+        live = self._sequences.get(request_id, [])
+        if choice is None:
+            self._drop(request_id, keep=True)
+        elif ended := [sequence for sequence in live if sequence.choice == choice]:
+            return self._end(ended)
+        return []
+
+    def started(self, plan: StepPlan) -> list[Event]:
+        """Tell of the requests whose first chunk is in a step that is about to run."""
+        now, events = time.monotonic(), list[Event]()
+        for chunk in plan.chunks:
+            sequence = chunk.sequence
+            # Choices that were not forked queue on their own: their request has started before.
+            if sequence.leads and not sequence.started:
+                events.append(Started(sequence.request.id, now))
+            sequence.started = True
+        return self._explanations.pass_on(events)
+
+    def fail_newest(self, plan: StepPlan) -> list[Event]:
+        """End the newest request of a step for which memory ran out.
+
+        What the others have computed is still there: their next step does this one again.
+        """
+        newest = max((c.sequence for c in plan.chunks), key=lambda s: (s.order, s.choice))
+        return self._fail(Failed(newest.request.id, OUT_OF_MEMORY, out_of_memory=True))
+
+    def settle(self, plan: StepPlan, result: StepResult) -> list[Event]:
+        """Take in what a step gave; the events of it, in order."""
+        self.prompt_tokens += sum(
+            max(0, min(c.stop, c.sequence.prompt_length) - c.start) for c in plan.prompts
+        )
+        self._scheduler.advance(plan)
+        events: list[Event] = []
+        for sequence, reason in result.failed.items():
+            if sequence.request.id in self._sequences:  # else another choice of it failed just now
+                events += self._fail(Failed(sequence.request.id, reason))
+        scored, traced = self._scored(result), self._traced(result)
+        tokens = [
+            *_without_tokens(plan),
+            *((each, self._append(each, token)) for each, token in result.sampled if _runs(each)),
+        ]
+        finished = [sequence for sequence, event in tokens if event.finish_reason]
+        # Decoding sequences are kept when they end, so that their steps have nothing to copy.
+        prompts = [c.sequence for c in plan.prompts if _runs(c.sequence)]
+        lasting = [sequence for sequence in prompts if sequence not in finished]
+        self.keep([copy for s in lasting for copy in self._scheduler.keep(s)])
+        told = [event for _, event in tokens]
+        events += self._explanations.pass_on([*scored, *traced, *_reused(plan), *told])
+        return events + self._end(finished)
+
+    def keep(self, copies: list[BlockCopy]) -> bool:
+        """Copy blocks into the prefix cache; where memory runs out it is emptied, and False."""
+        if not copies:
+            return True
+        try:
+            self._runner.storage.keep(copies)
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+        else:
+            return True
+        if self._scheduler.cache is not None:
+            self._scheduler.cache.shrink(0)  # what it says of these blocks is not so
+        return False
+
+    def check_integrity(self, *, idle: bool) -> None:
+        """Raise AssertionError if anything is left while nothing is to be computed."""
+        if idle and self._sequences:
+            raise AssertionError(f"requests left: {', '.join(self._sequences)}")
+        if idle:
+            self._explanations.check_integrity()
+
+    def _append(self, sequence: Sequence, sampled: Sampled) -> TokenMade:
+        sequence.tokens.append(sampled.token)
+        self.generation_tokens += 1
+        reason, stop_id = self._finish_reason(sequence)
+        return TokenMade(
+            sequence.request.id, sequence.choice, sampled.token, sampled.logprob, reason, stop_id
+        )
+
+    def _finish_reason(self, sequence: Sequence) -> tuple[FinishReason | None, int | None]:
+        sampling = sequence.request.sampling
+        token, made = sequence.tokens[-1], sequence.generated_length
+        if made >= sampling.min_tokens:
+            if token in sampling.stop_token_ids:
+                return "stop", token
+            if token in self._loaded.eos_ids and not sampling.ignore_eos:
+                return "stop", None
+        if made == sampling.max_tokens or len(sequence.tokens) >= self._loaded.max_model_len:
+            return "length", None
+        return None, None
+
+    def _scored(self, result: StepResult) -> list[Event]:
+        events: list[Event] = []
+        for sequence, first, values in result.prompt_logprobs:
+            # A preempted prompt is computed again; what was sent already is not sent twice.
+            sent = sequence.request.scored_from + sequence.prompt_logprobs_sent
+            unsent = values[max(0, sent - first) :]
+            if unsent and _runs(sequence):
+                sequence.prompt_logprobs_sent += len(unsent)
+                events.append(PromptScored(sequence.request.id, tuple(unsent)))
+        return events
+
+    def _traced(self, result: StepResult) -> list[Event]:
+        for sequence, logprobs in result.first_logprobs.items():
+            if _runs(sequence):
+                self._explanations.first(sequence.request.id, logprobs)
+        return [
+            Traced(sequence.request.id, tuple(edits))
+            for sequence, edits in result.traces.items()
+            if _runs(sequence)
+        ]
+
+    def _fail(self, failed: Failed) -> list[Event]:
+        """End a request that failed, with the request whose trace it is for, if there is one."""
+        told = self._explanations.pass_on([failed])
+        for event in (failed, *told):
+            self._drop(event.request_id, keep=False)
+        return told
+
+    def _drop(self, request_id: str, *, keep: bool) -> None:
+        """Take out a whole request, from its last choice to the one that leads."""
+        for each in (*self._explanations.drop(request_id), request_id):
+            self._remove(self._sequences.get(each, [])[::-1], keep=keep)
+
+    def _end(self, sequences: list[Sequence]) -> list[Event]:
+        """Take out choices that have ended; the base model is asked about a traced request."""
+        self._remove(sequences)
+        events: list[Event] = []
+        for request_id in dict.fromkeys(sequence.request.id for sequence in sequences):
+            if request_id not in self._sequences:
+                questions, told = self._explanations.choices_ended(request_id)
+                events += told
+                for question in questions:
+                    self.add(question)
+        return events
+
+    def _remove(self, sequences: list[Sequence], *, keep: bool = True) -> None:
+        """Forget choices; with `keep` the blocks that they have computed may be reused."""
+        for sequence in sequences:
+            self._scheduler.finish(sequence)
+        if keep:
+            self.keep([copy for s in sequences for copy in self._scheduler.keep(s)])
+        self._runner.release(sequences)
+        for sequence in sequences:
+            siblings = self._sequences[sequence.request.id]
+            siblings.remove(sequence)
+            for sibling in siblings:
+                if sequence in sibling.unforked:
+                    sibling.unforked.remove(sequence)
+            if sequence.unforked:
+                self._scheduler.requeue([sequence.pass_lead()])
+            if not siblings:
+                del self._sequences[sequence.request.id]
+
+
+def _runs(sequence: Sequence) -> bool:
+    return sequence.status is Status.RUNNING
+
+
+def _reused(plan: StepPlan) -> list[Event]:
+    return [
+        PromptReused(sequence.request.id, sequence.cached)
+        for chunk in plan.prompts
+        if (sequence := chunk.sequence).leads
+        and chunk.stop == sequence.prompt_length
+        and sequence.cached
+        and _runs(sequence)
+    ]
+
+
+def _without_tokens(plan: StepPlan) -> list[tuple[Sequence, TokenMade]]:
+    """The ends of choices that were to have no token, when their prompt is computed."""
+    return [
+        (sequence, TokenMade(sequence.request.id, sequence.choice, None, None, "length"))
+        for chunk in plan.prompts
+        if chunk.completes and chunk.sequence.request.sampling.max_tokens == 0
+        for sequence in (chunk.sequence, *chunk.forks)
+        if _runs(sequence)
+    ]

@@ -1,0 +1,96 @@
+"""When a request is over: its versions are let go, and its id is free; whoever ended it."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Iterator
+
+import pytest
+
+from reft_runtime import Engine, SamplingParams, Use
+from reft_runtime.errors import InvalidRequest, Overloaded
+from tests.front.test_engine import GREEDY, opened
+from tests.helpers.models import prompt
+
+LONG = SamplingParams(temperature=0, max_tokens=200, ignore_eos=True)
+
+
+@pytest.fixture
+def engine() -> Iterator[Engine]:
+    with opened(max_running=4) as engine:
+        yield engine
+
+
+def in_flight(engine: Engine) -> int:
+    """How many requests hold the version of `several`."""
+    return engine.registry.entry("several").in_flight
+
+
+def wait_for_none(engine: Engine) -> None:
+    deadline = time.monotonic() + 60
+    while in_flight(engine):
+        assert time.monotonic() < deadline, "the version is held for ever"
+        time.sleep(0.01)
+
+
+async def test_an_id_belongs_to_one_request_at_a_time(engine: Engine) -> None:
+    first = await engine.open(prompt(9), LONG, (Use("several"),), request_id="mine")
+    with pytest.raises(InvalidRequest, match=r"request_id: .*'mine' is under way") as refused:
+        await engine.open(prompt(12), GREEDY, (Use("several"),), request_id="mine")
+    assert refused.value.param == "request_id"
+    assert in_flight(engine) == 1
+    count = 0
+    async for deltas in first:
+        count += sum(len(delta.tokens) for delta in deltas)
+    assert count == 200
+    again = await engine.open(prompt(12), GREEDY, request_id="mine")
+    async for _ in again:
+        pass
+    assert engine.alive
+    engine.check_integrity()
+
+
+@pytest.mark.parametrize("trace", [False, True])
+def test_an_event_loop_that_ends_lets_go(engine: Engine, *, trace: bool) -> None:
+    async def leave() -> None:
+        await engine.open(prompt(9), LONG, (Use("several"),), trace=trace)
+
+    asyncio.run(leave())
+    wait_for_none(engine)
+    [answer] = engine.generate([prompt(9)], GREEDY, intervention="several")
+    assert len(answer.tokens) == 10
+    engine.check_integrity()
+
+    async def later() -> None:
+        stream = await engine.open(prompt(9), GREEDY)
+        assert list(engine._sinks) == [asyncio.get_running_loop()]
+        stream.abort()
+
+    asyncio.run(later())
+
+
+async def test_a_trace_is_of_its_requests_salt_and_ends_in_a_full_queue() -> None:
+    with opened(max_running=1, max_queued=1) as engine:
+        sampling = SamplingParams(temperature=0, max_tokens=4, ignore_eos=True)
+        uses = (Use("several"),)
+        stream = await engine.open(prompt(48), sampling, uses, salt=b"a", trace=True)
+        waiting = None
+        while waiting is None:  # the queue's one place is free once the first has started
+            try:
+                waiting = await engine.open(prompt(12), sampling)
+            except Overloaded:
+                await asyncio.sleep(0.001)
+        async for _ in stream:
+            pass
+        assert len((await stream.trace()).log_ratios[0]) == 4
+        async for _ in waiting:
+            pass
+        other = await engine.open(prompt(48), sampling)
+        async for _ in other:
+            pass
+        assert other.cached_tokens == 0
+        own = await engine.open(prompt(48), sampling, salt=b"a")
+        async for _ in own:
+            pass
+        assert own.cached_tokens == 32
