@@ -107,11 +107,8 @@ class Admission:
                     interventions=applied,
                     salt=salt,
                     trace=trace,
-                    traced_rows=rows,
                 )
-                for position, (tokens, (settings, rows)) in enumerate(
-                    zip(encoded, limits, strict=True)
-                )
+                for position, (tokens, settings) in enumerate(zip(encoded, limits, strict=True))
             ]
             with ExitStack() as undo:
                 prepared = []

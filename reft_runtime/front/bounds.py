@@ -49,8 +49,8 @@ def bounded(
     edited: Sequence[_Positions],
     *,
     trace: bool,
-) -> Iterator[tuple[SamplingParams, int]]:
-    """For each prompt, of which these are the lengths, its settings and the rows of its trace.
+) -> Iterator[SamplingParams]:
+    """The settings of each prompt, of which these are the lengths.
 
     The bounds are those of all prompts together; a `max_tokens` that is not given (None) becomes
     what they allow, and the model's length, `limit`. `edited` are the positions of each edit.
@@ -58,11 +58,10 @@ def bounded(
     """
     given, rows = sampling.max_tokens is not None, 0
     for prompt in prompts:
-        settings, of_prompt = _bound_scores(prompts, sampling, limit - prompt, trace=trace), 0
+        settings = _bound_scores(prompts, sampling, limit - prompt, trace=trace)
         if trace:
-            of_prompt, settings = _bound_trace(edited, prompt, settings, given=given, taken=rows)
-            rows += of_prompt
-        yield settings, of_prompt
+            rows, settings = _bound_trace(edited, prompt, settings, given=given, taken=rows)
+        yield settings
 
 
 def _bound_scores(
@@ -105,25 +104,23 @@ def _bound_scores(
 def _bound_trace(
     edited: Sequence[_Positions], prompt: int, sampling: SamplingParams, *, given: bool, taken: int
 ) -> tuple[int, SamplingParams]:
-    """Most rows that a trace of these edits has, and the settings, the rows bounded.
+    """Most rows that a trace of these edits has, with those `taken` before, and the settings.
 
     `given` says whether the caller chose `max_tokens`; if not it becomes what the bound allows.
-    `taken` rows are those of the prompts before.
     """
-    rows = sum(positions.count(prompt) for positions in edited)
+    rows = taken + sum(positions.count(prompt) for positions in edited)
     each = sum(positions.edits_decode for positions in edited)
-    left = MAX_TRACED_ROWS - taken
     # The last token is not computed, so that nothing edits it.
     made = max(0, (sampling.max_tokens or 0) - 1)
-    if each and not given and rows <= left:
-        made = min(made, (left - rows) // each)
+    if each and not given and rows <= MAX_TRACED_ROWS:
+        made = min(made, (MAX_TRACED_ROWS - rows) // each)
         sampling = replace(sampling, max_tokens=made + 1)
     rows += each * made
-    if rows > left:
+    if rows > MAX_TRACED_ROWS:
         raise InvalidRequest(
-            f"trace: the edits times the tokens that they edit are {taken + rows} rows, and one "
-            f"request gets at most {MAX_TRACED_ROWS}. Shorten the prompts or lower max_tokens, or "
-            "trace fewer interventions at once.",
+            f"trace: the edits times the tokens that they edit are {rows} rows, and one request "
+            f"gets at most {MAX_TRACED_ROWS}. Shorten the prompts or lower max_tokens, or trace "
+            "fewer interventions at once.",
             param="trace",
         )
     return rows, sampling
