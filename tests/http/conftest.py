@@ -60,6 +60,7 @@ async def client(app: FastAPI, engine: FakeEngine) -> AsyncIterator[httpx.AsyncC
     async with client_of(app, response=[check_declared]) as client:
         yield client
     assert not engine.running
+    assert not engine.held
 
 
 @pytest.fixture
@@ -73,6 +74,7 @@ def server_url(app: FastAPI, engine: FakeEngine, limits: Limits) -> Iterator[str
     with listening(HttpServer(app, limits)) as address:
         yield address
     assert not engine.running
+    assert not engine.held
 
 
 def completion(**fields: Any) -> dict[str, Any]:

@@ -292,6 +292,11 @@ class FakeEngine:
     def running(self) -> list[FakeStream]:
         return [stream for stream in self.streams if not stream.ended]
 
+    @property
+    def held(self) -> int:
+        """How often its own versions are held."""
+        return sum(version.in_flight for version in self.own.versions.values())
+
     def start(self, prepared: Prepared) -> FakeStream:
         try:
             if not self.alive:
