@@ -9,6 +9,7 @@ import sys
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
+from typer.exceptions import TyperException
 
 from reft_runtime.client import NotServed
 from reft_runtime.errors import ReftError
@@ -45,13 +46,29 @@ app.add_typer(files_cli.app)
 
 def main() -> None:
     """Entry point of the console command; mistakes end it with a message and no traceback."""
+    status: str | int | None
     try:
-        app()
+        status = app(standalone_mode=False) or 0
     except ReftError as error:
         typer.echo(f"reft: {error.message}", err=True)
-        _leave(1 if isinstance(error, NotServed) else 2)
+        status = 1 if isinstance(error, NotServed) else 2
+    except TyperException as error:
+        typer.echo(_usage(error.format_message()), err=True)
+        status = error.exit_code
+    except typer.Abort:
+        typer.echo("Aborted!", err=True)
+        status = 1
     except SystemExit as end:
-        _leave(end.code)
+        status = end.code
+    _leave(status)
+
+
+def _usage(message: str) -> str:
+    """What a mistaken command line is told: one line, or the whole help where nothing was given."""
+    if "\n" in message:
+        return message
+    end = "" if message.endswith((".", "?")) else "."
+    return f"reft: {message}{end} --help lists what there is."
 
 
 def _leave(status: str | int | None) -> NoReturn:

@@ -184,6 +184,10 @@ def test_what_runs_is_shown(url: str, engine: Any, monkeypatch: pytest.MonkeyPat
         (["rollback", "one", "zz"], 2),
         (["ls", "--url", "http://127.0.0.1:9"], 2),
         (["ls", "--url", "127.0.0.1:9"], 2),
+        (["ls", "--orders"], 2),
+        (["push"], 2),
+        (["sweep", "Hi"], 2),
+        (["lss"], 2),
     ],
 )
 def test_the_status_says_what_is_not_so(

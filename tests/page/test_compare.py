@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import pytest
 from playwright.sync_api import Request, expect
 
 from reft_runtime import Engine
@@ -107,6 +108,11 @@ def test_turns_go_on_are_edited_and_answered_again(tab: Tab) -> None:
     # The pirate's own template takes one turn; the server says so, where the answer would be.
     expect(page.get_by_role("region", name="Answer of pirate").last).to_contain_text("one")
     assert page.locator(".problem").count() == 1
+
+    # An answer is headed by what gave it, whatever its column applies now.
+    page.get_by_role("slider", name="Strength of pirate").fill("0.5")
+    expect(page.get_by_role("region", name="Answer of pirate", exact=True)).to_have_count(2)
+    page.get_by_role("button", name="Strength of pirate back to 1").click()
 
     page.get_by_role("button", name="Edit this turn").first.click()
     page.get_by_label("The turn's text").fill("What's a dog?")
@@ -296,14 +302,34 @@ def test_a_link_and_a_file_show_the_same(
     seen.get_by_label("A comparison's file").set_input_files(file)
     expect(seen.locator(".text")).to_have_text(shown)
     expect(seen.locator(".token")).not_to_have_count(0)
-    file.write_text("{}")
-    seen.get_by_label("A comparison's file").set_input_files(file)
-    expect(seen.get_by_role("alert")).to_contain_text("no comparison")
+    whole = json.loads(file.read_text())
+    [turn] = whole["turns"]
+    broken: dict[str, Any]
+    for broken in (
+        {},
+        whole | {"mode": "song"},
+        whole | {"colour": "red"},
+        whole | {"columns": [{}]},
+        whole | {"columns": [{"parts": [{"name": "pirate"}]}]},
+        whole | {"turns": [{}]},
+        whole | {"turns": [turn | {"answers": [{"text": "Aye."}]}]},
+        whole | {"turns": [turn | {"answers": [turn["answers"][0] | {"figures": {}}]}]},
+        whole | {"turns": [turn | {"answers": [turn["answers"][0] | {"pieces": [{}]}]}]},
+    ):
+        other_file = tmp_path / "broken.json"
+        other_file.write_text(json.dumps(broken))
+        seen.get_by_label("A comparison's file").set_input_files(other_file)
+        expect(seen.get_by_role("alert")).to_contain_text("no comparison")
+        seen.get_by_label("A comparison's file").set_input_files(file)
+        expect(seen.get_by_role("alert")).to_have_count(0)
+        expect(seen.locator(".text")).to_have_text(shown)
     other.open("#/compare/nonsense")
     expect(other.page.get_by_role("alert")).to_contain_text("no comparison")
 
 
-def test_the_key_is_asked_for_once(new_tab: Callable[..., Tab], keyed_url: str) -> None:
+def test_the_key_is_asked_for_once(
+    new_tab: Callable[..., Tab], keyed_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     tab = new_tab(keyed_url)
     page = tab.open()
     dialog = page.get_by_role("dialog", name="This server needs a key")
@@ -315,6 +341,14 @@ def test_the_key_is_asked_for_once(new_tab: Callable[..., Tab], keyed_url: str) 
     short(page, 4)
     say(page, "Hello")
     expect(dialog).to_have_count(0)
+    page.get_by_role("button", name="The request of pirate").click()
+    copied = page.get_by_role("dialog")
+    copied.get_by_role("button", name="Python", exact=True).click()
+    monkeypatch.setenv("REFT_API_KEY", KEY)
+    with redirect_stdout(StringIO()) as printed:
+        exec(copied.locator("pre").text_content() or "", {})
+    assert printed.getvalue() == f"{answers(page)[1]}\n"
+    page.keyboard.press("Escape")
     page.reload()
     expect(page.get_by_role("region", name="Column A")).to_be_visible()
     page.get_by_role("button", name="Forget key").click()

@@ -118,6 +118,11 @@ def test_a_drop_that_is_refused_says_why_in_place(tab: Tab) -> None:
     expect(page.locator(".uploads")).to_have_count(0)
 
 
+def test_a_name_that_is_none_is_said(tab: Tab) -> None:
+    page = tab.open("#/interventions/%")
+    expect(page.get_by_role("dialog", name="%").get_by_role("alert")).to_be_visible()
+
+
 def test_a_change_of_another_is_not_undone(tab: Tab, mine: str) -> None:
     url = f"{tab.url}/v1/interventions/mine"
     httpx.put(url, content=PIRATE.read_bytes())

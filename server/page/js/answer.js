@@ -23,11 +23,12 @@ function shade({ tokens }, colour) {
   return `d${level < 0 ? 4 : level}`;
 }
 
+/** `name` is what the column applies now; an answer is headed by what gave it. */
 export function Answer({ answer, name, c, t, colour, busy, last, onAnswer }) {
   const [picked, setPicked] = useState(null);
   return html`
-    <section class="answer" aria-label=${`Answer of ${name}`} aria-busy=${answer?.running ?? false}>
-      <h3 class="answer-name">${name}</h3>
+    <section class="answer" aria-label=${`Answer of ${answer?.of ?? name}`} aria-busy=${answer?.running ?? false}>
+      <h3 class="answer-name">${answer?.of ?? name}</h3>
       ${!answer
         ? html`<p class="muted">Not asked yet.</p>`
         : html`

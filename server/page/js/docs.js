@@ -144,9 +144,9 @@ function Field({ name, schema, required, about, found }) {
       <dt><code>${name}</code>${required && html` <span class="count">required</span>`}</dt>
       <dd>
         <span class="type">${typeName(schema, found)}</span>
+        ${bounds && html`<span class="muted">, ${bounds}</span>`}
         ${schema.default !== undefined && schema.default !== null && html`
-          <span class="muted"> by default <code>${JSON.stringify(schema.default)}</code></span>`}
-        ${bounds && html`<span class="muted"> ${bounds}</span>`}
+          <span class="muted">, by default <code>${JSON.stringify(schema.default)}</code></span>`}
         ${about && html`<p>${prose(about)}</p>`}
         ${inner.map((one) => html`
           <details key=${one.title}><summary>${one.title}</summary><${Fields} schema=${one} found=${found} /></details>`)}

@@ -101,7 +101,7 @@ export function Interventions({ base, rest }) {
         </details>`}
       <p class="drop-hint" aria-hidden="true">Drop to upload</p>
     </div>
-    ${rest && html`<${Details} key=${rest} name=${decodeURIComponent(rest)} base=${base} onClose=${close}
+    ${rest && html`<${Details} key=${rest} name=${rest} base=${base} onClose=${close}
       onChange=${reload} />`}`;
 }
 

@@ -2,15 +2,16 @@
 // Measuring: what the base model thinks of the same tokens, asked for all answers in one request.
 
 import { ApiError, ask, stream } from "./api.js";
-import { requestOf, shown } from "./session.js";
+import { requestOf, shown, title } from "./session.js";
 
 /**
  * An answer that has not begun. Tokens are {text, logprob, top: [{text, logprob}], base}, base being
  * the log-probability that the base model gives it there, once that is measured; pieces are {text,
- * tokens}, for a character may be made of several tokens. `prompt` and `ids` are token ids.
+ * tokens}, for a character may be made of several tokens. `prompt` and `ids` are token ids. `of` is
+ * the title of what is asked, which stays when the column applies something else afterwards.
  */
-export const blank = () => ({
-  text: "", pieces: [], waiting: [], prompt: [], ids: [],
+export const blank = (of = null) => ({
+  of, text: "", pieces: [], waiting: [], prompt: [], ids: [],
   finish: null, error: null, figures: null, running: true,
 });
 
@@ -19,7 +20,7 @@ export async function answer(store, base, t, which) {
   const { session } = store.value;
   const controller = new AbortController();
   const turn = session.turns[t];
-  for (const c of which) turn.answers[c] = blank();
+  for (const c of which) turn.answers[c] = blank(title(session.columns[c]));
   store.set({ running: controller });
   const began = performance.now();
   await Promise.all(

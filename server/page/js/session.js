@@ -152,6 +152,7 @@ function parsed(text) {
 /** What is kept of an answer: its text and figures, and its tokens where `whole`. */
 const kept = (whole) => (answer) =>
   answer && {
+    of: answer.of,
     text: answer.text,
     figures: answer.figures,
     finish: answer.finish,
@@ -167,15 +168,54 @@ export function plain(session, whole) {
   return { version: 1, ...session, turns };
 }
 
+const isText = (value) => typeof value === "string";
+const isNumber = (value) => Number.isFinite(value);
+const oneOf = (...values) => (value) => values.includes(value);
+const orNull = (is) => (value) => value === null || is(value);
+const left = (is) => (value) => value === undefined || orNull(is)(value);
+const listOf = (is) => (value) => Array.isArray(value) && value.every(is);
+const shaped = (fields) => (value) =>
+  value !== null && typeof value === "object" && Object.entries(fields).every(([name, is]) => is(value[name]));
+
+const isToken = { text: isText, logprob: orNull(isNumber) };
+
+/** What every view relies on in a session; `left` is for what may be left out. */
+const isSession = shaped({
+  mode: oneOf("chat", "text"),
+  colour: oneOf("none", "probability", "distance"),
+  system: isText,
+  stop: isText,
+  sampling: shaped(Object.fromEntries(Object.keys(SAMPLING).map((name) => [name, orNull(isNumber)]))),
+  columns: listOf(shaped({
+    parts: listOf(shaped({ name: isText, strength: isNumber, directions: orNull(listOf(isNumber)) })),
+  })),
+  turns: listOf(shaped({
+    user: isText,
+    answers: listOf(orNull(shaped({
+      of: left(isText),
+      text: isText,
+      figures: orNull(shaped(Object.fromEntries(
+        ["tokens", "first", "rate", "prompt", "cached"].map((name) => [name, orNull(isNumber)])))),
+      prompt: listOf(isNumber),
+      ids: listOf(isNumber),
+      pieces: listOf(shaped({
+        text: isText,
+        tokens: listOf(shaped({ ...isToken, base: left(isNumber), top: listOf(shaped(isToken)) })),
+      })),
+    }))),
+  })),
+});
+
 /** A session from what `plain` wrote; throws where it is something else. */
 export function revived(data) {
-  const { version, ...session } = data ?? {};
-  const sound = version === 1 && Array.isArray(session.columns) && Array.isArray(session.turns);
-  if (!sound || !session.columns.length || session.columns.length > MAX_COLUMNS) {
+  const { version, ...given } = data ?? {};
+  const fresh = newSession();
+  const session = { ...fresh, ...given, sampling: { ...fresh.sampling, ...given.sampling } };
+  const count = session.columns?.length;
+  if (version !== 1 || !isSession(session) || !count || count > MAX_COLUMNS) {
     throw new Error("This is no saved comparison.");
   }
-  const fresh = newSession();
-  return { ...fresh, ...session, sampling: { ...fresh.sampling, ...session.sampling } };
+  return session;
 }
 
 /** A session as text for an address: JSON, deflated, in base64url. */

@@ -70,9 +70,11 @@ const WRITERS = {
     const lines = Object.entries(own).map(([name, value]) => `    ${name}=${python(value, 1)},`);
     if (Object.keys(extra).length) lines.push(`    extra_body=${python(extra, 1)},`);
     return [
+      "import os",
+      "",
       "from openai import OpenAI",
       "",
-      `client = OpenAI(base_url="${address("v1")}", api_key="none")`,
+      `client = OpenAI(base_url="${address("v1")}", api_key=os.environ.get("REFT_API_KEY", "none"))`,
       `answer = client.${call}.create(`,
       ...lines,
       ")",
@@ -139,7 +141,7 @@ function Paste({ session, base, c, onClose }) {
 function taken(session, { parts, turns, sampling, ...fields }, c) {
   const columns = session.columns.map((one, i) => (i === c ? { ...one, parts } : one));
   const said = (text) =>
-    text === undefined ? null : { text, pieces: [], prompt: [], ids: [], finish: null, error: null, figures: null };
+    text === undefined ? null : { text, of: null, pieces: [], prompt: [], ids: [], finish: null, error: null, figures: null };
   return {
     ...fields,
     columns,

@@ -83,7 +83,7 @@ export function Dialog({ title, onClose, wide = false, children }) {
 /** What went wrong, in the server's own words, and what can be done. */
 export const Problem = ({ error, retry }) => html`
   <div class="problem" role="alert">
-    <p>${error.message}${error.param && html` <code>${error.param}</code>`}</p>
+    <p>${error.message}</p>
     ${retry && html`<button type="button" onClick=${retry}>Try again</button>`}
   </div>`;
 
