@@ -40,7 +40,7 @@ bench: $(VENV)/.installed ## Measure whole runs: base, tasks, HTTP, transformers
 bench-peers: $(VENV)/.installed-bench $(VENV)-vllm/.installed $(VENV)-peers/.installed ## The same beside vLLM, PEFT and pyreft, with plots in build/; over an hour
 	@$(BIN)/python -m benchmarks.throughput --vllm $(VENV)-vllm/bin/python --peers $(VENV)-peers/bin/python \
 		--out build/bench-peers.json $(ARGS)
-	@$(BIN)/python -m benchmarks.plots build/bench-peers.json build
+	@$(BIN)/python -m benchmarks.throughput_plots build/bench-peers.json build
 
 test: lint types ## Check everything: lint, types, import directions, all tests
 	$(BIN)/python -m pytest -n logical --dist loadfile $(ARGS)

@@ -26,7 +26,7 @@ from torch.nn.functional import linear
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from benchmarks.measuring import SECONDS, Figures, measure, median, speed_ratio, table
-from benchmarks.workload import F3L3, PROMPT_TOKENS, random_intervention, settings
+from benchmarks.workload import F3L3, PROMPT_TOKENS, random_intervention, random_tokens, settings
 from reft_runtime.base.model import LoadedModel
 from reft_runtime.base.shape import shape_of
 from reft_runtime.edits.step import OnDevice
@@ -64,7 +64,7 @@ SHAPES: dict[str, dict[str, Any]] = {
         "vocab_size": 512,
     },
 }
-"""Those of Llama-3-8B, of Qwen2.5-1.5B, and one to try the script with."""
+"""Shapes of models: Llama-3-8B, Qwen2.5-1.5B, and one to try the script with."""
 
 ANSWER_TOKENS = 64
 FILES = 32
@@ -76,7 +76,7 @@ ALL = "n tasks: all layers, r=8, all"
 
 
 def cases_of(layers: int) -> dict[str, tuple[list[int], int, str]]:
-    """Interventions by label: layers, rank, positions."""
+    """The interventions that are measured, by label: layers, rank, positions."""
     found = {label: setting for label, setting in settings(layers).items() if label != F3L3}
     every = list(range(layers))
     half = MAX_TOKENS // 2
@@ -85,14 +85,14 @@ def cases_of(layers: int) -> dict[str, tuple[list[int], int, str]]:
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What a device can do: bytes a second of a copy, and operations of a matrix product."""
+    """What a device can do in a second: bytes of a copy, and operations of a matrix product."""
 
     bandwidth: float
     arithmetic: float
 
     @classmethod
     def measured(cls, loaded: LoadedModel) -> Limits:
-        """Products are of 8,192 rows, on a CPU of 512."""
+        """Limits that are measured now, with products of 8,192 rows, and of 512 on a CPU."""
         n = 8192 if loaded.device.type == "cuda" else 512
         a, b = (torch.randn(n, n, device=loaded.device).to(loaded.dtype) for _ in "ab")
         multiplied = seconds(lambda: a @ b, loaded.device)
@@ -100,7 +100,7 @@ class Limits:
 
 
 def name_of(device: torch.device) -> str:
-    """The processor's own name, where it has one."""
+    """The name of a device: the GPU's own, or its type."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
@@ -113,7 +113,7 @@ def bandwidth(device: torch.device) -> float:
 
 
 def seconds(run: Callable[[], object], device: torch.device, repeats: int = 10) -> float:
-    """Of one run, the median; waits for the device."""
+    """The median time of one run in seconds, until the device has finished it."""
     times = []
     for _ in range(repeats + 3):
         _wait(device)
@@ -130,7 +130,7 @@ def _wait(device: torch.device) -> None:
 
 
 def random_model(shape: str, device: torch.device, dtype: torch.dtype) -> Any:
-    """Of transformers, with random weights."""
+    """A model of transformers of this shape, with random weights."""
     config = LlamaConfig(**SHAPES[shape], max_position_embeddings=MAX_TOKENS, eos_token_id=None)
     torch.manual_seed(0)
     with device:
@@ -145,7 +145,7 @@ def build(shape: str, device: torch.device, dtype: torch.dtype) -> LoadedModel:
 
 
 class Bench:
-    """Runs through one core."""
+    """Measurements of one engine core."""
 
     def __init__(self, loaded: LoadedModel, most: int) -> None:
         self.loaded = loaded
@@ -158,9 +158,9 @@ class Bench:
     def interventions(
         self, count: int, layers: list[int], rank: int, positions: str
     ) -> list[tuple[AppliedIntervention, ...]]:
-        """Different ones of random weights, whose files are made once for all positions.
+        """Different interventions of random weights; files are made once for all positions.
 
-        Of more than `FILES` some differ in their bias alone.
+        Where more than `FILES` are wanted, some differ in their bias alone.
         """
         shape = shape_of("random", self.loaded)
         made = self._made.setdefault((len(layers), rank), [])
@@ -185,7 +185,7 @@ class Bench:
         answer_tokens: int = ANSWER_TOKENS,
         settings: Sequence[dict[str, Any]] = ({"temperature": 0},),
     ) -> Callable[[int], Figures]:
-        """n requests at once through these in turn: prompts, then a step a token."""
+        """A case of n requests at once, which take the `applied` in turn."""
 
         def run(number: int) -> Figures:
             rng = random.Random(f"{n} {number} {next(self._ids)}")
@@ -193,7 +193,7 @@ class Bench:
                 SamplingParams(max_tokens=answer_tokens, ignore_eos=True, **own) for own in settings
             ]
             for i in range(n):
-                prompt = tuple(rng.randrange(self.loaded.vocab_size) for _ in range(prompt_tokens))
+                prompt = tuple(random_tokens(rng, self.loaded.vocab_size, prompt_tokens))
                 used = applied[i % len(applied)]
                 sampling = samplings[i % len(samplings)]
                 self.core.add(Request(f"{next(self._ids)}", prompt, sampling, i, used))
@@ -216,13 +216,13 @@ class Bench:
         return [*scheduler.running, *scheduler.waiting]
 
     def floor(self, n: int, limits: Limits) -> float:
-        """Seconds of a decode step that reads everything once."""
+        """The seconds of a decode step of n rows that does nothing but read everything once."""
         tokens = PROMPT_TOKENS + ANSWER_TOKENS // 2
         read = self._weight_bytes() + n * tokens * self.loaded.kv_bytes_per_token
         return read / limits.bandwidth
 
     def products(self, n: int) -> float:
-        """Seconds of the linear layers of a step of n rows, one after another."""
+        """The seconds that the linear layers of a step of n rows take, one after another."""
         device, dtype = self.loaded.device, self.loaded.dtype
         layers = {
             id(module.weight): module
@@ -245,7 +245,7 @@ class Bench:
             return seconds(GraphCapture()(run) if device.type == "cuda" else run, device)
 
     def share_of_peak(self, n: int, tokens: int, seconds: float, limits: Limits) -> float:
-        """Of the matrix products' rate, in n prompts of so many tokens."""
+        """The share of the device's arithmetic that n prompts of so many tokens reach."""
         loaded = self.loaded
         numbers = self._weight_bytes() / loaded.dtype.itemsize
         head = loaded.vocab_size * loaded.hidden_size  # for the last token alone
@@ -255,13 +255,13 @@ class Bench:
         return work / seconds / limits.arithmetic
 
     def _weight_bytes(self) -> int:
-        """Of a step: all weights but the table of embeddings, of which only rows are read."""
+        """Bytes of all weights that a step reads: of the embeddings it reads a few rows only."""
         embeddings: Any = self.loaded.model.get_input_embeddings()
         table: int = embeddings.weight.nbytes
         return self.loaded.weight_bytes - table
 
     def swap(self, layers: list[int], rank: int, positions: str) -> float:
-        """Seconds until an intervention that was on the CPU is on the device, in its tables."""
+        """Seconds to bring an intervention from the CPU into the tables on the device."""
         device, tables = self.loaded.device, self.core.runner.tables
         made = iter(self.interventions(13, layers, rank, positions))
 
@@ -277,14 +277,16 @@ class Bench:
 
 def main(
     shape: Annotated[str, typer.Option(help=f"{', '.join(SHAPES)}.")] = "llama-3-8b",
-    device: Annotated[str, typer.Option(help="As of reft serve.")] = "cuda",
-    dtype: Annotated[str, typer.Option(help="As of reft serve.")] = "auto",
-    concurrency: Annotated[str, typer.Option(help="Requests at once.")] = "1,32,256",
+    device: Annotated[str, typer.Option(help="As for `reft serve`.")] = "cuda",
+    dtype: Annotated[str, typer.Option(help="As for `reft serve`.")] = "auto",
+    concurrency: Annotated[
+        str, typer.Option(help="Numbers of requests at once, comma-separated.")
+    ] = "1,32,256",
     prompt: Annotated[int, typer.Option(min=1, help="Tokens of a long prompt.")] = 8000,
     rounds: Annotated[int, typer.Option(min=1)] = 7,
     out: Annotated[Path | None, typer.Option(help="Keep the raw figures here.")] = None,
 ) -> None:
-    """Print the tables."""
+    """Print the tables of decode steps and of a long prompt."""
     place = choose_device(device)
     loaded = build(shape, place, choose_dtype(dtype, place))
     limits = Limits.measured(loaded)

@@ -35,11 +35,11 @@ from reft_runtime.schedule.blocks import BLOCK_TOKENS, blocks_for
 GATHER, FLEX, TRITON = "gather", "flex_attention", "Triton"
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
 QUERY_BLOCK = 128
-"""Queries of a block of flex_attention."""
+"""flex_attention computes this many queries in one block."""
 
 
 class Pages:
-    """Rows of `own` tokens after `before` others, in pages in random order."""
+    """Rows of `own` tokens each, behind `before` others, whose pages lie in random order."""
 
     def __init__(
         self, shape: str, rows: int, before: int, own: int, device: torch.device, dtype: torch.dtype
@@ -64,7 +64,7 @@ class Pages:
 
     @property
     def bytes_read(self) -> int:
-        """Keys and values of all rows, once."""
+        """The bytes of the keys and values of all rows."""
         tokens = self.rows * (self.before + self.own)
         return 2 * tokens * self.keys.shape[2] * self.keys.shape[3] * self.keys.itemsize
 
@@ -119,7 +119,7 @@ class Pages:
 
 
 def kernels(pages: Pages) -> dict[str, Callable[[], Tensor]]:
-    """Those that run on the device of the pages."""
+    """The kernels that run on the device of the pages; ends the script where one differs."""
     found = {GATHER: pages.by(GatheredAttention())}
     if pages.query.is_cuda:
         group = pages.query.shape[1] // pages.keys.shape[2]
@@ -139,15 +139,19 @@ def kernels(pages: Pages) -> dict[str, Callable[[], Tensor]]:
 
 def main(
     shape: Annotated[str, typer.Option(help=f"{', '.join(SHAPES)}.")] = "llama-3-8b",
-    device: Annotated[str, typer.Option(help="As of reft serve.")] = "cuda",
-    dtype: Annotated[str, typer.Option(help="As of reft serve.")] = "auto",
-    rows: Annotated[str, typer.Option(help="Numbers of rows that decode.")] = "1,32,256",
-    contexts: Annotated[str, typer.Option(help="Tokens before.")] = "160,1024",
+    device: Annotated[str, typer.Option(help="As for `reft serve`.")] = "cuda",
+    dtype: Annotated[str, typer.Option(help="As for `reft serve`.")] = "auto",
+    rows: Annotated[
+        str, typer.Option(help="Numbers of rows that decode, comma-separated.")
+    ] = "1,32,256",
+    contexts: Annotated[
+        str, typer.Option(help="Numbers of tokens before them, comma-separated.")
+    ] = "160,1024",
     prompt: Annotated[int, typer.Option(min=1, help="Tokens of a prompt.")] = 2048,
     rounds: Annotated[int, typer.Option(min=1)] = 5,
     out: Annotated[Path | None, typer.Option(help="Keep the raw figures here.")] = None,
 ) -> None:
-    """Print the table: microseconds, and how often the floor that is."""
+    """Print the table: microseconds, and how many times the floor that is."""
     place = choose_device(device)
     kind = choose_dtype(dtype, place)
     speed = bandwidth(place)

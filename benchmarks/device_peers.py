@@ -30,7 +30,7 @@ from benchmarks.device import (
     random_model,
 )
 from benchmarks.measuring import SECONDS, Figures, measure, median, speed_ratio, table
-from benchmarks.workload import L1, PROMPT_TOKENS
+from benchmarks.workload import L1, PROMPT_TOKENS, random_tokens
 from reft_runtime.loading.loader import choose_device, choose_dtype
 
 GENERATE = "transformers: generate"
@@ -47,7 +47,7 @@ class Transformers:
     def case(
         self, label: str, n: int, prompt_tokens: int, answer_tokens: int
     ) -> Callable[[int], Figures]:
-        """n requests at once, greedy."""
+        """A case of n requests at once, answered greedily."""
         settings = GenerationConfig(  # type: ignore[no-untyped-call]
             max_new_tokens=answer_tokens, do_sample=False, eos_token_id=None, pad_token_id=0
         )
@@ -55,9 +55,7 @@ class Transformers:
 
         def run(number: int) -> Figures:
             rng = random.Random(f"{label} {n} {number}")
-            prompts = [
-                [rng.randrange(self._vocabulary) for _ in range(prompt_tokens)] for _ in range(n)
-            ]
+            prompts = [random_tokens(rng, self._vocabulary, prompt_tokens) for _ in range(n)]
             begin = time.perf_counter()
             made = ask(prompts, settings)
             seconds = time.perf_counter() - begin
@@ -85,10 +83,14 @@ class Transformers:
 
 def main(
     shape: Annotated[str, typer.Option(help=f"{', '.join(SHAPES)}.")] = "llama-3-8b",
-    device: Annotated[str, typer.Option(help="As of reft serve.")] = "cuda",
-    dtype: Annotated[str, typer.Option(help="As of reft serve.")] = "auto",
-    concurrency: Annotated[str, typer.Option(help="Requests at once.")] = "1,32,256",
-    peers: Annotated[str, typer.Option(help="Comma-separated.")] = f"{GENERATE},{CONTINUOUS}",
+    device: Annotated[str, typer.Option(help="As for `reft serve`.")] = "cuda",
+    dtype: Annotated[str, typer.Option(help="As for `reft serve`.")] = "auto",
+    concurrency: Annotated[
+        str, typer.Option(help="Numbers of requests at once, comma-separated.")
+    ] = "1,32,256",
+    peers: Annotated[
+        str, typer.Option(help="Ways to ask it, comma-separated.")
+    ] = f"{GENERATE},{CONTINUOUS}",
     rounds: Annotated[int, typer.Option(min=1)] = 5,
     out: Annotated[Path | None, typer.Option(help="Keep the raw figures here.")] = None,
 ) -> None:

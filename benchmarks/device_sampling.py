@@ -21,6 +21,7 @@ from torch import Tensor
 
 from benchmarks.device import STEP, Bench, bandwidth, build, name_of, seconds
 from benchmarks.measuring import Figures, measure, median, speed_ratio, table
+from benchmarks.workload import random_tokens
 from reft_runtime.engine.device import sampler_for
 from reft_runtime.engine.device_sampler import DeviceSampler, Draw
 from reft_runtime.engine.sampler import SampleRow, sample
@@ -45,21 +46,21 @@ CASES: dict[str, list[dict[str, Any]]] = {
 CASES["each row its own"] = [settings for (settings,) in CASES.values()]
 
 MADE = 32
-"""Tokens that rows of the sampler alone have generated, after as many of a prompt."""
+"""The sampler alone is given rows of this many prompt tokens and as many generated ones."""
 FLAT, PEAKED = "flat", "peaked"
 WIDTHS = {FLAT: 1.3, PEAKED: 4.0}
-"""Standard deviations of random logits."""
+"""The standard deviations of the random logits."""
 LAUNCH = "launch"
 
 
 def alone(
     logits: Tensor, settings: list[dict[str, Any]], sampler: DeviceSampler | None
 ) -> Callable[[int], Figures]:
-    """One step's sampling of as many rows as there are logits; launches are the CPU's share."""
+    """A case of one step's sampling, a row for each row of logits; a launch is the CPU's share."""
     rng = random.Random(0)
     owners = []
     for i in range(len(logits)):
-        tokens = [rng.randrange(logits.shape[1]) for _ in range(2 * MADE)]
+        tokens = random_tokens(rng, logits.shape[1], 2 * MADE)
         params = SamplingParams(**settings[i % len(settings)])
         owners.append(Sequence(Request("", tuple(tokens[:MADE]), params, i), 0, i, tokens))
     launches: list[float] = []
@@ -90,15 +91,17 @@ def _row(owner: Sequence) -> SampleRow:
 
 
 def main(
-    shape: Annotated[str, typer.Option(help="As of benchmarks.device.")] = "llama-3-8b",
-    device: Annotated[str, typer.Option(help="As of reft serve.")] = "cuda",
-    dtype: Annotated[str, typer.Option(help="As of reft serve.")] = "auto",
-    concurrency: Annotated[str, typer.Option(help="Rows at once.")] = "1,32,256",
+    shape: Annotated[str, typer.Option(help="As for benchmarks.device.")] = "llama-3-8b",
+    device: Annotated[str, typer.Option(help="As for `reft serve`.")] = "cuda",
+    dtype: Annotated[str, typer.Option(help="As for `reft serve`.")] = "auto",
+    concurrency: Annotated[
+        str, typer.Option(help="Numbers of rows at once, comma-separated.")
+    ] = "1,32,256",
     rounds: Annotated[int, typer.Option(min=1)] = 5,
-    steps: Annotated[bool, typer.Option(help="Also a model's decode steps.")] = True,
+    steps: Annotated[bool, typer.Option(help="Measure a model's decode steps, too.")] = True,
     out: Annotated[Path | None, typer.Option(help="Keep the raw figures here.")] = None,
 ) -> None:
-    """Print the tables."""
+    """Print the tables of the sampler alone and of decode steps."""
     place = choose_device(device)
     loaded = build(shape, place, choose_dtype(dtype, place))
     counts = [int(n) for n in concurrency.split(",")]

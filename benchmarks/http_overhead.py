@@ -11,134 +11,44 @@ read sockets; answers are checked after the clock has stopped.
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import random
-import selectors
-import socket
-import subprocess
-import sys
 import time
-from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
-import psutil
 import torch
 import typer
 
 from benchmarks.device import name_of
 from benchmarks.measuring import SECONDS, Case, Figures, measure, median, speed_ratio, table, timed
+from benchmarks.serving import Served, ask_all, request_bytes, served
+from benchmarks.workload import random_tokens
 from reft_runtime import Engine, SamplingParams
 
 PROMPT_TOKENS = 64
 ANSWER_TOKENS = 64
 MAX_MODEL_LEN = 512
 REQUESTS = 96
-"""Of one run, at least; a whole number for every client."""
+"""A run has at least this many requests, and as many for one client as for another."""
 
 IN_PROCESS, STREAMED, WHOLE = "in process", "HTTP, streamed", "HTTP, whole"
 CLIENT, SERVER = "client CPU", "server CPU"
 
 
-@contextmanager
-def served(
-    model: str, dtype: str, settings: Mapping[str, object]
-) -> Iterator[tuple[int, psutil.Process]]:
-    """A server process for the time of the block: its port, and the process."""
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    options = {"model": model, "dtype": dtype, "port": port, "log_level": "warning", **settings}
-    arguments = [
-        text
-        for name, value in options.items()
-        for text in (f"--{name.replace('_', '-')}", str(value))
-    ]
-    command = [
-        sys.executable,
-        "-c",
-        "from server.cli.main import main; main()",
-        "serve",
-        *arguments,
-    ]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    assert process.stdout is not None
-    try:
-        if not any(line.startswith("Ready") for line in process.stdout):
-            raise SystemExit("The server did not start.")
-        yield port, psutil.Process(process.pid)
-    finally:
-        process.terminate()
-        process.wait()
-
-
-def ask_all(port: int, requests: Sequence[bytes], clients: int) -> list[bytes]:
-    """Send all requests, on a connection each, so many at any time; what came back on each."""
-    answers: list[list[bytes]] = []
-    waiting = deque(requests)
-    with selectors.DefaultSelector() as selector:
-
-        def send_next() -> None:
-            connection = socket.create_connection(("127.0.0.1", port))
-            connection.sendall(waiting.popleft())
-            connection.setblocking(False)
-            answers.append([])
-            selector.register(connection, selectors.EVENT_READ, answers[-1])
-
-        for _ in range(min(clients, len(requests))):
-            send_next()
-        while selector.get_map():
-            for key, _ in selector.select():
-                connection: socket.socket = key.fileobj  # type: ignore[assignment]
-                data = connection.recv(65536)
-                if data:
-                    key.data.append(data)
-                    continue
-                selector.unregister(connection)
-                connection.close()
-                if waiting:
-                    send_next()
-    return [b"".join(pieces) for pieces in answers]
-
-
-def request_bytes(
-    model: str, prompt: list[int], *, stream: bool, answer: int = ANSWER_TOKENS
-) -> bytes:
-    """A whole HTTP request for a completion, on a connection that it ends."""
-    body = json.dumps(
-        {
-            "model": model,
-            "prompt": prompt,
-            "max_tokens": answer,
-            "temperature": 0,
-            "ignore_eos": True,
-            "stream": stream,
-            **({"stream_options": {"include_usage": True}} if stream else {}),
-        }
-    ).encode()
-    head = (
-        "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n"
-        f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
-    )
-    return head.encode() + body
-
-
-def over_http(
-    port: int, server: psutil.Process, clients: int, requests_of: Callable[[int], list[bytes]]
-) -> Case:
-    """A case with the seconds, and the cores that client and server were busy on."""
+def over_http(server: Served, clients: int, requests_of: Callable[[int], list[bytes]]) -> Case:
+    """A case whose figures are seconds, and the cores that client and server kept busy."""
 
     def case(number: int) -> Figures:
         requests = requests_of(number)
-        before = server.cpu_times()
+        before = server.process.cpu_times()
         own, start = time.process_time(), time.perf_counter()
-        answers = ask_all(port, requests, clients)
+        answers = ask_all(server.port, requests, clients)
         seconds = time.perf_counter() - start
         own = time.process_time() - own
-        after = server.cpu_times()
+        after = server.process.cpu_times()
         busy = after.user + after.system - before.user - before.system
         expected = b'"completion_tokens":%d' % ANSWER_TOKENS
         assert all(expected in answer for answer in answers), answers[0][:500]
@@ -150,7 +60,7 @@ def over_http(
 def rows_of(
     model: str, device: str, dtype: str, n: int, rounds: int, out: Path | None
 ) -> list[tuple[object, ...]]:
-    """The table's lines for one dtype and one number of concurrent requests."""
+    """The lines of the table for one dtype and n requests at a time."""
     count = n * math.ceil(REQUESTS / n)
     tokens = max(n * (PROMPT_TOKENS + ANSWER_TOKENS + 32), 2 * MAX_MODEL_LEN)
     limits = {
@@ -169,17 +79,17 @@ def rows_of(
             max_model_len=MAX_MODEL_LEN,
             kv_tokens=tokens,
         ) as engine,
-        served(model, dtype, limits) as (port, server),
+        served(model, dtype, limits) as server,
     ):
         name, vocabulary = engine.info.model, engine.info.vocab_size
 
         def prompts(label: str, number: int) -> list[list[int]]:
             rng = random.Random(f"{label} {number}")  # new to every prefix cache
-            return [[rng.randrange(vocabulary) for _ in range(PROMPT_TOKENS)] for _ in range(count)]
+            return [random_tokens(rng, vocabulary, PROMPT_TOKENS) for _ in range(count)]
 
         def requests(label: str) -> Callable[[int], list[bytes]]:
             return lambda number: [
-                request_bytes(name, prompt, stream=label == STREAMED)
+                request_bytes(name, prompt, stream=label == STREAMED, answer=ANSWER_TOKENS)
                 for prompt in prompts(label, number)
             ]
 
@@ -189,8 +99,8 @@ def rows_of(
 
         cases = {
             IN_PROCESS: timed(in_process),
-            STREAMED: over_http(port, server, n, requests(STREAMED)),
-            WHOLE: over_http(port, server, n, requests(WHOLE)),
+            STREAMED: over_http(server, n, requests(STREAMED)),
+            WHOLE: over_http(server, n, requests(WHOLE)),
         }
         setting: dict[str, str | int] = {
             "benchmark": "http",
@@ -214,10 +124,12 @@ def rows_of(
 
 def main(
     model: Annotated[str, typer.Option(help="demo, a folder, or a hub id.")] = "demo",
-    device: Annotated[str, typer.Option(help="As of reft serve.")] = "cpu",
-    dtypes: Annotated[str, typer.Option(help="Comma-separated.")] = "float32,bfloat16",
+    device: Annotated[str, typer.Option(help="As for `reft serve`.")] = "cpu",
+    dtypes: Annotated[
+        str, typer.Option(help="Number formats, comma-separated.")
+    ] = "float32,bfloat16",
     concurrency: Annotated[
-        str, typer.Option(help="Comma-separated numbers of requests.")
+        str, typer.Option(help="Numbers of requests at a time, comma-separated.")
     ] = "32,256",
     rounds: Annotated[int, typer.Option(min=1)] = 7,
     out: Annotated[

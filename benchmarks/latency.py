@@ -20,22 +20,22 @@ import torch
 import typer
 
 from benchmarks.measuring import SECONDS, Case, Figures, interval, measure, median, table
-from benchmarks.workload import percentile
+from benchmarks.workload import percentile, random_tokens
 from reft_runtime import Engine, SamplingParams
 
 STREAMS = 16
 STREAM_PROMPT_TOKENS = 64
 LONG_PROMPT_TOKENS = 2000
 ALONE_TOKENS = 48
-"""Tokens of every stream before the long prompt comes."""
+"""Every stream has this many tokens before the long prompt comes."""
 SETTLING_TOKENS = 4
-"""Of these the first, which came with the streams' own prompts, are not counted."""
+"""The first tokens of a stream, which come with other streams' prompts, are not counted."""
 
 ALONE, BESIDE = "gap_p95_alone", "gap_p95_beside"
 
 
 def long_prompt_among_streams(engine: Engine) -> Case:
-    """Seconds until the long prompt's first token, and the streams' gaps alone and beside it."""
+    """A case: seconds to the long prompt's first token, and the streams' gaps before and then."""
     vocabulary, length = engine.info.vocab_size, engine.info.max_model_len
 
     async def run(number: int) -> Figures:
@@ -44,7 +44,7 @@ def long_prompt_among_streams(engine: Engine) -> Case:
         warm = asyncio.Event()
 
         async def tokens_of(prompt_tokens: int, answer: int, into: list[float]) -> None:
-            prompt = [rng.randrange(vocabulary) for _ in range(prompt_tokens)]
+            prompt = random_tokens(rng, vocabulary, prompt_tokens)
             sampling = SamplingParams(temperature=0, max_tokens=answer, ignore_eos=True)
             stream = await engine.open(prompt, sampling)
             try:
@@ -85,7 +85,9 @@ def long_prompt_among_streams(engine: Engine) -> Case:
 
 def main(
     model: Annotated[str, typer.Option(help="demo, a folder, or a hub id.")] = "demo",
-    dtypes: Annotated[str, typer.Option(help="Comma-separated.")] = "float32,bfloat16",
+    dtypes: Annotated[
+        str, typer.Option(help="Number formats, comma-separated.")
+    ] = "float32,bfloat16",
     rounds: Annotated[int, typer.Option(min=1)] = 7,
     out: Annotated[
         Path | None, typer.Option(help="Keep the raw figures in this JSON file.")

@@ -19,12 +19,14 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from benchmarks.finished_runs import FinishedRuns
 from reft_runtime.loading.base import read_words
 from reft_runtime.training import TrainSettings, evaluate, train
 from reft_runtime.training.join import choose_prefix
@@ -83,7 +85,7 @@ LAYOUTS = {
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """One training: what identifies it."""
+    """What identifies one training."""
 
     layout: str
     seed: int
@@ -93,7 +95,7 @@ class Run:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What a training gave. `right` of `rows` answers are the label; `seconds` are of the wall."""
+    """What a training gave: `right` of `rows` answers are the label, and it took `seconds`."""
 
     right: int
     rows: int
@@ -109,7 +111,7 @@ class Trainings:
     done: dict[tuple[int, str], tuple[Path, float]] = field(default_factory=dict)
 
     def file(self, run: Run) -> tuple[Path, float]:
-        """A trained file, and the seconds of the wall that it took."""
+        """A trained file, and the seconds that its training took."""
         layout = LAYOUTS[run.layout]
         source = layout.file(DATA / "tickets.csv", self.folder)
         key = (run.seed, tokens_of(source, layout.template, self.model))
@@ -129,7 +131,7 @@ class Trainings:
 
 
 def tokens_of(source: Path, template: str | None, model: str) -> str:
-    """SHA-256 of all tokens that a training on rows goes through, and where prompts end."""
+    """A digest of all that a training on rows sees: tokens, and where prompts end in them."""
     rows, words = read_rows(source), read_words(model)
     template = template or choose_template(rows, chats=words.knows_chats)
     layout = Layout(template, rows.rows[0])
@@ -157,10 +159,9 @@ def measure(run: Run, trainings: Trainings) -> Outcome:
     return Outcome(sum(score.right), score.rows, round(seconds, 1))
 
 
-def read(path: Path) -> dict[Run, Outcome]:
-    """Trainings that are done, by the file that they are lines of."""
-    entries = [json.loads(line) for line in path.read_text().splitlines()]
-    return {Run(**entry["run"]): Outcome(**entry["outcome"]) for entry in entries}
+def finished(path: Path) -> FinishedRuns[Run, Outcome]:
+    """The trainings in a file."""
+    return FinishedRuns(path, Run, Outcome)
 
 
 def table(done: dict[Run, Outcome]) -> str:
@@ -198,22 +199,16 @@ def main(
     epochs: Annotated[
         float | None, typer.Option(help="Passes; by default as many as `reft train` takes.")
     ] = None,
-    dtype: Annotated[str, typer.Option(help="Of the base's weights.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="Number format of the base's weights.")] = "auto",
     model: Annotated[str, typer.Option(help="demo, a folder, or a hub id.")] = "demo",
 ) -> None:
     """Train what is not done yet, and print the table."""
-    done = read(out) if out.exists() else {}
+    runs = finished(out)
     wanted = [Run(layout, seed, epochs, dtype) for seed in range(seeds) for layout in LAYOUTS]
     with tempfile.TemporaryDirectory() as folder:
         trainings = Trainings(Path(folder), model)
-        for run in wanted:
-            if run not in done:
-                done[run] = measure(run, trainings)
-                entry = {"run": asdict(run), "outcome": asdict(done[run])}
-                with out.open("a") as file:
-                    file.write(json.dumps(entry) + "\n")
-                print(json.dumps(entry), flush=True)
-    print(table({run: done[run] for run in wanted}))
+        done = {run: runs.outcome(run, partial(measure, run, trainings)) for run in wanted}
+    print(table(done))
 
 
 if __name__ == "__main__":

@@ -30,8 +30,10 @@ Figures = Mapping[str, float]
 """What one run of a case gave, by name: at least `seconds`, perhaps times to first token."""
 
 Case = Callable[[int], Figures]
-"""Runs once. It is told the number of its round, 1 and up, or 0 for the warm-up: the seed of what
-must differ between rounds, such as prompts that no prefix cache has seen."""
+"""Runs once, and is given the number of its round: 1 and up, or 0 for the warm-up.
+
+The number is the seed of what must differ between rounds, such as prompts that no prefix cache has
+seen."""
 
 Round = dict[str, Figures]
 """The figures of every case, by its label."""
@@ -41,7 +43,7 @@ Setting = Mapping[str, str | int]
 
 
 class Group(TypedDict):
-    """What a file holds of one setting (the machine's keys are in it): its rounds."""
+    """What a file holds for one setting: the setting with the machine's keys, and the rounds."""
 
     setting: dict[str, str | int]
     rounds: list[Round]
@@ -84,7 +86,7 @@ def machine() -> dict[str, str | int]:
 def measure(
     cases: Mapping[str, Case], rounds: int, setting: Setting, path: Path | None = None
 ) -> list[Round]:
-    """Run all cases for as many rounds as are missing in the file `path`; all `rounds` rounds.
+    """Run all cases for the rounds that are missing in the file `path`; returns all `rounds`.
 
     Every case runs once unmeasured first, and what one computes in this thread costs the next
     nothing. The file is rewritten after every round.
@@ -127,12 +129,12 @@ def median(rounds: Sequence[Round], label: str, figure: str = SECONDS) -> float:
 def speed_ratio(
     rounds: Sequence[Round], label: str, reference: str, figure: str = SECONDS
 ) -> Ratio:
-    """How many times as fast as the reference: its time over the case's, by round."""
+    """How many times as fast as the reference a case is: its time over the case's, by round."""
     return interval([found[reference][figure] / found[label][figure] for found in rounds])
 
 
 def interval(values: Sequence[float], resamples: int = 2000) -> Ratio:
-    """The median and its 90 % percentile-bootstrap interval; the same for the same values."""
+    """The median of values and its 90 % bootstrap interval; equal values give an equal result."""
     rng = random.Random(0)
     medians = sorted(
         statistics.median(rng.choices(values, k=len(values))) for _ in range(resamples)
@@ -142,7 +144,7 @@ def interval(values: Sequence[float], resamples: int = 2000) -> Ratio:
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    """A Markdown table, its columns padded; those of numbers (or blanks) stand to the right."""
+    """A table in Markdown with padded columns; columns of numbers or blanks are right-aligned."""
     cells = [[str(cell) for cell in row] for row in (header, *rows)]
     widths = [max(3, *(len(row[column]) for row in cells)) for column in range(len(header))]
     numeric = [
@@ -165,7 +167,7 @@ def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
 
 
 def load(path: Path | None) -> list[Group]:
-    """Everything in the file; nothing where there is none yet."""
+    """All that a file of raw figures holds; nothing where there is no file."""
     if path is None or not path.exists():
         return []
     groups: list[Group] = json.loads(path.read_text())

@@ -8,60 +8,30 @@ from __future__ import annotations
 import json
 import random
 import re
-import socket
-import subprocess
-import sys
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
 import httpx
 import typer
 
+from benchmarks.serving import served
+
 LENGTHS = (1_000, 4_000, 8_000)
 AT_ONCE = 16
 BANNER = re.compile(r"at most ([0-9.]+) GiB of memory")
 ALLOWED = 1.1
-"""Of what the banner announces."""
+"""A peak may be this many times what the banner announces."""
 
 
-@contextmanager
-def announced(arguments: list[str]) -> Iterator[tuple[str, int, float]]:
-    """A server for the time of the block: address, process id, and the GiB that it announces."""
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    command = [
-        sys.executable,
-        "-c",
-        "from server.cli.main import main; main()",
-        "serve",
-        *arguments,
-    ]
-    process = subprocess.Popen(
-        [*command, "--port", str(port), "--log-level", "warning"],
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    assert process.stdout is not None
-    gib = 0.0
-    try:
-        for line in process.stdout:
-            if found := BANNER.search(line):
-                gib = float(found[1])
-            if line.startswith("Ready"):
-                break
-        else:
-            raise SystemExit("The server did not start.")
-        yield f"http://127.0.0.1:{port}", process.pid, gib
-    finally:
-        process.terminate()
-        process.wait()
+def announced(banner: str) -> float:
+    """The memory in GiB that a server's banner announces, 0 where it says none."""
+    found = BANNER.search(banner)
+    return float(found[1]) if found else 0.0
 
 
 def peak(pid: int) -> float:
-    """Most that a process has been resident since `forget`, in GiB."""
+    """The largest resident memory of a process since `forget`, in GiB."""
     status = Path(f"/proc/{pid}/status").read_text()
     found = re.search(r"VmHWM:\s+(\d+) kB", status)
     assert found is not None
@@ -69,12 +39,12 @@ def peak(pid: int) -> float:
 
 
 def forget(pid: int) -> None:
-    """Begin to look for a process's peak anew."""
+    """Let `peak` count from now on."""
     Path(f"/proc/{pid}/clear_refs").write_text("5")
 
 
 def ask(url: str, model: str, tokens: int, seed: int) -> None:
-    """One prompt that no other begins like, and a short answer."""
+    """Send one prompt that begins as no other does, and read its short answer."""
     prompt = random.Random(seed).choices(range(100, 40_000), k=tokens)
     body = {"model": model, "prompt": prompt, "max_tokens": 8, "ignore_eos": True}
     httpx.post(f"{url}/v1/completions", json=body, timeout=None).raise_for_status()
@@ -92,9 +62,9 @@ def run(
     seed = 0
     for dtype in dtypes.split(","):
         for size in kv_tokens.split(","):
-            arguments = ["--model", model, "--dtype", dtype, "--kv-tokens", size]
-            arguments += ["--first-token-timeout", "86400", "--request-timeout", "86400"]
-            with announced(arguments) as (url, pid, gib):
+            timeouts = dict.fromkeys(("first_token_timeout", "request_timeout"), 86400)
+            with served(model, dtype, {"kv_tokens": size, **timeouts}) as server:
+                url, pid, gib = server.url, server.process.pid, announced(server.banner)
                 name = httpx.get(f"{url}/v1/models").json()["data"][0]["id"]
                 print(f"{dtype}, {size} tokens of cache: {gib:.2f} GiB announced", flush=True)
                 for count in (1, at_once):

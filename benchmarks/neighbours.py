@@ -25,9 +25,9 @@ from typing import Annotated, Any
 import httpx
 import typer
 
-from benchmarks.http_overhead import served
 from benchmarks.measuring import machine, table
-from benchmarks.workload import random_intervention
+from benchmarks.serving import served
+from benchmarks.workload import random_intervention, random_tokens
 from reft_runtime.interventions import BaseShape
 
 STREAMS = 16
@@ -59,7 +59,7 @@ def _metrics(client: httpx.Client, model: str, vocabulary: int) -> None:
 
 
 def _trace(client: httpx.Client, model: str, vocabulary: int) -> None:
-    prompt = [random.randrange(vocabulary) for _ in range(TRACED_TOKENS)]
+    prompt = random_tokens(random.Random(), vocabulary, TRACED_TOKENS)
     body = {"model": TRACED, "prompt": prompt, "max_tokens": 1, "trace": True}
     client.post("/v1/completions", json=body).raise_for_status()
 
@@ -74,7 +74,7 @@ NEIGHBOURS: dict[str, Ask] = {
 
 
 def files(folder: Path, base: BaseShape, count: int) -> None:
-    """So many small interventions, and one that edits all tokens in two layers."""
+    """Write `count` small interventions, and one that edits all tokens in two layers."""
     layer = base.num_layers // 2
     for number in range(count):
         (folder / f"task-{number}.safetensors").write_bytes(
@@ -84,12 +84,12 @@ def files(folder: Path, base: BaseShape, count: int) -> None:
     (folder / f"{TRACED}.safetensors").write_bytes(traced)
 
 
-async def gaps(port: int, model: str, vocabulary: int) -> list[list[float]]:
+async def gaps(url: str, model: str, vocabulary: int) -> list[list[float]]:
     """Seconds between the tokens of each of the streams, which all begin together."""
-    async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=600) as client:
+    async with httpx.AsyncClient(base_url=url, timeout=600) as client:
 
         async def stream() -> list[float]:
-            prompt = [random.randrange(vocabulary) for _ in range(PROMPT_TOKENS)]
+            prompt = random_tokens(random.Random(), vocabulary, PROMPT_TOKENS)
             body = {"model": model, "prompt": prompt, "max_tokens": ANSWER_TOKENS, "stream": True}
             body["ignore_eos"] = True
             stamps = []
@@ -103,26 +103,26 @@ async def gaps(port: int, model: str, vocabulary: int) -> list[list[float]]:
         return await asyncio.gather(*(stream() for _ in range(STREAMS)))
 
 
-def _without_a_pause(kind: str, port: int, model: str, vocabulary: int) -> None:
-    with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=600) as client:
+def _without_a_pause(kind: str, url: str, model: str, vocabulary: int) -> None:
+    with httpx.Client(base_url=url, timeout=600) as client:
         while True:
             NEIGHBOURS[kind](client, model, vocabulary)
 
 
 def worst(found: list[list[float]]) -> list[float]:
-    """Of each stream, its longest gap over its median one; the first gaps are of the prompts."""
+    """The longest gap of each stream over its median gap, apart from those beside prompts."""
     steady = [each[STREAMS:] for each in found]
     return [max(each) / statistics.median(each) for each in steady]
 
 
 def main(
     model: Annotated[str, typer.Option(help="demo, a folder, or a hub id.")] = "demo",
-    dtype: Annotated[str, typer.Option(help="As of reft serve.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="As for `reft serve`.")] = "auto",
     count: Annotated[int, typer.Option(min=1, help="Files registered.")] = 10_000,
     rounds: Annotated[int, typer.Option(min=1)] = 3,
     out: Annotated[Path | None, typer.Option(help="Keep the raw figures here.")] = None,
 ) -> None:
-    """Print the table."""
+    """Print by how much gaps grow beside each neighbour."""
     from reft_runtime import Engine
 
     with Engine(model, dtype=dtype) as engine:
@@ -130,14 +130,14 @@ def main(
     with tempfile.TemporaryDirectory() as folder:
         files(Path(folder), base, count)
         taken: dict[str, list[list[float]]] = {}
-        with served(model, dtype, {"interventions": folder}) as (port, _):
+        with served(model, dtype, {"interventions": folder}) as server:
             for _ in range(rounds):
                 for kind in (QUIET, *NEIGHBOURS):
-                    arguments = (kind, port, base.model, vocabulary)
+                    arguments = (kind, server.url, base.model, vocabulary)
                     beside = multiprocessing.Process(target=_without_a_pause, args=arguments)
                     if kind != QUIET:
                         beside.start()
-                    found = asyncio.run(gaps(port, base.model, vocabulary))
+                    found = asyncio.run(gaps(server.url, base.model, vocabulary))
                     if kind != QUIET:
                         beside.kill()
                         beside.join()

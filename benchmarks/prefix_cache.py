@@ -30,16 +30,17 @@ import typer
 from benchmarks.measuring import SECONDS, Case, Figures, measure, median, speed_ratio, table
 from benchmarks.peers.client import Peer
 from benchmarks.peers.worker import Job
-from benchmarks.stage import Stage
-from benchmarks.workload import figures, random_intervention
-from reft_runtime import Engine, SamplingParams, Use
+from benchmarks.reft_runs import stream
+from benchmarks.testbed import Testbed
+from benchmarks.workload import figures, random_intervention, random_tokens
+from reft_runtime import Engine, Use
 from reft_runtime.base.demo import demo_model
 from reft_runtime.schedule.blocks import BLOCK_TOKENS
 
 SHARED_TOKENS, OWN_TOKENS, REQUESTS, ANSWER_TOKENS = 1000, 30, 32, 8
 TURNS, TURN_TOKENS, REPLY_TOKENS = 5, 200, 50
 KV_TOKENS = 65_536
-"""All 32 rows, and what the cache keeps."""
+"""Room for the tokens of all 32 requests at once, and for what the cache keeps."""
 
 FIRST_TOKEN, COMPUTED = "ttft_median", "computed"
 CACHED, PLAIN, VLLM = "with the cache", "without", "vLLM, 32 LoRAs"
@@ -51,18 +52,14 @@ WORKLOADS: dict[str, list[str]] = {
     "chat l1": ["l1-0"],
     "chat f1": ["f1-0"],
 }
-"""The interventions of each workload's requests, or of the one chat."""
+"""The interventions of each workload: one for each request, or that of the one chat."""
 
 
 def over_one_prompt(vocabulary: int, number: int) -> Job:
     """The requests of round `number`; the warm-up (0) has two."""
     rng = random.Random(number)
-
-    def tokens(count: int) -> list[int]:
-        return [rng.randrange(vocabulary) for _ in range(count)]
-
-    shared, count = tokens(SHARED_TOKENS), REQUESTS if number else 2
-    prompts = [[*shared, *tokens(OWN_TOKENS)] for _ in range(count)]
+    shared, count = random_tokens(rng, vocabulary, SHARED_TOKENS), REQUESTS if number else 2
+    prompts = [[*shared, *random_tokens(rng, vocabulary, OWN_TOKENS)] for _ in range(count)]
     return {"prompts": prompts, "answers": [ANSWER_TOKENS] * count}
 
 
@@ -81,7 +78,7 @@ class Side:
             self.engine.registry.put(name, file)
 
     def case(self, workload: str) -> Case:
-        """A case of `measure`."""
+        """A case that runs one workload on this side."""
         run = self._chat if workload.startswith("chat") else self._at_once
         return lambda number: run(workload, number)
 
@@ -95,7 +92,7 @@ class Side:
         text: list[int] = []
         turns: list[Figures] = []
         for _ in range(TURNS if number else 1):
-            text += [rng.randrange(self.engine.info.vocab_size) for _ in range(TURN_TOKENS)]
+            text += random_tokens(rng, self.engine.info.vocab_size, TURN_TOKENS)
             job: Job = {"prompts": [text], "answers": [REPLY_TOKENS]}
             turns.append(asyncio.run(self._run((workload, number), job, WORKLOADS[workload])))
             text = [*text, *self.answers[workload, number][-1]]
@@ -108,18 +105,13 @@ class Side:
     async def _run(self, key: tuple[str, int], job: Job, names: Sequence[str]) -> Figures:
         before, begin = self.engine.stats().prompt_tokens, time.perf_counter()
 
-        async def one(i: int) -> tuple[list[int], list[float]]:
-            sampling = SamplingParams(temperature=0, max_tokens=job["answers"][i], ignore_eos=True)
-            tokens: list[int] = []
-            stamps: list[float] = []
-            uses = (Use(names[i]),) if names else ()
-            async for deltas in await self.engine.open(job["prompts"][i], sampling, uses):
-                for delta in deltas:
-                    tokens += delta.tokens
-                    stamps += [time.perf_counter() - begin] * len(delta.tokens)
-            return tokens, stamps
-
-        done = await asyncio.gather(*(one(i) for i in range(len(job["prompts"]))))
+        asked = enumerate(zip(job["prompts"], job["answers"], strict=True))
+        done = await asyncio.gather(
+            *(
+                stream(self.engine, prompt, answer, (Use(names[i]),) if names else (), begin)
+                for i, (prompt, answer) in asked
+            )
+        )
         self.answers.setdefault(key, []).extend(tokens for tokens, _ in done)
         seconds, stamps = time.perf_counter() - begin, [stamps for _, stamps in done]
         measured = figures({"seconds": seconds, "tokens": done[0][0], "stamps": stamps})
@@ -127,12 +119,12 @@ class Side:
 
 
 def beside(peer: Peer, vocabulary: int) -> Case:
-    """A case of `measure`: the requests of `tasks` through a peer, request i by its adapter i."""
+    """A case that sends the requests of `tasks` through a peer, request i by its adapter i."""
     return lambda number: figures(peer.run(over_one_prompt(vocabulary, number)))
 
 
 def differing(sides: dict[str, Side], workload: str) -> int:
-    """Answers of measured rounds that are not the same on both sides."""
+    """How many answers of the measured rounds are not the same on both sides."""
     return sum(
         own != other
         for key, answers in sides[CACHED].answers.items()
@@ -144,7 +136,9 @@ def differing(sides: dict[str, Side], workload: str) -> int:
 def main(
     model: Annotated[str, typer.Option(help="demo, a folder, or a hub id.")] = "demo",
     dtype: Annotated[str, typer.Option(help="Number format.")] = "float32",
-    workloads: Annotated[str, typer.Option(help="Comma-separated.")] = ",".join(WORKLOADS),
+    workloads: Annotated[str, typer.Option(help="Workloads, comma-separated.")] = ",".join(
+        WORKLOADS
+    ),
     rounds: Annotated[int, typer.Option(min=1)] = 7,
     vllm: Annotated[Path | None, typer.Option(help="Python of an environment with vLLM.")] = None,
     out: Annotated[Path | None, typer.Option(help="Keep the raw figures here.")] = None,
@@ -153,12 +147,12 @@ def main(
     path = str(demo_model()) if model == "demo" else model
     sides = {label: Side(path, dtype, prefix_cache=label == CACHED) for label in (CACHED, PLAIN)}
     rows = []
-    with Stage(path, dtype, {None: None, "vllm": vllm, "peers": None}) as stage:
+    with Testbed(path, dtype, {None: None, "vllm": vllm, "peers": None}) as testbed:
         for workload in workloads.split(","):
             cases = {label: side.case(workload) for label, side in sides.items()}
             if vllm is not None and workload == "tasks":
                 vocabulary = sides[PLAIN].engine.info.vocab_size
-                cases[VLLM] = beside(stage.peer("vllm_cpu", REQUESTS), vocabulary)
+                cases[VLLM] = beside(testbed.peer("vllm_cpu", REQUESTS), vocabulary)
             setting = {"workload": workload, "dtype": dtype, "model": model}
             found = measure(cases, rounds, setting, out)
             for label in cases:

@@ -11,13 +11,12 @@ be stopped at any time.
 
 from __future__ import annotations
 
-import json
 import random
 import statistics
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -26,7 +25,8 @@ import torch
 import typer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from benchmarks.plain_loop import Tuned, accuracy, fit, with_lora, with_pyreft
+from benchmarks.finished_runs import FinishedRuns
+from benchmarks.peer_training import Tuned, accuracy, fit, with_lora, with_pyreft
 from reft_runtime.base.demo import locate
 from reft_runtime.loading.loader import choose_dtype
 from reft_runtime.text import Tokenizer
@@ -46,7 +46,7 @@ class Method:
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """One training: what identifies it."""
+    """What identifies one training."""
 
     task: str
     method: str
@@ -59,17 +59,12 @@ class Run:
     dtype: str
     eval_rows: int | None
 
-    @property
-    def key(self) -> str:
-        """A text that only equal runs have."""
-        return json.dumps(asdict(self), sort_keys=True)
-
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What a training gave: `accuracy` is a share, `seconds` are of all CPUs, with the loading.
+    """What a training gave. `accuracy` is a share of the rows; `seconds` include the loading.
 
-    Time of CPUs, because it is the same where other work has a share of the machine.
+    They are CPU seconds, which other work on the machine does not change.
     """
 
     accuracy: float
@@ -88,13 +83,13 @@ class Task:
 
     @classmethod
     def read(cls, folder: Path, eval_rows: int | None) -> Task:
-        """A folder's data; tested on dev.jsonl where there is one, else on test.jsonl."""
+        """The task of a folder, tested on dev.jsonl where there is one, else on test.jsonl."""
         held_out = folder / "dev.jsonl"
         test = _fields(read_rows(held_out if held_out.exists() else folder / "test.jsonl"))
         return cls(folder.name, _fields(read_rows(folder / "train.jsonl")), test[:eval_rows])
 
     def sample(self, rows: int, seed: int) -> list[dict[str, Any]]:
-        """So many training rows, the same for every method."""
+        """A sample of the training rows, which is the same for every method."""
         return random.Random(seed).sample(self.train, min(rows, len(self.train)))
 
 
@@ -126,7 +121,7 @@ def loreft(positions: str, run: Run, task: Task, model: str) -> Outcome:
 
 
 def plain(run: Run, task: Task, model: str, tune: Callable[[Any], Tuned]) -> Outcome:
-    """Train in a plain loop of the same schedule, by modules that are not ours."""
+    """Train a peer's modules in a plain loop, by the same schedule."""
     begun = time.process_time()
     path, _ = locate(model)
     torch.manual_seed(run.seed)
@@ -154,12 +149,12 @@ def plain(run: Run, task: Task, model: str, tune: Callable[[Any], Tuned]) -> Out
 
 
 def pyreft(run: Run, task: Task, model: str) -> Outcome:
-    """pyreft's LoReFT modules."""
+    """Train pyreft's LoReFT modules."""
     return plain(run, task, model, lambda base: with_pyreft(base, run.rank))
 
 
 def lora(run: Run, task: Task, model: str) -> Outcome:
-    """PEFT's LoRA."""
+    """Train PEFT's LoRA."""
     return plain(run, task, model, with_lora)
 
 
@@ -177,28 +172,6 @@ METHODS = {
     "pyreft l1": Method(pyreft, REFT_RATES),
     "LoRA r=8": Method(lora, (5e-4, 1e-3, 2e-3)),
 }
-
-
-class Results:
-    """Runs that are done, one JSON line each."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._done: dict[str, dict[str, Any]] = {}
-        if path.exists():
-            for line in path.read_text().split("\n")[:-1]:
-                entry = json.loads(line)
-                self._done[json.dumps(entry["run"], sort_keys=True)] = entry
-
-    def outcome(self, run: Run, do: Callable[[], Outcome]) -> Outcome:
-        """What a run gave; it is done where it is not known."""
-        if run.key not in self._done:
-            entry = {"run": asdict(run), "outcome": asdict(do())}
-            self._done[run.key] = entry
-            with self._path.open("a") as file:
-                file.write(json.dumps(entry) + "\n")
-            print(json.dumps(entry), flush=True)
-        return Outcome(**self._done[run.key]["outcome"])
 
 
 def row(label: str, outcomes: Sequence[Outcome], task: str, lr: float | None) -> str:
@@ -221,8 +194,10 @@ def row(label: str, outcomes: Sequence[Outcome], task: str, lr: float | None) ->
 def main(
     data: Annotated[Path, typer.Option(help="Folder with a folder for each task.")],
     out: Annotated[Path, typer.Option(help="Finished runs; the script goes on from them.")],
-    tasks: Annotated[str, typer.Option(help="Comma-separated.")] = "sst2,trec",
-    methods: Annotated[str, typer.Option(help="Comma-separated, by name.")] = ",".join(METHODS),
+    tasks: Annotated[str, typer.Option(help="Folders of tasks, comma-separated.")] = "sst2,trec",
+    methods: Annotated[str, typer.Option(help="Names of methods, comma-separated.")] = ",".join(
+        METHODS
+    ),
     model: Annotated[str, typer.Option(help="demo, a folder, or a hub id.")] = "demo",
     rows: Annotated[int, typer.Option(min=1, help="Rows of a training.")] = 2000,
     grid_rows: Annotated[
@@ -230,14 +205,14 @@ def main(
         typer.Option(min=0, help="Rows to choose the learning rate on; 0 takes the middle one."),
     ] = 1000,
     seeds: Annotated[int, typer.Option(min=1)] = 3,
-    epochs: Annotated[float, typer.Option(help="Of every training.")] = 2,
+    epochs: Annotated[float, typer.Option(help="Passes over the rows in every training.")] = 2,
     batch_size: Annotated[int, typer.Option(min=1)] = 16,
-    rank: Annotated[int, typer.Option(min=1, help="Of LoReFT, at all layers.")] = 4,
+    rank: Annotated[int, typer.Option(min=1, help="Rank of LoReFT, which edits all layers.")] = 4,
     eval_rows: Annotated[int | None, typer.Option(min=1, help="Fewer rows to test on.")] = None,
-    dtype: Annotated[str, typer.Option(help="Of the base's weights.")] = "float32",
+    dtype: Annotated[str, typer.Option(help="Number format of the base's weights.")] = "float32",
 ) -> None:
     """Train what is not done yet, and print the table."""
-    results = Results(out)
+    results = FinishedRuns(out, Run, Outcome)
     lines = []
     for name in tasks.split(","):
         task = Task.read(data / name, eval_rows)

@@ -23,7 +23,7 @@ from reft_runtime.training.direction import read_texts
 OWN_ROWS = Path(__file__).parents[1] / "interventions" / "data"
 
 EVERY_SECOND = tuple(range(1, 30, 2))
-"""Layers of the demo model; rank 4 at 15 of them makes a file of 280 kB."""
+"""Every second layer of the demo model; rank 4 at these 15 makes a file of 280 kB."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +69,7 @@ CHEERFUL_SCALE = 1.0
 
 
 def cheerful(out: Path) -> None:
-    """A steering vector, without training: cheerful texts less gloomy ones."""
+    """Make a steering vector without training, from cheerful and gloomy texts, and measure it."""
     made = direction(
         read_texts(OWN_ROWS / "cheerful.txt"),
         read_texts(OWN_ROWS / "gloomy.txt"),

@@ -27,7 +27,7 @@ import torch
 import typer
 from matplotlib.figure import Figure
 
-from benchmarks.drawing import Line, draw
+from benchmarks.line_plot import Line, draw
 from benchmarks.measuring import (
     SECONDS,
     Case,
@@ -41,7 +41,7 @@ from benchmarks.measuring import (
     table,
     timed,
 )
-from benchmarks.workload import L1, random_intervention, settings
+from benchmarks.workload import L1, random_intervention, random_tokens, settings
 from reft_runtime import Engine, SamplingParams
 from reft_runtime.front.engine import Uses
 
@@ -49,10 +49,10 @@ AT_ONCE = 64
 PROMPT_TOKENS = 16
 ANSWER_TOKENS = 16
 STEP_TOKENS = 16
-"""Decode steps of which one figure is the median."""
+"""A figure of a decode step is the median of this many."""
 MEMORY_CONTEXT = 512
 USED = 10
-"""Interventions that are used while more and more are registered."""
+"""This many interventions are used while more and more are registered."""
 
 SECTIONS = ("memory", "steps", "in-flight", "registered")
 BASE, TASKS, ALONE = "base", "tasks", "tasks, one at a time"
@@ -172,11 +172,10 @@ class Scaling:
         return names
 
     def _prompt(self, rng: random.Random, length: int) -> list[int]:
-        """Random tokens."""
-        return [rng.randrange(self.engine.info.vocab_size) for _ in range(length)]
+        return random_tokens(rng, self.engine.info.vocab_size, length)
 
     def _answer(self, names: Sequence[str | None], requests: int) -> Case:
-        """So many requests through these interventions in turn."""
+        """A case of so many requests, which take these interventions in turn."""
         engine = self.engine
         sampling = SamplingParams(temperature=0, max_tokens=ANSWER_TOKENS, ignore_eos=True)
 
@@ -191,7 +190,7 @@ class Scaling:
         return timed(run)
 
     def _first_token(self, names: Sequence[str]) -> Case:
-        """Each of these asked for one token, one after another."""
+        """A case of one request for one token from each of these, one after another."""
 
         def run(number: int) -> Figures:
             rng = random.Random(f"first {number} {self._made}")
@@ -207,7 +206,7 @@ class Scaling:
         return run
 
     def _decode(self, context: int, batch: int) -> Case:
-        """A request with so many choices; its decode steps end at `context` tokens."""
+        """A case of one request of `batch` choices, whose decode steps end at `context` tokens."""
 
         async def run(number: int) -> Figures:
             rng = random.Random(f"{context} {number}")
@@ -229,9 +228,9 @@ class Scaling:
 
 
 def change_of_speed(taken: Sequence[Round], counts: Sequence[int]) -> Ratio:
-    """Percent by which speed changes from the first to the last count.
+    """The percent by which speed changes from the first to the last count.
 
-    By round, the least-squares line of log speed over log count.
+    In each round it is read off the least-squares line of log speed over log count.
     """
     x = [math.log2(count) for count in counts]
     changes = []
@@ -253,13 +252,19 @@ def _numbers(text: str) -> list[int]:
 def main(
     model: Annotated[str, typer.Option(help="demo, a folder, or a hub id.")] = "demo",
     dtype: Annotated[str, typer.Option(help="Dtype of the model.")] = "bfloat16",
-    device: Annotated[str, typer.Option(help="As of reft serve.")] = "cpu",
-    in_flight: Annotated[str, typer.Option(help="Different interventions.")] = "1,16,64,256",
-    requests: Annotated[int, typer.Option(min=1, help="Requests through them.")] = 256,
-    registered: Annotated[str, typer.Option(help="Interventions.")] = "10,100,1000,10000",
-    contexts: Annotated[str, typer.Option(help="Tokens.")] = "128,512,1024,2048,4096",
-    batches: Annotated[str, typer.Option(help="Sequences.")] = "1,8,32",
-    sections: Annotated[str, typer.Option(help="Comma-separated.")] = ",".join(SECTIONS),
+    device: Annotated[str, typer.Option(help="As for `reft serve`.")] = "cpu",
+    in_flight: Annotated[
+        str, typer.Option(help="Numbers of different interventions, comma-separated.")
+    ] = "1,16,64,256",
+    requests: Annotated[int, typer.Option(min=1, help="Number of requests that take them.")] = 256,
+    registered: Annotated[
+        str, typer.Option(help="Numbers of interventions, comma-separated.")
+    ] = "10,100,1000,10000",
+    contexts: Annotated[
+        str, typer.Option(help="Lengths in tokens, comma-separated.")
+    ] = "128,512,1024,2048,4096",
+    batches: Annotated[str, typer.Option(help="Numbers of sequences, comma-separated.")] = "1,8,32",
+    sections: Annotated[str, typer.Option(help="Sections, comma-separated.")] = ",".join(SECTIONS),
     rounds: Annotated[int, typer.Option(min=1)] = 5,
     out: Annotated[Path, typer.Option(help="Folder of plots, tables and raw figures.")] = Path(
         "build/scaling"

@@ -19,7 +19,6 @@ from typing import Annotated
 import torch
 import typer
 
-from benchmarks.contenders import BASE, CLOSED, MIXED, Contender
 from benchmarks.measuring import (
     Round,
     Setting,
@@ -29,7 +28,8 @@ from benchmarks.measuring import (
     speed_ratio,
     table,
 )
-from benchmarks.stage import Stage
+from benchmarks.testbed import Testbed
+from benchmarks.throughput_cases import BASE, CLOSED, MIXED, ThroughputCase
 from benchmarks.workload import ANSWER_TOKENS, MIXED_REQUESTS, PAPER, mixed
 from reft_runtime.base.demo import demo_model
 
@@ -42,15 +42,17 @@ MIXED_HEADER = (
 )
 
 
-def closed_rows(dtype: str, n: int, shown: Sequence[Contender], rounds: list[Round]) -> list[Row]:
+def closed_rows(
+    dtype: str, n: int, shown: Sequence[ThroughputCase], rounds: list[Round]
+) -> list[Row]:
     """Our own cases are compared with our base; our base and the paper's setting with peers."""
-    labels = [contender.label for contender in shown]
+    labels = [one.label for one in shown]
     rows: list[Row] = []
-    for contender in shown:
-        label = contender.label
+    for one in shown:
+        label = one.label
         rate = round(n * ANSWER_TOKENS / median(rounds, label))
         ratios: list[object] = ["", "", ""]
-        if contender.ours:
+        if one.ours:
             ratios[0] = "" if label == BASE else speed_ratio(rounds, label, BASE)
         else:
             ratios[1] = speed_ratio(rounds, BASE, label)
@@ -60,18 +62,18 @@ def closed_rows(dtype: str, n: int, shown: Sequence[Contender], rounds: list[Rou
     return rows
 
 
-def mixed_rows(dtype: str, shown: Sequence[Contender], rounds: list[Round]) -> list[Row]:
-    """Times in seconds."""
+def mixed_rows(dtype: str, shown: Sequence[ThroughputCase], rounds: list[Round]) -> list[Row]:
+    """The lines of the mixed table; times are in seconds."""
     tokens = sum(mixed(1, "")["answers"])
     rows: list[Row] = []
-    for contender in shown:
-        label = contender.label
+    for one in shown:
+        label = one.label
         times = [
             f"{median(rounds, label, figure):.2f}"
             for figure in ("ttft_median", "ttft_p95", "gap_p95")
         ]
         ratios: list[object] = ["", ""]
-        if contender.ours:
+        if one.ours:
             ratios[0] = "" if label == BASE else speed_ratio(rounds, label, BASE)
         else:
             ratios[1] = speed_ratio(rounds, BASE, label)
@@ -81,13 +83,15 @@ def mixed_rows(dtype: str, shown: Sequence[Contender], rounds: list[Round]) -> l
 
 def main(
     model: Annotated[str, typer.Option(help="demo, or a folder.")] = "demo",
-    dtypes: Annotated[str, typer.Option(help="Comma-separated.")] = "float32,bfloat16",
+    dtypes: Annotated[
+        str, typer.Option(help="Number formats, comma-separated.")
+    ] = "float32,bfloat16",
     concurrency: Annotated[
         str, typer.Option(help="Numbers of requests at once, comma-separated.")
     ] = "1,8,32",
     rounds: Annotated[int, typer.Option(min=1)] = 7,
     cases: Annotated[
-        str, typer.Option(help="Parts of the labels to measure, comma-separated.")
+        str, typer.Option(help="Measure the cases whose labels hold one of these, comma-separated.")
     ] = "",
     mix: Annotated[bool, typer.Option(help="Measure the mixed workload too.")] = True,
     vllm: Annotated[Path | None, typer.Option(help="Python of vLLM's environment.")] = None,
@@ -100,41 +104,43 @@ def main(
     path = str(demo_model()) if model == "demo" else model
     pythons = {None: Path(sys.executable), "vllm": vllm, "peers": peers}
 
-    def chosen(contenders: Sequence[Contender], n: int | None = None) -> list[Contender]:
+    def chosen(known: Sequence[ThroughputCase], n: int | None = None) -> list[ThroughputCase]:
         return [
-            contender
-            for contender in contenders
-            if contender.label == BASE
+            one
+            for one in known
+            if one.label == BASE
             or (
-                any(part in contender.label for part in cases.split(","))
-                and pythons[contender.environment] is not None
-                and (n is None or contender.least <= n <= (contender.most or n))
+                any(part in one.label for part in cases.split(","))
+                and pythons[one.environment] is not None
+                and (n is None or one.least <= n <= (one.most or n))
             )
         ]
 
-    def run(stage: Stage, setting: Setting, shown: Sequence[Contender], n: int) -> list[Round]:
-        labels = [contender.label for contender in shown]
-        key = {"benchmark": "throughput", "model": model, "dtype": stage.dtype, **setting}
-        print(f"{stage.dtype} {setting}", file=sys.stderr, flush=True)
+    def run(
+        testbed: Testbed, setting: Setting, shown: Sequence[ThroughputCase], n: int
+    ) -> list[Round]:
+        labels = [one.label for one in shown]
+        key = {"benchmark": "throughput", "model": model, "dtype": testbed.dtype, **setting}
+        print(f"{testbed.dtype} {setting}", file=sys.stderr, flush=True)
         done = recorded(out, key, labels)
         if len(done) >= rounds:
             return done[:rounds]
-        started = {c.label: c.start(stage, c.label, n) for c in shown}
+        started = {c.label: c.start(testbed, c.label, n) for c in shown}
         return measure(started, rounds, key, out)
 
     closed_table: list[Row] = []
     mixed_table: list[Row] = []
     for dtype in dtypes.split(","):
-        with Stage(path, dtype, pythons) as stage:
+        with Testbed(path, dtype, pythons) as testbed:
             for n in map(int, concurrency.split(",")):
                 shown = chosen(CLOSED, n)
                 closed_table += closed_rows(
-                    dtype, n, shown, run(stage, {"workload": "closed", "n": n}, shown, n)
+                    dtype, n, shown, run(testbed, {"workload": "closed", "n": n}, shown, n)
                 )
             if mix:
                 shown = chosen(MIXED)
                 mixed_table += mixed_rows(
-                    dtype, shown, run(stage, {"workload": "mixed"}, shown, MIXED_REQUESTS)
+                    dtype, shown, run(testbed, {"workload": "mixed"}, shown, MIXED_REQUESTS)
                 )
     print(f"torch {torch.__version__}, {os.cpu_count()} cores, {rounds} rounds\n")
     print(table(CLOSED_HEADER, closed_table))

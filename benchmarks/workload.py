@@ -23,9 +23,14 @@ MIXED_REQUESTS = 48
 MIXED_PROMPTS = (16, 1024)
 MIXED_ANSWERS = (8, 256)
 MIXED_RATE = 6
-"""Arrivals a second: more than two cores keep up with, so that many answers are made at once."""
+"""Arrivals a second. Two cores do not keep up with them, so many answers are made at once."""
 
 LORA_RANK = 8
+
+
+def random_tokens(rng: random.Random, vocabulary: int, count: int) -> list[int]:
+    """Token ids of a prompt, each drawn from the whole vocabulary."""
+    return [rng.randrange(vocabulary) for _ in range(count)]
 
 
 def closed(vocabulary: int, n: int, seed: str, answer: int = ANSWER_TOKENS) -> Job:
@@ -34,7 +39,7 @@ def closed(vocabulary: int, n: int, seed: str, answer: int = ANSWER_TOKENS) -> J
     Every case and round has prompts of its own, so that no prefix cache knows them.
     """
     rng = random.Random(seed)
-    prompts = [[rng.randrange(vocabulary) for _ in range(PROMPT_TOKENS)] for _ in range(n)]
+    prompts = [random_tokens(rng, vocabulary, PROMPT_TOKENS) for _ in range(n)]
     return {"prompts": prompts, "answers": [answer] * n}
 
 
@@ -53,7 +58,7 @@ def mixed(vocabulary: int, seed: str, requests: int = MIXED_REQUESTS) -> Job:
     job: Job = {"prompts": [], "answers": [], "arrivals": []}
     now = 0.0
     for _ in range(requests):
-        job["prompts"].append([tokens.randrange(vocabulary) for _ in range(length(MIXED_PROMPTS))])
+        job["prompts"].append(random_tokens(tokens, vocabulary, length(MIXED_PROMPTS)))
         job["answers"].append(length(MIXED_ANSWERS))
         job["arrivals"].append(now)
         now += shape.expovariate(MIXED_RATE)
@@ -61,7 +66,7 @@ def mixed(vocabulary: int, seed: str, requests: int = MIXED_REQUESTS) -> Job:
 
 
 def figures(result: Result) -> Figures:
-    """Seconds, and of streams the times to first token and between tokens, in seconds."""
+    """The seconds of a job and, where it streamed, to first tokens and between tokens."""
     found = {SECONDS: result["seconds"]}
     if stamps := result.get("stamps"):
         first = [times[0] for times in stamps]

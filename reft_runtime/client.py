@@ -8,8 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 from urllib.parse import quote
 
 import httpx
@@ -23,15 +22,15 @@ if TYPE_CHECKING:
     from reft_runtime.interventions import Manifest
 
 CONCURRENCY = 32
-"""Requests under way at once; the server batches them."""
+"""This many requests are under way at once; the server batches them."""
 
 SECONDS = 600.0
 
 PART_BYTES = 1 << 16
-"""Bytes of an upload that are sent before its progress is told again."""
+"""The progress of an upload is told after each part of this many bytes."""
 
 SECONDS_TO_REFUSE = 30.0
-"""Within which a server must say whether it would take a file."""
+"""A server must say within this time whether it would take a file."""
 
 _NEVER = f'"{"0" * 64}"'
 """A version that no name stands for: no file has this digest."""
@@ -39,6 +38,9 @@ _NEVER = f'"{"0" * 64}"'
 Body = dict[str, Any]
 Counted = Callable[[int], object]
 """Is told how many bytes more have gone."""
+
+Change = Literal["added", "replaced", "unchanged"]
+"""What an upload did to a name: new, another file than before, or the same file as before."""
 
 
 class NotServed(NotFound):
@@ -101,13 +103,8 @@ class Server:
             return None
         return f"it answered {response.status_code}: {_said(response)}"
 
-    def push(self, file: Path, name: str) -> bool:
-        """Put a file on the server under a name; True where the name is new."""
-        _, new = self.upload(name, file.read_bytes())
-        return new
-
-    def upload(self, name: str, data: bytes, sent: Counted = lambda _: None) -> tuple[Body, bool]:
-        """Put a file's bytes on the server under a name: its entry, and whether the name is new.
+    def upload(self, name: str, data: bytes, sent: Counted = lambda _: None) -> tuple[Body, Change]:
+        """Put a file's bytes on the server under a name: its entry, and what that changed.
 
         Raises `ConfigError` as well where the server then serves another digest than the file's.
         """
@@ -118,6 +115,10 @@ class Server:
                 yield part
                 sent(len(part))
 
+        try:
+            before = self.entry(name)["digest"]
+        except NotServed:
+            before = None
         headers = {
             "content-length": str(len(data)),
             "x-sha256": hashlib.sha256(data).hexdigest(),
@@ -129,7 +130,9 @@ class Server:
                 f"the server has {entry['digest'][:12]} as {name}, which is not what was"
                 f" sent, {digest_of(data)[:12]}: another upload came between."
             )
-        return entry, response.status_code == httpx.codes.CREATED
+        if response.status_code == httpx.codes.CREATED:
+            return entry, "added"
+        return entry, "unchanged" if entry["digest"] == before else "replaced"
 
     def download(self, reference: str) -> tuple[bytes, str]:
         """The file of NAME or NAME@DIGEST, and its digest.
@@ -153,7 +156,7 @@ class Server:
             asked["after"] = page["next"]
 
     def entry(self, name: str) -> Body:
-        """One intervention."""
+        """What a server says of one intervention."""
         found: Body = self._call("GET", _path(name)).json()
         return found
 
@@ -177,9 +180,14 @@ class Server:
         found: Body = self._call("GET", "/v1/stats").json()
         return found
 
-    def models(self) -> list[str]:
-        """The base model's name, then the interventions'."""
-        return [model["id"] for model in self._call("GET", "/v1/models").json()["data"]]
+    def base_model(self) -> str:
+        """The base model's name."""
+        return str(self.stats()["model"])
+
+    def names(self) -> list[str]:
+        """The names of all interventions."""
+        _, *names = (model["id"] for model in self._call("GET", "/v1/models").json()["data"])
+        return names
 
     def has_model(self, model: str) -> bool:
         """Whether a request may name this model, such as NAME@DIGEST."""
@@ -216,7 +224,7 @@ class Server:
 
     def answers(self, questions: Sequence[Question], *, progress: bool) -> list[Answer]:
         """Greedy answers, in order."""
-        base = self.models()[0]
+        base = self.base_model()
         answers = []
         for whole in self.ask([_request(q, base) for q in questions], progress=progress):
             choice = whole["choices"][0]

@@ -13,6 +13,9 @@ if TYPE_CHECKING:
 
 FinishReason = Literal["stop", "length"]
 
+BASE_LABEL = "base"
+"""What tables and reports call the model without an intervention."""
+
 
 @dataclass(frozen=True, slots=True)
 class TokenLogprob:
@@ -215,7 +218,7 @@ def _side_by_side(comparisons: Iterable[Comparison]) -> str:
     """Answers below each other in HTML, each with its length and its distance from the base."""
     rows = [
         (
-            " + ".join(one.interventions) or "base",
+            " + ".join(one.interventions) or BASE_LABEL,
             one.answer.text.strip(),
             str(len(one.answer.tokens)),
             f"{one.trace.kl:.3f}",

@@ -19,6 +19,11 @@ MAX_STRENGTH = 100.0
 """A server takes strengths from minus this to this."""
 
 
+def with_strength(name: str, strength: float) -> str:
+    """A name as `Use.parse` reads it: with `=STRENGTH` behind it, where that is not 1."""
+    return name if strength == 1 else f"{name}={repr(float(strength)).removesuffix('.0')}"
+
+
 @dataclass(frozen=True, slots=True)
 class Use:
     """One intervention of a request: `NAME`, `NAME@DIGEST`, or a version that was resolved before.

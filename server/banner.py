@@ -33,8 +33,9 @@ def banner(engine: Engine, settings: Settings, address: str) -> str:
     lines = [
         "",
         f"Serving at {address}",
+        "  In a browser: a page that compares tasks, looks inside, and takes files",
         f"  {info.model} ({info.architecture}, {info.parameters / 1e6:,.0f} M parameters)",
-        f"  {info.dtype} on {info.device}, {info.threads} threads, "
+        f"  {info.dtype} on {info.device}, {info.threads} thread{'s' * (info.threads > 1)}, "
         f"at most {info.memory_bytes / 2**30:.2f} GiB of memory, "
         f"and {info.intervention_bytes / 2**30:.2f} GiB for interventions",
         f"  up to {info.max_model_len} tokens a request, {info.kv_tokens} tokens of cache "

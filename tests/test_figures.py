@@ -126,7 +126,8 @@ def test_quality() -> None:
 
 def test_table_of_layouts() -> None:
     text = (ROOT / "docs/training.md").read_text()
-    assert layouts.table(layouts.read(ROOT / "docs/measurements/layouts.jsonl")) in text
+    finished = layouts.finished(ROOT / "docs/measurements/layouts.jsonl")
+    assert layouts.table(finished.outcomes) in text
 
 
 def accuracy(outcomes: list[dict[str, float]]) -> str:

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, ContinuousBatchingConfig, Generat
 from benchmarks.peers.worker import Job, Result, Run, serve
 
 KV_BLOCKS = 64
-"""Of 256 tokens; by default it takes nearly all memory, which others need here."""
+"""Blocks of 256 tokens. By default it takes nearly all memory, which others need here."""
 
 
 def load(config: Mapping[str, Any]) -> Run:

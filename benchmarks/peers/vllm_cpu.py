@@ -22,7 +22,7 @@ from vllm.v1.engine.async_llm import AsyncLLM
 from benchmarks.peers.worker import Job, Result, Run, serve
 
 POLLING_SECONDS = 1.2
-"""Its worker polls on a whole core for a second after the last step; nobody else may suffer."""
+"""A job ends this late: vLLM's worker polls on a whole core for a second after its last step."""
 
 
 def load(config: Mapping[str, Any]) -> Run:

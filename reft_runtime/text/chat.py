@@ -13,7 +13,8 @@ from jinja2.ext import loopcontrols
 from transformers import PreTrainedTokenizerBase
 
 from reft_runtime.errors import InvalidRequest
-from reft_runtime.interventions.format.manifest import TEMPLATE_FIELD, SystemTurn
+from reft_runtime.interventions.format.manifest import SystemTurn
+from reft_runtime.interventions.format.template import TEMPLATE_FIELD
 
 Message = Mapping[str, str]
 """One turn of a chat: its `role` and its `content`; `name`, where given, is the speaker's."""

@@ -12,7 +12,14 @@ from transformers import PreTrainedTokenizerBase
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from reft_runtime.errors import InvalidRequest
-from reft_runtime.interventions.format.manifest import TEMPLATE_FIELD, SystemTurn
+from reft_runtime.interventions.format.manifest import SystemTurn
+from reft_runtime.interventions.format.template import (
+    CHAT,
+    TEMPLATE_FIELD,
+    behind_field,
+    is_text,
+    laid_out,
+)
 from reft_runtime.text.chat import (
     ChatOptions,
     Message,
@@ -133,12 +140,12 @@ class Tokenizer:
         otherwise. Whatever does not fit the template is an `InvalidRequest` that names its field.
         """
         options = options or ChatOptions()
-        if template is None or template == "chat":
+        if is_text(template):
+            text, special = fill(template, system, messages, options), True
+        else:
             if options.switches:
                 check_switches(options.switches, self.switches)
             text, special = render(self._tokenizer, messages, options), False
-        else:
-            text, special = fill(template, system, messages, options), True
         if add_special_tokens is not None:
             special = add_special_tokens
         return self.encode(
@@ -165,11 +172,7 @@ class Tokenizer:
 
         Blanks and line ends behind it become the template's. "chat" is the model's own template.
         """
-        behind = self._behind if template == "chat" else template.partition(TEMPLATE_FIELD)[2]
-        ending, text = behind.rstrip(), text.rstrip()
-        if not ending.strip() or not text.endswith(ending.lstrip()):
-            return None
-        return text + behind[len(ending) :]
+        return laid_out(text, self._behind if template == CHAT else behind_field(template))
 
     @cached_property
     def _behind(self) -> str:

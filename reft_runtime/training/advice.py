@@ -5,28 +5,29 @@ from __future__ import annotations
 import math
 
 from reft_runtime.training.outcomes import LabelFigures, Score
+from reft_runtime.training.wording import listed
 
 POOR = 0.8
 """An accuracy below this is worth another training."""
 
 GOOD = 0.9
-"""Above this more rows help little."""
+"""From this accuracy on more rows help little."""
 
 OUTSIDE = 0.1
-"""Share of answers without a label from which the prompts are suspected."""
+"""The prompts are suspected where this share of the answers begins with no label."""
 
 FEW_ROWS = 20
-"""Rows of training for each label."""
+"""A training with fewer rows than this for each label had few."""
 
 CONFUSED = 0.2
-"""Share of a label's rows, and `ENOUGH` rows, from which a confusion is worth a look."""
+"""A confusion is told where it takes this share of a label's rows, and `ENOUGH` rows."""
 
 ENOUGH = 3
 NAMED = 5
 
 
 def advise(score: Score, base: Score | None = None) -> list[str]:
-    """Sentences that say what the figures point at; none where nothing is wrong."""
+    """What to try next, in sentences; none where nothing is wrong with the figures."""
     if score.metric != "accuracy":
         return []
     others = [outcome for outcome in score.outcomes if outcome.given is None]
@@ -74,11 +75,9 @@ def _never_given(labels: tuple[LabelFigures, ...]) -> list[str]:
     never = [one for one in labels if not one.given and one.rows >= ENOUGH]
     if not never:
         return []
-    names = ", ".join(one.label for one in never[:NAMED])
-    more = f" and {len(never) - NAMED} more" if len(never) > NAMED else ""
     return [
-        f"Never given: {names}{more}. Look whether the training rows have enough of"
-        f" {'it' if len(never) == 1 else 'them'}, spelled the same."
+        f"Never given: {listed([one.label for one in never], NAMED)}. Look whether the training"
+        f" rows have enough of {'it' if len(never) == 1 else 'them'}, spelled the same."
     ]
 
 

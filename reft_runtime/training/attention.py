@@ -1,6 +1,6 @@
 """Attention of a packed batch in training: differentiable, over the tokens of each row alone.
 
-The engine's packed forward (`engine.attention`) asks a step object; this one pads the rows to
+The packed forward (`base.attention`) asks a step object; this one pads the rows to
 one product, and can start behind prefixes whose keys and values are known.
 """
 
@@ -23,12 +23,12 @@ class Prefix:
 
     @property
     def length(self) -> int:
-        """Number of tokens."""
+        """The number of tokens of the prefix."""
         return self.keys[0].shape[1]
 
     @property
     def size_bytes(self) -> int:
-        """Memory that it takes."""
+        """The memory that the keys and values take."""
         return sum(t.numel() * t.element_size() for t in (*self.keys, *self.values))
 
 
@@ -83,7 +83,7 @@ class BatchAttention:
         scaling: float | None,
         window: int | None,
     ) -> Tensor:
-        """See `engine.attention.AttentionStep.attend`."""
+        """See `base.attention.AttentionStep.attend`."""
         query, key, value = (t.transpose(0, 1)[None] for t in (query, key, value))
         if self._keep_own:
             self._own[layer] = (key[0], value[0])
@@ -103,7 +103,7 @@ class BatchAttention:
         return rows.index_select(0, self._packed)
 
     def prefixes_of_rows(self) -> list[Prefix]:
-        """What was attended to, by row."""
+        """The keys and values of each row's own tokens, with `keep_own`."""
         first = 0
         found = []
         layers = [self._own[layer] for layer in sorted(self._own)]
@@ -119,7 +119,7 @@ class BatchAttention:
         return found
 
     def _padded(self, packed: Tensor) -> Tensor:
-        """[1, heads, T, dim] to [rows, heads, longest, dim]."""
+        """Packed tokens [1, heads, T, dim] as padded rows [rows, heads, longest, dim]."""
         heads, _, dim = packed.shape[1:]
         spread = packed[0].index_select(1, self._spread.flatten())
         return spread.view(heads, *self._spread.shape, dim).transpose(0, 1)
@@ -136,7 +136,7 @@ class BatchAttention:
         return torch.stack(parts)
 
     def _mask(self, window: int | None) -> Tensor:
-        """[rows, 1, longest, longest prefix + longest], True where seen."""
+        """The mask [rows, 1, longest, longest prefix + longest], True where a key is seen."""
         if window not in self._masks:
             queries, keys = self._queries[:, :, None], self._keys[:, None, :]
             seen = keys <= queries

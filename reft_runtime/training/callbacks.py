@@ -17,10 +17,10 @@ from reft_runtime.training.wording import counted, duration
 from reft_runtime.training.work import COMPLETE
 
 PACE_STEPS = 10
-"""Steps after which the time of all is told. The first, in which much is set up, does not count."""
+"""After this many steps it is told how long all will take. The first, slow one does not count."""
 
 Say = Callable[[str], None]
-"""Is given what a training tells, line by line."""
+"""A function that is given what a training tells, line by line."""
 
 
 class Complete(TrainerCallback):
@@ -52,11 +52,11 @@ class Patience(TrainerCallback):
         self._evaluations = evaluations
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Called also where a training that was over is resumed."""
+        """Called before the first step, also where a training that was over is resumed."""
         self._end(state, control)
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Called behind every evaluation: each is followed by a checkpoint."""
+        """Called after every evaluation, since each is followed by a checkpoint."""
         self._end(state, control)
 
     def _end(self, state: TrainerState, control: TrainerControl) -> None:
@@ -65,7 +65,7 @@ class Patience(TrainerCallback):
 
 
 def evaluations_since_best(state: TrainerState) -> int:
-    """How many evaluations there were behind the best one."""
+    """How many evaluations were made after the best one."""
     best = state.best_global_step
     if best is None:
         return 0
@@ -73,7 +73,7 @@ def evaluations_since_best(state: TrainerState) -> int:
 
 
 class Pace(TrainerCallback):
-    """Says once how long the training will take, `rows` to evaluate on included."""
+    """Says once how long the training will take, with the evaluations on `rows` rows."""
 
     def __init__(self, say: Say, batch_size: int, rows: int) -> None:
         self._say = say
@@ -87,7 +87,7 @@ class Pace(TrainerCallback):
         self._first = state.global_step
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Called behind every optimiser step."""
+        """Called after every optimiser step."""
         done, steps = state.global_step - self._first, state.max_steps - self._first
         if done == 1:
             self._began = time.monotonic()
@@ -100,7 +100,7 @@ class Pace(TrainerCallback):
 
 
 class Progress(TrainerCallback):
-    """A bar with the newest figures beside it."""
+    """Shows a bar of the steps, with the newest figures beside it."""
 
     def __init__(self) -> None:
         self._bar: Any = None
@@ -118,12 +118,12 @@ class Progress(TrainerCallback):
             )
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Called behind every optimiser step."""
+        """Called after every optimiser step."""
         if self._bar is not None:
             self._bar.update(state.global_step - self._bar.n)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
-        """Called with what is logged."""
+        """Called with the figures that are logged."""
         names = {"loss": "loss", "eval_loss": "eval loss", "eval_accuracy": "accuracy"}
         found = {
             names[name]: f"{value:.3g}" for name, value in (logs or {}).items() if name in names
@@ -133,7 +133,7 @@ class Progress(TrainerCallback):
             self._bar.set_postfix(self._figures)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Called behind the last step."""
+        """Called after the last step."""
         if self._bar is not None:
             self._bar.close()
             self._bar = None

@@ -9,13 +9,14 @@ from pathlib import Path
 
 from reft_runtime.client import Server
 from reft_runtime.errors import ConfigError, InvalidFile, InvalidRequest, NotFound, did_you_mean
-from reft_runtime.interventions import parse, read
+from reft_runtime.interventions import Intervention, parse, read
 from reft_runtime.interventions.format.identity import SUFFIX, names_file
-from reft_runtime.training.report import BASE
-from reft_runtime.use import MAX_STRENGTH, Use
+from reft_runtime.outputs import BASE_LABEL
+from reft_runtime.training.wording import listed
+from reft_runtime.use import MAX_STRENGTH, Use, with_strength
 
 MOST_NAMED = 10
-"""Names that an error lists where none is like the one asked for."""
+"""An error lists this many names where none is like the one asked for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,13 +29,19 @@ class Candidate:
     @property
     def label(self) -> str:
         """What a report calls it: the name, and the strength where it is not 1."""
-        if self.name is None or self.strength == 1:
-            return self.name or BASE
-        return f"{self.name}={repr(float(self.strength)).removesuffix('.0')}"
+        return BASE_LABEL if self.name is None else with_strength(self.name, self.strength)
 
 
-def find_files(wanted: Sequence[str], folder: str | Path | None) -> list[tuple[Candidate, bytes]]:
-    """What is wanted, in order, each with its file.
+@dataclass(frozen=True, slots=True, eq=False)
+class File:
+    """An intervention file that was read and checked."""
+
+    data: bytes
+    content: Intervention
+
+
+def find_files(wanted: Sequence[str], folder: str | Path | None) -> list[tuple[Candidate, File]]:
+    """The candidates that are wanted, in order, each with its file.
 
     Each is a file, a name in `folder`, or a shell pattern of either, with `=STRENGTH` or without.
     Raises `NotFound` with the names that are nearest, `InvalidRequest` and `ConfigError`.
@@ -54,12 +61,12 @@ def find_files(wanted: Sequence[str], folder: str | Path | None) -> list[tuple[C
 
 
 def find_served(wanted: Sequence[str], server: Server) -> list[Candidate]:
-    """What is wanted of a server, in order.
+    """The candidates that are wanted of a server, in order.
 
     Each is a name, a pattern, or NAME@DIGEST, with `=STRENGTH` or without. Raises `NotFound` with
     the names that are nearest, and `InvalidRequest`.
     """
-    known = server.models()[1:]
+    known = server.names()
     candidates: dict[Candidate, None] = {}
     for use in map(_parse, wanted):
         reference = use.label
@@ -85,7 +92,7 @@ def find_served(wanted: Sequence[str], server: Server) -> list[Candidate]:
 
 
 def _parse(text: str) -> Use:
-    """What a reference names, at a strength that a server takes, too."""
+    """Read NAME=STRENGTH; raises `InvalidRequest` for a strength that a server would refuse."""
     use = Use.parse(text)
     if abs(use.strength) > MAX_STRENGTH:
         raise InvalidRequest(
@@ -97,7 +104,7 @@ def _parse(text: str) -> Use:
 
 
 def _paths(reference: str, folder: str | Path | None) -> list[Path]:
-    """Files that a reference names, at least one."""
+    """The files that a reference names, at least one; raises `NotFound`."""
     if names_file(reference):
         place, pattern, where = Path(reference).parent, Path(reference).name, ""
     elif folder is not None:
@@ -118,16 +125,14 @@ def _paths(reference: str, folder: str | Path | None) -> list[Path]:
 
 
 def _some(names: Sequence[str]) -> str:
-    more = len(names) - MOST_NAMED
-    return (", ".join(names[:MOST_NAMED]) or "none") + (f" and {more:,} more" if more > 0 else "")
+    return listed(names, MOST_NAMED) or "none"
 
 
-def _sound(path: Path) -> bytes:
-    """A file's bytes, looked at before any model is loaded."""
+def _sound(path: Path) -> File:
+    """Read and check a file, before any model is loaded; raises `ConfigError`."""
     try:
         data = read(path.resolve())
-        parse(data)
+        return File(data, parse(data))
     except (OSError, InvalidFile) as error:
         reason = error.message if isinstance(error, InvalidFile) else f"{error.strerror}."
         raise ConfigError(f"intervention: {path}: {reason}", param="intervention") from None
-    return data

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -12,21 +11,23 @@ from pathlib import Path
 from reft_runtime.errors import ConfigError
 from reft_runtime.loading.base import read_words
 from reft_runtime.text import Tokenizer
-from reft_runtime.training.layout import Chat, Layout, choose_template
+from reft_runtime.training.layout import Chat, Layout, choose_template, prompt_key
 from reft_runtime.training.prompts import Formatter
 from reft_runtime.training.rows import Row, Rows, read_rows
 from reft_runtime.training.sources import Data
-from reft_runtime.training.wording import counted
+from reft_runtime.training.wording import counted, listed
 
 SHOWN = 5
-"""Places and labels that a line of a report names; the others are counted."""
+"""A problem names this many of its places; the others are counted."""
+
+MOST_LABELS = 20
+"""A report names this many labels; the others are counted."""
 
 UNBALANCED = 10
 """A label is rare where the commonest has this many times its rows."""
 
-
 _AROUND = 8
-"""Special tokens that stand before and behind a row, generously."""
+"""No template writes more special tokens than this around a row."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,8 +39,8 @@ class Problem:
     places: Sequence[str] = ()
 
     def __str__(self) -> str:
-        kind = "error" if self.error else "warning"
-        return f"{kind}: {self.message}" + (f" ({_some(self.places)})" if self.places else "")
+        places = f" ({listed(self.places, SHOWN)})" if self.places else ""
+        return f"{'error' if self.error else 'warning'}: {self.message}{places}"
 
 
 @dataclass(slots=True)
@@ -61,7 +62,7 @@ class Check:
         lines = [f"{self.name}: {counted(self.rows, 'row')}"]
         if self.labels:
             counts = [f"{label} {count:,}" for label, count in self.labels.items()]
-            lines[0] += f", {counted(len(counts), 'label')}: {_some(counts, 20)}"
+            lines[0] += f", {counted(len(counts), 'label')}: {listed(counts, MOST_LABELS)}"
         if self.note:
             lines.append(f"  {self.note}")
         return "\n".join([*lines, *(f"  {problem}" for problem in self.problems)])
@@ -109,7 +110,7 @@ class Measure:
     longest: int
 
     def exceeded(self, row: Row, prompt: str | Chat, completion: str) -> bool:
-        """Whether a row is longer. A text has no more tokens than bytes, and a few around it."""
+        """Whether a row is longer. A text has no more tokens than bytes, with a few around them."""
         if isinstance(prompt, str):
             size = len(prompt.encode(errors="replace")) + len(completion.encode(errors="replace"))
             if size + _AROUND <= self.longest:
@@ -118,7 +119,7 @@ class Measure:
 
 
 def measure_of(words: Tokenizer, layout: Layout, max_length: int | None) -> Measure:
-    """What measures rows by a model's tokenizer."""
+    """A measure of rows by the tokenizer of a model; `max_length` None is the model's own."""
     longest = min(max_length or words.max_model_len, words.max_model_len)
     return Measure(Formatter(layout, words, words.eos_ids), longest)
 
@@ -147,7 +148,7 @@ def check_rows(rows: Rows, template: str | None = None, measure: Measure | None 
         except ConfigError as error:
             wrong.append(error.message)
             continue
-        prompts.setdefault(_key(prompt), []).append(row)
+        prompts.setdefault(prompt_key(prompt), []).append(row)
         if label is not None:
             labels[label.strip()] += 1
     check.labels = dict(labels.most_common())
@@ -168,12 +169,12 @@ def check_rows(rows: Rows, template: str | None = None, measure: Measure | None 
 def check_pair(
     rows: Rows, check: Check, held_out: Rows, held: Check, template: str | None = None
 ) -> list[Problem]:
-    """What is wrong between rows to train on and rows to judge by: other labels, the same texts."""
+    """Problems between rows to train on and rows to judge by: other labels, the same texts."""
     problems = []
     if check.labels and (unknown := sorted(held.labels.keys() - check.labels.keys())):
         text = (
             f"eval: the label {unknown[0]!r} never appears in the training rows, which have"
-            f" {_some(sorted(check.labels), 20)}"
+            f" {listed(sorted(check.labels), MOST_LABELS)}"
         )
         problems.append(Problem(True, text))
     seen = set(_prompts(rows, template).values())
@@ -200,18 +201,14 @@ def _prompts(rows: Rows, template: str | None) -> dict[str, str]:
     layout, found = Layout(template, rows.rows[0]), {}
     for row in rows.rows:
         try:
-            found[row.where] = _key(layout.prompt(row))
+            found[row.where] = prompt_key(layout.prompt(row))
         except ConfigError:
             continue  # the check of its own data set says so
     return found
 
 
-def _key(prompt: object) -> str:
-    return prompt.strip() if isinstance(prompt, str) else json.dumps(prompt, sort_keys=True)
-
-
 def _twice(prompts: dict[str, list[Row]], layout: Layout) -> Iterable[Problem]:
-    """Prompts that stand in several rows, with one answer or, where rows have labels, several."""
+    """Problems of prompts that several rows have, with one answer or with several labels."""
     same, against = [], []
     for rows in prompts.values():
         answers = {layout.completion(row).strip() for row in rows}
@@ -252,9 +249,4 @@ def _of_labels(labels: Counter[str], rows: int) -> Iterable[Problem]:
 
 
 def _rows(count: int) -> str:
-    return "1 row is" if count == 1 else f"{count:,} rows are"
-
-
-def _some(items: Sequence[str], shown: int = SHOWN) -> str:
-    more = len(items) - shown
-    return ", ".join(items[:shown]) + (f" and {more:,} more" if more > 0 else "")
+    return f"{counted(count, 'row')} {'is' if count == 1 else 'are'}"

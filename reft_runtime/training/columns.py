@@ -13,16 +13,16 @@ TEXT_NAMES = (
     "text", "sentence", "input", "question", "message", "ticket", "review", "utterance", "query",
     "instruction", "content", "comment", "tweet", "document", "body", "description", "title",
 )  # fmt: skip
-"""Usual names of the text; where rows have several, the first of these counts."""
+"""Usual names of the column of texts; where rows have several, the first of these counts."""
 
 LABEL_NAMES = (
     "label", "labels", "label_text", "category", "class", "target", "intent", "topic", "sentiment",
     "tag",
 )  # fmt: skip
-"""Usual names of a class."""
+"""Usual names of a column of classes."""
 
 ANSWER_NAMES = ("output", "answer", "response", "reply")
-"""Usual names of a whole answer, which is no class."""
+"""Usual names of a column of whole answers, which are no classes."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -52,13 +52,13 @@ def direction(
     progress: bool = True,
     threads: int | None = None,
 ) -> Intervention:
-    """A steering vector: what `layer` puts out for `positive` texts less what for `negative` ones.
+    """A steering vector: the output of `layer` for `positive` texts less that for `negative` ones.
 
     Both are means over texts of the mean over a text's tokens; the first token of every text is
     left out, whose states are far longer than all others and say nothing. The vector, times
-    `scale`, is
-    added at `positions` (arXiv 2312.06681 calls this contrastive activation addition). `template`
-    is the manifest's, for chats; `threads` is by default one a core that this process may use.
+    `scale`, is added at `positions` (arXiv 2312.06681 calls this contrastive activation addition).
+    `template` is what the manifest says of chats. `threads` is by default one a core that this
+    process may use. Raises `ConfigError`.
     """
     use_threads(threads)
     name, loaded, own = load_base(model, tokenizer, dtype, None, differentiable=True)

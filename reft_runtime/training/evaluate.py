@@ -16,13 +16,12 @@ from reft_runtime.base.model import LoadedModel
 from reft_runtime.client import Answer, Question, Server
 from reft_runtime.errors import ConfigError
 from reft_runtime.front.engine import Engine, Uses
-from reft_runtime.interventions import parse
 from reft_runtime.interventions.format.manifest import Manifest
 from reft_runtime.loading.base import load_base
 from reft_runtime.machine.cores import use_threads
 from reft_runtime.sampling import SamplingParams
 from reft_runtime.text import Tokenizer
-from reft_runtime.training.candidates import Candidate, find_files, find_served
+from reft_runtime.training.candidates import Candidate, File, find_files, find_served
 from reft_runtime.training.forward import Base, predict
 from reft_runtime.training.layout import Layout
 from reft_runtime.training.outcomes import Outcome, Score
@@ -37,7 +36,7 @@ from reft_runtime.use import Use
 BATCH = 32
 
 MARGIN = 3
-"""Tokens of an answer beyond the wanted ones: other blanks before it, and what shows its end."""
+"""An answer may be this many tokens longer than the right one, for blanks and its end."""
 
 
 def evaluate(
@@ -46,6 +45,7 @@ def evaluate(
     *,
     url: str | None = None,
     api_key: str | None = None,
+    engine: Engine | None = None,
     model: str | Path | PreTrainedModel = "demo",
     tokenizer: PreTrainedTokenizerBase | None = None,
     folder: str | Path | None = None,
@@ -65,8 +65,9 @@ def evaluate(
     names that a running server has, NAME@DIGEST, or patterns; each with `=STRENGTH` behind it or
     without. `text` and `label` are as for training, `template` too: without it, rows are asked of a
     file as the template in its manifest says. Prompts of all interventions and all data sets run in
-    one batch, on an `Engine` of `model` or on the server. `metric` None is accuracy where rows have
-    labels, and else perplexity, which only runs in process. An answer begins with a label as a
+    one batch: on the server, on `engine`, which stays open, or else on an `Engine` of `model`.
+    `metric` None is accuracy where rows have labels, and else perplexity, which only runs in
+    process, and loads `model` for itself. An answer begins with a label as a
     whole word, or, with `prefixes`, by its letters alone. `threads` is by default one a core that
     this process may use.
     Raises `ConfigError` and `NotFound`.
@@ -92,10 +93,12 @@ def evaluate(
         scores = _by_server(server, subjects, answered, progress=progress)
     else:
         found = find_files(interventions, folder)
-        subjects = [*bases, *(_Subject(one, parse(file).manifest, file) for one, file in found)]
-        if answered:
-            with Engine(model, tokenizer=tokenizer, dtype=dtype, threads=threads) as engine:
-                scores += _by_engine(engine, subjects, answered, progress=progress)
+        subjects = [*bases, *(_Subject(one, file.content.manifest, file) for one, file in found)]
+        if answered and engine is not None:
+            scores += _by_engine(engine, subjects, answered, progress=progress)
+        elif answered:
+            with Engine(model, tokenizer=tokenizer, dtype=dtype, threads=threads) as own_engine:
+                scores += _by_engine(own_engine, subjects, answered, progress=progress)
         if likely:
             use_threads(threads)
             _, loaded, own = load_base(model, tokenizer, dtype, None, differentiable=True)
@@ -111,10 +114,10 @@ class _Subject:
 
     candidate: Candidate
     manifest: Manifest | None = None
-    file: bytes | None = None
+    file: File | None = None
 
     def formatter(self, layout: Layout, tokenizer: Tokenizer, eos_ids: frozenset[int]) -> Formatter:
-        """What writes its prompts, as a server does."""
+        """A formatter that writes the candidate's prompts as a server does."""
         if self.manifest is None:
             return Formatter(layout, tokenizer, eos_ids)
         return Formatter(
@@ -127,7 +130,7 @@ class _Subject:
         )
 
     def score(self, task: Task, value: float, outcomes: Sequence[Outcome] = ()) -> Score:
-        """Its score, which knows on how many rows it was trained, where the file says so."""
+        """The candidate's score on a task, with the number of rows that it was trained on."""
         trained = None if self.manifest is None else self.manifest.training.get("rows")
         return Score(
             self.candidate.label,
@@ -152,7 +155,7 @@ class _Asked:
 
 
 Ask = Callable[[Sequence[_Asked], int], list[Answer]]
-"""Greedy answers of at most so many tokens."""
+"""A function that gives greedy answers to all prompts, of at most so many tokens."""
 
 
 def _answered(
@@ -161,7 +164,7 @@ def _answered(
     count_tokens: Callable[[Sequence[str]], list[int]],
     ask: Ask,
 ) -> list[Score]:
-    """Ask everything that is compared in one way in one run, and score it."""
+    """Ask all prompts, those of one metric in one run, and score the answers."""
     scores = []
     for metric in METRICS:
         pairs = [(task, one) for task in tasks if task.metric == metric for one in subjects]
@@ -196,10 +199,11 @@ def _by_engine(
     *,
     progress: bool,
 ) -> list[Score]:
-    files = {one.candidate.name: one.file for one in subjects}
-    for name, file in files.items():
-        if name is not None and file is not None:
-            engine.registry.put(name, file)
+    versions = {
+        one.candidate.name: engine.registry.verified(one.candidate.name, one.file.data)
+        for one in subjects
+        if one.candidate.name is not None and one.file is not None
+    }
     tokenizer = engine.tokenizer
 
     def ask(asked: Sequence[_Asked], max_tokens: int) -> list[Answer]:
@@ -209,7 +213,8 @@ def _by_engine(
         ]
         candidates = (one.subject.candidate for one in asked)
         applied: list[Uses] = [
-            None if one.name is None else Use(one.name, one.strength) for one in candidates
+            None if one.name is None else Use(versions[one.name], one.strength)
+            for one in candidates
         ]
         answers = engine.generate(
             prompts,
@@ -249,14 +254,14 @@ def _perplexities(
     *,
     progress: bool,
 ) -> list[Score]:
-    """Perplexity of the completions' tokens, as training computes its loss."""
+    """The perplexities of the completions' tokens, computed as training computes its loss."""
     base = Base(loaded)
     scores = []
     batches = sum(math.ceil(len(task.rows.rows) / BATCH) for task in tasks) * len(subjects)
     with tqdm(total=batches, desc="Perplexity", disable=not progress) as bar:
         for task in tasks:
             for subject in subjects:
-                edits = () if subject.file is None else parse(subject.file).canonical()
+                edits = () if subject.file is None else subject.file.content.canonical()
                 layout = task.asked_of(subject.manifest)
                 formatter = subject.formatter(layout, tokenizer, loaded.eos_ids)
                 examples = [formatter.example(row) for row in task.rows.rows]

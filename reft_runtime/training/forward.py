@@ -20,11 +20,11 @@ from reft_runtime.training.prompts import Example
 from reft_runtime.training.trainable import TrainableEdits
 
 GROUP = 32
-"""Prefixes that are computed at once."""
+"""This many prefixes are computed at once."""
 
 
 class Base:
-    """A base model with edits applied from outside: it is frozen, and no parameter of theirs."""
+    """A frozen base model, to which edits are applied from outside."""
 
     def __init__(self, loaded: LoadedModel) -> None:
         self.loaded = loaded
@@ -40,11 +40,11 @@ class Base:
 
     @property
     def device(self) -> torch.device:
-        """Where the model is."""
+        """The device of the model."""
         return self.loaded.model.device
 
     def to(self, device: torch.device) -> None:
-        """Move the model; what was kept is forgotten."""
+        """Move the model to a device, and forget what was kept."""
         self.loaded.model.to(device)  # type: ignore[arg-type]
         self.forget()
         self.watch = self._watch()
@@ -57,7 +57,7 @@ class Base:
         return StepWatch(torch.get_num_threads() if self.device.type == "cpu" else 1)
 
     def keep(self, prefixes: Iterable[tuple[int, ...]], max_bytes: int, *, progress: bool) -> None:
-        """Compute keys and values of beginnings, and keep them: they are the base's own.
+        """Compute the keys and values of prefixes, which no edit changes, and keep them.
 
         They are good for every pass over the data, whatever is learned. What is computed together
         depends on the prefixes alone: so a training gives the same weights when it is resumed.
@@ -76,7 +76,7 @@ class Base:
                 bar.update(len(part))
 
     def prefixes(self, wanted: Sequence[tuple[int, ...]]) -> list[Prefix | None]:
-        """Keys and values of these beginnings; None of an empty one."""
+        """The keys and values of these prefixes; None for an empty one."""
         missing = sorted({tokens for tokens in wanted if tokens} - self._kept.keys())
         made = dict(zip(missing, self._compute(missing) if missing else (), strict=True))
         return [self._kept.get(tokens) or made[tokens] if tokens else None for tokens in wanted]

@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-import json
 import random
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
 from reft_runtime.errors import ConfigError
-from reft_runtime.training.layout import Layout
+from reft_runtime.training.layout import Layout, prompt_key
 from reft_runtime.training.rows import Row, Rows
 
 SHARE = 0.1
-"""Of the rows, where nobody says how many."""
+"""The share of the rows that is held out where nobody says how many."""
 
 LEAST_ROWS = 100
 """With fewer rows all are trained on, unless told otherwise: a tenth would say too little."""
 
 MOST_ROWS = 500
-"""Held out at most, unless told otherwise: more would not be more certain, only slower."""
+"""At most this many rows are held out, unless told otherwise: more would only be slower."""
 
 
 def split(rows: Rows, share: float | None, layout: Layout, seed: int) -> tuple[Rows, Rows | None]:
@@ -61,14 +60,14 @@ def split(rows: Rows, share: float | None, layout: Layout, seed: int) -> tuple[R
 
 
 _Groups = Mapping[str | None, list[list[int]]]
-"""By label: places of rows, those with one prompt together."""
+"""The places of rows by label, those with one prompt together."""
 
 
 def _groups(rows: Rows, layout: Layout, order: random.Random) -> _Groups:
-    """In random order. Prompts with several labels are left out: they stay in the training."""
+    """Groups of rows with one prompt, in random order; prompts with several labels have none."""
     prompts: dict[str, list[int]] = defaultdict(list)
     for place, row in enumerate(rows.rows):
-        prompts[_key(layout.prompt(row))].append(place)
+        prompts[prompt_key(layout.prompt(row))].append(place)
     found: dict[str | None, list[list[int]]] = defaultdict(list)
     for places in prompts.values():
         labels = {_label(rows.rows[place]) for place in places}
@@ -80,7 +79,7 @@ def _groups(rows: Rows, layout: Layout, order: random.Random) -> _Groups:
 
 
 def _quotas(groups: _Groups, wanted: int) -> Iterator[tuple[str | None, int]]:
-    """How many rows of each label: its share, rounded so that the sum is what is wanted."""
+    """How many rows of each label to hold out: shares, rounded so that their sum is `wanted`."""
     counts = Counter({label: sum(map(len, found)) for label, found in groups.items()})
     exact = {label: wanted * count / counts.total() for label, count in counts.items()}
     whole = {label: int(share) for label, share in exact.items()}
@@ -92,8 +91,3 @@ def _quotas(groups: _Groups, wanted: int) -> Iterator[tuple[str | None, int]]:
 
 def _label(row: Row) -> str | None:
     return None if row.label is None else row.label.strip()
-
-
-def _key(prompt: object) -> str:
-    text = prompt if isinstance(prompt, str) else json.dumps(prompt, sort_keys=True)
-    return " ".join(text.split()).casefold()

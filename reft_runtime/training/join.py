@@ -19,7 +19,7 @@ from reft_runtime.training.rows import Row
 BLANK: CompletionPrefix = " "
 
 _LOOKED_AT = 200
-"""Rows that decide for all."""
+"""This many rows decide for all."""
 
 
 def choose_prefix(rows: Sequence[Row], layout: Layout, tokenizer: Tokenizer) -> CompletionPrefix:

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Sequence
 from itertools import takewhile
 from typing import Any
 
 from reft_runtime.errors import ConfigError
-from reft_runtime.interventions.format.manifest import TEMPLATE_FIELD, Texts
+from reft_runtime.interventions.format.manifest import Texts
+from reft_runtime.interventions.format.template import CHAT, TEMPLATE_FIELD, is_text
 from reft_runtime.training.rows import Row, Rows
 
-CHAT = "chat"
-
 RECURRENCE = 8
-"""Completions that each occur so often, on average, are classes."""
+"""Completions are taken for classes where each occurs this often on average."""
 
 Chat = list[dict[str, str]]
 """Messages, each with role and content."""
@@ -39,8 +39,7 @@ class Layout:
         self._chats = template is None and "messages" in first.fields
         self.served_template = CHAT if self._chats or template == CHAT else TEMPLATE_FIELD
         self.texts: Texts | None = "message" if template == CHAT else None
-        if template not in (None, CHAT):
-            assert template is not None
+        if is_text(template):
             names = _FIELD.findall(template)
             if not names:
                 raise ConfigError(
@@ -73,8 +72,14 @@ class Layout:
         return self._chats or "completion" in row.fields
 
 
+def prompt_key(prompt: str | Chat) -> str:
+    """A key of a prompt; prompts that differ in blanks and capitals alone have the same."""
+    text = prompt if isinstance(prompt, str) else json.dumps(prompt, sort_keys=True)
+    return " ".join(text.split()).casefold()
+
+
 def choose_template(rows: Rows, *, chats: bool) -> str | None:
-    """How rows become prompts where nobody says it, for a model that knows `chats` or does not.
+    """The template of rows that nobody gave one for; `chats` is whether the model knows chats.
 
     What a table has as texts, and prompts of rows with a class, are what a user says in a chat: a
     model that was tuned to chats reads them better so. A class is a label, or a completion that
@@ -90,7 +95,7 @@ def choose_template(rows: Rows, *, chats: bool) -> str | None:
 
 
 def _recur(rows: Rows) -> bool:
-    """Whether completions are some few."""
+    """Whether all completions are a few that recur."""
     answers = [str(row.fields.get("completion", "")).strip() for row in rows.rows]
     return len(set(answers)) * RECURRENCE <= len(answers)
 

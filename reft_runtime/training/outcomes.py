@@ -10,7 +10,7 @@ from reft_runtime.training.scoring import Metric
 MOST_CONFUSIONS = 5
 
 OTHER = "other"
-"""What an answer is called that begins with no label."""
+"""Reports call an answer that begins with no label this."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,12 +92,12 @@ class Score:
 
     @property
     def runs_on(self) -> int:
-        """Right answers that did not end where they should have."""
+        """How many right answers did not end where they should have."""
         return sum(outcome.runs_on for outcome in self.outcomes)
 
     @property
     def majority(self) -> tuple[str, float] | None:
-        """The commonest label and its share of the rows, what always answering it would reach."""
+        """The commonest label and its share of the rows, which always answering it would reach."""
         if self.metric != "accuracy":
             return None
         [(label, count)] = Counter(o.wanted for o in self.outcomes).most_common(1)

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 
 from reft_runtime.errors import ConfigError, InvalidRequest
 from reft_runtime.interventions.format.manifest import CompletionPrefix, SystemTurn
+from reft_runtime.interventions.format.template import is_text
 from reft_runtime.text import Tokenizer
 from reft_runtime.training.join import join
-from reft_runtime.training.layout import CHAT, Layout
+from reft_runtime.training.layout import Layout
 from reft_runtime.training.rows import Row, Rows
 
 
@@ -56,7 +57,7 @@ class Formatter:
         self._eos = min(tokenizer.eos_ids & eos_ids or eos_ids, default=None)
         self._system = system
         self._prefix = completion_prefix
-        self._chat_template = None if chat_template == CHAT else chat_template
+        self._chat_template = chat_template if is_text(chat_template) else None
 
     def prompt(self, row: Row) -> list[int]:
         """Token ids of a row's prompt, as a server makes them."""

@@ -7,7 +7,7 @@ from pathlib import Path
 import httpx
 
 from reft_runtime.base.shape import read_base
-from reft_runtime.client import Server
+from reft_runtime.client import Change, Server
 from reft_runtime.errors import ConfigError, ReftError
 from reft_runtime.interventions import Intervention, serialise
 from reft_runtime.training.settings import TrainSettings
@@ -32,13 +32,14 @@ def check_push(server: Server, name: str, model: str, settings: TrainSettings) -
         raise ConfigError(f"push: {server.url} would not take {name}: {refusal}", param="push")
 
 
-def push(server: Server, file: Path, name: str) -> bool:
-    """Put a trained file on the server; True where the name is new.
+def push(server: Server, file: Path, name: str) -> Change:
+    """Put a trained file on the server, and say what that changed.
 
     `ConfigError` says how to do it later.
     """
     try:
-        return server.push(file, name)
+        _, change = server.upload(name, file.read_bytes())
+        return change
     except ReftError as error:
         key = "" if server.api_key is None else ' -H "authorization: Bearer $REFT_API_KEY"'
         raise ConfigError(

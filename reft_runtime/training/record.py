@@ -23,7 +23,7 @@ from reft_runtime.version import VERSION
 
 
 def extent_of(examples: Sequence[Example], edits: TrainableEdits, settings: TrainSettings) -> str:
-    """Tokens, parameters and passes, before the training."""
+    """The size of a training in words: tokens, trained parameters, passes or steps."""
     tokens = sum(len(example.tokens) for example in examples)
     parameters = sum(parameter.numel() for parameter in edits.parameters())
     length = (
@@ -35,7 +35,7 @@ def extent_of(examples: Sequence[Example], edits: TrainableEdits, settings: Trai
 
 
 def taken_of(state: TrainerState) -> str:
-    """Which step's edits were written, and why there are no later ones."""
+    """Which step's edits were taken, and why none of a later one, in words."""
     best = f"step {state.best_global_step} of {state.max_steps} is taken"
     if state.global_step == state.max_steps:
         return f"{best}, the best of those that were evaluated"

@@ -8,12 +8,11 @@ from html import escape
 from typing import Any
 
 from reft_runtime.display.html import table
+from reft_runtime.display.text import aligned
 from reft_runtime.errors import ConfigError
+from reft_runtime.outputs import BASE_LABEL
 from reft_runtime.training.advice import advise
 from reft_runtime.training.outcomes import OTHER, Confusion, LabelFigures, Outcome, Score
-
-BASE = "base"
-"""What the model without an intervention is called."""
 
 MOST_LABELS = 20
 MOST_WRONG = 3
@@ -26,14 +25,15 @@ class Report:
     scores: tuple[Score, ...]
 
     def value(self, intervention: str, data: str) -> float:
-        """One figure."""
+        """The value of one intervention on one data set."""
         [found] = [s for s in self.scores if (s.intervention, s.data) == (intervention, data)]
         return found.value
 
     @property
     def interventions(self) -> list[str]:
-        """What was judged, without the base."""
-        return list(dict.fromkeys(s.intervention for s in self.scores if s.intervention != BASE))
+        """The interventions that were judged, without the base."""
+        names = dict.fromkeys(score.intervention for score in self.scores)
+        return [name for name in names if name != BASE_LABEL]
 
     def as_json(self) -> list[dict[str, Any]]:
         """Plain values: each score with its rows' outcomes, labels and confusions."""
@@ -61,10 +61,10 @@ class Report:
 
     def table(self) -> str:
         """Interventions by data sets, for a terminal: accuracies in per cent."""
-        return "\n".join(_aligned(self.cells()))
+        return "\n".join(aligned(self.cells(), numbers=True))
 
     def cells(self) -> list[list[str]]:
-        """The table's cells, its head first."""
+        """The cells of the table, line by line, the head first."""
         sets = list(dict.fromkeys((s.data, s.metric, s.rows) for s in self.scores))
         names = list(dict.fromkeys(s.intervention for s in self.scores))
         shown = {(s.intervention, s.data): s.shown for s in self.scores}
@@ -85,11 +85,11 @@ class Report:
         By label, the commonest confusions, some wrong rows, and what to try next; the base model
         stands beside it.
         """
-        bases = {s.data: s for s in self.scores if s.intervention == BASE}
+        bases = {s.data: s for s in self.scores if s.intervention == BASE_LABEL}
         return "\n\n".join(
             "\n".join(_details(score, bases.get(score.data)))
             for score in self.scores
-            if score.intervention != BASE and score.outcomes
+            if score.intervention != BASE_LABEL and score.outcomes
         )
 
 
@@ -130,7 +130,8 @@ def _label_lines(labels: Sequence[LabelFigures]) -> list[str]:
         for one in labels[:MOST_LABELS]
     ]
     more = len(labels) - MOST_LABELS
-    return [*_aligned(rows), *([f"and {more:,} more, which are better"] if more > 0 else [])]
+    lines = aligned(rows, numbers=True)
+    return [*lines, f"and {more:,} more, which are better"] if more > 0 else lines
 
 
 def _confusion_lines(confusions: Sequence[Confusion]) -> list[str]:
@@ -144,15 +145,3 @@ def _confusion_lines(confusions: Sequence[Confusion]) -> list[str]:
 def _wrong_lines(outcome: Outcome) -> Iterable[str]:
     yield f"{outcome.where}: {outcome.text}"
     yield f"  wanted {outcome.wanted!r}, answered {outcome.answered!r}"
-
-
-def _aligned(lines: Sequence[Sequence[str]]) -> list[str]:
-    """Lines of cells in columns: the first to the left, the others to the right."""
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return [
-        "  ".join(
-            cell.rjust(width) if column else cell.ljust(width)
-            for column, (cell, width) in enumerate(zip(line, widths, strict=True))
-        ).rstrip()
-        for line in lines
-    ]

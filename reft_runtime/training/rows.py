@@ -19,11 +19,11 @@ class Row:
     fields: Mapping[str, Any]
 
     def error(self, message: str) -> ConfigError:
-        """An error that names the row."""
+        """A `ConfigError` that names the row."""
         return ConfigError(f"{self.where}: {message}", param="data")
 
     def text(self, name: str) -> str:
-        """A field that must be there and be text."""
+        """A field of the row; raises `ConfigError` where it is not there or is no text."""
         if name not in self.fields:
             raise self.error(
                 f"there is no field {name!r}; it has {_listed(self.fields)}.{_HINTS.get(name, '')}"
@@ -35,7 +35,7 @@ class Row:
 
     @property
     def label(self) -> str | None:
-        """The answer's class, where rows have one; every answer would begin with an empty one."""
+        """The class of the answer, None where the row has none; raises for an empty one."""
         if "label" not in self.fields:
             return None
         label = self.text("label")

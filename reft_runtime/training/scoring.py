@@ -26,14 +26,14 @@ def metric_of(rows: Rows, wanted: Metric | None) -> Metric:
 
 
 def wanted_text(row: Row, metric: Metric, layout: Layout) -> str:
-    """What an answer is compared with."""
+    """The text that an answer to the row is compared with."""
     label = row.label if metric == "accuracy" else layout.completion(row)
     assert label is not None
     return label.strip()
 
 
 def answer_texts(row: Row, wanted: str, metric: Metric, layout: Layout) -> list[str]:
-    """The right answer as far as it counts, as it is written: how long answers have to be.
+    """The right answer as it may be written, which says how long answers have to be.
 
     Behind something, as answers are: at the beginning of a text some tokenizers add a blank.
     """
@@ -49,7 +49,7 @@ def answer_texts(row: Row, wanted: str, metric: Metric, layout: Layout) -> list[
 
 
 def check_label(row: Row, layout: Layout, labels: Collection[str]) -> None:
-    """Raise where the very answer that a row wants would not count as right."""
+    """Raise `ConfigError` where the row's own completion would not count as right."""
     if not layout.has_completion(row):
         return
     completion, label = layout.completion(row).strip(), row.label
@@ -65,7 +65,7 @@ def check_label(row: Row, layout: Layout, labels: Collection[str]) -> None:
 def is_right(
     answer: str, wanted: str, metric: Metric, labels: Collection[str] | None = None
 ) -> bool:
-    """Accuracy: the answer begins with the label. Exact: it is the completion. Blanks aside.
+    """Whether an answer is right: it begins with the label (accuracy), or is the completion.
 
     `labels` are all that there are, None where any text that begins with the label's letters is
     right, as `10` for the label `1`.

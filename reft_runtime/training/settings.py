@@ -15,14 +15,14 @@ from reft_runtime.interventions.format.kinds import KINDS
 DEFAULT_RANK = 4
 
 ROWS_SEEN = 6_000
-"""Rows that a training by default goes through, over and over where the data has fewer."""
+"""A training goes by default over this many rows, several times over the same if need be."""
 
 MIN_EPOCHS, MAX_EPOCHS = 3, 30
 
 DTYPES = ("auto", "float32", "bfloat16")
 
 CHECKS = 5
-"""How often a training is evaluated and saved."""
+"""A training is evaluated and saved this many times."""
 
 
 @dataclass(frozen=True, slots=True)

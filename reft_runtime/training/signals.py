@@ -13,7 +13,7 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class HeldSignals:
-    """Within the block the first signal waits, and the handler that was there gets it at the end.
+    """A block in which the first signal waits; the handler that was there gets it at the end.
 
     So a training can finish its step and keep a checkpoint before Python raises
     `KeyboardInterrupt`. A second signal goes to that handler at once. A signal that nobody handles

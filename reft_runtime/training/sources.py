@@ -20,7 +20,7 @@ Data = str | Path | Iterable[Mapping[str, Any]] | Any
 
 HUB = "hf:"
 _SPLITS = ("train", "dev", "test", "validation")
-"""File names that say nothing about the task: the folder's name does."""
+"""File names that say nothing about the task, which is called by its folder instead."""
 
 
 @dataclass(slots=True)
@@ -51,7 +51,7 @@ def read_records(source: Data) -> Records:
 
 
 def file_for(source: str) -> Path:
-    """The file that a training of this source writes where none is named: here, after the data."""
+    """The file that a training on this source writes where none is named: named as the data."""
     if source.startswith(HUB):
         path = Path(source.removeprefix(HUB).partition(":")[0]).name
     else:
@@ -205,7 +205,7 @@ _HUB_NAME = re.compile(r"(?P<name>[^:]+?)(:(?P<split>[^:/]+))?")
 
 
 def _read_hub(source: str) -> Records:
-    """`hf:NAME[/CONFIG][:SPLIT]`: NAME is OWNER/SET, or SET alone; the split is train if none."""
+    """Read `hf:NAME[/CONFIG][:SPLIT]`: NAME is OWNER/SET or SET, and SPLIT by default train."""
     found = _HUB_NAME.fullmatch(source.removeprefix(HUB))
     if found is None:
         raise ConfigError(

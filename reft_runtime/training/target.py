@@ -12,7 +12,7 @@ from reft_runtime.machine.places import check_folder
 
 
 def check_target(out: str | Path) -> Path:
-    """The path, in a folder that is there and can be written to; raises `ConfigError`."""
+    """The path of a file to write, whose folder is made where need be; raises `ConfigError`."""
     if not isinstance(out, str | os.PathLike):
         raise TypeError(f"out: give the name of a file, not {type(out).__name__}.")
     out = Path(out)

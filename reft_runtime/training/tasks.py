@@ -7,18 +7,25 @@ from dataclasses import dataclass
 
 from reft_runtime.client import Answer
 from reft_runtime.errors import ConfigError
-from reft_runtime.interventions.format.manifest import TEMPLATE_FIELD, Manifest
-from reft_runtime.training.layout import CHAT, Chat, Layout
+from reft_runtime.interventions.format.manifest import Manifest
+from reft_runtime.interventions.format.template import (
+    CHAT,
+    TEMPLATE_FIELD,
+    behind_field,
+    is_text,
+    laid_out,
+)
+from reft_runtime.training.layout import Chat, Layout
 from reft_runtime.training.outcomes import Outcome
 from reft_runtime.training.rows import Row, Rows, read_rows
 from reft_runtime.training.scoring import Metric, check_label, given_label, is_right, metric_of
 from reft_runtime.training.sources import Data
 
 TEXT = 100
-"""Characters of a prompt that an outcome keeps."""
+"""An outcome keeps this many characters of a prompt."""
 
 ANSWER = 80
-"""Characters of an answer that an outcome keeps."""
+"""An outcome keeps this many characters of an answer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,19 +46,19 @@ class Task:
         """How the rows are asked of an intervention: as its training asked its own.
 
         Where neither the user nor the rows say it, prompts become what a user says in a chat, which
-        the file's template writes. Prompts that all have such a text around them already stay.
+        the file's template writes. Prompts that all end as this template ends them stay.
         """
         first = self.rows.rows[0]
         template = None if manifest is None else manifest.template
         told = self.template is not None or "messages" in first.fields
         if told or template in (None, TEMPLATE_FIELD):
             return self.layout
-        if template != CHAT and _written_out(self.rows, template):
+        if is_text(template) and _all_laid_out(self.rows, template):
             return self.layout
         return Layout(CHAT, first)
 
     def outcome(self, row: Row, layout: Layout, wanted: str, answer: Answer) -> Outcome:
-        """What became of a row that was asked by this layout."""
+        """The outcome of a row that was asked by `layout`."""
         text, labelled = answer.text.strip(), self.metric == "accuracy"
         right = is_right(text, wanted, self.metric, self.labels)
         given = None
@@ -79,7 +86,7 @@ def read_tasks(
     text: str | None,
     label: str | None,
 ) -> list[Task]:
-    """Data sets, looked through; raises `ConfigError` for wrong rows and for two of one name."""
+    """Read and check data sets; raises `ConfigError` for wrong rows and for two of one name."""
     tasks = []
     for source in data:
         rows = read_rows(source, text=text, label=label)
@@ -95,13 +102,10 @@ def read_tasks(
     return tasks
 
 
-def _written_out(rows: Rows, template: str) -> bool:
-    """Whether all prompts begin and end as a template that is a text writes them."""
-    before, behind = (part.strip() for part in template.split(TEMPLATE_FIELD))
-    if not before and not behind:
-        return False
-    prompts = (row.text("prompt").strip() for row in rows.rows)
-    return all(prompt.startswith(before) and prompt.endswith(behind) for prompt in prompts)
+def _all_laid_out(rows: Rows, template: str) -> bool:
+    """Whether a server would take every prompt as one that the template has written already."""
+    behind = behind_field(template)
+    return all(laid_out(row.text("prompt"), behind) is not None for row in rows.rows)
 
 
 def _last_turn(asked: str | Chat) -> str:

@@ -32,7 +32,7 @@ from reft_runtime.training.work import COMPLETE
 WARMUP = 0.06
 
 LOGS = 50
-"""How often the loss of a training is logged."""
+"""The loss of a training is logged this many times."""
 
 MERIT = "eval_merit"
 """The figure by which the best checkpoint is chosen."""
@@ -54,7 +54,7 @@ class Schedule(Dataset[Example]):
 
     @property
     def used(self) -> list[Example]:
-        """The examples that occur in it, each once."""
+        """The examples that the steps go over, each once."""
         return [self._examples[index] for index in sorted(set(self._order))]
 
     def __len__(self) -> int:
@@ -112,7 +112,7 @@ def as_metrics(totals: Tensor, *, labelled: bool) -> dict[str, float]:
 
 
 def merit(totals: Tensor, *, labelled: bool) -> float:
-    """What the best checkpoint has most of: rows right and, where those are equal, less loss."""
+    """A figure that is highest for the best checkpoint: most rows right, then least loss."""
     loss, tokens, right, _ = totals.tolist()
     mean = loss / tokens
     return float((right if labelled else 0) - mean / (1 + mean))
@@ -181,7 +181,7 @@ class EditTrainer(Trainer):
         self.control.should_training_stop = True
 
     def evaluate_what_is_due(self) -> None:
-        """Make the evaluation that a signal kept the checkpoint's training from making."""
+        """Make the evaluation of the checkpoint that a signal kept an earlier training from."""
         step, args = self.state.global_step, self.args
         if not step or args.eval_strategy == "no":
             return
@@ -206,7 +206,7 @@ class EditTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """The loss, which must be finite."""
+        """The loss of a batch; raises `TrainingFailed` where it is not finite."""
         loss: Tensor
         loss, outputs = super().compute_loss(
             model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch

@@ -1,6 +1,8 @@
-"""Numbers as people say them."""
+"""Numbers and lists as people say them."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 
 def counted(count: float, noun: str) -> str:
@@ -17,3 +19,9 @@ def duration(seconds: float) -> str:
     if seconds < 5400:
         return counted(round(seconds / 60), "minute")
     return f"{seconds / 3600:.1f} hours"
+
+
+def listed(items: Sequence[str], most: int) -> str:
+    """Items with commas between them; of more than `most` the others are counted."""
+    more = len(items) - most
+    return ", ".join(items[:most]) + (f" and {more:,} more" if more > 0 else "")

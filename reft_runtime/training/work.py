@@ -16,10 +16,10 @@ COMPLETE = "complete"
 """Name of the file that marks a checkpoint as whole: it is written last."""
 
 _NOTE = "training.json"
-"""What a training is, beside its checkpoints."""
+"""Name of the file that says what a training is, beside its checkpoints."""
 
 _STATE = "trainer_state.json"
-"""What the Trainer says of itself in a checkpoint."""
+"""Name of the file that says how far a checkpoint is, written by the Trainer."""
 
 
 class WorkFolder:
@@ -42,7 +42,7 @@ class WorkFolder:
         return max(whole, key=_step, default=None)
 
     def check(self, *, resume: bool) -> None:
-        """No training that was cut off is overwritten, and what is resumed must be there."""
+        """Raise `ConfigError` where a training would be overwritten, or none can be resumed."""
         if self.path.exists() and not self.path.is_dir():
             raise ConfigError(f"out: {self.path} is in the way; remove it.", param="out")
         if resume:
@@ -90,19 +90,24 @@ class WorkFolder:
         with suppress(FileNotFoundError):
             shutil.rmtree(self.path)
 
+    def progress(self, steps: int) -> str:
+        """How far a training of so many steps is: `step 120 of 375`."""
+        newest = self.newest
+        return f"step 0 of {steps}: none was kept" if newest is None else _progress(newest)
+
     def kept(self) -> str:
-        """Which step a checkpoint is of, and how to go on; or that there is none."""
+        """Which step is kept and how to go on from it, in words; or that none is."""
         newest = self.newest
         if newest is None:
             return "No step is kept, and nothing is left behind: start it again."
         return (
-            f"{progress_of(newest).capitalize()} is kept in {self.path}. The same command with"
+            f"{_progress(newest).capitalize()} is kept in {self.path}. The same command with"
             " --resume (in Python resume=True) goes on from there."
         )
 
     @contextmanager
     def guarded(self) -> Iterator[None]:
-        """Around a training: where it fails, nothing that is of no use is left of the folder.
+        """Go around a training: where it fails before a checkpoint, the folder is removed.
 
         `KeyboardInterrupt` gets what `kept` says as a note.
         """
@@ -116,7 +121,7 @@ class WorkFolder:
             raise
 
 
-def progress_of(checkpoint: Path) -> str:
+def _progress(checkpoint: Path) -> str:
     """How far a checkpoint is: `step 120 of 375`."""
     steps = json.loads((checkpoint / _STATE).read_text())["max_steps"]
     return f"step {_step(checkpoint)} of {steps}"

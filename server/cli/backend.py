@@ -5,11 +5,12 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from reft_runtime.client import Body, Server
 from reft_runtime.errors import InvalidRequest
 from reft_runtime.interventions.format.identity import names_file
+from reft_runtime.interventions.format.template import is_text
 from reft_runtime.outputs import EditTrace, Trace
 from reft_runtime.sampling import SamplingParams
 from reft_runtime.use import Use
@@ -18,16 +19,17 @@ from server.cli.options import LOCAL_URL
 from server.cli.terminal import stages_told
 from server.settings import load_settings
 
-CHAT = "chat"
-"""The template of a manifest that takes whole conversations; so does none."""
+if TYPE_CHECKING:
+    from reft_runtime.training import Score
+    from reft_runtime.training.sources import Data
 
 Say = Callable[[str], object]
-"""Takes the pieces of an answer's text as they come."""
+"""A function that is given the pieces of an answer's text as they come."""
 
 
 @dataclass(frozen=True, slots=True)
 class Applied:
-    """What is applied to a request; `label` is how it was asked for, empty for the base model.
+    """The interventions of a request; `label` is how they were asked for, empty for none.
 
     `one_turn` says that its template takes one user's message, not a conversation.
     """
@@ -76,32 +78,29 @@ class Backend(Protocol):
         """The server's address; None for a model in this process."""
 
     def resolve(self, options: Sequence[str]) -> Applied:
-        """What the values of `--intervention` mean together; raises where one is not there."""
+        """Look up the values of `--intervention`; raises `NotFound` where one is not there."""
 
     def answer(self, ask: Ask, say: Say) -> Reply:
-        """One answer, told as it comes; `KeyboardInterrupt` ends the request and goes on."""
+        """Answer one chat, piece by piece; `KeyboardInterrupt` ends the request and is raised."""
 
     def answers(self, asks: Sequence[Ask]) -> list[Reply]:
-        """Answers to all, computed together."""
+        """Answer all chats together, in order."""
+
+    def evaluate(self, data: Data, interventions: Sequence[str]) -> tuple[Score, ...]:
+        """The score of each intervention on rows, as `reft eval` finds it."""
 
     def close(self) -> None:
-        """Free what it holds."""
-
-
-def server_to_ask(url: str | None, api_key: str | None, options: Mapping[str, Any]) -> str | None:
-    """The address given, or of this machine's server; None for a model in this process.
-
-    A `model` among the options asks for that.
-    """
-    if url is not None or options["model"] is not None:
-        return url
-    return LOCAL_URL if Server(LOCAL_URL, api_key).answers_at_all() else None
+        """Free what the backend holds."""
 
 
 def open_backend(url: str | None, api_key: str | None, options: Mapping[str, Any]) -> Backend:
-    """Whom `server_to_ask` finds; `options` are those of `Settings` for a model in this process."""
-    found = server_to_ask(url, api_key, options)
-    return LocalBackend(options) if found is None else RemoteBackend(Server(found, api_key))
+    """The server at the address given, else this machine's, else a model in this process.
+
+    `options` are those of `Settings`; a `model` among them asks for a model in this process.
+    """
+    if url is None and options["model"] is None and Server(LOCAL_URL, api_key).answers_at_all():
+        url = LOCAL_URL
+    return LocalBackend(options) if url is None else RemoteBackend(Server(url, api_key))
 
 
 class RemoteBackend:
@@ -109,7 +108,7 @@ class RemoteBackend:
 
     def __init__(self, server: Server) -> None:
         self._server = server
-        self.model = server.models()[0]
+        self.model = server.base_model()
         self.url = server.url
 
     def resolve(self, options: Sequence[str]) -> Applied:
@@ -138,8 +137,16 @@ class RemoteBackend:
         """As in `Backend`."""
         return [_reply(whole) for whole in self._server.ask([(_PATH, self._body(a)) for a in asks])]
 
+    def evaluate(self, data: Data, interventions: Sequence[str]) -> tuple[Score, ...]:
+        """As in `Backend`."""
+        from reft_runtime.training import evaluate
+
+        server = self._server
+        report = evaluate([data], interventions, url=server.url, api_key=server.api_key, base=False)
+        return report.scores
+
     def close(self) -> None:
-        """Nothing is held."""
+        """Do nothing: a server's client holds nothing."""
 
     def _body(self, ask: Ask) -> Body:
         sampling = ask.sampling
@@ -168,20 +175,19 @@ class RemoteBackend:
 
 
 class LocalBackend:
-    """A model in this process, which is loaded first."""
+    """A model in this process, which is loaded when the backend is made."""
 
     def __init__(self, options: Mapping[str, Any]) -> None:
-        settings = load_settings(options)
-        self._given = settings.model
+        self._settings = load_settings(options)
         with stages_told():
-            self._engine = start_engine(settings)
+            self._engine = start_engine(self._settings)
         self._runner = asyncio.Runner()  # one loop, for events of an answer may come after its end
         self.model = self._engine.info.model
         self.url = None
 
     def resolve(self, options: Sequence[str]) -> Applied:
         """As in `Backend`; files may be named, too."""
-        uses = resolve(self._engine, read_asked(options, self._given))
+        uses = resolve(self._engine, read_asked(options, self._settings.model))
         templates = (
             use.intervention.template for use in uses if not isinstance(use.intervention, str)
         )
@@ -198,6 +204,23 @@ class LocalBackend:
             return list(await asyncio.gather(*(self._answer(ask, lambda _: None) for ask in asks)))
 
         return self._runner.run(together())
+
+    def evaluate(self, data: Data, interventions: Sequence[str]) -> tuple[Score, ...]:
+        """As in `Backend`; files may be named, too."""
+        from reft_runtime.training import evaluate
+
+        settings = self._settings
+        report = evaluate(
+            [data],
+            interventions,
+            engine=self._engine,
+            model=settings.model,
+            folder=settings.interventions,
+            dtype=settings.dtype,
+            threads=settings.threads,
+            base=False,
+        )
+        return report.scores
 
     def close(self) -> None:
         """Stop the engine."""
@@ -225,7 +248,7 @@ _PATH = "/v1/chat/completions"
 
 
 def _one_turn(templates: Iterable[str | None]) -> bool:
-    return any(template not in (None, CHAT) for template in list(templates))
+    return any(is_text(template) for template in list(templates))
 
 
 def _reply(whole: Body) -> Reply:

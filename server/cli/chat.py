@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from typing import Annotated, Any
+from typing import Any
 
 import typer
 
@@ -20,6 +20,7 @@ from server.cli.options import (
     MaxTokens,
     MaybeUrl,
     Seed,
+    System,
     Temperature,
     with_settings,
 )
@@ -27,16 +28,14 @@ from server.cli.options import (
 app = typer.Typer()
 
 KEPT_LINES = 1000
-"""Lines of the history that the next chat finds."""
+"""The next chat finds this many lines of the history."""
 
 
 @app.command()
 @with_settings(*LOCAL_SETTINGS)
 def chat(
     intervention: Composed = None,
-    system: Annotated[
-        str | None, typer.Option(help="What the model is told first.", show_default=False)
-    ] = None,
+    system: System = None,
     url: MaybeUrl = None,
     api_key: ApiKey = None,
     max_tokens: MaxTokens = 512,
@@ -64,7 +63,7 @@ def _read(prompt: str) -> str:
 
 @contextmanager
 def _history() -> Iterator[None]:
-    """Lines can be edited and found again, in the next chat, too; where nobody types, nothing."""
+    """Let typed lines be edited, and found by the next chat; without a terminal do nothing."""
     if not sys.stdin.isatty():
         yield
         return

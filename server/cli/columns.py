@@ -9,24 +9,22 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
+from reft_runtime.outputs import BASE_LABEL
 from server.cli.backend import Applied, Ask, Backend, Reply
 from server.cli.console import printable
 
 Message = dict[str, str]
 
-BASE_LABEL = "base"
-"""What the model without an intervention is called."""
-
 
 @dataclass(frozen=True, slots=True)
 class Column:
-    """What was applied, and what it answered."""
+    """One answer, and the label of what was applied to it."""
 
     label: str
     reply: Reply
 
     def as_json(self) -> dict[str, Any]:
-        """Plain values; `kl` is the first token's divergence from the base, in nats.
+        """The column as plain values; `kl` is the first token's divergence from the base, in nats.
 
         `mean_log_ratio` is how much likelier the answer is than to the base, in nats a token.
         """
@@ -41,7 +39,7 @@ class Column:
 
 
 def answer_columns(backend: Backend, asks: Sequence[Ask]) -> list[Column]:
-    """Ask all together."""
+    """Ask all together, and give the answers their labels."""
     return [
         Column(ask.applied.label or BASE_LABEL, reply)
         for ask, reply in zip(asks, backend.answers(asks), strict=True)
@@ -49,7 +47,7 @@ def answer_columns(backend: Backend, asks: Sequence[Ask]) -> list[Column]:
 
 
 def show_columns(console: Console, columns: Sequence[Column]) -> None:
-    """Write them, each below a line that says whose it is."""
+    """Write the columns, each below a line that says whose it is."""
     for place, column in enumerate(columns):
         if place:
             console.print()
@@ -67,13 +65,13 @@ def show_columns(console: Console, columns: Sequence[Column]) -> None:
 
 
 def conversation(system: str | None, turns: Sequence[Message]) -> list[Message]:
-    """The turns, behind what the model is told first, if anything."""
+    """The messages of a chat: the system's, if there is one, and then the turns."""
     told = [] if system is None else [{"role": "system", "content": system}]
     return [*told, *turns]
 
 
 def alone(messages: Sequence[Any], applied: Applied) -> list[Any]:
-    """The messages as far as its template takes them: system turns and the last one, or all."""
+    """The messages that the template takes: all, or system turns and the last one."""
     if not applied.one_turn:
         return list(messages)
     return [m for m in messages[:-1] if m["role"] == "system"] + list(messages[-1:])

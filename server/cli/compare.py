@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,32 +12,29 @@ from reft_runtime.display.plots import check_plot
 from reft_runtime.errors import ConfigError
 from reft_runtime.sampling import SamplingParams
 from reft_runtime.use import Use
-from server.cli.backend import BASE, Applied, Ask, Backend, open_backend, server_to_ask
+from server.cli.backend import BASE, Applied, Ask, Backend, open_backend
 from server.cli.columns import alone, answer_columns, conversation, show_columns
-from server.cli.console import console
+from server.cli.console import console, print_json
 from server.cli.options import (
     LOCAL_SETTINGS,
     ApiKey,
     AsJson,
     MaxTokens,
     MaybeUrl,
+    Prompt,
     Seed,
+    System,
     Temperature,
     with_settings,
 )
 from server.cli.sweep import Point, draw, read_strengths, show_points
 from server.cli.terminal import stages_told
-from server.settings import load_settings
 
 if TYPE_CHECKING:
     from reft_runtime.training import Score
+    from reft_runtime.training.rows import Rows
 
 app = typer.Typer()
-
-Prompt = Annotated[str, typer.Argument(help="What to say to the model, as one user's turn.")]
-System = Annotated[
-    str | None, typer.Option(help="What the model is told first.", show_default=False)
-]
 
 
 @app.command()
@@ -86,7 +82,7 @@ def compare(
     finally:
         backend.close()
     if as_json:
-        typer.echo(json.dumps([column.as_json() for column in columns], ensure_ascii=False))
+        print_json([column.as_json() for column in columns])
     else:
         show_columns(console(), columns)
 
@@ -108,7 +104,7 @@ def sweep(
         str,
         typer.Option(
             metavar="FROM:TO:STEP",
-            help="Strengths, both ends among them; or numbers with commas between them.",
+            help="Strengths to try, both ends included; or numbers with commas between them.",
         ),
     ] = "-1:2:0.5",
     system: System = None,
@@ -117,7 +113,7 @@ def sweep(
         typer.Option(
             "--eval",
             metavar="DATA",
-            help="Rows as for `reft eval`: the score at each strength, too.",
+            help="Rows as for `reft eval`, to show the score at each strength, too.",
             show_default=False,
         ),
     ] = None,
@@ -149,13 +145,14 @@ def sweep(
         )
     picture = None if plot is None else check_plot(plot)
     sampling = SamplingParams(max_tokens=max_tokens, temperature=temperature, seed=seed)
-    asked = server_to_ask(url, api_key, options)
+    rows = None if evaluation is None else _read(evaluation)
     scores: list[Score | None] = [None] * len(grid)
-    if evaluation is not None:
-        scores = list(_scores(evaluation, name, grid, asked, api_key, options))
-    backend = open_backend(asked, api_key, options)
+    backend = open_backend(url, api_key, options)
     try:
         applied = _at(backend, name, grid)
+        if rows is not None:
+            with stages_told():
+                scores = list(backend.evaluate(rows, [f"{name}={strength!r}" for strength in grid]))
         columns = answer_columns(backend, [_ask(prompt, system, one, sampling) for one in applied])
     finally:
         backend.close()
@@ -163,13 +160,13 @@ def sweep(
     if picture is not None:
         draw(picture, name, points)
     if as_json:
-        typer.echo(json.dumps([point.as_json() for point in points], ensure_ascii=False))
+        print_json([point.as_json() for point in points])
     else:
         show_points(console(), points)
 
 
 def _at(backend: Backend, name: str, grid: list[float]) -> list[Applied]:
-    """One intervention, looked up once, at several strengths."""
+    """One intervention at several strengths; it is looked up once."""
     found = backend.resolve([name])
     [use] = found.uses
     return [
@@ -184,27 +181,8 @@ def _ask(prompt: str, system: str | None, applied: Applied, sampling: SamplingPa
 
 
 @stages_told()
-def _scores(
-    data: str,
-    name: str,
-    grid: list[float],
-    url: str | None,
-    api_key: str | None,
-    options: dict[str, Any],
-) -> tuple[Score, ...]:
-    """What `reft eval` finds at each strength."""
+def _read(data: str) -> Rows:
+    """Read the rows to score, before a model is loaded."""
     with stage("Starting Python's libraries"):
-        from reft_runtime.training import evaluate
-    settings = load_settings(options)
-    report = evaluate(
-        [data],
-        [f"{name}={strength!r}" for strength in grid],
-        url=url,
-        api_key=api_key,
-        model=settings.model,
-        folder=settings.interventions,
-        dtype=settings.dtype,
-        threads=settings.threads,
-        base=False,
-    )
-    return report.scores
+        from reft_runtime.training.rows import read_rows
+    return read_rows(data)

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Mapping, Sequence
+from typing import Any
 
+import typer
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 _WIDE = 10_000
-"""Columns where the output is no terminal: nothing is cut off for a program that reads it."""
+"""The width where the output is no terminal: nothing is cut off for a program that reads it."""
 
 _CONTROL = {code: "\ufffd" for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
 
@@ -21,19 +24,24 @@ def printable(text: str) -> str:
 
 
 def console() -> Console:
-    """Standard output; nothing in a text is taken for markup."""
+    """A console on standard output; nothing in a text is taken for markup."""
     return Console(
         width=None if sys.stdout.isatty() else _WIDE, markup=False, highlight=False, emoji=False
     )
 
 
+def print_json(value: Any) -> None:
+    """Write plain values to standard output as one line of JSON."""
+    typer.echo(json.dumps(value, ensure_ascii=False))
+
+
 def error_console() -> Console:
-    """Standard error, likewise."""
+    """A console on standard error; nothing in a text is taken for markup."""
     return Console(stderr=True, markup=False, highlight=False, emoji=False)
 
 
 def table(columns: Mapping[str, str], rows: Sequence[Sequence[str]]) -> Table:
-    """Rows below the names of their columns, each with how it is laid out.
+    """A table: rows below the names of their columns, each with how it is laid out.
 
     `whole` and `right` (for numbers) keep their width; of the others, `cut` ends with dots where
     there is no room, and `fold` goes on in the next line.

@@ -11,14 +11,14 @@ import typer
 
 from reft_runtime.errors import ConfigError, InvalidRequest, ReftError, did_you_mean
 from reft_runtime.sampling import SamplingParams
-from reft_runtime.use import Use
+from reft_runtime.use import Use, with_strength
 from server.cli.backend import BASE, Applied, Ask, Backend, Reply
 from server.cli.columns import Message, alone, answer_columns, conversation, show_columns
 from server.cli.console import console, printable
 from server.cli.tables import trace_table
 
 Read = Callable[[str], str]
-"""Reads one line behind a prompt; `EOFError` at the end."""
+"""A function that reads one line behind a prompt, and raises `EOFError` at the end."""
 
 BLOCK = '"""'
 NOTHING = "-"
@@ -152,7 +152,7 @@ class Chat:
         changed = names or known
         self._apply(
             [
-                f"{use.label}={strength:g}" if use.label in changed else option
+                with_strength(use.label, strength) if use.label in changed else option
                 for use, option in zip(uses, self._options, strict=True)
             ]
         )

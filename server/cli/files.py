@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from reft_runtime.display.text import aligned
 from reft_runtime.errors import ConfigError
 from server.cli.local_files import naming, read_file
-from server.cli.tables import aligned
+from server.cli.options import AsJson
 
 if TYPE_CHECKING:
     from reft_runtime.interventions import Intervention
@@ -37,10 +38,11 @@ def import_(
     share_weights: Annotated[
         bool | None,
         typer.Option(
-            "--share-weights/--untied", help="Whether first and last tokens share their weights."
+            "--share-weights/--untied",
+            help="Whether first and last tokens share their weights.",
         ),
     ] = None,
-    act: Annotated[str | None, typer.Option(help="act_fn of the training, or linear.")] = None,
+    act: Annotated[str | None, typer.Option(help="The act_fn of the training, or linear.")] = None,
     suffix_offset: Annotated[
         int | None,
         typer.Option(min=0, help="Last prompt tokens that the training's data set left out."),
@@ -77,7 +79,7 @@ def inspect(
     base: Annotated[
         str | None, typer.Option(help="Base model (demo, a folder, a hub id), for the share of it.")
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Show what a file holds, after the checks that it passes before it is served."""
     from reft_runtime.base.shape import count_parameters, read_base
@@ -110,7 +112,7 @@ def export(
 
 
 def write_file(path: Path, intervention: Intervention) -> None:
-    """Write an intervention file; where that fails, name the option."""
+    """Write an intervention file; raises `ConfigError` that names the option."""
     from reft_runtime.interventions import write
 
     try:

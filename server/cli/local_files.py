@@ -11,7 +11,7 @@ from reft_runtime.errors import MOST_COMPARED, InvalidFile, NotFound, WrongBaseM
 from reft_runtime.interventions.format.identity import SUFFIX
 
 SHIPPED = Path("interventions")
-"""Where a file that is called by its name alone may be meant to lie."""
+"""The folder in which a file may lie that is called by its name alone."""
 
 
 @contextmanager

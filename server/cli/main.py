@@ -16,17 +16,18 @@ from reft_runtime.errors import ReftError
 from reft_runtime.version import VERSION
 from server.cli import chat as chat_cli
 from server.cli import compare as compare_cli
+from server.cli import evaluation as evaluation_cli
 from server.cli import files as files_cli
 from server.cli import remote as remote_cli
 from server.cli import training as training_cli
 from server.cli import transfers as transfer_cli
 from server.cli.applied import read_asked, resolve, start_engine, telling_templates
-from server.cli.options import LOCAL_SETTINGS, MaxTokens, Seed, Temperature, with_settings
+from server.cli.options import LOCAL_SETTINGS, MaxTokens, Prompt, Seed, Temperature, with_settings
 from server.cli.tables import trace_table
 from server.settings import load_settings
 
 if TYPE_CHECKING:
-    from reft_runtime.front.admission import Prompt
+    from reft_runtime.front.admission import Prompt as Asked
     from reft_runtime.front.engine import Engine
     from reft_runtime.use import Use
 
@@ -41,6 +42,7 @@ app.add_typer(compare_cli.app)
 app.add_typer(remote_cli.app)
 app.add_typer(transfer_cli.app)
 app.add_typer(training_cli.app)
+app.add_typer(evaluation_cli.app)
 app.add_typer(files_cli.app)
 
 
@@ -119,7 +121,7 @@ def serve(**options: Any) -> None:
 @app.command()
 @with_settings(*LOCAL_SETTINGS)
 def generate(
-    prompt: Annotated[str, typer.Argument(help="What to say to the model, as one user's turn.")],
+    prompt: Prompt,
     intervention: Annotated[
         list[str] | None,
         typer.Option(
@@ -159,7 +161,7 @@ def generate(
 async def _print_answer(
     engine: Engine, prompt: str, uses: list[Use], sampling: Any, *, raw: bool, trace: bool
 ) -> None:
-    asked: Prompt = [{"role": "user", "content": prompt}]
+    asked: Asked = [{"role": "user", "content": prompt}]
     if raw:
         asked = engine.tokenizer.encode(prompt)
     with telling_templates():

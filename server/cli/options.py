@@ -15,11 +15,17 @@ from server.settings import Settings
 
 Command = TypeVar("Command", bound=Callable[..., None])
 
+
+def _unescaped(template: str | None) -> str | None:
+    """A template as it was meant: shells pass a backslash and an n where a new line is wanted."""
+    return None if template is None else template.replace("\\n", "\n").replace("\\t", "\t")
+
+
 LOCAL_URL = "http://127.0.0.1:8000"
 """Where `reft serve` listens unless told otherwise."""
 
 Url = Annotated[
-    str, typer.Option(envvar="REFT_URL", metavar="URL", help="The running server to talk to.")
+    str, typer.Option(envvar="REFT_URL", metavar="URL", help="Address of the running server.")
 ]
 MaybeUrl = Annotated[
     str | None,
@@ -34,7 +40,7 @@ MaybeUrl = Annotated[
 ApiKey = Annotated[
     str | None,
     typer.Option(
-        envvar="REFT_API_KEY", metavar="KEY", help="Key of that server.", show_default=False
+        envvar="REFT_API_KEY", metavar="KEY", help="API key of the server.", show_default=False
     ),
 ]
 Composed = Annotated[
@@ -48,12 +54,51 @@ Composed = Annotated[
         show_default=False,
     ),
 ]
-MaxTokens = Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")]
+MaxTokens = Annotated[int, typer.Option(min=1, help="Length of the longest answer, in tokens.")]
 Temperature = Annotated[float, typer.Option(min=0, help="0 takes the likeliest token.")]
 Seed = Annotated[
     int | None,
     typer.Option(
         help="Makes the answer repeatable when temperature is above 0.", show_default=False
+    ),
+]
+Prompt = Annotated[str, typer.Argument(help="What to say to the model, as one user's turn.")]
+System = Annotated[
+    str | None, typer.Option(help="What the model is told first.", show_default=False)
+]
+Model = Annotated[str, typer.Option(help="Base model: demo, a folder or a Hugging Face id.")]
+Description = Annotated[str, typer.Option(help="What the intervention does.")]
+License = Annotated[str | None, typer.Option("--license", help="Licence of the file.")]
+Template = Annotated[
+    str | None,
+    typer.Option(
+        callback=_unescaped,
+        help="How a row becomes a prompt: 'chat' (its prompt as a user's message), or a text with "
+        "fields in braces, 'Review: {text}\\nSentiment:'. By default texts, and prompts "
+        "of classes, become 'chat' where the model has a chat template; others stay as they are.",
+    ),
+]
+DATA = (
+    "CSV, TSV, Parquet, a JSON array or JSON lines, or hf:NAME[/CONFIG][:SPLIT]; with text and "
+    "label, prompt and completion, or messages."
+)
+Rows = Annotated[str, typer.Argument(help=DATA)]
+Text = Annotated[
+    str | None, typer.Option(help="Name of the column of texts; by default a usual one.")
+]
+Label = Annotated[
+    str | None, typer.Option(help="Name of the column of classes; by default a usual one.")
+]
+Dtype = Annotated[
+    str, typer.Option(help="Number format of the base's weights: auto, float32, bfloat16.")
+]
+Threads = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        max=1024,
+        envvar="REFT_THREADS",
+        help="CPU threads; by default one a core that affinity and the container's quota leave.",
     ),
 ]
 LOCAL_SETTINGS = (
@@ -86,7 +131,7 @@ def with_settings(*names: str) -> Callable[[Command], Command]:
 
 
 def _option(name: str) -> inspect.Parameter:
-    """Option of a settings field; its default None means not given: the environment decides."""
+    """The option of a settings field. Its default None means that the environment decides."""
     field = Settings.model_fields[name]
     kind: Any = field.annotation
     if get_origin(kind) is UnionType:

@@ -5,25 +5,26 @@ from __future__ import annotations
 import json
 import sys
 import time
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.live import Live
 
 from reft_runtime.client import Server
+from reft_runtime.display.text import aligned
 from reft_runtime.errors import ConfigError, did_you_mean
 from reft_runtime.interventions.registry.paging import SORTS
-from server.cli.console import console, printable, size, table
+from server.cli.console import console, print_json, printable, size, table
 from server.cli.options import LOCAL_URL, ApiKey, AsJson, Url
 from server.cli.overview import busy, overview
-from server.cli.tables import aligned, ranges, short
+from server.cli.tables import ranges, short
 
 app = typer.Typer()
 
 REFRESH_SECONDS = 1.0
 
 LONGEST_LAYERS = 12
-"""Characters of layers in a listing."""
+"""A listing shows at most this many characters of the layers."""
 
 Name = Annotated[str, typer.Argument(metavar="NAME", help="Name of an intervention.")]
 
@@ -33,7 +34,10 @@ def list_(
     query: Annotated[
         str,
         typer.Option(
-            "-q", "--query", metavar="TEXT", help="Those with this in their name or description."
+            "-q",
+            "--query",
+            metavar="TEXT",
+            help="Only those with this in name or description.",
         ),
     ] = "",
     sort: Annotated[
@@ -54,7 +58,7 @@ def list_(
         raise ConfigError(f"sort: {sort!r} is no order.{meant}", param="sort")
     entries = list(Server(url, api_key).listing(query, sort))
     if as_json:
-        _print_json(entries)
+        print_json(entries)
         return
     rows = [
         (
@@ -84,7 +88,7 @@ def show(name: Name, url: Url = LOCAL_URL, api_key: ApiKey = None, as_json: AsJs
     server = Server(url, api_key)
     entry, versions = server.entry(name), server.versions(name)
     if as_json:
-        _print_json({**entry, "versions": versions})
+        print_json({**entry, "versions": versions})
         return
     manifest = entry["manifest"]
     lines = [
@@ -143,7 +147,7 @@ def rm(
             below = f"; the {' and the '.join(entry['hides'])}'s serves" if entry["hides"] else ""
             typer.echo(f"{entry['id']}: removed{below}")
     if as_json:
-        _print_json([{"id": entry["id"], "deleted": True} for entry in found])
+        print_json([{"id": entry["id"], "deleted": True} for entry in found])
 
 
 @app.command()
@@ -165,7 +169,7 @@ def rollback(
     before = server.entry(name)["digest"]
     entry = server.rollback(name, digest)
     if as_json:
-        _print_json({**entry, "before": before})
+        print_json({**entry, "before": before})
     elif entry["digest"] == before:
         typer.echo(f"{name}: {short(before)} is served already")
     else:
@@ -186,7 +190,7 @@ def ps(
     if not watch:
         stats, used = server.stats(), busy(server)
         if as_json:
-            _print_json({**stats, "in_use": used})
+            print_json({**stats, "in_use": used})
         else:
             console().print(overview(stats, used))
         return
@@ -202,10 +206,6 @@ def ps(
 
 
 def _layers(layers: list[int]) -> str:
-    """Layers in short; of many apart from each other the first, the last and their number."""
+    """Layers in short; where there are many runs, the first, the last and their number."""
     text = ranges(layers)
     return text if len(text) <= LONGEST_LAYERS else f"{layers[0]}..{layers[-1]} ({len(layers)})"
-
-
-def _print_json(value: Any) -> None:
-    typer.echo(json.dumps(value, ensure_ascii=False))

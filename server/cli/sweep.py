@@ -31,7 +31,7 @@ class Point:
     score: Score | None = None
 
     def as_json(self) -> dict[str, Any]:
-        """Plain values."""
+        """The point as plain values."""
         plain = {"strength": self.strength, **self.column.as_json()}
         if self.score is None:
             return plain
@@ -39,7 +39,7 @@ class Point:
 
 
 def read_strengths(text: str) -> list[float]:
-    """Strengths from FROM:TO:STEP, both ends among them, or from numbers with commas between.
+    """Read strengths: FROM:TO:STEP with both ends, or numbers with commas between them.
 
     Raises `ConfigError`.
     """
@@ -66,7 +66,7 @@ def read_strengths(text: str) -> list[float]:
 
 
 def _range(first: float, last: float, step: float) -> list[float]:
-    """Empty where there is none."""
+    """The strengths from `first` to `last`, none where no step leads there."""
     count = (last - first) / step if step else math.nan
     if not 0 <= count <= 10**6:
         return []

@@ -6,20 +6,14 @@ from collections.abc import Sequence
 from itertools import groupby
 from typing import TYPE_CHECKING
 
+from reft_runtime.display.text import aligned
+from reft_runtime.use import with_strength
+
 if TYPE_CHECKING:
     from reft_runtime.outputs import Trace
     from reft_runtime.use import Use
 
 _TRACE_HEAD = ("INTERVENTION", "LAYER", "COMPONENT", "ROWS", "MEAN", "LARGEST", "POSITIONS")
-
-
-def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Lines of rows whose columns stand below each other."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return [
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-        for row in rows
-    ]
 
 
 def short(digest: str) -> str:
@@ -34,7 +28,7 @@ def trace_table(trace: Trace, uses: Sequence[Use], prompt_tokens: int) -> str:
         use = uses[edit.intervention]
         rows.append(
             (
-                use.label.partition("@")[0] + ("" if use.strength == 1 else f"={use.strength:g}"),
+                with_strength(use.label.partition("@")[0], use.strength),
                 str(edit.layer),
                 edit.component,
                 str(len(edit.positions)),

@@ -13,7 +13,7 @@ import typer
 
 
 class _Told(logging.Handler):
-    """Messages on standard error, as it is at that time."""
+    """A log handler that writes to what standard error is at that time."""
 
     def emit(self, record: logging.LogRecord) -> None:
         typer.echo(self.format(record), err=True)

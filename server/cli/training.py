@@ -1,8 +1,7 @@
-"""Commands that make and judge interventions: check, train, eval, direction."""
+"""Commands that make interventions from rows and texts: check, train, direction."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, cast
 
@@ -11,54 +10,25 @@ import typer
 from reft_runtime.base.stages import stage
 from reft_runtime.errors import ConfigError
 from server.cli.files import write_file
+from server.cli.options import (
+    ApiKey,
+    Description,
+    Dtype,
+    Label,
+    License,
+    Model,
+    Rows,
+    Template,
+    Text,
+    Threads,
+)
 from server.cli.terminal import stages_told, stoppable
 
 if TYPE_CHECKING:
     from reft_runtime.interventions.format.manifest import SystemTurn
     from reft_runtime.training import Trained
-    from reft_runtime.training.scoring import Metric
 
 app = typer.Typer()
-
-Model = Annotated[str, typer.Option(help="Base model: demo, a folder or a Hugging Face id.")]
-Out = Annotated[Path, typer.Option(help="The file to write, NAME.safetensors.")]
-Description = Annotated[str, typer.Option(help="What the intervention does.")]
-License = Annotated[str | None, typer.Option("--license", help="Licence of the file.")]
-Template = Annotated[
-    str | None,
-    typer.Option(
-        help="How a row becomes a prompt: 'chat' (its prompt as a user's message), or a text with "
-        "fields in braces, 'Review: {text}\\nSentiment:'. By default texts and prompts "
-        "of classes as 'chat', where the model has a chat template, others as they are."
-    ),
-]
-DATA = (
-    "CSV, TSV, Parquet, a JSON array or JSON lines, or hf:NAME[/CONFIG][:SPLIT]; with text and "
-    "label, prompt and completion, or messages."
-)
-Rows = Annotated[str, typer.Argument(help=DATA)]
-Text = Annotated[
-    str | None, typer.Option(help="Column of the text; by default one of a usual name.")
-]
-Label = Annotated[
-    str | None, typer.Option(help="Column of the class; by default one of a usual name.")
-]
-Url = Annotated[str | None, typer.Option(help="A running server, such as http://127.0.0.1:8000.")]
-ApiKey = Annotated[str | None, typer.Option(envvar="REFT_API_KEY", help="Key of that server.")]
-Dtype = Annotated[
-    str, typer.Option(help="Number format of the base's weights: auto, float32, bfloat16.")
-]
-
-
-Threads = Annotated[
-    int | None,
-    typer.Option(
-        min=1,
-        max=1024,
-        envvar="REFT_THREADS",
-        help="CPU threads; by default one a core that affinity and the container's quota leave.",
-    ),
-]
 
 
 @app.command()
@@ -88,7 +58,7 @@ def check(
         evaluation,
         text=text,
         label=label,
-        template=_unescaped(template),
+        template=template,
         model=model,
         max_length=max_length,
     )
@@ -116,18 +86,21 @@ def train(
     ] = None,
     positions: Annotated[str, typer.Option(help="Tokens to edit: l1, f1+l1, ...")] = "l1",
     untied: Annotated[
-        bool, typer.Option("--untied", help="Own weights for first and last tokens.")
+        bool, typer.Option("--untied", help="Give first and last tokens weights of their own.")
     ] = False,
     lr: Annotated[
         float | None, typer.Option(help="Highest learning rate; by default from the model's width.")
     ] = None,
     epochs: Annotated[
-        float | None, typer.Option(help="Passes over the rows; by default 3, more if they are few.")
+        float | None,
+        typer.Option(help="Number of passes over the rows; by default 3, more if they are few."),
     ] = None,
-    steps: Annotated[int | None, typer.Option(help="Optimiser steps, instead of epochs.")] = None,
-    batch_size: Annotated[int, typer.Option(help="Rows of one step.")] = 16,
+    steps: Annotated[
+        int | None, typer.Option(help="Number of optimiser steps, instead of --epochs.")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(help="Number of rows in one step.")] = 16,
     accumulate: Annotated[
-        int, typer.Option(help="Parts in which a step's rows are computed, to save memory.")
+        int, typer.Option(help="Compute the rows of a step in this many parts, to save memory.")
     ] = 1,
     evaluation: Annotated[
         str | None, typer.Option("--eval", help="Rows by which the best checkpoint is chosen.")
@@ -162,7 +135,9 @@ def train(
     truncate: Annotated[
         bool, typer.Option("--truncate", help="Cut longer rows instead of refusing them.")
     ] = False,
-    seed: Annotated[int, typer.Option(help="Start values and order of rows come from it.")] = 0,
+    seed: Annotated[
+        int, typer.Option(help="Seed of the start values and of the order of rows.")
+    ] = 0,
     dtype: Dtype = "auto",
     threads: Threads = None,
     description: Description = "",
@@ -202,7 +177,7 @@ def train(
             steps=steps,
             batch_size=batch_size,
             accumulate=accumulate,
-            template=_unescaped(template),
+            template=template,
             max_length=max_length,
             truncate=truncate,
             seed=seed,
@@ -237,8 +212,7 @@ def train(
         + (f", {figures}" if figures else "")
     )
     if server is not None:
-        new = put(server, out, out.stem)
-        typer.echo(f"{push}: {out.stem} {'added' if new else 'replaced'}")
+        typer.echo(f"{push}: {out.stem} {put(server, out, out.stem)}")
     if trained.held_out is not None:
         with stoppable(f"{out} is written; the report on its held-out rows is left out."):
             typer.echo(_judged(trained, settings.template))
@@ -259,90 +233,18 @@ def _judged(trained: Trained, template: str | None) -> str:
     return report.details() or report.table()
 
 
-@app.command("eval")
-@stages_told()
-def eval_(
-    data: Annotated[list[str], typer.Argument(help="Files of rows, as for training.")],
-    intervention: Annotated[
-        list[str],
-        typer.Option(
-            "--intervention",
-            "-i",
-            help="A file, a name in --interventions (or of the server), or a pattern like 's*'; "
-            "NAME=0.5 applies it at that strength. May be repeated.",
-        ),
-    ] = [],  # noqa: B006 - typer's way to say: may be repeated
-    model: Model = "demo",
-    interventions: Annotated[Path, typer.Option(help="Folder where names are looked up.")] = Path(
-        "interventions"
-    ),
-    metric: Annotated[
-        str | None,
-        typer.Option(
-            help="accuracy (the answer begins with the label), exact or perplexity; by default "
-            "accuracy where rows have labels, else perplexity."
-        ),
-    ] = None,
-    prefixes: Annotated[
-        bool, typer.Option("--prefixes", help="A label may end inside a word: 1 stands for 10.")
-    ] = False,
-    text: Text = None,
-    label: Label = None,
-    template: Template = None,
-    dtype: Dtype = "auto",
-    threads: Threads = None,
-    url: Url = None,
-    api_key: ApiKey = None,
-    details: Annotated[
-        bool,
-        typer.Option(
-            "--details",
-            help="Figures by label, confusions, wrong rows and what to try next, of several "
-            "interventions too; of one they are shown anyway.",
-        ),
-    ] = False,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print JSON, with every row's outcome.")
-    ] = False,
-) -> None:
-    """Measure interventions on data sets, all in one batch, the base model beside them."""
-    with stage("Starting Python's libraries"):
-        from reft_runtime.training import evaluate
-
-    report = evaluate(
-        data,
-        intervention,
-        url=url,
-        api_key=api_key,
-        model=model,
-        folder=interventions,
-        metric=cast("Metric | None", metric),
-        prefixes=prefixes,
-        text=text,
-        label=label,
-        template=_unescaped(template),
-        dtype=dtype,
-        threads=threads,
-    )
-    if as_json:
-        typer.echo(json.dumps(report.as_json()))
-        return
-    typer.echo(report.table())
-    if (details or len(report.interventions) == 1) and (found := report.details()):
-        typer.echo(f"\n{found}")
-
-
 @app.command()
 @stages_told()
 def direction(
     positive: Annotated[Path, typer.Argument(help="Texts, one a line, of what is wanted.")],
-    negative: Annotated[Path, typer.Argument(help="Texts of the contrary.")],
+    negative: Annotated[Path, typer.Argument(help="Texts of the contrary, one a line.")],
     layer: Annotated[int, typer.Option(help="Layer whose output is steered.")],
-    out: Out,
+    out: Annotated[Path, typer.Option(help="The file to write, NAME.safetensors.")],
     model: Model = "demo",
     positions: Annotated[str, typer.Option(help="Tokens to steer.")] = "all",
     scale: Annotated[
-        float, typer.Option(help="What strength 1 of a request stands for, in differences.")
+        float,
+        typer.Option(help="Multiply the difference by this: what a request applies at strength 1."),
     ] = 1.0,
     description: Description = "",
     license_: License = None,
@@ -381,8 +283,3 @@ def _layers(text: str) -> tuple[int, ...] | None:
         raise ConfigError(
             f"layers: write all, or numbers such as 8,16,24, not {text!r}.", param="layers"
         ) from None
-
-
-def _unescaped(template: str | None) -> str | None:
-    """A template as it was meant: shells pass a backslash and an n where a new line is wanted."""
-    return None if template is None else template.replace("\\n", "\n").replace("\\t", "\t")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Sequence
 from glob import glob, has_magic
@@ -12,10 +11,10 @@ from typing import Annotated
 import typer
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
 
-from reft_runtime.client import Body, Server, Unreachable
+from reft_runtime.client import Body, Change, Server, Unreachable
 from reft_runtime.errors import ConfigError, NotFound, ReftError
 from reft_runtime.interventions.format.identity import MAX_FILE_BYTES, SUFFIX
-from server.cli.console import error_console, size
+from server.cli.console import error_console, print_json, size
 from server.cli.local_files import naming, read_file
 from server.cli.options import LOCAL_URL, ApiKey, AsJson, Url
 from server.cli.tables import short
@@ -54,19 +53,18 @@ def push(
     for path in paths:
         served = name or path.name.removesuffix(SUFFIX)
         try:
-            entry, new = _upload(server, path, served)
+            entry, change = _upload(server, path, served)
         except Unreachable:
             raise
         except ReftError as error:
             file = "" if error.message.startswith(str(path)) else f"{path}: "
             typer.echo(f"reft: {file}{error.message}", err=True)
             continue
-        taken.append({**entry, "new": new})
+        taken.append({**entry, "new": change == "added"})
         if not as_json:
-            verb = "added" if new else "replaced"
-            typer.echo(f"{served}: {verb}, {short(entry['digest'])}, {size(entry['size_bytes'])}")
+            typer.echo(f"{served}: {change}, {short(entry['digest'])}, {size(entry['size_bytes'])}")
     if as_json:
-        typer.echo(json.dumps(taken, ensure_ascii=False))
+        print_json(taken)
     if len(taken) < len(paths):
         if len(paths) > 1:
             typer.echo(f"reft: {len(paths) - len(taken)} of {len(paths)} were not taken.", err=True)
@@ -99,7 +97,7 @@ def pull(
     _write(path, data, force=force)
     if as_json:
         made = {"id": reference, "file": str(path), "digest": digest, "size_bytes": len(data)}
-        typer.echo(json.dumps(made, ensure_ascii=False))
+        print_json(made)
     else:
         typer.echo(f"{path}: {short(digest)}, {size(len(data))}")
 
@@ -121,8 +119,8 @@ def _files(given: Sequence[str]) -> list[Path]:
     return list(found)
 
 
-def _upload(server: Server, path: Path, name: str) -> tuple[Body, bool]:
-    """Its entry, and whether it is new; meanwhile a bar, where standard error is a terminal."""
+def _upload(server: Server, path: Path, name: str) -> tuple[Body, Change]:
+    """Put one file on the server, with a progress bar: its entry, and what that changed."""
     with naming(path):
         fits = path.stat().st_size <= MAX_FILE_BYTES
         data = path.read_bytes() if fits else read_file(path)  # which says what it is

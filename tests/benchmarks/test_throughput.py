@@ -4,8 +4,8 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from benchmarks.plots import main as draw
 from benchmarks.throughput import main
+from benchmarks.throughput_plots import main as draw
 from benchmarks.workload import LORA_RANK, write_lora
 from tests.helpers.models import tiny
 from tests.helpers.tokenizer import tiny_tokenizer

@@ -304,6 +304,23 @@ def test_sweep(url: str, options: list[str], tmp_path: Path) -> None:
     assert [line.split()[:2] for line in lines[:3]] == [["-1", "4"], ["0", "4"], ["1", "4"]]
 
 
+def test_a_sweep_with_scores_loads_the_model_once(
+    options: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begin, begun = Engine.__init__, list[object]()
+
+    def counted(self: Engine, *given: Any, **named: Any) -> None:
+        begun.append(self)
+        begin(self, *given, **named)
+
+    monkeypatch.setattr(Engine, "__init__", counted)
+    data = str(jsonl(tmp_path / "rows.jsonl", ROWS[:4]))
+    common = ["sweep", "good", "-i", "talk", "--strengths=0,1", "--max-tokens", "2"]
+    points = json.loads(reft(*common, *options, "--eval", data, "--json").stdout)
+    assert [point["metric"] for point in points] == ["accuracy"] * 2
+    assert len(begun) == 1
+
+
 def test_a_sweep_that_cannot_be_is_told_before_the_work(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -17,6 +17,7 @@ from reft_runtime.errors import ConfigError, ReftError
 from reft_runtime.interventions import Registry
 from reft_runtime.interventions.format.identity import digest_of
 from server.cli import main as cli
+from server.cli.backend import RemoteBackend
 from server.settings import Settings
 from tests.e2e.conftest import served
 from tests.http.fake_engine import FakeEngine
@@ -76,6 +77,8 @@ def test_a_file_goes_there_and_back(url: str, engine: Any, tmp_path: Path) -> No
     first, second = (digest_of(file_bytes(number))[:12] for number in range(2))
     pushed = reft(url, "push", str(tmp_path))
     assert pushed.stdout.splitlines()[0].startswith(f"file-0: added, {first}, ")
+    same = reft(url, "push", str(tmp_path / "file-0.safetensors"))
+    assert same.stdout.startswith(f"file-0: unchanged, {first}, ")
     again = reft(url, "push", f"{tmp_path}/*-1.safetensors", "--name", "file-0")
     assert again.stdout.startswith(f"file-0: replaced, {second}, ")
     back = reft(url, "rollback", "file-0")
@@ -98,6 +101,16 @@ def test_a_file_goes_there_and_back(url: str, engine: Any, tmp_path: Path) -> No
         "file-1.safetensors",
         "pulled.safetensors",
     ]
+
+
+def test_the_base_models_name_is_one_small_request(
+    url: str, engine: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def listed(self: Server) -> list[str]:
+        raise AssertionError("all names were fetched")
+
+    monkeypatch.setattr(Server, "names", listed)
+    assert RemoteBackend(Server(url)).model == engine.info.model == Server(url).base_model()
 
 
 def test_a_file_that_is_refused_keeps_no_other_back(url: str, engine: Any, tmp_path: Path) -> None:

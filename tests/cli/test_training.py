@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 from reft_runtime.errors import ConfigError, ReftError
 from reft_runtime.interventions import parse, read
 from reft_runtime.training import train
-from server.cli.training import app
+from server.cli.main import app
 from tests.helpers.tokenizer import tiny_tokenizer
 from tests.training.make import ROWS, folder, model
 
@@ -44,6 +44,8 @@ def test_check(tickets: Path) -> None:
     assert done.exit_code == 1
     assert done.stdout.count("tickets.csv, line 27: has 1 cells") == 2
     assert "eval: 25 rows are among the training's too" in done.stdout
+    # Shells pass a backslash and an n where a new line is wanted.
+    assert r"not 'a\nb'" in refused("check", tickets, "--template", r"a\nb")
     assert "--max-length needs --model" in refused("check", tickets, "--max-length", 3)
 
 
@@ -110,7 +112,7 @@ def test_what_the_format_refuses_is_told_before_the_training(
     def begin(*_: object, **__: object) -> None:
         raise AssertionError("the training began")
 
-    monkeypatch.setattr(sys.modules["reft_runtime.training.train"], "EditTrainer", begin)
+    monkeypatch.setattr(sys.modules["reft_runtime.training.run"], "EditTrainer", begin)
     with pytest.raises(ReftError, match="description"):
         train(
             ROWS,

@@ -82,3 +82,9 @@ def jsonl(path: Path, rows: Sequence[Any]) -> Path:
 def own(made: PreTrainedModel) -> PreTrainedModel:
     """A copy, because an engine changes the model that it is given."""
     return copy.deepcopy(made)
+
+
+def in_process(place: Path) -> dict[str, Any]:
+    """Options of `evaluate` for the model and the interventions of a folder."""
+    kept = place / "interventions"
+    return {"model": place / "model", "folder": kept, "dtype": "float32", "progress": False}

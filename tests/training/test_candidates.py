@@ -13,14 +13,14 @@ from typer.testing import CliRunner
 from reft_runtime import Engine, SamplingParams
 from reft_runtime.errors import InvalidRequest, NotFound
 from reft_runtime.interventions.format.manifest import Manifest
+from reft_runtime.interventions.format.template import CHAT
 from reft_runtime.training import TrainSettings, evaluate, train
-from reft_runtime.training.layout import CHAT
 from reft_runtime.training.tasks import read_tasks
 from server.cli.main import app
 from server.settings import Settings
 from tests.e2e.conftest import served
 from tests.helpers.tokenizer import tiny_tokenizer
-from tests.training.make import ROWS, folder, model, own
+from tests.training.make import ROWS, folder, in_process, model, own
 
 TABLE = [{"text": row["prompt"], "label": row["label"]} for row in ROWS]
 TEMPLATES = {"bare": "{prompt}", "talk": "chat", "framed": "Is it {text}\nor not:"}
@@ -61,11 +61,6 @@ def address(engine: Engine) -> Iterator[str]:
         yield url
 
 
-def options(place: Path) -> dict[str, Any]:
-    kept = place / "interventions"
-    return {"model": place / "model", "folder": kept, "dtype": "float32", "progress": False}
-
-
 def test_answers_end_after_their_label(engine: Engine) -> None:
     """What the training put behind a label is an end, in chat and in completions."""
     greedy = SamplingParams(temperature=0, max_tokens=8)
@@ -82,11 +77,11 @@ def test_answers_end_after_their_label(engine: Engine) -> None:
 
 
 def test_rows_are_asked_as_the_file_was_trained(place: Path, address: str) -> None:
-    mine = evaluate([TABLE], ["*"], **options(place))
+    mine = evaluate([TABLE], ["*"], **in_process(place))
     assert {name: mine.value(name, "rows") for name in TEMPLATES} == dict.fromkeys(TEMPLATES, 1)
     assert all(score.runs_on == 0 for score in mine.scores[1:])
     assert evaluate([TABLE], ["*"], url=address, progress=False) == mine
-    told = evaluate([TABLE], ["talk"], template="{text}", **options(place))
+    told = evaluate([TABLE], ["talk"], template="{text}", **in_process(place))
     assert told.value("talk", "rows") < 1
     assert told.scores[0] == mine.scores[0]  # the base is asked by the prompt alone
 
@@ -96,7 +91,7 @@ def test_prompts_that_are_written_out_stay(place: Path, address: str) -> None:
         {"prompt": f"Is it {row['text']}\nor not: ", "completion": row["label"], **row}
         for row in TABLE
     ]
-    assert evaluate([rows], ["framed"], **options(place)).value("framed", "rows") == 1
+    assert evaluate([rows], ["framed"], **in_process(place)).value("framed", "rows") == 1
     found = evaluate([rows], ["framed"], url=address, progress=False)
     assert found.value("framed", "rows") == 1
 
@@ -129,7 +124,7 @@ def test_how_a_prompt_is_asked(template: str | None, asked: str | None, prompt: 
 @pytest.mark.parametrize("metric", ["accuracy", "perplexity"])
 def test_strengths(place: Path, metric: Any) -> None:
     wanted = ["bare=0", "bare=0.5", "b*", "bare=1"]
-    report = evaluate([TABLE], wanted, metric=metric, **options(place))
+    report = evaluate([TABLE], wanted, metric=metric, **in_process(place))
     assert [s.intervention for s in report.scores] == ["base", "bare=0", "bare=0.5", "bare"]
     base, none, half, full = (score.value for score in report.scores)
     assert none == pytest.approx(base)
@@ -143,7 +138,7 @@ def test_strengths_and_versions_of_a_server(place: Path, address: str, engine: E
     digest = engine.registry.resolve("bare").digest
     wanted = ["bare=0", "bare=-0.5", f"bare@{digest[:12]}=-0.5", "bare"]
     theirs = evaluate([TABLE], wanted, url=address, progress=False)
-    mine = evaluate([TABLE], ["bare=0", "bare=-0.5", "bare"], **options(place))
+    mine = evaluate([TABLE], ["bare=0", "bare=-0.5", "bare"], **in_process(place))
     assert [s.intervention for s in theirs.scores[1:]] == wanted
     assert [s.outcomes for s in theirs.scores[1:]] == [
         mine.scores[place].outcomes for place in (1, 2, 2, 3)
@@ -152,7 +147,7 @@ def test_strengths_and_versions_of_a_server(place: Path, address: str, engine: E
 
 @pytest.mark.parametrize("strength", ["", "much", "nan", "-101", "1e3"])
 def test_strengths_that_are_none(place: Path, address: str, strength: str) -> None:
-    for where in (options(place), {"url": address}):
+    for where in (in_process(place), {"url": address}):
         with pytest.raises(InvalidRequest, match=f"intervention: 'bare={strength}': .*must be"):
             evaluate([TABLE], [f"bare={strength}"], **where)
 
@@ -161,15 +156,15 @@ def test_unknown_names(
     place: Path, address: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     with pytest.raises(NotFound, match=r"no frame in .*interventions\. Did you mean `framed`\?"):
-        evaluate([TABLE], ["frame=0.5"], **options(place))
+        evaluate([TABLE], ["frame=0.5"], **in_process(place))
     with pytest.raises(NotFound, match=r"There are: bare, framed, talk\."):
-        evaluate([TABLE], ["sentiment"], **options(place))
+        evaluate([TABLE], ["sentiment"], **in_process(place))
     with pytest.raises(NotFound, match=r"no .*/framd\. Did you mean `framed`\?"):
-        evaluate([TABLE], [str(place / "interventions" / "framd")], **options(place))
+        evaluate([TABLE], [str(place / "interventions" / "framd")], **in_process(place))
     (tmp_path / "sentiment.safetensors").touch()
     monkeypatch.chdir(tmp_path)
     with pytest.raises(NotFound, match=r"Did you mean the file `sentiment.safetensors`\?"):
-        evaluate([TABLE], ["sentiment"], **options(place))
+        evaluate([TABLE], ["sentiment"], **in_process(place))
     with pytest.raises(NotFound, match=r"the server has no 'frame'\. Did you mean `framed`\?"):
         evaluate([TABLE], ["frame"], url=address)
     with pytest.raises(NotFound, match="the server has no version 'bare@0123456789'"):

@@ -91,6 +91,17 @@ def test_rows_to_train_on_and_to_judge_by() -> None:
     ]
 
 
+def test_the_same_text_is_one_but_for_blanks_and_capitals() -> None:
+    """As where rows are held out: a text in other capitals would make the figures too good."""
+    said = problems(
+        [*GOOD, {"text": " C", "label": "x"}], evaluation=rows(("A  ", "x"), ("e", "y"))
+    )
+    assert said == [
+        "warning: 1 row is there before, word for word (row 5)",
+        "warning: eval: 1 row is among the training's too; its figures will be too good (row 1)",
+    ]
+
+
 def test_long_rows_are_found_with_a_tokenizer_and_no_weights(tmp_path: Path) -> None:
     base = folder(tmp_path / "model")
     (base / "model.safetensors").unlink()

@@ -25,7 +25,7 @@ from server.cli.main import app
 from server.settings import Settings
 from tests.e2e.conftest import served
 from tests.helpers.tokenizer import tiny_tokenizer
-from tests.training.make import ROWS, examples, folder, jsonl, model, own
+from tests.training.make import ROWS, examples, folder, in_process, jsonl, model, own
 
 CHATS = [
     {
@@ -68,19 +68,10 @@ def address(place: Path) -> Iterator[str]:
         engine.check_integrity()
 
 
-def options(place: Path) -> dict[str, Any]:
-    return {
-        "model": place / "model",
-        "folder": place / "interventions",
-        "dtype": "float32",
-        "progress": False,
-    }
-
-
 def test_many_by_many(place: Path) -> None:
     data = [place / "goodbad.jsonl", place / "chats.jsonl"]
     # So small a model learns its labels, but not to end behind them.
-    report = evaluate(data, ["ta*"], prefixes=True, **options(place))
+    report = evaluate(data, ["ta*"], prefixes=True, **in_process(place))
     assert [(s.intervention, s.data, s.metric) for s in report.scores] == [
         ("base", "goodbad", "accuracy"),
         ("talk", "goodbad", "accuracy"),
@@ -102,12 +93,12 @@ def test_many_by_many(place: Path) -> None:
 
 
 def test_the_server_gives_the_same_to_the_example(place: Path, address: str) -> None:
-    mine = evaluate([place / "goodbad.jsonl"], ["t*"], **options(place))
+    mine = evaluate([place / "goodbad.jsonl"], ["t*"], **in_process(place))
     theirs = evaluate([place / "goodbad.jsonl"], ["t*"], url=address, progress=False)
     assert theirs == mine
     exact: dict[str, Any] = {"metric": "exact"}
     chats = evaluate([place / "chats.jsonl"], ["talk"], url=address, progress=False, **exact)
-    assert chats == evaluate([place / "chats.jsonl"], ["talk"], **options(place), **exact)
+    assert chats == evaluate([place / "chats.jsonl"], ["talk"], **in_process(place), **exact)
 
 
 LATE = [
@@ -147,7 +138,7 @@ def test_answers_are_as_long_as_they_are_written(
 
     monkeypatch.setattr(Engine, "generate", generate)
     monkeypatch.setattr(Server, "answers", answers)
-    where = {"url": address, "progress": False} if served else options(place)
+    where = {"url": address, "progress": False} if served else in_process(place)
     report = evaluate([LATE], ["talk"], metric=metric, **where)
     assert report.value("talk", "rows") == 1
     assert max(allowed) < len(wanted) + 8
@@ -175,24 +166,24 @@ def test_a_label_is_a_whole_word(answer: str, label: str, right: bool) -> None:
 def test_labels_that_say_nothing_or_stand_inside_a_word(place: Path) -> None:
     for label in ("", " \n"):
         with pytest.raises(ConfigError, match="row 2: label is empty"):
-            evaluate([[ROWS[0], {**ROWS[1], "label": label}]], **options(place))
+            evaluate([[ROWS[0], {**ROWS[1], "label": label}]], **in_process(place))
     inside = [{"prompt": "x", "completion": " 10", "label": "1"}]
     with pytest.raises(ConfigError, match="row 1: the label '1' is not what the completion '10'"):
-        evaluate([inside], **options(place))
-    assert evaluate([inside], prefixes=True, **options(place)).value("base", "rows") == 0
+        evaluate([inside], **in_process(place))
+    assert evaluate([inside], prefixes=True, **in_process(place)).value("base", "rows") == 0
 
 
 def test_without_the_base(place: Path, address: str) -> None:
     data = [place / "goodbad.jsonl"]
-    every = evaluate(data, ["t*"], **options(place))
+    every = evaluate(data, ["t*"], **in_process(place))
     edited = tuple(score for score in every.scores if score.intervention != "base")
     assert len(edited) == len(every.scores) - 1
-    assert evaluate(data, ["t*"], base=False, **options(place)).scores == edited
+    assert evaluate(data, ["t*"], base=False, **in_process(place)).scores == edited
     assert evaluate(data, ["t*"], base=False, url=address, progress=False).scores == edited
 
 
 def test_perplexity_of_the_base_is_the_models(place: Path) -> None:
-    report = evaluate([place / "goodbad.jsonl"], metric="perplexity", **options(place))
+    report = evaluate([place / "goodbad.jsonl"], metric="perplexity", **in_process(place))
     plain = model()
     total, count = 0.0, 0
     for example in examples():
@@ -211,11 +202,11 @@ def test_perplexity_of_the_base_is_the_models(place: Path) -> None:
 def test_push(place: Path, address: str, tmp_path: Path) -> None:
     file = place / "interventions" / "task.safetensors"
     server = Server(address)
-    assert server.push(file, "pushed")
-    assert not server.push(file, "pushed")
-    assert "pushed" in server.models()
+    assert server.upload("pushed", file.read_bytes())[1] == "added"
+    assert server.upload("pushed", file.read_bytes())[1] == "unchanged"
+    assert "pushed" in server.names()
     with pytest.raises(ConfigError, match="the server answered 400"):
-        server.push(place / "goodbad.jsonl", "broken")
+        server.upload("broken", (place / "goodbad.jsonl").read_bytes())
 
 
 @pytest.mark.parametrize(
@@ -237,20 +228,20 @@ def test_mistakes(
     message: str,
 ) -> None:
     with pytest.raises(error, match=message):
-        evaluate([place / "goodbad.jsonl"], interventions, **{**options(place), **changes})
+        evaluate([place / "goodbad.jsonl"], interventions, **{**in_process(place), **changes})
 
 
 def test_mistakes_in_names_and_labels(place: Path, address: str, tmp_path: Path) -> None:
     with pytest.raises(NotFound, match=r"the server has no 'x\*'; it has .*task"):
         evaluate([ROWS], ["x*"], url=address)
     with pytest.raises(ConfigError, match="row 1: there is no field 'label'"):
-        evaluate([CHATS], metric="accuracy", **options(place))
+        evaluate([CHATS], metric="accuracy", **in_process(place))
     with pytest.raises(ConfigError, match="two data sets have one name"):
-        evaluate([ROWS, ROWS], **options(place))
+        evaluate([ROWS, ROWS], **in_process(place))
     file = tmp_path / "task.safetensors"
     file.write_bytes(read(place / "interventions" / "task.safetensors"))
     with pytest.raises(ConfigError, match="have one name"):
-        evaluate([ROWS], ["task", str(file)], **options(place))
+        evaluate([ROWS], ["task", str(file)], **in_process(place))
 
 
 def test_a_direction_is_the_difference_of_means() -> None:

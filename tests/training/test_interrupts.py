@@ -175,7 +175,7 @@ def test_a_resumed_training_stops_at_the_same_step(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:  # as if killed while the file is written
-        patch.setattr(sys.modules["reft_runtime.training.train"], "write", stop)
+        patch.setattr(sys.modules["reft_runtime.training.run"], "write", stop)
         with pytest.raises(KeyboardInterrupt) as stopped:
             run(out, evaluation=ROWS[:8], settings=settings)
     assert stopped.value.__notes__[0].startswith("Step 12 of 20 is kept")

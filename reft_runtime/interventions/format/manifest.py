@@ -24,10 +24,10 @@ from reft_runtime.errors import InvalidFile, WrongBaseModel
 from reft_runtime.interventions.format.components import HIDDEN_SIZED, normalise
 from reft_runtime.interventions.format.kinds import ACTS, KINDS
 from reft_runtime.interventions.format.positions import MAX_SPAN, Positions
+from reft_runtime.interventions.format.template import TEMPLATE_FIELD, is_text
 
 MAX_EDITS = 1024
 MAX_JSON_DEPTH = 8
-TEMPLATE_FIELD = "{prompt}"
 
 SystemTurn = Literal["prepend", "drop", "refuse"]
 
@@ -152,7 +152,7 @@ class Manifest(_Strict):
     @field_validator("template")
     @classmethod
     def _one_field(cls, template: str | None) -> str | None:
-        if template not in (None, "chat") and template.count(TEMPLATE_FIELD) != 1:
+        if is_text(template) and template.count(TEMPLATE_FIELD) != 1:
             raise ValueError(
                 f"write `chat`, or a text that holds {TEMPLATE_FIELD} exactly once (it holds it"
                 f" {template.count(TEMPLATE_FIELD)} times)"
@@ -161,7 +161,7 @@ class Manifest(_Strict):
 
     @model_validator(mode="after")
     def _system_needs_a_text(self) -> Manifest:
-        if self.system is not None and self.template in (None, "chat"):
+        if self.system is not None and not is_text(self.template):
             raise ValueError(
                 "system: the base model's own chat template takes system turns; leave it out, or"
                 " give a template that is a text"

@@ -1,4 +1,4 @@
-"""What the contenders of one dtype share; all of it is loaded when it is first asked for."""
+"""What all throughput cases of one dtype share. Each part is loaded when it is first asked for."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from benchmarks.http_overhead import served
 from benchmarks.peers.client import Peer
+from benchmarks.serving import served
 from benchmarks.workload import random_intervention, settings, write_lora
 from reft_runtime import Engine
 
@@ -24,16 +24,16 @@ KV_TOKENS = 32_768
 """Enough for every case here. All engines together have to fit into one machine's memory."""
 
 VLLM_ENVIRONMENT = {"VLLM_CPU_KVCACHE_SPACE": "2", "VLLM_NO_USAGE_STATS": "1"}
-"""2 GiB: at least as many tokens."""
+"""2 GiB of keys and values, which hold at least `KV_TOKENS` tokens."""
 
 NEEDS = {"vllm_cpu": "vllm", "peft_lora": "peers", "pyreft_serial": "peers"}
-"""The environment of each peer; the others run in ours."""
+"""The Python environment of each peer. A peer that is not named runs in this one."""
 
 MAX_TASKS = 64
 MAX_LORAS = 32
 
 
-class Stage:
+class Testbed:
     """Engine, server, interventions, adapters and peers for one base model in one dtype."""
 
     def __init__(self, model: str, dtype: str, pythons: Mapping[str | None, Path | None]) -> None:
@@ -66,7 +66,7 @@ class Stage:
     def port(self) -> int:
         """The port of our server in a process of its own; it knows the interventions."""
         options = {"kv_tokens": KV_TOKENS, "interventions": self._interventions}
-        return self._stack.enter_context(served(self.model, self.dtype, options))[0]
+        return self._stack.enter_context(served(self.model, self.dtype, options)).port
 
     @cached_property
     def reference(self) -> nn.Module:

@@ -1,4 +1,4 @@
-"""Training without this project's trainer: PEFT's LoRA and pyreft's modules in one plain loop."""
+"""Training by peers: PEFT's LoRA and pyreft's modules, both in one plain loop."""
 
 from __future__ import annotations
 
@@ -30,17 +30,17 @@ class Tuned:
     save: Callable[[Path], None]
     """Write what was trained into a folder."""
     last: list[int] = field(default_factory=list)
-    """Where the prompt ends in each row of the batch at hand."""
+    """The place of the last prompt token in each row of the current batch."""
 
     @property
     def size_bytes(self) -> int:
-        """Of what was trained, in files."""
+        """The size of the largest file that what was trained is saved as."""
         with tempfile.TemporaryDirectory() as folder:
             self.save(Path(folder))
             return max(path.stat().st_size for path in Path(folder).iterdir())
 
     def predict(self, examples: Sequence[Example]) -> Predictions:
-        """As `reft_runtime.training.forward.predict`, of rows that are padded on the right."""
+        """What `reft_runtime.training.forward.predict` gives, by rows padded on the right."""
         longest = max(len(example.tokens) for example in examples)
         ids = torch.tensor([[*e.tokens, *[0] * (longest - len(e.tokens))] for e in examples])
         mask = torch.tensor([[i < len(e.tokens) for i in range(longest)] for e in examples])
@@ -115,7 +115,7 @@ def fit(
     batch_size: int,
     seed: int,
 ) -> None:
-    """As our trainer: AdamW, its warm-up and linear fall, gradients clipped at 1."""
+    """Train as `reft_runtime.training` does: AdamW, its schedule, gradients clipped at 1."""
     steps = math.ceil(epochs * len(examples) / batch_size)
     # Weight decay would end pyreft's training: torch's parametrisation of R takes int(diagonal),
     # which is -1, and 0 as soon as the diagonal shrinks.
@@ -148,7 +148,7 @@ def accuracy(tuned: Tuned, examples: Sequence[Example]) -> float:
 
 
 def _batches(examples: Sequence[Example], size: int, rng: random.Random) -> list[list[Example]]:
-    """An epoch in random order; rows of a batch are of like length, so that few are padding."""
+    """The batches of an epoch, in random order; rows of a batch are of like length."""
     shuffled = rng.sample(examples, len(examples))
     batches: list[list[Example]] = []
     for first in range(0, len(shuffled), 16 * size):

@@ -1,4 +1,4 @@
-"""This project as one of the engines measured: in process, and over HTTP."""
+"""Jobs run by this project: in process, as streams, and over HTTP."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ import asyncio
 import time
 from collections.abc import Sequence
 
-from benchmarks.http_overhead import ask_all, request_bytes
 from benchmarks.peers.worker import Job, Result, Run
+from benchmarks.serving import ask_all, request_bytes
 from reft_runtime import Engine, SamplingParams, Use
 
 
 def at_once(engine: Engine, names: Sequence[str]) -> Run:
-    """`Engine.generate`; request i goes through intervention i, or all through the base."""
+    """Jobs run by `Engine.generate`. Request i takes name i; without names all take the base."""
 
     def run(job: Job) -> Result:
         [answer] = set(job["answers"])
@@ -31,22 +31,29 @@ def at_once(engine: Engine, names: Sequence[str]) -> Run:
     return run
 
 
+async def stream(
+    engine: Engine, prompt: list[int], answer: int, uses: Sequence[Use], arrival: float
+) -> tuple[list[int], list[float]]:
+    """One request: its `answer` tokens, and the seconds from its `arrival` to each of them."""
+    sampling = SamplingParams(temperature=0, max_tokens=answer, ignore_eos=True)
+    tokens: list[int] = []
+    stamps: list[float] = []
+    async for deltas in await engine.open(prompt, sampling, uses):
+        for delta in deltas:
+            tokens += delta.tokens
+            stamps += [time.perf_counter() - arrival] * len(delta.tokens)
+    assert len(tokens) == answer
+    return tokens, stamps
+
+
 def streamed(engine: Engine, names: Sequence[str]) -> Run:
-    """`Engine.open`, one stream a request, each begun at its arrival."""
+    """Jobs run by `Engine.open`: a stream for each request, begun at its arrival."""
 
     async def one(job: Job, i: int, begin: float) -> tuple[list[int], list[float]]:
         arrival = begin + (job["arrivals"][i] if "arrivals" in job else 0.0)
         await asyncio.sleep(max(0.0, arrival - time.perf_counter()))
-        sampling = SamplingParams(temperature=0, max_tokens=job["answers"][i], ignore_eos=True)
-        tokens: list[int] = []
-        stamps: list[float] = []
         uses = (Use(names[i]),) if names else ()
-        async for deltas in await engine.open(job["prompts"][i], sampling, uses):
-            for delta in deltas:
-                tokens += delta.tokens
-                stamps += [time.perf_counter() - arrival] * len(delta.tokens)
-        assert len(tokens) == job["answers"][i]
-        return tokens, stamps
+        return await stream(engine, job["prompts"][i], job["answers"][i], uses, arrival)
 
     async def run_all(job: Job) -> Result:
         begin = time.perf_counter()
@@ -61,7 +68,7 @@ def streamed(engine: Engine, names: Sequence[str]) -> Run:
 
 
 def over_http(port: int, base: str, names: Sequence[str]) -> Run:
-    """Server-sent events from `reft serve` on this machine, a connection for each request."""
+    """Jobs run by `reft serve` on this machine, streamed, with a connection for each request."""
 
     def run(job: Job) -> Result:
         requests = [

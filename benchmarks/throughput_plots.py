@@ -1,6 +1,6 @@
 """Pictures of what `benchmarks.throughput` measured.
 
-python -m benchmarks.plots bench.json docs
+python -m benchmarks.throughput_plots bench.json docs
 """
 
 from __future__ import annotations
@@ -12,21 +12,21 @@ import matplotlib
 import typer
 from matplotlib.figure import Figure
 
-from benchmarks.contenders import BASE, CLOSED, FLOOR
 from benchmarks.measuring import Group, load, median, speed_ratio
+from benchmarks.throughput_cases import BASE, CLOSED, FLOOR
 from benchmarks.workload import ANSWER_TOKENS, DECODE, F3L3, L1, PAPER
 
 Groups = dict[tuple[str, int], Group]
-"""What was measured of n requests at once, by dtype and n."""
+"""The rounds of n requests at once, by dtype and n."""
 
 OF_OURS = {BASE: "-", PAPER: "--"}
-PEERS = [contender.label for contender in CLOSED if not contender.ours]
+PEERS = [case.label for case in CLOSED if not case.ours]
 TASKS = [L1, F3L3, PAPER, DECODE]
 TICKS = [10, 20, 50, 100, 200, 500, 1000]
 
 
 def closed_groups(path: Path) -> Groups:
-    """From the raw figures; what was measured later replaces what was measured before."""
+    """The groups in a file of raw figures; of two for the same dtype and n the later counts."""
     return {
         (str(group["setting"]["dtype"]), int(group["setting"]["n"])): group
         for group in load(path)
@@ -68,7 +68,7 @@ def throughput(groups: Groups) -> Figure:
 
 
 def tasks_over_base(groups: Groups) -> Figure:
-    """Speed with as many interventions as requests over the base's, with 90 % intervals."""
+    """Speed with an intervention for each request over the base's speed, with 90 % intervals."""
     n = max(n for _, n in groups)
     figure = Figure(figsize=(7, 3), layout="constrained")
     panel = figure.subplots()

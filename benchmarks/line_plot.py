@@ -1,4 +1,4 @@
-"""Small line plots for documents."""
+"""A small line plot for documents."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Line(NamedTuple):
 
 
 def draw(x_label: str, y_label: str, lines: Sequence[Line]) -> Figure:
-    """A plot from zero, whose x axis doubles and is marked where there are points."""
+    """A plot of lines: y from zero, x by its logarithm with a mark at every point."""
     figure = Figure(figsize=(4.8, 3), layout="constrained")
     panel = figure.subplots()
     for line in lines:
