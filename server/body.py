@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import re
 from collections.abc import Awaitable, Callable, Iterator
 from typing import Any, TypeVar, get_args
@@ -13,6 +12,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from reft_runtime.errors import InvalidRequest, Overloaded, nearest
+from reft_runtime.interventions.format.strict_json import RepeatedKey, load_strict
 from server.context import Context, Server
 from server.errors import ApiError
 from server.refusals import instead
@@ -99,28 +99,19 @@ def _validated(model: type[Body], body: bytes) -> Body:
 
 
 def parse_json(body: bytes) -> Any:
-    """`body` as JSON; duplicate keys, NaN, Infinity and half characters are refused.
+    """`body` as JSON, read by `load_strict`, within the bounds of a body.
 
     A whole number is an int however it is written: 4.0 and 4 are the same number in JSON.
     """
     _check_size(body)
     try:
-        text = body.decode()
-        data = json.loads(
-            text,
-            object_pairs_hook=_unique_keys,
-            parse_constant=_no_constant,
-            parse_float=_number,
-            parse_int=_whole,
-        )
-        if "\\ud" in text or "\\uD" in text:
-            # An escaped surrogate without its other half is no character: nothing can encode it.
-            json.dumps(data, ensure_ascii=False).encode()
-        return data
-    except RecursionError:
-        raise InvalidRequest("The body is nested too deeply.") from None
+        return load_strict(body, max_keys=MAX_KEYS, parse_int=_whole, parse_float=_number)
+    except RepeatedKey as error:
+        raise InvalidRequest(
+            f"The key {error.key!r} is there twice in one object.", param=error.key
+        ) from None
     except ValueError as error:
-        raise InvalidRequest(f"The body is not valid JSON: {error}.") from None
+        raise InvalidRequest(f"The body cannot be read as JSON: {error}.") from None
 
 
 def _check_size(body: bytes) -> None:
@@ -139,21 +130,6 @@ def _check_size(body: bytes) -> None:
 
 def _values(body: bytes, start: int, end: int) -> int:
     return sum(body.count(mark, start, end) for mark in (b",", b"[", b"{"))
-
-
-def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    result: dict[str, Any] = {}
-    if len(pairs) > MAX_KEYS:
-        raise InvalidRequest(f"The body has an object of more than {MAX_KEYS} keys.")
-    for name, value in pairs:
-        if name in result:
-            raise InvalidRequest(f"The key {name!r} is there twice in one object.", param=name)
-        result[name] = value
-    return result
-
-
-def _no_constant(name: str) -> None:
-    raise ValueError(f"{name} is not a JSON value")
 
 
 def _whole(text: str) -> int:

@@ -89,14 +89,14 @@ class Registry(Protocol):
 
     def put(
         self, name: str, data: bytes, sha256: str | None, expected: Collection[str] | None
-    ) -> tuple[Version, bool]:
-        """Upload a file under a name; its version, and whether the name is new."""
+    ) -> tuple[Entry, bool]:
+        """Upload a file under a name; the entry that it made, and whether the name is new."""
 
-    def load(self, name: str, path: str, replace: bool) -> Version:
+    def load(self, name: str, path: str, replace: bool) -> object:
         """Load a file inside the sources under a name."""
 
-    def rollback(self, name: str, digest: str | None, expected: Collection[str] | None) -> Version:
-        """Serve an uploaded version again that is still kept."""
+    def rollback(self, name: str, digest: str | None, expected: Collection[str] | None) -> Entry:
+        """Serve an uploaded version again that is still kept; the entry that it made."""
 
     def remove(self, name: str, expected: Collection[str] | None = None) -> None:
         """Take away what a name stands for."""

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from reft_runtime.errors import InvalidRequest
 from reft_runtime.interventions.format.manifest import SystemTurn
-from reft_runtime.interventions.format.template import TEMPLATE_FIELD
+from reft_runtime.interventions.format.template import around
 
 Message = Mapping[str, str]
 """One turn of a chat: its `role` and its `content`; `name`, where given, is the speaker's."""
@@ -72,8 +72,9 @@ def fill(
             "for other prompts use /v1/completions.",
             param="messages",
         )
-    before = [text for text in systems if text] if system == "prepend" else []
-    return template.replace(TEMPLATE_FIELD, "\n\n".join([*before, turns[0]["content"]]))
+    told = [text for text in systems if text] if system == "prepend" else []
+    before, behind = around(template)
+    return before + "\n\n".join([*told, turns[0]["content"]]) + behind
 
 
 def render(

@@ -16,7 +16,7 @@ from reft_runtime.interventions.format.manifest import SystemTurn
 from reft_runtime.interventions.format.template import (
     CHAT,
     TEMPLATE_FIELD,
-    behind_field,
+    around,
     is_text,
     laid_out,
 )
@@ -172,7 +172,7 @@ class Tokenizer:
 
         Blanks and line ends behind it become the template's. "chat" is the model's own template.
         """
-        return laid_out(text, self._behind if template == CHAT else behind_field(template))
+        return laid_out(text, self._behind if template == CHAT else around(template)[1])
 
     @cached_property
     def _behind(self) -> str:

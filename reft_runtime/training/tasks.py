@@ -11,7 +11,7 @@ from reft_runtime.interventions.format.manifest import Manifest
 from reft_runtime.interventions.format.template import (
     CHAT,
     TEMPLATE_FIELD,
-    behind_field,
+    around,
     is_text,
     laid_out,
 )
@@ -104,7 +104,7 @@ def read_tasks(
 
 def _all_laid_out(rows: Rows, template: str) -> bool:
     """Whether a server would take every prompt as one that the template has written already."""
-    behind = behind_field(template)
+    behind = around(template)[1]
     return all(laid_out(row.text("prompt"), behind) is not None for row in rows.rows)
 
 

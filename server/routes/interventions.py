@@ -96,11 +96,9 @@ async def put_intervention(request: Request, server: Server, name: str) -> Respo
     registry = server.engine.registry
     body = await read_body(request, MAX_FILE_BYTES)
     begun = time.monotonic()
-    _, created = await server.administer(registry.put, name, body, sha256, expected)
+    entry, created = await server.administer(registry.put, name, body, sha256, expected)
     server.metrics.loaded(name, time.monotonic() - begun)
-    return entry_answer(
-        server, await server.administer(registry.entry, name), 201 if created else 200
-    )
+    return entry_answer(server, entry, 201 if created else 200)
 
 
 @router.delete("/{name}")

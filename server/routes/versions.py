@@ -40,7 +40,7 @@ async def roll_back(request: Request, server: Server, name: str, body: Rollback)
     """
     expected = expected_digests(request)
     begun = time.monotonic()
-    registry = server.engine.registry
-    await server.administer(registry.rollback, name, body.digest, expected)
+    rollback = server.engine.registry.rollback
+    entry = await server.administer(rollback, name, body.digest, expected)
     server.metrics.loaded(name, time.monotonic() - begun)
-    return entry_answer(server, await server.administer(registry.entry, name))
+    return entry_answer(server, entry)

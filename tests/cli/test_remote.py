@@ -15,13 +15,13 @@ from typer.testing import CliRunner
 from reft_runtime.client import NotServed, Server, Unreachable
 from reft_runtime.errors import ConfigError, ReftError
 from reft_runtime.interventions import Registry
-from reft_runtime.interventions.format.identity import digest_of
 from server.cli import main as cli
 from server.cli.backend import RemoteBackend
 from server.settings import Settings
 from tests.e2e.conftest import served
 from tests.http.fake_engine import FakeEngine
 from tests.interventions.make import BASE, file_bytes
+from tests.interventions.test_registry import digest
 
 
 @pytest.fixture
@@ -74,7 +74,7 @@ def test_the_listing_pages_searches_and_sorts(
 def test_a_file_goes_there_and_back(url: str, engine: Any, tmp_path: Path) -> None:
     for number in range(2):
         (tmp_path / f"file-{number}.safetensors").write_bytes(file_bytes(number))
-    first, second = (digest_of(file_bytes(number))[:12] for number in range(2))
+    first, second = (digest(file_bytes(number))[:12] for number in range(2))
     pushed = reft(url, "push", str(tmp_path))
     assert pushed.stdout.splitlines()[0].startswith(f"file-0: added, {first}, ")
     same = reft(url, "push", str(tmp_path / "file-0.safetensors"))
@@ -85,7 +85,7 @@ def test_a_file_goes_there_and_back(url: str, engine: Any, tmp_path: Path) -> No
     assert back.stdout == f"file-0: {first} is served, {second} was\n"
     assert reft(url, "rollback", "file-0", first).stdout == f"file-0: {first} is served already\n"
     shown = reft(url, "show", "file-0")
-    assert f"digest      {digest_of(file_bytes(0))}\n" in shown.stdout
+    assert f"digest      {digest(file_bytes(0))}\n" in shown.stdout
     versions = [line.split()[:2] for line in shown.stdout.splitlines()[-2:]]
     assert versions == [[first, "served"], [second, "kept"]]
     out = tmp_path / "pulled.safetensors"
@@ -126,7 +126,7 @@ def test_a_file_that_is_refused_keeps_no_other_back(url: str, engine: Any, tmp_p
     assert "there is no *.safetensors" in refused(url, ReftError, "push", f"{tmp_path}/x*")
 
 
-def test_a_version_that_came_between_is_told(
+def test_an_upload_is_told_though_another_comes_at_once(
     url: str, engine: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     put = engine.registry.put
@@ -137,8 +137,9 @@ def test_a_version_that_came_between_is_told(
         return result
 
     monkeypatch.setattr(engine.registry, "put", twice)
-    with pytest.raises(ConfigError, match="another upload came between"):
-        Server(url).upload("one", file_bytes(1))
+    entry, change = Server(url).upload("one", file_bytes(1))
+    assert (entry["digest"], change) == (digest(file_bytes(1)), "replaced")
+    assert Server(url).entry("one")["digest"] == digest(file_bytes(9))
 
 
 def test_removal_asks_and_looks_first(
@@ -151,7 +152,7 @@ def test_removal_asks_and_looks_first(
     monkeypatch.setattr("server.cli.remote.sys", type("Sys", (), {"stdin": typed})())
     kept = reft(url, "rm", "one", stdin="n\n")
     assert kept.exit_code == 1
-    assert kept.stdout.startswith(f"Remove one ({digest_of(_one())[:12]}) from {url}? [y/N]")
+    assert kept.stdout.startswith(f"Remove one ({digest(_one())[:12]}) from {url}? [y/N]")
     assert len(engine.registry.entries()) == 2
     assert reft(url, "rm", "one", stdin="y\n").stdout.endswith("one: removed\n")
     assert json.loads(reft(url, "rm", "-y", "two", "--json").stdout) == [

@@ -200,9 +200,9 @@ class FakeRegistry:
         ]
 
     def rollback(self, name: str, digest: str | None, expected: Any = None) -> Any:
-        self.entry(name)
+        entry = self.entry(name)
         self.last_rollback = (name, digest, expected)
-        return self.versions[name]
+        return entry
 
     def held_bytes(self) -> int:
         return 1234
@@ -226,7 +226,7 @@ class FakeRegistry:
         self.last_put = (data, sha256)
         created = name not in self.versions
         self.versions[name] = FakeVersion(name)
-        return self.versions[name], created
+        return self.entry(name), created
 
     def load(self, name: str, path: str, replace: bool = False) -> Any:
         if name in self.versions and not replace:
@@ -234,7 +234,7 @@ class FakeRegistry:
         if path.startswith("/"):
             raise InvalidRequest("The path leads outside the sources.", param="path")
         self.versions[name] = FakeVersion(name)
-        return self.versions[name]
+        return self.entry(name)
 
     def remove(self, name: str, expected: Any = None) -> None:
         self.entry(name)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import asyncio
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +29,17 @@ def folder(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def engine(folder: Path) -> Iterator[FakeEngine]:
-    engine = FakeEngine()
+def registry(folder: Path) -> Iterator[Registry]:
     registry = Registry(BASE, [folder])
-    engine.registry = registry
-    yield engine
+    yield registry
     registry.close()
+
+
+@pytest.fixture
+def engine(registry: Registry) -> FakeEngine:
+    engine = FakeEngine()
+    engine.registry = registry
+    return engine
 
 
 async def put(client: httpx.AsyncClient, data: bytes, **headers: str) -> httpx.Response:
@@ -77,6 +83,53 @@ async def test_the_folders_file_of_this_moment_counts(
     place(folder, "a", ONE)
     assert_changed(await put(client, TWO, if_none_match="*"), digest(ONE))
     assert (await put(client, TWO, if_match=TAG_ONE)).status_code == 200
+
+
+@pytest.mark.parametrize(
+    "between",
+    [lambda registry: registry.put("a", file_bytes(3)), lambda registry: registry.remove("a")],
+    ids=["another upload", "a removal"],
+)
+@pytest.mark.parametrize("change", ["put", "rollback"])
+async def test_the_answer_is_of_the_change_that_was_asked_for(
+    client: httpx.AsyncClient,
+    registry: Registry,
+    monkeypatch: pytest.MonkeyPatch,
+    change: str,
+    between: Callable[[Registry], object],
+) -> None:
+    await put(client, TWO)
+    await put(client, ONE)
+    changed = getattr(registry, change)
+
+    def and_then(*arguments: Any) -> Any:
+        result = changed(*arguments)
+        monkeypatch.undo()
+        between(registry)
+        return result
+
+    monkeypatch.setattr(registry, change, and_then)
+    if change == "put":
+        response = await put(client, TWO)
+    else:
+        response = await client.post(f"{PATH}/rollback")
+    assert (response.status_code, response.headers["etag"]) == (200, TAG_TWO)
+    assert response.json()["versions"] == [digest(TWO), digest(ONE)]
+
+
+async def test_two_who_upload_get_their_own(client: httpx.AsyncClient) -> None:
+    async def upload(data: bytes, tag: str) -> None:
+        for _ in range(100):
+            response = await put(client, data)
+            assert response.status_code in (200, 201)
+            assert response.headers["etag"] == f'"{response.json()["digest"]}"' == tag
+
+    async def remove(uploads: list[asyncio.Task[None]]) -> None:
+        while not all(task.done() for task in uploads):
+            assert (await client.delete(PATH)).status_code in (200, 404)
+
+    uploads = [asyncio.create_task(upload(ONE, TAG_ONE)), asyncio.create_task(upload(TWO, TAG_TWO))]
+    await asyncio.gather(*uploads, remove(uploads))
 
 
 @pytest.mark.parametrize(

@@ -396,6 +396,7 @@ async def test_of_many_unknown_keys_one_is_named(client: httpx.AsyncClient) -> N
 
 
 MANY = 390_000
+STRICT_JSON = "reft_runtime.interventions.format.strict_json"
 
 
 @pytest.mark.parametrize(
@@ -417,7 +418,7 @@ async def test_bodies_of_very_many_parts_are_not_parsed(
 ) -> None:
     if "2048" not in message:
         parser = SimpleNamespace(loads=lambda *_, **__: pytest.fail("parsed"))
-        monkeypatch.setattr("server.body.json", parser)
+        monkeypatch.setattr(f"{STRICT_JSON}.json", parser)
     many = ",".join(f'"{i}":1' for i in range(MANY))
     text = "{" + body.replace("%s", many).replace('"k%d": 1', many) + "}"
     headers = {"content-type": "application/json"}
@@ -455,7 +456,7 @@ async def test_a_large_body_is_read_beside_the_event_loop(
         threads.append(threading.current_thread())
         return json.JSONDecoder(**options).decode(*arguments)
 
-    monkeypatch.setattr("server.body.json", SimpleNamespace(loads=note))
+    monkeypatch.setattr(f"{STRICT_JSON}.json", SimpleNamespace(loads=note))
     for metadata in ({}, {"x": "y" * 20_000}):
         response = await client.post("/v1/completions", json=completion(metadata=metadata))
         assert response.status_code == 200

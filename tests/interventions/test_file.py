@@ -23,7 +23,8 @@ from reft_runtime.interventions import (
     serialise,
     write,
 )
-from reft_runtime.interventions.format.file import header_of
+from reft_runtime.interventions.format.header import header_of
+from reft_runtime.interventions.format.identity import is_whole
 from reft_runtime.interventions.format.manifest import check_base
 from tests.interventions.make import BASE, file_bytes, intervention, loreft_tensors
 
@@ -106,7 +107,11 @@ def test_round_trip(tmp_path: Path) -> None:
 
 
 def test_digest_is_the_hash_of_the_header() -> None:
-    assert header_of(GOOD).digest == hashlib.sha256(GOOD[: 8 + LENGTH]).hexdigest()
+    digest = header_of(GOOD).digest
+    assert digest == hashlib.sha256(GOOD[: 8 + LENGTH]).hexdigest()
+    assert is_whole(GOOD, digest)
+    assert not is_whole(GOOD[:-1], digest)
+    assert not is_whole(file_bytes(seed=1), digest)
 
 
 def test_equal_content_gives_equal_bytes_and_other_content_another_digest() -> None:

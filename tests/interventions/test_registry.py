@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import shutil
 import sys
@@ -26,7 +27,8 @@ from reft_runtime.errors import (
     WrongBaseModel,
 )
 from reft_runtime.interventions import Registry, Version
-from reft_runtime.interventions.format.file import header_of, parse, write_atomic
+from reft_runtime.interventions.format.file import parse, write_atomic
+from reft_runtime.interventions.format.header import header_of
 from reft_runtime.interventions.registry.sources import look
 from reft_runtime.interventions.registry.uploads import HISTORY
 from tests.interventions.make import BASE, file_bytes, ready
@@ -214,9 +216,9 @@ def test_a_file_that_changes_while_it_is_read_is_read_again(
 def test_a_change_that_the_disks_clock_does_not_show(folder: Path) -> None:
     path = place(folder, "a", ONE)
     registry = Registry(BASE, [folder])
-    registry._found["a"] = look(path)
+    registry._folders._found["a"] = look(path)
     path.write_bytes(TWO)
-    registry._found["a"] = look(path)  # as if both had been written within one tick
+    registry._folders._found["a"] = look(path)  # as if both had been written within one tick
     assert ready(registry, "a").digest == digest(TWO)
 
 
@@ -454,8 +456,8 @@ def test_unknown_references(ref: str) -> None:
 def test_an_ambiguous_prefix_is_not_found() -> None:
     registry = Registry(BASE)
     for data, start in ((ONE, "aaaaaaaa1"), (TWO, "aaaaaaaa2")):
-        version, _ = registry.put("a", data)
-        version.digest = start.ljust(64, "0")
+        registry.put("a", data)
+        registry.resolve("a").digest = start.ljust(64, "0")
     with pytest.raises(NotFound):
         registry.resolve("a@aaaaaaaa")
     assert registry.resolve("a@aaaaaaaa2").digest.startswith("aaaaaaaa2")
@@ -477,12 +479,25 @@ def test_put_replace_and_address_the_history(uploads: Registry) -> None:
     assert (first.origin, first.digest) == ("uploaded", digest(ONE))
     second, created = uploads.put("a", TWO, sha256=hashlib.sha256(TWO).hexdigest())
     assert not created
-    assert uploads.resolve("a") is second
+    assert uploads.resolve("a").digest == second.digest == digest(TWO)
     assert uploads.resolve(f"a@{digest(ONE)[:8]}").digest == first.digest
     again, created = uploads.put("a", ONE)
     assert not created
-    assert uploads.resolve("a") is again
-    assert uploads.entry("a").versions == (digest(ONE), digest(TWO))
+    assert uploads.entry("a") == again
+    assert again.versions == (digest(ONE), digest(TWO))
+
+
+def test_an_upload_is_parsed_once(uploads: Registry, monkeypatch: pytest.MonkeyPatch) -> None:
+    parsed: list[str | bytes] = []
+    loads = json.loads
+
+    def note(text: str | bytes, **options: Any) -> Any:
+        parsed.append(text)
+        return loads(text, **options)
+
+    monkeypatch.setattr(json, "loads", note)
+    uploads.hold(uploads.resolve(uploads.put("a", ONE)[0].name))
+    assert len(parsed) == 2  # the header, and the manifest in it
 
 
 def test_history_is_bounded(uploads: Registry) -> None:
@@ -523,8 +538,26 @@ def test_a_removed_folder_name_stays_away_until_its_file_changes(
     assert names(uploads) == ["a"]
 
 
+def test_a_file_that_is_replaced_during_its_removal_is_served(
+    uploads: Registry, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place(folder, "a", ONE)
+    uploads.scan()
+    displace = uploads._catalog.displace
+
+    def replaced_before(*arguments: Any) -> None:
+        place(folder, "a", TWO)
+        uploads.scan()
+        displace(*arguments)
+
+    monkeypatch.setattr(uploads._catalog, "displace", replaced_before)
+    uploads.remove("a", [digest(ONE)])
+    assert uploads.resolve("a").digest == digest(TWO)
+
+
 def test_removing_leaves_requests_in_flight_alone(uploads: Registry) -> None:
-    version, _ = uploads.put("a", ONE)
+    uploads.put("a", ONE)
+    version = uploads.resolve("a")
     uploads.hold(version)
     uploads.remove("a")
     assert names(uploads) == []
@@ -549,7 +582,8 @@ def test_a_refused_upload_changes_nothing(
     folder: Path, state: Path, data: bytes, error: type[Exception], reason: str
 ) -> None:
     registry = Registry(BASE, [folder], state_dir=state, max_file_bytes=4096)
-    version, _ = registry.put("a", ONE)
+    registry.put("a", ONE)
+    version = registry.resolve("a")
     with pytest.raises(error, match=reason):
         registry.put("a", data)
     assert registry.resolve("a") is version
@@ -796,7 +830,8 @@ def edit_bytes(data: bytes) -> int:
 def fixed(count: int) -> int:
     """Room for so many uploads in memory, their tensors aside."""
     registry = Registry(BASE)
-    version, _ = registry.put("a", ONE)
+    registry.put("a", ONE)
+    version = registry.resolve("a")
     return count * (version.fixed_bytes - version.tensor_bytes)
 
 
@@ -822,16 +857,17 @@ def test_what_is_deleted_is_given_back(
     registry = Registry(BASE, state_dir=state if kept else None)
     gone = []
     for seed in range(4):
-        version, _ = registry.put("a", file_bytes(seed))
+        registry.put("a", file_bytes(seed))
+        version = registry.resolve("a")
         gone.append(weakref.ref(version))
     held = version
     registry.hold(held)
     registry.remove("a")
     del version
     assert [ref() is None for ref in gone] == [True, True, True, False]
-    assert registry._memory.used == held.fixed_bytes + (held.tensor_bytes if kept else 0)
+    assert registry.held_bytes() == held.fixed_bytes + (held.tensor_bytes if kept else 0)
     registry.release(held)
-    assert registry._memory.used == 0
+    assert registry.held_bytes() == 0
     assert trimmed
     registry.close()
 
@@ -914,7 +950,7 @@ def test_tensors_used_least_recently_give_way(folder: Path, state: Path, uploade
     for version in (held, held, other):
         registry.release(version)
     assert ready(registry, "a").edits()
-    assert registry._memory.used <= room
+    assert registry.held_bytes() <= room
     registry.close()
 
 
@@ -957,7 +993,8 @@ def test_a_damaged_blob_is_a_problem_and_the_folder_shows(
 
 def test_a_full_disk_leaves_the_old_version(state: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     registry = Registry(BASE, state_dir=state)
-    old, _ = registry.put("a", ONE)
+    registry.put("a", ONE)
+    old = registry.resolve("a")
 
     def no_space(descriptor: int) -> None:
         raise OSError(28, "No space left on device")

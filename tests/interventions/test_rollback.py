@@ -60,7 +60,8 @@ def test_back_to_a_digest(registry: Registry, digits: int) -> None:
     assert registry.rollback("a", digest(ONE)[:digits]).digest == digest(ONE)
     assert served(registry) == [digest(ONE), digest(THREE), digest(TWO)]
     again = registry.resolve("a")
-    assert registry.rollback("a", digest(ONE)) is again  # it is served already
+    assert registry.rollback("a", digest(ONE)) == registry.entry("a")  # it is served already
+    assert registry.resolve("a") is again
     assert served(registry) == [digest(ONE), digest(THREE), digest(TWO)]
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
@@ -13,8 +13,8 @@ from torch.nn.functional import linear
 from transformers.activations import ACT2FN
 
 from reft_runtime.errors import InvalidFile, InvalidRequest
-from reft_runtime.interventions.format.kinds import Formula
-from reft_runtime.interventions.format.manifest import EditSpec
+from reft_runtime.interventions.format.kinds import Formula, by_edit, formula
+from reft_runtime.interventions.format.manifest import EditSpec, Manifest
 from reft_runtime.interventions.format.positions import Positions
 
 _ALIGNED = 4
@@ -175,6 +175,19 @@ def _uses_cuda() -> bool:
 def _tensors(edit: CanonicalEdit) -> dict[str, Tensor]:
     found = {name: getattr(edit, name) for name in ("V", "b", "U", "gain", "offset")}
     return {name: tensor for name, tensor in found.items() if tensor is not None}
+
+
+def canonical_edits(manifest: Manifest, tensors: Mapping[str, Tensor]) -> PackedEdits:
+    """Check the tensors' values and convert every edit, in the manifest's order; packed.
+
+    The tensors are named `edits.<index>.<tensor>`. Raises `InvalidFile`.
+    """
+    edits = []
+    for index, own in enumerate(by_edit(len(manifest.edits), tensors)):
+        spec = manifest.edits[index]
+        parts = formula(spec.kind, f"edits.{index}.", own)
+        edits.append(canonical_edit(spec, parts, manifest.width_of(index)))
+    return PackedEdits.of(edits)
 
 
 def canonical_edit(spec: EditSpec, parts: Formula, width: int) -> CanonicalEdit:

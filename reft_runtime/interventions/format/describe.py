@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from reft_runtime.interventions.format.file import header_of, parse
-from reft_runtime.interventions.format.kinds import KINDS, orthonormal_error
+from reft_runtime.interventions.format.canonical import canonical_edits
+from reft_runtime.interventions.format.file import tensors_of
+from reft_runtime.interventions.format.header import header_of
+from reft_runtime.interventions.format.kinds import KINDS, by_edit, orthonormal_error
 
 
 def describe(data: bytes, base_parameters: int | None = None) -> dict[str, Any]:
@@ -14,18 +16,15 @@ def describe(data: bytes, base_parameters: int | None = None) -> dict[str, Any]:
     `share` is its number of parameters in relation to `base_parameters`. Of every edit,
     `orthonormality_error` is max |RᵀR - I|, None for a kind without such a tensor.
     """
-    header, intervention = header_of(data), parse(data)
-    manifest = intervention.manifest
+    header = header_of(data)
+    manifest, stored = header.manifest, tensors_of(header, data)
     edits: list[dict[str, Any]] = []
-    for index, (spec, canonical) in enumerate(
-        zip(manifest.edits, intervention.canonical(), strict=True)
+    for spec, canonical, tensors in zip(
+        manifest.edits,
+        canonical_edits(manifest, stored),
+        by_edit(len(manifest.edits), stored),
+        strict=True,
     ):
-        prefix = f"edits.{index}."
-        tensors = {
-            name.removeprefix(prefix): tensor
-            for name, tensor in intervention.tensors.items()
-            if name.startswith(prefix)
-        }
         errors = [
             orthonormal_error(tensors[name])
             for name, expected in KINDS[spec.kind].tensors.items()

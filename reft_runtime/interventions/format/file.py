@@ -17,9 +17,16 @@ from pathlib import Path
 
 import safetensors
 import safetensors.torch
+from torch import Tensor
 
 from reft_runtime.errors import FileTooLarge, InvalidFile
-from reft_runtime.interventions.format.header import Header, header_length, parse_header
+from reft_runtime.interventions.format.canonical import PackedEdits, canonical_edits
+from reft_runtime.interventions.format.header import (
+    Header,
+    header_length,
+    header_of,
+    parse_header,
+)
 from reft_runtime.interventions.format.identity import LENGTH_BYTES, MAX_FILE_BYTES, METADATA_KEY
 from reft_runtime.interventions.format.intervention import Intervention
 from reft_runtime.interventions.format.recognise import HEAD_BYTES, what_file, what_folder
@@ -32,7 +39,7 @@ def serialise(intervention: Intervention) -> bytes:
     """
     tensors = dict(intervention.tensors)
     plain = safetensors.torch.save(tensors)
-    data = plain[LENGTH_BYTES + header_length(plain) :]
+    data = plain[LENGTH_BYTES + header_length(plain) :]  # no manifest yet, and so no `Header`
     manifest = intervention.manifest.model_dump(mode="json")
     manifest["data_sha256"] = hashlib.sha256(data).hexdigest()
     text = json.dumps(manifest, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
@@ -41,25 +48,32 @@ def serialise(intervention: Intervention) -> bytes:
     return file
 
 
-def header_of(data: bytes) -> Header:
-    """The header of a file held in memory."""
-    return parse_header(data[: LENGTH_BYTES + header_length(data)], len(data))
-
-
 def parse(data: bytes) -> Intervention:
     """Read a whole file, verifying its data against its header; raises `InvalidFile`.
 
     The tensors' values are checked by `Intervention.canonical`.
     """
     header = header_of(data)
-    body = memoryview(data)[LENGTH_BYTES + header_length(data) :]
+    return Intervention(header.manifest, tensors_of(header, data))
+
+
+def tensors_of(header: Header, data: bytes) -> dict[str, Tensor]:
+    """The tensors of a whole file that has this header, by name; raises `InvalidFile`.
+
+    The data are verified against the header, the tensors' values are not looked at.
+    """
+    body = memoryview(data)[header.data_start :]
     if hashlib.sha256(body).hexdigest() != header.data_sha256:
         raise _damaged()
     try:
-        tensors = safetensors.torch.load(data)
+        return safetensors.torch.load(data)
     except safetensors.SafetensorError as error:
         raise InvalidFile(f"Not a safetensors file: {error}.") from None
-    return Intervention(header.manifest, tensors)
+
+
+def edits_of(header: Header, data: bytes) -> PackedEdits:
+    """The edits of a whole file that has this header, in canonical form; raises `InvalidFile`."""
+    return canonical_edits(header.manifest, tensors_of(header, data))
 
 
 def read_header(path: str | Path, max_bytes: int = MAX_FILE_BYTES) -> Header:
@@ -145,9 +159,9 @@ def _damaged() -> InvalidFile:
 def _header(file: BufferedReader, size: int) -> Header:
     """The header of an open file, which then stands where its data begin."""
     start = file.read(HEAD_BYTES)
-    length = LENGTH_BYTES + header_length(start)
-    header = parse_header((start + file.read(max(0, length - len(start))))[:length], size)
-    file.seek(length)
+    rest = LENGTH_BYTES + header_length(start) - len(start)
+    header = parse_header(start + file.read(max(0, rest)), size)
+    file.seek(header.data_start)
     return header
 
 

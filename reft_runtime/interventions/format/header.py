@@ -8,7 +8,7 @@ of the length and the header.
 
 from __future__ import annotations
 
-import json
+import hashlib
 import math
 import re
 from collections.abc import Mapping
@@ -16,11 +16,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from reft_runtime.errors import InvalidFile
-from reft_runtime.interventions.format.identity import LENGTH_BYTES, METADATA_KEY, digest_of
+from reft_runtime.interventions.format.identity import LENGTH_BYTES, METADATA_KEY
 from reft_runtime.interventions.format.intervention import check_layout, validate_manifest
 from reft_runtime.interventions.format.kinds import TensorInfo
 from reft_runtime.interventions.format.manifest import Manifest
 from reft_runtime.interventions.format.recognise import HEAD_BYTES, what_file
+from reft_runtime.interventions.format.strict_json import load_strict
 
 MAX_HEADER_BYTES = 1 << 20
 
@@ -36,6 +37,9 @@ class Header:
     manifest: Manifest
     data_sha256: str
     tensors: Mapping[str, TensorInfo]
+    data_start: int
+    """Where the tensors' data begin, in bytes."""
+
     size_bytes: int
     """Size of the whole file."""
 
@@ -60,12 +64,19 @@ def header_length(start: bytes) -> int:
     )
 
 
-def parse_header(head: bytes, size: int) -> Header:
-    """Read a header: `head` is the length and the JSON, `size` the whole file's size in bytes.
+def header_of(data: bytes) -> Header:
+    """The header of a file held in memory; raises as `parse_header`."""
+    return parse_header(data, len(data))
+
+
+def parse_header(start: bytes, size: int) -> Header:
+    """Read the header of a file of `size` bytes that begins with `start`, which holds all of it.
 
     Raises `InvalidFile` that says what is wrong, and where.
     """
-    if len(head) < LENGTH_BYTES + header_length(head):
+    end = LENGTH_BYTES + header_length(start)
+    head = start[:end]
+    if len(head) < end:
         raise InvalidFile("Cut off inside the header.")
     fields = _object(head[LENGTH_BYTES:], "header")
     metadata = fields.pop("__metadata__", None)
@@ -81,33 +92,20 @@ def parse_header(head: bytes, size: int) -> Header:
     if not isinstance(data_sha256, str) or not _SHA256.fullmatch(data_sha256):
         raise InvalidFile("manifest, data_sha256: must be 64 hexadecimal digits, lower case.")
     manifest = validate_manifest(content)
-    tensors = _tensors(fields, size - len(head))
+    tensors = _tensors(fields, size - end)
     check_layout(manifest, tensors)
-    return Header(digest_of(head), manifest, data_sha256, tensors, size)
+    digest = hashlib.sha256(head).hexdigest()
+    return Header(digest, manifest, data_sha256, tensors, end, size)
 
 
 def _object(text: str | bytes, what: str) -> dict[str, Any]:
     try:
-        if isinstance(text, bytes):
-            text = text.decode("utf-8")
-        value = json.loads(text, object_pairs_hook=_unique, parse_constant=_no_constant)
-        json.dumps(value, ensure_ascii=False).encode()  # refuses lone surrogates
-    except (ValueError, RecursionError) as error:
+        value = load_strict(text)
+    except ValueError as error:
         raise InvalidFile(f"{what}: not valid JSON: {str(error)[:200]}.") from None
     if not isinstance(value, dict):
         raise InvalidFile(f"{what}: must be a JSON object.")
     return value
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    fields = dict(pairs)
-    if len(fields) < len(pairs):
-        raise ValueError("a key occurs twice in one object")
-    return fields
-
-
-def _no_constant(name: str) -> None:
-    raise ValueError(f"{name} is not JSON")
 
 
 def _tensors(fields: Mapping[str, Any], data_size: int) -> dict[str, TensorInfo]:

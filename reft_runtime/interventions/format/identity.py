@@ -21,19 +21,14 @@ def names_file(reference: str) -> bool:
     return reference.endswith(SUFFIX) or "/" in reference
 
 
-def digest_of(data: bytes) -> str:
-    """The digest of a file, from its bytes or its first ones: 64 hexadecimal digits.
-
-    It is the SHA-256 of the header with its length; the header holds the SHA-256 of the data.
-    """
-    length = int.from_bytes(data[:LENGTH_BYTES], "little")
-    return hashlib.sha256(data[: LENGTH_BYTES + length]).hexdigest()
-
-
 def is_whole(data: bytes, digest: str) -> bool:
-    """Whether this is the file of that digest, its data included."""
-    body = LENGTH_BYTES + int.from_bytes(data[:LENGTH_BYTES], "little")
-    if digest_of(data) != digest:
+    """Whether this is the file of that digest, its data included.
+
+    The digest is that of the header with its length; the header holds the data's. Both are SHA-256
+    in hexadecimal digits.
+    """
+    start = LENGTH_BYTES + int.from_bytes(data[:LENGTH_BYTES], "little")
+    if hashlib.sha256(data[:start]).hexdigest() != digest:
         return False
-    manifest = json.loads(json.loads(data[LENGTH_BYTES:body])["__metadata__"][METADATA_KEY])
-    return bool(hashlib.sha256(data[body:]).hexdigest() == manifest["data_sha256"])
+    manifest = json.loads(json.loads(data[LENGTH_BYTES:start])["__metadata__"][METADATA_KEY])
+    return bool(hashlib.sha256(data[start:]).hexdigest() == manifest["data_sha256"])

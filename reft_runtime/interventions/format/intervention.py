@@ -4,16 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
 
 import torch
 from pydantic import JsonValue, ValidationError
 from torch import Tensor
 
 from reft_runtime.errors import InvalidFile
-from reft_runtime.interventions.format.canonical import CanonicalEdit, PackedEdits, canonical_edit
+from reft_runtime.interventions.format.canonical import CanonicalEdit, canonical_edits
 from reft_runtime.interventions.format.components import normalise
-from reft_runtime.interventions.format.kinds import KINDS, TensorInfo, check_tensors, formula
+from reft_runtime.interventions.format.kinds import KINDS, TensorInfo, by_edit, check_tensors
 from reft_runtime.interventions.format.manifest import (
     BaseShape,
     CompletionPrefix,
@@ -21,8 +20,6 @@ from reft_runtime.interventions.format.manifest import (
     SystemTurn,
     Texts,
 )
-
-_T = TypeVar("_T")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -101,12 +98,7 @@ class Intervention:
 
     def canonical(self) -> tuple[CanonicalEdit, ...]:
         """Check the tensors' values and convert every edit, in the manifest's order; packed."""
-        edits = []
-        for index, tensors in enumerate(_by_edit(self.manifest, self.tensors)):
-            spec = self.manifest.edits[index]
-            parts = formula(spec.kind, f"edits.{index}.", tensors)
-            edits.append(canonical_edit(spec, parts, self.manifest.width_of(index)))
-        return PackedEdits.of(edits)
+        return canonical_edits(self.manifest, self.tensors)
 
 
 def validate_manifest(fields: Mapping[str, object]) -> Manifest:
@@ -122,7 +114,7 @@ def validate_manifest(fields: Mapping[str, object]) -> Manifest:
 
 def check_layout(manifest: Manifest, infos: Mapping[str, TensorInfo]) -> None:
     """Check that exactly the tensors the manifest's edits need are there, in dtype and shape."""
-    for index, own in enumerate(_by_edit(manifest, infos)):
+    for index, own in enumerate(by_edit(len(manifest.edits), infos)):
         spec = manifest.edits[index]
         check_tensors(
             spec.kind,
@@ -131,17 +123,6 @@ def check_layout(manifest: Manifest, infos: Mapping[str, TensorInfo]) -> None:
             dtype=spec.dtype,
             width=manifest.width_of(index),
         )
-
-
-def _by_edit(manifest: Manifest, items: Mapping[str, _T]) -> list[dict[str, _T]]:
-    places = {f"edits.{index}": index for index in range(len(manifest.edits))}
-    groups: list[dict[str, _T]] = [{} for _ in places]
-    for name, item in items.items():
-        place, _, tensor = name.rpartition(".")
-        if place not in places:
-            raise InvalidFile(f"{name[:200]}: no edit of the manifest has this tensor.")
-        groups[places[place]][tensor] = item
-    return groups
 
 
 def _spec(edit: Edit) -> dict[str, object]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -21,6 +21,8 @@ from reft_runtime.errors import InvalidFile
 ORTHONORMAL_TOLERANCE = {"float32": 1e-3, "float16": 5e-3, "bfloat16": 2e-2}
 
 ACTS = frozenset(ACT2CLS)
+
+_T = TypeVar("_T")
 
 
 class TensorInfo(NamedTuple):
@@ -138,6 +140,21 @@ KINDS: Mapping[str, Kind] = {
     "red": Kind({"s": _ROW, "b": _ROW}, _red),
     "reft_r1": Kind({"w": _ROW, "factor": TensorSpec(("1",))}, _reft_r1),
 }
+
+
+def by_edit(count: int, items: Mapping[str, _T]) -> list[dict[str, _T]]:
+    """What belongs to each of `count` edits, by tensor, of items named `edits.<index>.<tensor>`.
+
+    Raises `InvalidFile` for one that belongs to none of them.
+    """
+    places = {f"edits.{index}": index for index in range(count)}
+    groups: list[dict[str, _T]] = [{} for _ in places]
+    for name, item in items.items():
+        place, _, tensor = name.rpartition(".")
+        if place not in places:
+            raise InvalidFile(f"{name[:200]}: no edit of the manifest has this tensor.")
+        groups[places[place]][tensor] = item
+    return groups
 
 
 def check_tensors(

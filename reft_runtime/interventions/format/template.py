@@ -28,6 +28,7 @@ def laid_out(text: str, behind: str) -> str | None:
     return text + behind[len(ending) :]
 
 
-def behind_field(template: str) -> str:
-    """What a template that is a text writes behind the message."""
-    return template.partition(TEMPLATE_FIELD)[2]
+def around(template: str) -> tuple[str, str]:
+    """What a template that is a text writes before the message, and behind it."""
+    before, _, behind = template.partition(TEMPLATE_FIELD)
+    return before, behind

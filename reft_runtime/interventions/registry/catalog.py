@@ -10,13 +10,16 @@ from __future__ import annotations
 import re
 import threading
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 from reft_runtime.errors import NotFound, Overloaded, StoreFull, did_you_mean
 from reft_runtime.interventions.registry.residency import Residency, return_freed_memory
 from reft_runtime.interventions.registry.version import Origin, Version
+
+R = TypeVar("R")
 
 _LAYERS: tuple[Origin, ...] = ("loaded", "uploaded", "folder")
 _PREFIX = re.compile(r"[0-9a-f]{8,64}")
@@ -68,7 +71,7 @@ class Catalog:
     """Names and versions in memory; every method may be called from any thread.
 
     Interventions take at most `memory_bytes`: tensors that can be read again give way, and `hold`
-    and `_reserve` refuse what would not fit beside what must stay.
+    and `reserve` refuse what would not fit beside what must stay.
     """
 
     def __init__(self, memory_bytes: int) -> None:
@@ -103,7 +106,7 @@ class Catalog:
         whatever happens to its name or its file. Raises as `Version.edits`, and `Overloaded` where
         the interventions of other requests fill the memory; then holding nothing.
         """
-        self._pin(version)
+        self.pin(version)
         with self._lock:
             known = self._names[version.name]
             known.requests += 1
@@ -115,15 +118,6 @@ class Catalog:
             if known := self._names.get(name):
                 known.prompt_tokens += prompt_tokens
                 known.generation_tokens += generation_tokens
-
-    def acquire(self, ref: str | Version) -> Version:
-        """As `resolve`, held until the matching `release`, its tensors read; counts no request.
-
-        A version that was resolved before is taken as it is. Raises as `resolve` and `hold`.
-        """
-        version = self.resolve(ref) if isinstance(ref, str) else ref
-        self._pin(version)
-        return version
 
     def release(self, version: Version) -> None:
         """End one request that held a version."""
@@ -141,7 +135,8 @@ class Catalog:
             names = [known for known, entry in self._names.items() if entry.layers]
         return did_you_mean(name, names) if name not in names else ""
 
-    def _pin(self, version: Version) -> None:
+    def pin(self, version: Version) -> None:
+        """As `hold`, but it is counted as no request."""
         with self._changed(version.name) as known:
             known.held.add(version)
             version.in_flight += 1
@@ -155,36 +150,60 @@ class Catalog:
             self._shrink()
             raise
 
-    def _current(self, name: str) -> Version | None:
+    def names(self) -> list[str]:
+        """All names, in no order."""
+        with self._lock:
+            return list(self._names)
+
+    def told(self, names: Iterable[str], tell: Callable[[str, Name], R]) -> list[R]:
+        """What `tell` makes of those names that stand for something.
+
+        It is called under the lock, which everybody else waits for: give few names.
+        """
+        with self._lock:
+            found = [(name, self._names.get(name)) for name in names]
+            return [tell(name, known) for name, known in found if known and known.layers]
+
+    def held_bytes(self) -> int:
+        """Memory that interventions take now, in bytes."""
+        with self._lock:
+            return self._memory.used
+
+    def current(self, name: str) -> Version | None:
+        """What the name stands for, if it stands for anything."""
         with self._lock:
             known = self._names.get(name)
             return None if known is None else known.current()
 
-    def _layer(self, name: str, origin: Origin) -> Version | None:
+    def layer(self, name: str, origin: Origin) -> Version | None:
+        """What one layer has under the name."""
         with self._lock:
             known = self._names.get(name)
             return known.layers.get(origin) if known is not None else None
 
-    def _history(self, name: str) -> list[Version]:
+    def history(self, name: str) -> list[Version]:
+        """The name's uploaded versions, the current one first."""
         with self._lock:
             known = self._names.get(name)
             return list(known.history) if known is not None else []
 
-    def _digests(self, name: str) -> list[str]:
+    def digests(self, name: str) -> list[str]:
         """Of all versions that can be addressed, the current one first."""
         with self._lock:
             known = self._names.get(name)
             return list(known.versions()) if known is not None else []
 
-    def _uploads(self) -> list[Version]:
+    def uploads(self) -> list[Version]:
+        """The uploaded versions of all names."""
         with self._lock:
             return [version for known in self._names.values() for version in known.history]
 
-    def _held_digests(self) -> set[str]:
+    def held_digests(self) -> set[str]:
+        """Of all versions that requests hold."""
         with self._lock:
             return {version.digest for known in self._names.values() for version in known.held}
 
-    def _reserve(self, size: int, leaving: Iterable[Version]) -> None:
+    def reserve(self, size: int, leaving: Iterable[Version]) -> None:
         """Raise `StoreFull` unless so many bytes that stay fit in, once these versions are gone."""
         with self._lock:
             fixed, budget = self._memory.fixed, self._memory.budget
@@ -195,13 +214,13 @@ class Catalog:
                     " more --intervention-bytes or with a --state-dir."
                 )
 
-    def _place(self, version: Version) -> None:
+    def place(self, version: Version) -> None:
         """Put a version in its layer."""
         with self._changed(version.name) as known:
             known.layers[version.origin] = version
         self._shrink()
 
-    def _place_upload(self, history: Sequence[Version]) -> None:
+    def place_upload(self, history: Sequence[Version]) -> None:
         """Put the first of `history` on top, as the newest word on its name."""
         with self._changed(history[0].name) as known:
             known.layers.pop("loaded", None)
@@ -209,15 +228,19 @@ class Catalog:
             known.history = list(history)
         self._shrink()
 
-    def _displace(self, name: str, origin: Origin) -> None:
-        """Take one layer away, if it is there; an upload goes with its history."""
+    def displace(self, name: str, origin: Origin, version: Version | None = None) -> None:
+        """Take one layer away, if it is there; an upload goes with its history.
+
+        With a `version` only as long as the layer has that one.
+        """
         with self._changed(name) as known:
-            known.layers.pop(origin, None)
-            if origin == "uploaded":
-                known.history.clear()
+            if version in (None, known.layers.get(origin)):
+                known.layers.pop(origin, None)
+                if origin == "uploaded":
+                    known.history.clear()
         self._shrink()
 
-    def _note(self, name: str, problem: str | None) -> None:
+    def note(self, name: str, problem: str | None) -> None:
         """Show what is wrong with the name's file in a folder in the listing, or no longer."""
         with self._lock:
             if name in self._names:
@@ -271,7 +294,7 @@ class Catalog:
                 if not after:
                     del self._names[name]
 
-    def _unknown(self, name: str) -> NotFound:
+    def unknown(self, name: str) -> NotFound:
         """The error for a name that stands for nothing."""
         return NotFound(
             f"The intervention `{name}` does not exist.{self.meant(name)}", param="name"

@@ -6,16 +6,22 @@ import hashlib
 import logging
 import threading
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import BinaryIO
 
 from reft_runtime.errors import InvalidFile, InvalidRequest, NotFound, Unavailable
-from reft_runtime.interventions.format.file import header_of, parse, read, read_header, too_large
+from reft_runtime.interventions.format.file import edits_of, read, read_header, too_large
+from reft_runtime.interventions.format.header import header_of
 from reft_runtime.interventions.format.identity import MAX_FILE_BYTES
 from reft_runtime.interventions.format.manifest import BaseShape, Manifest, check_base
 from reft_runtime.interventions.format.recognise import HEAD_BYTES
-from reft_runtime.interventions.registry.folders import WORK_SHARE, check_sources
+from reft_runtime.interventions.registry import listing
+from reft_runtime.interventions.registry.catalog import Catalog
+from reft_runtime.interventions.registry.entry import Entry, Page, Tier, VersionEntry
+from reft_runtime.interventions.registry.folders import WORK_SHARE, Folders, check_sources
+from reft_runtime.interventions.registry.paging import DEFAULT_PAGE, Sort
 from reft_runtime.interventions.registry.sources import NAME, NAME_RULE, Found, locate
 from reft_runtime.interventions.registry.store import STATE_BYTES, Store
 from reft_runtime.interventions.registry.uploads import HISTORY, Uploads
@@ -41,7 +47,7 @@ def check_folders(sources: Sequence[str | Path], state_dir: str | Path | None) -
         Store(Path(state_dir)).close()
 
 
-class Registry(Uploads):
+class Registry:
     """The interventions of one base model.
 
     `sources` are folders that are read only; where two hold a file of one name, the first counts.
@@ -70,7 +76,11 @@ class Registry(Uploads):
         self._max_file_bytes = max_file_bytes
         self._closed = threading.Event()
         self._watcher: threading.Thread | None = None
-        super().__init__(memory_bytes, sources, base.model, state_dir, state_bytes)
+        self._catalog = Catalog(memory_bytes)
+        self._folders = Folders(self._catalog, sources, base.model, self._listed)
+        store = None if state_dir is None else Store(Path(state_dir), state_bytes)
+        self._uploads = Uploads(self._catalog, self._folders, store)
+        self._uploads.restore(base.model, self._listed)
         self.scan()
 
     def watch(self, interval: float) -> None:
@@ -91,27 +101,106 @@ class Registry(Uploads):
         self._closed.set()
         if self._watcher is not None:
             self._watcher.join()
-        with self._changing:
-            if self._store is not None:
-                self._store.close()
-                self._store = None
+        self._uploads.close()
+
+    def scan(self, rest: Callable[[float], bool] = lambda worked: False) -> None:
+        """Take in what is new, changed or gone in the sources; reads only what has changed.
+
+        A file that replaces one in use is verified completely before its name moves to it; until
+        a broken one is mended, the version before it goes on being served if it is in memory.
+        `rest` is called after each file that was read, with the seconds that it took, and ends the
+        scan by answering True.
+        """
+        self._folders.scan(rest)
+
+    def resolve(self, ref: str) -> Version:
+        """The version that `NAME` or `NAME@<digest prefix>` (8 to 64 hex digits) stands for now.
+
+        A name is looked up in the sources at this moment. By digest, versions in the history of
+        uploads or still held by a request are found too. Raises `NotFound` for an unknown name or
+        digest and for a prefix of two digests, `Unavailable` where there is a file of the name, and
+        it is broken.
+        """
+        return self._folders.resolve(ref)
+
+    def hold(self, version: Version) -> None:
+        """Begin a request on a version, its tensors loaded on return (a first use reads the file).
+
+        Until the matching `release` the version works and stays addressable by its digest,
+        whatever happens to its name or its file. Raises as `Version.edits`, and `Overloaded` where
+        the interventions of other requests fill the memory; then holding nothing.
+        """
+        self._folders.hold(version)
+
+    def acquire(self, ref: str | Version) -> Version:
+        """As `resolve`, held until the matching `release`, its tensors read; counts no request.
+
+        A version that was resolved before is taken as it is. Raises as `resolve` and `hold`.
+        """
+        return self._folders.acquire(ref)
+
+    def release(self, version: Version) -> None:
+        """Let go of a version that is held."""
+        self._catalog.release(version)
+
+    def count(self, name: str, prompt_tokens: int, generation_tokens: int) -> None:
+        """Add the tokens of a request that has ended; nothing where the name has gone."""
+        self._catalog.count(name, prompt_tokens, generation_tokens)
+
+    def meant(self, ref: str) -> str:
+        """A question to put behind the error for an unknown ref: which names are like its own."""
+        return self._catalog.meant(ref)
+
+    def entry(self, name: str) -> Entry:
+        """One name's line of the listing; raises `NotFound`."""
+        return listing.entry(self._catalog, name)
+
+    def entries(self) -> list[Entry]:
+        """The listing, sorted by name."""
+        return list(chain.from_iterable(self.pages()))
+
+    def pages(self) -> Iterator[list[Entry]]:
+        """The listing in parts that are short work each, so that nobody else waits for the lock."""
+        return listing.pages(self._catalog)
+
+    def page(
+        self,
+        q: str = "",
+        sort: Sort = "name",
+        after: str | None = None,
+        limit: int = DEFAULT_PAGE,
+    ) -> Page:
+        """The first `limit` entries in an order, or those behind where another page ended.
+
+        `q` is looked for in names and descriptions, in any case; `after` is the `next` of the page
+        before. Rests now and then: not for an event loop. Raises `InvalidRequest`.
+        """
+        return listing.page(self._catalog, q, sort, after, limit)
+
+    def versions_of(self, name: str) -> list[VersionEntry]:
+        """All versions of a name that can be addressed, the current one first.
+
+        Uploads come in the order in which they were served last. Raises `NotFound`.
+        """
+        return listing.versions_of(self._catalog, name)
+
+    def tiers(self) -> dict[Tier, int]:
+        """How many names' current versions are still on disk, and how many in memory."""
+        return listing.tiers(self._catalog)
+
+    def held_bytes(self) -> int:
+        """Memory that interventions take now, in bytes."""
+        return self._catalog.held_bytes()
 
     def unserved(self) -> dict[str, str]:
         """Why files are not served, by path, or by name for uploads."""
-        with self._scanning:
-            broken = {
-                str(self._found[name].path): error.message
-                for name, error in self._broken.items()
-                if name in self._found
-            }
-        state = {} if self._state_problem is None else {"(state folder)": self._state_problem}
-        return {**self._unlisted, **broken, **state, **self._upload_problems}
+        return {**self._folders.problems(), **self._uploads.problems()}
 
     def problems(self) -> dict[str, str]:
         """As `unserved`, and what is wrong with those that are listed, by name."""
         problems = self.unserved()
         for entry in self.entries():
-            if entry.problem is not None and entry.name not in self._broken:
+            if entry.problem is not None and not self._folders.broken(entry.name):
                 problems[entry.name] = entry.problem
         return problems
 
@@ -121,8 +210,8 @@ class Registry(Uploads):
         data: bytes,
         sha256: str | None = None,
         expected: Collection[str] | None = None,
-    ) -> tuple[Version, bool]:
-        """Upload a file under a name; returns its version, and whether the name is new.
+    ) -> tuple[Entry, bool]:
+        """Upload a file under a name; returns the entry that it made, and whether the name is new.
 
         `sha256`, where given, is what the whole file must hash to. The file is checked completely
         before anything changes: `InvalidRequest` (the name), `FileTooLarge`, `InvalidFile`,
@@ -138,30 +227,18 @@ class Registry(Uploads):
                 " sent with it; upload it again."
             )
         version = self.verified(name, data, "uploaded")
-        with self._changing:
-            self._tend()
-            shown = self._expect(name, expected)
-            before = self._history(name)
-            kept = [old for old in before if old.digest != version.digest][: HISTORY - 1]
-            self._admit(version, kept=self._store is not None, leaving=set(before) - set(kept))
-            if self._store is not None:
-                self._write(self._store, version, data, kept)
-            self._place_upload([version, *kept])
-            self._upload_problems.pop(name, None)
-            self._collect()
-        _log.info("%s %r", "replaced" if shown else "added", version)
-        self._tell_hidden(shown, version)
-        return version, shown is None
+        return self._uploads.put(version, data, expected)
 
-    def load(self, name: str, path: str, replace: bool = False) -> Version:
+    def load(self, name: str, path: str, replace: bool = False) -> Entry:
         """Load a file inside the sources under a name, as it is now and until the process ends.
 
+        Returns the entry that it made.
         `path` is absolute, or relative to a source. Raises `InvalidRequest` for a path that leads
         outside, and for a name that is taken unless `replace`; `NotFound` for a missing file; and
         what `put` raises.
         """
         self._check_name(name)
-        file = locate(path, self._sources)
+        file = locate(path, self._folders.sources)
         try:
             data = read(file, self._max_file_bytes)
         except FileNotFoundError as error:
@@ -170,21 +247,7 @@ class Registry(Uploads):
             raise Unavailable(
                 f"The file cannot be read: {error.strerror}.", param="path"
             ) from error
-        version = self.verified(name, data, "loaded")
-        with self._changing:
-            shown = self._current(name)
-            if not replace and shown is not None:
-                raise InvalidRequest(
-                    f"The intervention `{name}` is loaded already; ask to replace it, or unload it"
-                    " first.",
-                    param="name",
-                )
-            before = self._layer(name, "loaded")
-            self._admit(version, kept=False, leaving=set() if before is None else {before})
-            self._place(version)
-        _log.info("loaded %r", version)
-        self._tell_hidden(shown, version)
-        return version
+        return self._uploads.load(self.verified(name, data, "loaded"), replace=replace)
 
     def open(self, ref: str) -> tuple[Version, BinaryIO]:
         """The version that `ref` stands for now, as `resolve` says, and its file as `Version.open`.
@@ -195,13 +258,13 @@ class Registry(Uploads):
         try:
             version = self.resolve(ref)
         except NotFound:
-            if (known := self._digests(name)) and prefix:
+            if (known := self._catalog.digests(name)) and prefix:
                 raise NotFound(
                     f"There is no version {prefix} of `{name}`; there are"
                     f" {', '.join(digest[:12] for digest in known[:HISTORY])}.",
                     param="name",
                 ) from None
-            raise self._unknown(name) from None
+            raise self._catalog.unknown(name) from None
         return version, version.open()
 
     def remove(self, name: str, expected: Collection[str] | None = None) -> None:
@@ -211,23 +274,20 @@ class Registry(Uploads):
         stays on disk and comes back when it changes, or at the next start. Requests in flight end
         on what they began with. Raises `NotFound`, and `Changed` as `put`.
         """
-        with self._changing:
-            self._tend()
-            version = self._expect(name, expected)
-            origin = None if version is None else version.origin
-            if origin in (None, "folder") and name in self._upload_problems:
-                origin = "uploaded"
-            if origin is None:
-                raise self._unknown(name)
-            if origin == "uploaded":
-                if self._store is not None:
-                    self._store.remove(name)
-                self._upload_problems.pop(name, None)
-            self._displace(name, origin)
-            if self._layer(name, "loaded") is None and self._layer(name, "uploaded") is None:
-                self._added.discard(name)
-            self._collect()
-        _log.info("removed %s (%s)", name, origin)
+        self._uploads.remove(name, expected)
+
+    def rollback(
+        self, name: str, digest: str | None = None, expected: Collection[str] | None = None
+    ) -> Entry:
+        """Serve an uploaded version again that is still kept, in one step; returns the new entry.
+
+        `digest` may be a prefix of 8 digits or more; without one it is the version that was served
+        before the current one, so that a second call undoes the first. Nothing falls out of the
+        history by it. Raises `InvalidRequest` where the name stands for something that was not
+        uploaded, `NotFound` where there is no such version, `Changed` as `put`, and what reading
+        the version raises; then nothing has changed.
+        """
+        return self._uploads.rollback(name, digest, expected)
 
     @releasing_workers
     def verified(self, name: str, data: bytes, origin: Origin = "loaded") -> Version:
@@ -237,7 +297,7 @@ class Registry(Uploads):
         """
         header = header_of(data)
         self._check(header.manifest)
-        return Version(name, header, origin, None, parse(data).canonical(), data)
+        return Version(name, header, origin, None, edits_of(header, data), data)
 
     def _check_name(self, name: str) -> None:
         if not NAME.fullmatch(name):
@@ -273,18 +333,7 @@ class Registry(Uploads):
 
             try:
                 self.scan(rest)
-                self._watch_state()
+                self._uploads.tend()
             except Exception:  # the watch must outlive whatever one scan meets
                 _log.exception("scanning the sources failed")
             wait = max(interval, (time.monotonic() - began - away) / LOOK_SHARE)
-
-    def _watch_state(self) -> None:
-        known = self._state_problem
-        if self._changing.acquire(blocking=False):  # whoever changes something looks as well
-            try:
-                self._tend()
-            except Unavailable as error:
-                if error.message != known:
-                    _log.error("%s", error.message)
-            finally:
-                self._changing.release()

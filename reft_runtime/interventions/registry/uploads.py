@@ -4,12 +4,20 @@ from __future__ import annotations
 
 import logging
 import threading
-from abc import abstractmethod
-from collections.abc import Collection, Sequence
-from pathlib import Path
+from collections.abc import Callable, Collection, Sequence
 
-from reft_runtime.errors import InvalidFile, InvalidRequest, NotFound, ReftError, Unavailable
+from reft_runtime.errors import (
+    Changed,
+    InvalidFile,
+    InvalidRequest,
+    NotFound,
+    ReftError,
+    Unavailable,
+)
+from reft_runtime.interventions.registry.catalog import Catalog
+from reft_runtime.interventions.registry.entry import Entry
 from reft_runtime.interventions.registry.folders import Folders
+from reft_runtime.interventions.registry.listing import entry
 from reft_runtime.interventions.registry.sources import Found, look
 from reft_runtime.interventions.registry.store import Store
 from reft_runtime.interventions.registry.version import Origin, Version
@@ -20,69 +28,188 @@ HISTORY = 8
 MAX_ADDED_NAMES = 100_000
 """Names that may be uploaded or loaded at run time."""
 
+_ADDED: tuple[Origin, ...] = ("loaded", "uploaded")
+
 _log = logging.getLogger(__name__)
 
 
-class Uploads(Folders):
-    """The layer of the catalog that clients change, in memory or, with a `state_dir`, on disk too.
+class Uploads:
+    """The layers of a catalog that clients change, in memory or, with a `store`, on disk too.
 
     The last `HISTORY` uploaded versions of a name are kept, in the order in which they were served
-    last.
+    last. `put`, `load`, `remove` and `rollback` are those of `Registry`, which says more of them;
+    the entry that they return is made before the next change may begin.
     """
 
-    def __init__(
-        self,
-        memory_bytes: int,
-        sources: Sequence[str | Path],
-        reserved: str,
-        state_dir: str | Path | None,
-        state_bytes: int,
-    ) -> None:
-        super().__init__(memory_bytes, sources, reserved)
-        self._changing = threading.Lock()  # one change at a time; taken before _lock, never after
+    def __init__(self, catalog: Catalog, folders: Folders, store: Store | None) -> None:
+        self._catalog = catalog
+        self._folders = folders
+        self._store = store
+        self._changing = threading.Lock()  # one change at a time; taken before the others' locks
         self._added: set[str] = set()  # names that were uploaded or loaded
-        self._upload_problems: dict[str, str] = {}
+        self._problems: dict[str, str] = {}
         self._state_problem: str | None = None
-        self._store = None if state_dir is None else Store(Path(state_dir), state_bytes)
-        if self._store is not None:
-            self._restore(self._store)
 
-    @abstractmethod
-    def _listed(self, name: str, file: Found, origin: Origin = "folder") -> Version:
-        """As in `Folders`."""
+    def put(
+        self, version: Version, data: bytes, expected: Collection[str] | None
+    ) -> tuple[Entry, bool]:
+        """Let the version's name stand for it; `data` is its file."""
+        name = version.name
+        with self._changing:
+            self._tend()
+            shown = self._expect(name, expected)
+            before = self._catalog.history(name)
+            kept = [old for old in before if old.digest != version.digest][: HISTORY - 1]
+            self._admit(version, kept=self._store is not None, leaving=set(before) - set(kept))
+            if self._store is not None:
+                self._write(self._store, version, data, kept)
+            self._catalog.place_upload([version, *kept])
+            self._problems.pop(name, None)
+            self._collect()
+            made = entry(self._catalog, name)
+        _log.info("%s %r", "replaced" if shown else "added", version)
+        _tell_hidden(shown, version)
+        return made, shown is None
 
-    def rollback(
-        self, name: str, digest: str | None = None, expected: Collection[str] | None = None
-    ) -> Version:
-        """Serve an uploaded version again that is still kept, in one step; returns it.
+    def load(self, version: Version, *, replace: bool) -> Entry:
+        """Let the version's name stand for it until the process ends."""
+        name = version.name
+        with self._changing:
+            shown = self._catalog.current(name)
+            if not replace and shown is not None:
+                raise InvalidRequest(
+                    f"The intervention `{name}` is loaded already; ask to replace it, or unload it"
+                    " first.",
+                    param="name",
+                )
+            before = self._catalog.layer(name, "loaded")
+            self._admit(version, kept=False, leaving=set() if before is None else {before})
+            self._catalog.place(version)
+            made = entry(self._catalog, name)
+        _log.info("loaded %r", version)
+        _tell_hidden(shown, version)
+        return made
 
-        `digest` may be a prefix of 8 digits or more; without one it is the version that was served
-        before the current one, so that a second call undoes the first. Nothing falls out of the
-        history by it. Raises `InvalidRequest` where the name stands for something that was not
-        uploaded, `NotFound` where there is no such version, `Changed` as `put`, and what reading
-        the version raises; then nothing has changed.
-        """
+    def remove(self, name: str, expected: Collection[str] | None) -> None:
+        """Take away what a name stands for."""
+        with self._changing:
+            self._tend()
+            version = self._expect(name, expected)
+            origin = None if version is None else version.origin
+            if origin in (None, "folder") and name in self._problems:
+                origin = "uploaded"
+            if origin is None:
+                raise self._catalog.unknown(name)
+            if origin == "uploaded":
+                if self._store is not None:
+                    self._store.remove(name)
+                self._problems.pop(name, None)
+            # The folder's file may have been replaced by now; the new one was not meant.
+            self._catalog.displace(name, origin, version if origin == "folder" else None)
+            if not any(self._catalog.layer(name, layer) for layer in _ADDED):
+                self._added.discard(name)
+            self._collect()
+        _log.info("removed %s (%s)", name, origin)
+
+    def rollback(self, name: str, digest: str | None, expected: Collection[str] | None) -> Entry:
+        """Serve an uploaded version again that is still kept."""
         with self._changing:
             self._tend()
             current = self._expect(name, expected)
             if current is None:
-                raise self._unknown(name)
+                raise self._catalog.unknown(name)
             if current.origin != "uploaded":
                 raise InvalidRequest(_NOT_UPLOADED[current.origin].format(name), param="name")
-            history = self._history(name)
+            history = self._catalog.history(name)
             version = _kept(name, history, digest)
             if version is current:
-                return version
-            self._pin(version)  # reads and verifies it
+                return entry(self._catalog, name)
+            self._catalog.pin(version)  # reads and verifies it
             try:
                 after = [version, *(old for old in history if old is not version)]
                 if self._store is not None:
                     self._point_back(self._store, name, after)
-                self._place_upload(after)
+                self._catalog.place_upload(after)
             finally:
-                self.release(version)
+                self._catalog.release(version)
+            made = entry(self._catalog, name)
         _log.info("rolled %r back to %r", current, version)
-        return version
+        return made
+
+    def restore(self, reserved: str, listed: Callable[[str, Found, Origin], Version]) -> None:
+        """Bring back what was uploaded before the last stop.
+
+        `listed` makes a version of a stored file by its header; `reserved` is no name for one.
+        """
+        if self._store is None:
+            return
+        for name in self._store.damaged:
+            self._problems[name] = "Its pointer is damaged; upload it again, or delete it."
+        for name, digests in self._store.histories.items():
+            if name == reserved:
+                self._problems[name] = "The name is the base model's own id; delete it."
+                continue
+            history: list[Version] = []
+            for digest in digests:
+                try:
+                    version = listed(name, look(self._store.blob(digest)), "uploaded")
+                    if version.digest != digest:
+                        raise InvalidFile("The stored file is not the one that was uploaded.")
+                except (ReftError, OSError) as error:
+                    reason = error.message if isinstance(error, ReftError) else error.strerror
+                    self._problems.setdefault(name, f"Version {digest[:12]}: {reason}")
+                    if not history:
+                        break
+                else:
+                    history.append(version)
+            if history:
+                self._catalog.place_upload(history)
+                self._added.add(name)
+        for name, why in self._problems.items():
+            _log.warning("the upload %s is not served as it was: %s", name, why)
+        self._collect()
+
+    def tend(self) -> None:
+        """Look after the state folder, unless something is being changed: that does it as well."""
+        known = self._state_problem
+        if self._changing.acquire(blocking=False):
+            try:
+                self._tend()
+            except Unavailable as error:
+                if error.message != known:
+                    _log.error("%s", error.message)
+            finally:
+                self._changing.release()
+
+    def problems(self) -> dict[str, str]:
+        """What is wrong with the state folder, and by name why uploads are not served."""
+        state = {} if self._state_problem is None else {"(state folder)": self._state_problem}
+        return {**state, **self._problems}
+
+    def close(self) -> None:
+        """Let another process have the state folder."""
+        with self._changing:
+            if self._store is not None:
+                self._store.close()
+                self._store = None
+
+    def _expect(self, name: str, expected: Collection[str] | None) -> Version | None:
+        """What the name stands for at this moment, which is one of the digests `expected`.
+
+        `*` is any, () nothing, None whatever there is. Raises `Changed`.
+        """
+        if expected is None:
+            return self._catalog.current(name)
+        self._folders.refresh(name)
+        current = self._catalog.current(name)
+        if current is None and expected:
+            raise Changed(
+                f"There is no intervention `{name}`, which was to be there.", param="name"
+            )
+        if current is not None and not {current.digest, "*"} & set(expected):
+            wanted = "another one was expected" if expected else "none was to be there"
+            raise Changed(f"`{name}` is served as {current.digest}, and {wanted}.", param="name")
+        return current
 
     def _admit(self, version: Version, *, kept: bool, leaving: set[Version]) -> None:
         """Refuse what would not fit; of what is `kept` on disk only its line must stay."""
@@ -92,7 +219,7 @@ class Uploads(Folders):
                 " first.",
                 param="name",
             )
-        self._reserve(version.listed_bytes if kept else version.fixed_bytes, leaving)
+        self._catalog.reserve(version.listed_bytes if kept else version.fixed_bytes, leaving)
         self._added.add(version.name)
 
     def _write(self, store: Store, version: Version, data: bytes, kept: Sequence[Version]) -> None:
@@ -103,7 +230,7 @@ class Uploads(Folders):
             version.moved(look(store.blob(version.digest)))
             store.point(version.name, digests)
         except BaseException:
-            if self._layer(version.name, "uploaded") is None:
+            if self._catalog.layer(version.name, "uploaded") is None:
                 self._added.discard(version.name)
             self._collect()
             raise
@@ -117,42 +244,14 @@ class Uploads(Folders):
             )
         store.point(name, [old.digest for old in history if store.holds(old.digest)])
 
-    def _restore(self, store: Store) -> None:
-        """Bring back what was uploaded before the last stop."""
-        for name in store.damaged:
-            self._upload_problems[name] = "Its pointer is damaged; upload it again, or delete it."
-        for name, digests in store.histories.items():
-            if name == self._reserved:
-                self._upload_problems[name] = "The name is the base model's own id; delete it."
-                continue
-            history: list[Version] = []
-            for digest in digests:
-                try:
-                    version = self._listed(name, look(store.blob(digest)), "uploaded")
-                    if version.digest != digest:
-                        raise InvalidFile("The stored file is not the one that was uploaded.")
-                except (ReftError, OSError) as error:
-                    reason = error.message if isinstance(error, ReftError) else error.strerror
-                    self._upload_problems.setdefault(name, f"Version {digest[:12]}: {reason}")
-                    if not history:
-                        break
-                else:
-                    history.append(version)
-            if history:
-                self._place_upload(history)
-                self._added.add(name)
-        for name, why in self._upload_problems.items():
-            _log.warning("the upload %s is not served as it was: %s", name, why)
-        self._collect()
-
     def _tend(self) -> None:
         """See that the state folder is still there, and ours; raises `Unavailable`."""
         if self._store is None:
             return
         try:
             if not self._store.check():
-                self._upload_problems.clear()
-                for version in self._uploads():
+                self._problems.clear()
+                for version in self._catalog.uploads():
                     version.problem = (
                         "The state folder was deleted while the server ran, and this upload is no"
                         " longer kept there; upload it again."
@@ -164,7 +263,7 @@ class Uploads(Folders):
 
     def _collect(self) -> None:
         if self._store is not None:
-            self._store.collect(keep=self._held_digests())
+            self._store.collect(keep=self._catalog.held_digests())
 
 
 _NOT_UPLOADED: dict[Origin, str] = {
@@ -177,6 +276,12 @@ _NOT_UPLOADED: dict[Origin, str] = {
         " was uploaded before is served again."
     ),
 }
+
+
+def _tell_hidden(before: Version | None, now: Version) -> None:
+    """Say that what a client put under a name hides the file that was served under it."""
+    if before is not None and before.origin == "folder":
+        _log.warning("%s: the folder's file is hidden by what was %s", now.name, now.origin)
 
 
 def _kept(name: str, history: Sequence[Version], digest: str | None) -> Version:

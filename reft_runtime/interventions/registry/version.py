@@ -12,8 +12,8 @@ from typing import BinaryIO, Literal
 
 from reft_runtime.errors import InvalidFile, NotFound, Unavailable
 from reft_runtime.interventions.format.canonical import CanonicalEdit
-from reft_runtime.interventions.format.file import header_of, open_verified, parse, read
-from reft_runtime.interventions.format.header import Header
+from reft_runtime.interventions.format.file import edits_of, open_verified, read
+from reft_runtime.interventions.format.header import Header, header_of
 from reft_runtime.interventions.format.intervention import validate_manifest
 from reft_runtime.interventions.format.manifest import Manifest
 from reft_runtime.interventions.format.summary import summarise
@@ -149,8 +149,9 @@ class Version:
         with self._reading():
             data = read(self._source.path, self._source.size)
         try:
-            if header_of(data).digest == self.digest:
-                return parse(data).canonical()
+            header = header_of(data)
+            if header.digest == self.digest:
+                return edits_of(header, data)
             reason = "Its file has changed since it was listed."
         except InvalidFile as error:
             reason = self.problem = error.message
