@@ -43,7 +43,7 @@ from benchmarks.measuring import (
 )
 from benchmarks.workload import L1, random_intervention, random_tokens, settings
 from reft_runtime import Engine, SamplingParams
-from reft_runtime.front.engine import Applied
+from reft_runtime.front.engine import Uses
 
 AT_ONCE = 64
 PROMPT_TOKENS = 16
@@ -183,7 +183,7 @@ class Scaling:
             rng = random.Random(f"{len(names)} {number}")  # new to every prefix cache
             asked = requests if number else AT_ONCE
             prompts = [self._prompt(rng, PROMPT_TOKENS) for _ in range(asked)]
-            applied: list[Applied] = [names[i % len(names)] for i in range(asked)]
+            applied: list[Uses] = [names[i % len(names)] for i in range(asked)]
             answers = engine.generate(prompts, sampling, intervention=applied, progress=False)
             assert all(len(answer.tokens) == ANSWER_TOKENS for answer in answers)
 

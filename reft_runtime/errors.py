@@ -2,6 +2,7 @@
 
 ReftError
 ├── InvalidRequest          a value of a request is not usable (HTTP 400)
+│   └── ContextLengthExceeded  ... its prompt and answer are longer than the model takes (400)
 ├── NotFound                no such model, intervention or version (404)
 ├── InvalidFile             an intervention file is broken (400)
 │   └── FileTooLarge        ... or larger than the limit (413)
@@ -48,6 +49,10 @@ class ReftError(Exception):
 
 class InvalidRequest(ReftError):
     """A value of a request is not usable; the message names the field and the fix."""
+
+
+class ContextLengthExceeded(InvalidRequest):
+    """Prompt and answer together are longer than the model takes."""
 
 
 class NotFound(ReftError):

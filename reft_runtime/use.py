@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -23,16 +22,6 @@ MAX_STRENGTH = 100.0
 def with_strength(name: str, strength: float) -> str:
     """A name as `Use.parse` reads it: with `=STRENGTH` behind it, where that is not 1."""
     return name if strength == 1 else f"{name}={repr(float(strength)).removesuffix('.0')}"
-
-
-def completion_prefix(applied: Iterable[tuple[Version, float]]) -> str:
-    """What answers of these versions, at these strengths, begin with for the tokenizer's sake.
-
-    A strength of 0 is the base model, which knows of none; where versions differ nothing is taken.
-    """
-    said = {version.completion_prefix for version, strength in applied if strength}
-    found = said - {None}
-    return (found.pop() or "") if len(found) == 1 else ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -113,7 +113,7 @@ class Answer(Response):
     async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
         # The log of the request (`server.logs`) looks at both when it has ended.
         scope["state"]["job"] = job = await self._prepare()
-        async with opened(self._context, job, self._shape.prefix) as run:
+        with opened(self._context, job) as run:
             scope["state"]["run"] = run
             if self._request.stream:
                 await self._stream(run, send)
@@ -178,15 +178,15 @@ class Answer(Response):
 
     def _is_large(self, run: Run) -> bool:
         """Whether writing the answer is for a thread."""
-        prompts = run.prompt_tokens * run.job.sampling.n
+        prompts = run.job.prompt_tokens * run.job.n
         return self._shape.heavy or prompts + run.completion_tokens > AT_ONCE_TOKENS
 
     def _envelope(self, run: Run, kind: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
         return {
-            "id": run.id,
+            "id": run.job.id,
             "object": kind,
             "created": run.created,
-            "model": run.job.selection.label,
+            "model": run.job.label,
             "choices": choices,
         }
 

@@ -35,7 +35,7 @@ from server.settings import Settings
 from server.threads import started_pool
 
 if TYPE_CHECKING:
-    from reft_runtime.front.engine import Engine
+    from server.engine import Engine
 
 EXPOSED = ["retry-after", "x-request-id", "x-intervention", "x-prompt-tokens", "x-queue-time"]
 """Response headers that a page of another origin may read."""

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from server.settings import Settings
 
 if TYPE_CHECKING:
-    from reft_runtime.front.engine import Engine
+    from server.engine import Engine
 
 MAX_LISTED = 20
 """Interventions, and broken files, that are listed; the rest are counted."""

@@ -20,7 +20,7 @@ from server.settings import Settings
 from server.threads import started_pool
 
 if TYPE_CHECKING:
-    from reft_runtime.front.engine import Engine
+    from server.engine import Engine
 
 
 P = ParamSpec("P")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
 from typing import TYPE_CHECKING, BinaryIO
 
@@ -10,6 +9,7 @@ from fastapi.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from reft_runtime.errors import Overloaded
+from reft_runtime.front.hop import unless_left
 from server.context import Context
 from server.disconnect import ClientDisconnected, run_unless_disconnected
 
@@ -67,13 +67,8 @@ class Download(Response):
 
     async def _opened(self) -> tuple[Version, BinaryIO]:
         """The version and its open file, which is closed where nobody waits for it any more."""
-        work = self._context.administer(self._context.engine.registry.open, self._ref)
-        opening = asyncio.ensure_future(work)
-        try:
-            return await asyncio.shield(opening)
-        except asyncio.CancelledError:
-            opening.add_done_callback(_close)
-            raise
+        opening = self._context.administer(self._context.engine.registry.open, self._ref)
+        return await unless_left(opening, lambda opened: opened[1].close())
 
     async def _send_parts(self, file: BinaryIO, size: int, send: Send) -> None:
         left = size
@@ -83,8 +78,3 @@ class Download(Response):
                 raise OSError(f"the file of {self._ref} became shorter while it was sent")
             left -= len(part)
             await send({"type": "http.response.body", "body": part, "more_body": left > 0})
-
-
-def _close(opening: asyncio.Future[tuple[Version, BinaryIO]]) -> None:
-    if not opening.cancelled() and opening.exception() is None:
-        opening.result()[1].close()

@@ -16,6 +16,7 @@ from starlette.types import Scope
 
 from reft_runtime.errors import (
     Changed,
+    ContextLengthExceeded,
     Draining,
     EngineDead,
     FileTooLarge,
@@ -42,6 +43,7 @@ MAX_TEXT = 500
 
 _CODES: dict[type[ReftError], tuple[int, str | None]] = {
     InvalidRequest: (400, None),
+    ContextLengthExceeded: (400, "context_length_exceeded"),
     NotFound: (404, "not_found"),
     FileTooLarge: (413, "file_too_large"),
     InvalidFile: (400, "invalid_file"),

@@ -1,82 +1,103 @@
-"""From a validated body to the engine and back: prepare, open, follow, account."""
+"""From a validated body to the engine and back: prepare, start, follow, account."""
 
 from __future__ import annotations
 
 import asyncio
 import time
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
-from contextlib import aclosing, asynccontextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Sequence
+from contextlib import aclosing, contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from reft_runtime.errors import Overloaded
-from reft_runtime.front.bounds import MAX_TRACED_ROWS, bound_scores, too_much_traced
+from reft_runtime.front.hop import unless_left
+from reft_runtime.front.prepared import Prepared, release_all
+from reft_runtime.front.prompt_form import PromptForm
 from reft_runtime.outputs import Choice, ChoiceDelta, TokenLogprob, Trace
 from reft_runtime.sampling import SamplingParams
 from server.auth import cache_salt
 from server.context import Context
-from server.errors import ApiError
 from server.schemas.common import SamplingBody
-from server.selection import Selection, select
+from server.selection import label, selected
 
 if TYPE_CHECKING:
-    from reft_runtime.front.engine import Engine
-    from reft_runtime.front.streams import Stream
-    from reft_runtime.text import Tokenizer
+    from reft_runtime.front.admission import Prompt
+    from reft_runtime.text import ChatOptions
+    from server.engine import Stream
 
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """What one request asks of the engine; interventions and sampling are those of every prompt."""
+    """One request of a client: one for the engine for each of its prompts, which hold versions.
 
-    prompts: list[list[int]]
-    sampling: SamplingParams
-    selection: Selection
-    trace: bool
+    `label` is how an answer calls what is applied.
+    """
+
+    id: str
+    label: str
+    prepared: list[Prepared]
     arrived: float
     """When the request came, on the monotonic clock."""
 
+    @property
+    def n(self) -> int:
+        """Choices of each prompt."""
+        return self.prepared[0].request.sampling.n
 
-Encode = Callable[["Tokenizer", Selection], list[list[int]]]
+    @property
+    def form(self) -> PromptForm:
+        """How its prompts are written."""
+        return self.prepared[0].form
+
+    @property
+    def versions(self) -> tuple[str, ...]:
+        """What is applied to each prompt, as `NAME@DIGEST`, in order."""
+        return self.prepared[0].versions
+
+    @property
+    def trace(self) -> bool:
+        """Whether it is to be traced."""
+        return self.prepared[0].request.trace
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Prompt tokens of all prompts, each counted once."""
+        return sum(len(one.request.prompt) for one in self.prepared)
 
 
 async def prepare(
-    context: Context, body: SamplingBody, sampling: SamplingParams, encode: Encode, *, prompt: str
+    context: Context,
+    body: SamplingBody,
+    sampling: SamplingParams,
+    prompts: Callable[[], Sequence[Prompt]],
+    options: Callable[[], ChatOptions | None] = lambda: None,
+    *,
+    prefix: str,
 ) -> Job:
-    """Resolve and tokenise in a worker thread; `prompt` is the field that errors of length name.
+    """Resolve, tokenise and check in one worker thread, which also calls `prompts` and `options`.
 
-    Raises `NotFound` for an unknown model, and `ApiError` for a prompt that leaves no room.
+    `prefix` begins the answer's id. Raises `NotFound` for an unknown model, and what
+    `Admission.prepare` does; then, and where the client leaves meanwhile, nothing is held.
     """
-    engine = context.engine
+    engine, settings = context.engine, context.settings
     arrived = time.monotonic()
+    name = f"{prefix}-{uuid.uuid4().hex}"
 
-    def work() -> Job:
-        selection = select(engine, body.model, body.interventions)
-        prompts = encode(engine.tokenizer, selection)
-        for tokens in prompts:
-            _check_length(engine, tokens, sampling.max_tokens, prompt)
-        bound_scores([len(tokens) for tokens in prompts], sampling, trace=body.trace)
-        return Job(prompts, sampling, selection, body.trace, arrived)
+    def work() -> list[Prepared]:
+        with selected(engine, body.model, body.interventions) as uses:
+            return engine.admission.prepare(
+                prompts(),
+                sampling,
+                uses,
+                options=options(),
+                request_id=name,
+                salt=cache_salt(settings),
+                trace=body.trace,
+            )
 
-    return await asyncio.to_thread(work)
-
-
-def _check_length(
-    engine: Engine, tokens: Sequence[int], max_tokens: int | None, prompt: str
-) -> None:
-    limit = engine.info.max_model_len
-    needed = 1 if max_tokens is None else max_tokens
-    if len(tokens) + needed > limit:
-        param = prompt if len(tokens) + min(needed, 1) > limit else "max_tokens"
-        raise ApiError(
-            400,
-            f"This model's maximum context length is {limit} tokens, but {len(tokens) + needed} "
-            f"are needed ({len(tokens)} in the prompt, {needed} for the answer). "
-            f"Shorten the prompt or lower max_tokens.",
-            param=param,
-            code="context_length_exceeded",
-        )
+    prepared = await unless_left(asyncio.to_thread(work), release_all)
+    return Job(name, label(body.model, body.interventions), prepared, arrived)
 
 
 @dataclass(slots=True)
@@ -86,7 +107,6 @@ class Run:
     A choice's index counts through the prompts: prompt * n + choice.
     """
 
-    id: str
     context: Context
     job: Job
     streams: list[Stream] = field(default_factory=list)
@@ -100,14 +120,9 @@ class Run:
     _last: dict[int, float] = field(default_factory=dict)
 
     @property
-    def prompt_tokens(self) -> int:
-        """Prompt tokens of all prompts, each counted once."""
-        return sum(len(prompt) for prompt in self.job.prompts)
-
-    @property
     def choices(self) -> int:
         """Number of choices of all prompts."""
-        return len(self.job.prompts) * self.job.sampling.n
+        return len(self.job.prepared) * self.job.n
 
     @property
     def queue_seconds(self) -> float | None:
@@ -118,27 +133,27 @@ class Run:
     def usage(self) -> dict[str, Any]:
         """OpenAI's usage object, of what was made so far."""
         return {
-            "prompt_tokens": self.prompt_tokens,
+            "prompt_tokens": self.job.prompt_tokens,
             "completion_tokens": self.completion_tokens,
-            "total_tokens": self.prompt_tokens + self.completion_tokens,
+            "total_tokens": self.job.prompt_tokens + self.completion_tokens,
             "prompt_tokens_details": {"cached_tokens": sum(s.cached_tokens for s in self.streams)},
         }
 
-    def prompt(self, index: int) -> list[int]:
+    def prompt(self, index: int) -> Sequence[int]:
         """Prompt of choice `index`."""
-        return self.job.prompts[index // self.job.sampling.n]
+        return self.job.prepared[index // self.job.n].request.prompt
 
     def prompt_logprobs(self, index: int) -> list[TokenLogprob | None]:
         """Log-probabilities of the prompt of choice `index`; complete from its first delta on."""
-        return self.streams[index // self.job.sampling.n].prompt_logprobs or []
+        return self.streams[index // self.job.n].prompt_logprobs or []
 
     def headers(self) -> dict[str, str]:
         """Response headers that are known once the first token is."""
-        headers = {"x-prompt-tokens": str(self.prompt_tokens)}
+        headers = {"x-prompt-tokens": str(self.job.prompt_tokens)}
         if self.queue_seconds is not None:
             headers["x-queue-time"] = f"{1000 * self.queue_seconds:.1f}"
-        if self.streams[0].versions:
-            headers["x-intervention"] = ", ".join(self.streams[0].versions)
+        if self.job.versions:
+            headers["x-intervention"] = ", ".join(self.job.versions)
         return headers
 
     async def steps(self) -> AsyncGenerator[list[tuple[int, ChoiceDelta]], None]:
@@ -146,7 +161,7 @@ class Run:
 
         Raises what the engine raises, and `Overloaded` when the first token is late.
         """
-        n = self.job.sampling.n
+        n = self.job.n
         timeout = self.context.settings.first_token_timeout
         async with aclosing(_merge([aiter(stream) for stream in self.streams])) as merged:
             try:
@@ -193,31 +208,21 @@ class Run:
         for delta in deltas:
             self.completion_tokens += len(delta.tokens)
             if delta.finish_reason is not None:
-                index = prompt * self.job.sampling.n + delta.index
+                index = prompt * self.job.n + delta.index
                 self.finish_reasons[index] = delta.finish_reason
 
 
-@asynccontextmanager
-async def opened(context: Context, job: Job, prefix: str) -> AsyncIterator[Run]:
+@contextmanager
+def opened(context: Context, job: Job) -> Iterator[Run]:
     """Queue `job` in the engine; on leaving, whatever the reason, nothing of it is left there.
 
-    Raises what `Engine.open` raises; then no prompt of the job stays queued.
+    Raises what `Engine.start` raises; then no prompt of the job stays queued, and nothing is held.
     """
-    run = Run(f"{prefix}-{uuid.uuid4().hex}", context, job)
+    run = Run(context, job)
     unfinished = "error"
     try:
-        for position, prompt in enumerate(job.prompts):
-            stream = await context.engine.open(
-                prompt,
-                job.sampling,
-                job.selection.uses,
-                request_id=f"{run.id}-{position}",
-                salt=cache_salt(context.settings),
-                trace=job.trace,
-            )
-            run.streams.append(stream)
-            if (rows := sum(stream.traced_rows for stream in run.streams)) > MAX_TRACED_ROWS:
-                raise too_much_traced(rows)
+        for prepared in job.prepared:
+            run.streams.append(context.engine.start(prepared))
         yield run
     except asyncio.CancelledError:
         unfinished = "abort"
@@ -225,11 +230,12 @@ async def opened(context: Context, job: Job, prefix: str) -> AsyncIterator[Run]:
     finally:
         for stream in run.streams:
             stream.abort()
+        release_all(job.prepared[len(run.streams) :])
         if run.streams:
             run.ends = [run.finish_reasons.get(i, unfinished) for i in range(run.choices)]
             seconds = time.monotonic() - job.arrived
-            names = dict.fromkeys(job.selection.names)
-            tokens = run.prompt_tokens, run.completion_tokens
+            names = dict.fromkeys(version.partition("@")[0] for version in job.versions)
+            tokens = job.prompt_tokens, run.completion_tokens
             context.metrics.finished(seconds, run.ends, names, *tokens)
             for name in names:
                 context.engine.registry.count(name, *tokens)

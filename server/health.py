@@ -9,7 +9,7 @@ from reft_runtime.errors import RequestFailed
 from reft_runtime.sampling import SamplingParams
 
 if TYPE_CHECKING:
-    from reft_runtime.front.engine import Engine
+    from server.engine import Engine
 
 HEARTBEAT_SECONDS = 10.0
 """An engine loop that has not turned for this long counts as dead."""
@@ -28,9 +28,9 @@ class Health:
     async def prove(self) -> None:
         """Generate one token, the canary; raises what the engine raises, or `RequestFailed`."""
         engine = self._engine
-        prompt = await asyncio.to_thread(engine.tokenizer.encode, "Hello")
         sampling = SamplingParams(max_tokens=1, temperature=0.0)
-        stream = await engine.open(prompt, sampling)
+        [prepared] = await asyncio.to_thread(engine.admission.prepare, ["Hello"], sampling)
+        stream = engine.start(prepared)
         try:
             async with asyncio.timeout(CANARY_SECONDS):
                 tokens = [

@@ -27,7 +27,7 @@ from server.protocol import Connection
 from server.settings import Settings
 
 if TYPE_CHECKING:
-    from reft_runtime.front.engine import Engine
+    from server.engine import Engine
 
 logger = logging.getLogger("reft.server")
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from reft_runtime.outputs import TokenLogprob
 
 if TYPE_CHECKING:
-    from reft_runtime.text import Tokenizer
+    from server.engine import Tokenizer
 
 FLOOR = -9999.0
 """Stands for minus infinity, which JSON cannot write; OpenAI's own number for it."""

@@ -101,10 +101,7 @@ def _generated(job: Job | None, run: Run | None) -> dict[str, Any]:
     """What a request asked of the engine, and got so far."""
     if job is None:
         return {}
-    fields: dict[str, Any] = {
-        "task": job.selection.label,
-        "prompt_tokens": sum(map(len, job.prompts)),
-    }
+    fields: dict[str, Any] = {"task": job.label, "prompt_tokens": job.prompt_tokens}
     if run is not None:
         fields |= {
             "completion_tokens": run.completion_tokens,

@@ -13,8 +13,8 @@ from prometheus_client.registry import Collector
 from server.recent import Durations
 
 if TYPE_CHECKING:
-    from reft_runtime.front.engine import Engine
     from reft_runtime.outputs import PrefixCacheStats
+    from server.engine import Engine
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 """Prometheus' text format. Not negotiated: in the others older Prometheus servers get `reft_`."""

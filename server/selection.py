@@ -1,71 +1,70 @@
-"""Which interventions a request means, and how prompts are written for them."""
+"""Which interventions a body means, by its `model` or by name; the runtime resolves them."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from reft_runtime.errors import NotFound, did_you_mean
-from reft_runtime.front.prompt_form import PromptForm
 from reft_runtime.use import Use
 from server.schemas.common import InterventionUse
 
 if TYPE_CHECKING:
-    from reft_runtime.front.engine import Engine
     from reft_runtime.interventions import Version
+    from server.engine import Engine
 
 
-@dataclass(frozen=True, slots=True)
-class Selection:
-    """Exact versions to apply, in order, and how prompts are written for them.
+@contextmanager
+def selected(
+    engine: Engine, model: str, interventions: Sequence[InterventionUse] = ()
+) -> Iterator[list[Use]]:
+    """What a body applies, for the block that resolves it: its `interventions`, else its `model`.
 
-    `uses` hold versions and not names: a name that is replaced meanwhile cannot give one request
-    two versions. `names` are the same by name, `form` is how their prompts are written. `label` is
-    how an answer calls what is applied: as the request did, or, where it gave `interventions`, by
-    their names.
+    `model` is the base's id, NAME, NAME@DIGEST or BASE:NAME; beside `interventions` it is not
+    applied, but has to be known. An unknown one raises `NotFound`, also where the block says so.
     """
+    name = _name(engine, model)
+    if interventions:
+        find_model(engine, model)
+        yield [
+            Use(one.name, one.strength, None if one.subspace is None else tuple(one.subspace))
+            for one in interventions
+        ]
+        return
+    try:
+        yield [] if name is None else [Use(name)]
+    except NotFound as error:
+        if name is None or error.param != "interventions.0.name":
+            raise
+        raise _unknown(engine, model, name) from None
 
-    label: str
-    uses: tuple[Use, ...] = ()
-    names: tuple[str, ...] = ()
-    form: PromptForm = field(default_factory=PromptForm)
+
+def find_model(engine: Engine, model: str) -> Version | None:
+    """The version that a model's id stands for now, None for the base; raises `NotFound`."""
+    name = _name(engine, model)
+    if name is None:
+        return None
+    try:
+        return engine.registry.resolve(name)
+    except NotFound:
+        raise _unknown(engine, model, name) from None
 
 
-def select(engine: Engine, model: str, uses: Sequence[InterventionUse] = ()) -> Selection:
-    """Resolve `model`, or `uses` where given, in the registry, their tensors read from the disk.
-
-    `model` is the base's id, NAME, NAME@DIGEST or BASE:NAME. Raises `NotFound` for an unknown one.
-    """
-    base = engine.info.model
-    named = None if model == base else model.removeprefix(f"{base}:")
-    wanted = list(uses)
-    if not uses and named is not None:
-        wanted = [InterventionUse.model_construct(name=named)]
-    if named is not None:
-        try:
-            engine.registry.resolve(named)
-        except NotFound:
-            meant = engine.registry.meant(named) or did_you_mean(named, [base])
-            raise NotFound(f"The model `{model}` does not exist.{meant}", param="model") from None
-    resolved: list[Use] = []
-    names: list[str] = []
-    strengths: list[tuple[Version, float]] = []
-    for position, use in enumerate(wanted):
-        try:
-            version = engine.registry.ready(use.name)
-        except NotFound:
-            raise NotFound(
-                f"The intervention `{use.name}` does not exist.{engine.registry.meant(use.name)}",
-                param=f"interventions.{position}.name",
-            ) from None
-        subspace = None if use.subspace is None else tuple(use.subspace)
-        resolved.append(Use(version, use.strength, subspace))
-        names.append(version.name)
-        strengths.append((version, use.strength))
-    label = "+".join(map(_label, wanted)) if uses else model
-    return Selection(label, tuple(resolved), tuple(names), PromptForm.of(strengths))
+def label(model: str, interventions: Sequence[InterventionUse]) -> str:
+    """How an answer calls what is applied: as the request did, or, by `interventions`, by them."""
+    return "+".join(map(_label, interventions)) or model
 
 
 def _label(use: InterventionUse) -> str:
     return use.name if use.strength == 1 else f"{use.name}*{use.strength:g}"
+
+
+def _name(engine: Engine, model: str) -> str | None:
+    base = engine.info.model
+    return None if model == base else model.removeprefix(f"{base}:")
+
+
+def _unknown(engine: Engine, model: str, name: str) -> NotFound:
+    meant = engine.registry.meant(name) or did_you_mean(name, [engine.info.model])
+    return NotFound(f"The model `{model}` does not exist.{meant}", param="model")

@@ -53,7 +53,7 @@ class Explanation:
         """
         request = self.request
         if any(self._scores) and any(applied.strength for applied in request.interventions):
-            plain = replace(request, interventions=(), traced_rows=0)
+            plain = replace(request, interventions=())
             first = replace(plain, id=uuid.uuid4().hex, sampling=_FIRST_TOKEN)
             self.questions = [first] + [
                 replace(

@@ -1,162 +1,230 @@
-"""Makes engine requests of what callers ask, and refuses, before anything is queued."""
+"""What callers ask becomes engine requests here: names held versions, prompts tokens, all checked.
+
+Nothing is queued before a request is known to be sound, and nothing else in the project resolves
+the names of a request, chooses how its prompts are written or compares its length with the model's.
+"""
 
 from __future__ import annotations
 
 import random
 import uuid
-from collections.abc import Mapping, Sequence
-from typing import cast
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING, Protocol, TypeGuard, cast
 
 from reft_runtime.errors import InvalidRequest, NotFound
-from reft_runtime.front.bounds import bound_scores, bound_trace
-from reft_runtime.front.prompt_form import PromptForm
-from reft_runtime.interventions import Registry, Version
+from reft_runtime.front.bounds import bounded, check_length
+from reft_runtime.front.prepared import Prepared
+from reft_runtime.front.prompt_form import Encoder, PromptForm
 from reft_runtime.outputs import EngineInfo
 from reft_runtime.sampling import SamplingParams
 from reft_runtime.schedule.request import AppliedIntervention, Request
-from reft_runtime.text import Message, Tokenizer
 from reft_runtime.use import MAX_INTERVENTIONS, Use
 
-Prompt = str | Sequence[int] | Sequence[Message]
+if TYPE_CHECKING:
+    from reft_runtime.interventions import Version
+    from reft_runtime.text import ChatOptions, Message
+
+Prompt = str | Sequence[int] | Sequence[Mapping[str, str]]
 """Text (as it is, or a message where a file says so), token ids, or the messages of a chat."""
 
 
-class Admission:
-    """Checks requests completely, and takes hold of the versions that they use."""
+class Versions(Protocol):
+    """The part of the registry that requests need."""
 
-    def __init__(self, registry: Registry, tokenizer: Tokenizer, info: EngineInfo) -> None:
-        self._registry = registry
+    def acquire(self, ref: str | Version) -> Version:
+        """The version that a name stands for now, held and its tensors read."""
+
+    def hold(self, version: Version) -> None:
+        """Begin a request on a version: it is held once more, and the request counted."""
+
+    def release(self, version: Version) -> None:
+        """Let go of a version that is held."""
+
+    def meant(self, ref: str) -> str:
+        """A question to put behind the error for an unknown name; may be empty."""
+
+
+class Admission:
+    """Resolves, writes and checks what is asked of one engine; may read files, so it may block.
+
+    Unknown names raise `NotFound`, whose `param` is `interventions.POSITION.name`; versions that
+    cannot be read raise `Unavailable`, or `Overloaded` where others fill the memory.
+    """
+
+    def __init__(self, versions: Versions, tokenizer: Encoder, info: EngineInfo) -> None:
+        self._versions = versions
         self._tokenizer = tokenizer
         self._info = info
 
-    def tokens(self, prompt: Prompt, uses: Sequence[Use]) -> Sequence[int]:
+    def encode(
+        self,
+        prompt: Prompt,
+        uses: Sequence[Use] = (),
+        *,
+        options: ChatOptions | None = None,
+        add_special_tokens: bool | None = None,
+    ) -> Sequence[int]:
         """Token ids of a prompt, written in the form that what is used asks for."""
+        with self._resolved(uses) as versions:
+            return self._tokens(_form(versions, uses), prompt, options, add_special_tokens)
+
+    def prepare(
+        self,
+        prompts: Sequence[Prompt],
+        sampling: SamplingParams,
+        uses: Sequence[Use] = (),
+        *,
+        options: ChatOptions | None = None,
+        request_id: str | None = None,
+        salt: bytes = b"",
+        trace: bool = False,
+    ) -> list[Prepared]:
+        """One request for each prompt, all checked before the first is made.
+
+        `uses` apply to all of them, in order. The bounds of log-probabilities and traces are those
+        of all prompts together. `options` are how chats are written. Of several requests, each has
+        `request_id` with its position behind it. Raises `InvalidRequest`, and as the class says;
+        then nothing is held.
+        """
+        self._check_sampling(sampling)
+        with self._resolved(uses) as versions:
+            form = _form(versions, uses)
+            encoded = [self._tokens(form, prompt, options) for prompt in prompts]
+            for prompt, tokens in zip(prompts, encoded, strict=True):
+                self._check_prompt(prompt, tokens, sampling.max_tokens)
+            applied = tuple(map(_applied, range(len(uses)), versions, uses))
+            edited = [edit.positions for one in applied if one.strength for edit in one.edits]
+            lengths = [len(tokens) for tokens in encoded]
+            limits = bounded(lengths, self._info.max_model_len, sampling, edited, trace=trace)
+            name = request_id or uuid.uuid4().hex
+            requests = [
+                Request(
+                    id=name if len(encoded) == 1 else f"{name}-{position}",
+                    prompt=tuple(tokens),
+                    sampling=settings,
+                    seed=random.getrandbits(63) if sampling.seed is None else sampling.seed,
+                    interventions=applied,
+                    salt=salt,
+                    trace=trace,
+                )
+                for position, (tokens, settings) in enumerate(zip(encoded, limits, strict=True))
+            ]
+            with ExitStack() as undo:
+                prepared = []
+                for request in requests:
+                    prepared.append(self._holding(request, versions, form))
+                    undo.callback(prepared[-1].release)
+                undo.pop_all()
+            return prepared
+
+    @contextmanager
+    def _resolved(self, uses: Sequence[Use]) -> Iterator[list[Version]]:
+        """The versions that are used, in order, held for the length of the block."""
+        if len(uses) > MAX_INTERVENTIONS:
+            raise InvalidRequest(
+                f"interventions: at most {MAX_INTERVENTIONS} in one request.",
+                param="interventions",
+            )
+        with ExitStack() as held:
+            versions: list[Version] = []
+            for position, use in enumerate(uses):
+                versions.append(self._acquire(position, use))
+                held.callback(self._versions.release, versions[-1])
+            yield versions
+
+    def _acquire(self, position: int, use: Use) -> Version:
+        try:
+            return self._versions.acquire(use.intervention)
+        except NotFound:
+            if not isinstance(use.intervention, str):
+                raise
+            raise NotFound(
+                f"The intervention `{use.intervention}` does not exist."
+                f"{self._versions.meant(use.intervention)}",
+                param=f"interventions.{position}.name",
+            ) from None
+
+    def _holding(self, request: Request, versions: Sequence[Version], form: PromptForm) -> Prepared:
+        with ExitStack() as held:
+            for version in versions:
+                self._versions.hold(version)
+                held.callback(self._versions.release, version)
+            names = tuple(f"{version.name}@{version.digest}" for version in versions)
+            return Prepared(request, names, form, held.pop_all().close)
+
+    def _tokens(
+        self,
+        form: PromptForm,
+        prompt: Prompt,
+        options: ChatOptions | None,
+        add_special_tokens: bool | None = None,
+    ) -> Sequence[int]:
         if isinstance(prompt, str):
-            return self._form(uses).text(self._tokenizer, prompt)
+            return form.text(self._tokenizer, prompt, add_special_tokens=add_special_tokens)
         if not isinstance(prompt, Sequence) or isinstance(prompt, bytes):
             raise InvalidRequest(
                 "prompt: give text, a list of token ids, or a list of messages, not "
                 f"{type(prompt).__name__}.",
                 param="prompt",
             )
-        if prompt and isinstance(prompt[0], Mapping):
+        if _is_chat(prompt):
             if not all(_is_message(turn) for turn in prompt):
                 raise InvalidRequest(
                     "messages: each needs a role and its content, both text, such as "
                     '{"role": "user", "content": "Hi"}.',
                     param="messages",
                 )
-            return self._form(uses).chat(self._tokenizer, cast(Sequence[Message], prompt))
+            return form.chat(
+                self._tokenizer, prompt, options, add_special_tokens=add_special_tokens
+            )
         if any(type(token) is not int for token in prompt):
             raise InvalidRequest("prompt: token ids are whole numbers (int).", param="prompt")
-        return cast(Sequence[int], prompt)
+        return cast("Sequence[int]", prompt)
 
-    def _form(self, uses: Sequence[Use]) -> PromptForm:
-        return PromptForm.of([(self._resolve(use), use.strength) for use in uses])
-
-    def _resolve(self, use: Use) -> Version:
-        if isinstance(use.intervention, Version):
-            return use.intervention
-        try:
-            return self._registry.ready(use.intervention)
-        except NotFound as error:
-            meant = self._registry.meant(use.intervention)
-            raise NotFound(f"{error.message}{meant}", param=error.param) from None
-
-    def prepare(
-        self,
-        prompt: Sequence[int],
-        sampling: SamplingParams,
-        uses: Sequence[Use],
-        *,
-        request_id: str | None = None,
-        salt: bytes = b"",
-        trace: bool = False,
-    ) -> tuple[Request, list[Version]]:
-        """Check a request completely, and take hold of its interventions' versions."""
-        given = isinstance(sampling, SamplingParams) and sampling.max_tokens is not None
-        sampling = self._checked(prompt, sampling, trace=trace)
-        if len(uses) > MAX_INTERVENTIONS:
-            raise InvalidRequest(
-                f"interventions: at most {MAX_INTERVENTIONS} in one request.",
-                param="interventions",
-            )
-        held: list[Version] = []
-        applied = []
-        try:
-            for position, use in enumerate(uses):
-                version = self._resolve(use)
-                self._registry.hold(version)
-                held.append(version)
-                edits = version.edits()
-                if use.subspace is not None:
-                    try:
-                        edits = tuple(edit.subset(use.subspace) for edit in edits)
-                    except InvalidRequest as error:
-                        error.param = f"interventions.{position}.subspace"
-                        raise
-                applied.append(
-                    AppliedIntervention(version.digest, edits, use.strength, use.subspace)
-                )
-            rows = 0
-            if trace:
-                edited = [e.positions for one in applied if one.strength for e in one.edits]
-                rows, sampling = bound_trace(edited, len(prompt), sampling, given=given)
-        except BaseException:
-            self.release(held)
-            raise
-        request = Request(
-            id=request_id or uuid.uuid4().hex,
-            prompt=tuple(prompt),
-            sampling=sampling,
-            seed=random.getrandbits(63) if sampling.seed is None else sampling.seed,
-            interventions=tuple(applied),
-            salt=salt,
-            trace=trace,
-            traced_rows=rows,
-        )
-        return request, held
-
-    def _checked(
-        self, prompt: Sequence[int], sampling: SamplingParams, *, trace: bool
-    ) -> SamplingParams:
-        """Check what depends on the model; `max_tokens` None becomes what is left of its length."""
+    def _check_sampling(self, sampling: SamplingParams) -> None:
         if not isinstance(sampling, SamplingParams):
             raise InvalidRequest(
                 f"sampling: give SamplingParams(...), not {type(sampling).__name__}.",
                 param="sampling",
             )
-        vocabulary, limit = self._info.vocab_size, self._info.max_model_len
-        if not prompt:
-            raise InvalidRequest("prompt: it has no tokens; give at least one.", param="prompt")
-        for name, ids in (
-            ("prompt", prompt),
-            ("stop_token_ids", sampling.stop_token_ids),
-            ("logit_bias", sampling.logit_bias),
-        ):
-            if any(not 0 <= token < vocabulary for token in ids):
-                raise InvalidRequest(
-                    f"{name}: token ids must be from 0 to {vocabulary - 1}.", param=name
-                )
-        room = limit - len(prompt)
-        if room < min(1, 1 if sampling.max_tokens is None else sampling.max_tokens):
-            raise InvalidRequest(
-                f"prompt: it has {len(prompt)} tokens, and this model's maximum length is {limit} "
-                "tokens, prompt and answer together. Shorten the prompt.",
-                param="prompt",
-            )
-        if sampling.max_tokens is not None and sampling.max_tokens > room:
-            raise InvalidRequest(
-                f"max_tokens: this model's maximum length is {limit} tokens; {len(prompt)} in the "
-                f"prompt leave {room}, not {sampling.max_tokens}.",
-                param="max_tokens",
-            )
-        return bound_scores([len(prompt)], sampling, room, trace=trace)
+        self._check_ids("stop_token_ids", sampling.stop_token_ids)
+        self._check_ids("logit_bias", sampling.logit_bias)
 
-    def release(self, versions: Sequence[Version]) -> None:
-        """Let go of what `prepare` took hold of."""
-        for version in versions:
-            self._registry.release(version)
+    def _check_prompt(self, prompt: Prompt, tokens: Sequence[int], max_tokens: int | None) -> None:
+        if not tokens:
+            raise InvalidRequest("prompt: it has no tokens; give at least one.", param="prompt")
+        field = "messages" if _is_chat(prompt) else "prompt"
+        check_length(len(tokens), max_tokens, self._info.max_model_len, field)
+        self._check_ids("prompt", tokens)
+
+    def _check_ids(self, name: str, ids: Iterable[int]) -> None:
+        vocabulary = self._info.vocab_size
+        if any(not 0 <= token < vocabulary for token in ids):
+            raise InvalidRequest(
+                f"{name}: token ids must be from 0 to {vocabulary - 1}.", param=name
+            )
+
+
+def _form(versions: Sequence[Version], uses: Sequence[Use]) -> PromptForm:
+    return PromptForm.of(
+        [(version, use.strength) for version, use in zip(versions, uses, strict=True)]
+    )
+
+
+def _applied(position: int, version: Version, use: Use) -> AppliedIntervention:
+    edits = version.edits()
+    if use.subspace is not None:
+        try:
+            edits = tuple(edit.subset(use.subspace) for edit in edits)
+        except InvalidRequest as error:
+            error.param = f"interventions.{position}.subspace"
+            raise
+    return AppliedIntervention(version.digest, edits, use.strength, use.subspace)
+
+
+def _is_chat(prompt: Prompt) -> TypeGuard[Sequence[Message]]:
+    return bool(prompt) and isinstance(prompt[0], Mapping)
 
 
 def _is_message(turn: object) -> bool:

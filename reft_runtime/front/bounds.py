@@ -1,12 +1,12 @@
-"""How much one request may ask to be told beside its answer: log-probabilities, and traces."""
+"""How long a request may be, and how much it may ask to be told: log-probabilities, traces."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Protocol
 
-from reft_runtime.errors import InvalidRequest
+from reft_runtime.errors import ContextLengthExceeded, InvalidRequest
 from reft_runtime.sampling import SamplingParams
 
 MAX_SCORES = 200_000
@@ -26,18 +26,50 @@ class _Positions(Protocol):
     def count(self, n: int) -> int: ...
 
 
-def bound_scores(
+def check_length(prompt: int, max_tokens: int | None, limit: int, field: str) -> None:
+    """Raise `ContextLengthExceeded` where a prompt of so many tokens leaves its answer no room.
+
+    An answer without `max_tokens` needs one token. The error names the prompt's `field`, or
+    `max_tokens` where a shorter answer would do.
+    """
+    needed = 1 if max_tokens is None else max_tokens
+    if prompt + needed > limit:
+        raise ContextLengthExceeded(
+            f"This model's maximum context length is {limit} tokens, but {prompt + needed} are "
+            f"needed ({prompt} in the prompt, {needed} for the answer). Shorten the prompt or "
+            "lower max_tokens.",
+            param=field if prompt + min(needed, 1) > limit else "max_tokens",
+        )
+
+
+def bounded(
     prompts: Sequence[int],
+    limit: int,
     sampling: SamplingParams,
-    room: int | None = None,
+    edited: Sequence[_Positions],
     *,
-    trace: bool = False,
+    trace: bool,
+) -> Iterator[SamplingParams]:
+    """The settings of each prompt, of which these are the lengths.
+
+    The bounds are those of all prompts together; a `max_tokens` that is not given (None) becomes
+    what they allow, and the model's length, `limit`. `edited` are the positions of each edit.
+    Raises `InvalidRequest`.
+    """
+    given, rows = sampling.max_tokens is not None, 0
+    for prompt in prompts:
+        settings = _bound_scores(prompts, sampling, limit - prompt, trace=trace)
+        if trace:
+            rows, settings = _bound_trace(edited, prompt, settings, given=given, taken=rows)
+        yield settings
+
+
+def _bound_scores(
+    prompts: Sequence[int], sampling: SamplingParams, room: int, *, trace: bool
 ) -> SamplingParams:
     """Settings of a request with prompts of such lengths, its log-probabilities bounded.
 
-    A `trace` needs those of the answers' tokens: the settings ask for them then. Where `max_tokens`
-    is not given (None) it becomes what the bound allows, at most `room`; None where there is no
-    `room` yet. Raises `InvalidRequest`.
+    A `trace` needs those of the answers' tokens: the settings ask for them then.
     """
     scored = 0
     if sampling.prompt_logprobs is not None:
@@ -56,8 +88,6 @@ def bound_scores(
         of_token = 1 + sampling.logprobs + trace
     each = answers * of_token
     if sampling.max_tokens is None:
-        if room is None:
-            return sampling
         most = min(room, (MAX_SCORES - scored) // each) if each else room
         return replace(sampling, max_tokens=max(1, most))
     if scored + each * sampling.max_tokens > MAX_SCORES:
@@ -71,15 +101,14 @@ def bound_scores(
     return sampling
 
 
-def bound_trace(
-    edited: Sequence[_Positions], prompt: int, sampling: SamplingParams, *, given: bool
+def _bound_trace(
+    edited: Sequence[_Positions], prompt: int, sampling: SamplingParams, *, given: bool, taken: int
 ) -> tuple[int, SamplingParams]:
-    """Most rows that a trace of these edits has, and the settings, the rows bounded.
+    """Most rows that a trace of these edits has, with those `taken` before, and the settings.
 
     `given` says whether the caller chose `max_tokens`; if not it becomes what the bound allows.
-    Raises `InvalidRequest`.
     """
-    rows = sum(positions.count(prompt) for positions in edited)
+    rows = taken + sum(positions.count(prompt) for positions in edited)
     each = sum(positions.edits_decode for positions in edited)
     # The last token is not computed, so that nothing edits it.
     made = max(0, (sampling.max_tokens or 0) - 1)
@@ -88,15 +117,10 @@ def bound_trace(
         sampling = replace(sampling, max_tokens=made + 1)
     rows += each * made
     if rows > MAX_TRACED_ROWS:
-        raise too_much_traced(rows)
+        raise InvalidRequest(
+            f"trace: the edits times the tokens that they edit are {rows} rows, and one request "
+            f"gets at most {MAX_TRACED_ROWS}. Shorten the prompts or lower max_tokens, or trace "
+            "fewer interventions at once.",
+            param="trace",
+        )
     return rows, sampling
-
-
-def too_much_traced(rows: int) -> InvalidRequest:
-    """The error of a trace of so many rows."""
-    return InvalidRequest(
-        f"trace: the edits times the tokens that they edit are {rows} rows, and one request gets "
-        f"at most {MAX_TRACED_ROWS}. Shorten the prompts or lower max_tokens, or trace fewer "
-        "interventions at once.",
-        param="trace",
-    )

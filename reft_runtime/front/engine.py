@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from functools import wraps
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial, wraps
 from pathlib import Path
 from types import TracebackType
-from typing import Concatenate, ParamSpec, Self, cast
+from typing import Concatenate, ParamSpec, Self
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -22,10 +22,13 @@ from reft_runtime.engine.kv_budget import kv_budget, kv_bytes, memory_bytes
 from reft_runtime.engine.loop import EngineLoop
 from reft_runtime.errors import InvalidRequest
 from reft_runtime.front.admission import Admission, Prompt
+from reft_runtime.front.asked import Uses, pairs, uses_of
 from reft_runtime.front.assembly import Assembler
 from reft_runtime.front.blocking import Call, run_calls
+from reft_runtime.front.hop import unless_left
+from reft_runtime.front.prepared import Prepared, release_all
 from reft_runtime.front.streams import EventLoopSink, Stream
-from reft_runtime.interventions import Registry, Version
+from reft_runtime.interventions import Registry
 from reft_runtime.interventions.registry.registry import MEMORY_BYTES, check_folders
 from reft_runtime.interventions.registry.store import STATE_BYTES
 from reft_runtime.loading.base import load_base
@@ -33,12 +36,8 @@ from reft_runtime.machine.cores import releasing_workers, use_threads
 from reft_runtime.machine.dtypes import name_of
 from reft_runtime.outputs import Comparison, Comparisons, EngineInfo, EngineStats, Generation
 from reft_runtime.sampling import SamplingParams
-from reft_runtime.schedule.request import Request
 from reft_runtime.text import Tokenizer
-from reft_runtime.use import Use, completion_prefix
-
-Applied = str | Use | tuple[str | Use, ...] | None
-"""What to apply to a prompt: one intervention, several in order, or (None) the base model."""
+from reft_runtime.use import Use
 
 WATCH_SECONDS = 2.0
 
@@ -147,7 +146,7 @@ class Engine:
             kv_bytes=kv_bytes(loaded, kv_tokens, max_running),
             kv_tokens=kv_tokens,
         )
-        self._admission = Admission(self.registry, self.tokenizer, self.info)
+        self.admission = Admission(self.registry, self.tokenizer, self.info)
         self._loop = EngineLoop(core, max_queued, max_queued_tokens)
         self._sinks: dict[asyncio.AbstractEventLoop, EventLoopSink] = {}
 
@@ -172,7 +171,7 @@ class Engine:
         prompts: Prompt | Sequence[Prompt],
         sampling: SamplingParams | None = None,
         *,
-        intervention: Applied | list[Applied] | list[str] = None,
+        intervention: Uses | list[Uses] | list[str] = None,
         progress: bool = True,
     ) -> list[Generation]:
         """Answer prompts, in their order; blocks, also inside a running event loop.
@@ -181,14 +180,14 @@ class Engine:
         list with one for each; None is the base model. Any mistake in the arguments raises before
         anything is computed; a fault in one request raises `RequestFailed` and drops the others.
         """
-        with self._calls(_pair(prompts, intervention), sampling or SamplingParams()) as calls:
+        with self._calls(pairs(prompts, intervention), sampling or SamplingParams()) as calls:
             self._run(calls, progress=progress)
             return [call.answer() for call in calls]
 
     def compare(
         self,
         prompt: Prompt,
-        interventions: Sequence[Applied],
+        interventions: Sequence[Uses],
         sampling: SamplingParams | None = None,
     ) -> Comparisons:
         """Answer one prompt with the base model and with each of `interventions`, and say why.
@@ -204,7 +203,7 @@ class Engine:
                 param="interventions",
             )
         sampling = sampling or SamplingParams(temperature=0, max_tokens=64)
-        columns = [_uses(applied) for applied in (None, *interventions)]
+        columns = [uses_of(applied) for applied in (None, *interventions)]
         with self._calls([(prompt, uses) for uses in columns], sampling, trace=True) as calls:
             self._run(calls)
         return Comparisons(
@@ -212,13 +211,9 @@ class Engine:
             for uses, call in zip(columns, calls, strict=True)
         )
 
-    def encode(self, prompt: Prompt, uses: Sequence[Use] = ()) -> Sequence[int]:
-        """Token ids of a prompt for `open`; a chat goes through the template of what is used."""
-        return self._admission.tokens(prompt, uses)
-
     async def open(
         self,
-        prompt: Sequence[int],
+        prompt: Prompt,
         sampling: SamplingParams,
         uses: Sequence[Use] = (),
         *,
@@ -228,29 +223,56 @@ class Engine:
     ) -> Stream:
         """Start one request, with `uses` applied in order; a `trace` is for `Stream.trace`.
 
-        Requests of different `salt` share nothing in the prefix cache.
-
-        Raises `InvalidRequest`, `NotFound`, `InvalidFile`, `Overloaded`, `Draining` or
-        `EngineDead` before anything is queued.
+        Requests of different `salt` share nothing in the prefix cache. What it applies is held from
+        here on, until it ends. Raises before anything is queued, as `Admission.prepare` in a
+        worker thread and then `start` do.
         """
-        preparing = asyncio.ensure_future(
-            asyncio.to_thread(
-                self._admission.prepare,
-                prompt,
-                sampling,
-                uses,
-                request_id=request_id,
-                salt=salt,
-                trace=trace,
-            )
+        work = partial(
+            self.admission.prepare,
+            [prompt],
+            sampling,
+            uses,
+            request_id=request_id,
+            salt=salt,
+            trace=trace,
+        )
+        [prepared] = await unless_left(asyncio.to_thread(work), release_all)
+        return self.start(prepared)
+
+    def start(self, prepared: Prepared) -> Stream:
+        """Queue a request that was prepared; its stream is for the running event loop.
+
+        The versions that it holds are let go when it is over, or here if it is refused: raises
+        `InvalidRequest` where another of its id is not over, `Overloaded`, `Draining` or
+        `EngineDead`.
+        """
+        request = prepared.request
+        loop = asyncio.get_running_loop()
+        for gone in [other for other in self._sinks if other.is_closed()]:
+            del self._sinks[gone]
+        sink = self._sinks.get(loop) or EventLoopSink(loop)
+
+        def end() -> None:
+            sink.streams.pop(request.id, None)
+            if not sink.streams:
+                self._sinks.pop(loop, None)
+
+        stream = Stream(
+            self._assembler(prepared),
+            list(prepared.versions),
+            on_end=end,
+            abort=lambda: self._loop.abort(request.id),
+            engine_alive=lambda: self._loop.alive,
         )
         try:
-            request, versions = await asyncio.shield(preparing)
-        except asyncio.CancelledError:
-            # The thread goes on, and what it takes hold of must be let go.
-            preparing.add_done_callback(self._drop_prepared)
+            self._loop.submit(request, sink, prepared.release)
+        except BaseException:
+            prepared.release()
             raise
-        return self._start(self._assembler(request, versions, uses), versions)
+        # The sink delivers on this event loop: not before this returns.
+        sink.streams[request.id] = stream
+        self._sinks[loop] = sink
+        return stream
 
     def stats(self) -> EngineStats:
         """A snapshot of load and counters."""
@@ -287,99 +309,20 @@ class Engine:
         trace: bool = False,
     ) -> Iterator[list[Call]]:
         """Calls that hold their versions for the length of the block."""
-        calls: list[Call] = []
-        held: list[Version] = []
-        try:
+        with ExitStack() as held:
+            calls = []
             for prompt, uses in asked:
-                tokens = self._admission.tokens(prompt, uses)
-                request, versions = self._admission.prepare(tokens, sampling, uses, trace=trace)
-                held += versions
-                calls.append(Call(self._assembler(request, versions, uses)))
+                [one] = self.admission.prepare([prompt], sampling, uses, trace=trace)
+                held.callback(one.release)
+                calls.append(Call(self._assembler(one)))
             yield calls
-        finally:
-            self._admission.release(held)
 
     def _run(self, calls: Sequence[Call], *, progress: bool = False) -> None:
         run_calls(self._loop, calls, 2 * self.info.max_running, progress=progress)
 
-    def _start(self, assembler: Assembler, versions: Sequence[Version]) -> Stream:
-        """Submit a request; its versions are let go when it is over, or here if it is refused."""
-        request = assembler.request
-        loop = asyncio.get_running_loop()
-        for gone in [other for other in self._sinks if other.is_closed()]:
-            del self._sinks[gone]
-        sink = self._sinks.get(loop) or EventLoopSink(loop)
-
-        def end() -> None:
-            sink.streams.pop(request.id, None)
-            if not sink.streams:
-                self._sinks.pop(loop, None)
-
-        stream = Stream(
-            assembler,
-            [f"{version.name}@{version.digest}" for version in versions],
-            on_end=end,
-            abort=lambda: self._loop.abort(request.id),
-            engine_alive=lambda: self._loop.alive,
-        )
-        try:
-            self._loop.submit(request, sink, lambda: self._admission.release(versions))
-        except BaseException:
-            self._admission.release(versions)
-            raise
-        # The sink delivers on this event loop: not before this returns.
-        sink.streams[request.id] = stream
-        self._sinks[loop] = sink
-        return stream
-
-    def _drop_prepared(self, done: asyncio.Future[tuple[Request, list[Version]]]) -> None:
-        if not done.cancelled() and done.exception() is None:
-            self._admission.release(done.result()[1])
-
-    def _assembler(
-        self, request: Request, versions: Sequence[Version], uses: Sequence[Use]
-    ) -> Assembler:
+    def _assembler(self, prepared: Prepared) -> Assembler:
         def abort_choice(choice: int) -> None:
-            self._loop.abort(request.id, choice)
+            self._loop.abort(prepared.request.id, choice)
 
-        begins = completion_prefix(
-            (version, use.strength) for version, use in zip(versions, uses, strict=True)
-        )
-        return Assembler(request, self.tokenizer, abort_choice, begins)
-
-
-def _uses(applied: Applied) -> tuple[Use, ...]:
-    if applied is None:
-        return ()
-    several = applied if isinstance(applied, tuple) else (applied,)
-    for use in several:
-        if not isinstance(use, str | Use):
-            raise InvalidRequest(
-                "intervention: give a name, a Use, a tuple of them, or None, not "
-                f"{type(use).__name__}.",
-                param="intervention",
-            )
-    return tuple(use if isinstance(use, Use) else Use(use) for use in several)
-
-
-def _pair(
-    prompts: Prompt | Sequence[Prompt], intervention: Applied | list[Applied] | list[str]
-) -> list[tuple[Prompt, tuple[Use, ...]]]:
-    """Prompts with what applies to them; a single prompt counts as a list of one."""
-    if not isinstance(prompts, str | list | tuple) or (not prompts and prompts != ""):
-        raise InvalidRequest(
-            "prompts: give text, a list of token ids, a list of messages, or a list of these, not "
-            f"{repr(prompts)[:40]}.",
-            param="prompts",
-        )
-    single = isinstance(prompts, str) or isinstance(prompts[0], int | Mapping)
-    several = cast(Sequence[Prompt], [prompts] if single else prompts)
-    if not isinstance(intervention, list):
-        return [(prompt, _uses(intervention)) for prompt in several]
-    if len(intervention) != len(several):
-        raise InvalidRequest(
-            f"intervention: {len(intervention)} for {len(several)} prompts; give one, or a list "
-            "with one for each prompt.",
-            param="intervention",
-        )
-    return [(p, _uses(applied)) for p, applied in zip(several, intervention, strict=True)]
+        prefix = prepared.form.completion_prefix
+        return Assembler(prepared.request, self.tokenizer, abort_choice, prefix)

@@ -4,15 +4,38 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from reft_runtime.errors import InvalidRequest
-from reft_runtime.use import completion_prefix
 
 if TYPE_CHECKING:
     from reft_runtime.interventions import Version
     from reft_runtime.interventions.format.manifest import SystemTurn
-    from reft_runtime.text import ChatOptions, Message, Tokenizer
+    from reft_runtime.text import ChatOptions, Message
+
+
+class Encoder(Protocol):
+    """The part of a `Tokenizer` that writes prompts, as it says there."""
+
+    def encode(
+        self, text: str, *, add_special_tokens: bool = True, completion_prefix: str = ""
+    ) -> list[int]:
+        """Token ids of a text."""
+
+    def encode_chat(
+        self,
+        messages: Sequence[Message],
+        template: str | None = None,
+        *,
+        system: SystemTurn = "prepend",
+        completion_prefix: str = "",
+        options: ChatOptions | None = None,
+        add_special_tokens: bool | None = None,
+    ) -> list[int]:
+        """Token ids of a prompt that asks for the next turn of a chat."""
+
+    def laid_out(self, text: str, template: str) -> str | None:
+        """The text as a whole prompt, if it ends as the template ends prompts."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,11 +63,11 @@ class PromptForm:
         templates = tuple((*key, name) for key, name in found.items())
         alike = len({template for template, _, _ in templates}) == 1
         texts = alike and any(version.texts for version, _ in applied)
-        return cls(templates, texts, completion_prefix(applied))
+        return cls(templates, texts, _completion_prefix(applied))
 
     def chat(
         self,
-        tokenizer: Tokenizer,
+        tokenizer: Encoder,
         messages: Sequence[Message],
         options: ChatOptions | None = None,
         *,
@@ -75,7 +98,7 @@ class PromptForm:
         )
 
     def text(
-        self, tokenizer: Tokenizer, text: str, *, add_special_tokens: bool | None = None
+        self, tokenizer: Encoder, text: str, *, add_special_tokens: bool | None = None
     ) -> list[int]:
         """Token ids of a text: as a chat's one message where files say so, else as it is.
 
@@ -92,3 +115,13 @@ class PromptForm:
             add_special_tokens=add_special_tokens is not False,
             completion_prefix=self.completion_prefix,
         )
+
+
+def _completion_prefix(applied: Sequence[tuple[Version, float]]) -> str:
+    """What answers of these versions, at these strengths, begin with for the tokenizer's sake.
+
+    A strength of 0 is the base model, which knows of none; where versions differ nothing is taken.
+    """
+    said = {version.completion_prefix for version, strength in applied if strength}
+    found = said - {None}
+    return (found.pop() or "") if len(found) == 1 else ""

@@ -46,11 +46,6 @@ class Stream:
         self._ready = asyncio.Event()
 
     @property
-    def traced_rows(self) -> int:
-        """Most rows that its trace has."""
-        return self.assembler.request.traced_rows
-
-    @property
     def prompt_logprobs(self) -> list[TokenLogprob | None] | None:
         """The prompt's log-probabilities, if asked for: complete when the first item arrives."""
         return self.assembler.prompt_logprobs

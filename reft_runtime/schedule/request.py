@@ -30,8 +30,8 @@ class Request:
 
     `seed` is always set: the caller's, or one drawn when the request was made. `salt` separates
     tenants in cache keys. `interventions` are applied in order. With `trace` the engine tells what
-    they did, `traced_rows` rows at most. Where the prompt's log-probabilities are asked for, they
-    are those of its tokens from `scored_from` on.
+    they did. Where the prompt's log-probabilities are asked for, they are those of its tokens from
+    `scored_from` on.
     """
 
     id: str
@@ -41,5 +41,4 @@ class Request:
     interventions: tuple[AppliedIntervention, ...] = ()
     salt: bytes = b""
     trace: bool = False
-    traced_rows: int = 0
     scored_from: int = 1

@@ -4,8 +4,25 @@ from __future__ import annotations
 
 import codecs
 from collections.abc import Iterable, Sequence
+from typing import Protocol
 
-from reft_runtime.text.tokenizer import Tokenizer
+
+class Decoder(Protocol):
+    """The part of a `Tokenizer` that reads answers, as it says there."""
+
+    @property
+    def byte_level(self) -> bool:
+        """Whether the text of ids is that of their bytes, joined."""
+
+    @property
+    def special_ids(self) -> frozenset[int]:
+        """Ids that `decode` leaves out of the text."""
+
+    def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        """Text of `ids`."""
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """The UTF-8 bytes a token adds to a text."""
 
 
 class Detokenizer:
@@ -16,7 +33,7 @@ class Detokenizer:
     invalid byte, `decode` also drops the valid characters beside it; those were emitted.)
     """
 
-    def __init__(self, tokenizer: Tokenizer, *, skip_special_tokens: bool = True) -> None:
+    def __init__(self, tokenizer: Decoder, *, skip_special_tokens: bool = True) -> None:
         self._tokenizer = tokenizer
         self._skip = skip_special_tokens
         self._byte_level = tokenizer.byte_level  # then `decode` is not needed, which is slower
@@ -133,7 +150,7 @@ class TextStream:
 
     def __init__(
         self,
-        tokenizer: Tokenizer,
+        tokenizer: Decoder,
         stop: Sequence[str] = (),
         min_tokens: int = 0,
         *,
@@ -171,7 +188,7 @@ class TextOffsets:
 
     def __init__(
         self,
-        tokenizer: Tokenizer,
+        tokenizer: Decoder,
         *,
         skip_special_tokens: bool = True,
         completion_prefix: str = "",

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from reft_runtime.base.model import LoadedModel
 from reft_runtime.client import Answer, Question, Server
 from reft_runtime.errors import ConfigError
-from reft_runtime.front.engine import Applied, Engine
+from reft_runtime.front.engine import Engine, Uses
 from reft_runtime.interventions.format.manifest import Manifest
 from reft_runtime.loading.base import load_base
 from reft_runtime.machine.cores import use_threads
@@ -215,7 +215,7 @@ def _by_engine(
             for one in asked
         ]
         candidates = (one.subject.candidate for one in asked)
-        applied: list[Applied] = [
+        applied: list[Uses] = [
             None if one.name is None else Use(versions[one.name], one.strength)
             for one in candidates
         ]

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,18 +15,12 @@ from server.cli.local_files import naming, read_file
 from server.settings import Settings
 
 if TYPE_CHECKING:
-    from reft_runtime.front.admission import Prompt
     from reft_runtime.front.engine import Engine
     from reft_runtime.interventions import Version
 
 
-@dataclass(frozen=True, slots=True)
-class Asked:
-    """One intervention as it was asked for: a name (`file` None) or a file, which has been read."""
-
-    use: Use
-    file: Path | None = None
-    data: bytes = b""
+Asked = tuple[Use, bytes | None]
+"""What an option says, and the content of the file that it names, None where it is a name."""
 
 
 def start_engine(settings: Settings) -> Engine:
@@ -43,26 +37,28 @@ def read_asked(options: Sequence[str], model: str) -> list[Asked]:
     Raises `InvalidRequest` (a strength), `NotFound`, `InvalidFile` and `WrongBaseModel`.
     """
     uses = [Use.parse(option) for option in options]
-    return [_read(use, model) if names_file(use.label) else Asked(use) for use in uses]
+    return [(use, _read(use, model) if names_file(use.label) else None) for use in uses]
 
 
 def resolve(engine: Engine, asked: Sequence[Asked]) -> list[Use]:
     """Exact versions to apply, in order; raises `NotFound` that says which names may be meant."""
     uses = []
-    for one in asked:
-        if one.file is None:
-            version = _version(engine, one.use.label)
+    for use, data in asked:
+        if data is None:
+            version = _version(engine, use.label)
         else:
-            with naming(one.file):
-                version = engine.registry.verified(one.file.stem, one.data)
-        uses.append(Use(version, one.use.strength))
+            file = Path(use.label)
+            with naming(file):
+                version = engine.registry.verified(file.stem, data)
+        uses.append(Use(version, use.strength))
     return uses
 
 
-def encode(engine: Engine, prompt: Prompt, uses: Sequence[Use]) -> Sequence[int]:
-    """Token ids of a prompt under what is applied; raises `InvalidRequest`."""
+@contextmanager
+def telling_templates() -> Iterator[None]:
+    """Say of chat templates that differ what a command's user can do."""
     try:
-        return engine.encode(prompt, uses)
+        yield
     except InvalidRequest as error:
         if error.param != "interventions":
             raise
@@ -73,7 +69,7 @@ def encode(engine: Engine, prompt: Prompt, uses: Sequence[Use]) -> Sequence[int]
         ) from None
 
 
-def _read(use: Use, model: str) -> Asked:
+def _read(use: Use, model: str) -> bytes:
     from reft_runtime.base.shape import base_shape
     from reft_runtime.interventions import parse
     from reft_runtime.interventions.format.manifest import check_base
@@ -84,7 +80,7 @@ def _read(use: Use, model: str) -> Asked:
         intervention = parse(data)
         intervention.canonical()
         check_base(intervention.manifest, base_shape(model))
-    return Asked(use, file, data)
+    return data
 
 
 def _version(engine: Engine, ref: str) -> Version:

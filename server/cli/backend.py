@@ -229,8 +229,7 @@ class LocalBackend:
 
     async def _answer(self, ask: Ask, say: Say) -> Reply:
         engine, uses = self._engine, ask.applied.uses
-        tokens = await asyncio.to_thread(engine.encode, ask.messages, uses)
-        stream = await engine.open(tokens, ask.sampling, uses, trace=ask.trace)
+        stream = await engine.open(ask.messages, ask.sampling, uses, trace=ask.trace)
         text, count, ended = "", 0, ""
         try:
             async for deltas in stream:
@@ -242,7 +241,7 @@ class LocalBackend:
             trace = await stream.trace() if ask.trace else _UNTRACED
         finally:
             stream.abort()
-        return Reply(text, count, len(tokens), ended, trace)
+        return Reply(text, count, len(stream.assembler.request.prompt), ended, trace)
 
 
 _PATH = "/v1/chat/completions"

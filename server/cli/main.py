@@ -6,7 +6,6 @@ import asyncio
 import atexit
 import os
 import sys
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
@@ -22,12 +21,13 @@ from server.cli import files as files_cli
 from server.cli import remote as remote_cli
 from server.cli import training as training_cli
 from server.cli import transfers as transfer_cli
-from server.cli.applied import encode, read_asked, resolve, start_engine
+from server.cli.applied import read_asked, resolve, start_engine, telling_templates
 from server.cli.options import LOCAL_SETTINGS, MaxTokens, Prompt, Seed, Temperature, with_settings
 from server.cli.tables import trace_table
 from server.settings import load_settings
 
 if TYPE_CHECKING:
+    from reft_runtime.front.admission import Prompt as Asked
     from reft_runtime.front.engine import Engine
     from reft_runtime.use import Use
 
@@ -161,16 +161,17 @@ def generate(
 async def _print_answer(
     engine: Engine, prompt: str, uses: list[Use], sampling: Any, *, raw: bool, trace: bool
 ) -> None:
+    asked: Asked = [{"role": "user", "content": prompt}]
     if raw:
-        tokens: Sequence[int] = engine.tokenizer.encode(prompt)
-    else:
-        tokens = encode(engine, [{"role": "user", "content": prompt}], uses)
-    stream = await engine.open(tokens, sampling, uses, trace=trace)
+        asked = engine.tokenizer.encode(prompt)
+    with telling_templates():
+        stream = await engine.open(asked, sampling, uses, trace=trace)
     async for deltas in stream:
         typer.echo("".join(delta.text for delta in deltas), nl=False)
     typer.echo()
     if trace:
-        typer.echo(trace_table(await stream.trace(), uses, len(tokens)), err=True)
+        length = len(stream.assembler.request.prompt)
+        typer.echo(trace_table(await stream.trace(), uses, length), err=True)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Request
 
@@ -14,10 +14,6 @@ from server.generation import Run, prepare
 from server.logprobs import chat_logprobs, prompt_logprobs
 from server.openapi import takes
 from server.schemas.chat import ChatRequest
-from server.selection import Selection
-
-if TYPE_CHECKING:
-    from reft_runtime.text import Tokenizer
 
 router = APIRouter(tags=["openai"])
 
@@ -97,15 +93,17 @@ async def create_chat_completion(
 ) -> Answer:
     """Answer a conversation `n` times."""
     sampling = body.sampling()
-
-    def encode(tokenizer: Tokenizer, selection: Selection) -> list[list[int]]:
-        messages = [message.as_text() for message in body.messages]
-        return [selection.form.chat(tokenizer, messages, body.options(tokenizer.switches))]
-
     return Answer(
         server,
         body,
         ChatShape(body),
-        lambda: prepare(server, body, sampling, encode, prompt="messages"),
+        lambda: prepare(
+            server,
+            body,
+            sampling,
+            lambda: [[message.as_text() for message in body.messages]],
+            lambda: body.options(server.engine.tokenizer.switches),
+            prefix=ChatShape.prefix,
+        ),
         request.state.request_id,
     )

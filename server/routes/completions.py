@@ -103,7 +103,7 @@ class CompletionShape(Shape):
         begins: list[int] = []
         if first:
             skip = self._body.skip_special_tokens
-            prefix = run.job.selection.form.completion_prefix
+            prefix = run.job.form.completion_prefix
             self._offsets[index] = TextOffsets(
                 tokenizer, skip_special_tokens=skip, completion_prefix=prefix
             )
@@ -119,7 +119,7 @@ class CompletionShape(Shape):
 
     def _prompt_text(self, run: Run, index: int) -> str:
         prompt = self._body.prompts[index // self._body.n]
-        if isinstance(prompt, str) and not run.job.selection.form.texts:
+        if isinstance(prompt, str) and not run.job.form.texts:
             return prompt
         return run.context.engine.tokenizer.decode(
             run.prompt(index), skip_special_tokens=self._body.skip_special_tokens
@@ -139,14 +139,7 @@ async def create_completion(
         body,
         CompletionShape(body),
         lambda: prepare(
-            server,
-            body,
-            sampling,
-            lambda tokenizer, selection: [
-                selection.form.text(tokenizer, prompt) if isinstance(prompt, str) else prompt
-                for prompt in body.prompts
-            ],
-            prompt="prompt",
+            server, body, sampling, lambda: body.prompts, prefix=CompletionShape.prefix
         ),
         request.state.request_id,
     )

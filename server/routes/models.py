@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 from fastapi import APIRouter
 from fastapi.responses import StreamingResponse
 
-from reft_runtime.errors import NotFound
 from server.context import Context, Server
 from server.listing import listing
+from server.selection import find_model
 
 if TYPE_CHECKING:
     from reft_runtime.interventions import Entry
@@ -33,14 +33,9 @@ async def list_models(server: Server) -> StreamingResponse:
 async def get_model(server: Server, model: str) -> dict[str, Any]:
     """One model, under any id that a request may use."""
     base = server.engine.info.model
-    if model == base:
+    version = await asyncio.to_thread(find_model, server.engine, model)
+    if version is None:
         return _model(server, base, root=base, parent=None)
-    name = model.removeprefix(f"{base}:")
-    try:
-        version = await asyncio.to_thread(server.engine.registry.resolve, name)
-    except NotFound:
-        meant = server.engine.registry.meant(name)
-        raise NotFound(f"The model `{model}` does not exist.{meant}", param="model") from None
     return _model(server, model, root=version.digest, parent=base)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from fastapi import APIRouter, Depends
 
@@ -12,7 +12,10 @@ from server.body import json_body
 from server.context import Server
 from server.openapi import takes
 from server.schemas.text import DetokenizeRequest, TokenizeRequest
-from server.selection import select
+from server.selection import find_model, selected
+
+if TYPE_CHECKING:
+    from reft_runtime.front.admission import Prompt
 
 router = APIRouter(tags=["text"])
 
@@ -25,17 +28,15 @@ async def tokenize(
     engine = server.engine
 
     def work() -> dict[str, Any]:
-        selection = select(engine, body.model or engine.info.model)
         tokenizer = engine.tokenizer
-        if body.messages is None:
-            tokens = selection.form.text(
-                tokenizer, body.prompt or "", add_special_tokens=body.add_special_tokens
-            )
-        else:
-            messages = [message.as_text() for message in body.messages]
+        options = None
+        asked: Prompt = body.prompt or ""
+        if body.messages is not None:
+            asked = [message.as_text() for message in body.messages]
             options = body.options(tokenizer.switches)
-            tokens = selection.form.chat(
-                tokenizer, messages, options, add_special_tokens=body.add_special_tokens
+        with selected(engine, body.model or engine.info.model) as uses:
+            tokens = engine.admission.encode(
+                asked, uses, options=options, add_special_tokens=body.add_special_tokens
             )
         written: dict[str, Any] = {
             "tokens": tokens,
@@ -66,7 +67,7 @@ async def detokenize(
         raise InvalidRequest(f"tokens: ids must be below {size}.", param="tokens")
 
     def work() -> str:
-        select(engine, body.model or engine.info.model)
+        find_model(engine, body.model or engine.info.model)
         return engine.tokenizer.decode(body.tokens, skip_special_tokens=body.skip_special_tokens)
 
     return {"prompt": await asyncio.to_thread(work)}

@@ -6,7 +6,7 @@ import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import pytest
 from pydantic import SecretStr
@@ -26,7 +26,7 @@ from tests.interventions.test_registry import digest
 
 @pytest.fixture
 def engine() -> Any:
-    engine = cast(Any, FakeEngine())
+    engine: Any = FakeEngine()
     engine.registry = Registry(BASE)
     for name in ("one", "two"):
         engine.registry.put(name, file_bytes(description=f"The {name} [bold]of them."))

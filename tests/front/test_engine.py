@@ -221,7 +221,7 @@ INVALID: list[tuple[str, dict[str, Any], str, str]] = [
     ("inner bytes", {"prompts": ["Hi", b"Hi"]}, "prompt: .* not bytes", "prompt"),
     ("negative token", {"prompts": [1, -1]}, "prompt: token ids must be from 0", "prompt"),
     ("unknown token", {"prompts": [320]}, "token ids must be from 0 to 319", "prompt"),
-    ("too long", {"prompts": [1] * MAX_LENGTH}, "maximum length is 256", "prompt"),
+    ("too long", {"prompts": [1] * MAX_LENGTH}, "maximum context length is 256", "prompt"),
     ("no role", {"prompts": [{"content": "Hi"}]}, "messages: each needs a role", "messages"),
     ("no content", {"prompts": [{"role": "user"}]}, "messages: each needs", "messages"),
     ("bad turn", {"prompts": [MESSAGE, "Hi"]}, "messages: each needs", "messages"),
@@ -286,10 +286,23 @@ INVALID: list[tuple[str, dict[str, Any], str, str]] = [
         "interventions.0.subspace",
     ),
 ]
+NAME = "interventions.0.name"
 WRONG: list[tuple[str, dict[str, Any], type[ReftError], str, str]] = [
     *((name, fields, InvalidRequest, message, param) for name, fields, message, param in INVALID),
-    ("unknown", {"intervention": ["loreft", "nope"]}, NotFound, "`nope` does not exist", "model"),
-    ("digest", {"intervention": "loreft@00000000"}, NotFound, "loreft@00000000", "model"),
+    (
+        "unknown",
+        {"intervention": ["loreft", "nope"]},
+        NotFound,
+        "`nope` does not exist",
+        "interventions.0.name",
+    ),
+    (
+        "digest",
+        {"intervention": "loreft@00000000"},
+        NotFound,
+        "loreft@00000000",
+        "interventions.0.name",
+    ),
 ]
 
 
@@ -562,7 +575,7 @@ async def test_open_holds_nothing_where_it_refuses(engine: Engine) -> None:
 async def test_open_cancelled_while_it_prepares_holds_nothing(
     engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    prepare = engine._admission.prepare
+    prepare = engine.admission.prepare
     begun, go_on, done = threading.Event(), threading.Event(), threading.Event()
 
     def slow(*args: Any, **kwargs: Any) -> Any:
@@ -573,7 +586,7 @@ async def test_open_cancelled_while_it_prepares_holds_nothing(
         finally:
             done.set()
 
-    monkeypatch.setattr(engine._admission, "prepare", slow)
+    monkeypatch.setattr(engine.admission, "prepare", slow)
     opening = asyncio.ensure_future(engine.open(prompt(9), GREEDY, (Use("loreft"),)))
     assert await asyncio.to_thread(begun.wait, 30)
     opening.cancel()

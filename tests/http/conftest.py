@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import AsyncIterator, Iterator
 from functools import cache
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any
 
 import httpx
 import pytest
@@ -18,9 +18,6 @@ from server.openapi import describe
 from server.settings import Settings
 from tests.helpers.serving import client_of, listening
 from tests.http.fake_engine import FakeEngine
-
-if TYPE_CHECKING:
-    from reft_runtime.front.engine import Engine
 
 
 @pytest.fixture
@@ -35,13 +32,13 @@ def settings() -> Settings:
 
 @pytest.fixture
 def app(engine: FakeEngine, settings: Settings) -> FastAPI:
-    return create_app(cast("Engine", engine), settings)
+    return create_app(engine, settings)
 
 
 @cache
 def _declared() -> list[tuple[re.Pattern[str], str, set[str]]]:
     """Of every operation: its path, its method, the statuses that openapi.json says it sends."""
-    document = describe(create_app(cast("Engine", FakeEngine()), Settings()))
+    document = describe(create_app(FakeEngine(), Settings()))
     return [
         (re.compile(re.sub(r"\{\w+\}", r"[^/]+", path)), method, set(operation["responses"]))
         for path, operations in document["paths"].items()
@@ -63,6 +60,7 @@ async def client(app: FastAPI, engine: FakeEngine) -> AsyncIterator[httpx.AsyncC
     async with client_of(app, response=[check_declared]) as client:
         yield client
     assert not engine.running
+    assert not engine.held
 
 
 @pytest.fixture
@@ -76,6 +74,7 @@ def server_url(app: FastAPI, engine: FakeEngine, limits: Limits) -> Iterator[str
     with listening(HttpServer(app, limits)) as address:
         yield address
     assert not engine.running
+    assert not engine.held
 
 
 def completion(**fields: Any) -> dict[str, Any]:

@@ -12,7 +12,7 @@ import json
 from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass, field
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from reft_runtime.errors import (
     Draining,
@@ -23,15 +23,22 @@ from reft_runtime.errors import (
     ReftError,
     did_you_mean,
 )
+from reft_runtime.front.admission import Admission
+from reft_runtime.front.prepared import Prepared
 from reft_runtime.outputs import (
     ChoiceDelta,
     EngineInfo,
     EngineStats,
     PrefixCacheStats,
     TokenLogprob,
+    Trace,
 )
-from reft_runtime.sampling import SamplingParams
-from reft_runtime.use import Use
+from reft_runtime.schedule.request import Request
+
+if TYPE_CHECKING:
+    from reft_runtime.interventions import Registry
+    from reft_runtime.interventions.registry.entry import Tier
+    from reft_runtime.text import Message
 
 ALPHABET = b"abcdefghijklmnopqrstuvwxyz"
 DIGEST = "d1" * 32
@@ -50,8 +57,8 @@ class FakeTokenizer:
 
     def encode_chat(
         self,
-        messages: list[dict[str, str]],
-        template: str | None,
+        messages: Sequence[Message],
+        template: str | None = None,
         *,
         system: str = "prepend",
         completion_prefix: str = "",
@@ -70,6 +77,9 @@ class FakeTokenizer:
             return self.encode(template.replace("{prompt}", messages[0]["content"]))
         return self.encode("".join(f"<{m['role']}>{m['content']}" for m in messages))
 
+    def laid_out(self, text: str, template: str) -> None:
+        return None
+
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         return bytes(ids).decode(errors="replace")
 
@@ -79,11 +89,11 @@ class FakeTokenizer:
     def token_strings(self, ids: Sequence[int]) -> list[str]:
         return [self.token_text(token) for token in ids]
 
-    def token_text(self, token: int) -> str:
-        return self.decode([token])
+    def token_text(self, token_id: int) -> str:
+        return self.decode([token_id])
 
-    def token_bytes(self, token: int) -> bytes:
-        return bytes([token])
+    def token_bytes(self, token_id: int) -> bytes:
+        return bytes([token_id])
 
 
 @dataclass
@@ -97,24 +107,40 @@ class FakeVersion:
     reloadable: bool = True
     size_bytes: int = 3
 
+    in_flight: int = 0
+
     @property
     def manifest_json(self) -> bytes:
         return json.dumps({"template": self.template}).encode()
 
+    def edits(self) -> tuple[()]:
+        return ()
+
 
 class FakeRegistry:
+    """Its versions are `FakeVersion`s, written `Any` where the contract says `Version`."""
+
     def __init__(self, *versions: FakeVersion) -> None:
         self.versions = {version.name: version for version in versions}
         self.tokens: dict[str, tuple[int, int]] = {}
 
-    def resolve(self, ref: str) -> FakeVersion:
+    def resolve(self, ref: str) -> Any:
         name, at, prefix = ref.partition("@")
         version = self.versions.get(name)
         if version is None or (at and (len(prefix) < 8 or not version.digest.startswith(prefix))):
             raise NotFound(f"The model `{ref}` does not exist.", param="model")
         return version
 
-    ready = resolve
+    def acquire(self, ref: Any) -> Any:
+        version = self.resolve(ref) if isinstance(ref, str) else ref
+        self.hold(version)
+        return version
+
+    def hold(self, version: Any) -> None:
+        version.in_flight += 1
+
+    def release(self, version: Any) -> None:
+        version.in_flight -= 1
 
     def meant(self, ref: str) -> str:
         return "" if ref.partition("@")[0] in self.versions else did_you_mean(ref, self.versions)
@@ -131,7 +157,7 @@ class FakeRegistry:
             versions=(version.digest,),
             origin="folder",
             tier="host",
-            in_flight=0,
+            in_flight=version.in_flight,
             requests=0,
             prompt_tokens=self.tokens.get(name, (0, 0))[0],
             generation_tokens=self.tokens.get(name, (0, 0))[1],
@@ -161,7 +187,7 @@ class FakeRegistry:
         self.last_page = (q, sort, after, limit)
         return SimpleNamespace(entries=self.entries()[:limit], total=3, next="next")
 
-    def open(self, ref: str) -> tuple[FakeVersion, io.BytesIO]:
+    def open(self, ref: str) -> tuple[Any, io.BytesIO]:
         version = self.resolve(ref)
         return version, io.BytesIO(b"abc")
 
@@ -181,7 +207,7 @@ class FakeRegistry:
     def held_bytes(self) -> int:
         return 1234
 
-    def tiers(self) -> dict[str, int]:
+    def tiers(self) -> dict[Tier, int]:
         return {"disk": 0, "host": len(self.versions)}
 
     def unserved(self) -> dict[str, str]:
@@ -249,39 +275,40 @@ class FakeEngine:
 
     def __post_init__(self) -> None:
         self.tokenizer = FakeTokenizer()
-        self.registry = FakeRegistry(
+        self.own = FakeRegistry(
             FakeVersion("emoji"),
             FakeVersion("pirate", "e2" * 32, template="Q: {prompt} A:"),
             FakeVersion("formal", "f3" * 32, template="{prompt} =>"),
             *(FakeVersion(f"{'x' * 60}{i}") for i in range(self.names)),
         )
+        self.registry: FakeRegistry | Registry = self.own
+        """Its own, or one that a test puts in its place."""
+
+    @property
+    def admission(self) -> Admission:
+        return Admission(self.registry, self.tokenizer, self.info)
 
     @property
     def running(self) -> list[FakeStream]:
         return [stream for stream in self.streams if not stream.ended]
 
-    async def open(
-        self,
-        prompt: Sequence[int],
-        sampling: SamplingParams,
-        uses: Sequence[Use] = (),
-        *,
-        request_id: str | None = None,
-        salt: bytes = b"",
-        trace: bool = False,
-    ) -> FakeStream:
-        if not self.alive:
-            raise EngineDead("The engine stopped.")
-        if self.draining:
-            raise Draining("The server is shutting down.", retry_after=2.5)
-        if self.overloaded:
-            raise Overloaded("The queue is full.", retry_after=2.5)
-        if not prompt or max(prompt) >= self.info.vocab_size:
-            raise InvalidRequest("prompt: empty, or an unknown token id.", param="prompt")
-        stream = FakeStream(self, tuple(prompt), sampling)
-        stream.interventions = [(use.label, use.strength) for use in uses]
-        stream.versions = [use.label for use in uses]
-        stream.salt = salt
+    @property
+    def held(self) -> int:
+        """How often its own versions are held."""
+        return sum(version.in_flight for version in self.own.versions.values())
+
+    def start(self, prepared: Prepared) -> FakeStream:
+        try:
+            if not self.alive:
+                raise EngineDead("The engine stopped.")
+            if self.draining:
+                raise Draining("The server is shutting down.", retry_after=2.5)
+            if self.overloaded:
+                raise Overloaded("The queue is full.", retry_after=2.5)
+        except ReftError:
+            prepared.release()
+            raise
+        stream = FakeStream(self, prepared)
         self.streams.append(stream)
         if self.die_after is not None and len(self.streams) > 1:
             asyncio.get_running_loop().call_later(self.die_after, self.close)
@@ -308,30 +335,32 @@ class FakeEngine:
 
 
 class FakeStream:
-    def __init__(
-        self,
-        engine: FakeEngine,
-        prompt: tuple[int, ...],
-        sampling: SamplingParams,
-    ) -> None:
-        self.engine, self.prompt, self.sampling = engine, prompt, sampling
-        self.interventions: list[tuple[str, float]] = []
-        self.versions: list[str] = []
-        self.salt = b""
-        self.cached_tokens = len(prompt) // 2
-        self.traced_rows = 0
+    def __init__(self, engine: FakeEngine, prepared: Prepared) -> None:
+        request: Request = prepared.request
+        self.engine, self.prompt, self.sampling = engine, request.prompt, request.sampling
+        strengths = [applied.strength for applied in request.interventions]
+        self.interventions = list(zip(prepared.versions, strengths, strict=True))
+        self.salt = request.salt
+        self.cached_tokens = len(self.prompt) // 2
         self.queue_seconds: float | None = None
         self.prompt_logprobs: list[TokenLogprob | None] | None = None
         self.aborted = self.ended = False
+        self._release = prepared.release
+
+    async def trace(self) -> Trace:
+        return Trace((), 0.0)
 
     def abort(self) -> None:
         self.aborted = self.aborted or not self.ended
+        self._end()
+
+    def _end(self) -> None:
         self.ended = True
+        self._release()
 
     async def __aiter__(self) -> AsyncIterator[list[ChoiceDelta]]:
         sampling, engine = self.sampling, self.engine
-        limit = engine.info.max_model_len - len(self.prompt)
-        count = limit if sampling.max_tokens is None else sampling.max_tokens
+        count = sampling.max_tokens or 0
         self.queue_seconds = 0.25
         if sampling.prompt_logprobs is not None:
             self.prompt_logprobs = [None, *(self._logprob(token) for token in self.prompt[1:])]
@@ -342,7 +371,7 @@ class FakeStream:
             if not engine.alive:
                 raise EngineDead("The engine stopped.")
             if engine.fail_after is not None and step >= engine.fail_after:
-                self.ended = True
+                self._end()
                 raise _Secret("weights at /secret/path")
             token = ALPHABET[step % len(ALPHABET)]
             last = step == count - 1
@@ -356,7 +385,7 @@ class FakeStream:
                 )
                 for index in range(sampling.n)
             ]
-        self.ended = True
+        self._end()
 
     def _logprob(self, token: int) -> TokenLogprob:
         wanted = max(self.sampling.logprobs or 0, self.sampling.prompt_logprobs or 0)

@@ -4,15 +4,11 @@ from __future__ import annotations
 
 import json
 import sys
-from typing import TYPE_CHECKING, cast
 
 from server.lifecycle import listen, run
 from server.logs import configure_logging
 from server.settings import load_settings
 from tests.http.fake_engine import FakeEngine
-
-if TYPE_CHECKING:
-    from reft_runtime.front.engine import Engine
 
 
 def main(engine_options: str, options: str) -> int:
@@ -21,7 +17,7 @@ def main(engine_options: str, options: str) -> int:
     configure_logging(settings)
     engine = FakeEngine(**json.loads(engine_options))
     with listen(settings.host, settings.port) as listener:
-        return run(cast("Engine", engine), settings, listener)
+        return run(engine, settings, listener)
 
 
 if __name__ == "__main__":

@@ -40,7 +40,7 @@ async def test_put_and_delete(client: httpx.AsyncClient, engine: FakeEngine) -> 
     response = await client.put("/v1/interventions/new", content=data)
     assert response.status_code == 201
     assert response.json()["id"] == "new"
-    assert engine.registry.last_put == (data, None)
+    assert engine.own.last_put == (data, None)
     assert (await client.put("/v1/interventions/new", content=data)).status_code == 200
     response = await client.delete("/v1/interventions/new")
     assert response.json() == {"id": "new", "object": "intervention", "deleted": True}
@@ -52,13 +52,13 @@ async def test_checksum_of_an_upload(client: httpx.AsyncClient, engine: FakeEngi
     encoded = base64.b64encode(digest.digest()).decode()
     for header in ({"x-sha256": digest.hexdigest()}, {"digest": f"SHA-256={encoded}"}):
         await client.put("/v1/interventions/new", content=b"x", headers=header)
-        assert engine.registry.last_put == (b"x", digest.hexdigest())
+        assert engine.own.last_put == (b"x", digest.hexdigest())
     bad = [("x-sha256", "abc"), ("digest", "md5=abc"), ("digest", "sha-256=!"), ("digest", "x")]
     for name, value in bad:
         response = await client.put("/v1/interventions/new", content=b"y", headers={name: value})
         assert response.status_code == 400
         assert response.json()["error"]["param"] == name
-    assert engine.registry.last_put[0] == b"x"
+    assert engine.own.last_put[0] == b"x"
 
 
 async def test_upload_is_bounded(
@@ -72,7 +72,7 @@ async def test_upload_is_bounded(
 
     assert (await client.put("/v1/interventions/a", content=body())).status_code == 413
     assert (await client.put("/v1/interventions/a", content=b"x" * 1001)).status_code == 413
-    assert "a" not in engine.registry.versions
+    assert "a" not in engine.own.versions
     assert (await client.put("/v1/interventions/a", content=b"x" * 1000)).status_code == 201
 
 

@@ -11,7 +11,6 @@ import pytest
 from reft_runtime import Engine
 from reft_runtime.front import bounds
 from reft_runtime.interventions import Edit, Intervention, serialise
-from server import generation
 from server.app import create_app
 from server.settings import Settings
 from tests.helpers.models import tiny
@@ -42,8 +41,7 @@ def tiny_engine() -> Iterator[Engine]:
 async def http(
     tiny_engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> AsyncIterator[httpx.AsyncClient]:
-    for module in (bounds, generation):
-        monkeypatch.setattr(module, "MAX_TRACED_ROWS", ROWS)
+    monkeypatch.setattr(bounds, "MAX_TRACED_ROWS", ROWS)
     monkeypatch.setattr(bounds, "MAX_SCORES", SCORES)
     async with client_of(create_app(tiny_engine, Settings())) as client:
         yield client

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import httpx
 import pytest
@@ -13,7 +13,7 @@ import pytest
 from reft_runtime.interventions import Registry
 from server.metrics import MAX_NAMES
 from tests.http.conftest import completion
-from tests.http.fake_engine import FakeEngine, FakeRegistry
+from tests.http.fake_engine import FakeEngine
 from tests.interventions.make import BASE, file_bytes
 from tests.interventions.test_registry import digest, place
 
@@ -29,12 +29,17 @@ def folder(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def engine(folder: Path) -> Iterator[FakeEngine]:
-    engine = FakeEngine()
+def registry(folder: Path) -> Iterator[Registry]:
     registry = Registry(BASE, [folder])
-    engine.registry = cast(FakeRegistry, registry)
-    yield engine
+    yield registry
     registry.close()
+
+
+@pytest.fixture
+def engine(registry: Registry) -> FakeEngine:
+    engine = FakeEngine()
+    engine.registry = registry
+    return engine
 
 
 async def put(client: httpx.AsyncClient, data: bytes, **headers: str) -> httpx.Response:
@@ -88,14 +93,13 @@ async def test_the_folders_file_of_this_moment_counts(
 @pytest.mark.parametrize("change", ["put", "rollback"])
 async def test_the_answer_is_of_the_change_that_was_asked_for(
     client: httpx.AsyncClient,
-    engine: FakeEngine,
+    registry: Registry,
     monkeypatch: pytest.MonkeyPatch,
     change: str,
     between: Callable[[Registry], object],
 ) -> None:
     await put(client, TWO)
     await put(client, ONE)
-    registry = cast(Registry, engine.registry)
     changed = getattr(registry, change)
 
     def and_then(*arguments: Any) -> Any:

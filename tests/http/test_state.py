@@ -8,14 +8,14 @@ import shutil
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import httpx
 import pytest
 
 from reft_runtime.interventions import Registry
 from tests.http.conftest import completion
-from tests.http.fake_engine import FakeEngine, FakeRegistry
+from tests.http.fake_engine import FakeEngine
 from tests.interventions.make import BASE, file_bytes
 from tests.interventions.test_registry import damaged, digest, place
 
@@ -36,12 +36,17 @@ def state(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def engine(folder: Path, state: Path) -> Iterator[FakeEngine]:
-    engine = FakeEngine()
+def registry(folder: Path, state: Path) -> Iterator[Registry]:
     registry = Registry(BASE, [folder], state_dir=state)
-    engine.registry = cast(FakeRegistry, registry)
-    yield engine
+    yield registry
     registry.close()
+
+
+@pytest.fixture
+def engine(registry: Registry) -> FakeEngine:
+    engine = FakeEngine()
+    engine.registry = registry
+    return engine
 
 
 async def ask(client: httpx.AsyncClient, model: str) -> httpx.Response:
@@ -123,10 +128,10 @@ async def test_delete_mends_a_damaged_pointer(folder: Path, state: Path, app: An
 
 
 async def test_the_base_models_id_is_refused(
-    client: httpx.AsyncClient, engine: FakeEngine, folder: Path
+    client: httpx.AsyncClient, registry: Registry, folder: Path
 ) -> None:
     place(folder, "tiny", ONE)
-    cast(Registry, engine.registry).scan()
+    registry.scan()
     models = [model["id"] for model in (await client.get("/v1/models")).json()["data"]]
     assert models == ["tiny", "a"]
     answer = await client.put("/v1/interventions/tiny", content=ONE)
@@ -146,12 +151,12 @@ async def test_a_path_that_is_too_long(client: httpx.AsyncClient, path: str) -> 
 
 
 async def test_listings_have_many_parts(
-    client: httpx.AsyncClient, engine: FakeEngine, monkeypatch: pytest.MonkeyPatch
+    client: httpx.AsyncClient, registry: Registry, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("reft_runtime.interventions.registry.listing.PART", 2)
     names = ["a", *(f"n{number}" for number in range(7))]
     for name in names[1:]:
-        engine.registry.put(name, ONE)
+        registry.put(name, ONE)
     assert list(await listed(client)) == names
     models = (await client.get("/v1/models")).json()
     assert [model["id"] for model in models["data"]] == ["tiny", *names]
@@ -161,9 +166,9 @@ async def test_listings_have_many_parts(
     assert body["data"][0]["manifest"]["base"]["model"] == "tiny"
     assert body["data"][0] == (await client.get("/v1/interventions/a")).json()
     for name in names[1:]:
-        engine.registry.remove(name)
-    os.unlink(cast(Registry, engine.registry)._folders._found["a"].path)
-    cast(Registry, engine.registry).scan()
+        registry.remove(name)
+    os.unlink(registry._folders._found["a"].path)
+    registry.scan()
     assert (await client.get("/v1/interventions")).json()["data"] == []
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import httpx
 import pytest
@@ -15,7 +15,7 @@ from server.app import create_app
 from server.context import MAX_DOWNLOADS
 from server.download import PART_BYTES
 from server.settings import Settings
-from tests.http.fake_engine import FakeEngine, FakeRegistry
+from tests.http.fake_engine import FakeEngine
 from tests.interventions.make import BASE, file_bytes
 from tests.interventions.test_registry import digest, place
 
@@ -40,7 +40,7 @@ def registry(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Registr
 @pytest.fixture
 def engine(registry: Registry) -> FakeEngine:
     engine = FakeEngine()
-    engine.registry = cast(FakeRegistry, registry)
+    engine.registry = registry
     return engine
 
 
@@ -268,6 +268,6 @@ async def test_rollbacks_that_are_none(
 
 
 def test_the_description_has_the_parameters() -> None:
-    document = create_app(cast(Any, FakeEngine()), Settings()).openapi()
+    document = create_app(FakeEngine(), Settings()).openapi()
     parameters = document["paths"]["/v1/interventions"]["get"]["parameters"]
     assert {parameter["name"] for parameter in parameters} == {"limit", "after", "q", "sort"}

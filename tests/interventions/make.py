@@ -5,7 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from reft_runtime.interventions import BaseShape, Edit, Intervention, serialise
+from reft_runtime.interventions import (
+    BaseShape,
+    Edit,
+    Intervention,
+    Registry,
+    Version,
+    serialise,
+)
 
 BASE = BaseShape(
     model="tiny", architecture="LlamaForCausalLM", hidden_size=16, num_layers=4, vocab_size=64
@@ -31,3 +38,10 @@ def intervention(
 
 def file_bytes(seed: int = 0, *, base: BaseShape = BASE, description: str = "") -> bytes:
     return serialise(intervention(seed, base=base, description=description))
+
+
+def ready(registry: Registry, ref: str) -> Version:
+    """A version that was acquired, and let go."""
+    version = registry.acquire(ref)
+    registry.release(version)
+    return version

@@ -32,7 +32,7 @@ from reft_runtime.interventions.format.header import header_of
 from reft_runtime.interventions.registry import sources
 from reft_runtime.interventions.registry.sources import look
 from reft_runtime.interventions.registry.uploads import HISTORY
-from tests.interventions.make import BASE, file_bytes
+from tests.interventions.make import BASE, file_bytes, ready
 
 ONE, TWO, THREE = file_bytes(1), file_bytes(2), file_bytes(3)
 FOREIGN = file_bytes(1, base=BASE.model_copy(update={"vocab_size": 65}))
@@ -168,15 +168,15 @@ def test_a_broken_replacement_of_what_was_never_read_is_not_served(folder: Path)
 def test_what_changes_is_served_without_waiting_for_a_scan(folder: Path) -> None:
     registry = Registry(BASE, [folder])
     path = place(folder, "a", ONE)  # new
-    assert registry.ready("a").digest == digest(ONE)
+    assert ready(registry, "a").digest == digest(ONE)
     place(folder, "a", TWO)  # replaced and in memory
-    assert registry.ready("a").digest == digest(TWO)
+    assert ready(registry, "a").digest == digest(TWO)
     place(folder, "a", b"")  # broken: the one before it
-    assert registry.ready("a").digest == digest(TWO)
+    assert ready(registry, "a").digest == digest(TWO)
     place(folder, "a", THREE)  # mended
     assert registry.resolve("a").digest == digest(THREE)
     place(folder, "a", ONE)  # replaced and never read
-    assert registry.ready("a").digest == digest(ONE)
+    assert ready(registry, "a").digest == digest(ONE)
     assert registry.problems() == {}
     path.unlink()
     for ref in ("a", f"a@{digest(ONE)}"):
@@ -211,7 +211,7 @@ def test_a_file_that_changes_while_it_is_read_is_read_again(
         return path.read_bytes()
 
     monkeypatch.setattr("reft_runtime.interventions.registry.version.read", read_late)
-    assert registry.ready("a").digest == digest(THREE)
+    assert ready(registry, "a").digest == digest(THREE)
 
 
 def test_a_change_that_the_disks_clock_does_not_show(folder: Path) -> None:
@@ -220,7 +220,7 @@ def test_a_change_that_the_disks_clock_does_not_show(folder: Path) -> None:
     registry._folders._found["a"] = look(path)
     path.write_bytes(TWO)
     registry._folders._found["a"] = look(path)  # as if both had been written within one tick
-    assert registry.ready("a").digest == digest(TWO)
+    assert ready(registry, "a").digest == digest(TWO)
 
 
 def test_damaged_data_is_not_the_askers_fault(
@@ -230,28 +230,28 @@ def test_damaged_data_is_not_the_askers_fault(
     registry = Registry(BASE, [folder])
     assert registry.entry("a").problem is None  # only its header was read
     with pytest.raises(Unavailable, match="`a` cannot be used now: The data does not match"):
-        registry.ready("a")
+        ready(registry, "a")
     assert "damaged file" in str(registry.entry("a").problem)
     assert "damaged file" in registry.problems()["a"]
     monkeypatch.setattr("reft_runtime.interventions.registry.version.read", None)  # not read again
     with pytest.raises(Unavailable, match="damaged file"):
-        registry.ready("a")
+        ready(registry, "a")
     monkeypatch.undo()
     place(folder, "a", ONE)
-    assert registry.ready("a").digest == digest(ONE)
+    assert ready(registry, "a").digest == digest(ONE)
     assert registry.problems() == {}
 
 
 def test_an_old_version_that_serves_on_says_why(folder: Path) -> None:
     place(folder, "a", ONE)
     registry = Registry(BASE, [folder])
-    registry.ready("a")
+    ready(registry, "a")
     place(folder, "a", damaged(TWO))
-    assert registry.ready("a").digest == digest(ONE)
+    assert ready(registry, "a").digest == digest(ONE)
     assert "new file is not served: " in str(registry.entry("a").problem)
     assert "damaged file" in str(registry.entry("a").problem)
     place(folder, "a", TWO)
-    assert registry.ready("a").digest == digest(TWO)
+    assert ready(registry, "a").digest == digest(TWO)
     assert registry.entry("a").problem is None
 
 
@@ -265,8 +265,8 @@ def test_a_disk_that_fails_for_a_moment(folder: Path, monkeypatch: pytest.Monkey
     with monkeypatch.context() as patch:
         patch.setattr("reft_runtime.interventions.registry.version.read", fail)
         with pytest.raises(Unavailable, match="Input/output error"):
-            registry.ready("a")
-    assert registry.ready("a").digest == digest(ONE)
+            ready(registry, "a")
+    assert ready(registry, "a").digest == digest(ONE)
 
 
 @pytest.mark.parametrize("kept", [False, True])
@@ -361,7 +361,7 @@ def test_nobody_waits_for_a_scan_of_many_changes(folder: Path) -> None:
     def rest(seconds: float) -> bool:
         if not worked:  # between two files everything else goes on
             registry.put("u", TWO)
-            assert registry.ready("f8").digest == digest(ONE)
+            assert ready(registry, "f8").digest == digest(ONE)
             registry.remove("f8")
             assert registry.tiers() == {"disk": 1, "host": 1}
         worked.append(seconds)
@@ -766,7 +766,7 @@ def test_a_deleted_state_folder_is_made_again(state: Path, gone: str) -> None:
     registry.put("b", TWO)
     shutil.rmtree(state / gone)
     registry.put("c", THREE)
-    assert registry.ready("a").digest == digest(ONE)  # serves on from memory
+    assert ready(registry, "a").digest == digest(ONE)  # serves on from memory
     assert "no longer kept" in registry.problems()["a"]
     assert registry.entry("c").problem is None
     with pytest.raises(ConfigError, match="in use by another server"):
@@ -806,7 +806,7 @@ def test_a_state_folder_that_another_server_has_taken(state: Path) -> None:
     for call in (lambda: registry.put("a", TWO), lambda: registry.remove("a")):
         with pytest.raises(Unavailable, match="another server has it now"):
             call()
-    assert registry.ready("a").digest == digest(ONE)
+    assert ready(registry, "a").digest == digest(ONE)
     assert "another server has it" in only_problem(registry)
     assert names(other) == []
     registry.close()
@@ -827,7 +827,7 @@ def test_a_state_folder_that_cannot_be_written(
         for call in (lambda: registry.put("a", TWO), lambda: registry.remove("a")):
             with pytest.raises(Unavailable, match="cannot be written: Read-only file system"):
                 call()
-    assert registry.ready("a").digest == digest(ONE)
+    assert ready(registry, "a").digest == digest(ONE)
     registry.close()
     shutil.rmtree(state)
     state.write_bytes(b"")  # a file where the folder was
@@ -903,7 +903,7 @@ def test_uploads_in_memory_are_bounded_and_make_room_when_deleted(folder: Path) 
     registry.put("a", ONE)  # the very same again
     registry.remove("b")
     registry.put("c", THREE)
-    assert registry.ready("c").digest == digest(THREE)
+    assert ready(registry, "c").digest == digest(THREE)
 
 
 def test_uploads_on_disk_are_bounded(state: Path) -> None:
@@ -947,24 +947,24 @@ def test_tensors_used_least_recently_give_way(folder: Path, state: Path, uploade
     def loaded() -> list[str]:
         return [entry.name for entry in registry.entries() if entry.tier == "host"]
 
-    registry.ready("a")
+    ready(registry, "a")
     held = registry.resolve("b")
     registry.hold(held)
-    registry.ready("a")
+    ready(registry, "a")
     assert loaded() == ["a", "b"]
-    registry.ready("c")  # b came before a, and is in use
+    ready(registry, "c")  # b came before a, and is in use
     assert loaded() == ["b", "c"]
     assert registry.tiers() == {"disk": 2, "host": 2}
     other = registry.resolve("d")
     registry.hold(other)
     assert loaded() == ["b", "d"]
     with pytest.raises(Overloaded, match="interventions in use fill the memory"):
-        registry.ready("a")
+        ready(registry, "a")
     assert loaded() == ["b", "d"]
     registry.hold(held)  # what is in memory can be used by more
     for version in (held, held, other):
         registry.release(version)
-    assert registry.ready("a").edits()
+    assert ready(registry, "a").edits()
     assert registry.held_bytes() <= room
     registry.close()
 
@@ -973,12 +973,12 @@ def test_the_only_copy_does_not_give_way(folder: Path) -> None:
     place(folder, "a", ONE)
     place(folder, "b", TWO)
     registry = Registry(BASE, [folder], memory_bytes=edit_bytes(ONE))
-    registry.ready("a")
+    ready(registry, "a")
     place(folder, "a", b"")
     registry.scan()
     with pytest.raises(Overloaded):
-        registry.ready("b")
-    assert registry.ready("a").digest == digest(ONE)
+        ready(registry, "b")
+    assert ready(registry, "a").digest == digest(ONE)
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from reft_runtime.errors import Changed, InvalidRequest, NotFound, StoreFull, Un
 from reft_runtime.interventions import Registry
 from reft_runtime.interventions.format.file import parse
 from reft_runtime.interventions.registry.uploads import HISTORY
-from tests.interventions.make import BASE, file_bytes
+from tests.interventions.make import BASE, file_bytes, ready
 from tests.interventions.test_registry import damaged, digest, place
 
 ONE, TWO, THREE = (file_bytes(seed) for seed in (1, 2, 3))
@@ -51,7 +51,7 @@ def served(registry: Registry, name: str = "a") -> list[str]:
 def test_back_to_the_one_before_and_forth_again(registry: Registry) -> None:
     assert registry.rollback("a").digest == digest(TWO)
     assert served(registry) == [digest(TWO), digest(THREE), digest(ONE)]
-    assert registry.ready("a").digest == digest(TWO)
+    assert ready(registry, "a").digest == digest(TWO)
     assert registry.rollback("a").digest == digest(THREE)
 
 
@@ -150,7 +150,7 @@ def test_a_restart_knows(kept: Registry, state: Path) -> None:
     kept.close()
     again = Registry(BASE, state_dir=state)
     assert again.versions_of("a") == before
-    assert again.ready("a").digest == digest(ONE)
+    assert ready(again, "a").digest == digest(ONE)
     assert again.rollback("a").digest == digest(THREE)
     assert again.rollback("a", digest(TWO)).digest == digest(TWO)
     again.close()
@@ -186,7 +186,7 @@ def test_a_damaged_version_is_not_served(
         blob.write_bytes(content)
     with pytest.raises(Unavailable, match="damaged file" if content else "gone; upload it again"):
         again.rollback("a")
-    assert again.ready("a").digest == digest(TWO)
+    assert ready(again, "a").digest == digest(TWO)
     again.close()
 
 
@@ -194,7 +194,7 @@ def test_after_the_state_folder_was_deleted(kept: Registry, state: Path) -> None
     shutil.rmtree(state)
     with pytest.raises(Unavailable, match="upload its file again"):
         kept.rollback("a")
-    assert kept.ready("a").digest == digest(TWO)
+    assert ready(kept, "a").digest == digest(TWO)
 
 
 # Files that are handed out

@@ -136,7 +136,7 @@ class Catalog:
         return did_you_mean(name, names) if name not in names else ""
 
     def pin(self, version: Version) -> None:
-        """As `hold`, for the registry itself: it is counted as no request."""
+        """As `hold`, but it is counted as no request."""
         with self._changed(version.name) as known:
             known.held.add(version)
             version.in_flight += 1

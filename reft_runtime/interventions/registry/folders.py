@@ -91,15 +91,12 @@ class Folders:
         with self._looking_anew(version):
             self._catalog.hold(version)
 
-    def ready(self, ref: str) -> Version:
-        """As `resolve`, with the tensors read, as a request that is about to begin wants it.
-
-        A file that is replaced just now is used in its new version.
-        """
+    def acquire(self, ref: str | Version) -> Version:
+        """As `Registry.acquire`; a file that is replaced just now is used in its new version."""
         for _ in range(CHANGES):
             with suppress(NotFound, Unavailable):
-                return self._ready(ref)
-        return self._ready(ref)
+                return self._acquire(ref)
+        return self._acquire(ref)
 
     def problems(self) -> dict[str, str]:
         """Why files are not served, by path."""
@@ -178,11 +175,10 @@ class Folders:
             return known is not None and now._replace(path=known.path) == known
         return known is None
 
-    def _ready(self, ref: str) -> Version:
-        version = self.resolve(ref)
+    def _acquire(self, ref: str | Version) -> Version:
+        version = self.resolve(ref) if isinstance(ref, str) else ref
         with self._looking_anew(version):
             self._catalog.pin(version)
-        self._catalog.release(version)
         return version
 
     @contextmanager

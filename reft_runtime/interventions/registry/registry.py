@@ -139,13 +139,16 @@ class Registry:
         """
         self._folders.hold(version)
 
-    def release(self, version: Version) -> None:
-        """End one request that held a version."""
-        self._catalog.release(version)
+    def acquire(self, ref: str | Version) -> Version:
+        """As `resolve`, held until the matching `release`, its tensors read; counts no request.
 
-    def ready(self, ref: str) -> Version:
-        """As `resolve`, with the tensors read, as a request that is about to begin wants it."""
-        return self._folders.ready(ref)
+        A version that was resolved before is taken as it is. Raises as `resolve` and `hold`.
+        """
+        return self._folders.acquire(ref)
+
+    def release(self, version: Version) -> None:
+        """Let go of a version that is held."""
+        self._catalog.release(version)
 
     def count(self, name: str, prompt_tokens: int, generation_tokens: int) -> None:
         """Add the tokens of a request that has ended; nothing where the name has gone."""
