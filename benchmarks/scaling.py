@@ -43,7 +43,7 @@ from benchmarks.measuring import (
 )
 from benchmarks.workload import L1, random_intervention, random_tokens, settings
 from reft_runtime import Engine, SamplingParams
-from reft_runtime.front.engine import Uses
+from reft_runtime.front.asked import Uses
 
 AT_ONCE = 64
 PROMPT_TOKENS = 16

@@ -15,7 +15,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from reft_runtime.base.model import LoadedModel
 from reft_runtime.client import Answer, Question, Server
 from reft_runtime.errors import ConfigError
-from reft_runtime.front.engine import Engine, Uses
+from reft_runtime.front.asked import Uses
+from reft_runtime.front.engine import Engine
 from reft_runtime.interventions.format.manifest import Manifest
 from reft_runtime.loading.base import load_base
 from reft_runtime.machine.cores import use_threads
