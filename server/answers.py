@@ -28,7 +28,7 @@ AT_ONCE_TOKENS = 4096
 """Tokens that are written on the event loop; more of them would hold up other requests."""
 
 
-class Shape(ABC):
+class Writer(ABC):
     """How one route writes choices; an instance serves one request."""
 
     prefix: str
@@ -68,14 +68,14 @@ class Answer(Response):
         self,
         context: Context,
         body: SamplingBody,
-        shape: Shape,
+        writer: Writer,
         prepare: Callable[[], Awaitable[Job]],
         request_id: str,
     ) -> None:
         super().__init__()
         self._context = context
         self._request = body
-        self._shape = shape
+        self._writer = writer
         self._prepare = prepare
         self._request_id = request_id
 
@@ -128,26 +128,26 @@ class Answer(Response):
         await whole(scope, receive, send)
 
     def _whole(self, run: Run, choices: list[Choice], traces: list[Trace]) -> bytes:
-        written = [self._shape.choice(run, choice) for choice in choices]
-        body = self._envelope(run, self._shape.object, written) | {"usage": run.usage()}
-        body |= self._shape.whole(run)
+        written = [self._writer.choice(run, choice) for choice in choices]
+        body = self._envelope(run, self._writer.object, written) | {"usage": run.usage()}
+        body |= self._writer.whole(run)
         if traces:
             body["trace"] = traces
         return json_bytes(body)
 
     async def _stream(self, run: Run, send: Send) -> None:
         options = self._request.stream_options
-        common = self._envelope(run, self._shape.chunk_object, [])
+        common = self._envelope(run, self._writer.chunk_object, [])
         if options.include_usage:
             common["usage"] = None
 
         def written(step: list[tuple[int, ChoiceDelta]], first: bool) -> bytes:
             if options.continuous_usage_stats:
                 common["usage"] = run.usage()
-            chunks = [c for index, delta in step for c in self._shape.chunks(run, index, delta)]
+            chunks = [c for index, delta in step for c in self._writer.chunks(run, index, delta)]
             events = [common | {"choices": [chunk]} for chunk in chunks]
             if first and events:
-                events[0] |= self._shape.whole(run)
+                events[0] |= self._writer.whole(run)
             return b"".join(map(event, events))
 
         started = False
@@ -179,7 +179,7 @@ class Answer(Response):
     def _is_large(self, run: Run) -> bool:
         """Whether writing the answer is for a thread."""
         prompts = run.job.prompt_tokens * run.job.n
-        return self._shape.heavy or prompts + run.completion_tokens > AT_ONCE_TOKENS
+        return self._writer.heavy or prompts + run.completion_tokens > AT_ONCE_TOKENS
 
     def _envelope(self, run: Run, kind: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
         return {

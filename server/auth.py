@@ -7,18 +7,18 @@ import hmac
 
 from fastapi import Request
 
-from server.context import Server
+from server.context import Current
 from server.errors import ApiError
 from server.settings import Settings
 
 
-async def require_key(request: Request, server: Server) -> None:
+async def require_key(request: Request, context: Current) -> None:
     """Answer 401 unless the request carries the configured key, if one is configured.
 
     Keys are compared as SHA-256 digests in constant time, so the time taken tells neither the
     key's length nor how much of it was right.
     """
-    key = server.settings.api_key
+    key = context.settings.api_key
     if key is None:
         return
     scheme, _, given = request.headers.get("authorization", "").partition(" ")

@@ -13,7 +13,7 @@ from pydantic_core import ErrorDetails
 
 from reft_runtime.errors import InvalidRequest, Overloaded, nearest
 from reft_runtime.interventions.format.strict_json import RepeatedKey, load_strict
-from server.context import Context, Server
+from server.context import Context, Current
 from server.errors import ApiError
 from server.refusals import instead
 from server.schemas.common import InterventionUse
@@ -61,7 +61,7 @@ async def read_body(request: Request, limit: int) -> bytes:
 
 def json_body(
     model: type[Body], *, required: bool = True
-) -> Callable[[Request, Server], Awaitable[Body]]:
+) -> Callable[[Request, Current], Awaitable[Body]]:
     """Dependency that answers the JSON body as `model`; where it is not `required`, without one
     all fields have their defaults.
 
@@ -69,13 +69,13 @@ def json_body(
     router's dependencies: before the key is checked.
     """
 
-    async def read(request: Request, server: Server) -> Body:
+    async def read(request: Request, context: Current) -> Body:
         if not required and not _has_body(request):
             return model()
         kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
         if kind != "application/json":
             raise ApiError(415, "Send the body as JSON, with Content-Type: application/json.")
-        body = await read_body(request, server.settings.max_body_bytes)
+        body = await read_body(request, context.settings.max_body_bytes)
         if len(body) <= AT_ONCE_BYTES:
             return _validated(model, body)
         return await asyncio.to_thread(_validated, model, body)

@@ -91,5 +91,5 @@ async def _context(request: Request) -> Context:  # async, for others go through
     return context
 
 
-Server = Annotated[Context, Depends(_context)]
+Current = Annotated[Context, Depends(_context)]
 """A route's parameter of this type gets the context of the app it belongs to."""

@@ -7,9 +7,9 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Depends, Request
 
 from reft_runtime.outputs import Choice, ChoiceDelta, TokenLogprob
-from server.answers import Answer, Shape
+from server.answers import Answer, Writer
 from server.body import json_body
-from server.context import Server
+from server.context import Current
 from server.generation import Run, prepare
 from server.logprobs import chat_logprobs, prompt_logprobs
 from server.openapi import takes
@@ -18,7 +18,7 @@ from server.schemas.chat import ChatRequest
 router = APIRouter(tags=["openai"])
 
 
-class ChatShape(Shape):
+class ChatWriter(Writer):
     """Choices as the assistant's messages."""
 
     prefix = "chatcmpl"
@@ -88,22 +88,22 @@ def _chunk(
 @router.post("/v1/chat/completions", openapi_extra=takes(ChatRequest))
 async def create_chat_completion(
     request: Request,
-    server: Server,
+    context: Current,
     body: Annotated[ChatRequest, Depends(json_body(ChatRequest))],
 ) -> Answer:
     """Answer a conversation `n` times."""
     sampling = body.sampling()
     return Answer(
-        server,
+        context,
         body,
-        ChatShape(body),
+        ChatWriter(body),
         lambda: prepare(
-            server,
+            context,
             body,
             sampling,
             lambda: [[message.as_text() for message in body.messages]],
-            lambda: body.options(server.engine.tokenizer.switches),
-            prefix=ChatShape.prefix,
+            lambda: body.options(context.engine.tokenizer.switches),
+            prefix=ChatWriter.prefix,
         ),
         request.state.request_id,
     )

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 from fastapi import APIRouter, Depends, Request
 
 from reft_runtime.outputs import Choice, ChoiceDelta, TokenLogprob
-from server.answers import Answer, Shape
+from server.answers import Answer, Writer
 from server.body import json_body
-from server.context import Server
+from server.context import Current
 from server.generation import Run, prepare
 from server.logprobs import completion_logprobs, prompt_logprobs, prompt_offsets
 from server.openapi import takes
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 router = APIRouter(tags=["openai"])
 
 
-class CompletionShape(Shape):
+class CompletionWriter(Writer):
     """Choices as `text`, with the prompt before it where `echo` asks for it."""
 
     prefix = "cmpl"
@@ -129,17 +129,17 @@ class CompletionShape(Shape):
 @router.post("/v1/completions", openapi_extra=takes(CompletionRequest))
 async def create_completion(
     request: Request,
-    server: Server,
+    context: Current,
     body: Annotated[CompletionRequest, Depends(json_body(CompletionRequest))],
 ) -> Answer:
     """Continue one prompt or several, each `n` times."""
     sampling = body.sampling()
     return Answer(
-        server,
+        context,
         body,
-        CompletionShape(body),
+        CompletionWriter(body),
         lambda: prepare(
-            server, body, sampling, lambda: body.prompts, prefix=CompletionShape.prefix
+            context, body, sampling, lambda: body.prompts, prefix=CompletionWriter.prefix
         ),
         request.state.request_id,
     )

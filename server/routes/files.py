@@ -5,7 +5,7 @@ from __future__ import annotations
 from fastapi import APIRouter
 from fastapi.responses import Response
 
-from server.context import Server
+from server.context import Current
 from server.download import Download
 from server.openapi import sends_file
 
@@ -13,6 +13,6 @@ router = APIRouter(prefix="/v1/interventions", tags=["interventions"])
 
 
 @router.get("/{name}/file", response_class=Response, responses=sends_file())
-async def get_file(server: Server, name: str) -> Response:
+async def get_file(context: Current, name: str) -> Response:
     """The safetensors file of `NAME` or `NAME@DIGEST`, as it was uploaded or lies in the folder."""
-    return Download(server, name)
+    return Download(context, name)

@@ -25,7 +25,7 @@ from reft_runtime.interventions.registry.paging import (
     Sort,
 )
 from server.body import read_body
-from server.context import Context, Server
+from server.context import Context, Current
 from server.entries import entry_answer, entry_fields, etag
 from server.listing import listing, page
 from server.openapi import takes_file
@@ -42,7 +42,7 @@ MAX_PROBLEMS = 100
 @router.get("", response_model=None)
 async def list_interventions(
     request: Request,
-    server: Server,
+    context: Current,
     limit: Annotated[int | None, Query(ge=1, le=MAX_PAGE, description="Of a page.")] = None,
     after: Annotated[
         str | None, Query(max_length=MAX_AFTER, description="`next` of the page before.")
@@ -57,13 +57,13 @@ async def list_interventions(
     All, by name; or, with any parameter, a page of `limit` (100 where it is not given) of those
     whose name or description has `q`. `after` is the `next` of the page before.
     """
-    line, more = partial(entry_fields, server), partial(_problems, server)
+    line, more = partial(entry_fields, context), partial(_problems, context)
     if all(given is None for given in (limit, after, q, sort)):
-        return listing(server, line, more=more)
+        return listing(context, line, more=more)
     asked = partial(
-        server.engine.registry.page, q or "", sort or "name", after, limit or DEFAULT_PAGE
+        context.engine.registry.page, q or "", sort or "name", after, limit or DEFAULT_PAGE
     )
-    return await page(request, server, asked, line, more)
+    return await page(request, context, asked, line, more)
 
 
 @router.get(
@@ -71,13 +71,13 @@ async def list_interventions(
     response_model=None,
     responses={304: {"description": "Still the version that If-None-Match names"}},
 )
-async def get_intervention(request: Request, server: Server, name: str) -> Response:
+async def get_intervention(request: Request, context: Current, name: str) -> Response:
     """One intervention; nothing where `If-None-Match` names the version that is served."""
     tags = _tags(request, "if-none-match", weak=True)
-    entry = await server.administer(server.engine.registry.entry, name)
+    entry = await context.administer(context.engine.registry.entry, name)
     if {entry.digest, "*"} & set(tags or ()):
         return Response(status_code=304, headers=etag(entry))
-    return entry_answer(server, entry)
+    return entry_answer(context, entry)
 
 
 @router.put(
@@ -86,33 +86,33 @@ async def get_intervention(request: Request, server: Server, name: str) -> Respo
     response_model=None,
     responses={201: {"description": "New"}},
 )
-async def put_intervention(request: Request, server: Server, name: str) -> Response:
+async def put_intervention(request: Request, context: Current, name: str) -> Response:
     """Serve the file in the body under this name: 201 for a new name, 200 for a replaced one.
 
     Requests in flight end on the version that they began with. With `If-None-Match: *` or
     `If-Match: "DIGEST"` only where that holds; else 412.
     """
     sha256, expected = _declared_sha256(request), expected_digests(request)
-    registry = server.engine.registry
+    registry = context.engine.registry
     body = await read_body(request, MAX_FILE_BYTES)
     begun = time.monotonic()
-    entry, created = await server.administer(registry.put, name, body, sha256, expected)
-    server.metrics.loaded(name, time.monotonic() - begun)
-    return entry_answer(server, entry, 201 if created else 200)
+    entry, created = await context.administer(registry.put, name, body, sha256, expected)
+    context.metrics.loaded(name, time.monotonic() - begun)
+    return entry_answer(context, entry, 201 if created else 200)
 
 
 @router.delete("/{name}")
-async def delete_intervention(request: Request, server: Server, name: str) -> dict[str, Any]:
+async def delete_intervention(request: Request, context: Current, name: str) -> dict[str, Any]:
     """Serve this name no longer. Requests in flight end as they began.
 
     With `If-Match: "DIGEST"` only where it stands for that; else 412.
     """
-    await server.administer(server.engine.registry.remove, name, expected_digests(request))
+    await context.administer(context.engine.registry.remove, name, expected_digests(request))
     return {"id": name, "object": "intervention", "deleted": True}
 
 
-def _problems(server: Context) -> dict[str, Any]:
-    found = sorted(server.engine.registry.unserved().items())
+def _problems(context: Context) -> dict[str, Any]:
+    found = sorted(context.engine.registry.unserved().items())
     # A client need not know where on this machine a file lies.
     return {"problems": {os.path.basename(file): why for file, why in islice(found, MAX_PROBLEMS)}}
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from fastapi import APIRouter
 from fastapi.responses import StreamingResponse
 
-from server.context import Context, Server
+from server.context import Context, Current
 from server.listing import listing
 from server.selection import find_model
 
@@ -19,33 +19,33 @@ router = APIRouter(tags=["openai"])
 
 
 @router.get("/v1/models", response_model=None)
-async def list_models(server: Server) -> StreamingResponse:
+async def list_models(context: Current) -> StreamingResponse:
     """The base model, then the interventions by name."""
-    base = server.engine.info.model
+    base = context.engine.info.model
 
     def line(entry: Entry) -> dict[str, Any]:
-        return _model(server, entry.name, root=entry.digest, parent=base)
+        return _model(context, entry.name, root=entry.digest, parent=base)
 
-    return listing(server, line, first=(_model(server, base, root=base, parent=None),))
+    return listing(context, line, first=(_model(context, base, root=base, parent=None),))
 
 
 @router.get("/v1/models/{model:path}")
-async def get_model(server: Server, model: str) -> dict[str, Any]:
+async def get_model(context: Current, model: str) -> dict[str, Any]:
     """One model, under any id that a request may use."""
-    base = server.engine.info.model
-    version = await asyncio.to_thread(find_model, server.engine, model)
+    base = context.engine.info.model
+    version = await asyncio.to_thread(find_model, context.engine, model)
     if version is None:
-        return _model(server, base, root=base, parent=None)
-    return _model(server, model, root=version.digest, parent=base)
+        return _model(context, base, root=base, parent=None)
+    return _model(context, model, root=version.digest, parent=base)
 
 
-def _model(server: Context, model: str, *, root: str, parent: str | None) -> dict[str, Any]:
+def _model(context: Context, model: str, *, root: str, parent: str | None) -> dict[str, Any]:
     return {
         "id": model,
         "object": "model",
-        "created": server.started,
+        "created": context.started,
         "owned_by": "reft-server",
         "root": root,
         "parent": parent,
-        "max_model_len": server.engine.info.max_model_len,
+        "max_model_len": context.engine.info.max_model_len,
     }

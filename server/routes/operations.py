@@ -8,7 +8,7 @@ from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 
 from reft_runtime.version import VERSION
-from server.context import Server
+from server.context import Current
 from server.metrics import CONTENT_TYPE
 from server.openapi import describe
 
@@ -19,16 +19,16 @@ UNHEALTHY: dict[int | str, dict[str, Any]] = {503: {"description": "Not so; `sta
 
 
 @public.get("/livez", responses=UNHEALTHY)
-async def livez(server: Server) -> JSONResponse:
+async def livez(context: Current) -> JSONResponse:
     """200 while the engine's loop turns; else restart the process."""
-    return _health("ok" if server.health.live else "engine not running")
+    return _health("ok" if context.health.live else "engine not running")
 
 
 @public.get("/readyz", responses=UNHEALTHY)
 @public.get("/health", responses=UNHEALTHY)
-async def readyz(server: Server) -> JSONResponse:
+async def readyz(context: Current) -> JSONResponse:
     """200 while requests are welcome: loaded, proven by a first generation, not draining."""
-    return _health(server.health.status)
+    return _health(context.health.status)
 
 
 @router.get("/version")
@@ -38,9 +38,9 @@ async def version() -> dict[str, str]:
 
 
 @router.get("/metrics", response_class=Response)
-async def metrics(server: Server) -> Response:
+async def metrics(context: Current) -> Response:
     """Metrics in Prometheus' text format."""
-    text = await server.administer(server.metrics.text)
+    text = await context.administer(context.metrics.text)
     return Response(text, media_type=CONTENT_TYPE)
 
 

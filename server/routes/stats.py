@@ -9,7 +9,7 @@ from fastapi import APIRouter
 
 from reft_runtime.outputs import PrefixCacheStats
 from reft_runtime.version import VERSION
-from server.context import Context, Server
+from server.context import Context, Current
 from server.recent import DURATIONS_SECONDS, RATES_SECONDS, Durations
 
 router = APIRouter(tags=["operations"])
@@ -18,15 +18,15 @@ OUTCOMES = ("stop", "length", "abort", "error")
 
 
 @router.get("/v1/stats")
-async def get_stats(server: Server) -> dict[str, Any]:
+async def get_stats(context: Current) -> dict[str, Any]:
     """What is loaded, how much there is to do, how fast it goes, what has ended and how."""
-    return await server.administer(_stats, server)
+    return await context.administer(_stats, context)
 
 
-def _stats(server: Context) -> dict[str, Any]:
-    engine, metrics = server.engine, server.metrics
+def _stats(context: Context) -> dict[str, Any]:
+    engine, metrics = context.engine, context.metrics
     info, now = engine.info, engine.stats()
-    prompt, generated = server.rates.until(now)
+    prompt, generated = context.rates.until(now)
     tiers = engine.registry.tiers()
     return {
         "object": "stats",
@@ -34,9 +34,9 @@ def _stats(server: Context) -> dict[str, Any]:
         "model": info.model,
         "device": info.device,
         "dtype": info.dtype,
-        "status": server.health.status,
+        "status": context.health.status,
         "time": time.time(),
-        "uptime_seconds": max(0.0, time.time() - server.started),
+        "uptime_seconds": max(0.0, time.time() - context.started),
         "running": now.running,
         "max_running": info.max_running,
         "waiting": now.waiting,

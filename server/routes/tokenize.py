@@ -9,7 +9,7 @@ from fastapi import APIRouter, Depends
 
 from reft_runtime.errors import InvalidRequest
 from server.body import json_body
-from server.context import Server
+from server.context import Current
 from server.openapi import takes
 from server.schemas.text import DetokenizeRequest, TokenizeRequest
 from server.selection import find_model, selected
@@ -22,10 +22,10 @@ router = APIRouter(tags=["text"])
 
 @router.post("/tokenize", openapi_extra=takes(TokenizeRequest))
 async def tokenize(
-    server: Server, body: Annotated[TokenizeRequest, Depends(json_body(TokenizeRequest))]
+    context: Current, body: Annotated[TokenizeRequest, Depends(json_body(TokenizeRequest))]
 ) -> dict[str, Any]:
     """Token ids of a prompt, or of a conversation under the model's chat template."""
-    engine = server.engine
+    engine = context.engine
 
     def work() -> dict[str, Any]:
         tokenizer = engine.tokenizer
@@ -51,17 +51,17 @@ async def tokenize(
 
 
 @router.get("/tokenizer_info")
-async def tokenizer_info(server: Server) -> dict[str, Any]:
+async def tokenizer_info(context: Current) -> dict[str, Any]:
     """Special tokens and chat template, for clients that lay prompts out themselves."""
-    return await asyncio.to_thread(server.engine.tokenizer.describe)
+    return await asyncio.to_thread(context.engine.tokenizer.describe)
 
 
 @router.post("/detokenize", openapi_extra=takes(DetokenizeRequest))
 async def detokenize(
-    server: Server, body: Annotated[DetokenizeRequest, Depends(json_body(DetokenizeRequest))]
+    context: Current, body: Annotated[DetokenizeRequest, Depends(json_body(DetokenizeRequest))]
 ) -> dict[str, str]:
     """Text of token ids."""
-    engine = server.engine
+    engine = context.engine
     size = engine.info.vocab_size
     if any(token >= size for token in body.tokens):
         raise InvalidRequest(f"tokens: ids must be below {size}.", param="tokens")

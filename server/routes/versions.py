@@ -9,7 +9,7 @@ from fastapi import APIRouter, Depends, Request
 from fastapi.responses import Response
 
 from server.body import json_body
-from server.context import Server
+from server.context import Current
 from server.entries import entry_answer, version_fields
 from server.openapi import takes
 from server.routes.interventions import expected_digests
@@ -21,9 +21,9 @@ Rollback = Annotated[RollbackRequest, Depends(json_body(RollbackRequest, require
 
 
 @router.get("/{name}/versions")
-async def list_versions(server: Server, name: str) -> dict[str, Any]:
+async def list_versions(context: Current, name: str) -> dict[str, Any]:
     """All versions of a name that can be asked for, the current one first."""
-    versions = await server.administer(server.engine.registry.versions_of, name)
+    versions = await context.administer(context.engine.registry.versions_of, name)
     return {"object": "list", "data": [version_fields(version) for version in versions]}
 
 
@@ -32,7 +32,7 @@ async def list_versions(server: Server, name: str) -> dict[str, Any]:
     openapi_extra=takes(RollbackRequest, required=False),
     response_model=None,
 )
-async def roll_back(request: Request, server: Server, name: str, body: Rollback) -> Response:
+async def roll_back(request: Request, context: Current, name: str, body: Rollback) -> Response:
     """Serve a kept version of an upload again: that of `digest`, else the one before.
 
     Requests in flight end on the version that they began with. With `If-Match: "DIGEST"` only
@@ -40,7 +40,7 @@ async def roll_back(request: Request, server: Server, name: str, body: Rollback)
     """
     expected = expected_digests(request)
     begun = time.monotonic()
-    rollback = server.engine.registry.rollback
-    entry = await server.administer(rollback, name, body.digest, expected)
-    server.metrics.loaded(name, time.monotonic() - begun)
-    return entry_answer(server, entry)
+    rollback = context.engine.registry.rollback
+    entry = await context.administer(rollback, name, body.digest, expected)
+    context.metrics.loaded(name, time.monotonic() - begun)
+    return entry_answer(context, entry)

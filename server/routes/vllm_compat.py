@@ -12,7 +12,7 @@ from fastapi.responses import PlainTextResponse
 
 from reft_runtime.errors import ReftError
 from server.body import json_body
-from server.context import Server
+from server.context import Current
 from server.openapi import takes
 from server.schemas.interventions import LoadRequest, UnloadRequest
 
@@ -23,25 +23,25 @@ _FIELDS = {"name": "lora_name", "path": "lora_path"}
 
 @router.post("/load_lora_adapter", openapi_extra=takes(LoadRequest))
 async def load_lora_adapter(
-    server: Server, body: Annotated[LoadRequest, Depends(json_body(LoadRequest))]
+    context: Current, body: Annotated[LoadRequest, Depends(json_body(LoadRequest))]
 ) -> PlainTextResponse:
     """Serve a file inside the configured folder under a name."""
     begun = time.monotonic()
     with _vllm_fields():
-        await server.administer(
-            server.engine.registry.load, body.lora_name, body.lora_path, body.load_inplace
+        await context.administer(
+            context.engine.registry.load, body.lora_name, body.lora_path, body.load_inplace
         )
-    server.metrics.loaded(body.lora_name, time.monotonic() - begun)
+    context.metrics.loaded(body.lora_name, time.monotonic() - begun)
     return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' added successfully.")
 
 
 @router.post("/unload_lora_adapter", openapi_extra=takes(UnloadRequest))
 async def unload_lora_adapter(
-    server: Server, body: Annotated[UnloadRequest, Depends(json_body(UnloadRequest))]
+    context: Current, body: Annotated[UnloadRequest, Depends(json_body(UnloadRequest))]
 ) -> PlainTextResponse:
     """Serve a name no longer."""
     with _vllm_fields():
-        await server.administer(server.engine.registry.remove, body.lora_name)
+        await context.administer(context.engine.registry.remove, body.lora_name)
     return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' removed successfully.")
 
 
