@@ -49,14 +49,22 @@ class ChoiceDelta:
 
 @dataclass(slots=True)
 class Choice:
-    """One finished answer."""
+    """One answer, whole once it has a `finish_reason`."""
 
     index: int
-    text: str
+    text: str = ""
     tokens: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprob] = field(default_factory=list)
     finish_reason: FinishReason | None = None
     stop_reason: str | int | None = None
+
+    def add(self, delta: ChoiceDelta) -> None:
+        """Take in what one step added."""
+        self.text += delta.text
+        self.tokens += delta.tokens
+        self.logprobs += delta.logprobs
+        if delta.finish_reason:
+            self.finish_reason, self.stop_reason = delta.finish_reason, delta.stop_reason
 
 
 @dataclass(slots=True)

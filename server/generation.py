@@ -181,18 +181,11 @@ class Run:
 
     async def collect(self) -> list[Choice]:
         """All choices, whole, in order."""
-        choices = [Choice(index, "") for index in range(self.choices)]
-        texts: list[list[str]] = [[] for _ in choices]
+        choices = [Choice(index) for index in range(self.choices)]
         async with aclosing(self.steps()) as steps:
             async for step in steps:
                 for index, delta in step:
-                    choice = choices[index]
-                    texts[index].append(delta.text)
-                    choice.tokens += delta.tokens
-                    choice.logprobs += delta.logprobs
-                    choice.finish_reason = delta.finish_reason
-        for choice, pieces in zip(choices, texts, strict=True):
-            choice.text = "".join(pieces)
+                    choices[index].add(delta)
         return choices
 
     async def explain(self) -> list[Trace]:

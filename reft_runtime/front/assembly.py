@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 
 from reft_runtime.engine.events import (
     Event,
@@ -15,7 +15,7 @@ from reft_runtime.engine.events import (
     Traced,
 )
 from reft_runtime.errors import OutOfMemory, RequestFailed
-from reft_runtime.outputs import Choice, ChoiceDelta, EditTrace, Generation, TokenLogprob, Trace
+from reft_runtime.outputs import ChoiceDelta, EditTrace, TokenLogprob, Trace
 from reft_runtime.schedule.request import Request
 from reft_runtime.text import TextStream, Tokenizer
 
@@ -148,16 +148,3 @@ class Assembler:
             finish_reason=reason,
             stop_reason=event.stop_id if stop_string is None else stop_string,
         )
-
-
-def collect(prompt: tuple[int, ...], n: int, deltas: Iterable[ChoiceDelta]) -> Generation:
-    """Join the deltas of a request into its whole answer."""
-    choices = [Choice(index, "") for index in range(n)]
-    for delta in deltas:
-        choice = choices[delta.index]
-        choice.text += delta.text
-        choice.tokens.extend(delta.tokens)
-        choice.logprobs.extend(delta.logprobs)
-        if delta.finish_reason:
-            choice.finish_reason, choice.stop_reason = delta.finish_reason, delta.stop_reason
-    return Generation(list(prompt), choices)

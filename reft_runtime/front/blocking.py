@@ -11,8 +11,8 @@ from tqdm.auto import tqdm
 from reft_runtime.engine.events import Event
 from reft_runtime.engine.loop import EngineLoop
 from reft_runtime.errors import Draining, Overloaded
-from reft_runtime.front.assembly import Assembler, collect
-from reft_runtime.outputs import ChoiceDelta, Generation
+from reft_runtime.front.assembly import Assembler
+from reft_runtime.outputs import Choice, Generation
 from reft_runtime.schedule.request import Request
 
 
@@ -21,7 +21,7 @@ class Call:
 
     def __init__(self, assembler: Assembler) -> None:
         self.assembler = assembler
-        self.deltas: list[ChoiceDelta] = []
+        self.choices = [Choice(index) for index in range(assembler.request.sampling.n)]
 
     @property
     def request(self) -> Request:
@@ -30,10 +30,12 @@ class Call:
 
     def answer(self) -> Generation:
         """The whole answer, once it has ended."""
-        generation = collect(self.request.prompt, self.request.sampling.n, self.deltas)
-        generation.prompt_logprobs = self.assembler.prompt_logprobs
-        generation.cached_tokens = self.assembler.cached_tokens
-        return generation
+        return Generation(
+            list(self.request.prompt),
+            self.choices,
+            self.assembler.prompt_logprobs,
+            self.assembler.cached_tokens,
+        )
 
 
 def run_calls(loop: EngineLoop, calls: Iterable[Call], at_once: int, *, progress: bool) -> None:
@@ -60,7 +62,7 @@ def run_calls(loop: EngineLoop, calls: Iterable[Call], at_once: int, *, progress
                     continue
                 call = live[event.request_id]
                 if (delta := call.assembler.feed(event)) is not None:
-                    call.deltas.append(delta)
+                    call.choices[delta.index].add(delta)
                 if call.assembler.over:
                     del live[event.request_id]
                     bar.update()
