@@ -23,7 +23,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from reft_runtime.kernels.cpu import kernels, supports
+from reft_runtime.kernels.operators import cpu_operators
 from reft_runtime.kernels.staging import send
 from reft_runtime.outputs import TokenLogprob
 from reft_runtime.sampling import SamplingParams
@@ -136,8 +136,8 @@ def _greedy(logits: Tensor) -> list[int | None]:
 
     One pass: NaN and +inf are maximal, and the largest of a row is -inf only when all are.
     """
-    operators = kernels()
-    if operators is not None and supports(logits):
+    operators = cpu_operators()
+    if operators is not None and operators.supports(logits):
         return [None if token < 0 else token for token in operators.greedy(logits)]
     best, tokens = logits.max(-1)
     return [

@@ -10,7 +10,7 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from reft_runtime.kernels.cpu import kernels
+from reft_runtime.kernels.cpu import Kernels, kernels
 
 _log = logging.getLogger(__name__)
 
@@ -19,10 +19,16 @@ class Operators(Protocol):
     """What a device's operators do; the shapes are trusted, for the callers take them from models.
 
     Arguments are contiguous tensors of one dtype, as `supports` says (heads: as `packs` says).
+    `name` is what the log calls them.
     """
 
+    name: str
+
     def supports(self, *tensors: Tensor) -> bool:
-        """Whether tensors are what the operators take: contiguous, of one dtype that they know."""
+        """Whether tensors are what the operators take.
+
+        That is contiguous, of one dtype that they know, and without a gradient to be computed.
+        """
 
     def packs(self, *heads: Tensor) -> bool:
         """Whether these [T, heads, dim] have the heads of each token side by side.
@@ -67,12 +73,20 @@ class ProductOperators(Operators, Protocol):
 def operators_for(device: torch.device) -> Operators | None:
     """The operators of a device; None where there are none, for want of a compiler say."""
     if device.type == "cpu":
-        return kernels()
+        return cpu_operators()
     if has_triton(device):
         from reft_runtime.kernels.cuda.operators import TritonOperators
 
         return TritonOperators()
     return None
+
+
+def cpu_operators() -> Kernels | None:
+    """The CPU's operators, which also pick tokens and attend; None without a compiler.
+
+    The first call may take some seconds.
+    """
+    return kernels()
 
 
 @cache

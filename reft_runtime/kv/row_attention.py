@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from reft_runtime.base.attention import attend_causally
-from reft_runtime.kernels.cpu import attends, attends_prompts, kernels
+from reft_runtime.kernels.operators import cpu_operators
 from reft_runtime.kv.slabs import Part, Row
 from reft_runtime.schedule.scheduler import Chunk
 from reft_runtime.schedule.sequence import Sequence
@@ -50,7 +50,7 @@ class RowAttentionStep:
         parts: SequenceOf[Part],
     ) -> None:
         self._parts = parts
-        self._native = kernels()
+        self._native = cpu_operators()
         self._segments: list[_Segment] = []
         self._single = 0  # tokens that attend one by one
         first = 0
@@ -82,7 +82,9 @@ class RowAttentionStep:
                 f" {tuple(value.shape)} do not fit {self._tokens} tokens of {keys} and {values}"
             )
         out = query.new_empty(*query.shape[:-1], value.shape[-1])
-        native = self._native if attends(query, key, value) else None
+        native = self._native
+        if native is not None and not native.attends(query, key, value):
+            native = None
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
         segments = self._segments
         if native is not None:
@@ -92,7 +94,7 @@ class RowAttentionStep:
                 heads = query[few], key[few], value[few], out[few]
                 native.attend(*heads, self._places, before, scale, window or 0)
             segments = self._long
-            if segments and attends_prompts(query, key):
+            if segments and native.attends_prompts(query, key):
                 heads = query, key, value, out
                 native.attend_prompts(*heads, self._long_places, before, scale, window or 0)
                 return out

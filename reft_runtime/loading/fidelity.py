@@ -23,6 +23,7 @@ from reft_runtime.base.attention import ProbedLayer
 from reft_runtime.base.model import LoadedModel, forward
 from reft_runtime.errors import UnsupportedModel
 from reft_runtime.kv.choice import storage_for
+from reft_runtime.machine.dtypes import name_of
 from reft_runtime.sampling import SamplingParams
 from reft_runtime.schedule.blocks import BLOCK_TOKENS, blocks_for
 from reft_runtime.schedule.budget import BlockBudget
@@ -94,7 +95,7 @@ def own_logits(
 
 def check(loaded: LoadedModel, own: OwnLogits, probed: SequenceOf[ProbedLayer]) -> None:
     """Raise `UnsupportedModel`, with a reason, where packed steps give other logits than `own`."""
-    dtype = str(loaded.dtype).removeprefix("torch.")
+    dtype = name_of(loaded.dtype)
     if not all(bool(logits.isfinite().all()) for logits in own.logits):
         raise UnsupportedModel(f"its own logits are not finite in {dtype}; try another dtype")
     exact = loaded.dtype.itemsize == 4

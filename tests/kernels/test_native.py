@@ -4,23 +4,16 @@ import ctypes
 import logging
 import math
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
 from torch import Tensor
 from torch.nn.functional import rms_norm, scaled_dot_product_attention, silu
 
-from reft_runtime.kernels.cpu import (
-    MAX_DIM,
-    PROMPT_DIMS,
-    Kernels,
-    attends,
-    attends_prompts,
-    build,
-    kernels,
-    packs,
-    supports,
-)
+from reft_runtime.kernels.cpu import Kernels, build, kernels
+from reft_runtime.machine.dtypes import DTYPES
+from server.settings import Dtype
 
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 1e-2}
 
@@ -163,7 +156,7 @@ def test_attend(operators: Kernels, dtype: torch.dtype, dim: int, window: int) -
 
 
 @dtypes
-@pytest.mark.parametrize("dim", PROMPT_DIMS)
+@pytest.mark.parametrize("dim", [16, 32, 64, 96, 128, 256])
 @pytest.mark.parametrize("window", [0, 5, 70])
 @pytest.mark.parametrize("group", [1, 3, 7])
 def test_attend_prompts(
@@ -274,7 +267,9 @@ def test_shapes_that_disagree_are_refused(operators: Kernels) -> None:
     assert not rows.any()
 
 
-def test_what_the_operators_take() -> None:
+def test_what_the_operators_take(operators: Kernels) -> None:
+    supports, packs = operators.supports, operators.packs
+    attends, attends_prompts = operators.attends, operators.attends_prompts
     heads = rand(3, 4, 16)
     assert supports(heads, heads)
     assert attends(heads, heads, heads)
@@ -290,8 +285,40 @@ def test_what_the_operators_take() -> None:
     assert attends_prompts(heads, heads)
     assert not attends_prompts(rand(3, 49, 16), rand(3, 1, 16))
     assert not attends_prompts(rand(3, 4, 24), rand(3, 4, 24))
-    wide = rand(1, 1, MAX_DIM + 1)
+    wide = rand(1, 1, 257)
     assert not attends(wide, wide, wide)
+    learned = rand(3, 4, 16).requires_grad_()
+    assert not supports(heads, learned)
+    assert not packs(learned)
+
+
+@pytest.mark.parametrize("group", [1, 48, 49, 64, 65])
+@pytest.mark.parametrize("dim", [16, 24, 256, 257])
+def test_the_library_takes_the_heads_that_it_says_it_takes(
+    operators: Kernels, dim: int, group: int
+) -> None:
+    query, key, rows = rand(1, group, dim), rand(1, 1, dim), torch.zeros(2 * 16 * dim)
+    out = torch.empty_like(query)
+    for attend, taken, place in (
+        (operators.attend, operators.attends(query, key, key), (16, 0)),
+        (operators.attend_prompts, operators.attends_prompts(query, key), (16, 0, 0, 1)),
+    ):
+        rows.zero_()
+        places = torch.tensor([(rows.data_ptr(), *place)])
+        if taken:
+            attend(query, key, key, out, places, (0, dim), 1.0, 0)
+            close(out, key.expand_as(query))
+        else:
+            with pytest.raises(ValueError, match="beyond"):
+                attend(query, key, key, out, places, (0, dim), 1.0, 0)
+            assert not rows.any()
+
+
+def test_dtypes_have_one_table(operators: Kernels) -> None:
+    """The option's values, which need no torch, and what the library exports, agree with it."""
+    assert get_args(Dtype) == ("auto", *DTYPES)
+    taken = [name for name, dtype in DTYPES.items() if operators.supports(rand(2, dtype=dtype))]
+    assert taken == ["float32", "bfloat16"]
 
 
 def test_it_is_compiled_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

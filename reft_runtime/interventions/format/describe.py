@@ -8,6 +8,7 @@ from reft_runtime.interventions.format.canonical import canonical_edits
 from reft_runtime.interventions.format.file import tensors_of
 from reft_runtime.interventions.format.header import header_of
 from reft_runtime.interventions.format.kinds import KINDS, by_edit, orthonormal_error
+from reft_runtime.machine.dtypes import name_of
 
 
 def describe(data: bytes, base_parameters: int | None = None) -> dict[str, Any]:
@@ -43,7 +44,7 @@ def describe(data: bytes, base_parameters: int | None = None) -> dict[str, Any]:
                 "orthonormality_error": max(errors) if errors else None,
                 "tensors": {
                     name: {
-                        "dtype": str(tensor.dtype).removeprefix("torch."),
+                        "dtype": name_of(tensor.dtype),
                         "shape": list(tensor.shape),
                     }
                     for name, tensor in sorted(tensors.items())

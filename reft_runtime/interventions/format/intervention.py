@@ -20,6 +20,7 @@ from reft_runtime.interventions.format.manifest import (
     SystemTurn,
     Texts,
 )
+from reft_runtime.machine.dtypes import name_of
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -145,7 +146,7 @@ def _own_copy(tensor: Tensor) -> Tensor:
 
 
 def _dtype_name(tensor: Tensor) -> str:
-    return str(tensor.dtype).removeprefix("torch.")
+    return name_of(tensor.dtype)
 
 
 def _stored_dtype(edit: Edit) -> str:

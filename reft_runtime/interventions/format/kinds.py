@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers.activations import ACT2CLS
 
 from reft_runtime.errors import InvalidFile
+from reft_runtime.machine.dtypes import name_of
 
 # How far RᵀR may be from I, element-wise: rounding of the entries to each stored dtype, and more
 # for float32, where R comes out of thousands of optimiser steps.
@@ -223,7 +224,7 @@ def orthonormal_error(R: Tensor) -> float:
 
 def _check_orthonormal(name: str, R: Tensor) -> None:
     error = orthonormal_error(R)
-    tolerance = ORTHONORMAL_TOLERANCE[str(R.dtype).removeprefix("torch.")]
+    tolerance = ORTHONORMAL_TOLERANCE[name_of(R.dtype)]
     if error > tolerance:
         raise InvalidFile(
             f"{name}: columns are not orthonormal (max |RᵀR - I| is {error:.2g}, allowed"

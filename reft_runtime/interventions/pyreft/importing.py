@@ -21,6 +21,7 @@ from reft_runtime.interventions.format.positions import Positions
 from reft_runtime.interventions.pyreft.checkpoint import Checkpoint, read_checkpoint
 from reft_runtime.interventions.pyreft.classes import Stored, kind_of, tensors_of
 from reft_runtime.interventions.pyreft.unpickle import with_plain_rotation
+from reft_runtime.machine.dtypes import name_of
 
 HUB = "hf:"
 
@@ -221,7 +222,7 @@ def _width(kind: str, tensors: Mapping[str, Tensor]) -> int | None:
 
 def _check(stored: Stored, kind: str, tensors: Mapping[str, Tensor], width: int) -> None:
     infos = {
-        name: TensorInfo(str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape))
+        name: TensorInfo(name_of(tensor.dtype), tuple(tensor.shape))
         for name, tensor in tensors.items()
     }
     specs = KINDS[kind].tensors

@@ -8,7 +8,8 @@ own.
 from __future__ import annotations
 
 import ctypes
-from ctypes import c_float, c_int, c_int64, c_void_p
+from collections.abc import Callable
+from ctypes import c_char_p, c_float, c_int, c_int64, c_void_p
 from functools import cache
 from typing import Any
 
@@ -16,17 +17,11 @@ import torch
 from torch import Tensor
 
 from reft_runtime.kernels.cpu.build import load_library
-
-MAX_DIM = 256
-MAX_GROUP = 64
-MAX_PROMPT_GROUP = 48
-PROMPT_DIMS = (16, 32, 64, 96, 128, 256)
-"""Widths of heads that `Kernels.attend_prompts` takes."""
+from reft_runtime.machine.dtypes import DTYPES, name_of
 
 _NO_MEMORY = 2
 """What an operator that could not allocate answers; 0 is done, 1 a place that is not there."""
 
-_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 _P, _I, _F = c_void_p, c_int64, c_float
 _ARGUMENTS: dict[str, list[Any]] = {
     "rms_norm": [_P, _P, _P, _I, _I, _F, c_int],
@@ -39,42 +34,60 @@ _ARGUMENTS: dict[str, list[Any]] = {
 }
 
 
-def supports(*tensors: Tensor) -> bool:
-    """Whether tensors are what the operators take: contiguous, on a CPU, of one known dtype."""
-    dtype = tensors[0].dtype
-    for tensor in tensors:
-        if tensor.dtype != dtype or not tensor.is_contiguous() or not tensor.is_cpu:
-            return False
-    return dtype in _NAMES
-
-
-def packs(*heads: Tensor) -> bool:
-    """Whether these [T, heads, dim] have the heads of each token side by side; else as `supports`.
-
-    Tokens may lie apart: heads are often columns of a wider product.
-    """
-    dtype = heads[0].dtype
-    for tensor in heads:
-        _, between, within = tensor.stride()
-        if tensor.dtype != dtype or within != 1 or between != tensor.shape[2] or not tensor.is_cpu:
-            return False
-    return dtype in _NAMES
-
-
 class Kernels:
-    """The operators, by dtype; see `reft_runtime.kernels.operators.Operators`."""
+    """The operators, by dtype; see `reft_runtime.kernels.operators.Operators`.
 
-    supports = staticmethod(supports)
-    packs = staticmethod(packs)
+    What they take, dtypes and heads, is asked of the library.
+    """
 
     def __init__(self, library: ctypes.CDLL) -> None:
         self._functions: dict[tuple[str, torch.dtype], Any] = {}
+        self._dtypes = {
+            dtype for name, dtype in DTYPES.items() if hasattr(library, f"rms_norm_{name}")
+        }
         for operator, arguments in _ARGUMENTS.items():
-            for dtype, name in _NAMES.items():
-                function = getattr(library, f"{operator}_{name}")
+            for dtype in self._dtypes:
+                function = getattr(library, f"{operator}_{name_of(dtype)}")
                 function.argtypes = arguments
                 function.restype = c_int if operator.startswith("attend") else None
                 self._functions[operator, dtype] = function
+        for question in (library.can_attend, library.can_attend_prompts):
+            question.argtypes = [_I, _I]
+        self._can_attend: Callable[[int, int], int] = cache(library.can_attend)
+        self._can_attend_prompts: Callable[[int, int], int] = cache(library.can_attend_prompts)
+        library.instructions.restype = c_char_p
+        self.name = f"C++ kernels ({library.instructions().decode()})"
+
+    def supports(self, *tensors: Tensor) -> bool:
+        """See `Operators.supports`: on a CPU."""
+        dtype = tensors[0].dtype
+        for tensor in tensors:
+            if tensor.dtype != dtype or not tensor.is_contiguous() or not _is_plain(tensor):
+                return False
+        return dtype in self._dtypes
+
+    def packs(self, *heads: Tensor) -> bool:
+        """See `Operators.packs`: on a CPU."""
+        dtype = heads[0].dtype
+        for tensor in heads:
+            _, between, within = tensor.stride()
+            if within != 1 or between != tensor.shape[2]:
+                return False
+            if tensor.dtype != dtype or not _is_plain(tensor):
+                return False
+        return dtype in self._dtypes
+
+    def attends(self, query: Tensor, key: Tensor, value: Tensor) -> bool:
+        """Whether `attend` takes these heads [T, heads, dim]."""
+        return (
+            query.shape[2] == value.shape[2]
+            and bool(self._can_attend(query.shape[2], query.shape[1] // key.shape[1]))
+            and self.packs(query, key, value)
+        )
+
+    def attends_prompts(self, query: Tensor, key: Tensor) -> bool:
+        """Whether `attend_prompts` takes heads that `attend` does."""
+        return bool(self._can_attend_prompts(query.shape[2], query.shape[1] // key.shape[1]))
 
     def rms_norm(self, rows: Tensor, weight: Tensor, epsilon: float) -> Tensor:
         """Rows [..., d] over their root mean square, times `weight` [d]."""
@@ -279,16 +292,6 @@ def kernels() -> Kernels | None:
     return None if library is None else Kernels(library)
 
 
-def attends(query: Tensor, key: Tensor, value: Tensor) -> bool:
-    """Whether `Kernels.attend` takes these heads [T, heads, dim]."""
-    width = query.shape[2]
-    return (
-        width == value.shape[2] <= MAX_DIM
-        and query.shape[1] <= MAX_GROUP * key.shape[1]
-        and packs(query, key, value)
-    )
-
-
-def attends_prompts(query: Tensor, key: Tensor) -> bool:
-    """Whether `Kernels.attend_prompts` takes heads that `Kernels.attend` does."""
-    return query.shape[2] in PROMPT_DIMS and query.shape[1] <= MAX_PROMPT_GROUP * key.shape[1]
+def _is_plain(tensor: Tensor) -> bool:
+    """Whether it is a CPU's, and asks for no gradient: the operators have none."""
+    return tensor.is_cpu and not tensor.requires_grad

@@ -14,6 +14,8 @@ constexpr int64_t BLOCK = 64;      // positions whose scores are held at once
 constexpr int64_t MAX_DIM = 256;   // of a head
 constexpr int64_t MAX_GROUP = 64;  // query heads that share a key head
 
+inline bool attends(int64_t dim, int64_t group) { return dim <= MAX_DIM && group <= MAX_GROUP; }
+
 inline const float* widen(const float* from, float*, int64_t) { return from; }
 
 inline const float* widen(const bfloat16* from, float* scratch, int64_t size) {
@@ -84,7 +86,7 @@ int attend(const T* query, const T* key, const T* value, T* out, const int64_t* 
            int64_t tokens, int64_t keys_before, int64_t values_before, int64_t key_heads,
            int64_t group, int64_t dim, int64_t query_stride, int64_t key_stride,
            int64_t value_stride, int64_t window, float scale, int threads) {
-    if (dim > MAX_DIM || group > MAX_GROUP) return 1;
+    if (!attends(dim, group)) return 1;
     for (int64_t token = 0; token < tokens; ++token) {
         const int64_t* place = places + 3 * token;
         if (place[2] < 0 || place[2] >= place[1]) return 1;

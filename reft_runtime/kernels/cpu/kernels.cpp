@@ -48,18 +48,32 @@
         int64_t count, int64_t tokens, int64_t keys_before, int64_t values_before,                 \
         int64_t key_heads, int64_t group, int64_t dim, int64_t query_stride, int64_t key_stride,   \
         int64_t value_stride, int64_t window, float scale, int threads) {                          \
-        auto* run = dim == 16    ? attend_prompts<T, 16>                                           \
-                    : dim == 32  ? attend_prompts<T, 32>                                           \
-                    : dim == 64  ? attend_prompts<T, 64>                                           \
-                    : dim == 96  ? attend_prompts<T, 96>                                           \
-                    : dim == 128 ? attend_prompts<T, 128>                                          \
-                    : dim == 256 ? attend_prompts<T, 256>                                          \
-                                 : nullptr;                                                        \
+        auto* run = prompt_attention<T>(dim);                                                      \
         if (!run) return 1;                                                                        \
         return run(query, key, value, out, segments, count, tokens, keys_before, values_before,    \
                    key_heads, group, query_stride, key_stride, value_stride, window, scale,        \
                    threads);                                                                       \
     }
+
+// Which heads attention takes: `dim` wide, `group` of queries to one of keys. Of dtypes all operators
+// take those that are exported below.
+extern "C" int can_attend(int64_t dim, int64_t group) { return attends(dim, group); }
+extern "C" int can_attend_prompts(int64_t dim, int64_t group) {
+    return attends_prompts(dim, group);
+}
+
+// What the compiler was allowed to use.
+extern "C" const char* instructions() {
+#if defined(__AVX512F__)
+    return "avx512";
+#elif defined(__AVX2__)
+    return "avx2";
+#elif defined(__ARM_NEON)
+    return "neon";
+#else
+    return "plain";
+#endif
+}
 
 EXPORT(float32, float)
 EXPORT(bfloat16, bfloat16)

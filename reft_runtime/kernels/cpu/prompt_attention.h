@@ -194,4 +194,20 @@ int attend_prompts(const T* query, const T* key, const T* value, T* out, const i
     return 0;
 }
 
+// `attend_prompts` for heads of this width; null where there is none.
+template <typename T>
+auto prompt_attention(int64_t dim) {
+    return dim == 16    ? attend_prompts<T, 16>
+           : dim == 32  ? attend_prompts<T, 32>
+           : dim == 64  ? attend_prompts<T, 64>
+           : dim == 96  ? attend_prompts<T, 96>
+           : dim == 128 ? attend_prompts<T, 128>
+           : dim == 256 ? attend_prompts<T, 256>
+                        : nullptr;
+}
+
+inline bool attends_prompts(int64_t dim, int64_t group) {
+    return prompt_attention<float>(dim) && group <= TILE;
+}
+
 }  // namespace

@@ -9,23 +9,29 @@ from torch import Tensor
 from reft_runtime.kernels.cuda import layer_kernels as kernels
 from reft_runtime.kernels.cuda import products
 from reft_runtime.kernels.cuda.products import early, row_block
+from reft_runtime.machine.dtypes import DTYPES
 
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_DTYPES = frozenset(DTYPES.values())
 
 
 class TritonOperators:
     """`Operators` on a CUDA device."""
 
+    name = "Triton kernels"
+
     def supports(self, *tensors: Tensor) -> bool:
         """See `Operators.supports`."""
         dtype = tensors[0].dtype
-        return dtype in _DTYPES and all(t.dtype == dtype and t.is_contiguous() for t in tensors)
+        return dtype in _DTYPES and all(
+            t.dtype == dtype and t.is_contiguous() and not t.requires_grad for t in tensors
+        )
 
     def packs(self, *heads: Tensor) -> bool:
         """See `Operators.packs`."""
         dtype = heads[0].dtype
         return dtype in _DTYPES and all(
-            t.dtype == dtype and t.stride()[1:] == (t.shape[2], 1) for t in heads
+            t.dtype == dtype and t.stride()[1:] == (t.shape[2], 1) and not t.requires_grad
+            for t in heads
         )
 
     def rms_norm(self, rows: Tensor, weight: Tensor, epsilon: float) -> Tensor:
