@@ -23,7 +23,7 @@ ATTENTION = "reft_packed"
 PROBE = "reft_probe"
 """The same while a model is looked at: only then are masks made, as descriptions."""
 
-_WINDOW = "reft_window"
+WINDOW = "reft_window"
 """Attribute of an attention module: the window that its mask has."""
 
 _AFTER = 64
@@ -96,10 +96,11 @@ def packed_attention(
         raise UnsupportedModel("logit soft-capping and attention sinks are not supported")
     if step is None:
         raise UnsupportedModel(
-            "its layers do not hand on what transformers' attention interface is called with"
+            "An Engine or a training has this model: call close() of the Engine, and it runs by"
+            " itself again."
         )
     layer: int = module.layer_idx  # type: ignore[assignment]
-    window: Any = getattr(module, _WINDOW, sliding_window)
+    window: Any = getattr(module, WINDOW, sliding_window)
     query, key, value = (heads[0].transpose(0, 1) for heads in (query, key, value))
     return step.attend(layer, query, key, value, scaling, window)[None], None
 
@@ -150,7 +151,7 @@ class ShapeProbe(CausalStep):
         """Keep the window of a layer's mask at its module."""
         layer: int = module.layer_idx  # type: ignore[assignment]
         if isinstance(mask, AskedMask):
-            setattr(module, _WINDOW, mask.window(self.max_tokens))
+            setattr(module, WINDOW, mask.window(self.max_tokens))
         elif mask is not None:
             self.own_masks.add(layer)
 
@@ -187,8 +188,11 @@ def probe_attention(
     **more: Any,
 ) -> tuple[Tensor, None]:
     """As `packed_attention`, of a `ShapeProbe`: masks say more than what a layer passes on."""
-    if step is not None:
-        step.look_at_mask(module, attention_mask)
+    if step is None:
+        raise UnsupportedModel(
+            "its layers do not hand on what transformers' attention interface is called with"
+        )
+    step.look_at_mask(module, attention_mask)
     return packed_attention(module, query, key, value, None, step=step, **more)
 
 

@@ -84,6 +84,17 @@ def prepack(model: nn.Module) -> int:
     return added
 
 
+def plain_weight(linear: nn.Module) -> Tensor:
+    """The weight [out, in] that a linear layer had before it was merged or packed."""
+    weight: Any = linear.weight
+    plain: Tensor = weight.to_dense() if weight.is_mkldnn else weight.detach()
+    forward = vars(linear).get("forward")
+    if isinstance(forward, partial) and forward.func is _take:
+        _, columns = forward.args
+        return plain[columns].clone()
+    return plain
+
+
 def _is_plain(module: nn.Module) -> TypeGuard[nn.Linear]:
     """Whether it is a linear layer as torch has it: others may compute something else."""
     return type(module) is nn.Linear and "forward" not in vars(module)
@@ -111,6 +122,8 @@ def _product(weight: Tensor, bias: Tensor | None) -> tuple[Product, Tensor]:
 def _packed_linear(
     product: Callable[..., Tensor], packed: Tensor, bias: Tensor | None, rows: Tensor
 ) -> Tensor:
+    if rows.requires_grad:  # the packed product has no gradient
+        return linear(rows, packed.to_dense(), bias)
     return product(rows, packed, bias, "none", [], "")
 
 

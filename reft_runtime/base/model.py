@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from reft_runtime.base.attention import LayerShape
+from reft_runtime.base.ownership import ModelState, release
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,7 +19,7 @@ class LoadedModel:
 
     `layers` are the decoder layers in order, `shapes` their cache shapes, `group` the most heads
     of queries that share one of keys; `eos_ids` end an answer. `weight_bytes` is the memory of the
-    weights.
+    weights, and `before` what the model was.
     """
 
     model: PreTrainedModel
@@ -31,6 +32,15 @@ class LoadedModel:
     vocab_size: int
     max_model_len: int
     weight_bytes: int
+    before: ModelState
+
+    def give_back(self) -> None:
+        """Make the model what it was before it was loaded or handed in; nobody may use this then.
+
+        Calling it again is fine.
+        """
+        self.before.restore()
+        release(self.model)
 
     @property
     def device(self) -> torch.device:

@@ -116,6 +116,10 @@ class EngineCore:
         self._ahead = Ahead()
         self._ended = 0.0
 
+    def close(self) -> None:
+        """Let go of keys, values and all that computes; the counters stay. Again is fine."""
+        vars(self).pop("runner", None)
+
     @property
     def idle(self) -> bool:
         """Whether there is nothing to compute."""

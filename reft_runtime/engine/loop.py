@@ -156,6 +156,7 @@ class EngineLoop:
             self._changed.notify_all()
         while (thread := self._thread) is not threading.current_thread() and thread.is_alive():
             thread.join()  # it may have handed over to another
+        self._core.close()
 
     def check_integrity(self) -> None:
         """Raise AssertionError if anything is left of requests that have ended.

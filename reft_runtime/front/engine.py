@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import wraps
 from pathlib import Path
 from types import TracebackType
-from typing import Self, cast
+from typing import Concatenate, ParamSpec, Self, cast
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from reft_runtime.base.model import LoadedModel
 from reft_runtime.base.shape import shape_of
 from reft_runtime.base.stages import stage
 from reft_runtime.engine.core import EngineConfig, EngineCore
@@ -28,6 +30,7 @@ from reft_runtime.interventions.registry.registry import MEMORY_BYTES, check_fol
 from reft_runtime.interventions.registry.store import STATE_BYTES
 from reft_runtime.loading.base import load_base
 from reft_runtime.machine.cores import releasing_workers, use_threads
+from reft_runtime.machine.dtypes import name_of
 from reft_runtime.outputs import Comparison, Comparisons, EngineInfo, EngineStats, Generation
 from reft_runtime.sampling import SamplingParams
 from reft_runtime.schedule.request import Request
@@ -38,6 +41,24 @@ Applied = str | Use | tuple[str | Use, ...] | None
 """What to apply to a prompt: one intervention, several in order, or (None) the base model."""
 
 WATCH_SECONDS = 2.0
+
+_P = ParamSpec("_P")
+
+
+def _giving_back(
+    init: Callable[Concatenate[Engine, _P], None],
+) -> Callable[Concatenate[Engine, _P], None]:
+    """Decorate `Engine.__init__`: where it fails, the caller has the model back."""
+
+    @wraps(init)
+    def wrapper(self: Engine, /, *args: _P.args, **kwargs: _P.kwargs) -> None:
+        try:
+            init(self, *args, **kwargs)
+        except BaseException:
+            self._give_back()
+            raise
+
+    return wrapper
 
 
 class Engine:
@@ -54,10 +75,15 @@ class Engine:
     those that nobody uses are kept, and reused where prompts begin alike and are edited alike.
     `threads` is by default one a core that this process may use, `device` is cpu, cuda or
     cuda:N (a model in memory stays where it is), `dtype` "auto" the fast one for the device.
+    A transformers model is this engine's until `close`, which makes it again what it was.
     Loading blocks; everything else may be called from any thread.
     """
 
+    _lent: LoadedModel | None = None
+    """A model object that was handed in; None where the engine loaded one itself."""
+
     @releasing_workers
+    @_giving_back
     def __init__(
         self,
         model: str | Path | PreTrainedModel = "demo",
@@ -83,6 +109,7 @@ class Engine:
         sources = () if interventions is None else (interventions,)
         check_folders(sources, state_dir)
         name, loaded, tokenizer = load_base(model, tokenizer, dtype, max_model_len, device=device)
+        self._lent = loaded if isinstance(model, PreTrainedModel) else None
         sizes = sizes_for(loaded.device)
         max_running = sizes.max_running if max_running is None else max_running
         max_step_tokens = sizes.max_step_tokens if max_step_tokens is None else max_step_tokens
@@ -108,7 +135,7 @@ class Engine:
         self.info = EngineInfo(
             model=name,
             architecture=loaded.architecture,
-            dtype=str(loaded.dtype).removeprefix("torch."),
+            dtype=name_of(loaded.dtype),
             device=str(loaded.device),
             threads=torch.get_num_threads(),
             max_model_len=loaded.max_model_len,
@@ -242,9 +269,14 @@ class Engine:
         self._loop.check_integrity()
 
     def close(self) -> None:
-        """Fail what is left and stop; safe to call twice."""
+        """Fail what is left and stop; a model object works as before then. Safe to call twice."""
         self._loop.close()
         self.registry.close()
+        self._give_back()
+
+    def _give_back(self) -> None:
+        if self._lent is not None:
+            self._lent.give_back()
 
     @contextmanager
     def _calls(

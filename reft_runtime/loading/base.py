@@ -8,6 +8,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from reft_runtime.base.demo import locate
 from reft_runtime.base.model import LoadedModel
+from reft_runtime.base.ownership import claim, release
 from reft_runtime.base.pretrained import read_config, read_tokenizer
 from reft_runtime.base.shape import model_name
 from reft_runtime.base.stages import stage
@@ -29,15 +30,21 @@ def load_base(
 ) -> tuple[str, LoadedModel, PreTrainedTokenizerBase]:
     """Name, model and tokenizer of "demo", a hub id, a folder, or a model in memory.
 
-    A model in memory stays on its device. `device` and `differentiable` as in `load_model`.
+    A model in memory stays on its device, and is nobody else's until `LoadedModel.give_back`:
+    `ConfigError` where somebody has it. `device` and `differentiable` as in `load_model`.
     """
     if isinstance(model, PreTrainedModel):
         if tokenizer is None:
             raise ConfigError("tokenizer: give that of the model in memory.", param="tokenizer")
         name = model_name(model)
-        loaded = adopt_model(
-            model, max_model_len, tokenizer=tokenizer, differentiable=differentiable
-        )
+        claim(model)
+        try:
+            loaded = adopt_model(
+                model, max_model_len, tokenizer=tokenizer, differentiable=differentiable
+            )
+        except BaseException:
+            release(model)
+            raise
     else:
         with stage("Finding the model"):
             path, name = locate(str(model))

@@ -11,18 +11,18 @@ from reft_runtime.base.fused import fuse
 from reft_runtime.base.generation import ends_of_answers, tell_ignored
 from reft_runtime.base.linears import prepack
 from reft_runtime.base.model import LoadedModel, forward
+from reft_runtime.base.ownership import ModelState
 from reft_runtime.base.pretrained import read_config, read_model
 from reft_runtime.base.stages import stage
 from reft_runtime.base.support import check_config, chosen_length, refuse
 from reft_runtime.errors import ConfigError, UnsupportedModel
 from reft_runtime.loading.fidelity import check, own_logits
+from reft_runtime.machine.dtypes import DTYPES
 
 PROBE_TOKENS = 8
 
 NATIVE_BFLOAT16 = ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16")
 """Capabilities of CPUs, as torch names them, that multiply bfloat16: two of x86, two of ARM."""
-
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def choose_device(name: str) -> torch.device:
@@ -50,9 +50,9 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
             capabilities = torch.cpu.get_capabilities()
             native = any(capabilities.get(name, False) for name in NATIVE_BFLOAT16)
         return torch.bfloat16 if native else torch.float32
-    if name not in _DTYPES:
-        raise ConfigError(f"dtype must be auto, {', '.join(_DTYPES)}, not {name!r}.", param="dtype")
-    return _DTYPES[name]
+    if name not in DTYPES:
+        raise ConfigError(f"dtype must be auto, {', '.join(DTYPES)}, not {name!r}.", param="dtype")
+    return DTYPES[name]
 
 
 def load_model(
@@ -93,22 +93,27 @@ def adopt_model(
     tokenizer: PreTrainedTokenizerBase | None = None,
     differentiable: bool = False,
 ) -> LoadedModel:
-    """Make a model in memory ready for packed steps where it is; checks it as `load_model` does."""
+    """Make a model in memory ready for packed steps where it is; checks it as `load_model` does.
+
+    `LoadedModel.give_back` makes it again what it was; so does an exception.
+    """
     if model.device.type == "cuda":
         torch.cuda.set_device(model.device)  # Triton's kernels are launched on the current one
     config = model.config
     check_config(config)
     max_model_len = chosen_length(config, max_model_len)
-    model.requires_grad_(False).train(False)
     layers = _decoder_layers(model, config.num_hidden_layers)
+    before = ModelState(model)
     try:
+        model.requires_grad_(False).train(False)
         with stage("Asking the model for its own logits"):
             probed = _probe(model, max_model_len)
             own = own_logits(model, probed, max_model_len)
         model.set_attn_implementation(ATTENTION)
         weight_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
         if not differentiable:
-            with stage("Packing the weights"):
+            # Not in inference mode: packed weights may meet gradients, outside of the engine.
+            with stage("Packing the weights"), torch.inference_mode(mode=False), torch.no_grad():
                 fuse(model, layers, probed)
                 weight_bytes += prepack(model)
         loaded = LoadedModel(
@@ -122,11 +127,16 @@ def adopt_model(
             vocab_size=config.vocab_size,
             max_model_len=max_model_len,
             weight_bytes=weight_bytes,
+            before=before,
         )
         with stage("Checking what will be served"):
             check(loaded, own, probed)
     except UnsupportedModel as error:
+        before.restore()
         raise refuse(config, error.message) from error
+    except BaseException:
+        before.restore()
+        raise
     tell_ignored(model)
     return loaded
 

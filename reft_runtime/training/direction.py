@@ -62,21 +62,23 @@ def direction(
     """
     use_threads(threads)
     name, loaded, own = load_base(model, tokenizer, dtype, None, differentiable=True)
-    if not 0 <= layer < len(loaded.layers):
-        raise ConfigError(
-            f"layer: {layer}; {name} has 0 to {len(loaded.layers) - 1}.", param="layer"
-        )
-    shape = shape_of(name, loaded)
-    base, words = Base(loaded), Tokenizer(own, loaded.max_model_len)
-    means = []
-    for what, texts in (("positive", positive), ("negative", negative)):
-        ids = [words.encode(text) for text in texts]
-        if not any(len(one) > 1 for one in ids):
-            raise ConfigError(f"{what}: there is no text of two tokens or more.", param=what)
-        means.append(_mean(base, layer, [one for one in ids if len(one) > 1], what, progress))
-    vector = scale * (means[0] - means[1])
+    try:
+        if not 0 <= layer < len(loaded.layers):
+            raise ConfigError(
+                f"layer: {layer}; {name} has 0 to {len(loaded.layers) - 1}.", param="layer"
+            )
+        base, words = Base(loaded), Tokenizer(own, loaded.max_model_len)
+        means = []
+        for what, texts in (("positive", positive), ("negative", negative)):
+            ids = [words.encode(text) for text in texts]
+            if not any(len(one) > 1 for one in ids):
+                raise ConfigError(f"{what}: there is no text of two tokens or more.", param=what)
+            means.append(_mean(base, layer, [one for one in ids if len(one) > 1], what, progress))
+        vector = scale * (means[0] - means[1])
+    finally:
+        loaded.give_back()
     return Intervention.build(
-        shape,
+        shape_of(name, loaded),
         [Edit(layer, positions, {"v": vector}, kind="steering")],
         template=template,
         description=description,

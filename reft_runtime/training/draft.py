@@ -12,6 +12,7 @@ from reft_runtime.base.model import LoadedModel
 from reft_runtime.base.shape import shape_of
 from reft_runtime.errors import ConfigError
 from reft_runtime.interventions import Intervention
+from reft_runtime.machine.dtypes import name_of
 from reft_runtime.text import Tokenizer
 from reft_runtime.training.join import choose_prefix
 from reft_runtime.training.material import Material
@@ -53,7 +54,7 @@ class Draft:
         self.settings = material.settings.complete(self._shape, len(material.rows.rows))
         self.edits = new_edits(self._shape, self.settings)
         self._prefix = choose_prefix(material.rows.rows, material.layout, self._words)
-        dtype = str(loaded.dtype).removeprefix("torch.")
+        dtype = name_of(loaded.dtype)
         self._about = about(material.rows, material.held_out, self.settings, dtype)
 
     @property

@@ -103,7 +103,10 @@ def evaluate(
             use_threads(threads)
             _, loaded, own = load_base(model, tokenizer, dtype, None, differentiable=True)
             words = Tokenizer(own, loaded.max_model_len)
-            scores += _perplexities(loaded, words, subjects, likely, progress=progress)
+            try:
+                scores += _perplexities(loaded, words, subjects, likely, progress=progress)
+            finally:
+                loaded.give_back()
     order = {task.rows.name: place for place, task in enumerate(tasks)}
     return Report(tuple(sorted(scores, key=lambda score: order[score.data])))
 

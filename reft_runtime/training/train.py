@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -45,9 +46,9 @@ class Trained:
     """What came out of a training: the file's path and content, and how long it took.
 
     `held_out` are the rows that chose the checkpoint and measured it, None where there were none.
-    `model` and `tokenizer` are the base that it was trained on, whose memory is free again when
-    nobody has them; `evaluate([trained.held_out], [str(trained.path)], model=trained.model,
-    tokenizer=trained.tokenizer)` loads it no second time.
+    `model` and `tokenizer` are the base that it was trained on, as it was before; their memory is
+    free again when nobody has them. `evaluate([trained.held_out], [str(trained.path)],
+    model=trained.model, tokenizer=trained.tokenizer)` loads it no second time.
     """
 
     path: Path
@@ -111,7 +112,7 @@ def train(
     work.check(resume=resume)
     if target.exists():
         say(f"{target} is there; it will be replaced when the training has ended")
-    with work.guarded():
+    with work.guarded(), ExitStack() as ends:
         material = prepare(
             data,
             evaluation,
@@ -126,6 +127,7 @@ def train(
         name, loaded, own_tokenizer = load_base(
             model, tokenizer, material.settings.dtype, None, differentiable=True
         )
+        ends.callback(loaded.give_back)
         draft = Draft(material, name, loaded, own_tokenizer, description, license)
         draft.build()  # what the file's format refuses, such as too long a description, is told now
         examples = draft.examples()

@@ -1,0 +1,108 @@
+"""Who has a model object, and what it was before: it goes back to its caller as it came."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+from weakref import WeakSet, ref
+
+import torch
+from torch import Tensor, nn
+from transformers import PretrainedConfig, PreTrainedModel
+
+from reft_runtime.base.attention import WINDOW
+from reft_runtime.base.linears import plain_weight
+from reft_runtime.errors import ConfigError
+
+_CHANGED = ("forward", "training", WINDOW)
+"""Attributes of modules that are set, or set otherwise, while a model serves."""
+
+_lock = threading.Lock()
+_claimed: WeakSet[PreTrainedModel] = WeakSet()
+
+
+def claim(model: PreTrainedModel) -> None:
+    """Take a model object until `release`; raises `ConfigError` where somebody has it."""
+    with _lock:
+        if model in _claimed:
+            raise ConfigError(
+                "model: an Engine or a training has this model object. Close that first"
+                " (engine.close(), or `with Engine(...)`), or give a copy (copy.deepcopy before).",
+                param="model",
+            )
+        _claimed.add(model)
+
+
+def release(model: PreTrainedModel) -> None:
+    """Let go of a model object; one that nobody claimed is fine."""
+    with _lock:
+        _claimed.discard(model)
+
+
+@dataclass(slots=True)
+class _Weight:
+    """One parameter: `find` gives it while anybody holds it, for packed weights are kept alone."""
+
+    find: Callable[[], nn.Parameter | None]
+    requires_grad: bool
+    grad: Tensor | None
+
+    def restored(self, module: nn.Module) -> nn.Parameter:
+        """The parameter itself or, where nobody holds it any more, one like it of its module."""
+        found = self.find()
+        if found is None:
+            made = nn.Parameter(plain_weight(module), requires_grad=self.requires_grad)
+            made.grad = self.grad
+            self.find = lambda: made  # for modules that shared it
+            return made
+        found.requires_grad_(self.requires_grad)
+        return found
+
+
+class ModelState:
+    """A model's state outside of its weights' values, taken before anything of it is changed.
+
+    That is its attention, frozen or not, training mode, the modules' own forwards, and the layout
+    of its weights; their values never change, so that they are not copied.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self._model = model
+        self._device = model.device
+        self._attention = [(one, one._attn_implementation) for one in _configs(model)]
+        self._attributes: list[tuple[nn.Module, dict[str, Any]]] = []
+        self._weights: list[tuple[nn.Module, str, _Weight]] = []
+        weights: dict[nn.Parameter, _Weight] = {}
+        for module in model.modules():
+            own = vars(module)
+            self._attributes.append((module, {key: own[key] for key in _CHANGED if key in own}))
+            for name, parameter in module._parameters.items():
+                if parameter is not None:
+                    weight = _Weight(ref(parameter), parameter.requires_grad, parameter.grad)
+                    self._weights.append((module, name, weights.setdefault(parameter, weight)))
+
+    @torch.inference_mode(mode=False)
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Put everything back; again is fine."""
+        for module, name, weight in self._weights:
+            module._parameters[name] = weight.restored(module)
+        for module, attributes in self._attributes:
+            for key in _CHANGED:
+                vars(module).pop(key, None)
+            vars(module).update(attributes)
+        for config, attention in self._attention:
+            config._attn_implementation = attention
+        if self._model.device != self._device:
+            self._model.to(self._device)  # type: ignore[arg-type]
+
+
+def _configs(model: PreTrainedModel) -> list[PretrainedConfig]:
+    """The configurations that a model and the models in it have; the outermost first."""
+    models = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
+    found: dict[int, PretrainedConfig] = {}
+    for config in (one.config for one in models):
+        found.setdefault(id(config), config)
+    return list(found.values())
