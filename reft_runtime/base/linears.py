@@ -7,8 +7,10 @@ they are missing, or the weight is not theirs, the layer stays as it is.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
-from functools import partial
+from dataclasses import dataclass
+from functools import cache, partial
 from typing import Any, TypeGuard
 
 import torch
@@ -19,6 +21,8 @@ EXPECTED_ROWS = 32
 """Rows a product is expected to have when the layout is chosen; others work as well."""
 
 Product = Callable[[Tensor], Tensor]
+
+_log = logging.getLogger(__name__)
 
 
 class Merged:
@@ -103,20 +107,49 @@ def _is_plain(module: nn.Module) -> TypeGuard[nn.Linear]:
 def _packable(weight: Tensor) -> bool:
     if weight.device.type != "cpu" or weight.is_mkldnn:  # the latter: packed before
         return False
+    return _packing(weight.dtype) is not None
+
+
+@dataclass(frozen=True, slots=True)
+class _Packing:
+    """torch's private operators of packed weights."""
+
+    reorder: Callable[[Tensor, int], Tensor]
+    product: Callable[..., Tensor]
+
+
+@cache
+def _packing(dtype: torch.dtype) -> _Packing | None:
+    """The operators for weights of a dtype; None where torch has none that give the product."""
     if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
-        return False
-    if weight.dtype == torch.bfloat16:
-        native: Any = torch.ops.mkldnn._is_mkldnn_bf16_supported()
-        return bool(native)
-    return weight.dtype == torch.float32
+        return None
+    if dtype not in (torch.float32, torch.bfloat16):
+        return None
+    try:
+        found = torch.ops.mkldnn
+        if dtype == torch.bfloat16 and not found._is_mkldnn_bf16_supported():
+            return None
+        packing = _Packing(found._reorder_linear_weight, found._linear_pointwise.default)
+        weight, rows = torch.eye(16, dtype=dtype), torch.ones(2, 16, dtype=dtype)
+        packed = packing.reorder(weight, EXPECTED_ROWS)
+        same = packed.is_mkldnn and torch.equal(packed.to_dense(), weight)
+        same = same and torch.equal(_packed_linear(packing.product, packed, None, rows), rows)
+    except (AttributeError, TypeError, RuntimeError) as error:
+        _log.warning("Linear layers are not packed, which is slower: %s", error)
+        return None
+    if not same:
+        _log.warning("Linear layers are not packed, which is slower: torch's operators changed")
+        return None
+    return packing
 
 
 def _product(weight: Tensor, bias: Tensor | None) -> tuple[Product, Tensor]:
     """The product with a weight [out, in], and the weight as the product keeps it."""
-    if not _packable(weight):
+    packing = _packing(weight.dtype) if _packable(weight) else None
+    if packing is None:
         return partial(linear, weight=weight, bias=bias), weight
-    packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight, EXPECTED_ROWS)
-    return partial(_packed_linear, torch.ops.mkldnn._linear_pointwise.default, packed, bias), packed
+    packed = packing.reorder(weight, EXPECTED_ROWS)
+    return partial(_packed_linear, packing.product, packed, bias), packed
 
 
 def _packed_linear(

@@ -1,0 +1,80 @@
+"""Packed weights: used where torch has the operators, and left alone where it has not."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from reft_runtime.base import linears
+from reft_runtime.base.loader import adopt_model
+from tests.helpers.models import generate, make_core, prompt, request, run, tiny
+
+
+@pytest.fixture
+def fresh() -> Iterator[None]:
+    """What torch has is looked at anew, here and afterwards."""
+    linears._packing.cache_clear()
+    yield
+    linears._packing.cache_clear()
+
+
+def packed(model: nn.Module) -> list[bool]:
+    return [m.weight.is_mkldnn for m in model.modules() if isinstance(m, nn.Linear)]
+
+
+@pytest.mark.skipif(
+    not torch.backends.mkldnn.is_available(),  # type: ignore[no-untyped-call]
+    reason="torch was built without oneDNN",
+)
+def test_all_linear_layers_are_packed() -> None:
+    """Fails where a new torch has other operators: then everything works, at half the speed."""
+    assert all(packed(adopt_model(tiny("llama")).model))
+
+
+def _nothing(*_: Any) -> None:
+    raise RuntimeError("no such operator")
+
+
+REAL = torch.ops.mkldnn
+MISSING: dict[str, Any] = {
+    "none": SimpleNamespace(),
+    "no product": SimpleNamespace(_reorder_linear_weight=REAL._reorder_linear_weight),
+    "another signature": SimpleNamespace(
+        _reorder_linear_weight=REAL._reorder_linear_weight,
+        _linear_pointwise=SimpleNamespace(default=lambda rows, weight: rows),
+    ),
+    "another result": SimpleNamespace(
+        _reorder_linear_weight=REAL._reorder_linear_weight,
+        _linear_pointwise=SimpleNamespace(default=lambda rows, *_: 2 * rows),
+    ),
+    "another layout": SimpleNamespace(
+        _reorder_linear_weight=lambda weight, rows: weight,
+        _linear_pointwise=REAL._linear_pointwise,
+    ),
+    "an error": SimpleNamespace(
+        _reorder_linear_weight=_nothing, _linear_pointwise=REAL._linear_pointwise
+    ),
+}
+
+
+@pytest.mark.usefixtures("fresh")
+@pytest.mark.parametrize("operators", MISSING.values(), ids=MISSING)
+def test_without_the_operators_layers_stay_as_they_are(
+    operators: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(torch.ops, "mkldnn", operators)
+    model = tiny("llama", num_hidden_layers=1)
+    wanted = generate(model, prompt(5), 6)
+    with caplog.at_level(logging.WARNING):
+        loaded = adopt_model(copy.deepcopy(model))
+    assert not any(packed(loaded.model))
+    assert caplog.text.count("not packed") == 1
+    core = make_core(loaded)
+    assert run(core, [request("a", prompt(5), max_tokens=6)])["a"][0] == wanted
