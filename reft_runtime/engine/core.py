@@ -117,8 +117,8 @@ class EngineCore:
         self._ended = 0.0
 
     def close(self) -> None:
-        """Let go of keys, values and all that computes; the counters stay. Again is fine."""
-        vars(self).pop("runner", None)
+        """Give back the memory of keys and values; nothing is computed any more. Again is fine."""
+        self.runner.close()
 
     @property
     def idle(self) -> bool:

@@ -167,6 +167,11 @@ class Runner:
         if self.sampler is not None:
             self.sampler.release(sequences)
 
+    def close(self) -> None:
+        """Give back the memory of keys and values, tables and graphs: no step may follow."""
+        for held in ("storage", "tables", "sampler", "decoder"):
+            vars(self).pop(held, None)
+
     def check_integrity(self, *, idle: bool = False) -> None:
         """Raise AssertionError if the bookkeeping disagrees, or if `idle` and anything is left."""
         self.storage.check_integrity(idle=idle)

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from reft_runtime.base import linears
-from reft_runtime.base.loader import adopt_model
+from reft_runtime.loading.loader import adopt_model
 from tests.helpers.models import generate, make_core, prompt, request, run, tiny
 
 
