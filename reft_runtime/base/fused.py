@@ -59,23 +59,31 @@ Compute = Callable[[Tensor, Tensor, Tensor, Any], Tensor]
 attention to what its output projection gets."""
 
 
+@dataclass(frozen=True, slots=True)
+class Fused:
+    """How many decoder layers run as one function, and of how many others some parts do."""
+
+    whole: int = 0
+    in_parts: int = 0
+
+
 def fuse(
     model: PreTrainedModel, layers: SequenceOf[nn.Module], probed: SequenceOf[ProbedLayer]
-) -> int:
-    """Replace what can be; returns the number of modules changed (0 without a compiler).
+) -> Fused:
+    """Replace what can be; says how much that was (nothing without a compiler).
 
     `layers` are the decoder layers, and `probed` is what their attention asks for. Linear layers
     must not be packed yet.
     """
     operators = operators_for(model.device)
     if operators is None or model.dtype not in TOLERANCE:
-        return 0
+        return Fused()
     fuser = _Fuser(operators, model)
     for layer, asked in zip(layers, probed, strict=True):
         fuser.fuse(layer, asked)
     for module in model.modules():
         fuser.fuse_alone(module)
-    return fuser.changed
+    return fuser.fused(layers)
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,10 +117,11 @@ class _Fuser:
         self._rotary: dict[Operator, Operator | None] = {}
         self._plans: dict[nn.Module, _Plan] = {}
 
-    @property
-    def changed(self) -> int:
-        """How many modules were replaced."""
-        return len(self._plans)
+    def fused(self, layers: SequenceOf[nn.Module]) -> Fused:
+        """What was replaced of these layers."""
+        whole = [layer for layer in layers if layer in self._plans]
+        changed = [one for one in layers if not self._plans.keys().isdisjoint(one.modules())]
+        return Fused(len(whole), len(changed) - len(whole))
 
     def fuse(self, layer: nn.Module, asked: ProbedLayer) -> None:
         """Replace a decoder layer and the modules in it, where that can be."""

@@ -64,28 +64,38 @@ class Merged:
             first = columns.stop
 
 
-def prepack(model: nn.Module) -> int:
-    """Reorder the weights of all linear layers on a CPU; returns the bytes that this adds.
+@dataclass(frozen=True, slots=True)
+class Packed:
+    """How many linear layers have packed weights, merged ones too, and the bytes that this adds."""
+
+    layers: int = 0
+    added_bytes: int = 0
+
+
+def prepack(model: nn.Module) -> Packed:
+    """Reorder the weights of all linear layers on a CPU.
 
     A layer's own weight is replaced; one that another module shares (a tied embedding) is kept
     beside the reordered copy. `forward` still runs through the module, with its hooks.
     """
-    added = 0
+    added, count = 0, 0
     users: dict[int, int] = {}
     for module in model.modules():
         for parameter in module._parameters.values():
             if parameter is not None:
                 users[id(parameter)] = users.get(id(parameter), 0) + 1
     for module in model.modules():
+        count += isinstance(module, nn.Linear) and module.weight.is_mkldnn  # merged ones
         if not _is_plain(module) or not _packable(module.weight):
             continue
+        count += 1
         product, packed = _product(module.weight.detach(), module.bias)
         module.forward = product  # type: ignore[method-assign, assignment]
         if users[id(module.weight)] == 1:
             module.weight = nn.Parameter(packed, requires_grad=False)
         else:
             added += module.weight.numel() * module.weight.element_size()
-    return added
+    return Packed(count, added)
 
 
 def plain_weight(linear: nn.Module) -> Tensor:

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from reft_runtime.base.attention import LayerShape
+from reft_runtime.base.fused import Fused
+from reft_runtime.base.linears import Packed
 from reft_runtime.base.ownership import ModelState, release
 
 
@@ -19,7 +21,7 @@ class LoadedModel:
 
     `layers` are the decoder layers in order, `shapes` their cache shapes, `group` the most heads
     of queries that share one of keys; `eos_ids` end an answer. `weight_bytes` is the memory of the
-    weights, and `before` what the model was.
+    weights, `fused` and `packed` say what was replaced, and `before` what the model was.
     """
 
     model: PreTrainedModel
@@ -32,6 +34,8 @@ class LoadedModel:
     vocab_size: int
     max_model_len: int
     weight_bytes: int
+    fused: Fused
+    packed: Packed
     before: ModelState
 
     def give_back(self) -> None:

@@ -14,6 +14,11 @@ SILENT_SECONDS = 3.0
 _log = logging.getLogger(__name__)
 
 
+def tell(line: str) -> None:
+    """Log a line where the stages are told."""
+    _log.info(line)
+
+
 @contextmanager
 def stage(name: str) -> Iterator[None]:
     """Log the seconds that the block takes, at its end and now and then before it.

@@ -7,7 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from reft_runtime.base.model import LoadedModel
-from reft_runtime.engine.device import decoder_for, sampler_for, sizes_for, tables_for
+from reft_runtime.base.stages import tell
+from reft_runtime.engine.device import active, decoder_for, sampler_for, sizes_for, tables_for
 from reft_runtime.engine.events import Event
 from reft_runtime.engine.runner import Launched, Runner, StepResult
 from reft_runtime.engine.settle import LiveRequests
@@ -105,6 +106,7 @@ class EngineCore:
             sampler_for(loaded, config.max_running),
         )
         self.runner.decoder = decoder_for(self.runner, config.max_running)
+        tell(active(self.runner))
         self.requests = LiveRequests(loaded, self.scheduler, self.runner)
         self.steps = 0
         self.allowance = 0.0

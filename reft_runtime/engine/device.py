@@ -11,7 +11,8 @@ from reft_runtime.base.model import LoadedModel
 from reft_runtime.edits.tables import EditTables, table_bytes
 from reft_runtime.engine.device_sampler import DeviceSampler
 from reft_runtime.engine.runner import Decoder, Runner
-from reft_runtime.kernels.operators import has_triton
+from reft_runtime.kernels.operators import has_triton, operators_for
+from reft_runtime.kv.choice import attends_by_kernels
 from reft_runtime.kv.pages import PageStorage
 from reft_runtime.schedule.pacing import LEAST_TOKENS, MIXED_TOKENS
 
@@ -84,3 +85,24 @@ def decoder_for(runner: Runner, max_running: int) -> Decoder | None:
         _log.warning("Decode steps run without CUDA graphs: %s", error)
         return None
     return graphs
+
+
+def active(runner: Runner) -> str:
+    """One line for the log: which of the fast ways a loaded model takes."""
+    loaded, device = runner.loaded, runner.loaded.device
+    operators = operators_for(device)
+    fused = f"{loaded.fused.whole} of {len(loaded.layers)} layers fused"
+    if loaded.fused.in_parts:
+        fused += f" and parts of {loaded.fused.in_parts} more"
+    kernels = "torch's own operators" if operators is None else operators.name
+    decodes, prompts = attends_by_kernels(loaded)
+    attention = "torch's own operators"
+    if decodes:
+        attention = "kernels" if prompts else f"kernels, that of prompts by {attention}"
+    parts = [fused]
+    if device.type == "cpu":
+        parts.append(f"{loaded.packed.layers} linear layers packed")
+    parts += [kernels, f"attention by {attention}"]
+    if device.type == "cuda":
+        parts.append("no CUDA graphs" if runner.decoder is None else "CUDA graphs of decode steps")
+    return f"Active: {', '.join(parts)}"

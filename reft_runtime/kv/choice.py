@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from reft_runtime.base.model import LoadedModel
-from reft_runtime.kernels.operators import has_triton
+from reft_runtime.kernels.operators import cpu_operators, has_triton
 from reft_runtime.kv.page_attention import GatheredAttention, PageKernel
 from reft_runtime.kv.pages import PageStorage
 from reft_runtime.kv.rows import RowStorage
@@ -46,6 +46,23 @@ def page_kernel(device: torch.device, group: int, dtype: torch.dtype, dim: int) 
 
     processors = torch.cuda.get_device_properties(device).multi_processor_count
     return TritonAttention(group, processors, Tiles.of(dtype, dim))
+
+
+def attends_by_kernels(loaded: LoadedModel) -> tuple[bool, bool]:
+    """Whether C++ or Triton kernels attend of decoding tokens, and of prompts."""
+    if loaded.device.type != "cpu":
+        return has_triton(loaded.device), has_triton(loaded.device)
+    operators = cpu_operators()
+    if operators is None:
+        return False, False
+    decodes = prompts = True
+    for shape in set(loaded.shapes):
+        query = torch.empty(1, loaded.group * shape.kv_heads, shape.key_dim, dtype=loaded.dtype)
+        key = query[:, : shape.kv_heads]
+        value = query.new_empty(1, shape.kv_heads, shape.value_dim)
+        decodes = decodes and operators.attends(query, key, value)
+        prompts = prompts and decodes and operators.attends_prompts(query, key)
+    return decodes, prompts
 
 
 def _widest(loaded: LoadedModel) -> int:

@@ -7,9 +7,9 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from reft_runtime.base.attention import ATTENTION, PROBE, AskedMask, ProbedLayer, ShapeProbe
-from reft_runtime.base.fused import fuse
+from reft_runtime.base.fused import Fused, fuse
 from reft_runtime.base.generation import ends_of_answers, tell_ignored
-from reft_runtime.base.linears import prepack
+from reft_runtime.base.linears import Packed, prepack
 from reft_runtime.base.model import LoadedModel, forward
 from reft_runtime.base.ownership import ModelState
 from reft_runtime.base.pretrained import read_config, read_model
@@ -111,11 +111,12 @@ def adopt_model(
             own = own_logits(model, probed, max_model_len)
         model.set_attn_implementation(ATTENTION)
         weight_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
+        fused, packed = Fused(), Packed()
         if not differentiable:
             # Not in inference mode: packed weights may meet gradients, outside of the engine.
             with stage("Packing the weights"), torch.inference_mode(mode=False), torch.no_grad():
-                fuse(model, layers, probed)
-                weight_bytes += prepack(model)
+                fused = fuse(model, layers, probed)
+                packed = prepack(model)
         loaded = LoadedModel(
             model=model,
             architecture=type(model).__name__,
@@ -126,7 +127,9 @@ def adopt_model(
             hidden_size=config.hidden_size,
             vocab_size=config.vocab_size,
             max_model_len=max_model_len,
-            weight_bytes=weight_bytes,
+            weight_bytes=weight_bytes + packed.added_bytes,
+            fused=fused,
+            packed=packed,
             before=before,
         )
         with stage("Checking what will be served"):

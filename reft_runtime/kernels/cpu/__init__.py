@@ -62,7 +62,9 @@ class Kernels:
         """See `Operators.supports`: on a CPU."""
         dtype = tensors[0].dtype
         for tensor in tensors:
-            if tensor.dtype != dtype or not tensor.is_contiguous() or not _is_plain(tensor):
+            if tensor.dtype != dtype or not tensor.is_contiguous():
+                return False
+            if tensor.requires_grad or not tensor.is_cpu:
                 return False
         return dtype in self._dtypes
 
@@ -73,7 +75,7 @@ class Kernels:
             _, between, within = tensor.stride()
             if within != 1 or between != tensor.shape[2]:
                 return False
-            if tensor.dtype != dtype or not _is_plain(tensor):
+            if tensor.dtype != dtype or tensor.requires_grad or not tensor.is_cpu:
                 return False
         return dtype in self._dtypes
 
@@ -290,8 +292,3 @@ def kernels() -> Kernels | None:
     """The compiled operators; the first call may take some seconds."""
     library = load_library()
     return None if library is None else Kernels(library)
-
-
-def _is_plain(tensor: Tensor) -> bool:
-    """Whether it is a CPU's, and asks for no gradient: the operators have none."""
-    return tensor.is_cpu and not tensor.requires_grad
