@@ -96,8 +96,8 @@ def packed_attention(
         raise UnsupportedModel("logit soft-capping and attention sinks are not supported")
     if step is None:
         raise UnsupportedModel(
-            "An Engine or a training has this model: call close() of the Engine, and it runs by"
-            " itself again."
+            "An Engine or a training has this model, and transformers' interface to its attention:"
+            " call close() of the Engine, and the model runs by itself again."
         )
     layer: int = module.layer_idx  # type: ignore[assignment]
     window: Any = getattr(module, WINDOW, sliding_window)

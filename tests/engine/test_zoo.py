@@ -30,7 +30,6 @@ def operators(request: pytest.FixtureRequest) -> Iterator[None]:
     """With the compiled operators, and as on a machine without a compiler."""
     with pytest.MonkeyPatch.context() as patch:
         if request.param == "torch":
-            patch.setattr("reft_runtime.kv.row_attention.kernels", lambda: None)
             patch.setattr("reft_runtime.kernels.operators.kernels", lambda: None)
         yield
 
