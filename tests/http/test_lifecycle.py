@@ -346,8 +346,8 @@ def test_the_servers_words_are_the_last(status: int) -> None:
     # A library that would speak at the very end, after Python itself, is stood for by an abort.
     code = "import sys, atexit, ctypes, torch\nfrom server.cli import main as cli\n"
     code += "libc = ctypes.CDLL(None); libc.__cxa_atexit(libc.abort, None, None)\n"
-    code += "def app(): print('served'); atexit.register(print, 'left')\n"
-    code += f"cli.app = lambda: (app(), sys.exit({status}))\ncli.main()"
+    code += "def app(**_): print('served'); atexit.register(print, 'left')\n"
+    code += f"cli.app = lambda **_: (app(), sys.exit({status}))\ncli.main()"
     command = [sys.executable, "-c", code]
     ended = subprocess.run(command, capture_output=True, text=True, check=False)
     assert (ended.returncode, ended.stdout, ended.stderr) == (status, "served\nleft\n", "")
