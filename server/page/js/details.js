@@ -2,10 +2,10 @@
 
 import { ask, save, send } from "./api.js";
 import { tryOut } from "./comparison.js";
-import { spans, when } from "./interventions.js";
 import { html, useRef, useState } from "./lib.js";
 import { Dialog, Icon, Loading, Problem, bytes, number, percent, useLoaded } from "./ui.js";
 import { put } from "./uploads.js";
+import { spans, when } from "./wording.js";
 
 export function Details({ name, base, onClose, onChange }) {
   const path = `v1/interventions/${encodeURIComponent(name)}`;

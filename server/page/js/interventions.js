@@ -5,6 +5,7 @@ import { Details } from "./details.js";
 import { classes, html, useEffect, useRef, useState } from "./lib.js";
 import { Empty, Icon, Loading, Problem, bytes, number, percent } from "./ui.js";
 import { Uploads, take } from "./uploads.js";
+import { spans, when } from "./wording.js";
 
 const PAGE = 50;
 const PAUSE_MS = 200;
@@ -22,30 +23,6 @@ const COLUMNS = [
     ${entry.in_flight > 0 && html`<small>${entry.in_flight} in flight</small>`}`, "number"],
   ["Changed", "modified", ({ modified }) => modified && when(modified), "number narrow"],
 ];
-
-/** Layers as text: 0 to 3, 6; those at one distance in short: every 2nd of 1 to 29. */
-export function spans(layers) {
-  const step = layers[1] - layers[0];
-  const even = layers.every((layer, i) => i === 0 || layer - layers[i - 1] === step);
-  if (layers.length > 4 && even && step > 1) {
-    return `every ${step}${{ 2: "nd", 3: "rd" }[step] ?? "th"} of ${layers[0]} to ${layers.at(-1)}`;
-  }
-  const runs = [];
-  for (const layer of layers) {
-    if (runs.length && layer === runs.at(-1)[1] + 1) runs.at(-1)[1] = layer;
-    else runs.push([layer, layer]);
-  }
-  return runs.map(([from, to]) => (from === to ? from : `${from} to ${to}`)).join(", ");
-}
-
-/** Unix time as a day, or the time of today. */
-export function when(time) {
-  const date = new Date(time * 1000);
-  const today = date.toDateString() === new Date().toDateString();
-  return today
-    ? date.toLocaleTimeString("en-GB", { timeStyle: "short" })
-    : date.toLocaleDateString("en-GB", { dateStyle: "medium" });
-}
 
 const Name = ({ entry }) => html`
   <a href=${`./#/interventions/${entry.id}`}>${entry.id}</a>
