@@ -69,6 +69,23 @@ def test_options_and_variables_exist(document: str) -> None:
     assert set(re.findall(r"REFT_[A-Z_]+\b", text)) - {"REFT_"} <= variables
 
 
+def test_the_modules_of_the_map_exist() -> None:
+    text = (ROOT / "docs/structure.md").read_text()
+    named = set(re.findall(r"`([\w/]+\.py)[`:]", text))
+    there = {
+        str(file.relative_to(ROOT))
+        for room in ("server", "reft_runtime", "tests", "tools")
+        for file in (ROOT / room).rglob("*.py")
+    }
+    assert len(named) > 50
+    assert {
+        name for name in named if not any(f"/{file}".endswith(f"/{name}") for file in there)
+    } == set()
+    rooms = set(re.findall(r"^\| `([\w/]+/)` \|", text, re.MULTILINE))
+    assert "reft_runtime/engine/" in rooms
+    assert {room for room in rooms if not (ROOT / room).is_dir()} == set()
+
+
 def test_operations_explains_every_option_of_serve() -> None:
     text = (ROOT / "docs/operations.md").read_text()
     for name in Settings.model_fields:
