@@ -86,7 +86,7 @@ class Folders:
             ) from None
 
     def hold(self, version: Version) -> None:
-        """Hold a version as `Catalog.hold` does; if that fails, look at its file anew later."""
+        """Hold a version as `Catalog.hold` does; if that fails, its file is looked at anew."""
         with self._looking_anew(version):
             self._catalog.hold(version)
 

@@ -76,7 +76,7 @@ class Residency:
         return chosen
 
     def freed_much(self) -> bool:
-        """Whether enough was freed since this last was True for it to be returned to the system."""
+        """Whether so much was freed that the system should have it back; True resets the count."""
         if self._freed < _TRIM_BYTES:
             return False
         self._freed = 0
