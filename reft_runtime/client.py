@@ -1,4 +1,4 @@
-"""A running server seen from outside: what it serves, putting a file on it, asking it."""
+"""A client of a running server: lists what it serves, uploads files and asks questions."""
 
 from __future__ import annotations
 
@@ -22,25 +22,25 @@ if TYPE_CHECKING:
     from reft_runtime.interventions import Manifest
 
 CONCURRENCY = 32
-"""This many requests are under way at once; the server batches them."""
+"""At most this many requests are under way at once; the server batches them."""
 
 SECONDS = 600.0
 
 PART_BYTES = 1 << 16
-"""The progress of an upload is told after each part of this many bytes."""
+"""Bytes of one part of an upload; progress is reported after each part."""
 
 SECONDS_TO_REFUSE = 30.0
-"""A server must say within this time whether it would take a file."""
+"""Seconds within which a server must say whether it would take a file."""
 
 _NEVER = f'"{"0" * 64}"'
-"""A version that no name stands for: no file has this digest."""
+"""An ETag that no version has: no file has this digest."""
 
 Body = dict[str, Any]
 Counted = Callable[[int], object]
-"""Is told how many bytes more have gone."""
+"""A function that gets the number of bytes sent since its last call."""
 
 Change = Literal["added", "replaced", "unchanged"]
-"""What an upload did to a name: new, another file than before, or the same file as before."""
+"""What an upload did to a name: it is new, got another file, or has the same file as before."""
 
 
 class NotServed(NotFound):
@@ -53,7 +53,7 @@ class Unreachable(ConfigError):
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """One request: text or the messages of a chat, to the base model (None) or an intervention."""
+    """One request: a text or a chat's messages, to the base model (None) or an intervention."""
 
     asked: str | Sequence[Mapping[str, str]]
     intervention: str | None
@@ -63,7 +63,7 @@ class Question:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """An answer's text, and whether it ended by itself, not because of its length."""
+    """An answer's text, and whether it ended by itself instead of at its length limit."""
 
     text: str
     ended: bool
@@ -73,8 +73,8 @@ class Answer:
 class Server:
     """A reft server at `url`, such as http://127.0.0.1:8000.
 
-    All methods raise `Unreachable`, `NotServed` for what it does not have, and `ConfigError` for
-    what it refuses.
+    All methods raise `Unreachable` if no server answers, `NotServed` for what the server does not
+    have, and `ConfigError` for what it refuses.
     """
 
     url: str
@@ -82,15 +82,16 @@ class Server:
 
     @property
     def root(self) -> str:
-        """The address that all routes begin with; who gives that of `/v1` means the same server."""
+        """The address that all routes begin with: `url` without a `/v1` at its end."""
         return self.url.rstrip("/").removesuffix("/v1")
 
     def refusal(self, name: str, data: bytes) -> str | None:
-        """What the server has against a file under a name; None where it would take it.
+        """Why the server would refuse a file under a name; None if it would take it.
 
-        The file is sent on the condition that the name stands for a version that cannot be. So the
-        server checks the key, the name, and the file; then, where all is well, it says that the
-        condition does not hold, and changes nothing. Raises `httpx.HTTPError` without an answer.
+        The file is sent with a condition that is never true: that the name stands for a version
+        that cannot exist. So the server checks the key, the name and the file. If all are well, it
+        answers that the condition does not hold, and changes nothing. Raises `httpx.HTTPError` if
+        no answer comes.
         """
         with self._client() as client:
             response = client.put(
@@ -104,7 +105,7 @@ class Server:
         return f"it answered {response.status_code}: {_said(response)}"
 
     def upload(self, name: str, data: bytes, sent: Counted = lambda _: None) -> tuple[Body, Change]:
-        """Put a file's bytes on the server under a name: its entry, and what that changed."""
+        """Put a file's bytes on the server under a name; return its entry and what that changed."""
 
         def parts() -> Iterator[bytes]:
             for start in range(0, len(data), PART_BYTES):
@@ -129,7 +130,7 @@ class Server:
     def download(self, reference: str) -> tuple[bytes, str]:
         """The file of NAME or NAME@DIGEST, and its digest.
 
-        Raises `ConfigError` where it does not arrive whole.
+        Raises `ConfigError` if it does not arrive whole.
         """
         response = self._call("GET", f"{_path(reference)}/file")
         data, digest = response.content, response.headers["etag"].strip('"')
@@ -138,7 +139,7 @@ class Server:
         return data, digest
 
     def listing(self, query: str = "", sort: str = "name") -> Iterator[Body]:
-        """All interventions whose name or description has `query`, page by page."""
+        """All interventions whose name or description contains `query`, fetched page by page."""
         asked: dict[str, str | int] = {"limit": MAX_PAGE, "q": query, "sort": sort}
         while True:
             page = self._call("GET", "/v1/interventions", params=asked).json()
@@ -158,17 +159,17 @@ class Server:
         return found
 
     def remove(self, name: str) -> None:
-        """Serve an intervention no longer."""
+        """Remove an intervention, so that the server no longer serves it."""
         self._call("DELETE", _path(name))
 
     def rollback(self, name: str, digest: str | None) -> Body:
-        """Serve a kept version again, by default the one before; its entry."""
+        """Serve a kept version again, by default the previous one; return its entry."""
         body = {} if digest is None else {"digest": digest}
         found: Body = self._call("POST", f"{_path(name)}/rollback", json=body).json()
         return found
 
     def stats(self) -> Body:
-        """The server at a glance."""
+        """The server's statistics."""
         found: Body = self._call("GET", "/v1/stats").json()
         return found
 
@@ -190,7 +191,7 @@ class Server:
         return True
 
     def check_model(self, model: str) -> None:
-        """Raise `NotServed` where no request may name this model, such as NAME@DIGEST."""
+        """Raise `NotServed` if no request may name this model, such as NAME@DIGEST."""
         self._call("GET", f"/v1/models/{quote(model, safe='@')}")
 
     def answers_at_all(self) -> bool:
@@ -207,7 +208,7 @@ class Server:
         return validate_manifest(self.entry(name)["manifest"])
 
     def count_tokens(self, texts: Sequence[str]) -> list[int]:
-        """How many tokens texts have."""
+        """The number of tokens of each text."""
         with self._client() as client:
             return [
                 _call(client, "POST", "/tokenize", json={"prompt": text}).json()["count"]
@@ -215,7 +216,7 @@ class Server:
             ]
 
     def answers(self, questions: Sequence[Question], *, progress: bool) -> list[Answer]:
-        """Greedy answers, in order."""
+        """Greedy answers to questions, in their order."""
         base = self.base_model()
         answers = []
         for whole in self.ask([_request(q, base) for q in questions], progress=progress):
@@ -225,7 +226,10 @@ class Server:
         return answers
 
     def ask(self, requests: Sequence[tuple[str, Body]], *, progress: bool = False) -> list[Body]:
-        """Whole answers to requests, each a path and its body, in order; asked together."""
+        """Whole answers to requests, sent together; a request is a path and its body.
+
+        The answers come in the order of the requests.
+        """
         with self._client() as client, ThreadPoolExecutor(CONCURRENCY) as pool:
 
             def answer(request: tuple[str, Body]) -> Body:
@@ -237,7 +241,7 @@ class Server:
             return list(tqdm(answers, "Answers", len(requests), disable=not progress))
 
     def stream(self, path: str, body: Body) -> Iterator[Body]:
-        """The events of a streamed answer; who stops reading ends the request."""
+        """The events of a streamed answer; closing the iterator ends the request."""
         with (
             self._client() as client,
             _reaching(client.base_url),
@@ -315,7 +319,7 @@ def _said(response: httpx.Response) -> str:
 
 @contextmanager
 def _reaching(url: httpx.URL | str) -> Iterator[None]:
-    """Tell what keeps a server from being reached as `Unreachable`."""
+    """Raise `Unreachable` if the server at `url` cannot be reached within the block."""
     try:
         yield
     except (httpx.HTTPError, httpx.InvalidURL) as error:

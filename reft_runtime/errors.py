@@ -27,15 +27,15 @@ from difflib import get_close_matches
 from itertools import islice
 
 MOST_COMPARED = 1000
-"""Names that are compared letter by letter, which takes some milliseconds."""
+"""At most this many names are compared letter by letter, which takes some milliseconds."""
 
 MOST_SEEN = 100_000
 
 LENGTHS = 3
-"""Letters by which a name that was meant may be longer or shorter."""
+"""A name that was meant may be longer or shorter by this many letters."""
 
 LIKE = 0.7
-"""How alike two names are at least, from 0 to 1 (`difflib.SequenceMatcher.ratio`)."""
+"""Least similarity of two names, from 0 to 1 (`difflib.SequenceMatcher.ratio`)."""
 
 
 class ReftError(Exception):
@@ -72,7 +72,7 @@ class WrongBaseModel(ReftError):
 
 
 class Changed(ReftError):
-    """A name does not stand for what whoever wants to change it expected; nothing was changed."""
+    """A name does not stand for the version that a change expected; nothing was changed."""
 
 
 class Overloaded(ReftError):
@@ -92,11 +92,11 @@ class OutOfMemory(Overloaded):
 
 
 class Unavailable(ReftError):
-    """A stored file, or the state folder, cannot be used just now; the asker did nothing wrong."""
+    """A stored file, or the state folder, cannot be used just now; the request itself is sound."""
 
 
 class StoreFull(ReftError):
-    """There is no room for another upload; the message says of what."""
+    """There is no room for another upload; the message says which limit is reached."""
 
 
 class RequestFailed(ReftError):
@@ -120,9 +120,9 @@ class ConfigError(ReftError):
 
 
 def nearest(name: str, known: Iterable[str], most: int = 3) -> list[str]:
-    """Up to `most` of the known names that are like this one, the most like it first.
+    """Up to `most` of the known names that are like this one, the most similar first.
 
-    Of very many names some are compared: an error need not cost more than an answer.
+    Of very many names only some are compared, so that an error costs no more than an answer.
     """
     seen = islice(known, MOST_SEEN)
     near = islice((k for k in seen if abs(len(k) - len(name)) <= LENGTHS), MOST_COMPARED)
@@ -130,7 +130,7 @@ def nearest(name: str, known: Iterable[str], most: int = 3) -> list[str]:
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """A question to put behind an error, with a blank before it; empty where nothing is alike."""
+    """A question to append to an error, beginning with a space; empty if no name is similar."""
     found = [f"`{like}`" for like in nearest(name, known)]
     if not found:
         return ""

@@ -19,9 +19,9 @@ BASE_LABEL = "base"
 
 @dataclass(frozen=True, slots=True)
 class TokenLogprob:
-    """Natural log-probability of one token, and of the best alternatives, best first.
+    """Log-probability (natural) of one token and of its best alternatives.
 
-    `top` holds (token id, log-probability) pairs, as many as were asked for.
+    `top` holds (token id, log-probability) pairs, best first, as many as were asked for.
     """
 
     token: int
@@ -33,10 +33,10 @@ class TokenLogprob:
 class ChoiceDelta:
     """What one choice of a request gained in one engine step.
 
-    `text` may be empty while a character or a possible stop string is incomplete. `tokens` are
-    the generated ids, an ending EOS or stop id included; `logprobs`, where asked for, has one
-    entry for each of them. `stop_reason` is the stop string or stop id that ended the choice,
-    None for EOS or length.
+    `text` may be empty while a character or a possible stop string is incomplete. `tokens` are the
+    generated ids, an ending EOS or stop id included. `logprobs`, if asked for, has one entry for
+    each of them. `stop_reason` is the stop string or stop id that ended the choice, None for EOS or
+    length.
     """
 
     index: int
@@ -59,7 +59,7 @@ class Choice:
     stop_reason: str | int | None = None
 
     def add(self, delta: ChoiceDelta) -> None:
-        """Take in what one step added."""
+        """Append what one step added to this choice."""
         self.text += delta.text
         self.tokens += delta.tokens
         self.logprobs += delta.logprobs
@@ -90,10 +90,12 @@ class Generation:
 
 @dataclass(frozen=True, slots=True)
 class EditTrace:
-    """What one edit did to one row: the length of its change over the length of the row before.
+    """What one edit did to one row.
 
-    `intervention` counts those of the request from 0, `edit` those of its file. `position` counts
-    the request's tokens; from the prompt's length on they are generated.
+    `relative_size` is the length of the edit's change over the length of the row before it.
+    `intervention` is the position of the intervention in the request and `edit` that of the edit in
+    its file, both from 0. `position` is the token's in the request; from the prompt's length on,
+    tokens are generated.
     """
 
     intervention: int
@@ -121,9 +123,9 @@ class Trace:
     """What a request's interventions did: every edit of every row, and the outcome.
 
     `kl` is the Kullback-Leibler divergence, in nats, of the distribution of the first generated
-    token from the base model's after the same prompt. `log_ratios` has for each choice one number
-    a token, an ending EOS or stop id included: its log-probability with the edits, less the base
-    model's after the same tokens (nats; above 0 where the edits make it likelier).
+    token from the base model's after the same prompt. `log_ratios` has, for each choice, one number
+    per token, an ending EOS or stop id included: the token's log-probability with the edits minus
+    the base model's after the same tokens (nats; above 0 if the edits make the token likelier).
     """
 
     edits: tuple[EditTrace, ...]
@@ -132,9 +134,10 @@ class Trace:
 
     @property
     def mean_log_ratio(self) -> float:
-        """Mean of `log_ratios` over the tokens of all choices; 0 where there are none.
+        """Mean of `log_ratios` over the tokens of all choices, in nats per token; 0 without tokens.
 
-        Over answers drawn at temperature 1 it estimates the divergence from the base, a token.
+        Over answers drawn at temperature 1 it estimates the divergence from the base model per
+        token.
         """
         ratios = [ratio for choice in self.log_ratios for ratio in choice]
         return sum(ratios) / len(ratios) if ratios else 0.0
@@ -147,10 +150,10 @@ class Trace:
         return [EditSummary.of(rows[key]) for key in sorted(rows)]
 
     def plot(self, axes: Axes | None = None) -> Axes:
-        """Draw the size of every edit as a heat map, layers by positions; returns its axes.
+        """Draw the size of every edit as a heat map, layers by positions; return its axes.
 
-        Needs matplotlib. Where several edits meet in one place, the largest is shown.
-        Raises `ConfigError` without matplotlib, and `InvalidRequest` where nothing was edited.
+        Where several edits meet in one place, the largest is shown. Raises `ConfigError` without
+        matplotlib, and `InvalidRequest` if nothing was edited.
         """
         from reft_runtime.display.plots import heat_map
 
@@ -191,7 +194,7 @@ class EditSummary:
 
     @classmethod
     def of(cls, rows: Sequence[EditTrace]) -> Self:
-        """Of the rows of one edit, at least one."""
+        """The summary of the rows of one edit; `rows` must not be empty."""
         sizes = [row.relative_size for row in rows]
         return cls(
             rows[0].intervention,
@@ -223,7 +226,7 @@ class Comparisons(list[Comparison]):
 
 
 def _side_by_side(comparisons: Iterable[Comparison]) -> str:
-    """Answers below each other in HTML, each with its length and its distance from the base."""
+    """HTML with the answers, each with its length and its distance from the base."""
     rows = [
         (
             " + ".join(one.interventions) or BASE_LABEL,
@@ -240,11 +243,11 @@ def _side_by_side(comparisons: Iterable[Comparison]) -> str:
 
 @dataclass(frozen=True, slots=True)
 class EngineInfo:
-    """What is loaded.
+    """The model that is loaded, and its memory.
 
-    `memory_bytes` is the most that the process means to take (on a device, that weights, keys and
-    values do) beside `intervention_bytes`; `kv_bytes` is the part of keys and values, which are
-    those of `kv_tokens` tokens.
+    `memory_bytes` is the most that the process means to take beside `intervention_bytes` (on a
+    device: the most that weights, keys and values take). `kv_bytes` is its part for keys and
+    values, which holds those of `kv_tokens` tokens.
     """
 
     model: str
@@ -267,8 +270,8 @@ class PrefixCacheStats:
     """Reuse of keys and values, by kind of block: the base model's ("base"), or edited ("own").
 
     `queries` and `hits` count tokens since the start: those that were looked for (all whole blocks
-    of every sequence that may read the cache), and those that were found. `blocks` are kept now;
-    `evictions` counts blocks that gave way to others.
+    of every sequence that may read the cache), and those that were found. `blocks` counts the
+    blocks kept now; `evictions` counts the blocks that were evicted to make room for others.
     """
 
     queries: Mapping[str, int]
@@ -284,13 +287,13 @@ class EngineStats:
     running: int
     waiting: int
     kv_usage: float
-    """Share of the KV budget that is held, 0 to 1."""
+    """Share of the budget of keys and values that is held, 0 to 1."""
     steps: int
     prompt_tokens: int
     generation_tokens: int
     preemptions: int
     heartbeat_age: float
-    """Seconds since the loop last turned, less what its step in progress may take.
+    """Seconds since the engine's loop last turned, less what its step in progress may take.
 
     An idle loop turns at least once a second.
     """

@@ -21,13 +21,14 @@ class SamplingParams:
     """Sampling settings of one request; a value out of range raises `InvalidRequest` that names it.
 
     `temperature` 0 is greedy. `top_k` 0 and `top_p` 1 mean all tokens. `max_tokens` None means up
-    to the model's length. `logprobs` None returns none; k returns the chosen token's and the k
-    best; `prompt_logprobs` does the same for the prompt. A request that is traced returns at least
-    the chosen tokens'. Log-probabilities are those of the model, before penalties, bias and
-    temperature. A `seed` makes the answer reproducible whatever else is
-    in the batch. Penalties: presence and frequency count generated tokens (OpenAI), repetition
-    counts prompt and generated tokens (CTRL, arXiv 1909.05858). The text leaves out special tokens,
-    and the stop string, stop id or EOS that ended it, unless the last two fields say otherwise.
+    to the model's length. `logprobs` None returns none; k returns the chosen token's
+    log-probability and the k best; `prompt_logprobs` does the same for the prompt. A traced request
+    returns at least those of the chosen tokens. Log-probabilities are those of the model, before
+    penalties, bias and temperature. A `seed` makes the answer reproducible, whatever else is in the
+    batch. Presence and frequency penalties count generated tokens (OpenAI), the repetition penalty
+    counts prompt and generated tokens (CTRL, arXiv 1909.05858). The text leaves out special tokens
+    unless `skip_special_tokens` is False, and the stop string, stop id or EOS that ended it unless
+    `include_stop_str_in_output` is True.
     """
 
     max_tokens: int | None = 16

@@ -16,20 +16,20 @@ MAX_INTERVENTIONS = 16
 """Most interventions that one request may compose."""
 
 MAX_STRENGTH = 100.0
-"""A server takes strengths from minus this to this."""
+"""A server takes strengths from minus this number to this number."""
 
 
 def with_strength(name: str, strength: float) -> str:
-    """A name as `Use.parse` reads it: with `=STRENGTH` behind it, where that is not 1."""
+    """A name with `=STRENGTH` appended unless the strength is 1, as `Use.parse` reads it."""
     return name if strength == 1 else f"{name}={repr(float(strength)).removesuffix('.0')}"
 
 
 @dataclass(frozen=True, slots=True)
 class Use:
-    """One intervention of a request: `NAME`, `NAME@DIGEST`, or a version that was resolved before.
+    """One intervention of a request: `NAME`, `NAME@DIGEST`, or a version resolved before.
 
     `strength` scales the edit: 1 is as trained, 0 the base model exactly, and it may be negative.
-    `subspace` edits along some of its directions only (columns of R), None along all.
+    `subspace` lists the directions (columns of R) that are edited, None edits along all.
     """
 
     intervention: str | Version
@@ -50,7 +50,7 @@ class Use:
 
     @classmethod
     def parse(cls, text: str) -> Use:
-        """What a command's option says: `NAME`, `NAME@DIGEST` or a file's path, then `=STRENGTH`.
+        """Read a command's option: `NAME`, `NAME@DIGEST` or a file's path, then `=STRENGTH`.
 
         Without a strength it is 1. Raises `InvalidRequest`.
         """

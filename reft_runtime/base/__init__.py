@@ -1,1 +1,1 @@
-"""The frozen base model: found, loaded, refused, made fast."""
+"""The frozen base model: how it is found, loaded, refused and made fast."""

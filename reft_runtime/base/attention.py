@@ -21,13 +21,13 @@ from reft_runtime.errors import UnsupportedModel
 
 ATTENTION = "reft_packed"
 PROBE = "reft_probe"
-"""The same while a model is looked at: only then are masks made, as descriptions."""
+"""Name of the attention function that probes a model; masks then come as `AskedMask`."""
 
 WINDOW = "reft_window"
-"""Attribute of an attention module: the window that its mask has."""
+"""Attribute of an attention module that holds its mask's window in tokens, or None."""
 
 _AFTER = 64
-"""Keys after a query that are looked at: a causal mask hides them all."""
+"""This many keys after a query are checked; a causal mask hides them all."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +51,7 @@ class AttentionStep(Protocol):
         scaling: float | None,
         window: int | None,
     ) -> Tensor:
-        """Store the step's keys and values [T, kv_heads, dim], attend; [T, heads, dim]."""
+        """Store the step's keys and values [T, kv_heads, dim] and attend; gives [T, heads, dim]."""
 
 
 class RotatingStep(AttentionStep, Protocol):
@@ -59,7 +59,7 @@ class RotatingStep(AttentionStep, Protocol):
 
     @property
     def rotates(self) -> bool:
-        """Whether it does; a step that says nothing of it does not."""
+        """Whether the step rotates; a step without this attribute does not."""
 
     def attend_rotated(
         self,
@@ -71,7 +71,7 @@ class RotatingStep(AttentionStep, Protocol):
         scaling: float | None,
         window: int | None,
     ) -> Tensor:
-        """`Operators.rotate_` by `angles`, cosines and sines [T, dim], and then `attend`."""
+        """Rotate as `Operators.rotate_` by `angles`, cosines and sines [T, dim], then `attend`."""
 
 
 def packed_attention(
@@ -90,7 +90,8 @@ def packed_attention(
 ) -> tuple[Tensor, None]:
     """transformers' attention function: hands one layer's work to the step.
 
-    The window is the one that `probe_attention` saw in the layer's mask, if it saw one.
+    The window is the one that `probe_attention` saw in the layer's mask, if it saw one. Raises
+    `UnsupportedModel` for soft-capping, attention sinks, and a call without a step.
     """
     if softcap is not None or s_aux is not None:
         raise UnsupportedModel("logit soft-capping and attention sinks are not supported")
@@ -136,10 +137,10 @@ class CausalStep:
 
 @dataclass(slots=True)
 class ShapeProbe(CausalStep):
-    """A step that notes what every layer asks; `max_tokens` is the longest sequence to be served.
+    """A step that records what every layer asks of attention.
 
-    `dtype` is what keys and values will be kept in. `own_masks` are the layers whose masks are made
-    by code of the model's own.
+    `max_tokens` is the longest sequence to be served, `dtype` that of the keys and values to be
+    kept. `own_masks` are the layers whose masks come from the model's own code.
     """
 
     max_tokens: int
@@ -148,7 +149,7 @@ class ShapeProbe(CausalStep):
     own_masks: set[int] = field(default_factory=set)
 
     def look_at_mask(self, module: nn.Module, mask: AskedMask | Tensor | None) -> None:
-        """Keep the window of a layer's mask at its module."""
+        """Keep the window of a layer's mask as an attribute of its module."""
         layer: int = module.layer_idx  # type: ignore[assignment]
         if isinstance(mask, AskedMask):
             setattr(module, WINDOW, mask.window(self.max_tokens))
@@ -164,7 +165,7 @@ class ShapeProbe(CausalStep):
         scaling: float | None,
         window: int | None,
     ) -> Tensor:
-        """Note the layer, and attend."""
+        """Record the layer, then attend."""
         if layer in self.layers:
             raise UnsupportedModel("a layer attends more than once")
         if {query.dtype, key.dtype, value.dtype} != {self.dtype}:
@@ -187,7 +188,10 @@ def probe_attention(
     step: ShapeProbe | None = None,
     **more: Any,
 ) -> tuple[Tensor, None]:
-    """As `packed_attention`, of a `ShapeProbe`: masks say more than what a layer passes on."""
+    """Record the layer's mask at the `ShapeProbe`, then call `packed_attention`.
+
+    A mask says more than what a layer passes on. Raises `UnsupportedModel` if the step is missing.
+    """
     if step is None:
         raise UnsupportedModel(
             "its layers do not hand on what transformers' attention interface is called with"
@@ -201,10 +205,10 @@ class AskedMask:
     """A mask as transformers' mask interface describes it: who sees whom, by their positions."""
 
     sees: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
-    """From indices of sequence, head, query and key to whether the query sees the key."""
+    """Maps indices of sequence, head, query and key to whether the query sees the key."""
 
     def window(self, length: int) -> int | None:
-        """The sliding window of a causal mask over so many tokens; None where all is seen.
+        """The sliding window of a causal mask over `length` tokens; None if there is no window.
 
         Raises `UnsupportedModel` for any other mask.
         """
@@ -244,6 +248,7 @@ def attend_causally(
     """Attention of the last n tokens of a sequence, by torch's own operators: the reference.
 
     `query` is [n, heads, dim]; `key` and `value` are [length, kv_heads, dim] of all its tokens.
+    Returns [n, heads, dim].
     """
     at = torch.arange(len(key), device=query.device)
     last = at[len(key) - len(query) :, None]

@@ -58,7 +58,10 @@ def demo_model() -> Path:
 
 
 def locate(model: str) -> tuple[str, str]:
-    """Where transformers finds a base model, and its name: `demo`, a folder, or a hub id."""
+    """The path or hub id by which transformers finds a base model, and the model's name.
+
+    `model` is `demo`, a folder, or a hub id.
+    """
     if model == "demo":
         return str(demo_model()), DEMO_NAME
     return model, Path(model).resolve().name if os.path.isdir(model) else model

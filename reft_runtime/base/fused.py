@@ -1,8 +1,9 @@
-"""Puts fused operators in the place of a model's small ones, where they give the same.
+"""Replaces a model's small operators by fused ones where they give the same.
 
-Patterns of the Llama family, each tried on random rows before it is used (`trial`), so that what
-has the same names and computes something else keeps its own code. Modules stay where they are,
-with their hooks: a layer with a hook anywhere inside it runs its own code, module by module.
+The patterns are those of the Llama family. Each is tried on random rows before it is used
+(`trial`), so that a module with the same names that computes something else keeps its own code.
+Modules stay where they are, with their hooks: a layer with a hook anywhere inside it runs its own
+code, module by module.
 """
 
 from __future__ import annotations
@@ -52,16 +53,16 @@ _PLAIN_ATTENTION = {
     "dropout",
     "residual_dropout",
 }
-"""Names that the code of an attention module may use: one with more does more."""
+"""Names that the code of a plain attention module uses; one with others does more."""
 
 Compute = Callable[[Tensor, Tensor, Tensor, Any], Tensor]
-"""From rows [T, d], the rotary cosines and sines [1, T, dim] and the step to rows [T, d]; of
-attention to what its output projection gets."""
+"""Maps rows [T, d], rotary cosines and sines [1, T, dim] and the step to rows [T, d]. For attention
+the result is what its output projection gets."""
 
 
 @dataclass(frozen=True, slots=True)
 class Fused:
-    """How many decoder layers run as one function, and of how many others some parts do."""
+    """How many decoder layers run as one function, and how many others run fused in parts."""
 
     whole: int = 0
     in_parts: int = 0
@@ -70,7 +71,7 @@ class Fused:
 def fuse(
     model: PreTrainedModel, layers: SequenceOf[nn.Module], probed: SequenceOf[ProbedLayer]
 ) -> Fused:
-    """Replace what can be; says how much that was (nothing without a compiler).
+    """Replace what can be replaced, and return how much that was (nothing without a compiler).
 
     `layers` are the decoder layers, and `probed` is what their attention asks for. Linear layers
     must not be packed yet.
@@ -88,7 +89,7 @@ def fuse(
 
 @dataclass(frozen=True, slots=True)
 class _Plan:
-    """A module's other forward, and the width of the rows that it takes."""
+    """The forward that replaces a module's own, and the width of the rows that it takes."""
 
     forward: Operator
     width: int
@@ -96,9 +97,10 @@ class _Plan:
 
 @dataclass(frozen=True, slots=True)
 class _PartPlan(_Plan):
-    """Of a part of a layer: what it computes before its last product, and the layer of that.
+    """The plan of a part of a decoder layer: attention or MLP.
 
-    `merged` are its first linear layers.
+    `compute` is all before the part's last product, `last` the linear layer of that product, and
+    `merged` are the part's first linear layers.
     """
 
     compute: Operator
@@ -107,7 +109,7 @@ class _PartPlan(_Plan):
 
 
 class _Fuser:
-    """Replaces forwards, and remembers what it made: a layer is put together from its parts."""
+    """Replaces forwards and keeps their plans, because a layer is put together from its parts."""
 
     def __init__(self, operators: Operators, model: PreTrainedModel) -> None:
         self._operators = operators
@@ -118,15 +120,15 @@ class _Fuser:
         self._plans: dict[nn.Module, _Plan] = {}
 
     def fused(self, layers: SequenceOf[nn.Module]) -> Fused:
-        """What was replaced of these layers."""
+        """How many of these layers were replaced, whole or in parts."""
         whole = [layer for layer in layers if layer in self._plans]
         changed = [one for one in layers if not self._plans.keys().isdisjoint(one.modules())]
         return Fused(len(whole), len(changed) - len(whole))
 
     def fuse(self, layer: nn.Module, asked: ProbedLayer) -> None:
-        """Replace a decoder layer and the modules in it, where that can be."""
+        """Replace a decoder layer, and the modules in it, as far as that is possible."""
         head, kind = asked.shape.key_dim, ("layer", asked)
-        # A copy of the layer shows its own formula only while its parts are as they were.
+        # The copy is tried before the layer's parts are replaced, to show the layer's formula.
         whole = "forward" not in vars(layer) and self._trials.holds(
             layer, partial(self._layer, asked=asked, plans=None), kind, head, adds=True
         )
@@ -141,7 +143,7 @@ class _Fuser:
             self._install(layer, plan)
 
     def fuse_alone(self, module: nn.Module) -> bool:
-        """Replace a module that needs no step; whether it is replaced."""
+        """Replace a module that needs no step; return whether it is replaced."""
         return self._try(module, self._norm, "norm") or self._try(module, self._mlp, "mlp")
 
     def _try(
@@ -151,7 +153,7 @@ class _Fuser:
         kind: Hashable,
         head: int | None = None,
     ) -> bool:
-        # Modules with another forward than their class's are somebody's already.
+        # A module with another forward than its class's has been changed already.
         if "forward" in vars(module):
             return module in self._plans
         plan = build(module)
@@ -264,7 +266,8 @@ class _Fuser:
     ) -> _Plan | None:
         """Run a whole Llama-like layer as one function, calling no module but the linear ones.
 
-        `plans` are those of its parts, made and merged; without them it makes its own.
+        `plans` are the finished plans of the layer's parts; without them, new ones are made and
+        merged.
         """
         parts: dict[str, Any] = dict(layer.named_children())
         if parts.keys() != {"input_layernorm", "post_attention_layernorm", "self_attn", "mlp"}:
@@ -296,7 +299,7 @@ class _Fuser:
         if products is not None and joined is not None and _plain(o, down, *mlp.merged.parts):
 
             def compute_in_place(rows: Tensor, cos: Tensor, sin: Tensor, step: Any) -> Tensor:
-                # A layer's input is nobody's but its own: what gave it is done.
+                # No other code uses the layer's input any more, so it may be overwritten.
                 normal = products.rms_norm(rows, before.weight, first_epsilon)
                 normal = products.add_product_and_norm(
                     rows, attend(normal, cos, sin, step), o.weight, after.weight, second_epsilon
@@ -312,7 +315,7 @@ class _Fuser:
     def _parts(
         self, attention: nn.Module, mlp: nn.Module, asked: ProbedLayer
     ) -> dict[nn.Module, _Plan]:
-        """Plans of a copied layer's parts, merged."""
+        """Make and merge the plans of a copied layer's parts."""
         made = self._attention(attention, asked) if rotates(attention) else None
         plans = {attention: made, mlp: self._mlp(mlp)}
         for plan in plans.values():
@@ -322,7 +325,7 @@ class _Fuser:
 
 
 def _plain(*linears: nn.Linear) -> bool:
-    """Whether products with these layers' weights are all that they do."""
+    """Whether the products with their weights are all that these linear layers compute."""
     return all(type(linear) is nn.Linear and linear.bias is None for linear in linears)
 
 
@@ -333,9 +336,10 @@ def _or_own(
     inner: SequenceOf[dict[int, Any]],
     width: int,
 ) -> Operator:
-    """A forward that computes the rows of a plain step, and runs a module's `own` for all else.
+    """A forward that uses `compute` for a plain step, and a module's `own` code for all else.
 
-    Not plain is what has hooks `inner`, or rotates less than the `width` of its heads.
+    A step is not plain if any of the hooks `inner` is set, or if it rotates less than the `width`
+    of a head.
     """
 
     def forward(
@@ -356,7 +360,7 @@ def _or_own(
 
 
 def _hooks(modules: Iterable[nn.Module]) -> list[dict[int, Any]]:
-    """The modules' hooks, to be looked at in every step: any of these is not empty."""
+    """The hook dictionaries of the modules; a module has hooks when one of them is not empty."""
     return [hooks for m in modules for hooks in (m._forward_hooks, m._forward_pre_hooks)]
 
 

@@ -1,6 +1,6 @@
-"""What of a model's own generation settings counts here: the ids that end an answer, and no more.
+"""What counts of a model's own generation settings: the ids that end an answer, and no more.
 
-The rest (penalties, banned tokens, temperatures) is a request's to say.
+The rest (penalties, banned tokens, temperatures) is for each request to say.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ _NO_SETTINGS = {
     "output_logits",
     "trust_remote_code",
 }
-"""Fields of a generation config that change no token of an answer, or how long one may be."""
+"""Fields of a generation config that change no token of an answer, nor its greatest length."""
 
 _GREEDY = {"do_sample": False, "num_beams": 1, "temperature": 1.0, "top_p": 1.0}
-"""Values that say what a request without settings of its own gets anyway."""
+"""Values that match what a request without settings of its own gets anyway."""
 
 _log = logging.getLogger(__name__)
 
@@ -41,8 +41,8 @@ def ends_of_answers(
 ) -> frozenset[int]:
     """Ids of the tokens that end an answer, for serving and for training alike.
 
-    Those of the model's generation config, else of its configuration, and the tokenizer's: that is
-    what training writes at a completion's end.
+    They are those of the model's generation config, or of its configuration if that has none, and
+    the tokenizer's, which training writes at a completion's end.
     """
     ends = model.generation_config.eos_token_id if model.generation_config else None
     ends = model.config.eos_token_id if ends is None else ends
@@ -53,7 +53,7 @@ def ends_of_answers(
 
 
 def tell_ignored(model: PreTrainedModel) -> None:
-    """Name, in one line of the log, the model's own generation settings that are not applied."""
+    """Log, in one line, the model's own generation settings that are not applied."""
     settings = ignored_settings(model)
     if settings:
         listed = ", ".join(f"{name}={value!r}" for name, value in settings.items())
@@ -64,7 +64,7 @@ def tell_ignored(model: PreTrainedModel) -> None:
 
 
 def ignored_settings(model: PreTrainedModel) -> dict[str, Any]:
-    """Settings of the model's generation config by which `model.generate` would differ."""
+    """The settings of the model's generation config that would make `model.generate` differ."""
     if model.generation_config is None:
         return {}
     return {

@@ -19,9 +19,10 @@ from reft_runtime.base.ownership import ModelState, release
 class LoadedModel:
     """A base model, ready to run packed steps.
 
-    `layers` are the decoder layers in order, `shapes` their cache shapes, `group` the most heads
-    of queries that share one of keys; `eos_ids` end an answer. `weight_bytes` is the memory of the
-    weights, `fused` and `packed` say what was replaced, and `before` what the model was.
+    `layers` are the decoder layers in order, and `shapes` their cache shapes. `group` is the
+    largest number of query heads that share one key head. `eos_ids` end an answer. `weight_bytes`
+    is the memory of the weights, `fused` and `packed` say what was replaced, and `before` is the
+    model's state before that.
     """
 
     model: PreTrainedModel
@@ -39,16 +40,16 @@ class LoadedModel:
     before: ModelState
 
     def give_back(self) -> None:
-        """Make the model what it was before it was loaded or handed in; nobody may use this then.
+        """Restore the model to what it was before it was loaded or handed in.
 
-        Calling it again is fine.
+        This object must not be used afterwards. Calling it again does nothing more.
         """
         self.before.restore()
         release(self.model)
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are, and keys and values."""
+        """Device of the weights, and of keys and values."""
         return self.model.device
 
     @property
@@ -58,13 +59,16 @@ class LoadedModel:
 
     @property
     def kv_bytes_per_token(self) -> int:
-        """Memory of one token's keys and values in all layers."""
+        """Memory of one token's keys and values in all layers, in bytes."""
         numbers = sum(s.kv_heads * (s.key_dim + s.value_dim) for s in self.shapes)
         return numbers * self.dtype.itemsize
 
 
 def forward(model: PreTrainedModel, ids: Tensor, positions: Tensor, keep: Tensor, step: Any) -> Any:
-    """Run a packed step [T] through the model; logits [len(keep), vocabulary] of the rows kept."""
+    """Run a packed step through the model; return logits [len(keep), vocabulary].
+
+    `ids` and `positions` are [T]; `keep` are the indices of the rows whose logits are wanted.
+    """
     return model(
         input_ids=ids[None],
         position_ids=positions[None],

@@ -1,4 +1,4 @@
-"""Who has a model object, and what it was before: it goes back to its caller as it came."""
+"""Tracks which engine or training owns a model object, and restores it for its caller."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from reft_runtime.base.linears import plain_weight
 from reft_runtime.errors import ConfigError
 
 _CHANGED = ("forward", "training", WINDOW)
-"""Attributes of modules that are set, or set otherwise, while a model serves."""
+"""Attributes of modules that are set or changed while a model serves."""
 
 _lock = threading.Lock()
 _claimed: WeakSet[PreTrainedModel] = WeakSet()
 
 
 def claim(model: PreTrainedModel) -> None:
-    """Take a model object until `release`; raises `ConfigError` where somebody has it."""
+    """Take a model object until `release`. Raises `ConfigError` if it has an owner already."""
     with _lock:
         if model in _claimed:
             raise ConfigError(
@@ -36,21 +36,24 @@ def claim(model: PreTrainedModel) -> None:
 
 
 def release(model: PreTrainedModel) -> None:
-    """Let go of a model object; one that nobody claimed is fine."""
+    """Let go of a model object; does nothing if nobody claimed it."""
     with _lock:
         _claimed.discard(model)
 
 
 @dataclass(slots=True)
 class _Weight:
-    """One parameter: `find` gives it while anybody holds it, for packed weights are kept alone."""
+    """One parameter of a model, held weakly, because packed weights are kept without it.
+
+    `find` returns the parameter while anybody holds it, else None.
+    """
 
     find: Callable[[], nn.Parameter | None]
     requires_grad: bool
     grad: Tensor | None
 
     def restored(self, module: nn.Module) -> nn.Parameter:
-        """The parameter itself or, where nobody holds it any more, one like it of its module."""
+        """The parameter itself or, if nobody holds it any more, a new one with the same weight."""
         found = self.find()
         if found is None:
             made = nn.Parameter(plain_weight(module), requires_grad=self.requires_grad)
@@ -62,10 +65,10 @@ class _Weight:
 
 
 class ModelState:
-    """A model's state outside of its weights' values, taken before anything of it is changed.
+    """A model's state except its weights' values, taken before any of it is changed.
 
     That is its attention, frozen or not, training mode, the modules' own forwards, and the layout
-    of its weights; their values never change, so that they are not copied.
+    of its weights. The values of weights never change, so they are not copied.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
@@ -86,7 +89,7 @@ class ModelState:
     @torch.inference_mode(mode=False)
     @torch.no_grad()
     def restore(self) -> None:
-        """Put everything back; again is fine."""
+        """Restore the model's state; it may be called again."""
         for module, name, weight in self._weights:
             module._parameters[name] = weight.restored(module)
         for module, attributes in self._attributes:
@@ -100,7 +103,7 @@ class ModelState:
 
 
 def _configs(model: PreTrainedModel) -> list[PretrainedConfig]:
-    """The configurations that a model and the models in it have; the outermost first."""
+    """The configurations of a model and of the models in it, the outermost first."""
     models = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
     found: dict[int, PretrainedConfig] = {}
     for config in (one.config for one in models):

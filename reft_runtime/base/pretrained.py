@@ -1,8 +1,8 @@
-"""Reading model folders by transformers: code of theirs is never run, and every fault is one line.
+"""Reads model folders by transformers: their code is never run, and every fault is one line.
 
-Without `trust_remote_code=False` transformers would ask on the terminal, and run a folder's code
-where a person, or a pipe, says yes. Whatever it raises while it reads a folder is about that
-folder, so all of it becomes a `ConfigError` that says what is wrong and what to do.
+Without `trust_remote_code=False` transformers would ask on the terminal, and run a folder's code if
+a person, or a pipe, says yes. Whatever it raises while it reads a folder is about that folder, so
+all of it becomes a `ConfigError` that says what is wrong and what to do.
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ _READ_BY_NAME = (
     "model*.safetensors",
     "pytorch_model*.bin",
 )
-"""Files of a folder that are looked at before transformers reads them."""
+"""Files of a folder that are checked before transformers reads them."""
 
 _LFS = b"version https://git-lfs.github.com/"
 
 _COMPUTED = re.compile(r"(inv_freq|\.(attn|attention)\.(masked_)?bias|position_ids)$")
-"""Keys of old checkpoints that are no weights: a model computes them itself."""
+"""Keys of old checkpoints that are not weights, because a model computes them itself."""
 
 _INTEGERS = {"I8", "U8", "I16", "U16", "I32", "U32", "I64", "U64", "BOOL"}
 
@@ -69,7 +69,7 @@ def read_config(path: str) -> PretrainedConfig:
         path,
         lambda: AutoConfig.from_pretrained(path, trust_remote_code=False),
     )
-    # A folder may name the code that attends: that of a repository too, which would be fetched.
+    # A folder may name its attention code, even that of a repository, which would be fetched.
     config._attn_implementation = None
     return config
 
@@ -83,7 +83,7 @@ def read_tokenizer(path: str, **options: Any) -> PreTrainedTokenizerBase:
         return found, set(known) - set(found.all_special_ids)
 
     tokenizer, known = _read("tokenizer", path, load)
-    if not known:  # without files some kinds come empty, without a word
+    if not known:  # without files some kinds of tokenizer come empty, and nothing is raised
         raise ConfigError(
             f"model: {path!r} has no tokenizer: not one piece of a text is in its vocabulary."
             f" {_TOKENIZER_FILES}; fetch them too.",
@@ -95,10 +95,10 @@ def read_tokenizer(path: str, **options: Any) -> PreTrainedTokenizerBase:
 def read_model(path: str, dtype: torch.dtype, **options: Any) -> PreTrainedModel:
     """The causal language model of a folder or hub id, on the CPU, with every weight from a file.
 
-    Raises `ConfigError`, which names them, where weights are missing, have other shapes, or belong
-    to layers and modules that this model has not.
+    Raises `ConfigError` if weights are missing, have other shapes, or belong to layers and modules
+    that this model does not have; the message names them.
     """
-    config = read_config(path)  # it names no code that attends
+    config = read_config(path)  # without the attention code that it may name
 
     def load() -> Any:
         return AutoModelForCausalLM.from_pretrained(
@@ -112,7 +112,7 @@ def read_model(path: str, dtype: torch.dtype, **options: Any) -> PreTrainedModel
             **options,
         )
 
-    # What is found is told once, by name; transformers' own table of it would come on top.
+    # Faults are reported once, by name, without transformers' own table of them.
     verbosity = transformers_logging.get_verbosity()
     bars = transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity(logging.ERROR)
@@ -124,7 +124,7 @@ def read_model(path: str, dtype: torch.dtype, **options: Any) -> PreTrainedModel
         transformers_logging.set_verbosity(verbosity)
         if bars:
             transformers_logging.enable_progress_bar()  # type: ignore[no-untyped-call]
-    if getattr(model, "_hf_peft_config_loaded", False):  # of the hub: its files were not looked at
+    if getattr(model, "_hf_peft_config_loaded", False):  # its files were not checked
         raise ConfigError(f"model: {path!r} is {_ADAPTERS}", param="model")
     _check_weights(path, model, found)
     loaded: PreTrainedModel = model
@@ -139,7 +139,7 @@ def _read(what: str, path: str, read: Callable[[], _T]) -> _T:
 
 
 def _reason(what: str, path: str, error: Exception) -> str:
-    """One line: what is wrong, and what to do."""
+    """One line that says what is wrong and what to do."""
     text = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
     if "trust_remote_code" in str(error):
         return (
@@ -161,7 +161,7 @@ def _reason(what: str, path: str, error: Exception) -> str:
 
 
 def _check_files(path: str) -> None:
-    """Look at a folder's files: an unfetched or cut one is told before anything is loaded."""
+    """Check a folder's files: a missing or cut one is reported before anything is loaded."""
     folder = Path(path)
     if not os.path.isdir(folder):
         if path.startswith(("/", ".", "~")):
@@ -187,7 +187,7 @@ def _check_files(path: str) -> None:
 
 
 def _check_length(file: Path) -> None:
-    """A safetensors file says in its header how long it is."""
+    """Check a safetensors file's size against the one that its header implies."""
     size = file.stat().st_size
     try:
         with file.open("rb") as content:
@@ -243,7 +243,10 @@ def _check_weights(path: str, model: PreTrainedModel, found: dict[str, Any]) -> 
 
 
 def _stored_as_integers(folder: Path, model: PreTrainedModel) -> Iterable[str]:
-    """Weights of a folder that are integers, as quantised ones are: their scales are elsewhere."""
+    """Names of weights that a folder stores as integers, as quantised models do.
+
+    Their scales are stored elsewhere, so they cannot be loaded as weights.
+    """
     wanted = {name for name, weight in model.named_parameters() if weight.is_floating_point()}
     for file in folder.glob("model*.safetensors"):
         with safe_open(file, "pt") as content:
@@ -253,10 +256,10 @@ def _stored_as_integers(folder: Path, model: PreTrainedModel) -> Iterable[str]:
 
 
 def _matters(key: str, model: PreTrainedModel) -> bool:
-    """Whether a checkpoint's key that the model has not would change what the model computes.
+    """Whether a checkpoint's key that the model lacks would change what the model computes.
 
-    What belongs to modules of the model does, and what lies among its layers, and adapters of
-    them; a head beside it (of a reward model, or for speculation) does not.
+    A key does if it belongs to a module of the model, lies among its layers, or belongs to an
+    adapter. A head beside the model (of a reward model, or for speculation) does not.
     """
     if _COMPUTED.search(key):
         return False

@@ -1,4 +1,4 @@
-"""A model's rotary function by a fused operator, where it rotates halves of heads."""
+"""Replaces a model's rotary function by a fused operator if it rotates halves of heads."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from reft_runtime.base.trial import ROWS, Operator, angles, random_rows
 from reft_runtime.kernels.operators import Operators
 
 ROTARY = "apply_rotary_pos_emb"
-"""The name that models call it by."""
+"""The name of the rotary function in models' code."""
 
 
 def rotates(module: nn.Module) -> bool:
@@ -22,12 +22,12 @@ def rotates(module: nn.Module) -> bool:
 
 
 def rotating(rotary: Operator, operators: Operators, device: torch.device) -> Operator | None:
-    """A function like `rotary` that works in place; None if it does not give the same."""
+    """A function that does what `rotary` does, in place; None if it does not give the same."""
 
     def rotate(
         q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        # As a linear layer gave them, [1, T, heads, dim], they are nobody else's.
+        # In the layout that a linear layer gives, [1, T, heads, dim], no other code shares them.
         query, key = q.transpose(1, 2)[0], k.transpose(1, 2)[0]
         whole = cos.shape[-1] == q.shape[-1] == k.shape[-1] and len(q) == len(cos) == 1
         if (

@@ -33,7 +33,10 @@ def base_shape(model: str | Path | PreTrainedModel) -> BaseShape:
 
 
 def read_base(model: str) -> tuple[BaseShape, PretrainedConfig]:
-    """Shape and configuration of `demo`, a folder or a hub id; raises `ConfigError` of `base`."""
+    """Shape and configuration of `demo`, a folder or a hub id.
+
+    Raises `ConfigError`, whose `param` is `base`.
+    """
     try:
         path, name = locate(model)
         config = read_config(path)
@@ -43,12 +46,12 @@ def read_base(model: str) -> tuple[BaseShape, PretrainedConfig]:
 
 
 def model_name(model: PreTrainedModel) -> str:
-    """What a model in memory is called: as where it was loaded from, else as its class."""
+    """The name of a model in memory: the place it was loaded from, else its class."""
     return Path(model.name_or_path or "").name or type(model).__name__
 
 
 def shape_of(name: str, loaded: LoadedModel) -> BaseShape:
-    """What interventions of a loaded model are checked against."""
+    """The shape of a loaded model, which interventions are checked against."""
     return _shape(loaded.model.config, name, loaded.architecture)
 
 

@@ -1,4 +1,4 @@
-"""What a start is doing: every stage tells its seconds, and none is silent for long."""
+"""Logs what a start is doing: every stage logs its seconds, and none is silent for long."""
 
 from __future__ import annotations
 
@@ -9,22 +9,22 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 SILENT_SECONDS = 3.0
-"""After so long a stage that goes on says so, and again after as long."""
+"""A stage that goes on logs a line each time this many seconds have passed."""
 
 _log = logging.getLogger(__name__)
 
 
 def tell(line: str) -> None:
-    """Log a line where the stages are told."""
+    """Log one line among those of the stages."""
     _log.info(line)
 
 
 @contextmanager
 def stage(name: str) -> Iterator[None]:
-    """Log the seconds that the block takes, at its end and now and then before it.
+    """Log the seconds that the block takes: at its end, and every `SILENT_SECONDS` before.
 
-    A block that raises logs no end: what went wrong is told by whoever catches it. The lines have
-    level INFO, so that a library's user sees them only where logging is set up to show them.
+    A block that raises logs no end, because whoever catches the error reports it. The lines have
+    level INFO, so that a library's user sees them only if logging is set up to show them.
     """
     began, ended = time.monotonic(), threading.Event()
 

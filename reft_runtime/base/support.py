@@ -1,4 +1,4 @@
-"""Which models the engine takes, by their configuration; the others are refused with the reason."""
+"""Decides by a model's configuration whether the engine takes it; a refusal says the reason."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ SUPPORTED_LAYER_TYPES = {"full_attention", "sliding_attention"}
 
 
 def check_config(config: PretrainedConfig) -> None:
-    """Refuse what is known to be computed otherwise than the engine does."""
+    """Raise `UnsupportedModel` for a model that the engine would compute differently."""
     if config.is_encoder_decoder:
         raise refuse(config, "it is an encoder-decoder")
     if getattr(config, "quantization_config", None):
@@ -53,7 +53,10 @@ def _method(config: PretrainedConfig) -> str:
 
 
 def chosen_length(config: PretrainedConfig, wanted: int | None) -> int:
-    """Longest sequence to be served: `wanted`, or all that the model can."""
+    """Longest sequence to be served, in tokens: `wanted`, or all that the model can take.
+
+    Raises `ConfigError` if `wanted` is out of range.
+    """
     limit = _length_limit(config)
     if wanted is None:
         return limit
@@ -66,7 +69,7 @@ def chosen_length(config: PretrainedConfig, wanted: int | None) -> int:
 
 
 def refuse(config: PretrainedConfig, reason: str) -> UnsupportedModel:
-    """The refusal of a model, in one line."""
+    """The error that refuses a model, in one line."""
     return UnsupportedModel(f"Model type {config.model_type!r} is not supported: {reason}.")
 
 
@@ -78,7 +81,7 @@ def _rope_settings(config: PretrainedConfig) -> list[dict[str, Any]]:
 
 
 def _length_limit(config: PretrainedConfig) -> int:
-    """Longest sequence: never past learned positions, nor past what longrope starts with."""
+    """Longest sequence in tokens: all learned positions, but only longrope's original length."""
     limit = getattr(config, "max_position_embeddings", None)
     if not isinstance(limit, int):
         raise refuse(config, "it does not say its maximum length (max_position_embeddings)")

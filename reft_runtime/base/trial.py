@@ -1,7 +1,8 @@
-"""Whether a module's replacement gives what the module gives: tried before it is used.
+"""Tests whether a module's replacement gives what the module gives, before it is used.
 
-Twice: on a float32 copy, where a formula that is not the same shows, however small what it leaves
-out; and on the module itself, where dtypes meet that do not fit.
+There are two tests. One is on a float32 copy, which shows a formula that is not the same, however
+small the part that it leaves out. The other is on the module itself, which shows dtypes that do not
+fit together.
 """
 
 from __future__ import annotations
@@ -16,26 +17,27 @@ from torch import Tensor, nn
 from reft_runtime.base.attention import CausalStep
 
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.25}
-"""Relative distance by dtype. In float32 it tells formulas apart; in bfloat16, whose rounding can
-be large where attention is sharp, dtypes that do not fit, which give another order of magnitude."""
+"""Largest relative distance, by dtype. In float32 it tells formulas apart. In bfloat16, whose
+rounding can be large where attention is sharp, it finds dtypes that do not fit: these give another
+order of magnitude."""
 
 ROWS = 3
 
 SHORTEST = 2**-10
-"""To how much of their length rows are shortened, where a layer adds little to them."""
+"""Smallest factor by which rows are shortened if a layer adds little to them."""
 
 SMALL = 64
-"""Numbers of a tensor up to which it is taken for a setting of a formula."""
+"""Tensors of up to this many numbers are taken for settings of a formula."""
 
 Operator = Callable[..., Any]
 
 
 class Planned(Protocol):
-    """What is to take a module's place."""
+    """The replacement of a module."""
 
     @property
     def forward(self) -> Operator:
-        """Its forward."""
+        """The function that replaces the module's forward."""
 
     @property
     def width(self) -> int:
@@ -43,10 +45,10 @@ class Planned(Protocol):
 
 
 class Trials:
-    """Tries replacements; a formula that held for one module holds for those that are alike.
+    """Tests replacements; a formula that held for one module holds for modules like it.
 
-    `head` is the width of an attention's heads, whose modules also take rotary positions and a
-    step. What `adds` to its rows is judged by what it adds.
+    `head` is the width of an attention's heads; modules with heads also take rotary positions and a
+    step. With `adds`, the module adds to its rows, and only what it adds is compared.
     """
 
     def __init__(self) -> None:
@@ -61,9 +63,9 @@ class Trials:
         *,
         adds: bool = False,
     ) -> bool:
-        """Whether what `build` makes of a float32 copy gives what the copy gives.
+        """Whether what `build` makes of a float32 copy of the module gives what the copy gives.
 
-        `kind` is what is built, and for what.
+        `kind` is what is built, and for what; results are remembered by it and by the formula.
         """
         formula = kind, _formula(module)
         if formula not in self._held:
@@ -83,7 +85,7 @@ class Trials:
         *,
         adds: bool = False,
     ) -> bool:
-        """Whether `other` gives what the module gives, of random rows [1, ROWS, width]."""
+        """Whether `other` gives what the module gives for random rows [1, ROWS, width]."""
         weight = next(module.parameters())
         like = torch.empty(0, dtype=weight.dtype, device=weight.device)  # weights may be packed
         given: dict[str, Any] = {}
@@ -102,19 +104,19 @@ class Trials:
         rows = random_rows(width, like)
         try:
             if adds:
-                # Rows far longer than what is added would drown it, and round it away. Norms come
-                # before all else, so that shorter rows get the same added.
+                # If rows are far longer than what is added, rounding hides it. Norms come
+                # before all else, so that the same is added to shorter rows.
                 share = changes(module.forward, rows).norm() / rows.float().norm()
                 rows = rows * float(share.clamp(SHORTEST, 1))
             wanted = changes(module.forward, rows)
             found = changes(other, rows)
         except Exception:
-            return False  # it wants other arguments: it is none of those that are replaced
+            return False  # it wants other arguments, so it is not a module that can be replaced
         return bool((found - wanted).norm() <= TOLERANCE[like.dtype] * wanted.norm())
 
 
 def _formula(module: nn.Module) -> Hashable:
-    """What two modules have in common that compute the same, of other weights."""
+    """A key that is equal for two modules that compute the same formula with other weights."""
     return tuple(
         (
             name,
@@ -136,14 +138,14 @@ def _formula(module: nn.Module) -> Hashable:
 
 
 def _told(value: Any) -> Hashable:
-    """A module's attribute, to be compared with another's; a large tensor's shape stands for it."""
+    """A module's attribute as a comparable value; only the shape counts for a large tensor."""
     if isinstance(value, Tensor):
         return tuple(value.shape), repr(value.tolist()) if value.numel() <= SMALL else ""
     return repr(value) if isinstance(value, tuple | list) else value
 
 
 def random_rows(width: int, like: Tensor) -> Tensor:
-    """The same numbers [1, ROWS, width] on any device, on the device and in the dtype of `like`."""
+    """Random rows [1, ROWS, width], equal on every device, in the device and dtype of `like`."""
     return torch.randn(1, ROWS, width, generator=torch.Generator().manual_seed(0)).to(like)
 
 

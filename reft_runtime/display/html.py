@@ -10,7 +10,7 @@ _RIGHT = "text-align: right; vertical-align: top"
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]], texts: Sequence[int]) -> str:
-    """A table whose columns `texts` are texts; the others are numbers."""
+    """An HTML table; `texts` are the indices of columns with text, the others hold numbers."""
     styles = [_LEFT if place in texts else _RIGHT for place in range(len(head))]
 
     def line(tag: str, cells: Sequence[str]) -> str:

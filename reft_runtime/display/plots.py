@@ -1,4 +1,4 @@
-"""Pictures, which matplotlib draws where it is installed."""
+"""Pictures, drawn by matplotlib if it is installed."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 WIDEST = 16.0
-"""Inches of a heat map."""
+"""Largest width of a heat map, in inches."""
 
 MOST_TICKS = 60
 
 
 def need_matplotlib() -> None:
-    """Raise `ConfigError` that says how to install it."""
+    """Raise `ConfigError` if matplotlib is missing; the message says how to install it."""
     try:
         import matplotlib  # noqa: F401
     except ImportError:
@@ -32,7 +32,10 @@ def need_matplotlib() -> None:
 
 
 def check_plot(path: str | Path) -> Path:
-    """The place of a picture, which can be drawn and written; raises `ConfigError`."""
+    """The path of a picture, once it is known that it can be drawn and written.
+
+    Raises `ConfigError` that says what is in the way.
+    """
     need_matplotlib()
     from matplotlib.backend_bases import FigureCanvasBase
 
@@ -49,7 +52,7 @@ def check_plot(path: str | Path) -> Path:
 
 
 def save(figure: Figure, path: Path, meanwhile: str = "") -> None:
-    """Write a picture; the `ConfigError` where that fails ends with what is `meanwhile` done."""
+    """Write a picture; if that fails, raise `ConfigError`, whose message ends with `meanwhile`."""
     try:
         figure.savefig(path)
     except OSError as error:
@@ -61,8 +64,8 @@ def save(figure: Figure, path: Path, meanwhile: str = "") -> None:
 def heat_map(edits: Sequence[tuple[int, str, int, float]], axes: Axes | None = None) -> Axes:
     """Draw the sizes of edits, each (layer, component, position, size): layers by positions.
 
-    Where several meet in one place, the largest is shown. Raises `ConfigError` without
-    matplotlib, and `InvalidRequest` where there are none.
+    Where several edits meet in one place, the largest is shown. Raises `ConfigError` without
+    matplotlib, and `InvalidRequest` if there are no edits.
     """
     need_matplotlib()
     if not edits:
@@ -74,7 +77,7 @@ def heat_map(edits: Sequence[tuple[int, str, int, float]], axes: Axes | None = N
     for layer, component, position, size in edits:
         row = sizes[places.index((layer, component))]
         column = positions.index(position)
-        row[column] = max(size, row[column])  # nan, what it holds first, loses
+        row[column] = max(size, row[column])  # a cell begins as nan, which loses
     if axes is None:
         from matplotlib import pyplot
 

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 
 def aligned(rows: Sequence[Sequence[str]], *, numbers: bool = False) -> list[str]:
-    """Lines of rows whose columns stand below each other, two blanks apart.
+    """Rows as lines of text, with columns aligned and two spaces apart.
 
-    With `numbers` all columns but the first are written to the right.
+    With `numbers`, all columns but the first are aligned to the right.
     """
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return [

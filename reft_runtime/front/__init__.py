@@ -1,1 +1,1 @@
-"""The callers' side of the engine: what is asked, checked, and told as text."""
+"""The callers' side of the engine: requests are checked and queued, and tokens become text."""

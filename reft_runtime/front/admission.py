@@ -1,7 +1,7 @@
-"""What callers ask becomes engine requests here: names held versions, prompts tokens, all checked.
+"""Turns what callers ask into checked engine requests: names to held versions, prompts to tokens.
 
-Nothing is queued before a request is known to be sound, and nothing else in the project resolves
-the names of a request, chooses how its prompts are written or compares its length with the model's.
+Nothing is queued before a request is known to be sound. Nothing else in the project resolves the
+names of a request, chooses how its prompts are written or compares its length with the model's.
 """
 
 from __future__ import annotations
@@ -26,30 +26,34 @@ if TYPE_CHECKING:
     from reft_runtime.text import ChatOptions, Message
 
 Prompt = str | Sequence[int] | Sequence[Mapping[str, str]]
-"""Text (as it is, or a message where a file says so), token ids, or the messages of a chat."""
+"""A prompt: a text, token ids, or the messages of a chat.
+
+A text is tokenised as it is, or counts as a user's message if a file of the request says so.
+"""
 
 
 class Versions(Protocol):
     """The part of the registry that requests need."""
 
     def acquire(self, ref: str | Version) -> Version:
-        """The version that a name stands for now, held and its tensors read."""
+        """Return the version that a name stands for now, held and with its tensors read."""
 
     def hold(self, version: Version) -> None:
-        """Begin a request on a version: it is held once more, and the request counted."""
+        """Begin a request on a version: hold it once more, and count the request."""
 
     def release(self, version: Version) -> None:
         """Let go of a version that is held."""
 
     def meant(self, ref: str) -> str:
-        """A question to put behind the error for an unknown name; may be empty."""
+        """A question to append to the error for an unknown name; may be empty."""
 
 
 class Admission:
-    """Resolves, writes and checks what is asked of one engine; may read files, so it may block.
+    """Resolves names, writes prompts and checks requests for one engine.
 
-    Unknown names raise `NotFound`, whose `param` is `interventions.POSITION.name`; versions that
-    cannot be read raise `Unavailable`, or `Overloaded` where others fill the memory.
+    It may read files, so it may block. Unknown names raise `NotFound`, whose `param` is
+    `interventions.POSITION.name`; versions that cannot be read raise `Unavailable`, or `Overloaded`
+    if other requests fill the memory.
     """
 
     def __init__(self, versions: Versions, tokenizer: Encoder, info: EngineInfo) -> None:
@@ -65,7 +69,7 @@ class Admission:
         options: ChatOptions | None = None,
         add_special_tokens: bool | None = None,
     ) -> Sequence[int]:
-        """Token ids of a prompt, written in the form that what is used asks for."""
+        """Token ids of a prompt, written as the files of `uses` ask for."""
         with self._resolved(uses) as versions:
             return self._tokens(_form(versions, uses), prompt, options, add_special_tokens)
 
@@ -80,12 +84,12 @@ class Admission:
         salt: bytes = b"",
         trace: bool = False,
     ) -> list[Prepared]:
-        """One request for each prompt, all checked before the first is made.
+        """Make one request for each prompt; all are checked before the first is made.
 
-        `uses` apply to all of them, in order. The bounds of log-probabilities and traces are those
-        of all prompts together. `options` are how chats are written. Of several requests, each has
-        `request_id` with its position behind it. Raises `InvalidRequest`, and as the class says;
-        then nothing is held.
+        `uses` apply to all of them, in order. The bounds on log-probabilities and traces count all
+        prompts together. `options` say how chats are written. With several prompts, the id of each
+        request is `request_id`, a hyphen and the prompt's position. Raises `InvalidRequest` and the
+        errors that the class names; then nothing is held.
         """
         self._check_sampling(sampling)
         with self._resolved(uses) as versions:
@@ -120,7 +124,7 @@ class Admission:
 
     @contextmanager
     def _resolved(self, uses: Sequence[Use]) -> Iterator[list[Version]]:
-        """The versions that are used, in order, held for the length of the block."""
+        """Yield the versions that are used, in order, and hold them for the length of the block."""
         if len(uses) > MAX_INTERVENTIONS:
             raise InvalidRequest(
                 f"interventions: at most {MAX_INTERVENTIONS} in one request.",

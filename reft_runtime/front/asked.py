@@ -1,4 +1,4 @@
-"""What callers of `generate` and `compare` give: prompts, and what applies to each of them."""
+"""Reads the arguments of `generate` and `compare`: prompts, and what applies to each of them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Uses = str | Use | tuple[str | Use, ...] | None
 
 
 def uses_of(applied: Uses) -> tuple[Use, ...]:
-    """What is applied to one prompt, in order; raises `InvalidRequest`."""
+    """The interventions applied to one prompt, in order. Raises `InvalidRequest`."""
     if applied is None:
         return ()
     several = applied if isinstance(applied, tuple) else (applied,)

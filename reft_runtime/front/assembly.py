@@ -1,4 +1,4 @@
-"""From the engine's token events to the text its callers read, for one request."""
+"""Turns the engine's token events into the text that callers read, for one request."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ from reft_runtime.text import TextStream, Tokenizer
 
 
 class Assembler:
-    """Text, stop strings and results of one request's choices.
+    """Assembles the text of one request's choices, finds stop strings and collects the results.
 
-    `abort_choice` is called with the index of a choice that a stop string ended, for the engine
+    `abort_choice` is called with the index of a choice that a stop string ended, because the engine
     does not know about text.
     """
 
@@ -66,13 +66,14 @@ class Assembler:
 
     @property
     def over(self) -> bool:
-        """Whether nothing more is to come: of a traced request, its trace is there too."""
+        """Whether all choices have ended and, for a traced request, the trace has come."""
         return self.done and (self._explained is not None or not self.request.trace)
 
     def trace(self) -> Trace:
-        """What the interventions of a traced request did; once it is `over`.
+        """What the interventions of a traced request did, available once the request is `over`.
 
-        It takes some milliseconds for thousands of rows.
+        It takes some milliseconds for thousands of rows. Raises `RuntimeError` before that, and for
+        a request that is not traced.
         """
         if self._explained is None:
             raise RuntimeError("the request is not traced, or not over")
@@ -93,9 +94,10 @@ class Assembler:
         return tuple(sorted(found, key=lambda e: (e.position, e.intervention)))
 
     def feed(self, event: Event) -> ChoiceDelta | None:
-        """Take one event of this request; a choice that has ended gives None from then on.
+        """Take one event of this request and return what its choice gained, None if nothing.
 
-        Raises `RequestFailed` where the request failed, `OutOfMemory` where memory ran out.
+        Events of a choice that has ended give None. Raises `RequestFailed` if the request failed,
+        and `OutOfMemory` if memory ran out.
         """
         match event:
             case Started():
@@ -111,7 +113,7 @@ class Assembler:
                     raise OutOfMemory(event.reason)
                 raise RequestFailed(event.reason)
             case Traced():
-                # A preempted prompt is edited again: the same rows, the same sizes.
+                # A preempted prompt is computed and edited again, with the same rows and sizes.
                 for e in event.edits:
                     sizes = self._edits.setdefault(
                         (e.intervention, e.edit, e.layer, e.component), {}
@@ -126,10 +128,10 @@ class Assembler:
     def _token(self, event: TokenMade) -> ChoiceDelta | None:
         text_stream = self._texts.get(event.choice)
         if text_stream is None:
-            return None  # a stop string ended it; the engine was faster than the abort
+            return None  # a stop string ended it, and this token was made before the abort
         tokens = () if event.token is None else (event.token,)
         self._made[event.choice] += len(tokens)
-        # The token that ends an answer is no part of its text, though it may be an ordinary one.
+        # The token that ends an answer is not part of its text, even if it is an ordinary token.
         ends = event.finish_reason == "stop" and not self._include_stop
         text, stop_string = text_stream.push(() if ends else tokens)
         if event.finish_reason and stop_string is None:

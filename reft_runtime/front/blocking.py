@@ -17,7 +17,7 @@ from reft_runtime.schedule.request import Request
 
 
 class Call:
-    """One prepared request, and what has come of it."""
+    """One prepared request, and the answer that grows for it."""
 
     def __init__(self, assembler: Assembler) -> None:
         self.assembler = assembler
@@ -25,7 +25,7 @@ class Call:
 
     @property
     def request(self) -> Request:
-        """What is asked."""
+        """The request as the engine gets it."""
         return self.assembler.request
 
     def answer(self) -> Generation:
@@ -39,7 +39,10 @@ class Call:
 
 
 def run_calls(loop: EngineLoop, calls: Iterable[Call], at_once: int, *, progress: bool) -> None:
-    """Run calls to their end, so many at once; a call that fails raises and drops the others."""
+    """Run calls to their end, at most `at_once` at a time.
+
+    If a call fails, its error is raised and the other calls are aborted.
+    """
     waiting = deque(calls)
     live: dict[str, Call] = {}
     inbox: SimpleQueue[list[Event]] = SimpleQueue()
@@ -54,7 +57,7 @@ def run_calls(loop: EngineLoop, calls: Iterable[Call], at_once: int, *, progress
                 except Overloaded:
                     if not live:
                         raise
-                    break  # the queue is full for now; our own that are in it make room
+                    break  # the queue is full for now; calls of this list that end make room
                 call = waiting.popleft()
                 live[call.request.id] = call
             for event in inbox.get():

@@ -1,4 +1,4 @@
-"""How long a request may be, and how much it may ask to be told: log-probabilities, traces."""
+"""The bounds of a request: its length, its log-probabilities and the rows of its trace."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from reft_runtime.errors import ContextLengthExceeded, InvalidRequest
 from reft_runtime.sampling import SamplingParams
 
 MAX_SCORES = 200_000
-"""Log-probabilities of one request: tokens times one more than their alternatives.
+"""Most log-probabilities of one request: its tokens times (1 + alternatives per token).
 
-With a trace there is one more for each token of an answer, the base model's.
+A trace adds one for each token of an answer: the base model's log-probability.
 """
 
 MAX_TRACED_ROWS = 16_384
-"""Rows of one request's trace: edits times the tokens that they edit."""
+"""Most rows of one request's trace: the sum over its edits of the tokens that each edits."""
 
 
 class _Positions(Protocol):
@@ -27,10 +27,10 @@ class _Positions(Protocol):
 
 
 def check_length(prompt: int, max_tokens: int | None, limit: int, field: str) -> None:
-    """Raise `ContextLengthExceeded` where a prompt of so many tokens leaves its answer no room.
+    """Raise `ContextLengthExceeded` if a prompt of `prompt` tokens leaves no room for its answer.
 
-    An answer without `max_tokens` needs one token. The error names the prompt's `field`, or
-    `max_tokens` where a shorter answer would do.
+    An answer without `max_tokens` needs one token. The error's `param` is the prompt's `field`, or
+    `max_tokens` if a shorter answer would fit.
     """
     needed = 1 if max_tokens is None else max_tokens
     if prompt + needed > limit:
@@ -50,11 +50,11 @@ def bounded(
     *,
     trace: bool,
 ) -> Iterator[SamplingParams]:
-    """The settings of each prompt, of which these are the lengths.
+    """Yield the settings for each prompt; `prompts` are the lengths in tokens.
 
-    The bounds are those of all prompts together; a `max_tokens` that is not given (None) becomes
-    what they allow, and the model's length, `limit`. `edited` are the positions of each edit.
-    Raises `InvalidRequest`.
+    The bounds count all prompts together. A `max_tokens` of None becomes the most that the bounds
+    and `limit`, the model's length, allow. `edited` are the positions of each edit. Raises
+    `InvalidRequest`.
     """
     given, rows = sampling.max_tokens is not None, 0
     for prompt in prompts:
@@ -67,9 +67,10 @@ def bounded(
 def _bound_scores(
     prompts: Sequence[int], sampling: SamplingParams, room: int, *, trace: bool
 ) -> SamplingParams:
-    """Settings of a request with prompts of such lengths, its log-probabilities bounded.
+    """Settings of a request with prompts of these lengths, after checking its log-probabilities.
 
-    A `trace` needs those of the answers' tokens: the settings ask for them then.
+    A `trace` needs the log-probabilities of the answers' tokens, so the returned settings ask for
+    them.
     """
     scored = 0
     if sampling.prompt_logprobs is not None:
@@ -104,13 +105,13 @@ def _bound_scores(
 def _bound_trace(
     edited: Sequence[_Positions], prompt: int, sampling: SamplingParams, *, given: bool, taken: int
 ) -> tuple[int, SamplingParams]:
-    """Most rows that a trace of these edits has, with those `taken` before, and the settings.
+    """The most rows that a trace may have after this prompt, `taken` included, and the settings.
 
-    `given` says whether the caller chose `max_tokens`; if not it becomes what the bound allows.
+    `given` says whether the caller chose `max_tokens`; if not, it becomes what the bound allows.
     """
     rows = taken + sum(positions.count(prompt) for positions in edited)
     each = sum(positions.edits_decode for positions in edited)
-    # The last token is not computed, so that nothing edits it.
+    # The last token is never run through the model, so nothing edits it.
     made = max(0, (sampling.max_tokens or 0) - 1)
     if each and not given and rows <= MAX_TRACED_ROWS:
         made = min(made, (MAX_TRACED_ROWS - rows) // each)

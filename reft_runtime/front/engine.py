@@ -1,4 +1,4 @@
-"""The library's front door: one resident model, its interventions, and prompts in, answers out."""
+"""The library's entry point: one resident model and its interventions, prompts in, answers out."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ _P = ParamSpec("_P")
 def _giving_back(
     init: Callable[Concatenate[Engine, _P], None],
 ) -> Callable[Concatenate[Engine, _P], None]:
-    """Decorate `Engine.__init__`: where it fails, the caller has the model back."""
+    """Decorate `Engine.__init__`: if it fails, give the model back to the caller."""
 
     @wraps(init)
     def wrapper(self: Engine, /, *args: _P.args, **kwargs: _P.kwargs) -> None:
@@ -64,22 +64,22 @@ class Engine:
     """One resident base model that answers prompts, each through its own interventions.
 
     `model` is "demo", a hub id, a folder, or a transformers model (then `tokenizer` is needed).
-    `interventions` is a folder of files; uploads are kept in `state_dir`, or in memory without
-    one; `allow_base` is a shell pattern for the names of base models whose files fit this one;
+    `interventions` is a folder of files. Uploads are kept in `state_dir`, or in memory without one.
+    `allow_base` is a shell pattern for the names of base models whose files fit this one.
     `intervention_bytes` bounds the memory of interventions, `state_bytes` the uploads on disk.
     `max_running` bounds the answers made at once (64, on a CUDA device 256), `max_queued` and
     `max_queued_tokens` what may wait, `max_step_tokens` the tokens of one step (2,048, on a CUDA
-    device 8,192; measured times bound them too), `kv_tokens`
-    the tokens whose keys and values are held (by default from free memory); with `prefix_cache`
-    those that nobody uses are kept, and reused where prompts begin alike and are edited alike.
-    `threads` is by default one a core that this process may use, `device` is cpu, cuda or
-    cuda:N (a model in memory stays where it is), `dtype` "auto" the fast one for the device.
-    A transformers model is this engine's until `close`, which makes it again what it was.
-    Loading blocks; everything else may be called from any thread.
+    device 8,192; measured times bound them too). `kv_tokens` is how many tokens' keys and values
+    are held (by default from free memory). With `prefix_cache`, keys and values that no request
+    uses are kept, and reused for prompts that begin alike and are edited alike. `threads` defaults
+    to one for each core that this process may use. `device` is cpu, cuda or cuda:N (a model in
+    memory stays where it is); `dtype` "auto" is the fast one for the device. A transformers model
+    belongs to this engine until `close`, which restores it. Loading blocks; everything else may be
+    called from any thread.
     """
 
     _lent: LoadedModel | None = None
-    """A model object that was handed in; None where the engine loaded one itself."""
+    """The model object that was handed in; None if the engine loaded one itself."""
 
     @releasing_workers
     @_giving_back
@@ -190,11 +190,11 @@ class Engine:
         interventions: Sequence[Uses],
         sampling: SamplingParams | None = None,
     ) -> Comparisons:
-        """Answer one prompt with the base model and with each of `interventions`, and say why.
+        """Answer one prompt with the base model and with each of `interventions`, and trace each.
 
         The base model comes first. Each trace says how far every edit moved every row, and how far
-        the answer's tokens are from what the base model would say after the same ones. Greedy
-        unless `sampling` says otherwise.
+        the answer's tokens are from what the base model would say after the same ones. Decoding is
+        greedy unless `sampling` says otherwise.
         """
         if not isinstance(interventions, list):  # a tuple would be one composition
             raise InvalidRequest(
@@ -223,9 +223,9 @@ class Engine:
     ) -> Stream:
         """Start one request, with `uses` applied in order; a `trace` is for `Stream.trace`.
 
-        Requests of different `salt` share nothing in the prefix cache. What it applies is held from
-        here on, until it ends. Raises before anything is queued, as `Admission.prepare` in a
-        worker thread and then `start` do.
+        Requests of different `salt` share nothing in the prefix cache. The versions that the
+        request applies are held from here until it ends. Raises before anything is queued. This is
+        `Admission.prepare` in a worker thread, followed by `start`, and it raises what these do.
         """
         work = partial(
             self.admission.prepare,
@@ -242,9 +242,9 @@ class Engine:
     def start(self, prepared: Prepared) -> Stream:
         """Queue a request that was prepared; its stream is for the running event loop.
 
-        The versions that it holds are let go when it is over, or here if it is refused: raises
-        `InvalidRequest` where another of its id is not over, `Overloaded`, `Draining` or
-        `EngineDead`.
+        The versions that the request holds are released when it is over, or at once if it is
+        refused. Raises `InvalidRequest` if another request of this id is not over, `Overloaded`,
+        `Draining` or `EngineDead`.
         """
         request = prepared.request
         loop = asyncio.get_running_loop()
@@ -279,7 +279,7 @@ class Engine:
         return self._loop.stats()
 
     def begin_drain(self) -> None:
-        """Take no new request from now on; those that run or wait go on."""
+        """Take no new requests from now on; those that run or wait go on."""
         self._loop.begin_drain()
 
     async def drained(self) -> None:
@@ -287,11 +287,11 @@ class Engine:
         await asyncio.to_thread(self._loop.wait_empty)
 
     def check_integrity(self) -> None:
-        """Raise AssertionError if an idle engine still holds anything, or its books disagree."""
+        """Raise `AssertionError` if an idle engine still holds anything, or its counts disagree."""
         self._loop.check_integrity()
 
     def close(self) -> None:
-        """Fail what is left and stop; a model object works as before then. Safe to call twice."""
+        """Fail the requests that are left, stop, and restore a model object. Safe to call twice."""
         self._loop.close()
         self.registry.close()
         self._give_back()
@@ -308,7 +308,7 @@ class Engine:
         *,
         trace: bool = False,
     ) -> Iterator[list[Call]]:
-        """Calls that hold their versions for the length of the block."""
+        """Yield calls, whose versions are held for the length of the block."""
         with ExitStack() as held:
             calls = []
             for prompt, uses in asked:

@@ -1,4 +1,4 @@
-"""A result that somebody must let go of, made in a thread for an asker who may leave."""
+"""Awaits a result that must be released, made in a thread for a caller who may leave."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ T = TypeVar("T")
 
 
 async def unless_left(making: Awaitable[T], undo: Callable[[T], object]) -> T:
-    """Result of `making`, which goes on where its asker is cancelled; `undo` gets the result then.
+    """Return the result of `making`; if the caller is cancelled, pass the result to `undo` instead.
 
-    A thread cannot be stopped, so what it takes hold of for an asker who has left must be let go.
+    `making` goes on after a cancellation, because a thread cannot be stopped. `undo` releases what
+    it acquired for a caller who has left.
     """
     made = asyncio.ensure_future(making)
 

@@ -13,19 +13,18 @@ from reft_runtime.schedule.request import Request
 class Prepared:
     """A request that was checked completely, and holds the versions that it applies.
 
-    Whoever has it starts it (`Engine.start`), or lets go of the versions with `release`. `versions`
-    are written `NAME@DIGEST`, in the order in which they apply; `form` is how its prompt was
-    written.
+    Its owner starts it (`Engine.start`), or lets go of the versions with `release`. `versions` are
+    written `NAME@DIGEST`, in the order in which they apply; `form` is how its prompt was written.
     """
 
     request: Request
     versions: tuple[str, ...]
     form: PromptForm
     release: Callable[[], None]
-    """Does nothing when it is called again."""
+    """Lets go of the versions; does nothing when it is called again."""
 
 
 def release_all(prepared: Iterable[Prepared]) -> None:
-    """Let go of what requests hold that are not started."""
+    """Let go of the versions that these requests hold; for requests that are not started."""
     for one in prepared:
         one.release()

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class Encoder(Protocol):
-    """The part of a `Tokenizer` that writes prompts, as it says there."""
+    """The part of a `Tokenizer` that writes prompts; the methods are documented there."""
 
     def encode(
         self, text: str, *, add_special_tokens: bool = True, completion_prefix: str = ""
@@ -35,17 +35,17 @@ class Encoder(Protocol):
         """Token ids of a prompt that asks for the next turn of a chat."""
 
     def laid_out(self, text: str, template: str) -> str | None:
-        """The text as a whole prompt, if it ends as the template ends prompts."""
+        """The text as a whole prompt if it ends as the template ends prompts, else None."""
 
 
 @dataclass(frozen=True, slots=True)
 class PromptForm:
-    """What the files of a request say of its prompts.
+    """How the files of a request want prompts to be written.
 
-    `templates` are theirs, each with what it does with a system turn, and the name of an
-    intervention that brings it; without any, chats are written by the base model's own. `texts` is
-    True where a text is what a user says in a chat. `completion_prefix` is what answers begin with
-    that is not shown, and prompts do not end with.
+    `templates` are those of the files, each with what it does with a system turn and the name of an
+    intervention that brings it; without any, the base model's own template writes chats. `texts` is
+    True if a text is what a user says in a chat. `completion_prefix` is a text that answers begin
+    with: it is not shown, and prompts do not end with it.
     """
 
     templates: tuple[tuple[str, SystemTurn, str], ...] = ()
@@ -54,7 +54,7 @@ class PromptForm:
 
     @classmethod
     def of(cls, applied: Sequence[tuple[Version, float]]) -> PromptForm:
-        """The form for versions at strengths."""
+        """The form for versions, each with its strength."""
         found = {
             (version.template, version.system_turn): version.name
             for version, _ in applied
@@ -73,9 +73,9 @@ class PromptForm:
         *,
         add_special_tokens: bool | None = None,
     ) -> list[int]:
-        """Token ids of a chat; raises `InvalidRequest` where templates differ.
+        """Token ids of a chat. Raises `InvalidRequest` if the files' templates differ.
 
-        What they do with a system turn may differ where there is none.
+        Templates may differ in what they do with a system turn if the chat has none.
         """
         alike = len({template for template, _, _ in self.templates}) <= 1
         systems = any(message["role"] == "system" for message in messages)
@@ -100,9 +100,9 @@ class PromptForm:
     def text(
         self, tokenizer: Encoder, text: str, *, add_special_tokens: bool | None = None
     ) -> list[int]:
-        """Token ids of a text: as a chat's one message where files say so, else as it is.
+        """Token ids of a text: as the one message of a chat if the files say so, else as it is.
 
-        A text that ends as the template ends its prompts is laid out already.
+        A text that already ends as the template ends its prompts is not laid out again.
         """
         if self.texts:
             written = tokenizer.laid_out(text, self.templates[0][0])
@@ -118,9 +118,10 @@ class PromptForm:
 
 
 def _completion_prefix(applied: Sequence[tuple[Version, float]]) -> str:
-    """What answers of these versions, at these strengths, begin with for the tokenizer's sake.
+    """The prefix that answers of these versions, at these strengths, begin with; may be empty.
 
-    A strength of 0 is the base model, which knows of none; where versions differ nothing is taken.
+    A version at strength 0 is the base model and has no prefix. If the versions' prefixes differ,
+    the result is empty.
     """
     said = {version.completion_prefix for version, strength in applied if strength}
     found = said - {None}

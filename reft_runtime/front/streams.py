@@ -17,12 +17,12 @@ from reft_runtime.outputs import ChoiceDelta, TokenLogprob, Trace
 
 
 class Stream:
-    """One request; iterate it for what its choices gain.
+    """One request as an asynchronous iterator over what its choices gain.
 
-    Each item holds what came since the last one: a slow reader gets larger items. Iteration ends
-    after all choices have ended, and raises `RequestFailed`, `OutOfMemory` or `EngineDead` where
-    the request did not get that far. `versions` are the interventions applied, as `name@digest`,
-    in order.
+    Each item holds what came since the last one, so a slow reader gets larger items. Iteration ends
+    after all choices have ended, and raises `RequestFailed`, `OutOfMemory` or `EngineDead` if the
+    request did not get that far. `versions` are the interventions applied, as `name@digest`, in
+    order.
     """
 
     def __init__(
@@ -47,7 +47,7 @@ class Stream:
 
     @property
     def prompt_logprobs(self) -> list[TokenLogprob | None] | None:
-        """The prompt's log-probabilities, if asked for: complete when the first item arrives."""
+        """The prompt's log-probabilities, if asked for; complete when the first item arrives."""
         return self.assembler.prompt_logprobs
 
     @property
@@ -70,9 +70,10 @@ class Stream:
         return deltas
 
     async def trace(self) -> Trace:
-        """What the interventions of a traced request did, when all its choices have ended.
+        """What the interventions of a traced request did; waits until all its choices have ended.
 
-        Raises as iterating does. Who is cancelled here ends the request.
+        Raises `RequestFailed`, `OutOfMemory` or `EngineDead`, as iteration does. Cancelling this
+        call ends the request.
         """
         try:
             while not self._over:
@@ -102,7 +103,7 @@ class Stream:
             self._end()
             return
         except Exception as error:
-            # Text that cannot be made is this request's fault alone.
+            # A fault while the text is made ends this request alone.
             memory = isinstance(error, MemoryError)
             kind = OutOfMemory if memory else RequestFailed
             self._error = kind(f"its text could not be made: {error}")
@@ -131,7 +132,7 @@ class EventLoopSink:
         self.streams: dict[str, Stream] = {}
 
     def __call__(self, events: list[Event]) -> None:
-        """Called on the engine's thread."""
+        """Hand over the events of one step; called on the engine's thread."""
         self._loop.call_soon_threadsafe(self._dispatch, events)
 
     def _dispatch(self, events: list[Event]) -> None:

@@ -1,4 +1,4 @@
-"""What an intervention is: its maths, its file, its positions, and the registry of versions."""
+"""Interventions: their maths, files and positions, and the registry of versions."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> object:
-    """Import on first use, so that what a file is called can be known without torch."""
+    """Import on first use, so that file names can be recognised without loading torch."""
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)

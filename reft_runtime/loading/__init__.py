@@ -1,1 +1,1 @@
-"""A base model made ready: loaded, its layers replaced, and checked by packed steps."""
+"""Makes a base model ready: loads it, replaces its layers, and checks it by packed steps."""

@@ -1,4 +1,4 @@
-"""The base model of a name: found, loaded, with its tokenizer."""
+"""Finds and loads the base model of a name, with its tokenizer."""
 
 from __future__ import annotations
 
@@ -30,8 +30,9 @@ def load_base(
 ) -> tuple[str, LoadedModel, PreTrainedTokenizerBase]:
     """Name, model and tokenizer of "demo", a hub id, a folder, or a model in memory.
 
-    A model in memory stays on its device, and is nobody else's until `LoadedModel.give_back`:
-    `ConfigError` where somebody has it. `device` and `differentiable` as in `load_model`.
+    A model in memory stays on its device, and nobody else may take it until
+    `LoadedModel.give_back`; raises `ConfigError` if somebody has it already. `device` and
+    `differentiable` are those of `load_model`.
     """
     if isinstance(model, PreTrainedModel):
         if tokenizer is None:
@@ -49,7 +50,7 @@ def load_base(
         with stage("Finding the model"):
             path, name = locate(str(model))
             check_config(read_config(path))
-            # The tokenizer before the weights: what is wrong with it is told at once.
+            # The tokenizer is read before the weights, so that its faults are reported at once.
             tokenizer = tokenizer or read_tokenizer(path)
         loaded = load_model(
             path,
@@ -64,7 +65,7 @@ def load_base(
 
 
 def read_words(model: str | Path) -> Tokenizer:
-    """The tokenizer of "demo", a hub id or a folder, without its weights."""
+    """The tokenizer of "demo", a hub id or a folder; no weights are read."""
     path, _ = locate(str(model))
     config = read_config(path)
     check_config(config)

@@ -1,10 +1,10 @@
-"""The check at load: a model as it will be served gives what the model gave before.
+"""The check at load: a model as it will be served gives the logits that it gave before.
 
-Its own logits are taken first, while nothing is replaced. When all is replaced, the same tokens go
-through packed steps as in serving: several prompts of different lengths in one step, whole and in
-chunks, prompts beside decoding sequences, keys and values in the storage that serves, in the dtype
-that serves. How far the two may be apart is the model's own rounding: how far its two attention
-implementations are.
+The model's own logits are taken first, while nothing is replaced. When all is replaced, the same
+tokens go through packed steps as in serving: several prompts of different lengths in one step,
+whole and in chunks, prompts beside decoding sequences, keys and values in the storage that serves,
+in the dtype that serves. The two may be apart by a multiple of the model's own rounding, which is
+the distance between its two attention implementations.
 """
 
 from __future__ import annotations
@@ -32,24 +32,33 @@ from reft_runtime.schedule.scheduler import Chunk
 from reft_runtime.schedule.sequence import Sequence
 
 CHUNKS = ((12, 22, 23), (10, 13, 14), (5, 6), (1, 2))
-"""Where the chunks of each prompt end: long and short, more than a block, and single tokens."""
+"""Where the chunks of each prompt end, in tokens.
+
+There are long and short prompts, some longer than a block, and chunks of single tokens.
+"""
 
 LARGEST_WINDOW = 64
-"""Windows up to this are passed by prompts; larger ones are known from the mask alone."""
+"""Largest sliding window, in tokens, that prompts are made to exceed.
+
+Larger windows are known from the mask alone.
+"""
 
 ROUNDINGS = 4
-"""The engine may be so many times as far from the model as the model is from itself."""
+"""How many times the model's own rounding the engine's logits may be away from the model's."""
 
 LEAST = {4: 1e-3, 2: 8}
-"""Distances that are always allowed: of float32 relative, of others in roundings of the dtype."""
+"""Distances that are always allowed, by the dtype's bytes.
+
+The one of float32 is a relative distance, the others are roundings (eps) of the dtype.
+"""
 
 MOST = 0.5
-"""From here on logits say nothing: those of another model are 1.4 apart."""
+"""Relative distance from which logits say nothing; those of another model are 1.4 apart."""
 
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One prompt: its tokens, and where the chunks end in which it is computed."""
+    """One prompt: its tokens, and the ends of the chunks in which it is computed."""
 
     tokens: Tensor
     ends: tuple[int, ...]
@@ -57,27 +66,27 @@ class Sample:
 
 @dataclass(frozen=True, slots=True)
 class OwnLogits:
-    """What a model gives for its samples, by logits [tokens, vocabulary], and how far it rounds."""
+    """A model's own logits for its samples, each [tokens, vocabulary], and how far it rounds."""
 
     samples: tuple[Sample, ...]
     logits: tuple[Tensor, ...]
     rounding: Tensor
-    """Relative distance of each token's logits between its own attention implementations.
+    """Relative distance of each token's logits between the model's two attention implementations.
 
-    Zero in float32, where that is far below what is allowed anyway.
+    It is zero in float32, where rounding is far below what is allowed anyway.
     """
 
 
 def own_logits(
     model: PreTrainedModel, probed: SequenceOf[ProbedLayer], max_tokens: int
 ) -> OwnLogits:
-    """Run samples through the model's own attention; before anything of it is replaced."""
+    """Run samples through the model's own attention, before anything of the model is replaced."""
     samples = _samples(model.config, {layer.window for layer in probed}, max_tokens)
 
     def run(implementation: str) -> tuple[Tensor, ...]:
         model.set_attn_implementation(implementation)
         found: list[Tensor] = []
-        # In batches: what fills up a row comes after its tokens, which do not see it.
+        # In batches: padding comes after a row's tokens, which do not see it.
         for batch in (samples[: len(CHUNKS)], samples[len(CHUNKS) :]):
             if batch:
                 ids = pad_sequence([sample.tokens for sample in batch], batch_first=True)
@@ -88,13 +97,13 @@ def own_logits(
     eager = run("eager")
     rounding = torch.zeros(1)
     if model.dtype.itemsize < 4:
-        with suppress(ValueError, ImportError):  # some have only the one
+        with suppress(ValueError, ImportError):  # some models have only one
             rounding = _distances(run("sdpa"), eager)
     return OwnLogits(samples, eager, rounding)
 
 
 def check(loaded: LoadedModel, own: OwnLogits, probed: SequenceOf[ProbedLayer]) -> None:
-    """Raise `UnsupportedModel`, with a reason, where packed steps give other logits than `own`."""
+    """Raise `UnsupportedModel`, with a reason, if packed steps give other logits than `own`."""
     dtype = name_of(loaded.dtype)
     if not all(bool(logits.isfinite().all()) for logits in own.logits):
         raise UnsupportedModel(f"its own logits are not finite in {dtype}; try another dtype")
@@ -111,7 +120,7 @@ def check(loaded: LoadedModel, own: OwnLogits, probed: SequenceOf[ProbedLayer]) 
     windows = [layer.window for layer in probed if layer.window is not None]
     for what, rows in _kinds(own.samples, min(windows, default=None)).items():
         found = distances[rows]
-        # A router's choice may turn on a rounding, for single tokens; never in float32.
+        # Rounding may change a router's choice for single tokens, though not in float32.
         far = float(found.max() if exact else found.median())
         if not far <= allowed:
             raise UnsupportedModel(
@@ -129,7 +138,7 @@ def _samples(
             ends = {window - 1, window, window + 1, 2 * window + 3, 2 * window + 4}
             plans.append(tuple(sorted(ends - {0})))
     generator = torch.Generator().manual_seed(0)
-    # Neither the first ids nor the last: there special tokens are, and bytes, and padding.
+    # The first and the last ids are left out: special tokens, bytes and padding are there.
     first, stop = config.vocab_size // 8, max(config.vocab_size // 2, 1)
     samples = []
     for plan in plans:
@@ -140,7 +149,7 @@ def _samples(
 
 
 def _packed_logits(loaded: LoadedModel, samples: SequenceOf[Sample]) -> list[Tensor]:
-    """Logits of all tokens by packed steps: the first has every sample's first chunk, and so on."""
+    """Logits of all tokens by packed steps, which compute one chunk of each sample at a time."""
     sequences = [
         Sequence(Request(str(i), tuple(ids), SamplingParams(), seed=0), 0, i, ids)
         for i, ids in enumerate(sample.tokens.tolist() for sample in samples)
@@ -178,7 +187,7 @@ def _start_and_length(ends: SequenceOf[int], turn: int) -> tuple[int, int]:
 
 
 def _distances(given: SequenceOf[Tensor], wanted: SequenceOf[Tensor]) -> Tensor:
-    """Relative distance of each row of logits, on the CPU; what all tokens have in common aside."""
+    """Relative distance of each row of logits, on the CPU, after each row's mean is removed."""
     found = []
     for one, other in zip(given, wanted, strict=True):
         a, b = (logits.float() - logits.float().mean(-1, keepdim=True) for logits in (one, other))
@@ -188,7 +197,7 @@ def _distances(given: SequenceOf[Tensor], wanted: SequenceOf[Tensor]) -> Tensor:
 
 
 def _kinds(samples: SequenceOf[Sample], window: int | None) -> dict[str, list[int]]:
-    """Rows by how they are computed: each kind is judged by itself."""
+    """Indices of rows by the way in which they are computed; each kind is judged by itself."""
     kinds: dict[str, list[int]] = {}
     row = 0
     for sample in samples:

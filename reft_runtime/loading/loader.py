@@ -1,4 +1,4 @@
-"""Loads a base model, and refuses, with the reason, what the engine would get wrong."""
+"""Loads a base model, and refuses, with the reason, a model that the engine would get wrong."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from reft_runtime.machine.dtypes import DTYPES
 PROBE_TOKENS = 8
 
 NATIVE_BFLOAT16 = ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16")
-"""Capabilities of CPUs, as torch names them, that multiply bfloat16: two of x86, two of ARM."""
+"""Capabilities of CPUs, by torch's names, that multiply bfloat16: two of x86, two of ARM."""
 
 
 def choose_device(name: str) -> torch.device:
-    """Device by name: cpu, cuda or cuda:N."""
+    """The device of a name: cpu, cuda or cuda:N. Raises `ConfigError`."""
     try:
         device = torch.device(name)
     except RuntimeError:
@@ -42,7 +42,10 @@ def choose_device(name: str) -> torch.device:
 
 
 def choose_dtype(name: str, device: torch.device) -> torch.dtype:
-    """Dtype by name; "auto" is bfloat16 where the device multiplies it natively, else float32."""
+    """The dtype of a name; "auto" is bfloat16 if the device multiplies it natively, else float32.
+
+    Raises `ConfigError`.
+    """
     if name == "auto":
         if device.type == "cuda":
             native = torch.cuda.is_bf16_supported(including_emulation=False)
@@ -66,10 +69,10 @@ def load_model(
 ) -> LoadedModel:
     """Load a causal language model from a folder or hub id, by transformers, without remote code.
 
-    `tokenizer` is the model's: its end of sequence ends an answer too. A `differentiable` model
-    lets gradients through to the activations: it keeps its own operators.
-    Raises `ConfigError` where the folder cannot be read, or not all weights come from it, and
-    `UnsupportedModel` where the engine would not give the model's own tokens.
+    `tokenizer` is the model's; its end of sequence ends an answer too. A `differentiable` model
+    lets gradients through to the activations and so keeps its own operators. Raises `ConfigError`
+    if the folder cannot be read or not all weights come from it, and `UnsupportedModel` if the
+    engine would not give the model's own tokens.
     """
     config = read_config(path)
     check_config(config)
@@ -93,9 +96,9 @@ def adopt_model(
     tokenizer: PreTrainedTokenizerBase | None = None,
     differentiable: bool = False,
 ) -> LoadedModel:
-    """Make a model in memory ready for packed steps where it is; checks it as `load_model` does.
+    """Make a model in memory ready for packed steps where it is; checked as by `load_model`.
 
-    `LoadedModel.give_back` makes it again what it was; so does an exception.
+    `LoadedModel.give_back` restores the model; so does an exception.
     """
     if model.device.type == "cuda":
         torch.cuda.set_device(model.device)  # Triton's kernels are launched on the current one
@@ -113,7 +116,7 @@ def adopt_model(
         weight_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
         fused, packed = Fused(), Packed()
         if not differentiable:
-            # Not in inference mode: packed weights may meet gradients, outside of the engine.
+            # Not in inference mode: outside the engine, packed weights may meet gradients.
             with stage("Packing the weights"), torch.inference_mode(mode=False), torch.no_grad():
                 fused = fuse(model, layers, probed)
                 packed = prepack(model)
@@ -145,7 +148,7 @@ def adopt_model(
 
 
 def _probe(model: PreTrainedModel, max_tokens: int) -> tuple[ProbedLayer, ...]:
-    """See what every layer asks of attention, and remember windows at the modules."""
+    """Record what every layer asks of attention, and keep windows as attributes of the modules."""
     config = model.config
     positions = torch.arange(min(PROBE_TOKENS, max_tokens), device=model.device)
     probe = ShapeProbe(max_tokens, model.dtype)

@@ -1,4 +1,4 @@
-"""Text on the caller's side of the engine, which itself speaks token ids only."""
+"""Text for the callers of the engine, which itself works on token ids only."""
 
 from reft_runtime.text.chat import ChatOptions, Message
 from reft_runtime.text.stream import Detokenizer, StopChecker, TextOffsets, TextStream

@@ -22,16 +22,16 @@ Message = Mapping[str, str]
 Switches = Mapping[str, bool | int | float | str]
 
 _GIVEN = {"messages", "tools", "documents", "raise_exception", "strftime_now", "namespace", "range"}
-"""Names that a chat template gets from the library, as far as its call's parameters do not say."""
+"""Names that transformers sets in a chat template beside the parameters of its call."""
 
 
 @dataclass(frozen=True, slots=True)
 class ChatOptions:
     """How a chat is written.
 
-    With `add_generation_prompt` it ends where the next turn is to begin; with
-    `continue_final_message` within the last turn, which the answer goes on with. `switches` are
-    values of the template's own variables, such as `enable_thinking`.
+    With `add_generation_prompt` the text ends where the next turn is to begin. With
+    `continue_final_message` it ends within the last turn, and the answer goes on with that turn.
+    `switches` are values of the template's own variables, such as `enable_thinking`.
     """
 
     add_generation_prompt: bool = True
@@ -42,10 +42,11 @@ class ChatOptions:
 def fill(
     template: str, system: SystemTurn, messages: Sequence[Message], options: ChatOptions
 ) -> str:
-    """`template` with the text of the one user message that it takes in the place of `{prompt}`.
+    """Write a chat by a template with one field: the user's message replaces `{prompt}`.
 
-    Texts of system turns stand before it, with an empty line between, unless `system` says
-    otherwise. Whatever does not fit is an `InvalidRequest` that names its field.
+    The chat must have exactly one user message. Texts of system turns stand before it, with an
+    empty line between, unless `system` says otherwise. Raises `InvalidRequest`, which names the
+    field that does not fit.
     """
     if options.continue_final_message or not options.add_generation_prompt:
         name = (
@@ -80,9 +81,10 @@ def fill(
 def render(
     tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], options: ChatOptions
 ) -> str:
-    """A chat as the model's own template writes it; it says what it does not take.
+    """Write a chat by the model's own template. Raises `InvalidRequest` if that fails.
 
-    A template is a program of the model's maker: whatever it raises, the messages are not for it.
+    A template is a program of the model's maker: whatever it raises means that it does not take the
+    messages.
     """
     if not tokenizer.chat_template:
         raise InvalidRequest(
@@ -133,12 +135,12 @@ def switches_of(tokenizer: PreTrainedTokenizerBase) -> list[str]:
 
 
 class _Generation(jinja2.ext.Extension):
-    """Reads `{% generation %}`, a tag that the library adds for training, as its content."""
+    """Reads the tag `{% generation %}`, which transformers adds for training, as its content."""
 
     tags = {"generation"}  # noqa: RUF012 - as jinja2 declares it
 
     def parse(self, parser: Any) -> Any:
-        """The tag's body."""
+        """Return the nodes of the tag's body."""
         next(parser.stream)
         return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 

@@ -1,4 +1,4 @@
-"""From generated token ids to text as it becomes known: whole characters, up to a stop string."""
+"""Turns generated token ids into text: whole characters, up to a stop string."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Protocol
 
 
 class Decoder(Protocol):
-    """The part of a `Tokenizer` that reads answers, as it says there."""
+    """The part of a `Tokenizer` that decodes answers; the methods are documented there."""
 
     @property
     def byte_level(self) -> bool:
@@ -67,7 +67,7 @@ class Detokenizer:
 
     def _push(self, token: int) -> str:
         content = self._tokenizer.token_bytes(token)
-        # What adds no text is no context either.
+        # A token that adds no text gives no context either.
         if not content or (self._skip and token in self._tokenizer.special_ids):
             return ""
         if self._byte_level:
@@ -79,10 +79,10 @@ class Detokenizer:
 
 
 class StopChecker:
-    """Finds the stop string that is complete first, wherever the text is cut into pieces.
+    """Finds the first complete stop string, however the text is cut into pieces.
 
-    Of two that end at the same character the longer one counts. Time is linear in the text
-    (Knuth, Morris and Pratt 1977).
+    Of two that end at the same character the longer one counts. Time is linear in the text (Knuth,
+    Morris and Pratt 1977).
     """
 
     def __init__(self, stop: Sequence[str]) -> None:
@@ -90,7 +90,7 @@ class StopChecker:
         self._borders = [_borders(pattern) for pattern in self._stop]
         self._firsts = {pattern[0] for pattern in stop}
         self._matched = [0] * len(stop)
-        """Length of each stop string's longest beginning that the text so far ends with."""
+        """For each stop string, the length of its longest prefix that the text so far ends with."""
         self._held = ""
 
     def push(self, text: str) -> tuple[str, str | None]:
@@ -105,7 +105,7 @@ class StopChecker:
         begun = bool(self._held)
         for end, char in enumerate(text, start=len(self._held) + 1):
             if not begun and char not in self._firsts:
-                continue  # most characters belong to none of them, however many there are
+                continue  # most characters are in no stop string
             for i, (pattern, borders) in enumerate(zip(self._stop, self._borders, strict=True)):
                 length = self._matched[i]
                 while length and pattern[length] != char:
@@ -120,13 +120,13 @@ class StopChecker:
         return buffer[:shown], None
 
     def finish(self) -> str:
-        """Return the text held back: no stop string came."""
+        """Return the text that was held back, when the text ends without a stop string."""
         held, self._held = self._held, ""
         return held
 
 
 class Beginning:
-    """Takes `prefix` off the beginning of a text that comes in pieces.
+    """Removes `prefix` from the beginning of a text that comes in pieces.
 
     A prefix is at most one character, so that a piece has it whole or not at all.
     """
@@ -144,8 +144,9 @@ class Beginning:
 class TextStream:
     """Text of one choice, up to its stop string, if one comes after `min_tokens` tokens.
 
-    The stop string itself is left out of the text, unless `include_stop` asks for it. So is the
-    `completion_prefix` that the text begins with, before stop strings are looked for.
+    The stop string itself is left out of the text, unless `include_stop` asks for it. A
+    `completion_prefix` at the beginning of the text is left out too, before stop strings are looked
+    for.
     """
 
     def __init__(
@@ -165,7 +166,7 @@ class TextStream:
         self._include_stop = include_stop
 
     def push(self, ids: Sequence[int]) -> tuple[str, str | None]:
-        """Take the next tokens; return the text to show, and the stop string that ended it."""
+        """Take the next tokens; return the text to show, and the stop string if it has come."""
         self._required -= len(ids)
         text = self._shown(self._detokenizer.push(ids))
         return (text, None) if self._required > 0 else self._found(*self._stop.push(text))
@@ -182,8 +183,8 @@ class TextStream:
 class TextOffsets:
     """Where each token of a text begins, in characters of the text that is shown.
 
-    A token that begins within a character begins where that character does; one that adds no
-    text, such as a special token that is left out, where the next one does.
+    A token that begins within a character begins where that character does. A token that adds no
+    text, such as a special token that is left out, begins where the next one does.
     """
 
     def __init__(
@@ -196,17 +197,17 @@ class TextOffsets:
         self._shown = Beginning(completion_prefix)
         self._detokenizer = Detokenizer(tokenizer, skip_special_tokens=skip_special_tokens)
         self.end = 0
-        """Characters so far, an incomplete one not counted."""
+        """Number of characters so far, without an incomplete one."""
 
     def push(self, token: int) -> int:
-        """Take the next token; return where it begins."""
+        """Take the next token; return where it begins, in characters."""
         begin = self.end
         self.end += len(self._shown(self._detokenizer.push((token,))))
         return begin
 
 
 def _borders(pattern: str) -> list[int]:
-    """For each length of a beginning of `pattern`, that of its longest proper border."""
+    """For each prefix of `pattern`, the length of its longest proper border."""
     borders = [0, 0]
     for char in pattern[1:]:
         length = borders[-1]

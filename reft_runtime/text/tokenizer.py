@@ -1,4 +1,4 @@
-"""From text and chat messages to token ids, and back."""
+"""Turns text and chat messages into token ids, and back."""
 
 from __future__ import annotations
 
@@ -36,16 +36,16 @@ _BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")
 class Tokenizer:
     """A model's tokenizer with the checks that a request needs; safe to use from many threads.
 
-    `max_model_len` is the most tokens a request may have; it bounds the text that is worth
-    tokenising at all.
+    `max_model_len` is the most tokens a request may have. A text that cannot fit is refused by its
+    length alone, before it is tokenised.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, max_model_len: int) -> None:
         self._tokenizer = tokenizer
-        # The library's tokenizers keep settings that an encoding call may rewrite.
+        # transformers' tokenizers keep settings that an encoding call may rewrite.
         self._encoding = threading.Lock()
         vocabulary = tokenizer.get_vocab()
-        # A byte-level token is written with one character a byte, so this is never too short.
+        # A byte-level token is written with one character per byte, so this is never too short.
         self._max_chars = max_model_len * max(map(len, vocabulary))
         self._max_model_len = max_model_len
         added = tokenizer.added_tokens_decoder
@@ -60,7 +60,7 @@ class Tokenizer:
 
     @property
     def vocab_size(self) -> int:
-        """Token ids with a text are below this; the model's own vocabulary may be padded."""
+        """Token ids that have a text are below this; the model's own vocabulary may be padded."""
         return len(self._tokenizer)
 
     @property
@@ -94,11 +94,11 @@ class Tokenizer:
     ) -> list[int]:
         """Token ids of `text`; special tokens written in it are parsed as such.
 
-        What the answer is to begin with, `completion_prefix`, is taken off the text's end: a
-        tokenizer joins a blank with the word behind it.
+        `completion_prefix`, which the answer is to begin with, is removed from the end of the text,
+        because a tokenizer joins a space with the word after it.
 
-        `InvalidRequest` names `param` where the text is not valid Unicode or, by its length
-        alone, cannot fit into `max_model_len` tokens.
+        `InvalidRequest` names `param` if the text is not valid Unicode or, by its length alone,
+        cannot fit into `max_model_len` tokens.
         """
         if len(text) > self._max_chars:
             raise InvalidRequest(
@@ -133,11 +133,12 @@ class Tokenizer:
     ) -> list[int]:
         """Token ids of a prompt that asks for the next turn of `messages`.
 
-        `template` None or "chat" is the model's own chat template. Any other is a text with one
-        field `{prompt}`, which takes the content of exactly one user message, and of system turns
-        as `system` says; it is tokenised with the tokenizer's default special tokens, as pyreft
-        does for training, the model's own template without, unless `add_special_tokens` says
-        otherwise. Whatever does not fit the template is an `InvalidRequest` that names its field.
+        `template` None or "chat" is the model's own chat template, whose output is tokenised
+        without special tokens. Any other is a text with one field `{prompt}`, which takes the
+        content of exactly one user message, and of system turns as `system` says; it is tokenised
+        with the tokenizer's default special tokens, as pyreft does for training.
+        `add_special_tokens`, if given, decides instead. Raises `InvalidRequest`, which names the
+        field that does not fit the template.
         """
         options = options or ChatOptions()
         if is_text(template):
@@ -158,7 +159,7 @@ class Tokenizer:
     def render(self, messages: Sequence[Message], *, answered: bool = False) -> str:
         """A chat as the model's own template writes it, to be encoded without special tokens.
 
-        It ends where the next turn is to begin, or, `answered`, with the last one's end.
+        It ends where the next turn is to begin or, with `answered`, after the last turn.
         """
         return render(self._tokenizer, messages, ChatOptions(add_generation_prompt=not answered))
 
@@ -168,15 +169,16 @@ class Tokenizer:
         return bool(self._tokenizer.chat_template)
 
     def laid_out(self, text: str, template: str) -> str | None:
-        """The text as a whole prompt, if it ends as the template, or the model's own, ends prompts.
+        """The text as a whole prompt if it ends as the template ends prompts, else None.
 
-        Blanks and line ends behind it become the template's. "chat" is the model's own template.
+        "chat" is the model's own template. Spaces and line ends at the end of the text are replaced
+        by the template's.
         """
         return laid_out(text, self._behind if template == CHAT else around(template)[1])
 
     @cached_property
     def _behind(self) -> str:
-        """What the model's own chat template writes behind a user's message."""
+        """The text that the model's own chat template writes after a user's message."""
         asked = self.render([{"role": "user", "content": TEMPLATE_FIELD}])
         return asked.rpartition(TEMPLATE_FIELD)[2]
 
@@ -197,7 +199,7 @@ class Tokenizer:
         }
 
     def decode(self, ids: Iterable[int], *, skip_special_tokens: bool = True) -> str:
-        """Text of `ids`; U+FFFD stands for bytes that are no UTF-8."""
+        """Text of `ids`; U+FFFD stands for bytes that are not UTF-8."""
         text = self._tokenizer.decode(
             list(ids),
             skip_special_tokens=skip_special_tokens,

@@ -18,20 +18,21 @@ from reft_runtime.interventions.format.manifest import EditSpec, Manifest
 from reft_runtime.interventions.format.positions import Positions
 
 _ALIGNED = 4
-"""Numbers: tensors of a block begin at multiples of 16 bytes."""
+"""Tensors of a block begin at multiples of this many numbers (16 bytes)."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class CanonicalEdit:
     """One edit of the rows h, of width d, at `positions` of one layer's `component`.
 
-    With strength s it is h + s * (g * h + c + phi(h Vᵀ + b) U), the sum in float32 and rounded to
-    h's dtype at the end. `V` and `U` are [k, d], `b` is [k], `gain` (g) and `offset` (c) are [d] or
-    None for zero; all are contiguous float32 tensors, on the CPU when they are loaded.
+    With strength s the edited rows are h + s * (g * h + c + phi(h Vᵀ + b) U), the sum in float32
+    and rounded to h's dtype at the end. `V` and `U` are [k, d], `b` is [k], `gain` (g) and `offset`
+    (c) are [d] or None for zero; all are contiguous float32 tensors, on the CPU when they are
+    loaded.
 
-    phi goes by rank row. The first `learned` rows are act(h Vᵀ + b) with h, V and b cast to `dtype`
-    and product, bias and act computed in it (V and b hold values of that dtype, so the cast is
-    exact); the rest are h Vᵀ + b in float32. `act` is a name in transformers' `ACT2FN`, None for
+    phi depends on the rank row. The first `learned` rows are act(h Vᵀ + b) with h, V and b cast to
+    `dtype` and product, bias and act computed in it (V and b hold values of that dtype, so the cast
+    is exact); the rest are h Vᵀ + b in float32. `act` is a name in transformers' `ACT2FN`, None for
     the identity. Rank row i belongs to direction i % `directions`.
     """
 
@@ -55,14 +56,15 @@ class CanonicalEdit:
 
     @property
     def nbytes(self) -> int:
-        """Memory of its tensors."""
+        """Memory of the edit's tensors, in bytes."""
         tensors = (self.V, self.b, self.U, self.gain, self.offset)
         return sum(tensor.nbytes for tensor in tensors if tensor is not None)
 
     def edited(self, rows: Tensor, strength: float = 1.0) -> Tensor:
-        """The edited rows [n, d], in float32; `rows` stay as they are.
+        """The edited rows [n, d], in float32; `rows` themselves do not change.
 
-        Differentiable in the rows and in the edit's tensors: training goes through here as well.
+        It is differentiable in the rows and in the edit's tensors, because training uses it as
+        well.
         """
         old, learned = rows.float(), self.learned
         change = torch.zeros_like(old)
@@ -135,15 +137,15 @@ class CanonicalEdit:
 class PackedEdits(tuple[CanonicalEdit, ...]):
     """Edits whose tensors lie in one `block` of the CPU's memory (float32, 1-D).
 
-    So a device gets all of them by one copy. Where this process uses a CUDA device the block is
-    page-locked: the copy takes as long as the bus needs, and nobody waits for it.
+    A device therefore gets all of them by one copy. If this process uses a CUDA device, the block
+    is page-locked: the copy takes as long as the bus needs, and nobody waits for it.
     """
 
     block: Tensor
 
     @classmethod
     def of(cls, edits: Sequence[CanonicalEdit]) -> PackedEdits:
-        """The same edits, packed; those that are already are given back."""
+        """The same edits, packed; returns `edits` itself if they are packed already."""
         if isinstance(edits, cls):
             return edits
         tensors = [tensor for edit in edits for tensor in _tensors(edit).values()]
@@ -225,12 +227,12 @@ def canonical_edit(spec: EditSpec, parts: Formula, width: int) -> CanonicalEdit:
 
 @cache
 def _act(name: str, device: torch.device) -> Callable[[Tensor], Tensor]:
-    act: Callable[[Tensor], Tensor] = ACT2FN[name].to(device)  # some have parameters
+    act: Callable[[Tensor], Tensor] = ACT2FN[name].to(device)  # some acts have parameters
     return act
 
 
 def _check_act(act: str, dtype: torch.dtype) -> None:
-    # prelu keeps its parameter in float32 and takes nothing else, in pyreft as well.
+    # prelu keeps its parameter in float32 and takes no other dtype, in pyreft as well.
     try:
         ACT2FN[act](torch.zeros(1, dtype=dtype))
     except RuntimeError as error:

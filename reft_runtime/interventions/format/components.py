@@ -33,7 +33,7 @@ _PATH = re.compile(r"[A-Za-z_]\w*(\[\d{1,4}\]|\.[A-Za-z_]\w*)*\.(input|output)",
 _IN_LAYER = re.compile(r"(model\.layers|transformer\.h|gpt_neox\.layers)\[(\d+)\](.*)")
 _PEFT = "base_model.model."
 
-# By the list of layers, the rest of a path that is another way to write a component.
+# For each list of layers: the rest of a path, and the component that it stands for.
 _LLAMA = {
     ".input": "block_input",
     ".output": "block_output",
@@ -68,7 +68,7 @@ _SAME_AS = {"model.layers": _LLAMA, "transformer.h": _GPT2, "gpt_neox.layers": _
 
 
 def normalise(layer: int, component: str) -> tuple[int, str]:
-    """The one way to write a place: a named component where there is one, else its path.
+    """The one way to write a place: a named component if there is one, else its path.
 
     A path's layer is the one inside it, whatever `layer` says; a path outside the layers keeps
     `layer`. `head_attention_value_output` is another name of `attention_value_output`, and the
@@ -92,6 +92,6 @@ def normalise(layer: int, component: str) -> tuple[int, str]:
 
 
 def module_path(component: str) -> tuple[str, str]:
-    """A path component as (path for `get_submodule`, `input` or `output`)."""
+    """Split a path component into the path for `get_submodule` and `input` or `output`."""
     path, _, side = component.rpartition(".")
     return re.sub(r"\[(\d+)\]", r".\1", path), side

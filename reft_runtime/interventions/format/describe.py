@@ -1,4 +1,4 @@
-"""What a file holds: its edits, their sizes, and how exact its rotations are."""
+"""Describes a file: its edits, their sizes, and how exact its rotations are."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from reft_runtime.machine.dtypes import name_of
 
 
 def describe(data: bytes, base_parameters: int | None = None) -> dict[str, Any]:
-    """The content of a whole file, as plain values; raises `InvalidFile` where it is broken.
+    """Describe a whole file in plain values. Raises `InvalidFile` if it is broken.
 
-    `share` is its number of parameters in relation to `base_parameters`. Of every edit,
+    `share` is its number of parameters divided by `base_parameters`. For every edit,
     `orthonormality_error` is max |RᵀR - I|, None for a kind without such a tensor.
     """
     header = header_of(data)

@@ -33,13 +33,13 @@ from reft_runtime.interventions.format.recognise import HEAD_BYTES, what_file, w
 
 
 def serialise(intervention: Intervention) -> bytes:
-    """The file of an intervention; equal interventions give equal bytes.
+    """The bytes of an intervention's file; equal interventions give equal bytes.
 
     Raises `InvalidFile` for what could not be read again, such as a manifest that is too long.
     """
     tensors = dict(intervention.tensors)
     plain = safetensors.torch.save(tensors)
-    data = plain[LENGTH_BYTES + header_length(plain) :]  # no manifest yet, and so no `Header`
+    data = plain[LENGTH_BYTES + header_length(plain) :]  # no manifest yet, so no `Header`
     manifest = intervention.manifest.model_dump(mode="json")
     manifest["data_sha256"] = hashlib.sha256(data).hexdigest()
     text = json.dumps(manifest, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
@@ -58,9 +58,10 @@ def parse(data: bytes) -> Intervention:
 
 
 def tensors_of(header: Header, data: bytes) -> dict[str, Tensor]:
-    """The tensors of a whole file that has this header, by name; raises `InvalidFile`.
+    """The tensors of a whole file that has this header, by name.
 
-    The data are verified against the header, the tensors' values are not looked at.
+    The data is verified against the header, and the values of the tensors are not checked. Raises
+    `InvalidFile`.
     """
     body = memoryview(data)[header.data_start :]
     if hashlib.sha256(body).hexdigest() != header.data_sha256:
@@ -77,7 +78,7 @@ def edits_of(header: Header, data: bytes) -> PackedEdits:
 
 
 def read_header(path: str | Path, max_bytes: int = MAX_FILE_BYTES) -> Header:
-    """Read a file's header only. Errors as for `read`."""
+    """Read a file's header only. Raises what `read` raises."""
     file, size = _open(path, max_bytes)
     with file:
         return _header(file, size)
@@ -86,9 +87,10 @@ def read_header(path: str | Path, max_bytes: int = MAX_FILE_BYTES) -> Header:
 def open_verified(
     path: str | Path, max_bytes: int = MAX_FILE_BYTES
 ) -> tuple[BufferedReader, Header]:
-    """Open a file to read it from its start, once its data is what its header says.
+    """Open a file at its start, once its data is known to be what its header says.
 
-    The file is read for that in small parts. Errors as for `read`, and `InvalidFile`.
+    For this check the file is read in small parts. Raises what `read` raises, and `InvalidFile` for
+    data that does not match the header.
     """
     file, size = _open(path, max_bytes)
     try:
@@ -105,8 +107,9 @@ def open_verified(
 def read(path: str | Path, max_bytes: int = MAX_FILE_BYTES) -> bytes:
     """Read a whole file into memory.
 
-    Raises `InvalidFile` for what is not a regular file (a symbolic link is none: resolve it first),
-    `FileTooLarge` above `max_bytes`, and `OSError` for a file that is not there or not readable.
+    Raises `InvalidFile` for what is not a regular file (nor is a symbolic link: resolve it first),
+    `FileTooLarge` above `max_bytes`, and `OSError` for a file that does not exist or cannot be
+    read.
     """
     file, _ = _open(path, max_bytes)
     with file:
@@ -137,7 +140,7 @@ def write_atomic(path: Path, data: bytes) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Make the names in a folder, as they are now, survive a crash."""
+    """Sync a folder, so that the names in it survive a crash as they are now."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -146,7 +149,7 @@ def sync_folder(folder: Path) -> None:
 
 
 def too_large(size: int, max_bytes: int, start: bytes = b"") -> FileTooLarge:
-    """The error for a file of `size` bytes above the limit, which begins with `start`."""
+    """The error for a file of `size` bytes that begins with `start` and is above the limit."""
     what = what_file(start) if start else None
     is_one = "" if what is None else f" It is {what}."
     return FileTooLarge(f"{size} bytes; an intervention file may have at most {max_bytes}.{is_one}")
@@ -157,7 +160,7 @@ def _damaged() -> InvalidFile:
 
 
 def _header(file: BufferedReader, size: int) -> Header:
-    """The header of an open file, which then stands where its data begin."""
+    """Read the header of an open file, and leave the file where its data begins."""
     start = file.read(HEAD_BYTES)
     rest = LENGTH_BYTES + header_length(start) - len(start)
     header = parse_header(start + file.read(max(0, rest)), size)
@@ -166,9 +169,9 @@ def _header(file: BufferedReader, size: int) -> Header:
 
 
 def _open(path: str | Path, max_bytes: int) -> tuple[BufferedReader, int]:
-    """A regular file, and its size in bytes."""
+    """Open a regular file; return it and its size in bytes."""
     try:
-        file = open(path, "rb", opener=_opener)  # noqa: SIM115  # whoever asks closes it
+        file = open(path, "rb", opener=_opener)  # noqa: SIM115  # the caller closes it
     except OSError as error:
         if error.errno == errno.EISDIR:
             raise InvalidFile(f"Not a regular file but {what_folder(path)}.") from None

@@ -31,23 +31,23 @@ _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """What a file's header says: enough to list it, and to verify its data when it is loaded."""
+    """A file's header: enough to list the file, and to verify its data when it is loaded."""
 
     digest: str
     manifest: Manifest
     data_sha256: str
     tensors: Mapping[str, TensorInfo]
     data_start: int
-    """Where the tensors' data begin, in bytes."""
+    """Offset of the tensors' data, in bytes."""
 
     size_bytes: int
     """Size of the whole file."""
 
 
 def header_length(start: bytes) -> int:
-    """Length in bytes of the header's JSON, from the first bytes of a file, `HEAD_BYTES` or more.
+    """Length in bytes of the header's JSON, from the first `HEAD_BYTES` or more of a file.
 
-    Raises `InvalidFile` that says, where that can be told, what the file is instead.
+    Raises `InvalidFile`, which says what the file is instead if that can be told.
     """
     length = int.from_bytes(start[:LENGTH_BYTES], "little")
     if len(start) >= LENGTH_BYTES and 2 <= length <= MAX_HEADER_BYTES:
@@ -65,7 +65,7 @@ def header_length(start: bytes) -> int:
 
 
 def header_of(data: bytes) -> Header:
-    """The header of a file held in memory; raises as `parse_header`."""
+    """The header of a file held in memory. Raises `InvalidFile`, as `parse_header` does."""
     return parse_header(data, len(data))
 
 

@@ -1,4 +1,4 @@
-"""What an intervention file is called, how large it may be, and what identifies it."""
+"""An intervention file's name, its largest size, and what identifies it."""
 
 from __future__ import annotations
 
@@ -10,22 +10,22 @@ SUFFIX = ".safetensors"
 MAX_FILE_BYTES = 64 << 20
 
 METADATA_KEY = "reft"
-"""Where a header's metadata hold the manifest, and with it the SHA-256 of the data."""
+"""Key of a header's metadata that holds the manifest, and with it the data's SHA-256."""
 
 LENGTH_BYTES = 8
 """Bytes at a file's start that hold the length of its header, little-endian."""
 
 
 def names_file(reference: str) -> bool:
-    """Whether what a user gives as an intervention is a file's path, not a name."""
+    """Whether a user's word for an intervention is a file's path, not a name."""
     return reference.endswith(SUFFIX) or "/" in reference
 
 
 def is_whole(data: bytes, digest: str) -> bool:
-    """Whether this is the file of that digest, its data included.
+    """Whether `data` is the whole file of that digest.
 
-    The digest is that of the header with its length; the header holds the data's. Both are SHA-256
-    in hexadecimal digits.
+    The digest is that of the header with its length; the header holds the digest of the data. Both
+    are SHA-256 in hexadecimal digits.
     """
     start = LENGTH_BYTES + int.from_bytes(data[:LENGTH_BYTES], "little")
     if hashlib.sha256(data[:start]).hexdigest() != digest:

@@ -28,8 +28,8 @@ class Edit:
     """One edit as it is stored, for `Intervention.build`.
 
     LoReFT takes `W` [r, d], `R` [d, r] with orthonormal columns, and optionally `b` [r]; `KINDS`
-    says what the others take. `component` and the rest are as in `EditSpec`; a component may be
-    written in any of the ways that `components.normalise` knows.
+    lists the tensors of the other kinds. `component` and the other fields are those of `EditSpec`;
+    a component may be written in any of the ways that `components.normalise` knows.
     """
 
     layer: int
@@ -64,7 +64,7 @@ class Intervention:
         metrics: Mapping[str, JsonValue] | None = None,
         training: Mapping[str, JsonValue] | None = None,
     ) -> Intervention:
-        """Make an intervention from tensors; what would not load again raises `InvalidFile`.
+        """Make an intervention from tensors. Raises `InvalidFile` for what would not load again.
 
         Untied weights are two edits of one layer, such as at positions `f2` and `l2`.
         """
@@ -103,7 +103,7 @@ class Intervention:
 
 
 def validate_manifest(fields: Mapping[str, object]) -> Manifest:
-    """Make a manifest of plain values; raises `InvalidFile` that names the field at fault."""
+    """Make a manifest from plain values; raises `InvalidFile` that names the field at fault."""
     try:
         return Manifest.model_validate(fields)
     except ValidationError as error:
@@ -114,7 +114,10 @@ def validate_manifest(fields: Mapping[str, object]) -> Manifest:
 
 
 def check_layout(manifest: Manifest, infos: Mapping[str, TensorInfo]) -> None:
-    """Check that exactly the tensors the manifest's edits need are there, in dtype and shape."""
+    """Check that exactly the tensors that the manifest's edits need are there, in dtype and shape.
+
+    Raises `InvalidFile`.
+    """
     for index, own in enumerate(by_edit(len(manifest.edits), infos)):
         spec = manifest.edits[index]
         check_tensors(

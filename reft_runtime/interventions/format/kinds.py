@@ -35,10 +35,10 @@ class TensorInfo(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class TensorSpec:
-    """What a kind expects of one tensor.
+    """The dtype and shape that a kind expects of one tensor.
 
-    An orthonormal tensor (columns) may have any of the float dtypes, as pyreft keeps R in float32
-    beside a bfloat16 W; all others have the edit's dtype.
+    An orthonormal tensor (its columns are) may have any of the float dtypes, as pyreft keeps R in
+    float32 beside a bfloat16 W; all others have the edit's dtype.
     """
 
     shape: tuple[str, ...]
@@ -48,7 +48,7 @@ class TensorSpec:
 
 @dataclass(frozen=True, slots=True)
 class Formula:
-    """h + g * h + c + (act(h Wᵀ + b) + h Pᵀ + q) U, each part where the kind has it.
+    """The formula h + g * h + c + (act(h Wᵀ + b) + h Pᵀ + q) U; a kind may lack some parts.
 
     `U` is [r, d]; `learned` is (W [r, d], b [r]), whose product and act are computed in the stored
     dtype; `plain` is (P [r, d], q [r]), computed in float32; `gain` g and `offset` c are [d].
@@ -63,7 +63,7 @@ class Formula:
 
 @dataclass(frozen=True, slots=True)
 class Kind:
-    """Tensors of a kind by name, the formula of their float32 values, and whether it has an act."""
+    """A kind's tensors by name, the formula of their float32 values, and whether it has an act."""
 
     tensors: Mapping[str, TensorSpec]
     formula: Callable[[Mapping[str, Tensor]], Formula]
@@ -144,9 +144,9 @@ KINDS: Mapping[str, Kind] = {
 
 
 def by_edit(count: int, items: Mapping[str, _T]) -> list[dict[str, _T]]:
-    """What belongs to each of `count` edits, by tensor, of items named `edits.<index>.<tensor>`.
+    """Sort items named `edits.<index>.<tensor>` by edit: for each of `count` edits, a dictionary.
 
-    Raises `InvalidFile` for one that belongs to none of them.
+    Its keys are the names of tensors. Raises `InvalidFile` for an item that belongs to no edit.
     """
     places = {f"edits.{index}": index for index in range(count)}
     groups: list[dict[str, _T]] = [{} for _ in places]
@@ -163,7 +163,7 @@ def check_tensors(
 ) -> None:
     """Check names, dtypes and shapes of one edit's tensors, without their values.
 
-    `infos` are keyed by the kind's tensor names; `prefix` is what they are called by in the file;
+    `infos` are keyed by the kind's tensor names, `prefix` is what precedes these in the file, and
     `width` is d. Raises `InvalidFile` that names the tensor.
     """
     specs = KINDS[kind].tensors
@@ -203,8 +203,8 @@ def check_tensors(
 def formula(kind: str, prefix: str, tensors: Mapping[str, Tensor]) -> Formula:
     """The formula of one edit's tensors, its parts in float32.
 
-    Names, dtypes and shapes have passed `check_tensors`. Raises `InvalidFile` that names a tensor
-    which is not finite, or not orthonormal where the kind promises it.
+    Names, dtypes and shapes must have passed `check_tensors`. Raises `InvalidFile` that names a
+    tensor which is not finite, or not orthonormal although the kind promises it.
     """
     found = KINDS[kind]
     for name, tensor in tensors.items():

@@ -44,7 +44,7 @@ class _Strict(BaseModel):
 
 
 class BaseShape(_Strict):
-    """The base model a file was made for. `model` is its name and informs people only."""
+    """The base model a file was made for. `model` is its name, which only informs people."""
 
     model: _Name
     architecture: _Name
@@ -130,11 +130,11 @@ class Manifest(_Strict):
     choice to the server, `chat` is the base model's own, and any other string holds the field
     `{prompt}` once, replaced by the text of a single user message. `system` says what such a text
     does with a system turn: put its text before the user's, leave it out, or refuse the request.
-    `completion_prefix` is what the training put before every completion, for the tokenizer's sake:
-    it belongs neither to prompts, whose ends lose it, nor to answers. None is for files that say
-    nothing of it: theirs are taken as they are. `texts` says what a prompt that is a text stands
-    for: `message` what a user says in a chat, so that it goes through the template too; None takes
-    it as it is.
+    `completion_prefix` is what training put before every completion because of the tokenizer. It
+    belongs neither to prompts, which lose it at their end, nor to answers. None means that the file
+    says nothing of it: its prompts and answers are taken as they are. `texts` says what a prompt
+    that is a text stands for: `message` is what a user says in a chat, so that it goes through the
+    template too; None takes it as it is.
     """
 
     schema_version: Literal[1] = 1
@@ -176,12 +176,12 @@ class Manifest(_Strict):
 
     @property
     def system_turn(self) -> SystemTurn:
-        """What a text template does with a system turn; files that do not say put it first."""
+        """What a text template does with a system turn; "prepend" if the file does not say."""
         return self.system or "prepend"
 
     @model_serializer(mode="wrap")
     def _without_new_defaults(self, dump: SerializerFunctionWrapHandler) -> dict[str, JsonValue]:
-        # As for edits: what the first files could say keeps its digest.
+        # As for edits, content that the first files could express keeps its digest.
         fields: dict[str, JsonValue] = dump(self)
         for name in ("system", "completion_prefix", "texts"):
             if fields.get(name) is None:
@@ -211,16 +211,17 @@ class Manifest(_Strict):
         return self
 
     def width_of(self, index: int) -> int:
-        """Width of the rows that one of the edits acts on."""
+        """Width of the rows that the edit of this index acts on."""
         return self.edits[index].width or self.base.hidden_size
 
 
 def check_base(manifest: Manifest, base: BaseShape, allow_base: str | None = None) -> None:
     """Raise `WrongBaseModel`, naming every difference, unless the file fits the loaded base.
 
-    Architecture, hidden size, number of layers and vocabulary must be equal; the names may differ,
-    for the same weights are found under many. Of a base whose name matches the shell pattern
-    `allow_base` only what the edits touch counts: the hidden size, and that their layers exist.
+    Architecture, hidden size, number of layers and vocabulary must be equal. The names may differ,
+    because the same weights are found under many. If the name of the file's base matches the shell
+    pattern `allow_base`, only what the edits touch counts: the hidden size, and that their layers
+    exist.
     """
     made, loaded = manifest.base, base
     fields = ["architecture", "hidden_size", "num_layers", "vocab_size"]

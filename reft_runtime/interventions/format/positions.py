@@ -1,4 +1,4 @@
-"""Which tokens an edit touches, in pyreft's notation and a little more: `l1`, `f3+l3`, `all`."""
+"""Which tokens an edit touches, in pyreft's notation with additions: `l1`, `f3+l3`, `all`."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class Positions:
 
     @classmethod
     def parse(cls, text: str, suffix_offset: int = 0) -> Positions:
-        """Read terms joined by `+`; what is not understood raises `InvalidFile` with the fix."""
+        """Read terms joined by `+`; an unknown term raises `InvalidFile` with the fix."""
         spans: dict[str, int] = {}
         listed: tuple[int, ...] = ()
         words: set[str] = set()
@@ -96,7 +96,7 @@ class Positions:
         return self.decode or self.everything
 
     def count(self, n: int) -> int:
-        """How many tokens of a prompt of `n` are edited."""
+        """How many tokens of a prompt of `n` tokens are edited."""
         return n if self.everything else len(self.offsets(n, 0, n))
 
     def offsets(self, n: int, start: int, stop: int) -> list[int]:

@@ -1,6 +1,7 @@
-"""What something is that was taken for an intervention file: told by its first bytes, or its names.
+"""Says what a file or folder is that was mistaken for an intervention file.
 
-Nothing is parsed, and at most `HEAD_BYTES` or the file's header are looked at.
+It goes by first bytes and by names. Nothing is parsed, and at most `HEAD_BYTES` or the file's
+header are looked at.
 """
 
 from __future__ import annotations
@@ -11,10 +12,10 @@ from itertools import islice
 from pathlib import Path
 
 HEAD_BYTES = 4096
-"""As many first bytes of a file as are enough."""
+"""This many first bytes of a file are enough to recognise it."""
 
 _MOST_NAMES = 1000
-"""Names of a folder that are looked at."""
+"""At most this many names of a folder are looked at."""
 
 _SUFFIX = ".safetensors"
 _TRAIN = "`reft train` makes an intervention of rows"
@@ -45,9 +46,9 @@ _WEIGHT_NAME = re.compile(
 
 
 def what_file(start: bytes) -> str | None:
-    """What a file that begins with `start` is, and what to do with it; None where that is unknown.
+    """What a file that begins with `start` is, and what to do with it; None if that is unknown.
 
-    Of a safetensors file the names of its tensors tell, as far as they are in `start`.
+    A safetensors file is recognised by the names of its tensors, as far as they are in `start`.
     """
     for magic, what in _MAGIC.items():
         if start.startswith(magic):

@@ -1,4 +1,4 @@
-"""JSON that clients send, read by the letter of its standard: headers of files, and bodies.
+"""Reads JSON that clients send by the letter of its standard: headers of files, and bodies.
 
 What another program wrote for itself (a checkpoint's settings, the rows of a data set, a hub's
 index) is read as Python's `json` does it: a few fields of it are used, each is checked, and NaN in
@@ -30,9 +30,9 @@ def load_strict(
 ) -> Any:
     """The value that a JSON text, in UTF-8, stands for.
 
-    Raises `ValueError` that says what is wrong: besides broken JSON a key that occurs twice in one
+    Raises `ValueError`, which says what is wrong: broken JSON, a key that occurs twice in one
     object (`RepeatedKey`), an object of more than `max_keys`, NaN and Infinity, half of a surrogate
-    pair, and what is nested deeper than the interpreter can follow.
+    pair, and nesting deeper than the interpreter can follow.
     """
     if isinstance(text, bytes):
         text = text.decode()

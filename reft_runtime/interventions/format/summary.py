@@ -1,4 +1,4 @@
-"""What listings and searches tell of a file, by its header."""
+"""What listings and searches show of a file, from its header."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from reft_runtime.interventions.format.kinds import KINDS
 
 @dataclass(frozen=True, slots=True)
 class Summary:
-    """A file in few words; `kinds` and `positions` in the order of its edits, each once."""
+    """A file in few words; `kinds` and `positions` come in the order of its edits, each once."""
 
     description: str
     kinds: tuple[str, ...]
     positions: tuple[str, ...]
     layers: tuple[int, ...]
     parameters: int
-    """Numbers of all its tensors, as they are stored."""
+    """How many numbers all its tensors hold, as they are stored."""
 
     directions: int
-    """How many directions every edit has, for a request's `subspace` to choose from."""
+    """How many directions every edit has at least; a request's `subspace` chooses among these."""
 
 
 def summarise(header: Header) -> Summary:

@@ -1,4 +1,4 @@
-"""pyreft's checkpoints: read into an intervention, or written from one. Never at serving time."""
+"""Reads pyreft's checkpoints into interventions, and writes them; never at serving time."""
 
 from reft_runtime.interventions.pyreft.exporting import export_pyreft
 from reft_runtime.interventions.pyreft.importing import from_live, import_pyreft

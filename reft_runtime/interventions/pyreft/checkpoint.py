@@ -1,4 +1,4 @@
-"""A checkpoint's folder: its configuration, the files it names, and what args.json adds."""
+"""Reads a checkpoint's folder: its configuration, the files it names, and args.json."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ MAX_JSON_BYTES = 4 << 20
 
 _CLASS = re.compile(r"<class '(?:\w+\.)*(\w+)'>")
 
-# Positional representations, by the names of today; pyvene 0.0.x had other names and fewer fields.
+# Positional representations by today's names; pyvene 0.0.x had other names and fewer fields.
 _PLACE = ["layer", "component", "unit", "max_number_of_units", "low_rank_dimension"]
 _REST = ["subspace_partition", "group_key", "intervention_link_key", "moe_key"]
 _SOURCES = ["source_representation", "hidden_source_representation"]
@@ -39,9 +39,9 @@ _RENAMED = {
 class Checkpoint:
     """The interventions of a checkpoint, in the order of its list.
 
-    Without a config.json the order is that of the names, and `ordered` says whether it is known to
-    be the list's as far as halves go (all first ones of a place, then all second ones). `args` is
-    what pyreft's training script wrote beside it.
+    Without a config.json they are in the order of their names. `ordered` says whether this order
+    agrees with the list's as far as halves go (all first ones of a place, then all second ones).
+    `args` is what pyreft's training script wrote beside the checkpoint.
     """
 
     interventions: tuple[Stored, ...]
@@ -81,7 +81,7 @@ def read_checkpoint(source: Path) -> Checkpoint:
 
 
 class _Named(NamedTuple):
-    """What a checkpoint says of one intervention's file."""
+    """One intervention's file, and what the checkpoint says of it."""
 
     file: str
     place: Place
@@ -194,7 +194,7 @@ def _place(fields: Mapping[str, Any], where: str) -> Place:
 
 
 def _args(folder: Path) -> dict[str, Any]:
-    """What the training script wrote beside the checkpoint, or above a trainer's."""
+    """The content of args.json beside the checkpoint, or above a trainer's checkpoint."""
     places = [folder]
     if folder.name == "intervenable_model":
         places += [folder.parent, folder.parent.parent]

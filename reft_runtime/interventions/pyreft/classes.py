@@ -1,4 +1,4 @@
-"""pyreft's classes of interventions and their state dicts, and the kinds that they are here."""
+"""Maps pyreft's classes of interventions and their state dicts to kinds of edits."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ CLASSES = {
     "AdditionIntervention": "steering",
 }
 
-# For every kind the keys of its state dict by the names of its tensors.
+# For every kind, its tensors' names here and their keys in the state dict.
 _LINEAR = {"W": "learned_source.weight", "b": "learned_source.bias"}
 _KEYS: Mapping[str, Mapping[str, str]] = {
     "loreft": {"W": "weight", "b": "bias", "R": PLAIN},
@@ -35,7 +35,7 @@ _KEYS: Mapping[str, Mapping[str, str]] = {
     "lobireft": {"c": "learned_source", "R": PLAIN},
     "steering": {"v": "source_representation"},
 }
-# What a state dict may hold beside them: sizes, and a bias that Nodireft saves and does not use.
+# Other keys that a state dict may have: sizes, and a bias that Nodireft saves but does not use.
 _IGNORED = {"embed_dim", "interchange_dim"}
 _UNUSED = {"nodireft": {"proj_layer.bias"}}
 
@@ -44,8 +44,8 @@ _UNUSED = {"nodireft": {"proj_layer.bias"}}
 class Stored:
     """One intervention of a checkpoint.
 
-    `where` names it in messages; `class_name` and `width` are None where the checkpoint does not
-    say. R is plain in `state`.
+    `where` names it in messages; `class_name` and `width` are None if the checkpoint does not say.
+    `state` holds R as a plain matrix, not parametrised.
     """
 
     where: str
@@ -57,9 +57,9 @@ class Stored:
 
 
 def kind_of(stored: Stored, given: str | None) -> str:
-    """The kind of a stored intervention: by its class, else by its tensors, else as `given`.
+    """The kind of a stored intervention: by its class, else by its tensors, else `given`.
 
-    Raises `InvalidFile` for a class that cannot be served, or that contradicts what is given.
+    Raises `InvalidFile` for a class that cannot be served, or that contradicts `given`.
     """
     if stored.class_name is not None:
         kind = CLASSES.get(stored.class_name)
@@ -100,7 +100,7 @@ def tensors_of(stored: Stored, kind: str, act: str | None) -> dict[str, Tensor]:
     """The tensors of a stored intervention by the names they have here.
 
     Raises `InvalidFile` for a key that is not the kind's, and for an act whose trained parameters
-    differ from those that it starts with: no file here holds them.
+    differ from those that it starts with, because no file here holds them.
     """
     state = dict(stored.state)
     tensors = {name: state.pop(key) for name, key in _KEYS[kind].items() if key in state}
@@ -119,7 +119,7 @@ def tensors_of(stored: Stored, kind: str, act: str | None) -> dict[str, Tensor]:
 
 
 def same_state(learned: Mapping[str, Tensor], act: str | None) -> bool:
-    """Whether these are the parameters that an act starts with."""
+    """Whether the learned parameters are those that an act starts with."""
     fresh = ACT2FN[act or "linear"].state_dict()
     return fresh.keys() == learned.keys() and all(
         torch.equal(fresh[key].float(), value.float()) for key, value in learned.items()
@@ -127,7 +127,7 @@ def same_state(learned: Mapping[str, Tensor], act: str | None) -> bool:
 
 
 def state_of(kind: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The inverse of `tensors_of`: the state dict of an edit, R plain, missing biases zero."""
+    """The state dict of an edit, with R plain and missing biases zero: undoes `tensors_of`."""
     keys = _KEYS[kind]
     state = {keys[name]: tensor for name, tensor in tensors.items()}
     if "W" in tensors and "b" not in tensors:

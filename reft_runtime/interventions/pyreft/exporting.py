@@ -1,4 +1,4 @@
-"""From an intervention to a folder that pyreft loads."""
+"""Writes an intervention to a folder that pyreft loads."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ _FIELDS = 14
 def export_pyreft(intervention: Intervention, folder: str | Path) -> None:
     """Write `config.json`, `intkey_*.bin` and `args.json`, named as pyvene 0.1.7 and newer do.
 
-    What pyreft cannot say raises `InvalidFile`: a kind it has no class for, edits with several
-    acts, positions that are neither the same for all edits nor halves. A folder that exists and is
-    not empty raises `ConfigError`.
+    Raises `InvalidFile` for what pyreft cannot say: a kind it has no class for, edits with several
+    acts, positions that are neither the same for all edits nor halves. Raises `ConfigError` for a
+    folder that exists and is not empty.
     """
     target = Path(folder)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
@@ -84,7 +84,7 @@ def _stored(
     rank = None
     if PLAIN in state:
         rank = state[PLAIN].shape[1]
-        if spec.kind != "loreft":  # whose class alone stores R itself
+        if spec.kind != "loreft":  # only the class of LoReFT stores R itself
             state.update(_parametrised(state.pop(PLAIN)))
     elif "W" in tensors:
         rank = tensors["W"].shape[0]
@@ -121,7 +121,7 @@ def _arguments(specs: Sequence[EditSpec]) -> tuple[list[int], dict[str, Any]]:
 
 
 def _parametrised(R: Tensor) -> dict[str, Tensor]:
-    """The parametrised pair of R [d, r], as torch makes it from a weight: base @ I = R."""
+    """The parametrised pair of tensors for R [d, r], as torch makes it: base @ I = R."""
     d, r = R.shape
     base = torch.linalg.qr(R.float(), mode="complete").Q
     base[:, :r] = R

@@ -1,4 +1,4 @@
-"""From a pyreft checkpoint, or a live model of pyreft's, to an intervention."""
+"""Makes an intervention from a pyreft checkpoint or a live model of pyreft's."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ HUB = "hf:"
 
 @dataclass(frozen=True, slots=True)
 class Unrecorded:
-    """What a checkpoint does not record; None is not given.
+    """What a checkpoint does not record; None stands for a value that is not given.
 
-    `positions`, `share_weights` (tied), `act` and `suffix_offset` are those of the training;
-    `kind` is needed where there is no config.json and the tensors fit two kinds.
+    `positions`, `share_weights` (tied), `act` and `suffix_offset` are those of the training; `kind`
+    is needed if there is no config.json and the tensors fit two kinds.
     """
 
     positions: str | None = None
@@ -41,7 +41,7 @@ class Unrecorded:
     kind: str | None = None
 
     def completed_by(self, args: Mapping[str, Any]) -> Unrecorded:
-        """With what args.json says where nothing is given. Raises `InvalidFile`."""
+        """A copy in which args.json fills in what is not given. Raises `InvalidFile`."""
         found: dict[str, Any] = {}
         for name, key, types in (
             ("positions", "position", str),
@@ -71,13 +71,13 @@ def import_pyreft(
     kind: str | None = None,
     template: str | None = None,
 ) -> Intervention:
-    """Read a checkpoint: a folder, or `hf:REPO` from the Hub. Its pickles are read by a process
-    of their own.
+    """Read a checkpoint: a folder, or `hf:REPO` from the Hub.
 
-    `base` is the base model's shape (`reft_runtime.base_shape`). `positions`,
-    `share_weights`, `act` (`linear` for none), `suffix_offset` (0) and `kind` are taken from
-    args.json where it is there; see `Unrecorded`. Raises `ConfigError` that names what must be
-    given, and `InvalidFile` that names what is broken or contradicts the tensors.
+    Its pickles are read by a process of their own. `base` is the base model's shape
+    (`reft_runtime.base_shape`). `positions`, `share_weights`, `act` (`linear` for none),
+    `suffix_offset` (0) and `kind` are taken from args.json if it is there; see `Unrecorded`. Raises
+    `ConfigError` that names what must be given, and `InvalidFile` that names what is broken or
+    contradicts the tensors.
     """
     unrecorded = Unrecorded(positions, share_weights, act, suffix_offset, kind)
     for name, value, known in (("act", act, ACTS), ("kind", kind, KINDS)):
@@ -108,7 +108,7 @@ def from_live(
     suffix_offset: int = 0,
     template: str | None = None,
 ) -> Intervention:
-    """Take over what a live `pyreft.ReftModel` has learned, without files in between.
+    """Make an intervention from a live `pyreft.ReftModel`, without files in between.
 
     `base` is the shape of its model (`reft_runtime.base_shape(reft_model.model)`). pyreft's model
     does not know `positions`, `share_weights` (needed for fN+lM only) and `suffix_offset`: give
@@ -179,7 +179,7 @@ def _build(
 
 
 def _positions(unrecorded: Unrecorded, count: int, ordered: bool) -> list[str]:
-    """Positions of each of `count` interventions, as pyreft's data sets give them out."""
+    """Positions of each of `count` interventions, assigned as pyreft's data sets do."""
     text = unrecorded.positions
     if text is None:
         raise ConfigError(
@@ -235,7 +235,7 @@ def _check(stored: Stored, kind: str, tensors: Mapping[str, Tensor], width: int)
 
 
 def _act_name(key: str, module: Any) -> str | None:
-    """The name of an act, which a live intervention holds as a module."""
+    """The name of an act that a live intervention holds as a module."""
     if module is None:
         return None
     module, grid = copy.deepcopy(module).cpu(), torch.linspace(-12, 12, 97)

@@ -23,7 +23,7 @@ _IN_LAYER = re.compile(
 )
 _BY_PATH = re.compile(r"comp([._])(.+?)\1unit\1([\w.]+?)\1nunit\1(\d+)#(\d{1,5})")
 
-# Module names with an underscore, for telling it from the separator in names of the newest era.
+# Module names that contain an underscore, which is the separator in names of the newest era.
 _UNDERSCORED = (
     "self_attn",
     "o_proj",
@@ -84,7 +84,7 @@ class Place:
 
 
 def parse_name(name: str) -> tuple[Place, int]:
-    """The place and the number of a file's name; raises `InvalidFile`."""
+    """The place and the number that a file's name stands for. Raises `InvalidFile`."""
     key = name.removeprefix("intkey_").removesuffix(".bin")
     if match := _IN_LAYER.fullmatch(key):
         _, layer, component, unit, units, number = match.groups()

@@ -1,4 +1,4 @@
-"""State dicts out of pickles, by a process that does nothing else."""
+"""Reads state dicts out of pickles, by a process that does nothing else."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ MAX_SECONDS = 600
 
 
 def read_states(paths: Sequence[Path]) -> list[dict[str, Tensor]]:
-    """State dicts of `.bin` files, R plain in each; raises `InvalidFile` that names the file."""
-    # -P, and another working directory: a file in this one must not pass for one of the modules.
+    """State dicts of `.bin` files, each with R plain. Raises `InvalidFile` that names the file."""
+    # -P and another working directory, so that no file in this one is imported as a module.
     command = [sys.executable, "-P", unpickle.__file__, *map(os.path.abspath, paths)]
     try:
         done = subprocess.run(

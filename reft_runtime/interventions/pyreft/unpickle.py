@@ -5,7 +5,7 @@ that is refused ends the process with the reason on standard error. Only the glo
 dict needs are allowed, before torch's own restricted unpickler sees the file. The parametrised R of
 pyreft, 64 MiB at d = 4096, leaves as the R [d, r] that it stands for.
 
-A script that imports nothing of the project: it starts sooner, and has less to offer to a pickle.
+This script imports nothing of the project, so that it starts sooner and offers less to a pickle.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ ORIGINAL = "rotate_layer.parametrizations.weight.original"
 BASE = "rotate_layer.parametrizations.weight.0.base"
 
 MAX_PICKLE_BYTES = 1 << 30
-"""Of one file: a parametrised R of d = 8192 has 256 MiB."""
+"""Most bytes of one file; a parametrised R of d = 8192 has 256 MiB."""
 
 MAX_STATES_BYTES = 1 << 28
-"""Of all tensors that are kept."""
+"""Most bytes of all tensors that are kept."""
 
 _MAX_PROGRAM_BYTES = 1 << 20
 REFUSED = 3
@@ -54,7 +54,7 @@ def main() -> None:
                 size += tensor.numel() * tensor.element_size()
             if size > MAX_STATES_BYTES:
                 raise ValueError(f"more than {MAX_STATES_BYTES} bytes of tensors in all")
-        except Exception as error:  # whatever a hostile file brings about is a reason to refuse it
+        except Exception as error:  # any error of a hostile file is a reason to refuse it
             reason = (str(error) or type(error).__name__).splitlines()[0][:500]
             print(f"{os.path.basename(path)}: {reason}.", file=sys.stderr)
             raise SystemExit(REFUSED) from None
@@ -62,7 +62,10 @@ def main() -> None:
 
 
 def read_state(path: str | Path) -> dict[str, Tensor]:
-    """Unpickle one file, R plain; raises whatever is wrong. For the separate process only."""
+    """Unpickle one file, and make R plain; for the separate process only.
+
+    Raises whatever error the file brings about.
+    """
     data = _read(path)
     _check_pickle(data)
     state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
@@ -72,7 +75,7 @@ def read_state(path: str | Path) -> dict[str, Tensor]:
     for key, tensor in state.items():
         if not isinstance(key, str) or not isinstance(tensor, Tensor):
             raise ValueError(f"{str(key)[:80]}: not a tensor with a name")
-        size += tensor.numel() * tensor.element_size()  # of a view, more than the file has
+        size += tensor.numel() * tensor.element_size()  # of a view it is more than the file has
         if size > MAX_PICKLE_BYTES:
             raise ValueError(f"{key[:80]}: too large when unpacked")
     plain = with_plain_rotation(state)
@@ -80,9 +83,9 @@ def read_state(path: str | Path) -> dict[str, Tensor]:
 
 
 def with_plain_rotation(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A state dict with R [d, r] under `rotate_layer` in place of the parametrised pair.
+    """A state dict with R [d, r] under `rotate_layer` instead of the parametrised pair.
 
-    Raises ValueError, naming the tensor, for a pair that is not one.
+    Raises `ValueError`, naming the tensor, for a pair that is not one.
     """
     plain = dict(state)
     original, base = plain.pop(ORIGINAL, None), plain.pop(BASE, None)
@@ -125,7 +128,7 @@ def _read(path: str | Path) -> bytes:
 
 
 def _check_pickle(data: bytes) -> None:
-    """Refuse what is not a plain archive of torch, or whose pickle asks for any other global."""
+    """Raise ValueError for what is no plain archive of torch, or asks for any other global."""
     if not data.startswith(b"PK\x03\x04"):
         raise ValueError("not a file that torch.save writes (a zip archive)")
     try:

@@ -1,1 +1,1 @@
-"""Names, versions, who holds them, and where they come from."""
+"""The registry: names, versions, the requests that hold them, and where they come from."""

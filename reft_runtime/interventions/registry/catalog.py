@@ -2,7 +2,7 @@
 
 A name stands for the topmost of up to three layers: what was *loaded* at run time from a path, what
 was *uploaded*, and what lies in a source *folder*. A name moves to another version in one step,
-under a lock that is never held while a file is read; who holds a version keeps it.
+under a lock that is never held while a file is read; a request that holds a version keeps it.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _PREFIX = re.compile(r"[0-9a-f]{8,64}")
 
 @dataclass(slots=True)
 class Name:
-    """What is known of one name."""
+    """One name: its layers, its history, and what requests have used of it."""
 
     layers: dict[Origin, Version] = field(default_factory=dict)
     history: list[Version] = field(default_factory=list)
@@ -40,7 +40,7 @@ class Name:
     problem: str | None = None
 
     def reachable(self) -> set[Version]:
-        """All versions that somebody can address or holds."""
+        """All versions that can be addressed or are held."""
         return {*self.layers.values(), *self.history, *self.held}
 
     def shown(self) -> list[Version]:
@@ -48,18 +48,18 @@ class Name:
         return [self.layers[layer] for layer in _LAYERS if layer in self.layers]
 
     def current(self) -> Version | None:
-        """What the name stands for; None where only requests hold something of it."""
+        """The version the name stands for; None if only requests still hold versions of it."""
         for layer in _LAYERS:
             if layer in self.layers:
                 return self.layers[layer]
         return None
 
     def in_flight(self) -> int:
-        """How many requests hold one of its versions."""
+        """Number of requests that hold one of its versions."""
         return sum(version.in_flight for version in self.held)
 
     def versions(self) -> dict[str, Version]:
-        """All that can be addressed, by digest, the current one first."""
+        """All versions that can be addressed, by digest, the current one first."""
         held = sorted(self.held, key=lambda version: version.digest)
         found: dict[str, Version] = {}
         for version in (*self.shown(), *self.history, *held):
@@ -70,8 +70,8 @@ class Name:
 class Catalog:
     """Names and versions in memory; every method may be called from any thread.
 
-    Interventions take at most `memory_bytes`: tensors that can be read again give way, and `hold`
-    and `reserve` refuse what would not fit beside what must stay.
+    Interventions take at most `memory_bytes`: tensors that can be read again are evicted, and
+    `hold` and `reserve` refuse what would not fit beside what must stay.
     """
 
     def __init__(self, memory_bytes: int) -> None:
@@ -83,7 +83,7 @@ class Catalog:
         """The version that `NAME` or `NAME@<digest prefix>` (8 to 64 hex digits) stands for now.
 
         By digest, versions in the history of uploads or still held by a request are found too.
-        Raises `NotFound` for an unknown name or digest, and for a prefix of two digests.
+        Raises `NotFound` for an unknown name or digest, and for a prefix that two digests share.
         """
         name, at, prefix = ref.partition("@")
         with self._lock:
@@ -100,11 +100,11 @@ class Catalog:
         raise NotFound(f"The model `{ref}` does not exist.", param="model")
 
     def hold(self, version: Version) -> None:
-        """Begin a request on a version, its tensors loaded on return (a first use reads the file).
+        """Begin a request on a version, with its tensors loaded (a first use reads the file).
 
-        Until the matching `release` the version works and stays addressable by its digest,
-        whatever happens to its name or its file. Raises as `Version.edits`, and `Overloaded` where
-        the interventions of other requests fill the memory; then holding nothing.
+        Until the matching `release` the version works and stays addressable by its digest, whatever
+        happens to its name or its file. Raises what `Version.edits` raises, and `Overloaded` if the
+        interventions of other requests fill the memory; then nothing is held.
         """
         self.pin(version)
         with self._lock:
@@ -113,7 +113,7 @@ class Catalog:
             known.last_used = time.time()
 
     def count(self, name: str, prompt_tokens: int, generation_tokens: int) -> None:
-        """Add the tokens of a request that has ended; nothing where the name has gone."""
+        """Add the tokens of a request that has ended; does nothing if the name has gone."""
         with self._lock:
             if known := self._names.get(name):
                 known.prompt_tokens += prompt_tokens
@@ -129,14 +129,14 @@ class Catalog:
                 known.held.discard(version)
 
     def meant(self, ref: str) -> str:
-        """A question to put behind the error for an unknown ref: which names are like its own."""
+        """A question to append to the error for an unknown `ref`: which similar name was meant."""
         name = ref.partition("@")[0]
         with self._lock:
             names = [known for known, entry in self._names.items() if entry.layers]
         return did_you_mean(name, names) if name not in names else ""
 
     def pin(self, version: Version) -> None:
-        """As `hold`, but it is counted as no request."""
+        """Hold a version and load its tensors as `hold` does, without counting a request."""
         with self._changed(version.name) as known:
             known.held.add(version)
             version.in_flight += 1
@@ -151,14 +151,14 @@ class Catalog:
             raise
 
     def names(self) -> list[str]:
-        """All names, in no order."""
+        """All names, in no particular order."""
         with self._lock:
             return list(self._names)
 
     def told(self, names: Iterable[str], tell: Callable[[str, Name], R]) -> list[R]:
-        """What `tell` makes of those names that stand for something.
+        """The results of `tell` for those of the names that stand for something.
 
-        It is called under the lock, which everybody else waits for: give few names.
+        `tell` is called under the lock, which everybody else waits for: give few names.
         """
         with self._lock:
             found = [(name, self._names.get(name)) for name in names]
@@ -170,13 +170,13 @@ class Catalog:
             return self._memory.used
 
     def current(self, name: str) -> Version | None:
-        """What the name stands for, if it stands for anything."""
+        """The version the name stands for; None if it stands for nothing."""
         with self._lock:
             known = self._names.get(name)
             return None if known is None else known.current()
 
     def layer(self, name: str, origin: Origin) -> Version | None:
-        """What one layer has under the name."""
+        """The version that one layer has under the name; None if it has none."""
         with self._lock:
             known = self._names.get(name)
             return known.layers.get(origin) if known is not None else None
@@ -188,7 +188,7 @@ class Catalog:
             return list(known.history) if known is not None else []
 
     def digests(self, name: str) -> list[str]:
-        """Of all versions that can be addressed, the current one first."""
+        """The digests of the name's versions that can be addressed, the current one first."""
         with self._lock:
             known = self._names.get(name)
             return list(known.versions()) if known is not None else []
@@ -199,12 +199,15 @@ class Catalog:
             return [version for known in self._names.values() for version in known.history]
 
     def held_digests(self) -> set[str]:
-        """Of all versions that requests hold."""
+        """The digests of all versions that requests hold."""
         with self._lock:
             return {version.digest for known in self._names.values() for version in known.held}
 
     def reserve(self, size: int, leaving: Iterable[Version]) -> None:
-        """Raise `StoreFull` unless so many bytes that stay fit in, once these versions are gone."""
+        """Raise `StoreFull` unless `size` more bytes fit once the versions `leaving` are gone.
+
+        The bytes are those that stay in memory and cannot be evicted.
+        """
         with self._lock:
             fixed, budget = self._memory.fixed, self._memory.budget
             if fixed + size - sum(old.fixed_bytes for old in leaving) > budget:
@@ -221,7 +224,7 @@ class Catalog:
         self._shrink()
 
     def place_upload(self, history: Sequence[Version]) -> None:
-        """Put the first of `history` on top, as the newest word on its name."""
+        """Make the first of `history` the current upload, above all other layers of its name."""
         with self._changed(history[0].name) as known:
             known.layers.pop("loaded", None)
             known.layers["uploaded"] = history[0]
@@ -229,9 +232,9 @@ class Catalog:
         self._shrink()
 
     def displace(self, name: str, origin: Origin, version: Version | None = None) -> None:
-        """Take one layer away, if it is there; an upload goes with its history.
+        """Remove one layer, if it is there; an upload goes with its history.
 
-        With a `version` only as long as the layer has that one.
+        With a `version`, the layer is removed only if it holds that version.
         """
         with self._changed(name) as known:
             if version in (None, known.layers.get(origin)):
@@ -241,26 +244,27 @@ class Catalog:
         self._shrink()
 
     def note(self, name: str, problem: str | None) -> None:
-        """Show what is wrong with the name's file in a folder in the listing, or no longer."""
+        """Set what the listing says is wrong with the name's file in a folder; None clears it."""
         with self._lock:
             if name in self._names:
                 self._names[name].problem = problem
 
     def _shrink(self, newest: Version | None = None) -> None:
-        """Let the tensors that were used least recently give way until the budget holds.
+        """Evict the tensors that were used least recently until the budget holds.
 
-        Where it cannot hold, because of what is in use, `newest` gives way with `Overloaded`.
+        If tensors in use keep the budget from holding, and `newest` is held by one request alone,
+        `Overloaded` is raised.
         """
         evicted = True
         while evicted:
             with self._lock:
                 idle = self._memory.idle()
-            # Asks the disk, and so not under the lock.
+            # This asks the disk, so it is not done under the lock.
             again = {version: version.replaceable() for version in idle}
             evicted = False
             with self._lock:
                 for version, replaceable in again.items():
-                    if not replaceable:  # the only copy of its content: others have to give way
+                    if not replaceable:  # the only copy of its content: others are evicted instead
                         self._memory.touch(version)
                     elif version.in_flight == 0 and version.evict():
                         self._memory.evicted(version)
@@ -279,7 +283,7 @@ class Catalog:
 
     @contextmanager
     def _changed(self, name: str) -> Iterator[Name]:
-        """Change what a name stands for, under the lock and with the books kept."""
+        """Change what a name stands for, under the lock, and account for its versions' memory."""
         with self._lock:
             known = self._names.setdefault(name, Name())
             before = known.reachable()

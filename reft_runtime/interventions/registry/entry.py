@@ -1,4 +1,4 @@
-"""Lines of the listing, of a name and of a version."""
+"""Entries of the listing, for a name and for a version."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ class Entry:
     `versions` are the digests that can be addressed, the current one first. `in_flight`,
     `requests`, their tokens and `last_used` (Unix time) count all versions of the name. `tier` says
     where the current version's tensors are: still on `disk`, or in `host` memory. `problem` says
-    what is wrong with the name's file, where the version cannot be used or is an older one. `hides`
-    says what else has the name, and would be served if this were removed. `modified` (Unix time) is
-    when the current version's file was written.
+    what is wrong with the name's file if the version cannot be used or is an older one. `hides`
+    lists what else has the name, and would be served if this were removed. `modified` (Unix time)
+    is when the current version's file was written.
     """
 
     name: str
@@ -45,7 +45,7 @@ class Entry:
 
     @property
     def manifest(self) -> Manifest:
-        """What the file says about itself; made anew at every call."""
+        """What the file says about itself; parsed anew at every call."""
         return validate_manifest(json.loads(self.manifest_json))
 
 
@@ -64,9 +64,10 @@ class VersionEntry:
 
 @dataclass(frozen=True, slots=True)
 class Page:
-    """A part of the listing: `total` is how many names match the search, on all pages.
+    """One page of the listing.
 
-    `next` is where the next page begins, None on the last one.
+    `total` is how many names match the search, on all pages. `next` is where the next page begins,
+    None on the last one.
     """
 
     entries: tuple[Entry, ...]

@@ -1,4 +1,4 @@
-"""Interventions that lie in folders: found at the start, by looking again, and when asked for."""
+"""Follows intervention files in folders: at the start, by scanning, and when asked for one."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from reft_runtime.interventions.registry.sources import NAME, Found, find, list_
 from reft_runtime.interventions.registry.version import Version
 
 CHANGES = 3
-"""How often a file may be replaced while it is being read."""
+"""A file may be replaced this many times while it is being read."""
 
 WORK_SHARE = 0.25
 """At most this share of time is spent on reading what has changed."""
@@ -33,22 +33,21 @@ _log = logging.getLogger(__name__)
 
 
 def check_sources(folders: Sequence[Path]) -> None:
-    """Raise `ConfigError` where one of the folders is not there."""
+    """Raise `ConfigError` if one of the folders does not exist."""
     for folder in folders:
-        if not os.path.isdir(folder):  # pathlib's raises where a name is too long
+        if not os.path.isdir(folder):  # pathlib's raises if a name is too long
             raise ConfigError(
                 f"The interventions folder {folder} does not exist; make it, or name another."
             )
 
 
 class Folders:
-    """The layer of a catalog that follows folders; where two have a file of one name, the first
-    counts.
+    """The layer of a catalog that follows folders; the first with a file of a name counts.
 
-    A name that is asked for is looked up on disk at once, so nobody waits for the watch to come
-    round. A file that cannot be served is passed over, and `problems` says why. `listed` makes a
-    version of a file by its header, and raises `ReftError` or `OSError` if it is not usable.
-    `reserved` is no name for a file: the base model has it.
+    A name that is asked for is looked up on disk at once, so nobody waits for the next scan. A file
+    that cannot be served is passed over, and `problems` says why. `listed` makes a version of a
+    file from its header, and raises `ReftError` or `OSError` if the file is not usable. `reserved`
+    is the base model's name, which no file can have.
     """
 
     def __init__(
@@ -63,16 +62,16 @@ class Folders:
         self._catalog = catalog
         self._reserved = reserved
         self._listed = listed
-        self._scanning = threading.Lock()  # guards what follows; held for one file's sake at a time
+        self._scanning = threading.Lock()  # guards what follows; held for one file at a time
         self._listings: dict[Path, tuple[dict[str, Found], dict[str, str]]] = {}
         self._found: dict[str, Found] = {}
         self._broken: dict[str, ReftError] = {}
         self._unlisted: dict[str, str] = {}
 
     def resolve(self, ref: str) -> Version:
-        """As `Catalog.resolve`, by what lies in the folders at this moment.
+        """The version that `ref` stands for by what lies in the folders at this moment.
 
-        Raises `Unavailable` where there is a file of the name, and it is broken.
+        Raises what `Catalog.resolve` raises, and `Unavailable` if the name's file is broken.
         """
         name = ref.partition("@")[0]
         self.refresh(name)
@@ -87,12 +86,15 @@ class Folders:
             ) from None
 
     def hold(self, version: Version) -> None:
-        """As `Catalog.hold`; where that fails the version's file is looked at anew."""
+        """Hold a version as `Catalog.hold` does; if that fails, its file is looked at anew."""
         with self._looking_anew(version):
             self._catalog.hold(version)
 
     def acquire(self, ref: str | Version) -> Version:
-        """As `Registry.acquire`; a file that is replaced just now is used in its new version."""
+        """Resolve and hold a version as `Registry.acquire` does.
+
+        If its file is replaced at this moment, the new version is used.
+        """
         for _ in range(CHANGES):
             with suppress(NotFound, Unavailable):
                 return self._acquire(ref)
@@ -113,13 +115,13 @@ class Folders:
         return name in self._broken
 
     def scan(self, rest: Callable[[float], bool], between: Callable[[float], object]) -> None:
-        """Take in what is new, changed or gone in the folders; `Registry.scan` says more of it."""
+        """Take in what is new, changed or gone in the folders; see `Registry.scan`."""
         present: dict[str, Found] = {}
         problems: dict[str, str] = {}
         for folder in self.sources:
             try:
                 self._listings[folder] = list_folder(folder, between)
-            except OSError as error:  # serve on with what was there
+            except OSError as error:  # what was there is served on
                 problems[str(folder)] = f"The folder cannot be read: {error.strerror}."
             found, unlisted = self._listings.get(folder, ({}, {}))
             problems.update(unlisted)
@@ -161,11 +163,14 @@ class Folders:
                 else:
                     self._adopt(name, file)
                     self._found[name] = file
-        except OSError:  # the folder cannot be read: serve on with what was there
+        except OSError:  # the folder cannot be read: what was there is served on
             return
 
     def _unchanged(self, name: str) -> bool:
-        """Whether one look says so: every request asks, and most files are as they were."""
+        """Whether one look at the disk finds the name's file unchanged.
+
+        Every request asks this, and most files are as they were.
+        """
         known = self._found.get(name)
         for folder in self.sources:
             try:
@@ -183,7 +188,7 @@ class Folders:
 
     @contextmanager
     def _looking_anew(self, version: Version) -> Iterator[None]:
-        """Where reading fails, look at the file anew, though by the disk's clock it is the same."""
+        """If reading fails in the block, forget the file: the next look takes it as changed."""
         try:
             yield
         except (NotFound, Unavailable):
@@ -199,7 +204,7 @@ class Folders:
         return None
 
     def _adopt(self, name: str, file: Found) -> None:
-        """Serve a new or changed file of a source, or keep the reason why not."""
+        """Serve a new or changed file of a source, or keep the reason why it is not served."""
         before = self._catalog.layer(name, "folder")
         in_memory = before is not None and before.loaded
         try:

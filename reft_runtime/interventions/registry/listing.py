@@ -1,4 +1,4 @@
-"""What is told of names and versions: the listing, whole or in pages, and a search in it."""
+"""Lists names and versions, whole or in pages, and searches them."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ from reft_runtime.interventions.registry.paging import (
 from reft_runtime.interventions.registry.version import Version
 
 PART, PART_BYTES = 128, 1 << 18
-"""Names of one part of the listing, and what their manifests may take."""
+"""Most names of one part of the listing, and the bytes after which a part ends early."""
 
 PAGE_BYTES = 4 << 20
-"""What the manifests of one page may take; then it has fewer entries than it may."""
+"""Bytes of manifests after which a page ends, even with fewer entries than its limit."""
 
 LOOKED_AT = 500
-"""Names that a search or a count looks at without a pause."""
+"""Names that a search or a count looks at before it pauses."""
 
 REST_SECONDS = 0.001
-"""The pause: the engine's thread needs the interpreter, and others the lock."""
+"""Seconds of a pause, in which the engine gets the interpreter and others the lock."""
 
 _VALUES: dict[str, Callable[[Version, Name], float]] = {
     "name": lambda version, known: 0.0,
@@ -44,12 +44,12 @@ _VALUES: dict[str, Callable[[Version, Name], float]] = {
 
 
 def pages(catalog: Catalog) -> Iterator[list[Entry]]:
-    """The listing in parts that are short work each, so that nobody else waits for the lock."""
+    """Yield the listing in parts that are short work, so that nobody waits for the lock."""
     rest = iter(sorted(catalog.names()))
     while names := list(islice(rest, PART)):
         part: list[Entry] = []
         size = 0
-        for line in catalog.told(names, _entry):  # manifests are small as a rule, and may be large
+        for line in catalog.told(names, _entry):  # most manifests are small, some are large
             part.append(line)
             size += len(line.manifest_json)
             if size > PART_BYTES:
@@ -61,7 +61,7 @@ def pages(catalog: Catalog) -> Iterator[list[Entry]]:
 def page(catalog: Catalog, q: str, sort: Sort, after: str | None, limit: int) -> Page:
     """The first `limit` entries in an order, or those behind where another page ended.
 
-    As `Registry.page`.
+    The arguments and the errors are those of `Registry.page`.
     """
     if sort not in SORTS:
         raise InvalidRequest(f"sort: give one of {', '.join(SORTS)}.", param="sort")
@@ -114,7 +114,7 @@ def versions_of(catalog: Catalog, name: str) -> list[VersionEntry]:
 
 
 def tiers(catalog: Catalog) -> dict[Tier, int]:
-    """How many names' current versions are still on disk, and how many in memory."""
+    """How many names' current versions have their tensors on disk, and how many in memory."""
     tiers: dict[Tier, int] = {"disk": 0, "host": 0}
     for part in _shown(catalog, _VALUES["name"]):
         for _, version, _ in part:
@@ -125,7 +125,7 @@ def tiers(catalog: Catalog) -> dict[Tier, int]:
 def _shown(
     catalog: Catalog, value: Callable[[Version, Name], float]
 ) -> Iterator[list[tuple[str, Version, float]]]:
-    """All names, what they stand for and a value, in parts with pauses in between."""
+    """Yield (name, current version, value) of all names, in parts with pauses in between."""
 
     def tell(name: str, known: Name) -> tuple[str, Version, float]:
         current = known.shown()[0]

@@ -1,4 +1,4 @@
-"""How the listing of interventions is paged: its orders, and where a page begins."""
+"""The orders in which the listing of interventions is paged, and where a page begins."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from typing import Literal, get_args
 from reft_runtime.errors import InvalidRequest
 
 MAX_PAGE = 1000
-"""Entries of one page."""
+"""Most entries of one page."""
 
 DEFAULT_PAGE = 100
 
 MAX_QUERY = 100
-"""Characters of a search."""
+"""Most characters of a search."""
 
 MAX_AFTER = 128
-"""Characters of a place: a number and a name."""
+"""Most characters of a place, which is a number and a name."""
 
 Sort = Literal[
     "name",
@@ -34,22 +34,22 @@ Sort = Literal[
     "-in_flight",
     "-last_used",
 ]
-"""What a page can be sorted by; with a minus the other way round, names within equals too."""
+"""The orders of a page; a minus reverses the order, also of names with equal values."""
 
 SORTS: tuple[Sort, ...] = get_args(Sort)
 
 Place = tuple[float, str]
-"""A place in an order: the value that counts (0 where names alone do), and the name."""
+"""A place in an order: the value that counts (0 if only names do), and the name."""
 
 
 def cursor(place: Place, sort: Sort) -> str:
-    """`place` as text, for the page that begins behind it."""
+    """The place as text, for the page that begins behind it."""
     value, name = place
     return name if sort.endswith("name") else f"{value!r},{name}"
 
 
 def place_of(after: str, sort: Sort) -> Place:
-    """The place that a `cursor` names; raises `InvalidRequest` for one of another order."""
+    """The place that a `cursor` names. Raises `InvalidRequest` for one of another order."""
     if sort.endswith("name"):
         return 0.0, after
     number, comma, name = after.partition(",")

@@ -29,13 +29,13 @@ from reft_runtime.interventions.registry.version import Origin, Version
 from reft_runtime.machine.cores import releasing_workers
 
 MEMORY_BYTES = 1 << 30
-"""Memory that interventions take, unless told otherwise."""
+"""Default bound on the memory of interventions, in bytes."""
 
 LOOK_SHARE = 0.05
 """At most this share of time is spent on looking for changes in the sources."""
 
 BREATH = 4
-"""Between files that are looked at so many times the time that they took is left to others."""
+"""After files are looked at, a scan pauses this many times as long as that took."""
 
 _log = logging.getLogger(__name__)
 
@@ -43,7 +43,7 @@ _log = logging.getLogger(__name__)
 def check_folders(sources: Sequence[str | Path], state_dir: str | Path | None) -> None:
     """Raise `ConfigError` for folders that a `Registry` would refuse.
 
-    It needs the model, which may take minutes to load; these are looked at before.
+    A registry needs the model, which may take minutes to load; the folders are checked before.
     """
     check_sources([Path(source) for source in sources])
     if state_dir is not None:
@@ -53,13 +53,13 @@ def check_folders(sources: Sequence[str | Path], state_dir: str | Path | None) -
 class Registry:
     """The interventions of one base model.
 
-    `sources` are folders that are read only; where two hold a file of one name, the first counts.
+    `sources` are folders that are read only; if two hold a file of one name, the first counts.
     Uploads are kept in `state_dir`, which one process owns, in at most `state_bytes`, or in memory
-    without one. Interventions take at most `memory_bytes`, all files and tensors of uploads without
-    a state folder included. A file that cannot be served is passed over, and `problems` says why.
-    `check_site` raises where the loaded model has no such place: it gets an edit's layer, component
-    and width. Files made for a base whose name matches the shell pattern `allow_base` are taken
-    though its fingerprint differs.
+    without one. Interventions take at most `memory_bytes`; without a state folder this includes all
+    files and tensors of uploads. A file that cannot be served is passed over, and `problems` says
+    why. `check_site` gets an edit's layer, component and width, and raises if the loaded model has
+    no such place. Files made for a base whose name matches the shell pattern `allow_base` are taken
+    even if its fingerprint differs.
     """
 
     def __init__(
@@ -89,8 +89,8 @@ class Registry:
     def watch(self, interval: float) -> None:
         """Scan the sources, and look after the state folder, in a thread of its own until `close`.
 
-        Every `interval` seconds, or less often where looking would take more than `LOOK_SHARE` of
-        the time; reading what has changed takes at most `WORK_SHARE`.
+        It runs every `interval` seconds, or less often if looking would take more than `LOOK_SHARE`
+        of the time. Reading what has changed takes at most `WORK_SHARE` of it.
         """
         if self._watcher is not None:
             raise RuntimeError("the registry is watching already")
@@ -113,10 +113,11 @@ class Registry:
     ) -> None:
         """Take in what is new, changed or gone in the sources; reads only what has changed.
 
-        A file that replaces one in use is verified completely before its name moves to it; until
-        a broken one is mended, the version before it goes on being served if it is in memory.
-        `rest` is called after each file that was read, with the seconds that it took, and ends the
-        scan by answering True; `between` after some hundred that were looked at, likewise.
+        A file that replaces one in use is verified completely before its name moves to it. Until a
+        broken file is mended, the version before it goes on being served if it is in memory. `rest`
+        is called after each file that was read, with the seconds that it took, and ends the scan by
+        returning True. `between` is called after some hundred files that were looked at, with the
+        seconds that they took.
         """
         self._folders.scan(rest, between)
 
@@ -125,24 +126,25 @@ class Registry:
 
         A name is looked up in the sources at this moment. By digest, versions in the history of
         uploads or still held by a request are found too. Raises `NotFound` for an unknown name or
-        digest and for a prefix of two digests, `Unavailable` where there is a file of the name, and
-        it is broken.
+        digest and for a prefix that two digests share, and `Unavailable` if the name's file is
+        broken.
         """
         return self._folders.resolve(ref)
 
     def hold(self, version: Version) -> None:
-        """Begin a request on a version, its tensors loaded on return (a first use reads the file).
+        """Begin a request on a version, with its tensors loaded (a first use reads the file).
 
-        Until the matching `release` the version works and stays addressable by its digest,
-        whatever happens to its name or its file. Raises as `Version.edits`, and `Overloaded` where
-        the interventions of other requests fill the memory; then holding nothing.
+        Until the matching `release` the version works and stays addressable by its digest, whatever
+        happens to its name or its file. Raises what `Version.edits` raises, and `Overloaded` if the
+        interventions of other requests fill the memory; then nothing is held.
         """
         self._folders.hold(version)
 
     def acquire(self, ref: str | Version) -> Version:
-        """As `resolve`, held until the matching `release`, its tensors read; counts no request.
+        """Return the version that `ref` stands for, held and with its tensors read.
 
-        A version that was resolved before is taken as it is. Raises as `resolve` and `hold`.
+        It is held until the matching `release`, and no request is counted. A version that was
+        resolved before is taken as it is. Raises what `resolve` and `hold` raise.
         """
         return self._folders.acquire(ref)
 
@@ -151,11 +153,11 @@ class Registry:
         self._catalog.release(version)
 
     def count(self, name: str, prompt_tokens: int, generation_tokens: int) -> None:
-        """Add the tokens of a request that has ended; nothing where the name has gone."""
+        """Add the tokens of a request that has ended; does nothing if the name has gone."""
         self._catalog.count(name, prompt_tokens, generation_tokens)
 
     def meant(self, ref: str) -> str:
-        """A question to put behind the error for an unknown ref: which names are like its own."""
+        """A question to append to the error for an unknown `ref`: which similar name was meant."""
         return self._catalog.meant(ref)
 
     def entry(self, name: str) -> Entry:
@@ -167,7 +169,7 @@ class Registry:
         return list(chain.from_iterable(self.pages()))
 
     def pages(self) -> Iterator[list[Entry]]:
-        """The listing in parts that are short work each, so that nobody else waits for the lock."""
+        """Yield the listing in parts that are short work, so that nobody waits for the lock."""
         return listing.pages(self._catalog)
 
     def page(
@@ -179,8 +181,9 @@ class Registry:
     ) -> Page:
         """The first `limit` entries in an order, or those behind where another page ended.
 
-        `q` is looked for in names and descriptions, in any case; `after` is the `next` of the page
-        before. Rests now and then: not for an event loop. Raises `InvalidRequest`.
+        `q` is looked for in names and descriptions, ignoring case; `after` is the `next` of the
+        page before. It pauses now and then, so it must not run on an event loop. Raises
+        `InvalidRequest`.
         """
         return listing.page(self._catalog, q, sort, after, limit)
 
@@ -192,7 +195,7 @@ class Registry:
         return listing.versions_of(self._catalog, name)
 
     def tiers(self) -> dict[Tier, int]:
-        """How many names' current versions are still on disk, and how many in memory."""
+        """How many names' current versions have their tensors on disk, and how many in memory."""
         return listing.tiers(self._catalog)
 
     def held_bytes(self) -> int:
@@ -204,7 +207,7 @@ class Registry:
         return {**self._folders.problems(), **self._uploads.problems()}
 
     def problems(self) -> dict[str, str]:
-        """As `unserved`, and what is wrong with those that are listed, by name."""
+        """What `unserved` says, and by name what is wrong with interventions that are listed."""
         problems = self.unserved()
         for entry in self.entries():
             if entry.problem is not None and not self._folders.broken(entry.name):
@@ -220,10 +223,11 @@ class Registry:
     ) -> tuple[Entry, bool]:
         """Upload a file under a name; returns the entry that it made, and whether the name is new.
 
-        `sha256`, where given, is what the whole file must hash to. The file is checked completely
-        before anything changes: `InvalidRequest` (the name), `FileTooLarge`, `InvalidFile`,
-        `WrongBaseModel`, `Changed` (it stands for none of the digests `expected`; `*` is any, ()
-        nothing). The upload shadows a source's file of the same name.
+        `sha256`, if given, is what the whole file must hash to. The file is checked completely
+        before anything changes. Raises `InvalidRequest` (the name), `FileTooLarge`, `InvalidFile`,
+        `WrongBaseModel`, and `Changed` if the name stands for none of the digests `expected` (`*`
+        is any digest, an empty collection means no version). The upload shadows a source's file of
+        the same name.
         """
         self._check_name(name)
         if len(data) > self._max_file_bytes:
@@ -239,10 +243,9 @@ class Registry:
     def load(self, name: str, path: str, replace: bool = False) -> Entry:
         """Load a file inside the sources under a name, as it is now and until the process ends.
 
-        Returns the entry that it made.
-        `path` is absolute, or relative to a source. Raises `InvalidRequest` for a path that leads
-        outside, and for a name that is taken unless `replace`; `NotFound` for a missing file; and
-        what `put` raises.
+        Returns the entry that it made. `path` is absolute, or relative to a source. Raises
+        `InvalidRequest` for a path that leads outside, and for a name that is taken unless
+        `replace`; `NotFound` for a missing file; and what `put` raises.
         """
         self._check_name(name)
         file = locate(path, self._folders.sources)
@@ -257,9 +260,10 @@ class Registry:
         return self._uploads.load(self.verified(name, data, "loaded"), replace=replace)
 
     def open(self, ref: str) -> tuple[Version, BinaryIO]:
-        """The version that `ref` stands for now, as `resolve` says, and its file as `Version.open`.
+        """The version that `ref` stands for now, and its verified file; the caller closes the file.
 
-        Raises what they raise; `NotFound` names the versions that there are.
+        Raises what `resolve` and `Version.open` raise; `NotFound` names the versions that there
+        are.
         """
         name, _, prefix = ref.partition("@")
         try:
@@ -275,32 +279,32 @@ class Registry:
         return version, version.open()
 
     def remove(self, name: str, expected: Collection[str] | None = None) -> None:
-        """Take away what a name stands for; what it shadowed, if anything, shows again.
+        """Remove what a name stands for; what it shadowed, if anything, shows again.
 
         An upload is deleted with its history, also one that could not be restored. A source's file
         stays on disk and comes back when it changes, or at the next start. Requests in flight end
-        on what they began with. Raises `NotFound`, and `Changed` as `put`.
+        on the versions they began with. Raises `NotFound`, and `Changed` as `put` does.
         """
         self._uploads.remove(name, expected)
 
     def rollback(
         self, name: str, digest: str | None = None, expected: Collection[str] | None = None
     ) -> Entry:
-        """Serve an uploaded version again that is still kept, in one step; returns the new entry.
+        """Serve a kept uploaded version again, in one step; returns the new entry.
 
         `digest` may be a prefix of 8 digits or more; without one it is the version that was served
         before the current one, so that a second call undoes the first. Nothing falls out of the
-        history by it. Raises `InvalidRequest` where the name stands for something that was not
-        uploaded, `NotFound` where there is no such version, `Changed` as `put`, and what reading
+        history by it. Raises `InvalidRequest` if the name stands for something that was not
+        uploaded, `NotFound` if there is no such version, `Changed` as `put` does, and what reading
         the version raises; then nothing has changed.
         """
         return self._uploads.rollback(name, digest, expected)
 
     @releasing_workers
     def verified(self, name: str, data: bytes, origin: Origin = "loaded") -> Version:
-        """A whole file as a version that no name stands for, which a `Use` may hold.
+        """A version made of a whole file, which no name stands for and a `Use` may hold.
 
-        `name` is how it is called. Raises `InvalidFile` and `WrongBaseModel`.
+        `name` is what the version is called. Raises `InvalidFile` and `WrongBaseModel`.
         """
         header = header_of(data)
         self._check(header.manifest)
@@ -333,7 +337,7 @@ class Registry:
             began, away = time.monotonic(), 0.0
 
             def rest(worked: float) -> bool:
-                # Whoever computes in Python holds up the engine's thread.
+                # A scan that computes in Python holds up the engine's thread, so it pauses.
                 nonlocal away
                 away += worked / WORK_SHARE
                 return self._closed.wait(worked / WORK_SHARE - worked)

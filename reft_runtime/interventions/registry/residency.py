@@ -1,4 +1,4 @@
-"""How much memory interventions take, and whose tensors give way when it is too much."""
+"""Counts the memory that interventions take, and chooses whose tensors are evicted."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from collections import OrderedDict
 from reft_runtime.interventions.registry.version import Version
 
 _TRIM_BYTES = 32 << 20
-"""Freed memory that is worth returning."""
+"""Bytes of freed memory that are worth returning to the system."""
 
 
 class Residency:
-    """The books of all versions that can be addressed, against a budget in bytes.
+    """The memory of all versions that can be addressed, against a budget in bytes.
 
     `fixed` is what uploads and loaded files take whether they are used or not: manifests, and the
     tensors that have no file to be read from again. The tensors of all others come and go: those
-    used least recently give way first, and those of requests under way stay. Not safe for threads:
-    the catalog's lock guards it.
+    used least recently are evicted first, and those of requests under way stay. Not safe for
+    threads: the catalog's lock guards it.
     """
 
     def __init__(self, budget: int) -> None:
@@ -34,7 +34,7 @@ class Residency:
         return self.fixed + self._tensor_bytes
 
     def enter(self, version: Version) -> None:
-        """A version can be addressed from now on."""
+        """Count a version that can be addressed from now on."""
         if version.origin != "folder":
             self._fixed[version] = version.fixed_bytes
             self.fixed += version.fixed_bytes
@@ -42,7 +42,7 @@ class Residency:
         self.touch(version)
 
     def touch(self, version: Version) -> None:
-        """A version is used, or its tensors have just been read."""
+        """Make a version the most recently used, and count tensors that were just read."""
         if version in self._tensors:
             self._tensors.move_to_end(version)
         elif version.loaded and version.reloadable:
@@ -51,20 +51,20 @@ class Residency:
             self._freed += 2 * version.size_bytes
 
     def evicted(self, version: Version) -> None:
-        """The tensors of a version are gone."""
+        """Subtract the tensors of a version that were evicted."""
         size = self._tensors.pop(version, 0)
         self._tensor_bytes -= size
         self._freed += size
 
     def leave(self, version: Version) -> None:
-        """A version can be addressed no longer."""
+        """Subtract a version that can no longer be addressed."""
         fixed = self._fixed.pop(version, 0)
         self.fixed -= fixed
         self._freed += fixed
         self.evicted(version)
 
     def idle(self) -> list[Version]:
-        """As many versions that no request uses as must give way to keep to the budget."""
+        """The least recently used versions without requests whose eviction keeps to the budget."""
         excess = self.used - self.budget
         chosen = []
         for version, size in self._tensors.items():
@@ -76,7 +76,7 @@ class Residency:
         return chosen
 
     def freed_much(self) -> bool:
-        """Whether so much was freed since the last time that the system should have it back."""
+        """Whether so much was freed that the system should have it back; True resets the count."""
         if self._freed < _TRIM_BYTES:
             return False
         self._freed = 0
@@ -84,7 +84,7 @@ class Residency:
 
 
 def return_freed_memory() -> None:
-    """Hand what was freed back to the system, which glibc's allocator keeps; elsewhere a no-op."""
+    """Return freed memory, which glibc's allocator keeps, to the system; elsewhere a no-op."""
     try:
         trim = ctypes.CDLL(None).malloc_trim
     except (AttributeError, OSError, TypeError):

@@ -13,7 +13,7 @@ from reft_runtime.errors import InvalidRequest, NotFound
 from reft_runtime.interventions.format.identity import SUFFIX
 
 LOOKS_AT_ONCE = 200
-"""Files that are looked at in one go, which takes about a millisecond: a step of the engine that
+"""Files that are looked at in one go, which takes about a millisecond. A step of the engine that
 waits for the core, or for Python's lock, waits no longer than that."""
 
 NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
@@ -33,7 +33,10 @@ class Found(NamedTuple):
     inode: int
 
     def intact(self) -> bool:
-        """Whether the same content is still there; a new link to it, as backups make, is none."""
+        """Whether the same content is still there.
+
+        A new link to the file, such as backups make, does not count as a change.
+        """
         try:
             now = look(self.path)
         except OSError:
@@ -42,7 +45,10 @@ class Found(NamedTuple):
 
 
 def look(path: Path, *, follow: bool = False) -> Found:
-    """A file as it is now; `path` is a real path, unless it is to be followed. Raises `OSError`."""
+    """A file as it is now; `path` is a real path unless links are to be followed (`follow`).
+
+    Raises `OSError`.
+    """
     status = os.stat(path, follow_symlinks=follow)
     return Found(path, status.st_mtime_ns, status.st_ctime_ns, status.st_size, status.st_ino)
 
@@ -69,9 +75,9 @@ def list_folder(
 ) -> tuple[dict[str, Found], dict[str, str]]:
     """List the intervention files of one folder, not those of folders below it.
 
-    Returns what was found by name (the file's stem), and by path why a file cannot be listed.
-    Raises `OSError` where the folder itself cannot be read. `between` is called after every
-    `LOOKS_AT_ONCE` files, with the seconds that they took.
+    Returns the files by name (a file's stem), and by path why a file cannot be listed. Raises
+    `OSError` if the folder itself cannot be read. `between` is called after every `LOOKS_AT_ONCE`
+    files, with the seconds that they took.
     """
     found: dict[str, Found] = {}
     problems: dict[str, str] = {}
@@ -88,7 +94,7 @@ def list_folder(
             problems[file.path] = f"The file's name is no name for an intervention: {NAME_RULE}."
             continue
         path = root / file.name
-        if file.is_symlink():  # of the others, which may be thousands, the real path is known
+        if file.is_symlink():  # the others, which may be thousands, have their real path already
             path = Path(os.path.realpath(path))
             if not path.is_relative_to(root):
                 problems[file.path] = (
@@ -105,8 +111,9 @@ def list_folder(
 def locate(path: str, folders: Sequence[Path]) -> Path:
     """The real path of a file inside the source folders, from what a client wrote.
 
-    `path` is absolute, or relative to one of the folders (the first that has it). What resolves
-    outside them raises `InvalidRequest`, whether it exists or not; a missing file `NotFound`.
+    `path` is absolute, or relative to one of the folders (the first that has it). Raises
+    `InvalidRequest` for a path that leads outside them, whether it exists or not, and `NotFound`
+    for a missing file.
     """
     if not path or "\0" in path:
         raise InvalidRequest("The path is empty or holds a NUL character.", param="path")
@@ -119,7 +126,7 @@ def locate(path: str, folders: Sequence[Path]) -> Path:
     if not inside:
         raise InvalidRequest("The path leads outside the configured sources.", param="path")
     for real in inside:
-        if os.path.isfile(real):  # pathlib's would raise where a name is too long
+        if os.path.isfile(real):  # pathlib's would raise if a name is too long
             return real
     if any(os.path.isdir(real) for real in inside):
         raise InvalidRequest(

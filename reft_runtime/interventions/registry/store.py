@@ -1,6 +1,6 @@
-"""The state folder: what was uploaded, as content-addressed blobs and pointers with history.
+"""The state folder: uploads as content-addressed blobs, and pointers with history.
 
-`blobs/<digest>.safetensors` are immutable; `pointers/<name>.json` names the digests of an
+`blobs/<digest>.safetensors` are immutable. `pointers/<name>.json` names the digests of an
 intervention's versions, the one that is served first, and is replaced in one atomic step. The same
 layout works on an object store.
 """
@@ -26,7 +26,7 @@ from reft_runtime.interventions.registry.sources import NAME
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 
 STATE_BYTES = 16 << 30
-"""What uploads take of the state folder, unless told otherwise."""
+"""Default bound on the bytes of uploads in the state folder."""
 
 _log = logging.getLogger(__name__)
 
@@ -35,7 +35,8 @@ class Store:
     """Blobs of at most `max_bytes` and pointers under one folder, owned by one process at a time.
 
     `histories` are the digests of each name's versions, the current one first; `damaged` are the
-    names whose pointer cannot be read. What the disk refuses is a `StoreFull` or an `Unavailable`.
+    names whose pointer cannot be read. If the disk fails, methods raise `StoreFull` or
+    `Unavailable`.
     """
 
     def __init__(self, folder: Path, max_bytes: int = STATE_BYTES) -> None:
@@ -69,9 +70,9 @@ class Store:
         os.close(self._lock)
 
     def check(self) -> bool:
-        """Make the folder again if it was deleted; False where what it held is lost by that.
+        """Make the folder again if it was deleted; False if what it held is lost.
 
-        Raises `Unavailable` where it cannot be made, or where another server has it by now.
+        Raises `Unavailable` if it cannot be made, or if another server has it by now.
         """
         try:
             own = os.path.samestat(os.stat(self._folder / "lock"), os.fstat(self._lock))
@@ -108,7 +109,7 @@ class Store:
         return False
 
     def blob(self, digest: str) -> Path:
-        """Where the file of this digest is kept."""
+        """The path at which the file of this digest is kept."""
         return self._blobs / f"{digest}{SUFFIX}"
 
     def holds(self, digest: str) -> bool:
@@ -116,7 +117,10 @@ class Store:
         return digest in self._sizes
 
     def add_blob(self, digest: str, data: bytes) -> None:
-        """Keep a file; `digest` is its identity."""
+        """Keep a file, whose identity is `digest`.
+
+        Raises `StoreFull` if it does not fit, and `Unavailable` if it cannot be written.
+        """
         kept = sum(self._sizes.values()) - self._sizes.get(digest, 0)
         if kept + len(data) > self._max_bytes:
             raise StoreFull(
@@ -146,12 +150,12 @@ class Store:
         if self.damaged:
             return  # a damaged pointer may name any of them: a person decides
         for digest in self._sizes.keys() - self._named.keys() - set(keep):
-            with suppress(OSError):  # it is tried again the next time
+            with suppress(OSError):  # tried again the next time
                 self.blob(digest).unlink(missing_ok=True)
                 del self._sizes[digest]
 
     def _take(self) -> int:
-        """Make the folder and lock it; `BlockingIOError` where another server has it."""
+        """Make the folder and lock it. Raises `BlockingIOError` if another server has it."""
         self._make()
         lock = os.open(self._folder / "lock", os.O_RDWR | os.O_CREAT, 0o644)
         try:
@@ -181,7 +185,7 @@ class Store:
 
 @contextmanager
 def _told() -> Iterator[None]:
-    """Say what the disk refuses in an error of ours."""
+    """Raise what the disk refuses in the block as `StoreFull` or `Unavailable`."""
     try:
         yield
     except OSError as error:

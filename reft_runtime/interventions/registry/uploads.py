@@ -1,4 +1,4 @@
-"""Versions that were uploaded: kept in the state folder, brought back, rolled back to."""
+"""Uploaded versions: kept in the state folder, restored at the start, and rolled back to."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ HISTORY = 8
 """How many uploaded versions of a name are kept, the current one included."""
 
 MAX_ADDED_NAMES = 100_000
-"""Names that may be uploaded or loaded at run time."""
+"""Most names that may be uploaded or loaded at run time."""
 
 _ADDED: tuple[Origin, ...] = ("loaded", "uploaded")
 
@@ -37,15 +37,15 @@ class Uploads:
     """The layers of a catalog that clients change, in memory or, with a `store`, on disk too.
 
     The last `HISTORY` uploaded versions of a name are kept, in the order in which they were served
-    last. `put`, `load`, `remove` and `rollback` are those of `Registry`, which says more of them;
-    the entry that they return is made before the next change may begin.
+    last. `put`, `load`, `remove` and `rollback` are documented in `Registry`. The entry that they
+    return is made before the next change may begin.
     """
 
     def __init__(self, catalog: Catalog, folders: Folders, store: Store | None) -> None:
         self._catalog = catalog
         self._folders = folders
         self._store = store
-        self._changing = threading.Lock()  # one change at a time; taken before the others' locks
+        self._changing = threading.Lock()  # one change at a time; taken before the other locks
         self._added: set[str] = set()  # names that were uploaded or loaded
         self._problems: dict[str, str] = {}
         self._state_problem: str | None = None
@@ -91,7 +91,7 @@ class Uploads:
         return made
 
     def remove(self, name: str, expected: Collection[str] | None) -> None:
-        """Take away what a name stands for."""
+        """Remove what a name stands for."""
         with self._changing:
             self._tend()
             version = self._expect(name, expected)
@@ -104,7 +104,7 @@ class Uploads:
                 if self._store is not None:
                     self._store.remove(name)
                 self._problems.pop(name, None)
-            # The folder's file may have been replaced by now; the new one was not meant.
+            # The folder's file may have been replaced by now; the new one is not to be removed.
             self._catalog.displace(name, origin, version if origin == "folder" else None)
             if not any(self._catalog.layer(name, layer) for layer in _ADDED):
                 self._added.discard(name)
@@ -137,9 +137,10 @@ class Uploads:
         return made
 
     def restore(self, reserved: str, listed: Callable[[str, Found, Origin], Version]) -> None:
-        """Bring back what was uploaded before the last stop.
+        """Restore what was uploaded before the last stop.
 
-        `listed` makes a version of a stored file by its header; `reserved` is no name for one.
+        `listed` makes a version of a stored file from its header; `reserved` is a name that no file
+        can have.
         """
         if self._store is None:
             return
@@ -170,7 +171,7 @@ class Uploads:
         self._collect()
 
     def tend(self) -> None:
-        """Look after the state folder, unless something is being changed: that does it as well."""
+        """Check the state folder, unless a change is under way, which checks it as well."""
         known = self._state_problem
         if self._changing.acquire(blocking=False):
             try:
@@ -194,9 +195,10 @@ class Uploads:
                 self._store = None
 
     def _expect(self, name: str, expected: Collection[str] | None) -> Version | None:
-        """What the name stands for at this moment, which is one of the digests `expected`.
+        """The version the name stands for now, which must be one of the digests `expected`.
 
-        `*` is any, () nothing, None whatever there is. Raises `Changed`.
+        In `expected`, `*` is any digest, an empty collection no version, and None means no
+        condition. Raises `Changed`.
         """
         if expected is None:
             return self._catalog.current(name)
@@ -212,7 +214,10 @@ class Uploads:
         return current
 
     def _admit(self, version: Version, *, kept: bool, leaving: set[Version]) -> None:
-        """Refuse what would not fit; of what is `kept` on disk only its line must stay."""
+        """Raise `StoreFull` or `InvalidRequest` if a version would not fit.
+
+        A version whose file is `kept` on disk needs memory for its line of the listing only.
+        """
         if version.name not in self._added and len(self._added) >= MAX_ADDED_NAMES:
             raise InvalidRequest(
                 f"There are {MAX_ADDED_NAMES} uploaded names, as many as there may be; delete one"
@@ -223,7 +228,7 @@ class Uploads:
         self._added.add(version.name)
 
     def _write(self, store: Store, version: Version, data: bytes, kept: Sequence[Version]) -> None:
-        """Keep an upload on disk, from where its tensors can be read again."""
+        """Keep an upload on disk, so that its tensors can be read again from there."""
         digests = [version.digest, *(old.digest for old in kept if store.holds(old.digest))]
         try:
             store.add_blob(version.digest, data)
@@ -236,7 +241,7 @@ class Uploads:
             raise
 
     def _point_back(self, store: Store, name: str, history: Sequence[Version]) -> None:
-        """Keep on disk which version is served."""
+        """Write to disk which version is served."""
         if not store.holds(history[0].digest):
             raise Unavailable(
                 f"The version {history[0].digest} is kept in memory only, since the state folder"
@@ -245,7 +250,7 @@ class Uploads:
         store.point(name, [old.digest for old in history if store.holds(old.digest)])
 
     def _tend(self) -> None:
-        """See that the state folder is still there, and ours; raises `Unavailable`."""
+        """Check that the state folder is still there, and ours. Raises `Unavailable`."""
         if self._store is None:
             return
         try:
@@ -279,13 +284,13 @@ _NOT_UPLOADED: dict[Origin, str] = {
 
 
 def _tell_hidden(before: Version | None, now: Version) -> None:
-    """Say that what a client put under a name hides the file that was served under it."""
+    """Log a warning if what a client put under a name hides a folder's file."""
     if before is not None and before.origin == "folder":
         _log.warning("%s: the folder's file is hidden by what was %s", now.name, now.origin)
 
 
 def _kept(name: str, history: Sequence[Version], digest: str | None) -> Version:
-    """The version to go back to; raises `NotFound`, which names those that there are."""
+    """The version to go back to. Raises `NotFound`, which names the versions that there are."""
     if digest is None:
         if len(history) > 1:
             return history[1]

@@ -23,16 +23,16 @@ from reft_runtime.machine.cores import releasing_workers
 Origin = Literal["loaded", "uploaded", "folder"]
 
 _OBJECT_BYTES = 2048
-"""What a version takes besides its manifest and its tensors, generously."""
+"""Memory of a version besides its manifest and its tensors, in bytes, estimated generously."""
 
 
 class Version:
     """What a name stood for when it was resolved: one file's content, and where it came from.
 
-    Only the header is read at first; the tensors are read from `source`, verified and converted at
-    the first call of `edits`, and may be dropped again by `evict`. Without a source what is given
-    is the only copy, and stays: the tensors, and the file as `data`. Made by the registry, which
-    also counts `in_flight`, the requests that hold it.
+    Only the header is read at first. The tensors are read from `source`, verified and converted at
+    the first call of `edits`, and may be dropped again by `evict`. Without a source, the given
+    tensors, and the file as `data`, are the only copy and stay. The registry makes versions, and
+    counts in `in_flight` the requests that hold them.
     """
 
     def __init__(
@@ -51,7 +51,7 @@ class Version:
         self.system_turn = header.manifest.system_turn
         self.completion_prefix = header.manifest.completion_prefix
         self.texts = header.manifest.texts
-        # As text a manifest takes a fraction of the memory, and listing thousands costs no time.
+        # As text a manifest takes a fraction of the memory, and can be listed without parsing.
         self.manifest_json = header.manifest.model_dump_json().encode()
         self.summary = summarise(header)
         self.size_bytes = header.size_bytes
@@ -65,7 +65,7 @@ class Version:
 
     @property
     def manifest(self) -> Manifest:
-        """What the file says about itself; made anew at every call."""
+        """What the file says about itself; parsed anew at every call."""
         return validate_manifest(json.loads(self.manifest_json))
 
     @property
@@ -80,23 +80,23 @@ class Version:
 
     @property
     def tensor_bytes(self) -> int:
-        """Memory of the tensors; 0 while they are on disk."""
+        """Memory of the tensors in bytes; 0 while they are on disk."""
         return sum(edit.nbytes for edit in self._edits or ())
 
     @property
     def listed_bytes(self) -> int:
-        """Memory that its line of the listing takes: its manifest, and a summary of that."""
+        """Bytes of the version's line in the listing: its manifest, and a summary of that."""
         return _OBJECT_BYTES + 2 * len(self.manifest_json)
 
     @property
     def fixed_bytes(self) -> int:
-        """Memory that it takes as long as it can be addressed, in bytes."""
+        """Memory that the version takes as long as it can be addressed, in bytes."""
         kept = 0 if self.reloadable else self.tensor_bytes + len(self._data or b"")
         return self.listed_bytes + kept
 
     @property
     def modified(self) -> float:
-        """When its file was written or, without one, when it came (Unix time)."""
+        """When the file was written or, without one, when the version was made (Unix time)."""
         return self._made if self._source is None else self._source.modified_ns / 1e9
 
     def edits(self) -> tuple[CanonicalEdit, ...]:
@@ -111,9 +111,9 @@ class Version:
             return self._edits
 
     def open(self) -> BinaryIO:
-        """Its file, verified, to be read from the start; whoever asks closes it.
+        """Open the version's file, verified, at its start; the caller closes it.
 
-        Raises as `edits`.
+        Raises what `edits` raises.
         """
         if self._data is not None:
             return io.BytesIO(self._data)
@@ -126,15 +126,15 @@ class Version:
         return file
 
     def moved(self, file: Found) -> None:
-        """The same content is found in another file from now on."""
+        """Read from another file with the same content from now on."""
         self._source, self._data = file, None
 
     def replaceable(self) -> bool:
-        """Whether the tensors could be read again from the very file they came from."""
+        """Whether the tensors could be read again from the file they came from, unchanged."""
         return self._source is not None and self._source.intact()
 
     def evict(self) -> bool:
-        """Drop the tensors, unless somebody is reading them just now; whether it was done."""
+        """Drop the tensors, unless they are being read just now; return whether it was done."""
         if not self._loading.acquire(blocking=False):
             return False
         self._edits = None
@@ -159,7 +159,7 @@ class Version:
 
     @contextmanager
     def _reading(self) -> Iterator[None]:
-        """Say what the disk refuses in an error of ours."""
+        """Raise what the disk refuses in the block as `NotFound` or `Unavailable`."""
         try:
             yield
         except FileNotFoundError as error:
