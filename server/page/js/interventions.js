@@ -9,7 +9,7 @@ import { Uploads, take } from "./uploads.js";
 const PAGE = 50;
 const PAUSE_MS = 200;
 
-/** Of each column: its heading, what it sorts by, what a row shows, and its class. */
+/** The columns: each has a heading, what it sorts by, what a row shows, and a class. */
 const COLUMNS = [
   ["Name", "name", (entry) => html`<${Name} entry=${entry} />`],
   ["Kind", null, ({ kinds }) => kinds.join(", "), "narrow"],
@@ -23,7 +23,7 @@ const COLUMNS = [
   ["Changed", "modified", ({ modified }) => modified && when(modified), "number narrow"],
 ];
 
-/** Layers as text: 0 to 3, 6; those at one distance in short: every 2nd of 1 to 29. */
+/** Layers as text, such as "0 to 3, 6"; evenly spaced ones as "every 2nd of 1 to 29". */
 export function spans(layers) {
   const step = layers[1] - layers[0];
   const even = layers.every((layer, i) => i === 0 || layer - layers[i - 1] === step);
@@ -38,7 +38,7 @@ export function spans(layers) {
   return runs.map(([from, to]) => (from === to ? from : `${from} to ${to}`)).join(", ");
 }
 
-/** Unix time as a day, or the time of today. */
+/** Unix time (seconds) as a date, or as a time of day if it is today. */
 export function when(time) {
   const date = new Date(time * 1000);
   const today = date.toDateString() === new Date().toDateString();
@@ -129,7 +129,7 @@ function Table({ rows, sort, onSort }) {
     </table>`;
 }
 
-/** Names begin with a; numbers and times with the largest. */
+/** The order after a press on a heading: first names from a, numbers and times from the largest. */
 function turned(key, sort) {
   const first = key === "name" ? key : `-${key}`;
   const other = key === "name" ? `-${key}` : key;
@@ -153,7 +153,7 @@ function usePages(query, sort) {
     } catch (error) {
       found = { error };
     }
-    // What a slower answer to an earlier search says is not shown.
+    // A late answer to an earlier search is not shown.
     if (mine !== asked.current) return;
     setState((old) => ({ ...old, ...found }));
     setLoading(false);
