@@ -1,4 +1,4 @@
-"""A run of the engine as an HTTP answer, whole or as a stream, that ends when its client leaves."""
+"""HTTP answers of the generating routes, whole or streamed; each ends when its client leaves."""
 
 from __future__ import annotations
 
@@ -25,43 +25,43 @@ from server.streaming import DONE, event, json_bytes
 logger = logging.getLogger("reft.server")
 
 AT_ONCE_TOKENS = 4096
-"""Tokens that are written on the event loop; more of them would hold up other requests."""
+"""Most tokens written on the event loop; a larger answer would hold up other requests."""
 
 
 class Writer(ABC):
     """How one route writes choices; an instance serves one request."""
 
     prefix: str
-    """Begins the answer's id."""
+    """The beginning of the answer's id."""
 
     object: str
     chunk_object: str
 
     @property
     def heavy(self) -> bool:
-        """Whether it writes so much of each token that a few hold up other requests."""
+        """Whether each token takes so long to write that a few would hold up other requests."""
         return False
 
     def whole(self, run: Run) -> dict[str, Any]:
-        """What stands beside the choices, in a whole answer and in a stream's first event."""
+        """Fields beside the choices, in a whole answer and in a stream's first event."""
         return {}
 
     @abstractmethod
     def choice(self, run: Run, choice: Choice) -> dict[str, Any]:
-        """A finished choice, as it stands in a whole answer."""
+        """Write a finished choice for a whole answer."""
 
     @abstractmethod
     def chunks(self, run: Run, index: int, delta: ChoiceDelta) -> list[dict[str, Any]]:
-        """What one delta adds to a stream: no chunk, one, or one with another before it."""
+        """Write the chunks, none to two, that one delta adds to a stream."""
 
 
 class Answer(Response):
     """The response of a generating route.
 
-    Everything, from opening the request in the engine, happens while the response is sent: so
-    the engine's part of a request can never outlive the connection it is for. What fails before
-    the first token is raised, and answered with its own status; what fails later ends the stream
-    with an error event.
+    All work, from opening the request in the engine on, happens while the response is sent, so
+    the engine's part of a request never outlives its connection. A failure before the first
+    token is raised, and answered with its own status; a later one ends the stream with an error
+    event.
     """
 
     def __init__(
@@ -106,12 +106,12 @@ class Answer(Response):
                 raise
             draining = self._context.health.draining
             problem = api_error(error, self._request_id, draining=draining)
-            # A client that does not take this loses its connection (`server.protocol`).
+            # A client that does not read this loses its connection (`server.protocol`).
             await send(_piece(event(problem.body()) + DONE))
             await send(_piece(b"", more=False))
 
     async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
-        # The log of the request (`server.logs`) looks at both when it has ended.
+        # The log of the request (`server.logs`) reads `job` and `run` when it has ended.
         scope["state"]["job"] = job = await self._prepare()
         with opened(self._context, job) as run:
             scope["state"]["run"] = run
@@ -154,7 +154,7 @@ class Answer(Response):
         begun: set[int] = set()
         async with aclosing(run.steps()) as steps:
             async for step in steps:
-                # A choice's first step may bring its prompt, with log-probabilities of all of it.
+                # A choice's first step may bring its prompt with all of its log-probabilities.
                 fresh = {index for index, _ in step} - begun
                 begun |= fresh
                 if fresh and self._is_large(run):
@@ -177,7 +177,7 @@ class Answer(Response):
         await send(_piece(b"", more=False))
 
     def _is_large(self, run: Run) -> bool:
-        """Whether writing the answer is for a thread."""
+        """Whether the answer is too large to be written on the event loop."""
         prompts = run.job.prompt_tokens * run.job.n
         return self._writer.heavy or prompts + run.completion_tokens > AT_ONCE_TOKENS
 

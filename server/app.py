@@ -42,7 +42,10 @@ EXPOSED = ["retry-after", "x-request-id", "x-intervention", "x-prompt-tokens", "
 
 
 def create_app(engine: Engine, settings: Settings) -> FastAPI:
-    """Application that serves `engine`, whose owner closes it. It is ready once it has started."""
+    """Build the application that serves `engine`; the engine's owner closes the engine.
+
+    The application is ready for requests once it has started.
+    """
     context = Context(engine, settings, Metrics(engine), Health(engine))
 
     @asynccontextmanager
@@ -68,7 +71,7 @@ def create_app(engine: Engine, settings: Settings) -> FastAPI:
     app.state.context = context
     app.add_middleware(RequestMiddleware, context=context)
     if settings.origins:
-        # Outermost, for a browser shows a page only answers, and errors, with these headers.
+        # Outermost: without these headers a browser hides an answer, even an error, from a page.
         app.add_middleware(
             CORSMiddleware,
             allow_origins=settings.origins,

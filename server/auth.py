@@ -36,7 +36,7 @@ async def require_key(request: Request, context: Current) -> None:
 
 
 def cache_salt(settings: Settings) -> bytes:
-    """What separates the prefix cache of the key's holders from others'; empty without a key."""
+    """Salt of the prefix cache's block keys, made from the API key; empty without a key."""
     if settings.api_key is None:
         return b""
     return _digest(b"prefix cache of " + settings.api_key.get_secret_value().encode())

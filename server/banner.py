@@ -1,4 +1,4 @@
-"""What the server says when it is ready."""
+"""The text that the server prints when it is ready."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ if TYPE_CHECKING:
     from server.engine import Engine
 
 MAX_LISTED = 20
-"""Interventions, and broken files, that are listed; the rest are counted."""
+"""Most interventions, and most broken files, that are listed; the rest are only counted."""
 
 
 SHOWN, QUESTION = "pirate", "Who are you?"
-"""The task that ships whose answer is most plainly not the base's, and what it is asked; where it
-is not served, another is asked the same."""
+"""Intervention and question of the example: of those that ship, its answer differs most plainly
+from the base's. Where it is not served, another is asked the same question."""
 
 
 def address_of(host: str, port: int) -> str:
-    """Where a client on this machine reaches the socket of `host` and `port`."""
+    """URL at which a client on this machine reaches the socket of `host` and `port`."""
     reachable = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
     return f"http://[{reachable}]:{port}" if ":" in reachable else f"http://{reachable}:{port}"
 
 
 def banner(engine: Engine, settings: Settings, address: str) -> str:
-    """What is served, what is wrong, and a command that works as it stands."""
+    """Text that says what is served, what is wrong, and gives a command that works as it is."""
     info = engine.info
     entries = engine.registry.entries()
     problems = engine.registry.problems()

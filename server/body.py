@@ -21,28 +21,29 @@ from server.schemas.common import InterventionUse
 Body = TypeVar("Body", bound=BaseModel)
 
 AT_ONCE_BYTES = 16 * 2**10
-"""Bodies up to here are read on the event loop; a larger one would hold up all others."""
+"""Largest body, in bytes, that is parsed on the event loop; a larger one would hold it up."""
 
 MAX_STRINGS = 100_000
-"""Strings of one body, keys among them: more than the messages of any chat need."""
+"""Most strings in one body, keys included: more than the messages of any chat need."""
 
 MAX_VALUES = 2**18
-"""Values of one body: the commas between them, and the brackets around them, are counted."""
+"""Most values in one body, counted by its commas and opening brackets."""
 
 MAX_KEYS = 2048
-"""Keys of one object."""
+"""Most keys in one object."""
 
 MAX_WHOLE = 2**63
 MAX_DIGITS = 1000
 
 _STRING = re.compile(rb'"(?:[^"\\]++|\\.)*+"?', re.DOTALL)
-"""A string, which may lack its end: it is passed once, whatever is in it."""
+"""A JSON string, which may lack its end; matching never backtracks."""
 
 
 async def read_body(request: Request, limit: int) -> bytes:
-    """The whole body; 413 as soon as it is known to be longer than `limit` bytes.
+    """Read the whole body.
 
-    503 where the bodies of all requests under way have no room for it.
+    Raises `ApiError` (413) as soon as the body is known to be longer than `limit` bytes, and
+    `Overloaded` (503) if the bodies of all requests under way leave no room for it.
     """
     context: Context = request.app.state.context
     too_large = ApiError(413, f"The body is larger than {limit} bytes.", code="body_too_large")
@@ -62,11 +63,12 @@ async def read_body(request: Request, limit: int) -> bytes:
 def json_body(
     model: type[Body], *, required: bool = True
 ) -> Callable[[Request, Current], Awaitable[Body]]:
-    """Dependency that answers the JSON body as `model`; where it is not `required`, without one
-    all fields have their defaults.
+    """Make a dependency that reads the JSON body as `model`.
 
-    A dependency and not FastAPI's own body parameter, which is read and parsed before the
-    router's dependencies: before the key is checked.
+    If the body is not `required`, a request without one gets the defaults of all fields.
+
+    FastAPI's own body parameter is not used: it is read and parsed before the router's
+    dependencies run, and so before the key is checked.
     """
 
     async def read(request: Request, context: Current) -> Body:
@@ -99,9 +101,10 @@ def _validated(model: type[Body], body: bytes) -> Body:
 
 
 def parse_json(body: bytes) -> Any:
-    """`body` as JSON, read by `load_strict`, within the bounds of a body.
+    """Parse `body` as JSON with `load_strict`, within the bounds of a body.
 
-    A whole number is an int however it is written: 4.0 and 4 are the same number in JSON.
+    A whole number becomes an int however it is written: 4.0 and 4 are the same number in JSON.
+    Raises `InvalidRequest`.
     """
     _check_size(body)
     try:
@@ -115,11 +118,11 @@ def parse_json(body: bytes) -> Any:
 
 
 def _check_size(body: bytes) -> None:
-    """Refuse a body of very many small values unread: the parser holds up all other threads."""
+    """Refuse a body of too many values before parsing: the parser holds up all other threads."""
     if body.count(b'"') - body.count(b'\\"') > 2 * MAX_STRINGS:
         raise InvalidRequest(f"The body has more than {MAX_STRINGS} strings and keys.")
     if _values(body, 0, len(body)) > MAX_VALUES:
-        # Text has commas, too; this takes longer, and lets other threads in between strings.
+        # Strings have commas, too. Counting outside them is slower; other threads run meanwhile.
         values, end = 0, 0
         for string in _STRING.finditer(body):
             values += _values(body, end, string.start())
@@ -133,7 +136,7 @@ def _values(body: bytes, start: int, end: int) -> int:
 
 
 def _whole(text: str) -> int:
-    # A function of Python, though int alone would do: it lets other threads in.
+    # A Python function, though int alone would do: other threads can run between its calls.
     if len(text) > MAX_DIGITS:
         raise ValueError(f"a number has more than {MAX_DIGITS} digits")
     return int(text)
@@ -149,7 +152,7 @@ def _first_problem(error: ValidationError, data: Any, model: type[BaseModel]) ->
         (_path(problem["loc"], data, missing=problem["type"] == "missing"), problem)
         for problem in error.errors(include_url=False, include_input=False)
     ]
-    # Of the members of a union, the one that got furthest is the one that was meant.
+    # The member of a union whose error lies deepest is the one that was meant.
     param, problem = max(problems, key=lambda pair: pair[0].count("."))
     if problem["type"] == "extra_forbidden" or _is_for_nothing(problem):
         hint = instead(param)
@@ -166,9 +169,9 @@ def _first_problem(error: ValidationError, data: Any, model: type[BaseModel]) ->
 
 
 def _fields(model: type[BaseModel], loc: tuple[int | str, ...]) -> list[str]:
-    """Names that the object at `loc` may have, or, at the top, that one of its interventions may.
+    """Names of the fields that the object at `loc` may have, of all kinds that it may be of.
 
-    Where it may be of several kinds, those of all.
+    At the top level the fields of one of its interventions are added.
     """
     found = [model]
     for step in loc:
@@ -190,13 +193,13 @@ def _models(annotation: Any) -> Iterator[type[BaseModel]]:
 
 
 def _is_for_nothing(problem: ErrorDetails) -> bool:
-    """Whether the field may only be empty: it is there for clients that send it so."""
+    """Whether the field may only be empty; it exists for clients that always send it."""
     context = problem.get("ctx", {})
     return context.get("max_length") == 0 or context.get("expected") == "''"
 
 
 def _path(loc: tuple[int | str, ...], data: Any, *, missing: bool) -> str:
-    """`loc` in dots, without the labels that pydantic adds for the members of a union."""
+    """Dotted path of `loc`, without the labels that pydantic adds for the members of a union."""
     steps: list[str] = []
     for position, step in enumerate(loc):
         if isinstance(data, dict) and step in data:

@@ -1,4 +1,4 @@
-"""All connections of a server: how many there may be, and who has taken too long."""
+"""All connections of a server, with bounds on their number and on their clients' time."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from server.metrics import Metrics
 logger = logging.getLogger("reft.server")
 
 RESERVED_FILES = 64
-"""Open files that are not left to connections: models, interventions, logs, sockets of others."""
+"""Open files reserved for models, interventions, logs and sockets other than connections."""
 
 MAX_CONNECTIONS = 16_384
 LOOK_SECONDS = 0.5
@@ -22,12 +22,12 @@ LOOK_SECONDS = 0.5
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """Seconds that a client may take, and how many there may be at once.
+    """Most connections at once, and the seconds that a client may take.
 
-    `head` for a request's head, from its first byte; `idle` without any request; `body` without a
-    byte of the body, which must also come at `body_rate` bytes a second after that time; `reader`
-    without taking what is written to it; `linger` to take an answer that came before the end of
-    its request's body.
+    `head` is the time for a request's head, from its first byte. `idle` is the time without any
+    request. `body` is the time without a byte of the body; after that time the body must also
+    have come at `body_rate` bytes per second. `reader` is the time without reading what is
+    written. `linger` is the time to read an answer that came before the end of the request's body.
     """
 
     connections: int
@@ -40,7 +40,7 @@ class Limits:
 
 
 def file_limit() -> int:
-    """How many connections the process's limit of open files leaves room for."""
+    """Number of connections for which the process's limit of open files has room."""
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft == resource.RLIM_INFINITY:
         return MAX_CONNECTIONS
@@ -52,7 +52,10 @@ def file_limit() -> int:
 
 
 class Connection(Protocol):
-    """What is asked of one connection; `since` is when what it is doing began."""
+    """Interface of one connection.
+
+    `since` is when its present activity began, in seconds on the event loop's clock.
+    """
 
     since: float
 
@@ -61,14 +64,14 @@ class Connection(Protocol):
         """Whether no request is being read or answered."""
 
     def cut(self, reason: str) -> None:
-        """End it now, and count why."""
+        """End the connection now, and count the reason in the metrics."""
 
     def look(self, now: float) -> None:
-        """Cut it off if its client has taken too long."""
+        """Cut the connection off if its client has taken too long by the time `now`."""
 
 
 class Connections:
-    """All connections of one server: who may come, and who has taken too long."""
+    """The open connections of one server: admits new ones and cuts off slow clients."""
 
     def __init__(self, metrics: Metrics, limits: Limits) -> None:
         self.limits = limits
@@ -77,7 +80,7 @@ class Connections:
         self._full = False
 
     def admit(self, connection: Connection) -> bool:
-        """Whether there is room for one more; the one that has been idle longest makes room."""
+        """Add a connection, in place of the longest idle one if full; False if there is no room."""
         if len(self.open) >= self.limits.connections:
             if not self._full:
                 self._full = True
@@ -97,14 +100,14 @@ class Connections:
         return True
 
     def close(self, reason: str) -> None:
-        """Cut off all that are left, and say how many there were."""
+        """Cut off all connections that are left, and log their number."""
         if self.open:
             logger.warning("Cutting off %d clients that did not take an answer", len(self.open))
         for connection in list(self.open):
             connection.cut(reason)
 
     async def watch(self) -> None:
-        """Look at every connection, again and again."""
+        """Check the time limits of every connection each `LOOK_SECONDS`, until cancelled."""
         while True:
             await asyncio.sleep(LOOK_SECONDS)
             now = asyncio.get_running_loop().time()

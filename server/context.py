@@ -27,24 +27,24 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 ADMIN_THREADS = 4
-"""Threads for uploads, listings and metrics; those of requests are asyncio's own."""
+"""Threads for uploads, listings and metrics; requests use asyncio's own threads."""
 
 MAX_DOWNLOADS = 16
-"""Files that are sent at the same time: each is open until its client has taken it."""
+"""Most files sent at the same time; each is open until its client has received it."""
 
 BODIES_BYTES = 256 * 2**20
-"""Bytes of the bodies of all requests under way, or twice the largest body where that is more."""
+"""Most bytes of bodies of all requests under way; twice the largest body if that is more."""
 
 
 class BodyBudget:
-    """How much of requests' bodies is held; those under way share one bound."""
+    """Bytes held for the bodies of the requests under way, which share one bound."""
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
         self.held = 0
 
     def take(self, scope: Scope, size: int) -> bool:
-        """Hold `size` more bytes for a request, if there is room."""
+        """Hold `size` more bytes for a request; False if there is no room."""
         if self.held + size > self.limit:
             return False
         self.held += size
@@ -52,7 +52,7 @@ class BodyBudget:
         return True
 
     def give_back(self, scope: Scope) -> None:
-        """A request has ended."""
+        """Release the bytes held for a request that has ended."""
         self.held -= scope["state"].pop("body_bytes", 0)
 
 
@@ -77,16 +77,16 @@ class Context:
         object.__setattr__(self, "bodies", BodyBudget(limit))
 
     async def administer(self, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
-        """Run what may take long in a thread that no completion waits for."""
+        """Run `function`, which may take long, in a thread that no completion waits for."""
         work = partial(function, *args, **kwargs)
         return await asyncio.get_running_loop().run_in_executor(self._admin, work)
 
     def close(self) -> None:
-        """Start no more of it."""
+        """Cancel administrative work that has not begun, and take no more."""
         self._admin.shutdown(wait=False, cancel_futures=True)
 
 
-async def _context(request: Request) -> Context:  # async, for others go through a thread
+async def _context(request: Request) -> Context:  # async: FastAPI runs other functions in a thread
     context: Context = request.app.state.context
     return context
 

@@ -16,10 +16,11 @@ class ClientDisconnected(Exception):
 
 
 async def run_unless_disconnected(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
-    """Result of `work`. If the client leaves first, cancels it and raises `ClientDisconnected`.
+    """Return the result of `work`; if the client leaves first, cancel `work`.
 
-    The request's body must have been read: from then on `receive` has nothing to say but that the
-    client left. When this returns or raises, `work` has ended.
+    Raises `ClientDisconnected` then, and what `work` raises. When this returns or raises, `work`
+    has ended. The request's body must have been read before: from then on `receive` reports only
+    that the client left.
     """
     working = asyncio.ensure_future(work)
     watching = asyncio.ensure_future(_disconnected(receive))

@@ -19,14 +19,14 @@ if TYPE_CHECKING:
 logger = logging.getLogger("reft.server")
 
 PART_BYTES = 256 * 2**10
-"""Of the file that are in memory for one client."""
+"""Bytes of a file that are in memory for one client."""
 
 
 class Download(Response):
     """The file of one intervention, verified before the first byte of the answer is sent.
 
-    Whatever its size one part of it is in memory, of a file on disk; an upload that is kept in
-    memory alone stays there until it is sent. Both count as a body under way.
+    Of a file on disk only one part is in memory, whatever the file's size; an upload that is kept
+    in memory alone stays there until it is sent. Both count as a body under way.
     """
 
     media_type = "application/octet-stream"
@@ -37,7 +37,7 @@ class Download(Response):
         self._ref = ref
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Send the answer (ASGI)."""
+        """Send the answer (ASGI); raises `Overloaded` if too much is being sent already."""
         if self._context.downloads.locked():
             raise Overloaded("Too many files are being sent; try again later.")
         async with self._context.downloads:
@@ -66,7 +66,7 @@ class Download(Response):
             await self._send_parts(file, size, send)
 
     async def _opened(self) -> tuple[Version, BinaryIO]:
-        """The version and its open file, which is closed where nobody waits for it any more."""
+        """Open the version's file; the file is closed again if the client leaves meanwhile."""
         opening = self._context.administer(self._context.engine.registry.open, self._ref)
         return await unless_left(opening, lambda opened: opened[1].close())
 

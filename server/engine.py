@@ -1,4 +1,4 @@
-"""The engine as the server sees it: exactly what is called, so that tests can put another there."""
+"""Protocols of the engine with exactly what the server calls, so that tests can replace it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class Tokenizer(Protocol):
-    """As `reft_runtime.text.Tokenizer`."""
+    """The part of `reft_runtime.text.Tokenizer` that the server uses."""
 
     @property
     def switches(self) -> Sequence[str]:
@@ -23,144 +23,147 @@ class Tokenizer(Protocol):
 
     @property
     def special_ids(self) -> frozenset[int]:
-        """Ids that `decode` leaves out of the text."""
+        """Token ids that `decode` leaves out of the text with `skip_special_tokens`."""
 
     @property
     def byte_level(self) -> bool:
-        """Whether the text of ids is that of their bytes, joined."""
+        """Whether the text of token ids is that of their joined bytes."""
 
     def describe(self) -> dict[str, Any]:
-        """What a client needs to write prompts itself."""
+        """Special tokens and chat template, for clients that write prompts themselves."""
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
-        """Text of `ids`."""
+        """Text of the token ids."""
 
     def token_bytes(self, token_id: int) -> bytes:
         """The UTF-8 bytes a token adds to a text."""
 
     def token_strings(self, ids: Sequence[int]) -> list[str]:
-        """The vocabulary's own entries for `ids`."""
+        """The vocabulary's own entries for the token ids."""
 
     def token_text(self, token_id: int) -> str:
-        """A token as OpenAI's logprobs show it."""
+        """Text of a token as OpenAI's log-probabilities show it."""
 
 
 class Registry(Protocol):
-    """As `reft_runtime.interventions.Registry`; every method may be called from any thread."""
+    """The part of `reft_runtime.interventions.Registry` that the server uses.
+
+    Every method may be called from any thread.
+    """
 
     def resolve(self, ref: str) -> Version:
-        """The version that `NAME` or `NAME@DIGEST` stands for now."""
+        """The version that `NAME` or `NAME@DIGEST` stands for now; raises `NotFound`."""
 
     def meant(self, ref: str) -> str:
-        """A question to put behind the error for an unknown name; may be empty."""
+        """Question after the error for an unknown name: which name was meant; may be empty."""
 
     def count(self, name: str, prompt_tokens: int, generation_tokens: int) -> None:
-        """Add the tokens of a request that has ended."""
+        """Add the tokens of a request that has ended to the counts of a name."""
 
     def entry(self, name: str) -> Entry:
-        """One line of the listing."""
+        """The listing's entry for one name; raises `NotFound`."""
 
     def entries(self) -> list[Entry]:
         """The listing, sorted by name."""
 
     def pages(self) -> Iterator[list[Entry]]:
-        """The listing in parts."""
+        """The listing in parts, sorted by name."""
 
     def page(self, q: str, sort: Sort, after: str | None, limit: int) -> Page:
-        """The first `limit` entries that match, behind those where another page ended."""
+        """The first `limit` entries that match `q`, after the place where another page ended."""
 
     def versions_of(self, name: str) -> Sequence[VersionEntry]:
-        """The versions of a name that can be asked for, the current one first."""
+        """The versions of a name that requests can use, the current one first."""
 
     def unserved(self) -> Mapping[str, str]:
-        """Why files are not served."""
+        """Reasons why files are not served, by path, or by name for uploads."""
 
     def problems(self) -> Mapping[str, str]:
-        """As `unserved`, and what is wrong with those that are listed."""
+        """The reasons of `unserved`, and the problems of interventions that are listed, by name."""
 
     def tiers(self) -> Mapping[Tier, int]:
-        """How many interventions have their tensors where."""
+        """Number of interventions by the place of their tensors (disk or host memory)."""
 
     def held_bytes(self) -> int:
-        """Memory that they take."""
+        """Memory that interventions take now, in bytes."""
 
     def open(self, ref: str) -> tuple[Version, BinaryIO]:
-        """A version and its file, which whoever asks closes."""
+        """A version and its open file, which the caller closes; raises `NotFound`."""
 
     def put(
         self, name: str, data: bytes, sha256: str | None, expected: Collection[str] | None
     ) -> tuple[Entry, bool]:
-        """Upload a file under a name; the entry that it made, and whether the name is new."""
+        """Upload a file under a name; returns its entry, and whether the name is new."""
 
     def load(self, name: str, path: str, replace: bool) -> object:
-        """Load a file inside the sources under a name."""
+        """Serve a file of the source folders under a name."""
 
     def rollback(self, name: str, digest: str | None, expected: Collection[str] | None) -> Entry:
-        """Serve an uploaded version again that is still kept; the entry that it made."""
+        """Serve a kept version of an upload again; returns its entry."""
 
     def remove(self, name: str, expected: Collection[str] | None = None) -> None:
-        """Take away what a name stands for."""
+        """Stop serving what a name stands for; raises `NotFound`."""
 
 
 class Stream(Protocol):
-    """As `reft_runtime.front.streams.Stream`: one request; iterate it for what it gains."""
+    """The part of `reft_runtime.front.streams.Stream` (one request) that the server uses."""
 
     @property
     def queue_seconds(self) -> float | None:
-        """How long it waited; None while it waits."""
+        """Seconds that the request waited in the queue; None while it waits."""
 
     @property
     def cached_tokens(self) -> int:
-        """Prompt tokens that came from the prefix cache."""
+        """Number of prompt tokens that came from the prefix cache."""
 
     @property
     def prompt_logprobs(self) -> list[TokenLogprob | None] | None:
-        """The prompt's log-probabilities, if asked for."""
+        """The prompt's log-probabilities; None if not asked for."""
 
     def __aiter__(self) -> AsyncIterator[list[ChoiceDelta]]:
-        """What its choices gained, step by step."""
+        """Iterate over the deltas of the request's choices, step by step."""
 
     async def trace(self) -> Trace:
-        """What the interventions of a traced request did, when all its choices have ended."""
+        """Wait until all choices have ended; return what the request's interventions did."""
 
     def abort(self) -> None:
         """End the request; does nothing if it has ended."""
 
 
 class Engine(Protocol):
-    """As `reft_runtime.front.engine.Engine`."""
+    """The part of `reft_runtime.front.engine.Engine` that the server uses."""
 
     @property
     def info(self) -> EngineInfo:
-        """What is loaded, and its bounds."""
+        """What is loaded, and the engine's bounds."""
 
     @property
     def alive(self) -> bool:
-        """Whether it can answer; once False it stays so."""
+        """Whether the engine can answer; once False it stays False."""
 
     @property
     def tokenizer(self) -> Tokenizer:
-        """The model's."""
+        """The tokenizer of the model."""
 
     @property
     def registry(self) -> Registry:
-        """The interventions."""
+        """The interventions that are served."""
 
     @property
     def admission(self) -> Admission:
-        """Resolves and checks requests."""
+        """The part that resolves and checks requests."""
 
     def start(self, prepared: Prepared) -> Stream:
-        """Queue a request; what it holds is let go when it ends, or is refused."""
+        """Queue a request; what it holds is released when it ends, or is refused."""
 
     def stats(self) -> EngineStats:
         """A snapshot of load and counters."""
 
     def begin_drain(self) -> None:
-        """Take no new request from now on."""
+        """Refuse new requests from now on."""
 
     async def drained(self) -> None:
         """Wait until no request is left."""
 
     def close(self) -> None:
-        """Fail what is left and stop."""
+        """Fail the requests that are left, and stop."""

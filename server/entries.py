@@ -17,7 +17,10 @@ if TYPE_CHECKING:
 
 
 def entry_fields(server: Context, entry: Entry) -> dict[str, Any]:
-    """One intervention, as all routes write it; `share` is of the base model's parameters."""
+    """Fields of one intervention, as all routes write them.
+
+    `share` is the number of its parameters over that of the base model.
+    """
     summary = entry.summary
     return {
         "id": entry.name,
@@ -46,16 +49,16 @@ def entry_fields(server: Context, entry: Entry) -> dict[str, Any]:
 
 
 def entry_answer(server: Context, entry: Entry, status: int = 200) -> Response:
-    """One intervention as a whole answer, its digest as `ETag`."""
+    """Answer of one intervention, with its digest as `ETag`."""
     content = json_bytes(entry_fields(server, entry))
     return Response(content, status, etag(entry), media_type="application/json")
 
 
 def etag(entry: Entry) -> dict[str, str]:
-    """The header that names the version."""
+    """The `ETag` header, which names the version by its digest."""
     return {"etag": f'"{entry.digest}"'}
 
 
 def version_fields(version: VersionEntry) -> dict[str, Any]:
-    """One version of an intervention."""
+    """Fields of one version of an intervention."""
     return {"object": "intervention.version", **asdict(version)}

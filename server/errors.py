@@ -36,10 +36,10 @@ from server.streaming import json_bytes
 logger = logging.getLogger("reft.server")
 
 RESTART_SECONDS = 5
-"""When a client may try again where this process has ended, or is about to."""
+"""Seconds after which a client may try again if this process has ended, or is about to."""
 
 MAX_TEXT = 500
-"""Characters of a message or field name; both may quote what the client sent."""
+"""Most characters of a message or field name; both may quote what the client sent."""
 
 _CODES: dict[type[ReftError], tuple[int, str | None]] = {
     InvalidRequest: (400, None),
@@ -55,7 +55,7 @@ _CODES: dict[type[ReftError], tuple[int, str | None]] = {
     Unavailable: (503, "unavailable"),
     StoreFull: (507, "store_full"),
 }
-"""Status and code by exception; what is not listed is an internal error (500)."""
+"""Status and code by exception; one that is not listed is an internal error (500)."""
 
 
 class ApiError(Exception):
@@ -96,12 +96,12 @@ class ApiError(Exception):
 
 
 def api_error(error: BaseException, request_id: str, *, draining: bool = False) -> ApiError:
-    """`error` as the client sees it; an internal one is logged here, and told without details.
+    """Make of `error` what the client sees; an internal error is logged here, its details not sent.
 
-    An engine that ends because the server is `draining` is no fault.
+    If the server is `draining`, the end of the engine is reported as a shutdown, not as a fault.
     """
     if isinstance(error, EngineDead):
-        # Why it ended is in the log, once; it may say too much for a client.
+        # The log says once why the engine ended; the reason may tell a client too much.
         error = (
             Draining("The server is shutting down.", retry_after=RESTART_SECONDS)
             if draining
@@ -133,7 +133,7 @@ def api_error(error: BaseException, request_id: str, *, draining: bool = False) 
 
 
 async def refuse_query(request: Request) -> None:
-    """Dependency of routes: no query parameter is ignored, be it unknown or there twice."""
+    """Dependency of routes that answers 400 to a query parameter that is unknown or repeated."""
     taken = [field.alias for field in request.scope["route"].dependant.query_params]
     given = [name for name, _ in request.query_params.multi_items()]
     for name in given:
@@ -150,9 +150,9 @@ async def refuse_query(request: Request) -> None:
 
 
 def install_error_handlers(app: FastAPI) -> None:
-    """Answer what `app`'s routes raise on purpose with OpenAI's error object.
+    """Answer the errors that `app`'s routes raise on purpose with OpenAI's error object.
 
-    What they raise otherwise is for `RequestMiddleware`, which frames them.
+    `RequestMiddleware`, which wraps the routes, answers all other exceptions.
     """
 
     async def handle(request: Request, error: Exception) -> Response:
@@ -186,7 +186,7 @@ def install_error_handlers(app: FastAPI) -> None:
 
 
 def _methods(routes: Iterable[BaseRoute], scope: Scope) -> set[str]:
-    """What all routes of this path accept: each by itself knows its own methods only."""
+    """Methods that the routes of this path accept together; each route knows only its own."""
     found: set[str] = set()
     for route in routes:
         inner = getattr(route, "original_router", None)
@@ -198,6 +198,6 @@ def _methods(routes: Iterable[BaseRoute], scope: Scope) -> set[str]:
 
 
 def _shown(text: str) -> str:
-    """`text` as it may go out: valid UTF-8 and of a sane length."""
+    """`text` as valid UTF-8, cut after `MAX_TEXT` characters."""
     text = text.encode("utf-8", "replace").decode()
     return text if len(text) <= MAX_TEXT else text[:MAX_TEXT] + "..."

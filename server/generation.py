@@ -29,40 +29,40 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """One request of a client: one for the engine for each of its prompts, which hold versions.
+    """One request of a client, with an engine request for each prompt; these hold versions.
 
-    `label` is how an answer calls what is applied.
+    `label` is the answer's `model`: the name of what is applied.
     """
 
     id: str
     label: str
     prepared: list[Prepared]
     arrived: float
-    """When the request came, on the monotonic clock."""
+    """Time at which the request came, in seconds on the monotonic clock."""
 
     @property
     def n(self) -> int:
-        """Choices of each prompt."""
+        """Number of choices of each prompt."""
         return self.prepared[0].request.sampling.n
 
     @property
     def form(self) -> PromptForm:
-        """How its prompts are written."""
+        """How the request's prompts are written."""
         return self.prepared[0].form
 
     @property
     def versions(self) -> tuple[str, ...]:
-        """What is applied to each prompt, as `NAME@DIGEST`, in order."""
+        """Interventions applied to each prompt, as `NAME@DIGEST`, in order."""
         return self.prepared[0].versions
 
     @property
     def trace(self) -> bool:
-        """Whether it is to be traced."""
+        """Whether the request is traced."""
         return self.prepared[0].request.trace
 
     @property
     def prompt_tokens(self) -> int:
-        """Prompt tokens of all prompts, each counted once."""
+        """Number of tokens of all prompts; each prompt counts once, whatever `n` is."""
         return sum(len(one.request.prompt) for one in self.prepared)
 
 
@@ -75,10 +75,11 @@ async def prepare(
     *,
     prefix: str,
 ) -> Job:
-    """Resolve, tokenise and check in one worker thread, which also calls `prompts` and `options`.
+    """Resolve, tokenise and check a request in one worker thread.
 
-    `prefix` begins the answer's id. Raises `NotFound` for an unknown model, and what
-    `Admission.prepare` does; then, and where the client leaves meanwhile, nothing is held.
+    The thread also calls `prompts` and `options`. `prefix` begins the answer's id. Raises
+    `NotFound` for an unknown model, and what `Admission.prepare` raises. After an error, or if
+    the client leaves meanwhile, nothing is held.
     """
     engine, settings = context.engine, context.settings
     arrived = time.monotonic()
@@ -102,9 +103,9 @@ async def prepare(
 
 @dataclass(slots=True)
 class Run:
-    """One request under way: its streams as one, what it used, and how long it took.
+    """One request under way: its streams as one, its token counts and its times.
 
-    A choice's index counts through the prompts: prompt * n + choice.
+    A choice's index counts through all prompts: prompt * n + choice.
     """
 
     context: Context
@@ -114,7 +115,7 @@ class Run:
     completion_tokens: int = 0
     finish_reasons: dict[int, str] = field(default_factory=dict)
     first_token_seconds: float | None = None
-    """From the request's arrival."""
+    """Seconds from the request's arrival to its first token; None before that."""
     ends: list[str] = field(default_factory=list)
     """Why each choice ended; empty while the request runs."""
     _last: dict[int, float] = field(default_factory=dict)
@@ -126,12 +127,12 @@ class Run:
 
     @property
     def queue_seconds(self) -> float | None:
-        """How long the prompt that waited longest did; None while all wait."""
+        """Longest time that a prompt waited in the queue, in seconds; None while all wait."""
         queued = [s.queue_seconds for s in self.streams if s.queue_seconds is not None]
         return max(queued, default=None)
 
     def usage(self) -> dict[str, Any]:
-        """OpenAI's usage object, of what was made so far."""
+        """OpenAI's usage object for the tokens so far."""
         return {
             "prompt_tokens": self.job.prompt_tokens,
             "completion_tokens": self.completion_tokens,
@@ -140,7 +141,7 @@ class Run:
         }
 
     def prompt(self, index: int) -> Sequence[int]:
-        """Prompt of choice `index`."""
+        """Token ids of the prompt of choice `index`."""
         return self.job.prepared[index // self.job.n].request.prompt
 
     def prompt_logprobs(self, index: int) -> list[TokenLogprob | None]:
@@ -148,7 +149,7 @@ class Run:
         return self.streams[index // self.job.n].prompt_logprobs or []
 
     def headers(self) -> dict[str, str]:
-        """Response headers that are known once the first token is."""
+        """Response headers, which are complete once the first token has come."""
         headers = {"x-prompt-tokens": str(self.job.prompt_tokens)}
         if self.queue_seconds is not None:
             headers["x-queue-time"] = f"{1000 * self.queue_seconds:.1f}"
@@ -157,9 +158,10 @@ class Run:
         return headers
 
     async def steps(self) -> AsyncGenerator[list[tuple[int, ChoiceDelta]], None]:
-        """What each engine step added, as (index, delta) pairs.
+        """Iterate over what each engine step added, as (choice index, delta) pairs.
 
-        Raises what the engine raises, and `Overloaded` when the first token is late.
+        Raises what the engine raises, and `Overloaded` if the first token takes longer than
+        `first_token_timeout`.
         """
         n = self.job.n
         timeout = self.context.settings.first_token_timeout
@@ -180,7 +182,7 @@ class Run:
                 step = await anext(merged, None)
 
     async def collect(self) -> list[Choice]:
-        """All choices, whole, in order."""
+        """Run the request to its end, and return all choices in order."""
         choices = [Choice(index) for index in range(self.choices)]
         async with aclosing(self.steps()) as steps:
             async for step in steps:
@@ -189,7 +191,7 @@ class Run:
         return choices
 
     async def explain(self) -> list[Trace]:
-        """The trace of each prompt, when all has ended; none where it is not asked for."""
+        """Traces of the prompts once all choices have ended; empty if no trace was asked for."""
         return [await stream.trace() for stream in self.streams] if self.job.trace else []
 
     def _count(self, prompt: int, deltas: list[ChoiceDelta]) -> None:
@@ -207,7 +209,7 @@ class Run:
 
 @contextmanager
 def opened(context: Context, job: Job) -> Iterator[Run]:
-    """Queue `job` in the engine; on leaving, whatever the reason, nothing of it is left there.
+    """Queue `job` in the engine; when the block ends, for any reason, nothing of it is left there.
 
     Raises what `Engine.start` raises; then no prompt of the job stays queued, and nothing is held.
     """

@@ -1,4 +1,4 @@
-"""Is the server alive, and should it get requests?"""
+"""Liveness and readiness: whether the server is alive, and whether it should get requests."""
 
 from __future__ import annotations
 
@@ -26,7 +26,11 @@ class Health:
         self.draining = False
 
     async def prove(self) -> None:
-        """Generate one token, the canary; raises what the engine raises, or `RequestFailed`."""
+        """Generate one token, the canary, to prove that the engine works.
+
+        Raises what the engine raises, `RequestFailed` if there is no token, and `TimeoutError`
+        after `CANARY_SECONDS`.
+        """
         engine = self._engine
         sampling = SamplingParams(max_tokens=1, temperature=0.0)
         [prepared] = await asyncio.to_thread(engine.admission.prepare, ["Hello"], sampling)
@@ -43,17 +47,17 @@ class Health:
         self._proven = True
 
     def begin_drain(self) -> None:
-        """From now on: not ready."""
+        """Report the server as not ready from now on."""
         self.draining = True
 
     @property
     def live(self) -> bool:
-        """The engine's loop turns."""
+        """Whether the engine's loop turns."""
         return self._engine.alive and self._engine.stats().heartbeat_age < HEARTBEAT_SECONDS
 
     @property
     def status(self) -> str:
-        """ "ok" when ready, else why not."""
+        """The word "ok" when the server is ready, else the reason why not."""
         if not self.live:
             return "engine not running"
         if self.draining:

@@ -32,16 +32,16 @@ if TYPE_CHECKING:
 logger = logging.getLogger("reft.server")
 
 FLUSH_SECONDS = 5
-"""How long answers that the engine has finished may take to reach slow clients, when draining."""
+"""Seconds that finished answers may take to reach slow clients when the server stops."""
 
 WATCH_SECONDS = 0.5
 
 
 def listen(host: str, port: int, option: str = "--port") -> socket.socket:
-    """A socket bound to this address; connections are refused until it is served.
+    """Bind a socket to this address; connections are refused until it is served.
 
-    Bound before the model is loaded, so that a port in use is told at once. Raises `ConfigError`,
-    which names the port's `option`.
+    The socket is bound before the model is loaded, so that a port in use is reported at once.
+    Raises `ConfigError`, which names the port's `option`.
     """
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(
@@ -63,13 +63,13 @@ def listen(host: str, port: int, option: str = "--port") -> socket.socket:
 
 
 def tell_address(listener: socket.socket) -> None:
-    """The first line of a start: where the server will be."""
+    """Log the first line of a start: the address at which the server will answer."""
     host, port = listener.getsockname()[:2]
     logger.info("reft-server %s will answer at %s", VERSION, address_of(host, port))
 
 
 def run(engine: Engine, settings: Settings, listener: socket.socket) -> int:
-    """Serve until a signal or the engine's end; returns the process's exit status."""
+    """Serve until a signal or the engine's end; return the exit status: 0 if drained, else 1."""
     app = create_app(engine, settings)
     server = HttpServer(app, Limits(file_limit()))
     try:
@@ -92,7 +92,7 @@ def _metrics_port(context: Context) -> Iterator[None]:
 
 
 class HttpServer(uvicorn.Server):
-    """Drains on the first signal, exits at once on the second, and stops with its engine."""
+    """A server that drains on the first signal, exits on the second, and stops with its engine."""
 
     def __init__(self, app: FastAPI, limits: Limits) -> None:
         self._context: Context = app.state.context
@@ -105,7 +105,7 @@ class HttpServer(uvicorn.Server):
             ws="none",
             timeout_keep_alive=int(limits.idle) or 1,
             log_config=None,
-            access_log=False,  # ours says more: `server.logs`
+            access_log=False,  # `server.logs` says more
             server_header=False,
         )
         super().__init__(config)
@@ -115,9 +115,9 @@ class HttpServer(uvicorn.Server):
         self._loop: asyncio.AbstractEventLoop | None = None
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Prove the engine, open the socket, say so."""
+        """Prove the engine, open the socket and print the banner."""
         self._loop = asyncio.get_running_loop()
-        # What is loaded by now stays: the collector need not look at it again and again.
+        # What is loaded by now stays: the garbage collector need not examine it any more.
         gc.collect()
         gc.freeze()
         await super().startup(sockets)
@@ -133,7 +133,7 @@ class HttpServer(uvicorn.Server):
             self._spawn(self._connections.watch())
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Close what is idle, and cut off who has not taken an answer when the time is up."""
+        """Close idle connections; after `FLUSH_SECONDS` cut off those whose answer is not read."""
         cutting = asyncio.get_running_loop().call_later(
             FLUSH_SECONDS, self._connections.close, "shutdown"
         )

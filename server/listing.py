@@ -1,4 +1,4 @@
-"""Listings, long ones in parts: none of them takes the event loop or the memory for itself."""
+"""Listings of interventions, long ones in parts, so that none blocks the event loop."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ if TYPE_CHECKING:
     from reft_runtime.interventions.registry.entry import Page
 
 REST_SECONDS = 0.002
-"""Pause after each part: the engine's thread needs the interpreter, too."""
+"""Seconds of pause after each part: the engine's thread needs the interpreter, too."""
 
 
 LINES = 100
-"""Lines of a page that are made without such a pause."""
+"""Number of lines of a page between two pauses."""
 
 
 def listing(
@@ -32,10 +32,10 @@ def listing(
     first: tuple[Mapping[str, Any], ...] = (),
     more: Callable[[], Mapping[str, Any]] = dict,
 ) -> StreamingResponse:
-    """A list object with a `line` for every intervention, by name, behind those that come `first`.
+    """Stream a list object: the lines of `first`, then a `line` for every intervention, by name.
 
-    `more` makes the object's fields behind the list. A part of the list is made, in a thread, when
-    the client has taken the one before it.
+    `more` makes the object's fields after the list. Each part of the list is made in a thread,
+    once the client has taken the part before it, so memory holds one part at a time.
     """
     pages = server.engine.registry.pages()
 
@@ -61,7 +61,11 @@ async def page(
     line: Callable[[Entry], Mapping[str, Any]],
     more: Callable[[], Mapping[str, Any]],
 ) -> Response:
-    """One page as a list object: how many there are in all, where the next begins, and `more`."""
+    """Answer one page as a list object: its lines, `total`, `next` and the fields of `more`.
+
+    `total` counts the entries of all pages, and `next` is where the next page begins. Raises
+    `Overloaded` if too many large answers are under way.
+    """
 
     def made() -> bytes:
         found = ask()

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from server.engine import Tokenizer
 
 FLOOR = -9999.0
-"""Stands for minus infinity, which JSON cannot write; OpenAI's own number for it."""
+"""Stand-in for minus infinity, which JSON cannot write; OpenAI uses the same number."""
 
 
 def completion_logprobs(
@@ -21,10 +21,11 @@ def completion_logprobs(
     offsets: list[int],
     count: int,
 ) -> dict[str, Any]:
-    """The object of /v1/completions; `offsets` are where the tokens begin, in characters.
+    """Log-probabilities as /v1/completions writes them.
 
-    The first token of a prompt has no log-probability (None). The chosen token is among the
-    `count` alternatives, whether or not it is one of the best.
+    `offsets` are the places where the tokens begin, in characters. The first token of a prompt
+    has no log-probability (None). The chosen token is listed among the `count` best, even if it
+    is not one of them.
     """
     texts: list[str] = []
     values: list[float | None] = []
@@ -48,12 +49,12 @@ def completion_logprobs(
 
 
 def prompt_offsets(tokenizer: Tokenizer, tokens: Sequence[int], text: str) -> list[int]:
-    """Where the tokens of a prompt begin in its echoed `text`.
+    """Places where the tokens of a prompt begin in its echoed `text`, in characters.
 
-    A special token takes up room where the text has its name, and none where it was added, or
-    left out of the text.
+    A special token is as long as its name if the text contains the name there. If the token was
+    added, or left out of the text, its length is 0.
     """
-    from reft_runtime.text import TextOffsets  # loads torch: not before it must
+    from reft_runtime.text import TextOffsets  # loads torch: only when needed
 
     offsets, named, found = TextOffsets(tokenizer), 0, []
     for token in tokens:
@@ -67,9 +68,10 @@ def prompt_offsets(tokenizer: Tokenizer, tokens: Sequence[int], text: str) -> li
 def prompt_logprobs(
     tokenizer: Tokenizer, logprobs: Sequence[TokenLogprob | None], count: int
 ) -> list[dict[str, Any] | None]:
-    """vLLM's object: for every prompt token its own log-probability and the `count` best, by id.
+    """Log-probabilities as vLLM writes them: for every prompt token its own and the best, by id.
 
-    `rank` counts from 1, and is None for a token that is not among the best.
+    The `count` best are listed. `rank` counts from 1, and is None for a token that is not among
+    the best. The first token has no log-probability (None).
     """
     written: list[dict[str, Any] | None] = []
     for entry in logprobs:
@@ -92,7 +94,7 @@ def prompt_logprobs(
 
 
 def chat_logprobs(tokenizer: Tokenizer, logprobs: Sequence[TokenLogprob]) -> dict[str, Any]:
-    """The object of /v1/chat/completions."""
+    """Log-probabilities as /v1/chat/completions writes them."""
     content = [
         {
             **_chat_token(tokenizer, entry.token, entry.logprob),

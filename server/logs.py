@@ -19,26 +19,29 @@ if TYPE_CHECKING:
 logger = logging.getLogger("reft.requests")
 
 QUIET_PATHS = {"/livez", "/readyz", "/health", "/metrics"}
-"""Asked for every few seconds by programs: logged at level debug."""
+"""Paths that programs request every few seconds; they are logged at level debug."""
 
 QUIET_FOLDER = "/page/"
-"""Files of the page: a browser asks for many at once, and they say nothing of the server's use."""
+"""Path of the page's files, of which a browser asks for many; they are logged at level debug."""
 
 
 class TextFormatter(logging.Formatter):
-    """Time (UTC), level, message."""
+    """Formats a line of the log as text: time (UTC), level, message."""
 
     def __init__(self) -> None:
         super().__init__("%(asctime)s %(levelname)s %(message)s")
 
     def formatTime(self, record: logging.LogRecord, datefmt: str | None = None) -> str:  # noqa: N802
-        """ISO 8601, to the millisecond."""
+        """Time of `record` in ISO 8601, UTC, to the millisecond."""
         made = datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds")
         return made.replace("+00:00", "Z")
 
 
 class JsonFormatter(TextFormatter):
-    """One object a line: `time`, `level`, `logger`, `message`, `exception`, a request's fields."""
+    """Formats a line of the log as a JSON object.
+
+    Its fields are `time`, `level`, `logger`, `message`, `exception` and those of a request.
+    """
 
     def format(self, record: logging.LogRecord) -> str:
         """`record` as JSON."""
@@ -55,7 +58,7 @@ class JsonFormatter(TextFormatter):
 
 
 def configure_logging(settings: Settings) -> None:
-    """Log what the server and the runtime say on standard error, and what others warn of."""
+    """Log to standard error: messages of server and runtime, and warnings of other libraries."""
     formatter = JsonFormatter if settings.log_format == "json" else TextFormatter
     level = settings.log_level.upper()
     logging.config.dictConfig(
@@ -70,7 +73,7 @@ def configure_logging(settings: Settings) -> None:
                     "stream": "ext://sys.stderr",
                 }
             },
-            # uvicorn's own words about starting and ending would stand between ours.
+            # uvicorn's own messages about starting and ending would stand between ours.
             "root": {"handlers": ["stderr"], "level": "WARNING"},
             "loggers": {name: {"level": level} for name in ("reft", "reft_runtime")},
         }
@@ -79,7 +82,7 @@ def configure_logging(settings: Settings) -> None:
 
 
 def log_request(scope: Scope, status: int | None, seconds: float) -> None:
-    """Log one request that has ended; `status` is None where its client left before the answer."""
+    """Log one request that has ended; `status` is None if its client left before the answer."""
     path = scope["path"]
     quiet = path in QUIET_PATHS or path.startswith(QUIET_FOLDER)
     level = logging.DEBUG if quiet else logging.INFO
@@ -98,7 +101,7 @@ def log_request(scope: Scope, status: int | None, seconds: float) -> None:
 
 
 def _generated(job: Job | None, run: Run | None) -> dict[str, Any]:
-    """What a request asked of the engine, and got so far."""
+    """Log fields of what a request asked of the engine and got so far."""
     if job is None:
         return {}
     fields: dict[str, Any] = {"task": job.label, "prompt_tokens": job.prompt_tokens}
@@ -117,7 +120,7 @@ def _rounded(seconds: float | None) -> float | None:
 
 
 def _line(fields: dict[str, Any]) -> str:
-    """Fields as text, those that a request has not left out: `id=... GET /v1/models 200 ...`."""
+    """Write the fields that a request has as text, such as `GET /v1/models 200 id=...`."""
     status = "left" if fields["status"] is None else fields["status"]
     words = [f"{fields['method']} {fields['path']} {status}", f"id={fields['id']}"]
     if "task" in fields:

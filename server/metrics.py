@@ -1,4 +1,4 @@
-"""Prometheus metrics. Names follow vLLM's, with our prefix."""
+"""Prometheus metrics. Their names follow vLLM's, with the prefix `reft:`."""
 
 from __future__ import annotations
 
@@ -17,13 +17,14 @@ if TYPE_CHECKING:
     from server.engine import Engine
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
-"""Prometheus' text format. Not negotiated: in the others older Prometheus servers get `reft_`."""
+"""Prometheus' text format. It is not negotiated: in the other formats older Prometheus servers get
+`reft_` instead of `reft:`."""
 
 MAX_NAMES = 100
-"""Interventions with a label of their own; those that come later share `(other)`."""
+"""Most interventions with a label of their own; later ones share the label `(other)`."""
 
 BASE, OTHER = "(base)", "(other)"
-"""Labels that no intervention can have: its name has no parenthesis."""
+"""Labels that no intervention can have, as a name cannot contain a parenthesis."""
 
 _FIRST_TOKEN = (0.001, 0.005, 0.01, 0.02, 0.04, 0.08, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 40, 160)
 _PER_TOKEN = (0.002, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 1, 2.5)
@@ -80,25 +81,25 @@ class Metrics:
         return Histogram(name, text, buckets=tuple(buckets), registry=self.registry)
 
     def text(self) -> bytes:
-        """Every metric of this moment, as `CONTENT_TYPE`."""
+        """Present values of all metrics, in the format `CONTENT_TYPE`."""
         return generate_latest(self.registry)
 
     def first_token(self, seconds: float, queued: float | None) -> None:
-        """The first token of a request came after `seconds`, of which `queued` waiting."""
+        """Record a request's first token, `seconds` after its arrival, `queued` of them waiting."""
         self._first_token.observe(seconds)
         self.recent_first_token.observe(seconds)
         if queued is not None:
             self._queue.observe(queued)
 
     def next_token(self, seconds: float) -> None:
-        """A further token came `seconds` after the one before it."""
+        """Record a further token, `seconds` after the one before it."""
         self._per_token.observe(seconds)
         self.recent_per_token.observe(seconds)
 
     def finished(
         self, seconds: float, reasons: Iterable[str], names: Iterable[str], prompt: int, tokens: int
     ) -> None:
-        """A request ended: a reason for each choice, its interventions, its tokens."""
+        """Record a request's end: a reason for each choice, its interventions, its tokens."""
         self._whole.observe(seconds)
         for reason in reasons:
             self._finished.labels(reason).inc()
@@ -109,7 +110,7 @@ class Metrics:
             self._tokens.labels(label).inc(tokens)
 
     def outcomes(self) -> dict[str, int]:
-        """Choices that ended since the start, by reason."""
+        """Number of choices that ended since the start, by reason."""
         [family] = self._finished.collect()
         return {
             sample.labels["finished_reason"]: int(sample.value)
@@ -118,12 +119,12 @@ class Metrics:
         }
 
     def loaded(self, name: str, seconds: float) -> None:
-        """A file was published as `name`."""
+        """Record that a file was published as `name`, which took `seconds`."""
         self._swap.observe(seconds)
         self._loads.labels(self._label(name)).inc()
 
     def cut(self, reason: str) -> None:
-        """A connection ended early: its client left, was too slow, or there was no room."""
+        """Record a connection that ended early: its client left, was too slow, or had no room."""
         self._cut.labels(reason).inc()
 
     def _label(self, name: str) -> str:
@@ -137,17 +138,17 @@ class Metrics:
 
 
 class _EngineCollector(Collector):
-    """The engine's numbers, read when they are scraped."""
+    """The engine's numbers, read when Prometheus scrapes them."""
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
 
     def describe(self) -> Iterable[Metric]:
-        """Nothing: the registry need not ask the engine at registration."""
+        """No metrics, so that the registry does not ask the engine at registration."""
         return ()
 
     def collect(self) -> Iterator[Metric]:
-        """Gauges and counters of this moment."""
+        """Gauges and counters with their present values."""
         stats = self._engine.stats()
         for name, text, value in (
             ("num_requests_running", "Sequences in the batch.", stats.running),
@@ -158,7 +159,7 @@ class _EngineCollector(Collector):
         for name, text, value in (
             ("prompt_tokens", "Prompt tokens computed.", stats.prompt_tokens),
             ("generation_tokens", "Tokens generated.", stats.generation_tokens),
-            ("num_preemptions", "Sequences put back for lack of cache.", stats.preemptions),
+            ("num_preemptions", "Sequences preempted for lack of cache.", stats.preemptions),
         ):
             yield CounterMetricFamily(f"reft:{name}", text, value)
         yield from _prefix_cache(stats.prefix_cache)
@@ -187,5 +188,5 @@ def _prefix_cache(stats: PrefixCacheStats | None) -> Iterator[Metric]:
             family.add_metric([kind], value)
         yield family
     yield CounterMetricFamily(
-        "reft:prefix_cache_evictions", "Blocks that gave way to others.", stats.evictions
+        "reft:prefix_cache_evictions", "Blocks evicted to make room for others.", stats.evictions
     )

@@ -12,18 +12,19 @@ from typing import Any
 from server.metrics import CONTENT_TYPE, Metrics
 
 IDLE_SECONDS = 30
-"""How long a connection may say nothing."""
+"""Seconds for which a connection may be silent."""
 
 MAX_CONNECTIONS = 16
-"""Each has a thread."""
+"""Most connections at once; each has a thread."""
 
 
 @contextmanager
 def metrics_served(metrics: Metrics, listener: socket.socket) -> Iterator[None]:
-    """Answer GET /metrics on `listener`, which is closed in the end, as long as the block lasts.
+    """Answer GET /metrics on `listener` as long as the block lasts, then close it.
 
-    In threads of its own, so that a scrape is answered whatever the event loop does; and not by
-    `prometheus_client`'s own server, which negotiates a format in which `reft:` becomes `reft_`.
+    The server has threads of its own, so that a scrape is answered whatever the event loop does.
+    It is not `prometheus_client`'s own server, which negotiates a format in which `reft:` becomes
+    `reft_`.
     """
 
     class Handler(BaseHTTPRequestHandler):
@@ -41,10 +42,10 @@ def metrics_served(metrics: Metrics, listener: socket.socket) -> Iterator[None]:
             self.wfile.write(text)
 
         def log_message(self, *_: object) -> None:
-            """Say nothing: there is a scrape every few seconds."""
+            """Log nothing: there is a scrape every few seconds."""
 
     class Server(ThreadingHTTPServer):
-        """One with a bound: the connection that has been there longest makes room."""
+        """An HTTP server with a bound: the oldest connection is closed to make room."""
 
         def __init__(self, *arguments: Any, **options: Any) -> None:
             super().__init__(*arguments, **options)
@@ -63,10 +64,10 @@ def metrics_served(metrics: Metrics, listener: socket.socket) -> Iterator[None]:
             super().shutdown_request(request)
 
         def handle_error(self, request: Any, client_address: Any) -> None:
-            """Say nothing: a client that leaves is no fault of the server."""
+            """Log nothing: a client that leaves is no fault of the server."""
 
     server = Server(listener.getsockname(), Handler, bind_and_activate=False)
-    server.socket.close()  # one that it made itself
+    server.socket.close()  # the socket that it made itself
     server.socket = listener
     server.server_activate()
     thread = threading.Thread(target=server.serve_forever, args=[0.1])

@@ -1,4 +1,4 @@
-"""What frames every request: its id, a bound on its headers, and an answer whatever happens."""
+"""Middleware of every request: its id, a bound on its headers, and an answer in any case."""
 
 from __future__ import annotations
 
@@ -15,19 +15,20 @@ from server.errors import ApiError, api_error
 from server.logs import log_request
 
 MAX_HEADER_BYTES = 32 * 2**10
-"""Names and values of all headers of one request."""
+"""Most bytes of the names and values of all headers of one request."""
 
 _SANE_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 
 
 class RequestMiddleware:
-    """Sets `request.state.request_id` and the response header `x-request-id`; bounds the headers;
-    logs each request when it has ended.
+    """Gives every request an id, bounds its headers, and logs it when it has ended.
 
-    An unforeseen exception is logged and answered here, and a client that leaves while its body is
-    read ends its request silently: nobody waits for an answer.
+    The id is `request.state.request_id` and the response header `x-request-id`. Headers of more
+    than `MAX_HEADER_BYTES` are answered 431. An unforeseen exception is logged and answered here.
+    A client that leaves while its body is read ends its request silently: nobody waits for an
+    answer.
 
-    Plain ASGI: a `BaseHTTPMiddleware` would hide the client's disconnect from the routes.
+    This is plain ASGI: a `BaseHTTPMiddleware` would hide the client's disconnect from the routes.
     """
 
     def __init__(self, app: ASGIApp, context: Context) -> None:

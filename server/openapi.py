@@ -24,7 +24,7 @@ def sends_file() -> dict[int | str, dict[str, Any]]:
     """`responses` of a route that answers with a file."""
     schema = {"type": "string", "format": "binary"}
     content = {"application/octet-stream": {"schema": schema}}
-    return {200: {"description": "The file", "content": content}}
+    return {200: {"description": "The safetensors file.", "content": content}}
 
 
 def takes_file() -> dict[str, Any]:
@@ -56,14 +56,14 @@ _ALL = {
     405: "The path does not accept this method.",
     408: "The request came too slowly.",
     431: "The headers are too large.",
-    500: "A fault of the server; the log has the request's id.",
-    503: "Too much to do, shutting down, or stopped: Retry-After says when to try again.",
+    500: "An internal error of the server; its log has the request's id.",
+    503: "The server is overloaded, shutting down or stopped; Retry-After says when to retry.",
 }
-_WITH_KEY = {401: "No key, or a wrong one."}
-_WITH_NAME = {404: "No such model, intervention or file."}
+_WITH_KEY = {401: "The API key is missing or wrong."}
+_WITH_NAME = {404: "The model, intervention or file does not exist."}
 _WITH_JSON = {413: "The body is too large.", 415: "The body is not sent as JSON."}
-_WITH_CONDITION = {412: "The name does not stand for what If-Match or If-None-Match says."}
-_WITH_STORE = {507: "There is no room to keep the file, or which one is served."}
+_WITH_CONDITION = {412: "The condition in If-Match or If-None-Match does not hold."}
+_WITH_STORE = {507: "There is no room to store the file, or the record of which file is served."}
 _WITH_FILE = _WITH_STORE | {
     409: "The file is for another base model.",
     413: "The file is too large.",
@@ -91,7 +91,7 @@ def describe(app: FastAPI) -> dict[str, Any]:
 
 
 def _statuses(operation: dict[str, Any]) -> dict[int, str]:
-    """What an operation answers but success, by status."""
+    """Meanings of an operation's error statuses, by status."""
     if "health" in operation["tags"]:
         return _ALL
     taken = operation.get("requestBody", {}).get("content", {})
@@ -99,7 +99,7 @@ def _statuses(operation: dict[str, Any]) -> dict[int, str]:
     named = _WITH_NAME if taken or in_path else {}
     json_body = _WITH_JSON if "application/json" in taken else {}
     file_body = _WITH_FILE if "application/octet-stream" in taken else {}
-    # What vLLM's routes load is a file, too.
+    # vLLM's routes load a file, too.
     loads = _WITH_FILE if "vllm" in operation["tags"] else {}
     conditional = file_body
     if operation.get("operationId", "").endswith(("_delete", "_rollback_post")):

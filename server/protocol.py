@@ -28,11 +28,14 @@ _OFFER = b"\r\nupgrade:"
 _UPGRADE = re.compile(rb"\r\nupgrade(?=:)", re.IGNORECASE)
 
 CLOSE_WAIT = 8
-"""Linux' name for a TCP connection whose other side has said that it will send no more."""
+"""Linux' TCP state of a connection whose other side has said that it will send no more."""
 
 
 class Connection(HttpToolsProtocol):
-    """One connection; `since` is when what it is doing began, on the event loop's clock."""
+    """One connection of a client.
+
+    `since` is when its present activity began, in seconds on the event loop's clock.
+    """
 
     def __init__(self, connections: Connections, **arguments: Any) -> None:
         super().__init__(**arguments)
@@ -40,17 +43,17 @@ class Connection(HttpToolsProtocol):
         self._limits = connections.limits
         self.since = self.loop.time()
         self._head_bytes = 0
-        """Of a request whose head is not complete yet; 0 between requests."""
+        """Bytes received of a request's incomplete head; 0 if no head is being received."""
         self._header_bytes = 0
         self._body_bytes = 0
         self._held = b""
-        """The end of what came of a head: it may be the beginning of an offer."""
+        """Last bytes received of a head, held back: an `Upgrade` header may begin in them."""
         self._pieces: list[bytes] = []
-        """Of the body, until all that came is parsed: it may have come in very small chunks."""
+        """Pieces of the body, joined once all received data is parsed: chunks may be very small."""
         self._last_byte = 0.0
         self._keep_alive = True
         self._answered: RequestResponseCycle | None = None
-        """The request that is being answered, or was last; others may wait behind it."""
+        """The request that is, or was last, being answered; others may wait behind it."""
         self._write_paused_at: float | None = None
         self._half_closed = False
         self._discarding = False
@@ -58,11 +61,11 @@ class Connection(HttpToolsProtocol):
 
     @property
     def idle(self) -> bool:
-        """Whether no request is being read or answered, its head aside."""
+        """Whether no request is under way; one whose head is incomplete does not count yet."""
         return self._answered is None or self._answered.response_complete
 
     def cut(self, reason: str) -> None:
-        """End the connection now, and count why."""
+        """End the connection now, and count the reason in the metrics."""
         self._cut = True
         self._all.metrics.cut(reason)
         self.transport.abort()
@@ -88,7 +91,7 @@ class Connection(HttpToolsProtocol):
     # What uvicorn and the event loop call
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """Begin, or say that there is no room."""
+        """Begin the connection, or answer 503 if there is no room for it."""
         super().connection_made(transport)
         if not self._all.admit(self):
             full = ApiError(
@@ -101,7 +104,7 @@ class Connection(HttpToolsProtocol):
             self._linger()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """End; a client that leaves before its answer is nothing to log, but is counted."""
+        """End the connection; a client that left before its answer is counted, not logged."""
         self._all.open.discard(self)
         if not self.idle and not self._cut:
             self._all.metrics.cut("left")
@@ -110,7 +113,7 @@ class Connection(HttpToolsProtocol):
         self._unset_keepalive_if_required()
 
     def data_received(self, data: bytes) -> None:
-        """Parse what came, if it is still wanted."""
+        """Parse the received data, unless the connection is closing or discards what it reads."""
         if self._discarding or self.transport.is_closing():
             return
         if self._head_bytes or self.cycle is None or not self.cycle.more_body:
@@ -126,14 +129,14 @@ class Connection(HttpToolsProtocol):
             self.send_400_response("")
 
     def eof_received(self) -> bool | None:  # type: ignore[override]
-        """Answer a client that has closed its sending half only: it may wait for the answer."""
+        """Answer a client that has closed only its sending half: it may wait for the answer."""
         over = self._discarding or self.transport.is_closing()
         if over or self.idle or self.cycle.more_body or not hasattr(socket, "TCP_INFO"):
             return None
         self._half_closed = True
         assert self._answered is not None
-        # A client that has left for good answers any byte with a reset; one that has not gets it
-        # as part of its answer: each begins with an H, and a stream may have comments.
+        # A client that has left for good answers any byte with a reset. For one that has not, the
+        # bytes are part of its answer: every answer begins with H, and a stream may have comments.
         if not self._answered.response_started:
             self.transport.write(b"H")
             cast(_Answered, self._answered.transport).skip = 1
@@ -152,35 +155,35 @@ class Connection(HttpToolsProtocol):
             self.loop.call_later(PROBE_SECONDS, self._probe)
 
     def pause_writing(self) -> None:
-        """The client does not take what is written."""
+        """Note when the client stopped reading what is written."""
         self._write_paused_at = self.loop.time()
         super().pause_writing()
 
     def resume_writing(self) -> None:
-        """The client goes on reading."""
+        """Note that the client reads again."""
         self._write_paused_at = None
         super().resume_writing()
 
     def shutdown(self) -> None:
-        """Close, when the answer under way is complete."""
+        """Close the connection once the answer under way is complete."""
         self._keep_alive = False
         super().shutdown()
 
     # What the parser calls
 
     def on_message_begin(self) -> None:
-        """The first byte of a request has come."""
+        """Note that the first byte of a request has been received."""
         self._head_bytes, self._header_bytes = 1, 0
         self.since = self.loop.time()
         super().on_message_begin()
 
     def on_url(self, url: bytes) -> None:
-        """Take a piece of the address."""
+        """Take a piece of the request's URL."""
         self._count(len(url))
         super().on_url(url)
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        """Take a header, or what follows a chunked body in the form of one."""
+        """Take a header; a trailer (a header after a chunked body) is only counted."""
         self._count(len(name) + len(value))
         if self._head_bytes:
             super().on_header(name, value)
@@ -191,17 +194,17 @@ class Connection(HttpToolsProtocol):
             raise ValueError("too many headers")
 
     def on_headers_complete(self) -> None:
-        """Begin to answer a request."""
+        """Begin to answer a request; raises `ValueError` for a head that is refused."""
         if self.parser.get_http_version() not in ("1.0", "1.1"):
             raise ValueError("another version of HTTP")
         names = {name for name, _ in self.headers}
         if {b"content-length", b"transfer-encoding"} <= names:
-            # What one reads as a body another reads as the next request.
+            # A proxy may read as the next request what this server reads as the body.
             raise ValueError("two lengths")
         super().on_headers_complete()
         self._head_bytes, self._body_bytes = 0, 0
         self.since = self._last_byte = self.loop.time()
-        # An answer that comes before the whole request has come is the connection's last.
+        # An answer that begins before the whole request has come is the connection's last.
         self._keep_alive, self.cycle.keep_alive = self.cycle.keep_alive, False
         self.cycle.transport = cast(asyncio.Transport, _Answered(self))
 
@@ -221,28 +224,28 @@ class Connection(HttpToolsProtocol):
             super().on_body(body)
 
     def on_message_complete(self) -> None:
-        """The request has come as a whole."""
+        """Note that the whole request has been received."""
         self._join_pieces()
         if not self.cycle.response_started:
             self.cycle.keep_alive = self._keep_alive
         super().on_message_complete()
 
     def on_response_complete(self) -> None:
-        """Wait for the next request, if one may come."""
+        """Wait for the next request, or close if the client has closed its sending half."""
         super().on_response_complete()
         self.since = self.loop.time()
         if self._half_closed and self.idle:
             self.transport.close()
 
     def send_400_response(self, msg: str) -> None:
-        """Refuse what is no HTTP."""
+        """Answer 431 if the head is too large, else 400 for what is not valid HTTP."""
         if max(self._head_bytes, self._header_bytes) > 2 * MAX_HEADER_BYTES:
             self._refuse(ApiError(431, f"The headers are larger than {MAX_HEADER_BYTES} bytes."))
         else:
             self._refuse(ApiError(400, "This is not a valid HTTP request."))
 
     def _refuse(self, error: ApiError, reason: str | None = None) -> None:
-        """Answer with `error`, unless an answer has begun, and end."""
+        """Answer with `error`, unless an answer has begun, and end the connection."""
         if self.idle or not (self._answered and self._answered.response_started):
             self._write(error)
         if reason is not None:
@@ -252,7 +255,7 @@ class Connection(HttpToolsProtocol):
         self._linger()
 
     def _forget_answer(self) -> None:
-        """Tell the application that nobody waits for its answer: it is to write no more."""
+        """Tell the application to write no more: nobody waits for its answer."""
         if self._answered is not None and not self._answered.response_complete:
             self._answered.disconnected = True
             self._answered.message_event.set()
@@ -265,7 +268,7 @@ class Connection(HttpToolsProtocol):
         self.transport.write(b"".join([*lines, b"connection: close\r\n\r\n", response.body]))
 
     def _linger(self) -> None:
-        """Send no more, and read on for a while: a reset would take the answer from the client."""
+        """Send no more but read on for a while: a reset could take the answer from the client."""
         self._discarding = True
         self.since = self.loop.time()
         self.flow.resume_reading()
@@ -273,7 +276,7 @@ class Connection(HttpToolsProtocol):
             self.transport.write_eof()
 
     def end_answer(self) -> None:
-        """Close after an answer, when the client has had the time to take it."""
+        """Close the connection after an answer, once the client has had time to read it."""
         if self.cycle.more_body and not self.transport.is_closing():
             self._linger()
         else:
@@ -281,7 +284,10 @@ class Connection(HttpToolsProtocol):
 
 
 def _whole_offers(data: bytes) -> tuple[bytes, bytes]:
-    """`data` of a head, and what is to wait for more: an end with which an offer may begin."""
+    """Split `data` of a head into what can be parsed now and a tail that has to wait for more.
+
+    An `Upgrade` header, or the empty line that ends the head, may begin in the tail.
+    """
     if b"\r\n\r\n" not in data:
         for start in range(max(0, len(data) - len(_OFFER)), len(data)):
             if any(end.startswith(data[start:].lower()) for end in (_OFFER, b"\r\n\r\n")):
@@ -290,17 +296,17 @@ def _whole_offers(data: bytes) -> tuple[bytes, bytes]:
 
 
 def _without_upgrade(data: bytes) -> bytes:
-    """`data`, which begins within a head, with that head's offer of another protocol renamed.
+    """Rename the `Upgrade` header, the offer of another protocol, of the head that begins `data`.
 
-    The parser would take what follows for the other protocol, the request's body too; Java's own
-    client offers HTTP/2 with every first request.
+    The parser would take all that follows, the request's body included, for the other protocol.
+    Java's own client offers HTTP/2 with every first request.
     """
     head, end, after = data.partition(b"\r\n\r\n")
     return _UPGRADE.sub(b"\r\nignored", head) + end + after if _UPGRADE.search(head) else data
 
 
 class _Answered:
-    """What an answer is written to; of its first bytes `skip` have been sent ahead."""
+    """Transport that an answer is written to; its first `skip` bytes have been sent already."""
 
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
@@ -316,5 +322,5 @@ class _Answered:
         self._connection.end_answer()
 
     def is_closing(self) -> bool:
-        """Whether the connection has ended."""
+        """Whether the connection is closing or has ended."""
         return self._connection.transport.is_closing()

@@ -1,4 +1,4 @@
-"""What happened lately, in bounded memory: how long things took, and tokens a second."""
+"""Recent durations and token rates, kept in bounded memory."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ if TYPE_CHECKING:
     from reft_runtime.outputs import EngineStats
 
 DURATIONS_SECONDS = 60
-"""The time of which percentiles are known."""
+"""Length of the past time, in seconds, of which percentiles are known."""
 
 RATES_SECONDS = 10
-"""The time over which tokens are counted."""
+"""Length of the past time, in seconds, over which tokens are counted."""
 
 _STEP = math.log(1.05)
-"""Durations are kept to 5 percent: logarithms of neighbouring bins differ by this."""
+"""Width of a bin, as a logarithm: the durations of neighbouring bins differ by 5 percent."""
 
 _SHORTEST, _LONGEST = 1e-5, 1e4
 
 
 class Durations:
-    """Percentiles of the last minute's durations, exact to 2.5 percent; for all threads.
+    """Percentiles of the last minute's durations, exact to 2.5 percent; safe for all threads.
 
-    A second of them is a histogram of at most some 400 bins, whatever their number.
+    The durations of each second are a histogram of at most some 400 bins, whatever their number.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
@@ -38,7 +38,7 @@ class Durations:
         self._bins: list[Counter[int]] = [Counter() for _ in range(DURATIONS_SECONDS)]
 
     def observe(self, seconds: float) -> None:
-        """Something took so long, and ended now."""
+        """Add a duration, in seconds, that ended now."""
         bin = round(math.log(min(max(seconds, _SHORTEST), _LONGEST)) / _STEP)
         now = int(self._clock())
         place = now % DURATIONS_SECONDS
@@ -49,9 +49,10 @@ class Durations:
             self._bins[place][bin] += 1
 
     def percentiles(self, *shares: float) -> tuple[int, list[float | None]]:
-        """How many there were, and the durations that such shares of them did not exceed.
+        """Number of durations, and for each share (0 to 1) the percentile in seconds.
 
-        None where there were none.
+        That share of the durations did not exceed the percentile, which is None if there were no
+        durations.
         """
         after = int(self._clock()) - DURATIONS_SECONDS
         total: Counter[int] = Counter()
@@ -79,24 +80,24 @@ class _Sample(NamedTuple):
 
 
 class Rates:
-    """Tokens a second over the last `RATES_SECONDS`, by the engine's own counters."""
+    """Tokens per second over the last `RATES_SECONDS`, from the engine's own counters."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._samples: deque[_Sample] = deque(maxlen=RATES_SECONDS)
 
     async def watch(self, stats: Callable[[], EngineStats]) -> None:
-        """Look at the counters every second."""
+        """Sample the counters every second, until cancelled."""
         while True:
             self.sample(stats())
             await asyncio.sleep(1)
 
     def sample(self, stats: EngineStats) -> None:
-        """Keep the counters of this moment."""
+        """Keep the present values of the counters."""
         self._samples.append(_Sample(self._clock(), stats.prompt_tokens, stats.generation_tokens))
 
     def until(self, stats: EngineStats) -> tuple[float, float]:
-        """Prompt tokens and generated tokens a second, from the oldest sample to these counters."""
+        """Prompt tokens and generated tokens per second, from the oldest sample to `stats`."""
         now = self._clock()
         samples = list(self._samples)
         if not samples or now <= samples[0].at:

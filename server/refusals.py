@@ -33,14 +33,15 @@ INSTEAD_OF_FIELDS = {
     "modalities": "this server reads and writes text only; leave it out",
     "audio": "this server reads and writes text only; leave it out",
 }
-"""By field, list positions left out; any other field can only be left out."""
+"""What to do instead, by the field's path without list positions; a field that is not here can only
+be left out."""
 
 INSTEAD_OF_ROUTES = {
     "/v1/responses": _ANSWERS,
     "/v1/messages": _ANSWERS,
     "/v1/embeddings": "this server has a language model only; use another for embeddings",
 }
-"""By path: routes of other servers that clients ask for."""
+"""What to do instead, by path, of asking for routes that other servers have."""
 
 
 def instead(param: str) -> str | None:

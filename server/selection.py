@@ -1,4 +1,4 @@
-"""Which interventions a body means, by its `model` or by name; the runtime resolves them."""
+"""Which interventions a body names, by `model` or `interventions`; the runtime resolves them."""
 
 from __future__ import annotations
 
@@ -19,10 +19,11 @@ if TYPE_CHECKING:
 def selected(
     engine: Engine, model: str, interventions: Sequence[InterventionUse] = ()
 ) -> Iterator[list[Use]]:
-    """What a body applies, for the block that resolves it: its `interventions`, else its `model`.
+    """Yield what a body applies: its `interventions`, else its `model`. The block resolves it.
 
-    `model` is the base's id, NAME, NAME@DIGEST or BASE:NAME; beside `interventions` it is not
-    applied, but has to be known. An unknown one raises `NotFound`, also where the block says so.
+    `model` is the base's id, NAME, NAME@DIGEST or BASE:NAME. Beside `interventions` it is not
+    applied, but must exist. An unknown `model` raises `NotFound`, also if only the block finds it
+    unknown.
     """
     name = _name(engine, model)
     if interventions:
@@ -52,7 +53,7 @@ def find_model(engine: Engine, model: str) -> Version | None:
 
 
 def label(model: str, interventions: Sequence[InterventionUse]) -> str:
-    """How an answer calls what is applied: as the request did, or, by `interventions`, by them."""
+    """The answer's `model`: names and strengths of `interventions`, or without them `model`."""
     return "+".join(map(_label, interventions)) or model
 
 

@@ -1,4 +1,4 @@
-"""Every option of the server, in one class: keyword, `REFT_*` variable and command-line option."""
+"""The options of the server: each is a keyword, a `REFT_*` variable and a command-line option."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ LogFormat = Literal["text", "json"]
 LogLevel = Literal["debug", "info", "warning", "error"]
 
 SHIPPED = Path("interventions")
-"""The interventions that come with the project, seen from its root."""
+"""Folder of the interventions that ship with the project, relative to the project's root."""
 
 ENGINE_OPTIONS = (
     "interventions",
@@ -37,11 +37,11 @@ ENGINE_OPTIONS = (
     "prefix_cache",
     "threads",
 )
-"""The fields that the engine takes, under the same names; one left unset is the engine's choice."""
+"""Fields that the engine takes under the same names; it chooses the value of an unset one."""
 
 
 class Settings(BaseSettings):
-    """Options of `reft serve`: field `x` is `--x` or `REFT_X`; an empty variable is unset."""
+    """Options of `reft serve`: field `x` is `--x` or `REFT_X`; an empty variable is ignored."""
 
     model_config = SettingsConfigDict(
         env_prefix="REFT_", env_ignore_empty=True, extra="forbid", frozen=True
@@ -55,30 +55,31 @@ class Settings(BaseSettings):
     interventions: Path | None = Field(
         default_factory=lambda: SHIPPED if SHIPPED.is_dir() else None,
         description="Folder of NAME.safetensors files to serve; by default ./interventions, "
-        "where there is one.",
+        "if it exists.",
     )
     state_dir: Path | None = Field(
         default=None,
-        description="Folder that keeps uploaded interventions; by default memory does.",
+        description="Folder that keeps uploaded interventions; by default they are kept in memory "
+        "and lost at a restart.",
     )
     allow_base: str | None = Field(
         default=None,
         min_length=1,
         max_length=256,
-        description="Shell pattern: take files made for base models of such names where hidden "
-        "size and layers fit, though architecture or vocabulary differ.",
+        description="Shell pattern of base model names: files made for such a base are accepted if "
+        "hidden size and layers fit, even if architecture or vocabulary differ.",
     )
     intervention_bytes: int | None = Field(
         default=None,
         ge=2**28,
-        description="Memory for interventions, in bytes, by default 1 GiB: those used least "
-        "recently give way, uploads without --state-dir stay.",
+        description="Memory for interventions, in bytes, by default 1 GiB: the least recently used "
+        "are evicted, uploads without --state-dir stay.",
     )
     state_bytes: int | None = Field(
         default=None,
         ge=2**26,
-        description="Most bytes of uploads in --state-dir, by default 16 GiB; the next is answered "
-        "507.",
+        description="Most bytes of uploads in --state-dir, by default 16 GiB; an upload beyond "
+        "that is answered 507.",
     )
     host: str = Field(default="127.0.0.1", min_length=1, description="Address to listen on.")
     port: int = Field(
@@ -88,32 +89,32 @@ class Settings(BaseSettings):
         default=None,
         ge=1,
         le=65535,
-        description="Serve /metrics on this port as well, without a key.",
+        description="Second port that serves /metrics, without a key; by default none.",
     )
     api_key: SecretStr | None = Field(
         default=None,
         min_length=1,
-        description="Key that clients send as 'Authorization: Bearer KEY'.",
+        description="Key that clients must send as 'Authorization: Bearer KEY'; by default none.",
     )
     allowed_origins: str | None = Field(
         default=None,
         min_length=1,
-        description="Origins whose pages browsers let use this server (CORS): '*', or "
+        description="Origins whose pages may use this server from a browser (CORS): '*', or "
         "'https://a.example', several with commas or as a JSON list; by default none.",
     )
     device: str = Field(
         default="cpu",
-        description="Where the model runs: cpu, cuda or cuda:N (not yet measured on a device).",
+        description="Device that runs the model: cpu, cuda or cuda:N.",
     )
     dtype: Dtype = Field(
         default="auto",
-        description="Number format of the base model's weights; "
-        "auto is the fast one for the device.",
+        description="Number format of the base model's weights; auto is bfloat16 where the device "
+        "multiplies it natively, else float32.",
     )
     max_model_len: int | None = Field(
         default=None,
         ge=1,
-        description="Longest prompt plus answer, in tokens; by default the model's.",
+        description="Longest prompt plus answer, in tokens; by default the model's own limit.",
     )
     max_running: int | None = Field(
         default=None,
@@ -124,40 +125,44 @@ class Settings(BaseSettings):
     max_queued: int | None = Field(
         default=None,
         ge=1,
-        description="Most requests that wait, by default 1024; the next is answered 503.",
+        description="Most waiting requests, by default 1024; a request beyond that is answered "
+        "503.",
     )
     max_queued_tokens: int | None = Field(
         default=None,
         ge=1,
-        description="Most prompt tokens that wait, by default 1000000; "
-        "the next request is answered 503.",
+        description="Most prompt tokens of waiting requests, by default 1000000; a request beyond "
+        "that is answered 503.",
     )
     max_step_tokens: int | None = Field(
         default=None,
         ge=1,
         le=65536,
-        description="Most tokens of one engine step, by default 2048, on a CUDA device 8192; "
-        "while answers are being made it takes fewer prompt tokens, by measured times.",
+        description="Most tokens in one engine step, by default 2048, on a CUDA device 8192; while "
+        "sequences decode, a step takes fewer prompt tokens, according to measured times.",
     )
     kv_tokens: int | None = Field(
         default=None,
         ge=1,
         description="Size of the key-value cache, in tokens; by default what fits into 30 % of "
-        "the available memory, or into nine tenths of a CUDA device's.",
+        "the available memory, or into 90 % of a CUDA device's free memory.",
     )
     prefix_cache: bool = Field(
         default=True,
-        description="Reuse keys and values where prompts begin alike and are edited alike.",
+        description="Reuse keys and values of prompts that begin with the same tokens and edits.",
     )
     threads: int | None = Field(
         default=None,
         ge=1,
         le=1024,
-        description="CPU threads of the engine; by default one a core that affinity and the "
-        "container's CPU quota leave.",
+        description="CPU threads of the engine; by default one per physical core that affinity and "
+        "the container's CPU quota leave, or fewer where OMP_NUM_THREADS says so.",
     )
     first_token_timeout: float = Field(
-        default=300.0, gt=0, le=86400, description="Seconds a request may wait for its first token."
+        default=300.0,
+        gt=0,
+        le=86400,
+        description="Seconds a request may wait for its first token; then it is answered 503.",
     )
     request_timeout: float = Field(
         default=3600.0, gt=0, le=86400, description="Seconds a request may take in all."
@@ -166,13 +171,16 @@ class Settings(BaseSettings):
         default=30.0,
         ge=0,
         le=3600,
-        description="Seconds that running requests get to finish on SIGTERM.",
+        description="Seconds that running requests have to finish after SIGTERM.",
     )
     max_body_bytes: int = Field(
-        default=4 * 2**20, ge=1024, le=2**30, description="Largest JSON body accepted, in bytes."
+        default=4 * 2**20,
+        ge=1024,
+        le=2**30,
+        description="Largest JSON body, in bytes; a larger one is answered 413.",
     )
     log_format: LogFormat = Field(
-        default="text", description="Lines of the log: text, or json, an object a line."
+        default="text", description="Format of the log: text, or json with one object per line."
     )
     log_level: LogLevel = Field(default="info", description="Least severe message that is logged.")
 
@@ -186,19 +194,20 @@ class Settings(BaseSettings):
 
     @property
     def origins(self) -> list[str]:
-        """The allowed origins, each by itself."""
+        """List of the allowed origins; empty where none is allowed."""
         return _origins(self.allowed_origins)
 
     def engine_options(self) -> dict[str, Any]:
-        """Keyword arguments for the engine, those that are set."""
+        """Keyword arguments for the engine: those of its options that are set."""
         values = {name: getattr(self, name) for name in ENGINE_OPTIONS}
         return {name: value for name, value in values.items() if value is not None}
 
 
 def load_settings(options: Mapping[str, Any]) -> Settings:
-    """Settings from `options` (those that are not None), then the environment, then the defaults.
+    """Build settings from `options` that are not None, the environment and the defaults.
 
-    Raises `ConfigError` with one line a problem; no line repeats a value, which may be a key.
+    An option wins over the environment, and the environment over the default. Raises
+    `ConfigError` with one line per problem; no line repeats a value, which may be a key.
     """
     try:
         return Settings(**{name: value for name, value in options.items() if value is not None})
@@ -208,7 +217,7 @@ def load_settings(options: Mapping[str, Any]) -> Settings:
 
 
 def _origins(value: str | None) -> list[str]:
-    """Origins written with commas between them, or as a JSON list, as vLLM takes them."""
+    """Split origins that are written with commas or, as vLLM takes them, as a JSON list."""
     if value is None:
         return []
     if value.startswith("["):

@@ -1,9 +1,9 @@
 """The page's files as answers: read once, compressed, named by their content, with a strict policy.
 
-The page is what lies in `server/page`, as it lies there. All but its HTML is addressed below a
-digest of all files, `page/DIGEST/...`: a browser keeps each for good, and a new version of the
-server has other addresses. The HTML asks for them relative to itself, so the server may stand
-behind a path of another.
+The page is the files of `server/page`, unchanged but for `PLACE` in HTML. All but the HTML have
+addresses with a digest of all files, `page/DIGEST/...`: a browser keeps each for good, and a new
+version of the server has other addresses. The HTML refers to them by relative addresses, so the
+server may stand behind a path of another server.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from starlette.responses import Response
 FOLDER = Path(__file__).parent / "page"
 
 PLACE = "{files}"
-"""In HTML: the address of the folder with all other files."""
+"""Placeholder in HTML for the address of the folder with all other files."""
 
 SECURITY = {
     "content-security-policy": "default-src 'self'; base-uri 'none'; form-action 'none'; "
@@ -67,7 +67,7 @@ class StaticFile:
 
 @dataclass(frozen=True, slots=True)
 class Page:
-    """All files, by their path in the folder; `digest` is of the whole of them."""
+    """All files of the page, by their path in the folder; `digest` is that of all of them."""
 
     digest: str
     files: dict[str, StaticFile]

@@ -1,4 +1,4 @@
-"""Libraries of others that the page and its tests hold as files: fetched once, pinned, verified.
+"""Third-party libraries kept as files for the page and its tests: fetched once, pinned, verified.
 
 `python -m tools.vendor` fetches every package of `PACKAGES` with npm, which checks what it gets,
 and writes the files that are used, each package's licence, and `vendor.json` with the SHA-256 of
@@ -23,16 +23,16 @@ PAGE, TESTS = ROOT / "server/page/js/vendor", ROOT / "tests/page/vendor"
 
 @dataclass(frozen=True)
 class Package:
-    """One package at one version: which of its files lie where, under what names."""
+    """One package at one version: its files, their folder and their new names."""
 
     name: str
     version: str
     folder: Path
     files: dict[str, str]
-    """New name by name in the package."""
+    """New file name by path in the package."""
 
     replaced: dict[str, str] = field(default_factory=dict)
-    """Text by text: a browser finds no module by a package's name."""
+    """New text by old text in the files: a browser finds no module by a package's name."""
 
 
 PACKAGES = (
@@ -49,7 +49,7 @@ PACKAGES = (
 
 
 def main() -> None:
-    """Fetch all packages anew."""
+    """Fetch all packages, and write their files and records anew."""
     for folder in {package.folder for package in PACKAGES}:
         folder.mkdir(parents=True, exist_ok=True)
         record = [_fetch(package) for package in PACKAGES if package.folder == folder]
@@ -96,7 +96,7 @@ def _fetch(package: Package) -> dict[str, object]:
             text = (source / old).read_text()
             for part, instead in package.replaced.items():
                 text = text.replace(part, instead)
-            # What a map of the sources would tell is not served.
+            # Source maps are not served, so no file may name one.
             content = re.sub(r"\n//# sourceMappingURL=.*", "", text).encode()
             (package.folder / new).write_bytes(content)
             digests[new] = _sha256(content)

@@ -1,4 +1,4 @@
-"""POST /v1/chat/completions: a conversation, answered."""
+"""POST /v1/chat/completions: answer a conversation."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ router = APIRouter(tags=["openai"])
 
 
 class ChatWriter(Writer):
-    """Choices as the assistant's messages."""
+    """Writes choices as messages of the assistant."""
 
     prefix = "chatcmpl"
     object = "chat.completion"
@@ -31,11 +31,11 @@ class ChatWriter(Writer):
 
     @property
     def heavy(self) -> bool:
-        """Log-probabilities are many numbers."""
+        """Whether log-probabilities, which are many numbers, are asked for."""
         return self._body.logprobs or self._body.prompt_logprobs is not None
 
     def whole(self, run: Run) -> dict[str, Any]:
-        """What vLLM says of the prompt, where it is asked for."""
+        """vLLM's fields on the prompt, if asked for: token ids and log-probabilities."""
         said: dict[str, Any] = {}
         if self._body.return_token_ids:
             said["prompt_token_ids"] = run.prompt(0)
@@ -46,7 +46,7 @@ class ChatWriter(Writer):
         return said
 
     def choice(self, run: Run, choice: Choice) -> dict[str, Any]:
-        """A finished message."""
+        """Write a finished choice as a message."""
         written = {
             "index": choice.index,
             "message": {"role": "assistant", "content": choice.text, "refusal": None},
@@ -56,7 +56,7 @@ class ChatWriter(Writer):
         return written | {"token_ids": choice.tokens} if self._body.return_token_ids else written
 
     def chunks(self, run: Run, index: int, delta: ChoiceDelta) -> list[dict[str, Any]]:
-        """A chunk with the new text; before a choice's first one, a chunk with the role."""
+        """Write a chunk with the new text, and before a choice's first one, one with the role."""
         chunks = []
         if index not in self._begun:
             self._begun.add(index)

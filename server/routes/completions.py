@@ -1,4 +1,4 @@
-"""POST /v1/completions: a raw prompt, continued."""
+"""POST /v1/completions: continue a raw prompt."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ router = APIRouter(tags=["openai"])
 
 
 class CompletionWriter(Writer):
-    """Choices as `text`, with the prompt before it where `echo` asks for it."""
+    """Writes choices as `text`, with the prompt before it if `echo` asks for it."""
 
     prefix = "cmpl"
     object = chunk_object = "text_completion"
@@ -34,11 +34,11 @@ class CompletionWriter(Writer):
 
     @property
     def heavy(self) -> bool:
-        """Log-probabilities are many numbers."""
+        """Whether log-probabilities, which are many numbers, are asked for."""
         return self._body.logprobs is not None or self._body.prompt_logprobs is not None
 
     def choice(self, run: Run, choice: Choice) -> dict[str, Any]:
-        """A finished choice."""
+        """Write a finished choice."""
         written = self._written(
             run, choice.index, choice.text, choice.tokens, choice.logprobs, choice.finish_reason
         )
@@ -50,7 +50,7 @@ class CompletionWriter(Writer):
         return written
 
     def chunks(self, run: Run, index: int, delta: ChoiceDelta) -> list[dict[str, Any]]:
-        """One chunk, or none while there is nothing to show."""
+        """Write one chunk, or none while there is nothing to show."""
         ids = delta.tokens if self._body.return_token_ids else ()
         scored = self._body.logprobs is not None and delta.logprobs
         shown = delta.text or scored or delta.finish_reason or ids
@@ -70,7 +70,7 @@ class CompletionWriter(Writer):
         logprobs: list[TokenLogprob],
         finish_reason: str | None,
     ) -> dict[str, Any]:
-        """`text` as a choice; the first of an index has the echoed prompt before it."""
+        """Write `text` as a choice; the first one of an index has the echoed prompt before it."""
         first = index not in self._begun
         self._begun.add(index)
         echoed = self._prompt_text(run, index) if first and self._body.echo else ""
@@ -96,7 +96,7 @@ class CompletionWriter(Writer):
         tokens: list[int],
         logprobs: list[TokenLogprob],
     ) -> dict[str, Any]:
-        from reft_runtime.text import TextOffsets  # loads torch: not before it must
+        from reft_runtime.text import TextOffsets  # loads torch: only when needed
 
         tokenizer = run.context.engine.tokenizer
         entries: list[TokenLogprob | None] = list(logprobs)

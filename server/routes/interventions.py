@@ -36,26 +36,30 @@ router = APIRouter(prefix="/v1/interventions", tags=["interventions"])
 _TAG = re.compile(r'\*|"[0-9a-f]{64}"')
 
 MAX_PROBLEMS = 100
-"""Files that are not served, of which a listing says why; the log names all."""
+"""Most files for which a listing says why they are not served; the log names all of them."""
 
 
 @router.get("", response_model=None)
 async def list_interventions(
     request: Request,
     context: Current,
-    limit: Annotated[int | None, Query(ge=1, le=MAX_PAGE, description="Of a page.")] = None,
+    limit: Annotated[
+        int | None, Query(ge=1, le=MAX_PAGE, description="Entries of a page; by default 100.")
+    ] = None,
     after: Annotated[
-        str | None, Query(max_length=MAX_AFTER, description="`next` of the page before.")
+        str | None, Query(max_length=MAX_AFTER, description="The `next` of the page before.")
     ] = None,
     q: Annotated[
-        str | None, Query(max_length=MAX_QUERY, description="In names and descriptions.")
+        str | None,
+        Query(max_length=MAX_QUERY, description="Text to find in names and descriptions."),
     ] = None,
-    sort: Annotated[Sort | None, Query(description="By name, where it is not given.")] = None,
+    sort: Annotated[Sort | None, Query(description="Order; by default by name.")] = None,
 ) -> Response:
-    """Interventions, and why files of the folder are not among them.
+    """List the interventions, and the reasons why files of the folder are not served.
 
-    All, by name; or, with any parameter, a page of `limit` (100 where it is not given) of those
-    whose name or description has `q`. `after` is the `next` of the page before.
+    Without parameters all are listed, by name. With any parameter the answer is one page, of at
+    most `limit` (by default 100) of those whose name or description contains `q`. `after` is the
+    `next` of the page before.
     """
     line, more = partial(entry_fields, context), partial(_problems, context)
     if all(given is None for given in (limit, after, q, sort)):
@@ -69,10 +73,10 @@ async def list_interventions(
 @router.get(
     "/{name}",
     response_model=None,
-    responses={304: {"description": "Still the version that If-None-Match names"}},
+    responses={304: {"description": "The version in If-None-Match is still served."}},
 )
 async def get_intervention(request: Request, context: Current, name: str) -> Response:
-    """One intervention; nothing where `If-None-Match` names the version that is served."""
+    """One intervention; 304 without a body if `If-None-Match` names the version that is served."""
     tags = _tags(request, "if-none-match", weak=True)
     entry = await context.administer(context.engine.registry.entry, name)
     if {entry.digest, "*"} & set(tags or ()):
@@ -84,13 +88,13 @@ async def get_intervention(request: Request, context: Current, name: str) -> Res
     "/{name}",
     openapi_extra=takes_file(),
     response_model=None,
-    responses={201: {"description": "New"}},
+    responses={201: {"description": "The name is new."}},
 )
 async def put_intervention(request: Request, context: Current, name: str) -> Response:
     """Serve the file in the body under this name: 201 for a new name, 200 for a replaced one.
 
-    Requests in flight end on the version that they began with. With `If-None-Match: *` or
-    `If-Match: "DIGEST"` only where that holds; else 412.
+    Requests in flight finish with the version that they began with. With `If-None-Match: *` or
+    `If-Match: "DIGEST"` the file is served only if that condition holds; else the answer is 412.
     """
     sha256, expected = _declared_sha256(request), expected_digests(request)
     registry = context.engine.registry
@@ -103,9 +107,10 @@ async def put_intervention(request: Request, context: Current, name: str) -> Res
 
 @router.delete("/{name}")
 async def delete_intervention(request: Request, context: Current, name: str) -> dict[str, Any]:
-    """Serve this name no longer. Requests in flight end as they began.
+    """Stop serving this name. Requests in flight finish with the version that they began with.
 
-    With `If-Match: "DIGEST"` only where it stands for that; else 412.
+    With `If-Match: "DIGEST"` the name is removed only if it stands for that version; else the
+    answer is 412.
     """
     await context.administer(context.engine.registry.remove, name, expected_digests(request))
     return {"id": name, "object": "intervention", "deleted": True}
@@ -118,7 +123,11 @@ def _problems(context: Context) -> dict[str, Any]:
 
 
 def expected_digests(request: Request) -> Collection[str] | None:
-    """What the name is to stand for: digests, `*` for any, () for nothing; None if no matter."""
+    """Digests of which the name must stand for one, from If-Match and If-None-Match.
+
+    `*` among them means any version, () that the name must be new, and None that there is no
+    condition. Raises `InvalidRequest` for a condition that is not supported.
+    """
     match, none_match = _tags(request, "if-match"), _tags(request, "if-none-match")
     if none_match is not None:
         if none_match != ["*"] or match is not None or request.method != "PUT":
@@ -131,9 +140,10 @@ def expected_digests(request: Request) -> Collection[str] | None:
 
 
 def _tags(request: Request, name: str, *, weak: bool = False) -> list[str] | None:
-    """The digests, or `*`, that a condition's header names; None without one.
+    """The digests, or `*`, that a condition's header names; None without the header.
 
-    A proxy that compresses makes tags `weak`, W/"DIGEST", which do for reading.
+    `weak` accepts W/"DIGEST" too, which suffices for reading: a proxy that compresses writes tags
+    so. Raises `InvalidRequest` for any other tag.
     """
     given = ", ".join(request.headers.getlist(name))
     if not given:
@@ -148,7 +158,7 @@ def _tags(request: Request, name: str, *, weak: bool = False) -> list[str] | Non
 
 
 def _declared_sha256(request: Request) -> str | None:
-    """SHA-256 of the body in hex, from `x-sha256` (hex) or `Digest: sha-256=` (base64)."""
+    """SHA-256 of the body in hex, from `x-sha256` (hex) or `Digest: sha-256=` (base64), or None."""
     declared = request.headers.get("x-sha256")
     if declared is not None:
         if not re.fullmatch(r"[0-9a-fA-F]{64}", declared):

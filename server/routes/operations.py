@@ -15,19 +15,21 @@ from server.openapi import describe
 public = APIRouter(tags=["health"])
 router = APIRouter(tags=["operations"])
 
-UNHEALTHY: dict[int | str, dict[str, Any]] = {503: {"description": "Not so; `status` says why."}}
+UNHEALTHY: dict[int | str, dict[str, Any]] = {
+    503: {"description": "Not healthy: `status` says why."}
+}
 
 
 @public.get("/livez", responses=UNHEALTHY)
 async def livez(context: Current) -> JSONResponse:
-    """200 while the engine's loop turns; else restart the process."""
+    """Answers 200 while the engine's loop turns; otherwise the process should be restarted."""
     return _health("ok" if context.health.live else "engine not running")
 
 
 @public.get("/readyz", responses=UNHEALTHY)
 @public.get("/health", responses=UNHEALTHY)
 async def readyz(context: Current) -> JSONResponse:
-    """200 while requests are welcome: loaded, proven by a first generation, not draining."""
+    """Answers 200 while the server is loaded, proven by a first generation, and not draining."""
     return _health(context.health.status)
 
 

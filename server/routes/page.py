@@ -19,7 +19,7 @@ async def _reference(request: Request) -> Response:
 
 
 async def _file(request: Request) -> Response:
-    """404 for a page of another version, too: its files may not fit each other."""
+    """Answer a file of this page; 404 for another version's, which may not fit the others."""
     found = page().files.get(request.path_params["file"])
     if request.path_params["digest"] != page().digest or found is None:
         raise HTTPException(404)
@@ -31,4 +31,4 @@ routes = [
     Route("/docs", _reference, methods=["GET"]),
     Route("/page/{digest}/{file:path}", _file, methods=["GET"]),
 ]
-"""Each answers HEAD, too. They are no part of the API's description."""
+"""Routes of the page. Each answers HEAD, too; none is part of the API's description."""

@@ -1,4 +1,4 @@
-"""GET /v1/stats: the server at a glance, by the counters that /metrics has, too."""
+"""GET /v1/stats: the server at a glance, from the counters that /metrics has, too."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ OUTCOMES = ("stop", "length", "abort", "error")
 
 @router.get("/v1/stats")
 async def get_stats(context: Current) -> dict[str, Any]:
-    """What is loaded, how much there is to do, how fast it goes, what has ended and how."""
+    """The server at a glance: what is loaded, its load and speed, and how requests ended."""
     return await context.administer(_stats, context)
 
 
@@ -64,7 +64,7 @@ def _durations(recent: Durations) -> dict[str, Any]:
 
 
 def _prefix_cache(stats: PrefixCacheStats | None) -> dict[str, Any] | None:
-    """The prefix cache since the start, blocks of both kinds together; None where it is off."""
+    """The prefix cache since the start, blocks of both kinds together; None if it is off."""
     if stats is None:
         return None
     queries, hits = sum(stats.queries.values()), sum(stats.hits.values())

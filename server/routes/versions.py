@@ -1,4 +1,4 @@
-"""/v1/interventions/{name}/versions and /rollback: what is kept, and a way back to it."""
+"""/v1/interventions/{name}/versions and /rollback: the kept versions, and the way back to one."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Rollback = Annotated[RollbackRequest, Depends(json_body(RollbackRequest, require
 
 @router.get("/{name}/versions")
 async def list_versions(context: Current, name: str) -> dict[str, Any]:
-    """All versions of a name that can be asked for, the current one first."""
+    """All versions of a name that requests can use, the current one first."""
     versions = await context.administer(context.engine.registry.versions_of, name)
     return {"object": "list", "data": [version_fields(version) for version in versions]}
 
@@ -33,10 +33,10 @@ async def list_versions(context: Current, name: str) -> dict[str, Any]:
     response_model=None,
 )
 async def roll_back(request: Request, context: Current, name: str, body: Rollback) -> Response:
-    """Serve a kept version of an upload again: that of `digest`, else the one before.
+    """Serve a kept version of an upload again: that of `digest`, by default the previous one.
 
-    Requests in flight end on the version that they began with. With `If-Match: "DIGEST"` only
-    where the name stands for that; else 412.
+    Requests in flight finish with the version that they began with. With `If-Match: "DIGEST"` the
+    version is served only if the name stands for that digest; else the answer is 412.
     """
     expected = expected_digests(request)
     begun = time.monotonic()

@@ -39,7 +39,7 @@ async def load_lora_adapter(
 async def unload_lora_adapter(
     context: Current, body: Annotated[UnloadRequest, Depends(json_body(UnloadRequest))]
 ) -> PlainTextResponse:
-    """Serve a name no longer."""
+    """Stop serving a name."""
     with _vllm_fields():
         await context.administer(context.engine.registry.remove, body.lora_name)
     return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' removed successfully.")
@@ -47,7 +47,7 @@ async def unload_lora_adapter(
 
 @contextmanager
 def _vllm_fields() -> Iterator[None]:
-    """Errors name the fields of these routes, not the registry's."""
+    """Let errors name the fields of these routes instead of the registry's."""
     try:
         yield
     except ReftError as error:

@@ -40,7 +40,7 @@ MAX_SWITCH_LENGTH = 256
 
 
 def _plain(value: Any) -> Any:
-    # Before the union's members, each of which would say that it alone is wanted.
+    # This runs before the union's members: each of them would say that it alone is wanted.
     if not isinstance(value, bool | int | float | str) or (
         isinstance(value, str) and len(value) > MAX_SWITCH_LENGTH
     ):
@@ -84,7 +84,7 @@ class Message(RequestBody):
     role: Literal["system", "developer", "user", "assistant"]
     content: Content | None = Field(default=None, validate_default=True)
     name: str = Field(default="", max_length=256)
-    # A client sends an earlier answer back with these, empty; the last one is LiteLLM's.
+    # A client sends an earlier answer back with these fields empty; the last one is LiteLLM's.
     tool_calls: Nothing = Field(default=[])
     annotations: Nothing = Field(default=[])
     provider_specific_fields: dict[str, None] = Field(default={})
@@ -114,12 +114,12 @@ class ChatLayout(RequestBody):
     continue_final_message: bool = False
     chat_template_kwargs: ChatSwitches = Field(default={})
     reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = (
-        Field(default=None, description="A value for chat templates that read it.")
+        Field(default=None, description="Value for chat templates that read it.")
     )
 
     def options(self, known: Sequence[str]) -> ChatOptions:
         """These fields for a template whose switches are `known`."""
-        from reft_runtime.text import ChatOptions  # loads torch: not before it must
+        from reft_runtime.text import ChatOptions  # loads torch: only when needed
 
         switches = dict(self.chat_template_kwargs)
         if self.reasoning_effort is not None and "reasoning_effort" in known:
@@ -141,10 +141,10 @@ class ChatRequest(SamplingBody, ChatLayout):
     add_special_tokens: Literal[False] = False
     modalities: list[Literal["text"]] = Field(default=["text"], max_length=1)
     tools: list[dict[str, Any]] = Field(
-        default=[], max_length=MAX_TOOLS, description='Taken where tool_choice is "none".'
+        default=[], max_length=MAX_TOOLS, description='Accepted only if tool_choice is "none".'
     )
     functions: list[dict[str, Any]] = Field(
-        default=[], max_length=MAX_TOOLS, description='Taken where function_call is "none".'
+        default=[], max_length=MAX_TOOLS, description='Accepted only if function_call is "none".'
     )
     tool_choice: Literal["none", "auto"] | None = None
     function_call: Literal["none", "auto"] | None = None

@@ -32,13 +32,13 @@ MAX_TOKENS = 2**31 - 1
 MAX_STOP_LENGTH = 1024
 MAX_BIAS = 100
 MAX_NAMED = 8
-"""Keys at fault that one error names."""
+"""Most wrong keys that one error names."""
 
 TokenId = Annotated[int, Field(ge=0, le=MAX_TOKENS)]
 ModelName = Annotated[str, Field(min_length=1, max_length=512)]
 StopString = Annotated[str, Field(min_length=1, max_length=MAX_STOP_LENGTH)]
 Nothing = Annotated[list[Any], Field(max_length=0)]
-"""An empty list: what clients send for a feature that they do not use."""
+"""An empty list, which clients send for a feature that they do not use."""
 
 
 def one_or_many(value: Any) -> str | None:
@@ -60,7 +60,7 @@ Stop = Annotated[
 
 
 def _describe_nulls(schema: dict[str, Any]) -> None:
-    """Say in a JSON schema what `RequestBody` does with nulls, unknown fields' among them."""
+    """Say in a JSON schema that `RequestBody` accepts null for optional and unknown fields."""
     required = schema.get("required", ())
     for name, kind in schema["properties"].items():
         if name not in required and {"type": "null"} not in kind.get("anyOf", ()):
@@ -85,7 +85,7 @@ class RequestBody(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _drop_nulls(cls, data: Any) -> Any:
-        """Without nulls, and with one unknown field of many: an error names one."""
+        """Drop nulls, and all unknown fields but the first: an error names one."""
         if not isinstance(data, dict):
             return data
         given = {name: value for name, value in data.items() if value is not None}
@@ -97,9 +97,10 @@ class RequestBody(BaseModel):
 
 
 class InterventionUse(RequestBody):
-    """One intervention to apply: how strongly (1 as trained, 0 not at all), and along what.
+    """One intervention to apply. `strength` is 1 as trained, and 0 for no effect.
 
-    `subspace` names the directions to edit, columns of R; without it all are.
+    `subspace` lists the directions to edit, which are columns of R counted from 0; by default all
+    are edited.
     """
 
     name: ModelName
@@ -108,10 +109,11 @@ class InterventionUse(RequestBody):
 
 
 class StreamOptions(RequestBody):
-    """`include_usage`: end the stream with a chunk that counts the tokens.
+    """Options of a streamed answer.
 
-    `continuous_usage_stats`: count in every chunk what was made so far.
-    `include_obfuscation` asks for padding, which there is none of.
+    `include_usage` ends the stream with a chunk that counts the tokens. `continuous_usage_stats`
+    counts the tokens so far in every chunk. `include_obfuscation` asks for padding, which this
+    server does not have.
     """
 
     include_usage: bool = False
@@ -120,7 +122,7 @@ class StreamOptions(RequestBody):
 
 
 class TextFormat(RequestBody):
-    """The one answer format there is."""
+    """The only answer format that this server has."""
 
     type: Literal["text"]
 
@@ -128,7 +130,7 @@ class TextFormat(RequestBody):
 class WithoutEffect(RequestBody):
     """Fields that ordinary clients send and that change no answer of this server.
 
-    Those with a meaning are accepted only with the value that asks for nothing.
+    A field with a meaning is accepted only with the value that asks for nothing.
     """
 
     user: str = ""
@@ -148,7 +150,7 @@ class WithoutEffect(RequestBody):
 
 
 class SamplingBody(WithoutEffect):
-    """Model, interventions and how to pick tokens."""
+    """The model, its interventions and the sampling of tokens."""
 
     model: ModelName
     interventions: list[InterventionUse] = Field(
@@ -156,14 +158,14 @@ class SamplingBody(WithoutEffect):
     )
     temperature: float = Field(default=1.0, ge=0, le=2)
     top_p: float = Field(default=1.0, gt=0, le=1)
-    top_k: int = Field(default=0, ge=-1, le=MAX_TOKENS, description="0 or -1: all tokens.")
+    top_k: int = Field(default=0, ge=-1, le=MAX_TOKENS, description="0 or -1 takes all tokens.")
     min_p: float = Field(default=0.0, ge=0, le=1)
     n: int = Field(default=1, ge=1, le=MAX_CHOICES)
-    best_of: int | None = Field(default=None, description="Accepted where it equals n.")
+    best_of: int | None = Field(default=None, description="Accepted only if it equals n.")
     stream: bool = False
     stream_options: StreamOptions = StreamOptions()
     trace: bool = Field(
-        default=False, description="Say what every edit did, and how it changed each token."
+        default=False, description="Say what every edit did, and how the edits changed each token."
     )
     stop: Stop = Field(default=[])
     stop_token_ids: list[TokenId] = Field(default=[], max_length=MAX_STOP_TOKENS, fail_fast=True)
@@ -176,11 +178,14 @@ class SamplingBody(WithoutEffect):
     ignore_eos: bool = False
     skip_special_tokens: bool = True
     include_stop_str_in_output: bool = Field(
-        default=False, description="Leave the stop string, stop id or EOS in the text."
+        default=False, description="Keep the stop string, stop id or EOS in the text."
     )
     return_token_ids: bool = False
     prompt_logprobs: int | None = Field(
-        default=None, ge=0, le=MAX_LOGPROBS, description="Of every prompt token; not streamed."
+        default=None,
+        ge=0,
+        le=MAX_LOGPROBS,
+        description="Best tokens listed per prompt token; not streamed.",
     )
 
     @field_validator("logit_bias")

@@ -1,4 +1,4 @@
-"""Bodies of the routes that change what is served, vLLM's among them."""
+"""Bodies of the routes that change what is served, including vLLM's."""
 
 from __future__ import annotations
 
@@ -14,22 +14,24 @@ class LoadRequest(RequestBody):
     lora_path: str = Field(min_length=1, max_length=4096)
     load_inplace: bool = False
     base_model_name: str = Field(
-        default="", max_length=512, description="Taken and not used: the file names its base."
+        default="", max_length=512, description="Accepted and not used: the file names its base."
     )
 
 
 class UnloadRequest(RequestBody):
-    """Serve `lora_name` no longer."""
+    """Stop serving `lora_name`."""
 
     lora_name: str = Field(min_length=1, max_length=64)
-    lora_int_id: int | None = Field(default=None, description="Taken and not used: names are ids.")
+    lora_int_id: int | None = Field(
+        default=None, description="Accepted and not used: names are ids."
+    )
 
 
 class RollbackRequest(RequestBody):
-    """Serve an uploaded version again that is kept."""
+    """Serve a kept version of an upload again."""
 
     digest: str | None = Field(
         default=None,
         pattern=r"^[0-9a-f]{8,64}$",
-        description="8 or more of its digits; by default the version before the current one.",
+        description="8 or more digits of its digest; by default the version served before.",
     )

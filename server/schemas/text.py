@@ -16,7 +16,7 @@ class TokenizeRequest(ChatLayout):
     prompt: str | None = None
     messages: Messages | None = None
     add_special_tokens: bool | None = Field(
-        default=None, description="By default true for a prompt, and the template's for messages."
+        default=None, description="By default true for a prompt; for messages the template decides."
     )
     return_token_strs: bool = False
     tools: Nothing = Field(default=[])

@@ -214,6 +214,10 @@ def test_the_reference_shows_every_route_and_its_fields(tab: Tab) -> None:
     shown = page.locator(".operation[open] > .stack > .fields-list > div > dt > code")
     expect(shown).to_have_count(len(fields))
     assert set(shown.all_text_contents()) == set(fields)
+    about = page.locator(".operation[open] > .stack > .fields-list > div > dd").all_text_contents()
+    said = dict(zip(shown.all_text_contents(), about, strict=True))
+    assert "922337203685477" not in said["priority"]
+    assert "must be empty" in said["bad_words"]
     page.get_by_role("link", name="Compare").click()
     expect(page.get_by_role("region", name="Column A")).to_be_visible()
 

@@ -5,11 +5,11 @@ import { classes, html, useState } from "./lib.js";
 import { distance } from "./run.js";
 import { CopyButton, IconButton, Problem, seconds } from "./ui.js";
 
-/** Bounds of five classes: of probability downwards, of distance (nats) upwards. */
+/** Bounds of the five colour classes: probabilities downwards, distances (nats) upwards. */
 const PROBABILITIES = [0.8, 0.5, 0.2, 0.05];
 const DISTANCES = [0.1, 0.5, 1.5, 4];
 
-/** The class of a piece: that of its least expected token. */
+/** The colour class of a piece: that of its least expected token. */
 function shade({ tokens }, colour) {
   if (colour === "probability") {
     const least = Math.exp(Math.min(...tokens.map(({ logprob }) => logprob)));
@@ -23,7 +23,7 @@ function shade({ tokens }, colour) {
   return `d${level < 0 ? 4 : level}`;
 }
 
-/** `name` is what the column applies now; an answer is headed by what gave it. */
+/** One answer, headed by the title that gave it (`answer.of`), else by `name`, the column's title. */
 export function Answer({ answer, name, c, t, colour, busy, last, onAnswer }) {
   const [picked, setPicked] = useState(null);
   return html`

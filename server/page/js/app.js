@@ -17,7 +17,7 @@ const VIEWS = {
   server: ["Server", ServerView],
 };
 
-/** `model` is the base's name. */
+/** State of the page; `model` is the base model's name. */
 const app = new Store({ model: null, error: null });
 
 async function begin() {
@@ -30,7 +30,7 @@ async function begin() {
   }
 }
 
-/** The open view and what stands behind it in the address: `#/compare/STATE`. */
+/** The open view, and what follows it in the address: `#/compare/STATE`. */
 function place() {
   const [, view, ...rest] = location.hash.split("/");
   return { view: view in VIEWS ? view : "compare", rest: rest.join("/") };

@@ -12,7 +12,7 @@ function roundUp(value) {
 }
 
 /**
- * `xs` are numbers that grow; a series is {name, values} with null where nothing is known.
+ * A line chart. `xs` are ascending numbers; a series is {name, values} with null where nothing is known.
  * `format` writes a value, `formatX` a place; `max` fixes the top of the scale.
  */
 export function Chart({ title, xs, series, format, formatX, max }) {

@@ -68,7 +68,7 @@ export function AddColumn({ busy, onAdd }) {
     onClose=${() => setAdding(false)} />`;
 }
 
-/** `alone`: nothing else is composed with it. `fixed`: its strength is not chosen here. */
+/** One intervention. `alone`: no other is composed with it; `fixed`: its strength is not chosen here. */
 export function Part({ part: one, alone, fixed = false, onChange, onRemove }) {
   const [picking, setPicking] = useState(false);
   const [open, setOpen] = useState(false);

@@ -20,10 +20,10 @@ const COLOURS = [
   ["distance", "Distance from base"],
 ];
 
-/** The tasks that show most plainly what a task is, where they are served. */
+/** Interventions with the plainest effect; the first columns show them if they are served. */
 const SHOWN = ["pirate", "emoji"];
 
-/** Columns that show something: the base, and two of what is served. */
+/** The first session: a column of the base, and columns of two interventions that are served. */
 async function firstSession() {
   const { data } = await ask("v1/interventions?limit=50");
   const names = data.filter(({ problem }) => !problem).map(({ id }) => id);
@@ -45,7 +45,7 @@ async function open(rest) {
 export function Compare({ base, rest }) {
   const { session, running, problem, dialog } = useStore(comparison);
   useEffect(() => {
-    // A link that was followed, or the view opened anew: not the address this view wrote itself.
+    // Opens a link that was followed, or the view anew; not the address that this view wrote itself.
     if (rest !== written.current) open(rest);
   }, [rest]);
   const written = useRef(null);
@@ -211,7 +211,7 @@ function Composer({ mode, busy, onSay, onStop, again }) {
     onSay(text);
     if (mode === "chat") setText("");
   };
-  // Enter sends a chat's turn; a text's lines belong to it.
+  // Enter sends a chat's turn; in a text it begins a new line.
   const keys = (event) => {
     const enter = event.key === "Enter" && !event.isComposing;
     if (enter && (event.ctrlKey || event.metaKey || (mode === "chat" && !event.shiftKey))) submit(event);

@@ -4,7 +4,7 @@ import { column, newSession } from "./session.js";
 import { Store } from "./store.js";
 
 /**
- * `running` is the AbortController of the answers under way; `dialog` is what share.js shows:
+ * State of the comparison. `running` is the AbortController of the answers under way; `dialog` is what share.js shows:
  * {kind: "copy" | "paste", c, t}.
  */
 export const comparison = new Store({ session: null, running: null, problem: null, dialog: null });
@@ -14,7 +14,7 @@ export function change(fields) {
   comparison.set({ session: { ...comparison.value.session, ...fields } });
 }
 
-/** Show another session instead; what is still being answered is not wanted any more. */
+/** Show another session instead, and abort the answers under way. */
 export function replace(session) {
   comparison.value.running?.abort();
   comparison.set({ session, problem: null });

@@ -63,7 +63,7 @@ function Actions({ entry, path, onClose, onChange }) {
   const [sure, setSure] = useState(false);
   const [error, setError] = useState(null);
   const chooser = useRef();
-  // What was looked at is what is changed: another's upload meanwhile is not undone.
+  // Only the version that is shown is changed, so that another's upload meanwhile is not undone.
   const seen = { "if-match": `"${digest}"` };
   const attempt = (work) => async (...given) => {
     setError(null);

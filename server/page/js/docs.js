@@ -81,7 +81,7 @@ function Operations({ found }) {
 const saved = (found) =>
   save(new Blob([JSON.stringify(found, null, 2)], { type: "application/json" }), "openapi.json");
 
-/** Text in which `this` is code. */
+/** Text as HTML, with its parts in backticks as code. */
 const prose = (text) => text.split("`").map((part, i) => (i % 2 ? html`<code>${part}</code>` : part));
 
 function Operation({ path, method, operation, found }) {
@@ -118,12 +118,12 @@ function Operation({ path, method, operation, found }) {
 const resolved = (schema, found) =>
   schema?.$ref ? found.components.schemas[schema.$ref.split("/").at(-1)] : schema;
 
-/** The fields of an object's schema, or what else it is. */
+/** The fields of an object's schema; for another schema, the name of its type. */
 function Fields({ schema, found }) {
   const object = resolved(schema, found);
   if (!object?.properties) return html`<p class="muted">${typeName(schema, found)}</p>`;
   const required = new Set(object.required);
-  // Those that must be given come first; what else there is keeps its order.
+  // Required fields come first; the others keep their order.
   const fields = Object.entries(object.properties).sort(
     ([a], [b]) => required.has(b) - required.has(a),
   );
@@ -154,7 +154,7 @@ function Field({ name, schema, required, about, found }) {
     </div>`;
 }
 
-/** What a schema may be, nulls aside: they only say that a field may be left out. */
+/** The alternatives of a schema without null, which only says that a field may be left out. */
 const choices = (schema) =>
   (schema?.anyOf ?? schema?.oneOf ?? [schema ?? {}]).filter(({ type }) => type !== "null");
 
@@ -181,13 +181,17 @@ function objects(schema, found) {
   });
 }
 
+/** The bounds of a schema in words; no range if a JavaScript number cannot hold one of its bounds. */
 function limits(schema) {
   const [one = {}] = choices(schema);
+  const bounds = [one.minimum, one.exclusiveMinimum, one.maximum, one.exclusiveMaximum];
+  if (bounds.some((bound) => Number.isInteger(bound) && !Number.isSafeInteger(bound))) return "";
   const low = one.minimum ?? (one.exclusiveMinimum === undefined ? null : `above ${one.exclusiveMinimum}`);
   const high = one.maximum ?? one.exclusiveMaximum ?? null;
   if (low !== null && high !== null) return `${low} to ${high}`;
   if (low !== null) return typeof low === "string" ? low : `at least ${low}`;
   if (high !== null) return `at most ${high}`;
+  if (one.maxItems === 0) return "must be empty";
   const most = one.maxLength ?? one.maxItems;
   return most === undefined ? "" : `up to ${most} ${one.maxLength === undefined ? "of them" : "characters"}`;
 }

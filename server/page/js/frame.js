@@ -1,4 +1,4 @@
-// What surrounds every view, the reference among them: the name, the links, the colours, the key.
+// What surrounds every view, including the reference: the name, the links, the colours, the key.
 
 import { forgetKey, key, onKeyNeeded } from "./api.js";
 import { html, useState } from "./lib.js";
@@ -50,7 +50,7 @@ const forget = () => {
   location.reload();
 };
 
-/** `links` are [address, text, whether it is open]. */
+/** What surrounds a view. `links` are [address, text, whether it is open]. */
 export function Frame({ links, model, children }) {
   const { asking } = useStore(gate);
   return html`
@@ -73,7 +73,7 @@ export function Frame({ links, model, children }) {
     ${asking && html`<${KeyDialog} ...${asking} />`}`;
 }
 
-// The address holds the view, so the link must not change it.
+// The address holds the open view, so the link to the main part must not change it.
 function toMain(event) {
   event.preventDefault();
   document.getElementById("main").focus();

@@ -16,7 +16,7 @@ export function rowsOf(edits) {
   return [...rows.values()].sort((a, b) => b.layer - a.layer);
 }
 
-/** `texts` are those of all tokens; those from `from` on are the answer's. */
+/** A trace as a heat map. `texts` are those of all tokens; the answer's begin at position `from`. */
 export function HeatMap({ rows, texts, from }) {
   if (!rows.length) return html`<p class="muted">No row was edited.</p>`;
   const most = Math.max(...rows.flatMap(({ sizes }) => [...sizes.values()]));

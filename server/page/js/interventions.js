@@ -10,7 +10,7 @@ import { spans, when } from "./wording.js";
 const PAGE = 50;
 const PAUSE_MS = 200;
 
-/** Of each column: its heading, what it sorts by, what a row shows, and its class. */
+/** The columns: each has a heading, what it sorts by, what a row shows, and a class. */
 const COLUMNS = [
   ["Name", "name", (entry) => html`<${Name} entry=${entry} />`],
   ["Kind", null, ({ kinds }) => kinds.join(", "), "narrow"],
@@ -106,7 +106,7 @@ function Table({ rows, sort, onSort }) {
     </table>`;
 }
 
-/** Names begin with a; numbers and times with the largest. */
+/** The order after a press on a heading: first names from a, numbers and times from the largest. */
 function turned(key, sort) {
   const first = key === "name" ? key : `-${key}`;
   const other = key === "name" ? `-${key}` : key;
@@ -130,7 +130,7 @@ function usePages(query, sort) {
     } catch (error) {
       found = { error };
     }
-    // What a slower answer to an earlier search says is not shown.
+    // A late answer to an earlier search is not shown.
     if (mine !== asked.current) return;
     setState((old) => ({ ...old, ...found }));
     setLoading(false);

@@ -10,5 +10,5 @@ export {
 
 export const html = htm.bind(h);
 
-/** Class names joined, those that are false left out. */
+/** Class names joined, without those that are false. */
 export const classes = (...names) => names.filter(Boolean).join(" ");

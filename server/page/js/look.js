@@ -22,7 +22,7 @@ const looked = new Store({
 
 const set = (fields) => looked.set(fields);
 
-/** The first intervention that is served, where none was chosen. */
+/** Choose the first intervention that is served, if none was chosen. */
 async function choose() {
   try {
     const { data } = await ask("v1/interventions?limit=50");
@@ -38,7 +38,7 @@ const bodyOf = ({ prompt, maxTokens }, base, one) => ({
   max_tokens: maxTokens, temperature: 0,
 });
 
-/** One request with a trace, and what the base says of its tokens. */
+/** Ask for one answer with a trace, then ask the base for the log-probabilities of its tokens. */
 async function lookInside(base) {
   const { chosen, prompt } = looked.value;
   const body = bodyOf(looked.value, base, chosen);
@@ -70,7 +70,7 @@ function strengths({ from, to, step }) {
   return Array.from({ length: count }, (_, i) => Number((from + i * step).toFixed(3)));
 }
 
-/** The same prompt at every strength of the range, all sent at once. */
+/** Send the same prompt at every strength of the range, all at once. */
 async function spread(base) {
   const { chosen, range } = looked.value;
   const fan = strengths(range).map((strength) => ({ strength, answer: blank() }));

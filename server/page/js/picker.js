@@ -33,7 +33,7 @@ export function Picker({ label, first, onPick, onClose }) {
     name: entry.id, text: entry.id, description: entry.manifest.description,
   }));
   const options = first && !text.trim() ? [{ name: null, text: first }, ...found] : found;
-  // Who types and presses Enter at once means what will be found, not what is still shown.
+  // Enter right after typing picks from what will be found, not from what is still shown.
   const [entered, setEntered] = useState(false);
   const current = data?.searched === text.trim();
   useEffect(() => {

@@ -15,7 +15,7 @@ export const blank = (of = null) => ({
   finish: null, error: null, figures: null, running: true,
 });
 
-/** Answer turn `t` in the columns `which`; ends when all have, however they did. */
+/** Answer turn `t` in the columns `which`; ends when all have ended, also those that failed. */
 export async function answer(store, base, t, which) {
   const { session } = store.value;
   const controller = new AbortController();
@@ -32,7 +32,7 @@ export async function answer(store, base, t, which) {
   store.set({ running: null });
 }
 
-/** Stream the answer to one request into `answer`; what goes wrong is kept there, too. */
+/** Stream the answer to one request into `answer`, which also keeps an error. */
 export async function fill(answer, store, path, body, signal, began) {
   let first = null;
   let last = began;
@@ -63,7 +63,7 @@ export async function fill(answer, store, path, body, signal, began) {
   store.touched();
 }
 
-/** Text that came, with the tokens that made it: a piece each, where their texts are whole. */
+/** Add new text and its tokens: a piece for each token if their texts are whole, else one piece. */
 function grow(answer, text, came) {
   answer.waiting.push(...came);
   if (!text) return;
@@ -74,7 +74,7 @@ function grow(answer, text, came) {
   answer.waiting = [];
 }
 
-/** Both shapes of log-probabilities, chat's and completions', as tokens of one. */
+/** The tokens of chat's or completions' log-probabilities, in one shape. */
 function tokens(logprobs) {
   if (!logprobs) return [];
   if (logprobs.content) {
@@ -91,7 +91,7 @@ function tokens(logprobs) {
   }));
 }
 
-/** Tokens of a whole chat answer as pieces of its text; what ended it is none. */
+/** Tokens of a whole chat answer as pieces of its text, without the tokens that ended it. */
 export function pieces(content, text) {
   const found = [];
   let bytes = [];
@@ -110,7 +110,7 @@ export function pieces(content, text) {
   return found;
 }
 
-/** The text of bytes, null where a character is not complete. */
+/** The text of UTF-8 bytes; null if a character is not complete. */
 function decoded(bytes) {
   try {
     return new TextDecoder("utf-8", { fatal: true }).decode(Uint8Array.from(bytes));

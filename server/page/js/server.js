@@ -9,7 +9,7 @@ import { Loading, Problem, bytes, number, percent, seconds } from "./ui.js";
 const EVERY_MS = 2000;
 const KEPT = 150;
 
-/** What was answered, oldest first; it is kept while another view is open. */
+/** The answers so far, oldest first; they are kept while another view is open. */
 const watched = new Store({ samples: [], error: null });
 
 async function look(signal) {
@@ -21,7 +21,7 @@ async function look(signal) {
   }
 }
 
-/** Looks as long as the view is open and the tab is seen. */
+/** Asks the server as long as the view is open and the tab is visible. */
 function useWatch() {
   useEffect(() => {
     const controller = new AbortController();
@@ -98,7 +98,7 @@ function charts(samples) {
       series=${series.map(([name, values]) => ({ name, values }))} />`);
 }
 
-/** The share of looked-up blocks that were there, between two samples. */
+/** The prefix cache's hit rate between two samples: tokens found over tokens looked for. */
 function hitRate(before, after) {
   if (!before?.prefix_cache || !after.prefix_cache) return null;
   const queries = after.prefix_cache.queries - before.prefix_cache.queries;

@@ -5,7 +5,7 @@ export const MAX_COLUMNS = 4;
 export const ALTERNATIVES = 5;
 export const STRENGTH = { min: -2, max: 2, step: 0.05 };
 
-/** Sampling settings: the value that a request leaves out, and what a field may hold. */
+/** Sampling settings: the default, which a request leaves out unless `always`, and a field's bounds. */
 export const SAMPLING = {
   max_tokens: { label: "Max tokens", value: 128, min: 1, max: 4096, step: 1, always: true },
   temperature: { label: "Temperature", value: 0, min: 0, max: 2, step: 0.05, always: true },
@@ -57,7 +57,7 @@ export function requestOf(session, base, c, t) {
   return { path: chat ? "v1/chat/completions" : "v1/completions", body };
 }
 
-/** `body`, streamed and with what the page shows of each token. */
+/** `body` as a streamed request with the log-probabilities that the page shows. */
 export function shown(body) {
   const scored = body.messages
     ? { logprobs: true, top_logprobs: ALTERNATIVES }
@@ -88,7 +88,7 @@ function messages({ system, turns }, c, t) {
   return [...said, { role: "user", content: turns[t].user }];
 }
 
-/** Fields of a session that a request's JSON says; throws an Error that says what is wrong. */
+/** Fields of a session from a request's JSON; throws an Error that says what is wrong. */
 export function fromRequest(text, base) {
   const body = parsed(text);
   if (!body || typeof body !== "object" || Array.isArray(body)) {
@@ -149,7 +149,7 @@ function parsed(text) {
 
 // Links and files
 
-/** What is kept of an answer: its text and figures, and its tokens where `whole`. */
+/** What is kept of an answer: its text and figures, and with `whole` its tokens. */
 const kept = (whole) => (answer) =>
   answer && {
     of: answer.of,
@@ -179,7 +179,7 @@ const shaped = (fields) => (value) =>
 
 const isToken = { text: isText, logprob: orNull(isNumber) };
 
-/** What every view relies on in a session; `left` is for what may be left out. */
+/** Whether a session has all that views rely on; `left` marks what may be left out. */
 const isSession = shaped({
   mode: oneOf("chat", "text"),
   colour: oneOf("none", "probability", "distance"),
@@ -206,7 +206,7 @@ const isSession = shaped({
   })),
 });
 
-/** A session from what `plain` wrote; throws where it is something else. */
+/** A session from what `plain` wrote; throws an Error for anything else. */
 export function revived(data) {
   const { version, ...given } = data ?? {};
   const fresh = newSession();

@@ -83,7 +83,7 @@ const WRITERS = {
   },
 };
 
-/** Fields that the OpenAI client has arguments for, and those that it passes on. */
+/** A body in two parts: fields that the OpenAI client has arguments for, and those it passes on. */
 function parted(body) {
   const passed = ["interventions", "top_k", "min_p", "repetition_penalty"];
   const entries = Object.entries(body);
@@ -137,7 +137,7 @@ function Paste({ session, base, c, onClose }) {
     <//>`;
 }
 
-/** Fields of a session into whose column `c` a request was pasted. */
+/** The fields of a session after a request was pasted into its column `c`. */
 function taken(session, { parts, turns, sampling, ...fields }, c) {
   const columns = session.columns.map((one, i) => (i === c ? { ...one, parts } : one));
   const said = (text) =>

@@ -10,13 +10,13 @@ export class Store {
     this.value = value;
   }
 
-  /** Change some fields, and show it now. */
+  /** Change some fields, and redraw now. */
   set(fields) {
     this.value = { ...this.value, ...fields };
     this.#tell();
   }
 
-  /** Something within the value was changed: show it with the next frame, once. */
+  /** Redraw once, with the next frame, after a change within the value. */
   touched() {
     this.#frame ||= requestAnimationFrame(() => {
       this.value = { ...this.value };

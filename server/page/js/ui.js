@@ -54,7 +54,7 @@ async function copyText(text) {
     await navigator.clipboard.writeText(text);
     return;
   }
-  // A page that came over plain HTTP from another machine has no clipboard but this one.
+  // A page that came over plain HTTP from another machine can copy only in this way.
   const area = document.createElement("textarea");
   area.value = text;
   (document.querySelector("dialog[open]") ?? document.body).append(area);

@@ -1,11 +1,11 @@
-// Files on their way to the server. A name that is taken is replaced only when that is said.
+// Files on their way to the server. A name that is taken is replaced only if the user says so.
 
 import { ask } from "./api.js";
 import { html } from "./lib.js";
 import { Store, useStore } from "./store.js";
 import { IconButton } from "./ui.js";
 
-/** Each is {id, file, name, state: "sending" | "done" | "taken" | "failed", message}. */
+/** Uploads: each is {id, file, name, state: "sending" | "done" | "taken" | "failed", message}. */
 const uploads = new Store({ list: [] });
 let count = 0;
 

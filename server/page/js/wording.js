@@ -1,6 +1,6 @@
 // Layers and times as people say them.
 
-/** Layers as text: 0 to 3, 6; those at one distance in short: every 2nd of 1 to 29. */
+/** Layers as text, such as "0 to 3, 6"; evenly spaced ones as "every 2nd of 1 to 29". */
 export function spans(layers) {
   const step = layers[1] - layers[0];
   const even = layers.every((layer, i) => i === 0 || layer - layers[i - 1] === step);
@@ -15,7 +15,7 @@ export function spans(layers) {
   return runs.map(([from, to]) => (from === to ? from : `${from} to ${to}`)).join(", ");
 }
 
-/** Unix time as a day, or the time of today. */
+/** Unix time (seconds) as a date, or as a time of day if it is today. */
 export function when(time) {
   const date = new Date(time * 1000);
   const today = date.toDateString() === new Date().toDateString();
