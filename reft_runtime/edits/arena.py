@@ -1,4 +1,4 @@
-"""One piece of a device's memory, given out in parts: no part waits for the driver."""
+"""One piece of a device's memory, given out in parts, so that no part waits for the driver."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ class Arena:
     def __init__(self, size: int, device: torch.device) -> None:
         self._memory = torch.empty(size, dtype=torch.uint8, device=device)
         self._free = [(0, size)] if size else []
-        """Where what is free begins and ends, in order; no two of them touch."""
+        """Begin and end of each free piece, in bytes and in order; no two pieces touch."""
 
     def take(self, size: int) -> Tensor | None:
-        """A part, uint8 [`whole(size)`]; None where no piece that is free is as large."""
+        """Return a part, uint8 [`whole(size)`]; None if no free piece is large enough."""
         size = whole(size)
         for number, (begin, end) in enumerate(self._free):
             if end - begin >= size:
@@ -34,7 +34,7 @@ class Arena:
         return None
 
     def give_back(self, part: Tensor) -> None:
-        """Let a part that was taken, whole, be taken again."""
+        """Free a part, given as the whole tensor that `take` returned."""
         begin = part.data_ptr() - self._memory.data_ptr()
         end = begin + len(part)
         number = bisect_left(self._free, (begin, end))

@@ -1,4 +1,4 @@
-"""Editors of steps by the tables of interventions: rows at fixed addresses, and packed ones."""
+"""Editors that apply `EditTables` to a step: to rows at fixed addresses, and to packed rows."""
 
 from __future__ import annotations
 
@@ -18,12 +18,15 @@ if TYPE_CHECKING:
     from reft_runtime.schedule.scheduler import Chunk
 
 ALONE = 4
-"""Up to so many rows of a request and entry are rather edited one by one."""
+"""Up to this many rows of a request and entry are edited one by one, more of them in pieces."""
 
 
 class FixedRows:
-    """An `Editor` of up to `rows` rows, one token each, whose entries and strengths are set anew
-    for each step at fixed addresses, so that a captured graph can edit."""
+    """An `Editor` of up to `rows` rows, one token each.
+
+    Their entries and strengths are set for each step at fixed addresses, so that a captured graph
+    can edit.
+    """
 
     def __init__(self, tables: EditTables, layers: int, rows: int) -> None:
         device = tables.device
@@ -39,7 +42,7 @@ class FixedRows:
         return [(layer, COMPONENT) for layer in range(self._layers)]
 
     def choose(self, rows: Sequence[tuple[int, float]]) -> None:
-        """Entry and strength of each row of the next step."""
+        """Set the entry and strength of each row of the next step."""
         for held, numbers in zip(
             (self._slots, self._strengths), zip(*rows, strict=True), strict=True
         ):
@@ -59,9 +62,10 @@ class FixedRows:
     def slots_of(
         self, editing: Sequence[Sequence[AppliedIntervention]]
     ) -> list[tuple[int, float]] | None:
-        """Entry and strength of each row, of those that edit generated tokens there.
+        """Entry and strength of each row, given the interventions that edit generated tokens there.
 
-        None where a row has edits that cannot be applied so: of another kind, or one after another.
+        None if a row has edits that cannot be applied this way: of another kind, or one after
+        another.
         """
         self._tables.begin_step(applied for own in editing for applied in own)
         rows: list[tuple[int, float]] = []
@@ -79,7 +83,7 @@ class FixedRows:
 
 @dataclass(slots=True)
 class _Rows:
-    """Rows of one pass, their entries and strengths, and where there are any their pieces."""
+    """Rows of one pass, their entries and strengths, and the pieces that they form, if any."""
 
     rows: list[int] = field(default_factory=list)
     entries: list[int] = field(default_factory=list)
@@ -113,7 +117,7 @@ class _Pass:
 class PackedRows:
     """The rows of a packed step that the tables edit, in passes one after another.
 
-    Requests whose edits are of another kind are left to others.
+    Requests whose edits are of another kind are left to `StepEdits`.
     """
 
     def __init__(self, tables: EditTables, chunks: Iterable[Chunk]) -> None:
@@ -129,7 +133,7 @@ class PackedRows:
         return [(layer, COMPONENT) for layer in sorted(layers)]
 
     def add(self, chunk: Chunk, shift: int) -> bool:
-        """Take over all edits of a chunk; False if that cannot be, and nothing is taken.
+        """Take over all edits of a chunk; if that is not possible, take over none and return False.
 
         `shift` added to an offset in the sequence gives the packed row.
         """

@@ -27,11 +27,11 @@ _OUT_PROJECTION = ("o_proj", "c_proj", "dense", "out_proj")
 
 
 class Editor(Protocol):
-    """What changes the rows of the sites it knows."""
+    """Changes the rows of its sites."""
 
     @property
     def sites(self) -> SequenceOf[Site]:
-        """The sites it wants to see."""
+        """The sites whose rows it changes."""
 
     def apply(self, site: Site, hidden: Tensor) -> None:
         """Change packed rows [T, d] of one site in place."""
@@ -41,7 +41,7 @@ class EditSites:
     """The places of one model where edits can act, found by name.
 
     `forward_two` runs two tokens through the model, keeps the logits of one, and calls attention
-    with the given step: it shows which modules take or give a row of each token, and how wide.
+    with the given step: this shows which modules take or return a row per token, and how wide.
     """
 
     def __init__(
@@ -79,7 +79,7 @@ class EditSites:
         )
 
     def check(self, layer: int, component: str, width: int) -> None:
-        """Raise `WrongBaseModel` where the model has no such place, or its rows another width."""
+        """Raise `WrongBaseModel` if the model has no such place, or its rows have another width."""
         where = component[:120] + (f" of layer {layer}" if component in NAMED else "")
         place = self._place(layer, component)
         found = None if place is None else self._widths.get(place)
@@ -91,9 +91,9 @@ class EditSites:
             )
 
     def same(self, site: Site) -> Site:
-        """The one name of a place that sites may name differently: the first that was asked for.
+        """Return one site for all sites that name the same place: the first that was asked for.
 
-        A path names its module whatever the layer beside it is.
+        A component that is a module's path names that module whatever the layer of the site is.
         """
         if site not in self._same:
             place = self._place(*site)

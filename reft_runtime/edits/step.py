@@ -28,11 +28,11 @@ BATCHED_ROWS = 32
 """Segments of more rows get a matrix product of their own instead of padding the others."""
 
 MOVED_BYTES = 1 << 30
-"""Of edits that stay on the device."""
+"""Most bytes of edits that stay on the device."""
 
 
 class OnDevice:
-    """Edits with their tensors on the model's device: those used last, up to `MOVED_BYTES`."""
+    """Edits with their tensors on the model's device: the last used ones, up to `MOVED_BYTES`."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -40,7 +40,7 @@ class OnDevice:
         self._bytes = 0
 
     def __call__(self, edit: CanonicalEdit) -> CanonicalEdit:
-        """The same edit there; copied where it is not yet."""
+        """Return the same edit on the device; it is copied if it is not there yet."""
         if self.device.type == "cpu":
             return edit
         if edit in self._moved:
@@ -54,14 +54,14 @@ class OnDevice:
 
 
 class Sent:
-    """Numbers on the model's device, sent once a step: most files edit like rows at many layers."""
+    """Numbers on the device, sent once per step: most files edit the same rows at many layers."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._known: dict[tuple[type, tuple[float, ...]], Tensor] = {}  # 1 and 1.0 are equal
 
     def __call__(self, numbers: Iterable[float]) -> Tensor:
-        """A tensor [n] of them, int64 or float32."""
+        """Return the numbers, at least one, as a tensor [n], int64 or float32."""
         found = tuple(numbers)
         key = type(found[0]), found
         if key not in self._known:
@@ -73,8 +73,8 @@ class Sent:
 class Segment:
     """Rows of the packed step that one sequence's edit changes at one site.
 
-    `shift` added to an offset in the sequence gives the packed row. `source` is the intervention's
-    place in the request, and the edit's in its file.
+    `shift` added to an offset in the sequence gives the packed row. `source` is the index of the
+    intervention in the request, and that of the edit in its file.
     """
 
     sequence: Sequence
@@ -89,17 +89,18 @@ class Segment:
 class StepEdits:
     """All edits of a step.
 
-    For each site the passes, in order: edits of the same row are in passes one after another, so
-    a composition is applied in the order it was named, and a file's edits in the order it lists
-    them. `failed` collects the sequences whose edit raised; the rows of all others are right.
-    `traces` says what was done to the sequences that ask for it.
+    `passes` holds the passes of each site, in order. Edits of the same row are in passes one after
+    another, so that interventions are applied in the order in which the request names them, and
+    edits in the order in which their file lists them. `failed` collects the sequences whose edit
+    raised; the rows of all others are right. `traces` holds the traces of sequences that ask for
+    one.
     """
 
     sent: Sent
     same: Callable[[Site], Site]
-    """The one name of a site's place, by which edits of several requests meet in its passes."""
+    """Returns one site for all that name the same place, so that their edits share its passes."""
     rows: PackedRows | None = None
-    """What the device's tables edit, before all passes: rows of requests that are in none."""
+    """Rows that the device's tables edit, before all passes; their requests are in no pass."""
     passes: dict[Site, list[list[Segment]]] = field(default_factory=dict)
     failed: dict[Sequence, Exception] = field(default_factory=dict)
     traces: dict[Sequence, list[TracedEdit]] = field(default_factory=dict)
@@ -179,7 +180,7 @@ class StepEdits:
             except Exception as error:
                 if is_out_of_memory(error):
                     raise
-                # Some request's edit is at fault: do them one by one, and let only it fail.
+                # One request's edit is at fault: apply them one by one, so that it fails alone.
                 for segment in segments:
                     try:
                         self._apply_pass([segment], hidden)
@@ -222,13 +223,16 @@ def _batches(segment: Segment) -> bool:
 
 
 def _edit_alone(segment: Segment, hidden: Tensor, sent: Sent) -> tuple[Tensor, Tensor]:
-    """Packed rows and their new values, in float32; any kind of edit."""
+    """The indices of a segment's packed rows, and the rows edited in float32; any kind of edit."""
     rows = sent(segment.rows)
     return rows, segment.edit.edited(hidden[rows], segment.strength)
 
 
 def _edit_together(segments: list[Segment], hidden: Tensor, sent: Sent) -> tuple[Tensor, Tensor]:
-    """Batched products: segments padded to the longest, ranks to the largest."""
+    """Like `_edit_alone` for several segments, by batched products.
+
+    Segments are padded to the longest, ranks to the largest.
+    """
     longest = max(len(segment.rows) for segment in segments)
     padded: list[int] = []
     real: list[int] = []

@@ -2,8 +2,8 @@
 
 An intervention's edits of block outputs are copied to the device in one piece, and an entry of a
 table says where each layer's are, so that one kernel edits the rows of many interventions. The
-table lies at a fixed address: a captured graph reads it, too. What was used longest ago gives way,
-but nothing that the step at hand uses. Entry 0 changes nothing.
+table lies at a fixed address, so that captured graphs can read it. The least recently used
+interventions are evicted, but none that the current step uses. Entry 0 changes nothing.
 """
 
 from __future__ import annotations
@@ -30,34 +30,34 @@ PLACE = 5
 rank."""
 NOWHERE = -1
 _BYTES = 4
-"""Of a number."""
+"""Bytes of one number, a float32."""
 
 PIECE_ROWS = 16
-"""Rows of one entry that are edited together, by matrix products."""
+"""Most rows of one entry that are edited together, by matrix products."""
 
 PIECE_RANKS = 16
-"""Highest rank of an entry whose rows are."""
+"""Highest rank of an entry whose rows are edited together."""
 
 MOST_BYTES = 4 << 30
-"""To set aside: the rest of a device holds keys and values."""
+"""Most bytes to set aside for interventions: the rest of a device holds keys and values."""
 
 RANK = 8
-"""Of an intervention of all layers, in what memory is set aside for."""
+"""Rank of the interventions, each of all layers, for which memory is set aside."""
 
 Key = tuple[str, tuple[int, ...] | None]
 """Digest and subspace of an intervention."""
 
 
 class RowEdits(Protocol):
-    """What edits rows of hidden states [T, d] in place, by one layer's table [entries, PLACE].
+    """Edits rows of hidden states [T, d] in place, by one layer's table `places` [entries, PLACE].
 
-    `index` [n] says which rows, and `entries` and `strengths` [n] how.
+    `index` [n] are the rows to edit, `entries` [n] and `strengths` [n] their edits.
     """
 
     def rows(
         self, hidden: Tensor, index: Tensor, places: Tensor, entries: Tensor, strengths: Tensor
     ) -> None:
-        """Edit one by one."""
+        """Edit the rows one by one."""
 
     def pieces(
         self,
@@ -68,14 +68,15 @@ class RowEdits(Protocol):
         entries: Tensor,
         strengths: Tensor,
     ) -> None:
-        """Edit up to PIECE_ROWS together, of one entry and strength, of rank PIECE_RANKS at most.
+        """Edit the rows in pieces of up to PIECE_ROWS rows.
 
-        `pieces` [pieces, 2] are the first of each in `index`, and how many.
+        The rows of a piece have one strength and one entry, of rank PIECE_RANKS at most. `pieces`
+        [pieces, 2] holds where each piece begins in `index`, and its number of rows.
         """
 
 
 def table_bytes(layers: int, width: int, interventions: int) -> int:
-    """Memory to set aside: that of so many interventions of all layers, but `MOST_BYTES`."""
+    """Bytes to set aside for this many interventions of all layers, at most `MOST_BYTES`."""
     each = whole(layers * (2 * RANK * width + RANK) * _BYTES)
     return min(interventions * each, MOST_BYTES)
 
@@ -86,7 +87,7 @@ class Group(NamedTuple):
     positions: Positions
     layers: frozenset[int]
     rank: int
-    """Of the highest."""
+    """The highest rank of the edits."""
     entry: int
 
 
@@ -94,13 +95,13 @@ class _Held(NamedTuple):
     groups: tuple[Group, ...]
     block: Tensor
     lent: bool
-    """Whether the block is a part of what was set aside."""
+    """Whether the block is a part of the memory that was set aside."""
 
 
 class EditTables:
-    """The interventions on a device, as many as `budget` bytes hold, which are set aside.
+    """The interventions on a device, as many as fit the `budget` bytes that are set aside.
 
-    Only where a single step uses more does it take more.
+    More memory is taken only if a single step uses more.
     """
 
     def __init__(
@@ -117,18 +118,18 @@ class EditTables:
         self._plans: dict[Key, _Plan | None] = {}
 
     def layer(self, layer: int) -> Tensor:
-        """The part of the table [entries, PLACE] that tells of one layer."""
+        """One layer's part of the table, int64 [entries, PLACE]."""
         return self._places[layer]
 
     def begin_step(self, wanted: Iterable[AppliedIntervention]) -> None:
-        """None of these gives way in the step that begins; what the last one used may, now."""
+        """Begin a step: none of `wanted` is evicted during it; what the last step used may be."""
         self._in_use = {_key(applied) for applied in wanted}
 
     def groups_of(self, applied: AppliedIntervention) -> tuple[Group, ...] | None:
-        """An intervention's edits in the order to apply them in, copied here where they are new.
+        """An intervention's groups of edits in the order to apply them, copied here if new.
 
-        None where its edits are not all affine ones of low rank at block outputs. Good until the
-        next step.
+        None if its edits are not all affine ones of low rank at block outputs. The groups are
+        valid until the next step. Raises `torch.OutOfMemoryError` if a step uses more than fits.
         """
         key = _key(applied)
         if key not in self._held:
@@ -150,7 +151,11 @@ class EditTables:
         return self._plans[key]
 
     def _room_for(self, size: int, entries: int) -> tuple[Tensor, bool]:
-        """Bytes for an intervention; others give way where there is no room, or too few entries."""
+        """Memory for an intervention, and whether it is a part of what was set aside.
+
+        Others are evicted if there is no room, or if there are too few entries. Raises
+        `torch.OutOfMemoryError` if even then it does not fit.
+        """
         place = self._arena.take(size)
         unused = (key for key in list(self._held) if key not in self._in_use)
         while place is None or len(self._free) < entries:
@@ -189,10 +194,10 @@ class EditTables:
 
 
 class _Plan(NamedTuple):
-    """How to enter packed edits in the table, without the edits.
+    """How to enter packed edits in the table; the edits themselves are not held.
 
-    `places` are [layers, groups, PLACE]: addresses as if the block began at 0, of which those that
-    are `present` (1, else 0) are to be moved.
+    `places` [layers, groups, PLACE] holds addresses as if the block began at 0. `present`, of the
+    same shape, is 1 for those to which the block's address is to be added, else 0.
     """
 
     groups: list[Group]
@@ -240,9 +245,9 @@ def _key(applied: AppliedIntervention) -> Key:
 
 
 def _parts(edits: Sequence[CanonicalEdit], width: int) -> list[_Part] | None:
-    """Edits in groups, applied one group after another; None where one is of another kind.
+    """Edits in groups, to be applied one group after another; None if one is of another kind.
 
-    So is one whose shapes disagree: a kernel does not look at them.
+    An edit whose shapes disagree is of another kind, too: a kernel does not check them.
     """
     parts: list[_Part] = []
     for edit in edits:
@@ -253,7 +258,7 @@ def _parts(edits: Sequence[CanonicalEdit], width: int) -> list[_Part] | None:
         )
         if not fits or edit.component != COMPONENT or edit.learned or edit.gain is not None:
             return None
-        # After all earlier edits of its layer.
+        # The edit comes after all earlier edits of its layer.
         later = len(parts)
         while later and edit.layer not in parts[later - 1].edits:
             later -= 1

@@ -1,4 +1,4 @@
-"""Edits of rows by tables on a CUDA device: what launches the kernels."""
+"""Launches the kernels that edit rows by `EditTables` on a CUDA device."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from reft_runtime.kernels.cuda import edit_kernels
 from reft_runtime.kernels.cuda.products import early, row_block
 
 NUMBERS_AT_ONCE = 32768
-"""Of a matrix, in the registers of a program."""
+"""Most numbers of a matrix that a program holds in registers at once."""
 
 
 class TritonEdits:

@@ -22,17 +22,19 @@ from reft_runtime.schedule.scheduler import Chunk, Scheduler, StepPlan
 from reft_runtime.schedule.sequence import Status
 
 SLOWER = 4.0
-"""A step may take so many times what steps like it took: far into a prompt it attends to more."""
+"""A step may take this many times what similar steps took: late chunks attend to more tokens."""
 
 SLOWEST = 2e9
-"""Multiplications and additions a second that a machine is taken to do at least."""
+"""Multiplications and additions a second that every machine is assumed to reach."""
 
 
 @dataclass(frozen=True, slots=True)
 class EngineConfig:
-    """Limits: sequences at once, tokens a step, tokens whose keys and values may be held.
+    """The engine's limits.
 
-    With `prefix_cache` what is held but not in use is reused where it is equal.
+    `max_running` bounds the sequences that run at once, `max_step_tokens` the tokens of one step,
+    and `kv_tokens` the tokens whose keys and values are held. With `prefix_cache` the part of
+    these that no sequence uses keeps blocks for requests with an equal prefix.
     """
 
     max_running: int
@@ -43,9 +45,10 @@ class EngineConfig:
 
 @dataclass(slots=True)
 class Step:
-    """A step that is to be computed, or that the device computes already (`launched`).
+    """A step to compute, or one that the device is computing already (`launched`).
 
-    `began` is when its time began to run, on the core's clock; `events` tell of its beginning.
+    `began` is the time from which it is measured, in seconds on the core's clock. `events` are
+    the `Started` events of the requests that it starts.
     """
 
     plan: StepPlan
@@ -55,12 +58,12 @@ class Step:
 
 
 class Ahead:
-    """The decode step that the device computes while the CPU settles the one before.
+    """The decode step that the device computes while the CPU settles the step before it.
 
-    Its life: `run` launches step 2 before it waits for the tokens of step 1 (`put`); step 1 is
-    settled, and some of its sequences may end; `take` gives step 2 with those that still run. It
-    was in vain where none do, where the engine has become idle, or where step 1 failed (`drop`).
-    Only decode steps on a device are launched ahead: elsewhere it is always empty.
+    The order of calls: step 2 is launched before the tokens of step 1 are awaited (`put`); step 1
+    is settled, and some of its sequences may end; `take` returns step 2 with the sequences that
+    still run. Step 2 is discarded if none still runs, if the engine has become idle, or if step 1
+    failed (`drop`). Only decode steps on a device are launched ahead: on a CPU this stays empty.
     """
 
     def __init__(self) -> None:
@@ -71,21 +74,24 @@ class Ahead:
         self._launched = launched
 
     def take(self, began: float) -> Step | None:
-        """The step for those of its sequences that still run, which began when the last ended."""
+        """Return the step with its sequences that still run; None if there is no such step.
+
+        `began` is when the step before it ended.
+        """
         launched, self._launched = self._launched, None
         chunks = [] if launched is None else launched.chunks
         running = [chunk for chunk in chunks if chunk.sequence.status is Status.RUNNING]
         return Step(StepPlan(running, decodes=len(running)), began, launched) if running else None
 
     def drop(self) -> None:
-        """Forget it: nobody waits for what it computes."""
+        """Forget the launched step: nobody waits for its tokens."""
         self._launched = None
 
 
 class EngineCore:
     """Turns requests into tokens. Not thread safe: one thread owns it.
 
-    `clock` gives seconds; how long steps take decides how large the next ones are.
+    `clock` returns seconds; the measured step times decide how large later steps are.
     """
 
     def __init__(
@@ -112,14 +118,14 @@ class EngineCore:
         self.allowance = 0.0
         """Seconds that the step in progress may take; 0 between steps."""
         self.spoiled = False
-        """Whether the thread that calls `step` must hand over to another; see `is_spoiling`."""
+        """Whether the thread that calls `step` must hand over to a new one; see `is_spoiling`."""
         self._parameters: int = loaded.model.num_parameters()
         self._clock = clock
         self._ahead = Ahead()
         self._ended = 0.0
 
     def close(self) -> None:
-        """Give back the memory of keys and values; nothing is computed any more. Again is fine."""
+        """Free the memory of keys and values; no step may follow. It may be called again."""
         self.runner.close()
 
     @property
@@ -132,16 +138,18 @@ class EngineCore:
         self.requests.add(request)
 
     def abort(self, request_id: str, choice: int | None = None) -> list[Event]:
-        """End a request, or one of its choices, at once and without an event; unknown is fine.
+        """End a request, or one of its choices, at once and without an event.
 
-        Gives the trace of the request, where it is complete with that.
+        Returns the event of the request's trace if that completes the trace. A request or choice
+        that is not known is ignored.
         """
         return self.requests.abort(request_id, choice)
 
     def step(self) -> list[Event]:
-        """Compute one step. An exception from here means that the engine itself is broken.
+        """Compute one step and return its events.
 
-        On a device the next step begins before this one's tokens are known, where it can.
+        On a device the next decode step is launched before this step's tokens are known, if
+        possible. An exception means that the engine itself is broken.
         """
         step = self._ahead.take(self._ended) or self._plan()
         if step is None:
@@ -162,7 +170,7 @@ class EngineCore:
         self.requests.check_integrity(idle=self.idle)
 
     def _plan(self) -> Step | None:
-        """The next step; None where there is nothing to compute, or no memory to keep blocks."""
+        """Plan the next step; None if there is nothing to compute, or no memory to keep blocks."""
         plan = self.scheduler.schedule()
         kept = self.requests.keep(plan.kept)
         self.runner.release(plan.preempted)
@@ -171,7 +179,7 @@ class EngineCore:
         return Step(plan, self._clock(), events=self.requests.started(plan))
 
     def _run(self, step: Step) -> StepResult | None:
-        """Run a step within its allowance of time; None where memory ran out."""
+        """Run a step within its allowance of time; None if memory ran out."""
         plan = step.plan
         self.allowance = self._allowed(plan)
         result = self._compute(step)
@@ -196,7 +204,7 @@ class EngineCore:
                 raise
             self._ahead.drop()
             self.spoiled |= is_spoiling(error)
-        # Out here nothing pins the failed step's tensors any more; inside, the exception would.
+        # Return outside of `except`: inside it, the exception would keep the step's tensors alive.
         return None
 
     def _allowed(self, plan: StepPlan) -> float:

@@ -21,11 +21,12 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Sizes:
-    """What a device takes at once unless told otherwise.
+    """The default limits of a device.
 
-    Sequences, tokens of a step, and prompt tokens of a step in which sequences decode: the most
-    and, however long they take, the least. Such steps cost a device's host a fixed time that those
-    of decodes do not, so that few tokens hardly make them shorter.
+    `max_running` bounds the sequences that run at once, `max_step_tokens` the tokens of a step. A
+    step in which sequences decode has at most `mixed_tokens` prompt tokens, and at least
+    `least_tokens`, however long they take: such steps cost a device's host a fixed time that pure
+    decode steps do not, so that fewer prompt tokens hardly make them shorter.
     """
 
     max_running: int
@@ -44,7 +45,7 @@ def sizes_for(device: torch.device) -> Sizes:
 
 
 def tables_for(loaded: LoadedModel, max_running: int) -> EditTables | None:
-    """Tables of interventions, where a kernel edits by them."""
+    """The device's tables of interventions; None where no Triton kernel edits by them."""
     if not has_triton(loaded.device):
         return None
     from reft_runtime.edits.triton import TritonEdits
@@ -55,7 +56,7 @@ def tables_for(loaded: LoadedModel, max_running: int) -> EditTables | None:
 
 
 def sampler_for(loaded: LoadedModel, max_running: int) -> DeviceSampler | None:
-    """What picks tokens without waiting for the device; None where `sampler.sample` does it."""
+    """The sampler that does not wait for the device; None where `sampler.sample` picks tokens."""
     if not has_triton(loaded.device):
         return None
     from reft_runtime.engine.triton_selection import TritonSelection
@@ -72,7 +73,7 @@ def sampler_for(loaded: LoadedModel, max_running: int) -> DeviceSampler | None:
 
 
 def decoder_for(runner: Runner, max_running: int) -> Decoder | None:
-    """Graphs of decode steps, captured, where there are any."""
+    """The captured CUDA graphs of decode steps; None where they cannot be used."""
     loaded, storage, tables = runner.loaded, runner.storage, runner.tables
     if tables is None or not isinstance(storage, PageStorage):
         return None
@@ -88,7 +89,7 @@ def decoder_for(runner: Runner, max_running: int) -> Decoder | None:
 
 
 def active(runner: Runner) -> str:
-    """One line for the log: which of the fast ways a loaded model takes."""
+    """One line for the log: which fast paths the loaded model uses."""
     loaded, device = runner.loaded, runner.loaded.device
     operators = operators_for(device)
     fused = f"{loaded.fused.whole} of {len(loaded.layers)} layers fused"

@@ -1,8 +1,8 @@
-"""Sampling on a device without waiting for it: what `sampler` does, for rows whose tokens follow.
+"""Sampling on a device: what `sampler` does, without waiting for the device.
 
-What a row needs is told in a few numbers; penalties are counted on the device, from its own
-tokens where the CPU does not know them yet. Only tokens, and log-probabilities where they are
-asked for, travel back, and nobody waits for them before the next step is launched.
+A row's settings are sent as a few numbers. Penalties are counted on the device, from its own
+tokens where the CPU does not know them yet. Only tokens, and log-probabilities where a request
+asks for them, travel back, and the next step is launched before they arrive.
 """
 
 from __future__ import annotations
@@ -28,14 +28,15 @@ NOBODY = -1
 
 
 class Settings(NamedTuple):
-    """What the kernels know about a row, all as float64; `NOBODY` where there is none.
+    """The settings of one row as the kernels read them, all float64; `NOBODY` stands for none.
 
-    `source` is its row of logits, `place` that of its edited scores, `lane` that of its counts.
-    Items [first_item, stop_item) are added to its scores. Its newest token, still to be counted,
-    is `newest`, or stands at `newest_at` in the tokens of the step before. It is drawn at `point`;
-    `inverse` of the temperature is 0 where it is greedy. Scores further than `reach` below the
-    best are not kept (min_p), nor more than `limit` (top_k) or, of their weight, `share` (top_p).
-    It asks for the log-probabilities of its `best` tokens.
+    `source` is the index of the row's logits, `place` of its edited scores, `lane` of its counts.
+    Items [first_item, stop_item) are added to its scores. The newest token, which is still to be
+    counted, is `newest`, or stands at index `newest_at` of the previous step's tokens. `point` in
+    [0, 1) draws the token; `inverse` is 1 / temperature, or 0 for a greedy row. After temperature,
+    scores more than `reach` below the best are dropped (min_p), then at most `limit` scores are
+    kept (top_k), and of their weight `share` (top_p). `best` is the number of best tokens whose
+    log-probabilities are asked for.
     """
 
     source: float
@@ -57,7 +58,7 @@ class Settings(NamedTuple):
 
 
 class Needs(NamedTuple):
-    """What some row of a batch needs: a draw, a threshold, log-probabilities."""
+    """Whether any row of a batch needs a draw, a top_k or top_p threshold, log-probabilities."""
 
     draws: bool
     truncates: bool
@@ -66,11 +67,12 @@ class Needs(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """What is to be picked from `logits` [any, vocabulary].
+    """The rows for which tokens are picked from `logits` [any, vocabulary].
 
-    `settings` is float64 [rows, fields of `Settings`], `items` float64 [items, 2] pairs of an id
-    and what is added to its score, by id in each row; `counts` int32 [lanes, vocabulary]; `before`
-    int64 the tokens of the step before. Scores of `edited` rows are not their logits.
+    `settings` is float64 [rows, fields of `Settings`]. `items` is float64 [items, 2]: pairs of a
+    token id and what is added to its score, sorted by id within each row. `counts` is int32
+    [lanes, vocabulary]. `before` is int64, the previous step's tokens. `edited` is the number of
+    rows whose scores differ from their logits.
     """
 
     logits: Tensor
@@ -83,9 +85,10 @@ class Batch:
 
 
 class Chosen(NamedTuple):
-    """Tokens int64 [rows], -1 where a row is not finite; log-probabilities [rows, 1 + k], ids.
+    """The picked tokens, int64 [rows], -1 where a row is not finite, and log-probabilities.
 
-    Of log-probabilities the token's own is the first.
+    `logprobs` is [rows, 1 + k]: the picked token's own, then those of the k best tokens, whose
+    ids are `ids` [rows, k].
     """
 
     tokens: Tensor
@@ -94,13 +97,14 @@ class Chosen(NamedTuple):
 
 
 Select = Callable[[Batch], Chosen]
-"""Picks; where the logits are on a device, without waiting for it."""
+"""Picks a token for each row of a batch; does not wait for the device that the logits are on."""
 
 
 class Draw(NamedTuple):
-    """One token to pick: for `sequence`, `made` of whose are generated, from row `source`.
+    """One token to pick for `sequence`, from row `source` of the logits.
 
-    Where the CPU does not know the newest of them, it stands at `newest_at` in the step before.
+    `made` tokens of the sequence are generated already. If the CPU does not know the newest of
+    them yet, it stands at index `newest_at` of the previous step's tokens.
     """
 
     sequence: Sequence
@@ -110,16 +114,16 @@ class Draw(NamedTuple):
 
 
 class Picked:
-    """Tokens, perhaps with log-probabilities, on their way to the CPU."""
+    """Picked tokens, with log-probabilities if a row asks for them, on their way to the CPU."""
 
     def __init__(self, draws: SequenceOf[Draw], chosen: Chosen) -> None:
         self.tokens = chosen.tokens
-        """int64 [rows] where the logits are, -1 where they are not finite."""
+        """int64 [rows] on the device of the logits; -1 where a row is not finite."""
         self._best = [draw.sequence.request.sampling.logprobs for draw in draws]
         self._fetch = Fetch(*(tensor for tensor in chosen if tensor is not None))
 
     def result(self) -> list[Sampled | None]:
-        """Wait for them; None stands for a row that cannot be sampled."""
+        """Wait for the tokens; None stands for a row that cannot be sampled."""
         tokens, *logprobs = self._fetch.lists()
         if not logprobs:
             return [None if token < 0 else Sampled(token) for token in tokens]
@@ -130,7 +134,7 @@ class Picked:
 
 
 def sampling_bytes(vocabulary: int, rows: int) -> int:
-    """Memory for so many rows: of each its counts, edited scores, and what may be kept of them."""
+    """Bytes for `rows` rows: their counts, their edited scores, and the scores that may be kept."""
     return 3 * rows * vocabulary * 4
 
 
@@ -138,7 +142,7 @@ def sampling_bytes(vocabulary: int, rows: int) -> int:
 class _Held:
     """What stays the same for a sequence, and how many of its tokens its lane has counted.
 
-    `constant` are the last of its `Settings`.
+    `constant` holds the fields of its `Settings` from `repetition` on.
     """
 
     constant: tuple[float, ...]
@@ -152,7 +156,7 @@ class _Held:
 
 @dataclass(slots=True)
 class DeviceSampler:
-    """Picks tokens for at most `most` sequences at once by `select`."""
+    """Picks tokens by `select`, for at most `most` sequences at once."""
 
     vocabulary: int
     most: int
@@ -167,7 +171,7 @@ class DeviceSampler:
         self._free = list(range(self.most))[::-1]
 
     def warm_up(self, dtype: torch.dtype) -> None:
-        """Compile whatever a row may need, for logits of a model's type."""
+        """Compile the kernels that a row may need, for logits of a model's dtype."""
         params = SamplingParams(
             top_k=2, top_p=0.5, repetition_penalty=2, logit_bias={0: 1}, logprobs=1
         )
@@ -175,13 +179,13 @@ class DeviceSampler:
         logits = torch.zeros(1, self.vocabulary, dtype=dtype, device=self.device)
         self.pick(logits, [Draw(sequence, 0, 0)]).result()
         self.release([sequence])
-        self._counts = None  # until somebody has a penalty
+        self._counts = None  # allocated again when a request has a penalty
 
     @torch.inference_mode()
     def pick(self, logits: Tensor, draws: SequenceOf[Draw], before: Tensor | None = None) -> Picked:
         """Pick a token for each of `draws` from `logits` [any, vocabulary].
 
-        `before` are the tokens of the step before, where some are not known on the CPU.
+        `before` are the previous step's tokens, needed where the CPU does not know some of them.
         """
         told = array("d")
         items: list[Tensor] = []
@@ -218,7 +222,7 @@ class DeviceSampler:
             edited,
             Needs(*map(any, zip(*needs, strict=True))),
         )
-        # If anything fails from here on, what was counted is unknown.
+        # If anything fails from here on, it is unknown what was counted.
         for held, _ in counting:
             held.counted = None
         chosen = self.select(batch)
@@ -227,7 +231,7 @@ class DeviceSampler:
         return Picked(draws, chosen)
 
     def release(self, sequences: Iterable[Sequence]) -> None:
-        """Forget sequences that have ended or were preempted; unknown ones are fine."""
+        """Forget sequences that have ended or were preempted; unknown ones are ignored."""
         for sequence in sequences:
             held = self._held.pop(sequence, None)
             if held is not None and held.lane >= 0:
@@ -242,7 +246,7 @@ class DeviceSampler:
             raise AssertionError(f"sampling: {len(self._held)} sequences are still known")
 
     def _send(self, told: array[float], items: SequenceOf[Tensor]) -> tuple[Tensor, Tensor]:
-        """Settings and items on the device, by one copy."""
+        """Send settings and items to the device in one copy."""
         flat = torch.frombuffer(told, dtype=torch.float64)
         if items:
             flat = torch.cat([flat, *(each.flatten() for each in items)])
@@ -269,9 +273,10 @@ class DeviceSampler:
         return held
 
     def _count(self, held: _Held, draw: Draw) -> tuple[int, int]:
-        """Make a lane hold all but the newest token, which the kernel counts; says what that is.
+        """Make a lane count all tokens but the newest, and return that one: the kernel counts it.
 
-        (NOBODY, NOBODY) where it is counted, too.
+        It is returned as (token, NOBODY), or as (NOBODY, its index in the previous step's tokens)
+        if the CPU does not know it. (NOBODY, NOBODY) means that the lane counts it already.
         """
         sequence, made = draw.sequence, draw.made
         known = min(made, sequence.generated_length)
@@ -287,7 +292,7 @@ class DeviceSampler:
         return sequence.tokens[sequence.prompt_length + made - 1], NOBODY
 
     def _write(self, lane: int, prompt: SequenceOf[int], generated: SequenceOf[int]) -> None:
-        """Count a sequence from its beginning."""
+        """Count all tokens of a sequence anew in its lane."""
         if self._counts is None:
             shape = self.most, self.vocabulary
             self._counts = torch.zeros(shape, dtype=torch.int32, device=self.device)
@@ -300,7 +305,7 @@ class DeviceSampler:
 
 
 def _constant(params: SamplingParams, vocabulary: int) -> tuple[float, ...]:
-    """The last fields of `Settings`, from `repetition` on; float32 where the CPU's are."""
+    """The fields of `Settings` from `repetition` on; rounded to float32 where `sampler` does."""
     temperature, min_p = torch.tensor([params.temperature, params.min_p], dtype=torch.float32)
     inverse = 1 / temperature.clamp(min=TINY) if params.temperature else 0.0
     return (
@@ -316,7 +321,7 @@ def _constant(params: SamplingParams, vocabulary: int) -> tuple[float, ...]:
 
 
 def _items(adds: dict[int, float]) -> Tensor | None:
-    """Float64 [items, 2], by id; None of none."""
+    """Pairs of an id and what is added to its score, float64 [n, 2], by id; None if n is 0."""
     return torch.tensor(sorted(adds.items()), dtype=torch.float64) if adds else None
 
 

@@ -9,7 +9,7 @@ from reft_runtime.outputs import FinishReason, TokenLogprob, TracedEdit
 
 @dataclass(frozen=True, slots=True)
 class Started:
-    """A request left the queue `at` this time (`time.monotonic`); its first chunk is computed."""
+    """A request left the queue at time `at` (`time.monotonic`): its first chunk is computed."""
 
     request_id: str
     at: float
@@ -17,7 +17,7 @@ class Started:
 
 @dataclass(frozen=True, slots=True)
 class PromptReused:
-    """The prompt is computed, and so many of its tokens came from the prefix cache."""
+    """The prompt is computed, and `tokens` of its tokens came from the prefix cache."""
 
     request_id: str
     tokens: int
@@ -25,7 +25,7 @@ class PromptReused:
 
 @dataclass(frozen=True, slots=True)
 class PromptScored:
-    """Log-probabilities of the next prompt tokens, in order, from `Request.scored_from` on."""
+    """Log-probabilities of the next prompt tokens, in order; `Request.scored_from` is the first."""
 
     request_id: str
     logprobs: tuple[TokenLogprob, ...]
@@ -58,8 +58,8 @@ class Traced:
 class Explained:
     """How far a traced request is from the base model; its last event, after its choices ended.
 
-    `kl` and `log_ratios` are as in `Trace`, the ratios of all tokens that were made: also of those
-    behind a stop string, which the engine does not know.
+    `kl` and `log_ratios` are as in `Trace`, but the ratios cover every generated token, also those
+    after a stop string: the engine knows no stop strings.
     """
 
     request_id: str
@@ -69,9 +69,9 @@ class Explained:
 
 @dataclass(frozen=True, slots=True)
 class Failed:
-    """A fault inside this request ended it, all choices.
+    """A fault inside this request ended all its choices.
 
-    Or memory ran out, and this one was the newest: then it may be sent again.
+    With `out_of_memory`, memory ran out and this request was the newest: it may be sent again.
     """
 
     request_id: str

@@ -1,6 +1,7 @@
-"""What the base model says of the answers of a traced request, asked in the same steps as others.
+"""The base model's view of a traced request's answers, computed in the same steps as others.
 
-A traced request is over when its trace is told, and not when its last choice has ended.
+The base model is asked by requests of the engine's own, called questions. A traced request is over
+when its trace is told, not when its last choice has ended.
 """
 
 from __future__ import annotations
@@ -24,10 +25,10 @@ _SCORES = SamplingParams(max_tokens=0, prompt_logprobs=0)
 class Explanation:
     """The trace of one request: its tokens as they are made, then the base model's view of them.
 
-    `note` takes the request's tokens; `first` and `base_first` are the distributions [vocabulary]
-    of its first token and of the base model's, in natural logarithms. `questions` are what the
-    base model is still asked once all choices have ended: `answer` takes what is told of one, and
-    `outcome` is complete when none is left.
+    `note` takes the request's tokens. `first` and `base_first` are the distributions [vocabulary]
+    of its first token and of the base model's, in natural logarithms. `questions` are the requests
+    to the base model that are not answered yet, made once all choices have ended: `answer` takes
+    an event of one of them, and `outcome` is complete when none is left.
     """
 
     def __init__(self, request: Request) -> None:
@@ -39,17 +40,17 @@ class Explanation:
         self._bases: dict[str, list[float]] = {}
 
     def note(self, event: TokenMade) -> None:
-        """A token of one of the request's choices."""
+        """Take in a token of one of the request's choices."""
         if event.logprob is not None:
             self._scores[event.choice].append(event.logprob)
 
     def ask(self) -> list[Request]:
-        """The questions, when the last choice has ended.
+        """Make and return the questions, once the last choice has ended.
 
-        The first is for the first token's distribution; then there is one for each choice, for the
-        log-probabilities of its tokens behind the prompt. With the prefix cache only the first
-        computes the prompt. There are none where no token was made, or where nothing changes the
-        base model.
+        The first asks for the first token's distribution, and one more for each choice asks for
+        the log-probabilities of its tokens after the prompt. With the prefix cache only the first
+        computes the prompt. There are no questions if no token was made, or if nothing changes
+        the base model.
         """
         request = self.request
         if any(self._scores) and any(applied.strength for applied in request.interventions):
@@ -70,7 +71,7 @@ class Explanation:
         return self.questions
 
     def answer(self, event: Event) -> None:
-        """What is told of a question."""
+        """Take in an event of a question."""
         match event:
             case PromptScored():
                 self._bases[event.request_id] += [score.logprob for score in event.logprobs]
@@ -107,14 +108,17 @@ class Explanations:
             self._of[request.id] = Explanation(request)
 
     def first(self, request_id: str, logprobs: Tensor) -> None:
-        """The distribution of a traced request's first token; a question's is the base model's."""
+        """Take the first token's log-probabilities [vocabulary] of a traced request or a question.
+
+        Those of a question are the base model's.
+        """
         if (own := self._of.get(request_id)) is not None:
             own.first = logprobs
         else:
             self._asked[request_id].base_first = logprobs
 
     def choices_ended(self, request_id: str) -> tuple[list[Request], list[Event]]:
-        """Questions to queue when the last choice has ended; without any, the outcome at once."""
+        """Return the questions to queue once the last choice has ended, or else the outcome."""
         explanation = self._of.get(request_id)
         if explanation is None:
             return [], []
@@ -125,7 +129,7 @@ class Explanations:
         return questions, []
 
     def drop(self, request_id: str) -> list[str]:
-        """Forget a request that is over; gives the ids of its questions that are left."""
+        """Forget a request that is over; returns the ids of its unanswered questions."""
         explanation = self._of.pop(request_id, None)
         left = [] if explanation is None else [question.id for question in explanation.questions]
         for question in left:
@@ -133,9 +137,10 @@ class Explanations:
         return left
 
     def pass_on(self, events: list[Event]) -> list[Event]:
-        """What callers are told of a step: of questions nothing, but the trace when it is known.
+        """Return the events of a step that callers are told.
 
-        A question that failed fails the request.
+        Events of questions are taken in and not told; the trace is told when it is complete. A
+        question that failed fails its request.
         """
         told: list[Event] = []
         for event in events:
@@ -156,6 +161,6 @@ class Explanations:
         return told
 
     def check_integrity(self) -> None:
-        """Raise AssertionError if anything is left; for an engine that is idle."""
+        """Raise AssertionError if a trace is left. The engine must be idle."""
         if self._of or self._asked:
             raise AssertionError(f"traces left: {', '.join(self._of)}")

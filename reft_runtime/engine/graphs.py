@@ -1,9 +1,9 @@
-"""Decode steps as CUDA graphs: one launch in the place of hundreds.
+"""Decode steps as CUDA graphs: one launch instead of hundreds.
 
-A graph is captured for each of some numbers of rows; a step takes the next larger one, and rows
-without a sequence write to nobody's page. What a step needs lies at fixed addresses, and is copied
-there in one piece. There are two sets: the plain one knows no edits at all; the other one edits the
-outputs of all layers from `EditTables`.
+Graphs are captured for several numbers of rows. A step uses the smallest graph that is large
+enough, and the graph's rows without a sequence write to nobody's page. A step's inputs lie at fixed
+addresses and are copied there in one piece. There are two sets of graphs: the plain one has no
+edits; the other edits the outputs of all layers from `EditTables`.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ from reft_runtime.schedule.blocks import BLOCK_TOKENS
 from reft_runtime.schedule.scheduler import Chunk
 
 Compute = Callable[[], None]
-"""Computes a step from what lies at the fixed addresses to the logits, which do too."""
+"""Computes a step: its inputs and its logits lie at fixed addresses."""
 
 _NOBODY = (0, 0, 0, 1)
-"""Token, position, place of its key and value, and tokens attended, of a row without sequence."""
+"""Token, position, address of key and value, and tokens attended of a row without a sequence."""
 
 
 def buckets(most: int) -> list[int]:
-    """Numbers of rows to capture: close together where rows are few, never over a quarter apart."""
+    """Numbers of rows to capture graphs for; from 4 on each is at most a quarter above the last."""
     sizes, size = [], 1
     while size < most:
         sizes.append(size)
@@ -45,7 +45,7 @@ def buckets(most: int) -> list[int]:
 class DecodeGraphs:
     """The graphs of one model over one storage, for up to `most` rows.
 
-    `capture` turns a function into one that replays what it did.
+    `capture` turns a function into one that replays its work on the device.
     """
 
     def __init__(
@@ -72,7 +72,7 @@ class DecodeGraphs:
 
     @torch.inference_mode()
     def warm_up(self, *, progress: bool) -> None:
-        """Compile the kernels of prompts, and capture both sets, the largest graphs first."""
+        """Compile the kernels of prompts, and capture both sets of graphs, the largest first."""
         for length in (2, 2 * FEW_ROWS):
             some = torch.arange(length, device=self._inputs.device) % BLOCK_TOKENS
             row = RowInPages(0, some.tolist(), self._storage.spare_lane)
@@ -84,7 +84,11 @@ class DecodeGraphs:
 
     @torch.inference_mode()
     def logits(self, chunks: Sequence[Chunk], tokens: Tensor | None = None) -> Tensor | None:
-        """See `Decoder.logits`; it cannot do what the tables cannot hold, or what is traced."""
+        """See `Decoder.logits`.
+
+        Returns None if there are more rows than the largest graph has, if a request with edits is
+        traced, or if the tables cannot hold its edits.
+        """
         count = len(chunks)
         if count > self._buckets[-1] or not all(map(_decodes, chunks)):
             return None
@@ -138,7 +142,7 @@ class DecodeGraphs:
 
 
 def _decodes(chunk: Chunk) -> bool:
-    """Whether a chunk is one generated token, or one token that nothing edits; and not traced."""
+    """Whether a chunk is one token without interventions, or one generated, untraced token."""
     request = chunk.sequence.request
     return chunk.length == 1 and (
         not request.interventions
@@ -154,9 +158,11 @@ class GraphCapture:
         self._stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
 
     def __call__(self, compute: Compute) -> Compute:
-        """Run a function until nothing in it is new (compiled, allocated), then capture it.
+        """Run a function until it compiles and allocates nothing new, then capture it.
 
-        Raises RuntimeError where it waits for the device: that cannot be captured.
+        Returns a function that replays it.
+
+        Raises RuntimeError if the function waits for the device: that cannot be captured.
         """
         self._stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._stream), torch.inference_mode():

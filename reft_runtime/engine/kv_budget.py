@@ -1,4 +1,4 @@
-"""How much memory keys and values may take, and what a start says of memory."""
+"""How much memory keys and values may take, and the figures of memory that a start reports."""
 
 from __future__ import annotations
 
@@ -22,15 +22,16 @@ DEVICE_MARGIN = 2 << 30
 """Bytes of a device's memory that are left to the activations of the largest step."""
 
 WORKING_BYTES = 256 << 20
-"""On a CPU, for requests and answers on their way, and code that is generated for new shapes."""
+"""Bytes on a CPU for requests and answers in progress, and for code generated for new shapes."""
 
 
 def kv_budget(loaded: LoadedModel, max_running: int, wanted: int | None) -> int:
-    """Tokens whose keys and values are held: `wanted`, or what running answers and memory allow.
+    """The number of tokens whose keys and values are held: `wanted`, or what memory allows.
 
-    All running answers at full length, but only a share of the free memory. It is all that rows,
-    or pages on a device, and kept blocks take together; rows take whole pages of memory too.
-    Raises `ConfigError` where one answer would not fit.
+    Without `wanted` it is `max_running` answers at full length, within a share of the free memory.
+    The number covers the KV rows of a CPU, or the pages of a device, and the kept blocks together;
+    what KV rows lose by taking whole pages of memory is reserved, too. Raises `ConfigError` if
+    `wanted` or a CUDA device's memory is too small for one answer.
     """
     longest = loaded.max_model_len + BLOCK_TOKENS
     if wanted is not None:
@@ -62,7 +63,7 @@ def kv_budget(loaded: LoadedModel, max_running: int, wanted: int | None) -> int:
 
 
 def kv_bytes(loaded: LoadedModel, kv_tokens: int, max_running: int) -> int:
-    """Most bytes that keys and values take, running or kept."""
+    """The most bytes that the keys and values of running sequences and kept blocks take."""
     taken = kv_tokens * loaded.kv_bytes_per_token
     if loaded.device.type == "cuda":
         return taken
@@ -72,9 +73,10 @@ def kv_bytes(loaded: LoadedModel, kv_tokens: int, max_running: int) -> int:
 def memory_bytes(
     loaded: LoadedModel, kv_tokens: int, max_running: int, max_step_tokens: int
 ) -> int:
-    """Most bytes that the model takes where it is, with keys and values and the largest step.
+    """The most bytes that serving takes where the model is.
 
-    On a CPU this is the whole process: what it takes now, with the model loaded, and what it will.
+    On a CUDA device these are the weights, and keys and values. On a CPU it is the whole process:
+    what it takes now, with the model loaded, plus keys and values and the largest step.
     """
     held = kv_bytes(loaded, kv_tokens, max_running)
     if loaded.device.type == "cuda":
@@ -82,7 +84,7 @@ def memory_bytes(
     config = loaded.model.config
     inner = getattr(config, "intermediate_size", None) or 4 * loaded.hidden_size
     numbers = max_step_tokens * (3 * inner + 8 * loaded.hidden_size)
-    # Of the rows of logits: as they come, in float32, and their logarithms.
+    # A row of logits is held in the model's dtype, in float32, and as logarithms.
     scored = (max_running + MAX_SCORED_TOKENS) * loaded.vocab_size
     step = numbers * loaded.dtype.itemsize + scored * (loaded.dtype.itemsize + 8)
     return int(psutil.Process().memory_info().rss) + held + step + WORKING_BYTES

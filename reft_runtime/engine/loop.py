@@ -1,4 +1,4 @@
-"""The thread that turns the engine, and how others hand it requests and get events back."""
+"""The thread that runs the engine, and how other threads submit requests and get events back."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from reft_runtime.outputs import EngineStats
 from reft_runtime.schedule.request import Request
 
 Sink = Callable[[list[Event]], None]
-"""Gets a step's events for all requests submitted with it, in one call, on the engine's thread."""
+"""Receives a step's events of all requests submitted with it: one call, on the engine's thread."""
 
 OnEnd = Callable[[], None]
 """Called once when a request is over, on whichever thread ended it."""
@@ -30,17 +30,17 @@ OnEnd = Callable[[], None]
 HEARTBEAT_SECONDS = 1.0
 
 _TRACE = -1
-"""What a traced request waits for when its choices, from 0 on, have ended."""
+"""Stands for the trace among what a request still waits for: choices 0 and up, and its trace."""
 
 THREAD_BYTES = 16 << 20
-"""Address space of one thread: its stack, and what the allocator sets apart for it."""
+"""Bytes of address space of one thread: its stack, and what the allocator reserves for it."""
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(slots=True)
 class _Live:
-    """A request that was taken: who is told of it, and what is still to come (choices, a trace)."""
+    """An accepted request: who gets its events, and what is still to come (choices, a trace)."""
 
     sink: Sink
     on_end: OnEnd
@@ -48,10 +48,10 @@ class _Live:
 
 
 class EngineLoop:
-    """Runs an `EngineCore` in a thread of its own; every public method may be called from any.
+    """Runs an `EngineCore` in its own thread; public methods may be called from any thread.
 
-    It says when a request is over: its choices have ended (of a traced one, its trace is told), it
-    was aborted, it failed, nobody takes its events any more, or the engine stopped.
+    A request is over when its choices have ended (a traced one: when its trace is told), when it
+    was aborted or failed, when nobody takes its events any more, or when the engine stopped.
     `max_queued` and `max_queued_tokens` bound the requests (and their prompt tokens) that were
     submitted and have not started; beyond them `submit` raises `Overloaded`.
     """
@@ -81,8 +81,8 @@ class EngineLoop:
     def submit(self, request: Request, sink: Sink, on_end: OnEnd = lambda: None) -> None:
         """Queue a request; its events go to `sink` until it is over, and then `on_end` is called.
 
-        Raises `InvalidRequest` where another of its id is not over, `Overloaded`, `Draining` or
-        `EngineDead`; then nothing is queued, and `on_end` is never called.
+        Raises `InvalidRequest` if a request with the same id is not over, `Overloaded`, `Draining`
+        or `EngineDead`; then nothing is queued, and `on_end` is never called.
         """
         tokens = len(request.prompt)
         with self._changed:
@@ -110,7 +110,7 @@ class EngineLoop:
             raise Overloaded(f"The queue is full ({waiting_tokens} prompt tokens).")
 
     def abort(self, request_id: str, choice: int | None = None) -> None:
-        """End a request, or one choice of it, without an event; what has ended is left alone."""
+        """End a request, or one of its choices, without an event; one that has ended is ignored."""
         ended: list[OnEnd] = []
         with self._changed:
             if request_id not in self._live:
@@ -124,7 +124,7 @@ class EngineLoop:
         _call(ended)
 
     def begin_drain(self) -> None:
-        """Refuse new requests from now on; those that are in go on."""
+        """Refuse new requests from now on; requests that were accepted go on."""
         with self._changed:
             self._draining = True
 
@@ -134,7 +134,7 @@ class EngineLoop:
             self._changed.wait_for(lambda: not self._live)
 
     def stats(self) -> EngineStats:
-        """A snapshot; taken without stopping the engine."""
+        """Return a snapshot, taken without stopping the engine."""
         core, scheduler = self._core, self._core.scheduler
         budget = scheduler.budget
         return EngineStats(
@@ -150,18 +150,18 @@ class EngineLoop:
         )
 
     def close(self) -> None:
-        """Fail what is left, stop the thread and wait for it."""
+        """Fail the requests that are left, stop the thread and wait for it."""
         with self._changed:
             self._closing = True
             self._changed.notify_all()
         while (thread := self._thread) is not threading.current_thread() and thread.is_alive():
-            thread.join()  # it may have handed over to another
+            thread.join()  # it may have handed over to another thread
         self._core.close()
 
     def check_integrity(self) -> None:
         """Raise AssertionError if anything is left of requests that have ended.
 
-        An engine that has stopped raises it too, for nobody can look any more.
+        It is raised for an engine that has stopped, too, because that cannot be checked any more.
         """
         done = threading.Event()
         problems: list[AssertionError] = []
@@ -183,9 +183,9 @@ class EngineLoop:
             raise problems[0]
 
     def _run(self) -> None:
-        torch.set_num_threads(torch.get_num_threads())  # OpenMP keeps this by thread
+        torch.set_num_threads(torch.get_num_threads())  # OpenMP keeps this number per thread
         if self._core.loaded.device.type == "cuda":
-            torch.cuda.set_device(self._core.loaded.device)  # CUDA too
+            torch.cuda.set_device(self._core.loaded.device)  # CUDA keeps its device per thread
         try:
             while self._turn():
                 if self._core.spoiled and self._hand_over():
@@ -197,7 +197,7 @@ class EngineLoop:
             self._die("the engine was closed")
 
     def _hand_over(self) -> bool:
-        """Let another thread go on in this one's place, if there is memory for it and its pool."""
+        """Start a thread in this one's place; False if memory is too short for it and its pool."""
         successor = threading.Thread(target=self._run, name="reft-engine", daemon=True)
         try:
             check_room(CODE_ROOM + torch.get_num_threads() * THREAD_BYTES)
@@ -263,13 +263,16 @@ class EngineLoop:
         _call(ended)
 
     def _has_come(self, request_id: str, what: int) -> list[OnEnd]:
-        """Cross off a choice, or the trace; with the last of these the request is over."""
+        """Cross off a choice, or the trace; with the last one the request is over.
+
+        Returns the callbacks to call without the lock.
+        """
         left = self._live[request_id].left
         left.discard(what)
         return [] if left else self._forget(request_id)
 
     def _forget(self, request_id: str) -> list[OnEnd]:
-        """Take a request out, under the lock; what is returned is called without it."""
+        """Remove a request while the lock is held; the returned callbacks are called without it."""
         self._queued.pop(request_id, None)
         live = self._live.pop(request_id)
         if not self._live:
@@ -277,7 +280,7 @@ class EngineLoop:
         return [live.on_end]
 
     def _die(self, reason: str) -> None:
-        """Tell every caller, so that nobody waits for an engine that has gone."""
+        """Fail every request, so that nobody waits for an engine that has stopped."""
         by_sink: dict[Sink, list[Event]] = {}
         ended: list[OnEnd] = []
         with self._changed:
@@ -295,5 +298,5 @@ def _call(ended: list[OnEnd]) -> None:
     for on_end in ended:
         try:
             on_end()
-        except Exception:  # it is the caller's, and no harm to others
+        except Exception:  # it is that caller's fault and must not harm others
             logger.exception("The end of a request could not be told")

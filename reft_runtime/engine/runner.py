@@ -25,30 +25,30 @@ from reft_runtime.schedule.scheduler import Chunk
 from reft_runtime.schedule.sequence import Sequence, Status
 
 KNOWN_SHAPES = 64
-"""Steps' shapes for which oneDNN still has code: it keeps that of 1,024 products."""
+"""Number of step shapes whose code oneDNN still has: it keeps the code of 1,024 products."""
 
 NOT_FINITE = "the model's output is not finite"
 
 Sample = tuple[Sequence, int]
-"""Who gets a token, and from which row of logits."""
+"""A sequence that gets a token, and the index of its row of logits."""
 
 
 @dataclass(slots=True)
 class StepResult:
-    """What a step gave: tokens, log-probabilities of prompt tokens, and who failed and why."""
+    """The results of a step: tokens, log-probabilities of prompt tokens, and failures."""
 
     sampled: list[tuple[Sequence, Sampled]] = field(default_factory=list)
     prompt_logprobs: list[tuple[Sequence, int, list[TokenLogprob]]] = field(default_factory=list)
-    """Sequence, index of the first prompt token meant, and one entry a token."""
+    """Sequence, index of the first scored prompt token, and one log-probability per token."""
     failed: dict[Sequence, str] = field(default_factory=dict)
     traces: dict[Sequence, list[TracedEdit]] = field(default_factory=dict)
     first_logprobs: dict[Sequence, Tensor] = field(default_factory=dict)
-    """Distribution [vocabulary] of the first token, of sequences that are traced."""
+    """Log-probabilities [vocabulary], on the CPU, of the first token of traced sequences."""
 
 
 @dataclass(slots=True)
 class _Wanted:
-    """Rows of logits to compute, and which of them are whose."""
+    """Rows of logits to compute, and the sequences that they belong to."""
 
     rows: list[int] = field(default_factory=list)
     samples: list[Sample] = field(default_factory=list)
@@ -59,14 +59,15 @@ class Decoder(Protocol):
     """Another way to compute a step in which every sequence decodes."""
 
     def logits(self, chunks: SequenceOf[Chunk], tokens: Tensor | None = None) -> Tensor | None:
-        """Logits [chunks, vocabulary], good until the next step; None where it cannot do this.
+        """Return logits [chunks, vocabulary], valid until the next step; None if it cannot.
 
-        `tokens` [chunks] are to be computed where the CPU does not know them yet; -1 is none.
+        `tokens` [chunks] are the input tokens on the device, given if the CPU does not know them
+        yet; -1 stands for no token.
         """
 
 
 class Launched:
-    """A decode step on its way: each chunk gets one token, which the CPU may wait for later."""
+    """A decode step in progress: each chunk gets one token, which the CPU may wait for later."""
 
     def __init__(self, chunks: SequenceOf[Chunk], picked: Picked) -> None:
         self.chunks = chunks
@@ -75,7 +76,7 @@ class Launched:
         self._picked = picked
 
     def result(self) -> StepResult:
-        """Wait for the tokens, of those sequences that still run."""
+        """Wait for the tokens; returns those of sequences that still run."""
         result = StepResult()
         for chunk, sampled in zip(self.chunks, self._picked.result(), strict=True):
             if chunk.sequence.status is not Status.RUNNING:
@@ -113,7 +114,7 @@ class Runner:
     def run(self, chunks: SequenceOf[Chunk]) -> StepResult | Launched:
         """Compute the chunks' tokens, and sample where a chunk completes its sequence.
 
-        Where all decode the device may still be at it.
+        Returns `Launched` if all chunks decode and the device may still be computing them.
         """
         chunks = self.storage.prepare(chunks)
         wanted = _wanted_rows(chunks)
@@ -123,7 +124,7 @@ class Runner:
             if logits is not None and self.sampler is not None and all(map(_made, chunks)):
                 draws = [Draw(c.sequence, _made(c), row) for row, c in enumerate(chunks)]
                 return Launched(chunks, self.sampler.pick(logits, draws))
-        # What the decoder computed it has edited, too.
+        # The decoder has applied the edits of what it computed.
         edits = StepEdits.of(
             chunks if logits is None else (), self._on_device, self.sites.same, self.tables
         )
@@ -142,9 +143,9 @@ class Runner:
 
     @torch.inference_mode()
     def run_after(self, launched: Launched, chunks: SequenceOf[Chunk]) -> Launched | None:
-        """Begin the next step of a launched one's sequences, without knowing their tokens.
+        """Launch the next decode step of a launched step's sequences before their tokens are known.
 
-        None where that cannot be.
+        Returns None if that is not possible.
         """
         if self.decoder is None or self.sampler is None:
             return None
@@ -168,7 +169,7 @@ class Runner:
             self.sampler.release(sequences)
 
     def close(self) -> None:
-        """Give back the memory of keys and values, tables and graphs: no step may follow."""
+        """Free the memory of keys and values, tables and graphs; no step may follow."""
         for held in ("storage", "tables", "sampler", "decoder"):
             vars(self).pop(held, None)
 
@@ -179,9 +180,9 @@ class Runner:
             self.sampler.check_integrity(idle=idle)
 
     def _check_room(self, tokens: int, rows: int) -> None:
-        """Raise `MemoryError` where a step's shapes are new, and code for them may get no memory.
+        """Raise `MemoryError` if a step's shapes are new and memory is too short for their code.
 
-        What is new is asked for before anything is computed: oneDNN does not survive a refusal.
+        The check comes before anything is computed: oneDNN does not survive a failed allocation.
         """
         if self.loaded.device.type != "cpu":
             return
@@ -244,7 +245,7 @@ class Runner:
 
 
 def _made(chunk: Chunk) -> int:
-    """How many tokens are generated up to a chunk's end; 0 for one of a prompt."""
+    """Number of generated tokens up to a chunk's end; 0 for a chunk of the prompt."""
     return max(0, chunk.stop - chunk.sequence.prompt_length)
 
 
@@ -271,7 +272,7 @@ def _wanted_rows(chunks: SequenceOf[Chunk]) -> _Wanted:
 def _pick_each(
     pick: Callable[[SequenceOf[Sample]], list[Sampled | None]], samples: SequenceOf[Sample]
 ) -> list[Sampled | str]:
-    """Pick all tokens; where that raises, one by one, so that one bad row fails alone."""
+    """Pick all tokens; if that raises, pick them one by one, so that a bad row fails alone."""
     try:
         picked = pick(samples)
     except Exception as error:

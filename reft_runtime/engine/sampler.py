@@ -32,24 +32,24 @@ _CHUNK = 2**18
 """Logits worked on at once: their float32 and float64 copies stay in a core's cache."""
 
 _DEVICE_CHUNK = 2**25
-"""The same on a device, where launches count: their copies take half a gigabyte."""
+"""Logits worked on at once on a device, where launches count; copies take half a gigabyte."""
 
 _WIDTH = 256
-"""Tokens of a row that are looked at first for its top_k and top_p thresholds."""
+"""Best tokens of a row among which its top_k and top_p thresholds are looked for first."""
 
 _WIDEN = 32
-"""How many times more are looked at when those were not enough."""
+"""Factor by which the number of tokens looked at grows when it did not suffice."""
 
 TINY = torch.finfo(torch.float32).tiny
-"""The least temperature and repetition penalty."""
+"""The least temperature and repetition penalty that are applied."""
 
 
 @dataclass(frozen=True, slots=True)
 class SampleRow:
-    """What the sampler must know about one row: `generated` so far by choice number `choice` of n.
+    """What the sampler must know about one row, that of choice number `choice` of n.
 
-    `seed` is the request's own or one drawn at its admission. Token ids of `logit_bias` and
-    `stop_token_ids` lie inside the vocabulary.
+    `generated` are the choice's tokens so far. `seed` is the request's own or one drawn at its
+    admission. Token ids of `logit_bias` and `stop_token_ids` lie inside the vocabulary.
     """
 
     params: SamplingParams
@@ -105,7 +105,7 @@ def prompt_logprobs(
 ) -> list[TokenLogprob | None]:
     """Log-probability of each of `next_tokens` [T] after its position's `logits` [T, vocabulary].
 
-    With the k best alternatives of the position. None stands for a row that is not finite.
+    Each comes with the k best tokens of its position. None stands for a row that is not finite.
     """
     wanted = {
         i: (token, k)
@@ -119,8 +119,8 @@ def prompt_logprobs(
 def noise(seed: int, choice: int, step: int) -> float:
     """The number in [0, 1), a multiple of 2**-53, that draws token `step` of a choice.
 
-    A keyed hash and not a generator with a state: the same in any batch, on any device, after a
-    preemption, and in every version of torch.
+    It is a hash of the three numbers and not a generator with a state: so it is the same in any
+    batch, on any device, after a preemption, and in every version of torch.
     """
     digest = hashlib.blake2b(struct.pack("<qqq", seed, choice, step), digest_size=8).digest()
     return float(int.from_bytes(digest, "little") >> 11) * 2.0**-53
@@ -134,7 +134,7 @@ def _chunks(indices: Sequence[int], logits: Tensor) -> list[Sequence[int]]:
 def _greedy(logits: Tensor) -> list[int | None]:
     """The best token of each row, None where the row is not finite.
 
-    One pass: NaN and +inf are maximal, and the largest of a row is -inf only when all are.
+    One pass suffices: NaN and +inf are maximal, and the largest is -inf only when all are.
     """
     operators = cpu_operators()
     if operators is not None and operators.supports(logits):
@@ -155,7 +155,7 @@ def _pick(scores: Tensor, rows: Sequence[SampleRow]) -> list[int | None]:
         i for i, row in enumerate(rows) if tokens[i] is not None and row.params.temperature > 0
     ]
     if drawn:
-        # An index makes a copy, which is for nothing where every row is drawn.
+        # An index makes a copy, which is not needed where every row is drawn.
         part = scores if len(drawn) == len(rows) else scores[drawn]
         params = [rows[i].params for i in drawn]
         points = [noise(rows[i].seed, rows[i].choice, len(rows[i].generated)) for i in drawn]
@@ -165,19 +165,19 @@ def _pick(scores: Tensor, rows: Sequence[SampleRow]) -> list[int | None]:
 
 
 def banned(params: SamplingParams, eos_ids: Iterable[int]) -> list[int]:
-    """Tokens that would end a choice, and may not before it has `min_tokens`."""
+    """Tokens that end a choice: they are banned until it has `min_tokens` tokens."""
     return [*params.stop_token_ids, *(() if params.ignore_eos else eos_ids)]
 
 
 def has_penalties(params: SamplingParams) -> bool:
-    """Whether scores depend on which tokens there were before."""
+    """Whether scores depend on earlier tokens: by repetition, presence or frequency penalties."""
     return bool(
         params.repetition_penalty != 1 or params.presence_penalty or params.frequency_penalty
     )
 
 
 def _banned(row: SampleRow) -> list[int]:
-    """Those that are banned now."""
+    """The tokens that are banned for the row's next token."""
     made = len(row.generated)
     return banned(row.params, row.eos_ids) if made < row.params.min_tokens else []
 
@@ -210,7 +210,7 @@ def _edit(scores: Tensor, row: SampleRow) -> None:
 
 
 def _draw(scores: Tensor, params: Sequence[SamplingParams], points: Sequence[float]) -> Tensor:
-    """Tokens [rows] drawn from `scores` [rows, vocabulary], finite at best; overwrites them."""
+    """Draw tokens [rows] from `scores` [rows, vocabulary], with finite maxima; overwrites them."""
     # The best becomes 0 before anything divides, so that no temperature can overflow.
     scores -= scores.amax(-1, keepdim=True)
     scores /= _column([own.temperature for own in params], scores).clamp(min=TINY)
@@ -226,11 +226,11 @@ def _draw(scores: Tensor, params: Sequence[SamplingParams], points: Sequence[flo
 
 
 def _truncate(scores: Tensor, params: Sequence[SamplingParams]) -> None:
-    """Apply top_k and, to what it leaves, top_p; `scores` have their best at 0.
+    """Apply top_k and, to what it leaves, top_p; the best of each row of `scores` is 0.
 
-    Kept is the shortest list of best tokens whose weight reaches top_p of the whole. It is looked
-    for among a few hundred best tokens first, then among more: sorting a whole vocabulary costs
-    20 times as much, and only flat distributions need it.
+    top_p keeps the shortest list of best tokens whose weight reaches that share of the whole. The
+    list is looked for among a few hundred best tokens first, then among more: sorting a whole
+    vocabulary costs 20 times as much, and only flat distributions need it.
     """
     vocabulary = scores.shape[1]
     limits = [min(own.top_k or vocabulary, vocabulary) for own in params]
@@ -252,7 +252,7 @@ def _truncate(scores: Tensor, params: Sequence[SamplingParams]) -> None:
         )
         wanted = total * _column([params[i].top_p for i in pending], mass)
         found = (limit <= width) | ((limit == vocabulary) & (mass[:, -1:] >= wanted))
-        # A token is kept where those before it do not suffice; of weight 0, it is never drawn.
+        # A token is kept if those before it do not suffice; one of weight 0 is never drawn.
         needed = ((mass - weights < wanted) & (weights > 0)).count_nonzero(-1)
         last = best.gather(1, needed.unsqueeze(1) - 1)
         results = zip(pending, found.tolist(), needed.tolist(), last.tolist(), strict=True)
@@ -274,7 +274,10 @@ def _truncate(scores: Tensor, params: Sequence[SamplingParams]) -> None:
 
 
 def _logprobs(logits: Tensor, wanted: Mapping[int, tuple[int, int]]) -> dict[int, TokenLogprob]:
-    """By row of `logits`: the log-probability of its token, with those of its k best tokens."""
+    """Log-probabilities of a token and of the k best tokens, for rows of `logits`.
+
+    `wanted` maps a row to (token, k); the result is by row, too.
+    """
     found = {}
     for part in _chunks(list(wanted), logits):
         scores = logits[part].float()
@@ -295,5 +298,5 @@ def _logprobs(logits: Tensor, wanted: Mapping[int, tuple[int, int]]) -> dict[int
 
 
 def _column(values: Sequence[float], like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """[rows, 1] on the device and, unless another is given, with the dtype of `like`."""
+    """A tensor [rows, 1] on the device of `like`, and of its dtype unless one is given."""
     return send(torch.tensor(values, dtype=dtype or like.dtype), like.device).unsqueeze(1)

@@ -30,8 +30,7 @@ OUT_OF_MEMORY = "memory ran out; send it again, or a shorter one"
 class LiveRequests:
     """The requests that the engine computes, from `add` to their last event.
 
-    It owns what becomes of their sequences: the scheduler and the runner forget one when it is
-    taken out here, and nowhere else.
+    Sequences are removed here, and nowhere else, from the scheduler and the runner.
     """
 
     def __init__(self, loaded: LoadedModel, scheduler: Scheduler, runner: Runner) -> None:
@@ -55,9 +54,10 @@ class LiveRequests:
         self._scheduler.add(first)
 
     def abort(self, request_id: str, choice: int | None = None) -> list[Event]:
-        """End a request, or one of its choices; gives a trace that is complete with it.
+        """End a request, or one of its choices.
 
-        Nothing happens where the request, or the choice, has ended.
+        Returns the event of the request's trace if that completes the trace. Nothing happens if
+        the request, or the choice, has ended.
         """
         live = self._sequences.get(request_id, [])
         if choice is None:
@@ -67,7 +67,7 @@ class LiveRequests:
         return []
 
     def started(self, plan: StepPlan) -> list[Event]:
-        """Tell of the requests whose first chunk is in a step that is about to run."""
+        """Return the `Started` events of requests whose first chunk is in a step about to run."""
         now, events = time.monotonic(), list[Event]()
         for chunk in plan.chunks:
             sequence = chunk.sequence
@@ -80,13 +80,13 @@ class LiveRequests:
     def fail_newest(self, plan: StepPlan) -> list[Event]:
         """End the newest request of a step for which memory ran out.
 
-        What the others have computed is still there: their next step does this one again.
+        What the other requests have computed is kept: their next step repeats this one.
         """
         newest = max((c.sequence for c in plan.chunks), key=lambda s: (s.order, s.choice))
         return self._fail(Failed(newest.request.id, OUT_OF_MEMORY, out_of_memory=True))
 
     def settle(self, plan: StepPlan, result: StepResult) -> list[Event]:
-        """Take in what a step gave; the events of it, in order."""
+        """Take in the result of a step; returns its events in order."""
         self.prompt_tokens += sum(
             max(0, min(c.stop, c.sequence.prompt_length) - c.start) for c in plan.prompts
         )
@@ -110,7 +110,7 @@ class LiveRequests:
         return events + self._end(finished)
 
     def keep(self, copies: list[BlockCopy]) -> bool:
-        """Copy blocks into the prefix cache; where memory runs out it is emptied, and False."""
+        """Copy blocks into the prefix cache; if memory runs out, empty it and return False."""
         if not copies:
             return True
         try:
@@ -121,7 +121,7 @@ class LiveRequests:
         else:
             return True
         if self._scheduler.cache is not None:
-            self._scheduler.cache.shrink(0)  # what it says of these blocks is not so
+            self._scheduler.cache.shrink(0)  # it has places for blocks that were not copied
         return False
 
     def check_integrity(self, *, idle: bool) -> None:
@@ -173,19 +173,19 @@ class LiveRequests:
         ]
 
     def _fail(self, failed: Failed) -> list[Event]:
-        """End a request that failed, with the request whose trace it is for, if there is one."""
+        """End a request that failed; a failed question also ends the traced request."""
         told = self._explanations.pass_on([failed])
         for event in (failed, *told):
             self._drop(event.request_id, keep=False)
         return told
 
     def _drop(self, request_id: str, *, keep: bool) -> None:
-        """Take out a whole request, from its last choice to the one that leads."""
+        """Remove a whole request, from its last choice to the one that leads."""
         for each in (*self._explanations.drop(request_id), request_id):
             self._remove(self._sequences.get(each, [])[::-1], keep=keep)
 
     def _end(self, sequences: list[Sequence]) -> list[Event]:
-        """Take out choices that have ended; the base model is asked about a traced request."""
+        """Remove choices that have ended; the questions of a traced request are queued."""
         self._remove(sequences)
         events: list[Event] = []
         for request_id in dict.fromkeys(sequence.request.id for sequence in sequences):
@@ -197,7 +197,7 @@ class LiveRequests:
         return events
 
     def _remove(self, sequences: list[Sequence], *, keep: bool = True) -> None:
-        """Forget choices; with `keep` the blocks that they have computed may be reused."""
+        """Remove choices; with `keep` the blocks that they have computed may be reused."""
         for sequence in sequences:
             self._scheduler.finish(sequence)
         if keep:
@@ -231,7 +231,7 @@ def _reused(plan: StepPlan) -> list[Event]:
 
 
 def _without_tokens(plan: StepPlan) -> list[tuple[Sequence, TokenMade]]:
-    """The ends of choices that were to have no token, when their prompt is computed."""
+    """The last events of choices with a max_tokens of 0 whose prompt is computed."""
     return [
         (sequence, TokenMade(sequence.request.id, sequence.choice, None, None, "length"))
         for chunk in plan.prompts

@@ -1,4 +1,4 @@
-"""Launches the kernels that pick tokens: of each row only what it asks for is done."""
+"""Launches the kernels that pick tokens; for each row only what it asks for is done."""
 
 from __future__ import annotations
 
@@ -14,15 +14,16 @@ from reft_runtime.kernels.cuda import drawing_kernels, logprob_kernels, sampling
 from reft_runtime.sampling import MAX_LOGPROBS
 
 CHUNK = 4096
-"""Ids that a program works on."""
+"""Token ids that one program works on."""
 EACH, EACH_SUMMED = 16, 32
-"""Of them a thread's; more where many sums are made, which cost every thread the same."""
+"""Token ids per thread; more where many sums are made, which cost every thread the same."""
 MOST_WARPS = 8
 
 PASSES, STEPS = 3, 8
-"""How often, and in how many parts, the interval of a threshold is divided before it is bisected.
+"""How often, and into how many parts, a threshold's interval is divided before it is bisected.
 
-512 parts of what weighs anything: in them a few thousand ids of the flattest distributions.
+This makes 512 parts of the distances that weigh anything: with the flattest distributions a few
+thousand ids are left.
 """
 
 CANDIDATES = 2048
@@ -30,7 +31,7 @@ CANDIDATES = 2048
 
 
 class TritonSelection:
-    """`Select` by Triton kernels; the same token for a row whatever the chunk."""
+    """`Select` by Triton kernels; a row's token does not depend on the size of the chunks."""
 
     def __init__(self, chunk: int = CHUNK) -> None:
         self._chunk = chunk

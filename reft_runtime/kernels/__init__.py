@@ -1,1 +1,1 @@
-"""Arithmetic by device: the one door to kernels."""
+"""Arithmetic by device: all kernels of the project."""

@@ -16,28 +16,29 @@ _log = logging.getLogger(__name__)
 
 
 class Operators(Protocol):
-    """What a device's operators do; the shapes are trusted, for the callers take them from models.
+    """A device's operators; shapes are trusted, because the callers take them from models.
 
     Arguments are contiguous tensors of one dtype, as `supports` says (heads: as `packs` says).
-    `name` is what the log calls them.
+    `name` is what the log calls the operators.
     """
 
     name: str
 
     def supports(self, *tensors: Tensor) -> bool:
-        """Whether tensors are what the operators take.
+        """Whether the operators take these tensors.
 
-        That is contiguous, of one dtype that they know, and without a gradient to be computed.
+        They must be contiguous, of one dtype that the operators know, and need no gradient.
         """
 
     def packs(self, *heads: Tensor) -> bool:
-        """Whether these [T, heads, dim] have the heads of each token side by side.
+        """Whether the operators take these heads [T, heads, dim].
 
-        Else as `supports`. Tokens may lie apart: heads are often columns of a wider product.
+        Dtype and gradient are as for `supports`, but only the heads of each token must lie side by
+        side. Tokens may lie apart: heads are often columns of a wider product.
         """
 
     def rms_norm(self, rows: Tensor, weight: Tensor, epsilon: float) -> Tensor:
-        """Rows [..., d] over their root mean square, times `weight` [d]."""
+        """Rows [..., d] divided by their root mean square, times `weight` [d]."""
 
     def add_rms_norm(
         self, rows: Tensor, more: Tensor, weight: Tensor, epsilon: float
@@ -56,22 +57,22 @@ class Operators(Protocol):
 
 @runtime_checkable
 class ProductOperators(Operators, Protocol):
-    """Operators that take in the matrix products beside them. Weights are without bias."""
+    """Operators that include the matrix products beside them. Weights have no bias."""
 
     def gated_product(self, rows: Tensor, weight: Tensor) -> Tensor:
         """`silu_mul` of rows [T, k] times a weight [2 d, k] that gives gate and up."""
 
     def add_product_(self, rows: Tensor, inputs: Tensor, weight: Tensor) -> Tensor:
-        """Rows [T, d] plus inputs [T, k] times a weight [d, k], in place; gives them."""
+        """Add inputs [T, k] times a weight [d, k] to rows [T, d] in place; returns the rows."""
 
     def add_product_and_norm(
         self, rows: Tensor, inputs: Tensor, weight: Tensor, norm: Tensor, epsilon: float
     ) -> Tensor:
-        """`add_product_`, and of that `rms_norm` with the weight `norm` [d]."""
+        """`add_product_`; returns `rms_norm` of its rows with the weight `norm` [d]."""
 
 
 def operators_for(device: torch.device) -> Operators | None:
-    """The operators of a device; None where there are none, for want of a compiler say."""
+    """The operators of a device; None if there are none, for example without a compiler."""
     if device.type == "cpu":
         return cpu_operators()
     if has_triton(device):
@@ -91,7 +92,7 @@ def cpu_operators() -> Kernels | None:
 
 @cache
 def has_triton(device: torch.device) -> bool:
-    """Whether Triton kernels run on a device: it needs a C compiler there, for one thing."""
+    """Whether Triton kernels run on a device; among other things that needs a C compiler."""
     if device.type != "cuda" or find_spec("triton") is None:
         return False
     from reft_runtime.kernels.cuda.operators import TritonOperators

@@ -12,20 +12,20 @@ from torch import Tensor
 
 
 def send(tensor: Tensor, device: torch.device) -> Tensor:
-    """A tensor of the CPU on the device; for one to a CUDA device nobody waits."""
+    """Copy a tensor of the CPU to the device; a copy to a CUDA device is not waited for."""
     if device.type != "cuda":
         return tensor.to(device)
     return tensor.pin_memory().to(device, non_blocking=True)
 
 
 def to_device(lists: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, ...]:
-    """An int64 tensor of each list, by one copy."""
+    """Send each list to the device as an int64 tensor, all in one copy."""
     packed = torch.tensor([number for numbers in lists for number in numbers], dtype=torch.long)
     return torch.split(send(packed, device), [len(numbers) for numbers in lists])
 
 
 class Fetch:
-    """Tensors on their way to the CPU, behind what their device has been given so far."""
+    """Tensors on their way to the CPU, after the work that their device has been given so far."""
 
     def __init__(self, *tensors: Tensor) -> None:
         self._tensors = tensors
@@ -40,7 +40,7 @@ class Fetch:
             self._arrived.record()
 
     def lists(self) -> list[list[Any]]:
-        """Their numbers, nested as they are, once they are here."""
+        """Wait for the tensors; returns each as nested lists of numbers."""
         if self._arrived is not None:
             self._arrived.synchronize()
         return [tensor.tolist() for tensor in self._tensors]

@@ -14,7 +14,7 @@ from reft_runtime.schedule.budget import BlockBudget
 
 
 def storage_for(loaded: LoadedModel, budget: BlockBudget, max_running: int) -> KVStorage:
-    """The storage that suits the model's device, with room for what the budget gives away."""
+    """The storage that suits the model's device, with room for the budget's blocks."""
     cache = budget.cache
     if loaded.device.type == "cpu":
         place = loaded.shapes, loaded.dtype, loaded.max_model_len
@@ -49,7 +49,7 @@ def page_kernel(device: torch.device, group: int, dtype: torch.dtype, dim: int) 
 
 
 def attends_by_kernels(loaded: LoadedModel) -> tuple[bool, bool]:
-    """Whether C++ or Triton kernels attend of decoding tokens, and of prompts."""
+    """Whether C++ or Triton kernels compute attention: of decoding tokens, and of prompts."""
     if loaded.device.type != "cpu":
         return has_triton(loaded.device), has_triton(loaded.device)
     operators = cpu_operators()

@@ -17,10 +17,10 @@ from reft_runtime.schedule.blocks import BLOCK_TOKENS, blocks_for
 
 @dataclass(frozen=True, slots=True)
 class RowInPages:
-    """Consecutive tokens of one sequence from offset `start` on: the places of their keys.
+    """Consecutive tokens of one sequence from offset `start` on, and the addresses of their keys.
 
-    `addresses` are page * BLOCK_TOKENS + offset in it; `lane` is the row of the sequence's pages in
-    the table of all.
+    An address is page * BLOCK_TOKENS + the offset in the page. `lane` is the index of the
+    sequence's pages in the table of all sequences' pages.
     """
 
     start: int
@@ -38,23 +38,23 @@ class RowInPages:
 
     @property
     def length(self) -> int:
-        """How many tokens."""
+        """Number of tokens."""
         return len(self.addresses)
 
     @property
     def stop(self) -> int:
-        """How many tokens the last of them attends to."""
+        """Number of tokens that the last one attends to."""
         return self.start + self.length
 
 
 @dataclass(frozen=True, slots=True)
 class PageBatch:
-    """The rows of a step as a kernel needs them: int64 tensors on the device.
+    """The `RowInPages` of a step as a kernel needs them: int64 tensors on the device.
 
-    The first `decodes` rows have one token each. `addresses` [T] say where each packed token's key
-    and value go, `firsts` [rows + 1] the first packed token of each row, `stops` [rows] how many
+    The first `decodes` rows have one token each. `addresses` [T] are those of each packed token's
+    key and value, `firsts` [rows + 1] the first packed token of each row, `stops` [rows] how many
     tokens its last one attends to, and `tables[lanes]` [rows, pages] are its pages. `blocks` [n, 2]
-    are pieces of the rows that are no decodes: row and first token in it.
+    are pieces of the rows that do not decode: the row, and the first token of the piece in it.
     """
 
     decodes: int
@@ -106,8 +106,8 @@ class PageKernel(Protocol):
     ) -> None:
         """Put a step's keys and values [T, kv_heads, dim] at their `addresses` in a layer's pages.
 
-        With `angles`, cosines and sines [T, dim], `Operators.rotate_` of keys and, in place, of
-        queries before. The given keys may be left as they were.
+        With `angles`, cosines and sines [T, dim], the stored keys and, in place, the queries are
+        first rotated as by `Operators.rotate_`. The given `key` itself may stay unrotated.
         """
 
     def __call__(
@@ -119,9 +119,10 @@ class PageKernel(Protocol):
         scale: float,
         window: int | None,
     ) -> Tensor:
-        """From queries [T, heads, dim] to [T, heads, dim]; the step's own keys are in the pages.
+        """Attend with queries [T, heads, dim]; returns [T, heads, dim of the values].
 
-        `keys` and `values` of a layer are [pages, BLOCK_TOKENS, kv_heads, dim].
+        `keys` and `values` of a layer are [pages, BLOCK_TOKENS, kv_heads, dim]; the step's own are
+        stored there already.
         """
 
 
@@ -167,7 +168,7 @@ class PageAttentionStep:
 
 
 class GatheredAttention:
-    """A `PageKernel` of torch's own operators, which gathers each row's pages: the reference."""
+    """The reference `PageKernel`: it gathers the pages of each row, and uses torch's operators."""
 
     query_block = BLOCK_TOKENS
 

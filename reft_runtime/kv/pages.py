@@ -1,11 +1,11 @@
 """Keys and values on a device: pages of one block each, held by reference.
 
 A sequence has a list of pages; a page may stand in many lists. So a prefix hit, a kept block and
-a further choice of a request cost a number and no copy. Only whole blocks are shared, and what is
-whole is never written again; of a block that is not yet whole a fork gets a copy.
+a further choice of a request cost one number and no copy. Only whole blocks are shared, and a whole
+block is never written again; a fork gets a copy of a block that is not yet whole.
 
-The lists also lie on the device, a lane of one table each, where only changes are sent. The first
-page and the last lane belong to nobody: rows that only fill up a batch use them.
+The lists also lie on the device, each in a lane of one table, and only changes are sent there. The
+first page and the last lane belong to nobody: rows that only pad a batch use them.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ class PageStorage:
     """Pages for `blocks` blocks: for every layer keys and values [pages, BLOCK_TOKENS, heads, dim].
 
     At most `max_rows` sequences of `max_tokens` tokens have pages at once. The budget of blocks
-    bounds what they and the prefix cache hold together; `vacant` tells which of the cache's places
-    it has given up since, whose pages are taken back when pages run short.
+    bounds what they and the prefix cache hold together. `vacant` returns the cache's places that
+    hold no kept block; their pages are taken back when pages run short.
     """
 
     def __init__(
@@ -75,7 +75,7 @@ class PageStorage:
 
     def prepare(self, chunks: SequenceOf[Chunk]) -> list[Chunk]:
         """See `KVStorage.prepare`; decoding chunks come first."""
-        # What is reused first: once it is in a table nobody takes its pages back.
+        # Reused blocks come first: once they are in a sequence's list, their pages stay in use.
         for chunk in chunks:
             self.reuse(chunk.reused)
         for chunk in chunks:
@@ -90,12 +90,12 @@ class PageStorage:
         return PageAttentionStep(self.keys, self.values, batch, self.kernel)
 
     def row(self, chunk: Chunk) -> RowInPages:
-        """Where the tokens of a chunk lie."""
+        """The addresses and the lane of a chunk's tokens."""
         pages, lane = self._lists[chunk.sequence], self._lanes[chunk.sequence]
         return RowInPages.of(pages, chunk.start, chunk.stop, lane)
 
     def address(self, chunk: Chunk) -> tuple[int, int]:
-        """Place and lane (see `RowInPages`) of a chunk of one token."""
+        """Address and lane (see `RowInPages`) of a chunk of one token."""
         page = self._lists[chunk.sequence][chunk.start // BLOCK_TOKENS]
         address = page * BLOCK_TOKENS + chunk.start % BLOCK_TOKENS
         return address, self._lanes[chunk.sequence]
@@ -118,7 +118,7 @@ class PageStorage:
             self._kept[copy.place] = page
 
     def reuse(self, copies: Iterable[BlockCopy]) -> None:
-        """Put kept blocks in the lists of sequences, in their order; what stood there goes."""
+        """Put kept blocks in the lists of sequences, in order; replaced pages are given back."""
         for copy in copies:
             self._put(copy.sequence, copy.block, self._share(self._kept[copy.place]))
 
@@ -150,7 +150,7 @@ class PageStorage:
             self._put(sequence, column, self._take())
 
     def _put(self, sequence: Sequence, column: int, page: int) -> None:
-        """Put a page in a sequence's list, at its end or in the place of another one."""
+        """Put a page in a sequence's list, at its end or instead of another page."""
         if sequence not in self._lists:
             self._lists[sequence] = []
             self._lanes[sequence] = self._free_lanes.pop()

@@ -18,17 +18,17 @@ from reft_runtime.schedule.scheduler import Chunk
 from reft_runtime.schedule.sequence import Sequence
 
 TOGETHER_FROM = 9
-"""Tokens of a prompt from which on they go over the keys together; fewer do it one by one.
-Measured on 2 cores."""
+"""Least tokens of a chunk that go over the keys together; those of a shorter chunk attend one by
+one. Measured on 2 cores."""
 
 PIECE = 256
-"""Tokens of a prompt that torch's own operators attend at once: their mask is as wide as the
-context."""
+"""Most tokens of a prompt for which torch's own operators attend at once: their mask is as wide as
+the context."""
 
 
 @dataclass(slots=True)
 class _Segment:
-    """Consecutive tokens of one row: packed tokens [first, first + length), row offset `start`."""
+    """Packed tokens [first, first + length) of one sequence, from offset `start` in its KV row."""
 
     row: Row
     first: int
@@ -37,10 +37,10 @@ class _Segment:
 
 
 class RowAttentionStep:
-    """One step's attention over the rows of `RowStorage`, which says `where` they are.
+    """One step's attention over the KV rows of `RowStorage`.
 
-    `parts` are those of the rows: keys and values of each layer in turn. Chunks of fewer than
-    `TOGETHER_FROM` tokens must come first.
+    `where` returns the row of a sequence. `parts` are the parts of every row: keys and values of
+    each layer in turn. Chunks of fewer than `TOGETHER_FROM` tokens must come first.
     """
 
     def __init__(
@@ -105,7 +105,10 @@ class RowAttentionStep:
 
     @cached_property
     def _places(self) -> Tensor:
-        """Of each token that attends by itself: address and capacity of its row, its position."""
+        """The row's address and capacity, and the position, of each token that attends alone.
+
+        int64 [tokens, 3], for `Kernels.attend`.
+        """
         return torch.tensor(
             [
                 (segment.row.address, segment.row.capacity, segment.start + offset)
@@ -121,7 +124,10 @@ class RowAttentionStep:
 
     @cached_property
     def _long_places(self) -> Tensor:
-        """Of the others: address and capacity of the row, first token, row offset, length."""
+        """The row's address and capacity, first packed token, row offset and length of `_long`.
+
+        int64 [segments, 5], for `Kernels.attend_prompts`.
+        """
         return torch.tensor(
             [(s.row.address, s.row.capacity, s.first, s.start, s.length) for s in self._long]
         )

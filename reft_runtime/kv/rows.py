@@ -1,14 +1,14 @@
 """Keys and values on a CPU: each sequence has one contiguous row, in memory of its own.
 
-A contiguous row is 2 to 4 times cheaper to attend than gathered pages. A row has room for more
-tokens than it holds, and takes memory only for those, page by page (`memory`): so what rows and
-kept blocks take is what the budget counts. A row that outgrows its room moves to one of twice the
-size, layer by layer, and gives back each layer as it goes. Nothing is shared between rows:
-whatever one holds, finite or not, no other sees.
+Attention over a contiguous row costs a half to a quarter of that over gathered pages. A row has
+room for more tokens than it holds, but takes memory only for those it holds, page by page (see
+`machine/memory.py`): so rows and kept blocks take what the budget counts. A row that outgrows its
+room moves to one of twice the size, layer by layer, and frees each layer as it goes. Nothing is
+shared between rows: no sequence sees what another one's row holds, finite or not.
 
-Blocks that the prefix cache keeps lie in a pool: rows come and go, and a block is copied out of a
-row and into others. A row that ends gives its memory back while its blocks are copied, and a
-block that gives way in the cache gives back its place.
+Blocks that the prefix cache keeps lie in a pool: rows come and go, and a block is copied out of one
+row and into others. The row of a sequence that has ended is freed while its blocks are copied, and
+a block that is evicted frees the memory of its place.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ MIN_CAPACITY = 128
 
 
 class RowStorage:
-    """Places the rows of all sequences; the budget of blocks bounds how much they hold.
+    """The KV rows of all sequences; the budget of blocks bounds how much they hold.
 
-    `max_tokens` is the longest row, `max_blocks` the most that a prefix cache may keep; `freed`
-    tells which of its places came free since it was last asked.
+    `max_tokens` is the length of the longest row, `max_blocks` the most blocks that a prefix cache
+    may keep. `freed` returns the cache's places that came free since the last call.
     """
 
     def __init__(
@@ -56,8 +56,8 @@ class RowStorage:
     def ensure(self, sequence: Sequence, tokens: int) -> None:
         """Give a sequence a row with room for `tokens` tokens.
 
-        What is `computed` of a row moves with it, and no more. Where memory runs out it raises
-        `MemoryError`, and everything is as it was.
+        A row that moves takes along the sequence's `computed` tokens, and no more. Raises
+        `MemoryError` if memory runs out; then nothing has changed.
         """
         old = self._rows.get(sequence)
         if old is not None and old.capacity >= tokens:
@@ -70,7 +70,7 @@ class RowStorage:
                 old.drop(index)
 
     def where(self, sequence: Sequence) -> Row:
-        """A sequence's row, until it is next given room or freed."""
+        """Return a sequence's row, valid until the sequence is given room or released."""
         return self._rows[sequence]
 
     @torch.inference_mode()
@@ -83,10 +83,10 @@ class RowStorage:
 
     @torch.inference_mode()
     def keep(self, copies: Iterable[BlockCopy]) -> None:
-        """Copy blocks of rows to their places; of several for one place the last one.
+        """Copy blocks of rows to their places; if several are for one place, only the last one.
 
-        Of sequences that do not run any more the rows are of no use after it: they give back each
-        part when it is copied, so that a long row and its blocks do not both take memory.
+        Rows of sequences that do not run any more are not used after this: each part of them is
+        freed when it is copied, so that a long row and its blocks do not both take memory.
         """
         runs = _runs({copy.place: copy for copy in copies}.values())
         leaving = {c.sequence for c, _ in runs if c.sequence.status is not Status.RUNNING}
@@ -106,7 +106,7 @@ class RowStorage:
                 blocks.copy_(self._pool.part(index, copy.place, count))
 
     def prepare(self, chunks: SequenceOf[Chunk]) -> list[Chunk]:
-        """See `KVStorage.prepare`; chunks of few tokens come first, for they attend one by one."""
+        """See `KVStorage.prepare`; short chunks come first: their tokens attend one by one."""
         freed = set(self._freed())
         reused = [copy for chunk in chunks for copy in chunk.reused]
         needed = freed.intersection(copy.place for copy in reused)
@@ -115,7 +115,7 @@ class RowStorage:
             # Room for the whole prompt at once: a row that grows chunk by chunk is copied often.
             for sequence in (chunk.sequence, *chunk.forks):
                 self.ensure(sequence, len(sequence.tokens))
-        # Only now: a row that moves takes along what was computed before alone.
+        # Only now: a row that moves takes along only what was computed before.
         self.reuse(reused)
         self._pool.drop(needed)
         return sorted(chunks, key=lambda chunk: (chunk.length >= TOGETHER_FROM, chunk.length > 1))
@@ -125,7 +125,7 @@ class RowStorage:
         return RowAttentionStep(chunks, self.where, self._parts)
 
     def release(self, sequences: Iterable[Sequence]) -> None:
-        """Free the rows of sequences, of those that have one."""
+        """Free the rows of the sequences that have one."""
         for sequence in sequences:
             self._rows.pop(sequence, None)
 
@@ -141,18 +141,21 @@ class RowStorage:
         capacity = MIN_CAPACITY
         while capacity < tokens:
             capacity *= 2
-        # The largest is cut to what a row can be at most.
+        # No row needs more room than the longest sequence.
         return max(min(capacity, self.max_tokens), tokens)
 
     def _blocks(self, index: int, copy: BlockCopy, count: int) -> Tensor:
-        """Of a row, `count` blocks from that of `copy` on: [count, heads, BLOCK_TOKENS, dim]."""
+        """`count` blocks of one part of a row, from `copy.block` on, as a view.
+
+        Its shape is [count, heads, BLOCK_TOKENS, dim].
+        """
         part = self._rows[copy.sequence].part(index)
         tokens = part.narrow(1, copy.block * BLOCK_TOKENS, count * BLOCK_TOKENS)
         return tokens.view(len(tokens), count, BLOCK_TOKENS, -1).transpose(0, 1)
 
 
 def _runs(copies: Iterable[BlockCopy]) -> list[tuple[BlockCopy, int]]:
-    """Consecutive blocks and places of one sequence: the first of them, and how many."""
+    """Runs of consecutive blocks and places of one sequence: first copy and length of each."""
     runs: list[tuple[BlockCopy, int]] = []
     for copy in copies:
         if runs:

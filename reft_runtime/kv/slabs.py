@@ -16,7 +16,7 @@ from reft_runtime.schedule.blocks import BLOCK_TOKENS
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """The keys or the values of one layer; `before` counts a token's numbers of earlier parts."""
+    """The keys or the values of one layer; earlier parts take `before` numbers of each token."""
 
     before: int
     heads: int
@@ -24,7 +24,7 @@ class Part:
 
     @property
     def numbers(self) -> int:
-        """Numbers of one token."""
+        """Numbers that one token takes in this part."""
         return self.heads * self.dim
 
 
@@ -40,7 +40,7 @@ def parts_of(shapes: SequenceOf[LayerShape]) -> tuple[Part, ...]:
 
 
 class Row:
-    """Room for `capacity` tokens: part after part, each [heads, capacity, dim]."""
+    """A KV row with room for `capacity` tokens: part after part, each [heads, capacity, dim]."""
 
     def __init__(self, parts: tuple[Part, ...], capacity: int, dtype: torch.dtype) -> None:
         self.capacity = capacity
@@ -55,7 +55,7 @@ class Row:
 
     @property
     def address(self) -> int:
-        """Where the first number lies."""
+        """The memory address of the first number."""
         return self._memory.numbers.data_ptr()
 
     def part(self, index: int) -> Tensor:
@@ -71,14 +71,14 @@ class Row:
         return self._views[2 * layer + 1]
 
     def drop(self, index: int) -> None:
-        """Give back a part's memory; what it held is lost."""
+        """Free a part's memory; what it held is lost."""
         part = self._parts[index]
         start = part.before * self.capacity
         self._memory.drop(start, start + part.numbers * self.capacity)
 
 
 class BlockPool:
-    """Kept blocks, place after place: each is a row of `BLOCK_TOKENS` tokens."""
+    """The kept blocks, place after place: each is laid out like a `Row` of one block."""
 
     def __init__(self, parts: tuple[Part, ...], blocks: int, dtype: torch.dtype) -> None:
         self._parts = parts
@@ -95,16 +95,16 @@ class BlockPool:
         return own.view(count, part.heads, BLOCK_TOKENS, part.dim)
 
     def drop(self, places: Iterable[int]) -> None:
-        """Give back the memory of places; what they held is lost."""
+        """Free the memory of places; what they held is lost."""
         for place in places:
             self._memory.drop(place * self._size, (place + 1) * self._size)
 
 
 def rounding_bytes(shapes: SequenceOf[LayerShape], page: int) -> int:
-    """Most that a row takes beyond its tokens: memory comes in pages, for each head its own."""
+    """Most bytes that a KV row takes beyond its tokens: each head takes whole pages of memory."""
     return sum(part.heads for part in parts_of(shapes)) * page
 
 
 def _numbers(parts: tuple[Part, ...]) -> int:
-    """Numbers of one token."""
+    """Numbers that one token takes in all parts."""
     return sum(part.numbers for part in parts)

@@ -15,26 +15,26 @@ from reft_runtime.schedule.sequence import Sequence
 class KVStorage(Protocol):
     """Where the keys and values of sequences are; the budget of blocks bounds how many there are.
 
-    `kv_rows` is for CPUs, `kv_pages` for devices.
+    `RowStorage` is for CPUs, `PageStorage` for devices.
     """
 
     def prepare(self, chunks: SequenceOf[Chunk]) -> list[Chunk]:
         """Make room for a step, and bring in the kept blocks that its chunks reuse.
 
-        Gives the chunks in the order to pack their tokens in.
+        Returns the chunks in the order in which their tokens are to be packed.
         """
 
     def attention(self, chunks: SequenceOf[Chunk]) -> AttentionStep:
-        """Attention of the packed tokens of a step, as `prepare` gave its chunks."""
+        """Return the attention of a step, whose chunks are in the order of `prepare`."""
 
     def fork(self, parent: Sequence, child: Sequence, length: int) -> None:
-        """Give `child`, which had room in this step, the first `length` tokens of `parent`."""
+        """Give `child`, for which this step made room, the first `length` tokens of `parent`."""
 
     def keep(self, copies: Iterable[BlockCopy]) -> None:
-        """Let the prefix cache's places hold blocks of sequences; of several for one the last."""
+        """Let the prefix cache's places hold blocks of sequences; a place holds the last given."""
 
     def release(self, sequences: Iterable[Sequence]) -> None:
-        """Free what sequences have, of those that have anything."""
+        """Free the keys and values of sequences; those that have none are ignored."""
 
     def check_integrity(self, *, idle: bool = False) -> None:
-        """Raise AssertionError if the books disagree, or if `idle` and anything is in use."""
+        """Raise AssertionError if the bookkeeping disagrees, or if `idle` and anything is used."""

@@ -21,7 +21,7 @@ from reft_runtime.schedule.blocks import BLOCK_TOKENS
 
 
 class Tile(NamedTuple):
-    """Work of a program: `rows` are queries times heads, `keys` those attended to at once."""
+    """The work of a program: `rows` (queries times heads) attend to `keys` keys at once."""
 
     rows: int
     keys: int
@@ -30,14 +30,14 @@ class Tile(NamedTuple):
 
 
 class Tiles(NamedTuple):
-    """Those of rows that decode, and of prompts. Measured on an H100."""
+    """The tiles for sequences that decode, and for prompts. Measured on an H100."""
 
     decode: Tile
     prompt: Tile
 
     @classmethod
     def of(cls, dtype: torch.dtype, dim: int) -> Tiles:
-        """What a processor's memory holds of heads `dim` wide."""
+        """The tiles that fit a processor's memory, for heads `dim` wide."""
         if dtype.itemsize > 2 or dim > 128:
             return cls(Tile(LEAST, 32, 4, 2), Tile(64, 32, 4, 2))
         return cls(Tile(LEAST, 64, 2, 2), Tile(128, 128, 8, 3))
@@ -48,7 +48,7 @@ MAX_SPLITS = 32
 
 
 class TritonAttention:
-    """A `PageKernel` for layers of at most `group` query heads a head of keys."""
+    """A `PageKernel` for layers in which at most `group` query heads share a key head."""
 
     def __init__(self, group: int, processors: int, tiles: Tiles) -> None:
         self._tiles = tiles
@@ -56,9 +56,10 @@ class TritonAttention:
         self.query_block = max(1, tiles.prompt.rows // triton.next_power_of_2(group))
 
     def splits(self, rows: int, kv_heads: int) -> int:
-        """Parts in which the keys of a decoding row are read; the same for any length of context.
+        """Number of parts in which the keys of a decoding sequence are read.
 
-        So a captured graph can be replayed for every step of as many rows.
+        It does not depend on the context's length, so that a captured graph can be replayed for
+        every step of as many rows.
         """
         wanted = PROGRAMS_PER_PROCESSOR * self._processors // max(1, rows * kv_heads)
         splits: int = max(1, min(MAX_SPLITS, triton.next_power_of_2(wanted + 1) // 2))
@@ -138,7 +139,7 @@ class _Step(NamedTuple):
 
 
 def _launch(step: _Step, tile: Tile, *, tokens: int, splits: int | None) -> None:
-    """Attention of the decoding rows, in `splits` parts, or (None) of the pieces of prompts."""
+    """Attend for the decoding rows, in `splits` parts, or (None) for the pieces of prompts."""
     query, keys, values, out, batch, scale, window = step
     decodes = splits is not None
     parts_of_a_row = splits or 1

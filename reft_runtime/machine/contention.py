@@ -8,21 +8,23 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 WINDOW_SECONDS = 10.0
-"""Time of steps that is looked at together: one that is slow says nothing."""
+"""Seconds of steps that are judged together: a single slow step says nothing."""
 
 SHARE = 0.7
-"""Of that time, a thread whose workers have cores of their own is on one for more than this. With
-two threads on busy cores it was half of it, and the steps took ten times as long as with one."""
+"""A thread whose workers have cores of their own is on a core for more than this share of its
+steps' time. With two threads on busy cores the share was a half, and the steps took ten times as
+long as with one thread."""
 
 _log = logging.getLogger(__name__)
 
 
 class StepWatch:
-    """Says once, as a warning, that steps wait for cores: then fewer threads are faster.
+    """Logs one warning when steps wait for cores: then fewer threads are faster.
 
-    The workers of a parallel operator wait for each other, busily, and where cores are taken by
-    others they wait for one that does not run. `threads` is how many there are; 1 waits for nobody.
-    `wall` and `cpu` give seconds, the latter those that the calling thread was on a core.
+    The workers of a parallel operator wait busily for each other, and if other processes take the
+    cores, they wait for a worker that does not run. `threads` is the number of workers; 1 is not
+    watched. `wall` and `cpu` return seconds; `cpu` counts those that the calling thread was on a
+    core.
     """
 
     def __init__(

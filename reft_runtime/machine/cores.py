@@ -1,4 +1,4 @@
-"""How many cores this process may use, and that the engine's thread has them for itself."""
+"""How many cores this process may use, and how the engine's thread has them for itself."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ _OMP_PAUSE_SOFT = 1
 def usable_cores(root: Path = Path("/")) -> int:
     """Physical cores that affinity and the CPU quota leave, at least 1.
 
-    Threads of one core share its arithmetic units, so that one thread a core is the fastest. Of a
-    quota whole cores count: with more threads than that the kernel would stop a step in the middle.
+    Threads of one core share its arithmetic units, so that one thread per core is fastest. Only the
+    whole cores of a quota count: with more threads the kernel would stop a step in the middle.
     The files under `root` are Linux's: sysfs (Documentation/ABI/stable/sysfs-devices-system-cpu)
     and version 2 of control groups (Documentation/admin-guide/cgroup-v2.rst).
     """
@@ -36,9 +36,9 @@ def usable_cores(root: Path = Path("/")) -> int:
 
 
 def use_threads(threads: int | None) -> None:
-    """Compute with so many threads, or with one for each core that this process may use.
+    """Compute with `threads` threads; None is one for each core that this process may use.
 
-    Raises `ConfigError`.
+    Raises `ConfigError` if `threads` is less than 1.
     """
     if threads is not None and threads < 1:
         raise ConfigError(f"threads must be at least 1, not {threads}.", param="threads")
@@ -50,8 +50,9 @@ def release_workers() -> None:
 
     Every thread that runs parallel operators gets workers of its own. Once there are more threads
     with work than cores, GNU's runtime (libgomp) lets all workers sleep as soon as they wait, and
-    to wake them costs the engine 50 microseconds an operator: 1.2 to 1.5 times the time of a step.
-    So whoever computes outside of the engine's thread cleans up. A no-op with other runtimes.
+    waking them costs the engine 50 microseconds an operator: a step takes 1.2 to 1.5 times as long.
+    So code that computes outside of the engine's thread calls this. It does nothing with other
+    runtimes.
     """
     try:
         pause = ctypes.CDLL(None).omp_pause_resource_all
@@ -61,7 +62,7 @@ def release_workers() -> None:
 
 
 def releasing_workers(function: Callable[P, R]) -> Callable[P, R]:
-    """Decorate a function that computes with tensors outside of the engine's thread."""
+    """Decorate a function that computes outside of the engine's thread with `release_workers`."""
 
     @wraps(function)
     def wrapper(*args: P.args, **kwargs: P.kwargs) -> R:

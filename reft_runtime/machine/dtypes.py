@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-"""Those that models are served in."""
+"""The dtypes that models are served in, by name."""
 
 
 def name_of(dtype: torch.dtype) -> str:

@@ -1,8 +1,8 @@
-"""Memory: what is free, what the allocator keeps, what it looks like when there is none, and
-memory of its own mapping: taken page by page as it is written, and given back at once.
+"""Memory: how much is free, what the allocator keeps, how to tell that it ran out, and mappings.
 
-What the allocator gives may stay with the process when it is freed, and growing it copies it. A
-mapping takes what is written of it, so that a buffer may be larger than what it holds.
+Memory from the allocator may stay with the process when it is freed, and growing it copies it. A
+mapping takes memory page by page as it is written, so that a buffer may be larger than what it
+holds, and gives it back at once.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ _GIVE_BACK: int | None = getattr(mmap, "MADV_DONTNEED", None)
 _SMALL_PAGES: int | None = getattr(mmap, "MADV_NOHUGEPAGE", None)
 
 
-# glibc's mallopt: sizes from which memory is mapped by itself, and above which it is given back.
+# glibc's mallopt: the size from which an allocation is a mapping of its own, and the free memory
+# above which it is given back.
 _M_MMAP_THRESHOLD, _M_TRIM_THRESHOLD = -3, -1
 
 _MESSAGES = (
@@ -36,7 +37,8 @@ _MESSAGES = (
     "CUDNN_STATUS_ALLOC_FAILED",
     "out of memory",
     "can't start new thread",
-    # oneDNN says no more; what it cannot do at all shows when the model is tried at the start.
+    # oneDNN says no more than this; what it cannot do at all shows when the model is tried at the
+    # start.
     "could not create a",
     "could not execute a primitive",
     "could not reorder",
@@ -46,7 +48,7 @@ _MESSAGES = (
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an exception says that memory ran out.
 
-    Allocators, oneDNN, cuBLAS and the driver have no type of their own.
+    Some allocators, oneDNN, cuBLAS and the driver raise a RuntimeError, told by its message.
     """
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
@@ -54,27 +56,28 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 CODE_ROOM = 64 << 20
-"""Bytes that must be left where oneDNN generates code for shapes that are new to it: it takes up to
-some MiB for each product, and where it gets none it may write to where there is nothing."""
+"""Bytes that must be free before oneDNN generates code for shapes that are new to it: it takes up
+to some MiB for each product, and if it gets none it may write to memory that is not mapped."""
 
 
 def is_spoiling(error: BaseException) -> bool:
-    """Whether an error is oneDNN's that it could not generate code.
+    """Whether an error says that oneDNN could not generate code.
 
-    The thread in which that happened once can never do it again: its generator keeps the error.
+    A thread in which that happened once can never generate code again: its generator keeps the
+    error.
     """
     return isinstance(error, RuntimeError) and "could not create a primitive" in str(error)
 
 
 def check_room(size: int) -> None:
-    """Raise `MemoryError` unless so many bytes could be mapped now."""
+    """Raise `MemoryError` unless `size` bytes could be mapped now."""
     MappedMemory(size, torch.uint8)
 
 
 class MappedMemory:
-    """`numbers` [size] of one dtype, zero until they are written.
+    """A mapping that holds `numbers` [size] of one dtype, zero until they are written.
 
-    Raises `MemoryError` where the system gives no more address space.
+    Raises `MemoryError` if the system gives no more address space.
     """
 
     def __init__(self, size: int, dtype: torch.dtype) -> None:
@@ -88,7 +91,7 @@ class MappedMemory:
         self.numbers: Tensor = torch.frombuffer(self._mapping, dtype=dtype)
 
     def drop(self, start: int, stop: int) -> None:
-        """Give back the whole pages of the numbers [start, stop), which are lost."""
+        """Free the whole pages within the numbers [start, stop); what they held is lost."""
         if _GIVE_BACK is None:
             return
         size, page = self.numbers.itemsize, mmap.PAGESIZE
@@ -119,9 +122,9 @@ def keep_freed_memory() -> None:
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that may still be taken: a device's; of a CPU less where there is a limit.
+    """Bytes of a device's memory that may still be taken.
 
-    That of a container, or of the process's address space.
+    On a CPU the limits of a container and of the process's address space are taken into account.
     """
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]

@@ -9,7 +9,10 @@ from reft_runtime.errors import ConfigError
 
 
 def check_folder(folder: Path, option: str) -> None:
-    """Make a folder where it is missing, and see that it takes files; raises `ConfigError`."""
+    """Make a folder if it is missing, and check that files can be written to it.
+
+    Raises `ConfigError`, which names `option`, if that fails.
+    """
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -17,7 +17,7 @@ class BlockKeys:
     Two blocks have the same key only if their keys and values are equal: a key chains the block's
     token ids, the edits that fall in it (digest, strength, subspace, sites, offsets; in order) and
     the key before it; the chain starts at the request's salt. So the blocks before the first
-    edited token carry the base model's keys; `base` counts them among those made.
+    edited token have the base model's keys; `base` is the number of these among the keys made.
     """
 
     def __init__(self, request: Request) -> None:
@@ -33,7 +33,7 @@ class BlockKeys:
         ]
 
     def upto(self, blocks: int, tokens: SequenceOf[int]) -> list[bytes]:
-        """Keys of the first `blocks` blocks of `tokens`, which must be as long and never change."""
+        """Keys of the first `blocks` blocks; `tokens` must fill them, and must never change."""
         while len(self._made) < blocks:
             start = len(self._made) * BLOCK_TOKENS
             stop = start + BLOCK_TOKENS
@@ -50,7 +50,7 @@ class BlockKeys:
         return self._made[:blocks]
 
     def copy(self) -> BlockKeys:
-        """For a sequence that begins with the same tokens and may go on with others."""
+        """A copy for a sequence that begins with the same tokens and may go on with others."""
         other = object.__new__(BlockKeys)
         other.__dict__ |= self.__dict__ | {"_made": list(self._made)}
         return other

@@ -1,4 +1,4 @@
-"""Blocks: keys and values are counted, and reused, in runs of tokens of one size."""
+"""Blocks: runs of `BLOCK_TOKENS` tokens, in which keys and values are counted and reused."""
 
 from __future__ import annotations
 
@@ -6,5 +6,5 @@ BLOCK_TOKENS = 16
 
 
 def blocks_for(tokens: int) -> int:
-    """Blocks that hold this many tokens."""
+    """Number of blocks that hold this many tokens."""
     return -(-tokens // BLOCK_TOKENS)

@@ -14,7 +14,8 @@ from reft_runtime.schedule.sequence import Sequence
 class BlockBudget:
     """Counts the blocks that each sequence holds, out of a fixed total.
 
-    What nobody holds is the prefix `cache`'s, if there is one, until somebody wants it.
+    Blocks that no sequence holds are for the prefix `cache`, if there is one, until a sequence
+    needs them.
     """
 
     def __init__(self, total_tokens: int, cache: PrefixCache | None = None) -> None:
@@ -30,7 +31,7 @@ class BlockBudget:
 
     @property
     def free(self) -> int:
-        """Blocks nobody holds."""
+        """Blocks that no sequence holds."""
         return self.total - self._used
 
     def reserve(self, sequence: Sequence, tokens: int) -> bool:

@@ -1,51 +1,54 @@
 """How many prompt tokens a step may take, from measured step times. Knows no tensors.
 
-A step that computes prompts takes longer, and whoever decodes waits for it. So while sequences
-decode, prompts may add a share of the time of a step without prompts: one long prompt slows the
-streams a little. The share grows with the square of the number of prompts, for each of them waits
-for all before it: where many come, the steps are theirs, and throughput does not suffer. Where
-nobody decodes, nobody waits.
+A step that computes prompts takes longer, and every sequence that decodes waits for it. So while
+sequences decode, prompts may add only a share of the time of a step without prompts: one long
+prompt slows the streams a little. The share grows with the square of the number of prompts, because
+each of them waits for all before it: if many arrive, they get most of the steps, and throughput
+does not suffer. If no sequence decodes, none waits: only `LONGEST_SECONDS` bounds a step's time.
 """
 
 from __future__ import annotations
 
 SHARE = 0.75
-"""Time that one prompt alone may add to a step, in steps without prompts: 1 would double what
-streams wait for a token on average, and so pass that at the 95th percentile."""
+"""Time that one prompt alone may add to a step, as a share of a step without prompts. A share of 1
+would double the wait for a token on average, and more than double it at the 95th percentile."""
 
 LEAST_TOKENS = 8
-"""Prompt tokens of a step, however long it takes: prompts go on. Of a CPU. Whole blocks would be
-too coarse: 16 tokens after a long context can cost a decode step."""
+"""Least prompt tokens of a step on a CPU, however long they take, so that prompts always go on.
+Whole blocks would be too coarse: 16 tokens after a long context can cost as much as a decode step.
+"""
 
 GRAIN = 4
-"""All numbers of prompt tokens are multiples of it."""
+"""The number of a step's prompt tokens is rounded down to a multiple of this."""
 
 MIXED_TOKENS = 384
-"""Most prompt tokens of a step in which sequences decode, and of one before anything is measured;
-beyond this larger products are hardly faster, and all in a step wait for its end. Of a CPU."""
+"""Most prompt tokens, on a CPU, of a step in which sequences decode or before any step is measured.
+Beyond this, larger products are hardly faster, and every sequence of a step waits for its end."""
 
 LONGEST_SECONDS = 5.0
-"""Of a step in which nobody decodes; half of what the server's health check allows."""
+"""Longest step in which no sequence decodes: half of what the server's health check allows."""
 
 MEASURED_EVERY = 32
-"""Steps with prompts after which one goes without, so that the time of such steps stays known."""
+"""Number of steps with prompts after which one has none, so that the time of a pure decode step
+stays known."""
 
 MEASURED_TOKENS = 64
-"""Prompt tokens from which on a step without decode rows tells what one takes: the weights are
-read for a few as for many."""
+"""Least prompt tokens of a step without decodes from which the time of one token is learned: the
+weights are read for few tokens as for many."""
 
 WEIGHT = 0.3
-"""Of the newest measurement in an estimate."""
+"""Weight of the newest measurement in an estimate."""
 
 OUTLIER = 2.0
-"""A measurement counts at most this many times as much as the estimate, and at least its inverse:
-what is beyond is hardly the step's own."""
+"""A measurement is clamped to at most this many times the estimate, and to at least the estimate
+divided by this: anything beyond is hardly the step's own time."""
 
 
 class StepPacer:
-    """Keeps estimates of the time of a step that only decodes, and of one prompt token.
+    """Keeps estimates of the seconds of a step that only decodes, and of one prompt token.
 
-    Exponentially weighted; the former by the number of rows, told apart by powers of two.
+    They are exponentially weighted means. Decode steps are told apart by the number of their
+    sequences, rounded up to a power of two.
     """
 
     def __init__(self, mixed_tokens: int = MIXED_TOKENS, least_tokens: int = LEAST_TOKENS) -> None:
@@ -56,9 +59,9 @@ class StepPacer:
         self._unmeasured = 0
 
     def prompt_tokens(self, decodes: int, prompts: int) -> int:
-        """Most prompt tokens for a step with `decodes` decode rows, `prompts` prompts at hand.
+        """Most prompt tokens of a step in which `decodes` sequences decode, of `prompts` prompts.
 
-        0 now and then while sequences decode, else at least `least_tokens`.
+        0 now and then while sequences decode (see `MEASURED_EVERY`), else at least `least_tokens`.
         """
         prompt = self._prompt_seconds
         if not decodes:
@@ -99,7 +102,7 @@ class StepPacer:
         self._prompt_seconds = _weighted(self._prompt_seconds, seconds)
 
     def _decode(self, decodes: int) -> float | None:
-        """Estimate for so many rows, or that of the nearest size that was measured."""
+        """Seconds of a step with this many decodes, or the nearest size measured; None at first."""
         size = _size(decodes)
         nearest = min(self._decode_seconds, key=lambda s: abs(s - size), default=None)
         return None if nearest is None else self._decode_seconds[nearest]

@@ -1,7 +1,7 @@
 """Which blocks of keys and values are kept for reuse, and in which place. Knows no tensors.
 
-Kept blocks have no claim to their place: they give way, the least recently used first, whenever
-a sequence wants the room. Where the tensors lie is the storage's business.
+Kept blocks are evicted, the least recently used first, whenever a sequence needs the room. Where
+the tensors lie is the storage's business.
 """
 
 from __future__ import annotations
@@ -26,9 +26,10 @@ class BlockCopy:
 
 
 class PrefixCache:
-    """Places by key. Places are small numbers: never more than blocks were kept at once.
+    """The places of kept blocks, by key.
 
-    A block is the base model's ("base") where no edit stands before its end, else "own".
+    Places are numbers from 0 on, never more than the most blocks that were kept at once. A block
+    counts as "base" (the base model's) if no edit stands before its end, else as "own".
     """
 
     def __init__(self) -> None:
@@ -44,7 +45,7 @@ class PrefixCache:
         return len(self._kept)
 
     def find(self, keys: SequenceOf[bytes]) -> list[int]:
-        """Places of the leading `keys` that are kept; counts as a use of them."""
+        """Places of the leading `keys` that are kept; this counts as a use of them."""
         found: list[int] = []
         for key in keys:
             if key not in self._kept:
@@ -56,9 +57,9 @@ class PrefixCache:
     def add(self, keys: SequenceOf[bytes], base: int, limit: int) -> list[tuple[int, int]]:
         """Keep blocks of a sequence, from its beginning on; at most `limit` may be kept in all.
 
-        The first `base` of them are the base model's. Gives index and place of those that were not
-        kept yet: to copy their content is the caller's business. Blocks used longer ago give way;
-        where there is no room even so, the last of `keys` are left out.
+        The first `base` of them are the base model's. Returns index and place of those that were
+        not kept yet, whose content the caller must copy. The least recently used blocks are
+        evicted; if there is still too little room, the last of `keys` are left out.
         """
         keys = keys[:limit]
         missing = [index for index, key in enumerate(keys) if key not in self._kept]
@@ -76,7 +77,7 @@ class PrefixCache:
         return placed
 
     def shrink(self, limit: int) -> None:
-        """Let the least recently used go until at most `limit` are kept."""
+        """Evict the least recently used blocks until at most `limit` are kept."""
         while len(self._kept) > limit:
             _, (place, kind) = self._kept.popitem(last=False)
             self._free.append(place)
@@ -85,7 +86,7 @@ class PrefixCache:
             self._evictions += 1
 
     def vacant(self) -> tuple[int, ...]:
-        """Places that hold nothing to be found."""
+        """Places that hold no kept block."""
         return tuple(self._free)
 
     def take_freed(self) -> set[int]:
@@ -106,7 +107,7 @@ class PrefixCache:
         self._hits["own"] += stop - start - base
 
     def stats(self) -> PrefixCacheStats:
-        """A snapshot."""
+        """Return a snapshot of the counters."""
         return PrefixCacheStats(
             queries=dict(self._queries),
             hits=dict(self._hits),
@@ -123,7 +124,7 @@ class PrefixCache:
             raise AssertionError(f"prefix cache: {len(self._kept)} blocks kept, {limit} may be")
 
     def _touch(self, keys: SequenceOf[bytes]) -> None:
-        # The first block ends up as the latest used: without it none after it can be found.
+        # The first block ends up as the most recently used: without it no later one can be found.
         for key in reversed(keys):
             if key in self._kept:
                 self._kept.move_to_end(key)

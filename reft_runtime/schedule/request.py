@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 class AppliedIntervention:
     """One intervention of a request: the version's digest, its edits and the strength.
 
-    `subspace` says which directions of the version's edits these are, None for all.
+    `subspace` holds the directions of the version's edits that are applied, None for all.
     """
 
     digest: str
@@ -30,8 +30,8 @@ class Request:
 
     `seed` is always set: the caller's, or one drawn when the request was made. `salt` separates
     tenants in cache keys. `interventions` are applied in order. With `trace` the engine tells what
-    they did. Where the prompt's log-probabilities are asked for, they are those of its tokens from
-    `scored_from` on.
+    they did. If the prompt's log-probabilities are asked for, its tokens from `scored_from` on are
+    scored.
     """
 
     id: str

@@ -4,10 +4,10 @@ Order of a step: running sequences decode (oldest first, the newest is preempted
 out), then running prompts go on, then waiting sequences are admitted in order of arrival, all
 within one budget of tokens, which `StepPacer` makes smaller where streams would wait too long.
 
-Before each chunk of a prompt the prefix cache is asked for what comes next. A prompt whose next
-block is being computed for another one sits the step out instead of computing it too. It waits
-only for a chunk of the same step: so whenever somebody waits somebody else gets on, and if that
-one fails, is aborted or preempted, it is not in the next step and nobody waits for it.
+Before each chunk of a prompt the prefix cache is asked for the blocks that come next. A prompt
+whose next block is being computed for another prompt skips the step instead of computing it, too.
+It waits only for a chunk of the same step: so whenever one prompt waits another one advances, and
+if that one fails, is aborted or preempted, it is not in the next step and no prompt waits for it.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ from reft_runtime.schedule.prefix_cache import BlockCopy
 from reft_runtime.schedule.sequence import Sequence, Status
 
 MAX_SCORED_TOKENS = 512
-"""Prompt tokens of a step whose log-probabilities are asked: each takes a row of logits."""
+"""Most prompt tokens of a step whose log-probabilities are asked for: each has a row of logits."""
 
 
 @dataclass(slots=True)
 class Chunk:
     """Tokens [start, start + length) of one sequence, to be computed in this step.
 
-    `reused` are copied into its row before: the blocks between what it had and `start`. `forks`
-    are further choices of the same request: they copy this sequence's keys and values after the
-    step, and sample their first token from the same logits.
+    `reused` are the kept blocks between what the sequence had and `start`, which it gets before
+    the step. `forks` are further choices of the same request: they copy this sequence's keys and
+    values after the step, and sample their first token from the same logits.
     """
 
     sequence: Sequence
@@ -48,15 +48,16 @@ class Chunk:
 
     @property
     def completes(self) -> bool:
-        """Whether it reaches the sequence's end, so that a token is sampled."""
+        """Whether the chunk reaches the sequence's end, so that a token is sampled."""
         return self.stop == len(self.sequence.tokens)
 
 
 @dataclass(slots=True)
 class StepPlan:
-    """One step: the chunks to compute, decoding ones first, and who lost its KV to make room.
+    """One step: the chunks to compute, decoding ones first, and the sequences preempted for them.
 
-    Of those `kept` is copied into the prefix cache, before their rows go and before any chunk.
+    The first `decodes` chunks decode. `kept` are blocks of preempted sequences to copy into the
+    prefix cache, before their keys and values are freed and before any chunk is computed.
     """
 
     chunks: list[Chunk] = field(default_factory=list)
@@ -76,7 +77,7 @@ class StepPlan:
 
 
 class Scheduler:
-    """Queues and the budget; every call is cheap and none touches a tensor.
+    """The queues and the budget; every call is cheap and none touches a tensor.
 
     `max_running` bounds the sequences that hold KV, `max_step_tokens` the tokens of one step (it
     must be at least `max_running`, so that every running sequence can decode in every step).
@@ -110,7 +111,7 @@ class Scheduler:
         self.waiting.append(sequence)
 
     def requeue(self, sequences: Iterable[Sequence]) -> None:
-        """Queue sequences of requests that came earlier, at their places in order of arrival."""
+        """Queue sequences of requests that came earlier; the queue stays in order of arrival."""
         self.waiting = deque(sorted((*sequences, *self.waiting), key=_arrival))
 
     def schedule(self) -> StepPlan:
@@ -122,7 +123,7 @@ class Scheduler:
             self.max_step_tokens - plan.decodes,
             self.pacer.prompt_tokens(plan.decodes, self._prompts()),
         )
-        for sequence in list(self.running):  # forks join while we look
+        for sequence in list(self.running):  # a copy, because forks join
             if tokens_left and not sequence.decoding:
                 tokens_left -= self._schedule_prompt(plan, sequence, tokens_left)
         while tokens_left and self.waiting and self._admit(self.waiting[0], plan):
@@ -131,10 +132,10 @@ class Scheduler:
         return plan
 
     def after(self, sequences: Iterable[Sequence]) -> list[Chunk]:
-        """The step after one whose tokens are not known yet, for those of it that go on.
+        """Chunks of the step after one whose tokens are not known yet, for `sequences` that go on.
 
-        Empty if something else has to be decided then: who starts, whose prompt goes on, or who
-        gives way.
+        Empty if something else has to be decided first: which sequence starts, which prompt goes
+        on, or which sequence is preempted.
         """
         if self.waiting and self._may_start(self.waiting[0]):
             return []
@@ -155,9 +156,10 @@ class Scheduler:
                 sequence.computed = chunk.stop
 
     def keep(self, sequence: Sequence) -> list[BlockCopy]:
-        """Enter in the prefix cache what a sequence has computed; to copy it is for the caller.
+        """Enter the computed blocks of a sequence in the prefix cache.
 
-        Blocks with edits only once a token has come out of them: then they are finite.
+        Returns the copies that the caller must make. Blocks with edits are entered only once a
+        token has come out of them: then they are finite.
         """
         if self.cache is None:
             return []
@@ -169,7 +171,7 @@ class Scheduler:
         return [BlockCopy(sequence, block, place) for block, place in placed]
 
     def finish(self, sequence: Sequence) -> None:
-        """Take a sequence out, wherever it is, and free its blocks; twice is fine."""
+        """Remove a running or waiting sequence and free its blocks; it may be called again."""
         if sequence.status is Status.RUNNING:
             self.running.remove(sequence)
         elif sequence.status is Status.WAITING and sequence in self.waiting:
@@ -201,7 +203,7 @@ class Scheduler:
                 plan.chunks.append(Chunk(sequence, sequence.computed, 1))
 
     def _prompts(self) -> int:
-        """Sequences that could compute prompt tokens now, KV permitting."""
+        """Number of sequences that could compute prompt tokens now if blocks suffice."""
         admissible = min(len(self.waiting), self.max_running - len(self.running))
         return admissible + sum(not sequence.decoding for sequence in self.running)
 
@@ -244,13 +246,13 @@ class Scheduler:
         self.requeue(others[admitted:])
 
     def _admit(self, sequence: Sequence, plan: StepPlan) -> bool:
-        # After a preemption in this very step what came free belongs to those who run.
+        # After a preemption in this step the freed blocks belong to the sequences that run.
         if plan.preempted:
             return False
         keys = []
         if self.cache is not None and sequence.reusable:
             keys = sequence.block_keys(sequence.reusable)
-            self.cache.find(keys)  # so that room is not made of what it will reuse
+            self.cache.find(keys)  # marks them as used: making room must not evict them
         if not self._make_room(sequence):
             return False
         if self.cache is not None:
@@ -266,7 +268,7 @@ class Scheduler:
         return True
 
     def _may_start(self, sequence: Sequence) -> bool:
-        # One more than there is, so that the first decode step does not preempt at once.
+        # Room for one token more, so that the first decode step does not preempt at once.
         return len(self.running) < self.max_running and self.budget.has_room(
             sequence, len(sequence.tokens) + 1
         )

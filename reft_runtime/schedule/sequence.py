@@ -24,9 +24,10 @@ class Sequence:
     """One choice of a request on its way through the engine.
 
     `tokens` are the prompt's and the generated ids; the keys and values of the first `computed`
-    of them are in the cache. `order` is the order of arrival. The choice that `leads` computes the
-    request's prompt first and scores it; its `unforked` are the other choices until then, for they
-    copy what it computed. `decode_edits` are the interventions that edit generated tokens.
+    of them are stored, and `cached` prompt tokens of these came from the prefix cache. `order` is
+    the order of arrival. The choice that `leads` computes and scores the request's prompt; until
+    then the other choices wait in its `unforked`, because they copy what it computed.
+    `decode_edits` are the interventions that edit generated tokens.
     """
 
     request: Request
@@ -52,7 +53,7 @@ class Sequence:
         )
 
     def pass_lead(self) -> Sequence:
-        """Let the next of the unforked choices lead in this one's place, from the beginning."""
+        """Make the first of `unforked` lead in this one's place, from the beginning; returns it."""
         heir, *others = self.unforked
         self.unforked = []
         heir.leads, heir.unforked = True, others
@@ -80,9 +81,10 @@ class Sequence:
 
     @property
     def reusable(self) -> int:
-        """How many of its first tokens others may have computed.
+        """Number of leading tokens whose keys and values may come from the prefix cache.
 
-        The last needs a forward of its own, and so do traces, and the tokens that scores follow.
+        The last token is always computed. A traced request reuses nothing, and a scored prompt is
+        computed from the token before its first scored one on.
         """
         if self.request.trace:
             return 0

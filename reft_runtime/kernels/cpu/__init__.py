@@ -1,8 +1,7 @@
 """Fused operators for a CPU, compiled at first use; None where there is no compiler.
 
 Arguments are contiguous CPU tensors of one dtype, float32 or bfloat16, as `supports` says (heads:
-as `packs` says). Shapes that disagree raise ValueError: a kernel would write where nothing is its
-own.
+as `packs` says). Shapes that disagree raise ValueError: a kernel would write out of bounds.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from reft_runtime.kernels.cpu.build import load_library
 from reft_runtime.machine.dtypes import DTYPES, name_of
 
 _NO_MEMORY = 2
-"""What an operator that could not allocate answers; 0 is done, 1 a place that is not there."""
+"""Status of an operator that could not allocate; 0 is success, 1 a token beyond its row or step."""
 
 _P, _I, _F = c_void_p, c_int64, c_float
 _ARGUMENTS: dict[str, list[Any]] = {
@@ -37,7 +36,7 @@ _ARGUMENTS: dict[str, list[Any]] = {
 class Kernels:
     """The operators, by dtype; see `reft_runtime.kernels.operators.Operators`.
 
-    What they take, dtypes and heads, is asked of the library.
+    The library tells which dtypes and heads they take.
     """
 
     def __init__(self, library: ctypes.CDLL) -> None:
@@ -59,7 +58,7 @@ class Kernels:
         self.name = f"C++ kernels ({library.instructions().decode()})"
 
     def supports(self, *tensors: Tensor) -> bool:
-        """See `Operators.supports`: on a CPU."""
+        """See `Operators.supports`; the tensors must be on a CPU."""
         dtype = tensors[0].dtype
         for tensor in tensors:
             if tensor.dtype != dtype or not tensor.is_contiguous():
@@ -69,7 +68,7 @@ class Kernels:
         return dtype in self._dtypes
 
     def packs(self, *heads: Tensor) -> bool:
-        """See `Operators.packs`: on a CPU."""
+        """See `Operators.packs`; the tensors must be on a CPU."""
         dtype = heads[0].dtype
         for tensor in heads:
             _, between, within = tensor.stride()
@@ -92,7 +91,7 @@ class Kernels:
         return bool(self._can_attend_prompts(query.shape[2], query.shape[1] // key.shape[1]))
 
     def rms_norm(self, rows: Tensor, weight: Tensor, epsilon: float) -> Tensor:
-        """Rows [..., d] over their root mean square, times `weight` [d]."""
+        """Rows [..., d] divided by their root mean square, times `weight` [d]."""
         width = weight.shape[0]
         if weight.ndim != 1 or rows.shape[-1] != width or weight.dtype != rows.dtype:
             raise ValueError(f"rms_norm: {tuple(weight.shape)} for rows {tuple(rows.shape)}")
@@ -151,9 +150,9 @@ class Kernels:
         return out
 
     def greedy(self, logits: Tensor) -> list[int]:
-        """The first of the largest logits [rows, vocabulary], a row.
+        """The id of the largest of each row of logits [rows, vocabulary], the first of equal ones.
 
-        -1 for a row that holds NaN or +inf, or only -inf.
+        -1 stands for a row that holds NaN or +inf, or only -inf.
         """
         best = torch.empty(len(logits), dtype=torch.long)
         self._functions["greedy", logits.dtype](
@@ -166,7 +165,7 @@ class Kernels:
         """Rotary positions in place: heads [T, heads, dim], `cos` and `sin` [T, dim].
 
         The halves of a head are rotated against each other (`rotate_half` in transformers).
-        Heads of a token must lie one after another, as `packs` says.
+        Heads of a token must lie side by side, as `packs` says.
         """
         tokens, _, dim = query.shape
         if (
@@ -206,12 +205,12 @@ class Kernels:
     ) -> None:
         """Store keys and values [T, kv_heads, dim], attend with queries [T, heads, dim] into `out`.
 
-        `places` int64 [T, 3] are of each token the address of its row, the row's capacity, and its
-        position there. A row holds keys and values of all layers, each [kv_heads, capacity, dim];
-        `before` is how many numbers a token takes before the layer's keys, and before its values.
-        A token sees the positions up to its own, the last `window` of them if that is not 0. All
-        tokens are stored before any attends. Raises ValueError, and nothing is written, where
-        shapes disagree or a position is beyond its row.
+        `places` int64 [T, 3] holds for each token the address of its KV row, the row's capacity,
+        and the token's position in it. A KV row holds keys and values of all layers, each
+        [kv_heads, capacity, dim]; `before` is how many numbers of a token come before the layer's
+        keys, and before its values. A token sees the positions up to its own, the last `window` of
+        them if that is not 0. All tokens are stored before any attends. Raises ValueError, and
+        writes nothing, if shapes disagree or a position is beyond its row.
         """
         if len(places) != len(query):
             raise ValueError(f"attend: {len(places)} places for {len(query)} tokens")
@@ -228,10 +227,11 @@ class Kernels:
         scale: float,
         window: int,
     ) -> None:
-        """As `attend`, of consecutive tokens of prompts: many of them go over the keys together.
+        """Like `attend` for consecutive tokens of prompts: many tokens go over the keys together.
 
-        `places` [count, 5] are of (address of the row, its capacity, first token, its position in
-        the row, length). Raises `MemoryError` where there is none.
+        `places` int64 [count, 5] holds for each run of tokens the address of the KV row, its
+        capacity, the first token, the position of that in the KV row, and the number of tokens.
+        Raises `MemoryError` if memory runs out, and then writes nothing.
         """
         self._attend("attend_prompts", query, key, value, out, places, 5, before, scale, window)
 
@@ -289,6 +289,6 @@ class Kernels:
 
 @cache
 def kernels() -> Kernels | None:
-    """The compiled operators; the first call may take some seconds."""
+    """The compiled operators; None without a compiler. The first call may take some seconds."""
     library = load_library()
     return None if library is None else Kernels(library)

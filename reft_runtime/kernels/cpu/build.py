@@ -35,7 +35,7 @@ _log = logging.getLogger(__name__)
 
 
 def load_library() -> ctypes.CDLL | None:
-    """The compiled kernels; None, with the reason in the log, where they cannot be had."""
+    """The compiled kernels; None, with the reason in the log, if they cannot be made or loaded."""
     compiler = shutil.which(os.environ.get("CXX", "c++"))
     if compiler is None:
         _log.info(
@@ -68,8 +68,8 @@ def _compiled(compiler: str) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         compiled, linked = Path(scratch, "kernels.o"), Path(scratch, "kernels.so")
-        # Linked without OpenMP's runtime: torch's own, loaded already, is the one to share, for a
-        # second pool of threads would fight for the same cores.
+        # Linked without OpenMP's runtime: torch's own is loaded already and is shared, because a
+        # second pool of threads would compete for the same cores.
         for step in (
             [*command, "-c", str(source), "-o", str(compiled)],
             [compiler, "-shared", str(compiled), "-o", str(linked)],

@@ -11,8 +11,8 @@
 namespace {
 
 constexpr int64_t BLOCK = 64;      // positions whose scores are held at once
-constexpr int64_t MAX_DIM = 256;   // of a head
-constexpr int64_t MAX_GROUP = 64;  // query heads that share a key head
+constexpr int64_t MAX_DIM = 256;   // largest width of a head
+constexpr int64_t MAX_GROUP = 64;  // most query heads that share a key head
 
 inline bool attends(int64_t dim, int64_t group) { return dim <= MAX_DIM && group <= MAX_GROUP; }
 
@@ -23,7 +23,7 @@ inline const float* widen(const bfloat16* from, float* scratch, int64_t size) {
     return scratch;
 }
 
-// The query heads of one token that share a key head, over cached positions [first, last].
+// Attention of the query heads of one token that share a key head, over positions [first, last].
 // DIM is the heads' width where it is known when compiling, 0 where it is not.
 template <typename T, int DIM>
 void attend_group(const T* query, const T* keys, const T* values, T* out, int64_t group,
@@ -73,14 +73,15 @@ void attend_group(const T* query, const T* keys, const T* values, T* out, int64_
     }
 }
 
-// What of a row a layer's keys or values are: [heads, capacity, dim] behind those of earlier layers.
+// A layer's keys or values in a KV row: [heads, capacity, dim], after `before` numbers per token.
 template <typename T>
 inline T* part_of(int64_t address, int64_t capacity, int64_t before) {
     return reinterpret_cast<T*>(static_cast<uintptr_t>(address)) + before * capacity;
 }
 
-// `places` are (address of the row, its capacity, position) a token. 0 when done; 1, and nothing is
-// written, where a position is beyond its row.
+// Stores keys and values, then attends. `places` holds (address of the KV row, its capacity,
+// position) for each token. Returns 0 when done; 1, with nothing written, if a position is beyond
+// its row, or if `attends` is false.
 template <typename T>
 int attend(const T* query, const T* key, const T* value, T* out, const int64_t* places,
            int64_t tokens, int64_t keys_before, int64_t values_before, int64_t key_heads,

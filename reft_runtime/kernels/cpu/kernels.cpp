@@ -1,5 +1,5 @@
-// Small operators of a decoder step on a CPU, fused: what torch does in several passes over memory
-// and a dispatch each is one pass here. Compiled at first use (build.py); plain C++17 and OpenMP,
+// Fused small operators of a decoder step on a CPU: each is one pass over memory, where torch makes
+// several passes with a dispatch each. Compiled at first use (build.py); plain C++17 and OpenMP,
 // vectorised by the compiler. Every function takes the number of threads to use. Arithmetic is in
 // float32, rounded once to the tensor's own type (but see norm_row).
 
@@ -55,14 +55,14 @@
                    threads);                                                                       \
     }
 
-// Which heads attention takes: `dim` wide, `group` of queries to one of keys. Of dtypes all operators
-// take those that are exported below.
+// Whether attention takes heads `dim` wide, with `group` query heads to a key head. All operators
+// take the dtypes that are exported below.
 extern "C" int can_attend(int64_t dim, int64_t group) { return attends(dim, group); }
 extern "C" int can_attend_prompts(int64_t dim, int64_t group) {
     return attends_prompts(dim, group);
 }
 
-// What the compiler was allowed to use.
+// The vector instructions that the compiler was allowed to use.
 extern "C" const char* instructions() {
 #if defined(__AVX512F__)
     return "avx512";

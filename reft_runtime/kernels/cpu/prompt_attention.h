@@ -16,10 +16,11 @@ namespace {
 // Sixteen floats, in as many registers as that takes; arithmetic on them is element by element.
 typedef float lanes __attribute__((vector_size(64)));
 constexpr int64_t LANES = 16;
-constexpr int64_t ROWS = 4;   // of a product, computed at once
+constexpr int64_t ROWS = 4;   // rows of a product that are computed at once
 constexpr int64_t TILE = 48;  // query heads times tokens that go over the keys together, at most
 
-// c [rows, N] (+)= a [rows, DEPTH] b [DEPTH, N], by rows of c; rows a multiple of ROWS, N of LANES.
+// c [rows, N] = a [rows, DEPTH] b [DEPTH, N], or c += with `add`. `rows` is a multiple of ROWS, N
+// one of LANES. A_ROW and A_DEPTH are the strides of a.
 template <int64_t DEPTH, int64_t N, int64_t A_ROW, int64_t A_DEPTH>
 void multiply(const float* a, const float* b, float* c, int64_t rows, bool add) {
 #ifdef __AVX512F__
@@ -67,8 +68,8 @@ const float* widen_block(const T* from, float* scratch, int64_t count) {
     return scratch;
 }
 
-// Tokens of one prompt at `position` and the following, and their query heads that share a key
-// head: TILE columns (token, head) of scores, whose rows are keys.
+// Attention of the tokens of one prompt from `position` on, for the query heads that share a key
+// head. Scores have a row per key and TILE columns (token, head).
 template <typename T, int64_t DIM>
 void attend_tile(const T* query, const T* keys, const T* values, T* out, int64_t tokens,
                  int64_t group, int64_t query_stride, int64_t out_stride, int64_t position,
@@ -131,9 +132,10 @@ void attend_tile(const T* query, const T* keys, const T* values, T* out, int64_t
     }
 }
 
-// Segments of prompts (address of the row, its capacity, first token of the step, first position,
-// length), tiled. 0 when done; 1, and nothing is written, where a segment is beyond its row or the
-// step; 2 without memory.
+// Stores keys and values, then attends for segments of prompts, by tiles. A segment is (address of
+// the KV row, its capacity, first token in the step, first position, length). Returns 0 when done;
+// 1, with nothing written, if a segment is beyond its row or the step, or `group` is too large; 2,
+// with nothing written, if memory runs out.
 template <typename T, int64_t DIM>
 int attend_prompts(const T* query, const T* key, const T* value, T* out, const int64_t* segments,
                    int64_t count, int64_t tokens, int64_t keys_before, int64_t values_before,
@@ -158,7 +160,7 @@ int attend_prompts(const T* query, const T* key, const T* value, T* out, const i
             return 2;
         }
     }
-    // What sees most comes first: the small parts fill up at the end.
+    // The parts that see the most keys come first, so that small ones fill the end.
     std::reverse(parts.begin(), parts.end());
 #pragma omp parallel num_threads(threads)
     {
@@ -194,7 +196,7 @@ int attend_prompts(const T* query, const T* key, const T* value, T* out, const i
     return 0;
 }
 
-// `attend_prompts` for heads of this width; null where there is none.
+// `attend_prompts` for heads of this width; null if there is none.
 template <typename T>
 auto prompt_attention(int64_t dim) {
     return dim == 16    ? attend_prompts<T, 16>

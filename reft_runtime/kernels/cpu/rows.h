@@ -1,4 +1,4 @@
-// Norms, the gated activation, rotary positions, and the largest of a row.
+// Norms, the gated activation, rotary positions, and the largest element of a row.
 #pragma once
 
 #include <algorithm>
@@ -46,7 +46,7 @@ void add_rms_norm(const T* x, const T* more, const T* weight, T* total, T* out, 
     }
 }
 
-// Of each row [gate | up], both of `width`.
+// silu(gate) * up of each row [gate | up], both of `width`.
 template <typename T>
 void silu_mul(const T* both, T* out, int64_t rows, int64_t width, int threads) {
     constexpr int64_t PART = 1024;
@@ -96,7 +96,8 @@ inline I ordered(I bits) {
     return bits ^ ((bits >> (8 * sizeof(I) - 1)) & std::numeric_limits<I>::max());
 }
 
-// For each row the first of its largest elements, or -1: where it holds NaN or +inf, or is all -inf.
+// The index of the first of each row's largest elements, or -1 if the row holds NaN or +inf, or is
+// all -inf.
 template <typename T>
 void greedy(const T* rows, int64_t* best, int64_t count, int64_t width, int threads) {
     using I = std::conditional_t<sizeof(T) == 2, int16_t, int32_t>;
@@ -116,7 +117,7 @@ void greedy(const T* rows, int64_t* best, int64_t count, int64_t width, int thre
             top = order > top ? order : top;
             magnitude = size > magnitude ? size : magnitude;
         }
-        const I bits = ordered(top);  // is its own inverse
+        const I bits = ordered(top);  // `ordered` is its own inverse
         T value;
         std::memcpy(&value, &bits, sizeof value);
         int64_t at = -1;

@@ -33,8 +33,8 @@ inline void store(bfloat16& to, float value) {
     to.bits = static_cast<uint16_t>(value != value ? 0x7fc0u : rounded);
 }
 
-// exp by range reduction and a polynomial, within 2 units in the last place; vectorises, where
-// std::exp would not. NaN gives NaN, -inf gives 0.
+// exp by range reduction and a polynomial, within 2 units in the last place. It vectorises, which
+// std::exp does not. NaN gives NaN, -inf gives 0.
 inline float exponential(float x) {
     const float clamped = std::min(std::max(x, -87.33654f), 88.72283f);
     const float whole = std::floor(clamped * 1.44269504f + 0.5f);

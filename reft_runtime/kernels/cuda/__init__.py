@@ -1,1 +1,1 @@
-"""Triton kernels, and what launches those of a layer."""
+"""Triton kernels, and the functions that launch those of a layer."""

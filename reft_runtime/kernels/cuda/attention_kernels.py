@@ -1,4 +1,4 @@
-"""Triton kernels of attention over pages, and of what puts keys and values there.
+"""Triton kernels that attend over pages, and that store keys and values in them.
 
 Sizes that are known at launch are `tl.constexpr`: each set of them is compiled once.
 """
@@ -33,7 +33,7 @@ def _attend_to(
     WINDOW: tl.constexpr,
     MASKED: tl.constexpr,
 ):
-    """Online softmax over the keys `at`; without a mask where every query sees all of them."""
+    """Online softmax over the keys `at`; without a mask if every query sees all of them."""
     key_at, value_at = tl.arange(0, KEY_WIDTH), tl.arange(0, VALUE_WIDTH)
     inside = at < high
     if MASKED:
@@ -75,7 +75,7 @@ def _attend_to(
     return new_best, total, result
 
 
-# Small tensors that are parts of one lie at any alignment: no reason to compile anew.
+# Small tensors that are parts of one lie at any alignment: that must not compile the kernel anew.
 @triton.jit(do_not_specialize_on_alignment=["blocks", "firsts", "stops", "lanes"])
 def attend(
     query,
@@ -107,10 +107,10 @@ def attend(
     DECODES: tl.constexpr,
     EARLY: tl.constexpr,
 ):
-    """Programs: (head of keys, block of queries, split). A block is (row, its first query).
+    """Attend with queries; programs: (key head, block of queries, split).
 
-    `scale` is that of the scores times log2(e): weights are powers of two. Of a prompt's blocks
-    the last ones see the most keys, so they begin first.
+    A block is (row, its first query). `scale` is the scores' scale times log2(e), because weights
+    are powers of two. The last blocks of a prompt see the most keys, so they begin first.
     """
     if EARLY:
         gdc_wait()
@@ -203,7 +203,7 @@ def attend(
     written = real[:, None] & (value_at < VALUE_DIM)[None, :]
     place = packed * (KV_HEADS * GROUP) + query_head
     if SPLITS == 1:
-        result = result / tl.where(total == 0.0, 1.0, total)[:, None]  # of lanes not real
+        result = result / tl.where(total == 0.0, 1.0, total)[:, None]  # 0: not a real lane
         tl.store(
             out + place[:, None] * VALUE_DIM + value_at[None, :],
             result.to(out.dtype.element_ty),
@@ -227,7 +227,7 @@ def combine(
     WIDTH: tl.constexpr,
     EARLY: tl.constexpr,
 ):
-    """Programs: (token, query head). Adds the splits' parts, each scaled by its own best score."""
+    """Add the parts of the splits, each scaled by its best score; programs: (token, query head)."""
     if EARLY:
         gdc_wait()
     place = tl.program_id(0).to(tl.int64) * HEADS + tl.program_id(1)
@@ -264,9 +264,9 @@ def store(
     ROTATE: tl.constexpr,
     EARLY: tl.constexpr,
 ):
-    """Programs: (token, head of keys). Puts a key and a value in their place in the pages.
+    """Store keys and values at their addresses in the pages; programs: (token, key head).
 
-    With `ROTATE` rotates the key before, and in place the queries that share it.
+    With `ROTATE` the key is rotated first and, in place, the queries that share it.
     """
     if EARLY:
         gdc_wait()

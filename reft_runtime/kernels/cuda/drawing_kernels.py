@@ -1,7 +1,7 @@
-"""Triton kernels that find thresholds among the few scores left, and draw; see `selection`.
+"""Triton kernels that find thresholds among the few scores left, and draw.
 
-What they share with those before them, and how weights and distances are meant, is in
-`sampling_kernels`.
+`engine/triton_selection.py` launches them. `sampling_kernels` has the kernels that run before them,
+the functions that both share, and the meaning of weights and distances.
 """
 
 from __future__ import annotations
@@ -37,7 +37,10 @@ def _upto(
     AT_ONCE: tl.constexpr,
     SCALE: tl.constexpr,
 ):
-    """Of those left: number and weight of bits up to a limit, the last of them, and the next."""
+    """Count the distances left whose bits are at most `limit`.
+
+    Returns their number, their weight, the largest of their bits, and the least bits beyond.
+    """
     chunk = tl.arange(0, WIDE)
     length = tl.load(lengths + row * CHUNKS + chunk, mask=chunk < CHUNKS, other=0)
     count, mass = tl.zeros([WIDE], tl.int32), tl.zeros([WIDE], tl.int64)
@@ -72,10 +75,10 @@ def _search(
     AT_ONCE: tl.constexpr,
     SCALE: tl.constexpr,
 ):
-    """The least bits in (low, high] that, with all below, are `wanted` in number or weight.
+    """The least bits in (low, high] that, with all below, reach `wanted` in number or weight.
 
-    And the number and the weight of those below them. Only bits that something has are looked at:
-    of coarse numbers few remain.
+    Also returns the number and the weight of the distances below them. Only bits that occur are
+    tried: coarse numbers have few.
     """
     while high - low > 1:
         middle = low + ((high - low) >> 1)
@@ -101,7 +104,7 @@ def _at_border(
     AT_ONCE: tl.constexpr,
     SCALE: tl.constexpr,
 ):
-    """Of those left, by chunk: the weight of what lies before a border, the number at it."""
+    """Weight of the distances left before a border, and number of those at it, by chunk."""
     chunk = tl.arange(0, WIDE)
     length = tl.load(lengths + row * CHUNKS + chunk, mask=chunk < CHUNKS, other=0)
     mass, equals = tl.zeros([WIDE], tl.int64), tl.zeros([WIDE], tl.int64)
@@ -139,7 +142,7 @@ def choose(
     AT_ONCE: tl.constexpr,
     SCALE: tl.constexpr,
 ):
-    """A program a row: its token, the best or drawn; -1 where the row is not finite."""
+    """Choose a row's token, the best or drawn, -1 if the row is not finite; programs: (row,)."""
     row = tl.program_id(0).to(tl.int64)
     setting = settings + row * FIELDS
     chunk = tl.arange(0, WIDE)
@@ -152,7 +155,7 @@ def choose(
         first = tl.load(firsts + own, mask=real & (top == best), other=VOCABULARY)
         token = tl.min(first, 0).to(tl.int64)
         if tl.load(setting + INVERSE).to(tl.float32) > 0:
-            # Kept is what lies before the border, and of what lies at it the first few.
+            # What lies before the border is kept, and the first few of what lies at it.
             border, few = tl.cast(BEYOND, tl.int32), tl.cast(0, tl.int64)
             mass = tl.load(masses + own, mask=real, other=0)
             kept = tl.zeros([WIDE], tl.int64)

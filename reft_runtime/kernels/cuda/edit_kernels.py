@@ -1,4 +1,4 @@
-"""Triton kernels that edit rows of hidden states by the tables of `tables`."""
+"""Triton kernels that edit rows of hidden states by the tables of `edits/tables.py`."""
 
 from __future__ import annotations
 
@@ -20,9 +20,10 @@ def edit_rows(
     RANKS: tl.constexpr,
     EARLY: tl.constexpr,
 ):
-    """A program a row: h + strength * (c + U^T (V h + b)), `RANKS` rank rows at a time.
+    """Edit a row to h + strength * (c + U^T (V h + b)); programs: (row,).
 
-    `places` [entries, PLACE] says where V, U, b and c of an entry are, and what its rank is.
+    `RANKS` ranks are computed at a time. `places` [entries, PLACE] holds the addresses of V, U, b
+    and c of an entry, and its rank.
     """
     if EARLY:
         gdc_wait()
@@ -67,9 +68,10 @@ def edit_pieces(
     RANKS: tl.constexpr,
     EARLY: tl.constexpr,
 ):
-    """A program a piece: as `edit_rows`, for up to `ROWS` rows of one entry of at most `RANKS`.
+    """Like `edit_rows` for pieces of up to `ROWS` rows; programs: (piece,).
 
-    `pieces` [n, 2] are the first of a piece's rows in `index`, and their number.
+    The rows of a piece have one strength and one entry, of rank `RANKS` at most. `pieces` [n, 2]
+    holds where each piece begins in `index`, and its number of rows.
     """
     if EARLY:
         gdc_wait()

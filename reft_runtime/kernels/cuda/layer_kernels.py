@@ -20,7 +20,7 @@ def norm(
     BLOCK: tl.constexpr,
     EARLY: tl.constexpr,
 ):
-    """A program a row."""
+    """RMSNorm of rows; with `ADD`, of `rows` + `more`, stored in `total`; programs: (row,)."""
     if EARLY:
         gdc_wait()
     at = tl.arange(0, BLOCK)
@@ -40,7 +40,7 @@ def norm(
 
 @triton.jit
 def silu_mul(both, out, WIDTH: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr):
-    """Programs: (row, piece of it)."""
+    """silu(gate) * up of rows [gate | up]; programs: (row, piece of it)."""
     if EARLY:
         gdc_wait()
     row = tl.program_id(0).to(tl.int64)
@@ -64,7 +64,7 @@ def rotate(
     HALF: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Programs: (token, head), the heads of keys after those of queries."""
+    """Rotate heads in place; programs: (token, head), key heads after query heads."""
     token, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     at = tl.arange(0, BLOCK)
     inside = at < HALF

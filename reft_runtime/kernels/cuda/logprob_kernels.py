@@ -1,4 +1,4 @@
-"""Triton kernels for log-probabilities, of the logits before anything was done to them."""
+"""Triton kernels for log-probabilities, which are those of the raw logits."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from reft_runtime.kernels.cuda.sampling_kernels import (
 )
 
 TOPS = tl.constexpr(32)
-"""Room for a chunk's best tokens."""
+"""Room for the list of a chunk's best tokens."""
 
 
 @triton.jit
@@ -34,10 +34,11 @@ def best_few(
     WIDE: tl.constexpr,
     SCALE: tl.constexpr,
 ):
-    """Programs: (row, chunk). The weight of all raw logits, and the best that a row asks for.
+    """Sum the weights of raw logits, and list the best that a row asks for; programs: (row, chunk).
 
-    `values` and `ids` [rows, chunks, TOPS]; -1 ends the list. Of as many as there are chunks,
-    none is below the chunks' own best: few chunks have to look for more than one or two.
+    `values` and `ids` are [rows, chunks, TOPS]; the id -1 ends a list. If a row asks for k tokens,
+    no more than there are chunks, none of them is below the k-th largest of the chunks' maxima:
+    few chunks have to look for more than one or two.
     """
     row, chunk = tl.program_id(0).to(tl.int64), tl.program_id(1)
     setting = settings + row * FIELDS
@@ -91,7 +92,10 @@ def report(
     MOST: tl.constexpr,
     SCALE: tl.constexpr,
 ):
-    """A program a row: log-probabilities [1 + MOST], the token's first, and ids [MOST]."""
+    """Write a row's log-probabilities [1 + MOST], its token's first, and ids [MOST].
+
+    Programs: (row,).
+    """
     row = tl.program_id(0).to(tl.int64)
     setting = settings + row * FIELDS
     wanted = tl.load(setting + BEST).to(tl.int32)

@@ -22,11 +22,12 @@ def product(
     GATED: tl.constexpr,
     EARLY: tl.constexpr,
 ):
-    """Programs: (columns of the result, part of the depth). `inputs` are [rows, depth].
+    """Multiply `inputs` [rows, depth] with a `weight` [width, depth], in parts of the depth.
 
-    `weight` is [width, depth], and `out` [SPLITS, rows, width] float32: the parts of the sum. With
-    `GATED` the weight is that of a gate above that of as many other columns, [2 width, depth], and
-    `out` [rows, width] is silu(gate) * other, each rounded as if it were alone.
+    Programs: (columns of the result, part of the depth). `out` is float32 [SPLITS, rows, width],
+    the parts of the sum. With `GATED` the weight is [2 width, depth], that of a gate above that of
+    as many other columns, and `out` [rows, width] is silu(gate) * other, each rounded as if it were
+    computed alone.
     """
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     row, at = tl.arange(0, ROWS), tl.arange(0, DEPTH)
@@ -74,7 +75,10 @@ def add_parts(
     NORM: tl.constexpr,
     EARLY: tl.constexpr,
 ):
-    """A program a row: adds `parts` [SPLITS, count, WIDTH] to `rows`; with `NORM` their RMSNorm."""
+    """Add `parts` [SPLITS, count, WIDTH] to `rows`; with `NORM` also write their RMSNorm to `out`.
+
+    Programs: (row,).
+    """
     row = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, BLOCK)
     inside = at < WIDTH

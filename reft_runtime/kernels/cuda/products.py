@@ -1,8 +1,9 @@
-"""Matrix products of a device, with what stands around them in a layer.
+"""Matrix products on a device, with the operators around them in a layer.
 
-Of few rows they are as fast as the weights can be read: there Triton's kernels reach more of the
-memory's bandwidth than cuBLAS does, and the sum over the parts of a split depth, the residual and
-the norm are one kernel. All others are cuBLAS's, which adds the residual in the product itself.
+With few rows a product is as fast as its weights can be read: there Triton's kernels reach more of
+the memory's bandwidth than cuBLAS does, and one kernel does the sum over the parts of a split
+depth, the residual and the norm. cuBLAS does all other products, and adds the residual in the
+product itself.
 """
 
 from __future__ import annotations
@@ -18,13 +19,13 @@ from reft_runtime.kernels.cuda import layer_kernels as kernels
 from reft_runtime.kernels.cuda import product_kernels
 
 FEW_ROWS = 32
-"""Up to here Triton's kernels are the faster ones on an H100."""
+"""Most rows with which Triton's kernels are faster than cuBLAS on an H100."""
 
 LEAST = 16
-"""Rows and columns of a matrix product (`tl.dot`)."""
+"""Least rows and columns of a matrix product (`tl.dot`)."""
 
 PROGRAMS = 100
-"""At least, so that an H100's 132 processors have work; more parts only cost sums."""
+"""Least number of programs, so that an H100's 132 processors have work; more only cost sums."""
 
 
 class Tile(NamedTuple):
@@ -36,9 +37,9 @@ class Tile(NamedTuple):
 
 
 def tile_for(width: int, depth: int, *, gated: bool) -> Tile | None:
-    """The tile of a product with a weight [width, depth] (gated: of as many gates, too).
+    """The tile of a product with a weight [width, depth], or [2 width, depth] if it is gated.
 
-    None where the depth is no multiple of what a step takes.
+    None if the depth is no multiple of what a step takes.
     """
     columns = 32 if gated else 64
     programs = triton.cdiv(width, columns)
@@ -55,7 +56,7 @@ def tile_for(width: int, depth: int, *, gated: bool) -> Tile | None:
 
 @cache
 def early() -> dict[str, Any]:
-    """Options of kernels that are set up while the one before them ends (Hopper and newer)."""
+    """Options for kernels to be set up while the kernel before them ends (Hopper and newer)."""
     if not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] < 9:
         return {"EARLY": False}
     return {"EARLY": True, "launch_pdl": True}
@@ -73,7 +74,7 @@ def gated_product(rows: Tensor, weight: Tensor) -> Tensor:
 
 
 def add_product_(rows: Tensor, inputs: Tensor, weight: Tensor) -> Tensor:
-    """rows [T, d] += inputs [T, k] @ weight [d, k]ᵀ; gives them."""
+    """rows [T, d] += inputs [T, k] @ weight [d, k]ᵀ; returns the rows."""
     tile = _tile(inputs, *weight.shape, gated=False)
     if tile is None:
         return rows.addmm_(inputs, weight.t())
@@ -84,7 +85,7 @@ def add_product_(rows: Tensor, inputs: Tensor, weight: Tensor) -> Tensor:
 def add_product_and_norm(
     rows: Tensor, inputs: Tensor, weight: Tensor, norm: Tensor, epsilon: float
 ) -> Tensor:
-    """`add_product_`, and of the sum the RMSNorm with weights `norm` [d]."""
+    """`add_product_`; returns the RMSNorm of its rows with the weight `norm` [d]."""
     tile = _tile(inputs, *weight.shape, gated=False)
     if tile is None:
         return rms_norm(rows.addmm_(inputs, weight.t()), norm, epsilon)

@@ -1,12 +1,14 @@
-"""Triton kernels that pick a token for every row of logits; `selection` beside this launches them.
+"""Triton kernels that pick a token for every row of logits.
 
-A row is worked on in chunks of ids, a program each. Weights are whole numbers, SCALE times
-exp(score): their sums are exact in any order, so that a row's token cannot depend on what else is
-in the batch, nor on how the work is split. A score is told by its distance from the row's best,
-0 and up: of such numbers the bits are in the order of the values.
+`engine/triton_selection.py` launches them. A row is worked on in chunks of ids, one program each.
+Weights are whole numbers, SCALE times exp(score): their sums are exact in any order, so that a
+row's token cannot depend on what else is in the batch, nor on how the work is split. A score is
+expressed by its distance below the row's best, 0 and up: the bits of such numbers are in the order
+of their values.
 
 The thresholds of top_k and top_p are found by bisection: passes over the chunks narrow an interval
-of distances, then the few that are left in it are gathered, and one program a row bisects the bits.
+of distances, then the few that are left in it are gathered, and one program per row bisects their
+bits.
 """
 
 from __future__ import annotations
@@ -36,12 +38,12 @@ FIELDS = tl.constexpr(16)
 INFINITY = tl.constexpr(float("inf"))
 LARGEST = tl.constexpr(3.4028234663852886e38)
 BEYOND = tl.constexpr(0x7FFFFFFF)
-"""Beyond the bits of every distance."""
+"""Larger than the bits of every distance."""
 ITEMS = tl.constexpr(256)
 MARGIN = tl.constexpr(2.0**-16)
-"""Relative; sums of float32 numbers while an interval is narrowed are far more exact."""
+"""Relative margin for the float32 sums that narrow an interval; they are far more exact."""
 SPAN = tl.constexpr(16.0)
-"""Distances that the first pass divides: what lies further off weighs next to nothing."""
+"""Largest distance in the interval that the first pass divides; beyond it weights are tiny."""
 
 
 @triton.jit
@@ -60,14 +62,14 @@ def scores_of(logits, edited, setting, at, stride, VOCABULARY: tl.constexpr):
 
 @triton.jit
 def distances_of(scores, best, setting):
-    """How far below the best, after temperature and min_p."""
+    """How far scores are below the best, after temperature; infinite if min_p drops them."""
     distance = (best - scores) * tl.load(setting + INVERSE).to(tl.float32)
     return tl.where(distance > tl.load(setting + REACH).to(tl.float32), INFINITY, distance)
 
 
 @triton.jit
 def best_of(tops, row, which, CHUNKS: tl.constexpr, WIDE: tl.constexpr):
-    """A row's largest logit (`which` 0) or score (1); +inf where it holds that or NaN."""
+    """A row's largest logit (`which` 0) or score (1); +inf if the row holds +inf or NaN."""
     chunk = tl.arange(0, WIDE)
     found = tl.load(tops + (row * 2 + which) * CHUNKS + chunk, mask=chunk < CHUNKS, other=-INFINITY)
     return tl.max(found, 0)
@@ -75,13 +77,13 @@ def best_of(tops, row, which, CHUNKS: tl.constexpr, WIDE: tl.constexpr):
 
 @triton.jit
 def is_finite(number):
-    """Whether it is a score that something can be drawn beside."""
+    """Whether a row's best score is finite, so that a token can be drawn."""
     return (number > -INFINITY) & (number < INFINITY)
 
 
 @triton.jit
 def share_of(total, setting):
-    """The least whole weight that is top_p of a total."""
+    """The least whole weight that reaches top_p of a total."""
     wanted = total.to(tl.float64) * tl.load(setting + SHARE)
     least = wanted.to(tl.int64)
     least += (least.to(tl.float64) < wanted).to(tl.int64)
@@ -118,7 +120,7 @@ def _narrowed(
     return low, high
 
 
-# What is part of a larger tensor lies at any alignment: no reason to compile anew.
+# Parts of a larger tensor lie at any alignment: that must not compile the kernel anew.
 @triton.jit(do_not_specialize_on_alignment=["items", "before"])
 def scan(
     logits,
@@ -135,11 +137,11 @@ def scan(
     CHUNK: tl.constexpr,
     CHUNKS: tl.constexpr,
 ):
-    """Programs: (row, chunk). Edits scores; finds the largest, its id, and the smallest.
+    """Edit scores; find the largest, its id, and the smallest; programs: (row, chunk).
 
     `items` are pairs of an id and what is added to its score, by id in each row. `counts` of a
-    lane are twice the times that an id was generated, plus 1 if it is in the prompt; a token that
-    was made since is counted here.
+    lane are twice the times that an id was generated, plus 1 if it is in the prompt; the newest
+    token, if it is not counted yet, is counted here.
     """
     row, chunk = tl.program_id(0).to(tl.int64), tl.program_id(1)
     setting = settings + row * FIELDS
@@ -179,7 +181,7 @@ def scan(
             tl.store(own, count, mask=inside & made)
             penalty = tl.load(setting + REPETITION).to(tl.float32)
             shrunk = tl.where(score > 0, tl.div_rn(score, penalty), score * penalty)
-            # A tiny penalty's quotient stays finite; what was not finite is left to be found.
+            # A tiny penalty's quotient stays finite; scores that were not finite stay as they are.
             shrunk = tl.where((shrunk > LARGEST) & (score < INFINITY), LARGEST, shrunk)
             score = tl.where(count > 0, shrunk, score)
             times = (count >> 1).to(tl.float32)
@@ -216,10 +218,10 @@ def narrow(
     SCALE: tl.constexpr,
     PASS: tl.constexpr,
 ):
-    """Programs: (row, chunk). Divides the interval of a threshold into STEPS parts.
+    """Divide the interval of a threshold into STEPS parts; programs: (row, chunk).
 
-    `sums` [passes, rows, STEPS, chunks] are, of those not beyond each edge, the count for top_k
-    and the weight for top_p.
+    `sums` [passes, rows, STEPS, chunks] are the count (for top_k) or the weight (for top_p) of the
+    distances that are not beyond each edge.
     """
     row, chunk = tl.program_id(0).to(tl.int64), tl.program_id(1)
     setting = settings + row * FIELDS
@@ -291,10 +293,10 @@ def gather(
     STEPS: tl.constexpr,
     SCALE: tl.constexpr,
 ):
-    """Programs: (row, chunk). Sums up what is kept for sure, and lists what may be.
+    """Sum up what is surely kept, and list the distances that may be; programs: (row, chunk).
 
-    `bounds` [rows, 2] are the interval (low, high] of the threshold; what lies in it is `left`
-    [rows, chunks, CHUNK], as many as `lengths` say.
+    `bounds` [rows, 2] are the interval (low, high] of the threshold. `left` [rows, chunks, CHUNK]
+    holds the distances in it, and `lengths` [rows, chunks] says how many.
     """
     row, chunk = tl.program_id(0).to(tl.int64), tl.program_id(1)
     setting = settings + row * FIELDS
@@ -311,9 +313,9 @@ def gather(
             low, high = _narrowed(
                 edges, ends, sums, totals, setting, row, VOCABULARY, CHUNKS, WIDE, STEPS, SCALE
             )
-            # The interval is that of top_k; top_p ends the list anywhere before.
+            # The interval is that of top_k; top_p may end the list anywhere before it.
             low = tl.where(by_count & by_weight, -1.0, low)
-            # What weighs nothing is never drawn: it need not be listed.
+            # Infinite distances weigh nothing and are never drawn: they need not be listed.
             open = (distance > low) & (distance <= high) & (distance < INFINITY)
             open = open.to(tl.int32)
             length = tl.sum(open, 0)
