@@ -33,7 +33,7 @@ class FixedRows:
         self._tables = tables
         self._layers = layers
         self._index = torch.arange(rows, device=device)
-        self._slots = torch.zeros(rows, dtype=torch.long, device=device)
+        self._entries = torch.zeros(rows, dtype=torch.long, device=device)
         self._strengths = torch.zeros(rows, device=device)
 
     @property
@@ -44,7 +44,7 @@ class FixedRows:
     def choose(self, rows: Sequence[tuple[int, float]]) -> None:
         """Set the entry and strength of each row of the next step."""
         for held, numbers in zip(
-            (self._slots, self._strengths), zip(*rows, strict=True), strict=True
+            (self._entries, self._strengths), zip(*rows, strict=True), strict=True
         ):
             held[: len(rows)].copy_(send(torch.tensor(numbers), held.device))
 
@@ -55,11 +55,11 @@ class FixedRows:
             hidden,
             self._index[:n],
             self._tables.layer(site[0]),
-            self._slots[:n],
+            self._entries[:n],
             self._strengths[:n],
         )
 
-    def slots_of(
+    def entries_of(
         self, editing: Sequence[Sequence[AppliedIntervention]]
     ) -> list[tuple[int, float]] | None:
         """Entry and strength of each row, given the interventions that edit generated tokens there.

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from reft_runtime.schedule.request import AppliedIntervention
 
 COMPONENT = "block_output"
-SLOTS = 4096
+ENTRIES = 4096
 PLACE = 5
 """Numbers of a layer's edit in the table: the addresses of V, U, b and c (below 0: none), and the
 rank."""
@@ -110,8 +110,8 @@ class EditTables:
         self.edit = edit
         self.device = device
         self._layers, self._width = layers, width
-        self._places = torch.zeros(layers, SLOTS, PLACE, dtype=torch.long, device=device)
-        self._free = list(range(SLOTS - 1, 0, -1))
+        self._places = torch.zeros(layers, ENTRIES, PLACE, dtype=torch.long, device=device)
+        self._free = list(range(ENTRIES - 1, 0, -1))
         self._arena = Arena(budget, device)
         self._held: OrderedDict[Key, _Held] = OrderedDict()
         self._in_use: set[Key] = set()
@@ -145,7 +145,7 @@ class EditTables:
 
     def _plan_of(self, key: Key, edits: PackedEdits) -> _Plan | None:
         if key not in self._plans:
-            if len(self._plans) > 2 * SLOTS:
+            if len(self._plans) > 2 * ENTRIES:
                 self._plans.clear()
             self._plans[key] = _Plan.of(edits, self._layers, self._width)
         return self._plans[key]

@@ -165,7 +165,7 @@ def test_more_interventions_than_memory(replays: Spy) -> None:
     for each in (*asked, *asked):
         assert run(core, [each])[each.id] == wanted[each.id]
         assert len(held._held) <= 2
-        assert len(held._held) + len(held._free) == tables.SLOTS - 1
+        assert len(held._held) + len(held._free) == tables.ENTRIES - 1
     assert {edited for _, edited in replays} == {True}
 
 
