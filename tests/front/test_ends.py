@@ -10,6 +10,7 @@ import pytest
 
 from reft_runtime import Engine, SamplingParams, Use
 from reft_runtime.errors import InvalidRequest, Overloaded
+from reft_runtime.front.streams import Stream
 from tests.front.test_engine import GREEDY, opened
 from tests.helpers.models import prompt
 
@@ -49,6 +50,33 @@ async def test_an_id_belongs_to_one_request_at_a_time(engine: Engine) -> None:
         pass
     assert engine.alive
     engine.check_integrity()
+
+
+async def test_an_id_that_comes_back_gets_its_own_answer(engine: Engine) -> None:
+    """While events of the request before it are on their way to the event loop."""
+    [whole] = engine.generate([prompt(12)], GREEDY, progress=False)
+
+    def started(tokens: tuple[int, ...], sampling: SamplingParams) -> Stream:
+        [prepared] = engine.admission.prepare([tokens], sampling, request_id="mine")
+        return engine.start(prepared)
+
+    async def answer(stream: Stream) -> list[int]:
+        async with asyncio.timeout(60):
+            return [token async for step in stream for delta in step for token in delta.tokens]
+
+    left = started(prompt(9), LONG)
+    while engine.stats().steps < 5:
+        time.sleep(0.001)
+    left.abort()
+    ended = started(prompt(12), GREEDY)
+    await engine.drained()
+    assert await answer(ended) == whole.tokens
+    ended = started(prompt(12), GREEDY)
+    engine._loop.wait_empty()  # this event loop does not know yet
+    again = started(prompt(12), GREEDY)
+    assert await answer(again) == whole.tokens
+    assert await answer(ended) == whole.tokens
+    assert not engine._sinks
 
 
 @pytest.mark.parametrize("trace", [False, True])
