@@ -86,7 +86,8 @@ class EngineLoop:
         """Queue a request; its events go to `sink` until it is over, and then `on_end` is called.
 
         Raises `InvalidRequest` if a request with the same id of its caller is not over,
-        `Overloaded`, `Draining` or `EngineDead`; then nothing is queued, and `on_end` is never called.
+        `Overloaded`, `Draining` or `EngineDead`; then nothing is queued, and `on_end` is never
+        called.
         """
         tokens = len(request.prompt)
         known_as = request.given_id or request.id

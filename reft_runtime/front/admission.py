@@ -88,8 +88,8 @@ class Admission:
 
         `uses` apply to all of them, in order. The bounds on log-probabilities and traces count all
         prompts together. `options` say how chats are written. `request_id` is the caller's own id;
-        with several prompts each has it with a hyphen and the prompt's position. Raises `InvalidRequest` and the
-        errors that the class names; then nothing is held.
+        with several prompts each has it with a hyphen and the prompt's position. Raises
+        `InvalidRequest` and the errors that the class names; then nothing is held.
         """
         self._check_sampling(sampling)
         with self._resolved(uses) as versions:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import pytest
 
 from reft_runtime import Engine, SamplingParams, Use
-from reft_runtime.errors import InvalidRequest, Overloaded
+from reft_runtime.errors import InvalidRequest, OutOfMemory, Overloaded
 from reft_runtime.front.streams import Stream
+from reft_runtime.schedule.scheduler import Chunk
 from tests.front.test_engine import GREEDY, opened
 from tests.helpers.models import prompt
 
@@ -77,6 +79,29 @@ async def test_an_id_that_comes_back_gets_its_own_answer(engine: Engine) -> None
     assert await answer(again) == whole.tokens
     assert await answer(ended) == whole.tokens
     assert not engine._sinks
+
+
+async def test_a_trace_that_fails_leaves_the_answer(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However late the answer is read; who asks for the trace is told."""
+    core = engine._loop._core
+    run = core.runner.run
+
+    def short(chunks: Sequence[Chunk]) -> Any:
+        if any(not chunk.sequence.request.interventions for chunk in chunks):
+            raise MemoryError
+        return run(chunks)
+
+    monkeypatch.setattr(core.runner, "run", short)
+    stream = await engine.open(prompt(9), GREEDY, (Use("several"),), trace=True)
+    other = await engine.open(prompt(12), LONG, (Use("loreft"),))
+    engine._loop.wait_empty()  # all events wait for this event loop
+    for one, tokens in ((stream, 10), (other, 200)):
+        assert sum([len(delta.tokens) async for step in one for delta in step]) == tokens
+    with pytest.raises(OutOfMemory):
+        await stream.trace()
+    assert in_flight(engine) == 0
 
 
 @pytest.mark.parametrize("trace", [False, True])
