@@ -10,11 +10,12 @@ from typing import Any
 import pytest
 
 from reft_runtime import Engine, SamplingParams, Use
-from reft_runtime.errors import InvalidRequest, OutOfMemory, Overloaded
+from reft_runtime.errors import EngineDead, InvalidRequest, OutOfMemory, Overloaded
 from reft_runtime.front.streams import Stream
 from reft_runtime.schedule.scheduler import Chunk
 from tests.front.test_engine import GREEDY, opened
-from tests.helpers.models import prompt
+from tests.helpers.models import prompt, tiny
+from tests.helpers.tokenizer import tiny_tokenizer
 
 LONG = SamplingParams(temperature=0, max_tokens=200, ignore_eos=True)
 
@@ -102,6 +103,17 @@ async def test_a_trace_that_fails_leaves_the_answer(
     with pytest.raises(OutOfMemory):
         await stream.trace()
     assert in_flight(engine) == 0
+
+
+def test_generate_says_that_the_engine_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
+    with Engine(tiny("llama"), tokenizer=tiny_tokenizer(), max_running=2) as engine:
+
+        def broken(_: Any) -> Any:
+            raise ValueError("broken")
+
+        monkeypatch.setattr(engine._loop._core.runner, "run", broken)
+        with pytest.raises(EngineDead):
+            engine.generate([prompt(9)], GREEDY, progress=False)
 
 
 @pytest.mark.parametrize("trace", [False, True])
