@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -92,7 +91,7 @@ class SamplingParams:
 
 
 def _bounded(name: str, value: float, low: float, high: float, *, above_low: bool = False) -> None:
-    inside = math.isfinite(value) and low <= value <= high and not (above_low and value == low)
+    inside = low <= value <= high and not (above_low and value == low)  # not a number: False
     if not inside:
         bounds = f"above {low} and" if above_low else f"at least {low} and"
         raise InvalidRequest(f"{name} must be {bounds} at most {high}, not {value}.", param=name)

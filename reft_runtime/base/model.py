@@ -42,7 +42,7 @@ class LoadedModel:
     def give_back(self) -> None:
         """Restore the model to what it was before it was loaded or handed in.
 
-        This object must not be used afterwards. Calling it again does nothing more.
+        Call it once; this object must not be used afterwards.
         """
         self.before.restore()
         release(self.model)

@@ -45,6 +45,8 @@ class _Live:
     sink: Sink
     on_end: OnEnd
     left: set[int]
+    known_as: str
+    """The caller's id, or else the request's."""
 
 
 class EngineLoop:
@@ -63,6 +65,8 @@ class EngineLoop:
         self._changed = threading.Condition()
         self._inbox: deque[Callable[[], None]] = deque()
         self._live: dict[str, _Live] = {}
+        self._taken: set[str] = set()
+        """What the live requests are `known_as`."""
         self._queued: dict[str, int] = {}
         self._draining = False
         self._closing = False
@@ -81,22 +85,25 @@ class EngineLoop:
     def submit(self, request: Request, sink: Sink, on_end: OnEnd = lambda: None) -> None:
         """Queue a request; its events go to `sink` until it is over, and then `on_end` is called.
 
-        Raises `InvalidRequest` if a request with the same id is not over, `Overloaded`, `Draining`
-        or `EngineDead`; then nothing is queued, and `on_end` is never called.
+        Raises `InvalidRequest` if a request with the same id of its caller is not over,
+        `Overloaded`, `Draining` or `EngineDead`; then nothing is queued, and `on_end` is never
+        called.
         """
         tokens = len(request.prompt)
+        known_as = request.given_id or request.id
         with self._changed:
             if self._death is not None or self._closing:
                 raise EngineDead(self._death or "the engine is closed")
-            if request.id in self._live:
+            if known_as in self._taken:
                 raise InvalidRequest(
-                    f"request_id: a request of the id {request.id!r} is under way; give another.",
+                    f"request_id: a request of the id {known_as!r} is under way; give another.",
                     param="request_id",
                 )
             self._check_queue(tokens)
             self._queued[request.id] = tokens
             left = {*range(request.sampling.n), *([_TRACE] if request.trace else [])}
-            self._live[request.id] = _Live(sink, on_end, left)
+            self._live[request.id] = _Live(sink, on_end, left, known_as)
+            self._taken.add(known_as)
             self._inbox.append(lambda: self._add(request))
             self._changed.notify_all()
 
@@ -275,6 +282,7 @@ class EngineLoop:
         """Remove a request while the lock is held; the returned callbacks are called without it."""
         self._queued.pop(request_id, None)
         live = self._live.pop(request_id)
+        self._taken.discard(live.known_as)
         if not self._live:
             self._changed.notify_all()
         return [live.on_end]

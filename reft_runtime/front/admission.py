@@ -87,9 +87,9 @@ class Admission:
         """Make one request for each prompt; all are checked before the first is made.
 
         `uses` apply to all of them, in order. The bounds on log-probabilities and traces count all
-        prompts together. `options` say how chats are written. With several prompts, the id of each
-        request is `request_id`, a hyphen and the prompt's position. Raises `InvalidRequest` and the
-        errors that the class names; then nothing is held.
+        prompts together. `options` say how chats are written. `request_id` is the caller's own id;
+        with several prompts each has it with a hyphen and the prompt's position. Raises
+        `InvalidRequest` and the errors that the class names; then nothing is held.
         """
         self._check_sampling(sampling)
         with self._resolved(uses) as versions:
@@ -101,16 +101,16 @@ class Admission:
             edited = [edit.positions for one in applied if one.strength for edit in one.edits]
             lengths = [len(tokens) for tokens in encoded]
             limits = bounded(lengths, self._info.max_model_len, sampling, edited, trace=trace)
-            name = request_id or uuid.uuid4().hex
             requests = [
                 Request(
-                    id=name if len(encoded) == 1 else f"{name}-{position}",
+                    id=uuid.uuid4().hex,
                     prompt=tuple(tokens),
                     sampling=settings,
                     seed=random.getrandbits(63) if sampling.seed is None else sampling.seed,
                     interventions=applied,
                     salt=salt,
                     trace=trace,
+                    given_id=_numbered(request_id, position, len(encoded)),
                 )
                 for position, (tokens, settings) in enumerate(zip(encoded, limits, strict=True))
             ]
@@ -214,6 +214,10 @@ def _form(versions: Sequence[Version], uses: Sequence[Use]) -> PromptForm:
     return PromptForm.of(
         [(version, use.strength) for version, use in zip(versions, uses, strict=True)]
     )
+
+
+def _numbered(request_id: str | None, position: int, prompts: int) -> str | None:
+    return request_id if request_id is None or prompts == 1 else f"{request_id}-{position}"
 
 
 def _applied(position: int, version: Version, use: Use) -> AppliedIntervention:

@@ -10,7 +10,7 @@ from tqdm.auto import tqdm
 
 from reft_runtime.engine.events import Event
 from reft_runtime.engine.loop import EngineLoop
-from reft_runtime.errors import Draining, Overloaded
+from reft_runtime.errors import Draining, EngineDead, Overloaded, RequestFailed
 from reft_runtime.front.assembly import Assembler
 from reft_runtime.outputs import Choice, Generation
 from reft_runtime.schedule.request import Request
@@ -41,7 +41,8 @@ class Call:
 def run_calls(loop: EngineLoop, calls: Iterable[Call], at_once: int, *, progress: bool) -> None:
     """Run calls to their end, at most `at_once` at a time.
 
-    If a call fails, its error is raised and the other calls are aborted.
+    If a call fails, its error is raised and the other calls are aborted. Raises `EngineDead` if the
+    engine stops.
     """
     waiting = deque(calls)
     live: dict[str, Call] = {}
@@ -69,6 +70,10 @@ def run_calls(loop: EngineLoop, calls: Iterable[Call], at_once: int, *, progress
                 if call.assembler.over:
                     del live[event.request_id]
                     bar.update()
+    except RequestFailed as error:
+        if loop.alive:
+            raise
+        raise EngineDead(error.message) from error
     finally:
         bar.close()
         for request_id in live:

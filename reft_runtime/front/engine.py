@@ -243,13 +243,14 @@ class Engine:
         """Queue a request that was prepared; its stream is for the running event loop.
 
         The versions that the request holds are released when it is over, or at once if it is
-        refused. Raises `InvalidRequest` if another request of this id is not over, `Overloaded`,
-        `Draining` or `EngineDead`.
+        refused. Raises `InvalidRequest` if another request of its caller's id is not over,
+        `Overloaded`, `Draining` or `EngineDead`.
         """
         request = prepared.request
         loop = asyncio.get_running_loop()
-        for gone in [other for other in self._sinks if other.is_closed()]:
-            del self._sinks[gone]
+        for other in list(self._sinks):  # a copy, because other threads have event loops of theirs
+            if other.is_closed():
+                self._sinks.pop(other, None)
         sink = self._sinks.get(loop) or EventLoopSink(loop)
 
         def end() -> None:
@@ -297,8 +298,9 @@ class Engine:
         self._give_back()
 
     def _give_back(self) -> None:
-        if self._lent is not None:
-            self._lent.give_back()
+        lent, self._lent = self._lent, None  # once: the model may have another owner by then
+        if lent is not None:
+            lent.give_back()
 
     @contextmanager
     def _calls(

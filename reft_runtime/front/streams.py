@@ -21,8 +21,8 @@ class Stream:
 
     Each item holds what came since the last one, so a slow reader gets larger items. Iteration ends
     after all choices have ended, and raises `RequestFailed`, `OutOfMemory` or `EngineDead` if the
-    request did not get that far. `versions` are the interventions applied, as `name@digest`, in
-    order.
+    request did not get that far; if only its trace fails, `trace` raises instead. `versions` are
+    the interventions applied, as `name@digest`, in order.
     """
 
     def __init__(
@@ -42,6 +42,7 @@ class Stream:
         self._submitted = time.monotonic()
         self._deltas: list[ChoiceDelta] = []
         self._error: RequestFailed | OutOfMemory | EngineDead | None = None
+        self._answered = False
         self._over = False
         self._ready = asyncio.Event()
 
@@ -60,9 +61,9 @@ class Stream:
 
     async def __anext__(self) -> list[ChoiceDelta]:
         while not self._deltas:
-            if self._error is not None:
+            if self._error is not None and not self._answered:
                 raise self._error
-            if self._over or self.assembler.done:
+            if self._over or self._answered:
                 raise StopAsyncIteration
             self._ready.clear()
             await self._ready.wait()
@@ -115,6 +116,7 @@ class Stream:
         if delta is not None:
             self._deltas.append(delta)
             self._ready.set()
+        self._answered = self.assembler.done
         if self.assembler.over:
             self._end()
 

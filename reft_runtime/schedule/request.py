@@ -28,6 +28,9 @@ class AppliedIntervention:
 class Request:
     """What a caller asks of the engine; token ids only.
 
+    `id` is never used again: late events of a request that has ended cannot reach another one.
+    `given_id` is the caller's own id, which may come back once the request is over.
+
     `seed` is always set: the caller's, or one drawn when the request was made. `salt` separates
     tenants in cache keys. `interventions` are applied in order. With `trace` the engine tells what
     they did. If the prompt's log-probabilities are asked for, its tokens from `scored_from` on are
@@ -42,3 +45,4 @@ class Request:
     salt: bytes = b""
     trace: bool = False
     scored_from: int = 1
+    given_id: str | None = None

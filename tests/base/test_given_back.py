@@ -135,6 +135,19 @@ def test_a_model_has_one_engine_at_a_time() -> None:
         pass
 
 
+def test_a_second_close_leaves_the_model_to_its_next_engine() -> None:
+    model, tokenizer = tiny("llama"), tiny_tokenizer()
+    with Engine(model, tokenizer=tokenizer, max_running=2) as first:
+        first.close()
+        with Engine(model, tokenizer=tokenizer, max_running=2) as second:
+            serving = state(model)
+            first.close()
+            assert state(model) == serving
+            with pytest.raises(ConfigError, match=r"model: .*close\(\)"):
+                Engine(model, tokenizer=tokenizer)
+            assert second.generate([list(prompt(7))], GREEDY, progress=False)
+
+
 def test_of_two_threads_one_gets_the_model() -> None:
     model, tokenizer = tiny("llama"), tiny_tokenizer()
     start, made, refused = threading.Barrier(2), list[Engine](), list[ConfigError]()

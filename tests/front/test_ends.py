@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import pytest
 
 from reft_runtime import Engine, SamplingParams, Use
-from reft_runtime.errors import InvalidRequest, Overloaded
+from reft_runtime.errors import EngineDead, InvalidRequest, OutOfMemory, Overloaded
+from reft_runtime.front.streams import Stream
+from reft_runtime.schedule.scheduler import Chunk
 from tests.front.test_engine import GREEDY, opened
-from tests.helpers.models import prompt
+from tests.helpers.models import prompt, tiny
+from tests.helpers.tokenizer import tiny_tokenizer
 
 LONG = SamplingParams(temperature=0, max_tokens=200, ignore_eos=True)
 
@@ -49,6 +53,67 @@ async def test_an_id_belongs_to_one_request_at_a_time(engine: Engine) -> None:
         pass
     assert engine.alive
     engine.check_integrity()
+
+
+async def test_an_id_that_comes_back_gets_its_own_answer(engine: Engine) -> None:
+    """While events of the request before it are on their way to the event loop."""
+    [whole] = engine.generate([prompt(12)], GREEDY, progress=False)
+
+    def started(tokens: tuple[int, ...], sampling: SamplingParams) -> Stream:
+        [prepared] = engine.admission.prepare([tokens], sampling, request_id="mine")
+        return engine.start(prepared)
+
+    async def answer(stream: Stream) -> list[int]:
+        async with asyncio.timeout(60):
+            return [token async for step in stream for delta in step for token in delta.tokens]
+
+    left = started(prompt(9), LONG)
+    while engine.stats().steps < 5:
+        time.sleep(0.001)
+    left.abort()
+    ended = started(prompt(12), GREEDY)
+    await engine.drained()
+    assert await answer(ended) == whole.tokens
+    ended = started(prompt(12), GREEDY)
+    engine._loop.wait_empty()  # this event loop does not know yet
+    again = started(prompt(12), GREEDY)
+    assert await answer(again) == whole.tokens
+    assert await answer(ended) == whole.tokens
+    assert not engine._sinks
+
+
+async def test_a_trace_that_fails_leaves_the_answer(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However late the answer is read; who asks for the trace is told."""
+    core = engine._loop._core
+    run = core.runner.run
+
+    def short(chunks: Sequence[Chunk]) -> Any:
+        if any(not chunk.sequence.request.interventions for chunk in chunks):
+            raise MemoryError
+        return run(chunks)
+
+    monkeypatch.setattr(core.runner, "run", short)
+    stream = await engine.open(prompt(9), GREEDY, (Use("several"),), trace=True)
+    other = await engine.open(prompt(12), LONG, (Use("loreft"),))
+    engine._loop.wait_empty()  # all events wait for this event loop
+    for one, tokens in ((stream, 10), (other, 200)):
+        assert sum([len(delta.tokens) async for step in one for delta in step]) == tokens
+    with pytest.raises(OutOfMemory):
+        await stream.trace()
+    assert in_flight(engine) == 0
+
+
+def test_generate_says_that_the_engine_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
+    with Engine(tiny("llama"), tokenizer=tiny_tokenizer(), max_running=2) as engine:
+
+        def broken(_: Any) -> Any:
+            raise ValueError("broken")
+
+        monkeypatch.setattr(engine._loop._core.runner, "run", broken)
+        with pytest.raises(EngineDead):
+            engine.generate([prompt(9)], GREEDY, progress=False)
 
 
 @pytest.mark.parametrize("trace", [False, True])

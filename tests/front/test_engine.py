@@ -613,3 +613,13 @@ def test_a_stop_string_counts_from_min_tokens_on(engine: Engine) -> None:
     [full] = engine.generate(prompt(9), later, progress=False)
     assert full.tokens == whole.tokens
     assert full.text.startswith(whole.text[0])
+
+
+@pytest.mark.parametrize(
+    "given", [{"seed": 10**400}, {"max_tokens": -(10**400)}, {"temperature": math.nan}]
+)
+def test_numbers_out_of_bounds_are_named(given: dict[str, Any]) -> None:
+    [name] = given
+    with pytest.raises(InvalidRequest, match=f"^{name} must be") as refused:
+        SamplingParams(**given)
+    assert refused.value.param == name
