@@ -37,9 +37,14 @@ class Use:
     subspace: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
-        if not isinstance(self.strength, int | float) or not math.isfinite(self.strength):
+        try:
+            finite = isinstance(self.strength, int | float) and math.isfinite(self.strength)
+        except OverflowError:  # a whole number that no float can hold
+            finite = False
+        if not finite:
             raise InvalidRequest(
-                f"strength must be a finite number, not {self.strength!r}.", param="strength"
+                f"strength must be a finite number, not {repr(self.strength)[:40]}.",
+                param="strength",
             )
         if self.subspace is not None:
             if any(type(direction) is not int for direction in self.subspace):

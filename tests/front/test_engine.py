@@ -327,6 +327,7 @@ def test_mistakes_are_told_before_anything_runs(
     [
         ({"strength": math.nan}, "strength must be a finite number, not nan"),
         ({"strength": math.inf}, "strength must be a finite number, not inf"),
+        ({"strength": 10**400}, "strength must be a finite number, not 1000"),
         ({"strength": "1"}, "strength must be a finite number, not '1'"),
         ({"subspace": (0.5,)}, r"subspace: .* by their numbers, such as \[0, 2\]"),
         ({"subspace": "01"}, "subspace: .* by their numbers"),
