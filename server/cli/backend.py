@@ -98,9 +98,16 @@ def open_backend(url: str | None, api_key: str | None, options: Mapping[str, Any
 
     `options` are those of `Settings`; a `model` among them asks for a model in this process.
     """
-    if url is None and options["model"] is None and Server(LOCAL_URL, api_key).answers_at_all():
-        url = LOCAL_URL
-    return LocalBackend(options) if url is None else RemoteBackend(Server(url, api_key))
+    server = find_server(url, api_key, options)
+    return LocalBackend(options) if server is None else RemoteBackend(server)
+
+
+def find_server(url: str | None, api_key: str | None, options: Mapping[str, Any]) -> Server | None:
+    """The server that `open_backend` would ask; None if a model in this process is to answer."""
+    if url is not None:
+        return Server(url, api_key)
+    local = Server(LOCAL_URL, api_key)
+    return local if options["model"] is None and local.answers_at_all() else None
 
 
 class RemoteBackend:

@@ -19,6 +19,7 @@ from server.cli import compare as compare_cli
 from server.cli import evaluation as evaluation_cli
 from server.cli import files as files_cli
 from server.cli import remote as remote_cli
+from server.cli import run as run_cli
 from server.cli import training as training_cli
 from server.cli import transfers as transfer_cli
 from server.cli.applied import read_asked, resolve, start_engine, telling_templates
@@ -44,6 +45,7 @@ app.add_typer(transfer_cli.app)
 app.add_typer(training_cli.app)
 app.add_typer(evaluation_cli.app)
 app.add_typer(files_cli.app)
+app.add_typer(run_cli.app)
 
 
 def main() -> None:

@@ -1,0 +1,129 @@
+"""The command `run`: a file of requests, answered into another one."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Iterator, Mapping
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import httpx
+import typer
+from tqdm import tqdm
+
+from reft_runtime.client import CONCURRENCY
+from reft_runtime.errors import ConfigError, ReftError
+from server.cli.applied import start_engine
+from server.cli.backend import find_server
+from server.cli.batch import Line, answer_all, check_requests, read_requests, resume
+from server.cli.console import print_json
+from server.cli.options import (
+    LOCAL_SETTINGS,
+    ApiKey,
+    AsJson,
+    MaybeUrl,
+    with_settings,
+)
+from server.cli.terminal import stages_told, stoppable
+from server.settings import load_settings
+
+app = typer.Typer()
+
+Requests = Annotated[Path, typer.Argument(help="Requests, one a line, in OpenAI's batch format.")]
+
+
+@app.command()
+@stages_told()
+@with_settings(*LOCAL_SETTINGS)
+def run(
+    requests: Requests,
+    out: Annotated[
+        Path,
+        typer.Option(help="Where the answers go, one a line, in the order of the requests."),
+    ],
+    url: MaybeUrl = None,
+    api_key: ApiKey = None,
+    as_json: AsJson = False,
+    **options: Any,
+) -> None:
+    """Answer a file of requests, at a server or by a model in this process.
+
+    What is in the file of answers stays: the same command goes on where it was stopped.
+    """
+    count = check_requests(requests)
+    if out.exists() and out.samefile(requests):
+        raise ConfigError(f"out: {out} holds the requests; name another file.", param="out")
+    lines = read_requests(requests)
+    done = resume(out, lines)
+    failed = 0
+    if done < count:
+        with stoppable(f"The answers so far are in {out}; the same command goes on from there."):
+            failed = asyncio.run(_run(lines, out, done, count, (url, api_key, options)))
+    if as_json:
+        print_json({"out": str(out), "requests": count, "done_before": done, "refused": failed})
+    else:
+        before = f", {done:,} of them before" if done else ""
+        refused = f"; {failed:,} were refused, see `response.body.error`" if failed else ""
+        typer.echo(f"{out}: {count:,} answers{before}{refused}")
+    if failed:
+        raise typer.Exit(1)
+
+
+async def _run(
+    lines: Iterator[Line],
+    out: Path,
+    done: int,
+    count: int,
+    target: tuple[str | None, str | None, Mapping[str, Any]],
+) -> int:
+    """Write the answers that are missing; return how many of these are refusals."""
+    failed = 0
+    bar = tqdm(total=count, initial=done, desc="Answers", unit="request", disable=None)
+    with bar, out.open("a", encoding="utf-8") as file:
+
+        def write(answer: dict[str, Any]) -> None:
+            nonlocal failed
+            file.write(json.dumps(answer, ensure_ascii=False) + "\n")
+            file.flush()
+            failed += answer["response"]["status_code"] != httpx.codes.OK
+            bar.update()
+
+        try:
+            async with _asked(*target) as (client, at_once):
+                await answer_all(client, lines, at_once, write)
+        except ReftError as error:
+            message = f"{error.message} {bar.n:,} of {count:,} answers are in {out}: run it again."
+            raise type(error)(message, param=error.param) from None
+    return failed
+
+
+@asynccontextmanager
+async def _asked(
+    url: str | None, api_key: str | None, options: Mapping[str, Any]
+) -> AsyncIterator[tuple[httpx.AsyncClient, int]]:
+    """A client of the server given, else of this machine's, else of an application in here.
+
+    With it comes how many requests it should send at once.
+    """
+    server = find_server(url, api_key, options)
+    if server is not None:
+        headers = {} if api_key is None else {"authorization": f"Bearer {api_key}"}
+        async with httpx.AsyncClient(base_url=server.root, headers=headers) as client:
+            yield client, CONCURRENCY
+        return
+    settings = load_settings(options).model_copy(update={"api_key": None})
+    engine = start_engine(settings)
+    try:
+        from server.app import create_app
+
+        application = create_app(engine, settings)
+        transport = httpx.ASGITransport(application, raise_app_exceptions=False)
+        async with (
+            application.router.lifespan_context(application),
+            httpx.AsyncClient(transport=transport, base_url="http://in-process") as client,
+        ):
+            yield client, engine.info.max_running
+    finally:
+        engine.close()
