@@ -75,21 +75,22 @@ def check_requests(path: Path) -> int:
     return len(seen)
 
 
-def resume(out: Path, requests: Iterator[Line]) -> int:
-    """Take the requests that a file of answers has already from `requests`; return their number.
+def resume(out: Path, requests: Iterator[Line]) -> tuple[int, int]:
+    """Take the requests that a file of answers has already from `requests`.
 
-    A last line that was cut off is removed. Raises `ConfigError` if an answer is not that of the
-    request in its place, or if the file cannot be read or written.
+    Returns how many they are, and how many of them were refused. A last line that was cut off is
+    removed. Raises `ConfigError` if an answer is not that of the request in its place, or if the
+    file cannot be read or written.
     """
-    done = whole = 0
+    done = refused = whole = 0
     try:
         with out.open("a+b") as file:
             file.seek(0)
             for text in file:
                 if not text.endswith(b"\n"):
                     break
-                line = next(requests, None)
-                if line is None or _name(text) != line.custom_id:
+                line, (name, was_refused) = next(requests, None), _read_answer(text)
+                if line is None or name != line.custom_id:
                     raise ConfigError(
                         f"out: line {done + 1} of {out} does not answer"
                         f" {'any request' if line is None else repr(line.custom_id)}: the file is"
@@ -97,11 +98,12 @@ def resume(out: Path, requests: Iterator[Line]) -> int:
                         param="out",
                     )
                 done += 1
+                refused += was_refused
                 whole += len(text)
             file.truncate(whole)
     except OSError as error:
         raise ConfigError(f"out: {out}: {error.strerror}.", param="out") from None
-    return done
+    return done, refused
 
 
 async def answer_all(
@@ -192,9 +194,15 @@ def _request(text: bytes, place: str) -> Line:
     return Line(place, custom_id, url, body)
 
 
-def _name(text: bytes) -> str | None:
+def is_refused(answer: dict[str, Any]) -> bool:
+    """Whether an answer says that its request was refused, or that it failed."""
+    return bool(answer["response"]["status_code"] != httpx.codes.OK)
+
+
+def _read_answer(text: bytes) -> tuple[str | None, bool]:
+    """The name of a line's request, None if it is no answer; and whether it was refused."""
     try:
         value = json.loads(text)
-    except ValueError:
-        return None
-    return value.get("custom_id") if isinstance(value, dict) else None
+        return value["custom_id"], is_refused(value)
+    except (ValueError, KeyError, TypeError):
+        return None, False

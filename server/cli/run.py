@@ -17,7 +17,14 @@ from reft_runtime.client import CONCURRENCY
 from reft_runtime.errors import ConfigError, ReftError
 from server.cli.applied import start_engine
 from server.cli.backend import find_server
-from server.cli.batch import Line, answer_all, check_requests, read_requests, resume
+from server.cli.batch import (
+    Line,
+    answer_all,
+    check_requests,
+    is_refused,
+    read_requests,
+    resume,
+)
 from server.cli.console import print_json
 from server.cli.options import (
     LOCAL_SETTINGS,
@@ -56,18 +63,17 @@ def run(
     if out.exists() and out.samefile(requests):
         raise ConfigError(f"out: {out} holds the requests; name another file.", param="out")
     lines = read_requests(requests)
-    done = resume(out, lines)
-    failed = 0
+    done, refused = resume(out, lines)
     if done < count:
         with stoppable(f"The answers so far are in {out}; the same command goes on from there."):
-            failed = asyncio.run(_run(lines, out, done, count, (url, api_key, options)))
+            refused += asyncio.run(_run(lines, out, done, count, (url, api_key, options)))
     if as_json:
-        print_json({"out": str(out), "requests": count, "done_before": done, "refused": failed})
+        print_json({"out": str(out), "requests": count, "done_before": done, "refused": refused})
     else:
         before = f", {done:,} of them before" if done else ""
-        refused = f"; {failed:,} were refused, see `response.body.error`" if failed else ""
-        typer.echo(f"{out}: {count:,} answers{before}{refused}")
-    if failed:
+        more = f"; {refused:,} were refused, see `response.body.error`" if refused else ""
+        typer.echo(f"{out}: {count:,} answers{before}{more}")
+    if refused:
         raise typer.Exit(1)
 
 
@@ -79,15 +85,15 @@ async def _run(
     target: tuple[str | None, str | None, Mapping[str, Any]],
 ) -> int:
     """Write the answers that are missing; return how many of these are refusals."""
-    failed = 0
+    refused = 0
     bar = tqdm(total=count, initial=done, desc="Answers", unit="request", disable=None)
     with bar, out.open("a", encoding="utf-8") as file:
 
         def write(answer: dict[str, Any]) -> None:
-            nonlocal failed
+            nonlocal refused
             file.write(json.dumps(answer, ensure_ascii=False) + "\n")
             file.flush()
-            failed += answer["response"]["status_code"] != httpx.codes.OK
+            refused += is_refused(answer)
             bar.update()
 
         try:
@@ -96,7 +102,7 @@ async def _run(
         except ReftError as error:
             message = f"{error.message} {bar.n:,} of {count:,} answers are in {out}: run it again."
             raise type(error)(message, param=error.param) from None
-    return failed
+    return refused
 
 
 @asynccontextmanager

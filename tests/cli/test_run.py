@@ -78,9 +78,9 @@ def test_answers_and_refusals_in_the_order_of_the_requests(url: str, tmp_path: P
 
 
 def test_it_goes_on_where_it_was_stopped(url: str, engine: FakeEngine, tmp_path: Path) -> None:
-    file = place(tmp_path / "requests.jsonl", *(request(f"r{n}") for n in range(6)))
-    out = tmp_path / "out.jsonl"
-    assert reft(url, file, "--out", out).exit_code == 0
+    asked = [request("r0", "nope"), *(request(f"r{n}") for n in range(1, 6))]
+    file, out = place(tmp_path / "requests.jsonl", *asked), tmp_path / "out.jsonl"
+    assert reft(url, file, "--out", out).exit_code == 1
     whole = out.read_bytes()
     lines = whole.splitlines(keepends=True)
     before = len(engine.streams)
@@ -90,13 +90,14 @@ def test_it_goes_on_where_it_was_stopped(url: str, engine: FakeEngine, tmp_path:
         "out": str(out),
         "requests": 6,
         "done_before": 2,
-        "refused": 0,
+        "refused": 1,
     }
     assert len(engine.streams) - before == 4
     assert out.read_bytes().startswith(b"".join(lines[:2]))
     assert [one["custom_id"] for one in answers(out)] == [f"r{n}" for n in range(6)]
     again = reft(url, file, "--out", out)
-    assert again.stdout == f"{out}: 6 answers, 6 of them before\n"
+    assert again.stdout.startswith(f"{out}: 6 answers, 6 of them before; 1 were refused")
+    assert again.exit_code == 1
     assert len(engine.streams) - before == 4
 
 
@@ -104,14 +105,18 @@ def test_answers_of_other_requests_stay(url: str, engine: FakeEngine, tmp_path: 
     file, out = place(tmp_path / "requests.jsonl", request("a")), tmp_path / "out.jsonl"
     before = len(engine.streams)
     for theirs, message in (
-        ({"custom_id": "b"}, r"line 1 of .* does not answer 'a': .* Name another one"),
+        (
+            {"custom_id": "b", "response": {"status_code": 200}},
+            r"line 1 of .* does not answer 'a': .* Name another one",
+        ),
         ("not JSON", "line 1 of .* does not answer 'a'"),
     ):
         kept = place(out, theirs).read_text()
         with pytest.raises(ConfigError, match=f"^out: {message}"):
             raise reft(url, file, "--out", out).exception
         assert out.read_text() == kept
-    place(out, {"custom_id": "a"}, {"custom_id": "b"})
+    taken = {"response": {"status_code": 200}}
+    place(out, taken | {"custom_id": "a"}, taken | {"custom_id": "b"})
     with pytest.raises(ConfigError, match=r"line 2 of .* does not answer any request"):
         raise reft(url, file, "--out", out).exception
     with pytest.raises(ConfigError, match="holds the requests"):
