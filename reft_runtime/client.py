@@ -244,7 +244,7 @@ class Server:
         """The events of a streamed answer; closing the iterator ends the request."""
         with (
             self._client() as client,
-            _reaching(client.base_url),
+            reaching(client.base_url),
             client.stream("POST", path, json={**body, "stream": True}) as response,
         ):
             if not response.is_success:
@@ -261,14 +261,22 @@ class Server:
         with self._client() as client:
             return _call(client, method, path, **content)
 
+    def async_client(self) -> httpx.AsyncClient:
+        """A client for an event loop; `reaching` and `key_refused` name what goes wrong with it."""
+        with reaching(self.root):
+            return httpx.AsyncClient(**self._connection())
+
     def _client(self) -> httpx.Client:
+        with reaching(self.root):
+            return httpx.Client(**self._connection())
+
+    def _connection(self) -> dict[str, Any]:
         if "://" not in self.url:
             raise ConfigError(
                 f"url: write it with its scheme, http://{self.url}, not {self.url!r}.", param="url"
             )
         headers = {} if self.api_key is None else {"authorization": f"Bearer {self.api_key}"}
-        with _reaching(self.root):
-            return httpx.Client(base_url=self.root, headers=headers, timeout=SECONDS)
+        return {"base_url": self.root, "headers": headers, "timeout": SECONDS}
 
 
 def _path(name: str) -> str:
@@ -290,8 +298,17 @@ def _request(question: Question, base: str) -> tuple[str, Body]:
 
 
 def _call(client: httpx.Client, method: str, path: str, **content: Any) -> httpx.Response:
-    with _reaching(client.base_url):
+    with reaching(client.base_url):
         return _checked(client.request(method, path, **content))
+
+
+def key_refused(response: httpx.Response) -> ConfigError:
+    """The error for an answer that says that the key is missing or not valid."""
+    return ConfigError(
+        f"api_key: {response.url.scheme}://{response.url.netloc.decode()} needs a valid key;"
+        " give it as --api-key or REFT_API_KEY.",
+        param="api_key",
+    )
 
 
 def _checked(response: httpx.Response) -> httpx.Response:
@@ -301,11 +318,7 @@ def _checked(response: httpx.Response) -> httpx.Response:
     if response.status_code == httpx.codes.NOT_FOUND:
         raise NotServed(message)
     if response.status_code == httpx.codes.UNAUTHORIZED:
-        raise ConfigError(
-            f"api_key: {response.url.scheme}://{response.url.netloc.decode()} needs a valid key;"
-            " give it as --api-key or REFT_API_KEY.",
-            param="api_key",
-        )
+        raise key_refused(response)
     raise ConfigError(f"the server answered {response.status_code}: {message}", param="url")
 
 
@@ -318,7 +331,7 @@ def _said(response: httpx.Response) -> str:
 
 
 @contextmanager
-def _reaching(url: httpx.URL | str) -> Iterator[None]:
+def reaching(url: httpx.URL | str) -> Iterator[None]:
     """Raise `Unreachable` if the server at `url` cannot be reached within the block."""
     try:
         yield

@@ -13,7 +13,7 @@ from typing import Any
 
 import httpx
 
-from reft_runtime.client import SECONDS, Unreachable
+from reft_runtime.client import key_refused, reaching
 from reft_runtime.errors import ConfigError
 from reft_runtime.interventions.format.strict_json import load_strict
 
@@ -135,7 +135,7 @@ async def _answer(
     async with under_way:
         response = await _sent(client, line)
     if response.status_code in (401, 403):
-        raise ConfigError(f"{client.base_url}: the API key is not taken; give --api-key.")
+        raise key_refused(response)
     try:
         body = response.json()
     except ValueError:
@@ -154,12 +154,8 @@ async def _answer(
 
 async def _sent(client: httpx.AsyncClient, line: Line) -> httpx.Response:
     for last in [*[False] * (TRIES - 1), True]:
-        try:
-            response = await client.post(line.url, json=line.body, timeout=SECONDS)
-        except (httpx.HTTPError, httpx.InvalidURL) as error:
-            raise Unreachable(
-                f"no answer from {client.base_url}: {error or type(error).__name__}."
-            ) from None
+        with reaching(client.base_url):
+            response = await client.post(line.url, json=line.body)
         if response.status_code not in (429, 503) or last:
             break
         await asyncio.sleep(_wait(response.headers.get("retry-after")))

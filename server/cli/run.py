@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import AsyncIterator, Iterator, Mapping
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -66,7 +66,7 @@ def run(
     done, refused = resume(out, lines)
     if done < count:
         with stoppable(f"The answers so far are in {out}; the same command goes on from there."):
-            refused += asyncio.run(_run(lines, out, done, count, (url, api_key, options)))
+            refused += asyncio.run(_run(lines, out, done, count, _asked(url, api_key, options)))
     if as_json:
         print_json({"out": str(out), "requests": count, "done_before": done, "refused": refused})
     else:
@@ -82,7 +82,7 @@ async def _run(
     out: Path,
     done: int,
     count: int,
-    target: tuple[str | None, str | None, Mapping[str, Any]],
+    asked: AbstractAsyncContextManager[tuple[httpx.AsyncClient, int]],
 ) -> int:
     """Write the answers that are missing; return how many of these are refusals."""
     refused = 0
@@ -97,7 +97,7 @@ async def _run(
             bar.update()
 
         try:
-            async with _asked(*target) as (client, at_once):
+            async with asked as (client, at_once):
                 await answer_all(client, lines, at_once, write)
         except ReftError as error:
             message = f"{error.message} {bar.n:,} of {count:,} answers are in {out}: run it again."
@@ -115,8 +115,7 @@ async def _asked(
     """
     server = find_server(url, api_key, options)
     if server is not None:
-        headers = {} if api_key is None else {"authorization": f"Bearer {api_key}"}
-        async with httpx.AsyncClient(base_url=server.root, headers=headers) as client:
+        async with server.async_client() as client:
             yield client, CONCURRENCY
         return
     settings = load_settings(options).model_copy(update={"api_key": None})

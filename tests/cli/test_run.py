@@ -162,6 +162,8 @@ def test_no_file_no_request_no_server(url: str, tmp_path: Path) -> None:
         Unreachable, match=r"no answer from .* 0 of 2 answers are in .*: run it again"
     ):
         raise reft("http://127.0.0.1:9", file, "--out", out).exception
+    with pytest.raises(ConfigError, match=r"write it with its scheme, http://127\.0\.0\.1:9"):
+        raise reft("127.0.0.1:9", file, "--out", out).exception
 
 
 async def test_order_room_and_retries(tmp_path: Path) -> None:
@@ -200,7 +202,9 @@ async def test_order_room_and_retries(tmp_path: Path) -> None:
     async with httpx.AsyncClient(
         transport=httpx.MockTransport(refuse), base_url="http://test"
     ) as client:
-        with pytest.raises(ConfigError, match="the API key is not taken"):
+        with pytest.raises(
+            ConfigError, match=r"^api_key: http://test needs a valid key; give it as --api-key"
+        ):
             await answer_all(client, iter(lines), 4, written.append)
 
 
