@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Literal
 
 from reft_runtime.errors import InvalidRequest
 
@@ -13,6 +14,18 @@ MAX_STOP_STRINGS = 128
 MAX_STOP_TOKENS = 128
 MAX_LOGIT_BIAS = 1024
 MAX_SEED = 2**63 - 1
+
+
+@dataclass(frozen=True, slots=True)
+class Grammar:
+    """The form that an answer must have.
+
+    `source` is by `kind`: a JSON Schema, nothing (any JSON object), a regular expression, a JSON
+    list of the texts to choose from, or a grammar in Lark's notation as llguidance reads it.
+    """
+
+    kind: Literal["json_schema", "json_object", "regex", "choice", "lark"]
+    source: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +62,7 @@ class SamplingParams:
     prompt_logprobs: int | None = None
     skip_special_tokens: bool = True
     include_stop_str_in_output: bool = False
+    grammar: Grammar | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.stop, str):
