@@ -22,10 +22,12 @@ class Grammar:
 
     `source` is by `kind`: a JSON Schema, nothing (any JSON object), a regular expression, a JSON
     list of the texts to choose from, or a grammar in Lark's notation as llguidance reads it.
+    `param` is the field of the request that errors name.
     """
 
     kind: Literal["json_schema", "json_object", "regex", "choice", "lark"]
     source: str = ""
+    param: str = field(default="grammar", compare=False)
 
 
 @dataclass(frozen=True, slots=True)

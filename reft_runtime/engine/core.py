@@ -187,7 +187,7 @@ class EngineCore:
         self.allowance = 0.0
         if result is not None:
             seconds = self._ended - step.began
-            self.scheduler.pacer.record(plan.decodes, plan.prompt_tokens, seconds)
+            self.scheduler.pacer.record(plan.decode_tokens, plan.prompt_tokens, seconds)
         return result
 
     def _compute(self, step: Step) -> StepResult | None:
@@ -208,10 +208,10 @@ class EngineCore:
         return None
 
     def _allowed(self, plan: StepPlan) -> float:
-        expected = self.scheduler.pacer.expected(plan.decodes, plan.prompt_tokens)
+        expected = self.scheduler.pacer.expected(plan.decode_tokens, plan.prompt_tokens)
         if expected is not None:
             return SLOWER * expected
-        return (plan.decodes + plan.prompt_tokens) * self._parameters * 2 / SLOWEST
+        return (plan.decode_tokens + plan.prompt_tokens) * self._parameters * 2 / SLOWEST
 
     def _goes_on(self, chunk: Chunk) -> bool:
         """Whether a decoding sequence may get another token after this chunk's."""

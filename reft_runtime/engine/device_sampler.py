@@ -17,6 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from reft_runtime.engine.masks import allowed
 from reft_runtime.engine.sampler import TINY, Sampled, banned, has_penalties, noise
 from reft_runtime.kernels.staging import Fetch, send, to_device
 from reft_runtime.outputs import TokenLogprob
@@ -31,7 +32,8 @@ class Settings(NamedTuple):
     """The settings of one row as the kernels read them, all float64; `NOBODY` stands for none.
 
     `source` is the index of the row's logits, `place` of its edited scores, `lane` of its counts.
-    Items [first_item, stop_item) are added to its scores. The newest token, which is still to be
+    Tokens without a bit in its row of masks, `mask`, are dropped. Items [first_item, stop_item) are
+    added to its scores. The newest token, which is still to be
     counted, is `newest`, or stands at index `newest_at` of the previous step's tokens. `point` in
     [0, 1) draws the token; `inverse` is 1 / temperature, or 0 for a greedy row. After temperature,
     scores more than `reach` below the best are dropped (min_p), then at most `limit` scores are
@@ -42,6 +44,7 @@ class Settings(NamedTuple):
     source: float
     place: float
     lane: float
+    mask: float
     first_item: float
     stop_item: float
     newest: float
@@ -70,7 +73,8 @@ class Batch:
     """The rows for which tokens are picked from `logits` [any, vocabulary].
 
     `settings` is float64 [rows, fields of `Settings`]. `items` is float64 [items, 2]: pairs of a
-    token id and what is added to its score, sorted by id within each row. `counts` is int32
+    token id and what is added to its score, sorted by id within each row. `masks` is int32 [masks,
+    words], with a bit for each token id that is allowed, lowest first. `counts` is int32
     [lanes, vocabulary]. `before` is int64, the previous step's tokens. `edited` is the number of
     rows whose scores differ from their logits.
     """
@@ -78,6 +82,7 @@ class Batch:
     logits: Tensor
     settings: Tensor
     items: Tensor
+    masks: Tensor | None
     counts: Tensor | None
     before: Tensor | None
     edited: int
@@ -189,6 +194,7 @@ class DeviceSampler:
         """
         told = array("d")
         items: list[Tensor] = []
+        masks: list[Tensor] = []
         counting: list[tuple[_Held, int]] = []
         needs: set[Needs] = set()
         edited = added = 0
@@ -197,26 +203,33 @@ class DeviceSampler:
             held = self._held.get(sequence) or self._hold(sequence)
             params = sequence.request.sampling
             needs.add(held.needs)
-            place = newest = newest_at = NOBODY
+            place = mask = newest = newest_at = NOBODY
             first, point = added, 0.0
-            own = held.bias_and_bans if made < params.min_tokens else held.bias
+            may_come = allowed(sequence, self.vocabulary, self.eos_ids)
+            own = held.bias
+            if may_come is not None:
+                mask = len(masks)
+                masks.append(may_come)
+            elif made < params.min_tokens:
+                own = held.bias_and_bans
             if own is not None:
                 items.append(own)
                 added += len(own)
             if held.penalised:
                 newest, newest_at = self._count(held, draw)
                 counting.append((held, made))
-            if held.penalised or own is not None:
+            if held.penalised or own is not None or may_come is not None:
                 place, edited = edited, edited + 1
             if params.temperature:
                 point = noise(sequence.request.seed, sequence.choice, made)
-            told.extend((source, place, held.lane, first, added, newest, newest_at, point))
+            told.extend((source, place, held.lane, mask, first, added, newest, newest_at, point))
             told.extend(held.constant)
         settings, adds = self._send(told, items)
         batch = Batch(
             logits,
             settings,
             adds,
+            send(torch.stack(masks), self.device) if masks else None,
             self._counts,
             before,
             edited,

@@ -36,6 +36,7 @@ class TokenMade:
     """One choice has one more token, or (`token` None) ended without one.
 
     With a `finish_reason` it is the choice's last event; `stop_id` is the stop id that ended it.
+    With `complete` the token ended it by completing its grammar, and is part of the answer.
     """
 
     request_id: str
@@ -44,6 +45,7 @@ class TokenMade:
     logprob: TokenLogprob | None = None
     finish_reason: FinishReason | None = None
     stop_id: int | None = None
+    complete: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,11 +74,13 @@ class Failed:
     """A fault inside this request ended all its choices.
 
     With `out_of_memory`, memory ran out and this request was the newest: it may be sent again.
+    With `param`, the value of this field of the request is at fault.
     """
 
     request_id: str
     reason: str
     out_of_memory: bool = False
+    param: str | None = None
 
 
 Event = Started | PromptReused | PromptScored | TokenMade | Traced | Explained | Failed

@@ -16,6 +16,7 @@ from reft_runtime.edits.sites import EditSites
 from reft_runtime.edits.step import OnDevice, StepEdits
 from reft_runtime.edits.tables import EditTables
 from reft_runtime.engine.device_sampler import DeviceSampler, Draw, Picked
+from reft_runtime.engine.masks import allowed
 from reft_runtime.engine.sampler import Sampled, SampleRow, prompt_logprobs, sample
 from reft_runtime.kernels.staging import send, to_device
 from reft_runtime.kv.storage import KVStorage
@@ -241,6 +242,7 @@ class Runner:
             prompt=request.prompt,
             generated=sequence.generated,
             eos_ids=self.loaded.eos_ids,
+            allowed=allowed(sequence, self.loaded.vocab_size, self.loaded.eos_ids),
         )
 
 

@@ -1,9 +1,9 @@
 """From one row of logits to one token, for every row of a step.
 
 Order of processing, as in vLLM: the row must be finite; log-probabilities are taken from the raw
-logits; then logit_bias, the min_tokens ban, repetition, presence and frequency penalties,
-temperature, min_p, top_k, top_p, and the draw. Arithmetic is float32 whatever the logits' dtype
-(cumulated weights are float64).
+logits; then what a grammar refuses, logit_bias, the min_tokens ban, repetition, presence and
+frequency penalties, temperature, min_p, top_k, top_p, and the draw. Arithmetic is float32 whatever
+the logits' dtype (cumulated weights are float64).
 
 The draw inverts the distribution's CDF, in the order of token ids, at one number in [0, 1) that
 depends on (seed, choice, step) only. So a row's token depends on its own logits and noise, and on
@@ -20,6 +20,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -49,7 +50,8 @@ class SampleRow:
     """What the sampler must know about one row, that of choice number `choice` of n.
 
     `generated` are the choice's tokens so far. `seed` is the request's own or one drawn at its
-    admission. Token ids of `logit_bias` and `stop_token_ids` lie inside the vocabulary.
+    admission. Token ids of `logit_bias` and `stop_token_ids` lie inside the vocabulary. `allowed`
+    has a bit for each token id that a grammar allows, int32 [words] on the CPU; None allows all.
     """
 
     params: SamplingParams
@@ -58,6 +60,7 @@ class SampleRow:
     prompt: Sequence[int]
     generated: Sequence[int]
     eos_ids: frozenset[int]
+    allowed: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,18 +180,27 @@ def has_penalties(params: SamplingParams) -> bool:
 
 
 def _banned(row: SampleRow) -> list[int]:
-    """The tokens that are banned for the row's next token."""
+    """The tokens that are banned for the row's next token, where no grammar decides it."""
     made = len(row.generated)
+    if row.allowed is not None:
+        return []
     return banned(row.params, row.eos_ids) if made < row.params.min_tokens else []
 
 
 def _is_edited(row: SampleRow) -> bool:
-    return bool(row.params.logit_bias) or has_penalties(row.params) or bool(_banned(row))
+    return (
+        row.allowed is not None
+        or bool(row.params.logit_bias)
+        or has_penalties(row.params)
+        or bool(_banned(row))
+    )
 
 
 def _edit(scores: Tensor, row: SampleRow) -> None:
     """Bias, ban and penalise the tokens of one row [vocabulary], in place."""
     params, device = row.params, scores.device
+    if row.allowed is not None:
+        scores.masked_fill_(send(_refused(row.allowed, len(scores)), device), -math.inf)
     if params.logit_bias:
         ids = torch.tensor(list(params.logit_bias), device=device)
         scores[ids] += torch.tensor(list(params.logit_bias.values()), device=device)
@@ -207,6 +219,12 @@ def _edit(scores: Tensor, row: SampleRow) -> None:
         counts = torch.tensor(list(times.values()), dtype=torch.float32, device=device)
         ids = torch.tensor(list(times), device=device)
         scores[ids] -= params.presence_penalty + params.frequency_penalty * counts
+
+
+def _refused(allowed: Tensor, vocabulary: int) -> Tensor:
+    """Whether each token id [vocabulary] is refused, of the bits of those that are `allowed`."""
+    bits = np.unpackbits(allowed.numpy().view(np.uint8), count=vocabulary, bitorder="little")
+    return torch.from_numpy(bits == 0)
 
 
 def _draw(scores: Tensor, params: Sequence[SamplingParams], points: Sequence[float]) -> Tensor:

@@ -17,12 +17,13 @@ from reft_runtime.engine.events import (
 from reft_runtime.engine.explain import Explanations
 from reft_runtime.engine.runner import Runner, StepResult
 from reft_runtime.engine.sampler import Sampled
+from reft_runtime.grammar import GrammarState
 from reft_runtime.machine.memory import is_out_of_memory
-from reft_runtime.outputs import FinishReason
+from reft_runtime.outputs import FinishReason, TokenLogprob
 from reft_runtime.schedule.prefix_cache import BlockCopy
 from reft_runtime.schedule.request import Request
 from reft_runtime.schedule.scheduler import Scheduler, StepPlan
-from reft_runtime.schedule.sequence import Sequence, Status, sequences_of
+from reft_runtime.schedule.sequence import MOST_FORCED, Sequence, Status, sequences_of
 
 OUT_OF_MEMORY = "memory ran out; send it again, or a shorter one"
 
@@ -96,10 +97,14 @@ class LiveRequests:
             if sequence.request.id in self._sequences:  # else another choice of it failed just now
                 events += self._fail(Failed(sequence.request.id, reason))
         scored, traced = self._scored(result), self._traced(result)
-        tokens = [
-            *_without_tokens(plan),
-            *((each, self._append(each, token)) for each, token in result.sampled if _runs(each)),
-        ]
+        tokens = _without_tokens(plan)
+        for sequence, sampled in result.sampled:
+            if _runs(sequence):
+                tokens += ((sequence, event) for event in self._append(sequence, sampled))
+        for sequence, _ in tokens:
+            if _runs(sequence) and sequence.grammar is not None and sequence.grammar.fault:
+                events += self._fail(_too_complex(sequence, sequence.grammar))
+        tokens = [(sequence, event) for sequence, event in tokens if _runs(sequence)]
         finished = [sequence for sequence, event in tokens if event.finish_reason]
         # Decoding sequences are kept when they end, so that their steps have nothing to copy.
         prompts = [c.sequence for c in plan.prompts if _runs(c.sequence)]
@@ -131,12 +136,31 @@ class LiveRequests:
         if idle:
             self._explanations.check_integrity()
 
-    def _append(self, sequence: Sequence, sampled: Sampled) -> TokenMade:
-        sequence.tokens.append(sampled.token)
+    def _append(self, sequence: Sequence, sampled: Sampled) -> list[TokenMade]:
+        """Append a token, and those that a grammar forces after it."""
+        made = [self._append_one(sequence, sampled.token, sampled.logprob)]
+        # Nobody computes log-probabilities of tokens that are not sampled.
+        if sequence.grammar is None or sequence.request.sampling.logprobs is not None:
+            return made
+        for token in sequence.grammar.forced()[:MOST_FORCED]:
+            if made[-1].finish_reason is not None:
+                break
+            made.append(self._append_one(sequence, token))
+        return made
+
+    def _append_one(
+        self, sequence: Sequence, token: int, logprob: TokenLogprob | None = None
+    ) -> TokenMade:
+        sequence.tokens.append(token)
         self.generation_tokens += 1
         reason, stop_id = self._finish_reason(sequence)
+        complete = False
+        if sequence.grammar is not None and reason != "stop":
+            sequence.grammar.advance(token)
+            if sequence.grammar.complete:
+                reason, complete = "stop", True
         return TokenMade(
-            sequence.request.id, sequence.choice, sampled.token, sampled.logprob, reason, stop_id
+            sequence.request.id, sequence.choice, token, logprob, reason, stop_id, complete
         )
 
     def _finish_reason(self, sequence: Sequence) -> tuple[FinishReason | None, int | None]:
@@ -213,6 +237,11 @@ class LiveRequests:
                 self._scheduler.requeue([sequence.pass_lead()])
             if not siblings:
                 del self._sequences[sequence.request.id]
+
+
+def _too_complex(sequence: Sequence, grammar: GrammarState) -> Failed:
+    reason = f"the grammar is too complex; make it smaller. {grammar.fault}"
+    return Failed(sequence.request.id, reason, param=grammar.param)
 
 
 def _runs(sequence: Sequence) -> bool:

@@ -49,6 +49,7 @@ class TritonSelection:
         tokens = new(rows, dtype=torch.int64)
         counts = firsts if batch.counts is None else batch.counts
         before = tokens if batch.before is None else batch.before
+        masks = firsts if batch.masks is None else batch.masks
         sizes = {"VOCABULARY": vocabulary, "CHUNK": self._chunk, "CHUNKS": chunks}
         wide = {"WIDE": triton.next_power_of_2(chunks)}
         scale = {"SCALE": 2.0 ** (62 - vocabulary.bit_length())}
@@ -57,7 +58,8 @@ class TritonSelection:
         source = logits, edited, settings, tops
 
         sampling_kernels.scan[grid](
-            logits, edited, counts, before, batch.items, settings, tops, lows, firsts, stride,
+            logits, edited, counts, before, batch.items, masks, settings, tops, lows, firsts,
+            stride,
             **sizes, **warps,
         )  # fmt: skip
         masses, bounds = new(rows, chunks, dtype=torch.int64), new(rows, 2)

@@ -16,6 +16,7 @@ from reft_runtime.errors import InvalidRequest, NotFound
 from reft_runtime.front.bounds import bounded, check_length
 from reft_runtime.front.prepared import Prepared
 from reft_runtime.front.prompt_form import Encoder, PromptForm
+from reft_runtime.grammar import GrammarCompiler
 from reft_runtime.outputs import EngineInfo
 from reft_runtime.sampling import SamplingParams
 from reft_runtime.schedule.request import AppliedIntervention, Request
@@ -56,9 +57,16 @@ class Admission:
     if other requests fill the memory.
     """
 
-    def __init__(self, versions: Versions, tokenizer: Encoder, info: EngineInfo) -> None:
+    def __init__(
+        self,
+        versions: Versions,
+        tokenizer: Encoder,
+        grammars: GrammarCompiler,
+        info: EngineInfo,
+    ) -> None:
         self._versions = versions
         self._tokenizer = tokenizer
+        self._grammars = grammars
         self._info = info
 
     def encode(
@@ -92,6 +100,7 @@ class Admission:
         `InvalidRequest` and the errors that the class names; then nothing is held.
         """
         self._check_sampling(sampling)
+        grammar = None if sampling.grammar is None else self._grammars.start(sampling.grammar)
         with self._resolved(uses) as versions:
             form = _form(versions, uses)
             encoded = [self._tokens(form, prompt, options) for prompt in prompts]
@@ -111,6 +120,7 @@ class Admission:
                     salt=salt,
                     trace=trace,
                     given_id=_numbered(request_id, position, len(encoded)),
+                    grammar=grammar,
                 )
                 for position, (tokens, settings) in enumerate(zip(encoded, limits, strict=True))
             ]

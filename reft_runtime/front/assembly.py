@@ -14,7 +14,7 @@ from reft_runtime.engine.events import (
     TokenMade,
     Traced,
 )
-from reft_runtime.errors import OutOfMemory, RequestFailed
+from reft_runtime.errors import InvalidRequest, OutOfMemory, RequestFailed
 from reft_runtime.outputs import ChoiceDelta, EditTrace, TokenLogprob, Trace
 from reft_runtime.schedule.request import Request
 from reft_runtime.text import TextStream, Tokenizer
@@ -97,7 +97,7 @@ class Assembler:
         """Take one event of this request and return what its choice gained, None if nothing.
 
         Events of a choice that has ended give None. Raises `RequestFailed` if the request failed,
-        and `OutOfMemory` if memory ran out.
+        `OutOfMemory` if memory ran out, and `InvalidRequest` if its grammar turned out too complex.
         """
         match event:
             case Started():
@@ -111,6 +111,8 @@ class Assembler:
                 self._texts.clear()
                 if event.out_of_memory:
                     raise OutOfMemory(event.reason)
+                if event.param is not None:
+                    raise InvalidRequest(f"{event.param}: {event.reason}", param=event.param)
                 raise RequestFailed(event.reason)
             case Traced():
                 # A preempted prompt is computed and edited again, with the same rows and sizes.
@@ -132,7 +134,7 @@ class Assembler:
         tokens = () if event.token is None else (event.token,)
         self._made[event.choice] += len(tokens)
         # The token that ends an answer is not part of its text, even if it is an ordinary token.
-        ends = event.finish_reason == "stop" and not self._include_stop
+        ends = event.finish_reason == "stop" and not (event.complete or self._include_stop)
         text, stop_string = text_stream.push(() if ends else tokens)
         if event.finish_reason and stop_string is None:
             rest, stop_string = text_stream.finish()

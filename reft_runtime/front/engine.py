@@ -28,6 +28,7 @@ from reft_runtime.front.blocking import Call, run_calls
 from reft_runtime.front.hop import unless_left
 from reft_runtime.front.prepared import Prepared, release_all
 from reft_runtime.front.streams import EventLoopSink, Stream
+from reft_runtime.grammar import GrammarCompiler
 from reft_runtime.interventions import Registry
 from reft_runtime.interventions.registry.registry import MEMORY_BYTES, check_folders
 from reft_runtime.interventions.registry.store import STATE_BYTES
@@ -146,7 +147,9 @@ class Engine:
             kv_bytes=kv_bytes(loaded, kv_tokens, max_running),
             kv_tokens=kv_tokens,
         )
-        self.admission = Admission(self.registry, self.tokenizer, self.info)
+        eos_ids = loaded.eos_ids | self.tokenizer.eos_ids
+        grammars = GrammarCompiler(self.tokenizer.definition, loaded.vocab_size, eos_ids)
+        self.admission = Admission(self.registry, self.tokenizer, grammars, self.info)
         self._loop = EngineLoop(core, max_queued, max_queued_tokens)
         self._sinks: dict[asyncio.AbstractEventLoop, EventLoopSink] = {}
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from reft_runtime.sampling import SamplingParams
 
 if TYPE_CHECKING:
+    from reft_runtime.grammar import GrammarState
     from reft_runtime.interventions.format.canonical import CanonicalEdit
 
 
@@ -34,7 +35,7 @@ class Request:
     `seed` is always set: the caller's, or one drawn when the request was made. `salt` separates
     tenants in cache keys. `interventions` are applied in order. With `trace` the engine tells what
     they did. If the prompt's log-probabilities are asked for, its tokens from `scored_from` on are
-    scored.
+    scored. `grammar` is the state in which each choice begins, None if answers are free.
     """
 
     id: str
@@ -46,3 +47,4 @@ class Request:
     trace: bool = False
     scored_from: int = 1
     given_id: str | None = None
+    grammar: GrammarState | None = None

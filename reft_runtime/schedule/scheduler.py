@@ -56,8 +56,9 @@ class Chunk:
 class StepPlan:
     """One step: the chunks to compute, decoding ones first, and the sequences preempted for them.
 
-    The first `decodes` chunks decode. `kept` are blocks of preempted sequences to copy into the
-    prefix cache, before their keys and values are freed and before any chunk is computed.
+    The first `decodes` chunks decode: one token each, or a few that a grammar forced. `kept` are
+    blocks of preempted sequences to copy into the prefix cache, before their keys and values are
+    freed and before any chunk is computed.
     """
 
     chunks: list[Chunk] = field(default_factory=list)
@@ -69,6 +70,11 @@ class StepPlan:
     def prompts(self) -> list[Chunk]:
         """All chunks but the decoding ones."""
         return self.chunks[self.decodes :]
+
+    @property
+    def decode_tokens(self) -> int:
+        """Tokens of the decoding chunks."""
+        return sum(chunk.length for chunk in self.chunks[: self.decodes])
 
     @property
     def prompt_tokens(self) -> int:
@@ -119,9 +125,10 @@ class Scheduler:
         plan = StepPlan()
         self._schedule_decodes(plan)
         plan.decodes = len(plan.chunks)
+        decode_tokens = plan.decode_tokens
         tokens_left = min(
-            self.max_step_tokens - plan.decodes,
-            self.pacer.prompt_tokens(plan.decodes, self._prompts()),
+            self.max_step_tokens - decode_tokens,
+            self.pacer.prompt_tokens(decode_tokens, self._prompts()),
         )
         for sequence in list(self.running):  # a copy, because forks join
             if tokens_left and not sequence.decoding:
@@ -135,11 +142,11 @@ class Scheduler:
         """Chunks of the step after one whose tokens are not known yet, for `sequences` that go on.
 
         Empty if something else has to be decided first: which sequence starts, which prompt goes
-        on, or which sequence is preempted.
+        on, which sequence is preempted, or which tokens a grammar allows.
         """
         if self.waiting and self._may_start(self.waiting[0]):
             return []
-        if not all(sequence.decoding for sequence in self.running):
+        if not all(sequence.decoding and not sequence.grammar for sequence in self.running):
             return []
         chunks = [Chunk(sequence, sequence.computed + 1, 1) for sequence in sequences]
         roomy = all(self.budget.reserve(chunk.sequence, chunk.stop) for chunk in chunks)
@@ -191,6 +198,8 @@ class Scheduler:
             )
 
     def _schedule_decodes(self, plan: StepPlan) -> None:
+        # Forced tokens are computed together as far as every sequence has room for one.
+        spare = self.max_step_tokens - sum(sequence.decoding for sequence in self.running)
         for sequence in sorted(self.running, key=_arrival):
             if sequence.status is not Status.RUNNING or not sequence.decoding:
                 continue
@@ -200,7 +209,9 @@ class Scheduler:
                 if victim is sequence:
                     break
             else:
-                plan.chunks.append(Chunk(sequence, sequence.computed, 1))
+                length = min(sequence.remaining, 1 + spare)
+                spare -= length - 1
+                plan.chunks.append(Chunk(sequence, sequence.computed, length))
 
     def _prompts(self) -> int:
         """Number of sequences that could compute prompt tokens now if blocks suffice."""

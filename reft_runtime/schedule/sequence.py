@@ -5,10 +5,17 @@ from __future__ import annotations
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
 from enum import Enum, auto
+from typing import TYPE_CHECKING
 
 from reft_runtime.schedule.block_keys import BlockKeys
 from reft_runtime.schedule.blocks import BLOCK_TOKENS
 from reft_runtime.schedule.request import AppliedIntervention, Request
+
+if TYPE_CHECKING:
+    from reft_runtime.grammar import GrammarState
+
+MOST_FORCED = 8
+"""Most tokens that are appended at once because a grammar leaves no choice."""
 
 
 class Status(Enum):
@@ -27,7 +34,8 @@ class Sequence:
     of them are stored, and `cached` prompt tokens of these came from the prefix cache. `order` is
     the order of arrival. The choice that `leads` computes and scores the request's prompt; until
     then the other choices wait in its `unforked`, because they copy what it computed.
-    `decode_edits` are the interventions that edit generated tokens.
+    `decode_edits` are the interventions that edit generated tokens. `grammar` says which token may
+    come after `tokens`; None if any.
     """
 
     request: Request
@@ -43,9 +51,11 @@ class Sequence:
     started: bool = False
     decode_edits: tuple[AppliedIntervention, ...] = field(init=False)
     keys: BlockKeys = field(init=False)
+    grammar: GrammarState | None = field(init=False)
 
     def __post_init__(self) -> None:
         self.keys = BlockKeys(self.request)
+        self.grammar = self.request.grammar and self.request.grammar.copy()
         self.decode_edits = tuple(
             applied
             for applied in self.request.interventions
@@ -99,8 +109,11 @@ class Sequence:
 
     @property
     def decoding(self) -> bool:
-        """Whether only the newest token is left to compute, and it is a generated one."""
-        return self.remaining == 1 and len(self.tokens) > self.prompt_length
+        """Whether only the newest tokens are left to compute, all of them generated: mostly one.
+
+        There are more where a grammar forced some.
+        """
+        return self.computed >= self.prompt_length and 0 < self.remaining <= 1 + MOST_FORCED
 
 
 def sequences_of(request: Request, order: int) -> Sequence:

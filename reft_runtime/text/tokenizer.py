@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import threading
 from collections.abc import Iterable, Sequence
+from copy import copy
 from functools import cached_property
 from typing import Any
 
@@ -186,6 +187,15 @@ class Tokenizer:
     def switches(self) -> list[str]:
         """Names of the chat template's own variables, such as `enable_thinking`."""
         return switches_of(self._tokenizer)
+
+    def definition(self) -> str | None:
+        """The content of the tokenizer's `tokenizer.json`; None for one that has none."""
+        if not self._tokenizer.is_fast:
+            return None
+        inner = copy(self._tokenizer.backend_tokenizer)
+        inner.no_padding()
+        inner.no_truncation()
+        return str(inner.to_str())
 
     def describe(self) -> dict[str, Any]:
         """What a client needs to write prompts itself: special tokens and the chat template."""

@@ -25,6 +25,7 @@ from reft_runtime.errors import (
 )
 from reft_runtime.front.admission import Admission
 from reft_runtime.front.prepared import Prepared
+from reft_runtime.grammar import GrammarCompiler
 from reft_runtime.outputs import (
     ChoiceDelta,
     EngineInfo,
@@ -286,7 +287,8 @@ class FakeEngine:
 
     @property
     def admission(self) -> Admission:
-        return Admission(self.registry, self.tokenizer, self.info)
+        grammars = GrammarCompiler(lambda: None, self.info.vocab_size, ())
+        return Admission(self.registry, self.tokenizer, grammars, self.info)
 
     @property
     def running(self) -> list[FakeStream]:

@@ -20,20 +20,21 @@ import triton.language as tl
 SOURCE = tl.constexpr(0)
 PLACE = tl.constexpr(1)
 LANE = tl.constexpr(2)
-FIRST_ITEM = tl.constexpr(3)
-STOP_ITEM = tl.constexpr(4)
-NEWEST = tl.constexpr(5)
-NEWEST_AT = tl.constexpr(6)
-POINT = tl.constexpr(7)
-REPETITION = tl.constexpr(8)
-PRESENCE = tl.constexpr(9)
-FREQUENCY = tl.constexpr(10)
-INVERSE = tl.constexpr(11)
-REACH = tl.constexpr(12)
-LIMIT = tl.constexpr(13)
-SHARE = tl.constexpr(14)
-BEST = tl.constexpr(15)
-FIELDS = tl.constexpr(16)
+MASK = tl.constexpr(3)
+FIRST_ITEM = tl.constexpr(4)
+STOP_ITEM = tl.constexpr(5)
+NEWEST = tl.constexpr(6)
+NEWEST_AT = tl.constexpr(7)
+POINT = tl.constexpr(8)
+REPETITION = tl.constexpr(9)
+PRESENCE = tl.constexpr(10)
+FREQUENCY = tl.constexpr(11)
+INVERSE = tl.constexpr(12)
+REACH = tl.constexpr(13)
+LIMIT = tl.constexpr(14)
+SHARE = tl.constexpr(15)
+BEST = tl.constexpr(16)
+FIELDS = tl.constexpr(17)
 
 INFINITY = tl.constexpr(float("inf"))
 LARGEST = tl.constexpr(3.4028234663852886e38)
@@ -128,6 +129,7 @@ def scan(
     counts,
     before,
     items,
+    masks,
     settings,
     tops,
     lows,
@@ -139,7 +141,8 @@ def scan(
 ):
     """Edit scores; find the largest, its id, and the smallest; programs: (row, chunk).
 
-    `items` are pairs of an id and what is added to its score, by id in each row. `counts` of a
+    `masks` have a bit for each id that is allowed, in words of 32, lowest first. `items` are pairs
+    of an id and what is added to its score, by id in each row. `counts` of a
     lane are twice the times that an id was generated, plus 1 if it is in the prompt; the newest
     token, if it is not counted yet, is counted here.
     """
@@ -155,6 +158,11 @@ def scan(
 
     place = tl.load(setting + PLACE).to(tl.int64)
     if place >= 0:
+        mask = tl.load(setting + MASK).to(tl.int64)
+        if mask >= 0:
+            words = masks + mask * ((VOCABULARY + 31) // 32)
+            word = tl.load(words + (at >> 5), mask=inside, other=0)
+            score = tl.where(((word >> (at & 31)) & 1) != 0, score, -INFINITY)
         first = tl.load(setting + FIRST_ITEM).to(tl.int64)
         stop = tl.load(setting + STOP_ITEM).to(tl.int64)
         low, high = first, first

@@ -1,0 +1,49 @@
+"""How far one answer has come in its grammar."""
+
+from __future__ import annotations
+
+from typing import Self
+
+from llguidance import LLMatcher
+
+
+class GrammarState:
+    """Says which tokens may come next in one answer. Not thread safe.
+
+    Work is bounded at every step; where a grammar needs more, `fault` says so from then on.
+    """
+
+    def __init__(self, matcher: LLMatcher, param: str) -> None:
+        self._matcher = matcher
+        self.param = param
+        """The field of the request that the grammar came from."""
+
+    def copy(self) -> Self:
+        """A state of its own for another answer, at the same place."""
+        return type(self)(self._matcher.deep_copy(), self.param)
+
+    def allow(self, address: int, size: int) -> None:
+        """Write which tokens may come next: one bit for each id, lowest bit first.
+
+        `address` is that of `size` bytes, a multiple of 4 and enough for all ids. After a fault
+        only the end token is allowed.
+        """
+        self._matcher.unsafe_compute_mask_ptr(address, size)
+
+    def advance(self, token: int) -> None:
+        """Go on with a token, which must be one of those allowed."""
+        self._matcher.consume_token(token)
+
+    def forced(self) -> list[int]:
+        """The tokens that must come next whatever is sampled; often none."""
+        return self._matcher.compute_ff_tokens()
+
+    @property
+    def complete(self) -> bool:
+        """Whether nothing but the answer's end may come; also after a fault."""
+        return self._matcher.is_stopped()
+
+    @property
+    def fault(self) -> str:
+        """Why the grammar cannot go on; empty if it can."""
+        return self._matcher.get_error()
