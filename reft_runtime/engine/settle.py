@@ -139,14 +139,20 @@ class LiveRequests:
     def _append(self, sequence: Sequence, sampled: Sampled) -> list[TokenMade]:
         """Append a token, and those that a grammar forces after it."""
         made = [self._append_one(sequence, sampled.token, sampled.logprob)]
-        # Nobody computes log-probabilities of tokens that are not sampled.
-        if sequence.grammar is None or sequence.request.sampling.logprobs is not None:
+        if sequence.grammar is None or not self._appends_forced(sequence):
             return made
         for token in sequence.grammar.forced()[:MOST_FORCED]:
             if made[-1].finish_reason is not None:
                 break
             made.append(self._append_one(sequence, token))
         return made
+
+    def _appends_forced(self, sequence: Sequence) -> bool:
+        """Whether forced tokens are appended unsampled: a decoder takes one token at a time.
+
+        Nobody would compute their log-probabilities. Sampled, they come out the same.
+        """
+        return self._runner.decoder is None and sequence.request.sampling.logprobs is None
 
     def _append_one(
         self, sequence: Sequence, token: int, logprob: TokenLogprob | None = None

@@ -147,8 +147,7 @@ class Engine:
             kv_bytes=kv_bytes(loaded, kv_tokens, max_running),
             kv_tokens=kv_tokens,
         )
-        eos_ids = loaded.eos_ids | self.tokenizer.eos_ids
-        grammars = GrammarCompiler(self.tokenizer.definition, loaded.vocab_size, eos_ids)
+        grammars = GrammarCompiler(self.tokenizer.definition, loaded.vocab_size, loaded.eos_ids)
         self.admission = Admission(self.registry, self.tokenizer, grammars, self.info)
         self._loop = EngineLoop(core, max_queued, max_queued_tokens)
         self._sinks: dict[asyncio.AbstractEventLoop, EventLoopSink] = {}

@@ -12,7 +12,7 @@ from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 
 from reft_runtime.errors import InvalidRequest
 from reft_runtime.grammar.place import place_of
-from reft_runtime.grammar.state import GrammarState
+from reft_runtime.grammar.state import GrammarState, fault_of
 from reft_runtime.sampling import Grammar
 
 if TYPE_CHECKING:
@@ -80,8 +80,7 @@ class GrammarCompiler:
             )
         tokenizer = self._read_tokenizer(grammar)
         matcher = self._match(tokenizer, _written(grammar))
-        fault = matcher.get_error()
-        if fault:
+        if fault := fault_of(matcher):
             place = ""
             if grammar.kind == "json_schema":
                 place = place_of(
@@ -89,7 +88,7 @@ class GrammarCompiler:
                     lambda part: bool(self._match(tokenizer, _of_schema(part)).get_error()),
                 )
             where = f"{grammar.param}{place}"
-            raise InvalidRequest(f"{where}: {_one_line(fault)}", param=where)
+            raise InvalidRequest(f"{where}: {fault}", param=where)
         return matcher
 
     def _match(self, tokenizer: LLTokenizer, written: str) -> LLMatcher:
@@ -135,7 +134,3 @@ def _of_schema(schema: Any) -> str:
     if isinstance(schema, bool):
         schema = {} if schema else {"enum": []}
     return LLMatcher.grammar_from_json_schema(json.dumps(schema), overrides=_JSON)
-
-
-def _one_line(fault: str) -> str:
-    return " ".join(fault.split())[:500]

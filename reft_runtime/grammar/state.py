@@ -6,6 +6,9 @@ from typing import Self
 
 from llguidance import LLMatcher
 
+MOST_SAID = 500
+"""Most characters of an error of the library that are passed on."""
+
 
 class GrammarState:
     """Says which tokens may come next in one answer. Not thread safe.
@@ -35,7 +38,10 @@ class GrammarState:
         self._matcher.consume_token(token)
 
     def forced(self) -> list[int]:
-        """The tokens that must come next whatever is sampled; often none."""
+        """The tokens that come next if only one text can, as a tokenizer writes it; often none.
+
+        Of other tokens for the same text none are allowed.
+        """
         return self._matcher.compute_ff_tokens()
 
     @property
@@ -45,5 +51,11 @@ class GrammarState:
 
     @property
     def fault(self) -> str:
-        """Why the grammar cannot go on; empty if it can."""
-        return self._matcher.get_error()
+        """Why the grammar cannot go on, in one line; empty if it can."""
+        return fault_of(self._matcher)
+
+
+def fault_of(matcher: LLMatcher) -> str:
+    """What is wrong with a grammar, in one line; empty if nothing is."""
+    said = matcher.get_error().replace("<non-verbose/>", "")
+    return " ".join(said.split())[:MOST_SAID]

@@ -1,5 +1,6 @@
 import dataclasses
 import math
+from collections.abc import Collection
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 from reft_runtime.engine import sampler
 from reft_runtime.engine.sampler import SampleRow, noise, prompt_logprobs, sample
 from reft_runtime.sampling import SamplingParams
+from tests.helpers.sampling import bits_of
 
 EOS = 3
 
@@ -21,9 +23,11 @@ def row(
     choice: int = 0,
     prompt: tuple[int, ...] = (),
     generated: tuple[int, ...] = (),
+    allowed: Collection[int] | None = None,
 ) -> SampleRow:
+    bits = None if allowed is None else bits_of(allowed)
     return SampleRow(
-        params or SamplingParams(), seed, choice, prompt, generated, eos_ids=frozenset({EOS})
+        params or SamplingParams(), seed, choice, prompt, generated, frozenset({EOS}), bits
     )
 
 
@@ -101,6 +105,35 @@ class TestGreedy:
 
     def test_no_rows(self) -> None:
         assert sample(torch.empty(0, 50), []) == []
+
+
+class TestAllowed:
+    def test_a_token_is_drawn_as_if_there_were_no_others(self) -> None:
+        logits = random_logits(60, 600)
+        few = [5, 31, 32, 63, 64, 599]
+        rows = [row(seed=i, allowed=few) for i in range(60)]
+        among = [row(seed=i) for i in range(60)]
+        assert tokens(logits, rows) == [few[token or 0] for token in tokens(logits[:, few], among)]
+
+    def test_greedy_and_every_other_setting(self) -> None:
+        logits = random_logits(3, 600)
+        greedy = SamplingParams(temperature=0, logit_bias={40: 100, 41: 50})
+        assert tokens(logits, [row(greedy, allowed=[3, 41])] * 3) == [41] * 3
+        narrow = SamplingParams(top_k=1, min_p=0.5, top_p=0.1, repetition_penalty=5)
+        one = row(narrow, prompt=(7,), generated=(7, 7), allowed=[7])
+        assert tokens(logits, [one] * 3) == [7] * 3
+
+    def test_the_end_is_put_off_by_who_made_the_bits(self) -> None:
+        params = SamplingParams(min_tokens=9)
+        assert tokens(random_logits(1, 600), [row(params, allowed=[EOS])]) == [EOS]
+
+    def test_log_probabilities_are_the_models_own(self) -> None:
+        logits = random_logits(1, 600)
+        [picked] = sample(logits, [row(SamplingParams(logprobs=2), allowed=[9])])
+        assert picked is not None
+        assert picked.logprob is not None
+        assert picked.logprob.logprob == pytest.approx(logits[0].log_softmax(-1)[9].item())
+        assert picked.logprob.top[0][0] == logits[0].argmax().item()
 
 
 class TestDraw:

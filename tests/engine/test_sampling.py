@@ -5,8 +5,10 @@ In Triton's interpreter, which takes a good part of a second a row, there are fe
 
 from __future__ import annotations
 
+import ctypes
 import math
 import random
+from collections.abc import Iterable
 from collections.abc import Sequence as SequenceOf
 from contextlib import nullcontext
 
@@ -15,13 +17,14 @@ import torch
 from torch import Tensor
 
 from reft_runtime.engine.device_sampler import DeviceSampler, Draw, Picked
+from reft_runtime.engine.masks import allowed
 from reft_runtime.engine.sampler import Sampled, SampleRow, sample
 from reft_runtime.kernels.staging import no_waiting
 from reft_runtime.sampling import SamplingParams
 from reft_runtime.schedule.request import Request
 from reft_runtime.schedule.sequence import Sequence
 from tests.helpers.models import DEVICE
-from tests.helpers.sampling import triton_select
+from tests.helpers.sampling import bits_of, triton_select
 
 # NumPy, in the interpreter, warns where a device does not.
 pytestmark = pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning")
@@ -73,6 +76,7 @@ def by_cpu(logits: Tensor, owners: SequenceOf[Sequence]) -> list[Sampled | None]
             each.request.prompt,
             each.generated,
             frozenset({EOS}),
+            allowed(each, logits.shape[1], {EOS}),
         )
         for each in owners
     ]
@@ -130,6 +134,31 @@ def test_any_settings_in_one_batch(dtype: torch.dtype) -> None:
     logits = random_logits(count).to(dtype) * torch.tensor([[0.01], [1.0], [2.0]]).repeat(count, 1)[
         :count
     ].to(dtype)
+    same(by_device(logits, owners), by_cpu(logits, owners))
+
+
+class Bits:
+    """A grammar that always allows the same tokens."""
+
+    def __init__(self, ids: Iterable[int]) -> None:
+        self.bits = bits_of(ids, VOCABULARY)
+
+    def allow(self, address: int, size: int) -> None:
+        ctypes.memmove(address, self.bits.data_ptr(), size)
+
+
+def test_tokens_that_a_grammar_allows() -> None:
+    rng = random.Random(7)
+    count = 300 if ON_DEVICE else 6
+    owners = [
+        sequence(any_params(rng), seed=i, generated=rng.choice([(), (4, 4, 5)]))
+        for i in range(count)
+    ]
+    for i, each in enumerate(owners):
+        if i % 3:  # others are free
+            ids = rng.sample(range(VOCABULARY), rng.choice([1, 5, 100]))
+            each.grammar = Bits(ids)  # type: ignore[assignment]
+    logits = random_logits(count)
     same(by_device(logits, owners), by_cpu(logits, owners))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -10,6 +11,14 @@ from torch import Tensor
 from reft_runtime.engine import sampler
 from reft_runtime.engine.device_sampler import NOBODY, Batch, Chosen, Select, Settings
 from reft_runtime.sampling import MAX_LOGPROBS, SamplingParams
+
+
+def bits_of(ids: Iterable[int], vocabulary: int = 600) -> Tensor:
+    """The bits of some ids, as a grammar writes those that it allows."""
+    bits = torch.zeros(-(-vocabulary // 32), dtype=torch.int64)
+    for token in ids:
+        bits[token // 32] |= 1 << token % 32
+    return bits.int()
 
 
 def triton_select(chunk: int | None = None) -> Select:
@@ -54,6 +63,11 @@ def _token(logits: Tensor, row: Settings, batch: Batch) -> int:
 
 def _edited(scores: Tensor, row: Settings, batch: Batch) -> Tensor:
     scores = scores.clone()
+    if row.mask != NOBODY:
+        assert batch.masks is not None
+        for at in range(len(scores)):
+            if not int(batch.masks[int(row.mask)][at // 32]) >> at % 32 & 1:
+                scores[at] = -math.inf
     for item in batch.items[int(row.first_item) : int(row.stop_item)]:
         scores[int(item[0])] += item[1].float()
     if row.lane != NOBODY:
