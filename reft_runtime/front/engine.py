@@ -147,8 +147,10 @@ class Engine:
             kv_bytes=kv_bytes(loaded, kv_tokens, max_running),
             kv_tokens=kv_tokens,
         )
-        grammars = GrammarCompiler(self.tokenizer.definition, loaded.vocab_size, loaded.eos_ids)
-        self.admission = Admission(self.registry, self.tokenizer, grammars, self.info)
+        self.grammars = GrammarCompiler(
+            self.tokenizer.definition, loaded.vocab_size, loaded.eos_ids
+        )
+        self.admission = Admission(self.registry, self.tokenizer, self.grammars, self.info)
         self._loop = EngineLoop(core, max_queued, max_queued_tokens)
         self._sinks: dict[asyncio.AbstractEventLoop, EventLoopSink] = {}
 
@@ -296,6 +298,7 @@ class Engine:
     def close(self) -> None:
         """Fail the requests that are left, stop, and restore a model object. Safe to call twice."""
         self._loop.close()
+        self.grammars.close()
         self.registry.close()
         self._give_back()
 

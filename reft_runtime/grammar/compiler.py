@@ -2,135 +2,114 @@
 
 from __future__ import annotations
 
-import json
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Any, assert_never
+from collections.abc import Callable, Collection
+from concurrent.futures import Future, ThreadPoolExecutor
 
-from llguidance import LLMatcher, LLParserLimits, LLTokenizer
+from llguidance import LLMatcher, LLTokenizer
 
-from reft_runtime.errors import InvalidRequest
-from reft_runtime.grammar.place import place_of
-from reft_runtime.grammar.state import GrammarState, fault_of
+from reft_runtime.errors import InvalidRequest, Overloaded
+from reft_runtime.grammar.source import MAX_BYTES, STACK_BYTES, matcher_of, read_tokenizer
+from reft_runtime.grammar.state import GrammarState
+from reft_runtime.grammar.trial import Refusal, Trial
 from reft_runtime.sampling import Grammar
 
-if TYPE_CHECKING:
-    from llguidance._lib import JsonCompileOptions
+KEPT = 128
+"""Grammars that are kept, and refusals; in use one takes mostly some hundreds of kilobytes."""
 
-MAX_BYTES = 2**18
-"""Longest grammar, in bytes of UTF-8."""
-
-KEPT = 256
-"""Compiled grammars that are kept; one takes up to some megabytes."""
-
-_JSON: JsonCompileOptions = {
-    "whitespace_flexible": False,
-    "item_separator": ", ",
-    "key_separator": ": ",
-    "coerce_one_of": False,
-    "lenient": False,
-}
-"""JSON on one line, as Python writes it: so separators are known, and cost no choice of a token."""
+MOST_WAITING = 64
+"""Most grammars that wait to be compiled."""
 
 
 class GrammarCompiler:
     """Makes the first state of a grammar; safe to use from many threads.
 
-    `tokenizer` returns the content of the tokenizer's `tokenizer.json`, None if it has none; it is
-    called at the first use, which takes some tenths of a second.
+    Each is first tried in a process of its own, and then compiled in one thread of this one.
+    `definition` returns the content of the tokenizer's `tokenizer.json`, None if it has none; it is
+    called at the first use, which takes half a second.
     """
 
     def __init__(
-        self, tokenizer: Callable[[], str | None], vocab_size: int, eos_ids: Iterable[int]
+        self, definition: Callable[[], str | None], vocab_size: int, eos_ids: Collection[int]
     ) -> None:
-        self._definition = tokenizer
+        self._definition = definition
         self._vocab_size = vocab_size
-        self._eos_ids = sorted(eos_ids)
-        self._limits = LLParserLimits(verbose_errors=False)
-        self._reading = threading.Lock()
+        self._eos_ids = eos_ids
+        self._lock = threading.RLock()  # a callback may come at once
+        self._kept: OrderedDict[Grammar, Future[LLMatcher | Refusal]] = OrderedDict()
+        self._thread: ThreadPoolExecutor | None = None
         self._tokenizer: LLTokenizer | None = None
-        self._lock = threading.Lock()
-        self._kept: OrderedDict[Grammar, LLMatcher] = OrderedDict()
+        self._trial: Trial | None = None
 
-    def start(self, grammar: Grammar) -> GrammarState:
-        """The state before the first token of an answer.
+    def compiling(self, grammar: Grammar) -> Future[LLMatcher | Refusal]:
+        """Begin to compile a grammar that is not kept; done when `start` will not wait for it.
 
-        Raises `InvalidRequest`, which names the grammar's field and the place in it.
+        Raises `InvalidRequest` if it is too long, and `Overloaded` if too many wait already.
         """
-        with self._lock:
-            matcher = self._kept.get(grammar)
-            if matcher is not None:
-                self._kept.move_to_end(grammar)
-        if matcher is None:
-            matcher = self._compile(grammar)
-            with self._lock:
-                self._kept[grammar] = matcher
-                while len(self._kept) > KEPT:
-                    self._kept.popitem(last=False)
-        return GrammarState(matcher.deep_copy(), grammar.param)
-
-    def _compile(self, grammar: Grammar) -> LLMatcher:
-        size = len(grammar.source.encode())
-        if size > MAX_BYTES:
+        size, most = len(grammar.source.encode()), MAX_BYTES[grammar.kind]
+        if size > most:
             raise InvalidRequest(
-                f"{grammar.param}: {size} bytes are more than the {MAX_BYTES} that are compiled; "
-                "make it smaller.",
+                f"{grammar.param}: {size} bytes, and at most {most} are compiled; make it smaller.",
                 param=grammar.param,
             )
-        tokenizer = self._read_tokenizer(grammar)
-        matcher = self._match(tokenizer, _written(grammar))
-        if fault := fault_of(matcher):
-            place = ""
-            if grammar.kind == "json_schema":
-                place = place_of(
-                    json.loads(grammar.source),
-                    lambda part: bool(self._match(tokenizer, _of_schema(part)).get_error()),
-                )
-            where = f"{grammar.param}{place}"
-            raise InvalidRequest(f"{where}: {fault}", param=where)
-        return matcher
+        with self._lock:
+            future = self._kept.get(grammar)
+            if future is None:
+                if sum(not each.done() for each in self._kept.values()) >= MOST_WAITING:
+                    raise Overloaded(f"{MOST_WAITING} grammars wait to be compiled.")
+                future = self._kept[grammar] = self._started().submit(self._compile, grammar)
+                future.add_done_callback(lambda done: self._forget_failed(grammar, done))
+            self._kept.move_to_end(grammar)
+            while len(self._kept) > KEPT:
+                self._kept.popitem(last=False)
+        return future
 
-    def _match(self, tokenizer: LLTokenizer, written: str) -> LLMatcher:
-        return LLMatcher(tokenizer, written, log_level=0, limits=self._limits)
+    def start(self, grammar: Grammar) -> GrammarState:
+        """The state before the first token of an answer; may wait seconds for the compiler.
 
-    def _read_tokenizer(self, grammar: Grammar) -> LLTokenizer:
-        with self._reading:
-            if self._tokenizer is None:
-                definition = self._definition()
-                try:
-                    if definition is None:
-                        raise ValueError("it has no tokenizer.json")
-                    self._tokenizer = LLTokenizer(
-                        definition, n_vocab=self._vocab_size, eos_token=self._eos_ids or None
-                    )
-                except ValueError as error:
-                    raise InvalidRequest(
-                        f"{grammar.param}: this model's tokenizer cannot be held to a form: "
-                        f"{error}. Leave it out.",
-                        param=grammar.param,
-                    ) from None
-            return self._tokenizer
+        Raises `InvalidRequest`, which names the grammar's field and the place in it, `Overloaded`,
+        or `Unavailable`.
+        """
+        found = self.compiling(grammar).result()
+        if isinstance(found, Refusal):
+            where = grammar.param + found.place
+            raise InvalidRequest(f"{where}: {found.fault}.", param=where)
+        return GrammarState(found.deep_copy(), grammar.param)
 
+    def close(self) -> None:
+        """End the process and the thread; what is kept can still be used."""
+        if self._thread is not None:
+            self._thread.shutdown(cancel_futures=True)
+        if self._trial is not None:
+            self._trial.close()
 
-def _written(grammar: Grammar) -> str:
-    """A grammar as llguidance takes it."""
-    match grammar.kind:
-        case "json_schema":
-            return _of_schema(json.loads(grammar.source))
-        case "json_object":
-            return _of_schema({"type": "object"})
-        case "regex":
-            return LLMatcher.grammar_from_regex(grammar.source)
-        case "choice":
-            texts = " | ".join(json.dumps(text) for text in json.loads(grammar.source))
-            return LLMatcher.grammar_from_lark(f"start: {texts}")
-        case "lark":
-            return LLMatcher.grammar_from_lark(grammar.source)
-    assert_never(grammar.kind)
+    def _started(self) -> ThreadPoolExecutor:
+        """The thread that compiles, which needs more stack than others."""
+        if self._thread is None:
+            usual = threading.stack_size(STACK_BYTES)
+            try:
+                self._thread = ThreadPoolExecutor(1, "reft-grammar")
+                self._thread.submit(int)
+            finally:
+                threading.stack_size(usual)
+        return self._thread
 
+    def _compile(self, grammar: Grammar) -> LLMatcher | Refusal:
+        if self._tokenizer is None or self._trial is None:
+            definition = self._definition()
+            try:
+                self._tokenizer = read_tokenizer(definition, self._vocab_size, self._eos_ids)
+            except ValueError as error:
+                said = f"this model's tokenizer cannot be held to a form ({error}); leave it out"
+                return Refusal(said, "")
+            assert definition is not None
+            self._trial = Trial(definition, self._vocab_size, self._eos_ids)
+        refusal = self._trial.of(grammar)
+        return refusal if refusal.fault else matcher_of(self._tokenizer, grammar)
 
-def _of_schema(schema: Any) -> str:
-    if isinstance(schema, bool):
-        schema = {} if schema else {"enum": []}
-    return LLMatcher.grammar_from_json_schema(json.dumps(schema), overrides=_JSON)
+    def _forget_failed(self, grammar: Grammar, done: Future[LLMatcher | Refusal]) -> None:
+        """What failed for a reason of the machine's is tried again when it is asked for again."""
+        if done.cancelled() or done.exception() is not None:
+            with self._lock:
+                self._kept.pop(grammar, None)

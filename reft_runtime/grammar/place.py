@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
 MOST_TRIED = 64
-"""Parts of a schema that are tried; each takes about a millisecond."""
+"""Most parts of a schema that are tried; each takes about a millisecond."""
+
+MOST_SECONDS = 0.5
+"""Longest search."""
 
 _SHARED = ("$defs", "definitions")
 
@@ -18,13 +22,13 @@ def place_of(schema: Any, fails: Callable[[Any], bool]) -> str:
     lies too deep.
     """
     shared = {name: schema[name] for name in _SHARED if isinstance(schema, dict) and name in schema}
-    place, tried = "", 0
+    place, tried, began = "", 0, time.monotonic()
     found = True
     while found:
         found = False
         for path, part in _parts(schema):
             tried += 1
-            if tried > MOST_TRIED:
+            if tried > MOST_TRIED or time.monotonic() - began > MOST_SECONDS:
                 return place
             if fails(shared | part):
                 place, schema, found = place + path, part, True

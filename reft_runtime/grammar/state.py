@@ -6,8 +6,7 @@ from typing import Self
 
 from llguidance import LLMatcher
 
-MOST_SAID = 500
-"""Most characters of an error of the library that are passed on."""
+from reft_runtime.grammar.source import fault_of
 
 
 class GrammarState:
@@ -53,9 +52,3 @@ class GrammarState:
     def fault(self) -> str:
         """Why the grammar cannot go on, in one line; empty if it can."""
         return fault_of(self._matcher)
-
-
-def fault_of(matcher: LLMatcher) -> str:
-    """What is wrong with a grammar, in one line; empty if nothing is."""
-    said = matcher.get_error().replace("<non-verbose/>", "")
-    return " ".join(said.split())[:MOST_SAID]

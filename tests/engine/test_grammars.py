@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 from llguidance import LLParserLimits
 
 from reft_runtime.engine.events import Failed
-from reft_runtime.grammar import GrammarCompiler
+from reft_runtime.grammar import GrammarCompiler, source
 from reft_runtime.loading.loader import adopt_model
 from reft_runtime.sampling import Grammar
 from reft_runtime.schedule.request import Request
@@ -42,6 +43,14 @@ pytestmark = pytest.mark.usefixtures("storages")
 EOS = 2
 TOKENIZER = Tokenizer(tiny_tokenizer(VOCABULARY), MAX_LENGTH)
 COMPILER = GrammarCompiler(TOKENIZER.definition, VOCABULARY, {EOS})
+
+
+@pytest.fixture(scope="module", autouse=True)
+def closed() -> Iterator[None]:
+    yield
+    COMPILER.close()
+
+
 PERSON = Grammar(
     "json_schema",
     json.dumps(
@@ -215,10 +224,9 @@ def test_many_forced_tokens_come_in_several_steps() -> None:
         assert core.steps == -(-len(found["g"].tokens[0]) // (1 + MOST_FORCED))
 
 
-def test_a_grammar_that_proves_too_complex_fails_alone() -> None:
-    limited = GrammarCompiler(TOKENIZER.definition, VOCABULARY, {EOS})
-    limited._limits = LLParserLimits(max_lexer_states=20, verbose_errors=False)
-    bad = limited.start(Grammar("regex", "x(.*a){12}(.*b){12}(.*c){12}", "response_format"))
+def test_a_grammar_that_proves_too_complex_fails_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(source, "LIMITS", LLParserLimits(max_lexer_states=20, verbose_errors=False))
+    bad = COMPILER.start(Grammar("regex", "x(.*a){12}(.*b){12}(.*c){12}", "response_format"))
     core = make_core()
     core.add(replace(constrained(CODE, "bad", n=3, max_tokens=100), grammar=bad))
     core.add(request("free", prompt(9), max_tokens=40))

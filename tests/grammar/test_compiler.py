@@ -5,16 +5,17 @@ from __future__ import annotations
 import ctypes
 import json
 import random
+from collections.abc import Iterator
 from typing import Any
 
 import jsonschema
 import pytest
 import regex
-from transformers import PreTrainedTokenizerFast
 
 from reft_runtime.errors import InvalidRequest
 from reft_runtime.grammar import GrammarCompiler, GrammarState
-from reft_runtime.grammar.compiler import KEPT, MAX_BYTES
+from reft_runtime.grammar.compiler import KEPT
+from reft_runtime.grammar.source import MAX_BYTES
 from reft_runtime.sampling import Grammar
 from reft_runtime.text import Tokenizer
 from tests.helpers.tokenizer import tiny_sentencepiece_tokenizer, tiny_tokenizer
@@ -22,13 +23,22 @@ from tests.helpers.tokenizer import tiny_sentencepiece_tokenizer, tiny_tokenizer
 EOS = 2
 
 
-def compiler_of(inner: PreTrainedTokenizerFast) -> tuple[GrammarCompiler, Tokenizer]:
-    tokenizer = Tokenizer(inner, 512)
+TOKENIZER = Tokenizer(tiny_tokenizer(), 512)
+SENTENCEPIECE = Tokenizer(tiny_sentencepiece_tokenizer(), 512)
+
+
+def compiler_of(tokenizer: Tokenizer) -> GrammarCompiler:
     vocabulary = tokenizer.vocab_size + 5  # as models that pad theirs
-    return GrammarCompiler(tokenizer.definition, vocabulary, {EOS}), tokenizer
+    return GrammarCompiler(tokenizer.definition, vocabulary, {EOS})
 
 
-COMPILER, TOKENIZER = compiler_of(tiny_tokenizer())
+COMPILER = compiler_of(TOKENIZER)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def closed() -> Iterator[None]:
+    yield
+    COMPILER.close()
 
 
 def allowed(state: GrammarState, vocabulary: int = 325) -> set[int]:
@@ -56,11 +66,9 @@ def walked(grammar: Grammar, seed: int, most: int = 300) -> bytes | None:
     "pattern",
     ["(the|then|them) end", "[a-f]{2,5}=[0-9]+;?", "(ab*)+c", "the( the)*\\.", "(é)|(è)+"],
 )
-@pytest.mark.parametrize("inner", [tiny_tokenizer(), tiny_sentencepiece_tokenizer()])
-def test_tokens_are_those_that_a_match_can_go_on_with(
-    pattern: str, inner: PreTrainedTokenizerFast
-) -> None:
-    compiler, tokenizer = compiler_of(inner)
+@pytest.mark.parametrize("tokenizer", [TOKENIZER, SENTENCEPIECE], ids=["bytes", "pieces"])
+def test_tokens_are_those_that_a_match_can_go_on_with(pattern: str, tokenizer: Tokenizer) -> None:
+    compiler = COMPILER if tokenizer is TOKENIZER else compiler_of(tokenizer)
     rng = random.Random(3)
     texts = {i: tokenizer.token_bytes(i) for i in range(tokenizer.vocab_size)}
     for special in tokenizer.special_ids:
@@ -91,6 +99,8 @@ def test_tokens_are_those_that_a_match_can_go_on_with(
                 break
         else:
             assert wanted.fullmatch(text)
+    if compiler is not COMPILER:
+        compiler.close()
 
 
 SCHEMAS: list[dict[str, Any]] = [
@@ -203,25 +213,52 @@ def test_errors_name_the_place(grammar: Grammar, place: str, said: str) -> None:
 
 
 def test_too_large() -> None:
-    with pytest.raises(InvalidRequest, match=f"more than the {MAX_BYTES}"):
-        COMPILER.start(Grammar("regex", "a" * (MAX_BYTES + 1)))
+    with pytest.raises(InvalidRequest, match=r"grammar: 65537 bytes, and at most 65536"):
+        COMPILER.start(Grammar("regex", "a" * (MAX_BYTES["regex"] + 1)))
+
+
+@pytest.mark.parametrize(
+    ("grammar", "said"),
+    [
+        (Grammar("json_schema", '{"type": "integer", "multipleOf": 999983}'), "2 seconds"),
+        (Grammar("json_schema", "[]"), "it cannot be read"),
+        (Grammar("json_schema", "{"), "it cannot be read"),
+        (Grammar("lark", '{"grammars": [{"json_schema": {}}]}'), "a brace"),
+        (Grammar("json_schema", '{"$ref": "#"}'), "NoExtension"),
+    ],
+)
+def test_what_would_harm_is_refused(grammar: Grammar, said: str) -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        COMPILER.start(grammar)
+    assert said in caught.value.message
+    assert walked(Grammar("regex", "[ab]"), 0)  # compiled as ever
+
+
+def test_chains_that_need_a_deep_stack() -> None:
+    links = {f"r{i}": {"properties": {"a": {"$ref": f"#/$defs/r{i + 1}"}}} for i in range(1000)}
+    schema = {"$ref": "#/$defs/r0", "$defs": links | {"r1000": {"type": "null"}}}
+    assert walked(Grammar("json_schema", json.dumps(schema)), 0, 20000) is not None
 
 
 def test_a_tokenizer_without_a_definition() -> None:
+    none = GrammarCompiler(lambda: None, 320, {2})
     with pytest.raises(InvalidRequest, match="response_format: this model's tokenizer"):
-        GrammarCompiler(lambda: None, 320, {2}).start(Grammar("regex", "a", "response_format"))
+        none.start(Grammar("regex", "a", "response_format"))
+    none.close()
 
 
 def test_a_tokenizer_larger_than_the_model() -> None:
     small = GrammarCompiler(TOKENIZER.definition, 10, {2})
     with pytest.raises(InvalidRequest, match="this model's tokenizer"):
         small.start(Grammar("regex", "a"))
+    small.close()
 
 
 def test_those_used_last_are_kept() -> None:
-    compiler, _ = compiler_of(tiny_tokenizer())
+    compiler = compiler_of(TOKENIZER)
     for i in range(KEPT + 3):
         compiler.start(Grammar("choice", json.dumps(["a", str(i)])))
         compiler.start(Grammar("regex", "same"))
+    compiler.close()
     assert len(compiler._kept) == KEPT
     assert Grammar("regex", "same", "another field") in compiler._kept

@@ -1,0 +1,111 @@
+"""How a grammar is given to llguidance, and within which bounds."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Collection
+from typing import TYPE_CHECKING, Any, assert_never
+
+from llguidance import LLMatcher, LLParserLimits, LLTokenizer
+
+from reft_runtime.sampling import Grammar
+
+if TYPE_CHECKING:
+    from llguidance._lib import JsonCompileOptions
+
+MAX_BYTES = {
+    "json_schema": 2**18,
+    "json_object": 0,
+    "regex": 2**16,
+    "choice": 2**18,
+    "lark": 2**16,
+}
+"""Longest source, in bytes of UTF-8, by kind."""
+
+STACK_BYTES = 2**10 * max(MAX_BYTES.values()) + 2**23
+"""Stack of a thread that compiles: chains of references take up to half a KiB a byte of source."""
+
+LIMITS = LLParserLimits(
+    initial_lexer_fuel=100_000,
+    step_lexer_fuel=50_000,
+    step_max_items=5_000,
+    max_items_in_row=500,
+    max_lexer_states=20_000,
+    max_grammar_size=100_000,
+    verbose_errors=False,
+)
+"""Bounds of one step: the worst grammar known takes 17 ms for one, where the defaults allow 0.7 s.
+
+`max_lexer_states` bounds what a grammar in use takes to some 40 MB.
+"""
+
+_JSON: JsonCompileOptions = {
+    "whitespace_flexible": False,
+    "item_separator": ", ",
+    "key_separator": ": ",
+    "coerce_one_of": False,
+    "lenient": False,
+}
+"""JSON on one line, as Python writes it: known separators need no sampling."""
+
+_SHOWN = re.compile(r"\s*(\d+ \||\^\s*$)")
+"""A line of an error that shows the source, or points into it."""
+
+MOST_SAID = 500
+"""Most characters of an error of the library that are passed on."""
+
+
+def read_tokenizer(
+    definition: str | None, vocab_size: int, eos_ids: Collection[int]
+) -> LLTokenizer:
+    """The library's form of a tokenizer, of the content of its `tokenizer.json`.
+
+    Takes some tenths of a second. Raises `ValueError` for one that cannot be read.
+    """
+    if definition is None:
+        raise ValueError("it has no tokenizer.json")
+    return LLTokenizer(definition, n_vocab=vocab_size, eos_token=sorted(eos_ids) or None)
+
+
+def matcher_of(tokenizer: LLTokenizer, grammar: Grammar) -> LLMatcher:
+    """Compile a grammar; what is wrong with it says `fault_of`.
+
+    Raises `ValueError` if the source is no JSON where it has to be.
+    """
+    return LLMatcher(tokenizer, _written(grammar), log_level=0, limits=LIMITS)
+
+
+def fault_of(matcher: LLMatcher) -> str:
+    """What is wrong with a grammar, in one line; empty if nothing is."""
+    said = matcher.get_error().replace("<non-verbose/>", "").splitlines()
+    words = " ".join(line for line in said if not _SHOWN.match(line)).split()
+    return " ".join(words)[:MOST_SAID]
+
+
+def _written(grammar: Grammar) -> str:
+    match grammar.kind:
+        case "json_schema":
+            return _of_schema(json.loads(grammar.source))
+        case "json_object":
+            return _of_schema({"type": "object"})
+        case "regex":
+            return LLMatcher.grammar_from_regex(grammar.source)
+        case "choice":
+            texts = " | ".join(json.dumps(text) for text in json.loads(grammar.source))
+            return LLMatcher.grammar_from_lark(f"start: {texts}")
+        case "lark":
+            if grammar.source.lstrip().startswith("{"):  # would be read as the library's own JSON
+                raise ValueError("a grammar in Lark's notation does not begin with a brace")
+            return LLMatcher.grammar_from_lark(grammar.source)
+    assert_never(grammar.kind)
+
+
+def _of_schema(schema: Any) -> str:
+    if isinstance(schema, bool):
+        schema = {} if schema else {"enum": []}
+    if not isinstance(schema, dict):
+        raise ValueError("a schema is a JSON object, true or false")
+    # The library's own key would change separators, and what is refused.
+    asked = {name: value for name, value in schema.items() if name != "x-guidance"}
+    return LLMatcher.grammar_from_json_schema(json.dumps(asked), overrides=_JSON)
