@@ -77,9 +77,10 @@ async def prepare(
 ) -> Job:
     """Resolve, tokenise and check a request in one worker thread.
 
-    The thread also calls `prompts` and `options`. `prefix` begins the answer's id. Raises
-    `NotFound` for an unknown model, and what `Admission.prepare` raises. After an error, or if
-    the client leaves meanwhile, nothing is held.
+    The thread also calls `prompts` and `options`. A grammar is compiled before, and takes nobody's
+    thread: one that takes long holds up only those that are compiled after it. `prefix` begins the
+    answer's id. Raises `NotFound` for an unknown model, and what `Admission.prepare` raises. After
+    an error, or if the client leaves meanwhile, nothing is held.
     """
     engine, settings = context.engine, context.settings
     arrived = time.monotonic()
@@ -97,6 +98,9 @@ async def prepare(
                 trace=body.trace,
             )
 
+    if sampling.grammar is not None:
+        # Another request may wait for the same one: it goes on if this client leaves.
+        await asyncio.shield(asyncio.wrap_future(engine.admission.compiling(sampling.grammar)))
     prepared = await unless_left(asyncio.to_thread(work), release_all)
     return Job(name, label(body.model, body.interventions), prepared, arrived)
 

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-_IN_WORDS = "ask for the form you want in a message"
+_LARK = "write the whole form as a grammar in Lark's notation"
+_ONE_LINE = "JSON is written on one line; leave it out"
 _BESIDE = 'give it beside a name in interventions: [{{"name": ..., "{}": ...}}]'
 _ANSWERS = "use /v1/chat/completions, which every OpenAI client can be told to use"
 
 INSTEAD_OF_FIELDS = {
-    "response_format": _IN_WORDS,
-    "response_format.type": f"this server writes text only; {_IN_WORDS}",
-    "structured_outputs": _IN_WORDS,
-    "guided_json": _IN_WORDS,
-    "guided_regex": _IN_WORDS,
-    "guided_choice": _IN_WORDS,
-    "guided_grammar": _IN_WORDS,
+    "structured_outputs.structural_tag": _LARK,
+    "structured_outputs.whitespace_pattern": _ONE_LINE,
+    "guided_whitespace_pattern": _ONE_LINE,
     "chat_template": "a client's template is never taken; lay the prompt out for /v1/completions",
     "documents": "put their text into a message",
     "truncate_prompt_tokens": "shorten the prompt; /tokenize counts its tokens",

@@ -9,8 +9,9 @@ from __future__ import annotations
 import random
 import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from contextlib import ExitStack, contextmanager
-from typing import TYPE_CHECKING, Protocol, TypeGuard, cast
+from typing import TYPE_CHECKING, Any, Protocol, TypeGuard, cast
 
 from reft_runtime.errors import InvalidRequest, NotFound
 from reft_runtime.front.bounds import bounded, check_length
@@ -18,7 +19,7 @@ from reft_runtime.front.prepared import Prepared
 from reft_runtime.front.prompt_form import Encoder, PromptForm
 from reft_runtime.grammar import GrammarCompiler
 from reft_runtime.outputs import EngineInfo
-from reft_runtime.sampling import SamplingParams
+from reft_runtime.sampling import Grammar, SamplingParams
 from reft_runtime.schedule.request import AppliedIntervention, Request
 from reft_runtime.use import MAX_INTERVENTIONS, Use
 
@@ -68,6 +69,14 @@ class Admission:
         self._tokenizer = tokenizer
         self._grammars = grammars
         self._info = info
+
+    def compiling(self, grammar: Grammar) -> Future[Any]:
+        """Begin to compile a grammar; when this is done, `prepare` will not wait for it.
+
+        Raises `InvalidRequest` if it is too long, `Overloaded` if many wait already; what else is
+        wrong with it, `prepare` says.
+        """
+        return self._grammars.compiling(grammar)
 
     def encode(
         self,

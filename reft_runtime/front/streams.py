@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Self
 
 from reft_runtime.engine.events import Event
-from reft_runtime.errors import EngineDead, OutOfMemory, RequestFailed
+from reft_runtime.errors import EngineDead, OutOfMemory, ReftError, RequestFailed
 from reft_runtime.front.assembly import Assembler
 from reft_runtime.outputs import ChoiceDelta, TokenLogprob, Trace
 
@@ -20,8 +20,9 @@ class Stream:
     """One request as an asynchronous iterator over what its choices gain.
 
     Each item holds what came since the last one, so a slow reader gets larger items. Iteration ends
-    after all choices have ended, and raises `RequestFailed`, `OutOfMemory` or `EngineDead` if the
-    request did not get that far; if only its trace fails, `trace` raises instead. `versions` are
+    after all choices have ended, and raises `RequestFailed`, `OutOfMemory`, `EngineDead`, or (for a
+    grammar that proves too complex) `InvalidRequest` if the request did not get that far; if only
+    its trace fails, `trace` raises instead. `versions` are
     the interventions applied, as `name@digest`, in order.
     """
 
@@ -41,7 +42,7 @@ class Stream:
         self._engine_alive = engine_alive
         self._submitted = time.monotonic()
         self._deltas: list[ChoiceDelta] = []
-        self._error: RequestFailed | OutOfMemory | EngineDead | None = None
+        self._error: ReftError | None = None
         self._answered = False
         self._over = False
         self._ready = asyncio.Event()
@@ -99,7 +100,7 @@ class Stream:
             return
         try:
             delta = self.assembler.feed(event)
-        except (RequestFailed, OutOfMemory) as error:
+        except ReftError as error:
             self._error = error if self._engine_alive() else EngineDead(error.message)
             self._end()
             return

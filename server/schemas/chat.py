@@ -18,12 +18,11 @@ from pydantic_core import PydanticKnownError
 
 from reft_runtime.errors import InvalidRequest
 from reft_runtime.sampling import MAX_LOGPROBS, SamplingParams
+from server.schemas.base import RequestBody
 from server.schemas.common import (
     MAX_TOKENS,
     Nothing,
-    RequestBody,
     SamplingBody,
-    TextFormat,
     one_or_many,
 )
 
@@ -135,7 +134,6 @@ class ChatRequest(SamplingBody, ChatLayout):
     max_tokens: int | None = Field(default=None, ge=1, le=MAX_TOKENS)
     logprobs: bool = False
     top_logprobs: int = Field(default=0, ge=0, le=MAX_LOGPROBS)
-    response_format: TextFormat = TextFormat(type="text")
     verbosity: Literal["medium"] = "medium"
     echo: Literal[False] = False
     add_special_tokens: Literal[False] = False

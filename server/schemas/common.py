@@ -5,8 +5,6 @@ from __future__ import annotations
 from typing import Annotated, Any, Literal
 
 from pydantic import (
-    BaseModel,
-    ConfigDict,
     Discriminator,
     Field,
     Tag,
@@ -26,6 +24,8 @@ from reft_runtime.sampling import (
     SamplingParams,
 )
 from reft_runtime.use import MAX_INTERVENTIONS, MAX_STRENGTH
+from server.schemas.base import RequestBody
+from server.schemas.structured import FormFields
 
 MAX_SUBSPACE = 1024
 MAX_TOKENS = 2**31 - 1
@@ -59,43 +59,6 @@ Stop = Annotated[
 ]
 
 
-def _describe_nulls(schema: dict[str, Any]) -> None:
-    """Say in a JSON schema that `RequestBody` accepts null for optional and unknown fields."""
-    required = schema.get("required", ())
-    for name, kind in schema["properties"].items():
-        if name not in required and {"type": "null"} not in kind.get("anyOf", ()):
-            schema["properties"][name] = {"anyOf": [kind, {"type": "null"}]}
-            for key in ("default", "description", "title"):
-                if key in kind:
-                    schema["properties"][name][key] = kind.pop(key)
-    schema["additionalProperties"] = {"type": "null"}
-
-
-class RequestBody(BaseModel):
-    """A JSON object whose nulls mean 'not given' and whose unknown fields are refused."""
-
-    model_config = ConfigDict(
-        strict=True,
-        extra="forbid",
-        allow_inf_nan=False,
-        frozen=True,
-        json_schema_extra=_describe_nulls,
-    )
-
-    @model_validator(mode="before")
-    @classmethod
-    def _drop_nulls(cls, data: Any) -> Any:
-        """Drop nulls, and all unknown fields but the first: an error names one."""
-        if not isinstance(data, dict):
-            return data
-        given = {name: value for name, value in data.items() if value is not None}
-        unknown = given.keys() - cls.model_fields.keys()
-        if len(unknown) > 1:
-            first = next(name for name in given if name in unknown)
-            return {n: v for n, v in given.items() if n not in unknown or n == first}
-        return given
-
-
 class InterventionUse(RequestBody):
     """One intervention to apply. `strength` is 1 as trained, and 0 for no effect.
 
@@ -121,12 +84,6 @@ class StreamOptions(RequestBody):
     include_obfuscation: Literal[False] = False
 
 
-class TextFormat(RequestBody):
-    """The only answer format that this server has."""
-
-    type: Literal["text"]
-
-
 class WithoutEffect(RequestBody):
     """Fields that ordinary clients send and that change no answer of this server.
 
@@ -134,7 +91,7 @@ class WithoutEffect(RequestBody):
     """
 
     user: str = ""
-    metadata: dict[str, Any] = {}
+    metadata: dict[str, Any] = Field(default={})
     service_tier: str = "auto"
     safety_identifier: str = ""
     prompt_cache_key: str = ""
@@ -149,7 +106,7 @@ class WithoutEffect(RequestBody):
     priority: int = Field(default=0, ge=-MAX_SEED - 1, le=MAX_SEED)
 
 
-class SamplingBody(WithoutEffect):
+class SamplingBody(WithoutEffect, FormFields):
     """The model, its interventions and the sampling of tokens."""
 
     model: ModelName
@@ -245,6 +202,7 @@ class SamplingBody(WithoutEffect):
             prompt_logprobs=max(scored, default=None),
             skip_special_tokens=self.skip_special_tokens,
             include_stop_str_in_output=self.include_stop_str_in_output,
+            grammar=self.grammar,
         )
 
 

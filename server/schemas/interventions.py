@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pydantic import Field
 
-from server.schemas.common import RequestBody
+from server.schemas.base import RequestBody
 
 
 class LoadRequest(RequestBody):

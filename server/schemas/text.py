@@ -5,8 +5,9 @@ from __future__ import annotations
 from pydantic import Field, model_validator
 
 from reft_runtime.errors import InvalidRequest
+from server.schemas.base import RequestBody
 from server.schemas.chat import ChatLayout, Messages
-from server.schemas.common import ModelName, Nothing, RequestBody, TokenId
+from server.schemas.common import ModelName, Nothing, TokenId
 
 
 class TokenizeRequest(ChatLayout):

@@ -43,7 +43,7 @@ def test_names_that_are_alike() -> None:
             "did you mean content?",
         ),
         ({"nonsense": 1}, "nonsense", "server; leave it out."),
-        ({"guided_json": {}}, "guided_json", "ask for the form you want in a message."),
+        ({"guided_jsn": {}}, "guided_jsn", "did you mean guided_json?"),
     ],
 )
 async def test_an_unknown_field(

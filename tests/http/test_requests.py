@@ -61,8 +61,14 @@ SAMPLING: list[tuple[str, Any]] = [
     *each("early_stopping", True),
     *each("spaces_between_special_tokens", False),
     *each("return_tokens_as_token_ids", True),
-    *((name, 1) for name in ("nonsense", "guided_json")),
-    *((name, "x") for name in ("chat_template", "guided_regex", "truncate_prompt_tokens")),
+    ("nonsense", 1),
+    *((name, "x") for name in ("chat_template", "truncate_prompt_tokens")),
+    *each("response_format", "text", 5, [], {}, {"type": "xml"}, {"type": 1}),
+    *each("structured_outputs", {}, {"regex": "a", "choice": ["b"]}, {"json_object": False}),
+    *each("guided_json", 1, [], "", True),
+    *each("guided_regex", 1, "", []),
+    *each("guided_choice", [], "x", {}),
+    *each("guided_grammar", 1, ""),
 ]
 COMPLETION: list[tuple[str, Any]] = [
     *each("max_tokens", -1, HUGE, 1.5, "5", True, 0, 99),
@@ -82,7 +88,6 @@ CHAT: list[tuple[str, Any]] = [
     *each("messages", None, [], {}, "Hi", [5]),
     *each("logprobs", 1, 5, "true"),
     *each("top_logprobs", -1, 21, 5),
-    *each("response_format", "text", 5, []),
     *each("tools", [{"type": "function"}], "x"),
     *each("tool_choice", "required", {"type": "function"}),
     *each("functions", [{"name": "f"}]),
@@ -119,7 +124,21 @@ NESTED: list[tuple[str, Any]] = [
         {"messages": [{"role": "user", "content": [{"type": "image_url", "text": "x"}]}]},
     ),
     ("messages.0.tool_calls", {"messages": [{"role": "user", "content": "", "tool_calls": [1]}]}),
-    ("response_format.type", {"response_format": {"type": "json_object"}}),
+    ("response_format.json_schema", {"response_format": {"type": "json_schema"}}),
+    (
+        "response_format.json_schema.name",
+        {"response_format": {"type": "json_schema", "json_schema": {"schema": {}}}},
+    ),
+    (
+        "response_format.json_schema.schema",
+        {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": []}}},
+    ),
+    ("response_format.json", {"response_format": {"type": "json_object", "json": {}}}),
+    ("structured_outputs.json", {"structured_outputs": {"json": 5}}),
+    ("structured_outputs.choice", {"structured_outputs": {"choice": []}}),
+    ("structured_outputs.choice.1", {"structured_outputs": {"choice": ["a", ""]}}),
+    ("guided_json", {"guided_json": {}, "structured_outputs": {"regex": "a"}}),
+    ("guided_choice", {"guided_regex": "a", "guided_choice": ["a"]}),
     ("stream_options.x", {"stream": True, "stream_options": {"x": 1}}),
 ]
 
@@ -275,11 +294,15 @@ async def test_a_langchain_conversation_is_accepted(client: httpx.AsyncClient) -
         ),
         ("nonsense", {"nonsense": 1}, "nonsense is not supported by this server; leave it out."),
         ("chat_template", {"chat_template": "x"}, "is never taken; lay the prompt out for"),
-        ("guided_json", {"guided_json": {}}, "ask for the form you want in a message."),
         (
-            "response_format.type",
-            {"response_format": {"type": "json_object"}},
-            "input should be 'text'; this server writes text only; ask for",
+            "structured_outputs.structural_tag",
+            {"structured_outputs": {"structural_tag": "x"}},
+            "write the whole form as a grammar in Lark's notation.",
+        ),
+        (
+            "response_format",
+            {"response_format": {"type": "xml"}},
+            'response_format: give {"type": "text"}, {"type": "json_object"}, or {"type": "json_s',
         ),
         (
             "messages.0.role",

@@ -1,0 +1,173 @@
+"""Fields that hold an answer to a form: OpenAI's `response_format`, vLLM's names for the others."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from functools import cached_property
+from typing import Annotated, Any, Literal
+
+from pydantic import Discriminator, Field, Tag, model_validator
+
+from reft_runtime.errors import InvalidRequest
+from reft_runtime.sampling import Grammar
+from server.schemas.base import RequestBody
+
+MAX_CHOICES = 10_000
+MAX_TEXT = 2**18
+
+Text = Annotated[str, Field(min_length=1, max_length=MAX_TEXT)]
+Texts = Annotated[list[Text], Field(min_length=1, max_length=MAX_CHOICES, fail_fast=True)]
+
+
+def _schema_or_text(value: Any) -> str | None:
+    if isinstance(value, dict):
+        return "schema"
+    return "text" if isinstance(value, str) else None
+
+
+Schema = Annotated[
+    Annotated[dict[str, Any], Tag("schema")] | Annotated[Text, Tag("text")],
+    Discriminator(
+        _schema_or_text,
+        custom_error_type="schema_type",
+        custom_error_message="Give a JSON Schema, as an object or as its JSON text",
+    ),
+]
+
+
+class TextFormat(RequestBody):
+    """Any text."""
+
+    type: Literal["text"]
+
+
+class JsonObjectFormat(RequestBody):
+    """Any JSON object."""
+
+    type: Literal["json_object"]
+
+
+class NamedSchema(RequestBody):
+    """A JSON Schema; answers always keep to it, whatever `strict` says."""
+
+    name: str = Field(max_length=256)
+    description: str = ""
+    schema_: dict[str, Any] = Field(default={}, alias="schema")
+    strict: bool = True
+
+
+class JsonSchemaFormat(RequestBody):
+    """JSON of a schema."""
+
+    type: Literal["json_schema"]
+    json_schema: NamedSchema
+
+
+def _format_type(value: Any) -> str | None:
+    name = value.get("type") if isinstance(value, dict) else getattr(value, "type", None)
+    return name if isinstance(name, str) else None
+
+
+ResponseFormat = Annotated[
+    Annotated[TextFormat, Tag("text")]
+    | Annotated[JsonObjectFormat, Tag("json_object")]
+    | Annotated[JsonSchemaFormat, Tag("json_schema")],
+    Discriminator(
+        _format_type,
+        custom_error_type="format_type",
+        custom_error_message='Give {"type": "text"}, {"type": "json_object"}, or {"type": '
+        '"json_schema", "json_schema": {"name": ..., "schema": ...}}',
+    ),
+]
+
+
+class StructuredOutputs(RequestBody):
+    """vLLM's fields; exactly one of the first five is given.
+
+    JSON is always written on one line, and every grammar is compiled by the same library.
+    """
+
+    json_: Schema | None = Field(default=None, alias="json")
+    regex: Text | None = None
+    choice: Texts | None = None
+    grammar: Text | None = Field(default=None, description="A grammar in Lark's notation.")
+    json_object: bool = False
+    disable_fallback: bool = False
+    disable_any_whitespace: bool = False
+    disable_additional_properties: Literal[False] = False
+
+    @model_validator(mode="after")
+    def _check_one(self) -> StructuredOutputs:
+        if len(list(self.grammars("structured_outputs."))) != 1:
+            raise InvalidRequest(
+                "structured_outputs: give one of json, regex, choice, grammar and json_object.",
+                param="structured_outputs",
+            )
+        return self
+
+    def grammars(self, before: str) -> Iterator[Grammar]:
+        """What is given, `before` the names of its fields."""
+        if self.json_ is not None:
+            yield _of_schema(self.json_, f"{before}json")
+        if self.regex is not None:
+            yield Grammar("regex", self.regex, f"{before}regex")
+        if self.choice is not None:
+            yield Grammar("choice", json.dumps(self.choice), f"{before}choice")
+        if self.grammar is not None:
+            yield Grammar("lark", self.grammar, f"{before}grammar")
+        if self.json_object:
+            yield Grammar("json_object", param=f"{before}json_object")
+
+
+class FormFields(RequestBody):
+    """Fields of a body, at most one of which holds the answer to a form."""
+
+    response_format: ResponseFormat = TextFormat(type="text")
+    structured_outputs: StructuredOutputs | None = None
+    guided_json: Schema | None = Field(default=None, description="vLLM's older name.")
+    guided_regex: Text | None = Field(default=None, description="vLLM's older name.")
+    guided_choice: Texts | None = Field(default=None, description="vLLM's older name.")
+    guided_grammar: Text | None = Field(default=None, description="vLLM's older name.")
+    guided_decoding_backend: str = Field(default="", max_length=64, description="Changes nothing.")
+
+    @cached_property
+    def forms(self) -> list[Grammar]:
+        """The forms that answers must have: one, or none if they are free."""
+        return list(self._forms())
+
+    @property
+    def grammar(self) -> Grammar | None:
+        """The form that answers must have; None if they are free."""
+        return self.forms[0] if self.forms else None
+
+    @model_validator(mode="after")
+    def _check_forms(self) -> FormFields:
+        # A large body is validated in a worker thread, where the grammar is written, too.
+        for other in self.forms[1:]:
+            raise InvalidRequest(
+                f"{other.param}: the answer's form is given already; give one of response_format, "
+                "structured_outputs and the guided_ fields.",
+                param=other.param,
+            )
+        return self
+
+    def _forms(self) -> Iterator[Grammar]:
+        match self.response_format:
+            case JsonObjectFormat():
+                yield Grammar("json_object", param="response_format")
+            case JsonSchemaFormat(json_schema=named):
+                yield _of_schema(named.schema_, "response_format.json_schema.schema")
+        if self.structured_outputs is not None:
+            yield from self.structured_outputs.grammars("structured_outputs.")
+        older = StructuredOutputs.model_construct(
+            json_=self.guided_json,
+            regex=self.guided_regex,
+            choice=self.guided_choice,
+            grammar=self.guided_grammar,
+        )
+        yield from older.grammars("guided_")
+
+
+def _of_schema(schema: dict[str, Any] | str, param: str) -> Grammar:
+    return Grammar("json_schema", schema if isinstance(schema, str) else json.dumps(schema), param)

@@ -1,0 +1,174 @@
+"""Answers of a given form, over HTTP on the real engine with a tiny random model."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+import time
+from collections.abc import AsyncIterator, Iterator
+from typing import Any
+
+import httpx
+import pytest
+from llguidance import LLParserLimits
+from pydantic import BaseModel
+
+from reft_runtime import Engine, SamplingParams
+from reft_runtime.errors import InvalidRequest
+from reft_runtime.grammar import source
+from reft_runtime.sampling import Grammar
+from server.app import create_app
+from server.settings import Settings
+from tests.helpers.models import tiny
+from tests.helpers.serving import client_of
+from tests.helpers.tokenizer import tiny_tokenizer
+
+
+class Person(BaseModel):
+    surname: str
+    age: int
+
+
+SCHEMA = {
+    "type": "object",
+    "properties": {
+        "surname": {"type": "string", "maxLength": 6},
+        "age": {"type": "integer", "minimum": 1, "maximum": 99},
+    },
+    "required": ["surname", "age"],
+    "additionalProperties": False,
+}
+PERSON = {"type": "json_schema", "json_schema": {"name": "person", "schema": SCHEMA}}
+SLOW = {"type": "integer", "multipleOf": 999983}
+"""Takes the compiler many seconds."""
+
+
+@pytest.fixture(scope="module")
+def tiny_engine() -> Iterator[Engine]:
+    with Engine(tiny("llama"), tokenizer=tiny_tokenizer()) as engine:
+        yield engine
+
+
+@pytest.fixture
+async def http(tiny_engine: Engine) -> AsyncIterator[httpx.AsyncClient]:
+    async with client_of(create_app(tiny_engine, Settings())) as client:
+        client.base_url = httpx.URL("http://test/v1")
+        yield client
+    tiny_engine.check_integrity()
+
+
+@pytest.fixture
+def base(tiny_engine: Engine) -> str:
+    return tiny_engine.info.model
+
+
+def chat(base: str, **fields: Any) -> dict[str, Any]:
+    messages = [{"role": "user", "content": "you and the"}]
+    return {"model": base, "messages": messages, "max_tokens": 80, "seed": 1, **fields}
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_json_of_a_schema(http: httpx.AsyncClient, base: str, stream: bool) -> None:
+    asked = chat(base, response_format=PERSON, n=3, stream=stream, logprobs=stream)
+    response = await http.post("/chat/completions", json=asked)
+    texts = dict.fromkeys(range(3), "")
+    if stream:
+        for line in response.text.split("\n\n")[:-2]:
+            for choice in json.loads(line.removeprefix("data: "))["choices"]:
+                texts[choice["index"]] += choice["delta"].get("content", "")
+    else:
+        for choice in response.json()["choices"]:
+            assert choice["finish_reason"] == "stop"
+            texts[choice["index"]] = choice["message"]["content"]
+    found = [Person.model_validate_json(text, strict=True) for text in texts.values()]
+    assert all(1 <= person.age <= 99 for person in found)
+    assert len(set(texts.values())) == 3
+
+
+@pytest.mark.parametrize(
+    ("fields", "form"),
+    [
+        ({"response_format": {"type": "json_object"}}, r"\{.*"),
+        ({"structured_outputs": {"json": SCHEMA}}, r'\{"surname": ".*"\}|\{.*, "age": \d+\}'),
+        ({"structured_outputs": {"json": json.dumps(SCHEMA)}}, r'\{"surname": ".*, "age": \d+\}'),
+        ({"structured_outputs": {"regex": "[ab]{3}"}}, r"[ab]{3}"),
+        ({"structured_outputs": {"choice": ['a"b', "the end"]}}, r'a"b|the end'),
+        ({"structured_outputs": {"grammar": 'start: "x" /[0-9]{2}/'}}, r"x\d\d"),
+        ({"structured_outputs": {"json_object": True}}, r"\{.*"),
+        ({"guided_json": SCHEMA, "guided_decoding_backend": "xgrammar"}, r"\{.*, \"age\": \d+\}"),
+        ({"guided_regex": "[ab]{3}"}, r"[ab]{3}"),
+        ({"guided_choice": ["yes", "no"]}, r"yes|no"),
+        ({"guided_grammar": 'start: "x" /[0-9]{2}/'}, r"x\d\d"),
+    ],
+)
+async def test_every_field(
+    http: httpx.AsyncClient, base: str, fields: dict[str, Any], form: str
+) -> None:
+    answer = (await http.post("/chat/completions", json=chat(base, **fields))).json()
+    assert re.fullmatch(form, answer["choices"][0]["message"]["content"], re.DOTALL)
+    body = {"model": base, "prompt": "you", "max_tokens": 80, **fields}
+    answer = (await http.post("/completions", json=body)).json()
+    assert re.fullmatch(form, answer["choices"][0]["text"], re.DOTALL)
+
+
+async def test_an_answer_that_is_cut_says_so(http: httpx.AsyncClient, base: str) -> None:
+    asked = chat(base, response_format=PERSON, max_tokens=5)
+    [choice] = (await http.post("/chat/completions", json=asked)).json()["choices"]
+    assert choice["finish_reason"] == "length"
+    assert choice["message"]["content"].startswith('{"')
+
+
+async def test_a_schema_that_cannot_be_compiled_names_its_place(
+    http: httpx.AsyncClient, base: str
+) -> None:
+    schema = {"type": "object", "properties": {"a": {"items": {"not": {}}}}}
+    form = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
+    response = await http.post("/chat/completions", json=chat(base, response_format=form))
+    assert response.status_code == 400
+    error = response.json()["error"]
+    assert error["param"] == "response_format.json_schema.schema.properties.a.items"
+    assert 'Unimplemented keys: ["not"]' in error["message"]
+
+
+async def test_nobody_waits_for_a_compiler_but_who_needs_it(
+    http: httpx.AsyncClient, base: str
+) -> None:
+    known = chat(base, guided_regex="[ab]{3}")
+    assert (await http.post("/chat/completions", json=known)).status_code == 200
+    # More than there are threads for requests; one of them is tried.
+    slow = [
+        asyncio.create_task(http.post("/chat/completions", json=chat(base, guided_json=SLOW)))
+        for _ in range(40)
+    ]
+    await asyncio.sleep(0.1)
+    assert (await http.post("/chat/completions", json=chat(base))).status_code == 200
+    assert (await http.post("/chat/completions", json=known)).status_code == 200
+    assert not any(task.done() for task in slow)
+    answers = await asyncio.gather(*slow)
+    assert {answer.status_code for answer in answers} == {400}
+    assert "2 seconds" in answers[0].json()["error"]["message"]
+    began = time.monotonic()
+    again = await http.post("/chat/completions", json=chat(base, guided_json=SLOW))
+    assert again.status_code == 400
+    assert time.monotonic() - began < 1  # known by now, instead of seconds
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_form_that_proves_too_complex_is_a_bad_request(
+    http: httpx.AsyncClient, base: str, stream: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(source, "LIMITS", LLParserLimits(max_lexer_states=20, verbose_errors=False))
+    pattern = "x(.*a){12}(.*b){12}(.*c){12}" + stream * "d"
+    asked = chat(base, guided_regex=pattern, stream=stream)
+    response = await http.post("/chat/completions", json=asked)
+    assert "guided_regex: the grammar is too complex; make it smaller." in response.text
+    assert response.status_code == 400 or stream
+
+
+def test_in_process(tiny_engine: Engine) -> None:
+    form = Grammar("choice", '["yes", "no"]')
+    answers = tiny_engine.generate(["you"] * 8, SamplingParams(grammar=form, seed=None))
+    assert {answer.text for answer in answers} <= {"yes", "no"}
+    with pytest.raises(InvalidRequest, match="grammar: it cannot be read"):
+        tiny_engine.generate("you", SamplingParams(grammar=Grammar("json_schema", "5")))
