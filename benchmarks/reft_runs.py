@@ -5,18 +5,28 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Sequence
+from itertools import cycle
 
 from benchmarks.peers.worker import Job, Result, Run
 from benchmarks.serving import ask_all, request_bytes
 from reft_runtime import Engine, SamplingParams, Use
+from reft_runtime.sampling import Grammar
 
 
-def at_once(engine: Engine, names: Sequence[str]) -> Run:
-    """Jobs run by `Engine.generate`. Request i takes name i; without names all take the base."""
+def at_once(
+    engine: Engine, names: Sequence[str], grammars: Sequence[Grammar | None] = (None,)
+) -> Run:
+    """Jobs run by `Engine.generate`. Request i takes name i; without names all take the base.
+
+    Its answer has the form of grammar i, the first one's again behind the last.
+    """
 
     def run(job: Job) -> Result:
         [answer] = set(job["answers"])
-        sampling = SamplingParams(temperature=0, max_tokens=answer, ignore_eos=True)
+        sampling = [
+            SamplingParams(temperature=0, max_tokens=answer, ignore_eos=True, grammar=grammar)
+            for _, grammar in zip(job["prompts"], cycle(grammars), strict=False)
+        ]
         start = time.perf_counter()
         found = engine.generate(
             job["prompts"],

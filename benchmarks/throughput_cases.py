@@ -8,7 +8,7 @@ from typing import NamedTuple
 from benchmarks import reft_runs
 from benchmarks.measuring import SECONDS, Case, Figures
 from benchmarks.peers.worker import Run
-from benchmarks.testbed import Testbed
+from benchmarks.testbed import MAX_TASKS, Testbed
 from benchmarks.workload import (
     ANSWER_TOKENS,
     DECODE,
@@ -19,9 +19,14 @@ from benchmarks.workload import (
     closed,
     figures,
     mixed,
+    patterns,
+    schemas,
 )
+from reft_runtime.sampling import Grammar
 
 BASE = "base"
+SCHEMAS = "base, each JSON of its own schema"
+PATTERNS = "base, each of its own pattern"
 FLOOR = "floor: linear layers alone"
 VLLM = "vLLM: base"
 
@@ -84,6 +89,10 @@ def _tasks(setting: str) -> Callable[..., Case]:
     return _closed(lambda testbed: reft_runs.at_once(testbed.engine, testbed.names(setting)))
 
 
+def _formed(grammars: Callable[[int], list[Grammar]]) -> Callable[..., Case]:
+    return _closed(lambda testbed: reft_runs.at_once(testbed.engine, (), grammars(MAX_TASKS)))
+
+
 def _http(setting: str | None) -> Callable[..., Case]:
     return _closed(
         lambda testbed: reft_runs.over_http(
@@ -102,6 +111,8 @@ CLOSED = [
     ThroughputCase(F3L3, _tasks(F3L3), least=32),
     ThroughputCase(PAPER, _tasks(PAPER)),
     ThroughputCase(DECODE, _tasks(DECODE), least=32),
+    ThroughputCase(SCHEMAS, _formed(schemas), least=32),
+    ThroughputCase(PATTERNS, _formed(patterns), least=32),
     ThroughputCase(f"{BASE}, over HTTP", _http(None)),
     ThroughputCase(f"{PAPER}, over HTTP", _http(PAPER), least=32),
     ThroughputCase(FLOOR, _peer("linear_floor")),

@@ -15,6 +15,7 @@ from torch import nn
 from benchmarks.measuring import SECONDS, Figures
 from benchmarks.peers.worker import Job, Result
 from reft_runtime.interventions import BaseShape, Edit, Intervention, serialise
+from reft_runtime.sampling import Grammar
 
 PROMPT_TOKENS = 64
 ANSWER_TOKENS = 64
@@ -119,6 +120,40 @@ def random_intervention(base: BaseShape, layers: list[int], rank: int, positions
         for layer in layers
     ]
     return serialise(Intervention.build(base, edits))
+
+
+def schemas(count: int) -> list[Grammar]:
+    """JSON Schemas with names of their own, of answers that are longer than `ANSWER_TOKENS`."""
+    kinds: list[dict[str, object]] = [
+        {"type": "string", "minLength": 8, "maxLength": 40},
+        {"type": "integer", "minimum": 0, "maximum": 100_000},
+        {"enum": ["very low", "low", "medium", "high", "very high"]},
+        {"type": "array", "items": {"type": "string", "minLength": 3}, "minItems": 2},
+        {"type": "string", "pattern": r"^\d{4}-\d{2}-\d{2}$"},
+    ]
+    words = ["order", "street", "customer", "city", "product", "amount", "reason", "comment"]
+
+    def schema(number: int) -> dict[str, object]:
+        rng = random.Random(number)
+        names = [f"{rng.choice(words)}_{rng.choice(words)}_{i}" for i in range(16)]
+        properties = {name: rng.choice(kinds) for name in names}
+        return {
+            "type": "object",
+            "properties": properties,
+            "required": names,
+            "additionalProperties": False,
+        }
+
+    return [Grammar("json_schema", json.dumps(schema(number))) for number in range(count)]
+
+
+def patterns(count: int) -> list[Grammar]:
+    """Regular expressions that leave a choice at every token, of answers without an end."""
+    letters = "abcdefghijklmnopqrstuvwxyz"
+    return [
+        Grammar("regex", f"([A-Z]?[{letters[: 10 + number % 16]}]+[,;]? ){{400,{500 + number}}}")
+        for number in range(count)
+    ]
 
 
 def write_lora(folder: Path, model: nn.Module) -> None:

@@ -7,6 +7,7 @@ from typing import cast
 
 from reft_runtime.errors import InvalidRequest
 from reft_runtime.front.admission import Prompt
+from reft_runtime.sampling import SamplingParams
 from reft_runtime.use import Use
 
 Uses = str | Use | tuple[str | Use, ...] | None
@@ -52,3 +53,21 @@ def pairs(
             param="intervention",
         )
     return [(p, uses_of(applied)) for p, applied in zip(several, intervention, strict=True)]
+
+
+def for_each(
+    sampling: SamplingParams | list[SamplingParams] | None, count: int
+) -> list[SamplingParams]:
+    """The settings of each of `count` prompts, of those for all or a list. Raises `InvalidRequest`.
+
+    None is the defaults.
+    """
+    if not isinstance(sampling, list):
+        return [SamplingParams() if sampling is None else sampling] * count
+    if len(sampling) != count:
+        raise InvalidRequest(
+            f"sampling: {len(sampling)} for {count} prompts; give one, or a list with one for "
+            "each prompt.",
+            param="sampling",
+        )
+    return sampling

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial, wraps
 from pathlib import Path
@@ -22,7 +22,7 @@ from reft_runtime.engine.kv_budget import kv_budget, kv_bytes, memory_bytes
 from reft_runtime.engine.loop import EngineLoop
 from reft_runtime.errors import InvalidRequest
 from reft_runtime.front.admission import Admission, Prompt
-from reft_runtime.front.asked import Uses, pairs, uses_of
+from reft_runtime.front.asked import Uses, for_each, pairs, uses_of
 from reft_runtime.front.assembly import Assembler
 from reft_runtime.front.blocking import Call, run_calls
 from reft_runtime.front.hop import unless_left
@@ -173,18 +173,20 @@ class Engine:
     def generate(
         self,
         prompts: Prompt | Sequence[Prompt],
-        sampling: SamplingParams | None = None,
+        sampling: SamplingParams | list[SamplingParams] | None = None,
         *,
         intervention: Uses | list[Uses] | list[str] = None,
         progress: bool = True,
     ) -> list[Generation]:
         """Answer prompts, in their order; blocks, also inside a running event loop.
 
-        `intervention` is a name (or a `Use`, or a tuple of them to compose) for all prompts, or a
-        list with one for each; None is the base model. Any mistake in the arguments raises before
-        anything is computed; a fault in one request raises `RequestFailed` and drops the others.
+        `sampling` is for all prompts, or a list with one for each. `intervention` is a name (or a
+        `Use`, or a tuple of them to compose) for all prompts, or a list with one for each; None is
+        the base model. Any mistake in the arguments raises before anything is computed; a fault in
+        one request raises `RequestFailed` and drops the others.
         """
-        with self._calls(pairs(prompts, intervention), sampling or SamplingParams()) as calls:
+        asked = pairs(prompts, intervention)
+        with self._calls(asked, for_each(sampling, len(asked))) as calls:
             self._run(calls, progress=progress)
             return [call.answer() for call in calls]
 
@@ -208,7 +210,8 @@ class Engine:
             )
         sampling = sampling or SamplingParams(temperature=0, max_tokens=64)
         columns = [uses_of(applied) for applied in (None, *interventions)]
-        with self._calls([(prompt, uses) for uses in columns], sampling, trace=True) as calls:
+        asked = [(prompt, uses) for uses in columns]
+        with self._calls(asked, for_each(sampling, len(asked)), trace=True) as calls:
             self._run(calls)
         return Comparisons(
             Comparison(tuple(use.label for use in uses), call.answer(), call.assembler.trace())
@@ -310,16 +313,16 @@ class Engine:
     @contextmanager
     def _calls(
         self,
-        asked: Iterable[tuple[Prompt, Sequence[Use]]],
-        sampling: SamplingParams,
+        asked: Sequence[tuple[Prompt, Sequence[Use]]],
+        sampling: Sequence[SamplingParams],
         *,
         trace: bool = False,
     ) -> Iterator[list[Call]]:
         """Yield calls, whose versions are held for the length of the block."""
         with ExitStack() as held:
             calls = []
-            for prompt, uses in asked:
-                [one] = self.admission.prepare([prompt], sampling, uses, trace=trace)
+            for (prompt, uses), settings in zip(asked, sampling, strict=True):
+                [one] = self.admission.prepare([prompt], settings, uses, trace=trace)
                 held.callback(one.release)
                 calls.append(Call(self._assembler(one)))
             yield calls
