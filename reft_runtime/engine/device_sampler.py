@@ -194,22 +194,22 @@ class DeviceSampler:
         """
         told = array("d")
         items: list[Tensor] = []
-        masks: list[Tensor] = []
+        masks = allowed([draw.sequence for draw in draws], self.vocabulary, self.eos_ids)
+        formed = [mask for mask in masks if mask is not None]
+        masked = 0
         counting: list[tuple[_Held, int]] = []
         needs: set[Needs] = set()
         edited = added = 0
-        for draw in draws:
+        for draw, mask in zip(draws, masks, strict=True):
             sequence, made, source, _ = draw
             held = self._held.get(sequence) or self._hold(sequence)
             params = sequence.request.sampling
             needs.add(held.needs)
-            place = mask = newest = newest_at = NOBODY
+            place = mask_at = newest = newest_at = NOBODY
             first, point = added, 0.0
-            may_come = allowed(sequence, self.vocabulary, self.eos_ids)
             own = held.bias
-            if may_come is not None:
-                mask = len(masks)
-                masks.append(may_come)
+            if mask is not None:
+                mask_at, masked = masked, masked + 1
             elif made < params.min_tokens:
                 own = held.bias_and_bans
             if own is not None:
@@ -218,18 +218,18 @@ class DeviceSampler:
             if held.penalised:
                 newest, newest_at = self._count(held, draw)
                 counting.append((held, made))
-            if held.penalised or own is not None or may_come is not None:
+            if held.penalised or own is not None or mask is not None:
                 place, edited = edited, edited + 1
             if params.temperature:
                 point = noise(sequence.request.seed, sequence.choice, made)
-            told.extend((source, place, held.lane, mask, first, added, newest, newest_at, point))
+            told.extend((source, place, held.lane, mask_at, first, added, newest, newest_at, point))
             told.extend(held.constant)
         settings, adds = self._send(told, items)
         batch = Batch(
             logits,
             settings,
             adds,
-            send(torch.stack(masks), self.device) if masks else None,
+            send(torch.stack(formed), self.device) if formed else None,
             self._counts,
             before,
             edited,

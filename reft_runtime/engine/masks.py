@@ -3,35 +3,38 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from collections.abc import Sequence as SequenceOf
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from reft_runtime.engine.sampler import banned
+from reft_runtime.grammar.state import allow_each
 from reft_runtime.schedule.sequence import Sequence
 
 
-def words(vocabulary: int) -> int:
-    """Number of int32 words that hold one bit for each token id."""
-    return -(-vocabulary // 32)
+def allowed(
+    sequences: SequenceOf[Sequence], vocabulary: int, eos_ids: Collection[int]
+) -> list[Tensor | None]:
+    """The tokens that may come next in each answer: int32 [words] on the CPU, lowest bit first.
 
-
-def allowed(sequence: Sequence, vocabulary: int, eos_ids: Collection[int]) -> Tensor | None:
-    """The tokens that may come next in an answer: int32 [words] on the CPU, lowest bit first.
-
-    None if the answer has no grammar. Before `min_tokens` the tokens that would end the answer are
-    left out, as far as others are allowed.
+    None for an answer without a grammar. Before `min_tokens` the tokens that would end an answer
+    are left out, as far as others are allowed.
     """
-    if sequence.grammar is None:
-        return None
-    mask = torch.zeros(words(vocabulary), dtype=torch.int32)
-    sequence.grammar.allow(mask.data_ptr(), mask.nbytes)
-    params = sequence.request.sampling
-    if sequence.generated_length < params.min_tokens:
-        rest = mask.numpy().view(np.uint32).copy()
-        for token in banned(params, eos_ids):
-            rest[token // 32] &= ~np.uint32(1 << token % 32)
-        if rest.any():
-            return torch.from_numpy(rest.view(np.int32))
-    return mask
+    formed = [sequence for sequence in sequences if sequence.grammar is not None]
+    if not formed:
+        return [None] * len(sequences)
+    masks = torch.zeros(len(formed), -(-vocabulary // 32), dtype=torch.int32)
+    states = [sequence.grammar for sequence in formed if sequence.grammar is not None]
+    allow_each(states, masks.data_ptr(), masks[0].nbytes, torch.get_num_threads())
+    for sequence, mask in zip(formed, masks, strict=True):
+        params = sequence.request.sampling
+        if sequence.generated_length < params.min_tokens:
+            rest = mask.numpy().view(np.uint32).copy()
+            for token in banned(params, eos_ids):
+                rest[token // 32] &= ~np.uint32(1 << token % 32)
+            if rest.any():
+                mask.copy_(torch.from_numpy(rest.view(np.int32)))
+    found = iter(masks)
+    return [None if sequence.grammar is None else next(found) for sequence in sequences]

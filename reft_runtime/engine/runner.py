@@ -231,9 +231,11 @@ class Runner:
         kept = [row for _, row in samples]
         if kept != list(range(len(logits))):  # an index makes a copy
             logits = logits[kept]
-        return sample(logits, [self._sample_row(sequence) for sequence, _ in samples])
+        masks = allowed([s for s, _ in samples], self.loaded.vocab_size, self.loaded.eos_ids)
+        rows = [self._sample_row(s, mask) for (s, _), mask in zip(samples, masks, strict=True)]
+        return sample(logits, rows)
 
-    def _sample_row(self, sequence: Sequence) -> SampleRow:
+    def _sample_row(self, sequence: Sequence, mask: Tensor | None) -> SampleRow:
         request = sequence.request
         return SampleRow(
             params=request.sampling,
@@ -242,7 +244,7 @@ class Runner:
             prompt=request.prompt,
             generated=sequence.generated,
             eos_ids=self.loaded.eos_ids,
-            allowed=allowed(sequence, self.loaded.vocab_size, self.loaded.eos_ids),
+            allowed=mask,
         )
 
 

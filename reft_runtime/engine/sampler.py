@@ -200,7 +200,7 @@ def _edit(scores: Tensor, row: SampleRow) -> None:
     """Bias, ban and penalise the tokens of one row [vocabulary], in place."""
     params, device = row.params, scores.device
     if row.allowed is not None:
-        scores.masked_fill_(send(_refused(row.allowed, len(scores)), device), -math.inf)
+        _refuse(scores, row.allowed)
     if params.logit_bias:
         ids = torch.tensor(list(params.logit_bias), device=device)
         scores[ids] += torch.tensor(list(params.logit_bias.values()), device=device)
@@ -221,10 +221,14 @@ def _edit(scores: Tensor, row: SampleRow) -> None:
         scores[ids] -= params.presence_penalty + params.frequency_penalty * counts
 
 
-def _refused(allowed: Tensor, vocabulary: int) -> Tensor:
-    """Whether each token id [vocabulary] is refused, of the bits of those that are `allowed`."""
-    bits = np.unpackbits(allowed.numpy().view(np.uint8), count=vocabulary, bitorder="little")
-    return torch.from_numpy(bits == 0)
+def _refuse(scores: Tensor, allowed: Tensor) -> None:
+    """Leave no token of one row [vocabulary] but those with a bit in `allowed`, in place."""
+    operators = cpu_operators()
+    if operators is not None and operators.supports(scores):
+        operators.refuse_(scores, allowed)
+        return
+    bits = np.unpackbits(allowed.numpy().view(np.uint8), count=len(scores), bitorder="little")
+    scores.masked_fill_(send(torch.from_numpy(bits == 0), scores.device), -math.inf)
 
 
 def _draw(scores: Tensor, params: Sequence[SamplingParams], points: Sequence[float]) -> Tensor:

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import cache
 from typing import Self
 
-from llguidance import LLMatcher
+from llguidance import LLExecutor, LLMatcher
 
 from reft_runtime.grammar.source import fault_of
+
+
+@cache
+def _executor(threads: int) -> LLExecutor:
+    return LLExecutor(threads)
 
 
 class GrammarState:
@@ -23,14 +30,6 @@ class GrammarState:
     def copy(self) -> Self:
         """A state of its own for another answer, at the same place."""
         return type(self)(self._matcher.deep_copy(), self.param)
-
-    def allow(self, address: int, size: int) -> None:
-        """Write which tokens may come next: one bit for each id, lowest bit first.
-
-        `address` is that of `size` bytes, a multiple of 4 and enough for all ids. After a fault
-        only the end token is allowed.
-        """
-        self._matcher.unsafe_compute_mask_ptr(address, size)
 
     def advance(self, token: int) -> None:
         """Go on with a token, which must be one of those allowed."""
@@ -52,3 +51,18 @@ class GrammarState:
     def fault(self) -> str:
         """Why the grammar cannot go on, in one line; empty if it can."""
         return fault_of(self._matcher)
+
+
+def allow_each(states: Sequence[GrammarState], address: int, size: int, threads: int) -> None:
+    """Write which tokens may come next after each state: one bit for each id, lowest bit first.
+
+    At `address` there are `size` bytes for each, a multiple of 4 and enough for all ids. After a
+    fault only the end token is allowed.
+    """
+    matchers = [state._matcher for state in states]
+    if threads > 1 and len(matchers) > 1:
+        numbered = list(zip(matchers, range(len(matchers)), strict=True))
+        _executor(threads).unsafe_compute_mask_ptr(numbered, address, size, len(matchers))
+        return
+    for number, matcher in enumerate(matchers):
+        matcher.unsafe_compute_mask_ptr(address + number * size, size)

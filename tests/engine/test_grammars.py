@@ -14,6 +14,7 @@ from llguidance import LLParserLimits
 
 from reft_runtime.engine.events import Failed
 from reft_runtime.grammar import GrammarCompiler, source
+from reft_runtime.grammar.state import allow_each
 from reft_runtime.loading.loader import adopt_model
 from reft_runtime.sampling import Grammar
 from reft_runtime.schedule.request import Request
@@ -87,7 +88,7 @@ def by_the_model(grammar: Grammar, length: int) -> list[int]:
     mask = torch.zeros(VOCABULARY // 32, dtype=torch.int32)
     while not state.complete:
         logits = model(input_ids=torch.tensor([text]), use_cache=False).logits[0, -1]
-        state.allow(mask.data_ptr(), mask.nbytes)
+        allow_each([state], mask.data_ptr(), mask.nbytes, threads=1)
         bits = mask[:, None].bitwise_right_shift(torch.arange(32)) & 1
         text.append(int(logits.where(bits.flatten().bool(), -torch.inf).argmax()))
         state.advance(text[-1])

@@ -19,6 +19,7 @@ from torch import Tensor
 from reft_runtime.engine.device_sampler import DeviceSampler, Draw, Picked
 from reft_runtime.engine.masks import allowed
 from reft_runtime.engine.sampler import Sampled, SampleRow, sample
+from reft_runtime.grammar import GrammarState
 from reft_runtime.kernels.staging import no_waiting
 from reft_runtime.sampling import SamplingParams
 from reft_runtime.schedule.request import Request
@@ -76,9 +77,9 @@ def by_cpu(logits: Tensor, owners: SequenceOf[Sequence]) -> list[Sampled | None]
             each.request.prompt,
             each.generated,
             frozenset({EOS}),
-            allowed(each, logits.shape[1], {EOS}),
+            mask,
         )
-        for each in owners
+        for each, mask in zip(owners, allowed(owners, logits.shape[1], {EOS}), strict=True)
     ]
     return sample(logits, rows)
 
@@ -138,12 +139,12 @@ def test_any_settings_in_one_batch(dtype: torch.dtype) -> None:
 
 
 class Bits:
-    """A grammar that always allows the same tokens."""
+    """What a grammar asks its library for: here always the same tokens."""
 
     def __init__(self, ids: Iterable[int]) -> None:
         self.bits = bits_of(ids, VOCABULARY)
 
-    def allow(self, address: int, size: int) -> None:
+    def unsafe_compute_mask_ptr(self, address: int, size: int) -> None:
         ctypes.memmove(address, self.bits.data_ptr(), size)
 
 
@@ -157,7 +158,7 @@ def test_tokens_that_a_grammar_allows() -> None:
     for i, each in enumerate(owners):
         if i % 3:  # others are free
             ids = rng.sample(range(VOCABULARY), rng.choice([1, 5, 100]))
-            each.grammar = Bits(ids)  # type: ignore[assignment]
+            each.grammar = GrammarState(Bits(ids), "")  # type: ignore[arg-type]
     logits = random_logits(count)
     same(by_device(logits, owners), by_cpu(logits, owners))
 

@@ -16,6 +16,7 @@ from reft_runtime.errors import InvalidRequest
 from reft_runtime.grammar import GrammarCompiler, GrammarState
 from reft_runtime.grammar.compiler import KEPT
 from reft_runtime.grammar.source import MAX_BYTES
+from reft_runtime.grammar.state import allow_each
 from reft_runtime.sampling import Grammar
 from reft_runtime.text import Tokenizer
 from tests.helpers.tokenizer import tiny_sentencepiece_tokenizer, tiny_tokenizer
@@ -43,7 +44,7 @@ def closed() -> Iterator[None]:
 
 def allowed(state: GrammarState, vocabulary: int = 325) -> set[int]:
     words = (ctypes.c_uint32 * -(-vocabulary // 32))()
-    state.allow(ctypes.addressof(words), ctypes.sizeof(words))
+    allow_each([state], ctypes.addressof(words), ctypes.sizeof(words), threads=1)
     return {i for i in range(vocabulary) if words[i // 32] >> i % 32 & 1}
 
 

@@ -14,6 +14,7 @@ from torch.nn.functional import rms_norm, scaled_dot_product_attention, silu
 from reft_runtime.kernels.cpu import Kernels, build, kernels
 from reft_runtime.machine.dtypes import DTYPES
 from server.settings import Dtype
+from tests.helpers.sampling import bits_of
 
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 1e-2}
 
@@ -78,6 +79,18 @@ def test_silu_mul_at_the_extremes(operators: Kernels) -> None:
 def test_greedy(operators: Kernels, dtype: torch.dtype, rows: int, width: int, shift: int) -> None:
     logits = rand(rows, width, dtype=dtype) + shift  # in bfloat16 many of them are equal
     assert operators.greedy(logits) == logits.argmax(-1).tolist()
+
+
+@dtypes
+@pytest.mark.parametrize("width", [1, 31, 32, 33, 600])
+def test_refuse(operators: Kernels, dtype: torch.dtype, width: int) -> None:
+    row = rand(width, dtype=dtype)
+    for kept in (range(width), range(0), range(0, width, 3), range(30, width)):
+        found = row.clone()
+        operators.refuse_(found, bits_of(kept, width))
+        wanted = torch.full_like(row, -torch.inf)
+        wanted[list(kept)] = row[list(kept)]
+        assert torch.equal(found, wanted)
 
 
 @dtypes
@@ -258,11 +271,15 @@ def test_shapes_that_disagree_are_refused(operators: Kernels) -> None:
         lambda: operators.rms_norm(wide, rand(130).bfloat16(), 1e-5),
         lambda: operators.add_rms_norm(wide, wide[:1], rand(130), 1e-5),
         lambda: operators.silu_mul(rand(2, 131)),
+        lambda: operators.refuse_(rand(33), torch.zeros(1, dtype=torch.int32)),
+        lambda: operators.refuse_(rand(33), torch.zeros(2)),
+        lambda: operators.refuse_(rand(2, 3), torch.zeros(2, dtype=torch.int32)),
+        lambda: operators.refuse_(rand(33), torch.zeros(4, dtype=torch.int32)[::2]),
         lambda: operators.rotate_(heads, heads[:1], angles, angles),
         lambda: operators.rotate_(heads, heads, angles[:1], angles[:1]),
         lambda: operators.rotate_(heads, heads, angles.bfloat16(), angles.bfloat16()),
     ):
-        with pytest.raises(ValueError, match=r"shapes|places|width|for rows|gate"):
+        with pytest.raises(ValueError, match=r"shapes|places|width|for rows|gate|refuse"):
             bad()
     assert not rows.any()
 

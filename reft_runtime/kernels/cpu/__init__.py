@@ -27,6 +27,7 @@ _ARGUMENTS: dict[str, list[Any]] = {
     "add_rms_norm": [_P, _P, _P, _P, _P, _I, _I, _F, c_int],
     "silu_mul": [_P, _P, _I, _I, c_int],
     "greedy": [_P, _P, _I, _I, c_int],
+    "refuse": [_P, _P, _I],
     "rotate": [*[_P] * 4, *[_I] * 6, c_int],
     "attend": [*[_P] * 5, *[_I] * 11, _F, c_int],
     "attend_prompts": [*[_P] * 5, *[_I] * 11, _F, c_int],
@@ -160,6 +161,17 @@ class Kernels:
         )
         tokens: list[int] = best.tolist()
         return tokens
+
+    def refuse_(self, row: Tensor, allowed: Tensor) -> None:
+        """Make the numbers of a row [vocabulary] -inf that have no bit in `allowed`, int32 [words].
+
+        The lowest bit of a word comes first.
+        """
+        if row.ndim != 1 or allowed.dtype != torch.int32 or 32 * len(allowed) < len(row):
+            raise ValueError(f"refuse: {tuple(allowed.shape)} words for {tuple(row.shape)}")
+        if not allowed.is_contiguous():
+            raise ValueError("refuse: the words do not lie side by side")
+        self._functions["refuse", row.dtype](row.data_ptr(), allowed.data_ptr(), len(row))
 
     def rotate_(self, query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> None:
         """Rotary positions in place: heads [T, heads, dim], `cos` and `sin` [T, dim].

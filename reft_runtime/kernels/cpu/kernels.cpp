@@ -28,6 +28,9 @@
                                   int threads) {                                                   \
         greedy(rows, best, count, width, threads);                                                 \
     }                                                                                              \
+    extern "C" void refuse_##NAME(T* row, const uint32_t* allowed, int64_t width) {                \
+        refuse(row, allowed, width);                                                               \
+    }                                                                                              \
     extern "C" void rotate_##NAME(T* query, T* key, const T* cos, const T* sin, int64_t tokens,    \
                                   int64_t query_heads, int64_t key_heads, int64_t dim,             \
                                   int64_t query_stride, int64_t key_stride, int threads) {         \

@@ -90,6 +90,20 @@ void rotate(T* query, T* key, const T* cos, const T* sin, int64_t tokens, int64_
     }
 }
 
+// Makes the elements of a row -inf that have no bit in `allowed`, the lowest bit of a word first.
+template <typename T>
+void refuse(T* row, const uint32_t* allowed, int64_t width) {
+    T lowest;
+    store(lowest, -std::numeric_limits<float>::infinity());
+    for (int64_t first = 0; first < width; first += 32) {
+        const uint32_t word = allowed[first / 32];
+        if (word == 0xffffffffu) continue;
+        T* x = row + first;
+        const int64_t count = std::min<int64_t>(32, width - first);
+        for (int64_t i = 0; i < count; ++i) x[i] = (word >> i) & 1u ? x[i] : lowest;
+    }
+}
+
 // A number that orders like the float whose bits these are; NaN is beyond the infinities.
 template <typename I>
 inline I ordered(I bits) {
