@@ -84,6 +84,11 @@ class FakeTokenizer:
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         return bytes(ids).decode(errors="replace")
 
+    tool_template = ""
+
+    def token_id(self, text: str) -> int | None:
+        return None
+
     def describe(self) -> dict[str, Any]:
         return {"tokenizer_class": "FakeTokenizer"}
 
