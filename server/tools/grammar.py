@@ -52,11 +52,13 @@ def tool_grammar(
         repeat = "*" if many else "?"
         lines.append(f"start: TEXT? (turn TEXT?){repeat}")
     elif answer is not None:
-        lines.append(f"start: {some} | %json {answer}")
+        # Both may begin with a brace: then a tag tells the calls from the answer.
+        calls = f"{tag} {some}" if form.bare else some
+        lines.append(f"start: {calls} | %json {answer}")
     else:
         lines.append(f"start: {some}")
-    calls = [_call(form, function, token_id) for function in functions]
-    return "\n".join([*lines, f"turn: {turn}", f"call: {' | '.join(calls)}"]) + "\n"
+    written = [_call(form, function, token_id) for function in functions]
+    return "\n".join([*lines, f"turn: {turn}", f"call: {' | '.join(written)}"]) + "\n"
 
 
 def _turn(form: Format, tag: str, token_id: TokenId, *, many: bool) -> tuple[str, str | None]:
