@@ -123,7 +123,7 @@ def render(
     source = template or source_of(tokenizer, tools=bool(options.tools))
     if options.tools:
         check_reads_tools(source)
-    if has_calls(messages) and "tool_calls" not in source:
+    if any(turn.get("tool_calls") for turn in messages) and "tool_calls" not in source:
         raise InvalidRequest(f"messages: {_NO_TOOLS.format('calls of tools')}", param="messages")
     turns = [dict(turn) | {"content": turn.get("content") or ""} for turn in messages]
     if options.continue_final_message and options.add_generation_prompt:

@@ -88,6 +88,9 @@ class Message(RequestBody):
     tool_calls: Annotated[list[ToolCall], Field(max_length=MAX_CALLS)] = Field(default=[])
     tool_call_id: str = Field(default="", max_length=256)
     # A client sends an earlier answer back with these fields empty; the last one is LiteLLM's.
+    parsed: Any = Field(
+        default=None, description="What OpenAI's client makes of the content; not used."
+    )
     annotations: Nothing = Field(default=[])
     provider_specific_fields: dict[str, None] = Field(default={})
 

@@ -81,8 +81,8 @@ ToolChoice = Annotated[
     Discriminator(
         _word_or_object,
         custom_error_type="tool_choice_type",
-        custom_error_message='Give "none", "auto", "required", or {{"type": "function", '
-        '"function": {{"name": ...}}}}',
+        custom_error_message='Give "none", "auto", "required", or {"type": "function", '
+        '"function": {"name": ...}}',
     ),
 ]
 
@@ -125,6 +125,9 @@ class FunctionCall(RequestBody):
 
     name: FunctionName
     arguments: str = ""
+    parsed_arguments: Any = Field(
+        default=None, description="What OpenAI's client makes of the arguments; not used."
+    )
 
 
 class ToolCall(RequestBody):

@@ -12,7 +12,7 @@ import json
 from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass, field
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from reft_runtime.errors import (
     Draining,
@@ -76,6 +76,7 @@ class FakeTokenizer:
             raise InvalidRequest("This template takes one user message.", param="messages")
         if template is not None:
             return self.encode(template.replace("{prompt}", messages[0]["content"]))
+        self.last_messages = messages
         return self.encode("".join(f"<{m['role']}>{m['content']}" for m in messages))
 
     def laid_out(self, text: str, template: str) -> None:
@@ -271,6 +272,8 @@ class FakeEngine:
     overloaded: bool = False
     fail_after: int | None = None
     """Steps after which every request fails."""
+    says: bytes | None = None
+    """Whole answer, one byte a step; None for the alphabet, until `max_tokens`."""
     step_seconds: float = 0.0
     die_after: float | None = None
     """Seconds after which the engine dies, counted from the second request (after the canary)."""
@@ -367,7 +370,12 @@ class FakeStream:
 
     async def __aiter__(self) -> AsyncIterator[list[ChoiceDelta]]:
         sampling, engine = self.sampling, self.engine
-        count = sampling.max_tokens or 0
+        count, letters = sampling.max_tokens or 0, ALPHABET
+        ended: Literal["stop", "length"] = "length"
+        if engine.says is not None:
+            letters = engine.says
+            ended = "stop" if len(letters) <= count else "length"
+            count = min(len(letters), count)
         self.queue_seconds = 0.25
         if sampling.prompt_logprobs is not None:
             self.prompt_logprobs = [None, *(self._logprob(token) for token in self.prompt[1:])]
@@ -380,7 +388,7 @@ class FakeStream:
             if engine.fail_after is not None and step >= engine.fail_after:
                 self._end()
                 raise _Secret("weights at /secret/path")
-            token = ALPHABET[step % len(ALPHABET)]
+            token = letters[step % len(letters)]
             last = step == count - 1
             yield [
                 ChoiceDelta(
@@ -388,7 +396,7 @@ class FakeStream:
                     chr(token),
                     (token,),
                     () if sampling.logprobs is None else (self._logprob(token),),
-                    "length" if last else None,
+                    ended if last else None,
                 )
                 for index in range(sampling.n)
             ]

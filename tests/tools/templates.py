@@ -1,10 +1,11 @@
-"""Chat templates in the shape of those of Qwen 2.5, Llama 3.2 and Mistral, written for the tests."""
+"""Chat templates in the shape of those of Qwen 2.5, Llama 3 and Mistral, for the tests."""
 
 QWEN = """
 {%- if tools %}
     {{- '<|im_start|>system\\n# Tools\\n<tools>' }}
     {%- for tool in tools %}{{- '\\n' + (tool | tojson) }}{%- endfor %}
-    {{- '\\n</tools>\\nAnswer with <tool_call>\\n{"name": N, "arguments": A}\\n</tool_call><|im_end|>\\n' }}
+    {{- '\\n</tools>\\nAnswer with <tool_call>\\n{"name": N, "arguments": A}\\n</tool_call>' }}
+    {{- '<|im_end|>\\n' }}
 {%- endif %}
 {%- for message in messages %}
     {%- if message.role == 'assistant' and message.tool_calls %}
@@ -16,7 +17,8 @@ QWEN = """
         {%- endfor %}
         {{- '<|im_end|>\\n' }}
     {%- elif message.role == 'tool' %}
-        {{- '<|im_start|>user\\n<tool_response>\\n' + message.content + '\\n</tool_response><|im_end|>\\n' }}
+        {{- '<|im_start|>user\\n<tool_response>\\n' + message.content }}
+        {{- '\\n</tool_response><|im_end|>\\n' }}
     {%- else %}
         {{- '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>\\n' }}
     {%- endif %}

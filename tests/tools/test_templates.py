@@ -186,7 +186,7 @@ def test_tools_that_cannot_be_asked_for(template: str | None, advice: str) -> No
 
 def test_a_tool_template_that_cannot_be_used(tmp_path: Path) -> None:
     tiny = tokenizer(CHATML)
-    with pytest.raises(ConfigError, match="--tool-template .*: give a file that exists, or hermes"):
+    with pytest.raises(ConfigError, match="give a file that exists, or hermes"):
         load_settings({"tool_template": str(tmp_path / "none")})
     for content, problem in (
         (b"{{ messages }}", "reads `tools`"),
@@ -199,5 +199,5 @@ def test_a_tool_template_that_cannot_be_used(tmp_path: Path) -> None:
     (tmp_path / "x").write_text(QWEN)
     assert asked(Tools(tiny, Settings(tool_template=str(tmp_path / "x")))).form.name == "hermes"
     llama = Tokenizer(tiny_sentencepiece_tokenizer(), 100)
-    with pytest.raises(ConfigError, match="has no <.im_start.>"):
+    with pytest.raises(ConfigError, match="tokenizer has no"):
         Tools(llama, Settings(tool_template="hermes"))
