@@ -91,7 +91,7 @@ class Tools:
 
     def options(self, options: ChatOptions, tools: Sequence[Tool]) -> ChatOptions:
         """`options` with the tools that the model is told of."""
-        told = [tool.as_dict() for tool in tools]
+        told = tuple(tool.as_dict() for tool in tools)
         return replace(options, tools=told, tool_template=self._given)
 
     def _format(self) -> Format:

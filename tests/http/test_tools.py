@@ -178,9 +178,8 @@ async def test_one_call_at_most(client: httpx.AsyncClient, engine: FakeEngine) -
     [choice] = (await ask(client, **fields))["choices"]
     assert [call["function"]["name"] for call in choice["message"]["tool_calls"]] == ["look"]
     chunks = [c for e in await stream(client, **fields) for c in e["choices"]]
-    assert {c["delta"]["tool_calls"][0]["index"] for c in chunks if "tool_calls" in c["delta"]} == {
-        0
-    }
+    calls = [c["delta"]["tool_calls"][0] for c in chunks if "tool_calls" in c["delta"]]
+    assert {call["index"] for call in calls} == {0}
     await ask(client, tool_choice="required", **fields)
     grammar = engine.streams[-1].sampling.grammar
     assert grammar is not None
@@ -231,7 +230,7 @@ async def test_calls_and_results_reach_the_template(
 async def test_tokenize_takes_tools(client: httpx.AsyncClient, engine: FakeEngine) -> None:
     asked = {"messages": chat()["messages"], "tools": [LOOK]}
     assert (await client.post("/tokenize", json=asked)).status_code == 200
-    assert engine.tokenizer.last_options.tools == [LOOK]
+    assert engine.tokenizer.last_options.tools == (LOOK,)
     refused = await client.post("/tokenize", json={"prompt": "x", "tools": [LOOK]})
     assert refused.json()["error"]["message"] == "tools needs messages."
 
