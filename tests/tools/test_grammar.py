@@ -188,7 +188,7 @@ def test_whatever_a_grammar_allows_is_read_as_calls(form: Format, added: bool) -
             token = choose.choice(allowed)
             matcher.consume_token(token)
             ids.append(token)
-        text = tiny.decode([i for i in ids if i != tiny.eos_token_id])
+        text = str(tiny.decode([i for i in ids if i != tiny.eos_token_id]))
         content, calls = whole(ToolReader(form, ("look", "add"), exact=True), text)
         assert calls
         assert content is None

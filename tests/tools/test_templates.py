@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -136,11 +137,11 @@ def test_a_text_template_takes_no_tools() -> None:
 
 def test_switches_are_those_of_the_template_that_writes_the_chat() -> None:
     template = QWEN + "{{ mood }}"
-    options = {"switches": {"mood": "good"}, "tool_template": template}
+    options = ChatOptions(switches={"mood": "good"}, tool_template=template)
     plain = [{"role": "user", "content": "Hi"}]
-    assert written(CHATML, plain, ChatOptions(tools=[LOOK], **options)).endswith("good")
+    assert written(CHATML, plain, replace(options, tools=[LOOK])).endswith("good")
     with pytest.raises(InvalidRequest, match="no switch 'mood'"):
-        written(CHATML, plain, ChatOptions(**options))
+        written(CHATML, plain, options)
 
 
 def asked(tools: Tools, **fields: Any) -> Any:
