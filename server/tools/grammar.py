@@ -26,7 +26,7 @@ def tool_grammar(
     *,
     many: bool,
     free: bool = False,
-    answer: str | None = None,
+    answer: Any = None,
 ) -> str:
     """A grammar whose every answer has calls of `functions` only: one, or with `many` any number.
 
@@ -54,7 +54,7 @@ def tool_grammar(
     elif answer is not None:
         # Both may begin with a brace: then a tag tells the calls from the answer.
         calls = f"{tag} {some}" if form.bare else some
-        lines.append(f"start: {calls} | %json {answer}")
+        lines.append(f"start: {calls} | {_json(answer, strict=True)}")
     else:
         lines.append(f"start: {some}")
     written = [_call(form, function, token_id) for function in functions]
@@ -76,28 +76,33 @@ def _turn(form: Format, tag: str, token_id: TokenId, *, many: bool) -> tuple[str
 
 def _call(form: Format, function: Function, token_id: TokenId) -> str:
     name, parameters, strict = function
-    schema = f"%json {_schema(parameters, strict=strict)}"
+    schema = _json(_arguments(parameters), strict=strict)
     if form.direct:
         return f"{json.dumps(name)} {_term('[ARGS]', token_id)} {schema}"
     head = f'{{"name": "{name}", "{form.key}": '
     return f'{json.dumps(head)} {schema} "}}"'
 
 
-def _schema(parameters: dict[str, Any], *, strict: bool) -> str:
-    """The schema of a call's arguments: an object, written as `json.dumps` writes it.
+def _arguments(parameters: dict[str, Any]) -> dict[str, Any]:
+    """The schema of a call's arguments: an object.
 
     Properties that it does not list are left out unless it says something of them.
     """
     schema = {"type": "object", "properties": {}} | parameters
-    if not _MORE_KEYS & schema.keys():
-        schema.setdefault("additionalProperties", False)
-    schema["x-guidance"] = {
+    return schema if _MORE_KEYS & schema.keys() else {"additionalProperties": False} | schema
+
+
+def _json(schema: Any, *, strict: bool) -> str:
+    """JSON by a schema, on one line, as `json.dumps` writes it."""
+    if isinstance(schema, bool):
+        schema = {} if schema else {"enum": []}
+    options = {
         "whitespace_flexible": False,
         "item_separator": ", ",
         "key_separator": ": ",
         "lenient": not strict,
     }
-    return json.dumps(schema)
+    return f"%json {json.dumps(schema | {'x-guidance': options})}"
 
 
 def _term(text: str, token_id: TokenId) -> str:

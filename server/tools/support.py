@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from reft_runtime.errors import ConfigError, InvalidRequest
 from reft_runtime.sampling import Grammar, SamplingParams
@@ -86,7 +87,7 @@ class Tools:
                 free=not forced and answer is None,
                 answer=None if forced or answer is None else _json_schema(answer),
             )
-            grammar = Grammar("lark", source)
+            grammar = Grammar("lark", source, param="tools")
         return ToolPlan(form, tools, named, many, grammar)
 
     def options(self, options: ChatOptions, tools: Sequence[Tool]) -> ChatOptions:
@@ -129,11 +130,12 @@ def _template(tokenizer: Tokenizer, given: str | None) -> str | None:
     return text
 
 
-def _json_schema(answer: Grammar) -> str:
+def _json_schema(answer: Grammar) -> Any:
+    """The JSON Schema of an answer's form. Raises `InvalidRequest` if its form is another."""
     if answer.kind == "json_object":
-        return '{"type": "object"}'
+        return {"type": "object"}
     if answer.kind == "json_schema":
-        return answer.source
+        return json.loads(answer.source)
     raise InvalidRequest(
         "structured_outputs: beside tools an answer's form is JSON; leave one of the two out, or "
         'say tool_choice: "none".',

@@ -34,6 +34,7 @@ from reft_runtime.outputs import (
     TokenLogprob,
     Trace,
 )
+from reft_runtime.sampling import Grammar
 from reft_runtime.schedule.request import Request
 
 if TYPE_CHECKING:
@@ -295,8 +296,7 @@ class FakeEngine:
 
     @property
     def admission(self) -> Admission:
-        grammars = GrammarCompiler(lambda: None, self.info.vocab_size, ())
-        return Admission(self.registry, self.tokenizer, grammars, self.info)
+        return Admission(self.registry, self.tokenizer, _Grammars(), self.info)
 
     @property
     def running(self) -> list[FakeStream]:
@@ -406,6 +406,16 @@ class FakeStream:
         wanted = max(self.sampling.logprobs or 0, self.sampling.prompt_logprobs or 0)
         others = [(ord("x"), -0.25), (ord("y"), float("-inf"))]
         return TokenLogprob(token, -0.5, tuple(others[:wanted]))
+
+
+class _Grammars(GrammarCompiler):
+    """Takes every grammar; the answers do not follow it."""
+
+    def __init__(self) -> None:
+        super().__init__(lambda: None, 256, ())
+
+    def start(self, grammar: Grammar) -> Any:
+        return None
 
 
 class _Secret(ReftError):

@@ -6,12 +6,14 @@ import random
 from functools import cache
 from typing import Any
 
-import llguidance.hf
 import pytest
-from llguidance import LLMatcher, LLTokenizer
+from llguidance import LLTokenizer
 from tokenizers import AddedToken
 from transformers import PreTrainedTokenizerFast
 
+from reft_runtime.grammar.source import fault_of, matcher_of, read_tokenizer
+from reft_runtime.sampling import Grammar
+from reft_runtime.text import Tokenizer
 from server.tools import FORMATS, Format, whole
 from server.tools.formats import find_format
 from server.tools.grammar import tool_grammar
@@ -47,7 +49,8 @@ def tokenizer(added: bool) -> PreTrainedTokenizerFast:
 
 @cache
 def compiled(added: bool) -> LLTokenizer:
-    return llguidance.hf.from_tokenizer(tokenizer(added))
+    tiny = Tokenizer(tokenizer(added), 100)
+    return read_tokenizer(tiny.definition(), tiny.vocab_size, tiny.eos_ids)
 
 
 def token_id(added: bool) -> Any:
@@ -56,8 +59,8 @@ def token_id(added: bool) -> Any:
 
 
 def allows(grammar: str, text: str, *, added: bool) -> bool:
-    matcher = LLMatcher(compiled(added), grammar, log_level=0)
-    assert not matcher.get_error()
+    matcher = matcher_of(compiled(added), Grammar("lark", grammar))
+    assert not fault_of(matcher)
     ids = tokenizer(added).encode(text, add_special_tokens=False)
     return (
         matcher.validate_tokens(ids) == len(ids)
@@ -146,7 +149,7 @@ def test_text_of_llama_is_free_unless_it_begins_as_a_call(added: bool) -> None:
 
 @pytest.mark.parametrize("form", ALL)
 def test_calls_or_an_answer_of_a_form(form: Format) -> None:
-    schema = '{"type": "object", "properties": {"name": {"type": "integer"}}, "required": ["name"]}'
+    schema = {"type": "object", "properties": {"name": {"type": "integer"}}, "required": ["name"]}
     grammar = tool_grammar(form, FUNCTIONS, token_id(True), many=False, answer=schema)
     assert allows(grammar, '{"name": 5}', added=True)
     assert not allows(grammar, '{"name": "x"}', added=True)
@@ -180,7 +183,7 @@ def test_whatever_a_grammar_allows_is_read_as_calls(form: Format, added: bool) -
     many = form is not LLAMA3
     grammar = tool_grammar(form, FUNCTIONS, token_id(added), many=many)
     for _ in range(8):
-        matcher = LLMatcher(compiled(added), grammar)
+        matcher = matcher_of(compiled(added), Grammar("lark", grammar))
         ids: list[int] = []
         while len(ids) < 400 and not matcher.is_stopped():
             mask = matcher.compute_bitmask()
