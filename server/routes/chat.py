@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Request
@@ -120,7 +121,7 @@ async def create_chat_completion(
     body: Annotated[ChatRequest, Depends(json_body(ChatRequest))],
 ) -> Answer:
     """Answer a conversation `n` times."""
-    plan = context.tools.plan(body)
+    plan = await asyncio.to_thread(context.tools.plan, body) if body.usable else None
     sampling = body.sampling() if plan is None else plan.sampling(body.sampling())
     switches = context.engine.tokenizer.switches
     return Answer(

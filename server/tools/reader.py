@@ -33,7 +33,8 @@ class ToolReader:
     them. What is not a whole call with arguments that are a JSON object stays content.
 
     `exact` says that a grammar forces every call to have its form: then arguments are passed on as
-    they come, and a call that is cut off has a part of them. Otherwise they are passed on when the
+    they come, and a call that is cut off has a part of them, or is left out if it has no name yet.
+    Otherwise they are passed on when the
     call has ended. With `parallel` false, calls after the first are left out. Without a tag only
     `names` begin a call. `named` says that the request asks for one function by its name: then the
     choice ends with `stop`, as OpenAI's do.
@@ -76,8 +77,8 @@ class ToolReader:
 
     def finish(self) -> list[Delta]:
         """Return what was held back, at the end of the text."""
-        rest = ""
-        if self._state in ("text", "opening") or (self._state == "value" and not self._exact):
+        rest = self._buffer if self._state == "text" else ""
+        if self._state in ("opening", "value") and not self._exact:
             rest = "".join(self._raw) + self._buffer
         self._raw, self._buffer, self._state = [], "", "text"
         deltas = list(self._say(rest))
@@ -197,9 +198,10 @@ class ToolReader:
             return None
         # A function without parameters is often called without arguments.
         arguments = next((fields[key] for key in _ARGUMENTS if key in fields), "{}")
-        if arguments.startswith('"'):
-            arguments = json.loads(arguments)
-        return (name, arguments) if _is_object(arguments) else None
+        if arguments.startswith("{"):
+            return name, arguments
+        said = json.loads(arguments)
+        return (name, said) if isinstance(said, str) and _is_object(said) else None
 
     def _call(self, name: str) -> Iterator[Delta]:
         self._calls += 1

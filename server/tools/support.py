@@ -62,8 +62,9 @@ class Tools:
     def plan(self, body: ToolFields, answer: Grammar | None = None) -> ToolPlan | None:
         """What `body` asks; None if the model is told of no tools.
 
-        `answer` is the form of an answer that calls nothing. Raises `InvalidRequest` if the model
-        cannot be asked.
+        `answer` is the form of an answer that calls nothing; a call that is forced leaves no room
+        for one. Takes milliseconds for large schemas. Raises `InvalidRequest` if the model cannot
+        be asked.
         """
         tools, choice = body.usable, body.tool_choice
         if not tools:
@@ -75,6 +76,7 @@ class Tools:
         else:
             callable_ = list(tools)
         forced = named or choice == "required"
+        answer = None if forced else answer
         many = body.parallel_tool_calls and not named
         grammar = None
         strict = any(tool.function.strict for tool in tools)
@@ -85,9 +87,11 @@ class Tools:
                 self._tokenizer.token_id,
                 many=many and not form.one,
                 free=not forced and answer is None,
-                answer=None if forced or answer is None else _json_schema(answer),
+                answer=None if answer is None else _json_schema(answer),
             )
             grammar = Grammar("lark", source, param="tools")
+        if answer is not None:  # then a call has its tag always: the answer may begin as a call
+            form = replace(form, bare=False)
         return ToolPlan(form, tools, named, many, grammar)
 
     def options(self, options: ChatOptions, tools: Sequence[Tool]) -> ChatOptions:

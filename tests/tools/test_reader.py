@@ -222,6 +222,14 @@ def test_a_forced_call_that_is_cut_off_has_a_part_of_its_arguments() -> None:
     assert reader.finish_reason("length") == "length"
 
 
+def test_a_forced_call_that_has_no_name_yet_is_left_out() -> None:
+    text = f"{tagged(ADDED)}\n{tagged(LOOKED)}"
+    for end in range(len(tagged(ADDED)) + len("\n<tool_call>"), text.index('"look"') + 6):
+        content, calls = whole(ToolReader(HERMES, NAMES, exact=True), text[:end])
+        assert content is None
+        assert len(calls) == 1
+
+
 def test_reasons() -> None:
     for text, named, reason in (
         (tagged(ADDED), False, "tool_calls"),

@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 
 from reft_runtime.errors import ConfigError, InvalidRequest
+from reft_runtime.sampling import Grammar
 from reft_runtime.text import ChatOptions, Tokenizer
 from server.schemas.tools import ToolFields
 from server.settings import Settings, load_settings
-from server.tools import FORMATS, Tools
+from server.tools import FORMATS, Tools, whole
 from tests.helpers.tokenizer import CHATML, tiny_sentencepiece_tokenizer, tiny_tokenizer
 from tests.tools.templates import LLAMA, MISTRAL, MISTRAL_NAMES, QWEN
 
@@ -165,6 +166,28 @@ def test_the_format_is_found(template: str, name: str, direct: bool) -> None:
     assert chosen(ToolFields.model_validate({"tools": [LOOK]})).form == form  # type: ignore[union-attr]
     other = Settings(tool_parser="llama3" if name == "hermes" else "hermes")
     assert asked(Tools(tokenizer(template), other)).form == FORMATS[other.tool_parser]  # type: ignore[index]
+
+
+def test_an_answer_of_a_form_beside_tools() -> None:
+    person = '{"type": "object", "properties": {"name": {}, "parameters": {}}}'
+    answer = Grammar("json_schema", person)
+    body = ToolFields.model_validate({"tools": [LOOK]})
+    for template in (QWEN, LLAMA):
+        tools = Tools(tokenizer(template), Settings())
+        plan = tools.plan(body, answer)
+        assert plan is not None
+        assert plan.grammar is not None
+        assert person[1:-1] in plan.grammar.source
+        text = '{"name": "look", "parameters": {}}'
+        assert whole(plan.reader(), text) == (text, [])
+        forced = body.model_copy(update={"tool_choice": "required"})
+        plan = tools.plan(forced, answer)
+        assert plan is not None
+        assert plan == tools.plan(forced)
+        with pytest.raises(InvalidRequest) as error:
+            tools.plan(body, Grammar("choice", '["a"]'))
+        assert error.value.param == "structured_outputs"
+    assert tools.plan(ToolFields.model_validate({}), answer) is None
 
 
 @pytest.mark.parametrize(
