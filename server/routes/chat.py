@@ -121,7 +121,9 @@ async def create_chat_completion(
     body: Annotated[ChatRequest, Depends(json_body(ChatRequest))],
 ) -> Answer:
     """Answer a conversation `n` times."""
-    plan = await asyncio.to_thread(context.tools.plan, body) if body.usable else None
+    plan = None
+    if body.usable:
+        plan = await asyncio.to_thread(context.tools.plan, body, body.grammar)
     sampling = body.sampling() if plan is None else plan.sampling(body.sampling())
     switches = context.engine.tokenizer.switches
     return Answer(

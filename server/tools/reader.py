@@ -34,10 +34,10 @@ class ToolReader:
 
     `exact` says that a grammar forces every call to have its form: then arguments are passed on as
     they come, and a call that is cut off has a part of them, or is left out if it has no name yet.
-    Otherwise they are passed on when the
-    call has ended. With `parallel` false, calls after the first are left out. Without a tag only
-    `names` begin a call. `named` says that the request asks for one function by its name: then the
-    choice ends with `stop`, as OpenAI's do.
+    Otherwise they are passed on when the call has ended. With `alone` an answer has calls or text,
+    so that a text may contain tags. With `parallel` false, calls after the first are left out.
+    Without a tag only `names` begin a call. `named` says that the request asks for one function by
+    its name: then the choice ends with `stop`, as OpenAI's do.
     """
 
     def __init__(
@@ -46,12 +46,14 @@ class ToolReader:
         names: Collection[str],
         *,
         exact: bool = False,
+        alone: bool = False,
         parallel: bool = True,
         named: bool = False,
     ) -> None:
         self._form = form
         self._names = frozenset(names)
         self._exact = exact
+        self._alone = alone
         self._parallel = parallel
         self._named = named
         self._opening = form.opening(exact=exact)
@@ -67,6 +69,8 @@ class ToolReader:
         """Whether the end of a call's object, behind its arguments, has not come yet."""
         self._tagged = False
         self._spoken = False
+        self._said = False
+        """Whether there was content; `_spoken` is true after a call, too."""
         self._space = ""
         self._calls = 0
 
@@ -111,6 +115,11 @@ class ToolReader:
         tag = self._form.tag
         if self._form.bare and not self._spoken and self._buffer.lstrip().startswith("{"):
             self._begin("", tagged=False)
+            return
+        begun = self._buffer.lstrip()
+        if self._alone and (self._said or not (begun.startswith(tag) or tag.startswith(begun))):
+            said, self._buffer = self._buffer, ""
+            yield from self._say(said)
             return
         said, found, behind = self._buffer.partition(tag)
         if found:
@@ -227,7 +236,7 @@ class ToolReader:
         said = text.rstrip()
         self._space = text[len(said) :]
         if said:
-            self._spoken = True
+            self._spoken = self._said = True
             yield {"content": said}
 
 

@@ -32,13 +32,22 @@ class ToolPlan:
     """Whether one function has to be called by its name."""
 
     many: bool
+    alone: bool
+    """Whether an answer has either calls or text."""
+
     grammar: Grammar | None
 
     def reader(self) -> ToolReader:
         """A reader for one choice."""
         names = {tool.function.name for tool in self.tools}
-        exact = self.grammar is not None
-        return ToolReader(self.form, names, exact=exact, parallel=self.many, named=self.named)
+        return ToolReader(
+            self.form,
+            names,
+            exact=self.grammar is not None,
+            alone=self.alone,
+            parallel=self.many,
+            named=self.named,
+        )
 
     def sampling(self, sampling: SamplingParams) -> SamplingParams:
         """The settings with which the choices are made."""
@@ -78,21 +87,22 @@ class Tools:
         forced = named or choice == "required"
         answer = None if forced else answer
         many = body.parallel_tool_calls and not named
+        alone = forced or answer is not None
         grammar = None
         strict = any(tool.function.strict for tool in tools)
-        if forced or strict or answer is not None:
+        if alone or strict:
             source = tool_grammar(
                 form,
                 [(t.function.name, t.function.parameters, t.function.strict) for t in callable_],
                 self._tokenizer.token_id,
                 many=many and not form.one,
-                free=not forced and answer is None,
+                free=not alone,
                 answer=None if answer is None else _json_schema(answer),
             )
-            grammar = Grammar("lark", source, param="tools")
+            grammar = Grammar("lark", source, "tools" if answer is None else answer.param)
         if answer is not None:  # then a call has its tag always: the answer may begin as a call
             form = replace(form, bare=False)
-        return ToolPlan(form, tools, named, many, grammar)
+        return ToolPlan(form, tools, named, many, alone, grammar)
 
     def options(self, options: ChatOptions, tools: Sequence[Tool]) -> ChatOptions:
         """`options` with the tools that the model is told of."""
@@ -139,9 +149,19 @@ def _json_schema(answer: Grammar) -> Any:
     if answer.kind == "json_object":
         return {"type": "object"}
     if answer.kind == "json_schema":
-        return json.loads(answer.source)
+        try:
+            schema = json.loads(answer.source)
+        except (ValueError, RecursionError) as error:
+            raise InvalidRequest(
+                f"{answer.param}: it cannot be read: {error}.", param=answer.param
+            ) from None
+        if isinstance(schema, dict | bool):
+            return schema
+        raise InvalidRequest(
+            f"{answer.param}: a schema is a JSON object, true or false.", param=answer.param
+        )
     raise InvalidRequest(
-        "structured_outputs: beside tools an answer's form is JSON; leave one of the two out, or "
-        'say tool_choice: "none".',
-        param="structured_outputs",
+        f"{answer.param}: beside tools an answer's form is JSON by a schema; leave one of the two "
+        'out, or say tool_choice: "none".',
+        param=answer.param,
     )

@@ -121,6 +121,30 @@ async def test_a_named_function(http: httpx.AsyncClient, engine: Engine) -> None
         check(call)
 
 
+async def test_an_answer_of_a_form_beside_tools(http: httpx.AsyncClient, engine: Engine) -> None:
+    """Each choice is either calls or JSON of the schema."""
+    schema = {
+        "type": "object",
+        "properties": {"name": ENUM},
+        "required": ["name"],
+        "additionalProperties": False,
+    }
+    form = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
+    asked = body(engine, response_format=form, n=16, seed=3, temperature=2)
+    answer = (await http.post("/v1/chat/completions", json=asked)).json()
+    ended = [c for c in answer["choices"] if c["finish_reason"] != "length"]
+    assert ended
+    for choice in ended:
+        message = choice["message"]
+        if choice["finish_reason"] == "tool_calls":
+            assert message["content"] is None
+            for call in message["tool_calls"]:
+                check(call)
+        else:
+            assert json.loads(message["content"])["name"] in ENUM["enum"]
+    assert {c["finish_reason"] for c in ended} == {"stop", "tool_calls"}
+
+
 async def test_special_tokens_that_are_no_tags_stay_out(
     http: httpx.AsyncClient, engine: Engine
 ) -> None:

@@ -222,6 +222,16 @@ def test_a_forced_call_that_is_cut_off_has_a_part_of_its_arguments() -> None:
     assert reader.finish_reason("length") == "length"
 
 
+def test_a_text_alone_may_contain_tags() -> None:
+    answer = f'{{"a": "<tool_call>", "b": "{{}}"}}{tagged(ADDED)}'
+    calls = f" {tagged(ADDED)}\n{tagged(LOOKED)}\n"
+    for text, content, names in ((answer, answer, []), (calls, None, ["add", "look"])):
+        for pieces in ([text], list(text)):
+            said, found, _ = read(HERMES, pieces, exact=True, alone=True)
+            assert said == content
+            assert [one["name"] for one in found] == names
+
+
 def test_a_forced_call_that_has_no_name_yet_is_left_out() -> None:
     text = f"{tagged(ADDED)}\n{tagged(LOOKED)}"
     for end in range(len(tagged(ADDED)) + len("\n<tool_call>"), text.index('"look"') + 6):

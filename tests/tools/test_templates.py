@@ -185,8 +185,12 @@ def test_an_answer_of_a_form_beside_tools() -> None:
         assert plan is not None
         assert plan == tools.plan(forced)
         with pytest.raises(InvalidRequest) as error:
-            tools.plan(body, Grammar("choice", '["a"]'))
-        assert error.value.param == "structured_outputs"
+            tools.plan(body, Grammar("choice", '["a"]', "guided_choice"))
+        assert error.value.param == "guided_choice"
+        for source in ("{", "5"):
+            with pytest.raises(InvalidRequest) as error:
+                tools.plan(body, Grammar("json_schema", source, "guided_json"))
+            assert error.value.param == "guided_json"
     assert tools.plan(ToolFields.model_validate({}), answer) is None
 
 
