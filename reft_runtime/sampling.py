@@ -42,7 +42,7 @@ class SamplingParams:
     batch. Presence and frequency penalties count generated tokens (OpenAI), the repetition penalty
     counts prompt and generated tokens (CTRL, arXiv 1909.05858). The text leaves out special tokens
     unless `skip_special_tokens` is False, and the stop string, stop id or EOS that ended it unless
-    `include_stop_str_in_output` is True.
+    `include_stop_str_in_output` is True; of special tokens it always keeps `kept_special_tokens`.
     """
 
     max_tokens: int | None = 16
@@ -65,6 +65,7 @@ class SamplingParams:
     skip_special_tokens: bool = True
     include_stop_str_in_output: bool = False
     grammar: Grammar | None = None
+    kept_special_tokens: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if isinstance(self.stop, str):

@@ -18,6 +18,7 @@ from server.metrics import Metrics
 from server.recent import Rates
 from server.settings import Settings
 from server.threads import started_pool
+from server.tools import Tools
 
 if TYPE_CHECKING:
     from server.engine import Engine
@@ -66,6 +67,7 @@ class Context:
     health: Health
     started: int = field(default_factory=lambda: int(time.time()))
     bodies: BodyBudget = field(init=False)
+    tools: Tools = field(init=False)
     rates: Rates = field(default_factory=Rates)
     downloads: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(MAX_DOWNLOADS))
     _admin: ThreadPoolExecutor = field(
@@ -75,6 +77,7 @@ class Context:
     def __post_init__(self) -> None:
         limit = max(BODIES_BYTES, 2 * self.settings.max_body_bytes)
         object.__setattr__(self, "bodies", BodyBudget(limit))
+        object.__setattr__(self, "tools", Tools(self.engine.tokenizer, self.settings))
 
     async def administer(self, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
         """Run `function`, which may take long, in a thread that no completion waits for."""

@@ -29,6 +29,13 @@ class Tokenizer(Protocol):
     def byte_level(self) -> bool:
         """Whether the text of token ids is that of their joined bytes."""
 
+    @property
+    def tool_template(self) -> str:
+        """The model's own chat template for chats with tools; empty if it has none."""
+
+    def token_id(self, text: str) -> int | None:
+        """Id of the token that was added for a text; None if there is none."""
+
     def describe(self) -> dict[str, Any]:
         """Special tokens and chat template, for clients that write prompts themselves."""
 

@@ -15,10 +15,14 @@ from reft_runtime.errors import ConfigError
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 LogFormat = Literal["text", "json"]
+ToolParser = Literal["hermes", "llama3", "mistral"]
 LogLevel = Literal["debug", "info", "warning", "error"]
 
 SHIPPED = Path("interventions")
 """Folder of the interventions that ship with the project, relative to the project's root."""
+
+BUILT_IN_TEMPLATE = "hermes"
+"""Value of `tool_template` for the template that comes with the server."""
 
 ENGINE_OPTIONS = (
     "interventions",
@@ -158,6 +162,17 @@ class Settings(BaseSettings):
         description="CPU threads of the engine; by default one per physical core that affinity and "
         "the container's CPU quota leave, or fewer where OMP_NUM_THREADS says so.",
     )
+    tool_parser: ToolParser | None = Field(
+        default=None,
+        description="Format in which the model writes tool calls; by default it is found from the "
+        "chat template.",
+    )
+    tool_template: str | None = Field(
+        default=None,
+        min_length=1,
+        description="File with a chat template for chats with tools, or 'hermes' for the built-in "
+        "one, which is for ChatML models; by default the model's own.",
+    )
     first_token_timeout: float = Field(
         default=300.0,
         gt=0,
@@ -190,6 +205,13 @@ class Settings(BaseSettings):
         for origin in _origins(value):
             if origin != "*" and not re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/\s]+", origin):
                 raise ValueError("write '*', or origins such as https://a.example or a JSON list")
+        return value
+
+    @field_validator("tool_template")
+    @classmethod
+    def _check_template(cls, value: str | None) -> str | None:
+        if value not in (None, BUILT_IN_TEMPLATE) and not Path(str(value)).is_file():
+            raise ValueError(f"give a file that exists, or {BUILT_IN_TEMPLATE}")
         return value
 
     @property

@@ -31,6 +31,7 @@ DOCUMENTS = [
     "docs/operations.md",
     "docs/page.md",
     "docs/structure.md",
+    "docs/tools.md",
     "docs/training.md",
     "interventions/README.md",
 ]

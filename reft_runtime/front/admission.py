@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from reft_runtime.interventions import Version
     from reft_runtime.text import ChatOptions, Message
 
-Prompt = str | Sequence[int] | Sequence[Mapping[str, str]]
+Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]]
 """A prompt: a text, token ids, or the messages of a chat.
 
 A text is tokenised as it is, or counts as a user's message if a file of the request says so.
@@ -255,6 +255,8 @@ def _is_chat(prompt: Prompt) -> TypeGuard[Sequence[Message]]:
 
 
 def _is_message(turn: object) -> bool:
-    return isinstance(turn, Mapping) and all(
-        isinstance(turn.get(name), str) for name in ("role", "content")
-    )
+    """Whether a turn has a role and a content; a turn that calls tools needs no content."""
+    if not isinstance(turn, Mapping) or not isinstance(turn.get("role"), str):
+        return False
+    content = turn.get("content")
+    return isinstance(content, str) or (content is None and bool(turn.get("tool_calls")))

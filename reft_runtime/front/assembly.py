@@ -53,6 +53,7 @@ class Assembler:
                 sampling.stop,
                 sampling.min_tokens,
                 skip_special_tokens=sampling.skip_special_tokens,
+                kept_special_tokens=sampling.kept_special_tokens,
                 include_stop=sampling.include_stop_str_in_output,
                 completion_prefix=completion_prefix,
             )

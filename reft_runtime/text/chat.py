@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 import jinja2
@@ -16,13 +17,22 @@ from reft_runtime.errors import InvalidRequest
 from reft_runtime.interventions.format.manifest import SystemTurn
 from reft_runtime.interventions.format.template import around
 
-Message = Mapping[str, str]
-"""One turn of a chat: its `role` and its `content`; `name`, where given, is the speaker's."""
+Message = Mapping[str, Any]
+"""One turn of a chat: its `role` and its `content`; `name`, where given, is the speaker's.
+
+An assistant's turn may have `tool_calls`, and then no content. The turn of a call's result has the
+role `tool` and a `tool_call_id`.
+"""
 
 Switches = Mapping[str, bool | int | float | str]
 
 _GIVEN = {"messages", "tools", "documents", "raise_exception", "strftime_now", "namespace", "range"}
 """Names that transformers sets in a chat template beside the parameters of its call."""
+
+_NO_TOOLS = (
+    "this model's chat template knows no {}; start the server with --tool-template FILE, or with "
+    "--tool-template hermes if its chats are ChatML."
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,12 +41,25 @@ class ChatOptions:
 
     With `add_generation_prompt` the text ends where the next turn is to begin. With
     `continue_final_message` it ends within the last turn, and the answer goes on with that turn.
-    `switches` are values of the template's own variables, such as `enable_thinking`.
+    `switches` are values of the template's own variables, such as `enable_thinking`. The model is
+    told of `tools`, each as OpenAI writes it. `tool_template` replaces the model's own template
+    for chats with tools, or with calls.
     """
 
     add_generation_prompt: bool = True
     continue_final_message: bool = False
     switches: Switches = field(default_factory=dict)
+    tools: Sequence[Mapping[str, Any]] = ()
+    tool_template: str | None = None
+
+    def template_for(self, messages: Sequence[Message]) -> str | None:
+        """The template for a chat; None if it is the model's own."""
+        return self.tool_template if self.tools or has_calls(messages) else None
+
+
+def has_calls(messages: Sequence[Message]) -> bool:
+    """Whether a chat has calls of tools, or their results."""
+    return any(turn["role"] == "tool" or turn.get("tool_calls") for turn in messages)
 
 
 def fill(
@@ -58,6 +81,12 @@ def fill(
             param=name,
         )
     check_switches(options.switches, ())
+    if options.tools:
+        raise InvalidRequest(
+            "tools: this model's prompt template is one text around a user message, and has no "
+            'place for tools; leave them out, or say tool_choice: "none".',
+            param="tools",
+        )
     turns = [turn for turn in messages if turn["role"] != "system"]
     systems = [turn["content"] for turn in messages if turn["role"] == "system"]
     if systems and system == "refuse":
@@ -86,16 +115,23 @@ def render(
     A template is a program of the model's maker: whatever it raises means that it does not take the
     messages.
     """
-    if not tokenizer.chat_template:
+    template = options.template_for(messages)
+    if not (template or tokenizer.chat_template):
         raise InvalidRequest(
             "messages: this model has no chat template; use /v1/completions.", param="messages"
         )
+    source = template or source_of(tokenizer, tools=bool(options.tools))
+    if options.tools:
+        check_reads_tools(source)
+    if any(turn.get("tool_calls") for turn in messages) and "tool_calls" not in source:
+        raise InvalidRequest(f"messages: {_NO_TOOLS.format('calls of tools')}", param="messages")
+    turns = [dict(turn) | {"content": turn.get("content") or ""} for turn in messages]
     if options.continue_final_message and options.add_generation_prompt:
         raise InvalidRequest(
             "continue_final_message needs add_generation_prompt: false.",
             param="continue_final_message",
         )
-    if options.continue_final_message and not (messages and messages[-1]["content"].strip()):
+    if options.continue_final_message and not (turns and turns[-1]["content"].strip()):
         raise InvalidRequest(
             "continue_final_message: the last message has no text to go on with; leave it out, and "
             "the answer begins anew.",
@@ -104,7 +140,9 @@ def render(
     switches: dict[str, Any] = dict(options.switches)
     try:
         text = tokenizer.apply_chat_template(
-            [dict(turn) for turn in messages],
+            turns,
+            tools=[dict(tool) for tool in options.tools] or None,
+            chat_template=template,
             tokenize=False,
             add_generation_prompt=options.add_generation_prompt,
             continue_final_message=options.continue_final_message,
@@ -122,16 +160,44 @@ def render(
     return text
 
 
-def switches_of(tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """Variables that the model's chat template reads and nothing else sets, sorted."""
+def source_of(tokenizer: PreTrainedTokenizerBase, *, tools: bool = False) -> str:
+    """The model's own chat template, for chats with or without tools; empty if it has none."""
     try:
-        source = tokenizer.get_chat_template()
+        return str(tokenizer.get_chat_template(tools=[{}] if tools else None))
+    except ValueError:
+        return ""
+
+
+@lru_cache(maxsize=8)
+def _variables(source: str) -> frozenset[str]:
+    """Variables that a template reads and does not set itself; none if it is no Jinja."""
+    try:
         tree = jinja2.Environment(extensions=[loopcontrols, _Generation]).parse(source)
-    except (ValueError, jinja2.TemplateError):
-        return []
+    except jinja2.TemplateError:
+        return frozenset()
+    return frozenset(meta.find_undeclared_variables(tree))
+
+
+def reads_tools(source: str) -> bool:
+    """Whether a chat template has a place for tools."""
+    return "tools" in _variables(source)
+
+
+def check_reads_tools(source: str) -> None:
+    """Raise `InvalidRequest` if a chat template has no place for tools."""
+    if not reads_tools(source):
+        raise InvalidRequest(f"tools: {_NO_TOOLS.format('tools')}", param="tools")
+
+
+def switches_of(tokenizer: PreTrainedTokenizerBase, template: str | None = None) -> list[str]:
+    """Variables that a chat template reads and nothing else sets, sorted.
+
+    The template is the model's own if none is given.
+    """
+    source = template or source_of(tokenizer)
     parameters = inspect.signature(type(tokenizer).apply_chat_template).parameters
     taken = _GIVEN | parameters.keys() | tokenizer.special_tokens_map.keys()
-    return sorted(meta.find_undeclared_variables(tree) - taken)
+    return sorted(_variables(source) - taken)
 
 
 class _Generation(jinja2.ext.Extension):

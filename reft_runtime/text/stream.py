@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import codecs
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Protocol
 
 
@@ -26,16 +26,23 @@ class Decoder(Protocol):
 
 
 class Detokenizer:
-    """Text of one growing answer; special tokens are left out, unless they are asked for.
+    """Text of one growing answer; special tokens are left out, but for those that are kept.
 
     All pieces joined are `decode` of all ids, and no piece ends within a character: U+FFFD is
     emitted for bytes that can no longer become one. (Where a byte-fallback tokenizer meets an
     invalid byte, `decode` also drops the valid characters beside it; those were emitted.)
     """
 
-    def __init__(self, tokenizer: Decoder, *, skip_special_tokens: bool = True) -> None:
+    def __init__(
+        self,
+        tokenizer: Decoder,
+        *,
+        skip_special_tokens: bool = True,
+        kept_special_tokens: Collection[str] = (),
+    ) -> None:
         self._tokenizer = tokenizer
         self._skip = skip_special_tokens
+        self._kept = {text.encode() for text in kept_special_tokens}
         self._byte_level = tokenizer.byte_level  # then `decode` is not needed, which is slower
         self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
         # The last tokens: `_shown` of them as context, since a decoder may drop a space at the
@@ -63,12 +70,16 @@ class Detokenizer:
         return piece
 
     def _decode(self) -> str:
-        return self._tokenizer.decode(self._ids, skip_special_tokens=self._skip)
+        return self._tokenizer.decode(self._ids, skip_special_tokens=False)
+
+    def _left_out(self, token: int, content: bytes) -> bool:
+        special = self._skip and token in self._tokenizer.special_ids
+        return special and content not in self._kept
 
     def _push(self, token: int) -> str:
         content = self._tokenizer.token_bytes(token)
         # A token that adds no text gives no context either.
-        if not content or (self._skip and token in self._tokenizer.special_ids):
+        if not content or self._left_out(token, content):
             return ""
         if self._byte_level:
             return self._utf8.decode(content)
@@ -156,11 +167,16 @@ class TextStream:
         min_tokens: int = 0,
         *,
         skip_special_tokens: bool = True,
+        kept_special_tokens: Collection[str] = (),
         include_stop: bool = False,
         completion_prefix: str = "",
     ) -> None:
         self._shown = Beginning(completion_prefix)
-        self._detokenizer = Detokenizer(tokenizer, skip_special_tokens=skip_special_tokens)
+        self._detokenizer = Detokenizer(
+            tokenizer,
+            skip_special_tokens=skip_special_tokens,
+            kept_special_tokens=kept_special_tokens,
+        )
         self._stop = StopChecker(stop)
         self._required = min_tokens
         self._include_stop = include_stop

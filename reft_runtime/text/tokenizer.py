@@ -27,6 +27,7 @@ from reft_runtime.text.chat import (
     check_switches,
     fill,
     render,
+    source_of,
     switches_of,
 )
 
@@ -51,6 +52,7 @@ class Tokenizer:
         self._max_model_len = max_model_len
         added = tokenizer.added_tokens_decoder
         self._added = {token_id: token.content.encode() for token_id, token in added.items()}
+        self._added_ids = {token.content: token_id for token_id, token in added.items()}
         self._special = frozenset(token_id for token_id, token in added.items() if token.special)
         self._bytes = (
             {char: byte for byte, char in bytes_to_unicode().items()}  # type: ignore[no-untyped-call]
@@ -146,7 +148,9 @@ class Tokenizer:
             text, special = fill(template, system, messages, options), True
         else:
             if options.switches:
-                check_switches(options.switches, self.switches)
+                given = options.template_for(messages)
+                known = switches_of(self._tokenizer, given) if given else self.switches
+                check_switches(options.switches, known)
             text, special = render(self._tokenizer, messages, options), False
         if add_special_tokens is not None:
             special = add_special_tokens
@@ -196,6 +200,15 @@ class Tokenizer:
         inner.no_padding()
         inner.no_truncation()
         return str(inner.to_str())
+
+    @property
+    def tool_template(self) -> str:
+        """The model's own chat template for chats with tools; empty if it has none."""
+        return source_of(self._tokenizer, tools=True)
+
+    def token_id(self, text: str) -> int | None:
+        """Id of the token that was added to the vocabulary for a text; None if there is none."""
+        return self._added_ids.get(text)
 
     def describe(self) -> dict[str, Any]:
         """What a client needs to write prompts itself: special tokens and the chat template."""

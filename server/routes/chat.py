@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Request
@@ -14,6 +15,7 @@ from server.generation import Run, prepare
 from server.logprobs import chat_logprobs, prompt_logprobs
 from server.openapi import takes
 from server.schemas.chat import ChatRequest
+from server.tools import ToolPlan, ToolReader, whole
 
 router = APIRouter(tags=["openai"])
 
@@ -25,9 +27,11 @@ class ChatWriter(Writer):
     object = "chat.completion"
     chunk_object = "chat.completion.chunk"
 
-    def __init__(self, body: ChatRequest) -> None:
+    def __init__(self, body: ChatRequest, plan: ToolPlan | None) -> None:
         self._body = body
+        self._plan = plan
         self._begun: set[int] = set()
+        self._readers: dict[int, ToolReader] = {}
 
     @property
     def heavy(self) -> bool:
@@ -47,28 +51,53 @@ class ChatWriter(Writer):
 
     def choice(self, run: Run, choice: Choice) -> dict[str, Any]:
         """Write a finished choice as a message."""
+        content: str | None = choice.text
+        reason: str | None = choice.finish_reason
+        calls: list[dict[str, Any]] = []
+        if self._plan is not None:
+            reader = self._plan.reader()
+            content, calls = whole(reader, choice.text)
+            reason = reader.finish_reason(reason)
+        message = {"role": "assistant", "content": content, "refusal": None}
         written = {
             "index": choice.index,
-            "message": {"role": "assistant", "content": choice.text, "refusal": None},
+            "message": message | ({"tool_calls": calls} if calls else {}),
             "logprobs": self._logprobs(run, choice.logprobs),
-            "finish_reason": choice.finish_reason,
+            "finish_reason": reason,
         }
         return written | {"token_ids": choice.tokens} if self._body.return_token_ids else written
 
     def chunks(self, run: Run, index: int, delta: ChoiceDelta) -> list[dict[str, Any]]:
-        """Write a chunk with the new text, and before a choice's first one, one with the role."""
+        """Write chunks with the new text and calls; a choice's first one has the role."""
         chunks = []
         if index not in self._begun:
             self._begun.add(index)
-            chunks.append(_chunk(index, {"role": "assistant", "content": ""}, None, None))
+            said = "" if self._plan is None else None
+            chunks.append(_chunk(index, {"role": "assistant", "content": said}, None, None))
+        *gained, last = self._gained(index, delta)
+        chunks += [_chunk(index, one, None, None) for one in gained]
         ids = list(delta.tokens) if self._body.return_token_ids else []
         scored = self._body.logprobs and delta.logprobs
-        if delta.text or scored or delta.finish_reason or ids:
-            content = {"content": delta.text} if delta.text else {}
+        if last or scored or delta.finish_reason or ids:
+            reason: str | None = delta.finish_reason
+            if index in self._readers:
+                reason = self._readers[index].finish_reason(reason)
             logprobs = self._logprobs(run, list(delta.logprobs))
-            chunk = _chunk(index, content, logprobs, delta.finish_reason)
+            chunk = _chunk(index, last, logprobs, reason)
             chunks.append(chunk | {"token_ids": ids} if self._body.return_token_ids else chunk)
         return chunks
+
+    def _gained(self, index: int, delta: ChoiceDelta) -> list[dict[str, Any]]:
+        """Deltas of a choice, at least one; the last is empty if nothing, or a call, came last."""
+        if self._plan is None:
+            return [{"content": delta.text} if delta.text else {}]
+        reader = self._readers.setdefault(index, self._plan.reader())
+        gained = reader.push(delta.text)
+        if delta.finish_reason:
+            gained += reader.finish()
+        if not gained or (delta.finish_reason and "tool_calls" in gained[-1]):
+            gained.append({})
+        return gained
 
     def _logprobs(self, run: Run, logprobs: list[TokenLogprob]) -> dict[str, Any] | None:
         if not self._body.logprobs:
@@ -78,7 +107,7 @@ class ChatWriter(Writer):
 
 def _chunk(
     index: int,
-    delta: dict[str, str],
+    delta: dict[str, Any],
     logprobs: dict[str, Any] | None,
     finish_reason: str | None,
 ) -> dict[str, Any]:
@@ -92,17 +121,21 @@ async def create_chat_completion(
     body: Annotated[ChatRequest, Depends(json_body(ChatRequest))],
 ) -> Answer:
     """Answer a conversation `n` times."""
-    sampling = body.sampling()
+    plan = None
+    if body.usable:
+        plan = await asyncio.to_thread(context.tools.plan, body, body.grammar)
+    sampling = body.sampling() if plan is None else plan.sampling(body.sampling())
+    switches = context.engine.tokenizer.switches
     return Answer(
         context,
         body,
-        ChatWriter(body),
+        ChatWriter(body, plan),
         lambda: prepare(
             context,
             body,
             sampling,
-            lambda: [[message.as_text() for message in body.messages]],
-            lambda: body.options(context.engine.tokenizer.switches),
+            lambda: [[message.as_turn() for message in body.messages]],
+            lambda: context.tools.options(body.options(switches), body.usable),
             prefix=ChatWriter.prefix,
         ),
         request.state.request_id,

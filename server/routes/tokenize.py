@@ -32,8 +32,8 @@ async def tokenize(
         options = None
         asked: Prompt = body.prompt or ""
         if body.messages is not None:
-            asked = [message.as_text() for message in body.messages]
-            options = body.options(tokenizer.switches)
+            asked = [message.as_turn() for message in body.messages]
+            options = context.tools.options(body.options(tokenizer.switches), body.tools)
         with selected(engine, body.model or engine.info.model) as uses:
             tokens = engine.admission.encode(
                 asked, uses, options=options, add_special_tokens=body.add_special_tokens

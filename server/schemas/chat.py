@@ -14,7 +14,7 @@ from pydantic import (
     field_validator,
     model_validator,
 )
-from pydantic_core import PydanticKnownError
+from pydantic_core import PydanticCustomError, PydanticKnownError
 
 from reft_runtime.errors import InvalidRequest
 from reft_runtime.sampling import MAX_LOGPROBS, SamplingParams
@@ -25,6 +25,7 @@ from server.schemas.common import (
     SamplingBody,
     one_or_many,
 )
+from server.schemas.tools import MAX_CALLS, MAX_TOOLS, ToolCall, ToolFields
 
 if TYPE_CHECKING:
     from reft_runtime.text import ChatOptions
@@ -32,7 +33,6 @@ if TYPE_CHECKING:
 
 MAX_MESSAGES = 4096
 MAX_PARTS = 4096
-MAX_TOOLS = 128
 MAX_SWITCHES = 16
 
 MAX_SWITCH_LENGTH = 256
@@ -77,14 +77,20 @@ Content = Annotated[
 class Message(RequestBody):
     """One turn. The parts of a content list are joined without anything between them.
 
-    An assistant's turn may have no content. `name` is for templates that show who speaks.
+    An assistant's turn may have no content, and may have called tools; a turn of the role `tool`
+    is the result of the call that `tool_call_id` names. `name` is for templates that show who
+    speaks.
     """
 
-    role: Literal["system", "developer", "user", "assistant"]
+    role: Literal["system", "developer", "user", "assistant", "tool"]
     content: Content | None = Field(default=None, validate_default=True)
     name: str = Field(default="", max_length=256)
+    tool_calls: Annotated[list[ToolCall], Field(max_length=MAX_CALLS)] = Field(default=[])
+    tool_call_id: str = Field(default="", max_length=256)
     # A client sends an earlier answer back with these fields empty; the last one is LiteLLM's.
-    tool_calls: Nothing = Field(default=[])
+    parsed: Any = Field(
+        default=None, description="What OpenAI's client makes of the content; not used."
+    )
     annotations: Nothing = Field(default=[])
     provider_specific_fields: dict[str, None] = Field(default={})
 
@@ -95,12 +101,29 @@ class Message(RequestBody):
             raise PydanticKnownError("missing")
         return content
 
-    def as_text(self) -> Turn:
-        """Role and text, as chat templates take them; `developer` is today's name for `system`."""
+    @model_validator(mode="after")
+    def _check_calls(self) -> Message:
+        if self.tool_calls and self.role != "assistant":
+            raise PydanticCustomError("calls_role", "tool_calls are an assistant's")
+        if bool(self.tool_call_id) != (self.role == "tool"):
+            raise PydanticCustomError(
+                "call_id_role", "a tool's turn has a tool_call_id, and no other turn has one"
+            )
+        return self
+
+    def as_turn(self) -> Turn:
+        """The turn as chat templates take it; `developer` is today's name for `system`."""
         parts = [self.content] if isinstance(self.content, str) else self.content or []
         text = "".join(part if isinstance(part, str) else part.text for part in parts)
-        turn = {"role": "system" if self.role == "developer" else self.role, "content": text}
-        return turn | {"name": self.name} if self.name else turn
+        role = "system" if self.role == "developer" else self.role
+        turn: dict[str, Any] = {"role": role, "content": text}
+        if self.name:
+            turn["name"] = self.name
+        if self.tool_calls:
+            turn["tool_calls"] = [call.as_dict() for call in self.tool_calls]
+        if self.tool_call_id:
+            turn["tool_call_id"] = self.tool_call_id
+        return turn
 
 
 Messages = Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
@@ -126,7 +149,7 @@ class ChatLayout(RequestBody):
         return ChatOptions(self.add_generation_prompt, self.continue_final_message, switches)
 
 
-class ChatRequest(SamplingBody, ChatLayout):
+class ChatRequest(SamplingBody, ChatLayout, ToolFields):
     """A conversation to answer."""
 
     messages: Messages
@@ -138,15 +161,10 @@ class ChatRequest(SamplingBody, ChatLayout):
     echo: Literal[False] = False
     add_special_tokens: Literal[False] = False
     modalities: list[Literal["text"]] = Field(default=["text"], max_length=1)
-    tools: list[dict[str, Any]] = Field(
-        default=[], max_length=MAX_TOOLS, description='Accepted only if tool_choice is "none".'
-    )
     functions: list[dict[str, Any]] = Field(
         default=[], max_length=MAX_TOOLS, description='Accepted only if function_call is "none".'
     )
-    tool_choice: Literal["none", "auto"] | None = None
     function_call: Literal["none", "auto"] | None = None
-    parallel_tool_calls: bool = True
 
     @model_validator(mode="after")
     def _check_together(self) -> ChatRequest:
@@ -158,17 +176,12 @@ class ChatRequest(SamplingBody, ChatLayout):
                 "max_tokens and max_completion_tokens differ; give one of them.",
                 param="max_tokens",
             )
-        for name, tools, choice in (
-            ("tools", self.tools, self.tool_choice),
-            ("functions", self.functions, self.function_call),
-        ):
-            if tools and choice != "none":
-                other = "tool_choice" if name == "tools" else "function_call"
-                raise InvalidRequest(
-                    f'{name} are taken only with {other}: "none", for this server makes no tool '
-                    "calls; leave them out, or describe them in a message.",
-                    param=name,
-                )
+        if self.functions and self.function_call != "none":
+            raise InvalidRequest(
+                'functions are taken only with function_call: "none"; give them as tools, which '
+                "took their place in OpenAI's API.",
+                param="functions",
+            )
         return self
 
     def sampling(self) -> SamplingParams:

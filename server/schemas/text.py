@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from reft_runtime.errors import InvalidRequest
 from server.schemas.base import RequestBody
 from server.schemas.chat import ChatLayout, Messages
-from server.schemas.common import ModelName, Nothing, TokenId
+from server.schemas.common import ModelName, TokenId
+from server.schemas.tools import Tool, ToolList, checked
 
 
 class TokenizeRequest(ChatLayout):
@@ -20,13 +21,18 @@ class TokenizeRequest(ChatLayout):
         default=None, description="By default true for a prompt; for messages the template decides."
     )
     return_token_strs: bool = False
-    tools: Nothing = Field(default=[])
+    tools: ToolList = Field(default=[])
+
+    @field_validator("tools")
+    @classmethod
+    def _check_tools(cls, tools: list[Tool]) -> list[Tool]:
+        return checked(tools)
 
     @model_validator(mode="after")
     def _check_together(self) -> TokenizeRequest:
         if (self.prompt is None) == (self.messages is None):
             raise InvalidRequest("Give either prompt or messages.", param="prompt")
-        given = self.model_fields_set & ChatLayout.model_fields.keys()
+        given = self.model_fields_set & {*ChatLayout.model_fields, "tools"}
         if self.messages is None and given:
             name = min(given)
             raise InvalidRequest(f"{name} needs messages.", param=name)

@@ -10,9 +10,10 @@ import io
 import itertools
 import json
 from collections.abc import AsyncIterator, Iterator, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from reft_runtime.errors import (
     Draining,
@@ -34,6 +35,7 @@ from reft_runtime.outputs import (
     TokenLogprob,
     Trace,
 )
+from reft_runtime.sampling import Grammar
 from reft_runtime.schedule.request import Request
 
 if TYPE_CHECKING:
@@ -76,6 +78,7 @@ class FakeTokenizer:
             raise InvalidRequest("This template takes one user message.", param="messages")
         if template is not None:
             return self.encode(template.replace("{prompt}", messages[0]["content"]))
+        self.last_messages = messages
         return self.encode("".join(f"<{m['role']}>{m['content']}" for m in messages))
 
     def laid_out(self, text: str, template: str) -> None:
@@ -83,6 +86,11 @@ class FakeTokenizer:
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         return bytes(ids).decode(errors="replace")
+
+    tool_template = ""
+
+    def token_id(self, text: str) -> int | None:
+        return None
 
     def describe(self) -> dict[str, Any]:
         return {"tokenizer_class": "FakeTokenizer"}
@@ -266,6 +274,8 @@ class FakeEngine:
     overloaded: bool = False
     fail_after: int | None = None
     """Steps after which every request fails."""
+    says: bytes | None = None
+    """Whole answer, one byte a step; None for the alphabet, until `max_tokens`."""
     step_seconds: float = 0.0
     die_after: float | None = None
     """Seconds after which the engine dies, counted from the second request (after the canary)."""
@@ -287,8 +297,7 @@ class FakeEngine:
 
     @property
     def admission(self) -> Admission:
-        grammars = GrammarCompiler(lambda: None, self.info.vocab_size, ())
-        return Admission(self.registry, self.tokenizer, grammars, self.info)
+        return Admission(self.registry, self.tokenizer, _Grammars(), self.info)
 
     @property
     def running(self) -> list[FakeStream]:
@@ -362,7 +371,12 @@ class FakeStream:
 
     async def __aiter__(self) -> AsyncIterator[list[ChoiceDelta]]:
         sampling, engine = self.sampling, self.engine
-        count = sampling.max_tokens or 0
+        count, letters = sampling.max_tokens or 0, ALPHABET
+        ended: Literal["stop", "length"] = "length"
+        if engine.says is not None:
+            letters = engine.says
+            ended = "stop" if len(letters) <= count else "length"
+            count = min(len(letters), count)
         self.queue_seconds = 0.25
         if sampling.prompt_logprobs is not None:
             self.prompt_logprobs = [None, *(self._logprob(token) for token in self.prompt[1:])]
@@ -375,7 +389,7 @@ class FakeStream:
             if engine.fail_after is not None and step >= engine.fail_after:
                 self._end()
                 raise _Secret("weights at /secret/path")
-            token = ALPHABET[step % len(ALPHABET)]
+            token = letters[step % len(letters)]
             last = step == count - 1
             yield [
                 ChoiceDelta(
@@ -383,7 +397,7 @@ class FakeStream:
                     chr(token),
                     (token,),
                     () if sampling.logprobs is None else (self._logprob(token),),
-                    "length" if last else None,
+                    ended if last else None,
                 )
                 for index in range(sampling.n)
             ]
@@ -393,6 +407,21 @@ class FakeStream:
         wanted = max(self.sampling.logprobs or 0, self.sampling.prompt_logprobs or 0)
         others = [(ord("x"), -0.25), (ord("y"), float("-inf"))]
         return TokenLogprob(token, -0.5, tuple(others[:wanted]))
+
+
+class _Grammars(GrammarCompiler):
+    """Takes every grammar; the answers do not follow it."""
+
+    def __init__(self) -> None:
+        super().__init__(lambda: None, 256, ())
+
+    def compiling(self, grammar: Grammar) -> Any:
+        done: Future[None] = Future()
+        done.set_result(None)
+        return done
+
+    def start(self, grammar: Grammar) -> Any:
+        return None
 
 
 class _Secret(ReftError):

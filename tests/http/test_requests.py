@@ -89,7 +89,7 @@ CHAT: list[tuple[str, Any]] = [
     *each("logprobs", 1, 5, "true"),
     *each("top_logprobs", -1, 21, 5),
     *each("tools", [{"type": "function"}], "x"),
-    *each("tool_choice", "required", {"type": "function"}),
+    *each("tool_choice", "any", {"type": "function"}, {"type": "allowed_tools"}),
     *each("functions", [{"name": "f"}]),
     *each("prompt", "x"),
     *each("chat_template_kwargs", {"a": 1}),
@@ -110,7 +110,7 @@ NESTED: list[tuple[str, Any]] = [
     ("interventions.0.strength", {"interventions": [{"name": "emoji", "strength": "1"}]}),
     ("interventions.1.scale", {"interventions": [{"name": "emoji"}, {"name": "x", "scale": 1}]}),
     ("messages.0.role", {"messages": [{"content": "x"}]}),
-    ("messages.0.role", {"messages": [{"role": "tool", "content": "x"}]}),
+    ("messages.0.role", {"messages": [{"role": "function", "content": "x"}]}),
     ("messages.0.content", {"messages": [{"role": "user"}]}),
     ("messages.0.content", {"messages": [{"role": "user", "content": 5}]}),
     ("messages.0.content", {"messages": [{"role": "user", "content": None}]}),
@@ -123,7 +123,7 @@ NESTED: list[tuple[str, Any]] = [
         "messages.0.content.0.type",
         {"messages": [{"role": "user", "content": [{"type": "image_url", "text": "x"}]}]},
     ),
-    ("messages.0.tool_calls", {"messages": [{"role": "user", "content": "", "tool_calls": [1]}]}),
+    ("messages.0.tool_calls.0", {"messages": [{"role": "user", "content": "", "tool_calls": [1]}]}),
     ("response_format.json_schema", {"response_format": {"type": "json_schema"}}),
     (
         "response_format.json_schema.name",
@@ -282,10 +282,13 @@ async def test_a_langchain_conversation_is_accepted(client: httpx.AsyncClient) -
 @pytest.mark.parametrize(
     ("param", "fields", "message"),
     [
-        ("tools", {"tools": [{}]}, 'tools are taken only with tool_choice: "none", for this'),
-        ("tools", {"tools": [{}], "tool_choice": "auto"}, "describe them in a message."),
+        ("tools.0.type", {"tools": [{"type": "custom"}]}, "this server calls functions only."),
         ("functions", {"functions": [{}]}, 'functions are taken only with function_call: "none"'),
-        ("tool_choice", {"tool_choice": "required"}, "leave it out, or say none."),
+        (
+            "tool_choice.type",
+            {"tool_choice": {"type": "allowed_tools"}},
+            "functions only; name one, or say required.",
+        ),
         ("verbosity", {"verbosity": "low"}, "ask for a short or a long answer in a message."),
         (
             "stream_options.include_obfuscation",
@@ -306,13 +309,13 @@ async def test_a_langchain_conversation_is_accepted(client: httpx.AsyncClient) -
         ),
         (
             "messages.0.role",
-            {"messages": [{"role": "tool", "content": "x"}]},
-            "write a tool's result into a user message.",
+            {"messages": [{"role": "function", "content": "x"}]},
+            "give the result of a function as a turn of the role tool.",
         ),
         (
-            "messages.0.tool_calls",
-            {"messages": [{"role": "assistant", "tool_calls": [1]}]},
-            "write the call and its result into messages.",
+            "messages.0.function_call",
+            {"messages": [{"role": "assistant", "function_call": {"name": "f"}}]},
+            "give it as tool_calls.",
         ),
         ("stop", {"stop": 5}, "stop: give a string, or a list of up to 128 strings."),
         ("stop", {"stop": {}}, "stop: give a string, or a list of up to 128 strings."),

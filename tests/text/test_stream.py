@@ -1,4 +1,5 @@
 import itertools
+from collections.abc import Callable
 
 import pytest
 from hypothesis import given, settings
@@ -82,6 +83,28 @@ class TestDetokenizer:
         stream = Detokenizer(SENTENCEPIECE)
         assert [stream.push(broken) for _ in range(100)] == ["\ufffd"] * 100
         assert len(stream._ids) < 5
+
+    @pytest.mark.parametrize("inner", [tiny_tokenizer, tiny_sentencepiece_tokenizer])
+    def test_some_special_tokens_are_kept(
+        self, inner: Callable[[], PreTrainedTokenizerBase]
+    ) -> None:
+        added = inner()
+        added.add_special_tokens({"additional_special_tokens": ["[TOOL_CALLS]", "[X]"]})
+        tokenizer = Tokenizer(added, 100)
+        call, other = tokenizer.token_id("[TOOL_CALLS]"), tokenizer.token_id("[X]")
+        assert call is not None
+        assert other is not None
+        assert tokenizer.token_id("the") is None
+        the = tokenizer.encode("the", add_special_tokens=False)
+        ids = [*the, call, other, *the, other, call, *the]
+        for kept, text in (
+            ((), "thethethe"),
+            (("[TOOL_CALLS]",), "the[TOOL_CALLS]the[TOOL_CALLS]the"),
+            (("[TOOL_CALLS]", "[X]"), "the[TOOL_CALLS][X]the[X][TOOL_CALLS]the"),
+        ):
+            stream = Detokenizer(tokenizer, kept_special_tokens=kept)
+            got = "".join(stream.push([token]) for token in ids) + stream.finish()
+            assert got.replace(" ", "") == text
 
     def test_special_tokens_are_left_out_and_cost_no_space(self) -> None:
         (the,) = SENTENCEPIECE.encode(" the", add_special_tokens=False)[-1:]

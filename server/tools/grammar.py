@@ -1,0 +1,111 @@
+"""Grammars that force a model to write calls in its format, in llguidance's notation of Lark."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from server.tools.formats import Format
+
+Function = tuple[str, dict[str, Any], bool]
+"""A function: its name, the JSON Schema of its parameters, and whether that is strict."""
+
+TokenId = Callable[[str], int | None]
+"""Id of the token that a tokenizer adds for a text; None if it adds none."""
+
+_MORE_KEYS = {"patternProperties", "allOf", "anyOf", "oneOf", "$ref", "if"}
+"""Keys of a schema that may allow properties beside those of `properties`."""
+
+
+def tool_grammar(
+    form: Format,
+    functions: Sequence[Function],
+    token_id: TokenId,
+    *,
+    many: bool,
+    free: bool = False,
+    answer: Any = None,
+) -> str:
+    """A grammar whose every answer has calls of `functions` only: one, or with `many` any number.
+
+    A `free` answer may be text, have calls, or both; otherwise it is calls alone. With `answer`, a
+    JSON Schema, it is calls or a JSON value by that. The arguments are by the functions' schemas;
+    what llguidance does not know of one that is not strict is not forced.
+    """
+    tag, lines = _term(form.tag, token_id), ["%llguidance {}"]
+    if free and not form.bare:
+        # A text contains no tag, also if it is written in other tokens than the tag's own.
+        spelled = re.escape(form.tag).replace("/", r"\/")
+        lines.append(f"TEXT: /(?s:.+)/ & ~/(?s:.*){spelled}(?s:.*)/")
+        if token_id(form.tag) is None:
+            tag = "head"
+            lines.append(f"head[lazy]: /(?s:.*){spelled}/")
+    elif free:
+        lines.append(r"TEXT: /\s*[^{\s](?s:.*)/")
+    turn, between = _turn(form, tag, token_id, many=many)
+    some = f"turn ({between} turn)*" if many and between is not None else "turn"
+    if free and form.bare:
+        lines.append(f"start: TEXT? | {tag}? turn")
+    elif free:
+        repeat = "*" if many else "?"
+        lines.append(f"start: TEXT? (turn TEXT?){repeat}")
+    elif answer is not None:
+        # Both may begin with a brace: then a tag tells the calls from the answer.
+        calls = f"{tag} {some}" if form.bare else some
+        lines.append(f"start: {calls} | {_json(answer, strict=True)}")
+    else:
+        lines.append(f"start: {some}")
+    written = [_call(form, function, token_id) for function in functions]
+    return "\n".join([*lines, f"turn: {turn}", f"call: {' | '.join(written)}"]) + "\n"
+
+
+def _turn(form: Format, tag: str, token_id: TokenId, *, many: bool) -> tuple[str, str | None]:
+    """What a tag brings, and what stands before another tag; None if there is only one tag."""
+    if form.bare:
+        return "call", None
+    if form.direct:
+        return f"{tag} call", ""
+    if form.more is not None:
+        more = f'("{form.more} " call)*' if many else ""
+        return f'{tag} " "? "[" call {more} "]"', None
+    end = _term(form.end or "", token_id)
+    return f'{tag} "\\n" call "\\n" {end}', '"\\n"'
+
+
+def _call(form: Format, function: Function, token_id: TokenId) -> str:
+    name, parameters, strict = function
+    schema = _json(_arguments(parameters), strict=strict)
+    if form.direct:
+        return f"{json.dumps(name)} {_term('[ARGS]', token_id)} {schema}"
+    head = f'{{"name": "{name}", "{form.key}": '
+    return f'{json.dumps(head)} {schema} "}}"'
+
+
+def _arguments(parameters: dict[str, Any]) -> dict[str, Any]:
+    """The schema of a call's arguments: an object.
+
+    Properties that it does not list are left out unless it says something of them.
+    """
+    schema = {"type": "object", "properties": {}} | parameters
+    return schema if _MORE_KEYS & schema.keys() else {"additionalProperties": False} | schema
+
+
+def _json(schema: Any, *, strict: bool) -> str:
+    """JSON by a schema, on one line, as `json.dumps` writes it."""
+    if isinstance(schema, bool):
+        schema = {} if schema else {"enum": []}
+    options = {
+        "whitespace_flexible": False,
+        "item_separator": ", ",
+        "key_separator": ": ",
+        "lenient": not strict,
+    }
+    return f"%json {json.dumps(schema | {'x-guidance': options})}"
+
+
+def _term(text: str, token_id: TokenId) -> str:
+    """A text as the grammar writes it: a token that is added for it would not fit its letters."""
+    token = token_id(text)
+    return json.dumps(text) if token is None else f"<[{token}]>"

@@ -1,0 +1,77 @@
+"""Chat templates in the shape of those of Qwen 2.5, Llama 3 and Mistral, for the tests."""
+
+QWEN = """
+{%- if tools %}
+    {{- '<|im_start|>system\\n# Tools\\n<tools>' }}
+    {%- for tool in tools %}{{- '\\n' + (tool | tojson) }}{%- endfor %}
+    {{- '\\n</tools>\\nAnswer with <tool_call>\\n{"name": N, "arguments": A}\\n</tool_call>' }}
+    {{- '<|im_end|>\\n' }}
+{%- endif %}
+{%- for message in messages %}
+    {%- if message.role == 'assistant' and message.tool_calls %}
+        {{- '<|im_start|>assistant' }}
+        {%- if message.content %}{{- '\\n' + message.content }}{%- endif %}
+        {%- for call in message.tool_calls %}
+            {{- '\\n<tool_call>\\n{"name": "' + call.function.name + '", "arguments": ' }}
+            {{- (call.function.arguments | tojson) + '}\\n</tool_call>' }}
+        {%- endfor %}
+        {{- '<|im_end|>\\n' }}
+    {%- elif message.role == 'tool' %}
+        {{- '<|im_start|>user\\n<tool_response>\\n' + message.content }}
+        {{- '\\n</tool_response><|im_end|>\\n' }}
+    {%- else %}
+        {{- '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>\\n' }}
+    {%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}
+"""
+
+LLAMA = """
+{%- if custom_tools is defined %}{%- set tools = custom_tools %}{%- endif %}
+{%- if not tools is defined %}{%- set tools = none %}{%- endif %}
+{%- if tools is not none %}
+    {{- 'Answer with {"name": N, "parameters": P}.\\n' }}
+    {%- for tool in tools %}{{- (tool | tojson) + '\\n' }}{%- endfor %}
+{%- endif %}
+{%- for message in messages %}
+    {%- if message.role == 'tool' or message.role == 'ipython' %}
+        {{- '<|start_header_id|>ipython<|end_header_id|>\\n' + message.content + '<|eot_id|>' }}
+    {%- elif 'tool_calls' in message %}
+        {%- if not message.tool_calls | length == 1 %}
+            {{- raise_exception('one call at a time') }}
+        {%- endif %}
+        {%- set call = message.tool_calls[0].function %}
+        {{- '<|start_header_id|>assistant<|end_header_id|>\\n{"name": "' + call.name + '", ' }}
+        {{- '"parameters": ' + (call.arguments | tojson) + '}<|eot_id|>' }}
+    {%- else %}
+        {{- '<|start_header_id|>' + message.role + '<|end_header_id|>\\n' + message.content }}
+        {{- '<|eot_id|>' }}
+    {%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}{{- '<|start_header_id|>assistant<|end_header_id|>\\n' }}{%- endif %}
+"""
+
+MISTRAL = """
+{%- for message in messages %}
+    {%- if message['role'] == 'user' %}
+        {%- if tools is not none and loop.last %}
+            {{- '[AVAILABLE_TOOLS] ' + (tools | tojson) + '[/AVAILABLE_TOOLS]' }}
+        {%- endif %}
+        {{- '[INST] ' + message['content'] + '[/INST]' }}
+    {%- elif message['tool_calls'] is defined and message['tool_calls'] is not none %}
+        {{- '[TOOL_CALLS] [' }}
+        {%- for call in message['tool_calls'] %}
+            {%- if call['id'] | length != 9 %}{{- raise_exception('ids of 9 letters') }}{%- endif %}
+            {{- '{"name": "' + call['function']['name'] + '", "arguments": ' }}
+            {{- (call['function']['arguments'] | tojson) + ', "id": "' + call['id'] + '"}' }}
+        {%- endfor %}
+        {{- ']' + eos_token }}
+    {%- elif message['role'] == 'tool' %}
+        {{- '[TOOL_RESULTS] ' + message['content'] + '[/TOOL_RESULTS]' }}
+    {%- else %}
+        {{- ' ' + message['content'] + eos_token }}
+    {%- endif %}
+{%- endfor %}
+"""
+
+MISTRAL_NAMES = MISTRAL.replace("[TOOL_CALLS] [", "[TOOL_CALLS]name[ARGS]")

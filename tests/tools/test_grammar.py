@@ -1,0 +1,198 @@
+"""What the grammars of calls allow, asked of llguidance; and that readers read what they allow."""
+
+from __future__ import annotations
+
+import random
+from functools import cache
+from typing import Any
+
+import pytest
+from llguidance import LLTokenizer
+from tokenizers import AddedToken
+from transformers import PreTrainedTokenizerFast
+
+from reft_runtime.grammar.source import fault_of, matcher_of, read_tokenizer
+from reft_runtime.sampling import Grammar
+from reft_runtime.text import Tokenizer
+from server.tools import FORMATS, Format, whole
+from server.tools.formats import find_format
+from server.tools.grammar import tool_grammar
+from server.tools.reader import ToolReader
+from tests.helpers.tokenizer import tiny_tokenizer
+
+LOOK: dict[str, Any] = {
+    "type": "object",
+    "properties": {
+        "city": {"type": "string", "maxLength": 8},
+        "days": {"type": "array", "items": {"type": "integer"}, "maxItems": 3},
+    },
+    "required": ["city"],
+}
+FUNCTIONS = [("look", LOOK, True), ("add", {}, False)]
+
+HERMES, LLAMA3, MISTRAL = FORMATS["hermes"], FORMATS["llama3"], FORMATS["mistral"]
+MISTRAL_NAMES = find_format("[TOOL_CALLS][ARGS]")
+assert MISTRAL_NAMES is not None
+ALL = [HERMES, LLAMA3, MISTRAL, MISTRAL_NAMES]
+
+
+@cache
+def tokenizer(added: bool) -> PreTrainedTokenizerFast:
+    """A tokenizer whose tags are letters or, with `added`, tokens of their own."""
+    tiny = tiny_tokenizer()
+    tags = [text for form in ALL for text in form.tokens]
+    if added:
+        special = [text for text in tags if "tool_call" not in text]
+        tiny.add_tokens([AddedToken(text, special=text in special) for text in dict.fromkeys(tags)])
+    return tiny
+
+
+@cache
+def compiled(added: bool) -> LLTokenizer:
+    tiny = Tokenizer(tokenizer(added), 100)
+    return read_tokenizer(tiny.definition(), tiny.vocab_size, tiny.eos_ids)
+
+
+def token_id(added: bool) -> Any:
+    known = {token.content: i for i, token in tokenizer(added).added_tokens_decoder.items()}
+    return known.get
+
+
+def allows(grammar: str, text: str, *, added: bool) -> bool:
+    matcher = matcher_of(compiled(added), Grammar("lark", grammar))
+    assert not fault_of(matcher)
+    ids = tokenizer(added).encode(text, add_special_tokens=False)
+    return (
+        matcher.validate_tokens(ids) == len(ids)
+        and matcher.consume_tokens(ids)
+        and (matcher.is_accepting())
+    )
+
+
+CITY = '{"city": "Rome"}'
+WRITTEN = {
+    "hermes": (
+        f'<tool_call>\n{{"name": "look", "arguments": {CITY}}}\n</tool_call>',
+        '<tool_call>\n{"name": "add", "arguments": {}}\n</tool_call>',
+        "\n",
+    ),
+    "mistral": (
+        f'[TOOL_CALLS][{{"name": "look", "arguments": {CITY}}}',
+        '{"name": "add", "arguments": {}}]',
+        ", ",
+    ),
+    "names": (f"[TOOL_CALLS]look[ARGS]{CITY}", "[TOOL_CALLS]add[ARGS]{}", ""),
+}
+
+
+@pytest.mark.parametrize("added", [False, True])
+class TestForced:
+    def test_hermes(self, added: bool) -> None:
+        first, second, between = WRITTEN["hermes"]
+        many = tool_grammar(HERMES, FUNCTIONS, token_id(added), many=True)
+        one = tool_grammar(HERMES, FUNCTIONS, token_id(added), many=False)
+        for text in (first, second):
+            assert allows(many, text, added=added)
+            assert allows(one, text, added=added)
+        assert allows(many, first + between + second, added=added)
+        assert not allows(one, first + between + second, added=added)
+        for text in ("", "Hi", first[:-5], first.replace("look", "who"), "a" + first):
+            assert not allows(many, text, added=added)
+        for arguments in ("{}", '{"city": 5}', '{"city": "Rome", "x": 1}', '{ "city": "Rome"}'):
+            assert not allows(many, first.replace(CITY, arguments), added=added)
+
+    def test_llama3(self, added: bool) -> None:
+        text = f'{{"name": "look", "parameters": {CITY}}}'
+        grammar = tool_grammar(LLAMA3, FUNCTIONS, token_id(added), many=False)
+        assert allows(grammar, text, added=added)
+        for wrong in ("", "Hi", text + "; " + text, text.replace("look", "who")):
+            assert not allows(grammar, wrong, added=added)
+
+    @pytest.mark.parametrize(("form", "key"), [(MISTRAL, "mistral"), (MISTRAL_NAMES, "names")])
+    def test_mistral(self, added: bool, form: Format, key: str) -> None:
+        first, second, between = WRITTEN[key]
+        ends = "]" if key == "mistral" else ""
+        many = tool_grammar(form, FUNCTIONS, token_id(added), many=True)
+        one = tool_grammar(form, FUNCTIONS, token_id(added), many=False)
+        assert allows(many, first + between + second, added=added)
+        assert allows(many, first + ends, added=added)
+        assert allows(one, first + ends, added=added)
+        assert not allows(one, first + between + second, added=added)
+        assert not allows(many, "Hi", added=added)
+
+
+@pytest.mark.parametrize("added", [False, True])
+@pytest.mark.parametrize(
+    ("form", "key"), [(HERMES, "hermes"), (MISTRAL, "mistral"), (MISTRAL_NAMES, "names")]
+)
+def test_text_is_free_but_for_what_a_tag_begins(added: bool, form: Format, key: str) -> None:
+    first, second, between = WRITTEN[key]
+    both = first + between + second
+    many = tool_grammar(form, FUNCTIONS, token_id(added), many=True, free=True)
+    one = tool_grammar(form, FUNCTIONS, token_id(added), many=False, free=True)
+    for text in ("", "Hi\n{there} <tool", f"Hi {both}", f"{both} and so on", both):
+        assert allows(many, text, added=added), text
+    assert not allows(one, both, added=added)
+    for text in (f"Hi {form.tag}", f"{form.tag} Hi", both.replace("look", "who"), first[:-2]):
+        assert not allows(many, text, added=added), text
+
+
+@pytest.mark.parametrize("added", [False, True])
+def test_text_of_llama_is_free_unless_it_begins_as_a_call(added: bool) -> None:
+    text = f'{{"name": "look", "parameters": {CITY}}}'
+    grammar = tool_grammar(LLAMA3, FUNCTIONS, token_id(added), many=False, free=True)
+    for fine in ("", "Hi {x}", "\n Hi", text, f"<|python_tag|>{text}"):
+        assert allows(grammar, fine, added=added), fine
+    for wrong in ("{x}", text.replace("look", "who"), f"{text} Hi"):
+        assert not allows(grammar, wrong, added=added), wrong
+
+
+@pytest.mark.parametrize("form", ALL)
+def test_calls_or_an_answer_of_a_form(form: Format) -> None:
+    schema = {"type": "object", "properties": {"name": {"type": "integer"}}, "required": ["name"]}
+    grammar = tool_grammar(form, FUNCTIONS, token_id(True), many=False, answer=schema)
+    assert allows(grammar, '{"name": 5}', added=True)
+    assert not allows(grammar, '{"name": "x"}', added=True)
+    assert not allows(grammar, "Hi", added=True)
+    if form is LLAMA3:
+        assert allows(grammar, '<|python_tag|>{"name": "add", "parameters": {}}', added=True)
+
+
+def test_what_a_schema_leaves_open() -> None:
+    def allowed(parameters: dict[str, Any], arguments: str, *, strict: bool = False) -> bool:
+        grammar = tool_grammar(LLAMA3, [("f", parameters, strict)], token_id(False), many=False)
+        return allows(grammar, f'{{"name": "f", "parameters": {arguments}}}', added=False)
+
+    assert allowed({}, "{}")
+    assert not allowed({}, '{"x": 1}')
+    assert allowed({"additionalProperties": True}, '{"x": 1}')
+    assert not allowed({"properties": {"x": {}}}, '{"y": 1}')
+    assert allowed({"properties": {"x": {}}, "additionalProperties": True}, '{"y": 1}')
+    referred = {"$ref": "#/$defs/A", "$defs": {"A": {"properties": {"x": {"type": "null"}}}}}
+    assert allowed(referred, '{"x": null}')
+    # Of a schema that is not strict, what cannot be forced is left to the model.
+    assert allowed({"properties": {"x": {"type": "string", "format": "odd"}}}, '{"x": "a"}')
+
+
+@pytest.mark.parametrize("form", ALL)
+@pytest.mark.parametrize("added", [False, True])
+def test_whatever_a_grammar_allows_is_read_as_calls(form: Format, added: bool) -> None:
+    """Random walks under the masks end in texts whose calls all parse."""
+    choose = random.Random(0)
+    tiny = tokenizer(added)
+    many = form is not LLAMA3
+    grammar = tool_grammar(form, FUNCTIONS, token_id(added), many=many)
+    for _ in range(8):
+        matcher = matcher_of(compiled(added), Grammar("lark", grammar))
+        ids: list[int] = []
+        while len(ids) < 400 and not matcher.is_stopped():
+            mask = matcher.compute_bitmask()
+            allowed = [i for i in range(len(tiny)) if mask[i // 8] >> i % 8 & 1]
+            token = choose.choice(allowed)
+            matcher.consume_token(token)
+            ids.append(token)
+        text = str(tiny.decode([i for i in ids if i != tiny.eos_token_id]))
+        content, calls = whole(ToolReader(form, ("look", "add"), exact=True), text)
+        assert calls
+        assert content is None
+        assert {call["function"]["name"] for call in calls} <= {"look", "add"}

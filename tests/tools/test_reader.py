@@ -1,0 +1,277 @@
+"""Calls are read from a text alike, however it is cut into pieces."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from server.tools import FORMATS, Format, ToolReader, whole
+
+HERMES, LLAMA3, MISTRAL = FORMATS["hermes"], FORMATS["llama3"], FORMATS["mistral"]
+NAMES = ("look", "add")
+
+LOOK = ("look", '{"city": "Paris }</tool_call>\\" \\u00e9 [x]", "days": [1, {"a": 2}]}')
+ADD = ("add", "{}")
+
+
+def call(name: str = "look", arguments: str = LOOK[1], key: str = "arguments") -> str:
+    return f'{{"name": "{name}", "{key}": {arguments}}}'
+
+
+def tagged(body: str) -> str:
+    return f"<tool_call>\n{body}\n</tool_call>"
+
+
+LOOKED, ADDED = call(), call(*ADD)
+LLAMA = call(key="parameters")
+
+Case = tuple[Format, str, str | None, list[tuple[str, str]]]
+
+CALLS: dict[str, Case] = {
+    "hermes": (HERMES, tagged(LOOKED), None, [LOOK]),
+    "hermes, text around": (
+        HERMES,
+        f"Let me see.\n\n{tagged(LOOKED)}\n{tagged(ADDED)}\n\nDone. ",
+        "Let me see.\n\nDone.",
+        [LOOK, ADD],
+    ),
+    "hermes, without its end": (HERMES, "<tool_call>" + ADDED, None, [ADD]),
+    "hermes, blanks": (HERMES, f" \n<tool_call>  {ADDED}</tool_call>\n ", None, [ADD]),
+    "hermes, arguments first": (
+        HERMES,
+        tagged('{"arguments": {"a": 1}, "name": "add"}'),
+        None,
+        [("add", '{"a": 1}')],
+    ),
+    "hermes, arguments as text": (
+        HERMES,
+        tagged('{"name": "add", "arguments": "{\\"a\\": 1}"}'),
+        None,
+        [("add", '{"a": 1}')],
+    ),
+    "hermes, no arguments": (HERMES, tagged('{"name": "add"}'), None, [ADD]),
+    "hermes, a function that is not there": (
+        HERMES,
+        tagged(call("who", "{}")),
+        None,
+        [("who", "{}")],
+    ),
+    "llama": (LLAMA3, LLAMA, None, [LOOK]),
+    "llama, tag": (LLAMA3, f"<|python_tag|>{LLAMA}", None, [LOOK]),
+    "llama, other key": (LLAMA3, LOOKED, None, [LOOK]),
+    "llama, type first": (
+        LLAMA3,
+        '{"type": "function", "name": "add", "parameters": {}}',
+        None,
+        [ADD],
+    ),
+    "llama, several": (LLAMA3, f"\n{LLAMA}; {ADDED} ;\n{ADDED}", None, [LOOK, ADD, ADD]),
+    "llama, text before the tag": (LLAMA3, f"Well: <|python_tag|>{ADDED}", "Well:", [ADD]),
+    "mistral": (MISTRAL, f"[TOOL_CALLS] [{LOOKED}]", None, [LOOK]),
+    "mistral, several": (MISTRAL, f"[TOOL_CALLS][{LOOKED}, {ADDED}]", None, [LOOK, ADD]),
+    "mistral, text": (MISTRAL, f"Hm [TOOL_CALLS][{ADDED}] so", "Hm so", [ADD]),
+    "mistral, names": (
+        MISTRAL,
+        f"[TOOL_CALLS]look[ARGS]{LOOK[1]}[TOOL_CALLS]add[CALL_ID]a1[ARGS]{{}}",
+        None,
+        [LOOK, ADD],
+    ),
+}
+
+CONTENT: dict[str, tuple[Format, str]] = {
+    "nothing": (HERMES, ""),
+    "text": (HERMES, " A text\nwith < and <tool and {braces} "),
+    "a tag alone": (HERMES, "<tool_call>"),
+    "a beginning of a tag": (HERMES, "so <tool_cal"),
+    "a tag in prose": (HERMES, "the <tool_call> tag, and the </tool_call> tag"),
+    "a cut call": (HERMES, tagged(LOOKED)[:60]),
+    "broken JSON": (HERMES, tagged('{"name": "add", "arguments": {"a": 01}}')),
+    "JSON of another shape": (HERMES, tagged('{"name": "add", "arguments": [1]}')),
+    "no name": (HERMES, tagged('{"name": 5, "arguments": {}}')),
+    "not a number": (HERMES, tagged('{"name": "add", "arguments": {"a": NaN}}')),
+    "a key twice": (HERMES, tagged('{"name": "add", "arguments": {"a": 1, "a": 2}}')),
+    "deep": (HERMES, tagged('{"name": "add", "arguments": ' + '{"a":' * 3000 + "}" * 3001)),
+    "long opening": (HERMES, "<tool_call>" + " " * 300 + ADDED),
+    "a JSON answer": (LLAMA3, '{"city": "Paris"}'),
+    "a JSON answer with a name": (LLAMA3, '{"name": "Ann", "parameters": {}} and more'),
+    "a call within text": (LLAMA3, f"I would say {LLAMA}"),
+    "no call behind a tag": (LLAMA3, "<|python_tag|>print(1)"),
+    "mistral's tag": (MISTRAL, "[TOOL_CALLS] none [ARGS]"),
+    "mistral's broken list": (MISTRAL, f"[TOOL_CALLS][{ADDED[:-2]}"),
+}
+
+
+def read(
+    form: Format, pieces: list[str], **options: Any
+) -> tuple[str | None, list[dict[str, Any]], list[dict[str, Any]]]:
+    """Content, calls, and all deltas."""
+    reader = ToolReader(form, NAMES, **options)
+    deltas = [delta for piece in pieces for delta in reader.push(piece)] + reader.finish()
+    content, calls = "", list[dict[str, Any]]()
+    for delta in deltas:
+        assert len(delta) == 1
+        content += delta.get("content", "")
+        for piece in delta.get("tool_calls", ()):
+            if "id" in piece:
+                assert piece["index"] == len(calls)
+                assert piece["type"] == "function"
+                assert piece["function"]["arguments"] == ""
+                calls.append({"id": piece["id"], **piece["function"]})
+            else:
+                assert piece.keys() == {"index", "function"}
+                assert piece["index"] == len(calls) - 1
+                calls[-1]["arguments"] += piece["function"]["arguments"]
+    return content or None, calls, deltas
+
+
+def cut(text: str, places: list[int]) -> list[str]:
+    ends = sorted({place % (len(text) + 1) for place in places} | {len(text)})
+    return [text[a:b] for a, b in zip([0, *ends], ends, strict=False)]
+
+
+PLACES = st.lists(st.integers(min_value=0, max_value=10_000), max_size=12)
+
+
+@pytest.mark.parametrize("case", CALLS.values(), ids=CALLS)
+def test_calls(case: Case) -> None:
+    form, text, content, expected = case
+    for pieces in ([text], list(text)):
+        said, calls, _ = read(form, pieces)
+        assert [(one["name"], one["arguments"]) for one in calls] == expected
+        assert said == content
+    for one in calls:
+        assert isinstance(json.loads(one["arguments"]), dict)
+
+
+@pytest.mark.parametrize("case", CONTENT.values(), ids=CONTENT)
+def test_what_is_no_call_stays_content(case: tuple[Format, str]) -> None:
+    form, text = case
+    for pieces in ([text], list(text)):
+        said, calls, _ = read(form, pieces)
+        assert (said or "", calls) == (text, [])
+
+
+@given(st.sampled_from([*CALLS.values()]), PLACES)
+def test_calls_are_the_same_in_pieces(case: Case, places: list[int]) -> None:
+    form, text, content, expected = case
+    said, calls, _ = read(form, cut(text, places))
+    assert [(one["name"], one["arguments"]) for one in calls] == expected
+    assert said == content
+
+
+PIECES = (
+    *(
+        "<tool_call>",
+        "</tool_call>",
+        "[TOOL_CALLS]",
+        "[ARGS]",
+        "<|python_tag|>",
+        ";",
+        ",",
+        "[",
+        "]",
+    ),
+    *(LOOKED, ADDED, LLAMA, "{", "}", '"', "\\", " ", "\n", "x", '{"name": "add"', "add"),
+)
+
+
+@given(
+    st.sampled_from([HERMES, LLAMA3, MISTRAL]),
+    st.lists(st.sampled_from(PIECES), max_size=12).map("".join),
+    PLACES,
+    st.booleans(),
+)
+def test_any_text_is_read_alike_in_pieces(
+    form: Format, text: str, places: list[int], parallel: bool
+) -> None:
+    said, calls, _ = read(form, [text], parallel=parallel)
+    for pieces in (cut(text, places), list(text)):
+        again = read(form, pieces, parallel=parallel)
+        assert again[0] == said
+        assert [one["arguments"] for one in again[1]] == [one["arguments"] for one in calls]
+    if not calls:
+        assert (said or "") == text
+    for one in calls:
+        assert isinstance(json.loads(one["arguments"]), dict)
+
+
+EXACT = ("hermes, text around", "llama", "mistral, several", "mistral, names", "llama, several")
+
+
+@pytest.mark.parametrize("name", EXACT)
+def test_arguments_come_as_they_are_written_if_a_grammar_forces_calls(name: str) -> None:
+    form, text, content, expected = CALLS[name]
+    text = text.replace('"arguments"', f'"{form.key}"')
+    said, calls, deltas = read(form, list(text), exact=True)
+    assert [(one["name"], one["arguments"]) for one in calls] == expected
+    assert said == content
+    pieces = [d for d in deltas if "tool_calls" in d]
+    assert len(pieces) == len(expected) + sum(len(arguments) for _, arguments in expected)
+
+
+def test_a_forced_call_that_is_cut_off_has_a_part_of_its_arguments() -> None:
+    reader = ToolReader(HERMES, NAMES, exact=True)
+    content, calls = whole(reader, tagged(LOOKED)[:55])
+    assert content is None
+    assert calls[0]["function"]["name"] == "look"
+    assert LOOK[1].startswith(calls[0]["function"]["arguments"])
+    assert reader.finish_reason("length") == "length"
+
+
+def test_a_text_alone_may_contain_tags() -> None:
+    answer = f'{{"a": "<tool_call>", "b": "{{}}"}}{tagged(ADDED)}'
+    calls = f" {tagged(ADDED)}\n{tagged(LOOKED)}\n"
+    for text, content, names in ((answer, answer, []), (calls, None, ["add", "look"])):
+        for pieces in ([text], list(text)):
+            said, found, _ = read(HERMES, pieces, exact=True, alone=True)
+            assert said == content
+            assert [one["name"] for one in found] == names
+
+
+def test_a_forced_call_that_has_no_name_yet_is_left_out() -> None:
+    text = f"{tagged(ADDED)}\n{tagged(LOOKED)}"
+    for end in range(len(tagged(ADDED)) + len("\n<tool_call>"), text.index('"look"') + 6):
+        content, calls = whole(ToolReader(HERMES, NAMES, exact=True), text[:end])
+        assert content is None
+        assert len(calls) == 1
+
+
+def test_reasons() -> None:
+    for text, named, reason in (
+        (tagged(ADDED), False, "tool_calls"),
+        (tagged(ADDED), True, "stop"),
+        ("x", False, "stop"),
+    ):
+        reader = ToolReader(HERMES, NAMES, named=named)
+        assert reader.finish_reason(None) is None
+        whole(reader, text)
+        assert reader.finish_reason("stop") == reason
+        assert reader.finish_reason("length") == "length"
+
+
+def test_only_the_first_call_if_they_are_not_to_be_parallel() -> None:
+    text = f"a {tagged(ADDED)} b {tagged(LOOKED)} c"
+    for exact in (False, True):
+        said, calls, _ = read(HERMES, list(text), parallel=False, exact=exact)
+        assert [one["name"] for one in calls] == ["add"]
+        assert said == "a b c"
+
+
+@pytest.mark.parametrize(("form", "length"), [(HERMES, 29), (LLAMA3, 29), (MISTRAL, 9)])
+def test_ids(form: Format, length: int) -> None:
+    text = form.tag + ADDED + (form.end or "")
+    ids = {read(form, [text])[1][0]["id"] for _ in range(3)}
+    assert len(ids) == 3
+    assert {len(one) for one in ids} == {length}
+    assert all(one.replace("_", "").isalnum() for one in ids)
+
+
+def test_a_long_text_of_tags_stays_content() -> None:
+    text = "<tool_call>{" * 1_000
+    assert read(HERMES, [text])[0] == text
+    text = f"<tool_call>{call('add', '[]')}" * 1_000
+    assert read(HERMES, [text[i : i + 7] for i in range(0, len(text), 7)])[0] == text
