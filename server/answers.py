@@ -17,10 +17,10 @@ from reft_runtime.errors import Overloaded
 from reft_runtime.outputs import Choice, ChoiceDelta, Trace
 from server.context import Context
 from server.disconnect import ClientDisconnected, run_unless_disconnected
-from server.errors import api_error
+from server.errors import ApiError, api_error
 from server.generation import Job, Run, opened
 from server.schemas.common import SamplingBody
-from server.streaming import DONE, event, json_bytes
+from server.streaming import json_bytes
 
 logger = logging.getLogger("reft.server")
 
@@ -29,30 +29,43 @@ AT_ONCE_TOKENS = 4096
 
 
 class Writer(ABC):
-    """How one route writes choices; an instance serves one request."""
+    """How one route writes its answer; an instance serves one request."""
 
     prefix: str
     """The beginning of the answer's id."""
-
-    object: str
-    chunk_object: str
 
     @property
     def heavy(self) -> bool:
         """Whether each token takes so long to write that a few would hold up other requests."""
         return False
 
-    def whole(self, run: Run) -> dict[str, Any]:
-        """Fields beside the choices, in a whole answer and in a stream's first event."""
-        return {}
+    def is_large(self, run: Run) -> bool:
+        """Whether the answer so far is too large to be written on the event loop."""
+        tokens = run.job.prompt_tokens * run.job.n + run.completion_tokens
+        return self.heavy or tokens > AT_ONCE_TOKENS
+
+    def is_large_step(self, run: Run, *, fresh: bool) -> bool:
+        """Whether what one step adds is; in a `fresh` one a choice begins.
+
+        That may bring the choice's prompt with all of its log-probabilities.
+        """
+        return fresh and self.is_large(run)
 
     @abstractmethod
-    def choice(self, run: Run, choice: Choice) -> dict[str, Any]:
-        """Write a finished choice for a whole answer."""
+    def body(self, run: Run, choices: list[Choice], traces: list[Trace]) -> dict[str, Any]:
+        """Write a whole answer."""
 
     @abstractmethod
-    def chunks(self, run: Run, index: int, delta: ChoiceDelta) -> list[dict[str, Any]]:
-        """Write the chunks, none to two, that one delta adds to a stream."""
+    def events(self, run: Run, step: list[tuple[int, ChoiceDelta]]) -> bytes:
+        """Write the events, maybe none, that one step adds to a stream."""
+
+    @abstractmethod
+    def end(self, run: Run, traces: list[Trace]) -> bytes:
+        """Write what ends a stream."""
+
+    @abstractmethod
+    def broken(self, problem: ApiError) -> bytes:
+        """Write what ends a stream that has begun and cannot go on."""
 
 
 class Answer(Response):
@@ -107,7 +120,7 @@ class Answer(Response):
             draining = self._context.health.draining
             problem = api_error(error, self._request_id, draining=draining)
             # A client that does not read this loses its connection (`server.protocol`).
-            await send(_piece(event(problem.body()) + DONE))
+            await send(_piece(self._writer.broken(problem)))
             await send(_piece(b"", more=False))
 
     async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -121,74 +134,41 @@ class Answer(Response):
             choices = await run.collect()
             traces = await run.explain()
         # The engine is done with the request; how fast the client reads is no concern of it.
-        write = partial(self._whole, run, choices, traces)
-        large = traces or self._is_large(run)
-        content = await asyncio.to_thread(write) if large else write()
+        content = await self._written(
+            lambda: json_bytes(self._writer.body(run, choices, traces)),
+            apart=bool(traces) or self._writer.is_large(run),
+        )
         whole = Response(content, headers=run.headers(), media_type="application/json")
         await whole(scope, receive, send)
 
-    def _whole(self, run: Run, choices: list[Choice], traces: list[Trace]) -> bytes:
-        written = [self._writer.choice(run, choice) for choice in choices]
-        body = self._envelope(run, self._writer.object, written) | {"usage": run.usage()}
-        body |= self._writer.whole(run)
-        if traces:
-            body["trace"] = traces
-        return json_bytes(body)
-
     async def _stream(self, run: Run, send: Send) -> None:
-        options = self._request.stream_options
-        common = self._envelope(run, self._writer.chunk_object, [])
-        if options.include_usage:
-            common["usage"] = None
-
-        def written(step: list[tuple[int, ChoiceDelta]], first: bool) -> bytes:
-            if options.continuous_usage_stats:
-                common["usage"] = run.usage()
-            chunks = [c for index, delta in step for c in self._writer.chunks(run, index, delta)]
-            events = [common | {"choices": [chunk]} for chunk in chunks]
-            if first and events:
-                events[0] |= self._writer.whole(run)
-            return b"".join(map(event, events))
-
         started = False
         begun: set[int] = set()
         async with aclosing(run.steps()) as steps:
             async for step in steps:
-                # A choice's first step may bring its prompt with all of its log-probabilities.
                 fresh = {index for index, _ in step} - begun
                 begun |= fresh
-                if fresh and self._is_large(run):
-                    events = await asyncio.to_thread(written, step, not started)
-                else:
-                    events = written(step, not started)
+                events = await self._written(
+                    partial(self._writer.events, run, step),
+                    apart=self._writer.is_large_step(run, fresh=bool(fresh)),
+                )
                 if not started:
                     await send(self._start(run))
                     started = True
                 if events:
                     await send(_piece(events))
-        last: dict[str, Any] = {"usage": run.usage()} if options.include_usage else {}
-        end = b""
-        if run.job.trace:
-            last["trace"] = await run.explain()
-            end = await asyncio.to_thread(event, common | last)
-        elif last:
-            end = event(common | last)
-        await send(_piece(end + DONE))
+        traces = await run.explain()
+        end = await self._written(
+            lambda: self._writer.end(run, traces),
+            apart=bool(traces) or self._writer.is_large(run),
+        )
+        await send(_piece(end))
         await send(_piece(b"", more=False))
 
-    def _is_large(self, run: Run) -> bool:
-        """Whether the answer is too large to be written on the event loop."""
-        prompts = run.job.prompt_tokens * run.job.n
-        return self._writer.heavy or prompts + run.completion_tokens > AT_ONCE_TOKENS
-
-    def _envelope(self, run: Run, kind: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
-        return {
-            "id": run.job.id,
-            "object": kind,
-            "created": run.created,
-            "model": run.job.label,
-            "choices": choices,
-        }
+    @staticmethod
+    async def _written(write: Callable[[], bytes], *, apart: bool) -> bytes:
+        """What `write` returns, which it makes in a thread if it is to be done `apart`."""
+        return await asyncio.to_thread(write) if apart else write()
 
     def _start(self, run: Run) -> dict[str, Any]:
         headers = {"content-type": "text/event-stream; charset=utf-8", "cache-control": "no-cache"}

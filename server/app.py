@@ -26,6 +26,7 @@ from server.routes import (
     models,
     operations,
     page,
+    responses,
     stats,
     tokenize,
     versions,
@@ -86,6 +87,7 @@ def create_app(engine: Engine, settings: Settings) -> FastAPI:
     for module in (
         completions,
         chat,
+        responses,
         models,
         interventions,
         versions,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import re
 from collections.abc import Awaitable, Callable, Iterator
+from functools import partial
 from typing import Any, TypeVar, get_args
 
 from fastapi import Request
@@ -19,6 +20,7 @@ from server.refusals import instead
 from server.schemas.common import InterventionUse
 
 Body = TypeVar("Body", bound=BaseModel)
+Made = TypeVar("Made")
 
 AT_ONCE_BYTES = 16 * 2**10
 """Largest body, in bytes, that is parsed on the event loop; a larger one would hold it up."""
@@ -66,21 +68,32 @@ def json_body(
     """Make a dependency that reads the JSON body as `model`.
 
     If the body is not `required`, a request without one gets the defaults of all fields.
+    """
+    read = body_as(partial(validated, model))
+
+    async def read_if_there(request: Request, context: Current) -> Body:
+        if not required and not _has_body(request):
+            return model()
+        return await read(request, context)
+
+    return read_if_there
+
+
+def body_as(made: Callable[[Any], Made]) -> Callable[[Request, Current], Awaitable[Made]]:
+    """Make a dependency that reads the body as JSON and returns what is `made` of its value.
 
     FastAPI's own body parameter is not used: it is read and parsed before the router's
     dependencies run, and so before the key is checked.
     """
 
-    async def read(request: Request, context: Current) -> Body:
-        if not required and not _has_body(request):
-            return model()
+    async def read(request: Request, context: Current) -> Made:
         kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
         if kind != "application/json":
             raise ApiError(415, "Send the body as JSON, with Content-Type: application/json.")
         body = await read_body(request, context.settings.max_body_bytes)
         if len(body) <= AT_ONCE_BYTES:
-            return _validated(model, body)
-        return await asyncio.to_thread(_validated, model, body)
+            return made(parse_json(body))
+        return await asyncio.to_thread(lambda: made(parse_json(body)))
 
     return read
 
@@ -90,8 +103,8 @@ def _has_body(request: Request) -> bool:
     return "transfer-encoding" in headers or headers.get("content-length", "0") != "0"
 
 
-def _validated(model: type[Body], body: bytes) -> Body:
-    data = parse_json(body)
+def validated(model: type[Body], data: Any) -> Body:
+    """Validate the value of a body; raises `InvalidRequest`, which names the first wrong field."""
     if not isinstance(data, dict):
         raise InvalidRequest("The body must be a JSON object.")
     try:

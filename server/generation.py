@@ -84,7 +84,7 @@ async def prepare(
     """
     engine, settings = context.engine, context.settings
     arrived = time.monotonic()
-    name = f"{prefix}-{uuid.uuid4().hex}"
+    name = f"{prefix}{uuid.uuid4().hex}"
 
     def work() -> list[Prepared]:
         with selected(engine, body.model, body.interventions) as uses:

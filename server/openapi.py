@@ -102,7 +102,8 @@ def _statuses(operation: dict[str, Any]) -> dict[int, str]:
     # vLLM's routes load a file, too.
     loads = _WITH_FILE if "vllm" in operation["tags"] else {}
     conditional = file_body
-    if operation.get("operationId", "").endswith(("_delete", "_rollback_post")):
+    changes = operation.get("operationId", "").endswith(("_delete", "_rollback_post"))
+    if changes and "interventions" in operation["tags"]:
         conditional = _WITH_STORE
     if conditional:
         conditional = conditional | _WITH_CONDITION

@@ -5,6 +5,10 @@ from __future__ import annotations
 _LARK = "write the whole form as a grammar in Lark's notation"
 _ONE_LINE = "JSON is written on one line; leave it out"
 _BESIDE = 'give it beside a name in interventions: [{{"name": ..., "{}": ...}}]'
+_NOT_KEPT = (
+    "nothing is kept here: send the whole conversation in input; the output of an earlier answer "
+    "goes there as it is"
+)
 _ANSWERS = "use /v1/chat/completions, which every OpenAI client can be told to use"
 
 INSTEAD_OF_FIELDS = {
@@ -21,10 +25,22 @@ INSTEAD_OF_FIELDS = {
     "subspace": _BESIDE.format("subspace"),
     "suffix": "the prompt is continued at its end only; leave it out",
     "store": "answers are not kept; leave it out",
+    "previous_response_id": _NOT_KEPT,
+    "conversation": _NOT_KEPT,
+    "prompt": "no prompts are kept here; write it into messages or input",
+    "background": "wait for the answer, or stream it with stream: true",
+    "truncation": "shorten the input yourself; /tokenize counts its tokens",
+    "include": "the server has nothing of that kind; leave it out",
+    "input.type": "items are not kept, and tools are run by you: send the items themselves",
+    "max_tokens": "/v1/responses calls it max_output_tokens",
+    "messages": "send them to /v1/chat/completions, or to /v1/responses as input",
+    "reasoning.summary": "there is no reasoning to sum up; leave it out, or say auto",
+    "input.content.type": "this server reads text only; send parts of type input_text",
+    "input.output.type": "this server reads text only; send parts of type input_text",
     "messages.role": "give the result of a function as a turn of the role tool",
     "messages.function_call": "give it as tool_calls",
     "messages.content.type": "this server reads text only; send parts of type text",
-    "tools.type": "this server calls functions only",
+    "tools.type": "this server calls functions only, and you run them",
     "tool_choice.type": "this server calls functions only; name one, or say required",
     "function_call": "give tools and tool_choice, which took its place; leave it out, or say none",
     "modalities": "this server reads and writes text only; leave it out",
@@ -34,7 +50,6 @@ INSTEAD_OF_FIELDS = {
 be left out."""
 
 INSTEAD_OF_ROUTES = {
-    "/v1/responses": _ANSWERS,
     "/v1/messages": _ANSWERS,
     "/v1/embeddings": "this server has a language model only; use another for embeddings",
 }

@@ -18,3 +18,8 @@ def json_bytes(value: Any) -> bytes:
 def event(value: Any) -> bytes:
     """`value` as one server-sent event."""
     return b"data: " + orjson.dumps(value) + b"\n\n"
+
+
+def named_event(name: str, value: Any) -> bytes:
+    """`value` as one server-sent event with a name."""
+    return b"event: " + name.encode() + b"\n" + event(value)

@@ -18,6 +18,7 @@ from server.metrics import Metrics
 from server.schemas.chat import ChatRequest
 from server.schemas.common import InterventionUse
 from server.schemas.completions import CompletionRequest
+from server.schemas.responses import ResponsesRequest
 from server.settings import Settings
 from tests.http.fake_engine import FakeEngine
 
@@ -128,7 +129,7 @@ def test_the_api_page_lists_every_route_and_field() -> None:
     }
     assert "PUT /v1/interventions/{name}" in routes
     assert routes <= set(re.findall(r"`([A-Z]+ /[^`]*)`", text))
-    for schema in (ChatRequest, CompletionRequest, InterventionUse):
+    for schema in (ChatRequest, CompletionRequest, ResponsesRequest, InterventionUse):
         for name in schema.model_fields:
             assert f"`{name}`" in text or f'"{name}"' in text, name
 

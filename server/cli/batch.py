@@ -17,7 +17,7 @@ from reft_runtime.client import key_refused, reaching
 from reft_runtime.errors import ConfigError
 from reft_runtime.interventions.format.strict_json import load_strict
 
-PATHS = ("/v1/chat/completions", "/v1/completions")
+PATHS = ("/v1/chat/completions", "/v1/completions", "/v1/responses")
 """What a line may ask."""
 
 AHEAD = 8

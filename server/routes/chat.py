@@ -8,10 +8,11 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Depends, Request
 
 from reft_runtime.outputs import Choice, ChoiceDelta, TokenLogprob
-from server.answers import Answer, Writer
+from server.answers import Answer
 from server.body import json_body
-from server.context import Current
-from server.generation import Run, prepare
+from server.choices import ChoiceWriter
+from server.context import Context, Current
+from server.generation import Job, Run, prepare
 from server.logprobs import chat_logprobs, prompt_logprobs
 from server.openapi import takes
 from server.schemas.chat import ChatRequest
@@ -20,14 +21,15 @@ from server.tools import ToolPlan, ToolReader, whole
 router = APIRouter(tags=["openai"])
 
 
-class ChatWriter(Writer):
+class ChatWriter(ChoiceWriter):
     """Writes choices as messages of the assistant."""
 
-    prefix = "chatcmpl"
+    prefix = "chatcmpl-"
     object = "chat.completion"
     chunk_object = "chat.completion.chunk"
 
     def __init__(self, body: ChatRequest, plan: ToolPlan | None) -> None:
+        super().__init__(body)
         self._body = body
         self._plan = plan
         self._begun: set[int] = set()
@@ -114,6 +116,27 @@ def _chunk(
     return {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish_reason}
 
 
+async def plan_chat(context: Context, body: ChatRequest) -> ToolPlan | None:
+    """What a conversation asks of tools; None if the model is told of none."""
+    return await asyncio.to_thread(context.tools.plan, body, body.grammar) if body.usable else None
+
+
+async def prepare_chat(
+    context: Context, body: ChatRequest, plan: ToolPlan | None, *, prefix: str
+) -> Job:
+    """Resolve, tokenise and check a conversation; raises what `prepare` raises."""
+    sampling = body.sampling() if plan is None else plan.sampling(body.sampling())
+    switches = context.engine.tokenizer.switches
+    return await prepare(
+        context,
+        body,
+        sampling,
+        lambda: [[message.as_turn() for message in body.messages]],
+        lambda: context.tools.options(body.options(switches), body.usable),
+        prefix=prefix,
+    )
+
+
 @router.post("/v1/chat/completions", openapi_extra=takes(ChatRequest))
 async def create_chat_completion(
     request: Request,
@@ -121,22 +144,11 @@ async def create_chat_completion(
     body: Annotated[ChatRequest, Depends(json_body(ChatRequest))],
 ) -> Answer:
     """Answer a conversation `n` times."""
-    plan = None
-    if body.usable:
-        plan = await asyncio.to_thread(context.tools.plan, body, body.grammar)
-    sampling = body.sampling() if plan is None else plan.sampling(body.sampling())
-    switches = context.engine.tokenizer.switches
+    plan = await plan_chat(context, body)
     return Answer(
         context,
         body,
         ChatWriter(body, plan),
-        lambda: prepare(
-            context,
-            body,
-            sampling,
-            lambda: [[message.as_turn() for message in body.messages]],
-            lambda: context.tools.options(body.options(switches), body.usable),
-            prefix=ChatWriter.prefix,
-        ),
+        lambda: prepare_chat(context, body, plan, prefix=ChatWriter.prefix),
         request.state.request_id,
     )

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 from fastapi import APIRouter, Depends, Request
 
 from reft_runtime.outputs import Choice, ChoiceDelta, TokenLogprob
-from server.answers import Answer, Writer
+from server.answers import Answer
 from server.body import json_body
+from server.choices import ChoiceWriter
 from server.context import Current
 from server.generation import Run, prepare
 from server.logprobs import completion_logprobs, prompt_logprobs, prompt_offsets
@@ -21,13 +22,14 @@ if TYPE_CHECKING:
 router = APIRouter(tags=["openai"])
 
 
-class CompletionWriter(Writer):
+class CompletionWriter(ChoiceWriter):
     """Writes choices as `text`, with the prompt before it if `echo` asks for it."""
 
-    prefix = "cmpl"
+    prefix = "cmpl-"
     object = chunk_object = "text_completion"
 
     def __init__(self, body: CompletionRequest) -> None:
+        super().__init__(body)
         self._body = body
         self._begun: set[int] = set()
         self._offsets: dict[int, TextOffsets] = {}

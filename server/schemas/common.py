@@ -106,7 +106,7 @@ class WithoutEffect(RequestBody):
     priority: int = Field(default=0, ge=-MAX_SEED - 1, le=MAX_SEED)
 
 
-class SamplingBody(WithoutEffect, FormFields):
+class Sampled(WithoutEffect):
     """The model, its interventions and the sampling of tokens."""
 
     model: ModelName
@@ -117,10 +117,7 @@ class SamplingBody(WithoutEffect, FormFields):
     top_p: float = Field(default=1.0, gt=0, le=1)
     top_k: int = Field(default=0, ge=-1, le=MAX_TOKENS, description="0 or -1 takes all tokens.")
     min_p: float = Field(default=0.0, ge=0, le=1)
-    n: int = Field(default=1, ge=1, le=MAX_CHOICES)
-    best_of: int | None = Field(default=None, description="Accepted only if it equals n.")
     stream: bool = False
-    stream_options: StreamOptions = StreamOptions()
     trace: bool = Field(
         default=False, description="Say what every edit did, and how the edits changed each token."
     )
@@ -136,13 +133,6 @@ class SamplingBody(WithoutEffect, FormFields):
     skip_special_tokens: bool = True
     include_stop_str_in_output: bool = Field(
         default=False, description="Keep the stop string, stop id or EOS in the text."
-    )
-    return_token_ids: bool = False
-    prompt_logprobs: int | None = Field(
-        default=None,
-        ge=0,
-        le=MAX_LOGPROBS,
-        description="Best tokens listed per prompt token; not streamed.",
     )
 
     @field_validator("logit_bias")
@@ -161,6 +151,21 @@ class SamplingBody(WithoutEffect, FormFields):
                 {"keys": _listed(wrong)},
             )
         return biases
+
+
+class SamplingBody(Sampled, FormFields):
+    """What completions and chat take: choices, their form, and what is told of them."""
+
+    n: int = Field(default=1, ge=1, le=MAX_CHOICES)
+    best_of: int | None = Field(default=None, description="Accepted only if it equals n.")
+    stream_options: StreamOptions = StreamOptions()
+    return_token_ids: bool = False
+    prompt_logprobs: int | None = Field(
+        default=None,
+        ge=0,
+        le=MAX_LOGPROBS,
+        description="Best tokens listed per prompt token; not streamed.",
+    )
 
     @model_validator(mode="after")
     def _check_sampling(self) -> SamplingBody:

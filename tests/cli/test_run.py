@@ -59,21 +59,24 @@ def test_answers_and_refusals_in_the_order_of_the_requests(url: str, tmp_path: P
     asked = [request("a"), request("b\u2028c", "nope"), request("c", "emoji")]
     text = {"custom_id": "d", "method": "POST", "url": "/v1/completions"}
     asked.append(text | {"body": {"model": "tiny", "prompt": "x", "max_tokens": 2}})
+    response = {"custom_id": "e", "method": "POST", "url": "/v1/responses"}
+    asked.append(response | {"body": {"model": "tiny", "input": "x", "max_output_tokens": 2}})
     file, out = (
         place(tmp_path / "requests.jsonl", *asked[:2], "", *asked[2:]),
         tmp_path / "out.jsonl",
     )
     ended = reft(url, file, "--out", out)
     assert ended.exit_code == 1
-    assert ended.stdout == f"{out}: 4 answers; 1 were refused, see `response.body.error`\n"
+    assert ended.stdout == f"{out}: 5 answers; 1 were refused, see `response.body.error`\n"
     found = answers(out)
     assert [one["custom_id"] for one in found] == [one["custom_id"] for one in asked]
-    assert [one["response"]["status_code"] for one in found] == [200, 404, 200, 200]
-    first, refused, _, last = (one["response"] for one in found)
+    assert [one["response"]["status_code"] for one in found] == [200, 404, 200, 200, 200]
+    first, refused, _, completed, last = (one["response"] for one in found)
     assert first["body"]["choices"][0]["message"]["content"] == "abc"
     assert "nope" in refused["body"]["error"]["message"]
-    assert last["body"]["choices"][0]["text"] == "ab"
-    assert len({one["id"] for one in found}) == 4
+    assert completed["body"]["choices"][0]["text"] == "ab"
+    assert last["body"]["output"][0]["content"][0]["text"] == "ab"
+    assert len({one["id"] for one in found}) == 5
     assert all(one["response"]["request_id"] and one["error"] is None for one in found)
 
 

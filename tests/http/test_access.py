@@ -127,7 +127,7 @@ async def test_unknown_route_and_method(client: httpx.AsyncClient) -> None:
         assert response.status_code == 405
         assert response.headers["allow"] == methods
         assert methods in response.json()["error"]["message"]
-    for path in ("/v1/responses", "/v1/embeddings"):
+    for path in ("/v1/messages", "/v1/embeddings"):
         response = await client.post(path, json={})
         assert response.status_code == 404
         assert "use " in response.json()["error"]["message"]

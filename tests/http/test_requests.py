@@ -282,7 +282,7 @@ async def test_a_langchain_conversation_is_accepted(client: httpx.AsyncClient) -
 @pytest.mark.parametrize(
     ("param", "fields", "message"),
     [
-        ("tools.0.type", {"tools": [{"type": "custom"}]}, "this server calls functions only."),
+        ("tools.0.type", {"tools": [{"type": "custom"}]}, "this server calls functions only, "),
         ("functions", {"functions": [{}]}, 'functions are taken only with function_call: "none"'),
         (
             "tool_choice.type",

@@ -1,0 +1,52 @@
+"""POST /v1/responses: answer a text or a conversation, in OpenAI's newer form."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from fastapi import APIRouter, Depends, Request
+
+from server.answers import Answer
+from server.body import body_as
+from server.context import Current
+from server.errors import ApiError
+from server.generation import Job
+from server.openapi import takes
+from server.response_events import ResponseWriter
+from server.routes.chat import ChatWriter, plan_chat, prepare_chat
+from server.schemas.responses import ResponsesRequest
+from server.translation import Translation, translated
+
+router = APIRouter(tags=["openai"])
+
+
+@router.post("/v1/responses", openapi_extra=takes(ResponsesRequest))
+async def create_response(
+    request: Request,
+    context: Current,
+    asked: Annotated[Translation, Depends(body_as(translated))],
+) -> Answer:
+    """Answer a text or a conversation. Nothing is stored."""
+    chat = asked.chat
+    with asked.errors():
+        plan = await plan_chat(context, chat)
+
+    async def prepare() -> Job:
+        with asked.errors():
+            return await prepare_chat(context, chat, plan, prefix=ResponseWriter.prefix)
+
+    writer = ResponseWriter(asked, ChatWriter(chat, plan))
+    return Answer(context, chat, writer, prepare, request.state.request_id)
+
+
+@router.get("/v1/responses/{response_id}")
+@router.delete("/v1/responses/{response_id}")
+async def find_response(response_id: str) -> None:
+    """Say that there is none: answers are not stored."""
+    raise ApiError(
+        404,
+        f"There is no response {response_id}: this server stores none. Keep the answers that you"
+        " need, and send them back in input.",
+        param="response_id",
+        code="not_found",
+    )

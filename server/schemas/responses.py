@@ -1,0 +1,185 @@
+"""Body of POST /v1/responses."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, field_validator
+from pydantic_core import PydanticCustomError
+
+from reft_runtime.sampling import MAX_LOGPROBS
+from server.schemas.base import RequestBody
+from server.schemas.chat import MAX_MESSAGES, MAX_PARTS, ChatSwitches
+from server.schemas.common import MAX_TOKENS, Sampled, one_or_many
+
+LOGPROBS = "message.output_text.logprobs"
+"""What `include` says for log-probabilities; `top_logprobs` asks for them, too."""
+
+
+class Part(RequestBody):
+    """A piece of text. What an earlier answer had beside its text is taken and not used."""
+
+    type: Literal["input_text", "output_text"]
+    text: str
+    annotations: list[Any] = Field(default=[])
+    logprobs: list[Any] = Field(default=[])
+
+
+Text = Annotated[
+    Annotated[str, Tag("one")]
+    | Annotated[list[Part], Field(max_length=MAX_PARTS, fail_fast=True), Tag("many")],
+    Discriminator(
+        one_or_many,
+        custom_error_type="text_type",
+        custom_error_message="Give a text, or a list of parts of type input_text or output_text",
+    ),
+]
+
+
+class Item(RequestBody):
+    """What all items may have; an earlier answer's items are sent back with these."""
+
+    id: str = Field(default="", max_length=512)
+    status: Literal["in_progress", "completed", "incomplete"] = "completed"
+
+
+class MessageItem(Item):
+    """One turn; without a `type` in OpenAI's short form."""
+
+    type: Literal["message"] = "message"
+    role: Literal["user", "assistant", "system", "developer"]
+    content: Text
+    phase: str = ""
+
+
+class FunctionCallItem(Item):
+    """A call that an earlier answer made."""
+
+    type: Literal["function_call"]
+    call_id: str
+    name: str
+    arguments: str
+
+
+class FunctionCallOutputItem(Item):
+    """What the function that was called has returned."""
+
+    type: Literal["function_call_output"]
+    call_id: str
+    output: Text
+
+
+class ReasoningItem(BaseModel):
+    """How another server's model came to an answer. It is no part of the prompt here."""
+
+    model_config = ConfigDict(extra="ignore", strict=True, frozen=True)
+
+    type: Literal["reasoning"]
+
+
+class UnknownItem(BaseModel):
+    """Any other item: its `type` is always wrong."""
+
+    model_config = ConfigDict(extra="ignore", strict=True, frozen=True)
+
+    type: Literal["message", "function_call", "function_call_output", "reasoning"]
+
+
+def _kind(value: Any) -> str:
+    kind = value.get("type") or "message" if isinstance(value, dict) else "message"
+    known = ("message", "function_call", "function_call_output", "reasoning")
+    return f"a {kind}" if kind in known else "any other"
+
+
+InputItem = Annotated[
+    Annotated[MessageItem, Tag("a message")]
+    | Annotated[FunctionCallItem, Tag("a function_call")]
+    | Annotated[FunctionCallOutputItem, Tag("a function_call_output")]
+    | Annotated[ReasoningItem, Tag("a reasoning")]
+    | Annotated[UnknownItem, Tag("any other")],
+    Discriminator(_kind),
+]
+
+Input = Annotated[
+    Annotated[str, Tag("one")]
+    | Annotated[
+        list[InputItem],
+        Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True),
+        Tag("many"),
+    ],
+    Discriminator(
+        one_or_many,
+        custom_error_type="input_type",
+        custom_error_message="Give a text, or a list of items",
+    ),
+]
+
+
+class TextConfig(RequestBody):
+    """The form of the answer: `format` is `text`, `json_object` or `json_schema`."""
+
+    format: dict[str, Any] = Field(
+        default={"type": "text"},
+        description='As response_format of a chat, but flat: {"type": "json_schema", "name": ..., '
+        '"schema": ...}.',
+    )
+    verbosity: str = Field(default="medium", description="Accepted only if medium.")
+
+    @field_validator("format")
+    @classmethod
+    def _check_type(cls, given: dict[str, Any]) -> dict[str, Any]:
+        if given.get("type") not in ("text", "json_object", "json_schema"):
+            raise PydanticCustomError(
+                "format_type",
+                'Give {{"type": "text"}}, {{"type": "json_object"}}, or {{"type": "json_schema", '
+                '"name": ..., "schema": ...}}',
+            )
+        return given
+
+
+class Reasoning(RequestBody):
+    """Options of models that reason. There are no reasoning items here, and so no summaries."""
+
+    effort: str | None = Field(
+        default=None, description="Value for chat templates that read it; as reasoning_effort."
+    )
+    summary: Literal["auto"] | None = None
+
+
+class ResponseStreamOptions(RequestBody):
+    """Options of a streamed answer: none that changes it."""
+
+    include_obfuscation: Literal[False] = False
+
+
+class ResponsesRequest(Sampled):
+    """Text to answer, or a conversation. Nothing of it or of the answer is kept."""
+
+    input: Input
+    instructions: str | None = Field(
+        default=None, description="Text of a system turn before all others."
+    )
+    max_output_tokens: int | None = Field(default=None, ge=1, le=MAX_TOKENS)
+    top_logprobs: int = Field(default=0, ge=0, le=MAX_LOGPROBS)
+    include: list[Literal["message.output_text.logprobs", "reasoning.encrypted_content"]] = Field(
+        default=[], max_length=16
+    )
+    text: TextConfig = TextConfig()
+    reasoning: Reasoning = Reasoning()
+    tools: list[dict[str, Any]] = Field(
+        default=[],
+        description='As tools of a chat, but flat: {"type": "function", "name": ..., '
+        '"parameters": ...}.',
+    )
+    tool_choice: str | dict[str, Any] | None = Field(
+        default=None,
+        description='As tool_choice of a chat, but flat: {"type": "function", "name": ...}.',
+    )
+    parallel_tool_calls: bool = True
+    chat_template_kwargs: ChatSwitches = Field(default={})
+    stream_options: ResponseStreamOptions = ResponseStreamOptions()
+    truncation: Literal["disabled"] = "disabled"
+    background: Literal[False] = False
+    metadata: dict[Annotated[str, Field(max_length=64)], Annotated[str, Field(max_length=512)]] = (
+        Field(default={}, max_length=16)
+    )
