@@ -7,6 +7,7 @@ after a time and starts another one.
 from __future__ import annotations
 
 import contextlib
+import functools
 import multiprocessing
 import resource
 import threading
@@ -17,17 +18,6 @@ from typing import Any, NamedTuple, Protocol
 
 LIMIT_SECONDS = 20
 MEMORY_BYTES, STACK_BYTES = 12 << 30, 300 << 20
-
-BOUNDS = {
-    "initial_lexer_fuel": 100_000,
-    "step_lexer_fuel": 50_000,
-    "step_max_items": 5_000,
-    "max_items_in_row": 500,
-    "max_lexer_states": 20_000,
-    "max_grammar_size": 100_000,
-    "verbose_errors": False,
-}
-"""llguidance's limits in the case `llguidance, bounded`."""
 
 
 class Vocabulary(NamedTuple):
@@ -67,9 +57,11 @@ Compile = Callable[[str], Callable[[], Matcher]]
 """Compiles a schema to what makes matchers; raises ValueError with the engine's message."""
 
 
-def _llguidance(vocabulary: Vocabulary, limits: dict[str, Any]) -> Compile:
+def _llguidance(vocabulary: Vocabulary, *, bounded: bool = False) -> Compile:
     import llguidance
     import torch
+
+    from reft_runtime.grammar.source import LIMITS
 
     split = greedy(vocabulary)
 
@@ -83,7 +75,7 @@ def _llguidance(vocabulary: Vocabulary, limits: dict[str, Any]) -> Compile:
             return split(text)
 
     tokenizer = llguidance.LLTokenizer(llguidance.TokenizerWrapper(Tokens()))
-    bounds = llguidance.LLParserLimits(**limits)
+    limits = LIMITS if bounded else llguidance.LLParserLimits()
     row = torch.zeros((tokenizer.vocab_size + 31) // 32, dtype=torch.int32)
 
     class State:
@@ -99,7 +91,7 @@ def _llguidance(vocabulary: Vocabulary, limits: dict[str, Any]) -> Compile:
 
     def compile_schema(schema: str) -> Callable[[], Matcher]:
         grammar = llguidance.LLMatcher.grammar_from_json_schema(schema)
-        matcher = llguidance.LLMatcher(tokenizer, grammar, log_level=0, limits=bounds)
+        matcher = llguidance.LLMatcher(tokenizer, grammar, log_level=0, limits=limits)
         if matcher.is_error():
             raise ValueError(matcher.get_error())
         return lambda: State(matcher.deep_copy())
@@ -107,7 +99,7 @@ def _llguidance(vocabulary: Vocabulary, limits: dict[str, Any]) -> Compile:
     return compile_schema
 
 
-def _xgrammar(vocabulary: Vocabulary, _: dict[str, Any]) -> Compile:
+def _xgrammar(vocabulary: Vocabulary) -> Compile:
     import xgrammar
 
     info = xgrammar.TokenizerInfo(vocabulary.tokens, stop_token_ids=[vocabulary.end])
@@ -136,11 +128,12 @@ def _xgrammar(vocabulary: Vocabulary, _: dict[str, Any]) -> Compile:
     return compile_schema
 
 
-ENGINES: dict[str, tuple[Callable[[Vocabulary, dict[str, Any]], Compile], dict[str, Any]]] = {
-    "llguidance": (_llguidance, {}),
-    "llguidance, bounded": (_llguidance, BOUNDS),
-    "xgrammar": (_xgrammar, {}),
+ENGINES: dict[str, Callable[[Vocabulary], Compile]] = {
+    "llguidance": _llguidance,
+    "llguidance, bounded": functools.partial(_llguidance, bounded=True),
+    "xgrammar": _xgrammar,
 }
+"""Bounded is as the runtime uses it; whitespace is flexible in all of them."""
 
 
 def greedy(vocabulary: Vocabulary) -> Callable[[bytes], list[int]]:
@@ -188,11 +181,10 @@ def _run(compiler: Compile, schema: str, texts: Sequence[Sequence[int]], end: in
 
 
 def _serve(name: str, vocabulary: Vocabulary, pipe: Connection) -> None:
-    make, limits = ENGINES[name]
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
 
     def loop() -> None:
-        compiler = make(vocabulary, limits)
+        compiler = ENGINES[name](vocabulary)
         pipe.send("ready")
         while True:
             schema, texts = pipe.recv()

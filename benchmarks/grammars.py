@@ -32,8 +32,13 @@ from reft_runtime.base.demo import demo_model
 QWEN = "dashscope==2.0.2"
 QWEN_MEMBER = "dashscope/resources/qwen.tiktoken"
 
-WORKLOADS = (("demo", "tasks"), ("demo", "packages"), ("demo", "suite"), ("qwen", "tasks"))
-WORKLOADS += (("qwen", "packages"),)
+WORKLOADS = (
+    ("demo", "tasks"),
+    ("demo", "packages"),
+    ("demo", "suite"),
+    ("qwen", "tasks"),
+    ("qwen", "packages"),
+)
 
 
 def demo_vocabulary() -> Vocabulary:
@@ -189,8 +194,8 @@ def run(
         schemas = samples(kind, folder)
         sides = {name: Side(name, vocabularies[vocabulary], schemas) for name in ENGINES}
         cases = {name: side.case(sides.values()) for name, side in sides.items()}
-        setting = {"schemas": kind, "count": len(schemas), "vocabulary": vocabulary, **versions}
-        found = measure(cases, rounds, setting, out)
+        setting: dict[str, str | int] = {"schemas": kind, "vocabulary": vocabulary, **versions}
+        found = measure(cases, rounds, {**setting, "count": len(schemas)}, out)
         print(f"\n{len(schemas)} schemas ({kind}), vocabulary {vocabulary}")
         print(table(header, rows(found)), flush=True)
         for name, side in sides.items():
