@@ -14,6 +14,7 @@ from __future__ import annotations
 import copy
 import json
 import random
+import re
 import subprocess
 import sys
 import tarfile
@@ -67,15 +68,15 @@ class Sample(NamedTuple):
 
 def samples(kind: str, folder: Path) -> list[Sample]:
     """The schemas of one kind; packages are fetched by pip into `folder` once."""
+    if kind == "tasks":
+        return [sample(name, schema) for name, schema in task_schemas().items()]
     if kind == "suite":
         return list(_suite(_fetched(SUITE, folder, source=True)))
-    if kind == "tasks":
-        schemas = task_schemas()
-    else:
-        schemas = {}
-        for requirement, step in PACKAGES.items():
-            schemas |= dict(_shipped(_fetched(requirement, folder), step))
-    return [_sample(name, schema) for name, schema in schemas.items()]
+    return [
+        sample(name, schema)
+        for requirement, step in PACKAGES.items()
+        for name, schema in _shipped(_fetched(requirement, folder), step)
+    ]
 
 
 def _fetched(requirement: str, folder: Path, *, source: bool = False) -> Path:
@@ -115,7 +116,7 @@ def _suite(archive: Path) -> Iterator[Sample]:
                 yield Sample(name, json.dumps(group["schema"]), texts[True], texts[False])
 
 
-def _sample(name: str, schema: Any) -> Sample:
+def sample(name: str, schema: Any) -> Sample:
     """The schema with up to EXAMPLES valid and as many invalid instances, always the same."""
     rng = random.Random(name)
     kind = validator_for(schema, Draft202012Validator)
@@ -209,7 +210,8 @@ class Examples:
 
     def _string(self, schema: dict[str, Any]) -> str:
         known = FORMATS.get(schema.get("format", ""))
-        text = known or self._rng.choice(STRINGS)
+        fitting = [text for text in STRINGS if re.search(schema.get("pattern", ""), text)]
+        text = known or self._rng.choice(fitting or STRINGS)
         return text.ljust(schema.get("minLength", 0), "x")[: schema.get("maxLength", 100)]
 
     def _resolved(self, schema: Any) -> Any:
