@@ -47,6 +47,14 @@ class TokenMade:
 
 
 @dataclass(frozen=True, slots=True)
+class LabelsScored:
+    """Log-probabilities of a request's labels, in their order; the request's last event."""
+
+    request_id: str
+    logprobs: tuple[float, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Traced:
     """What edits did to rows of a request's first choice, for a request that asks for it."""
 
@@ -79,4 +87,6 @@ class Failed:
     out_of_memory: bool = False
 
 
-Event = Started | PromptReused | PromptScored | TokenMade | Traced | Explained | Failed
+Event = (
+    Started | PromptReused | PromptScored | TokenMade | LabelsScored | Traced | Explained | Failed
+)
