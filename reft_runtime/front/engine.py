@@ -34,7 +34,14 @@ from reft_runtime.interventions.registry.store import STATE_BYTES
 from reft_runtime.loading.base import load_base
 from reft_runtime.machine.cores import releasing_workers, use_threads
 from reft_runtime.machine.dtypes import name_of
-from reft_runtime.outputs import Comparison, Comparisons, EngineInfo, EngineStats, Generation
+from reft_runtime.outputs import (
+    Classification,
+    Comparison,
+    Comparisons,
+    EngineInfo,
+    EngineStats,
+    Generation,
+)
 from reft_runtime.sampling import SamplingParams
 from reft_runtime.text import Tokenizer
 from reft_runtime.use import Use
@@ -180,9 +187,33 @@ class Engine:
         list with one for each; None is the base model. Any mistake in the arguments raises before
         anything is computed; a fault in one request raises `RequestFailed` and drops the others.
         """
-        with self._calls(pairs(prompts, intervention), sampling or SamplingParams()) as calls:
+        settings, admit = sampling or SamplingParams(), self.admission.prepare
+        with self._calls(
+            pairs(prompts, intervention), lambda prompt, uses: admit([prompt], settings, uses)
+        ) as calls:
             self._run(calls, progress=progress)
             return [call.answer() for call in calls]
+
+    def classify(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        labels: Sequence[str] | None = None,
+        *,
+        intervention: Uses | list[Uses] | list[str] = None,
+        progress: bool = True,
+    ) -> list[Classification]:
+        """Say which of `labels` answers each prompt, and how likely each is; blocks.
+
+        Nothing is generated: the labels are scored after one computation of the prompt. Without
+        `labels` those of the intervention's file are taken. The other arguments, and what is
+        raised, are as for `generate`.
+        """
+        admit = self.admission.prepare_labels
+        with self._calls(
+            pairs(prompts, intervention), lambda prompt, uses: admit([prompt], labels, uses)
+        ) as calls:
+            self._run(calls, progress=progress)
+            return [call.classification() for call in calls]
 
     def compare(
         self,
@@ -202,9 +233,13 @@ class Engine:
                 "`generate` takes as its intervention.",
                 param="interventions",
             )
-        sampling = sampling or SamplingParams(temperature=0, max_tokens=64)
+        settings = sampling or SamplingParams(temperature=0, max_tokens=64)
+        admit = self.admission.prepare
         columns = [uses_of(applied) for applied in (None, *interventions)]
-        with self._calls([(prompt, uses) for uses in columns], sampling, trace=True) as calls:
+        with self._calls(
+            [(prompt, uses) for uses in columns],
+            lambda prompt, uses: admit([prompt], settings, uses, trace=True),
+        ) as calls:
             self._run(calls)
         return Comparisons(
             Comparison(tuple(use.label for use in uses), call.answer(), call.assembler.trace())
@@ -306,17 +341,15 @@ class Engine:
     def _calls(
         self,
         asked: Iterable[tuple[Prompt, Sequence[Use]]],
-        sampling: SamplingParams,
-        *,
-        trace: bool = False,
+        admit: Callable[[Prompt, Sequence[Use]], list[Prepared]],
     ) -> Iterator[list[Call]]:
         """Yield calls, whose versions are held for the length of the block."""
         with ExitStack() as held:
             calls = []
             for prompt, uses in asked:
-                [one] = self.admission.prepare([prompt], sampling, uses, trace=trace)
+                [one] = admit(prompt, uses)
                 held.callback(one.release)
-                calls.append(Call(self._assembler(one)))
+                calls.append(Call(self._assembler(one), one.labels))
             yield calls
 
     def _run(self, calls: Sequence[Call], *, progress: bool = False) -> None:
