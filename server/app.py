@@ -20,6 +20,7 @@ from server.metrics import Metrics
 from server.middleware import RequestMiddleware
 from server.routes import (
     chat,
+    classify,
     completions,
     files,
     interventions,
@@ -86,6 +87,7 @@ def create_app(engine: Engine, settings: Settings) -> FastAPI:
     for module in (
         completions,
         chat,
+        classify,
         models,
         interventions,
         versions,

@@ -127,7 +127,7 @@ class Assembler:
             case LabelsScored():
                 self.label_logprobs = event.logprobs
                 self._texts.clear()
-                return ChoiceDelta(index=0, text="", finish_reason="length")
+                return ChoiceDelta(index=0, text="", finish_reason="stop")
             case TokenMade():
                 return self._token(event)
         return None
