@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 CONCURRENCY = 32
 """At most this many requests are under way at once; the server batches them."""
 
+MOST_INPUTS = 128
+"""A server classifies at most so many texts in one request."""
+
 SECONDS = 600.0
 
 PART_BYTES = 1 << 16
@@ -36,6 +39,9 @@ _NEVER = f'"{"0" * 64}"'
 """An ETag that no version has: no file has this digest."""
 
 Body = dict[str, Any]
+Asked = str | Sequence[Mapping[str, str]]
+"""A text, or a chat's messages."""
+
 Counted = Callable[[int], object]
 """A function that gets the number of bytes sent since its last call."""
 
@@ -55,7 +61,7 @@ class Unreachable(ConfigError):
 class Question:
     """One request: a text or a chat's messages, to the base model (None) or an intervention."""
 
-    asked: str | Sequence[Mapping[str, str]]
+    asked: Asked
     intervention: str | None
     max_tokens: int
     strength: float = 1.0
@@ -67,6 +73,18 @@ class Answer:
 
     text: str
     ended: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Labelled:
+    """The probabilities of the labels of one text, by label in their order."""
+
+    probs: Mapping[str, float]
+
+    @property
+    def label(self) -> str:
+        """The likeliest label; the first of several that are equally likely."""
+        return max(self.probs, key=lambda label: self.probs[label])
 
 
 @dataclass(frozen=True, slots=True)
@@ -224,6 +242,28 @@ class Server:
             text = choice["text"] if "text" in choice else choice["message"]["content"]
             answers.append(Answer(str(text), choice["finish_reason"] == "stop"))
         return answers
+
+    def classify(
+        self, asked: Sequence[Asked], labels: Sequence[str] | None, applied: Body
+    ) -> list[Labelled]:
+        """The labels of texts and chats, in their order; without `labels` those of the files.
+
+        `applied` are the fields of a body that say what is applied: `model`, `interventions`.
+        """
+        common = applied if labels is None else {**applied, "labels": list(labels)}
+        bodies: list[Body] = []
+        for one in asked:
+            if not isinstance(one, str):
+                bodies.append({**common, "messages": list(one)})
+            elif bodies and len(bodies[-1].get("input", ())) in range(1, MOST_INPUTS):
+                bodies[-1]["input"].append(one)
+            else:
+                bodies.append({**common, "input": [one]})
+        return [
+            Labelled(dict(zip(whole["labels"], entry["probs"], strict=True)))
+            for whole in self.ask([("/v1/classify", body) for body in bodies])
+            for entry in whole["data"]
+        ]
 
     def ask(self, requests: Sequence[tuple[str, Body]], *, progress: bool = False) -> list[Body]:
         """Whole answers to requests, sent together; a request is a path and its body.

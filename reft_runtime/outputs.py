@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, Self
@@ -12,6 +13,9 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 FinishReason = Literal["stop", "length"]
+
+_SHOWN_LABELS = 5
+"""Labels in the representation of a classification."""
 
 BASE_LABEL = "base"
 """What tables and reports call the model without an intervention."""
@@ -86,6 +90,54 @@ class Generation:
     def tokens(self) -> list[int]:
         """Token ids of the first choice."""
         return self.choices[0].tokens
+
+
+@dataclass(frozen=True, slots=True, repr=False)
+class Classification:
+    """Which of several labels answers a prompt.
+
+    `logprobs` are the model's log-probabilities (natural) of the labels, in their order: each is
+    the sum over the label's tokens, and over the end of the answer where another label begins with
+    this one. `probs` are the probabilities of the labels among each other; they sum to 1.
+    """
+
+    labels: tuple[str, ...]
+    logprobs: tuple[float, ...]
+    prompt_tokens: list[int]
+    cached_tokens: int = field(default=0, compare=False)
+    """Prompt tokens whose keys and values came from the prefix cache."""
+
+    @property
+    def probs(self) -> tuple[float, ...]:
+        """Probability of each label, in their order."""
+        best = max(self.logprobs)
+        weights = [math.exp(logprob - best) for logprob in self.logprobs]
+        total = sum(weights)
+        return tuple(weight / total for weight in weights)
+
+    @property
+    def label(self) -> str:
+        """The likeliest label; the first of several that are equally likely."""
+        return self.labels[self.logprobs.index(max(self.logprobs))]
+
+    @property
+    def prob(self) -> float:
+        """Probability of `label`."""
+        return max(self.probs)
+
+    def ranked(self) -> list[tuple[str, float]]:
+        """Labels with their probabilities, the likeliest first."""
+        pairs = zip(self.labels, self.probs, strict=True)
+        return sorted(pairs, key=lambda pair: -pair[1])
+
+    def __repr__(self) -> str:
+        shown = [f"{label!r}: {prob:.3f}" for label, prob in self.ranked()[:_SHOWN_LABELS]]
+        more = ["..."] if len(self.labels) > _SHOWN_LABELS else []
+        return f"Classification({', '.join(shown + more)})"
+
+    def _repr_html_(self) -> str:
+        rows = [(label, f"{prob:.3f}") for label, prob in self.ranked()]
+        return table(("label", "probability"), rows, texts=(0,))
 
 
 @dataclass(frozen=True, slots=True)

@@ -68,27 +68,20 @@ class Writer(ABC):
         """Write what ends a stream that has begun and cannot go on."""
 
 
-class Answer(Response):
-    """The response of a generating route.
+class EngineAnswer(Response, ABC):
+    """The response of a route that asks the engine.
 
     All work, from opening the request in the engine on, happens while the response is sent, so
-    the engine's part of a request never outlives its connection. A failure before the first
-    token is raised, and answered with its own status; a later one ends the stream with an error
+    the engine's part of a request never outlives its connection. A failure before anything is
+    sent is raised, and answered with its own status; a later one ends the stream with an error
     event.
     """
 
     def __init__(
-        self,
-        context: Context,
-        body: SamplingBody,
-        writer: Writer,
-        prepare: Callable[[], Awaitable[Job]],
-        request_id: str,
+        self, context: Context, prepare: Callable[[], Awaitable[Job]], request_id: str
     ) -> None:
         super().__init__()
         self._context = context
-        self._request = body
-        self._writer = writer
         self._prepare = prepare
         self._request_id = request_id
 
@@ -111,7 +104,9 @@ class Answer(Response):
         try:
             try:
                 async with asyncio.timeout(limit):
-                    await self._answer(scope, receive, watched_send)
+                    # The log of the request (`server.logs`) reads `job`, and `run` beside it.
+                    scope["state"]["job"] = job = await self._prepare()
+                    await self._respond(job, scope, receive, watched_send)
             except TimeoutError:
                 raise Overloaded(f"The answer took more than {limit:g} seconds.") from None
         except Exception as error:
@@ -120,12 +115,34 @@ class Answer(Response):
             draining = self._context.health.draining
             problem = api_error(error, self._request_id, draining=draining)
             # A client that does not read this loses its connection (`server.protocol`).
-            await send(_piece(self._writer.broken(problem)))
+            await send(_piece(self._broken(problem)))
             await send(_piece(b"", more=False))
 
-    async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
-        # The log of the request (`server.logs`) reads `job` and `run` when it has ended.
-        scope["state"]["job"] = job = await self._prepare()
+    def _broken(self, problem: ApiError) -> bytes:
+        """What ends a stream that cannot go on; nothing where the answer is no stream."""
+        return b""
+
+    @abstractmethod
+    async def _respond(self, job: Job, scope: Scope, receive: Receive, send: Send) -> None:
+        """Open the job in the engine, note the run in the scope's state, and send the answer."""
+
+
+class Answer(EngineAnswer):
+    """The response of a generating route, whole or streamed."""
+
+    def __init__(
+        self,
+        context: Context,
+        body: SamplingBody,
+        writer: Writer,
+        prepare: Callable[[], Awaitable[Job]],
+        request_id: str,
+    ) -> None:
+        super().__init__(context, prepare, request_id)
+        self._request = body
+        self._writer = writer
+
+    async def _respond(self, job: Job, scope: Scope, receive: Receive, send: Send) -> None:
         with opened(self._context, job) as run:
             scope["state"]["run"] = run
             if self._request.stream:
@@ -140,6 +157,9 @@ class Answer(Response):
         )
         whole = Response(content, headers=run.headers(), media_type="application/json")
         await whole(scope, receive, send)
+
+    def _broken(self, problem: ApiError) -> bytes:
+        return self._writer.broken(problem)
 
     async def _stream(self, run: Run, send: Send) -> None:
         started = False

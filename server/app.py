@@ -20,6 +20,7 @@ from server.metrics import Metrics
 from server.middleware import RequestMiddleware
 from server.routes import (
     chat,
+    classify,
     completions,
     files,
     interventions,
@@ -88,6 +89,7 @@ def create_app(engine: Engine, settings: Settings) -> FastAPI:
         completions,
         chat,
         responses,
+        classify,
         models,
         interventions,
         versions,

@@ -127,6 +127,10 @@ class Stream(Protocol):
     def prompt_logprobs(self) -> list[TokenLogprob | None] | None:
         """The prompt's log-probabilities; None if not asked for."""
 
+    @property
+    def label_logprobs(self) -> tuple[float, ...]:
+        """Log-probabilities of the request's labels, once it has ended; empty without labels."""
+
     def __aiter__(self) -> AsyncIterator[list[ChoiceDelta]]:
         """Iterate over the deltas of the request's choices, step by step."""
 

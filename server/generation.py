@@ -10,7 +10,7 @@ from contextlib import aclosing, contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from reft_runtime.errors import Overloaded
+from reft_runtime.errors import InvalidRequest, Overloaded
 from reft_runtime.front.hop import unless_left
 from reft_runtime.front.prepared import Prepared, release_all
 from reft_runtime.front.prompt_form import PromptForm
@@ -18,12 +18,14 @@ from reft_runtime.outputs import Choice, ChoiceDelta, TokenLogprob, Trace
 from reft_runtime.sampling import SamplingParams
 from server.auth import cache_salt
 from server.context import Context
-from server.schemas.common import SamplingBody
+from server.schemas.classify import ClassifyRequest
+from server.schemas.common import ModelBody, SamplingBody
 from server.selection import label, selected
 
 if TYPE_CHECKING:
     from reft_runtime.front.admission import Prompt
     from reft_runtime.text import ChatOptions
+    from reft_runtime.use import Use
     from server.engine import Stream
 
 
@@ -82,25 +84,66 @@ async def prepare(
     answer's id. Raises `NotFound` for an unknown model, and what `Admission.prepare` raises. After
     an error, or if the client leaves meanwhile, nothing is held.
     """
-    engine, settings = context.engine, context.settings
+
+    def admit(uses: Sequence[Use], name: str) -> list[Prepared]:
+        return context.engine.admission.prepare(
+            prompts(),
+            sampling,
+            uses,
+            options=options(),
+            request_id=name,
+            salt=cache_salt(context.settings),
+            trace=body.trace,
+        )
+
+    if sampling.grammar is not None:
+        compiling = context.engine.admission.compiling(sampling.grammar)
+        # Another request may wait for the same one: it goes on if this client leaves.
+        await asyncio.shield(asyncio.wrap_future(compiling))
+    return await _prepared(context, body, admit, prefix)
+
+
+async def prepare_labels(context: Context, body: ClassifyRequest) -> Job:
+    """Resolve, tokenise and check a request for a classification, as `prepare` does.
+
+    An error about a prompt names the field `input`.
+    """
+
+    def admit(uses: Sequence[Use], name: str) -> list[Prepared]:
+        options = None
+        if body.messages is not None:
+            options = body.options(context.engine.tokenizer.switches)
+        try:
+            return context.engine.admission.prepare_labels(
+                body.asked(),
+                body.labels,
+                uses,
+                options=options,
+                request_id=name,
+                salt=cache_salt(context.settings),
+            )
+        except InvalidRequest as error:
+            if error.param == "prompt":
+                error.param = "input"
+                error.message = error.message.replace("prompt:", "input:", 1)
+            raise
+
+    return await _prepared(context, body, admit, "classify-")
+
+
+async def _prepared(
+    context: Context,
+    body: ModelBody,
+    admit: Callable[[Sequence[Use], str], list[Prepared]],
+    prefix: str,
+) -> Job:
     arrived = time.monotonic()
     name = f"{prefix}{uuid.uuid4().hex}"
 
     def work() -> list[Prepared]:
-        with selected(engine, body.model, body.interventions) as uses:
-            return engine.admission.prepare(
-                prompts(),
-                sampling,
-                uses,
-                options=options(),
-                request_id=name,
-                salt=cache_salt(settings),
-                trace=body.trace,
-            )
+        with selected(context.engine, body.model, body.interventions) as uses:
+            return admit(uses, name)
 
-    if sampling.grammar is not None:
-        # Another request may wait for the same one: it goes on if this client leaves.
-        await asyncio.shield(asyncio.wrap_future(engine.admission.compiling(sampling.grammar)))
     prepared = await unless_left(asyncio.to_thread(work), release_all)
     return Job(name, label(body.model, body.interventions), prepared, arrived)
 

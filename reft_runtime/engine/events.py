@@ -49,6 +49,14 @@ class TokenMade:
 
 
 @dataclass(frozen=True, slots=True)
+class LabelsScored:
+    """Log-probabilities of a request's labels, in their order; the request's last event."""
+
+    request_id: str
+    logprobs: tuple[float, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Traced:
     """What edits did to rows of a request's first choice, for a request that asks for it."""
 
@@ -83,4 +91,6 @@ class Failed:
     param: str | None = None
 
 
-Event = Started | PromptReused | PromptScored | TokenMade | Traced | Explained | Failed
+Event = (
+    Started | PromptReused | PromptScored | TokenMade | LabelsScored | Traced | Explained | Failed
+)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from reft_runtime.engine.core import EngineCore
-from reft_runtime.engine.events import Event, Explained, Failed, Started, TokenMade
+from reft_runtime.engine.events import Event, Explained, Failed, LabelsScored, Started, TokenMade
 from reft_runtime.engine.settle import OUT_OF_MEMORY
 from reft_runtime.errors import Draining, EngineDead, InvalidRequest, Overloaded
 from reft_runtime.machine.contention import StepWatch
@@ -257,6 +257,8 @@ class EngineLoop:
                         ended += self._forget(event.request_id)
                     case TokenMade() if event.finish_reason:
                         ended += self._has_come(event.request_id, event.choice)
+                    case LabelsScored():
+                        ended += self._has_come(event.request_id, 0)
                     case Explained():
                         ended += self._has_come(event.request_id, _TRACE)
         for sink, batch in by_sink.items():

@@ -16,12 +16,14 @@ from reft_runtime.edits.sites import EditSites
 from reft_runtime.edits.step import OnDevice, StepEdits
 from reft_runtime.edits.tables import EditTables
 from reft_runtime.engine.device_sampler import DeviceSampler, Draw, Picked
+from reft_runtime.engine.labels import beginnings, label_logprobs, scored_rows
 from reft_runtime.engine.masks import allowed
 from reft_runtime.engine.sampler import Sampled, SampleRow, prompt_logprobs, sample
 from reft_runtime.kernels.staging import send, to_device
 from reft_runtime.kv.storage import KVStorage
 from reft_runtime.machine.memory import CODE_ROOM, check_room, is_out_of_memory
 from reft_runtime.outputs import TokenLogprob, TracedEdit
+from reft_runtime.schedule.labels import Tokens
 from reft_runtime.schedule.scheduler import Chunk
 from reft_runtime.schedule.sequence import Sequence, Status
 
@@ -41,6 +43,8 @@ class StepResult:
     sampled: list[tuple[Sequence, Sampled]] = field(default_factory=list)
     prompt_logprobs: list[tuple[Sequence, int, list[TokenLogprob]]] = field(default_factory=list)
     """Sequence, index of the first scored prompt token, and one log-probability per token."""
+    label_logprobs: list[tuple[Sequence, dict[Tokens, float]]] = field(default_factory=list)
+    """Sequence, and log-probabilities of what may come next in its labels, by beginning."""
     failed: dict[Sequence, str] = field(default_factory=dict)
     traces: dict[Sequence, list[TracedEdit]] = field(default_factory=dict)
     first_logprobs: dict[Sequence, Tensor] = field(default_factory=dict)
@@ -54,6 +58,7 @@ class _Wanted:
     rows: list[int] = field(default_factory=list)
     samples: list[Sample] = field(default_factory=list)
     prompts: list[tuple[Sequence, int, int, int]] = field(default_factory=list)
+    labels: list[tuple[Chunk, int]] = field(default_factory=list)
 
 
 class Decoder(Protocol):
@@ -122,7 +127,9 @@ class Runner:
         logits = None
         if self.decoder is not None and wanted.rows == list(range(len(chunks))):
             logits = self.decoder.logits(chunks)
-            if logits is not None and self.sampler is not None and all(map(_made, chunks)):
+            # Labels are scored from the logits at once.
+            sampled = all(_made(c) and c.sequence.request.labels is None for c in chunks)
+            if logits is not None and self.sampler is not None and sampled:
                 draws = [Draw(c.sequence, _made(c), row) for row, c in enumerate(chunks)]
                 return Launched(chunks, self.sampler.pick(logits, draws))
         # The decoder has applied the edits of what it computed.
@@ -134,7 +141,7 @@ class Runner:
             logits = self._forward(chunks, wanted, edits)
         for chunk in chunks:
             for child in chunk.forks:
-                self.storage.fork(chunk.sequence, child, chunk.stop)
+                self.storage.fork(chunk.sequence, child, chunk.shared)
         result = StepResult(traces=edits.traces)
         result.failed.update(
             {sequence: f"its intervention failed: {e}" for sequence, e in edits.failed.items()}
@@ -212,6 +219,16 @@ class Runner:
             if len(values) < count:
                 result.failed[sequence] = NOT_FINITE
             result.prompt_logprobs.append((sequence, first, values))
+        for chunk, row in wanted.labels:
+            labels, known = chunk.sequence.request.labels, beginnings(chunk)
+            assert labels is not None
+            found = label_logprobs(
+                logits[row : row + len(known)], known, labels.following, self.loaded.eos_ids
+            )
+            if found is None:
+                result.failed[chunk.sequence] = NOT_FINITE
+            else:
+                result.label_logprobs.append((chunk.sequence, found))
         if not wanted.samples:
             return
         for sequence, row in wanted.samples:
@@ -258,6 +275,9 @@ def _wanted_rows(chunks: SequenceOf[Chunk]) -> _Wanted:
     first = 0
     for chunk in chunks:
         sequence, sampling = chunk.sequence, chunk.sequence.request.sampling
+        if sequence.request.labels is not None and (scored := scored_rows(chunk)):
+            wanted.labels.append((chunk, len(wanted.rows)))
+            wanted.rows.extend(first + at - chunk.start for at in scored)
         if sampling.prompt_logprobs is not None and sequence.leads:
             # The row of token i predicts token i + 1.
             start = max(chunk.start, sequence.request.scored_from - 1)

@@ -15,6 +15,7 @@ from reft_runtime.engine.events import (
     Traced,
 )
 from reft_runtime.engine.explain import Explanations
+from reft_runtime.engine.labels import LabelScores
 from reft_runtime.engine.runner import Runner, StepResult
 from reft_runtime.engine.sampler import Sampled
 from reft_runtime.grammar import GrammarState
@@ -43,6 +44,7 @@ class LiveRequests:
         self._scheduler = scheduler
         self._runner = runner
         self._explanations = Explanations()
+        self._labels = LabelScores()
         self._arrivals = 0
         self._sequences: dict[str, list[Sequence]] = {}
 
@@ -110,7 +112,10 @@ class LiveRequests:
         prompts = [c.sequence for c in plan.prompts if _runs(c.sequence)]
         lasting = [sequence for sequence in prompts if sequence not in finished]
         self.keep([copy for s in lasting for copy in self._scheduler.keep(s)])
-        told = [event for _, event in tokens]
+        for sequence, logprobs in result.label_logprobs:
+            if _runs(sequence):
+                self._labels.take(sequence.request, logprobs)
+        told = [event for sequence, event in tokens if sequence.request.labels is None]
         events += self._explanations.pass_on([*scored, *traced, *_reused(plan), *told])
         return events + self._end(finished)
 
@@ -135,6 +140,7 @@ class LiveRequests:
             raise AssertionError(f"requests left: {', '.join(self._sequences)}")
         if idle:
             self._explanations.check_integrity()
+            self._labels.check_integrity()
 
     def _append(self, sequence: Sequence, sampled: Sampled) -> list[TokenMade]:
         """Append a token, and those that a grammar forces after it."""
@@ -213,13 +219,15 @@ class LiveRequests:
         """Remove a whole request, from its last choice to the one that leads."""
         for each in (*self._explanations.drop(request_id), request_id):
             self._remove(self._sequences.get(each, [])[::-1], keep=keep)
+            self._labels.drop(each)
 
     def _end(self, sequences: list[Sequence]) -> list[Event]:
         """Remove choices that have ended; the questions of a traced request are queued."""
         self._remove(sequences)
         events: list[Event] = []
-        for request_id in dict.fromkeys(sequence.request.id for sequence in sequences):
+        for request_id, request in {s.request.id: s.request for s in sequences}.items():
             if request_id not in self._sequences:
+                events += self._labels.ended(request)
                 questions, told = self._explanations.choices_ended(request_id)
                 events += told
                 for question in questions:
@@ -259,18 +267,19 @@ def _reused(plan: StepPlan) -> list[Event]:
         PromptReused(sequence.request.id, sequence.cached)
         for chunk in plan.prompts
         if (sequence := chunk.sequence).leads
-        and chunk.stop == sequence.prompt_length
+        and chunk.start < sequence.prompt_length <= chunk.stop
+        and (chunk.stop == sequence.prompt_length or sequence.request.labels is not None)
         and sequence.cached
         and _runs(sequence)
     ]
 
 
 def _without_tokens(plan: StepPlan) -> list[tuple[Sequence, TokenMade]]:
-    """The last events of choices with a max_tokens of 0 whose prompt is computed."""
+    """The last events of choices with a max_tokens of 0 whose tokens are all computed."""
     return [
         (sequence, TokenMade(sequence.request.id, sequence.choice, None, None, "length"))
-        for chunk in plan.prompts
+        for chunk in plan.chunks
         if chunk.completes and chunk.sequence.request.sampling.max_tokens == 0
         for sequence in (chunk.sequence, *chunk.forks)
-        if _runs(sequence)
+        if _runs(sequence) and not sequence.remaining
     ]

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import random
 import uuid
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any, Protocol, TypeGuard, cast
 
 from reft_runtime.errors import InvalidRequest, NotFound
-from reft_runtime.front.bounds import bounded, check_length
+from reft_runtime.front.bounds import bounded, check_labels, check_length
+from reft_runtime.front.labels import LabelTokens, labels_of
 from reft_runtime.front.prepared import Prepared
 from reft_runtime.front.prompt_form import Encoder, PromptForm
 from reft_runtime.grammar import GrammarCompiler
@@ -32,6 +33,9 @@ Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]]
 
 A text is tokenised as it is, or counts as a user's message if a file of the request says so.
 """
+
+
+_NO_TOKENS = SamplingParams(temperature=0, max_tokens=0)
 
 
 class Versions(Protocol):
@@ -68,6 +72,7 @@ class Admission:
         self._versions = versions
         self._tokenizer = tokenizer
         self._grammars = grammars
+        self._labels = LabelTokens(tokenizer)
         self._info = info
 
     def compiling(self, grammar: Grammar) -> Future[Any]:
@@ -114,7 +119,9 @@ class Admission:
             form = _form(versions, uses)
             encoded = [self._tokens(form, prompt, options) for prompt in prompts]
             for prompt, tokens in zip(prompts, encoded, strict=True):
-                self._check_prompt(prompt, tokens, sampling.max_tokens)
+                self._check_prompt(prompt, tokens)
+                limit = self._info.max_model_len
+                check_length(len(tokens), sampling.max_tokens, limit, _field(prompt))
             applied = tuple(map(_applied, range(len(uses)), versions, uses))
             edited = [edit.positions for one in applied if one.strength for edit in one.edits]
             lengths = [len(tokens) for tokens in encoded]
@@ -133,13 +140,47 @@ class Admission:
                 )
                 for position, (tokens, settings) in enumerate(zip(encoded, limits, strict=True))
             ]
-            with ExitStack() as undo:
-                prepared = []
-                for request in requests:
-                    prepared.append(self._holding(request, versions, form))
-                    undo.callback(prepared[-1].release)
-                undo.pop_all()
-            return prepared
+            return self._holding_all(requests, versions, form)
+
+    def prepare_labels(
+        self,
+        prompts: Sequence[Prompt],
+        labels: Sequence[str] | None,
+        uses: Sequence[Use] = (),
+        *,
+        options: ChatOptions | None = None,
+        request_id: str | None = None,
+        salt: bytes = b"",
+    ) -> list[Prepared]:
+        """Make one request for each prompt that is to be classified, as `prepare` does.
+
+        `labels` None means those that stand in the files of `uses`.
+        """
+        with self._resolved(uses) as versions:
+            form, names = _form(versions, uses), labels_of(labels, versions)
+            encoded = [self._tokens(form, prompt, options) for prompt in prompts]
+            trees = []
+            for prompt, tokens in zip(prompts, encoded, strict=True):
+                self._check_prompt(prompt, tokens)
+                chat = _is_chat(prompt) or (isinstance(prompt, str) and form.texts)
+                trees.append(self._labels.tree(names, tokens, form.completion_prefix, chat=chat))
+            field = _field(prompts[0]) if prompts else "prompt"
+            check_labels([*map(len, encoded)], trees, self._info.max_model_len, field)
+            applied = tuple(map(_applied, range(len(uses)), versions, uses))
+            requests = [
+                Request(
+                    id=uuid.uuid4().hex,
+                    prompt=tuple(tokens),
+                    sampling=_NO_TOKENS,
+                    seed=0,
+                    interventions=applied,
+                    salt=salt,
+                    given_id=_numbered(request_id, position, len(encoded)),
+                    labels=tree,
+                )
+                for position, (tokens, tree) in enumerate(zip(encoded, trees, strict=True))
+            ]
+            return self._holding_all(requests, versions, form, names)
 
     @contextmanager
     def _resolved(self, uses: Sequence[Use]) -> Iterator[list[Version]]:
@@ -168,13 +209,30 @@ class Admission:
                 param=f"interventions.{position}.name",
             ) from None
 
-    def _holding(self, request: Request, versions: Sequence[Version], form: PromptForm) -> Prepared:
+    def _holding_all(
+        self,
+        requests: Sequence[Request],
+        versions: Sequence[Version],
+        form: PromptForm,
+        labels: tuple[str, ...] = (),
+    ) -> list[Prepared]:
+        names = tuple(f"{version.name}@{version.digest}" for version in versions)
+        prepared = []
+        with ExitStack() as undo:
+            for request in requests:
+                release = self._hold(versions)
+                undo.callback(release)
+                prepared.append(Prepared(request, names, form, release, labels))
+            undo.pop_all()
+        return prepared
+
+    def _hold(self, versions: Sequence[Version]) -> Callable[[], None]:
+        """Hold versions once more; returns what lets go of them, once."""
         with ExitStack() as held:
             for version in versions:
                 self._versions.hold(version)
                 held.callback(self._versions.release, version)
-            names = tuple(f"{version.name}@{version.digest}" for version in versions)
-            return Prepared(request, names, form, held.pop_all().close)
+            return held.pop_all().close
 
     def _tokens(
         self,
@@ -214,11 +272,9 @@ class Admission:
         self._check_ids("stop_token_ids", sampling.stop_token_ids)
         self._check_ids("logit_bias", sampling.logit_bias)
 
-    def _check_prompt(self, prompt: Prompt, tokens: Sequence[int], max_tokens: int | None) -> None:
+    def _check_prompt(self, prompt: Prompt, tokens: Sequence[int]) -> None:
         if not tokens:
             raise InvalidRequest("prompt: it has no tokens; give at least one.", param="prompt")
-        field = "messages" if _is_chat(prompt) else "prompt"
-        check_length(len(tokens), max_tokens, self._info.max_model_len, field)
         self._check_ids("prompt", tokens)
 
     def _check_ids(self, name: str, ids: Iterable[int]) -> None:
@@ -248,6 +304,10 @@ def _applied(position: int, version: Version, use: Use) -> AppliedIntervention:
             error.param = f"interventions.{position}.subspace"
             raise
     return AppliedIntervention(version.digest, edits, use.strength, use.subspace)
+
+
+def _field(prompt: Prompt) -> str:
+    return "messages" if _is_chat(prompt) else "prompt"
 
 
 def _is_chat(prompt: Prompt) -> TypeGuard[Sequence[Message]]:

@@ -8,6 +8,7 @@ from reft_runtime.engine.events import (
     Event,
     Explained,
     Failed,
+    LabelsScored,
     PromptReused,
     PromptScored,
     Started,
@@ -42,6 +43,8 @@ class Assembler:
         self.prompt_logprobs: list[TokenLogprob | None] | None = (
             None if sampling.prompt_logprobs is None else [None] * request.scored_from
         )
+        self.label_logprobs: tuple[float, ...] = ()
+        """Log-probabilities of the request's labels, in their order, once it is done."""
         self._explained: Explained | None = None
         self._made = [0] * sampling.n
         self._edits: dict[tuple[int, int, int, str], dict[int, float]] = {}
@@ -124,6 +127,10 @@ class Assembler:
                     sizes.update(zip(e.positions, e.relative_sizes, strict=True))
             case Explained():
                 self._explained = event
+            case LabelsScored():
+                self.label_logprobs = event.logprobs
+                self._texts.clear()
+                return ChoiceDelta(index=0, text="", finish_reason="stop")
             case TokenMade():
                 return self._token(event)
         return None

@@ -12,15 +12,16 @@ from reft_runtime.engine.events import Event
 from reft_runtime.engine.loop import EngineLoop
 from reft_runtime.errors import Draining, EngineDead, Overloaded, RequestFailed
 from reft_runtime.front.assembly import Assembler
-from reft_runtime.outputs import Choice, Generation
+from reft_runtime.outputs import Choice, Classification, Generation
 from reft_runtime.schedule.request import Request
 
 
 class Call:
     """One prepared request, and the answer that grows for it."""
 
-    def __init__(self, assembler: Assembler) -> None:
+    def __init__(self, assembler: Assembler, labels: tuple[str, ...] = ()) -> None:
         self.assembler = assembler
+        self.labels = labels
         self.choices = [Choice(index) for index in range(assembler.request.sampling.n)]
 
     @property
@@ -34,6 +35,15 @@ class Call:
             list(self.request.prompt),
             self.choices,
             self.assembler.prompt_logprobs,
+            self.assembler.cached_tokens,
+        )
+
+    def classification(self) -> Classification:
+        """Which label it is, once the request has ended."""
+        return Classification(
+            self.labels,
+            self.assembler.label_logprobs,
+            list(self.request.prompt),
             self.assembler.cached_tokens,
         )
 

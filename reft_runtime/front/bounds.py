@@ -8,6 +8,7 @@ from typing import Protocol
 
 from reft_runtime.errors import ContextLengthExceeded, InvalidRequest
 from reft_runtime.sampling import SamplingParams
+from reft_runtime.schedule.labels import LabelTree
 
 MAX_SCORES = 200_000
 """Most log-probabilities of one request: its tokens times (1 + alternatives per token).
@@ -39,6 +40,32 @@ def check_length(prompt: int, max_tokens: int | None, limit: int, field: str) ->
             f"needed ({prompt} in the prompt, {needed} for the answer). Shorten the prompt or "
             "lower max_tokens.",
             param=field if prompt + min(needed, 1) > limit else "max_tokens",
+        )
+
+
+def check_labels(
+    prompts: Sequence[int], labels: Sequence[LabelTree], limit: int, field: str
+) -> None:
+    """Raise if a prompt (of so many tokens) leaves no room for a label, or the scores are too many.
+
+    `labels` are those behind each prompt. Raises `ContextLengthExceeded`, whose `param` is the
+    prompts' `field`, and `InvalidRequest`.
+    """
+    for prompt, tree in zip(prompts, labels, strict=True):
+        longest = max(map(len, tree.labels))
+        if prompt + longest > limit:
+            raise ContextLengthExceeded(
+                f"This model's maximum context length is {limit} tokens, but {prompt + longest} are"
+                f" needed ({prompt} in the prompt, {longest} for the longest label). Shorten the"
+                " prompt or the labels.",
+                param=field if prompt + 1 > limit else "labels",
+            )
+    scores = sum(len(label) for tree in labels for label in tree.labels)
+    if scores > MAX_SCORES:
+        raise InvalidRequest(
+            f"labels: those of {len(prompts)} prompts have {scores} tokens to score, and one"
+            f" request gets at most {MAX_SCORES}. Send fewer prompts at once, or fewer labels.",
+            param="labels",
         )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial, wraps
 from pathlib import Path
@@ -35,7 +35,14 @@ from reft_runtime.interventions.registry.store import STATE_BYTES
 from reft_runtime.loading.base import load_base
 from reft_runtime.machine.cores import releasing_workers, use_threads
 from reft_runtime.machine.dtypes import name_of
-from reft_runtime.outputs import Comparison, Comparisons, EngineInfo, EngineStats, Generation
+from reft_runtime.outputs import (
+    Classification,
+    Comparison,
+    Comparisons,
+    EngineInfo,
+    EngineStats,
+    Generation,
+)
 from reft_runtime.sampling import SamplingParams
 from reft_runtime.text import Tokenizer
 from reft_runtime.use import Use
@@ -186,9 +193,31 @@ class Engine:
         one request raises `RequestFailed` and drops the others.
         """
         asked = pairs(prompts, intervention)
-        with self._calls(asked, for_each(sampling, len(asked))) as calls:
+        each = zip(asked, for_each(sampling, len(asked)), strict=True)
+        admitted = (self.admission.prepare([one], own, uses) for (one, uses), own in each)
+        with self._calls(admitted) as calls:
             self._run(calls, progress=progress)
             return [call.answer() for call in calls]
+
+    def classify(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        labels: Sequence[str] | None = None,
+        *,
+        intervention: Uses | list[Uses] | list[str] = None,
+        progress: bool = True,
+    ) -> list[Classification]:
+        """Say which of `labels` answers each prompt, and how likely each is; blocks.
+
+        Nothing is generated: the labels are scored after one computation of the prompt. Without
+        `labels` those of the intervention's file are taken. The other arguments, and what is
+        raised, are as for `generate`.
+        """
+        admit = self.admission.prepare_labels
+        asked = pairs(prompts, intervention)
+        with self._calls(admit([one], labels, uses) for one, uses in asked) as calls:
+            self._run(calls, progress=progress)
+            return [call.classification() for call in calls]
 
     def compare(
         self,
@@ -208,10 +237,11 @@ class Engine:
                 "`generate` takes as its intervention.",
                 param="interventions",
             )
-        sampling = sampling or SamplingParams(temperature=0, max_tokens=64)
+        settings = sampling or SamplingParams(temperature=0, max_tokens=64)
+        admit = self.admission.prepare
         columns = [uses_of(applied) for applied in (None, *interventions)]
-        asked = [(prompt, uses) for uses in columns]
-        with self._calls(asked, for_each(sampling, len(asked)), trace=True) as calls:
+        admitted = (admit([prompt], settings, uses, trace=True) for uses in columns)
+        with self._calls(admitted) as calls:
             self._run(calls)
         return Comparisons(
             Comparison(tuple(use.label for use in uses), call.answer(), call.assembler.trace())
@@ -311,20 +341,13 @@ class Engine:
             lent.give_back()
 
     @contextmanager
-    def _calls(
-        self,
-        asked: Sequence[tuple[Prompt, Sequence[Use]]],
-        sampling: Sequence[SamplingParams],
-        *,
-        trace: bool = False,
-    ) -> Iterator[list[Call]]:
+    def _calls(self, admitted: Iterable[list[Prepared]]) -> Iterator[list[Call]]:
         """Yield calls, whose versions are held for the length of the block."""
         with ExitStack() as held:
             calls = []
-            for (prompt, uses), settings in zip(asked, sampling, strict=True):
-                [one] = self.admission.prepare([prompt], settings, uses, trace=trace)
+            for [one] in admitted:
                 held.callback(one.release)
-                calls.append(Call(self._assembler(one)))
+                calls.append(Call(self._assembler(one), one.labels))
             yield calls
 
     def _run(self, calls: Sequence[Call], *, progress: bool = False) -> None:

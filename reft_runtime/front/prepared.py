@@ -15,6 +15,7 @@ class Prepared:
 
     Its owner starts it (`Engine.start`), or lets go of the versions with `release`. `versions` are
     written `NAME@DIGEST`, in the order in which they apply; `form` is how its prompt was written.
+    `labels` are those of a classification, as the caller or the file wrote them.
     """
 
     request: Request
@@ -22,6 +23,7 @@ class Prepared:
     form: PromptForm
     release: Callable[[], None]
     """Lets go of the versions; does nothing when it is called again."""
+    labels: tuple[str, ...] = ()
 
 
 def release_all(prepared: Iterable[Prepared]) -> None:

@@ -37,6 +37,9 @@ class Encoder(Protocol):
     def laid_out(self, text: str, template: str) -> str | None:
         """The text as a whole prompt if it ends as the template ends prompts, else None."""
 
+    def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        """Text of token ids."""
+
 
 @dataclass(frozen=True, slots=True)
 class PromptForm:

@@ -53,6 +53,11 @@ class Stream:
         return self.assembler.prompt_logprobs
 
     @property
+    def label_logprobs(self) -> tuple[float, ...]:
+        """Log-probabilities of the request's labels, once it has ended; empty without labels."""
+        return self.assembler.label_logprobs
+
+    @property
     def cached_tokens(self) -> int:
         """Prompt tokens that came from the prefix cache; known when the first item arrives."""
         return self.assembler.cached_tokens

@@ -79,8 +79,9 @@ class PageStorage:
         for chunk in chunks:
             self.reuse(chunk.reused)
         for chunk in chunks:
-            for sequence in (chunk.sequence, *chunk.forks):
-                self._ensure(sequence, chunk.stop)
+            self._ensure(chunk.sequence, chunk.stop)
+            for fork in chunk.forks:
+                self._ensure(fork, chunk.shared)
         self._send_changes()
         return sorted(chunks, key=lambda chunk: chunk.length > 1)
 

@@ -23,7 +23,7 @@ class BlockKeys:
     def __init__(self, request: Request) -> None:
         self.base = 0
         self._made: list[bytes] = []
-        self._last = hashlib.sha256(b"reft-kv" + request.salt).digest()
+        self._first = hashlib.sha256(b"reft-kv" + request.salt).digest()
         self._prompt_length = len(request.prompt)
         self._edits = [
             edits
@@ -45,14 +45,15 @@ class BlockKeys:
             if not edits and self.base == len(self._made):
                 self.base += 1
             content = array("q", tokens[start:stop]).tobytes() + repr(edits).encode()
-            self._last = hashlib.sha256(self._last + content).digest()
-            self._made.append(self._last)
+            before = self._made[-1] if self._made else self._first
+            self._made.append(hashlib.sha256(before + content).digest())
         return self._made[:blocks]
 
-    def copy(self) -> BlockKeys:
-        """A copy for a sequence that begins with the same tokens and may go on with others."""
+    def copy(self, tokens: int) -> BlockKeys:
+        """A copy for a sequence that begins with the same `tokens` and may go on with others."""
+        made = self._made[: tokens // BLOCK_TOKENS]
         other = object.__new__(BlockKeys)
-        other.__dict__ |= self.__dict__ | {"_made": list(self._made)}
+        other.__dict__ |= self.__dict__ | {"_made": made, "base": min(self.base, len(made))}
         return other
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from reft_runtime.sampling import SamplingParams
+from reft_runtime.schedule.labels import LabelTree
 
 if TYPE_CHECKING:
     from reft_runtime.grammar import GrammarState
@@ -35,7 +36,9 @@ class Request:
     `seed` is always set: the caller's, or one drawn when the request was made. `salt` separates
     tenants in cache keys. `interventions` are applied in order. With `trace` the engine tells what
     they did. If the prompt's log-probabilities are asked for, its tokens from `scored_from` on are
-    scored. `grammar` is the state in which each choice begins, None if answers are free.
+    scored. `grammar` is the state in which each choice begins, None if answers are free. A request
+    with `labels` is told their log-probabilities and makes no tokens: its sampling has a
+    `max_tokens` of 0.
     """
 
     id: str
@@ -48,3 +51,4 @@ class Request:
     scored_from: int = 1
     given_id: str | None = None
     grammar: GrammarState | None = None
+    labels: LabelTree | None = None

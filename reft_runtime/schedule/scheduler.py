@@ -23,7 +23,8 @@ from reft_runtime.schedule.prefix_cache import BlockCopy
 from reft_runtime.schedule.sequence import Sequence, Status
 
 MAX_SCORED_TOKENS = 512
-"""Most prompt tokens of a step whose log-probabilities are asked for: each has a row of logits."""
+"""Most tokens of a step behind which log-probabilities are asked for, decoding sequences aside:
+each has a row of logits."""
 
 
 @dataclass(slots=True)
@@ -31,8 +32,9 @@ class Chunk:
     """Tokens [start, start + length) of one sequence, to be computed in this step.
 
     `reused` are the kept blocks between what the sequence had and `start`, which it gets before
-    the step. `forks` are further choices of the same request: they copy this sequence's keys and
-    values after the step, and sample their first token from the same logits.
+    the step. `forks` are further choices of the same request: they copy the prompt's keys and
+    values from this sequence after the step (`shared` tokens), and sample their first token from
+    the same logits, unless they have labels to score.
     """
 
     sequence: Sequence
@@ -45,6 +47,17 @@ class Chunk:
     def stop(self) -> int:
         """End of the range, exclusive."""
         return self.start + self.length
+
+    @property
+    def shared(self) -> int:
+        """Number of tokens whose keys and values the forks copy."""
+        return min(self.stop, self.sequence.prompt_length)
+
+    @property
+    def scored(self) -> int:
+        """Number of the chunk's tokens behind which log-probabilities are asked for."""
+        first = self.sequence.first_scored
+        return 0 if first is None else max(0, self.stop - max(self.start, first))
 
     @property
     def completes(self) -> bool:
@@ -133,6 +146,9 @@ class Scheduler:
         for sequence in list(self.running):  # a copy, because forks join
             if tokens_left and not sequence.decoding:
                 tokens_left -= self._schedule_prompt(plan, sequence, tokens_left)
+        for chunk in plan.chunks[: plan.decodes]:
+            # Only now: forks of this step are neither preempted nor computed in it.
+            self._fork(chunk)
         while tokens_left and self.waiting and self._admit(self.waiting[0], plan):
             sequence = self.waiting.popleft()
             tokens_left -= self._schedule_prompt(plan, sequence, tokens_left)
@@ -159,8 +175,9 @@ class Scheduler:
                 first = chunk.sequence
                 self.cache.count_hit(first.keys, first.computed, chunk.start)
                 first.cached += max(0, min(chunk.start, first.prompt_length) - first.computed)
-            for sequence in (chunk.sequence, *chunk.forks):
-                sequence.computed = chunk.stop
+            chunk.sequence.computed = chunk.stop
+            for fork in chunk.forks:
+                fork.computed = chunk.shared
 
     def keep(self, sequence: Sequence) -> list[BlockCopy]:
         """Enter the computed blocks of a sequence in the prefix cache.
@@ -219,11 +236,6 @@ class Scheduler:
         return admissible + sum(not sequence.decoding for sequence in self.running)
 
     def _schedule_prompt(self, plan: StepPlan, sequence: Sequence, limit: int) -> int:
-        if _scored(sequence):
-            scored = sum(chunk.length for chunk in plan.prompts if _scored(chunk.sequence))
-            limit = min(limit, MAX_SCORED_TOKENS - scored)
-            if not limit:
-                return 0
         start, reused = sequence.computed, []
         if self.cache is not None and sequence.reusable:
             keys = sequence.block_keys(sequence.reusable)
@@ -238,23 +250,38 @@ class Scheduler:
             ):
                 return 0
             start = max(start, block * BLOCK_TOKENS)
+        if (begin := sequence.first_scored) is not None:
+            scored = sum(chunk.scored for chunk in plan.prompts)
+            limit = min(limit, max(0, begin - start) + MAX_SCORED_TOKENS - scored)
+            if not limit:
+                return 0
         chunk = Chunk(sequence, start, min(len(sequence.tokens) - start, limit), reused)
         plan.chunks.append(chunk)
-        if chunk.completes and sequence.unforked:
-            self._fork(chunk)
+        self._fork(chunk)
         return chunk.length
 
     def _fork(self, chunk: Chunk) -> None:
-        """Admit the request's other choices; those without room queue and compute on their own."""
+        """Admit the request's other choices at the end of the prompt's first computation.
+
+        Those without room queue and compute on their own. Where they have labels to score, the
+        rest waits to be forked from the first of them instead: all have the same prompt.
+        """
         parent = chunk.sequence
+        if not (chunk.completes and parent.unforked):
+            return
         others, parent.unforked = parent.unforked, []
         admitted = 0
         while admitted < len(others) and self._make_room(others[admitted]):
             admitted += 1
         chunk.forks = others[:admitted]
         for fork in chunk.forks:
-            fork.keys = parent.keys.copy()
-        self.requeue(others[admitted:])
+            fork.keys = parent.keys.copy(chunk.shared)
+        rest = others[admitted:]
+        if rest and parent.request.labels is not None:
+            heir = others[0]
+            heir.unforked = [other for other in rest if other is not heir]
+            rest = [] if admitted else [heir]
+        self.requeue(rest)
 
     def _admit(self, sequence: Sequence, plan: StepPlan) -> bool:
         # After a preemption in this step the freed blocks belong to the sequences that run.
@@ -302,10 +329,6 @@ def _will_keep(sequence: Sequence, block: int, key: bytes) -> bool:
     keys = sequence.block_keys((block + 1) * BLOCK_TOKENS)
     no_token = sequence.request.sampling.max_tokens == 0
     return keys[block] == key and not (no_token and block >= sequence.keys.base)
-
-
-def _scored(sequence: Sequence) -> bool:
-    return sequence.leads and sequence.request.sampling.prompt_logprobs is not None
 
 
 def _arrival(sequence: Sequence) -> tuple[int, int]:

@@ -35,7 +35,9 @@ class Sequence:
     the order of arrival. The choice that `leads` computes and scores the request's prompt; until
     then the other choices wait in its `unforked`, because they copy what it computed.
     `decode_edits` are the interventions that edit generated tokens. `grammar` says which token may
-    come after `tokens`; None if any.
+    come after `tokens`; None if any. The sequences of a request with labels begin with the tokens
+    of a path each (see `LabelTree`) behind the prompt; these are computed and edited as generated
+    tokens.
     """
 
     request: Request
@@ -93,14 +95,26 @@ class Sequence:
     def reusable(self) -> int:
         """Number of leading tokens whose keys and values may come from the prefix cache.
 
-        The last token is always computed. A traced request reuses nothing, and a scored prompt is
-        computed from the token before its first scored one on.
+        The last token is always computed, and so are those behind which something is scored. A
+        traced request reuses nothing.
         """
         if self.request.trace:
             return 0
-        if self.request.sampling.prompt_logprobs is not None:
-            return self.request.scored_from - 1
+        if (first := self.first_scored) is not None:
+            return first
         return len(self.tokens) - 1
+
+    @property
+    def first_scored(self) -> int | None:
+        """The first token whose logits are scored, with all behind it; None if none are.
+
+        Of several choices the one that leads scores what all have in common.
+        """
+        if self.request.labels is not None:
+            return self.prompt_length - self.leads
+        if self.request.sampling.prompt_logprobs is not None and self.leads:
+            return self.request.scored_from - 1
+        return None
 
     @property
     def remaining(self) -> int:
@@ -118,9 +132,10 @@ class Sequence:
 
 def sequences_of(request: Request, order: int) -> Sequence:
     """Make the first choice's sequence; it carries the others as `unforked`."""
+    paths = [()] * request.sampling.n if request.labels is None else request.labels.paths
     first, *others = (
-        Sequence(request, choice, order, list(request.prompt))
-        for choice in range(request.sampling.n)
+        Sequence(request, choice, order, [*request.prompt, *path])
+        for choice, path in enumerate(paths)
     )
     first.leads, first.unforked = True, others
     return first

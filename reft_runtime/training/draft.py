@@ -12,6 +12,7 @@ from reft_runtime.base.model import LoadedModel
 from reft_runtime.base.shape import shape_of
 from reft_runtime.errors import ConfigError
 from reft_runtime.interventions import Intervention
+from reft_runtime.interventions.format.labels import problem_of
 from reft_runtime.machine.dtypes import name_of
 from reft_runtime.text import Tokenizer
 from reft_runtime.training.join import choose_prefix
@@ -55,6 +56,7 @@ class Draft:
         self.edits = new_edits(self._shape, self.settings)
         self._prefix = choose_prefix(material.rows.rows, material.layout, self._words)
         dtype = name_of(loaded.dtype)
+        self._labels = _labels(material)
         self._about = about(material.rows, material.held_out, self.settings, dtype)
 
     @property
@@ -73,6 +75,7 @@ class Draft:
             system=self._material.system,
             completion_prefix=self._prefix,
             texts=layout.texts,
+            labels=self._labels,
             description=self._description,
             license=self._license,
             **figures,
@@ -112,3 +115,11 @@ class Draft:
                     " tokens; leave such rows out, or choose other positions.",
                     param="positions",
                 )
+
+
+def _labels(material: Material) -> list[str] | None:
+    """The labels of all rows, those held out too; None unless each row has one of a few."""
+    rows = [*material.rows.rows, *(material.held_out.rows if material.held_out else ())]
+    found = {row.label.strip() for row in rows if row.label is not None}
+    labelled = all(row.label is not None for row in rows)
+    return sorted(found) if labelled and problem_of(sorted(found)) is None else None

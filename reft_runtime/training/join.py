@@ -1,9 +1,4 @@
-"""How a completion is joined to its prompt: as the model's tokenizer writes the two together.
-
-Most tokenizers keep a blank with the word behind it: ` billing` is what the model has read a
-thousand times behind a colon, `billing` is not, and learns worse by far. Nobody should have to
-know, so blanks at the border are taken off rows, and put there where the tokenizer wants one.
-"""
+"""Which blank stands between the prompts of a data set and their completions."""
 
 from __future__ import annotations
 
@@ -13,10 +8,9 @@ from itertools import islice
 from reft_runtime.errors import InvalidRequest
 from reft_runtime.interventions.format.manifest import CompletionPrefix
 from reft_runtime.text import Tokenizer
+from reft_runtime.text.join import BLANK, takes_blank
 from reft_runtime.training.layout import Layout
 from reft_runtime.training.rows import Row
-
-BLANK: CompletionPrefix = " "
 
 _LOOKED_AT = 200
 """This many rows decide for all."""
@@ -35,28 +29,10 @@ def choose_prefix(rows: Sequence[Row], layout: Layout, tokenizer: Tokenizer) -> 
     return BLANK if 2 * blank > len(looked) else ""
 
 
-def join(completion: str, prefix: CompletionPrefix | None) -> str:
-    """What a completion is written as behind its prompt; None leaves it as it is.
-
-    One blank before it is of the border. More are its own, such as the indent of code, and so is
-    any other beginning of a line.
-    """
-    if prefix is None or (completion[:1].isspace() and completion[:1] != BLANK):
-        return completion
-    single = completion[:1] == BLANK and not completion[1:2].isspace()
-    return prefix + (completion[1:] if single else completion)
-
-
 def _takes_blank(asked: object, completion: str, tokenizer: Tokenizer) -> bool:
     if not isinstance(asked, str):
         return False
-    prompt, answer = asked.rstrip(BLANK), join(completion, BLANK)
-    if not prompt or prompt[-1:].isspace() or not answer.startswith(BLANK):
-        return False
     try:
-        before = tokenizer.encode(prompt)
-        together = tokenizer.encode(prompt + answer)
+        return takes_blank(asked, completion, tokenizer)
     except InvalidRequest:
         return False  # said with its row where it becomes an example
-    first = together[len(before) : len(before) + 1]
-    return together[: len(before)] == before and bool(tokenizer.decode(first).strip())

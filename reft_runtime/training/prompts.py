@@ -9,7 +9,7 @@ from reft_runtime.errors import ConfigError, InvalidRequest
 from reft_runtime.interventions.format.manifest import CompletionPrefix, SystemTurn
 from reft_runtime.interventions.format.template import is_text
 from reft_runtime.text import Tokenizer
-from reft_runtime.training.join import join
+from reft_runtime.text.join import join
 from reft_runtime.training.layout import Layout
 from reft_runtime.training.rows import Row, Rows
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
-from reft_runtime.client import Body, Server
+from reft_runtime.client import Asked, Body, Labelled, Server
 from reft_runtime.errors import InvalidRequest
 from reft_runtime.interventions.format.identity import names_file
 from reft_runtime.interventions.format.template import is_text
@@ -86,6 +86,11 @@ class Backend(Protocol):
     def answers(self, asks: Sequence[Ask]) -> list[Reply]:
         """Answer all chats together, in order."""
 
+    def classify(
+        self, asked: Sequence[Asked], labels: Sequence[str] | None, applied: Applied
+    ) -> list[Labelled]:
+        """The labels of texts or chats, in order; without `labels` those of the files."""
+
     def evaluate(self, data: Data, interventions: Sequence[str]) -> tuple[Score, ...]:
         """The score of each intervention on rows, as `reft eval` finds it."""
 
@@ -143,6 +148,13 @@ class RemoteBackend:
     def answers(self, asks: Sequence[Ask]) -> list[Reply]:
         """As in `Backend`."""
         return [_reply(whole) for whole in self._server.ask([(_PATH, self._body(a)) for a in asks])]
+
+    def classify(
+        self, asked: Sequence[Asked], labels: Sequence[str] | None, applied: Applied
+    ) -> list[Labelled]:
+        """As in `Backend`."""
+        uses = [{"name": use.label, "strength": use.strength} for use in applied.uses]
+        return self._server.classify(asked, labels, {"model": self.model, "interventions": uses})
 
     def evaluate(self, data: Data, interventions: Sequence[str]) -> tuple[Score, ...]:
         """As in `Backend`."""
@@ -211,6 +223,13 @@ class LocalBackend:
             return list(await asyncio.gather(*(self._answer(ask, lambda _: None) for ask in asks)))
 
         return self._runner.run(together())
+
+    def classify(
+        self, asked: Sequence[Asked], labels: Sequence[str] | None, applied: Applied
+    ) -> list[Labelled]:
+        """As in `Backend`."""
+        found = self._engine.classify(asked, labels, intervention=applied.uses, progress=False)
+        return [Labelled(dict(zip(one.labels, one.probs, strict=True))) for one in found]
 
     def evaluate(self, data: Data, interventions: Sequence[str]) -> tuple[Score, ...]:
         """As in `Backend`; files may be named, too."""

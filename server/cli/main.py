@@ -15,6 +15,7 @@ from reft_runtime.client import NotServed
 from reft_runtime.errors import ReftError
 from reft_runtime.version import VERSION
 from server.cli import chat as chat_cli
+from server.cli import classify as classify_cli
 from server.cli import compare as compare_cli
 from server.cli import evaluation as evaluation_cli
 from server.cli import files as files_cli
@@ -40,6 +41,7 @@ app = typer.Typer(
 )
 app.add_typer(chat_cli.app)
 app.add_typer(compare_cli.app)
+app.add_typer(classify_cli.app)
 app.add_typer(remote_cli.app)
 app.add_typer(transfer_cli.app)
 app.add_typer(training_cli.app)

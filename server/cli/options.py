@@ -16,7 +16,7 @@ from server.settings import Settings
 Command = TypeVar("Command", bound=Callable[..., None])
 
 
-def _unescaped(template: str | None) -> str | None:
+def unescaped(template: str | None) -> str | None:
     """A template as it was meant: shells pass a backslash and an n where a new line is wanted."""
     return None if template is None else template.replace("\\n", "\n").replace("\\t", "\t")
 
@@ -72,7 +72,7 @@ License = Annotated[str | None, typer.Option("--license", help="Licence of the f
 Template = Annotated[
     str | None,
     typer.Option(
-        callback=_unescaped,
+        callback=unescaped,
         help="How a row becomes a prompt: 'chat' (its prompt as a user's message), or a text with "
         "fields in braces, 'Review: {text}\\nSentiment:'. By default texts, and prompts "
         "of classes, become 'chat' where the model has a chat template; others stay as they are.",

@@ -106,13 +106,18 @@ class WithoutEffect(RequestBody):
     priority: int = Field(default=0, ge=-MAX_SEED - 1, le=MAX_SEED)
 
 
-class Sampled(WithoutEffect):
-    """The model, its interventions and the sampling of tokens."""
+class ModelBody(WithoutEffect):
+    """The model and its interventions."""
 
     model: ModelName
     interventions: list[InterventionUse] = Field(
         default=[], max_length=MAX_INTERVENTIONS, fail_fast=True
     )
+
+
+class Sampled(ModelBody):
+    """The model, its interventions and the sampling of tokens."""
+
     temperature: float = Field(default=1.0, ge=0, le=2)
     top_p: float = Field(default=1.0, gt=0, le=1)
     top_k: int = Field(default=0, ge=-1, le=MAX_TOKENS, description="0 or -1 takes all tokens.")

@@ -41,6 +41,15 @@ Prompt = Annotated[
 ]
 
 
+def prompts_of(given: Prompt) -> list[str] | list[list[int]]:
+    """The prompts of a body, each as text or as token ids."""
+    if isinstance(given, str):
+        return [given]
+    if isinstance(given[0], int):
+        return [given]
+    return given
+
+
 class CompletionRequest(SamplingBody):
     """A raw prompt, or several, to continue."""
 
@@ -66,11 +75,7 @@ class CompletionRequest(SamplingBody):
     @property
     def prompts(self) -> list[str] | list[list[int]]:
         """The prompts, each as text or as token ids."""
-        if isinstance(self.prompt, str):
-            return [self.prompt]
-        if isinstance(self.prompt[0], int):
-            return [self.prompt]
-        return self.prompt
+        return prompts_of(self.prompt)
 
     def sampling(self) -> SamplingParams:
         """The engine's form of the sampling fields; raises `InvalidRequest`."""

@@ -9,6 +9,7 @@ import asyncio
 import io
 import itertools
 import json
+import math
 from collections.abc import AsyncIterator, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -31,6 +32,7 @@ from reft_runtime.outputs import (
     ChoiceDelta,
     EngineInfo,
     EngineStats,
+    FinishReason,
     PrefixCacheStats,
     TokenLogprob,
     Trace,
@@ -113,6 +115,7 @@ class FakeVersion:
     system_turn: str = "prepend"
     completion_prefix: str | None = None
     texts: str | None = None
+    labels: tuple[str, ...] | None = None
     reloadable: bool = True
     size_bytes: int = 3
 
@@ -355,6 +358,8 @@ class FakeStream:
         self.cached_tokens = len(self.prompt) // 2
         self.queue_seconds: float | None = None
         self.prompt_logprobs: list[TokenLogprob | None] | None = None
+        self.labels = request.labels
+        self.label_logprobs: tuple[float, ...] = ()
         self.aborted = self.ended = False
         self._release = prepared.release
 
@@ -380,8 +385,12 @@ class FakeStream:
         self.queue_seconds = 0.25
         if sampling.prompt_logprobs is not None:
             self.prompt_logprobs = [None, *(self._logprob(token) for token in self.prompt[1:])]
+        if self.labels is not None:  # a later label is half as likely as the one before it
+            await asyncio.sleep(engine.step_seconds)
+            self.label_logprobs = tuple(-i * math.log(2) for i, _ in enumerate(self.labels.labels))
         if count == 0:
-            yield [ChoiceDelta(i, "", finish_reason="length") for i in range(sampling.n)]
+            why: FinishReason = "length" if self.labels is None else "stop"
+            yield [ChoiceDelta(i, "", finish_reason=why) for i in range(sampling.n)]
         for step in itertools.islice(itertools.count(), count):
             await asyncio.sleep(engine.step_seconds)
             if not engine.alive:

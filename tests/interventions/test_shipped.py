@@ -33,6 +33,21 @@ def test_every_shipped_file_is_served() -> None:
         assert (ROOT / "interventions" / f"{name}.safetensors").stat().st_size <= 300_000
 
 
+def test_the_classifiers_name_their_labels() -> None:
+    found = {
+        path.stem: parse(path.read_bytes()).manifest.labels
+        for path in (ROOT / "interventions").glob("*.safetensors")
+    }
+    assert {name: labels for name, labels in found.items() if labels is not None} == {
+        "sentiment": ("negative", "positive"),
+        "question-type": (
+            *("abbreviation", "description", "entity"),
+            *("location", "number", "person"),
+        ),
+        "yes-no": ("false", "true"),
+    }
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_shipped_files_keep_their_digest_when_written_again(name: str) -> None:
     data = (ROOT / "interventions" / f"{name}.safetensors").read_bytes()

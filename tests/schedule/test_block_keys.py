@@ -161,8 +161,10 @@ def test_keys_are_made_once_and_in_pieces_as_at_once() -> None:
     pieces = [keys.upto(blocks, request.prompt) for blocks in (1, 4, 2, 6)]
     assert [len(piece) for piece in pieces] == [1, 4, 2, 6]
     assert pieces[-1] == keys_of(request)
-    copy = keys.copy()
+    copy = keys.copy(100)
     more = (*request.prompt, *prompt(60, seed=1))
     assert copy.upto(10, more) == keys_of(request, more[100:])
     assert len(keys.upto(6, request.prompt)) == 6
     assert keys.upto(6, request.prompt) == keys_of(request)
+    other = (*request.prompt[:40], *more[100:])
+    assert keys.copy(40).upto(5, other) == BlockKeys(request).upto(5, other)

@@ -10,7 +10,8 @@ import pytest
 
 from reft_runtime.interventions.format.manifest import CompletionPrefix
 from reft_runtime.text import Tokenizer
-from reft_runtime.training.join import choose_prefix, join
+from reft_runtime.text.join import join
+from reft_runtime.training.join import choose_prefix
 from reft_runtime.training.layout import Layout
 from reft_runtime.training.prompts import Example, Formatter
 from reft_runtime.training.rows import Row, read_rows

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,7 @@ def test_a_task_is_learned_and_served(tmp_path: Path, positions: str) -> None:
     assert max(edit["orthonormality_error"] for edit in found["edits"]) < 1e-5
     manifest = parse(data).manifest
     assert (manifest.template, manifest.system, manifest.texts) == ("chat", None, "message")
+    assert manifest.labels == ("and", "the")
     assert manifest.description == "Good or bad"
     about = manifest.training
     assert (about["rows"], about["eval_rows"], about["steps"]) == (24, 8, 60)
@@ -59,13 +61,35 @@ def test_a_task_is_learned_and_served(tmp_path: Path, positions: str) -> None:
             intervention="task",
             progress=False,
         )
+        classified = engine.classify([row["prompt"] for row in ROWS], intervention="task")
     assert [answer.text for answer in answers] == [row["label"] for row in ROWS]
+    assert [one.label for one in classified] == [row["label"] for row in ROWS]
 
 
 def test_rows_without_labels_have_no_accuracy(tmp_path: Path) -> None:
     rows = [{name: row[name] for name in ("prompt", "completion")} for row in ROWS]
     trained = run(tmp_path / "task.safetensors", rows, evaluation=rows[:8])
     assert trained.metrics.keys() == {"loss", "perplexity"}
+    assert trained.intervention.manifest.labels is None
+
+
+@pytest.mark.parametrize(
+    ("rows", "labels"),
+    [
+        (
+            [*ROWS, ROWS[0] | {"completion": " maybe so", "label": " maybe "}],
+            ("and", "maybe", "the"),
+        ),
+        ([*ROWS, {"prompt": "x", "completion": " y"}], None),
+        ([row for row in ROWS if row["label"] == "the"], None),
+    ],
+)
+def test_labels_are_written_if_each_row_has_one_of_several(
+    tmp_path: Path, rows: Any, labels: Any
+) -> None:
+    settings = replace(SETTINGS, steps=1, hold_out=0)
+    made = run(tmp_path / "task.safetensors", rows, settings=settings).intervention
+    assert made.manifest.labels == labels
 
 
 def test_untied_edits_are_two_a_layer(tmp_path: Path) -> None:

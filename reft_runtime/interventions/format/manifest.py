@@ -23,6 +23,7 @@ from pydantic import (
 from reft_runtime.errors import InvalidFile, WrongBaseModel
 from reft_runtime.interventions.format.components import HIDDEN_SIZED, normalise
 from reft_runtime.interventions.format.kinds import ACTS, KINDS
+from reft_runtime.interventions.format.labels import problem_of
 from reft_runtime.interventions.format.positions import MAX_SPAN, Positions
 from reft_runtime.interventions.format.template import TEMPLATE_FIELD, is_text
 
@@ -134,7 +135,8 @@ class Manifest(_Strict):
     belongs neither to prompts, which lose it at their end, nor to answers. None means that the file
     says nothing of it: its prompts and answers are taken as they are. `texts` says what a prompt
     that is a text stands for: `message` is what a user says in a chat, so that it goes through the
-    template too; None takes it as it is.
+    template too; None takes it as it is. `labels` are the answers among which a classifier chooses,
+    without blanks around them; a request that asks for a classification may name others.
     """
 
     schema_version: Literal[1] = 1
@@ -144,6 +146,7 @@ class Manifest(_Strict):
     system: SystemTurn | None = None
     completion_prefix: CompletionPrefix | None = None
     texts: Texts | None = None
+    labels: Annotated[tuple[str, ...], Field(strict=False)] | None = None
     description: Annotated[str, StringConstraints(max_length=4096)] = ""
     license: Annotated[str, StringConstraints(max_length=256)] | None = None
     metrics: dict[str, JsonValue] = {}
@@ -174,6 +177,18 @@ class Manifest(_Strict):
             raise ValueError("texts: only a template can write a text as a message; give one")
         return self
 
+    @field_validator("labels")
+    @classmethod
+    def _labels_differ(cls, labels: tuple[str, ...] | None) -> tuple[str, ...] | None:
+        if labels is None:
+            return None
+        if (problem := problem_of(labels)) is not None:
+            raise ValueError(problem)
+        for label in labels:
+            if label != label.strip():
+                raise ValueError(f"write {label[:40]!r} without the blanks around it")
+        return labels
+
     @property
     def system_turn(self) -> SystemTurn:
         """What a text template does with a system turn; "prepend" if the file does not say."""
@@ -183,7 +198,7 @@ class Manifest(_Strict):
     def _without_new_defaults(self, dump: SerializerFunctionWrapHandler) -> dict[str, JsonValue]:
         # As for edits, content that the first files could express keeps its digest.
         fields: dict[str, JsonValue] = dump(self)
-        for name in ("system", "completion_prefix", "texts"):
+        for name in ("system", "completion_prefix", "texts", "labels"):
             if fields.get(name) is None:
                 fields.pop(name, None)
         return fields

@@ -69,6 +69,12 @@ class Version:
         return validate_manifest(json.loads(self.manifest_json))
 
     @property
+    def labels(self) -> tuple[str, ...] | None:
+        """The labels among which the file says to choose; read anew at every call."""
+        found = json.loads(self.manifest_json).get("labels")
+        return None if found is None else tuple(found)
+
+    @property
     def loaded(self) -> bool:
         """Whether the tensors are in memory."""
         return self._edits is not None

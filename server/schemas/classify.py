@@ -1,0 +1,53 @@
+"""Body of POST /v1/classify."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal
+
+from pydantic import Field, model_validator
+
+from reft_runtime.errors import InvalidRequest
+from reft_runtime.interventions.format.labels import MOST_LABELS
+from server.schemas.chat import ChatLayout, Messages
+from server.schemas.common import ModelBody
+from server.schemas.completions import Prompt, prompts_of
+
+if TYPE_CHECKING:
+    from reft_runtime.front.admission import Prompt as Asked
+
+
+class ClassifyRequest(ModelBody, ChatLayout):
+    """What is to be classified, and the labels to choose from."""
+
+    input: Prompt | None = Field(
+        default=None, description="A text, a list of token ids, or a list of either."
+    )
+    messages: Messages | None = Field(
+        default=None, description="A conversation, instead of input: its answer is classified."
+    )
+    labels: list[str] | None = Field(
+        default=None,
+        max_length=MOST_LABELS,
+        fail_fast=True,
+        description="By default those that stand in the intervention's file.",
+    )
+    add_special_tokens: Literal[True] = True
+    activation: Literal[True] = True
+    use_activation: Literal[True] = True
+
+    @model_validator(mode="after")
+    def _check_together(self) -> ClassifyRequest:
+        if (self.input is None) == (self.messages is None):
+            raise InvalidRequest("Give either input or messages.", param="input")
+        given = self.model_fields_set & ChatLayout.model_fields.keys()
+        if self.messages is None and given:
+            name = min(given)
+            raise InvalidRequest(f"{name} needs messages.", param=name)
+        return self
+
+    def asked(self) -> list[Asked]:
+        """Each prompt as text, as token ids, or as messages."""
+        if self.messages is not None:
+            return [[message.as_turn() for message in self.messages]]
+        assert self.input is not None
+        return [*prompts_of(self.input)]
