@@ -16,6 +16,7 @@ from server.app import create_app
 from server.cli.main import app
 from server.metrics import Metrics
 from server.schemas.chat import ChatRequest
+from server.schemas.classify import ClassifyRequest
 from server.schemas.common import InterventionUse
 from server.schemas.completions import CompletionRequest
 from server.schemas.responses import ResponsesRequest
@@ -129,7 +130,8 @@ def test_the_api_page_lists_every_route_and_field() -> None:
     }
     assert "PUT /v1/interventions/{name}" in routes
     assert routes <= set(re.findall(r"`([A-Z]+ /[^`]*)`", text))
-    for schema in (ChatRequest, CompletionRequest, ResponsesRequest, InterventionUse):
+    bodies = ChatRequest, ClassifyRequest, CompletionRequest, ResponsesRequest, InterventionUse
+    for schema in bodies:
         for name in schema.model_fields:
             assert f"`{name}`" in text or f'"{name}"' in text, name
 

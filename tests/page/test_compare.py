@@ -16,7 +16,7 @@ import pytest
 from playwright.sync_api import Request, expect
 
 from reft_runtime import Engine
-from tests.page.conftest import Tab
+from tests.page.conftest import Tab, overflow, violations
 from tests.page.make import KEY, add_column, answered, answers, body, say, short
 
 CHAT = "/v1/chat/completions"
@@ -228,6 +228,42 @@ def test_text_mode_continues_a_text(tab: Tab) -> None:
     assert [one["prompt"] for one in sent] == ["The capital of France is"] * 3
     expect(page.get_by_role("region", name="Answer of Base model")).to_contain_text("Paris")
     expect(page.locator(".token")).not_to_have_count(0)
+
+
+def test_labels_are_shown_as_bars(tab: Tab, new_tab: Callable[..., Tab], engine: Engine) -> None:
+    page = tab.open()
+    page.get_by_role("button", name="Remove column C").click()
+    add_column(page, "sentiment")
+    add_column(page, "question-type")
+    page.get_by_role("button", name="Text", exact=True).click()
+    short(page, 3)
+    text = "Review: one long string of cliches .\nSentiment:"
+    page.locator(".composer textarea").fill(text)
+    page.locator(".composer textarea").press("Control+Enter")
+    answered(page)
+    # The listings said which name labels: only these two are asked for them.
+    sent = [body(request) for request in tab.requests("/v1/classify")]
+    assert sent == [{"model": name, "input": text} for name in ("sentiment", "question-type")]
+    assert not tab.requests("/v1/interventions/")
+    [found] = engine.classify(text, intervention="sentiment")
+    bars = page.get_by_role("list", name="Labels of sentiment").get_by_role("listitem")
+    shown = [f"{label}{100 * prob:.1f} %" for label, prob in found.ranked()]
+    assert [re.sub(r"\s*\n\s*", "", bar) for bar in bars.all_inner_texts()] == shown
+    expect(page.get_by_role("list", name="Labels of question-type").locator("li")).to_have_count(6)
+    expect(page.locator(".labels")).to_have_count(2)
+
+    page.wait_for_url(re.compile("#/compare/.{40}"))
+    other = new_tab(width=400, height=800, dark=True)
+    seen = other.open(page.url.removeprefix(f"{tab.url}/"))
+    expect(seen.get_by_role("list", name="Labels of sentiment").locator("li")).to_have_count(2)
+    assert not other.requests("/v1/classify")
+    assert violations(seen) == []
+    assert overflow(seen) == 0
+    # A comparison from a link has seen no listing: the names are asked for, once.
+    seen.get_by_role("button", name="Answer again: sentiment").click()
+    answered(seen)
+    assert len(other.requests("/v1/interventions/sentiment")) == 1
+    assert len(other.requests("/v1/classify")) == 1
 
 
 def test_requests_are_copied_and_pasted(tab: Tab) -> None:

@@ -1,6 +1,7 @@
 // One answer of one column: its tokens, coloured; what else the model considered; its figures.
 
 import { comparison } from "./comparison.js";
+import { Labels } from "./labels.js";
 import { classes, html, useState } from "./lib.js";
 import { distance } from "./run.js";
 import { CopyButton, IconButton, Problem, seconds } from "./ui.js";
@@ -35,6 +36,7 @@ export function Answer({ answer, name, c, t, colour, busy, last, onAnswer }) {
           <${Text} answer=${answer} colour=${colour} picked=${picked} onPick=${setPicked} />
           ${picked !== null && answer.pieces[picked]?.tokens.map((token, i) => html`
             <${Alternatives} key=${i} token=${token} onClose=${() => setPicked(null)} />`)}
+          ${answer.labels && html`<${Labels} labels=${answer.labels} name=${answer.of ?? name} />`}
           ${answer.error && html`<${Problem} error=${answer.error} />`}`}
       <footer>
         <${Figures} answer=${answer} />

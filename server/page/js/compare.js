@@ -4,6 +4,7 @@ import { ask } from "./api.js";
 import { Answer } from "./answer.js";
 import { AddColumn, ColumnCard } from "./column.js";
 import { change, comparison, replace } from "./comparison.js";
+import { note } from "./labels.js";
 import { classes, html, useEffect, useRef, useState } from "./lib.js";
 import { answer, measure, unmeasured } from "./run.js";
 import { MAX_COLUMNS, column, newSession, packed, title, unpacked } from "./session.js";
@@ -26,6 +27,7 @@ const SHOWN = ["pirate", "emoji"];
 /** The first session: a column of the base, and columns of two interventions that are served. */
 async function firstSession() {
   const { data } = await ask("v1/interventions?limit=50");
+  note(data);
   const names = data.filter(({ problem }) => !problem).map(({ id }) => id);
   const first = [...SHOWN.filter((name) => names.includes(name)), ...names];
   const two = [...new Set(first)].slice(0, 2);

@@ -1,6 +1,7 @@
 // A search among the served interventions, by the server: a combobox with a list below it.
 
 import { ask } from "./api.js";
+import { note } from "./labels.js";
 import { html, useEffect, useLayoutEffect, useRef, useState } from "./lib.js";
 import { useLoaded } from "./ui.js";
 
@@ -25,6 +26,7 @@ export function Picker({ label, first, onPick, onClose }) {
     async (signal) => {
       const query = encodeURIComponent(searched);
       const found = await ask(`v1/interventions?limit=${SHOWN}&q=${query}`, { signal });
+      note(found.data);
       return { ...found, searched };
     },
     [searched],

@@ -2,17 +2,19 @@
 // Measuring: what the base model thinks of the same tokens, asked for all answers in one request.
 
 import { ApiError, ask, stream } from "./api.js";
+import { classified } from "./labels.js";
 import { requestOf, shown, title } from "./session.js";
 
 /**
  * An answer that has not begun. Tokens are {text, logprob, top: [{text, logprob}], base}, base being
  * the log-probability that the base model gives it there, once that is measured; pieces are {text,
- * tokens}, for a character may be made of several tokens. `prompt` and `ids` are token ids. `of` is
+ * tokens}, for a character may be made of several tokens. `labels` are {label, prob} where the
+ * column's interventions name labels, else null. `prompt` and `ids` are token ids. `of` is
  * the title of what is asked, which stays when the column applies something else afterwards.
  */
 export const blank = (of = null) => ({
   of, text: "", pieces: [], waiting: [], prompt: [], ids: [],
-  finish: null, error: null, figures: null, running: true,
+  finish: null, error: null, figures: null, labels: null, running: true,
 });
 
 /** Answer turn `t` in the columns `which`; ends when all have ended, also those that failed. */
@@ -24,9 +26,13 @@ export async function answer(store, base, t, which) {
   store.set({ running: controller });
   const began = performance.now();
   await Promise.all(
-    which.map((c) => {
+    which.map(async (c) => {
       const { path, body } = requestOf(session, base, c, t);
-      return fill(turn.answers[c], store, path, shown(body), controller.signal, began);
+      const { signal } = controller;
+      const filled = fill(turn.answers[c], store, path, shown(body), signal, began);
+      turn.answers[c].labels = await classified(session.columns[c], base, body, signal);
+      store.touched();
+      return filled;
     }),
   );
   store.set({ running: null });

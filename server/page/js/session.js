@@ -156,6 +156,7 @@ const kept = (whole) => (answer) =>
     text: answer.text,
     figures: answer.figures,
     finish: answer.finish,
+    labels: answer.labels ?? null,
     pieces: whole ? answer.pieces : [],
     prompt: whole ? answer.prompt : [],
     ids: whole ? answer.ids : [],
@@ -193,6 +194,7 @@ const isSession = shaped({
     user: isText,
     answers: listOf(orNull(shaped({
       of: left(isText),
+      labels: left(listOf(shaped({ label: isText, prob: isNumber }))),
       text: isText,
       figures: orNull(shaped(Object.fromEntries(
         ["tokens", "first", "rate", "prompt", "cached"].map((name) => [name, orNull(isNumber)])))),
