@@ -6,7 +6,6 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 from urllib.parse import quote
@@ -14,9 +13,10 @@ from urllib.parse import quote
 import httpx
 from tqdm import tqdm
 
-from reft_runtime.errors import ConfigError, NotFound, ReftError
+from reft_runtime.errors import ConfigError, ReftError
 from reft_runtime.interventions.format.identity import is_whole
 from reft_runtime.interventions.registry.paging import MAX_PAGE
+from reft_runtime.reaching import NotServed, checked, reaching
 
 if TYPE_CHECKING:
     from reft_runtime.interventions import Manifest
@@ -47,14 +47,6 @@ Counted = Callable[[int], object]
 
 Change = Literal["added", "replaced", "unchanged"]
 """What an upload did to a name: it is new, got another file, or has the same file as before."""
-
-
-class NotServed(NotFound):
-    """The server has no such intervention or version."""
-
-
-class Unreachable(ConfigError):
-    """No server answers at this address."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -289,7 +281,7 @@ class Server:
         ):
             if not response.is_success:
                 response.read()
-            for line in _checked(response).iter_lines():
+            for line in checked(response).iter_lines():
                 if not line.startswith("data: ") or line == "data: [DONE]":
                     continue
                 event: Body = json.loads(line.removeprefix("data: "))
@@ -339,46 +331,4 @@ def _request(question: Question, base: str) -> tuple[str, Body]:
 
 def _call(client: httpx.Client, method: str, path: str, **content: Any) -> httpx.Response:
     with reaching(client.base_url):
-        return _checked(client.request(method, path, **content))
-
-
-def key_refused(response: httpx.Response) -> ConfigError:
-    """The error for an answer that says that the key is missing or not valid."""
-    return ConfigError(
-        f"api_key: {response.url.scheme}://{response.url.netloc.decode()} needs a valid key;"
-        " give it as --api-key or REFT_API_KEY.",
-        param="api_key",
-    )
-
-
-def _checked(response: httpx.Response) -> httpx.Response:
-    if response.is_success:
-        return response
-    message = _said(response)
-    if response.status_code == httpx.codes.NOT_FOUND:
-        raise NotServed(message)
-    if response.status_code == httpx.codes.UNAUTHORIZED:
-        raise key_refused(response)
-    raise ConfigError(f"the server answered {response.status_code}: {message}", param="url")
-
-
-def _said(response: httpx.Response) -> str:
-    """The reason that a refusal gives."""
-    try:
-        return str(response.json()["error"]["message"])
-    except (ValueError, KeyError, TypeError):
-        return response.text[:200] or response.reason_phrase
-
-
-@contextmanager
-def reaching(url: httpx.URL | str) -> Iterator[None]:
-    """Raise `Unreachable` if the server at `url` cannot be reached within the block."""
-    try:
-        yield
-    except (httpx.HTTPError, httpx.InvalidURL) as error:
-        said = str(error) or type(error).__name__
-        raise Unreachable(
-            f"url: no answer from {url}: {said}. `reft serve` starts a server; --url says where"
-            " one is.",
-            param="url",
-        ) from None
+        return checked(client.request(method, path, **content))

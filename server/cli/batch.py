@@ -13,9 +13,9 @@ from typing import Any
 
 import httpx
 
-from reft_runtime.client import key_refused, reaching
 from reft_runtime.errors import ConfigError
 from reft_runtime.interventions.format.strict_json import load_strict
+from reft_runtime.reaching import key_refused, reaching
 
 PATHS = ("/v1/chat/completions", "/v1/completions", "/v1/responses")
 """What a line may ask."""

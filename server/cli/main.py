@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 from typer.exceptions import TyperException
 
-from reft_runtime.client import NotServed
 from reft_runtime.errors import ReftError
+from reft_runtime.reaching import NotServed
 from reft_runtime.version import VERSION
 from server.cli import chat as chat_cli
 from server.cli import classify as classify_cli

@@ -11,9 +11,10 @@ from typing import Annotated
 import typer
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
 
-from reft_runtime.client import Body, Change, Server, Unreachable
+from reft_runtime.client import Body, Change, Server
 from reft_runtime.errors import ConfigError, NotFound, ReftError
 from reft_runtime.interventions.format.identity import MAX_FILE_BYTES, SUFFIX
+from reft_runtime.reaching import Unreachable
 from server.cli.console import error_console, print_json, size
 from server.cli.local_files import naming, read_file
 from server.cli.options import LOCAL_URL, ApiKey, AsJson, Url

@@ -20,9 +20,10 @@ import pytest
 from typer.testing import CliRunner
 
 from reft_runtime import Engine, SamplingParams
-from reft_runtime.client import NotServed, Server
+from reft_runtime.client import Server
 from reft_runtime.errors import ConfigError, InvalidRequest, NotFound
 from reft_runtime.interventions import Edit, Intervention, write
+from reft_runtime.reaching import NotServed
 from server.cli import backend as backends
 from server.cli.backend import BASE, Ask, Backend, LocalBackend, RemoteBackend
 from server.cli.conversation import Chat, read_message

@@ -12,9 +12,10 @@ import pytest
 from pydantic import SecretStr
 from typer.testing import CliRunner
 
-from reft_runtime.client import NotServed, Server, Unreachable
+from reft_runtime.client import Server
 from reft_runtime.errors import ConfigError, ReftError
 from reft_runtime.interventions import Registry
+from reft_runtime.reaching import NotServed, Unreachable
 from server.cli import main as cli
 from server.cli.backend import RemoteBackend
 from server.settings import Settings

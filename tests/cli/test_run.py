@@ -12,8 +12,8 @@ import httpx
 import pytest
 from typer.testing import CliRunner
 
-from reft_runtime.client import Unreachable
 from reft_runtime.errors import ConfigError
+from reft_runtime.reaching import Unreachable
 from server.cli.batch import Line, answer_all, read_requests
 from server.cli.main import app
 from server.settings import Settings

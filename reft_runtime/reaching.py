@@ -1,0 +1,61 @@
+"""What is said where a server cannot be reached, or refuses."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import httpx
+
+from reft_runtime.errors import ConfigError, NotFound
+
+
+class NotServed(NotFound):
+    """The server has no such intervention or version."""
+
+
+class Unreachable(ConfigError):
+    """No server answers at this address."""
+
+
+def key_refused(response: httpx.Response) -> ConfigError:
+    """The error for an answer that says that the key is missing or not valid."""
+    return ConfigError(
+        f"api_key: {response.url.scheme}://{response.url.netloc.decode()} needs a valid key;"
+        " give it as --api-key or REFT_API_KEY.",
+        param="api_key",
+    )
+
+
+def checked(response: httpx.Response) -> httpx.Response:
+    """Return an answer that is no refusal; raises `NotServed` or `ConfigError` for one that is."""
+    if response.is_success:
+        return response
+    message = _said(response)
+    if response.status_code == httpx.codes.NOT_FOUND:
+        raise NotServed(message)
+    if response.status_code == httpx.codes.UNAUTHORIZED:
+        raise key_refused(response)
+    raise ConfigError(f"the server answered {response.status_code}: {message}", param="url")
+
+
+def _said(response: httpx.Response) -> str:
+    """The reason that a refusal gives."""
+    try:
+        return str(response.json()["error"]["message"])
+    except (ValueError, KeyError, TypeError):
+        return response.text[:200] or response.reason_phrase
+
+
+@contextmanager
+def reaching(url: httpx.URL | str) -> Iterator[None]:
+    """Raise `Unreachable` if the server at `url` cannot be reached within the block."""
+    try:
+        yield
+    except (httpx.HTTPError, httpx.InvalidURL) as error:
+        said = str(error) or type(error).__name__
+        raise Unreachable(
+            f"url: no answer from {url}: {said}. `reft serve` starts a server; --url says where"
+            " one is.",
+            param="url",
+        ) from None
