@@ -16,7 +16,7 @@ from tqdm import tqdm
 from reft_runtime.errors import ConfigError, ReftError
 from reft_runtime.interventions.format.identity import is_whole
 from reft_runtime.interventions.registry.paging import MAX_PAGE
-from reft_runtime.reaching import NotServed, checked, reaching
+from reft_runtime.reaching import NotServed, checked, reaching, reason_of
 
 if TYPE_CHECKING:
     from reft_runtime.interventions import Manifest
@@ -112,7 +112,7 @@ class Server:
             )
         if response.status_code == httpx.codes.PRECONDITION_FAILED:
             return None
-        return f"it answered {response.status_code}: {_said(response)}"
+        return f"it answered {response.status_code}: {reason_of(response)}"
 
     def upload(self, name: str, data: bytes, sent: Counted = lambda _: None) -> tuple[Body, Change]:
         """Put a file's bytes on the server under a name; return its entry and what that changed."""

@@ -31,7 +31,7 @@ def checked(response: httpx.Response) -> httpx.Response:
     """Return an answer that is no refusal; raises `NotServed` or `ConfigError` for one that is."""
     if response.is_success:
         return response
-    message = _said(response)
+    message = reason_of(response)
     if response.status_code == httpx.codes.NOT_FOUND:
         raise NotServed(message)
     if response.status_code == httpx.codes.UNAUTHORIZED:
@@ -39,7 +39,7 @@ def checked(response: httpx.Response) -> httpx.Response:
     raise ConfigError(f"the server answered {response.status_code}: {message}", param="url")
 
 
-def _said(response: httpx.Response) -> str:
+def reason_of(response: httpx.Response) -> str:
     """The reason that a refusal gives."""
     try:
         return str(response.json()["error"]["message"])
