@@ -37,7 +37,6 @@ WORKLOADS = (
     ("demo", "packages"),
     ("demo", "suite"),
     ("qwen", "tasks"),
-    ("qwen", "packages"),
 )
 
 
