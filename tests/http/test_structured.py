@@ -172,3 +172,64 @@ def test_in_process(tiny_engine: Engine) -> None:
     assert {answer.text for answer in answers} <= {"yes", "no"}
     with pytest.raises(InvalidRequest, match="grammar: it cannot be read"):
         tiny_engine.generate("you", SamplingParams(grammar=Grammar("json_schema", "5")))
+
+
+def chain(links: int) -> dict[str, Any]:
+    defs = {f"r{i}": {"properties": {"a": {"$ref": f"#/$defs/r{i + 1}"}}} for i in range(links)}
+    return {"$ref": "#/$defs/r0", "$defs": defs | {f"r{links}": {"type": "null"}}}
+
+
+TERMS = " & ".join(f"/(.*a{i}.*)/" for i in range(30))
+RULES = "\n".join(["start: r0", *(f'r{i}: "a" r{i + 1}' for i in range(1500)), 'r1500: "b"'])
+HOSTILE: list[tuple[str, dict[str, Any], str]] = [
+    ("deep", {"guided_json": '{"items":' * 5000 + "{}" + "}" * 5000}, "cannot be read|recursion"),
+    ("a long chain", {"guided_json": chain(2000)}, "too big"),
+    ("itself", {"guided_json": {"$ref": "#"}}, "NoExtension"),
+    ("a circle", {"guided_json": {"allOf": [{"$ref": "#"}, {"type": "string"}]}}, "circular"),
+    ("huge", {"guided_json": {"enum": ["x" * 300_000]}}, "at most 262144 are compiled"),
+    ("contradictory", {"guided_json": {"type": "integer", "minimum": 5, "maximum": 1}}, "Unsat"),
+    ("incompatible", {"guided_json": {"allOf": [{"type": "string"}, {"type": "null"}]}}, "Unsat"),
+    ("10,000 values", {"guided_json": {"enum": [f"value {i}" for i in range(10_000)]}}, "too big"),
+    (
+        "many objects",
+        {"guided_json": {"enum": [{"a": i} for i in range(3000)]}},
+        "Too many items|items; max",
+    ),
+    ("catastrophic", {"guided_regex": "(x{1000}){1000}"}, "too complex|too big|too many"),
+    ("endless", {"guided_grammar": 'start: "a" start'}, "."),
+    ("terms", {"guided_grammar": f"start: A\nA: {TERMS}"}, "more than"),
+]
+
+
+async def test_hostile_forms_are_refused_while_others_are_answered(
+    http: httpx.AsyncClient, base: str
+) -> None:
+    async def refused(fields: dict[str, Any]) -> httpx.Response:
+        asked = chat(base, **fields)
+        return await http.post("/chat/completions", json=asked, timeout=120)
+
+    async def good(until: list[asyncio.Task[httpx.Response]]) -> int:
+        answered = 0
+        while not all(task.done() for task in until):
+            assert (await http.post("/chat/completions", json=chat(base))).status_code == 200
+            answered += 1
+        return answered
+
+    tasks = [asyncio.create_task(refused(fields)) for _, fields, _ in HOSTILE]
+    assert await good(tasks) > 10
+    for (name, fields, said), task in zip(HOSTILE, tasks, strict=True):
+        answer = task.result()
+        assert answer.status_code == 400, (name, answer.text[:200])
+        error = answer.json()["error"]
+        assert re.search(said, error["message"]), (name, error["message"])
+        assert error["param"].startswith(next(iter(fields))), name
+        assert len(error["message"]) < 700
+
+
+async def test_what_only_looks_hostile_is_answered(http: httpx.AsyncClient, base: str) -> None:
+    patterns = ("(a|a)*b", "(a*)*b", "(.*a){20}", "[a-z]{1,100000}")
+    forms = [*({"guided_regex": pattern} for pattern in patterns), {"guided_grammar": RULES}]
+    for form in forms:
+        asked = chat(base, **form, max_tokens=30)
+        response = await http.post("/chat/completions", json=asked)
+        assert response.status_code == 200, form
