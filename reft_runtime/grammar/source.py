@@ -93,7 +93,8 @@ def _written(grammar: Grammar) -> str:
             return LLMatcher.grammar_from_regex(grammar.source)
         case "choice":
             texts = " | ".join(json.dumps(text) for text in json.loads(grammar.source))
-            return LLMatcher.grammar_from_lark(f"start: {texts}")
+            # One terminal: as many rules would be many places at once.
+            return LLMatcher.grammar_from_lark(f"start: TEXT\nTEXT: {texts}")
         case "lark":
             if grammar.source.lstrip().startswith("{"):  # would be read as the library's own JSON
                 raise ValueError("a grammar in Lark's notation does not begin with a brace")

@@ -11,11 +11,15 @@ from collections.abc import Collection
 from typing import Any, NamedTuple
 
 from reft_runtime.errors import Unavailable
-from reft_runtime.grammar.worker import CPU_SECONDS, MEMORY_BYTES
+from reft_runtime.grammar.worker import MEMORY_BYTES
 from reft_runtime.sampling import Grammar
 
 PATIENCE_SECONDS = 30.0
 """Longest wait for one answer, however busy the machine is."""
+
+
+FAILED = 1
+"""Exit status of a process that ended over an exception, as when memory ends."""
 
 
 class Refusal(NamedTuple):
@@ -42,12 +46,12 @@ class Trial:
     def of(self, grammar: Grammar) -> Refusal:
         """Try a grammar; a refusal without a fault says that it can be used.
 
-        Raises `Unavailable` if no process can be started.
+        Raises `Unavailable` if no process can be started, or it ended for another reason.
         """
         if self._process is None or self._process.poll() is not None:
             self._start()
         said = self._asked({"kind": grammar.kind, "source": grammar.source})
-        return Refusal(self._ended(), "") if said is None else Refusal(**said)
+        return self._ended() if said is None else Refusal(**said)
 
     def close(self) -> None:
         """End the process."""
@@ -87,10 +91,16 @@ class Trial:
             watch.cancel()
         return json.loads(line) if line else None
 
-    def _ended(self) -> str:
-        """Why the process ended over a grammar."""
+    def _ended(self) -> Refusal:
+        """What it says of a grammar that the process ended over it.
+
+        Raises `Unavailable` if it was ended by somebody, who may have been the wait's end.
+        """
         assert self._process is not None
         status = -self._process.wait()
-        if status in (signal.SIGXCPU, signal.SIGKILL):
-            return f"to compile it takes more than {CPU_SECONDS} seconds; make it smaller"
-        return f"to compile it takes more than {MEMORY_BYTES >> 20} MiB; make it smaller"
+        if status == signal.SIGXCPU:
+            return Refusal("to compile it takes more than a second; make it smaller", "")
+        if status in (signal.SIGABRT, signal.SIGBUS, signal.SIGSEGV, -FAILED):
+            size = f"{MEMORY_BYTES >> 20} MiB"
+            return Refusal(f"to compile it takes more than {size}; make it smaller", "")
+        raise Unavailable("The process that tries grammars was ended; send it again.")

@@ -24,8 +24,8 @@ from reft_runtime.grammar.place import place_of
 from reft_runtime.grammar.source import STACK_BYTES, fault_of, matcher_of, read_tokenizer
 from reft_runtime.sampling import Grammar
 
-CPU_SECONDS = 2
-"""Seconds of processor time, rounded up to the next whole one, that one grammar may take."""
+CPU_SECONDS = 1
+"""Seconds of processor time that one grammar may take; the system counts whole ones, rounded up."""
 
 MEMORY_BYTES = 2**30
 """Memory that it may take."""

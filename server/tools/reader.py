@@ -73,6 +73,7 @@ class ToolReader:
         """Whether there was content; `_spoken` is true after a call, too."""
         self._space = ""
         self._calls = 0
+        self._cut = False
 
     def push(self, text: str) -> list[Delta]:
         """Take the next text; return what the answer gained, often nothing."""
@@ -82,6 +83,9 @@ class ToolReader:
     def finish(self) -> list[Delta]:
         """Return what was held back, at the end of the text."""
         rest = self._buffer if self._state == "text" else ""
+        if self._exact and not self._said and self._form.tag.startswith(rest.strip()):
+            rest = ""  # a forced call that was cut before its name
+        self._cut = self._exact and self._state == "value"
         if self._state in ("opening", "value") and not self._exact:
             rest = "".join(self._raw) + self._buffer
         self._raw, self._buffer, self._state = [], "", "text"
@@ -92,8 +96,12 @@ class ToolReader:
         return list(_joined(iter(deltas)))
 
     def finish_reason(self, reason: str | None) -> str | None:
-        """OpenAI's reason why the choice ended, from the engine's."""
-        return "tool_calls" if reason == "stop" and self._calls and not self._named else reason
+        """OpenAI's reason why the choice ended, from the engine's; asked for after `finish`.
+
+        A call that a stop string cut is none that could be made.
+        """
+        whole = self._calls and not self._cut
+        return "tool_calls" if reason == "stop" and whole and not self._named else reason
 
     def _read(self) -> Iterator[Delta]:
         """Read the buffer as far as it can be understood."""

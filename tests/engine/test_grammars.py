@@ -123,8 +123,8 @@ def mixed() -> list[Request]:
         request("free", prompt(40), edits[2], max_tokens=30),
         constrained(PERSON, "both", 9, edits[3], edits[1], temperature=0.8, top_p=0.9, top_k=40),
         constrained(CODE, "penalised", 20, temperature=1.3, frequency_penalty=1.0, min_tokens=5),
-        request("base", prompt(12), seed=4, max_tokens=40, temperature=1.0),
-        constrained(Grammar("json_object"), "object", 50, temperature=1.0, max_tokens=60),
+        request("base", prompt(12), seed=4, max_tokens=12, temperature=1.0),
+        constrained(Grammar("json_object"), "object", 50, temperature=1.0, max_tokens=20),
     ]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import json
 import random
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,7 +13,7 @@ import jsonschema
 import pytest
 import regex
 
-from reft_runtime.errors import InvalidRequest
+from reft_runtime.errors import InvalidRequest, Unavailable
 from reft_runtime.grammar import GrammarCompiler, GrammarState
 from reft_runtime.grammar.compiler import KEPT
 from reft_runtime.grammar.source import MAX_BYTES
@@ -221,7 +222,7 @@ def test_too_large() -> None:
 @pytest.mark.parametrize(
     ("grammar", "said"),
     [
-        (Grammar("json_schema", '{"type": "integer", "multipleOf": 999983}'), "2 seconds"),
+        (Grammar("json_schema", '{"type": "integer", "multipleOf": 999983}'), "more than a second"),
         (Grammar("json_schema", "[]"), "it cannot be read"),
         (Grammar("json_schema", "{"), "it cannot be read"),
         (Grammar("lark", '{"grammars": [{"json_schema": {}}]}'), "a brace"),
@@ -233,6 +234,28 @@ def test_what_would_harm_is_refused(grammar: Grammar, said: str) -> None:
         COMPILER.start(grammar)
     assert said in caught.value.message
     assert walked(Grammar("regex", "[ab]"), 0)  # compiled as ever
+
+
+def test_many_choices() -> None:
+    texts = [f"text {i}" for i in range(3000)]
+    found = walked(Grammar("choice", json.dumps(texts)), 0)
+    assert found is not None
+    assert found.decode() in texts
+
+
+def test_a_process_that_somebody_ends_refuses_nothing() -> None:
+    compiler = compiler_of(TOKENIZER)
+    compiler.start(Grammar("regex", "a"))
+    slow = Grammar("json_schema", '{"type": "integer", "multipleOf": 999983}')
+    waiting = compiler.compiling(slow)
+    assert compiler._trial is not None
+    assert compiler._trial._process is not None
+    time.sleep(0.1)
+    compiler._trial._process.kill()
+    with pytest.raises(Unavailable, match="was ended; send it again"):
+        waiting.result()
+    assert compiler.compiling(slow) is not waiting  # it is tried again
+    compiler.close()
 
 
 def test_chains_that_need_a_deep_stack() -> None:

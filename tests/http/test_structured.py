@@ -147,7 +147,7 @@ async def test_nobody_waits_for_a_compiler_but_who_needs_it(
     assert not any(task.done() for task in slow)
     answers = await asyncio.gather(*slow)
     assert {answer.status_code for answer in answers} == {400}
-    assert "2 seconds" in answers[0].json()["error"]["message"]
+    assert "more than a second" in answers[0].json()["error"]["message"]
     began = time.monotonic()
     again = await http.post("/chat/completions", json=chat(base, guided_json=SLOW))
     assert again.status_code == 400

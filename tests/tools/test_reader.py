@@ -240,6 +240,20 @@ def test_a_forced_call_that_has_no_name_yet_is_left_out() -> None:
         assert len(calls) == 1
 
 
+@pytest.mark.parametrize("cut", range(1, 12))
+def test_a_forced_call_that_is_cut_before_its_name_leaves_no_tag(cut: int) -> None:
+    content, calls = whole(ToolReader(HERMES, NAMES, exact=True), tagged(ADDED)[:cut])
+    assert not content
+    assert not calls
+
+
+def test_a_forced_call_that_a_stop_string_cuts_is_no_call_to_make() -> None:
+    reader = ToolReader(HERMES, NAMES, exact=True)
+    _, [call] = whole(reader, tagged(ADDED)[: tagged(ADDED).index("arguments") + 13])
+    assert not call["function"]["arguments"].endswith("}")
+    assert reader.finish_reason("stop") == "stop"
+
+
 def test_reasons() -> None:
     for text, named, reason in (
         (tagged(ADDED), False, "tool_calls"),
