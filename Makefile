@@ -22,11 +22,11 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PIP_NO_INPUT := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help serve bench bench-peers test test-long lint types format vendor clean
+.PHONY: help serve bench bench-peers test test-long test-clients lint types format vendor clean
 .DELETE_ON_ERROR:
 
 help: ## List the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 	@echo
 	@echo "Variables of serve: HOST=$(HOST) PORT=$(PORT) MODEL=$(MODEL) DTYPE=$(DTYPE) INTERVENTIONS=$(INTERVENTIONS);"
 	@echo "ARGS holds further options of 'reft serve'. PYTHON=$(PYTHON) makes the environment in VENV=$(VENV)."
@@ -48,6 +48,9 @@ test: lint types ## Check everything: lint, types, import directions, all tests
 test-long: $(VENV)/.installed-test ## Run the documents' trainings as they are written, and look at what they reach
 	$(BIN)/python -m pytest -m long $(ARGS)
 
+test-clients: $(VENV)/.installed $(VENV)-clients/.installed ## Run openai, LangChain and other clients against a server of the demo model
+	REFT_SERVER_PYTHON=$(abspath $(BIN)/python) $(VENV)-clients/bin/python -m pytest -m clients tests/clients $(ARGS)
+
 lint: $(VENV)/.installed-test ## Check style and import directions
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -64,7 +67,7 @@ vendor: ## Fetch the page's libraries anew with npm, at the versions that tools/
 	$(PYTHON) -m tools.vendor
 
 clean: ## Remove the environments and every cache in the working tree (not the demo model)
-	rm -rf $(VENV) $(VENV)-vllm $(VENV)-peers build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-vllm $(VENV)-peers $(VENV)-clients build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 CONSTRAINT = --constraint constraints.txt
@@ -110,3 +113,11 @@ $(VENV)-peers/.installed: constraints.txt
 	@echo "Installing PEFT and pyreft into $(VENV)-peers" >&2
 	$(call install,torch transformers accelerate peft $(PYREFT_NEEDS))
 	$(call install,--no-deps pyreft pyvene)
+
+# What other projects' clients need has one, too: a server is tested from outside, without torch.
+$(VENV)-clients/.installed: BIN = $(VENV)-clients/bin
+$(VENV)-clients/.installed: CONSTRAINT = --no-deps
+$(VENV)-clients/.installed: tests/clients/requirements.txt
+	@$(PYTHON) -m venv --clear $(VENV)-clients
+	@echo "Installing the clients into $(VENV)-clients (1.2 GB)" >&2
+	$(call install,--requirement tests/clients/requirements.txt)
