@@ -27,6 +27,7 @@ DOCUMENTS = [
     "README.md",
     "docs/api.md",
     "docs/cli.md",
+    "docs/clients.md",
     "docs/from-lora.md",
     "docs/interventions.md",
     "docs/operations.md",

@@ -52,7 +52,7 @@ def weather_tool() -> Any:
 
 
 async def test_text(agent: Agents) -> None:
-    one = agent(instructions="Be brief.")
+    one = agent("pirate", instructions="Be brief.")  # it is, where the base is cut by its limit
     result = await agents.Runner.run(one, HELLO)
     assert result.final_output
     assert result.context_wrapper.usage.output_tokens > 0
@@ -113,6 +113,7 @@ async def test_a_turn_with_a_tool(agent: Agents) -> None:
         settings={"tool_choice": "required"}, tools=tools, tool_use_behavior="stop_on_first_tool"
     )
     called = await agents.Runner.run(one, WEATHER)
+    assert str(called.final_output).startswith("14 degrees in")
     other = agent(settings={"tool_choice": "none"}, tools=tools)
     answer = await agents.Runner.run(other, called.to_input_list())
     assert answer.final_output
