@@ -19,7 +19,7 @@ from tests.clients.asked import CONTEXT
 
 ROOT = Path(__file__).parents[2]
 
-TOOL_TEMPLATE: tuple[str, ...] = ()
+TOOL_TEMPLATE = ("--tool-template", "hermes")
 """Options that give the demo model, whose chat template knows no tools, a template that does."""
 
 
