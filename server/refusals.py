@@ -9,6 +9,7 @@ _NOT_KEPT = (
     "nothing is kept here: send the whole conversation in input; the output of an earlier answer "
     "goes there as it is"
 )
+_TEXT_FORMAT = "/v1/responses takes JSON of a schema as text.format; other forms are for chats"
 _ANSWERS = "use /v1/chat/completions, which every OpenAI client can be told to use"
 
 INSTEAD_OF_FIELDS = {
@@ -32,6 +33,9 @@ INSTEAD_OF_FIELDS = {
     "truncation": "shorten the input yourself; /tokenize counts its tokens",
     "include": "the server has nothing of that kind; leave it out",
     "input.type": "items are not kept, and tools are run by you: send the items themselves",
+    "response_format": _TEXT_FORMAT,
+    "structured_outputs": _TEXT_FORMAT,
+    "guided_json": _TEXT_FORMAT,
     "max_tokens": "/v1/responses calls it max_output_tokens",
     "messages": "send them to /v1/chat/completions, or to /v1/responses as input",
     "reasoning.summary": "there is no reasoning to sum up; leave it out, or say auto",

@@ -79,6 +79,8 @@ def matcher_of(tokenizer: LLTokenizer, grammar: Grammar) -> LLMatcher:
 def fault_of(matcher: LLMatcher) -> str:
     """What is wrong with a grammar, in one line; empty if nothing is."""
     said = matcher.get_error().replace("<non-verbose/>", "").splitlines()
+    if said == ["NoExtensionBias"]:
+        return "no token can begin an answer of this form"
     words = " ".join(line for line in said if not _SHOWN.match(line)).split()
     return " ".join(words)[:MOST_SAID]
 
