@@ -120,7 +120,8 @@ async def test_a_turn_with_a_tool(agent: Agents) -> None:
 
 
 async def test_a_hand_off(agent: Agents) -> None:
-    one = agent(settings={"tool_choice": "required"}, handoffs=[agent("formal")])
+    settings = {"tool_choice": "required", "parallel_tool_calls": False}  # one hand-off
+    one = agent(settings=settings, handoffs=[agent("formal")])
     result = await agents.Runner.run(one, HELLO)
     assert result.last_agent is not one
     assert result.final_output
