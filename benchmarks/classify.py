@@ -16,7 +16,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -73,11 +73,15 @@ def main(
         "interventions"
     ),
     rounds: Annotated[int, typer.Option(min=1)] = 7,
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="CPU threads; 1 where others use the machine, too.")
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="Keep the raw figures here.")] = None,
 ) -> None:
     """Print accuracy and rows a second of both ways."""
     written: list[Sequence[object]] = []
-    with Engine(model, interventions=interventions, prefix_cache=False) as engine:
+    settings: dict[str, Any] = {"interventions": interventions, "threads": threads}
+    with Engine(model, prefix_cache=False, **settings) as engine:
         for task in TASKS:
             _, test = RECIPES[task].files(task, data)
             rows = read_rows(str(test))
@@ -93,6 +97,7 @@ def main(
                     "model": use or "base",
                     "rows": len(rows.rows),
                     "rounds": rounds,
+                    "threads": engine.info.threads,
                 }
                 measured = measure(cases, rounds, setting, out)
                 for what in cases:
