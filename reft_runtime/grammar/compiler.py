@@ -47,7 +47,7 @@ class GrammarCompiler:
 
         Raises `InvalidRequest` if it is too long, and `Overloaded` if too many wait already.
         """
-        size, most = len(grammar.source.encode()), MAX_BYTES[grammar.kind]
+        size, most = len(grammar.source.encode(errors="surrogatepass")), MAX_BYTES[grammar.kind]
         if size > most:
             raise InvalidRequest(
                 f"{grammar.param}: {size} bytes, and at most {most} are compiled; make it smaller.",

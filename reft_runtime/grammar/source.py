@@ -40,14 +40,14 @@ LIMITS = LLParserLimits(
 `max_lexer_states` bounds what a grammar in use takes to some 40 MB.
 """
 
-_JSON: JsonCompileOptions = {
+ONE_LINE: JsonCompileOptions = {
     "whitespace_flexible": False,
     "item_separator": ", ",
     "key_separator": ": ",
     "coerce_one_of": False,
     "lenient": False,
 }
-"""JSON on one line, as Python writes it: known separators need no sampling."""
+"""JSON on one line, as Python writes it: known separators need no sampling. Nothing is ignored."""
 
 _SHOWN = re.compile(r"\s*(\d+ \||\^\s*$)")
 """A line of an error that shows the source, or points into it."""
@@ -85,12 +85,27 @@ def fault_of(matcher: LLMatcher) -> str:
     return " ".join(words)[:MOST_SAID]
 
 
+def schema_of(grammar: Grammar) -> dict[str, Any]:
+    """The JSON Schema of a grammar that is one, or of any JSON object.
+
+    Raises `ValueError` if its source is no JSON, or no schema.
+    """
+    if grammar.kind == "json_object":
+        return {"type": "object"}
+    schema = json.loads(grammar.source)
+    if isinstance(schema, bool):
+        return {} if schema else {"enum": []}
+    if not isinstance(schema, dict):
+        raise ValueError("a schema is a JSON object, true or false")
+    return schema
+
+
 def _written(grammar: Grammar) -> str:
     match grammar.kind:
-        case "json_schema":
-            return _of_schema(json.loads(grammar.source))
-        case "json_object":
-            return _of_schema({"type": "object"})
+        case "json_schema" | "json_object":
+            # The library's own key would change separators, and what is refused.
+            schema = {k: v for k, v in schema_of(grammar).items() if k != "x-guidance"}
+            return LLMatcher.grammar_from_json_schema(json.dumps(schema), overrides=ONE_LINE)
         case "regex":
             return LLMatcher.grammar_from_regex(grammar.source)
         case "choice":
@@ -102,13 +117,3 @@ def _written(grammar: Grammar) -> str:
                 raise ValueError("a grammar in Lark's notation does not begin with a brace")
             return LLMatcher.grammar_from_lark(grammar.source)
     assert_never(grammar.kind)
-
-
-def _of_schema(schema: Any) -> str:
-    if isinstance(schema, bool):
-        schema = {} if schema else {"enum": []}
-    if not isinstance(schema, dict):
-        raise ValueError("a schema is a JSON object, true or false")
-    # The library's own key would change separators, and what is refused.
-    asked = {name: value for name, value in schema.items() if name != "x-guidance"}
-    return LLMatcher.grammar_from_json_schema(json.dumps(asked), overrides=_JSON)

@@ -17,7 +17,6 @@ from reft_runtime.sampling import Grammar
 PATIENCE_SECONDS = 30.0
 """Longest wait for one answer, however busy the machine is."""
 
-
 FAILED = 1
 """Exit status of a process that ended over an exception, as when memory ends."""
 

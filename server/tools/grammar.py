@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from reft_runtime.grammar.source import ONE_LINE
 from server.tools.formats import Format
 
 Function = tuple[str, dict[str, Any], bool]
@@ -26,7 +27,7 @@ def tool_grammar(
     *,
     many: bool,
     free: bool = False,
-    answer: Any = None,
+    answer: dict[str, Any] | None = None,
 ) -> str:
     """A grammar whose every answer has calls of `functions` only: one, or with `many` any number.
 
@@ -92,16 +93,9 @@ def _arguments(parameters: dict[str, Any]) -> dict[str, Any]:
     return schema if _MORE_KEYS & schema.keys() else {"additionalProperties": False} | schema
 
 
-def _json(schema: Any, *, strict: bool) -> str:
-    """JSON by a schema, on one line, as `json.dumps` writes it."""
-    if isinstance(schema, bool):
-        schema = {} if schema else {"enum": []}
-    options = {
-        "whitespace_flexible": False,
-        "item_separator": ", ",
-        "key_separator": ": ",
-        "lenient": not strict,
-    }
+def _json(schema: dict[str, Any], *, strict: bool) -> str:
+    """JSON by a schema, written as any answer that has to be JSON."""
+    options = {**ONE_LINE, "lenient": not strict}
     return f"%json {json.dumps(schema | {'x-guidance': options})}"
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from importlib import resources
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from reft_runtime.errors import ConfigError, InvalidRequest
+from reft_runtime.grammar.source import schema_of
 from reft_runtime.sampling import Grammar, SamplingParams
 from server.schemas.tools import NamedTool, Tool, ToolFields
 from server.settings import BUILT_IN_TEMPLATE, Settings
@@ -144,24 +144,17 @@ def _template(tokenizer: Tokenizer, given: str | None) -> str | None:
     return text
 
 
-def _json_schema(answer: Grammar) -> Any:
+def _json_schema(answer: Grammar) -> dict[str, Any]:
     """The JSON Schema of an answer's form. Raises `InvalidRequest` if its form is another."""
-    if answer.kind == "json_object":
-        return {"type": "object"}
-    if answer.kind == "json_schema":
-        try:
-            schema = json.loads(answer.source)
-        except (ValueError, RecursionError) as error:
-            raise InvalidRequest(
-                f"{answer.param}: it cannot be read: {error}.", param=answer.param
-            ) from None
-        if isinstance(schema, dict | bool):
-            return schema
+    if answer.kind not in ("json_schema", "json_object"):
         raise InvalidRequest(
-            f"{answer.param}: a schema is a JSON object, true or false.", param=answer.param
+            f"{answer.param}: beside tools an answer's form is JSON by a schema; leave one of the "
+            'two out, or say tool_choice: "none".',
+            param=answer.param,
         )
-    raise InvalidRequest(
-        f"{answer.param}: beside tools an answer's form is JSON by a schema; leave one of the two "
-        'out, or say tool_choice: "none".',
-        param=answer.param,
-    )
+    try:
+        return schema_of(answer)
+    except (ValueError, RecursionError) as error:
+        raise InvalidRequest(
+            f"{answer.param}: it cannot be read: {error}.", param=answer.param
+        ) from None
