@@ -149,6 +149,20 @@ class ChatLayout(RequestBody):
         return ChatOptions(self.add_generation_prompt, self.continue_final_message, switches)
 
 
+def check_either(body: ChatLayout, other: str, *more: str) -> None:
+    """Raise `InvalidRequest` unless `body` has either its field `other` or its `messages`.
+
+    The fields of a layout, and `more`, need messages.
+    """
+    chats = getattr(body, "messages", None) is not None
+    if chats == (getattr(body, other) is not None):
+        raise InvalidRequest(f"Give either {other} or messages.", param=other)
+    given = body.model_fields_set & {*ChatLayout.model_fields, *more}
+    if given and not chats:
+        name = min(given)
+        raise InvalidRequest(f"{name} needs messages.", param=name)
+
+
 class ChatRequest(SamplingBody, ChatLayout, ToolFields):
     """A conversation to answer."""
 

@@ -6,9 +6,8 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field, model_validator
 
-from reft_runtime.errors import InvalidRequest
 from reft_runtime.interventions.format.labels import MOST_LABELS
-from server.schemas.chat import ChatLayout, Messages
+from server.schemas.chat import ChatLayout, Messages, check_either
 from server.schemas.common import ModelBody
 from server.schemas.completions import Prompt, prompts_of
 
@@ -37,12 +36,7 @@ class ClassifyRequest(ModelBody, ChatLayout):
 
     @model_validator(mode="after")
     def _check_together(self) -> ClassifyRequest:
-        if (self.input is None) == (self.messages is None):
-            raise InvalidRequest("Give either input or messages.", param="input")
-        given = self.model_fields_set & ChatLayout.model_fields.keys()
-        if self.messages is None and given:
-            name = min(given)
-            raise InvalidRequest(f"{name} needs messages.", param=name)
+        check_either(self, "input")
         return self
 
     def asked(self) -> list[Asked]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, field_validator
 from pydantic_core import PydanticCustomError
@@ -14,6 +14,10 @@ from server.schemas.common import MAX_TOKENS, Sampled, one_or_many
 
 LOGPROBS = "message.output_text.logprobs"
 """What `include` says for log-probabilities; `top_logprobs` asks for them, too."""
+
+
+Kind = Literal["message", "function_call", "function_call_output", "reasoning"]
+"""What an item of the input may be."""
 
 
 class Part(RequestBody):
@@ -82,13 +86,12 @@ class UnknownItem(BaseModel):
 
     model_config = ConfigDict(extra="ignore", strict=True, frozen=True)
 
-    type: Literal["message", "function_call", "function_call_output", "reasoning"]
+    type: Kind
 
 
 def _kind(value: Any) -> str:
     kind = value.get("type") or "message" if isinstance(value, dict) else "message"
-    known = ("message", "function_call", "function_call_output", "reasoning")
-    return f"a {kind}" if kind in known else "any other"
+    return f"a {kind}" if kind in get_args(Kind) else "any other"
 
 
 InputItem = Annotated[

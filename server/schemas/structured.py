@@ -99,23 +99,17 @@ class StructuredOutputs(RequestBody):
 
     @model_validator(mode="after")
     def _check_one(self) -> StructuredOutputs:
-        if len(list(self.grammars("structured_outputs."))) != 1:
+        if len(list(self.grammars())) != 1:
             raise InvalidRequest(
                 "structured_outputs: give one of json, regex, choice, grammar and json_object.",
                 param="structured_outputs",
             )
         return self
 
-    def grammars(self, before: str) -> Iterator[Grammar]:
-        """What is given, `before` the names of its fields."""
-        if self.json_ is not None:
-            yield _of_schema(self.json_, f"{before}json")
-        if self.regex is not None:
-            yield Grammar("regex", self.regex, f"{before}regex")
-        if self.choice is not None:
-            yield Grammar("choice", json.dumps(self.choice), f"{before}choice")
-        if self.grammar is not None:
-            yield Grammar("lark", self.grammar, f"{before}grammar")
+    def grammars(self) -> Iterator[Grammar]:
+        """What is given."""
+        before = "structured_outputs."
+        yield from _given(before, self.json_, self.regex, self.choice, self.grammar)
         if self.json_object:
             yield Grammar("json_object", param=f"{before}json_object")
 
@@ -159,14 +153,32 @@ class FormFields(RequestBody):
             case JsonSchemaFormat(json_schema=named):
                 yield _of_schema(named.schema_, "response_format.json_schema.schema")
         if self.structured_outputs is not None:
-            yield from self.structured_outputs.grammars("structured_outputs.")
-        older = StructuredOutputs.model_construct(
-            json_=self.guided_json,
-            regex=self.guided_regex,
-            choice=self.guided_choice,
-            grammar=self.guided_grammar,
+            yield from self.structured_outputs.grammars()
+        yield from _given(
+            "guided_",
+            self.guided_json,
+            self.guided_regex,
+            self.guided_choice,
+            self.guided_grammar,
         )
-        yield from older.grammars("guided_")
+
+
+def _given(
+    before: str,
+    schema: dict[str, Any] | str | None,
+    regex: str | None,
+    choice: list[str] | None,
+    lark: str | None,
+) -> Iterator[Grammar]:
+    """The grammars of vLLM's fields that are given; `before` begins the names of the fields."""
+    if schema is not None:
+        yield _of_schema(schema, f"{before}json")
+    if regex is not None:
+        yield Grammar("regex", regex, f"{before}regex")
+    if choice is not None:
+        yield Grammar("choice", json.dumps(choice), f"{before}choice")
+    if lark is not None:
+        yield Grammar("lark", lark, f"{before}grammar")
 
 
 def _of_schema(schema: dict[str, Any] | str, param: str) -> Grammar:

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from pydantic import Field, field_validator, model_validator
 
-from reft_runtime.errors import InvalidRequest
 from server.schemas.base import RequestBody
-from server.schemas.chat import ChatLayout, Messages
+from server.schemas.chat import ChatLayout, Messages, check_either
 from server.schemas.common import ModelName, TokenId
 from server.schemas.tools import Tool, ToolList, checked
 
@@ -30,12 +29,7 @@ class TokenizeRequest(ChatLayout):
 
     @model_validator(mode="after")
     def _check_together(self) -> TokenizeRequest:
-        if (self.prompt is None) == (self.messages is None):
-            raise InvalidRequest("Give either prompt or messages.", param="prompt")
-        given = self.model_fields_set & {*ChatLayout.model_fields, "tools"}
-        if self.messages is None and given:
-            name = min(given)
-            raise InvalidRequest(f"{name} needs messages.", param=name)
+        check_either(self, "prompt", "tools")
         return self
 
 
