@@ -33,12 +33,11 @@ class Settings(NamedTuple):
 
     `source` is the index of the row's logits, `place` of its edited scores, `lane` of its counts.
     Tokens without a bit in its row of masks, `mask`, are dropped. Items [first_item, stop_item) are
-    added to its scores. The newest token, which is still to be
-    counted, is `newest`, or stands at index `newest_at` of the previous step's tokens. `point` in
-    [0, 1) draws the token; `inverse` is 1 / temperature, or 0 for a greedy row. After temperature,
-    scores more than `reach` below the best are dropped (min_p), then at most `limit` scores are
-    kept (top_k), and of their weight `share` (top_p). `best` is the number of best tokens whose
-    log-probabilities are asked for.
+    added to its scores. The newest token, which is still to be counted, is `newest`, or stands at
+    index `newest_at` of the previous step's tokens. `point` in [0, 1) draws the token; `inverse` is
+    1 / temperature, or 0 for a greedy row. After temperature, scores more than `reach` below the
+    best are dropped (min_p), then at most `limit` scores are kept (top_k), and of their weight
+    `share` (top_p). `best` is the number of best tokens whose log-probabilities are asked for.
     """
 
     source: float

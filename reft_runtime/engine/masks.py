@@ -22,13 +22,14 @@ def allowed(
     None for an answer without a grammar. Before `min_tokens` the tokens that would end an answer
     are left out, as far as others are allowed.
     """
-    formed = [sequence for sequence in sequences if sequence.grammar is not None]
-    if not formed:
-        return [None] * len(sequences)
-    masks = torch.zeros(len(formed), -(-vocabulary // 32), dtype=torch.int32)
-    states = [sequence.grammar for sequence in formed if sequence.grammar is not None]
-    allow_each(states, masks.data_ptr(), masks[0].nbytes, torch.get_num_threads())
-    for sequence, mask in zip(formed, masks, strict=True):
+    found: list[Tensor | None] = [None] * len(sequences)
+    states = {i: s.grammar for i, s in enumerate(sequences) if s.grammar is not None}
+    if not states:
+        return found
+    masks = torch.zeros(len(states), -(-vocabulary // 32), dtype=torch.int32)
+    allow_each([*states.values()], masks.data_ptr(), masks[0].nbytes, torch.get_num_threads())
+    for i, mask in zip(states, masks, strict=True):
+        sequence, found[i] = sequences[i], mask
         params = sequence.request.sampling
         if sequence.generated_length < params.min_tokens:
             rest = mask.numpy().view(np.uint32).copy()
@@ -36,5 +37,4 @@ def allowed(
                 rest[token // 32] &= ~np.uint32(1 << token % 32)
             if rest.any():
                 mask.copy_(torch.from_numpy(rest.view(np.int32)))
-    found = iter(masks)
-    return [None if sequence.grammar is None else next(found) for sequence in sequences]
+    return found
