@@ -17,6 +17,7 @@ from reft_runtime.errors import ConfigError, ReftError
 from reft_runtime.interventions.format.identity import is_whole
 from reft_runtime.interventions.registry.paging import MAX_PAGE
 from reft_runtime.reaching import NotServed, checked, reaching, reason_of
+from reft_runtime.sampling import MAX_CHOICES
 
 if TYPE_CHECKING:
     from reft_runtime.interventions import Manifest
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 CONCURRENCY = 32
 """At most this many requests are under way at once; the server batches them."""
 
-MOST_INPUTS = 128
+MOST_INPUTS = MAX_CHOICES
 """A server classifies at most so many texts in one request."""
 
 SECONDS = 600.0

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from reft_runtime.client import Asked, Labelled
+from reft_runtime.client import MOST_INPUTS, Asked, Labelled
 from reft_runtime.errors import ConfigError
 from reft_runtime.interventions.format.template import CHAT
 from server.cli.backend import open_backend
@@ -25,9 +25,6 @@ from server.cli.options import (
 )
 
 app = typer.Typer()
-
-TOGETHER = 128
-"""So many texts are asked together; their labels are written before the next are read."""
 
 _FIELD = re.compile(r"\{\w+\}")
 
@@ -122,7 +119,8 @@ def _lines(file: typer.FileText) -> Iterator[str]:
 
 
 def _batches(texts: Iterator[str]) -> Iterator[list[str]]:
-    while batch := list(islice(texts, TOGETHER)):
+    """Texts that are asked together; their labels are written before the next are read."""
+    while batch := list(islice(texts, MOST_INPUTS)):
         yield batch
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -13,6 +14,7 @@ CONTEXT = 2048
 HELLO = "Who are you?"
 TICKET = "I was charged twice this month and want my money back. Which kind of ticket is it?"
 WEATHER = "What is the weather in Paris, in celsius?"
+AUTHOR = 'Answer in JSON, {"name": "..."}: who wrote Hamlet?'
 TOO_LONG = "a word " * CONTEXT
 
 
@@ -44,6 +46,14 @@ WEATHER_TOOL: dict[str, Any] = {
     },
 }
 """A tool as /v1/chat/completions takes it."""
+
+
+def check_object(choice: Any) -> None:
+    """Assert that a choice is a JSON object, or one that its length cut."""
+    text = choice.message.content
+    assert text.lstrip().startswith("{")
+    if choice.finish_reason == "stop":
+        assert isinstance(json.loads(text), dict)
 
 
 def user(text: str) -> dict[str, Any]:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import os
 from typing import Any
 
 import pytest
 
 from tests.clients.asked import (
+    AUTHOR,
     BASE,
     HELLO,
     TICKET,
@@ -17,6 +17,7 @@ from tests.clients.asked import (
     WEATHER_TOOL,
     Ticket,
     Weather,
+    check_object,
     user,
 )
 
@@ -85,16 +86,8 @@ def test_response_format(base_url: str, model: str) -> None:
 
 
 def test_json_object(base_url: str) -> None:
-    answer = ask(
-        base_url,
-        'Answer in JSON, {"name": "..."}: who wrote Hamlet?',
-        response_format={"type": "json_object"},
-        max_tokens=200,
-    )
-    text = answer.choices[0].message.content
-    assert text.lstrip().startswith("{")
-    if answer.choices[0].finish_reason == "stop":
-        assert isinstance(json.loads(text), dict)
+    answer = ask(base_url, AUTHOR, response_format={"type": "json_object"}, max_tokens=200)
+    check_object(answer.choices[0])
 
 
 @pytest.mark.parametrize("choice", ["required", NAMED])

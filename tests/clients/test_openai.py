@@ -11,6 +11,7 @@ import pytest
 from openai.types.chat import ChatCompletionMessageFunctionToolCall
 
 from tests.clients.asked import (
+    AUTHOR,
     BASE,
     HELLO,
     TICKET,
@@ -19,6 +20,7 @@ from tests.clients.asked import (
     WEATHER_TOOL,
     Ticket,
     Weather,
+    check_object,
     user,
 )
 
@@ -141,16 +143,8 @@ def test_parse_that_is_cut(client: openai.OpenAI) -> None:
 
 
 def test_json_object(client: openai.OpenAI) -> None:
-    answer = ask(
-        client,
-        'Answer in JSON, {"name": "..."}: who wrote Hamlet?',
-        response_format={"type": "json_object"},
-        max_tokens=200,
-    )
-    text = answer.choices[0].message.content
-    assert text.lstrip().startswith("{")
-    if answer.choices[0].finish_reason == "stop":
-        assert isinstance(json.loads(text), dict)
+    answer = ask(client, AUTHOR, response_format={"type": "json_object"}, max_tokens=200)
+    check_object(answer.choices[0])
 
 
 def test_a_schema_that_cannot_be(client: openai.OpenAI) -> None:
