@@ -286,3 +286,8 @@ def test_those_used_last_are_kept() -> None:
     compiler.close()
     assert len(compiler._kept) == KEPT
     assert Grammar("regex", "same", "another field") in compiler._kept
+
+
+def test_a_lone_surrogate_is_refused() -> None:
+    with pytest.raises(InvalidRequest, match="grammar: it cannot be read"):
+        COMPILER.start(Grammar("regex", "a\ud800"))
