@@ -7,19 +7,23 @@ import hmac
 
 from fastapi import Request
 
-from server.context import Current
+from reft_runtime.caller import Caller
+from server.context import Context
 from server.errors import ApiError
 from server.settings import Settings
+from server.tenants.tenant import OWNER
 
 
-async def require_key(request: Request, context: Current) -> None:
-    """Answer 401 unless the request carries the configured key, if one is configured.
+async def require_key(request: Request) -> None:
+    """Note whose key the request carries; answer 401 unless it is known, if one is configured.
 
     Keys are compared as SHA-256 digests in constant time, so the time taken tells neither the
     key's length nor how much of it was right.
     """
+    context: Context = request.app.state.context
     key = context.settings.api_key
     if key is None:
+        request.state.tenant = OWNER
         return
     scheme, _, given = request.headers.get("authorization", "").partition(" ")
     # Starlette decodes headers as latin-1; the key's bytes are what the client sent.
@@ -33,6 +37,13 @@ async def require_key(request: Request, context: Current) -> None:
             code="invalid_api_key",
             headers={"www-authenticate": "Bearer"},
         )
+    request.state.tenant = OWNER
+
+
+def caller_of(context: Context) -> Caller:
+    """The context's tenant, as the engine knows it."""
+    tenant = context.tenant
+    return Caller(tenant.name, tenant.weight, cache_salt(context.settings), tenant.sees)
 
 
 def cache_salt(settings: Settings) -> bytes:

@@ -1,8 +1,9 @@
-"""What every route needs: the engine, the settings, the metrics, the server's health."""
+"""What every route needs: the engine, the settings, the metrics, the health, and who asks."""
 
 from __future__ import annotations
 
 import asyncio
+import copy
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -17,6 +18,7 @@ from server.health import Health
 from server.metrics import Metrics
 from server.recent import Rates
 from server.settings import Settings
+from server.tenants.tenant import NOBODY, Tenant
 from server.threads import started_pool
 from server.tools import Tools
 
@@ -59,12 +61,13 @@ class BodyBudget:
 
 @dataclass(frozen=True, slots=True)
 class Context:
-    """One server's parts; `started` is Unix time in seconds."""
+    """One server's parts, and the tenant that uses them; `started` is Unix time in seconds."""
 
     engine: Engine
     settings: Settings
     metrics: Metrics
     health: Health
+    tenant: Tenant = NOBODY
     started: int = field(default_factory=lambda: int(time.time()))
     bodies: BodyBudget = field(init=False)
     tools: Tools = field(init=False)
@@ -79,6 +82,12 @@ class Context:
         object.__setattr__(self, "bodies", BodyBudget(limit))
         object.__setattr__(self, "tools", Tools(self.engine.tokenizer, self.settings))
 
+    def of(self, tenant: Tenant) -> Context:
+        """The same parts, as `tenant` uses them."""
+        own = copy.copy(self)
+        object.__setattr__(own, "tenant", tenant)
+        return own
+
     async def administer(self, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
         """Run `function`, which may take long, in a thread that no completion waits for."""
         work = partial(function, *args, **kwargs)
@@ -91,8 +100,8 @@ class Context:
 
 async def _context(request: Request) -> Context:  # async: FastAPI runs other functions in a thread
     context: Context = request.app.state.context
-    return context
+    return context.of(getattr(request.state, "tenant", NOBODY))
 
 
 Current = Annotated[Context, Depends(_context)]
-"""A route's parameter of this type gets the context of the app it belongs to."""
+"""A route's parameter of this type gets the app's context, with the tenant whose key was shown."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Collection, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, BinaryIO, Protocol
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ class Registry(Protocol):
     def resolve(self, ref: str) -> Version:
         """The version that `NAME` or `NAME@DIGEST` stands for now; raises `NotFound`."""
 
-    def meant(self, ref: str) -> str:
+    def meant(self, ref: str, sees: Callable[[str], bool] = ...) -> str:
         """Question after the error for an unknown name: which name was meant; may be empty."""
 
     def count(self, name: str, prompt_tokens: int, generation_tokens: int) -> None:

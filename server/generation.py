@@ -16,7 +16,7 @@ from reft_runtime.front.prepared import Prepared, release_all
 from reft_runtime.front.prompt_form import PromptForm
 from reft_runtime.outputs import Choice, ChoiceDelta, TokenLogprob, Trace
 from reft_runtime.sampling import SamplingParams
-from server.auth import cache_salt
+from server.auth import caller_of
 from server.context import Context
 from server.schemas.classify import ClassifyRequest
 from server.schemas.common import ModelBody, SamplingBody
@@ -92,7 +92,8 @@ async def prepare(
             uses,
             options=options(),
             request_id=name,
-            salt=cache_salt(context.settings),
+            caller=caller_of(context),
+            priority=body.priority,
             trace=body.trace,
         )
 
@@ -120,7 +121,8 @@ async def prepare_labels(context: Context, body: ClassifyRequest) -> Job:
                 uses,
                 options=options,
                 request_id=name,
-                salt=cache_salt(context.settings),
+                caller=caller_of(context),
+                priority=body.priority,
             )
         except InvalidRequest as error:
             if error.param == "prompt":

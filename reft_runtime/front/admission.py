@@ -13,6 +13,7 @@ from concurrent.futures import Future
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any, Protocol, TypeGuard, cast
 
+from reft_runtime.caller import ANYONE, Caller
 from reft_runtime.errors import InvalidRequest, NotFound
 from reft_runtime.front.bounds import bounded, check_labels, check_length
 from reft_runtime.front.labels import LabelTokens, labels_of
@@ -50,7 +51,7 @@ class Versions(Protocol):
     def release(self, version: Version) -> None:
         """Let go of a version that is held."""
 
-    def meant(self, ref: str) -> str:
+    def meant(self, ref: str, sees: Callable[[str], bool]) -> str:
         """A question to append to the error for an unknown name; may be empty."""
 
 
@@ -90,9 +91,10 @@ class Admission:
         *,
         options: ChatOptions | None = None,
         add_special_tokens: bool | None = None,
+        caller: Caller = ANYONE,
     ) -> Sequence[int]:
         """Token ids of a prompt, written as the files of `uses` ask for."""
-        with self._resolved(uses) as versions:
+        with self._resolved(uses, caller) as versions:
             return self._tokens(_form(versions, uses), prompt, options, add_special_tokens)
 
     def prepare(
@@ -103,19 +105,21 @@ class Admission:
         *,
         options: ChatOptions | None = None,
         request_id: str | None = None,
-        salt: bytes = b"",
+        caller: Caller = ANYONE,
+        priority: int = 0,
         trace: bool = False,
     ) -> list[Prepared]:
         """Make one request for each prompt; all are checked before the first is made.
 
         `uses` apply to all of them, in order. The bounds on log-probabilities and traces count all
         prompts together. `options` say how chats are written. `request_id` is the caller's own id;
-        with several prompts each has it with a hyphen and the prompt's position. Raises
+        with several prompts each has it with a hyphen and the prompt's position. `caller` is who
+        asks; of its waiting requests those of the lowest `priority` come first. Raises
         `InvalidRequest` and the errors that the class names; then nothing is held.
         """
         self._check_sampling(sampling)
         grammar = None if sampling.grammar is None else self._grammars.start(sampling.grammar)
-        with self._resolved(uses) as versions:
+        with self._resolved(uses, caller) as versions:
             form = _form(versions, uses)
             encoded = [self._tokens(form, prompt, options) for prompt in prompts]
             for prompt, tokens in zip(prompts, encoded, strict=True):
@@ -133,7 +137,10 @@ class Admission:
                     sampling=settings,
                     seed=random.getrandbits(63) if sampling.seed is None else sampling.seed,
                     interventions=applied,
-                    salt=salt,
+                    salt=caller.salt,
+                    tenant=caller.tenant,
+                    weight=caller.weight,
+                    priority=priority,
                     trace=trace,
                     given_id=_numbered(request_id, position, len(encoded)),
                     grammar=grammar,
@@ -150,13 +157,14 @@ class Admission:
         *,
         options: ChatOptions | None = None,
         request_id: str | None = None,
-        salt: bytes = b"",
+        caller: Caller = ANYONE,
+        priority: int = 0,
     ) -> list[Prepared]:
         """Make one request for each prompt that is to be classified, as `prepare` does.
 
         `labels` None means those that stand in the files of `uses`.
         """
-        with self._resolved(uses) as versions:
+        with self._resolved(uses, caller) as versions:
             form, names = _form(versions, uses), labels_of(labels, versions)
             encoded = [self._tokens(form, prompt, options) for prompt in prompts]
             trees = []
@@ -174,7 +182,10 @@ class Admission:
                     sampling=_NO_TOKENS,
                     seed=0,
                     interventions=applied,
-                    salt=salt,
+                    salt=caller.salt,
+                    tenant=caller.tenant,
+                    weight=caller.weight,
+                    priority=priority,
                     given_id=_numbered(request_id, position, len(encoded)),
                     labels=tree,
                 )
@@ -183,7 +194,7 @@ class Admission:
             return self._holding_all(requests, versions, form, names)
 
     @contextmanager
-    def _resolved(self, uses: Sequence[Use]) -> Iterator[list[Version]]:
+    def _resolved(self, uses: Sequence[Use], caller: Caller) -> Iterator[list[Version]]:
         """Yield the versions that are used, in order, and hold them for the length of the block."""
         if len(uses) > MAX_INTERVENTIONS:
             raise InvalidRequest(
@@ -193,21 +204,26 @@ class Admission:
         with ExitStack() as held:
             versions: list[Version] = []
             for position, use in enumerate(uses):
-                versions.append(self._acquire(position, use))
+                versions.append(self._acquire(position, use, caller))
                 held.callback(self._versions.release, versions[-1])
             yield versions
 
-    def _acquire(self, position: int, use: Use) -> Version:
+    def _acquire(self, position: int, use: Use, caller: Caller) -> Version:
+        ref = use.intervention
+        if isinstance(ref, str) and not caller.sees(ref.partition("@")[0]):
+            raise self._unknown(position, ref, caller)
         try:
-            return self._versions.acquire(use.intervention)
+            return self._versions.acquire(ref)
         except NotFound:
-            if not isinstance(use.intervention, str):
+            if not isinstance(ref, str):
                 raise
-            raise NotFound(
-                f"The intervention `{use.intervention}` does not exist."
-                f"{self._versions.meant(use.intervention)}",
-                param=f"interventions.{position}.name",
-            ) from None
+            raise self._unknown(position, ref, caller) from None
+
+    def _unknown(self, position: int, ref: str, caller: Caller) -> NotFound:
+        return NotFound(
+            f"The intervention `{ref}` does not exist.{self._versions.meant(ref, caller.sees)}",
+            param=f"interventions.{position}.name",
+        )
 
     def _holding_all(
         self,

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from reft_runtime.base.model import LoadedModel
 from reft_runtime.base.shape import shape_of
 from reft_runtime.base.stages import stage
+from reft_runtime.caller import ANYONE, Caller
 from reft_runtime.engine.core import EngineConfig, EngineCore
 from reft_runtime.engine.device import sizes_for
 from reft_runtime.engine.kv_budget import kv_budget, kv_bytes, memory_bytes
@@ -255,14 +256,15 @@ class Engine:
         uses: Sequence[Use] = (),
         *,
         request_id: str | None = None,
-        salt: bytes = b"",
+        caller: Caller = ANYONE,
+        priority: int = 0,
         trace: bool = False,
     ) -> Stream:
         """Start one request, with `uses` applied in order; a `trace` is for `Stream.trace`.
 
-        Requests of different `salt` share nothing in the prefix cache. The versions that the
-        request applies are held from here until it ends. Raises before anything is queued. This is
-        `Admission.prepare` in a worker thread, followed by `start`, and it raises what these do.
+        Of a `caller`'s waiting requests those of the lowest `priority` come first. The versions
+        that the request applies are held from here until it ends. Raises before anything is queued.
+        This is `Admission.prepare` in a worker thread, followed by `start`; it raises what these do.
         """
         work = partial(
             self.admission.prepare,
@@ -270,7 +272,8 @@ class Engine:
             sampling,
             uses,
             request_id=request_id,
-            salt=salt,
+            caller=caller,
+            priority=priority,
             trace=trace,
         )
         [prepared] = await unless_left(asyncio.to_thread(work), release_all)

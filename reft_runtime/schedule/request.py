@@ -34,11 +34,12 @@ class Request:
     `given_id` is the caller's own id, which may come back once the request is over.
 
     `seed` is always set: the caller's, or one drawn when the request was made. `salt` separates
-    tenants in cache keys. `interventions` are applied in order. With `trace` the engine tells what
-    they did. If the prompt's log-probabilities are asked for, its tokens from `scored_from` on are
-    scored. `grammar` is the state in which each choice begins, None if answers are free. A request
-    with `labels` is told their log-probabilities and makes no tokens: its sampling has a
-    `max_tokens` of 0.
+    tenants in cache keys. `tenant`, `weight` and `priority` decide when a request's turn comes:
+    tenants share the engine by weight, and of one tenant the lowest priority goes first.
+    `interventions` are applied in order. With `trace` the engine tells what they did. If the
+    prompt's log-probabilities are asked for, its tokens from `scored_from` on are scored. `grammar`
+    is the state in which each choice begins, None if answers are free. A request with `labels` is
+    told their log-probabilities and makes no tokens: its sampling has a `max_tokens` of 0.
     """
 
     id: str
@@ -52,3 +53,6 @@ class Request:
     given_id: str | None = None
     grammar: GrammarState | None = None
     labels: LabelTree | None = None
+    tenant: str = ""
+    weight: float = 1.0
+    priority: int = 0

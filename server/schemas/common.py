@@ -103,7 +103,6 @@ class WithoutEffect(RequestBody):
     spaces_between_special_tokens: Literal[True] = True
     return_tokens_as_token_ids: Literal[False] = False
     bad_words: Nothing = Field(default=[])
-    priority: int = Field(default=0, ge=-MAX_SEED - 1, le=MAX_SEED)
 
 
 class ModelBody(WithoutEffect):
@@ -112,6 +111,12 @@ class ModelBody(WithoutEffect):
     model: ModelName
     interventions: list[InterventionUse] = Field(
         default=[], max_length=MAX_INTERVENTIONS, fail_fast=True
+    )
+    priority: int = Field(
+        default=0,
+        ge=-MAX_SEED - 1,
+        le=MAX_SEED,
+        description="Of your waiting requests those of the lowest number come first.",
     )
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from reft_runtime import Engine, SamplingParams, Use
+from reft_runtime.caller import Caller
 from reft_runtime.errors import EngineDead, InvalidRequest, OutOfMemory, Overloaded
 from reft_runtime.front.streams import Stream
 from reft_runtime.schedule.scheduler import Chunk
@@ -139,7 +140,7 @@ async def test_a_trace_is_of_its_requests_salt_and_ends_in_a_full_queue() -> Non
     with opened(max_running=1, max_queued=1) as engine:
         sampling = SamplingParams(temperature=0, max_tokens=4, ignore_eos=True)
         uses = (Use("several"),)
-        stream = await engine.open(prompt(48), sampling, uses, salt=b"a", trace=True)
+        stream = await engine.open(prompt(48), sampling, uses, caller=Caller(salt=b"a"), trace=True)
         waiting = None
         while waiting is None:  # the queue's one place is free once the first has started
             try:
@@ -155,7 +156,7 @@ async def test_a_trace_is_of_its_requests_salt_and_ends_in_a_full_queue() -> Non
         async for _ in other:
             pass
         assert other.cached_tokens == 0
-        own = await engine.open(prompt(48), sampling, salt=b"a")
+        own = await engine.open(prompt(48), sampling, caller=Caller(salt=b"a"))
         async for _ in own:
             pass
         assert own.cached_tokens == 32

@@ -10,7 +10,7 @@ import io
 import itertools
 import json
 import math
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from types import SimpleNamespace
@@ -154,8 +154,9 @@ class FakeRegistry:
     def release(self, version: Any) -> None:
         version.in_flight -= 1
 
-    def meant(self, ref: str) -> str:
-        return "" if ref.partition("@")[0] in self.versions else did_you_mean(ref, self.versions)
+    def meant(self, ref: str, sees: Callable[[str], bool] = lambda name: True) -> str:
+        names = [name for name in self.versions if sees(name)]
+        return "" if ref.partition("@")[0] in names else did_you_mean(ref, names)
 
     def entry(self, name: str) -> Any:
         if name not in self.versions:

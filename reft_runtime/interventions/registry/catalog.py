@@ -128,11 +128,12 @@ class Catalog:
             if version.in_flight == 0:
                 known.held.discard(version)
 
-    def meant(self, ref: str) -> str:
+    def meant(self, ref: str, sees: Callable[[str], bool] = lambda name: True) -> str:
         """A question to append to the error for an unknown `ref`: which similar name was meant."""
         name = ref.partition("@")[0]
         with self._lock:
             names = [known for known, entry in self._names.items() if entry.layers]
+        names = [known for known in names if sees(known)]
         return did_you_mean(name, names) if name not in names else ""
 
     def pin(self, version: Version) -> None:

@@ -156,9 +156,12 @@ class Registry:
         """Add the tokens of a request that has ended; does nothing if the name has gone."""
         self._catalog.count(name, prompt_tokens, generation_tokens)
 
-    def meant(self, ref: str) -> str:
-        """A question to append to the error for an unknown `ref`: which similar name was meant."""
-        return self._catalog.meant(ref)
+    def meant(self, ref: str, sees: Callable[[str], bool] = lambda name: True) -> str:
+        """A question to append to the error for an unknown `ref`: which similar name was meant.
+
+        Only names for which `sees` is true are told.
+        """
+        return self._catalog.meant(ref, sees)
 
     def entry(self, name: str) -> Entry:
         """One name's line of the listing; raises `NotFound`."""

@@ -1,0 +1,29 @@
+"""Who sends a request: what of it is its sender's, not its content's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+
+def _everything(name: str) -> bool:
+    return True
+
+
+@dataclass(frozen=True, slots=True)
+class Caller:
+    """The sender of requests, as the engine knows it.
+
+    `tenant` is whose requests share one turn in the engine's queue, and `weight` how large that
+    share is beside others'. Requests of different `salt` share nothing in the prefix cache. A name
+    that the caller does not see (`sees`) is unknown to it.
+    """
+
+    tenant: str = ""
+    weight: float = 1.0
+    salt: bytes = b""
+    sees: Callable[[str], bool] = _everything
+
+
+ANYONE = Caller()
+"""The caller where callers are not told apart."""
