@@ -264,7 +264,7 @@ class Engine:
 
         Of a `caller`'s waiting requests those of the lowest `priority` come first. The versions
         that the request applies are held from here until it ends. Raises before anything is queued.
-        This is `Admission.prepare` in a worker thread, followed by `start`; it raises what these do.
+        This is `Admission.prepare` in a worker thread and then `start`; it raises what these do.
         """
         work = partial(
             self.admission.prepare,
