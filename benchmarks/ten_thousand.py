@@ -18,6 +18,7 @@ import re
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -26,7 +27,7 @@ import typer
 
 from benchmarks.measuring import SECONDS, Figures, Setting, interval, machine, measure, table
 from benchmarks.workload import percentile, random_tokens
-from reft_runtime import Engine, SamplingParams, Use
+from reft_runtime import Engine, SamplingParams, Use, base_shape
 from reft_runtime.front import engine as front
 from reft_runtime.interventions import BaseShape, Edit, Intervention, Registry, serialise
 
@@ -39,6 +40,14 @@ UPLOADS, UPLOAD_RANK = 1_000, 36
 """Uploads of all layers and this rank, which are 5 MB for the demo model."""
 REPLACEMENTS = 200
 RANK = 4
+
+
+class Part(StrEnum):
+    """What is measured."""
+
+    MEMORY = "memory"
+    SPEED = "speed"
+    ALL = "all"
 
 
 def drafts(base: BaseShape, rank: int, count: int) -> Iterator[bytes]:
@@ -221,35 +230,52 @@ async def replacing(engine: Engine, rounds: int) -> dict[str, object]:
     }
 
 
+def memory(engine: Engine, names: Sequence[str], uploads: int) -> dict[str, object]:
+    """Seconds of the start, and memory beyond the model: then, and after each kind of use."""
+    asyncio.run(streams(engine, [HOT] * 2 * STREAMS, ANSWER_TOKENS, 0))
+    before = resident() - Timed.memory
+    found: dict[str, object] = {"ready after the model, s": Timed.seconds}
+    found["memory after the start, MB"] = resident() - before
+    began = time.perf_counter()
+    asyncio.run(used(engine, names))
+    found["each used once, s"] = time.perf_counter() - began
+    found["memory then, MB"] = resident() - before
+    upload(engine, uploads)
+    found["memory after uploads, MB"] = resident() - before
+    found["budget, MB"] = engine.info.intervention_bytes / 2**20
+    return found
+
+
+def speed(engine: Engine, names: Sequence[str], rounds: int, out: Path | None) -> dict[str, object]:
+    """What cold tasks, random use and a name that is replaced cost."""
+    first = asyncio.run(cold(engine, random.Random(1).sample(names, min(200, len(names)))))
+    return {
+        **first,
+        **loaded(engine, len(names), rounds, out),
+        **asyncio.run(replacing(engine, rounds)),
+    }
+
+
 def main(
     folder: Annotated[Path, typer.Argument(help="Where the files lie, or are made.")],
     model: Annotated[str, typer.Option(help="demo, a folder, or a hub id.")] = "demo",
     count: Annotated[int, typer.Option(min=1, help="Interventions.")] = 10_000,
     rounds: Annotated[int, typer.Option(min=1)] = 3,
     uploads: Annotated[int, typer.Option(min=0)] = UPLOADS,
+    part: Annotated[Part, typer.Option(help="What to measure.")] = Part.ALL,
     out: Annotated[Path | None, typer.Option(help="Keep the figures here.")] = None,
     rounds_out: Annotated[Path | None, typer.Option(help="Keep the rounds here.")] = None,
 ) -> None:
     """Measure, and print a table."""
-    with Engine(model, dtype="float32") as engine:
-        write_files(folder, engine.registry.base, count)
+    write_files(folder, base_shape(model), count)
     vars(front)["Registry"] = Timed
     names = [f"task-{number}" for number in range(count)]
+    found: dict[str, object] = {"files": count}
     with Engine(model, dtype="float32", interventions=folder) as engine:
-        found: dict[str, object] = {"files": count, "ready after the model, s": Timed.seconds}
-        asyncio.run(streams(engine, [HOT] * 2 * STREAMS, ANSWER_TOKENS, 0))
-        before = resident() - Timed.memory
-        found["memory after the start, MB"] = resident() - before
-        found |= asyncio.run(cold(engine, random.Random(1).sample(names, min(200, count))))
-        found |= loaded(engine, count, rounds, rounds_out)
-        began = time.perf_counter()
-        asyncio.run(used(engine, names))
-        found["each used once, s"] = time.perf_counter() - began
-        found["memory then, MB"] = resident() - before
-        found |= asyncio.run(replacing(engine, rounds))
-        upload(engine, uploads)
-        found["memory after uploads, MB"] = resident() - before
-        found["budget, MB"] = engine.info.intervention_bytes / 2**20
+        if part is not Part.SPEED:
+            found |= memory(engine, names, uploads)
+        if part is not Part.MEMORY:
+            found |= speed(engine, names, rounds, rounds_out)
     rows = [(name, round(v, 2) if isinstance(v, float) else v) for name, v in found.items()]
     print(table(("what", "figure"), rows))
     if out is not None:
