@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import threading
 import time
@@ -93,8 +94,9 @@ class Registry:
         self._readers = Readers(self._catalog, self._folders)
         store = None if state_dir is None else Store(Path(state_dir), state_bytes)
         self._uploads = Uploads(self._catalog, self._folders, store, state_bytes)
-        self._uploads.restore(base.model, self._listed)
-        self.scan()
+        with _without_collections():
+            self._uploads.restore(base.model, self._listed)
+            self.scan()
 
     def watch(self, interval: float) -> None:
         """Scan the sources, and look after the state folder, in a thread of its own until `close`.
@@ -430,3 +432,15 @@ class Registry:
             except Exception:  # the watch must outlive whatever one scan meets
                 _log.exception("scanning the sources failed")
             wait = max(interval, (time.monotonic() - began - away) / LOOK_SHARE)
+
+
+@contextmanager
+def _without_collections() -> Iterator[None]:
+    """Do not look for garbage in the block, which makes very many objects that all stay."""
+    on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if on:
+            gc.enable()
