@@ -16,8 +16,7 @@ import json
 import random
 import re
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -39,6 +38,8 @@ HOT = "hot"
 UPLOADS, UPLOAD_RANK = 1_000, 36
 """Uploads of all layers and this rank, which are 5 MB for the demo model."""
 REPLACEMENTS = 200
+PAUSE = 0.4
+"""Seconds between two replacements."""
 RANK = 4
 
 
@@ -47,11 +48,12 @@ class Part(StrEnum):
 
     MEMORY = "memory"
     SPEED = "speed"
+    REPLACE = "replace"
     ALL = "all"
 
 
-def drafts(base: BaseShape, rank: int, count: int) -> Iterator[bytes]:
-    """Files of all layers that differ in their biases and have the same directions."""
+def drafts(base: BaseShape, rank: int, count: int, size: float = 0.02) -> Iterator[bytes]:
+    """Files of all layers with the same directions, and biases of this size that differ."""
     d = base.hidden_size
     R = torch.linalg.qr(torch.randn(d, rank)).Q.contiguous()
     W = torch.randn(rank, d) * 0.02
@@ -63,7 +65,7 @@ def drafts(base: BaseShape, rank: int, count: int) -> Iterator[bytes]:
         ],
     )
     for _ in range(count):
-        biases = {n: torch.randn(rank) * 0.02 for n in one.tensors if n.endswith(".b")}
+        biases = {n: torch.randn(rank) * size for n in one.tensors if n.endswith(".b")}
         yield serialise(Intervention(one.manifest, {**one.tensors, **biases}))
 
 
@@ -182,51 +184,44 @@ def upload(engine: Engine, count: int) -> None:
             engine.registry.put(f"upload-{number}", file)
 
 
-@asynccontextmanager
-async def replaced(engine: Engine, files: Sequence[bytes], every: float) -> AsyncIterator[None]:
-    """Let a name stand for the files in turn, one `every` so many seconds, while the block runs."""
-
-    async def replace() -> None:
-        for number in range(REPLACEMENTS):
-            await asyncio.to_thread(engine.registry.put, "replaced", files[number % len(files)])
-            await asyncio.sleep(every)
-
-    task = asyncio.ensure_future(replace())
-    yield
-    await task
-
-
 async def replacing(engine: Engine, rounds: int) -> dict[str, object]:
     """What 32 streams of a name feel of its being replaced, and whether all answers are of one."""
-    files = list(drafts(engine.registry.base, RANK, 2))
+    files = list(drafts(engine.registry.base, RANK, 2, size=4.0))
     prompt = random_tokens(random.Random(0), engine.info.vocab_size, PROMPT_TOKENS)
-    answers = []
+    answers, made = list[list[int]](), list[list[int]]()
     for data in files:
         engine.registry.put("replaced", data)
         answers.append((await ask(engine, "replaced", prompt, ANSWER_TOKENS))[1])
-    made: list[list[int]] = []
 
-    async def stream(each: int) -> None:
-        for _ in range(each):
-            made.append((await ask(engine, "replaced", prompt, ANSWER_TOKENS))[1])
+    async def rate(change: Callable[[], Awaitable[object]]) -> float:
+        """Answers a second of 32 streams while `change` runs."""
+        began, before, done = time.perf_counter(), len(made), asyncio.Event()
 
-    async def all_streams() -> float:
-        began = time.perf_counter()
-        await asyncio.gather(*(stream(REQUESTS // STREAMS) for _ in range(STREAMS)))
-        return time.perf_counter() - began
+        async def stream() -> None:
+            while not done.is_set():
+                made.append((await ask(engine, "replaced", prompt, ANSWER_TOKENS))[1])
 
-    quiet = await all_streams()
+        streams = [asyncio.ensure_future(stream()) for _ in range(STREAMS)]
+        await change()
+        done.set()
+        await asyncio.gather(*streams)
+        return (len(made) - before) / (time.perf_counter() - began)
+
+    async def replace() -> None:
+        for number in range(REPLACEMENTS // rounds):
+            await asyncio.to_thread(engine.registry.put, "replaced", files[number % len(files)])
+            await asyncio.sleep(PAUSE)
+
     ratios = []
     for _ in range(rounds):
-        quiet = await all_streams()
-        async with replaced(engine, files, quiet / REPLACEMENTS / 2):
-            busy = await all_streams()
-        ratios.append(quiet / busy)
+        quiet = await rate(lambda: asyncio.sleep(PAUSE * REPLACEMENTS / rounds))
+        ratios.append(await rate(replace) / quiet)
+    await asyncio.sleep(1)
     return {
         "throughput while a name is replaced": str(interval(ratios)),
         "answers of one version": f"{sum(one in answers for one in made)} of {len(made)}",
         "the two versions differ": answers[0] != answers[1],
-        "versions held afterwards": engine.registry.entry("replaced").in_flight,
+        "requests that hold a version afterwards": engine.registry.entry("replaced").in_flight,
     }
 
 
@@ -246,12 +241,11 @@ def memory(engine: Engine, names: Sequence[str], uploads: int) -> dict[str, obje
 
 
 def speed(engine: Engine, names: Sequence[str], rounds: int, out: Path | None) -> dict[str, object]:
-    """What cold tasks, random use and a name that is replaced cost."""
+    """What cold tasks and random use cost."""
     first = asyncio.run(cold(engine, random.Random(1).sample(names, min(200, len(names)))))
     return {
         **first,
         **loaded(engine, len(names), rounds, out),
-        **asyncio.run(replacing(engine, rounds)),
     }
 
 
@@ -272,10 +266,12 @@ def main(
     found: dict[str, object] = {"files": count}
     with Engine(model, dtype="float32", interventions=folder) as engine:
         found["ready after the model, s"] = Timed.seconds
-        if part is not Part.SPEED:
+        if part in (Part.MEMORY, Part.ALL):
             found |= memory(engine, names, uploads)
-        if part is not Part.MEMORY:
+        if part in (Part.SPEED, Part.ALL):
             found |= speed(engine, names, rounds, rounds_out)
+        if part in (Part.REPLACE, Part.ALL):
+            found |= asyncio.run(replacing(engine, rounds))
     rows = [(name, round(v, 2) if isinstance(v, float) else v) for name, v in found.items()]
     print(table(("what", "figure"), rows))
     if out is not None:

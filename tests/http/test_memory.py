@@ -160,7 +160,7 @@ def under_way(tmp_path: Path) -> list[Path]:
 
 @pytest.fixture
 def roomy(registry: Registry, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(registry._catalog._memory, "budget", 1 << 20)
+    monkeypatch.setattr(registry._catalog.memory, "budget", 1 << 20)
 
 
 async def parts(data: bytes, tmp_path: Path) -> AsyncIterator[bytes]:

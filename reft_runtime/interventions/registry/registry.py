@@ -28,6 +28,7 @@ from reft_runtime.interventions.registry.paging import DEFAULT_PAGE, Sort
 from reft_runtime.interventions.registry.readers import Readers
 from reft_runtime.interventions.registry.sources import NAME, NAME_RULE, Found, locate
 from reft_runtime.interventions.registry.store import STATE_BYTES, Store
+from reft_runtime.interventions.registry.turns import Turns
 from reft_runtime.interventions.registry.uploads import HISTORY, Uploads
 from reft_runtime.interventions.registry.version import Origin, Version
 from reft_runtime.machine.cores import releasing_workers
@@ -89,9 +90,10 @@ class Registry:
         self._max_file_bytes = max_file_bytes
         self._closed = threading.Event()
         self._watcher: threading.Thread | None = None
-        self._catalog = Catalog(memory_bytes, device_bytes, max_waiting)
+        self._catalog = Catalog(memory_bytes, device_bytes)
+        self._turns = Turns(self._catalog, max_waiting)
         self._folders = Folders(self._catalog, sources, base.model, self._listed)
-        self._readers = Readers(self._catalog, self._folders)
+        self._readers = Readers(self._catalog, self._folders, self._turns)
         store = None if state_dir is None else Store(Path(state_dir), state_bytes)
         self._uploads = Uploads(self._catalog, self._folders, store, state_bytes)
         with _without_collections():
@@ -116,7 +118,7 @@ class Registry:
         self._closed.set()
         if self._watcher is not None:
             self._watcher.join()
-        self._catalog.close()
+        self._turns.close()
         self._readers.close()
         self._uploads.close()
 
@@ -165,17 +167,17 @@ class Registry:
         works and stays addressable by its digest, whatever happens to its name or its file. Raises
         what `acquire` and `Version.edits` raise; then nothing is held.
         """
-        if not self._catalog.hold(version):
+        if not self._turns.hold(version):
             holding = self.acquire([version])
             try:
                 holding.ready.result()
-                self._catalog.hold(version)
+                self._turns.hold(version)
             finally:
                 holding.release()
 
     def release(self, version: Version) -> None:
         """Let go of a version that is held."""
-        self._catalog.release(version)
+        self._turns.release(version)
 
     def count(self, name: str, prompt_tokens: int, generation_tokens: int) -> None:
         """Add the tokens of a request that has ended; does nothing if the name has gone."""
@@ -369,7 +371,7 @@ class Registry:
 
     def waiting(self) -> int:
         """How many requests wait for memory for their interventions."""
-        return self._catalog.waiting()
+        return self._turns.waiting()
 
     @releasing_workers
     def verified(self, name: str, data: bytes, origin: Origin = "loaded") -> Version:
