@@ -270,13 +270,8 @@ class Registry:
         self._check_name(name)
         if isinstance(data, bytes):
             with self._written(data) as file:
-                return self.put(name, file, sha256, expected)
-        if sha256 is not None and data.sha256 != sha256.lower():
-            raise InvalidFile(
-                f"The file's SHA-256 is {data.sha256}, not the one that was sent with it; upload it"
-                " again."
-            )
-        return self._uploads.put(self.verified(name, data.read(), "uploaded"), data, expected)
+                return self._put(name, file, sha256, expected)
+        return self._put(name, data, sha256, expected)
 
     def load(self, name: str, path: str, replace: bool = False) -> Entry:
         """Load a file inside the sources under a name, as it is now and until the process ends.
@@ -390,6 +385,16 @@ class Registry:
         with self.incoming() as file:
             file.write(data)
             yield file
+
+    def _put(
+        self, name: str, file: Incoming, sha256: str | None, expected: Collection[str] | None
+    ) -> tuple[Entry, bool]:
+        if sha256 is not None and file.sha256 != sha256.lower():
+            raise InvalidFile(
+                f"The file's SHA-256 is {file.sha256}, not the one that was sent with it; upload it"
+                " again."
+            )
+        return self._uploads.put(self.verified(name, file.read(), "uploaded"), file, expected)
 
     def _check_name(self, name: str) -> None:
         if not NAME.fullmatch(name):
