@@ -75,7 +75,10 @@ def configure_logging(settings: Settings) -> None:
             },
             # uvicorn's own messages about starting and ending would stand between ours.
             "root": {"handlers": ["stderr"], "level": "WARNING"},
-            "loggers": {name: {"level": level} for name in ("reft", "reft_runtime")},
+            "loggers": {
+                **{name: {"level": level} for name in ("reft", "reft_runtime")},
+                "reft.audit": {"level": "INFO"},  # an audit with gaps is none
+            },
         }
     )
     logging.captureWarnings(True)
