@@ -112,7 +112,7 @@ class View:
         def work() -> Change:
             check_change(self._tenant, name)
             if not self._tenant.sees(_name_of(path)):
-                raise NotFound("The file cannot be read: No such file or directory.", param="path")
+                raise NotFound("There is no such file in the configured sources.", param="path")
             return self._registry.load(name, path, replace)
 
         return self._audited("load", name, work)
