@@ -53,8 +53,9 @@ OTHER_VARIABLES = {"REFT_CACHE", "REFT_PICTURES", "REFT_URL"}
 
 def options() -> set[str]:
     """Every option of every command of `reft`."""
-    group = typer.main.get_command(app)
-    commands = [group, *group.commands.values()]  # type: ignore[attr-defined]
+    commands = [typer.main.get_command(app)]
+    for command in commands:  # a group's commands follow it
+        commands += getattr(command, "commands", {}).values()
     return {"--help"} | {
         option
         for command in commands

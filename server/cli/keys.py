@@ -29,4 +29,4 @@ def check(file: Annotated[Path, typer.Argument(help="The keys file.")]) -> None:
     """Say whether a keys file is usable, and which tenants it has."""
     keys = read_keys_file(file)
     names = dict.fromkeys(tenant.name for tenant in keys.values())
-    typer.echo(f"{file}: {len(keys)} keys of {', '.join(names)}")
+    typer.echo(f"{file}: {len(keys)} key{'s' * (len(keys) > 1)} of {', '.join(names)}")

@@ -103,7 +103,7 @@ def read_keys_file(path: Path) -> dict[bytes, Tenant]:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}.") from None
     except UnicodeDecodeError:
         raise ConfigError(f"{path}: is not UTF-8; write it as TOML.") from None
-    except tomllib.TOMLDecodeError as error:
+    except (tomllib.TOMLDecodeError, RecursionError) as error:
         place = _PLACE.search(str(error))
         where = f", see {place[1]}" if place else ""
         raise ConfigError(f"{path}: is not valid TOML{where}.") from None

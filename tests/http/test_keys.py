@@ -334,7 +334,7 @@ def test_a_new_key_works_as_it_is_printed(tmp_path: Path) -> None:
     tenant = Keys(None, file).tenant_of(first.rpartition(" ")[2].encode())
     assert tenant == Tenant("team-a", patterns=("team-a.*",))
     checked = CliRunner().invoke(command, ["key", "check", str(file)])
-    assert checked.output == f"{file}: 1 keys of team-a\n"
+    assert checked.output == f"{file}: 1 key of team-a\n"
 
 
 def test_a_broken_file_stops_the_start_before_the_model(

@@ -388,6 +388,13 @@ async def test_changes_are_audited(client: httpx.AsyncClient, log: Lines) -> Non
     assert f"put team-a.mine {second[:12]} -> {first[:12]} tenant=team-a id=mine" in text
 
 
+async def test_the_log_says_whose_request_it_was(client: httpx.AsyncClient, log: Lines) -> None:
+    for who in ("user", "owner", "wrong key"):
+        await client.post("/v1/completions", json=completion(), headers=WHO[who].headers)
+    assert [line.get("tenant") for line in log.json] == ["team-c", None, None]
+    assert "tenant=team-c task=tiny" in log.text[0]
+
+
 async def test_refused_changes_are_audited(client: httpx.AsyncClient, log: Lines) -> None:
     user, uploader = WHO["user"].headers, WHO["user with upload"].headers
     await client.put("/v1/interventions/shared", content=ONE, headers=user)
