@@ -34,6 +34,7 @@ DOCUMENTS = [
     "docs/operations.md",
     "docs/page.md",
     "docs/structure.md",
+    "docs/tenants.md",
     "docs/tools.md",
     "docs/training.md",
     "interventions/README.md",

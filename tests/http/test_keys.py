@@ -88,6 +88,15 @@ def test_a_whole_file(file: Path) -> None:
         assert team.sees(name) is seen
 
 
+def test_the_documents_example_is_usable(file: Path) -> None:
+    text = (Path(__file__).parents[2] / "docs/tenants.md").read_text()
+    [example] = re.findall(r"```toml\n(.*?)```", text, re.DOTALL)
+    file.write_text(example)
+    team, ops = read_keys_file(file).values()
+    assert (team.name, team.upload, team.limits.n) == ("team-a", True, 4)
+    assert ops.may_change("sentiment")
+
+
 def test_a_user_sees_its_own_uploads_without_a_pattern(file: Path) -> None:
     file.write_text(table(lines="interventions = []\nupload = true"))
     [tenant] = read_keys_file(file).values()

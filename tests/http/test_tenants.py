@@ -262,6 +262,23 @@ async def test_what_is_hidden_is_told_as_what_is_unknown(
     assert asked > 20
 
 
+async def test_no_error_asks_whether_something_hidden_was_meant(
+    client: httpx.AsyncClient, app: FastAPI, registry: Registry
+) -> None:
+    registry.put("team-b.near", ONE)
+    headers = WHO["user with upload"].headers
+    told = []
+    for route in guarded(app):
+        if "name}" in route or "model:" in route or route in BODIES:
+            for request in requests(route, "team-a.near"):
+                answer = await client.request(**request, headers=headers)
+                assert "team-b" not in answer.text
+                told.append(answer.status_code)
+                if answer.is_success:
+                    registry.remove("team-a.near")
+    assert told.count(404) > 15
+
+
 def told(answer: httpx.Response) -> tuple[int, str, dict[str, str]]:
     """What an answer says, but for the name that was asked for."""
     text = answer.text.replace(HIDDEN, "NAME").replace(UNKNOWN, "NAME")
