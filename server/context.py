@@ -90,9 +90,7 @@ class Context:
         limit = max(BODIES_BYTES, 2 * self.settings.max_body_bytes)
         object.__setattr__(self, "bodies", BodyBudget(limit))
         object.__setattr__(self, "tools", Tools(self.engine.tokenizer, self.settings))
-        secret = self.settings.api_key
-        owner_key = None if secret is None else secret.get_secret_value()
-        object.__setattr__(self, "keys", Keys(owner_key, self.settings.keys))
+        object.__setattr__(self, "keys", Keys.of(self.settings))
 
     @property
     def engine(self) -> Engine:

@@ -117,11 +117,10 @@ def serve(**options: Any) -> None:
     settings = load_settings(options)
     from server.lifecycle import check_exposure, listen, run, tell_address
     from server.logs import configure_logging
-    from server.tenants.keys_file import read_keys_file
+    from server.tenants.keys import Keys
 
     configure_logging(settings)
-    if settings.keys is not None:
-        read_keys_file(settings.keys)  # before the model is loaded, which may take minutes
+    Keys.of(settings)  # what is wrong is told before the model is loaded, which may take minutes
     with listen(settings.host, settings.port) as listener:
         check_exposure(listener, settings)
         tell_address(listener)

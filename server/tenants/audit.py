@@ -39,7 +39,7 @@ def _log(request_id: str, tenant: Tenant, action: str, name: str, outcome: dict[
         what = f"refused={outcome['refused']}"
     else:
         what = f"{_shown(outcome['before'])} -> {_shown(outcome['after'])}"
-    line = f"{action} {fields['name']} {what} tenant={tenant.name} id={request_id}"
+    line = f"audit: {action} {fields['name']} {what} tenant={tenant.name} id={request_id}"
     logger.info("%s", line, extra={"request": fields})
 
 

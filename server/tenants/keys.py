@@ -12,6 +12,7 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 from reft_runtime.errors import ConfigError
+from server.settings import Settings
 from server.tenants.keys_file import HASH, read_keys_file
 from server.tenants.tenant import OWNER, Tenant
 
@@ -46,6 +47,12 @@ class Keys:
         self._taken = self._seen = self._look()
         self._tenants = self._read()
         self.problem = False
+
+    @classmethod
+    def of(cls, settings: Settings) -> Keys:
+        """The keys that the settings ask for."""
+        secret = settings.api_key
+        return cls(None if secret is None else secret.get_secret_value(), settings.keys)
 
     @property
     def configured(self) -> bool:

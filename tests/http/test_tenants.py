@@ -256,10 +256,21 @@ async def test_what_is_hidden_is_told_as_what_is_unknown(
                 assert answers[0].status_code in (403, 404, 412)
                 for other in set(THERE) - WHO[who].sees - {HIDDEN}:
                     assert other not in answers[0].text
+                if answers[0].status_code != 403:
+                    owner = WHO["owner"].headers | condition
+                    really = await client.request(**unknown, headers=owner)
+                    assert really.status_code == answers[0].status_code
+                    assert unasked(really) == unasked(answers[1])
                 if answers[0].status_code == 404 and "@" not in str(hidden):
                     assert seen in answers[0].json()["error"]["message"]
                 asked += 1
     assert asked > 20
+
+
+def unasked(answer: httpx.Response) -> dict[str, Any]:
+    """An answer's error without the question which name was meant."""
+    error: dict[str, Any] = answer.json()["error"]
+    return error | {"message": error["message"].partition(" Did you mean")[0]}
 
 
 async def test_no_error_asks_whether_something_hidden_was_meant(
@@ -402,7 +413,7 @@ async def test_changes_are_audited(client: httpx.AsyncClient, log: Lines) -> Non
     assert lines[0]["id"] == "mine"
     assert lines[0]["time"]
     [text] = [line for line in log.text if "id=mine" in line and "team-a.mine" in line][:1]
-    assert f"put team-a.mine {second[:12]} -> {first[:12]} tenant=team-a id=mine" in text
+    assert f"audit: put team-a.mine {second[:12]} -> {first[:12]} tenant=team-a id=mine" in text
 
 
 async def test_the_log_says_whose_request_it_was(client: httpx.AsyncClient, log: Lines) -> None:
