@@ -35,6 +35,9 @@ THERE = ("shared", "shares", "team-a.mine", "team-b.theirs")
 NAMES = (*THERE, "sharez", "team-a.new")
 """The names that are asked for."""
 
+BROKEN = ("broken", "team-a.broken", "team-b.broken")
+"""Files that are not served, which is told to admins."""
+
 HIDDEN, UNKNOWN = "shares", "sharez"
 
 EVERY = frozenset(NAMES)
@@ -123,7 +126,8 @@ def registry(tmp_path: Path) -> Iterator[Registry]:
     folder.mkdir()
     for name in ("shared", HIDDEN):
         place(folder, name, ONE)
-    (folder / "broken.safetensors").write_bytes(b"no intervention")
+    for name in BROKEN:
+        (folder / f"{name}.safetensors").write_bytes(b"no intervention")
     registry = Registry(BASE, [folder])
     restore(registry)
     yield registry
@@ -303,8 +307,8 @@ async def test_listings_have_what_is_seen(who: str, client: httpx.AsyncClient) -
     seen = sorted(asking.sees & set(THERE))
     whole = (await client.get("/v1/interventions", headers=asking.headers)).json()
     assert [entry["id"] for entry in whole["data"]] == seen
-    told = {"broken.safetensors"} if asking.told else set()
-    assert whole["problems"].keys() == told
+    told = [name for name in BROKEN if asking.told or (asking.admin and name == "team-a.broken")]
+    assert whole["problems"].keys() == {f"{name}.safetensors" for name in told}
     models = (await client.get("/v1/models", headers=asking.headers)).json()["data"]
     assert [model["id"] for model in models] == ["tiny", *seen]
     for sort in ("name", "-requests"):
