@@ -57,7 +57,7 @@ class Keys:
     @property
     def configured(self) -> bool:
         """Whether a key is needed at all."""
-        return bool(self._tenants)
+        return self._owner is not None or self._file is not None
 
     def tenant_of(self, key: bytes) -> Tenant | None:
         """The tenant of a key; None if nobody has it.

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from fnmatch import fnmatchcase
+import re
+from dataclasses import dataclass, field
+from fnmatch import translate
 from typing import Literal
 
 Role = Literal["user", "admin"]
@@ -41,6 +42,11 @@ class Tenant:
     tokens_per_minute: int | None = None
     concurrent_requests: int | None = None
     limits: Limits = Limits()
+    _seen: re.Pattern[str] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        either = "|".join(translate(pattern) for pattern in self.patterns)
+        object.__setattr__(self, "_seen", re.compile(either or "(?!)"))
 
     @property
     def prefix(self) -> str:
@@ -54,9 +60,8 @@ class Tenant:
 
     def sees(self, name: str) -> bool:
         """Whether the tenant may know of the intervention `name`."""
-        if self.sees_all or (self.upload and name.startswith(self.prefix)):
-            return True
-        return any(fnmatchcase(name, pattern) for pattern in self.patterns)
+        own = self.upload and name.startswith(self.prefix)
+        return own or self._seen.match(name) is not None
 
     def may_change(self, name: str) -> bool:
         """Whether the tenant may upload, replace and remove the intervention `name`."""

@@ -265,6 +265,7 @@ class TestFollowed:
         for _ in range(4):
             known.refresh()
         assert (await client.get("/version", headers=bearer(KEY))).status_code == 200
+        assert (await client.get("/version", headers=bearer(OTHER))).status_code == 401
         ready = await client.get("/readyz")
         assert ready.status_code == 200
         assert ready.json() == {

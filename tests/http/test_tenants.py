@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,13 @@ from fastapi.routing import APIRoute
 from pydantic import SecretStr
 
 from reft_runtime.interventions import Registry
+from server.errors import ApiError
 from server.routes import page
 from server.settings import Settings
 from server.tenants.access import ACCESS
 from server.tenants.keys import new_key
+from server.tenants.tenant import Tenant
+from server.tenants.view import View
 from tests.http.conftest import chat, completion
 from tests.http.fake_engine import FakeEngine
 from tests.http.test_access import PUBLIC, api_routes
@@ -328,6 +332,23 @@ async def test_listings_have_what_is_seen(who: str, client: httpx.AsyncClient) -
     query = {"q": "the second"}
     answer = await client.get("/v1/interventions", params=query, headers=asking.headers)
     assert answer.json()["total"] == len(seen)
+
+
+def test_the_view_itself_refuses_what_is_seen_and_may_not_be_changed() -> None:
+    user = Tenant("team-a", patterns=("pirate", "team-b.*"), upload=True)
+    engine = FakeEngine()
+    view = View(engine.registry, user, "an-id")
+    for name in ("pirate", "team-b.new"):
+        for change in (
+            partial(view.put, name, ONE, None, None),
+            partial(view.load, name, "pirate.safetensors", True),
+        ):
+            with pytest.raises(ApiError, match="may change names that begin with `team-a.`"):
+                change()
+    for change in (partial(view.remove, "pirate"), partial(view.rollback, "pirate", None, None)):
+        with pytest.raises(ApiError, match="may change names that begin with `team-a.`"):
+            change()
+    assert sorted(engine.own.versions) == ["emoji", "formal", "pirate"]
 
 
 @pytest.mark.parametrize("path", ["shares.safetensors", "./shares.safetensors/.", "x/../shares"])
