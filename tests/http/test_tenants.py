@@ -343,10 +343,10 @@ def test_the_view_itself_refuses_what_is_seen_and_may_not_be_changed() -> None:
             partial(view.put, name, ONE, None, None),
             partial(view.load, name, "pirate.safetensors", True),
         ):
-            with pytest.raises(ApiError, match="may change names that begin with `team-a.`"):
+            with pytest.raises(ApiError, match="may change names that begin"):
                 change()
     for change in (partial(view.remove, "pirate"), partial(view.rollback, "pirate", None, None)):
-        with pytest.raises(ApiError, match="may change names that begin with `team-a.`"):
+        with pytest.raises(ApiError, match="may change names that begin"):
             change()
     assert sorted(engine.own.versions) == ["emoji", "formal", "pirate"]
 
