@@ -12,7 +12,7 @@ from fastapi.middleware.cors import CORSMiddleware
 
 from reft_runtime.base.stages import stage
 from reft_runtime.version import VERSION
-from server.auth import require_key
+from server.auth import require_access, require_key
 from server.context import Context
 from server.errors import install_error_handlers, refuse_query
 from server.health import Health
@@ -37,16 +37,17 @@ from server.settings import Settings
 from server.threads import started_pool
 
 if TYPE_CHECKING:
-    from server.engine import Engine
+    from server.engine import WholeEngine
 
 EXPOSED = ["retry-after", "x-request-id", "x-intervention", "x-prompt-tokens", "x-queue-time"]
 """Response headers that a page of another origin may read."""
 
 
-def create_app(engine: Engine, settings: Settings) -> FastAPI:
+def create_app(engine: WholeEngine, settings: Settings) -> FastAPI:
     """Build the application that serves `engine`; the engine's owner closes the engine.
 
-    The application is ready for requests once it has started.
+    The application is ready for requests once it has started. Raises `ConfigError` for a keys file
+    that is not usable.
     """
     context = Context(engine, settings, Metrics(engine), Health(engine))
 
@@ -55,10 +56,14 @@ def create_app(engine: Engine, settings: Settings) -> FastAPI:
         asyncio.get_running_loop().set_default_executor(started_pool())
         with stage("Answering a first prompt"):
             await context.health.prove()
-        sampling = asyncio.ensure_future(context.rates.watch(engine.stats))
+        watches = [
+            asyncio.ensure_future(context.rates.watch(engine.stats)),
+            asyncio.ensure_future(context.keys.follow(context.administer)),
+        ]
         yield
-        sampling.cancel()
-        await asyncio.wait([sampling])
+        for watch in watches:
+            watch.cancel()
+        await asyncio.wait(watches)
         context.close()
 
     # FastAPI's own pages would need no key: the description is a route like any other here.
@@ -84,7 +89,8 @@ def create_app(engine: Engine, settings: Settings) -> FastAPI:
     install_error_handlers(app)
     app.router.routes.extend(page.routes)
     app.include_router(operations.public)
-    guarded = APIRouter(dependencies=[Depends(require_key), Depends(refuse_query)])
+    checks = [require_key, require_access, refuse_query]
+    guarded = APIRouter(dependencies=[Depends(check) for check in checks])
     for module in (
         completions,
         chat,

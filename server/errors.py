@@ -81,6 +81,8 @@ class ApiError(Exception):
         """OpenAI's error object."""
         if self.status == 401:
             kind = "authentication_error"
+        elif self.status == 403:
+            kind = "permission_error"
         elif self.status < 500:
             kind = "invalid_request_error"
         else:

@@ -7,7 +7,7 @@ import time
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Sequence
 from contextlib import aclosing, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from reft_runtime.errors import InvalidRequest, Overloaded
@@ -21,6 +21,7 @@ from server.context import Context
 from server.schemas.classify import ClassifyRequest
 from server.schemas.common import ModelBody, SamplingBody
 from server.selection import label, selected
+from server.tenants.tenant import Limits
 
 if TYPE_CHECKING:
     from reft_runtime.front.admission import Prompt
@@ -81,9 +82,11 @@ async def prepare(
 
     The thread also calls `prompts` and `options`. A grammar is compiled before, and takes nobody's
     thread: one that takes long holds up only those that are compiled after it. `prefix` begins the
-    answer's id. Raises `NotFound` for an unknown model, and what `Admission.prepare` raises. After
-    an error, or if the client leaves meanwhile, nothing is held.
+    answer's id. Raises `NotFound` for an unknown model, `InvalidRequest` for more than the tenant's
+    limits allow, and what `Admission.prepare` raises. After an error, or if the client leaves
+    meanwhile, nothing is held.
     """
+    sampling = _limited(context.tenant.limits, body, sampling)
 
     def admit(uses: Sequence[Use], name: str) -> list[Prepared]:
         return context.engine.admission.prepare(
@@ -102,6 +105,25 @@ async def prepare(
         # Another request may wait for the same one: it goes on if this client leaves.
         await asyncio.shield(asyncio.wrap_future(compiling))
     return await _prepared(context, body, admit, prefix)
+
+
+def _limited(limits: Limits, body: SamplingBody, sampling: SamplingParams) -> SamplingParams:
+    """The settings within a tenant's limits; raises `InvalidRequest` if the body asks for more.
+
+    Where the body gives no length, the route's own default is cut to the limit. Where the route has
+    none, the engine cuts the answer (`Caller.max_tokens`).
+    """
+    if limits.n is not None and sampling.n > limits.n:
+        raise InvalidRequest(f"n: your key allows {limits.n}; give at most that.", param="n")
+    most, asked = limits.max_tokens, sampling.max_tokens
+    if most is None or asked is None or asked <= most:
+        return sampling
+    if {"max_tokens", "max_completion_tokens"} & body.model_fields_set:
+        raise InvalidRequest(
+            f"max_tokens: your key allows {most} for an answer; give at most that.",
+            param="max_tokens",
+        )
+    return replace(sampling, max_tokens=most)
 
 
 async def prepare_labels(context: Context, body: ClassifyRequest) -> Job:
@@ -143,7 +165,7 @@ async def _prepared(
     name = f"{prefix}{uuid.uuid4().hex}"
 
     def work() -> list[Prepared]:
-        with selected(context.engine, body.model, body.interventions) as uses:
+        with selected(context, body.model, body.interventions) as uses:
             return admit(uses, name)
 
     prepared = await unless_left(asyncio.to_thread(work), release_all)
@@ -282,7 +304,7 @@ def opened(context: Context, job: Job) -> Iterator[Run]:
             tokens = job.prompt_tokens, run.completion_tokens
             context.metrics.finished(seconds, run.ends, names, *tokens)
             for name in names:
-                context.engine.registry.count(name, *tokens)
+                context.registry.count(name, *tokens)
 
 
 async def _merge(

@@ -14,7 +14,7 @@ from server.recent import Durations
 
 if TYPE_CHECKING:
     from reft_runtime.outputs import PrefixCacheStats
-    from server.engine import Engine
+    from server.engine import WholeEngine
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 """Prometheus' text format. It is not negotiated: in the other formats older Prometheus servers get
@@ -34,7 +34,7 @@ _WHOLE = (0.05, 0.1, 0.3, 0.5, 1, 2, 5, 10, 20, 30, 60, 120, 300, 600, 1800)
 class Metrics:
     """What the routes count, and the engine's own numbers, in one registry."""
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: WholeEngine) -> None:
         self.registry = CollectorRegistry()
         self._names: set[str] = set()
         self._lock = threading.Lock()
@@ -140,7 +140,7 @@ class Metrics:
 class _EngineCollector(Collector):
     """The engine's numbers, read when Prometheus scrapes them."""
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: WholeEngine) -> None:
         self._engine = engine
 
     def describe(self) -> Iterable[Metric]:

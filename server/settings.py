@@ -100,6 +100,15 @@ class Settings(BaseSettings):
         min_length=1,
         description="Key that clients must send as 'Authorization: Bearer KEY'; by default none.",
     )
+    keys: Path | None = Field(
+        default=None,
+        description="File that says which tenants there are, by which keys, and what each may do; "
+        "`reft key new` makes a key. By default none.",
+    )
+    insecure: bool = Field(
+        default=False,
+        description="Listen where other machines can reach the server although it needs no key.",
+    )
     allowed_origins: str | None = Field(
         default=None,
         min_length=1,
@@ -154,6 +163,11 @@ class Settings(BaseSettings):
     prefix_cache: bool = Field(
         default=True,
         description="Reuse keys and values of prompts that begin with the same tokens and edits.",
+    )
+    shared_prefix_cache: bool = Field(
+        default=False,
+        description="Let tenants share the prefix cache: timing then tells one whether another has "
+        "sent the same beginning of a prompt. By default each has its own.",
     )
     threads: int | None = Field(
         default=None,
@@ -213,6 +227,11 @@ class Settings(BaseSettings):
         if value not in (None, BUILT_IN_TEMPLATE) and not Path(str(value)).is_file():
             raise ValueError(f"give a file that exists, or {BUILT_IN_TEMPLATE}")
         return value
+
+    @property
+    def needs_key(self) -> bool:
+        """Whether clients need a key."""
+        return self.api_key is not None or self.keys is not None
 
     @property
     def origins(self) -> list[str]:

@@ -34,6 +34,7 @@ DOCUMENTS = [
     "docs/operations.md",
     "docs/page.md",
     "docs/structure.md",
+    "docs/tenants.md",
     "docs/tools.md",
     "docs/training.md",
     "interventions/README.md",
@@ -53,8 +54,9 @@ OTHER_VARIABLES = {"REFT_CACHE", "REFT_PICTURES", "REFT_URL"}
 
 def options() -> set[str]:
     """Every option of every command of `reft`."""
-    group = typer.main.get_command(app)
-    commands = [group, *group.commands.values()]  # type: ignore[attr-defined]
+    commands = [typer.main.get_command(app)]
+    for command in commands:  # a group's commands follow it
+        commands += getattr(command, "commands", {}).values()
     return {"--help"} | {
         option
         for command in commands

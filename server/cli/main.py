@@ -19,6 +19,7 @@ from server.cli import classify as classify_cli
 from server.cli import compare as compare_cli
 from server.cli import evaluation as evaluation_cli
 from server.cli import files as files_cli
+from server.cli import keys as keys_cli
 from server.cli import remote as remote_cli
 from server.cli import run as run_cli
 from server.cli import training as training_cli
@@ -48,6 +49,7 @@ app.add_typer(training_cli.app)
 app.add_typer(evaluation_cli.app)
 app.add_typer(files_cli.app)
 app.add_typer(run_cli.app)
+app.add_typer(keys_cli.app, name="key")
 
 
 def main() -> None:
@@ -113,11 +115,14 @@ def _reft(
 def serve(**options: Any) -> None:
     """Serve a model and its interventions over HTTP."""
     settings = load_settings(options)
-    from server.lifecycle import listen, run, tell_address
+    from server.lifecycle import check_exposure, listen, run, tell_address
     from server.logs import configure_logging
+    from server.tenants.keys import Keys
 
     configure_logging(settings)
+    Keys.of(settings)  # what is wrong is told before the model is loaded, which may take minutes
     with listen(settings.host, settings.port) as listener:
+        check_exposure(listener, settings)
         tell_address(listener)
         raise SystemExit(run(start_engine(settings), settings, listener))
 

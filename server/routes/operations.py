@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -19,6 +20,8 @@ UNHEALTHY: dict[int | str, dict[str, Any]] = {
     503: {"description": "Not healthy: `status` says why."}
 }
 
+KEYS_PROBLEM = "The keys file cannot be used as it is now; the keys from before count."
+
 
 @public.get("/livez", responses=UNHEALTHY)
 async def livez(context: Current) -> JSONResponse:
@@ -29,8 +32,12 @@ async def livez(context: Current) -> JSONResponse:
 @public.get("/readyz", responses=UNHEALTHY)
 @public.get("/health", responses=UNHEALTHY)
 async def readyz(context: Current) -> JSONResponse:
-    """Answers 200 while the server is loaded, proven by a first generation, and not draining."""
-    return _health(context.health.status)
+    """Answers 200 while the server is loaded, proven by a first generation, and not draining.
+
+    `problems`, if there are any, do not keep the server from answering; the log says more.
+    """
+    problems = [KEYS_PROBLEM] if context.keys.problem else []
+    return _health(context.health.status, problems)
 
 
 @router.get("/version")
@@ -52,5 +59,6 @@ async def openapi(request: Request) -> dict[str, Any]:
     return describe(request.app)
 
 
-def _health(status: str) -> JSONResponse:
-    return JSONResponse({"status": status}, 200 if status == "ok" else 503)
+def _health(status: str, problems: Sequence[str] = ()) -> JSONResponse:
+    body = {"status": status, **({"problems": problems} if problems else {})}
+    return JSONResponse(body, 200 if status == "ok" else 503)

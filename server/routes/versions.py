@@ -23,7 +23,7 @@ Rollback = Annotated[RollbackRequest, Depends(json_body(RollbackRequest, require
 @router.get("/{name}/versions")
 async def list_versions(context: Current, name: str) -> dict[str, Any]:
     """All versions of a name that requests can use, the current one first."""
-    versions = await context.administer(context.engine.registry.versions_of, name)
+    versions = await context.administer(context.registry.versions_of, name)
     return {"object": "list", "data": [version_fields(version) for version in versions]}
 
 
@@ -40,7 +40,7 @@ async def roll_back(request: Request, context: Current, name: str, body: Rollbac
     """
     expected = expected_digests(request)
     begun = time.monotonic()
-    rollback = context.engine.registry.rollback
-    entry = await context.administer(rollback, name, body.digest, expected)
+    rollback = context.registry.rollback
+    change = await context.administer(rollback, name, body.digest, expected)
     context.metrics.loaded(name, time.monotonic() - begun)
-    return entry_answer(context, entry)
+    return entry_answer(context, change.entry)

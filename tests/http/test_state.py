@@ -6,7 +6,7 @@ import asyncio
 import os
 import shutil
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -198,8 +198,8 @@ async def test_an_unread_listing_is_made_no_further(
     made: list[int] = []
     pages = Registry.pages
 
-    def counted(self: Registry) -> Iterator[Any]:
-        for page in pages(self):
+    def counted(self: Registry, sees: Callable[[str], bool]) -> Iterator[Any]:
+        for page in pages(self, sees):
             made.append(1)
             yield page
 

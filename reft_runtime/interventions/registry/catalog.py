@@ -15,7 +15,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TypeVar
 
-from reft_runtime.errors import NotFound, Overloaded, StoreFull, did_you_mean
+from reft_runtime.caller import everything
+from reft_runtime.errors import NotFound, Overloaded, StoreFull, UnknownName, did_you_mean
 from reft_runtime.interventions.registry.residency import Residency, return_freed_memory
 from reft_runtime.interventions.registry.version import Origin, Version
 
@@ -128,7 +129,7 @@ class Catalog:
             if version.in_flight == 0:
                 known.held.discard(version)
 
-    def meant(self, ref: str, sees: Callable[[str], bool] = lambda name: True) -> str:
+    def meant(self, ref: str, sees: Callable[[str], bool] = everything) -> str:
         """A question to append to the error for an unknown `ref`: which similar name was meant."""
         name = ref.partition("@")[0]
         with self._lock:
@@ -299,8 +300,6 @@ class Catalog:
                 if not after:
                     del self._names[name]
 
-    def unknown(self, name: str) -> NotFound:
+    def unknown(self, name: str) -> UnknownName:
         """The error for a name that stands for nothing."""
-        return NotFound(
-            f"The intervention `{name}` does not exist.{self.meant(name)}", param="name"
-        )
+        return UnknownName(name, self.meant(name))

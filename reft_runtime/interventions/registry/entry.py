@@ -50,6 +50,29 @@ class Entry:
 
 
 @dataclass(frozen=True, slots=True)
+class Change:
+    """What one change did to a name.
+
+    `before` is the digest that the name stood for, None if for nothing. `left` is the name's line
+    of the listing as the change left it, None if the name stands for nothing now.
+    """
+
+    before: str | None
+    left: Entry | None
+
+    @property
+    def entry(self) -> Entry:
+        """The entry that a change other than a removal made."""
+        assert self.left is not None
+        return self.left
+
+    @property
+    def after(self) -> str | None:
+        """The digest that the name stands for now; None if for nothing."""
+        return None if self.left is None else self.left.digest
+
+
+@dataclass(frozen=True, slots=True)
 class VersionEntry:
     """One version that can be addressed; `kept` says whether a name can be rolled back to it."""
 

@@ -11,6 +11,7 @@ from itertools import chain
 from pathlib import Path
 from typing import BinaryIO
 
+from reft_runtime.caller import everything
 from reft_runtime.errors import InvalidFile, InvalidRequest, NotFound, Unavailable
 from reft_runtime.interventions.format.file import edits_of, read, read_header, too_large
 from reft_runtime.interventions.format.header import header_of
@@ -19,7 +20,7 @@ from reft_runtime.interventions.format.manifest import BaseShape, Manifest, chec
 from reft_runtime.interventions.format.recognise import HEAD_BYTES
 from reft_runtime.interventions.registry import listing
 from reft_runtime.interventions.registry.catalog import Catalog
-from reft_runtime.interventions.registry.entry import Entry, Page, Tier, VersionEntry
+from reft_runtime.interventions.registry.entry import Change, Entry, Page, Tier, VersionEntry
 from reft_runtime.interventions.registry.folders import WORK_SHARE, Folders, check_sources
 from reft_runtime.interventions.registry.paging import DEFAULT_PAGE, Sort
 from reft_runtime.interventions.registry.sources import NAME, NAME_RULE, Found, locate
@@ -156,7 +157,7 @@ class Registry:
         """Add the tokens of a request that has ended; does nothing if the name has gone."""
         self._catalog.count(name, prompt_tokens, generation_tokens)
 
-    def meant(self, ref: str, sees: Callable[[str], bool] = lambda name: True) -> str:
+    def meant(self, ref: str, sees: Callable[[str], bool] = everything) -> str:
         """A question to append to the error for an unknown `ref`: which similar name was meant.
 
         Only names for which `sees` is true are told.
@@ -171,9 +172,12 @@ class Registry:
         """The listing, sorted by name."""
         return list(chain.from_iterable(self.pages()))
 
-    def pages(self) -> Iterator[list[Entry]]:
-        """Yield the listing in parts that are short work, so that nobody waits for the lock."""
-        return listing.pages(self._catalog)
+    def pages(self, sees: Callable[[str], bool] = everything) -> Iterator[list[Entry]]:
+        """Yield the listing in parts that are short work, so that nobody waits for the lock.
+
+        Only names for which `sees` is true are listed.
+        """
+        return listing.pages(self._catalog, sees)
 
     def page(
         self,
@@ -181,14 +185,15 @@ class Registry:
         sort: Sort = "name",
         after: str | None = None,
         limit: int = DEFAULT_PAGE,
+        sees: Callable[[str], bool] = everything,
     ) -> Page:
         """The first `limit` entries in an order, or those behind where another page ended.
 
         `q` is looked for in names and descriptions, ignoring case; `after` is the `next` of the
-        page before. It pauses now and then, so it must not run on an event loop. Raises
-        `InvalidRequest`.
+        page before. Only names for which `sees` is true are listed and counted. It pauses now and
+        then, so it must not run on an event loop. Raises `InvalidRequest`.
         """
-        return listing.page(self._catalog, q, sort, after, limit)
+        return listing.page(self._catalog, q, sort, after, limit, sees)
 
     def versions_of(self, name: str) -> list[VersionEntry]:
         """All versions of a name that can be addressed, the current one first.
@@ -223,8 +228,8 @@ class Registry:
         data: bytes,
         sha256: str | None = None,
         expected: Collection[str] | None = None,
-    ) -> tuple[Entry, bool]:
-        """Upload a file under a name; returns the entry that it made, and whether the name is new.
+    ) -> Change:
+        """Upload a file under a name; returns what that changed.
 
         `sha256`, if given, is what the whole file must hash to. The file is checked completely
         before anything changes. Raises `InvalidRequest` (the name), `FileTooLarge`, `InvalidFile`,
@@ -243,10 +248,10 @@ class Registry:
         version = self.verified(name, data, "uploaded")
         return self._uploads.put(version, data, expected)
 
-    def load(self, name: str, path: str, replace: bool = False) -> Entry:
+    def load(self, name: str, path: str, replace: bool = False) -> Change:
         """Load a file inside the sources under a name, as it is now and until the process ends.
 
-        Returns the entry that it made. `path` is absolute, or relative to a source. Raises
+        Returns what that changed. `path` is absolute, or relative to a source. Raises
         `InvalidRequest` for a path that leads outside, and for a name that is taken unless
         `replace`; `NotFound` for a missing file; and what `put` raises.
         """
@@ -281,19 +286,20 @@ class Registry:
             raise self._catalog.unknown(name) from None
         return version, version.open()
 
-    def remove(self, name: str, expected: Collection[str] | None = None) -> None:
+    def remove(self, name: str, expected: Collection[str] | None = None) -> Change:
         """Remove what a name stands for; what it shadowed, if anything, shows again.
 
         An upload is deleted with its history, also one that could not be restored. A source's file
         stays on disk and comes back when it changes, or at the next start. Requests in flight end
-        on the versions they began with. Raises `NotFound`, and `Changed` as `put` does.
+        on the versions they began with. Returns what that changed. Raises `NotFound`, and `Changed`
+        as `put` does.
         """
-        self._uploads.remove(name, expected)
+        return self._uploads.remove(name, expected)
 
     def rollback(
         self, name: str, digest: str | None = None, expected: Collection[str] | None = None
-    ) -> Entry:
-        """Serve a kept uploaded version again, in one step; returns the new entry.
+    ) -> Change:
+        """Serve a kept uploaded version again, in one step; returns what that changed.
 
         `digest` may be a prefix of 8 digits or more; without one it is the version that was served
         before the current one, so that a second call undoes the first. Nothing falls out of the

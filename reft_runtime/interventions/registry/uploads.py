@@ -15,9 +15,9 @@ from reft_runtime.errors import (
     Unavailable,
 )
 from reft_runtime.interventions.registry.catalog import Catalog
-from reft_runtime.interventions.registry.entry import Entry
+from reft_runtime.interventions.registry.entry import Change
 from reft_runtime.interventions.registry.folders import Folders
-from reft_runtime.interventions.registry.listing import entry
+from reft_runtime.interventions.registry.listing import entry, shown_entry
 from reft_runtime.interventions.registry.sources import Found, look
 from reft_runtime.interventions.registry.store import Store
 from reft_runtime.interventions.registry.version import Origin, Version
@@ -37,8 +37,8 @@ class Uploads:
     """The layers of a catalog that clients change, in memory or, with a `store`, on disk too.
 
     The last `HISTORY` uploaded versions of a name are kept, in the order in which they were served
-    last. `put`, `load`, `remove` and `rollback` are documented in `Registry`. The entry that they
-    return is made before the next change may begin.
+    last. `put`, `load`, `remove` and `rollback` are documented in `Registry`. The change that they
+    return is told before the next one may begin.
     """
 
     def __init__(self, catalog: Catalog, folders: Folders, store: Store | None) -> None:
@@ -50,9 +50,7 @@ class Uploads:
         self._problems: dict[str, str] = {}
         self._state_problem: str | None = None
 
-    def put(
-        self, version: Version, data: bytes, expected: Collection[str] | None
-    ) -> tuple[Entry, bool]:
+    def put(self, version: Version, data: bytes, expected: Collection[str] | None) -> Change:
         """Let the version's name stand for it; `data` is its file."""
         name = version.name
         with self._changing:
@@ -66,12 +64,12 @@ class Uploads:
             self._catalog.place_upload([version, *kept])
             self._problems.pop(name, None)
             self._collect()
-            made = entry(self._catalog, name)
+            change = Change(_digest(shown), entry(self._catalog, name))
         _log.info("%s %r", "replaced" if shown else "added", version)
         _tell_hidden(shown, version)
-        return made, shown is None
+        return change
 
-    def load(self, version: Version, *, replace: bool) -> Entry:
+    def load(self, version: Version, *, replace: bool) -> Change:
         """Let the version's name stand for it until the process ends."""
         name = version.name
         with self._changing:
@@ -85,12 +83,12 @@ class Uploads:
             before = self._catalog.layer(name, "loaded")
             self._admit(version, kept=False, leaving=set() if before is None else {before})
             self._catalog.place(version)
-            made = entry(self._catalog, name)
+            change = Change(_digest(shown), entry(self._catalog, name))
         _log.info("loaded %r", version)
         _tell_hidden(shown, version)
-        return made
+        return change
 
-    def remove(self, name: str, expected: Collection[str] | None) -> None:
+    def remove(self, name: str, expected: Collection[str] | None) -> Change:
         """Remove what a name stands for."""
         with self._changing:
             self._tend()
@@ -109,9 +107,11 @@ class Uploads:
             if not any(self._catalog.layer(name, layer) for layer in _ADDED):
                 self._added.discard(name)
             self._collect()
+            change = Change(_digest(version), shown_entry(self._catalog, name))
         _log.info("removed %s (%s)", name, origin)
+        return change
 
-    def rollback(self, name: str, digest: str | None, expected: Collection[str] | None) -> Entry:
+    def rollback(self, name: str, digest: str | None, expected: Collection[str] | None) -> Change:
         """Serve an uploaded version again that is still kept."""
         with self._changing:
             self._tend()
@@ -123,7 +123,7 @@ class Uploads:
             history = self._catalog.history(name)
             version = _kept(name, history, digest)
             if version is current:
-                return entry(self._catalog, name)
+                return Change(current.digest, entry(self._catalog, name))
             self._catalog.pin(version)  # reads and verifies it
             try:
                 after = [version, *(old for old in history if old is not version)]
@@ -132,9 +132,9 @@ class Uploads:
                 self._catalog.place_upload(after)
             finally:
                 self._catalog.release(version)
-            made = entry(self._catalog, name)
+            change = Change(current.digest, entry(self._catalog, name))
         _log.info("rolled %r back to %r", current, version)
-        return made
+        return change
 
     def restore(self, reserved: str, listed: Callable[[str, Found, Origin], Version]) -> None:
         """Restore what was uploaded before the last stop.
@@ -205,9 +205,7 @@ class Uploads:
         self._folders.refresh(name)
         current = self._catalog.current(name)
         if current is None and expected:
-            raise Changed(
-                f"There is no intervention `{name}`, which was to be there.", param="name"
-            )
+            raise Changed.missing(name)
         if current is not None and not {current.digest, "*"} & set(expected):
             wanted = "another one was expected" if expected else "none was to be there"
             raise Changed(f"`{name}` is served as {current.digest}, and {wanted}.", param="name")
@@ -281,6 +279,10 @@ _NOT_UPLOADED: dict[Origin, str] = {
         " was uploaded before is served again."
     ),
 }
+
+
+def _digest(version: Version | None) -> str | None:
+    return None if version is None else version.digest
 
 
 def _tell_hidden(before: Version | None, now: Version) -> None:
