@@ -18,7 +18,9 @@ from server.health import Health
 from server.metrics import Metrics
 from server.recent import Rates
 from server.settings import Settings
+from server.tenants.quota import Quotas
 from server.tenants.tenant import NOBODY, Tenant
+from server.tenants.usage import Usage
 from server.threads import started_pool
 from server.tools import Tools
 
@@ -71,6 +73,8 @@ class Context:
     started: int = field(default_factory=lambda: int(time.time()))
     bodies: BodyBudget = field(init=False)
     tools: Tools = field(init=False)
+    quotas: Quotas = field(init=False)
+    usage: Usage = field(init=False)
     rates: Rates = field(default_factory=Rates)
     downloads: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(MAX_DOWNLOADS))
     _admin: ThreadPoolExecutor = field(
@@ -81,12 +85,20 @@ class Context:
         limit = max(BODIES_BYTES, 2 * self.settings.max_body_bytes)
         object.__setattr__(self, "bodies", BodyBudget(limit))
         object.__setattr__(self, "tools", Tools(self.engine.tokenizer, self.settings))
+        url = self.settings.quota_url
+        quotas = Quotas(None if url is None else url.get_secret_value())
+        object.__setattr__(self, "quotas", quotas)
+        object.__setattr__(self, "usage", Usage(self.settings.state_dir))
 
     def of(self, tenant: Tenant) -> Context:
         """The same parts, as `tenant` uses them."""
         own = copy.copy(self)
         object.__setattr__(own, "tenant", tenant)
         return own
+
+    def problems(self) -> list[str]:
+        """What is wrong with what the server keeps or asks, in words that anybody may read."""
+        return [part.problem for part in (self.usage, self.quotas) if part.problem is not None]
 
     async def administer(self, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
         """Run `function`, which may take long, in a thread that no completion waits for."""

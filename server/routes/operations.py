@@ -29,8 +29,11 @@ async def livez(context: Current) -> JSONResponse:
 @public.get("/readyz", responses=UNHEALTHY)
 @public.get("/health", responses=UNHEALTHY)
 async def readyz(context: Current) -> JSONResponse:
-    """Answers 200 while the server is loaded, proven by a first generation, and not draining."""
-    return _health(context.health.status)
+    """Answers 200 while the server is loaded, proven by a first generation, and not draining.
+
+    `problems` says what is wrong beside that, and does not keep it from answering.
+    """
+    return _health(context.health.status, problems=context.problems())
 
 
 @router.get("/version")
@@ -52,5 +55,5 @@ async def openapi(request: Request) -> dict[str, Any]:
     return describe(request.app)
 
 
-def _health(status: str) -> JSONResponse:
-    return JSONResponse({"status": status}, 200 if status == "ok" else 503)
+def _health(status: str, **more: Any) -> JSONResponse:
+    return JSONResponse({"status": status, **more}, 200 if status == "ok" else 503)
