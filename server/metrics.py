@@ -94,7 +94,7 @@ class Metrics:
                 ("loads", "Times a file was published under the name."),
             )
         )
-        self._interventions = _Labels(used, [self._loads])
+        self._interventions = _Labels("intervention", used, [self._loads])
         used = [
             Counter(f"reft:tenant_{name}", text, ["tenant"], registry=self.registry)
             for name, text in (
@@ -110,7 +110,7 @@ class Metrics:
             ["tenant", "reason"],
             registry=self.registry,
         )
-        self._tenants = _Labels(used, [self._rejected])
+        self._tenants = _Labels("tenant", used, [self._rejected])
         self.registry.register(_EngineCollector(engine))
         self.registry.register(_GatewayCollector(engine, self.under_way))
 
@@ -177,12 +177,12 @@ class _Labels:
 
     Where there is no room, the name that was not used for the longest time loses its label, if that
     time is `KEPT_SECONDS`, and its series end. With every use a new name would make new series
-    for Prometheus to keep, without bound. `used` are the counters of `Counts`, in their order;
-    their first label is the name, as it is that of `others`.
+    for Prometheus to keep, without bound. `used` are the counters of `Counts`, in their order; they
+    and the `others` have the names as the label `kind`.
     """
 
-    def __init__(self, used: list[Counter], others: list[Counter]) -> None:
-        self._used, self._others = used, others
+    def __init__(self, kind: str, used: list[Counter], others: list[Counter]) -> None:
+        self._kind, self._used, self._others = kind, used, others
         self._last: dict[str, float] = {}
         self._lock = threading.Lock()
 
@@ -206,7 +206,7 @@ class _Labels:
                     return OTHER
                 del self._last[oldest]
                 for counter in (*self._used, *self._others):
-                    counter.remove_by_labels({counter._labelnames[0]: oldest})
+                    counter.remove_by_labels({self._kind: oldest})
             self._last[name] = now
         return name
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -31,9 +32,10 @@ async def livez(context: Current) -> JSONResponse:
 async def readyz(context: Current) -> JSONResponse:
     """Answers 200 while the server is loaded, proven by a first generation, and not draining.
 
-    `problems` says what is wrong beside that, and does not keep it from answering.
+    `problems`, where there are any, say what is wrong beside that without keeping it from
+    answering.
     """
-    return _health(context.health.status, problems=context.problems())
+    return _health(context.health.status, context.problems())
 
 
 @router.get("/version")
@@ -55,5 +57,6 @@ async def openapi(request: Request) -> dict[str, Any]:
     return describe(request.app)
 
 
-def _health(status: str, **more: Any) -> JSONResponse:
-    return JSONResponse({"status": status, **more}, 200 if status == "ok" else 503)
+def _health(status: str, problems: Sequence[str] = ()) -> JSONResponse:
+    said = {"status": status} | ({"problems": problems} if problems else {})
+    return JSONResponse(said, 200 if status == "ok" else 503)

@@ -304,7 +304,7 @@ class Quotas:
             wrap_exceptions=True,
             implementation="redispy",
             key_prefix="reft",
-            connection_pool=self._pool,
+            connection_pool=self._pool,  # type: ignore[arg-type]  # taken, but not in its types
         )
 
 
@@ -318,7 +318,9 @@ def _key(name: str, what: Literal["requests", "tokens"], minute: int) -> str:
     return f"{what}/{name}/{minute}"
 
 
-def _headers(what: Literal["requests", "tokens"], limit: int, left: int, wait: int) -> dict[str, str]:
+def _headers(
+    what: Literal["requests", "tokens"], limit: int, left: int, wait: int
+) -> dict[str, str]:
     """OpenAI's headers for one limit, which is whole again in `wait` seconds."""
     return {
         f"x-ratelimit-limit-{what}": str(limit),
