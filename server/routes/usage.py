@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from datetime import UTC, date, datetime, timedelta
-from functools import reduce
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Query, Request
@@ -93,7 +92,9 @@ def _written(context: Context, query: usage.Query) -> bytes:
 
 
 def _answer(context: Context, query: usage.Query, found: Found) -> dict[str, Any]:
-    total = reduce(Counts.plus, (counts for _, counts in found.rows), Counts())
+    total = Counts()
+    if found.rows:
+        total = Counts(*map(sum, zip(*(counts for _, counts in found.rows), strict=True)))
     return {
         "object": "usage",
         "from": query.first.isoformat(),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from server.tenants.usage import BASE, Counts
+from server.tenants.usage import BASE, Counts, add
 
 if TYPE_CHECKING:
     from server.tenants.quota import Admitted, Quotas
@@ -28,26 +28,30 @@ class Meter:
         names: Sequence[str],
         prompts: Sequence[int],
     ) -> None:
-        self.counts = Counts()
-        """What was used so far."""
+        self._used = [0] * len(Counts._fields)
         self._quotas, self._usage, self._admitted = quotas, usage, admitted
         self._intervention = "+".join(names) or BASE
         self._prompts = prompts
         self._cached: dict[int, int] = {}
 
+    @property
+    def counts(self) -> Counts:
+        """What was used so far."""
+        return Counts(*self._used)
+
     def step(self, prompt: int, cached_tokens: int, made: int) -> None:
         """Count a step that made tokens for a prompt, which had so many from the cache so far."""
         before = self._cached.get(prompt)
-        counts = Counts(
-            requests=0 if self._cached else 1,
-            prompt_tokens=self._prompts[prompt] if before is None else 0,
-            cached_tokens=cached_tokens - (before or 0),
-            completion_tokens=made,
+        more = (
+            0 if self._cached else 1,
+            self._prompts[prompt] if before is None else 0,
+            cached_tokens - (before or 0),
+            made,
         )
         self._cached[prompt] = cached_tokens
-        self.counts = self.counts.plus(counts)
+        add(self._used, more)
         tenant = self._admitted.tenant
-        self._usage.add(tenant.name, self._intervention, counts)
+        self._usage.add(tenant.name, self._intervention, more)
         self._quotas.spend(tenant, made)
 
     def end(self) -> None:

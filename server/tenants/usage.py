@@ -7,7 +7,7 @@ import os
 import sqlite3
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from datetime import UTC, date, datetime
@@ -64,14 +64,13 @@ class Counts(NamedTuple):
     cached_tokens: int = 0
     completion_tokens: int = 0
 
-    def plus(self, other: Counts) -> Counts:
-        """The sum of both."""
-        return Counts(
-            self.requests + other.requests,
-            self.prompt_tokens + other.prompt_tokens,
-            self.cached_tokens + other.cached_tokens,
-            self.completion_tokens + other.completion_tokens,
-        )
+
+def add(row: list[int], more: Sequence[int]) -> None:
+    """Add `Counts`, or numbers in their order, to a row of such numbers; called for every token."""
+    row[0] += more[0]
+    row[1] += more[1]
+    row[2] += more[2]
+    row[3] += more[3]
 
 
 class Key(NamedTuple):
@@ -82,7 +81,7 @@ class Key(NamedTuple):
     intervention: str
 
 
-_New = dict[Key, Counts]
+_New = dict[Key, list[int]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,11 +145,11 @@ class Usage:
             self._write()
             self._shut()
 
-    def add(self, tenant: str, intervention: str, counts: Counts) -> None:
-        """Count what a tenant used just now."""
+    def add(self, tenant: str, intervention: str, more: Sequence[int]) -> None:
+        """Count what a tenant used just now: `Counts`, or numbers in their order."""
         key = Key(int(time.time() // 86400), tenant, intervention)
         with self._counting:
-            self._merge({key: counts})
+            add(self._new.get(key) or self._begun(key), more)
 
     def find(self, query: Query) -> Found:
         """Look counts up, those of the last second too; reads the file.
@@ -171,11 +170,11 @@ class Usage:
             _add(memory, new)
             return _found(memory, query)
 
-    def _merge(self, counted: Mapping[Key, Counts]) -> None:
-        for key, counts in counted.items():
-            if key not in self._new and len(self._new) >= MAX_MEMORY_ROWS:
-                key = key._replace(intervention=OTHER)
-            self._new[key] = self._new.get(key, Counts()).plus(counts)
+    def _begun(self, key: Key) -> list[int]:
+        """The row of a key without one; that of the others where there is no room."""
+        if len(self._new) >= MAX_MEMORY_ROWS:
+            key = key._replace(intervention=OTHER)
+        return self._new.setdefault(key, [0] * len(Counts._fields))
 
     def _write_on(self) -> None:
         while not self._ended.is_set():
@@ -196,7 +195,8 @@ class Usage:
             with self._counting:
                 # The older counts first: where there is no room, later ones share a row.
                 later, self._new = self._new, new
-                self._merge(later)
+                for key, more in later.items():
+                    add(self._new.get(key) or self._begun(key), more)
             if self.problem is None:
                 logger.error("Usage is counted in memory: %s: %s", self._path, error)
             self.problem = "usage is counted in memory: its file cannot be used"
