@@ -75,7 +75,7 @@ def limits_of(response: httpx.Response, what: str) -> tuple[str | None, ...]:
 @pytest.mark.parametrize("stream", [False, True])
 async def test_requests_a_minute(client: httpx.AsyncClient, clock: Clock, stream: bool) -> None:
     def ask() -> Any:
-        body = completion(stream=stream, n=2, prompt=["Hi", "you"])
+        body = completion(model="emoji", stream=stream, n=2, prompt=["Hi", "you"])
         return client.post("/v1/completions", json=body, headers=key(FEW))
 
     for left in (2, 1, 0):
