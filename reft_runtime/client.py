@@ -184,6 +184,11 @@ class Server:
         found: Body = self._call("GET", "/v1/stats").json()
         return found
 
+    def usage(self, **asked: str) -> Body:
+        """What tenants have used, as `GET /v1/usage` answers to these parameters."""
+        found: Body = self._call("GET", "/v1/usage", params=asked).json()
+        return found
+
     def base_model(self) -> str:
         """The base model's name."""
         return str(self.stats()["model"])

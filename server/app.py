@@ -30,6 +30,7 @@ from server.routes import (
     responses,
     stats,
     tokenize,
+    usage,
     versions,
     vllm_compat,
 )
@@ -39,7 +40,14 @@ from server.threads import started_pool
 if TYPE_CHECKING:
     from server.engine import WholeEngine
 
-EXPOSED = ["retry-after", "x-request-id", "x-intervention", "x-prompt-tokens", "x-queue-time"]
+EXPOSED = [
+    *("retry-after", "x-request-id", "x-intervention", "x-prompt-tokens", "x-queue-time"),
+    *(
+        f"x-ratelimit-{what}-{of}"
+        for what in ("limit", "remaining", "reset")
+        for of in ("requests", "tokens")
+    ),
+]
 """Response headers that a page of another origin may read."""
 
 
@@ -56,14 +64,18 @@ def create_app(engine: WholeEngine, settings: Settings) -> FastAPI:
         asyncio.get_running_loop().set_default_executor(started_pool())
         with stage("Answering a first prompt"):
             await context.health.prove()
+        context.usage.start()
         watches = [
             asyncio.ensure_future(context.rates.watch(engine.stats)),
             asyncio.ensure_future(context.keys.follow(context.administer)),
+            asyncio.ensure_future(context.quotas.watch()),
         ]
         yield
         for watch in watches:
             watch.cancel()
         await asyncio.wait(watches)
+        await context.quotas.close()
+        await asyncio.to_thread(context.usage.close)
         context.close()
 
     # FastAPI's own pages would need no key: the description is a route like any other here.
@@ -103,6 +115,7 @@ def create_app(engine: WholeEngine, settings: Settings) -> FastAPI:
         vllm_compat,
         tokenize,
         stats,
+        usage,
         operations,
     ):
         guarded.include_router(module.router)

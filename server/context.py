@@ -19,7 +19,9 @@ from server.metrics import Metrics
 from server.recent import Rates
 from server.settings import Settings
 from server.tenants.keys import Keys
+from server.tenants.quota import Quotas
 from server.tenants.tenant import NOBODY, Tenant
+from server.tenants.usage import Usage
 from server.tenants.view import View
 from server.threads import started_pool
 from server.tools import Tools
@@ -80,6 +82,8 @@ class Context:
     bodies: BodyBudget = field(init=False)
     tools: Tools = field(init=False)
     keys: Keys = field(init=False)
+    quotas: Quotas = field(init=False)
+    usage: Usage = field(init=False)
     rates: Rates = field(default_factory=Rates)
     downloads: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(MAX_DOWNLOADS))
     _admin: ThreadPoolExecutor = field(
@@ -91,6 +95,10 @@ class Context:
         object.__setattr__(self, "bodies", BodyBudget(limit))
         object.__setattr__(self, "tools", Tools(self.engine.tokenizer, self.settings))
         object.__setattr__(self, "keys", Keys.of(self.settings))
+        url = self.settings.quota_url
+        quotas = Quotas(None if url is None else url.get_secret_value())
+        object.__setattr__(self, "quotas", quotas)
+        object.__setattr__(self, "usage", Usage(self.settings.state_dir))
 
     @property
     def engine(self) -> Engine:
@@ -108,6 +116,11 @@ class Context:
         object.__setattr__(own, "tenant", tenant)
         object.__setattr__(own, "request_id", request_id)
         return own
+
+    def problems(self) -> list[str]:
+        """What is wrong with what the server keeps or asks, in words that anybody may read."""
+        parts = (self.keys, self.usage, self.quotas)
+        return [part.problem for part in parts if part.problem is not None]
 
     async def administer(self, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
         """Run `function`, which may take long, in a thread that no completion waits for."""

@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import time
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Sequence
-from contextlib import aclosing, contextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +21,8 @@ from server.context import Context
 from server.schemas.classify import ClassifyRequest
 from server.schemas.common import ModelBody, SamplingBody
 from server.selection import label, selected
+from server.tenants.meter import Meter
+from server.tenants.quota import Refused, TooLarge
 from server.tenants.tenant import Limits
 
 if TYPE_CHECKING:
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
     from reft_runtime.text import ChatOptions
     from reft_runtime.use import Use
     from server.engine import Stream
+    from server.tenants.quota import Admitted
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +60,11 @@ class Job:
     def versions(self) -> tuple[str, ...]:
         """Interventions applied to each prompt, as `NAME@DIGEST`, in order."""
         return self.prepared[0].versions
+
+    @property
+    def names(self) -> list[str]:
+        """Names of the interventions, each once, in the order in which they apply."""
+        return list(dict.fromkeys(version.partition("@")[0] for version in self.versions))
 
     @property
     def trace(self) -> bool:
@@ -172,7 +180,7 @@ async def _prepared(
     return Job(name, label(body.model, body.interventions), prepared, arrived)
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Run:
     """One request under way: its streams as one, its token counts and its times.
 
@@ -181,6 +189,7 @@ class Run:
 
     context: Context
     job: Job
+    admitted: Admitted
     streams: list[Stream] = field(default_factory=list)
     created: int = field(default_factory=lambda: int(time.time()))
     completion_tokens: int = 0
@@ -189,12 +198,23 @@ class Run:
     """Seconds from the request's arrival to its first token; None before that."""
     ends: list[str] = field(default_factory=list)
     """Why each choice ended; empty while the request runs."""
+    meter: Meter = field(init=False)
     _last: dict[int, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        context, job = self.context, self.job
+        prompts = [len(one.request.prompt) for one in job.prepared]
+        self.meter = Meter(context.quotas, context.usage, self.admitted, job.names, prompts)
 
     @property
     def choices(self) -> int:
         """Number of choices of all prompts."""
         return len(self.job.prepared) * self.job.n
+
+    @property
+    def names(self) -> list[str]:
+        """Names of the interventions that are applied."""
+        return self.job.names
 
     @property
     def queue_seconds(self) -> float | None:
@@ -221,7 +241,7 @@ class Run:
 
     def headers(self) -> dict[str, str]:
         """Response headers, which are complete once the first token has come."""
-        headers = {"x-prompt-tokens": str(self.job.prompt_tokens)}
+        headers = {"x-prompt-tokens": str(self.job.prompt_tokens), **self.admitted.headers}
         if self.queue_seconds is not None:
             headers["x-queue-time"] = f"{1000 * self.queue_seconds:.1f}"
         if self.job.versions:
@@ -271,21 +291,34 @@ class Run:
         if before is not None:
             self.context.metrics.next_token(now - before)
         self._last[prompt] = now
+        made = sum(len(delta.tokens) for delta in deltas)
+        self.completion_tokens += made
+        self.meter.step(prompt, self.streams[prompt].cached_tokens, made)
         for delta in deltas:
-            self.completion_tokens += len(delta.tokens)
             if delta.finish_reason is not None:
                 index = prompt * self.job.n + delta.index
                 self.finish_reasons[index] = delta.finish_reason
 
 
-@contextmanager
-def opened(context: Context, job: Job) -> Iterator[Run]:
-    """Queue `job` in the engine; when the block ends, for any reason, nothing of it is left there.
+@asynccontextmanager
+async def opened(context: Context, job: Job) -> AsyncIterator[Run]:
+    """Queue `job` in the engine, if its tenant's quotas let it pass.
 
-    Raises what `Engine.start` raises; then no prompt of the job stays queued, and nothing is held.
+    When the block ends, for any reason, nothing of the job is left in the engine. Raises what
+    `Quotas.admit` and `Engine.start` raise; then no prompt of the job stays queued, and nothing is
+    held.
     """
-    run = Run(context, job)
+    metrics, tenant = context.metrics, context.tenant.name
+    try:
+        admitted = await context.quotas.admit(context.tenant, job.prompt_tokens)
+    except BaseException as error:
+        release_all(job.prepared)
+        if isinstance(error, Refused | TooLarge):
+            metrics.rejected(tenant, error.reason)
+        raise
+    run = Run(context, job, admitted)
     unfinished = "error"
+    metrics.under_way.add(run)
     try:
         for prepared in job.prepared:
             run.streams.append(context.engine.start(prepared))
@@ -293,18 +326,23 @@ def opened(context: Context, job: Job) -> Iterator[Run]:
     except asyncio.CancelledError:
         unfinished = "abort"
         raise
+    except Overloaded:
+        if not run.meter.counts.requests:
+            metrics.rejected(tenant, "overloaded")
+        raise
     finally:
         for stream in run.streams:
             stream.abort()
         release_all(job.prepared[len(run.streams) :])
+        run.meter.end()
+        metrics.under_way.discard(run)
         if run.streams:
             run.ends = [run.finish_reasons.get(i, unfinished) for i in range(run.choices)]
             seconds = time.monotonic() - job.arrived
-            names = dict.fromkeys(version.partition("@")[0] for version in job.versions)
-            tokens = job.prompt_tokens, run.completion_tokens
-            context.metrics.finished(seconds, run.ends, names, *tokens)
-            for name in names:
-                context.registry.count(name, *tokens)
+            counts = run.meter.counts
+            metrics.finished(seconds, run.ends, tenant, job.names, counts)
+            for name in job.names:
+                context.registry.count(name, counts.prompt_tokens, counts.completion_tokens)
 
 
 async def _merge(

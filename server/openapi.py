@@ -20,6 +20,11 @@ def takes(model: type[BaseModel], *, required: bool = True) -> dict[str, Any]:
     return {"requestBody": {"required": required, "content": content}}
 
 
+def limited() -> dict[int | str, dict[str, Any]]:
+    """`responses` of a route that quotas hold for."""
+    return {429: _response("A quota is used up; Retry-After says when to send it again.")}
+
+
 def sends_file() -> dict[int | str, dict[str, Any]]:
     """`responses` of a route that answers with a file."""
     schema = {"type": "string", "format": "binary"}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
@@ -108,6 +109,12 @@ class Settings(BaseSettings):
     insecure: bool = Field(
         default=False,
         description="Listen where other machines can reach the server although it needs no key.",
+    )
+    quota_url: SecretStr | None = Field(
+        default=None,
+        min_length=1,
+        description="Redis or Valkey that counts quotas for several servers together: "
+        "redis://HOST:PORT/DB, or rediss:// for TLS; by default each server counts for itself.",
     )
     allowed_origins: str | None = Field(
         default=None,
@@ -219,6 +226,17 @@ class Settings(BaseSettings):
         for origin in _origins(value):
             if origin != "*" and not re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/\s]+", origin):
                 raise ValueError("write '*', or origins such as https://a.example or a JSON list")
+        return value
+
+    @field_validator("quota_url")
+    @classmethod
+    def _check_quota_url(cls, value: SecretStr | None) -> SecretStr | None:
+        if value is None:
+            return value
+        if not re.fullmatch(r"rediss?://[^/\s]+(/\d+)?", value.get_secret_value()):
+            raise ValueError("write it as redis://HOST:PORT/DB, or with rediss:// for TLS")
+        if find_spec("redis") is None:
+            raise ValueError("it needs the package redis: pip install 'reft-server[redis]'")
         return value
 
     @field_validator("tool_template")

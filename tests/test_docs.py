@@ -37,6 +37,7 @@ DOCUMENTS = [
     "docs/tenants.md",
     "docs/tools.md",
     "docs/training.md",
+    "docs/usage.md",
     "interventions/README.md",
 ]
 
@@ -106,7 +107,9 @@ def test_operations_lists_the_metrics() -> None:
         for family in families
         if not family.name.endswith("_created")
     }
-    assert set(re.findall(r"reft:[a-z_0-9]+", text)) == served
+    assert set(re.findall(r"reft:[a-z_0-9]+", text)) == {n for n in served if n[:5] == "reft:"}
+    gateways = (ROOT / "docs/usage.md").read_text()
+    assert set(re.findall(r"vllm:[a-z_0-9]+", gateways)) == {n for n in served if n[:5] == "vllm:"}
 
 
 def test_help_names_the_engines_defaults() -> None:

@@ -20,8 +20,6 @@ UNHEALTHY: dict[int | str, dict[str, Any]] = {
     503: {"description": "Not healthy: `status` says why."}
 }
 
-KEYS_PROBLEM = "The keys file cannot be used as it is now; the keys from before count."
-
 
 @public.get("/livez", responses=UNHEALTHY)
 async def livez(context: Current) -> JSONResponse:
@@ -34,10 +32,10 @@ async def livez(context: Current) -> JSONResponse:
 async def readyz(context: Current) -> JSONResponse:
     """Answers 200 while the server is loaded, proven by a first generation, and not draining.
 
-    `problems`, if there are any, do not keep the server from answering; the log says more.
+    `problems`, where there are any, say what is wrong beside that without keeping it from
+    answering.
     """
-    problems = [KEYS_PROBLEM] if context.keys.problem else []
-    return _health(context.health.status, problems)
+    return _health(context.health.status, context.problems())
 
 
 @router.get("/version")
@@ -60,5 +58,5 @@ async def openapi(request: Request) -> dict[str, Any]:
 
 
 def _health(status: str, problems: Sequence[str] = ()) -> JSONResponse:
-    body = {"status": status, **({"problems": problems} if problems else {})}
-    return JSONResponse(body, 200 if status == "ok" else 503)
+    said = {"status": status} | ({"problems": problems} if problems else {})
+    return JSONResponse(said, 200 if status == "ok" else 503)

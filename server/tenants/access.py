@@ -39,6 +39,7 @@ ACCESS: dict[str, Access] = {
     "POST /v1/load_lora_adapter": "admin",
     "POST /v1/unload_lora_adapter": "admin",
     "GET /v1/stats": "server",
+    "GET /v1/usage": "server",
     "GET /metrics": "server",
 }
 """What each route needs, by method and path. A route that is not here needs `server`."""

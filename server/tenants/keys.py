@@ -19,6 +19,9 @@ from server.tenants.tenant import OWNER, Tenant
 LOOK_SECONDS = 1.0
 """Pause between two looks at the keys file."""
 
+PROBLEM = "The keys file cannot be used as it is now; the keys from before count."
+"""What is told to anybody of a keys file that is not usable."""
+
 logger = logging.getLogger("reft.server")
 
 
@@ -38,7 +41,7 @@ class Keys:
 
     `owner_key` is the key of `OWNER`, and `file` the keys file; None if there is none. Raises
     `ConfigError` for a file that is not usable. Later the file may be wrong for a while: then the
-    tenants stay as they are, and `problem` is true.
+    tenants stay as they are, and `problem` says so.
     """
 
     def __init__(self, owner_key: str | None, file: Path | None) -> None:
@@ -46,7 +49,7 @@ class Keys:
         self._file = file
         self._taken = self._seen = self._look()
         self._tenants = self._read()
-        self.problem = False
+        self.problem: str | None = None
 
     @classmethod
     def of(cls, settings: Settings) -> Keys:
@@ -90,10 +93,10 @@ class Keys:
         try:
             self._tenants = self._read()
         except ConfigError as error:
-            self.problem = True
+            self.problem = PROBLEM
             logger.error("The keys file is not usable, and the keys stay as they are: %s", error)
             return
-        self.problem = False
+        self.problem = None
         logger.info("The keys file has changed: %d keys are known", len(self._tenants))
 
     def _look(self) -> tuple[int, int, int] | None:

@@ -233,3 +233,30 @@ def test_keys_and_addresses(engine: Any) -> None:
     assert "reft serve" in refused(url, Unreachable, "ls")
     assert "no answer from http://[::" in refused("http://[::", Unreachable, "ls")
     assert "write it with its scheme, http://here:8000" in refused("here:8000", ConfigError, "ls")
+
+
+def test_usage(url: str, engine: Any) -> None:
+    nothing = reft(url, "usage", "--from", "2024-01-01", "--to", "2024-01-31")
+    assert (nothing.exit_code, nothing.stdout) == (0, "")
+    assert nothing.stderr.splitlines() == [
+        "Nothing was used from 2024-01-01 to 2024-01-31.",
+        "Counted in memory since the server's start: it has no --state-dir.",
+    ]
+    for model in ("tiny", "one", "one"):
+        body = {"model": model, "prompt": "Hello", "max_tokens": 4}
+        Server(url).ask([("/v1/completions", body)])
+    shown = [line.split() for line in reft(url, "usage").stdout.splitlines()]
+    assert shown == [
+        ["tenant", "requests", "prompt", "cached", "generated"],
+        ["(owner)", "3", "15", "6", "12"],
+        ["total", "3", "15", "6", "12"],
+    ]
+    by = reft(url, "usage", "--by", "intervention,day", "--tenant", "(owner)").stdout.splitlines()
+    assert by[0].split()[:2] == ["day", "intervention"]
+    assert [line.split()[1:] for line in by[1:3]] == [
+        ["(base)", "1", "5", "2", "4"],
+        ["one", "2", "10", "4", "8"],
+    ]
+    found = json.loads(reft(url, "usage", "--by", "intervention", "--json").stdout)
+    assert [row["requests"] for row in found["data"]] == [1, 2]
+    assert "day, tenant and intervention" in refused(url, ConfigError, "usage", "--by", "week")

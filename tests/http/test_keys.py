@@ -22,14 +22,14 @@ from server.cli.main import app as command
 from server.lifecycle import check_exposure
 from server.settings import Settings, load_settings
 from server.tenants import keys
-from server.tenants.keys import Keys, new_key
+from server.tenants.keys import Keys, digest_of
 from server.tenants.keys_file import read_keys_file
 from server.tenants.tenant import OWNER, Limits, Tenant
 from tests.http.conftest import completion
 from tests.http.fake_engine import FakeEngine
 
-KEY, HASH = new_key()
-OTHER, OTHER_HASH = new_key()
+KEY, OTHER = "reft-AAAAtheFirstKeyOfTheseTests", "reft-BBBBtheOtherKeyOfTheseTests"
+HASH, OTHER_HASH = ("sha256:" + digest_of(key.encode()).hex() for key in (KEY, OTHER))
 SEEN = 'interventions = ["*"]'
 
 
