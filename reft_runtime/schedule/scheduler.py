@@ -4,6 +4,11 @@ Order of a step: running sequences decode (oldest first, the newest is preempted
 out), then running prompts go on, then waiting sequences are admitted in order of arrival, all
 within one budget of tokens, which `StepPacer` makes smaller where streams would wait too long.
 
+Of several tenants the one that was served least goes first in all of this (`TokenCounters`), and
+within a tenant the lowest priority. The tenant whose turn is next gets its share of places and KV
+by preemption, if another that was served more holds more than its own share. Once admitted, nobody
+slows another beyond its share (`allot`).
+
 Before each chunk of a prompt the prefix cache is asked for the blocks that come next. A prompt
 whose next block is being computed for another prompt skips the step instead of computing it, too.
 It waits only for a chunk of the same step: so whenever one prompt waits another one advances, and
@@ -12,87 +17,27 @@ if that one fails, is aborted or preempted, it is not in the next step and no pr
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from itertools import islice
 
-from reft_runtime.schedule.blocks import BLOCK_TOKENS
+from reft_runtime.schedule.blocks import BLOCK_TOKENS, blocks_for
 from reft_runtime.schedule.budget import BlockBudget
+from reft_runtime.schedule.counters import DECODE_COST, PROMPT_COST, TokenCounters
 from reft_runtime.schedule.pacing import StepPacer
+from reft_runtime.schedule.plan import Chunk, StepPlan
 from reft_runtime.schedule.prefix_cache import BlockCopy
 from reft_runtime.schedule.sequence import Sequence, Status
+from reft_runtime.schedule.shares import Share, allot
+from reft_runtime.schedule.waiting import WaitingQueue, turn
 
 MAX_SCORED_TOKENS = 512
 """Most tokens of a step behind which log-probabilities are asked for, decoding sequences aside:
 each has a row of logits."""
 
-
-@dataclass(slots=True)
-class Chunk:
-    """Tokens [start, start + length) of one sequence, to be computed in this step.
-
-    `reused` are the kept blocks between what the sequence had and `start`, which it gets before
-    the step. `forks` are further choices of the same request: they copy the prompt's keys and
-    values from this sequence after the step (`shared` tokens), and sample their first token from
-    the same logits, unless they have labels to score.
-    """
-
-    sequence: Sequence
-    start: int
-    length: int
-    reused: list[BlockCopy] = field(default_factory=list)
-    forks: list[Sequence] = field(default_factory=list)
-
-    @property
-    def stop(self) -> int:
-        """End of the range, exclusive."""
-        return self.start + self.length
-
-    @property
-    def shared(self) -> int:
-        """Number of tokens whose keys and values the forks copy."""
-        return min(self.stop, self.sequence.prompt_length)
-
-    @property
-    def scored(self) -> int:
-        """Number of the chunk's tokens behind which log-probabilities are asked for."""
-        first = self.sequence.first_scored
-        return 0 if first is None else max(0, self.stop - max(self.start, first))
-
-    @property
-    def completes(self) -> bool:
-        """Whether the chunk reaches the sequence's end, so that a token is sampled."""
-        return self.stop == len(self.sequence.tokens)
-
-
-@dataclass(slots=True)
-class StepPlan:
-    """One step: the chunks to compute, decoding ones first, and the sequences preempted for them.
-
-    The first `decodes` chunks decode: one token each, or a few that a grammar forced. `kept` are
-    blocks of preempted sequences to copy into the prefix cache, before their keys and values are
-    freed and before any chunk is computed.
-    """
-
-    chunks: list[Chunk] = field(default_factory=list)
-    decodes: int = 0
-    preempted: list[Sequence] = field(default_factory=list)
-    kept: list[BlockCopy] = field(default_factory=list)
-
-    @property
-    def prompts(self) -> list[Chunk]:
-        """All chunks but the decoding ones."""
-        return self.chunks[self.decodes :]
-
-    @property
-    def decode_tokens(self) -> int:
-        """Tokens of the decoding chunks."""
-        return sum(chunk.length for chunk in self.chunks[: self.decodes])
-
-    @property
-    def prompt_tokens(self) -> int:
-        """Tokens of all chunks but the decoding ones."""
-        return sum(chunk.length for chunk in self.prompts)
+RECENT_STEPS = 32
+"""Steps for which a tenant is still reckoned with after its last one: it may come back at once, and
+then it waits for the end of the step that is under way."""
 
 
 class Scheduler:
@@ -117,8 +62,12 @@ class Scheduler:
         self.max_step_tokens = max_step_tokens
         self.pacer = pacer or StepPacer()
         self.running: list[Sequence] = []
-        self.waiting: deque[Sequence] = deque()
+        self.counters = TokenCounters()
+        self.waiting = WaitingQueue(self.counters)
         self.preemptions = 0
+        self._allotted: dict[str, Share] | None = None
+        self._steps = 0
+        self._seen: dict[str, int] = {}
 
     @property
     def idle(self) -> bool:
@@ -127,15 +76,27 @@ class Scheduler:
 
     def add(self, sequence: Sequence) -> None:
         """Queue a new sequence."""
-        self.waiting.append(sequence)
+        self.waiting.push(sequence)
 
     def requeue(self, sequences: Iterable[Sequence]) -> None:
-        """Queue sequences of requests that came earlier; the queue stays in order of arrival."""
-        self.waiting = deque(sorted((*sequences, *self.waiting), key=_arrival))
+        """Queue sequences of requests that came earlier; each gets its turn by its arrival."""
+        for sequence in sequences:
+            self.waiting.push(sequence)
+
+    def turn(self, sequence: Sequence) -> tuple[float, int, int, int]:
+        """What sorts sequences of all tenants, the one that goes first to the front."""
+        return self.counters.served(sequence.request.tenant), *turn(sequence)
 
     def schedule(self) -> StepPlan:
         """Choose the next step's chunks; empty only when idle."""
         plan = StepPlan()
+        order = list(self.running)  # a copy, because forks join
+        self._allotted = None
+        self._note_tenants()
+        if len(self._seen) > 1:
+            self._seat(plan)
+            self._allotted = self._allot()
+            order = sorted(self.running, key=self.turn)
         self._schedule_decodes(plan)
         plan.decodes = len(plan.chunks)
         decode_tokens = plan.decode_tokens
@@ -143,24 +104,32 @@ class Scheduler:
             self.max_step_tokens - decode_tokens,
             self.pacer.prompt_tokens(decode_tokens, self._prompts()),
         )
-        for sequence in list(self.running):  # a copy, because forks join
-            if tokens_left and not sequence.decoding:
-                tokens_left -= self._schedule_prompt(plan, sequence, tokens_left)
+        for sequence in order:
+            if sequence.status is not Status.RUNNING or sequence.decoding:
+                continue
+            if limit := self._prompt_limit(sequence, tokens_left):
+                tokens_left -= self._schedule_prompt(plan, sequence, limit)
         for chunk in plan.chunks[: plan.decodes]:
             # Only now: forks of this step are neither preempted nor computed in it.
             self._fork(chunk)
-        while tokens_left and self.waiting and self._admit(self.waiting[0], plan):
-            sequence = self.waiting.popleft()
-            tokens_left -= self._schedule_prompt(plan, sequence, tokens_left)
+        # After a preemption in this step the freed blocks belong to the sequences that run.
+        while not plan.preempted and (head := self.waiting.head) is not None:
+            limit = self._prompt_limit(head, tokens_left)
+            if not limit or not self._admit(head):
+                break
+            tokens_left -= self._schedule_prompt(plan, head, limit)
         return plan
 
     def after(self, sequences: Iterable[Sequence]) -> list[Chunk]:
         """Chunks of the step after one whose tokens are not known yet, for `sequences` that go on.
 
         Empty if something else has to be decided first: which sequence starts, which prompt goes
-        on, which sequence is preempted, or which tokens a grammar allows.
+        on, which sequence is preempted or rests, or which tokens a grammar allows.
         """
-        if self.waiting and self._may_start(self.waiting[0]):
+        head = self.waiting.head
+        if head is not None and (self._may_start(head) or self._displaced_by(head) is not None):
+            return []
+        if self._allotted is not None or (len(self._seen) > 1 and self._allot() is not None):
             return []
         if not all(sequence.decoding and not sequence.grammar for sequence in self.running):
             return []
@@ -169,15 +138,19 @@ class Scheduler:
         return chunks if roomy else []
 
     def advance(self, plan: StepPlan) -> None:
-        """Record that the plan's tokens have been computed."""
-        for chunk in plan.chunks:
+        """Record that the plan's tokens have been computed, and charge them to their tenants.
+
+        Tokens that were reused are not charged, nor those that a preemption made necessary again.
+        """
+        for index, chunk in enumerate(plan.chunks):
+            self._charge(chunk, DECODE_COST if index < plan.decodes else PROMPT_COST)
             if chunk.reused and self.cache is not None:
                 first = chunk.sequence
                 self.cache.count_hit(first.keys, first.computed, chunk.start)
                 first.cached += max(0, min(chunk.start, first.prompt_length) - first.computed)
             chunk.sequence.computed = chunk.stop
             for fork in chunk.forks:
-                fork.computed = chunk.shared
+                fork.computed = fork.charged = chunk.shared
 
     def keep(self, sequence: Sequence) -> list[BlockCopy]:
         """Enter the computed blocks of a sequence in the prefix cache.
@@ -198,10 +171,13 @@ class Scheduler:
         """Remove a running or waiting sequence and free its blocks; it may be called again."""
         if sequence.status is Status.RUNNING:
             self.running.remove(sequence)
-        elif sequence.status is Status.WAITING and sequence in self.waiting:
-            self.waiting.remove(sequence)
+        elif sequence.status is Status.WAITING:
+            self.waiting.discard(sequence)
         sequence.status = Status.FINISHED
         self.budget.release(sequence)
+        if self.idle:
+            self.counters.clear()
+            self._seen.clear()
 
     def check_integrity(self, *, idle: bool = False) -> None:
         """Raise AssertionError if queues and budget disagree, or if `idle` and anything is left."""
@@ -217,11 +193,16 @@ class Scheduler:
     def _schedule_decodes(self, plan: StepPlan) -> None:
         # Forced tokens are computed together as far as every sequence has room for one.
         spare = self.max_step_tokens - sum(sequence.decoding for sequence in self.running)
-        for sequence in sorted(self.running, key=_arrival):
+        for sequence in sorted(self.running, key=self.turn):
             if sequence.status is not Status.RUNNING or not sequence.decoding:
                 continue
+            if self._allotted is not None:
+                share = self._allotted[sequence.request.tenant]
+                if not share.decodes:
+                    continue  # it rests
+                share.decodes -= 1
             while not self.budget.reserve(sequence, len(sequence.tokens)):
-                victim = max(self.running, key=_arrival)
+                victim = max(self.running, key=self.turn)
                 self._preempt(victim, plan)
                 if victim is sequence:
                     break
@@ -234,6 +215,13 @@ class Scheduler:
         """Number of sequences that could compute prompt tokens now if blocks suffice."""
         admissible = min(len(self.waiting), self.max_running - len(self.running))
         return admissible + sum(not sequence.decoding for sequence in self.running)
+
+    def _prompt_limit(self, sequence: Sequence, tokens_left: int) -> int:
+        """The most prompt tokens that a sequence may compute of those that the step has left."""
+        if self._allotted is None:
+            return tokens_left
+        share = self._allotted.get(sequence.request.tenant)
+        return 0 if share is None else min(tokens_left, share.prompt_tokens)
 
     def _schedule_prompt(self, plan: StepPlan, sequence: Sequence, limit: int) -> int:
         start, reused = sequence.computed, []
@@ -257,6 +245,8 @@ class Scheduler:
                 return 0
         chunk = Chunk(sequence, start, min(len(sequence.tokens) - start, limit), reused)
         plan.chunks.append(chunk)
+        if self._allotted is not None:
+            self._allotted[sequence.request.tenant].prompt_tokens -= chunk.length
         self._fork(chunk)
         return chunk.length
 
@@ -283,16 +273,15 @@ class Scheduler:
             rest = [] if admitted else [heir]
         self.requeue(rest)
 
-    def _admit(self, sequence: Sequence, plan: StepPlan) -> bool:
-        # After a preemption in this step the freed blocks belong to the sequences that run.
-        if plan.preempted:
-            return False
+    def _admit(self, sequence: Sequence) -> bool:
+        """Let the sequence whose turn is next run, if there is room."""
         keys = []
         if self.cache is not None and sequence.reusable:
             keys = sequence.block_keys(sequence.reusable)
             self.cache.find(keys)  # marks them as used: making room must not evict them
         if not self._make_room(sequence):
             return False
+        self.waiting.pop(sequence)
         if self.cache is not None:
             self.cache.count_query(sequence.keys, len(keys) * BLOCK_TOKENS)
         return True
@@ -310,6 +299,90 @@ class Scheduler:
         return len(self.running) < self.max_running and self.budget.has_room(
             sequence, len(sequence.tokens) + 1
         )
+
+    def _charge(self, chunk: Chunk, cost: float) -> None:
+        sequence = chunk.sequence
+        if (tokens := chunk.stop - max(chunk.start, sequence.charged)) > 0:
+            self.counters.charge(sequence.request.tenant, tokens * cost)
+            sequence.charged = chunk.stop
+
+    def _tenants(self) -> set[str]:
+        """The tenants of which something runs or waits."""
+        return {sequence.request.tenant for sequence in self.running}.union(self.waiting.tenants)
+
+    def _note_tenants(self) -> None:
+        self._steps += 1
+        self._seen |= dict.fromkeys(self._tenants(), self._steps)
+        if len(self._seen) > 1:
+            since = self._steps - RECENT_STEPS
+            self._seen = {tenant: step for tenant, step in self._seen.items() if step > since}
+
+    def _seat(self, plan: StepPlan) -> None:
+        """Admit sequences of tenants below their share before the others go on."""
+        while (head := self.waiting.head) is not None and self._below_share(head):
+            while not self._may_start(head):
+                displaced = self._displaced_by(head)
+                if displaced is None:
+                    return
+                self._preempt(displaced, plan)
+            self._admit(head)
+
+    def _share(self, tenant: str) -> float:
+        """The tenant's part of everything, by the weights of those that run or wait, 0 to 1."""
+        return self.counters.weight(tenant) / sum(map(self.counters.weight, self._tenants()))
+
+    def _below_share(self, head: Sequence) -> bool:
+        """Whether a waiting sequence's tenant has a right to the place and the blocks for it."""
+        tenant, share = head.request.tenant, self._share(head.request.tenant)
+        running = [s for s in self.running if s.request.tenant == tenant]
+        blocks = blocks_for(len(head.tokens) + 1) + sum(map(self.budget.held, running))
+        places = len(running) + 1
+        return places <= share * self.max_running and blocks <= share * self.budget.total
+
+    def _displaced_by(self, head: Sequence) -> Sequence | None:
+        """The sequence that makes room for a waiting one of a tenant below its share.
+
+        It is the last of a tenant beyond its share that was served as much, or more.
+        """
+        if not self._below_share(head):
+            return None
+        lacks_places = len(self.running) >= self.max_running
+        used: Counter[str] = Counter()
+        for sequence in self.running:
+            used[sequence.request.tenant] += 1 if lacks_places else self.budget.held(sequence)
+        room = self.max_running if lacks_places else self.budget.total
+        least = self.counters.served(head.request.tenant)
+        beyond = {
+            tenant
+            for tenant, held in used.items()
+            if held > room * self._share(tenant) and self.counters.served(tenant) >= least
+        }
+        candidates = [s for s in self.running if s.request.tenant in beyond]
+        return max(candidates, key=self.turn, default=None)
+
+    def _allot(self) -> dict[str, Share] | None:
+        """What each tenant may take of the next step; None if all get what they want."""
+        times = self.pacer.times()
+        if times is None:
+            return None
+        head = self.waiting.head
+        room = self.max_running - len(self.running) if head and self._may_start(head) else 0
+        starting = (s for t in self.waiting.tenants for s in islice(self.waiting.of(t), room))
+        wanted = {
+            tenant: Share(self.counters.weight(tenant), decodes=1)
+            for tenant in self._seen.keys() - self._tenants()
+        }
+        for sequence in (*self.running, *starting):
+            tenant = sequence.request.tenant
+            share = wanted.setdefault(tenant, Share(self.counters.weight(tenant)))
+            if sequence.decoding:
+                share.decodes += 1
+            else:
+                share.prompt_tokens += sequence.remaining
+        for share in wanted.values():
+            share.prompt_tokens = min(share.prompt_tokens, self.pacer.mixed_tokens)
+        decodes = sum(share.decodes for share in wanted.values())
+        return allot(wanted, self.pacer.prompt_tokens(decodes, self._prompts()), times)
 
     def _preempt(self, sequence: Sequence, plan: StepPlan) -> None:
         self.running.remove(sequence)
@@ -329,7 +402,3 @@ def _will_keep(sequence: Sequence, block: int, key: bytes) -> bool:
     keys = sequence.block_keys((block + 1) * BLOCK_TOKENS)
     no_token = sequence.request.sampling.max_tokens == 0
     return keys[block] == key and not (no_token and block >= sequence.keys.base)
-
-
-def _arrival(sequence: Sequence) -> tuple[int, int]:
-    return sequence.order, sequence.choice

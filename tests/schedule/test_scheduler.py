@@ -7,8 +7,9 @@ from hypothesis import strategies as st
 from reft_runtime.sampling import SamplingParams
 from reft_runtime.schedule.blocks import BLOCK_TOKENS, blocks_for
 from reft_runtime.schedule.budget import BlockBudget
+from reft_runtime.schedule.plan import StepPlan
 from reft_runtime.schedule.request import Request
-from reft_runtime.schedule.scheduler import Scheduler, StepPlan
+from reft_runtime.schedule.scheduler import Scheduler
 from reft_runtime.schedule.sequence import Sequence, Status, sequences_of
 
 Shape = tuple[int, int, int, bool]
