@@ -78,7 +78,10 @@ def beside(engine: Engine, label: str, requests: int) -> Case:
         flood = (
             []
             if flooding is None
-            else [asyncio.create_task(request(flooding, None)) for _ in range(FLOOD)]
+            else [
+                asyncio.create_task(request(flooding, None))
+                for _ in range(FLOOD if number else FLOOD // 8)
+            ]
         )
         while flood and not made:
             await asyncio.sleep(0.01)

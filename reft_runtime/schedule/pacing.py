@@ -51,10 +51,11 @@ divided by this: anything beyond is hardly the step's own time."""
 class StepTimes:
     """Estimated seconds of steps; `decodes` are numbers of sequences that were measured, rising.
 
-    Between two of them a step's time is interpolated; beyond, it is that of the nearest.
+    Between two of them a step's time is interpolated. With fewer it is that of the least, and each
+    decode more than the most takes as long as a prompt token.
     """
 
-    decodes: tuple[int, ...]
+    decodes: tuple[float, ...]
     seconds: tuple[float, ...]
     prompt_token: float
 
@@ -68,8 +69,10 @@ class StepTimes:
 
     def _decode(self, decodes: int) -> float:
         above = bisect_left(self.decodes, decodes)
-        if above == 0 or above == len(self.decodes):
-            return self.seconds[min(above, len(self.decodes) - 1)]
+        if above == 0:
+            return self.seconds[0]
+        if above == len(self.decodes):
+            return self.seconds[-1] + (decodes - self.decodes[-1]) * self.prompt_token
         low, high = self.decodes[above - 1], self.decodes[above]
         part = (decodes - low) / (high - low)
         return self.seconds[above - 1] * (1 - part) + self.seconds[above] * part
@@ -86,6 +89,7 @@ class StepPacer:
         self.mixed_tokens = mixed_tokens
         self._least_tokens = least_tokens
         self._decode_seconds: dict[int, float] = {}
+        self._decode_counts: dict[int, float] = {}
         self._prompt_seconds: float | None = None
         self._unmeasured = 0
 
@@ -116,14 +120,16 @@ class StepPacer:
             return None
         sizes = sorted(self._decode_seconds)
         seconds = tuple(self._decode_seconds[size] for size in sizes)
-        return StepTimes(tuple(1 << size for size in sizes), seconds, self._prompt_seconds)
+        counts = tuple(self._decode_counts[size] for size in sizes)
+        return StepTimes(counts, seconds, self._prompt_seconds)
 
     def record(self, decodes: int, prompt_tokens: int, seconds: float) -> None:
         """Learn from a step that took `seconds`."""
         if not prompt_tokens:
             self._unmeasured = 0
-            known = self._decode_seconds.get(_size(decodes))
-            self._decode_seconds[_size(decodes)] = _weighted(known, seconds)
+            size = _size(decodes)
+            self._decode_seconds[size] = _weighted(self._decode_seconds.get(size), seconds)
+            self._decode_counts[size] = _weighted(self._decode_counts.get(size), decodes)
             return
         if not decodes:
             if prompt_tokens >= MEASURED_TOKENS:

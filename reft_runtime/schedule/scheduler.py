@@ -17,11 +17,9 @@ if that one fails, is aborted or preempted, it is not in the next step and no pr
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable
-from itertools import islice
 
-from reft_runtime.schedule.blocks import BLOCK_TOKENS, blocks_for
+from reft_runtime.schedule.blocks import BLOCK_TOKENS
 from reft_runtime.schedule.budget import BlockBudget
 from reft_runtime.schedule.counters import DECODE_COST, PROMPT_COST, TokenCounters
 from reft_runtime.schedule.pacing import StepPacer
@@ -29,15 +27,12 @@ from reft_runtime.schedule.plan import Chunk, StepPlan
 from reft_runtime.schedule.prefix_cache import BlockCopy
 from reft_runtime.schedule.sequence import Sequence, Status
 from reft_runtime.schedule.shares import Share, allot
+from reft_runtime.schedule.tenants import Tenants
 from reft_runtime.schedule.waiting import WaitingQueue, turn
 
 MAX_SCORED_TOKENS = 512
 """Most tokens of a step behind which log-probabilities are asked for, decoding sequences aside:
 each has a row of logits."""
-
-RECENT_STEPS = 32
-"""Steps for which a tenant is still reckoned with after its last one: it may come back at once, and
-then it waits for the end of the step that is under way."""
 
 
 class Scheduler:
@@ -66,8 +61,7 @@ class Scheduler:
         self.waiting = WaitingQueue(self.counters)
         self.preemptions = 0
         self._allotted: dict[str, Share] | None = None
-        self._steps = 0
-        self._seen: dict[str, int] = {}
+        self._tenants = Tenants(self.running, self.waiting, budget, max_running)
 
     @property
     def idle(self) -> bool:
@@ -92,8 +86,8 @@ class Scheduler:
         plan = StepPlan()
         order = list(self.running)  # a copy, because forks join
         self._allotted = None
-        self._note_tenants()
-        if len(self._seen) > 1:
+        self._tenants.begin_step()
+        if self._tenants.several:
             self._seat(plan)
             self._allotted = self._allot()
             order = sorted(self.running, key=self.turn)
@@ -127,9 +121,13 @@ class Scheduler:
         on, which sequence is preempted or rests, or which tokens a grammar allows.
         """
         head = self.waiting.head
-        if head is not None and (self._may_start(head) or self._displaced_by(head) is not None):
+        if head is not None and self._may_start(head):
             return []
-        if self._allotted is not None or (len(self._seen) > 1 and self._allot() is not None):
+        if self._tenants.several and (
+            self._allotted is not None
+            or (head is not None and self._tenants.displaced_by(head) is not None)
+            or self._allot() is not None
+        ):
             return []
         if not all(sequence.decoding and not sequence.grammar for sequence in self.running):
             return []
@@ -177,7 +175,7 @@ class Scheduler:
         self.budget.release(sequence)
         if self.idle:
             self.counters.clear()
-            self._seen.clear()
+            self._tenants.clear()
 
     def check_integrity(self, *, idle: bool = False) -> None:
         """Raise AssertionError if queues and budget disagree, or if `idle` and anything is left."""
@@ -306,83 +304,26 @@ class Scheduler:
             self.counters.charge(sequence.request.tenant, tokens * cost)
             sequence.charged = chunk.stop
 
-    def _tenants(self) -> set[str]:
-        """The tenants of which something runs or waits."""
-        return {sequence.request.tenant for sequence in self.running}.union(self.waiting.tenants)
-
-    def _note_tenants(self) -> None:
-        self._steps += 1
-        self._seen |= dict.fromkeys(self._tenants(), self._steps)
-        if len(self._seen) > 1:
-            since = self._steps - RECENT_STEPS
-            self._seen = {tenant: step for tenant, step in self._seen.items() if step > since}
-
-    def _seat(self, plan: StepPlan) -> None:
-        """Admit sequences of tenants below their share before the others go on."""
-        while (head := self.waiting.head) is not None and self._below_share(head):
-            while not self._may_start(head):
-                displaced = self._displaced_by(head)
-                if displaced is None:
-                    return
-                self._preempt(displaced, plan)
-            self._admit(head)
-
-    def _share(self, tenant: str) -> float:
-        """The tenant's part of everything, by the weights of those that run or wait, 0 to 1."""
-        return self.counters.weight(tenant) / sum(map(self.counters.weight, self._tenants()))
-
-    def _below_share(self, head: Sequence) -> bool:
-        """Whether a waiting sequence's tenant has a right to the place and the blocks for it."""
-        tenant, share = head.request.tenant, self._share(head.request.tenant)
-        running = [s for s in self.running if s.request.tenant == tenant]
-        blocks = blocks_for(len(head.tokens) + 1) + sum(map(self.budget.held, running))
-        places = len(running) + 1
-        return places <= share * self.max_running and blocks <= share * self.budget.total
-
-    def _displaced_by(self, head: Sequence) -> Sequence | None:
-        """The sequence that makes room for a waiting one of a tenant below its share.
-
-        It is the last of a tenant beyond its share that was served as much, or more.
-        """
-        if not self._below_share(head):
-            return None
-        lacks_places = len(self.running) >= self.max_running
-        used: Counter[str] = Counter()
-        for sequence in self.running:
-            used[sequence.request.tenant] += 1 if lacks_places else self.budget.held(sequence)
-        room = self.max_running if lacks_places else self.budget.total
-        least = self.counters.served(head.request.tenant)
-        beyond = {
-            tenant
-            for tenant, held in used.items()
-            if held > room * self._share(tenant) and self.counters.served(tenant) >= least
-        }
-        candidates = [s for s in self.running if s.request.tenant in beyond]
-        return max(candidates, key=self.turn, default=None)
-
     def _allot(self) -> dict[str, Share] | None:
         """What each tenant may take of the next step; None if all get what they want."""
         times = self.pacer.times()
         if times is None:
             return None
         head = self.waiting.head
-        room = self.max_running - len(self.running) if head and self._may_start(head) else 0
-        starting = (s for t in self.waiting.tenants for s in islice(self.waiting.of(t), room))
-        wanted = {
-            tenant: Share(self.counters.weight(tenant), decodes=1)
-            for tenant in self._seen.keys() - self._tenants()
-        }
-        for sequence in (*self.running, *starting):
-            tenant = sequence.request.tenant
-            share = wanted.setdefault(tenant, Share(self.counters.weight(tenant)))
-            if sequence.decoding:
-                share.decodes += 1
-            else:
-                share.prompt_tokens += sequence.remaining
-        for share in wanted.values():
-            share.prompt_tokens = min(share.prompt_tokens, self.pacer.mixed_tokens)
+        places = self.max_running - len(self.running) if head and self._may_start(head) else 0
+        wanted = self._tenants.wanted(places, self.pacer.mixed_tokens)
         decodes = sum(share.decodes for share in wanted.values())
         return allot(wanted, self.pacer.prompt_tokens(decodes, self._prompts()), times)
+
+    def _seat(self, plan: StepPlan) -> None:
+        """Admit sequences of tenants below their share before the others go on."""
+        while (head := self.waiting.head) is not None and self._tenants.below_share(head):
+            while not self._may_start(head):
+                displaced = self._tenants.displaced_by(head)
+                if displaced is None:
+                    return
+                self._preempt(displaced, plan)
+            self._admit(head)
 
     def _preempt(self, sequence: Sequence, plan: StepPlan) -> None:
         self.running.remove(sequence)

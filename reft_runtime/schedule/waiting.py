@@ -25,7 +25,7 @@ class WaitingQueue:
     """
 
     def __init__(self, counters: TokenCounters) -> None:
-        self._counters = counters
+        self.counters = counters
         self._queues: dict[str, list[Sequence]] = {}
 
     def __len__(self) -> int:
@@ -44,7 +44,7 @@ class WaitingQueue:
         """The sequence whose turn is next; None if none waits."""
         if not self._queues:
             return None
-        return self._queues[min(reversed(self._queues), key=self._counters.served)][0]
+        return self._queues[min(reversed(self._queues), key=self.counters.served)][0]
 
     def of(self, tenant: str) -> SequenceOf[Sequence]:
         """What waits of one tenant, the next one first."""
@@ -54,14 +54,14 @@ class WaitingQueue:
         """Queue a sequence in its turn."""
         request = sequence.request
         if request.tenant not in self._queues:
-            self._counters.enter(request.tenant, request.weight, self._queues)
+            self.counters.enter(request.tenant, request.weight, self._queues)
             self._queues[request.tenant] = []
         insort(self._queues[request.tenant], sequence, key=turn)
 
     def pop(self, sequence: Sequence) -> None:
         """Remove a sequence that starts."""
         self.discard(sequence)
-        self._counters.turn(sequence.request.tenant)
+        self.counters.turn(sequence.request.tenant)
 
     def discard(self, sequence: Sequence) -> None:
         """Remove a sequence; nothing happens if it does not wait."""
