@@ -141,14 +141,17 @@ class Scheduler:
         Tokens that were reused are not charged, nor those that a preemption made necessary again.
         """
         for index, chunk in enumerate(plan.chunks):
-            self._charge(chunk, DECODE_COST if index < plan.decodes else PROMPT_COST)
+            sequence, stop = chunk.sequence, chunk.stop
+            if (tokens := stop - max(chunk.start, sequence.charged)) > 0:
+                cost = DECODE_COST if index < plan.decodes else PROMPT_COST
+                self.counters.charge(sequence.request.tenant, tokens * cost)
             if chunk.reused and self.cache is not None:
-                first = chunk.sequence
-                self.cache.count_hit(first.keys, first.computed, chunk.start)
-                first.cached += max(0, min(chunk.start, first.prompt_length) - first.computed)
-            chunk.sequence.computed = chunk.stop
+                self.cache.count_hit(sequence.keys, sequence.computed, chunk.start)
+                reused = min(chunk.start, sequence.prompt_length) - sequence.computed
+                sequence.cached += max(0, reused)
+            sequence.computed = stop
             for fork in chunk.forks:
-                fork.computed = fork.charged = chunk.shared
+                fork.computed = chunk.shared
 
     def keep(self, sequence: Sequence) -> list[BlockCopy]:
         """Enter the computed blocks of a sequence in the prefix cache.
@@ -191,7 +194,8 @@ class Scheduler:
     def _schedule_decodes(self, plan: StepPlan) -> None:
         # Forced tokens are computed together as far as every sequence has room for one.
         spare = self.max_step_tokens - sum(sequence.decoding for sequence in self.running)
-        for sequence in sorted(self.running, key=self.turn):
+        key = self.turn if self._tenants.several else turn
+        for sequence in sorted(self.running, key=key):
             if sequence.status is not Status.RUNNING or not sequence.decoding:
                 continue
             if self._allotted is not None:
@@ -298,12 +302,6 @@ class Scheduler:
             sequence, len(sequence.tokens) + 1
         )
 
-    def _charge(self, chunk: Chunk, cost: float) -> None:
-        sequence = chunk.sequence
-        if (tokens := chunk.stop - max(chunk.start, sequence.charged)) > 0:
-            self.counters.charge(sequence.request.tenant, tokens * cost)
-            sequence.charged = chunk.stop
-
     def _allot(self) -> dict[str, Share] | None:
         """What each tenant may take of the next step; None if all get what they want."""
         times = self.pacer.times()
@@ -330,6 +328,7 @@ class Scheduler:
         self.budget.release(sequence)
         plan.kept += self.keep(sequence)
         sequence.status = Status.WAITING
+        sequence.charged = max(sequence.charged, sequence.computed)
         sequence.computed = sequence.cached = 0
         self.requeue([sequence])
         plan.preempted.append(sequence)
