@@ -7,7 +7,7 @@ is lifted to those that have, because time in which it asked for nothing is no c
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection
 
 PROMPT_COST = 1.0
 """Virtual tokens of one token that is computed as part of a prompt."""
@@ -37,13 +37,15 @@ class TokenCounters:
         """The tenant's weight."""
         return self._weights[tenant]
 
-    def enter(self, tenant: str, weight: float, waiting: Iterable[str]) -> None:
+    def enter(self, tenant: str, weight: float, waiting: Collection[str]) -> None:
         """Note that the tenant asks for something; `waiting` are the tenants that wait already.
 
         If it is not among them it is lifted to the least of them, or to the tenant whose turn was
         last if nobody waits.
         """
         self._weights[tenant] = weight
+        if tenant in waiting:
+            return
         least = min(map(self.served, waiting), default=self.served(self._last))
         self._served[tenant] = max(self.served(tenant), least)
 

@@ -53,10 +53,8 @@ class WaitingQueue:
     def push(self, sequence: Sequence) -> None:
         """Queue a sequence in its turn."""
         request = sequence.request
-        if request.tenant not in self._queues:
-            self.counters.enter(request.tenant, request.weight, self._queues)
-            self._queues[request.tenant] = []
-        insort(self._queues[request.tenant], sequence, key=turn)
+        self.counters.enter(request.tenant, request.weight, self._queues.keys())
+        insort(self._queues.setdefault(request.tenant, []), sequence, key=turn)
 
     def pop(self, sequence: Sequence) -> None:
         """Remove a sequence that starts."""

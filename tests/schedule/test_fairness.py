@@ -230,6 +230,13 @@ def test_who_comes_back_is_lifted_to_the_least_of_those_that_wait() -> None:
     assert counters.served("a") == 100, "nothing is forgiven"
 
 
+def test_a_weight_is_that_of_the_last_request() -> None:
+    simulation = Shared(max_running=1)
+    for weight in (1, 4):
+        simulation.add(10, tenant="a", weight=weight)
+    assert simulation.scheduler.counters.weight("a") == 4
+
+
 ARRIVALS = st.lists(
     st.tuples(st.integers(1, 60), st.integers(1, 30), st.integers(1, 3)), min_size=30, max_size=30
 )
