@@ -159,6 +159,21 @@ def test_more_than_a_share_is_not_taken() -> None:
     simulation.finish()
 
 
+def test_who_was_served_less_keeps_its_place() -> None:
+    simulation = Shared(max_running=4)
+    small = [simulation.add(10, max_tokens=100, tenant=tenant) for tenant in "ac"]
+    for _ in range(2):
+        simulation.add(10, max_tokens=100, tenant="b", weight=9)
+    simulation.step()
+    # Three of the four places are b's share, but it was served more than those who have one each.
+    simulation.scheduler.counters.charge("b", 9 * 1000)
+    simulation.add(10, max_tokens=100, tenant="b", weight=9)
+    simulation.step()
+    assert {sequence.status for sequence in small} == {Status.RUNNING}
+    simulation.scheduler.counters.charge("a", 2000)
+    assert simulation.step().preempted == small[:1]
+
+
 def test_one_tenant_preempts_nobody_for_a_place() -> None:
     simulation = Shared(max_running=2)
     for _ in range(6):
