@@ -12,7 +12,7 @@ from reft_runtime.sampling import SamplingParams
 from reft_runtime.schedule.blocks import BLOCK_TOKENS
 from reft_runtime.schedule.budget import BlockBudget
 from reft_runtime.schedule.counters import DECODE_COST, PROMPT_COST, TokenCounters
-from reft_runtime.schedule.pacing import LEAST_TOKENS, StepTimes
+from reft_runtime.schedule.pacing import LEAST_TOKENS, StepPacer, StepTimes
 from reft_runtime.schedule.plan import StepPlan
 from reft_runtime.schedule.prefix_cache import PrefixCache
 from reft_runtime.schedule.request import Request
@@ -438,6 +438,9 @@ def test_a_step_ahead_is_planned_anew_where_somebody_rests() -> None:
         plan = simulation.step()
     assert all(sequence.decoding for sequence in scheduler.running)
     assert plan.decodes < 41
+    assert not scheduler.after([chunk.sequence for chunk in plan.chunks])
+    # Also where all could go on now: those that rested are in no step ahead.
+    scheduler.pacer = StepPacer()
     assert not scheduler.after([chunk.sequence for chunk in plan.chunks])
 
 
