@@ -6,12 +6,13 @@ import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, SecretStr, ValidationError, field_validator
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from reft_runtime.errors import ConfigError
+from reft_runtime.interventions.registry.remote.url import is_url, local_folder
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 LogFormat = Literal["text", "json"]
@@ -56,15 +57,17 @@ class Settings(BaseSettings):
         min_length=1,
         description="Base model: 'demo', a Hugging Face id or a folder.",
     )
-    interventions: Path | None = Field(
-        default_factory=lambda: SHIPPED if SHIPPED.is_dir() else None,
-        description="Folder of NAME.safetensors files to serve; by default ./interventions, "
-        "if it exists.",
+    interventions: Annotated[tuple[str, ...], NoDecode] = Field(
+        default_factory=lambda: (str(SHIPPED),) if SHIPPED.is_dir() else (),
+        description="Folder or URL (s3://bucket/folder) of NAME.safetensors files to serve; may be "
+        "given several times, in the variable with commas or as a JSON list, and the first with a "
+        "name counts; by default ./interventions, if it exists.",
     )
-    state_dir: Path | None = Field(
+    state_dir: str | None = Field(
         default=None,
-        description="Folder that keeps uploaded interventions; by default they are kept in memory "
-        "and lost at a restart.",
+        min_length=1,
+        description="Folder or URL that keeps uploaded interventions; by default they are lost at "
+        "a restart.",
     )
     allow_base: str | None = Field(
         default=None,
@@ -199,6 +202,15 @@ class Settings(BaseSettings):
     )
     log_level: LogLevel = Field(default="info", description="Least severe message that is logged.")
 
+    @field_validator("interventions", mode="before")
+    @classmethod
+    def _split_sources(cls, value: object) -> object:
+        if isinstance(value, str):  # from the variable
+            value = _several(value)
+        if isinstance(value, list | tuple) and not all(str(place) for place in value):
+            raise ValueError("give folders or URLs, several with commas or as a JSON list")
+        return value
+
     @field_validator("allowed_origins")
     @classmethod
     def _check_origins(cls, value: str | None) -> str | None:
@@ -213,6 +225,11 @@ class Settings(BaseSettings):
         if value not in (None, BUILT_IN_TEMPLATE) and not Path(str(value)).is_file():
             raise ValueError(f"give a file that exists, or {BUILT_IN_TEMPLATE}")
         return value
+
+    @property
+    def folders(self) -> list[Path]:
+        """Those of the sources of interventions that are folders on this machine."""
+        return [local_folder(place) for place in self.interventions if not is_url(place)]
 
     @property
     def origins(self) -> list[str]:
@@ -240,15 +257,18 @@ def load_settings(options: Mapping[str, Any]) -> Settings:
 
 def _origins(value: str | None) -> list[str]:
     """Split origins that are written with commas or, as vLLM takes them, as a JSON list."""
-    if value is None:
-        return []
+    return [] if value is None else _several(value)
+
+
+def _several(value: str) -> list[str]:
+    """Split values that are written with commas or as a JSON list; an empty one is a mistake."""
     if value.startswith("["):
         try:
             listed = json.loads(value)
         except ValueError:
             listed = [""]
-        return [str(origin) for origin in listed]
-    return [origin.strip() for origin in value.split(",")]
+        return [str(one) for one in listed]
+    return [one.strip() for one in value.split(",")]
 
 
 def _problem(loc: tuple[int | str, ...], message: str) -> str:

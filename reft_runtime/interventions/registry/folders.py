@@ -6,6 +6,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 
@@ -60,6 +61,7 @@ class Folders:
         self._scanning = threading.Lock()  # guards what follows; held for one file at a time
         self._listings: dict[Source, Listing] = {}
         self._found: dict[str, File] = {}
+        self._doubted: set[str] = set()  # names whose file could not be read when it was used
         self._broken: dict[str, ReftError] = {}
         self._unlisted: dict[str, str] = {}
 
@@ -84,7 +86,7 @@ class Folders:
         """Take the file of a version that cannot be read as changed, when it is looked at next."""
         if version.origin == "folder" and version.problem is None:
             with self._scanning:
-                self._found.pop(version.name, None)
+                self._doubted.add(version.name)
 
     def problems(self) -> dict[str, str]:
         """Why files are not served, by path."""
@@ -101,9 +103,10 @@ class Folders:
         return name in self._broken
 
     def poll(self) -> None:
-        """Look at the sources that are at URLs, over the network."""
-        for source in self._remote:
-            source.poll()
+        """Look at the sources that are at URLs, over the network, all at the same time."""
+        if self._remote:
+            with ThreadPoolExecutor(len(self._remote), "reft-poll") as threads:
+                list(threads.map(RemoteSource.poll, self._remote))
 
     def keep_polling(self) -> None:
         """Look at the sources that are at URLs in threads of their own until `close`."""
@@ -135,12 +138,13 @@ class Folders:
                 f"`{self._reserved}` is the base model's own id, which requests would get; give the"
                 " file another name."
             )
+        told = {source.label for source in self._remote}  # by the sources, with more detail
         for path, why in problems.items():
-            if self._unlisted.get(path) != why:
+            if self._unlisted.get(path) != why and path not in told:
                 _log.warning("%s is not served: %s", path, why)
         self._unlisted = problems
         with self._scanning:
-            known = dict(self._found)
+            known = {**self._found, **dict.fromkeys(self._doubted)}
         for name in [*present, *(known.keys() - present.keys())]:
             if known.get(name) != present.get(name):
                 began = time.monotonic()
@@ -155,10 +159,11 @@ class Folders:
         try:
             with self._scanning:
                 file = self._look(name)
-                if file == self._found.get(name):
+                if file == self._found.get(name) and name not in self._doubted:
                     return
+                self._doubted.discard(name)
                 if file is None:
-                    del self._found[name]
+                    self._found.pop(name, None)
                     self._broken.pop(name, None)
                     self._catalog.displace(name, "folder")
                     self._catalog.note(name, None)
@@ -173,6 +178,8 @@ class Folders:
 
         Every request asks this, and most files are as they were.
         """
+        if name in self._doubted:
+            return False
         known = self._found.get(name)
         for source in self.sources:
             same = source.glance(name, known)
@@ -215,5 +222,5 @@ class Folders:
         self._catalog.note(name, None)
         if before is None and (above := self._catalog.current(name)) not in (None, version):
             _log.warning("%s: %s is hidden by what was %s", name, file.where, above.origin)
-        if before not in (None, version):
+        if before is not None and before.digest != version.digest:
             _log.info("replaced %r by %r", before, version)

@@ -234,9 +234,12 @@ class Uploads:
             for name in store.changed():
                 with self._changing:
                     self._catch_up(name)
-            return store.check()
-        except Unavailable:
+            store.check()
+        except Unavailable as error:
+            self._state_problem = error.message
             return False
+        self._state_problem = None
+        return True
 
     def tend(self) -> None:
         """Check the state folder, unless a change is under way, which checks it as well."""

@@ -33,13 +33,18 @@ class RemoteSource:
         self._objects = Objects(url)
         self._place = self._objects.place
         self.kind, self.label = self._place.kind, self._place.shown
-        self.problem: str | None = None
+        self._away: str | None = None
         self._polling = threading.Lock()
         self._files: dict[str, RemoteFile] = {}  # replaced whole, or one entry at a time
         self._unlisted: dict[str, str] = {}
         for head in self._objects.heads.all():
             name = _name_of(head.listed)
             self._files[name] = self._file(head)
+
+    @property
+    def problem(self) -> str | None:
+        """Why it cannot be reached; None if it could be the last time."""
+        return None if self._away is None else f"The source is away: {self._away}."
 
     def poll(self) -> bool:
         """Look at the URL, over the network; return whether it could be reached."""
@@ -50,9 +55,9 @@ class RemoteSource:
             except OSError as error:
                 self._is_away(error)
                 return False
-        if self.problem is not None:
+        if self._away is not None:
             _log.info("the source %s is back", self.label)
-            self.problem = None
+            self._away = None
         return True
 
     def close(self) -> None:
@@ -63,8 +68,8 @@ class RemoteSource:
 
     def listing(self, between: Callable[[float], object]) -> Listing:
         """What the last poll found; raises `OSError` if there was none, and no earlier process."""
-        if self.problem is not None and not self._files:
-            raise OSError(errno.EIO, self.problem)
+        if self._away is not None and not self._files:
+            raise OSError(errno.EIO, self._away)
         return dict(self._files), dict(self._unlisted)
 
     def find(self, name: str) -> RemoteFile | None:
@@ -113,8 +118,8 @@ class RemoteSource:
         cached = self._objects.cache.get(file.digest, file.size)
         if cached is not None:
             return cached
-        if self.problem is not None:  # nobody waits for what has just failed
-            raise OSError(errno.EIO, f"its source is away: {self.problem}")
+        if self._away is not None:  # nobody waits for what has just failed
+            raise OSError(errno.EIO, f"its source is away: {self._away}")
         try:
             path = self._objects.download(file.listed, file.digest)
         except FileNotFoundError:
@@ -220,15 +225,15 @@ class RemoteSource:
         return f"{self.label}/{PurePosixPath(listed.key).name}"
 
     def _is_away(self, error: OSError) -> None:
-        problem = f"{error.strerror}"
-        if self.problem != problem:
+        away = str(error.strerror)
+        if self._away != away:
             _log.warning(
                 "the source %s is away: %s; what it served is served on (%s)",
                 self.label,
-                problem,
+                away,
                 self._place.detail,
             )
-        self.problem = problem
+        self._away = away
 
 
 def _name_of(listed: Listed) -> str:
