@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections.abc import Mapping
@@ -12,7 +13,8 @@ from pydantic import Field, SecretStr, ValidationError, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from reft_runtime.errors import ConfigError
-from reft_runtime.interventions.registry.remote.url import is_url, local_folder
+from reft_runtime.interventions.registry.urls import is_url, local_folder
+from reft_runtime.machine.cache import cache_folder
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 LogFormat = Literal["text", "json"]
@@ -232,6 +234,17 @@ class Settings(BaseSettings):
         return [local_folder(place) for place in self.interventions if not is_url(place)]
 
     @property
+    def state_folder(self) -> Path | None:
+        """Folder on this machine for what only this server keeps; None without a state.
+
+        For a state at a URL it is a part of the cache.
+        """
+        if self.state_dir is None or not is_url(self.state_dir):
+            return None if self.state_dir is None else local_folder(self.state_dir)
+        name = hashlib.sha256(self.state_dir.encode()).hexdigest()[:16]
+        return cache_folder() / "states" / name
+
+    @property
     def origins(self) -> list[str]:
         """List of the allowed origins; empty where none is allowed."""
         return _origins(self.allowed_origins)
@@ -243,13 +256,16 @@ class Settings(BaseSettings):
 
 
 def load_settings(options: Mapping[str, Any]) -> Settings:
-    """Build settings from `options` that are not None, the environment and the defaults.
+    """Build settings from `options` that were given, the environment and the defaults.
+
+    None and an empty list stand for an option that was not given.
 
     An option wins over the environment, and the environment over the default. Raises
     `ConfigError` with one line per problem; no line repeats a value, which may be a key.
     """
     try:
-        return Settings(**{name: value for name, value in options.items() if value is not None})
+        given = {name: value for name, value in options.items() if value not in (None, [])}
+        return Settings(**given)
     except ValidationError as error:
         lines = [_problem(tuple(item["loc"]), item["msg"]) for item in error.errors()]
         raise ConfigError("\n".join(lines)) from None

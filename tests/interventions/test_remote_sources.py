@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,7 +19,7 @@ from reft_runtime.interventions.format.header import header_of
 from reft_runtime.interventions.registry import registry as registry_module
 from reft_runtime.interventions.registry.remote import objects, place, poller
 from reft_runtime.interventions.registry.remote.cache import FileCache
-from reft_runtime.interventions.registry.remote.url import is_url, shown
+from reft_runtime.interventions.registry.urls import is_url, shown
 from tests.interventions.make import BASE, file_bytes, ready
 
 ONE, TWO, THREE = file_bytes(1), file_bytes(2), file_bytes(3)
@@ -422,8 +423,6 @@ def test_the_cache_is_bounded_and_keeps_what_was_used_last(tmp_path: Path) -> No
     files = [file_bytes(seed) for seed in range(4)]
     for age, data in enumerate(files[:3]):
         path = cache.add(digest(data), data)
-        import os
-
         os.utime(path, (age, age))
     assert cache.get(digest(files[0]), len(ONE)) is not None
     cache.add(digest(files[3]), files[3])
@@ -473,9 +472,9 @@ def test_what_is_a_url_and_how_it_is_shown() -> None:
     ],
 )
 def test_a_url_that_nothing_reads_is_refused_at_the_start(url: str, told: str) -> None:
-    for place_of in (lambda: ([url], None), lambda: ([], url)):
+    for sources, state in (([url], None), ([], url)):
         with pytest.raises(ConfigError, match=told) as caught:
-            registry_module.check_folders(*place_of())
+            registry_module.check_folders(sources, state)
         assert "secret" not in str(caught.value)
 
 

@@ -20,8 +20,8 @@ from reft_runtime.errors import (
 from reft_runtime.interventions.registry.catalog import Catalog
 from reft_runtime.interventions.registry.remote.poller import Poller
 from reft_runtime.interventions.registry.remote.source import RemoteSource
-from reft_runtime.interventions.registry.remote.url import is_url, local_folder
 from reft_runtime.interventions.registry.sources import NAME, File, Folder, Listing, Source
+from reft_runtime.interventions.registry.urls import is_url, local_folder
 from reft_runtime.interventions.registry.version import Version
 
 WORK_SHARE = 0.25

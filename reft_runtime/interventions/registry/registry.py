@@ -27,11 +27,11 @@ from reft_runtime.interventions.registry.paging import DEFAULT_PAGE, Sort
 from reft_runtime.interventions.registry.readers import Readers
 from reft_runtime.interventions.registry.remote.place import Place
 from reft_runtime.interventions.registry.remote.poller import Poller
-from reft_runtime.interventions.registry.remote.url import is_url, local_folder
 from reft_runtime.interventions.registry.sources import NAME, NAME_RULE, File, Folder, locate
 from reft_runtime.interventions.registry.state import open_state
 from reft_runtime.interventions.registry.store import STATE_BYTES, Store
 from reft_runtime.interventions.registry.uploads import HISTORY, Uploads
+from reft_runtime.interventions.registry.urls import is_url, local_folder
 from reft_runtime.interventions.registry.version import Origin, Version
 from reft_runtime.machine.cores import releasing_workers
 

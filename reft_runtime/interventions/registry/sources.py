@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from reft_runtime.errors import ConfigError, InvalidRequest, NotFound
 from reft_runtime.interventions.format.identity import SUFFIX
-from reft_runtime.interventions.registry.remote.url import is_url, local_folder
+from reft_runtime.interventions.registry.urls import is_url, local_folder
 
 if TYPE_CHECKING:
     from reft_runtime.interventions.format.header import Header

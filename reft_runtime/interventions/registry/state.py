@@ -9,9 +9,9 @@ from typing import Protocol
 from reft_runtime.interventions.registry.incoming import Incoming
 from reft_runtime.interventions.registry.pointers import Pointers
 from reft_runtime.interventions.registry.remote.store import RemoteStore
-from reft_runtime.interventions.registry.remote.url import is_url, local_folder
 from reft_runtime.interventions.registry.sources import File
 from reft_runtime.interventions.registry.store import Store
+from reft_runtime.interventions.registry.urls import is_url, local_folder
 
 
 class State(Protocol):

@@ -12,7 +12,7 @@ from pathlib import PurePosixPath
 from typing import Any, NamedTuple, TypeVar
 
 from reft_runtime.errors import ConfigError
-from reft_runtime.interventions.registry.remote.url import secrets_of, shown
+from reft_runtime.interventions.registry.urls import secrets_of, shown
 
 T = TypeVar("T")
 
@@ -20,6 +20,7 @@ CALL_SECONDS = 30.0
 """Longest that one call may take."""
 
 _MODIFIED = ("LastModified", "last_modified", "mtime", "updated", "created")
+_TAGS = ("ETag", "etag", "md5Hash", "generation", "blob_id")
 _EXTRAS = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "abfs": "adlfs"}
 
 
@@ -165,16 +166,19 @@ def _within(seconds: float, work: Callable[[], T]) -> T:
 
 
 def _listed(info: Mapping[str, Any]) -> Listed:
-    said = sorted((str(key), str(value)) for key, value in info.items())
-    token = hashlib.sha256(repr(said).encode()).hexdigest()[:32]
-    modified = time.time()
-    for field in _MODIFIED:
-        value = info.get(field)
-        if isinstance(value, datetime):
-            modified = value.timestamp()
-            break
-        if isinstance(value, int | float):
-            modified = float(value)
-            break
-    size = info.get("size")
-    return Listed(str(info["name"]), token, int(size or 0), int(modified * 1e9))
+    size = int(info.get("size") or 0)
+    modified = next(
+        (t for field in _MODIFIED if (t := _seconds(info.get(field))) is not None), None
+    )
+    # A listing and a look at one object differ in fields, and in how exact their times are.
+    tag = next((info[field] for field in _TAGS if info.get(field)), modified)
+    token = hashlib.sha256(repr((str(tag), size)).encode()).hexdigest()[:32]
+    if modified is None:
+        modified = time.time()
+    return Listed(str(info["name"]), token, size, int(modified * 1e9))
+
+
+def _seconds(value: object) -> float | None:
+    if isinstance(value, datetime):
+        return value.timestamp()
+    return float(value) if isinstance(value, int | float) else None

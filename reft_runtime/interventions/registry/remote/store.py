@@ -163,9 +163,11 @@ class RemoteStore:
         self._write(self._pointer(name), data)
         if digests:
             self._write_again_if_swept(digests[0])
+        # Without a token, so that the next poll looks at it again, and finds the same.
+        head = Head(Listed(self._pointer(name), "", len(data), time.time_ns()), data)
+        self._objects.heads.put([head])
         with self._using:
-            self._tokens[name] = ""  # looked at again by the next poll, which finds the same
-            self.pointers.note(name, digests, pinned=pinned)
+            self._note(name, head)
         return None
 
     def remove(self, name: str) -> None:
