@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar, get_args
 
@@ -54,40 +54,45 @@ async def read_body(request: Request, limit: int) -> bytes:
     `Overloaded` (503) if the bodies of all requests under way leave no room for it.
     """
     context: Context = request.app.state.context
-    too_large = ApiError(413, f"The body is larger than {limit} bytes.", code="body_too_large")
-    declared = request.headers.get("content-length", "0")
-    if declared.isdecimal() and int(declared) > limit:
-        raise too_large
     body = bytearray()
-    async for chunk in request.stream():
+    async for chunk in _chunks(request, limit):
         if not context.bodies.take(request.scope, len(chunk)):
             raise Overloaded("Too many large bodies are under way; try again later.")
         body += chunk
-        if len(body) > limit:
-            raise too_large
     return bytes(body)
 
 
 async def receive_file(request: Request, file: Incoming, limit: int) -> None:
     """Write the whole body to a file, part by part, in worker threads.
 
-    Raises `ApiError` (413) if the body is known to be longer than `limit` bytes, `Overloaded` (503)
-    if the bodies of all requests under way leave no room for a part, and what `Incoming.write`
-    raises.
+    Raises `ApiError` (413) as soon as the body is known to be longer than `limit` bytes,
+    `Overloaded` (503) if the bodies of all requests under way leave no room for a part, and what
+    `Incoming.write` raises.
     """
     context: Context = request.app.state.context
-    declared = request.headers.get("content-length", "0")
-    if declared.isdecimal() and int(declared) > limit:
-        raise ApiError(413, f"The body is larger than {limit} bytes.", code="body_too_large")
     if not context.bodies.take(request.scope, FILE_PART_BYTES):
         raise Overloaded("Too many large bodies are under way; try again later.")
     part = bytearray()
-    async for chunk in request.stream():
+    async for chunk in _chunks(request, limit):
         part += chunk
         if len(part) >= FILE_PART_BYTES:
             await context.administer(file.write, bytes(part))
             part.clear()
     await context.administer(file.write, bytes(part))
+
+
+async def _chunks(request: Request, limit: int) -> AsyncIterator[bytes]:
+    """Yield the body as it comes; raises `ApiError` (413) once it is known to be too long."""
+    too_large = ApiError(413, f"The body is larger than {limit} bytes.", code="body_too_large")
+    declared = request.headers.get("content-length", "0")
+    if declared.isdecimal() and int(declared) > limit:
+        raise too_large
+    size = 0
+    async for chunk in request.stream():
+        size += len(chunk)
+        if size > limit:
+            raise too_large
+        yield chunk
 
 
 def json_body(

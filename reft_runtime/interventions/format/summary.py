@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from reft_runtime.interventions.format.canonical import EDIT_BYTES
 from reft_runtime.interventions.format.header import Header
 from reft_runtime.interventions.format.kinds import KINDS
 
@@ -49,14 +50,24 @@ def _memory(header: Header, number: int, rank: int) -> int:
     """At most so many bytes does the canonical form of an edit take: see `canonical_edit`."""
     edit, width = header.manifest.edits[number], header.manifest.width_of(number)
     if not rank:
-        return 2 * width * _BYTES  # a gain and an offset
+        return 2 * width * _BYTES + EDIT_BYTES  # a gain and an offset
     linear = edit.act in (None, "linear") and edit.dtype == "float32"
-    return (rank if linear else 2 * rank) * (2 * width + 1) * _BYTES
+    return (rank if linear else 2 * rank) * (2 * width + 1) * _BYTES + EDIT_BYTES
+
+
+_RANKED = {
+    kind: [
+        (name, spec.shape.index("r"))
+        for name, spec in found.tensors.items()
+        if "r" in spec.shape and not spec.optional
+    ][:1]
+    for kind, found in KINDS.items()
+}
+"""By kind, a tensor that every edit of it has, and the axis of it that is as long as the rank."""
 
 
 def _rank(header: Header, number: int) -> int:
     """Rank of an edit, 0 where its kind has no directions."""
-    for name, spec in KINDS[header.manifest.edits[number].kind].tensors.items():
-        if "r" in spec.shape and not spec.optional:
-            return header.tensors[f"edits.{number}.{name}"].shape[spec.shape.index("r")]
+    for name, axis in _RANKED[header.manifest.edits[number].kind]:
+        return header.tensors[f"edits.{number}.{name}"].shape[axis]
     return 0

@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import BinaryIO, Literal
 
 from reft_runtime.errors import InvalidFile, NotFound, Unavailable
-from reft_runtime.interventions.format.canonical import CanonicalEdit
+from reft_runtime.interventions.format.canonical import CanonicalEdit, memory_of
 from reft_runtime.interventions.format.file import edits_of, open_verified, read
 from reft_runtime.interventions.format.header import Header, header_of
 from reft_runtime.interventions.format.intervention import validate_manifest
@@ -62,7 +62,7 @@ class Version:
         self.problem: str | None = None
         self._source = source
         self._edits = edits
-        self._tensor_bytes = _nbytes(edits or ())
+        self._tensor_bytes = memory_of(edits or ())
         self._made = time.time()
         self._loading = threading.Lock()
 
@@ -131,7 +131,7 @@ class Version:
         with self._loading:
             if self._edits is None:
                 edits = self._load()
-                self._tensor_bytes = _nbytes(edits)
+                self._tensor_bytes = memory_of(edits)
                 self._edits = edits
             return self._edits
 
@@ -204,7 +204,3 @@ class Version:
 
     def __repr__(self) -> str:
         return f"<Version {self.name}@{self.digest[:12]} ({self.origin})>"
-
-
-def _nbytes(edits: Iterable[CanonicalEdit]) -> int:
-    return sum(edit.nbytes for edit in edits)
