@@ -138,9 +138,8 @@ function Versions({ id, digest, path, onChange }) {
             <code>${version.digest.slice(0, 12)}</code>
             <span class="muted">${bytes(version.size_bytes)}${version.modified ? `, ${when(version.modified)}` : ""}</span>
             ${version.current && html`<span class="count">served</span>`}
-            ${!version.current && version.kept && mayChange(id) && html`<button type="button" onClick=${() => back(version.digest)}
-                  aria-label=${`Roll ${id} back to ${version.digest.slice(0, 12)}`}>
-                  <${Icon} name="back" />Roll back</button>`}
+            ${!version.current && version.kept && mayChange(id) && html`<button type="button" onClick=${() => back(version.digest)}>
+                  <${Icon} name="back" />Roll back<span class="unseen"> to ${version.digest.slice(0, 12)}</span></button>`}
           </li>`)}
       </ul>
     </section>`;

@@ -54,6 +54,7 @@ const forget = () => {
 /** What surrounds a view. `links` are [address, text, whether it is open]; `me` is the tenant, if known. */
 export function Frame({ links, me, children }) {
   const { asking } = useStore(gate);
+  const [open, setOpen] = useState(false);
   return html`
     <a class="skip" href="#main" onClick=${toMain}>Skip to the content</a>
     <header class="top">
@@ -66,29 +67,22 @@ export function Frame({ links, me, children }) {
       </nav>
       <div class="top-end">
         ${me && html`<span class="model" title="The base model">${me.model}</span>`}
-        ${key() && html`<${KeyButton} me=${me} />`}
+        ${key() && html`
+          <button type="button" class="quiet who" aria-haspopup="dialog" onClick=${() => setOpen(true)}>
+            ${me ? html`<span>${me.tenant}</span> <small>${me.role}</small>` : "Key"}</button>`}
         <${ThemeButton} />
       </div>
     </header>
     <main id="main" tabindex="-1">${children}</main>
+    ${open && html`<${KeyDetails} me=${me} onClose=${() => setOpen(false)} />`}
     ${asking && html`<${KeyDialog} ...${asking} />`}`;
-}
-
-/** Whose key the page uses; a press says what it may do, and lets it be forgotten. */
-function KeyButton({ me }) {
-  const [open, setOpen] = useState(false);
-  return html`
-    <button type="button" class="quiet who" aria-haspopup="dialog" title="Whose key this page uses"
-      onClick=${() => setOpen(true)}>
-      ${me ? html`<span>${me.tenant}</span><small>${me.role}</small>` : "Key"}
-    </button>
-    ${open && html`<${KeyDetails} me=${me} onClose=${() => setOpen(false)} />`}`;
 }
 
 const QUOTAS = {
   requests_per_minute: "requests a minute", tokens_per_minute: "tokens a minute", concurrent_requests: "requests at a time",
 };
 
+/** Whose key the page uses, what it may do, and the way to forget it. */
 function KeyDetails({ me, onClose }) {
   return html`
     <${Dialog} title=${me ? `The key of ${me.tenant}` : "The key"} onClose=${onClose}>

@@ -63,11 +63,11 @@ function Table({ group, rows, total, onTenant }) {
     <table class="list used">
       <thead><tr>
         <th scope="col">${HEADINGS[group]}</th>
-        <th scope="col" class="wide"><span class="legend"><i class="of-prompts"></i>prompt <i class="of-answers"></i>generated</span></th>
+        <th scope="col" class="wide">Tokens</th>
         <th scope="col" class="number">Requests</th>
-        <th scope="col" class="number">Prompt <small>tokens</small></th>
-        <th scope="col" class="number narrow">Cached <small>of these</small></th>
-        <th scope="col" class="number">Generated <small>tokens</small></th>
+        <th scope="col" class="number"><i class="swatch of-prompts"></i>Prompt</th>
+        <th scope="col" class="number narrow">of it cached</th>
+        <th scope="col" class="number"><i class="swatch of-answers"></i>Generated</th>
       </tr></thead>
       <tbody>
         ${rows.slice(0, count).map((row) => html`
