@@ -179,6 +179,18 @@ class Server:
         found: Body = self._call("POST", f"{_path(name)}/rollback", json=body).json()
         return found
 
+    def pin(self, name: str) -> Body:
+        """Keep an intervention's tensors in memory; return its entry."""
+        return self._changed(name, "pin")
+
+    def unpin(self, name: str) -> Body:
+        """Let an intervention's tensors be evicted again; return its entry."""
+        return self._changed(name, "unpin")
+
+    def warm(self, name: str) -> Body:
+        """Read an intervention's tensors into memory; return its entry."""
+        return self._changed(name, "warm")
+
     def stats(self) -> Body:
         """The server's statistics."""
         found: Body = self._call("GET", "/v1/stats").json()
@@ -303,6 +315,10 @@ class Server:
     def _call(self, method: str, path: str, **content: Any) -> httpx.Response:
         with self._client() as client:
             return _call(client, method, path, **content)
+
+    def _changed(self, name: str, change: str) -> Body:
+        found: Body = self._call("POST", f"{_path(name)}/{change}").json()
+        return found
 
     def async_client(self) -> httpx.AsyncClient:
         """A client for an event loop; `reaching` and `checked` name what goes wrong with it."""

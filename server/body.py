@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from functools import partial
-from typing import Any, TypeVar, get_args
+from typing import TYPE_CHECKING, Any, TypeVar, get_args
 
 from fastapi import Request
 from pydantic import BaseModel, ValidationError
@@ -19,11 +19,17 @@ from server.errors import ApiError
 from server.refusals import instead
 from server.schemas.common import InterventionUse
 
+if TYPE_CHECKING:
+    from reft_runtime.interventions.registry.incoming import Incoming
+
 Body = TypeVar("Body", bound=BaseModel)
 Made = TypeVar("Made")
 
 AT_ONCE_BYTES = 16 * 2**10
 """Largest body, in bytes, that is parsed on the event loop; a larger one would hold it up."""
+
+FILE_PART_BYTES = 256 * 2**10
+"""Bytes of a file that are in memory while it is received."""
 
 MAX_STRINGS = 100_000
 """Most strings in one body, keys included: more than the messages of any chat need."""
@@ -48,18 +54,45 @@ async def read_body(request: Request, limit: int) -> bytes:
     `Overloaded` (503) if the bodies of all requests under way leave no room for it.
     """
     context: Context = request.app.state.context
+    body = bytearray()
+    async for chunk in _chunks(request, limit):
+        if not context.bodies.take(request.scope, len(chunk)):
+            raise Overloaded("Too many large bodies are under way; try again later.")
+        body += chunk
+    return bytes(body)
+
+
+async def receive_file(request: Request, file: Incoming, limit: int) -> None:
+    """Write the whole body to a file, part by part, in worker threads.
+
+    Raises `ApiError` (413) as soon as the body is known to be longer than `limit` bytes,
+    `Overloaded` (503) if the bodies of all requests under way leave no room for a part, and what
+    `Incoming.write` raises.
+    """
+    context: Context = request.app.state.context
+    if not context.bodies.take(request.scope, FILE_PART_BYTES):
+        raise Overloaded("Too many large bodies are under way; try again later.")
+    part = bytearray()
+    async for chunk in _chunks(request, limit):
+        part += chunk
+        if len(part) >= FILE_PART_BYTES:
+            await context.administer(file.write, bytes(part))
+            part.clear()
+    await context.administer(file.write, bytes(part))
+
+
+async def _chunks(request: Request, limit: int) -> AsyncIterator[bytes]:
+    """Yield the body as it comes; raises `ApiError` (413) once it is known to be too long."""
     too_large = ApiError(413, f"The body is larger than {limit} bytes.", code="body_too_large")
     declared = request.headers.get("content-length", "0")
     if declared.isdecimal() and int(declared) > limit:
         raise too_large
-    body = bytearray()
+    size = 0
     async for chunk in request.stream():
-        if not context.bodies.take(request.scope, len(chunk)):
-            raise Overloaded("Too many large bodies are under way; try again later.")
-        body += chunk
-        if len(body) > limit:
+        size += len(chunk)
+        if size > limit:
             raise too_large
-    return bytes(body)
+        yield chunk
 
 
 def json_body(

@@ -25,8 +25,7 @@ PART_BYTES = 256 * 2**10
 class Download(Response):
     """The file of one intervention, verified before the first byte of the answer is sent.
 
-    Of a file on disk only one part is in memory, whatever the file's size; an upload that is kept
-    in memory alone stays there until it is sent. Both count as a body under way.
+    Only one part of it is in memory, whatever the file's size; it counts as a body under way.
     """
 
     media_type = "application/octet-stream"
@@ -50,8 +49,7 @@ class Download(Response):
         version, file = await self._opened()
         with file:
             size = version.size_bytes
-            held = min(size, PART_BYTES) if version.reloadable else size
-            if not self._context.bodies.take(scope, held):
+            if not self._context.bodies.take(scope, min(size, PART_BYTES)):
                 raise Overloaded("Too many large bodies are under way; try again later.")
             self.init_headers(
                 {

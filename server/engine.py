@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from reft_runtime.front.prepared import Prepared
     from reft_runtime.interventions import Entry, Version
     from reft_runtime.interventions.registry.entry import Change, Page, Tier, VersionEntry
+    from reft_runtime.interventions.registry.incoming import Incoming
     from reft_runtime.interventions.registry.paging import Sort
     from reft_runtime.outputs import ChoiceDelta, EngineInfo, EngineStats, TokenLogprob, Trace
 
@@ -101,11 +102,17 @@ class Registry(Protocol):
     def held_bytes(self) -> int:
         """Memory that interventions take now, in bytes."""
 
+    def waiting(self) -> int:
+        """Number of requests that wait for memory for their interventions."""
+
     def open(self, ref: str) -> tuple[Version, BinaryIO]:
         """A version and its open file, which the caller closes; raises `NotFound`."""
 
+    def incoming(self) -> Incoming:
+        """A temporary file for an upload, which `put` takes."""
+
     def put(
-        self, name: str, data: bytes, sha256: str | None, expected: Collection[str] | None
+        self, name: str, data: Incoming, sha256: str | None, expected: Collection[str] | None
     ) -> Change:
         """Upload a file under a name."""
 
@@ -114,6 +121,15 @@ class Registry(Protocol):
 
     def rollback(self, name: str, digest: str | None, expected: Collection[str] | None) -> Change:
         """Serve a kept version of an upload again."""
+
+    def pin(self, name: str) -> Change:
+        """Keep the tensors of a name in memory."""
+
+    def unpin(self, name: str) -> Change:
+        """Let the tensors of a name be evicted."""
+
+    def warm(self, name: str) -> Entry:
+        """Read the tensors of a name; returns its entry."""
 
     def remove(self, name: str, expected: Collection[str] | None = None) -> Change:
         """Stop serving what a name stands for; raises `NotFound`."""

@@ -29,6 +29,7 @@ def entry_fields(server: Context, entry: Entry) -> dict[str, Any]:
         "versions": list(entry.versions),
         "origin": entry.origin,
         "tier": entry.tier,
+        "pinned": entry.pinned,
         "in_flight": entry.in_flight,
         "requests": entry.requests,
         "prompt_tokens": entry.prompt_tokens,

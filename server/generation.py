@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from reft_runtime.errors import InvalidRequest, Overloaded
-from reft_runtime.front.hop import unless_left
+from reft_runtime.front.hop import in_turn
 from reft_runtime.front.prepared import Prepared, release_all
 from reft_runtime.front.prompt_form import PromptForm
 from reft_runtime.outputs import Choice, ChoiceDelta, TokenLogprob, Trace
@@ -27,6 +27,7 @@ from server.tenants.tenant import Limits
 
 if TYPE_CHECKING:
     from reft_runtime.front.admission import Prompt
+    from reft_runtime.interventions.registry.holding import Holding
     from reft_runtime.text import ChatOptions
     from reft_runtime.use import Use
     from server.engine import Stream
@@ -89,14 +90,16 @@ async def prepare(
     """Resolve, tokenise and check a request in one worker thread.
 
     The thread also calls `prompts` and `options`. A grammar is compiled before, and takes nobody's
-    thread: one that takes long holds up only those that are compiled after it. `prefix` begins the
-    answer's id. Raises `NotFound` for an unknown model, `InvalidRequest` for more than the tenant's
-    limits allow, and what `Admission.prepare` raises. After an error, or if the client leaves
-    meanwhile, nothing is held.
+    thread: one that takes long holds up only those that are compiled after it. Nor does waiting for
+    the tensors of interventions, and for the request's turn to have them in memory. `prefix` begins
+    the answer's id. Raises `NotFound` for an unknown model, `InvalidRequest` for more than the
+    tenant's limits allow, `Overloaded` if all this takes longer than `first_token_timeout`, and
+    what `Admission.prepare` raises. After an error, or if the client leaves meanwhile, nothing is
+    held.
     """
     sampling = _limited(context.tenant.limits, body, sampling)
 
-    def admit(uses: Sequence[Use], name: str) -> list[Prepared]:
+    def admit(uses: Sequence[Use], name: str, holding: Holding) -> list[Prepared]:
         return context.engine.admission.prepare(
             prompts(),
             sampling,
@@ -106,6 +109,7 @@ async def prepare(
             caller=caller_of(context),
             priority=body.priority,
             trace=body.trace,
+            holding=holding,
         )
 
     if sampling.grammar is not None:
@@ -140,7 +144,7 @@ async def prepare_labels(context: Context, body: ClassifyRequest) -> Job:
     An error about a prompt names the field `input`.
     """
 
-    def admit(uses: Sequence[Use], name: str) -> list[Prepared]:
+    def admit(uses: Sequence[Use], name: str, holding: Holding) -> list[Prepared]:
         options = None
         if body.messages is not None:
             options = body.options(context.engine.tokenizer.switches)
@@ -153,6 +157,7 @@ async def prepare_labels(context: Context, body: ClassifyRequest) -> Job:
                 request_id=name,
                 caller=caller_of(context),
                 priority=body.priority,
+                holding=holding,
             )
         except InvalidRequest as error:
             if error.param == "prompt":
@@ -166,18 +171,38 @@ async def prepare_labels(context: Context, body: ClassifyRequest) -> Job:
 async def _prepared(
     context: Context,
     body: ModelBody,
-    admit: Callable[[Sequence[Use], str], list[Prepared]],
+    admit: Callable[[Sequence[Use], str, Holding], list[Prepared]],
     prefix: str,
 ) -> Job:
     arrived = time.monotonic()
     name = f"{prefix}{uuid.uuid4().hex}"
 
-    def work() -> list[Prepared]:
+    def acquire() -> Holding:
         with selected(context, body.model, body.interventions) as uses:
-            return admit(uses, name)
+            return context.engine.admission.acquire(uses, caller_of(context))
 
-    prepared = await unless_left(asyncio.to_thread(work), release_all)
+    def prepare(holding: Holding) -> list[Prepared]:
+        with selected(context, body.model, body.interventions) as uses:
+            return admit(uses, name, holding)
+
+    async with _before_the_deadline(context, arrived):
+        prepared = await in_turn(acquire, prepare, release_all)
     return Job(name, label(body.model, body.interventions), prepared, arrived)
+
+
+@asynccontextmanager
+async def _before_the_deadline(context: Context, arrived: float) -> AsyncIterator[None]:
+    """Raise `Overloaded` if a block before the first token ends later than it may.
+
+    `arrived` is when the request came, on the monotonic clock.
+    """
+    timeout = context.settings.first_token_timeout
+    left = arrived + timeout - time.monotonic()
+    try:
+        async with asyncio.timeout(max(0.0, left)):
+            yield
+    except TimeoutError:
+        raise Overloaded(f"No first token within {timeout:g} seconds.") from None
 
 
 @dataclass(slots=True, eq=False)
@@ -255,13 +280,9 @@ class Run:
         `first_token_timeout`.
         """
         n = self.job.n
-        timeout = self.context.settings.first_token_timeout
         async with aclosing(_merge([aiter(stream) for stream in self.streams])) as merged:
-            try:
-                async with asyncio.timeout(timeout):
-                    step = await anext(merged, None)
-            except TimeoutError:
-                raise Overloaded(f"No first token within {timeout:g} seconds.") from None
+            async with _before_the_deadline(self.context, self.job.arrived):
+                step = await anext(merged, None)
             if step is not None:
                 queued = self.streams[step[0]].queue_seconds
                 self.first_token_seconds = time.monotonic() - self.job.arrived

@@ -101,7 +101,8 @@ class _Held(NamedTuple):
 class EditTables:
     """The interventions on a device, as many as fit the `budget` bytes that are set aside.
 
-    More memory is taken only if a single step uses more.
+    More memory is taken only if a single step uses more: requests are admitted as the budget
+    permits, but pieces of it may be too small, and one request alone may use more.
     """
 
     def __init__(
@@ -109,6 +110,7 @@ class EditTables:
     ) -> None:
         self.edit = edit
         self.device = device
+        self.budget = budget
         self._layers, self._width = layers, width
         self._places = torch.zeros(layers, ENTRIES, PLACE, dtype=torch.long, device=device)
         self._free = list(range(ENTRIES - 1, 0, -1))
@@ -128,8 +130,9 @@ class EditTables:
     def groups_of(self, applied: AppliedIntervention) -> tuple[Group, ...] | None:
         """An intervention's groups of edits in the order to apply them, copied here if new.
 
-        None if its edits are not all affine ones of low rank at block outputs. The groups are
-        valid until the next step. Raises `torch.OutOfMemoryError` if a step uses more than fits.
+        None if its edits are not all affine ones of low rank at block outputs, or if the other
+        interventions of the step leave too few entries. The groups are valid until the next step.
+        Raises `torch.OutOfMemoryError` if a step uses more memory than there is.
         """
         key = _key(applied)
         if key not in self._held:
@@ -139,7 +142,10 @@ class EditTables:
             plan = self._plan_of(key, edits)
             if plan is None:
                 return None
-            self._held[key] = self._copied(edits.block, plan)
+            copied = self._copied(edits.block, plan)
+            if copied is None:
+                return None
+            self._held[key] = copied
         self._held.move_to_end(key)
         return self._held[key].groups
 
@@ -150,11 +156,11 @@ class EditTables:
             self._plans[key] = _Plan.of(edits, self._layers, self._width)
         return self._plans[key]
 
-    def _room_for(self, size: int, entries: int) -> tuple[Tensor, bool]:
+    def _room_for(self, size: int, entries: int) -> tuple[Tensor, bool] | None:
         """Memory for an intervention, and whether it is a part of what was set aside.
 
-        Others are evicted if there is no room, or if there are too few entries. Raises
-        `torch.OutOfMemoryError` if even then it does not fit.
+        Others are evicted if there is no room, or if there are too few entries. None if there are
+        too few even then.
         """
         place = self._arena.take(size)
         unused = (key for key in list(self._held) if key not in self._in_use)
@@ -168,13 +174,18 @@ class EditTables:
                 self._arena.give_back(held.block)
             place = self._arena.take(size) if place is None else place
         if len(self._free) < entries:
-            raise torch.OutOfMemoryError("out of memory: more edits in a step than entries")
+            if place is not None:
+                self._arena.give_back(place)
+            return None
         if place is not None:
             return place, True
         return torch.empty(size, dtype=torch.uint8, device=self.device), False
 
-    def _copied(self, block: Tensor, plan: _Plan) -> _Held:
-        there, lent = self._room_for(block.nbytes, len(plan.groups))
+    def _copied(self, block: Tensor, plan: _Plan) -> _Held | None:
+        room = self._room_for(block.nbytes, len(plan.groups))
+        if room is None:
+            return None
+        there, lent = room
         try:
             there[: block.nbytes].view(torch.float32).copy_(block, non_blocking=True)
             entries = self._free[len(self._free) - len(plan.groups) :]

@@ -27,6 +27,7 @@ from reft_runtime.use import MAX_INTERVENTIONS, Use
 
 if TYPE_CHECKING:
     from reft_runtime.interventions import Version
+    from reft_runtime.interventions.registry.holding import Holding
     from reft_runtime.text import ChatOptions, Message
 
 Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]]
@@ -42,11 +43,14 @@ _NO_TOKENS = SamplingParams(temperature=0, max_tokens=0)
 class Versions(Protocol):
     """The part of the registry that requests need."""
 
-    def acquire(self, ref: str | Version) -> Version:
-        """Return the version that a name stands for now, held and with its tensors read."""
+    def resolve(self, ref: str) -> Version:
+        """The version that a name stands for now; raises `NotFound`."""
+
+    def acquire(self, refs: Sequence[str | Version]) -> Holding:
+        """Begin to hold the versions that names stand for now, all together; never blocks long."""
 
     def hold(self, version: Version) -> None:
-        """Begin a request on a version: hold it once more, and count the request."""
+        """Begin a request on a version that is held: hold it once more, and count the request."""
 
     def release(self, version: Version) -> None:
         """Let go of a version that is held."""
@@ -58,9 +62,10 @@ class Versions(Protocol):
 class Admission:
     """Resolves names, writes prompts and checks requests for one engine.
 
-    It may read files, so it may block. Unknown names raise `NotFound`, whose `param` is
-    `interventions.POSITION.name`; versions that cannot be read raise `Unavailable`, or `Overloaded`
-    if other requests fill the memory.
+    It looks at files, so it blocks for a moment. Unknown names raise `NotFound`, whose `param` is
+    `interventions.POSITION.name`; versions that cannot be read raise `Unavailable`. Where memory is
+    full, a request waits for its turn: `acquire` says when that has come, without blocking. The
+    other methods take what it returned; without it they wait themselves. Its caller lets go of it.
     """
 
     def __init__(
@@ -84,6 +89,15 @@ class Admission:
         """
         return self._grammars.compiling(grammar)
 
+    def acquire(self, uses: Sequence[Use], caller: Caller = ANYONE) -> Holding:
+        """Begin to hold the versions of `uses`, in order; the caller releases them.
+
+        Raises the errors that the class names, and what `Registry.acquire` raises.
+        """
+        refs = self._seen(uses, caller)
+        with self._naming(refs, caller):
+            return self._versions.acquire(refs)
+
     def encode(
         self,
         prompt: Prompt,
@@ -93,9 +107,13 @@ class Admission:
         add_special_tokens: bool | None = None,
         caller: Caller = ANYONE,
     ) -> Sequence[int]:
-        """Token ids of a prompt, written as the files of `uses` ask for."""
-        with self._resolved(uses, caller) as versions:
-            return self._tokens(_form(versions, uses), prompt, options, add_special_tokens)
+        """Token ids of a prompt, written as the files of `uses` ask for; needs no tensors."""
+        refs = self._seen(uses, caller)
+        with self._naming(refs, caller):
+            versions = [
+                self._versions.resolve(ref) if isinstance(ref, str) else ref for ref in refs
+            ]
+        return self._tokens(_form(versions, uses), prompt, options, add_special_tokens)
 
     def prepare(
         self,
@@ -108,6 +126,7 @@ class Admission:
         caller: Caller = ANYONE,
         priority: int = 0,
         trace: bool = False,
+        holding: Holding | None = None,
     ) -> list[Prepared]:
         """Make one request for each prompt; all are checked before the first is made.
 
@@ -119,7 +138,7 @@ class Admission:
         """
         self._check_sampling(sampling)
         grammar = None if sampling.grammar is None else self._grammars.start(sampling.grammar)
-        with self._resolved(uses, caller) as versions:
+        with self._held(uses, caller, holding) as versions:
             form = _form(versions, uses)
             encoded = [self._tokens(form, prompt, options) for prompt in prompts]
             for prompt, tokens in zip(prompts, encoded, strict=True):
@@ -166,12 +185,13 @@ class Admission:
         request_id: str | None = None,
         caller: Caller = ANYONE,
         priority: int = 0,
+        holding: Holding | None = None,
     ) -> list[Prepared]:
         """Make one request for each prompt that is to be classified, as `prepare` does.
 
         `labels` None means those that stand in the files of `uses`.
         """
-        with self._resolved(uses, caller) as versions:
+        with self._held(uses, caller, holding) as versions:
             form, names = _form(versions, uses), labels_of(labels, versions)
             encoded = [self._tokens(form, prompt, options) for prompt in prompts]
             trees = []
@@ -200,31 +220,49 @@ class Admission:
             ]
             return self._holding_all(requests, versions, form, names)
 
-    @contextmanager
-    def _resolved(self, uses: Sequence[Use], caller: Caller) -> Iterator[list[Version]]:
-        """Yield the versions that are used, in order, and hold them for the length of the block."""
+    def _seen(self, uses: Sequence[Use], caller: Caller) -> list[str | Version]:
+        """What `uses` name, if these are not too many and the caller sees them all."""
         if len(uses) > MAX_INTERVENTIONS:
             raise InvalidRequest(
                 f"interventions: at most {MAX_INTERVENTIONS} in one request.",
                 param="interventions",
             )
-        with ExitStack() as held:
-            versions: list[Version] = []
-            for position, use in enumerate(uses):
-                versions.append(self._acquire(position, use, caller))
-                held.callback(self._versions.release, versions[-1])
-            yield versions
+        refs = [use.intervention for use in uses]
+        for position, ref in enumerate(refs):
+            if isinstance(ref, str) and not caller.sees(ref.partition("@")[0]):
+                raise self._unknown(position, ref, caller)
+        return refs
 
-    def _acquire(self, position: int, use: Use, caller: Caller) -> Version:
-        ref = use.intervention
-        if isinstance(ref, str) and not caller.sees(ref.partition("@")[0]):
-            raise self._unknown(position, ref, caller)
+    @contextmanager
+    def _held(
+        self, uses: Sequence[Use], caller: Caller, holding: Holding | None
+    ) -> Iterator[Sequence[Version]]:
+        """Yield the versions that are used, in order, with their tensors in memory.
+
+        Those that nobody has acquired yet are held for the length of the block.
+        """
+        own = self.acquire(uses, caller) if holding is None else holding
         try:
-            return self._versions.acquire(ref)
+            with self._naming([use.intervention for use in uses], caller):
+                own.ready.result()
+            yield own.versions
+        finally:
+            if holding is None:
+                own.release()
+
+    @contextmanager
+    def _naming(self, refs: Sequence[str | Version], caller: Caller) -> Iterator[None]:
+        """If the block does not find one of the names, say which, and what may be meant."""
+        try:
+            yield
         except NotFound:
-            if not isinstance(ref, str):
-                raise
-            raise self._unknown(position, ref, caller) from None
+            for position, ref in enumerate(refs):
+                if isinstance(ref, str):
+                    try:
+                        self._versions.resolve(ref)
+                    except NotFound:
+                        raise self._unknown(position, ref, caller) from None
+            raise
 
     def _unknown(self, position: int, ref: str, caller: Caller) -> NotFound:
         return NotFound(

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from queue import SimpleQueue
 
 from tqdm.auto import tqdm
@@ -12,8 +13,18 @@ from reft_runtime.engine.events import Event
 from reft_runtime.engine.loop import EngineLoop
 from reft_runtime.errors import Draining, EngineDead, Overloaded, RequestFailed
 from reft_runtime.front.assembly import Assembler
+from reft_runtime.front.prepared import Prepared
 from reft_runtime.outputs import Choice, Classification, Generation
 from reft_runtime.schedule.request import Request
+from reft_runtime.use import Use
+
+
+@dataclass(frozen=True, slots=True)
+class Todo:
+    """One request that is still to be made: what it applies, and what makes it of a `holding`."""
+
+    uses: Sequence[Use]
+    prepare: Callable[..., list[Prepared]]
 
 
 class Call:

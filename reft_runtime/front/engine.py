@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from functools import partial, wraps
 from pathlib import Path
 from types import TracebackType
@@ -25,12 +25,13 @@ from reft_runtime.errors import InvalidRequest
 from reft_runtime.front.admission import Admission, Prompt
 from reft_runtime.front.asked import Uses, for_each, pairs, uses_of
 from reft_runtime.front.assembly import Assembler
-from reft_runtime.front.blocking import Call, run_calls
-from reft_runtime.front.hop import unless_left
+from reft_runtime.front.blocking import Call, Todo, run_calls
+from reft_runtime.front.hop import in_turn
 from reft_runtime.front.prepared import Prepared, release_all
 from reft_runtime.front.streams import EventLoopSink, Stream
 from reft_runtime.grammar import GrammarCompiler
 from reft_runtime.interventions import Registry
+from reft_runtime.interventions.registry.holding import Holding
 from reft_runtime.interventions.registry.registry import MEMORY_BYTES, check_folders
 from reft_runtime.interventions.registry.store import STATE_BYTES
 from reft_runtime.loading.base import load_base
@@ -137,6 +138,8 @@ class Engine:
                 allow_base=allow_base,
                 memory_bytes=intervention_bytes,
                 state_bytes=state_bytes,
+                device_bytes=None if core.runner.tables is None else core.runner.tables.budget,
+                max_waiting=max_queued,
             )
         if interventions is not None or state_dir is not None:
             self.registry.watch(WATCH_SECONDS)
@@ -190,15 +193,17 @@ class Engine:
 
         `sampling` is for all prompts, or a list with one for each. `intervention` is a name (or a
         `Use`, or a tuple of them to compose) for all prompts, or a list with one for each; None is
-        the base model. Any mistake in the arguments raises before anything is computed; a fault in
-        one request raises `RequestFailed` and drops the others.
+        the base model. Any mistake in the arguments raises before anything is computed, unless the
+        interventions do not fit into memory together: then the prompts are answered in parts. A
+        fault in one request raises `RequestFailed` and drops the others.
         """
         asked = pairs(prompts, intervention)
         each = zip(asked, for_each(sampling, len(asked)), strict=True)
-        admitted = (self.admission.prepare([one], own, uses) for (one, uses), own in each)
-        with self._calls(admitted) as calls:
-            self._run(calls, progress=progress)
-            return [call.answer() for call in calls]
+        todo = [
+            Todo(uses, partial(self.admission.prepare, [one], own, uses))
+            for (one, uses), own in each
+        ]
+        return [call.answer() for call in self._answered(todo, progress=progress)]
 
     def classify(
         self,
@@ -215,10 +220,11 @@ class Engine:
         raised, are as for `generate`.
         """
         admit = self.admission.prepare_labels
-        asked = pairs(prompts, intervention)
-        with self._calls(admit([one], labels, uses) for one, uses in asked) as calls:
-            self._run(calls, progress=progress)
-            return [call.classification() for call in calls]
+        todo = [
+            Todo(uses, partial(admit, [one], labels, uses))
+            for one, uses in pairs(prompts, intervention)
+        ]
+        return [call.classification() for call in self._answered(todo, progress=progress)]
 
     def compare(
         self,
@@ -241,12 +247,12 @@ class Engine:
         settings = sampling or SamplingParams(temperature=0, max_tokens=64)
         admit = self.admission.prepare
         columns = [uses_of(applied) for applied in (None, *interventions)]
-        admitted = (admit([prompt], settings, uses, trace=True) for uses in columns)
-        with self._calls(admitted) as calls:
-            self._run(calls)
+        todo = [
+            Todo(uses, partial(admit, [prompt], settings, uses, trace=True)) for uses in columns
+        ]
         return Comparisons(
             Comparison(tuple(use.label for use in uses), call.answer(), call.assembler.trace())
-            for uses, call in zip(columns, calls, strict=True)
+            for uses, call in zip(columns, self._answered(todo), strict=True)
         )
 
     async def open(
@@ -264,19 +270,24 @@ class Engine:
 
         Of a `caller`'s waiting requests those of the lowest `priority` come first. The versions
         that the request applies are held from here until it ends. Raises before anything is queued.
-        This is `Admission.prepare` in a worker thread and then `start`; it raises what these do.
+        This is `Admission.acquire`, `Admission.prepare` in a worker thread and then `start`; it
+        raises what these do.
         """
-        work = partial(
-            self.admission.prepare,
-            [prompt],
-            sampling,
-            uses,
-            request_id=request_id,
-            caller=caller,
-            priority=priority,
-            trace=trace,
-        )
-        [prepared] = await unless_left(asyncio.to_thread(work), release_all)
+        acquire = partial(self.admission.acquire, uses, caller)
+
+        def prepare(holding: Holding) -> list[Prepared]:
+            return self.admission.prepare(
+                [prompt],
+                sampling,
+                uses,
+                request_id=request_id,
+                caller=caller,
+                priority=priority,
+                trace=trace,
+                holding=holding,
+            )
+
+        [prepared] = await in_turn(acquire, prepare, release_all)
         return self.start(prepared)
 
     def start(self, prepared: Prepared) -> Stream:
@@ -343,18 +354,25 @@ class Engine:
         if lent is not None:
             lent.give_back()
 
-    @contextmanager
-    def _calls(self, admitted: Iterable[list[Prepared]]) -> Iterator[list[Call]]:
-        """Yield calls, whose versions are held for the length of the block."""
-        with ExitStack() as held:
-            calls = []
-            for [one] in admitted:
-                held.callback(one.release)
-                calls.append(Call(self._assembler(one), one.labels))
-            yield calls
-
-    def _run(self, calls: Sequence[Call], *, progress: bool = False) -> None:
-        run_calls(self._loop, calls, 2 * self.info.max_running, progress=progress)
+    def _answered(self, todo: Sequence[Todo], *, progress: bool = False) -> list[Call]:
+        """Run requests to their end, all at once or as many as memory takes of what they apply."""
+        done: list[Call] = []
+        while len(done) < len(todo):
+            with ExitStack() as held:
+                calls: list[Call] = []
+                for one in todo[len(done) :]:
+                    holding = self.admission.acquire(one.uses)
+                    held.callback(holding.release)
+                    if calls and not holding.granted:  # it would wait for those before it
+                        for later in todo[len(calls) :] if not done else ():
+                            self.admission.acquire(later.uses).release()  # is it there?
+                        break
+                    [prepared] = one.prepare(holding=holding)
+                    held.callback(prepared.release)
+                    calls.append(Call(self._assembler(prepared), prepared.labels))
+                run_calls(self._loop, calls, 2 * self.info.max_running, progress=progress)
+            done += calls
+        return done
 
     def _assembler(self, prepared: Prepared) -> Assembler:
         def abort_choice(choice: int) -> None:

@@ -16,6 +16,7 @@ from fastapi import APIRouter, Query, Request
 from fastapi.responses import Response
 
 from reft_runtime.errors import InvalidRequest
+from reft_runtime.front.hop import unless_left
 from reft_runtime.interventions.format.identity import MAX_FILE_BYTES
 from reft_runtime.interventions.registry.paging import (
     DEFAULT_PAGE,
@@ -24,7 +25,7 @@ from reft_runtime.interventions.registry.paging import (
     MAX_QUERY,
     Sort,
 )
-from server.body import read_body
+from server.body import receive_file
 from server.context import Context, Current
 from server.entries import entry_answer, entry_fields, etag
 from server.listing import listing, page
@@ -95,9 +96,14 @@ async def put_intervention(request: Request, context: Current, name: str) -> Res
     `If-Match: "DIGEST"` the file is served only if that condition holds; else the answer is 412.
     """
     sha256, expected = _declared_sha256(request), expected_digests(request)
-    body = await read_body(request, MAX_FILE_BYTES)
-    begun = time.monotonic()
-    change = await context.administer(context.registry.put, name, body, sha256, expected)
+    registry = context.registry
+    file = await unless_left(context.administer(registry.incoming), lambda file: file.discard())
+    try:
+        await receive_file(request, file, MAX_FILE_BYTES)
+        begun = time.monotonic()
+        change = await context.administer(registry.put, name, file, sha256, expected)
+    finally:
+        file.discard()
     context.metrics.loaded(name, time.monotonic() - begun)
     return entry_answer(context, change.entry, 201 if change.before is None else 200)
 

@@ -51,6 +51,7 @@ def _stats(context: Context) -> dict[str, Any]:
         "interventions": {
             "registered": sum(tiers.values()),
             "loaded": tiers["host"],
+            "waiting": context.registry.waiting(),
             "bytes": context.registry.held_bytes(),
             "max_bytes": info.intervention_bytes,
         },

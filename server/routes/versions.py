@@ -1,4 +1,7 @@
-"""/v1/interventions/{name}/versions and /rollback: the kept versions, and the way back to one."""
+"""/v1/interventions/{name}/versions and /rollback, and /pin, /unpin and /warm.
+
+The kept versions and the way back to one, and whether tensors are in memory.
+"""
 
 from __future__ import annotations
 
@@ -44,3 +47,26 @@ async def roll_back(request: Request, context: Current, name: str, body: Rollbac
     change = await context.administer(rollback, name, body.digest, expected)
     context.metrics.loaded(name, time.monotonic() - begun)
     return entry_answer(context, change.entry)
+
+
+@router.post("/{name}/pin", response_model=None)
+async def pin(context: Current, name: str) -> Response:
+    """Read the tensors of this name, and keep them in memory until it is unpinned.
+
+    It stays pinned when it is replaced, and with a state folder over restarts.
+    """
+    change = await context.administer(context.registry.pin, name)
+    return entry_answer(context, change.entry)
+
+
+@router.post("/{name}/unpin", response_model=None)
+async def unpin(context: Current, name: str) -> Response:
+    """Let the tensors of this name be evicted again; they stay in memory while there is room."""
+    change = await context.administer(context.registry.unpin, name)
+    return entry_answer(context, change.entry)
+
+
+@router.post("/{name}/warm", response_model=None)
+async def warm(context: Current, name: str) -> Response:
+    """Read the tensors of this name now, so that no request has to wait for them."""
+    return entry_answer(context, await context.administer(context.registry.warm, name))

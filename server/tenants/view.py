@@ -17,6 +17,7 @@ from server.tenants.tenant import Tenant
 if TYPE_CHECKING:
     from reft_runtime.interventions import Entry, Version
     from reft_runtime.interventions.registry.entry import Change, Page, Tier, VersionEntry
+    from reft_runtime.interventions.registry.incoming import Incoming
     from reft_runtime.interventions.registry.paging import Sort
     from server.engine import Registry
 
@@ -92,8 +93,12 @@ class View:
         with self._seen(ref.partition("@")[0]):
             return self._registry.open(ref)
 
+    def incoming(self) -> Incoming:
+        """A temporary file for an upload, which `put` takes."""
+        return self._registry.incoming()
+
     def put(
-        self, name: str, data: bytes, sha256: str | None, expected: Collection[str] | None
+        self, name: str, data: Incoming, sha256: str | None, expected: Collection[str] | None
     ) -> Change:
         """Upload a file under a name."""
 
@@ -126,6 +131,36 @@ class View:
                 return self._registry.rollback(name, digest, expected)
 
         return self._audited("rollback", name, work)
+
+    def pin(self, name: str) -> Change:
+        """Keep the tensors of a name in memory."""
+
+        def work() -> Change:
+            with self._seen(name):
+                check_change(self._tenant, name)
+                return self._registry.pin(name)
+
+        return self._audited("pin", name, work)
+
+    def unpin(self, name: str) -> Change:
+        """Let the tensors of a name be evicted."""
+
+        def work() -> Change:
+            with self._seen(name):
+                check_change(self._tenant, name)
+                return self._registry.unpin(name)
+
+        return self._audited("unpin", name, work)
+
+    def warm(self, name: str) -> Entry:
+        """Read the tensors of a name; returns its entry."""
+        with self._seen(name):
+            check_change(self._tenant, name)
+            return self._registry.warm(name)
+
+    def waiting(self) -> int:
+        """Number of all requests that wait for memory."""
+        return self._registry.waiting()
 
     def remove(self, name: str, expected: Collection[str] | None = None) -> Change:
         """Stop serving what a name stands for."""

@@ -118,7 +118,6 @@ class FakeVersion:
     completion_prefix: str | None = None
     texts: str | None = None
     labels: tuple[str, ...] | None = None
-    reloadable: bool = True
     size_bytes: int = 3
 
     in_flight: int = 0
@@ -131,12 +130,43 @@ class FakeVersion:
         return ()
 
 
+class FakeHolding:
+    """Versions that are held, and ready at once."""
+
+    granted = True
+
+    def __init__(self, versions: list[Any]) -> None:
+        self.versions = versions
+        self.ready: Future[None] = Future()
+        self.ready.set_result(None)
+        self._released = False
+
+    def release(self) -> None:
+        for version in () if self._released else self.versions:
+            version.in_flight -= 1
+        self._released = True
+
+
+class FakeIncoming:
+    """A file that is being uploaded, in memory."""
+
+    def __init__(self) -> None:
+        self.data = b""
+
+    def write(self, part: bytes) -> None:
+        self.data += part
+
+    def discard(self) -> None:
+        pass
+
+
 class FakeRegistry:
     """Its versions are `FakeVersion`s, written `Any` where the contract says `Version`."""
 
     def __init__(self, *versions: FakeVersion) -> None:
         self.versions = {version.name: version for version in versions}
         self.tokens: dict[str, tuple[int, int]] = {}
+        self.pinned: set[str] = set()
 
     def resolve(self, ref: str) -> Any:
         name, at, prefix = ref.partition("@")
@@ -145,10 +175,11 @@ class FakeRegistry:
             raise NotFound(f"The model `{ref}` does not exist.", param="model")
         return version
 
-    def acquire(self, ref: Any) -> Any:
-        version = self.resolve(ref) if isinstance(ref, str) else ref
-        self.hold(version)
-        return version
+    def acquire(self, refs: Any) -> Any:
+        versions = [self.resolve(ref) if isinstance(ref, str) else ref for ref in refs]
+        for version in versions:
+            self.hold(version)
+        return FakeHolding(versions)
 
     def hold(self, version: Any) -> None:
         version.in_flight += 1
@@ -170,6 +201,7 @@ class FakeRegistry:
             versions=(version.digest,),
             origin="folder",
             tier="host",
+            pinned=name in self.pinned,
             in_flight=version.in_flight,
             requests=0,
             prompt_tokens=self.tokens.get(name, (0, 0))[0],
@@ -228,6 +260,9 @@ class FakeRegistry:
     def held_bytes(self) -> int:
         return 1234
 
+    def waiting(self) -> int:
+        return 0
+
     def tiers(self) -> dict[Tier, int]:
         return {"disk": 0, "host": len(self.versions)}
 
@@ -241,10 +276,11 @@ class FakeRegistry:
         prompt, generated = self.tokens.get(name, (0, 0))
         self.tokens[name] = (prompt + prompt_tokens, generated + generation_tokens)
 
-    def put(
-        self, name: str, data: bytes, sha256: str | None = None, expected: Any = None
-    ) -> Change:
-        self.last_put = (data, sha256)
+    def incoming(self) -> Any:
+        return FakeIncoming()
+
+    def put(self, name: str, data: Any, sha256: str | None = None, expected: Any = None) -> Change:
+        self.last_put = (data if isinstance(data, bytes) else data.data, sha256)
         before = self.versions.get(name)
         self.versions[name] = FakeVersion(name)
         return _change(None if before is None else before.digest, self.entry(name))
@@ -257,6 +293,19 @@ class FakeRegistry:
         before = self.versions.get(name)
         self.versions[name] = FakeVersion(name)
         return _change(None if before is None else before.digest, self.entry(name))
+
+    def pin(self, name: str) -> Change:
+        self.entry(name)
+        self.pinned.add(name)
+        return _change(self.versions[name].digest, self.entry(name))
+
+    def unpin(self, name: str) -> Change:
+        self.entry(name)
+        self.pinned.discard(name)
+        return _change(self.versions[name].digest, self.entry(name))
+
+    def warm(self, name: str) -> Any:
+        return self.entry(name)
 
     def remove(self, name: str, expected: Any = None) -> Change:
         before = self.entry(name).digest

@@ -52,7 +52,7 @@ async def test_stats_are_those_of_the_metrics(
     assert stats["finished"] == {"stop": 0, "length": 3, "abort": 0, "error": 0}
     assert stats["prefix_cache"] == {"queries": 64, "hits": 32, "hit_rate": 0.5, "blocks": 4}
     assert stats["interventions"] == {
-        "registered": 3, "loaded": 3, "bytes": 1234, "max_bytes": 2_000_000,
+        "registered": 3, "loaded": 3, "waiting": 0, "bytes": 1234, "max_bytes": 2_000_000,
     }  # fmt: skip
     assert (stats["model"], stats["device"], stats["dtype"]) == ("tiny", "cpu", "float32")
     assert (stats["status"], stats["max_running"]) == ("ok", 8)

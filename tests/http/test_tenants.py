@@ -340,14 +340,21 @@ def test_the_view_itself_refuses_what_is_seen_and_may_not_be_changed() -> None:
     view = View(engine.registry, user, "an-id")
     for name in ("pirate", "team-b.new"):
         for change in (
-            partial(view.put, name, ONE, None, None),
+            partial(view.put, name, view.incoming(), None, None),
             partial(view.load, name, "pirate.safetensors", True),
         ):
             with pytest.raises(ApiError, match="may change names that begin"):
                 change()
-    for change in (partial(view.remove, "pirate"), partial(view.rollback, "pirate", None, None)):
+    unpermitted: list[Callable[[], object]] = [
+        partial(view.remove, "pirate"),
+        partial(view.rollback, "pirate", None, None),
+        partial(view.pin, "pirate"),
+        partial(view.unpin, "pirate"),
+        partial(view.warm, "pirate"),
+    ]
+    for refused in unpermitted:
         with pytest.raises(ApiError, match="may change names that begin"):
-            change()
+            refused()
     assert sorted(engine.own.versions) == ["emoji", "formal", "pirate"]
 
 

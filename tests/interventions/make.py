@@ -42,6 +42,9 @@ def file_bytes(seed: int = 0, *, base: BaseShape = BASE, description: str = "") 
 
 def ready(registry: Registry, ref: str) -> Version:
     """A version that was acquired, and let go."""
-    version = registry.acquire(ref)
-    registry.release(version)
-    return version
+    holding = registry.acquire([ref])
+    try:
+        holding.ready.result(60)
+        return holding.versions[0]
+    finally:
+        holding.release()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
@@ -16,9 +17,17 @@ from reft_runtime.errors import InvalidFile, InvalidRequest
 from reft_runtime.interventions.format.kinds import Formula, by_edit, formula
 from reft_runtime.interventions.format.manifest import EditSpec, Manifest
 from reft_runtime.interventions.format.positions import Positions
+from reft_runtime.machine.memory import MappedMemory
 
 _ALIGNED = 4
 """Tensors of a block begin at multiples of this many numbers (16 bytes)."""
+
+
+EDIT_BYTES = 3 << 10
+"""Memory of an edit besides its numbers: mostly that of tensors that are views of a block."""
+
+_MAPPED_BYTES = 1 << 16
+"""Bytes from which a block has a mapping of its own."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -134,6 +143,11 @@ class CanonicalEdit:
         )
 
 
+def memory_of(edits: Sequence[CanonicalEdit]) -> int:
+    """Memory that edits take with their objects, in bytes."""
+    return sum(edit.nbytes + EDIT_BYTES for edit in edits)
+
+
 class PackedEdits(tuple[CanonicalEdit, ...]):
     """Edits whose tensors lie in one `block` of the CPU's memory (float32, 1-D).
 
@@ -153,7 +167,7 @@ class PackedEdits(tuple[CanonicalEdit, ...]):
         for tensor in tensors:
             starts.append(end)
             end += -(-tensor.numel() // _ALIGNED) * _ALIGNED
-        block = torch.zeros(end, pin_memory=_uses_cuda())
+        block = _block(end)
         places = iter(starts)
 
         def moved(tensor: Tensor) -> Tensor:
@@ -168,6 +182,19 @@ class PackedEdits(tuple[CanonicalEdit, ...]):
         made = cls(found)
         made.block = block
         return made
+
+
+def _block(size: int) -> Tensor:
+    """Memory for float32 numbers [size], zero, which goes back to the system when it is freed.
+
+    From the allocator it would leave holes, which other interventions do not fit into.
+    """
+    if _uses_cuda():
+        return torch.zeros(size, pin_memory=True)
+    if size * torch.float32.itemsize >= _MAPPED_BYTES:
+        with suppress(MemoryError):  # there may be so many mappings, and no more
+            return MappedMemory(size, torch.float32).numbers
+    return torch.zeros(size)
 
 
 def _uses_cuda() -> bool:

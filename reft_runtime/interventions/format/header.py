@@ -13,6 +13,7 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from json import JSONDecoder
 from typing import Any
 
 from reft_runtime.errors import InvalidFile
@@ -24,6 +25,14 @@ from reft_runtime.interventions.format.recognise import HEAD_BYTES, what_file
 from reft_runtime.interventions.format.strict_json import load_strict
 
 MAX_HEADER_BYTES = 1 << 20
+
+MOST_LAYOUTS, MOST_LAYOUT_BYTES = 256, 1 << 16
+"""Most layouts of tensors that are remembered, and the longest header that is looked up."""
+
+_known_layouts: dict[tuple[str, int], Mapping[str, TensorInfo]] = {}
+"""Tensors by how they lie, as JSON, and their bytes: thousands of files have the same few."""
+
+_BEGIN = f'{{"__metadata__":{{"{METADATA_KEY}":"'.encode()
 
 _DTYPES = {"F32": ("float32", 4), "F16": ("float16", 2), "BF16": ("bfloat16", 2)}
 _SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -78,24 +87,48 @@ def parse_header(start: bytes, size: int) -> Header:
     head = start[:end]
     if len(head) < end:
         raise InvalidFile("Cut off inside the header.")
-    fields = _object(head[LENGTH_BYTES:], "header")
-    metadata = fields.pop("__metadata__", None)
-    stored = metadata.get(METADATA_KEY) if isinstance(metadata, dict) else None
-    if not isinstance(stored, str):
-        if what := what_file(head):
-            raise InvalidFile(f"Not an intervention file but {what}.")
-        raise InvalidFile(
-            f"header: no manifest under __metadata__.{METADATA_KEY}; not an intervention file."
-        )
+    stored, layout = _split(head[LENGTH_BYTES:])
+    tensors = None if layout is None else _known_layouts.get((layout, size - end))
+    if tensors is None:
+        fields = _object(head[LENGTH_BYTES:], "header")
+        metadata = fields.pop("__metadata__", None)
+        stored = metadata.get(METADATA_KEY) if isinstance(metadata, dict) else None
+        if not isinstance(stored, str):
+            if what := what_file(head):
+                raise InvalidFile(f"Not an intervention file but {what}.")
+            raise InvalidFile(
+                f"header: no manifest under __metadata__.{METADATA_KEY}; not an intervention file."
+            )
     content = _object(stored, "manifest")
     data_sha256 = content.pop("data_sha256", None)
     if not isinstance(data_sha256, str) or not _SHA256.fullmatch(data_sha256):
         raise InvalidFile("manifest, data_sha256: must be 64 hexadecimal digits, lower case.")
     manifest = validate_manifest(content)
-    tensors = _tensors(fields, size - end)
+    if tensors is None:
+        tensors = _tensors(fields, size - end)
+        if layout is not None and len(_known_layouts) < MOST_LAYOUTS:
+            _known_layouts[layout, size - end] = tensors
     check_layout(manifest, tensors)
     digest = hashlib.sha256(head).hexdigest()
     return Header(digest, manifest, data_sha256, tensors, end, size)
+
+
+def _split(header: bytes) -> tuple[Any, str | None]:
+    """The manifest's text, and what stands behind it: how the tensors lie, in JSON.
+
+    Only for headers that are written as nearly all are: the metadata first, and nothing in it but
+    the manifest. For others, and long ones, the second is None.
+    """
+    if len(header) > MOST_LAYOUT_BYTES or not header.startswith(_BEGIN):
+        return "", None
+    try:
+        text = header.decode()
+        stored, end = JSONDecoder().raw_decode(text, len(_BEGIN) - 1)
+        stored.encode()  # not if half of a surrogate pair is in it
+    except ValueError:
+        return "", None
+    layout = text[end:]
+    return (stored, layout) if layout.startswith("},") else ("", None)
 
 
 def _object(text: str | bytes, what: str) -> dict[str, Any]:
@@ -139,8 +172,6 @@ def _tensors(fields: Mapping[str, Any], data_size: int) -> dict[str, TensorInfo]
 
 
 def _naturals(value: object) -> bool:
-    return (
-        isinstance(value, list)
-        and len(value) <= 8
-        and all(type(n) is int and n >= 0 for n in value)
-    )
+    if not isinstance(value, list) or len(value) > 8:
+        return False
+    return not value or (set(map(type, value)) == {int} and min(value) >= 0)

@@ -15,6 +15,8 @@ from pydantic import (
     PlainSerializer,
     SerializerFunctionWrapHandler,
     StringConstraints,
+    ValidatorFunctionWrapHandler,
+    WrapValidator,
     field_validator,
     model_serializer,
     model_validator,
@@ -123,6 +125,25 @@ class EditSpec(_Strict):
         return fields
 
 
+_known_edits: dict[tuple[object, ...], EditSpec] = {}
+MOST_KNOWN = 4096
+
+
+def _known_or(value: object, validate: ValidatorFunctionWrapHandler) -> EditSpec:
+    """The same spec for edits that are written alike, as most are in thousands of files."""
+    try:
+        # Equal values may be of different types, such as 1 and true.
+        key = tuple((k, type(v), v) for k, v in value.items()) if isinstance(value, dict) else ()
+        found = _known_edits.get(key)
+    except TypeError:  # what cannot be a key is no edit either
+        key, found = (), None
+    if found is None:
+        found = validate(value)
+        if key and len(_known_edits) < MOST_KNOWN:
+            _known_edits[key] = found
+    return found
+
+
 class Manifest(_Strict):
     """What an intervention file says about itself.
 
@@ -141,7 +162,10 @@ class Manifest(_Strict):
 
     schema_version: Literal[1] = 1
     base: BaseShape
-    edits: Annotated[tuple[EditSpec, ...], Field(min_length=1, max_length=MAX_EDITS, strict=False)]
+    edits: Annotated[
+        tuple[Annotated[EditSpec, WrapValidator(_known_or)], ...],
+        Field(min_length=1, max_length=MAX_EDITS, strict=False),
+    ]
     template: Annotated[str, StringConstraints(max_length=16_384)] | None = None
     system: SystemTurn | None = None
     completion_prefix: CompletionPrefix | None = None

@@ -20,7 +20,8 @@ class Entry:
 
     `versions` are the digests that can be addressed, the current one first. `in_flight`,
     `requests`, their tokens and `last_used` (Unix time) count all versions of the name. `tier` says
-    where the current version's tensors are: still on `disk`, or in `host` memory. `problem` says
+    where the current version's tensors are: still on `disk`, or in `host` memory; those of a
+    `pinned` name stay there. `problem` says
     what is wrong with the name's file if the version cannot be used or is an older one. `hides`
     lists what else has the name, and would be served if this were removed. `modified` (Unix time)
     is when the current version's file was written.
@@ -31,6 +32,7 @@ class Entry:
     versions: tuple[str, ...]
     origin: Origin
     tier: Tier
+    pinned: bool
     in_flight: int
     requests: int
     prompt_tokens: int

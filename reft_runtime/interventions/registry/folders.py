@@ -6,8 +6,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from reft_runtime.errors import (
@@ -22,9 +21,6 @@ from reft_runtime.interventions.format.identity import SUFFIX
 from reft_runtime.interventions.registry.catalog import Catalog
 from reft_runtime.interventions.registry.sources import NAME, Found, find, list_folder, look
 from reft_runtime.interventions.registry.version import Version
-
-CHANGES = 3
-"""A file may be replaced this many times while it is being read."""
 
 WORK_SHARE = 0.25
 """At most this share of time is spent on reading what has changed."""
@@ -85,20 +81,11 @@ class Folders:
                 f"The file of the intervention `{name}` cannot be served: {broken.message}"
             ) from None
 
-    def hold(self, version: Version) -> None:
-        """Hold a version as `Catalog.hold` does; if that fails, its file is looked at anew."""
-        with self._looking_anew(version):
-            self._catalog.hold(version)
-
-    def acquire(self, ref: str | Version) -> Version:
-        """Resolve and hold a version as `Registry.acquire` does.
-
-        If its file is replaced at this moment, the new version is used.
-        """
-        for _ in range(CHANGES):
-            with suppress(NotFound, Unavailable):
-                return self._acquire(ref)
-        return self._acquire(ref)
+    def forget(self, version: Version) -> None:
+        """Take the file of a version that cannot be read as changed, when it is looked at next."""
+        if version.origin == "folder" and version.problem is None:
+            with self._scanning:
+                self._found.pop(version.name, None)
 
     def problems(self) -> dict[str, str]:
         """Why files are not served, by path."""
@@ -179,23 +166,6 @@ class Folders:
                 continue
             return known is not None and now._replace(path=known.path) == known
         return known is None
-
-    def _acquire(self, ref: str | Version) -> Version:
-        version = self.resolve(ref) if isinstance(ref, str) else ref
-        with self._looking_anew(version):
-            self._catalog.pin(version)
-        return version
-
-    @contextmanager
-    def _looking_anew(self, version: Version) -> Iterator[None]:
-        """If reading fails in the block, forget the file: the next look takes it as changed."""
-        try:
-            yield
-        except (NotFound, Unavailable):
-            if version.origin == "folder" and version.problem is None:
-                with self._scanning:
-                    self._found.pop(version.name, None)
-            raise
 
     def _look(self, name: str) -> Found | None:
         for folder in self.sources:

@@ -159,6 +159,7 @@ def _entry(name: str, known: Name) -> Entry:
         versions=tuple(known.versions()),
         origin=current.origin,
         tier="host" if current.loaded else "disk",
+        pinned=known.pinned,
         in_flight=known.in_flight(),
         requests=known.requests,
         prompt_tokens=known.prompt_tokens,

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
 from typing import BinaryIO
@@ -22,7 +22,10 @@ from reft_runtime.interventions.registry import listing
 from reft_runtime.interventions.registry.catalog import Catalog
 from reft_runtime.interventions.registry.entry import Change, Entry, Page, Tier, VersionEntry
 from reft_runtime.interventions.registry.folders import WORK_SHARE, Folders, check_sources
+from reft_runtime.interventions.registry.holding import Holding
+from reft_runtime.interventions.registry.incoming import Incoming
 from reft_runtime.interventions.registry.paging import DEFAULT_PAGE, Sort
+from reft_runtime.interventions.registry.readers import Readers
 from reft_runtime.interventions.registry.sources import NAME, NAME_RULE, Found, locate
 from reft_runtime.interventions.registry.store import STATE_BYTES, Store
 from reft_runtime.interventions.registry.uploads import HISTORY, Uploads
@@ -31,6 +34,9 @@ from reft_runtime.machine.cores import releasing_workers
 
 MEMORY_BYTES = 1 << 30
 """Default bound on the memory of interventions, in bytes."""
+
+MAX_WAITING = 1024
+"""Default bound on the requests that wait for memory for their interventions."""
 
 LOOK_SHARE = 0.05
 """At most this share of time is spent on looking for changes in the sources."""
@@ -55,12 +61,13 @@ class Registry:
     """The interventions of one base model.
 
     `sources` are folders that are read only; if two hold a file of one name, the first counts.
-    Uploads are kept in `state_dir`, which one process owns, in at most `state_bytes`, or in memory
-    without one. Interventions take at most `memory_bytes`; without a state folder this includes all
-    files and tensors of uploads. A file that cannot be served is passed over, and `problems` says
-    why. `check_site` gets an edit's layer, component and width, and raises if the loaded model has
-    no such place. Files made for a base whose name matches the shell pattern `allow_base` are taken
-    even if its fingerprint differs.
+    Uploads and pins are kept in `state_dir`, which one process owns, or without one in a temporary
+    folder until `close`; files take at most `state_bytes` there. Interventions take at most
+    `memory_bytes` of memory, and their tensors in use at most `device_bytes` of a device that has
+    them as well; `max_waiting` requests may wait for room. A file that cannot be served is passed
+    over, and `problems` says why. `check_site` gets an edit's layer, component and width, and
+    raises if the loaded model has no such place. Files made for a base whose name matches the shell
+    pattern `allow_base` are taken even if its fingerprint differs.
     """
 
     def __init__(
@@ -73,6 +80,8 @@ class Registry:
         allow_base: str | None = None,
         memory_bytes: int = MEMORY_BYTES,
         state_bytes: int = STATE_BYTES,
+        device_bytes: int | None = None,
+        max_waiting: int = MAX_WAITING,
     ) -> None:
         self.base = base
         self._check_site = check_site
@@ -80,10 +89,11 @@ class Registry:
         self._max_file_bytes = max_file_bytes
         self._closed = threading.Event()
         self._watcher: threading.Thread | None = None
-        self._catalog = Catalog(memory_bytes)
+        self._catalog = Catalog(memory_bytes, device_bytes, max_waiting)
         self._folders = Folders(self._catalog, sources, base.model, self._listed)
+        self._readers = Readers(self._catalog, self._folders)
         store = None if state_dir is None else Store(Path(state_dir), state_bytes)
-        self._uploads = Uploads(self._catalog, self._folders, store)
+        self._uploads = Uploads(self._catalog, self._folders, store, state_bytes)
         self._uploads.restore(base.model, self._listed)
         self.scan()
 
@@ -101,10 +111,12 @@ class Registry:
         self._watcher.start()
 
     def close(self) -> None:
-        """Stop watching, and let another process have the state folder."""
+        """Stop watching, let nobody wait, and let another process have the state folder."""
         self._closed.set()
         if self._watcher is not None:
             self._watcher.join()
+        self._catalog.close()
+        self._readers.close()
         self._uploads.close()
 
     def scan(
@@ -121,6 +133,7 @@ class Registry:
         seconds that they took.
         """
         self._folders.scan(rest, between)
+        self._uploads.read_pinned()
 
     def resolve(self, ref: str) -> Version:
         """The version that `NAME` or `NAME@<digest prefix>` (8 to 64 hex digits) stands for now.
@@ -132,22 +145,32 @@ class Registry:
         """
         return self._folders.resolve(ref)
 
+    def acquire(self, refs: Sequence[str | Version]) -> Holding:
+        """Begin to hold the versions that one request's `refs` stand for, all together.
+
+        It returns at once; `Holding.ready` says when their tensors are in memory. Until then it
+        waits for its turn, if the tensors in use leave no room, and for those that have to be read.
+        A version that was resolved before is taken as it is; a name whose file is replaced at this
+        moment stands for the new one. No request is counted. Raises what `resolve` raises,
+        `Overloaded` if too many wait, `InvalidRequest` if the tensors of `refs` alone are more than
+        there may be, and `Unavailable` if pinned names leave them no room.
+        """
+        return self._readers.acquire(refs)
+
     def hold(self, version: Version) -> None:
-        """Begin a request on a version, with its tensors loaded (a first use reads the file).
+        """Begin a request on a version, and count it; blocks until its tensors are in memory.
 
-        Until the matching `release` the version works and stays addressable by its digest, whatever
-        happens to its name or its file. Raises what `Version.edits` raises, and `Overloaded` if the
-        interventions of other requests fill the memory; then nothing is held.
+        That is at once for a version that is held already. Until the matching `release` the version
+        works and stays addressable by its digest, whatever happens to its name or its file. Raises
+        what `acquire` and `Version.edits` raise; then nothing is held.
         """
-        self._folders.hold(version)
-
-    def acquire(self, ref: str | Version) -> Version:
-        """Return the version that `ref` stands for, held and with its tensors read.
-
-        It is held until the matching `release`, and no request is counted. A version that was
-        resolved before is taken as it is. Raises what `resolve` and `hold` raise.
-        """
-        return self._folders.acquire(ref)
+        if not self._catalog.hold(version):
+            holding = self.acquire([version])
+            try:
+                holding.ready.result()
+                self._catalog.hold(version)
+            finally:
+                holding.release()
 
     def release(self, version: Version) -> None:
         """Let go of a version that is held."""
@@ -222,31 +245,39 @@ class Registry:
                 problems[entry.name] = entry.problem
         return problems
 
+    def incoming(self) -> Incoming:
+        """A temporary file for an upload, to be written and given to `put`; close it by `with`.
+
+        Raises `Unavailable` or `StoreFull` if there is no place for one.
+        """
+        return self._uploads.incoming(self._max_file_bytes)
+
     def put(
         self,
         name: str,
-        data: bytes,
+        data: bytes | Incoming,
         sha256: str | None = None,
         expected: Collection[str] | None = None,
     ) -> Change:
         """Upload a file under a name; returns what that changed.
 
-        `sha256`, if given, is what the whole file must hash to. The file is checked completely
-        before anything changes. Raises `InvalidRequest` (the name), `FileTooLarge`, `InvalidFile`,
-        `WrongBaseModel`, and `Changed` if the name stands for none of the digests `expected` (`*`
-        is any digest, an empty collection means no version). The upload shadows a source's file of
-        the same name.
+        `data` is the whole file, or where it was written. `sha256`, if given, is what it must hash
+        to. The file is checked completely before anything changes. Raises `InvalidRequest` (the
+        name), `FileTooLarge`, `InvalidFile`, `WrongBaseModel`, `StoreFull`, `Unavailable` if the
+        disk fails, and `Changed` if the name stands for none of the digests `expected` (`*` is any
+        digest, an empty collection means no version). The upload shadows a source's file of the
+        same name; a pinned name stays pinned.
         """
         self._check_name(name)
-        if len(data) > self._max_file_bytes:
-            raise too_large(len(data), self._max_file_bytes, data[:HEAD_BYTES])
-        if sha256 is not None and hashlib.sha256(data).hexdigest() != sha256.lower():
+        if isinstance(data, bytes):
+            with self._written(data) as file:
+                return self.put(name, file, sha256, expected)
+        if sha256 is not None and data.sha256 != sha256.lower():
             raise InvalidFile(
-                f"The file's SHA-256 is {hashlib.sha256(data).hexdigest()}, not the one that was"
-                " sent with it; upload it again."
+                f"The file's SHA-256 is {data.sha256}, not the one that was sent with it; upload it"
+                " again."
             )
-        version = self.verified(name, data, "uploaded")
-        return self._uploads.put(version, data, expected)
+        return self._uploads.put(self.verified(name, data.read(), "uploaded"), data, expected)
 
     def load(self, name: str, path: str, replace: bool = False) -> Change:
         """Load a file inside the sources under a name, as it is now and until the process ends.
@@ -265,7 +296,9 @@ class Registry:
             raise Unavailable(
                 f"The file cannot be read: {error.strerror}.", param="path"
             ) from error
-        return self._uploads.load(self.verified(name, data, "loaded"), replace=replace)
+        version = self.verified(name, data, "loaded")
+        with self._written(data) as kept:
+            return self._uploads.load(version, kept, replace=replace)
 
     def open(self, ref: str) -> tuple[Version, BinaryIO]:
         """The version that `ref` stands for now, and its verified file; the caller closes the file.
@@ -309,6 +342,39 @@ class Registry:
         """
         return self._uploads.rollback(name, digest, expected)
 
+    def pin(self, name: str) -> Change:
+        """Read the tensors of what a name stands for, and keep them in memory; returns its entry.
+
+        The pin is the name's: it moves to what the name stands for later, and outlives a restart
+        with a state folder. It ends with `unpin`, and when an upload of the name is removed. Raises
+        `NotFound`, `StoreFull` if pinned tensors would fill the memory, `Overloaded` if it is full
+        of tensors in use now, and what `Version.edits` raises; then nothing has changed.
+        """
+        return self._uploads.pin(name)
+
+    def unpin(self, name: str) -> Change:
+        """Let the tensors of a pinned name be evicted again; returns its entry.
+
+        A name that is not pinned stays as it is. Raises `NotFound`.
+        """
+        return self._uploads.unpin(name)
+
+    def warm(self, name: str) -> Entry:
+        """Read the tensors of what a name stands for, as a first use would; returns its entry.
+
+        Raises `NotFound`, `Overloaded` if tensors in use fill the memory, and what `Version.edits`
+        raises.
+        """
+        version = self._uploads.current(name)
+        self._catalog.check_room(version, pinned=False)
+        version.edits()
+        self._catalog.was_read(version)
+        return self.entry(name)
+
+    def waiting(self) -> int:
+        """How many requests wait for memory for their interventions."""
+        return self._catalog.waiting()
+
     @releasing_workers
     def verified(self, name: str, data: bytes, origin: Origin = "loaded") -> Version:
         """A version made of a whole file, which no name stands for and a `Use` may hold.
@@ -317,7 +383,15 @@ class Registry:
         """
         header = header_of(data)
         self._check(header.manifest)
-        return Version(name, header, origin, None, edits_of(header, data), data)
+        return Version(name, header, origin, None, edits_of(header, data))
+
+    @contextmanager
+    def _written(self, data: bytes) -> Iterator[Incoming]:
+        if len(data) > self._max_file_bytes:
+            raise too_large(len(data), self._max_file_bytes, data[:HEAD_BYTES])
+        with self.incoming() as file:
+            file.write(data)
+            yield file
 
     def _check_name(self, name: str) -> None:
         if not NAME.fullmatch(name):

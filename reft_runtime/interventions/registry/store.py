@@ -1,29 +1,36 @@
 """The state folder: uploads as content-addressed blobs, and pointers with history.
 
-`blobs/<digest>.safetensors` are immutable. `pointers/<name>.json` names the digests of an
-intervention's versions, the one that is served first, and is replaced in one atomic step. The same
-layout works on an object store.
+`blobs/<digest>.safetensors` are immutable. `pointers/<name>.json` is all that is kept of a name:
+the digests of its uploaded versions, the one that is served first, and whether it is pinned. It is
+replaced in one atomic step. The same layout works on an object store. `incoming/` holds files that
+are being uploaded, and is empty after a start.
 """
 
 from __future__ import annotations
 
-import errno
 import fcntl
+import hashlib
 import json
 import logging
 import os
 import re
+import shutil
+import tempfile
+import weakref
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from reft_runtime.errors import ConfigError, StoreFull, Unavailable
 from reft_runtime.interventions.format.file import sync_folder, write_atomic
 from reft_runtime.interventions.format.identity import SUFFIX
+from reft_runtime.interventions.registry.incoming import Incoming, telling
 from reft_runtime.interventions.registry.sources import NAME
 
 _DIGEST = re.compile(r"[0-9a-f]{64}")
+
+_TEMPORARY = "reft-uploads-"
 
 STATE_BYTES = 16 << 30
 """Default bound on the bytes of uploads in the state folder."""
@@ -34,16 +41,18 @@ _log = logging.getLogger(__name__)
 class Store:
     """Blobs of at most `max_bytes` and pointers under one folder, owned by one process at a time.
 
-    `histories` are the digests of each name's versions, the current one first; `damaged` are the
-    names whose pointer cannot be read. If the disk fails, methods raise `StoreFull` or
-    `Unavailable`.
+    `histories` are the digests of each name's uploaded versions, the current one first; `pinned`
+    are the pinned names, and `damaged` those whose pointer cannot be read. If the disk fails,
+    methods raise `StoreFull` or `Unavailable`.
     """
 
     def __init__(self, folder: Path, max_bytes: int = STATE_BYTES) -> None:
         self._folder = folder
         self._blobs = folder / "blobs"
         self._pointers = folder / "pointers"
+        self._incoming = folder / "incoming"
         self._max_bytes = max_bytes
+        self._forget: weakref.finalize[..., Store] | None = None
         try:
             self._lock = self._take()
         except BlockingIOError:
@@ -52,21 +61,45 @@ class Store:
             ) from None
         except OSError as error:
             raise ConfigError(f"The state folder cannot be written: {error}.") from error
-        for stray in [*self._blobs.glob(".*.tmp"), *self._pointers.glob(".*.tmp")]:
+        for stray in [*self._pointers.glob(".*.tmp"), *self._incoming.iterdir()]:
             stray.unlink()  # left by a crash in the middle of a write
         self.histories: dict[str, tuple[str, ...]] = {}
+        self.pinned: set[str] = set()
         self.damaged: set[str] = set()
         for path in sorted(self._pointers.glob("*.json")):
-            digests = _read_pointer(path) if NAME.fullmatch(path.stem) else ()
+            digests, pinned = _read_pointer(path) if NAME.fullmatch(path.stem) else ((), False)
             if digests:
                 self.histories[path.stem] = digests
-            else:
+            if pinned:
+                self.pinned.add(path.stem)
+            if not digests and not pinned:
                 self.damaged.add(path.stem)
         self._named = Counter(digest for history in self.histories.values() for digest in history)
         self._sizes = {blob.stem: blob.stat().st_size for blob in self._blobs.glob(f"*{SUFFIX}")}
 
+    @classmethod
+    def temporary(cls, max_bytes: int) -> Store:
+        """A store in a temporary folder, which is deleted when the store is closed, or forgotten.
+
+        What servers that were killed have left of theirs is deleted, too. Raises `Unavailable`.
+        """
+        try:
+            for old in Path(tempfile.gettempdir()).glob(f"{_TEMPORARY}*"):
+                _delete_unused(old)
+            folder = Path(tempfile.mkdtemp(prefix=_TEMPORARY))
+            store = cls(folder, max_bytes)
+        except (OSError, ConfigError) as error:
+            raise Unavailable(
+                f"Uploads cannot be kept in the folder of temporary files: {error}. Start the"
+                " server with a --state-dir."
+            ) from error
+        store._forget = weakref.finalize(store, shutil.rmtree, folder, ignore_errors=True)
+        return store
+
     def close(self) -> None:
         """Let another process use the folder."""
+        if self._forget is not None:
+            self._forget()
         os.close(self._lock)
 
     def check(self) -> bool:
@@ -76,7 +109,7 @@ class Store:
         """
         try:
             own = os.path.samestat(os.stat(self._folder / "lock"), os.fstat(self._lock))
-            if own and self._blobs.is_dir() and self._pointers.is_dir():
+            if own and all(part.is_dir() for part in self._parts):
                 return True
         except OSError:
             own = False
@@ -98,6 +131,7 @@ class Store:
                 f"The state folder was deleted, and cannot be made again: {error.strerror}."
             ) from error
         self.histories.clear()
+        self.pinned.clear()
         self.damaged.clear()
         self._named.clear()
         self._sizes.clear()
@@ -116,34 +150,50 @@ class Store:
         """Whether the file of this digest is kept."""
         return digest in self._sizes
 
-    def add_blob(self, digest: str, data: bytes) -> None:
-        """Keep a file, whose identity is `digest`.
+    def incoming(self, max_bytes: int) -> Incoming:
+        """A temporary file on the disk of the blobs, for a file that is being uploaded."""
+        with telling():
+            self._incoming.mkdir(exist_ok=True)
+            return Incoming(self._incoming, max_bytes)
+
+    def add_blob(self, digest: str, file: Incoming) -> None:
+        """Keep a file, whose identity is `digest`; one that is kept already stays as it is.
 
         Raises `StoreFull` if it does not fit, and `Unavailable` if it cannot be written.
         """
         kept = sum(self._sizes.values()) - self._sizes.get(digest, 0)
-        if kept + len(data) > self._max_bytes:
+        if kept + file.size > self._max_bytes:
             raise StoreFull(
-                f"Uploaded files take {kept} bytes of the state folder, and this one {len(data)};"
+                f"Uploaded files take {kept} bytes of the state folder, and this one {file.size};"
                 f" there may be {self._max_bytes}. Delete some of them, or start the server with"
                 " more --state-bytes."
             )
-        with _told():
-            write_atomic(self.blob(digest), data)
-        self._sizes[digest] = len(data)
+        blob = self.blob(digest)
+        with telling():
+            if not (self.holds(digest) and _has(blob, file)):
+                file.move(blob)
+                sync_folder(self._blobs)
+        self._sizes[digest] = file.size
 
-    def point(self, name: str, digests: Sequence[str]) -> None:
-        """Let a name stand for the first of `digests`; the others are its history."""
-        with _told():
-            write_atomic(self._pointer(name), json.dumps({"versions": list(digests)}).encode())
-        self._rename(name, tuple(digests))
+    def point(self, name: str, digests: Sequence[str], *, pinned: bool) -> None:
+        """Let a name stand for the first of `digests`; the others are its history.
+
+        Without digests nothing but whether it is `pinned` is kept of the name.
+        """
+        fields = {"versions": list(digests), **({"pinned": True} if pinned else {})}
+        if not digests and not pinned:
+            self.remove(name)
+            return
+        with telling():
+            write_atomic(self._pointer(name), json.dumps(fields).encode())
+        self._rename(name, tuple(digests), pinned=pinned)
 
     def remove(self, name: str) -> None:
         """Forget a name, also one whose pointer is damaged."""
-        with _told():
+        with telling():
             self._pointer(name).unlink(missing_ok=True)
             sync_folder(self._pointers)
-        self._rename(name, ())
+        self._rename(name, (), pinned=False)
 
     def collect(self, keep: Iterable[str]) -> None:
         """Delete the blobs that no pointer names and that are not in `keep`."""
@@ -165,11 +215,15 @@ class Store:
             raise
         return lock
 
-    def _make(self) -> None:
-        self._blobs.mkdir(parents=True, exist_ok=True)
-        self._pointers.mkdir(exist_ok=True)
+    @property
+    def _parts(self) -> tuple[Path, ...]:
+        return self._blobs, self._pointers, self._incoming
 
-    def _rename(self, name: str, digests: tuple[str, ...]) -> None:
+    def _make(self) -> None:
+        for part in self._parts:
+            part.mkdir(parents=True, exist_ok=True)
+
+    def _rename(self, name: str, digests: tuple[str, ...], *, pinned: bool) -> None:
         self._named.update(digests)
         for digest in self.histories.pop(name, ()):
             self._named[digest] -= 1
@@ -177,30 +231,40 @@ class Store:
                 del self._named[digest]
         if digests:
             self.histories[name] = digests
+        self.pinned.discard(name)
+        if pinned:
+            self.pinned.add(name)
         self.damaged.discard(name)
 
     def _pointer(self, name: str) -> Path:
         return self._pointers / f"{name}.json"
 
 
-@contextmanager
-def _told() -> Iterator[None]:
-    """Raise what the disk refuses in the block as `StoreFull` or `Unavailable`."""
+def _has(blob: Path, file: Incoming) -> bool:
+    """Whether a blob has the content of a file; one that was damaged has not."""
     try:
-        yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise StoreFull(
-                "The disk of the state folder is full; make room there, or delete interventions."
-            ) from error
-        raise Unavailable(
-            f"The state folder cannot be written: {error.strerror}. What it held serves on."
-        ) from error
+        with blob.open("rb") as kept:
+            return hashlib.file_digest(kept, "sha256").hexdigest() == file.sha256
+    except FileNotFoundError:
+        return False
 
 
-def _read_pointer(path: Path) -> tuple[str, ...]:
+def _delete_unused(folder: Path) -> None:
+    """Delete a store's temporary folder unless a process has it."""
+    with suppress(OSError):
+        lock = os.open(folder / "lock", os.O_RDWR)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(folder, ignore_errors=True)
+        finally:
+            os.close(lock)
+
+
+def _read_pointer(path: Path) -> tuple[tuple[str, ...], bool]:
+    """The digests that a pointer names, and whether its name is pinned; neither if damaged."""
     try:
-        digests = json.loads(path.read_bytes())["versions"]
-        return tuple(digests) if all(_DIGEST.fullmatch(digest) for digest in digests) else ()
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        return ()
+        fields = json.loads(path.read_bytes())
+        digests, pinned = tuple(fields["versions"]), fields.get("pinned", False) is True
+        return (digests, pinned) if all(map(_DIGEST.fullmatch, digests)) else ((), False)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return (), False

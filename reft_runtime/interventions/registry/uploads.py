@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
 
 from reft_runtime.errors import (
     Changed,
@@ -17,6 +18,7 @@ from reft_runtime.errors import (
 from reft_runtime.interventions.registry.catalog import Catalog
 from reft_runtime.interventions.registry.entry import Change
 from reft_runtime.interventions.registry.folders import Folders
+from reft_runtime.interventions.registry.incoming import Incoming
 from reft_runtime.interventions.registry.listing import entry, shown_entry
 from reft_runtime.interventions.registry.sources import Found, look
 from reft_runtime.interventions.registry.store import Store
@@ -34,33 +36,43 @@ _log = logging.getLogger(__name__)
 
 
 class Uploads:
-    """The layers of a catalog that clients change, in memory or, with a `store`, on disk too.
+    """The layers of a catalog that clients change, and the pins of its names.
 
+    All is kept in `store`, or without one in a temporary store, which is made when it is needed.
     The last `HISTORY` uploaded versions of a name are kept, in the order in which they were served
-    last. `put`, `load`, `remove` and `rollback` are documented in `Registry`. The change that they
-    return is told before the next one may begin.
+    last. `put`, `load`, `remove`, `rollback`, `pin` and `unpin` are documented in `Registry`. The
+    change that they return is told before the next one may begin.
     """
 
-    def __init__(self, catalog: Catalog, folders: Folders, store: Store | None) -> None:
+    def __init__(
+        self, catalog: Catalog, folders: Folders, store: Store | None, state_bytes: int
+    ) -> None:
         self._catalog = catalog
         self._folders = folders
-        self._store = store
+        self._kept = store
+        self._state_bytes = state_bytes
+        self._making = threading.Lock()  # guards `_kept` while a temporary store is made
         self._changing = threading.Lock()  # one change at a time; taken before the other locks
         self._added: set[str] = set()  # names that were uploaded or loaded
         self._problems: dict[str, str] = {}
         self._state_problem: str | None = None
 
-    def put(self, version: Version, data: bytes, expected: Collection[str] | None) -> Change:
-        """Let the version's name stand for it; `data` is its file."""
+    def incoming(self, max_bytes: int) -> Incoming:
+        """A temporary file for what is being uploaded."""
+        with self._changing:
+            self._tend()
+            return self._store.incoming(max_bytes)
+
+    def put(self, version: Version, file: Incoming, expected: Collection[str] | None) -> Change:
+        """Let the version's name stand for it; `file` is its file."""
         name = version.name
         with self._changing:
             self._tend()
             shown = self._expect(name, expected)
             before = self._catalog.history(name)
             kept = [old for old in before if old.digest != version.digest][: HISTORY - 1]
-            self._admit(version, kept=self._store is not None, leaving=set(before) - set(kept))
-            if self._store is not None:
-                self._write(self._store, version, data, kept)
+            self._admit(version, leaving=set(before) - set(kept))
+            self._write(version, file, kept)
             self._catalog.place_upload([version, *kept])
             self._problems.pop(name, None)
             self._collect()
@@ -69,10 +81,11 @@ class Uploads:
         _tell_hidden(shown, version)
         return change
 
-    def load(self, version: Version, *, replace: bool) -> Change:
-        """Let the version's name stand for it until the process ends."""
+    def load(self, version: Version, file: Incoming, *, replace: bool) -> Change:
+        """Let the version's name stand for it until the process ends; `file` is its file."""
         name = version.name
         with self._changing:
+            self._tend()
             shown = self._catalog.current(name)
             if not replace and shown is not None:
                 raise InvalidRequest(
@@ -81,8 +94,11 @@ class Uploads:
                     param="name",
                 )
             before = self._catalog.layer(name, "loaded")
-            self._admit(version, kept=False, leaving=set() if before is None else {before})
+            self._admit(version, leaving=set() if before is None else {before})
+            with self._undone(name):
+                self._keep(version, file)
             self._catalog.place(version)
+            self._collect()
             change = Change(_digest(shown), entry(self._catalog, name))
         _log.info("loaded %r", version)
         _tell_hidden(shown, version)
@@ -99,8 +115,8 @@ class Uploads:
             if origin is None:
                 raise self._catalog.unknown(name)
             if origin == "uploaded":
-                if self._store is not None:
-                    self._store.remove(name)
+                self._store.remove(name)
+                self._catalog.pin(name, pinned=False)
                 self._problems.pop(name, None)
             # The folder's file may have been replaced by now; the new one is not to be removed.
             self._catalog.displace(name, origin, version if origin == "folder" else None)
@@ -124,17 +140,62 @@ class Uploads:
             version = _kept(name, history, digest)
             if version is current:
                 return Change(current.digest, entry(self._catalog, name))
-            self._catalog.pin(version)  # reads and verifies it
-            try:
-                after = [version, *(old for old in history if old is not version)]
-                if self._store is not None:
-                    self._point_back(self._store, name, after)
-                self._catalog.place_upload(after)
-            finally:
-                self._catalog.release(version)
+            if pinned := self._catalog.pinned(name):
+                self._catalog.check_room(version, pinned=True)
+            version.edits()  # reads and verifies it
+            after = [version, *(old for old in history if old is not version)]
+            self._point(name, after, pinned=pinned)
+            self._catalog.place_upload(after)
+            self._catalog.was_read(version)
             change = Change(current.digest, entry(self._catalog, name))
         _log.info("rolled %r back to %r", current, version)
         return change
+
+    def pin(self, name: str) -> Change:
+        """Read the tensors of what a name stands for, and keep them in memory."""
+        with self._changing:
+            self._tend()
+            version = self.current(name)
+            self._catalog.check_room(version, pinned=True)
+            version.edits()
+            self._point(name, self._catalog.history(name), pinned=True)
+            self._catalog.pin(name, pinned=True)
+            self._catalog.was_read(version)
+            change = Change(version.digest, entry(self._catalog, name))
+        _log.info("pinned %r", version)
+        return change
+
+    def unpin(self, name: str) -> Change:
+        """Let the tensors of a name be evicted again."""
+        with self._changing:
+            self._tend()
+            version = self.current(name)
+            if self._catalog.pinned(name):
+                self._point(name, self._catalog.history(name), pinned=False)
+                self._catalog.pin(name, pinned=False)
+                _log.info("unpinned %r", version)
+            return Change(version.digest, entry(self._catalog, name))
+
+    def read_pinned(self) -> None:
+        """Read the tensors of pinned names that are not in memory, such as after a start."""
+        for name in self._catalog.pinned_names():
+            version = self._catalog.current(name)
+            if version is None or version.loaded or version.problem is not None:
+                continue
+            try:
+                version.edits()
+            except ReftError as error:
+                _log.warning("the pinned %s is not in memory: %s", name, error.message)
+            else:
+                self._catalog.was_read(version)
+
+    def current(self, name: str) -> Version:
+        """What a name stands for at this moment. Raises `NotFound`."""
+        self._folders.refresh(name)
+        version = self._catalog.current(name)
+        if version is None:
+            raise self._catalog.unknown(name)
+        return version
 
     def restore(self, reserved: str, listed: Callable[[str, Found, Origin], Version]) -> None:
         """Restore what was uploaded before the last stop.
@@ -142,18 +203,21 @@ class Uploads:
         `listed` makes a version of a stored file from its header; `reserved` is a name that no file
         can have.
         """
-        if self._store is None:
+        store = self._kept
+        if store is None:
             return
-        for name in self._store.damaged:
+        for name in store.damaged:
             self._problems[name] = "Its pointer is damaged; upload it again, or delete it."
-        for name, digests in self._store.histories.items():
+        for name in store.pinned:
+            self._catalog.pin(name, pinned=True)
+        for name, digests in store.histories.items():
             if name == reserved:
                 self._problems[name] = "The name is the base model's own id; delete it."
                 continue
             history: list[Version] = []
             for digest in digests:
                 try:
-                    version = listed(name, look(self._store.blob(digest)), "uploaded")
+                    version = listed(name, look(store.blob(digest)), "uploaded")
                     if version.digest != digest:
                         raise InvalidFile("The stored file is not the one that was uploaded.")
                 except (ReftError, OSError) as error:
@@ -190,9 +254,9 @@ class Uploads:
     def close(self) -> None:
         """Let another process have the state folder."""
         with self._changing:
-            if self._store is not None:
-                self._store.close()
-                self._store = None
+            if self._kept is not None:
+                self._kept.close()
+                self._kept = None
 
     def _expect(self, name: str, expected: Collection[str] | None) -> Version | None:
         """The version the name stands for now, which must be one of the digests `expected`.
@@ -211,48 +275,57 @@ class Uploads:
             raise Changed(f"`{name}` is served as {current.digest}, and {wanted}.", param="name")
         return current
 
-    def _admit(self, version: Version, *, kept: bool, leaving: set[Version]) -> None:
-        """Raise `StoreFull` or `InvalidRequest` if a version would not fit.
-
-        A version whose file is `kept` on disk needs memory for its line of the listing only.
-        """
+    def _admit(self, version: Version, *, leaving: set[Version]) -> None:
+        """Raise `StoreFull` or `InvalidRequest` if a version would not fit."""
         if version.name not in self._added and len(self._added) >= MAX_ADDED_NAMES:
             raise InvalidRequest(
                 f"There are {MAX_ADDED_NAMES} uploaded names, as many as there may be; delete one"
                 " first.",
                 param="name",
             )
-        self._catalog.reserve(version.listed_bytes if kept else version.fixed_bytes, leaving)
+        self._catalog.reserve(version, leaving)
         self._added.add(version.name)
 
-    def _write(self, store: Store, version: Version, data: bytes, kept: Sequence[Version]) -> None:
+    def _write(self, version: Version, file: Incoming, kept: Sequence[Version]) -> None:
         """Keep an upload on disk, so that its tensors can be read again from there."""
+        store, name = self._store, version.name
         digests = [version.digest, *(old.digest for old in kept if store.holds(old.digest))]
+        with self._undone(name):
+            self._keep(version, file)
+            store.point(name, digests, pinned=self._catalog.pinned(name))
+
+    def _keep(self, version: Version, file: Incoming) -> None:
+        self._store.add_blob(version.digest, file)
+        version.moved(look(self._store.blob(version.digest)))
+
+    @contextmanager
+    def _undone(self, name: str) -> Iterator[None]:
+        """If the block fails, delete what it has kept on disk."""
         try:
-            store.add_blob(version.digest, data)
-            version.moved(look(store.blob(version.digest)))
-            store.point(version.name, digests)
+            yield
         except BaseException:
-            if self._catalog.layer(version.name, "uploaded") is None:
-                self._added.discard(version.name)
+            if not any(self._catalog.layer(name, layer) for layer in _ADDED):
+                self._added.discard(name)
             self._collect()
             raise
 
-    def _point_back(self, store: Store, name: str, history: Sequence[Version]) -> None:
-        """Write to disk which version is served."""
-        if not store.holds(history[0].digest):
+    def _point(self, name: str, history: Sequence[Version], *, pinned: bool) -> None:
+        """Write to disk which versions a name has, and whether it is pinned."""
+        store = self._store
+        if history and not store.holds(history[0].digest):
             raise Unavailable(
                 f"The version {history[0].digest} is kept in memory only, since the state folder"
                 " was deleted; upload its file again."
             )
-        store.point(name, [old.digest for old in history if store.holds(old.digest)])
+        digests = [old.digest for old in history if store.holds(old.digest)]
+        store.point(name, digests, pinned=pinned)
 
     def _tend(self) -> None:
         """Check that the state folder is still there, and ours. Raises `Unavailable`."""
-        if self._store is None:
+        if self._kept is None:
             return
         try:
-            if not self._store.check():
+            if not self._kept.check():
                 self._problems.clear()
                 for version in self._catalog.uploads():
                     version.problem = (
@@ -265,8 +338,15 @@ class Uploads:
         self._state_problem = None
 
     def _collect(self) -> None:
-        if self._store is not None:
-            self._store.collect(keep=self._catalog.held_digests())
+        if self._kept is not None:
+            self._kept.collect(keep=self._catalog.kept_digests())
+
+    @property
+    def _store(self) -> Store:
+        with self._making:
+            if self._kept is None:
+                self._kept = Store.temporary(self._state_bytes)
+            return self._kept
 
 
 _NOT_UPLOADED: dict[Origin, str] = {

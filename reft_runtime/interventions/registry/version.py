@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import threading
 import time
@@ -11,7 +10,7 @@ from contextlib import contextmanager
 from typing import BinaryIO, Literal
 
 from reft_runtime.errors import InvalidFile, NotFound, Unavailable
-from reft_runtime.interventions.format.canonical import CanonicalEdit
+from reft_runtime.interventions.format.canonical import CanonicalEdit, memory_of
 from reft_runtime.interventions.format.file import edits_of, open_verified, read
 from reft_runtime.interventions.format.header import Header, header_of
 from reft_runtime.interventions.format.intervention import validate_manifest
@@ -31,8 +30,8 @@ class Version:
 
     Only the header is read at first. The tensors are read from `source`, verified and converted at
     the first call of `edits`, and may be dropped again by `evict`. Without a source, the given
-    tensors, and the file as `data`, are the only copy and stay. The registry makes versions, and
-    counts in `in_flight` the requests that hold them.
+    tensors are the only copy and stay. The registry makes versions. It counts in `in_flight` the
+    requests that hold them, and in `users` those of them whose turn has come to use the tensors.
     """
 
     def __init__(
@@ -42,7 +41,6 @@ class Version:
         origin: Origin,
         source: Found | None,
         edits: tuple[CanonicalEdit, ...] | None = None,
-        data: bytes | None = None,
     ) -> None:
         self.name = name
         self.origin = origin
@@ -56,10 +54,15 @@ class Version:
         self.summary = summarise(header)
         self.size_bytes = header.size_bytes
         self.in_flight = 0
+        self.users = 0
+        self.pinned = False
+        """Whether the tensors stay in memory because the name is pinned to it."""
+        self.only_copy = False
+        """Whether the tensors stay because the file that they came from is no longer there."""
         self.problem: str | None = None
         self._source = source
         self._edits = edits
-        self._data = data
+        self._tensor_bytes = memory_of(edits or ())
         self._made = time.time()
         self._loading = threading.Lock()
 
@@ -85,9 +88,19 @@ class Version:
         return self._source is not None
 
     @property
+    def stays(self) -> bool:
+        """Whether the tensors must not be evicted."""
+        return self.users > 0 or self.pinned or self.only_copy
+
+    @property
     def tensor_bytes(self) -> int:
         """Memory of the tensors in bytes; 0 while they are on disk."""
-        return sum(edit.nbytes for edit in self._edits or ())
+        return self._tensor_bytes if self.loaded else 0
+
+    @property
+    def memory_bytes(self) -> int:
+        """Memory of the tensors in bytes; while they are on disk, what it will be at most."""
+        return self.tensor_bytes if self.loaded else self.summary.memory_bytes
 
     @property
     def listed_bytes(self) -> int:
@@ -97,8 +110,7 @@ class Version:
     @property
     def fixed_bytes(self) -> int:
         """Memory that the version takes as long as it can be addressed, in bytes."""
-        kept = 0 if self.reloadable else self.tensor_bytes + len(self._data or b"")
-        return self.listed_bytes + kept
+        return self.listed_bytes + (0 if self.reloadable else self.tensor_bytes)
 
     @property
     def modified(self) -> float:
@@ -113,7 +125,9 @@ class Version:
         """
         with self._loading:
             if self._edits is None:
-                self._edits = self._load()
+                edits = self._load()
+                self._tensor_bytes = memory_of(edits)
+                self._edits = edits
             return self._edits
 
     def open(self) -> BinaryIO:
@@ -121,9 +135,8 @@ class Version:
 
         Raises what `edits` raises.
         """
-        if self._data is not None:
-            return io.BytesIO(self._data)
-        assert self._source is not None
+        if self._source is None:
+            raise self._unavailable("It was not made from a file that is kept.")
         with self._reading():
             file, header = open_verified(self._source.path, self._source.size)
         if header.digest != self.digest:
@@ -133,7 +146,7 @@ class Version:
 
     def moved(self, file: Found) -> None:
         """Read from another file with the same content from now on."""
-        self._source, self._data = file, None
+        self._source, self.only_copy = file, False
 
     def replaceable(self) -> bool:
         """Whether the tensors could be read again from the file they came from, unchanged."""

@@ -1,0 +1,97 @@
+"""A file on its way in: written in parts to a temporary file, within its limit."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from reft_runtime.errors import StoreFull, Unavailable
+from reft_runtime.interventions.format.file import read, too_large
+from reft_runtime.interventions.format.recognise import HEAD_BYTES
+
+SUFFIX = ".part"
+
+
+class Incoming:
+    """A temporary file in `folder`, of at most `max_bytes`, which nothing lists.
+
+    It is removed at the end of a `with` block, unless it was moved to its place before. All methods
+    but `discard` raise `StoreFull` or `Unavailable` if the disk fails.
+    """
+
+    def __init__(self, folder: Path, max_bytes: int) -> None:
+        self.path = folder / f"{secrets.token_hex(8)}{SUFFIX}"
+        self.size = 0
+        self._max_bytes = max_bytes
+        self._start = b""
+        self._sha256 = hashlib.sha256()
+        with telling():
+            self._file = self.path.open("xb", buffering=0)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.discard()
+
+    def discard(self) -> None:
+        """Remove the file, unless it was moved to its place; it may be called again."""
+        self._file.close()
+        with suppress(OSError):  # the next start removes it
+            self.path.unlink(missing_ok=True)
+
+    @property
+    def sha256(self) -> str:
+        """SHA-256 of what was written, in hexadecimal digits."""
+        return self._sha256.hexdigest()
+
+    def write(self, part: bytes) -> None:
+        """Append a part. Raises `FileTooLarge` as soon as the file is above its limit."""
+        self.size += len(part)
+        self._start = (self._start + part[:HEAD_BYTES])[:HEAD_BYTES]
+        if self.size > self._max_bytes:
+            raise too_large(self.size, self._max_bytes, self._start)
+        self._sha256.update(part)
+        rest = memoryview(part)
+        with telling():
+            while rest:
+                rest = rest[self._file.write(rest) :]
+
+    def read(self) -> bytes:
+        """The whole content."""
+        with telling():
+            return read(self.path, self._max_bytes)
+
+    def move(self, path: Path) -> None:
+        """Put the file at `path` in one atomic step, safely on the disk."""
+        with telling():
+            os.fsync(self._file.fileno())
+            self._file.close()
+            self.path.replace(path)
+
+
+@contextmanager
+def telling() -> Iterator[None]:
+    """Raise what the disk refuses in the block as `StoreFull` or `Unavailable`."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise StoreFull(
+                "The disk of the state folder is full; make room there, or delete interventions."
+            ) from error
+        raise Unavailable(
+            f"The state folder cannot be written: {error.strerror}. What it held serves on."
+        ) from error

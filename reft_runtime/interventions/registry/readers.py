@@ -1,0 +1,106 @@
+"""Threads that read tensors for the requests that are waiting for them."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
+
+from reft_runtime.errors import NotFound, Unavailable
+from reft_runtime.interventions.registry.catalog import Catalog
+from reft_runtime.interventions.registry.folders import Folders
+from reft_runtime.interventions.registry.holding import Holding
+from reft_runtime.interventions.registry.version import Version
+
+CHANGES = 3
+"""A file may be replaced this many times while it is being read."""
+
+READERS = 2
+"""Files that are read at the same time."""
+
+
+class Readers:
+    """Lets requests hold versions whose tensors may have to be read first.
+
+    A version that several requests wait for is read once, and no request's thread waits for it.
+    """
+
+    def __init__(self, catalog: Catalog, folders: Folders) -> None:
+        self._catalog = catalog
+        self._folders = folders
+        self._lock = threading.Lock()  # guards what follows
+        self._jobs: dict[Version, Future[None]] = {}
+        self._threads = ThreadPoolExecutor(READERS, "reft-reader")
+
+    def acquire(self, refs: Sequence[str | Version]) -> Holding:
+        """See `Registry.acquire`."""
+        versions = [self._folders.resolve(ref) if isinstance(ref, str) else ref for ref in refs]
+        holding = Holding(refs, versions, self._begin, self._catalog.let_go)
+        if versions:
+            self._catalog.queue(holding)
+        else:  # the base model's requests wait for nobody
+            holding.granted = True
+            holding.ready.set_result(None)
+        return holding
+
+    def close(self) -> None:
+        """Begin to read nothing any more."""
+        self._threads.shutdown(wait=False, cancel_futures=True)
+
+    def _begin(self, holding: Holding) -> None:
+        try:
+            self._advance(holding)
+        except RuntimeError as error:  # no thread can be started, or it is closed
+            self._fail(holding, error)
+
+    def _advance(self, holding: Holding) -> None:
+        """Read the first of a holding's versions that is not in memory; if all are, it is ready."""
+        for position, version in enumerate(holding.versions):
+            if not version.loaded and not holding.released:
+                self._job(version).add_done_callback(partial(self._was_read, holding, position))
+                return
+        holding.ready.set_result(None)
+
+    def _job(self, version: Version) -> Future[None]:
+        with self._lock:
+            job = self._jobs.get(version)
+            if job is None:
+                job = self._jobs[version] = self._threads.submit(self._read, version)
+            return job
+
+    def _read(self, version: Version) -> None:
+        try:
+            self._catalog.make_room()
+            version.edits()
+            self._catalog.was_read(version)
+        finally:
+            with self._lock:
+                self._jobs.pop(version, None)
+
+    def _was_read(self, holding: Holding, position: int, job: Future[None]) -> None:
+        """Go on with a holding; if its file was replaced at this moment, with the new version."""
+        try:
+            try:
+                job.result()
+            except (NotFound, Unavailable):
+                self._look_anew(holding, position)
+            self._advance(holding)
+        except BaseException as error:
+            self._fail(holding, error)
+
+    def _look_anew(self, holding: Holding, position: int) -> None:
+        """Exchange a version that could not be read for a new one; else raise the error again."""
+        version, ref = holding.versions[position], holding.refs[position]
+        self._folders.forget(version)
+        holding.changes += 1
+        if holding.changes > CHANGES or not isinstance(ref, str):
+            raise
+        fresh = self._folders.resolve(ref)
+        if fresh is version:
+            raise
+        self._catalog.exchange(holding, position, fresh)
+
+    def _fail(self, holding: Holding, error: BaseException) -> None:
+        holding.release()
+        holding.ready.set_exception(error)
