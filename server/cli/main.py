@@ -20,6 +20,7 @@ from server.cli import compare as compare_cli
 from server.cli import evaluation as evaluation_cli
 from server.cli import files as files_cli
 from server.cli import keys as keys_cli
+from server.cli import memory as memory_cli
 from server.cli import remote as remote_cli
 from server.cli import run as run_cli
 from server.cli import training as training_cli
@@ -46,6 +47,7 @@ app.add_typer(chat_cli.app)
 app.add_typer(compare_cli.app)
 app.add_typer(classify_cli.app)
 app.add_typer(remote_cli.app)
+app.add_typer(memory_cli.app)
 app.add_typer(usage_cli.app)
 app.add_typer(whoami_cli.app)
 app.add_typer(transfer_cli.app)

@@ -253,6 +253,10 @@ def charts(page: Page) -> None:
     expect(page.locator(".chart")).to_have_count(5)
 
 
+def used(page: Page) -> None:
+    expect(page.locator(".used tbody tr")).to_have_count(7)
+
+
 def inside(page: Page) -> None:
     page.get_by_label("Max tokens").fill("4")
     page.get_by_role("button", name="Look", exact=True).click()
@@ -283,6 +287,7 @@ def test_every_view_is_accessible_and_fits(
         ("#/interventions", table),
         ("#/interventions/pirate", details),
         ("#/server", charts),
+        ("#/server/usage", used),
         ("docs", reference),
         ("#/compare", picker),
         ("", dialog),

@@ -97,11 +97,12 @@ function Actions({ entry, path, onClose, onChange }) {
       <button type="button" class="primary" onClick=${tried}><${Icon} name="play" />Try it</button>
       <button type="button" onClick=${download}><${Icon} name="down" />Download</button>
       ${mayChange(id) && html`
-        <button type="button" aria-pressed=${entry.pinned} onClick=${() => moved(entry.pinned ? "unpin" : "pin")}>
-          <${Icon} name="pin" />${entry.pinned ? "Pinned" : "Pin"}</button>
+        <button type="button" title="Keep it in memory, or let it make room for others"
+          onClick=${() => moved(entry.pinned ? "unpin" : "pin")}>
+          <${Icon} name="pin" />${entry.pinned ? "Unpin" : "Pin"}</button>
         ${entry.tier === "disk" && html`
-          <button type="button" onClick=${() => moved("warm")}><${Icon} name="warm" />Warm</button>`}`}
-      ${mayChange(id) && html`
+          <button type="button" title="Read it into memory now, so that no request waits for that"
+            onClick=${() => moved("warm")}><${Icon} name="warm" />Warm</button>`}
         <button type="button" onClick=${() => chooser.current.click()}><${Icon} name="up" />Replace</button>
         <input ref=${chooser} type="file" hidden accept=".safetensors" aria-label=${`A new file for ${id}`}
           onChange=${(event) => { replace(event.target.files[0]); event.target.value = ""; }} />

@@ -60,6 +60,7 @@ function Table({ group, rows, total, onTenant }) {
   if (!rows.length) return html`<p class="panel muted">Nothing was used in these days.</p>`;
   const most = Math.max(...rows.map(tokens), 1);
   return html`
+    <div class="used-scroll" tabindex="0" role="group" aria-label="What was used">
     <table class="list used">
       <thead><tr>
         <th scope="col">${HEADINGS[group]}</th>
@@ -81,6 +82,7 @@ function Table({ group, rows, total, onTenant }) {
       </tbody>
       <tfoot><tr><th scope="row">Total</th><td class="wide"></td><${Counts} row=${total} /></tr></tfoot>
     </table>
+    </div>
     ${rows.length > count && html`
       <div class="after"><span class="muted">${number(count)} of ${number(rows.length)}</span>
         <button type="button" onClick=${() => setCount(count + SHOWN)}>Show more</button></div>`}`;
