@@ -98,7 +98,7 @@ class Context:
         url = self.settings.quota_url
         quotas = Quotas(None if url is None else url.get_secret_value())
         object.__setattr__(self, "quotas", quotas)
-        object.__setattr__(self, "usage", Usage(self.settings.state_dir))
+        object.__setattr__(self, "usage", Usage(self.settings.state_folder))
 
     @property
     def engine(self) -> Engine:

@@ -9,7 +9,13 @@ if TYPE_CHECKING:
     from reft_runtime.front.admission import Admission
     from reft_runtime.front.prepared import Prepared
     from reft_runtime.interventions import Entry, Version
-    from reft_runtime.interventions.registry.entry import Change, Page, Tier, VersionEntry
+    from reft_runtime.interventions.registry.entry import (
+        Change,
+        Page,
+        SourceState,
+        Tier,
+        VersionEntry,
+    )
     from reft_runtime.interventions.registry.incoming import Incoming
     from reft_runtime.interventions.registry.paging import Sort
     from reft_runtime.outputs import ChoiceDelta, EngineInfo, EngineStats, TokenLogprob, Trace
@@ -90,6 +96,12 @@ class Registry(Protocol):
     def versions_of(self, name: str) -> Sequence[VersionEntry]:
         """The versions of a name that requests can use, the current one first."""
 
+    def sources(self) -> Sequence[SourceState]:
+        """The sources of interventions, and why those that are away cannot be read."""
+
+    def state_problem(self) -> str | None:
+        """Why uploads cannot be kept now; None if they can."""
+
     def unserved(self) -> Mapping[str, str]:
         """Reasons why files are not served, by path, or by name for uploads."""
 
@@ -117,7 +129,7 @@ class Registry(Protocol):
         """Upload a file under a name."""
 
     def load(self, name: str, path: str, replace: bool) -> Change:
-        """Serve a file of the source folders under a name."""
+        """Serve a file of the sources under a name."""
 
     def rollback(self, name: str, digest: str | None, expected: Collection[str] | None) -> Change:
         """Serve a kept version of an upload again."""

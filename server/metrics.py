@@ -241,6 +241,12 @@ class _EngineCollector(Collector):
         for tier, count in self._engine.registry.tiers().items():
             family.add_metric([tier], count)
         yield family
+        up = GaugeMetricFamily(
+            "reft:source_up", "Whether a source of interventions can be read.", labels=["source"]
+        )
+        for source in self._engine.registry.sources():
+            up.add_metric([source.label], source.problem is None)
+        yield up
 
 
 class _GatewayCollector(Collector):

@@ -56,7 +56,7 @@ async def list_interventions(
     ] = None,
     sort: Annotated[Sort | None, Query(description="Order; by default by name.")] = None,
 ) -> Response:
-    """List the interventions, and the reasons why files of the folder are not served.
+    """List the interventions, and the reasons why files of the sources are not served.
 
     Without parameters all are listed, by name. With any parameter the answer is one page, of at
     most `limit` (by default 100) of those whose name or description contains `q`. `after` is the

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -32,10 +33,23 @@ async def livez(context: Current) -> JSONResponse:
 async def readyz(context: Current) -> JSONResponse:
     """Answers 200 while the server is loaded, proven by a first generation, and not draining.
 
-    `problems`, where there are any, say what is wrong beside that without keeping it from
-    answering.
+    `sources` and `state` say why sources of interventions, and the state, cannot be reached; what
+    they held is served all the same.
     """
-    return _health(context.health.status, context.problems())
+    registry = context.registry
+    # Anybody may ask: the number of a source tells no bucket or folder.
+    away = [
+        {"source": source.number, "kind": source.kind, "problem": source.problem}
+        for source in registry.sources()
+        if source.problem is not None
+    ]
+    problems = context.problems()
+    more: dict[str, Any] = {"sources": away} if away else {}
+    if problems:
+        more["problems"] = problems
+    if (problem := registry.state_problem()) is not None:
+        more["state"] = problem
+    return _health(context.health.status, more)
 
 
 @router.get("/version")
@@ -57,6 +71,5 @@ async def openapi(request: Request) -> dict[str, Any]:
     return describe(request.app)
 
 
-def _health(status: str, problems: Sequence[str] = ()) -> JSONResponse:
-    said = {"status": status} | ({"problems": problems} if problems else {})
-    return JSONResponse(said, 200 if status == "ok" else 503)
+def _health(status: str, more: Mapping[str, Any] = MappingProxyType({})) -> JSONResponse:
+    return JSONResponse({"status": status, **more}, 200 if status == "ok" else 503)

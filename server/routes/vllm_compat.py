@@ -25,7 +25,7 @@ _FIELDS = {"name": "lora_name", "path": "lora_path"}
 async def load_lora_adapter(
     context: Current, body: Annotated[LoadRequest, Depends(json_body(LoadRequest))]
 ) -> PlainTextResponse:
-    """Serve a file inside the configured folder under a name."""
+    """Serve a file inside the configured sources under a name."""
     begun = time.monotonic()
     with _vllm_fields():
         await context.administer(

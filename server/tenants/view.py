@@ -16,7 +16,13 @@ from server.tenants.tenant import Tenant
 
 if TYPE_CHECKING:
     from reft_runtime.interventions import Entry, Version
-    from reft_runtime.interventions.registry.entry import Change, Page, Tier, VersionEntry
+    from reft_runtime.interventions.registry.entry import (
+        Change,
+        Page,
+        SourceState,
+        Tier,
+        VersionEntry,
+    )
     from reft_runtime.interventions.registry.incoming import Incoming
     from reft_runtime.interventions.registry.paging import Sort
     from server.engine import Registry
@@ -79,6 +85,14 @@ class View:
         if self._tenant.sees_all:
             return found
         return {file: why for file, why in found.items() if self._tenant.sees(_name_of(file))}
+
+    def sources(self) -> Sequence[SourceState]:
+        """The sources of interventions, and what is wrong with those that cannot be read."""
+        return self._registry.sources()
+
+    def state_problem(self) -> str | None:
+        """Why the state cannot be used; None while it can."""
+        return self._registry.state_problem()
 
     def tiers(self) -> Mapping[Tier, int]:
         """Number of all interventions by the place of their tensors."""

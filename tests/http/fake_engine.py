@@ -44,7 +44,7 @@ from reft_runtime.schedule.request import Request
 
 if TYPE_CHECKING:
     from reft_runtime.interventions import Registry
-    from reft_runtime.interventions.registry.entry import Change, Tier
+    from reft_runtime.interventions.registry.entry import Change, SourceState, Tier
     from reft_runtime.text import Message
 
 ALPHABET = b"abcdefghijklmnopqrstuvwxyz"
@@ -167,6 +167,8 @@ class FakeRegistry:
         self.versions = {version.name: version for version in versions}
         self.tokens: dict[str, tuple[int, int]] = {}
         self.pinned: set[str] = set()
+        self.places: list[SourceState] = []
+        self.state: str | None = None
 
     def resolve(self, ref: str) -> Any:
         name, at, prefix = ref.partition("@")
@@ -265,6 +267,12 @@ class FakeRegistry:
 
     def tiers(self) -> dict[Tier, int]:
         return {"disk": 0, "host": len(self.versions)}
+
+    def sources(self) -> list[SourceState]:
+        return self.places
+
+    def state_problem(self) -> str | None:
+        return self.state
 
     def unserved(self) -> dict[str, str]:
         return self.problems()

@@ -297,6 +297,10 @@ def test_headers_are_bounded() -> None:
         ({"dtype": "int3"}, ["--dtype (or REFT_DTYPE): input should be 'auto'"]),
         ({"max_running": 0, "threads": 0}, ["--max-running", "--threads"]),
         ({"drain_seconds": -1}, ["--drain-seconds"]),
+        (
+            {"interventions": ["a", ""]},
+            ["--interventions (or REFT_INTERVENTIONS): give folders or"],
+        ),
     ],
 )
 def test_bad_settings(options: dict[str, Any], lines: list[str]) -> None:
@@ -316,6 +320,47 @@ def test_settings_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     assert settings.api_key is None
     assert settings.engine_options()["max_running"] == 3
     assert "threads" not in settings.engine_options()
+
+
+@pytest.mark.parametrize(
+    ("value", "sources"),
+    [
+        ("a", ("a",)),
+        ("a, s3://bucket/b", ("a", "s3://bucket/b")),
+        ('["a,b", "c"]', ("a,b", "c")),
+        ("", ()),
+    ],
+)
+def test_sources_in_the_environment(
+    value: str, sources: tuple[str, ...], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("REFT_INTERVENTIONS", value)
+    assert load_settings({}).interventions == sources
+    assert load_settings({"interventions": ["x,y", "file:///z", "gs://b"]}).folders == [
+        Path("x,y"),
+        Path("/z"),
+    ]
+
+
+def test_sources_may_be_given_several_times(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    given: list[dict[str, Any]] = []
+
+    def record(model: str, **options: Any) -> None:
+        given.append(options)
+        raise ConfigError("enough")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("REFT_INTERVENTIONS", "z")
+    monkeypatch.setattr("reft_runtime.front.engine.Engine", record)
+    monkeypatch.setattr("server.logs.configure_logging", print)  # it would be for all tests
+    several = ["--interventions", "a,b", "--interventions", "s3://bucket/c"]
+    for arguments in (several, []):
+        with pytest.raises(ConfigError, match="enough"):
+            app(["serve", "--port", "0", *arguments], standalone_mode=False)
+    assert [options["interventions"] for options in given] == [("a,b", "s3://bucket/c"), ("z",)]
 
 
 def test_the_prefix_cache_can_be_turned_off(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -167,7 +167,7 @@ async def test_listings_have_many_parts(
     assert body["data"][0] == (await client.get("/v1/interventions/a")).json()
     for name in names[1:]:
         registry.remove(name)
-    os.unlink(registry._folders._found["a"].path)
+    os.unlink(registry._folders._found["a"].where)
     registry.scan()
     assert (await client.get("/v1/interventions")).json()["data"] == []
 

@@ -349,7 +349,7 @@ def test_a_file_that_was_removed_is_made_again(tmp_path: Path) -> None:
 
 async def test_a_server_whose_file_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / usage.FILE).mkdir()  # no file can be made there, whoever runs the test
-    async with client_of(create_app(FakeEngine(), Settings(state_dir=tmp_path))) as client:
+    async with client_of(create_app(FakeEngine(), Settings(state_dir=str(tmp_path)))) as client:
         assert (await client.post("/v1/completions", json=completion())).status_code == 200
         body = (await client.get("/v1/usage")).json()
         assert body["total"]["requests"] == 1
@@ -387,7 +387,7 @@ def written(folder: Path) -> tuple[int, int]:
 
 
 async def test_a_server_that_stops_loses_nothing(tmp_path: Path) -> None:
-    async with client_of(create_app(FakeEngine(), Settings(state_dir=tmp_path))) as client:
+    async with client_of(create_app(FakeEngine(), Settings(state_dir=str(tmp_path)))) as client:
         await client.post("/v1/completions", json=completion(max_tokens=97))
     assert written(tmp_path) == (1, 97)
 

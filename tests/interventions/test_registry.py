@@ -121,7 +121,7 @@ def test_scan_reads_nothing_that_has_not_changed(
     def refuse(*_: object) -> None:
         raise AssertionError("read again")
 
-    monkeypatch.setattr("reft_runtime.interventions.registry.registry.read_header", refuse)
+    monkeypatch.setattr("reft_runtime.interventions.format.file.read_header", refuse)
     registry.scan()
     assert registry.resolve("a") is before
     assert registry.problems() == problems
@@ -394,7 +394,7 @@ def test_watch_picks_up_a_file_and_survives_a_fault(
 ) -> None:
     registry = Registry(BASE, [folder])
     scanned = threading.Event()
-    scan = registry.scan
+    scan = registry._scan
     faults = iter([RuntimeError("once")])
 
     def watched_scan(*rest: Any) -> None:
@@ -404,7 +404,7 @@ def test_watch_picks_up_a_file_and_survives_a_fault(
         if names(registry):
             scanned.set()
 
-    monkeypatch.setattr(registry, "scan", watched_scan)
+    monkeypatch.setattr(registry, "_scan", watched_scan)
     before = set(threading.enumerate())
     registry.watch(0.005)
     with pytest.raises(RuntimeError, match="already"):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from reft_runtime.interventions.format.intervention import validate_manifest
 from reft_runtime.interventions.format.manifest import Manifest
@@ -98,3 +98,16 @@ class Page:
     entries: tuple[Entry, ...]
     total: int
     next: str | None
+
+
+class SourceState(NamedTuple):
+    """One configured source, and whether it can be read."""
+
+    number: int
+    """Its place among the configured ones, from 1."""
+    kind: str
+    """The word `folder`, or a URL's scheme."""
+    label: str
+    """The path, or the URL without user, password and query."""
+    problem: str | None
+    """Why it cannot be read now, without paths and URLs; what it served is served on."""

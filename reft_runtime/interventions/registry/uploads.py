@@ -18,9 +18,10 @@ from reft_runtime.errors import (
 from reft_runtime.interventions.registry.catalog import Catalog
 from reft_runtime.interventions.registry.entry import Change
 from reft_runtime.interventions.registry.folders import Folders
-from reft_runtime.interventions.registry.incoming import Incoming
+from reft_runtime.interventions.registry.incoming import Incoming, telling
 from reft_runtime.interventions.registry.listing import entry, shown_entry
-from reft_runtime.interventions.registry.sources import Found, look
+from reft_runtime.interventions.registry.sources import File
+from reft_runtime.interventions.registry.state import State
 from reft_runtime.interventions.registry.store import Store
 from reft_runtime.interventions.registry.version import Origin, Version
 
@@ -45,7 +46,7 @@ class Uploads:
     """
 
     def __init__(
-        self, catalog: Catalog, folders: Folders, store: Store | None, state_bytes: int
+        self, catalog: Catalog, folders: Folders, store: State | None, state_bytes: int
     ) -> None:
         self._catalog = catalog
         self._folders = folders
@@ -54,6 +55,8 @@ class Uploads:
         self._making = threading.Lock()  # guards `_kept` while a temporary store is made
         self._changing = threading.Lock()  # one change at a time; taken before the other locks
         self._added: set[str] = set()  # names that were uploaded or loaded
+        self._reserved: str | None = None
+        self._listed: Callable[[str, File, Origin], Version] | None = None
         self._problems: dict[str, str] = {}
         self._state_problem: str | None = None
 
@@ -68,6 +71,7 @@ class Uploads:
         name = version.name
         with self._changing:
             self._tend()
+            self._catch_up(name)
             shown = self._expect(name, expected)
             before = self._catalog.history(name)
             kept = [old for old in before if old.digest != version.digest][: HISTORY - 1]
@@ -96,7 +100,7 @@ class Uploads:
             before = self._catalog.layer(name, "loaded")
             self._admit(version, leaving=set() if before is None else {before})
             with self._undone(name):
-                self._keep(version, file)
+                version.moved(self._store.keep_for_now(version.digest, file))
             self._catalog.place(version)
             self._collect()
             change = Change(_digest(shown), entry(self._catalog, name))
@@ -108,6 +112,7 @@ class Uploads:
         """Remove what a name stands for."""
         with self._changing:
             self._tend()
+            self._catch_up(name)
             version = self._expect(name, expected)
             origin = None if version is None else version.origin
             if origin in (None, "folder") and name in self._problems:
@@ -131,6 +136,7 @@ class Uploads:
         """Serve an uploaded version again that is still kept."""
         with self._changing:
             self._tend()
+            self._catch_up(name)
             current = self._expect(name, expected)
             if current is None:
                 raise self._catalog.unknown(name)
@@ -155,6 +161,7 @@ class Uploads:
         """Read the tensors of what a name stands for, and keep them in memory."""
         with self._changing:
             self._tend()
+            self._catch_up(name)
             version = self.current(name)
             self._catalog.check_room(version, pinned=True)
             version.edits()
@@ -169,6 +176,7 @@ class Uploads:
         """Let the tensors of a name be evicted again."""
         with self._changing:
             self._tend()
+            self._catch_up(name)
             version = self.current(name)
             if self._catalog.pinned(name):
                 self._point(name, self._catalog.history(name), pinned=False)
@@ -197,42 +205,42 @@ class Uploads:
             raise self._catalog.unknown(name)
         return version
 
-    def restore(self, reserved: str, listed: Callable[[str, Found, Origin], Version]) -> None:
+    def restore(self, reserved: str, listed: Callable[[str, File, Origin], Version]) -> None:
         """Restore what was uploaded before the last stop.
 
         `listed` makes a version of a stored file from its header; `reserved` is a name that no file
         can have.
         """
-        store = self._kept
-        if store is None:
+        self._reserved, self._listed = reserved, listed
+        if self._kept is None:
             return
-        for name in store.damaged:
-            self._problems[name] = "Its pointer is damaged; upload it again, or delete it."
-        for name in store.pinned:
-            self._catalog.pin(name, pinned=True)
-        for name, digests in store.histories.items():
-            if name == reserved:
-                self._problems[name] = "The name is the base model's own id; delete it."
-                continue
-            history: list[Version] = []
-            for digest in digests:
-                try:
-                    version = listed(name, look(store.blob(digest)), "uploaded")
-                    if version.digest != digest:
-                        raise InvalidFile("The stored file is not the one that was uploaded.")
-                except (ReftError, OSError) as error:
-                    reason = error.message if isinstance(error, ReftError) else error.strerror
-                    self._problems.setdefault(name, f"Version {digest[:12]}: {reason}")
-                    if not history:
-                        break
-                else:
-                    history.append(version)
-            if history:
-                self._catalog.place_upload(history)
-                self._added.add(name)
+        pointers = self._kept.pointers
+        for name in [*pointers.damaged, *pointers.pinned - pointers.histories.keys()]:
+            self._take_in(self._kept, name)
+        for name in list(pointers.histories):
+            self._take_in(self._kept, name)
         for name, why in self._problems.items():
             _log.warning("the upload %s is not served as it was: %s", name, why)
         self._collect()
+
+    def follow(self) -> bool:
+        """Take in what other servers have changed in the state; may take long.
+
+        Returns whether the state could be reached.
+        """
+        store = self._kept
+        if store is None:
+            return True
+        try:
+            for name in store.changed():
+                with self._changing:
+                    self._catch_up(name)
+            store.check()
+        except Unavailable as error:
+            self._state_problem = error.message
+            return False
+        self._state_problem = None
+        return True
 
     def tend(self) -> None:
         """Check the state folder, unless a change is under way, which checks it as well."""
@@ -246,9 +254,14 @@ class Uploads:
             finally:
                 self._changing.release()
 
+    @property
+    def state_problem(self) -> str | None:
+        """Why nothing can be kept in the state now; None if it can."""
+        return self._state_problem
+
     def problems(self) -> dict[str, str]:
         """What is wrong with the state folder, and by name why uploads are not served."""
-        state = {} if self._state_problem is None else {"(state folder)": self._state_problem}
+        state = {} if self._state_problem is None else {"(state)": self._state_problem}
         return {**state, **self._problems}
 
     def close(self) -> None:
@@ -257,6 +270,54 @@ class Uploads:
             if self._kept is not None:
                 self._kept.close()
                 self._kept = None
+
+    def _catch_up(self, name: str) -> None:
+        """Take in what another server has made of a name. Raises `Unavailable`."""
+        if self._kept is not None and self._kept.look_again(name):
+            self._take_in(self._kept, name)
+            _log.info("another server has changed %s", name)
+
+    def _take_in(self, store: State, name: str) -> None:
+        """Let a name stand for what its pointer says."""
+        pointers = store.pointers
+        self._problems.pop(name, None)
+        if name in pointers.damaged:
+            self._problems[name] = "Its pointer is damaged; upload it again, or delete it."
+            return
+        digests = pointers.histories.get(name, ())
+        if digests and name == self._reserved:
+            self._problems[name] = "The name is the base model's own id; delete it."
+            return
+        self._catalog.pin(name, pinned=name in pointers.pinned)
+        history = self._restored(store, name, digests)
+        if history:
+            self._catalog.place_upload(history)
+            self._added.add(name)
+        elif not digests:
+            self._catalog.displace(name, "uploaded")
+            if not any(self._catalog.layer(name, layer) for layer in _ADDED):
+                self._added.discard(name)
+
+    def _restored(self, store: State, name: str, digests: Sequence[str]) -> list[Version]:
+        """The versions of a name; those that cannot be listed are left out, or all if the first."""
+        assert self._listed is not None
+        known = {version.digest: version for version in self._catalog.history(name)}
+        history: list[Version] = []
+        for digest in digests:
+            try:
+                version = known.get(digest)
+                if version is None:
+                    version = self._listed(name, store.file(digest), "uploaded")
+                if version.digest != digest:
+                    raise InvalidFile("The stored file is not the one that was uploaded.")
+            except (ReftError, OSError) as error:
+                reason = error.message if isinstance(error, ReftError) else error.strerror
+                self._problems.setdefault(name, f"Version {digest[:12]}: {reason}")
+                if not history:
+                    break
+            else:
+                history.append(version)
+        return history
 
     def _expect(self, name: str, expected: Collection[str] | None) -> Version | None:
         """The version the name stands for now, which must be one of the digests `expected`.
@@ -291,12 +352,10 @@ class Uploads:
         store, name = self._store, version.name
         digests = [version.digest, *(old.digest for old in kept if store.holds(old.digest))]
         with self._undone(name):
-            self._keep(version, file)
+            store.add_blob(version.digest, file)
+            with telling():
+                version.moved(store.file(version.digest))
             store.point(name, digests, pinned=self._catalog.pinned(name))
-
-    def _keep(self, version: Version, file: Incoming) -> None:
-        self._store.add_blob(version.digest, file)
-        version.moved(look(self._store.blob(version.digest)))
 
     @contextmanager
     def _undone(self, name: str) -> Iterator[None]:
@@ -342,7 +401,7 @@ class Uploads:
             self._kept.collect(keep=self._catalog.kept_digests())
 
     @property
-    def _store(self) -> Store:
+    def _store(self) -> State:
         with self._making:
             if self._kept is None:
                 self._kept = Store.temporary(self._state_bytes)
