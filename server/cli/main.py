@@ -20,11 +20,13 @@ from server.cli import compare as compare_cli
 from server.cli import evaluation as evaluation_cli
 from server.cli import files as files_cli
 from server.cli import keys as keys_cli
+from server.cli import memory as memory_cli
 from server.cli import remote as remote_cli
 from server.cli import run as run_cli
 from server.cli import training as training_cli
 from server.cli import transfers as transfer_cli
 from server.cli import usage as usage_cli
+from server.cli import whoami as whoami_cli
 from server.cli.applied import read_asked, resolve, start_engine, telling_templates
 from server.cli.options import LOCAL_SETTINGS, MaxTokens, Prompt, Seed, Temperature, with_settings
 from server.cli.tables import trace_table
@@ -45,7 +47,9 @@ app.add_typer(chat_cli.app)
 app.add_typer(compare_cli.app)
 app.add_typer(classify_cli.app)
 app.add_typer(remote_cli.app)
+app.add_typer(memory_cli.app)
 app.add_typer(usage_cli.app)
+app.add_typer(whoami_cli.app)
 app.add_typer(transfer_cli.app)
 app.add_typer(training_cli.app)
 app.add_typer(evaluation_cli.app)

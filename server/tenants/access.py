@@ -37,6 +37,7 @@ ACCESS: dict[str, Access] = {
     "POST /tokenize": "use",
     "POST /detokenize": "use",
     "GET /tokenizer_info": "use",
+    "GET /v1/me": "use",
     "GET /version": "use",
     "GET /openapi.json": "use",
     "POST /v1/load_lora_adapter": "admin",
@@ -57,7 +58,7 @@ def check_role(tenant: Tenant, method: str, path: str) -> None:
     access = ACCESS.get(f"{method} {path}", "server")
     if access in ("admin", "server") and tenant.role != "admin":
         raise forbidden(f"{method} {path} is for admins, and the tenant `{tenant.name}` is a user.")
-    if access == "server" and not tenant.sees_all:
+    if access == "server" and not tenant.sees_server:
         raise forbidden(
             f"{method} {path} tells of all interventions: it is for admins that see all of them."
         )

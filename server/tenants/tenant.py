@@ -58,6 +58,11 @@ class Tenant:
         """Whether every intervention may be known to it."""
         return EVERYTHING in self.patterns
 
+    @property
+    def sees_server(self) -> bool:
+        """Whether it may be told of all interventions and tenants together."""
+        return self.role == "admin" and self.sees_all
+
     def sees(self, name: str) -> bool:
         """Whether the tenant may know of the intervention `name`."""
         own = self.upload and name.startswith(self.prefix)
