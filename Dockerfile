@@ -1,4 +1,4 @@
-# docker build -t reft-server .                              for a CPU
+# docker build -t reft-server .                              for a CPU; it starts with a key only (run with -e REFT_API_KEY)
 # docker build -t reft-server --build-arg TORCH=cu130 .      for an NVIDIA GPU (run with --gpus all -e REFT_DEVICE=cuda)
 # TORCH is the name of one of PyTorch's package indexes; the wheels of a CUDA index bring CUDA themselves.
 

@@ -6,7 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 
-def _everything(name: str) -> bool:
+def everything(name: str) -> bool:
+    """Sees every name."""
     return True
 
 
@@ -16,13 +17,15 @@ class Caller:
 
     `tenant` is whose requests share one turn in the engine's queue, and `weight` how large that
     share is beside others'. Requests of different `salt` share nothing in the prefix cache. A name
-    that the caller does not see (`sees`) is unknown to it.
+    that the caller does not see (`sees`) is unknown to it. An answer for which no length was asked
+    has at most `max_tokens`.
     """
 
     tenant: str = ""
     weight: float = 1.0
     salt: bytes = b""
-    sees: Callable[[str], bool] = _everything
+    sees: Callable[[str], bool] = everything
+    max_tokens: int | None = None
 
 
 ANYONE = Caller()

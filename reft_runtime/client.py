@@ -196,9 +196,19 @@ class Server:
         found: Body = self._call("GET", "/v1/stats").json()
         return found
 
+    def usage(self, **asked: str) -> Body:
+        """What tenants have used, as `GET /v1/usage` answers to these parameters."""
+        found: Body = self._call("GET", "/v1/usage", params=asked).json()
+        return found
+
+    def me(self) -> Body:
+        """Who the key's tenant is, what it may do and use, and the base model."""
+        found: Body = self._call("GET", "/v1/me").json()
+        return found
+
     def base_model(self) -> str:
         """The base model's name."""
-        return str(self.stats()["model"])
+        return str(self.me()["model"])
 
     def names(self) -> list[str]:
         """The names of all interventions."""
@@ -311,7 +321,7 @@ class Server:
         return found
 
     def async_client(self) -> httpx.AsyncClient:
-        """A client for an event loop; `reaching` and `key_refused` name what goes wrong with it."""
+        """A client for an event loop; `reaching` and `checked` name what goes wrong with it."""
         with reaching(self.root):
             return httpx.AsyncClient(**self._connection())
 

@@ -4,6 +4,7 @@ ReftError
 ├── InvalidRequest          a value of a request is not usable (HTTP 400)
 │   └── ContextLengthExceeded  ... its prompt and answer are longer than the model takes (400)
 ├── NotFound                no such model, intervention or version (404)
+│   └── UnknownName         ... nothing has this name (404)
 ├── InvalidFile             an intervention file is broken (400)
 │   └── FileTooLarge        ... or larger than the limit (413)
 ├── WrongBaseModel          a sound file, made for another base model (409)
@@ -59,6 +60,13 @@ class NotFound(ReftError):
     """No model, intervention or version of that name."""
 
 
+class UnknownName(NotFound):
+    """No intervention has this name; `meant` is a question after the message, or empty."""
+
+    def __init__(self, name: str, meant: str = "") -> None:
+        super().__init__(f"The intervention `{name}` does not exist.{meant}", param="name")
+
+
 class InvalidFile(ReftError):
     """An intervention file is broken; the message says what and where."""
 
@@ -73,6 +81,11 @@ class WrongBaseModel(ReftError):
 
 class Changed(ReftError):
     """A name does not stand for the version that a change expected; nothing was changed."""
+
+    @classmethod
+    def missing(cls, name: str) -> Changed:
+        """The error for a version that was expected under a name that stands for nothing."""
+        return cls(f"There is no intervention `{name}`, which was to be there.", param="name")
 
 
 class Overloaded(ReftError):

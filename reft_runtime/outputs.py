@@ -351,3 +351,5 @@ class EngineStats:
     """
     prefix_cache: PrefixCacheStats | None = None
     """None where there is no prefix cache."""
+    waiting_by_tenant: Mapping[str, int] = field(default_factory=dict)
+    """Waiting requests of each tenant that has any."""

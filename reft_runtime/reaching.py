@@ -18,15 +18,6 @@ class Unreachable(ConfigError):
     """No server answers at this address."""
 
 
-def key_refused(response: httpx.Response) -> ConfigError:
-    """The error for an answer that says that the key is missing or not valid."""
-    return ConfigError(
-        f"api_key: {response.url.scheme}://{response.url.netloc.decode()} needs a valid key;"
-        " give it as --api-key or REFT_API_KEY.",
-        param="api_key",
-    )
-
-
 def checked(response: httpx.Response) -> httpx.Response:
     """Return an answer that is no refusal; raises `NotServed` or `ConfigError` for one that is."""
     if response.is_success:
@@ -35,7 +26,15 @@ def checked(response: httpx.Response) -> httpx.Response:
     if response.status_code == httpx.codes.NOT_FOUND:
         raise NotServed(message)
     if response.status_code == httpx.codes.UNAUTHORIZED:
-        raise key_refused(response)
+        server = f"{response.url.scheme}://{response.url.netloc.decode()}"
+        raise ConfigError(
+            f"api_key: {server} needs a valid key; give it as --api-key or REFT_API_KEY.",
+            param="api_key",
+        )
+    if response.status_code == httpx.codes.FORBIDDEN:
+        raise ConfigError(f"api_key: this key may not do that. {message}", param="api_key")
+    if response.status_code == httpx.codes.TOO_MANY_REQUESTS:
+        raise ConfigError(f"api_key: {message}", param="api_key")
     raise ConfigError(f"the server answered {response.status_code}: {message}", param="url")
 
 

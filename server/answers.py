@@ -143,7 +143,7 @@ class Answer(EngineAnswer):
         self._writer = writer
 
     async def _respond(self, job: Job, scope: Scope, receive: Receive, send: Send) -> None:
-        with opened(self._context, job) as run:
+        async with opened(self._context, job) as run:
             scope["state"]["run"] = run
             if self._request.stream:
                 await self._stream(run, send)

@@ -12,7 +12,7 @@ from fastapi.middleware.cors import CORSMiddleware
 
 from reft_runtime.base.stages import stage
 from reft_runtime.version import VERSION
-from server.auth import require_key
+from server.auth import require_access, require_key
 from server.context import Context
 from server.errors import install_error_handlers, refuse_query
 from server.health import Health
@@ -24,12 +24,14 @@ from server.routes import (
     completions,
     files,
     interventions,
+    me,
     models,
     operations,
     page,
     responses,
     stats,
     tokenize,
+    usage,
     versions,
     vllm_compat,
 )
@@ -37,16 +39,24 @@ from server.settings import Settings
 from server.threads import started_pool
 
 if TYPE_CHECKING:
-    from server.engine import Engine
+    from server.engine import WholeEngine
 
-EXPOSED = ["retry-after", "x-request-id", "x-intervention", "x-prompt-tokens", "x-queue-time"]
+EXPOSED = [
+    *("retry-after", "x-request-id", "x-intervention", "x-prompt-tokens", "x-queue-time"),
+    *(
+        f"x-ratelimit-{what}-{of}"
+        for what in ("limit", "remaining", "reset")
+        for of in ("requests", "tokens")
+    ),
+]
 """Response headers that a page of another origin may read."""
 
 
-def create_app(engine: Engine, settings: Settings) -> FastAPI:
+def create_app(engine: WholeEngine, settings: Settings) -> FastAPI:
     """Build the application that serves `engine`; the engine's owner closes the engine.
 
-    The application is ready for requests once it has started.
+    The application is ready for requests once it has started. Raises `ConfigError` for a keys file
+    that is not usable.
     """
     context = Context(engine, settings, Metrics(engine), Health(engine))
 
@@ -55,10 +65,18 @@ def create_app(engine: Engine, settings: Settings) -> FastAPI:
         asyncio.get_running_loop().set_default_executor(started_pool())
         with stage("Answering a first prompt"):
             await context.health.prove()
-        sampling = asyncio.ensure_future(context.rates.watch(engine.stats))
+        context.usage.start()
+        watches = [
+            asyncio.ensure_future(context.rates.watch(engine.stats)),
+            asyncio.ensure_future(context.keys.follow(context.administer)),
+            asyncio.ensure_future(context.quotas.watch()),
+        ]
         yield
-        sampling.cancel()
-        await asyncio.wait([sampling])
+        for watch in watches:
+            watch.cancel()
+        await asyncio.wait(watches)
+        await context.quotas.close()
+        await asyncio.to_thread(context.usage.close)
         context.close()
 
     # FastAPI's own pages would need no key: the description is a route like any other here.
@@ -84,7 +102,8 @@ def create_app(engine: Engine, settings: Settings) -> FastAPI:
     install_error_handlers(app)
     app.router.routes.extend(page.routes)
     app.include_router(operations.public)
-    guarded = APIRouter(dependencies=[Depends(require_key), Depends(refuse_query)])
+    checks = [require_key, require_access, refuse_query]
+    guarded = APIRouter(dependencies=[Depends(check) for check in checks])
     for module in (
         completions,
         chat,
@@ -96,7 +115,9 @@ def create_app(engine: Engine, settings: Settings) -> FastAPI:
         files,
         vllm_compat,
         tokenize,
+        me,
         stats,
+        usage,
         operations,
     ):
         guarded.include_router(module.router)

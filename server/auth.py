@@ -1,57 +1,72 @@
-"""The API key: a dependency of every router but the public one."""
+"""Who asks, and whether it may: dependencies of every router but the public one."""
 
 from __future__ import annotations
 
 import hashlib
-import hmac
 
 from fastapi import Request
 
 from reft_runtime.caller import Caller
 from server.context import Context
 from server.errors import ApiError
-from server.settings import Settings
-from server.tenants.tenant import OWNER
+from server.tenants.access import ACCESS, check_change, check_role
+from server.tenants.audit import audit_refusal
+from server.tenants.tenant import OWNER, Tenant
 
 
 async def require_key(request: Request) -> None:
-    """Note whose key the request carries; answer 401 unless it is known, if one is configured.
-
-    Keys are compared as SHA-256 digests in constant time, so the time taken tells neither the
-    key's length nor how much of it was right.
-    """
+    """Note whose key the request carries; answer 401 unless it is known, if one is configured."""
     context: Context = request.app.state.context
-    key = context.settings.api_key
-    if key is None:
+    if not context.keys.configured:
         request.state.tenant = OWNER
         return
     scheme, _, given = request.headers.get("authorization", "").partition(" ")
     # Starlette decodes headers as latin-1; the key's bytes are what the client sent.
-    matches = hmac.compare_digest(
-        _digest(given.strip().encode("latin-1")), _digest(key.get_secret_value().encode())
-    )
-    if scheme.lower() != "bearer" or not matches:
+    tenant = context.keys.tenant_of(given.strip().encode("latin-1"))
+    if scheme.lower() != "bearer" or tenant is None:
         raise ApiError(
             401,
             "A valid API key is needed: send it as 'Authorization: Bearer KEY'.",
             code="invalid_api_key",
             headers={"www-authenticate": "Bearer"},
         )
-    request.state.tenant = OWNER
+    request.state.tenant = tenant
+
+
+async def require_access(request: Request) -> None:
+    """Answer 403 unless the key's tenant may use the route, and change the intervention it names.
+
+    Nothing of the body is read before. A name that the tenant does not see is left to the handler,
+    which answers 404 as for an unknown one; but `PUT` may make a name, so it is told at once.
+    """
+    tenant: Tenant = request.state.tenant
+    method, path = request.method, request.scope["route"].path
+    name = request.path_params.get("name", "")
+    try:
+        check_role(tenant, method, path)
+        changes = ACCESS.get(f"{method} {path}") == "change"
+        if changes and (method == "PUT" or tenant.sees(name)):
+            check_change(tenant, name)
+    except ApiError as refused:
+        if method != "GET":
+            action = path.rpartition("/")[2] if method == "POST" else method.lower()
+            audit_refusal(request.state.request_id, tenant, action, name, refused.status)
+        raise
 
 
 def caller_of(context: Context) -> Caller:
     """The context's tenant, as the engine knows it."""
     tenant = context.tenant
-    return Caller(tenant.name, tenant.weight, cache_salt(context.settings), tenant.sees)
+    return Caller(
+        tenant.name, tenant.weight, cache_salt(context), tenant.sees, tenant.limits.max_tokens
+    )
 
 
-def cache_salt(settings: Settings) -> bytes:
-    """Salt of the prefix cache's block keys, made from the API key; empty without a key."""
-    if settings.api_key is None:
+def cache_salt(context: Context) -> bytes:
+    """Salt of the prefix cache's block keys: one for each tenant, empty where all share.
+
+    It is no secret, and need not be: no request can name a salt, and no two tenants have one name.
+    """
+    if context.settings.shared_prefix_cache or not context.keys.configured:
         return b""
-    return _digest(b"prefix cache of " + settings.api_key.get_secret_value().encode())
-
-
-def _digest(key: bytes) -> bytes:
-    return hashlib.sha256(key).digest()
+    return hashlib.sha256(b"prefix cache of " + context.tenant.name.encode()).digest()

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from server.settings import Settings
 
 if TYPE_CHECKING:
-    from server.engine import Engine
+    from server.engine import WholeEngine
 
 MAX_LISTED = 20
 """Most interventions, and most broken files, that are listed; the rest are only counted."""
@@ -25,7 +25,7 @@ def address_of(host: str, port: int) -> str:
     return f"http://[{reachable}]:{port}" if ":" in reachable else f"http://{reachable}:{port}"
 
 
-def banner(engine: Engine, settings: Settings, address: str) -> str:
+def banner(engine: WholeEngine, settings: Settings, address: str) -> str:
     """Text that says what is served, what is wrong, and gives a command that works as it is."""
     info = engine.info
     entries = engine.registry.entries()
@@ -44,7 +44,7 @@ def banner(engine: Engine, settings: Settings, address: str) -> str:
     ]
     lines += _list("Interventions", [f"{entry.name}@{entry.digest[:12]}" for entry in entries])
     lines += _list("Not served", [f"{file}: {reason}" for file, reason in problems.items()])
-    if settings.api_key is None:
+    if not settings.needs_key:
         lines.append("No API key is set: whoever reaches this port can use and change everything.")
     names = [entry.name for entry in entries] or [info.model]
     model = SHOWN if SHOWN in names else names[0]
@@ -68,7 +68,7 @@ def _curl(url: str, model: str, settings: Settings) -> str:
         "max_tokens": 32,
         "messages": [{"role": "user", "content": QUESTION}],
     }
-    key = ' -H "Authorization: Bearer $REFT_API_KEY"' if settings.api_key else ""
+    key = ' -H "Authorization: Bearer $REFT_API_KEY"' if settings.needs_key else ""
     return (
         f"curl {url}/v1/chat/completions -H 'Content-Type: application/json'{key} \\\n"
         f"  -d '{json.dumps(body)}'"

@@ -18,12 +18,16 @@ from server.health import Health
 from server.metrics import Metrics
 from server.recent import Rates
 from server.settings import Settings
+from server.tenants.keys import Keys
+from server.tenants.quota import Quotas
 from server.tenants.tenant import NOBODY, Tenant
+from server.tenants.usage import Usage
+from server.tenants.view import View
 from server.threads import started_pool
 from server.tools import Tools
 
 if TYPE_CHECKING:
-    from server.engine import Engine
+    from server.engine import Engine, WholeEngine
 
 
 P = ParamSpec("P")
@@ -61,16 +65,25 @@ class BodyBudget:
 
 @dataclass(frozen=True, slots=True)
 class Context:
-    """One server's parts, and the tenant that uses them; `started` is Unix time in seconds."""
+    """One server's parts, and the tenant that uses them for one request.
 
-    engine: Engine
+    Handlers reach the registry by `registry`, which keeps to what the tenant sees; `whole`, the
+    engine with all of it, is for the server itself. `started` is Unix time in seconds. Raises
+    `ConfigError` for a keys file that is not usable.
+    """
+
+    whole: WholeEngine
     settings: Settings
     metrics: Metrics
     health: Health
     tenant: Tenant = NOBODY
+    request_id: str = ""
     started: int = field(default_factory=lambda: int(time.time()))
     bodies: BodyBudget = field(init=False)
     tools: Tools = field(init=False)
+    keys: Keys = field(init=False)
+    quotas: Quotas = field(init=False)
+    usage: Usage = field(init=False)
     rates: Rates = field(default_factory=Rates)
     downloads: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(MAX_DOWNLOADS))
     _admin: ThreadPoolExecutor = field(
@@ -81,12 +94,33 @@ class Context:
         limit = max(BODIES_BYTES, 2 * self.settings.max_body_bytes)
         object.__setattr__(self, "bodies", BodyBudget(limit))
         object.__setattr__(self, "tools", Tools(self.engine.tokenizer, self.settings))
+        object.__setattr__(self, "keys", Keys.of(self.settings))
+        url = self.settings.quota_url
+        quotas = Quotas(None if url is None else url.get_secret_value())
+        object.__setattr__(self, "quotas", quotas)
+        object.__setattr__(self, "usage", Usage(self.settings.state_folder))
 
-    def of(self, tenant: Tenant) -> Context:
-        """The same parts, as `tenant` uses them."""
+    @property
+    def engine(self) -> Engine:
+        """The engine, without its registry."""
+        return self.whole
+
+    @property
+    def registry(self) -> View:
+        """The registry as the tenant sees it."""
+        return View(self.whole.registry, self.tenant, self.request_id)
+
+    def of(self, tenant: Tenant, request_id: str) -> Context:
+        """The same parts, as `tenant` uses them for the request of this id."""
         own = copy.copy(self)
         object.__setattr__(own, "tenant", tenant)
+        object.__setattr__(own, "request_id", request_id)
         return own
+
+    def problems(self) -> list[str]:
+        """What is wrong with what the server keeps or asks, in words that anybody may read."""
+        parts = (self.keys, self.usage, self.quotas)
+        return [part.problem for part in parts if part.problem is not None]
 
     async def administer(self, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
         """Run `function`, which may take long, in a thread that no completion waits for."""
@@ -100,7 +134,7 @@ class Context:
 
 async def _context(request: Request) -> Context:  # async: FastAPI runs other functions in a thread
     context: Context = request.app.state.context
-    return context.of(getattr(request.state, "tenant", NOBODY))
+    return context.of(getattr(request.state, "tenant", NOBODY), request.state.request_id)
 
 
 Current = Annotated[Context, Depends(_context)]

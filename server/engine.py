@@ -9,7 +9,13 @@ if TYPE_CHECKING:
     from reft_runtime.front.admission import Admission
     from reft_runtime.front.prepared import Prepared
     from reft_runtime.interventions import Entry, Version
-    from reft_runtime.interventions.registry.entry import Page, Tier, VersionEntry
+    from reft_runtime.interventions.registry.entry import (
+        Change,
+        Page,
+        SourceState,
+        Tier,
+        VersionEntry,
+    )
     from reft_runtime.interventions.registry.incoming import Incoming
     from reft_runtime.interventions.registry.paging import Sort
     from reft_runtime.outputs import ChoiceDelta, EngineInfo, EngineStats, TokenLogprob, Trace
@@ -56,7 +62,7 @@ class Tokenizer(Protocol):
 class Registry(Protocol):
     """The part of `reft_runtime.interventions.Registry` that the server uses.
 
-    Every method may be called from any thread.
+    Every method may be called from any thread. A listing has the names for which `sees` is true.
     """
 
     def resolve(self, ref: str) -> Version:
@@ -74,14 +80,27 @@ class Registry(Protocol):
     def entries(self) -> list[Entry]:
         """The listing, sorted by name."""
 
-    def pages(self) -> Iterator[list[Entry]]:
+    def pages(self, sees: Callable[[str], bool] = ...) -> Iterator[list[Entry]]:
         """The listing in parts, sorted by name."""
 
-    def page(self, q: str, sort: Sort, after: str | None, limit: int) -> Page:
+    def page(
+        self,
+        q: str,
+        sort: Sort,
+        after: str | None,
+        limit: int,
+        sees: Callable[[str], bool] = ...,
+    ) -> Page:
         """The first `limit` entries that match `q`, after the place where another page ended."""
 
     def versions_of(self, name: str) -> Sequence[VersionEntry]:
         """The versions of a name that requests can use, the current one first."""
+
+    def sources(self) -> Sequence[SourceState]:
+        """The sources of interventions, and why those that are away cannot be read."""
+
+    def state_problem(self) -> str | None:
+        """Why uploads cannot be kept now; None if they can."""
 
     def unserved(self) -> Mapping[str, str]:
         """Reasons why files are not served, by path, or by name for uploads."""
@@ -106,25 +125,25 @@ class Registry(Protocol):
 
     def put(
         self, name: str, data: Incoming, sha256: str | None, expected: Collection[str] | None
-    ) -> tuple[Entry, bool]:
-        """Upload a file under a name; returns its entry, and whether the name is new."""
+    ) -> Change:
+        """Upload a file under a name."""
 
-    def load(self, name: str, path: str, replace: bool) -> object:
-        """Serve a file of the source folders under a name."""
+    def load(self, name: str, path: str, replace: bool) -> Change:
+        """Serve a file of the sources under a name."""
 
-    def rollback(self, name: str, digest: str | None, expected: Collection[str] | None) -> Entry:
-        """Serve a kept version of an upload again; returns its entry."""
+    def rollback(self, name: str, digest: str | None, expected: Collection[str] | None) -> Change:
+        """Serve a kept version of an upload again."""
 
-    def pin(self, name: str) -> Entry:
-        """Keep the tensors of a name in memory; returns its entry."""
+    def pin(self, name: str) -> Change:
+        """Keep the tensors of a name in memory."""
 
-    def unpin(self, name: str) -> Entry:
-        """Let the tensors of a name be evicted; returns its entry."""
+    def unpin(self, name: str) -> Change:
+        """Let the tensors of a name be evicted."""
 
     def warm(self, name: str) -> Entry:
         """Read the tensors of a name; returns its entry."""
 
-    def remove(self, name: str, expected: Collection[str] | None = None) -> None:
+    def remove(self, name: str, expected: Collection[str] | None = None) -> Change:
         """Stop serving what a name stands for; raises `NotFound`."""
 
 
@@ -158,7 +177,10 @@ class Stream(Protocol):
 
 
 class Engine(Protocol):
-    """The part of `reft_runtime.front.engine.Engine` that the server uses."""
+    """The part of `reft_runtime.front.engine.Engine` that handlers use.
+
+    The registry is not in it: they get it as the tenant sees it, by `Context.registry`.
+    """
 
     @property
     def info(self) -> EngineInfo:
@@ -173,10 +195,6 @@ class Engine(Protocol):
         """The tokenizer of the model."""
 
     @property
-    def registry(self) -> Registry:
-        """The interventions that are served."""
-
-    @property
     def admission(self) -> Admission:
         """The part that resolves and checks requests."""
 
@@ -185,6 +203,14 @@ class Engine(Protocol):
 
     def stats(self) -> EngineStats:
         """A snapshot of load and counters."""
+
+
+class WholeEngine(Engine, Protocol):
+    """The part of `reft_runtime.front.engine.Engine` that the server itself uses."""
+
+    @property
+    def registry(self) -> Registry:
+        """The interventions that are served."""
 
     def begin_drain(self) -> None:
         """Refuse new requests from now on."""

@@ -59,7 +59,10 @@ _CODES: dict[type[ReftError], tuple[int, str | None]] = {
 
 
 class ApiError(Exception):
-    """An error as the client sees it: an HTTP status and OpenAI's error object."""
+    """An error as the client sees it: an HTTP status and OpenAI's error object.
+
+    `kind` is the object's `type`; by default that of the status.
+    """
 
     def __init__(
         self,
@@ -68,6 +71,7 @@ class ApiError(Exception):
         *,
         param: str | None = None,
         code: str | None = None,
+        kind: str | None = None,
         headers: Mapping[str, str] | None = None,
     ) -> None:
         super().__init__(message)
@@ -75,12 +79,17 @@ class ApiError(Exception):
         self.message = _shown(message)
         self.param = None if param is None else _shown(param)
         self.code = code
+        self.kind = kind
         self.headers = dict(headers or {})
 
     def body(self) -> dict[str, Any]:
         """OpenAI's error object."""
-        if self.status == 401:
+        if self.kind is not None:
+            kind = self.kind
+        elif self.status == 401:
             kind = "authentication_error"
+        elif self.status == 403:
+            kind = "permission_error"
         elif self.status < 500:
             kind = "invalid_request_error"
         else:

@@ -1,33 +1,25 @@
-"""From a validated body to the engine and back: prepare, start, follow, account."""
+"""A job in the engine: started, followed to its end, and accounted for."""
 
 from __future__ import annotations
 
 import asyncio
 import time
-import uuid
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Sequence
-from contextlib import aclosing, asynccontextmanager, contextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from reft_runtime.errors import InvalidRequest, Overloaded
-from reft_runtime.front.hop import in_turn
+from reft_runtime.errors import Overloaded
 from reft_runtime.front.prepared import Prepared, release_all
 from reft_runtime.front.prompt_form import PromptForm
 from reft_runtime.outputs import Choice, ChoiceDelta, TokenLogprob, Trace
-from reft_runtime.sampling import SamplingParams
-from server.auth import caller_of
 from server.context import Context
-from server.schemas.classify import ClassifyRequest
-from server.schemas.common import ModelBody, SamplingBody
-from server.selection import label, selected
+from server.tenants.meter import Meter
+from server.tenants.quota import Refused, TooLarge
 
 if TYPE_CHECKING:
-    from reft_runtime.front.admission import Prompt
-    from reft_runtime.interventions.registry.holding import Holding
-    from reft_runtime.text import ChatOptions
-    from reft_runtime.use import Use
     from server.engine import Stream
+    from server.tenants.quota import Admitted
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +51,11 @@ class Job:
         return self.prepared[0].versions
 
     @property
+    def names(self) -> list[str]:
+        """Names of the interventions, each once, in the order in which they apply."""
+        return list(dict.fromkeys(version.partition("@")[0] for version in self.versions))
+
+    @property
     def trace(self) -> bool:
         """Whether the request is traced."""
         return self.prepared[0].request.trace
@@ -69,99 +66,8 @@ class Job:
         return sum(len(one.request.prompt) for one in self.prepared)
 
 
-async def prepare(
-    context: Context,
-    body: SamplingBody,
-    sampling: SamplingParams,
-    prompts: Callable[[], Sequence[Prompt]],
-    options: Callable[[], ChatOptions | None] = lambda: None,
-    *,
-    prefix: str,
-) -> Job:
-    """Resolve, tokenise and check a request in one worker thread.
-
-    The thread also calls `prompts` and `options`. A grammar is compiled before, and takes nobody's
-    thread: one that takes long holds up only those that are compiled after it. Nor does waiting for
-    the tensors of interventions, and for the request's turn to have them in memory. `prefix` begins
-    the answer's id. Raises `NotFound` for an unknown model, `Overloaded` if all this takes longer
-    than `first_token_timeout`, and what `Admission.prepare` raises. After an error, or if the
-    client leaves meanwhile, nothing is held.
-    """
-
-    def admit(uses: Sequence[Use], name: str, holding: Holding) -> list[Prepared]:
-        return context.engine.admission.prepare(
-            prompts(),
-            sampling,
-            uses,
-            options=options(),
-            request_id=name,
-            caller=caller_of(context),
-            priority=body.priority,
-            trace=body.trace,
-            holding=holding,
-        )
-
-    if sampling.grammar is not None:
-        compiling = context.engine.admission.compiling(sampling.grammar)
-        # Another request may wait for the same one: it goes on if this client leaves.
-        await asyncio.shield(asyncio.wrap_future(compiling))
-    return await _prepared(context, body, admit, prefix)
-
-
-async def prepare_labels(context: Context, body: ClassifyRequest) -> Job:
-    """Resolve, tokenise and check a request for a classification, as `prepare` does.
-
-    An error about a prompt names the field `input`.
-    """
-
-    def admit(uses: Sequence[Use], name: str, holding: Holding) -> list[Prepared]:
-        options = None
-        if body.messages is not None:
-            options = body.options(context.engine.tokenizer.switches)
-        try:
-            return context.engine.admission.prepare_labels(
-                body.asked(),
-                body.labels,
-                uses,
-                options=options,
-                request_id=name,
-                caller=caller_of(context),
-                priority=body.priority,
-                holding=holding,
-            )
-        except InvalidRequest as error:
-            if error.param == "prompt":
-                error.param = "input"
-                error.message = error.message.replace("prompt:", "input:", 1)
-            raise
-
-    return await _prepared(context, body, admit, "classify-")
-
-
-async def _prepared(
-    context: Context,
-    body: ModelBody,
-    admit: Callable[[Sequence[Use], str, Holding], list[Prepared]],
-    prefix: str,
-) -> Job:
-    arrived = time.monotonic()
-    name = f"{prefix}{uuid.uuid4().hex}"
-
-    def acquire() -> Holding:
-        with selected(context.engine, body.model, body.interventions) as uses:
-            return context.engine.admission.acquire(uses, caller_of(context))
-
-    def prepare(holding: Holding) -> list[Prepared]:
-        with selected(context.engine, body.model, body.interventions) as uses:
-            return admit(uses, name, holding)
-
-    async with _before_the_deadline(context, arrived):
-        prepared = await in_turn(acquire, prepare, release_all)
-    return Job(name, label(body.model, body.interventions), prepared, arrived)
-
-
 @asynccontextmanager
-async def _before_the_deadline(context: Context, arrived: float) -> AsyncIterator[None]:
+async def before_the_deadline(context: Context, arrived: float) -> AsyncIterator[None]:
     """Raise `Overloaded` if a block before the first token ends later than it may.
 
     `arrived` is when the request came, on the monotonic clock.
@@ -175,7 +81,7 @@ async def _before_the_deadline(context: Context, arrived: float) -> AsyncIterato
         raise Overloaded(f"No first token within {timeout:g} seconds.") from None
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Run:
     """One request under way: its streams as one, its token counts and its times.
 
@@ -184,6 +90,7 @@ class Run:
 
     context: Context
     job: Job
+    admitted: Admitted
     streams: list[Stream] = field(default_factory=list)
     created: int = field(default_factory=lambda: int(time.time()))
     completion_tokens: int = 0
@@ -192,12 +99,23 @@ class Run:
     """Seconds from the request's arrival to its first token; None before that."""
     ends: list[str] = field(default_factory=list)
     """Why each choice ended; empty while the request runs."""
+    meter: Meter = field(init=False)
     _last: dict[int, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        context, job = self.context, self.job
+        prompts = [len(one.request.prompt) for one in job.prepared]
+        self.meter = Meter(context.quotas, context.usage, self.admitted, job.names, prompts)
 
     @property
     def choices(self) -> int:
         """Number of choices of all prompts."""
         return len(self.job.prepared) * self.job.n
+
+    @property
+    def names(self) -> list[str]:
+        """Names of the interventions that are applied."""
+        return self.job.names
 
     @property
     def queue_seconds(self) -> float | None:
@@ -224,7 +142,7 @@ class Run:
 
     def headers(self) -> dict[str, str]:
         """Response headers, which are complete once the first token has come."""
-        headers = {"x-prompt-tokens": str(self.job.prompt_tokens)}
+        headers = {"x-prompt-tokens": str(self.job.prompt_tokens), **self.admitted.headers}
         if self.queue_seconds is not None:
             headers["x-queue-time"] = f"{1000 * self.queue_seconds:.1f}"
         if self.job.versions:
@@ -239,7 +157,7 @@ class Run:
         """
         n = self.job.n
         async with aclosing(_merge([aiter(stream) for stream in self.streams])) as merged:
-            async with _before_the_deadline(self.context, self.job.arrived):
+            async with before_the_deadline(self.context, self.job.arrived):
                 step = await anext(merged, None)
             if step is not None:
                 queued = self.streams[step[0]].queue_seconds
@@ -270,21 +188,34 @@ class Run:
         if before is not None:
             self.context.metrics.next_token(now - before)
         self._last[prompt] = now
+        made = sum(len(delta.tokens) for delta in deltas)
+        self.completion_tokens += made
+        self.meter.step(prompt, self.streams[prompt].cached_tokens, made)
         for delta in deltas:
-            self.completion_tokens += len(delta.tokens)
             if delta.finish_reason is not None:
                 index = prompt * self.job.n + delta.index
                 self.finish_reasons[index] = delta.finish_reason
 
 
-@contextmanager
-def opened(context: Context, job: Job) -> Iterator[Run]:
-    """Queue `job` in the engine; when the block ends, for any reason, nothing of it is left there.
+@asynccontextmanager
+async def opened(context: Context, job: Job) -> AsyncIterator[Run]:
+    """Queue `job` in the engine, if its tenant's quotas let it pass.
 
-    Raises what `Engine.start` raises; then no prompt of the job stays queued, and nothing is held.
+    When the block ends, for any reason, nothing of the job is left in the engine. Raises what
+    `Quotas.admit` and `Engine.start` raise; then no prompt of the job stays queued, and nothing is
+    held.
     """
-    run = Run(context, job)
+    metrics, tenant = context.metrics, context.tenant.name
+    try:
+        admitted = await context.quotas.admit(context.tenant, job.prompt_tokens)
+    except BaseException as error:
+        release_all(job.prepared)
+        if isinstance(error, Refused | TooLarge):
+            metrics.rejected(tenant, error.reason)
+        raise
+    run = Run(context, job, admitted)
     unfinished = "error"
+    metrics.under_way.add(run)
     try:
         for prepared in job.prepared:
             run.streams.append(context.engine.start(prepared))
@@ -292,18 +223,23 @@ def opened(context: Context, job: Job) -> Iterator[Run]:
     except asyncio.CancelledError:
         unfinished = "abort"
         raise
+    except Overloaded:
+        if not run.meter.counts.requests:
+            metrics.rejected(tenant, "overloaded")
+        raise
     finally:
         for stream in run.streams:
             stream.abort()
         release_all(job.prepared[len(run.streams) :])
+        run.meter.end()
+        metrics.under_way.discard(run)
         if run.streams:
             run.ends = [run.finish_reasons.get(i, unfinished) for i in range(run.choices)]
             seconds = time.monotonic() - job.arrived
-            names = dict.fromkeys(version.partition("@")[0] for version in job.versions)
-            tokens = job.prompt_tokens, run.completion_tokens
-            context.metrics.finished(seconds, run.ends, names, *tokens)
-            for name in names:
-                context.engine.registry.count(name, *tokens)
+            counts = run.meter.counts
+            metrics.finished(seconds, run.ends, tenant, job.names, counts)
+            for name in job.names:
+                context.registry.count(name, counts.prompt_tokens, counts.completion_tokens)
 
 
 async def _merge(

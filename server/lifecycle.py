@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import ipaddress
 import logging
 import os
 import socket
@@ -27,7 +28,7 @@ from server.protocol import Connection
 from server.settings import Settings
 
 if TYPE_CHECKING:
-    from server.engine import Engine
+    from server.engine import WholeEngine
 
 logger = logging.getLogger("reft.server")
 
@@ -62,13 +63,29 @@ def listen(host: str, port: int, option: str = "--port") -> socket.socket:
     return listener
 
 
+def check_exposure(listener: socket.socket, settings: Settings) -> None:
+    """Raise `ConfigError` if other machines could reach a server that needs no key.
+
+    It looks at the address that `listener` is bound to, so that a name counts for what it stands
+    for.
+    """
+    address = ipaddress.ip_address(listener.getsockname()[0].partition("%")[0])
+    if settings.needs_key or settings.insecure or address.is_loopback:
+        return
+    raise ConfigError(
+        f"--host: without keys whoever reaches {settings.host} can use and change everything. Give"
+        " --keys FILE or REFT_API_KEY, or listen on 127.0.0.1, or say --insecure if only"
+        " people you trust can reach it."
+    )
+
+
 def tell_address(listener: socket.socket) -> None:
     """Log the first line of a start: the address at which the server will answer."""
     host, port = listener.getsockname()[:2]
     logger.info("reft-server %s will answer at %s", VERSION, address_of(host, port))
 
 
-def run(engine: Engine, settings: Settings, listener: socket.socket) -> int:
+def run(engine: WholeEngine, settings: Settings, listener: socket.socket) -> int:
     """Serve until a signal or the engine's end; return the exit status: 0 if drained, else 1."""
     app = create_app(engine, settings)
     server = HttpServer(app, Limits(file_limit()))
@@ -124,7 +141,7 @@ class HttpServer(uvicorn.Server):
         if self.started and sockets:
             address = address_of(*sockets[0].getsockname()[:2])
             settings = self._context.settings
-            text = banner(self._context.engine, settings, address)
+            text = banner(self._context.whole, settings, address)
             if settings.log_format == "json":
                 logger.info("%s", text)
             else:
@@ -148,7 +165,7 @@ class HttpServer(uvicorn.Server):
         self._loop.call_soon_threadsafe(lambda: self._spawn(self._drain()))
 
     async def _drain(self) -> None:
-        engine, seconds = self._context.engine, self._context.settings.drain_seconds
+        engine, seconds = self._context.whole, self._context.settings.drain_seconds
         logger.info("Shutting down; running requests get %g seconds to finish", seconds)
         self._context.health.begin_drain()
         engine.begin_drain()

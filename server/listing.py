@@ -37,7 +37,7 @@ def listing(
     `more` makes the object's fields after the list. Each part of the list is made in a thread,
     once the client has taken the part before it, so memory holds one part at a time.
     """
-    pages = server.engine.registry.pages()
+    pages = server.registry.pages()
 
     async def parts() -> AsyncIterator[bytes]:
         text = b",".join(map(json_bytes, first))

@@ -12,6 +12,7 @@ from urllib.parse import quote
 from starlette.types import Scope
 
 from server.settings import Settings
+from server.tenants.tenant import OWNER, Tenant
 
 if TYPE_CHECKING:
     from server.generation import Job, Run
@@ -75,7 +76,10 @@ def configure_logging(settings: Settings) -> None:
             },
             # uvicorn's own messages about starting and ending would stand between ours.
             "root": {"handlers": ["stderr"], "level": "WARNING"},
-            "loggers": {name: {"level": level} for name in ("reft", "reft_runtime")},
+            "loggers": {
+                **{name: {"level": level} for name in ("reft", "reft_runtime")},
+                "reft.audit": {"level": "INFO"},  # an audit with gaps is none
+            },
         }
     )
     logging.captureWarnings(True)
@@ -94,10 +98,16 @@ def log_request(scope: Scope, status: int | None, seconds: float) -> None:
         "method": scope["method"],
         "path": quote(scope["path"]),
         "status": status,
+        **_sender(state.get("tenant")),
         **_generated(state.get("job"), state.get("run")),
         "total_seconds": round(seconds, 4),
     }
     logger.log(level, "%s", _line(fields), extra={"request": fields})
+
+
+def _sender(tenant: Tenant | None) -> dict[str, Any]:
+    """The log field that says whose key a request had; none where that is the owner's."""
+    return {} if tenant is None or tenant is OWNER else {"tenant": tenant.name}
 
 
 def _generated(job: Job | None, run: Run | None) -> dict[str, Any]:
@@ -123,6 +133,8 @@ def _line(fields: dict[str, Any]) -> str:
     """Write the fields that a request has as text, such as `GET /v1/models 200 id=...`."""
     status = "left" if fields["status"] is None else fields["status"]
     words = [f"{fields['method']} {fields['path']} {status}", f"id={fields['id']}"]
+    if "tenant" in fields:
+        words.append(f"tenant={fields['tenant']}")
     if "task" in fields:
         made = fields.get("completion_tokens", 0)
         words += [f"task={fields['task']}", f"tokens={fields['prompt_tokens']}+{made}"]

@@ -3,41 +3,59 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING
+import time
+from collections.abc import Collection, Iterable, Iterator
+from typing import TYPE_CHECKING, Protocol
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from server.recent import Durations
+from server.tenants.usage import BASE, OTHER
 
 if TYPE_CHECKING:
     from reft_runtime.outputs import PrefixCacheStats
-    from server.engine import Engine
+    from server.engine import WholeEngine
+    from server.tenants.usage import Counts
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 """Prometheus' text format. It is not negotiated: in the other formats older Prometheus servers get
 `reft_` instead of `reft:`."""
 
 MAX_NAMES = 100
-"""Most interventions with a label of their own; later ones share the label `(other)`."""
+"""Most interventions, and most tenants, with a label of their own; others share `(other)`."""
 
-BASE, OTHER = "(base)", "(other)"
-"""Labels that no intervention can have, as a name cannot contain a parenthesis."""
+KEPT_SECONDS = 3600
+"""A label that was not used for this long makes room for another."""
+
+MAX_LISTED = 100
+"""Most interventions that `vllm:lora_requests_info` lists: those that were used last."""
 
 _FIRST_TOKEN = (0.001, 0.005, 0.01, 0.02, 0.04, 0.08, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 40, 160)
 _PER_TOKEN = (0.002, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 1, 2.5)
 _WHOLE = (0.05, 0.1, 0.3, 0.5, 1, 2, 5, 10, 20, 30, 60, 120, 300, 600, 1800)
 
 
+class UnderWay(Protocol):
+    """What metrics read of a request under way."""
+
+    @property
+    def names(self) -> list[str]:
+        """Names of its interventions."""
+
+    @property
+    def queue_seconds(self) -> float | None:
+        """Seconds that it waited; None while it waits."""
+
+
 class Metrics:
     """What the routes count, and the engine's own numbers, in one registry."""
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: WholeEngine) -> None:
         self.registry = CollectorRegistry()
-        self._names: set[str] = set()
-        self._lock = threading.Lock()
+        self.under_way: set[UnderWay] = set()
+        """The requests under way; the routes add and remove them."""
         self.recent_first_token, self.recent_per_token = Durations(), Durations()
         self._finished = Counter(
             "reft:request_success",
@@ -66,16 +84,35 @@ class Metrics:
         self._swap = self._histogram(
             "reft:intervention_swap_seconds", "Checking and publishing a file.", _FIRST_TOKEN
         )
-        self._requests, self._prompt, self._tokens, self._loads = (
+        *used, self._loads = (
             Counter(f"reft:intervention_{name}", text, ["intervention"], registry=self.registry)
             for name, text in (
                 ("requests", "Requests that named the intervention."),
                 ("prompt_tokens", "Prompt tokens of these requests."),
+                ("cached_tokens", "Those of them that the prefix cache had."),
                 ("generation_tokens", "Tokens generated under the intervention."),
                 ("loads", "Times a file was published under the name."),
             )
         )
+        self._interventions = _Labels("intervention", used, [self._loads])
+        used = [
+            Counter(f"reft:tenant_{name}", text, ["tenant"], registry=self.registry)
+            for name, text in (
+                ("requests", "Requests of the tenant."),
+                ("prompt_tokens", "Prompt tokens of these requests."),
+                ("cached_tokens", "Those of them that the prefix cache had."),
+                ("generation_tokens", "Tokens generated for the tenant."),
+            )
+        ]
+        self._rejected = Counter(
+            "reft:requests_rejected",
+            "Requests that were refused for a quota or for want of room, by reason.",
+            ["tenant", "reason"],
+            registry=self.registry,
+        )
+        self._tenants = _Labels("tenant", used, [self._rejected])
         self.registry.register(_EngineCollector(engine))
+        self.registry.register(_GatewayCollector(engine, self.under_way))
 
     def _histogram(self, name: str, text: str, buckets: Iterable[float]) -> Histogram:
         return Histogram(name, text, buckets=tuple(buckets), registry=self.registry)
@@ -97,17 +134,24 @@ class Metrics:
         self.recent_per_token.observe(seconds)
 
     def finished(
-        self, seconds: float, reasons: Iterable[str], names: Iterable[str], prompt: int, tokens: int
+        self,
+        seconds: float,
+        reasons: Iterable[str],
+        tenant: str,
+        names: Collection[str],
+        counts: Counts,
     ) -> None:
-        """Record a request's end: a reason for each choice, its interventions, its tokens."""
+        """Record a request's end: a reason for each choice, whose it was, and what it used."""
         self._whole.observe(seconds)
         for reason in reasons:
             self._finished.labels(reason).inc()
+        self._tenants.count(tenant, counts)
         for name in names or (BASE,):
-            label = self._label(name)
-            self._requests.labels(label).inc()
-            self._prompt.labels(label).inc(prompt)
-            self._tokens.labels(label).inc(tokens)
+            self._interventions.count(name, counts)
+
+    def rejected(self, tenant: str, reason: str) -> None:
+        """Record a request that was refused for a quota (`Reason`), or `overloaded`."""
+        self._rejected.labels(self._tenants.of(tenant), reason).inc()
 
     def outcomes(self) -> dict[str, int]:
         """Number of choices that ended since the start, by reason."""
@@ -121,26 +165,56 @@ class Metrics:
     def loaded(self, name: str, seconds: float) -> None:
         """Record that a file was published as `name`, which took `seconds`."""
         self._swap.observe(seconds)
-        self._loads.labels(self._label(name)).inc()
+        self._loads.labels(self._interventions.of(name)).inc()
 
     def cut(self, reason: str) -> None:
         """Record a connection that ended early: its client left, was too slow, or had no room."""
         self._cut.labels(reason).inc()
 
-    def _label(self, name: str) -> str:
+
+class _Labels:
+    """The names that have a label of their own: at most `MAX_NAMES`, and `(base)`.
+
+    Where there is no room, the name that was not used for the longest time loses its label, if that
+    time is `KEPT_SECONDS`, and its series end. With every use a new name would make new series
+    for Prometheus to keep, without bound. `used` are the counters of `Counts`, in their order; they
+    and the `others` have the names as the label `kind`.
+    """
+
+    def __init__(self, kind: str, used: list[Counter], others: list[Counter]) -> None:
+        self._kind, self._used, self._others = kind, used, others
+        self._last: dict[str, float] = {}
+        self._lock = threading.Lock()
+
+    def count(self, name: str, counts: Counts) -> None:
+        """Add what a request used."""
+        label = self.of(name)
+        for counter, value in zip(self._used, counts, strict=True):
+            counter.labels(label).inc(value)
+
+    def of(self, name: str) -> str:
+        """The label of a name that is used now."""
+        if name == BASE:
+            return BASE
+        now = time.monotonic()
         with self._lock:
-            if name == BASE or name in self._names:
-                return name
-            if len(self._names) < MAX_NAMES:
-                self._names.add(name)
-                return name
-        return OTHER
+            # A dictionary in the order of use: the first is the one that was used longest ago.
+            known = self._last.pop(name, None) is not None
+            if not known and len(self._last) >= MAX_NAMES:
+                oldest = next(iter(self._last))
+                if now - self._last[oldest] < KEPT_SECONDS:
+                    return OTHER
+                del self._last[oldest]
+                for counter in (*self._used, *self._others):
+                    counter.remove_by_labels({self._kind: oldest})
+            self._last[name] = now
+        return name
 
 
 class _EngineCollector(Collector):
     """The engine's numbers, read when Prometheus scrapes them."""
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: WholeEngine) -> None:
         self._engine = engine
 
     def describe(self) -> Iterable[Metric]:
@@ -166,6 +240,61 @@ class _EngineCollector(Collector):
         family = GaugeMetricFamily("reft:interventions", "Interventions by tier.", labels=["tier"])
         for tier, count in self._engine.registry.tiers().items():
             family.add_metric([tier], count)
+        yield family
+        up = GaugeMetricFamily(
+            "reft:source_up", "Whether a source of interventions can be read.", labels=["source"]
+        )
+        for source in self._engine.registry.sources():
+            up.add_metric([source.label], source.problem is None)
+        yield up
+
+
+class _GatewayCollector(Collector):
+    """What gateways that route by adapter read, under vLLM's names.
+
+    Of `vllm:lora_requests_info` there is one series, whose labels say what is so now.
+    """
+
+    def __init__(self, engine: WholeEngine, under_way: Collection[UnderWay]) -> None:
+        self._engine = engine
+        self._under_way = under_way
+
+    def describe(self) -> Iterable[Metric]:
+        """No metrics, so that the registry does not ask the engine at registration."""
+        return ()
+
+    def collect(self) -> Iterator[Metric]:
+        """Gauges and counters with their present values."""
+        stats, registry = self._engine.stats(), self._engine.registry
+        for name, text, value in (
+            ("num_requests_running", "Sequences in the batch.", stats.running),
+            ("num_requests_waiting", "Requests in the queue.", stats.waiting),
+            ("kv_cache_usage_perc", "Used part of the key-value cache, 1 is all.", stats.kv_usage),
+            ("gpu_cache_usage_perc", "Its older name.", stats.kv_usage),
+        ):
+            yield GaugeMetricFamily(f"vllm:{name}", text, value)
+        cache = stats.prefix_cache
+        for name, text, values in (
+            ("queries", "Tokens looked for in the prefix cache.", cache and cache.queries),
+            ("hits", "Tokens found there, and not computed.", cache and cache.hits),
+        ):
+            total = sum((values or {}).values())
+            yield CounterMetricFamily(f"vllm:gpu_prefix_cache_{name}", text, total)
+        listed = registry.page("", "-last_used", None, MAX_LISTED).entries
+        waiting = dict.fromkeys(
+            name for one in list(self._under_way) if one.queue_seconds is None for name in one.names
+        )
+        family = GaugeMetricFamily(
+            "vllm:lora_requests_info",
+            "Interventions in memory, and those that requests wait for.",
+            labels=["max_lora", "running_lora_adapters", "waiting_lora_adapters"],
+        )
+        labels = [
+            str(sum(registry.tiers().values())),
+            ",".join(entry.name for entry in listed if entry.tier != "disk"),
+            ",".join(list(waiting)[:MAX_LISTED]),
+        ]
+        family.add_metric(labels, time.time())
         yield family
 
 

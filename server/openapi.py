@@ -20,6 +20,11 @@ def takes(model: type[BaseModel], *, required: bool = True) -> dict[str, Any]:
     return {"requestBody": {"required": required, "content": content}}
 
 
+def limited() -> dict[int | str, dict[str, Any]]:
+    """`responses` of a route that quotas hold for."""
+    return {429: _response("A quota is used up; Retry-After says when to send it again.")}
+
+
 def sends_file() -> dict[int | str, dict[str, Any]]:
     """`responses` of a route that answers with a file."""
     schema = {"type": "string", "format": "binary"}
@@ -59,7 +64,10 @@ _ALL = {
     500: "An internal error of the server; its log has the request's id.",
     503: "The server is overloaded, shutting down or stopped; Retry-After says when to retry.",
 }
-_WITH_KEY = {401: "The API key is missing or wrong."}
+_WITH_KEY = {
+    401: "The API key is missing or wrong.",
+    403: "The key's tenant may not do this.",
+}
 _WITH_NAME = {404: "The model, intervention or file does not exist."}
 _WITH_JSON = {413: "The body is too large.", 415: "The body is not sent as JSON."}
 _WITH_CONDITION = {412: "The condition in If-Match or If-None-Match does not hold."}

@@ -8,16 +8,16 @@ from typing import TYPE_CHECKING
 
 from reft_runtime.errors import NotFound, did_you_mean
 from reft_runtime.use import Use
+from server.context import Context
 from server.schemas.common import InterventionUse
 
 if TYPE_CHECKING:
     from reft_runtime.interventions import Version
-    from server.engine import Engine
 
 
 @contextmanager
 def selected(
-    engine: Engine, model: str, interventions: Sequence[InterventionUse] = ()
+    context: Context, model: str, interventions: Sequence[InterventionUse] = ()
 ) -> Iterator[list[Use]]:
     """Yield what a body applies: its `interventions`, else its `model`. The block resolves it.
 
@@ -25,9 +25,9 @@ def selected(
     applied, but must exist. An unknown `model` raises `NotFound`, also if only the block finds it
     unknown.
     """
-    name = _name(engine, model)
+    name = _name(context, model)
     if interventions:
-        find_model(engine, model)
+        find_model(context, model)
         yield [
             Use(one.name, one.strength, None if one.subspace is None else tuple(one.subspace))
             for one in interventions
@@ -38,18 +38,18 @@ def selected(
     except NotFound as error:
         if name is None or error.param != "interventions.0.name":
             raise
-        raise _unknown(engine, model, name) from None
+        raise _unknown(context, model, name) from None
 
 
-def find_model(engine: Engine, model: str) -> Version | None:
+def find_model(context: Context, model: str) -> Version | None:
     """The version that a model's id stands for now, None for the base; raises `NotFound`."""
-    name = _name(engine, model)
+    name = _name(context, model)
     if name is None:
         return None
     try:
-        return engine.registry.resolve(name)
+        return context.registry.resolve(name)
     except NotFound:
-        raise _unknown(engine, model, name) from None
+        raise _unknown(context, model, name) from None
 
 
 def label(model: str, interventions: Sequence[InterventionUse]) -> str:
@@ -61,11 +61,11 @@ def _label(use: InterventionUse) -> str:
     return use.name if use.strength == 1 else f"{use.name}*{use.strength:g}"
 
 
-def _name(engine: Engine, model: str) -> str | None:
-    base = engine.info.model
+def _name(context: Context, model: str) -> str | None:
+    base = context.engine.info.model
     return None if model == base else model.removeprefix(f"{base}:")
 
 
-def _unknown(engine: Engine, model: str, name: str) -> NotFound:
-    meant = engine.registry.meant(name) or did_you_mean(name, [engine.info.model])
+def _unknown(context: Context, model: str, name: str) -> NotFound:
+    meant = context.registry.meant(name) or did_you_mean(name, [context.engine.info.model])
     return NotFound(f"The model `{model}` does not exist.{meant}", param="model")

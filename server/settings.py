@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections.abc import Mapping
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, SecretStr, ValidationError, field_validator
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from reft_runtime.errors import ConfigError
+from reft_runtime.interventions.registry.urls import is_url, local_folder
+from reft_runtime.machine.cache import cache_folder
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 LogFormat = Literal["text", "json"]
@@ -56,15 +60,17 @@ class Settings(BaseSettings):
         min_length=1,
         description="Base model: 'demo', a Hugging Face id or a folder.",
     )
-    interventions: Path | None = Field(
-        default_factory=lambda: SHIPPED if SHIPPED.is_dir() else None,
-        description="Folder of NAME.safetensors files to serve; by default ./interventions, "
-        "if it exists.",
+    interventions: Annotated[tuple[str, ...], NoDecode] = Field(
+        default_factory=lambda: (str(SHIPPED),) if SHIPPED.is_dir() else (),
+        description="Folder or URL (s3://bucket/folder) of NAME.safetensors files to serve; may be "
+        "given several times, in the variable with commas or as a JSON list, and the first with a "
+        "name counts; by default ./interventions, if it exists.",
     )
-    state_dir: Path | None = Field(
+    state_dir: str | None = Field(
         default=None,
-        description="Folder that keeps uploaded interventions and pins; by default they are kept "
-        "in a temporary folder and lost at a restart.",
+        min_length=1,
+        description="Folder or URL that keeps uploaded interventions and pins; by default they are "
+        "kept in a temporary folder and lost at a restart.",
     )
     allow_base: str | None = Field(
         default=None,
@@ -99,6 +105,21 @@ class Settings(BaseSettings):
         default=None,
         min_length=1,
         description="Key that clients must send as 'Authorization: Bearer KEY'; by default none.",
+    )
+    keys: Path | None = Field(
+        default=None,
+        description="File that says which tenants there are, by which keys, and what each may do; "
+        "`reft key new` makes a key. By default none.",
+    )
+    insecure: bool = Field(
+        default=False,
+        description="Listen where other machines can reach the server although it needs no key.",
+    )
+    quota_url: SecretStr | None = Field(
+        default=None,
+        min_length=1,
+        description="Redis or Valkey that counts quotas for several servers together: "
+        "redis://HOST:PORT/DB, or rediss:// for TLS; by default each server counts for itself.",
     )
     allowed_origins: str | None = Field(
         default=None,
@@ -155,6 +176,11 @@ class Settings(BaseSettings):
         default=True,
         description="Reuse keys and values of prompts that begin with the same tokens and edits.",
     )
+    shared_prefix_cache: bool = Field(
+        default=False,
+        description="Let tenants share the prefix cache: timing then tells one whether another has "
+        "sent the same beginning of a prompt. By default each has its own.",
+    )
     threads: int | None = Field(
         default=None,
         ge=1,
@@ -199,6 +225,15 @@ class Settings(BaseSettings):
     )
     log_level: LogLevel = Field(default="info", description="Least severe message that is logged.")
 
+    @field_validator("interventions", mode="before")
+    @classmethod
+    def _split_sources(cls, value: object) -> object:
+        if isinstance(value, str):  # from the variable
+            value = _several(value)
+        if isinstance(value, list | tuple) and not all(str(place) for place in value):
+            raise ValueError("give folders or URLs, several with commas or as a JSON list")
+        return value
+
     @field_validator("allowed_origins")
     @classmethod
     def _check_origins(cls, value: str | None) -> str | None:
@@ -207,12 +242,44 @@ class Settings(BaseSettings):
                 raise ValueError("write '*', or origins such as https://a.example or a JSON list")
         return value
 
+    @field_validator("quota_url")
+    @classmethod
+    def _check_quota_url(cls, value: SecretStr | None) -> SecretStr | None:
+        if value is None:
+            return value
+        if not re.fullmatch(r"rediss?://[^/\s]+(/\d+)?", value.get_secret_value()):
+            raise ValueError("write it as redis://HOST:PORT/DB, or with rediss:// for TLS")
+        if find_spec("redis") is None:
+            raise ValueError("it needs the package redis: pip install 'reft-server[redis]'")
+        return value
+
     @field_validator("tool_template")
     @classmethod
     def _check_template(cls, value: str | None) -> str | None:
         if value not in (None, BUILT_IN_TEMPLATE) and not Path(str(value)).is_file():
             raise ValueError(f"give a file that exists, or {BUILT_IN_TEMPLATE}")
         return value
+
+    @property
+    def needs_key(self) -> bool:
+        """Whether clients need a key."""
+        return self.api_key is not None or self.keys is not None
+
+    @property
+    def folders(self) -> list[Path]:
+        """Those of the sources of interventions that are folders on this machine."""
+        return [local_folder(place) for place in self.interventions if not is_url(place)]
+
+    @property
+    def state_folder(self) -> Path | None:
+        """Folder on this machine for what only this server keeps; None without a state.
+
+        For a state at a URL it is a part of the cache.
+        """
+        if self.state_dir is None or not is_url(self.state_dir):
+            return None if self.state_dir is None else local_folder(self.state_dir)
+        name = hashlib.sha256(self.state_dir.encode()).hexdigest()[:16]
+        return cache_folder() / "states" / name
 
     @property
     def origins(self) -> list[str]:
@@ -226,13 +293,16 @@ class Settings(BaseSettings):
 
 
 def load_settings(options: Mapping[str, Any]) -> Settings:
-    """Build settings from `options` that are not None, the environment and the defaults.
+    """Build settings from `options` that were given, the environment and the defaults.
+
+    None and an empty list stand for an option that was not given.
 
     An option wins over the environment, and the environment over the default. Raises
     `ConfigError` with one line per problem; no line repeats a value, which may be a key.
     """
     try:
-        return Settings(**{name: value for name, value in options.items() if value is not None})
+        given = {name: value for name, value in options.items() if value not in (None, [])}
+        return Settings(**given)
     except ValidationError as error:
         lines = [_problem(tuple(item["loc"]), item["msg"]) for item in error.errors()]
         raise ConfigError("\n".join(lines)) from None
@@ -240,15 +310,18 @@ def load_settings(options: Mapping[str, Any]) -> Settings:
 
 def _origins(value: str | None) -> list[str]:
     """Split origins that are written with commas or, as vLLM takes them, as a JSON list."""
-    if value is None:
-        return []
+    return [] if value is None else _several(value)
+
+
+def _several(value: str) -> list[str]:
+    """Split values that are written with commas or as a JSON list; an empty one is a mistake."""
     if value.startswith("["):
         try:
             listed = json.loads(value)
         except ValueError:
             listed = [""]
-        return [str(origin) for origin in listed]
-    return [origin.strip() for origin in value.split(",")]
+        return [str(one) for one in listed]
+    return [one.strip() for one in value.split(",")]
 
 
 def _problem(loc: tuple[int | str, ...], message: str) -> str:

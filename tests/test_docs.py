@@ -34,8 +34,10 @@ DOCUMENTS = [
     "docs/operations.md",
     "docs/page.md",
     "docs/structure.md",
+    "docs/tenants.md",
     "docs/tools.md",
     "docs/training.md",
+    "docs/usage.md",
     "interventions/README.md",
 ]
 
@@ -53,8 +55,9 @@ OTHER_VARIABLES = {"REFT_CACHE", "REFT_PICTURES", "REFT_URL"}
 
 def options() -> set[str]:
     """Every option of every command of `reft`."""
-    group = typer.main.get_command(app)
-    commands = [group, *group.commands.values()]  # type: ignore[attr-defined]
+    commands = [typer.main.get_command(app)]
+    for command in commands:  # a group's commands follow it
+        commands += getattr(command, "commands", {}).values()
     return {"--help"} | {
         option
         for command in commands
@@ -104,7 +107,9 @@ def test_operations_lists_the_metrics() -> None:
         for family in families
         if not family.name.endswith("_created")
     }
-    assert set(re.findall(r"reft:[a-z_0-9]+", text)) == served
+    assert set(re.findall(r"reft:[a-z_0-9]+", text)) == {n for n in served if n[:5] == "reft:"}
+    gateways = (ROOT / "docs/usage.md").read_text()
+    assert set(re.findall(r"vllm:[a-z_0-9]+", gateways)) == {n for n in served if n[:5] == "vllm:"}
 
 
 def test_help_names_the_engines_defaults() -> None:

@@ -14,8 +14,8 @@ from reft_runtime.edits.tables import COMPONENT, PIECE_RANKS, PIECE_ROWS, EditTa
 from reft_runtime.kernels.staging import send, to_device
 
 if TYPE_CHECKING:
+    from reft_runtime.schedule.plan import Chunk
     from reft_runtime.schedule.request import AppliedIntervention
-    from reft_runtime.schedule.scheduler import Chunk
 
 ALONE = 4
 """Up to this many rows of a request and entry are edited one by one, more of them in pieces."""

@@ -21,7 +21,7 @@ from reft_runtime.interventions import CanonicalEdit
 from reft_runtime.kernels.staging import send
 from reft_runtime.machine.memory import is_out_of_memory
 from reft_runtime.outputs import TracedEdit
-from reft_runtime.schedule.scheduler import Chunk
+from reft_runtime.schedule.plan import Chunk
 from reft_runtime.schedule.sequence import Sequence
 
 BATCHED_ROWS = 32

@@ -16,9 +16,10 @@ from reft_runtime.kv.choice import storage_for
 from reft_runtime.machine.memory import is_out_of_memory, is_spoiling
 from reft_runtime.schedule.budget import BlockBudget
 from reft_runtime.schedule.pacing import StepPacer
+from reft_runtime.schedule.plan import Chunk, StepPlan
 from reft_runtime.schedule.prefix_cache import PrefixCache
 from reft_runtime.schedule.request import Request
-from reft_runtime.schedule.scheduler import Chunk, Scheduler, StepPlan
+from reft_runtime.schedule.scheduler import Scheduler
 from reft_runtime.schedule.sequence import Status
 
 SLOWER = 4.0
@@ -156,7 +157,7 @@ class EngineCore:
             return []
         result = self._run(step)
         if result is None:
-            return step.events + self.requests.fail_newest(step.plan)
+            return step.events + self.requests.fail_last(step.plan)
         self.steps += 1
         events = step.events + self.requests.settle(step.plan, result)
         if self.idle:

@@ -24,7 +24,7 @@ from reft_runtime.kernels.staging import no_waiting, send
 from reft_runtime.kv.page_attention import PageAttentionStep, PageBatch, RowInPages
 from reft_runtime.kv.pages import PageStorage
 from reft_runtime.schedule.blocks import BLOCK_TOKENS
-from reft_runtime.schedule.scheduler import Chunk
+from reft_runtime.schedule.plan import Chunk
 
 Compute = Callable[[], None]
 """Computes a step: its inputs and its logits lie at fixed addresses."""

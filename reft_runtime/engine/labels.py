@@ -12,8 +12,8 @@ from torch import Tensor
 from reft_runtime.engine.events import LabelsScored
 from reft_runtime.kernels.staging import send
 from reft_runtime.schedule.labels import END, Tokens
+from reft_runtime.schedule.plan import Chunk
 from reft_runtime.schedule.request import Request
-from reft_runtime.schedule.scheduler import Chunk
 
 _ROWS = 64
 """Rows of logits worked on at once: each gets a float32 copy."""

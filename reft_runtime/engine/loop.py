@@ -14,8 +14,9 @@ import torch
 
 from reft_runtime.engine.core import EngineCore
 from reft_runtime.engine.events import Event, Explained, Failed, LabelsScored, Started, TokenMade
+from reft_runtime.engine.queued import QueuedRequests
 from reft_runtime.engine.settle import OUT_OF_MEMORY
-from reft_runtime.errors import Draining, EngineDead, InvalidRequest, Overloaded
+from reft_runtime.errors import Draining, EngineDead, InvalidRequest
 from reft_runtime.machine.contention import StepWatch
 from reft_runtime.machine.memory import CODE_ROOM, check_room
 from reft_runtime.outputs import EngineStats
@@ -55,19 +56,17 @@ class EngineLoop:
     A request is over when its choices have ended (a traced one: when its trace is told), when it
     was aborted or failed, when nobody takes its events any more, or when the engine stopped.
     `max_queued` and `max_queued_tokens` bound the requests (and their prompt tokens) that were
-    submitted and have not started; beyond them `submit` raises `Overloaded`.
+    submitted and have not started; beyond them `submit` raises `Overloaded` (see `QueuedRequests`).
     """
 
     def __init__(self, core: EngineCore, max_queued: int, max_queued_tokens: int) -> None:
         self._core = core
-        self._max_queued = max_queued
-        self._max_queued_tokens = max_queued_tokens
         self._changed = threading.Condition()
         self._inbox: deque[Callable[[], None]] = deque()
         self._live: dict[str, _Live] = {}
         self._taken: set[str] = set()
         """What the live requests are `known_as`."""
-        self._queued: dict[str, int] = {}
+        self._queued = QueuedRequests(max_queued, max_queued_tokens)
         self._draining = False
         self._closing = False
         self._death: str | None = None
@@ -89,7 +88,6 @@ class EngineLoop:
         `Overloaded`, `Draining` or `EngineDead`; then nothing is queued, and `on_end` is never
         called.
         """
-        tokens = len(request.prompt)
         known_as = request.given_id or request.id
         with self._changed:
             if self._death is not None or self._closing:
@@ -99,22 +97,14 @@ class EngineLoop:
                     f"request_id: a request of the id {known_as!r} is under way; give another.",
                     param="request_id",
                 )
-            self._check_queue(tokens)
-            self._queued[request.id] = tokens
+            if self._draining:
+                raise Draining("The server is shutting down; try another one.", retry_after=5)
+            self._queued.add(request)
             left = {*range(request.sampling.n), *([_TRACE] if request.trace else [])}
             self._live[request.id] = _Live(sink, on_end, left, known_as)
             self._taken.add(known_as)
             self._inbox.append(lambda: self._add(request))
             self._changed.notify_all()
-
-    def _check_queue(self, tokens: int) -> None:
-        if self._draining:
-            raise Draining("The server is shutting down; try another one.", retry_after=5)
-        if len(self._queued) >= self._max_queued:
-            raise Overloaded(f"The queue is full ({self._max_queued} requests).")
-        waiting_tokens = sum(self._queued.values())
-        if self._queued and waiting_tokens + tokens > self._max_queued_tokens:
-            raise Overloaded(f"The queue is full ({waiting_tokens} prompt tokens).")
 
     def abort(self, request_id: str, choice: int | None = None) -> None:
         """End a request, or one of its choices, without an event; one that has ended is ignored."""
@@ -143,10 +133,12 @@ class EngineLoop:
     def stats(self) -> EngineStats:
         """Return a snapshot, taken without stopping the engine."""
         core, scheduler = self._core, self._core.scheduler
+        with self._changed:
+            waiting_by_tenant = self._queued.by_tenant()
         budget = scheduler.budget
         return EngineStats(
             running=len(scheduler.running),
-            waiting=len(self._queued),
+            waiting=sum(waiting_by_tenant.values()),
             kv_usage=budget.used / budget.total,
             steps=core.steps,
             prompt_tokens=core.requests.prompt_tokens,
@@ -154,6 +146,7 @@ class EngineLoop:
             preemptions=scheduler.preemptions,
             heartbeat_age=max(0.0, time.monotonic() - self._beat - core.allowance),
             prefix_cache=None if budget.cache is None else budget.cache.stats(),
+            waiting_by_tenant=waiting_by_tenant,
         )
 
     def close(self) -> None:
@@ -252,7 +245,7 @@ class EngineLoop:
                 by_sink.setdefault(live.sink, []).append(event)
                 match event:
                     case Started():
-                        self._queued.pop(event.request_id, None)
+                        self._queued.discard(event.request_id)
                     case Failed():
                         ended += self._forget(event.request_id)
                     case TokenMade() if event.finish_reason:
@@ -282,7 +275,7 @@ class EngineLoop:
 
     def _forget(self, request_id: str) -> list[OnEnd]:
         """Remove a request while the lock is held; the returned callbacks are called without it."""
-        self._queued.pop(request_id, None)
+        self._queued.discard(request_id)
         live = self._live.pop(request_id)
         self._taken.discard(live.known_as)
         if not self._live:

@@ -24,7 +24,7 @@ from reft_runtime.kv.storage import KVStorage
 from reft_runtime.machine.memory import CODE_ROOM, check_room, is_out_of_memory
 from reft_runtime.outputs import TokenLogprob, TracedEdit
 from reft_runtime.schedule.labels import Tokens
-from reft_runtime.schedule.scheduler import Chunk
+from reft_runtime.schedule.plan import Chunk
 from reft_runtime.schedule.sequence import Sequence, Status
 
 KNOWN_SHAPES = 64

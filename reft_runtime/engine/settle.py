@@ -21,9 +21,10 @@ from reft_runtime.engine.sampler import Sampled
 from reft_runtime.grammar import GrammarState
 from reft_runtime.machine.memory import is_out_of_memory
 from reft_runtime.outputs import FinishReason, TokenLogprob
+from reft_runtime.schedule.plan import StepPlan
 from reft_runtime.schedule.prefix_cache import BlockCopy
 from reft_runtime.schedule.request import Request
-from reft_runtime.schedule.scheduler import Scheduler, StepPlan
+from reft_runtime.schedule.scheduler import Scheduler
 from reft_runtime.schedule.sequence import MOST_FORCED, Sequence, Status, sequences_of
 
 OUT_OF_MEMORY = "memory ran out; send it again, or a shorter one"
@@ -80,13 +81,14 @@ class LiveRequests:
             sequence.started = True
         return self._explanations.pass_on(events)
 
-    def fail_newest(self, plan: StepPlan) -> list[Event]:
-        """End the newest request of a step for which memory ran out.
+    def fail_last(self, plan: StepPlan) -> list[Event]:
+        """End the request whose turn was last of a step for which memory ran out.
 
-        What the other requests have computed is kept: their next step repeats this one.
+        Of one tenant that is the newest. What the other requests have computed is kept: their next
+        step repeats this one.
         """
-        newest = max((c.sequence for c in plan.chunks), key=lambda s: (s.order, s.choice))
-        return self._fail(Failed(newest.request.id, OUT_OF_MEMORY, out_of_memory=True))
+        last = max((c.sequence for c in plan.chunks), key=self._scheduler.turn)
+        return self._fail(Failed(last.request.id, OUT_OF_MEMORY, out_of_memory=True))
 
     def settle(self, plan: StepPlan, result: StepResult) -> list[Event]:
         """Take in the result of a step; returns its events in order."""

@@ -148,7 +148,14 @@ class Admission:
             applied = tuple(map(_applied, range(len(uses)), versions, uses))
             edited = [edit.positions for one in applied if one.strength for edit in one.edits]
             lengths = [len(tokens) for tokens in encoded]
-            limits = bounded(lengths, self._info.max_model_len, sampling, edited, trace=trace)
+            limits = bounded(
+                lengths,
+                self._info.max_model_len,
+                sampling,
+                edited,
+                most=caller.max_tokens,
+                trace=trace,
+            )
             requests = [
                 Request(
                     id=uuid.uuid4().hex,

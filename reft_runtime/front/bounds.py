@@ -75,17 +75,19 @@ def bounded(
     sampling: SamplingParams,
     edited: Sequence[_Positions],
     *,
+    most: int | None = None,
     trace: bool,
 ) -> Iterator[SamplingParams]:
     """Yield the settings for each prompt; `prompts` are the lengths in tokens.
 
     The bounds count all prompts together. A `max_tokens` of None becomes the most that the bounds
-    and `limit`, the model's length, allow. `edited` are the positions of each edit. Raises
-    `InvalidRequest`.
+    and `limit`, the model's length, allow, and at most `most`. `edited` are the positions of each
+    edit. Raises `InvalidRequest`.
     """
     given, rows = sampling.max_tokens is not None, 0
     for prompt in prompts:
-        settings = _bound_scores(prompts, sampling, limit - prompt, trace=trace)
+        room = limit - prompt if most is None else min(most, limit - prompt)
+        settings = _bound_scores(prompts, sampling, room, trace=trace)
         if trace:
             rows, settings = _bound_trace(edited, prompt, settings, given=given, taken=rows)
         yield settings

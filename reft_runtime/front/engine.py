@@ -74,7 +74,8 @@ class Engine:
     """One resident base model that answers prompts, each through its own interventions.
 
     `model` is "demo", a hub id, a folder, or a transformers model (then `tokenizer` is needed).
-    `interventions` is a folder of files. Uploads are kept in `state_dir`, or in memory without one.
+    `interventions` is a folder of files, or a URL that fsspec knows (s3://bucket/folder), or a list
+    of them. Uploads are kept in `state_dir`, a folder or URL, or until `close` without one.
     `allow_base` is a shell pattern for the names of base models whose files fit this one.
     `intervention_bytes` bounds the memory of interventions, `state_bytes` the uploads on disk.
     `max_running` bounds the answers made at once (64, on a CUDA device 256), `max_queued` and
@@ -98,7 +99,7 @@ class Engine:
         model: str | Path | PreTrainedModel = "demo",
         *,
         tokenizer: PreTrainedTokenizerBase | None = None,
-        interventions: str | Path | None = None,
+        interventions: str | Path | Sequence[str | Path] | None = None,
         state_dir: str | Path | None = None,
         allow_base: str | None = None,
         intervention_bytes: int = MEMORY_BYTES,
@@ -115,7 +116,9 @@ class Engine:
         threads: int | None = None,
     ) -> None:
         use_threads(threads)
-        sources = () if interventions is None else (interventions,)
+        if interventions is None or isinstance(interventions, str | Path):
+            interventions = () if interventions is None else (interventions,)
+        sources = tuple(interventions)
         check_folders(sources, state_dir)
         name, loaded, tokenizer = load_base(model, tokenizer, dtype, max_model_len, device=device)
         self._lent = loaded if isinstance(model, PreTrainedModel) else None
@@ -141,7 +144,7 @@ class Engine:
                 device_bytes=None if core.runner.tables is None else core.runner.tables.budget,
                 max_waiting=max_queued,
             )
-        if interventions is not None or state_dir is not None:
+        if sources or state_dir is not None:
             self.registry.watch(WATCH_SECONDS)
         self.info = EngineInfo(
             model=name,

@@ -26,8 +26,8 @@ from reft_runtime.kv.page_attention import (
     RowInPages,
 )
 from reft_runtime.schedule.blocks import BLOCK_TOKENS, blocks_for
+from reft_runtime.schedule.plan import Chunk
 from reft_runtime.schedule.prefix_cache import BlockCopy
-from reft_runtime.schedule.scheduler import Chunk
 from reft_runtime.schedule.sequence import Sequence
 
 NOBODYS_PAGE = 0

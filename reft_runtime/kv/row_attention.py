@@ -14,7 +14,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from reft_runtime.base.attention import attend_causally
 from reft_runtime.kernels.operators import cpu_operators
 from reft_runtime.kv.slabs import Part, Row
-from reft_runtime.schedule.scheduler import Chunk
+from reft_runtime.schedule.plan import Chunk
 from reft_runtime.schedule.sequence import Sequence
 
 TOGETHER_FROM = 9

@@ -23,8 +23,8 @@ from reft_runtime.base.attention import LayerShape
 from reft_runtime.kv.row_attention import TOGETHER_FROM, RowAttentionStep
 from reft_runtime.kv.slabs import BlockPool, Row, parts_of
 from reft_runtime.schedule.blocks import BLOCK_TOKENS
+from reft_runtime.schedule.plan import Chunk
 from reft_runtime.schedule.prefix_cache import BlockCopy
-from reft_runtime.schedule.scheduler import Chunk
 from reft_runtime.schedule.sequence import Sequence, Status
 
 MIN_CAPACITY = 128

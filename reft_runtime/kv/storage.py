@@ -7,8 +7,8 @@ from collections.abc import Sequence as SequenceOf
 from typing import Protocol
 
 from reft_runtime.base.attention import AttentionStep
+from reft_runtime.schedule.plan import Chunk
 from reft_runtime.schedule.prefix_cache import BlockCopy
-from reft_runtime.schedule.scheduler import Chunk
 from reft_runtime.schedule.sequence import Sequence
 
 

@@ -27,8 +27,8 @@ from reft_runtime.machine.dtypes import name_of
 from reft_runtime.sampling import SamplingParams
 from reft_runtime.schedule.blocks import BLOCK_TOKENS, blocks_for
 from reft_runtime.schedule.budget import BlockBudget
+from reft_runtime.schedule.plan import Chunk
 from reft_runtime.schedule.request import Request
-from reft_runtime.schedule.scheduler import Chunk
 from reft_runtime.schedule.sequence import Sequence
 
 CHUNKS = ((12, 22, 23), (10, 13, 14), (5, 6), (1, 2))

@@ -34,6 +34,10 @@ class BlockBudget:
         """Blocks that no sequence holds."""
         return self.total - self._used
 
+    def held(self, sequence: Sequence) -> int:
+        """Blocks held by one sequence."""
+        return self._held.get(sequence, 0)
+
     def reserve(self, sequence: Sequence, tokens: int) -> bool:
         """Let `sequence` hold blocks for `tokens` tokens in all; False if there are too few."""
         held = self._held.get(sequence, 0)

@@ -9,6 +9,9 @@ does not suffer. If no sequence decodes, none waits: only `LONGEST_SECONDS` boun
 
 from __future__ import annotations
 
+from bisect import bisect_left
+from dataclasses import dataclass
+
 SHARE = 0.75
 """Time that one prompt alone may add to a step, as a share of a step without prompts. A share of 1
 would double the wait for a token on average, and more than double it at the 95th percentile."""
@@ -44,6 +47,37 @@ OUTLIER = 2.0
 divided by this: anything beyond is hardly the step's own time."""
 
 
+@dataclass(frozen=True, slots=True)
+class StepTimes:
+    """Estimated seconds of steps; `decodes` are numbers of sequences that were measured, rising.
+
+    Between two of them a step's time is interpolated. With fewer it is that of the least, and each
+    decode more than the most takes as long as a prompt token.
+    """
+
+    decodes: tuple[float, ...]
+    seconds: tuple[float, ...]
+    prompt_token: float
+
+    def step(self, decodes: int, prompt_tokens: int) -> float:
+        """Seconds of a step. One without decodes takes its prompts beside what one decode takes."""
+        return self._decode(max(1, decodes)) + prompt_tokens * self.prompt_token
+
+    def prompt_tokens(self, seconds: float) -> int:
+        """Number of prompt tokens that take so long at most, in whole grains."""
+        return max(0, int(seconds / self.prompt_token) // GRAIN * GRAIN)
+
+    def _decode(self, decodes: int) -> float:
+        above = bisect_left(self.decodes, decodes)
+        if above == 0:
+            return self.seconds[0]
+        if above == len(self.decodes):
+            return self.seconds[-1] + (decodes - self.decodes[-1]) * self.prompt_token
+        low, high = self.decodes[above - 1], self.decodes[above]
+        part = (decodes - low) / (high - low)
+        return self.seconds[above - 1] * (1 - part) + self.seconds[above] * part
+
+
 class StepPacer:
     """Keeps estimates of the seconds of a step that only decodes, and of one prompt token.
 
@@ -52,9 +86,10 @@ class StepPacer:
     """
 
     def __init__(self, mixed_tokens: int = MIXED_TOKENS, least_tokens: int = LEAST_TOKENS) -> None:
-        self._mixed_tokens = mixed_tokens
+        self.mixed_tokens = mixed_tokens
         self._least_tokens = least_tokens
         self._decode_seconds: dict[int, float] = {}
+        self._decode_counts: dict[int, float] = {}
         self._prompt_seconds: float | None = None
         self._unmeasured = 0
 
@@ -65,13 +100,13 @@ class StepPacer:
         """
         prompt = self._prompt_seconds
         if not decodes:
-            return self._rounded(LONGEST_SECONDS / prompt) if prompt else self._mixed_tokens
+            return self._rounded(LONGEST_SECONDS / prompt) if prompt else self.mixed_tokens
         if self._unmeasured >= MEASURED_EVERY:
             return 0
         decode = self._decode(decodes)
         if not decode or not prompt:
-            return self._mixed_tokens
-        return min(self._mixed_tokens, self._rounded(SHARE * prompts**2 * decode / prompt))
+            return self.mixed_tokens
+        return min(self.mixed_tokens, self._rounded(SHARE * prompts**2 * decode / prompt))
 
     def expected(self, decodes: int, prompt_tokens: int) -> float | None:
         """Seconds that a step is likely to take; None where nothing like it was measured."""
@@ -79,12 +114,22 @@ class StepPacer:
         prompt = self._prompt_seconds if prompt_tokens else 0.0
         return None if decode is None or prompt is None else decode + prompt_tokens * prompt
 
+    def times(self) -> StepTimes | None:
+        """What was measured until now; None unless both kinds of steps were."""
+        if not self._decode_seconds or not self._prompt_seconds:
+            return None
+        sizes = sorted(self._decode_seconds)
+        seconds = tuple(self._decode_seconds[size] for size in sizes)
+        counts = tuple(self._decode_counts[size] for size in sizes)
+        return StepTimes(counts, seconds, self._prompt_seconds)
+
     def record(self, decodes: int, prompt_tokens: int, seconds: float) -> None:
         """Learn from a step that took `seconds`."""
         if not prompt_tokens:
             self._unmeasured = 0
-            known = self._decode_seconds.get(_size(decodes))
-            self._decode_seconds[_size(decodes)] = _weighted(known, seconds)
+            size = _size(decodes)
+            self._decode_seconds[size] = _weighted(self._decode_seconds.get(size), seconds)
+            self._decode_counts[size] = _weighted(self._decode_counts.get(size), decodes)
             return
         if not decodes:
             if prompt_tokens >= MEASURED_TOKENS:

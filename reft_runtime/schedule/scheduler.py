@@ -4,6 +4,11 @@ Order of a step: running sequences decode (oldest first, the newest is preempted
 out), then running prompts go on, then waiting sequences are admitted in order of arrival, all
 within one budget of tokens, which `StepPacer` makes smaller where streams would wait too long.
 
+Of several tenants the one that was served least goes first in all of this (`TokenCounters`), and
+within a tenant the lowest priority. The tenant whose turn is next gets its share of places and KV
+by preemption, if another that was served more holds more than its own share. Once admitted, nobody
+slows another beyond its share (`allot`).
+
 Before each chunk of a prompt the prefix cache is asked for the blocks that come next. A prompt
 whose next block is being computed for another prompt skips the step instead of computing it, too.
 It waits only for a chunk of the same step: so whenever one prompt waits another one advances, and
@@ -12,87 +17,22 @@ if that one fails, is aborted or preempted, it is not in the next step and no pr
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Iterable
-from dataclasses import dataclass, field
 
 from reft_runtime.schedule.blocks import BLOCK_TOKENS
 from reft_runtime.schedule.budget import BlockBudget
+from reft_runtime.schedule.counters import DECODE_COST, PROMPT_COST, TokenCounters
 from reft_runtime.schedule.pacing import StepPacer
+from reft_runtime.schedule.plan import Chunk, StepPlan
 from reft_runtime.schedule.prefix_cache import BlockCopy
 from reft_runtime.schedule.sequence import Sequence, Status
+from reft_runtime.schedule.shares import Share, allot
+from reft_runtime.schedule.tenants import Tenants
+from reft_runtime.schedule.waiting import WaitingQueue, turn
 
 MAX_SCORED_TOKENS = 512
 """Most tokens of a step behind which log-probabilities are asked for, decoding sequences aside:
 each has a row of logits."""
-
-
-@dataclass(slots=True)
-class Chunk:
-    """Tokens [start, start + length) of one sequence, to be computed in this step.
-
-    `reused` are the kept blocks between what the sequence had and `start`, which it gets before
-    the step. `forks` are further choices of the same request: they copy the prompt's keys and
-    values from this sequence after the step (`shared` tokens), and sample their first token from
-    the same logits, unless they have labels to score.
-    """
-
-    sequence: Sequence
-    start: int
-    length: int
-    reused: list[BlockCopy] = field(default_factory=list)
-    forks: list[Sequence] = field(default_factory=list)
-
-    @property
-    def stop(self) -> int:
-        """End of the range, exclusive."""
-        return self.start + self.length
-
-    @property
-    def shared(self) -> int:
-        """Number of tokens whose keys and values the forks copy."""
-        return min(self.stop, self.sequence.prompt_length)
-
-    @property
-    def scored(self) -> int:
-        """Number of the chunk's tokens behind which log-probabilities are asked for."""
-        first = self.sequence.first_scored
-        return 0 if first is None else max(0, self.stop - max(self.start, first))
-
-    @property
-    def completes(self) -> bool:
-        """Whether the chunk reaches the sequence's end, so that a token is sampled."""
-        return self.stop == len(self.sequence.tokens)
-
-
-@dataclass(slots=True)
-class StepPlan:
-    """One step: the chunks to compute, decoding ones first, and the sequences preempted for them.
-
-    The first `decodes` chunks decode: one token each, or a few that a grammar forced. `kept` are
-    blocks of preempted sequences to copy into the prefix cache, before their keys and values are
-    freed and before any chunk is computed.
-    """
-
-    chunks: list[Chunk] = field(default_factory=list)
-    decodes: int = 0
-    preempted: list[Sequence] = field(default_factory=list)
-    kept: list[BlockCopy] = field(default_factory=list)
-
-    @property
-    def prompts(self) -> list[Chunk]:
-        """All chunks but the decoding ones."""
-        return self.chunks[self.decodes :]
-
-    @property
-    def decode_tokens(self) -> int:
-        """Tokens of the decoding chunks."""
-        return sum(chunk.length for chunk in self.chunks[: self.decodes])
-
-    @property
-    def prompt_tokens(self) -> int:
-        """Tokens of all chunks but the decoding ones."""
-        return sum(chunk.length for chunk in self.prompts)
 
 
 class Scheduler:
@@ -117,8 +57,11 @@ class Scheduler:
         self.max_step_tokens = max_step_tokens
         self.pacer = pacer or StepPacer()
         self.running: list[Sequence] = []
-        self.waiting: deque[Sequence] = deque()
+        self.counters = TokenCounters()
+        self.waiting = WaitingQueue(self.counters)
         self.preemptions = 0
+        self._allotted: dict[str, Share] | None = None
+        self._tenants = Tenants(self.running, self.waiting, budget, max_running)
 
     @property
     def idle(self) -> bool:
@@ -127,15 +70,27 @@ class Scheduler:
 
     def add(self, sequence: Sequence) -> None:
         """Queue a new sequence."""
-        self.waiting.append(sequence)
+        self.waiting.push(sequence)
 
     def requeue(self, sequences: Iterable[Sequence]) -> None:
-        """Queue sequences of requests that came earlier; the queue stays in order of arrival."""
-        self.waiting = deque(sorted((*sequences, *self.waiting), key=_arrival))
+        """Queue sequences of requests that came earlier; each gets its turn by its arrival."""
+        for sequence in sequences:
+            self.waiting.push(sequence)
+
+    def turn(self, sequence: Sequence) -> tuple[float, int, int, int]:
+        """What sorts sequences of all tenants, the one that goes first to the front."""
+        return self.counters.served(sequence.request.tenant), *turn(sequence)
 
     def schedule(self) -> StepPlan:
         """Choose the next step's chunks; empty only when idle."""
         plan = StepPlan()
+        order = list(self.running)  # a copy, because forks join
+        self._allotted = None
+        self._tenants.begin_step()
+        if self._tenants.several:
+            self._seat(plan)
+            self._allotted = self._allot()
+            order = sorted(self.running, key=self.turn)
         self._schedule_decodes(plan)
         plan.decodes = len(plan.chunks)
         decode_tokens = plan.decode_tokens
@@ -143,24 +98,36 @@ class Scheduler:
             self.max_step_tokens - decode_tokens,
             self.pacer.prompt_tokens(decode_tokens, self._prompts()),
         )
-        for sequence in list(self.running):  # a copy, because forks join
-            if tokens_left and not sequence.decoding:
-                tokens_left -= self._schedule_prompt(plan, sequence, tokens_left)
+        for sequence in order:
+            if sequence.status is not Status.RUNNING or sequence.decoding:
+                continue
+            if limit := self._prompt_limit(sequence, tokens_left):
+                tokens_left -= self._schedule_prompt(plan, sequence, limit)
         for chunk in plan.chunks[: plan.decodes]:
             # Only now: forks of this step are neither preempted nor computed in it.
             self._fork(chunk)
-        while tokens_left and self.waiting and self._admit(self.waiting[0], plan):
-            sequence = self.waiting.popleft()
-            tokens_left -= self._schedule_prompt(plan, sequence, tokens_left)
+        # After a preemption in this step the freed blocks belong to the sequences that run.
+        while not plan.preempted and (head := self.waiting.head) is not None:
+            limit = self._prompt_limit(head, tokens_left)
+            if not limit or not self._admit(head):
+                break
+            tokens_left -= self._schedule_prompt(plan, head, limit)
         return plan
 
     def after(self, sequences: Iterable[Sequence]) -> list[Chunk]:
         """Chunks of the step after one whose tokens are not known yet, for `sequences` that go on.
 
         Empty if something else has to be decided first: which sequence starts, which prompt goes
-        on, which sequence is preempted, or which tokens a grammar allows.
+        on, which sequence is preempted or rests, or which tokens a grammar allows.
         """
-        if self.waiting and self._may_start(self.waiting[0]):
+        head = self.waiting.head
+        if head is not None and self._may_start(head):
+            return []
+        if self._tenants.several and (
+            self._allotted is not None
+            or (head is not None and self._tenants.displaced_by(head) is not None)
+            or self._allot() is not None
+        ):
             return []
         if not all(sequence.decoding and not sequence.grammar for sequence in self.running):
             return []
@@ -169,13 +136,20 @@ class Scheduler:
         return chunks if roomy else []
 
     def advance(self, plan: StepPlan) -> None:
-        """Record that the plan's tokens have been computed."""
-        for chunk in plan.chunks:
+        """Record that the plan's tokens have been computed, and charge them to their tenants.
+
+        Tokens that were reused are not charged, nor those that a preemption made necessary again.
+        """
+        for index, chunk in enumerate(plan.chunks):
+            sequence, stop = chunk.sequence, chunk.stop
+            if (tokens := stop - max(chunk.start, sequence.charged)) > 0:
+                cost = DECODE_COST if index < plan.decodes else PROMPT_COST
+                self.counters.charge(sequence.request.tenant, tokens * cost)
             if chunk.reused and self.cache is not None:
-                first = chunk.sequence
-                self.cache.count_hit(first.keys, first.computed, chunk.start)
-                first.cached += max(0, min(chunk.start, first.prompt_length) - first.computed)
-            chunk.sequence.computed = chunk.stop
+                self.cache.count_hit(sequence.keys, sequence.computed, chunk.start)
+                reused = min(chunk.start, sequence.prompt_length) - sequence.computed
+                sequence.cached += max(0, reused)
+            sequence.computed = stop
             for fork in chunk.forks:
                 fork.computed = chunk.shared
 
@@ -198,10 +172,13 @@ class Scheduler:
         """Remove a running or waiting sequence and free its blocks; it may be called again."""
         if sequence.status is Status.RUNNING:
             self.running.remove(sequence)
-        elif sequence.status is Status.WAITING and sequence in self.waiting:
-            self.waiting.remove(sequence)
+        elif sequence.status is Status.WAITING:
+            self.waiting.discard(sequence)
         sequence.status = Status.FINISHED
         self.budget.release(sequence)
+        if self.idle:
+            self.counters.clear()
+            self._tenants.clear()
 
     def check_integrity(self, *, idle: bool = False) -> None:
         """Raise AssertionError if queues and budget disagree, or if `idle` and anything is left."""
@@ -217,11 +194,17 @@ class Scheduler:
     def _schedule_decodes(self, plan: StepPlan) -> None:
         # Forced tokens are computed together as far as every sequence has room for one.
         spare = self.max_step_tokens - sum(sequence.decoding for sequence in self.running)
-        for sequence in sorted(self.running, key=_arrival):
+        key = self.turn if self._tenants.several else turn
+        for sequence in sorted(self.running, key=key):
             if sequence.status is not Status.RUNNING or not sequence.decoding:
                 continue
+            if self._allotted is not None:
+                share = self._allotted[sequence.request.tenant]
+                if not share.decodes:
+                    continue  # it rests
+                share.decodes -= 1
             while not self.budget.reserve(sequence, len(sequence.tokens)):
-                victim = max(self.running, key=_arrival)
+                victim = max(self.running, key=self.turn)
                 self._preempt(victim, plan)
                 if victim is sequence:
                     break
@@ -234,6 +217,13 @@ class Scheduler:
         """Number of sequences that could compute prompt tokens now if blocks suffice."""
         admissible = min(len(self.waiting), self.max_running - len(self.running))
         return admissible + sum(not sequence.decoding for sequence in self.running)
+
+    def _prompt_limit(self, sequence: Sequence, tokens_left: int) -> int:
+        """The most prompt tokens that a sequence may compute of those that the step has left."""
+        if self._allotted is None:
+            return tokens_left
+        share = self._allotted.get(sequence.request.tenant)
+        return 0 if share is None else min(tokens_left, share.prompt_tokens)
 
     def _schedule_prompt(self, plan: StepPlan, sequence: Sequence, limit: int) -> int:
         start, reused = sequence.computed, []
@@ -257,6 +247,8 @@ class Scheduler:
                 return 0
         chunk = Chunk(sequence, start, min(len(sequence.tokens) - start, limit), reused)
         plan.chunks.append(chunk)
+        if self._allotted is not None:
+            self._allotted[sequence.request.tenant].prompt_tokens -= chunk.length
         self._fork(chunk)
         return chunk.length
 
@@ -283,16 +275,15 @@ class Scheduler:
             rest = [] if admitted else [heir]
         self.requeue(rest)
 
-    def _admit(self, sequence: Sequence, plan: StepPlan) -> bool:
-        # After a preemption in this step the freed blocks belong to the sequences that run.
-        if plan.preempted:
-            return False
+    def _admit(self, sequence: Sequence) -> bool:
+        """Let the sequence whose turn is next run, if there is room."""
         keys = []
         if self.cache is not None and sequence.reusable:
             keys = sequence.block_keys(sequence.reusable)
             self.cache.find(keys)  # marks them as used: making room must not evict them
         if not self._make_room(sequence):
             return False
+        self.waiting.pop(sequence)
         if self.cache is not None:
             self.cache.count_query(sequence.keys, len(keys) * BLOCK_TOKENS)
         return True
@@ -311,11 +302,33 @@ class Scheduler:
             sequence, len(sequence.tokens) + 1
         )
 
+    def _allot(self) -> dict[str, Share] | None:
+        """What each tenant may take of the next step; None if all get what they want."""
+        times = self.pacer.times()
+        if times is None:
+            return None
+        head = self.waiting.head
+        places = self.max_running - len(self.running) if head and self._may_start(head) else 0
+        wanted = self._tenants.wanted(places, self.pacer.mixed_tokens)
+        decodes = sum(share.decodes for share in wanted.values())
+        return allot(wanted, self.pacer.prompt_tokens(decodes, self._prompts()), times)
+
+    def _seat(self, plan: StepPlan) -> None:
+        """Admit sequences of tenants below their share before the others go on."""
+        while (head := self.waiting.head) is not None and self._tenants.below_share(head):
+            while not self._may_start(head):
+                displaced = self._tenants.displaced_by(head)
+                if displaced is None:
+                    return
+                self._preempt(displaced, plan)
+            self._admit(head)
+
     def _preempt(self, sequence: Sequence, plan: StepPlan) -> None:
         self.running.remove(sequence)
         self.budget.release(sequence)
         plan.kept += self.keep(sequence)
         sequence.status = Status.WAITING
+        sequence.charged = max(sequence.charged, sequence.computed)
         sequence.computed = sequence.cached = 0
         self.requeue([sequence])
         plan.preempted.append(sequence)
@@ -329,7 +342,3 @@ def _will_keep(sequence: Sequence, block: int, key: bytes) -> bool:
     keys = sequence.block_keys((block + 1) * BLOCK_TOKENS)
     no_token = sequence.request.sampling.max_tokens == 0
     return keys[block] == key and not (no_token and block >= sequence.keys.base)
-
-
-def _arrival(sequence: Sequence) -> tuple[int, int]:
-    return sequence.order, sequence.choice

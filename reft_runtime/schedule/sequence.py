@@ -31,9 +31,10 @@ class Sequence:
     """One choice of a request on its way through the engine.
 
     `tokens` are the prompt's and the generated ids; the keys and values of the first `computed`
-    of them are stored, and `cached` prompt tokens of these came from the prefix cache. `order` is
-    the order of arrival. The choice that `leads` computes and scores the request's prompt; until
-    then the other choices wait in its `unforked`, because they copy what it computed.
+    of them are stored, and `cached` prompt tokens of these came from the prefix cache. The first
+    `charged` of them were computed before a preemption, and are not charged to the tenant again.
+    `order` is the order of arrival. The choice that `leads` computes and scores the request's
+    prompt; until then the other choices wait in its `unforked`, because they copy what it computed.
     `decode_edits` are the interventions that edit generated tokens. `grammar` says which token may
     come after `tokens`; None if any. The sequences of a request with labels begin with the tokens
     of a path each (see `LabelTree`) behind the prompt; these are computed and edited as generated
@@ -46,6 +47,7 @@ class Sequence:
     tokens: list[int]
     computed: int = 0
     cached: int = 0
+    charged: int = 0
     status: Status = Status.WAITING
     leads: bool = False
     unforked: list[Sequence] = field(default_factory=list)
@@ -127,7 +129,9 @@ class Sequence:
 
         There are more where a grammar forced some.
         """
-        return self.computed >= self.prompt_length and 0 < self.remaining <= 1 + MOST_FORCED
+        computed = self.computed  # asked for often: not by way of the properties above
+        left = len(self.tokens) - computed
+        return 0 < left <= 1 + MOST_FORCED and computed >= len(self.request.prompt)
 
 
 def sequences_of(request: Request, order: int) -> Sequence:

@@ -241,7 +241,7 @@ class LocalBackend:
             interventions,
             engine=self._engine,
             model=settings.model,
-            folder=settings.interventions,
+            folder=next(iter(settings.folders), None),
             dtype=settings.dtype,
             threads=settings.threads,
             base=False,

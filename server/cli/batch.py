@@ -15,7 +15,7 @@ import httpx
 
 from reft_runtime.errors import ConfigError
 from reft_runtime.interventions.format.strict_json import load_strict
-from reft_runtime.reaching import key_refused, reaching
+from reft_runtime.reaching import checked, reaching
 
 PATHS = ("/v1/chat/completions", "/v1/completions", "/v1/responses")
 """What a line may ask."""
@@ -135,7 +135,7 @@ async def _answer(
     async with under_way:
         response = await _sent(client, line)
     if response.status_code in (401, 403):
-        raise key_refused(response)
+        checked(response)
     try:
         body = response.json()
     except ValueError:

@@ -19,10 +19,14 @@ from server.cli import classify as classify_cli
 from server.cli import compare as compare_cli
 from server.cli import evaluation as evaluation_cli
 from server.cli import files as files_cli
+from server.cli import keys as keys_cli
+from server.cli import memory as memory_cli
 from server.cli import remote as remote_cli
 from server.cli import run as run_cli
 from server.cli import training as training_cli
 from server.cli import transfers as transfer_cli
+from server.cli import usage as usage_cli
+from server.cli import whoami as whoami_cli
 from server.cli.applied import read_asked, resolve, start_engine, telling_templates
 from server.cli.options import LOCAL_SETTINGS, MaxTokens, Prompt, Seed, Temperature, with_settings
 from server.cli.tables import trace_table
@@ -43,11 +47,15 @@ app.add_typer(chat_cli.app)
 app.add_typer(compare_cli.app)
 app.add_typer(classify_cli.app)
 app.add_typer(remote_cli.app)
+app.add_typer(memory_cli.app)
+app.add_typer(usage_cli.app)
+app.add_typer(whoami_cli.app)
 app.add_typer(transfer_cli.app)
 app.add_typer(training_cli.app)
 app.add_typer(evaluation_cli.app)
 app.add_typer(files_cli.app)
 app.add_typer(run_cli.app)
+app.add_typer(keys_cli.app, name="key")
 
 
 def main() -> None:
@@ -113,11 +121,14 @@ def _reft(
 def serve(**options: Any) -> None:
     """Serve a model and its interventions over HTTP."""
     settings = load_settings(options)
-    from server.lifecycle import listen, run, tell_address
+    from server.lifecycle import check_exposure, listen, run, tell_address
     from server.logs import configure_logging
+    from server.tenants.keys import Keys
 
     configure_logging(settings)
+    Keys.of(settings)  # what is wrong is told before the model is loaded, which may take minutes
     with listen(settings.host, settings.port) as listener:
+        check_exposure(listener, settings)
         tell_address(listener)
         raise SystemExit(run(start_engine(settings), settings, listener))
 

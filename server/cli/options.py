@@ -136,6 +136,8 @@ def _option(name: str) -> inspect.Parameter:
     kind: Any = field.annotation
     if get_origin(kind) is UnionType:
         kind = get_args(kind)[0]
+    if get_origin(kind) is tuple:  # given several times
+        kind = list[get_args(kind)[0]]  # type: ignore[misc]
     notes = [f"env: REFT_{name.upper()}"]
     if field.default not in (None, PydanticUndefined):
         notes.append(f"default: {field.default}")

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 from rich.live import Live
 
-from reft_runtime.client import Server
+from reft_runtime.client import Body, Server
 from reft_runtime.display.text import aligned
 from reft_runtime.errors import ConfigError, did_you_mean
 from reft_runtime.interventions.registry.paging import SORTS
@@ -66,12 +66,14 @@ def list_(
             " ".join(entry["manifest"]["description"].split()),
             " ".join(entry["kinds"]),
             _layers(entry["layers"]),
+            _place(entry),
             size(entry["size_bytes"]),
             f"{entry['requests']:,}",
         )
         for entry in entries
     ]
-    columns = {"name": "whole", "description": "cut", "kinds": "whole", "layers": "whole"}
+    columns = {"name": "whole", "description": "cut"}
+    columns |= dict.fromkeys(("kinds", "layers", "tier"), "whole")
     if rows:
         console().print(table({**columns, "size": "right", "requests": "right"}, rows))
     else:
@@ -101,6 +103,7 @@ def show(name: Name, url: Url = LOCAL_URL, api_key: ApiKey = None, as_json: AsJs
         ("parameters", f"{entry['parameters']:,} ({entry['share']:.4%} of the base model's)"),
         ("template", (manifest["template"] or "").replace("\n", "\\n")),
         ("metrics", json.dumps(manifest["metrics"]) if manifest.get("metrics") else ""),
+        ("tier", _place(entry)),
         ("requests", f"{entry['requests']:,} since the start, {entry['in_flight']:,} in flight"),
         ("problem", entry["problem"] or ""),
     ]
@@ -203,6 +206,11 @@ def ps(
                 live.update(overview(server.stats(), busy(server)), refresh=True)
     except KeyboardInterrupt:
         return
+
+
+def _place(entry: Body) -> str:
+    """Where an intervention's tensors are, and whether they stay there."""
+    return f"{entry['tier']}, pinned" if entry["pinned"] else str(entry["tier"])
 
 
 def _layers(layers: list[int]) -> str:

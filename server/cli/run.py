@@ -118,7 +118,7 @@ async def _asked(
         async with server.async_client() as client:
             yield client, CONCURRENCY
         return
-    settings = load_settings(options).model_copy(update={"api_key": None})
+    settings = load_settings(options).model_copy(update={"api_key": None, "keys": None})
     engine = start_engine(settings)
     try:
         from server.app import create_app

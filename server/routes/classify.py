@@ -13,8 +13,9 @@ from reft_runtime.outputs import Classification
 from server.answers import AT_ONCE_TOKENS, EngineAnswer
 from server.body import json_body
 from server.context import Current
-from server.generation import Job, Run, opened, prepare_labels
-from server.openapi import takes
+from server.generation import Job, Run, opened
+from server.openapi import limited, takes
+from server.preparation import prepare_labels
 from server.schemas.classify import ClassifyRequest
 from server.streaming import json_bytes
 
@@ -25,7 +26,7 @@ class ClassifyAnswer(EngineAnswer):
     """The response of the route: an object with an entry for each prompt."""
 
     async def _respond(self, job: Job, scope: Scope, receive: Receive, send: Send) -> None:
-        with opened(self._context, job) as run:
+        async with opened(self._context, job) as run:
             scope["state"]["run"] = run
             await run.collect()
         size = sum(len(one.labels) for one in job.prepared)
@@ -58,7 +59,7 @@ def _written(run: Run) -> bytes:
     )
 
 
-@router.post("/v1/classify", openapi_extra=takes(ClassifyRequest))
+@router.post("/v1/classify", openapi_extra=takes(ClassifyRequest), responses=limited())
 async def classify(
     request: Request,
     context: Current,

@@ -14,5 +14,5 @@ router = APIRouter(prefix="/v1/interventions", tags=["interventions"])
 
 @router.get("/{name}/file", response_class=Response, responses=sends_file())
 async def get_file(context: Current, name: str) -> Response:
-    """The safetensors file of `NAME` or `NAME@DIGEST`, as it was uploaded or lies in the folder."""
+    """The safetensors file of `NAME` or `NAME@DIGEST`, as it was uploaded or lies in its source."""
     return Download(context, name)

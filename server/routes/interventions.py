@@ -56,7 +56,7 @@ async def list_interventions(
     ] = None,
     sort: Annotated[Sort | None, Query(description="Order; by default by name.")] = None,
 ) -> Response:
-    """List the interventions, and the reasons why files of the folder are not served.
+    """List the interventions, and the reasons why files of the sources are not served.
 
     Without parameters all are listed, by name. With any parameter the answer is one page, of at
     most `limit` (by default 100) of those whose name or description contains `q`. `after` is the
@@ -65,9 +65,7 @@ async def list_interventions(
     line, more = partial(entry_fields, context), partial(_problems, context)
     if all(given is None for given in (limit, after, q, sort)):
         return listing(context, line, more=more)
-    asked = partial(
-        context.engine.registry.page, q or "", sort or "name", after, limit or DEFAULT_PAGE
-    )
+    asked = partial(context.registry.page, q or "", sort or "name", after, limit or DEFAULT_PAGE)
     return await page(request, context, asked, line, more)
 
 
@@ -79,7 +77,7 @@ async def list_interventions(
 async def get_intervention(request: Request, context: Current, name: str) -> Response:
     """One intervention; 304 without a body if `If-None-Match` names the version that is served."""
     tags = _tags(request, "if-none-match", weak=True)
-    entry = await context.administer(context.engine.registry.entry, name)
+    entry = await context.administer(context.registry.entry, name)
     if {entry.digest, "*"} & set(tags or ()):
         return Response(status_code=304, headers=etag(entry))
     return entry_answer(context, entry)
@@ -98,16 +96,16 @@ async def put_intervention(request: Request, context: Current, name: str) -> Res
     `If-Match: "DIGEST"` the file is served only if that condition holds; else the answer is 412.
     """
     sha256, expected = _declared_sha256(request), expected_digests(request)
-    registry = context.engine.registry
+    registry = context.registry
     file = await unless_left(context.administer(registry.incoming), lambda file: file.discard())
     try:
         await receive_file(request, file, MAX_FILE_BYTES)
         begun = time.monotonic()
-        entry, created = await context.administer(registry.put, name, file, sha256, expected)
+        change = await context.administer(registry.put, name, file, sha256, expected)
     finally:
         file.discard()
     context.metrics.loaded(name, time.monotonic() - begun)
-    return entry_answer(context, entry, 201 if created else 200)
+    return entry_answer(context, change.entry, 201 if change.before is None else 200)
 
 
 @router.delete("/{name}")
@@ -117,12 +115,12 @@ async def delete_intervention(request: Request, context: Current, name: str) -> 
     With `If-Match: "DIGEST"` the name is removed only if it stands for that version; else the
     answer is 412.
     """
-    await context.administer(context.engine.registry.remove, name, expected_digests(request))
+    await context.administer(context.registry.remove, name, expected_digests(request))
     return {"id": name, "object": "intervention", "deleted": True}
 
 
 def _problems(context: Context) -> dict[str, Any]:
-    found = sorted(context.engine.registry.unserved().items())
+    found = sorted(context.registry.unserved().items())
     # A client need not know where on this machine a file lies.
     return {"problems": {os.path.basename(file): why for file, why in islice(found, MAX_PROBLEMS)}}
 

@@ -33,7 +33,7 @@ async def list_models(context: Current) -> StreamingResponse:
 async def get_model(context: Current, model: str) -> dict[str, Any]:
     """One model, under any id that a request may use."""
     base = context.engine.info.model
-    version = await asyncio.to_thread(find_model, context.engine, model)
+    version = await asyncio.to_thread(find_model, context, model)
     if version is None:
         return _model(context, base, root=base, parent=None)
     return _model(context, model, root=version.digest, parent=base)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -29,8 +31,25 @@ async def livez(context: Current) -> JSONResponse:
 @public.get("/readyz", responses=UNHEALTHY)
 @public.get("/health", responses=UNHEALTHY)
 async def readyz(context: Current) -> JSONResponse:
-    """Answers 200 while the server is loaded, proven by a first generation, and not draining."""
-    return _health(context.health.status)
+    """Answers 200 while the server is loaded, proven by a first generation, and not draining.
+
+    `sources` and `state` say why sources of interventions, and the state, cannot be reached; what
+    they held is served all the same.
+    """
+    registry = context.registry
+    # Anybody may ask: the number of a source tells no bucket or folder.
+    away = [
+        {"source": source.number, "kind": source.kind, "problem": source.problem}
+        for source in registry.sources()
+        if source.problem is not None
+    ]
+    problems = context.problems()
+    more: dict[str, Any] = {"sources": away} if away else {}
+    if problems:
+        more["problems"] = problems
+    if (problem := registry.state_problem()) is not None:
+        more["state"] = problem
+    return _health(context.health.status, more)
 
 
 @router.get("/version")
@@ -52,5 +71,5 @@ async def openapi(request: Request) -> dict[str, Any]:
     return describe(request.app)
 
 
-def _health(status: str) -> JSONResponse:
-    return JSONResponse({"status": status}, 200 if status == "ok" else 503)
+def _health(status: str, more: Mapping[str, Any] = MappingProxyType({})) -> JSONResponse:
+    return JSONResponse({"status": status, **more}, 200 if status == "ok" else 503)

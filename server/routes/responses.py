@@ -11,7 +11,7 @@ from server.body import body_as
 from server.context import Current
 from server.errors import ApiError
 from server.generation import Job
-from server.openapi import takes
+from server.openapi import limited, takes
 from server.response_events import ResponseWriter
 from server.routes.chat import ChatWriter, plan_chat, prepare_chat
 from server.schemas.responses import ResponsesRequest
@@ -20,7 +20,7 @@ from server.translation import Translation, translated
 router = APIRouter(tags=["openai"])
 
 
-@router.post("/v1/responses", openapi_extra=takes(ResponsesRequest))
+@router.post("/v1/responses", openapi_extra=takes(ResponsesRequest), responses=limited())
 async def create_response(
     request: Request,
     context: Current,

@@ -27,7 +27,7 @@ def _stats(context: Context) -> dict[str, Any]:
     engine, metrics = context.engine, context.metrics
     info, now = engine.info, engine.stats()
     prompt, generated = context.rates.until(now)
-    tiers = engine.registry.tiers()
+    tiers = context.registry.tiers()
     return {
         "object": "stats",
         "version": VERSION,
@@ -51,8 +51,8 @@ def _stats(context: Context) -> dict[str, Any]:
         "interventions": {
             "registered": sum(tiers.values()),
             "loaded": tiers["host"],
-            "waiting": engine.registry.waiting(),
-            "bytes": engine.registry.held_bytes(),
+            "waiting": context.registry.waiting(),
+            "bytes": context.registry.held_bytes(),
             "max_bytes": info.intervention_bytes,
         },
         "finished": dict.fromkeys(OUTCOMES, 0) | metrics.outcomes(),

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from fastapi import APIRouter, Depends
 
 from reft_runtime.errors import InvalidRequest
+from server.auth import caller_of
 from server.body import json_body
 from server.context import Current
 from server.openapi import takes
@@ -34,9 +35,13 @@ async def tokenize(
         if body.messages is not None:
             asked = [message.as_turn() for message in body.messages]
             options = context.tools.options(body.options(tokenizer.switches), body.tools)
-        with selected(engine, body.model or engine.info.model) as uses:
+        with selected(context, body.model or engine.info.model) as uses:
             tokens = engine.admission.encode(
-                asked, uses, options=options, add_special_tokens=body.add_special_tokens
+                asked,
+                uses,
+                options=options,
+                add_special_tokens=body.add_special_tokens,
+                caller=caller_of(context),
             )
         written: dict[str, Any] = {
             "tokens": tokens,
@@ -67,7 +72,7 @@ async def detokenize(
         raise InvalidRequest(f"tokens: ids must be below {size}.", param="tokens")
 
     def work() -> str:
-        find_model(engine, body.model or engine.info.model)
+        find_model(context, body.model or engine.info.model)
         return engine.tokenizer.decode(body.tokens, skip_special_tokens=body.skip_special_tokens)
 
     return {"prompt": await asyncio.to_thread(work)}

@@ -26,7 +26,7 @@ Rollback = Annotated[RollbackRequest, Depends(json_body(RollbackRequest, require
 @router.get("/{name}/versions")
 async def list_versions(context: Current, name: str) -> dict[str, Any]:
     """All versions of a name that requests can use, the current one first."""
-    versions = await context.administer(context.engine.registry.versions_of, name)
+    versions = await context.administer(context.registry.versions_of, name)
     return {"object": "list", "data": [version_fields(version) for version in versions]}
 
 
@@ -43,10 +43,10 @@ async def roll_back(request: Request, context: Current, name: str, body: Rollbac
     """
     expected = expected_digests(request)
     begun = time.monotonic()
-    rollback = context.engine.registry.rollback
-    entry = await context.administer(rollback, name, body.digest, expected)
+    rollback = context.registry.rollback
+    change = await context.administer(rollback, name, body.digest, expected)
     context.metrics.loaded(name, time.monotonic() - begun)
-    return entry_answer(context, entry)
+    return entry_answer(context, change.entry)
 
 
 @router.post("/{name}/pin", response_model=None)
@@ -55,16 +55,18 @@ async def pin(context: Current, name: str) -> Response:
 
     It stays pinned when it is replaced, and with a state folder over restarts.
     """
-    return entry_answer(context, await context.administer(context.engine.registry.pin, name))
+    change = await context.administer(context.registry.pin, name)
+    return entry_answer(context, change.entry)
 
 
 @router.post("/{name}/unpin", response_model=None)
 async def unpin(context: Current, name: str) -> Response:
     """Let the tensors of this name be evicted again; they stay in memory while there is room."""
-    return entry_answer(context, await context.administer(context.engine.registry.unpin, name))
+    change = await context.administer(context.registry.unpin, name)
+    return entry_answer(context, change.entry)
 
 
 @router.post("/{name}/warm", response_model=None)
 async def warm(context: Current, name: str) -> Response:
     """Read the tensors of this name now, so that no request has to wait for them."""
-    return entry_answer(context, await context.administer(context.engine.registry.warm, name))
+    return entry_answer(context, await context.administer(context.registry.warm, name))

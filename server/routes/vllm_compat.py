@@ -25,11 +25,11 @@ _FIELDS = {"name": "lora_name", "path": "lora_path"}
 async def load_lora_adapter(
     context: Current, body: Annotated[LoadRequest, Depends(json_body(LoadRequest))]
 ) -> PlainTextResponse:
-    """Serve a file inside the configured folder under a name."""
+    """Serve a file inside the configured sources under a name."""
     begun = time.monotonic()
     with _vllm_fields():
         await context.administer(
-            context.engine.registry.load, body.lora_name, body.lora_path, body.load_inplace
+            context.registry.load, body.lora_name, body.lora_path, body.load_inplace
         )
     context.metrics.loaded(body.lora_name, time.monotonic() - begun)
     return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' added successfully.")
@@ -41,7 +41,7 @@ async def unload_lora_adapter(
 ) -> PlainTextResponse:
     """Stop serving a name."""
     with _vllm_fields():
-        await context.administer(context.engine.registry.remove, body.lora_name)
+        await context.administer(context.registry.remove, body.lora_name)
     return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' removed successfully.")
 
 

@@ -8,7 +8,7 @@ from server.schemas.base import RequestBody
 
 
 class LoadRequest(RequestBody):
-    """Serve the file at `lora_path`, inside the configured folder, as `lora_name`."""
+    """Serve the file at `lora_path`, inside the configured sources, as `lora_name`."""
 
     lora_name: str = Field(min_length=1, max_length=64)
     lora_path: str = Field(min_length=1, max_length=4096)

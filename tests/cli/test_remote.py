@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +20,7 @@ from reft_runtime.reaching import NotServed, Unreachable
 from server.cli import main as cli
 from server.cli.backend import RemoteBackend
 from server.settings import Settings
+from server.tenants.keys import new_key
 from tests.e2e.conftest import served
 from tests.http.fake_engine import FakeEngine
 from tests.interventions.make import BASE, file_bytes
@@ -59,7 +61,7 @@ def test_the_listing_pages_searches_and_sorts(
         engine.registry.put(f"more-{number}", file_bytes(number))
     listed = reft(url, "ls")
     head, *lines = listed.stdout.splitlines()
-    assert head.split() == ["name", "description", "kinds", "layers", "size", "requests"]
+    assert head.split() == ["name", "description", "kinds", "layers", "tier", "size", "requests"]
     assert [line.split()[0] for line in lines] == ["more-0", "more-1", "more-2", "one", "two"]
     assert "The one [bold]of them." in lines[3]
     backwards = json.loads(reft(url, "ls", "--sort", "-name", "--json").stdout)
@@ -133,6 +135,7 @@ def test_an_upload_is_told_though_another_comes_at_once(
     put = engine.registry.put
 
     def twice(name: str, *rest: Any) -> Any:
+        monkeypatch.setattr(engine.registry, "put", put)  # which calls itself
         result = put(name, *rest)
         put(name, file_bytes(9))
         return result
@@ -233,3 +236,82 @@ def test_keys_and_addresses(engine: Any) -> None:
     assert "reft serve" in refused(url, Unreachable, "ls")
     assert "no answer from http://[::" in refused("http://[::", Unreachable, "ls")
     assert "write it with its scheme, http://here:8000" in refused("here:8000", ConfigError, "ls")
+
+
+def test_pinned_and_warm(url: str, engine: Any) -> None:
+    one, two = (f"{name}: pinned, 1.1 kB" for name in ("one", "two"))
+    assert reft(url, "pin", "two", "one", "two").stdout.splitlines() == [two, one]
+    listed = [line.split()[-5:-3] for line in reft(url, "ls").stdout.splitlines()[1:]]
+    assert listed == [["host,", "pinned"]] * 2
+    assert "\ntier         host, pinned\n" in reft(url, "show", "one").stdout
+    [entry] = json.loads(reft(url, "unpin", "one", "--json").stdout)
+    assert (entry["id"], entry["pinned"]) == ("one", False)
+    assert reft(url, "unpin", "two").stdout == "two: not pinned, 1.1 kB\n"
+    assert reft(url, "warm", "one").stdout == "one: in memory, 1.1 kB\n"
+    assert "Did you mean `two`?" in refused(url, NotServed, "pin", "twoo")
+
+
+TEAM = """
+[tenants.team-a]
+keys = ["{}"]
+interventions = ["one"]
+upload = true
+requests_per_minute = 1
+limits.max_tokens = 512
+"""
+
+
+def test_a_tenant_is_told_who_it_is_and_what_it_may_not_do(engine: Any, tmp_path: Path) -> None:
+    key, hashed = new_key()
+    file = tmp_path / "keys.toml"
+    file.write_text(TEAM.format(hashed))
+    with served(engine, Settings(keys=file, api_key=SecretStr("owner"))) as url:
+        mine = ("--api-key", key)
+        assert reft(url, "whoami", *mine).stdout.splitlines() == [
+            "tenant      team-a",
+            "role        user",
+            "sees        one team-a.*",
+            "changes     team-a.*",
+            "limits      1 requests a minute, max_tokens 512",
+            "base model  tiny",
+        ]
+        owner = reft(url, "whoami", "--api-key", "owner").stdout
+        assert "changes     what it sees\nlimits      none\n" in owner
+        assert json.loads(reft(url, "whoami", *mine, "--json").stdout)["tenant"] == "team-a"
+        for command in (["pin", "one"], ["rm", "-y", "one"], ["ps"], ["usage"]):
+            assert refused(url, ConfigError, *command, *mine).startswith(
+                "api_key: this key may not do that. "
+            )
+        # A user's commands find the base model's name without what is for admins.
+        asked = ("compare", "Hi", "-i", "one", "--max-tokens", "2", *mine)
+        assert re.fullmatch(
+            r"api_key: This key may send 1 requests a minute\. Send this one again in \d+ s\.",
+            refused(url, ConfigError, *asked),
+        )
+
+
+def test_usage(url: str, engine: Any) -> None:
+    nothing = reft(url, "usage", "--from", "2024-01-01", "--to", "2024-01-31")
+    assert (nothing.exit_code, nothing.stdout) == (0, "")
+    assert nothing.stderr.splitlines() == [
+        "Nothing was used from 2024-01-01 to 2024-01-31.",
+        "Counted in memory since the server's start: it has no --state-dir.",
+    ]
+    for model in ("tiny", "one", "one"):
+        body = {"model": model, "prompt": "Hello", "max_tokens": 4}
+        Server(url).ask([("/v1/completions", body)])
+    shown = [line.split() for line in reft(url, "usage").stdout.splitlines()]
+    assert shown == [
+        ["tenant", "requests", "prompt", "cached", "generated"],
+        ["(owner)", "3", "15", "6", "12"],
+        ["total", "3", "15", "6", "12"],
+    ]
+    by = reft(url, "usage", "--by", "intervention,day", "--tenant", "(owner)").stdout.splitlines()
+    assert by[0].split()[:2] == ["day", "intervention"]
+    assert [line.split()[1:] for line in by[1:3]] == [
+        ["(base)", "1", "5", "2", "4"],
+        ["one", "2", "10", "4", "8"],
+    ]
+    found = json.loads(reft(url, "usage", "--by", "intervention", "--json").stdout)
+    assert [row["requests"] for row in found["data"]] == [1, 2]
+    assert "day, tenant and intervention" in refused(url, ConfigError, "usage", "--by", "week")

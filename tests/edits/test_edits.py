@@ -10,8 +10,8 @@ from torch import nn
 
 from reft_runtime.edits.sites import Site
 from reft_runtime.edits.step import OnDevice, StepEdits
+from reft_runtime.schedule.plan import Chunk
 from reft_runtime.schedule.request import AppliedIntervention, Request
-from reft_runtime.schedule.scheduler import Chunk
 from reft_runtime.schedule.sequence import sequences_of
 from tests.helpers.models import (
     HIDDEN,

@@ -14,7 +14,7 @@ from reft_runtime.engine.device_sampler import Batch, Chosen
 from reft_runtime.engine.runner import Launched, Runner, StepResult
 from reft_runtime.engine.settle import OUT_OF_MEMORY
 from reft_runtime.kernels.staging import no_waiting
-from reft_runtime.schedule.scheduler import Chunk
+from reft_runtime.schedule.plan import Chunk
 from tests.helpers.models import (
     DEVICE,
     Answer,

@@ -12,8 +12,8 @@ from torch import Tensor
 from reft_runtime.edits.step import OnDevice, StepEdits
 from reft_runtime.engine.events import Traced
 from reft_runtime.engine.explain import Explanations
+from reft_runtime.schedule.plan import Chunk
 from reft_runtime.schedule.request import Request
-from reft_runtime.schedule.scheduler import Chunk
 from reft_runtime.schedule.sequence import sequences_of
 from tests.helpers.models import HIDDEN, answers, make_core, prompt, request, run, tiny_llama
 from tests.helpers.reference import SHAPES, Applied, RandomEdit, generate_applied

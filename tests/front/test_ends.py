@@ -13,7 +13,7 @@ from reft_runtime import Engine, SamplingParams, Use
 from reft_runtime.caller import Caller
 from reft_runtime.errors import EngineDead, InvalidRequest, OutOfMemory, Overloaded
 from reft_runtime.front.streams import Stream
-from reft_runtime.schedule.scheduler import Chunk
+from reft_runtime.schedule.plan import Chunk
 from tests.front.test_engine import GREEDY, opened
 from tests.helpers.models import prompt, tiny
 from tests.helpers.tokenizer import tiny_tokenizer

@@ -21,8 +21,8 @@ from reft_runtime.interventions import CanonicalEdit, Positions
 from reft_runtime.loading.loader import adopt_model
 from reft_runtime.outputs import TokenLogprob
 from reft_runtime.sampling import SamplingParams
+from reft_runtime.schedule.plan import StepPlan
 from reft_runtime.schedule.request import AppliedIntervention, Request
-from reft_runtime.schedule.scheduler import StepPlan
 from reft_runtime.schedule.sequence import Sequence
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")

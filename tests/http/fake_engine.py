@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, Literal
 
+from reft_runtime.caller import everything
 from reft_runtime.errors import (
     Draining,
     EngineDead,
@@ -23,6 +24,7 @@ from reft_runtime.errors import (
     NotFound,
     Overloaded,
     ReftError,
+    UnknownName,
     did_you_mean,
 )
 from reft_runtime.front.admission import Admission
@@ -42,7 +44,7 @@ from reft_runtime.schedule.request import Request
 
 if TYPE_CHECKING:
     from reft_runtime.interventions import Registry
-    from reft_runtime.interventions.registry.entry import Tier
+    from reft_runtime.interventions.registry.entry import Change, SourceState, Tier
     from reft_runtime.text import Message
 
 ALPHABET = b"abcdefghijklmnopqrstuvwxyz"
@@ -165,6 +167,8 @@ class FakeRegistry:
         self.versions = {version.name: version for version in versions}
         self.tokens: dict[str, tuple[int, int]] = {}
         self.pinned: set[str] = set()
+        self.places: list[SourceState] = []
+        self.state: str | None = None
 
     def resolve(self, ref: str) -> Any:
         name, at, prefix = ref.partition("@")
@@ -185,15 +189,13 @@ class FakeRegistry:
     def release(self, version: Any) -> None:
         version.in_flight -= 1
 
-    def meant(self, ref: str, sees: Callable[[str], bool] = lambda name: True) -> str:
+    def meant(self, ref: str, sees: Callable[[str], bool] = everything) -> str:
         names = [name for name in self.versions if sees(name)]
         return "" if ref.partition("@")[0] in names else did_you_mean(ref, names)
 
     def entry(self, name: str) -> Any:
         if name not in self.versions:
-            raise NotFound(
-                f"The intervention `{name}` does not exist.{self.meant(name)}", param="name"
-            )
+            raise UnknownName(name, self.meant(name))
         version = self.versions[name]
         return SimpleNamespace(
             name=name,
@@ -225,12 +227,20 @@ class FakeRegistry:
     def entries(self) -> list[Any]:
         return [self.entry(name) for name in sorted(self.versions)]
 
-    def pages(self) -> Iterator[list[Any]]:
-        yield self.entries()
+    def pages(self, sees: Callable[[str], bool] = everything) -> Iterator[list[Any]]:
+        yield [entry for entry in self.entries() if sees(entry.name)]
 
-    def page(self, q: str, sort: str, after: str | None, limit: int) -> Any:
+    def page(
+        self,
+        q: str,
+        sort: str,
+        after: str | None,
+        limit: int,
+        sees: Callable[[str], bool] = everything,
+    ) -> Any:
         self.last_page = (q, sort, after, limit)
-        return SimpleNamespace(entries=self.entries()[:limit], total=3, next="next")
+        [entries] = self.pages(sees)
+        return SimpleNamespace(entries=entries[:limit], total=3, next="next")
 
     def open(self, ref: str) -> tuple[Any, io.BytesIO]:
         version = self.resolve(ref)
@@ -244,10 +254,10 @@ class FakeRegistry:
             VersionEntry(entry.digest, "uploaded", 3, 1.5e9, in_flight=0, current=True, kept=True)
         ]
 
-    def rollback(self, name: str, digest: str | None, expected: Any = None) -> Any:
+    def rollback(self, name: str, digest: str | None, expected: Any = None) -> Change:
         entry = self.entry(name)
         self.last_rollback = (name, digest, expected)
-        return entry
+        return _change(entry.digest, entry)
 
     def held_bytes(self) -> int:
         return 1234
@@ -257,6 +267,12 @@ class FakeRegistry:
 
     def tiers(self) -> dict[Tier, int]:
         return {"disk": 0, "host": len(self.versions)}
+
+    def sources(self) -> list[SourceState]:
+        return self.places
+
+    def state_problem(self) -> str | None:
+        return self.state
 
     def unserved(self) -> dict[str, str]:
         return self.problems()
@@ -271,38 +287,44 @@ class FakeRegistry:
     def incoming(self) -> Any:
         return FakeIncoming()
 
-    def put(
-        self, name: str, data: Any, sha256: str | None = None, expected: Any = None
-    ) -> tuple[Any, bool]:
+    def put(self, name: str, data: Any, sha256: str | None = None, expected: Any = None) -> Change:
         self.last_put = (data if isinstance(data, bytes) else data.data, sha256)
-        created = name not in self.versions
+        before = self.versions.get(name)
         self.versions[name] = FakeVersion(name)
-        return self.entry(name), created
+        return _change(None if before is None else before.digest, self.entry(name))
 
-    def load(self, name: str, path: str, replace: bool = False) -> Any:
+    def load(self, name: str, path: str, replace: bool = False) -> Change:
         if name in self.versions and not replace:
             raise InvalidRequest(f"The intervention `{name}` is loaded already.", param="name")
         if path.startswith("/"):
             raise InvalidRequest("The path leads outside the sources.", param="path")
+        before = self.versions.get(name)
         self.versions[name] = FakeVersion(name)
-        return self.entry(name)
+        return _change(None if before is None else before.digest, self.entry(name))
 
-    def pin(self, name: str) -> Any:
+    def pin(self, name: str) -> Change:
         self.entry(name)
         self.pinned.add(name)
-        return self.entry(name)
+        return _change(self.versions[name].digest, self.entry(name))
 
-    def unpin(self, name: str) -> Any:
+    def unpin(self, name: str) -> Change:
         self.entry(name)
         self.pinned.discard(name)
-        return self.entry(name)
+        return _change(self.versions[name].digest, self.entry(name))
 
     def warm(self, name: str) -> Any:
         return self.entry(name)
 
-    def remove(self, name: str, expected: Any = None) -> None:
-        self.entry(name)
+    def remove(self, name: str, expected: Any = None) -> Change:
+        before = self.entry(name).digest
         del self.versions[name]
+        return _change(before, None)
+
+
+def _change(before: str | None, left: Any) -> Change:
+    from reft_runtime.interventions.registry.entry import Change  # loads torch
+
+    return Change(before, left)
 
 
 @dataclass

@@ -6,7 +6,7 @@ import json
 import os
 import sys
 
-from server.lifecycle import listen, run
+from server.lifecycle import check_exposure, listen, run
 from server.logs import configure_logging
 from server.settings import load_settings
 from tests.http.fake_engine import FakeEngine
@@ -18,6 +18,7 @@ def main(engine_options: str, options: str) -> int:
     configure_logging(settings)
     engine = FakeEngine(**json.loads(engine_options))
     with listen(settings.host, settings.port) as listener:
+        check_exposure(listener, settings)
         return run(engine, settings, listener)
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import httpx
 import pytest
 
+from reft_runtime.interventions.registry.entry import SourceState
 from server.metrics import MAX_NAMES
 from tests.http.conftest import completion
 from tests.http.fake_engine import DIGEST, FakeEngine
@@ -114,6 +115,28 @@ async def test_health(client: httpx.AsyncClient, engine: FakeEngine) -> None:
     engine.heartbeat_age = 0.0
     engine.alive = False
     assert (await client.get("/livez")).json() == {"status": "engine not running"}
+
+
+async def test_what_is_away_shows_without_its_address_and_the_server_stays_ready(
+    client: httpx.AsyncClient, engine: FakeEngine
+) -> None:
+    away = "The source is away: access is denied."
+    engine.own.places = [
+        SourceState(1, "folder", "/secret/folder", None),
+        SourceState(2, "s3", "s3://secret/tasks", away),
+    ]
+    engine.own.state = "The state cannot be used now."
+    for path in ("/readyz", "/health"):
+        answer = await client.get(path)
+        assert answer.status_code == 200
+        assert answer.json() == {
+            "status": "ok",
+            "sources": [{"source": 2, "kind": "s3", "problem": away}],
+            "state": "The state cannot be used now.",
+        }
+    lines = (await client.get("/metrics")).text.splitlines()
+    assert 'reft:source_up{source="/secret/folder"} 1.0' in lines
+    assert 'reft:source_up{source="s3://secret/tasks"} 0.0' in lines
 
 
 async def test_not_ready_before_the_canary(app: Any, engine: FakeEngine) -> None:

@@ -186,4 +186,4 @@ async def test_every_task_is_counted(client: httpx.AsyncClient, engine: FakeEngi
     text = (await client.get("/metrics")).text
     assert 'reft:intervention_prompt_tokens_total{intervention="(other)"} 10.0' in text
     assert 'reft:intervention_prompt_tokens_total{intervention="(base)"} 5.0' in text
-    assert last not in text
+    assert f'intervention="{last}"' not in text

@@ -230,6 +230,11 @@ def test_port_in_use() -> None:
     assert ended.returncode == 1
 
 
+def without_times(text: str) -> str:
+    """Metrics without the one whose value is the time of the scrape."""
+    return re.sub(r"^vllm:lora_requests_info.*$", "", text, flags=re.MULTILINE)
+
+
 def test_metrics_port() -> None:
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
@@ -238,7 +243,7 @@ def test_metrics_port() -> None:
         headers = {"authorization": "Bearer sesame", "accept": PROMETHEUS_2}
         ours = httpx.get(f"{server.url}/metrics", headers=headers)
         other = httpx.get(f"http://127.0.0.1:{port}/metrics", headers=headers)
-        assert other.text == ours.text
+        assert without_times(other.text) == without_times(ours.text)
         assert other.headers["content-type"] == ours.headers["content-type"]
         assert "\nreft:num_requests_running 0.0\n" in ours.text
         assert httpx.get(f"http://127.0.0.1:{port}/v1/models").status_code == 404
@@ -292,6 +297,10 @@ def test_headers_are_bounded() -> None:
         ({"dtype": "int3"}, ["--dtype (or REFT_DTYPE): input should be 'auto'"]),
         ({"max_running": 0, "threads": 0}, ["--max-running", "--threads"]),
         ({"drain_seconds": -1}, ["--drain-seconds"]),
+        (
+            {"interventions": ["a", ""]},
+            ["--interventions (or REFT_INTERVENTIONS): give folders or"],
+        ),
     ],
 )
 def test_bad_settings(options: dict[str, Any], lines: list[str]) -> None:
@@ -311,6 +320,47 @@ def test_settings_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     assert settings.api_key is None
     assert settings.engine_options()["max_running"] == 3
     assert "threads" not in settings.engine_options()
+
+
+@pytest.mark.parametrize(
+    ("value", "sources"),
+    [
+        ("a", ("a",)),
+        ("a, s3://bucket/b", ("a", "s3://bucket/b")),
+        ('["a,b", "c"]', ("a,b", "c")),
+        ("", ()),
+    ],
+)
+def test_sources_in_the_environment(
+    value: str, sources: tuple[str, ...], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("REFT_INTERVENTIONS", value)
+    assert load_settings({}).interventions == sources
+    assert load_settings({"interventions": ["x,y", "file:///z", "gs://b"]}).folders == [
+        Path("x,y"),
+        Path("/z"),
+    ]
+
+
+def test_sources_may_be_given_several_times(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    given: list[dict[str, Any]] = []
+
+    def record(model: str, **options: Any) -> None:
+        given.append(options)
+        raise ConfigError("enough")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("REFT_INTERVENTIONS", "z")
+    monkeypatch.setattr("reft_runtime.front.engine.Engine", record)
+    monkeypatch.setattr("server.logs.configure_logging", print)  # it would be for all tests
+    several = ["--interventions", "a,b", "--interventions", "s3://bucket/c"]
+    for arguments in (several, []):
+        with pytest.raises(ConfigError, match="enough"):
+            app(["serve", "--port", "0", *arguments], standalone_mode=False)
+    assert [options["interventions"] for options in given] == [("a,b", "s3://bucket/c"), ("z",)]
 
 
 def test_the_prefix_cache_can_be_turned_off(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,7 +6,7 @@ import asyncio
 import os
 import shutil
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -167,7 +167,7 @@ async def test_listings_have_many_parts(
     assert body["data"][0] == (await client.get("/v1/interventions/a")).json()
     for name in names[1:]:
         registry.remove(name)
-    os.unlink(registry._folders._found["a"].path)
+    os.unlink(registry._folders._found["a"].where)
     registry.scan()
     assert (await client.get("/v1/interventions")).json()["data"] == []
 
@@ -198,8 +198,8 @@ async def test_an_unread_listing_is_made_no_further(
     made: list[int] = []
     pages = Registry.pages
 
-    def counted(self: Registry) -> Iterator[Any]:
-        for page in pages(self):
+    def counted(self: Registry, sees: Callable[[str], bool]) -> Iterator[Any]:
+        for page in pages(self, sees):
             made.append(1)
             yield page
 

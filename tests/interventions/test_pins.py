@@ -39,13 +39,13 @@ def pinned(registry: Registry) -> str:
 
 def test_a_pinned_name_stays_and_an_unpinned_one_goes(folder: Path) -> None:
     registry = Registry(BASE, [folder], memory_bytes=2 * ONE)
-    entry = registry.pin("a")
+    entry = registry.pin("a").entry
     assert (entry.pinned, entry.tier) == (True, "host")
-    assert registry.pin("a") == entry  # again
+    assert registry.pin("a").entry == entry  # again
     for name in "bcd":
         ready(registry, name)
     assert in_memory(registry) == "ad"
-    assert not registry.unpin("a").pinned
+    assert not registry.unpin("a").entry.pinned
     registry.unpin("a")
     for name in "bc":
         ready(registry, name)
@@ -100,7 +100,7 @@ def test_a_pin_moves_with_its_name(folder: Path, state: Path) -> None:
     for name in "bcd":
         ready(registry, name)
     assert registry.entry("a").tier == "host"
-    assert registry.rollback("a").pinned
+    assert registry.rollback("a").entry.pinned
     ready(registry, "b")
     ready(registry, "c")
     assert (registry.entry("a").tier, registry.entry("a").digest) == ("host", digest(FILES["b"]))

@@ -9,7 +9,7 @@ import tempfile
 import threading
 import time
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -121,7 +121,7 @@ def test_scan_reads_nothing_that_has_not_changed(
     def refuse(*_: object) -> None:
         raise AssertionError("read again")
 
-    monkeypatch.setattr("reft_runtime.interventions.registry.registry.read_header", refuse)
+    monkeypatch.setattr("reft_runtime.interventions.format.file.read_header", refuse)
     registry.scan()
     assert registry.resolve("a") is before
     assert registry.problems() == problems
@@ -279,6 +279,7 @@ def test_the_base_models_id_is_no_name(folder: Path, state: Path, kept: bool) ->
     assert "the base model's own id" in only_problem(registry)
     with pytest.raises(NotFound):
         registry.resolve("tiny")
+    call: Callable[[], object]
     for call in (
         lambda: registry.put("tiny", ONE),
         lambda: registry.load("tiny", "a.safetensors"),
@@ -393,7 +394,7 @@ def test_watch_picks_up_a_file_and_survives_a_fault(
 ) -> None:
     registry = Registry(BASE, [folder])
     scanned = threading.Event()
-    scan = registry.scan
+    scan = registry._scan
     faults = iter([RuntimeError("once")])
 
     def watched_scan(*rest: Any) -> None:
@@ -403,7 +404,7 @@ def test_watch_picks_up_a_file_and_survives_a_fault(
         if names(registry):
             scanned.set()
 
-    monkeypatch.setattr(registry, "scan", watched_scan)
+    monkeypatch.setattr(registry, "_scan", watched_scan)
     before = set(threading.enumerate())
     registry.watch(0.005)
     with pytest.raises(RuntimeError, match="already"):
@@ -490,17 +491,17 @@ def uploads(request: pytest.FixtureRequest, folder: Path, state: Path) -> Iterat
 
 
 def test_put_replace_and_address_the_history(uploads: Registry) -> None:
-    first, created = uploads.put("a", ONE)
-    assert created
-    assert (first.origin, first.digest) == ("uploaded", digest(ONE))
-    second, created = uploads.put("a", TWO, sha256=hashlib.sha256(TWO).hexdigest())
-    assert not created
-    assert uploads.resolve("a").digest == second.digest == digest(TWO)
-    assert uploads.resolve(f"a@{digest(ONE)[:8]}").digest == first.digest
-    again, created = uploads.put("a", ONE)
-    assert not created
-    assert uploads.entry("a") == again
-    assert again.versions == (digest(ONE), digest(TWO))
+    first = uploads.put("a", ONE)
+    assert (first.before, first.after) == (None, digest(ONE))
+    assert first.entry.origin == "uploaded"
+    second = uploads.put("a", TWO, sha256=hashlib.sha256(TWO).hexdigest())
+    assert (second.before, second.after) == (digest(ONE), digest(TWO))
+    assert uploads.resolve("a").digest == second.after
+    assert uploads.resolve(f"a@{digest(ONE)[:8]}").digest == first.after
+    again = uploads.put("a", ONE)
+    assert (again.before, again.after) == (digest(TWO), digest(ONE))
+    assert uploads.entry("a") == again.entry
+    assert again.entry.versions == (digest(ONE), digest(TWO))
 
 
 def test_an_upload_is_parsed_once(uploads: Registry, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -512,7 +513,7 @@ def test_an_upload_is_parsed_once(uploads: Registry, monkeypatch: pytest.MonkeyP
         return loads(text, **options)
 
     monkeypatch.setattr(json, "loads", note)
-    uploads.hold(uploads.resolve(uploads.put("a", ONE)[0].name))
+    uploads.hold(uploads.resolve(uploads.put("a", ONE).entry.name))
     assert len(parsed) in (1, 2)  # the header, unless its layout is known, and the manifest in it
 
 
@@ -529,11 +530,11 @@ def test_history_is_bounded(uploads: Registry) -> None:
 def test_an_upload_shadows_the_folder_until_it_is_removed(uploads: Registry, folder: Path) -> None:
     place(folder, "a", ONE)
     uploads.scan()
-    _, created = uploads.put("a", TWO)
-    assert not created
+    assert uploads.put("a", TWO).before == digest(ONE)
     uploads.scan()
     assert (uploads.entry("a").digest, uploads.entry("a").origin) == (digest(TWO), "uploaded")
-    uploads.remove("a")
+    change = uploads.remove("a")
+    assert (change.before, change.after) == (digest(TWO), digest(ONE))
     assert (uploads.entry("a").digest, uploads.entry("a").origin) == (digest(ONE), "folder")
     with pytest.raises(NotFound):
         uploads.resolve(f"a@{digest(TWO)}")
@@ -636,6 +637,7 @@ def test_an_upload_that_does_not_match_its_checksum(uploads: Registry) -> None:
 def test_names(name: str, folder: Path) -> None:
     place(folder, "a", ONE)
     registry = Registry(BASE, [folder])
+    call: Callable[[], object]
     for call in (
         lambda: registry.put(name, ONE),
         lambda: registry.load(name, "a.safetensors"),
@@ -805,6 +807,7 @@ def test_a_state_folder_that_another_server_has_taken(state: Path) -> None:
     registry.put("a", ONE)
     shutil.rmtree(state)
     other = Registry(BASE, state_dir=state)
+    call: Callable[[], object]
     for call in (lambda: registry.put("a", TWO), lambda: registry.remove("a")):
         with pytest.raises(Unavailable, match="another server has it now"):
             call()
@@ -826,6 +829,7 @@ def test_a_state_folder_that_cannot_be_written(
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", refuse)
+        call: Callable[[], object]
         for call in (lambda: registry.put("a", TWO), lambda: registry.remove("a")):
             with pytest.raises(Unavailable, match="cannot be written: Read-only file system"):
                 call()
@@ -918,6 +922,7 @@ def test_the_listing_of_uploads_is_bounded_and_has_room_when_they_are_deleted(fo
     registry = Registry(BASE, [folder], memory_bytes=fixed(3) - 1)
     registry.put("a", ONE)
     registry.put("b", TWO)
+    call: Callable[[], object]
     for call in (
         lambda: registry.put("c", THREE),
         lambda: registry.put("a", THREE),  # its history counts
@@ -950,6 +955,7 @@ def test_names_are_bounded(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     registry = Registry(BASE, [folder])
     registry.put("a", ONE)
     registry.load("b", "f.safetensors")
+    call: Callable[[], object]
     for call in (lambda: registry.put("c", ONE), lambda: registry.load("c", "f.safetensors")):
         with pytest.raises(InvalidRequest, match="as many as there may be; delete one first"):
             call()
@@ -1068,10 +1074,10 @@ def test_load_by_relative_and_absolute_path(folder: Path, tmp_path: Path) -> Non
     other.mkdir()
     absolute = place(other, "y", TWO)
     registry = Registry(BASE, [folder, other])
-    assert registry.load("a", "deep/x.safetensors").digest == digest(ONE)
-    assert registry.load("b", str(absolute)).digest == digest(TWO)
-    assert registry.load("c", "y.safetensors").origin == "loaded"
-    assert registry.load("d", "deep/../deep/x.safetensors").digest == digest(ONE)
+    assert registry.load("a", "deep/x.safetensors").after == digest(ONE)
+    assert registry.load("b", str(absolute)).after == digest(TWO)
+    assert registry.load("c", "y.safetensors").entry.origin == "loaded"
+    assert registry.load("d", "deep/../deep/x.safetensors").after == digest(ONE)
 
 
 def test_load_a_taken_name_needs_replace(folder: Path) -> None:

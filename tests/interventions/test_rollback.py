@@ -49,18 +49,18 @@ def served(registry: Registry, name: str = "a") -> list[str]:
 
 
 def test_back_to_the_one_before_and_forth_again(registry: Registry) -> None:
-    assert registry.rollback("a").digest == digest(TWO)
+    assert registry.rollback("a").after == digest(TWO)
     assert served(registry) == [digest(TWO), digest(THREE), digest(ONE)]
     assert ready(registry, "a").digest == digest(TWO)
-    assert registry.rollback("a").digest == digest(THREE)
+    assert registry.rollback("a").after == digest(THREE)
 
 
 @pytest.mark.parametrize("digits", [8, 64])
 def test_back_to_a_digest(registry: Registry, digits: int) -> None:
-    assert registry.rollback("a", digest(ONE)[:digits]).digest == digest(ONE)
+    assert registry.rollback("a", digest(ONE)[:digits]).after == digest(ONE)
     assert served(registry) == [digest(ONE), digest(THREE), digest(TWO)]
     again = registry.resolve("a")
-    assert registry.rollback("a", digest(ONE)) == registry.entry("a")  # it is served already
+    assert registry.rollback("a", digest(ONE)).entry == registry.entry("a")  # it is served already
     assert registry.resolve("a") is again
     assert served(registry) == [digest(ONE), digest(THREE), digest(TWO)]
 
@@ -90,7 +90,7 @@ def test_nothing_falls_out_of_the_history(registry: Registry) -> None:
 def test_what_is_expected(registry: Registry) -> None:
     with pytest.raises(Changed):
         registry.rollback("a", expected=[digest(TWO)])
-    assert registry.rollback("a", expected=[digest(THREE)]).digest == digest(TWO)
+    assert registry.rollback("a", expected=[digest(THREE)]).after == digest(TWO)
 
 
 def test_errors_say_what_there_is(registry: Registry, folder: Path) -> None:
@@ -151,8 +151,8 @@ def test_a_restart_knows(kept: Registry, state: Path) -> None:
     again = Registry(BASE, state_dir=state)
     assert again.versions_of("a") == before
     assert ready(again, "a").digest == digest(ONE)
-    assert again.rollback("a").digest == digest(THREE)
-    assert again.rollback("a", digest(TWO)).digest == digest(TWO)
+    assert again.rollback("a").after == digest(THREE)
+    assert again.rollback("a", digest(TWO)).after == digest(TWO)
     again.close()
 
 

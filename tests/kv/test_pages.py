@@ -14,9 +14,9 @@ from reft_runtime.kv.page_attention import GatheredAttention
 from reft_runtime.kv.pages import NOBODYS_PAGE, PageStorage
 from reft_runtime.sampling import SamplingParams
 from reft_runtime.schedule.blocks import BLOCK_TOKENS, blocks_for
+from reft_runtime.schedule.plan import Chunk
 from reft_runtime.schedule.prefix_cache import BlockCopy
 from reft_runtime.schedule.request import Request
-from reft_runtime.schedule.scheduler import Chunk
 from reft_runtime.schedule.sequence import Sequence, sequences_of
 
 SHAPES = (LayerShape(1, 2, 3), LayerShape(2, 2, 2))

@@ -15,9 +15,9 @@ from reft_runtime.base.attention import LayerShape
 from reft_runtime.kv.rows import MIN_CAPACITY, RowStorage
 from reft_runtime.kv.slabs import rounding_bytes
 from reft_runtime.sampling import SamplingParams
+from reft_runtime.schedule.plan import Chunk
 from reft_runtime.schedule.prefix_cache import BlockCopy
 from reft_runtime.schedule.request import Request
-from reft_runtime.schedule.scheduler import Chunk
 from reft_runtime.schedule.sequence import Sequence, Status, sequences_of
 
 SHAPES = (LayerShape(1, 2, 3), LayerShape(2, 2, 2))

@@ -17,7 +17,7 @@ from server.connections import Limits
 from server.lifecycle import HttpServer
 from server.settings import Settings
 from tests.helpers.serving import listening
-from tests.page.make import KEY
+from tests.page.make import KEY, keys_file
 
 INTERVENTIONS = Path(__file__).parents[2] / "interventions"
 AXE = (Path(__file__).parent / "vendor/axe.min.js").read_text()
@@ -54,6 +54,16 @@ def keyed_url(engine: Engine) -> Iterator[str]:
         yield address
 
 
+@pytest.fixture
+def tenants_url(engine: Engine, tmp_path: Path) -> Iterator[str]:
+    """The address of a server with the tenants of `KEYS`, and `KEY` for its owner."""
+    file = tmp_path / "keys.toml"
+    file.write_text(keys_file())
+    settings = Settings(keys=file, api_key=SecretStr(KEY))
+    with listening(_server(engine, settings)) as address:
+        yield address
+
+
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
     """Chromium. It is closed after each module: Playwright keeps an event loop running in this
@@ -85,6 +95,10 @@ class Tab:
         """Open a place of the server's page."""
         self.page.goto(f"{self.url}/{place}")
         return self.page
+
+    def use(self, key: str) -> None:
+        """Show this key with every request, as if it had been given before."""
+        self.page.add_init_script(f"sessionStorage.setItem('reft-key', '{key}')")
 
     def requests(self, path: str = "/v1/") -> list[Request]:
         """Requests so far whose path begins so."""

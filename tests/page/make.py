@@ -7,7 +7,30 @@ from typing import Any
 
 from playwright.sync_api import Page, Request, expect
 
+from server.tenants.keys import digest_of
+from server.tenants.keys_file import HASH
+
 KEY = "sesame-42"
+
+KEYS = {"team-a": "sesame-a", "team-b": "sesame-b"}
+"""The keys of tenants: `team-a` may upload, `team-b` only ask, once a minute."""
+
+
+def keys_file() -> str:
+    """A keys file with the tenants of `KEYS`."""
+    hashes = {name: HASH + digest_of(key.encode()).hex() for name, key in KEYS.items()}
+    return f"""
+    [tenants.team-a]
+    keys = ["{hashes["team-a"]}"]
+    interventions = ["telegram"]
+    upload = true
+    limits.max_tokens = 8
+
+    [tenants.team-b]
+    keys = ["{hashes["team-b"]}"]
+    interventions = ["pirate"]
+    requests_per_minute = 1
+    """
 
 
 def body(request: Request) -> dict[str, Any]:

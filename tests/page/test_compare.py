@@ -71,7 +71,7 @@ def test_opening_asks_for_no_more_than_it_shows(tab: Tab) -> None:
     page = tab.open()
     expect(page.get_by_role("region", name="Column C")).to_be_visible()
     assert [request.url.removeprefix(tab.url) for request in tab.requests()] == [
-        "/v1/stats",
+        "/v1/me",
         "/v1/interventions?limit=50",
     ]
     short(page, 4)
@@ -331,7 +331,7 @@ def test_a_link_and_a_file_show_the_same(
     seen = other.open(link.removeprefix(f"{tab.url}/"))
     expect(seen.locator(".text")).to_have_text(shown)
     expect(seen.get_by_role("slider", name="Strength of pirate")).to_have_value("0.8")
-    assert [request.url for request in other.requests()] == [f"{tab.url}/v1/stats"]
+    assert [request.url for request in other.requests()] == [f"{tab.url}/v1/me"]
 
     third = new_tab()
     seen = third.open()
@@ -387,6 +387,7 @@ def test_the_key_is_asked_for_once(
     page.keyboard.press("Escape")
     page.reload()
     expect(page.get_by_role("region", name="Column A")).to_be_visible()
+    page.get_by_role("button", name="(owner) admin").click()
     page.get_by_role("button", name="Forget key").click()
     expect(dialog).to_be_visible()
     page.keyboard.press("Escape")
@@ -396,10 +397,10 @@ def test_the_key_is_asked_for_once(
 
 def test_a_server_that_is_gone_is_said(tab: Tab) -> None:
     page = tab.page
-    page.context.route("**/v1/stats", lambda route: route.abort())
+    page.context.route("**/v1/me", lambda route: route.abort())
     tab.open()
     expect(page.get_by_role("alert")).to_contain_text("cannot be reached")
-    page.context.unroute("**/v1/stats")
+    page.context.unroute("**/v1/me")
     page.get_by_role("button", name="Try again").click()
     expect(page.get_by_role("region", name="Column A")).to_be_visible()
     tab.faults = [fault for fault in tab.faults if "net::ERR_FAILED" not in fault]

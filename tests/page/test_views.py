@@ -80,7 +80,7 @@ def test_upload_replace_roll_back_download_and_delete(tab: Tab, mine: str, tmp_p
     dialog = page.get_by_role("dialog", name="mine")
     expect(dialog).to_contain_text("Answers in emoji only.")
     expect(dialog.get_by_role("region", name="Versions").get_by_role("listitem")).to_have_count(2)
-    dialog.get_by_role("button", name="Roll mine back").click()
+    dialog.get_by_role("button", name="Roll back to").click()
     expect(dialog).to_contain_text("Answers in the voice of a pirate.")
     expect(page.locator("tbody tr", has_text="mine")).to_contain_text("voice of a pirate")
     with page.expect_download() as download:
@@ -253,6 +253,10 @@ def charts(page: Page) -> None:
     expect(page.locator(".chart")).to_have_count(5)
 
 
+def used(page: Page) -> None:
+    expect(page.locator(".used tbody tr")).to_have_count(7)
+
+
 def inside(page: Page) -> None:
     page.get_by_label("Max tokens").fill("4")
     page.get_by_role("button", name="Look", exact=True).click()
@@ -283,6 +287,7 @@ def test_every_view_is_accessible_and_fits(
         ("#/interventions", table),
         ("#/interventions/pirate", details),
         ("#/server", charts),
+        ("#/server/usage", used),
         ("docs", reference),
         ("#/compare", picker),
         ("", dialog),

@@ -14,6 +14,7 @@ from reft_runtime.schedule.pacing import (
     MEASURED_EVERY,
     MIXED_TOKENS,
     StepPacer,
+    StepTimes,
 )
 from reft_runtime.schedule.request import Request
 from reft_runtime.schedule.scheduler import MAX_SCORED_TOKENS, Scheduler
@@ -227,3 +228,19 @@ def test_what_a_step_is_expected_to_take() -> None:
     pacer.record(0, 100, 2.0)
     assert pacer.expected(0, 50) == 1.0
     assert pacer.expected(4, 50) == 1.5
+
+
+def test_step_times_between_and_beyond_what_was_measured() -> None:
+    pacer = StepPacer()
+    pacer.record(8, 0, 0.02)
+    assert pacer.times() is None
+    pacer.record(0, 100, 0.1)
+    pacer.record(24, 0, 0.04)
+    times = pacer.times()
+    assert times == StepTimes((8, 24), (0.02, 0.04), 0.001)
+    assert [times.step(decodes, 0) for decodes in (1, 8, 16, 24, 34)] == pytest.approx(
+        [0.02, 0.02, 0.03, 0.04, 0.05]
+    )
+    assert times.step(0, 10) == pytest.approx(0.03)
+    assert times.prompt_tokens(0.0112) == 8
+    assert times.prompt_tokens(-1) == 0

@@ -9,9 +9,10 @@ from hypothesis import strategies as st
 from reft_runtime.sampling import SamplingParams
 from reft_runtime.schedule.blocks import BLOCK_TOKENS
 from reft_runtime.schedule.budget import BlockBudget
+from reft_runtime.schedule.plan import Chunk, StepPlan
 from reft_runtime.schedule.prefix_cache import BlockCopy, PrefixCache
 from reft_runtime.schedule.request import AppliedIntervention, Request
-from reft_runtime.schedule.scheduler import Chunk, Scheduler, StepPlan
+from reft_runtime.schedule.scheduler import Scheduler
 from reft_runtime.schedule.sequence import Sequence, Status, sequences_of
 from tests.helpers.models import applied, loreft, prompt
 

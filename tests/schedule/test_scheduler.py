@@ -7,8 +7,9 @@ from hypothesis import strategies as st
 from reft_runtime.sampling import SamplingParams
 from reft_runtime.schedule.blocks import BLOCK_TOKENS, blocks_for
 from reft_runtime.schedule.budget import BlockBudget
+from reft_runtime.schedule.plan import StepPlan
 from reft_runtime.schedule.request import Request
-from reft_runtime.schedule.scheduler import Scheduler, StepPlan
+from reft_runtime.schedule.scheduler import Scheduler
 from reft_runtime.schedule.sequence import Sequence, Status, sequences_of
 
 Shape = tuple[int, int, int, bool]
@@ -26,9 +27,19 @@ class Simulation:
         self.sequences: list[Sequence] = []
         self.admitted: list[int] = []
 
-    def add(self, length: int, max_tokens: int = 4, n: int = 1) -> Sequence:
+    def add(
+        self,
+        length: int,
+        max_tokens: int = 4,
+        n: int = 1,
+        tenant: str = "",
+        weight: float = 1.0,
+        priority: int = 0,
+    ) -> Sequence:
         sampling = SamplingParams(max_tokens=max_tokens, n=n)
-        sequence = sequences_of(Request("", tuple(range(length)), sampling, 0), self.arrived)
+        prompt = tuple(range(length))
+        request = Request("", prompt, sampling, 0, tenant=tenant, weight=weight, priority=priority)
+        sequence = sequences_of(request, self.arrived)
         self.sequences += [sequence, *sequence.unforked]
         self.arrived += 1
         self.scheduler.add(sequence)
@@ -48,7 +59,11 @@ class Simulation:
             decoding & set(plan.preempted)
         ), "every sequence that can decode does"
         if plan.preempted:
-            assert running >= {c.sequence for c in plan.chunks}, "what came free is not given away"
+            losers = {sequence.request.tenant for sequence in plan.preempted}
+            assert all(
+                chunk.sequence in running or chunk.sequence.request.tenant not in losers
+                for chunk in plan.chunks
+            ), "what came free is not given away"
         for chunk in plan.chunks:
             assert chunk.start == chunk.sequence.computed
             assert chunk.length > 0
@@ -59,8 +74,11 @@ class Simulation:
         for sequence in plan.preempted:
             assert sequence.status is Status.WAITING
             assert sequence.computed == 0
-        waiting = [(s.order, s.choice) for s in scheduler.waiting]
-        assert waiting == sorted(waiting), "waiting in order of arrival"
+        for tenant in scheduler.waiting.tenants:
+            waiting = [
+                (s.request.priority, s.order, s.choice) for s in scheduler.waiting.of(tenant)
+            ]
+            assert waiting == sorted(waiting), "of one tenant, by priority and in order of arrival"
         completes = [
             s for chunk in plan.chunks if chunk.completes for s in (chunk.sequence, *chunk.forks)
         ]

@@ -14,7 +14,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TypeVar
 
-from reft_runtime.errors import NotFound, Overloaded, StoreFull, did_you_mean
+from reft_runtime.caller import everything
+from reft_runtime.errors import NotFound, Overloaded, StoreFull, UnknownName, did_you_mean
 from reft_runtime.interventions.registry.residency import Residency, return_freed_memory
 from reft_runtime.interventions.registry.version import Origin, Version
 
@@ -114,7 +115,7 @@ class Catalog:
                 known.prompt_tokens += prompt_tokens
                 known.generation_tokens += generation_tokens
 
-    def meant(self, ref: str, sees: Callable[[str], bool] = lambda name: True) -> str:
+    def meant(self, ref: str, sees: Callable[[str], bool] = everything) -> str:
         """A question to append to the error for an unknown `ref`: which similar name was meant."""
         name = ref.partition("@")[0]
         with self.lock:
@@ -321,8 +322,6 @@ class Catalog:
                 if not after and not known.pinned:
                     del self._names[name]
 
-    def unknown(self, name: str) -> NotFound:
+    def unknown(self, name: str) -> UnknownName:
         """The error for a name that stands for nothing."""
-        return NotFound(
-            f"The intervention `{name}` does not exist.{self.meant(name)}", param="name"
-        )
+        return UnknownName(name, self.meant(name))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from reft_runtime.interventions.format.intervention import validate_manifest
 from reft_runtime.interventions.format.manifest import Manifest
@@ -52,6 +52,29 @@ class Entry:
 
 
 @dataclass(frozen=True, slots=True)
+class Change:
+    """What one change did to a name.
+
+    `before` is the digest that the name stood for, None if for nothing. `left` is the name's line
+    of the listing as the change left it, None if the name stands for nothing now.
+    """
+
+    before: str | None
+    left: Entry | None
+
+    @property
+    def entry(self) -> Entry:
+        """The entry that a change other than a removal made."""
+        assert self.left is not None
+        return self.left
+
+    @property
+    def after(self) -> str | None:
+        """The digest that the name stands for now; None if for nothing."""
+        return None if self.left is None else self.left.digest
+
+
+@dataclass(frozen=True, slots=True)
 class VersionEntry:
     """One version that can be addressed; `kept` says whether a name can be rolled back to it."""
 
@@ -75,3 +98,16 @@ class Page:
     entries: tuple[Entry, ...]
     total: int
     next: str | None
+
+
+class SourceState(NamedTuple):
+    """One configured source, and whether it can be read."""
+
+    number: int
+    """Its place among the configured ones, from 1."""
+    kind: str
+    """The word `folder`, or a URL's scheme."""
+    label: str
+    """The path, or the URL without user, password and query."""
+    problem: str | None
+    """Why it cannot be read now, without paths and URLs; what it served is served on."""

@@ -1,25 +1,27 @@
-"""Follows intervention files in folders: at the start, by scanning, and when asked for one."""
+"""Follows intervention files in sources: at the start, by scanning, and when asked for one."""
 
 from __future__ import annotations
 
 import logging
-import os
 import threading
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 from reft_runtime.errors import (
-    ConfigError,
     InvalidFile,
     NotFound,
     ReftError,
     Unavailable,
     WrongBaseModel,
 )
-from reft_runtime.interventions.format.identity import SUFFIX
 from reft_runtime.interventions.registry.catalog import Catalog
-from reft_runtime.interventions.registry.sources import NAME, Found, find, list_folder, look
+from reft_runtime.interventions.registry.remote.poller import Poller
+from reft_runtime.interventions.registry.remote.source import RemoteSource
+from reft_runtime.interventions.registry.sources import NAME, File, Folder, Listing, Source
+from reft_runtime.interventions.registry.urls import is_url, local_folder
 from reft_runtime.interventions.registry.version import Version
 
 WORK_SHARE = 0.25
@@ -28,22 +30,19 @@ WORK_SHARE = 0.25
 _log = logging.getLogger(__name__)
 
 
-def check_sources(folders: Sequence[Path]) -> None:
-    """Raise `ConfigError` if one of the folders does not exist."""
-    for folder in folders:
-        if not os.path.isdir(folder):  # pathlib's raises if a name is too long
-            raise ConfigError(
-                f"The interventions folder {folder} does not exist; make it, or name another."
-            )
+def source_at(place: str | Path) -> Source:
+    """The source at a folder or URL. Raises `ConfigError` if it cannot be one."""
+    return RemoteSource(str(place)) if is_url(place) else Folder(local_folder(place))
 
 
 class Folders:
-    """The layer of a catalog that follows folders; the first with a file of a name counts.
+    """The layer of a catalog that follows sources; the first with a file of a name counts.
 
-    A name that is asked for is looked up on disk at once, so nobody waits for the next scan. A file
-    that cannot be served is passed over, and `problems` says why. `listed` makes a version of a
-    file from its header, and raises `ReftError` or `OSError` if the file is not usable. `reserved`
-    is the base model's name, which no file can have.
+    A name that is asked for is looked up on disk at once, so nobody waits for the next scan; at
+    URLs it is what the last poll found. A file that cannot be served is passed over, and `problems`
+    says why. `listed` makes a version of a file from its header, and raises `ReftError` or
+    `OSError` if the file is not usable. `reserved` is the base model's name, which no file can
+    have.
     """
 
     def __init__(
@@ -51,16 +50,18 @@ class Folders:
         catalog: Catalog,
         sources: Sequence[str | Path],
         reserved: str,
-        listed: Callable[[str, Found], Version],
+        listed: Callable[[str, File], Version],
     ) -> None:
-        self.sources = [Path(source) for source in sources]
-        check_sources(self.sources)
+        self.sources = [source_at(place) for place in sources]
+        self._remote = [source for source in self.sources if isinstance(source, RemoteSource)]
+        self._pollers: list[Poller] = []
         self._catalog = catalog
         self._reserved = reserved
         self._listed = listed
         self._scanning = threading.Lock()  # guards what follows; held for one file at a time
-        self._listings: dict[Path, tuple[dict[str, Found], dict[str, str]]] = {}
-        self._found: dict[str, Found] = {}
+        self._listings: dict[Source, Listing] = {}
+        self._found: dict[str, File] = {}
+        self._doubted: set[str] = set()  # names whose file could not be read when it was used
         self._broken: dict[str, ReftError] = {}
         self._unlisted: dict[str, str] = {}
 
@@ -85,13 +86,13 @@ class Folders:
         """Take the file of a version that cannot be read as changed, when it is looked at next."""
         if version.origin == "folder" and version.problem is None:
             with self._scanning:
-                self._found.pop(version.name, None)
+                self._doubted.add(version.name)
 
     def problems(self) -> dict[str, str]:
         """Why files are not served, by path."""
         with self._scanning:
             broken = {
-                str(self._found[name].path): error.message
+                self._found[name].where: error.message
                 for name, error in self._broken.items()
                 if name in self._found
             }
@@ -101,31 +102,49 @@ class Folders:
         """Whether there is a file of the name that cannot be served."""
         return name in self._broken
 
+    def poll(self) -> None:
+        """Look at the sources that are at URLs, over the network, all at the same time."""
+        if self._remote:
+            with ThreadPoolExecutor(len(self._remote), "reft-poll") as threads:
+                list(threads.map(RemoteSource.poll, self._remote))
+
+    def keep_polling(self) -> None:
+        """Look at the sources that are at URLs in threads of their own until `close`."""
+        self._pollers = [Poller(source.poll, source.kind) for source in self._remote]
+
+    def close(self) -> None:
+        """Stop polling."""
+        for poller in self._pollers:
+            poller.close()
+        for source in self._remote:
+            source.close()
+
     def scan(self, rest: Callable[[float], bool], between: Callable[[float], object]) -> None:
         """Take in what is new, changed or gone in the folders; see `Registry.scan`."""
-        present: dict[str, Found] = {}
+        present: dict[str, File] = {}
         problems: dict[str, str] = {}
-        for folder in self.sources:
-            try:
-                self._listings[folder] = list_folder(folder, between)
-            except OSError as error:  # what was there is served on
-                problems[str(folder)] = f"The folder cannot be read: {error.strerror}."
-            found, unlisted = self._listings.get(folder, ({}, {}))
+        for source in self.sources:
+            with suppress(OSError):  # what was there is served on
+                self._listings[source] = source.listing(between)
+            if source.problem is not None:
+                problems[source.label] = source.problem
+            found, unlisted = self._listings.get(source, ({}, {}))
             problems.update(unlisted)
             for name, file in found.items():
                 if present.setdefault(name, file) is not file:
-                    problems[str(file.path)] = f"Hidden by {present[name].path}."
+                    problems[file.where] = f"Hidden by {present[name].where}."
         if hidden := present.pop(self._reserved, None):
-            problems[str(hidden.path)] = (
+            problems[hidden.where] = (
                 f"`{self._reserved}` is the base model's own id, which requests would get; give the"
                 " file another name."
             )
+        told = {source.label for source in self._remote}  # by the sources, with more detail
         for path, why in problems.items():
-            if self._unlisted.get(path) != why:
+            if self._unlisted.get(path) != why and path not in told:
                 _log.warning("%s is not served: %s", path, why)
         self._unlisted = problems
         with self._scanning:
-            known = dict(self._found)
+            known = {**self._found, **dict.fromkeys(self._doubted)}
         for name in [*present, *(known.keys() - present.keys())]:
             if known.get(name) != present.get(name):
                 began = time.monotonic()
@@ -140,10 +159,11 @@ class Folders:
         try:
             with self._scanning:
                 file = self._look(name)
-                if file == self._found.get(name):
+                if file == self._found.get(name) and name not in self._doubted:
                     return
+                self._doubted.discard(name)
                 if file is None:
-                    del self._found[name]
+                    self._found.pop(name, None)
                     self._broken.pop(name, None)
                     self._catalog.displace(name, "folder")
                     self._catalog.note(name, None)
@@ -158,31 +178,31 @@ class Folders:
 
         Every request asks this, and most files are as they were.
         """
+        if name in self._doubted:
+            return False
         known = self._found.get(name)
-        for folder in self.sources:
-            try:
-                now = look(folder / f"{name}{SUFFIX}", follow=True)
-            except OSError:
-                continue
-            return known is not None and now._replace(path=known.path) == known
+        for source in self.sources:
+            same = source.glance(name, known)
+            if same is not None:
+                return same
         return known is None
 
-    def _look(self, name: str) -> Found | None:
-        for folder in self.sources:
-            if (file := find(name, folder)) is not None:
+    def _look(self, name: str) -> File | None:
+        for source in self.sources:
+            if (file := source.find(name)) is not None:
                 return file
         return None
 
-    def _adopt(self, name: str, file: Found) -> None:
+    def _adopt(self, name: str, file: File) -> None:
         """Serve a new or changed file of a source, or keep the reason why it is not served."""
         before = self._catalog.layer(name, "folder")
-        in_memory = before is not None and before.loaded
+        served = before is not None and (before.loaded or before.replaceable())
         try:
             version = self._listed(name, file)
-            if in_memory and before is not None and before.digest == version.digest:
+            if served and before is not None and before.digest == version.digest:
                 before.moved(file)
                 version = before
-            elif in_memory:
+            elif served:
                 version.edits()
             self._catalog.place(version)
         except (ReftError, OSError) as error:
@@ -192,15 +212,15 @@ class Folders:
                 else InvalidFile(f"Cannot be read: {error.strerror}.")
             )
             self._broken[name] = problem
-            if in_memory:
+            if served:
                 self._catalog.note(name, f"Its new file is not served: {problem.message}")
             else:
                 self._catalog.displace(name, "folder")
-            _log.warning("%s is not served: %s", file.path, problem.message)
+            _log.warning("%s is not served: %s", file.where, problem.message)
             return
         self._broken.pop(name, None)
         self._catalog.note(name, None)
         if before is None and (above := self._catalog.current(name)) not in (None, version):
-            _log.warning("%s: %s is hidden by what was %s", name, file.path, above.origin)
-        if before not in (None, version):
+            _log.warning("%s: %s is hidden by what was %s", name, file.where, above.origin)
+        if before is not None and before.digest != version.digest:
             _log.info("replaced %r by %r", before, version)

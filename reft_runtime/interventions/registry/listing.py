@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from itertools import chain, islice
 
+from reft_runtime.caller import everything
 from reft_runtime.errors import InvalidRequest
 from reft_runtime.interventions.registry.catalog import Catalog, Name
 from reft_runtime.interventions.registry.entry import Entry, Page, Tier, VersionEntry
@@ -43,9 +44,9 @@ _VALUES: dict[str, Callable[[Version, Name], float]] = {
 }
 
 
-def pages(catalog: Catalog) -> Iterator[list[Entry]]:
+def pages(catalog: Catalog, sees: Callable[[str], bool]) -> Iterator[list[Entry]]:
     """Yield the listing in parts that are short work, so that nobody waits for the lock."""
-    rest = iter(sorted(catalog.names()))
+    rest = iter(sorted(filter(sees, catalog.names())))
     while names := list(islice(rest, PART)):
         part: list[Entry] = []
         size = 0
@@ -58,7 +59,14 @@ def pages(catalog: Catalog) -> Iterator[list[Entry]]:
         yield part
 
 
-def page(catalog: Catalog, q: str, sort: Sort, after: str | None, limit: int) -> Page:
+def page(
+    catalog: Catalog,
+    q: str,
+    sort: Sort,
+    after: str | None,
+    limit: int,
+    sees: Callable[[str], bool],
+) -> Page:
     """The first `limit` entries in an order, or those behind where another page ended.
 
     The arguments and the errors are those of `Registry.page`.
@@ -73,7 +81,7 @@ def page(catalog: Catalog, q: str, sort: Sort, after: str | None, limit: int) ->
     q = q.casefold()
     total = 0
     first: list[Place] = []
-    for part in _shown(catalog, _VALUES[sort.lstrip("-")]):
+    for part in _shown(catalog, _VALUES[sort.lstrip("-")], sees):
         places = [
             (value, name)
             for name, version, value in part
@@ -100,10 +108,15 @@ def page(catalog: Catalog, q: str, sort: Sort, after: str | None, limit: int) ->
 
 
 def entry(catalog: Catalog, name: str) -> Entry:
-    """One name's line of the listing; raises `NotFound`."""
-    for line in catalog.told([name], _entry):
+    """One name's line of the listing; raises `UnknownName`."""
+    if (line := shown_entry(catalog, name)) is not None:
         return line
     raise catalog.unknown(name)
+
+
+def shown_entry(catalog: Catalog, name: str) -> Entry | None:
+    """One name's line of the listing; None if the name stands for nothing."""
+    return next(iter(catalog.told([name], _entry)), None)
 
 
 def versions_of(catalog: Catalog, name: str) -> list[VersionEntry]:
@@ -116,16 +129,16 @@ def versions_of(catalog: Catalog, name: str) -> list[VersionEntry]:
 def tiers(catalog: Catalog) -> dict[Tier, int]:
     """How many names' current versions have their tensors on disk, and how many in memory."""
     tiers: dict[Tier, int] = {"disk": 0, "host": 0}
-    for part in _shown(catalog, _VALUES["name"]):
+    for part in _shown(catalog, _VALUES["name"], everything):
         for _, version, _ in part:
             tiers["host" if version.loaded else "disk"] += 1
     return tiers
 
 
 def _shown(
-    catalog: Catalog, value: Callable[[Version, Name], float]
+    catalog: Catalog, value: Callable[[Version, Name], float], sees: Callable[[str], bool]
 ) -> Iterator[list[tuple[str, Version, float]]]:
-    """Yield (name, current version, value) of all names, in parts with pauses in between."""
+    """Yield (name, current version, value) of what `sees` lets through, in parts with pauses."""
 
     def tell(name: str, known: Name) -> tuple[str, Version, float]:
         current = known.shown()[0]
@@ -135,7 +148,7 @@ def _shown(
     for start in range(0, len(names), LOOKED_AT):
         if start:
             time.sleep(REST_SECONDS)
-        yield catalog.told(names[start : start + LOOKED_AT], tell)
+        yield catalog.told([*filter(sees, names[start : start + LOOKED_AT])], tell)
 
 
 def _entry(name: str, known: Name) -> Entry:

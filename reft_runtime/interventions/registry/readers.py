@@ -20,6 +20,9 @@ CHANGES = 3
 READERS = 2
 """Files that are read at the same time."""
 
+FETCHERS = 8
+"""Files that are fetched over the network at the same time, which hold up no other."""
+
 
 class Readers:
     """Lets requests hold versions whose tensors may have to be read first.
@@ -33,7 +36,8 @@ class Readers:
         self._folders = folders
         self._lock = threading.Lock()  # guards what follows
         self._jobs: dict[Version, Future[None]] = {}
-        self._threads = ThreadPoolExecutor(READERS, "reft-reader")
+        self._readers = ThreadPoolExecutor(READERS, "reft-reader")
+        self._fetchers = ThreadPoolExecutor(FETCHERS, "reft-fetcher")
 
     def acquire(self, refs: Sequence[str | Version]) -> Holding:
         """See `Registry.acquire`."""
@@ -48,7 +52,8 @@ class Readers:
 
     def close(self) -> None:
         """Begin to read nothing any more."""
-        self._threads.shutdown(wait=False, cancel_futures=True)
+        self._readers.shutdown(wait=False, cancel_futures=True)
+        self._fetchers.shutdown(wait=False, cancel_futures=True)
 
     def _begin(self, holding: Holding) -> None:
         try:
@@ -68,7 +73,8 @@ class Readers:
         with self._lock:
             job = self._jobs.get(version)
             if job is None:
-                job = self._jobs[version] = self._threads.submit(self._read, version)
+                threads = self._readers if version.near else self._fetchers
+                job = self._jobs[version] = threads.submit(self._read, version)
             return job
 
     def _read(self, version: Version) -> None:

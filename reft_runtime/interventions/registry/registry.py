@@ -12,24 +12,36 @@ from itertools import chain
 from pathlib import Path
 from typing import BinaryIO
 
+from reft_runtime.caller import everything
 from reft_runtime.errors import InvalidFile, InvalidRequest, NotFound, Unavailable
-from reft_runtime.interventions.format.file import edits_of, read, read_header, too_large
+from reft_runtime.interventions.format.file import edits_of, too_large
 from reft_runtime.interventions.format.header import header_of
 from reft_runtime.interventions.format.identity import MAX_FILE_BYTES
 from reft_runtime.interventions.format.manifest import BaseShape, Manifest, check_base
 from reft_runtime.interventions.format.recognise import HEAD_BYTES
 from reft_runtime.interventions.registry import listing
 from reft_runtime.interventions.registry.catalog import Catalog
-from reft_runtime.interventions.registry.entry import Entry, Page, Tier, VersionEntry
-from reft_runtime.interventions.registry.folders import WORK_SHARE, Folders, check_sources
+from reft_runtime.interventions.registry.entry import (
+    Change,
+    Entry,
+    Page,
+    SourceState,
+    Tier,
+    VersionEntry,
+)
+from reft_runtime.interventions.registry.folders import WORK_SHARE, Folders
 from reft_runtime.interventions.registry.holding import Holding
 from reft_runtime.interventions.registry.incoming import Incoming
 from reft_runtime.interventions.registry.paging import DEFAULT_PAGE, Sort
 from reft_runtime.interventions.registry.readers import Readers
-from reft_runtime.interventions.registry.sources import NAME, NAME_RULE, Found, locate
+from reft_runtime.interventions.registry.remote.place import Place
+from reft_runtime.interventions.registry.remote.poller import Poller
+from reft_runtime.interventions.registry.sources import NAME, NAME_RULE, File, Folder, locate
+from reft_runtime.interventions.registry.state import open_state
 from reft_runtime.interventions.registry.store import STATE_BYTES, Store
 from reft_runtime.interventions.registry.turns import Turns
 from reft_runtime.interventions.registry.uploads import HISTORY, Uploads
+from reft_runtime.interventions.registry.urls import is_url, local_folder
 from reft_runtime.interventions.registry.version import Origin, Version
 from reft_runtime.machine.cores import releasing_workers
 
@@ -49,21 +61,27 @@ _log = logging.getLogger(__name__)
 
 
 def check_folders(sources: Sequence[str | Path], state_dir: str | Path | None) -> None:
-    """Raise `ConfigError` for folders that a `Registry` would refuse.
+    """Raise `ConfigError` for folders and URLs that a `Registry` would refuse.
 
-    A registry needs the model, which may take minutes to load; the folders are checked before.
+    A registry needs the model, which may take minutes to load; they are checked before. URLs are
+    not looked at: one that cannot be reached now may be reached later.
     """
-    check_sources([Path(source) for source in sources])
+    for source in sources:
+        Place(str(source)) if is_url(source) else Folder(local_folder(source))
     if state_dir is not None:
-        Store(Path(state_dir)).close()
+        if is_url(state_dir):
+            Place(str(state_dir))
+        else:
+            Store(local_folder(state_dir)).close()
 
 
 class Registry:
     """The interventions of one base model.
 
-    `sources` are folders that are read only; if two hold a file of one name, the first counts.
-    Uploads and pins are kept in `state_dir`, which one process owns, or without one in a temporary
-    folder until `close`; files take at most `state_bytes` there. Interventions take at most
+    `sources` are folders, or URLs that fsspec knows, which are read only; if two hold a file of one
+    name, the first counts. Uploads and pins are kept in `state_dir`, a folder that one process owns
+    or a URL that several may share, or without one in a temporary folder until `close`; files take
+    at most `state_bytes` there. Interventions take at most
     `memory_bytes` of memory, and their tensors in use at most `device_bytes` of a device that has
     them as well; `max_waiting` requests may wait for room. A file that cannot be served is passed
     over, and `problems` says why. `check_site` gets an edit's layer, component and width, and
@@ -90,20 +108,23 @@ class Registry:
         self._max_file_bytes = max_file_bytes
         self._closed = threading.Event()
         self._watcher: threading.Thread | None = None
+        self._poller: Poller | None = None
         self._catalog = Catalog(memory_bytes, device_bytes)
         self._turns = Turns(self._catalog, max_waiting)
         self._folders = Folders(self._catalog, sources, base.model, self._listed)
         self._readers = Readers(self._catalog, self._folders, self._turns)
-        store = None if state_dir is None else Store(Path(state_dir), state_bytes)
+        store = None if state_dir is None else open_state(state_dir, state_bytes)
+        self._follows = state_dir is not None and is_url(state_dir)
         self._uploads = Uploads(self._catalog, self._folders, store, state_bytes)
         with _without_collections():
             self._uploads.restore(base.model, self._listed)
             self.scan()
 
     def watch(self, interval: float) -> None:
-        """Scan the sources, and look after the state folder, in a thread of its own until `close`.
+        """Scan the sources, and look after the state, in threads of their own until `close`.
 
-        It runs every `interval` seconds, or less often if looking would take more than `LOOK_SHARE`
+        Each URL is polled in a thread, so that one that does not answer holds up nothing. The scan
+        runs every `interval` seconds, or less often if looking would take more than `LOOK_SHARE`
         of the time. Reading what has changed takes at most `WORK_SHARE` of it.
         """
         if self._watcher is not None:
@@ -112,14 +133,20 @@ class Registry:
             target=self._watch, args=(interval,), name="reft-registry", daemon=True
         )
         self._watcher.start()
+        self._folders.keep_polling()
+        if self._follows:
+            self._poller = Poller(self._uploads.follow, "state")
 
     def close(self) -> None:
         """Stop watching, let nobody wait, and let another process have the state folder."""
         self._closed.set()
         if self._watcher is not None:
             self._watcher.join()
+        if self._poller is not None:
+            self._poller.close()
         self._turns.close()
         self._readers.close()
+        self._folders.close()
         self._uploads.close()
 
     def scan(
@@ -127,21 +154,24 @@ class Registry:
         rest: Callable[[float], bool] = lambda worked: False,
         between: Callable[[float], object] = lambda looked: None,
     ) -> None:
-        """Take in what is new, changed or gone in the sources; reads only what has changed.
+        """Take in what is new, changed or gone in the sources, and what other servers did.
 
+        Reads only what has changed. What is at URLs is looked at over the network, first.
         A file that replaces one in use is verified completely before its name moves to it. Until a
         broken file is mended, the version before it goes on being served if it is in memory. `rest`
         is called after each file that was read, with the seconds that it took, and ends the scan by
         returning True. `between` is called after some hundred files that were looked at, with the
         seconds that they took.
         """
-        self._folders.scan(rest, between)
-        self._uploads.read_pinned()
+        self._folders.poll()
+        self._uploads.follow()
+        self._scan(rest, between)
 
     def resolve(self, ref: str) -> Version:
         """The version that `NAME` or `NAME@<digest prefix>` (8 to 64 hex digits) stands for now.
 
-        A name is looked up in the sources at this moment. By digest, versions in the history of
+        A name is looked up at this moment in the sources that are folders; those at URLs are as the
+        last poll found them. By digest, versions in the history of
         uploads or still held by a request are found too. Raises `NotFound` for an unknown name or
         digest and for a prefix that two digests share, and `Unavailable` if the name's file is
         broken.
@@ -183,7 +213,7 @@ class Registry:
         """Add the tokens of a request that has ended; does nothing if the name has gone."""
         self._catalog.count(name, prompt_tokens, generation_tokens)
 
-    def meant(self, ref: str, sees: Callable[[str], bool] = lambda name: True) -> str:
+    def meant(self, ref: str, sees: Callable[[str], bool] = everything) -> str:
         """A question to append to the error for an unknown `ref`: which similar name was meant.
 
         Only names for which `sees` is true are told.
@@ -198,9 +228,12 @@ class Registry:
         """The listing, sorted by name."""
         return list(chain.from_iterable(self.pages()))
 
-    def pages(self) -> Iterator[list[Entry]]:
-        """Yield the listing in parts that are short work, so that nobody waits for the lock."""
-        return listing.pages(self._catalog)
+    def pages(self, sees: Callable[[str], bool] = everything) -> Iterator[list[Entry]]:
+        """Yield the listing in parts that are short work, so that nobody waits for the lock.
+
+        Only names for which `sees` is true are listed.
+        """
+        return listing.pages(self._catalog, sees)
 
     def page(
         self,
@@ -208,14 +241,15 @@ class Registry:
         sort: Sort = "name",
         after: str | None = None,
         limit: int = DEFAULT_PAGE,
+        sees: Callable[[str], bool] = everything,
     ) -> Page:
         """The first `limit` entries in an order, or those behind where another page ended.
 
         `q` is looked for in names and descriptions, ignoring case; `after` is the `next` of the
-        page before. It pauses now and then, so it must not run on an event loop. Raises
-        `InvalidRequest`.
+        page before. Only names for which `sees` is true are listed and counted. It pauses now and
+        then, so it must not run on an event loop. Raises `InvalidRequest`.
         """
-        return listing.page(self._catalog, q, sort, after, limit)
+        return listing.page(self._catalog, q, sort, after, limit, sees)
 
     def versions_of(self, name: str) -> list[VersionEntry]:
         """All versions of a name that can be addressed, the current one first.
@@ -231,6 +265,17 @@ class Registry:
     def held_bytes(self) -> int:
         """Memory that interventions take now, in bytes."""
         return self._catalog.held_bytes()
+
+    def sources(self) -> list[SourceState]:
+        """The configured sources, in their order, and what is wrong with them."""
+        return [
+            SourceState(number, source.kind, source.label, source.problem)
+            for number, source in enumerate(self._folders.sources, 1)
+        ]
+
+    def state_problem(self) -> str | None:
+        """Why nothing can be kept in the state now; None if it can."""
+        return self._uploads.state_problem
 
     def unserved(self) -> dict[str, str]:
         """Why files are not served, by path, or by name for uploads."""
@@ -257,8 +302,8 @@ class Registry:
         data: bytes | Incoming,
         sha256: str | None = None,
         expected: Collection[str] | None = None,
-    ) -> tuple[Entry, bool]:
-        """Upload a file under a name; returns the entry that it made, and whether the name is new.
+    ) -> Change:
+        """Upload a file under a name; returns what that changed.
 
         `data` is the whole file, or where it was written. `sha256`, if given, is what it must hash
         to. The file is checked completely before anything changes. Raises `InvalidRequest` (the
@@ -273,17 +318,16 @@ class Registry:
                 return self._put(name, file, sha256, expected)
         return self._put(name, data, sha256, expected)
 
-    def load(self, name: str, path: str, replace: bool = False) -> Entry:
+    def load(self, name: str, path: str, replace: bool = False) -> Change:
         """Load a file inside the sources under a name, as it is now and until the process ends.
 
-        Returns the entry that it made. `path` is absolute, or relative to a source. Raises
-        `InvalidRequest` for a path that leads outside, and for a name that is taken unless
-        `replace`; `NotFound` for a missing file; and what `put` raises.
+        Returns what that changed. `path` is absolute, or the whole URL of a file, or relative
+        to a source. Raises `InvalidRequest` for a path that leads outside, and for a name that is
+        taken unless `replace`; `NotFound` for a missing file; and what `put` raises.
         """
         self._check_name(name)
-        file = locate(path, self._folders.sources)
         try:
-            data = read(file, self._max_file_bytes)
+            data = locate(path, self._folders.sources).read(self._max_file_bytes)
         except FileNotFoundError as error:
             raise NotFound(f"The file cannot be read: {error.strerror}.", param="path") from error
         except OSError as error:
@@ -313,19 +357,20 @@ class Registry:
             raise self._catalog.unknown(name) from None
         return version, version.open()
 
-    def remove(self, name: str, expected: Collection[str] | None = None) -> None:
+    def remove(self, name: str, expected: Collection[str] | None = None) -> Change:
         """Remove what a name stands for; what it shadowed, if anything, shows again.
 
         An upload is deleted with its history, also one that could not be restored. A source's file
         stays on disk and comes back when it changes, or at the next start. Requests in flight end
-        on the versions they began with. Raises `NotFound`, and `Changed` as `put` does.
+        on the versions they began with. Returns what that changed. Raises `NotFound`, and `Changed`
+        as `put` does.
         """
-        self._uploads.remove(name, expected)
+        return self._uploads.remove(name, expected)
 
     def rollback(
         self, name: str, digest: str | None = None, expected: Collection[str] | None = None
-    ) -> Entry:
-        """Serve a kept uploaded version again, in one step; returns the new entry.
+    ) -> Change:
+        """Serve a kept uploaded version again, in one step; returns what that changed.
 
         `digest` may be a prefix of 8 digits or more; without one it is the version that was served
         before the current one, so that a second call undoes the first. Nothing falls out of the
@@ -335,7 +380,7 @@ class Registry:
         """
         return self._uploads.rollback(name, digest, expected)
 
-    def pin(self, name: str) -> Entry:
+    def pin(self, name: str) -> Change:
         """Read the tensors of what a name stands for, and keep them in memory; returns its entry.
 
         The pin is the name's: it moves to what the name stands for later, and outlives a restart
@@ -345,7 +390,7 @@ class Registry:
         """
         return self._uploads.pin(name)
 
-    def unpin(self, name: str) -> Entry:
+    def unpin(self, name: str) -> Change:
         """Let the tensors of a pinned name be evicted again; returns its entry.
 
         A name that is not pinned stays as it is. Raises `NotFound`.
@@ -358,7 +403,7 @@ class Registry:
         Raises `NotFound`, `Overloaded` if tensors in use fill the memory, and what `Version.edits`
         raises.
         """
-        version = self.resolve(name)
+        version = self._uploads.current(name)
         self._catalog.check_room(version, pinned=False)
         version.edits()
         self._catalog.was_read(version)
@@ -388,7 +433,7 @@ class Registry:
 
     def _put(
         self, name: str, file: Incoming, sha256: str | None, expected: Collection[str] | None
-    ) -> tuple[Entry, bool]:
+    ) -> Change:
         if sha256 is not None and file.sha256 != sha256.lower():
             raise InvalidFile(
                 f"The file's SHA-256 is {file.sha256}, not the one that was sent with it; upload it"
@@ -412,10 +457,14 @@ class Registry:
             for index, edit in enumerate(manifest.edits):
                 self._check_site(edit.layer, edit.component, manifest.width_of(index))
 
-    def _listed(self, name: str, file: Found, origin: Origin = "folder") -> Version:
-        header = read_header(file.path, self._max_file_bytes)
+    def _listed(self, name: str, file: File, origin: Origin = "folder") -> Version:
+        header = file.header(self._max_file_bytes)
         self._check(header.manifest)
         return Version(name, header, origin, file)
+
+    def _scan(self, rest: Callable[[float], bool], between: Callable[[float], object]) -> None:
+        self._folders.scan(rest, between)
+        self._uploads.read_pinned()
 
     def _watch(self, interval: float) -> None:
         wait = interval
@@ -434,7 +483,7 @@ class Registry:
                 self._closed.wait(BREATH * looked)
 
             try:
-                self.scan(rest, between)
+                self._scan(rest, between)
                 self._uploads.tend()
             except Exception:  # the watch must outlive whatever one scan meets
                 _log.exception("scanning the sources failed")

@@ -10,14 +10,11 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
-import json
 import logging
 import os
-import re
 import shutil
 import tempfile
 import weakref
-from collections import Counter
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -26,9 +23,8 @@ from reft_runtime.errors import ConfigError, StoreFull, Unavailable
 from reft_runtime.interventions.format.file import sync_folder, write_atomic
 from reft_runtime.interventions.format.identity import SUFFIX
 from reft_runtime.interventions.registry.incoming import Incoming, telling
-from reft_runtime.interventions.registry.sources import NAME
-
-_DIGEST = re.compile(r"[0-9a-f]{64}")
+from reft_runtime.interventions.registry.pointers import Pointers, pointer_file
+from reft_runtime.interventions.registry.sources import NAME, Found, look
 
 _TEMPORARY = "reft-uploads-"
 
@@ -41,9 +37,8 @@ _log = logging.getLogger(__name__)
 class Store:
     """Blobs of at most `max_bytes` and pointers under one folder, owned by one process at a time.
 
-    `histories` are the digests of each name's uploaded versions, the current one first; `pinned`
-    are the pinned names, and `damaged` those whose pointer cannot be read. If the disk fails,
-    methods raise `StoreFull` or `Unavailable`.
+    `pointers` are what its pointers say. If the disk fails, methods raise `StoreFull` or
+    `Unavailable`.
     """
 
     def __init__(self, folder: Path, max_bytes: int = STATE_BYTES) -> None:
@@ -63,18 +58,9 @@ class Store:
             raise ConfigError(f"The state folder cannot be written: {error}.") from error
         for stray in [*self._pointers.glob(".*.tmp"), *self._incoming.iterdir()]:
             stray.unlink()  # left by a crash in the middle of a write
-        self.histories: dict[str, tuple[str, ...]] = {}
-        self.pinned: set[str] = set()
-        self.damaged: set[str] = set()
+        self.pointers = Pointers()
         for path in sorted(self._pointers.glob("*.json")):
-            digests, pinned = _read_pointer(path) if NAME.fullmatch(path.stem) else ((), False)
-            if digests:
-                self.histories[path.stem] = digests
-            if pinned:
-                self.pinned.add(path.stem)
-            if not digests and not pinned:
-                self.damaged.add(path.stem)
-        self._named = Counter(digest for history in self.histories.values() for digest in history)
+            self.pointers.note_file(path.stem, _content(path))
         self._sizes = {blob.stem: blob.stat().st_size for blob in self._blobs.glob(f"*{SUFFIX}")}
 
     @classmethod
@@ -130,10 +116,7 @@ class Store:
             raise Unavailable(
                 f"The state folder was deleted, and cannot be made again: {error.strerror}."
             ) from error
-        self.histories.clear()
-        self.pinned.clear()
-        self.damaged.clear()
-        self._named.clear()
+        self.pointers.clear()
         self._sizes.clear()
         _log.error(
             "The state folder %s was deleted while the server ran. It is there again, and empty:"
@@ -142,9 +125,17 @@ class Store:
         )
         return False
 
-    def blob(self, digest: str) -> Path:
-        """The path at which the file of this digest is kept."""
-        return self._blobs / f"{digest}{SUFFIX}"
+    def changed(self) -> tuple[()]:
+        """The names that another server has changed: none, as it has no other."""
+        return ()
+
+    def look_again(self, name: str) -> bool:
+        """Whether another server has changed a name: no, as there is no other."""
+        return False
+
+    def file(self, digest: str) -> Found:
+        """The file of this digest. Raises `OSError`."""
+        return look(self._blob(digest))
 
     def holds(self, digest: str) -> bool:
         """Whether the file of this digest is kept."""
@@ -168,40 +159,48 @@ class Store:
                 f" there may be {self._max_bytes}. Delete some of them, or start the server with"
                 " more --state-bytes."
             )
-        blob = self.blob(digest)
+        blob = self._blob(digest)
         with telling():
             if not (self.holds(digest) and _has(blob, file)):
                 file.move(blob)
                 sync_folder(self._blobs)
         self._sizes[digest] = file.size
 
+    def keep_for_now(self, digest: str, file: Incoming) -> Found:
+        """Keep a file that no pointer will name until `collect` deletes it; raises as `add_blob`.
+
+        If the process ends before, the next one deletes it.
+        """
+        self.add_blob(digest, file)
+        with telling():
+            return self.file(digest)
+
     def point(self, name: str, digests: Sequence[str], *, pinned: bool) -> None:
         """Let a name stand for the first of `digests`; the others are its history.
 
         Without digests nothing but whether it is `pinned` is kept of the name.
         """
-        fields = {"versions": list(digests), **({"pinned": True} if pinned else {})}
         if not digests and not pinned:
             self.remove(name)
             return
         with telling():
-            write_atomic(self._pointer(name), json.dumps(fields).encode())
-        self._rename(name, tuple(digests), pinned=pinned)
+            write_atomic(self._pointer(name), pointer_file(digests, pinned=pinned))
+        self.pointers.note(name, digests, pinned=pinned)
 
     def remove(self, name: str) -> None:
         """Forget a name, also one whose pointer is damaged."""
         with telling():
             self._pointer(name).unlink(missing_ok=True)
             sync_folder(self._pointers)
-        self._rename(name, (), pinned=False)
+        self.pointers.note(name, (), pinned=False)
 
     def collect(self, keep: Iterable[str]) -> None:
         """Delete the blobs that no pointer names and that are not in `keep`."""
-        if self.damaged:
+        if self.pointers.damaged:
             return  # a damaged pointer may name any of them: a person decides
-        for digest in self._sizes.keys() - self._named.keys() - set(keep):
+        for digest in self._sizes.keys() - self.pointers.named.keys() - set(keep):
             with suppress(OSError):  # tried again the next time
-                self.blob(digest).unlink(missing_ok=True)
+                self._blob(digest).unlink(missing_ok=True)
                 del self._sizes[digest]
 
     def _take(self) -> int:
@@ -223,18 +222,8 @@ class Store:
         for part in self._parts:
             part.mkdir(parents=True, exist_ok=True)
 
-    def _rename(self, name: str, digests: tuple[str, ...], *, pinned: bool) -> None:
-        self._named.update(digests)
-        for digest in self.histories.pop(name, ()):
-            self._named[digest] -= 1
-            if not self._named[digest]:
-                del self._named[digest]
-        if digests:
-            self.histories[name] = digests
-        self.pinned.discard(name)
-        if pinned:
-            self.pinned.add(name)
-        self.damaged.discard(name)
+    def _blob(self, digest: str) -> Path:
+        return self._blobs / f"{digest}{SUFFIX}"
 
     def _pointer(self, name: str) -> Path:
         return self._pointers / f"{name}.json"
@@ -260,11 +249,9 @@ def _delete_unused(folder: Path) -> None:
             os.close(lock)
 
 
-def _read_pointer(path: Path) -> tuple[tuple[str, ...], bool]:
-    """The digests that a pointer names, and whether its name is pinned; neither if damaged."""
+def _content(path: Path) -> bytes:
+    """What a pointer's file says; nothing if it cannot be read, or is not named as pointers are."""
     try:
-        fields = json.loads(path.read_bytes())
-        digests, pinned = tuple(fields["versions"]), fields.get("pinned", False) is True
-        return (digests, pinned) if all(map(_DIGEST.fullmatch, digests)) else ((), False)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        return (), False
+        return path.read_bytes() if NAME.fullmatch(path.stem) else b""
+    except OSError:
+        return b""

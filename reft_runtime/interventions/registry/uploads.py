@@ -16,11 +16,12 @@ from reft_runtime.errors import (
     Unavailable,
 )
 from reft_runtime.interventions.registry.catalog import Catalog
-from reft_runtime.interventions.registry.entry import Entry
+from reft_runtime.interventions.registry.entry import Change
 from reft_runtime.interventions.registry.folders import Folders
-from reft_runtime.interventions.registry.incoming import Incoming
-from reft_runtime.interventions.registry.listing import entry
-from reft_runtime.interventions.registry.sources import Found, look
+from reft_runtime.interventions.registry.incoming import Incoming, telling
+from reft_runtime.interventions.registry.listing import entry, shown_entry
+from reft_runtime.interventions.registry.sources import File
+from reft_runtime.interventions.registry.state import State
 from reft_runtime.interventions.registry.store import Store
 from reft_runtime.interventions.registry.version import Origin, Version
 
@@ -41,11 +42,11 @@ class Uploads:
     All is kept in `store`, or without one in a temporary store, which is made when it is needed.
     The last `HISTORY` uploaded versions of a name are kept, in the order in which they were served
     last. `put`, `load`, `remove`, `rollback`, `pin` and `unpin` are documented in `Registry`. The
-    entry that they return is made before the next change may begin.
+    change that they return is told before the next one may begin.
     """
 
     def __init__(
-        self, catalog: Catalog, folders: Folders, store: Store | None, state_bytes: int
+        self, catalog: Catalog, folders: Folders, store: State | None, state_bytes: int
     ) -> None:
         self._catalog = catalog
         self._folders = folders
@@ -54,6 +55,8 @@ class Uploads:
         self._making = threading.Lock()  # guards `_kept` while a temporary store is made
         self._changing = threading.Lock()  # one change at a time; taken before the other locks
         self._added: set[str] = set()  # names that were uploaded or loaded
+        self._reserved: str | None = None
+        self._listed: Callable[[str, File, Origin], Version] | None = None
         self._problems: dict[str, str] = {}
         self._state_problem: str | None = None
 
@@ -63,13 +66,12 @@ class Uploads:
             self._tend()
             return self._store.incoming(max_bytes)
 
-    def put(
-        self, version: Version, file: Incoming, expected: Collection[str] | None
-    ) -> tuple[Entry, bool]:
+    def put(self, version: Version, file: Incoming, expected: Collection[str] | None) -> Change:
         """Let the version's name stand for it; `file` is its file."""
         name = version.name
         with self._changing:
             self._tend()
+            self._catch_up(name)
             shown = self._expect(name, expected)
             before = self._catalog.history(name)
             kept = [old for old in before if old.digest != version.digest][: HISTORY - 1]
@@ -78,12 +80,12 @@ class Uploads:
             self._catalog.place_upload([version, *kept])
             self._problems.pop(name, None)
             self._collect()
-            made = entry(self._catalog, name)
+            change = Change(_digest(shown), entry(self._catalog, name))
         _log.info("%s %r", "replaced" if shown else "added", version)
         _tell_hidden(shown, version)
-        return made, shown is None
+        return change
 
-    def load(self, version: Version, file: Incoming, *, replace: bool) -> Entry:
+    def load(self, version: Version, file: Incoming, *, replace: bool) -> Change:
         """Let the version's name stand for it until the process ends; `file` is its file."""
         name = version.name
         with self._changing:
@@ -98,18 +100,19 @@ class Uploads:
             before = self._catalog.layer(name, "loaded")
             self._admit(version, leaving=set() if before is None else {before})
             with self._undone(name):
-                self._keep(version, file)
+                version.moved(self._store.keep_for_now(version.digest, file))
             self._catalog.place(version)
             self._collect()
-            made = entry(self._catalog, name)
+            change = Change(_digest(shown), entry(self._catalog, name))
         _log.info("loaded %r", version)
         _tell_hidden(shown, version)
-        return made
+        return change
 
-    def remove(self, name: str, expected: Collection[str] | None) -> None:
+    def remove(self, name: str, expected: Collection[str] | None) -> Change:
         """Remove what a name stands for."""
         with self._changing:
             self._tend()
+            self._catch_up(name)
             version = self._expect(name, expected)
             origin = None if version is None else version.origin
             if origin in (None, "folder") and name in self._problems:
@@ -125,12 +128,15 @@ class Uploads:
             if not any(self._catalog.layer(name, layer) for layer in _ADDED):
                 self._added.discard(name)
             self._collect()
+            change = Change(_digest(version), shown_entry(self._catalog, name))
         _log.info("removed %s (%s)", name, origin)
+        return change
 
-    def rollback(self, name: str, digest: str | None, expected: Collection[str] | None) -> Entry:
+    def rollback(self, name: str, digest: str | None, expected: Collection[str] | None) -> Change:
         """Serve an uploaded version again that is still kept."""
         with self._changing:
             self._tend()
+            self._catch_up(name)
             current = self._expect(name, expected)
             if current is None:
                 raise self._catalog.unknown(name)
@@ -139,7 +145,7 @@ class Uploads:
             history = self._catalog.history(name)
             version = _kept(name, history, digest)
             if version is current:
-                return entry(self._catalog, name)
+                return Change(current.digest, entry(self._catalog, name))
             if pinned := self._catalog.pinned(name):
                 self._catalog.check_room(version, pinned=True)
             version.edits()  # reads and verifies it
@@ -147,34 +153,36 @@ class Uploads:
             self._point(name, after, pinned=pinned)
             self._catalog.place_upload(after)
             self._catalog.was_read(version)
-            made = entry(self._catalog, name)
+            change = Change(current.digest, entry(self._catalog, name))
         _log.info("rolled %r back to %r", current, version)
-        return made
+        return change
 
-    def pin(self, name: str) -> Entry:
+    def pin(self, name: str) -> Change:
         """Read the tensors of what a name stands for, and keep them in memory."""
         with self._changing:
             self._tend()
-            version = self._current(name)
+            self._catch_up(name)
+            version = self.current(name)
             self._catalog.check_room(version, pinned=True)
             version.edits()
             self._point(name, self._catalog.history(name), pinned=True)
             self._catalog.pin(name, pinned=True)
             self._catalog.was_read(version)
-            made = entry(self._catalog, name)
+            change = Change(version.digest, entry(self._catalog, name))
         _log.info("pinned %r", version)
-        return made
+        return change
 
-    def unpin(self, name: str) -> Entry:
+    def unpin(self, name: str) -> Change:
         """Let the tensors of a name be evicted again."""
         with self._changing:
             self._tend()
-            version = self._current(name)
+            self._catch_up(name)
+            version = self.current(name)
             if self._catalog.pinned(name):
                 self._point(name, self._catalog.history(name), pinned=False)
                 self._catalog.pin(name, pinned=False)
                 _log.info("unpinned %r", version)
-            return entry(self._catalog, name)
+            return Change(version.digest, entry(self._catalog, name))
 
     def read_pinned(self) -> None:
         """Read the tensors of pinned names that are not in memory, such as after a start."""
@@ -189,49 +197,50 @@ class Uploads:
             else:
                 self._catalog.was_read(version)
 
-    def _current(self, name: str) -> Version:
+    def current(self, name: str) -> Version:
+        """What a name stands for at this moment. Raises `NotFound`."""
         self._folders.refresh(name)
         version = self._catalog.current(name)
         if version is None:
             raise self._catalog.unknown(name)
         return version
 
-    def restore(self, reserved: str, listed: Callable[[str, Found, Origin], Version]) -> None:
+    def restore(self, reserved: str, listed: Callable[[str, File, Origin], Version]) -> None:
         """Restore what was uploaded before the last stop.
 
         `listed` makes a version of a stored file from its header; `reserved` is a name that no file
         can have.
         """
-        store = self._kept
-        if store is None:
+        self._reserved, self._listed = reserved, listed
+        if self._kept is None:
             return
-        for name in store.damaged:
-            self._problems[name] = "Its pointer is damaged; upload it again, or delete it."
-        for name in store.pinned:
-            self._catalog.pin(name, pinned=True)
-        for name, digests in store.histories.items():
-            if name == reserved:
-                self._problems[name] = "The name is the base model's own id; delete it."
-                continue
-            history: list[Version] = []
-            for digest in digests:
-                try:
-                    version = listed(name, look(store.blob(digest)), "uploaded")
-                    if version.digest != digest:
-                        raise InvalidFile("The stored file is not the one that was uploaded.")
-                except (ReftError, OSError) as error:
-                    reason = error.message if isinstance(error, ReftError) else error.strerror
-                    self._problems.setdefault(name, f"Version {digest[:12]}: {reason}")
-                    if not history:
-                        break
-                else:
-                    history.append(version)
-            if history:
-                self._catalog.place_upload(history)
-                self._added.add(name)
+        pointers = self._kept.pointers
+        for name in [*pointers.damaged, *pointers.pinned - pointers.histories.keys()]:
+            self._take_in(self._kept, name)
+        for name in list(pointers.histories):
+            self._take_in(self._kept, name)
         for name, why in self._problems.items():
             _log.warning("the upload %s is not served as it was: %s", name, why)
         self._collect()
+
+    def follow(self) -> bool:
+        """Take in what other servers have changed in the state; may take long.
+
+        Returns whether the state could be reached.
+        """
+        store = self._kept
+        if store is None:
+            return True
+        try:
+            for name in store.changed():
+                with self._changing:
+                    self._catch_up(name)
+            store.check()
+        except Unavailable as error:
+            self._state_problem = error.message
+            return False
+        self._state_problem = None
+        return True
 
     def tend(self) -> None:
         """Check the state folder, unless a change is under way, which checks it as well."""
@@ -245,9 +254,14 @@ class Uploads:
             finally:
                 self._changing.release()
 
+    @property
+    def state_problem(self) -> str | None:
+        """Why nothing can be kept in the state now; None if it can."""
+        return self._state_problem
+
     def problems(self) -> dict[str, str]:
         """What is wrong with the state folder, and by name why uploads are not served."""
-        state = {} if self._state_problem is None else {"(state folder)": self._state_problem}
+        state = {} if self._state_problem is None else {"(state)": self._state_problem}
         return {**state, **self._problems}
 
     def close(self) -> None:
@@ -256,6 +270,54 @@ class Uploads:
             if self._kept is not None:
                 self._kept.close()
                 self._kept = None
+
+    def _catch_up(self, name: str) -> None:
+        """Take in what another server has made of a name. Raises `Unavailable`."""
+        if self._kept is not None and self._kept.look_again(name):
+            self._take_in(self._kept, name)
+            _log.info("another server has changed %s", name)
+
+    def _take_in(self, store: State, name: str) -> None:
+        """Let a name stand for what its pointer says."""
+        pointers = store.pointers
+        self._problems.pop(name, None)
+        if name in pointers.damaged:
+            self._problems[name] = "Its pointer is damaged; upload it again, or delete it."
+            return
+        digests = pointers.histories.get(name, ())
+        if digests and name == self._reserved:
+            self._problems[name] = "The name is the base model's own id; delete it."
+            return
+        self._catalog.pin(name, pinned=name in pointers.pinned)
+        history = self._restored(store, name, digests)
+        if history:
+            self._catalog.place_upload(history)
+            self._added.add(name)
+        elif not digests:
+            self._catalog.displace(name, "uploaded")
+            if not any(self._catalog.layer(name, layer) for layer in _ADDED):
+                self._added.discard(name)
+
+    def _restored(self, store: State, name: str, digests: Sequence[str]) -> list[Version]:
+        """The versions of a name; those that cannot be listed are left out, or all if the first."""
+        assert self._listed is not None
+        known = {version.digest: version for version in self._catalog.history(name)}
+        history: list[Version] = []
+        for digest in digests:
+            try:
+                version = known.get(digest)
+                if version is None:
+                    version = self._listed(name, store.file(digest), "uploaded")
+                if version.digest != digest:
+                    raise InvalidFile("The stored file is not the one that was uploaded.")
+            except (ReftError, OSError) as error:
+                reason = error.message if isinstance(error, ReftError) else error.strerror
+                self._problems.setdefault(name, f"Version {digest[:12]}: {reason}")
+                if not history:
+                    break
+            else:
+                history.append(version)
+        return history
 
     def _expect(self, name: str, expected: Collection[str] | None) -> Version | None:
         """The version the name stands for now, which must be one of the digests `expected`.
@@ -268,9 +330,7 @@ class Uploads:
         self._folders.refresh(name)
         current = self._catalog.current(name)
         if current is None and expected:
-            raise Changed(
-                f"There is no intervention `{name}`, which was to be there.", param="name"
-            )
+            raise Changed.missing(name)
         if current is not None and not {current.digest, "*"} & set(expected):
             wanted = "another one was expected" if expected else "none was to be there"
             raise Changed(f"`{name}` is served as {current.digest}, and {wanted}.", param="name")
@@ -292,12 +352,10 @@ class Uploads:
         store, name = self._store, version.name
         digests = [version.digest, *(old.digest for old in kept if store.holds(old.digest))]
         with self._undone(name):
-            self._keep(version, file)
+            store.add_blob(version.digest, file)
+            with telling():
+                version.moved(store.file(version.digest))
             store.point(name, digests, pinned=self._catalog.pinned(name))
-
-    def _keep(self, version: Version, file: Incoming) -> None:
-        self._store.add_blob(version.digest, file)
-        version.moved(look(self._store.blob(version.digest)))
 
     @contextmanager
     def _undone(self, name: str) -> Iterator[None]:
@@ -343,7 +401,7 @@ class Uploads:
             self._kept.collect(keep=self._catalog.kept_digests())
 
     @property
-    def _store(self) -> Store:
+    def _store(self) -> State:
         with self._making:
             if self._kept is None:
                 self._kept = Store.temporary(self._state_bytes)
@@ -360,6 +418,10 @@ _NOT_UPLOADED: dict[Origin, str] = {
         " was uploaded before is served again."
     ),
 }
+
+
+def _digest(version: Version | None) -> str | None:
+    return None if version is None else version.digest
 
 
 def _tell_hidden(before: Version | None, now: Version) -> None:

@@ -16,7 +16,7 @@ from reft_runtime.interventions.format.header import Header, header_of
 from reft_runtime.interventions.format.intervention import validate_manifest
 from reft_runtime.interventions.format.manifest import Manifest
 from reft_runtime.interventions.format.summary import summarise
-from reft_runtime.interventions.registry.sources import Found
+from reft_runtime.interventions.registry.sources import File
 from reft_runtime.machine.cores import releasing_workers
 
 Origin = Literal["loaded", "uploaded", "folder"]
@@ -39,7 +39,7 @@ class Version:
         name: str,
         header: Header,
         origin: Origin,
-        source: Found | None,
+        source: File | None,
         edits: tuple[CanonicalEdit, ...] | None = None,
     ) -> None:
         self.name = name
@@ -86,6 +86,11 @@ class Version:
     def reloadable(self) -> bool:
         """Whether the tensors have a file that they can be read from again."""
         return self._source is not None
+
+    @property
+    def near(self) -> bool:
+        """Whether reading the tensors waits for no network."""
+        return self._source is None or self._source.on_disk()
 
     @property
     def stays(self) -> bool:
@@ -138,13 +143,13 @@ class Version:
         if self._source is None:
             raise self._unavailable("It was not made from a file that is kept.")
         with self._reading():
-            file, header = open_verified(self._source.path, self._source.size)
+            file, header = open_verified(self._source.fetch(), self._source.size)
         if header.digest != self.digest:
             file.close()
             raise self._unavailable("Its file has changed since it was listed.")
         return file
 
-    def moved(self, file: Found) -> None:
+    def moved(self, file: File) -> None:
         """Read from another file with the same content from now on."""
         self._source, self.only_copy = file, False
 
@@ -166,7 +171,7 @@ class Version:
             raise self._unavailable(self.problem)
         assert self._source is not None
         with self._reading():
-            data = read(self._source.path, self._source.size)
+            data = read(self._source.fetch(), self._source.size)
         try:
             header = header_of(data)
             if header.digest == self.digest:

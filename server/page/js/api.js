@@ -10,13 +10,15 @@ export function onKeyNeeded(ask) {
   askForKey = ask;
 }
 
+/** An error as the API says it. `again` is when the request may be sent again, in ms of Unix time. */
 export class ApiError extends Error {
-  constructor(message, { status = 0, code = null, param = null } = {}) {
+  constructor(message, { status = 0, code = null, param = null, again = null } = {}) {
     super(message);
     this.name = "ApiError";
     this.status = status;
     this.code = code;
     this.param = param;
+    this.again = again;
   }
 }
 
@@ -98,10 +100,12 @@ async function fetched(path, options) {
 
 async function failure(response) {
   const { status } = response;
+  const wait = Number(response.headers.get("retry-after"));
+  const again = wait > 0 ? Date.now() + wait * 1000 : null;
   try {
     const { error } = await response.json();
-    return new ApiError(error.message, { ...error, status });
+    return new ApiError(error.message, { ...error, status, again });
   } catch {
-    return new ApiError(`The server answered ${status}.`, { status });
+    return new ApiError(`The server answered ${status}.`, { status, again });
   }
 }

@@ -1,14 +1,14 @@
 // The frame of the page: which view is open.
 
-import { ask } from "./api.js";
 import { Compare } from "./compare.js";
 import { html, render, useEffect, useState } from "./lib.js";
 import { Interventions } from "./interventions.js";
 import { Look } from "./look.js";
 import { ServerView } from "./server.js";
-import { Store, useStore } from "./store.js";
+import { useStore } from "./store.js";
 import { Frame } from "./frame.js";
 import { Loading, Problem } from "./ui.js";
+import { introduce, who } from "./who.js";
 
 const VIEWS = {
   compare: ["Compare", Compare],
@@ -17,19 +17,6 @@ const VIEWS = {
   server: ["Server", ServerView],
 };
 
-/** State of the page; `model` is the base model's name. */
-const app = new Store({ model: null, error: null });
-
-async function begin() {
-  app.set({ error: null });
-  try {
-    const { model } = await ask("v1/stats");
-    app.set({ model });
-  } catch (error) {
-    app.set({ error });
-  }
-}
-
 /** The open view, and what follows it in the address: `#/compare/STATE`. */
 function place() {
   const [, view, ...rest] = location.hash.split("/");
@@ -37,7 +24,8 @@ function place() {
 }
 
 function App() {
-  const { model, error } = useStore(app);
+  const { me, error } = useStore(who);
+  const model = me?.model;
   const [{ view, rest }, setPlace] = useState(place);
   useEffect(() => {
     const changed = () => setPlace(place());
@@ -50,14 +38,14 @@ function App() {
   }, [title, model]);
   const links = Object.entries(VIEWS).map(([name, [text]]) => [`./#/${name}`, text, name === view]);
   return html`
-    <${Frame} links=${[...links, ["docs", "API", false]]} model=${model}>
+    <${Frame} links=${[...links, ["docs", "API", false]]} me=${me}>
       ${model
         ? html`<${View} base=${model} rest=${rest} key=${view} />`
         : error
-          ? html`<${Problem} error=${error} retry=${begin} />`
-          : html`<${Loading} what="the server's model" />`}
+          ? html`<${Problem} error=${error} retry=${introduce} />`
+          : html`<${Loading} what="the page" />`}
     <//>`;
 }
 
 render(html`<${App} />`, document.getElementById("app"));
-begin();
+introduce();

@@ -5,7 +5,8 @@ import { tryOut } from "./comparison.js";
 import { html, useRef, useState } from "./lib.js";
 import { Dialog, Icon, Loading, Problem, bytes, number, percent, useLoaded } from "./ui.js";
 import { put } from "./uploads.js";
-import { spans, when } from "./wording.js";
+import { mayChange } from "./who.js";
+import { PLACES, spans, when } from "./wording.js";
 
 export function Details({ name, base, onClose, onChange }) {
   const path = `v1/interventions/${encodeURIComponent(name)}`;
@@ -47,7 +48,7 @@ function facts(entry, base) {
     ["Parameters", html`${number(entry.parameters)} <small>${percent(entry.share)} of ${base}</small>`],
     ["Size", bytes(entry.size_bytes)],
     ["From", entry.origin],
-    ["In memory", entry.tier],
+    ["Tensors", html`${PLACES[entry.tier]} ${entry.pinned && html`<small>pinned</small>`}`],
     ["Requests", html`${number(entry.requests)} <small>${entry.in_flight} in flight</small>`],
     ["Tokens", html`${number(entry.prompt_tokens)} <small>in</small> ${number(entry.generation_tokens)} <small>out</small>`],
     ...(entry.last_used ? [["Last used", when(entry.last_used)]] : []),
@@ -83,6 +84,10 @@ function Actions({ entry, path, onClose, onChange }) {
     onClose();
     onChange();
   });
+  const moved = attempt(async (change) => {
+    await ask(`${path}/${change}`, { method: "POST" });
+    onChange();
+  });
   const tried = () => {
     tryOut(id);
     location.hash = "#/compare";
@@ -91,14 +96,21 @@ function Actions({ entry, path, onClose, onChange }) {
     <div class="actions start">
       <button type="button" class="primary" onClick=${tried}><${Icon} name="play" />Try it</button>
       <button type="button" onClick=${download}><${Icon} name="down" />Download</button>
-      <button type="button" onClick=${() => chooser.current.click()}><${Icon} name="up" />Replace</button>
-      <input ref=${chooser} type="file" hidden accept=".safetensors" aria-label=${`A new file for ${id}`}
-        onChange=${(event) => { replace(event.target.files[0]); event.target.value = ""; }} />
-      ${sure
-        ? html`<span class="sure" role="group" aria-label="Delete?">Serve it no longer?
-            <button type="button" class="danger" onClick=${remove}>Delete ${id}</button>
-            <button type="button" onClick=${() => setSure(false)}>Keep it</button></span>`
-        : html`<button type="button" onClick=${() => setSure(true)}><${Icon} name="trash" />Delete</button>`}
+      ${mayChange(id) && html`
+        <button type="button" title="Keep it in memory, or let it make room for others"
+          onClick=${() => moved(entry.pinned ? "unpin" : "pin")}>
+          <${Icon} name="pin" />${entry.pinned ? "Unpin" : "Pin"}</button>
+        ${entry.tier === "disk" && html`
+          <button type="button" title="Read it into memory now, so that no request waits for that"
+            onClick=${() => moved("warm")}><${Icon} name="warm" />Warm</button>`}
+        <button type="button" onClick=${() => chooser.current.click()}><${Icon} name="up" />Replace</button>
+        <input ref=${chooser} type="file" hidden accept=".safetensors" aria-label=${`A new file for ${id}`}
+          onChange=${(event) => { replace(event.target.files[0]); event.target.value = ""; }} />
+        ${sure
+          ? html`<span class="sure" role="group" aria-label="Delete?">Serve it no longer?
+              <button type="button" class="danger" onClick=${remove}>Delete ${id}</button>
+              <button type="button" onClick=${() => setSure(false)}>Keep it</button></span>`
+          : html`<button type="button" onClick=${() => setSure(true)}><${Icon} name="trash" />Delete</button>`}`}
     </div>
     ${error && html`<${Problem} error=${error} />`}`;
 }
@@ -127,9 +139,8 @@ function Versions({ id, digest, path, onChange }) {
             <code>${version.digest.slice(0, 12)}</code>
             <span class="muted">${bytes(version.size_bytes)}${version.modified ? `, ${when(version.modified)}` : ""}</span>
             ${version.current && html`<span class="count">served</span>`}
-            ${!version.current && version.kept && html`<button type="button" onClick=${() => back(version.digest)}
-                  aria-label=${`Roll ${id} back to ${version.digest.slice(0, 12)}`}>
-                  <${Icon} name="back" />Roll back</button>`}
+            ${!version.current && version.kept && mayChange(id) && html`<button type="button" onClick=${() => back(version.digest)}>
+                  <${Icon} name="back" />Roll back<span class="unseen"> to ${version.digest.slice(0, 12)}</span></button>`}
           </li>`)}
       </ul>
     </section>`;

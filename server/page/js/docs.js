@@ -1,10 +1,11 @@
 // The API's reference: /openapi.json as a page, an operation a section, schemas folded out.
 
-import { ask, save } from "./api.js";
+import { ask, key, save } from "./api.js";
 import { Frame } from "./frame.js";
 import { html, render, useState } from "./lib.js";
 import { Store, useStore } from "./store.js";
 import { Icon, Loading, Problem } from "./ui.js";
+import { introduce, who } from "./who.js";
 
 const page = new Store({ document: null, error: null });
 
@@ -12,6 +13,7 @@ async function begin() {
   page.set({ error: null });
   try {
     page.set({ document: await ask("openapi.json") });
+    if (key()) await introduce();
   } catch (error) {
     page.set({ error });
   }
@@ -45,8 +47,9 @@ const LINKS = [
 
 function Reference() {
   const { document: found, error } = useStore(page);
+  const { me } = useStore(who);
   return html`
-    <${Frame} links=${LINKS}>
+    <${Frame} links=${LINKS} me=${me}>
       ${error && html`<${Problem} error=${error} retry=${begin} />`}
       ${!found && !error && html`<${Loading} what="the API's description" />`}
       ${found && html`<${Operations} found=${found} />`}

@@ -3,7 +3,8 @@
 import { forgetKey, key, onKeyNeeded } from "./api.js";
 import { html, useState } from "./lib.js";
 import { Store, useStore } from "./store.js";
-import { Dialog, Icon, IconButton } from "./ui.js";
+import { Dialog, Icon, IconButton, number } from "./ui.js";
+import { seen } from "./who.js";
 
 const THEME = "reft-theme";
 
@@ -50,9 +51,10 @@ const forget = () => {
   location.reload();
 };
 
-/** What surrounds a view. `links` are [address, text, whether it is open]. */
-export function Frame({ links, model, children }) {
+/** What surrounds a view. `links` are [address, text, whether it is open]; `me` is the tenant, if known. */
+export function Frame({ links, me, children }) {
   const { asking } = useStore(gate);
+  const [open, setOpen] = useState(false);
   return html`
     <a class="skip" href="#main" onClick=${toMain}>Skip to the content</a>
     <header class="top">
@@ -64,13 +66,48 @@ export function Frame({ links, model, children }) {
           <a href=${address} key=${text} aria-current=${open ? "page" : null}>${text}</a>`)}
       </nav>
       <div class="top-end">
-        ${model && html`<span class="model" title="The base model">${model}</span>`}
-        ${key() && html`<button type="button" class="quiet" onClick=${forget}>Forget key</button>`}
+        ${me && html`<span class="model" title="The base model">${me.model}</span>`}
+        ${key() && html`
+          <button type="button" class="quiet who" aria-haspopup="dialog" onClick=${() => setOpen(true)}>
+            ${me ? html`<span>${me.tenant}</span> <small>${me.role}</small>` : "Key"}</button>`}
         <${ThemeButton} />
       </div>
     </header>
     <main id="main" tabindex="-1">${children}</main>
+    ${open && html`<${KeyDetails} me=${me} onClose=${() => setOpen(false)} />`}
     ${asking && html`<${KeyDialog} ...${asking} />`}`;
+}
+
+const QUOTAS = {
+  requests_per_minute: "requests a minute", tokens_per_minute: "tokens a minute", concurrent_requests: "requests at a time",
+};
+
+/** Whose key the page uses, what it may do, and the way to forget it. */
+function KeyDetails({ me, onClose }) {
+  return html`
+    <${Dialog} title=${me ? `The key of ${me.tenant}` : "The key"} onClose=${onClose}>
+      <div class="stack">
+        ${me && html`<dl class="rights">${rights(me).map(([what, value]) => html`
+          <div key=${what}><dt>${what}</dt><dd>${value}</dd></div>`)}</dl>`}
+        <p class="muted">It is kept until this tab is closed.</p>
+        <div class="actions"><button type="button" onClick=${forget}>Forget key</button></div>
+      </div>
+    <//>`;
+}
+
+function rights(me) {
+  const { max_tokens, n } = me.limits;
+  const limits = [
+    ...Object.entries(QUOTAS).filter(([name]) => me[name] !== null).map(([name, words]) => `${number(me[name])} ${words}`),
+    ...(max_tokens ? [`answers of ${number(max_tokens)} tokens`] : []),
+    ...(n ? [`${number(n)} choices`] : []),
+  ];
+  return [
+    ["Role", me.role],
+    ["Sees", seen(me).join(", ") || "the base model alone"],
+    ["Changes", !me.upload ? "nothing" : me.prefix ? `${me.prefix}*` : "what it sees"],
+    ["Limits", limits.join(", ") || "none"],
+  ];
 }
 
 // The address holds the open view, so the link to the main part must not change it.

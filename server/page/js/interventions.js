@@ -5,7 +5,8 @@ import { Details } from "./details.js";
 import { classes, html, useEffect, useRef, useState } from "./lib.js";
 import { Empty, Icon, Loading, Problem, bytes, number, percent } from "./ui.js";
 import { Uploads, take } from "./uploads.js";
-import { spans, when } from "./wording.js";
+import { who } from "./who.js";
+import { PLACES, spans, when } from "./wording.js";
 
 const PAGE = 50;
 const PAUSE_MS = 200;
@@ -18,6 +19,7 @@ const COLUMNS = [
   ["Positions", null, ({ positions }) => positions.join(", "), "narrow"],
   ["Parameters", "parameters", (entry) => html`${number(entry.parameters)}
     <small>${percent(entry.share)} of the base</small>`, "number narrow"],
+  ["Memory", null, (entry) => html`<${Place} entry=${entry} />`, "narrow"],
   ["Size", "size", ({ size_bytes }) => bytes(size_bytes), "number"],
   ["Requests", "requests", (entry) => html`${number(entry.requests)}
     ${entry.in_flight > 0 && html`<small>${entry.in_flight} in flight</small>`}`, "number"],
@@ -29,22 +31,31 @@ const Name = ({ entry }) => html`
   ${entry.manifest.description && html`<span class="about">${entry.manifest.description}</span>`}
   ${entry.problem && html`<span class="about bad">${entry.problem}</span>`}`;
 
+const Place = ({ entry }) => html`
+  ${PLACES[entry.tier]}${entry.pinned && html` <span class="count">pinned</span>`}`;
+
 export function Interventions({ base, rest }) {
   const [query, setQuery] = useState("");
   const [sort, setSort] = useState("name");
   const { rows, total, next, problems, error, loading, more, reload } = usePages(query.trim(), sort);
   const [over, setOver] = useState(false);
   const chooser = useRef();
-  const drop = (event) => {
-    event.preventDefault();
-    setOver(false);
-    take(event.dataTransfer.files, reload);
+  const { upload, prefix } = who.value.me;
+  const dropping = upload && {
+    onDrop: (event) => {
+      event.preventDefault();
+      setOver(false);
+      take(event.dataTransfer.files, reload);
+    },
+    onDragOver: (event) => {
+      event.preventDefault();
+      setOver(true);
+    },
+    onDragLeave: (event) => event.currentTarget.contains(event.relatedTarget) || setOver(false),
   };
   const close = () => (location.hash = "#/interventions");
   return html`
-    <div class=${classes("drop", over && "over")} onDrop=${drop}
-      onDragOver=${(event) => { event.preventDefault(); setOver(true); }}
-      onDragLeave=${(event) => event.currentTarget.contains(event.relatedTarget) || setOver(false)}>
+    <div class=${classes("drop", over && "over")} ...${dropping}>
       <div class="head">
         <h1>Interventions</h1>
         ${total !== null && html`<span class="muted figure" role="status">
@@ -53,17 +64,19 @@ export function Interventions({ base, rest }) {
         <label class="search"><${Icon} name="search" />
           <input type="search" aria-label="Search names and descriptions" placeholder="Search"
             value=${query} onInput=${(event) => setQuery(event.target.value)} /></label>
-        <button type="button" class="primary" onClick=${() => chooser.current.click()}>
-          <${Icon} name="up" />Upload</button>
-        <input ref=${chooser} type="file" multiple hidden accept=".safetensors" aria-label="Files to upload"
-          onChange=${(event) => { take(event.target.files, reload); event.target.value = ""; }} />
+        ${upload && html`
+          <button type="button" class="primary" onClick=${() => chooser.current.click()}>
+            <${Icon} name="up" />Upload</button>
+          <input ref=${chooser} type="file" multiple hidden accept=".safetensors" aria-label="Files to upload"
+            onChange=${(event) => { take(event.target.files, reload); event.target.value = ""; }} />`}
       </div>
+      ${upload && prefix && html`<p class="muted own">What you upload is named <code>${prefix}</code> and the file's name.</p>`}
       <${Uploads} reload=${reload} />
       ${error && html`<${Problem} error=${error} retry=${reload} />`}
       ${rows === null && !error && html`<${Loading} what="interventions" />`}
       ${rows?.length === 0 && html`
         <${Empty} title=${query ? "Nothing is found" : "No intervention is served yet"}>
-          <p>${query ? "No name or description has that text." : "Drop a .safetensors file here, or make one with reft train."}</p>
+          <p>${query ? "No name or description has that text." : upload ? "Drop a .safetensors file here, or make one with reft train." : "This key sees none; who runs the server can change that."}</p>
         <//>`}
       ${rows?.length > 0 && html`
         <${Table} rows=${rows} sort=${sort} onSort=${setSort} />
@@ -76,7 +89,7 @@ export function Interventions({ base, rest }) {
           <span class="count">${Object.keys(problems).length}</span></summary>
           <dl>${Object.entries(problems).map(([file, why]) => html`<dt key=${file}>${file}</dt><dd>${why}</dd>`)}</dl>
         </details>`}
-      <p class="drop-hint" aria-hidden="true">Drop to upload</p>
+      ${upload && html`<p class="drop-hint" aria-hidden="true">Drop to upload</p>`}
     </div>
     ${rest && html`<${Details} key=${rest} name=${rest} base=${base} onClose=${close}
       onChange=${reload} />`}`;

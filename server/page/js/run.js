@@ -165,7 +165,7 @@ function figures(answer, usage, began, first, last) {
 
 function said(error) {
   if (error instanceof ApiError) {
-    return { message: error.message, param: error.param, status: error.status };
+    return { message: error.message, param: error.param, status: error.status, again: error.again };
   }
   return { message: "The answer broke off.", param: null, status: 0 };
 }

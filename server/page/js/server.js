@@ -1,10 +1,12 @@
-// Server: what is served, and how it is doing now, asked again every two seconds.
+// Server: what is served, and how it is doing now, asked again every two seconds; and what was used.
 
 import { ask } from "./api.js";
 import { Chart } from "./chart.js";
 import { classes, html, useEffect } from "./lib.js";
 import { Store, useStore } from "./store.js";
-import { Loading, Problem, bytes, number, percent, seconds } from "./ui.js";
+import { Empty, Loading, Problem, Segmented, bytes, number, percent, seconds } from "./ui.js";
+import { Usage } from "./usage.js";
+import { who } from "./who.js";
 
 const EVERY_MS = 2000;
 const KEPT = 150;
@@ -38,19 +40,47 @@ function useWatch() {
   }, []);
 }
 
-export function ServerView() {
+const PARTS = [["", "Now"], ["usage", "Usage"]];
+
+export function ServerView({ rest }) {
+  const { me } = useStore(who);
+  if (!me.sees_server) return html`<${NotTold} me=${me} />`;
+  const turn = (part) => (location.hash = part ? `#/server/${part}` : "#/server");
+  return html`
+    <div class="head">
+      <h1>Server</h1>
+      <${Segmented} label="What to show" value=${rest} options=${PARTS} onChange=${turn} />
+      ${rest !== "usage" && html`<${Status} />`}
+    </div>
+    ${rest === "usage" ? html`<${Usage} />` : html`<${Now} />`}`;
+}
+
+const NotTold = ({ me }) => html`
+  <h1>Server</h1>
+  <${Empty} title="This is for admins">
+    <p>${me.role === "admin"
+      ? `What the whole server does and what was used is told to admins that see all interventions, and ${me.tenant} sees some.`
+      : `What the whole server does and what was used is told to admins, and ${me.tenant} is a user.`}</p>
+  <//>`;
+
+/** Whether the server is ready, since when it is up. */
+function Status() {
+  const { samples, error } = useStore(watched);
+  const now = samples.at(-1);
+  if (!now) return null;
+  const ready = now.status === "ok" && !error;
+  return html`
+    <span class=${classes("status", ready ? "good" : "bad")} role="status">
+      ${error ? "not reached" : ready ? "ready" : now.status}</span>
+    <span class="muted">up ${duration(now.uptime_seconds)}, version ${now.version}</span>`;
+}
+
+function Now() {
   useWatch();
   const { samples, error } = useStore(watched);
   const now = samples.at(-1);
   if (!now) return error ? html`<${Problem} error=${error} />` : html`<${Loading} what="the server's numbers" />`;
-  const ready = now.status === "ok" && !error;
   return html`
-    <div class="head">
-      <h1>Server</h1>
-      <span class=${classes("status", ready ? "good" : "bad")} role="status">
-        ${error ? "not reached" : ready ? "ready" : now.status}</span>
-      <span class="muted">up ${duration(now.uptime_seconds)}, version ${now.version}</span>
-    </div>
     ${error && html`<${Problem} error=${error} />`}
     <dl class="facts panel tiles">
       ${tiles(now).map(([what, value, more]) => html`

@@ -18,6 +18,13 @@ export const SAMPLING = {
   seed: { label: "Seed", value: null, step: 1 },
 };
 
+/** Let new comparisons ask for answers of at most so many tokens. */
+export function boundAnswers(most) {
+  const { max_tokens } = SAMPLING;
+  max_tokens.max = Math.min(max_tokens.max, most);
+  max_tokens.value = Math.min(max_tokens.value, most);
+}
+
 export const part = (name) => ({ name, strength: 1, directions: null });
 
 export const column = (...names) => ({ parts: names.map(part) });

@@ -20,6 +20,8 @@ const PATHS = {
   sun: "M12 8a4 4 0 1 0 0 8 4 4 0 0 0 0-8M12 2v2M12 20v2M4.9 4.9l1.4 1.4M17.7 17.7l1.4 1.4"
     + "M2 12h2M20 12h2M4.9 19.1l1.4-1.4M17.7 6.3l1.4-1.4",
   moon: "M20 14A8 8 0 1 1 10 4a7 7 0 0 0 10 10z",
+  pin: "M9 4h6l-1 6 4 3v2H6v-2l4-3zM12 15v5",
+  warm: "M12 3c1 4 5 5 5 10a5 5 0 0 1-10 0c0-3 2-4 2-6 2 1 3 3 3 5",
   search: "M11 4a7 7 0 1 0 0 14 7 7 0 0 0 0-14M16 16l5 5",
   sliders: "M4 7h10M18 7h2M4 17h2M10 17h10M16 5v4M8 15v4",
 };
@@ -80,10 +82,10 @@ export function Dialog({ title, onClose, wide = false, children }) {
     </dialog>`;
 }
 
-/** What went wrong, in the server's own words, and what can be done. */
+/** What went wrong, in the server's own words, when to try again, and what can be done. */
 export const Problem = ({ error, retry }) => html`
   <div class="problem" role="alert">
-    <p>${error.message}</p>
+    <p>${error.message}${error.again && html` <span class="again">It may be sent again at ${clock(error.again)}.</span>`}</p>
     ${retry && html`<button type="button" onClick=${retry}>Try again</button>`}
   </div>`;
 
@@ -128,6 +130,8 @@ export function useLoaded(load, inputs) {
   }, [...inputs, round]);
   return { ...state, reload: () => setRound((old) => old + 1) };
 }
+
+const clock = (time) => new Date(time).toLocaleTimeString("en-GB", { timeStyle: "medium" });
 
 // Numbers in words
 

@@ -4,6 +4,7 @@ import { ask } from "./api.js";
 import { html } from "./lib.js";
 import { Store, useStore } from "./store.js";
 import { IconButton } from "./ui.js";
+import { proposed } from "./who.js";
 
 /** Uploads: each is {id, file, name, state: "sending" | "done" | "taken" | "failed", message}. */
 const uploads = new Store({ list: [] });
@@ -12,11 +13,11 @@ let count = 0;
 const update = (id, fields) =>
   uploads.set({ list: uploads.value.list.map((one) => (one.id === id ? { ...one, ...fields } : one)) });
 
-/** Upload files, each under its own name; `done` is called after each that is served. */
+/** Upload files, each under its own name, behind the tenant's prefix; `done` is called after each that is served. */
 export function take(files, done) {
   for (const file of files) {
     const id = (count += 1);
-    const name = file.name.replace(/\.safetensors$/, "");
+    const name = proposed(file.name.replace(/\.safetensors$/, ""));
     uploads.set({ list: [...uploads.value.list, { id, file, name, state: "sending", message: "" }] });
     send(id, file, name, { "if-none-match": "*" }, done);
   }

@@ -1,4 +1,7 @@
-// Layers and times as people say them.
+// Layers, times and tiers as people say them.
+
+/** Where an intervention's tensors are, by its tier. */
+export const PLACES = { disk: "on disk", host: "in memory" };
 
 /** Layers as text, such as "0 to 3, 6"; evenly spaced ones as "every 2nd of 1 to 29". */
 export function spans(layers) {

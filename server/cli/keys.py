@@ -1,0 +1,32 @@
+"""The commands `key new` and `key check`: keys for tenants, and the file that lists them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from server.tenants.keys import new_key
+from server.tenants.keys_file import TENANT_RULE, read_keys_file
+
+app = typer.Typer(no_args_is_help=True, help="Make keys for tenants, and check the keys file.")
+
+
+@app.command()
+def new(
+    tenant: Annotated[str, typer.Option(help=f"Name of the tenant: {TENANT_RULE}.")] = "NAME",
+) -> None:
+    """Make a key, and print it once with what the keys file needs of it."""
+    key, hashed = new_key()
+    typer.echo(f"Key, for whoever is to use it; it is shown this once: {key}")
+    typer.echo("For the keys file (a second key of a tenant is a second hash in its list):")
+    typer.echo(f'\n[tenants.{tenant}]\nkeys = ["{hashed}"]\ninterventions = ["{tenant}.*"]')
+
+
+@app.command()
+def check(file: Annotated[Path, typer.Argument(help="The keys file.")]) -> None:
+    """Say whether a keys file is usable, and which tenants it has."""
+    keys = read_keys_file(file)
+    names = dict.fromkeys(tenant.name for tenant in keys.values())
+    typer.echo(f"{file}: {len(keys)} key{'s' * (len(keys) > 1)} of {', '.join(names)}")

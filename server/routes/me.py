@@ -1,0 +1,38 @@
+"""GET /v1/me: who the key's tenant is, what it may do, and which model answers it."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+from fastapi import APIRouter
+
+from server.context import Current
+
+router = APIRouter(tags=["operations"])
+
+
+@router.get("/v1/me")
+async def get_me(context: Current) -> dict[str, Any]:
+    """The tenant of the key: what it sees, may change and may use; and the base model.
+
+    `prefix` is what the names that it may change begin with; null means any that it sees.
+    `sees_server` says whether it may read `/v1/stats`, `/v1/usage` and `/metrics`.
+    """
+    tenant = context.tenant
+    admin = tenant.role == "admin"
+    return {
+        "object": "tenant",
+        "tenant": tenant.name,
+        "role": tenant.role,
+        "interventions": list(tenant.patterns),
+        "upload": admin or tenant.upload,
+        "prefix": None if admin else tenant.prefix,
+        "sees_server": tenant.sees_server,
+        "weight": tenant.weight,
+        "requests_per_minute": tenant.requests_per_minute,
+        "tokens_per_minute": tenant.tokens_per_minute,
+        "concurrent_requests": tenant.concurrent_requests,
+        "limits": asdict(tenant.limits),
+        "model": context.engine.info.model,
+    }

@@ -1,0 +1,110 @@
+"""GET /v1/usage: what tenants have used, by day, tenant and intervention. For admins."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import UTC, date, datetime, timedelta
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Query, Request
+from fastapi.responses import Response
+
+from reft_runtime.errors import InvalidRequest, Overloaded
+from server.context import Context, Current
+from server.streaming import json_bytes
+from server.tenants import usage
+from server.tenants.usage import GROUPS, Counts, Found, Group
+
+router = APIRouter(tags=["operations"])
+
+DEFAULT_DAYS = 31
+"""Number of days that are told of where the first is not given."""
+
+MAX_ROWS = 100_000
+"""Most rows of an answer; a bill is never cut off silently."""
+
+
+@router.get("/v1/usage", response_model=None)
+async def get_usage(
+    request: Request,
+    context: Current,
+    first: Annotated[
+        str | None, Query(alias="from", max_length=10, description="First UTC day, YYYY-MM-DD.")
+    ] = None,
+    last: Annotated[
+        str | None, Query(alias="to", max_length=10, description="Last UTC day; by default today.")
+    ] = None,
+    tenant: Annotated[str | None, Query(max_length=256, description="One tenant.")] = None,
+    intervention: Annotated[
+        str | None, Query(max_length=4096, description="Name, names with +, or (base).")
+    ] = None,
+    group_by: Annotated[
+        str | None, Query(max_length=64, description="Of day, tenant, intervention; with commas.")
+    ] = None,
+) -> Response:
+    """What was used, from the first to the last day, both included: by default the last 31.
+
+    A row counts the requests and tokens of one day, tenant and intervention, or what `group_by`
+    leaves of these. `total` is the sum of the rows.
+    """
+    until = _day(last, "to") or datetime.now(UTC).date()
+    since = _day(first, "from") or until - timedelta(days=DEFAULT_DAYS - 1)
+    if since > until:
+        raise InvalidRequest(f"from: {since} is after the last day, {until}.", param="from")
+    query = usage.Query(since, until, _groups(group_by), tenant, intervention, MAX_ROWS + 1)
+    content = await context.administer(_written, context, query)
+    if not context.bodies.take(request.scope, len(content)):
+        raise Overloaded("Too many large answers are under way; try again later.")
+    return Response(content, media_type="application/json")
+
+
+def _day(text: str | None, param: str) -> date | None:
+    try:
+        return None if text is None else date.fromisoformat(text)
+    except ValueError:
+        raise InvalidRequest(
+            f"{param}: write a day as YYYY-MM-DD, such as 2026-01-31.", param=param
+        ) from None
+
+
+def _groups(text: str | None) -> Sequence[Group]:
+    """The groups that are named, in the order of `GROUPS`; all of them without a text."""
+    if text is None:
+        return GROUPS
+    named = text.split(",")
+    if not set(named) <= set(GROUPS):
+        raise InvalidRequest(
+            "group_by: name one of day, tenant and intervention, or several with commas.",
+            param="group_by",
+        )
+    return [group for group in GROUPS if group in named]
+
+
+def _written(context: Context, query: usage.Query) -> bytes:
+    found = context.usage.find(query)
+    if len(found.rows) > MAX_ROWS:
+        raise InvalidRequest(
+            f"group_by: there are more than {MAX_ROWS} rows; group by fewer columns, or ask for"
+            " fewer days, one tenant or one intervention.",
+            param="group_by",
+        )
+    return json_bytes(_answer(context, query, found))
+
+
+def _answer(context: Context, query: usage.Query, found: Found) -> dict[str, Any]:
+    total = Counts()
+    if found.rows:
+        total = Counts(*map(sum, zip(*(counts for _, counts in found.rows), strict=True)))
+    return {
+        "object": "usage",
+        "from": query.first.isoformat(),
+        "to": query.last.isoformat(),
+        "since": found.since,
+        "kept": context.settings.state_dir is not None,
+        "problem": context.usage.problem,
+        "data": [
+            dict(zip(query.groups, groups, strict=True)) | counts._asdict()
+            for groups, counts in found.rows
+        ],
+        "total": total._asdict(),
+    }

@@ -1,0 +1,387 @@
+"""The keys file: what it may say, how it is followed, and that no key is ever told."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import hmac
+import logging
+import re
+import socket
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from fastapi import FastAPI
+from pydantic import SecretStr
+from typer.testing import CliRunner
+
+from reft_runtime.errors import ConfigError
+from server.cli.main import app as command
+from server.lifecycle import check_exposure
+from server.settings import Settings, load_settings
+from server.tenants import keys
+from server.tenants.keys import Keys, digest_of
+from server.tenants.keys_file import read_keys_file
+from server.tenants.tenant import OWNER, Limits, Tenant
+from tests.http.conftest import completion
+from tests.http.fake_engine import FakeEngine
+
+KEY, OTHER = "reft-AAAAtheFirstKeyOfTheseTests", "reft-BBBBtheOtherKeyOfTheseTests"
+HASH, OTHER_HASH = ("sha256:" + digest_of(key.encode()).hex() for key in (KEY, OTHER))
+SEEN = 'interventions = ["*"]'
+
+
+def table(name: str = "team-a", hashed: str = HASH, lines: str = SEEN) -> str:
+    return f'[tenants.{name}]\nkeys = ["{hashed}"]\n{lines}\n'
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    file = tmp_path / "keys.toml"
+    file.write_text(table())
+    return file
+
+
+def bearer(key: str) -> dict[str, str]:
+    return {"authorization": f"Bearer {key}"}
+
+
+# What it says
+
+
+def test_a_whole_file(file: Path) -> None:
+    file.write_text(
+        f"""
+        [tenants.team-a]
+        keys = ["{HASH}", "{OTHER_HASH}"]
+        role = "user"
+        interventions = ["team-a.*", "sentiment", "[ab]?"]
+        upload = true
+        weight = 2
+        requests_per_minute = 600
+        tokens_per_minute = 100_000
+        concurrent_requests = 16
+        limits = {{ max_tokens = 512, n = 4 }}
+
+        [tenants.ops]
+        keys = ["sha256:{"0" * 64}"]
+        role = "admin"
+        """
+    )
+    team = Tenant(
+        "team-a",
+        "user",
+        ("team-a.*", "sentiment", "[ab]?"),
+        upload=True,
+        weight=2.0,
+        requests_per_minute=600,
+        tokens_per_minute=100_000,
+        concurrent_requests=16,
+        limits=Limits(max_tokens=512, n=4),
+    )
+    tenants = read_keys_file(file)
+    assert list(tenants.values()) == [team, team, Tenant("ops", "admin")]
+    assert next(iter(tenants)) == hashlib.sha256(KEY.encode()).digest()
+    for name, seen in (("sentiment", True), ("team-a.x", True), ("a1", True), ("team-ab", False)):
+        assert team.sees(name) is seen
+
+
+def test_the_documents_example_is_usable(file: Path) -> None:
+    text = (Path(__file__).parents[2] / "docs/tenants.md").read_text()
+    [example] = re.findall(r"```toml\n(.*?)```", text, re.DOTALL)
+    file.write_text(example)
+    team, ops = read_keys_file(file).values()
+    assert (team.name, team.upload, team.limits.n) == ("team-a", True, 4)
+    assert ops.may_change("sentiment")
+
+
+def test_a_user_sees_its_own_uploads_without_a_pattern(file: Path) -> None:
+    file.write_text(table(lines="interventions = []\nupload = true"))
+    [tenant] = read_keys_file(file).values()
+    assert tenant.sees("team-a.x")
+    assert not tenant.sees("team-a")
+    assert not tenant.sees("team-ab.x")
+
+
+@pytest.mark.parametrize(
+    ("text", "problems"),
+    [
+        ("", ["tenants: field required."]),
+        ("[tenants]", ["tenants: dictionary should have at least 1 item"]),
+        ("tenants = 1", ["tenants: input should be a valid dictionary."]),
+        ("a = ", [r"is not valid TOML, see end of document\."]),
+        (f'{KEY} = "{HASH}', [r"is not valid TOML, see end of document\."]),
+        (f"{table()}\n[tenants.team-a]", [r"is not valid TOML, see line 5, column \d+\."]),
+        (
+            table(lines="role = 'root'\nupload = 'yes'\nweight = 0"),
+            [
+                r"tenants\.team-a\.role: input should be 'user' or 'admin'\.",
+                r"tenants\.team-a\.upload: input should be a valid boolean\.",
+                r"tenants\.team-a\.weight: input should be greater than or equal to 0\.01\.",
+            ],
+        ),
+        (table(lines=""), [r"tenants\.team-a: interventions: say which the user sees"]),
+        (
+            table(lines="interventions = ['Team A']"),
+            [r"tenants\.team-a\.interventions\.0: write a shell pattern of names"],
+        ),
+        (
+            table(hashed=KEY),
+            [r"tenants\.team-a\.keys\.0: write sha256: and 64 .*`reft key new` prints"],
+        ),
+        (
+            table(hashed=HASH.removeprefix("sha256:")),
+            [r"tenants\.team-a\.keys\.0: write sha256: and 64"],
+        ),
+        (f'[tenants.a]\nkeys = "{HASH}"', [r"tenants\.a\.keys: input should be a valid list\."]),
+        ("[tenants.a]\nkeys = []", [r"tenants\.a\.keys: list should have at least 1 item"]),
+        (
+            table(lines="requests_per_minute = 0\nconcurrent_requests = 1.5\nlimits.n = 0"),
+            [
+                r"tenants\.team-a\.requests_per_minute: input should be greater than or equal to 1",
+                r"tenants\.team-a\.concurrent_requests: input should be a valid integer\.",
+                r"tenants\.team-a\.limits\.n: input should be greater than or equal to 1\.",
+            ],
+        ),
+        (
+            table(lines=f'{SEEN}\nwheight = 2\n"{KEY}" = 1'),
+            [
+                r"tenants\.team-a\.wheight: is no setting; leave it out",
+                r"tenants\.team-a\.\(a name that is none\): is no setting",
+            ],
+        ),
+        (table(name='"Team.A"'), [r"tenants: the name of tenant 1 is not allowed: give 1 to 32"]),
+        (
+            table() + table(name=f'"{HASH}"', hashed="x"),
+            [r"tenants\.\(tenant 2\)\.keys\.0: write sha256:"],
+        ),
+        (
+            table() + table(name="b"),
+            [r"tenants\.b\.keys\.0: is a key of `team-a`, too; give each tenant a key of its own"],
+        ),
+    ],
+)
+def test_all_problems_are_told_at_once_and_no_key(
+    file: Path, text: str, problems: list[str]
+) -> None:
+    file.write_text(text)
+    with pytest.raises(ConfigError) as caught:
+        read_keys_file(file)
+    lines = caught.value.message.split("\n")
+    assert len(lines) == len(problems)
+    for line, problem in zip(lines, problems, strict=True):
+        assert line.startswith(f"{file}: ")
+        assert re.match(problem, line.removeprefix(f"{file}: ")), line
+    assert_no_secret(caught.value.message)
+
+
+def test_a_file_that_cannot_be_read(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file.write_bytes(b"\xff")
+    with pytest.raises(ConfigError, match="is not UTF-8"):
+        read_keys_file(file)
+    with pytest.raises(ConfigError, match="cannot be read: No such file"):
+        read_keys_file(file.parent / "absent")
+    file.write_text(f'[tenants.a]\nkeys = ["{HASH}", "{OTHER_HASH}"]\n{SEEN}')
+    monkeypatch.setattr("server.tenants.keys_file.MAX_KEYS", 1)
+    with pytest.raises(ConfigError, match="there are 2 keys, and may be 1"):
+        read_keys_file(file)
+
+
+def test_the_owner_and_the_tenants_have_keys_of_their_own(file: Path) -> None:
+    known = Keys(OTHER, file)
+    assert known.tenant_of(OTHER.encode()) is OWNER
+    tenant = known.tenant_of(KEY.encode())
+    assert tenant is not None
+    assert tenant.name == "team-a"
+    assert known.tenant_of(HASH.encode()) is None  # who reads the file has no key by it
+    with pytest.raises(ConfigError, match="the key of --api-key is a key of `team-a`, too") as told:
+        Keys(KEY, file)
+    assert_no_secret(told.value.message)
+
+
+def test_a_key_is_compared_with_all_others(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file.write_text(table() + table("b", OTHER_HASH))
+    known = Keys("owner", file)
+    compared: list[bytes] = []
+    compare = hmac.compare_digest
+
+    def note(one: bytes, other: bytes) -> bool:
+        compared.append(one)
+        return compare(one, other)
+
+    monkeypatch.setattr(hmac, "compare_digest", note)
+    for key in (KEY, "owner", "wrong"):
+        known.tenant_of(key.encode())
+    assert len(compared) == 9
+
+
+# How it is followed
+
+
+class TestFollowed:
+    @pytest.fixture
+    def settings(self, file: Path) -> Settings:
+        return Settings(keys=file, api_key=SecretStr("sesame-42"))
+
+    async def test_a_change_is_taken_at_the_second_look(
+        self, client: httpx.AsyncClient, app: FastAPI, file: Path
+    ) -> None:
+        known = app.state.context.keys
+        statuses = []
+        file.write_text(table("team-b", OTHER_HASH))
+        for _ in range(2):
+            known.refresh()
+            answers = [await client.get("/version", headers=bearer(key)) for key in (KEY, OTHER)]
+            statuses.append([answer.status_code for answer in answers])
+        assert statuses == [[200, 401], [401, 200]]
+        assert (await client.get("/version", headers=bearer("sesame-42"))).status_code == 200
+
+    async def test_a_file_that_is_being_written_is_not_taken(
+        self, client: httpx.AsyncClient, app: FastAPI, file: Path
+    ) -> None:
+        known = app.state.context.keys
+        for number in range(4):
+            file.write_text(table("team-b", OTHER_HASH) + "#" * number)
+            known.refresh()
+        assert (await client.get("/version", headers=bearer(KEY))).status_code == 200
+
+    @pytest.mark.parametrize("text", ["tenants = ", table(hashed=OTHER), "", None])
+    async def test_a_broken_file_keeps_the_old_keys(
+        self,
+        client: httpx.AsyncClient,
+        app: FastAPI,
+        file: Path,
+        caplog: pytest.LogCaptureFixture,
+        text: str | None,
+    ) -> None:
+        caplog.set_level(logging.DEBUG)
+        known = app.state.context.keys
+        if text is None:
+            file.unlink()
+        else:
+            file.write_text(text)
+        for _ in range(4):
+            known.refresh()
+        assert (await client.get("/version", headers=bearer(KEY))).status_code == 200
+        assert (await client.get("/version", headers=bearer(OTHER))).status_code == 401
+        ready = await client.get("/readyz")
+        assert ready.status_code == 200
+        assert ready.json() == {
+            "status": "ok",
+            "problems": ["The keys file cannot be used as it is now; the keys from before count."],
+        }
+        told = [line for line in caplog.messages if "The keys file is not usable" in line]
+        assert len(told) == 1
+        assert_no_secret(caplog.text + ready.text)
+        file.write_text(table("team-b", OTHER_HASH))
+        for _ in range(2):
+            known.refresh()
+        assert (await client.get("/version", headers=bearer(OTHER))).status_code == 200
+        assert (await client.get("/readyz")).json() == {"status": "ok"}
+
+    @pytest.fixture
+    def looking(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(keys, "LOOK_SECONDS", 0.01)
+
+    async def test_the_server_follows_by_itself_and_ends_no_request(
+        self, looking: None, client: httpx.AsyncClient, engine: FakeEngine, file: Path
+    ) -> None:
+        engine.step_seconds = 0.02
+        body = completion(max_tokens=20)
+        running = asyncio.ensure_future(
+            client.post("/v1/completions", json=body, headers=bearer(KEY))
+        )
+        while not engine.running:
+            await asyncio.sleep(0.01)
+        file.write_text(table("team-b", OTHER_HASH))
+        while (await client.get("/version", headers=bearer(KEY))).status_code == 200:
+            await asyncio.sleep(0.01)
+        assert not running.done()
+        answer = await running
+        assert answer.status_code == 200
+        assert answer.json()["usage"]["completion_tokens"] == 20
+
+    async def test_no_key_and_no_hash_is_told(
+        self,
+        client: httpx.AsyncClient,
+        caplog: pytest.LogCaptureFixture,
+        app: FastAPI,
+        settings: Settings,
+    ) -> None:
+        caplog.set_level(logging.DEBUG)
+        told = repr(settings) + repr(app.state.context.keys)
+        for key in (KEY, f"{KEY}x", "sesame-42", HASH):
+            for method, path, content in (
+                ("GET", "/readyz", b""),
+                ("GET", "/v1/models", b""),
+                ("GET", "/metrics", b""),
+                ("POST", "/v1/completions", b"{"),
+                ("PUT", "/v1/interventions/a", b"x"),
+                ("DELETE", "/v1/interventions/emoji", b""),
+            ):
+                answer = await client.request(method, path, content=content, headers=bearer(key))
+                told += answer.text + repr(answer.headers)
+        assert_no_secret(told + caplog.text)
+
+
+def assert_no_secret(text: str) -> None:
+    for secret in (KEY, OTHER, HASH, OTHER_HASH, "sesame-42"):
+        assert secret not in text
+        assert secret.removeprefix("sha256:")[:16] not in text
+
+
+# The command line
+
+
+def test_a_new_key_works_as_it_is_printed(tmp_path: Path) -> None:
+    done = CliRunner().invoke(command, ["key", "new", "--tenant", "team-a"])
+    assert done.exit_code == 0
+    first, _, _, *lines = done.output.splitlines()
+    file = tmp_path / "keys.toml"
+    file.write_text("\n".join(lines))
+    tenant = Keys(None, file).tenant_of(first.rpartition(" ")[2].encode())
+    assert tenant == Tenant("team-a", patterns=("team-a.*",))
+    checked = CliRunner().invoke(command, ["key", "check", str(file)])
+    assert checked.output == f"{file}: 1 key of team-a\n"
+
+
+def test_a_broken_file_stops_the_start_before_the_model(
+    file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file.write_text(table(hashed=KEY))
+    monkeypatch.setattr("server.cli.main.start_engine", lambda settings: pytest.fail("loaded"))
+    monkeypatch.setattr("server.logs.configure_logging", lambda settings: None)
+    done = CliRunner().invoke(command, ["serve", "--keys", str(file), "--port", "0"])
+    assert isinstance(done.exception, ConfigError)
+    assert "keys.0: write sha256:" in done.exception.message
+
+
+def test_a_server_without_keys_is_not_exposed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("server.cli.main.start_engine", lambda settings: pytest.fail("loaded"))
+    monkeypatch.setattr("server.logs.configure_logging", lambda settings: None)
+    done = CliRunner().invoke(command, ["serve", "--host", "0.0.0.0", "--port", "0"])
+    assert isinstance(done.exception, ConfigError)
+    assert "--host: without keys whoever reaches 0.0.0.0 can use" in done.exception.message
+
+
+@pytest.mark.parametrize(
+    ("host", "options", "refused"),
+    [
+        ("0.0.0.0", {}, True),
+        ("0.0.0.0", {"insecure": True}, False),
+        ("0.0.0.0", {"api_key": "sesame"}, False),
+        ("0.0.0.0", {"keys": "keys.toml"}, False),
+        ("127.0.0.1", {}, False),
+        ("localhost", {}, False),
+    ],
+)
+def test_exposure(host: str, options: dict[str, Any], refused: bool) -> None:
+    settings = load_settings({"host": host, **options})
+    with socket.create_server((host, 0)) as listener:
+        if refused:
+            with pytest.raises(ConfigError, match="--insecure"):
+                check_exposure(listener, settings)
+        else:
+            check_exposure(listener, settings)
