@@ -186,7 +186,8 @@ def upload(engine: Engine, count: int) -> None:
 
 async def replacing(engine: Engine, rounds: int) -> dict[str, object]:
     """What 32 streams of a name feel of its being replaced, and whether all answers are of one."""
-    files = list(drafts(engine.registry.base, RANK, 2, size=4.0))
+    # Each with directions of its own, and biases that change what is said.
+    files = [data for _ in range(2) for data in drafts(engine.registry.base, RANK, 1, size=30.0)]
     prompt = random_tokens(random.Random(0), engine.info.vocab_size, PROMPT_TOKENS)
     answers, made = list[list[int]](), list[list[int]]()
     for data in files:
