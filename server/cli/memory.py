@@ -17,7 +17,9 @@ Names = Annotated[list[str], typer.Argument(metavar="NAME", help="Interventions.
 
 
 @app.command()
-def pin(names: Names, url: Url = LOCAL_URL, api_key: ApiKey = None, as_json: AsJson = False) -> None:
+def pin(
+    names: Names, url: Url = LOCAL_URL, api_key: ApiKey = None, as_json: AsJson = False
+) -> None:
     """Keep interventions in a running server's memory, also after they are replaced."""
     _each(Server(url, api_key).pin, names, "pinned", as_json)
 

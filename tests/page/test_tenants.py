@@ -29,9 +29,7 @@ def test_what_a_user_may_not_do_is_not_offered(
     page.keyboard.press("Escape")
     page.get_by_role("button", name="team-b user").click()
     rights = page.get_by_role("dialog", name="The key of team-b")
-    expect(rights.locator("dd")).to_have_text(
-        ["user", "pirate", "nothing", "1 requests a minute"]
-    )
+    expect(rights.locator("dd")).to_have_text(["user", "pirate", "nothing", "1 requests a minute"])
     assert violations(page) == []
     page.keyboard.press("Escape")
     page.get_by_role("link", name="Server", exact=True).click()
