@@ -16,8 +16,8 @@ import json
 import random
 import re
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -26,7 +26,7 @@ import typer
 
 from benchmarks.measuring import SECONDS, Figures, Setting, interval, machine, measure, table
 from benchmarks.workload import percentile, random_tokens
-from reft_runtime import Engine, SamplingParams, Use
+from reft_runtime import Engine, SamplingParams, Use, base_shape
 from reft_runtime.front import engine as front
 from reft_runtime.interventions import BaseShape, Edit, Intervention, Registry, serialise
 
@@ -38,11 +38,22 @@ HOT = "hot"
 UPLOADS, UPLOAD_RANK = 1_000, 36
 """Uploads of all layers and this rank, which are 5 MB for the demo model."""
 REPLACEMENTS = 200
+PAUSE = 0.4
+"""Seconds between two replacements."""
 RANK = 4
 
 
-def drafts(base: BaseShape, rank: int, count: int) -> Iterator[bytes]:
-    """Files of all layers that differ in their biases and have the same directions."""
+class Part(StrEnum):
+    """What is measured."""
+
+    MEMORY = "memory"
+    SPEED = "speed"
+    REPLACE = "replace"
+    ALL = "all"
+
+
+def drafts(base: BaseShape, rank: int, count: int, size: float = 0.02) -> Iterator[bytes]:
+    """Files of all layers with the same directions, and biases of this size that differ."""
     d = base.hidden_size
     R = torch.linalg.qr(torch.randn(d, rank)).Q.contiguous()
     W = torch.randn(rank, d) * 0.02
@@ -54,7 +65,7 @@ def drafts(base: BaseShape, rank: int, count: int) -> Iterator[bytes]:
         ],
     )
     for _ in range(count):
-        biases = {n: torch.randn(rank) * 0.02 for n in one.tensors if n.endswith(".b")}
+        biases = {n: torch.randn(rank) * size for n in one.tensors if n.endswith(".b")}
         yield serialise(Intervention(one.manifest, {**one.tensors, **biases}))
 
 
@@ -173,51 +184,68 @@ def upload(engine: Engine, count: int) -> None:
             engine.registry.put(f"upload-{number}", file)
 
 
-@asynccontextmanager
-async def replaced(engine: Engine, files: Sequence[bytes], every: float) -> AsyncIterator[None]:
-    """Let a name stand for the files in turn, one `every` so many seconds, while the block runs."""
-
-    async def replace() -> None:
-        for number in range(REPLACEMENTS):
-            await asyncio.to_thread(engine.registry.put, "replaced", files[number % len(files)])
-            await asyncio.sleep(every)
-
-    task = asyncio.ensure_future(replace())
-    yield
-    await task
-
-
 async def replacing(engine: Engine, rounds: int) -> dict[str, object]:
     """What 32 streams of a name feel of its being replaced, and whether all answers are of one."""
-    files = list(drafts(engine.registry.base, RANK, 2))
+    files = list(drafts(engine.registry.base, RANK, 2, size=4.0))
     prompt = random_tokens(random.Random(0), engine.info.vocab_size, PROMPT_TOKENS)
-    answers = []
+    answers, made = list[list[int]](), list[list[int]]()
     for data in files:
         engine.registry.put("replaced", data)
         answers.append((await ask(engine, "replaced", prompt, ANSWER_TOKENS))[1])
-    made: list[list[int]] = []
 
-    async def stream(each: int) -> None:
-        for _ in range(each):
-            made.append((await ask(engine, "replaced", prompt, ANSWER_TOKENS))[1])
+    async def rate(change: Callable[[], Awaitable[object]]) -> float:
+        """Answers a second of 32 streams while `change` runs."""
+        began, before, done = time.perf_counter(), len(made), asyncio.Event()
 
-    async def all_streams() -> float:
-        began = time.perf_counter()
-        await asyncio.gather(*(stream(REQUESTS // STREAMS) for _ in range(STREAMS)))
-        return time.perf_counter() - began
+        async def stream() -> None:
+            while not done.is_set():
+                made.append((await ask(engine, "replaced", prompt, ANSWER_TOKENS))[1])
 
-    quiet = await all_streams()
+        streams = [asyncio.ensure_future(stream()) for _ in range(STREAMS)]
+        await change()
+        done.set()
+        await asyncio.gather(*streams)
+        return (len(made) - before) / (time.perf_counter() - began)
+
+    async def replace() -> None:
+        for number in range(REPLACEMENTS // rounds):
+            await asyncio.to_thread(engine.registry.put, "replaced", files[number % len(files)])
+            await asyncio.sleep(PAUSE)
+
     ratios = []
     for _ in range(rounds):
-        quiet = await all_streams()
-        async with replaced(engine, files, quiet / REPLACEMENTS / 2):
-            busy = await all_streams()
-        ratios.append(quiet / busy)
+        quiet = await rate(lambda: asyncio.sleep(PAUSE * REPLACEMENTS / rounds))
+        ratios.append(await rate(replace) / quiet)
+    await asyncio.sleep(1)
     return {
         "throughput while a name is replaced": str(interval(ratios)),
         "answers of one version": f"{sum(one in answers for one in made)} of {len(made)}",
         "the two versions differ": answers[0] != answers[1],
-        "versions held afterwards": engine.registry.entry("replaced").in_flight,
+        "requests that hold a version afterwards": engine.registry.entry("replaced").in_flight,
+    }
+
+
+def memory(engine: Engine, names: Sequence[str], uploads: int) -> dict[str, object]:
+    """Memory beyond the model: after the start, and after each kind of use."""
+    asyncio.run(streams(engine, [HOT] * 2 * STREAMS, ANSWER_TOKENS, 0))
+    before = resident() - Timed.memory
+    found: dict[str, object] = {"memory after the start, MB": resident() - before}
+    began = time.perf_counter()
+    asyncio.run(used(engine, names))
+    found["each used once, s"] = time.perf_counter() - began
+    found["memory then, MB"] = resident() - before
+    upload(engine, uploads)
+    found["memory after uploads, MB"] = resident() - before
+    found["budget, MB"] = engine.info.intervention_bytes / 2**20
+    return found
+
+
+def speed(engine: Engine, names: Sequence[str], rounds: int, out: Path | None) -> dict[str, object]:
+    """What cold tasks and random use cost."""
+    first = asyncio.run(cold(engine, random.Random(1).sample(names, min(200, len(names)))))
+    return {
+        **first,
+        **loaded(engine, len(names), rounds, out),
     }
 
 
@@ -227,29 +255,23 @@ def main(
     count: Annotated[int, typer.Option(min=1, help="Interventions.")] = 10_000,
     rounds: Annotated[int, typer.Option(min=1)] = 3,
     uploads: Annotated[int, typer.Option(min=0)] = UPLOADS,
+    part: Annotated[Part, typer.Option(help="What to measure.")] = Part.ALL,
     out: Annotated[Path | None, typer.Option(help="Keep the figures here.")] = None,
     rounds_out: Annotated[Path | None, typer.Option(help="Keep the rounds here.")] = None,
 ) -> None:
     """Measure, and print a table."""
-    with Engine(model, dtype="float32") as engine:
-        write_files(folder, engine.registry.base, count)
+    write_files(folder, base_shape(model), count)
     vars(front)["Registry"] = Timed
     names = [f"task-{number}" for number in range(count)]
+    found: dict[str, object] = {"files": count}
     with Engine(model, dtype="float32", interventions=folder) as engine:
-        found: dict[str, object] = {"files": count, "ready after the model, s": Timed.seconds}
-        asyncio.run(streams(engine, [HOT] * 2 * STREAMS, ANSWER_TOKENS, 0))
-        before = resident() - Timed.memory
-        found["memory after the start, MB"] = resident() - before
-        found |= asyncio.run(cold(engine, random.Random(1).sample(names, min(200, count))))
-        found |= loaded(engine, count, rounds, rounds_out)
-        began = time.perf_counter()
-        asyncio.run(used(engine, names))
-        found["each used once, s"] = time.perf_counter() - began
-        found["memory then, MB"] = resident() - before
-        found |= asyncio.run(replacing(engine, rounds))
-        upload(engine, uploads)
-        found["memory after uploads, MB"] = resident() - before
-        found["budget, MB"] = engine.info.intervention_bytes / 2**20
+        found["ready after the model, s"] = Timed.seconds
+        if part in (Part.MEMORY, Part.ALL):
+            found |= memory(engine, names, uploads)
+        if part in (Part.SPEED, Part.ALL):
+            found |= speed(engine, names, rounds, rounds_out)
+        if part in (Part.REPLACE, Part.ALL):
+            found |= asyncio.run(replacing(engine, rounds))
     rows = [(name, round(v, 2) if isinstance(v, float) else v) for name, v in found.items()]
     print(table(("what", "figure"), rows))
     if out is not None:

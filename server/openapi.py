@@ -71,7 +71,7 @@ _WITH_KEY = {
 _WITH_NAME = {404: "The model, intervention or file does not exist."}
 _WITH_JSON = {413: "The body is too large.", 415: "The body is not sent as JSON."}
 _WITH_CONDITION = {412: "The condition in If-Match or If-None-Match does not hold."}
-_WITH_STORE = {507: "There is no room to store the file, or the record of which file is served."}
+_WITH_STORE = {507: "There is no room for the file, for the record of it, or for its tensors."}
 _WITH_FILE = _WITH_STORE | {
     409: "The file is for another base model.",
     413: "The file is too large.",
@@ -109,13 +109,16 @@ def _statuses(operation: dict[str, Any]) -> dict[int, str]:
     file_body = _WITH_FILE if "application/octet-stream" in taken else {}
     # vLLM's routes load a file, too.
     loads = _WITH_FILE if "vllm" in operation["tags"] else {}
-    conditional = file_body
-    changes = operation.get("operationId", "").endswith(("_delete", "_rollback_post"))
-    if changes and "interventions" in operation["tags"]:
-        conditional = _WITH_STORE
+    conditional, stored = file_body, {}
+    if "interventions" in operation["tags"]:
+        name = operation.get("operationId", "")
+        if name.endswith(("_delete", "_rollback_post")):
+            conditional = _WITH_STORE
+        elif name.endswith(("_pin_post", "_unpin_post")):
+            stored = _WITH_STORE
     if conditional:
         conditional = conditional | _WITH_CONDITION
-    return _ALL | _WITH_KEY | named | loads | json_body | conditional
+    return _ALL | _WITH_KEY | named | loads | json_body | conditional | stored
 
 
 def _response(meaning: str) -> dict[str, Any]:

@@ -69,8 +69,8 @@ class Settings(BaseSettings):
     state_dir: str | None = Field(
         default=None,
         min_length=1,
-        description="Folder or URL that keeps uploaded interventions; by default they are lost at "
-        "a restart.",
+        description="Folder or URL that keeps uploaded interventions and pins; by default they are "
+        "kept in a temporary folder and lost at a restart.",
     )
     allow_base: str | None = Field(
         default=None,
@@ -83,13 +83,13 @@ class Settings(BaseSettings):
         default=None,
         ge=2**28,
         description="Memory for interventions, in bytes, by default 1 GiB: the least recently used "
-        "are evicted, uploads without --state-dir stay.",
+        "are evicted; requests wait where those in use fill it.",
     )
     state_bytes: int | None = Field(
         default=None,
         ge=2**26,
-        description="Most bytes of uploads in --state-dir, by default 16 GiB; an upload beyond "
-        "that is answered 507.",
+        description="Most bytes of uploaded files, by default 16 GiB; an upload beyond that is "
+        "answered 507.",
     )
     host: str = Field(default="127.0.0.1", min_length=1, description="Address to listen on.")
     port: int = Field(

@@ -12,9 +12,10 @@ from server.answers import Answer
 from server.body import json_body
 from server.choices import ChoiceWriter
 from server.context import Context, Current
-from server.generation import Job, Run, prepare
+from server.generation import Job, Run
 from server.logprobs import chat_logprobs, prompt_logprobs
 from server.openapi import limited, takes
+from server.preparation import prepare
 from server.schemas.chat import ChatRequest
 from server.tools import ToolPlan, ToolReader, whole
 

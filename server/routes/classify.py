@@ -13,8 +13,9 @@ from reft_runtime.outputs import Classification
 from server.answers import AT_ONCE_TOKENS, EngineAnswer
 from server.body import json_body
 from server.context import Current
-from server.generation import Job, Run, opened, prepare_labels
+from server.generation import Job, Run, opened
 from server.openapi import limited, takes
+from server.preparation import prepare_labels
 from server.schemas.classify import ClassifyRequest
 from server.streaming import json_bytes
 

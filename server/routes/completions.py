@@ -11,9 +11,10 @@ from server.answers import Answer
 from server.body import json_body
 from server.choices import ChoiceWriter
 from server.context import Current
-from server.generation import Run, prepare
+from server.generation import Run
 from server.logprobs import completion_logprobs, prompt_logprobs, prompt_offsets
 from server.openapi import limited, takes
+from server.preparation import prepare
 from server.schemas.completions import CompletionRequest
 
 if TYPE_CHECKING:

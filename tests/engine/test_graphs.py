@@ -169,6 +169,27 @@ def test_more_interventions_than_memory(replays: Spy) -> None:
     assert {edited for _, edited in replays} == {True}
 
 
+def test_edits_for_which_the_table_has_no_entry_are_applied_all_the_same(
+    replays: Spy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = [
+        request(
+            f"{seed}",
+            prompt(9),
+            applied(RandomEdit("steering", "all", seed=seed)).intervention,
+            max_tokens=4,
+        )
+        for seed in range(3)
+    ]
+    wanted = run(make_core(), asked)
+    monkeypatch.setattr(tables, "ENTRIES", 2)  # one, beside the first, which changes nothing
+    core = make_core()
+    assert run(core, asked) == wanted
+    held = core.runner.tables
+    assert held is not None
+    assert (len(held._held), len(held._free)) == (1, 0)
+
+
 def test_memory_that_runs_out_while_edits_are_copied_costs_the_newest_alone(
     replays: Spy, monkeypatch: pytest.MonkeyPatch
 ) -> None:

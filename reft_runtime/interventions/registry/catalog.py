@@ -9,26 +9,13 @@ from __future__ import annotations
 
 import re
 import threading
-import time
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TypeVar
 
 from reft_runtime.caller import everything
-from reft_runtime.errors import (
-    EngineDead,
-    InvalidRequest,
-    NotFound,
-    Overloaded,
-    ReftError,
-    StoreFull,
-    Unavailable,
-    UnknownName,
-    did_you_mean,
-)
-from reft_runtime.interventions.registry.holding import Holding
+from reft_runtime.errors import NotFound, Overloaded, StoreFull, UnknownName, did_you_mean
 from reft_runtime.interventions.registry.residency import Residency, return_freed_memory
 from reft_runtime.interventions.registry.version import Origin, Version
 
@@ -84,19 +71,15 @@ class Name:
 class Catalog:
     """Names and versions in memory; every method may be called from any thread.
 
-    Interventions take at most `memory_bytes`: tensors that no request uses are evicted, and
-    requests whose tensors do not fit beside those of others wait, in order of arrival, at most
-    `max_waiting` of them. `device_bytes` bounds the tensors in use where a device has them as well.
+    Interventions take at most `memory_bytes`: tensors that no request uses are evicted. On a device
+    that has them as well those in use take at most `device_bytes`.
     """
 
-    def __init__(self, memory_bytes: int, device_bytes: int | None, max_waiting: int) -> None:
+    def __init__(self, memory_bytes: int, device_bytes: int | None) -> None:
         self._names: dict[str, Name] = {}
-        self._memory = Residency(memory_bytes, device_bytes)
-        self._waiting: deque[Holding] = deque()
-        self._max_waiting = max_waiting
-        self._closed = False
-        # Guards all of these, and what versions say of requests and pins.
-        self._lock = threading.RLock()
+        self.memory = Residency(memory_bytes, device_bytes)
+        self.lock = threading.RLock()
+        """Guards names and memory, and what versions say of requests and pins."""
 
     def resolve(self, ref: str) -> Version:
         """The version that `NAME` or `NAME@<digest prefix>` (8 to 64 hex digits) stands for now.
@@ -105,7 +88,7 @@ class Catalog:
         Raises `NotFound` for an unknown name or digest, and for a prefix that two digests share.
         """
         name, at, prefix = ref.partition("@")
-        with self._lock:
+        with self.lock:
             known = self._names.get(name)
             if known is not None and not at:
                 current = known.current()
@@ -118,91 +101,16 @@ class Catalog:
                     return versions[matches[0]]
         raise NotFound(f"The model `{ref}` does not exist.", param="model")
 
-    def queue(self, holding: Holding) -> None:
-        """Hold the versions of a request; when it is granted, `on_grant` is called.
-
-        That may be at once, or later from the thread that makes room. Raises `Overloaded` if too
-        many wait, `InvalidRequest` if the versions alone are more than there may be, and
-        `Unavailable` if pinned names leave them no room.
-        """
-        with self._lock:
-            if self._closed:
-                raise EngineDead("the engine is closed")
-            if len(self._waiting) >= self._max_waiting:
-                raise Overloaded(
-                    f"{self._max_waiting} requests wait for memory for their interventions; try"
-                    " again in a moment."
-                )
-            if self._memory.never_fits(holding.versions):
-                raise self._too_large(holding)
-            for version in holding.versions:
-                self._take(version)
-            self._waiting.append(holding)
-        self._serve()
-
-    def let_go(self, holding: Holding) -> None:
-        """Let go of the versions of a request that runs or waits; may be called again."""
-        with self._lock:
-            if holding.released:
-                return
-            holding.released = True
-            if not holding.granted:
-                self._waiting.remove(holding)
-            for version in holding.versions:
-                self._give_back(version, used=holding.granted)
-        self._serve()
-
-    def exchange(self, holding: Holding, position: int, fresh: Version) -> None:
-        """Hold another version in the place of one that cannot be read any more."""
-        with self._lock:
-            if holding.released:
-                return
-            self._take(fresh, used=True)
-            old, holding.versions[position] = holding.versions[position], fresh
-            self._give_back(old, used=True)
-
-    def hold(self, version: Version) -> bool:
-        """Begin a request on a version that is in use; False if nobody uses it."""
-        with self._lock:
-            if not version.users:
-                return False
-            self._take(version, used=True)
-            known = self._names[version.name]
-            known.requests += 1
-            known.last_used = time.time()
-            return True
-
-    def release(self, version: Version) -> None:
-        """End one request that held a version."""
-        with self._lock:
-            if version.users < 1:
-                raise RuntimeError(f"{version!r} is released more often than held")
-            self._give_back(version, used=True)
-        self._serve()
-
-    def close(self) -> None:
-        """Let nobody wait any longer, and nobody begin."""
-        with self._lock:
-            self._closed = True
-            waiting = list(self._waiting)
-        for holding in waiting:
-            holding.release()
-            holding.ready.set_exception(EngineDead("the engine is closed"))
-
-    def waiting(self) -> int:
-        """Number of requests that wait for memory."""
-        return len(self._waiting)
-
     def was_read(self, version: Version) -> None:
         """Count the tensors of a version that were just read, and make it the last used."""
-        with self._lock:
+        with self.lock:
             if version.name in self._names and version in self._names[version.name].reachable():
-                self._memory.touch(version)
+                self.memory.touch(version)
         self.make_room()
 
     def count(self, name: str, prompt_tokens: int, generation_tokens: int) -> None:
         """Add the tokens of a request that has ended; does nothing if the name has gone."""
-        with self._lock:
+        with self.lock:
             if known := self._names.get(name):
                 known.prompt_tokens += prompt_tokens
                 known.generation_tokens += generation_tokens
@@ -210,14 +118,14 @@ class Catalog:
     def meant(self, ref: str, sees: Callable[[str], bool] = everything) -> str:
         """A question to append to the error for an unknown `ref`: which similar name was meant."""
         name = ref.partition("@")[0]
-        with self._lock:
+        with self.lock:
             names = [known for known, entry in self._names.items() if entry.layers]
         names = [known for known in names if sees(known)]
         return did_you_mean(name, names) if name not in names else ""
 
     def names(self) -> list[str]:
         """All names, in no particular order."""
-        with self._lock:
+        with self.lock:
             return list(self._names)
 
     def told(self, names: Iterable[str], tell: Callable[[str, Name], R]) -> list[R]:
@@ -225,47 +133,47 @@ class Catalog:
 
         `tell` is called under the lock, which everybody else waits for: give few names.
         """
-        with self._lock:
+        with self.lock:
             found = [(name, self._names.get(name)) for name in names]
             return [tell(name, known) for name, known in found if known and known.layers]
 
     def held_bytes(self) -> int:
         """Memory that interventions take now, in bytes."""
-        with self._lock:
-            return self._memory.used
+        with self.lock:
+            return self.memory.used
 
     def current(self, name: str) -> Version | None:
         """The version the name stands for; None if it stands for nothing."""
-        with self._lock:
+        with self.lock:
             known = self._names.get(name)
             return None if known is None else known.current()
 
     def layer(self, name: str, origin: Origin) -> Version | None:
         """The version that one layer has under the name; None if it has none."""
-        with self._lock:
+        with self.lock:
             known = self._names.get(name)
             return known.layers.get(origin) if known is not None else None
 
     def history(self, name: str) -> list[Version]:
         """The name's uploaded versions, the current one first."""
-        with self._lock:
+        with self.lock:
             known = self._names.get(name)
             return list(known.history) if known is not None else []
 
     def digests(self, name: str) -> list[str]:
         """The digests of the name's versions that can be addressed, the current one first."""
-        with self._lock:
+        with self.lock:
             known = self._names.get(name)
             return list(known.versions()) if known is not None else []
 
     def uploads(self) -> list[Version]:
         """The uploaded versions of all names."""
-        with self._lock:
+        with self.lock:
             return [version for known in self._names.values() for version in known.history]
 
     def kept_digests(self) -> set[str]:
         """The digests of all versions that requests hold, or that were loaded."""
-        with self._lock:
+        with self.lock:
             return {
                 version.digest
                 for known in self._names.values()
@@ -278,8 +186,8 @@ class Catalog:
 
         If its name is pinned, its tensors have to fit as well. The versions `leaving` make room.
         """
-        with self._lock:
-            fixed, budget = self._memory.fixed, self._memory.budget
+        with self.lock:
+            fixed, budget = self.memory.fixed, self.memory.budget
             size = version.listed_bytes
             if fixed + size - sum(old.fixed_bytes for old in leaving) > budget:
                 raise StoreFull(
@@ -292,18 +200,18 @@ class Catalog:
 
     def pinned(self, name: str) -> bool:
         """Whether a name is pinned, also one that stands for nothing now."""
-        with self._lock:
+        with self.lock:
             known = self._names.get(name)
             return known is not None and known.pinned
 
     def pinned_names(self) -> list[str]:
         """The pinned names, also those that stand for nothing now."""
-        with self._lock:
+        with self.lock:
             return [name for name, known in self._names.items() if known.pinned]
 
     def pin(self, name: str, pinned: bool) -> None:
         """Say whether the tensors of what a name stands for stay in memory."""
-        with self._changed(name) as known:
+        with self.changed(name) as known:
             known.pinned = pinned
         self.make_room()
 
@@ -312,10 +220,10 @@ class Catalog:
 
         Raises `StoreFull` if other pinned names leave no room, `Overloaded` if it is requests.
         """
-        with self._lock:
+        with self.lock:
             if pinned:
                 self._check_pins(version)
-            if not self._memory.fits([version]):
+            if not self.memory.fits([version]):
                 raise Overloaded(
                     "The interventions in use fill the memory set aside for them; try again in a"
                     " moment, or start the server with more --intervention-bytes."
@@ -323,23 +231,23 @@ class Catalog:
 
     def _check_pins(self, version: Version) -> None:
         current = self.current(version.name)
-        others = self._memory.pinned - (current.memory_bytes if current and current.pinned else 0)
-        if self._memory.fixed + others + version.memory_bytes > self._memory.budget:
+        others = self.memory.pinned - (current.memory_bytes if current and current.pinned else 0)
+        if self.memory.fixed + others + version.memory_bytes > self.memory.budget:
             raise StoreFull(
                 f"Pinned interventions take {others} bytes of memory, and `{version.name}` would"
-                f" take {version.memory_bytes}; there may be {self._memory.budget}. Unpin some of"
+                f" take {version.memory_bytes}; there may be {self.memory.budget}. Unpin some of"
                 " them, or start the server with more --intervention-bytes."
             )
 
     def place(self, version: Version) -> None:
         """Put a version in its layer."""
-        with self._changed(version.name) as known:
+        with self.changed(version.name) as known:
             known.layers[version.origin] = version
         self.make_room()
 
     def place_upload(self, history: Sequence[Version]) -> None:
         """Make the first of `history` the current upload, above all other layers of its name."""
-        with self._changed(history[0].name) as known:
+        with self.changed(history[0].name) as known:
             known.layers.pop("loaded", None)
             known.layers["uploaded"] = history[0]
             known.history = list(history)
@@ -350,7 +258,7 @@ class Catalog:
 
         With a `version`, the layer is removed only if it holds that version.
         """
-        with self._changed(name) as known:
+        with self.changed(name) as known:
             if version in (None, known.layers.get(origin)):
                 known.layers.pop(origin, None)
                 if origin == "uploaded":
@@ -362,96 +270,40 @@ class Catalog:
 
         While something is, the tensors that were read of the file before are their only copy.
         """
-        with self._lock:
+        with self.lock:
             known = self._names.get(name)
             if known is not None:
                 known.problem = problem
                 if version := known.layers.get("folder"):
                     version.only_copy = problem is not None and version.loaded
-                    self._memory.settle(version)
+                    self.memory.settle(version)
 
     def make_room(self) -> None:
         """Evict the tensors that were used least recently until the budget holds."""
         evicted = True
         while evicted:
-            with self._lock:
-                unused = self._memory.unused()
+            with self.lock:
+                unused = self.memory.unused()
             # This asks the disk, so it is not done under the lock.
             again = {version: version.replaceable() for version in unused}
             evicted = False
-            with self._lock:
+            with self.lock:
                 for version, replaceable in again.items():
                     if not replaceable:  # the only copy of its content: others are evicted instead
                         version.only_copy = evicted = True
-                        self._memory.settle(version)
+                        self.memory.settle(version)
                     elif not version.stays and version.evict():
-                        self._memory.evicted(version)
+                        self.memory.evicted(version)
                         evicted = True
-        with self._lock:
-            much = self._memory.freed_much()
+        with self.lock:
+            much = self.memory.freed_much()
         if much:
             return_freed_memory()
 
-    def _serve(self) -> None:
-        """Grant what those who wait the longest wait for, as far as there is room."""
-        granted, refused = [], []
-        with self._lock:
-            while self._waiting:
-                first = self._waiting[0]
-                if self._memory.fits(first.versions):
-                    for version in first.versions:
-                        version.users += 1
-                        self._memory.touch(version)
-                    first.granted = True
-                    granted.append(first)
-                elif self._memory.idle:  # nobody will make room
-                    refused.append((first, self._too_large(first)))
-                    first.released = True
-                    for version in first.versions:
-                        self._give_back(version, used=False)
-                else:
-                    break
-                self._waiting.popleft()
-        for holding in granted:
-            holding.on_grant(holding)
-        for holding, error in refused:
-            holding.ready.set_exception(error)
-
-    def _too_large(self, holding: Holding) -> ReftError:
-        """The error for versions that do not fit, whatever other requests do."""
-        own = sum(version.memory_bytes for version in set(holding.versions))
-        most = self._memory.budget
-        if own > most:
-            return InvalidRequest(
-                f"interventions: those of this request take {own} bytes of memory, and there may be"
-                f" {most}; name fewer, or start the server with more --intervention-bytes.",
-                param="interventions",
-            )
-        return Unavailable(
-            f"The interventions of this request take {own} bytes of memory, and those that stay"
-            f" there (pinned, or without their file) leave less of {most}; unpin some, or start the"
-            " server with more --intervention-bytes."
-        )
-
-    def _take(self, version: Version, *, used: bool = False) -> None:
-        """Hold a version once more, under the lock; `used` if its tensors have their room."""
-        with self._changed(version.name) as known:
-            known.held.add(version)
-            version.in_flight += 1
-            version.users += used
-
-    def _give_back(self, version: Version, *, used: bool) -> None:
-        """Hold a version once less, under the lock."""
-        with self._changed(version.name) as known:
-            version.in_flight -= 1
-            version.users -= used
-            if not version.in_flight:
-                known.held.discard(version)
-
     @contextmanager
-    def _changed(self, name: str) -> Iterator[Name]:
+    def changed(self, name: str) -> Iterator[Name]:
         """Change what a name stands for, under the lock, and account for its versions' memory."""
-        with self._lock:
+        with self.lock:
             known = self._names.setdefault(name, Name())
             before = known.reachable()
             try:
@@ -462,11 +314,11 @@ class Catalog:
                 for version in before | after:
                     version.pinned = known.pinned and version is current
                 for version in after - before:
-                    self._memory.enter(version)
+                    self.memory.enter(version)
                 for version in before - after:
-                    self._memory.leave(version)
+                    self.memory.leave(version)
                 for version in after & before:
-                    self._memory.settle(version)
+                    self.memory.settle(version)
                 if not after and not known.pinned:
                     del self._names[name]
 

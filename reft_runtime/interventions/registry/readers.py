@@ -11,6 +11,7 @@ from reft_runtime.errors import NotFound, Unavailable
 from reft_runtime.interventions.registry.catalog import Catalog
 from reft_runtime.interventions.registry.folders import Folders
 from reft_runtime.interventions.registry.holding import Holding
+from reft_runtime.interventions.registry.turns import Turns
 from reft_runtime.interventions.registry.version import Version
 
 CHANGES = 3
@@ -29,8 +30,9 @@ class Readers:
     A version that several requests wait for is read once, and no request's thread waits for it.
     """
 
-    def __init__(self, catalog: Catalog, folders: Folders) -> None:
+    def __init__(self, catalog: Catalog, folders: Folders, turns: Turns) -> None:
         self._catalog = catalog
+        self._turns = turns
         self._folders = folders
         self._lock = threading.Lock()  # guards what follows
         self._jobs: dict[Version, Future[None]] = {}
@@ -40,9 +42,9 @@ class Readers:
     def acquire(self, refs: Sequence[str | Version]) -> Holding:
         """See `Registry.acquire`."""
         versions = [self._folders.resolve(ref) if isinstance(ref, str) else ref for ref in refs]
-        holding = Holding(refs, versions, self._begin, self._catalog.let_go)
+        holding = Holding(refs, versions, self._begin, self._turns.let_go)
         if versions:
-            self._catalog.queue(holding)
+            self._turns.queue(holding)
         else:  # the base model's requests wait for nobody
             holding.granted = True
             holding.ready.set_result(None)
@@ -105,7 +107,7 @@ class Readers:
         fresh = self._folders.resolve(ref)
         if fresh is version:
             raise
-        self._catalog.exchange(holding, position, fresh)
+        self._turns.exchange(holding, position, fresh)
 
     def _fail(self, holding: Holding, error: BaseException) -> None:
         holding.release()

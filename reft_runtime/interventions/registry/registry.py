@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import threading
 import time
@@ -38,6 +39,7 @@ from reft_runtime.interventions.registry.remote.poller import Poller
 from reft_runtime.interventions.registry.sources import NAME, NAME_RULE, File, Folder, locate
 from reft_runtime.interventions.registry.state import open_state
 from reft_runtime.interventions.registry.store import STATE_BYTES, Store
+from reft_runtime.interventions.registry.turns import Turns
 from reft_runtime.interventions.registry.uploads import HISTORY, Uploads
 from reft_runtime.interventions.registry.urls import is_url, local_folder
 from reft_runtime.interventions.registry.version import Origin, Version
@@ -107,14 +109,16 @@ class Registry:
         self._closed = threading.Event()
         self._watcher: threading.Thread | None = None
         self._poller: Poller | None = None
-        self._catalog = Catalog(memory_bytes, device_bytes, max_waiting)
+        self._catalog = Catalog(memory_bytes, device_bytes)
+        self._turns = Turns(self._catalog, max_waiting)
         self._folders = Folders(self._catalog, sources, base.model, self._listed)
-        self._readers = Readers(self._catalog, self._folders)
+        self._readers = Readers(self._catalog, self._folders, self._turns)
         store = None if state_dir is None else open_state(state_dir, state_bytes)
         self._follows = state_dir is not None and is_url(state_dir)
         self._uploads = Uploads(self._catalog, self._folders, store, state_bytes)
-        self._uploads.restore(base.model, self._listed)
-        self.scan()
+        with _without_collections():
+            self._uploads.restore(base.model, self._listed)
+            self.scan()
 
     def watch(self, interval: float) -> None:
         """Scan the sources, and look after the state, in threads of their own until `close`.
@@ -140,7 +144,7 @@ class Registry:
             self._watcher.join()
         if self._poller is not None:
             self._poller.close()
-        self._catalog.close()
+        self._turns.close()
         self._readers.close()
         self._folders.close()
         self._uploads.close()
@@ -193,17 +197,17 @@ class Registry:
         works and stays addressable by its digest, whatever happens to its name or its file. Raises
         what `acquire` and `Version.edits` raise; then nothing is held.
         """
-        if not self._catalog.hold(version):
+        if not self._turns.hold(version):
             holding = self.acquire([version])
             try:
                 holding.ready.result()
-                self._catalog.hold(version)
+                self._turns.hold(version)
             finally:
                 holding.release()
 
     def release(self, version: Version) -> None:
         """Let go of a version that is held."""
-        self._catalog.release(version)
+        self._turns.release(version)
 
     def count(self, name: str, prompt_tokens: int, generation_tokens: int) -> None:
         """Add the tokens of a request that has ended; does nothing if the name has gone."""
@@ -311,13 +315,8 @@ class Registry:
         self._check_name(name)
         if isinstance(data, bytes):
             with self._written(data) as file:
-                return self.put(name, file, sha256, expected)
-        if sha256 is not None and data.sha256 != sha256.lower():
-            raise InvalidFile(
-                f"The file's SHA-256 is {data.sha256}, not the one that was sent with it; upload it"
-                " again."
-            )
-        return self._uploads.put(self.verified(name, data.read(), "uploaded"), data, expected)
+                return self._put(name, file, sha256, expected)
+        return self._put(name, data, sha256, expected)
 
     def load(self, name: str, path: str, replace: bool = False) -> Change:
         """Load a file inside the sources under a name, as it is now and until the process ends.
@@ -412,7 +411,7 @@ class Registry:
 
     def waiting(self) -> int:
         """How many requests wait for memory for their interventions."""
-        return self._catalog.waiting()
+        return self._turns.waiting()
 
     @releasing_workers
     def verified(self, name: str, data: bytes, origin: Origin = "loaded") -> Version:
@@ -431,6 +430,16 @@ class Registry:
         with self.incoming() as file:
             file.write(data)
             yield file
+
+    def _put(
+        self, name: str, file: Incoming, sha256: str | None, expected: Collection[str] | None
+    ) -> Change:
+        if sha256 is not None and file.sha256 != sha256.lower():
+            raise InvalidFile(
+                f"The file's SHA-256 is {file.sha256}, not the one that was sent with it; upload it"
+                " again."
+            )
+        return self._uploads.put(self.verified(name, file.read(), "uploaded"), file, expected)
 
     def _check_name(self, name: str) -> None:
         if not NAME.fullmatch(name):
@@ -479,3 +488,15 @@ class Registry:
             except Exception:  # the watch must outlive whatever one scan meets
                 _log.exception("scanning the sources failed")
             wait = max(interval, (time.monotonic() - began - away) / LOOK_SHARE)
+
+
+@contextmanager
+def _without_collections() -> Iterator[None]:
+    """Do not look for garbage in the block, which makes very many objects that all stay."""
+    on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if on:
+            gc.enable()

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 
 from reft_runtime.interventions.registry.version import Version
 
-_TRIM_BYTES = 32 << 20
+_TRIM_BYTES = 16 << 20
 """Bytes of freed memory that are worth returning to the system."""
 
 
