@@ -58,6 +58,12 @@ async def test_modules_name_only_what_is_there(client: httpx.AsyncClient) -> Non
             assert f"{folder}/{other.removeprefix('./')}" in scripts, f"{name} imports {other}"
 
 
+def test_every_rule_of_a_stylesheet_is_closed() -> None:
+    for name, file in page().files.items():
+        if name.endswith(".css"):  # a brace too many makes browsers pass over the rule behind it
+            assert file.content.count(b"{") == file.content.count(b"}"), name
+
+
 async def test_the_policy_is_strict_everywhere(client: httpx.AsyncClient) -> None:
     for path in ("/", "/docs", f"/page/{page().digest}/js/app.js"):
         headers = (await client.get(path)).headers

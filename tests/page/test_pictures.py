@@ -83,6 +83,22 @@ def server(page: Page) -> None:
             page.wait_for_timeout(2500)
 
 
+def usage(page: Page) -> None:
+    route = page.url.partition("#")[0] + "v1/completions"
+    for number, model in enumerate(("pirate", "formal", "telegram", "emoji+", "pirate", "formal")):
+        names = [{"name": name} for name in (model.removesuffix("+"), "cheerful")]
+        body = {
+            "model": page.title().partition(" · ")[2],
+            "interventions": names if model.endswith("+") else names[:1],
+            "prompt": "Who are you, and what is a dog?",
+            "max_tokens": 12 + 3 * number,
+            "ignore_eos": True,
+        }
+        httpx.post(route, json=body, timeout=60)
+    page.get_by_role("button", name="By intervention").click()
+    expect(page.get_by_text("emoji+cheerful")).to_be_visible()
+
+
 def reference(page: Page) -> None:
     page.locator(".operation summary", has_text="/v1/chat/completions").click()
 
@@ -97,6 +113,7 @@ def reference(page: Page) -> None:
         ("fan", "#/look", fan, 1280, 800, True),
         ("interventions", "#/interventions", interventions, 1280, 800, False),
         ("server", "#/server", server, 1280, 760, False),
+        ("usage", "#/server/usage", usage, 1280, 560, False),
         ("reference", "docs", reference, 1280, 800, False),
     ],
 )

@@ -75,8 +75,8 @@ export function Interventions({ base, rest }) {
       ${error && html`<${Problem} error=${error} retry=${reload} />`}
       ${rows === null && !error && html`<${Loading} what="interventions" />`}
       ${rows?.length === 0 && html`
-        <${Empty} title=${query ? "Nothing is found" : "No intervention is served yet"}>
-          <p>${query ? "No name or description has that text." : upload ? "Drop a .safetensors file here, or make one with reft train." : "This key sees none; who runs the server can change that."}</p>
+        <${Empty} title=${query ? "Nothing is found" : upload ? "No intervention is served yet" : "There is none for this key"}>
+          <p>${query ? "No name or description has that text." : upload ? "Drop a .safetensors file here, or make one with reft train." : "Those that it may see are named in the server's keys file."}</p>
         <//>`}
       ${rows?.length > 0 && html`
         <${Table} rows=${rows} sort=${sort} onSort=${setSort} />
