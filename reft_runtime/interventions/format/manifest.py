@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from fnmatch import fnmatchcase
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import (
     BaseModel,
@@ -115,18 +115,26 @@ class EditSpec(_Strict):
         return self
 
     @model_serializer(mode="wrap")
-    def _without_defaults(self, dump: SerializerFunctionWrapHandler) -> dict[str, JsonValue]:
+    def _without_defaults(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
         # Fields newer than the format's first files are written only where they say something, so
         # that content which the first files could express keeps its digest.
-        fields: dict[str, JsonValue] = dump(self)
-        for name in ("act", "width", "suffix_offset"):
-            if not fields[name]:
-                del fields[name]
-        return fields
+        known = _written_edits.get(self)
+        if known is None:
+            fields: dict[str, Any] = dump(self)
+            known = {
+                name: value
+                for name, value in fields.items()
+                if value or name not in ("act", "width", "suffix_offset")
+            }
+            if len(_written_edits) < MOST_KNOWN:
+                _written_edits[self] = known
+        return dict(known)
 
 
 _known_edits: dict[tuple[object, ...], EditSpec] = {}
+_written_edits: dict[EditSpec, dict[str, Any]] = {}
 MOST_KNOWN = 4096
+"""Most edits that are remembered, as they were read and as they are written."""
 
 
 def _known_or(value: object, validate: ValidatorFunctionWrapHandler) -> EditSpec:
@@ -219,9 +227,9 @@ class Manifest(_Strict):
         return self.system or "prepend"
 
     @model_serializer(mode="wrap")
-    def _without_new_defaults(self, dump: SerializerFunctionWrapHandler) -> dict[str, JsonValue]:
+    def _without_new_defaults(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
         # As for edits, content that the first files could express keeps its digest.
-        fields: dict[str, JsonValue] = dump(self)
+        fields: dict[str, Any] = dump(self)
         for name in ("system", "completion_prefix", "texts", "labels"):
             if fields.get(name) is None:
                 fields.pop(name, None)

@@ -38,7 +38,7 @@ def summarise(header: Header) -> Summary:
     return Summary(
         description=header.manifest.description,
         kinds=tuple(dict.fromkeys(edit.kind for edit in edits)),
-        positions=tuple(dict.fromkeys(str(edit.positions) for edit in edits)),
+        positions=tuple(map(str, dict.fromkeys(edit.positions for edit in edits))),
         layers=tuple(sorted({edit.layer for edit in edits})),
         parameters=sum(math.prod(info.shape) for info in header.tensors.values()),
         directions=min(ranks, default=0),
