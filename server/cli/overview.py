@@ -23,6 +23,7 @@ def overview(stats: Body, used: list[Body]) -> RenderableType:
     first, later = stats["time_to_first_token_seconds"], stats["time_per_output_token_seconds"]
     lines = [
         ("model", f"{stats['model']}, {stats['dtype']} on {stats['device']}, {stats['status']}"),
+        *(("problem", problem) for problem in stats["problems"]),
         ("up", _span(stats["uptime_seconds"])),
         (
             "requests",

@@ -34,7 +34,7 @@ async def readyz(context: Current) -> JSONResponse:
     """Answers 200 while the server is loaded, proven by a first generation, and not draining.
 
     `sources` and `state` say why sources of interventions, and the state, cannot be reached; what
-    they held is served all the same.
+    they held is served all the same. `problems` are others that do not keep it from answering.
     """
     registry = context.registry
     # Anybody may ask: the number of a source tells no bucket or folder.

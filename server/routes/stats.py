@@ -35,6 +35,7 @@ def _stats(context: Context) -> dict[str, Any]:
         "device": info.device,
         "dtype": info.dtype,
         "status": context.health.status,
+        "problems": _problems(context),
         "time": time.time(),
         "uptime_seconds": max(0.0, time.time() - context.started),
         "running": now.running,
@@ -57,6 +58,13 @@ def _stats(context: Context) -> dict[str, Any]:
         },
         "finished": dict.fromkeys(OUTCOMES, 0) | metrics.outcomes(),
     }
+
+
+def _problems(context: Context) -> list[str]:
+    """What is wrong without keeping the server from answering; as in /readyz, with the places."""
+    sources = (f"{one.label}: {one.problem}" for one in context.registry.sources() if one.problem)
+    state = context.registry.state_problem()
+    return [*sources, *([] if state is None else [state]), *context.problems()]
 
 
 def _durations(recent: Durations) -> dict[str, Any]:

@@ -174,9 +174,12 @@ def test_what_runs_is_shown(url: str, engine: Any, monkeypatch: pytest.MonkeyPat
     engine.registry.hold(version)
     shown = reft(url, "ps")
     assert "0 running of 8, 0 waiting" in shown.stdout
+    assert "problem" not in shown.stdout
     assert shown.stdout.splitlines()[-1].split() == ["two", "1", "1"]
     [used] = json.loads(reft(url, "ps", "--json").stdout)["in_use"]
     assert used["id"] == "two"
+    monkeypatch.setattr(engine.registry, "state_problem", lambda: "The state cannot be used now.")
+    assert "The state cannot be used now." in reft(url, "ps").stdout
     waits: list[float] = []
 
     def wait(seconds: float) -> None:

@@ -134,6 +134,8 @@ async def test_what_is_away_shows_without_its_address_and_the_server_stays_ready
             "sources": [{"source": 2, "kind": "s3", "problem": away}],
             "state": "The state cannot be used now.",
         }
+    told = (await client.get("/v1/stats")).json()["problems"]
+    assert told == [f"s3://secret/tasks: {away}", "The state cannot be used now."]
     lines = (await client.get("/metrics")).text.splitlines()
     assert 'reft:source_up{source="/secret/folder"} 1.0' in lines
     assert 'reft:source_up{source="s3://secret/tasks"} 0.0' in lines

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import httpx
 import pytest
-from playwright.sync_api import Page, expect
+from playwright.sync_api import Page, Route, expect
 
 from reft_runtime import Engine
 from tests.page.conftest import INTERVENTIONS, Tab, overflow, violations
@@ -201,6 +201,18 @@ def test_the_server_is_looked_at_while_its_view_is_open(tab: Tab) -> None:
     asked = len(tab.requests("/v1/stats"))
     page.clock.run_for(10_000)
     assert len(tab.requests("/v1/stats")) == asked
+
+
+def test_what_is_wrong_with_the_server_is_told(tab: Tab) -> None:
+    def wrong(route: Route) -> None:
+        answer = route.fetch()
+        told = answer.json() | {"problems": ["s3://tasks: The source is away."]}
+        route.fulfill(response=answer, json=told)
+
+    tab.page.route("**/v1/stats", wrong)
+    page = tab.open("#/server")
+    expect(page.get_by_role("alert")).to_contain_text("The source is away")
+    expect(page.get_by_role("status")).to_have_text("ready")
 
 
 def test_the_reference_shows_every_route_and_its_fields(tab: Tab) -> None:

@@ -82,6 +82,7 @@ function Now() {
   if (!now) return error ? html`<${Problem} error=${error} />` : html`<${Loading} what="the server's numbers" />`;
   return html`
     ${error && html`<${Problem} error=${error} />`}
+    ${now.problems.map((message) => html`<${Problem} key=${message} error=${{ message }} />`)}
     <dl class="facts panel tiles">
       ${tiles(now).map(([what, value, more]) => html`
         <div key=${what}><dt>${what}</dt><dd>${value} <small>${more}</small></dd></div>`)}
