@@ -13,6 +13,9 @@ from server.tenants.access import ACCESS, check_change, check_role
 from server.tenants.audit import audit_refusal
 from server.tenants.tenant import OWNER, Tenant
 
+_ACTIONS = {"/v1/load_lora_adapter": "load", "/v1/unload_lora_adapter": "delete"}
+"""What the audit calls routes whose path does not say it."""
+
 
 async def require_key(request: Request) -> None:
     """Note whose key the request carries; answer 401 unless it is known, if one is configured."""
@@ -49,7 +52,9 @@ async def require_access(request: Request) -> None:
             check_change(tenant, name)
     except ApiError as refused:
         if method != "GET":
-            action = path.rpartition("/")[2] if method == "POST" else method.lower()
+            action = _ACTIONS.get(
+                path, path.rpartition("/")[2] if method == "POST" else method.lower()
+            )
             audit_refusal(request.state.request_id, tenant, action, name, refused.status)
         raise
 

@@ -123,6 +123,7 @@ def test_a_user_sees_its_own_uploads_without_a_pattern(file: Path) -> None:
             ],
         ),
         (table(lines=""), [r"tenants\.team-a: interventions: say which the user sees"]),
+        (table(lines=f"requests_per_minute = {'9' * 5000}"), [r"is not valid TOML\."]),
         (
             table(lines="interventions = ['Team A']"),
             [r"tenants\.team-a\.interventions\.0: write a shell pattern of names"],
@@ -345,6 +346,14 @@ def test_a_new_key_works_as_it_is_printed(tmp_path: Path) -> None:
     assert tenant == Tenant("team-a", patterns=("team-a.*",))
     checked = CliRunner().invoke(command, ["key", "check", str(file)])
     assert checked.output == f"{file}: 1 key of team-a\n"
+
+
+@pytest.mark.parametrize("name", ["Team-A", "team.a", "a]", "", "a" * 33])
+def test_no_key_is_made_for_a_name_that_the_file_may_not_have(name: str) -> None:
+    done = CliRunner().invoke(command, ["key", "new", "--tenant", name])
+    assert isinstance(done.exception, ConfigError)
+    assert "--tenant: give 1 to 32 of a-z" in done.exception.message
+    assert "reft-" not in done.output
 
 
 def test_a_broken_file_stops_the_start_before_the_model(
