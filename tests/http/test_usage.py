@@ -255,6 +255,7 @@ async def test_what_can_be_asked_for(
         found = await rows(client, **{**span, **asked})
         assert [(row[asked["group_by"]], row["requests"]) for row in found] == groups
     assert await rows(client) == []  # the last 31 days, by the real clock
+    assert await rows(client, to="0001-01-05") == []  # of which not all exist
 
 
 @pytest.mark.parametrize(
