@@ -25,7 +25,7 @@ async def require_key(request: Request) -> None:
         return
     scheme, _, given = request.headers.get("authorization", "").partition(" ")
     # Starlette decodes headers as latin-1; the key's bytes are what the client sent.
-    tenant = context.keys.tenant_of(given.strip().encode("latin-1"))
+    tenant = context.keys.tenant_of(given.strip(" \t").encode("latin-1"))
     if scheme.lower() != "bearer" or tenant is None:
         raise ApiError(
             401,
