@@ -13,6 +13,9 @@ from server.tenants.access import ACCESS, check_change, check_role
 from server.tenants.audit import audit_refusal
 from server.tenants.tenant import OWNER, Tenant
 
+_ACTIONS = {"/v1/load_lora_adapter": "load", "/v1/unload_lora_adapter": "delete"}
+"""What the audit calls routes whose path does not say it."""
+
 
 async def require_key(request: Request) -> None:
     """Note whose key the request carries; answer 401 unless it is known, if one is configured."""
@@ -22,7 +25,7 @@ async def require_key(request: Request) -> None:
         return
     scheme, _, given = request.headers.get("authorization", "").partition(" ")
     # Starlette decodes headers as latin-1; the key's bytes are what the client sent.
-    tenant = context.keys.tenant_of(given.strip().encode("latin-1"))
+    tenant = context.keys.tenant_of(given.strip(" \t").encode("latin-1"))
     if scheme.lower() != "bearer" or tenant is None:
         raise ApiError(
             401,
@@ -49,7 +52,9 @@ async def require_access(request: Request) -> None:
             check_change(tenant, name)
     except ApiError as refused:
         if method != "GET":
-            action = path.rpartition("/")[2] if method == "POST" else method.lower()
+            action = _ACTIONS.get(
+                path, path.rpartition("/")[2] if method == "POST" else method.lower()
+            )
             audit_refusal(request.state.request_id, tenant, action, name, refused.status)
         raise
 

@@ -55,10 +55,10 @@ def listen(host: str, port: int, option: str = "--port") -> socket.socket:
         except OSError:
             listener.close()
             raise
-    except OSError as error:
+    except (OSError, UnicodeError) as error:
+        why = error.strerror if isinstance(error, OSError) else "it is no host's name"
         raise ConfigError(
-            f"Cannot listen on {host} port {port}: {error.strerror}. "
-            f"Choose others with --host and {option}."
+            f"Cannot listen on {host} port {port}: {why}. Choose others with --host and {option}."
         ) from None
     return listener
 

@@ -242,6 +242,16 @@ class Settings(BaseSettings):
                 raise ValueError("write '*', or origins such as https://a.example or a JSON list")
         return value
 
+    @field_validator("api_key")
+    @classmethod
+    def _check_key(cls, value: SecretStr | None) -> SecretStr | None:
+        key = "" if value is None else value.get_secret_value()
+        if key != key.strip() or not key.isprintable():
+            raise ValueError(
+                "it has a space or a line break at an end, or a character that no header can have"
+            )
+        return value
+
     @field_validator("quota_url")
     @classmethod
     def _check_quota_url(cls, value: SecretStr | None) -> SecretStr | None:

@@ -7,17 +7,23 @@ from typing import Annotated
 
 import typer
 
+from reft_runtime.errors import ConfigError
 from server.tenants.keys import new_key
-from server.tenants.keys_file import TENANT_RULE, read_keys_file
+from server.tenants.keys_file import TENANT_RULE, is_tenant_name, read_keys_file
+
+PLACEHOLDER = "NAME"
+"""Stands for the tenant's name where none is given; whoever edits the file writes one there."""
 
 app = typer.Typer(no_args_is_help=True, help="Make keys for tenants, and check the keys file.")
 
 
 @app.command()
 def new(
-    tenant: Annotated[str, typer.Option(help=f"Name of the tenant: {TENANT_RULE}.")] = "NAME",
+    tenant: Annotated[str, typer.Option(help=f"Name of the tenant: {TENANT_RULE}.")] = PLACEHOLDER,
 ) -> None:
     """Make a key, and print it once with what the keys file needs of it."""
+    if tenant != PLACEHOLDER and not is_tenant_name(tenant):
+        raise ConfigError(f"--tenant: give {TENANT_RULE}.", param="tenant")
     key, hashed = new_key()
     typer.echo(f"Key, for whoever is to use it; it is shown this once: {key}")
     typer.echo("For the keys file (a second key of a tenant is a second hash in its list):")

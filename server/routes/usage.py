@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from datetime import UTC, date, datetime, timedelta
+from datetime import UTC, date, datetime
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Query, Request
@@ -48,7 +48,8 @@ async def get_usage(
     leaves of these. `total` is the sum of the rows.
     """
     until = _day(last, "to") or datetime.now(UTC).date()
-    since = _day(first, "from") or until - timedelta(days=DEFAULT_DAYS - 1)
+    earliest = date.fromordinal(max(1, until.toordinal() - DEFAULT_DAYS + 1))
+    since = _day(first, "from") or earliest
     if since > until:
         raise InvalidRequest(f"from: {since} is after the last day, {until}.", param="from")
     query = usage.Query(since, until, _groups(group_by), tenant, intervention, MAX_ROWS + 1)

@@ -23,7 +23,10 @@ def audit_change(request_id: str, tenant: Tenant, action: str, name: str, change
 
 
 def audit_refusal(request_id: str, tenant: Tenant, action: str, name: str, status: int) -> None:
-    """Log that a change was refused with this HTTP status, and so nothing changed."""
+    """Log that a change was refused with this HTTP status, and so nothing changed.
+
+    `name` is empty where it stands in a body that was not read.
+    """
     _log(request_id, tenant, action, name, {"refused": status})
 
 
@@ -39,7 +42,7 @@ def _log(request_id: str, tenant: Tenant, action: str, name: str, outcome: dict[
         what = f"refused={outcome['refused']}"
     else:
         what = f"{_shown(outcome['before'])} -> {_shown(outcome['after'])}"
-    line = f"audit: {action} {fields['name']} {what} tenant={tenant.name} id={request_id}"
+    line = f"audit: {action} {fields['name'] or '-'} {what} tenant={tenant.name} id={request_id}"
     logger.info("%s", line, extra={"request": fields})
 
 

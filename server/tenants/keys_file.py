@@ -91,6 +91,11 @@ class _File(_Table):
     tenants: dict[str, _TenantTable] = Field(min_length=1)
 
 
+def is_tenant_name(name: str) -> bool:
+    """Whether a tenant may have this name."""
+    return _TENANT.fullmatch(name) is not None
+
+
 def read_keys_file(path: Path) -> dict[bytes, Tenant]:
     """The tenants of a keys file, by the SHA-256 of each of their keys.
 
@@ -103,7 +108,7 @@ def read_keys_file(path: Path) -> dict[bytes, Tenant]:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}.") from None
     except UnicodeDecodeError:
         raise ConfigError(f"{path}: is not UTF-8; write it as TOML.") from None
-    except (tomllib.TOMLDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, too
         place = _PLACE.search(str(error))
         where = f", see {place[1]}" if place else ""
         raise ConfigError(f"{path}: is not valid TOML{where}.") from None
@@ -129,7 +134,7 @@ def _names(file: _File) -> list[str]:
     return [
         f"tenants: the name of tenant {number} is not allowed: give {TENANT_RULE}."
         for number, name in enumerate(file.tenants, 1)
-        if not _TENANT.fullmatch(name)
+        if not is_tenant_name(name)
     ]
 
 
@@ -166,7 +171,7 @@ def _field(loc: tuple[int | str, ...], tables: dict[str, object]) -> str:
         if position == 1 and loc[0] == "tenants":
             names = tables["tenants"]
             assert isinstance(names, dict)
-            known = isinstance(step, str) and _TENANT.fullmatch(step)
+            known = isinstance(step, str) and is_tenant_name(step)
             steps.append(str(step) if known else f"(tenant {list(names).index(step) + 1})")
         elif isinstance(step, int) or _FIELD.fullmatch(step):
             steps.append(str(step))

@@ -198,23 +198,28 @@ class Quotas:
         tenant, headers = admitted.tenant, admitted.headers
         minute, second = divmod(time.time(), MINUTE)
         rest = math.ceil(MINUTE - second)
-        limit = tenant.tokens_per_minute
+        requests = _key(tenant.name, "requests", int(minute))
+        limit, most = tenant.tokens_per_minute, tenant.requests_per_minute
         if limit is not None:
             used = await self._storage.get(_key(tenant.name, "tokens", int(minute)))
+            headers |= _headers("tokens", limit, limit - used, rest)
             if used + prompt_tokens > limit:
+                if most is not None:
+                    left = most - await self._storage.get(requests)
+                    headers |= _headers("requests", most, left, rest)
                 wait = rest + MINUTE * await self._full_minutes(tenant, int(minute), prompt_tokens)
                 raise Refused(
                     "tokens",
                     f"This key may use {limit} tokens a minute, and {used} are used; the prompt has"
                     f" {prompt_tokens}. Send it again in {wait} s.",
                     wait,
-                    _headers("tokens", limit, limit - used, wait),
+                    headers | _headers("tokens", limit, limit - used, wait),
                 )
-        most = tenant.requests_per_minute
         if most is not None:
-            sent = await self._storage.incr(_key(tenant.name, "requests", int(minute)), MINUTE, 1)
+            sent = await self._storage.incr(requests, MINUTE, 1)
             headers |= _headers("requests", most, most - sent, rest)
             if sent > most:
+                await self._storage.incr(requests, MINUTE, -1)  # the limit may be raised
                 raise Refused(
                     "requests",
                     f"This key may send {most} requests a minute. Send this one again in {rest} s.",

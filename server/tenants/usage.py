@@ -83,6 +83,8 @@ class Key(NamedTuple):
 
 _New = dict[Key, list[int]]
 
+_Identity = tuple[tuple[int, int] | None, ...]
+
 
 @dataclass(frozen=True, slots=True)
 class Query:
@@ -126,7 +128,7 @@ class Usage:
         self._new: _New = {}
         self._counting = threading.Lock()
         self._file: sqlite3.Connection | None = None
-        self._identity: tuple[int, int] | None = None
+        self._identity: _Identity | None = None
         self._writing = threading.Lock()
         self._ended = threading.Event()
         self._writer = threading.Thread(target=self._write_on, name="reft-usage", daemon=True)
@@ -207,7 +209,10 @@ class Usage:
         return True
 
     def _open(self, path: Path) -> sqlite3.Connection:
-        """The file, which is made anew where it is gone."""
+        """The file, which is made anew where it is gone.
+
+        Where its journal is gone, closing the file writes what the journal had to the file itself.
+        """
         if self._file is not None and _identity(path) == self._identity:
             return self._file
         self._shut()
@@ -226,7 +231,12 @@ class Usage:
             self._file = None
 
 
-def _identity(path: Path) -> tuple[int, int] | None:
+def _identity(path: Path) -> _Identity:
+    """What tells the file and its journal from others of their names; None for one that is gone."""
+    return _file_identity(path), _file_identity(path.with_name(f"{path.name}-wal"))
+
+
+def _file_identity(path: Path) -> tuple[int, int] | None:
     try:
         found = os.stat(path)
     except FileNotFoundError:

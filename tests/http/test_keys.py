@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 
 from reft_runtime.errors import ConfigError
 from server.cli.main import app as command
-from server.lifecycle import check_exposure
+from server.lifecycle import check_exposure, listen
 from server.settings import Settings, load_settings
 from server.tenants import keys
 from server.tenants.keys import Keys, digest_of
@@ -123,6 +123,7 @@ def test_a_user_sees_its_own_uploads_without_a_pattern(file: Path) -> None:
             ],
         ),
         (table(lines=""), [r"tenants\.team-a: interventions: say which the user sees"]),
+        (table(lines=f"requests_per_minute = {'9' * 5000}"), [r"is not valid TOML\."]),
         (
             table(lines="interventions = ['Team A']"),
             [r"tenants\.team-a\.interventions\.0: write a shell pattern of names"],
@@ -332,6 +333,28 @@ def assert_no_secret(text: str) -> None:
         assert secret.removeprefix("sha256:")[:16] not in text
 
 
+@pytest.mark.parametrize("key", ["sesame\n", " sesame", "ses\tame", "\udcff", " "])
+def test_an_owners_key_that_no_client_can_send(key: str) -> None:
+    with pytest.raises(
+        ConfigError, match=r"--api-key \(or REFT_API_KEY\): it has a space"
+    ) as caught:
+        load_settings({"api_key": key})
+    assert "ses" not in caught.value.message
+
+
+class TestAKeyBeyondAscii:
+    """Its last byte is a space in Latin-1, the encoding in which headers are handed on."""
+
+    @pytest.fixture
+    def settings(self) -> Settings:
+        return load_settings({"api_key": "sésame à"})
+
+    async def test_it_is_taken(self, client: httpx.AsyncClient) -> None:
+        for value in ("Bearer sésame à", "Bearer  sésame à \t"):
+            headers = {b"authorization": value.encode()}
+            assert (await client.get("/v1/models", headers=headers)).status_code == 200
+
+
 # The command line
 
 
@@ -345,6 +368,14 @@ def test_a_new_key_works_as_it_is_printed(tmp_path: Path) -> None:
     assert tenant == Tenant("team-a", patterns=("team-a.*",))
     checked = CliRunner().invoke(command, ["key", "check", str(file)])
     assert checked.output == f"{file}: 1 key of team-a\n"
+
+
+@pytest.mark.parametrize("name", ["Team-A", "team.a", "a]", "", "a" * 33])
+def test_no_key_is_made_for_a_name_that_the_file_may_not_have(name: str) -> None:
+    done = CliRunner().invoke(command, ["key", "new", "--tenant", name])
+    assert isinstance(done.exception, ConfigError)
+    assert "--tenant: give 1 to 32 of a-z" in done.exception.message
+    assert "reft-" not in done.output
 
 
 def test_a_broken_file_stops_the_start_before_the_model(
@@ -364,6 +395,11 @@ def test_a_server_without_keys_is_not_exposed(monkeypatch: pytest.MonkeyPatch) -
     done = CliRunner().invoke(command, ["serve", "--host", "0.0.0.0", "--port", "0"])
     assert isinstance(done.exception, ConfigError)
     assert "--host: without keys whoever reaches 0.0.0.0 can use" in done.exception.message
+
+
+def test_a_host_that_is_no_name_is_told() -> None:
+    with pytest.raises(ConfigError, match=r"Cannot listen on a{64} port 0: it is no host's name"):
+        listen("a" * 64, 0)
 
 
 @pytest.mark.parametrize(

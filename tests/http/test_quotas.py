@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import threading
 from collections.abc import Iterator
 from typing import Any
@@ -92,6 +93,36 @@ async def test_requests_a_minute(client: httpx.AsyncClient, clock: Clock, stream
     assert "3 requests a minute" in error["message"]
     clock.now += 45
     assert (await ask()).status_code == 200
+
+
+async def test_a_refused_request_costs_nothing(client: httpx.AsyncClient, app: FastAPI) -> None:
+    """What was refused does not count against a limit that is raised in the same minute."""
+    for number in range(9):
+        response = await client.post("/v1/completions", json=completion(), headers=key(FEW))
+        assert response.status_code == (200 if number < 3 else 429)
+    use_tenants(app, dataclasses.replace(FEW, requests_per_minute=5))
+    for left in (1, 0):
+        response = await client.post("/v1/completions", json=completion(), headers=key(FEW))
+        assert response.status_code == 200
+        assert limits_of(response, "requests") == ("5", str(left), "45s")
+
+
+async def test_refusals_have_the_headers_of_both_limits(client: httpx.AsyncClient) -> None:
+    async def ask(tokens: int) -> httpx.Response:
+        body = completion(prompt="x" * tokens, max_tokens=1)
+        return await client.post("/v1/completions", json=body, headers=key(BOTH))
+
+    assert (await ask(80)).status_code == 200
+    response = await ask(90)
+    assert (response.status_code, response.json()["error"]["type"]) == (429, "tokens")
+    assert limits_of(response, "requests") == ("10", "9", "45s")
+    assert limits_of(response, "tokens") == ("100", "19", "45s")
+    for _ in range(9):
+        assert (await ask(1)).status_code == 200
+    response = await ask(1)
+    assert (response.status_code, response.json()["error"]["type"]) == (429, "requests")
+    assert limits_of(response, "requests") == ("10", "0", "45s")
+    assert limits_of(response, "tokens") == ("100", "1", "45s")
 
 
 async def test_all_generating_routes_count_and_no_others(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import random
+import shutil
 import sqlite3
 import time
 from collections import Counter
@@ -254,6 +255,7 @@ async def test_what_can_be_asked_for(
         found = await rows(client, **{**span, **asked})
         assert [(row[asked["group_by"]], row["requests"]) for row in found] == groups
     assert await rows(client) == []  # the last 31 days, by the real clock
+    assert await rows(client, to="0001-01-05") == []  # of which not all exist
 
 
 @pytest.mark.parametrize(
@@ -345,6 +347,29 @@ def test_a_file_that_was_removed_is_made_again(tmp_path: Path) -> None:
     assert total(counting) == 1
     counting.close()
     assert total(Usage(tmp_path / "state")) == 1
+
+
+def test_a_journal_that_was_removed_loses_nothing(tmp_path: Path) -> None:
+    """Somebody tidies up: the journal has what is not yet in the file itself."""
+    counting = Usage(tmp_path)
+    for number in (1, 2, 3):
+        counting.add("a", "x", Counts(1))
+        assert total(counting) == number
+        for file in tmp_path.glob(f"{usage.FILE}-*"):
+            file.unlink()
+    assert total(counting) == 3
+    # What a process leaves that is killed now: the files, by their names.
+    assert total(Usage(copied(tmp_path))) == 3
+    counting.close()
+    assert total(Usage(tmp_path)) == 3
+
+
+def copied(folder: Path) -> Path:
+    target = folder / "copy"
+    target.mkdir()
+    for file in folder.glob(f"{usage.FILE}*"):
+        shutil.copy(file, target)
+    return target
 
 
 async def test_a_server_whose_file_cannot_be_written(tmp_path: Path) -> None:
