@@ -6,6 +6,7 @@ import asyncio
 import hashlib
 import hmac
 import logging
+import os
 import re
 import socket
 from pathlib import Path
@@ -188,6 +189,13 @@ def test_a_file_that_cannot_be_read(file: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr("server.tenants.keys_file.MAX_KEYS", 1)
     with pytest.raises(ConfigError, match="there are 2 keys, and may be 1"):
         read_keys_file(file)
+
+
+def test_a_pipe_is_refused_and_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for place in (tmp_path / "pipe", tmp_path):
+        with pytest.raises(ConfigError, match="is not a regular file"):
+            read_keys_file(place)
 
 
 def test_the_owner_and_the_tenants_have_keys_of_their_own(file: Path) -> None:
