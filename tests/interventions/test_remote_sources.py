@@ -514,7 +514,7 @@ def test_a_fetch_that_ends_after_the_registry_was_closed(
     assert reading.wait(60)
     registry.close()
     go_on.set()
-    with pytest.raises(Unavailable, match="shutting down"):
+    with pytest.raises(Unavailable, match="cannot be reached"):
         holding.ready.result(60)
 
 

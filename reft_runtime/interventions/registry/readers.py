@@ -104,7 +104,7 @@ class Readers:
         version, ref = holding.versions[position], holding.refs[position]
         self._folders.forget(version)
         holding.changes += 1
-        if holding.changes > CHANGES or not isinstance(ref, str):
+        if self._closed or holding.changes > CHANGES or not isinstance(ref, str):
             raise
         fresh = self._folders.resolve(ref)
         if fresh is version:

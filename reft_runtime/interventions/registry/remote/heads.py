@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import logging
 import sqlite3
 import threading
@@ -57,15 +56,13 @@ class Heads:
             yield Head(Listed(key, token, size, modified_ns), head)
 
     def get(self, key: str) -> bytes | None:
-        """The first bytes of an object; None if it is not known. Raises `OSError` if closed."""
+        """The first bytes of an object; None if it is not known, or cannot be read."""
         try:
             with self._lock:
                 row = self._database.execute(
                     "SELECT head FROM objects WHERE key = ?", (key,)
                 ).fetchone()
-        except sqlite3.ProgrammingError as error:
-            raise OSError(errno.ESHUTDOWN, "the server is shutting down") from error
-        except sqlite3.DatabaseError:  # damaged while it was in use
+        except sqlite3.Error:  # damaged while it was in use, or closed
             return None
         return None if row is None else row[0]
 
