@@ -967,7 +967,7 @@ def test_the_listing_of_uploads_is_bounded_and_has_room_when_they_are_deleted(fo
         lambda: registry.put("a", THREE),  # its history counts
         lambda: registry.load("c", "f.safetensors"),
     ):
-        with pytest.raises(StoreFull, match="bytes of memory, pinned .*, and this one would take"):
+        with pytest.raises(StoreFull, match=r"bytes of memory, pinned .*, and this one would take"):
             call()
     assert names(registry) == ["a", "b", "f"]
     registry.put("a", ONE)  # the very same again
