@@ -34,7 +34,10 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 ADMIN_THREADS = 4
-"""Threads for uploads, listings and metrics; requests use asyncio's own threads."""
+"""Threads for listings and metrics; requests use asyncio's own threads."""
+
+CHANGE_THREADS = 4
+"""Threads for changes and for files that are read, which wait for the network if it is slow."""
 
 MAX_DOWNLOADS = 16
 """Most files sent at the same time; each is open until its client has received it."""
@@ -89,6 +92,9 @@ class Context:
     _admin: ThreadPoolExecutor = field(
         default_factory=lambda: started_pool(ADMIN_THREADS, "reft-admin")
     )
+    _changes: ThreadPoolExecutor = field(
+        default_factory=lambda: started_pool(CHANGE_THREADS, "reft-change")
+    )
 
     def __post_init__(self) -> None:
         limit = max(BODIES_BYTES, 2 * self.settings.max_body_bytes)
@@ -127,9 +133,15 @@ class Context:
         work = partial(function, *args, **kwargs)
         return await asyncio.get_running_loop().run_in_executor(self._admin, work)
 
+    async def change(self, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
+        """Run `function`, which may wait for a URL, in a thread that no listing waits for."""
+        work = partial(function, *args, **kwargs)
+        return await asyncio.get_running_loop().run_in_executor(self._changes, work)
+
     def close(self) -> None:
         """Cancel administrative work that has not begun, and take no more."""
-        self._admin.shutdown(wait=False, cancel_futures=True)
+        for threads in (self._admin, self._changes):
+            threads.shutdown(wait=False, cancel_futures=True)
 
 
 async def _context(request: Request) -> Context:  # async: FastAPI runs other functions in a thread

@@ -65,7 +65,7 @@ class Download(Response):
 
     async def _opened(self) -> tuple[Version, BinaryIO]:
         """Open the version's file; the file is closed again if the client leaves meanwhile."""
-        opening = self._context.administer(self._context.registry.open, self._ref)
+        opening = self._context.change(self._context.registry.open, self._ref)
         return await unless_left(opening, lambda opened: opened[1].close())
 
     async def _send_parts(self, file: BinaryIO, size: int, send: Send) -> None:

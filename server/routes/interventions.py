@@ -97,11 +97,11 @@ async def put_intervention(request: Request, context: Current, name: str) -> Res
     """
     sha256, expected = _declared_sha256(request), expected_digests(request)
     registry = context.registry
-    file = await unless_left(context.administer(registry.incoming), lambda file: file.discard())
+    file = await unless_left(context.change(registry.incoming), lambda file: file.discard())
     try:
         await receive_file(request, file, MAX_FILE_BYTES)
         begun = time.monotonic()
-        change = await context.administer(registry.put, name, file, sha256, expected)
+        change = await context.change(registry.put, name, file, sha256, expected)
     finally:
         file.discard()
     context.metrics.loaded(name, time.monotonic() - begun)
@@ -115,7 +115,7 @@ async def delete_intervention(request: Request, context: Current, name: str) -> 
     With `If-Match: "DIGEST"` the name is removed only if it stands for that version; else the
     answer is 412.
     """
-    await context.administer(context.registry.remove, name, expected_digests(request))
+    await context.change(context.registry.remove, name, expected_digests(request))
     return {"id": name, "object": "intervention", "deleted": True}
 
 

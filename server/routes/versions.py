@@ -44,7 +44,7 @@ async def roll_back(request: Request, context: Current, name: str, body: Rollbac
     expected = expected_digests(request)
     begun = time.monotonic()
     rollback = context.registry.rollback
-    change = await context.administer(rollback, name, body.digest, expected)
+    change = await context.change(rollback, name, body.digest, expected)
     context.metrics.loaded(name, time.monotonic() - begun)
     return entry_answer(context, change.entry)
 
@@ -55,18 +55,18 @@ async def pin(context: Current, name: str) -> Response:
 
     It stays pinned when it is replaced, and with a state folder over restarts.
     """
-    change = await context.administer(context.registry.pin, name)
+    change = await context.change(context.registry.pin, name)
     return entry_answer(context, change.entry)
 
 
 @router.post("/{name}/unpin", response_model=None)
 async def unpin(context: Current, name: str) -> Response:
     """Let the tensors of this name be evicted again; they stay in memory while there is room."""
-    change = await context.administer(context.registry.unpin, name)
+    change = await context.change(context.registry.unpin, name)
     return entry_answer(context, change.entry)
 
 
 @router.post("/{name}/warm", response_model=None)
 async def warm(context: Current, name: str) -> Response:
     """Read the tensors of this name now, so that no request has to wait for them."""
-    return entry_answer(context, await context.administer(context.registry.warm, name))
+    return entry_answer(context, await context.change(context.registry.warm, name))

@@ -28,7 +28,7 @@ async def load_lora_adapter(
     """Serve a file inside the configured sources under a name."""
     begun = time.monotonic()
     with _vllm_fields():
-        await context.administer(
+        await context.change(
             context.registry.load, body.lora_name, body.lora_path, body.load_inplace
         )
     context.metrics.loaded(body.lora_name, time.monotonic() - begun)
@@ -41,7 +41,7 @@ async def unload_lora_adapter(
 ) -> PlainTextResponse:
     """Stop serving a name."""
     with _vllm_fields():
-        await context.administer(context.registry.remove, body.lora_name)
+        await context.change(context.registry.remove, body.lora_name)
     return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' removed successfully.")
 
 

@@ -14,6 +14,7 @@ import httpx
 import pytest
 
 from reft_runtime.interventions import Registry
+from reft_runtime.interventions.registry.entry import Change
 from tests.http.conftest import completion
 from tests.http.fake_engine import FakeEngine
 from tests.interventions.make import BASE, file_bytes
@@ -230,3 +231,25 @@ async def test_completions_do_not_wait_for_administration(
     assert (await asyncio.wait_for(ask(client, "a"), 20)).status_code == 200
     go.set()
     assert {answer.status_code for answer in await asyncio.gather(*puts)} == {201}
+
+
+async def test_changes_that_wait_hold_up_no_listing_and_no_metrics(
+    client: httpx.AsyncClient, registry: Registry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    go_on = threading.Event()
+    put = registry.put
+
+    def slow(*args: Any) -> Change:
+        go_on.wait(20)
+        return put(*args)
+
+    monkeypatch.setattr(registry, "put", slow)
+    uploads = [
+        asyncio.create_task(client.put(f"/v1/interventions/u{i}", content=TWO)) for i in range(8)
+    ]
+    try:
+        for path in ("/metrics", "/v1/models", "/v1/interventions", "/v1/stats", "/readyz"):
+            assert (await asyncio.wait_for(client.get(path), 10)).status_code == 200
+    finally:
+        go_on.set()
+    assert {answer.status_code for answer in await asyncio.gather(*uploads)} == {201}

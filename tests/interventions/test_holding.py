@@ -147,6 +147,45 @@ def test_closing_lets_nobody_wait(make: Make) -> None:
         registry.acquire(["a"])
 
 
+@pytest.mark.parametrize(
+    ("room", "wanted"),
+    [
+        (6, [*"abcdefabcdef"]),  # most wait for a thread that reads
+        (3, ["a", "bcd", "e", "f"]),  # where `bcd` goes, there is room for the others
+    ],
+)
+def test_closing_tells_everybody_also_those_whose_turn_has_come(
+    make: Make,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    room: float,
+    wanted: list[str],
+) -> None:
+    registry = make(room)
+    reading, go_on = threading.Semaphore(0), threading.Event()
+    edits = Version.edits
+
+    def slow(version: Version) -> Any:
+        reading.release()
+        go_on.wait(60)
+        return edits(version)
+
+    monkeypatch.setattr(Version, "edits", slow)
+    holdings = [registry.acquire([*names]) for names in wanted]
+    assert reading.acquire(timeout=60)
+    closing = threading.Thread(target=registry.close)
+    closing.start()
+    closing.join(60)
+    go_on.set()
+    errors = [holding.ready.exception(60) for holding in holdings]
+    assert {type(error) for error in errors} <= {EngineDead, type(None)}
+    assert sum(error is not None for error in errors) >= len(errors) // 2
+    assert not caplog.records
+    for holding in holdings:
+        holding.release()
+    assert all(entry.in_flight == 0 for entry in registry.entries())
+
+
 def test_a_version_is_read_once_and_takes_nobodys_thread(
     make: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:

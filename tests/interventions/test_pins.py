@@ -173,3 +173,15 @@ def test_a_pin_without_a_place_to_keep_it(folder: Path, state: Path) -> None:
         registry.close()
         if other is not None:
             other.close()
+
+
+def test_uploads_leave_pinned_tensors_their_room(folder: Path) -> None:
+    registry = Registry(BASE, [folder], memory_bytes=fixed(2) + ONE - 1)
+    registry.pin("a")
+    registry.put("u", FILES["b"])
+    with pytest.raises(StoreFull, match="pinned interventions"):
+        registry.put("v", FILES["c"])
+    assert registry.entry("a").pinned
+    registry.unpin("a")
+    registry.put("v", FILES["c"])
+    registry.close()

@@ -22,6 +22,7 @@ from reft_runtime.errors import (
     InvalidFile,
     InvalidRequest,
     NotFound,
+    ReftError,
     StoreFull,
     Unavailable,
     WrongBaseModel,
@@ -346,6 +347,30 @@ def test_a_folder_that_goes_away_for_a_moment_is_served_on(folder: Path) -> None
     aside.rename(folder)
     registry.scan()
     assert registry.problems() == {}
+
+
+def test_what_was_not_read_yet_is_not_unknown_while_its_folder_is_away(folder: Path) -> None:
+    place(folder, "a", ONE)
+    registry = Registry(BASE, [folder])
+    aside = folder.rename(folder.with_name("aside"))
+    with pytest.raises(Unavailable, match="its folder is away"):
+        ready(registry, "a")
+    aside.rename(folder)
+    assert ready(registry, "a").digest == digest(ONE)
+
+
+def test_a_file_that_is_gone_when_it_is_used_and_was_away_before_is_listed_no_longer(
+    folder: Path,
+) -> None:
+    place(folder, "a", ONE)
+    registry = Registry(BASE, [folder])
+    aside = folder.rename(folder.with_name("aside"))
+    with pytest.raises(ReftError):
+        ready(registry, "a")
+    aside.rename(folder)
+    (folder / "a.safetensors").unlink()
+    registry.scan()
+    assert names(registry) == []
 
 
 def test_a_missing_folder_at_the_start_is_a_configuration_error(tmp_path: Path) -> None:
@@ -871,6 +896,20 @@ def test_the_bytes_of_an_upload_are_not_kept(state: Path, on_disk: bool) -> None
     registry.close()
 
 
+def test_uploads_without_a_place_for_temporary_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place_of_temporary_files = tmp_path / "gone"
+    monkeypatch.setattr(tempfile, "tempdir", str(place_of_temporary_files))
+    registry = Registry(BASE)
+    with pytest.raises(Unavailable, match="No such file or directory") as error:
+        registry.put("a", ONE)
+    assert str(tmp_path) not in error.value.message  # clients need not know it
+    place_of_temporary_files.mkdir()
+    registry.put("a", ONE)
+    registry.close()
+
+
 def test_uploads_without_a_state_folder_end_with_the_process(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -928,7 +967,7 @@ def test_the_listing_of_uploads_is_bounded_and_has_room_when_they_are_deleted(fo
         lambda: registry.put("a", THREE),  # its history counts
         lambda: registry.load("c", "f.safetensors"),
     ):
-        with pytest.raises(StoreFull, match="bytes of memory, and this one would take"):
+        with pytest.raises(StoreFull, match=r"bytes of memory, pinned .*, and this one would take"):
             call()
     assert names(registry) == ["a", "b", "f"]
     registry.put("a", ONE)  # the very same again

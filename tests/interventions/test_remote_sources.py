@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
+import shutil
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ from reft_runtime.errors import ConfigError, InvalidRequest, NotFound, Unavailab
 from reft_runtime.interventions import Registry
 from reft_runtime.interventions.format.header import header_of
 from reft_runtime.interventions.registry import registry as registry_module
-from reft_runtime.interventions.registry.remote import objects, place, poller
+from reft_runtime.interventions.registry.remote import cache, objects, place, poller
 from reft_runtime.interventions.registry.remote.cache import FileCache
 from reft_runtime.interventions.registry.urls import is_url, shown
 from tests.interventions.make import BASE, file_bytes, ready
@@ -85,6 +87,13 @@ def bucket(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Bucket]:
 
 def names(registry: Registry) -> list[str]:
     return [entry.name for entry in registry.entries()]
+
+
+def _raising(error: Exception) -> Callable[..., Any]:
+    def fail(*_: Any) -> Any:
+        raise error
+
+    return fail
 
 
 def evicted(registry: Registry, name: str) -> None:
@@ -440,6 +449,73 @@ def test_a_damaged_file_in_the_cache_is_read_anew(bucket: Bucket, tmp_path: Path
     assert ready(registry, "a").digest == digest(ONE)
     assert cached.read_bytes() == ONE
     registry.close()
+
+
+def test_the_cache_may_be_deleted_at_any_time(bucket: Bucket, tmp_path: Path) -> None:
+    bucket.put("a.safetensors", ONE)
+    bucket.put("b.safetensors", TWO)
+    registry = Registry(BASE, [bucket.url])
+    assert ready(registry, "a").evict()
+    shutil.rmtree(tmp_path / "cache")
+    assert ready(registry, "a").digest == digest(ONE)
+    bucket.put("b.safetensors", THREE)
+    registry.scan()
+    assert ready(registry, "b").digest == digest(THREE)
+    registry.close()
+
+
+def test_a_cache_that_is_full_is_no_source_that_is_away(
+    bucket: Bucket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bucket.put("a.safetensors", ONE)
+    registry = Registry(BASE, [bucket.url])
+    ready(registry, "a")
+    full = OSError(errno.ENOSPC, "No space left on device")
+    bucket.put("a.safetensors", TWO)
+    bucket.put("b.safetensors", THREE)
+    with monkeypatch.context() as patch:
+        patch.setattr(cache, "write_atomic", _raising(full))
+        registry.scan()
+        with pytest.raises(Unavailable, match="the cache on this machine cannot be written: No"):
+            ready(registry, "b")
+        assert ready(registry, "a").digest == digest(ONE)
+        assert registry.sources()[0].problem is None
+    assert ready(registry, "b").digest == digest(THREE)
+    registry.scan()
+    assert ready(registry, "a").digest == digest(TWO)
+    registry.close()
+
+
+def test_a_listing_that_is_damaged_while_it_is_used(bucket: Bucket, tmp_path: Path) -> None:
+    bucket.put("a.safetensors", ONE)
+    registry = Registry(BASE, [bucket.url])
+    for file in (tmp_path / "cache" / "listings").iterdir():
+        file.write_bytes(b"no database" * 1000)
+    bucket.put("b.safetensors", TWO)
+    registry.scan()
+    assert [ready(registry, name).digest for name in "ab"] == [digest(ONE), digest(TWO)]
+    registry.close()
+
+
+def test_a_fetch_that_ends_after_the_registry_was_closed(
+    bucket: Bucket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bucket.put("a.safetensors", ONE)
+    registry = Registry(BASE, [bucket.url])
+    reading, go_on = threading.Event(), threading.Event()
+
+    def fail(*_: Any) -> bytes:
+        reading.set()
+        go_on.wait(60)
+        raise OSError(errno.EIO, "it cannot be reached")
+
+    monkeypatch.setattr(place.Place, "read", fail)
+    holding = registry.acquire(["a"])
+    assert reading.wait(60)
+    registry.close()
+    go_on.set()
+    with pytest.raises(Unavailable, match="cannot be reached"):
+        holding.ready.result(60)
 
 
 def test_a_listing_that_cannot_be_read_is_made_anew(bucket: Bucket, tmp_path: Path) -> None:

@@ -155,6 +155,57 @@ def test_a_request_keeps_the_version_that_another_server_replaces(url: str) -> N
     two.close()
 
 
+@pytest.mark.parametrize("method", ["info", "cat_file"])
+@pytest.mark.parametrize("first", [True, False])
+def test_a_change_of_another_server_that_could_be_read_in_part_is_taken_in_later(
+    method: str,
+    first: bool,
+    memory: str,
+    broken: pytest.MonkeyPatch,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    one = Registry(BASE, state_dir=memory)
+    monkeypatch.setenv("REFT_CACHE", str(tmp_path / "another machine's"))
+    two = Registry(BASE, state_dir=memory)
+    if not first:
+        one.put("a", ONE)
+        two.scan()
+    one.put("a", TWO)
+    original = getattr(MemoryFileSystem, method)
+
+    def refuse_blobs(fs: Any, path: str, *args: Any, **options: Any) -> Any:
+        if "blobs" in path:
+            raise ConnectionError
+        return original(fs, path, *args, **options)
+
+    broken.setattr(MemoryFileSystem, method, refuse_blobs)
+    two.scan()
+    assert "cannot be reached" in two.unserved()["a"]
+    broken.undo()
+    two.scan()
+    assert ready(two, "a").digest == digest(TWO)
+    assert two.unserved() == {}
+    one.close()
+    two.close()
+
+
+def test_a_blob_that_was_away_and_is_back_is_served_again(memory: str, tmp_path: Path) -> None:
+    registry = Registry(BASE, state_dir=memory)
+    registry.put("a", ONE)
+    assert registry.resolve("a").evict()
+    (tmp_path / "cache" / "files" / f"{digest(ONE)}.safetensors").unlink()
+    fs = fsspec.filesystem("memory")
+    fs.rm_file(f"/state/{blob(ONE)}")
+    with pytest.raises(Unavailable, match="gone"):
+        ready(registry, "a")
+    assert "gone" in registry.problems()["a"]
+    fs.pipe_file(f"/state/{blob(ONE)}", ONE)
+    assert ready(registry, "a").digest == digest(ONE)
+    assert registry.problems() == {}
+    registry.close()
+
+
 def test_a_state_that_is_away_refuses_changes_and_serves_on(
     memory: str, broken: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

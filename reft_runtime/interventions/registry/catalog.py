@@ -187,13 +187,13 @@ class Catalog:
         If its name is pinned, its tensors have to fit as well. The versions `leaving` make room.
         """
         with self.lock:
-            fixed, budget = self.memory.fixed, self.memory.budget
+            fixed, pinned, budget = self.memory.fixed, self.memory.pinned, self.memory.budget
             size = version.listed_bytes
-            if fixed + size - sum(old.fixed_bytes for old in leaving) > budget:
+            if fixed + pinned + size - sum(old.fixed_bytes for old in leaving) > budget:
                 raise StoreFull(
-                    f"The listing of uploads takes {fixed} bytes of memory, and this one would take"
-                    f" {size}; there may be {budget}. Delete some of them, or start the server with"
-                    " more --intervention-bytes."
+                    f"The listing of uploads takes {fixed} bytes of memory, pinned interventions"
+                    f" {pinned}, and this one would take {size}; there may be {budget}. Delete some"
+                    " of them, or start the server with more --intervention-bytes."
                 )
             if self.pinned(version.name):
                 self._check_pins(version)

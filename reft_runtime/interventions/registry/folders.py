@@ -144,9 +144,9 @@ class Folders:
                 _log.warning("%s is not served: %s", path, why)
         self._unlisted = problems
         with self._scanning:
-            known = {**self._found, **dict.fromkeys(self._doubted)}
-        for name in [*present, *(known.keys() - present.keys())]:
-            if known.get(name) != present.get(name):
+            known, doubted = dict(self._found), set(self._doubted)
+        for name in [*present, *((known.keys() | doubted) - present.keys())]:
+            if name in doubted or known.get(name) != present.get(name):
                 began = time.monotonic()
                 self.refresh(name)
                 if rest(time.monotonic() - began):

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 
-from reft_runtime.errors import NotFound, Unavailable
+from reft_runtime.errors import EngineDead, NotFound, ReftError, Unavailable
 from reft_runtime.interventions.registry.catalog import Catalog
 from reft_runtime.interventions.registry.folders import Folders
 from reft_runtime.interventions.registry.holding import Holding
@@ -36,6 +36,7 @@ class Readers:
         self._folders = folders
         self._lock = threading.Lock()  # guards what follows
         self._jobs: dict[Version, Future[None]] = {}
+        self._closed = False
         self._readers = ThreadPoolExecutor(READERS, "reft-reader")
         self._fetchers = ThreadPoolExecutor(FETCHERS, "reft-fetcher")
 
@@ -51,7 +52,8 @@ class Readers:
         return holding
 
     def close(self) -> None:
-        """Begin to read nothing any more."""
+        """Begin to read nothing any more; whoever waits for it is told."""
+        self._closed = True
         self._readers.shutdown(wait=False, cancel_futures=True)
         self._fetchers.shutdown(wait=False, cancel_futures=True)
 
@@ -102,7 +104,7 @@ class Readers:
         version, ref = holding.versions[position], holding.refs[position]
         self._folders.forget(version)
         holding.changes += 1
-        if holding.changes > CHANGES or not isinstance(ref, str):
+        if self._closed or holding.changes > CHANGES or not isinstance(ref, str):
             raise
         fresh = self._folders.resolve(ref)
         if fresh is version:
@@ -110,5 +112,7 @@ class Readers:
         self._turns.exchange(holding, position, fresh)
 
     def _fail(self, holding: Holding, error: BaseException) -> None:
+        if self._closed and not isinstance(error, ReftError):  # its job was cancelled, or refused
+            error = EngineDead("the engine is closed")
         holding.release()
         holding.ready.set_exception(error)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import time
@@ -125,7 +126,9 @@ class Found(NamedTuple):
         return read_header(self.path, max_bytes)
 
     def fetch(self) -> Path:
-        """The file's path."""
+        """The file's path. Raises `OSError` while its whole folder is away."""
+        if not os.path.isdir(self.path.parent):
+            raise OSError(errno.EIO, "its folder is away")
         return self.path
 
     def read(self, max_bytes: int) -> bytes:

@@ -75,8 +75,9 @@ class Store:
             folder = Path(tempfile.mkdtemp(prefix=_TEMPORARY))
             store = cls(folder, max_bytes)
         except (OSError, ConfigError) as error:
+            reason = getattr(error.__cause__ or error, "strerror", "another server has it")
             raise Unavailable(
-                f"Uploads cannot be kept in the folder of temporary files: {error}. Start the"
+                f"Uploads cannot be kept in the folder of temporary files: {reason}. Start the"
                 " server with a --state-dir."
             ) from error
         store._forget = weakref.finalize(store, shutil.rmtree, folder, ignore_errors=True)

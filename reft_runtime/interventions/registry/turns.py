@@ -94,8 +94,12 @@ class Turns:
         with self._catalog.lock:
             self._closed = True
             waiting = list(self._waiting)
+            self._waiting.clear()
+            for holding in waiting:
+                holding.released = True
+                for version in holding.versions:
+                    self._give_back(version, used=False)
         for holding in waiting:
-            holding.release()
             holding.ready.set_exception(EngineDead("the engine is closed"))
 
     def waiting(self) -> int:
@@ -138,9 +142,9 @@ class Turns:
                 param="interventions",
             )
         return Unavailable(
-            f"The interventions of this request take {own} bytes of memory, and those that stay"
-            f" there (pinned, or without their file) leave less of {most}; unpin some, or start the"
-            " server with more --intervention-bytes."
+            f"The interventions of this request take {own} bytes of memory, and what stays there"
+            f" (pinned ones, those without their file, the listing of uploads) leaves less of"
+            f" {most}; unpin or delete some, or start the server with more --intervention-bytes."
         )
 
     def _take(self, version: Version, *, used: bool = False) -> None:

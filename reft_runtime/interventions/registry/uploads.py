@@ -58,6 +58,7 @@ class Uploads:
         self._reserved: str | None = None
         self._listed: Callable[[str, File, Origin], Version] | None = None
         self._problems: dict[str, str] = {}
+        self._unread: set[str] = set()  # names with versions that could not be read when looked at
         self._state_problem: str | None = None
 
     def incoming(self, max_bytes: int) -> Incoming:
@@ -232,7 +233,7 @@ class Uploads:
         if store is None:
             return True
         try:
-            for name in store.changed():
+            for name in {*store.changed(), *self._unread}:
                 with self._changing:
                     self._catch_up(name)
             store.check()
@@ -273,14 +274,19 @@ class Uploads:
 
     def _catch_up(self, name: str) -> None:
         """Take in what another server has made of a name. Raises `Unavailable`."""
-        if self._kept is not None and self._kept.look_again(name):
+        if self._kept is None:
+            return
+        changed = self._kept.look_again(name)
+        if changed or name in self._unread:
             self._take_in(self._kept, name)
+        if changed:
             _log.info("another server has changed %s", name)
 
     def _take_in(self, store: State, name: str) -> None:
         """Let a name stand for what its pointer says."""
         pointers = store.pointers
         self._problems.pop(name, None)
+        self._unread.discard(name)
         if name in pointers.damaged:
             self._problems[name] = "Its pointer is damaged; upload it again, or delete it."
             return
@@ -311,6 +317,8 @@ class Uploads:
                 if version.digest != digest:
                     raise InvalidFile("The stored file is not the one that was uploaded.")
             except (ReftError, OSError) as error:
+                if isinstance(error, OSError) and not isinstance(error, FileNotFoundError):
+                    self._unread.add(name)
                 reason = error.message if isinstance(error, ReftError) else error.strerror
                 self._problems.setdefault(name, f"Version {digest[:12]}: {reason}")
                 if not history:

@@ -24,6 +24,8 @@ Origin = Literal["loaded", "uploaded", "folder"]
 _OBJECT_BYTES = 2048
 """Memory of a version besides its manifest and its tensors, in bytes, estimated generously."""
 
+_GONE = "Its file in the state is gone; upload it again."
+
 
 class Version:
     """What a name stood for when it was resolved: one file's content, and where it came from.
@@ -167,7 +169,8 @@ class Version:
 
     @releasing_workers
     def _load(self) -> tuple[CanonicalEdit, ...]:
-        if self.problem is not None:  # known from an earlier try: the file must change first
+        # Known from an earlier try: the file must change first, or be put back.
+        if self.problem is not None and self.problem != _GONE:
             raise self._unavailable(self.problem)
         assert self._source is not None
         with self._reading():
@@ -175,7 +178,9 @@ class Version:
         try:
             header = header_of(data)
             if header.digest == self.digest:
-                return edits_of(header, data)
+                edits = edits_of(header, data)
+                self.problem = None
+                return edits
             reason = "Its file has changed since it was listed."
         except InvalidFile as error:
             reason = self.problem = error.message
@@ -192,8 +197,8 @@ class Version:
                     f"The file of the intervention `{self.name}` cannot be read any more"
                     f" ({error.strerror})."
                 ) from None
-            self.problem = "Its file in the state folder is gone; upload it again."
-            raise self._unavailable(self.problem) from None
+            self.problem = _GONE
+            raise self._unavailable(_GONE) from None
         except OSError as error:
             raise self._unavailable(f"Its file cannot be read ({error.strerror}).") from error
         except InvalidFile as error:

@@ -22,11 +22,15 @@ _ROOM = 0.9
 _STRAY_SECONDS = 86400.0
 
 
+class CacheUnusable(OSError):
+    """The cache on this machine cannot be written; the URL may well be reached."""
+
+
 class FileCache:
     """A folder of at most `max_bytes`, from which the files used least recently are removed.
 
     Several processes may share it: a file is written in one atomic step, and its name says what it
-    has to hold. Methods raise `OSError` if the disk fails.
+    has to hold. It may be deleted at any time. Methods raise `OSError` if the disk fails.
     """
 
     def __init__(self, folder: Path | None = None, max_bytes: int = CACHE_BYTES) -> None:
@@ -58,12 +62,18 @@ class FileCache:
         return path
 
     def add(self, digest: str, data: bytes) -> Path:
-        """Keep a file that was verified; returns its path."""
+        """Keep a file that was verified; returns its path. Raises `CacheUnusable`."""
         path = self._path(digest)
-        with self._lock:
-            self._make_room(len(data))
-            write_atomic(path, data)
-            self._bytes = (self._bytes or 0) + len(data)
+        try:
+            with self._lock:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                self._make_room(len(data))
+                write_atomic(path, data)
+                self._bytes = (self._bytes or 0) + len(data)
+        except OSError as error:
+            raise CacheUnusable(
+                error.errno, f"the cache on this machine cannot be written: {error.strerror}"
+            ) from error
         return path
 
     def _path(self, digest: str) -> Path:
@@ -73,7 +83,6 @@ class FileCache:
         """Count the files anew if there may be too many, and remove those used least recently."""
         if self._bytes is not None and self._bytes + size <= self._max_bytes:
             return
-        self.folder.mkdir(parents=True, exist_ok=True)
         files: list[tuple[float, int, str]] = []
         with os.scandir(self.folder) as entries:
             for entry in entries:

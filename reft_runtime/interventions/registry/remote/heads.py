@@ -56,17 +56,20 @@ class Heads:
             yield Head(Listed(key, token, size, modified_ns), head)
 
     def get(self, key: str) -> bytes | None:
-        """The first bytes of an object; None if it is not known."""
-        with self._lock:
-            row = self._database.execute(
-                "SELECT head FROM objects WHERE key = ?", (key,)
-            ).fetchone()
+        """The first bytes of an object; None if it is not known, or cannot be read."""
+        try:
+            with self._lock:
+                row = self._database.execute(
+                    "SELECT head FROM objects WHERE key = ?", (key,)
+                ).fetchone()
+        except sqlite3.Error:  # damaged while it was in use, or closed
+            return None
         return None if row is None else row[0]
 
     def put(self, heads: Iterable[Head]) -> None:
         """Keep what objects were read as."""
         rows = [(*head.listed, head.data) for head in heads]
-        with self._lock, suppress(sqlite3.OperationalError):  # a full disk: read again then
+        with self._lock, suppress(sqlite3.Error):  # a full disk: read again then
             self._database.executemany(
                 "INSERT OR REPLACE INTO objects VALUES (?, ?, ?, ?, ?)", rows
             )
@@ -75,7 +78,7 @@ class Heads:
     def drop(self, keys: Iterable[str]) -> None:
         """Forget objects."""
         rows = [(key,) for key in keys]
-        with self._lock, suppress(sqlite3.OperationalError):
+        with self._lock, suppress(sqlite3.Error):
             self._database.executemany("DELETE FROM objects WHERE key = ?", rows)
             self._database.commit()
 

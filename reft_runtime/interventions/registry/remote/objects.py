@@ -124,10 +124,20 @@ class Objects:
                 self.heads.put(result for result in results if isinstance(result, Head))
                 yield from results
 
+    def head(self, listed: Listed) -> bytes:
+        """An object's first bytes; over the network only if they are not kept. Raises `OSError`."""
+        kept = self.heads.get(listed.key)
+        if kept is not None:
+            return kept
+        (result,) = self.read_heads([listed])
+        if not isinstance(result, Head):
+            raise result[1]
+        return result.data
+
     def download(self, listed: Listed, digest: str) -> Path | None:
         """Read a whole object into the cache; None if it is not the file of that digest.
 
-        Raises `OSError`.
+        Raises `OSError`, which is a `CacheUnusable` if the cache cannot be written.
         """
         data = self.place.read(listed.key, 0, listed.size + 1)
         return self.cache.add(digest, data) if is_whole(data, digest) else None

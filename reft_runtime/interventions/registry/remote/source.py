@@ -11,6 +11,7 @@ from pathlib import Path, PurePosixPath
 
 from reft_runtime.errors import InvalidFile
 from reft_runtime.interventions.format.identity import MAX_FILE_BYTES, SUFFIX
+from reft_runtime.interventions.registry.remote.cache import CacheUnusable
 from reft_runtime.interventions.registry.remote.heads import Head
 from reft_runtime.interventions.registry.remote.objects import Objects, RemoteFile, digest_of
 from reft_runtime.interventions.registry.remote.place import Listed
@@ -107,10 +108,7 @@ class RemoteSource:
 
     def head(self, file: RemoteFile) -> bytes:
         """The file's first bytes, as they were read when it was listed."""
-        head = self._objects.heads.get(file.listed.key)
-        if head is None:
-            raise OSError(errno.EIO, "its header was not read yet")
-        return head
+        return self._objects.head(file.listed)
 
     def fetch(self, file: RemoteFile) -> Path:
         """The path of the verified file on this machine; a first use reads it over the network."""
@@ -125,7 +123,7 @@ class RemoteSource:
         except FileNotFoundError:
             self._forget(file)
             raise
-        except PermissionError:
+        except (PermissionError, CacheUnusable):
             raise
         except OSError as error:
             self._is_away(error)
@@ -194,6 +192,9 @@ class RemoteSource:
                 return new
         except FileNotFoundError:
             return new
+        except CacheUnusable as error:  # the next poll tries it again
+            _log.warning("%s stays as it was: %s", new.where, error.strerror)
+            return old
         return replace(new, problem=DAMAGED)
 
     def _look_anew(self, file: RemoteFile) -> None:

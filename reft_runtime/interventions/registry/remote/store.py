@@ -189,13 +189,7 @@ class RemoteStore:
 
     def head(self, file: RemoteFile) -> bytes:
         """The file's first bytes, which hold its header."""
-        head = self._objects.heads.get(file.listed.key)
-        if head is None:
-            (result,) = self._objects.read_heads([file.listed])
-            if not isinstance(result, Head):
-                raise result[1]
-            head = result.data
-        return head
+        return self._objects.head(file.listed)
 
     def fetch(self, file: RemoteFile) -> Path:
         """The path of the verified file on this machine; a first use reads it over the network."""
