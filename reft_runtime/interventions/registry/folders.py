@@ -24,9 +24,6 @@ from reft_runtime.interventions.registry.sources import NAME, File, Folder, List
 from reft_runtime.interventions.registry.urls import is_url, local_folder
 from reft_runtime.interventions.registry.version import Version
 
-WORK_SHARE = 0.25
-"""At most this share of time is spent on reading what has changed."""
-
 _log = logging.getLogger(__name__)
 
 

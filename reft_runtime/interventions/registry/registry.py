@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import gc
-import logging
-import threading
-import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import chain
@@ -29,7 +26,7 @@ from reft_runtime.interventions.registry.entry import (
     Tier,
     VersionEntry,
 )
-from reft_runtime.interventions.registry.folders import WORK_SHARE, Folders
+from reft_runtime.interventions.registry.folders import Folders
 from reft_runtime.interventions.registry.holding import Holding
 from reft_runtime.interventions.registry.incoming import Incoming
 from reft_runtime.interventions.registry.paging import DEFAULT_PAGE, Sort
@@ -43,6 +40,7 @@ from reft_runtime.interventions.registry.turns import Turns
 from reft_runtime.interventions.registry.uploads import HISTORY, Uploads
 from reft_runtime.interventions.registry.urls import is_url, local_folder
 from reft_runtime.interventions.registry.version import Origin, Version
+from reft_runtime.interventions.registry.watcher import Between, Rest, Watcher
 from reft_runtime.machine.cores import releasing_workers
 
 MEMORY_BYTES = 1 << 30
@@ -50,14 +48,6 @@ MEMORY_BYTES = 1 << 30
 
 MAX_WAITING = 1024
 """Default bound on the requests that wait for memory for their interventions."""
-
-LOOK_SHARE = 0.05
-"""At most this share of time is spent on looking for changes in the sources."""
-
-BREATH = 4
-"""After files are looked at, a scan pauses this many times as long as that took."""
-
-_log = logging.getLogger(__name__)
 
 
 def check_folders(sources: Sequence[str | Path], state_dir: str | Path | None) -> None:
@@ -106,8 +96,7 @@ class Registry:
         self._check_site = check_site
         self._allow_base = allow_base
         self._max_file_bytes = max_file_bytes
-        self._closed = threading.Event()
-        self._watcher: threading.Thread | None = None
+        self._watcher: Watcher | None = None
         self._poller: Poller | None = None
         self._catalog = Catalog(memory_bytes, device_bytes)
         self._turns = Turns(self._catalog, max_waiting)
@@ -124,24 +113,19 @@ class Registry:
         """Scan the sources, and look after the state, in threads of their own until `close`.
 
         Each URL is polled in a thread, so that one that does not answer holds up nothing. The scan
-        runs every `interval` seconds, or less often if looking would take more than `LOOK_SHARE`
-        of the time. Reading what has changed takes at most `WORK_SHARE` of it.
+        runs every `interval` seconds, or less often where it takes long (`Watcher`).
         """
         if self._watcher is not None:
             raise RuntimeError("the registry is watching already")
-        self._watcher = threading.Thread(
-            target=self._watch, args=(interval,), name="reft-registry", daemon=True
-        )
-        self._watcher.start()
+        self._watcher = Watcher(self._look, interval)
         self._folders.keep_polling()
         if self._follows:
             self._poller = Poller(self._uploads.follow, "state")
 
     def close(self) -> None:
         """Stop watching, let nobody wait, and let another process have the state folder."""
-        self._closed.set()
         if self._watcher is not None:
-            self._watcher.join()
+            self._watcher.close()
         if self._poller is not None:
             self._poller.close()
         self._turns.close()
@@ -462,32 +446,13 @@ class Registry:
         self._check(header.manifest)
         return Version(name, header, origin, file)
 
-    def _scan(self, rest: Callable[[float], bool], between: Callable[[float], object]) -> None:
+    def _scan(self, rest: Rest, between: Between) -> None:
         self._folders.scan(rest, between)
         self._uploads.read_pinned()
 
-    def _watch(self, interval: float) -> None:
-        wait = interval
-        while not self._closed.wait(wait):
-            began, away = time.monotonic(), 0.0
-
-            def rest(worked: float) -> bool:
-                # A scan that computes in Python holds up the engine's thread, so it pauses.
-                nonlocal away
-                away += worked / WORK_SHARE
-                return self._closed.wait(worked / WORK_SHARE - worked)
-
-            def between(looked: float) -> None:
-                nonlocal away
-                away += BREATH * looked
-                self._closed.wait(BREATH * looked)
-
-            try:
-                self._scan(rest, between)
-                self._uploads.tend()
-            except Exception:  # the watch must outlive whatever one scan meets
-                _log.exception("scanning the sources failed")
-            wait = max(interval, (time.monotonic() - began - away) / LOOK_SHARE)
+    def _look(self, rest: Rest, between: Between) -> None:
+        self._scan(rest, between)
+        self._uploads.tend()
 
 
 @contextmanager
