@@ -15,7 +15,7 @@ from server.recent import Durations
 from server.tenants.usage import BASE, OTHER
 
 if TYPE_CHECKING:
-    from reft_runtime.outputs import PrefixCacheStats
+    from reft_runtime.outputs import EngineStats, PrefixCacheStats
     from server.engine import WholeEngine
     from server.tenants.usage import Counts
 
@@ -111,8 +111,7 @@ class Metrics:
             registry=self.registry,
         )
         self._tenants = _Labels("tenant", used, [self._rejected])
-        self.registry.register(_EngineCollector(engine))
-        self.registry.register(_GatewayCollector(engine, self.under_way))
+        self.registry.register(_EngineCollector(engine, self.under_way))
 
     def _histogram(self, name: str, text: str, buckets: Iterable[float]) -> Histogram:
         return Histogram(name, text, buckets=tuple(buckets), registry=self.registry)
@@ -214,8 +213,9 @@ class _Labels:
 class _EngineCollector(Collector):
     """The engine's numbers, read when Prometheus scrapes them."""
 
-    def __init__(self, engine: WholeEngine) -> None:
+    def __init__(self, engine: WholeEngine, under_way: Collection[UnderWay]) -> None:
         self._engine = engine
+        self._under_way = under_way
 
     def describe(self) -> Iterable[Metric]:
         """No metrics, so that the registry does not ask the engine at registration."""
@@ -224,12 +224,7 @@ class _EngineCollector(Collector):
     def collect(self) -> Iterator[Metric]:
         """Gauges and counters with their present values."""
         stats = self._engine.stats()
-        for name, text, value in (
-            ("num_requests_running", "Sequences in the batch.", stats.running),
-            ("num_requests_waiting", "Requests in the queue.", stats.waiting),
-            ("kv_cache_usage_perc", "Used part of the key-value cache, 1 is all.", stats.kv_usage),
-        ):
-            yield GaugeMetricFamily(f"reft:{name}", text, value)
+        yield from _load("reft", stats)
         for name, text, value in (
             ("prompt_tokens", "Prompt tokens computed.", stats.prompt_tokens),
             ("generation_tokens", "Tokens generated.", stats.generation_tokens),
@@ -247,32 +242,15 @@ class _EngineCollector(Collector):
         for source in self._engine.registry.sources():
             up.add_metric([source.label], source.problem is None)
         yield up
+        yield from self._for_gateways(stats)
 
+    def _for_gateways(self, stats: EngineStats) -> Iterator[Metric]:
+        """What gateways that route by adapter read, under vLLM's names.
 
-class _GatewayCollector(Collector):
-    """What gateways that route by adapter read, under vLLM's names.
-
-    Of `vllm:lora_requests_info` there is one series, whose labels say what is so now.
-    """
-
-    def __init__(self, engine: WholeEngine, under_way: Collection[UnderWay]) -> None:
-        self._engine = engine
-        self._under_way = under_way
-
-    def describe(self) -> Iterable[Metric]:
-        """No metrics, so that the registry does not ask the engine at registration."""
-        return ()
-
-    def collect(self) -> Iterator[Metric]:
-        """Gauges and counters with their present values."""
-        stats, registry = self._engine.stats(), self._engine.registry
-        for name, text, value in (
-            ("num_requests_running", "Sequences in the batch.", stats.running),
-            ("num_requests_waiting", "Requests in the queue.", stats.waiting),
-            ("kv_cache_usage_perc", "Used part of the key-value cache, 1 is all.", stats.kv_usage),
-            ("gpu_cache_usage_perc", "Its older name.", stats.kv_usage),
-        ):
-            yield GaugeMetricFamily(f"vllm:{name}", text, value)
+        Of `vllm:lora_requests_info` there is one series, whose labels say what is so now.
+        """
+        yield from _load("vllm", stats)
+        yield GaugeMetricFamily("vllm:gpu_cache_usage_perc", "Its older name.", stats.kv_usage)
         cache = stats.prefix_cache
         for name, text, values in (
             ("queries", "Tokens looked for in the prefix cache.", cache and cache.queries),
@@ -280,7 +258,7 @@ class _GatewayCollector(Collector):
         ):
             total = sum((values or {}).values())
             yield CounterMetricFamily(f"vllm:gpu_prefix_cache_{name}", text, total)
-        listed = registry.page("", "-last_used", None, MAX_LISTED).entries
+        used = self._engine.registry.page("", "-last_used", None, MAX_LISTED)
         waiting = dict.fromkeys(
             name for one in list(self._under_way) if one.queue_seconds is None for name in one.names
         )
@@ -290,12 +268,22 @@ class _GatewayCollector(Collector):
             labels=["max_lora", "running_lora_adapters", "waiting_lora_adapters"],
         )
         labels = [
-            str(sum(registry.tiers().values())),
-            ",".join(entry.name for entry in listed if entry.tier != "disk"),
+            str(used.total),
+            ",".join(entry.name for entry in used.entries if entry.tier != "disk"),
             ",".join(list(waiting)[:MAX_LISTED]),
         ]
         family.add_metric(labels, time.time())
         yield family
+
+
+def _load(prefix: str, stats: EngineStats) -> Iterator[Metric]:
+    """The gauges of the engine's load."""
+    for name, text, value in (
+        ("num_requests_running", "Sequences in the batch.", stats.running),
+        ("num_requests_waiting", "Requests in the queue.", stats.waiting),
+        ("kv_cache_usage_perc", "Used part of the key-value cache, 1 is all.", stats.kv_usage),
+    ):
+        yield GaugeMetricFamily(f"{prefix}:{name}", text, value)
 
 
 def _prefix_cache(stats: PrefixCacheStats | None) -> Iterator[Metric]:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, BinaryIO
 
 from reft_runtime.errors import Changed, NotFound, ReftError, UnknownName
 from reft_runtime.interventions.format.identity import SUFFIX
+from reft_runtime.interventions.registry.sources import NO_FILE
 from server.errors import ApiError, api_error
 from server.tenants.access import check_change
 from server.tenants.audit import audit_change, audit_refusal
@@ -115,12 +117,8 @@ class View:
         self, name: str, data: Incoming, sha256: str | None, expected: Collection[str] | None
     ) -> Change:
         """Upload a file under a name."""
-
-        def work() -> Change:
-            check_change(self._tenant, name)
-            return self._registry.put(name, data, sha256, expected)
-
-        return self._audited("put", name, work)
+        put = partial(self._registry.put, name, data, sha256, expected)
+        return self._audited("put", name, put)
 
     def load(self, name: str, path: str, replace: bool) -> Change:
         """Serve a file of the source folders under a name.
@@ -128,43 +126,25 @@ class View:
         A file whose name the tenant does not see is as if it were not there.
         """
 
-        def work() -> Change:
-            check_change(self._tenant, name)
+        def load() -> Change:
             if not self._tenant.sees(_name_of(path)):
-                raise NotFound("There is no such file in the configured sources.", param="path")
+                raise NotFound(NO_FILE, param="path")
             return self._registry.load(name, path, replace)
 
-        return self._audited("load", name, work)
+        return self._audited("load", name, load)
 
     def rollback(self, name: str, digest: str | None, expected: Collection[str] | None) -> Change:
         """Serve a kept version of an upload again."""
-
-        def work() -> Change:
-            with self._seen(name, expected):
-                check_change(self._tenant, name)
-                return self._registry.rollback(name, digest, expected)
-
-        return self._audited("rollback", name, work)
+        back = partial(self._registry.rollback, name, digest, expected)
+        return self._audited("rollback", name, back, self._seen(name, expected))
 
     def pin(self, name: str) -> Change:
         """Keep the tensors of a name in memory."""
-
-        def work() -> Change:
-            with self._seen(name):
-                check_change(self._tenant, name)
-                return self._registry.pin(name)
-
-        return self._audited("pin", name, work)
+        return self._audited("pin", name, partial(self._registry.pin, name), self._seen(name))
 
     def unpin(self, name: str) -> Change:
         """Let the tensors of a name be evicted."""
-
-        def work() -> Change:
-            with self._seen(name):
-                check_change(self._tenant, name)
-                return self._registry.unpin(name)
-
-        return self._audited("unpin", name, work)
+        return self._audited("unpin", name, partial(self._registry.unpin, name), self._seen(name))
 
     def warm(self, name: str) -> Entry:
         """Read the tensors of a name; returns its entry."""
@@ -178,13 +158,8 @@ class View:
 
     def remove(self, name: str, expected: Collection[str] | None = None) -> Change:
         """Stop serving what a name stands for."""
-
-        def work() -> Change:
-            with self._seen(name, expected):
-                check_change(self._tenant, name)
-                return self._registry.remove(name, expected)
-
-        return self._audited("delete", name, work)
+        remove = partial(self._registry.remove, name, expected)
+        return self._audited("delete", name, remove, self._seen(name, expected))
 
     @contextmanager
     def _seen(self, name: str, expected: Collection[str] | None = None) -> Iterator[None]:
@@ -199,15 +174,24 @@ class View:
         except UnknownName:  # its question may name what the tenant does not see
             raise UnknownName(name, self.meant(name)) from None
 
-    def _audited(self, action: str, name: str, work: Callable[[], Change]) -> Change:
+    def _audited(
+        self,
+        action: str,
+        name: str,
+        change: Callable[[], Change],
+        seen: AbstractContextManager[None] | None = None,
+    ) -> Change:
+        """Make a change, if the tenant may; a name that must be there is `seen` meanwhile."""
         try:
-            change = work()
+            with seen or nullcontext():
+                check_change(self._tenant, name)
+                made = change()
         except (ApiError, ReftError) as error:
             status = api_error(error, self._request_id).status
             audit_refusal(self._request_id, self._tenant, action, name, status)
             raise
-        audit_change(self._request_id, self._tenant, action, name, change)
-        return change
+        audit_change(self._request_id, self._tenant, action, name, made)
+        return made
 
 
 def _name_of(path: str) -> str:

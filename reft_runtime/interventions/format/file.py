@@ -31,6 +31,8 @@ from reft_runtime.interventions.format.identity import LENGTH_BYTES, MAX_FILE_BY
 from reft_runtime.interventions.format.intervention import Intervention
 from reft_runtime.interventions.format.recognise import HEAD_BYTES, what_file, what_folder
 
+DAMAGED = "The data does not match the manifest's data_sha256: damaged file."
+
 
 def serialise(intervention: Intervention) -> bytes:
     """The bytes of an intervention's file; equal interventions give equal bytes.
@@ -156,7 +158,7 @@ def too_large(size: int, max_bytes: int, start: bytes = b"") -> FileTooLarge:
 
 
 def _damaged() -> InvalidFile:
-    return InvalidFile("The data does not match the manifest's data_sha256: damaged file.")
+    return InvalidFile(DAMAGED)
 
 
 def _header(file: BufferedReader, size: int) -> Header:

@@ -101,6 +101,11 @@ class Catalog:
                     return versions[matches[0]]
         raise NotFound(f"The model `{ref}` does not exist.", param="model")
 
+    def read(self, version: Version) -> None:
+        """Read the tensors of a version, and count them. Raises what `Version.edits` raises."""
+        version.edits()
+        self.was_read(version)
+
     def was_read(self, version: Version) -> None:
         """Count the tensors of a version that were just read, and make it the last used."""
         with self.lock:

@@ -82,8 +82,7 @@ class Readers:
     def _read(self, version: Version) -> None:
         try:
             self._catalog.make_room()
-            version.edits()
-            self._catalog.was_read(version)
+            self._catalog.read(version)
         finally:
             with self._lock:
                 self._jobs.pop(version, None)

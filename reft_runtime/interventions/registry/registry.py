@@ -365,17 +365,18 @@ class Registry:
         return self._uploads.rollback(name, digest, expected)
 
     def pin(self, name: str) -> Change:
-        """Read the tensors of what a name stands for, and keep them in memory; returns its entry.
+        """Read the tensors of what a name stands for, and keep them in memory.
 
-        The pin is the name's: it moves to what the name stands for later, and outlives a restart
-        with a state folder. It ends with `unpin`, and when an upload of the name is removed. Raises
-        `NotFound`, `StoreFull` if pinned tensors would fill the memory, `Overloaded` if it is full
-        of tensors in use now, and what `Version.edits` raises; then nothing has changed.
+        Returns what that changed. The pin is the name's: it moves to what the name stands for
+        later, and outlives a restart with a state folder. It ends with `unpin`, and when an upload
+        of the name is removed. Raises `NotFound`, `StoreFull` if pinned tensors would fill the
+        memory, `Overloaded` if it is full of tensors in use now, and what `Version.edits` raises;
+        then nothing has changed.
         """
         return self._uploads.pin(name)
 
     def unpin(self, name: str) -> Change:
-        """Let the tensors of a pinned name be evicted again; returns its entry.
+        """Let the tensors of a pinned name be evicted again; returns what that changed.
 
         A name that is not pinned stays as it is. Raises `NotFound`.
         """
@@ -389,8 +390,7 @@ class Registry:
         """
         version = self._uploads.current(name)
         self._catalog.check_room(version, pinned=False)
-        version.edits()
-        self._catalog.was_read(version)
+        self._catalog.read(version)
         return self.entry(name)
 
     def waiting(self) -> int:

@@ -26,6 +26,8 @@ NAME_RULE = (
     "use 1 to 64 of a-z, 0-9, dot, underscore and hyphen, beginning with a letter or a digit"
 )
 
+NO_FILE = "There is no such file in the configured sources."
+
 NO_NAME = f"The file's name is no name for an intervention: {NAME_RULE}."
 
 
@@ -277,7 +279,7 @@ def locate(path: str, sources: Sequence[Source]) -> File:
         raise InvalidRequest(
             f"The path is a folder; give the {SUFFIX} file inside it.", param="path"
         )
-    raise NotFound("There is no such file in the configured sources.", param="path")
+    raise NotFound(NO_FILE, param="path")
 
 
 def _name_of(entry: os.DirEntry[str]) -> str:

@@ -70,9 +70,7 @@ class Uploads:
     def put(self, version: Version, file: Incoming, expected: Collection[str] | None) -> Change:
         """Let the version's name stand for it; `file` is its file."""
         name = version.name
-        with self._changing:
-            self._tend()
-            self._catch_up(name)
+        with self._change(name):
             shown = self._expect(name, expected)
             before = self._catalog.history(name)
             kept = [old for old in before if old.digest != version.digest][: HISTORY - 1]
@@ -111,9 +109,7 @@ class Uploads:
 
     def remove(self, name: str, expected: Collection[str] | None) -> Change:
         """Remove what a name stands for."""
-        with self._changing:
-            self._tend()
-            self._catch_up(name)
+        with self._change(name):
             version = self._expect(name, expected)
             origin = None if version is None else version.origin
             if origin in (None, "folder") and name in self._problems:
@@ -135,9 +131,7 @@ class Uploads:
 
     def rollback(self, name: str, digest: str | None, expected: Collection[str] | None) -> Change:
         """Serve an uploaded version again that is still kept."""
-        with self._changing:
-            self._tend()
-            self._catch_up(name)
+        with self._change(name):
             current = self._expect(name, expected)
             if current is None:
                 raise self._catalog.unknown(name)
@@ -160,9 +154,7 @@ class Uploads:
 
     def pin(self, name: str) -> Change:
         """Read the tensors of what a name stands for, and keep them in memory."""
-        with self._changing:
-            self._tend()
-            self._catch_up(name)
+        with self._change(name):
             version = self.current(name)
             self._catalog.check_room(version, pinned=True)
             version.edits()
@@ -175,9 +167,7 @@ class Uploads:
 
     def unpin(self, name: str) -> Change:
         """Let the tensors of a name be evicted again."""
-        with self._changing:
-            self._tend()
-            self._catch_up(name)
+        with self._change(name):
             version = self.current(name)
             if self._catalog.pinned(name):
                 self._point(name, self._catalog.history(name), pinned=False)
@@ -192,11 +182,9 @@ class Uploads:
             if version is None or version.loaded or version.problem is not None:
                 continue
             try:
-                version.edits()
+                self._catalog.read(version)
             except ReftError as error:
                 _log.warning("the pinned %s is not in memory: %s", name, error.message)
-            else:
-                self._catalog.was_read(version)
 
     def current(self, name: str) -> Version:
         """What a name stands for at this moment. Raises `NotFound`."""
@@ -271,6 +259,14 @@ class Uploads:
             if self._kept is not None:
                 self._kept.close()
                 self._kept = None
+
+    @contextmanager
+    def _change(self, name: str) -> Iterator[None]:
+        """Change a name in the block, beginning with what it is now. Raises `Unavailable`."""
+        with self._changing:
+            self._tend()
+            self._catch_up(name)
+            yield
 
     def _catch_up(self, name: str) -> None:
         """Take in what another server has made of a name. Raises `Unavailable`."""

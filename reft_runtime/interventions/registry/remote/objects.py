@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -18,6 +19,7 @@ from reft_runtime.interventions.format.recognise import HEAD_BYTES
 from reft_runtime.interventions.registry.remote.cache import FileCache
 from reft_runtime.interventions.registry.remote.heads import Head, Heads
 from reft_runtime.interventions.registry.remote.place import Listed, Place
+from reft_runtime.interventions.registry.remote.reach import Reach
 from reft_runtime.machine.cache import cache_folder
 
 AT_ONCE = 16
@@ -101,10 +103,14 @@ class RemoteFile:
 
 
 class Objects:
-    """The objects of one place, with what is kept of them on this machine."""
+    """The objects of one place, with what is kept of them on this machine.
 
-    def __init__(self, url: str) -> None:
+    `what` and `kept` are the words of the log for the place and for what it has.
+    """
+
+    def __init__(self, url: str, what: str, kept: str) -> None:
         self.place = Place(url)
+        self.reach = Reach(f"{what} {self.place.shown}", kept, self.place)
         self.cache = FileCache()
         name = hashlib.sha256(url.encode()).hexdigest()[:16]
         self.heads = Heads(cache_folder() / "listings" / f"{name}.sqlite")
@@ -133,6 +139,22 @@ class Objects:
         if not isinstance(result, Head):
             raise result[1]
         return result.data
+
+    def on_disk(self, file: RemoteFile) -> bool:
+        """Whether a file's data is in the cache."""
+        return file.digest is not None and self.cache.holds(file.digest)
+
+    def cached(self, file: RemoteFile, place: str) -> Path | None:
+        """The path of a file in the cache; None if it has to be read over the network.
+
+        Raises `OSError`, which names the `place`, if that could not be reached the last time:
+        nobody waits for what has just failed.
+        """
+        assert file.digest is not None
+        path = self.cache.get(file.digest, file.size)
+        if path is None and self.reach.problem is not None:
+            raise OSError(errno.EIO, f"{place} is away: {self.reach.problem}")
+        return path
 
     def download(self, listed: Listed, digest: str) -> Path | None:
         """Read a whole object into the cache; None if it is not the file of that digest.

@@ -10,14 +10,13 @@ from dataclasses import replace
 from pathlib import Path, PurePosixPath
 
 from reft_runtime.errors import InvalidFile
+from reft_runtime.interventions.format.file import DAMAGED
 from reft_runtime.interventions.format.identity import MAX_FILE_BYTES, SUFFIX
 from reft_runtime.interventions.registry.remote.cache import CacheUnusable
 from reft_runtime.interventions.registry.remote.heads import Head
 from reft_runtime.interventions.registry.remote.objects import Objects, RemoteFile, digest_of
 from reft_runtime.interventions.registry.remote.place import Listed
 from reft_runtime.interventions.registry.sources import NAME, NO_NAME, Listing
-
-DAMAGED = "The data does not match the manifest's data_sha256: damaged file."
 
 _log = logging.getLogger(__name__)
 
@@ -31,10 +30,10 @@ class RemoteSource:
     """
 
     def __init__(self, url: str) -> None:
-        self._objects = Objects(url)
+        self._objects = Objects(url, "the source", "served")
         self._place = self._objects.place
         self.kind, self.label = self._place.kind, self._place.shown
-        self._away: str | None = None
+        self._reach = self._objects.reach
         self._polling = threading.Lock()
         self._files: dict[str, RemoteFile] = {}  # replaced whole, or one entry at a time
         self._unlisted: dict[str, str] = {}
@@ -45,7 +44,8 @@ class RemoteSource:
     @property
     def problem(self) -> str | None:
         """Why it cannot be reached; None if it could be the last time."""
-        return None if self._away is None else f"The source is away: {self._away}."
+        away = self._reach.problem
+        return None if away is None else f"The source is away: {away}."
 
     def poll(self) -> bool:
         """Look at the URL, over the network; return whether it could be reached."""
@@ -54,11 +54,9 @@ class RemoteSource:
                 listing = self._place.listing()
                 self._take(listing)
             except OSError as error:
-                self._is_away(error)
+                self._reach.lost(error)
                 return False
-        if self._away is not None:
-            _log.info("the source %s is back", self.label)
-            self._away = None
+        self._reach.back()
         return True
 
     def close(self) -> None:
@@ -69,8 +67,8 @@ class RemoteSource:
 
     def listing(self, between: Callable[[float], object]) -> Listing:
         """What the last poll found; raises `OSError` if there was none, and no earlier process."""
-        if self._away is not None and not self._files:
-            raise OSError(errno.EIO, self._away)
+        if self._reach.problem is not None and not self._files:
+            raise OSError(errno.EIO, self._reach.problem)
         return dict(self._files), dict(self._unlisted)
 
     def find(self, name: str) -> RemoteFile | None:
@@ -113,11 +111,9 @@ class RemoteSource:
     def fetch(self, file: RemoteFile) -> Path:
         """The path of the verified file on this machine; a first use reads it over the network."""
         assert file.digest is not None
-        cached = self._objects.cache.get(file.digest, file.size)
+        cached = self._objects.cached(file, "its source")
         if cached is not None:
             return cached
-        if self._away is not None:  # nobody waits for what has just failed
-            raise OSError(errno.EIO, f"its source is away: {self._away}")
         try:
             path = self._objects.download(file.listed, file.digest)
         except FileNotFoundError:
@@ -126,7 +122,7 @@ class RemoteSource:
         except (PermissionError, CacheUnusable):
             raise
         except OSError as error:
-            self._is_away(error)
+            self._reach.lost(error)
             raise
         if path is None:
             self._look_anew(file)
@@ -145,7 +141,7 @@ class RemoteSource:
 
     def on_disk(self, file: RemoteFile) -> bool:
         """Whether the data is in the cache."""
-        return file.digest is not None and self._objects.cache.holds(file.digest)
+        return self._objects.on_disk(file)
 
     def _take(self, listing: dict[str, Listed]) -> None:
         """Read the headers of what is new or changed, and list what there is."""
@@ -224,17 +220,6 @@ class RemoteSource:
 
     def _shown(self, listed: Listed) -> str:
         return f"{self.label}/{PurePosixPath(listed.key).name}"
-
-    def _is_away(self, error: OSError) -> None:
-        away = str(error.strerror)
-        if self._away != away:
-            _log.warning(
-                "the source %s is away: %s; what it served is served on (%s)",
-                self.label,
-                away,
-                self._place.detail,
-            )
-        self._away = away
 
 
 def _name_of(listed: Listed) -> str:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import errno
-import logging
 import threading
 import time
 from collections.abc import Iterable, Sequence
@@ -24,8 +22,6 @@ from reft_runtime.interventions.registry.store import Store
 SWEEP_SECONDS = 86400.0
 """A blob that no pointer names is deleted once it is this old; it is looked for as often."""
 
-_log = logging.getLogger(__name__)
-
 
 class RemoteStore:
     """Blobs of at most `max_bytes` that pointers name, and pointers, at a URL.
@@ -37,11 +33,11 @@ class RemoteStore:
     """
 
     def __init__(self, url: str, max_bytes: int) -> None:
-        self._objects = Objects(url)
+        self._objects = Objects(url, "the state at", "held")
         self._place = self._objects.place
         self._max_bytes = max_bytes
         self._local = Store.temporary(max_bytes)  # what is on its way, and what no pointer names
-        self._problem: str | None = None
+        self._reach = self._objects.reach
         self._swept = 0.0
         self._using = threading.RLock()  # guards what follows
         self.pointers = Pointers()
@@ -62,8 +58,8 @@ class RemoteStore:
 
     def check(self) -> bool:
         """Whether the place still holds what it held. Raises `Unavailable` if it is away."""
-        if self._problem is not None:
-            raise self._away(self._problem)
+        if self._reach.problem is not None:
+            raise self._away(self._reach.problem)
         return True
 
     def changed(self) -> Iterable[str]:
@@ -74,11 +70,9 @@ class RemoteStore:
         try:
             listing = self._pointers_there()
         except OSError as error:
-            self._is_away(error)
+            self._reach.lost(error)
             return ()
-        if self._problem is not None:
-            _log.info("the state at %s is back", self._place.shown)
-            self._problem = None
+        self._reach.back()
         with self._using:
             names = [n for n, at in listing.items() if self._tokens.get(n) != at.token]
             names += self._tokens.keys() - listing.keys()
@@ -99,7 +93,7 @@ class RemoteStore:
                 self._objects.heads.drop([key])
             return self._said(name) != before
         except OSError as error:
-            self._is_away(error)
+            self._reach.lost(error)
             raise self._away(str(error.strerror)) from error
         with self._using:
             self._note(name, head)
@@ -175,7 +169,7 @@ class RemoteStore:
         try:
             self._place.delete(self._pointer(name))
         except OSError as error:
-            self._is_away(error)
+            self._reach.lost(error)
             raise self._away(str(error.strerror)) from error
         with self._using:
             self._note(name, None)
@@ -194,11 +188,9 @@ class RemoteStore:
     def fetch(self, file: RemoteFile) -> Path:
         """The path of the verified file on this machine; a first use reads it over the network."""
         assert file.digest is not None
-        cached = self._objects.cache.get(file.digest, file.size)
+        cached = self._objects.cached(file, "the state")
         if cached is not None:
             return cached
-        if self._problem is not None:  # nobody waits for what has just failed
-            raise OSError(errno.EIO, f"the state is away: {self._problem}")
         path = self._objects.download(file.listed, file.digest)
         if path is None:
             raise InvalidFile("The stored file is not the one that was uploaded.")
@@ -210,11 +202,12 @@ class RemoteStore:
 
     def intact(self, file: RemoteFile) -> bool:
         """Whether the same data is in the cache, or at the URL as far as is known."""
-        return self.on_disk(file) or (self._problem is None and file.digest in self.pointers.named)
+        named = file.digest in self.pointers.named
+        return self.on_disk(file) or (named and self._reach.problem is None)
 
     def on_disk(self, file: RemoteFile) -> bool:
         """Whether the data is in the cache."""
-        return file.digest is not None and self._objects.cache.holds(file.digest)
+        return self._objects.on_disk(file)
 
     def _begin(self) -> None:
         """Read what is there; if it cannot be reached, what an earlier process saw is served."""
@@ -235,7 +228,7 @@ class RemoteStore:
                 list(self._objects.read_heads(found.values()))
                 self._blobs.update(found)
         except OSError as error:
-            self._is_away(error)
+            self._reach.lost(error)
 
     def _sweep(self) -> None:
         if self.pointers.damaged:
@@ -251,7 +244,7 @@ class RemoteStore:
                     with self._using:
                         self._blobs.pop(digest, None)
         except OSError as error:
-            self._is_away(error)
+            self._reach.lost(error)
 
     def _write_again_if_swept(self, digest: str) -> None:
         """Write a blob again that another server deleted just before a pointer named it."""
@@ -264,14 +257,14 @@ class RemoteStore:
                 raise self._away("a file was deleted at this moment; upload it again") from None
             self._write(self._blob(digest), cached.read_bytes())
         except OSError as error:
-            self._is_away(error)
+            self._reach.lost(error)
 
     def _write(self, key: str, data: bytes) -> None:
         try:
             self._place.write(key, data)
         except OSError as error:
             if not isinstance(error, PermissionError):
-                self._is_away(error)
+                self._reach.lost(error)
             raise self._away(str(error.strerror)) from error
 
     def _pointers_there(self) -> dict[str, Listed]:
@@ -316,17 +309,6 @@ class RemoteStore:
 
     def _pointer(self, name: str) -> str:
         return self._place.key(f"pointers/{name}.json")
-
-    def _is_away(self, error: OSError) -> None:
-        problem = f"{error.strerror}"
-        if self._problem != problem:
-            _log.warning(
-                "the state at %s is away: %s; what it held is served on (%s)",
-                self._place.shown,
-                problem,
-                self._place.detail,
-            )
-        self._problem = problem
 
     def _away(self, problem: str) -> Unavailable:
         return Unavailable(
