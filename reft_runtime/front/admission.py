@@ -11,6 +11,7 @@ import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol, TypeGuard, cast
 
 from reft_runtime.caller import ANYONE, Caller
@@ -156,22 +157,15 @@ class Admission:
                 most=caller.max_tokens,
                 trace=trace,
             )
+            begun = _begun(encoded, applied, caller, priority, request_id)
             requests = [
-                Request(
-                    id=uuid.uuid4().hex,
-                    prompt=tuple(tokens),
+                request(
                     sampling=settings,
                     seed=random.getrandbits(63) if sampling.seed is None else sampling.seed,
-                    interventions=applied,
-                    salt=caller.salt,
-                    tenant=caller.tenant,
-                    weight=caller.weight,
-                    priority=priority,
                     trace=trace,
-                    given_id=_numbered(request_id, position, len(encoded)),
                     grammar=grammar,
                 )
-                for position, (tokens, settings) in enumerate(zip(encoded, limits, strict=True))
+                for request, settings in zip(begun, limits, strict=True)
             ]
             return self._holding_all(requests, versions, form)
 
@@ -202,21 +196,10 @@ class Admission:
             field = _field(prompts[0]) if prompts else "prompt"
             check_labels([*map(len, encoded)], trees, self._info.max_model_len, field)
             applied = tuple(map(_applied, range(len(uses)), versions, uses))
+            begun = _begun(encoded, applied, caller, priority, request_id)
             requests = [
-                Request(
-                    id=uuid.uuid4().hex,
-                    prompt=tuple(tokens),
-                    sampling=_NO_TOKENS,
-                    seed=0,
-                    interventions=applied,
-                    salt=caller.salt,
-                    tenant=caller.tenant,
-                    weight=caller.weight,
-                    priority=priority,
-                    given_id=_numbered(request_id, position, len(encoded)),
-                    labels=tree,
-                )
-                for position, (tokens, tree) in enumerate(zip(encoded, trees, strict=True))
+                request(sampling=_NO_TOKENS, seed=0, labels=tree)
+                for request, tree in zip(begun, trees, strict=True)
             ]
             return self._holding_all(requests, versions, form, names)
 
@@ -350,6 +333,28 @@ def _form(versions: Sequence[Version], uses: Sequence[Use]) -> PromptForm:
     return PromptForm.of(
         [(version, use.strength) for version, use in zip(versions, uses, strict=True)]
     )
+
+
+def _begun(
+    prompts: Sequence[Sequence[int]],
+    applied: tuple[AppliedIntervention, ...],
+    caller: Caller,
+    priority: int,
+    request_id: str | None,
+) -> Iterator[partial[Request]]:
+    """For each prompt, its request but for what is to be made of it."""
+    for position, tokens in enumerate(prompts):
+        yield partial(
+            Request,
+            id=uuid.uuid4().hex,
+            prompt=tuple(tokens),
+            interventions=applied,
+            salt=caller.salt,
+            tenant=caller.tenant,
+            weight=caller.weight,
+            priority=priority,
+            given_id=_numbered(request_id, position, len(prompts)),
+        )
 
 
 def _numbered(request_id: str | None, position: int, prompts: int) -> str | None:
