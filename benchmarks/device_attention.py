@@ -22,6 +22,7 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from benchmarks.device import SHAPES, bandwidth, name_of, seconds
 from benchmarks.measuring import Figures, measure, median, table
+from reft_runtime.base.attention import Scoring
 from reft_runtime.kv.choice import page_kernel
 from reft_runtime.kv.page_attention import (
     GatheredAttention,
@@ -75,7 +76,7 @@ class Pages:
             RowInPages.of(pages, self.before, stop, lane) for lane, pages in enumerate(self.lists)
         ]
         batch = PageBatch.of(described, self.tables, kernel.query_block)
-        return lambda: kernel(self.query, self.keys, self.values, batch, self.scale, None)
+        return lambda: kernel(self.query, self.keys, self.values, batch, Scoring(self.scale))
 
     def by_flex(self, attend: Callable[..., Any]) -> Callable[[], Tensor]:
         """Attention by flex_attention: rows are its batch, all pages its keys.

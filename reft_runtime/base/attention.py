@@ -1,14 +1,16 @@
 """Attention of one packed step, registered with transformers.
 
 The model's own code runs unchanged: it calls this function, by the name `ATTENTION`, with the
-packed queries, keys and values [1, heads, T, dim] of all scheduled tokens, and `step`, which it
-passes through from the call of the model. How the step attends depends on where keys and values
-lie: see `row_attention` and `page_attention`.
+packed queries, keys and values [1, heads, T, dim] of all scheduled tokens. The step that it belongs
+to is the one that `running` names. How the step attends depends on where keys and values lie: see
+`row_attention` and `page_attention`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -32,11 +34,41 @@ _AFTER = 64
 
 @dataclass(frozen=True, slots=True)
 class LayerShape:
-    """Shape of one attention layer's cache entries."""
+    """Shape of one layer's cache entries; all are 0 for a layer without attention."""
 
     kv_heads: int
     key_dim: int
     value_dim: int
+
+
+NO_ATTENTION = LayerShape(0, 0, 0)
+
+
+@dataclass(frozen=True, slots=True)
+class Scoring:
+    """How the queries of a layer score keys, and which keys they see: all up to their own, but for
+
+    `window`: only the last `window` of these, the own one included;
+    `chunk`: only those of the own chunk, where chunks of `chunk` tokens begin at position 0.
+    Scores are multiplied by `scaling` (1 / sqrt(dim) if None), then, with `softcap`, bounded as
+    softcap * tanh(score / softcap). `sinks` [heads], in any float dtype, are scores of one more key
+    for each head, whose value is zero.
+    """
+
+    scaling: float | None = None
+    window: int | None = None
+    chunk: int | None = None
+    softcap: float | None = None
+    sinks: Tensor | None = field(default=None, compare=False)
+
+    def scale(self, dim: int) -> float:
+        """What scores of heads `dim` wide are multiplied by."""
+        return dim**-0.5 if self.scaling is None else self.scaling
+
+    @property
+    def plain(self) -> bool:
+        """Whether there is no more to it than a scaling and a window."""
+        return self.chunk is None and self.softcap is None and self.sinks is None
 
 
 class AttentionStep(Protocol):
@@ -48,8 +80,7 @@ class AttentionStep(Protocol):
         query: Tensor,
         key: Tensor,
         value: Tensor,
-        scaling: float | None,
-        window: int | None,
+        scoring: Scoring,
     ) -> Tensor:
         """Store the step's keys and values [T, kv_heads, dim] and attend; gives [T, heads, dim]."""
 
@@ -68,10 +99,27 @@ class RotatingStep(AttentionStep, Protocol):
         key: Tensor,
         value: Tensor,
         angles: tuple[Tensor, Tensor],
-        scaling: float | None,
-        window: int | None,
+        scoring: Scoring,
     ) -> Tensor:
         """Rotate as `Operators.rotate_` by `angles`, cosines and sines [T, dim], then `attend`."""
+
+
+_running: ContextVar[AttentionStep | None] = ContextVar("_running", default=None)
+
+
+def running_step() -> AttentionStep | None:
+    """The step that the model computes in this thread now, None if there is none."""
+    return _running.get()
+
+
+@contextmanager
+def running(step: AttentionStep) -> Iterator[None]:
+    """Let the model's forward passes inside the `with` block compute `step`."""
+    token = _running.set(step)
+    try:
+        yield
+    finally:
+        _running.reset(token)
 
 
 def packed_attention(
@@ -81,20 +129,20 @@ def packed_attention(
     value: Tensor,
     attention_mask: Tensor | None,
     *,
-    step: AttentionStep | None = None,
     scaling: float | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """transformers' attention function: hands one layer's work to the step.
+    """transformers' attention function: hands one layer's work to the running step.
 
     The window is the one that `probe_attention` saw in the layer's mask, if it saw one. Raises
     `UnsupportedModel` for soft-capping, attention sinks, and a call without a step.
     """
     if softcap is not None or s_aux is not None:
         raise UnsupportedModel("logit soft-capping and attention sinks are not supported")
+    step = running_step()
     if step is None:
         raise UnsupportedModel(
             "An Engine or a training has this model, and transformers' interface to its attention:"
@@ -103,7 +151,7 @@ def packed_attention(
     layer: int = module.layer_idx  # type: ignore[assignment]
     window: Any = getattr(module, WINDOW, sliding_window)
     query, key, value = (heads[0].transpose(0, 1) for heads in (query, key, value))
-    return step.attend(layer, query, key, value, scaling, window)[None], None
+    return step.attend(layer, query, key, value, Scoring(scaling, window))[None], None
 
 
 AttentionInterface.register(ATTENTION, packed_attention)
@@ -115,8 +163,7 @@ class ProbedLayer:
 
     shape: LayerShape
     heads: int
-    scaling: float | None
-    window: int | None
+    scoring: Scoring
 
 
 class CausalStep:
@@ -128,11 +175,10 @@ class CausalStep:
         query: Tensor,
         key: Tensor,
         value: Tensor,
-        scaling: float | None,
-        window: int | None,
+        scoring: Scoring,
     ) -> Tensor:
-        """Attend as the engine does: causally, within the window."""
-        return attend_causally(query, key, value, scaling, window)
+        """Attend as the engine does."""
+        return attend_causally(query, key, value, scoring)
 
 
 @dataclass(slots=True)
@@ -162,8 +208,7 @@ class ShapeProbe(CausalStep):
         query: Tensor,
         key: Tensor,
         value: Tensor,
-        scaling: float | None,
-        window: int | None,
+        scoring: Scoring,
     ) -> Tensor:
         """Record the layer, then attend."""
         if layer in self.layers:
@@ -174,8 +219,8 @@ class ShapeProbe(CausalStep):
                 " another dtype, such as float32"
             )
         shape = LayerShape(key.shape[1], key.shape[2], value.shape[2])
-        self.layers[layer] = ProbedLayer(shape, query.shape[1], scaling, window)
-        return attend_causally(query, key, value, scaling, window)
+        self.layers[layer] = ProbedLayer(shape, query.shape[1], scoring)
+        return attend_causally(query, key, value, scoring)
 
 
 def probe_attention(
@@ -184,20 +229,16 @@ def probe_attention(
     key: Tensor,
     value: Tensor,
     attention_mask: AskedMask | Tensor | None,
-    *,
-    step: ShapeProbe | None = None,
     **more: Any,
 ) -> tuple[Tensor, None]:
     """Record the layer's mask at the `ShapeProbe`, then call `packed_attention`.
 
-    A mask says more than what a layer passes on. Raises `UnsupportedModel` if the step is missing.
+    A mask says more than what a layer passes on. The running step must be a `ShapeProbe`.
     """
-    if step is None:
-        raise UnsupportedModel(
-            "its layers do not hand on what transformers' attention interface is called with"
-        )
+    step = running_step()
+    assert isinstance(step, ShapeProbe)
     step.look_at_mask(module, attention_mask)
-    return packed_attention(module, query, key, value, None, step=step, **more)
+    return packed_attention(module, query, key, value, None, **more)
 
 
 @dataclass(frozen=True, slots=True)
@@ -242,9 +283,7 @@ AttentionInterface.register(PROBE, probe_attention)
 AttentionMaskInterface.register(PROBE, _asked_mask)
 
 
-def attend_causally(
-    query: Tensor, key: Tensor, value: Tensor, scaling: float | None, window: int | None
-) -> Tensor:
+def attend_causally(query: Tensor, key: Tensor, value: Tensor, scoring: Scoring) -> Tensor:
     """Attention of the last n tokens of a sequence, by torch's own operators: the reference.
 
     `query` is [n, heads, dim]; `key` and `value` are [length, kv_heads, dim] of all its tokens.
@@ -253,14 +292,14 @@ def attend_causally(
     at = torch.arange(len(key), device=query.device)
     last = at[len(key) - len(query) :, None]
     seen = at <= last
-    if window is not None:
-        seen &= at > last - window
+    if scoring.window is not None:
+        seen &= at > last - scoring.window
     result = scaled_dot_product_attention(
         query.transpose(0, 1)[None],
         key.transpose(0, 1)[None],
         value.transpose(0, 1)[None],
         attn_mask=seen,
-        scale=scaling,
+        scale=scoring.scaling,
         enable_gqa=query.shape[1] != key.shape[1],
     )
     return result[0].transpose(0, 1)

@@ -18,7 +18,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from reft_runtime.base.attention import ProbedLayer
+from reft_runtime.base.attention import ProbedLayer, running_step
 from reft_runtime.base.linears import Merged
 from reft_runtime.base.rotary import ROTARY, rotates, rotating
 from reft_runtime.base.trial import TOLERANCE, Operator, Trials
@@ -210,7 +210,7 @@ class _Fuser:
         parts: dict[str, Any] = dict(module.named_children())
         if parts.keys() != {f"{p}_proj" for p in "qkvo"}:
             return None
-        shape, scaling, window = asked.shape, asked.scaling, asked.window
+        shape, scoring = asked.shape, asked.scoring
         if not _PLAIN_ATTENTION.issuperset(type(module).forward.__code__.co_names):
             return None
         projections = tuple(parts[f"{p}_proj"] for p in "qkv")
@@ -228,10 +228,10 @@ class _Fuser:
             every = merged.product(rows).view(len(rows), -1, width)
             query, key, value = every.split_with_sizes((heads, kv_heads, kv_heads), 1)
             if getattr(step, "rotates", False):
-                mixed = step.attend_rotated(index, query, key, value, (cos, sin), scaling, window)
+                mixed = step.attend_rotated(index, query, key, value, (cos, sin), scoring)
             else:
                 operators.rotate_(query, key, cos, sin)
-                mixed = step.attend(index, query, key, value, scaling, window)
+                mixed = step.attend(index, query, key, value, scoring)
             return mixed.flatten(1)
 
         def whole(rows: Tensor, cos: Tensor, sin: Tensor, step: Any) -> Any:
@@ -346,14 +346,13 @@ def _or_own(
         hidden_states: Tensor,
         *args: Any,
         position_embeddings: tuple[Tensor, Tensor],
-        step: Any = None,
         **kwargs: Any,
     ) -> Any:
         cos, sin = position_embeddings
+        step = running_step()
         plain = step is not None and cos.shape[-1] == width and not any(inner)
         if plain and operators.supports(hidden_states, cos, sin):
             return compute(hidden_states[0], cos, sin, step)[None]
-        kwargs |= {} if step is None else {"step": step}
         return own(hidden_states, *args, position_embeddings=position_embeddings, **kwargs)
 
     return forward

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from reft_runtime.base.attention import LayerShape
+from reft_runtime.base.attention import AttentionStep, LayerShape, running
 from reft_runtime.base.fused import Fused
 from reft_runtime.base.linears import Packed
 from reft_runtime.base.ownership import ModelState, release
@@ -64,15 +64,17 @@ class LoadedModel:
         return numbers * self.dtype.itemsize
 
 
-def forward(model: PreTrainedModel, ids: Tensor, positions: Tensor, keep: Tensor, step: Any) -> Any:
+def forward(
+    model: PreTrainedModel, ids: Tensor, positions: Tensor, keep: Tensor, step: AttentionStep
+) -> Any:
     """Run a packed step through the model; return logits [len(keep), vocabulary].
 
     `ids` and `positions` are [T]; `keep` are the indices of the rows whose logits are wanted.
     """
-    return model(
-        input_ids=ids[None],
-        position_ids=positions[None],
-        use_cache=False,
-        logits_to_keep=keep,
-        step=step,
-    ).logits[0]
+    with running(step):
+        return model(
+            input_ids=ids[None],
+            position_ids=positions[None],
+            use_cache=False,
+            logits_to_keep=keep,
+        ).logits[0]

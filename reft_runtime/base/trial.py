@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from reft_runtime.base.attention import CausalStep
+from reft_runtime.base.attention import CausalStep, running
 
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.25}
 """Largest relative distance, by dtype. In float32 it tells formulas apart. In bfloat16, whose
@@ -93,11 +93,11 @@ class Trials:
             given = {
                 "position_embeddings": angles(head, like),
                 "attention_mask": None,
-                "step": CausalStep(),
             }
 
         def changes(function: Operator, rows: Tensor) -> Tensor:
-            made = function(rows.clone(), **given)
+            with running(CausalStep()):
+                made = function(rows.clone(), **given)
             out: Tensor = made[0] if isinstance(made, tuple) else made
             return out.float() - rows.float() if adds else out.float()
 

@@ -10,7 +10,7 @@ from typing import ClassVar, Protocol
 import torch
 from torch import Tensor
 
-from reft_runtime.base.attention import attend_causally
+from reft_runtime.base.attention import Scoring, attend_causally
 from reft_runtime.kernels.staging import to_device
 from reft_runtime.schedule.blocks import BLOCK_TOKENS, blocks_for
 
@@ -116,8 +116,7 @@ class PageKernel(Protocol):
         keys: Tensor,
         values: Tensor,
         batch: PageBatch,
-        scale: float,
-        window: int | None,
+        scoring: Scoring,
     ) -> Tensor:
         """Attend with queries [T, heads, dim]; returns [T, heads, dim of the values].
 
@@ -144,11 +143,10 @@ class PageAttentionStep:
         query: Tensor,
         key: Tensor,
         value: Tensor,
-        scaling: float | None,
-        window: int | None,
+        scoring: Scoring,
     ) -> Tensor:
         """See `AttentionStep.attend`."""
-        return self.attend_rotated(layer, query, key, value, None, scaling, window)
+        return self.attend_rotated(layer, query, key, value, None, scoring)
 
     def attend_rotated(
         self,
@@ -157,14 +155,12 @@ class PageAttentionStep:
         key: Tensor,
         value: Tensor,
         angles: tuple[Tensor, Tensor] | None,
-        scaling: float | None,
-        window: int | None,
+        scoring: Scoring,
     ) -> Tensor:
         """See `RotatingStep.attend_rotated`; without angles nothing is rotated."""
         keys, values = self.keys[layer], self.values[layer]
         self.kernel.store(query, key, value, keys, values, self.batch.addresses, angles)
-        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-        return self.kernel(query.to(keys.dtype), keys, values, self.batch, scale, window)
+        return self.kernel(query.to(keys.dtype), keys, values, self.batch, scoring)
 
 
 class GatheredAttention:
@@ -195,8 +191,7 @@ class GatheredAttention:
         keys: Tensor,
         values: Tensor,
         batch: PageBatch,
-        scale: float,
-        window: int | None,
+        scoring: Scoring,
     ) -> Tensor:
         """See `PageKernel`."""
         out = query.new_empty(*query.shape[:-1], values.shape[-1])
@@ -206,7 +201,7 @@ class GatheredAttention:
         ):
             pages = batch.tables[lane, : blocks_for(stop)]
             row_keys, row_values = (t[pages].flatten(0, 1)[:stop] for t in (keys, values))
-            out[first:end] = attend_causally(query[first:end], row_keys, row_values, scale, window)
+            out[first:end] = attend_causally(query[first:end], row_keys, row_values, scoring)
         return out
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from reft_runtime.base.attention import attend_causally
+from reft_runtime.base.attention import Scoring, attend_causally
 from reft_runtime.kernels.operators import cpu_operators
 from reft_runtime.kv.slabs import Part, Row
 from reft_runtime.schedule.plan import Chunk
@@ -67,8 +67,7 @@ class RowAttentionStep:
         query: Tensor,
         key: Tensor,
         value: Tensor,
-        scaling: float | None,
-        window: int | None,
+        scoring: Scoring,
     ) -> Tensor:
         """See `AttentionStep.attend`; raises ValueError for heads that do not fit the rows."""
         keys, values = self._parts[2 * layer], self._parts[2 * layer + 1]
@@ -85,7 +84,7 @@ class RowAttentionStep:
         native = self._native
         if native is not None and not native.attends(query, key, value):
             native = None
-        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        scale, window = scoring.scale(query.shape[-1]), scoring.window
         segments = self._segments
         if native is not None:
             before = keys.before, values.before
@@ -100,7 +99,7 @@ class RowAttentionStep:
                 return out
         for segment in segments:
             own = slice(segment.first, segment.first + segment.length)
-            _attend(segment, layer, query[own], key[own], value[own], out[own], scale, window)
+            _attend(segment, layer, query[own], key[own], value[own], out[own], scoring)
         return out
 
     @cached_property
@@ -140,8 +139,7 @@ def _attend(
     key: Tensor,
     value: Tensor,
     out: Tensor,
-    scale: float,
-    window: int | None,
+    scoring: Scoring,
 ) -> None:
     """Attention of a segment's tokens [length, heads, dim] by torch's own operators."""
     keys, values = segment.row.keys(layer), segment.row.values(layer)
@@ -149,13 +147,13 @@ def _attend(
     keys[:, start:stop] = key.transpose(0, 1)
     values[:, start:stop] = value.transpose(0, 1)
     if segment.length == 1:
-        first = 0 if window is None else max(0, stop - window)
+        first = 0 if scoring.window is None else max(0, stop - scoring.window)
         # Query heads that share a KV head become its queries: no repeated keys and values.
         result = scaled_dot_product_attention(
             query.reshape(1, len(keys), -1, query.shape[-1]),
             keys[None, :, first:stop],
             values[None, :, first:stop],
-            scale=scale,
+            scale=scoring.scale(query.shape[-1]),
         )
         out.copy_(result.reshape(out.shape))
         return
@@ -163,4 +161,4 @@ def _attend(
         piece = slice(at, min(at + PIECE, segment.length))
         seen_keys = keys[:, : start + piece.stop].transpose(0, 1)
         seen_values = values[:, : start + piece.stop].transpose(0, 1)
-        out[piece] = attend_causally(query[piece], seen_keys, seen_values, scale, window)
+        out[piece] = attend_causally(query[piece], seen_keys, seen_values, scoring)

@@ -14,6 +14,7 @@ import torch
 import triton
 from torch import Tensor
 
+from reft_runtime.base.attention import Scoring
 from reft_runtime.kernels.cuda import attention_kernels as kernels
 from reft_runtime.kernels.cuda.products import LEAST, early
 from reft_runtime.kv.page_attention import PageBatch
@@ -111,13 +112,12 @@ class TritonAttention:
         keys: Tensor,
         values: Tensor,
         batch: PageBatch,
-        scale: float,
-        window: int | None,
+        scoring: Scoring,
     ) -> Tensor:
         """See `PageKernel`."""
         out = query.new_empty(*query.shape[:-1], values.shape[-1])
         query = _packed(query)
-        step = _Step(query, keys, values, out, batch, scale, window)
+        step = _Step(query, keys, values, out, batch, scoring)
         if batch.decodes:
             splits = self.splits(batch.decodes, keys.shape[2])
             _launch(step, self._tiles.decode, tokens=1, splits=splits)
@@ -134,13 +134,12 @@ class _Step(NamedTuple):
     values: Tensor
     out: Tensor
     batch: PageBatch
-    scale: float
-    window: int | None
+    scoring: Scoring
 
 
 def _launch(step: _Step, tile: Tile, *, tokens: int, splits: int | None) -> None:
     """Attend for the decoding rows, in `splits` parts, or (None) for the pieces of prompts."""
-    query, keys, values, out, batch, scale, window = step
+    query, keys, values, out, batch, scoring = step
     decodes = splits is not None
     parts_of_a_row = splits or 1
     count = batch.decodes if decodes else len(batch.blocks)
@@ -165,7 +164,7 @@ def _launch(step: _Step, tile: Tile, *, tokens: int, splits: int | None) -> None
         batch.stops,
         batch.lanes,
         batch.tables,
-        scale * math.log2(math.e),
+        scoring.scale(key_dim) * math.log2(math.e),
         query.stride(0),
         batch.tables.stride(0),
         KV_HEADS=kv_heads,
@@ -179,7 +178,7 @@ def _launch(step: _Step, tile: Tile, *, tokens: int, splits: int | None) -> None
         KEYS=tile.keys,
         PAGE=BLOCK_TOKENS,
         SPLITS=parts_of_a_row,
-        WINDOW=window or 0,
+        WINDOW=scoring.window or 0,
         DECODES=decodes,
         num_warps=tile.warps,
         num_stages=tile.stages,

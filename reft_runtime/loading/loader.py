@@ -170,7 +170,11 @@ def _probe(model: PreTrainedModel, max_tokens: int) -> tuple[ProbedLayer, ...]:
         raise UnsupportedModel("not every layer is a plain attention layer with its own KV")
     window = getattr(config, "sliding_window", None)
     for layer in probe.own_masks:
-        if probe.layers[layer].window is None and isinstance(window, int) and window < max_tokens:
+        if (
+            probe.layers[layer].scoring.window is None
+            and isinstance(window, int)
+            and window < max_tokens
+        ):
             raise UnsupportedModel("a window may be in masks that its own code makes")
     return tuple(probe.layers[i] for i in range(config.num_hidden_layers))
 

@@ -13,9 +13,11 @@ class Chunk:
     """Tokens [start, start + length) of one sequence, to be computed in this step.
 
     `reused` are the kept blocks between what the sequence had and `start`, which it gets before
-    the step. `forks` are further choices of the same request: they copy the prompt's keys and
-    values from this sequence after the step (`shared` tokens), and sample their first token from
-    the same logits, unless they have labels to score.
+    the step; `restored` is the place of the kept recurrent state that it gets with them, its state
+    after `start` tokens (None where the sequence goes on from its own, or begins). `forks` are
+    further choices of the same request: they copy the prompt's keys and values from this sequence
+    after the step (`shared` tokens), and sample their first token from the same logits, unless they
+    have labels to score.
     """
 
     sequence: Sequence
@@ -23,6 +25,7 @@ class Chunk:
     length: int
     reused: list[BlockCopy] = field(default_factory=list)
     forks: list[Sequence] = field(default_factory=list)
+    restored: int | None = None
 
     @property
     def stop(self) -> int:

@@ -25,6 +25,14 @@ class BlockCopy:
     place: int
 
 
+@dataclass(frozen=True, slots=True)
+class StateCopy:
+    """The recurrent state of a sequence as it is now, and the `place` that it is copied to."""
+
+    sequence: Sequence
+    place: int
+
+
 class PrefixCache:
     """The places of kept blocks, by key.
 

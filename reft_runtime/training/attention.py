@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad, scaled_dot_product_attention
 
+from reft_runtime.base.attention import Scoring
+
 
 @dataclass(frozen=True, slots=True)
 class Prefix:
@@ -80,8 +82,7 @@ class BatchAttention:
         query: Tensor,
         key: Tensor,
         value: Tensor,
-        scaling: float | None,
-        window: int | None,
+        scoring: Scoring,
     ) -> Tensor:
         """See `base.attention.AttentionStep.attend`."""
         query, key, value = (t.transpose(0, 1)[None] for t in (query, key, value))
@@ -95,8 +96,8 @@ class BatchAttention:
             query,
             key,
             value,
-            attn_mask=self._mask(window),
-            scale=scaling,
+            attn_mask=self._mask(scoring.window),
+            scale=scoring.scaling,
             enable_gqa=query.shape[1] != key.shape[1],
         )
         rows = result.transpose(1, 2).flatten(0, 1)  # [rows * longest, heads, dim]

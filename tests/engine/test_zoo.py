@@ -20,6 +20,8 @@ MODELS = (
     "gpt_neox",
     "olmo2",
     "phi3",
+    "stablelm",
+    "nemotron",
 )
 LENGTHS = (1, 2, 5, WINDOW, WINDOW + 1, 3 * WINDOW)
 NEW_TOKENS = WINDOW + 4

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from reft_runtime.base.attention import Scoring
 from reft_runtime.kv.page_attention import GatheredAttention, PageBatch, PageKernel, RowInPages
 from reft_runtime.kv.triton_attention import MAX_SPLITS, Tile, Tiles, TritonAttention
 from reft_runtime.schedule.blocks import BLOCK_TOKENS, blocks_for
@@ -96,7 +97,7 @@ def test_the_reference_is_plain_attention(batch: str, window: int | None) -> Non
     paged = Paged(BATCHES[batch], 4, 2, (8, 6), torch.float32)
     kernel = GatheredAttention()
     rows = paged.batch(kernel.query_block)
-    found = kernel(paged.query, paged.keys, paged.values, rows, 0.3, window)
+    found = kernel(paged.query, paged.keys, paged.values, rows, Scoring(0.3, window))
     torch.testing.assert_close(found, paged.plain(0.3, window))
 
 
@@ -119,7 +120,7 @@ def test_triton(
     rows = paged.batch(kernel.query_block)
     if rows.decodes:
         assert (kernel.splits(rows.decodes, kv_heads) > 1) == (processors > 0)
-    found = kernel(paged.query, paged.keys, paged.values, rows, 0.3, window)
+    found = kernel(paged.query, paged.keys, paged.values, rows, Scoring(0.3, window))
     torch.testing.assert_close(found, paged.plain(0.3, window), rtol=1e-4, atol=1e-5)
 
 
@@ -130,7 +131,7 @@ def test_triton_in_16_bits(batch: str) -> None:
     paged = Paged(BATCHES[batch], 4, 2, (32, 32), dtype)
     kernel = TritonAttention(2, 4, Tiles.of(dtype, 32))
     rows = paged.batch(kernel.query_block)
-    found = kernel(paged.query, paged.keys, paged.values, rows, 0.2, None)
+    found = kernel(paged.query, paged.keys, paged.values, rows, Scoring(0.2))
     torch.testing.assert_close(found, paged.plain(0.2, None), rtol=0.05, atol=0.02)
 
 
@@ -141,7 +142,7 @@ def test_heads_that_are_columns_of_a_wider_product() -> None:
     wide = torch.cat([paged.query, paged.query[:, :3]], 1)
     turned = paged.query.transpose(0, 1).contiguous().transpose(0, 1)
     for query in (wide[:, :4], turned):
-        found = kernel(query, paged.keys, paged.values, rows, 0.3, None)
+        found = kernel(query, paged.keys, paged.values, rows, Scoring(0.3))
         torch.testing.assert_close(found, paged.plain(0.3, None), rtol=1e-4, atol=1e-5)
 
 

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from reft_runtime.base.attention import LayerShape
+from reft_runtime.base.attention import LayerShape, Scoring
 from reft_runtime.kv.page_attention import GatheredAttention
 from reft_runtime.kv.pages import NOBODYS_PAGE, PageStorage
 from reft_runtime.sampling import SamplingParams
@@ -62,7 +62,7 @@ def write(pages: PageStorage, each: Sequence, value: float) -> None:
             content[:, None, None].expand(-1, shape.kv_heads, dim)
             for dim in (shape.key_dim, shape.value_dim)
         )
-        attention.attend(layer, keys.repeat(1, 2, 1), keys, values, None, None)
+        attention.attend(layer, keys.repeat(1, 2, 1), keys, values, Scoring())
 
 
 def content(pages: PageStorage, each: Sequence, length: int) -> torch.Tensor:

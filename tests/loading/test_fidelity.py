@@ -222,7 +222,7 @@ def test_a_model_that_is_all_rounding_is_told() -> None:
     refused(model, "take float32")
 
 
-@pytest.mark.parametrize("model_type", ["stablelm", "nemotron", "gptj", "falcon"])
+@pytest.mark.parametrize("model_type", ["gptj", "falcon"])
 def test_attention_that_is_not_called_through_the_interface_is_told(model_type: str) -> None:
     changes = {} if model_type != "gptj" else {"rotary_dim": 8}
     model = tiny(model_type, **changes)
