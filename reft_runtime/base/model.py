@@ -60,8 +60,7 @@ class LoadedModel:
     @property
     def kv_bytes_per_token(self) -> int:
         """Memory of one token's keys and values in all layers, in bytes."""
-        numbers = sum(s.kv_heads * (s.key_dim + s.value_dim) for s in self.shapes)
-        return numbers * self.dtype.itemsize
+        return sum(shape.numbers for shape in self.shapes) * self.dtype.itemsize
 
 
 def forward(

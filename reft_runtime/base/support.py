@@ -9,7 +9,11 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from reft_runtime.errors import ConfigError, UnsupportedModel
 
-SUPPORTED_LAYER_TYPES = {"full_attention", "sliding_attention"}
+SUPPORTED_LAYER_TYPES = {"full_attention", "sliding_attention", "chunked_attention"}
+
+
+TUNED = "attn_temperature_tuning"
+"""Setting of Llama 4's configuration and attention: whether queries are scaled by position."""
 
 
 def check_config(config: PretrainedConfig) -> None:
@@ -23,15 +27,10 @@ def check_config(config: PretrainedConfig) -> None:
     ours = type(config).__module__.startswith("transformers.")
     if ours and config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         raise refuse(config, "it is no causal language model")
-    if getattr(config, "kv_lora_rank", None):
-        raise refuse(config, "multi-head latent attention (MLA)")
-    if getattr(config, "attn_logit_softcapping", None) or getattr(
-        config, "final_logit_softcapping", None
-    ):
-        raise refuse(config, "logit soft-capping")
     if getattr(config, "alibi", False) or config.model_type in ("bloom", "mpt"):
         raise refuse(config, "ALiBi position biases")
-    if getattr(config, "use_bidirectional_attention", False):
+    # "vision" concerns images alone.
+    if getattr(config, "use_bidirectional_attention", None) not in (None, False, "vision"):
         raise refuse(config, "bidirectional attention")
     kinds = set(getattr(config, "layer_types", None) or ()) - SUPPORTED_LAYER_TYPES
     if kinds or config.model_type in ("mamba", "mamba2", "falcon_mamba", "rwkv", "xlstm"):
@@ -81,7 +80,11 @@ def _rope_settings(config: PretrainedConfig) -> list[dict[str, Any]]:
 
 
 def _length_limit(config: PretrainedConfig) -> int:
-    """Longest sequence in tokens: all learned positions, but only longrope's original length."""
+    """Longest sequence in tokens: all learned positions, but only longrope's original length.
+
+    Llama 4 scales queries by their positions, which it counts from the beginning of a forward pass;
+    only sequences whose scales are all 1 are served.
+    """
     limit = getattr(config, "max_position_embeddings", None)
     if not isinstance(limit, int):
         raise refuse(config, "it does not say its maximum length (max_position_embeddings)")
@@ -90,4 +93,6 @@ def _length_limit(config: PretrainedConfig) -> int:
             original = rope.get("original_max_position_embeddings")
             original = original or getattr(config, "original_max_position_embeddings", None)
             limit = min(limit, original or limit)
+    if getattr(config, TUNED, False):
+        limit = min(limit, int(config.floor_scale) - 1)
     return limit

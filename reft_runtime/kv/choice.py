@@ -57,11 +57,13 @@ def attends_by_kernels(loaded: LoadedModel) -> tuple[bool, bool]:
         return False, False
     decodes = prompts = True
     for shape in set(loaded.shapes):
-        query = torch.empty(1, loaded.group * shape.kv_heads, shape.key_dim, dtype=loaded.dtype)
-        key = query[:, : shape.kv_heads]
-        value = query.new_empty(1, shape.kv_heads, shape.value_dim)
-        decodes = decodes and operators.attends(query, key, value)
-        prompts = prompts and decodes and operators.attends_prompts(query, key)
+        key = torch.empty(1, shape.kv_heads, shape.key_dim, dtype=loaded.dtype)
+        value = key.new_empty(1, shape.kv_heads, shape.value_dim)
+        decodes = decodes and operators.attends(key, key, value)
+        inside = shape.values_in_keys
+        prompts = (
+            prompts and decodes and operators.attends_prompts(key, value, values_in_keys=inside)
+        )
     return decodes, prompts
 
 

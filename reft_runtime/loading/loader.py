@@ -14,9 +14,10 @@ from reft_runtime.base.model import LoadedModel, forward
 from reft_runtime.base.ownership import ModelState
 from reft_runtime.base.pretrained import read_config, read_model
 from reft_runtime.base.stages import stage
-from reft_runtime.base.support import check_config, chosen_length, refuse
+from reft_runtime.base.support import TUNED, check_config, chosen_length, refuse
 from reft_runtime.errors import ConfigError, UnsupportedModel
 from reft_runtime.loading.fidelity import check, own_logits
+from reft_runtime.loading.latents import keep_latents
 from reft_runtime.machine.dtypes import DTYPES
 
 PROBE_TOKENS = 8
@@ -113,13 +114,17 @@ def adopt_model(
             probed = _probe(model, max_model_len)
             own = own_logits(model, probed, max_model_len)
         model.set_attn_implementation(ATTENTION)
+        for module in model.modules():
+            if getattr(module, TUNED, False):
+                setattr(module, TUNED, False)  # see `support.chosen_length`
         weight_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
         fused, packed = Fused(), Packed()
         if not differentiable:
             # Not in inference mode: outside the engine, packed weights may meet gradients.
             with stage("Packing the weights"), torch.inference_mode(mode=False), torch.no_grad():
                 fused = fuse(model, layers, probed)
-                packed = prepack(model)
+                probed, unused = keep_latents(model, probed)
+                packed = prepack(model, unused)
         loaded = LoadedModel(
             model=model,
             architecture=type(model).__name__,

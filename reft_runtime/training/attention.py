@@ -11,9 +11,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad, scaled_dot_product_attention
+from torch.nn.functional import pad
 
-from reft_runtime.base.attention import Scoring
+from reft_runtime.base.attention import Reach, Scoring, attend_seen
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +53,7 @@ class BatchAttention:
         self._prefixes = prefixes
         self._keep_own = keep_own
         self._own: dict[int, tuple[Tensor, Tensor]] = {}
-        self._masks: dict[int | None, Tensor] = {}
+        self._masks: dict[Reach, Tensor] = {}
         longest = max(lengths)
         within = torch.arange(longest, device=device)
         counts = torch.tensor(lengths, device=device)
@@ -92,14 +92,7 @@ class BatchAttention:
         if self._longest_prefix:
             key = torch.cat([self._known(layer, key, "keys"), key], dim=2)
             value = torch.cat([self._known(layer, value, "values"), value], dim=2)
-        result = scaled_dot_product_attention(
-            query,
-            key,
-            value,
-            attn_mask=self._mask(scoring.window),
-            scale=scoring.scaling,
-            enable_gqa=query.shape[1] != key.shape[1],
-        )
+        result = attend_seen(query, key, value, self._mask(scoring), scoring)
         rows = result.transpose(1, 2).flatten(0, 1)  # [rows * longest, heads, dim]
         return rows.index_select(0, self._packed)
 
@@ -136,12 +129,10 @@ class BatchAttention:
                 parts.append(pad(getattr(prefix, which)[layer], (0, 0, 0, missing)))
         return torch.stack(parts)
 
-    def _mask(self, window: int | None) -> Tensor:
+    def _mask(self, scoring: Scoring) -> Tensor:
         """The mask [rows, 1, longest, longest prefix + longest], True where a key is seen."""
-        if window not in self._masks:
+        reach = Reach(scoring.window, scoring.chunk)
+        if reach not in self._masks:
             queries, keys = self._queries[:, :, None], self._keys[:, None, :]
-            seen = keys <= queries
-            if window is not None:
-                seen &= keys > queries - window
-            self._masks[window] = seen[:, None]
-        return self._masks[window]
+            self._masks[reach] = scoring.sees(queries, keys)[:, None]
+        return self._masks[reach]
