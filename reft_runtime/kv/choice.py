@@ -40,7 +40,7 @@ def page_kernel(device: torch.device, group: int, dtype: torch.dtype, dim: int) 
 
     `group` is the most query heads that share a head of keys, `dim` the width of the widest head.
     """
-    if not has_triton(device):
+    if not _by_triton(device, dim):
         return GatheredAttention()
     from reft_runtime.kv.triton_attention import Tiles, TritonAttention
 
@@ -51,7 +51,7 @@ def page_kernel(device: torch.device, group: int, dtype: torch.dtype, dim: int) 
 def attends_by_kernels(loaded: LoadedModel) -> tuple[bool, bool]:
     """Whether C++ or Triton kernels compute attention: of decoding tokens, and of prompts."""
     if loaded.device.type != "cpu":
-        return has_triton(loaded.device), has_triton(loaded.device)
+        return (_by_triton(loaded.device, _widest(loaded)),) * 2
     operators = cpu_operators()
     if operators is None:
         return False, False
@@ -65,6 +65,14 @@ def attends_by_kernels(loaded: LoadedModel) -> tuple[bool, bool]:
             prompts and decodes and operators.attends_prompts(key, value, values_in_keys=inside)
         )
     return decodes, prompts
+
+
+def _by_triton(device: torch.device, dim: int) -> bool:
+    if not has_triton(device):
+        return False
+    from reft_runtime.kv.triton_attention import WIDEST
+
+    return dim <= WIDEST
 
 
 def _widest(loaded: LoadedModel) -> int:

@@ -20,7 +20,10 @@ def keep_latents(
     """Let the model's layers keep latents instead of keys and values, where these are smaller.
 
     Returns the layers as they ask from now on, and the linear layers that are not called any more.
+    Nothing changes on a device: latents are wider than the heads that its kernels take.
     """
+    if next(model.parameters()).device.type != "cpu":
+        return tuple(probed), frozenset()
     layers = list(probed)
     unused: set[nn.Module] = set()
     module: Any

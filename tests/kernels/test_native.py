@@ -152,7 +152,7 @@ def test_attend(operators: Kernels, dtype: torch.dtype, dim: int, window: int) -
         [(rows[slot].data_ptr(), capacity, at) for slot, at in zip(slots, positions, strict=True)]
     )
     before = 0, kv_heads * dim
-    operators.attend(query, key, value, out, places, before, 0.2, window)
+    operators.attend(query, key, value, out, places, before, HeadScoring(0.2, window))
     for token, (slot, position) in enumerate(zip(slots, positions, strict=True)):
         assert torch.equal(keys[slot, :, position], key[token])
         assert torch.equal(values[slot, :, position], value[token])
