@@ -46,6 +46,16 @@ _COMMON: dict[str, Any] = {
     "eos_token_id": None,
     "pad_token_id": None,
 }
+_LATENT = {
+    "num_key_value_heads": 4,
+    "kv_lora_rank": 16,
+    "q_lora_rank": 12,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 12,
+}
+"""Multi-head latent attention, with latents that are smaller than keys and values."""
+
 _OWN: dict[str, dict[str, Any]] = {
     "llama": {"num_hidden_layers": 4},
     "qwen2": {},
@@ -57,6 +67,49 @@ _OWN: dict[str, dict[str, Any]] = {
         "tie_word_embeddings": False,
         "sliding_window": WINDOW,
         "layer_types": ["sliding_attention", "sliding_attention", "full_attention"],
+    },
+    "gemma2": {
+        "head_dim": 8,
+        "query_pre_attn_scalar": 8,
+        "tie_word_embeddings": False,
+        "sliding_window": WINDOW,
+        "attn_logit_softcapping": 2.0,
+        "final_logit_softcapping": 5.0,
+    },
+    "gpt_oss": {
+        "head_dim": 8,
+        "sliding_window": WINDOW,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+    },
+    "llama4_text": {
+        "head_dim": 8,
+        "num_hidden_layers": 4,
+        "attention_chunk_size": WINDOW,
+        "intermediate_size_mlp": 48,
+        "num_local_experts": 2,
+    },
+    "deepseek_v3": {
+        **_LATENT,
+        "n_routed_experts": 4,
+        "n_group": 1,
+        "topk_group": 1,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 16,
+        "first_k_dense_replace": 1,
+    },
+    "minicpm3": _LATENT,
+    "gemma4_text": {
+        "head_dim": 8,
+        "global_head_dim": 16,
+        "num_hidden_layers": 4,
+        "num_kv_shared_layers": 2,
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+        "sliding_window": WINDOW,
+        "hidden_size_per_layer_input": 8,
+        "vocab_size_per_layer_input": VOCABULARY,
+        "tie_word_embeddings": False,
     },
     "gpt2": {},
     "gpt_neox": {"rotary_pct": 0.5},
@@ -78,8 +131,10 @@ def tiny(model_type: str, *, seed: int = 0, **changes: Any) -> PreTrainedModel:
         config, dtype=torch.float32
     )
     # Norms' weights and all biases begin as constants: random ones show that each is applied.
-    for parameter in model.parameters():
-        if parameter.ndim == 1:
+    for name, parameter in model.named_parameters():
+        if name.endswith(".sinks"):
+            parameter.data = 2 * torch.randn_like(parameter)
+        elif parameter.ndim == 1:
             parameter.data += 0.1 * torch.randn_like(parameter)
     model.generation_config = GenerationConfig(  # type: ignore[no-untyped-call]
         do_sample=False, num_beams=1

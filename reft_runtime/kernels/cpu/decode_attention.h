@@ -172,7 +172,9 @@ int attend(const T* query, const T* key, const T* value, T* out, const int64_t* 
                              h * place[1] * widths.value_row;
                 const int64_t same = dim == width && !widths.values_in_keys ? dim : 0;
                 auto* attend_one = same == 64    ? attend_group<T, 64>
+                                   : same == 96  ? attend_group<T, 96>
                                    : same == 128 ? attend_group<T, 128>
+                                   : same == 256 ? attend_group<T, 256>
                                                  : attend_group<T, 0>;
                 if (count > 0)
                     attend_one(q, k, v, to, count, widths, first, last, scoring.scale,
