@@ -30,8 +30,9 @@ class Prefix:
 
     @property
     def size_bytes(self) -> int:
-        """The memory that the keys and values take."""
-        return sum(t.numel() * t.element_size() for t in (*self.keys, *self.values))
+        """The memory that the keys and values take; layers may share some."""
+        each = {id(t): t.numel() * t.element_size() for t in (*self.keys, *self.values)}
+        return sum(each.values())
 
 
 class BatchAttention:
@@ -98,15 +99,20 @@ class BatchAttention:
 
     def prefixes_of_rows(self) -> list[Prefix]:
         """The keys and values of each row's own tokens, with `keep_own`."""
+        layers = [self._own[layer] for layer in sorted(self._own)]
         first = 0
         found = []
-        layers = [self._own[layer] for layer in sorted(self._own)]
         for length in self._lengths:
             tokens = slice(first, first + length)
+            # Layers may share keys and values: what lies at one place is copied once.
+            copies = {
+                _place(heads): heads[:, tokens].clone()
+                for heads in {_place(each): each for pair in layers for each in pair}.values()
+            }
             found.append(
                 Prefix(
-                    tuple(keys[:, tokens].clone() for keys, _ in layers),
-                    tuple(values[:, tokens].clone() for _, values in layers),
+                    tuple(copies[_place(keys)] for keys, _ in layers),
+                    tuple(copies[_place(values)] for _, values in layers),
                 )
             )
             first += length
@@ -136,3 +142,7 @@ class BatchAttention:
             queries, keys = self._queries[:, :, None], self._keys[:, None, :]
             self._masks[reach] = scoring.sees(queries, keys)[:, None]
         return self._masks[reach]
+
+
+def _place(tensor: Tensor) -> tuple[int, torch.Size]:
+    return tensor.data_ptr(), tensor.shape
