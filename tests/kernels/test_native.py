@@ -4,7 +4,7 @@ import ctypes
 import logging
 import math
 from pathlib import Path
-from typing import Any, get_args
+from typing import get_args
 
 import pytest
 import torch
@@ -270,8 +270,17 @@ def test_shapes_that_disagree_are_refused(operators: Kernels) -> None:
     places = torch.tensor([(rows.data_ptr(), 16, 0), (rows.data_ptr(), 16, 1)])
     angles = rand(2, 64)
 
-    def attend(*heads_and_places: Tensor, before: tuple[int, int] = (0, 256), **more: Any) -> None:
-        operators.attend(*heads_and_places, before, HeadScoring(1.0, **more))
+    def attend(
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        out: Tensor,
+        places: Tensor,
+        before: tuple[int, int] = (0, 256),
+        sinks: Tensor | None = None,
+    ) -> None:
+        scoring = HeadScoring(1.0, sinks=sinks)
+        operators.attend(query, key, value, out, places, before, scoring)
 
     for bad in (
         lambda: attend(heads, heads[:1], heads, out, places),

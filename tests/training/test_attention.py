@@ -55,9 +55,9 @@ def test_gradients_are_those_of_the_models_own_attention(model_type: str) -> Non
     for ids, shift, found, gradient, weight in zip(
         rows,
         shifts,
-        logits.detach().split(LENGTHS),  # type: ignore[no-untyped-call]
-        packed.grad.split(LENGTHS),
-        weights.split(LENGTHS),
+        torch.split(logits.detach(), LENGTHS),
+        torch.split(packed.grad, LENGTHS),
+        torch.split(weights, LENGTHS),
         strict=True,
     ):
         shift.requires_grad_()
