@@ -14,7 +14,7 @@ from reft_runtime.loading.loader import adopt_model
 from reft_runtime.training.attention import BatchAttention
 from tests.helpers.models import HIDDEN, VOCABULARY, WINDOW, prompt, tiny
 
-LENGTHS = (3, 2 * WINDOW + 3, WINDOW + 1)
+LENGTHS = [3, 2 * WINDOW + 3, WINDOW + 1]
 
 
 def shifted(layer: nn.Module, shift: Tensor) -> Any:
