@@ -24,6 +24,8 @@ def check_config(config: PretrainedConfig) -> None:
         raise refuse(config, f"its weights are quantised ({_method(config)}); {_UNQUANTISED}")
     if getattr(config, "vision_config", None) or getattr(config, "audio_config", None):
         raise refuse(config, "it is multimodal; its text model alone may be served")
+    if config.model_type == "longcat_flash":
+        raise refuse(config, "a layer attends more than once")
     ours = type(config).__module__.startswith("transformers.")
     if ours and config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         raise refuse(config, "it is no causal language model")
@@ -33,6 +35,8 @@ def check_config(config: PretrainedConfig) -> None:
     if getattr(config, "use_bidirectional_attention", None) not in (None, False, "vision"):
         raise refuse(config, "bidirectional attention")
     kinds = set(getattr(config, "layer_types", None) or ()) - SUPPORTED_LAYER_TYPES
+    if "indexed_attention" in kinds:
+        raise refuse(config, "sparse attention, whose indexer keeps keys of its own")
     if kinds or config.model_type in ("mamba", "mamba2", "falcon_mamba", "rwkv", "xlstm"):
         raise refuse(config, f"state-space or other layers ({', '.join(sorted(kinds)) or 'all'})")
     for rope in _rope_settings(config):
