@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
-from reft_runtime.base.attention import CausalStep
+from reft_runtime.base.recurrent import EachTokenStep
 from reft_runtime.errors import WrongBaseModel
 from reft_runtime.interventions.format.components import NAMED, module_path
 
@@ -57,7 +57,7 @@ class EditSites:
         self._same: dict[Site, Site] = {}
         handles = [handle for module in model.modules() for handle in self._probe(module)]
         try:
-            forward_two(CausalStep())
+            forward_two(EachTokenStep())
         finally:
             for handle in handles:
                 handle.remove()

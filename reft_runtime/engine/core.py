@@ -102,7 +102,9 @@ class EngineCore:
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self.loaded = loaded
-        budget = BlockBudget(config.kv_tokens, PrefixCache() if config.prefix_cache else None)
+        # Blocks alone do not continue a prompt where layers have recurrent states, too.
+        cached = config.prefix_cache and not loaded.mixers
+        budget = BlockBudget(config.kv_tokens, PrefixCache() if cached else None)
         sizes = sizes_for(loaded.device)
         pacer = StepPacer(sizes.mixed_tokens, sizes.least_tokens)
         self.scheduler = Scheduler(budget, config.max_running, config.max_step_tokens, pacer)
