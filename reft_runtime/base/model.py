@@ -13,7 +13,7 @@ from reft_runtime.base.attention import AttentionStep, LayerShape, running
 from reft_runtime.base.fused import Fused
 from reft_runtime.base.linears import Packed
 from reft_runtime.base.ownership import ModelState, release
-from reft_runtime.base.recurrent import StateShapes
+from reft_runtime.base.recurrent import MixerStates
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +33,7 @@ class LoadedModel:
     shapes: tuple[LayerShape, ...]
     group: int
     mixers: tuple[nn.Module, ...]
-    states: tuple[StateShapes, ...]
+    states: tuple[MixerStates, ...]
     eos_ids: frozenset[int]
     hidden_size: int
     vocab_size: int
@@ -70,7 +70,7 @@ class LoadedModel:
     @property
     def state_bytes(self) -> int:
         """Memory of one sequence's recurrent states, in bytes; 0 without recurrent layers."""
-        return sum(shape.bytes for shapes in self.states for shape in shapes.values())
+        return sum(shape.bytes for mixer in self.states for shape in mixer.shapes.values())
 
 
 def forward(

@@ -27,8 +27,8 @@ _UPDATES = {"update_conv_state", "update_recurrent_state"}
 _ATTENDS = {"ALL_ATTENTION_FUNCTIONS"}
 _CACHES = ("cache_params", "past_key_values")
 
-Outputs = Tensor | tuple[Tensor, ...]
-"""What a mixer returns: a tensor [rows, tokens, ...], or several."""
+Rows = Tensor | tuple[Tensor, ...]
+"""What a mixer takes or returns: a tensor [sequences, tokens, ...], or several."""
 
 
 class StateKey(NamedTuple):
@@ -51,8 +51,15 @@ class StateShape:
         return math.prod(self.sizes) * self.dtype.itemsize
 
 
-StateShapes = Mapping[StateKey, StateShape]
-"""The states that a mixer keeps of a sequence."""
+@dataclass(frozen=True, slots=True)
+class MixerStates:
+    """The states that a mixer keeps of a sequence.
+
+    Its code goes on from them with one token, and with several at once only if it `continues`.
+    """
+
+    shapes: Mapping[StateKey, StateShape]
+    continues: bool
 
 
 class StateCache:
@@ -115,9 +122,9 @@ class StateRecorder(StateCache):
         super().__init__(self._made, begins=True)
 
     @property
-    def shapes(self) -> StateShapes:
-        """The states that were kept."""
-        return {key: StateShape(tuple(t.shape[1:]), t.dtype) for key, t in self._made.items()}
+    def states(self) -> dict[StateKey, Tensor]:
+        """The states that were kept, [1, ...] each."""
+        return self._made
 
     def update_conv_state(
         self,
@@ -145,46 +152,43 @@ class StateRecorder(StateCache):
 class MixerCall:
     """A call of a mixer on the packed rows of a step, to be run part by part.
 
-    `rows` are the arguments that have a row for each token, [1, T, ...], by name; `others` are
-    those that are the same for all tokens. `cache` is the name of the cache's argument.
+    `rows` are the arguments that have a row for each of the `tokens`, [1, T, ...], by name;
+    `others` are those that are the same for all. `cache` is the name of the cache's argument.
     """
 
     own: Callable[..., Any]
-    rows: Mapping[str, Tensor]
+    tokens: int
+    rows: Mapping[str, Rows]
     others: Mapping[str, Any]
     cache: str
 
-    @property
-    def tokens(self) -> int:
-        """Number of packed tokens."""
-        return next(iter(self.rows.values())).shape[1]
-
-    def alone(self, first: int, stop: int, states: StateCache | None) -> Outputs:
+    def alone(self, first: int, stop: int, states: StateCache | None) -> Rows:
         """The output [1, n, ...] of n consecutive tokens of one sequence.
 
         Without `states` the sequence begins, and its states are not kept.
         """
-        return self._run({name: r[:, first:stop] for name, r in self.rows.items()}, states)
+        return self._run(lambda rows: rows[:, first:stop], states)
 
-    def together(self, first: int, stop: int, states: StateCache) -> Outputs:
+    def together(self, first: int, stop: int, states: StateCache) -> Rows:
         """The output [1, n, ...] of one token each of n sequences, which all have states."""
-        rows = {name: r[:, first:stop].transpose(0, 1) for name, r in self.rows.items()}
-        return _each(self._run(rows, states), lambda made: made.transpose(0, 1))
+        made = self._run(lambda rows: rows[:, first:stop].transpose(0, 1), states)
+        return _each(made, lambda made: made.transpose(0, 1))
 
-    def rectangle(self, index: Tensor) -> Outputs:
+    def rectangle(self, index: Tensor) -> Rows:
         """The outputs [n * m, ...] of n sequences of m tokens each, all from their beginning.
 
         `index` [n, m] are their rows among the packed ones. Their states are not kept.
         """
-        rows = {name: r[0][index] for name, r in self.rows.items()}
-        return _each(self._run(rows, None), lambda made: made.flatten(0, 1))
+        made = self._run(lambda rows: rows[0][index], None)
+        return _each(made, lambda made: made.flatten(0, 1))
 
-    def _run(self, rows: Mapping[str, Tensor], states: StateCache | None) -> Outputs:
-        made: Outputs = self.own(**{**self.others, **rows, self.cache: states})
+    def _run(self, cut: Callable[[Tensor], Tensor], states: StateCache | None) -> Rows:
+        rows = {name: _each(given, cut) for name, given in self.rows.items()}
+        made: Rows = self.own(**self.others, **rows, **{self.cache: states})
         return made
 
 
-def join(parts: SequenceOf[Outputs]) -> Outputs:
+def join(parts: SequenceOf[Rows]) -> Rows:
     """Put parts [1, n, ...] one behind the other."""
     first = parts[0]
     if len(parts) == 1:
@@ -194,32 +198,67 @@ def join(parts: SequenceOf[Outputs]) -> Outputs:
     return tuple(torch.cat(each, 1) for each in zip(*parts, strict=True))
 
 
-def _each(made: Outputs, change: Callable[[Tensor], Tensor]) -> Outputs:
-    return change(made) if isinstance(made, Tensor) else tuple(change(one) for one in made)
+def _each(rows: Rows, change: Callable[[Tensor], Tensor]) -> Rows:
+    return change(rows) if isinstance(rows, Tensor) else tuple(change(one) for one in rows)
 
 
 class RecurrentStep(AttentionStep, Protocol):
     """A step of a model that has mixers."""
 
-    def recur(self, mixer: int, call: MixerCall) -> Outputs:
+    def recur(self, mixer: int, call: MixerCall) -> Rows:
         """Run a mixer, by its number, for every sequence of the step: [1, T, ...]."""
 
 
 class StateProbe(ShapeProbe):
-    """A `ShapeProbe` that also records the states of every mixer, as `states` by its number."""
+    """A `ShapeProbe` that also finds out the states of each of the `mixers`, by its number.
 
-    def __init__(self, max_tokens: int, dtype: torch.dtype) -> None:
+    `read` are the linear layers inside mixers that are not called: the mixers' own code reads
+    their weights, which must stay as they are.
+    """
+
+    def __init__(
+        self, max_tokens: int, dtype: torch.dtype, mixers: SequenceOf[nn.Module]
+    ) -> None:
         super().__init__(max_tokens, dtype)
-        self.states: dict[int, StateShapes] = {}
+        self.states: dict[int, MixerStates] = {}
+        self.read: set[nn.Module] = set()
+        self._mixers = mixers
 
-    def recur(self, mixer: int, call: MixerCall) -> Outputs:
+    def recur(self, mixer: int, call: MixerCall) -> Rows:
         """Record the mixer's states while it runs."""
         if mixer in self.states:
             raise UnsupportedModel("a recurrent layer runs more than once")
+        linears = {one for one in self._mixers[mixer].modules() if isinstance(one, nn.Linear)}
+        self.read |= linears
+        hooks = [
+            one.register_forward_pre_hook(lambda one, _: self.read.discard(one)) for one in linears
+        ]
         recorder = StateRecorder()
-        made = call.alone(0, call.tokens, recorder)
-        self.states[mixer] = recorder.shapes
+        try:
+            made = call.alone(0, call.tokens, recorder)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        states = recorder.states
+        self.states[mixer] = MixerStates(
+            {key: StateShape(tuple(t.shape[1:]), t.dtype) for key, t in states.items()},
+            _continues(call, states),
+        )
         return made
+
+
+def _continues(call: MixerCall, states: Mapping[StateKey, Tensor]) -> bool:
+    """Whether what a mixer gives for several tokens depends on each recurrent state."""
+    if call.tokens < 2:
+        return False
+
+    def first(changed: StateKey | None) -> Tensor:
+        given = {key: state + 1 if key == changed else state.clone() for key, state in states.items()}
+        made = call.alone(0, 2, StateCache(given, begins=False))
+        return made if isinstance(made, Tensor) else torch.cat([m.flatten() for m in made])
+
+    same = first(None)
+    return all(key.kind == "conv" or not torch.equal(first(key), same) for key in states)
 
 
 class EachTokenStep(CausalStep):
@@ -228,7 +267,7 @@ class EachTokenStep(CausalStep):
     So no module inside a mixer gets packed rows, as in any other step.
     """
 
-    def recur(self, mixer: int, call: MixerCall) -> Outputs:
+    def recur(self, mixer: int, call: MixerCall) -> Rows:
         """Run the mixer for each token."""
         return join([call.alone(at, at + 1, None) for at in range(call.tokens)])
 
@@ -255,20 +294,20 @@ class _Mixer:
             return self._own(*args, **kwargs)
         given = dict(zip(self._names, args, strict=False), **kwargs)
         given.pop(self._cache, None)
-        rows: dict[str, Tensor] = {}
+        tokens: int = given[self._names[0]].shape[1]
+        rows: dict[str, Rows] = {}
         others: dict[str, Any] = {}
-        tokens = None
         for name, value in given.items():
-            if isinstance(value, Tensor):
-                tokens = tokens or value.shape[1]
-                if value.shape[:2] != (1, tokens):
-                    raise UnsupportedModel(f"a recurrent layer gets {name} that no token has")
-                rows[name] = value
-            elif value is None or isinstance(value, bool | int | float | str):
+            if value is None or isinstance(value, bool | int | float | str):
                 others[name] = value
+            elif all(
+                isinstance(one, Tensor) and one.shape[:2] == (1, tokens)
+                for one in (value if isinstance(value, tuple) else (value,))
+            ):
+                rows[name] = value
             else:
-                raise UnsupportedModel(f"a recurrent layer gets {name} that no token has")
-        return step.recur(self._number, MixerCall(self._own, rows, others, self._cache))
+                raise UnsupportedModel(f"a recurrent layer gets {name} that is not one per token")
+        return step.recur(self._number, MixerCall(self._own, tokens, rows, others, self._cache))
 
 
 def find_mixers(model: PreTrainedModel) -> tuple[nn.Module, ...]:

@@ -17,7 +17,7 @@ from collections.abc import Sequence as SequenceOf
 import torch
 from torch import Tensor
 
-from reft_runtime.base.recurrent import MixerCall, Outputs, StateCache, StateKey, StateShapes, join
+from reft_runtime.base.recurrent import MixerCall, MixerStates, Rows, StateCache, StateKey, join
 from reft_runtime.schedule.plan import Chunk
 from reft_runtime.schedule.prefix_cache import StateCopy
 from reft_runtime.schedule.sequence import Sequence
@@ -31,7 +31,7 @@ class StateStorage:
 
     def __init__(
         self,
-        mixers: SequenceOf[StateShapes],
+        mixers: SequenceOf[MixerStates],
         device: torch.device,
         slots: int,
         places: int = 0,
@@ -40,11 +40,12 @@ class StateStorage:
             return [
                 {
                     key: torch.empty(count, *shape.sizes, dtype=shape.dtype, device=device)
-                    for key, shape in shapes.items()
+                    for key, shape in mixer.shapes.items()
                 }
-                for shapes in mixers
+                for mixer in mixers
             ]
 
+        self.mixers = mixers
         self.states = tensors(slots)
         self.device = device
         self._kept = tensors(places)
@@ -154,9 +155,9 @@ class StateStep:
         if decoding and decoding[-1] - first + 1 != self._decodes:
             self._together = torch.tensor(decoding, device=storage.device)
 
-    def recur(self, mixer: int, call: MixerCall) -> Outputs:
+    def recur(self, mixer: int, call: MixerCall) -> Rows:
         """See `RecurrentStep.recur`."""
-        parts: list[Outputs] = []
+        parts: list[Rows] = []
         states = self._storage.states[mixer]
         if self._decodes:
             own = {key: tensor[self._together] for key, tensor in states.items()}
@@ -171,14 +172,31 @@ class StateStep:
             # Forks get the state behind what they share, which may be inside the chunk.
             shared = max(chunk.start, chunk.shared) if chunk.forks else chunk.stop
             before, behind = first + shared - chunk.start, first + chunk.length
-            if before > first:
-                cache = StateCache(own, begins=not chunk.start)
-                parts.append(call.alone(first, before, cache))
+            parts += self._in_order(mixer, call, first, before, own, begins=not chunk.start)
             self._storage.copy(mixer, slot, [self._storage.slot(fork) for fork in chunk.forks])
-            if behind > before:
-                parts.append(call.alone(before, behind, StateCache(own, begins=not shared)))
+            parts += self._in_order(mixer, call, before, behind, own, begins=not shared)
             first = behind
         return join(parts)
+
+    def _in_order(
+        self,
+        mixer: int,
+        call: MixerCall,
+        first: int,
+        stop: int,
+        states: Mapping[StateKey, Tensor],
+        *,
+        begins: bool,
+    ) -> list[Rows]:
+        """Run a mixer for consecutive tokens of one sequence: at once, where its code can do it."""
+        if begins or self._storage.mixers[mixer].continues:
+            length = stop - first
+        else:
+            length = 1
+        return [
+            call.alone(at, at + length, StateCache(states, begins=begins))
+            for at in range(first, stop, max(1, length))
+        ]
 
 
 def _decodes(chunk: Chunk) -> bool:

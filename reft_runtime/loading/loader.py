@@ -20,7 +20,8 @@ from reft_runtime.base.linears import Packed, prepack
 from reft_runtime.base.model import LoadedModel, forward
 from reft_runtime.base.ownership import ModelState
 from reft_runtime.base.pretrained import read_config, read_model
-from reft_runtime.base.recurrent import StateProbe, StateShapes, find_mixers, replace
+from reft_runtime.base.recurrent import StateProbe, find_mixers, replace
+from reft_runtime.base.shared import tell_layers
 from reft_runtime.base.stages import stage
 from reft_runtime.base.support import check_config, chosen_length, refuse
 from reft_runtime.errors import ConfigError, UnsupportedModel
@@ -119,8 +120,9 @@ def adopt_model(
         model.requires_grad_(False).train(False)
         mixers = find_mixers(model)
         replace(mixers)
+        tell_layers(model)
         with stage("Asking the model for its own logits"):
-            probed, states = _probe(model, max_model_len, len(mixers))
+            probed, probe = _probe(model, max_model_len, mixers)
             own = own_logits(model, probed, max_model_len)
         model.set_attn_implementation(ATTENTION)
         weight_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
@@ -129,7 +131,7 @@ def adopt_model(
             # Not in inference mode: outside the engine, packed weights may meet gradients.
             with stage("Packing the weights"), torch.inference_mode(mode=False), torch.no_grad():
                 fused = fuse(model, layers, probed)
-                packed = prepack(model)
+                packed = prepack(model, probe.read)
         loaded = LoadedModel(
             model=model,
             architecture=type(model).__name__,
@@ -137,7 +139,7 @@ def adopt_model(
             shapes=tuple(layer.shape for layer in probed),
             group=max(layer.heads // max(1, layer.shape.kv_heads) for layer in probed),
             mixers=mixers,
-            states=states,
+            states=tuple(probe.states[number] for number in range(len(mixers))),
             eos_ids=ends_of_answers(model, tokenizer),
             hidden_size=config.hidden_size,
             vocab_size=config.vocab_size,
@@ -160,15 +162,15 @@ def adopt_model(
 
 
 def _probe(
-    model: PreTrainedModel, max_tokens: int, mixers: int
-) -> tuple[tuple[ProbedLayer, ...], tuple[StateShapes, ...]]:
+    model: PreTrainedModel, max_tokens: int, mixers: tuple[nn.Module, ...]
+) -> tuple[tuple[ProbedLayer, ...], StateProbe]:
     """Record what every layer asks of attention, and the states of every mixer.
 
     Windows are kept as attributes of the modules.
     """
     config = model.config
     positions = torch.arange(min(PROBE_TOKENS, max_tokens), device=model.device)
-    probe = StateProbe(max_tokens, model.dtype)
+    probe = StateProbe(max_tokens, model.dtype, mixers)
     model.set_attn_implementation(PROBE)
     try:
         forward(model, positions % config.vocab_size, positions, positions, probe)
@@ -188,7 +190,7 @@ def _probe(
         raise UnsupportedModel("not every layer is a plain attention layer with its own KV")
     if not probe.layers.keys() <= set(layers):
         raise UnsupportedModel("it attends in more layers than it has")
-    if sorted(probe.states) != list(range(mixers)):
+    if len(probe.states) != len(mixers):
         raise UnsupportedModel("not all of its recurrent layers run")
     window = getattr(config, "sliding_window", None)
     for layer in probe.own_masks:
@@ -199,8 +201,7 @@ def _probe(
         ):
             raise UnsupportedModel("a window may be in masks that its own code makes")
     none = ProbedLayer(NO_ATTENTION, 0, Scoring())
-    states = tuple(probe.states[number] for number in range(mixers))
-    return tuple(probe.layers.get(layer, none) for layer in layers), states
+    return tuple(probe.layers.get(layer, none) for layer in layers), probe
 
 
 def _decoder_layers(model: PreTrainedModel, count: int) -> tuple[nn.Module, ...]:
