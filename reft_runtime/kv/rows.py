@@ -24,7 +24,7 @@ from reft_runtime.kv.row_attention import TOGETHER_FROM, RowAttentionStep
 from reft_runtime.kv.slabs import BlockPool, Row, parts_of
 from reft_runtime.schedule.blocks import BLOCK_TOKENS
 from reft_runtime.schedule.plan import Chunk
-from reft_runtime.schedule.prefix_cache import BlockCopy
+from reft_runtime.schedule.prefix_cache import BlockCopy, StateCopy
 from reft_runtime.schedule.sequence import Sequence, Status
 
 MIN_CAPACITY = 128
@@ -123,6 +123,11 @@ class RowStorage:
     def attention(self, chunks: SequenceOf[Chunk]) -> RowAttentionStep:
         """See `KVStorage.attention`."""
         return RowAttentionStep(chunks, self.where, self._parts)
+
+    def keep_states(self, copies: Iterable[StateCopy]) -> None:
+        """See `KVStorage.keep_states`: there are no states here."""
+        if any(True for _ in copies):
+            raise ValueError("a storage of keys and values keeps no recurrent states")
 
     def release(self, sequences: Iterable[Sequence]) -> None:
         """Free the rows of the sequences that have one."""
