@@ -318,6 +318,20 @@ class EngineInfo:
 
 
 @dataclass(frozen=True, slots=True)
+class SnapshotStats:
+    """Recurrent states that are kept for reuse: `kept` now, in at most `places`.
+
+    `hits` counts how often a prompt went on from one since the start, and `evictions` those that
+    were evicted for others.
+    """
+
+    kept: int
+    places: int
+    hits: int
+    evictions: int
+
+
+@dataclass(frozen=True, slots=True)
 class PrefixCacheStats:
     """Reuse of keys and values, by kind of block: the base model's ("base"), or edited ("own").
 
@@ -330,6 +344,8 @@ class PrefixCacheStats:
     hits: Mapping[str, int]
     blocks: Mapping[str, int]
     evictions: int
+    snapshots: SnapshotStats | None = None
+    """None unless the model has recurrent layers."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -175,7 +175,7 @@ class EngineCore:
     def _plan(self) -> Step | None:
         """Plan the next step; None if there is nothing to compute, or no memory to keep blocks."""
         plan = self.scheduler.schedule()
-        kept = self.requests.keep(plan.kept)
+        kept = self.requests.keep(plan.kept, plan.kept_states)
         self.runner.release(plan.preempted)
         if not plan.chunks or not kept:
             return None
