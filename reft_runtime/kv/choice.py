@@ -16,16 +16,12 @@ from reft_runtime.kv.storage import KVStorage
 from reft_runtime.schedule.budget import BlockBudget
 
 
-def storage_for(
-    loaded: LoadedModel, budget: BlockBudget, max_running: int, places: int = 0
-) -> KVStorage:
-    """The storage that suits the model's device, with room for the budget's blocks.
-
-    `places` is the number of recurrent states that are kept for reuse.
-    """
+def storage_for(loaded: LoadedModel, budget: BlockBudget, max_running: int) -> KVStorage:
+    """The storage that suits the model's device, with room for the budget's blocks and states."""
     storage = _kv_storage_for(loaded, budget, max_running)
     if not loaded.mixers:
         return storage
+    places = 0 if budget.snapshots is None else budget.snapshots.places
     return HybridStorage(storage, StateStorage(loaded.states, loaded.device, max_running, places))
 
 
