@@ -172,7 +172,7 @@ class MixerCall:
     def together(self, first: int, stop: int, states: StateCache) -> Rows:
         """The output [1, n, ...] of one token each of n sequences, which all have states."""
         made = self._run(lambda rows: rows[:, first:stop].transpose(0, 1), states)
-        return _each(made, lambda made: made.transpose(0, 1))
+        return each(made, lambda made: made.transpose(0, 1))
 
     def rectangle(self, index: Tensor) -> Rows:
         """The outputs [n * m, ...] of n sequences of m tokens each, all from their beginning.
@@ -180,10 +180,10 @@ class MixerCall:
         `index` [n, m] are their rows among the packed ones. Their states are not kept.
         """
         made = self._run(lambda rows: rows[0][index], None)
-        return _each(made, lambda made: made.flatten(0, 1))
+        return each(made, lambda made: made.flatten(0, 1))
 
     def _run(self, cut: Callable[[Tensor], Tensor], states: StateCache | None) -> Rows:
-        rows = {name: _each(given, cut) for name, given in self.rows.items()}
+        rows = {name: each(given, cut) for name, given in self.rows.items()}
         made: Rows = self.own(**self.others, **rows, **{self.cache: states})
         return made
 
@@ -198,7 +198,8 @@ def join(parts: SequenceOf[Rows]) -> Rows:
     return tuple(torch.cat(each, 1) for each in zip(*parts, strict=True))
 
 
-def _each(rows: Rows, change: Callable[[Tensor], Tensor]) -> Rows:
+def each(rows: Rows, change: Callable[[Tensor], Tensor]) -> Rows:
+    """Change every tensor of `rows`."""
     return change(rows) if isinstance(rows, Tensor) else tuple(change(one) for one in rows)
 
 

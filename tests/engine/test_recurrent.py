@@ -117,14 +117,14 @@ def test_edits_at_block_outputs_are_those_of_plain_hooks(model_type: str) -> Non
 def test_a_warm_cache_changes_no_token(model_type: str) -> None:
     model, loaded = pair(model_type)
     core = make_core(loaded)
-    begin = prompt(40)
+    begin = prompt(70)
     texts = {f"{n}": (*begin, *prompt(n)) for n in (1, 5, 19)}
     for _ in range(2):
         for name, text in texts.items():
             got = run(core, [request(name, text, max_tokens=4)])
             assert got[name][0] == generate(model, text, 4), name
-    stats = core.scheduler.snapshots.stats() if core.scheduler.snapshots else None
-    assert stats and stats.hits
+    assert core.scheduler.snapshots is not None
+    assert core.scheduler.snapshots.stats().hits
 
 
 def poison(storage: StateStorage, free_only: bool = True) -> None:
