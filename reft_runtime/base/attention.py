@@ -127,8 +127,8 @@ def running(step: AttentionStep) -> Iterator[None]:
 
 def layer_of(module: nn.Module) -> int:
     """The decoder layer that an attention module runs for."""
-    layer: int = getattr(module, LAYER, module.layer_idx)  # type: ignore[assignment]
-    return layer
+    layer: Any = getattr(module, LAYER, None)
+    return int(module.layer_idx if layer is None else layer)  # type: ignore[arg-type]
 
 
 def packed_attention(

@@ -35,7 +35,7 @@ class StateKey(NamedTuple):
     """Names one state of a mixer, as the mixer's own code does."""
 
     kind: Literal["conv", "recurrent"]
-    index: int
+    number: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +105,9 @@ class StateCache:
         """Keep a recurrent state, and return it."""
         return self._states[StateKey("recurrent", state_idx)].copy_(recurrent_states)
 
-    def has_previous_state(self, layer_idx: int | None = None, state_idx: int | None = None) -> bool:
+    def has_previous_state(
+        self, layer_idx: int | None = None, state_idx: int | None = None
+    ) -> bool:
         """Whether the sequences have states."""
         return not self._begins
 
@@ -217,9 +219,7 @@ class StateProbe(ShapeProbe):
     their weights, which must stay as they are.
     """
 
-    def __init__(
-        self, max_tokens: int, dtype: torch.dtype, mixers: SequenceOf[nn.Module]
-    ) -> None:
+    def __init__(self, max_tokens: int, dtype: torch.dtype, mixers: SequenceOf[nn.Module]) -> None:
         super().__init__(max_tokens, dtype)
         self.states: dict[int, MixerStates] = {}
         self.read: set[nn.Module] = set()
@@ -254,7 +254,9 @@ def _continues(call: MixerCall, states: Mapping[StateKey, Tensor]) -> bool:
         return False
 
     def first(changed: StateKey | None) -> Tensor:
-        given = {key: state + 1 if key == changed else state.clone() for key, state in states.items()}
+        given = {
+            key: state + 1 if key == changed else state.clone() for key, state in states.items()
+        }
         made = call.alone(0, 2, StateCache(given, begins=False))
         return made if isinstance(made, Tensor) else torch.cat([m.flatten() for m in made])
 

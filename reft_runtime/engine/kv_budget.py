@@ -44,9 +44,7 @@ def recurrent_bytes(loaded: LoadedModel, max_running: int, snapshots: int) -> in
     return (max_running + snapshots) * loaded.state_bytes
 
 
-def kv_budget(
-    loaded: LoadedModel, max_running: int, wanted: int | None, snapshots: int = 0
-) -> int:
+def kv_budget(loaded: LoadedModel, max_running: int, wanted: int | None, snapshots: int = 0) -> int:
     """The number of tokens whose keys and values are held: `wanted`, or what memory allows.
 
     Without `wanted` it is `max_running` answers at full length, within a share of the memory that

@@ -8,7 +8,6 @@ from collections.abc import Sequence as SequenceOf
 from torch import Tensor
 
 from reft_runtime.base.attention import AttentionStep, Scoring
-from reft_runtime.base.recurrent import MixerCall, Rows
 from reft_runtime.kv.states import StateStep, StateStorage
 from reft_runtime.kv.storage import KVStorage
 from reft_runtime.schedule.plan import Chunk

@@ -189,10 +189,8 @@ class StateStep:
         begins: bool,
     ) -> list[Rows]:
         """Run a mixer for consecutive tokens of one sequence: at once, where its code can do it."""
-        if begins or self._storage.mixers[mixer].continues:
-            length = stop - first
-        else:
-            length = 1
+        at_once = begins or self._storage.mixers[mixer].continues
+        length = stop - first if at_once else 1
         return [
             call.alone(at, at + length, StateCache(states, begins=begins))
             for at in range(first, stop, max(1, length))

@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 from transformers import PreTrainedModel
 
 from reft_runtime.base.model import LoadedModel
@@ -94,14 +93,14 @@ def test_alone_after_preemption_and_several_choices(model_type: str) -> None:
             preempt(core, core.scheduler.running[turn % len(core.scheduler.running)])
     finish(core, found)
     for n, tokens in zip(LENGTHS, wanted(model_type), strict=True):
-        assert found[str(n)].tokens == {choice: tokens for choice in range(3)}
+        assert found[str(n)].tokens == dict.fromkeys(range(3), tokens)
     assert core.scheduler.preemptions
 
 
 @pytest.mark.parametrize("model_type", RECURRENT)
 def test_edits_at_block_outputs_are_those_of_plain_hooks(model_type: str) -> None:
     model, loaded = pair(model_type)
-    layers: Any = model.get_decoder().layers
+    layers: Any = model.get_decoder().layers  # type: ignore[no-untyped-call]
     edits = [loreft(layer, "f2+l2", seed=layer) for layer in range(2)]
     requests = [
         request(str(n), prompt(n), *([applied(*edits)] if n % 2 else []), max_tokens=4)
@@ -127,9 +126,9 @@ def test_a_warm_cache_changes_no_token(model_type: str) -> None:
     assert core.scheduler.snapshots.stats().hits
 
 
-def poison(storage: StateStorage, free_only: bool = True) -> None:
+def poison(storage: StateStorage) -> None:
     """Fill the slots that nobody has with values that spoil whatever reads them."""
-    first = len(storage._order) if free_only else 0
+    first = len(storage._order)
     with torch.inference_mode():
         for mixer in storage.states:
             for tensor in mixer.values():
@@ -198,7 +197,7 @@ def test_a_step_for_which_memory_ran_out_is_not_repeated_on_states(
     assert len(failed) == 1
     for n, tokens in zip(LENGTHS, wanted(ONE), strict=True):
         if str(n) not in failed:
-            assert found[str(n)].tokens == {choice: tokens for choice in range(choices)}
+            assert found[str(n)].tokens == dict.fromkeys(range(choices), tokens)
 
 
 def test_a_model_is_given_back_as_it_was() -> None:

@@ -1,8 +1,9 @@
 """Where in a layer an edit acts: the named components, and module paths for all other places.
 
-The names are pyvene's, but for `mixer_input` and `mixer_output`: what a recurrent layer has in
-attention's place, or beside it. A path is written as pyvene writes it, `model.layers[15].mlp.output`: the
-module's path in the model, indices in brackets, then `input` or `output`.
+The names are pyvene's, but for `mixer_input` and `mixer_output`: of what a recurrent layer has in
+attention's place, or beside it. A path is written as pyvene writes it,
+`model.layers[15].mlp.output`: the module's path in the model, indices in brackets, then `input` or
+`output`.
 """
 
 from __future__ import annotations
