@@ -29,6 +29,9 @@ PROBE = "reft_probe"
 REACH = "reft_reach"
 """Attribute of an attention module that holds the `Reach` of its mask."""
 
+LAYER = "reft_layer"
+"""Attribute of an attention module that several layers share: the layer that it runs for."""
+
 _AFTER = 64
 """This many keys after a query are checked; a causal mask hides them all."""
 
@@ -163,6 +166,12 @@ def running(step: AttentionStep) -> Iterator[None]:
         _running.reset(token)
 
 
+def layer_of(module: nn.Module) -> int:
+    """The decoder layer that an attention module runs for."""
+    layer: Any = getattr(module, LAYER, None)
+    return int(module.layer_idx if layer is None else layer)  # type: ignore[arg-type]
+
+
 def packed_attention(
     module: nn.Module,
     query: Tensor,
@@ -188,7 +197,6 @@ def packed_attention(
             "An Engine or a training has this model, and transformers' interface to its attention:"
             " call close() of the Engine, and the model runs by itself again."
         )
-    layer: int = module.layer_idx  # type: ignore[assignment]
     latent = latent_of(module)
     if latent is not None:
         scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
@@ -198,7 +206,7 @@ def packed_attention(
         reach = Reach(sliding_window)
     scoring = Scoring(scaling, reach.window, reach.chunk, softcap, s_aux)
     query, key, value = (heads[0].transpose(0, 1) for heads in (query, key, value))
-    result = step.attend(layer, query, key, value, scoring)
+    result = step.attend(layer_of(module), query, key, value, scoring)
     return (result if latent is None else latent.values(result))[None], None
 
 
@@ -247,11 +255,10 @@ class ShapeProbe(CausalStep):
 
     def look_at_mask(self, module: nn.Module, mask: AskedMask | Tensor | None) -> None:
         """Keep the reach of a layer's mask as an attribute of its module."""
-        layer: int = module.layer_idx  # type: ignore[assignment]
         if isinstance(mask, AskedMask):
             setattr(module, REACH, mask.reach(self.max_tokens))
         elif mask is not None:
-            self.own_masks.add(layer)
+            self.own_masks.add(layer_of(module))
 
     def attend(
         self,

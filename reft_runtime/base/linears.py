@@ -72,8 +72,8 @@ class Packed:
     added_bytes: int = 0
 
 
-def prepack(model: nn.Module, unused: Collection[nn.Module] = ()) -> Packed:
-    """Reorder the weights of all linear layers on a CPU but the `unused` ones.
+def prepack(model: nn.Module, leave: Collection[nn.Module] = ()) -> Packed:
+    """Reorder the weights of all linear layers on a CPU, but those to `leave` as they are.
 
     A layer's own weight is replaced. One that another module shares (a tied embedding) is kept
     beside the reordered copy. `forward` still runs through the module, with its hooks.
@@ -86,7 +86,7 @@ def prepack(model: nn.Module, unused: Collection[nn.Module] = ()) -> Packed:
                 users[id(parameter)] = users.get(id(parameter), 0) + 1
     for module in model.modules():
         count += isinstance(module, nn.Linear) and module.weight.is_mkldnn  # merged ones
-        if module in unused or not _is_plain(module) or not _packable(module.weight):
+        if module in leave or not _is_plain(module) or not _packable(module.weight):
             continue
         count += 1
         product, packed = _product(module.weight.detach(), module.bias)

@@ -9,8 +9,17 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from reft_runtime.errors import ConfigError, UnsupportedModel
 
-SUPPORTED_LAYER_TYPES = {"full_attention", "sliding_attention", "chunked_attention"}
-
+SUPPORTED_LAYER_TYPES = {
+    "full_attention",
+    "sliding_attention",
+    "chunked_attention",
+    "linear_attention",
+    "conv",
+    "mamba",
+    "hybrid",
+    "moe",
+    "mlp",
+}
 
 TUNED = "attn_temperature_tuning"
 """Setting of Llama 4's configuration and attention: whether queries are scaled by position."""
@@ -37,11 +46,9 @@ def check_config(config: PretrainedConfig) -> None:
     kinds = set(getattr(config, "layer_types", None) or ()) - SUPPORTED_LAYER_TYPES
     if "indexed_attention" in kinds:
         raise refuse(config, "sparse attention, whose indexer keeps keys of its own")
-    if kinds or config.model_type in ("mamba", "mamba2", "falcon_mamba", "rwkv", "xlstm"):
-        raise refuse(config, f"state-space or other layers ({', '.join(sorted(kinds)) or 'all'})")
+    if kinds:
+        raise refuse(config, f"other kinds of layers ({', '.join(sorted(kinds))})")
     for rope in _rope_settings(config):
-        if rope.get("mrope_section"):
-            raise refuse(config, "multimodal rotary positions (M-RoPE)")
         if rope.get("rope_type") == "dynamic":
             raise refuse(config, "dynamic NTK rotary scaling, which depends on the batch's length")
 

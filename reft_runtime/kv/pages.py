@@ -27,7 +27,7 @@ from reft_runtime.kv.page_attention import (
 )
 from reft_runtime.schedule.blocks import BLOCK_TOKENS, blocks_for
 from reft_runtime.schedule.plan import Chunk
-from reft_runtime.schedule.prefix_cache import BlockCopy
+from reft_runtime.schedule.prefix_cache import BlockCopy, StateCopy
 from reft_runtime.schedule.sequence import Sequence
 
 NOBODYS_PAGE = 0
@@ -136,6 +136,11 @@ class PageStorage:
         """Put kept blocks in the lists of sequences, in order; replaced pages are given back."""
         for copy in copies:
             self._put(copy.sequence, copy.block, self._share(self._kept[copy.place]))
+
+    def keep_states(self, copies: Iterable[StateCopy]) -> None:
+        """See `KVStorage.keep_states`: there are no states here."""
+        if any(True for _ in copies):
+            raise ValueError("a storage of keys and values keeps no recurrent states")
 
     def release(self, sequences: Iterable[Sequence]) -> None:
         """See `KVStorage.release`."""

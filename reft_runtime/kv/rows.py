@@ -24,7 +24,7 @@ from reft_runtime.kv.row_attention import TOGETHER_FROM, RowAttentionStep
 from reft_runtime.kv.slabs import BlockPool, Layout, Row
 from reft_runtime.schedule.blocks import BLOCK_TOKENS
 from reft_runtime.schedule.plan import Chunk
-from reft_runtime.schedule.prefix_cache import BlockCopy
+from reft_runtime.schedule.prefix_cache import BlockCopy, StateCopy
 from reft_runtime.schedule.sequence import Sequence, Status
 
 MIN_CAPACITY = 128
@@ -124,6 +124,11 @@ class RowStorage:
         """See `KVStorage.attention`."""
         return RowAttentionStep(chunks, self.where, self._layout)
 
+    def keep_states(self, copies: Iterable[StateCopy]) -> None:
+        """See `KVStorage.keep_states`: there are no states here."""
+        if any(True for _ in copies):
+            raise ValueError("a storage of keys and values keeps no recurrent states")
+
     def release(self, sequences: Iterable[Sequence]) -> None:
         """Free the rows of the sequences that have one."""
         for sequence in sequences:
@@ -151,7 +156,7 @@ class RowStorage:
         """
         part = self._rows[copy.sequence].part(index)
         tokens = part.narrow(1, copy.block * BLOCK_TOKENS, count * BLOCK_TOKENS)
-        return tokens.view(len(tokens), count, BLOCK_TOKENS, -1).transpose(0, 1)
+        return tokens.view(len(tokens), count, BLOCK_TOKENS, part.shape[2]).transpose(0, 1)
 
 
 def _runs(copies: Iterable[BlockCopy]) -> list[tuple[BlockCopy, int]]:

@@ -6,7 +6,7 @@ import copy
 import gc
 import threading
 import weakref
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -188,8 +188,8 @@ def no_file(model: PreTrainedModel) -> None:
     direction(["a"], ["b"], layer=99, model=model, tokenizer=tiny_tokenizer())
 
 
-def _refusing(model: nn.Module, unused: Collection[nn.Module]) -> Any:
-    prepack(model, unused)
+def _refusing(*given: Any) -> Any:
+    prepack(*given)
     raise UnsupportedModel("for a test")
 
 
