@@ -169,6 +169,13 @@ def test_a_state_behind_edits_is_kept_once_a_token_came_out_of_it() -> None:
     simulation.finish()
 
 
+def test_the_state_of_a_request_of_one_token_is_kept() -> None:
+    simulation = RecurrentSimulation()
+    simulation.add(SYSTEM, EDIT, max_tokens=1)
+    simulation.finish()
+    assert len(simulation.snapshots) == 1
+
+
 def test_a_state_before_the_edits_is_kept_at_once() -> None:
     simulation = RecurrentSimulation()
     simulation.add(SYSTEM, applied(loreft(1, "l1")))
@@ -222,14 +229,14 @@ def test_a_pending_snapshot_behind_kept_blocks_is_waited_for() -> None:
 @pytest.mark.parametrize("kind", ["trace", "scores", "no cache", "no places"])
 def test_what_can_not_be_found_is_not_taken(kind: str) -> None:
     simulation = RecurrentSimulation(
-        places=0 if kind == "no places" else 9, cached=kind != "no cache"
+        max_step_tokens=72, places=0 if kind == "no places" else 9, cached=kind != "no cache"
     )
     for _ in range(2):
         if kind == "scores":
             simulation.add(SYSTEM, prompt_logprobs=0)
         else:
             simulation.add(SYSTEM, trace=kind == "trace")
-        assert [length for _, _, length in simulation.shapes()] == [100]
+        assert [length for _, _, length in simulation.shapes()] == [72]
         simulation.finish()
     assert len(simulation.snapshots) == 0
 
@@ -243,15 +250,16 @@ def test_a_scored_prompt_goes_on_before_what_is_scored() -> None:
     assert simulation.shapes() == [(1, 96, 5)]
 
 
-def test_small_steps_leave_few_snapshots() -> None:
+@pytest.mark.parametrize("edits", [(), (EDIT,)], ids=["base", "edited"])
+def test_small_steps_leave_few_snapshots(edits: tuple[AppliedIntervention, ...]) -> None:
     simulation = RecurrentSimulation(max_step_tokens=72, kv_tokens=20_000)
-    simulation.add(prompt(2000))
+    simulation.add(prompt(2000), *edits)
     assert [simulation.shapes()[0][2] for _ in range(3)] == [64, 64, 64]
     simulation.finish()
     # At most one for each part of this length, and that behind the last whole block.
     assert len(simulation.snapshots) == 2000 // SPARSE + 1
     # So that the second one that begins so need not compute all of it.
-    simulation.add((*prompt(2000)[:1500], *prompt(9)))
+    simulation.add((*prompt(2000)[:1500], *prompt(9)), *edits)
     assert simulation.step().chunks[0].start > 1500 - SPARSE - 72
     simulation.finish()
 
@@ -272,7 +280,7 @@ def test_choices_fork_behind_the_last_chunk() -> None:
     simulation.finish()
 
 
-LABELS = ((5, 6), (5, 7, 8), (11,), (12, 13, 14))
+LABELS = ((5, 6), (5, 7, 8), (11, *range(20, 40)), (12, 13, 14), (30, 31), (9,), (10, 11, 12))
 
 
 def test_labels_fork_where_the_prompt_ends() -> None:
@@ -298,6 +306,17 @@ def test_labels_without_room_fork_from_one_that_computes_the_prompt(
     simulation.finish()
     check_scores(simulation)
     assert simulation.computed < 2 * length, "the rest goes on from the snapshot"
+
+
+def test_an_heir_goes_on_from_before_the_prompts_end() -> None:
+    simulation = RecurrentSimulation(max_running=2)
+    for ending in range(2):
+        simulation.add((*SYSTEM[:96], *prompt(80, seed=ending)))
+        simulation.finish()
+    sequence = simulation.add(SYSTEM[:96], labels=LABELS)
+    assert simulation.snapshots.find(sequence.block_keys(96)) is not None, "it is too late for it"
+    simulation.finish()
+    check_scores(simulation)
 
 
 def check_scores(simulation: RecurrentSimulation) -> None:
