@@ -299,7 +299,8 @@ class EngineInfo:
 
     `memory_bytes` is the most that the process means to take beside `intervention_bytes` (on a
     device: the most that weights, keys and values take). `kv_bytes` is its part for keys and
-    values, which holds those of `kv_tokens` tokens.
+    values, which holds those of `kv_tokens` tokens, and `recurrent_bytes` its part for the states
+    of recurrent layers, of running sequences and kept ones.
     """
 
     model: str
@@ -315,6 +316,7 @@ class EngineInfo:
     intervention_bytes: int
     kv_bytes: int
     kv_tokens: int
+    recurrent_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -28,6 +28,9 @@ PROBE = "reft_probe"
 WINDOW = "reft_window"
 """Attribute of an attention module that holds its mask's window in tokens, or None."""
 
+LAYER = "reft_layer"
+"""Attribute of an attention module that several layers share: the layer that it runs for."""
+
 _AFTER = 64
 """This many keys after a query are checked; a causal mask hides them all."""
 
@@ -122,6 +125,12 @@ def running(step: AttentionStep) -> Iterator[None]:
         _running.reset(token)
 
 
+def layer_of(module: nn.Module) -> int:
+    """The decoder layer that an attention module runs for."""
+    layer: Any = getattr(module, LAYER, None)
+    return int(module.layer_idx if layer is None else layer)  # type: ignore[arg-type]
+
+
 def packed_attention(
     module: nn.Module,
     query: Tensor,
@@ -148,7 +157,7 @@ def packed_attention(
             "An Engine or a training has this model, and transformers' interface to its attention:"
             " call close() of the Engine, and the model runs by itself again."
         )
-    layer: int = module.layer_idx  # type: ignore[assignment]
+    layer = layer_of(module)
     window: Any = getattr(module, WINDOW, sliding_window)
     query, key, value = (heads[0].transpose(0, 1) for heads in (query, key, value))
     return step.attend(layer, query, key, value, Scoring(scaling, window))[None], None
@@ -196,11 +205,10 @@ class ShapeProbe(CausalStep):
 
     def look_at_mask(self, module: nn.Module, mask: AskedMask | Tensor | None) -> None:
         """Keep the window of a layer's mask as an attribute of its module."""
-        layer: int = module.layer_idx  # type: ignore[assignment]
         if isinstance(mask, AskedMask):
             setattr(module, WINDOW, mask.window(self.max_tokens))
         elif mask is not None:
-            self.own_masks.add(layer)
+            self.own_masks.add(layer_of(module))
 
     def attend(
         self,

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from reft_runtime.base.attention import WINDOW
+from reft_runtime.base.attention import LAYER, WINDOW
 from reft_runtime.base.linears import plain_weight
 from reft_runtime.errors import ConfigError
 
-_CHANGED = ("forward", "training", WINDOW)
+_CHANGED = ("forward", "training", WINDOW, LAYER)
 """Attributes of modules that are set or changed while a model serves."""
 
 _lock = threading.Lock()

@@ -9,7 +9,16 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from reft_runtime.errors import ConfigError, UnsupportedModel
 
-SUPPORTED_LAYER_TYPES = {"full_attention", "sliding_attention"}
+SUPPORTED_LAYER_TYPES = {
+    "full_attention",
+    "sliding_attention",
+    "linear_attention",
+    "conv",
+    "mamba",
+    "hybrid",
+    "moe",
+    "mlp",
+}
 
 
 def check_config(config: PretrainedConfig) -> None:
@@ -34,11 +43,9 @@ def check_config(config: PretrainedConfig) -> None:
     if getattr(config, "use_bidirectional_attention", False):
         raise refuse(config, "bidirectional attention")
     kinds = set(getattr(config, "layer_types", None) or ()) - SUPPORTED_LAYER_TYPES
-    if kinds or config.model_type in ("mamba", "mamba2", "falcon_mamba", "rwkv", "xlstm"):
-        raise refuse(config, f"state-space or other layers ({', '.join(sorted(kinds)) or 'all'})")
+    if kinds:
+        raise refuse(config, f"other kinds of layers ({', '.join(sorted(kinds))})")
     for rope in _rope_settings(config):
-        if rope.get("mrope_section"):
-            raise refuse(config, "multimodal rotary positions (M-RoPE)")
         if rope.get("rope_type") == "dynamic":
             raise refuse(config, "dynamic NTK rotary scaling, which depends on the batch's length")
 

@@ -85,10 +85,16 @@ class LiveRequests:
         """End the request whose turn was last of a step for which memory ran out.
 
         Of one tenant that is the newest. What the other requests have computed is kept: their next
-        step repeats this one.
+        step repeats this one. Recurrent states may have gone on in some layers, and cannot go back:
+        sequences that have them begin again.
         """
         last = max((c.sequence for c in plan.chunks), key=self._scheduler.turn)
-        return self._fail(Failed(last.request.id, OUT_OF_MEMORY, out_of_memory=True))
+        events = self._fail(Failed(last.request.id, OUT_OF_MEMORY, out_of_memory=True))
+        if self._loaded.mixers:
+            touched = [s for c in plan.chunks for s in (c.sequence, *c.forks) if _runs(s)]
+            self._scheduler.restart(touched)
+            self._runner.release(touched)
+        return events
 
     def settle(self, plan: StepPlan, result: StepResult) -> list[Event]:
         """Take in the result of a step; returns its events in order."""

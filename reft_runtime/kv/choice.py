@@ -4,17 +4,28 @@ from __future__ import annotations
 
 import torch
 
+from reft_runtime.base.attention import NO_ATTENTION
 from reft_runtime.base.model import LoadedModel
 from reft_runtime.kernels.operators import cpu_operators, has_triton
+from reft_runtime.kv.hybrid import HybridStorage
 from reft_runtime.kv.page_attention import GatheredAttention, PageKernel
 from reft_runtime.kv.pages import PageStorage
 from reft_runtime.kv.rows import RowStorage
+from reft_runtime.kv.states import StateStorage
 from reft_runtime.kv.storage import KVStorage
 from reft_runtime.schedule.budget import BlockBudget
 
 
 def storage_for(loaded: LoadedModel, budget: BlockBudget, max_running: int) -> KVStorage:
-    """The storage that suits the model's device, with room for the budget's blocks."""
+    """The storage that suits the model's device, with room for the budget's blocks and states."""
+    storage = _kv_storage_for(loaded, budget, max_running)
+    if not loaded.mixers:
+        return storage
+    places = 0 if budget.snapshots is None else budget.snapshots.places
+    return HybridStorage(storage, StateStorage(loaded.states, loaded.device, max_running, places))
+
+
+def _kv_storage_for(loaded: LoadedModel, budget: BlockBudget, max_running: int) -> KVStorage:
     cache = budget.cache
     if loaded.device.type == "cpu":
         place = loaded.shapes, loaded.dtype, loaded.max_model_len
@@ -56,7 +67,7 @@ def attends_by_kernels(loaded: LoadedModel) -> tuple[bool, bool]:
     if operators is None:
         return False, False
     decodes = prompts = True
-    for shape in set(loaded.shapes):
+    for shape in set(loaded.shapes) - {NO_ATTENTION}:
         query = torch.empty(1, loaded.group * shape.kv_heads, shape.key_dim, dtype=loaded.dtype)
         key = query[:, : shape.kv_heads]
         value = query.new_empty(1, shape.kv_heads, shape.value_dim)

@@ -156,7 +156,8 @@ class RowStorage:
         """
         part = self._rows[copy.sequence].part(index)
         tokens = part.narrow(1, copy.block * BLOCK_TOKENS, count * BLOCK_TOKENS)
-        return tokens.view(len(tokens), count, BLOCK_TOKENS, -1).transpose(0, 1)
+        dim = self._parts[index].dim
+        return tokens.view(len(tokens), count, BLOCK_TOKENS, dim).transpose(0, 1)
 
 
 def _runs(copies: Iterable[BlockCopy]) -> list[tuple[BlockCopy, int]]:

@@ -163,6 +163,11 @@ class Scheduler:
         """See `PrefixReuse.keep_state`."""
         return self._reuse.keep_state(sequence)
 
+    def restart(self, sequences: Iterable[Sequence]) -> None:
+        """Preempt running sequences whose last step failed halfway; nothing of them is kept."""
+        for sequence in sequences:
+            self._begin_again(sequence)
+
     def finish(self, sequence: Sequence) -> None:
         """Remove a running or waiting sequence and free its blocks; it may be called again."""
         if sequence.status is Status.RUNNING:
@@ -311,14 +316,20 @@ class Scheduler:
             self._admit(head)
 
     def _preempt(self, sequence: Sequence, plan: StepPlan) -> None:
-        self.running.remove(sequence)
         self.budget.release(sequence)
         sequence.status = Status.WAITING
         plan.kept += self.keep(sequence)
         plan.kept_states += self.keep_state(sequence)
+        self._begin_again(sequence)
+        plan.preempted.append(sequence)
+
+    def _begin_again(self, sequence: Sequence) -> None:
+        """Let a running sequence wait, with nothing computed."""
+        self.running.remove(sequence)
+        self.budget.release(sequence)
+        sequence.status = Status.WAITING
         self._reuse.leaves(sequence)
         sequence.charged = max(sequence.charged, sequence.computed)
         sequence.computed = sequence.cached = 0
         self.requeue([sequence])
-        plan.preempted.append(sequence)
         self.preemptions += 1

@@ -1,5 +1,7 @@
 """Attention of a packed batch in training: differentiable, over the tokens of each row alone.
 
+Recurrent layers run by their own code, for rows of the same length together.
+
 The packed forward (`base.attention`) asks a step object; this one pads the rows to
 one product, and can start behind prefixes whose keys and values are known.
 """
@@ -8,12 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad, scaled_dot_product_attention
 
 from reft_runtime.base.attention import Scoring
+from reft_runtime.base.recurrent import MixerCall, Rows, each, join
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +39,7 @@ class Prefix:
 
 
 class BatchAttention:
-    """An `AttentionStep` for rows of `lengths` tokens, packed one after another.
+    """A `RecurrentStep` for rows of `lengths` tokens, packed one after another.
 
     `prefixes`, where given, are what each row's tokens come behind. What was attended to is kept
     by layer in `own`, if `keep_own`, and taken apart by `prefixes_of_rows`.
@@ -102,6 +106,21 @@ class BatchAttention:
         )
         rows = result.transpose(1, 2).flatten(0, 1)  # [rows * longest, heads, dim]
         return rows.index_select(0, self._packed)
+
+    def recur(self, mixer: int, call: MixerCall) -> Rows:
+        """See `base.recurrent.RecurrentStep.recur`; there must be no prefixes."""
+        groups = [self._spread[rows, :length] for length, rows in self._same_length.items()]
+        made = join([each(call.rectangle(g), lambda part: part[None]) for g in groups])
+        order = torch.cat([group.flatten() for group in groups]).argsort()
+        return each(made, lambda rows: rows.index_select(1, order))
+
+    @cached_property
+    def _same_length(self) -> dict[int, list[int]]:
+        """The rows of each length."""
+        found: dict[int, list[int]] = {}
+        for row, length in enumerate(self._lengths):
+            found.setdefault(length, []).append(row)
+        return found
 
     def prefixes_of_rows(self) -> list[Prefix]:
         """The keys and values of each row's own tokens, with `keep_own`."""

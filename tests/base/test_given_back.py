@@ -186,8 +186,8 @@ def no_file(model: PreTrainedModel) -> None:
     direction(["a"], ["b"], layer=99, model=model, tokenizer=tiny_tokenizer())
 
 
-def _refusing(model: nn.Module) -> Any:
-    prepack(model)
+def _refusing(*given: Any) -> Any:
+    prepack(*given)
     raise UnsupportedModel("for a test")
 
 
