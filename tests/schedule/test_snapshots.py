@@ -186,8 +186,9 @@ def test_a_state_before_the_edits_is_kept_at_once() -> None:
 @pytest.mark.parametrize("how", ["fails", "is aborted", "is preempted", "makes no token"])
 def test_a_state_of_which_no_token_came_is_not_kept(how: str) -> None:
     simulation = RecurrentSimulation()
-    tokens = {"max_tokens": 0} if how == "makes no token" else {}
-    first = simulation.add(SYSTEM, BAD if how == "fails" else EDIT, **tokens)
+    first = simulation.add(
+        SYSTEM, BAD if how == "fails" else EDIT, max_tokens=0 if how == "makes no token" else 4
+    )
     length = 100 if how == "makes no token" else 96
     assert simulation.shapes() == [(0, 0, length)]
     if how == "is aborted":
@@ -419,9 +420,14 @@ def test_every_chunk_begins_with_the_state_of_its_tokens(
     for at in range(26):
         for text, length, edits, most, n, labels, tenant, arrives, ends in asked:
             if arrives == at:
-                sampling = {} if labels else {"max_tokens": most, "n": n if most else 1}
+                most = 0 if labels else most
                 sequence = simulation.add(
-                    text[:length], *edits, labels=labels, tenant=tenant, **sampling
+                    text[:length],
+                    *edits,
+                    labels=labels,
+                    tenant=tenant,
+                    max_tokens=most,
+                    n=n if most else 1,
                 )
                 if ends is not None:
                     gone.append((sequence, ends))
