@@ -230,12 +230,15 @@ def make_core(
     max_step_tokens: int = 512,
     kv_tokens: int = 16 * (MAX_LENGTH + 16),
     prefix_cache: bool = True,
+    snapshots: int = 64,
 ) -> EngineCore:
     """A core with room enough; of the tiny Llama unless another is given.
 
     Its clock stands still, so that its steps are the same in every run.
     """
-    config = EngineConfig(max_running, max(max_step_tokens, max_running), kv_tokens, prefix_cache)
+    config = EngineConfig(
+        max_running, max(max_step_tokens, max_running), kv_tokens, prefix_cache, snapshots
+    )
     return EngineCore(loaded or tiny_llama()[1], config, clock=lambda: 0.0)
 
 
@@ -301,6 +304,7 @@ def preempt(core: EngineCore, sequence: Sequence) -> None:
     plan = StepPlan()
     core.scheduler._preempt(sequence, plan)
     core.runner.storage.keep(plan.kept)
+    core.runner.storage.keep_states(plan.kept_states)
     core.runner.release([sequence])
 
 
