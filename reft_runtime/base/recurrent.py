@@ -292,6 +292,7 @@ class MixerForward:
         self._cache = cache
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the mixer as the model calls it."""
         step: Any = running_step()
         if step is None:
             return self.own(*args, **kwargs)
