@@ -25,6 +25,15 @@ TUNED = "attn_temperature_tuning"
 """Setting of Llama 4's configuration and attention: whether queries are scaled by position."""
 
 
+RECURRENT_LAYER_TYPES = {"linear_attention", "mamba", "conv"}
+
+LONGEST_RECURRENT = 1 << 17
+"""Longest sequence, in tokens, of a model whose layers are all recurrent and that names none."""
+
+_REASONS = {"indexed_attention": "an indexer chooses which keys each token sees"}
+"""Why layers of a type are not served."""
+
+
 def check_config(config: PretrainedConfig) -> None:
     """Raise `UnsupportedModel` for a model that the engine would compute differently."""
     if config.is_encoder_decoder:
@@ -44,10 +53,8 @@ def check_config(config: PretrainedConfig) -> None:
     if getattr(config, "use_bidirectional_attention", None) not in (None, False, "vision"):
         raise refuse(config, "bidirectional attention")
     kinds = set(getattr(config, "layer_types", None) or ()) - SUPPORTED_LAYER_TYPES
-    if "indexed_attention" in kinds:
-        raise refuse(config, "sparse attention, whose indexer keeps keys of its own")
-    if kinds:
-        raise refuse(config, f"other kinds of layers ({', '.join(sorted(kinds))})")
+    for kind in sorted(kinds):
+        raise refuse(config, f"{_REASONS.get(kind, 'another kind of layers')} ({kind})")
     for rope in _rope_settings(config):
         if rope.get("rope_type") == "dynamic":
             raise refuse(config, "dynamic NTK rotary scaling, which depends on the batch's length")
@@ -97,6 +104,10 @@ def _length_limit(config: PretrainedConfig) -> int:
     only sequences whose scales are all 1 are served.
     """
     limit = getattr(config, "max_position_embeddings", None)
+    if limit is None and RECURRENT_LAYER_TYPES.issuperset(
+        getattr(config, "layer_types", None) or ("other",)
+    ):
+        limit = LONGEST_RECURRENT
     if not isinstance(limit, int):
         raise refuse(config, "it does not say its maximum length (max_position_embeddings)")
     for rope in _rope_settings(config):
