@@ -29,6 +29,8 @@ _ARGUMENTS: dict[str, list[Any]] = {
     "greedy": [_P, _P, _I, _I, c_int],
     "refuse": [_P, _P, _I],
     "rotate": [*[_P] * 4, *[_I] * 6, c_int],
+    "delta_rule": [*[_P] * 7, *[_I] * 9, c_int, c_int],
+    "convolve": [*[_P] * 5, *[_I] * 4, c_int, c_int],
     "attend": [*[_P] * 5, *[_I] * 11, _F, c_int],
     "attend_prompts": [*[_P] * 5, *[_I] * 11, _F, c_int],
 }
@@ -55,6 +57,8 @@ class Kernels:
             question.argtypes = [_I, _I]
         self._can_attend: Callable[[int, int], int] = cache(library.can_attend)
         self._can_attend_prompts: Callable[[int, int], int] = cache(library.can_attend_prompts)
+        library.widest_delta_key.restype = _I
+        self._widest_delta_key: int = library.widest_delta_key()
         library.instructions.restype = c_char_p
         self.name = f"C++ kernels ({library.instructions().decode()})"
 
@@ -204,6 +208,71 @@ class Kernels:
             torch.get_num_threads(),
         )
 
+    def delta_rule_(
+        self,
+        heads: tuple[Tensor, Tensor, Tensor],
+        gate: Tensor,
+        beta: Tensor,
+        state: Tensor,
+        *,
+        normalised: bool,
+    ) -> Tensor | None:
+        """See `MixerOperators.delta_rule_`."""
+        query, key, value = heads
+        count, tokens, key_heads, key_dim = key.shape
+        value_heads, value_dim = value.shape[2:]
+        if (
+            query.shape != key.shape
+            or value.shape[:2] != (count, tokens)
+            or value_heads % key_heads
+            or not gate.shape == beta.shape == (count, tokens, value_heads)
+            or state.shape != (count, value_heads, key_dim, value_dim)
+        ):
+            shapes = [tuple(tensor.shape) for tensor in (*heads, gate, beta, state)]
+            raise ValueError(f"delta_rule: shapes disagree: {shapes}")
+        if key_dim > self._widest_delta_key or not state.is_cpu or not state.is_contiguous():
+            return None
+        if state.dtype != torch.float32 or any(t.requires_grad for t in (gate, beta, state)):
+            return None
+        packed = [_packed(tensor) for tensor in heads]
+        if not self.packs(*packed):
+            return None
+        gate, beta = gate.float().contiguous(), beta.float().contiguous()
+        out = value.new_empty(count, tokens, value_heads, value_dim)
+        self._functions["delta_rule", value.dtype](
+            *(tensor.data_ptr() for tensor in (*packed, gate, beta, state, out)),
+            *(count, tokens, key_heads, value_heads, key_dim, value_dim),
+            *(tensor.stride(0) for tensor in packed),
+            normalised,
+            torch.get_num_threads(),
+        )
+        return out
+
+    def convolve_(
+        self, inputs: Tensor, state: Tensor, weight: Tensor, bias: Tensor | None, *, silu: bool
+    ) -> Tensor | None:
+        """See `MixerOperators.convolve_`."""
+        count, channels, kept = state.shape
+        taps = weight.shape[-1]
+        if inputs.shape != (count, channels) or weight.shape != (channels, taps) or kept < taps - 1:
+            shapes = [tuple(tensor.shape) for tensor in (inputs, state, weight)]
+            raise ValueError(f"convolve: shapes disagree: {shapes}")
+        inputs = inputs.contiguous()
+        if not self.supports(inputs, state, weight, *(() if bias is None else (bias,))):
+            return None
+        out = torch.empty_like(inputs)
+        self._functions["convolve", inputs.dtype](
+            inputs.data_ptr(),
+            weight.data_ptr(),
+            None if bias is None else bias.data_ptr(),
+            state.data_ptr(),
+            out.data_ptr(),
+            *(count, channels, taps, kept),
+            silu,
+            torch.get_num_threads(),
+        )
+        return out
+
     def attend(
         self,
         query: Tensor,
@@ -297,6 +366,13 @@ class Kernels:
             raise MemoryError(f"{operator}: out of memory")
         if status:
             raise ValueError(f"{operator}: a token is beyond its row or the step")
+
+
+def _packed(heads: Tensor) -> Tensor:
+    """Heads [n, T, heads, dim] as [n * T, heads, dim], those of a token side by side."""
+    rows = heads.flatten(0, 1)
+    _, between, within = rows.stride()
+    return rows if within == 1 and between == rows.shape[2] else rows.contiguous()
 
 
 @cache
