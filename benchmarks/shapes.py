@@ -106,7 +106,7 @@ def checkpoint(model: str) -> Path:
 def build(folder: Path, shape: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> None:
     """Write a model of this shape with random weights, equal every time, and a tokenizer."""
     ids = {"eos_token_id": tokenizer.eos_token_id, "bos_token_id": tokenizer.bos_token_id}
-    config = AutoConfig.for_model(**shape, **ids)  # type: ignore[no-untyped-call]
+    config = AutoConfig.for_model(**shape, **ids)
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
         config, dtype=torch.bfloat16, trust_remote_code=False

@@ -7,7 +7,7 @@ ours. Each function is tried on random tensors before it is replaced.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from types import FunctionType, MethodType
 from typing import Any
 
@@ -24,33 +24,35 @@ _CLOSE = 1e-5
 """Largest distance between numbers of order 1 in float32 that are taken for the same."""
 
 
-def fuse_delta_nets(modules: Iterable[nn.Module], operators: MixerOperators) -> int:
-    """Replace the forward of every gated delta net among the modules; returns how many those are.
+class DeltaNets:
+    """Makes forwards of gated delta nets; a function that was tried is not tried again."""
 
-    From then on they change the recurrent state that a cache gives them in place.
-    """
-    count = 0
-    known: dict[Operator, Operator | None] = {}
-    for module in modules:
+    def __init__(self, operators: MixerOperators) -> None:
+        self._operators = operators
+        self._known: dict[Operator, Operator | None] = {}
+
+    def forward_of(self, module: nn.Module) -> Operator | None:
+        """A forward that does what the module's own does; None if it is not a gated delta net.
+
+        It changes the states that a cache gives it in place.
+        """
         own = inspect.unwrap(type(module).forward)
-        if "forward" in vars(module) or not isinstance(own, FunctionType):
-            continue
+        if not isinstance(own, FunctionType):
+            return None
         bound = {}
         for name in {*_RULES, _CONVOLUTION}.intersection(own.__code__.co_names):
             function = own.__globals__[name]
-            if function not in known:
+            if function not in self._known:
                 build = _convolution if name == _CONVOLUTION else _rule
-                known[function] = build(function, operators)
-            if (replacement := known[function]) is not None:
+                self._known[function] = build(function, self._operators)
+            if (replacement := self._known[function]) is not None:
                 bound[name] = replacement
         if not bound:
-            continue
+            return None
         names = {**own.__globals__, **bound}
         forward = FunctionType(own.__code__, names, own.__name__, own.__defaults__, own.__closure__)
         forward.__kwdefaults__ = own.__kwdefaults__
-        module.forward = MethodType(forward, module)  # type: ignore[method-assign]
-        count += 1
-    return count
+        return MethodType(forward, module)
 
 
 def _rule(own: Operator, operators: MixerOperators) -> Operator | None:

@@ -1,6 +1,5 @@
 """Gated delta nets with fused operators, against transformers' own code."""
 
-import copy
 from typing import Any
 
 import pytest
@@ -10,7 +9,7 @@ from transformers import DynamicCache
 from transformers.models.qwen3_5 import modeling_qwen3_5
 from transformers.models.qwen3_5.configuration_qwen3_5 import Qwen3_5TextConfig
 
-from reft_runtime.base.delta_rule import fuse_delta_nets
+from reft_runtime.base.delta_rule import DeltaNets
 from reft_runtime.kernels.operators import cpu_operators
 
 CONFIG = Qwen3_5TextConfig(
@@ -30,8 +29,15 @@ CONFIG = Qwen3_5TextConfig(
 
 def net(dtype: torch.dtype) -> nn.Module:
     torch.manual_seed(0)
-    made: nn.Module = modeling_qwen3_5.Qwen3_5GatedDeltaNet(CONFIG, 0).to(dtype)
+    config: Any = CONFIG
+    made: nn.Module = modeling_qwen3_5.Qwen3_5GatedDeltaNet(config, 0).to(dtype)
     return made.requires_grad_(False)
+
+
+def fused_forward(module: nn.Module) -> Any:
+    operators = cpu_operators()
+    assert operators is not None, "the tests need a C++ compiler"
+    return DeltaNets(operators).forward_of(module)
 
 
 def rows(*sizes: int, dtype: torch.dtype) -> Tensor:
@@ -39,20 +45,18 @@ def rows(*sizes: int, dtype: torch.dtype) -> Tensor:
 
 
 @torch.inference_mode()
-def answers(module: nn.Module, given: Tensor) -> list[Tensor]:
+def answers(forward: Any, given: Tensor) -> list[Tensor]:
     """The outputs for a prompt, for some more tokens at once, and for single ones; the states."""
     cache: Any = DynamicCache(config=CONFIG)
-    made = [module(part, cache_params=cache) for part in given.split([7, 3, 1, 1, 1], 1)]
+    parts = torch.split(given, [7, 3, 1, 1, 1], 1)
+    made = [forward(part, cache_params=cache) for part in parts]
     return [*made, cache.get_conv_state(0), cache.get_recurrent_state(0)]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_it_gives_what_the_own_code_gives(dtype: torch.dtype) -> None:
-    operators = cpu_operators()
-    assert operators is not None
     own, given = net(dtype), rows(3, 13, 32, dtype=dtype)
-    fused = copy.deepcopy(own)
-    assert fuse_delta_nets([fused, nn.Linear(2, 2)], operators) == 1
+    fused = fused_forward(own)
     tolerance = 1e-5 if dtype == torch.float32 else 2e-2
     for wanted, found in zip(answers(own, given), answers(fused, given), strict=True):
         assert found.dtype == wanted.dtype
@@ -61,10 +65,8 @@ def test_it_gives_what_the_own_code_gives(dtype: torch.dtype) -> None:
 
 def test_the_operators_compute_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """The functions that are replaced are not called, neither for prompts nor for tokens."""
-    operators = cpu_operators()
-    assert operators is not None
-    fused, given = net(torch.float32), rows(2, 13, 32, dtype=torch.float32)
-    wanted = answers(fused, given)
+    module, given = net(torch.float32), rows(2, 13, 32, dtype=torch.float32)
+    wanted = answers(module, given)
     calls = []
 
     def counted(own: Any) -> Any:
@@ -80,7 +82,7 @@ def test_the_operators_compute_it(monkeypatch: pytest.MonkeyPatch) -> None:
         "causal_conv1d_update",
     ):
         monkeypatch.setattr(modeling_qwen3_5, name, counted(getattr(modeling_qwen3_5, name)))
-    fuse_delta_nets([fused], operators)
+    fused = fused_forward(module)
     calls.clear()  # the trials called them
     for one, other in zip(wanted, answers(fused, given), strict=True):
         torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
@@ -88,11 +90,8 @@ def test_the_operators_compute_it(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_gradients_go_through_the_own_code() -> None:
-    operators = cpu_operators()
-    assert operators is not None
     own, given = net(torch.float32), rows(1, 5, 32, dtype=torch.float32).requires_grad_()
-    fused = copy.deepcopy(own)
-    fuse_delta_nets([fused], operators)
+    fused = fused_forward(own)
     [wanted] = torch.autograd.grad(own(given).square().sum(), given)
     [found] = torch.autograd.grad(fused(given).square().sum(), given)
     torch.testing.assert_close(found, wanted)
@@ -100,8 +99,6 @@ def test_gradients_go_through_the_own_code() -> None:
 
 def test_another_rule_is_not_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
     """Functions of the same names that compute something else keep the module as it is."""
-    operators = cpu_operators()
-    assert operators is not None
 
     def other(name: str) -> Any:
         own = getattr(modeling_qwen3_5, name)
@@ -118,6 +115,8 @@ def test_another_rule_is_not_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
         "causal_conv1d_update",
     ):
         monkeypatch.setattr(modeling_qwen3_5, name, other(name))
-    module = net(torch.float32)
-    assert fuse_delta_nets([module], operators) == 0
-    assert "forward" not in vars(module)
+    assert fused_forward(net(torch.float32)) is None
+
+
+def test_other_modules_are_none() -> None:
+    assert fused_forward(nn.Linear(2, 2)) is None
