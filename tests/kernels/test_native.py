@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.functional import conv1d, rms_norm, scaled_dot_product_attention, silu
 from transformers.models.qwen3_5.modeling_qwen3_5 import torch_recurrent_gated_delta_rule
 
-from reft_runtime.kernels.cpu import Kernels, build, kernels
+from reft_runtime.kernels.cpu import Drawing, Kernels, build, kernels
 from reft_runtime.machine.dtypes import DTYPES
 from server.settings import Dtype
 from tests.helpers.sampling import bits_of
@@ -109,6 +109,33 @@ def test_greedy_at_the_extremes(operators: Kernels, dtype: torch.dtype) -> None:
     }
     given = operators.greedy(torch.tensor([list(row) for row in wanted], dtype=dtype))
     assert given == list(wanted.values())
+
+
+def test_draw_keeps_what_reaches_the_share(operators: Kernels) -> None:
+    """Many equal scores, and a row so long that it is cut in parts; points near both ends."""
+    scores = (rand(4, 150_000) * 3).round()
+    scores[:, ::7] = -math.inf
+    for top_k, top_p in ((0, 1.0), (0, 0.5), (1000, 1.0), (1000, 0.5), (149_999, 1 - 1e-9)):
+        for point in (0.0, 0.37, 1 - 2**-53):
+            drawing = Drawing(0.7, 0, top_k, top_p, point)
+            given = operators.draw_(scores.clone(), [drawing] * 4)
+            for row, token in zip(scores, given, strict=True):
+                order = row.double().sort(descending=True, stable=True)
+                weights = (order.values / 0.7).softmax(-1)
+                if top_k:
+                    weights[top_k:] = 0
+                before = weights.cumsum(-1) - weights
+                kept = order.indices[(before < top_p * weights.sum()) & (weights > 0)].sort().values
+                cumulated = (row.double()[kept] / 0.7).softmax(-1).cumsum(-1)
+                at = int((kept == token).nonzero())  # an error where it was not kept
+                # Sums in float64 are exact enough to tell all but neighbours apart.
+                assert cumulated[max(0, at - 2)] <= point + 1e-9 or at < 2
+                assert cumulated[min(len(kept) - 1, at + 1)] >= point - 1e-9
+
+
+def test_draw_wants_a_setting_for_each_row(operators: Kernels) -> None:
+    with pytest.raises(ValueError, match="draw: 1 settings"):
+        operators.draw_(rand(2, 8), [Drawing(1, 0, 0, 1, 0.5)])
 
 
 @dtypes

@@ -7,10 +7,10 @@ as `packs` says). Shapes that disagree raise ValueError: a kernel would write ou
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from ctypes import c_char_p, c_float, c_int, c_int64, c_void_p
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -36,6 +36,19 @@ _ARGUMENTS: dict[str, list[Any]] = {
 }
 
 
+class Drawing(NamedTuple):
+    """How a token is drawn; `point` in [0, 1) is where the cumulated weights are cut.
+
+    `top_k` 0 keeps all tokens, as `top_p` 1 and `min_p` 0 do.
+    """
+
+    temperature: float
+    min_p: float
+    top_k: int
+    top_p: float
+    point: float
+
+
 class Kernels:
     """The operators, by dtype; see `reft_runtime.kernels.operators.Operators`.
 
@@ -57,6 +70,9 @@ class Kernels:
             question.argtypes = [_I, _I]
         self._can_attend: Callable[[int, int], int] = cache(library.can_attend)
         self._can_attend_prompts: Callable[[int, int], int] = cache(library.can_attend_prompts)
+        library.draw_tokens.argtypes = [*[_P] * 4, _I, _I, c_int]
+        library.draw_tokens.restype = None
+        self._draw: Callable[..., None] = library.draw_tokens
         library.widest_delta_key.restype = _I
         self._widest_delta_key: int = library.widest_delta_key()
         library.instructions.restype = c_char_p
@@ -176,6 +192,26 @@ class Kernels:
         if not allowed.is_contiguous():
             raise ValueError("refuse: the words do not lie side by side")
         self._functions["refuse", row.dtype](row.data_ptr(), allowed.data_ptr(), len(row))
+
+    def draw_(self, scores: Tensor, settings: Sequence[Drawing]) -> list[int]:
+        """Draw a token from each row of scores [rows, vocabulary], float32; overwrites them.
+
+        The largest score of each row must be finite.
+        """
+        if scores.dtype != torch.float32 or len(settings) != len(scores):
+            raise ValueError(f"draw: {len(settings)} settings for {scores.dtype} {scores.shape}")
+        told = torch.tensor(settings, dtype=torch.float64)
+        weights, tokens = torch.empty_like(scores), torch.empty(len(scores), dtype=torch.long)
+        self._draw(
+            scores.data_ptr(),
+            weights.data_ptr(),
+            told.data_ptr(),
+            tokens.data_ptr(),
+            *scores.shape,
+            torch.get_num_threads(),
+        )
+        drawn: list[int] = tokens.tolist()
+        return drawn
 
     def rotate_(self, query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> None:
         """Rotary positions in place: heads [T, heads, dim], `cos` and `sin` [T, dim].

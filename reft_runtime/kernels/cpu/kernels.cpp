@@ -9,6 +9,7 @@
 #include "delta_rule.h"
 #include "prompt_attention.h"
 #include "rows.h"
+#include "sampling.h"
 #include "scalars.h"
 
 #define EXPORT(NAME, T)                                                                            \
@@ -79,6 +80,12 @@ extern "C" int can_attend(int64_t dim, int64_t group) { return attends(dim, grou
 extern "C" int can_attend_prompts(int64_t dim, int64_t group) {
     return attends_prompts(dim, group);
 }
+extern "C" void draw_tokens(float* scores, float* weights, const double* settings, int64_t* tokens,
+                            int64_t count, int64_t width, int threads) {
+    draw(scores, weights, reinterpret_cast<const Settings*>(settings), tokens, count, width,
+         threads);
+}
+
 // The widest key heads that the gated delta rule takes.
 extern "C" int64_t widest_delta_key() { return MAX_KEY; }
 
