@@ -234,7 +234,10 @@ def _refuse(scores: Tensor, allowed: Tensor) -> None:
 
 
 def _draw(scores: Tensor, params: Sequence[SamplingParams], points: Sequence[float]) -> list[int]:
-    """Draw a token from each row of `scores` [rows, vocabulary], with finite maxima; overwrites them."""
+    """Draw a token from each row of `scores` [rows, vocabulary]; overwrites them.
+
+    The largest of each row is finite.
+    """
     operators = cpu_operators()
     if operators is not None and operators.supports(scores):
         return operators.draw_(
