@@ -299,7 +299,8 @@ class EngineInfo:
 
     `memory_bytes` is the most that the process means to take beside `intervention_bytes` (on a
     device: the most that weights, keys and values take). `kv_bytes` is its part for keys and
-    values, which holds those of `kv_tokens` tokens.
+    values, which holds those of `kv_tokens` tokens, and `recurrent_bytes` its part for the states
+    of recurrent layers, of running sequences and kept ones.
     """
 
     model: str
@@ -315,6 +316,21 @@ class EngineInfo:
     intervention_bytes: int
     kv_bytes: int
     kv_tokens: int
+    recurrent_bytes: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class SnapshotStats:
+    """Recurrent states that are kept for reuse: `kept` now, in at most `places`.
+
+    `hits` counts how often a prompt went on from one since the start, and `evictions` those that
+    were evicted for others.
+    """
+
+    kept: int
+    places: int
+    hits: int
+    evictions: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -330,6 +346,8 @@ class PrefixCacheStats:
     hits: Mapping[str, int]
     blocks: Mapping[str, int]
     evictions: int
+    snapshots: SnapshotStats | None = None
+    """None unless the model has recurrent layers."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -42,6 +42,8 @@ def banner(engine: WholeEngine, settings: Settings, address: str) -> str:
         f"({info.kv_bytes / 2**30:.2f} GiB), "
         f"{info.max_running} sequences at once",
     ]
+    if info.recurrent_bytes:
+        lines.append(f"  {info.recurrent_bytes / 2**30:.2f} GiB for states of recurrent layers")
     lines += _list("Interventions", [f"{entry.name}@{entry.digest[:12]}" for entry in entries])
     lines += _list("Not served", [f"{file}: {reason}" for file, reason in problems.items()])
     if not settings.needs_key:

@@ -8,7 +8,7 @@ emits. Where they are missing, or do not take the weight, the layer stays as it 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any, TypeGuard
@@ -72,8 +72,8 @@ class Packed:
     added_bytes: int = 0
 
 
-def prepack(model: nn.Module) -> Packed:
-    """Reorder the weights of all linear layers on a CPU.
+def prepack(model: nn.Module, leave: Collection[nn.Module] = ()) -> Packed:
+    """Reorder the weights of all linear layers on a CPU, but those to `leave` as they are.
 
     A layer's own weight is replaced. One that another module shares (a tied embedding) is kept
     beside the reordered copy. `forward` still runs through the module, with its hooks.
@@ -86,7 +86,7 @@ def prepack(model: nn.Module) -> Packed:
                 users[id(parameter)] = users.get(id(parameter), 0) + 1
     for module in model.modules():
         count += isinstance(module, nn.Linear) and module.weight.is_mkldnn  # merged ones
-        if not _is_plain(module) or not _packable(module.weight):
+        if module in leave or not _is_plain(module) or not _packable(module.weight):
             continue
         count += 1
         product, packed = _product(module.weight.detach(), module.bias)

@@ -13,6 +13,7 @@ from reft_runtime.base.attention import AttentionStep, LayerShape, running
 from reft_runtime.base.fused import Fused
 from reft_runtime.base.linears import Packed
 from reft_runtime.base.ownership import ModelState, release
+from reft_runtime.base.recurrent import MixerStates
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,7 +21,8 @@ class LoadedModel:
     """A base model, ready to run packed steps.
 
     `layers` are the decoder layers in order, and `shapes` their cache shapes. `group` is the
-    largest number of query heads that share one key head. `eos_ids` end an answer. `weight_bytes`
+    largest number of query heads that share one key head. `mixers` are the modules with recurrent
+    states, and `states` what each keeps of a sequence. `eos_ids` end an answer. `weight_bytes`
     is the memory of the weights, `fused` and `packed` say what was replaced, and `before` is the
     model's state before that.
     """
@@ -30,6 +32,8 @@ class LoadedModel:
     layers: tuple[nn.Module, ...]
     shapes: tuple[LayerShape, ...]
     group: int
+    mixers: tuple[nn.Module, ...]
+    states: tuple[MixerStates, ...]
     eos_ids: frozenset[int]
     hidden_size: int
     vocab_size: int
@@ -60,8 +64,12 @@ class LoadedModel:
     @property
     def kv_bytes_per_token(self) -> int:
         """Memory of one token's keys and values in all layers, in bytes."""
-        numbers = sum(s.kv_heads * (s.key_dim + s.value_dim) for s in self.shapes)
-        return numbers * self.dtype.itemsize
+        return sum(shape.numbers for shape in self.shapes) * self.dtype.itemsize
+
+    @property
+    def state_bytes(self) -> int:
+        """Memory of one sequence's recurrent states, in bytes; 0 without recurrent layers."""
+        return sum(shape.bytes for mixer in self.states for shape in mixer.shapes.values())
 
 
 def forward(

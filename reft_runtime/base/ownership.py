@@ -12,11 +12,13 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from reft_runtime.base.attention import WINDOW
+from reft_runtime.base.attention import LAYER, REACH
+from reft_runtime.base.latent import EXPAND
 from reft_runtime.base.linears import plain_weight
+from reft_runtime.base.support import TUNED
 from reft_runtime.errors import ConfigError
 
-_CHANGED = ("forward", "training", WINDOW)
+_CHANGED = ("forward", "training", REACH, LAYER, TUNED, EXPAND)
 """Attributes of modules that are set or changed while a model serves."""
 
 _lock = threading.Lock()

@@ -9,7 +9,20 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from reft_runtime.errors import ConfigError, UnsupportedModel
 
-SUPPORTED_LAYER_TYPES = {"full_attention", "sliding_attention"}
+SUPPORTED_LAYER_TYPES = {
+    "full_attention",
+    "sliding_attention",
+    "chunked_attention",
+    "linear_attention",
+    "conv",
+    "mamba",
+    "hybrid",
+    "moe",
+    "mlp",
+}
+
+TUNED = "attn_temperature_tuning"
+"""Setting of Llama 4's configuration and attention: whether queries are scaled by position."""
 
 
 def check_config(config: PretrainedConfig) -> None:
@@ -20,25 +33,22 @@ def check_config(config: PretrainedConfig) -> None:
         raise refuse(config, f"its weights are quantised ({_method(config)}); {_UNQUANTISED}")
     if getattr(config, "vision_config", None) or getattr(config, "audio_config", None):
         raise refuse(config, "it is multimodal; its text model alone may be served")
+    if config.model_type == "longcat_flash":
+        raise refuse(config, "a layer attends more than once")
     ours = type(config).__module__.startswith("transformers.")
     if ours and config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         raise refuse(config, "it is no causal language model")
-    if getattr(config, "kv_lora_rank", None):
-        raise refuse(config, "multi-head latent attention (MLA)")
-    if getattr(config, "attn_logit_softcapping", None) or getattr(
-        config, "final_logit_softcapping", None
-    ):
-        raise refuse(config, "logit soft-capping")
     if getattr(config, "alibi", False) or config.model_type in ("bloom", "mpt"):
         raise refuse(config, "ALiBi position biases")
-    if getattr(config, "use_bidirectional_attention", False):
+    # "vision" concerns images alone.
+    if getattr(config, "use_bidirectional_attention", None) not in (None, False, "vision"):
         raise refuse(config, "bidirectional attention")
     kinds = set(getattr(config, "layer_types", None) or ()) - SUPPORTED_LAYER_TYPES
-    if kinds or config.model_type in ("mamba", "mamba2", "falcon_mamba", "rwkv", "xlstm"):
-        raise refuse(config, f"state-space or other layers ({', '.join(sorted(kinds)) or 'all'})")
+    if "indexed_attention" in kinds:
+        raise refuse(config, "sparse attention, whose indexer keeps keys of its own")
+    if kinds:
+        raise refuse(config, f"other kinds of layers ({', '.join(sorted(kinds))})")
     for rope in _rope_settings(config):
-        if rope.get("mrope_section"):
-            raise refuse(config, "multimodal rotary positions (M-RoPE)")
         if rope.get("rope_type") == "dynamic":
             raise refuse(config, "dynamic NTK rotary scaling, which depends on the batch's length")
 
@@ -81,7 +91,11 @@ def _rope_settings(config: PretrainedConfig) -> list[dict[str, Any]]:
 
 
 def _length_limit(config: PretrainedConfig) -> int:
-    """Longest sequence in tokens: all learned positions, but only longrope's original length."""
+    """Longest sequence in tokens: all learned positions, but only longrope's original length.
+
+    Llama 4 scales queries by their positions, which it counts from the beginning of a forward pass;
+    only sequences whose scales are all 1 are served.
+    """
     limit = getattr(config, "max_position_embeddings", None)
     if not isinstance(limit, int):
         raise refuse(config, "it does not say its maximum length (max_position_embeddings)")
@@ -90,4 +104,6 @@ def _length_limit(config: PretrainedConfig) -> int:
             original = rope.get("original_max_position_embeddings")
             original = original or getattr(config, "original_max_position_embeddings", None)
             limit = min(limit, original or limit)
+    if getattr(config, TUNED, False):
+        limit = min(limit, int(config.floor_scale) - 1)
     return limit

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from collections.abc import Sequence as SequenceOf
 from contextlib import contextmanager
 from typing import Any, Literal, Protocol
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
-from reft_runtime.base.attention import CausalStep
+from reft_runtime.base.recurrent import EachTokenStep
 from reft_runtime.errors import WrongBaseModel
 from reft_runtime.interventions.format.components import NAMED, module_path
 
@@ -40,6 +40,8 @@ class Editor(Protocol):
 class EditSites:
     """The places of one model where edits can act, found by name.
 
+    `mixers` are the model's recurrent modules. What is inside one of them is no such place: it gets
+    the rows of one sequence at a time.
     `forward_two` runs two tokens through the model, keeps the logits of one, and calls attention
     with the given step: this shows which modules take or return a row per token, and how wide.
     """
@@ -48,16 +50,18 @@ class EditSites:
         self,
         model: PreTrainedModel,
         layers: SequenceOf[nn.Module],
+        mixers: Collection[nn.Module],
         forward_two: Callable[[Any], Any],
     ) -> None:
         self._model = model
         self._layers = layers
+        self._mixers = set(mixers)
         self._widths: dict[tuple[nn.Module, Side], int] = {}
         self._names: dict[tuple[nn.Module, Side], Site] = {}
         self._same: dict[Site, Site] = {}
         handles = [handle for module in model.modules() for handle in self._probe(module)]
         try:
-            forward_two(CausalStep())
+            forward_two(EachTokenStep())
         finally:
             for handle in handles:
                 handle.remove()
@@ -84,7 +88,10 @@ class EditSites:
         place = self._place(layer, component)
         found = None if place is None else self._widths.get(place)
         if found is None:
-            raise WrongBaseModel(f"The loaded model has no {where} that could be edited.")
+            told = f"The loaded model has no {where} that could be edited."
+            if component in NAMED and place is None and self._mixer(layer) is not None:
+                told += " That layer is recurrent: it has mixer_input and mixer_output."
+            raise WrongBaseModel(told)
         if found != width:
             raise WrongBaseModel(
                 f"The {where} is {found} wide in the loaded model, and {width} in the file."
@@ -134,13 +141,24 @@ class EditSites:
                 module, side = _child(_child(module, ("mlp",)), _ACT), "output"
             case "mlp":
                 module = _child(module, ("mlp",))
+            case "mixer":
+                module = self._mixer(layer)
             case "attention":
-                module = _child(module, _ATTENTION)
+                module = self._attention(layer)
             case "attention_value":
-                module, side = _child(_child(module, _ATTENTION), _OUT_PROJECTION), "input"
+                module, side = _child(self._attention(layer), _OUT_PROJECTION), "input"
             case "query" | "key" | "value":
-                module = _child(_child(module, _ATTENTION), (f"{part[0]}_proj",))
+                module = _child(self._attention(layer), (f"{part[0]}_proj",))
         return None if module is None else (module, "input" if side == "input" else "output")
+
+    def _attention(self, layer: int) -> nn.Module | None:
+        found = _child(self._layers[layer], _ATTENTION)
+        return None if found in self._mixers else found
+
+    def _mixer(self, layer: int) -> nn.Module | None:
+        """The recurrent module of a layer; None if it has none, or several."""
+        found = [module for module in self._layers[layer].modules() if module in self._mixers]
+        return found[0] if len(found) == 1 else None
 
 
 def _child(module: nn.Module | None, names: SequenceOf[str]) -> nn.Module | None:

@@ -21,6 +21,7 @@ from reft_runtime.schedule.prefix_cache import PrefixCache
 from reft_runtime.schedule.request import Request
 from reft_runtime.schedule.scheduler import Scheduler
 from reft_runtime.schedule.sequence import Status
+from reft_runtime.schedule.snapshots import Snapshots
 
 SLOWER = 4.0
 """A step may take this many times what similar steps took: late chunks attend to more tokens."""
@@ -35,13 +36,15 @@ class EngineConfig:
 
     `max_running` bounds the sequences that run at once, `max_step_tokens` the tokens of one step,
     and `kv_tokens` the tokens whose keys and values are held. With `prefix_cache` the part of
-    these that no sequence uses keeps blocks for requests with an equal prefix.
+    these that no sequence uses keeps blocks for requests with an equal prefix. Of a model with
+    recurrent layers `snapshots` states are kept beside them.
     """
 
     max_running: int
     max_step_tokens: int
     kv_tokens: int
     prefix_cache: bool = True
+    snapshots: int = 64
 
 
 @dataclass(slots=True)
@@ -102,7 +105,12 @@ class EngineCore:
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self.loaded = loaded
-        budget = BlockBudget(config.kv_tokens, PrefixCache() if config.prefix_cache else None)
+        cached = config.prefix_cache
+        budget = BlockBudget(
+            config.kv_tokens,
+            PrefixCache() if cached else None,
+            Snapshots(config.snapshots if cached else 0) if loaded.mixers else None,
+        )
         sizes = sizes_for(loaded.device)
         pacer = StepPacer(sizes.mixed_tokens, sizes.least_tokens)
         self.scheduler = Scheduler(budget, config.max_running, config.max_step_tokens, pacer)
@@ -173,7 +181,7 @@ class EngineCore:
     def _plan(self) -> Step | None:
         """Plan the next step; None if there is nothing to compute, or no memory to keep blocks."""
         plan = self.scheduler.schedule()
-        kept = self.requests.keep(plan.kept)
+        kept = self.requests.keep(plan.kept, plan.kept_states)
         self.runner.release(plan.preempted)
         if not plan.chunks or not kept:
             return None

@@ -104,6 +104,11 @@ def active(runner: Runner) -> str:
     if device.type == "cpu":
         parts.append(f"{loaded.packed.layers} linear layers packed")
     parts += [kernels, f"attention by {attention}"]
+    if loaded.mixers:
+        parts.append(
+            f"{len(loaded.mixers)} recurrent layers by their own code,"
+            f" {loaded.state_bytes / 2**20:.2f} MiB of states for a sequence"
+        )
     if device.type == "cuda":
         parts.append("no CUDA graphs" if runner.decoder is None else "CUDA graphs of decode steps")
     return f"Active: {', '.join(parts)}"

@@ -1,4 +1,4 @@
-"""How much memory keys and values may take, and the figures of memory that a start reports."""
+"""How much memory keys, values and recurrent states may take, and what a start reports of it."""
 
 from __future__ import annotations
 
@@ -21,19 +21,49 @@ KV_SHARE_OF_DEVICE = 0.9
 DEVICE_MARGIN = 2 << 30
 """Bytes of a device's memory that are left to the activations of the largest step."""
 
+LEAST_SNAPSHOT_BYTES = 64 << 20
+"""Kept recurrent states may take this much, or as much as those of the running sequences."""
+
+SNAPSHOT_SHARE_OF_FREE_MEMORY = 0.1
+
 WORKING_BYTES = 256 << 20
 """Bytes on a CPU for requests and answers in progress, and for code generated for new shapes."""
 
 
-def kv_budget(loaded: LoadedModel, max_running: int, wanted: int | None) -> int:
+def snapshot_places(loaded: LoadedModel, max_running: int) -> int:
+    """How many recurrent states are kept for reuse: as many as their own budget has room for."""
+    if not loaded.state_bytes:
+        return 0
+    most = max(LEAST_SNAPSHOT_BYTES, max_running * loaded.state_bytes)
+    share = SNAPSHOT_SHARE_OF_FREE_MEMORY * free_memory(loaded.device)
+    return int(min(most, share)) // loaded.state_bytes
+
+
+def recurrent_bytes(loaded: LoadedModel, max_running: int, snapshots: int) -> int:
+    """The bytes that the recurrent states of running sequences, and the kept ones, take."""
+    return (max_running + snapshots) * loaded.state_bytes
+
+
+def kv_budget(loaded: LoadedModel, max_running: int, wanted: int | None, snapshots: int = 0) -> int:
     """The number of tokens whose keys and values are held: `wanted`, or what memory allows.
 
-    Without `wanted` it is `max_running` answers at full length, within a share of the free memory.
+    Without `wanted` it is `max_running` answers at full length, within a share of the memory that
+    is free beside the recurrent states, of which `snapshots` are kept ones.
     The number covers the KV rows of a CPU, or the pages of a device, and the kept blocks together;
     what KV rows lose by taking whole pages of memory is reserved, too. Raises `ConfigError` if
     `wanted` or a CUDA device's memory is too small for one answer.
     """
     longest = loaded.max_model_len + BLOCK_TOKENS
+    states = recurrent_bytes(loaded, max_running, snapshots)
+    if loaded.device.type == "cuda":
+        torch.cuda.empty_cache()  # what is cached after the load fits nothing
+    free = free_memory(loaded.device)
+    if states > free:
+        raise ConfigError(
+            f"max_running: the recurrent states of {max_running} sequences take"
+            f" {states / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB are free. Take fewer.",
+            param="max_running",
+        )
     if wanted is not None:
         if wanted < longest:
             raise ConfigError(
@@ -43,9 +73,7 @@ def kv_budget(loaded: LoadedModel, max_running: int, wanted: int | None) -> int:
             )
         return wanted
     if loaded.device.type == "cuda":
-        torch.cuda.empty_cache()  # what is cached after the load fits nothing
-        free = free_memory(loaded.device)
-        reserve = DEVICE_MARGIN + sampling_bytes(loaded.vocab_size, max_running)
+        reserve = states + DEVICE_MARGIN + sampling_bytes(loaded.vocab_size, max_running)
         reserve += table_bytes(len(loaded.layers), loaded.hidden_size, max_running)
         affordable = (KV_SHARE_OF_DEVICE * free - reserve) / loaded.kv_bytes_per_token
         if affordable < longest:
@@ -56,7 +84,7 @@ def kv_budget(loaded: LoadedModel, max_running: int, wanted: int | None) -> int:
                 param="device",
             )
     else:
-        share = KV_SHARE_OF_FREE_MEMORY * free_memory(loaded.device)
+        share = KV_SHARE_OF_FREE_MEMORY * (free - states)
         rounding = max_running * rounding_bytes(loaded.shapes, mmap.PAGESIZE)
         affordable = (share - rounding) / loaded.kv_bytes_per_token
     return max(longest, min(max_running * longest, int(affordable)))
@@ -71,14 +99,19 @@ def kv_bytes(loaded: LoadedModel, kv_tokens: int, max_running: int) -> int:
 
 
 def memory_bytes(
-    loaded: LoadedModel, kv_tokens: int, max_running: int, max_step_tokens: int
+    loaded: LoadedModel,
+    kv_tokens: int,
+    max_running: int,
+    max_step_tokens: int,
+    snapshots: int = 0,
 ) -> int:
     """The most bytes that serving takes where the model is.
 
-    On a CUDA device these are the weights, and keys and values. On a CPU it is the whole process:
-    what it takes now, with the model loaded, plus keys and values and the largest step.
+    On a CUDA device these are the weights, keys, values and recurrent states. On a CPU it is the
+    whole process: what it takes now, with the model loaded, plus these and the largest step.
     """
     held = kv_bytes(loaded, kv_tokens, max_running)
+    held += recurrent_bytes(loaded, max_running, snapshots)
     if loaded.device.type == "cuda":
         return loaded.weight_bytes + held
     config = loaded.model.config

@@ -108,7 +108,10 @@ class Runner:
         self.storage = storage
         two = torch.arange(2, device=loaded.device)
         self.sites = EditSites(
-            loaded.model, loaded.layers, lambda step: forward(loaded.model, two, two, two[:1], step)
+            loaded.model,
+            loaded.layers,
+            loaded.mixers,
+            lambda step: forward(loaded.model, two, two, two[:1], step),
         )
         self.tables = tables
         self.sampler = sampler

@@ -22,7 +22,7 @@ from reft_runtime.grammar import GrammarState
 from reft_runtime.machine.memory import is_out_of_memory
 from reft_runtime.outputs import FinishReason, TokenLogprob
 from reft_runtime.schedule.plan import StepPlan
-from reft_runtime.schedule.prefix_cache import BlockCopy
+from reft_runtime.schedule.prefix_cache import BlockCopy, StateCopy
 from reft_runtime.schedule.request import Request
 from reft_runtime.schedule.scheduler import Scheduler
 from reft_runtime.schedule.sequence import MOST_FORCED, Sequence, Status, sequences_of
@@ -85,10 +85,16 @@ class LiveRequests:
         """End the request whose turn was last of a step for which memory ran out.
 
         Of one tenant that is the newest. What the other requests have computed is kept: their next
-        step repeats this one.
+        step repeats this one. Recurrent states may have gone on in some layers, and cannot go back:
+        sequences that have them begin again.
         """
         last = max((c.sequence for c in plan.chunks), key=self._scheduler.turn)
-        return self._fail(Failed(last.request.id, OUT_OF_MEMORY, out_of_memory=True))
+        events = self._fail(Failed(last.request.id, OUT_OF_MEMORY, out_of_memory=True))
+        if self._loaded.mixers:
+            touched = [s for c in plan.chunks for s in (c.sequence, *c.forks) if _runs(s)]
+            self._scheduler.restart(touched)
+            self._runner.release(touched)
+        return events
 
     def settle(self, plan: StepPlan, result: StepResult) -> list[Event]:
         """Take in the result of a step; returns its events in order."""
@@ -111,9 +117,16 @@ class LiveRequests:
         tokens = [(sequence, event) for sequence, event in tokens if _runs(sequence)]
         finished = [sequence for sequence, event in tokens if event.finish_reason]
         # Decoding sequences are kept when they end, so that their steps have nothing to copy.
-        prompts = [c.sequence for c in plan.prompts if _runs(c.sequence)]
-        lasting = [sequence for sequence in prompts if sequence not in finished]
-        self.keep([copy for s in lasting for copy in self._scheduler.keep(s)])
+        lasting = [c for c in plan.prompts if _runs(c.sequence) and c.sequence not in finished]
+        self.keep(
+            [copy for c in lasting for copy in self._scheduler.keep(c.sequence)],
+            [
+                copy
+                for c in lasting
+                if c.ends_at_boundary
+                for copy in self._scheduler.keep_state(c.sequence)
+            ],
+        )
         for sequence, logprobs in result.label_logprobs:
             if _runs(sequence):
                 self._labels.take(sequence.request, logprobs)
@@ -121,12 +134,16 @@ class LiveRequests:
         events += self._explanations.pass_on([*scored, *traced, *_reused(plan), *told])
         return events + self._end(finished)
 
-    def keep(self, copies: list[BlockCopy]) -> bool:
-        """Copy blocks into the prefix cache; if memory runs out, empty it and return False."""
-        if not copies:
-            return True
+    def keep(self, blocks: list[BlockCopy], states: list[StateCopy]) -> bool:
+        """Copy blocks and recurrent states into the prefix cache.
+
+        If memory runs out, empty it and return False.
+        """
         try:
-            self._runner.storage.keep(copies)
+            if blocks:
+                self._runner.storage.keep(blocks)
+            if states:
+                self._runner.storage.keep_states(states)
         except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
                 raise
@@ -134,6 +151,8 @@ class LiveRequests:
             return True
         if self._scheduler.cache is not None:
             self._scheduler.cache.shrink(0)  # it has places for blocks that were not copied
+        if self._scheduler.snapshots is not None:
+            self._scheduler.snapshots.clear()
         return False
 
     def check_integrity(self, *, idle: bool) -> None:
@@ -241,7 +260,10 @@ class LiveRequests:
         for sequence in sequences:
             self._scheduler.finish(sequence)
         if keep:
-            self.keep([copy for s in sequences for copy in self._scheduler.keep(s)])
+            self.keep(
+                [copy for s in sequences for copy in self._scheduler.keep(s)],
+                [copy for s in sequences for copy in self._scheduler.keep_state(s)],
+            )
         self._runner.release(sequences)
         for sequence in sequences:
             siblings = self._sequences[sequence.request.id]

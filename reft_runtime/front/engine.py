@@ -19,7 +19,13 @@ from reft_runtime.base.stages import stage
 from reft_runtime.caller import ANYONE, Caller
 from reft_runtime.engine.core import EngineConfig, EngineCore
 from reft_runtime.engine.device import sizes_for
-from reft_runtime.engine.kv_budget import kv_budget, kv_bytes, memory_bytes
+from reft_runtime.engine.kv_budget import (
+    kv_budget,
+    kv_bytes,
+    memory_bytes,
+    recurrent_bytes,
+    snapshot_places,
+)
 from reft_runtime.engine.loop import EngineLoop
 from reft_runtime.errors import InvalidRequest
 from reft_runtime.front.admission import Admission, Prompt
@@ -125,9 +131,10 @@ class Engine:
         sizes = sizes_for(loaded.device)
         max_running = sizes.max_running if max_running is None else max_running
         max_step_tokens = sizes.max_step_tokens if max_step_tokens is None else max_step_tokens
-        kv_tokens = kv_budget(loaded, max_running, kv_tokens)
+        snapshots = snapshot_places(loaded, max_running) if prefix_cache else 0
+        kv_tokens = kv_budget(loaded, max_running, kv_tokens, snapshots)
         config = EngineConfig(
-            max_running, max(max_step_tokens, max_running), kv_tokens, prefix_cache
+            max_running, max(max_step_tokens, max_running), kv_tokens, prefix_cache, snapshots
         )
         with stage("Setting up the cache"):
             core = EngineCore(loaded, config)
@@ -156,10 +163,13 @@ class Engine:
             max_running=max_running,
             vocab_size=loaded.vocab_size,
             parameters=loaded.model.num_parameters(),
-            memory_bytes=memory_bytes(loaded, kv_tokens, max_running, config.max_step_tokens),
+            memory_bytes=memory_bytes(
+                loaded, kv_tokens, max_running, config.max_step_tokens, snapshots
+            ),
             intervention_bytes=intervention_bytes,
             kv_bytes=kv_bytes(loaded, kv_tokens, max_running),
             kv_tokens=kv_tokens,
+            recurrent_bytes=recurrent_bytes(loaded, max_running, snapshots),
         )
         self.grammars = GrammarCompiler(
             self.tokenizer.definition, loaded.vocab_size, loaded.eos_ids

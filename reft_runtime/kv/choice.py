@@ -4,17 +4,28 @@ from __future__ import annotations
 
 import torch
 
+from reft_runtime.base.attention import NO_ATTENTION
 from reft_runtime.base.model import LoadedModel
 from reft_runtime.kernels.operators import cpu_operators, has_triton
+from reft_runtime.kv.hybrid import HybridStorage
 from reft_runtime.kv.page_attention import GatheredAttention, PageKernel
 from reft_runtime.kv.pages import PageStorage
 from reft_runtime.kv.rows import RowStorage
+from reft_runtime.kv.states import StateStorage
 from reft_runtime.kv.storage import KVStorage
 from reft_runtime.schedule.budget import BlockBudget
 
 
 def storage_for(loaded: LoadedModel, budget: BlockBudget, max_running: int) -> KVStorage:
-    """The storage that suits the model's device, with room for the budget's blocks."""
+    """The storage that suits the model's device, with room for the budget's blocks and states."""
+    storage = _kv_storage_for(loaded, budget, max_running)
+    if not loaded.mixers:
+        return storage
+    places = 0 if budget.snapshots is None else budget.snapshots.places
+    return HybridStorage(storage, StateStorage(loaded.states, loaded.device, max_running, places))
+
+
+def _kv_storage_for(loaded: LoadedModel, budget: BlockBudget, max_running: int) -> KVStorage:
     cache = budget.cache
     if loaded.device.type == "cpu":
         place = loaded.shapes, loaded.dtype, loaded.max_model_len
@@ -40,7 +51,7 @@ def page_kernel(device: torch.device, group: int, dtype: torch.dtype, dim: int) 
 
     `group` is the most query heads that share a head of keys, `dim` the width of the widest head.
     """
-    if not has_triton(device):
+    if not _by_triton(device, dim):
         return GatheredAttention()
     from reft_runtime.kv.triton_attention import Tiles, TritonAttention
 
@@ -51,18 +62,28 @@ def page_kernel(device: torch.device, group: int, dtype: torch.dtype, dim: int) 
 def attends_by_kernels(loaded: LoadedModel) -> tuple[bool, bool]:
     """Whether C++ or Triton kernels compute attention: of decoding tokens, and of prompts."""
     if loaded.device.type != "cpu":
-        return has_triton(loaded.device), has_triton(loaded.device)
+        return (_by_triton(loaded.device, _widest(loaded)),) * 2
     operators = cpu_operators()
     if operators is None:
         return False, False
     decodes = prompts = True
-    for shape in set(loaded.shapes):
-        query = torch.empty(1, loaded.group * shape.kv_heads, shape.key_dim, dtype=loaded.dtype)
-        key = query[:, : shape.kv_heads]
-        value = query.new_empty(1, shape.kv_heads, shape.value_dim)
-        decodes = decodes and operators.attends(query, key, value)
-        prompts = prompts and decodes and operators.attends_prompts(query, key)
+    for shape in set(loaded.shapes) - {NO_ATTENTION}:
+        key = torch.empty(1, shape.kv_heads, shape.key_dim, dtype=loaded.dtype)
+        value = key.new_empty(1, shape.kv_heads, shape.value_dim)
+        decodes = decodes and operators.attends(key, key, value)
+        inside = shape.values_in_keys
+        prompts = (
+            prompts and decodes and operators.attends_prompts(key, value, values_in_keys=inside)
+        )
     return decodes, prompts
+
+
+def _by_triton(device: torch.device, dim: int) -> bool:
+    if not has_triton(device):
+        return False
+    from reft_runtime.kv.triton_attention import WIDEST
+
+    return dim <= WIDEST
 
 
 def _widest(loaded: LoadedModel) -> int:

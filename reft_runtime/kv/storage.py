@@ -8,7 +8,7 @@ from typing import Protocol
 
 from reft_runtime.base.attention import AttentionStep
 from reft_runtime.schedule.plan import Chunk
-from reft_runtime.schedule.prefix_cache import BlockCopy
+from reft_runtime.schedule.prefix_cache import BlockCopy, StateCopy
 from reft_runtime.schedule.sequence import Sequence
 
 
@@ -19,7 +19,7 @@ class KVStorage(Protocol):
     """
 
     def prepare(self, chunks: SequenceOf[Chunk]) -> list[Chunk]:
-        """Make room for a step, and bring in the kept blocks that its chunks reuse.
+        """Make room for a step, and bring in the kept blocks and states that its chunks reuse.
 
         Returns the chunks in the order in which their tokens are to be packed.
         """
@@ -32,6 +32,12 @@ class KVStorage(Protocol):
 
     def keep(self, copies: Iterable[BlockCopy]) -> None:
         """Let the prefix cache's places hold blocks of sequences; a place holds the last given."""
+
+    def keep_states(self, copies: Iterable[StateCopy]) -> None:
+        """Copy the recurrent states of sequences, as they are now, to places; see `StateCopy`.
+
+        A storage without states is given none.
+        """
 
     def release(self, sequences: Iterable[Sequence]) -> None:
         """Free the keys and values of sequences; those that have none are ignored."""

@@ -81,7 +81,7 @@ def own_logits(
     model: PreTrainedModel, probed: SequenceOf[ProbedLayer], max_tokens: int
 ) -> OwnLogits:
     """Run samples through the model's own attention, before anything of the model is replaced."""
-    samples = _samples(model.config, {layer.scoring.window for layer in probed}, max_tokens)
+    samples = _samples(model.config, {layer.scoring.span for layer in probed}, max_tokens)
 
     def run(implementation: str) -> tuple[Tensor, ...]:
         model.set_attn_implementation(implementation)
@@ -117,7 +117,7 @@ def check(loaded: LoadedModel, own: OwnLogits, probed: SequenceOf[ProbedLayer]) 
         )
     allowed = min(max(least, ROUNDINGS * own_rounding), MOST)
     distances = _distances(_packed_logits(loaded, own.samples), own.logits)
-    windows = [w for layer in probed if (w := layer.scoring.window) is not None]
+    windows = [w for layer in probed if (w := layer.scoring.span) is not None]
     for what, rows in _kinds(own.samples, min(windows, default=None)).items():
         found = distances[rows]
         # Rounding may change a router's choice for single tokens, though not in float32.

@@ -6,17 +6,27 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from reft_runtime.base.attention import ATTENTION, PROBE, AskedMask, ProbedLayer, ShapeProbe
+from reft_runtime.base.attention import (
+    ATTENTION,
+    NO_ATTENTION,
+    PROBE,
+    AskedMask,
+    ProbedLayer,
+    Scoring,
+)
 from reft_runtime.base.fused import Fused, fuse
 from reft_runtime.base.generation import ends_of_answers, tell_ignored
 from reft_runtime.base.linears import Packed, prepack
 from reft_runtime.base.model import LoadedModel, forward
 from reft_runtime.base.ownership import ModelState
 from reft_runtime.base.pretrained import read_config, read_model
+from reft_runtime.base.recurrent import StateProbe, find_mixers, replace
+from reft_runtime.base.shared import tell_layers
 from reft_runtime.base.stages import stage
-from reft_runtime.base.support import check_config, chosen_length, refuse
+from reft_runtime.base.support import TUNED, check_config, chosen_length, refuse
 from reft_runtime.errors import ConfigError, UnsupportedModel
 from reft_runtime.loading.fidelity import check, own_logits
+from reft_runtime.loading.latents import keep_latents
 from reft_runtime.machine.dtypes import DTYPES
 
 PROBE_TOKENS = 8
@@ -109,23 +119,32 @@ def adopt_model(
     before = ModelState(model)
     try:
         model.requires_grad_(False).train(False)
+        mixers = find_mixers(model)
+        replace(mixers)
+        tell_layers(model)
         with stage("Asking the model for its own logits"):
-            probed = _probe(model, max_model_len)
+            probed, probe = _probe(model, max_model_len, mixers)
             own = own_logits(model, probed, max_model_len)
         model.set_attn_implementation(ATTENTION)
+        for module in model.modules():
+            if getattr(module, TUNED, False):
+                setattr(module, TUNED, False)  # see `support.chosen_length`
         weight_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
         fused, packed = Fused(), Packed()
         if not differentiable:
             # Not in inference mode: outside the engine, packed weights may meet gradients.
             with stage("Packing the weights"), torch.inference_mode(mode=False), torch.no_grad():
                 fused = fuse(model, layers, probed)
-                packed = prepack(model)
+                probed, unused = keep_latents(model, probed)
+                packed = prepack(model, {*unused, *probe.read})
         loaded = LoadedModel(
             model=model,
             architecture=type(model).__name__,
             layers=layers,
             shapes=tuple(layer.shape for layer in probed),
-            group=max(layer.heads // layer.shape.kv_heads for layer in probed),
+            group=max(layer.heads // max(1, layer.shape.kv_heads) for layer in probed),
+            mixers=mixers,
+            states=tuple(probe.states[number] for number in range(len(mixers))),
             eos_ids=ends_of_answers(model, tokenizer),
             hidden_size=config.hidden_size,
             vocab_size=config.vocab_size,
@@ -147,11 +166,16 @@ def adopt_model(
     return loaded
 
 
-def _probe(model: PreTrainedModel, max_tokens: int) -> tuple[ProbedLayer, ...]:
-    """Record what every layer asks of attention, and keep windows as attributes of the modules."""
+def _probe(
+    model: PreTrainedModel, max_tokens: int, mixers: tuple[nn.Module, ...]
+) -> tuple[tuple[ProbedLayer, ...], StateProbe]:
+    """Record what every layer asks of attention, and the states of every mixer.
+
+    Windows are kept as attributes of the modules.
+    """
     config = model.config
     positions = torch.arange(min(PROBE_TOKENS, max_tokens), device=model.device)
-    probe = ShapeProbe(max_tokens, model.dtype)
+    probe = StateProbe(max_tokens, model.dtype, mixers)
     model.set_attn_implementation(PROBE)
     try:
         forward(model, positions % config.vocab_size, positions, positions, probe)
@@ -166,8 +190,13 @@ def _probe(model: PreTrainedModel, max_tokens: int) -> tuple[ProbedLayer, ...]:
         raise UnsupportedModel(f"a packed forward fails: {reason[:200]}") from error
     if not probe.layers:
         raise UnsupportedModel("its attention does not go through transformers' interface")
-    if sorted(probe.layers) != list(range(config.num_hidden_layers)):
+    layers = range(config.num_hidden_layers)
+    if not mixers and sorted(probe.layers) != list(layers):
         raise UnsupportedModel("not every layer is a plain attention layer with its own KV")
+    if not probe.layers.keys() <= set(layers):
+        raise UnsupportedModel("it attends in more layers than it has")
+    if len(probe.states) != len(mixers):
+        raise UnsupportedModel("not all of its recurrent layers run")
     window = getattr(config, "sliding_window", None)
     for layer in probe.own_masks:
         if (
@@ -176,7 +205,8 @@ def _probe(model: PreTrainedModel, max_tokens: int) -> tuple[ProbedLayer, ...]:
             and window < max_tokens
         ):
             raise UnsupportedModel("a window may be in masks that its own code makes")
-    return tuple(probe.layers[i] for i in range(config.num_hidden_layers))
+    none = ProbedLayer(NO_ATTENTION, 0, Scoring())
+    return tuple(probe.layers.get(layer, none) for layer in layers), probe
 
 
 def _decoder_layers(model: PreTrainedModel, count: int) -> tuple[nn.Module, ...]:

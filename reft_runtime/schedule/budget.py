@@ -9,18 +9,25 @@ from __future__ import annotations
 from reft_runtime.schedule.blocks import BLOCK_TOKENS, blocks_for
 from reft_runtime.schedule.prefix_cache import PrefixCache
 from reft_runtime.schedule.sequence import Sequence
+from reft_runtime.schedule.snapshots import Snapshots
 
 
 class BlockBudget:
     """Counts the blocks that each sequence holds, out of a fixed total.
 
     Blocks that no sequence holds are for the prefix `cache`, if there is one, until a sequence
-    needs them.
+    needs them. A model with recurrent layers has `snapshots` beside it, which take no blocks.
     """
 
-    def __init__(self, total_tokens: int, cache: PrefixCache | None = None) -> None:
+    def __init__(
+        self,
+        total_tokens: int,
+        cache: PrefixCache | None = None,
+        snapshots: Snapshots | None = None,
+    ) -> None:
         self.total = total_tokens // BLOCK_TOKENS
         self.cache = cache
+        self.snapshots = snapshots
         self._held: dict[Sequence, int] = {}
         self._used = 0
 
@@ -67,3 +74,5 @@ class BlockBudget:
             raise AssertionError(f"KV budget: {held} held, {self._used} used, {self.total} in all")
         if self.cache is not None:
             self.cache.check_integrity(self.free)
+        if self.snapshots is not None:
+            self.snapshots.check_integrity(self._held)

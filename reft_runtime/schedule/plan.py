@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from reft_runtime.schedule.prefix_cache import BlockCopy
+from reft_runtime.schedule.prefix_cache import BlockCopy, StateCopy
 from reft_runtime.schedule.sequence import Sequence
 
 
@@ -14,7 +14,8 @@ class Chunk:
 
     `reused` are the kept blocks between what the sequence had and `start`, which it gets before
     the step; `restored` is the place of the kept recurrent state that it gets with them, its state
-    after `start` tokens (None where the sequence goes on from its own, or begins). `forks` are
+    after `start` tokens (None where the sequence goes on from its own, or begins). `boundary` is
+    where the sequence's state will be kept next, at this chunk's end or behind it. `forks` are
     further choices of the same request: they copy the prompt's keys and values from this sequence
     after the step (`shared` tokens), and sample their first token from the same logits, unless they
     have labels to score.
@@ -26,6 +27,7 @@ class Chunk:
     reused: list[BlockCopy] = field(default_factory=list)
     forks: list[Sequence] = field(default_factory=list)
     restored: int | None = None
+    boundary: int | None = None
 
     @property
     def stop(self) -> int:
@@ -36,6 +38,11 @@ class Chunk:
     def shared(self) -> int:
         """Number of tokens whose keys and values the forks copy."""
         return min(self.stop, self.sequence.prompt_length)
+
+    @property
+    def ends_at_boundary(self) -> bool:
+        """Whether the sequence's recurrent state is to be kept as it is after this chunk."""
+        return self.stop == self.boundary
 
     @property
     def scored(self) -> int:
@@ -53,15 +60,16 @@ class Chunk:
 class StepPlan:
     """One step: the chunks to compute, decoding ones first, and the sequences preempted for them.
 
-    The first `decodes` chunks decode: one token each, or a few that a grammar forced. `kept` are
-    blocks of preempted sequences to copy into the prefix cache, before their keys and values are
-    freed and before any chunk is computed.
+    The first `decodes` chunks decode: one token each, or a few that a grammar forced. `kept` and
+    `kept_states` are blocks and recurrent states of preempted sequences to copy into the prefix
+    cache, before what they hold is freed and before any chunk is computed.
     """
 
     chunks: list[Chunk] = field(default_factory=list)
     decodes: int = 0
     preempted: list[Sequence] = field(default_factory=list)
     kept: list[BlockCopy] = field(default_factory=list)
+    kept_states: list[StateCopy] = field(default_factory=list)
 
     @property
     def prompts(self) -> list[Chunk]:

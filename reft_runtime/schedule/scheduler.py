@@ -9,10 +9,7 @@ within a tenant the lowest priority. The tenant whose turn is next gets its shar
 by preemption, if another that was served more holds more than its own share. Once admitted, nobody
 slows another beyond its share (`allot`).
 
-Before each chunk of a prompt the prefix cache is asked for the blocks that come next. A prompt
-whose next block is being computed for another prompt skips the step instead of computing it, too.
-It waits only for a chunk of the same step: so whenever one prompt waits another one advances, and
-if that one fails, is aborted or preempted, it is not in the next step and no prompt waits for it.
+What a prompt need not compute because others have, or are about to, says `PrefixReuse`.
 """
 
 from __future__ import annotations
@@ -24,7 +21,8 @@ from reft_runtime.schedule.budget import BlockBudget
 from reft_runtime.schedule.counters import DECODE_COST, PROMPT_COST, TokenCounters
 from reft_runtime.schedule.pacing import StepPacer
 from reft_runtime.schedule.plan import Chunk, StepPlan
-from reft_runtime.schedule.prefix_cache import BlockCopy
+from reft_runtime.schedule.prefix_cache import BlockCopy, StateCopy
+from reft_runtime.schedule.reuse import PrefixReuse
 from reft_runtime.schedule.sequence import Sequence, Status
 from reft_runtime.schedule.shares import Share, allot
 from reft_runtime.schedule.tenants import Tenants
@@ -53,6 +51,7 @@ class Scheduler:
             raise ValueError("max_step_tokens must be at least max_running")
         self.budget = budget
         self.cache = budget.cache
+        self.snapshots = budget.snapshots
         self.max_running = max_running
         self.max_step_tokens = max_step_tokens
         self.pacer = pacer or StepPacer()
@@ -61,6 +60,7 @@ class Scheduler:
         self.waiting = WaitingQueue(self.counters)
         self.preemptions = 0
         self._allotted: dict[str, Share] | None = None
+        self._reuse = PrefixReuse(budget)
         self._tenants = Tenants(self.running, self.waiting, budget, max_running)
 
     @property
@@ -149,24 +149,24 @@ class Scheduler:
                 self.cache.count_hit(sequence.keys, sequence.computed, chunk.start)
                 reused = min(chunk.start, sequence.prompt_length) - sequence.computed
                 sequence.cached += max(0, reused)
+            if chunk.restored is not None and self.snapshots is not None:
+                self.snapshots.count_hit()
             sequence.computed = stop
             for fork in chunk.forks:
                 fork.computed = chunk.shared
 
     def keep(self, sequence: Sequence) -> list[BlockCopy]:
-        """Enter the computed blocks of a sequence in the prefix cache.
+        """See `PrefixReuse.keep`."""
+        return self._reuse.keep(sequence)
 
-        Returns the copies that the caller must make. Blocks with edits are entered only once a
-        token has come out of them: then they are finite.
-        """
-        if self.cache is None:
-            return []
-        keys = sequence.block_keys(sequence.computed)
-        base = sequence.keys.base
-        if not sequence.decoding:
-            keys = keys[:base]
-        placed = self.cache.add(keys, base, self.budget.free)
-        return [BlockCopy(sequence, block, place) for block, place in placed]
+    def keep_state(self, sequence: Sequence) -> list[StateCopy]:
+        """See `PrefixReuse.keep_state`."""
+        return self._reuse.keep_state(sequence)
+
+    def restart(self, sequences: Iterable[Sequence]) -> None:
+        """Preempt running sequences whose last step failed halfway; nothing of them is kept."""
+        for sequence in sequences:
+            self._begin_again(sequence)
 
     def finish(self, sequence: Sequence) -> None:
         """Remove a running or waiting sequence and free its blocks; it may be called again."""
@@ -176,6 +176,7 @@ class Scheduler:
             self.waiting.discard(sequence)
         sequence.status = Status.FINISHED
         self.budget.release(sequence)
+        self._reuse.leaves(sequence)
         if self.idle:
             self.counters.clear()
             self._tenants.clear()
@@ -226,26 +227,15 @@ class Scheduler:
         return 0 if share is None else min(tokens_left, share.prompt_tokens)
 
     def _schedule_prompt(self, plan: StepPlan, sequence: Sequence, limit: int) -> int:
-        start, reused = sequence.computed, []
-        if self.cache is not None and sequence.reusable:
-            keys = sequence.block_keys(sequence.reusable)
-            first = start // BLOCK_TOKENS
-            reused = [
-                BlockCopy(sequence, block, place)
-                for block, place in enumerate(self.cache.find(keys[first:]), first)
-            ]
-            block = first + len(reused)
-            if block < min(len(keys), self.budget.free) and any(
-                _will_keep(chunk.sequence, block, keys[block]) for chunk in plan.prompts
-            ):
-                return 0
-            start = max(start, block * BLOCK_TOKENS)
+        chunk = self._reuse.next_chunk(sequence, plan.prompts)
+        if chunk is None:
+            return 0
         if (begin := sequence.first_scored) is not None:
-            scored = sum(chunk.scored for chunk in plan.prompts)
-            limit = min(limit, max(0, begin - start) + MAX_SCORED_TOKENS - scored)
+            scored = sum(other.scored for other in plan.prompts)
+            limit = min(limit, max(0, begin - chunk.start) + MAX_SCORED_TOKENS - scored)
             if not limit:
                 return 0
-        chunk = Chunk(sequence, start, min(len(sequence.tokens) - start, limit), reused)
+        self._reuse.cut(chunk, limit)
         plan.chunks.append(chunk)
         if self._allotted is not None:
             self._allotted[sequence.request.tenant].prompt_tokens -= chunk.length
@@ -256,10 +246,12 @@ class Scheduler:
         """Admit the request's other choices at the end of the prompt's first computation.
 
         Those without room queue and compute on their own. Where they have labels to score, the
-        rest waits to be forked from the first of them instead: all have the same prompt.
+        rest waits to be forked from the first of them instead: all have the same prompt. A
+        recurrent state is forked as it is: by a chunk that ends where the prompt does.
         """
-        parent = chunk.sequence
-        if not (chunk.completes and parent.unforked):
+        parent, recurrent = chunk.sequence, self.snapshots is not None
+        reaches = chunk.stop == parent.prompt_length if recurrent else chunk.completes
+        if not (reaches and parent.unforked):
             return
         others, parent.unforked = parent.unforked, []
         admitted = 0
@@ -270,9 +262,9 @@ class Scheduler:
             fork.keys = parent.keys.copy(chunk.shared)
         rest = others[admitted:]
         if rest and parent.request.labels is not None:
-            heir = others[0]
+            heir = rest[0] if recurrent else others[0]
             heir.unforked = [other for other in rest if other is not heir]
-            rest = [] if admitted else [heir]
+            rest = [heir] if heir in rest else []
         self.requeue(rest)
 
     def _admit(self, sequence: Sequence) -> bool:
@@ -324,21 +316,20 @@ class Scheduler:
             self._admit(head)
 
     def _preempt(self, sequence: Sequence, plan: StepPlan) -> None:
+        self.budget.release(sequence)
+        sequence.status = Status.WAITING
+        plan.kept += self.keep(sequence)
+        plan.kept_states += self.keep_state(sequence)
+        self._begin_again(sequence)
+        plan.preempted.append(sequence)
+
+    def _begin_again(self, sequence: Sequence) -> None:
+        """Let a running sequence wait, with nothing computed."""
         self.running.remove(sequence)
         self.budget.release(sequence)
-        plan.kept += self.keep(sequence)
         sequence.status = Status.WAITING
+        self._reuse.leaves(sequence)
         sequence.charged = max(sequence.charged, sequence.computed)
         sequence.computed = sequence.cached = 0
         self.requeue([sequence])
-        plan.preempted.append(sequence)
         self.preemptions += 1
-
-
-def _will_keep(sequence: Sequence, block: int, key: bytes) -> bool:
-    """Whether a prompt that is being computed brings the block with this key into the cache."""
-    if block >= len(sequence.tokens) // BLOCK_TOKENS:
-        return False
-    keys = sequence.block_keys((block + 1) * BLOCK_TOKENS)
-    no_token = sequence.request.sampling.max_tokens == 0
-    return keys[block] == key and not (no_token and block >= sequence.keys.base)

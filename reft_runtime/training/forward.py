@@ -34,6 +34,7 @@ class Base:
             self.sites = EditSites(
                 loaded.model,
                 loaded.layers,
+                loaded.mixers,
                 lambda step: forward(loaded.model, two, two, two[:1], step),
             )
         self._kept: dict[tuple[int, ...], Prefix] = {}
@@ -74,6 +75,13 @@ class Base:
                 part = wanted[first : first + GROUP]
                 self._kept.update(zip(part, self._compute(part), strict=True))
                 bar.update(len(part))
+
+    def start(self, edits: Sequence[CanonicalEdit], example: Example) -> int:
+        """The first token of an example to be computed; `prefixes` hold what comes before.
+
+        That is its first where the model has recurrent layers, whose states are not kept.
+        """
+        return 0 if self.loaded.mixers else first_edited(edits, example)
 
     def prefixes(self, wanted: Sequence[tuple[int, ...]]) -> list[Prefix | None]:
         """The keys and values of these prefixes; None for an empty one."""
@@ -179,7 +187,7 @@ def predict(
     Gradients flow from the first edited token and layer on; what is before is computed without
     them, or not at all where it is known from before. The last token of an example is no input.
     """
-    starts = [first_edited(edits, example) for example in examples]
+    starts = [base.start(edits, example) for example in examples]
     parts = [e.tokens[start:-1] for e, start in zip(examples, starts, strict=True)]
     keep: list[int] = []
     places: list[list[list[int]]] = [[] for _ in edits]

@@ -14,7 +14,7 @@ from reft_runtime.errors import ConfigError, TrainingFailed
 from reft_runtime.interventions import Intervention, write
 from reft_runtime.machine.memory import free_memory
 from reft_runtime.training.draft import Draft, Examples
-from reft_runtime.training.forward import Base, EditedModel, first_edited
+from reft_runtime.training.forward import Base, EditedModel
 from reft_runtime.training.signals import HeldSignals
 from reft_runtime.training.trainer import EditTrainer
 from reft_runtime.training.work import WorkFolder
@@ -92,7 +92,7 @@ class TrainingRun:
         edits = self._draft.edits.canonical()
         examples = [*self._trainer.schedule.used, *self._examples.held_out]
         self._base.keep(
-            (example.tokens[: first_edited(edits, example)] for example in examples),
+            (example.tokens[: self._base.start(edits, example)] for example in examples),
             int(PREFIX_SHARE_OF_FREE_MEMORY * free_memory(self._trainer.args.device)),
             progress=progress,
         )

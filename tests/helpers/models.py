@@ -46,6 +46,16 @@ _COMMON: dict[str, Any] = {
     "eos_token_id": None,
     "pad_token_id": None,
 }
+_LATENT = {
+    "num_key_value_heads": 4,
+    "kv_lora_rank": 16,
+    "q_lora_rank": 12,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 12,
+}
+"""Multi-head latent attention, with latents that are smaller than keys and values."""
+
 _OWN: dict[str, dict[str, Any]] = {
     "llama": {"num_hidden_layers": 4},
     "qwen2": {},
@@ -58,16 +68,132 @@ _OWN: dict[str, dict[str, Any]] = {
         "sliding_window": WINDOW,
         "layer_types": ["sliding_attention", "sliding_attention", "full_attention"],
     },
+    "gemma2": {
+        "head_dim": 8,
+        "query_pre_attn_scalar": 8,
+        "tie_word_embeddings": False,
+        "sliding_window": WINDOW,
+        "attn_logit_softcapping": 2.0,
+        "final_logit_softcapping": 5.0,
+    },
+    "gpt_oss": {
+        "head_dim": 8,
+        "sliding_window": WINDOW,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+    },
+    "llama4_text": {
+        "head_dim": 8,
+        "num_hidden_layers": 4,
+        "attention_chunk_size": WINDOW,
+        "intermediate_size_mlp": 48,
+        "num_local_experts": 2,
+    },
+    "deepseek_v3": {
+        **_LATENT,
+        "n_routed_experts": 4,
+        "n_group": 1,
+        "topk_group": 1,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 16,
+        "first_k_dense_replace": 1,
+    },
+    "minicpm3": _LATENT,
+    "gemma4_text": {
+        "head_dim": 8,
+        "global_head_dim": 16,
+        "num_hidden_layers": 4,
+        "num_kv_shared_layers": 2,
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+        "sliding_window": WINDOW,
+        "hidden_size_per_layer_input": 8,
+        "vocab_size_per_layer_input": VOCABULARY,
+        "tie_word_embeddings": False,
+    },
     "gpt2": {},
     "gpt_neox": {"rotary_pct": 0.5},
     "olmo2": {},
     "phi3": {"sliding_window": None},
 }
 
+_DELTA: dict[str, Any] = {
+    "num_hidden_layers": 4,
+    "head_dim": 8,
+    "linear_num_value_heads": 4,
+    "linear_num_key_heads": 2,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+    "layer_types": ["linear_attention"] * 3 + ["full_attention"],
+}
+_EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 16}
+_SHARED = {"num_experts": 4, "shared_expert_intermediate_size": 16, **_EXPERTS}
+_MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_state": 8, "mamba_chunk_size": 16}
+_CONV = {"layer_types": ["conv", "conv", "full_attention"]}
+
+RECURRENT: dict[str, dict[str, Any]] = {
+    "qwen3_next": {**_DELTA, **_SHARED},
+    "qwen3_5_text": _DELTA,
+    "qwen3_5_moe_text": {**_DELTA, **_SHARED},
+    "olmo_hybrid": _DELTA,
+    "nemotron_h": {
+        "num_hidden_layers": 4,
+        "layers_block_type": ["mamba", "moe", "mamba", "attention"],
+        "head_dim": 8,
+        "mamba_num_heads": 4,
+        "mamba_head_dim": 8,
+        "ssm_state_size": 8,
+        "n_groups": 2,
+        "chunk_size": 16,
+        "n_routed_experts": 4,
+        "moe_shared_expert_intermediate_size": 16,
+        **_EXPERTS,
+    },
+    "falcon_h1": {
+        **_MAMBA,
+        "num_hidden_layers": 2,
+        "head_dim": 8,
+        "mamba_d_ssm": 32,
+        "mamba_n_heads": 4,
+        "mamba_n_groups": 1,
+    },
+    "granitemoehybrid": {
+        **_MAMBA,
+        "layer_types": ["mamba", "mamba", "attention"],
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "shared_intermediate_size": 16,
+        "position_embedding_type": "rope",
+    },
+    "bamba": {**_MAMBA, "attn_layer_indices": [2], "attn_rotary_emb": 8},
+    "jamba": {
+        "attn_layer_period": 3,
+        "attn_layer_offset": 2,
+        "expert_layer_period": 2,
+        "expert_layer_offset": 1,
+        "num_experts": 4,
+        "mamba_d_state": 8,
+        "mamba_dt_rank": 4,
+        "use_mamba_kernels": False,
+    },
+    "lfm2": _CONV,
+    "lfm2_moe": {**_CONV, "num_experts": 4, "num_dense_layers": 1, **_EXPERTS},
+    "lfm3": _CONV,
+    "zamba": {
+        "num_hidden_layers": 5,
+        "layers_block_type": ["mamba", "hybrid", "mamba", "hybrid", "mamba"],
+        "mamba_d_state": 8,
+        "mamba_dt_rank": 4,
+        "n_mamba_heads": 2,
+        "use_mamba_kernels": False,
+    },
+}
+"""Models with recurrent layers: gated delta nets, Mamba 1 and 2, short convolutions."""
+
 
 def tiny(model_type: str, *, seed: int = 0, **changes: Any) -> PreTrainedModel:
     """A random float32 model whose greedy answers vary with the prompt."""
-    values = {**_COMMON, **_OWN.get(model_type, {}), **changes}
+    values = {**_COMMON, **_OWN.get(model_type, {}), **RECURRENT.get(model_type, {}), **changes}
     if model_type in ("gpt2", "gpt_neox"):
         del values["num_key_value_heads"]
     if model_type == "gpt2":
@@ -78,8 +204,10 @@ def tiny(model_type: str, *, seed: int = 0, **changes: Any) -> PreTrainedModel:
         config, dtype=torch.float32
     )
     # Norms' weights and all biases begin as constants: random ones show that each is applied.
-    for parameter in model.parameters():
-        if parameter.ndim == 1:
+    for name, parameter in model.named_parameters():
+        if name.endswith(".sinks"):
+            parameter.data = 2 * torch.randn_like(parameter)
+        elif parameter.ndim == 1:
             parameter.data += 0.1 * torch.randn_like(parameter)
     model.generation_config = GenerationConfig(  # type: ignore[no-untyped-call]
         do_sample=False, num_beams=1

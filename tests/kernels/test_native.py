@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.functional import conv1d, rms_norm, scaled_dot_product_attention, silu
 from transformers.models.qwen3_5.modeling_qwen3_5 import torch_recurrent_gated_delta_rule
 
-from reft_runtime.kernels.cpu import Drawing, Kernels, build, kernels
+from reft_runtime.kernels.cpu import Drawing, HeadScoring, Kernels, build, kernels
 from reft_runtime.machine.dtypes import DTYPES
 from server.settings import Dtype
 from tests.helpers.sampling import bits_of
@@ -254,7 +254,7 @@ def test_attend(operators: Kernels, dtype: torch.dtype, dim: int, window: int) -
         [(rows[slot].data_ptr(), capacity, at) for slot, at in zip(slots, positions, strict=True)]
     )
     before = 0, kv_heads * dim
-    operators.attend(query, key, value, out, places, before, 0.2, window)
+    operators.attend(query, key, value, out, places, before, HeadScoring(0.2, window))
     for token, (slot, position) in enumerate(zip(slots, positions, strict=True)):
         assert torch.equal(keys[slot, :, position], key[token])
         assert torch.equal(values[slot, :, position], value[token])
@@ -293,7 +293,7 @@ def test_attend_prompts(
         [(rows[slot].data_ptr(), capacity, first, *rest) for first, slot, *rest in segments]
     )
     before = 0, kv_heads * dim
-    operators.attend_prompts(query, key, value, out, places, before, 0.2, window)
+    operators.attend_prompts(query, key, value, out, places, before, HeadScoring(0.2, window))
     for first, slot, start, length in segments:
         own, stop = slice(first, first + length), start + length
         assert torch.equal(keys[slot, :, start:stop], key[own].transpose(0, 1))
@@ -320,7 +320,9 @@ def test_a_token_that_is_not_finite_spoils_no_other_prompt(operators: Kernels) -
     rows = torch.zeros(2, 2, 2, 32, 64)
     out = torch.empty_like(query)
     places = [(rows[0].data_ptr(), 32, 0, 0, 20), (rows[1].data_ptr(), 32, 20, 0, 20)]
-    operators.attend_prompts(query, key, value, out, torch.tensor(places), (0, 128), 1.0, 0)
+    operators.attend_prompts(
+        query, key, value, out, torch.tensor(places), (0, 128), HeadScoring(1.0)
+    )
     assert out[3].isnan().all()
     assert out[:3].isfinite().all()
     assert out[4:].isfinite().all()
@@ -332,7 +334,7 @@ def test_a_row_that_is_not_finite_spoils_no_other(operators: Kernels) -> None:
     rows = torch.zeros(2, 2, 2, 16, 64)
     out = torch.empty_like(query)
     places = torch.tensor([(row.data_ptr(), 16, 0) for row in rows])
-    operators.attend(query, key, value, out, places, (0, 128), 1.0, 0)
+    operators.attend(query, key, value, out, places, (0, 128), HeadScoring(1.0))
     assert out[0].isnan().all()
     close(out[1], value[1])
 
@@ -345,13 +347,21 @@ def test_a_place_beyond_a_row_is_refused(operators: Kernels, place: tuple[int, i
     address = rows.data_ptr()
     places = torch.tensor([(address, 16, 0), (address, *place)])
     with pytest.raises(ValueError, match="beyond"):
-        operators.attend(heads, heads, heads, out, places, (0, 128), 1.0, 0)
+        operators.attend(heads, heads, heads, out, places, (0, 128), HeadScoring(1.0))
     segments = [(address, 16, 0, 0, 1), (address, place[0], 1, place[1], 1)]
     with pytest.raises(ValueError, match="beyond"):
-        operators.attend_prompts(heads, heads, heads, out, torch.tensor(segments), (0, 128), 1.0, 0)
+        operators.attend_prompts(
+            heads, heads, heads, out, torch.tensor(segments), (0, 128), HeadScoring(1.0)
+        )
     with pytest.raises(ValueError, match="beyond"):
         operators.attend_prompts(
-            heads, heads, heads, out, torch.tensor([(address, 16, 1, 0, 2)]), (0, 128), 1.0, 0
+            heads,
+            heads,
+            heads,
+            out,
+            torch.tensor([(address, 16, 1, 0, 2)]),
+            (0, 128),
+            HeadScoring(1.0),
         )
     assert not rows.any()
 
@@ -361,13 +371,30 @@ def test_shapes_that_disagree_are_refused(operators: Kernels) -> None:
     out, wide = torch.empty_like(heads), rand(2, 130)
     places = torch.tensor([(rows.data_ptr(), 16, 0), (rows.data_ptr(), 16, 1)])
     angles = rand(2, 64)
+
+    def attend(
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        out: Tensor,
+        places: Tensor,
+        before: tuple[int, int] = (0, 256),
+        sinks: Tensor | None = None,
+    ) -> None:
+        scoring = HeadScoring(1.0, sinks=sinks)
+        operators.attend(query, key, value, out, places, before, scoring)
+
     for bad in (
-        lambda: operators.attend(heads, heads[:1], heads, out, places, (0, 256), 1.0, 0),
-        lambda: operators.attend(heads, heads, heads[:, :2], out, places, (0, 256), 1.0, 0),
-        lambda: operators.attend(heads, heads[:, :3], heads[:, :3], out, places, (0, 9), 1.0, 0),
-        lambda: operators.attend(heads, heads, heads, out[:1], places, (0, 256), 1.0, 0),
-        lambda: operators.attend(heads, heads, heads, out, places[:1], (0, 256), 1.0, 0),
-        lambda: operators.attend(heads, heads, heads, out, places[:, :2], (0, 256), 1.0, 0),
+        lambda: attend(heads, heads[:1], heads, out, places),
+        lambda: attend(heads, heads, heads[:, :2], out, places),
+        lambda: attend(heads, heads[:, :3], heads[:, :3], out, places, before=(0, 9)),
+        lambda: attend(heads, heads, heads, out[:1], places),
+        lambda: attend(heads, heads, rand(2, 4, 16), out, places),
+        lambda: attend(heads, heads, rand(2, 4, 65), rand(2, 4, 65), places, before=(0, 0)),
+        lambda: attend(heads, heads, heads, out, places[:1]),
+        lambda: attend(heads, heads, heads, out, places[:, :2]),
+        lambda: attend(heads, heads, heads, out, places, sinks=rand(3)),
+        lambda: attend(heads, heads, heads, out, places, sinks=rand(4).bfloat16()),
         lambda: operators.rms_norm(wide, rand(131), 1e-5),
         lambda: operators.rms_norm(wide, rand(65), 1e-5),
         lambda: operators.rms_norm(wide, rand(130).bfloat16(), 1e-5),
@@ -381,7 +408,7 @@ def test_shapes_that_disagree_are_refused(operators: Kernels) -> None:
         lambda: operators.rotate_(heads, heads, angles[:1], angles[:1]),
         lambda: operators.rotate_(heads, heads, angles.bfloat16(), angles.bfloat16()),
     ):
-        with pytest.raises(ValueError, match=r"shapes|places|width|for rows|gate|refuse"):
+        with pytest.raises(ValueError, match=r"shapes|places|width|for rows|gate|refuse|sinks"):
             bad()
     assert not rows.any()
 
@@ -400,19 +427,25 @@ def test_what_the_operators_take(operators: Kernels) -> None:
     assert not supports(heads[:, 1:3])
     for other in (heads.transpose(0, 1), heads[..., :8], heads.half()):
         assert not packs(other)
-    assert not attends(heads, heads, rand(3, 4, 8))
+    assert attends(heads, heads, rand(3, 4, 8))  # values may be narrower
+    assert attends(heads.transpose(0, 1), heads, heads)  # they are packed first
+    assert not attends(heads, heads, heads.bfloat16())
     assert attends_prompts(heads, heads)
-    assert not attends_prompts(rand(3, 49, 16), rand(3, 1, 16))
+    assert not attends_prompts(heads, rand(3, 4, 8))
     assert not attends_prompts(rand(3, 4, 24), rand(3, 4, 24))
-    wide = rand(1, 1, 257)
+    latents = rand(3, 1, 576), rand(3, 1, 512)
+    assert attends_prompts(*latents, values_in_keys=True)
+    assert not attends_prompts(*latents)
+    wide = rand(1, 1, 577)
     assert not attends(wide, wide, wide)
     learned = rand(3, 4, 16).requires_grad_()
     assert not supports(heads, learned)
     assert not packs(learned)
+    assert not attends(heads, heads, learned)
 
 
-@pytest.mark.parametrize("group", [1, 48, 49, 64, 65])
-@pytest.mark.parametrize("dim", [16, 24, 256, 257])
+@pytest.mark.parametrize("group", [1, 16, 17, 48, 49, 128])
+@pytest.mark.parametrize("dim", [16, 24, 256, 576, 577])
 def test_the_library_takes_the_heads_that_it_says_it_takes(
     operators: Kernels, dim: int, group: int
 ) -> None:
@@ -420,16 +453,16 @@ def test_the_library_takes_the_heads_that_it_says_it_takes(
     out = torch.empty_like(query)
     for attend, taken, place in (
         (operators.attend, operators.attends(query, key, key), (16, 0)),
-        (operators.attend_prompts, operators.attends_prompts(query, key), (16, 0, 0, 1)),
+        (operators.attend_prompts, operators.attends_prompts(key, key), (16, 0, 0, 1)),
     ):
         rows.zero_()
         places = torch.tensor([(rows.data_ptr(), *place)])
         if taken:
-            attend(query, key, key, out, places, (0, dim), 1.0, 0)
+            attend(query, key, key, out, places, (0, 16 * dim), HeadScoring(1.0))
             close(out, key.expand_as(query))
         else:
             with pytest.raises(ValueError, match="beyond"):
-                attend(query, key, key, out, places, (0, dim), 1.0, 0)
+                attend(query, key, key, out, places, (0, 16 * dim), HeadScoring(1.0))
             assert not rows.any()
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaMLP
 
-from reft_runtime.base.attention import AskedMask, packed_attention
+from reft_runtime.base.attention import AskedMask, Reach, packed_attention
 from reft_runtime.base.linears import Merged
 from reft_runtime.errors import UnsupportedModel
 from reft_runtime.kv.rows import RowStorage
@@ -130,13 +130,16 @@ def asked(sees: Callable[..., Any]) -> AskedMask:
     return AskedMask(lambda batch, head, query, key: sees(query, key))
 
 
-def test_the_window_of_a_mask() -> None:
-    assert asked(lambda q, k: k <= q).window(1000) is None
-    for window in (1, 2, 63, 64, 100, 999):
-        mask = asked(lambda q, k, window=window: (k <= q) & (k > q - window))
-        assert mask.window(1000) == window
-        assert mask.window(window) is None  # never reached
-    assert asked(lambda q, k: k <= q).window(1) is None
+def test_the_reach_of_a_mask() -> None:
+    assert asked(lambda q, k: k <= q).reach(1000) == Reach()
+    for length in (1, 2, 63, 64, 100, 999):
+        window = asked(lambda q, k, length=length: (k <= q) & (k > q - length))
+        chunks = asked(lambda q, k, length=length: (k <= q) & (k // length == q // length))
+        alone = length == 1  # a window and a chunk of one token are the same
+        assert window.reach(1000) == (Reach(chunk=1) if alone else Reach(window=length))
+        assert chunks.reach(1000) == Reach(chunk=length)
+        assert window.reach(length) == chunks.reach(length) == Reach()  # never reached
+    assert asked(lambda q, k: k <= q).reach(1) == Reach()
 
 
 @pytest.mark.parametrize(
@@ -144,15 +147,19 @@ def test_the_window_of_a_mask() -> None:
     [
         lambda q, k: q >= 0,  # both ways
         lambda q, k: k < q,  # not itself
-        lambda q, k: (k <= q) & (k // 16 == q // 16),  # in chunks
+        lambda q, k: (k <= q) & (k // 16 == q // 16) & (k > q - 8),  # windows in chunks
+        lambda q, k: (k <= q) & ((k + 4) // 16 == (q + 4) // 16),  # the first chunk is shorter
+        lambda q, k: (k <= q) & ((k // 16 == q // 16) | (k < 1)),  # chunks and the beginning
+        lambda q, k: k // 16 == q // 16,  # both ways in chunks
         lambda q, k: (k <= q) & (k % 2 == 0),  # every other
         lambda q, k: (k <= q) & ((k > q - 8) | (k < 4)),  # a window and the beginning
+        lambda q, k: (k <= q) & ((k > q - 8) | (q >= 200)),  # a window, and then none
         lambda q, k: (k <= q) | (k < 3),  # a prefix both ways
     ],
 )
 def test_other_masks_are_refused(sees: Callable[..., Any]) -> None:
     with pytest.raises(UnsupportedModel, match="neither causal"):
-        asked(sees).window(256)
+        asked(sees).reach(256)
 
 
 # What goes wrong behind the fused operators, the storage or the attention is seen.
@@ -187,7 +194,7 @@ def test_keys_that_are_lost_between_chunks_are_seen(
         for chunk in chunks:
             if chunk.start:
                 row = self.where(chunk.sequence)
-                for part in range(len(self._parts)):
+                for part in range(len(self._layout.parts)):
                     row.part(part)[:, : chunk.start] = 0
         return chunks
 

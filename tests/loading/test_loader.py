@@ -43,32 +43,6 @@ def small_falcon_h1() -> PreTrainedModel:
     return tiny("falcon_h1", mamba_d_ssm=32, mamba_n_heads=4, mamba_d_head=8, mamba_d_state=8)
 
 
-def small_deepseek() -> PreTrainedModel:
-    return tiny(
-        "deepseek_v3",
-        kv_lora_rank=8,
-        q_lora_rank=8,
-        qk_nope_head_dim=8,
-        qk_rope_head_dim=8,
-        v_head_dim=8,
-        n_routed_experts=4,
-        n_group=1,
-        topk_group=1,
-        num_experts_per_tok=2,
-        moe_intermediate_size=16,
-    )
-
-
-def small_gpt_oss() -> PreTrainedModel:
-    return tiny(
-        "gpt_oss",
-        head_dim=8,
-        num_local_experts=2,
-        num_experts_per_tok=1,
-        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
-    )
-
-
 def with_rope(model_type: str, **rope: Any) -> PreTrainedModel:
     return tiny(model_type, rope_parameters={"rope_theta": 10000.0, **rope})
 
@@ -76,8 +50,6 @@ def with_rope(model_type: str, **rope: Any) -> PreTrainedModel:
 REFUSED: dict[str, tuple[Any, str]] = {
     "state space": (small_mamba, "state-space"),
     "state space beside attention": (small_falcon_h1, "state-space"),
-    "soft-capping": (lambda: tiny("gemma2", head_dim=8), "soft-capping"),
-    "sinks": (small_gpt_oss, "sinks"),
     "ALiBi": (lambda: bare("bloom", vocab_size=32, hidden_size=16, n_layer=2, n_head=2), "ALiBi"),
     "ALiBi by a flag": (
         lambda: bare(
@@ -94,7 +66,6 @@ REFUSED: dict[str, tuple[Any, str]] = {
         lambda: with_rope("llama", rope_type="default", mrope_section=[1, 1, 2]),
         "M-RoPE",
     ),
-    "MLA": (small_deepseek, "MLA"),
     "dynamic NTK": (lambda: with_rope("llama", rope_type="dynamic", factor=2.0), "dynamic NTK"),
     "own attention code": (lambda: tiny("gptj"), "packed forward"),
     "bidirectional": (lambda: tiny("bert"), "neither causal"),

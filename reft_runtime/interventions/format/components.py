@@ -1,7 +1,9 @@
 """Where in a layer an edit acts: the named components, and module paths for all other places.
 
-The names are pyvene's. A path is written as pyvene writes it, `model.layers[15].mlp.output`: the
-module's path in the model, indices in brackets, then `input` or `output`.
+The names are pyvene's, but for `mixer_input` and `mixer_output`: of what a recurrent layer has in
+attention's place, or beside it. A path is written as pyvene writes it,
+`model.layers[15].mlp.output`: the module's path in the model, indices in brackets, then `input` or
+`output`.
 """
 
 from __future__ import annotations
@@ -19,6 +21,8 @@ HIDDEN_SIZED = frozenset(
         "mlp_output",
         "attention_input",
         "attention_output",
+        "mixer_input",
+        "mixer_output",
     }
 )
 NAMED = HIDDEN_SIZED | {
@@ -45,6 +49,12 @@ _LLAMA = {
     ".self_attn.q_proj.output": "query_output",
     ".self_attn.k_proj.output": "key_output",
     ".self_attn.v_proj.output": "value_output",
+    ".linear_attn.input": "mixer_input",
+    ".linear_attn.output": "mixer_output",
+    ".mamba.input": "mixer_input",
+    ".mamba.output": "mixer_output",
+    ".conv.input": "mixer_input",
+    ".conv.output": "mixer_output",
 }
 _GPT2 = {
     ".input": "block_input",

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Callable, Sequence
 from ctypes import c_char_p, c_float, c_int, c_int64, c_void_p
+from dataclasses import dataclass
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -31,8 +32,8 @@ _ARGUMENTS: dict[str, list[Any]] = {
     "rotate": [*[_P] * 4, *[_I] * 6, c_int],
     "delta_rule": [*[_P] * 7, *[_I] * 9, c_int, c_int],
     "convolve": [*[_P] * 5, *[_I] * 4, c_int, c_int],
-    "attend": [*[_P] * 5, *[_I] * 11, _F, c_int],
-    "attend_prompts": [*[_P] * 5, *[_I] * 11, _F, c_int],
+    "attend": [*[_P] * 5, *[_I] * 13, _F, _F, _P, c_int],
+    "attend_prompts": [*[_P] * 5, *[_I] * 13, _F, _F, _P, c_int],
 }
 
 
@@ -47,6 +48,20 @@ class Drawing(NamedTuple):
     top_k: int
     top_p: float
     point: float
+
+
+@dataclass(slots=True)
+class HeadScoring:
+    """How queries score keys, and which they see: `base.attention.Scoring`, 0 for None.
+
+    `sinks` are float32 [heads], one behind the other.
+    """
+
+    scale: float
+    window: int = 0
+    chunk: int = 0
+    softcap: float = 0.0
+    sinks: Tensor | None = None
 
 
 class Kernels:
@@ -66,15 +81,17 @@ class Kernels:
                 function.argtypes = arguments
                 function.restype = c_int if operator.startswith("attend") else None
                 self._functions[operator, dtype] = function
-        for question in (library.can_attend, library.can_attend_prompts):
-            question.argtypes = [_I, _I]
+        library.can_attend.argtypes = [_I, _I]
+        library.can_attend_prompts.argtypes = [_I, _I, c_int]
         self._can_attend: Callable[[int, int], int] = cache(library.can_attend)
-        self._can_attend_prompts: Callable[[int, int], int] = cache(library.can_attend_prompts)
         library.draw_tokens.argtypes = [*[_P] * 4, _I, _I, c_int]
         library.draw_tokens.restype = None
         self._draw: Callable[..., None] = library.draw_tokens
         library.widest_delta_key.restype = _I
         self._widest_delta_key: int = library.widest_delta_key()
+        self._can_attend_prompts: Callable[[int, int, bool], int] = cache(
+            library.can_attend_prompts
+        )
         library.instructions.restype = c_char_p
         self.name = f"C++ kernels ({library.instructions().decode()})"
 
@@ -100,16 +117,19 @@ class Kernels:
         return dtype in self._dtypes
 
     def attends(self, query: Tensor, key: Tensor, value: Tensor) -> bool:
-        """Whether `attend` takes these heads [T, heads, dim]."""
-        return (
-            query.shape[2] == value.shape[2]
-            and bool(self._can_attend(query.shape[2], query.shape[1] // key.shape[1]))
-            and self.packs(query, key, value)
-        )
+        """Whether `attend` takes these heads [T, heads, dim], once the heads of a token are packed.
 
-    def attends_prompts(self, query: Tensor, key: Tensor) -> bool:
-        """Whether `attend_prompts` takes heads that `attend` does."""
-        return bool(self._can_attend_prompts(query.shape[2], query.shape[1] // key.shape[1]))
+        That is, once they lie side by side as `packs` says.
+        """
+        dtype = query.dtype
+        for heads in (query, key, value):
+            if heads.dtype != dtype or heads.requires_grad or not heads.is_cpu:
+                return False
+        return dtype in self._dtypes and bool(self._can_attend(key.shape[2], value.shape[2]))
+
+    def attends_prompts(self, key: Tensor, value: Tensor, *, values_in_keys: bool = False) -> bool:
+        """Whether `attend_prompts` takes heads that `attend` does; for the values, see there."""
+        return bool(self._can_attend_prompts(key.shape[2], value.shape[2], values_in_keys))
 
     def rms_norm(self, rows: Tensor, weight: Tensor, epsilon: float) -> Tensor:
         """Rows [..., d] divided by their root mean square, times `weight` [d]."""
@@ -317,21 +337,20 @@ class Kernels:
         out: Tensor,
         places: Tensor,
         before: tuple[int, int],
-        scale: float,
-        window: int,
+        scoring: HeadScoring,
     ) -> None:
         """Store keys and values [T, kv_heads, dim], attend with queries [T, heads, dim] into `out`.
 
         `places` int64 [T, 3] holds for each token the address of its KV row, the row's capacity,
         and the token's position in it. A KV row holds keys and values of all layers, each
         [kv_heads, capacity, dim]; `before` is how many numbers of a token come before the layer's
-        keys, and before its values. A token sees the positions up to its own, the last `window` of
-        them if that is not 0. All tokens are stored before any attends. Raises ValueError, and
-        writes nothing, if shapes disagree or a position is beyond its row.
+        keys, and before its values. If these are equal, the values are the first numbers of the
+        keys, and are not stored again. All tokens are stored before any attends. Raises ValueError,
+        and writes nothing, if shapes disagree or a position is beyond its row.
         """
         if len(places) != len(query):
             raise ValueError(f"attend: {len(places)} places for {len(query)} tokens")
-        self._attend("attend", query, key, value, out, places, 3, before, scale, window)
+        self._attend("attend", query, key, value, out, places, 3, before, scoring)
 
     def attend_prompts(
         self,
@@ -341,8 +360,7 @@ class Kernels:
         out: Tensor,
         places: Tensor,
         before: tuple[int, int],
-        scale: float,
-        window: int,
+        scoring: HeadScoring,
     ) -> None:
         """Like `attend` for consecutive tokens of prompts: many tokens go over the keys together.
 
@@ -350,7 +368,7 @@ class Kernels:
         capacity, the first token, the position of that in the KV row, and the number of tokens.
         Raises `MemoryError` if memory runs out, and then writes nothing.
         """
-        self._attend("attend_prompts", query, key, value, out, places, 5, before, scale, window)
+        self._attend("attend_prompts", query, key, value, out, places, 5, before, scoring)
 
     def _attend(
         self,
@@ -362,23 +380,26 @@ class Kernels:
         places: Tensor,
         columns: int,
         before: tuple[int, int],
-        scale: float,
-        window: int,
+        scoring: HeadScoring,
     ) -> None:
         tokens, heads, dim = query.shape
-        key_heads = key.shape[1]
+        key_heads, width = key.shape[1], value.shape[2]
+        sinks = scoring.sinks
         if (
             key.shape != (tokens, key_heads, dim)
-            or value.shape != key.shape
-            or out.shape != query.shape
+            or value.shape != (tokens, key_heads, width)
+            or out.shape != (tokens, heads, width)
             or not out.is_contiguous()
             or heads % key_heads
+            or (before[0] == before[1] and width > dim)
             or places.shape[1:] != (columns,)
             or places.dtype != torch.int64
             or not places.is_contiguous()
         ):
             shapes = [tuple(tensor.shape) for tensor in (query, key, value, out, places)]
             raise ValueError(f"{operator}: shapes disagree: {shapes}")
+        if sinks is not None and (sinks.shape != (heads,) or sinks.dtype != torch.float32):
+            raise ValueError(f"{operator}: sinks {tuple(sinks.shape)} for {heads} heads")
         status = self._functions[operator, query.dtype](
             query.data_ptr(),
             key.data_ptr(),
@@ -391,11 +412,15 @@ class Kernels:
             key_heads,
             heads // key_heads,
             dim,
+            width,
             query.stride(0),
             key.stride(0),
             value.stride(0),
-            window,
-            scale,
+            scoring.window,
+            scoring.chunk,
+            scoring.scale,
+            scoring.softcap,
+            None if sinks is None else sinks.data_ptr(),
             torch.get_num_threads(),
         )
         if status == _NO_MEMORY:

@@ -10,7 +10,7 @@
 namespace {
 
 constexpr int64_t COLUMNS = 32;    // columns of a state whose sums stay in registers
-constexpr int64_t TOGETHER = 16;   // tokens that go over some columns while these are in the cache
+constexpr int64_t AT_ONCE = 16;    // tokens that go over some columns while these are in the cache
 constexpr int64_t MAX_KEY = 256;   // largest width of a key head
 
 // One token's change of some columns of a head's state [key_dim, value_dim]:
@@ -69,11 +69,11 @@ void delta_rule(const T* query, const T* key, const T* value, const float* gate,
         for (int64_t head = 0; head < value_heads; ++head) {
             const int64_t key_head = head / (value_heads / key_heads);
             float* own = state + (sequence * value_heads + head) * key_dim * value_dim;
-            float queries[TOGETHER * MAX_KEY], keys[TOGETHER * MAX_KEY];
-            float both[TOGETHER], decay[TOGETHER];
-            for (int64_t start = 0; start < tokens; start += TOGETHER) {
+            float queries[AT_ONCE * MAX_KEY], keys[AT_ONCE * MAX_KEY];
+            float both[AT_ONCE], decay[AT_ONCE];
+            for (int64_t start = 0; start < tokens; start += AT_ONCE) {
                 const int64_t first = sequence * tokens + start;
-                const int64_t n = std::min(TOGETHER, tokens - start);
+                const int64_t n = std::min(AT_ONCE, tokens - start);
                 for (int64_t t = 0; t < n; ++t) {
                     float *q = queries + t * key_dim, *k = keys + t * key_dim;
                     const int64_t from = key_head * key_dim;

@@ -56,29 +56,34 @@
     extern "C" int attend_##NAME(                                                                  \
         const T* query, const T* key, const T* value, T* out, const int64_t* places,               \
         int64_t count, int64_t, int64_t keys_before, int64_t values_before, int64_t key_heads,     \
-        int64_t group, int64_t dim, int64_t query_stride, int64_t key_stride,                      \
-        int64_t value_stride, int64_t window, float scale, int threads) {                          \
+        int64_t group, int64_t key_dim, int64_t value_dim, int64_t query_stride,                   \
+        int64_t key_stride, int64_t value_stride, int64_t window, int64_t chunk, float scale,      \
+        float softcap, const float* sinks, int threads) {                                          \
         return attend(query, key, value, out, places, count, keys_before, values_before,           \
-                      key_heads, group, dim, query_stride, key_stride, value_stride, window,       \
-                      scale, threads);                                                             \
+                      key_heads, group, {key_dim, value_dim, keys_before == values_before},        \
+                      query_stride, key_stride, value_stride,                                      \
+                      {window, chunk, scale, softcap, sinks}, threads);                            \
     }                                                                                              \
     extern "C" int attend_prompts_##NAME(                                                          \
         const T* query, const T* key, const T* value, T* out, const int64_t* segments,             \
         int64_t count, int64_t tokens, int64_t keys_before, int64_t values_before,                 \
-        int64_t key_heads, int64_t group, int64_t dim, int64_t query_stride, int64_t key_stride,   \
-        int64_t value_stride, int64_t window, float scale, int threads) {                          \
-        auto* run = prompt_attention<T>(dim);                                                      \
+        int64_t key_heads, int64_t group, int64_t key_dim, int64_t value_dim,                      \
+        int64_t query_stride, int64_t key_stride, int64_t value_stride, int64_t window,            \
+        int64_t chunk, float scale, float softcap, const float* sinks, int threads) {              \
+        auto* run = prompt_attention<T>({key_dim, value_dim, keys_before == values_before});       \
         if (!run) return 1;                                                                        \
         return run(query, key, value, out, segments, count, tokens, keys_before, values_before,    \
-                   key_heads, group, query_stride, key_stride, value_stride, window, scale,        \
-                   threads);                                                                       \
+                   key_heads, group, query_stride, key_stride, value_stride,                       \
+                   {window, chunk, scale, softcap, sinks}, threads);                               \
     }
 
-// Whether attention takes heads `dim` wide, with `group` query heads to a key head. All operators
-// take the dtypes that are exported below.
-extern "C" int can_attend(int64_t dim, int64_t group) { return attends(dim, group); }
-extern "C" int can_attend_prompts(int64_t dim, int64_t group) {
-    return attends_prompts(dim, group);
+// Whether attention takes heads of these widths. All operators take the dtypes that are exported
+// below.
+extern "C" int can_attend(int64_t key_dim, int64_t value_dim) {
+    return attends(key_dim, value_dim);
+}
+extern "C" int can_attend_prompts(int64_t key_dim, int64_t value_dim, int values_in_keys) {
+    return attends_prompts({key_dim, value_dim, values_in_keys != 0});
 }
 extern "C" void draw_tokens(float* scores, float* weights, const double* settings, int64_t* tokens,
                             int64_t count, int64_t width, int threads) {

@@ -12,6 +12,7 @@
 namespace {
 
 constexpr float NEVER = -std::numeric_limits<float>::infinity();
+constexpr int SETS = 4;
 constexpr float LEAST_TEMPERATURE = std::numeric_limits<float>::min();
 
 struct Settings {
@@ -40,19 +41,22 @@ Cut cut(const float* scores, int64_t width, double wanted, Weight weight) {
     int shift = 31;
     for (const int bits : {11, 10, 10}) {
         const uint32_t size = 1u << bits;
-        double bins[1 << 11] = {};
+        // Several sets of bins, because two additions to one bin wait for each other.
+        double bins[SETS][1 << 11] = {};
         shift -= bits;
         for (int64_t i = 0; i < width; ++i) {
             const uint32_t leading = rank_of(scores[i]) >> shift;
-            if (leading >> bits == found.rank) bins[leading & (size - 1)] += weight(i);
+            if (leading >> bits == found.rank) bins[i % SETS][leading & (size - 1)] += weight(i);
         }
         uint32_t last = 0;
         double before = 0, better = 0;
         for (uint32_t bin = 0; bin < size; ++bin) {
-            if (bins[bin] <= 0) continue;
+            double all = 0;
+            for (int set = 0; set < SETS; ++set) all += bins[set][bin];
+            if (all <= 0) continue;
             last = bin;
             before = better;
-            better += bins[bin];
+            better += all;
             if (found.before + better >= wanted) break;
         }
         found = {found.rank << bits | last, found.before + before};
@@ -62,12 +66,19 @@ Cut cut(const float* scores, int64_t width, double wanted, Weight weight) {
 
 // Leaves the scores up to a cut; of those at the cut only the first `equal`.
 inline void leave(float* scores, float* weights, int64_t width, uint32_t rank, int64_t equal) {
+    int64_t at_cut = 0;
     for (int64_t i = 0; i < width; ++i) {
         const uint32_t own = rank_of(scores[i]);
-        if (own < rank || (own == rank && equal-- > 0)) continue;
-        scores[i] = NEVER;
-        weights[i] = 0;
+        at_cut += own == rank;
+        scores[i] = own > rank ? NEVER : scores[i];
+        weights[i] = own > rank ? 0 : weights[i];
     }
+    for (int64_t i = width - 1; at_cut > equal; --i)
+        if (rank_of(scores[i]) == rank) {
+            scores[i] = NEVER;
+            weights[i] = 0;
+            --at_cut;
+        }
 }
 
 inline double sum(const float* weights, int64_t width) {
