@@ -7,21 +7,34 @@ ours. Each function is tried on random tensors before it is replaced.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from types import FunctionType, MethodType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from reft_runtime.base.recurrent import MixerForward
 from reft_runtime.base.trial import Operator
-from reft_runtime.kernels.operators import MixerOperators
+from reft_runtime.kernels.operators import MixerOperators, operators_for
 
 _RULES = ("torch_recurrent_gated_delta_rule", "torch_chunk_gated_delta_rule")
 _CONVOLUTION = "causal_conv1d_update"
 
 _CLOSE = 1e-5
 """Largest distance between numbers of order 1 in float32 that are taken for the same."""
+
+
+def fuse_delta_nets(mixers: Iterable[nn.Module], device: torch.device) -> None:
+    """Let steps run gated delta nets among the mixers on a device's operators, if it has them."""
+    operators = operators_for(device)
+    if not isinstance(operators, MixerOperators):
+        return
+    nets = DeltaNets(operators)
+    for mixer in mixers:
+        forward, replaced = nets.forward_of(mixer), mixer.forward
+        if forward is not None and isinstance(replaced, MixerForward):
+            replaced.own = forward
 
 
 class DeltaNets:
