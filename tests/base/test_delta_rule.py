@@ -10,7 +10,9 @@ from transformers.models.qwen3_5 import modeling_qwen3_5
 from transformers.models.qwen3_5.configuration_qwen3_5 import Qwen3_5TextConfig
 
 from reft_runtime.base.delta_rule import DeltaNets
+from reft_runtime.base.recurrent import MixerForward
 from reft_runtime.kernels.operators import cpu_operators
+from reft_runtime.loading.loader import adopt_model
 
 CONFIG = Qwen3_5TextConfig(
     hidden_size=32,
@@ -120,3 +122,17 @@ def test_another_rule_is_not_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_other_modules_are_none() -> None:
     assert fused_forward(nn.Linear(2, 2)) is None
+
+
+def test_packed_steps_run_it_until_the_model_is_given_back() -> None:
+    model = modeling_qwen3_5.Qwen3_5ForCausalLM(CONFIG)
+    loaded = adopt_model(model)
+    assert len(loaded.mixers) == 3
+    for mixer in loaded.mixers:
+        replaced = mixer.forward
+        assert isinstance(replaced, MixerForward)
+        names = getattr(replaced.own, "__func__").__globals__  # noqa: B009
+        for name in ("torch_recurrent_gated_delta_rule", "causal_conv1d_update"):
+            assert names[name] is not getattr(modeling_qwen3_5, name)
+    loaded.give_back()
+    assert all("forward" not in vars(mixer) for mixer in loaded.mixers)
