@@ -14,6 +14,7 @@ from reft_runtime.base.attention import (
     ProbedLayer,
     Scoring,
 )
+from reft_runtime.base.delta_rule import fuse_delta_nets
 from reft_runtime.base.fused import Fused, fuse
 from reft_runtime.base.generation import ends_of_answers, tell_ignored
 from reft_runtime.base.linears import Packed, prepack
@@ -135,6 +136,7 @@ def adopt_model(
             # Not in inference mode: outside the engine, packed weights may meet gradients.
             with stage("Packing the weights"), torch.inference_mode(mode=False), torch.no_grad():
                 fused = fuse(model, layers, probed)
+                fuse_delta_nets(mixers, model.device)
                 probed, unused = keep_latents(model, probed)
                 packed = prepack(model, {*unused, *probe.read})
         loaded = LoadedModel(

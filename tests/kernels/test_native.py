@@ -9,9 +9,10 @@ from typing import get_args
 import pytest
 import torch
 from torch import Tensor
-from torch.nn.functional import rms_norm, scaled_dot_product_attention, silu
+from torch.nn.functional import conv1d, rms_norm, scaled_dot_product_attention, silu
+from transformers.models.qwen3_5.modeling_qwen3_5 import torch_recurrent_gated_delta_rule
 
-from reft_runtime.kernels.cpu import HeadScoring, Kernels, build, kernels
+from reft_runtime.kernels.cpu import Drawing, HeadScoring, Kernels, build, kernels
 from reft_runtime.machine.dtypes import DTYPES
 from server.settings import Dtype
 from tests.helpers.sampling import bits_of
@@ -110,6 +111,33 @@ def test_greedy_at_the_extremes(operators: Kernels, dtype: torch.dtype) -> None:
     assert given == list(wanted.values())
 
 
+def test_draw_keeps_what_reaches_the_share(operators: Kernels) -> None:
+    """Many equal scores, and a row so long that it is cut in parts; points near both ends."""
+    scores = (rand(4, 150_000) * 3).round()
+    scores[:, ::7] = -math.inf
+    for top_k, top_p in ((0, 1.0), (0, 0.5), (1000, 1.0), (1000, 0.5), (149_999, 1 - 1e-9)):
+        for point in (0.0, 0.37, 1 - 2**-53):
+            drawing = Drawing(0.7, 0, top_k, top_p, point)
+            given = operators.draw_(scores.clone(), [drawing] * 4)
+            for row, token in zip(scores, given, strict=True):
+                order = row.double().sort(descending=True, stable=True)
+                weights = (order.values / 0.7).softmax(-1)
+                if top_k:
+                    weights[top_k:] = 0
+                before = weights.cumsum(-1) - weights
+                kept = order.indices[(before < top_p * weights.sum()) & (weights > 0)].sort().values
+                cumulated = (row.double()[kept] / 0.7).softmax(-1).cumsum(-1)
+                at = int((kept == token).nonzero())  # an error where it was not kept
+                # Sums in float64 are exact enough to tell all but neighbours apart.
+                assert cumulated[max(0, at - 2)] <= point + 1e-9 or at < 2
+                assert cumulated[min(len(kept) - 1, at + 1)] >= point - 1e-9
+
+
+def test_draw_wants_a_setting_for_each_row(operators: Kernels) -> None:
+    with pytest.raises(ValueError, match="draw: 1 settings"):
+        operators.draw_(rand(2, 8), [Drawing(1, 0, 0, 1, 0.5)])
+
+
 @dtypes
 @pytest.mark.parametrize("tokens", [1, 300])
 def test_rotate(operators: Kernels, dtype: torch.dtype, tokens: int) -> None:
@@ -130,6 +158,80 @@ def test_rotate(operators: Kernels, dtype: torch.dtype, tokens: int) -> None:
     close(query, wanted[0])
     close(key, wanted[1])
     assert torch.equal(rest, others)
+
+
+@dtypes
+@pytest.mark.parametrize("tokens", [1, 3, 40])
+@pytest.mark.parametrize("dims", [(8, 6), (128, 128), (256, 40)])
+@pytest.mark.parametrize("normalised", [True, False])
+def test_delta_rule(
+    operators: Kernels, dtype: torch.dtype, tokens: int, dims: tuple[int, int], normalised: bool
+) -> None:
+    key_dim, value_dim = dims
+    # Columns of one product, as a linear layer gives them.
+    both = rand(3, tokens, 4 * key_dim + 4 * value_dim, dtype=dtype) / key_dim**0.5
+    query, key, value = both.split([2 * key_dim, 2 * key_dim, 4 * value_dim], -1)
+    heads = query.unflatten(-1, (2, -1)), key.unflatten(-1, (2, -1)), value.unflatten(-1, (4, -1))
+    gate, beta = -rand(3, tokens, 4).exp(), rand(3, tokens, 4, dtype=dtype, seed=1).sigmoid()
+    state = rand(3, 4, key_dim, value_dim, seed=2)
+    out, kept = torch_recurrent_gated_delta_rule(
+        *heads,
+        gate,
+        beta,
+        initial_state=state.clone(),
+        output_final_state=True,
+        use_qk_l2norm_in_kernel=normalised,
+    )
+    made = operators.delta_rule_(heads, gate, beta, state, normalised=normalised)
+    assert made is not None
+    close(made, out)
+    assert kept is not None
+    close(state, kept)
+
+
+def test_what_delta_rule_does_not_take(operators: Kernels) -> None:
+    state = rand(1, 1, 8, 8)
+    untouched = state.clone()
+    heads, gate = (rand(1, 1, 1, 8),) * 3, rand(1, 1, 1)
+    wide, wider = rand(1, 1, 1, 512), rand(1, 1, 512, 8)
+    assert operators.delta_rule_((wide, wide, heads[2]), gate, gate, wider, normalised=True) is None
+    assert operators.delta_rule_(heads, gate, gate, state.bfloat16(), normalised=True) is None
+    assert operators.delta_rule_(heads, gate, gate, state.mT, normalised=True) is None
+    half = tuple(tensor.half() for tensor in heads)
+    assert (
+        operators.delta_rule_((half[0], half[1], half[2]), gate, gate, state, normalised=True)
+        is None
+    )
+    with pytest.raises(ValueError, match="shapes disagree"):
+        operators.delta_rule_(heads, gate, gate, rand(1, 2, 8, 8), normalised=True)
+    assert torch.equal(state, untouched)
+
+
+@dtypes
+@pytest.mark.parametrize("taps", [2, 4])
+@pytest.mark.parametrize("more", [0, 1])
+@pytest.mark.parametrize("biased", [True, False])
+@pytest.mark.parametrize("count", [1, 9])
+def test_convolve(
+    operators: Kernels, dtype: torch.dtype, taps: int, more: int, biased: bool, count: int
+) -> None:
+    channels = 2100
+    state = rand(count, channels, taps - 1 + more, dtype=dtype)
+    inputs, weight = rand(count, channels, dtype=dtype, seed=1), rand(channels, taps, dtype=dtype)
+    bias = rand(channels, dtype=dtype, seed=2) if biased else None
+    every = torch.cat((state, inputs[..., None]), -1)
+    wanted = conv1d(
+        every[..., -taps:].float(),
+        weight[:, None].float(),
+        None if bias is None else bias.float(),
+        groups=channels,
+    )[..., 0]
+    for activated in (False, True):
+        kept = state.clone()
+        made = operators.convolve_(inputs, kept, weight, bias, silu=activated)
+        assert made is not None
+        assert torch.equal(kept, every[..., 1:])
+        close(made, (silu(wanted) if activated else wanted).to(dtype))
 
 
 @dtypes

@@ -7,11 +7,11 @@ as `packs` says). Shapes that disagree raise ValueError: a kernel would write ou
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from ctypes import c_char_p, c_float, c_int, c_int64, c_void_p
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,9 +30,24 @@ _ARGUMENTS: dict[str, list[Any]] = {
     "greedy": [_P, _P, _I, _I, c_int],
     "refuse": [_P, _P, _I],
     "rotate": [*[_P] * 4, *[_I] * 6, c_int],
+    "delta_rule": [*[_P] * 7, *[_I] * 9, c_int, c_int],
+    "convolve": [*[_P] * 5, *[_I] * 4, c_int, c_int],
     "attend": [*[_P] * 5, *[_I] * 13, _F, _F, _P, c_int],
     "attend_prompts": [*[_P] * 5, *[_I] * 13, _F, _F, _P, c_int],
 }
+
+
+class Drawing(NamedTuple):
+    """How a token is drawn; `point` in [0, 1) is where the cumulated weights are cut.
+
+    `top_k` 0 keeps all tokens, as `top_p` 1 and `min_p` 0 do.
+    """
+
+    temperature: float
+    min_p: float
+    top_k: int
+    top_p: float
+    point: float
 
 
 @dataclass(slots=True)
@@ -69,6 +84,11 @@ class Kernels:
         library.can_attend.argtypes = [_I, _I]
         library.can_attend_prompts.argtypes = [_I, _I, c_int]
         self._can_attend: Callable[[int, int], int] = cache(library.can_attend)
+        library.draw_tokens.argtypes = [*[_P] * 4, _I, _I, c_int]
+        library.draw_tokens.restype = None
+        self._draw: Callable[..., None] = library.draw_tokens
+        library.widest_delta_key.restype = _I
+        self._widest_delta_key: int = library.widest_delta_key()
         self._can_attend_prompts: Callable[[int, int, bool], int] = cache(
             library.can_attend_prompts
         )
@@ -193,6 +213,26 @@ class Kernels:
             raise ValueError("refuse: the words do not lie side by side")
         self._functions["refuse", row.dtype](row.data_ptr(), allowed.data_ptr(), len(row))
 
+    def draw_(self, scores: Tensor, settings: Sequence[Drawing]) -> list[int]:
+        """Draw a token from each row of scores [rows, vocabulary], float32; overwrites them.
+
+        The largest score of each row must be finite.
+        """
+        if scores.dtype != torch.float32 or len(settings) != len(scores):
+            raise ValueError(f"draw: {len(settings)} settings for {scores.dtype} {scores.shape}")
+        told = torch.tensor(settings, dtype=torch.float64)
+        weights, tokens = torch.empty_like(scores), torch.empty(len(scores), dtype=torch.long)
+        self._draw(
+            scores.data_ptr(),
+            weights.data_ptr(),
+            told.data_ptr(),
+            tokens.data_ptr(),
+            *scores.shape,
+            torch.get_num_threads(),
+        )
+        drawn: list[int] = tokens.tolist()
+        return drawn
+
     def rotate_(self, query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> None:
         """Rotary positions in place: heads [T, heads, dim], `cos` and `sin` [T, dim].
 
@@ -223,6 +263,71 @@ class Kernels:
             key.stride(0),
             torch.get_num_threads(),
         )
+
+    def delta_rule_(
+        self,
+        heads: tuple[Tensor, Tensor, Tensor],
+        gate: Tensor,
+        beta: Tensor,
+        state: Tensor,
+        *,
+        normalised: bool,
+    ) -> Tensor | None:
+        """See `MixerOperators.delta_rule_`."""
+        query, key, value = heads
+        count, tokens, key_heads, key_dim = key.shape
+        value_heads, value_dim = value.shape[2:]
+        if (
+            query.shape != key.shape
+            or value.shape[:2] != (count, tokens)
+            or value_heads % key_heads
+            or not gate.shape == beta.shape == (count, tokens, value_heads)
+            or state.shape != (count, value_heads, key_dim, value_dim)
+        ):
+            shapes = [tuple(tensor.shape) for tensor in (*heads, gate, beta, state)]
+            raise ValueError(f"delta_rule: shapes disagree: {shapes}")
+        if key_dim > self._widest_delta_key or not state.is_cpu or not state.is_contiguous():
+            return None
+        if state.dtype != torch.float32 or any(t.requires_grad for t in (gate, beta, state)):
+            return None
+        packed = [_packed(tensor) for tensor in heads]
+        if not self.packs(*packed):
+            return None
+        gate, beta = gate.float().contiguous(), beta.float().contiguous()
+        out = value.new_empty(count, tokens, value_heads, value_dim)
+        self._functions["delta_rule", value.dtype](
+            *(tensor.data_ptr() for tensor in (*packed, gate, beta, state, out)),
+            *(count, tokens, key_heads, value_heads, key_dim, value_dim),
+            *(tensor.stride(0) for tensor in packed),
+            normalised,
+            torch.get_num_threads(),
+        )
+        return out
+
+    def convolve_(
+        self, inputs: Tensor, state: Tensor, weight: Tensor, bias: Tensor | None, *, silu: bool
+    ) -> Tensor | None:
+        """See `MixerOperators.convolve_`."""
+        count, channels, kept = state.shape
+        taps = weight.shape[-1]
+        if inputs.shape != (count, channels) or weight.shape != (channels, taps) or kept < taps - 1:
+            shapes = [tuple(tensor.shape) for tensor in (inputs, state, weight)]
+            raise ValueError(f"convolve: shapes disagree: {shapes}")
+        inputs = inputs.contiguous()
+        if not self.supports(inputs, state, weight, *(() if bias is None else (bias,))):
+            return None
+        out = torch.empty_like(inputs)
+        self._functions["convolve", inputs.dtype](
+            inputs.data_ptr(),
+            weight.data_ptr(),
+            None if bias is None else bias.data_ptr(),
+            state.data_ptr(),
+            out.data_ptr(),
+            *(count, channels, taps, kept),
+            silu,
+            torch.get_num_threads(),
+        )
+        return out
 
     def attend(
         self,
@@ -322,6 +427,13 @@ class Kernels:
             raise MemoryError(f"{operator}: out of memory")
         if status:
             raise ValueError(f"{operator}: a token is beyond its row or the step")
+
+
+def _packed(heads: Tensor) -> Tensor:
+    """Heads [n, T, heads, dim] as [n * T, heads, dim], those of a token side by side."""
+    rows = heads.flatten(0, 1)
+    _, between, within = rows.stride()
+    return rows if within == 1 and between == rows.shape[2] else rows.contiguous()
 
 
 @cache

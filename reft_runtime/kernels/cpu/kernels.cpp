@@ -6,8 +6,10 @@
 #include <cstdint>
 
 #include "decode_attention.h"
+#include "delta_rule.h"
 #include "prompt_attention.h"
 #include "rows.h"
+#include "sampling.h"
 #include "scalars.h"
 
 #define EXPORT(NAME, T)                                                                            \
@@ -36,6 +38,20 @@
                                   int64_t query_stride, int64_t key_stride, int threads) {         \
         rotate(query, key, cos, sin, tokens, query_heads, key_heads, dim, query_stride,            \
                key_stride, threads);                                                               \
+    }                                                                                              \
+    extern "C" void delta_rule_##NAME(                                                             \
+        const T* query, const T* key, const T* value, const float* gate, const float* beta,        \
+        float* state, T* out, int64_t count, int64_t tokens, int64_t key_heads,                    \
+        int64_t value_heads, int64_t key_dim, int64_t value_dim, int64_t query_stride,             \
+        int64_t key_stride, int64_t value_stride, int normal, int threads) {                       \
+        delta_rule(query, key, value, gate, beta, state, out, count, tokens, key_heads,            \
+                   value_heads, key_dim, value_dim, query_stride, key_stride, value_stride,        \
+                   normal, threads);                                                               \
+    }                                                                                              \
+    extern "C" void convolve_##NAME(const T* inputs, const T* weight, const T* bias, T* state,     \
+                                    T* out, int64_t count, int64_t channels, int64_t taps,         \
+                                    int64_t kept, int silu, int threads) {                         \
+        convolve(inputs, weight, bias, state, out, count, channels, taps, kept, silu, threads);    \
     }                                                                                              \
     extern "C" int attend_##NAME(                                                                  \
         const T* query, const T* key, const T* value, T* out, const int64_t* places,               \
@@ -69,6 +85,14 @@ extern "C" int can_attend(int64_t key_dim, int64_t value_dim) {
 extern "C" int can_attend_prompts(int64_t key_dim, int64_t value_dim, int values_in_keys) {
     return attends_prompts({key_dim, value_dim, values_in_keys != 0});
 }
+extern "C" void draw_tokens(float* scores, float* weights, const double* settings, int64_t* tokens,
+                            int64_t count, int64_t width, int threads) {
+    draw(scores, weights, reinterpret_cast<const Settings*>(settings), tokens, count, width,
+         threads);
+}
+
+// The widest key heads that the gated delta rule takes.
+extern "C" int64_t widest_delta_key() { return MAX_KEY; }
 
 // The vector instructions that the compiler was allowed to use.
 extern "C" const char* instructions() {
