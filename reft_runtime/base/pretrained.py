@@ -12,7 +12,7 @@ import logging
 import os
 import re
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Set
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -28,6 +28,7 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
+from reft_runtime.base.language import TEXT_KEYS, language_config
 from reft_runtime.errors import ConfigError
 
 _READ_BY_NAME = (
@@ -62,7 +63,12 @@ _T = TypeVar("_T")
 
 
 def read_config(path: str) -> PretrainedConfig:
-    """Configuration of a folder or hub id; raises `ConfigError`."""
+    """Configuration of the language model of a folder or hub id; raises `ConfigError`."""
+    return language_config(_whole_config(path))
+
+
+def _whole_config(path: str) -> PretrainedConfig:
+    """Configuration of all that a folder or hub id holds."""
     _check_files(path)
     config: PretrainedConfig = _read(
         "configuration",
@@ -98,7 +104,10 @@ def read_model(path: str, dtype: torch.dtype, **options: Any) -> PreTrainedModel
     Raises `ConfigError` if weights are missing, have other shapes, or belong to layers and modules
     that this model does not have; the message names them.
     """
-    config = read_config(path)  # without the attention code that it may name
+    whole = _whole_config(path)  # without the attention code that it may name
+    config = language_config(whole)
+    if config is not whole:
+        options["key_mapping"] = TEXT_KEYS
 
     def load() -> Any:
         return AutoModelForCausalLM.from_pretrained(
@@ -126,7 +135,7 @@ def read_model(path: str, dtype: torch.dtype, **options: Any) -> PreTrainedModel
             transformers_logging.enable_progress_bar()  # type: ignore[no-untyped-call]
     if getattr(model, "_hf_peft_config_loaded", False):  # its files were not checked
         raise ConfigError(f"model: {path!r} is {_ADAPTERS}", param="model")
-    _check_weights(path, model, found)
+    _check_weights(path, model, found, in_another=config is not whole)
     loaded: PreTrainedModel = model
     return loaded
 
@@ -215,14 +224,17 @@ def _broken(file: Path, what: str) -> ConfigError:
     return ConfigError(f"model: {file} {what}", param="model")
 
 
-def _check_weights(path: str, model: PreTrainedModel, found: dict[str, Any]) -> None:
+def _check_weights(
+    path: str, model: PreTrainedModel, found: dict[str, Any], *, in_another: bool
+) -> None:
     missing = sorted(found["missing_keys"])
     whole = sorted(_stored_as_integers(Path(path), model))
     shapes = [
         f"{key} ({_shape(there)} instead of {_shape(wanted)})"
         for key, there, wanted in sorted(found["mismatched_keys"])
     ]
-    unexpected = sorted(key for key in found["unexpected_keys"] if _matters(key, model))
+    parts = {"", model.base_model_prefix} if in_another else set()
+    unexpected = sorted(key for key in found["unexpected_keys"] if _matters(key, model, parts))
     faults = [
         f"{text} {_listed(keys)}"
         for text, keys in (
@@ -255,11 +267,12 @@ def _stored_as_integers(folder: Path, model: PreTrainedModel) -> Iterable[str]:
                     yield name
 
 
-def _matters(key: str, model: PreTrainedModel) -> bool:
+def _matters(key: str, model: PreTrainedModel, shared: Set[str]) -> bool:
     """Whether a checkpoint's key that the model lacks would change what the model computes.
 
     A key does if it belongs to a module of the model, lies among its layers, or belongs to an
-    adapter. A head beside the model (of a reward model, or for speculation) does not.
+    adapter. A head beside the model (of a reward model, or for speculation) does not, nor does what
+    lies directly in a module of a name in `shared`, which a model around this one has too.
     """
     if _COMPUTED.search(key):
         return False
@@ -268,7 +281,7 @@ def _matters(key: str, model: PreTrainedModel) -> bool:
     modules = dict(model.named_modules())
     # A checkpoint of the model without its head has names without this prefix.
     for name in (key, f"{model.base_model_prefix}.{key}"):
-        if name.rpartition(".")[0] in modules and "." in key:
+        if name.rpartition(".")[0] in modules.keys() - shared and "." in key:
             return True
         if any(
             name.startswith(f"{place}.")

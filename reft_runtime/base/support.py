@@ -18,8 +18,10 @@ def check_config(config: PretrainedConfig) -> None:
         raise refuse(config, "it is an encoder-decoder")
     if getattr(config, "quantization_config", None):
         raise refuse(config, f"its weights are quantised ({_method(config)}); {_UNQUANTISED}")
-    if getattr(config, "vision_config", None) or getattr(config, "audio_config", None):
-        raise refuse(config, "it is multimodal; its text model alone may be served")
+    if getattr(config, "text_config", None):
+        raise refuse(
+            config, "it also sees or hears, and transformers has its language model in no class"
+        )
     ours = type(config).__module__.startswith("transformers.")
     if ours and config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         raise refuse(config, "it is no causal language model")
@@ -31,14 +33,12 @@ def check_config(config: PretrainedConfig) -> None:
         raise refuse(config, "logit soft-capping")
     if getattr(config, "alibi", False) or config.model_type in ("bloom", "mpt"):
         raise refuse(config, "ALiBi position biases")
-    if getattr(config, "use_bidirectional_attention", False):
+    if getattr(config, "use_bidirectional_attention", None) not in (None, False, "vision"):
         raise refuse(config, "bidirectional attention")
     kinds = set(getattr(config, "layer_types", None) or ()) - SUPPORTED_LAYER_TYPES
     if kinds or config.model_type in ("mamba", "mamba2", "falcon_mamba", "rwkv", "xlstm"):
         raise refuse(config, f"state-space or other layers ({', '.join(sorted(kinds)) or 'all'})")
     for rope in _rope_settings(config):
-        if rope.get("mrope_section"):
-            raise refuse(config, "multimodal rotary positions (M-RoPE)")
         if rope.get("rope_type") == "dynamic":
             raise refuse(config, "dynamic NTK rotary scaling, which depends on the batch's length")
 

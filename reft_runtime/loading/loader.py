@@ -9,6 +9,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from reft_runtime.base.attention import ATTENTION, PROBE, AskedMask, ProbedLayer, ShapeProbe
 from reft_runtime.base.fused import Fused, fuse
 from reft_runtime.base.generation import ends_of_answers, tell_ignored
+from reft_runtime.base.language import language_model
 from reft_runtime.base.linears import Packed, prepack
 from reft_runtime.base.model import LoadedModel, forward
 from reft_runtime.base.ownership import ModelState
@@ -98,8 +99,10 @@ def adopt_model(
 ) -> LoadedModel:
     """Make a model in memory ready for packed steps where it is; checked as by `load_model`.
 
+    Of a model that also sees or hears its language model is taken, with the modules themselves.
     `LoadedModel.give_back` restores the model; so does an exception.
     """
+    model = language_model(model)
     if model.device.type == "cuda":
         torch.cuda.set_device(model.device)  # Triton's kernels are launched on the current one
     config = model.config
