@@ -14,6 +14,7 @@ from reft_runtime.base.linears import Packed, prepack
 from reft_runtime.base.model import LoadedModel, forward
 from reft_runtime.base.ownership import ModelState
 from reft_runtime.base.pretrained import read_config, read_model
+from reft_runtime.base.quantised import stored_bytes
 from reft_runtime.base.stages import stage
 from reft_runtime.base.support import check_config, chosen_length, refuse
 from reft_runtime.errors import ConfigError, UnsupportedModel
@@ -116,7 +117,7 @@ def adopt_model(
             probed = _probe(model, max_model_len)
             own = own_logits(model, probed, max_model_len)
         model.set_attn_implementation(ATTENTION)
-        weight_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
+        weight_bytes = sum(map(stored_bytes, model.parameters()))
         fused, packed = Fused(), Packed()
         if not differentiable:
             # Not in inference mode: outside the engine, packed weights may meet gradients.
