@@ -111,7 +111,9 @@ def plain_weight(linear: nn.Module) -> Tensor:
 
 def _is_plain(module: nn.Module) -> TypeGuard[nn.Linear]:
     """Whether it is torch's linear layer as it is; another one may compute something else."""
-    return type(module) is nn.Linear and "forward" not in vars(module)
+    # The weight itself is of another kind where it is quantised.
+    plain = type(module) is nn.Linear and type(module.weight.data) is Tensor
+    return plain and "forward" not in vars(module)
 
 
 def _packable(weight: Tensor) -> bool:

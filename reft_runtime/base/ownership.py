@@ -22,25 +22,26 @@ _CHANGED = ("forward", "training", REACH, LAYER, TUNED, EXPAND)
 """Attributes of modules that are set or changed while a model serves."""
 
 _lock = threading.Lock()
-_claimed: WeakSet[PreTrainedModel] = WeakSet()
+_claimed: WeakSet[nn.Module] = WeakSet()
+"""The embeddings of models in use, because a language model taken out of another shares them."""
 
 
 def claim(model: PreTrainedModel) -> None:
     """Take a model object until `release`. Raises `ConfigError` if it has an owner already."""
     with _lock:
-        if model in _claimed:
+        if model.get_input_embeddings() in _claimed:
             raise ConfigError(
                 "model: an Engine or a training has this model object. Close that first"
                 " (engine.close(), or `with Engine(...)`), or give a copy (copy.deepcopy before).",
                 param="model",
             )
-        _claimed.add(model)
+        _claimed.add(model.get_input_embeddings())
 
 
 def release(model: PreTrainedModel) -> None:
     """Let go of a model object; does nothing if nobody claimed it."""
     with _lock:
-        _claimed.discard(model)
+        _claimed.discard(model.get_input_embeddings())
 
 
 @dataclass(slots=True)

@@ -12,7 +12,7 @@ import logging
 import os
 import re
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Set
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -28,6 +28,8 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
+from reft_runtime.base.language import TEXT_KEYS, language_config
+from reft_runtime.base.quantised import ask_for_plain_weights, keeps_quantised, tell_plain
 from reft_runtime.errors import ConfigError
 
 _READ_BY_NAME = (
@@ -56,21 +58,34 @@ _ADAPTERS = (
     " merge_and_unload, and serve what that gives."
 )
 
+_GGUF = (
+    "holds GGUF, whose blocks are not multiplied as they are: transformers dequantises them. Give"
+    " the model's own folder, or what AutoModelForCausalLM.from_pretrained(FOLDER, gguf_file=NAME)"
+    " and save_pretrained write."
+)
+
 _SHOWN = 4
 
 _T = TypeVar("_T")
 
 
 def read_config(path: str) -> PretrainedConfig:
-    """Configuration of a folder or hub id; raises `ConfigError`."""
-    _check_files(path)
+    """Configuration of the language model of a folder or hub id; raises `ConfigError`."""
+    return language_config(_whole_config(path))
+
+
+def _whole_config(path: str, **options: Any) -> PretrainedConfig:
+    """Configuration of all that a folder or hub id holds."""
+    if "gguf_file" not in options:  # which is all that its folder holds
+        _check_files(path)
     config: PretrainedConfig = _read(
         "configuration",
         path,
-        lambda: AutoConfig.from_pretrained(path, trust_remote_code=False),
+        lambda: AutoConfig.from_pretrained(path, trust_remote_code=False, **options),
     )
     # A folder may name its attention code, even that of a repository, which would be fetched.
     config._attn_implementation = None
+    ask_for_plain_weights(config)
     return config
 
 
@@ -92,13 +107,18 @@ def read_tokenizer(path: str, **options: Any) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def read_model(path: str, dtype: torch.dtype, **options: Any) -> PreTrainedModel:
+def read_model(path: str, dtype: torch.dtype, *, gguf_file: str | None = None) -> PreTrainedModel:
     """The causal language model of a folder or hub id, on the CPU, with every weight from a file.
 
-    Raises `ConfigError` if weights are missing, have other shapes, or belong to layers and modules
+    `gguf_file` names the file of a folder that holds GGUF, which is dequantised. Raises
+    `ConfigError` if weights are missing, have other shapes, or belong to layers and modules
     that this model does not have; the message names them.
     """
-    config = read_config(path)  # without the attention code that it may name
+    options: dict[str, Any] = {} if gguf_file is None else {"gguf_file": gguf_file}
+    whole = _whole_config(path, **options)  # without the attention code that it may name
+    config = language_config(whole)
+    if config is not whole:
+        options["key_mapping"] = TEXT_KEYS
 
     def load() -> Any:
         return AutoModelForCausalLM.from_pretrained(
@@ -126,7 +146,10 @@ def read_model(path: str, dtype: torch.dtype, **options: Any) -> PreTrainedModel
             transformers_logging.enable_progress_bar()  # type: ignore[no-untyped-call]
     if getattr(model, "_hf_peft_config_loaded", False):  # its files were not checked
         raise ConfigError(f"model: {path!r} is {_ADAPTERS}", param="model")
-    _check_weights(path, model, found)
+    _check_weights(path, model, found, in_another=config is not whole)
+    if not keeps_quantised(config):
+        tell_plain(model)
+        model.to(dtype)  # type: ignore[arg-type] # some are dequantised to bfloat16
     loaded: PreTrainedModel = model
     return loaded
 
@@ -169,6 +192,8 @@ def _check_files(path: str) -> None:
         return
     if (folder / _ADAPTER).exists():
         raise _broken(folder / _ADAPTER, f"is {_ADAPTERS}")
+    if not (folder / "config.json").is_file() and list(folder.glob("*.gguf")):
+        raise _broken(folder, _GGUF)
     if not (folder / "config.json").is_file():
         raise _broken(folder / "config.json", "is not there; is this a model's folder?")
     for file in sorted({file for pattern in _READ_BY_NAME for file in folder.glob(pattern)}):
@@ -215,14 +240,17 @@ def _broken(file: Path, what: str) -> ConfigError:
     return ConfigError(f"model: {file} {what}", param="model")
 
 
-def _check_weights(path: str, model: PreTrainedModel, found: dict[str, Any]) -> None:
+def _check_weights(
+    path: str, model: PreTrainedModel, found: dict[str, Any], *, in_another: bool
+) -> None:
     missing = sorted(found["missing_keys"])
     whole = sorted(_stored_as_integers(Path(path), model))
     shapes = [
         f"{key} ({_shape(there)} instead of {_shape(wanted)})"
         for key, there, wanted in sorted(found["mismatched_keys"])
     ]
-    unexpected = sorted(key for key in found["unexpected_keys"] if _matters(key, model))
+    parts = {"", model.base_model_prefix} if in_another else set()
+    unexpected = sorted(key for key in found["unexpected_keys"] if _matters(key, model, parts))
     faults = [
         f"{text} {_listed(keys)}"
         for text, keys in (
@@ -247,6 +275,8 @@ def _stored_as_integers(folder: Path, model: PreTrainedModel) -> Iterable[str]:
 
     Their scales are stored elsewhere, so they cannot be loaded as weights.
     """
+    if keeps_quantised(model.config):
+        return
     wanted = {name for name, weight in model.named_parameters() if weight.is_floating_point()}
     for file in folder.glob("model*.safetensors"):
         with safe_open(file, "pt") as content:
@@ -255,11 +285,12 @@ def _stored_as_integers(folder: Path, model: PreTrainedModel) -> Iterable[str]:
                     yield name
 
 
-def _matters(key: str, model: PreTrainedModel) -> bool:
+def _matters(key: str, model: PreTrainedModel, shared: Set[str]) -> bool:
     """Whether a checkpoint's key that the model lacks would change what the model computes.
 
     A key does if it belongs to a module of the model, lies among its layers, or belongs to an
-    adapter. A head beside the model (of a reward model, or for speculation) does not.
+    adapter. A head beside the model (of a reward model, or for speculation) does not, nor does what
+    lies directly in a module of a name in `shared`, which a model around this one has too.
     """
     if _COMPUTED.search(key):
         return False
@@ -268,7 +299,7 @@ def _matters(key: str, model: PreTrainedModel) -> bool:
     modules = dict(model.named_modules())
     # A checkpoint of the model without its head has names without this prefix.
     for name in (key, f"{model.base_model_prefix}.{key}"):
-        if name.rpartition(".")[0] in modules and "." in key:
+        if name.rpartition(".")[0] in modules.keys() - shared and "." in key:
             return True
         if any(
             name.startswith(f"{place}.")

@@ -7,6 +7,7 @@ from typing import Any
 from transformers import PretrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from reft_runtime.base import quantised
 from reft_runtime.errors import ConfigError, UnsupportedModel
 
 SUPPORTED_LAYER_TYPES = {
@@ -38,10 +39,12 @@ def check_config(config: PretrainedConfig) -> None:
     """Raise `UnsupportedModel` for a model that the engine would compute differently."""
     if config.is_encoder_decoder:
         raise refuse(config, "it is an encoder-decoder")
-    if getattr(config, "quantization_config", None):
-        raise refuse(config, f"its weights are quantised ({_method(config)}); {_UNQUANTISED}")
-    if getattr(config, "vision_config", None) or getattr(config, "audio_config", None):
-        raise refuse(config, "it is multimodal; its text model alone may be served")
+    if reason := quantised.why_refused(config):
+        raise refuse(config, reason)
+    if getattr(config, "text_config", None):
+        raise refuse(
+            config, "it also sees or hears, and transformers has its language model in no class"
+        )
     if config.model_type == "longcat_flash":
         raise refuse(config, "a layer attends more than once")
     ours = type(config).__module__.startswith("transformers.")
@@ -58,15 +61,6 @@ def check_config(config: PretrainedConfig) -> None:
     for rope in _rope_settings(config):
         if rope.get("rope_type") == "dynamic":
             raise refuse(config, "dynamic NTK rotary scaling, which depends on the batch's length")
-
-
-_UNQUANTISED = "take the model that it was made from, in bfloat16 or float32"
-
-
-def _method(config: PretrainedConfig) -> str:
-    quantization: Any = config.quantization_config
-    found = quantization if isinstance(quantization, dict) else vars(quantization)
-    return str(found.get("quant_method") or "by an unknown method").rpartition(".")[2].lower()
 
 
 def chosen_length(config: PretrainedConfig, wanted: int | None) -> int:

@@ -17,10 +17,12 @@ from reft_runtime.base.attention import (
 from reft_runtime.base.delta_rule import fuse_delta_nets
 from reft_runtime.base.fused import Fused, fuse
 from reft_runtime.base.generation import ends_of_answers, tell_ignored
+from reft_runtime.base.language import language_model
 from reft_runtime.base.linears import Packed, prepack
 from reft_runtime.base.model import LoadedModel, forward
 from reft_runtime.base.ownership import ModelState
 from reft_runtime.base.pretrained import read_config, read_model
+from reft_runtime.base.quantised import stored_bytes
 from reft_runtime.base.recurrent import StateProbe, find_mixers, replace
 from reft_runtime.base.shared import tell_layers
 from reft_runtime.base.stages import stage
@@ -109,8 +111,10 @@ def adopt_model(
 ) -> LoadedModel:
     """Make a model in memory ready for packed steps where it is; checked as by `load_model`.
 
+    Of a model that also sees or hears its language model is taken, with the modules themselves.
     `LoadedModel.give_back` restores the model; so does an exception.
     """
+    model = language_model(model)
     if model.device.type == "cuda":
         torch.cuda.set_device(model.device)  # Triton's kernels are launched on the current one
     config = model.config
@@ -130,7 +134,7 @@ def adopt_model(
         for module in model.modules():
             if getattr(module, TUNED, False):
                 setattr(module, TUNED, False)  # see `support.chosen_length`
-        weight_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
+        weight_bytes = sum(map(stored_bytes, model.parameters()))
         fused, packed = Fused(), Packed()
         if not differentiable:
             # Not in inference mode: outside the engine, packed weights may meet gradients.
