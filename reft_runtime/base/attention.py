@@ -186,21 +186,22 @@ class ShapeProbe(CausalStep):
     """A step that records what every layer asks of attention.
 
     `max_tokens` is the longest sequence to be served, `dtype` that of the keys and values to be
-    kept. `own_masks` are the layers whose masks come from the model's own code.
+    kept.
     """
 
     max_tokens: int
     dtype: torch.dtype
     layers: dict[int, ProbedLayer] = field(default_factory=dict)
-    own_masks: set[int] = field(default_factory=set)
 
     def look_at_mask(self, module: nn.Module, mask: AskedMask | Tensor | None) -> None:
-        """Keep the window of a layer's mask as an attribute of its module."""
-        layer: int = module.layer_idx  # type: ignore[assignment]
-        if isinstance(mask, AskedMask):
-            setattr(module, WINDOW, mask.window(self.max_tokens))
-        elif mask is not None:
-            self.own_masks.add(layer)
+        """Keep the window of a layer's mask as an attribute of its module.
+
+        Raises `UnsupportedModel` if transformers' mask interface did not make the mask: what it is
+        at other lengths would not be known.
+        """
+        if not isinstance(mask, AskedMask):
+            raise UnsupportedModel("its attention masks are not those of transformers' interface")
+        setattr(module, WINDOW, mask.window(self.max_tokens))
 
     def attend(
         self,

@@ -14,9 +14,10 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from reft_runtime.base.attention import WINDOW
 from reft_runtime.base.linears import plain_weight
+from reft_runtime.base.own_attention import METHOD
 from reft_runtime.errors import ConfigError
 
-_CHANGED = ("forward", "training", WINDOW)
+_CHANGED = ("forward", METHOD, "training", WINDOW)
 """Attributes of modules that are set or changed while a model serves."""
 
 _lock = threading.Lock()

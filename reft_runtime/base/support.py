@@ -11,11 +11,33 @@ from reft_runtime.errors import ConfigError, UnsupportedModel
 
 SUPPORTED_LAYER_TYPES = {"full_attention", "sliding_attention"}
 
+ENCODERS = {
+    *("bert", "bert-generation", "big_bird", "camembert", "data2vec-text", "electra", "ernie"),
+    *("megatron-bert", "reformer", "rembert", "roberta", "roberta-prelayernorm", "roc_bert"),
+    *("roformer", "xlm-roberta", "xlm-roberta-xl", "xmod"),
+}
+"""Model types whose tokens see those behind them, unless the configuration has `is_decoder`."""
+
+OTHERWISE = {
+    "cpmant": "its tokens see those behind them in a prompt",
+    "git": "it describes images",
+    "hrm_text": "its layers run several times for a token",
+    "xlm": "it is trained to fill gaps, not to go on",
+    "xlnet": "it is trained on permutations of a text, and has no largest length",
+}
+"""Why some model types are no decoders as the engine runs them."""
+
 
 def check_config(config: PretrainedConfig) -> None:
     """Raise `UnsupportedModel` for a model that the engine would compute differently."""
     if config.is_encoder_decoder:
         raise refuse(config, "it is an encoder-decoder")
+    if hasattr(config, "decoder_layers") or hasattr(config, "num_decoder_layers"):
+        raise refuse(config, "it is the decoder of an encoder-decoder, made for what that encodes")
+    if config.model_type in ENCODERS and not config.is_decoder:
+        raise refuse(config, "it is an encoder: its tokens see those behind them")
+    if config.model_type in OTHERWISE:
+        raise refuse(config, OTHERWISE[config.model_type])
     if getattr(config, "quantization_config", None):
         raise refuse(config, f"its weights are quantised ({_method(config)}); {_UNQUANTISED}")
     if getattr(config, "vision_config", None) or getattr(config, "audio_config", None):
@@ -39,8 +61,6 @@ def check_config(config: PretrainedConfig) -> None:
     for rope in _rope_settings(config):
         if rope.get("mrope_section"):
             raise refuse(config, "multimodal rotary positions (M-RoPE)")
-        if rope.get("rope_type") == "dynamic":
-            raise refuse(config, "dynamic NTK rotary scaling, which depends on the batch's length")
 
 
 _UNQUANTISED = "take the model that it was made from, in bfloat16 or float32"
@@ -81,12 +101,15 @@ def _rope_settings(config: PretrainedConfig) -> list[dict[str, Any]]:
 
 
 def _length_limit(config: PretrainedConfig) -> int:
-    """Longest sequence in tokens: all learned positions, but only longrope's original length."""
+    """Longest sequence in tokens: all learned positions, but only as far as angles are fixed.
+
+    Past its original length, longrope and dynamic NTK rotate all tokens otherwise.
+    """
     limit = getattr(config, "max_position_embeddings", None)
-    if not isinstance(limit, int):
+    if not isinstance(limit, int) or limit < 1:
         raise refuse(config, "it does not say its maximum length (max_position_embeddings)")
     for rope in _rope_settings(config):
-        if rope.get("rope_type") == "longrope":
+        if rope.get("rope_type") in ("longrope", "dynamic"):
             original = rope.get("original_max_position_embeddings")
             original = original or getattr(config, "original_max_position_embeddings", None)
             limit = min(limit, original or limit)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -11,6 +13,7 @@ from reft_runtime.base.fused import Fused, fuse
 from reft_runtime.base.generation import ends_of_answers, tell_ignored
 from reft_runtime.base.linears import Packed, prepack
 from reft_runtime.base.model import LoadedModel, forward
+from reft_runtime.base.own_attention import lead_to_step
 from reft_runtime.base.ownership import ModelState
 from reft_runtime.base.pretrained import read_config, read_model
 from reft_runtime.base.stages import stage
@@ -109,6 +112,7 @@ def adopt_model(
     before = ModelState(model)
     try:
         model.requires_grad_(False).train(False)
+        lead_to_step(model)
         with stage("Asking the model for its own logits"):
             probed = _probe(model, max_model_len)
             own = own_logits(model, probed, max_model_len)
@@ -136,7 +140,7 @@ def adopt_model(
             before=before,
         )
         with stage("Checking what will be served"):
-            check(loaded, own, probed)
+            loaded = replace(loaded, distance=check(loaded, own, probed))
     except UnsupportedModel as error:
         before.restore()
         raise refuse(config, error.message) from error
@@ -168,14 +172,6 @@ def _probe(model: PreTrainedModel, max_tokens: int) -> tuple[ProbedLayer, ...]:
         raise UnsupportedModel("its attention does not go through transformers' interface")
     if sorted(probe.layers) != list(range(config.num_hidden_layers)):
         raise UnsupportedModel("not every layer is a plain attention layer with its own KV")
-    window = getattr(config, "sliding_window", None)
-    for layer in probe.own_masks:
-        if (
-            probe.layers[layer].scoring.window is None
-            and isinstance(window, int)
-            and window < max_tokens
-        ):
-            raise UnsupportedModel("a window may be in masks that its own code makes")
     return tuple(probe.layers[i] for i in range(config.num_hidden_layers))
 
 
