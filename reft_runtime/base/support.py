@@ -20,8 +20,12 @@ ENCODERS = {
 
 OTHERWISE = {
     "cpmant": "its tokens see those behind them in a prompt",
+    "gemma4_assistant": "it drafts for another model",
+    "gemma4_unified_assistant": "it drafts for another model",
     "git": "it describes images",
     "hrm_text": "its layers run several times for a token",
+    "musicgen": "it makes sound",
+    "musicgen_melody": "it makes sound",
     "xlm": "it is trained to fill gaps, not to go on",
     "xlnet": "it is trained on permutations of a text, and has no largest length",
 }
@@ -45,6 +49,9 @@ def check_config(config: PretrainedConfig) -> None:
     ours = type(config).__module__.startswith("transformers.")
     if ours and config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         raise refuse(config, "it is no causal language model")
+    for size in ("num_hidden_layers", "hidden_size", "vocab_size"):
+        if not isinstance(getattr(config, size, None), int):
+            raise refuse(config, f"its configuration does not say its {size}")
     if getattr(config, "kv_lora_rank", None):
         raise refuse(config, "multi-head latent attention (MLA)")
     if getattr(config, "attn_logit_softcapping", None) or getattr(

@@ -80,7 +80,7 @@ def own_logits(
         return tuple(found[i] for i in range(len(samples)))
 
     eager = run("eager")
-    rounding = torch.zeros(1)
+    rounding = torch.zeros(sum(len(sample.tokens) for sample in samples))
     if model.dtype.itemsize < 4:
         with suppress(ValueError, ImportError):  # some models have only one
             rounding = _distances(run("sdpa"), eager)
@@ -97,15 +97,15 @@ def check(loaded: LoadedModel, own: OwnLogits, probed: SequenceOf[ProbedLayer]) 
         raise UnsupportedModel(f"its own logits are not finite in {dtype}; try another dtype")
     exact = loaded.dtype.itemsize == 4
     least = LEAST[4] if exact else LEAST[2] * torch.finfo(loaded.dtype).eps
-    own_rounding = float(own.rounding.quantile(0.75))
-    if own_rounding > MOST:
-        raise UnsupportedModel(
-            f"in {dtype} its logits are mostly rounding (its own two attention implementations"
-            f" differ by {own_rounding:.1g}); take float32"
-        )
-    allowed = min(max(least, ROUNDINGS * own_rounding), MOST)
     distances = _distances(_packed_logits(loaded, own.samples), own.logits)
     for what, rows in _kinds(own.samples, min(_limits(probed), default=None)).items():
+        rounding = float(own.rounding[rows].quantile(0.75))
+        if rounding > MOST:
+            raise UnsupportedModel(
+                f"in {dtype} its logits are mostly rounding (its own two attention implementations"
+                f" differ by {rounding:.1g}); take float32"
+            )
+        allowed = min(max(least, ROUNDINGS * rounding), MOST)
         found = distances[rows]
         # Rounding may change a router's choice for single tokens, though not in float32.
         far = float(found.max() if exact else found.median())

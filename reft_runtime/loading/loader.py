@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
@@ -21,6 +23,7 @@ from reft_runtime.base.support import check_config, chosen_length, refuse
 from reft_runtime.errors import ConfigError, UnsupportedModel
 from reft_runtime.loading.fidelity import check, own_logits
 from reft_runtime.machine.dtypes import DTYPES
+from reft_runtime.machine.memory import is_out_of_memory
 
 PROBE_TOKENS = 8
 
@@ -115,7 +118,8 @@ def adopt_model(
         lead_to_step(model)
         with stage("Asking the model for its own logits"):
             probed = _probe(model, max_model_len)
-            own = own_logits(model, probed, max_model_len)
+            with _failing("its own forward fails"):
+                own = own_logits(model, probed, max_model_len)
         model.set_attn_implementation(ATTENTION)
         weight_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
         fused, packed = Fused(), Packed()
@@ -140,7 +144,8 @@ def adopt_model(
             before=before,
         )
         with stage("Checking what will be served"):
-            loaded = replace(loaded, distance=check(loaded, own, probed))
+            with _failing("a packed forward fails"):
+                loaded = replace(loaded, distance=check(loaded, own, probed))
     except UnsupportedModel as error:
         before.restore()
         raise refuse(config, error.message) from error
@@ -157,22 +162,29 @@ def _probe(model: PreTrainedModel, max_tokens: int) -> tuple[ProbedLayer, ...]:
     positions = torch.arange(min(PROBE_TOKENS, max_tokens), device=model.device)
     probe = ShapeProbe(max_tokens, model.dtype)
     model.set_attn_implementation(PROBE)
-    try:
+    with _failing("a packed forward fails"):
         forward(model, positions % config.vocab_size, positions, positions, probe)
-    except UnsupportedModel:
-        raise
-    except (MemoryError, torch.OutOfMemoryError):
-        raise
-    except Exception as error:
-        if AskedMask.__name__ in str(error):
-            raise UnsupportedModel("its own code changes attention masks") from error
-        reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
-        raise UnsupportedModel(f"a packed forward fails: {reason[:200]}") from error
     if not probe.layers:
         raise UnsupportedModel("its attention does not go through transformers' interface")
     if sorted(probe.layers) != list(range(config.num_hidden_layers)):
         raise UnsupportedModel("not every layer is a plain attention layer with its own KV")
     return tuple(probe.layers[i] for i in range(config.num_hidden_layers))
+
+
+@contextmanager
+def _failing(what: str) -> Iterator[None]:
+    """Make a refusal of whatever a model's code raises, unless memory has run out."""
+    try:
+        yield
+    except UnsupportedModel:
+        raise
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
+        if AskedMask.__name__ in str(error):
+            raise UnsupportedModel("its own code changes attention masks") from error
+        reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
+        raise UnsupportedModel(f"{what}: {reason[:200]}") from error
 
 
 def _decoder_layers(model: PreTrainedModel, count: int) -> tuple[nn.Module, ...]:
