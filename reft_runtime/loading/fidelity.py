@@ -97,24 +97,32 @@ def check(loaded: LoadedModel, own: OwnLogits, probed: SequenceOf[ProbedLayer]) 
         raise UnsupportedModel(f"its own logits are not finite in {dtype}; try another dtype")
     exact = loaded.dtype.itemsize == 4
     least = LEAST[4] if exact else LEAST[2] * torch.finfo(loaded.dtype).eps
+    overall = float(own.rounding.quantile(0.75))
+    if overall > MOST:
+        raise _mostly_rounding(dtype, overall)
     distances = _distances(_packed_logits(loaded, own.samples), own.logits)
     for what, rows in _kinds(own.samples, min(_limits(probed), default=None)).items():
-        rounding = float(own.rounding[rows].quantile(0.75))
-        if rounding > MOST:
-            raise UnsupportedModel(
-                f"in {dtype} its logits are mostly rounding (its own two attention implementations"
-                f" differ by {rounding:.1g}); take float32"
-            )
-        allowed = min(max(least, ROUNDINGS * rounding), MOST)
+        rounding = max(overall, float(own.rounding[rows].quantile(0.75)))
+        allowed = max(least, ROUNDINGS * rounding)
         found = distances[rows]
         # Rounding may change a router's choice for single tokens, though not in float32.
         far = float(found.max() if exact else found.median())
-        if not far <= allowed:
-            raise UnsupportedModel(
-                f"the engine's logits differ from its own {what}"
-                f" (relative {far:.1g}, where {allowed:.1g} is rounding)"
-            )
+        if far <= min(allowed, MOST):
+            continue
+        if allowed > MOST:
+            raise _mostly_rounding(dtype, rounding)
+        raise UnsupportedModel(
+            f"the engine's logits differ from its own {what}"
+            f" (relative {far:.1g}, where {allowed:.1g} is rounding)"
+        )
     return float(distances.max())
+
+
+def _mostly_rounding(dtype: str, rounding: float) -> UnsupportedModel:
+    return UnsupportedModel(
+        f"in {dtype} its logits are mostly rounding (its own two attention implementations differ"
+        f" by {rounding:.1g}); take float32"
+    )
 
 
 def _limits(probed: SequenceOf[ProbedLayer]) -> set[int]:
@@ -182,7 +190,8 @@ def _distances(given: SequenceOf[Tensor], wanted: SequenceOf[Tensor]) -> Tensor:
 def _kinds(samples: SequenceOf[Sample], limit: int | None) -> dict[str, list[int]]:
     """Indices of rows by the way in which they are computed; each kind is judged by itself.
 
-    Rows behind the first `limit` tokens are past a window or chunk.
+    A sample with a kind of its own is one. Rows behind the first `limit` tokens of others are past
+    a window or chunk.
     """
     kinds: dict[str, list[int]] = {}
     row = 0
@@ -193,6 +202,6 @@ def _kinds(samples: SequenceOf[Sample], limit: int | None) -> dict[str, list[int
                 what = "in prompts"
             for place in range(start, stop):
                 past = ", past its window" if limit is not None and place >= limit else ""
-                kinds.setdefault((sample.kind or what) + past, []).append(row)
+                kinds.setdefault(sample.kind or what + past, []).append(row)
                 row += 1
     return kinds

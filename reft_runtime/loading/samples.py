@@ -92,11 +92,11 @@ def samples_for(
     add("in a later sequence", LATER, max(sample.over for sample in found))
     exact, most = LARGEST_ROUTING
     for size in routing_sizes(config):
-        kind, turn = f"in steps around {size} tokens", max(sample.over for sample in found)
+        turn = max(sample.over for sample in found)
         if size <= exact:
-            add(kind, (size - 1, 2 * size - 1, 3 * size), turn)
+            add("in steps as large as its routing", (size - 1, 2 * size - 1, 3 * size), turn)
         elif size <= most:
-            add(kind, (size + 1,), turn)
+            add("in steps as large as its routing", (size + 1,), turn)
     return tuple(found)
 
 
