@@ -258,9 +258,9 @@ def _layers(config: PretrainedConfig, loaded: LoadedModel) -> str:
 
 
 def _fused(loaded: LoadedModel) -> str:
-    if loaded.fused.whole:
-        return "layers"
-    return "parts" if loaded.fused.in_parts else "products" if loaded.packed.layers else ""
+    parts = ["layers"] if loaded.fused.whole else ["parts"] if loaded.fused.in_parts else []
+    parts += ["products"] if loaded.packed.layers else []
+    return ", ".join(parts + (["experts"] if loaded.packed.experts else []))
 
 
 def _power(distance: float) -> str:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from reft_runtime.base.attention import WINDOW
+from reft_runtime.base.experts import plain_experts
 from reft_runtime.base.linears import plain_weight
 from reft_runtime.base.own_attention import METHOD
 from reft_runtime.errors import ConfigError
@@ -53,11 +54,13 @@ class _Weight:
     requires_grad: bool
     grad: Tensor | None
 
-    def restored(self, module: nn.Module) -> nn.Parameter:
+    def restored(self, module: nn.Module, name: str) -> nn.Parameter:
         """The parameter itself or, if nobody holds it any more, a new one with the same weight."""
         found = self.find()
         if found is None:
-            made = nn.Parameter(plain_weight(module), requires_grad=self.requires_grad)
+            experts = plain_experts(module, name)
+            plain = plain_weight(module) if experts is None else experts
+            made = nn.Parameter(plain, requires_grad=self.requires_grad)
             made.grad = self.grad
             self.find = lambda: made  # for modules that shared it
             return made
@@ -92,7 +95,7 @@ class ModelState:
     def restore(self) -> None:
         """Restore the model's state; it may be called again."""
         for module, name, weight in self._weights:
-            module._parameters[name] = weight.restored(module)
+            module._parameters[name] = weight.restored(module, name)
         for module, attributes in self._attributes:
             for key in _CHANGED:
                 vars(module).pop(key, None)

@@ -35,7 +35,7 @@ from reft_runtime.schedule.sequence import Sequence
 ROUNDINGS = 4
 """How many times the model's own rounding the engine's logits may be away from the model's."""
 
-LEAST = {4: 1e-3, 2: 8}
+LEAST = {4: 2e-4, 2: 8}
 """Distances that are always allowed, by the dtype's bytes.
 
 The one of float32 is a relative distance, the others are roundings (eps) of the dtype.

@@ -11,6 +11,7 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from reft_runtime.base.attention import ATTENTION, PROBE, AskedMask, ProbedLayer, ShapeProbe
+from reft_runtime.base.experts import pack_experts
 from reft_runtime.base.fused import Fused, fuse
 from reft_runtime.base.generation import ends_of_answers, tell_ignored
 from reft_runtime.base.linears import Packed, prepack
@@ -127,7 +128,7 @@ def adopt_model(
             # Not in inference mode: outside the engine, packed weights may meet gradients.
             with stage("Packing the weights"), torch.inference_mode(mode=False), torch.no_grad():
                 fused = fuse(model, layers, probed)
-                packed = prepack(model)
+                packed = replace(prepack(model), experts=pack_experts(model))
         loaded = LoadedModel(
             model=model,
             architecture=type(model).__name__,

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRotaryEmbedding
-from transformers.models.mixtral.modeling_mixtral import MixtralExperts
+from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
 
 from reft_runtime.base.attention import AskedMask, Scoring, packed_attention, running_step
 from reft_runtime.base.linears import Merged
@@ -286,13 +286,13 @@ def test_a_window_that_attention_does_not_keep_to_is_seen(
 def test_a_layer_that_differs_at_one_number_of_tokens_is_seen(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    own = MixtralExperts.forward
+    own = MixtralSparseMoeBlock.forward
 
-    def forward(self: Any, rows: Tensor, *args: Any) -> Any:
-        out = own(self, rows, *args)
-        return out.flip(0) if len(rows) == 33 and running_step() is not None else out
+    def forward(self: Any, rows: Tensor) -> Any:
+        out = own(self, rows)
+        return out.flip(1) if rows.shape[1] == 33 and running_step() is not None else out
 
-    monkeypatch.setattr(MixtralExperts, "forward", forward)
+    monkeypatch.setattr(MixtralSparseMoeBlock, "forward", forward)
     refused(tiny("mixtral", num_local_experts=32), "as large as its routing")
 
 
