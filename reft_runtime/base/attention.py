@@ -242,7 +242,7 @@ class ShapeProbe(CausalStep):
     """A step that records what every layer asks of attention.
 
     `max_tokens` is the longest sequence to be served, `dtype` that of the keys and values to be
-    kept. `own_masks` are the layers whose masks come from the model's own code.
+    kept.
     """
 
     max_tokens: int
@@ -251,14 +251,15 @@ class ShapeProbe(CausalStep):
     kept: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
     """Keys and values by layer: while they are held, no other tensors can lie where they do."""
 
-    own_masks: set[int] = field(default_factory=set)
-
     def look_at_mask(self, module: nn.Module, mask: AskedMask | Tensor | None) -> None:
-        """Keep the reach of a layer's mask as an attribute of its module."""
-        if isinstance(mask, AskedMask):
-            setattr(module, REACH, mask.reach(self.max_tokens))
-        elif mask is not None:
-            self.own_masks.add(layer_of(module))
+        """Keep the reach of a layer's mask as an attribute of its module.
+
+        Raises `UnsupportedModel` if transformers' mask interface did not make the mask: what it is
+        at other lengths would not be known.
+        """
+        if not isinstance(mask, AskedMask):
+            raise UnsupportedModel("its attention masks are not those of transformers' interface")
+        setattr(module, REACH, mask.reach(self.max_tokens))
 
     def attend(
         self,

@@ -331,7 +331,7 @@ def find_mixers(model: PreTrainedModel) -> tuple[nn.Module, ...]:
     return tuple(found)
 
 
-def replace(mixers: Iterable[nn.Module]) -> None:
+def run_by_step(mixers: Iterable[nn.Module]) -> None:
     """Let the running step run the mixers; `ModelState.restore` undoes it."""
     for number, module in enumerate(mixers):
         module.forward = MixerForward(number, module)

@@ -34,6 +34,26 @@ LONGEST_RECURRENT = 1 << 17
 _REASONS = {"indexed_attention": "an indexer chooses which keys each token sees"}
 """Why layers of a type are not served."""
 
+ENCODERS = {
+    *("bert", "bert-generation", "big_bird", "camembert", "data2vec-text", "electra", "ernie"),
+    *("megatron-bert", "reformer", "rembert", "roberta", "roberta-prelayernorm", "roc_bert"),
+    *("roformer", "xlm-roberta", "xlm-roberta-xl", "xmod"),
+}
+"""Model types whose tokens see those behind them, unless the configuration has `is_decoder`."""
+
+OTHERWISE = {
+    "cpmant": "its tokens see those behind them in a prompt",
+    "gemma4_assistant": "it drafts for another model",
+    "gemma4_unified_assistant": "it drafts for another model",
+    "git": "it describes images",
+    "hrm_text": "its layers run several times for a token",
+    "musicgen": "it makes sound",
+    "musicgen_melody": "it makes sound",
+    "xlm": "it is trained to fill gaps, not to go on",
+    "xlnet": "it is trained on permutations of a text, and has no largest length",
+}
+"""Why some model types are no decoders as the engine runs them."""
+
 
 def check_config(config: PretrainedConfig) -> None:
     """Raise `UnsupportedModel` for a model that the engine would compute differently."""
@@ -47,9 +67,18 @@ def check_config(config: PretrainedConfig) -> None:
         )
     if config.model_type == "longcat_flash":
         raise refuse(config, "a layer attends more than once")
+    if hasattr(config, "decoder_layers") or hasattr(config, "num_decoder_layers"):
+        raise refuse(config, "it is the decoder of an encoder-decoder, made for what that encodes")
+    if config.model_type in ENCODERS and not config.is_decoder:
+        raise refuse(config, "it is an encoder: its tokens see those behind them")
+    if config.model_type in OTHERWISE:
+        raise refuse(config, OTHERWISE[config.model_type])
     ours = type(config).__module__.startswith("transformers.")
     if ours and config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         raise refuse(config, "it is no causal language model")
+    for size in ("num_hidden_layers", "hidden_size", "vocab_size"):
+        if not isinstance(getattr(config, size, None), int):
+            raise refuse(config, f"its configuration does not say its {size}")
     if getattr(config, "alibi", False) or config.model_type in ("bloom", "mpt"):
         raise refuse(config, "ALiBi position biases")
     # "vision" concerns images alone.
@@ -58,9 +87,6 @@ def check_config(config: PretrainedConfig) -> None:
     kinds = set(getattr(config, "layer_types", None) or ()) - SUPPORTED_LAYER_TYPES
     for kind in sorted(kinds):
         raise refuse(config, f"{_REASONS.get(kind, 'another kind of layers')} ({kind})")
-    for rope in _rope_settings(config):
-        if rope.get("rope_type") == "dynamic":
-            raise refuse(config, "dynamic NTK rotary scaling, which depends on the batch's length")
 
 
 def chosen_length(config: PretrainedConfig, wanted: int | None) -> int:
@@ -92,20 +118,21 @@ def _rope_settings(config: PretrainedConfig) -> list[dict[str, Any]]:
 
 
 def _length_limit(config: PretrainedConfig) -> int:
-    """Longest sequence in tokens: all learned positions, but only longrope's original length.
+    """Longest sequence in tokens: all learned positions, but only as far as angles are fixed.
 
-    Llama 4 scales queries by their positions, which it counts from the beginning of a forward pass;
-    only sequences whose scales are all 1 are served.
+    Past its original length, longrope and dynamic NTK rotate all tokens otherwise. Llama 4 scales
+    queries by their positions, which it counts from the beginning of a forward pass; only sequences
+    whose scales are all 1 are served.
     """
     limit = getattr(config, "max_position_embeddings", None)
     if limit is None and RECURRENT_LAYER_TYPES.issuperset(
         getattr(config, "layer_types", None) or ("other",)
     ):
         limit = LONGEST_RECURRENT
-    if not isinstance(limit, int):
+    if not isinstance(limit, int) or limit < 1:
         raise refuse(config, "it does not say its maximum length (max_position_embeddings)")
     for rope in _rope_settings(config):
-        if rope.get("rope_type") == "longrope":
+        if rope.get("rope_type") in ("longrope", "dynamic"):
             original = rope.get("original_max_position_embeddings")
             original = original or getattr(config, "original_max_position_embeddings", None)
             limit = min(limit, original or limit)

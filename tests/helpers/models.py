@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 
 from reft_runtime.base.model import LoadedModel
 from reft_runtime.engine.core import EngineConfig, EngineCore
@@ -24,14 +24,16 @@ from reft_runtime.sampling import SamplingParams
 from reft_runtime.schedule.plan import StepPlan
 from reft_runtime.schedule.request import AppliedIntervention, Request
 from reft_runtime.schedule.sequence import Sequence
+from tools import tiny_models
+from tools.tiny_models import tiny_model
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 """Of the engine's copy of a model; what it is compared with stays on the CPU."""
 
-VOCABULARY = 320
-HIDDEN = 32
-MAX_LENGTH = 256
-WINDOW = 8
+HIDDEN = tiny_models.HIDDEN
+MAX_LENGTH = tiny_models.MAX_LENGTH
+VOCABULARY = tiny_models.VOCABULARY
+WINDOW = tiny_models.WINDOW
 
 _COMMON: dict[str, Any] = {
     "vocab_size": VOCABULARY,
@@ -207,22 +209,7 @@ def tiny(model_type: str, *, seed: int = 0, **changes: Any) -> PreTrainedModel:
         del values["num_key_value_heads"]
     if model_type == "gpt2":
         values["n_inner"] = values.pop("intermediate_size")
-    config = AutoConfig.for_model(model_type, **values)
-    torch.manual_seed(seed)
-    model: PreTrainedModel = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
-        config, dtype=torch.float32
-    )
-    # Norms' weights and all biases begin as constants: random ones show that each is applied.
-    for name, parameter in model.named_parameters():
-        if name.endswith(".sinks"):
-            parameter.data = 2 * torch.randn_like(parameter)
-        elif parameter.ndim == 1:
-            parameter.data += 0.1 * torch.randn_like(parameter)
-    model.generation_config = GenerationConfig(  # type: ignore[no-untyped-call]
-        do_sample=False, num_beams=1
-    )
-    model.train(False)
-    return model
+    return tiny_model(AutoConfig.for_model(model_type, **values), seed=seed)
 
 
 @cache

@@ -21,6 +21,7 @@ from tests.helpers.models import (
     tiny_llama,
 )
 from tests.helpers.models import request as ask
+from tools.tiny_models import tiny_config, tiny_model
 
 
 def bare(model_type: str, **values: Any) -> PreTrainedModel:
@@ -66,9 +67,10 @@ REFUSED: dict[str, tuple[Any, str]] = {
         lambda: with_rope("llama", rope_type="default", mrope_section=[1, 1, 2]),
         "M-RoPE",
     ),
-    "dynamic NTK": (lambda: with_rope("llama", rope_type="dynamic", factor=2.0), "dynamic NTK"),
-    "own attention code": (lambda: tiny("gptj"), "packed forward"),
-    "bidirectional": (lambda: tiny("bert"), "neither causal"),
+    "own attention code": (lambda: tiny_model(tiny_config("xglm")), "interface"),
+    "encoder": (lambda: tiny("bert"), "an encoder"),
+    "decoder of an encoder's output": (lambda: tiny_model(tiny_config("trocr")), "encodes"),
+    "no number of layers": (lambda: tiny_model(tiny_config("blt")), "num_hidden_layers"),
     "attention with a term of its own": (lambda: tiny("doge"), "changes attention masks"),
     "attention twice a layer": (lambda: tiny("diffllama"), "more than once"),
 }
@@ -96,23 +98,44 @@ def test_an_encoder_decoder_folder_is_refused(tmp_path: Path) -> None:
         load_model(str(tmp_path), "float32")
 
 
-def test_longrope_ends_where_its_short_factors_do() -> None:
+@pytest.mark.parametrize("rope_type", ["longrope", "dynamic"])
+def test_a_sequence_ends_where_all_tokens_would_be_rotated_otherwise(rope_type: str) -> None:
+    model = rotating_otherwise(rope_type)
+    assert adopt_model(copy.deepcopy(model)).max_model_len == 64
+    with pytest.raises(ConfigError, match="64") as error:
+        adopt_model(model, max_model_len=65)
+    assert error.value.param == "max_model_len"
+
+
+@pytest.mark.parametrize("rope_type", ["longrope", "dynamic"])
+def test_rotary_angles_that_depend_on_the_longest_sequence_are_seen(
+    rope_type: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("reft_runtime.loading.loader.chosen_length", lambda *_: 128)
+    with pytest.raises(UnsupportedModel, match="differ from its own"):
+        adopt_model(rotating_otherwise(rope_type))
+
+
+def rotating_otherwise(rope_type: str) -> PreTrainedModel:
+    """A model that rotates all tokens otherwise in a text of more than 64."""
+    if rope_type == "dynamic":
+        return tiny(
+            "llama",
+            max_position_embeddings=64,
+            rope_parameters={"rope_theta": 10000.0, "rope_type": rope_type, "factor": 2.0},
+        )
     half = HIDDEN // 4 // 2
-    model = tiny(
+    return tiny(
         "phi3",
         original_max_position_embeddings=64,
         rope_parameters={
-            "rope_type": "longrope",
+            "rope_type": rope_type,
             "rope_theta": 10000.0,
             "short_factor": [1.0] * half,
             "long_factor": [2.0] * half,
             "original_max_position_embeddings": 64,
         },
     )
-    assert adopt_model(copy.deepcopy(model)).max_model_len == 64
-    with pytest.raises(ConfigError, match="64") as error:
-        adopt_model(model, max_model_len=65)
-    assert error.value.param == "max_model_len"
 
 
 @pytest.mark.parametrize("length", [0, MAX_LENGTH + 1])
