@@ -104,13 +104,12 @@ def test_the_reference_over_other_batches(batch: str, window: int | None) -> Non
 @pytest.mark.parametrize(
     ("scoring", "processors"),
     [
-        (Scoring(0.3, chunk=6), 64),
-        (Scoring(0.3, 20, None, 1.5, SINKS), 64),
-        (Scoring(0.3, None, 20, 1.5, SINKS), 0),
+        (Scoring(0.3, 9, None, 1.5, SINKS), 64),
+        (Scoring(0.3, None, 6, None, SINKS), 0),
     ],
 )
 def test_triton_scores_as_plain_attention(scoring: Scoring, processors: int) -> None:
-    paged = Paged([(36, 1), (3, 1), (0, 30)], HEADS, 2, (24, 16), torch.float32)
+    paged = Paged([(36, 1), (3, 1), (0, 18)], HEADS, 2, (24, 16), torch.float32)
     kernel = TritonAttention(3, processors, SMALL)
     rows = paged.batch(kernel.query_block)
     sinks = None if scoring.sinks is None else scoring.sinks.to(DEVICE)
