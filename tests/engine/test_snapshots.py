@@ -46,16 +46,17 @@ TASKS: dict[str, tuple[AppliedIntervention, ...]] = {
     "l1": (applied(loreft(1, "l1", seed=1)),),
     "l1 half": (applied(loreft(1, "l1", seed=1), strength=0.5),),
     "f1+l1": (applied(loreft(1, "f1+l1", seed=3)),),
-    "other f1+l1": (applied(loreft(2, "f1+l1", seed=4)),),
+    "other f1+l1": (applied(loreft(0, "f1+l1", seed=4)),),
     "middle": (applied(loreft(0, "[20,-5]", seed=9)),),
-    "all": (applied(loreft(2, "all", seed=7, size=0.3)),),
+    "all": (applied(loreft(0, "all", seed=7, size=0.3)),),
 }
 
 
 @cache
 def hybrid() -> tuple[PreTrainedModel, LoadedModel]:
-    """A model of gated delta nets and attention, and the same as the engine runs it."""
-    model = tiny("qwen3_5_text")
+    """A gated delta net and a layer of attention, and the same as the engine runs it."""
+    layers = ["linear_attention", "full_attention"]
+    model = tiny("qwen3_5_text", num_hidden_layers=2, layer_types=layers)
     return model, adopt_model(copy.deepcopy(model).to(DEVICE))  # type: ignore[arg-type]
 
 
@@ -87,7 +88,7 @@ def check(core: EngineCore, asked: SequenceOf[Request]) -> None:
         assert found[each.id] == alone(each), each.id
 
 
-@pytest.mark.parametrize("max_step_tokens", [512, 100, 24])
+@pytest.mark.parametrize("max_step_tokens", [512, 24])
 def test_all_tasks_over_one_beginning_cold_and_warm(max_step_tokens: int) -> None:
     core = warm_core(max_step_tokens=max_step_tokens)
     asked = [
@@ -111,11 +112,11 @@ def test_one_prompt_is_computed_for_all_tasks_that_edit_its_end() -> None:
     core = warm_core(max_running=32)
     asked = [
         request(f"{i}", (*SYSTEM, *prompt(10, seed=i)), applied(loreft(1, "l1", seed=i)))
-        for i in range(20)
+        for i in range(6)
     ]
     check(core, asked)
-    assert core.requests.prompt_tokens == 80 + 19 * (80 - 64)
-    assert snapshots(core).stats().hits == 19
+    assert core.requests.prompt_tokens == 80 + 5 * (80 - 64)
+    assert snapshots(core).stats().hits == 5
 
 
 def test_a_warm_answer_is_that_of_generate_and_says_what_it_reused() -> None:
@@ -146,7 +147,7 @@ def test_the_third_chat_turn_goes_on_from_the_second() -> None:
 
 
 @pytest.mark.parametrize("prefix_cache", [True, False])
-@pytest.mark.parametrize(("max_running", "max_step_tokens"), [(16, 512), (2, 512), (3, 20), (1, 7)])
+@pytest.mark.parametrize(("max_running", "max_step_tokens"), [(16, 512), (2, 512), (3, 20)])
 def test_labels(prefix_cache: bool, max_running: int, max_step_tokens: int) -> None:
     model, loaded = hybrid()
     core = make_core(
@@ -188,9 +189,9 @@ def truth(
 
 def bad(positions: str) -> AppliedIntervention:
     """What it does to `positions` is not a number."""
-    edit = loreft(1, positions, seed=1).edit
+    edit = loreft(0, positions, seed=1).edit
     b = torch.full_like(edit.b, math.nan)
-    broken = CanonicalEdit(1, edit.component, edit.positions, edit.V, b, edit.U)
+    broken = CanonicalEdit(0, edit.component, edit.positions, edit.V, b, edit.U)
     return AppliedIntervention(f"bad {positions}", (broken,))
 
 
@@ -202,7 +203,7 @@ def kept_states_are_finite(core: EngineCore) -> bool:
     return all(bool(t.isfinite().all()) for t in tensors)
 
 
-@pytest.mark.parametrize("max_step_tokens", [512, 64, 16])
+@pytest.mark.parametrize("max_step_tokens", [512, 64])
 @pytest.mark.parametrize("positions", ["f1", "[40]", "l1", "all"])
 def test_what_is_not_finite_is_never_kept(positions: str, max_step_tokens: int) -> None:
     core = warm_core(max_step_tokens=max_step_tokens)
@@ -247,8 +248,8 @@ ASKED = st.tuples(
     st.sampled_from(range(len(TEXTS))),
     st.sampled_from([16, 65, 80, 81, 100]),
     st.sampled_from(list(TASKS)),
-    st.sampled_from([0, 1, 5, 40]),
-    st.sampled_from([1, 1, 3]),
+    st.sampled_from([0, 1, 3, 20]),
+    st.sampled_from([1, 1, 2]),
     st.integers(0, 12),
     st.none() | st.integers(0, 25),
 )
@@ -256,13 +257,13 @@ ASKED = st.tuples(
 """
 
 
-@settings(max_examples=15, deadline=None, derandomize=True, database=None)
+@settings(max_examples=8, deadline=None, derandomize=True, database=None)
 @given(
     st.integers(1, 8),
     st.sampled_from([7, 64, 300]),
     st.sampled_from([TIGHT, TIGHT + 100, 16 * TIGHT]),
     st.sampled_from([1, 3, 20]),
-    st.lists(ASKED, min_size=1, max_size=10),
+    st.lists(ASKED, min_size=2, max_size=8),
 )
 def test_random_schedules(
     max_running: int,

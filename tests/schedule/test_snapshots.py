@@ -362,21 +362,25 @@ def test_a_snapshot_without_its_blocks_is_not_used() -> None:
     simulation.finish()
 
 
-TEXTS = [prompt(150, seed=1), prompt(150, seed=2), (*prompt(150, seed=1)[:70], *prompt(80, seed=3))]
+TEXTS = [
+    prompt(250, seed=1),
+    *((*prompt(250, seed=1)[:at], *prompt(250 - at, seed=at)) for at in (70, 100, 170)),
+]
 EDITS = [
     (),
-    *((applied(loreft(1, p)),) for p in ("l1", "f1", "all", "[40]", "l20+decode")),
+    (),
+    *((applied(loreft(1, p)),) for p in ("l1", "f1", "[100]", "l20+decode")),
     (BAD,),
     (AppliedIntervention(POISON, applied(loreft(1, "[70]")).edits),),
 ]
 ASKED = st.tuples(
     st.sampled_from(TEXTS),
-    st.integers(1, 150),
+    st.integers(1, 250) | st.integers(65, 250),
     st.sampled_from(EDITS),
-    st.integers(0, 30),
+    st.sampled_from([0, 1, 2, 5, 30]),
     st.integers(1, 3),
     st.sampled_from([(), (), LABELS]),
-    st.sampled_from(["", "", "a"]),
+    st.sampled_from(["", "", "", "a"]),
     st.integers(0, 20),
     st.none() | st.integers(0, 25),
 )
@@ -387,11 +391,11 @@ end by force."""
 @settings(max_examples=150, deadline=None, derandomize=True, database=None)
 @given(
     st.integers(1, 8),
-    st.integers(0, 100),
-    st.integers(208, 700),
-    st.integers(0, 5),
-    st.booleans(),
-    st.lists(ASKED, min_size=1, max_size=10),
+    st.integers(0, 100) | st.just(500),
+    st.integers(304, 450) | st.just(2000),
+    st.sampled_from([0, 1, 1, 2, 3, 9]),
+    st.sampled_from([True, True, True, False]),
+    st.lists(ASKED, min_size=3, max_size=14),
 )
 def test_every_chunk_begins_with_the_state_of_its_tokens(
     max_running: int,
