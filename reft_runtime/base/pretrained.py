@@ -26,6 +26,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils import cached_file
 from transformers.utils import logging as transformers_logging
 
 from reft_runtime.base.language import TEXT_KEYS, language_config
@@ -64,6 +65,8 @@ _GGUF = (
     " and save_pretrained write."
 )
 
+_CHAT_TEMPLATE = "chat_template.json"
+
 _SHOWN = 4
 
 _T = TypeVar("_T")
@@ -94,6 +97,8 @@ def read_tokenizer(path: str, **options: Any) -> PreTrainedTokenizerBase:
 
     def load() -> tuple[PreTrainedTokenizerBase, set[int]]:
         found = AutoTokenizer.from_pretrained(path, trust_remote_code=False, **options)
+        if not found.chat_template:
+            found.chat_template = _processors_template(path)
         known = found("Hello there", add_special_tokens=False)["input_ids"]
         return found, set(known) - set(found.all_special_ids)
 
@@ -105,6 +110,15 @@ def read_tokenizer(path: str, **options: Any) -> PreTrainedTokenizerBase:
             param="model",
         )
     return tokenizer
+
+
+def _processors_template(path: str) -> str | None:
+    """The chat template that older folders keep for their processor, not for their tokenizer."""
+    file = cached_file(path, _CHAT_TEMPLATE, _raise_exceptions_for_missing_entries=False)
+    if file is None:
+        return None
+    found = json.loads(Path(file).read_bytes())["chat_template"]
+    return found if isinstance(found, str) else None
 
 
 def read_model(

@@ -90,10 +90,6 @@ REFUSED: dict[str, tuple[Any, str]] = {
         ),
         "ALiBi",
     ),
-    "M-RoPE": (
-        lambda: with_rope("llama", rope_type="default", mrope_section=[1, 1, 2]),
-        "M-RoPE",
-    ),
     "MLA": (small_deepseek, "MLA"),
     "dynamic NTK": (lambda: with_rope("llama", rope_type="dynamic", factor=2.0), "dynamic NTK"),
     "own attention code": (lambda: tiny("gptj"), "packed forward"),
