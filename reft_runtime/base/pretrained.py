@@ -26,8 +26,8 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.utils import cached_file
 from transformers.utils import logging as transformers_logging
+from transformers.utils.hub import cached_file
 
 from reft_runtime.base.language import TEXT_KEYS, language_config
 from reft_runtime.base.quantised import ask_for_plain_weights, keeps_quantised, tell_plain
@@ -121,9 +121,7 @@ def _processors_template(path: str) -> str | None:
     return found if isinstance(found, str) else None
 
 
-def read_model(
-    path: str, dtype: torch.dtype, *, gguf_file: str | None = None
-) -> PreTrainedModel:
+def read_model(path: str, dtype: torch.dtype, *, gguf_file: str | None = None) -> PreTrainedModel:
     """The causal language model of a folder or hub id, on the CPU, with every weight from a file.
 
     `gguf_file` names the file of a folder that holds GGUF, which is dequantised. Raises
@@ -165,7 +163,7 @@ def read_model(
     _check_weights(path, model, found, in_another=config is not whole)
     if not keeps_quantised(config):
         tell_plain(model)
-        model.to(dtype)  # type: ignore[arg-type] # some are dequantised to bfloat16
+        model.to(dtype)  # some are dequantised to bfloat16
     loaded: PreTrainedModel = model
     return loaded
 

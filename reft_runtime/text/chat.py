@@ -179,12 +179,13 @@ def _writes(source: str, content: str | list[dict[str, str]]) -> bool:
     """Whether a template writes the text `_TRIED` that a user's turn has as its content."""
     try:
         chat = [{"role": "user", "content": content}]
-        (text,), _ = render_jinja_template([chat], chat_template=source)
+        rendered: Any = render_jinja_template([chat], chat_template=source)
     except MemoryError:
         raise
     except Exception:
         return False
-    return _TRIED in str(text)
+    texts, _ = rendered
+    return _TRIED in texts[0]
 
 
 def _parts(text: str) -> list[dict[str, str]]:

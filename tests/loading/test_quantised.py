@@ -1,4 +1,4 @@
-"""Quantised bases: their linear layers stay theirs, or they are dequantised, or they are refused."""
+"""Quantised bases: their linear layers stay theirs, or they are dequantised or refused."""
 
 from __future__ import annotations
 
@@ -7,12 +7,15 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import gguf
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 from reft_runtime.base.fused import Fused
+from reft_runtime.base.pretrained import read_model
 from reft_runtime.base.quantised import stored_bytes
 from reft_runtime.errors import ConfigError, UnsupportedModel
 from reft_runtime.interventions.format.file import read_header
@@ -94,7 +97,6 @@ class TestKept:
 
     def test_tokens_are_the_models_own(self, int8: Path) -> None:
         model, loaded = own(int8), load_model(str(int8), "float32")
-        layers = loaded.layers
         edits = (loreft(1, "f2+l2"), loreft(2, "l1", seed=1))
         tokens = {length: prompt(length) for length in (1, 5, 40)}
         core = make_core(loaded, max_step_tokens=16)
@@ -106,12 +108,12 @@ class TestKept:
             assert found[str(n)][0] == generate(model, ids)
             wanted = generate_edited(model, list(decoders), ids, [(e, 1.0) for e in edits])  # type: ignore[call-overload]
             assert found[f"edited {n}"][0] == wanted
-        assert len(layers) == 4
 
     def test_linear_layers_stay_theirs(self, int8: Path, plain: Path) -> None:
         loaded, before = load_model(str(int8), "float32"), load_model(str(plain), "float32")
         for layer in loaded.layers:
-            for linear in (layer.self_attn.q_proj, layer.mlp.down_proj):  # type: ignore[union-attr]
+            for name in ("self_attn.q_proj", "mlp.down_proj"):
+                linear = layer.get_submodule(name)
                 assert type(linear.weight).__name__ == "Int8Tensor"
                 assert "forward" not in vars(linear)
         assert (loaded.packed.layers, loaded.fused.whole) == (1, 0)  # the head is not quantised
@@ -143,7 +145,7 @@ def test_blocks_of_float8_are_dequantised(plain: Path) -> None:
     loaded = load_model(str(plain), "float32")
     tokens = run(make_core(loaded), [request("a", prompt(20))])["a"][0]
     loaded.give_back()
-    assert loaded.packed.layers >= 0 and loaded.dtype == torch.float32
+    assert loaded.dtype == torch.float32
     for name, weight in loaded.model.named_parameters():
         assert weight.dtype == torch.float32
         assert torch.allclose(weight, meant[name], rtol=1e-2, atol=1e-3)
@@ -188,6 +190,33 @@ def test_a_model_in_memory_must_be_dequantised_already() -> None:
         adopt_model(model)
     model.config.quantization_config = {"quant_method": "fp8", "dequantize": True}
     adopt_model(model).give_back()
+
+
+def test_gguf_is_dequantised_where_it_is_all_that_a_folder_holds(tmp_path: Path) -> None:
+    """As the demo model is, once."""
+    writer = gguf.GGUFWriter(tmp_path / "tiny.gguf", "llama")
+    writer.add_block_count(1)
+    writer.add_context_length(64)
+    writer.add_embedding_length(32)
+    writer.add_feed_forward_length(64)
+    writer.add_head_count(4)
+    writer.add_head_count_kv(4)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_vocab_size(32)
+    shapes = {"token_embd": (32, 32), "output_norm": (32,), "output": (32, 32)}
+    shapes |= {f"blk.0.{name}": (32,) for name in ("attn_norm", "ffn_norm")}
+    shapes |= {f"blk.0.attn_{name}": (32, 32) for name in ("q", "k", "v", "output")}
+    shapes |= {"blk.0.ffn_gate": (64, 32), "blk.0.ffn_up": (64, 32), "blk.0.ffn_down": (32, 64)}
+    for name, shape in shapes.items():
+        writer.add_tensor(f"{name}.weight", np.full(shape, 0.5, np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    model = read_model(str(tmp_path), torch.float32, gguf_file="tiny.gguf")
+    assert all(bool((weight == 0.5).all()) for weight in model.parameters())
+    model.save_pretrained(tmp_path / "plain")
+    assert load_model(str(tmp_path / "plain"), "float32").max_model_len == 64
 
 
 def test_gguf_is_refused_with_the_way_out(tmp_path: Path) -> None:
