@@ -49,6 +49,9 @@ _COMPUTED = re.compile(r"(inv_freq|\.(attn|attention)\.(masked_)?bias|position_i
 
 _INTEGERS = {"I8", "U8", "I16", "U16", "I32", "U32", "I64", "U64", "BOOL"}
 
+_SCALED = {"F8_E4M3", "F8_E5M2"}
+_SCALES = ("_scale_inv", "_scale")
+
 _TOKENIZER_FILES = (
     "It takes tokenizer.json, or what transformers makes one of, and tokenizer_config.json"
 )
@@ -258,7 +261,8 @@ def _check_weights(
     path: str, model: PreTrainedModel, found: dict[str, Any], *, in_another: bool
 ) -> None:
     missing = sorted(found["missing_keys"])
-    whole = sorted(_stored_as_integers(Path(path), model))
+    kept = keeps_quantised(model.config)
+    whole = [] if kept else sorted(_stored_as_integers(Path(path), model))
     shapes = [
         f"{key} ({_shape(there)} instead of {_shape(wanted)})"
         for key, there, wanted in sorted(found["mismatched_keys"])
@@ -271,6 +275,7 @@ def _check_weights(
             ("without weights for", missing),
             ("with weights of another shape for", shapes),
             ("with integers instead of weights for", whole),
+            ("without scales for", [] if kept else sorted(_without_scales(Path(path)))),
             ("with weights that this model has no use for:", unexpected),
             ("with faults:", found["error_msgs"]),
         )
@@ -289,14 +294,29 @@ def _stored_as_integers(folder: Path, model: PreTrainedModel) -> Iterable[str]:
 
     Their scales are stored elsewhere, so they cannot be loaded as weights.
     """
-    if keeps_quantised(model.config):
-        return
     wanted = {name for name, weight in model.named_parameters() if weight.is_floating_point()}
+    for name, dtype in _stored(folder).items():
+        if name in wanted and dtype in _INTEGERS:
+            yield name
+
+
+def _without_scales(folder: Path) -> Iterable[str]:
+    """Names of weights that a folder stores as eight-bit floats, and has no scales for."""
+    stored = _stored(folder)
+    for name, dtype in stored.items():
+        scaled = any(f"{name}{suffix}" in stored for suffix in _SCALES)
+        if dtype in _SCALED and name.endswith("weight") and not scaled:
+            yield name
+
+
+def _stored(folder: Path) -> dict[str, str]:
+    """The dtypes of what a folder stores, as safetensors names them, by name."""
+    found: dict[str, str] = {}
     for file in folder.glob("model*.safetensors"):
         with safe_open(file, "pt") as content:
             for name in content.keys():  # noqa: SIM118 - it is no dictionary
-                if name in wanted and content.get_slice(name).get_dtype() in _INTEGERS:
-                    yield name
+                found[name] = content.get_slice(name).get_dtype()
+    return found
 
 
 def _matters(key: str, model: PreTrainedModel, shared: Set[str]) -> bool:

@@ -189,8 +189,8 @@ def _writes(source: str, content: str | list[dict[str, str]]) -> bool:
 
 
 def _parts(text: str) -> list[dict[str, str]]:
-    """A text as a list of parts, as transformers writes them; empty if there is no text."""
-    return [{"type": "text", "text": text}] if text else []
+    """A text as a list of parts, as transformers writes them; templates may look at the first."""
+    return [{"type": "text", "text": text}]
 
 
 def source_of(tokenizer: PreTrainedTokenizerBase, *, tools: bool = False) -> str:

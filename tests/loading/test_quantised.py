@@ -154,6 +154,15 @@ def test_blocks_of_float8_are_dequantised(plain: Path) -> None:
     assert not hasattr(loaded.model.config, "quantization_config")
 
 
+def test_a_scale_that_is_missing(plain: Path) -> None:
+    fp8(plain)
+    weights = load_file(plain / WEIGHTS)
+    del weights["model.layers.1.self_attn.q_proj.weight_scale_inv"]
+    save_file(weights, plain / WEIGHTS, {"format": "pt"})
+    with pytest.raises(ConfigError, match="without scales for model.layers.1.self_attn.q_proj"):
+        load_model(str(plain), "float32")
+
+
 def test_bytes_of_weights_that_bitsandbytes_quantised() -> None:
     weight = torch.zeros(16, 1, dtype=torch.uint8)
     assert stored_bytes(weight) == 16
