@@ -159,7 +159,7 @@ def test_a_scale_that_is_missing(plain: Path) -> None:
     weights = load_file(plain / WEIGHTS)
     del weights["model.layers.1.self_attn.q_proj.weight_scale_inv"]
     save_file(weights, plain / WEIGHTS, {"format": "pt"})
-    with pytest.raises(ConfigError, match="without scales for model.layers.1.self_attn.q_proj"):
+    with pytest.raises(ConfigError, match=r"without scales for model\.layers\.1\.self"):
         load_model(str(plain), "float32")
 
 
