@@ -78,7 +78,8 @@ def language_model(model: PreTrainedModel) -> PreTrainedModel:
         parts = dict.fromkeys(places, decoder)
     for name, part in parts.items():
         setattr(found, name, part)
-    found.set_output_embeddings(decoder.get_output_embeddings() or model.get_output_embeddings())
+    own_head = decoder.get_output_embeddings()
+    found.set_output_embeddings(own_head or model.get_output_embeddings())  # type: ignore[no-untyped-call]
     if not parts or any(parameter.is_meta for parameter in found.parameters()):
         raise UnsupportedModel(
             f"Model type {model.config.model_type!r} is not supported as a model in memory: its"

@@ -27,6 +27,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 from transformers.utils import logging as transformers_logging
+from transformers.utils.hub import cached_file
 
 from reft_runtime.base.language import TEXT_KEYS, language_config
 from reft_runtime.base.quantised import ask_for_plain_weights, keeps_quantised, tell_plain
@@ -48,6 +49,9 @@ _COMPUTED = re.compile(r"(inv_freq|\.(attn|attention)\.(masked_)?bias|position_i
 
 _INTEGERS = {"I8", "U8", "I16", "U16", "I32", "U32", "I64", "U64", "BOOL"}
 
+_SCALED = {"F8_E4M3", "F8_E5M2"}
+_SCALES = ("_scale_inv", "_scale")
+
 _TOKENIZER_FILES = (
     "It takes tokenizer.json, or what transformers makes one of, and tokenizer_config.json"
 )
@@ -63,6 +67,8 @@ _GGUF = (
     " the model's own folder, or what AutoModelForCausalLM.from_pretrained(FOLDER, gguf_file=NAME)"
     " and save_pretrained write."
 )
+
+_CHAT_TEMPLATE = "chat_template.json"
 
 _SHOWN = 4
 
@@ -94,6 +100,8 @@ def read_tokenizer(path: str, **options: Any) -> PreTrainedTokenizerBase:
 
     def load() -> tuple[PreTrainedTokenizerBase, set[int]]:
         found = AutoTokenizer.from_pretrained(path, trust_remote_code=False, **options)
+        if not found.chat_template:
+            found.chat_template = _processors_template(path)
         known = found("Hello there", add_special_tokens=False)["input_ids"]
         return found, set(known) - set(found.all_special_ids)
 
@@ -105,6 +113,15 @@ def read_tokenizer(path: str, **options: Any) -> PreTrainedTokenizerBase:
             param="model",
         )
     return tokenizer
+
+
+def _processors_template(path: str) -> str | None:
+    """The chat template that older folders keep for their processor, not for their tokenizer."""
+    file = cached_file(path, _CHAT_TEMPLATE, _raise_exceptions_for_missing_entries=False)
+    if file is None:
+        return None
+    found = json.loads(Path(file).read_bytes())["chat_template"]
+    return found if isinstance(found, str) else None
 
 
 def read_model(path: str, dtype: torch.dtype, *, gguf_file: str | None = None) -> PreTrainedModel:
@@ -149,7 +166,7 @@ def read_model(path: str, dtype: torch.dtype, *, gguf_file: str | None = None) -
     _check_weights(path, model, found, in_another=config is not whole)
     if not keeps_quantised(config):
         tell_plain(model)
-        model.to(dtype)  # type: ignore[arg-type] # some are dequantised to bfloat16
+        model.to(dtype)  # some are dequantised to bfloat16
     loaded: PreTrainedModel = model
     return loaded
 
@@ -244,7 +261,8 @@ def _check_weights(
     path: str, model: PreTrainedModel, found: dict[str, Any], *, in_another: bool
 ) -> None:
     missing = sorted(found["missing_keys"])
-    whole = sorted(_stored_as_integers(Path(path), model))
+    kept = keeps_quantised(model.config)
+    whole = [] if kept else sorted(_stored_as_integers(Path(path), model))
     shapes = [
         f"{key} ({_shape(there)} instead of {_shape(wanted)})"
         for key, there, wanted in sorted(found["mismatched_keys"])
@@ -257,6 +275,7 @@ def _check_weights(
             ("without weights for", missing),
             ("with weights of another shape for", shapes),
             ("with integers instead of weights for", whole),
+            ("without scales for", [] if kept else sorted(_without_scales(Path(path)))),
             ("with weights that this model has no use for:", unexpected),
             ("with faults:", found["error_msgs"]),
         )
@@ -275,14 +294,29 @@ def _stored_as_integers(folder: Path, model: PreTrainedModel) -> Iterable[str]:
 
     Their scales are stored elsewhere, so they cannot be loaded as weights.
     """
-    if keeps_quantised(model.config):
-        return
     wanted = {name for name, weight in model.named_parameters() if weight.is_floating_point()}
+    for name, dtype in _stored(folder).items():
+        if name in wanted and dtype in _INTEGERS:
+            yield name
+
+
+def _without_scales(folder: Path) -> Iterable[str]:
+    """Names of weights that a folder stores as eight-bit floats, and has no scales for."""
+    stored = _stored(folder)
+    for name, dtype in stored.items():
+        scaled = any(f"{name}{suffix}" in stored for suffix in _SCALES)
+        if dtype in _SCALED and name.endswith("weight") and not scaled:
+            yield name
+
+
+def _stored(folder: Path) -> dict[str, str]:
+    """The dtypes of what a folder stores, as safetensors names them, by name."""
+    found: dict[str, str] = {}
     for file in folder.glob("model*.safetensors"):
         with safe_open(file, "pt") as content:
             for name in content.keys():  # noqa: SIM118 - it is no dictionary
-                if name in wanted and content.get_slice(name).get_dtype() in _INTEGERS:
-                    yield name
+                found[name] = content.get_slice(name).get_dtype()
+    return found
 
 
 def _matters(key: str, model: PreTrainedModel, shared: Set[str]) -> bool:

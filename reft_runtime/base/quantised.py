@@ -26,6 +26,11 @@ _WHY_NOT = {
     "gguf": "transformers has no products with the blocks of GGUF",
 }
 
+_THRESHOLD = 6.0
+"""Of bitsandbytes' 8 bits: columns with larger numbers are multiplied without quantising them."""
+
+_BY_BATCH = "its products (LLM.int8) depend on what other rows of a batch hold"
+
 _OTHERWISE = (
     f"served are {' and '.join(KEPT)} and, dequantised, {', '.join(DEQUANTISED)}; or take the model"
     " that it was made from, in bfloat16 or float32"
@@ -36,9 +41,13 @@ def why_refused(config: PretrainedConfig) -> str | None:
     """Why a model with the weights that a configuration tells of is not served; None if it is."""
     settings = _settings(config)
     method = _method(settings)
-    if not settings or method in KEPT or (method in DEQUANTISED and settings.get("dequantize")):
+    if not settings or (method in DEQUANTISED and settings.get("dequantize")):
         return None
     what = f"its weights are quantised ({method})"
+    if settings.get("load_in_8bit") and settings.get("llm_int8_threshold", _THRESHOLD):
+        return f"{what}; {_BY_BATCH}; {_OTHERWISE}"
+    if method in KEPT:
+        return None
     if method in DEQUANTISED:
         return f"{what}; load it with dequantize=True in its quantization_config"
     return "; ".join([what, *([_WHY_NOT[method]] if method in _WHY_NOT else []), _OTHERWISE])

@@ -75,7 +75,8 @@ def _configured(config: PretrainedConfig, name: str) -> BaseShape:
     sizes = ("hidden_size", "num_hidden_layers", "vocab_size")
     if not isinstance(architecture, str) or not all(hasattr(config, size) for size in sizes):
         raise ConfigError(
-            f"model: {name!r} ({config.model_type}) is no causal language model, and has none in it.",
+            f"model: {name!r} ({config.model_type}) is no causal language model, and has none in"
+            " it.",
             param="model",
         )
     return _shape(config, name, architecture)

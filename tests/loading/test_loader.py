@@ -63,10 +63,6 @@ REFUSED: dict[str, tuple[Any, str]] = {
         ),
         "ALiBi",
     ),
-    "M-RoPE": (
-        lambda: with_rope("llama", rope_type="default", mrope_section=[1, 1, 2]),
-        "M-RoPE",
-    ),
     "own attention code": (lambda: tiny_model(tiny_config("xglm")), "interface"),
     "encoder": (lambda: tiny("bert"), "an encoder"),
     "decoder of an encoder's output": (lambda: tiny_model(tiny_config("trocr")), "encodes"),
