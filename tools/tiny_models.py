@@ -154,7 +154,12 @@ _OWN: dict[str, dict[str, Any]] = {
     "mamba2": {"num_heads": 8, "head_dim": 8, "hidden_size": 32},
     "mellum": _LOCAL_AND_FULL,
     "minimax_m3_vl_text": {
-        "layer_types": ["full_attention", "minimax_m3_sparse", "minimax_m3_sparse", "full_attention"],
+        "layer_types": [
+            "full_attention",
+            "minimax_m3_sparse",
+            "minimax_m3_sparse",
+            "full_attention",
+        ],
         "index_block_size": 8,
         "index_topk_blocks": 2,
     },
@@ -181,7 +186,7 @@ _OWN: dict[str, dict[str, Any]] = {
     },
     "zamba2": {
         "num_hidden_layers": 4,
-        "layers_block_type": ["linear_attention", "linear_attention", "hybrid", "linear_attention"]
+        "layers_block_type": ["linear_attention", "linear_attention", "hybrid", "linear_attention"],
     },
     "zaya": {"num_experts_per_tok": 1},
 }

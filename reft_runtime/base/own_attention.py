@@ -46,7 +46,9 @@ def _method(module: Any, scoring: Scoring) -> Callable[..., Any]:
     def attend(query: Tensor, key: Tensor, value: Tensor, attention_mask: Any = None) -> Any:
         if running_step() is None:
             return own(query, key, value, attention_mask)
-        return _attend(layer, query, key, value, attention_mask, scoring).transpose(0, 1)[None], None
+        return _attend(layer, query, key, value, attention_mask, scoring).transpose(0, 1)[
+            None
+        ], None
 
     return attend
 

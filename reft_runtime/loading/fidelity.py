@@ -76,7 +76,9 @@ def own_logits(
                 position_ids=positions.expand_as(ids).to(model.device),
                 use_cache=False,
             ).logits
-            found |= {i: rows[: len(samples[i].tokens)] for i, rows in zip(batch, logits)}
+            found |= {
+                i: rows[: len(samples[i].tokens)] for i, rows in zip(batch, logits, strict=True)
+            }
         return tuple(found[i] for i in range(len(samples)))
 
     eager = run("eager")

@@ -144,9 +144,8 @@ def adopt_model(
             packed=packed,
             before=before,
         )
-        with stage("Checking what will be served"):
-            with _failing("a packed forward fails"):
-                loaded = replace(loaded, distance=check(loaded, own, probed))
+        with stage("Checking what will be served"), _failing("a packed forward fails"):
+            loaded = replace(loaded, distance=check(loaded, own, probed))
     except UnsupportedModel as error:
         before.restore()
         raise refuse(config, error.message) from error

@@ -47,8 +47,8 @@ _NO_ROUTING = ("size", "dim", "period", "offset", "index", "centroid")
 class Sample:
     """One prompt: its tokens, the ends of the chunks in which it is computed, and when and where.
 
-    `kind` says what is special about it, empty if nothing is. `turn` is the step of its first chunk,
-    and `position` that of its first token.
+    `kind` says what is special about it, empty if nothing is. `turn` is the step of its first
+    chunk, and `position` that of its first token.
     """
 
     kind: str

@@ -24,10 +24,15 @@ from reft_runtime.sampling import SamplingParams
 from reft_runtime.schedule.plan import StepPlan
 from reft_runtime.schedule.request import AppliedIntervention, Request
 from reft_runtime.schedule.sequence import Sequence
-from tools.tiny_models import HIDDEN, MAX_LENGTH, VOCABULARY, WINDOW, tiny_model
+from tools import tiny_models
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 """Of the engine's copy of a model; what it is compared with stays on the CPU."""
+
+VOCABULARY = tiny_models.VOCABULARY
+HIDDEN = tiny_models.HIDDEN
+MAX_LENGTH = tiny_models.MAX_LENGTH
+WINDOW = tiny_models.WINDOW
 
 _COMMON: dict[str, Any] = {
     "vocab_size": VOCABULARY,
@@ -68,7 +73,7 @@ def tiny(model_type: str, *, seed: int = 0, **changes: Any) -> PreTrainedModel:
         del values["num_key_value_heads"]
     if model_type == "gpt2":
         values["n_inner"] = values.pop("intermediate_size")
-    return tiny_model(AutoConfig.for_model(model_type, **values), seed=seed)
+    return tiny_models.tiny_model(AutoConfig.for_model(model_type, **values), seed=seed)
 
 
 @cache
