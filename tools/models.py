@@ -154,8 +154,8 @@ def tables(rows: Iterable[Row]) -> str:
     ]
     for heading, found in (("## Refused", refused), ("## Not tried", untried)):
         if found:
-            rows = "\n".join(map(str, found))
-            parts.append(f"{heading}\n\n| model type | why |\n|---|---|\n{rows}")
+            lines = "\n".join(map(str, found))
+            parts.append(f"{heading}\n\n| model type | why |\n|---|---|\n{lines}")
     return "\n\n".join(parts)
 
 
@@ -183,8 +183,8 @@ def main() -> None:
 def _quiet() -> None:
     """Let a process compute on one thread, and say nothing of what transformers says."""
     torch.set_num_threads(1)
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
+    transformers.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    transformers.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     logging.disable(logging.WARNING)
     warnings.simplefilter("ignore")
 

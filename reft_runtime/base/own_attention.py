@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from reft_runtime.base.attention import AskedMask, Scoring, ShapeProbe, running_step
@@ -92,5 +92,5 @@ def _attend(
     assert step is not None
     if isinstance(step, ShapeProbe) and isinstance(mask, AskedMask):
         mask.window(step.max_tokens)  # raises unless it is causal
-    heads = (each[0].transpose(0, 1).to(value.dtype) for each in (query, key, value))
-    return step.attend(layer, *heads, scoring)
+    query, key = (each[0].transpose(0, 1).to(value.dtype) for each in (query, key))
+    return step.attend(layer, query, key, value[0].transpose(0, 1), scoring)
