@@ -85,11 +85,6 @@ class Row:
 
 def examine(family: str) -> Row:
     """Try one family in this process."""
-    torch.set_num_threads(1)
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    logging.disable(logging.WARNING)
-    warnings.simplefilter("ignore")
     try:
         config = tiny_config(family)
         check_config(config)
@@ -122,7 +117,7 @@ def examine_all(families: Iterable[str], seconds: float = SECONDS) -> Iterator[R
     """
     pool = None
     for family in families:
-        pool = pool or ProcessPoolExecutor(1, mp_context=get_context("spawn"))
+        pool = pool or ProcessPoolExecutor(1, mp_context=get_context("spawn"), initializer=_quiet)
         try:
             row = pool.submit(examine, family).result(timeout=seconds)
         except TimeoutError:
@@ -183,6 +178,15 @@ def main() -> None:
         print(f"{row.outcome}: {row}", file=sys.stderr, flush=True)
     if not chosen.families:
         DOCUMENT.write_text(written(DOCUMENT.read_text(), tables(rows)))
+
+
+def _quiet() -> None:
+    """Let a process compute on one thread, and say nothing of what transformers says."""
+    torch.set_num_threads(1)
+    transformers.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    transformers.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    logging.disable(logging.WARNING)
+    warnings.simplefilter("ignore")
 
 
 def _check_size(config: PretrainedConfig) -> None:

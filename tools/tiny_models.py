@@ -245,7 +245,7 @@ def _parts(made: type[PretrainedConfig]) -> dict[str, type[PretrainedConfig]]:
 
 def _sizes(made: type[PretrainedConfig], sizes: dict[str, Any]) -> dict[str, Any]:
     """The sizes that a class of configurations has, by its names, with its pattern of layers."""
-    names = {field.name for field in fields(made)} | {*(made.attribute_map or {})}  # type: ignore[arg-type]
+    names = {field.name for field in fields(made)} | {*(made.attribute_map or {})}
     values = {name: value for name, value in sizes.items() if name in names}
     try:
         kinds: list[str] | None = getattr(made(), "layer_types", None)

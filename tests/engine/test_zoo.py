@@ -8,6 +8,7 @@ import pytest
 from transformers import PreTrainedModel
 
 from reft_runtime.base.model import LoadedModel
+from reft_runtime.kernels.operators import cpu_operators
 from reft_runtime.loading.loader import adopt_model
 from tests.helpers.models import (
     WINDOW,
@@ -22,6 +23,7 @@ from tests.helpers.models import (
     run,
     tiny,
 )
+from tools.models import DOCUMENT, SERVED, examine
 
 MODELS = (
     "llama",
@@ -43,6 +45,12 @@ MODELS = (
 )
 OWN_ATTENTION = MODELS[-5:]
 """Models with soft-capping, sinks, chunks, latents and shared keys."""
+SAMPLE = (
+    *("falcon", "gptj", "codegen", "gpt_neo", "dbrx", "mixtral", "phimoe", "olmo3", "cohere2"),
+    *("gemma4_text", "bert", "trocr", "bloom", "doge"),
+)
+"""Families whose rows of docs/models.md are looked at."""
+
 LENGTHS = (1, 2, 5, WINDOW, WINDOW + 1, 3 * WINDOW)
 NEW_TOKENS = WINDOW + 4
 
@@ -80,6 +88,25 @@ def test_a_mixed_batch_gives_the_tokens_of_generate(
         [request(str(n), prompt(n), max_tokens=NEW_TOKENS) for n in LENGTHS],
     )
     assert [got[str(n)][0] for n in LENGTHS] == wanted
+
+
+@pytest.mark.parametrize("model_type", sorted(SAMPLE))
+def test_the_table_of_models_says_what_is_so(model_type: str) -> None:
+    row = examine(model_type)
+    told = [part.strip() for part in str(row).split("|")]
+    written = [
+        [part.strip() for part in line.split("|")]
+        for line in DOCUMENT.read_text().splitlines()
+        if line.startswith(f"| {model_type} |")
+    ]
+    if row.outcome == SERVED:
+        measured = told.index("its own") - 1  # the distance, which is another on other machines
+        assert float(told[measured]) <= 1e-4
+        for each in (told, *written):
+            del each[measured]
+            if cpu_operators() is None:
+                del each[-2]
+    assert written == [told]
 
 
 def test_rows_grow_past_their_first_capacity(operators: None) -> None:

@@ -25,14 +25,13 @@ from reft_runtime.schedule.plan import StepPlan
 from reft_runtime.schedule.request import AppliedIntervention, Request
 from reft_runtime.schedule.sequence import Sequence
 from tools import tiny_models
-from tools.tiny_models import tiny_model
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 """Of the engine's copy of a model; what it is compared with stays on the CPU."""
 
+VOCABULARY = tiny_models.VOCABULARY
 HIDDEN = tiny_models.HIDDEN
 MAX_LENGTH = tiny_models.MAX_LENGTH
-VOCABULARY = tiny_models.VOCABULARY
 WINDOW = tiny_models.WINDOW
 
 _COMMON: dict[str, Any] = {
@@ -209,7 +208,7 @@ def tiny(model_type: str, *, seed: int = 0, **changes: Any) -> PreTrainedModel:
         del values["num_key_value_heads"]
     if model_type == "gpt2":
         values["n_inner"] = values.pop("intermediate_size")
-    return tiny_model(AutoConfig.for_model(model_type, **values), seed=seed)
+    return tiny_models.tiny_model(AutoConfig.for_model(model_type, **values), seed=seed)
 
 
 @cache

@@ -311,7 +311,7 @@ def test_a_layer_that_differs_at_one_number_of_tokens_is_seen(
 
 def test_decoding_sequences_that_are_mixed_up_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     def mixed(model: Any, ids: Tensor, positions: Tensor, keep: Tensor, step: Any) -> Tensor:
-        rows = forward(model, ids, positions, keep, step)
+        rows: Tensor = forward(model, ids, positions, keep, step)
         decodes = len(ids) > 1 and int((positions[1:] == positions[:-1] + 1).sum()) == 0
         return rows.roll(1, 0) if decodes else rows
 
