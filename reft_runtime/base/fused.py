@@ -18,8 +18,9 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from reft_runtime.base.attention import ProbedLayer, running_step
+from reft_runtime.base.attention import running_step
 from reft_runtime.base.linears import Merged
+from reft_runtime.base.probe import ProbedLayer
 from reft_runtime.base.rotary import ROTARY, rotates, rotating
 from reft_runtime.base.trial import TOLERANCE, Operator, Trials
 from reft_runtime.kernels.operators import Operators, ProductOperators, operators_for

@@ -13,7 +13,8 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from reft_runtime.base.attention import AskedMask, Scoring, ShapeProbe, running_step
+from reft_runtime.base.attention import Scoring, running_step
+from reft_runtime.base.probe import AskedMask, ShapeProbe
 
 METHOD = "_attn"
 """The method that computes attention [1, heads, T, dim] in the GPT-J family."""

@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 from transformers import PreTrainedModel
 
-from reft_runtime.base.attention import AttentionStep, CausalStep, ShapeProbe, running_step
+from reft_runtime.base.attention import AttentionStep, running_step
+from reft_runtime.base.probe import CausalStep, ShapeProbe
 from reft_runtime.errors import UnsupportedModel
 
 _UPDATES = {"update_conv_state", "update_recurrent_state"}

@@ -21,8 +21,8 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache, PreTrainedModel
 
-from reft_runtime.base.attention import ProbedLayer
 from reft_runtime.base.model import LoadedModel, forward
+from reft_runtime.base.probe import ProbedLayer
 from reft_runtime.errors import UnsupportedModel
 from reft_runtime.kv.choice import storage_for
 from reft_runtime.loading.samples import Sample, samples_for

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from reft_runtime.base.attention import LayerShape, ProbedLayer
+from reft_runtime.base.attention import LayerShape
 from reft_runtime.base.latent import EXPAND, Latent
+from reft_runtime.base.probe import ProbedLayer
 from reft_runtime.base.trial import TOLERANCE
 
 

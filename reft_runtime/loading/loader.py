@@ -10,14 +10,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from reft_runtime.base.attention import (
-    ATTENTION,
-    NO_ATTENTION,
-    PROBE,
-    AskedMask,
-    ProbedLayer,
-    Scoring,
-)
+from reft_runtime.base.attention import ATTENTION, NO_ATTENTION, Scoring
 from reft_runtime.base.delta_rule import fuse_delta_nets
 from reft_runtime.base.experts import pack_experts
 from reft_runtime.base.fused import Fused, fuse
@@ -28,6 +21,7 @@ from reft_runtime.base.model import LoadedModel, forward
 from reft_runtime.base.own_attention import lead_to_step
 from reft_runtime.base.ownership import ModelState
 from reft_runtime.base.pretrained import read_config, read_model
+from reft_runtime.base.probe import PROBE, AskedMask, ProbedLayer
 from reft_runtime.base.quantised import stored_bytes
 from reft_runtime.base.recurrent import StateProbe, find_mixers, run_by_step
 from reft_runtime.base.shared import tell_layers

@@ -14,15 +14,10 @@ from transformers import PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRotaryEmbedding
 from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
 
-from reft_runtime.base.attention import (
-    AskedMask,
-    Reach,
-    Scoring,
-    packed_attention,
-    running_step,
-)
+from reft_runtime.base.attention import Reach, Scoring, packed_attention, running_step
 from reft_runtime.base.linears import Merged
 from reft_runtime.base.model import forward
+from reft_runtime.base.probe import AskedMask
 from reft_runtime.errors import UnsupportedModel
 from reft_runtime.kv.row_attention import RowAttentionStep
 from reft_runtime.kv.rows import RowStorage
