@@ -275,10 +275,10 @@ class EachTokenStep(CausalStep):
         return join([call.alone(at, at + 1, None) for at in range(call.tokens)])
 
 
-class _Mixer:
-    """The forward that replaces a mixer's own: it asks the running step.
+class MixerForward:
+    """The forward that replaces a mixer's `own`, and asks the running step to run that.
 
-    Without a step, the own code runs as it was called.
+    Without a step, it runs as it was called.
     """
 
     def __init__(self, number: int, module: nn.Module) -> None:
@@ -287,14 +287,15 @@ class _Mixer:
         if cache is None:
             raise UnsupportedModel(f"{type(module).__name__} takes its cache by no known name")
         self._number = number
-        self._own = module.forward
+        self.own = module.forward
         self._names = names
         self._cache = cache
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the mixer as the model calls it."""
         step: Any = running_step()
         if step is None:
-            return self._own(*args, **kwargs)
+            return self.own(*args, **kwargs)
         given = dict(zip(self._names, args, strict=False), **kwargs)
         given.pop(self._cache, None)
         tokens: int = given[self._names[0]].shape[1]
@@ -310,7 +311,7 @@ class _Mixer:
                 rows[name] = value
             else:
                 raise UnsupportedModel(f"a recurrent layer gets {name} that is not one per token")
-        return step.recur(self._number, MixerCall(self._own, tokens, rows, others, self._cache))
+        return step.recur(self._number, MixerCall(self.own, tokens, rows, others, self._cache))
 
 
 def find_mixers(model: PreTrainedModel) -> tuple[nn.Module, ...]:
@@ -333,7 +334,7 @@ def find_mixers(model: PreTrainedModel) -> tuple[nn.Module, ...]:
 def replace(mixers: Iterable[nn.Module]) -> None:
     """Let the running step run the mixers; `ModelState.restore` undoes it."""
     for number, module in enumerate(mixers):
-        module.forward = _Mixer(number, module)
+        module.forward = MixerForward(number, module)
 
 
 def _names(kind: type[nn.Module]) -> set[str]:

@@ -21,6 +21,15 @@ SUPPORTED_LAYER_TYPES = {
 }
 
 
+RECURRENT_LAYER_TYPES = {"linear_attention", "mamba", "conv"}
+
+LONGEST_RECURRENT = 1 << 17
+"""Longest sequence, in tokens, of a model whose layers are all recurrent and that names none."""
+
+_REASONS = {"indexed_attention": "an indexer chooses which keys each token sees"}
+"""Why layers of a type are not served."""
+
+
 def check_config(config: PretrainedConfig) -> None:
     """Raise `UnsupportedModel` for a model that the engine would compute differently."""
     if config.is_encoder_decoder:
@@ -43,8 +52,8 @@ def check_config(config: PretrainedConfig) -> None:
     if getattr(config, "use_bidirectional_attention", False):
         raise refuse(config, "bidirectional attention")
     kinds = set(getattr(config, "layer_types", None) or ()) - SUPPORTED_LAYER_TYPES
-    if kinds:
-        raise refuse(config, f"other kinds of layers ({', '.join(sorted(kinds))})")
+    for kind in sorted(kinds):
+        raise refuse(config, f"{_REASONS.get(kind, 'another kind of layers')} ({kind})")
     for rope in _rope_settings(config):
         if rope.get("rope_type") == "dynamic":
             raise refuse(config, "dynamic NTK rotary scaling, which depends on the batch's length")
@@ -90,6 +99,10 @@ def _rope_settings(config: PretrainedConfig) -> list[dict[str, Any]]:
 def _length_limit(config: PretrainedConfig) -> int:
     """Longest sequence in tokens: all learned positions, but only longrope's original length."""
     limit = getattr(config, "max_position_embeddings", None)
+    if limit is None and RECURRENT_LAYER_TYPES.issuperset(
+        getattr(config, "layer_types", None) or ("other",)
+    ):
+        limit = LONGEST_RECURRENT
     if not isinstance(limit, int):
         raise refuse(config, "it does not say its maximum length (max_position_embeddings)")
     for rope in _rope_settings(config):

@@ -22,6 +22,7 @@ Side = Literal["input", "output"]
 
 # Names that architectures give to the parts of a decoder layer.
 _ATTENTION = ("self_attn", "attn", "attention")
+_MLP = ("mlp", "feed_forward")
 _ACT = ("act_fn", "act")
 _OUT_PROJECTION = ("o_proj", "c_proj", "dense", "out_proj")
 
@@ -138,9 +139,9 @@ class EditSites:
         part, _, side = component.rpartition("_")
         match part:
             case "mlp" if side == "activation":
-                module, side = _child(_child(module, ("mlp",)), _ACT), "output"
+                module, side = _child(_child(module, _MLP), _ACT), "output"
             case "mlp":
-                module = _child(module, ("mlp",))
+                module = _child(module, _MLP)
             case "mixer":
                 module = self._mixer(layer)
             case "attention":

@@ -54,6 +54,7 @@ def kv_budget(loaded: LoadedModel, max_running: int, wanted: int | None, snapsho
     `wanted` or a CUDA device's memory is too small for one answer.
     """
     longest = loaded.max_model_len + BLOCK_TOKENS
+    per_token = max(1, loaded.kv_bytes_per_token)  # 0 where every layer is recurrent
     states = recurrent_bytes(loaded, max_running, snapshots)
     if loaded.device.type == "cuda":
         torch.cuda.empty_cache()  # what is cached after the load fits nothing
@@ -75,7 +76,7 @@ def kv_budget(loaded: LoadedModel, max_running: int, wanted: int | None, snapsho
     if loaded.device.type == "cuda":
         reserve = states + DEVICE_MARGIN + sampling_bytes(loaded.vocab_size, max_running)
         reserve += table_bytes(len(loaded.layers), loaded.hidden_size, max_running)
-        affordable = (KV_SHARE_OF_DEVICE * free - reserve) / loaded.kv_bytes_per_token
+        affordable = (KV_SHARE_OF_DEVICE * free - reserve) / per_token
         if affordable < longest:
             raise ConfigError(
                 f"device: after the model {free / 2**30:.1f} GiB are free, too little for one"
@@ -86,7 +87,7 @@ def kv_budget(loaded: LoadedModel, max_running: int, wanted: int | None, snapsho
     else:
         share = KV_SHARE_OF_FREE_MEMORY * (free - states)
         rounding = max_running * rounding_bytes(loaded.shapes, mmap.PAGESIZE)
-        affordable = (share - rounding) / loaded.kv_bytes_per_token
+        affordable = (share - rounding) / per_token
     return max(longest, min(max_running * longest, int(affordable)))
 
 

@@ -156,8 +156,7 @@ class RowStorage:
         """
         part = self._rows[copy.sequence].part(index)
         tokens = part.narrow(1, copy.block * BLOCK_TOKENS, count * BLOCK_TOKENS)
-        dim = self._parts[index].dim
-        return tokens.view(len(tokens), count, BLOCK_TOKENS, dim).transpose(0, 1)
+        return tokens.view(len(tokens), count, BLOCK_TOKENS, part.shape[2]).transpose(0, 1)
 
 
 def _runs(copies: Iterable[BlockCopy]) -> list[tuple[BlockCopy, int]]:

@@ -137,7 +137,7 @@ def adopt_model(
             architecture=type(model).__name__,
             layers=layers,
             shapes=tuple(layer.shape for layer in probed),
-            group=max(layer.heads // max(1, layer.shape.kv_heads) for layer in probed),
+            group=max(1, *(layer.heads // max(1, layer.shape.kv_heads) for layer in probed)),
             mixers=mixers,
             states=tuple(probe.states[number] for number in range(len(mixers))),
             eos_ids=ends_of_answers(model, tokenizer),
@@ -183,7 +183,7 @@ def _probe(
             raise UnsupportedModel("its own code changes attention masks") from error
         reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
         raise UnsupportedModel(f"a packed forward fails: {reason[:200]}") from error
-    if not probe.layers:
+    if not probe.layers and not mixers:
         raise UnsupportedModel("its attention does not go through transformers' interface")
     layers = range(config.num_hidden_layers)
     if not mixers and sorted(probe.layers) != list(layers):

@@ -72,6 +72,14 @@ CASES = [
     (model_type, component, width)
     for model_type, own in OWN.items()
     for component, width in {**EVERYWHERE, **own}.items()
+] + [
+    (model_type, component, HIDDEN)
+    for model_type, others in {
+        "qwen3_5_text": ("model.layers[3].self_attn.output",),
+        "falcon_h1": ("attention_output", "attention_value_output"),
+        "lfm3": (),
+    }.items()
+    for component in ("block_input", "mlp_output", "mixer_input", "mixer_output", *others)
 ]
 
 
@@ -107,6 +115,19 @@ def test_a_component_is_edited_in_its_place(model_type: str, component: str, wid
         ids, values = zip(*first.top, strict=True)
         torch.testing.assert_close(torch.tensor(values), last[list(ids)], rtol=0, atol=1e-4)
         assert (last - plain).abs().max() > 1e-2, name
+
+
+def test_what_recurrent_layers_do_not_have() -> None:
+    sites = models("qwen3_5_text")[2].runner.sites
+    sites.check(3, "attention_output", HIDDEN)
+    with pytest.raises(WrongBaseModel, match=r"no mixer_output of layer 3 that could be edited\.$"):
+        sites.check(3, "mixer_output", HIDDEN)
+    with pytest.raises(WrongBaseModel, match="is recurrent: it has mixer_input and mixer_output"):
+        sites.check(0, "attention_output", HIDDEN)
+    for inside in ("in_proj_qkv.output", "out_proj.input", "norm.output"):
+        # It gets the rows of one sequence at a time: no edit would meet its own rows.
+        with pytest.raises(WrongBaseModel, match="that could be edited"):
+            sites.check(0, f"model.layers[0].linear_attn.{inside}", HIDDEN)
 
 
 PYVENE = [

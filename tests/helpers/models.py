@@ -126,6 +126,15 @@ RECURRENT: dict[str, dict[str, Any]] = {
     "lfm2": _CONV,
     "lfm2_moe": {**_CONV, "num_experts": 4, "num_dense_layers": 1, **_EXPERTS},
     "lfm3": _CONV,
+    "mamba": {"num_hidden_layers": 2},
+    "mamba2": {
+        "num_hidden_layers": 2,
+        "num_heads": 8,
+        "head_dim": 8,
+        "state_size": 8,
+        "n_groups": 1,
+        "chunk_size": 16,
+    },
     "zamba": {
         "num_hidden_layers": 5,
         "layers_block_type": ["mamba", "hybrid", "mamba", "hybrid", "mamba"],

@@ -173,15 +173,19 @@ def place(model: PreTrainedModel, layer: int, component: str) -> tuple[nn.Module
         "gpt2": ("transformer.h", "attn", "c_proj", "act"),
         "gpt_neox": ("gpt_neox.layers", "attention", "dense", "act"),
     }.get(model.config.model_type, ("model.layers", "self_attn", "o_proj", "act_fn"))
+    mixer = {"qwen3_5_text": "linear_attn", "falcon_h1": "mamba", "lfm3": "conv"}
+    mlp = {"falcon_h1": "feed_forward", "lfm3": "feed_forward"}.get(model.config.model_type, "mlp")
     path, side = {
         "block_input": ("", "input"),
         "block_output": ("", "output"),
-        "mlp_input": (".mlp", "input"),
-        "mlp_output": (".mlp", "output"),
+        "mlp_input": (f".{mlp}", "input"),
+        "mlp_output": (f".{mlp}", "output"),
         "mlp_activation": (f".mlp.{act}", "output"),
         "attention_input": (f".{attention}", "input"),
         "attention_output": (f".{attention}", "output"),
         "attention_value_output": (f".{attention}.{projection}", "input"),
+        "mixer_input": (f".{mixer.get(model.config.model_type)}", "input"),
+        "mixer_output": (f".{mixer.get(model.config.model_type)}", "output"),
         "query_output": (f".{attention}.q_proj", "output"),
         "key_output": (f".{attention}.k_proj", "output"),
         "value_output": (f".{attention}.v_proj", "output"),

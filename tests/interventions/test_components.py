@@ -23,6 +23,12 @@ from reft_runtime.interventions.format.components import module_path, normalise
             (0, "model.layers[0].mlp.down_proj.output"),
         ),
         ("transformer.h[4].attn.resid_dropout.output", (4, "attention_output")),
+        ("model.layers[2].linear_attn.input", (2, "mixer_input")),
+        ("model.layers[2].mamba.output", (2, "mixer_output")),
+        (
+            "model.layers[2].linear_attn.out_proj.input",
+            (2, "model.layers[2].linear_attn.out_proj.input"),
+        ),
         ("transformer.h[4].mlp.act.output", (4, "mlp_activation")),
         ("gpt_neox.layers[1].attention.dense.input", (1, "attention_value_output")),
         ("gpt_neox.layers[1].mlp.act_fn.output", (1, "gpt_neox.layers[1].mlp.act_fn.output")),
