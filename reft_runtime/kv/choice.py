@@ -18,7 +18,13 @@ from reft_runtime.schedule.budget import BlockBudget
 
 def storage_for(loaded: LoadedModel, budget: BlockBudget, max_running: int) -> KVStorage:
     """The storage that suits the model's device, with room for the budget's blocks and states."""
-    storage = _kv_storage_for(loaded, budget, max_running)
+    return with_states(_kv_storage_for(loaded, budget, max_running), loaded, budget, max_running)
+
+
+def with_states(
+    storage: KVStorage, loaded: LoadedModel, budget: BlockBudget, max_running: int
+) -> KVStorage:
+    """A storage of keys and values, with one of recurrent states beside it if the model has any."""
     if not loaded.mixers:
         return storage
     places = 0 if budget.snapshots is None else budget.snapshots.places

@@ -7,10 +7,13 @@ import dataclasses
 import math
 import random
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 import pytest
+from transformers import PreTrainedModel
 
+from reft_runtime.base.model import LoadedModel
 from reft_runtime.engine.core import EngineCore
 from reft_runtime.engine.events import Event, Failed, LabelsScored, PromptReused, TokenMade
 from reft_runtime.engine.settle import OUT_OF_MEMORY
@@ -220,6 +223,42 @@ def test_preempted_when_memory_for_keys_and_values_is_short(prefix_cache: bool) 
     assert core.scheduler.preemptions
     for each in asked:
         close(found[each.id], truth(each.prompt, MANY, EDITS["l2+decode"]))
+
+
+@pytest.mark.parametrize(
+    ("max_running", "max_step_tokens", "prefix_cache"),
+    [(1, 512, True), (2, 3, False), (2, 6, True), (16, 512, True)],
+)
+def test_of_a_model_with_recurrent_layers(
+    max_running: int, max_step_tokens: int, prefix_cache: bool
+) -> None:
+    """Its states cannot be copied as they were at the prompt's end."""
+    model, loaded = recurrent()
+    core = make_core(
+        loaded,
+        max_running=max_running,
+        max_step_tokens=max_step_tokens,
+        prefix_cache=prefix_cache,
+    )
+    labels = (*SHARED, (30, 31, 32, 33, 34, 35), (30, 31, 32, 9))
+    labels_of = {"a": labels, "b": MANY}
+    asked = [labelled("a", prompt(20), labels), labelled("b", prompt(70), MANY)]
+    for _ in range(2):  # cold and warm
+        found = scores(core, [asked[0], request("g", prompt(9)), asked[1]])
+        for each in asked:
+            close(found[each.id], known_recurrent(each.prompt, labels_of[each.id]))
+    assert run(core, [request("g", prompt(9))])["g"][0] == generate(model, prompt(9))
+
+
+@cache
+def recurrent() -> tuple[PreTrainedModel, LoadedModel]:
+    model = tiny("qwen3_5_text")
+    return model, adopt_model(copy.deepcopy(model).to(DEVICE))  # type: ignore[arg-type]
+
+
+@cache
+def known_recurrent(tokens: tuple[int, ...], labels: tuple[tuple[int, ...], ...]) -> list[float]:
+    return truth(tokens, labels, model=recurrent()[0])
 
 
 @pytest.mark.parametrize("task", ["l7", "all"])

@@ -12,6 +12,7 @@ import torch
 from transformers import PreTrainedModel
 
 from reft_runtime.base.model import LoadedModel
+from reft_runtime.engine import core as engine
 from reft_runtime.engine import runner
 from reft_runtime.engine.core import EngineCore
 from reft_runtime.engine.settle import OUT_OF_MEMORY
@@ -35,6 +36,7 @@ from tests.helpers.models import (
     step,
     tiny,
 )
+from tests.helpers.pages import storage_in_pages
 
 LENGTHS = (1, 2, 5, 19, 24)
 NEW_TOKENS = 8
@@ -76,6 +78,20 @@ def test_a_mixed_batch_gives_the_tokens_of_generate(model_type: str, max_step_to
     )
     got = run(core, asked(*LENGTHS))
     assert [got[str(n)][0] for n in LENGTHS] == wanted(model_type)
+
+
+@pytest.mark.parametrize("model_type", [ONE, "falcon_h1", "mamba2"])
+@pytest.mark.parametrize("max_step_tokens", [512, 3])
+def test_in_pages_as_on_a_device(
+    monkeypatch: pytest.MonkeyPatch, model_type: str, max_step_tokens: int
+) -> None:
+    monkeypatch.setattr(engine, "storage_for", storage_in_pages)
+    core = make_core(
+        pair(model_type)[1], max_running=3, max_step_tokens=max_step_tokens, prefix_cache=False
+    )
+    got = run(core, asked(*LENGTHS, n=2))
+    for n, tokens in zip(LENGTHS, wanted(model_type), strict=True):
+        assert got[str(n)] == dict.fromkeys(range(2), tokens)
 
 
 @pytest.mark.parametrize("model_type", RECURRENT)

@@ -16,8 +16,10 @@ from reft_runtime.engine import core
 from reft_runtime.engine.device_sampler import DeviceSampler
 from reft_runtime.engine.graphs import Compute, DecodeGraphs, GraphCapture
 from reft_runtime.engine.runner import Runner
+from reft_runtime.kv.choice import with_states
 from reft_runtime.kv.page_attention import GatheredAttention, PageKernel
 from reft_runtime.kv.pages import PageStorage
+from reft_runtime.kv.storage import KVStorage
 from reft_runtime.schedule.budget import BlockBudget
 from tests.helpers.models import DEVICE
 from tests.helpers.sampling import plain_select, triton_select
@@ -40,6 +42,12 @@ def pages_for(
         kernel,
         tuple if cache is None else cache.vacant,
     )
+
+
+def storage_in_pages(loaded: LoadedModel, budget: BlockBudget, max_running: int) -> KVStorage:
+    """As `pages_for`, with recurrent states where the model has them."""
+    storage = pages_for(loaded, budget, max_running)
+    return with_states(storage, loaded, budget, max_running)
 
 
 def triton_attention(loaded: LoadedModel) -> PageKernel:
@@ -116,6 +124,11 @@ def graphs_for(runner: Runner, max_running: int) -> DecodeGraphs:
     return DecodeGraphs(loaded, pages, runner.sites, tables, max_running, capture)
 
 
+def decoder_for(runner: Runner, max_running: int) -> DecodeGraphs | None:
+    """`graphs_for` where keys and values lie in pages alone."""
+    return graphs_for(runner, max_running) if isinstance(runner.storage, PageStorage) else None
+
+
 def sampler_for(loaded: LoadedModel, max_running: int) -> DeviceSampler:
     """What `device.sampler_for` gives on a device; without one torch's operators pick."""
     select = triton_select() if DEVICE.type == "cuda" else plain_select
@@ -127,9 +140,9 @@ def storages(request: pytest.FixtureRequest) -> Iterator[None]:
     """Run a module's tests over each kind of storage, and with steps that begin ahead."""
     with pytest.MonkeyPatch.context() as patch:
         if request.param != "rows":
-            patch.setattr(core, "storage_for", pages_for)
+            patch.setattr(core, "storage_for", storage_in_pages)
         if request.param == "graphs":
             patch.setattr(core, "tables_for", tables_for)
             patch.setattr(core, "sampler_for", sampler_for)
-            patch.setattr(core, "decoder_for", graphs_for)
+            patch.setattr(core, "decoder_for", decoder_for)
         yield
