@@ -33,24 +33,9 @@ def bare(model_type: str, **values: Any) -> PreTrainedModel:
     return model
 
 
-def small_mamba() -> PreTrainedModel:
-    return bare(
-        "mamba", vocab_size=32, hidden_size=16, state_size=4, num_hidden_layers=2, time_step_rank=2
-    )
-
-
-def small_falcon_h1() -> PreTrainedModel:
-    # Attention in every layer, and a state-space mixer beside it.
-    return tiny("falcon_h1", mamba_d_ssm=32, mamba_n_heads=4, mamba_d_head=8, mamba_d_state=8)
-
-
-def with_rope(model_type: str, **rope: Any) -> PreTrainedModel:
-    return tiny(model_type, rope_parameters={"rope_theta": 10000.0, **rope})
-
-
 REFUSED: dict[str, tuple[Any, str]] = {
-    "state space": (small_mamba, "state-space"),
-    "state space beside attention": (small_falcon_h1, "state-space"),
+    "an indexer": (lambda: tiny_model(tiny_config("deepseek_v32")), "indexer"),
+    "another kind of layers": (lambda: tiny_model(tiny_config("deepseek_v4")), "another kind"),
     "ALiBi": (lambda: bare("bloom", vocab_size=32, hidden_size=16, n_layer=2, n_head=2), "ALiBi"),
     "ALiBi by a flag": (
         lambda: bare(
@@ -83,8 +68,8 @@ def test_refusal_names_the_model_and_the_reason(make: Any, reason: str) -> None:
 
 
 def test_a_folder_is_refused_before_its_weights_are_read(tmp_path: Path) -> None:
-    small_mamba().config.save_pretrained(tmp_path)
-    with pytest.raises(UnsupportedModel, match="state-space"):
+    tiny_config("deepseek_v32").save_pretrained(tmp_path)
+    with pytest.raises(UnsupportedModel, match="indexer"):
         load_model(str(tmp_path), "float32")
 
 
