@@ -27,6 +27,7 @@ import transformers
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
+from reft_runtime.base.language import language_config
 from reft_runtime.base.model import LoadedModel
 from reft_runtime.base.support import check_config
 from reft_runtime.engine.core import EngineConfig, EngineCore
@@ -86,10 +87,11 @@ class Row:
 def examine(family: str) -> Row:
     """Try one family in this process."""
     try:
-        config = tiny_config(family)
+        whole = tiny_config(family)
+        config = language_config(whole)
         check_config(config)
-        _check_size(config)
-        model = tiny_model(config)
+        _check_size(whole)
+        model = tiny_model(whole)
     except ReftError as error:
         return Row(family, REFUSED, _reason(error))
     except Exception as error:

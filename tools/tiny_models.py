@@ -135,8 +135,13 @@ _OWN: dict[str, dict[str, Any]] = {
         "vocab_size_per_layer_input": VOCABULARY,
         "hidden_size_per_layer_input": 8,
         "global_head_dim": 8,
+        "pad_token_id": 0,
     },
-    "gemma4_unified_text": {"vocab_size_per_layer_input": VOCABULARY, "global_head_dim": 8},
+    "gemma4_unified_text": {
+        "vocab_size_per_layer_input": VOCABULARY,
+        "global_head_dim": 8,
+        "pad_token_id": 0,
+    },
     "gpt_neo": {"num_layers": 4, "attention_types": [[["global", "local"], 2]]},
     "blt": {"encoder_hash_byte_group_vocab": 64},
     "bamba": {"attn_layer_indices": [3]},
@@ -151,6 +156,7 @@ _OWN: dict[str, dict[str, Any]] = {
         "layer_types": ["conv", "conv", "full_attention", "conv"],
         "num_dense_layers": 2,
     },
+    "kimi_linear": {"linear_head_dim": 8, "linear_num_heads": 4},
     "mamba2": {"num_heads": 8, "head_dim": 8, "hidden_size": 32},
     "mellum": _LOCAL_AND_FULL,
     "minimax_m3_vl_text": {
@@ -202,6 +208,8 @@ def tiny_config(model_type: str, **changes: Any) -> PretrainedConfig:
     """The configuration of a tiny model; `changes` are set last."""
     made = CONFIG_MAPPING[model_type]
     values = {**_sizes(made, SIZES), **_OWN.get(model_type, {})}
+    if "kv_lora_rank" in values:
+        values["num_key_value_heads"] = SIZES["num_attention_heads"]
     for name, part in _parts(made).items():
         if name not in values:
             sizes = SIZES if name in ("text_config", "decoder") else SEEN

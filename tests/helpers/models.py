@@ -137,6 +137,17 @@ RECURRENT: dict[str, dict[str, Any]] = {
     "qwen3_5_text": _DELTA,
     "qwen3_5_moe_text": {**_DELTA, **_SHARED},
     "olmo_hybrid": _DELTA,
+    "kimi_linear": {
+        **_LATENT,
+        "num_hidden_layers": 3,
+        "layer_types": ["linear_attention", "linear_attention", "full_attention"],
+        "linear_head_dim": 8,
+        "linear_num_heads": 4,
+        "n_group": 1,
+        "topk_group": 1,
+        "n_routed_experts": 4,
+        **_EXPERTS,
+    },
     "nemotron_h": {
         "num_hidden_layers": 4,
         "layers_block_type": ["mamba", "moe", "mamba", "attention"],
