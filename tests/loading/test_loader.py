@@ -13,6 +13,7 @@ from reft_runtime.loading.loader import adopt_model, choose_device, choose_dtype
 from tests.helpers.models import (
     HIDDEN,
     MAX_LENGTH,
+    RECURRENT,
     VOCABULARY,
     make_core,
     prompt,
@@ -32,15 +33,40 @@ def bare(model_type: str, **values: Any) -> PreTrainedModel:
     return model
 
 
-def small_mamba() -> PreTrainedModel:
-    return bare(
-        "mamba", vocab_size=32, hidden_size=16, state_size=4, num_hidden_layers=2, time_step_rank=2
+def small_bloom() -> PreTrainedModel:
+    return bare("bloom", vocab_size=32, hidden_size=16, n_layer=2, n_head=2)
+
+
+def small_qwen4() -> PreTrainedModel:
+    return tiny(
+        "qwen4_exp_text",
+        **RECURRENT["qwen3_5_moe_text"],
+        hc_count=2,
+        hc_lowrank=8,
+        indexer_n_heads=2,
+        indexer_kv_heads=1,
+        indexer_head_dim=8,
+        indexer_budget=16,
+        indexer_compress_ratio=2,
     )
 
 
-def small_falcon_h1() -> PreTrainedModel:
-    # Attention in every layer, and a state-space mixer beside it.
-    return tiny("falcon_h1", mamba_d_ssm=32, mamba_n_heads=4, mamba_d_head=8, mamba_d_state=8)
+def small_zamba2() -> PreTrainedModel:
+    """Its own decode steps and prompts differ where the time step is bounded."""
+    return tiny(
+        "zamba2",
+        num_hidden_layers=4,
+        layers_block_type=["mamba", "hybrid", "mamba", "hybrid"],
+        mamba_d_state=8,
+        n_mamba_heads=8,
+        mamba_headdim=8,
+        mamba_ngroups=1,
+        num_mem_blocks=1,
+        chunk_size=16,
+        adapter_rank=4,
+        use_mem_rope=True,
+        time_step_min=0.1,
+    )
 
 
 def small_deepseek() -> PreTrainedModel:
@@ -74,11 +100,12 @@ def with_rope(model_type: str, **rope: Any) -> PreTrainedModel:
 
 
 REFUSED: dict[str, tuple[Any, str]] = {
-    "state space": (small_mamba, "state-space"),
-    "state space beside attention": (small_falcon_h1, "state-space"),
+    "states in a cache of its own": (lambda: tiny("minimax", head_dim=8), "keeps its states"),
+    "an indexer": (small_qwen4, "an indexer chooses which keys each token sees"),
+    "decode steps unlike prompts": (small_zamba2, "in decode steps"),
     "soft-capping": (lambda: tiny("gemma2", head_dim=8), "soft-capping"),
     "sinks": (small_gpt_oss, "sinks"),
-    "ALiBi": (lambda: bare("bloom", vocab_size=32, hidden_size=16, n_layer=2, n_head=2), "ALiBi"),
+    "ALiBi": (small_bloom, "ALiBi"),
     "ALiBi by a flag": (
         lambda: bare(
             "falcon",
@@ -89,10 +116,6 @@ REFUSED: dict[str, tuple[Any, str]] = {
             alibi=True,
         ),
         "ALiBi",
-    ),
-    "M-RoPE": (
-        lambda: with_rope("llama", rope_type="default", mrope_section=[1, 1, 2]),
-        "M-RoPE",
     ),
     "MLA": (small_deepseek, "MLA"),
     "dynamic NTK": (lambda: with_rope("llama", rope_type="dynamic", factor=2.0), "dynamic NTK"),
@@ -114,8 +137,8 @@ def test_refusal_names_the_model_and_the_reason(make: Any, reason: str) -> None:
 
 
 def test_a_folder_is_refused_before_its_weights_are_read(tmp_path: Path) -> None:
-    small_mamba().config.save_pretrained(tmp_path)
-    with pytest.raises(UnsupportedModel, match="state-space"):
+    small_bloom().config.save_pretrained(tmp_path)
+    with pytest.raises(UnsupportedModel, match="ALiBi"):
         load_model(str(tmp_path), "float32")
 
 
