@@ -193,7 +193,10 @@ def _probe(
         raise UnsupportedModel("its attention does not go through transformers' interface")
     layers = range(config.num_hidden_layers)
     if not mixers and sorted(probe.layers) != list(layers):
-        raise UnsupportedModel("not every layer is a plain attention layer with its own KV")
+        raise UnsupportedModel(
+            "not every layer is a plain attention layer with its own KV, or a recurrent one that"
+            " keeps its states in transformers' cache"
+        )
     if not probe.layers.keys() <= set(layers):
         raise UnsupportedModel("it attends in more layers than it has")
     if len(probe.states) != len(mixers):
