@@ -7,14 +7,16 @@ ours. Each function is tried on random tensors before it is replaced.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Mapping
+from collections.abc import Sequence as SequenceOf
 from types import FunctionType, MethodType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from reft_runtime.base.recurrent import MixerForward
+from reft_runtime.base.packed_delta import packed_delta_net
+from reft_runtime.base.recurrent import MixerForward, MixerStates
 from reft_runtime.base.trial import Operator
 from reft_runtime.kernels.operators import MixerOperators, operators_for
 
@@ -25,16 +27,23 @@ _CLOSE = 1e-5
 """Largest distance between numbers of order 1 in float32 that are taken for the same."""
 
 
-def fuse_delta_nets(mixers: Iterable[nn.Module], device: torch.device) -> None:
-    """Let steps run gated delta nets among the mixers on a device's operators, if it has them."""
+def fuse_delta_nets(
+    mixers: SequenceOf[nn.Module], states: Mapping[int, MixerStates], device: torch.device
+) -> None:
+    """Let steps run gated delta nets among the mixers on a device's operators, if it has them.
+
+    `states` are those of each mixer, by its number.
+    """
     operators = operators_for(device)
     if not isinstance(operators, MixerOperators):
         return
     nets = DeltaNets(operators)
-    for mixer in mixers:
+    for number, mixer in enumerate(mixers):
         forward, replaced = nets.forward_of(mixer), mixer.forward
         if forward is not None and isinstance(replaced, MixerForward):
+            shapes, own = states[number].shapes, replaced.own
             replaced.own = forward
+            replaced.packed = packed_delta_net(mixer, replaced.cache, shapes, own, operators)
 
 
 class DeltaNets:

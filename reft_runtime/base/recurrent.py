@@ -164,6 +164,8 @@ class MixerCall:
     rows: Mapping[str, Rows]
     others: Mapping[str, Any]
     cache: str
+    packed: Callable[..., Rows] | None = None
+    """Runs the mixer once for all sequences, if it can (see `packed_delta`)."""
 
     def alone(self, first: int, stop: int, states: StateCache | None) -> Rows:
         """The output [1, n, ...] of n consecutive tokens of one sequence.
@@ -289,8 +291,9 @@ class MixerForward:
             raise UnsupportedModel(f"{type(module).__name__} takes its cache by no known name")
         self._number = number
         self.own = module.forward
+        self.packed: Callable[..., Rows] | None = None
         self._names = names
-        self._cache = cache
+        self.cache = cache
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the mixer's own code, or let the running step run it part by part."""
@@ -298,7 +301,7 @@ class MixerForward:
         if step is None:
             return self.own(*args, **kwargs)
         given = dict(zip(self._names, args, strict=False), **kwargs)
-        given.pop(self._cache, None)
+        given.pop(self.cache, None)
         tokens: int = given[self._names[0]].shape[1]
         rows: dict[str, Rows] = {}
         others: dict[str, Any] = {}
@@ -312,7 +315,8 @@ class MixerForward:
                 rows[name] = value
             else:
                 raise UnsupportedModel(f"a recurrent layer gets {name} that is not one per token")
-        return step.recur(self._number, MixerCall(self.own, tokens, rows, others, self._cache))
+        call = MixerCall(self.own, tokens, rows, others, self.cache, self.packed)
+        return step.recur(self._number, call)
 
 
 def find_mixers(model: PreTrainedModel) -> tuple[nn.Module, ...]:

@@ -11,12 +11,13 @@ there is an error.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from collections.abc import Sequence as SequenceOf
 
 import torch
 from torch import Tensor
 
+from reft_runtime.base.packed_delta import Part
 from reft_runtime.base.recurrent import MixerCall, MixerStates, Rows, StateCache, StateKey, join
 from reft_runtime.schedule.plan import Chunk
 from reft_runtime.schedule.prefix_cache import StateCopy
@@ -157,6 +158,8 @@ class StateStep:
 
     def recur(self, mixer: int, call: MixerCall) -> Rows:
         """See `RecurrentStep.recur`."""
+        if call.packed is not None and all(c.shared == c.stop for c in self._alone if c.forks):
+            return self._at_once(mixer, call, call.packed)
         parts: list[Rows] = []
         states = self._storage.states[mixer]
         if self._decodes:
@@ -177,6 +180,28 @@ class StateStep:
             parts += self._in_order(mixer, call, before, behind, own, begins=not shared)
             first = behind
         return join(parts)
+
+    def _at_once(self, mixer: int, call: MixerCall, packed: Callable[..., Rows]) -> Rows:
+        """Run a mixer once for all sequences."""
+        states = self._storage.states[mixer]
+        parts = []
+        own = {key: tensor[self._together] for key, tensor in states.items()}
+        if self._decodes:
+            parts.append(Part(0, self._decodes, own))
+        first = self._decodes
+        for chunk in self._alone:
+            slot = self._storage.slot(chunk.sequence)
+            one = {key: tensor[slot : slot + 1] for key, tensor in states.items()}
+            parts.append(Part(first, first + chunk.length, one, begins=not chunk.start))
+            first += chunk.length
+        made = packed(parts, **call.others, **call.rows)
+        if isinstance(self._together, Tensor):
+            for key, tensor in states.items():
+                tensor.index_copy_(0, self._together, own[key])
+        for chunk in self._alone:
+            slot = self._storage.slot(chunk.sequence)
+            self._storage.copy(mixer, slot, [self._storage.slot(fork) for fork in chunk.forks])
+        return made
 
     def _in_order(
         self,
