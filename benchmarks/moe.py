@@ -47,7 +47,7 @@ def mixture(dtype: torch.dtype) -> PreTrainedModel:
     )
     torch.manual_seed(0)
     model: PreTrainedModel = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
-        config, dtype=dtype
+        config, dtype=dtype, trust_remote_code=False
     )
     model.generation_config = GenerationConfig(do_sample=False)  # type: ignore[no-untyped-call]
     model.train(False)
