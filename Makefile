@@ -22,7 +22,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PIP_NO_INPUT := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help serve bench bench-peers test test-long test-clients lint types format vendor clean
+.PHONY: help serve bench bench-peers test test-long test-clients lint types format models vendor clean
 .DELETE_ON_ERROR:
 
 help: ## List the targets
@@ -62,6 +62,9 @@ types: $(VENV)/.installed-test ## Check the types
 format: $(VENV)/.installed-test ## Format the code and fix what ruff can fix
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+models: $(VENV)/.installed ## Try a tiny model of every decoder family of transformers, and write the table of docs/models.md; minutes
+	@$(BIN)/python -m tools.models $(ARGS)
 
 vendor: ## Fetch the page's libraries anew with npm, at the versions that tools/vendor.py names
 	$(PYTHON) -m tools.vendor

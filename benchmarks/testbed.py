@@ -23,8 +23,12 @@ from reft_runtime import Engine
 KV_TOKENS = 32_768
 """Enough for every case here. All engines together have to fit into one machine's memory."""
 
-VLLM_ENVIRONMENT = {"VLLM_CPU_KVCACHE_SPACE": "2", "VLLM_NO_USAGE_STATS": "1"}
-"""2 GiB of keys and values, which hold at least `KV_TOKENS` tokens."""
+VLLM_ENVIRONMENT = {
+    "VLLM_CPU_KVCACHE_SPACE": "2",
+    "VLLM_NO_USAGE_STATS": "1",
+    "PYTHONPATH": str(Path(__file__).with_name("peers") / "text_only"),
+}
+"""2 GiB of keys and values, which hold at least `KV_TOKENS` tokens; and no torchvision."""
 
 NEEDS = {"vllm_cpu": "vllm", "peft_lora": "peers", "pyreft_serial": "peers"}
 """The Python environment of each peer. A peer that is not named runs in this one."""

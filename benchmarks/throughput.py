@@ -28,10 +28,10 @@ from benchmarks.measuring import (
     speed_ratio,
     table,
 )
+from benchmarks.shapes import SHAPES, checkpoint
 from benchmarks.testbed import Testbed
 from benchmarks.throughput_cases import BASE, CLOSED, MIXED, ThroughputCase
 from benchmarks.workload import ANSWER_TOKENS, MIXED_REQUESTS, PAPER, mixed
-from reft_runtime.base.demo import demo_model
 
 Row = Sequence[object]
 
@@ -82,7 +82,9 @@ def mixed_rows(dtype: str, shown: Sequence[ThroughputCase], rounds: list[Round])
 
 
 def main(
-    model: Annotated[str, typer.Option(help="demo, or a folder.")] = "demo",
+    model: Annotated[
+        str, typer.Option(help=f"demo, a folder, or random weights: {', '.join(SHAPES)}.")
+    ] = "demo",
     dtypes: Annotated[
         str, typer.Option(help="Number formats, comma-separated.")
     ] = "float32,bfloat16",
@@ -101,7 +103,7 @@ def main(
     ] = None,
 ) -> None:
     """Print medians in generated tokens per second, and ratios within rounds."""
-    path = str(demo_model()) if model == "demo" else model
+    path = str(checkpoint(model))
     pythons = {None: Path(sys.executable), "vllm": vllm, "peers": peers}
 
     def chosen(known: Sequence[ThroughputCase], n: int | None = None) -> list[ThroughputCase]:

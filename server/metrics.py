@@ -307,3 +307,12 @@ def _prefix_cache(stats: PrefixCacheStats | None) -> Iterator[Metric]:
     yield CounterMetricFamily(
         "reft:prefix_cache_evictions", "Blocks evicted to make room for others.", stats.evictions
     )
+    if (snapshots := stats.snapshots) is not None:
+        name = "reft:prefix_cache_snapshot"
+        yield GaugeMetricFamily(f"{name}s", "Recurrent states kept for reuse.", snapshots.kept)
+        yield CounterMetricFamily(
+            f"{name}_hits", "Prompts that went on from a kept recurrent state.", snapshots.hits
+        )
+        yield CounterMetricFamily(
+            f"{name}_evictions", "Recurrent states evicted for others.", snapshots.evictions
+        )

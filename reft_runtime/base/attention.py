@@ -8,7 +8,7 @@ to is the one that `running` names. How the step attends depends on where keys a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -17,34 +17,50 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface
 
+from reft_runtime.base.latent import latent_of
 from reft_runtime.errors import UnsupportedModel
 
 ATTENTION = "reft_packed"
-PROBE = "reft_probe"
-"""Name of the attention function that probes a model; masks then come as `AskedMask`."""
-
-WINDOW = "reft_window"
-"""Attribute of an attention module that holds its mask's window in tokens, or None."""
+REACH = "reft_reach"
+"""Attribute of an attention module that holds the `Reach` of its mask."""
 
 LAYER = "reft_layer"
 """Attribute of an attention module that several layers share: the layer that it runs for."""
 
-_AFTER = 64
-"""This many keys after a query are checked; a causal mask hides them all."""
-
 
 @dataclass(frozen=True, slots=True)
 class LayerShape:
-    """Shape of one layer's cache entries; all are 0 for a layer without attention."""
+    """Shape of one layer's cache entries; all are 0 for a layer without attention.
+
+    With `values_in_keys`, the values are the first numbers of the keys. `source` is the layer whose
+    keys and values this one attends with, if it has none of its own.
+    """
 
     kv_heads: int
     key_dim: int
     value_dim: int
+    values_in_keys: bool = False
+    source: int | None = None
+
+    @property
+    def numbers(self) -> int:
+        """Numbers that are stored for one token."""
+        if self.source is not None:
+            return 0
+        return self.kv_heads * (self.key_dim + (0 if self.values_in_keys else self.value_dim))
 
 
 NO_ATTENTION = LayerShape(0, 0, 0)
+
+
+@dataclass(frozen=True, slots=True)
+class Reach:
+    """How far back queries see, in tokens; see `Scoring`."""
+
+    window: int | None = None
+    chunk: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,10 +84,29 @@ class Scoring:
         """What scores of heads `dim` wide are multiplied by."""
         return dim**-0.5 if self.scaling is None else self.scaling
 
+    def first(self, position: int) -> int:
+        """The first position that a query at `position` sees."""
+        first = 0 if self.window is None else max(0, position - self.window + 1)
+        return first if self.chunk is None else max(first, position // self.chunk * self.chunk)
+
+    def sees(self, queries: Tensor, keys: Tensor) -> Tensor:
+        """Whether queries see keys, by their positions, which are broadcast; bool."""
+        seen = keys <= queries
+        if self.window is not None:
+            seen = seen & (keys > queries - self.window)
+        if self.chunk is not None:
+            seen = seen & (keys >= queries - queries % self.chunk)
+        return seen
+
     @property
-    def plain(self) -> bool:
-        """Whether there is no more to it than a scaling and a window."""
-        return self.chunk is None and self.softcap is None and self.sinks is None
+    def span(self) -> int | None:
+        """Tokens of the window or the chunk; None if queries see all before them."""
+        return self.chunk if self.window is None else self.window
+
+    @property
+    def is_softmax(self) -> bool:
+        """Whether the weights of the keys that are seen are the softmax of scaled products."""
+        return self.softcap is None and self.sinks is None
 
 
 class AttentionStep(Protocol):
@@ -146,168 +181,70 @@ def packed_attention(
 ) -> tuple[Tensor, None]:
     """transformers' attention function: hands one layer's work to the running step.
 
-    The window is the one that `probe_attention` saw in the layer's mask, if it saw one. Raises
-    `UnsupportedModel` for soft-capping, attention sinks, and a call without a step.
+    Window and chunk are those that `probe_attention` saw in the layer's mask, if it saw one.
+    `softcap` and `s_aux` are `softcap` and `sinks` of `Scoring`. Raises `UnsupportedModel` for a
+    call without a step.
     """
-    if softcap is not None or s_aux is not None:
-        raise UnsupportedModel("logit soft-capping and attention sinks are not supported")
     step = running_step()
     if step is None:
         raise UnsupportedModel(
             "An Engine or a training has this model, and transformers' interface to its attention:"
             " call close() of the Engine, and the model runs by itself again."
         )
-    layer = layer_of(module)
-    window: Any = getattr(module, WINDOW, sliding_window)
+    latent = latent_of(module)
+    if latent is not None:
+        scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+        query = latent.absorbed(query)
+    reach: Reach | None = getattr(module, REACH, None)
+    if reach is None:
+        reach = Reach(sliding_window)
+    scoring = Scoring(scaling, reach.window, reach.chunk, softcap, s_aux)
     query, key, value = (heads[0].transpose(0, 1) for heads in (query, key, value))
-    return step.attend(layer, query, key, value, Scoring(scaling, window))[None], None
+    result = step.attend(layer_of(module), query, key, value, scoring)
+    return (result if latent is None else latent.values(result))[None], None
 
 
 AttentionInterface.register(ATTENTION, packed_attention)
-
-
-@dataclass(frozen=True, slots=True)
-class ProbedLayer:
-    """What one layer asked of attention."""
-
-    shape: LayerShape
-    heads: int
-    scoring: Scoring
-
-
-class CausalStep:
-    """An `AttentionStep` for one short prompt, which stores nothing."""
-
-    def attend(
-        self,
-        layer: int,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        scoring: Scoring,
-    ) -> Tensor:
-        """Attend as the engine does."""
-        return attend_causally(query, key, value, scoring)
-
-
-@dataclass(slots=True)
-class ShapeProbe(CausalStep):
-    """A step that records what every layer asks of attention.
-
-    `max_tokens` is the longest sequence to be served, `dtype` that of the keys and values to be
-    kept. `own_masks` are the layers whose masks come from the model's own code.
-    """
-
-    max_tokens: int
-    dtype: torch.dtype
-    layers: dict[int, ProbedLayer] = field(default_factory=dict)
-    own_masks: set[int] = field(default_factory=set)
-
-    def look_at_mask(self, module: nn.Module, mask: AskedMask | Tensor | None) -> None:
-        """Keep the window of a layer's mask as an attribute of its module."""
-        if isinstance(mask, AskedMask):
-            setattr(module, WINDOW, mask.window(self.max_tokens))
-        elif mask is not None:
-            self.own_masks.add(layer_of(module))
-
-    def attend(
-        self,
-        layer: int,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        scoring: Scoring,
-    ) -> Tensor:
-        """Record the layer, then attend."""
-        if layer in self.layers:
-            raise UnsupportedModel("a layer attends more than once")
-        if {query.dtype, key.dtype, value.dtype} != {self.dtype}:
-            raise UnsupportedModel(
-                f"its attention does not work in the dtype of its weights, {self.dtype}; take"
-                " another dtype, such as float32"
-            )
-        shape = LayerShape(key.shape[1], key.shape[2], value.shape[2])
-        self.layers[layer] = ProbedLayer(shape, query.shape[1], scoring)
-        return attend_causally(query, key, value, scoring)
-
-
-def probe_attention(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: AskedMask | Tensor | None,
-    **more: Any,
-) -> tuple[Tensor, None]:
-    """Record the layer's mask at the `ShapeProbe`, then call `packed_attention`.
-
-    A mask says more than what a layer passes on. The running step must be a `ShapeProbe`.
-    """
-    step = running_step()
-    assert isinstance(step, ShapeProbe)
-    step.look_at_mask(module, attention_mask)
-    return packed_attention(module, query, key, value, None, **more)
-
-
-@dataclass(frozen=True, slots=True)
-class AskedMask:
-    """A mask as transformers' mask interface describes it: who sees whom, by their positions."""
-
-    sees: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
-    """Maps indices of sequence, head, query and key to whether the query sees the key."""
-
-    def window(self, length: int) -> int | None:
-        """The sliding window of a causal mask over `length` tokens; None if there is no window.
-
-        Raises `UnsupportedModel` for any other mask.
-        """
-        last = length - 1
-        count = int(self._row(last, length).sum())
-        window = None if count == length else count
-        near = 0 if window is None else window
-        for query in {0, 1, near - 1, near, near + 1, 2 * near + 1, length // 2, last}:
-            if not 0 <= query <= last:
-                continue
-            width = min(query + _AFTER, length)
-            keys = torch.arange(width)
-            wanted = keys <= query
-            if window is not None:
-                wanted &= keys > query - window
-            if not torch.equal(self._row(query, width), wanted):
-                raise UnsupportedModel("its attention mask is neither causal nor a sliding window")
-        return window
-
-    def _row(self, query: int, keys: int) -> Tensor:
-        first = torch.zeros((), dtype=torch.long)
-        seen = self.sees(first, first, torch.tensor(query), torch.arange(keys))
-        return seen.expand(keys)
-
-
-def _asked_mask(*_: Any, mask_function: Any, **__: Any) -> AskedMask:
-    return AskedMask(mask_function)
-
-
-AttentionInterface.register(PROBE, probe_attention)
-AttentionMaskInterface.register(PROBE, _asked_mask)
 
 
 def attend_causally(query: Tensor, key: Tensor, value: Tensor, scoring: Scoring) -> Tensor:
     """Attention of the last n tokens of a sequence, by torch's own operators: the reference.
 
     `query` is [n, heads, dim]; `key` and `value` are [length, kv_heads, dim] of all its tokens.
-    Returns [n, heads, dim].
+    Returns [n, heads, dim of the values].
     """
     at = torch.arange(len(key), device=query.device)
-    last = at[len(key) - len(query) :, None]
-    seen = at <= last
-    if scoring.window is not None:
-        seen &= at > last - scoring.window
-    result = scaled_dot_product_attention(
-        query.transpose(0, 1)[None],
-        key.transpose(0, 1)[None],
-        value.transpose(0, 1)[None],
-        attn_mask=seen,
-        scale=scoring.scaling,
-        enable_gqa=query.shape[1] != key.shape[1],
-    )
-    return result[0].transpose(0, 1)
+    seen = scoring.sees(at[len(key) - len(query) :, None], at)
+    query, key, value = (heads.transpose(0, 1)[None] for heads in (query, key, value))
+    return attend_seen(query, key, value, seen, scoring)[0].transpose(0, 1)
+
+
+def attend_seen(
+    query: Tensor, key: Tensor, value: Tensor, seen: Tensor, scoring: Scoring
+) -> Tensor:
+    """Attention of queries [rows, heads, n, dim] to the keys that `seen` shows, differentiable.
+
+    `key` and `value` are [rows, kv_heads, length, dim], `seen` is broadcast to [rows, heads, n,
+    length]. Returns [rows, heads, n, dim of the values].
+    """
+    if scoring.is_softmax:
+        return scaled_dot_product_attention(
+            query,
+            key,
+            value,
+            attn_mask=seen,
+            scale=scoring.scaling,
+            enable_gqa=query.shape[1] != key.shape[1],
+        )
+    group = query.shape[1] // key.shape[1]
+    keys = key.float().repeat_interleave(group, 1)
+    scores = query.float() @ keys.transpose(2, 3) * scoring.scale(query.shape[3])
+    if scoring.softcap is not None:
+        scores = (scores / scoring.softcap).tanh() * scoring.softcap
+    # Not -inf: a query that sees no key, as padding may, must have a gradient.
+    scores = scores.masked_fill(~seen, torch.finfo(scores.dtype).min)
+    if scoring.sinks is not None:
+        sinks = scoring.sinks.float()[None, :, None, None].expand(*scores.shape[:3], 1)
+        scores = torch.cat([scores, sinks], -1)
+    weights = scores.softmax(-1)[..., : key.shape[2]]
+    return (weights @ value.float().repeat_interleave(group, 1)).to(value.dtype)

@@ -145,10 +145,6 @@ def _convert(gguf: Path, folder: Path) -> None:
     with contextlib.redirect_stderr(io.StringIO()):
         model: Any = read_model(str(gguf.parent), torch.float32, gguf_file=gguf.name)
         tokenizer = read_tokenizer(str(gguf.parent), gguf_file=gguf.name)
-        # The weights are plain tensors now; what still says GGUF would keep the model from saving.
-        model.hf_quantizer = None
-        model.is_quantized = False
-        del model.config.quantization_config
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
 

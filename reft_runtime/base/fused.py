@@ -18,8 +18,9 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from reft_runtime.base.attention import ProbedLayer, running_step
+from reft_runtime.base.attention import running_step
 from reft_runtime.base.linears import Merged
+from reft_runtime.base.probe import ProbedLayer
 from reft_runtime.base.rotary import ROTARY, rotates, rotating
 from reft_runtime.base.trial import TOLERANCE, Operator, Trials
 from reft_runtime.kernels.operators import Operators, ProductOperators, operators_for
@@ -338,21 +339,21 @@ def _or_own(
 ) -> Operator:
     """A forward that uses `compute` for a plain step, and a module's `own` code for all else.
 
-    A step is not plain if any of the hooks `inner` is set, or if it rotates less than the `width`
-    of a head.
+    A step is not plain if any of the hooks `inner` is set, or if it does not rotate, or less than
+    the `width` of a head.
     """
 
     def forward(
         hidden_states: Tensor,
         *args: Any,
-        position_embeddings: tuple[Tensor, Tensor],
+        position_embeddings: tuple[Tensor, Tensor] | None,
         **kwargs: Any,
     ) -> Any:
-        cos, sin = position_embeddings
         step = running_step()
-        plain = step is not None and cos.shape[-1] == width and not any(inner)
-        if plain and operators.supports(hidden_states, cos, sin):
-            return compute(hidden_states[0], cos, sin, step)[None]
+        if step is not None and position_embeddings is not None and not any(inner):
+            cos, sin = position_embeddings
+            if cos.shape[-1] == width and operators.supports(hidden_states, cos, sin):
+                return compute(hidden_states[0], cos, sin, step)[None]
         return own(hidden_states, *args, position_embeddings=position_embeddings, **kwargs)
 
     return forward

@@ -53,8 +53,8 @@ class Merged:
         parts = self.parts
         weight = torch.cat([part.weight.detach() for part in parts])
         bias = None if parts[0].bias is None else torch.cat([part.bias.detach() for part in parts])
-        self.weight = None if _packable(weight) else weight
-        self.product, weight = _product(weight, bias)
+        self.weight = None if packable(weight) else weight
+        self.product, weight = product_of(weight, bias)
         merged = nn.Parameter(weight, requires_grad=False)
         first = 0
         for part in parts:
@@ -66,10 +66,14 @@ class Merged:
 
 @dataclass(frozen=True, slots=True)
 class Packed:
-    """How many linear layers have packed weights, merged ones included, and the bytes this adds."""
+    """How many linear layers have packed weights, merged ones included, and the bytes this adds.
+
+    `experts` are the mixtures of experts that have packed weights.
+    """
 
     layers: int = 0
     added_bytes: int = 0
+    experts: int = 0
 
 
 def prepack(model: nn.Module, leave: Collection[nn.Module] = ()) -> Packed:
@@ -86,10 +90,10 @@ def prepack(model: nn.Module, leave: Collection[nn.Module] = ()) -> Packed:
                 users[id(parameter)] = users.get(id(parameter), 0) + 1
     for module in model.modules():
         count += isinstance(module, nn.Linear) and module.weight.is_mkldnn  # merged ones
-        if module in leave or not _is_plain(module) or not _packable(module.weight):
+        if module in leave or not _is_plain(module) or not packable(module.weight):
             continue
         count += 1
-        product, packed = _product(module.weight.detach(), module.bias)
+        product, packed = product_of(module.weight.detach(), module.bias)
         module.forward = product  # type: ignore[method-assign, assignment]
         if users[id(module.weight)] == 1:
             module.weight = nn.Parameter(packed, requires_grad=False)
@@ -111,10 +115,13 @@ def plain_weight(linear: nn.Module) -> Tensor:
 
 def _is_plain(module: nn.Module) -> TypeGuard[nn.Linear]:
     """Whether it is torch's linear layer as it is; another one may compute something else."""
-    return type(module) is nn.Linear and "forward" not in vars(module)
+    # The weight itself is of another kind where it is quantised.
+    plain = type(module) is nn.Linear and type(module.weight.data) is Tensor
+    return plain and "forward" not in vars(module)
 
 
-def _packable(weight: Tensor) -> bool:
+def packable(weight: Tensor) -> bool:
+    """Whether a weight on a CPU can be packed, and is not yet."""
     if weight.device.type != "cpu" or weight.is_mkldnn:  # is_mkldnn: packed before
         return False
     return _packing(weight.dtype) is not None
@@ -153,9 +160,9 @@ def _packing(dtype: torch.dtype) -> _Packing | None:
     return packing
 
 
-def _product(weight: Tensor, bias: Tensor | None) -> tuple[Product, Tensor]:
+def product_of(weight: Tensor, bias: Tensor | None) -> tuple[Product, Tensor]:
     """A function for the product with a weight [out, in], and the weight as it keeps it."""
-    packing = _packing(weight.dtype) if _packable(weight) else None
+    packing = _packing(weight.dtype) if packable(weight) else None
     if packing is None:
         return partial(linear, weight=weight, bias=bias), weight
     packed = packing.reorder(weight, EXPECTED_ROWS)

@@ -24,7 +24,8 @@ class LoadedModel:
     largest number of query heads that share one key head. `mixers` are the modules with recurrent
     states, and `states` what each keeps of a sequence. `eos_ids` end an answer. `weight_bytes`
     is the memory of the weights, `fused` and `packed` say what was replaced, and `before` is the
-    model's state before that.
+    model's state before that. `distance` is the largest relative distance of the logits from the
+    model's own that the check at load found.
     """
 
     model: PreTrainedModel
@@ -42,6 +43,7 @@ class LoadedModel:
     fused: Fused
     packed: Packed
     before: ModelState
+    distance: float = 0.0
 
     def give_back(self) -> None:
         """Restore the model to what it was before it was loaded or handed in.
@@ -64,8 +66,7 @@ class LoadedModel:
     @property
     def kv_bytes_per_token(self) -> int:
         """Memory of one token's keys and values in all layers, in bytes."""
-        numbers = sum(s.kv_heads * (s.key_dim + s.value_dim) for s in self.shapes)
-        return numbers * self.dtype.itemsize
+        return sum(shape.numbers for shape in self.shapes) * self.dtype.itemsize
 
     @property
     def state_bytes(self) -> int:

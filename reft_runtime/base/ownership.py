@@ -12,33 +12,38 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from reft_runtime.base.attention import LAYER, WINDOW
+from reft_runtime.base.attention import LAYER, REACH
+from reft_runtime.base.experts import plain_experts
+from reft_runtime.base.latent import EXPAND
 from reft_runtime.base.linears import plain_weight
+from reft_runtime.base.own_attention import METHOD
+from reft_runtime.base.support import TUNED
 from reft_runtime.errors import ConfigError
 
-_CHANGED = ("forward", "training", WINDOW, LAYER)
+_CHANGED = ("forward", METHOD, "training", REACH, LAYER, TUNED, EXPAND)
 """Attributes of modules that are set or changed while a model serves."""
 
 _lock = threading.Lock()
-_claimed: WeakSet[PreTrainedModel] = WeakSet()
+_claimed: WeakSet[nn.Module] = WeakSet()
+"""The embeddings of models in use, because a language model taken out of another shares them."""
 
 
 def claim(model: PreTrainedModel) -> None:
     """Take a model object until `release`. Raises `ConfigError` if it has an owner already."""
     with _lock:
-        if model in _claimed:
+        if model.get_input_embeddings() in _claimed:
             raise ConfigError(
                 "model: an Engine or a training has this model object. Close that first"
                 " (engine.close(), or `with Engine(...)`), or give a copy (copy.deepcopy before).",
                 param="model",
             )
-        _claimed.add(model)
+        _claimed.add(model.get_input_embeddings())
 
 
 def release(model: PreTrainedModel) -> None:
     """Let go of a model object; does nothing if nobody claimed it."""
     with _lock:
-        _claimed.discard(model)
+        _claimed.discard(model.get_input_embeddings())
 
 
 @dataclass(slots=True)
@@ -52,11 +57,13 @@ class _Weight:
     requires_grad: bool
     grad: Tensor | None
 
-    def restored(self, module: nn.Module) -> nn.Parameter:
+    def restored(self, module: nn.Module, name: str) -> nn.Parameter:
         """The parameter itself or, if nobody holds it any more, a new one with the same weight."""
         found = self.find()
         if found is None:
-            made = nn.Parameter(plain_weight(module), requires_grad=self.requires_grad)
+            experts = plain_experts(module, name)
+            plain = plain_weight(module) if experts is None else experts
+            made = nn.Parameter(plain, requires_grad=self.requires_grad)
             made.grad = self.grad
             self.find = lambda: made  # for modules that shared it
             return made
@@ -91,7 +98,7 @@ class ModelState:
     def restore(self) -> None:
         """Restore the model's state; it may be called again."""
         for module, name, weight in self._weights:
-            module._parameters[name] = weight.restored(module)
+            module._parameters[name] = weight.restored(module, name)
         for module, attributes in self._attributes:
             for key in _CHANGED:
                 vars(module).pop(key, None)

@@ -12,7 +12,7 @@ import logging
 import os
 import re
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Set
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -27,7 +27,10 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 from transformers.utils import logging as transformers_logging
+from transformers.utils.hub import cached_file
 
+from reft_runtime.base.language import TEXT_KEYS, language_config
+from reft_runtime.base.quantised import ask_for_plain_weights, keeps_quantised, tell_plain
 from reft_runtime.errors import ConfigError
 
 _READ_BY_NAME = (
@@ -46,6 +49,9 @@ _COMPUTED = re.compile(r"(inv_freq|\.(attn|attention)\.(masked_)?bias|position_i
 
 _INTEGERS = {"I8", "U8", "I16", "U16", "I32", "U32", "I64", "U64", "BOOL"}
 
+_SCALED = {"F8_E4M3", "F8_E5M2"}
+_SCALES = ("_scale_inv", "_scale")
+
 _TOKENIZER_FILES = (
     "It takes tokenizer.json, or what transformers makes one of, and tokenizer_config.json"
 )
@@ -56,21 +62,36 @@ _ADAPTERS = (
     " merge_and_unload, and serve what that gives."
 )
 
+_GGUF = (
+    "holds GGUF, whose blocks are not multiplied as they are: transformers dequantises them. Give"
+    " the model's own folder, or what AutoModelForCausalLM.from_pretrained(FOLDER, gguf_file=NAME)"
+    " and save_pretrained write."
+)
+
+_CHAT_TEMPLATE = "chat_template.json"
+
 _SHOWN = 4
 
 _T = TypeVar("_T")
 
 
 def read_config(path: str) -> PretrainedConfig:
-    """Configuration of a folder or hub id; raises `ConfigError`."""
-    _check_files(path)
+    """Configuration of the language model of a folder or hub id; raises `ConfigError`."""
+    return language_config(_whole_config(path))
+
+
+def _whole_config(path: str, **options: Any) -> PretrainedConfig:
+    """Configuration of all that a folder or hub id holds."""
+    if "gguf_file" not in options:  # which is all that its folder holds
+        _check_files(path)
     config: PretrainedConfig = _read(
         "configuration",
         path,
-        lambda: AutoConfig.from_pretrained(path, trust_remote_code=False),
+        lambda: AutoConfig.from_pretrained(path, trust_remote_code=False, **options),
     )
     # A folder may name its attention code, even that of a repository, which would be fetched.
     config._attn_implementation = None
+    ask_for_plain_weights(config)
     return config
 
 
@@ -79,6 +100,8 @@ def read_tokenizer(path: str, **options: Any) -> PreTrainedTokenizerBase:
 
     def load() -> tuple[PreTrainedTokenizerBase, set[int]]:
         found = AutoTokenizer.from_pretrained(path, trust_remote_code=False, **options)
+        if not found.chat_template:
+            found.chat_template = _processors_template(path)
         known = found("Hello there", add_special_tokens=False)["input_ids"]
         return found, set(known) - set(found.all_special_ids)
 
@@ -92,13 +115,27 @@ def read_tokenizer(path: str, **options: Any) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def read_model(path: str, dtype: torch.dtype, **options: Any) -> PreTrainedModel:
+def _processors_template(path: str) -> str | None:
+    """The chat template that older folders keep for their processor, not for their tokenizer."""
+    file = cached_file(path, _CHAT_TEMPLATE, _raise_exceptions_for_missing_entries=False)
+    if file is None:
+        return None
+    found = json.loads(Path(file).read_bytes())["chat_template"]
+    return found if isinstance(found, str) else None
+
+
+def read_model(path: str, dtype: torch.dtype, *, gguf_file: str | None = None) -> PreTrainedModel:
     """The causal language model of a folder or hub id, on the CPU, with every weight from a file.
 
-    Raises `ConfigError` if weights are missing, have other shapes, or belong to layers and modules
+    `gguf_file` names the file of a folder that holds GGUF, which is dequantised. Raises
+    `ConfigError` if weights are missing, have other shapes, or belong to layers and modules
     that this model does not have; the message names them.
     """
-    config = read_config(path)  # without the attention code that it may name
+    options: dict[str, Any] = {} if gguf_file is None else {"gguf_file": gguf_file}
+    whole = _whole_config(path, **options)  # without the attention code that it may name
+    config = language_config(whole)
+    if config is not whole:
+        options["key_mapping"] = TEXT_KEYS
 
     def load() -> Any:
         return AutoModelForCausalLM.from_pretrained(
@@ -126,7 +163,10 @@ def read_model(path: str, dtype: torch.dtype, **options: Any) -> PreTrainedModel
             transformers_logging.enable_progress_bar()  # type: ignore[no-untyped-call]
     if getattr(model, "_hf_peft_config_loaded", False):  # its files were not checked
         raise ConfigError(f"model: {path!r} is {_ADAPTERS}", param="model")
-    _check_weights(path, model, found)
+    _check_weights(path, model, found, in_another=config is not whole)
+    if not keeps_quantised(config):
+        tell_plain(model)
+        model.to(dtype)  # some are dequantised to bfloat16
     loaded: PreTrainedModel = model
     return loaded
 
@@ -169,6 +209,8 @@ def _check_files(path: str) -> None:
         return
     if (folder / _ADAPTER).exists():
         raise _broken(folder / _ADAPTER, f"is {_ADAPTERS}")
+    if not (folder / "config.json").is_file() and list(folder.glob("*.gguf")):
+        raise _broken(folder, _GGUF)
     if not (folder / "config.json").is_file():
         raise _broken(folder / "config.json", "is not there; is this a model's folder?")
     for file in sorted({file for pattern in _READ_BY_NAME for file in folder.glob(pattern)}):
@@ -215,20 +257,25 @@ def _broken(file: Path, what: str) -> ConfigError:
     return ConfigError(f"model: {file} {what}", param="model")
 
 
-def _check_weights(path: str, model: PreTrainedModel, found: dict[str, Any]) -> None:
+def _check_weights(
+    path: str, model: PreTrainedModel, found: dict[str, Any], *, in_another: bool
+) -> None:
     missing = sorted(found["missing_keys"])
-    whole = sorted(_stored_as_integers(Path(path), model))
+    kept = keeps_quantised(model.config)
+    whole = [] if kept else sorted(_stored_as_integers(Path(path), model))
     shapes = [
         f"{key} ({_shape(there)} instead of {_shape(wanted)})"
         for key, there, wanted in sorted(found["mismatched_keys"])
     ]
-    unexpected = sorted(key for key in found["unexpected_keys"] if _matters(key, model))
+    parts = {"", model.base_model_prefix} if in_another else set()
+    unexpected = sorted(key for key in found["unexpected_keys"] if _matters(key, model, parts))
     faults = [
         f"{text} {_listed(keys)}"
         for text, keys in (
             ("without weights for", missing),
             ("with weights of another shape for", shapes),
             ("with integers instead of weights for", whole),
+            ("without scales for", [] if kept else sorted(_without_scales(Path(path)))),
             ("with weights that this model has no use for:", unexpected),
             ("with faults:", found["error_msgs"]),
         )
@@ -248,18 +295,36 @@ def _stored_as_integers(folder: Path, model: PreTrainedModel) -> Iterable[str]:
     Their scales are stored elsewhere, so they cannot be loaded as weights.
     """
     wanted = {name for name, weight in model.named_parameters() if weight.is_floating_point()}
+    for name, dtype in _stored(folder).items():
+        if name in wanted and dtype in _INTEGERS:
+            yield name
+
+
+def _without_scales(folder: Path) -> Iterable[str]:
+    """Names of weights that a folder stores as eight-bit floats, and has no scales for."""
+    stored = _stored(folder)
+    for name, dtype in stored.items():
+        scaled = any(f"{name}{suffix}" in stored for suffix in _SCALES)
+        if dtype in _SCALED and name.endswith("weight") and not scaled:
+            yield name
+
+
+def _stored(folder: Path) -> dict[str, str]:
+    """The dtypes of what a folder stores, as safetensors names them, by name."""
+    found: dict[str, str] = {}
     for file in folder.glob("model*.safetensors"):
         with safe_open(file, "pt") as content:
             for name in content.keys():  # noqa: SIM118 - it is no dictionary
-                if name in wanted and content.get_slice(name).get_dtype() in _INTEGERS:
-                    yield name
+                found[name] = content.get_slice(name).get_dtype()
+    return found
 
 
-def _matters(key: str, model: PreTrainedModel) -> bool:
+def _matters(key: str, model: PreTrainedModel, shared: Set[str]) -> bool:
     """Whether a checkpoint's key that the model lacks would change what the model computes.
 
     A key does if it belongs to a module of the model, lies among its layers, or belongs to an
-    adapter. A head beside the model (of a reward model, or for speculation) does not.
+    adapter. A head beside the model (of a reward model, or for speculation) does not, nor does what
+    lies directly in a module of a name in `shared`, which a model around this one has too.
     """
     if _COMPUTED.search(key):
         return False
@@ -268,7 +333,7 @@ def _matters(key: str, model: PreTrainedModel) -> bool:
     modules = dict(model.named_modules())
     # A checkpoint of the model without its head has names without this prefix.
     for name in (key, f"{model.base_model_prefix}.{key}"):
-        if name.rpartition(".")[0] in modules and "." in key:
+        if name.rpartition(".")[0] in modules.keys() - shared and "." in key:
             return True
         if any(
             name.startswith(f"{place}.")

@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 from transformers import PreTrainedModel
 
-from reft_runtime.base.attention import AttentionStep, CausalStep, ShapeProbe, running_step
+from reft_runtime.base.attention import AttentionStep, running_step
+from reft_runtime.base.probe import CausalStep, ShapeProbe
 from reft_runtime.errors import UnsupportedModel
 
 _UPDATES = {"update_conv_state", "update_recurrent_state"}
@@ -292,7 +293,7 @@ class MixerForward:
         self._cache = cache
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the mixer as the model calls it."""
+        """Run the mixer's own code, or let the running step run it part by part."""
         step: Any = running_step()
         if step is None:
             return self.own(*args, **kwargs)
@@ -331,7 +332,7 @@ def find_mixers(model: PreTrainedModel) -> tuple[nn.Module, ...]:
     return tuple(found)
 
 
-def replace(mixers: Iterable[nn.Module]) -> None:
+def run_by_step(mixers: Iterable[nn.Module]) -> None:
     """Let the running step run the mixers; `ModelState.restore` undoes it."""
     for number, module in enumerate(mixers):
         module.forward = MixerForward(number, module)

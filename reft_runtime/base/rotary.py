@@ -45,7 +45,10 @@ def rotating(rotary: Operator, operators: Operators, device: torch.device) -> Op
 
     like = torch.empty(0, device=device)
     heads = [random_rows(n * 8, like).view(1, ROWS, n, 8).transpose(1, 2) for n in (2, 1)]
-    wanted = rotary(*heads, *angles(8, like))
-    given = rotate(*heads, *angles(8, like))
-    same = all(torch.allclose(a, b, atol=1e-5) for a, b in zip(wanted, given, strict=True))
+    try:
+        wanted = rotary(*heads, *angles(8, like))
+        given = rotate(*heads, *angles(8, like))
+        same = all(torch.allclose(a, b, atol=1e-5) for a, b in zip(wanted, given, strict=True))
+    except Exception:
+        return None  # it takes other arguments, so it is not a function that can be replaced
     return rotate if same else None

@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from reft_runtime.base.demo import locate
+from reft_runtime.base.language import language_config
 from reft_runtime.base.model import LoadedModel
 from reft_runtime.base.pretrained import read_config
 from reft_runtime.errors import ConfigError
@@ -21,7 +22,10 @@ def base_shape(model: str | Path | PreTrainedModel) -> BaseShape:
     Raises `ConfigError`.
     """
     if isinstance(model, PreTrainedModel):
-        return _shape(model.config, model_name(model), type(model).__name__)
+        config = language_config(model.config)
+        if config is not model.config:
+            return _configured(config, model_name(model))
+        return _shape(config, model_name(model), type(model).__name__)
     if not isinstance(model, str | Path):
         raise ConfigError(
             "model: give demo, a folder, a hub id or a transformers model, not"
@@ -71,7 +75,8 @@ def _configured(config: PretrainedConfig, name: str) -> BaseShape:
     sizes = ("hidden_size", "num_hidden_layers", "vocab_size")
     if not isinstance(architecture, str) or not all(hasattr(config, size) for size in sizes):
         raise ConfigError(
-            f"model: {name!r} ({config.model_type}) is no causal language model of text alone.",
+            f"model: {name!r} ({config.model_type}) is no causal language model, and has none in"
+            " it.",
             param="model",
         )
     return _shape(config, name, architecture)

@@ -7,11 +7,13 @@ from typing import Any
 from transformers import PretrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from reft_runtime.base import quantised
 from reft_runtime.errors import ConfigError, UnsupportedModel
 
 SUPPORTED_LAYER_TYPES = {
     "full_attention",
     "sliding_attention",
+    "chunked_attention",
     "linear_attention",
     "conv",
     "mamba",
@@ -19,6 +21,9 @@ SUPPORTED_LAYER_TYPES = {
     "moe",
     "mlp",
 }
+
+TUNED = "attn_temperature_tuning"
+"""Setting of Llama 4's configuration and attention: whether queries are scaled by position."""
 
 
 RECURRENT_LAYER_TYPES = {"linear_attention", "mamba", "conv"}
@@ -29,43 +34,59 @@ LONGEST_RECURRENT = 1 << 17
 _REASONS = {"indexed_attention": "an indexer chooses which keys each token sees"}
 """Why layers of a type are not served."""
 
+ENCODERS = {
+    *("bert", "bert-generation", "big_bird", "camembert", "data2vec-text", "electra", "ernie"),
+    *("megatron-bert", "reformer", "rembert", "roberta", "roberta-prelayernorm", "roc_bert"),
+    *("roformer", "xlm-roberta", "xlm-roberta-xl", "xmod"),
+}
+"""Model types whose tokens see those behind them, unless the configuration has `is_decoder`."""
+
+OTHERWISE = {
+    "cpmant": "its tokens see those behind them in a prompt",
+    "gemma4_assistant": "it drafts for another model",
+    "gemma4_unified_assistant": "it drafts for another model",
+    "git": "it describes images",
+    "hrm_text": "its layers run several times for a token",
+    "musicgen": "it makes sound",
+    "musicgen_melody": "it makes sound",
+    "xlm": "it is trained to fill gaps, not to go on",
+    "xlnet": "it is trained on permutations of a text, and has no largest length",
+}
+"""Why some model types are no decoders as the engine runs them."""
+
 
 def check_config(config: PretrainedConfig) -> None:
     """Raise `UnsupportedModel` for a model that the engine would compute differently."""
     if config.is_encoder_decoder:
         raise refuse(config, "it is an encoder-decoder")
-    if getattr(config, "quantization_config", None):
-        raise refuse(config, f"its weights are quantised ({_method(config)}); {_UNQUANTISED}")
-    if getattr(config, "vision_config", None) or getattr(config, "audio_config", None):
-        raise refuse(config, "it is multimodal; its text model alone may be served")
+    if reason := quantised.why_refused(config):
+        raise refuse(config, reason)
+    if getattr(config, "text_config", None):
+        raise refuse(
+            config, "it also sees or hears, and transformers has its language model in no class"
+        )
+    if config.model_type == "longcat_flash":
+        raise refuse(config, "a layer attends more than once")
+    if hasattr(config, "decoder_layers") or hasattr(config, "num_decoder_layers"):
+        raise refuse(config, "it is the decoder of an encoder-decoder, made for what that encodes")
+    if config.model_type in ENCODERS and not config.is_decoder:
+        raise refuse(config, "it is an encoder: its tokens see those behind them")
+    if config.model_type in OTHERWISE:
+        raise refuse(config, OTHERWISE[config.model_type])
     ours = type(config).__module__.startswith("transformers.")
     if ours and config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         raise refuse(config, "it is no causal language model")
-    if getattr(config, "kv_lora_rank", None):
-        raise refuse(config, "multi-head latent attention (MLA)")
-    if getattr(config, "attn_logit_softcapping", None) or getattr(
-        config, "final_logit_softcapping", None
-    ):
-        raise refuse(config, "logit soft-capping")
+    for size in ("num_hidden_layers", "hidden_size", "vocab_size"):
+        if not isinstance(getattr(config, size, None), int):
+            raise refuse(config, f"its configuration does not say its {size}")
     if getattr(config, "alibi", False) or config.model_type in ("bloom", "mpt"):
         raise refuse(config, "ALiBi position biases")
-    if getattr(config, "use_bidirectional_attention", False):
+    # "vision" concerns images alone.
+    if getattr(config, "use_bidirectional_attention", None) not in (None, False, "vision"):
         raise refuse(config, "bidirectional attention")
     kinds = set(getattr(config, "layer_types", None) or ()) - SUPPORTED_LAYER_TYPES
     for kind in sorted(kinds):
         raise refuse(config, f"{_REASONS.get(kind, 'another kind of layers')} ({kind})")
-    for rope in _rope_settings(config):
-        if rope.get("rope_type") == "dynamic":
-            raise refuse(config, "dynamic NTK rotary scaling, which depends on the batch's length")
-
-
-_UNQUANTISED = "take the model that it was made from, in bfloat16 or float32"
-
-
-def _method(config: PretrainedConfig) -> str:
-    quantization: Any = config.quantization_config
-    found = quantization if isinstance(quantization, dict) else vars(quantization)
-    return str(found.get("quant_method") or "by an unknown method").rpartition(".")[2].lower()
 
 
 def chosen_length(config: PretrainedConfig, wanted: int | None) -> int:
@@ -97,17 +118,24 @@ def _rope_settings(config: PretrainedConfig) -> list[dict[str, Any]]:
 
 
 def _length_limit(config: PretrainedConfig) -> int:
-    """Longest sequence in tokens: all learned positions, but only longrope's original length."""
+    """Longest sequence in tokens: all learned positions, but only as far as angles are fixed.
+
+    Past its original length, longrope and dynamic NTK rotate all tokens otherwise. Llama 4 scales
+    queries by their positions, which it counts from the beginning of a forward pass; only sequences
+    whose scales are all 1 are served.
+    """
     limit = getattr(config, "max_position_embeddings", None)
     if limit is None and RECURRENT_LAYER_TYPES.issuperset(
         getattr(config, "layer_types", None) or ("other",)
     ):
         limit = LONGEST_RECURRENT
-    if not isinstance(limit, int):
+    if not isinstance(limit, int) or limit < 1:
         raise refuse(config, "it does not say its maximum length (max_position_embeddings)")
     for rope in _rope_settings(config):
-        if rope.get("rope_type") == "longrope":
+        if rope.get("rope_type") in ("longrope", "dynamic"):
             original = rope.get("original_max_position_embeddings")
             original = original or getattr(config, "original_max_position_embeddings", None)
             limit = min(limit, original or limit)
+    if getattr(config, TUNED, False):
+        limit = min(limit, int(config.floor_scale) - 1)
     return limit

@@ -14,7 +14,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from reft_runtime.base.attention import CausalStep, running
+from reft_runtime.base.attention import running
+from reft_runtime.base.probe import CausalStep
 
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.25}
 """Largest relative distance, by dtype. In float32 it tells formulas apart. In bfloat16, whose

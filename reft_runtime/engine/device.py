@@ -102,7 +102,9 @@ def active(runner: Runner) -> str:
         attention = "kernels" if prompts else f"kernels, that of prompts by {attention}"
     parts = [fused]
     if device.type == "cpu":
-        parts.append(f"{loaded.packed.layers} linear layers packed")
+        packed = loaded.packed
+        experts = f" and {packed.experts} mixtures of experts" if packed.experts else ""
+        parts.append(f"{packed.layers} linear layers{experts} packed")
     parts += [kernels, f"attention by {attention}"]
     if loaded.mixers:
         parts.append(

@@ -145,7 +145,7 @@ class EngineLoop:
             generation_tokens=core.requests.generation_tokens,
             preemptions=scheduler.preemptions,
             heartbeat_age=max(0.0, time.monotonic() - self._beat - core.allowance),
-            prefix_cache=None if budget.cache is None else budget.cache.stats(),
+            prefix_cache=budget.reuse_stats(),
             waiting_by_tenant=waiting_by_tenant,
         )
 

@@ -24,13 +24,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from reft_runtime.kernels.cpu import Drawing
 from reft_runtime.kernels.operators import cpu_operators
 from reft_runtime.kernels.staging import send
 from reft_runtime.outputs import TokenLogprob
 from reft_runtime.sampling import SamplingParams
 
 _CHUNK = 2**18
-"""Logits worked on at once: their float32 and float64 copies stay in a core's cache."""
+"""Logits a core works on at once: their float32 and float64 copies stay in its cache."""
 
 _DEVICE_CHUNK = 2**25
 """Logits worked on at once on a device, where launches count; copies take half a gigabyte."""
@@ -130,7 +131,8 @@ def noise(seed: int, choice: int, step: int) -> float:
 
 
 def _chunks(indices: Sequence[int], logits: Tensor) -> list[Sequence[int]]:
-    rows = max(1, (_CHUNK if logits.is_cpu else _DEVICE_CHUNK) // logits.shape[1])
+    size = _CHUNK * torch.get_num_threads() if logits.is_cpu else _DEVICE_CHUNK
+    rows = max(1, size // logits.shape[1])
     return [indices[start : start + rows] for start in range(0, len(indices), rows)]
 
 
@@ -162,7 +164,7 @@ def _pick(scores: Tensor, rows: Sequence[SampleRow]) -> list[int | None]:
         part = scores if len(drawn) == len(rows) else scores[drawn]
         params = [rows[i].params for i in drawn]
         points = [noise(rows[i].seed, rows[i].choice, len(rows[i].generated)) for i in drawn]
-        for i, token in zip(drawn, _draw(part, params, points).tolist(), strict=True):
+        for i, token in zip(drawn, _draw(part, params, points), strict=True):
             tokens[i] = token
     return tokens
 
@@ -231,8 +233,20 @@ def _refuse(scores: Tensor, allowed: Tensor) -> None:
     scores.masked_fill_(send(torch.from_numpy(bits == 0), scores.device), -math.inf)
 
 
-def _draw(scores: Tensor, params: Sequence[SamplingParams], points: Sequence[float]) -> Tensor:
-    """Draw tokens [rows] from `scores` [rows, vocabulary], with finite maxima; overwrites them."""
+def _draw(scores: Tensor, params: Sequence[SamplingParams], points: Sequence[float]) -> list[int]:
+    """Draw a token from each row of `scores` [rows, vocabulary]; overwrites them.
+
+    The largest of each row is finite.
+    """
+    operators = cpu_operators()
+    if operators is not None and operators.supports(scores):
+        return operators.draw_(
+            scores,
+            [
+                Drawing(own.temperature, own.min_p, own.top_k or 0, own.top_p, point)
+                for own, point in zip(params, points, strict=True)
+            ],
+        )
     # The best becomes 0 before anything divides, so that no temperature can overflow.
     scores -= scores.amax(-1, keepdim=True)
     scores /= _column([own.temperature for own in params], scores).clamp(min=TINY)
@@ -244,7 +258,10 @@ def _draw(scores: Tensor, params: Sequence[SamplingParams], points: Sequence[flo
     weights = scores.exp_().cumsum(-1, dtype=torch.float64)
     uniform = _column(points, weights)
     # The first id whose cumulated weight exceeds the point: never one of weight 0.
-    return torch.searchsorted(weights, uniform * weights[:, -1:], right=True).squeeze(1)
+    tokens: list[int] = (
+        torch.searchsorted(weights, uniform * weights[:, -1:], right=True).squeeze(1).tolist()
+    )
+    return tokens
 
 
 def _truncate(scores: Tensor, params: Sequence[SamplingParams]) -> None:

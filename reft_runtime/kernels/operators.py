@@ -71,6 +71,39 @@ class ProductOperators(Operators, Protocol):
         """`add_product_`; returns `rms_norm` of its rows with the weight `norm` [d]."""
 
 
+@runtime_checkable
+class MixerOperators(Protocol):
+    """Operators for recurrent layers. Where one does not take its tensors, it returns None."""
+
+    def delta_rule_(
+        self,
+        heads: tuple[Tensor, Tensor, Tensor],
+        gate: Tensor,
+        beta: Tensor,
+        state: Tensor,
+        *,
+        normalised: bool,
+    ) -> Tensor | None:
+        """The gated delta rule, token by token: returns [n, T, value_heads, value_dim].
+
+        `heads` are queries and keys [n, T, key_heads, key_dim] and values [n, T, value_heads,
+        value_dim] of n sequences; each query head serves as many consecutive value heads as there
+        are to one. They are divided by their lengths before if `normalised`. `gate`, the logarithm
+        of the decay, and `beta` are [n, T, value_heads]. `state` [n, value_heads, key_dim,
+        value_dim], float32, is changed in place.
+        """
+
+    def convolve_(
+        self, inputs: Tensor, state: Tensor, weight: Tensor, bias: Tensor | None, *, silu: bool
+    ) -> Tensor | None:
+        """One token of causal convolutions, a channel each: returns [n, channels].
+
+        `inputs` are [n, channels], `weight` [channels, taps], `bias` [channels]. `state` [n,
+        channels, kept] are the newest inputs, at least taps - 1; it is changed in place. With
+        `silu` the result is silu of the convolution.
+        """
+
+
 def operators_for(device: torch.device) -> Operators | None:
     """The operators of a device; None if there are none, for example without a compiler."""
     if device.type == "cpu":

@@ -57,7 +57,7 @@ def page_kernel(device: torch.device, group: int, dtype: torch.dtype, dim: int) 
 
     `group` is the most query heads that share a head of keys, `dim` the width of the widest head.
     """
-    if not has_triton(device):
+    if not _by_triton(device, dim):
         return GatheredAttention()
     from reft_runtime.kv.triton_attention import Tiles, TritonAttention
 
@@ -68,18 +68,28 @@ def page_kernel(device: torch.device, group: int, dtype: torch.dtype, dim: int) 
 def attends_by_kernels(loaded: LoadedModel) -> tuple[bool, bool]:
     """Whether C++ or Triton kernels compute attention: of decoding tokens, and of prompts."""
     if loaded.device.type != "cpu":
-        return has_triton(loaded.device), has_triton(loaded.device)
+        return (_by_triton(loaded.device, _widest(loaded)),) * 2
     operators = cpu_operators()
     if operators is None:
         return False, False
     decodes = prompts = True
     for shape in set(loaded.shapes) - {NO_ATTENTION}:
-        query = torch.empty(1, loaded.group * shape.kv_heads, shape.key_dim, dtype=loaded.dtype)
-        key = query[:, : shape.kv_heads]
-        value = query.new_empty(1, shape.kv_heads, shape.value_dim)
-        decodes = decodes and operators.attends(query, key, value)
-        prompts = prompts and decodes and operators.attends_prompts(query, key)
+        key = torch.empty(1, shape.kv_heads, shape.key_dim, dtype=loaded.dtype)
+        value = key.new_empty(1, shape.kv_heads, shape.value_dim)
+        decodes = decodes and operators.attends(key, key, value)
+        inside = shape.values_in_keys
+        prompts = (
+            prompts and decodes and operators.attends_prompts(key, value, values_in_keys=inside)
+        )
     return decodes, prompts
+
+
+def _by_triton(device: torch.device, dim: int) -> bool:
+    if not has_triton(device):
+        return False
+    from reft_runtime.kv.triton_attention import WIDEST
+
+    return dim <= WIDEST
 
 
 def _widest(loaded: LoadedModel) -> int:

@@ -36,6 +36,8 @@ NOBODYS_PAGE = 0
 class PageStorage:
     """Pages for `blocks` blocks: for every layer keys and values [pages, BLOCK_TOKENS, heads, dim].
 
+    Layers may share them, and values may be the first numbers of keys; see `LayerShape`.
+
     At most `max_rows` sequences of `max_tokens` tokens have pages at once. The budget of blocks
     bounds what they and the prefix cache hold together. `vacant` returns the cache's places that
     hold no kept block; their pages are taken back when pages run short.
@@ -62,8 +64,20 @@ class PageStorage:
         def pool(heads: int, dim: int) -> Tensor:
             return torch.zeros(pages, BLOCK_TOKENS, heads, dim, dtype=dtype, device=device)
 
-        self.keys = [pool(shape.kv_heads, shape.key_dim) for shape in shapes]
-        self.values = [pool(shape.kv_heads, shape.value_dim) for shape in shapes]
+        self.keys: list[Tensor] = []
+        self.values: list[Tensor] = []
+        self._pools: list[Tensor] = []
+        for shape in shapes:
+            if shape.source is not None:
+                self.keys.append(self.keys[shape.source])
+                self.values.append(self.values[shape.source])
+                continue
+            own = [pool(shape.kv_heads, shape.key_dim)]
+            if not shape.values_in_keys:
+                own.append(pool(shape.kv_heads, shape.value_dim))
+            self.keys.append(own[0])
+            self.values.append(own[-1][..., : shape.value_dim])
+            self._pools += own
         self._vacant = vacant
         self._users = [1] + [0] * blocks
         self._free = list(range(blocks, 0, -1))
@@ -108,7 +122,7 @@ class PageStorage:
         for column in range(whole):
             self._put(child, column, self._share(pages[column]))
         if rest:
-            for tensor in (*self.keys, *self.values):
+            for tensor in self._pools:
                 tensor[own[whole], :rest] = tensor[pages[whole], :rest]
 
     def keep(self, copies: Iterable[BlockCopy]) -> None:

@@ -12,8 +12,9 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from reft_runtime.base.attention import Scoring, attend_causally
+from reft_runtime.kernels.cpu import HeadScoring
 from reft_runtime.kernels.operators import cpu_operators
-from reft_runtime.kv.slabs import Part, Row
+from reft_runtime.kv.slabs import Layout, Row
 from reft_runtime.schedule.plan import Chunk
 from reft_runtime.schedule.sequence import Sequence
 
@@ -39,17 +40,17 @@ class _Segment:
 class RowAttentionStep:
     """One step's attention over the KV rows of `RowStorage`.
 
-    `where` returns the row of a sequence. `parts` are the parts of every row: keys and values of
-    each layer in turn. Chunks of fewer than `TOGETHER_FROM` tokens must come first.
+    `where` returns the row of a sequence, and `layout` says where in it a layer's parts are. Chunks
+    of fewer than `TOGETHER_FROM` tokens must come first.
     """
 
     def __init__(
         self,
         chunks: SequenceOf[Chunk],
         where: Callable[[Sequence], Row],
-        parts: SequenceOf[Part],
+        layout: Layout,
     ) -> None:
-        self._parts = parts
+        self._layout = layout
         self._native = cpu_operators()
         self._segments: list[_Segment] = []
         self._single = 0  # tokens that attend one by one
@@ -70,32 +71,31 @@ class RowAttentionStep:
         scoring: Scoring,
     ) -> Tensor:
         """See `AttentionStep.attend`; raises ValueError for heads that do not fit the rows."""
-        keys, values = self._parts[2 * layer], self._parts[2 * layer + 1]
+        keys, values = (self._layout.parts[index] for index in self._layout.layers[layer])
+        width = self._layout.value_dims[layer]
         if (
             key.shape != (self._tokens, keys.heads, keys.dim)
-            or value.shape != (self._tokens, values.heads, values.dim)
+            or value.shape != (self._tokens, values.heads, width)
             or len(query) != self._tokens
         ):
             raise ValueError(
                 f"attention of layer {layer}: {tuple(query.shape)}, {tuple(key.shape)} and"
                 f" {tuple(value.shape)} do not fit {self._tokens} tokens of {keys} and {values}"
             )
-        out = query.new_empty(*query.shape[:-1], value.shape[-1])
-        native = self._native
-        if native is not None and not native.attends(query, key, value):
-            native = None
-        scale, window = scoring.scale(query.shape[-1]), scoring.window
+        out = query.new_empty(*query.shape[:-1], width)
+        native, inside = self._native, keys is values
         segments = self._segments
-        if native is not None:
-            before = keys.before, values.before
+        if native is not None and native.attends(query, key, value):
+            before, scored = (keys.before, values.before), _scored(scoring, query.shape[-1])
+            query, key = _packed(query), _packed(key)
+            value = value if inside else _packed(value)
             if self._single:
                 few = slice(self._single)
                 heads = query[few], key[few], value[few], out[few]
-                native.attend(*heads, self._places, before, scale, window or 0)
+                native.attend(*heads, self._places, before, scored)
             segments = self._long
-            if segments and native.attends_prompts(query, key):
-                heads = query, key, value, out
-                native.attend_prompts(*heads, self._long_places, before, scale, window or 0)
+            if segments and native.attends_prompts(key, value, values_in_keys=inside):
+                native.attend_prompts(query, key, value, out, self._long_places, before, scored)
                 return out
         for segment in segments:
             own = slice(segment.first, segment.first + segment.length)
@@ -132,6 +132,22 @@ class RowAttentionStep:
         )
 
 
+def _scored(scoring: Scoring, dim: int) -> HeadScoring:
+    sinks = scoring.sinks
+    if sinks is not None:
+        sinks = sinks.detach().to(torch.float32).contiguous()
+    return HeadScoring(
+        scoring.scale(dim), scoring.window or 0, scoring.chunk or 0, scoring.softcap or 0.0, sinks
+    )
+
+
+def _packed(heads: Tensor) -> Tensor:
+    """[T, heads, dim] with the heads of each token side by side; tokens may lie apart."""
+    _, count, dim = heads.shape
+    _, between, within = heads.stride()
+    return heads if within == 1 and (between == dim or count == 1) else heads.contiguous()
+
+
 def _attend(
     segment: _Segment,
     layer: int,
@@ -146,8 +162,8 @@ def _attend(
     start, stop = segment.start, segment.start + segment.length
     keys[:, start:stop] = key.transpose(0, 1)
     values[:, start:stop] = value.transpose(0, 1)
-    if segment.length == 1:
-        first = 0 if scoring.window is None else max(0, stop - scoring.window)
+    if segment.length == 1 and scoring.is_softmax:
+        first = scoring.first(start)
         # Query heads that share a KV head become its queries: no repeated keys and values.
         result = scaled_dot_product_attention(
             query.reshape(1, len(keys), -1, query.shape[-1]),

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from reft_runtime.base.attention import LayerShape
 from reft_runtime.kv.row_attention import TOGETHER_FROM, RowAttentionStep
-from reft_runtime.kv.slabs import BlockPool, Row, parts_of
+from reft_runtime.kv.slabs import BlockPool, Layout, Row
 from reft_runtime.schedule.blocks import BLOCK_TOKENS
 from reft_runtime.schedule.plan import Chunk
 from reft_runtime.schedule.prefix_cache import BlockCopy, StateCopy
@@ -47,8 +47,8 @@ class RowStorage:
     ) -> None:
         self.dtype = dtype
         self.max_tokens = max_tokens
-        self._parts = parts_of(shapes)
-        self._pool = BlockPool(self._parts, max_blocks, dtype)
+        self._layout = Layout.of(shapes)
+        self._pool = BlockPool(self._layout, max_blocks, dtype)
         self._freed = freed
         self._rows: dict[Sequence, Row] = {}
 
@@ -62,10 +62,10 @@ class RowStorage:
         old = self._rows.get(sequence)
         if old is not None and old.capacity >= tokens:
             return
-        new = Row(self._parts, self._capacity(tokens), self.dtype)
+        new = Row(self._layout, self._capacity(tokens), self.dtype)
         self._rows[sequence] = new
         if old is not None:
-            for index in range(len(self._parts)):
+            for index in range(len(self._layout.parts)):
                 new.part(index)[:, : sequence.computed] = old.part(index)[:, : sequence.computed]
                 old.drop(index)
 
@@ -78,7 +78,7 @@ class RowStorage:
         """Give `child` a copy of the first `length` tokens of `parent`'s row."""
         self.ensure(child, length)
         own, source = self._rows[child], self._rows[parent]
-        for index in range(len(self._parts)):
+        for index in range(len(self._layout.parts)):
             own.part(index)[:, :length] = source.part(index)[:, :length]
 
     @torch.inference_mode()
@@ -90,7 +90,7 @@ class RowStorage:
         """
         runs = _runs({copy.place: copy for copy in copies}.values())
         leaving = {c.sequence for c, _ in runs if c.sequence.status is not Status.RUNNING}
-        for index in range(len(self._parts)):
+        for index in range(len(self._layout.parts)):
             for copy, count in runs:
                 blocks = self._blocks(index, copy, count)
                 self._pool.part(index, copy.place, count).copy_(blocks)
@@ -101,7 +101,7 @@ class RowStorage:
     def reuse(self, copies: Iterable[BlockCopy]) -> None:
         """Copy kept blocks to the rows of their sequences, which have room for them."""
         for copy, count in _runs(copies):
-            for index in range(len(self._parts)):
+            for index in range(len(self._layout.parts)):
                 blocks = self._blocks(index, copy, count)
                 blocks.copy_(self._pool.part(index, copy.place, count))
 
@@ -122,7 +122,7 @@ class RowStorage:
 
     def attention(self, chunks: SequenceOf[Chunk]) -> RowAttentionStep:
         """See `KVStorage.attention`."""
-        return RowAttentionStep(chunks, self.where, self._parts)
+        return RowAttentionStep(chunks, self.where, self._layout)
 
     def keep_states(self, copies: Iterable[StateCopy]) -> None:
         """See `KVStorage.keep_states`: there are no states here."""

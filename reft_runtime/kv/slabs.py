@@ -28,29 +28,48 @@ class Part:
         return self.heads * self.dim
 
 
-def parts_of(shapes: SequenceOf[LayerShape]) -> tuple[Part, ...]:
-    """The parts of a row in order: keys and values of the first layer, of the second, and so on."""
-    parts: list[Part] = []
-    before = 0
-    for shape in shapes:
-        for dim in (shape.key_dim, shape.value_dim):
-            parts.append(Part(before, shape.kv_heads, dim))
-            before += parts[-1].numbers
-    return tuple(parts)
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """The parts of a row in order, and for each layer the indices of its keys and its values.
+
+    A layer that has no keys and values of its own has the parts of its source. Values that are the
+    first numbers of keys lie in the part of the keys; `value_dims` are the widths of the values.
+    """
+
+    parts: tuple[Part, ...]
+    layers: tuple[tuple[int, int], ...]
+    value_dims: tuple[int, ...]
+
+    @classmethod
+    def of(cls, shapes: SequenceOf[LayerShape]) -> Layout:
+        """The layout for layers of these shapes: keys and values of the first, the second, ..."""
+        parts: list[Part] = []
+        layers: list[tuple[int, int]] = []
+        before = 0
+        for shape in shapes:
+            if shape.source is not None:
+                layers.append(layers[shape.source])
+                continue
+            layers.append((len(parts), len(parts) + (0 if shape.values_in_keys else 1)))
+            dims = (shape.key_dim,) if shape.values_in_keys else (shape.key_dim, shape.value_dim)
+            for dim in dims:
+                parts.append(Part(before, shape.kv_heads, dim))
+                before += parts[-1].numbers
+        return cls(tuple(parts), tuple(layers), tuple(shape.value_dim for shape in shapes))
 
 
 class Row:
     """A KV row with room for `capacity` tokens: part after part, each [heads, capacity, dim]."""
 
-    def __init__(self, parts: tuple[Part, ...], capacity: int, dtype: torch.dtype) -> None:
+    def __init__(self, layout: Layout, capacity: int, dtype: torch.dtype) -> None:
         self.capacity = capacity
-        self._parts = parts
-        self._memory = MappedMemory(_numbers(parts) * capacity, dtype)
+        self._layout = layout
+        self._memory = MappedMemory(_numbers(layout.parts) * capacity, dtype)
         self._views = [
             self._memory.numbers.narrow(0, part.before * capacity, part.numbers * capacity).view(
                 part.heads, capacity, part.dim
             )
-            for part in parts
+            for part in layout.parts
         ]
 
     @property
@@ -64,15 +83,16 @@ class Row:
 
     def keys(self, layer: int) -> Tensor:
         """Keys of a layer, [heads, capacity, dim]."""
-        return self._views[2 * layer]
+        return self._views[self._layout.layers[layer][0]]
 
     def values(self, layer: int) -> Tensor:
         """Values of a layer, [heads, capacity, dim]."""
-        return self._views[2 * layer + 1]
+        width = self._layout.value_dims[layer]
+        return self._views[self._layout.layers[layer][1]][..., :width]
 
     def drop(self, index: int) -> None:
         """Free a part's memory; what it held is lost."""
-        part = self._parts[index]
+        part = self._layout.parts[index]
         start = part.before * self.capacity
         self._memory.drop(start, start + part.numbers * self.capacity)
 
@@ -80,9 +100,9 @@ class Row:
 class BlockPool:
     """The kept blocks, place after place: each is laid out like a `Row` of one block."""
 
-    def __init__(self, parts: tuple[Part, ...], blocks: int, dtype: torch.dtype) -> None:
-        self._parts = parts
-        self._size = _numbers(parts) * BLOCK_TOKENS
+    def __init__(self, layout: Layout, blocks: int, dtype: torch.dtype) -> None:
+        self._parts = layout.parts
+        self._size = _numbers(layout.parts) * BLOCK_TOKENS
         self._memory = MappedMemory(self._size * blocks, dtype)
 
     def part(self, index: int, place: int, count: int) -> Tensor:
@@ -102,7 +122,7 @@ class BlockPool:
 
 def rounding_bytes(shapes: SequenceOf[LayerShape], page: int) -> int:
     """Most bytes that a KV row takes beyond its tokens: each head takes whole pages of memory."""
-    return sum(part.heads for part in parts_of(shapes)) * page
+    return sum(part.heads for part in Layout.of(shapes).parts) * page
 
 
 def _numbers(parts: tuple[Part, ...]) -> int:

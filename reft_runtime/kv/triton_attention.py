@@ -44,6 +44,9 @@ class Tiles(NamedTuple):
         return cls(Tile(LEAST, 64, 2, 2), Tile(128, 128, 8, 3))
 
 
+WIDEST = 256
+"""Largest width of a head: tiles of wider ones may not fit a processor's memory."""
+
 PROGRAMS_PER_PROCESSOR = 4
 MAX_SPLITS = 32
 
@@ -98,6 +101,7 @@ class TritonAttention:
             LANES=triton.next_power_of_2(group),
             KEY_DIM=key_dim,
             VALUE_DIM=value_dim,
+            VALUE_ROW=values.stride(2),
             HALF_WIDTH=triton.next_power_of_2(max(1, key_dim // 2)),
             KEY_WIDTH=_width(key_dim),
             VALUE_WIDTH=_width(value_dim),
@@ -151,6 +155,13 @@ def _launch(step: _Step, tile: Tile, *, tokens: int, splits: int | None) -> None
         parts = torch.empty((*shape, value_dim), dtype=torch.float32, device=out.device)
         sums = parts.new_empty(*shape, 2)
     group = heads // kv_heads
+    scale, cap = scoring.scale(key_dim), math.log2(math.e)
+    if scoring.softcap is None:
+        scale *= cap
+    else:
+        scale /= scoring.softcap
+        cap *= scoring.softcap
+    sinks = scoring.sinks
     lanes = triton.next_power_of_2(group)
     kernels.attend[(kv_heads, count, parts_of_a_row)](
         query,
@@ -164,7 +175,9 @@ def _launch(step: _Step, tile: Tile, *, tokens: int, splits: int | None) -> None
         batch.stops,
         batch.lanes,
         batch.tables,
-        scoring.scale(key_dim) * math.log2(math.e),
+        query if sinks is None else sinks,
+        scale,
+        cap,
         query.stride(0),
         batch.tables.stride(0),
         KV_HEADS=kv_heads,
@@ -172,6 +185,7 @@ def _launch(step: _Step, tile: Tile, *, tokens: int, splits: int | None) -> None
         LANES=lanes,
         KEY_DIM=key_dim,
         VALUE_DIM=value_dim,
+        VALUE_ROW=values.stride(2),
         KEY_WIDTH=_width(key_dim),
         VALUE_WIDTH=_width(value_dim),
         TOKENS=max(tokens, -(-LEAST // lanes)),
@@ -179,6 +193,9 @@ def _launch(step: _Step, tile: Tile, *, tokens: int, splits: int | None) -> None
         PAGE=BLOCK_TOKENS,
         SPLITS=parts_of_a_row,
         WINDOW=scoring.window or 0,
+        CHUNK=scoring.chunk or 0,
+        CAPPED=scoring.softcap is not None,
+        SINKS=sinks is not None,
         DECODES=decodes,
         num_warps=tile.warps,
         num_stages=tile.stages,
@@ -199,7 +216,9 @@ def _launch(step: _Step, tile: Tile, *, tokens: int, splits: int | None) -> None
 
 def _packed(heads: Tensor) -> Tensor:
     """[T, heads, dim] with the heads of each token side by side; tokens may lie apart."""
-    return heads if heads.stride()[1:] == (heads.shape[2], 1) else heads.contiguous()
+    _, count, dim = heads.shape
+    _, between, within = heads.stride()
+    return heads if within == 1 and (between == dim or count == 1) else heads.contiguous()
 
 
 def _width(dim: int) -> int:

@@ -7,6 +7,7 @@ from pathlib import Path
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from reft_runtime.base.demo import locate
+from reft_runtime.base.language import language_model
 from reft_runtime.base.model import LoadedModel
 from reft_runtime.base.ownership import claim, release
 from reft_runtime.base.pretrained import read_config, read_tokenizer
@@ -38,6 +39,7 @@ def load_base(
         if tokenizer is None:
             raise ConfigError("tokenizer: give that of the model in memory.", param="tokenizer")
         name = model_name(model)
+        model = language_model(model)
         claim(model)
         try:
             loaded = adopt_model(

@@ -2,31 +2,36 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+
 import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from reft_runtime.base.attention import (
-    ATTENTION,
-    NO_ATTENTION,
-    PROBE,
-    AskedMask,
-    ProbedLayer,
-    Scoring,
-)
+from reft_runtime.base.attention import ATTENTION, NO_ATTENTION, Scoring
+from reft_runtime.base.delta_rule import fuse_delta_nets
+from reft_runtime.base.experts import pack_experts
 from reft_runtime.base.fused import Fused, fuse
 from reft_runtime.base.generation import ends_of_answers, tell_ignored
+from reft_runtime.base.language import language_model
 from reft_runtime.base.linears import Packed, prepack
 from reft_runtime.base.model import LoadedModel, forward
+from reft_runtime.base.own_attention import lead_to_step
 from reft_runtime.base.ownership import ModelState
 from reft_runtime.base.pretrained import read_config, read_model
-from reft_runtime.base.recurrent import StateProbe, find_mixers, replace
+from reft_runtime.base.probe import PROBE, AskedMask, ProbedLayer
+from reft_runtime.base.quantised import stored_bytes
+from reft_runtime.base.recurrent import StateProbe, find_mixers, run_by_step
 from reft_runtime.base.shared import tell_layers
 from reft_runtime.base.stages import stage
-from reft_runtime.base.support import check_config, chosen_length, refuse
+from reft_runtime.base.support import TUNED, check_config, chosen_length, refuse
 from reft_runtime.errors import ConfigError, UnsupportedModel
 from reft_runtime.loading.fidelity import check, own_logits
+from reft_runtime.loading.latents import keep_latents
 from reft_runtime.machine.dtypes import DTYPES
+from reft_runtime.machine.memory import is_out_of_memory
 
 PROBE_TOKENS = 8
 
@@ -107,8 +112,10 @@ def adopt_model(
 ) -> LoadedModel:
     """Make a model in memory ready for packed steps where it is; checked as by `load_model`.
 
+    Of a model that also sees or hears its language model is taken, with the modules themselves.
     `LoadedModel.give_back` restores the model; so does an exception.
     """
+    model = language_model(model)
     if model.device.type == "cuda":
         torch.cuda.set_device(model.device)  # Triton's kernels are launched on the current one
     config = model.config
@@ -119,19 +126,27 @@ def adopt_model(
     try:
         model.requires_grad_(False).train(False)
         mixers = find_mixers(model)
-        replace(mixers)
+        run_by_step(mixers)
         tell_layers(model)
+        lead_to_step(model)
         with stage("Asking the model for its own logits"):
             probed, probe = _probe(model, max_model_len, mixers)
-            own = own_logits(model, probed, max_model_len)
+            with _failing("its own forward fails"):
+                own = own_logits(model, probed, max_model_len, recurrent=bool(mixers))
         model.set_attn_implementation(ATTENTION)
-        weight_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
+        for module in model.modules():
+            if getattr(module, TUNED, False):
+                setattr(module, TUNED, False)  # see `support.chosen_length`
+        weight_bytes = sum(map(stored_bytes, model.parameters()))
         fused, packed = Fused(), Packed()
         if not differentiable:
             # Not in inference mode: outside the engine, packed weights may meet gradients.
             with stage("Packing the weights"), torch.inference_mode(mode=False), torch.no_grad():
                 fused = fuse(model, layers, probed)
-                packed = prepack(model, probe.read)
+                fuse_delta_nets(mixers, model.device)
+                probed, unused = keep_latents(model, probed)
+                packed = prepack(model, {*unused, *probe.read})
+                packed = replace(packed, experts=pack_experts(model))
         loaded = LoadedModel(
             model=model,
             architecture=type(model).__name__,
@@ -149,8 +164,8 @@ def adopt_model(
             packed=packed,
             before=before,
         )
-        with stage("Checking what will be served"):
-            check(loaded, own, probed)
+        with stage("Checking what will be served"), _failing("a packed forward fails"):
+            loaded = replace(loaded, distance=check(loaded, own, probed))
     except UnsupportedModel as error:
         before.restore()
         raise refuse(config, error.message) from error
@@ -172,17 +187,8 @@ def _probe(
     positions = torch.arange(min(PROBE_TOKENS, max_tokens), device=model.device)
     probe = StateProbe(max_tokens, model.dtype, mixers)
     model.set_attn_implementation(PROBE)
-    try:
+    with _failing("a packed forward fails"):
         forward(model, positions % config.vocab_size, positions, positions, probe)
-    except UnsupportedModel:
-        raise
-    except (MemoryError, torch.OutOfMemoryError):
-        raise
-    except Exception as error:
-        if AskedMask.__name__ in str(error):
-            raise UnsupportedModel("its own code changes attention masks") from error
-        reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
-        raise UnsupportedModel(f"a packed forward fails: {reason[:200]}") from error
     if not probe.layers and not mixers:
         raise UnsupportedModel("its attention does not go through transformers' interface")
     layers = range(config.num_hidden_layers)
@@ -195,16 +201,24 @@ def _probe(
         raise UnsupportedModel("it attends in more layers than it has")
     if len(probe.states) != len(mixers):
         raise UnsupportedModel("not all of its recurrent layers run")
-    window = getattr(config, "sliding_window", None)
-    for layer in probe.own_masks:
-        if (
-            probe.layers[layer].scoring.window is None
-            and isinstance(window, int)
-            and window < max_tokens
-        ):
-            raise UnsupportedModel("a window may be in masks that its own code makes")
     none = ProbedLayer(NO_ATTENTION, 0, Scoring())
     return tuple(probe.layers.get(layer, none) for layer in layers), probe
+
+
+@contextmanager
+def _failing(what: str) -> Iterator[None]:
+    """Make a refusal of whatever a model's code raises, unless memory has run out."""
+    try:
+        yield
+    except UnsupportedModel:
+        raise
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
+        if AskedMask.__name__ in str(error):
+            raise UnsupportedModel("its own code changes attention masks") from error
+        reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
+        raise UnsupportedModel(f"{what}: {reason[:200]}") from error
 
 
 def _decoder_layers(model: PreTrainedModel, count: int) -> tuple[nn.Module, ...]:

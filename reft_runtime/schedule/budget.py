@@ -6,6 +6,9 @@ storage's business (`kv/`).
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+from reft_runtime.outputs import PrefixCacheStats
 from reft_runtime.schedule.blocks import BLOCK_TOKENS, blocks_for
 from reft_runtime.schedule.prefix_cache import PrefixCache
 from reft_runtime.schedule.sequence import Sequence
@@ -66,6 +69,13 @@ class BlockBudget:
     def release(self, sequence: Sequence) -> None:
         """Take back every block of `sequence`; nothing happens if it holds none."""
         self._used -= self._held.pop(sequence, 0)
+
+    def reuse_stats(self) -> PrefixCacheStats | None:
+        """A snapshot of the prefix cache's counters; None if there is no cache."""
+        if self.cache is None:
+            return None
+        snapshots = None if self.snapshots is None else self.snapshots.stats()
+        return replace(self.cache.stats(), snapshots=snapshots)
 
     def check_integrity(self) -> None:
         """Raise AssertionError unless what is held adds up to what is used."""

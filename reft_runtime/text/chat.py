@@ -12,6 +12,7 @@ import jinja2
 from jinja2 import meta
 from jinja2.ext import loopcontrols
 from transformers import PreTrainedTokenizerBase
+from transformers.utils.chat_template_utils import render_jinja_template
 
 from reft_runtime.errors import InvalidRequest
 from reft_runtime.interventions.format.manifest import SystemTurn
@@ -28,6 +29,9 @@ Switches = Mapping[str, bool | int | float | str]
 
 _GIVEN = {"messages", "tools", "documents", "raise_exception", "strftime_now", "namespace", "range"}
 """Names that transformers sets in a chat template beside the parameters of its call."""
+
+_TRIED = "What is it?"
+"""A text by which a chat template is tried."""
 
 _NO_TOOLS = (
     "this model's chat template knows no {}; start the server with --tool-template FILE, or with "
@@ -138,6 +142,8 @@ def render(
             param="continue_final_message",
         )
     switches: dict[str, Any] = dict(options.switches)
+    if wants_parts(source):
+        turns = [turn | {"content": _parts(turn["content"])} for turn in turns]
     try:
         text = tokenizer.apply_chat_template(
             turns,
@@ -158,6 +164,33 @@ def render(
         ) from None
     assert isinstance(text, str)
     return text
+
+
+@lru_cache(maxsize=8)
+def wants_parts(source: str) -> bool:
+    """Whether a chat template writes a user's text only from a list of parts, not from a string.
+
+    Templates of models that also see or hear do, where a part may be an image. It is tried.
+    """
+    return not _writes(source, _TRIED) and _writes(source, _parts(_TRIED))
+
+
+def _writes(source: str, content: str | list[dict[str, str]]) -> bool:
+    """Whether a template writes the text `_TRIED` that a user's turn has as its content."""
+    try:
+        chat = [{"role": "user", "content": content}]
+        rendered: Any = render_jinja_template([chat], chat_template=source)
+    except MemoryError:
+        raise
+    except Exception:
+        return False
+    texts, _ = rendered
+    return _TRIED in texts[0]
+
+
+def _parts(text: str) -> list[dict[str, str]]:
+    """A text as a list of parts, as transformers writes them; templates may look at the first."""
+    return [{"type": "text", "text": text}]
 
 
 def source_of(tokenizer: PreTrainedTokenizerBase, *, tools: bool = False) -> str:

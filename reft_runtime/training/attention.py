@@ -14,9 +14,9 @@ from functools import cached_property
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad, scaled_dot_product_attention
+from torch.nn.functional import pad
 
-from reft_runtime.base.attention import Scoring
+from reft_runtime.base.attention import Reach, Scoring, attend_seen
 from reft_runtime.base.recurrent import MixerCall, Rows, each, join
 
 
@@ -34,8 +34,9 @@ class Prefix:
 
     @property
     def size_bytes(self) -> int:
-        """The memory that the keys and values take."""
-        return sum(t.numel() * t.element_size() for t in (*self.keys, *self.values))
+        """The memory that the keys and values take; layers may share some."""
+        each = {id(t): t.numel() * t.element_size() for t in (*self.keys, *self.values)}
+        return sum(each.values())
 
 
 class BatchAttention:
@@ -57,7 +58,7 @@ class BatchAttention:
         self._prefixes = prefixes
         self._keep_own = keep_own
         self._own: dict[int, tuple[Tensor, Tensor]] = {}
-        self._masks: dict[int | None, Tensor] = {}
+        self._masks: dict[Reach, Tensor] = {}
         longest = max(lengths)
         within = torch.arange(longest, device=device)
         counts = torch.tensor(lengths, device=device)
@@ -96,14 +97,7 @@ class BatchAttention:
         if self._longest_prefix:
             key = torch.cat([self._known(layer, key, "keys"), key], dim=2)
             value = torch.cat([self._known(layer, value, "values"), value], dim=2)
-        result = scaled_dot_product_attention(
-            query,
-            key,
-            value,
-            attn_mask=self._mask(scoring.window),
-            scale=scoring.scaling,
-            enable_gqa=query.shape[1] != key.shape[1],
-        )
+        result = attend_seen(query, key, value, self._mask(scoring), scoring)
         rows = result.transpose(1, 2).flatten(0, 1)  # [rows * longest, heads, dim]
         return rows.index_select(0, self._packed)
 
@@ -124,15 +118,20 @@ class BatchAttention:
 
     def prefixes_of_rows(self) -> list[Prefix]:
         """The keys and values of each row's own tokens, with `keep_own`."""
+        layers = [self._own[layer] for layer in sorted(self._own)]
         first = 0
         found = []
-        layers = [self._own[layer] for layer in sorted(self._own)]
         for length in self._lengths:
             tokens = slice(first, first + length)
+            # Layers may share keys and values: what lies at one place is copied once.
+            copies = {
+                _place(heads): heads[:, tokens].clone()
+                for heads in {_place(each): each for pair in layers for each in pair}.values()
+            }
             found.append(
                 Prefix(
-                    tuple(keys[:, tokens].clone() for keys, _ in layers),
-                    tuple(values[:, tokens].clone() for _, values in layers),
+                    tuple(copies[_place(keys)] for keys, _ in layers),
+                    tuple(copies[_place(values)] for _, values in layers),
                 )
             )
             first += length
@@ -155,12 +154,14 @@ class BatchAttention:
                 parts.append(pad(getattr(prefix, which)[layer], (0, 0, 0, missing)))
         return torch.stack(parts)
 
-    def _mask(self, window: int | None) -> Tensor:
+    def _mask(self, scoring: Scoring) -> Tensor:
         """The mask [rows, 1, longest, longest prefix + longest], True where a key is seen."""
-        if window not in self._masks:
+        reach = Reach(scoring.window, scoring.chunk)
+        if reach not in self._masks:
             queries, keys = self._queries[:, :, None], self._keys[:, None, :]
-            seen = keys <= queries
-            if window is not None:
-                seen &= keys > queries - window
-            self._masks[window] = seen[:, None]
-        return self._masks[window]
+            self._masks[reach] = scoring.sees(queries, keys)[:, None]
+        return self._masks[reach]
+
+
+def _place(tensor: Tensor) -> tuple[int, torch.Size]:
+    return tensor.data_ptr(), tensor.shape

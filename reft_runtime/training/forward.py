@@ -46,7 +46,8 @@ class Base:
 
     def to(self, device: torch.device) -> None:
         """Move the model to a device, and forget what was kept."""
-        self.loaded.model.to(device)  # type: ignore[arg-type]
+        if self.loaded.device != device:  # quantised weights cannot be converted in place
+            self.loaded.model.to(device)  # type: ignore[arg-type]
         self.forget()
         self.watch = self._watch()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import asdict
 from typing import Any
 
 from fastapi import APIRouter
@@ -82,4 +83,5 @@ def _prefix_cache(stats: PrefixCacheStats | None) -> dict[str, Any] | None:
         "hits": hits,
         "hit_rate": hits / queries if queries else None,
         "blocks": sum(stats.blocks.values()),
+        "snapshots": None if stats.snapshots is None else asdict(stats.snapshots),
     }

@@ -72,6 +72,8 @@ def as_handed_in(model_type: str, dtype: torch.dtype = torch.float32) -> PreTrai
         ("qwen2", torch.float32),
         ("qwen3", torch.bfloat16),
         ("gpt2", torch.float32),
+        ("deepseek_v3", torch.float32),
+        ("llama4_text", torch.float32),
     ],
 )
 def test_a_closed_engine_gives_its_model_back(model_type: str, dtype: torch.dtype) -> None:

@@ -312,7 +312,7 @@ def test_files_that_are_not_there(name: str, folder: Path) -> None:
     assert name in fault(folder)
 
 
-@pytest.mark.parametrize("method", ["gptq", "awq", "bitsandbytes", "fp8", "compressed-tensors"])
+@pytest.mark.parametrize("method", ["gptq", "awq", "hqq", "fbgemm_fp8", "nvfp4"])
 def test_quantised_weights(method: str, folder: Path) -> None:
     change_config(folder, quantization_config={"quant_method": method, "bits": 4})
     message = fault(folder)

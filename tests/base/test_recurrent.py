@@ -19,7 +19,7 @@ from reft_runtime.base.recurrent import (
     StateKey,
     StateShape,
     find_mixers,
-    replace,
+    run_by_step,
 )
 from reft_runtime.errors import UnsupportedModel
 from reft_runtime.loading.loader import adopt_model
@@ -95,7 +95,7 @@ def test_a_mixer_inside_another_belongs_to_it() -> None:
 
 def test_arguments_of_a_call() -> None:
     model: Any = nn.Sequential(Outer())
-    replace(find_mixers(model))
+    run_by_step(find_mixers(model))
     rows = torch.ones(1, 3, 2)
     with running(step := Seeing()):
         model[0](rows, other=(rows, rows))
@@ -120,7 +120,7 @@ def test_a_mixer_that_attends_or_takes_no_cache_is_refused() -> None:
     with pytest.raises(UnsupportedModel, match="Both attends and keeps states in one"):
         find_mixers(nn.Sequential(Both()))  # type: ignore[arg-type]
     with pytest.raises(UnsupportedModel, match="Neither takes its cache by no known name"):
-        replace([Neither()])
+        run_by_step([Neither()])
 
 
 def test_the_newest_inputs_of_a_convolution() -> None:

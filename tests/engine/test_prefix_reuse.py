@@ -196,7 +196,7 @@ def cache_is_finite(core: EngineCore) -> bool:
     kept = [place for place, _ in cache._kept.values()]
     storage: Any = core.runner.storage
     if isinstance(storage, RowStorage):
-        parts = range(len(storage._parts))
+        parts = range(len(storage._layout.parts))
         blocks = [storage._pool.part(part, place, 1) for part in parts for place in kept]
     else:
         kept = [storage._kept[place] for place in kept]

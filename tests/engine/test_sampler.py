@@ -172,7 +172,12 @@ class TestDraw:
         assert tokens(logits, [one]) == [reference(logits[0].tolist(), one)]
 
     @pytest.mark.parametrize("vocabulary", [300, 20_000])
-    def test_truncates_many_rows_as_each_alone(self, vocabulary: int) -> None:
+    @pytest.mark.parametrize("compiled", [True, False])
+    def test_truncates_many_rows_as_each_alone(
+        self, vocabulary: int, compiled: bool, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        if not compiled:
+            monkeypatch.setattr(sampler, "cpu_operators", lambda: None)
         logits = random_logits(70, vocabulary)
         settings_ = [
             SamplingParams(top_p=0.9),

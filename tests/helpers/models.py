@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 
 from reft_runtime.base.model import LoadedModel
 from reft_runtime.engine.core import EngineConfig, EngineCore
@@ -24,14 +24,15 @@ from reft_runtime.sampling import SamplingParams
 from reft_runtime.schedule.plan import StepPlan
 from reft_runtime.schedule.request import AppliedIntervention, Request
 from reft_runtime.schedule.sequence import Sequence
+from tools import tiny_models
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 """Of the engine's copy of a model; what it is compared with stays on the CPU."""
 
-VOCABULARY = 320
-HIDDEN = 32
-MAX_LENGTH = 256
-WINDOW = 8
+VOCABULARY = tiny_models.VOCABULARY
+HIDDEN = tiny_models.HIDDEN
+MAX_LENGTH = tiny_models.MAX_LENGTH
+WINDOW = tiny_models.WINDOW
 
 _COMMON: dict[str, Any] = {
     "vocab_size": VOCABULARY,
@@ -46,6 +47,16 @@ _COMMON: dict[str, Any] = {
     "eos_token_id": None,
     "pad_token_id": None,
 }
+_LATENT = {
+    "num_key_value_heads": 4,
+    "kv_lora_rank": 16,
+    "q_lora_rank": 12,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 12,
+}
+"""Multi-head latent attention, with latents that are smaller than keys and values."""
+
 _OWN: dict[str, dict[str, Any]] = {
     "llama": {"num_hidden_layers": 4},
     "qwen2": {},
@@ -57,6 +68,49 @@ _OWN: dict[str, dict[str, Any]] = {
         "tie_word_embeddings": False,
         "sliding_window": WINDOW,
         "layer_types": ["sliding_attention", "sliding_attention", "full_attention"],
+    },
+    "gemma2": {
+        "head_dim": 8,
+        "query_pre_attn_scalar": 8,
+        "tie_word_embeddings": False,
+        "sliding_window": WINDOW,
+        "attn_logit_softcapping": 2.0,
+        "final_logit_softcapping": 5.0,
+    },
+    "gpt_oss": {
+        "head_dim": 8,
+        "sliding_window": WINDOW,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+    },
+    "llama4_text": {
+        "head_dim": 8,
+        "num_hidden_layers": 4,
+        "attention_chunk_size": WINDOW,
+        "intermediate_size_mlp": 48,
+        "num_local_experts": 2,
+    },
+    "deepseek_v3": {
+        **_LATENT,
+        "n_routed_experts": 4,
+        "n_group": 1,
+        "topk_group": 1,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 16,
+        "first_k_dense_replace": 1,
+    },
+    "minicpm3": _LATENT,
+    "gemma4_text": {
+        "head_dim": 8,
+        "global_head_dim": 16,
+        "num_hidden_layers": 4,
+        "num_kv_shared_layers": 2,
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+        "sliding_window": WINDOW,
+        "hidden_size_per_layer_input": 8,
+        "vocab_size_per_layer_input": VOCABULARY,
+        "tie_word_embeddings": False,
     },
     "gpt2": {},
     "gpt_neox": {"rotary_pct": 0.5},
@@ -83,6 +137,17 @@ RECURRENT: dict[str, dict[str, Any]] = {
     "qwen3_5_text": _DELTA,
     "qwen3_5_moe_text": {**_DELTA, **_SHARED},
     "olmo_hybrid": _DELTA,
+    "kimi_linear": {
+        **_LATENT,
+        "num_hidden_layers": 3,
+        "layer_types": ["linear_attention", "linear_attention", "full_attention"],
+        "linear_head_dim": 8,
+        "linear_num_heads": 4,
+        "n_group": 1,
+        "topk_group": 1,
+        "n_routed_experts": 4,
+        **_EXPERTS,
+    },
     "nemotron_h": {
         "num_hidden_layers": 4,
         "layers_block_type": ["mamba", "moe", "mamba", "attention"],
@@ -154,20 +219,7 @@ def tiny(model_type: str, *, seed: int = 0, **changes: Any) -> PreTrainedModel:
         del values["num_key_value_heads"]
     if model_type == "gpt2":
         values["n_inner"] = values.pop("intermediate_size")
-    config = AutoConfig.for_model(model_type, **values)
-    torch.manual_seed(seed)
-    model: PreTrainedModel = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
-        config, dtype=torch.float32
-    )
-    # Norms' weights and all biases begin as constants: random ones show that each is applied.
-    for parameter in model.parameters():
-        if parameter.ndim == 1:
-            parameter.data += 0.1 * torch.randn_like(parameter)
-    model.generation_config = GenerationConfig(  # type: ignore[no-untyped-call]
-        do_sample=False, num_beams=1
-    )
-    model.train(False)
-    return model
+    return tiny_models.tiny_model(AutoConfig.for_model(model_type, **values), seed=seed)
 
 
 @cache
@@ -184,12 +236,15 @@ def make_core(
     max_step_tokens: int = 512,
     kv_tokens: int = 16 * (MAX_LENGTH + 16),
     prefix_cache: bool = True,
+    snapshots: int = 64,
 ) -> EngineCore:
     """A core with room enough; of the tiny Llama unless another is given.
 
     Its clock stands still, so that its steps are the same in every run.
     """
-    config = EngineConfig(max_running, max(max_step_tokens, max_running), kv_tokens, prefix_cache)
+    config = EngineConfig(
+        max_running, max(max_step_tokens, max_running), kv_tokens, prefix_cache, snapshots
+    )
     return EngineCore(loaded or tiny_llama()[1], config, clock=lambda: 0.0)
 
 
@@ -255,6 +310,7 @@ def preempt(core: EngineCore, sequence: Sequence) -> None:
     plan = StepPlan()
     core.scheduler._preempt(sequence, plan)
     core.runner.storage.keep(plan.kept)
+    core.runner.storage.keep_states(plan.kept_states)
     core.runner.release([sequence])
 
 

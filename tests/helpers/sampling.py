@@ -58,7 +58,8 @@ def _token(logits: Tensor, row: Settings, batch: Batch) -> int:
         top_p=row.share,
         min_p=math.exp(-row.reach),
     )
-    return int(sampler._draw(scores[None].clone(), [params], [row.point]))
+    [token] = sampler._draw(scores[None].clone(), [params], [row.point])
+    return token
 
 
 def _edited(scores: Tensor, row: Settings, batch: Batch) -> Tensor:

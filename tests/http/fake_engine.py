@@ -36,6 +36,7 @@ from reft_runtime.outputs import (
     EngineStats,
     FinishReason,
     PrefixCacheStats,
+    SnapshotStats,
     TokenLogprob,
     Trace,
 )
@@ -408,6 +409,7 @@ class FakeEngine:
             hits={"base": 32, "own": 0},
             blocks={"base": 3, "own": 1},
             evictions=2,
+            snapshots=SnapshotStats(kept=3, places=8, hits=5, evictions=1),
         )
         return EngineStats(len(self.running), 0, 0.5, 1, 5, 7, 0, self.heartbeat_age, cache)
 

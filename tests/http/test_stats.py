@@ -50,7 +50,13 @@ async def test_stats_are_those_of_the_metrics(
     ):
         assert f"{line} {float(value)}\n" in text
     assert stats["finished"] == {"stop": 0, "length": 3, "abort": 0, "error": 0}
-    assert stats["prefix_cache"] == {"queries": 64, "hits": 32, "hit_rate": 0.5, "blocks": 4}
+    assert stats["prefix_cache"] == {
+        "queries": 64,
+        "hits": 32,
+        "hit_rate": 0.5,
+        "blocks": 4,
+        "snapshots": {"kept": 3, "places": 8, "hits": 5, "evictions": 1},
+    }
     assert stats["interventions"] == {
         "registered": 3, "loaded": 3, "waiting": 0, "bytes": 1234, "max_bytes": 2_000_000,
     }  # fmt: skip

@@ -9,9 +9,10 @@ from typing import get_args
 import pytest
 import torch
 from torch import Tensor
-from torch.nn.functional import rms_norm, scaled_dot_product_attention, silu
+from torch.nn.functional import conv1d, rms_norm, scaled_dot_product_attention, silu
+from transformers.models.qwen3_5.modeling_qwen3_5 import torch_recurrent_gated_delta_rule
 
-from reft_runtime.kernels.cpu import Kernels, build, kernels
+from reft_runtime.kernels.cpu import Drawing, HeadScoring, Kernels, build, kernels
 from reft_runtime.machine.dtypes import DTYPES
 from server.settings import Dtype
 from tests.helpers.sampling import bits_of
@@ -110,6 +111,33 @@ def test_greedy_at_the_extremes(operators: Kernels, dtype: torch.dtype) -> None:
     assert given == list(wanted.values())
 
 
+def test_draw_keeps_what_reaches_the_share(operators: Kernels) -> None:
+    """Many equal scores, and a row so long that it is cut in parts; points near both ends."""
+    scores = (rand(4, 150_000) * 3).round()
+    scores[:, ::7] = -math.inf
+    for top_k, top_p in ((0, 1.0), (0, 0.5), (1000, 1.0), (1000, 0.5), (149_999, 1 - 1e-9)):
+        for point in (0.0, 0.37, 1 - 2**-53):
+            drawing = Drawing(0.7, 0, top_k, top_p, point)
+            given = operators.draw_(scores.clone(), [drawing] * 4)
+            for row, token in zip(scores, given, strict=True):
+                order = row.double().sort(descending=True, stable=True)
+                weights = (order.values / 0.7).softmax(-1)
+                if top_k:
+                    weights[top_k:] = 0
+                before = weights.cumsum(-1) - weights
+                kept = order.indices[(before < top_p * weights.sum()) & (weights > 0)].sort().values
+                cumulated = (row.double()[kept] / 0.7).softmax(-1).cumsum(-1)
+                at = int((kept == token).nonzero())  # an error where it was not kept
+                # Sums in float64 are exact enough to tell all but neighbours apart.
+                assert cumulated[max(0, at - 2)] <= point + 1e-9 or at < 2
+                assert cumulated[min(len(kept) - 1, at + 1)] >= point - 1e-9
+
+
+def test_draw_wants_a_setting_for_each_row(operators: Kernels) -> None:
+    with pytest.raises(ValueError, match="draw: 1 settings"):
+        operators.draw_(rand(2, 8), [Drawing(1, 0, 0, 1, 0.5)])
+
+
 @dtypes
 @pytest.mark.parametrize("tokens", [1, 300])
 def test_rotate(operators: Kernels, dtype: torch.dtype, tokens: int) -> None:
@@ -133,6 +161,80 @@ def test_rotate(operators: Kernels, dtype: torch.dtype, tokens: int) -> None:
 
 
 @dtypes
+@pytest.mark.parametrize("tokens", [1, 3, 40])
+@pytest.mark.parametrize("dims", [(8, 6), (128, 128), (256, 40)])
+@pytest.mark.parametrize("normalised", [True, False])
+def test_delta_rule(
+    operators: Kernels, dtype: torch.dtype, tokens: int, dims: tuple[int, int], normalised: bool
+) -> None:
+    key_dim, value_dim = dims
+    # Columns of one product, as a linear layer gives them.
+    both = rand(3, tokens, 4 * key_dim + 4 * value_dim, dtype=dtype) / key_dim**0.5
+    query, key, value = both.split([2 * key_dim, 2 * key_dim, 4 * value_dim], -1)
+    heads = query.unflatten(-1, (2, -1)), key.unflatten(-1, (2, -1)), value.unflatten(-1, (4, -1))
+    gate, beta = -rand(3, tokens, 4).exp(), rand(3, tokens, 4, dtype=dtype, seed=1).sigmoid()
+    state = rand(3, 4, key_dim, value_dim, seed=2)
+    out, kept = torch_recurrent_gated_delta_rule(
+        *heads,
+        gate,
+        beta,
+        initial_state=state.clone(),
+        output_final_state=True,
+        use_qk_l2norm_in_kernel=normalised,
+    )
+    made = operators.delta_rule_(heads, gate, beta, state, normalised=normalised)
+    assert made is not None
+    close(made, out)
+    assert kept is not None
+    close(state, kept)
+
+
+def test_what_delta_rule_does_not_take(operators: Kernels) -> None:
+    state = rand(1, 1, 8, 8)
+    untouched = state.clone()
+    heads, gate = (rand(1, 1, 1, 8),) * 3, rand(1, 1, 1)
+    wide, wider = rand(1, 1, 1, 512), rand(1, 1, 512, 8)
+    assert operators.delta_rule_((wide, wide, heads[2]), gate, gate, wider, normalised=True) is None
+    assert operators.delta_rule_(heads, gate, gate, state.bfloat16(), normalised=True) is None
+    assert operators.delta_rule_(heads, gate, gate, state.mT, normalised=True) is None
+    half = tuple(tensor.half() for tensor in heads)
+    assert (
+        operators.delta_rule_((half[0], half[1], half[2]), gate, gate, state, normalised=True)
+        is None
+    )
+    with pytest.raises(ValueError, match="shapes disagree"):
+        operators.delta_rule_(heads, gate, gate, rand(1, 2, 8, 8), normalised=True)
+    assert torch.equal(state, untouched)
+
+
+@dtypes
+@pytest.mark.parametrize("taps", [2, 4])
+@pytest.mark.parametrize("more", [0, 1])
+@pytest.mark.parametrize("biased", [True, False])
+@pytest.mark.parametrize("count", [1, 9])
+def test_convolve(
+    operators: Kernels, dtype: torch.dtype, taps: int, more: int, biased: bool, count: int
+) -> None:
+    channels = 2100
+    state = rand(count, channels, taps - 1 + more, dtype=dtype)
+    inputs, weight = rand(count, channels, dtype=dtype, seed=1), rand(channels, taps, dtype=dtype)
+    bias = rand(channels, dtype=dtype, seed=2) if biased else None
+    every = torch.cat((state, inputs[..., None]), -1)
+    wanted = conv1d(
+        every[..., -taps:].float(),
+        weight[:, None].float(),
+        None if bias is None else bias.float(),
+        groups=channels,
+    )[..., 0]
+    for activated in (False, True):
+        kept = state.clone()
+        made = operators.convolve_(inputs, kept, weight, bias, silu=activated)
+        assert made is not None
+        assert torch.equal(kept, every[..., 1:])
+        close(made, (silu(wanted) if activated else wanted).to(dtype))
+
+
+@dtypes
 @pytest.mark.parametrize("dim", [64, 128, 24])
 @pytest.mark.parametrize("window", [0, 5, 70])
 def test_attend(operators: Kernels, dtype: torch.dtype, dim: int, window: int) -> None:
@@ -152,7 +254,7 @@ def test_attend(operators: Kernels, dtype: torch.dtype, dim: int, window: int) -
         [(rows[slot].data_ptr(), capacity, at) for slot, at in zip(slots, positions, strict=True)]
     )
     before = 0, kv_heads * dim
-    operators.attend(query, key, value, out, places, before, 0.2, window)
+    operators.attend(query, key, value, out, places, before, HeadScoring(0.2, window))
     for token, (slot, position) in enumerate(zip(slots, positions, strict=True)):
         assert torch.equal(keys[slot, :, position], key[token])
         assert torch.equal(values[slot, :, position], value[token])
@@ -191,7 +293,7 @@ def test_attend_prompts(
         [(rows[slot].data_ptr(), capacity, first, *rest) for first, slot, *rest in segments]
     )
     before = 0, kv_heads * dim
-    operators.attend_prompts(query, key, value, out, places, before, 0.2, window)
+    operators.attend_prompts(query, key, value, out, places, before, HeadScoring(0.2, window))
     for first, slot, start, length in segments:
         own, stop = slice(first, first + length), start + length
         assert torch.equal(keys[slot, :, start:stop], key[own].transpose(0, 1))
@@ -218,7 +320,9 @@ def test_a_token_that_is_not_finite_spoils_no_other_prompt(operators: Kernels) -
     rows = torch.zeros(2, 2, 2, 32, 64)
     out = torch.empty_like(query)
     places = [(rows[0].data_ptr(), 32, 0, 0, 20), (rows[1].data_ptr(), 32, 20, 0, 20)]
-    operators.attend_prompts(query, key, value, out, torch.tensor(places), (0, 128), 1.0, 0)
+    operators.attend_prompts(
+        query, key, value, out, torch.tensor(places), (0, 128), HeadScoring(1.0)
+    )
     assert out[3].isnan().all()
     assert out[:3].isfinite().all()
     assert out[4:].isfinite().all()
@@ -230,7 +334,7 @@ def test_a_row_that_is_not_finite_spoils_no_other(operators: Kernels) -> None:
     rows = torch.zeros(2, 2, 2, 16, 64)
     out = torch.empty_like(query)
     places = torch.tensor([(row.data_ptr(), 16, 0) for row in rows])
-    operators.attend(query, key, value, out, places, (0, 128), 1.0, 0)
+    operators.attend(query, key, value, out, places, (0, 128), HeadScoring(1.0))
     assert out[0].isnan().all()
     close(out[1], value[1])
 
@@ -243,13 +347,21 @@ def test_a_place_beyond_a_row_is_refused(operators: Kernels, place: tuple[int, i
     address = rows.data_ptr()
     places = torch.tensor([(address, 16, 0), (address, *place)])
     with pytest.raises(ValueError, match="beyond"):
-        operators.attend(heads, heads, heads, out, places, (0, 128), 1.0, 0)
+        operators.attend(heads, heads, heads, out, places, (0, 128), HeadScoring(1.0))
     segments = [(address, 16, 0, 0, 1), (address, place[0], 1, place[1], 1)]
     with pytest.raises(ValueError, match="beyond"):
-        operators.attend_prompts(heads, heads, heads, out, torch.tensor(segments), (0, 128), 1.0, 0)
+        operators.attend_prompts(
+            heads, heads, heads, out, torch.tensor(segments), (0, 128), HeadScoring(1.0)
+        )
     with pytest.raises(ValueError, match="beyond"):
         operators.attend_prompts(
-            heads, heads, heads, out, torch.tensor([(address, 16, 1, 0, 2)]), (0, 128), 1.0, 0
+            heads,
+            heads,
+            heads,
+            out,
+            torch.tensor([(address, 16, 1, 0, 2)]),
+            (0, 128),
+            HeadScoring(1.0),
         )
     assert not rows.any()
 
@@ -259,13 +371,30 @@ def test_shapes_that_disagree_are_refused(operators: Kernels) -> None:
     out, wide = torch.empty_like(heads), rand(2, 130)
     places = torch.tensor([(rows.data_ptr(), 16, 0), (rows.data_ptr(), 16, 1)])
     angles = rand(2, 64)
+
+    def attend(
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        out: Tensor,
+        places: Tensor,
+        before: tuple[int, int] = (0, 256),
+        sinks: Tensor | None = None,
+    ) -> None:
+        scoring = HeadScoring(1.0, sinks=sinks)
+        operators.attend(query, key, value, out, places, before, scoring)
+
     for bad in (
-        lambda: operators.attend(heads, heads[:1], heads, out, places, (0, 256), 1.0, 0),
-        lambda: operators.attend(heads, heads, heads[:, :2], out, places, (0, 256), 1.0, 0),
-        lambda: operators.attend(heads, heads[:, :3], heads[:, :3], out, places, (0, 9), 1.0, 0),
-        lambda: operators.attend(heads, heads, heads, out[:1], places, (0, 256), 1.0, 0),
-        lambda: operators.attend(heads, heads, heads, out, places[:1], (0, 256), 1.0, 0),
-        lambda: operators.attend(heads, heads, heads, out, places[:, :2], (0, 256), 1.0, 0),
+        lambda: attend(heads, heads[:1], heads, out, places),
+        lambda: attend(heads, heads, heads[:, :2], out, places),
+        lambda: attend(heads, heads[:, :3], heads[:, :3], out, places, before=(0, 9)),
+        lambda: attend(heads, heads, heads, out[:1], places),
+        lambda: attend(heads, heads, rand(2, 4, 16), out, places),
+        lambda: attend(heads, heads, rand(2, 4, 65), rand(2, 4, 65), places, before=(0, 0)),
+        lambda: attend(heads, heads, heads, out, places[:1]),
+        lambda: attend(heads, heads, heads, out, places[:, :2]),
+        lambda: attend(heads, heads, heads, out, places, sinks=rand(3)),
+        lambda: attend(heads, heads, heads, out, places, sinks=rand(4).bfloat16()),
         lambda: operators.rms_norm(wide, rand(131), 1e-5),
         lambda: operators.rms_norm(wide, rand(65), 1e-5),
         lambda: operators.rms_norm(wide, rand(130).bfloat16(), 1e-5),
@@ -279,7 +408,7 @@ def test_shapes_that_disagree_are_refused(operators: Kernels) -> None:
         lambda: operators.rotate_(heads, heads, angles[:1], angles[:1]),
         lambda: operators.rotate_(heads, heads, angles.bfloat16(), angles.bfloat16()),
     ):
-        with pytest.raises(ValueError, match=r"shapes|places|width|for rows|gate|refuse"):
+        with pytest.raises(ValueError, match=r"shapes|places|width|for rows|gate|refuse|sinks"):
             bad()
     assert not rows.any()
 
@@ -298,19 +427,25 @@ def test_what_the_operators_take(operators: Kernels) -> None:
     assert not supports(heads[:, 1:3])
     for other in (heads.transpose(0, 1), heads[..., :8], heads.half()):
         assert not packs(other)
-    assert not attends(heads, heads, rand(3, 4, 8))
+    assert attends(heads, heads, rand(3, 4, 8))  # values may be narrower
+    assert attends(heads.transpose(0, 1), heads, heads)  # they are packed first
+    assert not attends(heads, heads, heads.bfloat16())
     assert attends_prompts(heads, heads)
-    assert not attends_prompts(rand(3, 49, 16), rand(3, 1, 16))
+    assert not attends_prompts(heads, rand(3, 4, 8))
     assert not attends_prompts(rand(3, 4, 24), rand(3, 4, 24))
-    wide = rand(1, 1, 257)
+    latents = rand(3, 1, 576), rand(3, 1, 512)
+    assert attends_prompts(*latents, values_in_keys=True)
+    assert not attends_prompts(*latents)
+    wide = rand(1, 1, 577)
     assert not attends(wide, wide, wide)
     learned = rand(3, 4, 16).requires_grad_()
     assert not supports(heads, learned)
     assert not packs(learned)
+    assert not attends(heads, heads, learned)
 
 
-@pytest.mark.parametrize("group", [1, 48, 49, 64, 65])
-@pytest.mark.parametrize("dim", [16, 24, 256, 257])
+@pytest.mark.parametrize("group", [1, 16, 17, 48, 49, 128])
+@pytest.mark.parametrize("dim", [16, 24, 256, 576, 577])
 def test_the_library_takes_the_heads_that_it_says_it_takes(
     operators: Kernels, dim: int, group: int
 ) -> None:
@@ -318,16 +453,16 @@ def test_the_library_takes_the_heads_that_it_says_it_takes(
     out = torch.empty_like(query)
     for attend, taken, place in (
         (operators.attend, operators.attends(query, key, key), (16, 0)),
-        (operators.attend_prompts, operators.attends_prompts(query, key), (16, 0, 0, 1)),
+        (operators.attend_prompts, operators.attends_prompts(key, key), (16, 0, 0, 1)),
     ):
         rows.zero_()
         places = torch.tensor([(rows.data_ptr(), *place)])
         if taken:
-            attend(query, key, key, out, places, (0, dim), 1.0, 0)
+            attend(query, key, key, out, places, (0, 16 * dim), HeadScoring(1.0))
             close(out, key.expand_as(query))
         else:
             with pytest.raises(ValueError, match="beyond"):
-                attend(query, key, key, out, places, (0, dim), 1.0, 0)
+                attend(query, key, key, out, places, (0, 16 * dim), HeadScoring(1.0))
             assert not rows.any()
 
 

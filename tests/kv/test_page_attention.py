@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
 
 from reft_runtime.base.attention import Scoring
 from reft_runtime.kv.page_attention import GatheredAttention, PageBatch, PageKernel, RowInPages
 from reft_runtime.kv.triton_attention import MAX_SPLITS, Tile, Tiles, TritonAttention
 from reft_runtime.schedule.blocks import BLOCK_TOKENS, blocks_for
+from tests.helpers.attention import HEADS, SCORINGS, SINKS, attention, described
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -70,35 +72,64 @@ class Paged:
     def batch(self, query_block: int) -> PageBatch:
         return PageBatch.of(self.described, self.tables, query_block)
 
-    def plain(self, scale: float, window: int | None) -> Tensor:
+    def plain(self, scoring: Scoring) -> Tensor:
         """By rows, over keys that lie one after another."""
         first, out = 0, []
         for (before, own), (keys, values) in zip(self.lengths, self.rows, strict=True):
-            at = torch.arange(before + own, device=DEVICE)
-            hidden = at > at[before:, None]
-            if window:
-                hidden |= at <= at[before:, None] - window
-            group = self.query.shape[1] // keys.shape[1]
-            result = scaled_dot_product_attention(
-                self.query[first : first + own].transpose(0, 1),
-                keys.repeat_interleave(group, 1).transpose(0, 1),
-                values.repeat_interleave(group, 1).transpose(0, 1),
-                attn_mask=~hidden,
-                scale=scale,
-            )
-            out.append(result.transpose(0, 1))
+            query = self.query[first : first + own].cpu()
+            out.append(attention(query, keys.cpu(), values.cpu(), before, scoring))
             first += own
-        return torch.cat(out)
+        return torch.cat(out).to(self.query)
+
+
+@pytest.mark.parametrize("scoring", SCORINGS, ids=described)
+def test_the_reference_is_plain_attention(scoring: Scoring) -> None:
+    paged = Paged(BATCHES["mixed"], HEADS, 2, (8, 6), torch.float32)
+    kernel = GatheredAttention()
+    rows = paged.batch(kernel.query_block)
+    found = kernel(paged.query, paged.keys, paged.values, rows, scoring)
+    torch.testing.assert_close(found, paged.plain(scoring))
 
 
 @pytest.mark.parametrize("window", [None, 8])
 @pytest.mark.parametrize("batch", BATCHES)
-def test_the_reference_is_plain_attention(batch: str, window: int | None) -> None:
+def test_the_reference_over_other_batches(batch: str, window: int | None) -> None:
     paged = Paged(BATCHES[batch], 4, 2, (8, 6), torch.float32)
     kernel = GatheredAttention()
     rows = paged.batch(kernel.query_block)
     found = kernel(paged.query, paged.keys, paged.values, rows, Scoring(0.3, window))
-    torch.testing.assert_close(found, paged.plain(0.3, window))
+    torch.testing.assert_close(found, paged.plain(Scoring(0.3, window)))
+
+
+@pytest.mark.parametrize(
+    ("scoring", "processors"),
+    [
+        (Scoring(0.3, 9, None, 1.5, SINKS), 64),
+        (Scoring(0.3, None, 6, None, SINKS), 0),
+    ],
+)
+def test_triton_scores_as_plain_attention(scoring: Scoring, processors: int) -> None:
+    paged = Paged([(36, 1), (3, 1), (0, 18)], HEADS, 2, (24, 16), torch.float32)
+    kernel = TritonAttention(3, processors, SMALL)
+    rows = paged.batch(kernel.query_block)
+    sinks = None if scoring.sinks is None else scoring.sinks.to(DEVICE)
+    found = kernel(paged.query, paged.keys, paged.values, rows, replace(scoring, sinks=sinks))
+    torch.testing.assert_close(found, paged.plain(scoring), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kernel", [GatheredAttention(), TritonAttention(4, 0, SMALL)])
+def test_values_that_are_the_first_numbers_of_keys(kernel: PageKernel) -> None:
+    paged = Paged(BATCHES["mixed"], 4, 1, (24, 16), torch.float32)
+    paged.rows = [(keys, keys[..., :16]) for keys, _ in paged.rows]
+    values = paged.keys[..., :16]
+    batch = paged.batch(kernel.query_block)
+    own = torch.cat(
+        [keys[-own:] for (keys, _), (_, own) in zip(paged.rows, paged.lengths, strict=True)]
+    )
+    paged.keys.view(-1, 1, 24)[batch.addresses] = torch.nan  # the step's own are not stored yet
+    kernel.store(paged.query, own, own[..., :16], paged.keys, values, batch.addresses)
+    found = kernel(paged.query, paged.keys, values, batch, Scoring(0.3))
+    torch.testing.assert_close(found, paged.plain(Scoring(0.3)), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("processors", [0, 64], ids=["whole", "split"])
@@ -121,7 +152,7 @@ def test_triton(
     if rows.decodes:
         assert (kernel.splits(rows.decodes, kv_heads) > 1) == (processors > 0)
     found = kernel(paged.query, paged.keys, paged.values, rows, Scoring(0.3, window))
-    torch.testing.assert_close(found, paged.plain(0.3, window), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(found, paged.plain(Scoring(0.3, window)), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("batch", ["mixed", "long"])
@@ -132,7 +163,7 @@ def test_triton_in_16_bits(batch: str) -> None:
     kernel = TritonAttention(2, 4, Tiles.of(dtype, 32))
     rows = paged.batch(kernel.query_block)
     found = kernel(paged.query, paged.keys, paged.values, rows, Scoring(0.2))
-    torch.testing.assert_close(found, paged.plain(0.2, None), rtol=0.05, atol=0.02)
+    torch.testing.assert_close(found, paged.plain(Scoring(0.2)), rtol=0.05, atol=0.02)
 
 
 def test_heads_that_are_columns_of_a_wider_product() -> None:
@@ -143,7 +174,7 @@ def test_heads_that_are_columns_of_a_wider_product() -> None:
     turned = paged.query.transpose(0, 1).contiguous().transpose(0, 1)
     for query in (wide[:, :4], turned):
         found = kernel(query, paged.keys, paged.values, rows, Scoring(0.3))
-        torch.testing.assert_close(found, paged.plain(0.3, None), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(found, paged.plain(Scoring(0.3)), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("kernel", [GatheredAttention(), TritonAttention(3, 0, SMALL)])

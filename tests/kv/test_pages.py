@@ -19,7 +19,12 @@ from reft_runtime.schedule.prefix_cache import BlockCopy
 from reft_runtime.schedule.request import Request
 from reft_runtime.schedule.sequence import Sequence, sequences_of
 
-SHAPES = (LayerShape(1, 2, 3), LayerShape(2, 2, 2))
+SHAPES = (
+    LayerShape(1, 2, 3),
+    LayerShape(2, 2, 2),
+    LayerShape(1, 2, 3, source=0),
+    LayerShape(1, 3, 2, values_in_keys=True),
+)
 BLOCKS = 24
 ROWS = 6
 

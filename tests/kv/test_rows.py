@@ -48,7 +48,7 @@ def fill(rows: RowStorage, sequence: Sequence, value: float) -> None:
     """Write what is computed: `value` and the position."""
     row = rows.where(sequence)
     content = value + torch.arange(sequence.computed) / 1000
-    for part in range(len(rows._parts)):
+    for part in range(len(rows._layout.parts)):
         row.part(part)[:, : sequence.computed] = content[:, None]
 
 
@@ -56,7 +56,7 @@ def holds(rows: RowStorage, sequence: Sequence, value: float, length: int | None
     row = rows.where(sequence)
     length = sequence.computed if length is None else length
     content = (value + torch.arange(length) / 1000)[:, None]
-    parts = [row.part(part)[:, :length] for part in range(len(rows._parts))]
+    parts = [row.part(part)[:, :length] for part in range(len(rows._layout.parts))]
     return all(torch.equal(part, content.expand_as(part)) for part in parts)
 
 

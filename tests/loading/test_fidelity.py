@@ -4,19 +4,25 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.models.llama.modeling_llama import LlamaMLP
+from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRotaryEmbedding
+from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
 
-from reft_runtime.base.attention import AskedMask, packed_attention
+from reft_runtime.base.attention import Reach, Scoring, packed_attention, running_step
 from reft_runtime.base.linears import Merged
+from reft_runtime.base.model import forward
+from reft_runtime.base.probe import AskedMask
 from reft_runtime.errors import UnsupportedModel
+from reft_runtime.kv.row_attention import RowAttentionStep
 from reft_runtime.kv.rows import RowStorage
 from reft_runtime.loading.loader import adopt_model
+from reft_runtime.loading.samples import samples_for
 from tests.helpers.models import (
     VOCABULARY,
     WINDOW,
@@ -28,6 +34,7 @@ from tests.helpers.models import (
     run,
     tiny,
 )
+from tools.tiny_models import tiny_config, tiny_model
 
 BFLOAT16 = torch.bfloat16
 
@@ -130,13 +137,16 @@ def asked(sees: Callable[..., Any]) -> AskedMask:
     return AskedMask(lambda batch, head, query, key: sees(query, key))
 
 
-def test_the_window_of_a_mask() -> None:
-    assert asked(lambda q, k: k <= q).window(1000) is None
-    for window in (1, 2, 63, 64, 100, 999):
-        mask = asked(lambda q, k, window=window: (k <= q) & (k > q - window))
-        assert mask.window(1000) == window
-        assert mask.window(window) is None  # never reached
-    assert asked(lambda q, k: k <= q).window(1) is None
+def test_the_reach_of_a_mask() -> None:
+    assert asked(lambda q, k: k <= q).reach(1000) == Reach()
+    for length in (1, 2, 63, 64, 100, 999):
+        window = asked(lambda q, k, length=length: (k <= q) & (k > q - length))
+        chunks = asked(lambda q, k, length=length: (k <= q) & (k // length == q // length))
+        alone = length == 1  # a window and a chunk of one token are the same
+        assert window.reach(1000) == (Reach(chunk=1) if alone else Reach(window=length))
+        assert chunks.reach(1000) == Reach(chunk=length)
+        assert window.reach(length) == chunks.reach(length) == Reach()  # never reached
+    assert asked(lambda q, k: k <= q).reach(1) == Reach()
 
 
 @pytest.mark.parametrize(
@@ -144,15 +154,19 @@ def test_the_window_of_a_mask() -> None:
     [
         lambda q, k: q >= 0,  # both ways
         lambda q, k: k < q,  # not itself
-        lambda q, k: (k <= q) & (k // 16 == q // 16),  # in chunks
+        lambda q, k: (k <= q) & (k // 16 == q // 16) & (k > q - 8),  # windows in chunks
+        lambda q, k: (k <= q) & ((k + 4) // 16 == (q + 4) // 16),  # the first chunk is shorter
+        lambda q, k: (k <= q) & ((k // 16 == q // 16) | (k < 1)),  # chunks and the beginning
+        lambda q, k: k // 16 == q // 16,  # both ways in chunks
         lambda q, k: (k <= q) & (k % 2 == 0),  # every other
         lambda q, k: (k <= q) & ((k > q - 8) | (k < 4)),  # a window and the beginning
+        lambda q, k: (k <= q) & ((k > q - 8) | (q >= 200)),  # a window, and then none
         lambda q, k: (k <= q) | (k < 3),  # a prefix both ways
     ],
 )
 def test_other_masks_are_refused(sees: Callable[..., Any]) -> None:
     with pytest.raises(UnsupportedModel, match="neither causal"):
-        asked(sees).window(256)
+        asked(sees).reach(256)
 
 
 # What goes wrong behind the fused operators, the storage or the attention is seen.
@@ -187,7 +201,7 @@ def test_keys_that_are_lost_between_chunks_are_seen(
         for chunk in chunks:
             if chunk.start:
                 row = self.where(chunk.sequence)
-                for part in range(len(self._parts)):
+                for part in range(len(self._layout.parts)):
                     row.part(part)[:, : chunk.start] = 0
         return chunks
 
@@ -222,15 +236,22 @@ def test_a_model_that_is_all_rounding_is_told() -> None:
     refused(model, "take float32")
 
 
-@pytest.mark.parametrize("model_type", ["gptj", "falcon"])
-def test_attention_that_is_not_called_through_the_interface_is_told(model_type: str) -> None:
-    changes = {} if model_type != "gptj" else {"rotary_dim": 8}
-    model = tiny(model_type, **changes)
+def test_attention_that_is_not_called_through_the_interface_is_told() -> None:
     with pytest.raises(UnsupportedModel) as refusal:
-        adopt_model(model)
+        adopt_model(tiny_model(tiny_config("xglm")))
     message = refusal.value.message
     assert "interface" in message
     assert "argument" not in message
+
+
+@pytest.mark.parametrize("mask", [None, torch.zeros(1, 1, 8, 8)])
+def test_masks_of_a_models_own_code_are_told(
+    mask: Tensor | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        "transformers.models.llama.modeling_llama.create_causal_mask", lambda **_: mask
+    )
+    refused(tiny("llama"), "attention masks are not those")
 
 
 def test_attention_in_another_dtype_than_keys_are_kept_in_is_told() -> None:
@@ -250,13 +271,86 @@ def test_packed_attention_without_a_step_is_told() -> None:
         packed_attention(nn.Module(), heads, heads, heads, None)
 
 
-def test_probes_are_ordinary_tokens() -> None:
-    from reft_runtime.loading.fidelity import _samples
+# What goes wrong at some lengths alone is seen: each of these is red without the samples for it.
 
-    samples = _samples(tiny("llama").config, {None, WINDOW}, 256)
+
+@pytest.mark.parametrize(
+    ("dtype", "seen"),
+    [(torch.float32, 39), (torch.float32, 41), (torch.float32, None), (BFLOAT16, None)],
+)
+def test_a_window_that_attention_does_not_keep_to_is_seen(
+    dtype: torch.dtype, seen: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    attend = RowAttentionStep.attend
+
+    def off(self: Any, layer: int, query: Any, key: Any, value: Any, scoring: Scoring) -> Tensor:
+        return attend(self, layer, query, key, value, replace(scoring, window=seen))
+
+    model = tiny("mistral", sliding_window=40)
+    monkeypatch.setattr(RowAttentionStep, "attend", off)
+    refused(in_dtype(model, dtype))
+
+
+def test_a_layer_that_differs_at_one_number_of_tokens_is_seen(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    own = MixtralSparseMoeBlock.forward
+
+    def forward(self: Any, rows: Tensor) -> Any:
+        out = own(self, rows)
+        return out.flip(1) if rows.shape[1] == 33 and running_step() is not None else out
+
+    monkeypatch.setattr(MixtralSparseMoeBlock, "forward", forward)
+    refused(tiny("mixtral", num_local_experts=32), "as large as its routing")
+
+
+def test_decoding_sequences_that_are_mixed_up_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    def mixed(model: Any, ids: Tensor, positions: Tensor, keep: Tensor, step: Any) -> Tensor:
+        rows: Tensor = forward(model, ids, positions, keep, step)
+        decodes = len(ids) > 1 and int((positions[1:] == positions[:-1] + 1).sum()) == 0
+        return rows.roll(1, 0) if decodes else rows
+
+    monkeypatch.setattr("reft_runtime.loading.fidelity.forward", mixed)
+    refused(tiny("llama"), "decode steps")
+
+
+def test_angles_that_depend_on_other_sequences_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    own = LlamaRotaryEmbedding.forward
+
+    def forward(self: Any, x: Tensor, position_ids: Tensor) -> Any:
+        cos, sin = own(self, x, position_ids)
+        return (cos, sin) if int(position_ids.max()) < 200 else (cos * 1.1, sin * 1.1)
+
+    monkeypatch.setattr(LlamaRotaryEmbedding, "forward", forward)
+    refused(tiny("llama"))
+
+
+def test_samples_are_ordinary_tokens_of_every_length() -> None:
+    config = tiny("mixtral", num_local_experts=128).config
+    samples = samples_for(config, {WINDOW}, 256)
     tokens = torch.cat([sample.tokens for sample in samples])
     assert int(tokens.min()) >= VOCABULARY // 8
     assert int(tokens.max()) < VOCABULARY // 2
     ends = {end for sample in samples for end in sample.ends}
     assert {WINDOW - 1, WINDOW, WINDOW + 1, 2 * WINDOW + 4} <= ends
-    assert all(len(s.tokens) <= 5 for s in _samples(tiny("llama").config, {WINDOW}, 5))
+    assert all(len(s.tokens) <= 5 for s in samples_for(config, {WINDOW}, 5))
+
+
+def test_samples_come_in_every_way_of_serving() -> None:
+    config = tiny("mixtral", num_local_experts=128).config
+    samples = samples_for(config, (), 256)
+    steps = [
+        [part for sample in samples if (part := sample.chunks.get(turn))]
+        for turn in range(max(sample.over for sample in samples))
+    ]
+    lengths = [[stop - start for start, stop in step] for step in steps]
+    assert all(lengths)
+    assert any(len(step) > 2 and set(step) == {1} for step in lengths)  # decodes of several
+    assert any(1 in step and max(step) > 1 for step in lengths)  # decodes beside chunks
+    assert any(start and stop - start > 1 for step in steps for start, stop in step)
+    assert [129] in lengths  # more tokens than experts, alone
+    assert {(1,), (2,), (3,)} <= set(map(tuple, lengths))  # around those that a token gets
+    last = [sample for sample in samples if sample.position]
+    assert [sample.position + len(sample.tokens) for sample in last] == [256]
+    first = min(sample.over for sample in samples)
+    assert any(sample.turn >= first for sample in samples)  # in the memory of another

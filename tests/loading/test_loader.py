@@ -13,7 +13,6 @@ from reft_runtime.loading.loader import adopt_model, choose_device, choose_dtype
 from tests.helpers.models import (
     HIDDEN,
     MAX_LENGTH,
-    RECURRENT,
     VOCABULARY,
     make_core,
     prompt,
@@ -22,6 +21,7 @@ from tests.helpers.models import (
     tiny_llama,
 )
 from tests.helpers.models import request as ask
+from tools.tiny_models import tiny_config, tiny_model
 
 
 def bare(model_type: str, **values: Any) -> PreTrainedModel:
@@ -35,20 +35,6 @@ def bare(model_type: str, **values: Any) -> PreTrainedModel:
 
 def small_bloom() -> PreTrainedModel:
     return bare("bloom", vocab_size=32, hidden_size=16, n_layer=2, n_head=2)
-
-
-def small_qwen4() -> PreTrainedModel:
-    return tiny(
-        "qwen4_exp_text",
-        **RECURRENT["qwen3_5_moe_text"],
-        hc_count=2,
-        hc_lowrank=8,
-        indexer_n_heads=2,
-        indexer_kv_heads=1,
-        indexer_head_dim=8,
-        indexer_budget=16,
-        indexer_compress_ratio=2,
-    )
 
 
 def small_zamba2() -> PreTrainedModel:
@@ -69,42 +55,11 @@ def small_zamba2() -> PreTrainedModel:
     )
 
 
-def small_deepseek() -> PreTrainedModel:
-    return tiny(
-        "deepseek_v3",
-        kv_lora_rank=8,
-        q_lora_rank=8,
-        qk_nope_head_dim=8,
-        qk_rope_head_dim=8,
-        v_head_dim=8,
-        n_routed_experts=4,
-        n_group=1,
-        topk_group=1,
-        num_experts_per_tok=2,
-        moe_intermediate_size=16,
-    )
-
-
-def small_gpt_oss() -> PreTrainedModel:
-    return tiny(
-        "gpt_oss",
-        head_dim=8,
-        num_local_experts=2,
-        num_experts_per_tok=1,
-        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
-    )
-
-
-def with_rope(model_type: str, **rope: Any) -> PreTrainedModel:
-    return tiny(model_type, rope_parameters={"rope_theta": 10000.0, **rope})
-
-
 REFUSED: dict[str, tuple[Any, str]] = {
     "states in a cache of its own": (lambda: tiny("minimax", head_dim=8), "keeps its states"),
-    "an indexer": (small_qwen4, "an indexer chooses which keys each token sees"),
+    "an indexer": (lambda: tiny_model(tiny_config("qwen4_exp_text")), "an indexer chooses which"),
+    "another kind of layers": (lambda: tiny_model(tiny_config("deepseek_v4")), "another kind"),
     "decode steps unlike prompts": (small_zamba2, "in decode steps"),
-    "soft-capping": (lambda: tiny("gemma2", head_dim=8), "soft-capping"),
-    "sinks": (small_gpt_oss, "sinks"),
     "ALiBi": (small_bloom, "ALiBi"),
     "ALiBi by a flag": (
         lambda: bare(
@@ -117,10 +72,10 @@ REFUSED: dict[str, tuple[Any, str]] = {
         ),
         "ALiBi",
     ),
-    "MLA": (small_deepseek, "MLA"),
-    "dynamic NTK": (lambda: with_rope("llama", rope_type="dynamic", factor=2.0), "dynamic NTK"),
-    "own attention code": (lambda: tiny("gptj"), "packed forward"),
-    "bidirectional": (lambda: tiny("bert"), "neither causal"),
+    "own attention code": (lambda: tiny_model(tiny_config("xglm")), "interface"),
+    "encoder": (lambda: tiny("bert"), "an encoder"),
+    "decoder of an encoder's output": (lambda: tiny_model(tiny_config("trocr")), "encodes"),
+    "no number of layers": (lambda: tiny_model(tiny_config("blt")), "num_hidden_layers"),
     "attention with a term of its own": (lambda: tiny("doge"), "changes attention masks"),
     "attention twice a layer": (lambda: tiny("diffllama"), "more than once"),
 }
@@ -137,8 +92,8 @@ def test_refusal_names_the_model_and_the_reason(make: Any, reason: str) -> None:
 
 
 def test_a_folder_is_refused_before_its_weights_are_read(tmp_path: Path) -> None:
-    small_bloom().config.save_pretrained(tmp_path)
-    with pytest.raises(UnsupportedModel, match="ALiBi"):
+    tiny_config("deepseek_v32").save_pretrained(tmp_path)
+    with pytest.raises(UnsupportedModel, match="indexer"):
         load_model(str(tmp_path), "float32")
 
 
@@ -148,23 +103,44 @@ def test_an_encoder_decoder_folder_is_refused(tmp_path: Path) -> None:
         load_model(str(tmp_path), "float32")
 
 
-def test_longrope_ends_where_its_short_factors_do() -> None:
+@pytest.mark.parametrize("rope_type", ["longrope", "dynamic"])
+def test_a_sequence_ends_where_all_tokens_would_be_rotated_otherwise(rope_type: str) -> None:
+    model = rotating_otherwise(rope_type)
+    assert adopt_model(copy.deepcopy(model)).max_model_len == 64
+    with pytest.raises(ConfigError, match="64") as error:
+        adopt_model(model, max_model_len=65)
+    assert error.value.param == "max_model_len"
+
+
+@pytest.mark.parametrize("rope_type", ["longrope", "dynamic"])
+def test_rotary_angles_that_depend_on_the_longest_sequence_are_seen(
+    rope_type: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("reft_runtime.loading.loader.chosen_length", lambda *_: 128)
+    with pytest.raises(UnsupportedModel, match="differ from its own"):
+        adopt_model(rotating_otherwise(rope_type))
+
+
+def rotating_otherwise(rope_type: str) -> PreTrainedModel:
+    """A model that rotates all tokens otherwise in a text of more than 64."""
+    if rope_type == "dynamic":
+        return tiny(
+            "llama",
+            max_position_embeddings=64,
+            rope_parameters={"rope_theta": 10000.0, "rope_type": rope_type, "factor": 2.0},
+        )
     half = HIDDEN // 4 // 2
-    model = tiny(
+    return tiny(
         "phi3",
         original_max_position_embeddings=64,
         rope_parameters={
-            "rope_type": "longrope",
+            "rope_type": rope_type,
             "rope_theta": 10000.0,
             "short_factor": [1.0] * half,
             "long_factor": [2.0] * half,
             "original_max_position_embeddings": 64,
         },
     )
-    assert adopt_model(copy.deepcopy(model)).max_model_len == 64
-    with pytest.raises(ConfigError, match="64") as error:
-        adopt_model(model, max_model_len=65)
-    assert error.value.param == "max_model_len"
 
 
 @pytest.mark.parametrize("length", [0, MAX_LENGTH + 1])

@@ -186,8 +186,9 @@ def test_a_state_before_the_edits_is_kept_at_once() -> None:
 @pytest.mark.parametrize("how", ["fails", "is aborted", "is preempted", "makes no token"])
 def test_a_state_of_which_no_token_came_is_not_kept(how: str) -> None:
     simulation = RecurrentSimulation()
-    tokens = {"max_tokens": 0} if how == "makes no token" else {}
-    first = simulation.add(SYSTEM, BAD if how == "fails" else EDIT, **tokens)
+    first = simulation.add(
+        SYSTEM, BAD if how == "fails" else EDIT, max_tokens=0 if how == "makes no token" else 4
+    )
     length = 100 if how == "makes no token" else 96
     assert simulation.shapes() == [(0, 0, length)]
     if how == "is aborted":
@@ -361,21 +362,25 @@ def test_a_snapshot_without_its_blocks_is_not_used() -> None:
     simulation.finish()
 
 
-TEXTS = [prompt(150, seed=1), prompt(150, seed=2), (*prompt(150, seed=1)[:70], *prompt(80, seed=3))]
+TEXTS = [
+    prompt(250, seed=1),
+    *((*prompt(250, seed=1)[:at], *prompt(250 - at, seed=at)) for at in (70, 100, 170)),
+]
 EDITS = [
     (),
-    *((applied(loreft(1, p)),) for p in ("l1", "f1", "all", "[40]", "l20+decode")),
+    (),
+    *((applied(loreft(1, p)),) for p in ("l1", "f1", "[100]", "l20+decode")),
     (BAD,),
     (AppliedIntervention(POISON, applied(loreft(1, "[70]")).edits),),
 ]
 ASKED = st.tuples(
     st.sampled_from(TEXTS),
-    st.integers(1, 150),
+    st.integers(1, 250) | st.integers(65, 250),
     st.sampled_from(EDITS),
-    st.integers(0, 30),
+    st.sampled_from([0, 1, 2, 5, 30]),
     st.integers(1, 3),
     st.sampled_from([(), (), LABELS]),
-    st.sampled_from(["", "", "a"]),
+    st.sampled_from(["", "", "", "a"]),
     st.integers(0, 20),
     st.none() | st.integers(0, 25),
 )
@@ -386,11 +391,11 @@ end by force."""
 @settings(max_examples=150, deadline=None, derandomize=True, database=None)
 @given(
     st.integers(1, 8),
-    st.integers(0, 100),
-    st.integers(208, 700),
-    st.integers(0, 5),
-    st.booleans(),
-    st.lists(ASKED, min_size=1, max_size=10),
+    st.integers(0, 100) | st.just(500),
+    st.integers(304, 450) | st.just(2000),
+    st.sampled_from([0, 1, 1, 2, 3, 9]),
+    st.sampled_from([True, True, True, False]),
+    st.lists(ASKED, min_size=3, max_size=14),
 )
 def test_every_chunk_begins_with_the_state_of_its_tokens(
     max_running: int,
@@ -419,9 +424,14 @@ def test_every_chunk_begins_with_the_state_of_its_tokens(
     for at in range(26):
         for text, length, edits, most, n, labels, tenant, arrives, ends in asked:
             if arrives == at:
-                sampling = {} if labels else {"max_tokens": most, "n": n if most else 1}
+                most = 0 if labels else most
                 sequence = simulation.add(
-                    text[:length], *edits, labels=labels, tenant=tenant, **sampling
+                    text[:length],
+                    *edits,
+                    labels=labels,
+                    tenant=tenant,
+                    max_tokens=most,
+                    n=n if most else 1,
                 )
                 if ends is not None:
                     gone.append((sequence, ends))

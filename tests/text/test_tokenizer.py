@@ -183,6 +183,28 @@ class TestChat:
             Tokenizer(inner, 100).render([turn("user", "x")], answered=answered)
         assert error.value.param == "messages"
 
+    @pytest.mark.parametrize(
+        "content",
+        [
+            # As SmolVLM's, LLaVA's, and Gemma 3's, which takes both.
+            "{% if m['content'][0]['type'] == 'image' %}!{% endif %}"
+            "{% for p in m['content'] %}{% if p['type'] == 'text' %}{{ p['text'] }}{% endif %}"
+            "{% endfor %}",
+            "{% for p in m['content'] | selectattr('type', 'equalto', 'text') %}{{ p.text }}"
+            "{% endfor %}",
+            "{% if m['content'] is string %}{{ m['content'] }}{% else %}?{% endif %}",
+        ],
+    )
+    def test_templates_that_want_parts_get_them(self, content: str) -> None:
+        inner = tiny_tokenizer()
+        inner.chat_template = "{% for m in messages %}[" + content + "]{% endfor %}"
+        tokenizer = Tokenizer(inner, 100)
+        turns = [turn("system", "be"), turn("user", "you"), turn("assistant", "")]
+        assert tokenizer.render(turns, answered=True) == "[be][you][]"
+        options = ChatOptions(add_generation_prompt=False, continue_final_message=True)
+        ids = tokenizer.encode_chat([*turns, turn("assistant", "the")], options=options)
+        assert tokenizer.decode(ids) == "[be][you][][the"
+
     def test_without_a_template(self) -> None:
         with pytest.raises(InvalidRequest, match="use /v1/completions") as error:
             SENTENCEPIECE.encode_chat([turn("user", "x")])

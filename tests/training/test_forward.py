@@ -45,7 +45,9 @@ def test_the_engine_gives_the_trainers_logits(kind: str, positions: str) -> None
                 assert float(row[token]) == pytest.approx(value, abs=1e-4)
 
 
-@pytest.mark.parametrize("model_type", ["llama", "mistral", "gemma3_text", "gpt2"])
+@pytest.mark.parametrize(
+    "model_type", ["llama", "mistral", "gemma3_text", "gpt2", "gpt_oss", "llama4_text"]
+)
 def test_known_prefixes_change_nothing(model_type: str) -> None:
     """Sliding windows, learned positions: behind a kept prefix as in one pass over all tokens."""
     layers = (1, 2)

@@ -7,10 +7,11 @@ as `packs` says). Shapes that disagree raise ValueError: a kernel would write ou
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from ctypes import c_char_p, c_float, c_int, c_int64, c_void_p
+from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,9 +30,38 @@ _ARGUMENTS: dict[str, list[Any]] = {
     "greedy": [_P, _P, _I, _I, c_int],
     "refuse": [_P, _P, _I],
     "rotate": [*[_P] * 4, *[_I] * 6, c_int],
-    "attend": [*[_P] * 5, *[_I] * 11, _F, c_int],
-    "attend_prompts": [*[_P] * 5, *[_I] * 11, _F, c_int],
+    "delta_rule": [*[_P] * 7, *[_I] * 9, c_int, c_int],
+    "convolve": [*[_P] * 5, *[_I] * 4, c_int, c_int],
+    "attend": [*[_P] * 5, *[_I] * 13, _F, _F, _P, c_int],
+    "attend_prompts": [*[_P] * 5, *[_I] * 13, _F, _F, _P, c_int],
 }
+
+
+class Drawing(NamedTuple):
+    """How a token is drawn; `point` in [0, 1) is where the cumulated weights are cut.
+
+    `top_k` 0 keeps all tokens, as `top_p` 1 and `min_p` 0 do.
+    """
+
+    temperature: float
+    min_p: float
+    top_k: int
+    top_p: float
+    point: float
+
+
+@dataclass(slots=True)
+class HeadScoring:
+    """How queries score keys, and which they see: `base.attention.Scoring`, 0 for None.
+
+    `sinks` are float32 [heads], one behind the other.
+    """
+
+    scale: float
+    window: int = 0
+    chunk: int = 0
+    softcap: float = 0.0
+    sinks: Tensor | None = None
 
 
 class Kernels:
@@ -51,10 +81,17 @@ class Kernels:
                 function.argtypes = arguments
                 function.restype = c_int if operator.startswith("attend") else None
                 self._functions[operator, dtype] = function
-        for question in (library.can_attend, library.can_attend_prompts):
-            question.argtypes = [_I, _I]
+        library.can_attend.argtypes = [_I, _I]
+        library.can_attend_prompts.argtypes = [_I, _I, c_int]
         self._can_attend: Callable[[int, int], int] = cache(library.can_attend)
-        self._can_attend_prompts: Callable[[int, int], int] = cache(library.can_attend_prompts)
+        library.draw_tokens.argtypes = [*[_P] * 4, _I, _I, c_int]
+        library.draw_tokens.restype = None
+        self._draw: Callable[..., None] = library.draw_tokens
+        library.widest_delta_key.restype = _I
+        self._widest_delta_key: int = library.widest_delta_key()
+        self._can_attend_prompts: Callable[[int, int, bool], int] = cache(
+            library.can_attend_prompts
+        )
         library.instructions.restype = c_char_p
         self.name = f"C++ kernels ({library.instructions().decode()})"
 
@@ -80,16 +117,19 @@ class Kernels:
         return dtype in self._dtypes
 
     def attends(self, query: Tensor, key: Tensor, value: Tensor) -> bool:
-        """Whether `attend` takes these heads [T, heads, dim]."""
-        return (
-            query.shape[2] == value.shape[2]
-            and bool(self._can_attend(query.shape[2], query.shape[1] // key.shape[1]))
-            and self.packs(query, key, value)
-        )
+        """Whether `attend` takes these heads [T, heads, dim], once the heads of a token are packed.
 
-    def attends_prompts(self, query: Tensor, key: Tensor) -> bool:
-        """Whether `attend_prompts` takes heads that `attend` does."""
-        return bool(self._can_attend_prompts(query.shape[2], query.shape[1] // key.shape[1]))
+        That is, once they lie side by side as `packs` says.
+        """
+        dtype = query.dtype
+        for heads in (query, key, value):
+            if heads.dtype != dtype or heads.requires_grad or not heads.is_cpu:
+                return False
+        return dtype in self._dtypes and bool(self._can_attend(key.shape[2], value.shape[2]))
+
+    def attends_prompts(self, key: Tensor, value: Tensor, *, values_in_keys: bool = False) -> bool:
+        """Whether `attend_prompts` takes heads that `attend` does; for the values, see there."""
+        return bool(self._can_attend_prompts(key.shape[2], value.shape[2], values_in_keys))
 
     def rms_norm(self, rows: Tensor, weight: Tensor, epsilon: float) -> Tensor:
         """Rows [..., d] divided by their root mean square, times `weight` [d]."""
@@ -173,6 +213,26 @@ class Kernels:
             raise ValueError("refuse: the words do not lie side by side")
         self._functions["refuse", row.dtype](row.data_ptr(), allowed.data_ptr(), len(row))
 
+    def draw_(self, scores: Tensor, settings: Sequence[Drawing]) -> list[int]:
+        """Draw a token from each row of scores [rows, vocabulary], float32; overwrites them.
+
+        The largest score of each row must be finite.
+        """
+        if scores.dtype != torch.float32 or len(settings) != len(scores):
+            raise ValueError(f"draw: {len(settings)} settings for {scores.dtype} {scores.shape}")
+        told = torch.tensor(settings, dtype=torch.float64)
+        weights, tokens = torch.empty_like(scores), torch.empty(len(scores), dtype=torch.long)
+        self._draw(
+            scores.data_ptr(),
+            weights.data_ptr(),
+            told.data_ptr(),
+            tokens.data_ptr(),
+            *scores.shape,
+            torch.get_num_threads(),
+        )
+        drawn: list[int] = tokens.tolist()
+        return drawn
+
     def rotate_(self, query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> None:
         """Rotary positions in place: heads [T, heads, dim], `cos` and `sin` [T, dim].
 
@@ -204,6 +264,71 @@ class Kernels:
             torch.get_num_threads(),
         )
 
+    def delta_rule_(
+        self,
+        heads: tuple[Tensor, Tensor, Tensor],
+        gate: Tensor,
+        beta: Tensor,
+        state: Tensor,
+        *,
+        normalised: bool,
+    ) -> Tensor | None:
+        """See `MixerOperators.delta_rule_`."""
+        query, key, value = heads
+        count, tokens, key_heads, key_dim = key.shape
+        value_heads, value_dim = value.shape[2:]
+        if (
+            query.shape != key.shape
+            or value.shape[:2] != (count, tokens)
+            or value_heads % key_heads
+            or not gate.shape == beta.shape == (count, tokens, value_heads)
+            or state.shape != (count, value_heads, key_dim, value_dim)
+        ):
+            shapes = [tuple(tensor.shape) for tensor in (*heads, gate, beta, state)]
+            raise ValueError(f"delta_rule: shapes disagree: {shapes}")
+        if key_dim > self._widest_delta_key or not state.is_cpu or not state.is_contiguous():
+            return None
+        if state.dtype != torch.float32 or any(t.requires_grad for t in (gate, beta, state)):
+            return None
+        packed = [_packed(tensor) for tensor in heads]
+        if not self.packs(*packed):
+            return None
+        gate, beta = gate.float().contiguous(), beta.float().contiguous()
+        out = value.new_empty(count, tokens, value_heads, value_dim)
+        self._functions["delta_rule", value.dtype](
+            *(tensor.data_ptr() for tensor in (*packed, gate, beta, state, out)),
+            *(count, tokens, key_heads, value_heads, key_dim, value_dim),
+            *(tensor.stride(0) for tensor in packed),
+            normalised,
+            torch.get_num_threads(),
+        )
+        return out
+
+    def convolve_(
+        self, inputs: Tensor, state: Tensor, weight: Tensor, bias: Tensor | None, *, silu: bool
+    ) -> Tensor | None:
+        """See `MixerOperators.convolve_`."""
+        count, channels, kept = state.shape
+        taps = weight.shape[-1]
+        if inputs.shape != (count, channels) or weight.shape != (channels, taps) or kept < taps - 1:
+            shapes = [tuple(tensor.shape) for tensor in (inputs, state, weight)]
+            raise ValueError(f"convolve: shapes disagree: {shapes}")
+        inputs = inputs.contiguous()
+        if not self.supports(inputs, state, weight, *(() if bias is None else (bias,))):
+            return None
+        out = torch.empty_like(inputs)
+        self._functions["convolve", inputs.dtype](
+            inputs.data_ptr(),
+            weight.data_ptr(),
+            None if bias is None else bias.data_ptr(),
+            state.data_ptr(),
+            out.data_ptr(),
+            *(count, channels, taps, kept),
+            silu,
+            torch.get_num_threads(),
+        )
+        return out
+
     def attend(
         self,
         query: Tensor,
@@ -212,21 +337,20 @@ class Kernels:
         out: Tensor,
         places: Tensor,
         before: tuple[int, int],
-        scale: float,
-        window: int,
+        scoring: HeadScoring,
     ) -> None:
         """Store keys and values [T, kv_heads, dim], attend with queries [T, heads, dim] into `out`.
 
         `places` int64 [T, 3] holds for each token the address of its KV row, the row's capacity,
         and the token's position in it. A KV row holds keys and values of all layers, each
         [kv_heads, capacity, dim]; `before` is how many numbers of a token come before the layer's
-        keys, and before its values. A token sees the positions up to its own, the last `window` of
-        them if that is not 0. All tokens are stored before any attends. Raises ValueError, and
-        writes nothing, if shapes disagree or a position is beyond its row.
+        keys, and before its values. If these are equal, the values are the first numbers of the
+        keys, and are not stored again. All tokens are stored before any attends. Raises ValueError,
+        and writes nothing, if shapes disagree or a position is beyond its row.
         """
         if len(places) != len(query):
             raise ValueError(f"attend: {len(places)} places for {len(query)} tokens")
-        self._attend("attend", query, key, value, out, places, 3, before, scale, window)
+        self._attend("attend", query, key, value, out, places, 3, before, scoring)
 
     def attend_prompts(
         self,
@@ -236,8 +360,7 @@ class Kernels:
         out: Tensor,
         places: Tensor,
         before: tuple[int, int],
-        scale: float,
-        window: int,
+        scoring: HeadScoring,
     ) -> None:
         """Like `attend` for consecutive tokens of prompts: many tokens go over the keys together.
 
@@ -245,7 +368,7 @@ class Kernels:
         capacity, the first token, the position of that in the KV row, and the number of tokens.
         Raises `MemoryError` if memory runs out, and then writes nothing.
         """
-        self._attend("attend_prompts", query, key, value, out, places, 5, before, scale, window)
+        self._attend("attend_prompts", query, key, value, out, places, 5, before, scoring)
 
     def _attend(
         self,
@@ -257,23 +380,26 @@ class Kernels:
         places: Tensor,
         columns: int,
         before: tuple[int, int],
-        scale: float,
-        window: int,
+        scoring: HeadScoring,
     ) -> None:
         tokens, heads, dim = query.shape
-        key_heads = key.shape[1]
+        key_heads, width = key.shape[1], value.shape[2]
+        sinks = scoring.sinks
         if (
             key.shape != (tokens, key_heads, dim)
-            or value.shape != key.shape
-            or out.shape != query.shape
+            or value.shape != (tokens, key_heads, width)
+            or out.shape != (tokens, heads, width)
             or not out.is_contiguous()
             or heads % key_heads
+            or (before[0] == before[1] and width > dim)
             or places.shape[1:] != (columns,)
             or places.dtype != torch.int64
             or not places.is_contiguous()
         ):
             shapes = [tuple(tensor.shape) for tensor in (query, key, value, out, places)]
             raise ValueError(f"{operator}: shapes disagree: {shapes}")
+        if sinks is not None and (sinks.shape != (heads,) or sinks.dtype != torch.float32):
+            raise ValueError(f"{operator}: sinks {tuple(sinks.shape)} for {heads} heads")
         status = self._functions[operator, query.dtype](
             query.data_ptr(),
             key.data_ptr(),
@@ -286,17 +412,28 @@ class Kernels:
             key_heads,
             heads // key_heads,
             dim,
+            width,
             query.stride(0),
             key.stride(0),
             value.stride(0),
-            window,
-            scale,
+            scoring.window,
+            scoring.chunk,
+            scoring.scale,
+            scoring.softcap,
+            None if sinks is None else sinks.data_ptr(),
             torch.get_num_threads(),
         )
         if status == _NO_MEMORY:
             raise MemoryError(f"{operator}: out of memory")
         if status:
             raise ValueError(f"{operator}: a token is beyond its row or the step")
+
+
+def _packed(heads: Tensor) -> Tensor:
+    """Heads [n, T, heads, dim] as [n * T, heads, dim], those of a token side by side."""
+    rows = heads.flatten(0, 1)
+    _, between, within = rows.stride()
+    return rows if within == 1 and between == rows.shape[2] else rows.contiguous()
 
 
 @cache

@@ -6,8 +6,10 @@
 #include <cstdint>
 
 #include "decode_attention.h"
+#include "delta_rule.h"
 #include "prompt_attention.h"
 #include "rows.h"
+#include "sampling.h"
 #include "scalars.h"
 
 #define EXPORT(NAME, T)                                                                            \
@@ -37,33 +39,60 @@
         rotate(query, key, cos, sin, tokens, query_heads, key_heads, dim, query_stride,            \
                key_stride, threads);                                                               \
     }                                                                                              \
+    extern "C" void delta_rule_##NAME(                                                             \
+        const T* query, const T* key, const T* value, const float* gate, const float* beta,        \
+        float* state, T* out, int64_t count, int64_t tokens, int64_t key_heads,                    \
+        int64_t value_heads, int64_t key_dim, int64_t value_dim, int64_t query_stride,             \
+        int64_t key_stride, int64_t value_stride, int normal, int threads) {                       \
+        delta_rule(query, key, value, gate, beta, state, out, count, tokens, key_heads,            \
+                   value_heads, key_dim, value_dim, query_stride, key_stride, value_stride,        \
+                   normal, threads);                                                               \
+    }                                                                                              \
+    extern "C" void convolve_##NAME(const T* inputs, const T* weight, const T* bias, T* state,     \
+                                    T* out, int64_t count, int64_t channels, int64_t taps,         \
+                                    int64_t kept, int silu, int threads) {                         \
+        convolve(inputs, weight, bias, state, out, count, channels, taps, kept, silu, threads);    \
+    }                                                                                              \
     extern "C" int attend_##NAME(                                                                  \
         const T* query, const T* key, const T* value, T* out, const int64_t* places,               \
         int64_t count, int64_t, int64_t keys_before, int64_t values_before, int64_t key_heads,     \
-        int64_t group, int64_t dim, int64_t query_stride, int64_t key_stride,                      \
-        int64_t value_stride, int64_t window, float scale, int threads) {                          \
+        int64_t group, int64_t key_dim, int64_t value_dim, int64_t query_stride,                   \
+        int64_t key_stride, int64_t value_stride, int64_t window, int64_t chunk, float scale,      \
+        float softcap, const float* sinks, int threads) {                                          \
         return attend(query, key, value, out, places, count, keys_before, values_before,           \
-                      key_heads, group, dim, query_stride, key_stride, value_stride, window,       \
-                      scale, threads);                                                             \
+                      key_heads, group, {key_dim, value_dim, keys_before == values_before},        \
+                      query_stride, key_stride, value_stride,                                      \
+                      {window, chunk, scale, softcap, sinks}, threads);                            \
     }                                                                                              \
     extern "C" int attend_prompts_##NAME(                                                          \
         const T* query, const T* key, const T* value, T* out, const int64_t* segments,             \
         int64_t count, int64_t tokens, int64_t keys_before, int64_t values_before,                 \
-        int64_t key_heads, int64_t group, int64_t dim, int64_t query_stride, int64_t key_stride,   \
-        int64_t value_stride, int64_t window, float scale, int threads) {                          \
-        auto* run = prompt_attention<T>(dim);                                                      \
+        int64_t key_heads, int64_t group, int64_t key_dim, int64_t value_dim,                      \
+        int64_t query_stride, int64_t key_stride, int64_t value_stride, int64_t window,            \
+        int64_t chunk, float scale, float softcap, const float* sinks, int threads) {              \
+        auto* run = prompt_attention<T>({key_dim, value_dim, keys_before == values_before});       \
         if (!run) return 1;                                                                        \
         return run(query, key, value, out, segments, count, tokens, keys_before, values_before,    \
-                   key_heads, group, query_stride, key_stride, value_stride, window, scale,        \
-                   threads);                                                                       \
+                   key_heads, group, query_stride, key_stride, value_stride,                       \
+                   {window, chunk, scale, softcap, sinks}, threads);                               \
     }
 
-// Whether attention takes heads `dim` wide, with `group` query heads to a key head. All operators
-// take the dtypes that are exported below.
-extern "C" int can_attend(int64_t dim, int64_t group) { return attends(dim, group); }
-extern "C" int can_attend_prompts(int64_t dim, int64_t group) {
-    return attends_prompts(dim, group);
+// Whether attention takes heads of these widths. All operators take the dtypes that are exported
+// below.
+extern "C" int can_attend(int64_t key_dim, int64_t value_dim) {
+    return attends(key_dim, value_dim);
 }
+extern "C" int can_attend_prompts(int64_t key_dim, int64_t value_dim, int values_in_keys) {
+    return attends_prompts({key_dim, value_dim, values_in_keys != 0});
+}
+extern "C" void draw_tokens(float* scores, float* weights, const double* settings, int64_t* tokens,
+                            int64_t count, int64_t width, int threads) {
+    draw(scores, weights, reinterpret_cast<const Settings*>(settings), tokens, count, width,
+         threads);
+}
+
+// The widest key heads that the gated delta rule takes.
+extern "C" int64_t widest_delta_key() { return MAX_KEY; }
 
 // The vector instructions that the compiler was allowed to use.
 extern "C" const char* instructions() {

@@ -20,8 +20,8 @@ constexpr int64_t ROWS = 4;   // rows of a product that are computed at once
 constexpr int64_t TILE = 48;  // query heads times tokens that go over the keys together, at most
 
 // c [rows, N] = a [rows, DEPTH] b [DEPTH, N], or c += with `add`. `rows` is a multiple of ROWS, N
-// one of LANES. A_ROW and A_DEPTH are the strides of a.
-template <int64_t DEPTH, int64_t N, int64_t A_ROW, int64_t A_DEPTH>
+// one of LANES. A_ROW and A_DEPTH are the strides of a, B_DEPTH that of b.
+template <int64_t DEPTH, int64_t N, int64_t A_ROW, int64_t A_DEPTH, int64_t B_DEPTH>
 void multiply(const float* a, const float* b, float* c, int64_t rows, bool add) {
 #ifdef __AVX512F__
     constexpr int64_t WIDE = N % 64 == 0 ? 4 : N % 48 == 0 ? 3 : N % 32 == 0 ? 2 : 1;
@@ -43,7 +43,7 @@ void multiply(const float* a, const float* b, float* c, int64_t rows, bool add) 
             for (int64_t k = 0; k < DEPTH; ++k) {
 #pragma GCC unroll 4
                 for (int64_t w = 0; w < WIDE; ++w)
-                    std::memcpy(&right[w], b + k * N + column + w * LANES, sizeof(lanes));
+                    std::memcpy(&right[w], b + k * B_DEPTH + column + w * LANES, sizeof(lanes));
 #pragma GCC unroll 4
                 for (int64_t r = 0; r < ROWS; ++r)
 #pragma GCC unroll 4
@@ -68,38 +68,47 @@ const float* widen_block(const T* from, float* scratch, int64_t count) {
     return scratch;
 }
 
-// Attention of the tokens of one prompt from `position` on, for the query heads that share a key
-// head. Scores have a row per key and TILE columns (token, head).
-template <typename T, int64_t DIM>
+// Attention of the tokens of one prompt from `position` on, for `group` query heads that share a
+// key head; `sinks` are those of these heads. Scores have a row per key and TILE columns (token,
+// head). With INSIDE, the values are the first numbers of the keys.
+template <typename T, int64_t DIM, int64_t WIDTH, bool INSIDE>
 void attend_tile(const T* query, const T* keys, const T* values, T* out, int64_t tokens,
                  int64_t group, int64_t query_stride, int64_t out_stride, int64_t position,
-                 int64_t window, float scale) {
+                 const Scoring& scoring, const float* sinks) {
     constexpr float NOTHING = -std::numeric_limits<float>::infinity();
-    alignas(64) float queries[DIM * TILE], scores[BLOCK * TILE], sums[TILE * DIM];
-    alignas(64) float key_scratch[BLOCK * DIM], value_scratch[BLOCK * DIM];
+    alignas(64) float queries[DIM * TILE], scores[BLOCK * TILE], sums[TILE * WIDTH];
+    alignas(64) float key_scratch[BLOCK * DIM], value_scratch[INSIDE ? 1 : BLOCK * WIDTH];
     alignas(64) float largest[TILE], top[TILE], shrink[TILE], weights[TILE];
-    const int64_t used = tokens * group;
+    const int64_t used = tokens * group, window = scoring.window, chunk = scoring.chunk;
     std::fill_n(queries, DIM * TILE, 0.0f);
-    std::fill_n(sums, TILE * DIM, 0.0f);
+    std::fill_n(sums, TILE * WIDTH, 0.0f);
     std::fill_n(largest, TILE, NOTHING);
     std::fill_n(weights, TILE, 0.0f);
     for (int64_t c = 0; c < used; ++c) {
         const T* from = query + c / group * query_stride + c % group * DIM;
-        for (int64_t i = 0; i < DIM; ++i) queries[i * TILE + c] = load(from[i]) * scale;
+        for (int64_t i = 0; i < DIM; ++i) queries[i * TILE + c] = load(from[i]) * scoring.scale;
+        if (sinks) largest[c] = sinks[c % group], weights[c] = 1;
     }
-    const int64_t first = window ? std::max<int64_t>(0, position - window + 1) : 0;
+    const int64_t first = scoring.first(position);
     const int64_t last = position + tokens - 1;
     for (int64_t start = first; start <= last; start += BLOCK) {
         const int64_t count = std::min(BLOCK, last + 1 - start);
         const float* k = widen_block<DIM>(keys + start * DIM, key_scratch, count);
-        const float* v = widen_block<DIM>(values + start * DIM, value_scratch, count);
-        multiply<DIM, TILE, DIM, 1>(k, queries, scores, BLOCK, false);
-        // Key start + j is seen by the tokens from its own position on, `window` of them.
+        const float* v = k;
+        if constexpr (!INSIDE)
+            v = widen_block<WIDTH>(values + start * WIDTH, value_scratch, count);
+        multiply<DIM, TILE, DIM, 1, TILE>(k, queries, scores, BLOCK, false);
+        if (scoring.softcap)
+            for (int64_t i = 0; i < BLOCK * TILE; ++i)
+                scores[i] = capped(scores[i], scoring.softcap);
+        // Key start + j is seen by the tokens from its own position on: `window` of them, and those
+        // of its chunk.
         for (int64_t j = 0; j < BLOCK; ++j) {
-            const int64_t from = std::clamp<int64_t>((start + j - position) * group, 0, TILE);
-            const int64_t to =
-                window ? std::clamp<int64_t>((start + j + window - position) * group, 0, TILE)
-                       : TILE;
+            const int64_t at = start + j;
+            int64_t beyond = window ? at + window : position + TILE;
+            if (chunk) beyond = std::min(beyond, at - at % chunk + chunk);
+            const int64_t from = std::clamp<int64_t>((at - position) * group, 0, TILE);
+            const int64_t to = std::clamp<int64_t>((beyond - position) * group, 0, TILE);
             std::fill_n(scores + j * TILE, j < count ? from : TILE, NOTHING);
             std::fill_n(scores + j * TILE + to, TILE - to, NOTHING);
         }
@@ -122,28 +131,29 @@ void attend_tile(const T* query, const T* keys, const T* values, T* out, int64_t
                 weights[c] += scores[j * TILE + c];
             }
         for (int64_t c = 0; c < TILE; ++c)
-            for (int64_t i = 0; i < DIM; ++i) sums[c * DIM + i] *= shrink[c];
-        multiply<BLOCK, DIM, 1, TILE>(scores, v, sums, TILE, true);
+            for (int64_t i = 0; i < WIDTH; ++i) sums[c * WIDTH + i] *= shrink[c];
+        multiply<BLOCK, WIDTH, 1, TILE, INSIDE ? DIM : WIDTH>(scores, v, sums, TILE, true);
     }
     for (int64_t c = 0; c < used; ++c) {
-        T* to = out + c / group * out_stride + c % group * DIM;
+        T* to = out + c / group * out_stride + c % group * WIDTH;
         const float scale_out = 1.0f / weights[c];
-        for (int64_t i = 0; i < DIM; ++i) store(to[i], sums[c * DIM + i] * scale_out);
+        for (int64_t i = 0; i < WIDTH; ++i) store(to[i], sums[c * WIDTH + i] * scale_out);
     }
 }
 
 // Stores keys and values, then attends for segments of prompts, by tiles. A segment is (address of
 // the KV row, its capacity, first token in the step, first position, length). Returns 0 when done;
-// 1, with nothing written, if a segment is beyond its row or the step, or `group` is too large; 2,
-// with nothing written, if memory runs out.
-template <typename T, int64_t DIM>
+// 1, with nothing written, if a segment is beyond its row or the step; 2, with nothing written, if
+// memory runs out.
+template <typename T, int64_t DIM, int64_t WIDTH, bool INSIDE>
 int attend_prompts(const T* query, const T* key, const T* value, T* out, const int64_t* segments,
                    int64_t count, int64_t tokens, int64_t keys_before, int64_t values_before,
                    int64_t key_heads, int64_t group, int64_t query_stride, int64_t key_stride,
-                   int64_t value_stride, int64_t window, float scale, int threads) {
-    const int64_t out_stride = key_heads * group * DIM;
-    if (group > TILE) return 1;
-    const int64_t tile = TILE / group;
+                   int64_t value_stride, Scoring scoring, int threads) {
+    constexpr int64_t VALUE_ROW = INSIDE ? DIM : WIDTH;
+    const int64_t out_stride = key_heads * group * WIDTH;
+    const int64_t split = (group + TILE - 1) / TILE, together = (group + split - 1) / split;
+    const int64_t tile = TILE / together;
     struct Part {
         const int64_t* segment;
         int64_t start;
@@ -168,48 +178,60 @@ int attend_prompts(const T* query, const T* key, const T* value, T* out, const i
         for (int64_t i = 0; i < count; ++i)
             for (int64_t h = 0; h < key_heads; ++h) {
                 const int64_t* segment = segments + 5 * i;
-                const int64_t place = (h * segment[1] + segment[3]) * DIM;
-                T* to_keys = part_of<T>(segment[0], segment[1], keys_before) + place;
-                T* to_values = part_of<T>(segment[0], segment[1], values_before) + place;
+                const int64_t place = h * segment[1] + segment[3];
+                T* to_keys = part_of<T>(segment[0], segment[1], keys_before) + place * DIM;
+                T* to_values = part_of<T>(segment[0], segment[1], values_before) + place * WIDTH;
                 for (int64_t t = 0; t < segment[4]; ++t) {
                     const int64_t token = segment[2] + t;
                     std::memcpy(to_keys + t * DIM, key + token * key_stride + h * DIM,
                                 DIM * sizeof(T));
-                    std::memcpy(to_values + t * DIM, value + token * value_stride + h * DIM,
-                                DIM * sizeof(T));
+                    if constexpr (!INSIDE)
+                        std::memcpy(to_values + t * WIDTH, value + token * value_stride + h * WIDTH,
+                                    WIDTH * sizeof(T));
                 }
             }
 #pragma omp for schedule(dynamic) collapse(2)
         for (int64_t p = 0; p < static_cast<int64_t>(parts.size()); ++p)
-            for (int64_t h = 0; h < key_heads; ++h) {
+            for (int64_t i = 0; i < key_heads * split; ++i) {
+                const int64_t h = i / split, begin = i % split * together;
+                const int64_t heads = std::min(together, group - begin);
                 const int64_t* segment = parts[p].segment;
                 const int64_t start = parts[p].start, token = segment[2] + start;
-                const int64_t head = h * segment[1] * DIM;
-                const T* keys = part_of<T>(segment[0], segment[1], keys_before) + head;
-                const T* values = part_of<T>(segment[0], segment[1], values_before) + head;
-                attend_tile<T, DIM>(query + token * query_stride + h * group * DIM, keys, values,
-                                    out + token * out_stride + h * group * DIM,
-                                    std::min(tile, segment[4] - start), group, query_stride,
-                                    out_stride, segment[3] + start, window, scale);
+                const int64_t head = h * group + begin, row = h * segment[1];
+                const T* keys = part_of<T>(segment[0], segment[1], keys_before) + row * DIM;
+                const T* values =
+                    part_of<T>(segment[0], segment[1], values_before) + row * VALUE_ROW;
+                if (heads > 0)
+                    attend_tile<T, DIM, WIDTH, INSIDE>(
+                        query + token * query_stride + head * DIM, keys, values,
+                        out + token * out_stride + head * WIDTH,
+                        std::min(tile, segment[4] - start), heads, query_stride, out_stride,
+                        segment[3] + start, scoring,
+                        scoring.sinks ? scoring.sinks + head : nullptr);
             }
     }
     return 0;
 }
 
-// `attend_prompts` for heads of this width; null if there is none.
+// `attend_prompts` for heads of these widths; null if there is none.
 template <typename T>
-auto prompt_attention(int64_t dim) {
-    return dim == 16    ? attend_prompts<T, 16>
-           : dim == 32  ? attend_prompts<T, 32>
-           : dim == 64  ? attend_prompts<T, 64>
-           : dim == 96  ? attend_prompts<T, 96>
-           : dim == 128 ? attend_prompts<T, 128>
-           : dim == 256 ? attend_prompts<T, 256>
-                        : nullptr;
+auto prompt_attention(const Widths& widths) {
+    const auto are = [&](int64_t key, int64_t value, bool values_in_keys) {
+        return widths.key == key && widths.value == value &&
+               widths.values_in_keys == values_in_keys;
+    };
+    return are(16, 16, false)     ? attend_prompts<T, 16, 16, false>
+           : are(32, 32, false)   ? attend_prompts<T, 32, 32, false>
+           : are(64, 64, false)   ? attend_prompts<T, 64, 64, false>
+           : are(96, 96, false)   ? attend_prompts<T, 96, 96, false>
+           : are(128, 128, false) ? attend_prompts<T, 128, 128, false>
+           : are(192, 128, false) ? attend_prompts<T, 192, 128, false>
+           : are(256, 256, false) ? attend_prompts<T, 256, 256, false>
+           : are(512, 512, false) ? attend_prompts<T, 512, 512, false>
+           : are(576, 512, true)  ? attend_prompts<T, 576, 512, true>
+                                  : nullptr;
 }
 
-inline bool attends_prompts(int64_t dim, int64_t group) {
-    return prompt_attention<float>(dim) && group <= TILE;
-}
+inline bool attends_prompts(const Widths& widths) { return prompt_attention<float>(widths); }
 
 }  // namespace

@@ -24,13 +24,17 @@ def _attend_to(
     at_last,
     head,
     scale,
+    cap,
     KV_HEADS: tl.constexpr,
     KEY_DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr,
+    VALUE_ROW: tl.constexpr,
     KEY_WIDTH: tl.constexpr,
     VALUE_WIDTH: tl.constexpr,
     PAGE: tl.constexpr,
     WINDOW: tl.constexpr,
+    CHUNK: tl.constexpr,
+    CAPPED: tl.constexpr,
     MASKED: tl.constexpr,
 ):
     """Online softmax over the keys `at`; without a mask if every query sees all of them."""
@@ -42,7 +46,7 @@ def _attend_to(
         page = tl.load(pages + at // PAGE)
     place = ((page * PAGE + at % PAGE) * KV_HEADS + head).to(tl.int64)
     key_places = keys + place[:, None] * KEY_DIM + key_at[None, :]
-    value_places = values + place[:, None] * VALUE_DIM + value_at[None, :]
+    value_places = values + place[:, None] * VALUE_ROW + value_at[None, :]
     if MASKED:
         key = tl.load(key_places, mask=inside[:, None] & (key_at < KEY_DIM)[None, :], other=0.0)
     elif KEY_DIM == KEY_WIDTH:
@@ -50,10 +54,14 @@ def _attend_to(
     else:
         key = tl.load(key_places, mask=(key_at < KEY_DIM)[None, :], other=0.0)
     scores = tl.dot(own, tl.trans(key), input_precision="ieee") * scale
+    if CAPPED:
+        scores = cap * (1.0 - 2.0 / (tl.exp(2.0 * scores) + 1.0))  # cap * tanh(scores)
     if MASKED:
         seen = inside[None, :] & (at[None, :] <= at_last[:, None])
         if WINDOW:
             seen &= at[None, :] > at_last[:, None] - WINDOW
+        if CHUNK:
+            seen &= at[None, :] >= at_last[:, None] // CHUNK * CHUNK
         scores = tl.where(seen, scores, float("-inf"))
     new_best = tl.maximum(best, tl.max(scores, 1))
     finite = new_best
@@ -89,7 +97,9 @@ def attend(
     stops,
     lanes,
     tables,
+    sinks,
     scale,
+    cap,
     query_stride,
     table_stride,
     KV_HEADS: tl.constexpr,
@@ -97,6 +107,7 @@ def attend(
     LANES: tl.constexpr,
     KEY_DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr,
+    VALUE_ROW: tl.constexpr,
     KEY_WIDTH: tl.constexpr,
     VALUE_WIDTH: tl.constexpr,
     TOKENS: tl.constexpr,
@@ -104,13 +115,18 @@ def attend(
     PAGE: tl.constexpr,
     SPLITS: tl.constexpr,
     WINDOW: tl.constexpr,
+    CHUNK: tl.constexpr,
+    CAPPED: tl.constexpr,
+    SINKS: tl.constexpr,
     DECODES: tl.constexpr,
     EARLY: tl.constexpr,
 ):
     """Attend with queries; programs: (key head, block of queries, split).
 
     A block is (row, its first query). `scale` is the scores' scale times log2(e), because weights
-    are powers of two. The last blocks of a prompt see the most keys, so they begin first.
+    are powers of two; with `CAPPED` that factor is in `cap` instead, and `scale` is divided by the
+    cap. Rows of values lie `VALUE_ROW` apart. The last blocks of a prompt see the most keys, so
+    they begin first.
     """
     if EARLY:
         gdc_wait()
@@ -143,15 +159,22 @@ def attend(
     low = stop * 0
     if WINDOW:
         low = tl.maximum(low, earliest - WINDOW + 1) // KEYS * KEYS
+    if CHUNK:
+        low = tl.maximum(low, earliest // CHUNK * CHUNK // KEYS * KEYS)
     share = tl.cdiv(tl.cdiv(high - low, SPLITS), KEYS) * KEYS
     low += split * share
     high = tl.minimum(high, low + share)
     whole = low  # up to here every query sees every key
-    if not WINDOW:
+    if not WINDOW and not CHUNK:
         whole += tl.maximum(0, tl.minimum(earliest + 1, high) - low) // KEYS * KEYS
 
     best = tl.full([TOKENS * LANES], float("-inf"), tl.float32)
     total = tl.zeros([TOKENS * LANES], tl.float32)
+    if SINKS:
+        # A sink is a key that is seen before all others; of several splits the first sees it.
+        sink = tl.load(sinks + query_head, mask=member < GROUP, other=0.0).to(tl.float32)
+        best = tl.where(split == 0, sink * 1.4426950408889634, best)
+        total = tl.where(split == 0, 1.0, total)
     result = tl.zeros([TOKENS * LANES, VALUE_WIDTH], tl.float32)
     for start in range(low, whole, KEYS):
         best, total, result = _attend_to(
@@ -167,13 +190,17 @@ def attend(
             at_last,
             head,
             scale,
+            cap,
             KV_HEADS,
             KEY_DIM,
             VALUE_DIM,
+            VALUE_ROW,
             KEY_WIDTH,
             VALUE_WIDTH,
             PAGE,
             WINDOW,
+            CHUNK,
+            CAPPED,
             MASKED=False,
         )
     for start in range(whole, high, KEYS):
@@ -190,13 +217,17 @@ def attend(
             at_last,
             head,
             scale,
+            cap,
             KV_HEADS,
             KEY_DIM,
             VALUE_DIM,
+            VALUE_ROW,
             KEY_WIDTH,
             VALUE_WIDTH,
             PAGE,
             WINDOW,
+            CHUNK,
+            CAPPED,
             MASKED=True,
         )
 
@@ -258,6 +289,7 @@ def store(
     LANES: tl.constexpr,
     KEY_DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr,
+    VALUE_ROW: tl.constexpr,
     HALF_WIDTH: tl.constexpr,
     KEY_WIDTH: tl.constexpr,
     VALUE_WIDTH: tl.constexpr,
@@ -308,5 +340,5 @@ def store(
         value + token * value_stride + head * VALUE_DIM + at, mask=at < VALUE_DIM, other=0.0
     )
     tl.store(
-        values + address * VALUE_DIM + at, row.to(values.dtype.element_ty), mask=at < VALUE_DIM
+        values + address * VALUE_ROW + at, row.to(values.dtype.element_ty), mask=at < VALUE_DIM
     )

@@ -1,0 +1,170 @@
+"""Replaces what gated delta nets compute beside their linear layers by fused operators.
+
+A module's own code runs, with the names of the gated delta rule and of the convolution bound to
+ours. Each function is tried on random tensors before it is replaced.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable
+from types import FunctionType, MethodType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from reft_runtime.base.recurrent import MixerForward
+from reft_runtime.base.trial import Operator
+from reft_runtime.kernels.operators import MixerOperators, operators_for
+
+_RULES = ("torch_recurrent_gated_delta_rule", "torch_chunk_gated_delta_rule")
+_CONVOLUTION = "causal_conv1d_update"
+
+_CLOSE = 1e-5
+"""Largest distance between numbers of order 1 in float32 that are taken for the same."""
+
+
+def fuse_delta_nets(mixers: Iterable[nn.Module], device: torch.device) -> None:
+    """Let steps run gated delta nets among the mixers on a device's operators, if it has them."""
+    operators = operators_for(device)
+    if not isinstance(operators, MixerOperators):
+        return
+    nets = DeltaNets(operators)
+    for mixer in mixers:
+        forward, replaced = nets.forward_of(mixer), mixer.forward
+        if forward is not None and isinstance(replaced, MixerForward):
+            replaced.own = forward
+
+
+class DeltaNets:
+    """Makes forwards of gated delta nets; a function that was tried is not tried again."""
+
+    def __init__(self, operators: MixerOperators) -> None:
+        self._operators = operators
+        self._known: dict[Operator, Operator | None] = {}
+
+    def forward_of(self, module: nn.Module) -> Operator | None:
+        """A forward that does what the module's own does; None if it is not a gated delta net.
+
+        It changes the states that a cache gives it in place.
+        """
+        own = inspect.unwrap(type(module).forward)
+        if not isinstance(own, FunctionType):
+            return None
+        bound = {}
+        for name in {*_RULES, _CONVOLUTION}.intersection(own.__code__.co_names):
+            function = own.__globals__[name]
+            if function not in self._known:
+                build = _convolution if name == _CONVOLUTION else _rule
+                self._known[function] = build(function, self._operators)
+            if (replacement := self._known[function]) is not None:
+                bound[name] = replacement
+        if not bound:
+            return None
+        names = {**own.__globals__, **bound}
+        forward = FunctionType(own.__code__, names, own.__name__, own.__defaults__, own.__closure__)
+        forward.__kwdefaults__ = own.__kwdefaults__
+        return MethodType(forward, module)
+
+
+def _rule(own: Operator, operators: MixerOperators) -> Operator | None:
+    """A function that computes the gated delta rule as `own` does; None if it gives another."""
+
+    def rule(
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        g: Tensor,
+        beta: Tensor,
+        initial_state: Tensor | None = None,
+        output_final_state: bool = False,
+        use_qk_l2norm_in_kernel: bool = False,
+        cu_seqlens: Tensor | None = None,
+        seq_idx: Tensor | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        if cu_seqlens is None and seq_idx is None:
+            state = initial_state
+            if state is None:
+                sizes = len(key), value.shape[2], key.shape[3], value.shape[3]
+                state = value.new_zeros(sizes, dtype=torch.float32)
+            made = operators.delta_rule_(
+                (query, key, value), g, beta, state, normalised=use_qk_l2norm_in_kernel
+            )
+            if made is not None:
+                return made, state if output_final_state else None
+        given = {"cu_seqlens": cu_seqlens, "seq_idx": seq_idx, **kwargs}
+        found: tuple[Tensor, Tensor | None] = own(
+            query,
+            key,
+            value,
+            g=g,
+            beta=beta,
+            initial_state=initial_state,
+            output_final_state=output_final_state,
+            use_qk_l2norm_in_kernel=use_qk_l2norm_in_kernel,
+            **given,
+        )
+        return found
+
+    def calls(function: Operator) -> list[Tensor]:
+        found = []
+        for tokens, begins, normalised in ((1, False, True), (3, False, False), (3, True, True)):
+            query, key = _random(2, tokens, 2, 8), _random(2, tokens, 2, 8).flip(0)
+            found += function(
+                query,
+                key,
+                _random(2, tokens, 4, 6),
+                g=-_random(2, tokens, 4).exp(),
+                beta=_random(2, tokens, 4).sigmoid(),
+                initial_state=None if begins else _random(2, 4, 8, 6),
+                output_final_state=True,
+                use_qk_l2norm_in_kernel=normalised,
+            )
+        return found
+
+    return rule if _same(calls, own, rule) else None
+
+
+def _convolution(own: Operator, operators: MixerOperators) -> Operator | None:
+    """A function that convolves one more token as `own` does; None if it gives another."""
+
+    def convolution(
+        hidden_states: Tensor,
+        conv_state: Tensor,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        activation: str | None = None,
+    ) -> Tensor:
+        if hidden_states.shape[-1] == 1 and activation in (None, "silu"):
+            made = operators.convolve_(
+                hidden_states[..., 0], conv_state, weight, bias, silu=activation is not None
+            )
+            if made is not None:
+                return made[..., None]
+        found: Tensor = own(hidden_states, conv_state, weight, bias, activation)
+        return found
+
+    def calls(function: Operator) -> list[Tensor]:
+        found = []
+        for bias, activation in ((None, "silu"), (_random(6), None)):
+            state = _random(2, 6, 4)
+            found += [function(_random(2, 6, 1), state, _random(6, 4), bias, activation), state]
+        return found
+
+    return convolution if _same(calls, own, convolution) else None
+
+
+def _same(calls: Callable[[Operator], list[Tensor]], own: Operator, other: Operator) -> bool:
+    """Whether two functions give the same results in the same calls."""
+    try:
+        wanted, found = calls(own), calls(other)
+    except Exception:
+        return False  # it wants other arguments, so it is not the function that is known
+    return all(torch.allclose(a, b, atol=_CLOSE) for a, b in zip(wanted, found, strict=True))
+
+
+def _random(*sizes: int) -> Tensor:
+    """Random numbers, equal for equal sizes."""
+    return torch.randn(sizes, generator=torch.Generator().manual_seed(0))

@@ -1,0 +1,147 @@
+// Token mixing by recurrent states: the gated delta rule, and convolutions token by token.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+
+#include "scalars.h"
+
+namespace {
+
+constexpr int64_t COLUMNS = 32;    // columns of a state whose sums stay in registers
+constexpr int64_t AT_ONCE = 16;    // tokens that go over some columns while these are in the cache
+constexpr int64_t MAX_KEY = 256;   // largest width of a key head
+
+// One token's change of some columns of a head's state [key_dim, value_dim]:
+//     state *= decay;  change = beta * (value - key . state);  state += key change^T
+// and its output, query . state. `both` is query . key. The sums over the old state are all that
+// is needed, so the state is read once more only to be written. WIDTH is the number of columns
+// where it is known when compiling, 0 where it is not.
+template <int WIDTH>
+inline void delta_columns(float* state, int64_t stride, const float* query, const float* key,
+                          const float* value, float* out, int64_t key_dim, int64_t width,
+                          float decay, float beta, float both) {
+    if (WIDTH) width = WIDTH;
+    float by_key[COLUMNS] = {}, by_query[COLUMNS] = {};
+    for (int64_t row = 0; row < key_dim; ++row) {
+        const float* at = state + row * stride;
+        for (int64_t i = 0; i < width; ++i) {
+            by_key[i] += key[row] * at[i];
+            by_query[i] += query[row] * at[i];
+        }
+    }
+    for (int64_t i = 0; i < width; ++i) {
+        const float change = (value[i] - decay * by_key[i]) * beta;
+        out[i] = decay * by_query[i] + both * change;
+        by_key[i] = change;
+    }
+    for (int64_t row = 0; row < key_dim; ++row) {
+        float* at = state + row * stride;
+        for (int64_t i = 0; i < width; ++i) at[i] = decay * at[i] + key[row] * by_key[i];
+    }
+}
+
+// A head in float32, divided by its length if `normal`, times `scale`.
+template <typename T>
+inline void widen_head(const T* from, float* to, int64_t dim, bool normal, float scale) {
+    float sum = 0;
+    for (int64_t i = 0; i < dim; ++i) {
+        to[i] = load(from[i]);
+        sum += to[i] * to[i];
+    }
+    if (normal) scale /= std::sqrt(sum + 1e-6f);
+    for (int64_t i = 0; i < dim; ++i) to[i] *= scale;
+}
+
+// The gated delta rule over `tokens` tokens of each of `count` sequences. Query and key heads lie
+// [count * tokens, key_heads, key_dim], values and `out` [count * tokens, value_heads, value_dim];
+// the strides are between tokens. `gate` (the logarithm of the decay) and `beta` are
+// [count * tokens, value_heads]. `state` [count, value_heads, key_dim, value_dim] changes in place.
+template <typename T>
+void delta_rule(const T* query, const T* key, const T* value, const float* gate, const float* beta,
+                float* state, T* out, int64_t count, int64_t tokens, int64_t key_heads,
+                int64_t value_heads, int64_t key_dim, int64_t value_dim, int64_t query_stride,
+                int64_t key_stride, int64_t value_stride, int normal, int threads) {
+    const float scale = 1.0f / std::sqrt(static_cast<float>(key_dim));
+#pragma omp parallel for num_threads(threads) collapse(2)
+    for (int64_t sequence = 0; sequence < count; ++sequence)
+        for (int64_t head = 0; head < value_heads; ++head) {
+            const int64_t key_head = head / (value_heads / key_heads);
+            float* own = state + (sequence * value_heads + head) * key_dim * value_dim;
+            float queries[AT_ONCE * MAX_KEY], keys[AT_ONCE * MAX_KEY];
+            float both[AT_ONCE], decay[AT_ONCE];
+            for (int64_t start = 0; start < tokens; start += AT_ONCE) {
+                const int64_t first = sequence * tokens + start;
+                const int64_t n = std::min(AT_ONCE, tokens - start);
+                for (int64_t t = 0; t < n; ++t) {
+                    float *q = queries + t * key_dim, *k = keys + t * key_dim;
+                    const int64_t from = key_head * key_dim;
+                    widen_head(query + (first + t) * query_stride + from, q, key_dim, normal,
+                               scale);
+                    widen_head(key + (first + t) * key_stride + from, k, key_dim, normal, 1.0f);
+                    both[t] = 0;
+                    for (int64_t i = 0; i < key_dim; ++i) both[t] += q[i] * k[i];
+                    decay[t] = std::exp(gate[(first + t) * value_heads + head]);
+                }
+                for (int64_t column = 0; column < value_dim; column += COLUMNS) {
+                    const int64_t width = std::min(COLUMNS, value_dim - column);
+                    auto* change = width == COLUMNS ? delta_columns<COLUMNS> : delta_columns<0>;
+                    for (int64_t t = 0; t < n; ++t) {
+                        const int64_t token = first + t;
+                        const int64_t place = head * value_dim + column;
+                        float values[COLUMNS], made[COLUMNS];
+                        for (int64_t i = 0; i < width; ++i)
+                            values[i] = load(value[token * value_stride + place + i]);
+                        change(own + column, value_dim, queries + t * key_dim, keys + t * key_dim,
+                               values, made, key_dim, width, decay[t],
+                               beta[token * value_heads + head], both[t]);
+                        T* to = out + token * value_heads * value_dim + place;
+                        for (int64_t i = 0; i < width; ++i) store(to[i], made[i]);
+                    }
+                }
+            }
+        }
+}
+
+// One token of some channels' causal convolutions: `to` gets the convolution, `held` the inputs.
+// TAPS is the number of both where it is known when compiling, 0 where it is not.
+template <typename T, int TAPS>
+inline void convolve_channels(const T* from, const T* weight, const T* bias, T* held, T* to,
+                              int64_t channels, int64_t taps, int64_t kept) {
+    if (TAPS) taps = kept = TAPS;
+    for (int64_t channel = 0; channel < channels; ++channel) {
+        T* own = held + channel * kept;
+        const T* w = weight + channel * taps;
+        float sum = load(from[channel]) * load(w[taps - 1]);
+        for (int64_t i = 0; i < taps - 1; ++i) sum += load(own[kept - taps + 1 + i]) * load(w[i]);
+        for (int64_t i = 0; i + 1 < kept; ++i) own[i] = own[i + 1];
+        if (kept) own[kept - 1] = from[channel];
+        store(to[channel], bias ? sum + load(bias[channel]) : sum);
+    }
+}
+
+// One token of causal convolutions, a channel each: `inputs` [count, channels], `weight` [channels,
+// taps], `state` [count, channels, kept] the newest inputs, changed in place; kept >= taps - 1.
+// `out` [count, channels] is the convolution, or silu of it.
+template <typename T>
+void convolve(const T* inputs, const T* weight, const T* bias, T* state, T* out, int64_t count,
+              int64_t channels, int64_t taps, int64_t kept, int silu, int threads) {
+    constexpr int64_t PART = 1024;
+    auto* run = taps == 4 && kept == 4 ? convolve_channels<T, 4> : convolve_channels<T, 0>;
+#pragma omp parallel for num_threads(threads) collapse(2) if (count * channels > SERIAL)
+    for (int64_t sequence = 0; sequence < count; ++sequence)
+        for (int64_t start = 0; start < channels; start += PART) {
+            const int64_t size = std::min(PART, channels - start);
+            const int64_t at = sequence * channels + start;
+            run(inputs + at, weight + start * taps, bias ? bias + start : nullptr,
+                state + at * kept, out + at, size, taps, kept);
+            if (!silu) continue;
+            for (int64_t i = at; i < at + size; ++i) {
+                const float x = load(out[i]);
+                store(out[i], x / (1.0f + exponential(-x)));
+            }
+        }
+}
+
+}  // namespace
