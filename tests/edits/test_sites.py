@@ -13,7 +13,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from reft_runtime import Engine
-from reft_runtime.base.model import LoadedModel
+from reft_runtime.base.model import LoadedModel, forward
+from reft_runtime.edits.sites import EditSites
 from reft_runtime.engine.core import EngineCore
 from reft_runtime.errors import WrongBaseModel
 from reft_runtime.interventions import Intervention, serialise
@@ -128,6 +129,22 @@ def test_what_recurrent_layers_do_not_have() -> None:
         # It gets the rows of one sequence at a time: no edit would meet its own rows.
         with pytest.raises(WrongBaseModel, match="that could be edited"):
             sites.check(0, f"model.layers[0].linear_attn.{inside}", HIDDEN)
+
+
+def test_a_mixer_that_has_the_name_of_attention_is_none() -> None:
+    _, loaded, _ = models("llama")
+    two = torch.arange(2)
+    sites = EditSites(
+        loaded.model,
+        loaded.layers,
+        [loaded.layers[1].self_attn],  # type: ignore[list-item]
+        lambda step: forward(loaded.model, two, two, two[:1], step),
+    )
+    sites.check(0, "attention_output", HIDDEN)
+    sites.check(1, "mixer_output", HIDDEN)
+    for component in ("attention_output", "attention_value_output", "query_output"):
+        with pytest.raises(WrongBaseModel, match="is recurrent"):
+            sites.check(1, component, HIDDEN)
 
 
 PYVENE = [

@@ -13,9 +13,11 @@ from transformers import PreTrainedModel
 
 from reft_runtime.base.model import LoadedModel
 from reft_runtime.engine import core as engine
-from reft_runtime.engine import runner
+from reft_runtime.engine import kv_budget, runner
 from reft_runtime.engine.core import EngineCore
+from reft_runtime.engine.device import active
 from reft_runtime.engine.settle import OUT_OF_MEMORY
+from reft_runtime.errors import ConfigError
 from reft_runtime.kv.hybrid import HybridStorage
 from reft_runtime.kv.states import StateStorage
 from reft_runtime.loading.loader import adopt_model
@@ -224,3 +226,32 @@ def test_a_model_is_given_back_as_it_was() -> None:
     loaded.give_back()
     assert not any("forward" in vars(module) for module in model.modules())
     assert generate(model, prompt(9)) == own
+
+
+def test_the_start_says_how_many_recurrent_layers_there_are() -> None:
+    core = make_core(pair(ONE)[1])
+    assert "3 recurrent layers by their own code, 0.01 MiB of states for a sequence" in active(
+        core.runner
+    )
+
+
+def test_memory_of_states(monkeypatch: pytest.MonkeyPatch) -> None:
+    _, loaded = pair(ONE)
+    one = loaded.state_bytes
+    monkeypatch.setattr(kv_budget, "free_memory", lambda _: 10 << 30)
+    places = kv_budget.snapshot_places(loaded, 4)
+    assert places * one <= kv_budget.LEAST_SNAPSHOT_BYTES < (places + 1) * one
+    many = 1 << 16
+    assert kv_budget.snapshot_places(loaded, many) == many
+    monkeypatch.setattr(kv_budget, "free_memory", lambda _: 4000 * one)
+    assert kv_budget.snapshot_places(loaded, 4) == 400
+    with pytest.raises(ConfigError, match="max_running: the recurrent states of 3601 sequences"):
+        kv_budget.kv_budget(loaded, 3601, None, 400)
+    monkeypatch.setattr(kv_budget, "free_memory", lambda _: 10 << 20)
+    without, beside = (kv_budget.kv_budget(loaded, 64, None, kept) for kept in (0, 400))
+    assert without - beside == pytest.approx(0.3 * 400 * one / loaded.kv_bytes_per_token, abs=1)
+    held = kv_budget.memory_bytes(loaded, 1000, 4, 100, 400)
+    assert held - kv_budget.memory_bytes(loaded, 1000, 4, 100) == pytest.approx(
+        400 * one, abs=8 << 20
+    )
+    assert kv_budget.snapshot_places(adopt_model(tiny("llama")), 4) == 0
