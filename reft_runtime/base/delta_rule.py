@@ -39,8 +39,11 @@ def fuse_delta_nets(
         return
     nets = DeltaNets(operators)
     for number, mixer in enumerate(mixers):
-        forward, replaced = nets.forward_of(mixer), mixer.forward
-        if forward is not None and isinstance(replaced, MixerForward):
+        replaced = mixer.forward
+        if not isinstance(replaced, MixerForward):
+            continue
+        forward = nets.forward_of(mixer, replaced.own)
+        if forward is not None:
             shapes, own = states[number].shapes, replaced.own
             replaced.own = forward
             replaced.packed = packed_delta_net(mixer, replaced.cache, shapes, own, operators)
@@ -53,12 +56,12 @@ class DeltaNets:
         self._operators = operators
         self._known: dict[Operator, Operator | None] = {}
 
-    def forward_of(self, module: nn.Module) -> Operator | None:
-        """A forward that does what the module's own does; None if it is not a gated delta net.
+    def forward_of(self, module: nn.Module, own_forward: Operator) -> Operator | None:
+        """A forward that does what the module's own does; None if nothing in it is known.
 
         It changes the states that a cache gives it in place.
         """
-        own = inspect.unwrap(type(module).forward)
+        own = inspect.unwrap(getattr(own_forward, "__func__", own_forward))
         if not isinstance(own, FunctionType):
             return None
         bound = {}

@@ -5,9 +5,7 @@ with. Its logits are taken first, while nothing is replaced. When all is replace
 go through packed steps as in serving (`samples`): several sequences of different lengths in one
 step, whole and in chunks, prompts beside decoding sequences, keys, values and states in the storage
 that serves, in the dtype that serves. The two may be apart by a multiple of the model's own
-rounding, which is the distance between its two attention implementations. Recurrent layers have two
-ways of their own, one for a text and one for a token behind a state; where these differ a little,
-as Nemotron-H's do (only the first bounds its time steps), both are the model's.
+rounding, which is the distance between its two attention implementations.
 """
 
 from __future__ import annotations
@@ -19,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from transformers import DynamicCache, PreTrainedModel
+from transformers import PreTrainedModel
 
 from reft_runtime.base.model import LoadedModel, forward
 from reft_runtime.base.probe import ProbedLayer
@@ -43,9 +41,6 @@ LEAST = {4: 2e-4, 2: 8}
 The one of float32 is a relative distance, the others are roundings (eps) of the dtype.
 """
 
-OWN_WAYS = 0.01
-"""Relative distance up to which a recurrent model's ways to compute a token are both its own."""
-
 MOST = 0.5
 """Relative distance from which logits say nothing; those of another model are 1.4 apart."""
 
@@ -59,22 +54,14 @@ class OwnLogits:
     rounding: Tensor
     """Relative distance of each token's logits between the model's two attention implementations.
 
-    It is zero in float32, where rounding is far below what is allowed anyway. With recurrent layers
-    it is at least the distance between a text and the same chunks behind the model's own cache.
+    It is zero in float32, where rounding is far below what is allowed anyway.
     """
 
 
 def own_logits(
-    model: PreTrainedModel,
-    probed: SequenceOf[ProbedLayer],
-    max_tokens: int,
-    *,
-    recurrent: bool = False,
+    model: PreTrainedModel, probed: SequenceOf[ProbedLayer], max_tokens: int
 ) -> OwnLogits:
-    """Run samples through the model's own attention, before anything of the model is replaced.
-
-    `recurrent` says whether the model has recurrent layers.
-    """
+    """Run samples through the model's own attention, before anything of the model is replaced."""
     samples = samples_for(model.config, _limits(probed), max_tokens)
 
     def run(implementation: str) -> tuple[Tensor, ...]:
@@ -99,10 +86,6 @@ def own_logits(
     if model.dtype.itemsize < 4:
         with suppress(ValueError, ImportError):  # some models have only one
             rounding = _distances(run("sdpa"), eager)
-    if recurrent:
-        with suppress(Exception):  # its own cache may not work; packed steps do without
-            ways = _distances(_behind_cache(model, samples), eager)
-            rounding = rounding.maximum(ways.masked_fill(~(ways <= OWN_WAYS), 0))
     return OwnLogits(samples, eager, rounding)
 
 
@@ -121,9 +104,7 @@ def check(loaded: LoadedModel, own: OwnLogits, probed: SequenceOf[ProbedLayer]) 
         raise _mostly_rounding(dtype, overall)
     distances = _distances(_packed_logits(loaded, own.samples), own.logits)
     for what, rows in _kinds(own.samples, min(_limits(probed), default=None)).items():
-        own_rounding = own.rounding[rows]
-        typical = own_rounding.max() if exact else own_rounding.quantile(0.75)
-        rounding = max(overall, float(typical))
+        rounding = max(overall, float(own.rounding[rows].quantile(0.75)))
         allowed = max(least, ROUNDINGS * rounding)
         found = distances[rows]
         # Rounding may change a router's choice for single tokens, though not in float32.
@@ -137,24 +118,6 @@ def check(loaded: LoadedModel, own: OwnLogits, probed: SequenceOf[ProbedLayer]) 
             f" (relative {far:.1g}, where {allowed:.1g} is rounding)"
         )
     return float(distances.max())
-
-
-def _behind_cache(model: PreTrainedModel, samples: SequenceOf[Sample]) -> list[Tensor]:
-    """Logits of the samples' chunks by the model's own code behind its own cache."""
-    found = []
-    for sample in samples:
-        cache = DynamicCache(config=model.config)
-        parts = [
-            model(
-                input_ids=sample.tokens[None, start:stop].to(model.device),
-                position_ids=torch.arange(start, stop, device=model.device)[None] + sample.position,
-                past_key_values=cache,
-                use_cache=True,
-            ).logits[0]
-            for start, stop in sample.chunks.values()
-        ]
-        found.append(torch.cat(parts))
-    return found
 
 
 def _mostly_rounding(dtype: str, rounding: float) -> UnsupportedModel:

@@ -27,6 +27,7 @@ from reft_runtime.base.recurrent import StateProbe, find_mixers, run_by_step
 from reft_runtime.base.shared import tell_layers
 from reft_runtime.base.stages import stage
 from reft_runtime.base.support import TUNED, check_config, chosen_length, refuse
+from reft_runtime.base.time_steps import bound_time_steps
 from reft_runtime.errors import ConfigError, UnsupportedModel
 from reft_runtime.loading.fidelity import check, own_logits
 from reft_runtime.loading.latents import keep_latents
@@ -127,12 +128,13 @@ def adopt_model(
         model.requires_grad_(False).train(False)
         mixers = find_mixers(model)
         run_by_step(mixers)
+        bound_time_steps(mixers)
         tell_layers(model)
         lead_to_step(model)
         with stage("Asking the model for its own logits"):
             probed, probe = _probe(model, max_model_len, mixers)
             with _failing("its own forward fails"):
-                own = own_logits(model, probed, max_model_len, recurrent=bool(mixers))
+                own = own_logits(model, probed, max_model_len)
         model.set_attn_implementation(ATTENTION)
         for module in model.modules():
             if getattr(module, TUNED, False):

@@ -39,7 +39,7 @@ def net(dtype: torch.dtype) -> nn.Module:
 def fused_forward(module: nn.Module) -> Any:
     operators = cpu_operators()
     assert operators is not None, "the tests need a C++ compiler"
-    return DeltaNets(operators).forward_of(module)
+    return DeltaNets(operators).forward_of(module, module.forward)
 
 
 def rows(*sizes: int, dtype: torch.dtype) -> Tensor:

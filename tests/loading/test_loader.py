@@ -37,29 +37,10 @@ def small_bloom() -> PreTrainedModel:
     return bare("bloom", vocab_size=32, hidden_size=16, n_layer=2, n_head=2)
 
 
-def small_zamba2() -> PreTrainedModel:
-    """Its own decode steps and prompts differ where the time step is bounded."""
-    return tiny(
-        "zamba2",
-        num_hidden_layers=4,
-        layers_block_type=["mamba", "hybrid", "mamba", "hybrid"],
-        mamba_d_state=8,
-        n_mamba_heads=8,
-        mamba_headdim=8,
-        mamba_ngroups=1,
-        num_mem_blocks=1,
-        chunk_size=16,
-        adapter_rank=4,
-        use_mem_rope=True,
-        time_step_min=0.1,
-    )
-
-
 REFUSED: dict[str, tuple[Any, str]] = {
     "states in a cache of its own": (lambda: tiny("minimax", head_dim=8), "keeps its states"),
     "an indexer": (lambda: tiny_model(tiny_config("qwen4_exp_text")), "an indexer chooses which"),
     "another kind of layers": (lambda: tiny_model(tiny_config("deepseek_v4")), "another kind"),
-    "decode steps unlike prompts": (small_zamba2, "in decode steps"),
     "ALiBi": (small_bloom, "ALiBi"),
     "ALiBi by a flag": (
         lambda: bare(
