@@ -224,6 +224,11 @@ def tiny_model(config: PretrainedConfig, *, seed: int = 0) -> PreTrainedModel:
     model: PreTrainedModel = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
         config, dtype=torch.float32
     )
+    return ready(model)
+
+
+def ready(model: PreTrainedModel) -> PreTrainedModel:
+    """A random model made ready to generate greedily, its constants made random."""
     # Norms' weights and all biases begin as constants: random ones show that each is applied.
     for name, parameter in model.named_parameters():
         if name.endswith(".sinks"):

@@ -6,16 +6,15 @@ ours. Each function is tried on random tensors before it is replaced.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Mapping
 from collections.abc import Sequence as SequenceOf
-from types import FunctionType, MethodType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from reft_runtime.base.packed_delta import packed_delta_net
+from reft_runtime.base.rebinding import code_of, rebound
 from reft_runtime.base.recurrent import MixerForward, MixerStates
 from reft_runtime.base.trial import Operator
 from reft_runtime.kernels.operators import MixerOperators, operators_for
@@ -61,8 +60,8 @@ class DeltaNets:
 
         It changes the states that a cache gives it in place.
         """
-        own = inspect.unwrap(getattr(own_forward, "__func__", own_forward))
-        if not isinstance(own, FunctionType):
+        own = code_of(own_forward)
+        if own is None:
             return None
         bound = {}
         for name in {*_RULES, _CONVOLUTION}.intersection(own.__code__.co_names):
@@ -72,12 +71,7 @@ class DeltaNets:
                 self._known[function] = build(function, self._operators)
             if (replacement := self._known[function]) is not None:
                 bound[name] = replacement
-        if not bound:
-            return None
-        names = {**own.__globals__, **bound}
-        forward = FunctionType(own.__code__, names, own.__name__, own.__defaults__, own.__closure__)
-        forward.__kwdefaults__ = own.__kwdefaults__
-        return MethodType(forward, module)
+        return rebound(own, module, bound) if bound else None
 
 
 def _rule(own: Operator, operators: MixerOperators) -> Operator | None:

@@ -12,7 +12,6 @@ from collections.abc import Callable, Hashable, Iterable, Mapping
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
 from functools import partial
-from types import FunctionType, MethodType
 from typing import Any
 
 from torch import Tensor, nn
@@ -21,6 +20,7 @@ from transformers import PreTrainedModel
 from reft_runtime.base.attention import running_step
 from reft_runtime.base.linears import Merged
 from reft_runtime.base.probe import ProbedLayer
+from reft_runtime.base.rebinding import rebound
 from reft_runtime.base.rotary import ROTARY, rotates, rotating
 from reft_runtime.base.trial import TOLERANCE, Operator, Trials
 from reft_runtime.kernels.operators import Operators, ProductOperators, operators_for
@@ -251,10 +251,8 @@ class _Fuser:
         if not self._rotates_halves(module):
             return None
         own = type(module).forward
-        names = {**own.__globals__, ROTARY: self._rotary[own.__globals__[ROTARY]]}
-        forward = FunctionType(own.__code__, names, own.__name__, own.__defaults__, own.__closure__)
-        forward.__kwdefaults__ = own.__kwdefaults__
-        return _Plan(MethodType(forward, module), self._width)
+        names = {ROTARY: self._rotary[own.__globals__[ROTARY]]}
+        return _Plan(rebound(own, module, names), self._width)
 
     def _rotates_halves(self, module: nn.Module) -> bool:
         rotary = type(module).forward.__globals__[ROTARY]

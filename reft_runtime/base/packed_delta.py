@@ -7,19 +7,19 @@ take the rows apart by sequence, and go on from each sequence's states.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Mapping
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
-from types import FunctionType, MethodType
+from types import FunctionType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import silu
 
+from reft_runtime.base.rebinding import code_of, rebound
 from reft_runtime.base.recurrent import StateCache, StateKey, StateShape
-from reft_runtime.base.trial import TOLERANCE, Operator
+from reft_runtime.base.trial import TOLERANCE, Operator, near
 from reft_runtime.kernels.operators import MixerOperators
 
 _CONVOLUTION = "causal_conv1d_fn"
@@ -66,16 +66,15 @@ class PackedCache:
 class PackedDeltaNet:
     """A gated delta net that runs on all sequences of a step at once."""
 
-    def __init__(self, module: Any, cache: str, operators: MixerOperators) -> None:
-        own = inspect.unwrap(type(module).forward)
+    def __init__(
+        self, module: nn.Module, own: FunctionType, cache: str, operators: MixerOperators
+    ) -> None:
         self._operators = operators
         self._own_rule: Operator = own.__globals__[_RULE]
         self._parts: SequenceOf[Part] = ()
         self._cache = cache
-        names = {**own.__globals__, _CONVOLUTION: self._convolution, _RULE: self._rule}
-        forward = FunctionType(own.__code__, names, own.__name__, own.__defaults__, own.__closure__)
-        forward.__kwdefaults__ = own.__kwdefaults__
-        self._forward = MethodType(forward, module)
+        names = {_CONVOLUTION: self._convolution, _RULE: self._rule}
+        self._forward = rebound(own, module, names)
 
     def __call__(self, parts: SequenceOf[Part], **given: Any) -> Tensor:
         """The output [1, T, d]; `given` are the arguments that the module gets, without a cache."""
@@ -185,18 +184,19 @@ def packed_delta_net(
 
     `cache` is the name of the cache's argument, and `shapes` are the module's states.
     """
-    code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
-    if code is None or not {_CONVOLUTION, _RULE} <= set(code.co_names):
+    code = code_of(type(module).forward)
+    if code is None or not {_CONVOLUTION, _RULE} <= set(code.__code__.co_names):
         return None
     if shapes.keys() != {_CONV_STATE, _DELTA_STATE}:
         return None
-    packed = PackedDeltaNet(module, cache, operators)
+    if next(module.parameters()).dtype not in TOLERANCE:
+        return None  # nothing says how near is near enough
+    packed = PackedDeltaNet(module, code, cache, operators)
     try:
         wanted, found = _outputs(module, cache, shapes, own, packed)
     except Exception:
         return None  # its code is not the one that is known
-    far = (found - wanted).norm() > TOLERANCE[wanted.dtype] * wanted.norm()
-    return None if bool(far) else packed
+    return packed if near(found, wanted) else None
 
 
 def _outputs(

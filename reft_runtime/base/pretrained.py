@@ -12,7 +12,7 @@ import logging
 import os
 import re
 import sys
-from collections.abc import Callable, Iterable, Set
+from collections.abc import Callable, Iterable, Mapping, Set
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -261,8 +261,8 @@ def _check_weights(
     path: str, model: PreTrainedModel, found: dict[str, Any], *, in_another: bool
 ) -> None:
     missing = sorted(found["missing_keys"])
-    kept = keeps_quantised(model.config)
-    whole = [] if kept else sorted(_stored_as_integers(Path(path), model))
+    stored = {} if keeps_quantised(model.config) else _stored(Path(path))
+    whole = sorted(_stored_as_integers(stored, model))
     shapes = [
         f"{key} ({_shape(there)} instead of {_shape(wanted)})"
         for key, there, wanted in sorted(found["mismatched_keys"])
@@ -275,7 +275,7 @@ def _check_weights(
             ("without weights for", missing),
             ("with weights of another shape for", shapes),
             ("with integers instead of weights for", whole),
-            ("without scales for", [] if kept else sorted(_without_scales(Path(path)))),
+            ("without scales for", sorted(_without_scales(stored))),
             ("with weights that this model has no use for:", unexpected),
             ("with faults:", found["error_msgs"]),
         )
@@ -289,20 +289,19 @@ def _check_weights(
         )
 
 
-def _stored_as_integers(folder: Path, model: PreTrainedModel) -> Iterable[str]:
-    """Names of weights that a folder stores as integers, as quantised models do.
+def _stored_as_integers(stored: Mapping[str, str], model: PreTrainedModel) -> Iterable[str]:
+    """Names of weights that are `stored` as integers, as quantised models do.
 
     Their scales are stored elsewhere, so they cannot be loaded as weights.
     """
     wanted = {name for name, weight in model.named_parameters() if weight.is_floating_point()}
-    for name, dtype in _stored(folder).items():
+    for name, dtype in stored.items():
         if name in wanted and dtype in _INTEGERS:
             yield name
 
 
-def _without_scales(folder: Path) -> Iterable[str]:
-    """Names of weights that a folder stores as eight-bit floats, and has no scales for."""
-    stored = _stored(folder)
+def _without_scales(stored: Mapping[str, str]) -> Iterable[str]:
+    """Names of weights that are `stored` as eight-bit floats, without scales."""
     for name, dtype in stored.items():
         scaled = any(f"{name}{suffix}" in stored for suffix in _SCALES)
         if dtype in _SCALED and name.endswith("weight") and not scaled:

@@ -7,15 +7,14 @@ answer would depend on where its prompt was cut.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterable
 from functools import partial
-from types import FunctionType, MethodType
 from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.functional import softplus
 
+from reft_runtime.base.rebinding import code_of, rebound
 from reft_runtime.base.recurrent import MixerForward
 from reft_runtime.base.trial import Operator
 
@@ -28,15 +27,13 @@ _UNBOUNDED = (0.0, float("inf"))
 def bound_time_steps(mixers: Iterable[nn.Module]) -> None:
     """Let mixers that are run by steps keep to their `time_step_limit` for single tokens."""
     for mixer in mixers:
-        own, replaced = inspect.unwrap(type(mixer).forward), mixer.forward
+        own, replaced = code_of(type(mixer).forward), mixer.forward
         limit: Any = getattr(mixer, "time_step_limit", _UNBOUNDED)
-        if tuple(limit) == _UNBOUNDED or not isinstance(own, FunctionType):
+        if own is None or tuple(limit) == _UNBOUNDED:
             continue
         if _UPDATE in own.__code__.co_names and isinstance(replaced, MixerForward):
-            names = {**own.__globals__, _UPDATE: partial(_bounded, own.__globals__[_UPDATE], limit)}
-            forward = FunctionType(own.__code__, names, own.__name__, own.__defaults__)
-            forward.__kwdefaults__ = own.__kwdefaults__
-            replaced.own = MethodType(forward, mixer)
+            names = {_UPDATE: partial(_bounded, own.__globals__[_UPDATE], limit)}
+            replaced.own = rebound(own, mixer, names)
 
 
 def _bounded(

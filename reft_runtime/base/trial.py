@@ -33,6 +33,13 @@ SMALL = 64
 Operator = Callable[..., Any]
 
 
+def near(found: Tensor, wanted: Tensor) -> bool:
+    """Whether two results of a formula are the same but for rounding in their dtype."""
+    tolerance = TOLERANCE[wanted.dtype]
+    found, wanted = found.float(), wanted.float()
+    return bool((found - wanted).norm() <= tolerance * wanted.norm())
+
+
 class Planned(Protocol):
     """The replacement of a module."""
 

@@ -24,8 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from reft_runtime.kernels.cpu import Drawing
-from reft_runtime.kernels.operators import cpu_operators
+from reft_runtime.kernels.operators import Drawing, cpu_operators
 from reft_runtime.kernels.staging import send
 from reft_runtime.outputs import TokenLogprob
 from reft_runtime.sampling import SamplingParams

@@ -10,6 +10,8 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from reft_runtime.kernels.cpu import Drawing as Drawing
+from reft_runtime.kernels.cpu import HeadScoring as HeadScoring
 from reft_runtime.kernels.cpu import Kernels, kernels
 
 _log = logging.getLogger(__name__)

@@ -12,8 +12,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from reft_runtime.base.attention import Scoring, attend_causally
-from reft_runtime.kernels.cpu import HeadScoring
-from reft_runtime.kernels.operators import cpu_operators
+from reft_runtime.kernels.operators import HeadScoring, cpu_operators
 from reft_runtime.kv.slabs import Layout, Row
 from reft_runtime.schedule.plan import Chunk
 from reft_runtime.schedule.sequence import Sequence

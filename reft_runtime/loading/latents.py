@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from reft_runtime.base.attention import LayerShape
 from reft_runtime.base.latent import EXPAND, Latent
 from reft_runtime.base.probe import ProbedLayer
-from reft_runtime.base.trial import TOLERANCE
+from reft_runtime.base.trial import TOLERANCE, near
 
 
 def keep_latents(
@@ -77,9 +77,6 @@ def _stands(module: Any) -> bool:
         key, value = own(latent, rotated)
         mixed = value[0].transpose(0, 1).expand(-1, keys.shape[1], -1)
         found = own.absorbed(query) @ key.mT, own.values(mixed).transpose(0, 1)[None]
-        return all(
-            bool((a - b).float().norm() <= TOLERANCE[weight.dtype] * b.float().norm())
-            for a, b in zip(found, wanted, strict=True)
-        )
+        return all(near(a, b) for a, b in zip(found, wanted, strict=True))
     except (AttributeError, RuntimeError, TypeError):
         return False  # a module with the same names that computes something else

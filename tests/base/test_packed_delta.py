@@ -8,9 +8,12 @@ from torch import Tensor
 
 from reft_runtime.base import packed_delta
 from reft_runtime.base.packed_delta import PackedDeltaNet, Part, packed_delta_net
-from reft_runtime.base.recurrent import StateCache, StateKey, StateShape
+from reft_runtime.base.rebinding import code_of
+from reft_runtime.base.recurrent import MixerForward, StateCache, StateKey, StateShape
 from reft_runtime.kernels.operators import cpu_operators
+from reft_runtime.loading.loader import adopt_model
 from tests.base.test_delta_rule import net, rows
+from tests.helpers.models import tiny
 
 KEYS = StateKey("conv", 0), StateKey("recurrent", 0)
 CONV = 2 * 2 * 8 + 4 * 40
@@ -50,7 +53,9 @@ def one(states: dict[StateKey, Tensor], at: int) -> dict[StateKey, Tensor]:
 @torch.inference_mode()
 def test_sequences_are_as_by_themselves(dtype: torch.dtype, operators: Any) -> None:
     module, given = net(dtype), rows(1, 31, 32, dtype=dtype)
-    packed = PackedDeltaNet(module, "cache_params", operators)
+    code = code_of(type(module).forward)
+    assert code is not None
+    packed = PackedDeltaNet(module, code, "cache_params", operators)
     theirs, ours = states(3, dtype), states(3, dtype)
     # By step: the sequence of each chunk, and its length. The last one decodes.
     position, begun = 0, set[int]()
@@ -85,3 +90,12 @@ def test_a_module_that_computes_something_else_is_left_alone(
         assert packed_delta_net(*given[:2], {}, module.forward, operators) is None
         monkeypatch.setattr(packed_delta, "_RULE", "another")
         assert packed_delta_net(*given, module.forward, operators) is None
+
+
+def test_a_dtype_without_a_tolerance_keeps_the_own_code() -> None:
+    model: Any = tiny("qwen3_5_text", initializer_range=0.05)
+    forwards = [mixer.forward for mixer in adopt_model(model.to(torch.float16)).mixers]
+    for forward in forwards:
+        assert isinstance(forward, MixerForward)
+        assert forward.packed is None
+    assert forwards

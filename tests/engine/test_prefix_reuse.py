@@ -33,6 +33,7 @@ from tests.helpers.models import (
 )
 from tests.helpers.reference import RandomEdit
 from tests.helpers.reference import applied as applied_random
+from tests.helpers.schedules import Timed, check_as_alone
 
 pytestmark = pytest.mark.usefixtures("storages")
 
@@ -373,7 +374,7 @@ def test_random_schedules(
     core = make_core(
         max_running=max_running, max_step_tokens=max_running + spare, kv_tokens=kv_tokens
     )
-    requests: list[tuple[Request, int, int | None]] = []
+    requests: list[Timed] = []
     for number, (text, length, task, max_tokens, n, chat, arrives, aborts) in enumerate(asked):
         tokens = TEXTS[text][:length]
         if chat:
@@ -385,23 +386,4 @@ def test_random_schedules(
             f"{number}", tokens, *TASKS[task], max_tokens=max_tokens, n=n, seed=1, **sampling
         )
         requests.append((each, arrives, aborts))
-    found: dict[str, Answer] = {}
-    aborted: set[str] = set()
-    at = 0
-    while at <= 25 or not core.idle:
-        for each, arrives, aborts in requests:
-            if arrives == at:
-                core.add(each)
-            if aborts == at >= arrives:
-                core.abort(each.id)
-                core.check_integrity()
-                aborted.add(each.id)
-        step(core, found)
-        at += 1
-    for each, _, _ in requests:
-        wanted = alone(each)
-        made = found[each.id].tokens if each.id in found else {}
-        if each.id in aborted:
-            assert all(ids == wanted[choice][: len(ids)] for choice, ids in made.items())
-        else:
-            assert made == wanted, each.id
+    check_as_alone(core, requests, alone)

@@ -38,6 +38,7 @@ from tests.helpers.models import (
     step,
     tiny,
 )
+from tests.helpers.schedules import Timed, check_as_alone
 
 TIGHT = MAX_LENGTH + 16
 SYSTEM = prompt(70)
@@ -278,7 +279,7 @@ def test_random_schedules(
         kv_tokens=kv_tokens,
         snapshots=places,
     )
-    requests: list[tuple[Request, int, int | None]] = []
+    requests: list[Timed] = []
     for number, (text, length, task, max_tokens, n, arrives, aborts) in enumerate(asked):
         sampling = {"temperature": 1.0} if n > 1 else {}
         tokens = TEXTS[text][:length]
@@ -286,23 +287,4 @@ def test_random_schedules(
             f"{number}", tokens, *TASKS[task], max_tokens=max_tokens, n=n, seed=1, **sampling
         )
         requests.append((each, arrives, aborts))
-    found: dict[str, Answer] = {}
-    aborted: set[str] = set()
-    at = 0
-    while at <= 25 or not core.idle:
-        for each, arrives, aborts in requests:
-            if arrives == at:
-                core.add(each)
-            if aborts == at >= arrives:
-                core.abort(each.id)
-                core.check_integrity()
-                aborted.add(each.id)
-        step(core, found)
-        at += 1
-    for each, _, _ in requests:
-        wanted = alone(each)
-        made = found[each.id].tokens if each.id in found else {}
-        if each.id in aborted:
-            assert all(ids == wanted[choice][: len(ids)] for choice, ids in made.items())
-        else:
-            assert made == wanted, each.id
+    check_as_alone(core, requests, alone)

@@ -8,11 +8,11 @@ import torch
 from transformers import (
     AutoConfig,
     AutoModelForMultimodalLM,
-    GenerationConfig,
     PreTrainedModel,
 )
 
 from tests.helpers.models import HIDDEN, MAX_LENGTH, VOCABULARY, WINDOW
+from tools import tiny_models
 
 EOS = [2, 7]
 """Of the whole configuration; the text model's own ends differ."""
@@ -89,11 +89,4 @@ def composite(model_type: str, **changes: Any) -> PreTrainedModel:
     model: PreTrainedModel = AutoModelForMultimodalLM.from_config(  # type: ignore[no-untyped-call]
         AutoConfig.for_model(model_type, **values), dtype=torch.float32
     )
-    for parameter in model.parameters():
-        if parameter.ndim == 1:
-            parameter.data += 0.1 * torch.randn_like(parameter)
-    model.generation_config = GenerationConfig(  # type: ignore[no-untyped-call]
-        do_sample=False, num_beams=1
-    )
-    model.train(False)
-    return model
+    return tiny_models.ready(model)
