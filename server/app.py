@@ -18,6 +18,7 @@ from server.errors import install_error_handlers, refuse_query
 from server.health import Health
 from server.metrics import Metrics
 from server.middleware import RequestMiddleware
+from server.replicas import Replicas
 from server.routes import (
     chat,
     classify,
@@ -52,13 +53,17 @@ EXPOSED = [
 """Response headers that a page of another origin may read."""
 
 
-def create_app(engine: WholeEngine, settings: Settings) -> FastAPI:
+def create_app(
+    engine: WholeEngine, settings: Settings, replicas: Replicas | None = None
+) -> FastAPI:
     """Build the application that serves `engine`; the engine's owner closes the engine.
+
+    `replicas` are the servers of its cluster, None if it is by itself.
 
     The application is ready for requests once it has started. Raises `ConfigError` for a keys file
     that is not usable.
     """
-    context = Context(engine, settings, Metrics(engine), Health(engine))
+    context = Context(engine, settings, Metrics(engine), Health(engine), replicas)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:

@@ -17,6 +17,7 @@ from starlette.types import Scope
 from server.health import Health
 from server.metrics import Metrics
 from server.recent import Rates
+from server.replicas import Replicas
 from server.settings import Settings
 from server.tenants.keys import Keys
 from server.tenants.quota import Quotas
@@ -71,7 +72,8 @@ class Context:
     """One server's parts, and the tenant that uses them for one request.
 
     Handlers reach the registry by `registry`, which keeps to what the tenant sees; `whole`, the
-    engine with all of it, is for the server itself. `started` is Unix time in seconds. Raises
+    engine with all of it, is for the server itself. `replicas` are the servers of its cluster, None
+    if it is by itself. `started` is Unix time in seconds. Raises
     `ConfigError` for a keys file that is not usable.
     """
 
@@ -79,6 +81,7 @@ class Context:
     settings: Settings
     metrics: Metrics
     health: Health
+    replicas: Replicas | None = None
     tenant: Tenant = NOBODY
     request_id: str = ""
     started: int = field(default_factory=lambda: int(time.time()))
