@@ -105,7 +105,8 @@ class Registry:
         store = None
         if state_dir is not None:
             store = open_state(state_dir, state_bytes, shared=shared_state)
-        self._follows = state_dir is not None and (shared_state or is_url(state_dir))
+        self.shares_state = state_dir is not None and (shared_state or is_url(state_dir))
+        """Whether other servers may have the same state."""
         self._uploads = Uploads(self._catalog, self._folders, store, state_bytes)
         with _without_collections():
             self._uploads.restore(base.model, self._listed)
@@ -121,7 +122,7 @@ class Registry:
             raise RuntimeError("the registry is watching already")
         self._watcher = Watcher(self._look, interval)
         self._folders.keep_polling()
-        if self._follows:
+        if self.shares_state:
             self._poller = Poller(self._uploads.follow, "state")
 
     def close(self) -> None:
@@ -160,7 +161,7 @@ class Registry:
         the state cannot be reached, if what it says cannot be served here, or if no other server
         can have this state.
         """
-        if not self._follows:
+        if not self.shares_state:
             raise Unavailable(
                 "This server's state is its own: no other server sees what is uploaded here."
             )
@@ -356,15 +357,18 @@ class Registry:
             raise self._catalog.unknown(name) from None
         return version, version.open()
 
-    def remove(self, name: str, expected: Collection[str] | None = None) -> Change:
+    def remove(
+        self, name: str, expected: Collection[str] | None = None, *, uploads_only: bool = False
+    ) -> Change:
         """Remove what a name stands for; what it shadowed, if anything, shows again.
 
         An upload is deleted with its history, also one that could not be restored. A source's file
         stays on disk and comes back when it changes, or at the next start. Requests in flight end
-        on the versions they began with. Returns what that changed. Raises `NotFound`, and `Changed`
-        as `put` does.
+        on the versions they began with. With `uploads_only` nothing is removed that only this
+        process would know of. Returns what that changed. Raises `NotFound`, `Changed` as `put`
+        does, and `InvalidRequest` for what is no upload but has to be.
         """
-        return self._uploads.remove(name, expected)
+        return self._uploads.remove(name, expected, uploads_only=uploads_only)
 
     def rollback(
         self, name: str, digest: str | None = None, expected: Collection[str] | None = None

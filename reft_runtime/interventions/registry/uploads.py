@@ -107,7 +107,7 @@ class Uploads:
         _tell_hidden(shown, version)
         return change
 
-    def remove(self, name: str, expected: Collection[str] | None) -> Change:
+    def remove(self, name: str, expected: Collection[str] | None, *, uploads_only: bool) -> Change:
         """Remove what a name stands for."""
         with self._change(name):
             version = self._expect(name, expected)
@@ -116,6 +116,12 @@ class Uploads:
                 origin = "uploaded"
             if origin is None:
                 raise self._catalog.unknown(name)
+            if uploads_only and origin != "uploaded":
+                raise InvalidRequest(
+                    f"`{name}` is no upload but a file of a source, which every server of the"
+                    " cluster reads for itself: remove the file there.",
+                    param="name",
+                )
             if origin == "uploaded":
                 self._store.remove(name)
                 self._catalog.pin(name, pinned=False)
