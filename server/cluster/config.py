@@ -152,7 +152,10 @@ def _settings(given: Any, problems: list[str]) -> Settings | None:
         problems.append("settings: write the options of `reft serve` below it, such as `model:`.")
         return None
     try:
-        return Settings(**{str(name): value for name, value in given.items()})
+        settings = Settings(**{str(name): value for name, value in given.items()})
+        # The folder may be on another machine than this: replicas share it in any case.
+        shared = settings.state_dir is not None
+        return settings.model_copy(update={"shared_state": shared})
     except ValidationError as error:
         for item in error.errors():
             problems.append(_line(("settings", *item["loc"]), item["msg"], Settings))

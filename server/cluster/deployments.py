@@ -19,6 +19,8 @@ from ray.serve.exceptions import (
 )
 from ray.serve.handle import DeploymentHandle
 
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
 from reft_runtime.errors import ConfigError
 from server.cluster.calls import Call, Full, Head, NoReplica, Part, ReplicaDied
 from server.cluster.config import ClusterConfig, parse_config, read_config
@@ -41,6 +43,9 @@ SPARE_SECONDS = 5
 
 CHECK_SECONDS = 5
 """Pause between two looks at a replica's health, and how long it may take to answer one."""
+
+QUIET = {"log_level": "WARNING", "enable_access_log": False}
+"""What Ray Serve logs: the replicas log each request, as a server by itself does."""
 
 ROUTER = "ray.serve.experimental.consistent_hash_router.ConsistentHashRouter"
 
@@ -91,14 +96,23 @@ class ReplicaDeployment:
 
 
 class FrontDeployment:
-    """A front as Ray Serve runs it."""
+    """A front as Ray Serve runs it, which adds the header `x-request-id` to answers itself."""
 
     def __init__(self, settings: Settings, replicas: DeploymentHandle[Any]) -> None:
         configure_logging(settings)
         self._front = Front(_Handle(replicas), settings)
 
-    def __serve_build_asgi_app__(self) -> Front:
-        return self._front
+    def __serve_build_asgi_app__(self) -> ASGIApp:
+        return self._answer
+
+    async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def send_without_id(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                headers = [pair for pair in message["headers"] if pair[0] != b"x-request-id"]
+                message = {**message, "headers": headers}
+            await send(message)
+
+        await self._front(scope, receive, send_without_id)
 
 
 class _Broadcast:
@@ -183,6 +197,7 @@ def application(config: ClusterConfig) -> serve.Application:
         ),
         health_check_period_s=CHECK_SECONDS,
         health_check_timeout_s=CHECK_SECONDS,
+        logging_config=QUIET,
         graceful_shutdown_timeout_s=settings.drain_seconds + SPARE_SECONDS,
     )
     front = serve.deployment(
@@ -191,6 +206,7 @@ def application(config: ClusterConfig) -> serve.Application:
         num_replicas=config.fronts,
         ray_actor_options={"num_cpus": 0, "runtime_env": environment},
         max_ongoing_requests=FRONT_ONGOING,
+        logging_config=QUIET,
         graceful_shutdown_timeout_s=settings.drain_seconds + 2 * SPARE_SECONDS,
     )
     application: serve.Application = front.bind(settings, replica.bind(settings))

@@ -16,7 +16,7 @@ from server.banner import banner
 from server.cluster.calls import Call, Head
 from server.cluster.in_process import answer
 from server.cluster.peers import Answer, Broadcast, Peers, Self
-from server.cluster.slots import Slot
+from server.cluster.slots import Slot, state_folder
 from server.context import Context
 from server.engine import WholeEngine
 from server.settings import Settings
@@ -48,7 +48,7 @@ class Replica:
 
     async def open(self) -> None:
         """Load the model and begin to serve. Raises what the engine and the application raise."""
-        state = self._settings.state_folder
+        state = state_folder(self._settings)
         slot = None
         if state is not None:
             slot = await asyncio.to_thread(Slot.take, state)

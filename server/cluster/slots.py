@@ -8,10 +8,23 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from reft_runtime.interventions.registry.urls import is_url, local_folder
+from server.settings import Settings
+
 FOLDER = "replicas"
 """The slots' folder in the state folder."""
 
 LOCK = ".lock"
+
+
+def state_folder(settings: Settings) -> Path | None:
+    """The folder below which slots lie: the state that all replicas have mounted.
+
+    For a state at a URL it is a part of this machine's cache; None without a state.
+    """
+    if settings.state_dir is None or is_url(settings.state_dir):
+        return settings.state_folder
+    return local_folder(settings.state_dir)
 
 
 class Slot:

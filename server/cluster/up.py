@@ -6,6 +6,7 @@ import logging
 import os
 import secrets
 import signal
+import socket
 import threading
 import time
 import urllib.request
@@ -36,10 +37,12 @@ VARIABLES = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_SERVE_ENABLE_HA_PROXY": "1",
     "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": DRAIN_SECONDS,
-    "RAY_SERVE_LOG_TO_STDERR": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
 }
 """Variables of a Ray that is started here, unless they are set."""
+
+PORTS = ("RAY_SERVE_HAPROXY_METRICS_PORT", "RAY_SERVE_HAPROXY_STATS_PORT")
+"""Variables of ports that have numbers of their own, which another cluster here may have."""
 
 
 def run(path: Path) -> int:
@@ -112,11 +115,15 @@ class _Cluster:
         if self._own:
             for name, value in VARIABLES.items():
                 os.environ.setdefault(name, value)
+            for name in PORTS:
+                os.environ.setdefault(name, str(_free_port()))
             if "RAY_AUTH_MODE" not in os.environ:
                 # Ray's ports are open to other machines: nobody else has the token.
                 os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
         import ray
         from ray import serve
+
+        from server.cluster.deployments import QUIET
 
         self._ray, self._serve = ray, serve
         options: dict[str, Any] = {"address": config.ray, "log_to_driver": True}
@@ -128,6 +135,7 @@ class _Cluster:
             raise ConfigError(f"ray: there is no Ray to use at {config.ray}: {error}") from None
         serve.start(
             proxy_location="EveryNode",
+            logging_config=QUIET,
             http_options={
                 "host": config.settings.host,
                 "port": port,
@@ -168,6 +176,10 @@ class _Cluster:
         """Let requests finish, then take the application away, and Ray with it if it is our own."""
         logger.info("Shutting down; running requests get their time to finish")
         self._serve.delete(APP)
-        if self._own:
-            self._serve.shutdown()
         self._ray.shutdown()
+
+
+def _free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port: int = listener.getsockname()[1]
+        return port
