@@ -96,23 +96,30 @@ class ReplicaDeployment:
 
 
 class FrontDeployment:
-    """A front as Ray Serve runs it, which adds the header `x-request-id` to answers itself."""
+    """A front as Ray Serve runs it."""
 
     def __init__(self, settings: Settings, replicas: DeploymentHandle[Any]) -> None:
         configure_logging(settings)
         self._front = Front(_Handle(replicas), settings)
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
-        return self._answer
+        return _OneId(self._front)
 
-    async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
+
+class _OneId:
+    """Leaves `x-request-id` out of answers: Ray Serve adds it to each, and it is the same."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async def send_without_id(message: Message) -> None:
             if message["type"] == "http.response.start":
                 headers = [pair for pair in message["headers"] if pair[0] != b"x-request-id"]
                 message = {**message, "headers": headers}
             await send(message)
 
-        await self._front(scope, receive, send_without_id)
+        await self._app(scope, receive, send_without_id)
 
 
 class _Broadcast:
