@@ -41,6 +41,9 @@ FRONT_ONGOING = 10_000
 SPARE_SECONDS = 5
 """Seconds that a replica has to end beyond those that its requests have."""
 
+LOOK_SECONDS = 0.5
+"""Pause between two looks at whether one that is to end has requests left."""
+
 CHECK_SECONDS = 5
 """Pause between two looks at a replica's health, and how long it may take to answer one."""
 
@@ -205,6 +208,7 @@ def application(config: ClusterConfig) -> serve.Application:
         health_check_period_s=CHECK_SECONDS,
         health_check_timeout_s=CHECK_SECONDS,
         logging_config=QUIET,
+        graceful_shutdown_wait_loop_s=LOOK_SECONDS,
         graceful_shutdown_timeout_s=settings.drain_seconds + SPARE_SECONDS,
     )
     front = serve.deployment(
@@ -214,6 +218,7 @@ def application(config: ClusterConfig) -> serve.Application:
         ray_actor_options={"num_cpus": 0, "runtime_env": environment},
         max_ongoing_requests=FRONT_ONGOING,
         logging_config=QUIET,
+        graceful_shutdown_wait_loop_s=LOOK_SECONDS,
         graceful_shutdown_timeout_s=settings.drain_seconds + 2 * SPARE_SECONDS,
     )
     application: serve.Application = front.bind(settings, replica.bind(settings))

@@ -97,9 +97,7 @@ class Replica:
 
     async def banner(self, address: str) -> str:
         """The text that says what is served at an address."""
-        return await self._context.administer(
-            banner, self._context.whole, self._settings, address
-        )
+        return await self._context.administer(banner, self._context.whole, self._settings, address)
 
     @property
     def _context(self) -> Context:

@@ -73,7 +73,9 @@ async def test_the_same_intervention_goes_to_the_same_replica(
     for _ in range(3):
         for model in ("pirate", "emoji", "formal"):
             assert (await client.post("/v1/completions", json=completion(model=model))).is_success
-    found = {key: {name for name, other in cluster.asked if other == key} for _, key in cluster.asked}
+    found = {
+        key: {name for name, other in cluster.asked if other == key} for _, key in cluster.asked
+    }
     assert len(found) == 3
     assert all(len(names) == 1 for names in found.values())
 
@@ -109,9 +111,7 @@ async def test_pieces_come_as_they_are_made(cluster: Cluster, client: httpx.Asyn
         engine.step_seconds = 0.01
     body = completion(stream=True, max_tokens=20)
     await client.post("/v1/completions", json=body)
-    head, *pieces = [
-        piece async for piece in cluster.replicas["one"].answer(cluster.calls[-1])
-    ]
+    head, *pieces = [piece async for piece in cluster.replicas["one"].answer(cluster.calls[-1])]
     assert len(pieces) >= 10
     assert head.headers  # type: ignore[union-attr]
 

@@ -195,6 +195,7 @@ async def test_a_replica_is_killed(running: Running) -> None:
     assert {one.pid for one in running.replicas()} - before
 
 
+@pytest.mark.long
 async def test_an_update_under_load(running: Running) -> None:
     """SIGHUP replaces replica by replica, and no request fails."""
     config = yaml.safe_load(running.config.read_text())
