@@ -169,9 +169,10 @@ class Server:
         found: list[Body] = self._call("GET", f"{_path(name)}/versions").json()["data"]
         return found
 
-    def remove(self, name: str) -> None:
-        """Remove an intervention, so that the server no longer serves it."""
-        self._call("DELETE", _path(name))
+    def remove(self, name: str) -> Body:
+        """Remove an intervention, so that the server no longer serves it; return the answer."""
+        removed: Body = self._call("DELETE", _path(name)).json()
+        return removed
 
     def rollback(self, name: str, digest: str | None) -> Body:
         """Serve a kept version again, by default the previous one; return its entry."""

@@ -44,6 +44,7 @@ if TYPE_CHECKING:
 
 EXPOSED = [
     *("retry-after", "x-request-id", "x-intervention", "x-prompt-tokens", "x-queue-time"),
+    "x-replicas-behind",
     *(
         f"x-ratelimit-{what}-{of}"
         for what in ("limit", "remaining", "reset")

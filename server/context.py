@@ -5,11 +5,11 @@ from __future__ import annotations
 import asyncio
 import copy
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Annotated, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Annotated, Concatenate, NamedTuple, ParamSpec, TypeVar
 
 from fastapi import Depends, Request
 from starlette.types import Scope
@@ -28,6 +28,7 @@ from server.threads import started_pool
 from server.tools import Tools
 
 if TYPE_CHECKING:
+    from reft_runtime.interventions.registry.entry import Change
     from server.engine import Engine, WholeEngine
 
 
@@ -65,6 +66,13 @@ class BodyBudget:
     def give_back(self, scope: Scope) -> None:
         """Release the bytes held for a request that has ended."""
         self.held -= scope["state"].pop("body_bytes", 0)
+
+
+class Made(NamedTuple):
+    """A change that was made, and the names of the replicas that have not taken it in."""
+
+    change: Change
+    behind: Sequence[str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,7 +125,8 @@ class Context:
     @property
     def registry(self) -> View:
         """The registry as the tenant sees it."""
-        return View(self.whole.registry, self.tenant, self.request_id)
+        in_cluster = self.replicas is not None
+        return View(self.whole.registry, self.tenant, self.request_id, in_cluster=in_cluster)
 
     def of(self, tenant: Tenant, request_id: str) -> Context:
         """The same parts, as `tenant` uses them for the request of this id."""
@@ -140,6 +149,18 @@ class Context:
         """Run `function`, which may wait for a URL, in a thread that no listing waits for."""
         work = partial(function, *args, **kwargs)
         return await asyncio.get_running_loop().run_in_executor(self._changes, work)
+
+    async def make(
+        self,
+        change: Callable[Concatenate[str, P], Change],
+        name: str,
+        *args: P.args,
+        **kwargs: P.kwargs,
+    ) -> Made:
+        """Change what a name stands for, here and then on every replica of the cluster."""
+        made = await self.change(change, name, *args, **kwargs)
+        behind = () if self.replicas is None else await self.replicas.catch_up(name)
+        return Made(made, behind)
 
     def close(self) -> None:
         """Cancel administrative work that has not begun, and take no more."""

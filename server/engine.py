@@ -143,8 +143,17 @@ class Registry(Protocol):
     def warm(self, name: str) -> Entry:
         """Read the tensors of a name; returns its entry."""
 
-    def remove(self, name: str, expected: Collection[str] | None = None) -> Change:
+    def remove(
+        self, name: str, expected: Collection[str] | None = None, *, uploads_only: bool = False
+    ) -> Change:
         """Stop serving what a name stands for; raises `NotFound`."""
+
+    @property
+    def shares_state(self) -> bool:
+        """Whether other servers may have the same state."""
+
+    def catch_up(self, name: str) -> None:
+        """Take in what a name stands for in the state now; raises `Unavailable` if it cannot."""
 
 
 class Stream(Protocol):

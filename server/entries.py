@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from fastapi.responses import Response
 from orjson import Fragment
 
-from server.context import Context
+from server.context import Context, Made
 from server.streaming import json_bytes
 
 if TYPE_CHECKING:
@@ -55,9 +56,41 @@ def entry_answer(server: Context, entry: Entry, status: int = 200) -> Response:
     return Response(content, status, etag(entry), media_type="application/json")
 
 
+def change_answer(server: Context, made: Made, status: int = 200) -> Response:
+    """Answer of a change that leaves the name with an entry: that entry, and who is behind."""
+    entry = made.change.entry
+    return _answer(entry_fields(server, entry), made.behind, status, etag(entry))
+
+
+def removal_answer(name: str, made: Made) -> Response:
+    """Answer of a removal."""
+    return _answer({"id": name, "object": "intervention", "deleted": True}, made.behind)
+
+
+def behind_headers(behind: Sequence[str]) -> dict[str, str]:
+    """The header that names the replicas which have not taken a change in; none if all have."""
+    return {"x-replicas-behind": ", ".join(behind)} if behind else {}
+
+
 def etag(entry: Entry) -> dict[str, str]:
     """The `ETag` header, which names the version by its digest."""
     return {"etag": f'"{entry.digest}"'}
+
+
+def _answer(
+    fields: Mapping[str, Any],
+    behind: Sequence[str],
+    status: int = 200,
+    headers: Mapping[str, str] | None = None,
+) -> Response:
+    """An answer in JSON; where replicas are behind, a field and a header name them."""
+    content = {**fields, "replicas_behind": list(behind)} if behind else fields
+    return Response(
+        json_bytes(content),
+        status,
+        {**(headers or {}), **behind_headers(behind)},
+        media_type="application/json",
+    )
 
 
 def version_fields(version: VersionEntry) -> dict[str, Any]:

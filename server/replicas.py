@@ -12,5 +12,6 @@ class Replicas(Protocol):
     async def catch_up(self, name: str) -> Sequence[str]:
         """Let every replica that lives take in what a name stands for in the state.
 
-        Returns when all have, or after some seconds the names of those that have not.
+        Returns when all have, or after some seconds the names of those that have not: printable
+        ASCII without commas. It raises nothing: the change is made.
         """

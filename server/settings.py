@@ -31,6 +31,7 @@ BUILT_IN_TEMPLATE = "hermes"
 ENGINE_OPTIONS = (
     "interventions",
     "state_dir",
+    "shared_state",
     "allow_base",
     "intervention_bytes",
     "state_bytes",
@@ -71,6 +72,11 @@ class Settings(BaseSettings):
         min_length=1,
         description="Folder or URL that keeps uploaded interventions and pins; by default they are "
         "kept in a temporary folder and lost at a restart.",
+    )
+    shared_state: bool = Field(
+        default=False,
+        description="The folder of --state-dir is one that other servers have mounted and change, "
+        "too; all of them need this option. At a URL servers share the state in any case.",
     )
     allow_base: str | None = Field(
         default=None,
@@ -284,10 +290,12 @@ class Settings(BaseSettings):
     def state_folder(self) -> Path | None:
         """Folder on this machine for what only this server keeps; None without a state.
 
-        For a state at a URL it is a part of the cache.
+        For a state that other servers have, too, it is a part of the cache.
         """
-        if self.state_dir is None or not is_url(self.state_dir):
-            return None if self.state_dir is None else local_folder(self.state_dir)
+        if self.state_dir is None:
+            return None
+        if not self.shared_state and not is_url(self.state_dir):
+            return local_folder(self.state_dir)
         name = hashlib.sha256(self.state_dir.encode()).hexdigest()[:16]
         return cache_folder() / "states" / name
 

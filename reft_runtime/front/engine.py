@@ -81,7 +81,8 @@ class Engine:
 
     `model` is "demo", a hub id, a folder, or a transformers model (then `tokenizer` is needed).
     `interventions` is a folder of files, or a URL that fsspec knows (s3://bucket/folder), or a list
-    of them. Uploads are kept in `state_dir`, a folder or URL, or until `close` without one.
+    of them. Uploads are kept in `state_dir`, a folder or URL, or until `close` without one; with
+    `shared_state` the folder may be one that other servers share, as they may a URL.
     `allow_base` is a shell pattern for the names of base models whose files fit this one.
     `intervention_bytes` bounds the memory of interventions, `state_bytes` the uploads on disk.
     `max_running` bounds the answers made at once (64, on a CUDA device 256), `max_queued` and
@@ -107,6 +108,7 @@ class Engine:
         tokenizer: PreTrainedTokenizerBase | None = None,
         interventions: str | Path | Sequence[str | Path] | None = None,
         state_dir: str | Path | None = None,
+        shared_state: bool = False,
         allow_base: str | None = None,
         intervention_bytes: int = MEMORY_BYTES,
         state_bytes: int = STATE_BYTES,
@@ -125,7 +127,7 @@ class Engine:
         if interventions is None or isinstance(interventions, str | Path):
             interventions = () if interventions is None else (interventions,)
         sources = tuple(interventions)
-        check_folders(sources, state_dir)
+        check_folders(sources, state_dir, shared_state=shared_state)
         name, loaded, tokenizer = load_base(model, tokenizer, dtype, max_model_len, device=device)
         self._lent = loaded if isinstance(model, PreTrainedModel) else None
         sizes = sizes_for(loaded.device)
@@ -150,6 +152,7 @@ class Engine:
                 state_bytes=state_bytes,
                 device_bytes=None if core.runner.tables is None else core.runner.tables.budget,
                 max_waiting=max_queued,
+                shared_state=shared_state,
             )
         if sources or state_dir is not None:
             self.registry.watch(WATCH_SECONDS)

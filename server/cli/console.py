@@ -40,6 +40,16 @@ def error_console() -> Console:
     return Console(stderr=True, markup=False, highlight=False, emoji=False)
 
 
+def warn_behind(name: str, answer: Mapping[str, Any]) -> None:
+    """Say on standard error which replicas have not taken a change of a name in, if any."""
+    if behind := answer.get("replicas_behind"):
+        typer.echo(
+            f"reft: {name}: not yet on {printable(', '.join(behind))}; until they reach the state"
+            " again they serve what was there before.",
+            err=True,
+        )
+
+
 def table(columns: Mapping[str, str], rows: Sequence[Sequence[str]]) -> Table:
     """A table: rows below the names of their columns, each with how it is laid out.
 

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from reft_runtime.client import Body, Server
-from server.cli.console import print_json, size
+from server.cli.console import print_json, size, warn_behind
 from server.cli.options import LOCAL_URL, ApiKey, AsJson, Url
 
 app = typer.Typer()
@@ -47,5 +47,6 @@ def _each(change: Callable[[str], Body], names: list[str], done: str, as_json: b
         entries.append(change(name))
         if not as_json:
             typer.echo(f"{name}: {done}, {size(entries[-1]['size_bytes'])}")
+        warn_behind(name, entries[-1])
     if as_json:
         print_json(entries)

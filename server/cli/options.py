@@ -105,6 +105,7 @@ LOCAL_SETTINGS = (
     "model",
     "interventions",
     "state_dir",
+    "shared_state",
     "device",
     "dtype",
     "max_model_len",

@@ -14,7 +14,7 @@ from reft_runtime.client import Body, Server
 from reft_runtime.display.text import aligned
 from reft_runtime.errors import ConfigError, did_you_mean
 from reft_runtime.interventions.registry.paging import SORTS
-from server.cli.console import console, print_json, printable, size, table
+from server.cli.console import console, print_json, printable, size, table, warn_behind
 from server.cli.options import LOCAL_URL, ApiKey, AsJson, Url
 from server.cli.overview import busy, overview
 from server.cli.tables import ranges, short
@@ -144,13 +144,17 @@ def rm(
         what = ", ".join(f"{entry['id']} ({short(entry['digest'])})" for entry in found)
         if not typer.confirm(f"Remove {what} from {url}?"):
             raise typer.Exit(1)
+    removed = []
     for entry in found:
-        server.remove(entry["id"])
+        name = entry["id"]
+        answer = server.remove(name)
+        removed.append({key: answer[key] for key in answer if key != "object"})
         if not as_json:
             below = f"; the {' and the '.join(entry['hides'])}'s serves" if entry["hides"] else ""
-            typer.echo(f"{entry['id']}: removed{below}")
+            typer.echo(f"{name}: removed{below}")
+        warn_behind(name, answer)
     if as_json:
-        print_json([{"id": entry["id"], "deleted": True} for entry in found])
+        print_json(removed)
 
 
 @app.command()
@@ -177,6 +181,7 @@ def rollback(
         typer.echo(f"{name}: {short(before)} is served already")
     else:
         typer.echo(f"{name}: {short(entry['digest'])} is served, {short(before)} was")
+    warn_behind(name, entry)
 
 
 @app.command()

@@ -15,7 +15,7 @@ from reft_runtime.client import Body, Change, Server
 from reft_runtime.errors import ConfigError, NotFound, ReftError
 from reft_runtime.interventions.format.identity import MAX_FILE_BYTES, SUFFIX
 from reft_runtime.reaching import Unreachable
-from server.cli.console import error_console, print_json, size
+from server.cli.console import error_console, print_json, size, warn_behind
 from server.cli.local_files import naming, read_file
 from server.cli.options import LOCAL_URL, ApiKey, AsJson, Url
 from server.cli.tables import short
@@ -64,6 +64,7 @@ def push(
         taken.append({**entry, "new": change == "added"})
         if not as_json:
             typer.echo(f"{served}: {change}, {short(entry['digest'])}, {size(entry['size_bytes'])}")
+        warn_behind(served, entry)
     if as_json:
         print_json(taken)
     if len(taken) < len(paths):

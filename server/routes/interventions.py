@@ -27,7 +27,7 @@ from reft_runtime.interventions.registry.paging import (
 )
 from server.body import receive_file
 from server.context import Context, Current
-from server.entries import entry_answer, entry_fields, etag
+from server.entries import change_answer, entry_answer, entry_fields, etag, removal_answer
 from server.listing import listing, page
 from server.openapi import takes_file
 
@@ -101,22 +101,22 @@ async def put_intervention(request: Request, context: Current, name: str) -> Res
     try:
         await receive_file(request, file, MAX_FILE_BYTES)
         begun = time.monotonic()
-        change = await context.change(registry.put, name, file, sha256, expected)
+        made = await context.make(registry.put, name, file, sha256, expected)
     finally:
         file.discard()
     context.metrics.loaded(name, time.monotonic() - begun)
-    return entry_answer(context, change.entry, 201 if change.before is None else 200)
+    return change_answer(context, made, 201 if made.change.before is None else 200)
 
 
-@router.delete("/{name}")
-async def delete_intervention(request: Request, context: Current, name: str) -> dict[str, Any]:
+@router.delete("/{name}", response_model=None)
+async def delete_intervention(request: Request, context: Current, name: str) -> Response:
     """Stop serving this name. Requests in flight finish with the version that they began with.
 
     With `If-Match: "DIGEST"` the name is removed only if it stands for that version; else the
     answer is 412.
     """
-    await context.change(context.registry.remove, name, expected_digests(request))
-    return {"id": name, "object": "intervention", "deleted": True}
+    made = await context.make(context.registry.remove, name, expected_digests(request))
+    return removal_answer(name, made)
 
 
 def _problems(context: Context) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from fastapi.responses import Response
 
 from server.body import json_body
 from server.context import Current
-from server.entries import entry_answer, version_fields
+from server.entries import change_answer, entry_answer, version_fields
 from server.openapi import takes
 from server.routes.interventions import expected_digests
 from server.schemas.interventions import RollbackRequest
@@ -43,10 +43,9 @@ async def roll_back(request: Request, context: Current, name: str, body: Rollbac
     """
     expected = expected_digests(request)
     begun = time.monotonic()
-    rollback = context.registry.rollback
-    change = await context.change(rollback, name, body.digest, expected)
+    made = await context.make(context.registry.rollback, name, body.digest, expected)
     context.metrics.loaded(name, time.monotonic() - begun)
-    return entry_answer(context, change.entry)
+    return change_answer(context, made)
 
 
 @router.post("/{name}/pin", response_model=None)
@@ -55,15 +54,13 @@ async def pin(context: Current, name: str) -> Response:
 
     It stays pinned when it is replaced, and with a state folder over restarts.
     """
-    change = await context.change(context.registry.pin, name)
-    return entry_answer(context, change.entry)
+    return change_answer(context, await context.make(context.registry.pin, name))
 
 
 @router.post("/{name}/unpin", response_model=None)
 async def unpin(context: Current, name: str) -> Response:
     """Let the tensors of this name be evicted again; they stay in memory while there is room."""
-    change = await context.change(context.registry.unpin, name)
-    return entry_answer(context, change.entry)
+    return change_answer(context, await context.make(context.registry.unpin, name))
 
 
 @router.post("/{name}/warm", response_model=None)

@@ -13,6 +13,7 @@ from fastapi.responses import PlainTextResponse
 from reft_runtime.errors import ReftError
 from server.body import json_body
 from server.context import Current
+from server.entries import behind_headers
 from server.openapi import takes
 from server.schemas.interventions import LoadRequest, UnloadRequest
 
@@ -28,9 +29,7 @@ async def load_lora_adapter(
     """Serve a file inside the configured sources under a name."""
     begun = time.monotonic()
     with _vllm_fields():
-        await context.change(
-            context.registry.load, body.lora_name, body.lora_path, body.load_inplace
-        )
+        await context.make(context.registry.load, body.lora_name, body.lora_path, body.load_inplace)
     context.metrics.loaded(body.lora_name, time.monotonic() - begun)
     return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' added successfully.")
 
@@ -41,8 +40,11 @@ async def unload_lora_adapter(
 ) -> PlainTextResponse:
     """Stop serving a name."""
     with _vllm_fields():
-        await context.change(context.registry.remove, body.lora_name)
-    return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' removed successfully.")
+        made = await context.make(context.registry.remove, body.lora_name)
+    return PlainTextResponse(
+        f"Success: LoRA adapter '{body.lora_name}' removed successfully.",
+        headers=behind_headers(made.behind),
+    )
 
 
 @contextmanager

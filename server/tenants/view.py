@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, BinaryIO
 
-from reft_runtime.errors import Changed, NotFound, ReftError, UnknownName
+from reft_runtime.errors import Changed, InvalidRequest, NotFound, ReftError, UnknownName
 from reft_runtime.interventions.format.identity import SUFFIX
 from reft_runtime.interventions.registry.sources import NO_FILE
 from server.errors import ApiError, api_error
@@ -36,11 +36,15 @@ class View:
     The methods are those of `server.engine.Registry`, and raise what they raise. A name that the
     tenant does not see raises the error of an unknown one, whether or not there is such a name. A
     change that the tenant may not make raises `ApiError` (403). Every change, also a refused one,
-    is a line of the audit, with the id of the request.
+    is a line of the audit, with the id of the request. `in_cluster` says that other servers serve
+    the same: changes that only this one would know of raise `InvalidRequest`.
     """
 
-    def __init__(self, registry: Registry, tenant: Tenant, request_id: str) -> None:
+    def __init__(
+        self, registry: Registry, tenant: Tenant, request_id: str, *, in_cluster: bool = False
+    ) -> None:
         self._registry = registry
+        self._in_cluster = in_cluster
         self._tenant = tenant
         self._request_id = request_id
 
@@ -127,6 +131,12 @@ class View:
         """
 
         def load() -> Change:
+            if self._in_cluster:
+                raise InvalidRequest(
+                    "In a cluster no file of a source is loaded under another name, as only one of"
+                    " its servers would serve it: upload the file, by PUT /v1/interventions/NAME.",
+                    param="path",
+                )
             if not self._tenant.sees(_name_of(path)):
                 raise NotFound(NO_FILE, param="path")
             return self._registry.load(name, path, replace)
@@ -158,7 +168,7 @@ class View:
 
     def remove(self, name: str, expected: Collection[str] | None = None) -> Change:
         """Stop serving what a name stands for."""
-        remove = partial(self._registry.remove, name, expected)
+        remove = partial(self._registry.remove, name, expected, uploads_only=self._in_cluster)
         return self._audited("delete", name, remove, self._seen(name, expected))
 
     @contextmanager
@@ -185,6 +195,8 @@ class View:
         try:
             with seen or nullcontext():
                 check_change(self._tenant, name)
+                if self._in_cluster and not self._registry.shares_state:
+                    raise InvalidRequest(_NOTHING_SHARED)
                 made = change()
         except (ApiError, ReftError) as error:
             status = api_error(error, self._request_id).status
@@ -192,6 +204,13 @@ class View:
             raise
         audit_change(self._request_id, self._tenant, action, name, made)
         return made
+
+
+_NOTHING_SHARED = (
+    "The servers of this cluster share no state, so what they serve comes from the sources alone."
+    " Put the file there, or start the servers with --state-dir at a URL, or with --shared-state in"
+    " a folder that all have mounted."
+)
 
 
 def _name_of(path: str) -> str:

@@ -165,6 +165,30 @@ def test_removal_asks_and_looks_first(
     assert engine.registry.entries() == []
 
 
+def test_replicas_that_are_behind_are_named(engine: Any, tmp_path: Path) -> None:
+    class Behind:
+        async def catch_up(self, name: str) -> list[str]:
+            return ["second", "third"]
+
+    engine.registry.shares_state = True
+    path = tmp_path / "one.safetensors"
+    path.write_bytes(file_bytes(1))
+    with served(engine, Settings(), Behind()) as address:
+        for arguments in (
+            ("push", str(path)),
+            ("rollback", "one"),
+            ("pin", "one"),
+            ("rm", "-y", "one"),
+        ):
+            done = reft(address, *arguments)
+            assert (done.exit_code, "second" in done.stdout) == (0, False)
+            assert done.stderr.startswith("reft: one: not yet on second, third;")
+        told = reft(address, "rm", "-y", "two", "--json")
+    assert json.loads(told.stdout) == [
+        {"id": "two", "deleted": True, "replicas_behind": ["second", "third"]}
+    ]
+
+
 def _one() -> bytes:
     return file_bytes(description="The one [bold]of them.")
 

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from reft_runtime import Engine
 from reft_runtime.base.demo import demo_model
 from server.app import create_app
+from server.replicas import Replicas
 from server.settings import Settings
 from tests.helpers.serving import listening
 
@@ -42,11 +43,10 @@ def engine(demo_engine: Engine) -> Iterator[Engine]:
 
 
 @contextmanager
-def served(engine: Engine, settings: Settings) -> Iterator[str]:
+def served(engine: Engine, settings: Settings, replicas: Replicas | None = None) -> Iterator[str]:
     """The address of a server of `engine`, as long as the block lasts."""
-    config = uvicorn.Config(
-        create_app(engine, settings), http="h11", ws="none", log_level="warning"
-    )
+    app = create_app(engine, settings, replicas)
+    config = uvicorn.Config(app, http="h11", ws="none", log_level="warning")
     with listening(uvicorn.Server(config)) as address:
         yield address
 

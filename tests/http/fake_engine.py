@@ -316,7 +316,12 @@ class FakeRegistry:
     def warm(self, name: str) -> Any:
         return self.entry(name)
 
-    def remove(self, name: str, expected: Any = None) -> Change:
+    shares_state = True
+
+    def catch_up(self, name: str) -> None:
+        pass
+
+    def remove(self, name: str, expected: Any = None, *, uploads_only: bool = False) -> Change:
         before = self.entry(name).digest
         del self.versions[name]
         return _change(before, None)

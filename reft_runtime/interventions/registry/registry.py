@@ -34,8 +34,8 @@ from reft_runtime.interventions.registry.readers import Readers
 from reft_runtime.interventions.registry.remote.place import Place
 from reft_runtime.interventions.registry.remote.poller import Poller
 from reft_runtime.interventions.registry.sources import NAME, NAME_RULE, File, Folder, locate
-from reft_runtime.interventions.registry.state import open_state
-from reft_runtime.interventions.registry.store import STATE_BYTES, Store
+from reft_runtime.interventions.registry.state import check_state, open_state
+from reft_runtime.interventions.registry.store import STATE_BYTES
 from reft_runtime.interventions.registry.turns import Turns
 from reft_runtime.interventions.registry.uploads import HISTORY, Uploads
 from reft_runtime.interventions.registry.urls import is_url, local_folder
@@ -50,7 +50,9 @@ MAX_WAITING = 1024
 """Default bound on the requests that wait for memory for their interventions."""
 
 
-def check_folders(sources: Sequence[str | Path], state_dir: str | Path | None) -> None:
+def check_folders(
+    sources: Sequence[str | Path], state_dir: str | Path | None, *, shared_state: bool = False
+) -> None:
     """Raise `ConfigError` for folders and URLs that a `Registry` would refuse.
 
     A registry needs the model, which may take minutes to load; they are checked before. URLs are
@@ -58,20 +60,17 @@ def check_folders(sources: Sequence[str | Path], state_dir: str | Path | None) -
     """
     for source in sources:
         Place(str(source)) if is_url(source) else Folder(local_folder(source))
-    if state_dir is not None:
-        if is_url(state_dir):
-            Place(str(state_dir))
-        else:
-            Store(local_folder(state_dir)).close()
+    check_state(state_dir, shared=shared_state)
 
 
 class Registry:
     """The interventions of one base model.
 
     `sources` are folders, or URLs that fsspec knows, which are read only; if two hold a file of one
-    name, the first counts. Uploads and pins are kept in `state_dir`, a folder that one process owns
-    or a URL that several may share, or without one in a temporary folder until `close`; files take
-    at most `state_bytes` there. Interventions take at most
+    name, the first counts. Uploads and pins are kept in `state_dir`: a folder that one process
+    owns, or with `shared_state` several together, or a URL, which several may share; without one
+    they are in a temporary folder until `close`. Files take at most `state_bytes` there.
+    Interventions take at most
     `memory_bytes` of memory, and their tensors in use at most `device_bytes` of a device that has
     them as well; `max_waiting` requests may wait for room. A file that cannot be served is passed
     over, and `problems` says why. `check_site` gets an edit's layer, component and width, and
@@ -91,6 +90,7 @@ class Registry:
         state_bytes: int = STATE_BYTES,
         device_bytes: int | None = None,
         max_waiting: int = MAX_WAITING,
+        shared_state: bool = False,
     ) -> None:
         self.base = base
         self._check_site = check_site
@@ -102,8 +102,11 @@ class Registry:
         self._turns = Turns(self._catalog, max_waiting)
         self._folders = Folders(self._catalog, sources, base.model, self._listed)
         self._readers = Readers(self._catalog, self._folders, self._turns)
-        store = None if state_dir is None else open_state(state_dir, state_bytes)
-        self._follows = state_dir is not None and is_url(state_dir)
+        store = None
+        if state_dir is not None:
+            store = open_state(state_dir, state_bytes, shared=shared_state)
+        self.shares_state = state_dir is not None and (shared_state or is_url(state_dir))
+        """Whether other servers may have the same state."""
         self._uploads = Uploads(self._catalog, self._folders, store, state_bytes)
         with _without_collections():
             self._uploads.restore(base.model, self._listed)
@@ -119,7 +122,7 @@ class Registry:
             raise RuntimeError("the registry is watching already")
         self._watcher = Watcher(self._look, interval)
         self._folders.keep_polling()
-        if self._follows:
+        if self.shares_state:
             self._poller = Poller(self._uploads.follow, "state")
 
     def close(self) -> None:
@@ -150,6 +153,19 @@ class Registry:
         self._folders.poll()
         self._uploads.follow()
         self._scan(rest, between)
+
+    def catch_up(self, name: str) -> None:
+        """Take in what a name stands for in the state now, whichever server changed it.
+
+        Files of sources are not looked at. Blocks, over the network too. Raises `Unavailable` if
+        the state cannot be reached, if what it says cannot be served here, or if no other server
+        can have this state.
+        """
+        if not self.shares_state:
+            raise Unavailable(
+                "This server's state is its own: no other server sees what is uploaded here."
+            )
+        self._uploads.catch_up(name)
 
     def resolve(self, ref: str) -> Version:
         """The version that `NAME` or `NAME@<digest prefix>` (8 to 64 hex digits) stands for now.
@@ -341,15 +357,18 @@ class Registry:
             raise self._catalog.unknown(name) from None
         return version, version.open()
 
-    def remove(self, name: str, expected: Collection[str] | None = None) -> Change:
+    def remove(
+        self, name: str, expected: Collection[str] | None = None, *, uploads_only: bool = False
+    ) -> Change:
         """Remove what a name stands for; what it shadowed, if anything, shows again.
 
         An upload is deleted with its history, also one that could not be restored. A source's file
         stays on disk and comes back when it changes, or at the next start. Requests in flight end
-        on the versions they began with. Returns what that changed. Raises `NotFound`, and `Changed`
-        as `put` does.
+        on the versions they began with. With `uploads_only` nothing is removed that only this
+        process would know of. Returns what that changed. Raises `NotFound`, `Changed` as `put`
+        does, and `InvalidRequest` for what is no upload but has to be.
         """
-        return self._uploads.remove(name, expected)
+        return self._uploads.remove(name, expected, uploads_only=uploads_only)
 
     def rollback(
         self, name: str, digest: str | None = None, expected: Collection[str] | None = None

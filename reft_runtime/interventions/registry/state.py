@@ -1,13 +1,17 @@
-"""The state: where uploads and pins are kept, in a folder or at a URL."""
+"""The state: where uploads and pins are kept, by one server or by several that share it."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Protocol
 
+from reft_runtime.errors import ConfigError
 from reft_runtime.interventions.registry.incoming import Incoming
 from reft_runtime.interventions.registry.pointers import Pointers
+from reft_runtime.interventions.registry.remote.mounted import MountedFolder
+from reft_runtime.interventions.registry.remote.place import Place
 from reft_runtime.interventions.registry.remote.store import RemoteStore
 from reft_runtime.interventions.registry.sources import File
 from reft_runtime.interventions.registry.store import Store
@@ -29,6 +33,12 @@ class State(Protocol):
 
     def check(self) -> bool:
         """Whether the place still holds what it held. Raises `Unavailable` if it is away."""
+
+    def changing(self) -> AbstractContextManager[None]:
+        """Change names in the block, from `look_again` on, while no other server does.
+
+        Where there is no lock other servers may, and the later change counts.
+        """
 
     def changed(self) -> Iterable[str]:
         """The names that another server has changed since they were looked at; may take long."""
@@ -61,8 +71,29 @@ class State(Protocol):
         """Delete files that no pointer names and that are not in `keep`, now or later."""
 
 
-def open_state(place: str | Path, max_bytes: int) -> State:
-    """The state in a folder or at a URL. Raises `ConfigError` if it cannot be used."""
+def open_state(place: str | Path, max_bytes: int, *, shared: bool) -> State:
+    """The state in a folder, which several servers may have if `shared`, or at a URL.
+
+    Raises `ConfigError` if it cannot be used.
+    """
     if is_url(place):
-        return RemoteStore(str(place), max_bytes)
+        return RemoteStore(Place(str(place)), max_bytes)
+    if shared:
+        return RemoteStore(MountedFolder(local_folder(place)), max_bytes)
     return Store(local_folder(place), max_bytes)
+
+
+def check_state(place: str | Path | None, *, shared: bool) -> None:
+    """Raise `ConfigError` for a state that cannot be opened; what is at a URL is not looked at."""
+    if place is None:
+        if shared:
+            raise ConfigError(
+                "shared_state: there is no state to share; say with --state-dir where it is.",
+                param="shared_state",
+            )
+    elif is_url(place):
+        Place(str(place))
+    elif shared:
+        MountedFolder(local_folder(place)).close()
+    else:
+        Store(local_folder(place)).close()

@@ -16,7 +16,7 @@ import shutil
 import tempfile
 import weakref
 from collections.abc import Iterable, Sequence
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
 
 from reft_runtime.errors import ConfigError, StoreFull, Unavailable
@@ -52,7 +52,8 @@ class Store:
             self._lock = self._take()
         except BlockingIOError:
             raise ConfigError(
-                f"The state folder {folder} is in use by another server; give each its own."
+                f"The state folder {folder} is in use by another server; give each its own, or"
+                " start all of them with --shared-state."
             ) from None
         except OSError as error:
             raise ConfigError(f"The state folder cannot be written: {error}.") from error
@@ -125,6 +126,10 @@ class Store:
             self._folder,
         )
         return False
+
+    def changing(self) -> AbstractContextManager[None]:
+        """Change names in the block: nothing has to be locked, as there is no other server."""
+        return nullcontext()
 
     def changed(self) -> tuple[()]:
         """The names that another server has changed: none, as it has no other."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 from reft_runtime.errors import (
     Changed,
@@ -107,7 +107,7 @@ class Uploads:
         _tell_hidden(shown, version)
         return change
 
-    def remove(self, name: str, expected: Collection[str] | None) -> Change:
+    def remove(self, name: str, expected: Collection[str] | None, *, uploads_only: bool) -> Change:
         """Remove what a name stands for."""
         with self._change(name):
             version = self._expect(name, expected)
@@ -116,6 +116,12 @@ class Uploads:
                 origin = "uploaded"
             if origin is None:
                 raise self._catalog.unknown(name)
+            if uploads_only and origin != "uploaded":
+                raise InvalidRequest(
+                    f"`{name}` is no upload but a file of a source, which every server of the"
+                    " cluster reads for itself: remove the file there.",
+                    param="name",
+                )
             if origin == "uploaded":
                 self._store.remove(name)
                 self._catalog.pin(name, pinned=False)
@@ -231,6 +237,17 @@ class Uploads:
         self._state_problem = None
         return True
 
+    def catch_up(self, name: str) -> None:
+        """Take in what a name's pointer says now. Raises `Unavailable` if that is not served."""
+        with self._changing:
+            self._catch_up(name)
+            if self._kept is None:
+                return
+            digests = self._kept.pointers.histories.get(name, ())
+            served = self._catalog.layer(name, "uploaded")
+            if _digest(served) != (digests[0] if digests else None):
+                raise Unavailable(f"`{name}`: {self._problems.get(name, 'it cannot be read now.')}")
+
     def tend(self) -> None:
         """Check the state folder, unless a change is under way, which checks it as well."""
         known = self._state_problem
@@ -265,8 +282,9 @@ class Uploads:
         """Change a name in the block, beginning with what it is now. Raises `Unavailable`."""
         with self._changing:
             self._tend()
-            self._catch_up(name)
-            yield
+            with nullcontext() if self._kept is None else self._kept.changing():
+                self._catch_up(name)
+                yield
 
     def _catch_up(self, name: str) -> None:
         """Take in what another server has made of a name. Raises `Unavailable`."""

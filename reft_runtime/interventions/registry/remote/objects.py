@@ -108,12 +108,11 @@ class Objects:
     `what` and `kept` are the words of the log for the place and for what it has.
     """
 
-    def __init__(self, url: str, what: str, kept: str) -> None:
-        self.place = Place(url)
-        self.reach = Reach(f"{what} {self.place.shown}", kept, self.place)
+    def __init__(self, place: Place, what: str, kept: str) -> None:
+        self.place = place
+        self.reach = Reach(f"{what} {place.shown}", kept, place)
         self.cache = FileCache()
-        name = hashlib.sha256(url.encode()).hexdigest()[:16]
-        self.heads = Heads(cache_folder() / "listings" / f"{name}.sqlite")
+        self.heads = Heads(cache_folder() / "listings" / f"{place.id}.sqlite")
 
     def read_heads(
         self, objects: Iterable[Listed], *, whole: bool = False
@@ -167,11 +166,15 @@ class Objects:
     def close(self) -> None:
         """Close what is open on this machine."""
         self.heads.close()
+        self.place.close()
+
+    def whole(self, listed: Listed) -> Head:
+        """A small object with all of its bytes, also if it has grown since. Raises `OSError`."""
+        return Head(listed, self.place.read(listed.key, 0, FIRST_BYTES) if listed.size else b"")
 
     def _whole(self, listed: Listed) -> Head | tuple[Listed, OSError]:
         try:
-            size = min(listed.size, FIRST_BYTES)
-            return Head(listed, self.place.read(listed.key, 0, size) if size else b"")
+            return self.whole(listed)
         except OSError as error:
             return listed, error
 

@@ -7,6 +7,7 @@ import hashlib
 import threading
 import time
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from datetime import datetime
 from pathlib import PurePosixPath
 from typing import Any, NamedTuple, TypeVar
@@ -18,6 +19,9 @@ T = TypeVar("T")
 
 CALL_SECONDS = 30.0
 """Longest that one call may take."""
+
+FULL = (errno.ENOSPC, errno.EDQUOT)
+"""The numbers of errors of a disk, or of what one may use of it, that is full."""
 
 _MODIFIED = ("LastModified", "last_modified", "mtime", "updated", "created")
 _TAGS = ("ETag", "etag", "md5Hash", "generation", "blob_id")
@@ -33,32 +37,28 @@ class Listed(NamedTuple):
     modified_ns: int
 
 
+class Away(OSError):
+    """A place is not what it was; `strerror` may be shown."""
+
+
 class Place:
     """The folder at a URL. Raises `ConfigError` if nothing that is installed reads such URLs.
+
+    `id` tells it from other places on this machine, and may be shown.
 
     Methods raise `FileNotFoundError`, `PermissionError`, and `OSError` for whatever else goes
     wrong. Their `strerror` may be shown to clients: it holds neither the URL nor a library's text.
     """
 
     def __init__(self, url: str) -> None:
-        from fsspec.core import url_to_fs  # not where only folders are used
-
         self.shown = shown(url)
+        self.id = hashlib.sha256(url.encode()).hexdigest()[:16]
         self.kind = url.partition("://")[0]
         self.detail = ""
         """What the last error of a library said, for the log."""
         self._secrets = secrets_of(url)
-        try:
-            self._fs, path = url_to_fs(url, use_listings_cache=False)
-        except ImportError:
-            package = _EXTRAS.get(self.kind)
-            how = f": pip install {package}" if package else ""
-            raise ConfigError(
-                f"{self.shown}: what reads {self.kind}:// URLs is not installed{how}."
-            ) from None
-        except Exception as error:
-            raise ConfigError(f"{self.shown} cannot be used: {self._told(error)}.") from None
-        self.path = str(path).rstrip("/")
+        self._fs, path = self._open(url)
+        self.path = path.rstrip("/")
         # Buffers would fetch megabytes for a header; async file systems read ranges as they are.
         self._unbuffered = {} if self._fs.async_impl else {"cache_type": "none"}
 
@@ -119,6 +119,32 @@ class Place:
         bucket = self.path.partition("/")[0] or "/"
         self._call(lambda: self._fs.info(bucket))
 
+    def changing(self) -> AbstractContextManager[None]:
+        """Change objects in the block; other servers may at the same moment, and the later counts.
+
+        Raises `OSError`.
+        """
+        return nullcontext()
+
+    def close(self) -> None:
+        """Let others use the place in ways that were refused until now; here there are none."""
+
+    def _open(self, url: str) -> tuple[Any, str]:
+        """The file system that reads a URL, and the folder's path in it."""
+        from fsspec.core import url_to_fs  # not where only folders are used
+
+        try:
+            files, path = url_to_fs(url, use_listings_cache=False)
+        except ImportError:
+            package = _EXTRAS.get(self.kind)
+            how = f": pip install {package}" if package else ""
+            raise ConfigError(
+                f"{self.shown}: what reads {self.kind}:// URLs is not installed{how}."
+            ) from None
+        except Exception as error:
+            raise ConfigError(f"{self.shown} cannot be used: {self._told(error)}.") from None
+        return files, str(path)
+
     def _call(self, work: Callable[[], T]) -> T:
         try:
             return _within(CALL_SECONDS, work)
@@ -133,8 +159,13 @@ class Place:
             raise TimeoutError(
                 errno.ETIMEDOUT, f"there is no answer within {CALL_SECONDS:g} s"
             ) from None
+        except Away as error:
+            self.detail = self._told(error)
+            raise
         except Exception as error:  # every backend has exceptions of its own
             self.detail = self._told(error)
+            if isinstance(error, OSError) and error.errno in FULL:
+                raise OSError(error.errno, "the disk is full") from None
             raise OSError(errno.EIO, f"it cannot be reached ({type(error).__name__})") from None
 
     def _told(self, error: Exception) -> str:

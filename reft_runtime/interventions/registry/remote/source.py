@@ -15,7 +15,7 @@ from reft_runtime.interventions.format.identity import MAX_FILE_BYTES, SUFFIX
 from reft_runtime.interventions.registry.remote.cache import CacheUnusable
 from reft_runtime.interventions.registry.remote.heads import Head
 from reft_runtime.interventions.registry.remote.objects import Objects, RemoteFile, digest_of
-from reft_runtime.interventions.registry.remote.place import Listed
+from reft_runtime.interventions.registry.remote.place import Listed, Place
 from reft_runtime.interventions.registry.sources import NAME, NO_NAME, Listing
 
 _log = logging.getLogger(__name__)
@@ -30,7 +30,7 @@ class RemoteSource:
     """
 
     def __init__(self, url: str) -> None:
-        self._objects = Objects(url, "the source", "served")
+        self._objects = Objects(Place(url), "the source", "served")
         self._place = self._objects.place
         self.kind, self.label = self._place.kind, self._place.shown
         self._reach = self._objects.reach

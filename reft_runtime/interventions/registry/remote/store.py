@@ -1,11 +1,11 @@
-"""The state at a URL: the layout of the state folder in an object store, shared by servers."""
+"""The state that servers share: the layout of the state folder at a URL or in a mounted folder."""
 
 from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterable, Sequence
-from contextlib import suppress
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path, PurePosixPath
 
 from reft_runtime.errors import InvalidFile, StoreFull, Unavailable
@@ -15,7 +15,7 @@ from reft_runtime.interventions.registry.incoming import Incoming
 from reft_runtime.interventions.registry.pointers import Pointers, pointer_file
 from reft_runtime.interventions.registry.remote.heads import Head
 from reft_runtime.interventions.registry.remote.objects import Objects, RemoteFile
-from reft_runtime.interventions.registry.remote.place import Listed
+from reft_runtime.interventions.registry.remote.place import FULL, Listed, Place
 from reft_runtime.interventions.registry.sources import NAME, File
 from reft_runtime.interventions.registry.store import Store
 
@@ -24,17 +24,18 @@ SWEEP_SECONDS = 86400.0
 
 
 class RemoteStore:
-    """Blobs of at most `max_bytes` that pointers name, and pointers, at a URL.
+    """Blobs of at most `max_bytes` that pointers name, and pointers, at a place.
 
     Several servers may share it. Each change of a name is one object that is written, and is made
-    to what the name is at that moment; of two changes at the same moment the later counts. A blob
-    is written before the pointer that names it, and deleted only when no pointer has named it for a
-    day. While the URL cannot be reached, `check` and whatever writes raise `Unavailable`.
+    to what the name is at that moment; of two changes at the same moment the later counts, where
+    the place has no lock (`Place.changing`). A blob is written before the pointer that names it,
+    and deleted once no pointer names it and it was not written for a day. While the place cannot be
+    reached, `check` and whatever writes raise `Unavailable`.
     """
 
-    def __init__(self, url: str, max_bytes: int) -> None:
-        self._objects = Objects(url, "the state at", "held")
-        self._place = self._objects.place
+    def __init__(self, place: Place, max_bytes: int) -> None:
+        self._place = place
+        self._objects = Objects(place, "the state at", "held")
         self._max_bytes = max_bytes
         self._local = Store.temporary(max_bytes)  # what is on its way, and what no pointer names
         self._reach = self._objects.reach
@@ -62,6 +63,17 @@ class RemoteStore:
             raise self._away(self._reach.problem)
         return True
 
+    @contextmanager
+    def changing(self) -> Iterator[None]:
+        """Change names in the block, while no other server does if the place has a lock."""
+        with ExitStack() as lock:
+            try:
+                lock.enter_context(self._place.changing())
+            except OSError as error:
+                self._reach.lost(error)
+                raise self._away(str(error.strerror)) from error
+            yield
+
     def changed(self) -> Iterable[str]:
         """The names whose pointers are not as they were looked at last.
 
@@ -85,16 +97,15 @@ class RemoteStore:
         key = self._pointer(name)
         before = self._said(name)
         try:
-            listed = self._place.look(key)
-            head = Head(listed, self._place.read(key, 0, listed.size) if listed.size else b"")
-        except FileNotFoundError:
+            head = self._found(key)
+        except OSError as error:
+            self._reach.lost(error)
+            raise self._away(str(error.strerror)) from error
+        if head is None:
             with self._using:
                 self._note(name, None)
                 self._objects.heads.drop([key])
             return self._said(name) != before
-        except OSError as error:
-            self._reach.lost(error)
-            raise self._away(str(error.strerror)) from error
         with self._using:
             self._note(name, head)
             self._objects.heads.put([head])
@@ -235,16 +246,25 @@ class RemoteStore:
             return  # a damaged pointer may name any of them: a person decides
         self._swept = time.time()
         try:
-            for digest, listed in self._blobs_there().items():
-                if digest in self.pointers.named or not _old(listed):
-                    continue
-                if _old(self._place.look(listed.key)):  # a server may have written it again
-                    self._place.delete(listed.key)
-                    self._objects.heads.drop([listed.key])
-                    with self._using:
-                        self._blobs.pop(digest, None)
+            with self._place.changing():
+                self._sweep_files()
         except OSError as error:
             self._reach.lost(error)
+
+    def _sweep_files(self) -> None:
+        for digest, listed in self._blobs_there().items():
+            if digest in self.pointers.named or not _old(listed):
+                continue
+            with suppress(FileNotFoundError):  # another server has deleted it
+                if _old(self._place.look(listed.key)):  # it may have been written again
+                    self._place.delete(listed.key)
+                    self._objects.heads.drop([listed.key])
+            with self._using:
+                self._blobs.pop(digest, None)
+        for folder in ("blobs", "pointers"):
+            for name, listed in self._listing(folder).items():
+                if name.startswith(".") and _old(listed):  # a write that a kill has ended
+                    self._place.delete(listed.key)
 
     def _write_again_if_swept(self, digest: str) -> None:
         """Write a blob again that another server deleted just before a pointer named it."""
@@ -263,6 +283,10 @@ class RemoteStore:
         try:
             self._place.write(key, data)
         except OSError as error:
+            if error.errno in FULL:
+                raise StoreFull(
+                    "The disk of the state is full; make room there, or delete interventions."
+                ) from error
             if not isinstance(error, PermissionError):
                 self._reach.lost(error)
             raise self._away(str(error.strerror)) from error
@@ -281,6 +305,14 @@ class RemoteStore:
         return {
             file.removesuffix(SUFFIX): at for file, at in listing.items() if file.endswith(SUFFIX)
         }
+
+    def _found(self, key: str) -> Head | None:
+        """A pointer as it is now; None if there is none. Raises `OSError`."""
+        try:
+            return self._objects.whole(self._place.look(key))
+        except FileNotFoundError:
+            self._place.check()
+            return None
 
     def _listing(self, folder: str) -> dict[str, Listed]:
         """What is in one of the two folders, which does not exist before something is in it."""
