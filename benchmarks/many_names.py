@@ -3,8 +3,8 @@
     python -m benchmarks.many_names FOLDER --out docs/measurements/many_names.json
 
 FOLDER gets small files (one layer, rank 1, 6 KB each), as many as the largest count; delete it
-afterwards. Only the registry is made, without a model, in a process for each number of names. Printed is a
-line for each; times are those of the third of three calls. Five minutes for 100,000.
+afterwards. Only the registry is made, without a model, by a process for each number of names.
+Printed is a line for each; times are those of the third of three calls. Three minutes for 100,000.
 """
 
 from __future__ import annotations
