@@ -11,7 +11,8 @@ import yaml
 
 Manifest = dict[str, Any]
 
-FOLDER = Path(__file__).parents[2] / "deploy" / "kubernetes"
+ROOT = Path(__file__).parents[2]
+FOLDER = ROOT / "deploy" / "kubernetes"
 
 VERSIONS = "1.32", "1.37"
 """The oldest version of Kubernetes that is checked, and the newest one there are schemas for."""
@@ -45,11 +46,19 @@ def built(folder: Path) -> list[Manifest]:
 
 
 def containers(manifest: Manifest) -> list[Manifest]:
-    """The containers of a Deployment; none of other kinds."""
-    if manifest["kind"] != "Deployment":
-        return []
-    found: list[Manifest] = manifest["spec"]["template"]["spec"]["containers"]
-    return found
+    """The containers of a resource's pods."""
+    return [one for pod in templates(manifest) for one in pod["spec"]["containers"]]
+
+
+def templates(manifest: Manifest) -> list[Manifest]:
+    """The templates of a resource's pods: none if it has none."""
+    if manifest["kind"] == "Deployment":
+        return [manifest["spec"]["template"]]
+    if manifest["kind"] == "RayService":
+        cluster = manifest["spec"]["rayClusterConfig"]
+        groups = [cluster["headGroupSpec"], *cluster["workerGroupSpecs"]]
+        return [group["template"] for group in groups]
+    return []
 
 
 def of_kind(manifests: list[Manifest], kind: str) -> list[Manifest]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import re
 import tomllib
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,9 +13,8 @@ from kubernetes_validate import ValidationError
 from reft_runtime.interventions.registry.remote.place import CALL_SECONDS
 from server.routes.operations import public
 from server.settings import Settings, load_settings
-from tests.deploy.manifests import FOLDER, VERSIONS, Manifest, built, check, of_kind
+from tests.deploy.manifests import FOLDER, ROOT, VERSIONS, Manifest, built, check, of_kind
 
-ROOT = Path(__file__).parents[2]
 DOCKERFILE = (ROOT / "Dockerfile").read_text()
 KEY = "a-key-of-the-test"
 
