@@ -18,6 +18,7 @@ import random
 import time
 import tracemalloc
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -218,13 +219,13 @@ def simulate(replicas: int, names: int) -> Row:
     called = [f"task-{number}" for number in range(names)]
     hashed = hashes(called)
     ways: dict[str, Callable[[Sequence[str]], Placement]] = {
-        **{f"ring, {n} virtual nodes": lambda by, n=n: Ring(by, n) for n in NODES},  # type: ignore[misc]
+        **{f"ring, {n} virtual nodes": partial(Ring, virtual_nodes=n) for n in NODES},
         "rendezvous": Rendezvous,
     }
     result: Row = {"replicas": replicas, "names": names, "cost": {}, "spread": {}, "moved": {}}
     for way, make in ways.items():
         owners = make(nodes).owners(hashed, 1)
-        result["cost"][way] = cost(lambda make=make: make(nodes), called)  # type: ignore[misc]
+        result["cost"][way] = cost(partial(make, nodes), called)
         result["spread"][way] = spread(owners, replicas)
         result["moved"][way] = moved(make, nodes, hashed)
     ring = Ring(nodes)

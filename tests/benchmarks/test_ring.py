@@ -69,7 +69,7 @@ def test_a_name_that_is_too_much_for_its_replicas_finds_no_room_under_one_key() 
         ring.spill(Ring(nodes), names, shares, 40, {"fallbacks": 2, "several keys": many})
         for many in (False, True)
     )
-    # The first name alone is asked for by a fifth of all requests, and three replicas take 3 / 40 / 0.6.
+    # The first name is a fifth of all requests; three of 40 replicas take 3 / 40 / 0.6 of them.
     assert one["no room"] > 0.05
     assert several["no room"] < one["no room"] / 5
     assert sum(several[where] for where in ("own", "stepped in", "no room")) == pytest.approx(1)
