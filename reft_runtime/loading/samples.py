@@ -95,8 +95,8 @@ def samples_for(
         add("in a later sequence", ends, BEGIN_LATER)
     for limit in sorted(set(limits)):
         if limit <= LARGEST_WINDOW:
-            add("", (limit - 1, limit, limit + 1, 2 * limit + 3, 2 * limit + 4), 0)
-            add("", (2 * limit + 3, 2 * limit + 4), 0)
+            add("", (limit - 1, limit, limit + 1, 2 * limit + 3), 0)
+            add("", (2 * limit + 3,), 0)
     exact, most = LARGEST_ROUTING
     for size in routing_sizes(config):
         turn = max(sample.over for sample in found)

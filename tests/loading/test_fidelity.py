@@ -303,14 +303,18 @@ def test_a_window_that_attention_does_not_keep_to_is_seen(
     refused(in_dtype(model, dtype))
 
 
-def test_a_whole_prompt_that_ignores_its_window_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("way", ["whole", "going on", "decoding"])
+def test_one_way_of_computing_that_ignores_its_window_is_seen(
+    way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     attend = RowAttentionStep.attend
 
     def off(self: Any, layer: int, query: Any, key: Any, value: Any, scoring: Scoring) -> Tensor:
         made = attend(self, layer, query, key, value, scoring)
         wide = attend(self, layer, query, key, value, replace(scoring, window=None))
         for segment in self._segments:
-            if segment.start == 0:
+            going_on = "decoding" if segment.length == 1 else "going on"
+            if way == ("whole" if segment.start == 0 else going_on):
                 own = slice(segment.first, segment.first + segment.length)
                 made[own] = wide[own]
         return made
@@ -447,7 +451,7 @@ def test_samples_are_ordinary_tokens_of_every_length() -> None:
     assert int(tokens.min()) >= VOCABULARY // 8
     assert int(tokens.max()) < VOCABULARY // 2
     ends = {end for sample in samples for end in sample.ends}
-    assert {WINDOW - 1, WINDOW, WINDOW + 1, 2 * WINDOW + 4} <= ends
+    assert {WINDOW - 1, WINDOW, WINDOW + 1, 2 * WINDOW + 3} <= ends
     assert all(len(s.tokens) <= 5 for s in samples_for(config, {WINDOW}, 5))
 
 
