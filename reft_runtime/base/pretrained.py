@@ -203,6 +203,9 @@ def _reason(what: str, path: str, error: Exception) -> str:
 def _check_files(path: str) -> None:
     """Check a folder's files: a missing or cut one is reported before anything is loaded."""
     folder = Path(path)
+    if os.path.isfile(folder):
+        what = _GGUF if folder.suffix == ".gguf" else "is a file; give the folder that it lies in."
+        raise _broken(folder, what)
     if not os.path.isdir(folder):
         if path.startswith(("/", ".", "~")):
             raise ConfigError(f"model: there is no folder {path}.", param="model")

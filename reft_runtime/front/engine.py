@@ -177,7 +177,9 @@ class Engine:
         self.grammars = GrammarCompiler(
             self.tokenizer.definition, loaded.vocab_size, loaded.eos_ids
         )
-        self.admission = Admission(self.registry, self.tokenizer, self.grammars, self.info)
+        self.admission = Admission(
+            self.registry, self.tokenizer, self.grammars, self.info, loaded.eos_ids
+        )
         self._loop = EngineLoop(core, max_queued, max_queued_tokens)
         self._sinks: dict[asyncio.AbstractEventLoop, EventLoopSink] = {}
 
