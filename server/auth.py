@@ -11,6 +11,7 @@ from server.context import Context
 from server.errors import ApiError
 from server.tenants.access import ACCESS, check_change, check_role
 from server.tenants.audit import audit_refusal
+from server.tenants.keys import Keys
 from server.tenants.tenant import OWNER, Tenant
 
 _ACTIONS = {"/v1/load_lora_adapter": "load", "/v1/unload_lora_adapter": "delete"}
@@ -20,12 +21,19 @@ _ACTIONS = {"/v1/load_lora_adapter": "load", "/v1/unload_lora_adapter": "delete"
 async def require_key(request: Request) -> None:
     """Note whose key the request carries; answer 401 unless it is known, if one is configured."""
     context: Context = request.app.state.context
-    if not context.keys.configured:
-        request.state.tenant = OWNER
-        return
-    scheme, _, given = request.headers.get("authorization", "").partition(" ")
+    request.state.tenant = tenant_for(context.keys, request.headers.get("authorization", ""))
+
+
+def tenant_for(keys: Keys, authorization: str) -> Tenant:
+    """The tenant whose key the header `Authorization` has; raises `ApiError` (401) if none has it.
+
+    Without keys whoever asks is the owner.
+    """
+    if not keys.configured:
+        return OWNER
+    scheme, _, given = authorization.partition(" ")
     # Starlette decodes headers as latin-1; the key's bytes are what the client sent.
-    tenant = context.keys.tenant_of(given.strip(" \t").encode("latin-1"))
+    tenant = keys.tenant_of(given.strip(" \t").encode("latin-1"))
     if scheme.lower() != "bearer" or tenant is None:
         raise ApiError(
             401,
@@ -33,7 +41,7 @@ async def require_key(request: Request) -> None:
             code="invalid_api_key",
             headers={"www-authenticate": "Bearer"},
         )
-    request.state.tenant = tenant
+    return tenant
 
 
 async def require_access(request: Request) -> None:

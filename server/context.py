@@ -115,7 +115,8 @@ class Context:
         url = self.settings.quota_url
         quotas = Quotas(None if url is None else url.get_secret_value())
         object.__setattr__(self, "quotas", quotas)
-        object.__setattr__(self, "usage", Usage(self.settings.state_folder))
+        folder = self.settings.state_folder if self.replicas is None else self.replicas.folder
+        object.__setattr__(self, "usage", Usage(folder))
 
     @property
     def engine(self) -> Engine:

@@ -7,12 +7,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from reft_runtime.base.stages import stage
 from reft_runtime.errors import InvalidRequest, NotFound
 from reft_runtime.interventions.format.identity import names_file
 from reft_runtime.use import Use
 from server.cli.local_files import naming, read_file
-from server.settings import Settings
 
 if TYPE_CHECKING:
     from reft_runtime.front.engine import Engine
@@ -21,14 +19,6 @@ if TYPE_CHECKING:
 
 Asked = tuple[Use, bytes | None]
 """What an option says, and the content of the file that it names, None where it is a name."""
-
-
-def start_engine(settings: Settings) -> Engine:
-    """The engine that settings ask for."""
-    with stage("Starting Python's libraries"):
-        from reft_runtime.front.engine import Engine
-
-    return Engine(settings.model, **settings.engine_options())
 
 
 def read_asked(options: Sequence[str], model: str) -> list[Asked]:

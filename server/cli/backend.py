@@ -14,10 +14,11 @@ from reft_runtime.interventions.format.template import is_text
 from reft_runtime.outputs import EditTrace, Trace
 from reft_runtime.sampling import SamplingParams
 from reft_runtime.use import Use
-from server.cli.applied import read_asked, resolve, start_engine
+from server.cli.applied import read_asked, resolve
 from server.cli.options import LOCAL_URL
 from server.cli.terminal import stages_told
 from server.settings import load_settings
+from server.starting import start_engine
 
 if TYPE_CHECKING:
     from reft_runtime.training import Score

@@ -16,6 +16,7 @@ from reft_runtime.reaching import NotServed
 from reft_runtime.version import VERSION
 from server.cli import chat as chat_cli
 from server.cli import classify as classify_cli
+from server.cli import cluster as cluster_cli
 from server.cli import compare as compare_cli
 from server.cli import evaluation as evaluation_cli
 from server.cli import files as files_cli
@@ -27,11 +28,12 @@ from server.cli import training as training_cli
 from server.cli import transfers as transfer_cli
 from server.cli import usage as usage_cli
 from server.cli import whoami as whoami_cli
-from server.cli.applied import read_asked, resolve, start_engine, telling_templates
+from server.cli.applied import read_asked, resolve, telling_templates
 from server.cli.options import LOCAL_SETTINGS, MaxTokens, Prompt, Seed, Temperature, with_settings
 from server.cli.quiet import hide_import_messages
 from server.cli.tables import trace_table
 from server.settings import load_settings
+from server.starting import start_engine
 
 if TYPE_CHECKING:
     from reft_runtime.front.admission import Prompt as Asked
@@ -57,6 +59,7 @@ app.add_typer(evaluation_cli.app)
 app.add_typer(files_cli.app)
 app.add_typer(run_cli.app)
 app.add_typer(keys_cli.app, name="key")
+app.add_typer(cluster_cli.app, name="cluster")
 
 
 def main() -> None:

@@ -15,7 +15,6 @@ from tqdm import tqdm
 
 from reft_runtime.client import CONCURRENCY
 from reft_runtime.errors import ConfigError, ReftError
-from server.cli.applied import start_engine
 from server.cli.backend import find_server
 from server.cli.batch import (
     Line,
@@ -35,6 +34,7 @@ from server.cli.options import (
 )
 from server.cli.terminal import stages_told, stoppable
 from server.settings import load_settings
+from server.starting import start_engine
 
 app = typer.Typer()
 

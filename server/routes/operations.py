@@ -61,7 +61,10 @@ async def version() -> dict[str, str]:
 @router.get("/metrics", response_class=Response)
 async def metrics(context: Current) -> Response:
     """Metrics in Prometheus' text format."""
-    text = await context.administer(context.metrics.text)
+    if context.replicas is not None:
+        text = await context.replicas.metrics()
+    else:
+        text = await context.administer(context.metrics.text)
     return Response(text, media_type=CONTENT_TYPE)
 
 

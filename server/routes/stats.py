@@ -21,10 +21,13 @@ OUTCOMES = ("stop", "length", "abort", "error")
 @router.get("/v1/stats")
 async def get_stats(context: Current) -> dict[str, Any]:
     """The server at a glance: what is loaded, its load and speed, and how requests ended."""
-    return await context.administer(_stats, context)
+    if context.replicas is not None:
+        return dict(await context.replicas.stats())
+    return await context.administer(stats_of, context)
 
 
-def _stats(context: Context) -> dict[str, Any]:
+def stats_of(context: Context) -> dict[str, Any]:
+    """What this server says of itself; it may take long."""
     engine, metrics = context.engine, context.metrics
     info, now = engine.info, engine.stats()
     prompt, generated = context.rates.until(now)

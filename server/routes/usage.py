@@ -53,7 +53,11 @@ async def get_usage(
     if since > until:
         raise InvalidRequest(f"from: {since} is after the last day, {until}.", param="from")
     query = usage.Query(since, until, _groups(group_by), tenant, intervention, MAX_ROWS + 1)
-    content = await context.administer(_written, context, query)
+    if context.replicas is not None:
+        found = await context.replicas.usage(query)
+    else:
+        found = await context.administer(context.usage.find, query)
+    content = await context.administer(_written, context, query, found)
     if not context.bodies.take(request.scope, len(content)):
         raise Overloaded("Too many large answers are under way; try again later.")
     return Response(content, media_type="application/json")
@@ -81,8 +85,7 @@ def _groups(text: str | None) -> Sequence[Group]:
     return [group for group in GROUPS if group in named]
 
 
-def _written(context: Context, query: usage.Query) -> bytes:
-    found = context.usage.find(query)
+def _written(context: Context, query: usage.Query, found: Found) -> bytes:
     if len(found.rows) > MAX_ROWS:
         raise InvalidRequest(
             f"group_by: there are more than {MAX_ROWS} rows; group by fewer columns, or ask for"

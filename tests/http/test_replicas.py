@@ -29,6 +29,8 @@ class FakeReplicas:
         self.registries = registries
         self.away: set[str] = set()
 
+    folder = None
+
     async def catch_up(self, name: str) -> Sequence[str]:
         return [one for one in self.registries if not await asyncio.to_thread(self._has, one, name)]
 

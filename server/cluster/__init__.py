@@ -1,0 +1,1 @@
+"""Several servers behind one address, on Ray Serve: fronts that route, replicas that answer."""

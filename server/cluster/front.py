@@ -1,0 +1,254 @@
+"""The front of a cluster: takes a request, finds its replica, and passes the answer on."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator
+from contextlib import aclosing
+from typing import Any, Protocol
+
+from starlette.datastructures import Headers
+from starlette.requests import ClientDisconnect
+from starlette.types import Receive, Scope, Send
+
+from reft_runtime.errors import Overloaded, ReftError, Unavailable
+from server.auth import tenant_for
+from server.cluster.affinity import key_of, names_of
+from server.cluster.bodies import Bodies
+from server.cluster.calls import Call, Full, Head, NoReplica, Part, ReplicaDied
+from server.connections import Limits
+from server.context import BODIES_BYTES, BodyBudget
+from server.disconnect import ClientDisconnected, run_unless_disconnected
+from server.errors import ApiError, api_error
+from server.settings import Settings
+from server.streaming import DONE, event, json_bytes, named_event
+from server.tenants.keys import Keys
+
+logger = logging.getLogger("reft.server")
+
+ATTEMPTS = 3
+"""Replicas that are asked where the ones before have died."""
+
+HEALTH_PATHS = {"/livez", "/readyz", "/health"}
+
+HEALTH_SECONDS = 5.0
+"""Seconds in which a replica must answer a question about its health."""
+
+ONCE_PATHS = ("/rollback", "/load_lora_adapter", "/unload_lora_adapter")
+"""Ends of the paths whose requests must not be sent twice, although they are POST."""
+
+
+class Pool(Protocol):
+    """The replicas as a front sees them."""
+
+    async def base(self) -> str:
+        """The id of the base model. Raises `NoReplica`."""
+
+    def ask(self, call: Call, key: str) -> AsyncIterator[Head | bytes]:
+        """Send a call to the replica of a key, or without one to any, and yield its answer.
+
+        Closing the iterator tells the replica that its client has left. It raises `ReplicaDied`,
+        `Full` and `NoReplica`.
+        """
+
+    async def keep(self, data: bytes) -> Part:
+        """Keep a part of a body for the replica that will read it."""
+
+
+class Front:
+    """An ASGI application that answers every route by a replica.
+
+    A request that its replica's death ended before the answer began is sent to another, unless it
+    may have changed something. Answers that have begun end with an error event, or are cut off.
+    """
+
+    def __init__(self, pool: Pool, settings: Settings, limits: Limits | None = None) -> None:
+        self._pool = pool
+        self._keys = Keys.of(settings)
+        most = settings.max_body_bytes
+        self._budget = BodyBudget(max(BODIES_BYTES, 2 * most))
+        self._bodies = Bodies(pool.keep, self._budget, most, limits or Limits(0))
+        self._base: str | None = None
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Handle one connection (ASGI)."""
+        if scope["type"] == "lifespan":
+            await self._live(receive, send)
+            return
+        if scope["type"] != "http":
+            raise RuntimeError("This server speaks HTTP alone.")
+        scope.setdefault("state", {})
+        try:
+            await self._answer(scope, receive, send)
+        except (ClientDisconnect, ClientDisconnected):
+            logger.debug("%s %s: the client left", scope["method"], scope["path"])
+        finally:
+            self._budget.give_back(scope)
+
+    async def _live(self, receive: Receive, send: Send) -> None:
+        """Follow the keys file from the application's start to its end."""
+        await receive()
+        following = asyncio.ensure_future(self._keys.follow(asyncio.to_thread))
+        await send({"type": "lifespan.startup.complete"})
+        await receive()
+        following.cancel()
+        await send({"type": "lifespan.shutdown.complete"})
+
+    async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
+        sending = _Sending(send)
+        try:
+            call = await self._call(scope, receive)
+            work = self._pass_on(scope, call, sending)
+            await run_unless_disconnected(receive, work)
+        except (ApiError, ReftError) as error:
+            problem = api_error(error, Headers(scope=scope).get("x-request-id", ""))
+            if not sending.begun:
+                await problem.response()(scope, receive, send)
+            elif sending.streams:
+                await sending.piece(_broken(scope["path"], problem))
+                await sending.end()
+            else:
+                raise  # the connection is cut: nothing else says that the answer is not whole
+
+    async def _call(self, scope: Scope, receive: Receive) -> Call:
+        """The request as a replica gets it. Raises what `Bodies.take` does, and `Unavailable`."""
+        headers = Headers(scope=scope)
+        parts: list[Part] = []
+        value: Any = None
+        has_body = headers.get("content-length", "0") != "0" or "transfer-encoding" in headers
+        if has_body and self._knows(headers):
+            parts, value = await self._bodies.take(scope, receive)
+        names: tuple[str, ...] = ()
+        if scope["path"].startswith("/v1/interventions/") or value is not None:
+            names = names_of(scope["path"], value, await self._base_id())
+        return Call(
+            method=scope["method"],
+            path=scope["path"],
+            raw_path=scope.get("raw_path") or scope["path"].encode(),
+            query=scope["query_string"],
+            headers=[(bytes(name), bytes(text)) for name, text in scope["headers"]],
+            client=scope.get("client") and tuple(scope["client"]),
+            scheme=scope.get("scheme", "http"),
+            body=parts,
+            names=names,
+        )
+
+    def _knows(self, headers: Headers) -> bool:
+        """Whether the key is known: of others nothing is received, and the replica refuses them."""
+        try:
+            tenant_for(self._keys, headers.get("authorization", ""))
+        except ApiError:
+            return False
+        return True
+
+    async def _base_id(self) -> str:
+        if self._base is None:
+            try:
+                self._base = await self._pool.base()
+            except NoReplica:
+                raise _no_replica() from None
+        return self._base
+
+    async def _pass_on(self, scope: Scope, call: Call, sending: _Sending) -> None:
+        if call.path not in HEALTH_PATHS:
+            await self._ask(call, sending)
+            return
+        try:
+            async with asyncio.timeout(HEALTH_SECONDS):
+                await self._ask(call, sending)
+        except (TimeoutError, ReftError):
+            if sending.begun:
+                raise
+            status = json_bytes({"status": "no replica answers"})
+            headers = [(b"content-type", b"application/json")]
+            await sending.start(Head(503, headers, status))
+            await sending.end()
+
+    async def _ask(self, call: Call, sending: _Sending) -> None:
+        """Send the answer of a replica. Raises `Overloaded`, `Unavailable` and `ApiError`."""
+        key = key_of(call.names)
+        for attempt in range(1, ATTEMPTS + 1):
+            try:
+                async with aclosing(self._pool.ask(call, key)) as pieces:  # type: ignore[type-var]
+                    async for piece in pieces:
+                        if isinstance(piece, Head):
+                            await sending.start(piece)
+                        else:
+                            await sending.piece(piece)
+                await sending.end()
+                return
+            except ReplicaDied:
+                if sending.begun or not _repeatable(call):
+                    raise _died(call, sending) from None
+                logger.warning("The replica of %s %s died", call.method, call.path)
+                if attempt == ATTEMPTS:
+                    raise _no_replica() from None
+            except Full:
+                raise Overloaded(
+                    "All replicas are full, and so is the queue; try again later."
+                ) from None
+            except NoReplica:
+                raise _no_replica() from None
+
+
+class _Sending:
+    """An answer on its way to the client: whether it has begun, and whether it is a stream."""
+
+    def __init__(self, send: Send) -> None:
+        self._send = send
+        self.begun = self.streams = False
+
+    async def start(self, head: Head) -> None:
+        """Send the head, and what followed it at once."""
+        self.begun = True
+        kinds = [text for name, text in head.headers if name.lower() == b"content-type"]
+        self.streams = any(kind.startswith(b"text/event-stream") for kind in kinds)
+        await self._send(
+            {"type": "http.response.start", "status": head.status, "headers": head.headers}
+        )
+        await self.piece(head.body)
+
+    async def piece(self, body: bytes) -> None:
+        """Send a piece of the body."""
+        if body:
+            await self._send({"type": "http.response.body", "body": body, "more_body": True})
+
+    async def end(self) -> None:
+        """End the answer."""
+        await self._send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+def _repeatable(call: Call) -> bool:
+    """Whether a request may be sent again although it may have been carried out."""
+    if call.method == "POST":
+        return not call.path.endswith(ONCE_PATHS)
+    return call.method in ("GET", "HEAD", "OPTIONS")
+
+
+def _no_replica() -> ReftError:
+    return Unavailable("No replica can take the request now; try again later.")
+
+
+def _died(call: Call, sending: _Sending) -> ApiError:
+    again = (
+        "send the request again."
+        if sending.begun or _repeatable(call)
+        else "look whether the change was made before you send it again."
+    )
+    return ApiError(
+        503,
+        f"The replica that answered this request has ended; {again}",
+        code="replica_died",
+        headers={"retry-after": "1"},
+    )
+
+
+def _broken(path: str, problem: ApiError) -> bytes:
+    """What ends a stream that cannot go on, as the route's own errors do."""
+    body = problem.body()
+    if path != "/v1/responses":
+        return event(body) + DONE
+    error = body["error"]
+    said = {name: error[name] for name in ("code", "message", "param")}
+    return named_event("error", {"type": "error", **said, "error": error})

@@ -1,0 +1,185 @@
+"""`reft cluster up`: a cluster that lives as long as the command, and drains when it ends."""
+
+from __future__ import annotations
+
+import logging
+import os
+import secrets
+import signal
+import socket
+import threading
+import time
+import urllib.request
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from reft_runtime.errors import ConfigError, EngineDead
+from server.banner import address_of
+from server.cluster.config import ClusterConfig, read_config
+from server.lifecycle import check_exposure, listen
+
+logger = logging.getLogger("reft.server")
+
+APP = "reft"
+"""Name of the application in Ray Serve."""
+
+IDLE_SECONDS = 30
+"""Seconds that a connection may be silent."""
+
+READY_SECONDS = 60.0
+"""Seconds in which the address answers once the replicas run."""
+
+DRAIN_SECONDS = "3"
+"""Seconds in which the proxies of one machine learn that a front is about to end."""
+
+VARIABLES = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_SERVE_ENABLE_HA_PROXY": "1",
+    "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": DRAIN_SECONDS,
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+}
+"""Variables of a Ray that is started here, unless they are set."""
+
+PORTS = ("RAY_SERVE_HAPROXY_METRICS_PORT", "RAY_SERVE_HAPROXY_STATS_PORT")
+"""Variables of ports that have numbers of their own, which another cluster here may have."""
+
+
+def run(path: Path) -> int:
+    """Run the cluster of a configuration file until a signal; return the exit status.
+
+    SIGHUP reads the file again and updates the cluster, replica by replica. Raises `ConfigError`.
+    """
+    config = read_config(path)
+    settings = config.settings
+    with listen(settings.host, settings.port) as listener:
+        check_exposure(listener, settings)
+        port = listener.getsockname()[1]
+    address = address_of(settings.host, port)
+    logger.info("The cluster will answer at %s", address)
+    cluster = _Cluster(config, port)
+    signals = _Signals()
+    try:
+        cluster.deploy(config)
+        cluster.wait_for(address, signals)
+        print(cluster.banner(address), flush=True)
+        while signals.wait():
+            _update(cluster, path)
+    finally:
+        cluster.end()
+    return 0
+
+
+def _update(cluster: _Cluster, path: Path) -> None:
+    try:
+        config = read_config(path)
+        cluster.deploy(config)
+    except (ConfigError, EngineDead) as error:
+        logger.error("The cluster stays as it is: %s", error.message)
+    else:
+        logger.info("The cluster is as %s says", path)
+
+
+class _Signals:
+    """SIGINT and SIGTERM, which end the cluster, and SIGHUP, which updates it."""
+
+    def __init__(self) -> None:
+        self._news = threading.Event()
+        self.ended = self._again = False
+        for sig in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            signal.signal(sig, self._handle)
+
+    def wait(self) -> bool:
+        """Wait for a signal: True for an update, False for the end."""
+        while not (self.ended or self._again):
+            self._news.wait(1)
+            self._news.clear()
+        self._again = False
+        return not self.ended
+
+    def _handle(self, sig: int, frame: FrameType | None) -> None:
+        if sig == signal.SIGHUP:
+            self._again = True
+        elif self.ended:
+            os._exit(128 + sig)
+        else:
+            self.ended = True
+        self._news.set()
+
+
+class _Cluster:
+    """Ray, which is started on this machine or connected to, and the application on it."""
+
+    def __init__(self, config: ClusterConfig, port: int) -> None:
+        self._own = config.ray is None
+        if self._own:
+            for name, value in VARIABLES.items():
+                os.environ.setdefault(name, value)
+            for name in PORTS:
+                os.environ.setdefault(name, str(_free_port()))
+            if "RAY_AUTH_MODE" not in os.environ:
+                # Ray's ports are open to other machines: nobody else has the token.
+                os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+        import ray
+        from ray import serve
+
+        from server.cluster.deployments import QUIET
+
+        self._ray, self._serve = ray, serve
+        options: dict[str, Any] = {"address": config.ray, "log_to_driver": True}
+        if self._own:
+            options |= {"address": "local", "include_dashboard": False}
+        try:
+            ray.init(logging_level="warning", **options)
+        except (ConnectionError, OSError, RuntimeError, ValueError) as error:
+            raise ConfigError(f"ray: there is no Ray to use at {config.ray}: {error}") from None
+        serve.start(
+            proxy_location="EveryNode",
+            logging_config=QUIET,
+            http_options={
+                "host": config.settings.host,
+                "port": port,
+                "keep_alive_timeout_s": IDLE_SECONDS,
+            },
+        )
+
+    def deploy(self, config: ClusterConfig) -> None:
+        """Make the application as a configuration says. Raises `EngineDead` if it cannot run."""
+        from server.cluster.deployments import application
+
+        try:
+            self._handle = self._serve.run(application(config), name=APP, route_prefix="/")
+        except RuntimeError as error:
+            raise EngineDead(f"The replicas cannot run: {error}") from None
+
+    def wait_for(self, address: str, signals: _Signals) -> None:
+        """Wait until the address answers. Raises `EngineDead` if it does not."""
+        deadline = time.monotonic() + READY_SECONDS
+        while not signals.ended:
+            try:
+                with urllib.request.urlopen(f"{address}/readyz", timeout=5):
+                    return
+            except OSError:
+                if time.monotonic() > deadline:
+                    raise EngineDead(f"{address} does not answer.") from None
+                time.sleep(0.2)
+
+    def banner(self, address: str) -> str:
+        """The text that says what is served at the address."""
+        from server.cluster.deployments import REPLICA
+
+        handle = self._serve.get_deployment_handle(REPLICA, APP)
+        text: str = handle.banner.remote(address).result()
+        return text
+
+    def end(self) -> None:
+        """Let requests finish, then take the application away, and Ray with it if it is our own."""
+        logger.info("Shutting down; running requests get their time to finish")
+        self._serve.delete(APP)
+        self._ray.shutdown()
+
+
+def _free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port: int = listener.getsockname()[1]
+        return port
