@@ -35,6 +35,7 @@ DOCUMENTS = [
     "docs/page.md",
     "docs/structure.md",
     "docs/tenants.md",
+    "docs/tensor_parallel.md",
     "docs/tools.md",
     "docs/training.md",
     "docs/usage.md",

@@ -173,7 +173,7 @@ class Leader:
         with self._lock:
             if self._closing or self._lost is not None:
                 return
-            self._lost = f"rank {rank} of --tensor-parallel {fault or self._why(rank)}"
+            self._lost = f"Rank {rank} of --tensor-parallel {fault or self._why(rank)}"
         self._noticed.set()
         self._on_loss(self._lost)
 

@@ -8,6 +8,7 @@ import secrets
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from multiprocessing import AuthenticationError
 from multiprocessing.connection import Connection, Listener
 from pathlib import Path
 from queue import Empty, SimpleQueue
@@ -35,7 +36,7 @@ CONNECT_SECONDS = 120.0
 """A process that becomes a rank has imported what it needs after this time."""
 
 START_SECONDS = 30.0
-"""A start that fails because a rank has ended has said so after this time."""
+"""A start that fails because a rank has ended says so in this time, or the process ends."""
 
 _log = logging.getLogger(__name__)
 
@@ -79,22 +80,25 @@ class Ranks:
                 connections = self._connections(place)
         store, port = group.offer_store(HOST, ranks)
         self.leader = Leader(connections, self._why, self._lost)
-        with self.starting():
-            self.leader.setup(
-                Setup(
-                    store=(HOST, port),
-                    ranks=ranks,
-                    model=str(model),
-                    device=device,
-                    dtype=name_of(choose_dtype(dtype, own)),
-                    max_model_len=max_model_len,
-                    max_running=max_running or sizes_for(own).max_running,
-                    kv_tokens=kv_tokens,
-                    prefix_cache=prefix_cache,
-                    threads=torch.get_num_threads(),
-                )
-            )
-            group.join(store, HOST, 0, ranks, own)
+        setup = Setup(
+            store=(HOST, port),
+            ranks=ranks,
+            model=str(model),
+            device=device,
+            dtype=name_of(choose_dtype(dtype, own)),
+            max_model_len=max_model_len,
+            max_running=max_running or sizes_for(own).max_running,
+            kv_tokens=kv_tokens,
+            prefix_cache=prefix_cache,
+            threads=torch.get_num_threads(),
+        )
+        try:
+            with self.starting():
+                self.leader.setup(setup)
+                group.join(store, HOST, 0, ranks, own)
+        except BaseException:
+            self.close()
+            raise
 
     @contextmanager
     def starting(self) -> Iterator[None]:
@@ -111,8 +115,6 @@ class Ranks:
         """End the start: from now on `on_loss` is told, on another thread, if a rank ends."""
         self._on_loss = on_loss
         self._served.set()
-        if (lost := self.leader.lost()) is not None:
-            on_loss(lost)
 
     def close(self) -> None:
         """End the other ranks; no step may follow. It may be called again."""
@@ -126,48 +128,43 @@ class Ranks:
 
     def _connections(self, place: Listener) -> dict[int, Connection]:
         """Wait until every process has connected."""
-        arrived: SimpleQueue[tuple[int, Connection] | Exception] = SimpleQueue()
+        arrived: SimpleQueue[tuple[int, Connection]] = SimpleQueue()
 
         def wait() -> None:
-            for _ in self._processes:
+            while True:
                 try:
                     arrived.put(accept(place))
-                except Exception as error:  # it is closed, or the other end is no rank
-                    arrived.put(error)
+                except (AuthenticationError, EOFError):  # it was none of the ranks
+                    continue
+                except OSError:  # nothing listens any more
+                    return
 
         threading.Thread(target=wait, name="reft-ranks", daemon=True).start()
         found: dict[int, Connection] = {}
         waited = 0.0
         while len(found) < len(self._processes):
             try:
-                came = arrived.get(timeout=0.5)
+                rank, connection = arrived.get(timeout=0.5)
+                found[rank] = connection
             except Empty:
                 waited += 0.5
                 ends = [(rank, p.how_ended()) for rank, p in self._processes.items()]
                 ended = [f"rank {rank} {how}" for rank, how in ends if how is not None]
-                if not ended and waited < CONNECT_SECONDS:
-                    continue
-                why = ended[0] if ended else "the other ranks do not come up"
-                self._give_up(why)
-            else:
-                if isinstance(came, Exception):
-                    self._give_up(f"a rank did not connect: {came}")
-                else:
-                    found[came[0]] = came[1]
+                if ended or waited > CONNECT_SECONDS:
+                    for process in self._processes.values():
+                        process.kill()
+                    why = ended[0] if ended else "the other ranks do not come up"
+                    raise refused(why) from None
         return found
-
-    def _give_up(self, why: str) -> None:
-        for process in self._processes.values():
-            process.kill()
-        raise refused(why)
 
     def _why(self, rank: int) -> str:
         return self._processes[rank].how_ended(NOTICE_SECONDS) or "closed its connection"
 
     def _lost(self, line: str) -> None:
         """Say which rank has ended, and see to it that nobody waits for it."""
-        _log.critical("The %s", line)
-        if self._on_loss is None and not self._served.wait(START_SECONDS):
+        if not self._served.wait(START_SECONDS):
+            _log.critical("%s", line)
             os._exit(1)  # the start waits for that rank in a collective, and nothing ends that
         if self._on_loss is not None:
+            _log.critical("%s", line)
             self._on_loss(line)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
 
 import pytest
 
@@ -18,10 +16,11 @@ CONFIG = EngineConfig(max_running=8, max_step_tokens=24, kv_tokens=2 * (MAX_LENG
 """Prompts are computed in several chunks, and a few long answers fill the memory."""
 
 
-@contextmanager
-def both_cores(model_type: str, folder: Path) -> Iterator[tuple[EngineCore, EngineCore]]:
+@pytest.fixture(scope="module")
+def cores(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[EngineCore, EngineCore]]:
     """A core over two ranks, and one by itself, of the same weights; their clocks stand still."""
-    tiny(model_type).save_pretrained(folder)
+    folder = tmp_path_factory.mktemp("llama")
+    tiny("llama").save_pretrained(folder)
     ranks = Ranks(
         folder,
         2,
@@ -43,10 +42,3 @@ def both_cores(model_type: str, folder: Path) -> Iterator[tuple[EngineCore, Engi
         assert ranks.leader.lost() is None
     finally:
         ranks.close()
-
-
-@pytest.fixture(scope="module")
-def cores(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[EngineCore, EngineCore]]:
-    """Those of a Llama."""
-    with both_cores("llama", tmp_path_factory.mktemp("llama")) as both:
-        yield both

@@ -109,7 +109,7 @@ def mixed(count: int, length: int = 30, **sampling: Any) -> list[Request]:
     ]
 
 
-@pytest.mark.parametrize("kind", ["base", *KINDS])
+@pytest.mark.parametrize("kind", ["base", "loreft"])
 def test_one_request_alone(cores: Cores, kind: str) -> None:
     edits = [KINDS[kind]] if kind in KINDS else []
     same(cores, request(kind, prompt(19), *edits))

@@ -18,8 +18,8 @@ from tests.helpers.tokenizer import tiny_tokenizer
 @pytest.mark.parametrize(
     ("model_type", "changes", "reason"),
     [
-        ("llama", {"num_attention_heads": 6, "num_key_value_heads": 3}, "num_key_value_heads"),
-        ("llama", {"num_attention_heads": 3, "num_key_value_heads": 3}, "num_attention_heads"),
+        ("llama", {"num_attention_heads": 4, "num_key_value_heads": 1}, "num_key_value_heads"),
+        ("llama", {"hidden_size": 96, "num_attention_heads": 3}, "num_attention_heads"),
         ("qwen3_5_text", {}, "recurrent layers"),
         ("mamba2", {}, "recurrent layers"),
         ("deepseek_v3", {}, "latents"),

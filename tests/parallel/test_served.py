@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import secrets
 import signal
 import subprocess
 import sys
@@ -16,8 +17,9 @@ import httpx
 import psutil
 import pytest
 
-from reft_runtime import Engine, SamplingParams
-from tests.helpers.models import tiny
+from reft_runtime.parallel.channel import accept, listener
+from reft_runtime.parallel.processes import RankProcess
+from tests.helpers.models import generate, tiny
 from tests.helpers.tokenizer import tiny_tokenizer
 
 PROMPT = "you and the rest"
@@ -58,9 +60,6 @@ class Server:
     def kill(self) -> None:
         self._process.kill()
 
-    def stop(self) -> None:
-        self._process.terminate()
-
     def wait(self) -> int:
         status = self._process.wait(60)
         self._reader.join()
@@ -91,10 +90,9 @@ def test_answers_and_a_killed_rank(model: Path) -> None:
         asked = {"model": "base", "prompt": PROMPT, "max_tokens": 20, "temperature": 0}
         name = httpx.get(f"{server.url}/v1/models").json()["data"][0]["id"]
         answer = httpx.post(f"{server.url}/v1/completions", json=asked | {"model": name}).json()
-        with Engine(model, dtype="float32") as alone:
-            settings = SamplingParams(max_tokens=20, temperature=0)
-            wanted = alone.generate([alone.tokenizer.encode(PROMPT)], settings, progress=False)
-        assert answer["choices"][0]["text"] == wanted[0].choices[0].text
+        tokenizer = tiny_tokenizer()
+        made = generate(tiny("qwen2"), tokenizer(PROMPT)["input_ids"], 20)
+        assert answer["choices"][0]["text"] == tokenizer.decode(made)
 
         [rank] = server.ranks
         streamed = asked | {"model": name, "max_tokens": 200, "stream": True, "ignore_eos": True}
@@ -103,9 +101,22 @@ def test_answers_and_a_killed_rank(model: Path) -> None:
             next(lines)
             os.kill(rank.pid, signal.SIGKILL)
             end = list(lines)
-        assert any("rank 1 of --tensor-parallel was killed by SIGKILL" in line for line in end)
+        assert any('"code":"engine_dead"' in line for line in end)
         assert server.wait() == 1
-    said = [line for line in server.lines if "rank 1" in line]
-    assert len(said) == 1
-    assert "CRITICAL The rank 1 of --tensor-parallel was killed by SIGKILL" in said[0]
+    said = [line.split(" ", 1)[1] for line in server.lines if "CRITICAL" in line]
+    assert said == [
+        "CRITICAL Rank 1 of --tensor-parallel was killed by SIGKILL\n",
+        "CRITICAL The engine stopped; so does the server\n",
+    ]
     assert not any("Traceback" in line for line in server.lines)
+
+
+def test_a_rank_ends_when_rank_0_does() -> None:
+    key = secrets.token_bytes(32)
+    with listener("127.0.0.1", key, 2) as place:
+        host, port = place.address
+        process = RankProcess(1, f"{host}:{port}", key)
+        rank, connection = accept(place)
+    assert (rank, process.how_ended()) == (1, None)
+    connection.close()  # as the system does for a process that is killed
+    assert process.how_ended(30) == "ended with status 0"
