@@ -29,7 +29,7 @@ from reft_runtime.schedule.sequence import Sequence, Status
 KEPT_BYTES = 256 << 20
 """Bytes of tensors of interventions that the other ranks keep although no request uses them."""
 
-NOTICE_SECONDS = 5.0
+NOTICE_SECONDS = 3.0
 """A collective that fails because a rank has ended may be noticed this long before that end."""
 
 _log = logging.getLogger(__name__)

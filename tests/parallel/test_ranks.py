@@ -124,6 +124,10 @@ def test_requests_that_come_one_by_one_in_chunks(cores: Cores) -> None:
     same(cores, *mixed(7, max_tokens=12), after=2)
 
 
+def test_keys_and_values_that_outgrow_their_room(cores: Cores) -> None:
+    same(cores, request("a", prompt(120), intervention(1), max_tokens=30))
+
+
 def test_several_choices_sampled_with_a_seed(cores: Cores) -> None:
     same(
         cores,
