@@ -36,6 +36,7 @@ DOCUMENTS = [
     "docs/scaling.md",
     "docs/structure.md",
     "docs/tenants.md",
+    "docs/tensor_parallel.md",
     "docs/tools.md",
     "docs/training.md",
     "docs/usage.md",
