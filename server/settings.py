@@ -45,6 +45,7 @@ ENGINE_OPTIONS = (
     "kv_tokens",
     "prefix_cache",
     "threads",
+    "tensor_parallel",
 )
 """Fields that the engine takes under the same names; it chooses the value of an unset one."""
 
@@ -193,6 +194,13 @@ class Settings(BaseSettings):
         le=1024,
         description="CPU threads of the engine; by default one per physical core that affinity and "
         "the container's CPU quota leave, or fewer where OMP_NUM_THREADS says so.",
+    )
+    tensor_parallel: int = Field(
+        default=1,
+        ge=1,
+        le=64,
+        description="Processes that compute one model together, each a part of it on a device of "
+        "its own (--device cuda), or on a part of the CPU threads; by default one.",
     )
     tool_parser: ToolParser | None = Field(
         default=None,

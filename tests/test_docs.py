@@ -33,8 +33,10 @@ DOCUMENTS = [
     "docs/interventions.md",
     "docs/operations.md",
     "docs/page.md",
+    "docs/scaling.md",
     "docs/structure.md",
     "docs/tenants.md",
+    "docs/tensor_parallel.md",
     "docs/tools.md",
     "docs/training.md",
     "docs/usage.md",
@@ -42,12 +44,12 @@ DOCUMENTS = [
 ]
 
 OTHER_PROGRAMS = {
-    *("--build-arg", "--gpus"),
+    *("--build-arg", "--gpus", "--from-literal"),
     *("--nproc-per-node", "--no-python"),
     *("--data-binary", "--data", "--tasks"),
     *("--no-deps", "--wheel-dir", "--constraint", "--constraints", "--pip-args", "--from"),
 }
-"""Options of docker, torchrun, curl, pip, pipx, uvx and our scripts in the documents."""
+"""Options of docker, kubectl, torchrun, curl, pip, pipx, uvx and our scripts in the documents."""
 
 OTHER_VARIABLES = {"REFT_CACHE", "REFT_PICTURES", "REFT_URL"}
 """No settings of a server: where the demo model is kept, a switch of tests, whom a command asks."""

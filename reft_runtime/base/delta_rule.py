@@ -6,6 +6,7 @@ ours. Each function is tried on random tensors before it is replaced.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
 from collections.abc import Sequence as SequenceOf
 from typing import Any
@@ -13,10 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from reft_runtime.base.fused import epsilon_of
 from reft_runtime.base.packed_delta import packed_delta_net
 from reft_runtime.base.rebinding import code_of, rebound
 from reft_runtime.base.recurrent import MixerForward, MixerStates
-from reft_runtime.base.trial import Operator
+from reft_runtime.base.trial import TOLERANCE, Operator, near
 from reft_runtime.kernels.operators import MixerOperators, operators_for
 
 _RULES = ("torch_recurrent_gated_delta_rule", "torch_chunk_gated_delta_rule")
@@ -45,6 +47,7 @@ def fuse_delta_nets(
         if forward is not None:
             shapes, own = states[number].shapes, replaced.own
             replaced.own = forward
+            nets.fuse_norms(mixer)
             replaced.packed = packed_delta_net(mixer, replaced.cache, shapes, own, operators)
 
 
@@ -72,6 +75,44 @@ class DeltaNets:
             if (replacement := self._known[function]) is not None:
                 bound[name] = replacement
         return rebound(own, module, bound) if bound else None
+
+    def fuse_norms(self, module: nn.Module) -> None:
+        """Replace the gated norms inside a module whose formula is known."""
+        for norm in module.modules():
+            if type(norm).__name__.endswith("RMSNormGated") and "forward" not in vars(norm):
+                forward = _gated_norm(norm, self._operators)
+                if forward is not None:
+                    norm.forward = forward
+
+
+def _gated_norm(norm: Any, operators: MixerOperators) -> Operator | None:
+    """A forward that computes what a gated norm's own does; None if it gives another."""
+    epsilon = epsilon_of(norm)
+    if (
+        epsilon is None
+        or list(norm._parameters) != ["weight"]
+        or norm.weight.dtype not in TOLERANCE
+    ):
+        return None
+
+    def build(norm: Any) -> Operator:
+        own, weight = norm.forward, norm.weight
+
+        def forward(hidden_states: Tensor, gate: Tensor) -> Any:
+            made = operators.gated_rms_norm(hidden_states, gate, weight, epsilon)
+            return own(hidden_states, gate) if made is None else made
+
+        return forward
+
+    # A copy in float32 shows the formula, the norm itself whether dtypes fit together.
+    for tried in (copy.deepcopy(norm).float(), norm):
+        rows, gate = _random(2, 5, len(norm.weight)).to(tried.weight)
+        try:
+            if not near(build(tried)(rows, gate), tried(rows, gate)):
+                return None
+        except Exception:
+            return None  # it wants other arguments, so it is not the norm that is known
+    return build(norm)
 
 
 def _rule(own: Operator, operators: MixerOperators) -> Operator | None:
@@ -145,10 +186,14 @@ def _convolution(own: Operator, operators: MixerOperators) -> Operator | None:
     ) -> Tensor:
         if hidden_states.shape[-1] == 1 and activation in (None, "silu"):
             made = operators.convolve_(
-                hidden_states[..., 0], conv_state, weight, bias, silu=activation is not None
+                hidden_states.transpose(1, 2),
+                conv_state,
+                weight,
+                bias,
+                silu=activation is not None,
             )
             if made is not None:
-                return made[..., None]
+                return made.transpose(1, 2)
         found: Tensor = own(hidden_states, conv_state, weight, bias, activation)
         return found
 

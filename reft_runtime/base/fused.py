@@ -145,7 +145,12 @@ class _Fuser:
 
     def fuse_alone(self, module: nn.Module) -> bool:
         """Replace a module that needs no step; return whether it is replaced."""
-        return self._try(module, self._norm, "norm") or self._try(module, self._mlp, "mlp")
+        from_one = partial(self._norm, from_one=True)
+        return (
+            self._try(module, self._norm, "norm")
+            or self._try(module, from_one, "norm from one")
+            or self._try(module, self._mlp, "mlp")
+        )
 
     def _try(
         self,
@@ -171,18 +176,18 @@ class _Fuser:
             plan.merged.merge()
         self._plans[module] = plan
 
-    def _norm(self, module: Any) -> _Plan | None:
+    def _norm(self, module: Any, *, from_one: bool = False) -> _Plan | None:
         if not type(module).__name__.endswith("RMSNorm") or list(module._parameters) != ["weight"]:
             return None
         own, weight, operators = module.forward, module.weight, self._operators
-        epsilon = _epsilon(module)
+        epsilon = epsilon_of(module)
         if not isinstance(weight, Tensor) or epsilon is None:
             return None
 
         def forward(hidden_states: Tensor) -> Any:
             if not operators.supports(hidden_states, weight):
                 return own(hidden_states)
-            return operators.rms_norm(hidden_states, weight, epsilon)
+            return operators.rms_norm(hidden_states, weight, epsilon, from_one=from_one)
 
         return _Plan(forward, weight.shape[-1])
 
@@ -273,7 +278,7 @@ class _Fuser:
             return None
         before, after = parts["input_layernorm"], parts["post_attention_layernorm"]
         one_dtype = len({weight.dtype for weight in layer.parameters()}) == 1
-        first_epsilon, second_epsilon = _epsilon(before), _epsilon(after)
+        first_epsilon, second_epsilon = epsilon_of(before), epsilon_of(after)
         if first_epsilon is None or second_epsilon is None or not one_dtype:
             return None
         if plans is None:
@@ -362,6 +367,7 @@ def _hooks(modules: Iterable[nn.Module]) -> list[dict[int, Any]]:
     return [hooks for m in modules for hooks in (m._forward_hooks, m._forward_pre_hooks)]
 
 
-def _epsilon(norm: nn.Module) -> float | None:
+def epsilon_of(norm: nn.Module) -> float | None:
+    """The number that a norm adds before it divides; None if it has none that is known."""
     epsilon = getattr(norm, "variance_epsilon", getattr(norm, "eps", None))
     return epsilon if isinstance(epsilon, float) else None

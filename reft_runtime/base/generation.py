@@ -42,14 +42,15 @@ def ends_of_answers(
     """Ids of the tokens that end an answer, for serving and for training alike.
 
     They are those of the model's generation config, or of its configuration if that has none, and
-    the tokenizer's, which training writes at a completion's end.
+    the tokenizer's, which training writes at a completion's end. Some configurations write -1 for
+    none: ids outside of the vocabulary end nothing.
     """
     ends = model.generation_config.eos_token_id if model.generation_config else None
     ends = model.config.eos_token_id if ends is None else ends
     found = set(ends if isinstance(ends, list) else [] if ends is None else [ends])
     if tokenizer is not None and tokenizer.eos_token_id is not None:
         found.add(tokenizer.eos_token_id)
-    return frozenset(found)
+    return frozenset(one for one in found if 0 <= one < model.config.vocab_size)
 
 
 def tell_ignored(model: PreTrainedModel) -> None:

@@ -25,7 +25,8 @@ class LoadedModel:
     states, and `states` what each keeps of a sequence. `eos_ids` end an answer. `weight_bytes`
     is the memory of the weights, `fused` and `packed` say what was replaced, and `before` is the
     model's state before that. `distance` is the largest relative distance of the logits from the
-    model's own that the check at load found.
+    model's own that the check at load found. If several `ranks` compute the model, a process each,
+    heads and bytes are those of this rank's shard.
     """
 
     model: PreTrainedModel
@@ -44,6 +45,7 @@ class LoadedModel:
     packed: Packed
     before: ModelState
     distance: float = 0.0
+    ranks: int = 1
 
     def give_back(self) -> None:
         """Restore the model to what it was before it was loaded or handed in.

@@ -100,30 +100,33 @@ class PackedDeltaNet:
         out = torch.empty_like(rows, memory_format=torch.contiguous_format)
         for part in self._parts:
             inputs, state = rows[part.first : part.stop], part.states[_CONV_STATE]
-            made = None
-            if not part.begins and part.sequences == part.stop - part.first:
-                made = self._operators.convolve_(
-                    inputs, state, weight, bias, silu=activation is not None
-                )
+            if part.begins:
+                state.zero_()
+            made = self._operators.convolve_(
+                inputs.view(part.sequences, -1, len(weight)),
+                state,
+                weight,
+                bias,
+                silu=activation is not None,
+            )
             if made is None:
-                made = self._convolved(part, inputs, state, weight, bias)
+                made = self._convolved(inputs, state, weight, bias)
                 made = made if activation is None else silu(made)
-            out[part.first : part.stop] = made
+            out[part.first : part.stop] = made.view_as(inputs)
         return out.T[None]
 
     def _convolved(
-        self, part: Part, inputs: Tensor, state: Tensor, weight: Tensor, bias: Tensor | None
+        self, inputs: Tensor, state: Tensor, weight: Tensor, bias: Tensor | None
     ) -> Tensor:
         """Convolutions [n, channels]; changes the state [sequences, channels, kept]."""
         taps, kept = weight.shape[1], state.shape[2]
-        before = torch.zeros_like(state) if part.begins else state
-        if part.sequences == 1:
-            every = torch.cat([before[0].T, inputs])
+        if len(state) == 1:
+            every = torch.cat([state[0].T, inputs])
             seen = every[len(every) - len(inputs) - taps + 1 :].float()
             windows = [seen[tap : tap + len(inputs)] for tap in range(taps)]
             state[0].copy_(every[-kept:].T)
         else:
-            after = torch.cat([before, inputs[..., None]], 2)
+            after = torch.cat([state, inputs[..., None]], 2)
             windows = [after[..., tap - taps].float() for tap in range(taps)]
             state.copy_(after[..., -kept:])
         by_tap = weight.T.float()

@@ -26,6 +26,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.distributed.configuration_utils import DistributedConfig
 from transformers.utils import logging as transformers_logging
 from transformers.utils.hub import cached_file
 
@@ -124,10 +125,13 @@ def _processors_template(path: str) -> str | None:
     return found if isinstance(found, str) else None
 
 
-def read_model(path: str, dtype: torch.dtype, *, gguf_file: str | None = None) -> PreTrainedModel:
+def read_model(
+    path: str, dtype: torch.dtype, *, gguf_file: str | None = None, ranks: int = 1
+) -> PreTrainedModel:
     """The causal language model of a folder or hub id, on the CPU, with every weight from a file.
 
-    `gguf_file` names the file of a folder that holds GGUF, which is dequantised. Raises
+    `gguf_file` names the file of a folder that holds GGUF, which is dequantised. With several
+    `ranks`, whose process group must be there, it is this rank's shard, on its device. Raises
     `ConfigError` if weights are missing, have other shapes, or belong to layers and modules
     that this model does not have; the message names them.
     """
@@ -136,6 +140,8 @@ def read_model(path: str, dtype: torch.dtype, *, gguf_file: str | None = None) -
     config = language_config(whole)
     if config is not whole:
         options["key_mapping"] = TEXT_KEYS
+    if ranks > 1:
+        options["distributed_config"] = DistributedConfig(tp_size=ranks)
 
     def load() -> Any:
         return AutoModelForCausalLM.from_pretrained(
@@ -203,6 +209,9 @@ def _reason(what: str, path: str, error: Exception) -> str:
 def _check_files(path: str) -> None:
     """Check a folder's files: a missing or cut one is reported before anything is loaded."""
     folder = Path(path)
+    if os.path.isfile(folder):
+        what = _GGUF if folder.suffix == ".gguf" else "is a file; give the folder that it lies in."
+        raise _broken(folder, what)
     if not os.path.isdir(folder):
         if path.startswith(("/", ".", "~")):
             raise ConfigError(f"model: there is no folder {path}.", param="model")

@@ -78,10 +78,13 @@ def tell_plain(model: PreTrainedModel) -> None:
 
 
 def stored_bytes(weight: Tensor) -> int:
-    """Bytes that a weight takes in memory: of a quantised one, its numbers and their scales."""
-    if hasattr(weight, "__tensor_flatten__"):  # torchao's
-        parts, _ = weight.__tensor_flatten__()
-        return sum(stored_bytes(getattr(weight, part)) for part in parts)
+    """Bytes that a weight takes in memory: of a quantised one, its numbers and their scales.
+
+    Of a weight that is split over ranks they are those of this rank's shard.
+    """
+    if hasattr(weight, "__tensor_flatten__"):  # torchao's, and shards
+        parts = (getattr(weight, part) for part in weight.__tensor_flatten__()[0])
+        return sum(stored_bytes(part) for part in parts if isinstance(part, Tensor))
     scales = [getattr(weight, "SCB", None)]  # bitsandbytes' of 8 bits
     if (state := getattr(weight, "quant_state", None)) is not None:  # and of 4
         scales += vars(state).values()

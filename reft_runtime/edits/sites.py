@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Collection, Iterator
 from collections.abc import Sequence as SequenceOf
 from contextlib import contextmanager
 from typing import Any, Literal, Protocol
 
+import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
@@ -45,6 +47,8 @@ class EditSites:
     the rows of one sequence at a time.
     `forward_two` runs two tokens through the model, keeps the logits of one, and calls attention
     with the given step: this shows which modules take or return a row per token, and how wide.
+    Where several ranks compute the model, `alike` says which of its numbers are the same on all of
+    them: a place whose rows differ holds a part of the hidden states, and no edit can act there.
     """
 
     def __init__(
@@ -53,11 +57,14 @@ class EditSites:
         layers: SequenceOf[nn.Module],
         mixers: Collection[nn.Module],
         forward_two: Callable[[Any], Any],
+        alike: Callable[[SequenceOf[int]], list[bool]] | None = None,
     ) -> None:
         self._model = model
         self._layers = layers
         self._mixers = set(mixers)
         self._widths: dict[tuple[nn.Module, Side], int] = {}
+        self._rows: dict[tuple[nn.Module, Side], int] | None = None if alike is None else {}
+        self._split: set[tuple[nn.Module, Side]] = set()
         self._names: dict[tuple[nn.Module, Side], Site] = {}
         self._same: dict[Site, Site] = {}
         handles = [handle for module in model.modules() for handle in self._probe(module)]
@@ -66,11 +73,16 @@ class EditSites:
         finally:
             for handle in handles:
                 handle.remove()
+        if alike is not None and self._rows is not None:
+            whole = alike(list(self._rows.values()))
+            self._split = {place for place, same in zip(self._rows, whole, strict=True) if not same}
 
     def _probe(self, module: nn.Module) -> tuple[RemovableHandle, ...]:
         def see(side: Side, rows: object) -> None:
             if isinstance(rows, Tensor) and rows.ndim == 3 and rows.shape[:2] == (1, 2):
                 self._widths[module, side] = rows.shape[-1]
+                if self._rows is not None:
+                    self._rows[module, side] = _fingerprint(rows)
 
         def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             see("input", args[0] if args else kwargs.get("hidden_states"))
@@ -93,6 +105,12 @@ class EditSites:
             if component in NAMED and place is None and self._mixer(layer) is not None:
                 told += " That layer is recurrent: it has mixer_input and mixer_output."
             raise WrongBaseModel(told)
+        if place in self._split:
+            raise WrongBaseModel(
+                f"The {where} is split over the ranks of --tensor-parallel, and each edits whole"
+                " hidden states: inputs and outputs of blocks, attention and MLPs. Serve this file"
+                " without --tensor-parallel."
+            )
         if found != width:
             raise WrongBaseModel(
                 f"The {where} is {found} wide in the loaded model, and {width} in the file."
@@ -168,6 +186,12 @@ def _child(module: nn.Module | None, names: SequenceOf[str]) -> nn.Module | None
         if isinstance(child, nn.Module):
             return child
     return None
+
+
+def _fingerprint(rows: Tensor) -> int:
+    """A number of 56 bits for the bytes of a tensor."""
+    content = rows.detach().clone().cpu().contiguous().view(torch.uint8).numpy().tobytes()
+    return int.from_bytes(hashlib.sha256(content).digest()[:7])
 
 
 def _output_hook(editor: Editor, site: Site) -> Callable[[nn.Module, Any, Any], Any]:

@@ -10,9 +10,10 @@ from reft_runtime.base.model import LoadedModel
 from reft_runtime.base.stages import tell
 from reft_runtime.engine.device import active, decoder_for, sampler_for, sizes_for, tables_for
 from reft_runtime.engine.events import Event
+from reft_runtime.engine.followers import Followers
 from reft_runtime.engine.runner import Launched, Runner, StepResult
 from reft_runtime.engine.settle import LiveRequests
-from reft_runtime.kv.choice import storage_for
+from reft_runtime.kv.choice import Places, storage_for
 from reft_runtime.machine.memory import is_out_of_memory, is_spoiling
 from reft_runtime.schedule.budget import BlockBudget
 from reft_runtime.schedule.pacing import StepPacer
@@ -95,7 +96,8 @@ class Ahead:
 class EngineCore:
     """Turns requests into tokens. Not thread safe: one thread owns it.
 
-    `clock` returns seconds; the measured step times decide how large later steps are.
+    `clock` returns seconds; the measured step times decide how large later steps are. `followers`
+    are the other ranks of a model that several processes compute.
     """
 
     def __init__(
@@ -103,6 +105,7 @@ class EngineCore:
         loaded: LoadedModel,
         config: EngineConfig,
         clock: Callable[[], float] = time.perf_counter,
+        followers: Followers | None = None,
     ) -> None:
         self.loaded = loaded
         cached = config.prefix_cache
@@ -111,14 +114,18 @@ class EngineCore:
             PrefixCache() if cached else None,
             Snapshots(config.snapshots if cached else 0) if loaded.mixers else None,
         )
+        places: Places | None = budget.cache
+        if followers is not None and places is not None:
+            places = followers.seen_by(places)
         sizes = sizes_for(loaded.device)
         pacer = StepPacer(sizes.mixed_tokens, sizes.least_tokens)
         self.scheduler = Scheduler(budget, config.max_running, config.max_step_tokens, pacer)
         self.runner = Runner(
             loaded,
-            storage_for(loaded, budget, config.max_running),
+            storage_for(loaded, budget, config.max_running, places),
             tables_for(loaded, config.max_running),
             sampler_for(loaded, config.max_running),
+            followers,
         )
         self.runner.decoder = decoder_for(self.runner, config.max_running)
         tell(active(self.runner))

@@ -75,7 +75,7 @@ def sampler_for(loaded: LoadedModel, max_running: int) -> DeviceSampler | None:
 def decoder_for(runner: Runner, max_running: int) -> Decoder | None:
     """The captured CUDA graphs of decode steps; None where they cannot be used."""
     loaded, storage, tables = runner.loaded, runner.storage, runner.tables
-    if tables is None or not isinstance(storage, PageStorage):
+    if tables is None or not isinstance(storage, PageStorage) or loaded.ranks > 1:
         return None
     from reft_runtime.engine.graphs import DecodeGraphs, GraphCapture
 
@@ -106,6 +106,8 @@ def active(runner: Runner) -> str:
         experts = f" and {packed.experts} mixtures of experts" if packed.experts else ""
         parts.append(f"{packed.layers} linear layers{experts} packed")
     parts += [kernels, f"attention by {attention}"]
+    if loaded.ranks > 1:
+        parts.append(f"{loaded.ranks} ranks")
     if loaded.mixers:
         parts.append(
             f"{len(loaded.mixers)} recurrent layers by their own code,"

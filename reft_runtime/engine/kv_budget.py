@@ -50,7 +50,8 @@ def kv_budget(loaded: LoadedModel, max_running: int, wanted: int | None, snapsho
     Without `wanted` it is `max_running` answers at full length, within a share of the memory that
     is free beside the recurrent states, of which `snapshots` are kept ones.
     The number covers the KV rows of a CPU, or the pages of a device, and the kept blocks together;
-    what KV rows lose by taking whole pages of memory is reserved, too. Raises `ConfigError` if
+    what KV rows lose by taking whole pages of memory is reserved, too. Ranks share a CPU's memory,
+    and each is on a CUDA device of its own. Raises `ConfigError` if
     `wanted` or a CUDA device's memory is too small for one answer.
     """
     longest = loaded.max_model_len + BLOCK_TOKENS
@@ -85,7 +86,7 @@ def kv_budget(loaded: LoadedModel, max_running: int, wanted: int | None, snapsho
                 param="device",
             )
     else:
-        share = KV_SHARE_OF_FREE_MEMORY * (free - states)
+        share = KV_SHARE_OF_FREE_MEMORY * (free - states) / loaded.ranks
         rounding = max_running * rounding_bytes(loaded.shapes, mmap.PAGESIZE)
         affordable = (share - rounding) / per_token
     return max(longest, min(max_running * longest, int(affordable)))
@@ -109,7 +110,8 @@ def memory_bytes(
     """The most bytes that serving takes where the model is.
 
     On a CUDA device these are the weights, keys, values and recurrent states. On a CPU it is the
-    whole process: what it takes now, with the model loaded, plus these and the largest step.
+    whole process: what it takes now, with the model loaded, plus these and the largest step. The
+    processes of several ranks count together on a CPU; on CUDA devices it is what one of them has.
     """
     held = kv_bytes(loaded, kv_tokens, max_running)
     held += recurrent_bytes(loaded, max_running, snapshots)
@@ -121,4 +123,5 @@ def memory_bytes(
     # A row of logits is held in the model's dtype, in float32, and as logarithms.
     scored = (max_running + MAX_SCORED_TOKENS) * loaded.vocab_size
     step = numbers * loaded.dtype.itemsize + scored * (loaded.dtype.itemsize + 8)
-    return int(psutil.Process().memory_info().rss) + held + step + WORKING_BYTES
+    one = int(psutil.Process().memory_info().rss) + held + step + WORKING_BYTES
+    return one * loaded.ranks

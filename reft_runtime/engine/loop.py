@@ -30,6 +30,9 @@ OnEnd = Callable[[], None]
 
 HEARTBEAT_SECONDS = 1.0
 
+LEAVE_SECONDS = 5.0
+"""A step that waits for what is gone is left alone after this time."""
+
 _TRACE = -1
 """Stands for the trace among what a request still waits for: choices 0 and up, and its trace."""
 
@@ -70,6 +73,7 @@ class EngineLoop:
         self._draining = False
         self._closing = False
         self._death: str | None = None
+        self._failed = False
         self._beat = time.monotonic()
         on_cpu = core.loaded.device.type == "cpu"
         self.watch = StepWatch(torch.get_num_threads() if on_cpu else 1)
@@ -150,13 +154,26 @@ class EngineLoop:
         )
 
     def close(self) -> None:
-        """Fail the requests that are left, stop the thread and wait for it."""
+        """Fail the requests that are left, stop the thread and wait for it.
+
+        After `fail` it waits some seconds: a thread that does not end keeps its memory.
+        """
         with self._changed:
             self._closing = True
             self._changed.notify_all()
         while (thread := self._thread) is not threading.current_thread() and thread.is_alive():
-            thread.join()  # it may have handed over to another thread
+            # It may have handed over to another thread.
+            thread.join(LEAVE_SECONDS if self._failed else None)
+            if self._failed and thread.is_alive():
+                return
         self._core.close()
+
+    def fail(self, reason: str) -> None:
+        """Fail every request and take no more, although the thread may never end its step."""
+        with self._changed:
+            self._failed = self._closing = True
+            self._changed.notify_all()
+        self._die(reason)
 
     def check_integrity(self) -> None:
         """Raise AssertionError if anything is left of requests that have ended.
@@ -190,6 +207,8 @@ class EngineLoop:
             while self._turn():
                 if self._core.spoiled and self._hand_over():
                     return
+        except EngineDead as error:  # whoever raised it has logged it
+            self._die(error.message)
         except Exception:
             logger.exception("The engine stopped")
             self._die("the engine stopped on an internal error")
@@ -287,9 +306,9 @@ class EngineLoop:
         by_sink: dict[Sink, list[Event]] = {}
         ended: list[OnEnd] = []
         with self._changed:
-            self._death = reason
+            self._death = self._death or reason
             for request_id, live in list(self._live.items()):
-                by_sink.setdefault(live.sink, []).append(Failed(request_id, reason))
+                by_sink.setdefault(live.sink, []).append(Failed(request_id, self._death))
                 ended += self._forget(request_id)
         for sink, batch in by_sink.items():
             with contextlib.suppress(Exception):

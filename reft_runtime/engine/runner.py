@@ -6,16 +6,19 @@ from collections import OrderedDict
 from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from reft_runtime.base.model import LoadedModel, forward
+from reft_runtime.base.ranks import alike
 from reft_runtime.edits.sites import EditSites
 from reft_runtime.edits.step import OnDevice, StepEdits
 from reft_runtime.edits.tables import EditTables
 from reft_runtime.engine.device_sampler import DeviceSampler, Draw, Picked
+from reft_runtime.engine.followers import Followers
 from reft_runtime.engine.labels import beginnings, label_logprobs, scored_rows
 from reft_runtime.engine.masks import allowed
 from reft_runtime.engine.sampler import Sampled, SampleRow, prompt_logprobs, sample
@@ -25,6 +28,7 @@ from reft_runtime.machine.memory import CODE_ROOM, check_room, is_out_of_memory
 from reft_runtime.outputs import TokenLogprob, TracedEdit
 from reft_runtime.schedule.labels import Tokens
 from reft_runtime.schedule.plan import Chunk
+from reft_runtime.schedule.prefix_cache import BlockCopy, StateCopy
 from reft_runtime.schedule.sequence import Sequence, Status
 
 KNOWN_SHAPES = 64
@@ -95,7 +99,11 @@ class Launched:
 
 
 class Runner:
-    """Owns the model and the keys and values."""
+    """Owns the model and the keys and values.
+
+    Where several ranks compute the model, each has a runner. That of rank 0 has `followers`: it
+    tells them what it does, and they do the same.
+    """
 
     def __init__(
         self,
@@ -103,6 +111,7 @@ class Runner:
         storage: KVStorage,
         tables: EditTables | None = None,
         sampler: DeviceSampler | None = None,
+        followers: Followers | None = None,
     ) -> None:
         self.loaded = loaded
         self.storage = storage
@@ -112,10 +121,12 @@ class Runner:
             loaded.layers,
             loaded.mixers,
             lambda step: forward(loaded.model, two, two, two[:1], step),
+            None if loaded.ranks == 1 else partial(alike, device=loaded.device),
         )
         self.tables = tables
         self.sampler = sampler
         self.decoder: Decoder | None = None
+        self._followers = followers
         self._on_device = OnDevice(loaded.device)
         self._known: OrderedDict[tuple[int, int], None] = OrderedDict()
 
@@ -135,22 +146,37 @@ class Runner:
             if logits is not None and self.sampler is not None and sampled:
                 draws = [Draw(c.sequence, _made(c), row) for row, c in enumerate(chunks)]
                 return Launched(chunks, self.sampler.pick(logits, draws))
-        # The decoder has applied the edits of what it computed.
-        edits = StepEdits.of(
-            chunks if logits is None else (), self._on_device, self.sites.same, self.tables
-        )
         if logits is None:
-            self._check_room(sum(chunk.length for chunk in chunks), len(wanted.rows))
-            logits = self._forward(chunks, wanted, edits)
-        for chunk in chunks:
-            for child in chunk.forks:
-                self.storage.fork(chunk.sequence, child, chunk.shared)
+            logits, edits = self.compute(chunks, wanted.rows)
+        else:  # the decoder has applied the edits of what it computed
+            edits = StepEdits.of((), self._on_device, self.sites.same, self.tables)
         result = StepResult(traces=edits.traces)
         result.failed.update(
             {sequence: f"its intervention failed: {e}" for sequence, e in edits.failed.items()}
         )
         self._sample(logits, wanted, result)
         return result
+
+    @torch.inference_mode()
+    def compute(self, chunks: SequenceOf[Chunk], rows: SequenceOf[int]) -> tuple[Tensor, StepEdits]:
+        """Compute chunks in the order of `KVStorage.prepare`, with their edits, and then fork.
+
+        Returns the logits [rows, vocabulary] of the packed `rows`, and the edits as they went.
+        """
+        edits = StepEdits.of(chunks, self._on_device, self.sites.same, self.tables)
+        self._check_room(sum(chunk.length for chunk in chunks), len(rows))
+        if self._followers is None:
+            logits = self._forward(chunks, rows, edits)
+        else:
+            self._followers.step(chunks, rows)
+            try:
+                logits = self._forward(chunks, rows, edits)
+            except Exception as error:
+                raise self._followers.broken(error) from error
+        for chunk in chunks:
+            for child in chunk.forks:
+                self.storage.fork(chunk.sequence, child, chunk.shared)
+        return logits, edits
 
     @torch.inference_mode()
     def run_after(self, launched: Launched, chunks: SequenceOf[Chunk]) -> Launched | None:
@@ -173,9 +199,20 @@ class Runner:
         ]
         return Launched(chunks, self.sampler.pick(logits, draws, launched.tokens))
 
+    def keep(self, blocks: SequenceOf[BlockCopy], states: SequenceOf[StateCopy]) -> None:
+        """Copy blocks and recurrent states into the prefix cache's places."""
+        if blocks:
+            self.storage.keep(blocks)
+            if self._followers is not None:
+                self._followers.keep(blocks)
+        if states:
+            self.storage.keep_states(states)
+
     def release(self, sequences: SequenceOf[Sequence]) -> None:
         """Forget sequences that have ended or were preempted."""
         self.storage.release(sequences)
+        if self._followers is not None:
+            self._followers.release(sequences)
         if self.sampler is not None:
             self.sampler.release(sequences)
 
@@ -204,10 +241,12 @@ class Runner:
         if len(self._known) > KNOWN_SHAPES:
             self._known.popitem(last=False)
 
-    def _forward(self, chunks: SequenceOf[Chunk], wanted: _Wanted, edits: StepEdits) -> Tensor:
+    def _forward(
+        self, chunks: SequenceOf[Chunk], wanted: SequenceOf[int], edits: StepEdits
+    ) -> Tensor:
         ids = [token for c in chunks for token in c.sequence.tokens[c.start : c.stop]]
         positions = [position for c in chunks for position in range(c.start, c.stop)]
-        packed, places, rows = to_device((ids, positions, wanted.rows), self.loaded.device)
+        packed, places, rows = to_device((ids, positions, wanted), self.loaded.device)
         with self.sites.hooked(edits):
             logits: Tensor = forward(
                 self.loaded.model, packed, places, rows, self.storage.attention(chunks)

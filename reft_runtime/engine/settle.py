@@ -140,10 +140,7 @@ class LiveRequests:
         If memory runs out, empty it and return False.
         """
         try:
-            if blocks:
-                self._runner.storage.keep(blocks)
-            if states:
-                self._runner.storage.keep_states(states)
+            self._runner.keep(blocks, states)
         except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
                 raise

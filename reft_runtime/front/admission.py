@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import random
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -67,6 +67,7 @@ class Admission:
     `interventions.POSITION.name`; versions that cannot be read raise `Unavailable`. Where memory is
     full, a request waits for its turn: `acquire` says when that has come, without blocking. The
     other methods take what it returned; without it they wait themselves. Its caller lets go of it.
+    `eos_ids` are the tokens that end the model's answers.
     """
 
     def __init__(
@@ -75,11 +76,12 @@ class Admission:
         tokenizer: Encoder,
         grammars: GrammarCompiler,
         info: EngineInfo,
+        eos_ids: Collection[int],
     ) -> None:
         self._versions = versions
         self._tokenizer = tokenizer
         self._grammars = grammars
-        self._labels = LabelTokens(tokenizer)
+        self._labels = LabelTokens(tokenizer, eos_ids)
         self._info = info
 
     def compiling(self, grammar: Grammar) -> Future[Any]:

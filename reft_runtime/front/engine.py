@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from functools import partial, wraps
 from pathlib import Path
 from types import TracebackType
@@ -14,6 +14,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from reft_runtime.base.model import LoadedModel
+from reft_runtime.base.ranks import smallest
 from reft_runtime.base.shape import shape_of
 from reft_runtime.base.stages import stage
 from reft_runtime.caller import ANYONE, Caller
@@ -51,6 +52,7 @@ from reft_runtime.outputs import (
     EngineStats,
     Generation,
 )
+from reft_runtime.parallel.ranks import Ranks
 from reft_runtime.sampling import SamplingParams
 from reft_runtime.text import Tokenizer
 from reft_runtime.use import Use
@@ -63,7 +65,7 @@ _P = ParamSpec("_P")
 def _giving_back(
     init: Callable[Concatenate[Engine, _P], None],
 ) -> Callable[Concatenate[Engine, _P], None]:
-    """Decorate `Engine.__init__`: if it fails, give the model back to the caller."""
+    """Decorate `Engine.__init__`: if it fails, give the model back and end other processes."""
 
     @wraps(init)
     def wrapper(self: Engine, /, *args: _P.args, **kwargs: _P.kwargs) -> None:
@@ -91,13 +93,18 @@ class Engine:
     are held (by default from free memory). With `prefix_cache`, keys and values that no request
     uses are kept, and reused for prompts that begin alike and are edited alike. `threads` defaults
     to one for each core that this process may use. `device` is cpu, cuda or cuda:N (a model in
-    memory stays where it is); `dtype` "auto" is the fast one for the device. A transformers model
+    memory stays where it is); `dtype` "auto" is the fast one for the device. With
+    `tensor_parallel` above 1 that many processes, on as many devices, compute one model together
+    (see docs/tensor_parallel.md); a process can have one such engine. A transformers model
     belongs to this engine until `close`, which restores it. Loading blocks; everything else may be
     called from any thread.
     """
 
     _lent: LoadedModel | None = None
     """The model object that was handed in; None if the engine loaded one itself."""
+
+    _ranks: Ranks | None = None
+    """The other processes that compute the model; None if this one does alone."""
 
     @releasing_workers
     @_giving_back
@@ -122,24 +129,42 @@ class Engine:
         kv_tokens: int | None = None,
         prefix_cache: bool = True,
         threads: int | None = None,
+        tensor_parallel: int = 1,
     ) -> None:
-        use_threads(threads)
+        use_threads(threads, tensor_parallel)
         if interventions is None or isinstance(interventions, str | Path):
             interventions = () if interventions is None else (interventions,)
         sources = tuple(interventions)
         check_folders(sources, state_dir, shared_state=shared_state)
-        name, loaded, tokenizer = load_base(model, tokenizer, dtype, max_model_len, device=device)
-        self._lent = loaded if isinstance(model, PreTrainedModel) else None
-        sizes = sizes_for(loaded.device)
-        max_running = sizes.max_running if max_running is None else max_running
-        max_step_tokens = sizes.max_step_tokens if max_step_tokens is None else max_step_tokens
-        snapshots = snapshot_places(loaded, max_running) if prefix_cache else 0
-        kv_tokens = kv_budget(loaded, max_running, kv_tokens, snapshots)
-        config = EngineConfig(
-            max_running, max(max_step_tokens, max_running), kv_tokens, prefix_cache, snapshots
-        )
-        with stage("Setting up the cache"):
-            core = EngineCore(loaded, config)
+        if tensor_parallel > 1:
+            self._ranks = Ranks(
+                model,
+                tensor_parallel,
+                device=device,
+                dtype=dtype,
+                max_model_len=max_model_len,
+                max_running=max_running,
+                kv_tokens=kv_tokens,
+                prefix_cache=prefix_cache,
+            )
+        ranks = self._ranks
+        with nullcontext() if ranks is None else ranks.starting():
+            name, loaded, tokenizer = load_base(
+                model, tokenizer, dtype, max_model_len, device=device, ranks=tensor_parallel
+            )
+            self._lent = loaded if isinstance(model, PreTrainedModel) else None
+            sizes = sizes_for(loaded.device)
+            max_running = sizes.max_running if max_running is None else max_running
+            max_step_tokens = sizes.max_step_tokens if max_step_tokens is None else max_step_tokens
+            snapshots = snapshot_places(loaded, max_running) if prefix_cache else 0
+            kv_tokens = kv_budget(loaded, max_running, kv_tokens, snapshots)
+            if ranks is not None:
+                kv_tokens = smallest(kv_tokens, loaded.device)
+            config = EngineConfig(
+                max_running, max(max_step_tokens, max_running), kv_tokens, prefix_cache, snapshots
+            )
+            with stage("Setting up the cache"):
+                core = EngineCore(loaded, config, followers=None if ranks is None else ranks.leader)
         self.tokenizer = Tokenizer(tokenizer, loaded.max_model_len)
         with stage("Reading the interventions"):
             self.registry = Registry(
@@ -177,9 +202,13 @@ class Engine:
         self.grammars = GrammarCompiler(
             self.tokenizer.definition, loaded.vocab_size, loaded.eos_ids
         )
-        self.admission = Admission(self.registry, self.tokenizer, self.grammars, self.info)
+        self.admission = Admission(
+            self.registry, self.tokenizer, self.grammars, self.info, loaded.eos_ids
+        )
         self._loop = EngineLoop(core, max_queued, max_queued_tokens)
         self._sinks: dict[asyncio.AbstractEventLoop, EventLoopSink] = {}
+        if ranks is not None:
+            ranks.serve(self._loop.fail)
 
     def __enter__(self) -> Self:
         return self
@@ -369,6 +398,8 @@ class Engine:
         lent, self._lent = self._lent, None  # once: the model may have another owner by then
         if lent is not None:
             lent.give_back()
+        if self._ranks is not None:
+            self._ranks.close()
 
     def _answered(self, todo: Sequence[Todo], *, progress: bool = False) -> list[Call]:
         """Run requests to their end, all at once or as many as memory takes of what they apply."""

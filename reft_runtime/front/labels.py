@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
 from reft_runtime.errors import InvalidRequest
 from reft_runtime.front.prompt_form import Encoder
 from reft_runtime.interventions.format.labels import problem_of
-from reft_runtime.schedule.labels import LabelTree
+from reft_runtime.schedule.labels import END, LabelTree
 from reft_runtime.text.join import BLANK, takes_blank
 
 if TYPE_CHECKING:
@@ -52,10 +52,14 @@ def labels_of(given: Sequence[str] | None, versions: Sequence[Version]) -> tuple
 
 
 class LabelTokens:
-    """Writes labels as a model would generate them behind a prompt. Safe to use in many threads."""
+    """Writes labels as a model would generate them behind a prompt. Safe to use in many threads.
 
-    def __init__(self, tokenizer: Encoder) -> None:
+    `eos_ids` are the tokens that end the model's answers.
+    """
+
+    def __init__(self, tokenizer: Encoder, eos_ids: Collection[int]) -> None:
         self._tokenizer = tokenizer
+        self._can_end = bool(eos_ids)
         self._made = lru_cache(_KEPT)(self._make)
 
     def tree(
@@ -65,7 +69,8 @@ class LabelTokens:
 
         `prefix` is what the files of the request put before completions. Without any a blank is
         put there if the tokenizer wants one, but not in a `chat`. Raises `InvalidRequest` if two
-        labels have the same tokens, or one has none.
+        labels have the same tokens, if one has none, or if one begins another and no token ends the
+        model's answers.
         """
         return self._made(labels, tuple(prompt[-_TAIL:]), prefix, chat)
 
@@ -80,13 +85,16 @@ class LabelTokens:
             prefix = BLANK if 2 * blanks > len(looked) else ""
         start = self._tokens(before)
         try:
-            return LabelTree.of([self._behind(before, start, prefix + text) for text in texts])
+            tree = LabelTree.of([self._behind(before, start, prefix + text) for text in texts])
         except ValueError:
             raise InvalidRequest(
                 "labels: to the model's tokenizer two of them are the same, or one is nothing;"
                 " write them otherwise.",
                 param="labels",
             ) from None
+        if not self._can_end:
+            _check_endless(labels, tree)
+        return tree
 
     def _behind(self, before: str, start: list[int], answer: str) -> tuple[int, ...]:
         whole = self._tokens(before + answer)
@@ -96,3 +104,21 @@ class LabelTokens:
 
     def _tokens(self, text: str) -> list[int]:
         return self._tokenizer.encode(text, add_special_tokens=False)
+
+
+def _check_endless(labels: tuple[str, ...], tree: LabelTree) -> None:
+    """Raise `InvalidRequest` if a label needs an end to be told from another that it begins."""
+    for label, tokens in zip(labels, tree.labels, strict=True):
+        if tokens[-1] == END:
+            begun = tokens[:-1]
+            other = next(
+                one
+                for one, longer in zip(labels, tree.labels, strict=True)
+                if longer != tokens and longer[: len(begun)] == begun
+            )
+            raise InvalidRequest(
+                f"labels: {label!r} is the beginning of {other!r}, and this model has no token that"
+                " ends an answer, by which to tell them apart; choose labels of which none begins"
+                " another.",
+                param="labels",
+            )

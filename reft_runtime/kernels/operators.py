@@ -39,8 +39,13 @@ class Operators(Protocol):
         side. Tokens may lie apart: heads are often columns of a wider product.
         """
 
-    def rms_norm(self, rows: Tensor, weight: Tensor, epsilon: float) -> Tensor:
-        """Rows [..., d] divided by their root mean square, times `weight` [d]."""
+    def rms_norm(
+        self, rows: Tensor, weight: Tensor, epsilon: float, *, from_one: bool = False
+    ) -> Tensor:
+        """Rows [..., d] divided by their root mean square, times `weight` [d].
+
+        With `from_one` they are multiplied by 1 + `weight`, as in Gemma.
+        """
 
     def add_rms_norm(
         self, rows: Tensor, more: Tensor, weight: Tensor, epsilon: float
@@ -98,12 +103,17 @@ class MixerOperators(Protocol):
     def convolve_(
         self, inputs: Tensor, state: Tensor, weight: Tensor, bias: Tensor | None, *, silu: bool
     ) -> Tensor | None:
-        """One token of causal convolutions, a channel each: returns [n, channels].
+        """Causal convolutions of n sequences, a channel each: returns [n, tokens, channels].
 
-        `inputs` are [n, channels], `weight` [channels, taps], `bias` [channels]. `state` [n,
-        channels, kept] are the newest inputs, at least taps - 1; it is changed in place. With
-        `silu` the result is silu of the convolution.
+        `inputs` are [n, tokens, channels], `weight` [channels, taps], `bias` [channels]. `state`
+        [n, channels, kept] are the newest inputs before them, at least taps - 1; it is changed in
+        place. With `silu` the result is silu of the convolution.
         """
+
+    def gated_rms_norm(
+        self, rows: Tensor, gate: Tensor, weight: Tensor, epsilon: float
+    ) -> Tensor | None:
+        """`Operators.rms_norm` of rows [n, d], times silu of `gate` [n, d]."""
 
 
 def operators_for(device: torch.device) -> Operators | None:

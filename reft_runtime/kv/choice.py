@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Iterable
+from typing import Protocol
+
 import torch
 
 from reft_runtime.base.attention import NO_ATTENTION
@@ -16,9 +19,25 @@ from reft_runtime.kv.storage import KVStorage
 from reft_runtime.schedule.budget import BlockBudget
 
 
-def storage_for(loaded: LoadedModel, budget: BlockBudget, max_running: int) -> KVStorage:
-    """The storage that suits the model's device, with room for the budget's blocks and states."""
-    return with_states(_kv_storage_for(loaded, budget, max_running), loaded, budget, max_running)
+class Places(Protocol):
+    """What a storage asks of a prefix cache: which of its places hold no block any more."""
+
+    def take_freed(self) -> Collection[int]:
+        """Places that came free since the last call, and are still free."""
+
+    def vacant(self) -> Iterable[int]:
+        """Places that hold no kept block."""
+
+
+def storage_for(
+    loaded: LoadedModel, budget: BlockBudget, max_running: int, places: Places | None = None
+) -> KVStorage:
+    """The storage that suits the model's device, with room for the budget's blocks and states.
+
+    `places` are those of the prefix cache, None if nothing is kept.
+    """
+    kv = _kv_storage_for(loaded, budget.total, max_running, places)
+    return with_states(kv, loaded, budget, max_running)
 
 
 def with_states(
@@ -31,24 +50,21 @@ def with_states(
     return HybridStorage(storage, StateStorage(loaded.states, loaded.device, max_running, places))
 
 
-def _kv_storage_for(loaded: LoadedModel, budget: BlockBudget, max_running: int) -> KVStorage:
-    cache = budget.cache
+def _kv_storage_for(
+    loaded: LoadedModel, blocks: int, max_running: int, places: Places | None
+) -> KVStorage:
     if loaded.device.type == "cpu":
-        place = loaded.shapes, loaded.dtype, loaded.max_model_len
-        return (
-            RowStorage(*place)
-            if cache is None
-            else RowStorage(*place, budget.total, cache.take_freed)
-        )
+        rows = loaded.shapes, loaded.dtype, loaded.max_model_len
+        return RowStorage(*rows) if places is None else RowStorage(*rows, blocks, places.take_freed)
     return PageStorage(
         loaded.shapes,
         loaded.dtype,
         loaded.device,
-        budget.total,
+        blocks,
         max_running,
         loaded.max_model_len,
         kernel=page_kernel(loaded.device, loaded.group, loaded.dtype, _widest(loaded)),
-        vacant=tuple if cache is None else cache.vacant,
+        vacant=tuple if places is None else places.vacant,
     )
 
 

@@ -28,12 +28,13 @@ def load_base(
     *,
     device: str = "cpu",
     differentiable: bool = False,
+    ranks: int = 1,
 ) -> tuple[str, LoadedModel, PreTrainedTokenizerBase]:
     """Name, model and tokenizer of "demo", a hub id, a folder, or a model in memory.
 
     A model in memory stays on its device, and nobody else may take it until
-    `LoadedModel.give_back`; raises `ConfigError` if somebody has it already. `device` and
-    `differentiable` are those of `load_model`.
+    `LoadedModel.give_back`; raises `ConfigError` if somebody has it already. `device`,
+    `differentiable` and `ranks` are those of `load_model`.
     """
     if isinstance(model, PreTrainedModel):
         if tokenizer is None:
@@ -61,6 +62,7 @@ def load_base(
             tokenizer=tokenizer,
             device=device,
             differentiable=differentiable,
+            ranks=ranks,
         )
     keep_freed_memory()
     return name, loaded, tokenizer

@@ -41,6 +41,9 @@ LEAST = {4: 2e-4, 2: 8}
 The one of float32 is a relative distance, the others are roundings (eps) of the dtype.
 """
 
+SHORT = 8
+"""Prompts of up to so many tokens are padded to one length."""
+
 MOST = 0.5
 """Relative distance from which logits say nothing; those of another model are 1.4 apart."""
 
@@ -115,7 +118,7 @@ def check(loaded: LoadedModel, own: OwnLogits, probed: SequenceOf[ProbedLayer]) 
             raise _mostly_rounding(dtype, rounding)
         raise UnsupportedModel(
             f"the engine's logits differ from its own {what}"
-            f" (relative {far:.1g}, where {allowed:.1g} is rounding)"
+            f" (relative {far:.2g}, where {allowed:.2g} is rounding)"
         )
     return float(distances.max())
 
@@ -136,12 +139,12 @@ def _limits(probed: SequenceOf[ProbedLayer]) -> set[int]:
 def _batches(samples: SequenceOf[Sample]) -> list[list[int]]:
     """Indices of samples that go through the model's own forward together.
 
-    Those are near in length. One at other positions is alone: some models compute rotary angles by
-    the largest position of a batch.
+    Of those that are longer than `SHORT` none is twice as long as another. One at other positions
+    is alone: some models compute rotary angles by the largest position of a batch.
     """
     groups: dict[tuple[int, int], list[int]] = {}
     for index, sample in enumerate(samples):
-        key = sample.position, len(sample.tokens).bit_length() // 6
+        key = sample.position, max(len(sample.tokens), SHORT).bit_length()
         groups.setdefault(key, []).append(index)
     return list(groups.values())
 

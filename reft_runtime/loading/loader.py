@@ -81,25 +81,30 @@ def load_model(
     tokenizer: PreTrainedTokenizerBase | None = None,
     device: str = "cpu",
     differentiable: bool = False,
+    ranks: int = 1,
 ) -> LoadedModel:
     """Load a causal language model from a folder or hub id, by transformers, without remote code.
 
     `tokenizer` is the model's; its end of sequence ends an answer too. A `differentiable` model
-    lets gradients through to the activations and so keeps its own operators. Raises `ConfigError`
-    if the folder cannot be read or not all weights come from it, and `UnsupportedModel` if the
-    engine would not give the model's own tokens.
+    lets gradients through to the activations and so keeps its own operators. With several `ranks`,
+    this is the shard of one of them, and all load theirs at the same time (see `parallel`). Raises
+    `ConfigError` if the folder cannot be read or not all weights come from it, and
+    `UnsupportedModel` if the engine would not give the model's own tokens.
     """
     config = read_config(path)
     check_config(config)
     max_model_len = chosen_length(config, max_model_len)
     place = choose_device(device)
     with stage("Loading the weights"):
-        model = read_model(path, choose_dtype(dtype, place)).to(place)  # type: ignore[arg-type]
+        model = read_model(path, choose_dtype(dtype, place), ranks=ranks)
+        if ranks == 1:
+            model.to(place)  # type: ignore[arg-type]
     return adopt_model(
         model,
         max_model_len,
         tokenizer=tokenizer,
         differentiable=differentiable,
+        ranks=ranks,
     )
 
 
@@ -110,10 +115,12 @@ def adopt_model(
     *,
     tokenizer: PreTrainedTokenizerBase | None = None,
     differentiable: bool = False,
+    ranks: int = 1,
 ) -> LoadedModel:
     """Make a model in memory ready for packed steps where it is; checked as by `load_model`.
 
-    Of a model that also sees or hears its language model is taken, with the modules themselves.
+    Of a model that also sees or hears its language model is taken, with the modules themselves. A
+    shard, of several `ranks`, keeps its own operators: they add up what the ranks compute.
     `LoadedModel.give_back` restores the model; so does an exception.
     """
     model = language_model(model)
@@ -141,7 +148,7 @@ def adopt_model(
                 setattr(module, TUNED, False)  # see `support.chosen_length`
         weight_bytes = sum(map(stored_bytes, model.parameters()))
         fused, packed = Fused(), Packed()
-        if not differentiable:
+        if not differentiable and ranks == 1:
             # Not in inference mode: outside the engine, packed weights may meet gradients.
             with stage("Packing the weights"), torch.inference_mode(mode=False), torch.no_grad():
                 fused = fuse(model, layers, probed)
@@ -165,6 +172,7 @@ def adopt_model(
             fused=fused,
             packed=packed,
             before=before,
+            ranks=ranks,
         )
         with stage("Checking what will be served"), _failing("a packed forward fails"):
             loaded = replace(loaded, distance=check(loaded, own, probed))

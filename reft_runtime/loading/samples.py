@@ -17,18 +17,24 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig
 
-PROMPTS = ((12, 22, 23, 24), (10, 13, 14, 15), (5, 6, 7, 8), (1, 2, 3, 4))
+PROMPTS = ((12, 22, 23, 24), (5, 7, 8), (1, 2))
 """Where the chunks of prompts end that are computed together, in tokens.
 
-First all prompts, then chunks beside decoding, then decoding sequences alone. There are long and
-short prompts, some longer than a block, and chunks of a single token.
+First all prompts, then chunks beside decoding, then decoding sequences alone. There are a long one
+of more than a block, short ones, and one of a single token.
 """
 
-FAR = (5, 7, 8)
+FAR = (5,)
 """The same of a sequence at the last positions that are served, beside others at the first."""
 
-LATER = (3, 7, 8)
-"""The same of a sequence that begins when others are over, in memory that was theirs."""
+LATER = ((2, 3), (1, 2))
+"""The same of sequences that begin when others are over, in memory that was theirs.
+
+They go on from less than a convolution of a recurrent layer looks back.
+"""
+
+BEGIN_FAR, BEGIN_LATER = 1, 2
+"""The steps in which those begin: the latter when the shortest prompt and the far one are over."""
 
 LARGEST_WINDOW = 64
 """Largest window or chunk of attention, in tokens, that prompts are made to exceed."""
@@ -84,12 +90,13 @@ def samples_for(
 
     for ends in PROMPTS:
         add("", ends, 0)
-    add("at the last positions", FAR, 1, far=True)
+    add("at the last positions", FAR, BEGIN_FAR, far=True)
+    for ends in LATER:
+        add("in a later sequence", ends, BEGIN_LATER)
     for limit in sorted(set(limits)):
         if limit <= LARGEST_WINDOW:
-            add("", (limit - 1, limit, limit + 1, 2 * limit + 3, 2 * limit + 4), 0)
-            add("", (2 * limit + 3, 2 * limit + 4), 0)
-    add("in a later sequence", LATER, max(sample.over for sample in found))
+            add("", (limit - 1, limit, limit + 1, 2 * limit + 3), 0)
+            add("", (2 * limit + 3,), 0)
     exact, most = LARGEST_ROUTING
     for size in routing_sizes(config):
         turn = max(sample.over for sample in found)

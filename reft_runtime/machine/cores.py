@@ -35,14 +35,16 @@ def usable_cores(root: Path = Path("/")) -> int:
     return max(1, min([cores, *_quotas(root)]))
 
 
-def use_threads(threads: int | None) -> None:
+def use_threads(threads: int | None, ranks: int = 1) -> None:
     """Compute with `threads` threads; None is one for each core that this process may use.
 
-    Raises `ConfigError` if `threads` is less than 1.
+    Where `ranks` processes compute together, each takes its part of them, at least one. Raises
+    `ConfigError` if `threads` is less than 1.
     """
     if threads is not None and threads < 1:
         raise ConfigError(f"threads must be at least 1, not {threads}.", param="threads")
-    torch.set_num_threads(threads or min(torch.get_num_threads(), usable_cores()))
+    threads = threads or min(torch.get_num_threads(), usable_cores())
+    torch.set_num_threads(max(1, threads // ranks))
 
 
 def release_workers() -> None:

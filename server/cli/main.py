@@ -30,6 +30,7 @@ from server.cli import usage as usage_cli
 from server.cli import whoami as whoami_cli
 from server.cli.applied import read_asked, resolve, telling_templates
 from server.cli.options import LOCAL_SETTINGS, MaxTokens, Prompt, Seed, Temperature, with_settings
+from server.cli.quiet import hide_import_messages
 from server.cli.tables import trace_table
 from server.settings import load_settings
 from server.starting import start_engine
@@ -64,6 +65,7 @@ app.add_typer(cluster_cli.app, name="cluster")
 def main() -> None:
     """Entry point of the console command; mistakes end it with a message and no traceback."""
     status: str | int | None
+    hide_import_messages()
     try:
         status = app(standalone_mode=False) or 0
     except ReftError as error:

@@ -169,7 +169,7 @@ def _line(loc: tuple[int | str, ...], message: str, model: type[BaseModel]) -> s
     if message == "Extra inputs are not permitted":
         known = model.model_fields
         for step in loc[:-1]:
-            kind = known[step].annotation if step in known else None  # type: ignore[index]
+            kind = known[str(step)].annotation if step in known else None
             known = getattr(kind, "model_fields", known)
         like = nearest(str(loc[-1]), list(known), 1)
         hint = f"did you mean {like[0]}?" if like else f"there are {', '.join(known)}."

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -122,7 +122,7 @@ class Self:
 
     async def answer(self, question: str, *arguments: Any) -> Answer:
         """This replica's answer to a question, the name of one of its methods."""
-        asked = {
+        asked: dict[str, Callable[..., Awaitable[Any]]] = {
             "catch_up": self._catch_up,
             "metrics": self._metrics,
             "stats": self._stats,

@@ -3,13 +3,13 @@
 import pytest
 from transformers import GenerationConfig
 
-from reft_runtime.base.generation import ignored_settings
+from reft_runtime.base.generation import ends_of_answers, ignored_settings
 from reft_runtime.loading.base import load_base
 from reft_runtime.text import Tokenizer
 from reft_runtime.training.layout import Layout
 from reft_runtime.training.prompts import Formatter
 from reft_runtime.training.rows import Row
-from tests.helpers.models import tiny
+from tests.helpers.models import VOCABULARY, tiny
 from tests.helpers.tokenizer import tiny_tokenizer
 
 
@@ -29,6 +29,13 @@ def test_what_training_writes_at_the_end_ends_an_answer(
     assert written in loaded.eos_ids
     named = own if isinstance(own, list) else [of_config if own is None else own]
     assert loaded.eos_ids >= {each for each in named if each is not None}
+
+
+def test_ids_outside_of_the_vocabulary_end_nothing() -> None:
+    model = tiny("llama")
+    ends = [-1, 7, VOCABULARY]
+    model.generation_config = GenerationConfig(eos_token_id=ends)  # type: ignore[no-untyped-call]
+    assert ends_of_answers(model, None) == {7}
 
 
 def test_settings_that_are_not_applied() -> None:

@@ -23,6 +23,7 @@ import yaml
 
 from reft_runtime import Engine, SamplingParams
 from reft_runtime.base.shape import base_shape
+from reft_runtime.use import Use
 from tests.interventions.make import file_bytes
 from tests.training.make import folder
 
@@ -62,10 +63,10 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
         (files / f"{name}.safetensors").write_bytes(file_bytes(seed, base=base_shape(str(model))))
     with Engine(str(model), interventions=files, dtype="float32", threads=1) as engine:
         sampling = SamplingParams(temperature=0, max_tokens=24)
-        asked = [None, *NAMES]
+        asked: list[str | Use | tuple[str | Use, ...] | None] = [None, *NAMES]
         answers = engine.generate(["you and the"] * len(asked), sampling, intervention=asked)
         tokens = {
-            name or engine.info.model: answer.text
+            str(name or engine.info.model): answer.text
             for name, answer in zip(asked, answers, strict=True)
         }
     config, log = place / "cluster.yaml", place / "log"

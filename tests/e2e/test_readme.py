@@ -161,6 +161,8 @@ def test_make_serve(place: Place) -> None:
     assert sum(block.text == SERVE for block in BLOCKS) == 1
     assert place.url in place.said
     assert "Ready. Try" in place.said
+    assert "torchao" not in place.said, "see server/cli/quiet.py"
+    assert "Enum" not in place.said
 
 
 def test_reasons_are_needed() -> None:

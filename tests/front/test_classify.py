@@ -108,7 +108,7 @@ def test_labels_have_the_tokens_that_training_taught(template: str | None, prefi
         ]
         formatter = Formatter(Layout(template, rows[0]), words, EOS, completion_prefix=prefix)
         learned = [formatter.example(row) for row in rows]
-        tree = LabelTokens(words).tree(
+        tree = LabelTokens(words, EOS).tree(
             LABELS, formatter.prompt(rows[0]), prefix, chat=template == "chat" or not prefix
         )
         ended = [2 if token == END else token for token in tree.labels[3]]
@@ -164,6 +164,17 @@ def test_labels_that_are_refused(engine: Engine, labels: Any, why: str) -> None:
     with pytest.raises(InvalidRequest, match=why) as caught:
         engine.classify("on", labels)
     assert caught.value.param == "labels"
+
+
+def test_a_label_that_begins_another_needs_a_model_that_can_end() -> None:
+    words = tiny_tokenizer()
+    words.eos_token = None
+    with Engine(tiny("llama"), tokenizer=words, dtype="float32") as endless:
+        assert endless.classify("on", ["is", "you is"])
+        with pytest.raises(InvalidRequest, match="'you' is the beginning of 'you is'") as caught:
+            endless.classify("on", ["is", "you is", "you"])
+        assert caught.value.param == "labels"
+        assert endless.classify("on", ["is", "you is"])
 
 
 def test_prompts_that_are_refused(engine: Engine) -> None:

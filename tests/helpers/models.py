@@ -309,8 +309,7 @@ def preempt(core: EngineCore, sequence: Sequence) -> None:
     """Preempt as the core does when KV runs out."""
     plan = StepPlan()
     core.scheduler._preempt(sequence, plan)
-    core.runner.storage.keep(plan.kept)
-    core.runner.storage.keep_states(plan.kept_states)
+    core.runner.keep(plan.kept, plan.kept_states)
     core.runner.release([sequence])
 
 

@@ -380,7 +380,7 @@ class FakeEngine:
 
     @property
     def admission(self) -> Admission:
-        return Admission(self.registry, self.tokenizer, _Grammars(), self.info)
+        return Admission(self.registry, self.tokenizer, _Grammars(), self.info, {0})
 
     @property
     def running(self) -> list[FakeStream]:

@@ -15,6 +15,7 @@ from reft_runtime.errors import NotFound, Unavailable
 from reft_runtime.interventions import Registry
 from server.app import create_app
 from server.settings import Settings
+from tests.helpers.replicas import OnlyChanges
 from tests.http.fake_engine import FakeEngine
 from tests.interventions.make import BASE, file_bytes
 from tests.interventions.test_registry import digest, place
@@ -22,14 +23,12 @@ from tests.interventions.test_registry import digest, place
 ONE, TWO = file_bytes(1), file_bytes(2)
 
 
-class FakeReplicas:
+class FakeReplicas(OnlyChanges):
     """Registries by their names; those of `away` take nothing in."""
 
     def __init__(self, **registries: Registry) -> None:
         self.registries = registries
         self.away: set[str] = set()
-
-    folder = None
 
     async def catch_up(self, name: str) -> Sequence[str]:
         return [one for one in self.registries if not await asyncio.to_thread(self._has, one, name)]

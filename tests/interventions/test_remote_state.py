@@ -391,6 +391,9 @@ def test_sources_and_state_in_s3_away_and_back(
     source, state = registry._folders._remote[0], registry._uploads._store
     paths = source._place.path, state._place.path  # type: ignore[attr-defined]
     source._place.path, state._place.path = "none/source", "none/state"  # type: ignore[attr-defined]
+    with pytest.raises(Unavailable):
+        registry.catch_up("up")
+    assert ready(registry, "up").digest == digest(THREE)
     registry.scan()
     assert registry.sources()[0].problem is not None
     assert registry.state_problem() is not None

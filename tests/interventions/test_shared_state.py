@@ -196,6 +196,7 @@ def test_a_folder_that_is_unmounted_takes_no_name_away(join: Open, state: Path) 
             (state / "pointers").mkdir(parents=True)
             (state / "blobs").mkdir()
             (state / "lock").touch()
+            (state / "pointers" / "a.json").write_bytes(b"{")
         with pytest.raises(Unavailable, match="unmounted or deleted"):
             one.catch_up("a")
         one.scan()

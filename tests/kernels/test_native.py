@@ -50,6 +50,27 @@ def test_rms_norm(operators: Kernels, dtype: torch.dtype, rows: int) -> None:
 
 @dtypes
 @pytest.mark.parametrize("rows", [1, 700])
+def test_norms_from_one(operators: Kernels, dtype: torch.dtype, rows: int) -> None:
+    x, weight = rand(rows, 37, dtype=dtype), rand(37, dtype=dtype, seed=1)
+    wanted = rms_norm(x.float(), (37,), eps=1e-5) * (1 + weight.float())
+    close(operators.rms_norm(x, weight, 1e-5, from_one=True), wanted.to(dtype))
+
+
+@dtypes
+@pytest.mark.parametrize("rows", [1, 700])
+def test_gated_norms(operators: Kernels, dtype: torch.dtype, rows: int) -> None:
+    x, gate = rand(rows, 37, dtype=dtype), rand(rows, 37, dtype=dtype, seed=1)
+    weight = rand(37, dtype=dtype, seed=2)
+    made = operators.gated_rms_norm(x, gate, weight, 1e-5)
+    assert made is not None
+    close(made, rms_norm(x, (37,), eps=1e-5) * weight * silu(gate))
+    assert operators.gated_rms_norm(x, gate.double(), weight, 1e-5) is None
+    with pytest.raises(ValueError, match="shapes disagree"):
+        operators.gated_rms_norm(x, gate[:, :36], weight, 1e-5)
+
+
+@dtypes
+@pytest.mark.parametrize("rows", [1, 700])
 def test_add_rms_norm(operators: Kernels, dtype: torch.dtype, rows: int) -> None:
     x, more = rand(rows, 40, dtype=dtype), rand(rows, 40, dtype=dtype, seed=1)
     weight = rand(40, dtype=dtype, seed=2)
@@ -211,27 +232,44 @@ def test_what_delta_rule_does_not_take(operators: Kernels) -> None:
 @pytest.mark.parametrize("taps", [2, 4])
 @pytest.mark.parametrize("more", [0, 1])
 @pytest.mark.parametrize("biased", [True, False])
-@pytest.mark.parametrize("count", [1, 9])
+@pytest.mark.parametrize(("count", "tokens"), [(1, 1), (9, 1), (1, 2), (1, 30), (3, 3)])
 def test_convolve(
-    operators: Kernels, dtype: torch.dtype, taps: int, more: int, biased: bool, count: int
+    operators: Kernels,
+    dtype: torch.dtype,
+    taps: int,
+    more: int,
+    biased: bool,
+    count: int,
+    tokens: int,
 ) -> None:
-    channels = 2100
+    channels = 1100
     state = rand(count, channels, taps - 1 + more, dtype=dtype)
-    inputs, weight = rand(count, channels, dtype=dtype, seed=1), rand(channels, taps, dtype=dtype)
+    inputs = rand(count, tokens, channels, dtype=dtype, seed=1)
+    weight = rand(channels, taps, dtype=dtype)
     bias = rand(channels, dtype=dtype, seed=2) if biased else None
-    every = torch.cat((state, inputs[..., None]), -1)
+    every = torch.cat((state, inputs.transpose(1, 2)), -1)
     wanted = conv1d(
-        every[..., -taps:].float(),
+        every[..., -taps - tokens + 1 :].float(),
         weight[:, None].float(),
         None if bias is None else bias.float(),
         groups=channels,
-    )[..., 0]
+    ).transpose(1, 2)
     for activated in (False, True):
         kept = state.clone()
         made = operators.convolve_(inputs, kept, weight, bias, silu=activated)
         assert made is not None
-        assert torch.equal(kept, every[..., 1:])
+        assert torch.equal(kept, every[..., tokens:])
         close(made, (silu(wanted) if activated else wanted).to(dtype))
+
+
+@dtypes
+def test_convolutions_of_many_taps_are_left_to_others(
+    operators: Kernels, dtype: torch.dtype
+) -> None:
+    inputs, state = rand(1, 2, 3, dtype=dtype), rand(1, 3, 9, dtype=dtype)
+    kept = state.clone()
+    assert operators.convolve_(inputs, state, rand(3, 9, dtype=dtype), None, silu=True) is None
+    assert torch.equal(kept, state)
 
 
 @dtypes

@@ -18,11 +18,15 @@ from reft_runtime.base.attention import Reach, Scoring, packed_attention, runnin
 from reft_runtime.base.linears import Merged
 from reft_runtime.base.model import forward
 from reft_runtime.base.probe import AskedMask
+from reft_runtime.base.recurrent import MixerCall, StateCache, StateKey
 from reft_runtime.errors import UnsupportedModel
-from reft_runtime.kv.row_attention import RowAttentionStep
+from reft_runtime.kv.row_attention import TOGETHER_FROM, RowAttentionStep
 from reft_runtime.kv.rows import RowStorage
+from reft_runtime.kv.states import StateStep, StateStorage
 from reft_runtime.loading.loader import adopt_model
 from reft_runtime.loading.samples import samples_for
+from reft_runtime.schedule.blocks import BLOCK_TOKENS
+from reft_runtime.schedule.plan import Chunk
 from tests.helpers.models import (
     VOCABULARY,
     WINDOW,
@@ -191,22 +195,30 @@ def test_a_wrong_merge_is_seen(dtype: torch.dtype, monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, BFLOAT16])
+@pytest.mark.parametrize("decoding", [False, True])
 def test_keys_that_are_lost_between_chunks_are_seen(
-    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+    dtype: torch.dtype, decoding: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    lose_keys(monkeypatch, lambda chunk: (chunk.length == 1) == decoding)
+    refused(in_dtype(tiny("llama"), dtype), "decode" if decoding else "chunks")
+
+
+def lose_keys(
+    monkeypatch: pytest.MonkeyPatch, when: Callable[[Chunk], bool], first: int = 0
+) -> None:
+    """Let chunks that go on lose the keys and values before them, from token `first` on."""
     prepare = RowStorage.prepare
 
     def forgetful(self: RowStorage, chunks: Any) -> Any:
         chunks = prepare(self, chunks)
         for chunk in chunks:
-            if chunk.start:
+            if chunk.start and when(chunk):
                 row = self.where(chunk.sequence)
                 for part in range(len(self._layout.parts)):
-                    row.part(part)[:, : chunk.start] = 0
+                    row.part(part)[:, first : chunk.start] = 0
         return chunks
 
     monkeypatch.setattr(RowStorage, "prepare", forgetful)
-    refused(in_dtype(tiny("llama"), dtype), "chunks|decode")
 
 
 def test_sequences_that_see_each_other_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -229,7 +241,7 @@ def test_logits_that_are_not_finite_are_told() -> None:
 
 
 def test_a_model_that_is_all_rounding_is_told() -> None:
-    model = in_dtype(tiny("llama", num_hidden_layers=16), BFLOAT16)
+    model = in_dtype(tiny("llama", num_hidden_layers=24), BFLOAT16)
     for name, weight in model.named_parameters():
         if "q_proj" in name:
             weight.data *= 200  # whom a token attends to turns on the last bit
@@ -291,17 +303,124 @@ def test_a_window_that_attention_does_not_keep_to_is_seen(
     refused(in_dtype(model, dtype))
 
 
-def test_a_layer_that_differs_at_one_number_of_tokens_is_seen(
+@pytest.mark.parametrize("way", ["whole", "going on", "decoding"])
+def test_one_way_of_computing_that_ignores_its_window_is_seen(
+    way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    attend = RowAttentionStep.attend
+
+    def off(self: Any, layer: int, query: Any, key: Any, value: Any, scoring: Scoring) -> Tensor:
+        made = attend(self, layer, query, key, value, scoring)
+        wide = attend(self, layer, query, key, value, replace(scoring, window=None))
+        for segment in self._segments:
+            going_on = "decoding" if segment.length == 1 else "going on"
+            if way == ("whole" if segment.start == 0 else going_on):
+                own = slice(segment.first, segment.first + segment.length)
+                made[own] = wide[own]
+        return made
+
+    monkeypatch.setattr(RowAttentionStep, "attend", off)
+    refused(tiny("mistral", sliding_window=40), "past its window")
+
+
+def test_keys_that_are_lost_behind_the_first_block_are_seen(
     monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    lose_keys(monkeypatch, lambda chunk: True, first=BLOCK_TOKENS)
+    refused(tiny("llama"))
+
+
+@pytest.mark.parametrize("after", ["beginning", "going on"])
+def test_short_chunks_that_lose_their_keys_are_seen(
+    after: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Their tokens attend one by one, as those that decode do.
+    attend = RowAttentionStep.attend
+
+    def off(self: Any, layer: int, query: Any, *args: Any) -> Tensor:
+        made = attend(self, layer, query, *args)
+        for segment in self._segments:
+            if 1 < segment.length < TOGETHER_FROM and (segment.start == 0) == (
+                after == "beginning"
+            ):
+                made[segment.first] = 0
+        return made
+
+    monkeypatch.setattr(RowAttentionStep, "attend", off)
+    refused(tiny("llama"))
+
+
+@pytest.mark.parametrize(("experts", "tokens"), [(32, 31), (32, 32), (32, 33), (128, 129)])
+def test_a_layer_that_differs_at_one_number_of_tokens_is_seen(
+    experts: int, tokens: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     own = MixtralSparseMoeBlock.forward
 
     def forward(self: Any, rows: Tensor) -> Any:
         out = own(self, rows)
-        return out.flip(1) if rows.shape[1] == 33 and running_step() is not None else out
+        return out.flip(1) if rows.shape[1] == tokens and running_step() is not None else out
 
     monkeypatch.setattr(MixtralSparseMoeBlock, "forward", forward)
-    refused(tiny("mixtral", num_local_experts=32), "as large as its routing")
+    refused(tiny("mixtral", num_local_experts=experts), "as large as its routing")
+
+
+# The same of recurrent states: those that nobody has had yet are zero here, as a beginning is.
+
+
+@pytest.fixture
+def zeros(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Storages of states begin with zeros."""
+    own = StateStorage.__init__
+
+    def begin(self: StateStorage, *args: Any) -> None:
+        own(self, *args)
+        for mixer in self.states:
+            for tensor in mixer.values():
+                tensor.zero_()
+
+    monkeypatch.setattr(StateStorage, "__init__", begin)
+
+
+@pytest.mark.usefixtures("zeros")
+@pytest.mark.parametrize("tokens", [1, 2])
+def test_a_sequence_that_begins_with_the_state_of_another_is_seen(
+    tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    in_order = StateStep._in_order
+
+    def going_on(self: Any, mixer: int, call: Any, first: int, stop: int, *args: Any, begins: bool):  # type: ignore[no-untyped-def]
+        begins = begins and stop - first != tokens
+        return in_order(self, mixer, call, first, stop, *args, begins=begins)
+
+    monkeypatch.setattr(StateStep, "_in_order", going_on)
+    refused(tiny("falcon_h1"), "in a later sequence")
+
+
+@pytest.mark.usefixtures("zeros")
+def test_what_is_left_of_another_convolution_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    update = StateCache.update_conv_state
+
+    def partly(self: StateCache, conv_states: Tensor, *args: Any, **more: Any) -> Tensor:
+        kept = self._states[StateKey("conv", 0)]
+        before = kept[..., : -conv_states.shape[-1]].clone()
+        every = update(self, conv_states, *args, **more)
+        if self._begins:
+            kept[..., : -conv_states.shape[-1]] = before
+        return every
+
+    monkeypatch.setattr(StateCache, "update_conv_state", partly)
+    refused(tiny("falcon_h1"), "in a later sequence")
+
+
+def test_states_that_a_decode_does_not_keep_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    together = MixerCall.together
+
+    def forgetful(self: MixerCall, first: int, stop: int, states: StateCache) -> Any:
+        copies = {key: state.clone() for key, state in states._states.items()}
+        return together(self, first, stop, StateCache(copies, begins=False))
+
+    monkeypatch.setattr(MixerCall, "together", forgetful)
+    refused(tiny("falcon_h1"), "in decode steps")
 
 
 def test_decoding_sequences_that_are_mixed_up_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -332,7 +451,7 @@ def test_samples_are_ordinary_tokens_of_every_length() -> None:
     assert int(tokens.min()) >= VOCABULARY // 8
     assert int(tokens.max()) < VOCABULARY // 2
     ends = {end for sample in samples for end in sample.ends}
-    assert {WINDOW - 1, WINDOW, WINDOW + 1, 2 * WINDOW + 4} <= ends
+    assert {WINDOW - 1, WINDOW, WINDOW + 1, 2 * WINDOW + 3} <= ends
     assert all(len(s.tokens) <= 5 for s in samples_for(config, {WINDOW}, 5))
 
 

@@ -229,9 +229,11 @@ def test_gguf_is_dequantised_where_it_is_all_that_a_folder_holds(tmp_path: Path)
 
 
 def test_gguf_is_refused_with_the_way_out(tmp_path: Path) -> None:
-    (tmp_path / "model.Q4_1.gguf").touch()
-    with pytest.raises(ConfigError, match=r"holds GGUF, .* gguf_file=NAME"):
-        load_model(str(tmp_path), "float32")
+    file = tmp_path / "model.Q4_1.gguf"
+    file.touch()
+    for path in (tmp_path, file):
+        with pytest.raises(ConfigError, match=r"holds GGUF, .* gguf_file=NAME"):
+            load_model(str(path), "float32")
 
 
 def test_a_method_whose_package_is_not_there(plain: Path) -> None:

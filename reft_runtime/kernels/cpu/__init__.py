@@ -24,14 +24,15 @@ _NO_MEMORY = 2
 
 _P, _I, _F = c_void_p, c_int64, c_float
 _ARGUMENTS: dict[str, list[Any]] = {
-    "rms_norm": [_P, _P, _P, _I, _I, _F, c_int],
+    "rms_norm": [_P, _P, _P, _I, _I, _F, c_int, c_int],
+    "gated_rms_norm": [_P, _P, _P, _P, _I, _I, _F, c_int],
     "add_rms_norm": [_P, _P, _P, _P, _P, _I, _I, _F, c_int],
     "silu_mul": [_P, _P, _I, _I, c_int],
     "greedy": [_P, _P, _I, _I, c_int],
     "refuse": [_P, _P, _I],
     "rotate": [*[_P] * 4, *[_I] * 6, c_int],
     "delta_rule": [*[_P] * 7, *[_I] * 9, c_int, c_int],
-    "convolve": [*[_P] * 5, *[_I] * 4, c_int, c_int],
+    "convolve": [*[_P] * 5, *[_I] * 5, c_int, c_int],
     "attend": [*[_P] * 5, *[_I] * 13, _F, _F, _P, c_int],
     "attend_prompts": [*[_P] * 5, *[_I] * 13, _F, _F, _P, c_int],
 }
@@ -89,6 +90,8 @@ class Kernels:
         self._draw: Callable[..., None] = library.draw_tokens
         library.widest_delta_key.restype = _I
         self._widest_delta_key: int = library.widest_delta_key()
+        library.most_taps.restype = _I
+        self._most_taps: int = library.most_taps()
         self._can_attend_prompts: Callable[[int, int, bool], int] = cache(
             library.can_attend_prompts
         )
@@ -131,14 +134,40 @@ class Kernels:
         """Whether `attend_prompts` takes heads that `attend` does; for the values, see there."""
         return bool(self._can_attend_prompts(key.shape[2], value.shape[2], values_in_keys))
 
-    def rms_norm(self, rows: Tensor, weight: Tensor, epsilon: float) -> Tensor:
-        """Rows [..., d] divided by their root mean square, times `weight` [d]."""
+    def rms_norm(
+        self, rows: Tensor, weight: Tensor, epsilon: float, *, from_one: bool = False
+    ) -> Tensor:
+        """See `Operators.rms_norm`."""
         width = weight.shape[0]
         if weight.ndim != 1 or rows.shape[-1] != width or weight.dtype != rows.dtype:
             raise ValueError(f"rms_norm: {tuple(weight.shape)} for rows {tuple(rows.shape)}")
         out = torch.empty_like(rows)
         self._functions["rms_norm", rows.dtype](
             rows.data_ptr(),
+            weight.data_ptr(),
+            out.data_ptr(),
+            rows.numel() // width,
+            width,
+            epsilon,
+            from_one,
+            torch.get_num_threads(),
+        )
+        return out
+
+    def gated_rms_norm(
+        self, rows: Tensor, gate: Tensor, weight: Tensor, epsilon: float
+    ) -> Tensor | None:
+        """See `MixerOperators.gated_rms_norm`."""
+        width = weight.shape[0]
+        if weight.ndim != 1 or rows.shape[-1] != width or gate.shape != rows.shape:
+            shapes = tuple(rows.shape), tuple(gate.shape), tuple(weight.shape)
+            raise ValueError(f"gated_rms_norm: shapes disagree: {shapes}")
+        if not self.supports(rows, gate, weight):
+            return None
+        out = torch.empty_like(rows)
+        self._functions["gated_rms_norm", rows.dtype](
+            rows.data_ptr(),
+            gate.data_ptr(),
             weight.data_ptr(),
             out.data_ptr(),
             rows.numel() // width,
@@ -309,12 +338,18 @@ class Kernels:
     ) -> Tensor | None:
         """See `MixerOperators.convolve_`."""
         count, channels, kept = state.shape
-        taps = weight.shape[-1]
-        if inputs.shape != (count, channels) or weight.shape != (channels, taps) or kept < taps - 1:
+        tokens, taps = inputs.shape[1], weight.shape[-1]
+        if (
+            inputs.shape != (count, tokens, channels)
+            or weight.shape != (channels, taps)
+            or kept < taps - 1
+        ):
             shapes = [tuple(tensor.shape) for tensor in (inputs, state, weight)]
             raise ValueError(f"convolve: shapes disagree: {shapes}")
         inputs = inputs.contiguous()
         if not self.supports(inputs, state, weight, *(() if bias is None else (bias,))):
+            return None
+        if taps > self._most_taps:
             return None
         out = torch.empty_like(inputs)
         self._functions["convolve", inputs.dtype](
@@ -323,7 +358,7 @@ class Kernels:
             None if bias is None else bias.data_ptr(),
             state.data_ptr(),
             out.data_ptr(),
-            *(count, channels, taps, kept),
+            *(count, tokens, channels, taps, kept),
             silu,
             torch.get_num_threads(),
         )

@@ -14,8 +14,13 @@
 
 #define EXPORT(NAME, T)                                                                            \
     extern "C" void rms_norm_##NAME(const T* x, const T* weight, T* out, int64_t rows,             \
-                                    int64_t width, float epsilon, int threads) {                   \
-        rms_norm(x, weight, out, rows, width, epsilon, threads);                                   \
+                                    int64_t width, float epsilon, int from_one, int threads) {     \
+        rms_norm(x, weight, out, rows, width, epsilon, from_one, threads);                         \
+    }                                                                                              \
+    extern "C" void gated_rms_norm_##NAME(const T* x, const T* gate, const T* weight, T* out,      \
+                                          int64_t rows, int64_t width, float epsilon,              \
+                                          int threads) {                                           \
+        gated_rms_norm(x, gate, weight, out, rows, width, epsilon, threads);                       \
     }                                                                                              \
     extern "C" void add_rms_norm_##NAME(const T* x, const T* more, const T* weight, T* total,      \
                                         T* out, int64_t rows, int64_t width, float epsilon,        \
@@ -49,9 +54,10 @@
                    normal, threads);                                                               \
     }                                                                                              \
     extern "C" void convolve_##NAME(const T* inputs, const T* weight, const T* bias, T* state,     \
-                                    T* out, int64_t count, int64_t channels, int64_t taps,         \
-                                    int64_t kept, int silu, int threads) {                         \
-        convolve(inputs, weight, bias, state, out, count, channels, taps, kept, silu, threads);    \
+                                    T* out, int64_t count, int64_t tokens, int64_t channels,       \
+                                    int64_t taps, int64_t kept, int silu, int threads) {           \
+        convolve(inputs, weight, bias, state, out, count, tokens, channels, taps, kept, silu,      \
+                 threads);                                                                         \
     }                                                                                              \
     extern "C" int attend_##NAME(                                                                  \
         const T* query, const T* key, const T* value, T* out, const int64_t* places,               \
@@ -93,6 +99,9 @@ extern "C" void draw_tokens(float* scores, float* weights, const double* setting
 
 // The widest key heads that the gated delta rule takes.
 extern "C" int64_t widest_delta_key() { return MAX_KEY; }
+
+// The most taps of convolutions.
+extern "C" int64_t most_taps() { return MAX_TAPS; }
 
 // The vector instructions that the compiler was allowed to use.
 extern "C" const char* instructions() {

@@ -12,14 +12,20 @@
 
 namespace {
 
+// 1 / the root mean square of a row.
 template <typename T>
-void norm_row(const T* x, const T* weight, T* out, int64_t width, float epsilon) {
+float by_length(const T* x, int64_t width, float epsilon) {
     float sum = 0;
     for (int64_t i = 0; i < width; ++i) {
         const float value = load(x[i]);
         sum += value * value;
     }
-    const float scale = 1.0f / std::sqrt(sum / static_cast<float>(width) + epsilon);
+    return 1.0f / std::sqrt(sum / static_cast<float>(width) + epsilon);
+}
+
+template <typename T>
+void norm_row(const T* x, const T* weight, T* out, int64_t width, float epsilon) {
+    const float scale = by_length(x, width, epsilon);
     for (int64_t i = 0; i < width; ++i) {
         T normal;  // rounded before the weight is applied, as the models do
         store(normal, load(x[i]) * scale);
@@ -27,12 +33,36 @@ void norm_row(const T* x, const T* weight, T* out, int64_t width, float epsilon)
     }
 }
 
+// `from_one`: the weight is how far a factor is from one, and nothing is rounded before.
 template <typename T>
 void rms_norm(const T* x, const T* weight, T* out, int64_t rows, int64_t width, float epsilon,
-              int threads) {
+              int from_one, int threads) {
 #pragma omp parallel for num_threads(threads) if (rows * width > SERIAL)
-    for (int64_t row = 0; row < rows; ++row)
-        norm_row(x + row * width, weight, out + row * width, width, epsilon);
+    for (int64_t row = 0; row < rows; ++row) {
+        const int64_t at = row * width;
+        if (!from_one) {
+            norm_row(x + at, weight, out + at, width, epsilon);
+            continue;
+        }
+        const float scale = by_length(x + at, width, epsilon);
+        for (int64_t i = 0; i < width; ++i)
+            store(out[at + i], load(x[at + i]) * scale * (1.0f + load(weight[i])));
+    }
+}
+
+// The norm of each row times silu of its `gate`.
+template <typename T>
+void gated_rms_norm(const T* x, const T* gate, const T* weight, T* out, int64_t rows,
+                    int64_t width, float epsilon, int threads) {
+#pragma omp parallel for num_threads(threads) if (rows * width > SERIAL)
+    for (int64_t row = 0; row < rows; ++row) {
+        const int64_t at = row * width;
+        norm_row(x + at, weight, out + at, width, epsilon);
+        for (int64_t i = at; i < at + width; ++i) {
+            const float g = load(gate[i]);
+            store(out[i], load(out[i]) * g / (1.0f + exponential(-g)));
+        }
+    }
 }
 
 template <typename T>

@@ -16,11 +16,15 @@ def norm(
     out,
     epsilon,
     ADD: tl.constexpr,
+    FROM_ONE: tl.constexpr,
     WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
     EARLY: tl.constexpr,
 ):
-    """RMSNorm of rows; with `ADD`, of `rows` + `more`, stored in `total`; programs: (row,)."""
+    """RMSNorm of rows; with `ADD`, of `rows` + `more`, stored in `total`; programs: (row,).
+
+    With `FROM_ONE` the weight is how far a factor is from one, and nothing is rounded before.
+    """
     if EARLY:
         gdc_wait()
     at = tl.arange(0, BLOCK)
@@ -33,8 +37,12 @@ def norm(
         tl.store(total + place, rounded, mask=inside)
         row = rounded.to(tl.float32)
     scale = tl.rsqrt(tl.sum(row * row, 0) / WIDTH + epsilon)
-    normal = (row * scale).to(out.dtype.element_ty).to(tl.float32)
+    normal = row * scale
     factor = tl.load(weight + at, mask=inside, other=0.0).to(tl.float32)
+    if FROM_ONE:
+        factor += 1.0
+    else:
+        normal = normal.to(out.dtype.element_ty).to(tl.float32)
     tl.store(out + place, (normal * factor).to(out.dtype.element_ty), mask=inside)
 
 

@@ -34,9 +34,11 @@ class TritonOperators:
             for t in heads
         )
 
-    def rms_norm(self, rows: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+    def rms_norm(
+        self, rows: Tensor, weight: Tensor, epsilon: float, *, from_one: bool = False
+    ) -> Tensor:
         """See `Operators.rms_norm`."""
-        return products.rms_norm(rows, weight, epsilon)
+        return products.rms_norm(rows, weight, epsilon, from_one=from_one)
 
     def add_rms_norm(
         self, rows: Tensor, more: Tensor, weight: Tensor, epsilon: float
@@ -45,7 +47,16 @@ class TritonOperators:
         total, out = torch.empty_like(rows), torch.empty_like(rows)
         width = weight.shape[0]
         kernels.norm[(rows.numel() // width,)](
-            rows, more, weight, total, out, epsilon, ADD=True, **row_block(width), **early()
+            rows,
+            more,
+            weight,
+            total,
+            out,
+            epsilon,
+            ADD=True,
+            FROM_ONE=False,
+            **row_block(width),
+            **early(),
         )
         return total, out
 

@@ -92,12 +92,21 @@ def add_product_and_norm(
     return _add_parts(rows, inputs, weight, tile, norm, epsilon)
 
 
-def rms_norm(rows: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+def rms_norm(rows: Tensor, weight: Tensor, epsilon: float, *, from_one: bool = False) -> Tensor:
     """See `Operators.rms_norm`."""
     out = torch.empty_like(rows)
     width = weight.shape[0]
     kernels.norm[(rows.numel() // width,)](
-        rows, rows, weight, rows, out, epsilon, ADD=False, **row_block(width), **early()
+        rows,
+        rows,
+        weight,
+        rows,
+        out,
+        epsilon,
+        ADD=False,
+        FROM_ONE=from_one,
+        **row_block(width),
+        **early(),
     )
     return out
 

@@ -25,8 +25,8 @@ class MountedFolder(Place):
     While it is open, its file `lock` is locked by all servers that share it together, so that a
     server that would own the folder alone is refused. `changing` locks the file `changing`, by one
     server at a time. The file system must have POSIX locks and an atomic rename, as NFS does. While
-    the folder is not the one that was opened, because it was unmounted or deleted, all methods that
-    would find nothing there raise `OSError`.
+    the folder is not the one that was opened, because it was unmounted or deleted, nothing is found
+    or changed there: methods raise `OSError`.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -114,14 +114,11 @@ class _Files:
 
     def info(self, path: str) -> dict[str, Any]:
         """What a file is."""
+        self._place._check()
         # A client of NFS may remember for a minute that a file is there, is not, or is another,
         # unless it opens the folder.
         os.close(os.open(os.path.dirname(path), os.O_RDONLY))
-        try:
-            return _info(path, os.stat(path, follow_symlinks=False))
-        except FileNotFoundError:
-            self._place._check()
-            raise
+        return _info(path, os.stat(path, follow_symlinks=False))
 
     def cat_file(self, path: str, start: int, end: int, **_: object) -> bytes:
         """The bytes of a file from `start` to before `end`, or to its end."""
