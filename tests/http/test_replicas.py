@@ -16,20 +16,20 @@ from reft_runtime.interventions import Registry
 from server.app import create_app
 from server.settings import Settings
 from tests.http.fake_engine import FakeEngine
+from tests.helpers.replicas import OnlyBehind
 from tests.interventions.make import BASE, file_bytes
 from tests.interventions.test_registry import digest, place
 
 ONE, TWO = file_bytes(1), file_bytes(2)
 
 
-class FakeReplicas:
+class FakeReplicas(OnlyBehind):
     """Registries by their names; those of `away` take nothing in."""
 
     def __init__(self, **registries: Registry) -> None:
+        super().__init__()
         self.registries = registries
         self.away: set[str] = set()
-
-    folder = None
 
     async def catch_up(self, name: str) -> Sequence[str]:
         return [one for one in self.registries if not await asyncio.to_thread(self._has, one, name)]
