@@ -22,8 +22,8 @@ from server.cli.backend import RemoteBackend
 from server.settings import Settings
 from server.tenants.keys import new_key
 from tests.e2e.conftest import served
-from tests.http.fake_engine import FakeEngine
 from tests.helpers.replicas import OnlyBehind
+from tests.http.fake_engine import FakeEngine
 from tests.interventions.make import BASE, file_bytes
 from tests.interventions.test_registry import digest
 

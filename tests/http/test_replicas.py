@@ -15,8 +15,8 @@ from reft_runtime.errors import NotFound, Unavailable
 from reft_runtime.interventions import Registry
 from server.app import create_app
 from server.settings import Settings
-from tests.http.fake_engine import FakeEngine
 from tests.helpers.replicas import OnlyBehind
+from tests.http.fake_engine import FakeEngine
 from tests.interventions.make import BASE, file_bytes
 from tests.interventions.test_registry import digest, place
 
