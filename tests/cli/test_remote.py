@@ -22,7 +22,7 @@ from server.cli.backend import RemoteBackend
 from server.settings import Settings
 from server.tenants.keys import new_key
 from tests.e2e.conftest import served
-from tests.helpers.replicas import OnlyChanges
+from tests.helpers.replicas import OnlyBehind
 from tests.http.fake_engine import FakeEngine
 from tests.interventions.make import BASE, file_bytes
 from tests.interventions.test_registry import digest
@@ -167,14 +167,10 @@ def test_removal_asks_and_looks_first(
 
 
 def test_replicas_that_are_behind_are_named(engine: Any, tmp_path: Path) -> None:
-    class Behind(OnlyChanges):
-        async def catch_up(self, name: str) -> list[str]:
-            return ["second", "third"]
-
     engine.registry.shares_state = True
     path = tmp_path / "one.safetensors"
     path.write_bytes(file_bytes(1))
-    with served(engine, Settings(), Behind()) as address:
+    with served(engine, Settings(), OnlyBehind("second", "third")) as address:
         for arguments in (
             ("push", str(path)),
             ("rollback", "one"),

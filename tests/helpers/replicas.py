@@ -1,18 +1,24 @@
-"""What a test's replicas of a cluster need not do: they only take changes in."""
+"""Replicas of a cluster that only catch up; a server's test has no others to ask."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from pathlib import Path
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
-from server.tenants.usage import Found, Query
+if TYPE_CHECKING:
+    from server.tenants.usage import Found, Query
 
 
-class OnlyChanges:
-    """Replicas that say nothing of themselves and keep nothing."""
+class OnlyBehind:
+    """Replicas of which those of `behind` take no change in."""
 
-    folder: Path | None = None
+    folder = None
+
+    def __init__(self, *behind: str) -> None:
+        self.behind = behind
+
+    async def catch_up(self, name: str) -> Sequence[str]:
+        return self.behind
 
     async def metrics(self) -> bytes:
         raise NotImplementedError

@@ -15,7 +15,7 @@ from reft_runtime.errors import NotFound, Unavailable
 from reft_runtime.interventions import Registry
 from server.app import create_app
 from server.settings import Settings
-from tests.helpers.replicas import OnlyChanges
+from tests.helpers.replicas import OnlyBehind
 from tests.http.fake_engine import FakeEngine
 from tests.interventions.make import BASE, file_bytes
 from tests.interventions.test_registry import digest, place
@@ -23,10 +23,11 @@ from tests.interventions.test_registry import digest, place
 ONE, TWO = file_bytes(1), file_bytes(2)
 
 
-class FakeReplicas(OnlyChanges):
+class FakeReplicas(OnlyBehind):
     """Registries by their names; those of `away` take nothing in."""
 
     def __init__(self, **registries: Registry) -> None:
+        super().__init__()
         self.registries = registries
         self.away: set[str] = set()
 
