@@ -152,7 +152,7 @@ def main(
     names = [f"task{number}" for number in range(NAMES)]
     for number, name in enumerate(names):
         shutil.copy(shipped[number % len(shipped)], files / f"{name}.safetensors")
-    settings = {"interventions": str(files), "threads": 1, "kv_tokens": 8192}
+    settings = {"interventions": str(files), "threads": 1, "max_model_len": 512, "kv_tokens": 8192}
     options = {**settings, "interventions": [str(files)], "model": "demo", "dtype": "float32"}
     try:
         with (

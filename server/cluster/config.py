@@ -191,7 +191,8 @@ def _check_together(config: ClusterConfig) -> None:
             "settings.state_dir: several replicas need one, a folder that all of them have mounted"
             " or a URL; else an upload would reach one of them alone."
         )
-    if settings.device.startswith("cuda") and not config.resources.gpus:
+    ranks = settings.tensor_parallel
+    if settings.device.startswith("cuda") and config.resources.gpus < ranks:
         raise ConfigError(
-            "resources.gpus: settings.device is a GPU; say how many a replica takes, such as 1."
+            f"resources.gpus: a replica computes on {ranks} GPU{'s' * (ranks > 1)}; give {ranks}."
         )
