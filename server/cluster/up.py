@@ -110,6 +110,7 @@ class _Signals:
         elif self.ended:
             os._exit(128 + sig)
         else:
+            logger.info("%s: the cluster ends", signal.Signals(sig).name)
             self.ended = True
         self._news.set()
 
@@ -190,7 +191,7 @@ class _Cluster:
 
     def end(self) -> None:
         """Let requests finish, then take the application away, and Ray with it if it is our own."""
-        logger.info("Shutting down; running requests get their time to finish")
+        logger.info("Running requests get their time to finish")
         self._serve.delete(APP)
         self._ray.shutdown()
         for keeper in self._held:
