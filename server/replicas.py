@@ -31,7 +31,7 @@ class Replicas(Protocol):
         """
 
     async def stats(self) -> Mapping[str, Any]:
-        """What all replicas say of themselves at a glance, as one server's. Raises `Unavailable`."""
+        """What all replicas say of themselves, as one server would. Raises `Unavailable`."""
 
     async def usage(self, query: Query) -> Found:
         """What was used at all replicas, those that are gone included. Raises `Unavailable`."""

@@ -169,7 +169,7 @@ def _line(loc: tuple[int | str, ...], message: str, model: type[BaseModel]) -> s
     if message == "Extra inputs are not permitted":
         known = model.model_fields
         for step in loc[:-1]:
-            kind = known[step].annotation if step in known else None  # type: ignore[index]
+            kind = known[str(step)].annotation if step in known else None
             known = getattr(kind, "model_fields", known)
         like = nearest(str(loc[-1]), list(known), 1)
         hint = f"did you mean {like[0]}?" if like else f"there are {', '.join(known)}."
@@ -191,7 +191,8 @@ def _check_together(config: ClusterConfig) -> None:
             "settings.state_dir: several replicas need one, a folder that all of them have mounted"
             " or a URL; else an upload would reach one of them alone."
         )
-    if settings.device.startswith("cuda") and not config.resources.gpus:
+    ranks = settings.tensor_parallel
+    if settings.device.startswith("cuda") and config.resources.gpus < ranks:
         raise ConfigError(
-            "resources.gpus: settings.device is a GPU; say how many a replica takes, such as 1."
+            f"resources.gpus: a replica computes on {ranks} GPU{'s' * (ranks > 1)}; give {ranks}."
         )

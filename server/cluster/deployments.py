@@ -11,14 +11,12 @@ from typing import Any
 import ray
 from ray import serve
 from ray.exceptions import ActorUnavailableError, RayActorError
-from ray.serve.config import RequestRouterConfig
 from ray.serve.exceptions import (
     BackPressureError,
     DeploymentUnavailableError,
     ReplicaUnavailableError,
 )
 from ray.serve.handle import DeploymentHandle
-
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from reft_runtime.errors import ConfigError
@@ -41,6 +39,9 @@ FRONT_ONGOING = 10_000
 SPARE_SECONDS = 5
 """Seconds that a replica has to end beyond those that its requests have."""
 
+LOOK_SECONDS = 0.5
+"""Pause between two looks at whether one that is to end has requests left."""
+
 CHECK_SECONDS = 5
 """Pause between two looks at a replica's health, and how long it may take to answer one."""
 
@@ -59,7 +60,7 @@ ENVIRONMENT = {
 class ReplicaDeployment:
     """A replica as Ray Serve runs it."""
 
-    async def __init__(self, settings: Settings) -> None:  # type: ignore[misc]
+    async def __init__(self, settings: Settings) -> None:  # type: ignore[misc]  # Serve awaits it
         configure_logging(settings)
         context = serve.get_replica_context()
         name = context.replica_id.unique_id
@@ -90,7 +91,7 @@ class ReplicaDeployment:
         if not self._replica.live:
             raise RuntimeError("The engine has stopped.")
 
-    async def __del__(self) -> None:  # type: ignore[misc]
+    async def __del__(self) -> None:
         if hasattr(self, "_replica"):
             await self._replica.close()
 
@@ -156,7 +157,7 @@ class _Handle:
 
     async def ask(self, call: Call, key: str) -> AsyncIterator[Head | bytes]:
         replicas = self._replicas.options(method_name="answer", stream=True, session_id=key)
-        pieces = replicas.remote(call)
+        pieces: Any = replicas.remote(call)
         try:
             async for piece in pieces:
                 yield piece
@@ -180,7 +181,8 @@ def application(config: ClusterConfig) -> serve.Application:
     settings, routing, resources = config.settings, config.routing, config.resources
     scaling = config.autoscaling
     environment = {"env_vars": ENVIRONMENT}
-    replica = serve.deployment(
+    deployed: Any = serve.deployment  # its own types know only the form of a decorator
+    replica = deployed(
         ReplicaDeployment,
         name=REPLICA,
         num_replicas=None if scaling else config.replicas or 1,
@@ -198,22 +200,24 @@ def application(config: ClusterConfig) -> serve.Application:
         },
         max_ongoing_requests=routing.max_ongoing,
         max_queued_requests=routing.max_queued,
-        request_router_config=RequestRouterConfig(
-            request_router_class=ROUTER,
-            request_router_kwargs={"num_fallback_replicas": routing.fallback_replicas},
-        ),
+        request_router_config={
+            "request_router_class": ROUTER,
+            "request_router_kwargs": {"num_fallback_replicas": routing.fallback_replicas},
+        },
         health_check_period_s=CHECK_SECONDS,
         health_check_timeout_s=CHECK_SECONDS,
         logging_config=QUIET,
+        graceful_shutdown_wait_loop_s=LOOK_SECONDS,
         graceful_shutdown_timeout_s=settings.drain_seconds + SPARE_SECONDS,
     )
-    front = serve.deployment(
+    front = deployed(
         serve.ingress()(FrontDeployment),
         name=FRONT,
         num_replicas=config.fronts,
         ray_actor_options={"num_cpus": 0, "runtime_env": environment},
         max_ongoing_requests=FRONT_ONGOING,
         logging_config=QUIET,
+        graceful_shutdown_wait_loop_s=LOOK_SECONDS,
         graceful_shutdown_timeout_s=settings.drain_seconds + 2 * SPARE_SECONDS,
     )
     application: serve.Application = front.bind(settings, replica.bind(settings))

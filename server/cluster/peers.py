@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -48,10 +48,10 @@ class Broadcast(Protocol):
 class Peers:
     """All replicas, asked by the one that calls these methods (`server.replicas.Replicas`).
 
-    `state` is the state folder on this machine; None where nothing is kept.
+    `state` is the state folder on this machine, and `slot` what of it is this replica's.
     """
 
-    def __init__(self, broadcast: Broadcast, state: Path | None, slot: Slot | None) -> None:
+    def __init__(self, broadcast: Broadcast, state: Path, slot: Slot) -> None:
         self._broadcast = broadcast
         self._state = state
         self._slot = slot
@@ -59,7 +59,7 @@ class Peers:
     @property
     def folder(self) -> Path | None:
         """Folder of what this replica alone keeps."""
-        return None if self._slot is None else self._slot.folder
+        return self._slot.folder
 
     async def catch_up(self, name: str) -> Sequence[str]:
         """Let every replica take in what a name stands for; the names of those that have not."""
@@ -89,7 +89,7 @@ class Peers:
     def _usage_of_gone(self, query: Query, alive: set[str]) -> list[Found]:
         """What the replicas counted whose slots nobody holds."""
         found = []
-        for folder in slots_of(self._state) if self._state is not None else ():
+        for folder in slots_of(self._state):
             if folder.name in alive or not (folder / FILE).exists():
                 continue
             with held(folder) as free:
@@ -122,7 +122,7 @@ class Self:
 
     async def answer(self, question: str, *arguments: Any) -> Answer:
         """This replica's answer to a question, the name of one of its methods."""
-        asked = {
+        asked: dict[str, Callable[..., Awaitable[Any]]] = {
             "catch_up": self._catch_up,
             "metrics": self._metrics,
             "stats": self._stats,
@@ -132,8 +132,6 @@ class Self:
 
     async def _catch_up(self, name: str) -> bool:
         """Take a change of a name in; whether that was done."""
-        if self._context.settings.state_dir is None:
-            return True  # the only replica: it made the change itself
         try:
             async with asyncio.timeout(CATCH_UP_SECONDS):
                 await self._context.change(self._context.whole.registry.catch_up, name)

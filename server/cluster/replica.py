@@ -49,15 +49,16 @@ class Replica:
     async def open(self) -> None:
         """Load the model and begin to serve. Raises what the engine and the application raise."""
         state = state_folder(self._settings)
-        slot = None
-        if state is not None:
-            slot = await asyncio.to_thread(Slot.take, state)
-            self._stack.callback(slot.release)
+        peers, slot = None, ""
+        if state is not None:  # without one it is the only replica
+            taken = await asyncio.to_thread(Slot.take, state)
+            self._stack.callback(taken.release)
+            peers, slot = Peers(self._broadcast, state, taken), taken.name
         engine = await asyncio.to_thread(self._start, self._settings)
         self._stack.push_async_callback(asyncio.to_thread, engine.close)
-        self._app = create_app(engine, self._settings, Peers(self._broadcast, state, slot))
+        self._app = create_app(engine, self._settings, peers)
         await self._stack.enter_async_context(self._app.router.lifespan_context(self._app))
-        self._self = Self(self._context, self._name, "" if slot is None else slot.name)
+        self._self = Self(self._context, self._name, slot)
         self._joined = time.monotonic()
 
     async def close(self) -> None:
@@ -85,7 +86,8 @@ class Replica:
 
     async def answer(self, call: Call) -> AsyncIterator[Head | bytes]:
         """Answer one request by the application."""
-        if call.names and time.monotonic() - self._joined < JOIN_SECONDS:
+        joining = time.monotonic() - self._joined < JOIN_SECONDS
+        if joining and call.names and self._context.replicas is not None:
             await asyncio.gather(*(self.ask("catch_up", name) for name in set(call.names)))
         async with aclosing(answer(self._app, call)) as pieces:  # type: ignore[type-var]
             async for piece in pieces:
@@ -97,9 +99,7 @@ class Replica:
 
     async def banner(self, address: str) -> str:
         """The text that says what is served at an address."""
-        return await self._context.administer(
-            banner, self._context.whole, self._settings, address
-        )
+        return await self._context.administer(banner, self._context.whole, self._settings, address)
 
     @property
     def _context(self) -> Context:

@@ -130,7 +130,7 @@ class _Cluster:
         if self._own:
             options |= {"address": "local", "include_dashboard": False}
         try:
-            ray.init(logging_level="warning", **options)
+            ray.init(logging_level=logging.WARNING, **options)
         except (ConnectionError, OSError, RuntimeError, ValueError) as error:
             raise ConfigError(f"ray: there is no Ray to use at {config.ray}: {error}") from None
         serve.start(

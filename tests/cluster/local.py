@@ -1,9 +1,10 @@
-"""A cluster in one event loop: fronts and replicas as they are, and the test in Ray Serve's place."""
+"""A cluster in one event loop: its own fronts and replicas, with a test in Ray Serve's place."""
 
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Mapping
 from contextlib import AsyncExitStack, aclosing, asynccontextmanager
+from functools import partial
 from typing import Any
 
 import httpx
@@ -23,7 +24,7 @@ class Cluster:
     def __init__(self, settings: Settings, *names: str) -> None:
         self.engines = {name: FakeEngine() for name in names}
         self.replicas = {
-            name: Replica(settings, name, self.broadcast, lambda _, name=name: self.engines[name])
+            name: Replica(settings, name, self.broadcast, partial(self._engine, name))
             for name in names
         }
         self.asked: list[tuple[str, str]] = []
@@ -32,6 +33,9 @@ class Cluster:
         self.dies: list[int] = []
         """For each call to come: after how many pieces its replica dies."""
         self.full = self.empty = self.hangs = False
+
+    def _engine(self, name: str, settings: Settings) -> FakeEngine:
+        return self.engines[name]
 
     async def broadcast(self, question: str, *arguments: Any) -> list[Answer]:
         if self.hangs:

@@ -65,7 +65,7 @@ def test_variables_count_as_for_one_server(monkeypatch: pytest.MonkeyPatch) -> N
         ({"autoscaling": {"max": 2}}, ["settings.state_dir: several replicas need one"]),
         ({"replicas": 2}, ["settings.state_dir: several replicas need one"]),
         ({"settings": {"metrics_port": 9000}}, ["settings.metrics_port: a cluster has none;"]),
-        ({"settings": {"device": "cuda"}}, ["resources.gpus: settings.device is a GPU;"]),
+        ({"settings": {"device": "cuda"}}, ["resources.gpus: a replica computes on 1 GPU; give 1."]),
     ],
 )
 def test_mistakes(data: Any, lines: list[str]) -> None:

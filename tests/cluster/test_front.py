@@ -10,6 +10,7 @@ from typing import Any
 
 import httpx
 import pytest
+from pydantic import SecretStr
 
 from server.cluster.affinity import key_of, names_of
 from server.cluster.front import Front
@@ -73,7 +74,9 @@ async def test_the_same_intervention_goes_to_the_same_replica(
     for _ in range(3):
         for model in ("pirate", "emoji", "formal"):
             assert (await client.post("/v1/completions", json=completion(model=model))).is_success
-    found = {key: {name for name, other in cluster.asked if other == key} for _, key in cluster.asked}
+    found = {
+        key: {name for name, other in cluster.asked if other == key} for _, key in cluster.asked
+    }
     assert len(found) == 3
     assert all(len(names) == 1 for names in found.values())
 
@@ -109,9 +112,7 @@ async def test_pieces_come_as_they_are_made(cluster: Cluster, client: httpx.Asyn
         engine.step_seconds = 0.01
     body = completion(stream=True, max_tokens=20)
     await client.post("/v1/completions", json=body)
-    head, *pieces = [
-        piece async for piece in cluster.replicas["one"].answer(cluster.calls[-1])
-    ]
+    head, *pieces = [piece async for piece in cluster.replicas["one"].answer(cluster.calls[-1])]
     assert len(pieces) >= 10
     assert head.headers  # type: ignore[union-attr]
 
@@ -259,7 +260,7 @@ async def test_a_slow_body(cluster: Cluster, settings: Settings) -> None:
 
 
 async def test_without_a_key_nothing_is_kept(tmp_path: Path) -> None:
-    settings = Settings(api_key="secret", drain_seconds=1)
+    settings = Settings(api_key=SecretStr("secret"), drain_seconds=1)
 
     async def large() -> AsyncIterator[bytes]:
         for _ in range(64):
@@ -336,10 +337,10 @@ async def test_what_is_said_of_all(cluster: Cluster, client: httpx.AsyncClient) 
 
 
 async def test_usage_counts_replicas_that_are_gone(settings: Settings, tmp_path: Path) -> None:
-    async with cluster_of(settings, "one", "two", "three") as before:
-        async with client_of(before, settings) as client:
-            for _ in range(6):
-                await client.post("/v1/completions", json=completion())
+    three = cluster_of(settings, "one", "two", "three")
+    async with three as before, client_of(before, settings) as client:
+        for _ in range(6):
+            await client.post("/v1/completions", json=completion())
     async with cluster_of(settings, "four") as cluster, client_of(cluster, settings) as client:
         await client.post("/v1/completions", json=completion())
         usage = (await client.get("/v1/usage")).json()

@@ -23,6 +23,7 @@ import yaml
 
 from reft_runtime import Engine, SamplingParams
 from reft_runtime.base.shape import base_shape
+from reft_runtime.use import Use
 from tests.interventions.make import file_bytes
 from tests.training.make import folder
 
@@ -62,10 +63,10 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
         (files / f"{name}.safetensors").write_bytes(file_bytes(seed, base=base_shape(str(model))))
     with Engine(str(model), interventions=files, dtype="float32", threads=1) as engine:
         sampling = SamplingParams(temperature=0, max_tokens=24)
-        asked = [None, *NAMES]
+        asked: list[str | Use | tuple[str | Use, ...] | None] = [None, *NAMES]
         answers = engine.generate(["you and the"] * len(asked), sampling, intervention=asked)
         tokens = {
-            name or engine.info.model: answer.text
+            str(name or engine.info.model): answer.text
             for name, answer in zip(asked, answers, strict=True)
         }
     config, log = place / "cluster.yaml", place / "log"
@@ -195,6 +196,7 @@ async def test_a_replica_is_killed(running: Running) -> None:
     assert {one.pid for one in running.replicas()} - before
 
 
+@pytest.mark.long
 async def test_an_update_under_load(running: Running) -> None:
     """SIGHUP replaces replica by replica, and no request fails."""
     config = yaml.safe_load(running.config.read_text())
