@@ -16,7 +16,7 @@ from reft_runtime.engine import core
 from reft_runtime.engine.device_sampler import DeviceSampler
 from reft_runtime.engine.graphs import Compute, DecodeGraphs, GraphCapture
 from reft_runtime.engine.runner import Runner
-from reft_runtime.kv.choice import with_states
+from reft_runtime.kv.choice import Places, with_states
 from reft_runtime.kv.page_attention import GatheredAttention, PageKernel
 from reft_runtime.kv.pages import PageStorage
 from reft_runtime.kv.storage import KVStorage
@@ -44,8 +44,10 @@ def pages_for(
     )
 
 
-def storage_in_pages(loaded: LoadedModel, budget: BlockBudget, max_running: int) -> KVStorage:
-    """As `pages_for`, with recurrent states where the model has them."""
+def storage_in_pages(
+    loaded: LoadedModel, budget: BlockBudget, max_running: int, places: Places | None = None
+) -> KVStorage:
+    """As `pages_for`, with recurrent states where the model has them; the budget has `places`."""
     storage = pages_for(loaded, budget, max_running)
     return with_states(storage, loaded, budget, max_running)
 
