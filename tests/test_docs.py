@@ -29,6 +29,7 @@ DOCUMENTS = [
     "docs/api.md",
     "docs/cli.md",
     "docs/clients.md",
+    "docs/cluster.md",
     "docs/from-lora.md",
     "docs/interventions.md",
     "docs/operations.md",

@@ -43,7 +43,7 @@ class Resources(_Part):
     """What one replica takes of its node."""
 
     cpus: float = Field(default=1, ge=0, description="Cores; the engine has as many threads.")
-    gpus: float = Field(default=0, ge=0, description="GPUs; with `settings.device: cuda`.")
+    gpus: float = Field(default=0, ge=0, description="GPUs, with `settings.device: cuda`.")
     memory: int | None = Field(
         default=None, ge=1, description="Bytes of memory; by default it is not counted."
     )
@@ -191,8 +191,8 @@ def _check_together(config: ClusterConfig) -> None:
             "settings.state_dir: several replicas need one, a folder that all of them have mounted"
             " or a URL; else an upload would reach one of them alone."
         )
-    ranks = settings.tensor_parallel
-    if settings.device.startswith("cuda") and config.resources.gpus < ranks:
+    ranks, gpus = settings.tensor_parallel, config.resources.gpus
+    if settings.device.startswith("cuda") and (not gpus or 1 < ranks > gpus):
         raise ConfigError(
             f"resources.gpus: a replica computes on {ranks} GPU{'s' * (ranks > 1)}; give {ranks}."
         )

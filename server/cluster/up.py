@@ -57,12 +57,17 @@ def run(path: Path) -> int:
         port = listener.getsockname()[1]
     address = address_of(settings.host, port)
     logger.info("The cluster will answer at %s", address)
+    if settings.keys is not None and settings.quota_url is None and config.most_replicas > 1:
+        logger.warning(
+            "Each replica counts quotas for itself, so a tenant gets them once from each;"
+            " settings.quota_url counts them together"
+        )
     cluster = _Cluster(config, port)
     signals = _Signals()
     try:
         cluster.deploy(config)
-        cluster.wait_for(address, signals)
-        print(cluster.banner(address), flush=True)
+        if cluster.wait_for(address, signals):
+            print(cluster.banner(address), flush=True)
         while signals.wait():
             _update(cluster, path)
     finally:
@@ -152,17 +157,21 @@ class _Cluster:
         except RuntimeError as error:
             raise EngineDead(f"The replicas cannot run: {error}") from None
 
-    def wait_for(self, address: str, signals: _Signals) -> None:
-        """Wait until the address answers. Raises `EngineDead` if it does not."""
+    def wait_for(self, address: str, signals: _Signals) -> bool:
+        """Wait until the address answers; False if a signal ends that first.
+
+        Raises `EngineDead` if it does not answer.
+        """
         deadline = time.monotonic() + READY_SECONDS
         while not signals.ended:
             try:
                 with urllib.request.urlopen(f"{address}/readyz", timeout=5):
-                    return
+                    return True
             except OSError:
                 if time.monotonic() > deadline:
                     raise EngineDead(f"{address} does not answer.") from None
                 time.sleep(0.2)
+        return False
 
     def banner(self, address: str) -> str:
         """The text that says what is served at the address."""

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from reft_runtime.errors import ConfigError
-from server.cluster.config import parse_config, read_config
+from server.cluster.config import (
+    Autoscaling,
+    ClusterConfig,
+    Resources,
+    Routing,
+    parse_config,
+    read_config,
+)
 
 
 def told(data: Any) -> str:
@@ -65,7 +73,10 @@ def test_variables_count_as_for_one_server(monkeypatch: pytest.MonkeyPatch) -> N
         ({"autoscaling": {"max": 2}}, ["settings.state_dir: several replicas need one"]),
         ({"replicas": 2}, ["settings.state_dir: several replicas need one"]),
         ({"settings": {"metrics_port": 9000}}, ["settings.metrics_port: a cluster has none;"]),
-        ({"settings": {"device": "cuda"}}, ["resources.gpus: a replica computes on 1 GPU; give 1."]),
+        (
+            {"settings": {"device": "cuda"}},
+            ["resources.gpus: a replica computes on 1 GPU; give 1."],
+        ),
     ],
 )
 def test_mistakes(data: Any, lines: list[str]) -> None:
@@ -90,3 +101,49 @@ def test_files(tmp_path: Path, text: bytes, told: str) -> None:
     assert str(file) in found.value.message
     with pytest.raises(ConfigError, match="cannot be read"):
         read_config(tmp_path / "none.yaml")
+
+
+def test_the_document_explains_every_key() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "cluster.md").read_text()
+    named = set(re.findall(r"`([a-z_]+(?:\.[a-z_]+)?)`", text))
+    for name, field in ClusterConfig.model_fields.items():
+        parts = [
+            kind for kind in (Autoscaling, Resources, Routing) if kind.__name__.lower() == name
+        ]
+        keys = [f"{name}.{key}" for kind in parts for key in kind.model_fields] or [name]
+        assert set(keys) <= named, field
+
+
+def test_what_ray_serve_is_told(tmp_path: Path) -> None:
+    from server.cluster.deployments import REPLICA, application
+
+    config = parse_config(
+        {
+            "settings": {"state_dir": str(tmp_path), "drain_seconds": 7, "device": "cuda"},
+            "autoscaling": {"min": 2, "max": 5, "target_ongoing": 3},
+            "resources": {"cpus": 4, "gpus": 1},
+            "routing": {"max_ongoing": 9, "fallback_replicas": 1, "max_queued": 8},
+        }
+    )
+    front = application(config)._bound_deployment
+    [replica] = [part for part in front.init_args if hasattr(part, "_bound_deployment")]
+    told = replica._bound_deployment
+    assert told.name == REPLICA
+    scaling = told._deployment_config.autoscaling_config
+    assert scaling is not None
+    assert (scaling.min_replicas, scaling.max_replicas) == (2, 5)
+    assert scaling.target_ongoing_requests == 3
+    assert (told.max_ongoing_requests, told.max_queued_requests) == (9, 8)
+    assert told._deployment_config.graceful_shutdown_timeout_s > 7
+    assert told.ray_actor_options is not None
+    assert told.ray_actor_options["num_gpus"] == 1
+    router = told._deployment_config.request_router_config
+    assert router.request_router_kwargs == {"num_fallback_replicas": 1}
+    assert router.request_router_class.endswith("ConsistentHashRouter")
+
+
+def test_plain_ray_serve_needs_keys() -> None:
+    from server.cluster import deployments
+
+    with pytest.raises(ConfigError, match="insecure: true"):
+        deployments.app({"settings": {}})

@@ -6,9 +6,11 @@ import asyncio
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -69,6 +71,7 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
             str(name or engine.info.model): answer.text
             for name, answer in zip(asked, answers, strict=True)
         }
+    ray_folder = Path(tempfile.mkdtemp(prefix="reft-"))  # short: sockets lie in it
     config, log = place / "cluster.yaml", place / "log"
     config.write_text(yaml.safe_dump(configuration(model, files, place)))
     with log.open("w") as out:
@@ -77,7 +80,7 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
             stdout=out,
             stderr=subprocess.STDOUT,
             text=True,
-            env={**os.environ, "RAY_TMPDIR": f"/tmp/reft-{os.getpid()}"},
+            env={**os.environ, "RAY_TMPDIR": str(ray_folder)},
         )
     try:
         url = _address(process, log)
@@ -88,6 +91,7 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
         if process.poll() is None:
             process.kill()
             process.wait()
+        shutil.rmtree(ray_folder, ignore_errors=True)
 
 
 def configuration(model: Path, files: Path, place: Path) -> dict[str, Any]:
