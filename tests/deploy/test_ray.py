@@ -123,6 +123,7 @@ def test_the_configuration_is_one_that_the_cluster_takes(config: ClusterConfig) 
     assert config.most_replicas > 1
 
 
+@pytest.mark.filterwarnings("ignore:Using extra keyword arguments on `Field`")  # Ray's own
 def test_ray_finds_the_application(application: Manifest) -> None:
     pytest.importorskip("ray")
     module, _, name = application["import_path"].partition(":")
