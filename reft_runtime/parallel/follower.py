@@ -125,6 +125,7 @@ class Mirror:
         self._sequences: dict[int, Sequence] = {}
         self._versions: dict[int, AppliedIntervention] = {}
 
+    @torch.inference_mode()
     def do(self, message: Message) -> None:
         """Do what a message says."""
         match message:
@@ -168,4 +169,6 @@ class Mirror:
             reused = [BlockCopy(sequence, block, place) for block, place in told.reused]
             forks = [self._sequences[number] for number in told.forks]
             chunks.append(Chunk(sequence, told.start, told.length, reused, forks))
-        self._runner.compute(self._runner.storage.prepare(chunks), step.rows)
+        chunks = self._runner.storage.prepare(chunks)
+        self._runner.compute(chunks, step.rows)
+        self._runner.fork(chunks)
