@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import secrets
 import signal
 import socket
 import threading
 import time
 import urllib.request
+from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any
+
+import psutil
 
 from reft_runtime.errors import ConfigError, EngineDead
 from server.banner import address_of
 from server.cluster.config import ClusterConfig, read_config
 from server.lifecycle import check_exposure, listen
+from server.tenants.keys import Keys
 
 logger = logging.getLogger("reft.server")
 
@@ -55,6 +60,7 @@ def run(path: Path) -> int:
     with listen(settings.host, settings.port) as listener:
         check_exposure(listener, settings)
         port = listener.getsockname()[1]
+    Keys.of(settings)  # what is wrong with the keys file is told before Ray starts
     address = address_of(settings.host, port)
     logger.info("The cluster will answer at %s", address)
     if settings.keys is not None and settings.quota_url is None and config.most_replicas > 1:
@@ -106,6 +112,7 @@ class _Signals:
         if sig == signal.SIGHUP:
             self._again = True
         elif self.ended:
+            _kill_descendants()
             os._exit(128 + sig)
         else:
             self.ended = True
@@ -155,7 +162,14 @@ class _Cluster:
         try:
             self._handle = self._serve.run(application(config), name=APP, route_prefix="/")
         except RuntimeError as error:
-            raise EngineDead(f"The replicas cannot run: {error}") from None
+            why = self._reason() or str(error)
+            raise EngineDead(f"The replicas cannot run: {why}") from None
+
+    def _reason(self) -> str | None:
+        """What ended the start of the replicas or fronts, if Ray Serve says so."""
+        application = self._serve.status().applications.get(APP)
+        parts = application.deployments.values() if application else ()
+        return next(filter(None, (last_error(part.message) for part in parts)), None)
 
     def wait_for(self, address: str, signals: _Signals) -> bool:
         """Wait until the address answers; False if a signal ends that first.
@@ -186,6 +200,19 @@ class _Cluster:
         logger.info("Shutting down; running requests get their time to finish")
         self._serve.delete(APP)
         self._ray.shutdown()
+
+
+def last_error(text: str) -> str | None:
+    """The error of this server with which a text of tracebacks ends; None if there is none."""
+    found = re.findall(r"^reft_runtime\.errors\.\w+: (.+)$", text, re.MULTILINE)
+    return found[-1] if found else None
+
+
+def _kill_descendants() -> None:
+    """End Ray's processes at once: its proxy would outlive them, and keep the port."""
+    for process in psutil.Process().children(recursive=True):  # parents before their children
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
 
 
 def _free_port() -> int:
