@@ -41,6 +41,7 @@ DRAIN_SECONDS = "3"
 VARIABLES = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_SERVE_ENABLE_HA_PROXY": "1",
+    "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.5",
     "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": DRAIN_SECONDS,
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
 }
@@ -59,8 +60,9 @@ def run(path: Path) -> int:
     settings = config.settings
     with listen(settings.host, settings.port) as listener:
         check_exposure(listener, settings)
-        port = listener.getsockname()[1]
+        bound, port = listener.getsockname()[:2]
     Keys.of(settings)  # what is wrong with the keys file is told before Ray starts
+    held = [_held(bound, port)]
     address = address_of(settings.host, port)
     logger.info("The cluster will answer at %s", address)
     if settings.keys is not None and settings.quota_url is None and config.most_replicas > 1:
@@ -68,7 +70,7 @@ def run(path: Path) -> int:
             "Each replica counts quotas for itself, so a tenant gets them once from each;"
             " settings.quota_url counts them together"
         )
-    cluster = _Cluster(config, port)
+    cluster = _Cluster(config, port, held)
     signals = _Signals()
     try:
         cluster.deploy(config)
@@ -120,15 +122,20 @@ class _Signals:
 
 
 class _Cluster:
-    """Ray, which is started on this machine or connected to, and the application on it."""
+    """Ray, which is started on this machine or connected to, and the application on it.
 
-    def __init__(self, config: ClusterConfig, port: int) -> None:
-        self._own = config.ray is None
+    `held` are the sockets that keep its ports, to which others of its own are added.
+    """
+
+    def __init__(self, config: ClusterConfig, port: int, held: list[socket.socket]) -> None:
+        self._own, self._held = config.ray is None, held
         if self._own:
             for name, value in VARIABLES.items():
                 os.environ.setdefault(name, value)
             for name in PORTS:
-                os.environ.setdefault(name, str(_free_port()))
+                if name not in os.environ:
+                    held.append(_held("0.0.0.0", 0))
+                    os.environ[name] = str(held[-1].getsockname()[1])
             if "RAY_AUTH_MODE" not in os.environ:
                 # Ray's ports are open to other machines: nobody else has the token.
                 os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
@@ -200,6 +207,8 @@ class _Cluster:
         logger.info("Shutting down; running requests get their time to finish")
         self._serve.delete(APP)
         self._ray.shutdown()
+        for keeper in self._held:
+            keeper.close()
 
 
 def last_error(text: str) -> str | None:
@@ -215,7 +224,13 @@ def _kill_descendants() -> None:
             process.kill()
 
 
-def _free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        port: int = listener.getsockname()[1]
-        return port
+def _held(host: str, port: int) -> socket.socket:
+    """A socket that keeps a port until the proxy binds it; it takes no connections.
+
+    Otherwise one of Ray's processes might get the port, as they take whichever is free.
+    """
+    keeper = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    for option in (socket.SO_REUSEADDR, socket.SO_REUSEPORT):
+        keeper.setsockopt(socket.SOL_SOCKET, option, 1)
+    keeper.bind((host, port))
+    return keeper

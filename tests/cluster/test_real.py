@@ -32,6 +32,8 @@ from tests.training.make import folder
 pytest.importorskip("ray.serve")
 
 NAMES = [f"task{number}" for number in range(6)]
+BASE = "model"
+"""The base's id: its folder's name."""
 START_SECONDS = 180.0
 
 
@@ -182,12 +184,15 @@ async def test_a_replica_is_killed(running: Running) -> None:
     before = {one.pid for one in running.replicas()}
     assert len(before) == 2
     async with httpx.AsyncClient(base_url=running.url, timeout=120) as client:
-        streams = [asyncio.ensure_future(_stream(client, name)) for name in NAMES * 2]
-        await asyncio.sleep(0.3)
+        # Requests to the base spread, so that either replica has some.
+        names, begun = [*NAMES, *[BASE] * 12], asyncio.Semaphore(0)
+        streams = [asyncio.ensure_future(_stream(client, name, begun)) for name in names]
+        for _ in names:
+            await begun.acquire()
         os.kill(min(before), signal.SIGKILL)
         wholes = [asyncio.ensure_future(_whole(client, running, name)) for name in NAMES * 5]
         ends = Counter(await asyncio.gather(*streams))
-        assert set(ends) <= {"whole", "replica_died"}
+        assert set(ends) == {"whole", "replica_died"}
         assert all(await asyncio.gather(*wholes))
 
         async def full() -> bool:
@@ -218,12 +223,16 @@ async def test_an_update_under_load(running: Running) -> None:
     until(lambda: not before & {one.pid for one in running.replicas()})
 
 
-async def _stream(client: httpx.AsyncClient, name: str) -> str:
-    """How a stream ended."""
-    asked = body(name, stream=True, max_tokens=200, ignore_eos=True)
+async def _stream(client: httpx.AsyncClient, name: str, begun: asyncio.Semaphore) -> str:
+    """How a stream ended; `begun` is released when its first piece has come."""
+    asked = body(name, stream=True, max_tokens=240, n=8, ignore_eos=True)
     async with client.stream("POST", "/v1/completions", json=asked) as answer:
         assert answer.status_code == 200, await answer.aread()
-        text = "".join([piece async for piece in answer.aiter_text()])
+        text = ""
+        async for piece in answer.aiter_text():
+            if not text:
+                begun.release()
+            text += piece
     *events, done, end = text.split("\n\n")
     assert (done, end) == ("data: [DONE]", "")
     error = json.loads(events[-1].removeprefix("data: ")).get("error")
