@@ -150,6 +150,7 @@ class Runner:
             logits, edits = self.compute(chunks, wanted.rows)
         else:  # the decoder has applied the edits of what it computed
             edits = StepEdits.of((), self._on_device, self.sites.same, self.tables)
+        self.fork(chunks)
         result = StepResult(traces=edits.traces)
         result.failed.update(
             {sequence: f"its intervention failed: {e}" for sequence, e in edits.failed.items()}
@@ -159,7 +160,7 @@ class Runner:
 
     @torch.inference_mode()
     def compute(self, chunks: SequenceOf[Chunk], rows: SequenceOf[int]) -> tuple[Tensor, StepEdits]:
-        """Compute chunks in the order of `KVStorage.prepare`, with their edits, and then fork.
+        """Compute chunks in the order of `KVStorage.prepare`, with their edits.
 
         Returns the logits [rows, vocabulary] of the packed `rows`, and the edits as they went.
         """
@@ -173,10 +174,13 @@ class Runner:
                 logits = self._forward(chunks, rows, edits)
             except Exception as error:
                 raise self._followers.broken(error) from error
+        return logits, edits
+
+    def fork(self, chunks: SequenceOf[Chunk]) -> None:
+        """Give the chunks' forks what these share, once the chunks are computed."""
         for chunk in chunks:
             for child in chunk.forks:
                 self.storage.fork(chunk.sequence, child, chunk.shared)
-        return logits, edits
 
     @torch.inference_mode()
     def run_after(self, launched: Launched, chunks: SequenceOf[Chunk]) -> Launched | None:

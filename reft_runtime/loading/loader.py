@@ -141,7 +141,7 @@ def adopt_model(
         with stage("Asking the model for its own logits"):
             probed, probe = _probe(model, max_model_len, mixers)
             with _failing("its own forward fails"):
-                own = own_logits(model, probed, max_model_len)
+                own = own_logits(model, layers, probed, max_model_len)
         model.set_attn_implementation(ATTENTION)
         for module in model.modules():
             if getattr(module, TUNED, False):

@@ -90,14 +90,14 @@ def _serve(rank: int, messages: SimpleQueue[Message]) -> None:
     )
     keep_freed_memory()
     tokens = smallest(kv_budget(loaded, setup.max_running, setup.kv_tokens), device)
-    places = _Told() if setup.prefix_cache else None
+    places = ToldPlaces() if setup.prefix_cache else None
     storage = storage_for(loaded, BlockBudget(tokens), setup.max_running, places)
     mirror = Mirror(Runner(loaded, storage, tables_for(loaded, setup.max_running)), places)
     while True:
         mirror.do(messages.get())
 
 
-class _Told:
+class ToldPlaces:
     """What rank 0 has read of its prefix cache; see `Places`."""
 
     def __init__(self) -> None:
@@ -119,12 +119,13 @@ class Mirror:
     `places` are those that the runner's storage asks, None if nothing is kept.
     """
 
-    def __init__(self, runner: Runner, places: _Told | None) -> None:
+    def __init__(self, runner: Runner, places: ToldPlaces | None) -> None:
         self._runner = runner
         self._places = places
         self._sequences: dict[int, Sequence] = {}
         self._versions: dict[int, AppliedIntervention] = {}
 
+    @torch.inference_mode()
     def do(self, message: Message) -> None:
         """Do what a message says."""
         match message:
@@ -168,4 +169,6 @@ class Mirror:
             reused = [BlockCopy(sequence, block, place) for block, place in told.reused]
             forks = [self._sequences[number] for number in told.forks]
             chunks.append(Chunk(sequence, told.start, told.length, reused, forks))
-        self._runner.compute(self._runner.storage.prepare(chunks), step.rows)
+        chunks = self._runner.storage.prepare(chunks)
+        self._runner.compute(chunks, step.rows)
+        self._runner.fork(chunks)

@@ -49,8 +49,8 @@ def check_shards(config: PretrainedConfig, ranks: int) -> None:
         )
     if find_mixers(model):
         raise refused(f"{kind} is not split: it has recurrent layers")
-    if not model.tp_plan:
-        raise refused(f"{kind} is not split: transformers has no plan for it (tp_plan)")
+    if not any("*" in name for name in model.tp_plan):  # of layers
+        raise refused(f"{kind} is not split: transformers has no plan for its layers (tp_plan)")
 
 
 def refused(reason: str) -> ConfigError:

@@ -174,6 +174,8 @@ def _line(loc: tuple[int | str, ...], message: str, model: type[BaseModel]) -> s
         like = nearest(str(loc[-1]), list(known), 1)
         hint = f"did you mean {like[0]}?" if like else f"there are {', '.join(known)}."
         return f"{where}: there is no such key; {hint}"
+    if message.startswith("Input should be a valid dictionary"):
+        return f"{where}: write its keys below it, each with a value."
     text = f"{message[:1].lower()}{message[1:]}."
     return f"{where}: {text}" if where else text
 

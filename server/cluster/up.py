@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import secrets
 import signal
 import socket
 import threading
 import time
 import urllib.request
+from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any
+
+import psutil
 
 from reft_runtime.errors import ConfigError, EngineDead
 from server.banner import address_of
 from server.cluster.config import ClusterConfig, read_config
 from server.lifecycle import check_exposure, listen
+from server.tenants.keys import Keys
 
 logger = logging.getLogger("reft.server")
 
@@ -56,6 +61,7 @@ def run(path: Path) -> int:
     with listen(settings.host, settings.port) as listener:
         check_exposure(listener, settings)
         bound, port = listener.getsockname()[:2]
+    Keys.of(settings)  # what is wrong with the keys file is told before Ray starts
     held = [_held(bound, port)]
     address = address_of(settings.host, port)
     logger.info("The cluster will answer at %s", address)
@@ -108,6 +114,7 @@ class _Signals:
         if sig == signal.SIGHUP:
             self._again = True
         elif self.ended:
+            _kill_descendants()
             os._exit(128 + sig)
         else:
             logger.info("%s: the cluster ends", signal.Signals(sig).name)
@@ -163,7 +170,14 @@ class _Cluster:
         try:
             self._handle = self._serve.run(application(config), name=APP, route_prefix="/")
         except RuntimeError as error:
-            raise EngineDead(f"The replicas cannot run: {error}") from None
+            why = self._reason() or str(error)
+            raise EngineDead(f"The replicas cannot run: {why}") from None
+
+    def _reason(self) -> str | None:
+        """What ended the start of the replicas or fronts, if Ray Serve says so."""
+        application = self._serve.status().applications.get(APP)
+        parts = application.deployments.values() if application else ()
+        return next(filter(None, (last_error(part.message) for part in parts)), None)
 
     def wait_for(self, address: str, signals: _Signals) -> bool:
         """Wait until the address answers; False if a signal ends that first.
@@ -196,6 +210,19 @@ class _Cluster:
         self._ray.shutdown()
         for keeper in self._held:
             keeper.close()
+
+
+def last_error(text: str) -> str | None:
+    """The error of this server with which a text of tracebacks ends; None if there is none."""
+    found = re.findall(r"^reft_runtime\.errors\.\w+: (.+)$", text, re.MULTILINE)
+    return found[-1] if found else None
+
+
+def _kill_descendants() -> None:
+    """End Ray's processes at once: its proxy would outlive them, and keep the port."""
+    for process in psutil.Process().children(recursive=True):  # parents before their children
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
 
 
 def _held(host: str, port: int) -> socket.socket:

@@ -68,6 +68,8 @@ def test_variables_count_as_for_one_server(monkeypatch: pytest.MonkeyPatch) -> N
         ({"resources": {"xyzzy": 1}}, ["resources.xyzzy: there is no such key; there are cpus"]),
         ({"replicas": "2"}, ["replicas: input should be a valid integer."]),
         ({"replicas": 0}, ["replicas: input should be greater than or equal to 1."]),
+        ({"autoscaling": 3}, ["autoscaling: write its keys below it, each with a value."]),
+        ({"routing": None}, ["routing: write its keys below it, each with a value."]),
         ({"replicas": 2, "autoscaling": {"max": 2}}, ["replicas and autoscaling: give one"]),
         ({"autoscaling": {"min": 3, "max": 2}}, ["autoscaling: min is 3, more than max, 2;"]),
         ({"autoscaling": {"max": 2}}, ["settings.state_dir: several replicas need one"]),
@@ -115,6 +117,7 @@ def test_the_document_explains_every_key() -> None:
 
 
 def test_what_ray_serve_is_told(tmp_path: Path) -> None:
+    pytest.importorskip("ray.serve")  # without its own warnings
     from server.cluster.deployments import REPLICA, application
 
     config = parse_config(
@@ -143,6 +146,7 @@ def test_what_ray_serve_is_told(tmp_path: Path) -> None:
 
 
 def test_plain_ray_serve_needs_keys() -> None:
+    pytest.importorskip("ray.serve")  # without its own warnings
     from server.cluster import deployments
 
     with pytest.raises(ConfigError, match="insecure: true"):

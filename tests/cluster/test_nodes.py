@@ -50,7 +50,7 @@ def nodes(tmp_path: Path) -> Iterator[tuple[Any, str]]:
         yield cluster, f"http://127.0.0.1:{port}"
     finally:
         ray.shutdown()
-        cluster.shutdown()
+        cluster.shutdown()  # type: ignore[no-untyped-call]
 
 
 def nodes_of(deployment: str) -> set[str]:
@@ -59,7 +59,7 @@ def nodes_of(deployment: str) -> set[str]:
 
     actors = list_actors(filters=[("state", "=", "ALIVE")], limit=1000)
     prefix = f"ServeReplica:reft:{deployment}"
-    return {one.node_id for one in actors if one.class_name == prefix}
+    return {str(one.node_id) for one in actors if one.class_name == prefix}
 
 
 async def test_a_node_is_removed_under_load(nodes: tuple[Any, str]) -> None:

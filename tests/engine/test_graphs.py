@@ -21,6 +21,7 @@ from reft_runtime.engine.graphs import Compute, DecodeGraphs, buckets
 from reft_runtime.engine.runner import Runner
 from reft_runtime.engine.settle import OUT_OF_MEMORY
 from reft_runtime.kernels import staging
+from reft_runtime.kv.choice import Places
 from reft_runtime.kv.pages import PageStorage
 from reft_runtime.schedule.budget import BlockBudget
 from tests.helpers.models import (
@@ -52,9 +53,11 @@ def replays(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     seen: Spy = []
     own = request.param == "triton"
 
-    def storage(loaded: LoadedModel, budget: BlockBudget, max_running: int) -> PageStorage:
+    def storage(
+        loaded: LoadedModel, budget: BlockBudget, max_running: int, places: Places | None
+    ) -> PageStorage:
         kernel = triton_attention(loaded) if own else None
-        return pages_for(loaded, budget, max_running, kernel)
+        return pages_for(loaded, budget, max_running, places, kernel)
 
     def edits(loaded: LoadedModel, max_running: int) -> EditTables:
         return tables_for(loaded, max_running, triton_edits() if own else None, budget=BUDGET)

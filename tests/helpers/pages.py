@@ -16,7 +16,7 @@ from reft_runtime.engine import core
 from reft_runtime.engine.device_sampler import DeviceSampler
 from reft_runtime.engine.graphs import Compute, DecodeGraphs, GraphCapture
 from reft_runtime.engine.runner import Runner
-from reft_runtime.kv.choice import with_states
+from reft_runtime.kv.choice import Places, with_states
 from reft_runtime.kv.page_attention import GatheredAttention, PageKernel
 from reft_runtime.kv.pages import PageStorage
 from reft_runtime.kv.storage import KVStorage
@@ -26,12 +26,15 @@ from tests.helpers.sampling import plain_select, triton_select
 
 
 def pages_for(
-    loaded: LoadedModel, budget: BlockBudget, max_running: int, kernel: PageKernel | None = None
+    loaded: LoadedModel,
+    budget: BlockBudget,
+    max_running: int,
+    places: Places | None,
+    kernel: PageKernel | None = None,
 ) -> PageStorage:
     """What `storage_for` gives on a device; without one the reference attends."""
     if kernel is None:
         kernel = triton_attention(loaded) if DEVICE.type == "cuda" else GatheredAttention()
-    cache = budget.cache
     return PageStorage(
         loaded.shapes,
         loaded.dtype,
@@ -40,13 +43,15 @@ def pages_for(
         max_running,
         loaded.max_model_len,
         kernel,
-        tuple if cache is None else cache.vacant,
+        tuple if places is None else places.vacant,
     )
 
 
-def storage_in_pages(loaded: LoadedModel, budget: BlockBudget, max_running: int) -> KVStorage:
+def storage_in_pages(
+    loaded: LoadedModel, budget: BlockBudget, max_running: int, places: Places | None
+) -> KVStorage:
     """As `pages_for`, with recurrent states where the model has them."""
-    storage = pages_for(loaded, budget, max_running)
+    storage = pages_for(loaded, budget, max_running, places)
     return with_states(storage, loaded, budget, max_running)
 
 

@@ -496,11 +496,11 @@ def test_the_library_takes_the_heads_that_it_says_it_takes(
         rows.zero_()
         places = torch.tensor([(rows.data_ptr(), *place)])
         if taken:
-            attend(query, key, key, out, places, (0, 16 * dim), HeadScoring(1.0))
+            attend(query, key, key, out, places, (0, dim), HeadScoring(1.0))
             close(out, key.expand_as(query))
         else:
             with pytest.raises(ValueError, match="beyond"):
-                attend(query, key, key, out, places, (0, 16 * dim), HeadScoring(1.0))
+                attend(query, key, key, out, places, (0, dim), HeadScoring(1.0))
             assert not rows.any()
 
 

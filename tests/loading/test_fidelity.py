@@ -78,6 +78,35 @@ def test_bfloat16_is_as_near_as_the_models_own_attention(model_type: str) -> Non
     assert float((served - own).abs().median()) < 4 * float((other - own).abs().median())
 
 
+DEEP: dict[str, dict[str, Any]] = {
+    "gemma2": {"num_hidden_layers": 26},
+    "granite_swa": {"num_hidden_layers": 4},
+    "qwen3_5_text": {"num_hidden_layers": 8},
+}
+"""Models with one attention implementation, or with layers that do not attend."""
+
+
+@pytest.mark.parametrize("model_type", DEEP)
+def test_deep_models_are_not_refused_for_their_rounding(model_type: str) -> None:
+    for seed in range(2):
+        adopt_model(in_dtype(deep(model_type, seed), BFLOAT16))
+
+
+def deep(model_type: str, seed: int = 0) -> PreTrainedModel:
+    """A model of `DEEP`, its kinds of layers by turns as in the family's own configuration."""
+    changes = dict(DEEP[model_type])
+    count = changes["num_hidden_layers"]
+    changes["layer_types"] = (list(tiny_config(model_type).layer_types) * count)[:count]
+    return tiny_model(tiny_config(model_type, **changes), seed=seed)
+
+
+def test_faults_of_models_with_one_attention_implementation_are_seen(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    lose_keys(monkeypatch, lambda chunk: True)
+    refused(in_dtype(deep("granite_swa"), BFLOAT16), "chunks|decode")
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, BFLOAT16])
 @pytest.mark.parametrize("multiplier", [0.22, 0.97])
 @pytest.mark.parametrize("scale", [0.02, 0.3])

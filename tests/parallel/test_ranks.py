@@ -166,7 +166,7 @@ def test_blocks_are_evicted_and_their_places_used_again(cores: Cores) -> None:
 
 def test_preemption_for_want_of_memory(cores: Cores) -> None:
     before = [core.scheduler.preemptions for core in cores]
-    same(cores, *mixed(6, length=70, max_tokens=30))
+    same(cores, *mixed(6, length=70, max_tokens=90))
     made = [core.scheduler.preemptions - n for core, n in zip(cores, before, strict=True)]
     assert made[0] == made[1] > 0
 

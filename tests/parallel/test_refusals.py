@@ -24,6 +24,7 @@ from tests.helpers.tokenizer import tiny_tokenizer
         ("mamba2", {}, "recurrent layers"),
         ("deepseek_v3", {}, "latents"),
         ("gpt_neo", {}, "no plan"),
+        ("gpt_oss", {"num_hidden_layers": 2}, "no plan for its layers"),  # but for its embeddings
     ],
 )
 def test_models(model_type: str, changes: dict[str, Any], reason: str) -> None:

@@ -1,0 +1,71 @@
+"""What `reft cluster up` does around Ray: mistakes told before it starts, and ends at once."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import psutil
+import pytest
+
+from reft_runtime.errors import ConfigError
+from server.cluster import up
+
+
+def test_a_keys_file_is_read_before_ray_starts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(up, "_Cluster", lambda *given: pytest.fail("Ray was started"))
+    file = tmp_path / "cluster.yaml"
+    file.write_text(f"settings: {{port: 0, keys: {tmp_path}/none.toml}}")
+    with pytest.raises(ConfigError, match=r"none\.toml: cannot be read"):
+        up.run(file)
+
+
+def test_the_reason_of_a_replica_that_cannot_start() -> None:
+    text = """The deployment failed to start 3 times in a row. Error:
+ray::ServeReplica:reft:replica.initialize_and_get_metadata() (pid=7, ip=10.0.0.1)
+    raise ConfigError(f"model: there is no folder {path}.", param="model")
+reft_runtime.errors.ConfigError: model: there is no folder /models/none."""
+    assert up.last_error(text) == "model: there is no folder /models/none."
+    assert up.last_error("The deployment is updating.") is None
+
+
+SIGNALLED_TWICE = """
+import os, signal, subprocess, sys
+from server.cluster.up import _Signals
+
+_Signals()
+inner = '''
+import subprocess
+child = subprocess.Popen(["sleep", "600"])
+print(child.pid, flush=True)
+child.wait()
+'''
+child = subprocess.Popen([sys.executable, "-c", inner], start_new_session=True)
+sys.stdin.readline()
+for _ in range(2):
+    os.kill(os.getpid(), signal.SIGINT)
+"""
+
+
+def test_a_second_signal_leaves_no_process() -> None:
+    with subprocess.Popen(
+        [sys.executable, "-c", SIGNALLED_TWICE],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        grandchild = psutil.Process(int(process.stdout.readline()))
+        process.stdin.write("\n")
+        process.stdin.flush()
+        assert process.wait(60) == 128 + signal.SIGINT
+    try:
+        grandchild.wait(10)
+    except psutil.TimeoutExpired:
+        grandchild.kill()
+        raise
