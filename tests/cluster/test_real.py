@@ -157,14 +157,19 @@ def test_changes_reach_both(running: Running) -> None:
     with httpx.Client(base_url=running.url, timeout=60) as client:
         refused = client.put("/v1/interventions/large", content=large)
         assert refused.json()["error"]["code"] == "invalid_file"
-        for file in files:
-            put = client.put("/v1/interventions/fresh", content=file).raise_for_status()
-            assert "x-replicas-behind" not in put.headers
-            digest = put.json()["digest"]
+        name = "/v1/interventions/fresh"
+        changes = [
+            *(lambda file=file: client.put(name, content=file) for file in files),
+            lambda: client.post(f"{name}/rollback"),
+        ]
+        for change in changes:
+            changed = change().raise_for_status()
+            assert "x-replicas-behind" not in changed.headers
+            digest = changed.json()["digest"]
             for _ in range(4):  # without an intervention's affinity
                 listed = client.get("/v1/models").json()["data"]
                 assert {one["root"] for one in listed if one["id"] == "fresh"} == {digest}
-        assert client.get("/v1/interventions/fresh/file").content == files[-1]
+        assert client.get(f"{name}/file").content == files[0]
         with client.stream("POST", "/v1/completions", json=body("fresh", stream=True)) as answer:
             pieces = list(answer.iter_text())
         assert "".join(pieces).endswith("data: [DONE]\n\n")
