@@ -197,7 +197,7 @@ async def test_a_replica_is_killed(running: Running) -> None:
         os.kill(min(before), signal.SIGKILL)
         wholes = [asyncio.ensure_future(_whole(client, running, name)) for name in NAMES * 5]
         ends = Counter(await asyncio.gather(*streams))
-        # On a slow machine those of the replica may be over; `test_front.py` breaks one for certain.
+        # On a slow machine those of the replica may be over; test_front.py breaks one for certain.
         assert set(ends) <= {"whole", "replica_died"}
         assert all(await asyncio.gather(*wholes))
 
