@@ -158,12 +158,9 @@ def test_changes_reach_both(running: Running) -> None:
         refused = client.put("/v1/interventions/large", content=large)
         assert refused.json()["error"]["code"] == "invalid_file"
         name = "/v1/interventions/fresh"
-        changes = [
-            *(lambda file=file: client.put(name, content=file) for file in files),
-            lambda: client.post(f"{name}/rollback"),
-        ]
-        for change in changes:
-            changed = change().raise_for_status()
+        changes = [("PUT", name, file) for file in files] + [("POST", f"{name}/rollback", b"")]
+        for method, path, content in changes:
+            changed = client.request(method, path, content=content).raise_for_status()
             assert "x-replicas-behind" not in changed.headers
             digest = changed.json()["digest"]
             for _ in range(4):  # without an intervention's affinity
