@@ -7,7 +7,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from reft_runtime.engine.events import Started
-from reft_runtime.schedule.request import Request
 from tests.helpers.models import (
     MAX_LENGTH,
     Answer,
@@ -20,6 +19,7 @@ from tests.helpers.models import (
     step,
     tiny_llama,
 )
+from tests.helpers.schedules import Timed, check_as_alone
 
 pytestmark = pytest.mark.usefixtures("storages")
 
@@ -112,28 +112,9 @@ def test_random_schedules_with_cancellations(
     max_running: int,
     spare: int,
     kv_tokens: int,
-    arrivals: list[tuple[Request, int, int | None]],
+    arrivals: list[Timed],
 ) -> None:
     core = make_core(
         max_running=max_running, max_step_tokens=max_running + spare, kv_tokens=kv_tokens
     )
-    found: dict[str, Answer] = {}
-    cancelled: set[str] = set()
-    at = 0
-    while at <= 25 or not core.idle:
-        for each, arrives, cancels in arrivals:
-            if arrives == at:
-                core.add(each)
-            if cancels == at >= arrives:
-                core.abort(each.id)
-                core.check_integrity()
-                cancelled.add(each.id)
-        step(core, found)
-        at += 1
-    for each, _, _ in arrivals:
-        tokens = found[each.id].tokens if each.id in found else {}
-        if each.id in cancelled:
-            made = tokens.get(0, [])
-            assert made == solo[each.id][0][: len(made)]
-        else:
-            assert tokens == solo[each.id]
+    check_as_alone(core, arrivals, lambda each: solo[each.id])
