@@ -8,7 +8,7 @@ import ipaddress
 import logging
 import os
 import socket
-from collections.abc import Coroutine, Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager
 from functools import partial
 from types import FrameType
@@ -38,11 +38,18 @@ FLUSH_SECONDS = 5
 WATCH_SECONDS = 0.5
 
 
-def listen(host: str, port: int, option: str = "--port") -> socket.socket:
+def option(name: str) -> str:
+    """A setting as an option of the command line, which is how errors name it by default."""
+    return f"--{name.replace('_', '-')}"
+
+
+def listen(
+    host: str, port: int, setting: str = "port", named: Callable[[str], str] = option
+) -> socket.socket:
     """Bind a socket to this address; connections are refused until it is served.
 
     The socket is bound before the model is loaded, so that a port in use is reported at once.
-    Raises `ConfigError`, which names the port's `option`.
+    Raises `ConfigError`, which names the port's `setting` as `named` does.
     """
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(
@@ -58,12 +65,15 @@ def listen(host: str, port: int, option: str = "--port") -> socket.socket:
     except (OSError, UnicodeError) as error:
         why = error.strerror if isinstance(error, OSError) else "it is no host's name"
         raise ConfigError(
-            f"Cannot listen on {host} port {port}: {why}. Choose others with --host and {option}."
+            f"Cannot listen on {host} port {port}: {why}. Choose others with {named('host')} and"
+            f" {named(setting)}."
         ) from None
     return listener
 
 
-def check_exposure(listener: socket.socket, settings: Settings) -> None:
+def check_exposure(
+    listener: socket.socket, settings: Settings, named: Callable[[str], str] = option
+) -> None:
     """Raise `ConfigError` if other machines could reach a server that needs no key.
 
     It looks at the address that `listener` is bound to, so that a name counts for what it stands
@@ -73,9 +83,9 @@ def check_exposure(listener: socket.socket, settings: Settings) -> None:
     if settings.needs_key or settings.insecure or address.is_loopback:
         return
     raise ConfigError(
-        f"--host: without keys whoever reaches {settings.host} can use and change everything. Give"
-        " --keys FILE or REFT_API_KEY, or listen on 127.0.0.1, or say --insecure if only"
-        " people you trust can reach it."
+        f"{named('host')}: without keys whoever reaches {settings.host} can use and change"
+        f" everything. Give a file by {named('keys')} or set REFT_API_KEY, or listen on 127.0.0.1,"
+        f" or say {named('insecure')} if only people you trust can reach it."
     )
 
 
@@ -103,7 +113,7 @@ def _metrics_port(context: Context) -> Iterator[None]:
     if settings.metrics_port is None:
         yield
         return
-    listener = listen(settings.host, settings.metrics_port, "--metrics-port")
+    listener = listen(settings.host, settings.metrics_port, "metrics_port")
     with metrics_served(context.metrics, listener):
         yield
 

@@ -9,11 +9,12 @@ from server.settings import Settings
 
 if TYPE_CHECKING:
     from reft_runtime.front.engine import Engine
+    from reft_runtime.parallel.launch import Launcher
 
 
-def start_engine(settings: Settings) -> Engine:
-    """The engine that settings ask for."""
+def start_engine(settings: Settings, launcher: Launcher | None = None) -> Engine:
+    """The engine that settings ask for; `launcher` starts its ranks, if it has several."""
     with stage("Starting Python's libraries"):
         from reft_runtime.front.engine import Engine
 
-    return Engine(settings.model, **settings.engine_options())
+    return Engine(settings.model, launcher=launcher, **settings.engine_options())

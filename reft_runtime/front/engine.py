@@ -52,6 +52,7 @@ from reft_runtime.outputs import (
     EngineStats,
     Generation,
 )
+from reft_runtime.parallel.launch import Launcher
 from reft_runtime.parallel.ranks import Ranks
 from reft_runtime.sampling import SamplingParams
 from reft_runtime.text import Tokenizer
@@ -95,7 +96,8 @@ class Engine:
     to one for each core that this process may use. `device` is cpu, cuda or cuda:N (a model in
     memory stays where it is); `dtype` "auto" is the fast one for the device. With
     `tensor_parallel` above 1 that many processes, on as many devices, compute one model together
-    (see docs/tensor_parallel.md); a process can have one such engine. A transformers model
+    (see docs/tensor_parallel.md), a process can have one such engine; `launcher` starts them
+    elsewhere than on this machine, and `threads` are then those of each. A transformers model
     belongs to this engine until `close`, which restores it. Loading blocks; everything else may be
     called from any thread.
     """
@@ -130,8 +132,9 @@ class Engine:
         prefix_cache: bool = True,
         threads: int | None = None,
         tensor_parallel: int = 1,
+        launcher: Launcher | None = None,
     ) -> None:
-        use_threads(threads, tensor_parallel)
+        use_threads(threads, tensor_parallel if launcher is None else 1)
         if interventions is None or isinstance(interventions, str | Path):
             interventions = () if interventions is None else (interventions,)
         sources = tuple(interventions)
@@ -146,6 +149,7 @@ class Engine:
                 max_running=max_running,
                 kv_tokens=kv_tokens,
                 prefix_cache=prefix_cache,
+                launcher=launcher,
             )
         ranks = self._ranks
         with nullcontext() if ranks is None else ranks.starting():

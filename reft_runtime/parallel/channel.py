@@ -45,6 +45,13 @@ def receive(connection: Connection) -> Any:
     return pickle.loads(connection.recv_bytes())  # noqa: S301 - the other end knows the key
 
 
+def address(connection: Connection) -> str:
+    """The address of this machine that the connection has."""
+    with _socket(connection) as same:
+        found: str = same.getsockname()[0]
+    return found
+
+
 def end(connection: Connection) -> None:
     """Close a connection, also for a thread that receives at this end; it may be closed before."""
     if not connection.closed:

@@ -24,7 +24,7 @@ from reft_runtime.loading.loader import load_model
 from reft_runtime.machine.cores import use_threads
 from reft_runtime.machine.memory import keep_freed_memory
 from reft_runtime.parallel import group
-from reft_runtime.parallel.channel import connect, receive, send
+from reft_runtime.parallel.channel import address, connect, receive, send
 from reft_runtime.parallel.messages import Keep, Message, Release, Setup, Step
 from reft_runtime.sampling import SamplingParams
 from reft_runtime.schedule.budget import BlockBudget
@@ -49,7 +49,7 @@ def follow(host: str, port: int, key: bytes, rank: int) -> None:
         target=_listen, args=(connection, messages), name="reft-leader", daemon=True
     ).start()
     try:
-        _serve(rank, messages)
+        _serve(rank, address(connection), messages)
     except BaseException as error:
         if isinstance(error, ReftError):
             fault = f"cannot serve: {error.message}"
@@ -74,16 +74,17 @@ def _end(status: int) -> None:
     os._exit(status)
 
 
-def _serve(rank: int, messages: SimpleQueue[Message]) -> None:
+def _serve(rank: int, own: str, messages: SimpleQueue[Message]) -> None:
     setup = messages.get()
     assert isinstance(setup, Setup)
     use_threads(setup.threads)
-    os.environ["LOCAL_RANK"] = str(rank)  # the device that transformers takes
-    device = torch.device("cuda", rank) if setup.device == "cuda" else torch.device("cpu")
+    number = setup.devices[rank]
+    os.environ["LOCAL_RANK"] = str(number)  # the device that transformers takes
+    device = torch.device("cuda", number) if setup.device == "cuda" else torch.device("cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)
     host, port = setup.store
-    group.join(group.find_store(host, port, setup.ranks), host, rank, setup.ranks, device)
+    group.join(group.find_store(host, port, setup.ranks), own, rank, setup.ranks, device)
     path, _ = locate(setup.model)
     loaded = load_model(
         path, setup.dtype, setup.max_model_len, device=str(device), ranks=setup.ranks

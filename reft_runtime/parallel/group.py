@@ -45,7 +45,7 @@ def find_store(host: str, port: int, size: int) -> Store:
 
 
 def join(store: Store, host: str, rank: int, size: int, device: torch.device) -> None:
-    """Join the process group of `size` ranks, over the network that `host` is in.
+    """Join the process group of `size` ranks, over the network of this machine's address `host`.
 
     Returns when all have joined. Gloo adds up on a CPU, NCCL on CUDA devices.
     """

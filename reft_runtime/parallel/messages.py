@@ -12,13 +12,15 @@ class Setup:
     """What a rank needs to load its shard and to keep as much as the others.
 
     `store` is host and port at which the ranks meet. The other fields are those of `Engine`;
-    `device` is the kind of device, `threads` the CPU threads of one rank.
+    `device` is the kind of device, `devices` the number of each rank's, and `threads` the CPU
+    threads of one rank.
     """
 
     store: tuple[str, int]
     ranks: int
     model: str
     device: str
+    devices: tuple[int, ...]
     dtype: str
     max_model_len: int | None
     max_running: int

@@ -25,12 +25,10 @@ from reft_runtime.loading.loader import choose_dtype
 from reft_runtime.machine.dtypes import name_of
 from reft_runtime.parallel import group
 from reft_runtime.parallel.channel import accept, listener
+from reft_runtime.parallel.launch import Launcher, Rank, ThisMachine
 from reft_runtime.parallel.leader import NOTICE_SECONDS, Leader
 from reft_runtime.parallel.messages import Setup
-from reft_runtime.parallel.processes import RankProcess
 from reft_runtime.parallel.refusals import check_devices, check_shards, refused
-
-HOST = "127.0.0.1"
 
 CONNECT_SECONDS = 120.0
 """A process that becomes a rank has imported what it needs after this time."""
@@ -46,7 +44,7 @@ class Ranks:
 
     `model` is "demo", a hub id or a folder. The other arguments are those of `Engine`. Raises
     `ConfigError` for a model or devices that do not go with `ranks`, before anything is loaded, and
-    if a rank does not come up.
+    if a rank does not come up. `launcher` says where they run, by default on this machine.
     """
 
     def __init__(
@@ -60,31 +58,34 @@ class Ranks:
         max_running: int | None,
         kv_tokens: int | None,
         prefix_cache: bool,
+        launcher: Launcher | None = None,
     ) -> None:
         if isinstance(model, PreTrainedModel):
             raise refused("give the model's folder or hub id: an object is in one process")
         if distributed.is_initialized():
             raise refused("this process is in a process group already; it can have only one")
-        check_devices(device, ranks)
+        launcher = launcher or ThisMachine()
+        check_devices(device, 1 + max(map(launcher.device, range(ranks))))
         check_shards(read_config(locate(str(model))[0]), ranks)
-        own = torch.device(device, 0)
+        own, here = torch.device(device, launcher.device(0)), launcher.host
         self._on_loss: Callable[[str], None] | None = None
         self._served = threading.Event()
-        self._processes: dict[int, RankProcess] = {}
+        self._ranks: dict[int, Rank] = {}
         key = secrets.token_bytes(32)
-        with listener(HOST, key, ranks) as place:
-            host, port = place.address
+        with listener(here, key, ranks) as place:
+            _, port = place.address
             for rank in range(1, ranks):
-                self._processes[rank] = RankProcess(rank, f"{host}:{port}", key)
+                self._ranks[rank] = launcher.launch(rank, here, port, key)
             with stage("Starting the ranks"):
                 connections = self._connections(place)
-        store, port = group.offer_store(HOST, ranks)
+        store, port = group.offer_store(here, ranks)
         self.leader = Leader(connections, self._why, self._lost)
         setup = Setup(
-            store=(HOST, port),
+            store=(here, port),
             ranks=ranks,
             model=str(model),
             device=device,
+            devices=tuple(map(launcher.device, range(ranks))),
             dtype=name_of(choose_dtype(dtype, own)),
             max_model_len=max_model_len,
             max_running=max_running or sizes_for(own).max_running,
@@ -95,7 +96,7 @@ class Ranks:
         try:
             with self.starting():
                 self.leader.setup(setup)
-                group.join(store, HOST, 0, ranks, own)
+                group.join(store, here, 0, ranks, own)
         except BaseException:
             self.close()
             raise
@@ -121,8 +122,8 @@ class Ranks:
         self._served.set()
         lost = self.leader.lost()
         self.leader.close()
-        for process in self._processes.values():
-            process.end()
+        for rank in self._ranks.values():
+            rank.end()
         if lost is None:  # else what waits for that rank could keep this one
             group.leave()
 
@@ -142,23 +143,23 @@ class Ranks:
         threading.Thread(target=wait, name="reft-ranks", daemon=True).start()
         found: dict[int, Connection] = {}
         waited = 0.0
-        while len(found) < len(self._processes):
+        while len(found) < len(self._ranks):
             try:
                 rank, connection = arrived.get(timeout=0.5)
                 found[rank] = connection
             except Empty:
                 waited += 0.5
-                ends = [(rank, p.how_ended()) for rank, p in self._processes.items()]
-                ended = [f"rank {rank} {how}" for rank, how in ends if how is not None]
+                ends = [(number, rank.how_ended()) for number, rank in self._ranks.items()]
+                ended = [f"rank {number} {how}" for number, how in ends if how is not None]
                 if ended or waited > CONNECT_SECONDS:
-                    for process in self._processes.values():
-                        process.kill()
+                    for each in self._ranks.values():
+                        each.kill()
                     why = ended[0] if ended else "the other ranks do not come up"
                     raise refused(why) from None
         return found
 
     def _why(self, rank: int) -> str:
-        return self._processes[rank].how_ended(NOTICE_SECONDS) or "closed its connection"
+        return self._ranks[rank].how_ended(NOTICE_SECONDS) or "closed its connection"
 
     def _lost(self, line: str) -> None:
         """Say which rank has ended, and see to it that nobody waits for it."""

@@ -17,13 +17,13 @@ _HEADS = (
 )
 
 
-def check_devices(device: str, ranks: int) -> None:
-    """Raise `ConfigError` unless there is a device of this kind for each of the ranks."""
+def check_devices(device: str, count: int) -> None:
+    """Raise `ConfigError` unless this machine has so many devices of a kind, one for each rank."""
     there = torch.cuda.device_count()
     if device not in ("cpu", "cuda"):
-        raise refused(f"give --device cuda, not {device}: ranks take cuda:0 to cuda:{ranks - 1}")
-    if device == "cuda" and ranks > there:
-        raise refused(f"{ranks} ranks need as many CUDA devices, and torch sees {there}")
+        raise refused(f"give --device cuda, not {device}: ranks take cuda:0 and those after it")
+    if device == "cuda" and count > there:
+        raise refused(f"the ranks here need {count} CUDA devices, and torch sees {there}")
     if device == "cpu" and there:
         raise refused(
             "on a CPU the ranks must see no CUDA device: set CUDA_VISIBLE_DEVICES to an empty"

@@ -40,7 +40,7 @@ class Autoscaling(_Part):
 
 
 class Resources(_Part):
-    """What one replica takes of its node."""
+    """What one replica takes of its node; with `settings.tensor_parallel`, what each rank takes."""
 
     cpus: float = Field(default=1, ge=0, description="Cores; the engine has as many threads.")
     gpus: float = Field(default=0, ge=0, description="GPUs, with `settings.device: cuda`.")
@@ -105,6 +105,21 @@ class ClusterConfig(_Part):
         return self.autoscaling.max if self.autoscaling else self.replicas or 1
 
 
+class _Loader(yaml.SafeLoader):  # type: ignore[misc]  # yaml has no types
+    """Reads YAML, and refuses a key that is given twice, of which the last would count."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+        seen: set[Any] = set()
+        for key, _ in node.value:
+            name = (key.tag, key.value) if isinstance(key, yaml.ScalarNode) else key
+            if name in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {key.value} is given twice", key.start_mark
+                )
+            seen.add(name)
+        return super().construct_mapping(node, deep=deep)
+
+
 def read_config(path: Path) -> ClusterConfig:
     """Read a configuration file. Raises `ConfigError` with one line per mistake."""
     try:
@@ -113,7 +128,7 @@ def read_config(path: Path) -> ClusterConfig:
         why = error.strerror if isinstance(error, OSError) else "it is no text in UTF-8"
         raise ConfigError(f"{path} cannot be read: {why}.") from None
     try:
-        data = yaml.safe_load(text)
+        data = yaml.load(text, _Loader)
     except yaml.YAMLError as error:
         where = " ".join(str(error).split())
         raise ConfigError(f"{path} is no YAML: {where}.") from None
@@ -193,8 +208,11 @@ def _check_together(config: ClusterConfig) -> None:
             "settings.state_dir: several replicas need one, a folder that all of them have mounted"
             " or a URL; else an upload would reach one of them alone."
         )
-    ranks, gpus = settings.tensor_parallel, config.resources.gpus
-    if settings.device.startswith("cuda") and (not gpus or 1 < ranks > gpus):
-        raise ConfigError(
-            f"resources.gpus: a replica computes on {ranks} GPU{'s' * (ranks > 1)}; give {ranks}."
-        )
+    resources, ranks = config.resources, settings.tensor_parallel
+    if settings.device.startswith("cuda") and not resources.gpus:
+        raise ConfigError("resources.gpus: a replica computes on a GPU; give 1.")
+    if ranks > 1:
+        if resources.gpus not in (0, 1):
+            raise ConfigError("resources.gpus: give 1; they are those of each rank.")
+        if not resources.cpus:
+            raise ConfigError("resources.cpus: give each rank some, such as 1.")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import aclosing
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from server.cluster.calls import Call, Full, Head, NoReplica, Part, ReplicaDied
 from server.cluster.config import ClusterConfig, parse_config, read_config
 from server.cluster.front import Front
 from server.cluster.peers import ASK_SECONDS, Answer
+from server.cluster.ranks import PlacementGroup
 from server.cluster.replica import Replica
 from server.logs import configure_logging
 from server.settings import Settings
@@ -65,7 +67,9 @@ class ReplicaDeployment:
         context = serve.get_replica_context()
         name = context.replica_id.unique_id
         broadcast = _Broadcast(REPLICA, context.app_name)
-        self._replica = Replica(settings, name, broadcast, start_engine)
+        launcher = PlacementGroup() if settings.tensor_parallel > 1 else None
+        start = partial(start_engine, launcher=launcher)
+        self._replica = Replica(settings, name, broadcast, start)
         await self._replica.open()
 
     async def answer(self, call: Call) -> AsyncIterator[Head | bytes]:
@@ -182,8 +186,9 @@ class _Handle:
 def application(config: ClusterConfig) -> serve.Application:
     """The application of a cluster. Raises `ConfigError` for a keys file that is not usable."""
     Keys.of(config.settings)  # what is wrong is told before anything is started
-    settings, routing, resources = config.settings, config.routing, config.resources
-    scaling = config.autoscaling
+    settings, routing, scaling = config.settings, config.routing, config.autoscaling
+    ranks, taken = settings.tensor_parallel, config.resources
+    bundle = {"CPU": taken.cpus, "GPU": taken.gpus, "memory": taken.memory or 0}
     environment = {"env_vars": ENVIRONMENT}
     deployed: Any = serve.deployment  # its own types know only the form of a decorator
     replica = deployed(
@@ -197,11 +202,13 @@ def application(config: ClusterConfig) -> serve.Application:
             "target_ongoing_requests": scaling.target_ongoing,
         },
         ray_actor_options={
-            "num_cpus": resources.cpus,
-            "num_gpus": resources.gpus,
-            "memory": resources.memory,
+            "num_cpus": taken.cpus,
+            "num_gpus": taken.gpus,
+            "memory": taken.memory,
             "runtime_env": environment,
         },
+        placement_group_bundles=[bundle] * ranks if ranks > 1 else None,
+        max_constructor_retry_count=1,  # what is wrong with a start is wrong with the next, too
         max_ongoing_requests=routing.max_ongoing,
         max_queued_requests=routing.max_queued,
         request_router_config={

@@ -11,7 +11,8 @@ import socket
 import threading
 import time
 import urllib.request
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -31,6 +32,9 @@ APP = "reft"
 
 IDLE_SECONDS = 30
 """Seconds that a connection may be silent."""
+
+CONNECT_SECONDS = 5.0
+"""Seconds in which a Ray cluster takes a connection."""
 
 READY_SECONDS = 60.0
 """Seconds in which the address answers once the replicas run."""
@@ -58,8 +62,8 @@ def run(path: Path) -> int:
     """
     config = read_config(path)
     settings = config.settings
-    with listen(settings.host, settings.port) as listener:
-        check_exposure(listener, settings)
+    with listen(settings.host, settings.port, named=_key) as listener:
+        check_exposure(listener, settings, _key)
         bound, port = listener.getsockname()[:2]
     Keys.of(settings)  # what is wrong with the keys file is told before Ray starts
     held = [_held(bound, port)]
@@ -73,24 +77,36 @@ def run(path: Path) -> int:
     cluster = _Cluster(config, port, held)
     signals = _Signals()
     try:
-        cluster.deploy(config)
-        if cluster.wait_for(address, signals):
+        with suppress(_Ended):
+            with signals.ending():
+                cluster.deploy(config)
+                cluster.wait_for(address)
             print(cluster.banner(address), flush=True)
-        while signals.wait():
-            _update(cluster, path)
+            while signals.wait():
+                _update(cluster, path, signals)
     finally:
         cluster.end()
     return 0
 
 
-def _update(cluster: _Cluster, path: Path) -> None:
+def _update(cluster: _Cluster, path: Path, signals: _Signals) -> None:
     try:
         config = read_config(path)
-        cluster.deploy(config)
+        with signals.ending():
+            cluster.deploy(config)
     except (ConfigError, EngineDead) as error:
         logger.error("The cluster stays as it is: %s", error.message)
     else:
         logger.info("The cluster is as %s says", path)
+
+
+def _key(name: str) -> str:
+    """A setting by its key in the file."""
+    return f"settings.{name}"
+
+
+class _Ended(Exception):
+    """A signal has ended what was under way."""
 
 
 class _Signals:
@@ -98,9 +114,20 @@ class _Signals:
 
     def __init__(self) -> None:
         self._news = threading.Event()
-        self.ended = self._again = False
+        self.ended = self._again = self._ending = False
         for sig in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             signal.signal(sig, self._handle)
+
+    @contextmanager
+    def ending(self) -> Iterator[None]:
+        """A block that SIGINT and SIGTERM end, by `_Ended`, as it waits for Ray by itself."""
+        self._ending = True
+        try:
+            if self.ended:
+                raise _Ended
+            yield
+        finally:
+            self._ending = False
 
     def wait(self) -> bool:
         """Wait for a signal: True for an update, False for the end."""
@@ -119,6 +146,8 @@ class _Signals:
         else:
             logger.info("%s: the cluster ends", signal.Signals(sig).name)
             self.ended = True
+            if self._ending:
+                raise _Ended
         self._news.set()
 
 
@@ -150,6 +179,8 @@ class _Cluster:
         if self._own:
             options |= {"address": "local", "include_dashboard": False}
         try:
+            if config.ray not in (None, "auto"):
+                _reach(config.ray)
             ray.init(logging_level=logging.WARNING, **options)
         except (ConnectionError, OSError, RuntimeError, ValueError) as error:
             raise ConfigError(f"ray: there is no Ray to use at {config.ray}: {error}") from None
@@ -179,21 +210,17 @@ class _Cluster:
         parts = application.deployments.values() if application else ()
         return next(filter(None, (last_error(part.message) for part in parts)), None)
 
-    def wait_for(self, address: str, signals: _Signals) -> bool:
-        """Wait until the address answers; False if a signal ends that first.
-
-        Raises `EngineDead` if it does not answer.
-        """
+    def wait_for(self, address: str) -> None:
+        """Wait until the address answers. Raises `EngineDead` if it does not."""
         deadline = time.monotonic() + READY_SECONDS
-        while not signals.ended:
+        while True:
             try:
                 with urllib.request.urlopen(f"{address}/readyz", timeout=5):
-                    return True
+                    return
             except OSError:
                 if time.monotonic() > deadline:
                     raise EngineDead(f"{address} does not answer.") from None
                 time.sleep(0.2)
-        return False
 
     def banner(self, address: str) -> str:
         """The text that says what is served at the address."""
@@ -210,6 +237,12 @@ class _Cluster:
         self._ray.shutdown()
         for keeper in self._held:
             keeper.close()
+
+
+def _reach(address: str) -> None:
+    """Raise `OSError` or `ValueError` if nobody listens at HOST:PORT, for which Ray would wait."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    socket.create_connection((host, int(port)), CONNECT_SECONDS).close()
 
 
 def last_error(text: str) -> str | None:

@@ -77,7 +77,15 @@ def test_variables_count_as_for_one_server(monkeypatch: pytest.MonkeyPatch) -> N
         ({"settings": {"metrics_port": 9000}}, ["settings.metrics_port: a cluster has none;"]),
         (
             {"settings": {"device": "cuda"}},
-            ["resources.gpus: a replica computes on 1 GPU; give 1."],
+            ["resources.gpus: a replica computes on a GPU; give 1."],
+        ),
+        (
+            {"settings": {"tensor_parallel": 2}, "resources": {"gpus": 2}},
+            ["resources.gpus: give 1; they are those of each rank."],
+        ),
+        (
+            {"settings": {"tensor_parallel": 2}, "resources": {"cpus": 0}},
+            ["resources.cpus: give each rank some, such as 1."],
         ),
     ],
 )
@@ -93,7 +101,13 @@ def test_no_line_repeats_a_secret() -> None:
 
 @pytest.mark.parametrize(
     ("text", "told"),
-    [(b"a: [1", "is no YAML"), (b"\xff", "it is no text in UTF-8"), (b"replicas: 0", "replicas:")],
+    [
+        (b"a: [1", "is no YAML"),
+        (b"replicas: 1\nreplicas: 2", "the key replicas is given twice"),
+        (b"settings: {model: a, model: b}", "the key model is given twice"),
+        (b"\xff", "it is no text in UTF-8"),
+        (b"replicas: 0", "replicas:"),
+    ],
 )
 def test_files(tmp_path: Path, text: bytes, told: str) -> None:
     file = tmp_path / "cluster.yaml"

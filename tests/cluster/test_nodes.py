@@ -14,7 +14,7 @@ import pytest
 
 from reft_runtime.base.shape import base_shape
 from server.cluster.config import parse_config
-from tests.cluster.test_real import NAMES, body, configuration
+from tests.cluster.real import NAMES, body, configuration
 from tests.interventions.make import file_bytes
 from tests.training.make import folder
 
@@ -36,7 +36,7 @@ def nodes(tmp_path: Path) -> Iterator[tuple[Any, str]]:
     model = folder(tmp_path / "model")
     for seed, name in enumerate(NAMES):
         (files / f"{name}.safetensors").write_bytes(file_bytes(seed, base=base_shape(str(model))))
-    config = parse_config(configuration(model, files, tmp_path) | {"resources": {"cpus": 1}})
+    config = parse_config(configuration(model, files, tmp_path, resources={"cpus": 1}))
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0})

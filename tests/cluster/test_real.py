@@ -5,121 +5,27 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-import re
-import shutil
 import signal
-import subprocess
-import sys
-import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import httpx
-import psutil
 import pytest
 import yaml
 
-from reft_runtime import Engine, SamplingParams
 from reft_runtime.base.shape import base_shape
-from reft_runtime.use import Use
+from tests.cluster.real import BASE, NAMES, Running, body, running
 from tests.interventions.make import file_bytes
-from tests.training.make import folder
 
 pytest.importorskip("ray.serve")
 
-NAMES = [f"task{number}" for number in range(6)]
-BASE = "model"
-"""The base's id: its folder's name."""
-START_SECONDS = 180.0
-
-
-@dataclass
-class Running:
-    """A cluster that runs: its process, its address, and what it was made of."""
-
-    process: subprocess.Popen[str]
-    url: str
-    config: Path
-    log: Path
-    tokens: dict[str, str]
-    """The answers of one server by itself, by the name of the intervention."""
-
-    def replicas(self) -> list[psutil.Process]:
-        """The processes of the replicas; fronts have no engine's thread."""
-        found = psutil.Process(self.process.pid).children(recursive=True)
-        return [one for one in found if "ServeReplica:reft:replica" in " ".join(one.cmdline())]
-
-
-def body(name: str, **fields: Any) -> dict[str, Any]:
-    return {"model": name, "prompt": "you and the", "max_tokens": 24, "temperature": 0} | fields
-
 
 @pytest.fixture(scope="module")
-def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
-    place = tmp_path_factory.mktemp("cluster")
-    model, files = folder(place / "model"), place / "interventions"
-    files.mkdir()
-    for seed, name in enumerate(NAMES):
-        (files / f"{name}.safetensors").write_bytes(file_bytes(seed, base=base_shape(str(model))))
-    with Engine(str(model), interventions=files, dtype="float32", threads=1) as engine:
-        sampling = SamplingParams(temperature=0, max_tokens=24)
-        asked: list[str | Use | tuple[str | Use, ...] | None] = [None, *NAMES]
-        answers = engine.generate(["you and the"] * len(asked), sampling, intervention=asked)
-        tokens = {
-            str(name or engine.info.model): answer.text
-            for name, answer in zip(asked, answers, strict=True)
-        }
-    ray_folder = Path(tempfile.mkdtemp(prefix="reft-"))  # short: sockets lie in it
-    config, log = place / "cluster.yaml", place / "log"
-    config.write_text(yaml.safe_dump(configuration(model, files, place)))
-    with log.open("w") as out:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "server.cli.main", "cluster", "up", str(config)],
-            stdout=out,
-            stderr=subprocess.STDOUT,
-            text=True,
-            env={**os.environ, "RAY_TMPDIR": str(ray_folder)},
-        )
-    try:
-        url = _address(process, log)
-        yield Running(process, url, config, log, tokens)
-        process.terminate()
-        assert process.wait(60) == 0, log.read_text()
-    finally:
-        if process.poll() is None:
-            process.kill()
-            process.wait()
-        shutil.rmtree(ray_folder, ignore_errors=True)
-
-
-def configuration(model: Path, files: Path, place: Path) -> dict[str, Any]:
-    return {
-        "settings": {
-            "model": str(model),
-            "interventions": [str(files)],
-            "state_dir": str(place / "state"),
-            "dtype": "float32",
-            "threads": 1,
-            "port": 0,
-            "drain_seconds": 5,
-        },
-        "replicas": 2,
-        "resources": {"cpus": 0},
-    }
-
-
-def _address(process: subprocess.Popen[str], log: Path) -> str:
-    deadline = time.monotonic() + START_SECONDS
-    while time.monotonic() < deadline:
-        if found := re.search(r"Serving at (\S+)", log.read_text()):
-            return found[1]
-        assert process.poll() is None, log.read_text()
-        time.sleep(0.1)
-    raise AssertionError(log.read_text())
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    with running(tmp_path_factory.mktemp("cluster")) as found:
+        yield found
 
 
 def by_replica(metrics: str, sample: str) -> Counter[str]:
@@ -131,10 +37,10 @@ def by_replica(metrics: str, sample: str) -> Counter[str]:
     return found
 
 
-def test_affinity_and_equal_answers(running: Running) -> None:
-    with httpx.Client(base_url=running.url, timeout=60) as client:
+def test_affinity_and_equal_answers(cluster: Running) -> None:
+    with httpx.Client(base_url=cluster.url, timeout=60) as client:
         for _ in range(4):
-            for name, text in running.tokens.items():
+            for name, text in cluster.tokens.items():
                 answer = client.post("/v1/completions", json=body(name)).raise_for_status()
                 assert answer.json()["choices"][0]["text"] == text
                 assert len(answer.headers.get_list("x-request-id")) == 1
@@ -146,15 +52,15 @@ def test_affinity_and_equal_answers(running: Running) -> None:
         stats = client.get("/v1/stats").json()
         assert stats["replicas"] == 2
         assert client.get("/readyz").json() == {"status": "ok"}
-        assert client.get("/v1/usage").json()["total"]["requests"] == 4 * len(running.tokens)
+        assert client.get("/v1/usage").json()["total"]["requests"] == 4 * len(cluster.tokens)
 
 
-def test_changes_reach_both(running: Running) -> None:
+def test_changes_reach_both(cluster: Running) -> None:
     """Uploads of many parts, streams, and every answer of the version that the change made."""
-    shape = base_shape(str(running.config.parent / "model"))
+    shape = base_shape(str(cluster.config.parent / "model"))
     files = [file_bytes(seed, base=shape) for seed in (20, 21)]
     large = bytes(6 * 2**20)
-    with httpx.Client(base_url=running.url, timeout=60) as client:
+    with httpx.Client(base_url=cluster.url, timeout=60) as client:
         refused = client.put("/v1/interventions/large", content=large)
         assert refused.json()["error"]["code"] == "invalid_file"
         name = "/v1/interventions/fresh"
@@ -172,8 +78,65 @@ def test_changes_reach_both(running: Running) -> None:
         assert "".join(pieces).endswith("data: [DONE]\n\n")
 
 
-def test_a_client_that_leaves(running: Running) -> None:
-    with httpx.Client(base_url=running.url, timeout=60) as client:
+async def test_changes_under_load(cluster: Running) -> None:
+    """No answer that began after a change had been made is of an earlier version."""
+    shape = base_shape(str(cluster.config.parent / "model"))
+    files = [file_bytes(seed, base=shape) for seed in (30, 31, 32)]
+    path = "/v1/interventions/hot"
+    changes: list[tuple[str, str, bytes]] = []
+    for file in files:
+        changes += [("PUT", path, file), ("POST", f"{path}/rollback", b""), ("PUT", path, file)]
+    # Each of these goes to the replica that its own names choose.
+    uses = [[{"name": "hot"}], *([{"name": "hot"}, {"name": name}] for name in NAMES)]
+    made: list[str] = []
+    """What is right, by the number of the changes made."""
+    under_way = False
+    seen: list[tuple[int, bool, str]] = []
+
+    async with httpx.AsyncClient(base_url=cluster.url, timeout=60) as client:
+
+        async def change(method: str, path: str, content: bytes) -> None:
+            nonlocal under_way
+            under_way = True
+            changed = (await client.request(method, path, content=content)).raise_for_status()
+            assert "x-replicas-behind" not in changed.headers
+            made.append(changed.json()["digest"])
+            under_way = False
+
+        async def ask_on(use: list[dict[str, str]]) -> None:
+            while len(made) < len(changes):
+                before, disturbed = len(made), under_way
+                asked = body(BASE, interventions=use, max_tokens=2)
+                answer = await client.post("/v1/completions", json=asked)
+                assert answer.status_code == 200, answer.text
+                disturbed |= under_way or len(made) > before
+                name, _, digest = answer.headers["x-intervention"].split(", ")[0].partition("@")
+                assert name == "hot"
+                seen.append((before, disturbed, digest))
+
+        await change("PUT", path, file_bytes(29, base=shape))
+        clients = [asyncio.ensure_future(ask_on(use)) for use in uses]
+        for each in changes:
+            until_now = len(seen)
+            while len(seen) < until_now + 2 * len(uses):
+                await asyncio.sleep(0.01)
+                assert not any(one.done() for one in clients)
+            await change(*each)
+        made.append("")  # ends the clients
+        await asyncio.gather(*clients)
+        counted = by_replica(
+            (await client.get("/metrics")).text,
+            'reft:intervention_requests_total{intervention="hot"',
+        )
+    assert len(counted) == 2
+    for before, disturbed, digest in seen:
+        right = made[before - 1 :] if disturbed else [made[before - 1]]
+        assert any(one.startswith(digest) for one in right if one)
+    assert sum(not disturbed for _, disturbed, _ in seen) >= len(changes)
+
+
+def test_a_client_that_leaves(cluster: Running) -> None:
+    with httpx.Client(base_url=cluster.url, timeout=60) as client:
         asked = body("task0", stream=True, max_tokens=200, n=8, ignore_eos=True)
         with client.stream("POST", "/v1/completions", json=asked) as answer:
             next(answer.iter_bytes())
@@ -181,18 +144,18 @@ def test_a_client_that_leaves(running: Running) -> None:
         assert client.get("/v1/stats").json()["finished"]["abort"] >= 1
 
 
-async def test_a_replica_is_killed(running: Running) -> None:
+async def test_a_replica_is_killed(cluster: Running) -> None:
     """Its streams end with an error, all other requests are answered, and it is replaced."""
-    before = {one.pid for one in running.replicas()}
+    before = {one.pid for one in cluster.replicas()}
     assert len(before) == 2
-    async with httpx.AsyncClient(base_url=running.url, timeout=120) as client:
+    async with httpx.AsyncClient(base_url=cluster.url, timeout=120) as client:
         # Requests to the base spread, so that either replica has some.
         names, begun = [*NAMES, *[BASE] * 12], asyncio.Semaphore(0)
         streams = [asyncio.ensure_future(_stream(client, name, begun)) for name in names]
         for _ in names:
             await begun.acquire()
         os.kill(min(before), signal.SIGKILL)
-        wholes = [asyncio.ensure_future(_whole(client, running, name)) for name in NAMES * 5]
+        wholes = [asyncio.ensure_future(_whole(client, cluster, name)) for name in NAMES * 5]
         ends = Counter(await asyncio.gather(*streams))
         # On a slow machine those of the replica may be over; test_front.py breaks one for certain.
         assert set(ends) <= {"whole", "replica_died"}
@@ -200,30 +163,30 @@ async def test_a_replica_is_killed(running: Running) -> None:
 
         async def full() -> bool:
             stats = (await client.get("/v1/stats")).json()
-            return bool(stats.get("replicas") == 2 and len(running.replicas()) == 2)
+            return bool(stats.get("replicas") == 2 and len(cluster.replicas()) == 2)
 
         async with asyncio.timeout(120):
             while not await full():
                 await asyncio.sleep(0.2)
-    assert {one.pid for one in running.replicas()} - before
+    assert {one.pid for one in cluster.replicas()} - before
 
 
 @pytest.mark.long
-async def test_an_update_under_load(running: Running) -> None:
+async def test_an_update_under_load(cluster: Running) -> None:
     """SIGHUP replaces replica by replica, and no request fails."""
-    config = yaml.safe_load(running.config.read_text())
+    config = yaml.safe_load(cluster.config.read_text())
     config["settings"]["max_queued"] = 500
-    running.config.write_text(yaml.safe_dump(config))
-    before = {one.pid for one in running.replicas()}
-    told = running.log.read_text().count("The cluster is as")
-    async with httpx.AsyncClient(base_url=running.url, timeout=120) as client:
-        running.process.send_signal(signal.SIGHUP)
+    cluster.config.write_text(yaml.safe_dump(config))
+    before = {one.pid for one in cluster.replicas()}
+    told = cluster.log.read_text().count("The cluster is as")
+    async with httpx.AsyncClient(base_url=cluster.url, timeout=120) as client:
+        cluster.process.send_signal(signal.SIGHUP)
         answered = 0
         async with asyncio.timeout(180):
-            while running.log.read_text().count("The cluster is as") == told:
-                answered += await _whole(client, running, NAMES[answered % len(NAMES)])
+            while cluster.log.read_text().count("The cluster is as") == told:
+                answered += await _whole(client, cluster, NAMES[answered % len(NAMES)])
         assert answered
-    until(lambda: not before & {one.pid for one in running.replicas()})
+    until(lambda: not before & {one.pid for one in cluster.replicas()})
 
 
 async def _stream(client: httpx.AsyncClient, name: str, begun: asyncio.Semaphore) -> str:
@@ -243,10 +206,10 @@ async def _stream(client: httpx.AsyncClient, name: str, begun: asyncio.Semaphore
     return error["code"] if error else "whole"
 
 
-async def _whole(client: httpx.AsyncClient, running: Running, name: str) -> bool:
+async def _whole(client: httpx.AsyncClient, cluster: Running, name: str) -> bool:
     answer = await client.post("/v1/completions", json=body(name))
     assert answer.status_code == 200, answer.text
-    assert answer.json()["choices"][0]["text"] == running.tokens[name]
+    assert answer.json()["choices"][0]["text"] == cluster.tokens[name]
     return True
 
 
