@@ -16,6 +16,7 @@ import pytest
 import yaml
 
 from reft_runtime.base.shape import base_shape
+from server.cluster.replica import JOIN_SECONDS
 from tests.cluster.real import BASE, NAMES, Running, body, running
 from tests.interventions.make import file_bytes
 
@@ -78,6 +79,7 @@ def test_changes_reach_both(cluster: Running) -> None:
         assert "".join(pieces).endswith("data: [DONE]\n\n")
 
 
+@pytest.mark.long
 async def test_changes_under_load(cluster: Running) -> None:
     """No answer that began after a change had been made is of an earlier version."""
     shape = base_shape(str(cluster.config.parent / "model"))
@@ -114,6 +116,7 @@ async def test_changes_under_load(cluster: Running) -> None:
                 assert name == "hot"
                 seen.append((before, disturbed, digest))
 
+        await asyncio.sleep(JOIN_SECONDS)  # until then a replica looks at the state by itself
         await change("PUT", path, file_bytes(29, base=shape))
         clients = [asyncio.ensure_future(ask_on(use)) for use in uses]
         for each in changes:
