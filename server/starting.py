@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from reft_runtime.base.stages import stage
+from server.quiet import hide_messages_on_cpu
 from server.settings import Settings
 
 if TYPE_CHECKING:
@@ -14,6 +15,8 @@ if TYPE_CHECKING:
 
 def start_engine(settings: Settings, launcher: Launcher | None = None) -> Engine:
     """The engine that settings ask for; `launcher` starts its ranks, if it has several."""
+    if settings.device == "cpu":
+        hide_messages_on_cpu()
     with stage("Starting Python's libraries"):
         from reft_runtime.front.engine import Engine
 

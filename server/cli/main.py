@@ -30,8 +30,8 @@ from server.cli import usage as usage_cli
 from server.cli import whoami as whoami_cli
 from server.cli.applied import read_asked, resolve, telling_templates
 from server.cli.options import LOCAL_SETTINGS, MaxTokens, Prompt, Seed, Temperature, with_settings
-from server.cli.quiet import hide_import_messages
 from server.cli.tables import trace_table
+from server.quiet import hide_import_messages
 from server.settings import load_settings
 from server.starting import start_engine
 

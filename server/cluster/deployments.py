@@ -28,6 +28,7 @@ from server.cluster.peers import ASK_SECONDS, Answer
 from server.cluster.ranks import PlacementGroup
 from server.cluster.replica import Replica
 from server.logs import configure_logging
+from server.quiet import hide_import_messages
 from server.settings import Settings
 from server.starting import start_engine
 from server.tenants.keys import Keys
@@ -47,7 +48,7 @@ LOOK_SECONDS = 0.5
 CHECK_SECONDS = 5
 """Pause between two looks at a replica's health, and how long it may take to answer one."""
 
-QUIET = {"log_level": "WARNING", "enable_access_log": False}
+QUIET = {"log_level": "ERROR", "enable_access_log": False}
 """What Ray Serve logs: the replicas log each request, as a server by itself does."""
 
 ROUTER = "ray.serve.experimental.consistent_hash_router.ConsistentHashRouter"
@@ -63,6 +64,7 @@ class ReplicaDeployment:
     """A replica as Ray Serve runs it."""
 
     async def __init__(self, settings: Settings) -> None:  # type: ignore[misc]  # Serve awaits it
+        hide_import_messages()
         configure_logging(settings)
         context = serve.get_replica_context()
         name = context.replica_id.unique_id

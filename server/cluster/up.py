@@ -175,6 +175,7 @@ class _Cluster:
         from server.cluster.deployments import QUIET
 
         self._ray, self._serve = ray, serve
+        logging.getLogger("ray.serve").setLevel(logging.ERROR)
         options: dict[str, Any] = {"address": config.ray, "log_to_driver": True}
         if self._own:
             options |= {"address": "local", "include_dashboard": False}

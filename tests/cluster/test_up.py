@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -31,6 +32,43 @@ ray::ServeReplica:reft:replica.initialize_and_get_metadata() (pid=7, ip=10.0.0.1
 reft_runtime.errors.ConfigError: model: there is no folder /models/none."""
     assert up.last_error(text) == "model: there is no folder /models/none."
     assert up.last_error("The deployment is updating.") is None
+
+
+def test_a_signal_ends_what_is_under_way() -> None:
+    before = {sig: signal.getsignal(sig) for sig in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    try:
+        signals = up._Signals()
+        with signals.ending():
+            signal.raise_signal(signal.SIGHUP)  # an update waits until this is done
+        assert signals.wait()
+        with pytest.raises(up._Ended), signals.ending():
+            signal.raise_signal(signal.SIGTERM)
+        with pytest.raises(up._Ended), signals.ending():
+            pytest.fail("it has ended")
+        assert not signals.wait()
+    finally:
+        for sig, handler in before.items():
+            signal.signal(sig, handler)
+
+
+def test_where_no_ray_listens(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    file = tmp_path / "cluster.yaml"
+    file.write_text(f"ray: 127.0.0.1:{port}\nsettings: {{port: 0}}")
+    with pytest.raises(ConfigError, match=f"ray: there is no Ray to use at 127.0.0.1:{port}"):
+        up.run(file)
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [("host: 0.0.0.0", "settings.host: without keys"), ("host: no.such", "with settings.host and")],
+)
+def test_an_address_that_cannot_be(tmp_path: Path, settings: str, told: str) -> None:
+    file = tmp_path / "cluster.yaml"
+    file.write_text(f"settings: {{{settings}, port: 0}}")
+    with pytest.raises(ConfigError, match=told):
+        up.run(file)
 
 
 SIGNALLED_TWICE = """
