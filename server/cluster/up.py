@@ -12,7 +12,7 @@ import threading
 import time
 import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -66,7 +66,6 @@ def run(path: Path) -> int:
         check_exposure(listener, settings, _key)
         bound, port = listener.getsockname()[:2]
     Keys.of(settings)  # what is wrong with the keys file is told before Ray starts
-    held = [_held(bound, port)]
     address = address_of(settings.host, port)
     logger.info("The cluster will answer at %s", address)
     if settings.keys is not None and settings.quota_url is None and config.most_replicas > 1:
@@ -74,18 +73,20 @@ def run(path: Path) -> int:
             "Each replica counts quotas for itself, so a tenant gets them once from each;"
             " settings.quota_url counts them together"
         )
-    cluster = _Cluster(config, port, held)
-    signals = _Signals()
-    try:
-        with suppress(_Ended):
-            with signals.ending():
-                cluster.deploy(config)
-                cluster.wait_for(address)
-            print(cluster.banner(address), flush=True)
-            while signals.wait():
-                _update(cluster, path, signals)
-    finally:
-        cluster.end()
+    with ExitStack() as held:  # until Ray is gone
+        held.enter_context(_held(bound, port))
+        cluster = _Cluster(config, port, held)
+        signals = _Signals()
+        try:
+            with suppress(_Ended):
+                with signals.ending():
+                    cluster.deploy(config)
+                    cluster.wait_for(address)
+                print(cluster.banner(address), flush=True)
+                while signals.wait():
+                    _update(cluster, path, signals)
+        finally:
+            cluster.end()
     return 0
 
 
@@ -154,18 +155,18 @@ class _Signals:
 class _Cluster:
     """Ray, which is started on this machine or connected to, and the application on it.
 
-    `held` are the sockets that keep its ports, to which others of its own are added.
+    `held` gets the sockets that keep ports for it.
     """
 
-    def __init__(self, config: ClusterConfig, port: int, held: list[socket.socket]) -> None:
-        self._own, self._held = config.ray is None, held
+    def __init__(self, config: ClusterConfig, port: int, held: ExitStack) -> None:
+        self._own = config.ray is None
         if self._own:
             for name, value in VARIABLES.items():
                 os.environ.setdefault(name, value)
             for name in PORTS:
                 if name not in os.environ:
-                    held.append(_held("0.0.0.0", 0))
-                    os.environ[name] = str(held[-1].getsockname()[1])
+                    keeper = held.enter_context(_held("0.0.0.0", 0))
+                    os.environ[name] = str(keeper.getsockname()[1])
             if "RAY_AUTH_MODE" not in os.environ:
                 # Ray's ports are open to other machines: nobody else has the token.
                 os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
@@ -236,8 +237,6 @@ class _Cluster:
         logger.info("Running requests get their time to finish")
         self._serve.delete(APP)
         self._ray.shutdown()
-        for keeper in self._held:
-            keeper.close()
 
 
 def _reach(address: str) -> None:

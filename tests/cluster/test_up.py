@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import socket
 import subprocess
@@ -51,7 +52,9 @@ def test_a_signal_ends_what_is_under_way() -> None:
             signal.signal(sig, handler)
 
 
-def test_where_no_ray_listens(tmp_path: Path) -> None:
+def test_where_no_ray_listens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("ray.serve")  # without its own warnings
+    monkeypatch.setattr(os, "environ", os.environ.copy())
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     file = tmp_path / "cluster.yaml"
