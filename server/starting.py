@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from reft_runtime.base.stages import stage
+from reft_runtime.machine.garbage import without_collections
 from server.quiet import hide_messages_on_cpu
 from server.settings import Settings
 
@@ -17,7 +18,8 @@ def start_engine(settings: Settings, launcher: Launcher | None = None) -> Engine
     """The engine that settings ask for; `launcher` starts its ranks, if it has several."""
     if settings.device == "cpu":
         hide_messages_on_cpu()
-    with stage("Starting Python's libraries"):
-        from reft_runtime.front.engine import Engine
+    with without_collections():
+        with stage("Starting Python's libraries"):
+            from reft_runtime.front.engine import Engine
 
-    return Engine(settings.model, launcher=launcher, **settings.engine_options())
+        return Engine(settings.model, launcher=launcher, **settings.engine_options())

@@ -60,9 +60,17 @@ class EngineLoop:
     was aborted or failed, when nobody takes its events any more, or when the engine stopped.
     `max_queued` and `max_queued_tokens` bound the requests (and their prompt tokens) that were
     submitted and have not started; beyond them `submit` raises `Overloaded` (see `QueuedRequests`).
+    With `yield_cores`, fewer threads compute while others want the cores (see `StepWatch`).
     """
 
-    def __init__(self, core: EngineCore, max_queued: int, max_queued_tokens: int) -> None:
+    def __init__(
+        self,
+        core: EngineCore,
+        max_queued: int,
+        max_queued_tokens: int,
+        *,
+        yield_cores: bool = False,
+    ) -> None:
         self._core = core
         self._changed = threading.Condition()
         self._inbox: deque[Callable[[], None]] = deque()
@@ -75,8 +83,10 @@ class EngineLoop:
         self._death: str | None = None
         self._failed = False
         self._beat = time.monotonic()
+        self._threads = torch.get_num_threads()
         on_cpu = core.loaded.device.type == "cpu"
-        self.watch = StepWatch(torch.get_num_threads() if on_cpu else 1)
+        use = torch.set_num_threads if yield_cores else None
+        self.watch = StepWatch(self._threads if on_cpu else 1, use)
         self._thread = threading.Thread(target=self._run, name="reft-engine", daemon=True)
         self._thread.start()
 
@@ -200,7 +210,7 @@ class EngineLoop:
             raise problems[0]
 
     def _run(self) -> None:
-        torch.set_num_threads(torch.get_num_threads())  # OpenMP keeps this number per thread
+        torch.set_num_threads(self._threads)  # OpenMP keeps this number per thread
         if self._core.loaded.device.type == "cuda":
             torch.cuda.set_device(self._core.loaded.device)  # CUDA keeps its device per thread
         try:

@@ -209,7 +209,12 @@ class Engine:
         self.admission = Admission(
             self.registry, self.tokenizer, self.grammars, self.info, loaded.eos_ids
         )
-        self._loop = EngineLoop(core, max_queued, max_queued_tokens)
+        self._loop = EngineLoop(
+            core,
+            max_queued,
+            max_queued_tokens,
+            yield_cores=threads is None and ranks is None,
+        )
         self._sinks: dict[asyncio.AbstractEventLoop, EventLoopSink] = {}
         if ranks is not None:
             ranks.serve(self._loop.fail)

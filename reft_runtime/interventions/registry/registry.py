@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import chain
@@ -42,6 +41,7 @@ from reft_runtime.interventions.registry.urls import is_url, local_folder
 from reft_runtime.interventions.registry.version import Origin, Version
 from reft_runtime.interventions.registry.watcher import Between, Rest, Watcher
 from reft_runtime.machine.cores import releasing_workers
+from reft_runtime.machine.garbage import without_collections
 
 MEMORY_BYTES = 1 << 30
 """Default bound on the memory of interventions, in bytes."""
@@ -108,7 +108,7 @@ class Registry:
         self.shares_state = state_dir is not None and (shared_state or is_url(state_dir))
         """Whether other servers may have the same state."""
         self._uploads = Uploads(self._catalog, self._folders, store, state_bytes)
-        with _without_collections():
+        with without_collections():
             self._uploads.restore(base.model, self._listed)
             self.scan()
 
@@ -472,15 +472,3 @@ class Registry:
     def _look(self, rest: Rest, between: Between) -> None:
         self._scan(rest, between)
         self._uploads.tend()
-
-
-@contextmanager
-def _without_collections() -> Iterator[None]:
-    """Do not look for garbage in the block, which makes very many objects that all stay."""
-    on = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if on:
-            gc.enable()
