@@ -145,7 +145,6 @@ class HttpServer(uvicorn.Server):
         """Prove the engine, open the socket and print the banner."""
         self._loop = asyncio.get_running_loop()
         # What is loaded by now stays: the garbage collector need not examine it any more.
-        gc.collect()
         gc.freeze()
         await super().startup(sockets)
         if self.started and sockets:
