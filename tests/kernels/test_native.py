@@ -229,9 +229,10 @@ def test_what_delta_rule_does_not_take(operators: Kernels) -> None:
 
 
 @dtypes
-@pytest.mark.parametrize("taps", [2, 4])
-@pytest.mark.parametrize("more", [0, 1])
+@pytest.mark.parametrize("taps", [1, 2, 4])
+@pytest.mark.parametrize("more", [0, 2])
 @pytest.mark.parametrize("biased", [True, False])
+@pytest.mark.parametrize("channels", [1, 37, 1101])
 @pytest.mark.parametrize(("count", "tokens"), [(1, 1), (9, 1), (1, 2), (1, 30), (3, 3)])
 def test_convolve(
     operators: Kernels,
@@ -239,12 +240,13 @@ def test_convolve(
     taps: int,
     more: int,
     biased: bool,
+    channels: int,
     count: int,
     tokens: int,
 ) -> None:
-    channels = 1100
     state = rand(count, channels, taps - 1 + more, dtype=dtype)
-    inputs = rand(count, tokens, channels, dtype=dtype, seed=1)
+    # Columns of a wider product, as a merged linear layer gives them.
+    inputs = rand(count, tokens, channels + 3, dtype=dtype, seed=1)[..., :channels]
     weight = rand(channels, taps, dtype=dtype)
     bias = rand(channels, dtype=dtype, seed=2) if biased else None
     every = torch.cat((state, inputs.transpose(1, 2)), -1)

@@ -32,7 +32,7 @@ _ARGUMENTS: dict[str, list[Any]] = {
     "refuse": [_P, _P, _I],
     "rotate": [*[_P] * 4, *[_I] * 6, c_int],
     "delta_rule": [*[_P] * 7, *[_I] * 9, c_int, c_int],
-    "convolve": [*[_P] * 5, *[_I] * 5, c_int, c_int],
+    "convolve": [*[_P] * 5, *[_I] * 6, c_int, c_int],
     "attend": [*[_P] * 5, *[_I] * 13, _F, _F, _P, c_int],
     "attend_prompts": [*[_P] * 5, *[_I] * 13, _F, _F, _P, c_int],
 }
@@ -346,19 +346,20 @@ class Kernels:
         ):
             shapes = [tuple(tensor.shape) for tensor in (inputs, state, weight)]
             raise ValueError(f"convolve: shapes disagree: {shapes}")
-        inputs = inputs.contiguous()
-        if not self.supports(inputs, state, weight, *(() if bias is None else (bias,))):
+        rows = inputs.flatten(0, 1)
+        if rows.stride(1) != 1:
+            rows = rows.contiguous()
+        given = rows[:1], state, weight, *(() if bias is None else (bias,))
+        if not self.supports(*given) or taps > self._most_taps:
             return None
-        if taps > self._most_taps:
-            return None
-        out = torch.empty_like(inputs)
-        self._functions["convolve", inputs.dtype](
-            inputs.data_ptr(),
+        out = inputs.new_empty(count, tokens, channels)
+        self._functions["convolve", rows.dtype](
+            rows.data_ptr(),
             weight.data_ptr(),
             None if bias is None else bias.data_ptr(),
             state.data_ptr(),
             out.data_ptr(),
-            *(count, tokens, channels, taps, kept),
+            *(count, tokens, channels, rows.stride(0), taps, kept),
             silu,
             torch.get_num_threads(),
         )

@@ -1,4 +1,4 @@
-// Token mixing by recurrent states: the gated delta rule, and convolutions token by token.
+// Token mixing by recurrent states: the gated delta rule.
 #pragma once
 
 #include <algorithm>
@@ -17,8 +17,6 @@ constexpr int64_t WIDE = COLUMNS;
 #endif
 constexpr int64_t AT_ONCE = 16;    // tokens that go over some columns while these are in the cache
 constexpr int64_t MAX_KEY = 256;   // largest width of a key head
-constexpr int64_t CHANNELS = 512;  // channels of a convolution that a thread takes at a time
-constexpr int64_t MAX_TAPS = 8;    // most taps of a convolution
 
 // One token's change of some columns of a head's state [key_dim, value_dim]:
 //     state *= decay;  change = beta * (value - key . state);  state += key change^T
@@ -110,99 +108,6 @@ void delta_rule(const T* query, const T* key, const T* value, const float* gate,
                         T* to = out + token * value_heads * value_dim + place;
                         for (int64_t i = 0; i < width; ++i) store(to[i], made[i]);
                     }
-                }
-            }
-        }
-}
-
-// One token of some channels' causal convolutions: `to` gets the convolution, `held` the inputs.
-// TAPS is the number of both where it is known when compiling, 0 where it is not.
-template <typename T, int TAPS>
-inline void convolve_channels(const T* from, const T* weight, const T* bias, T* held, T* to,
-                              int64_t channels, int64_t taps, int64_t kept) {
-    if (TAPS) taps = kept = TAPS;
-    for (int64_t channel = 0; channel < channels; ++channel) {
-        T* own = held + channel * kept;
-        const T* w = weight + channel * taps;
-        float sum = load(from[channel]) * load(w[taps - 1]);
-        for (int64_t i = 0; i < taps - 1; ++i) sum += load(own[kept - taps + 1 + i]) * load(w[i]);
-        for (int64_t i = 0; i + 1 < kept; ++i) own[i] = own[i + 1];
-        if (kept) own[kept - 1] = from[channel];
-        store(to[channel], bias ? sum + load(bias[channel]) : sum);
-    }
-}
-
-// Causal convolutions of one sequence's tokens: `from` and `to` point to some channels of the first
-// token, tokens are `stride` apart. TAPS as above.
-template <typename T, int TAPS>
-inline void convolve_tokens(const T* from, const T* weight, const T* bias, T* held, T* to,
-                            int64_t tokens, int64_t stride, int64_t channels, int64_t taps,
-                            int64_t kept) {
-    if (TAPS) taps = kept = TAPS;
-    // By tap, so that a loop over channels finds numbers side by side.
-    float weights[MAX_TAPS][CHANNELS], before[MAX_TAPS][CHANNELS], added[CHANNELS];
-    for (int64_t channel = 0; channel < channels; ++channel) {
-        for (int64_t i = 0; i < taps; ++i) weights[i][channel] = load(weight[channel * taps + i]);
-        for (int64_t i = 0; i + 1 < taps; ++i)
-            before[i][channel] = load(held[channel * kept + kept - taps + 1 + i]);
-        added[channel] = bias ? load(bias[channel]) : 0.0f;
-    }
-    for (int64_t token = 0; token < tokens; ++token) {
-        float sums[CHANNELS];
-        for (int64_t channel = 0; channel < channels; ++channel) sums[channel] = added[channel];
-        for (int64_t i = 0; i < taps; ++i) {
-            const int64_t source = token - taps + 1 + i;
-            const float* w = weights[i];
-            if (source < 0) {
-                const float* old = before[source + taps - 1];
-                for (int64_t channel = 0; channel < channels; ++channel)
-                    sums[channel] += w[channel] * old[channel];
-            } else {
-                const T* now = from + source * stride;
-                for (int64_t channel = 0; channel < channels; ++channel)
-                    sums[channel] += w[channel] * load(now[channel]);
-            }
-        }
-        for (int64_t channel = 0; channel < channels; ++channel)
-            store(to[token * stride + channel], sums[channel]);
-    }
-    const int64_t stay = std::max<int64_t>(0, kept - tokens);
-    for (int64_t channel = 0; channel < channels; ++channel) {
-        T* own = held + channel * kept;
-        for (int64_t i = 0; i < stay; ++i) own[i] = own[i + kept - stay];
-        for (int64_t i = stay; i < kept; ++i)
-            own[i] = from[(tokens - kept + i) * stride + channel];
-    }
-}
-
-// Causal convolutions, a channel each, of `tokens` tokens of each of `count` sequences: `inputs` and
-// `out` [count * tokens, channels], `weight` [channels, taps], `state` [count, channels, kept] the
-// newest inputs, changed in place; taps - 1 <= kept, taps <= MAX_TAPS. With `silu` the result is
-// silu of the convolution.
-template <typename T>
-void convolve(const T* inputs, const T* weight, const T* bias, T* state, T* out, int64_t count,
-              int64_t tokens, int64_t channels, int64_t taps, int64_t kept, int silu,
-              int threads) {
-    const bool four = taps == 4 && kept == 4;
-    auto* one = four ? convolve_channels<T, 4> : convolve_channels<T, 0>;
-    auto* several = four ? convolve_tokens<T, 4> : convolve_tokens<T, 0>;
-#pragma omp parallel for num_threads(threads) collapse(2) if (count * tokens * channels > SERIAL)
-    for (int64_t sequence = 0; sequence < count; ++sequence)
-        for (int64_t start = 0; start < channels; start += CHANNELS) {
-            const int64_t size = std::min(CHANNELS, channels - start);
-            const int64_t at = sequence * tokens * channels + start;
-            const T* own = bias ? bias + start : nullptr;
-            T* held = state + (sequence * channels + start) * kept;
-            if (tokens == 1)
-                one(inputs + at, weight + start * taps, own, held, out + at, size, taps, kept);
-            else
-                several(inputs + at, weight + start * taps, own, held, out + at, tokens, channels,
-                        size, taps, kept);
-            for (int64_t token = 0; silu && token < tokens; ++token) {
-                T* to = out + at + token * channels;
-                for (int64_t i = 0; i < size; ++i) {
-                    const float x = load(to[i]);
-                    store(to[i], x / (1.0f + exponential(-x)));
                 }
             }
         }

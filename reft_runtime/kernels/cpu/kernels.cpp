@@ -5,6 +5,7 @@
 
 #include <cstdint>
 
+#include "convolution.h"
 #include "decode_attention.h"
 #include "delta_rule.h"
 #include "prompt_attention.h"
@@ -55,9 +56,10 @@
     }                                                                                              \
     extern "C" void convolve_##NAME(const T* inputs, const T* weight, const T* bias, T* state,     \
                                     T* out, int64_t count, int64_t tokens, int64_t channels,       \
-                                    int64_t taps, int64_t kept, int silu, int threads) {           \
-        convolve(inputs, weight, bias, state, out, count, tokens, channels, taps, kept, silu,      \
-                 threads);                                                                         \
+                                    int64_t stride, int64_t taps, int64_t kept, int silu,          \
+                                    int threads) {                                                 \
+        convolve<T>(inputs, {weight, bias, taps, kept, silu != 0}, state, out, count, tokens,      \
+                    channels, stride, threads);                                                    \
     }                                                                                              \
     extern "C" int attend_##NAME(                                                                  \
         const T* query, const T* key, const T* value, T* out, const int64_t* places,               \
