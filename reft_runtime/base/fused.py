@@ -21,7 +21,7 @@ from reft_runtime.base.attention import running_step
 from reft_runtime.base.linears import Merged
 from reft_runtime.base.probe import ProbedLayer
 from reft_runtime.base.rebinding import rebound
-from reft_runtime.base.rotary import ROTARY, rotates, rotating
+from reft_runtime.base.rotary import ROTARY, rotary_width, rotates, rotating
 from reft_runtime.base.trial import TOLERANCE, Operator, Trials
 from reft_runtime.kernels.operators import Operators, ProductOperators, operators_for
 
@@ -114,7 +114,7 @@ class _Fuser:
 
     def __init__(self, operators: Operators, model: PreTrainedModel) -> None:
         self._operators = operators
-        self._device = model.device
+        self._model = model
         self._width: int = model.config.hidden_size
         self._trials = Trials()
         self._rotary: dict[Operator, Operator | None] = {}
@@ -128,7 +128,7 @@ class _Fuser:
 
     def fuse(self, layer: nn.Module, asked: ProbedLayer) -> None:
         """Replace a decoder layer, and the modules in it, as far as that is possible."""
-        head, kind = asked.shape.key_dim, ("layer", asked)
+        head, kind = rotary_width(self._model, asked.shape.key_dim), ("layer", asked)
         # The copy is tried before the layer's parts are replaced, to show the layer's formula.
         whole = "forward" not in vars(layer) and self._trials.holds(
             layer, partial(self._layer, asked=asked, plans=None), kind, head, adds=True
@@ -185,6 +185,8 @@ class _Fuser:
             return None
 
         def forward(hidden_states: Tensor) -> Any:
+            if hidden_states.ndim == 4 and hidden_states.stride(1) > hidden_states.stride(2):
+                hidden_states = hidden_states.contiguous()  # heads that are columns of a product
             if not operators.supports(hidden_states, weight):
                 return own(hidden_states)
             return operators.rms_norm(hidden_states, weight, epsilon, from_one=from_one)
@@ -222,6 +224,8 @@ class _Fuser:
         projections = tuple(parts[f"{p}_proj"] for p in "qkv")
         if shape.key_dim != shape.value_dim or not self._rotates_halves(module):
             return None
+        if rotary_width(self._model, shape.key_dim) != shape.key_dim:
+            return None  # a step rotates whole heads
         if not Merged.possible(projections):
             return None
         o, operators = parts["o_proj"], self._operators
@@ -262,7 +266,7 @@ class _Fuser:
     def _rotates_halves(self, module: nn.Module) -> bool:
         rotary = type(module).forward.__globals__[ROTARY]
         if rotary not in self._rotary:
-            self._rotary[rotary] = rotating(rotary, self._operators, self._device)
+            self._rotary[rotary] = rotating(rotary, self._operators, self._model.device)
         return self._rotary[rotary] is not None
 
     def _layer(

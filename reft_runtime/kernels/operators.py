@@ -20,7 +20,7 @@ _log = logging.getLogger(__name__)
 class Operators(Protocol):
     """A device's operators; shapes are trusted, because the callers take them from models.
 
-    Arguments are contiguous tensors of one dtype, as `supports` says (heads: as `packs` says).
+    Arguments are contiguous tensors of one dtype, as `supports` says (heads: as `rotates` says).
     `name` is what the log calls the operators.
     """
 
@@ -32,11 +32,12 @@ class Operators(Protocol):
         They must be contiguous, of one dtype that the operators know, and need no gradient.
         """
 
-    def packs(self, *heads: Tensor) -> bool:
-        """Whether the operators take these heads [T, heads, dim].
+    def rotates(self, *heads: Tensor) -> bool:
+        """Whether `rotate_` takes these heads [T, heads, dim].
 
-        Dtype and gradient are as for `supports`, but only the heads of each token must lie side by
-        side. Tokens may lie apart: heads are often columns of a wider product.
+        Dtype and gradient are as for `supports`, but only the numbers of a head must lie side by
+        side. Tokens may lie apart: heads are often columns of a wider product. Whether heads may,
+        such as the first numbers of wider ones, depends on the operators.
         """
 
     def rms_norm(

@@ -1,7 +1,7 @@
 """Fused operators for a CPU, compiled at first use; None where there is no compiler.
 
 Arguments are contiguous CPU tensors of one dtype, float32 or bfloat16, as `supports` says (heads:
-as `packs` says). Shapes that disagree raise ValueError: a kernel would write out of bounds.
+as `rotates` says). Shapes that disagree raise ValueError: a kernel would write out of bounds.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _ARGUMENTS: dict[str, list[Any]] = {
     "silu_mul": [_P, _P, _I, _I, c_int],
     "greedy": [_P, _P, _I, _I, c_int],
     "refuse": [_P, _P, _I],
-    "rotate": [*[_P] * 4, *[_I] * 6, c_int],
+    "rotate": [*[_P] * 4, *[_I] * 8, c_int],
     "delta_rule": [*[_P] * 7, *[_I] * 9, c_int, c_int],
     "convolve": [*[_P] * 5, *[_I] * 6, c_int, c_int],
     "attend": [*[_P] * 5, *[_I] * 13, _F, _F, _P, c_int],
@@ -109,7 +109,10 @@ class Kernels:
         return dtype in self._dtypes
 
     def packs(self, *heads: Tensor) -> bool:
-        """See `Operators.packs`; the tensors must be on a CPU."""
+        """Whether these are heads [T, heads, dim], those of a token side by side, for an operator.
+
+        Dtype, gradient and device are as for `supports`.
+        """
         dtype = heads[0].dtype
         for tensor in heads:
             _, between, within = tensor.stride()
@@ -262,19 +265,26 @@ class Kernels:
         drawn: list[int] = tokens.tolist()
         return drawn
 
-    def rotate_(self, query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> None:
-        """Rotary positions in place: heads [T, heads, dim], `cos` and `sin` [T, dim].
+    def rotates(self, *heads: Tensor) -> bool:
+        """See `Operators.rotates`; the tensors must be on a CPU."""
+        dtype = heads[0].dtype
+        for tensor in heads:
+            _, between, within = tensor.stride()
+            if within != 1 or between < tensor.shape[2]:
+                return False
+            if tensor.dtype != dtype or tensor.requires_grad or not tensor.is_cpu:
+                return False
+        return dtype in self._dtypes
 
-        The halves of a head are rotated against each other (`rotate_half` in transformers).
-        Heads of a token must lie side by side, as `packs` says.
-        """
-        tokens, _, dim = query.shape
+    def rotate_(self, query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> None:
+        """See `Operators.rotate_`."""
+        tokens, _, width = query.shape
         if (
-            key.shape[::2] != (tokens, dim)
-            or cos.shape[-2:] != (tokens, dim)
-            or cos.numel() != tokens * dim
+            key.shape[::2] != (tokens, width)
+            or cos.shape[-2:] != (tokens, width)
+            or cos.numel() != tokens * width
             or sin.shape != cos.shape
-            or dim % 2
+            or width % 2
             or not query.dtype == key.dtype == cos.dtype == sin.dtype
         ):
             shapes = [(tuple(tensor.shape), tensor.dtype) for tensor in (query, key, cos, sin)]
@@ -284,12 +294,12 @@ class Kernels:
             key.data_ptr(),
             cos.data_ptr(),
             sin.data_ptr(),
-            query.shape[0],
+            tokens,
             query.shape[1],
             key.shape[1],
-            query.shape[2],
-            query.stride(0),
-            key.stride(0),
+            width,
+            *query.stride()[:2],
+            *key.stride()[:2],
             torch.get_num_threads(),
         )
 

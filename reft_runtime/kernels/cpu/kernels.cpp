@@ -40,10 +40,11 @@
         refuse(row, allowed, width);                                                               \
     }                                                                                              \
     extern "C" void rotate_##NAME(T* query, T* key, const T* cos, const T* sin, int64_t tokens,    \
-                                  int64_t query_heads, int64_t key_heads, int64_t dim,             \
-                                  int64_t query_stride, int64_t key_stride, int threads) {         \
-        rotate(query, key, cos, sin, tokens, query_heads, key_heads, dim, query_stride,            \
-               key_stride, threads);                                                               \
+                                  int64_t query_heads, int64_t key_heads, int64_t width,           \
+                                  int64_t query_stride, int64_t query_between,                     \
+                                  int64_t key_stride, int64_t key_between, int threads) {          \
+        rotate(query, key, cos, sin, tokens, query_heads, key_heads, width, query_stride,          \
+               query_between, key_stride, key_between, threads);                                   \
     }                                                                                              \
     extern "C" void delta_rule_##NAME(                                                             \
         const T* query, const T* key, const T* value, const float* gate, const float* beta,        \
