@@ -201,7 +201,7 @@ class _Fuser:
         if not Merged.possible((gate, up)):
             return None
         own, operators, merged = module.forward, self._operators, Merged((gate, up))
-        inner = _hooks((gate, up, act))
+        inner = hooks_of((gate, up, act))
 
         def compute(rows: Tensor) -> Any:
             return operators.silu_mul(merged.product(rows))
@@ -229,7 +229,7 @@ class _Fuser:
         if not Merged.possible(projections):
             return None
         o, operators = parts["o_proj"], self._operators
-        merged, inner = Merged(projections), _hooks((*projections, o))
+        merged, inner = Merged(projections), hooks_of((*projections, o))
         index: Any = module.layer_idx
         width, kv_heads = shape.key_dim, shape.kv_heads
         heads = projections[0].out_features // width
@@ -291,7 +291,7 @@ class _Fuser:
         if not isinstance(attention, _PartPlan) or not isinstance(mlp, _PartPlan):
             return None
         operators = self._operators
-        inner = _hooks(module for module in layer.modules() if module is not layer)
+        inner = hooks_of(module for module in layer.modules() if module is not layer)
         attend, o, activate, down = attention.compute, attention.last, mlp.compute, mlp.last
 
         def compute(rows: Tensor, cos: Tensor, sin: Tensor, step: Any) -> Tensor:
@@ -366,7 +366,7 @@ def _or_own(
     return forward
 
 
-def _hooks(modules: Iterable[nn.Module]) -> list[dict[int, Any]]:
+def hooks_of(modules: Iterable[nn.Module]) -> list[dict[int, Any]]:
     """The hook dictionaries of the modules; a module has hooks when one of them is not empty."""
     return [hooks for m in modules for hooks in (m._forward_hooks, m._forward_pre_hooks)]
 

@@ -59,7 +59,7 @@ def _rotate(rotary: Operator, operators: Operators, *, parts: bool) -> Operator:
         width, head = cos.shape[-1], q.shape[-1]
         fits = head == k.shape[-1] and (width == head or (parts and width < head))
         if not args and not kwargs and fits and len(q) == len(cos) == 1:
-            # In the layout that a linear layer gives, [1, T, heads, dim], no other code shares them.
+            # In a linear layer's layout, [1, T, heads, dim], no other code shares them.
             query, key = (heads.transpose(1, 2)[0, ..., :width] for heads in (q, k))
             # What a model computes in a wider dtype stays its own.
             known = cos.dtype == q.dtype and operators.supports(cos, sin)

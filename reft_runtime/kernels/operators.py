@@ -10,6 +10,7 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from reft_runtime.kernels.cpu import DeltaNetWeights as DeltaNetWeights
 from reft_runtime.kernels.cpu import Drawing as Drawing
 from reft_runtime.kernels.cpu import HeadScoring as HeadScoring
 from reft_runtime.kernels.cpu import Kernels, kernels
@@ -81,7 +82,9 @@ class ProductOperators(Operators, Protocol):
 
 @runtime_checkable
 class MixerOperators(Protocol):
-    """Operators for recurrent layers. Where one does not take its tensors, it returns None."""
+    """Operators for recurrent layers. Those that return a tensor return None where they do not take
+    what they are given.
+    """
 
     def delta_rule_(
         self,
@@ -115,6 +118,18 @@ class MixerOperators(Protocol):
         self, rows: Tensor, gate: Tensor, weight: Tensor, epsilon: float
     ) -> Tensor | None:
         """`Operators.rms_norm` of rows [n, d], times silu of `gate` [n, d]."""
+
+    def gated_delta_net_(
+        self, rows: Tensor, weights: DeltaNetWeights, inputs: Tensor, state: Tensor, out: Tensor
+    ) -> None:
+        """All that a gated delta net computes between its two products, for n sequences.
+
+        `rows` [n * T, ...] hold side by side queries, keys and values, the gates of the norm
+        [value_heads * value_dim], and what beta and the decay are made of [value_heads] each.
+        `convolve_`, with silu and the states `inputs`, `delta_rule_` of normalised queries and
+        keys, and `gated_rms_norm` fill `out` [n * T, value_heads * value_dim]. Raises ValueError
+        if shapes disagree, or if it does not take the tensors.
+        """
 
 
 def operators_for(device: torch.device) -> Operators | None:

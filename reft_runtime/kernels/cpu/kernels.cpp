@@ -8,6 +8,7 @@
 #include "convolution.h"
 #include "decode_attention.h"
 #include "delta_rule.h"
+#include "gated_delta_net.h"
 #include "prompt_attention.h"
 #include "rows.h"
 #include "sampling.h"
@@ -62,6 +63,17 @@
         convolve<T>(inputs, {weight, bias, taps, kept, silu != 0}, state, out, count, tokens,      \
                     channels, stride, threads);                                                    \
     }                                                                                              \
+    extern "C" void gated_delta_net_##NAME(                                                        \
+        const T* rows, const T* weight, const float* decay_rate, const float* time_bias,           \
+        const T* norm, T* inputs, float* state, T* mixed, T* out,                                  \
+        int64_t count, int64_t tokens, int64_t stride, int64_t taps, int64_t kept,                 \
+        int64_t key_heads, int64_t key_dim, int64_t value_heads, int64_t value_dim,                \
+        float epsilon, int threads) {                                                              \
+        gated_delta_net<T>(rows, {key_heads, key_dim, value_heads, value_dim},                     \
+                           {{weight, nullptr, taps, kept, true}, decay_rate, time_bias, norm,      \
+                            epsilon},                                                              \
+                           inputs, state, mixed, out, count, tokens, stride, threads);             \
+    }                                                                                              \
     extern "C" int attend_##NAME(                                                                  \
         const T* query, const T* key, const T* value, T* out, const int64_t* places,               \
         int64_t count, int64_t, int64_t keys_before, int64_t values_before, int64_t key_heads,     \
@@ -102,6 +114,9 @@ extern "C" void draw_tokens(float* scores, float* weights, const double* setting
 
 // The widest key heads that the gated delta rule takes.
 extern "C" int64_t widest_delta_key() { return MAX_KEY; }
+
+// The widest value heads that the whole gated delta net takes.
+extern "C" int64_t widest_delta_value() { return MAX_VALUE; }
 
 // The most taps of convolutions.
 extern "C" int64_t most_taps() { return MAX_TAPS; }

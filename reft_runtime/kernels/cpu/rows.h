@@ -50,18 +50,24 @@ void rms_norm(const T* x, const T* weight, T* out, int64_t rows, int64_t width, 
     }
 }
 
-// The norm of each row times silu of its `gate`.
+// The norm of a row times silu of its `gate`.
+template <typename T>
+void gated_norm_row(const T* x, const T* gate, const T* weight, T* out, int64_t width,
+                    float epsilon) {
+    norm_row(x, weight, out, width, epsilon);
+    for (int64_t i = 0; i < width; ++i) {
+        const float g = load(gate[i]);
+        store(out[i], load(out[i]) * g / (1.0f + exponential(-g)));
+    }
+}
+
 template <typename T>
 void gated_rms_norm(const T* x, const T* gate, const T* weight, T* out, int64_t rows,
                     int64_t width, float epsilon, int threads) {
 #pragma omp parallel for num_threads(threads) if (rows * width > SERIAL)
     for (int64_t row = 0; row < rows; ++row) {
         const int64_t at = row * width;
-        norm_row(x + at, weight, out + at, width, epsilon);
-        for (int64_t i = at; i < at + width; ++i) {
-            const float g = load(gate[i]);
-            store(out[i], load(out[i]) * g / (1.0f + exponential(-g)));
-        }
+        gated_norm_row(x + at, gate + at, weight, out + at, width, epsilon);
     }
 }
 
