@@ -7,7 +7,7 @@ ours. Each function is tried on random tensors before it is replaced.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping, Set
 from collections.abc import Sequence as SequenceOf
 from typing import Any
 
@@ -32,7 +32,7 @@ _CLOSE = 1e-5
 def fuse_delta_nets(
     mixers: SequenceOf[nn.Module],
     states: Mapping[int, MixerStates],
-    read: Collection[nn.Module],
+    read: Set[nn.Module],
     device: torch.device,
 ) -> None:
     """Let steps run gated delta nets among the mixers on a device's operators, if it has them.

@@ -8,7 +8,7 @@ where trials show that it gives the same, and only while no module inside has a 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Collection, Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping, Set
 from collections.abc import Sequence as SequenceOf
 from typing import Any
 
@@ -92,7 +92,7 @@ class DeltaNetFuser:
     `read` are the linear layers whose weights models' code reads, which must stay as they are.
     """
 
-    def __init__(self, operators: MixerOperators, read: Collection[nn.Module]) -> None:
+    def __init__(self, operators: MixerOperators, read: Set[nn.Module]) -> None:
         self._operators = operators
         self._read = read
         self._held: dict[Hashable, bool] = {}
