@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from reft_runtime.base.attention import running_step
+from reft_runtime.base.gated_attention import gated_attention
 from reft_runtime.base.linears import Merged
 from reft_runtime.base.probe import ProbedLayer
 from reft_runtime.base.rebinding import rebound
@@ -59,6 +60,10 @@ _PLAIN_ATTENTION = {
 Compute = Callable[[Tensor, Tensor, Tensor, Any], Tensor]
 """Maps rows [T, d], rotary cosines and sines [1, T, dim] and the step to rows [T, d]. For attention
 the result is what its output projection gets."""
+
+
+Hooks = SequenceOf[dict[int, Any]]
+"""Dictionaries of hooks; some of them may be empty."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,7 +141,7 @@ class _Fuser:
         for module in layer.modules():
             if module is layer or self.fuse_alone(module) or not rotates(module):
                 continue
-            for build in (self._attention, self._rotation):
+            for build in (self._attention, self._gated_attention, self._rotation):
                 if self._try(module, partial(build, asked=asked), (build.__name__, asked), head):
                     break
         plan = self._layer(layer, asked, self._plans) if whole else None
@@ -244,16 +249,35 @@ class _Fuser:
                 mixed = step.attend(index, query, key, value, scoring)
             return mixed.flatten(1)
 
-        def whole(rows: Tensor, cos: Tensor, sin: Tensor, step: Any) -> Any:
-            return o(compute(rows, cos, sin, step))
+        forward = self._attending(module, compute, o, inner, width)
+        return _PartPlan(forward, projections[0].in_features, compute, merged, o)
 
-        guarded = _or_own(operators, whole, module.forward, inner, width)
+    def _gated_attention(self, module: Any, asked: ProbedLayer) -> _PartPlan | None:
+        """Run an attention module with norms and a gate as one function, if it is one."""
+        made = gated_attention(module, asked, self._operators)
+        if made is None or not self._rotates_halves(module):
+            return None
+        compute, merged = made
+        inner = hooks_of(one for one in module.modules() if one is not module)
+        width = rotary_width(self._model, asked.shape.key_dim)
+        forward = self._attending(module, compute, module.o_proj, inner, width)
+        return _PartPlan(forward, merged.parts[0].in_features, compute, merged, module.o_proj)
+
+    def _attending(
+        self, module: Any, compute: Compute, last: nn.Module, inner: Hooks, width: int
+    ) -> Operator:
+        """A forward for an attention module that rotates `width` numbers of its heads."""
+
+        def whole(rows: Tensor, cos: Tensor, sin: Tensor, step: Any) -> Any:
+            return last(compute(rows, cos, sin, step))
+
+        guarded = _or_own(self._operators, whole, module.forward, inner, width)
 
         def forward(*args: Any, **kwargs: Any) -> Any:
             rows = guarded(*args, **kwargs)
             return rows if isinstance(rows, tuple) else (rows, None)
 
-        return _PartPlan(forward, projections[0].in_features, compute, merged, o)
+        return forward
 
     def _rotation(self, module: Any, asked: ProbedLayer) -> _Plan | None:
         """Run an attention module's own code, its rotary function's name bound to ours."""
@@ -341,13 +365,13 @@ def _or_own(
     operators: Operators,
     compute: Compute,
     own: Operator,
-    inner: SequenceOf[dict[int, Any]],
+    inner: Hooks,
     width: int,
 ) -> Operator:
     """A forward that uses `compute` for a plain step, and a module's `own` code for all else.
 
-    A step is not plain if any of the hooks `inner` is set, or if it does not rotate, or less than
-    the `width` of a head.
+    A step is not plain if any of the hooks `inner` is set, or if it does not rotate the first
+    `width` numbers of a head.
     """
 
     def forward(
@@ -366,7 +390,7 @@ def _or_own(
     return forward
 
 
-def hooks_of(modules: Iterable[nn.Module]) -> list[dict[int, Any]]:
+def hooks_of(modules: Iterable[nn.Module]) -> Hooks:
     """The hook dictionaries of the modules; a module has hooks when one of them is not empty."""
     return [hooks for m in modules for hooks in (m._forward_hooks, m._forward_pre_hooks)]
 
