@@ -120,9 +120,7 @@ class DeltaNetFuser:
         made.merged.merge()
         return FusedDeltaNet(module, made, packed)
 
-    def _holds(
-        self, module: nn.Module, cache: str, shapes: Mapping[StateKey, StateShape]
-    ) -> bool:
+    def _holds(self, module: nn.Module, cache: str, shapes: Mapping[StateKey, StateShape]) -> bool:
         """Whether the fused form of a float32 copy gives what the copy gives."""
         plain = copy.deepcopy(module).float()
         for part in plain.modules():

@@ -11,7 +11,7 @@ from transformers.models.qwen3_5 import modeling_qwen3_5
 
 from reft_runtime.base.fused_delta import DeltaNetForm, DeltaNetFuser, FusedDeltaNet
 from reft_runtime.base.packed_delta import Part, packed_delta_net
-from reft_runtime.base.recurrent import MixerForward, StateCache
+from reft_runtime.base.recurrent import StateCache
 from reft_runtime.kernels.operators import cpu_operators
 from reft_runtime.loading.loader import adopt_model
 from tests.base.test_delta_rule import net, rows
