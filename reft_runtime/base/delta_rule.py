@@ -7,7 +7,7 @@ ours. Each function is tried on random tensors before it is replaced.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Set
 from collections.abc import Sequence as SequenceOf
 from typing import Any
 
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from reft_runtime.base.fused import epsilon_of
+from reft_runtime.base.fused_delta import DeltaNetFuser
 from reft_runtime.base.packed_delta import packed_delta_net
 from reft_runtime.base.rebinding import code_of, rebound
 from reft_runtime.base.recurrent import MixerForward, MixerStates
@@ -29,16 +30,20 @@ _CLOSE = 1e-5
 
 
 def fuse_delta_nets(
-    mixers: SequenceOf[nn.Module], states: Mapping[int, MixerStates], device: torch.device
+    mixers: SequenceOf[nn.Module],
+    states: Mapping[int, MixerStates],
+    read: Set[nn.Module],
+    device: torch.device,
 ) -> None:
     """Let steps run gated delta nets among the mixers on a device's operators, if it has them.
 
-    `states` are those of each mixer, by its number.
+    `states` are those of each mixer, by its number, and `read` the linear layers whose weights
+    their code reads. Linear layers must not be packed yet.
     """
     operators = operators_for(device)
     if not isinstance(operators, MixerOperators):
         return
-    nets = DeltaNets(operators)
+    nets, fuser = DeltaNets(operators), DeltaNetFuser(operators, read)
     for number, mixer in enumerate(mixers):
         replaced = mixer.forward
         if not isinstance(replaced, MixerForward):
@@ -48,7 +53,9 @@ def fuse_delta_nets(
             shapes, own = states[number].shapes, replaced.own
             replaced.own = forward
             nets.fuse_norms(mixer)
-            replaced.packed = packed_delta_net(mixer, replaced.cache, shapes, own, operators)
+            given = mixer, replaced.cache, shapes, own
+            packed = packed_delta_net(*given, operators)
+            replaced.packed = packed and (fuser.fused(*given, packed) or packed)
 
 
 class DeltaNets:

@@ -18,10 +18,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from reft_runtime.base.attention import running_step
+from reft_runtime.base.gated_attention import gated_attention
 from reft_runtime.base.linears import Merged
 from reft_runtime.base.probe import ProbedLayer
 from reft_runtime.base.rebinding import rebound
-from reft_runtime.base.rotary import ROTARY, rotates, rotating
+from reft_runtime.base.rotary import ROTARY, rotary_width, rotates, rotating
 from reft_runtime.base.trial import TOLERANCE, Operator, Trials
 from reft_runtime.kernels.operators import Operators, ProductOperators, operators_for
 
@@ -59,6 +60,10 @@ _PLAIN_ATTENTION = {
 Compute = Callable[[Tensor, Tensor, Tensor, Any], Tensor]
 """Maps rows [T, d], rotary cosines and sines [1, T, dim] and the step to rows [T, d]. For attention
 the result is what its output projection gets."""
+
+
+Hooks = SequenceOf[dict[int, Any]]
+"""Dictionaries of hooks; some of them may be empty."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,7 +119,7 @@ class _Fuser:
 
     def __init__(self, operators: Operators, model: PreTrainedModel) -> None:
         self._operators = operators
-        self._device = model.device
+        self._model = model
         self._width: int = model.config.hidden_size
         self._trials = Trials()
         self._rotary: dict[Operator, Operator | None] = {}
@@ -128,7 +133,7 @@ class _Fuser:
 
     def fuse(self, layer: nn.Module, asked: ProbedLayer) -> None:
         """Replace a decoder layer, and the modules in it, as far as that is possible."""
-        head, kind = asked.shape.key_dim, ("layer", asked)
+        head, kind = rotary_width(self._model, asked.shape.key_dim), ("layer", asked)
         # The copy is tried before the layer's parts are replaced, to show the layer's formula.
         whole = "forward" not in vars(layer) and self._trials.holds(
             layer, partial(self._layer, asked=asked, plans=None), kind, head, adds=True
@@ -136,7 +141,7 @@ class _Fuser:
         for module in layer.modules():
             if module is layer or self.fuse_alone(module) or not rotates(module):
                 continue
-            for build in (self._attention, self._rotation):
+            for build in (self._attention, self._gated_attention, self._rotation):
                 if self._try(module, partial(build, asked=asked), (build.__name__, asked), head):
                     break
         plan = self._layer(layer, asked, self._plans) if whole else None
@@ -185,6 +190,8 @@ class _Fuser:
             return None
 
         def forward(hidden_states: Tensor) -> Any:
+            if hidden_states.ndim == 4 and hidden_states.stride(1) > hidden_states.stride(2):
+                hidden_states = hidden_states.contiguous()  # heads that are columns of a product
             if not operators.supports(hidden_states, weight):
                 return own(hidden_states)
             return operators.rms_norm(hidden_states, weight, epsilon, from_one=from_one)
@@ -199,7 +206,7 @@ class _Fuser:
         if not Merged.possible((gate, up)):
             return None
         own, operators, merged = module.forward, self._operators, Merged((gate, up))
-        inner = _hooks((gate, up, act))
+        inner = hooks_of((gate, up, act))
 
         def compute(rows: Tensor) -> Any:
             return operators.silu_mul(merged.product(rows))
@@ -222,10 +229,12 @@ class _Fuser:
         projections = tuple(parts[f"{p}_proj"] for p in "qkv")
         if shape.key_dim != shape.value_dim or not self._rotates_halves(module):
             return None
+        if rotary_width(self._model, shape.key_dim) != shape.key_dim:
+            return None  # a step rotates whole heads
         if not Merged.possible(projections):
             return None
         o, operators = parts["o_proj"], self._operators
-        merged, inner = Merged(projections), _hooks((*projections, o))
+        merged, inner = Merged(projections), hooks_of((*projections, o))
         index: Any = module.layer_idx
         width, kv_heads = shape.key_dim, shape.kv_heads
         heads = projections[0].out_features // width
@@ -240,16 +249,35 @@ class _Fuser:
                 mixed = step.attend(index, query, key, value, scoring)
             return mixed.flatten(1)
 
-        def whole(rows: Tensor, cos: Tensor, sin: Tensor, step: Any) -> Any:
-            return o(compute(rows, cos, sin, step))
+        forward = self._attending(module, compute, o, inner, width)
+        return _PartPlan(forward, projections[0].in_features, compute, merged, o)
 
-        guarded = _or_own(operators, whole, module.forward, inner, width)
+    def _gated_attention(self, module: Any, asked: ProbedLayer) -> _PartPlan | None:
+        """Run an attention module with norms and a gate as one function, if it is one."""
+        made = gated_attention(module, asked, self._operators)
+        if made is None or not self._rotates_halves(module):
+            return None
+        compute, merged = made
+        inner = hooks_of(one for one in module.modules() if one is not module)
+        width = rotary_width(self._model, asked.shape.key_dim)
+        forward = self._attending(module, compute, module.o_proj, inner, width)
+        return _PartPlan(forward, merged.parts[0].in_features, compute, merged, module.o_proj)
+
+    def _attending(
+        self, module: Any, compute: Compute, last: nn.Module, inner: Hooks, width: int
+    ) -> Operator:
+        """A forward for an attention module that rotates `width` numbers of its heads."""
+
+        def whole(rows: Tensor, cos: Tensor, sin: Tensor, step: Any) -> Any:
+            return last(compute(rows, cos, sin, step))
+
+        guarded = _or_own(self._operators, whole, module.forward, inner, width)
 
         def forward(*args: Any, **kwargs: Any) -> Any:
             rows = guarded(*args, **kwargs)
             return rows if isinstance(rows, tuple) else (rows, None)
 
-        return _PartPlan(forward, projections[0].in_features, compute, merged, o)
+        return forward
 
     def _rotation(self, module: Any, asked: ProbedLayer) -> _Plan | None:
         """Run an attention module's own code, its rotary function's name bound to ours."""
@@ -262,7 +290,7 @@ class _Fuser:
     def _rotates_halves(self, module: nn.Module) -> bool:
         rotary = type(module).forward.__globals__[ROTARY]
         if rotary not in self._rotary:
-            self._rotary[rotary] = rotating(rotary, self._operators, self._device)
+            self._rotary[rotary] = rotating(rotary, self._operators, self._model.device)
         return self._rotary[rotary] is not None
 
     def _layer(
@@ -287,7 +315,7 @@ class _Fuser:
         if not isinstance(attention, _PartPlan) or not isinstance(mlp, _PartPlan):
             return None
         operators = self._operators
-        inner = _hooks(module for module in layer.modules() if module is not layer)
+        inner = hooks_of(module for module in layer.modules() if module is not layer)
         attend, o, activate, down = attention.compute, attention.last, mlp.compute, mlp.last
 
         def compute(rows: Tensor, cos: Tensor, sin: Tensor, step: Any) -> Tensor:
@@ -337,13 +365,13 @@ def _or_own(
     operators: Operators,
     compute: Compute,
     own: Operator,
-    inner: SequenceOf[dict[int, Any]],
+    inner: Hooks,
     width: int,
 ) -> Operator:
     """A forward that uses `compute` for a plain step, and a module's `own` code for all else.
 
-    A step is not plain if any of the hooks `inner` is set, or if it does not rotate, or less than
-    the `width` of a head.
+    A step is not plain if any of the hooks `inner` is set, or if it does not rotate the first
+    `width` numbers of a head.
     """
 
     def forward(
@@ -362,7 +390,7 @@ def _or_own(
     return forward
 
 
-def _hooks(modules: Iterable[nn.Module]) -> list[dict[int, Any]]:
+def hooks_of(modules: Iterable[nn.Module]) -> Hooks:
     """The hook dictionaries of the modules; a module has hooks when one of them is not empty."""
     return [hooks for m in modules for hooks in (m._forward_hooks, m._forward_pre_hooks)]
 

@@ -24,7 +24,7 @@ from reft_runtime.kernels.operators import MixerOperators
 
 _CONVOLUTION = "causal_conv1d_fn"
 _RULE = "torch_chunk_gated_delta_rule"
-_CONV_STATE, _DELTA_STATE = StateKey("conv", 0), StateKey("recurrent", 0)
+CONV_STATE, DELTA_STATE = StateKey("conv", 0), StateKey("recurrent", 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +43,7 @@ class Part:
     @property
     def sequences(self) -> int:
         """How many sequences there are."""
-        return len(self.states[_DELTA_STATE])
+        return len(self.states[DELTA_STATE])
 
 
 class PackedCache:
@@ -99,7 +99,7 @@ class PackedDeltaNet:
         rows = hidden_states[0].T
         out = torch.empty_like(rows, memory_format=torch.contiguous_format)
         for part in self._parts:
-            inputs, state = rows[part.first : part.stop], part.states[_CONV_STATE]
+            inputs, state = rows[part.first : part.stop], part.states[CONV_STATE]
             if part.begins:
                 state.zero_()
             made = self._operators.convolve_(
@@ -149,7 +149,7 @@ class PackedDeltaNet:
         """The gated delta rule over packed heads [1, T, heads, dim]."""
         out = torch.empty_like(value, memory_format=torch.contiguous_format)
         for part in self._parts:
-            state = part.states[_DELTA_STATE]
+            state = part.states[DELTA_STATE]
             several = part.sequences > 1
 
             def cut(rows: Tensor, part: Part = part, several: bool = several) -> Tensor:
@@ -190,16 +190,27 @@ def packed_delta_net(
     code = code_of(type(module).forward)
     if code is None or not {_CONVOLUTION, _RULE} <= set(code.__code__.co_names):
         return None
-    if shapes.keys() != {_CONV_STATE, _DELTA_STATE}:
+    if shapes.keys() != {CONV_STATE, DELTA_STATE}:
         return None
     if next(module.parameters()).dtype not in TOLERANCE:
         return None  # nothing says how near is near enough
     packed = PackedDeltaNet(module, code, cache, operators)
+    return packed if gives_the_same(module, cache, shapes, own, packed) else None
+
+
+def gives_the_same(
+    module: nn.Module,
+    cache: str,
+    shapes: Mapping[StateKey, StateShape],
+    own: Callable[..., Any],
+    packed: Callable[..., Tensor],
+) -> bool:
+    """Whether `packed` gives for the parts of a step what `own` gives for each sequence."""
     try:
         wanted, found = _outputs(module, cache, shapes, own, packed)
     except Exception:
-        return None  # its code is not the one that is known
-    return packed if near(found, wanted) else None
+        return False  # the module's code is not the one that is known
+    return near(found, wanted)
 
 
 def _outputs(
@@ -207,7 +218,7 @@ def _outputs(
     cache: str,
     shapes: Mapping[StateKey, StateShape],
     own: Callable[..., Any],
-    packed: PackedDeltaNet,
+    packed: Callable[..., Tensor],
 ) -> tuple[Tensor, Tensor]:
     """Outputs by the own code and by `packed`: two prompts, then one and two more tokens."""
     weight = next(p for p in module.parameters() if p.ndim == 2)

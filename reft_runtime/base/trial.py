@@ -75,14 +75,14 @@ class Trials:
 
         `kind` is what is built, and for what; results are remembered by it and by the formula.
         """
-        formula = kind, _formula(module)
-        if formula not in self._held:
+        key = kind, formula(module)
+        if key not in self._held:
             plain = copy.deepcopy(module).float()
             plan = build(plain)
-            self._held[formula] = plan is not None and self.same(
+            self._held[key] = plan is not None and self.same(
                 plain, plan.forward, plan.width, head, adds=adds
             )
-        return self._held[formula]
+        return self._held[key]
 
     def same(
         self,
@@ -123,7 +123,7 @@ class Trials:
         return bool((found - wanted).norm() <= TOLERANCE[like.dtype] * wanted.norm())
 
 
-def _formula(module: nn.Module) -> Hashable:
+def formula(module: nn.Module) -> Hashable:
     """A key that is equal for two modules that compute the same formula with other weights."""
     return tuple(
         (

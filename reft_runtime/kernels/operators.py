@@ -10,6 +10,7 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from reft_runtime.kernels.cpu import DeltaNetWeights as DeltaNetWeights
 from reft_runtime.kernels.cpu import Drawing as Drawing
 from reft_runtime.kernels.cpu import HeadScoring as HeadScoring
 from reft_runtime.kernels.cpu import Kernels, kernels
@@ -20,7 +21,7 @@ _log = logging.getLogger(__name__)
 class Operators(Protocol):
     """A device's operators; shapes are trusted, because the callers take them from models.
 
-    Arguments are contiguous tensors of one dtype, as `supports` says (heads: as `packs` says).
+    Arguments are contiguous tensors of one dtype, as `supports` says (heads: as `rotates` says).
     `name` is what the log calls the operators.
     """
 
@@ -32,11 +33,12 @@ class Operators(Protocol):
         They must be contiguous, of one dtype that the operators know, and need no gradient.
         """
 
-    def packs(self, *heads: Tensor) -> bool:
-        """Whether the operators take these heads [T, heads, dim].
+    def rotates(self, *heads: Tensor) -> bool:
+        """Whether `rotate_` takes these heads [T, heads, dim].
 
-        Dtype and gradient are as for `supports`, but only the heads of each token must lie side by
-        side. Tokens may lie apart: heads are often columns of a wider product.
+        Dtype and gradient are as for `supports`, but only the numbers of a head must lie side by
+        side. Tokens may lie apart: heads are often columns of a wider product. Whether heads may,
+        such as the first numbers of wider ones, depends on the operators.
         """
 
     def rms_norm(
@@ -80,7 +82,9 @@ class ProductOperators(Operators, Protocol):
 
 @runtime_checkable
 class MixerOperators(Protocol):
-    """Operators for recurrent layers. Where one does not take its tensors, it returns None."""
+    """Operators for recurrent layers. Those that return a tensor return None where they do not take
+    what they are given.
+    """
 
     def delta_rule_(
         self,
@@ -114,6 +118,18 @@ class MixerOperators(Protocol):
         self, rows: Tensor, gate: Tensor, weight: Tensor, epsilon: float
     ) -> Tensor | None:
         """`Operators.rms_norm` of rows [n, d], times silu of `gate` [n, d]."""
+
+    def gated_delta_net_(
+        self, rows: Tensor, weights: DeltaNetWeights, inputs: Tensor, state: Tensor, out: Tensor
+    ) -> None:
+        """All that a gated delta net computes between its two products, for n sequences.
+
+        `rows` [n * T, ...] hold side by side queries, keys and values, the gates of the norm
+        [value_heads * value_dim], and what beta and the decay are made of [value_heads] each.
+        `convolve_`, with silu and the states `inputs`, `delta_rule_` of normalised queries and
+        keys, and `gated_rms_norm` fill `out` [n * T, value_heads * value_dim]. Raises ValueError
+        if shapes disagree, or if it does not take the tensors.
+        """
 
 
 def operators_for(device: torch.device) -> Operators | None:

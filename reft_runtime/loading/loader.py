@@ -152,7 +152,7 @@ def adopt_model(
             # Not in inference mode: outside the engine, packed weights may meet gradients.
             with stage("Packing the weights"), torch.inference_mode(mode=False), torch.no_grad():
                 fused = fuse(model, layers, probed)
-                fuse_delta_nets(mixers, probe.states, model.device)
+                fuse_delta_nets(mixers, probe.states, probe.read, model.device)
                 probed, unused = keep_latents(model, probed)
                 packed = prepack(model, {*unused, *probe.read})
                 packed = replace(packed, experts=pack_experts(model))

@@ -45,6 +45,9 @@ def answer(model: PreTrainedModel, calls: dict[str, int]) -> list[int]:
         ("olmo2", {"rms_norm": 13, "silu_mul": 3, "rotate_": 3}),
         # Norms whose weight is how far a factor is from one, and another activation.
         ("gemma3_text", {"rms_norm": 18, "rotate_": 3}),
+        # The first numbers of each head are rotated, by the function itself or before it.
+        ("qwen3_5_text", {"rms_norm": 11, "silu_mul": 4, "rotate_": 1}),
+        ("stablelm", {"silu_mul": 3, "rotate_": 3}),
         ("gpt2", {}),
     ],
 )

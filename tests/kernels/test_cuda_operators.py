@@ -59,8 +59,8 @@ def test_gated_silu(width: int, dtype: torch.dtype) -> None:
 def test_rotary_positions(dim: int, dtype: torch.dtype) -> None:
     wide = random(3, 4 + 2 + 1, dim, dtype=dtype)
     query, key, rest = torch.split(wide, [4, 2, 1], 1)
-    assert OPERATORS.packs(query, key)
-    assert not OPERATORS.packs(query.transpose(0, 1))
+    assert OPERATORS.rotates(query, key)
+    assert not OPERATORS.rotates(query.transpose(0, 1))
     angles = random(3, dim // 2, seed=1).repeat(1, 2)
     cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
     wanted = []

@@ -161,11 +161,12 @@ def test_draw_wants_a_setting_for_each_row(operators: Kernels) -> None:
 
 @dtypes
 @pytest.mark.parametrize("tokens", [1, 300])
-def test_rotate(operators: Kernels, dtype: torch.dtype, tokens: int) -> None:
-    # Columns of one product, as a merged linear layer gives them.
-    both = rand(tokens, 9, 16, dtype=dtype)
-    query, key, rest = torch.split(both, [4, 2, 3], 1)
-    others = rest.clone()
+@pytest.mark.parametrize("head", [16, 24])
+def test_rotate(operators: Kernels, dtype: torch.dtype, tokens: int, head: int) -> None:
+    # Columns of one product, as a merged linear layer gives them; perhaps a part of each head.
+    both = rand(tokens, 9, head, dtype=dtype)
+    query, key, rest = torch.split(both[..., :16], [4, 2, 3], 1)
+    others, behind = rest.clone(), both[..., 16:].clone()
     angles = rand(tokens, 8, seed=2).repeat(1, 2)
     cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
 
@@ -179,6 +180,7 @@ def test_rotate(operators: Kernels, dtype: torch.dtype, tokens: int) -> None:
     close(query, wanted[0])
     close(key, wanted[1])
     assert torch.equal(rest, others)
+    assert torch.equal(both[..., 16:], behind)
 
 
 @dtypes
@@ -229,9 +231,10 @@ def test_what_delta_rule_does_not_take(operators: Kernels) -> None:
 
 
 @dtypes
-@pytest.mark.parametrize("taps", [2, 4])
-@pytest.mark.parametrize("more", [0, 1])
+@pytest.mark.parametrize("taps", [1, 2, 4])
+@pytest.mark.parametrize("more", [0, 2])
 @pytest.mark.parametrize("biased", [True, False])
+@pytest.mark.parametrize("channels", [1, 37, 1101])
 @pytest.mark.parametrize(("count", "tokens"), [(1, 1), (9, 1), (1, 2), (1, 30), (3, 3)])
 def test_convolve(
     operators: Kernels,
@@ -239,12 +242,13 @@ def test_convolve(
     taps: int,
     more: int,
     biased: bool,
+    channels: int,
     count: int,
     tokens: int,
 ) -> None:
-    channels = 1100
     state = rand(count, channels, taps - 1 + more, dtype=dtype)
-    inputs = rand(count, tokens, channels, dtype=dtype, seed=1)
+    # Columns of a wider product, as a merged linear layer gives them.
+    inputs = rand(count, tokens, channels + 3, dtype=dtype, seed=1)[..., :channels]
     weight = rand(channels, taps, dtype=dtype)
     bias = rand(channels, dtype=dtype, seed=2) if biased else None
     every = torch.cat((state, inputs.transpose(1, 2)), -1)
@@ -452,7 +456,7 @@ def test_shapes_that_disagree_are_refused(operators: Kernels) -> None:
 
 
 def test_what_the_operators_take(operators: Kernels) -> None:
-    supports, packs = operators.supports, operators.packs
+    supports, packs, rotates = operators.supports, operators.packs, operators.rotates
     attends, attends_prompts = operators.attends, operators.attends_prompts
     heads = rand(3, 4, 16)
     assert supports(heads, heads)
@@ -465,6 +469,9 @@ def test_what_the_operators_take(operators: Kernels) -> None:
     assert not supports(heads[:, 1:3])
     for other in (heads.transpose(0, 1), heads[..., :8], heads.half()):
         assert not packs(other)
+    assert rotates(heads[:, 1:3], heads[..., :8], heads.transpose(0, 1))
+    for other in (heads.half(), heads[..., ::2], heads[:, :1].expand(3, 4, 16)):
+        assert not rotates(other)
     assert attends(heads, heads, rand(3, 4, 8))  # values may be narrower
     assert attends(heads.transpose(0, 1), heads, heads)  # they are packed first
     assert not attends(heads, heads, heads.bfloat16())

@@ -1,7 +1,7 @@
 """Fused operators for a CPU, compiled at first use; None where there is no compiler.
 
 Arguments are contiguous CPU tensors of one dtype, float32 or bfloat16, as `supports` says (heads:
-as `packs` says). Shapes that disagree raise ValueError: a kernel would write out of bounds.
+as `rotates` says). Shapes that disagree raise ValueError: a kernel would write out of bounds.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from reft_runtime.kernels.cpu.build import load_library
-from reft_runtime.machine.dtypes import DTYPES, name_of
+from reft_runtime.kernels.cpu.recurrent import DeltaNetWeights as DeltaNetWeights
+from reft_runtime.kernels.cpu.recurrent import RecurrentKernels
 
 _NO_MEMORY = 2
 """Status of an operator that could not allocate; 0 is success, 1 a token beyond its row or step."""
@@ -25,14 +26,11 @@ _NO_MEMORY = 2
 _P, _I, _F = c_void_p, c_int64, c_float
 _ARGUMENTS: dict[str, list[Any]] = {
     "rms_norm": [_P, _P, _P, _I, _I, _F, c_int, c_int],
-    "gated_rms_norm": [_P, _P, _P, _P, _I, _I, _F, c_int],
     "add_rms_norm": [_P, _P, _P, _P, _P, _I, _I, _F, c_int],
     "silu_mul": [_P, _P, _I, _I, c_int],
     "greedy": [_P, _P, _I, _I, c_int],
     "refuse": [_P, _P, _I],
-    "rotate": [*[_P] * 4, *[_I] * 6, c_int],
-    "delta_rule": [*[_P] * 7, *[_I] * 9, c_int, c_int],
-    "convolve": [*[_P] * 5, *[_I] * 5, c_int, c_int],
+    "rotate": [*[_P] * 4, *[_I] * 8, c_int],
     "attend": [*[_P] * 5, *[_I] * 13, _F, _F, _P, c_int],
     "attend_prompts": [*[_P] * 5, *[_I] * 13, _F, _F, _P, c_int],
 }
@@ -65,59 +63,26 @@ class HeadScoring:
     sinks: Tensor | None = None
 
 
-class Kernels:
+class Kernels(RecurrentKernels):
     """The operators, by dtype; see `reft_runtime.kernels.operators.Operators`.
 
     The library tells which dtypes and heads they take.
     """
 
     def __init__(self, library: ctypes.CDLL) -> None:
-        self._functions: dict[tuple[str, torch.dtype], Any] = {}
-        self._dtypes = {
-            dtype for name, dtype in DTYPES.items() if hasattr(library, f"rms_norm_{name}")
-        }
-        for operator, arguments in _ARGUMENTS.items():
-            for dtype in self._dtypes:
-                function = getattr(library, f"{operator}_{name_of(dtype)}")
-                function.argtypes = arguments
-                function.restype = c_int if operator.startswith("attend") else None
-                self._functions[operator, dtype] = function
+        super().__init__(library)
+        self._bind(_ARGUMENTS)
         library.can_attend.argtypes = [_I, _I]
         library.can_attend_prompts.argtypes = [_I, _I, c_int]
         self._can_attend: Callable[[int, int], int] = cache(library.can_attend)
         library.draw_tokens.argtypes = [*[_P] * 4, _I, _I, c_int]
         library.draw_tokens.restype = None
         self._draw: Callable[..., None] = library.draw_tokens
-        library.widest_delta_key.restype = _I
-        self._widest_delta_key: int = library.widest_delta_key()
-        library.most_taps.restype = _I
-        self._most_taps: int = library.most_taps()
         self._can_attend_prompts: Callable[[int, int, bool], int] = cache(
             library.can_attend_prompts
         )
         library.instructions.restype = c_char_p
         self.name = f"C++ kernels ({library.instructions().decode()})"
-
-    def supports(self, *tensors: Tensor) -> bool:
-        """See `Operators.supports`; the tensors must be on a CPU."""
-        dtype = tensors[0].dtype
-        for tensor in tensors:
-            if tensor.dtype != dtype or not tensor.is_contiguous():
-                return False
-            if tensor.requires_grad or not tensor.is_cpu:
-                return False
-        return dtype in self._dtypes
-
-    def packs(self, *heads: Tensor) -> bool:
-        """See `Operators.packs`; the tensors must be on a CPU."""
-        dtype = heads[0].dtype
-        for tensor in heads:
-            _, between, within = tensor.stride()
-            if within != 1 or between != tensor.shape[2]:
-                return False
-            if tensor.dtype != dtype or tensor.requires_grad or not tensor.is_cpu:
-                return False
-        return dtype in self._dtypes
 
     def attends(self, query: Tensor, key: Tensor, value: Tensor) -> bool:
         """Whether `attend` takes these heads [T, heads, dim], once the heads of a token are packed.
@@ -150,29 +115,6 @@ class Kernels:
             width,
             epsilon,
             from_one,
-            torch.get_num_threads(),
-        )
-        return out
-
-    def gated_rms_norm(
-        self, rows: Tensor, gate: Tensor, weight: Tensor, epsilon: float
-    ) -> Tensor | None:
-        """See `MixerOperators.gated_rms_norm`."""
-        width = weight.shape[0]
-        if weight.ndim != 1 or rows.shape[-1] != width or gate.shape != rows.shape:
-            shapes = tuple(rows.shape), tuple(gate.shape), tuple(weight.shape)
-            raise ValueError(f"gated_rms_norm: shapes disagree: {shapes}")
-        if not self.supports(rows, gate, weight):
-            return None
-        out = torch.empty_like(rows)
-        self._functions["gated_rms_norm", rows.dtype](
-            rows.data_ptr(),
-            gate.data_ptr(),
-            weight.data_ptr(),
-            out.data_ptr(),
-            rows.numel() // width,
-            width,
-            epsilon,
             torch.get_num_threads(),
         )
         return out
@@ -262,19 +204,26 @@ class Kernels:
         drawn: list[int] = tokens.tolist()
         return drawn
 
-    def rotate_(self, query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> None:
-        """Rotary positions in place: heads [T, heads, dim], `cos` and `sin` [T, dim].
+    def rotates(self, *heads: Tensor) -> bool:
+        """See `Operators.rotates`; the tensors must be on a CPU."""
+        dtype = heads[0].dtype
+        for tensor in heads:
+            _, between, within = tensor.stride()
+            if within != 1 or between < tensor.shape[2]:
+                return False
+            if tensor.dtype != dtype or tensor.requires_grad or not tensor.is_cpu:
+                return False
+        return dtype in self._dtypes
 
-        The halves of a head are rotated against each other (`rotate_half` in transformers).
-        Heads of a token must lie side by side, as `packs` says.
-        """
-        tokens, _, dim = query.shape
+    def rotate_(self, query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> None:
+        """See `Operators.rotate_`."""
+        tokens, _, width = query.shape
         if (
-            key.shape[::2] != (tokens, dim)
-            or cos.shape[-2:] != (tokens, dim)
-            or cos.numel() != tokens * dim
+            key.shape[::2] != (tokens, width)
+            or cos.shape[-2:] != (tokens, width)
+            or cos.numel() != tokens * width
             or sin.shape != cos.shape
-            or dim % 2
+            or width % 2
             or not query.dtype == key.dtype == cos.dtype == sin.dtype
         ):
             shapes = [(tuple(tensor.shape), tensor.dtype) for tensor in (query, key, cos, sin)]
@@ -284,85 +233,14 @@ class Kernels:
             key.data_ptr(),
             cos.data_ptr(),
             sin.data_ptr(),
-            query.shape[0],
+            tokens,
             query.shape[1],
             key.shape[1],
-            query.shape[2],
-            query.stride(0),
-            key.stride(0),
+            width,
+            *query.stride()[:2],
+            *key.stride()[:2],
             torch.get_num_threads(),
         )
-
-    def delta_rule_(
-        self,
-        heads: tuple[Tensor, Tensor, Tensor],
-        gate: Tensor,
-        beta: Tensor,
-        state: Tensor,
-        *,
-        normalised: bool,
-    ) -> Tensor | None:
-        """See `MixerOperators.delta_rule_`."""
-        query, key, value = heads
-        count, tokens, key_heads, key_dim = key.shape
-        value_heads, value_dim = value.shape[2:]
-        if (
-            query.shape != key.shape
-            or value.shape[:2] != (count, tokens)
-            or value_heads % key_heads
-            or not gate.shape == beta.shape == (count, tokens, value_heads)
-            or state.shape != (count, value_heads, key_dim, value_dim)
-        ):
-            shapes = [tuple(tensor.shape) for tensor in (*heads, gate, beta, state)]
-            raise ValueError(f"delta_rule: shapes disagree: {shapes}")
-        if key_dim > self._widest_delta_key or not state.is_cpu or not state.is_contiguous():
-            return None
-        if state.dtype != torch.float32 or any(t.requires_grad for t in (gate, beta, state)):
-            return None
-        packed = [_packed(tensor) for tensor in heads]
-        if not self.packs(*packed):
-            return None
-        gate, beta = gate.float().contiguous(), beta.float().contiguous()
-        out = value.new_empty(count, tokens, value_heads, value_dim)
-        self._functions["delta_rule", value.dtype](
-            *(tensor.data_ptr() for tensor in (*packed, gate, beta, state, out)),
-            *(count, tokens, key_heads, value_heads, key_dim, value_dim),
-            *(tensor.stride(0) for tensor in packed),
-            normalised,
-            torch.get_num_threads(),
-        )
-        return out
-
-    def convolve_(
-        self, inputs: Tensor, state: Tensor, weight: Tensor, bias: Tensor | None, *, silu: bool
-    ) -> Tensor | None:
-        """See `MixerOperators.convolve_`."""
-        count, channels, kept = state.shape
-        tokens, taps = inputs.shape[1], weight.shape[-1]
-        if (
-            inputs.shape != (count, tokens, channels)
-            or weight.shape != (channels, taps)
-            or kept < taps - 1
-        ):
-            shapes = [tuple(tensor.shape) for tensor in (inputs, state, weight)]
-            raise ValueError(f"convolve: shapes disagree: {shapes}")
-        inputs = inputs.contiguous()
-        if not self.supports(inputs, state, weight, *(() if bias is None else (bias,))):
-            return None
-        if taps > self._most_taps:
-            return None
-        out = torch.empty_like(inputs)
-        self._functions["convolve", inputs.dtype](
-            inputs.data_ptr(),
-            weight.data_ptr(),
-            None if bias is None else bias.data_ptr(),
-            state.data_ptr(),
-            out.data_ptr(),
-            *(count, tokens, channels, taps, kept),
-            silu,
-            torch.get_num_threads(),
-        )
-        return out
 
     def attend(
         self,
@@ -462,13 +340,6 @@ class Kernels:
             raise MemoryError(f"{operator}: out of memory")
         if status:
             raise ValueError(f"{operator}: a token is beyond its row or the step")
-
-
-def _packed(heads: Tensor) -> Tensor:
-    """Heads [n, T, heads, dim] as [n * T, heads, dim], those of a token side by side."""
-    rows = heads.flatten(0, 1)
-    _, between, within = rows.stride()
-    return rows if within == 1 and between == rows.shape[2] else rows.contiguous()
 
 
 @cache

@@ -1,4 +1,4 @@
-// Token mixing by recurrent states: the gated delta rule, and convolutions token by token.
+// Token mixing by recurrent states: the gated delta rule.
 #pragma once
 
 #include <algorithm>
@@ -17,8 +17,7 @@ constexpr int64_t WIDE = COLUMNS;
 #endif
 constexpr int64_t AT_ONCE = 16;    // tokens that go over some columns while these are in the cache
 constexpr int64_t MAX_KEY = 256;   // largest width of a key head
-constexpr int64_t CHANNELS = 512;  // channels of a convolution that a thread takes at a time
-constexpr int64_t MAX_TAPS = 8;    // most taps of a convolution
+constexpr int64_t MAX_VALUE = 256; // largest width of a value head whose norm is fused
 
 // One token's change of some columns of a head's state [key_dim, value_dim]:
 //     state *= decay;  change = beta * (value - key . state);  state += key change^T
@@ -61,6 +60,55 @@ inline void widen_head(const T* from, float* to, int64_t dim, bool normal, float
     for (int64_t i = 0; i < dim; ++i) to[i] *= scale;
 }
 
+// By how much a token shrinks the state, and how much of the change it makes.
+struct DeltaGates {
+    float decay, beta;
+};
+
+// The gated delta rule of one head over a sequence's tokens: query, key, value and `out` point to
+// the first token's, and tokens are apart by the strides. `state` [key_dim, value_dim] changes in
+// place. `gates(token)` gives decay and beta; `after(first, n)` is called when the outputs of tokens
+// [first, first + n) are there.
+template <typename T, typename Gates, typename After>
+inline void delta_head(const T* query, int64_t query_stride, const T* key, int64_t key_stride,
+                       const T* value, int64_t value_stride, float* state, T* out,
+                       int64_t out_stride, int64_t tokens, int64_t key_dim, int64_t value_dim,
+                       bool normal, Gates gates, After after) {
+    const float scale = 1.0f / std::sqrt(static_cast<float>(key_dim));
+    float queries[AT_ONCE * MAX_KEY], keys[AT_ONCE * MAX_KEY];
+    float both[AT_ONCE];
+    DeltaGates gate[AT_ONCE];
+    for (int64_t start = 0; start < tokens; start += AT_ONCE) {
+        const int64_t n = std::min(AT_ONCE, tokens - start);
+        for (int64_t t = 0; t < n; ++t) {
+            float *q = queries + t * key_dim, *k = keys + t * key_dim;
+            widen_head(query + (start + t) * query_stride, q, key_dim, normal, scale);
+            widen_head(key + (start + t) * key_stride, k, key_dim, normal, 1.0f);
+            both[t] = 0;
+            for (int64_t i = 0; i < key_dim; ++i) both[t] += q[i] * k[i];
+            gate[t] = gates(start + t);
+        }
+        const bool wide = n == 1 && value_dim % WIDE == 0;
+        const int64_t columns = wide ? WIDE : COLUMNS;
+        for (int64_t column = 0; column < value_dim; column += columns) {
+            const int64_t width = std::min(columns, value_dim - column);
+            auto* change = wide               ? delta_columns<WIDE>
+                           : width == COLUMNS ? delta_columns<COLUMNS>
+                                              : delta_columns<0>;
+            for (int64_t t = 0; t < n; ++t) {
+                float values[WIDE], made[WIDE];
+                const T* from = value + (start + t) * value_stride + column;
+                for (int64_t i = 0; i < width; ++i) values[i] = load(from[i]);
+                change(state + column, value_dim, queries + t * key_dim, keys + t * key_dim, values,
+                       made, key_dim, width, gate[t].decay, gate[t].beta, both[t]);
+                T* to = out + (start + t) * out_stride + column;
+                for (int64_t i = 0; i < width; ++i) store(to[i], made[i]);
+            }
+        }
+        after(start, n);
+    }
+}
+
 // The gated delta rule over `tokens` tokens of each of `count` sequences. Query and key heads lie
 // [count * tokens, key_heads, key_dim], values and `out` [count * tokens, value_heads, value_dim];
 // the strides are between tokens. `gate` (the logarithm of the decay) and `beta` are
@@ -70,141 +118,24 @@ void delta_rule(const T* query, const T* key, const T* value, const float* gate,
                 float* state, T* out, int64_t count, int64_t tokens, int64_t key_heads,
                 int64_t value_heads, int64_t key_dim, int64_t value_dim, int64_t query_stride,
                 int64_t key_stride, int64_t value_stride, int normal, int threads) {
-    const float scale = 1.0f / std::sqrt(static_cast<float>(key_dim));
+    const int64_t group = value_heads / key_heads, width = value_heads * value_dim;
 #pragma omp parallel for num_threads(threads) collapse(2)
     for (int64_t sequence = 0; sequence < count; ++sequence)
         for (int64_t head = 0; head < value_heads; ++head) {
-            const int64_t key_head = head / (value_heads / key_heads);
-            float* own = state + (sequence * value_heads + head) * key_dim * value_dim;
-            float queries[AT_ONCE * MAX_KEY], keys[AT_ONCE * MAX_KEY];
-            float both[AT_ONCE], decay[AT_ONCE];
-            for (int64_t start = 0; start < tokens; start += AT_ONCE) {
-                const int64_t first = sequence * tokens + start;
-                const int64_t n = std::min(AT_ONCE, tokens - start);
-                for (int64_t t = 0; t < n; ++t) {
-                    float *q = queries + t * key_dim, *k = keys + t * key_dim;
-                    const int64_t from = key_head * key_dim;
-                    widen_head(query + (first + t) * query_stride + from, q, key_dim, normal,
-                               scale);
-                    widen_head(key + (first + t) * key_stride + from, k, key_dim, normal, 1.0f);
-                    both[t] = 0;
-                    for (int64_t i = 0; i < key_dim; ++i) both[t] += q[i] * k[i];
-                    decay[t] = std::exp(gate[(first + t) * value_heads + head]);
-                }
-                const bool wide = n == 1 && value_dim % WIDE == 0;
-                const int64_t columns = wide ? WIDE : COLUMNS;
-                for (int64_t column = 0; column < value_dim; column += columns) {
-                    const int64_t width = std::min(columns, value_dim - column);
-                    auto* change = wide               ? delta_columns<WIDE>
-                                   : width == COLUMNS ? delta_columns<COLUMNS>
-                                                      : delta_columns<0>;
-                    for (int64_t t = 0; t < n; ++t) {
-                        const int64_t token = first + t;
-                        const int64_t place = head * value_dim + column;
-                        float values[WIDE], made[WIDE];
-                        for (int64_t i = 0; i < width; ++i)
-                            values[i] = load(value[token * value_stride + place + i]);
-                        change(own + column, value_dim, queries + t * key_dim, keys + t * key_dim,
-                               values, made, key_dim, width, decay[t],
-                               beta[token * value_heads + head], both[t]);
-                        T* to = out + token * value_heads * value_dim + place;
-                        for (int64_t i = 0; i < width; ++i) store(to[i], made[i]);
-                    }
-                }
-            }
-        }
-}
-
-// One token of some channels' causal convolutions: `to` gets the convolution, `held` the inputs.
-// TAPS is the number of both where it is known when compiling, 0 where it is not.
-template <typename T, int TAPS>
-inline void convolve_channels(const T* from, const T* weight, const T* bias, T* held, T* to,
-                              int64_t channels, int64_t taps, int64_t kept) {
-    if (TAPS) taps = kept = TAPS;
-    for (int64_t channel = 0; channel < channels; ++channel) {
-        T* own = held + channel * kept;
-        const T* w = weight + channel * taps;
-        float sum = load(from[channel]) * load(w[taps - 1]);
-        for (int64_t i = 0; i < taps - 1; ++i) sum += load(own[kept - taps + 1 + i]) * load(w[i]);
-        for (int64_t i = 0; i + 1 < kept; ++i) own[i] = own[i + 1];
-        if (kept) own[kept - 1] = from[channel];
-        store(to[channel], bias ? sum + load(bias[channel]) : sum);
-    }
-}
-
-// Causal convolutions of one sequence's tokens: `from` and `to` point to some channels of the first
-// token, tokens are `stride` apart. TAPS as above.
-template <typename T, int TAPS>
-inline void convolve_tokens(const T* from, const T* weight, const T* bias, T* held, T* to,
-                            int64_t tokens, int64_t stride, int64_t channels, int64_t taps,
-                            int64_t kept) {
-    if (TAPS) taps = kept = TAPS;
-    // By tap, so that a loop over channels finds numbers side by side.
-    float weights[MAX_TAPS][CHANNELS], before[MAX_TAPS][CHANNELS], added[CHANNELS];
-    for (int64_t channel = 0; channel < channels; ++channel) {
-        for (int64_t i = 0; i < taps; ++i) weights[i][channel] = load(weight[channel * taps + i]);
-        for (int64_t i = 0; i + 1 < taps; ++i)
-            before[i][channel] = load(held[channel * kept + kept - taps + 1 + i]);
-        added[channel] = bias ? load(bias[channel]) : 0.0f;
-    }
-    for (int64_t token = 0; token < tokens; ++token) {
-        float sums[CHANNELS];
-        for (int64_t channel = 0; channel < channels; ++channel) sums[channel] = added[channel];
-        for (int64_t i = 0; i < taps; ++i) {
-            const int64_t source = token - taps + 1 + i;
-            const float* w = weights[i];
-            if (source < 0) {
-                const float* old = before[source + taps - 1];
-                for (int64_t channel = 0; channel < channels; ++channel)
-                    sums[channel] += w[channel] * old[channel];
-            } else {
-                const T* now = from + source * stride;
-                for (int64_t channel = 0; channel < channels; ++channel)
-                    sums[channel] += w[channel] * load(now[channel]);
-            }
-        }
-        for (int64_t channel = 0; channel < channels; ++channel)
-            store(to[token * stride + channel], sums[channel]);
-    }
-    const int64_t stay = std::max<int64_t>(0, kept - tokens);
-    for (int64_t channel = 0; channel < channels; ++channel) {
-        T* own = held + channel * kept;
-        for (int64_t i = 0; i < stay; ++i) own[i] = own[i + kept - stay];
-        for (int64_t i = stay; i < kept; ++i)
-            own[i] = from[(tokens - kept + i) * stride + channel];
-    }
-}
-
-// Causal convolutions, a channel each, of `tokens` tokens of each of `count` sequences: `inputs` and
-// `out` [count * tokens, channels], `weight` [channels, taps], `state` [count, channels, kept] the
-// newest inputs, changed in place; taps - 1 <= kept, taps <= MAX_TAPS. With `silu` the result is
-// silu of the convolution.
-template <typename T>
-void convolve(const T* inputs, const T* weight, const T* bias, T* state, T* out, int64_t count,
-              int64_t tokens, int64_t channels, int64_t taps, int64_t kept, int silu,
-              int threads) {
-    const bool four = taps == 4 && kept == 4;
-    auto* one = four ? convolve_channels<T, 4> : convolve_channels<T, 0>;
-    auto* several = four ? convolve_tokens<T, 4> : convolve_tokens<T, 0>;
-#pragma omp parallel for num_threads(threads) collapse(2) if (count * tokens * channels > SERIAL)
-    for (int64_t sequence = 0; sequence < count; ++sequence)
-        for (int64_t start = 0; start < channels; start += CHANNELS) {
-            const int64_t size = std::min(CHANNELS, channels - start);
-            const int64_t at = sequence * tokens * channels + start;
-            const T* own = bias ? bias + start : nullptr;
-            T* held = state + (sequence * channels + start) * kept;
-            if (tokens == 1)
-                one(inputs + at, weight + start * taps, own, held, out + at, size, taps, kept);
-            else
-                several(inputs + at, weight + start * taps, own, held, out + at, tokens, channels,
-                        size, taps, kept);
-            for (int64_t token = 0; silu && token < tokens; ++token) {
-                T* to = out + at + token * channels;
-                for (int64_t i = 0; i < size; ++i) {
-                    const float x = load(to[i]);
-                    store(to[i], x / (1.0f + exponential(-x)));
-                }
-            }
+            const int64_t first = sequence * tokens, from = head / group * key_dim;
+            const float* log_decay = gate + first * value_heads + head;
+            const float* own_beta = beta + first * value_heads + head;
+            delta_head(
+                query + first * query_stride + from, query_stride,
+                key + first * key_stride + from, key_stride,
+                value + first * value_stride + head * value_dim, value_stride,
+                state + (sequence * value_heads + head) * key_dim * value_dim,
+                out + first * width + head * value_dim, width, tokens, key_dim, value_dim, normal,
+                [=](int64_t t) {
+                    return DeltaGates{std::exp(log_decay[t * value_heads]),
+                                      own_beta[t * value_heads]};
+                },
+                [](int64_t, int64_t) {});
         }
 }
 

@@ -5,8 +5,10 @@
 
 #include <cstdint>
 
+#include "convolution.h"
 #include "decode_attention.h"
 #include "delta_rule.h"
+#include "gated_delta_net.h"
 #include "prompt_attention.h"
 #include "rows.h"
 #include "sampling.h"
@@ -39,10 +41,11 @@
         refuse(row, allowed, width);                                                               \
     }                                                                                              \
     extern "C" void rotate_##NAME(T* query, T* key, const T* cos, const T* sin, int64_t tokens,    \
-                                  int64_t query_heads, int64_t key_heads, int64_t dim,             \
-                                  int64_t query_stride, int64_t key_stride, int threads) {         \
-        rotate(query, key, cos, sin, tokens, query_heads, key_heads, dim, query_stride,            \
-               key_stride, threads);                                                               \
+                                  int64_t query_heads, int64_t key_heads, int64_t width,           \
+                                  int64_t query_stride, int64_t query_between,                     \
+                                  int64_t key_stride, int64_t key_between, int threads) {          \
+        rotate(query, key, cos, sin, tokens, query_heads, key_heads, width, query_stride,          \
+               query_between, key_stride, key_between, threads);                                   \
     }                                                                                              \
     extern "C" void delta_rule_##NAME(                                                             \
         const T* query, const T* key, const T* value, const float* gate, const float* beta,        \
@@ -55,9 +58,21 @@
     }                                                                                              \
     extern "C" void convolve_##NAME(const T* inputs, const T* weight, const T* bias, T* state,     \
                                     T* out, int64_t count, int64_t tokens, int64_t channels,       \
-                                    int64_t taps, int64_t kept, int silu, int threads) {           \
-        convolve(inputs, weight, bias, state, out, count, tokens, channels, taps, kept, silu,      \
-                 threads);                                                                         \
+                                    int64_t stride, int64_t taps, int64_t kept, int silu,          \
+                                    int threads) {                                                 \
+        convolve<T>(inputs, {weight, bias, taps, kept, silu != 0}, state, out, count, tokens,      \
+                    channels, stride, threads);                                                    \
+    }                                                                                              \
+    extern "C" void gated_delta_net_##NAME(                                                        \
+        const T* rows, const T* weight, const float* decay_rate, const float* time_bias,           \
+        const T* norm, T* inputs, float* state, T* mixed, T* out,                                  \
+        int64_t count, int64_t tokens, int64_t stride, int64_t taps, int64_t kept,                 \
+        int64_t key_heads, int64_t key_dim, int64_t value_heads, int64_t value_dim,                \
+        float epsilon, int threads) {                                                              \
+        gated_delta_net<T>(rows, {key_heads, key_dim, value_heads, value_dim},                     \
+                           {{weight, nullptr, taps, kept, true}, decay_rate, time_bias, norm,      \
+                            epsilon},                                                              \
+                           inputs, state, mixed, out, count, tokens, stride, threads);             \
     }                                                                                              \
     extern "C" int attend_##NAME(                                                                  \
         const T* query, const T* key, const T* value, T* out, const int64_t* places,               \
@@ -99,6 +114,9 @@ extern "C" void draw_tokens(float* scores, float* weights, const double* setting
 
 // The widest key heads that the gated delta rule takes.
 extern "C" int64_t widest_delta_key() { return MAX_KEY; }
+
+// The widest value heads that the whole gated delta net takes.
+extern "C" int64_t widest_delta_value() { return MAX_VALUE; }
 
 // The most taps of convolutions.
 extern "C" int64_t most_taps() { return MAX_TAPS; }

@@ -50,18 +50,24 @@ void rms_norm(const T* x, const T* weight, T* out, int64_t rows, int64_t width, 
     }
 }
 
-// The norm of each row times silu of its `gate`.
+// The norm of a row times silu of its `gate`.
+template <typename T>
+void gated_norm_row(const T* x, const T* gate, const T* weight, T* out, int64_t width,
+                    float epsilon) {
+    norm_row(x, weight, out, width, epsilon);
+    for (int64_t i = 0; i < width; ++i) {
+        const float g = load(gate[i]);
+        store(out[i], load(out[i]) * g / (1.0f + exponential(-g)));
+    }
+}
+
 template <typename T>
 void gated_rms_norm(const T* x, const T* gate, const T* weight, T* out, int64_t rows,
                     int64_t width, float epsilon, int threads) {
 #pragma omp parallel for num_threads(threads) if (rows * width > SERIAL)
     for (int64_t row = 0; row < rows; ++row) {
         const int64_t at = row * width;
-        norm_row(x + at, weight, out + at, width, epsilon);
-        for (int64_t i = at; i < at + width; ++i) {
-            const float g = load(gate[i]);
-            store(out[i], load(out[i]) * g / (1.0f + exponential(-g)));
-        }
+        gated_norm_row(x + at, gate + at, weight, out + at, width, epsilon);
     }
 }
 
@@ -94,11 +100,14 @@ void silu_mul(const T* both, T* out, int64_t rows, int64_t width, int threads) {
         }
 }
 
+// Rotary positions: the halves of the first `width` numbers of each head against each other; heads
+// are `between` apart.
 template <typename T>
-void rotate_heads(T* heads, const T* cos, const T* sin, int64_t count, int64_t dim) {
-    const int64_t half = dim / 2;
+void rotate_heads(T* heads, const T* cos, const T* sin, int64_t count, int64_t between,
+                  int64_t width) {
+    const int64_t half = width / 2;
     for (int64_t head = 0; head < count; ++head) {
-        T* at = heads + head * dim;
+        T* at = heads + head * between;
         for (int64_t i = 0; i < half; ++i) {
             const float a = load(at[i]), b = load(at[i + half]);
             store(at[i], a * load(cos[i]) - b * load(sin[i]));
@@ -107,16 +116,17 @@ void rotate_heads(T* heads, const T* cos, const T* sin, int64_t count, int64_t d
     }
 }
 
+// The strides are between tokens; `cos` and `sin` are [tokens, width].
 template <typename T>
 void rotate(T* query, T* key, const T* cos, const T* sin, int64_t tokens, int64_t query_heads,
-            int64_t key_heads, int64_t dim, int64_t query_stride, int64_t key_stride,
-            int threads) {
-#pragma omp parallel for num_threads(threads) if (tokens * query_heads * dim > SERIAL)
+            int64_t key_heads, int64_t width, int64_t query_stride, int64_t query_between,
+            int64_t key_stride, int64_t key_between, int threads) {
+#pragma omp parallel for num_threads(threads) if (tokens * query_heads * width > SERIAL)
     for (int64_t token = 0; token < tokens; ++token) {
-        const T* c = cos + token * dim;
-        const T* s = sin + token * dim;
-        rotate_heads(query + token * query_stride, c, s, query_heads, dim);
-        rotate_heads(key + token * key_stride, c, s, key_heads, dim);
+        const T* c = cos + token * width;
+        const T* s = sin + token * width;
+        rotate_heads(query + token * query_stride, c, s, query_heads, query_between, width);
+        rotate_heads(key + token * key_stride, c, s, key_heads, key_between, width);
     }
 }
 

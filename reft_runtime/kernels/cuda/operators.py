@@ -26,8 +26,8 @@ class TritonOperators:
             t.dtype == dtype and t.is_contiguous() and not t.requires_grad for t in tensors
         )
 
-    def packs(self, *heads: Tensor) -> bool:
-        """See `Operators.packs`."""
+    def rotates(self, *heads: Tensor) -> bool:
+        """See `Operators.rotates`; the heads of a token must lie side by side."""
         dtype = heads[0].dtype
         return dtype in _DTYPES and all(
             t.dtype == dtype and t.stride()[1:] == (t.shape[2], 1) and not t.requires_grad
