@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from collections.abc import Sequence as SequenceOf
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from reft_runtime.edits.editors import PackedRows
 from reft_runtime.edits.sites import Site
 from reft_runtime.edits.tables import EditTables
 from reft_runtime.interventions import CanonicalEdit
+from reft_runtime.kernels.operators import RowEdit, RowEdits, cpu_operators
 from reft_runtime.kernels.staging import send
 from reft_runtime.machine.memory import is_out_of_memory
 from reft_runtime.outputs import TracedEdit
@@ -104,6 +105,8 @@ class StepEdits:
     passes: dict[Site, list[list[Segment]]] = field(default_factory=dict)
     failed: dict[Sequence, Exception] = field(default_factory=dict)
     traces: dict[Sequence, list[TracedEdit]] = field(default_factory=dict)
+    _of_rows: dict[tuple[Site, int], RowEdits] = field(default_factory=dict)
+    """The short segments of a site's pass as edits of rows, once they were applied."""
 
     @property
     def sites(self) -> SequenceOf[Site]:
@@ -136,6 +139,10 @@ class StepEdits:
                     edits._add(chunk, shift, on_device)
             first += chunk.length
         return edits
+
+    def again(self) -> StepEdits:
+        """The edits of a further step in which the same rows are edited alike."""
+        return replace(self, failed={}, traces={})
 
     def _add(self, chunk: Chunk, shift: int, on_device: OnDevice) -> None:
         length = chunk.sequence.prompt_length
@@ -174,9 +181,9 @@ class StepEdits:
         """Edit the packed rows [T, d] of one site in place."""
         if self.rows is not None:
             self.rows.apply(site, hidden)
-        for segments in self.passes.get(site, ()):
+        for number, segments in enumerate(self.passes.get(site, ())):
             try:
-                self._apply_pass(segments, hidden)
+                self._apply_pass(segments, hidden, (site, number))
             except Exception as error:
                 if is_out_of_memory(error):
                     raise
@@ -189,18 +196,43 @@ class StepEdits:
                             raise
                         self.failed[segment.sequence] = error
 
-    def _apply_pass(self, segments: list[Segment], hidden: Tensor) -> None:
-        """Compute all segments' new rows before any is written: a failure changes nothing."""
+    def _apply_pass(
+        self, segments: list[Segment], hidden: Tensor, known_as: tuple[Site, int] | None = None
+    ) -> None:
+        """Compute all segments' new rows before any is written: a failure changes nothing.
+
+        What is made of the segments is kept under the name `known_as`.
+        """
         short = [segment for segment in segments if _batches(segment)]
         results = [_edit_alone(s, hidden, self.sent) for s in segments if not _batches(s)]
-        if short:
-            results.append(_edit_together(short, hidden, self.sent))
         traced = [s for s in segments if s.sequence.request.trace and s.sequence.leads]
         before = [hidden[segment.rows].float() for segment in traced]
+        if short and not self._edit_rows(short, hidden, known_as):
+            results.append(_edit_together(short, hidden, self.sent))
         for rows, edited in results:
             hidden.index_copy_(0, rows, edited.to(hidden.dtype))
         for segment, old in zip(traced, before, strict=True):
             self._trace(segment, old, hidden[segment.rows].float())
+
+    def _edit_rows(
+        self, short: list[Segment], hidden: Tensor, known_as: tuple[Site, int] | None
+    ) -> bool:
+        """Edit short segments by the CPU's operator; False, and nothing is changed, without one."""
+        operators = cpu_operators() if hidden.device.type == "cpu" else None
+        if operators is None:
+            return False
+        edits = self._of_rows.get(known_as) if known_as is not None else None
+        if edits is None:
+            edits = RowEdits(
+                [
+                    RowEdit(row, s.edit.V, s.edit.b, s.edit.U, float(s.strength))
+                    for s in short
+                    for row in s.rows
+                ]
+            )
+            if known_as is not None:
+                self._of_rows[known_as] = edits
+        return operators.edit_rows_(hidden, edits)
 
     def _trace(self, segment: Segment, old: Tensor, new: Tensor) -> None:
         sizes = (new - old).norm(dim=-1) / old.norm(dim=-1)

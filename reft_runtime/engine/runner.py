@@ -129,6 +129,7 @@ class Runner:
         self._followers = followers
         self._on_device = OnDevice(loaded.device)
         self._known: OrderedDict[tuple[int, int], None] = OrderedDict()
+        self._decoding: tuple[tuple[Sequence, ...], StepEdits] | None = None
 
     @torch.inference_mode()
     def run(self, chunks: SequenceOf[Chunk]) -> StepResult | Launched:
@@ -164,7 +165,7 @@ class Runner:
 
         Returns the logits [rows, vocabulary] of the packed `rows`, and the edits as they went.
         """
-        edits = StepEdits.of(chunks, self._on_device, self.sites.same, self.tables)
+        edits = self._edits(chunks)
         self._check_room(sum(chunk.length for chunk in chunks), len(rows))
         if self._followers is None:
             logits = self._forward(chunks, rows, edits)
@@ -175,6 +176,21 @@ class Runner:
             except Exception as error:
                 raise self._followers.broken(error) from error
         return logits, edits
+
+    def _edits(self, chunks: SequenceOf[Chunk]) -> StepEdits:
+        """The edits of a step; those of the one before where the same sequences decode again."""
+        sequences = tuple(chunk.sequence for chunk in chunks)
+        alike = self.tables is None and all(
+            chunk.length == 1
+            and chunk.start >= chunk.sequence.prompt_length
+            and not chunk.sequence.request.trace
+            for chunk in chunks
+        )
+        if alike and self._decoding is not None and self._decoding[0] == sequences:
+            return self._decoding[1].again()
+        edits = StepEdits.of(chunks, self._on_device, self.sites.same, self.tables)
+        self._decoding = (sequences, edits) if alike else None
+        return edits
 
     def fork(self, chunks: SequenceOf[Chunk]) -> None:
         """Give the chunks' forks what these share, once the chunks are computed."""
@@ -214,6 +230,8 @@ class Runner:
 
     def release(self, sequences: SequenceOf[Sequence]) -> None:
         """Forget sequences that have ended or were preempted."""
+        if sequences:
+            self._decoding = None
         self.storage.release(sequences)
         if self._followers is not None:
             self._followers.release(sequences)

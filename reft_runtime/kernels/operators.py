@@ -14,6 +14,8 @@ from reft_runtime.kernels.cpu import DeltaNetWeights as DeltaNetWeights
 from reft_runtime.kernels.cpu import Drawing as Drawing
 from reft_runtime.kernels.cpu import HeadScoring as HeadScoring
 from reft_runtime.kernels.cpu import Kernels, kernels
+from reft_runtime.kernels.cpu import RowEdit as RowEdit
+from reft_runtime.kernels.cpu import RowEdits as RowEdits
 
 _log = logging.getLogger(__name__)
 

@@ -17,6 +17,9 @@ import torch
 from torch import Tensor
 
 from reft_runtime.kernels.cpu.build import load_library
+from reft_runtime.kernels.cpu.low_rank import LowRankKernels
+from reft_runtime.kernels.cpu.low_rank import RowEdit as RowEdit
+from reft_runtime.kernels.cpu.low_rank import RowEdits as RowEdits
 from reft_runtime.kernels.cpu.recurrent import DeltaNetWeights as DeltaNetWeights
 from reft_runtime.kernels.cpu.recurrent import RecurrentKernels
 
@@ -63,7 +66,7 @@ class HeadScoring:
     sinks: Tensor | None = None
 
 
-class Kernels(RecurrentKernels):
+class Kernels(RecurrentKernels, LowRankKernels):
     """The operators, by dtype; see `reft_runtime.kernels.operators.Operators`.
 
     The library tells which dtypes and heads they take.

@@ -9,6 +9,7 @@
 #include "decode_attention.h"
 #include "delta_rule.h"
 #include "gated_delta_net.h"
+#include "low_rank.h"
 #include "prompt_attention.h"
 #include "rows.h"
 #include "sampling.h"
@@ -74,6 +75,10 @@
                             epsilon},                                                              \
                            inputs, state, mixed, out, count, tokens, stride, threads);             \
     }                                                                                              \
+    extern "C" void edit_rows_##NAME(T* hidden, const int64_t* edits, const float* strengths,      \
+                                     int64_t count, int64_t width, int threads) {                  \
+        edit_rows(hidden, reinterpret_cast<const Edit*>(edits), strengths, count, width, threads); \
+    }                                                                                              \
     extern "C" int attend_##NAME(                                                                  \
         const T* query, const T* key, const T* value, T* out, const int64_t* places,               \
         int64_t count, int64_t, int64_t keys_before, int64_t values_before, int64_t key_heads,     \
@@ -111,6 +116,10 @@ extern "C" void draw_tokens(float* scores, float* weights, const double* setting
     draw(scores, weights, reinterpret_cast<const Settings*>(settings), tokens, count, width,
          threads);
 }
+
+// The widest rows that are edited, and the largest rank of an edit.
+extern "C" int64_t widest_edited() { return MAX_EDITED; }
+extern "C" int64_t largest_rank() { return MAX_RANK; }
 
 // The widest key heads that the gated delta rule takes.
 extern "C" int64_t widest_delta_key() { return MAX_KEY; }
