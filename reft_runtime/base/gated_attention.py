@@ -42,11 +42,12 @@ def gated_attention(
     def compute(rows: Tensor, cos: Tensor, sin: Tensor, step: Any) -> Tensor:
         both, key, value = merged.product(rows).split_with_sizes(widths, 1)
         query, gate = both.view(len(rows), heads, 2, dim).unbind(2)
+        key, value = (part.view(len(rows), kv_heads, dim) for part in (key, value))
         query = query_norm.forward(query.contiguous())
-        key = key_norm.forward(key.unflatten(1, (kv_heads, dim)).contiguous())
+        key = key_norm.forward(key.contiguous())
         width = cos.shape[-1]
         operators.rotate_(query[..., :width], key[..., :width], cos, sin)
-        mixed = step.attend(index, query, key, value.unflatten(1, (kv_heads, dim)), scoring)
+        mixed = step.attend(index, query, key, value, scoring)
         made: Tensor = (mixed * gate.sigmoid()).flatten(1)
         return made
 

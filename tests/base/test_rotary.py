@@ -69,11 +69,13 @@ def test_heads_that_share_numbers_stay_with_the_own_code() -> None:
 
 
 def test_a_function_that_changes_the_other_numbers_is_not_replaced_for_them() -> None:
+    own: Operator = of_first_numbers
+
     def doubling(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> Any:
         width = cos.shape[-1]
         return tuple(
             torch.cat((one[..., :width], 2 * one[..., width:]), -1)
-            for one in of_first_numbers(query, key, cos, sin)
+            for one in own(query, key, cos, sin)
         )
 
     assert rotated(doubling, *heads(16)) == 0
