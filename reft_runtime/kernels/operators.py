@@ -10,9 +10,10 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from reft_runtime.kernels.cpu import Drawing as Drawing
 from reft_runtime.kernels.cpu import HeadScoring as HeadScoring
 from reft_runtime.kernels.cpu import Kernels, kernels
+from reft_runtime.kernels.cpu.picking import Picking as Picking
+from reft_runtime.kernels.cpu.picking import Picks as Picks
 
 _log = logging.getLogger(__name__)
 

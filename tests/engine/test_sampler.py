@@ -1,6 +1,6 @@
 import dataclasses
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 
 import pytest
 import torch
@@ -9,11 +9,21 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from reft_runtime.engine import sampler
-from reft_runtime.engine.sampler import SampleRow, noise, prompt_logprobs, sample
+from reft_runtime.engine.sampler import SampleRow, has_penalties, noise, prompt_logprobs, sample
 from reft_runtime.sampling import SamplingParams
+from reft_runtime.schedule.token_counts import TokenCounts
 from tests.helpers.sampling import bits_of
 
 EOS = 3
+
+
+@pytest.fixture(scope="module", params=["compiled", "torch alone"], autouse=True)
+def operators(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Everything here holds with a compiler and without one."""
+    with pytest.MonkeyPatch.context() as patch:
+        if request.param != "compiled":
+            patch.setattr(sampler, "cpu_operators", lambda: None)
+        yield
 
 
 def row(
@@ -26,9 +36,12 @@ def row(
     allowed: Collection[int] | None = None,
 ) -> SampleRow:
     bits = None if allowed is None else bits_of(allowed)
-    return SampleRow(
-        params or SamplingParams(), seed, choice, prompt, generated, frozenset({EOS}), bits
-    )
+    params = params or SamplingParams()
+    counts = None
+    if has_penalties(params):
+        counts = TokenCounts(len(prompt))
+        counts.take([*prompt, *generated])
+    return SampleRow(params, seed, choice, len(generated), counts, frozenset({EOS}), bits)
 
 
 def tokens(logits: Tensor, rows: list[SampleRow]) -> list[int | None]:
@@ -42,18 +55,21 @@ def random_logits(rows: int, vocabulary: int, seed: int = 0, scale: float = 3.0)
 def reference(logits: list[float], row: SampleRow) -> int | None:
     """The documented order of processing, one token at a time, in Python's floats."""
     params, scores = row.params, list(logits)
+    if row.allowed is not None:
+        words = row.allowed.tolist()
+        scores = [s if words[i // 32] >> i % 32 & 1 else -math.inf for i, s in enumerate(scores)]
     for token, bias in params.logit_bias.items():
         scores[token] += bias
-    if len(row.generated) < params.min_tokens:
+    if row.made < params.min_tokens and row.allowed is None:
         for token in (*params.stop_token_ids, *(() if params.ignore_eos else row.eos_ids)):
             scores[token] = -math.inf
-    for token in {*row.prompt, *row.generated}:
+    times = {} if row.counts is None else dict(zip(row.counts.ids, row.counts.times, strict=True))
+    for token, count in times.items():
         scores[token] *= (
             params.repetition_penalty if scores[token] < 0 else 1 / params.repetition_penalty
         )
-    for token in set(row.generated):
-        scores[token] -= params.presence_penalty
-        scores[token] -= params.frequency_penalty * row.generated.count(token)
+        if count:
+            scores[token] -= params.presence_penalty + params.frequency_penalty * count
     if max(scores) == -math.inf:
         return None
     order = sorted(range(len(scores)), key=lambda token: (-scores[token], token))
@@ -68,9 +84,7 @@ def reference(logits: list[float], row: SampleRow) -> int | None:
         if mass < params.top_p * total:
             kept.append(token)
         mass += weights[token]
-    point = noise(row.seed, row.choice, len(row.generated)) * math.fsum(
-        weights[token] for token in kept
-    )
+    point = noise(row.seed, row.choice, row.made) * math.fsum(weights[token] for token in kept)
     for token in sorted(kept):
         point -= weights[token]
         if point < 0:
@@ -172,12 +186,7 @@ class TestDraw:
         assert tokens(logits, [one]) == [reference(logits[0].tolist(), one)]
 
     @pytest.mark.parametrize("vocabulary", [300, 20_000])
-    @pytest.mark.parametrize("compiled", [True, False])
-    def test_truncates_many_rows_as_each_alone(
-        self, vocabulary: int, compiled: bool, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        if not compiled:
-            monkeypatch.setattr(sampler, "cpu_operators", lambda: None)
+    def test_truncates_many_rows_as_each_alone(self, vocabulary: int) -> None:
         logits = random_logits(70, vocabulary)
         settings_ = [
             SamplingParams(top_p=0.9),
