@@ -1,8 +1,8 @@
 // Picks a token for each row of logits: edits, the draw, log-probabilities. Nothing is sorted.
 //
-// A row's scores are scaled and weighted once, in parts of fixed size, so that sums do not depend on
-// the number of threads. A threshold is looked for in a short list of the best scores, which the best
-// of each group of scores and a ladder of thresholds bound from below.
+// A row's scores are scaled and weighed once, in parts of fixed size, so that sums do not depend on
+// the number of threads. Where top_k ends is looked for among the scores that the best of each group
+// of scores bound from below, where top_p ends in a narrow range, found by a few sums.
 #pragma once
 
 #include <omp.h>
@@ -34,7 +34,6 @@ struct Picking {
     int64_t distinct;
 
     bool edits() const { return allowed || additions || distinct; }
-    bool truncates(int64_t width) const { return (top_k > 0 && top_k < width) || top_p < 1; }
 };
 
 static_assert(sizeof(Picking) == 17 * 8);
@@ -73,15 +72,15 @@ bool edit(const T* row, const Picking& own, float* scores, int64_t width) {
 
 // Fills `room` with a row's scores over the temperature, their weights, and the sums of these.
 template <typename T>
-void weigh(const T* row, float best, float temperature, float lowest, bool ladder, int64_t width,
+void weigh(const T* row, float best, float temperature, float lowest, int64_t width,
            const Room& room, int threads) {
 #pragma omp parallel for num_threads(threads) if (threads > 1)
     for (int64_t part = 0; part < room.parts; ++part) {
         const int64_t start = part * PART;
         const int64_t count = std::min(PART, width - start);
         const T* __restrict from = row + start;
-        float* __restrict scores = room.scores + start;
-        float* __restrict weights = room.weights + start;
+        float* __restrict scores = room.row.scores + start;
+        float* __restrict weights = room.row.weights + start;
         for (int64_t i = 0; i < count; ++i) {
             // The best becomes 0 before anything divides, so that no temperature can overflow.
             const float score = (load(from[i]) - best) / temperature;
@@ -95,8 +94,6 @@ void weigh(const T* row, float best, float temperature, float lowest, bool ladde
         room.sums[part] = sum(weights, PART);
         for (int64_t first = 0; first < PART; first += GROUP)
             room.best[(start + first) / GROUP] = best_rank(scores + first);
-        for (int rung = 0; ladder && rung < RUNGS; ++rung)
-            room.masses[part * RUNGS + rung] = mass(scores, weights, LADDER[rung]);
     }
 }
 
@@ -106,38 +103,43 @@ int64_t draw(const T* row, float best, const Picking& own, int64_t width, const 
              int threads) {
     const float temperature = static_cast<float>(own.temperature);
     const float lowest = own.min_p > 0 ? std::log(static_cast<float>(own.min_p)) : NEVER;
-    const bool counted = own.top_k > 0 && own.top_k < width;
-    const bool shared = own.top_p < 1;
-    weigh(row, best, temperature, lowest, shared && !counted, width, room, threads);
-    if (!counted && !shared) return drawn(room.weights, room.sums, room.parts * PART, own.point);
-
-    double wanted = sum(room.sums, room.parts) * own.top_p;
-    List list = gather(room, counted ? rank_of_best(room, own.top_k) : rank_of_mass(room, wanted));
-    if (counted && own.top_k < list.size) {
-        const Cut end = cut(list, own.top_k, [](int64_t) { return 1.0; });
-        leave(list, end.rank, static_cast<int64_t>(own.top_k - end.before));
+    weigh(row, best, temperature, lowest, width, room, threads);
+    List kept = room.row;
+    if (own.top_k > 0 && own.top_k < width) {
+        kept = best_of(room, rank_of_best(room, own.top_k));
+        if (own.top_k < kept.size) {
+            const Cut end = cut(kept, own.top_k, room.rest, [](int64_t) { return 1.0; });
+            leave(kept, end.rank, static_cast<int64_t>(own.top_k - end.before));
+        }
+        add_up(kept, room.sums);
     }
-    if (shared) {
-        if (counted) wanted = sum(list.weights, list.size) * own.top_p;
-        const Cut end = cut(list, wanted, [&](int64_t i) { return double(list.weights[i]); });
-        const double equal = std::ceil((wanted - end.before) / list.weights[end.first]);
-        leave(list, end.rank, std::max<int64_t>(1, static_cast<int64_t>(equal)));
+    if (own.top_p < 1) {
+        const double total = sum(room.sums, Room::parts_of(kept.size)), wanted = total * own.top_p;
+        const Range range = narrow(kept, wanted, total, room, threads);
+        const List border = within(kept, range, room.border);
+        const double here = wanted -
+            mass_from<double>(kept.scores, kept.weights, kept.size, range.top);
+        const Cut end =
+            cut(border, here, room.rest, [&](int64_t i) { return double(border.weights[i]); });
+        const double equal = std::ceil((here - end.before) / border.weights[end.first]);
+        leave(kept, end.rank, std::max<int64_t>(1, static_cast<int64_t>(equal)));
+        add_up(kept, room.sums);
     }
-    add_up(list.weights, room.sums, list.size);
-    return list.ids[drawn(list.weights, room.sums, list.size, own.point)];
+    const int64_t place = drawn(kept, room.sums, own.point);
+    return kept.ids ? kept.ids[place] : place;
 }
 
 // Log-probabilities under the model itself, of a row whose best logit is `best`.
 template <typename T>
 void score(const T* row, float best, int64_t token, int64_t count, int64_t width, const Room& room,
            Logprobs to, int threads) {
-    weigh(row, best, 1, NEVER, false, width, room, threads);
+    weigh(row, best, 1, NEVER, width, room, threads);
     // The best logit's weight is 1, so that the sum is not 0.
     const double norm = std::log(sum(room.sums, room.parts));
-    to.values[0] = static_cast<float>(room.scores[token] - norm);
+    to.values[0] = static_cast<float>(room.row.scores[token] - norm);
     best_tokens(room, std::min(count, width), width, to.ids);
     for (int64_t i = 0; i < std::min(count, width); ++i)
-        to.values[1 + i] = static_cast<float>(room.scores[to.ids[i]] - norm);
+        to.values[1 + i] = static_cast<float>(room.row.scores[to.ids[i]] - norm);
 }
 
 // The token of one row: -1 if the row holds NaN or +inf or nothing is left, -2 if an edited or
