@@ -19,6 +19,8 @@
 
 namespace {
 
+constexpr int64_t FEW = 256;  // best scores that mostly have the weight that top_p wants
+
 // How one row's token is picked; laid out as picking.py packs it.
 struct Picking {
     double temperature, min_p, top_p, point, repetition, presence, frequency;
@@ -115,6 +117,10 @@ int64_t draw(const T* row, float best, const Picking& own, int64_t width, const 
     }
     if (own.top_p < 1) {
         const double total = sum(room.sums, Room::parts_of(kept.size)), wanted = total * own.top_p;
+        if (!kept.ids) {
+            const List few = best_of(room, rank_of_best(room, FEW));
+            if (sum(few.weights, few.size) >= wanted) kept = few;
+        }
         const Range range = narrow(kept, wanted, total, room, threads);
         const List border = within(kept, range, room.border);
         const double here = wanted -

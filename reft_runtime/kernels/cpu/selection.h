@@ -147,7 +147,8 @@ struct Cut {
     int32_t first;  // the place of the first score of this rank
 };
 
-// The shortest list of best scores whose weight reaches `wanted`, or of all that have any weight.
+// The shortest list of best scores whose weight reaches `wanted`, or of all that have any weight, as
+// some must.
 // Weights are added up by the leading bits of ranks, then by the next ones where the list ends.
 template <typename Weight>
 Cut cut(const List& list, double wanted, int32_t* rest, Weight weight) {
@@ -221,7 +222,8 @@ inline float guess(const List& list, double wanted, double total, const Room& ro
         sample.scores[sample.size] = list.scores[i];
         sample.weights[sample.size++] = list.weights[i];
     }
-    const double here = sum(sample.weights, sample.size) - (total - wanted) / APART;
+    const double all = sum(sample.weights, sample.size), here = all - (total - wanted) / APART;
+    if (all <= 0) return LEAST_EXPONENT;
     const Cut end = cut(sample, here, room.rest, [&](int64_t i) { return double(sample.weights[i]); });
     return std::min(sample.scores[end.first], -std::numeric_limits<float>::min());
 }
