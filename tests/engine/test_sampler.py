@@ -209,8 +209,11 @@ class TestDraw:
 
     @pytest.mark.parametrize("vocabulary", [1, 31, 49_152, 152_001])
     @pytest.mark.parametrize("kind", ["peaked", "flat", "equals", "half are -inf", "one in 500"])
-    def test_vocabularies_of_any_size(self, vocabulary: int, kind: str) -> None:
+    def test_vocabularies_of_any_size(
+        self, vocabulary: int, kind: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         """Settings whose thresholds lie among a few best tokens, and among most of all."""
+        monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
         settings_ = [
             SamplingParams(temperature=0.7, top_p=0.9),
             SamplingParams(temperature=1.3, top_p=0.99),

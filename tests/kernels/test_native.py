@@ -4,6 +4,7 @@ import ctypes
 import logging
 import math
 from array import array
+from itertools import product
 from pathlib import Path
 from typing import get_args
 
@@ -142,18 +143,19 @@ def test_draw_keeps_what_reaches_the_share(operators: Kernels) -> None:
     """Many equal scores, and a row so long that it is cut in parts; points near both ends."""
     scores = (rand(4, 150_000) * 3).round()
     scores[:, ::7] = -math.inf
-    for top_k, top_p in ((0, 1.0), (0, 0.5), (1000, 1.0), (1000, 0.5), (149_999, 1 - 1e-9)):
+    ways = ((0, 1.0), (0, 0.5), (1000, 1.0), (1000, 0.5), (149_999, 1 - 1e-9))
+    for temperature, (top_k, top_p) in product((0.7, 1000.0), ways):
         for point in (0.0, 0.37, 1 - 2**-53):
-            picking = Picking(temperature=0.7, top_k=top_k, top_p=top_p, point=point)
+            picking = Picking(temperature=temperature, top_k=top_k, top_p=top_p, point=point)
             given = operators.pick(scores, [picking] * 4)
             for row, token in zip(scores, given.tokens, strict=True):
                 order = row.double().sort(descending=True, stable=True)
-                weights = (order.values / 0.7).softmax(-1)
+                weights = (order.values / temperature).softmax(-1)
                 if top_k:
                     weights[top_k:] = 0
                 before = weights.cumsum(-1) - weights
                 kept = order.indices[(before < top_p * weights.sum()) & (weights > 0)].sort().values
-                cumulated = (row.double()[kept] / 0.7).softmax(-1).cumsum(-1)
+                cumulated = (row.double()[kept] / temperature).softmax(-1).cumsum(-1)
                 at = int((kept == token).nonzero())  # an error where it was not kept
                 # Sums in float64 are exact enough to tell all but neighbours apart.
                 assert cumulated[max(0, at - 2)] <= point + 1e-9 or at < 2

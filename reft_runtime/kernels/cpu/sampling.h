@@ -1,8 +1,8 @@
 // Picks a token for each row of logits: edits, the draw, log-probabilities. Nothing is sorted.
 //
 // A row's scores are scaled and weighed once, in parts of fixed size, so that sums do not depend on
-// the number of threads. Where top_k ends is looked for among the scores that the best of each group
-// of scores bound from below, where top_p ends in a narrow range, found by a few sums.
+// the number of threads. Where top_k ends is looked for among few scores, found by the best of each
+// group of scores; where top_p ends in a narrow range, found by a few sums.
 #pragma once
 
 #include <omp.h>
@@ -116,15 +116,16 @@ int64_t draw(const T* row, float best, const Picking& own, int64_t width, const 
         add_up(kept, room.sums);
     }
     if (own.top_p < 1) {
-        const double total = sum(room.sums, Room::parts_of(kept.size)), wanted = total * own.top_p;
+        const double total = sum(room.sums, Room::parts_of(kept.size));
+        const double wanted = total * own.top_p;
         if (!kept.ids) {
             const List few = best_of(room, rank_of_best(room, FEW));
             if (sum(few.weights, few.size) >= wanted) kept = few;
         }
         const Range range = narrow(kept, wanted, total, room, threads);
         const List border = within(kept, range, room.border);
-        const double here = wanted -
-            mass_from<double>(kept.scores, kept.weights, kept.size, range.top);
+        const double here =
+            wanted - mass_from<double>(kept.scores, kept.weights, kept.size, range.top);
         const Cut end =
             cut(border, here, room.rest, [&](int64_t i) { return double(border.weights[i]); });
         const double equal = std::ceil((here - end.before) / border.weights[end.first]);
@@ -162,8 +163,7 @@ int64_t pick_row(const T* row, const Picking& own, int64_t width, const Room& ro
         if (!edit(row, own, scores, width)) return -2;
         token = first_best(scores, width);
         if (token < 0) return -1;
-        if (own.temperature > 0)
-            token = draw(scores, scores[token], own, width, room, threads);
+        if (own.temperature > 0) token = draw(scores, scores[token], own, width, room, threads);
     } else if (own.temperature > 0) {
         token = draw(row, best, own, width, room, threads);
     }
@@ -178,7 +178,8 @@ template <typename T>
 void pick(const T* logits, const Picking* rows, int64_t* tokens, float* values, int64_t* ids,
           int64_t most, char* rooms, int64_t count, int64_t width, int threads) {
     const int within = count < threads ? threads : 1;
-#pragma omp parallel for num_threads(threads) if (within == 1) schedule(dynamic)
+#pragma omp parallel for num_threads(threads) if (within == 1 && count * width > SERIAL) \
+    schedule(dynamic)
     for (int64_t row = 0; row < count; ++row) {
         const int own = within == 1 ? omp_get_thread_num() : 0;
         const Room room(rooms + own * Room::bytes(width), width);

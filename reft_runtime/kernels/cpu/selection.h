@@ -36,11 +36,11 @@ struct List {
 
 // What a thread writes for one row, whose scores are filled up with NEVER to whole parts.
 struct Room {
-    double* sums;  // of each part's weights
     List row;
     List kept;
     List border;
-    int32_t* rest;
+    int32_t* rest;   // places in a list, see `cut`
+    double* sums;    // of each part's weights
     float* masses;   // the weight that each rung leaves, by part
     uint32_t* best;  // the rank of each group's best score
     int64_t parts;
@@ -54,14 +54,14 @@ struct Room {
 
     Room(char* start, int64_t width) : parts(parts_of(width)) {
         const int64_t size = parts * PART;
-        sums = reinterpret_cast<double*>(start);
-        float* lists = reinterpret_cast<float*>(sums + parts);
+        float* lists = reinterpret_cast<float*>(start);
         int32_t* numbers = reinterpret_cast<int32_t*>(lists + 6 * size);
         row = {lists, lists + size, nullptr, size};
         kept = {lists + 2 * size, lists + 3 * size, numbers, 0};
         border = {lists + 4 * size, lists + 5 * size, nullptr, 0};
         rest = numbers + size;
-        masses = reinterpret_cast<float*>(rest + size);
+        sums = reinterpret_cast<double*>(rest + size);
+        masses = reinterpret_cast<float*>(sums + parts);
         best = reinterpret_cast<uint32_t*>(masses + parts * RUNGS);
     }
 
@@ -147,9 +147,9 @@ struct Cut {
     int32_t first;  // the place of the first score of this rank
 };
 
-// The shortest list of best scores whose weight reaches `wanted`, or of all that have any weight, as
-// some must.
-// Weights are added up by the leading bits of ranks, then by the next ones where the list ends.
+// The shortest list of best scores whose weight reaches `wanted`, or of all that have any weight;
+// some must have. Weights are added up by the leading bits of ranks, then by the next ones where
+// the list ends.
 template <typename Weight>
 Cut cut(const List& list, double wanted, int32_t* rest, Weight weight) {
     Cut found = {0, 0, 0};
@@ -193,7 +193,7 @@ Cut cut(const List& list, double wanted, int32_t* rest, Weight weight) {
 struct Range {
     float bottom, top;
 
-    int32_t has(float score) const { return (score >= bottom ? 1 : 0) & (score < top ? 1 : 0); }
+    int32_t has(float score) const { return (score >= bottom) & (score < top); }
 
     int32_t count(const float* scores, int64_t size) const {
         const Range own = *this;
@@ -224,7 +224,8 @@ inline float guess(const List& list, double wanted, double total, const Room& ro
     }
     const double all = sum(sample.weights, sample.size), here = all - (total - wanted) / APART;
     if (all <= 0) return LEAST_EXPONENT;
-    const Cut end = cut(sample, here, room.rest, [&](int64_t i) { return double(sample.weights[i]); });
+    const Cut end =
+        cut(sample, here, room.rest, [&](int64_t i) { return double(sample.weights[i]); });
     return std::min(sample.scores[end.first], -std::numeric_limits<float>::min());
 }
 
@@ -319,15 +320,16 @@ inline int64_t drawn(const List& list, const double* sums, double point) {
 
 // The `count` best tokens, at most `width`, best first and of equals the lowest id first.
 inline void best_tokens(const Room& room, int64_t count, int64_t width, int64_t* tokens) {
+    const float* scores = room.row.scores;
     int64_t found = 0;
     for (int64_t start = 0; count && start < width; start += GROUP) {
-        if (found == count && room.best[start / GROUP] >= rank_of(room.row.scores[tokens[count - 1]]))
-            continue;
+        const bool full = found == count;
+        if (full && room.best[start / GROUP] >= rank_of(scores[tokens[count - 1]])) continue;
         for (int64_t i = start; i < std::min(width, start + GROUP); ++i) {
-            const uint32_t rank = rank_of(room.row.scores[i]);
-            if (found == count && rank >= rank_of(room.row.scores[tokens[count - 1]])) continue;
+            const uint32_t rank = rank_of(scores[i]);
+            if (found == count && rank >= rank_of(scores[tokens[count - 1]])) continue;
             int64_t at = found < count ? found++ : count - 1;
-            for (; at > 0 && rank_of(room.row.scores[tokens[at - 1]]) > rank; --at)
+            for (; at > 0 && rank_of(scores[tokens[at - 1]]) > rank; --at)
                 tokens[at] = tokens[at - 1];
             tokens[at] = i;
         }
