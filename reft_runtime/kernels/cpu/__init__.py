@@ -208,10 +208,11 @@ class Kernels:
 
     def pick(self, logits: Tensor, rows: Sequence[Picking]) -> Picks:
         """Pick a token for each row of logits [rows, vocabulary], which are left as they are."""
-        width, threads = logits.shape[1], torch.get_num_threads()
-        room = torch.empty(threads * self._picking_room(width), dtype=torch.uint8)
+        (count, width), threads = logits.shape, torch.get_num_threads()
+        places = threads if count >= threads else 1  # else the threads share each row
+        room = torch.empty(places * self._picking_room(width), dtype=torch.uint8)
         call = partial(self._functions["pick", logits.dtype], logits.data_ptr())
-        return pick(call, rows, len(logits), width, room, threads)
+        return pick(call, rows, count, width, room, threads)
 
     def rotate_(self, query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> None:
         """Rotary positions in place: heads [T, heads, dim], `cos` and `sin` [T, dim].

@@ -172,8 +172,9 @@ int64_t pick_row(const T* row, const Picking& own, int64_t width, const Room& ro
     return token;
 }
 
-// Picks a token for each of `count` rows. `values` is [count, 1 + most] and `ids` [count, most];
-// `rooms` has room for each thread. Many rows are shared among the threads, of few each by itself.
+// Picks a token for each of `count` rows. `values` is [count, 1 + most] and `ids` [count, most].
+// Threads take rows, each with its own of the `rooms`; where there are fewer rows than threads, all
+// work on one row after the other, in one room.
 template <typename T>
 void pick(const T* logits, const Picking* rows, int64_t* tokens, float* values, int64_t* ids,
           int64_t most, char* rooms, int64_t count, int64_t width, int threads) {
