@@ -24,7 +24,7 @@ from benchmarks.measuring import Figures, measure, median, speed_ratio, table
 from benchmarks.workload import random_tokens
 from reft_runtime.engine.device import sampler_for
 from reft_runtime.engine.device_sampler import DeviceSampler, Draw
-from reft_runtime.engine.sampler import SampleRow, sample
+from reft_runtime.engine.sampler import SampleRow, has_penalties, sample
 from reft_runtime.loading.loader import choose_device, choose_dtype
 from reft_runtime.sampling import SamplingParams
 from reft_runtime.schedule.request import Request
@@ -85,9 +85,8 @@ def alone(
 
 def _row(owner: Sequence) -> SampleRow:
     request = owner.request
-    return SampleRow(
-        request.sampling, request.seed, 0, request.prompt, owner.generated, frozenset()
-    )
+    counts = owner.counts() if has_penalties(request.sampling) else None
+    return SampleRow(request.sampling, request.seed, 0, owner.generated_length, counts, frozenset())
 
 
 def main(

@@ -21,7 +21,13 @@ from reft_runtime.engine.device_sampler import DeviceSampler, Draw, Picked
 from reft_runtime.engine.followers import Followers
 from reft_runtime.engine.labels import beginnings, label_logprobs, scored_rows
 from reft_runtime.engine.masks import allowed
-from reft_runtime.engine.sampler import Sampled, SampleRow, prompt_logprobs, sample
+from reft_runtime.engine.sampler import (
+    Sampled,
+    SampleRow,
+    has_penalties,
+    prompt_logprobs,
+    sample,
+)
 from reft_runtime.kernels.staging import send, to_device
 from reft_runtime.kv.storage import KVStorage
 from reft_runtime.machine.memory import CODE_ROOM, check_room, is_out_of_memory
@@ -322,8 +328,8 @@ class Runner:
             params=request.sampling,
             seed=request.seed,
             choice=sequence.choice,
-            prompt=request.prompt,
-            generated=sequence.generated,
+            made=sequence.generated_length,
+            counts=sequence.counts() if has_penalties(request.sampling) else None,
             eos_ids=self.loaded.eos_ids,
             allowed=mask,
         )

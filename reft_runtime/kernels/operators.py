@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 
 from reft_runtime.kernels.cpu import DeltaNetWeights as DeltaNetWeights
-from reft_runtime.kernels.cpu import Drawing as Drawing
 from reft_runtime.kernels.cpu import HeadScoring as HeadScoring
 from reft_runtime.kernels.cpu import Kernels, kernels
 from reft_runtime.kernels.cpu import RowEdit as RowEdit
 from reft_runtime.kernels.cpu import RowEdits as RowEdits
+from reft_runtime.kernels.cpu.picking import Picking as Picking
+from reft_runtime.kernels.cpu.picking import Picks as Picks
 
 _log = logging.getLogger(__name__)
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from reft_runtime.schedule.block_keys import BlockKeys
 from reft_runtime.schedule.blocks import BLOCK_TOKENS
 from reft_runtime.schedule.request import AppliedIntervention, Request
+from reft_runtime.schedule.token_counts import TokenCounts
 
 if TYPE_CHECKING:
     from reft_runtime.grammar import GrammarState
@@ -56,8 +57,10 @@ class Sequence:
     decode_edits: tuple[AppliedIntervention, ...] = field(init=False)
     keys: BlockKeys = field(init=False)
     grammar: GrammarState | None = field(init=False)
+    _counts: TokenCounts = field(init=False)
 
     def __post_init__(self) -> None:
+        self._counts = TokenCounts(len(self.request.prompt))
         self.keys = BlockKeys(self.request)
         self.grammar = self.request.grammar and self.request.grammar.copy()
         self.decode_edits = tuple(
@@ -92,6 +95,11 @@ class Sequence:
     def generated_length(self) -> int:
         """Number of ids generated so far."""
         return len(self.tokens) - self.prompt_length
+
+    def counts(self) -> TokenCounts:
+        """Count the tokens; only those that came since the last call take time."""
+        self._counts.take(self.tokens)
+        return self._counts
 
     @property
     def reusable(self) -> int:

@@ -1,7 +1,8 @@
 import dataclasses
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -9,11 +10,21 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from reft_runtime.engine import sampler
-from reft_runtime.engine.sampler import SampleRow, noise, prompt_logprobs, sample
+from reft_runtime.engine.sampler import SampleRow, has_penalties, noise, prompt_logprobs, sample
 from reft_runtime.sampling import SamplingParams
+from reft_runtime.schedule.token_counts import TokenCounts
 from tests.helpers.sampling import bits_of
 
 EOS = 3
+
+
+@pytest.fixture(scope="module", params=["compiled", "torch alone"], autouse=True)
+def operators(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Everything here holds with a compiler and without one."""
+    with pytest.MonkeyPatch.context() as patch:
+        if request.param != "compiled":
+            patch.setattr(sampler, "cpu_operators", lambda: None)
+        yield
 
 
 def row(
@@ -26,9 +37,12 @@ def row(
     allowed: Collection[int] | None = None,
 ) -> SampleRow:
     bits = None if allowed is None else bits_of(allowed)
-    return SampleRow(
-        params or SamplingParams(), seed, choice, prompt, generated, frozenset({EOS}), bits
-    )
+    params = params or SamplingParams()
+    counts = None
+    if has_penalties(params):
+        counts = TokenCounts(len(prompt))
+        counts.take([*prompt, *generated])
+    return SampleRow(params, seed, choice, len(generated), counts, frozenset({EOS}), bits)
 
 
 def tokens(logits: Tensor, rows: list[SampleRow]) -> list[int | None]:
@@ -39,43 +53,38 @@ def random_logits(rows: int, vocabulary: int, seed: int = 0, scale: float = 3.0)
     return torch.randn(rows, vocabulary, generator=torch.Generator().manual_seed(seed)) * scale
 
 
-def reference(logits: list[float], row: SampleRow) -> int | None:
-    """The documented order of processing, one token at a time, in Python's floats."""
-    params, scores = row.params, list(logits)
+def reference(logits: Tensor, row: SampleRow) -> int | None:
+    """The documented order of processing of one row [vocabulary], by sorting, in float64."""
+    params, scores = row.params, logits.double().numpy().copy()
+    ids = np.arange(len(scores))
+    if row.allowed is not None:
+        words = row.allowed.numpy()
+        scores[words[ids // 32] >> ids % 32 & 1 == 0] = -math.inf
     for token, bias in params.logit_bias.items():
         scores[token] += bias
-    if len(row.generated) < params.min_tokens:
+    if row.made < params.min_tokens and row.allowed is None:
         for token in (*params.stop_token_ids, *(() if params.ignore_eos else row.eos_ids)):
             scores[token] = -math.inf
-    for token in {*row.prompt, *row.generated}:
+    times = {} if row.counts is None else dict(zip(row.counts.ids, row.counts.times, strict=True))
+    for token, count in times.items():
         scores[token] *= (
             params.repetition_penalty if scores[token] < 0 else 1 / params.repetition_penalty
         )
-    for token in set(row.generated):
-        scores[token] -= params.presence_penalty
-        scores[token] -= params.frequency_penalty * row.generated.count(token)
-    if max(scores) == -math.inf:
+        if count:
+            scores[token] -= params.presence_penalty + params.frequency_penalty * count
+    best = scores.max()
+    if not math.isfinite(best):
         return None
-    order = sorted(range(len(scores)), key=lambda token: (-scores[token], token))
+    order = np.lexsort((ids, -scores))
     if params.temperature == 0:
-        return order[0]
-    best = scores[order[0]]
-    weights = [math.exp((score - best) / params.temperature) for score in scores]
-    order = [token for token in order if weights[token] >= params.min_p]
-    order = order[: params.top_k or None]
-    total, kept, mass = math.fsum(weights[token] for token in order), [], 0.0
-    for token in order:
-        if mass < params.top_p * total:
-            kept.append(token)
-        mass += weights[token]
-    point = noise(row.seed, row.choice, len(row.generated)) * math.fsum(
-        weights[token] for token in kept
-    )
-    for token in sorted(kept):
-        point -= weights[token]
-        if point < 0:
-            return token
-    raise AssertionError("the point lies past the weights")
+        return int(order[0])
+    weights = np.exp((scores - best) / params.temperature)
+    order = order[weights[order] >= params.min_p][: params.top_k or None]
+    before = weights[order].cumsum() - weights[order]
+    kept = np.sort(order[before < params.top_p * weights[order].sum()])
+    cumulated = weights[kept].cumsum()
+    point = noise(row.seed, row.choice, row.made) * cumulated[-1]
+    return int(kept[np.searchsorted(cumulated, point, side="right")])
 
 
 class TestGreedy:
@@ -140,7 +149,7 @@ class TestDraw:
     @given(
         params=st.builds(
             SamplingParams,
-            temperature=st.sampled_from([0.0, 0.3, 1.0, 1.7]),
+            temperature=st.sampled_from([0.0, 1e-3, 0.3, 1.0, 1.7, 100.0]),
             top_k=st.sampled_from([0, 0, 1, 5, 300, 400, 10_000]),
             top_p=st.sampled_from([1.0, 1.0, 0.01, 0.5, 0.9, 0.999]),
             min_p=st.sampled_from([0.0, 0.0, 0.02, 0.5]),
@@ -156,6 +165,8 @@ class TestDraw:
         generated=st.sampled_from([(), (1, 1, 2), (4, 4, 4, 4)]),
         scale=st.sampled_from([0.01, 1.0, 4.0]),
         data=st.integers(0, 1000),
+        kind=st.sampled_from(["any", "any", "equals", "half are -inf"]),
+        allowed=st.sampled_from([None, None, range(5, 600, 7)]),
     )
     @settings(deadline=None, max_examples=300, derandomize=True)
     def test_is_what_the_plain_reference_draws(
@@ -165,19 +176,20 @@ class TestDraw:
         generated: tuple[int, ...],
         scale: float,
         data: int,
+        kind: str,
+        allowed: range | None,
     ) -> None:
         """The vocabulary is wider than the first look, so thresholds also need the second."""
         logits = random_logits(1, 600, data, scale)
-        one = row(params, seed=seed, prompt=(8, 9), generated=generated)
-        assert tokens(logits, [one]) == [reference(logits[0].tolist(), one)]
+        if kind == "equals":
+            logits = logits.round()
+        elif kind == "half are -inf":
+            logits[0, 100:400] = -math.inf
+        one = row(params, seed=seed, prompt=(8, 9), generated=generated, allowed=allowed)
+        assert tokens(logits, [one]) == [reference(logits[0], one)]
 
     @pytest.mark.parametrize("vocabulary", [300, 20_000])
-    @pytest.mark.parametrize("compiled", [True, False])
-    def test_truncates_many_rows_as_each_alone(
-        self, vocabulary: int, compiled: bool, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        if not compiled:
-            monkeypatch.setattr(sampler, "cpu_operators", lambda: None)
+    def test_truncates_many_rows_as_each_alone(self, vocabulary: int) -> None:
         logits = random_logits(70, vocabulary)
         settings_ = [
             SamplingParams(top_p=0.9),
@@ -193,9 +205,39 @@ class TestDraw:
         assert together == [tokens(logits[i : i + 1], rows[i : i + 1])[0] for i in range(70)]
         order = torch.randperm(70, generator=torch.Generator().manual_seed(1)).tolist()
         assert tokens(logits[order], [rows[i] for i in order]) == [together[i] for i in order]
-        assert together == [
-            reference(line, one) for line, one in zip(logits.tolist(), rows, strict=True)
+        assert together == [reference(line, one) for line, one in zip(logits, rows, strict=True)]
+
+    @pytest.mark.parametrize("vocabulary", [1, 31, 49_152, 152_001])
+    @pytest.mark.parametrize("kind", ["peaked", "flat", "equals", "half are -inf", "one in 500"])
+    def test_vocabularies_of_any_size(
+        self, vocabulary: int, kind: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Settings whose thresholds lie among a few best tokens, and among most of all."""
+        monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+        settings_ = [
+            SamplingParams(temperature=0.7, top_p=0.9),
+            SamplingParams(temperature=1.3, top_p=0.99),
+            SamplingParams(temperature=100, top_p=0.5),
+            SamplingParams(temperature=1e-3, top_p=0.9999),
+            SamplingParams(top_p=1e-9),
+            SamplingParams(temperature=30, top_p=1 - 1e-6, min_p=0.7),
+            SamplingParams(top_k=50, top_p=0.95),
+            SamplingParams(temperature=5, top_k=30_000, top_p=0.8),
+            SamplingParams(top_k=10**9),
         ]
+        count = len(settings_)
+        logits = random_logits(count, vocabulary, scale=0.7 if kind == "flat" else 4)
+        if kind == "equals":
+            logits = logits.round()
+        elif kind == "half are -inf":
+            logits[:, : vocabulary // 2] = -math.inf
+        elif kind == "one in 500":
+            logits[:, torch.arange(vocabulary) % 500 != 17 % vocabulary] = -math.inf
+        rows = [row(params, seed=i) for i, params in enumerate(settings_)]
+        wanted = [reference(line, one) for line, one in zip(logits, rows, strict=True)]
+        assert tokens(logits, rows) == wanted
+        # One row alone is shared among the threads.
+        assert [tokens(logits[i : i + 1], rows[i : i + 1])[0] for i in range(count)] == wanted
 
     def test_follows_the_distribution(self) -> None:
         """Pearson's chi-square over 20,000 fixed seeds; 27.9 is the 0.1 % point for 9 degrees."""

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from reft_runtime.engine.device_sampler import DeviceSampler, Draw, Picked
 from reft_runtime.engine.masks import allowed
-from reft_runtime.engine.sampler import Sampled, SampleRow, sample
+from reft_runtime.engine.sampler import Sampled, SampleRow, has_penalties, sample
 from reft_runtime.grammar import GrammarState
 from reft_runtime.kernels.staging import no_waiting
 from reft_runtime.sampling import SamplingParams
@@ -74,8 +74,8 @@ def by_cpu(logits: Tensor, owners: SequenceOf[Sequence]) -> list[Sampled | None]
             each.request.sampling,
             each.request.seed,
             each.choice,
-            each.request.prompt,
-            each.generated,
+            each.generated_length,
+            each.counts() if has_penalties(each.request.sampling) else None,
             frozenset({EOS}),
             mask,
         )

@@ -8,9 +8,10 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from reft_runtime.engine import sampler
+from reft_runtime.engine import plain_sampler
 from reft_runtime.engine.device_sampler import NOBODY, Batch, Chosen, Select, Settings
-from reft_runtime.sampling import MAX_LOGPROBS, SamplingParams
+from reft_runtime.kernels.operators import Picking
+from reft_runtime.sampling import MAX_LOGPROBS
 
 
 def bits_of(ids: Iterable[int], vocabulary: int = 600) -> Tensor:
@@ -52,13 +53,14 @@ def _token(logits: Tensor, row: Settings, batch: Batch) -> int:
         return -1
     if not row.inverse:
         return int(scores.argmax())
-    params = SamplingParams(
-        temperature=min(1 / row.inverse, 100),
+    picking = Picking(
+        temperature=1 / row.inverse,
         top_k=int(row.limit),
         top_p=row.share,
         min_p=math.exp(-row.reach),
+        point=row.point,
     )
-    [token] = sampler._draw(scores[None].clone(), [params], [row.point])
+    [token] = plain_sampler.draw(scores[None].clone(), [picking])
     return token
 
 

@@ -3,6 +3,8 @@
 import ctypes
 import logging
 import math
+from array import array
+from itertools import product
 from pathlib import Path
 from typing import get_args
 
@@ -12,7 +14,8 @@ from torch import Tensor
 from torch.nn.functional import conv1d, rms_norm, scaled_dot_product_attention, silu
 from transformers.models.qwen3_5.modeling_qwen3_5 import torch_recurrent_gated_delta_rule
 
-from reft_runtime.kernels.cpu import Drawing, HeadScoring, Kernels, build, kernels
+from reft_runtime.kernels.cpu import HeadScoring, Kernels, build, kernels
+from reft_runtime.kernels.cpu.picking import Picking
 from reft_runtime.machine.dtypes import DTYPES
 from server.settings import Dtype
 from tests.helpers.sampling import bits_of
@@ -94,25 +97,29 @@ def test_silu_mul_at_the_extremes(operators: Kernels) -> None:
     torch.testing.assert_close(given, silu(gate), equal_nan=True, rtol=1e-6, atol=1e-30)
 
 
+def greedy(operators: Kernels, logits: Tensor) -> list[int]:
+    return operators.pick(logits, [Picking()] * len(logits)).tokens
+
+
 @dtypes
 @pytest.mark.parametrize("rows", [1, 3])
 @pytest.mark.parametrize("width", [1, 31, 20_001])
 @pytest.mark.parametrize("shift", [-9, 0, 9])
 def test_greedy(operators: Kernels, dtype: torch.dtype, rows: int, width: int, shift: int) -> None:
     logits = rand(rows, width, dtype=dtype) + shift  # in bfloat16 many of them are equal
-    assert operators.greedy(logits) == logits.argmax(-1).tolist()
+    assert greedy(operators, logits) == logits.argmax(-1).tolist()
 
 
 @dtypes
 @pytest.mark.parametrize("width", [1, 31, 32, 33, 600])
-def test_refuse(operators: Kernels, dtype: torch.dtype, width: int) -> None:
+def test_allowed_tokens(operators: Kernels, dtype: torch.dtype, width: int) -> None:
     row = rand(width, dtype=dtype)
     for kept in (range(width), range(0), range(0, width, 3), range(30, width)):
-        found = row.clone()
-        operators.refuse_(found, bits_of(kept, width))
-        wanted = torch.full_like(row, -torch.inf)
-        wanted[list(kept)] = row[list(kept)]
-        assert torch.equal(found, wanted)
+        among = torch.full_like(row, -torch.inf)
+        among[list(kept)] = row[list(kept)]
+        wanted = int(among.argmax()) if len(kept) else -1
+        allowed = bits_of(kept, width)
+        assert operators.pick(row[None], [Picking(allowed=allowed)]).tokens == [wanted]
 
 
 @dtypes
@@ -128,7 +135,7 @@ def test_greedy_at_the_extremes(operators: Kernels, dtype: torch.dtype) -> None:
         (1.0, -nan, 2.0): -1,
         (3e38, -3e38, -inf): 0,
     }
-    given = operators.greedy(torch.tensor([list(row) for row in wanted], dtype=dtype))
+    given = greedy(operators, torch.tensor([list(row) for row in wanted], dtype=dtype))
     assert given == list(wanted.values())
 
 
@@ -136,27 +143,42 @@ def test_draw_keeps_what_reaches_the_share(operators: Kernels) -> None:
     """Many equal scores, and a row so long that it is cut in parts; points near both ends."""
     scores = (rand(4, 150_000) * 3).round()
     scores[:, ::7] = -math.inf
-    for top_k, top_p in ((0, 1.0), (0, 0.5), (1000, 1.0), (1000, 0.5), (149_999, 1 - 1e-9)):
+    ways = ((0, 1.0), (0, 0.5), (1000, 1.0), (1000, 0.5), (149_999, 1 - 1e-9))
+    for temperature, (top_k, top_p) in product((0.7, 1000.0), ways):
         for point in (0.0, 0.37, 1 - 2**-53):
-            drawing = Drawing(0.7, 0, top_k, top_p, point)
-            given = operators.draw_(scores.clone(), [drawing] * 4)
-            for row, token in zip(scores, given, strict=True):
+            picking = Picking(temperature=temperature, top_k=top_k, top_p=top_p, point=point)
+            given = operators.pick(scores, [picking] * 4)
+            for row, token in zip(scores, given.tokens, strict=True):
                 order = row.double().sort(descending=True, stable=True)
-                weights = (order.values / 0.7).softmax(-1)
+                weights = (order.values / temperature).softmax(-1)
                 if top_k:
                     weights[top_k:] = 0
                 before = weights.cumsum(-1) - weights
                 kept = order.indices[(before < top_p * weights.sum()) & (weights > 0)].sort().values
-                cumulated = (row.double()[kept] / 0.7).softmax(-1).cumsum(-1)
+                cumulated = (row.double()[kept] / temperature).softmax(-1).cumsum(-1)
                 at = int((kept == token).nonzero())  # an error where it was not kept
                 # Sums in float64 are exact enough to tell all but neighbours apart.
                 assert cumulated[max(0, at - 2)] <= point + 1e-9 or at < 2
                 assert cumulated[min(len(kept) - 1, at + 1)] >= point - 1e-9
 
 
-def test_draw_wants_a_setting_for_each_row(operators: Kernels) -> None:
-    with pytest.raises(ValueError, match="draw: 1 settings"):
-        operators.draw_(rand(2, 8), [Drawing(1, 0, 0, 1, 0.5)])
+def test_settings_that_do_not_fit_the_rows(operators: Kernels) -> None:
+    ids, numbers = array("q", [2, 33]), array("q", [1, 1])
+    for bad in (
+        [],
+        [Picking()] * 2,
+        [Picking(scored=33)],
+        [Picking(seen=(ids, numbers))],
+        [Picking(added=(array("q", [-1]), array("d", [1])))],
+        [Picking(added=(ids[:1], array("d")))],
+        [Picking(added=(array("i", [1]), array("d", [1])))],
+        [Picking(allowed=torch.zeros(1, dtype=torch.int32))],
+        [Picking(allowed=torch.zeros(2))],
+        [Picking(allowed=torch.zeros(1, 2, dtype=torch.int32))],
+        [Picking(allowed=torch.zeros(4, dtype=torch.int32)[::2])],
+    ):
+        with pytest.raises(ValueError, match="pick: "):
+            operators.pick(rand(1, 33), bad)
 
 
 @dtypes
@@ -442,15 +464,11 @@ def test_shapes_that_disagree_are_refused(operators: Kernels) -> None:
         lambda: operators.rms_norm(wide, rand(130).bfloat16(), 1e-5),
         lambda: operators.add_rms_norm(wide, wide[:1], rand(130), 1e-5),
         lambda: operators.silu_mul(rand(2, 131)),
-        lambda: operators.refuse_(rand(33), torch.zeros(1, dtype=torch.int32)),
-        lambda: operators.refuse_(rand(33), torch.zeros(2)),
-        lambda: operators.refuse_(rand(2, 3), torch.zeros(2, dtype=torch.int32)),
-        lambda: operators.refuse_(rand(33), torch.zeros(4, dtype=torch.int32)[::2]),
         lambda: operators.rotate_(heads, heads[:1], angles, angles),
         lambda: operators.rotate_(heads, heads, angles[:1], angles[:1]),
         lambda: operators.rotate_(heads, heads, angles.bfloat16(), angles.bfloat16()),
     ):
-        with pytest.raises(ValueError, match=r"shapes|places|width|for rows|gate|refuse|sinks"):
+        with pytest.raises(ValueError, match=r"shapes|places|width|for rows|gate|sinks"):
             bad()
     assert not rows.any()
 

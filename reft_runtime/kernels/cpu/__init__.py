@@ -10,8 +10,8 @@ import ctypes
 from collections.abc import Callable, Sequence
 from ctypes import c_char_p, c_float, c_int, c_int64, c_void_p
 from dataclasses import dataclass
-from functools import cache
-from typing import Any, NamedTuple
+from functools import cache, partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,6 +20,7 @@ from reft_runtime.kernels.cpu.build import load_library
 from reft_runtime.kernels.cpu.low_rank import LowRankKernels
 from reft_runtime.kernels.cpu.low_rank import RowEdit as RowEdit
 from reft_runtime.kernels.cpu.low_rank import RowEdits as RowEdits
+from reft_runtime.kernels.cpu.picking import Picking, Picks, pick
 from reft_runtime.kernels.cpu.recurrent import DeltaNetWeights as DeltaNetWeights
 from reft_runtime.kernels.cpu.recurrent import RecurrentKernels
 
@@ -31,25 +32,11 @@ _ARGUMENTS: dict[str, list[Any]] = {
     "rms_norm": [_P, _P, _P, _I, _I, _F, c_int, c_int],
     "add_rms_norm": [_P, _P, _P, _P, _P, _I, _I, _F, c_int],
     "silu_mul": [_P, _P, _I, _I, c_int],
-    "greedy": [_P, _P, _I, _I, c_int],
-    "refuse": [_P, _P, _I],
+    "pick": [*[_P] * 5, _I, _P, _I, _I, c_int],
     "rotate": [*[_P] * 4, *[_I] * 8, c_int],
     "attend": [*[_P] * 5, *[_I] * 13, _F, _F, _P, c_int],
     "attend_prompts": [*[_P] * 5, *[_I] * 13, _F, _F, _P, c_int],
 }
-
-
-class Drawing(NamedTuple):
-    """How a token is drawn; `point` in [0, 1) is where the cumulated weights are cut.
-
-    `top_k` 0 keeps all tokens, as `top_p` 1 and `min_p` 0 do.
-    """
-
-    temperature: float
-    min_p: float
-    top_k: int
-    top_p: float
-    point: float
 
 
 @dataclass(slots=True)
@@ -78,9 +65,9 @@ class Kernels(RecurrentKernels, LowRankKernels):
         library.can_attend.argtypes = [_I, _I]
         library.can_attend_prompts.argtypes = [_I, _I, c_int]
         self._can_attend: Callable[[int, int], int] = cache(library.can_attend)
-        library.draw_tokens.argtypes = [*[_P] * 4, _I, _I, c_int]
-        library.draw_tokens.restype = None
-        self._draw: Callable[..., None] = library.draw_tokens
+        library.picking_room.argtypes = [_I]
+        library.picking_room.restype = _I
+        self._picking_room: Callable[[int], int] = library.picking_room
         self._can_attend_prompts: Callable[[int, int, bool], int] = cache(
             library.can_attend_prompts
         )
@@ -164,48 +151,13 @@ class Kernels(RecurrentKernels, LowRankKernels):
         )
         return out
 
-    def greedy(self, logits: Tensor) -> list[int]:
-        """The id of the largest of each row of logits [rows, vocabulary], the first of equal ones.
-
-        -1 stands for a row that holds NaN or +inf, or only -inf.
-        """
-        best = torch.empty(len(logits), dtype=torch.long)
-        self._functions["greedy", logits.dtype](
-            logits.data_ptr(), best.data_ptr(), *logits.shape, torch.get_num_threads()
-        )
-        tokens: list[int] = best.tolist()
-        return tokens
-
-    def refuse_(self, row: Tensor, allowed: Tensor) -> None:
-        """Make the numbers of a row [vocabulary] -inf that have no bit in `allowed`, int32 [words].
-
-        The lowest bit of a word comes first.
-        """
-        if row.ndim != 1 or allowed.dtype != torch.int32 or 32 * len(allowed) < len(row):
-            raise ValueError(f"refuse: {tuple(allowed.shape)} words for {tuple(row.shape)}")
-        if not allowed.is_contiguous():
-            raise ValueError("refuse: the words do not lie side by side")
-        self._functions["refuse", row.dtype](row.data_ptr(), allowed.data_ptr(), len(row))
-
-    def draw_(self, scores: Tensor, settings: Sequence[Drawing]) -> list[int]:
-        """Draw a token from each row of scores [rows, vocabulary], float32; overwrites them.
-
-        The largest score of each row must be finite.
-        """
-        if scores.dtype != torch.float32 or len(settings) != len(scores):
-            raise ValueError(f"draw: {len(settings)} settings for {scores.dtype} {scores.shape}")
-        told = torch.tensor(settings, dtype=torch.float64)
-        weights, tokens = torch.empty_like(scores), torch.empty(len(scores), dtype=torch.long)
-        self._draw(
-            scores.data_ptr(),
-            weights.data_ptr(),
-            told.data_ptr(),
-            tokens.data_ptr(),
-            *scores.shape,
-            torch.get_num_threads(),
-        )
-        drawn: list[int] = tokens.tolist()
-        return drawn
+    def pick(self, logits: Tensor, rows: Sequence[Picking]) -> Picks:
+        """Pick a token for each row of logits [rows, vocabulary], which are left as they are."""
+        (count, width), threads = logits.shape, torch.get_num_threads()
+        places = threads if count >= threads else 1  # else the threads share each row
+        room = torch.empty(places * self._picking_room(width), dtype=torch.uint8)
+        call = partial(self._functions["pick", logits.dtype], logits.data_ptr())
+        return pick(call, rows, count, width, room, threads)
 
     def rotates(self, *heads: Tensor) -> bool:
         """See `Operators.rotates`; the tensors must be on a CPU."""

@@ -34,12 +34,10 @@
                                     int threads) {                                                 \
         silu_mul(both, out, rows, width, threads);                                                 \
     }                                                                                              \
-    extern "C" void greedy_##NAME(const T* rows, int64_t* best, int64_t count, int64_t width,      \
-                                  int threads) {                                                   \
-        greedy(rows, best, count, width, threads);                                                 \
-    }                                                                                              \
-    extern "C" void refuse_##NAME(T* row, const uint32_t* allowed, int64_t width) {                \
-        refuse(row, allowed, width);                                                               \
+    extern "C" void pick_##NAME(const T* logits, const Picking* rows, int64_t* tokens,             \
+                                float* values, int64_t* ids, int64_t most, char* rooms,            \
+                                int64_t count, int64_t width, int threads) {                       \
+        pick(logits, rows, tokens, values, ids, most, rooms, count, width, threads);               \
     }                                                                                              \
     extern "C" void rotate_##NAME(T* query, T* key, const T* cos, const T* sin, int64_t tokens,    \
                                   int64_t query_heads, int64_t key_heads, int64_t width,           \
@@ -111,11 +109,8 @@ extern "C" int can_attend(int64_t key_dim, int64_t value_dim) {
 extern "C" int can_attend_prompts(int64_t key_dim, int64_t value_dim, int values_in_keys) {
     return attends_prompts({key_dim, value_dim, values_in_keys != 0});
 }
-extern "C" void draw_tokens(float* scores, float* weights, const double* settings, int64_t* tokens,
-                            int64_t count, int64_t width, int threads) {
-    draw(scores, weights, reinterpret_cast<const Settings*>(settings), tokens, count, width,
-         threads);
-}
+// Bytes that `pick` needs for each thread.
+extern "C" int64_t picking_room(int64_t width) { return Room::bytes(width); }
 
 // The widest rows that are edited, and the largest rank of an edit.
 extern "C" int64_t widest_edited() { return MAX_EDITED; }

@@ -150,38 +150,40 @@ inline I ordered(I bits) {
     return bits ^ ((bits >> (8 * sizeof(I) - 1)) & std::numeric_limits<I>::max());
 }
 
-// The index of the first of each row's largest elements, or -1 if the row holds NaN or +inf, or is
-// all -inf.
+// The index of the first of a row's largest elements, or -1 if the row holds NaN or +inf, or is all
+// -inf.
 template <typename T>
-void greedy(const T* rows, int64_t* best, int64_t count, int64_t width, int threads) {
+int64_t first_best(const T* row, int64_t width) {
+    constexpr int64_t PART = 1024;
     using I = std::conditional_t<sizeof(T) == 2, int16_t, int32_t>;
     constexpr I LARGEST = std::numeric_limits<I>::max();
     T infinity;
     store(infinity, std::numeric_limits<float>::infinity());
     I infinite;
     std::memcpy(&infinite, &infinity, sizeof infinite);
-#pragma omp parallel for num_threads(threads) if (count * width > SERIAL)
-    for (int64_t row = 0; row < count; ++row) {
-        const T* x = rows + row * width;
-        I top = std::numeric_limits<I>::min(), magnitude = 0;
-        for (int64_t i = 0; i < width; ++i) {
+    I top = std::numeric_limits<I>::min(), magnitude = 0;
+    int64_t at = 0;  // where the part begins that has the best
+    for (int64_t start = 0; start < width; start += PART) {
+        const int64_t stop = std::min(width, start + PART);
+        I best = std::numeric_limits<I>::min();
+        for (int64_t i = start; i < stop; ++i) {
             I bits;
-            std::memcpy(&bits, x + i, sizeof bits);
+            std::memcpy(&bits, row + i, sizeof bits);
             const I order = ordered(bits), size = bits & LARGEST;
-            top = order > top ? order : top;
+            best = order > best ? order : best;
             magnitude = size > magnitude ? size : magnitude;
         }
-        const I bits = ordered(top);  // `ordered` is its own inverse
-        T value;
-        std::memcpy(&value, &bits, sizeof value);
-        int64_t at = -1;
-        // A magnitude beyond infinity's is NaN; infinity itself may be a banned token's -inf.
-        if (magnitude <= infinite && (bits & LARGEST) != infinite) {
-            at = 0;
-            while (load(x[at]) != load(value)) ++at;
-        }
-        best[row] = at;
+        // Zeros are equal, whatever their sign.
+        if (best > top && !(best == 0 && top == -1)) at = start;
+        top = best > top ? best : top;
     }
+    const I bits = ordered(top);  // `ordered` is its own inverse
+    // A magnitude beyond infinity's is NaN; infinity itself may be a banned token's -inf.
+    if (magnitude > infinite || (bits & LARGEST) == infinite) return -1;
+    T value;
+    std::memcpy(&value, &bits, sizeof value);
+    while (load(row[at]) != load(value)) ++at;
+    return at;
 }
 
 }  // namespace

@@ -33,10 +33,12 @@ inline void store(bfloat16& to, float value) {
     to.bits = static_cast<uint16_t>(value != value ? 0x7fc0u : rounded);
 }
 
+constexpr float LEAST_EXPONENT = -87.33654f;  // exp is 0 below
+
 // exp by range reduction and a polynomial, within 2 units in the last place. It vectorises, which
 // std::exp does not. NaN gives NaN, -inf gives 0.
 inline float exponential(float x) {
-    const float clamped = std::min(std::max(x, -87.33654f), 88.72283f);
+    const float clamped = std::min(std::max(x, LEAST_EXPONENT), 88.72283f);
     const float whole = std::floor(clamped * 1.44269504f + 0.5f);
     const float rest = (clamped - whole * 0.693359375f) + whole * 2.12194440e-4f;
     float y = 1.9875691500e-4f;
@@ -54,7 +56,7 @@ inline float exponential(float x) {
     float first, second;
     std::memcpy(&first, &a, sizeof first);
     std::memcpy(&second, &b, sizeof second);
-    const float result = x < -87.33654f ? 0.0f : y * first * second;
+    const float result = x < LEAST_EXPONENT ? 0.0f : y * first * second;
     return x != x ? x : result;
 }
 
