@@ -10,7 +10,7 @@ namespace {
 
 constexpr int64_t MAX_EDITED = 16384;  // widest row that is edited
 constexpr int64_t MAX_RANK = 512;      // largest rank of an edit
-constexpr int64_t BLOCK = 256;         // numbers of a row whose sums stay in the cache
+constexpr int64_t COLUMNS_AT_ONCE = 256;  // numbers of a row whose sums stay in the cache
 
 // The edit of row number `row`: V and U are [rank, width], b is [rank].
 struct Edit {
@@ -44,9 +44,9 @@ void edit_rows(T* hidden, const Edit* edits, const float* strengths, int64_t cou
         for (; k + 4 <= edit.rank; k += 4) dots<4>(old, edit.V + k * width, low + k, width);
         for (; k < edit.rank; ++k) dots<1>(old, edit.V + k * width, low + k, width);
         for (k = 0; k < edit.rank; ++k) low[k] = (low[k] + edit.b[k]) * strengths[number];
-        for (int64_t start = 0; start < width; start += BLOCK) {
-            const int64_t size = std::min(BLOCK, width - start);
-            float sums[BLOCK] = {};
+        for (int64_t start = 0; start < width; start += COLUMNS_AT_ONCE) {
+            const int64_t size = std::min(COLUMNS_AT_ONCE, width - start);
+            float sums[COLUMNS_AT_ONCE] = {};
             for (k = 0; k < edit.rank; ++k) {
                 const float* U = edit.U + k * width + start;
                 for (int64_t i = 0; i < size; ++i) sums[i] += low[k] * U[i];
