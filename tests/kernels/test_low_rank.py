@@ -9,10 +9,15 @@ import torch
 from torch import Tensor
 
 from reft_runtime.interventions import CanonicalEdit, Positions
+from reft_runtime.kernels.cpu import Kernels
 from reft_runtime.kernels.operators import RowEdit, RowEdits, cpu_operators
 
-kernels = cpu_operators()
-pytestmark = pytest.mark.skipif(kernels is None, reason="there is no C++ compiler")
+
+@pytest.fixture
+def kernels() -> Kernels:
+    found = cpu_operators()
+    assert found is not None, "the tests need a C++ compiler"
+    return found
 
 
 def random(*sizes: int, seed: int = 0) -> Tensor:
@@ -21,7 +26,7 @@ def random(*sizes: int, seed: int = 0) -> Tensor:
 
 def edit(rank: int, width: int) -> CanonicalEdit:
     V, b, U = random(rank, width, seed=1), random(rank, seed=2), random(rank, width, seed=3)
-    return CanonicalEdit(0, "block_output", Positions(), V, b, U)
+    return CanonicalEdit(0, "block_output", Positions(first=1), V, b, U)
 
 
 def row_edit(row: int, made: CanonicalEdit, strength: float = 1.0) -> RowEdit:
@@ -30,8 +35,7 @@ def row_edit(row: int, made: CanonicalEdit, strength: float = 1.0) -> RowEdit:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("width", [1, 7, 256, 576, 1000])
-def test_rows(width: int, dtype: torch.dtype) -> None:
-    assert kernels is not None
+def test_rows(kernels: Kernels, width: int, dtype: torch.dtype) -> None:
     hidden = random(9, width).to(dtype)
     wanted, edits = hidden.clone(), []
     for row, rank, strength in ((8, 1, 1.0), (0, 4, -0.5), (3, 9, 2.0), (5, 64, 0.01)):
@@ -48,8 +52,7 @@ def test_rows(width: int, dtype: torch.dtype) -> None:
     assert torch.equal(hidden[untouched], wanted[untouched])
 
 
-def test_what_it_does_not_take() -> None:
-    assert kernels is not None
+def test_what_it_does_not_take(kernels: Kernels) -> None:
     hidden = random(4, 8)
     before = hidden.clone()
     assert not kernels.edit_rows_(hidden.T.contiguous().T, RowEdits([row_edit(0, edit(2, 8))]))
