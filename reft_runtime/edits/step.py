@@ -106,7 +106,7 @@ class StepEdits:
     failed: dict[Sequence, Exception] = field(default_factory=dict)
     traces: dict[Sequence, list[TracedEdit]] = field(default_factory=dict)
     _of_rows: dict[tuple[Site, int], RowEdits] = field(default_factory=dict)
-    """The short segments of a site's pass as edits of rows, once they were applied."""
+    """The passes of sites that are nothing but short segments, as edits of rows."""
 
     @property
     def sites(self) -> SequenceOf[Site]:
@@ -182,6 +182,10 @@ class StepEdits:
         if self.rows is not None:
             self.rows.apply(site, hidden)
         for number, segments in enumerate(self.passes.get(site, ())):
+            if (edits := self._of_rows.get((site, number))) is not None and _edit_rows(
+                hidden, edits
+            ):
+                continue
             try:
                 self._apply_pass(segments, hidden, (site, number))
             except Exception as error:
@@ -201,38 +205,22 @@ class StepEdits:
     ) -> None:
         """Compute all segments' new rows before any is written: a failure changes nothing.
 
-        What is made of the segments is kept under the name `known_as`.
+        A pass that is `known_as` the number of a site's may be kept as edits of rows.
         """
         short = [segment for segment in segments if _batches(segment)]
         results = [_edit_alone(s, hidden, self.sent) for s in segments if not _batches(s)]
         traced = [s for s in segments if s.sequence.request.trace and s.sequence.leads]
         before = [hidden[segment.rows].float() for segment in traced]
-        if short and not self._edit_rows(short, hidden, known_as):
+        edits = _row_edits(short) if short and hidden.device.type == "cpu" else None
+        if edits is not None and _edit_rows(hidden, edits):
+            if known_as is not None and len(short) == len(segments) and not traced:
+                self._of_rows[known_as] = edits
+        elif short:
             results.append(_edit_together(short, hidden, self.sent))
         for rows, edited in results:
             hidden.index_copy_(0, rows, edited.to(hidden.dtype))
         for segment, old in zip(traced, before, strict=True):
             self._trace(segment, old, hidden[segment.rows].float())
-
-    def _edit_rows(
-        self, short: list[Segment], hidden: Tensor, known_as: tuple[Site, int] | None
-    ) -> bool:
-        """Edit short segments by the CPU's operator; False, and nothing is changed, without one."""
-        operators = cpu_operators() if hidden.device.type == "cpu" else None
-        if operators is None:
-            return False
-        edits = self._of_rows.get(known_as) if known_as is not None else None
-        if edits is None:
-            edits = RowEdits(
-                [
-                    RowEdit(row, s.edit.V, s.edit.b, s.edit.U, float(s.strength))
-                    for s in short
-                    for row in s.rows
-                ]
-            )
-            if known_as is not None:
-                self._of_rows[known_as] = edits
-        return operators.edit_rows_(hidden, edits)
 
     def _trace(self, segment: Segment, old: Tensor, new: Tensor) -> None:
         sizes = (new - old).norm(dim=-1) / old.norm(dim=-1)
@@ -252,6 +240,23 @@ def _batches(segment: Segment) -> bool:
         and edit.gain is None
         and edit.offset is None
     )
+
+
+def _row_edits(short: list[Segment]) -> RowEdits:
+    """Short segments as edits of rows."""
+    return RowEdits(
+        [
+            RowEdit(row, s.edit.V, s.edit.b, s.edit.U, float(s.strength))
+            for s in short
+            for row in s.rows
+        ]
+    )
+
+
+def _edit_rows(hidden: Tensor, edits: RowEdits) -> bool:
+    """Edit rows by the CPU's operator; False, and nothing is changed, where it cannot do that."""
+    operators = cpu_operators()
+    return operators is not None and operators.edit_rows_(hidden, edits)
 
 
 def _edit_alone(segment: Segment, hidden: Tensor, sent: Sent) -> tuple[Tensor, Tensor]:

@@ -21,13 +21,26 @@ struct Edit {
     int64_t rank;
 };
 
-// Products of one row with COUNT rows of V, which lie `width` apart.
-template <int COUNT>
-inline void dots(const float* row, const float* V, float* sums, int64_t width) {
-    float made[COUNT] = {};
-    for (int64_t i = 0; i < width; ++i)
-        for (int k = 0; k < COUNT; ++k) made[k] += row[i] * V[k * width + i];
-    for (int k = 0; k < COUNT; ++k) sums[k] = made[k];
+// Products of one row with four rows of V, which lie `width` apart.
+inline void four_dots(const float* row, const float* V, float* sums, int64_t width) {
+    const float *V1 = V + width, *V2 = V1 + width, *V3 = V2 + width;
+    float a = 0, b = 0, c = 0, d = 0;
+    for (int64_t i = 0; i < width; ++i) {
+        a += row[i] * V[i];
+        b += row[i] * V1[i];
+        c += row[i] * V2[i];
+        d += row[i] * V3[i];
+    }
+    sums[0] = a;
+    sums[1] = b;
+    sums[2] = c;
+    sums[3] = d;
+}
+
+inline float dot(const float* row, const float* V, int64_t width) {
+    float sum = 0;
+    for (int64_t i = 0; i < width; ++i) sum += row[i] * V[i];
+    return sum;
 }
 
 // row += strength * (V row + b) U for each edit of `hidden` [*, width]; no two edits have one row.
@@ -41,8 +54,8 @@ void edit_rows(T* hidden, const Edit* edits, const float* strengths, int64_t cou
         float old[MAX_EDITED], low[MAX_RANK];
         for (int64_t i = 0; i < width; ++i) old[i] = load(row[i]);
         int64_t k = 0;
-        for (; k + 4 <= edit.rank; k += 4) dots<4>(old, edit.V + k * width, low + k, width);
-        for (; k < edit.rank; ++k) dots<1>(old, edit.V + k * width, low + k, width);
+        for (; k + 4 <= edit.rank; k += 4) four_dots(old, edit.V + k * width, low + k, width);
+        for (; k < edit.rank; ++k) low[k] = dot(old, edit.V + k * width, width);
         for (k = 0; k < edit.rank; ++k) low[k] = (low[k] + edit.b[k]) * strengths[number];
         for (int64_t start = 0; start < width; start += COLUMNS_AT_ONCE) {
             const int64_t size = std::min(COLUMNS_AT_ONCE, width - start);
