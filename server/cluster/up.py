@@ -20,6 +20,8 @@ from typing import Any
 import psutil
 
 from reft_runtime.errors import ConfigError, EngineDead
+from reft_runtime.interventions.registry.sources import Folder
+from reft_runtime.interventions.registry.urls import is_url, local_folder
 from server.banner import address_of
 from server.cluster.config import ClusterConfig, read_config
 from server.lifecycle import check_exposure, listen
@@ -51,6 +53,12 @@ VARIABLES = {
 }
 """Variables of a Ray that is started here, unless they are set."""
 
+LOG_VARIABLES = {
+    "RAY_DEDUP_LOGS": "0",  # else lines that differ in their numbers alone are left out
+    "RAY_COLOR_PREFIX": "0",
+}
+"""Variables by which Ray passes the log's lines on as they are, unless they are set."""
+
 PORTS = ("RAY_SERVE_HAPROXY_METRICS_PORT", "RAY_SERVE_HAPROXY_STATS_PORT")
 """Variables of ports that have numbers of their own, which another cluster here may have."""
 
@@ -66,6 +74,7 @@ def run(path: Path) -> int:
         check_exposure(listener, settings, _key)
         bound, port = listener.getsockname()[:2]
     Keys.of(settings)  # what is wrong with the keys file is told before Ray starts
+    _check_folders(config)
     address = address_of(settings.host, port)
     logger.info("The cluster will answer at %s", address)
     if settings.keys is not None and settings.quota_url is None and config.most_replicas > 1:
@@ -93,12 +102,22 @@ def run(path: Path) -> int:
 def _update(cluster: _Cluster, path: Path, signals: _Signals) -> None:
     try:
         config = read_config(path)
+        _check_folders(config)
         with signals.ending():
             cluster.deploy(config)
     except (ConfigError, EngineDead) as error:
         logger.error("The cluster stays as it is: %s", error.message)
     else:
         logger.info("The cluster is as %s says", path)
+
+
+def _check_folders(config: ClusterConfig) -> None:
+    """Raise `ConfigError` for folders that replicas on this machine would not find."""
+    if config.ray is not None:
+        return
+    for source in config.settings.interventions:
+        if not is_url(source):
+            Folder(local_folder(source))
 
 
 def _key(name: str) -> str:
@@ -160,9 +179,9 @@ class _Cluster:
 
     def __init__(self, config: ClusterConfig, port: int, held: ExitStack) -> None:
         self._own = config.ray is None
+        for name, value in (LOG_VARIABLES | (VARIABLES if self._own else {})).items():
+            os.environ.setdefault(name, value)
         if self._own:
-            for name, value in VARIABLES.items():
-                os.environ.setdefault(name, value)
             for name in PORTS:
                 if name not in os.environ:
                     keeper = held.enter_context(_held("0.0.0.0", 0))

@@ -26,6 +26,16 @@ def test_a_keys_file_is_read_before_ray_starts(
         up.run(file)
 
 
+def test_folders_are_looked_for_before_ray_starts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(up, "_Cluster", lambda *given: pytest.fail("Ray was started"))
+    file = tmp_path / "cluster.yaml"
+    file.write_text(f"settings: {{port: 0, interventions: [{tmp_path}/none]}}")
+    with pytest.raises(ConfigError, match="/none does not exist; make it"):
+        up.run(file)
+
+
 def test_the_reason_of_a_replica_that_cannot_start() -> None:
     text = """The deployment failed to start 3 times in a row. Error:
 ray::ServeReplica:reft:replica.initialize_and_get_metadata() (pid=7, ip=10.0.0.1)
