@@ -23,7 +23,7 @@ from reft_runtime.errors import ConfigError, EngineDead
 from reft_runtime.interventions.registry.sources import Folder
 from reft_runtime.interventions.registry.urls import is_url, local_folder
 from server.banner import address_of
-from server.cluster.config import ClusterConfig, read_config
+from server.cluster.config import ClusterConfig, check_room, read_config
 from server.lifecycle import check_exposure, listen
 from server.tenants.keys import Keys
 
@@ -216,9 +216,14 @@ class _Cluster:
         )
 
     def deploy(self, config: ClusterConfig) -> None:
-        """Make the application as a configuration says. Raises `EngineDead` if it cannot run."""
+        """Make the application as a configuration says.
+
+        Raises `ConfigError` if this machine has no room for it, `EngineDead` if it cannot run.
+        """
         from server.cluster.deployments import application
 
+        if self._own:  # to another cluster, nodes may be added
+            check_room(config, self._ray.cluster_resources())
         try:
             self._handle = self._serve.run(application(config), name=APP, route_prefix="/")
         except RuntimeError as error:
