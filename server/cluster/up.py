@@ -223,7 +223,7 @@ class _Cluster:
         from server.cluster.deployments import application
 
         if self._own:  # to another cluster, nodes may be added
-            check_room(config, self._ray.cluster_resources())
+            check_room(config, self._ray.cluster_resources())  # type: ignore[no-untyped-call]
         try:
             self._handle = self._serve.run(application(config), name=APP, route_prefix="/")
         except RuntimeError as error:
