@@ -187,3 +187,10 @@ def test_what_a_machine_has_no_room_for(parts: dict[str, Any], told: str) -> Non
         check_room(parse_config(state | parts), has)
     check_room(parse_config(state | {"autoscaling": {"max": 9}}), has)
     check_room(parse_config(state | {"replicas": 9, "resources": {"cpus": 0.2}}), has)
+
+
+def test_origins_may_be_a_list() -> None:
+    origins = ["https://a.example", "https://b.example"]
+    assert parse_config({"settings": {"allowed_origins": origins}}).settings.origins == origins
+    assert parse_config({"settings": {"allowed_origins": []}}).settings.origins == []
+    assert "settings.allowed_origins: write '*', or" in told({"settings": {"allowed_origins": [3]}})
