@@ -82,18 +82,18 @@ def run(path: Path) -> int:
             "Each replica counts quotas for itself, so a tenant gets them once from each;"
             " settings.quota_url counts them together"
         )
-    with ExitStack() as held:  # until Ray is gone
+    signals = _Signals()
+    with ExitStack() as held, suppress(_Ended):  # until Ray is gone
         held.enter_context(_held(bound, port))
-        cluster = _Cluster(config, port, held)
-        signals = _Signals()
+        with signals.ending():
+            cluster = _Cluster(config, port, held, signals)
         try:
-            with suppress(_Ended):
-                with signals.ending():
-                    cluster.deploy(config)
-                    cluster.wait_for(address)
-                print(cluster.banner(address), flush=True)
-                while signals.wait():
-                    _update(cluster, path, signals)
+            with signals.ending():
+                cluster.deploy(config)
+                cluster.wait_for(address)
+            print(cluster.banner(address), flush=True)
+            while signals.wait():
+                _update(cluster, path, signals)
         finally:
             cluster.end()
     return 0
@@ -135,6 +135,10 @@ class _Signals:
     def __init__(self) -> None:
         self._news = threading.Event()
         self.ended = self._again = self._ending = False
+        self.install()
+
+    def install(self) -> None:
+        """Take the signals, from Ray too, which ends the process at a SIGTERM."""
         for sig in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             signal.signal(sig, self._handle)
 
@@ -174,10 +178,13 @@ class _Signals:
 class _Cluster:
     """Ray, which is started on this machine or connected to, and the application on it.
 
-    `held` gets the sockets that keep ports for it.
+    `held` gets the sockets that keep ports for it. Raises `ConfigError`, and `_Ended`, which leaves
+    nothing: what was started ends with this process.
     """
 
-    def __init__(self, config: ClusterConfig, port: int, held: ExitStack) -> None:
+    def __init__(
+        self, config: ClusterConfig, port: int, held: ExitStack, signals: _Signals
+    ) -> None:
         self._own = config.ray is None
         for name, value in (LOG_VARIABLES | (VARIABLES if self._own else {})).items():
             os.environ.setdefault(name, value)
@@ -205,6 +212,9 @@ class _Cluster:
             ray.init(logging_level=logging.WARNING, **options)
         except (ConnectionError, OSError, RuntimeError, ValueError) as error:
             raise ConfigError(f"ray: there is no Ray to use at {config.ray}: {error}") from None
+        except SystemExit:
+            raise _Ended from None
+        signals.install()
         serve.start(
             proxy_location="EveryNode",
             logging_config=QUIET,

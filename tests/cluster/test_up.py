@@ -62,6 +62,31 @@ def test_a_signal_ends_what_is_under_way() -> None:
             signal.signal(sig, handler)
 
 
+@pytest.mark.parametrize("when", ["ray.init", "ray.serve.start"])
+def test_a_signal_while_ray_starts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, when: str
+) -> None:
+    pytest.importorskip("ray.serve")
+    monkeypatch.setattr(os, "environ", os.environ.copy())
+    handlers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = {sig: signal.getsignal(sig) for sig in handlers}
+
+    def init(**options: object) -> None:
+        signal.signal(signal.SIGTERM, lambda sig, frame: sys.exit(sig))  # as Ray does
+        if when == "ray.init":
+            signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr("ray.init", init)
+    monkeypatch.setattr("ray.serve.start", lambda **kw: signal.raise_signal(signal.SIGTERM))
+    file = tmp_path / "cluster.yaml"
+    file.write_text("settings: {port: 0}")
+    try:
+        assert up.run(file) == 0
+    finally:
+        for sig, handler in before.items():
+            signal.signal(sig, handler)
+
+
 def test_where_no_ray_listens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("ray.serve")  # without its own warnings
     monkeypatch.setattr(os, "environ", os.environ.copy())
