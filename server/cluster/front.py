@@ -78,8 +78,9 @@ class Front:
         if scope["type"] == "lifespan":
             await self._live(receive, send)
             return
-        if scope["type"] != "http":
-            raise RuntimeError("This server speaks HTTP alone.")
+        if scope["type"] == "websocket":
+            await send({"type": "websocket.close"})  # before it has begun: the client gets a 403
+            return
         scope.setdefault("state", {})
         try:
             await self._answer(scope, receive, send)

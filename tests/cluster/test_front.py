@@ -11,6 +11,7 @@ from typing import Any
 import httpx
 import pytest
 from pydantic import SecretStr
+from starlette.types import Message
 
 from server.cluster.affinity import key_of, names_of
 from server.cluster.front import Front
@@ -241,6 +242,19 @@ async def test_a_page_of_another_origin_sees_errors() -> None:
             assert response.status_code == (503 if full else 200)
             assert response.headers.get_list("access-control-allow-origin") == [headers["origin"]]
             assert "retry-after" in response.headers["access-control-expose-headers"]
+
+
+async def test_web_sockets_are_closed(cluster: Cluster, settings: Settings) -> None:
+    sent: list[Message] = []
+
+    async def send(message: Message) -> None:
+        sent.append(message)
+
+    async def receive() -> Message:
+        return {"type": "websocket.connect"}
+
+    await Front(cluster, settings)({"type": "websocket", "path": "/"}, receive, send)
+    assert [message["type"] for message in sent] == ["websocket.close"]
 
 
 async def test_bodies_within_bounds(cluster: Cluster, client: httpx.AsyncClient) -> None:
