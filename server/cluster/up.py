@@ -93,22 +93,41 @@ def run(path: Path) -> int:
                 cluster.wait_for(address)
             print(cluster.banner(address), flush=True)
             while signals.wait():
-                _update(cluster, path, signals)
+                config = _update(cluster, path, signals, config)
         finally:
             cluster.end()
     return 0
 
 
-def _update(cluster: _Cluster, path: Path, signals: _Signals) -> None:
+def _update(
+    cluster: _Cluster, path: Path, signals: _Signals, served: ClusterConfig
+) -> ClusterConfig:
+    """Make the cluster as the file now says, or again as `served`; return what it is then."""
     try:
         config = read_config(path)
         _check_folders(config)
         with signals.ending():
             cluster.deploy(config)
-    except (ConfigError, EngineDead) as error:
+    except ConfigError as error:
         logger.error("The cluster stays as it is: %s", error.message)
+    except EngineDead as error:
+        logger.error("The cluster becomes what it was before: %s", error.message)
+        _restore(cluster, signals, served)
     else:
         logger.info("The cluster is as %s says", path)
+        return config
+    return served
+
+
+def _restore(cluster: _Cluster, signals: _Signals, served: ClusterConfig) -> None:
+    """Deploy what was served: Ray Serve has ended a replica to make room for one that failed."""
+    try:
+        with signals.ending():
+            cluster.deploy(served)
+    except (ConfigError, EngineDead) as error:
+        logger.error("It cannot: %s", error.message)
+    else:
+        logger.info("The cluster is what it was before")
 
 
 def _check_folders(config: ClusterConfig) -> None:

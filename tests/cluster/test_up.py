@@ -7,13 +7,15 @@ import signal
 import socket
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import psutil
 import pytest
 
-from reft_runtime.errors import ConfigError
+from reft_runtime.errors import ConfigError, EngineDead
 from server.cluster import up
+from server.cluster.config import ClusterConfig, parse_config
 
 
 def test_a_keys_file_is_read_before_ray_starts(
@@ -85,6 +87,33 @@ def test_a_signal_while_ray_starts(
     finally:
         for sig, handler in before.items():
             signal.signal(sig, handler)
+
+
+def test_an_update_that_cannot_run_is_taken_back(tmp_path: Path) -> None:
+    deployed: list[int | None] = []
+
+    class Cluster:
+        def deploy(self, config: ClusterConfig) -> None:
+            deployed.append(config.replicas)
+            if config.replicas == 2:
+                raise EngineDead("The replicas cannot run: no folder.")
+
+    class Signals:
+        ending = staticmethod(nullcontext)
+
+    def update() -> ClusterConfig:
+        return up._update(Cluster(), file, Signals(), served)  # type: ignore[arg-type]
+
+    file = tmp_path / "cluster.yaml"
+    file.write_text(f"{{replicas: 2, settings: {{state_dir: {tmp_path}}}}}")
+    served = parse_config({})
+    assert update() is served
+    assert deployed == [2, None]
+    file.write_text("replica: 3")
+    assert update() is served
+    file.write_text(f"{{replicas: 3, settings: {{state_dir: {tmp_path}}}}}")
+    assert update().replicas == 3
+    assert deployed == [2, None, 3]
 
 
 def test_where_no_ray_listens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
