@@ -169,6 +169,10 @@ class _Signals:
             if self.ended:
                 raise _Ended
             yield
+        except Exception:
+            if self.ended:  # code in C that was under way has made another error of `_Ended`
+                raise _Ended from None
+            raise
         finally:
             self._ending = False
 

@@ -7,7 +7,9 @@ import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 
 import psutil
@@ -47,6 +49,13 @@ reft_runtime.errors.ConfigError: model: there is no folder /models/none."""
     assert up.last_error("The deployment is updating.") is None
 
 
+def _as_code_in_c(function: Callable[[], object]) -> None:
+    try:
+        function()
+    except Exception as error:
+        raise SystemError("returned a result with an exception set") from error
+
+
 def test_a_signal_ends_what_is_under_way() -> None:
     before = {sig: signal.getsignal(sig) for sig in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     try:
@@ -58,6 +67,9 @@ def test_a_signal_ends_what_is_under_way() -> None:
             signal.raise_signal(signal.SIGTERM)
         with pytest.raises(up._Ended), signals.ending():
             pytest.fail("it has ended")
+        signals.ended = False
+        with pytest.raises(up._Ended), signals.ending():
+            _as_code_in_c(partial(signal.raise_signal, signal.SIGTERM))
         assert not signals.wait()
     finally:
         for sig, handler in before.items():
