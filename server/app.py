@@ -8,12 +8,12 @@ from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
 
 from fastapi import APIRouter, Depends, FastAPI
-from fastapi.middleware.cors import CORSMiddleware
 
 from reft_runtime.base.stages import stage
 from reft_runtime.version import VERSION
 from server.auth import require_access, require_key
 from server.context import Context
+from server.cors import with_cors
 from server.errors import install_error_handlers, refuse_query
 from server.health import Health
 from server.metrics import Metrics
@@ -41,17 +41,6 @@ from server.threads import started_pool
 
 if TYPE_CHECKING:
     from server.engine import WholeEngine
-
-EXPOSED = [
-    *("retry-after", "x-request-id", "x-intervention", "x-prompt-tokens", "x-queue-time"),
-    "x-replicas-behind",
-    *(
-        f"x-ratelimit-{what}-{of}"
-        for what in ("limit", "remaining", "reset")
-        for of in ("requests", "tokens")
-    ),
-]
-"""Response headers that a page of another origin may read."""
 
 
 def create_app(
@@ -96,15 +85,8 @@ def create_app(
     )
     app.state.context = context
     app.add_middleware(RequestMiddleware, context=context)
-    if settings.origins:
-        # Outermost: without these headers a browser hides an answer, even an error, from a page.
-        app.add_middleware(
-            CORSMiddleware,
-            allow_origins=settings.origins,
-            allow_methods=["*"],
-            allow_headers=["*"],
-            expose_headers=EXPOSED,
-        )
+    # Outermost: without these headers a browser hides an answer, even an error, from a page.
+    app.add_middleware(with_cors, settings.origins)
     install_error_handlers(app)
     app.router.routes.extend(page.routes)
     app.include_router(operations.public)

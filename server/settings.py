@@ -248,6 +248,12 @@ class Settings(BaseSettings):
             raise ValueError("give folders or URLs, several with commas or as a JSON list")
         return value
 
+    @field_validator("allowed_origins", mode="before")
+    @classmethod
+    def _join_origins(cls, value: object) -> object:
+        # A cluster's file may have a list, as it has of interventions.
+        return ",".join(map(str, value)) or None if isinstance(value, list) else value
+
     @field_validator("allowed_origins")
     @classmethod
     def _check_origins(cls, value: str | None) -> str | None:

@@ -105,6 +105,25 @@ class ClusterConfig(_Part):
         return self.autoscaling.max if self.autoscaling else self.replicas or 1
 
 
+def check_room(config: ClusterConfig, has: Mapping[str, float]) -> None:
+    """Raise `ConfigError` if a machine has too little for all replicas, which Ray would wait for.
+
+    `has` is what Ray counts there, such as `{"CPU": 8.0, "GPU": 1.0}`.
+    """
+    scaling, taken = config.autoscaling, config.resources
+    replicas = scaling.min if scaling else config.replicas or 1
+    each = {"CPU": taken.cpus, "GPU": taken.gpus, "memory": taken.memory or 0}
+    keys = {"CPU": "cpus", "GPU": "gpus", "memory": "memory"}
+    for name, amount in each.items():
+        need = round(replicas * config.settings.tensor_parallel * amount, 4)  # as Ray counts
+        there = has.get(name, 0)
+        if need > there:
+            raise ConfigError(
+                f"resources.{keys[name]}: the replicas need {need:g}, and this machine has"
+                f" {there:g}. Lower it, or have fewer replicas."
+            )
+
+
 class _Loader(yaml.SafeLoader):  # type: ignore[misc]  # yaml has no types
     """Reads YAML, and refuses a key that is given twice, of which the last would count."""
 

@@ -19,6 +19,7 @@ from server.cluster.bodies import Bodies
 from server.cluster.calls import Call, Full, Head, NoReplica, Part, ReplicaDied
 from server.connections import Limits
 from server.context import BODIES_BYTES, BodyBudget
+from server.cors import with_cors
 from server.disconnect import ClientDisconnected, run_unless_disconnected
 from server.errors import ApiError, api_error
 from server.settings import Settings
@@ -66,6 +67,7 @@ class Front:
     def __init__(self, pool: Pool, settings: Settings, limits: Limits | None = None) -> None:
         self._pool = pool
         self._keys = Keys.of(settings)
+        self._origins = settings.origins
         most = settings.max_body_bytes
         self._budget = BodyBudget(max(BODIES_BYTES, 2 * most))
         self._bodies = Bodies(pool.keep, self._budget, most, limits or Limits(0))
@@ -76,8 +78,9 @@ class Front:
         if scope["type"] == "lifespan":
             await self._live(receive, send)
             return
-        if scope["type"] != "http":
-            raise RuntimeError("This server speaks HTTP alone.")
+        if scope["type"] == "websocket":
+            await send({"type": "websocket.close"})  # before it has begun: the client gets a 403
+            return
         scope.setdefault("state", {})
         try:
             await self._answer(scope, receive, send)
@@ -104,7 +107,7 @@ class Front:
         except (ApiError, ReftError) as error:
             problem = api_error(error, Headers(scope=scope).get("x-request-id", ""))
             if not sending.begun:
-                await problem.response()(scope, receive, send)
+                await with_cors(problem.response(), self._origins)(scope, receive, send)
             elif sending.streams:
                 await sending.piece(_broken(scope["path"], problem))
                 await sending.end()

@@ -10,6 +10,7 @@ from ray.util.placement_group import get_current_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from reft_runtime.parallel.processes import END_SECONDS
+from server.quiet import hide_import_messages
 
 
 class PlacementGroup:
@@ -74,6 +75,7 @@ class _Follower:
 
     def follow(self, host: str, port: int, key: bytes, rank: int) -> None:
         """Follow rank 0 until it ends, which ends this process."""
+        hide_import_messages()
         from reft_runtime.parallel.follower import follow
 
         follow(host, port, key, rank)

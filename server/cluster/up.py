@@ -20,8 +20,10 @@ from typing import Any
 import psutil
 
 from reft_runtime.errors import ConfigError, EngineDead
+from reft_runtime.interventions.registry.sources import Folder
+from reft_runtime.interventions.registry.urls import is_url, local_folder
 from server.banner import address_of
-from server.cluster.config import ClusterConfig, read_config
+from server.cluster.config import ClusterConfig, check_room, read_config
 from server.lifecycle import check_exposure, listen
 from server.tenants.keys import Keys
 
@@ -51,6 +53,12 @@ VARIABLES = {
 }
 """Variables of a Ray that is started here, unless they are set."""
 
+LOG_VARIABLES = {
+    "RAY_DEDUP_LOGS": "0",  # else lines that differ in their numbers alone are left out
+    "RAY_COLOR_PREFIX": "0",
+}
+"""Variables by which Ray passes the log's lines on as they are, unless they are set."""
+
 PORTS = ("RAY_SERVE_HAPROXY_METRICS_PORT", "RAY_SERVE_HAPROXY_STATS_PORT")
 """Variables of ports that have numbers of their own, which another cluster here may have."""
 
@@ -66,6 +74,7 @@ def run(path: Path) -> int:
         check_exposure(listener, settings, _key)
         bound, port = listener.getsockname()[:2]
     Keys.of(settings)  # what is wrong with the keys file is told before Ray starts
+    _check_folders(config)
     address = address_of(settings.host, port)
     logger.info("The cluster will answer at %s", address)
     if settings.keys is not None and settings.quota_url is None and config.most_replicas > 1:
@@ -73,32 +82,61 @@ def run(path: Path) -> int:
             "Each replica counts quotas for itself, so a tenant gets them once from each;"
             " settings.quota_url counts them together"
         )
-    with ExitStack() as held:  # until Ray is gone
+    signals = _Signals()
+    with ExitStack() as held, suppress(_Ended):  # until Ray is gone
         held.enter_context(_held(bound, port))
-        cluster = _Cluster(config, port, held)
-        signals = _Signals()
+        with signals.ending():
+            cluster = _Cluster(config, port, held, signals)
         try:
-            with suppress(_Ended):
-                with signals.ending():
-                    cluster.deploy(config)
-                    cluster.wait_for(address)
-                print(cluster.banner(address), flush=True)
-                while signals.wait():
-                    _update(cluster, path, signals)
+            with signals.ending():
+                cluster.deploy(config)
+                cluster.wait_for(address)
+            print(cluster.banner(address), flush=True)
+            while signals.wait():
+                config = _update(cluster, path, signals, config)
         finally:
             cluster.end()
     return 0
 
 
-def _update(cluster: _Cluster, path: Path, signals: _Signals) -> None:
+def _update(
+    cluster: _Cluster, path: Path, signals: _Signals, served: ClusterConfig
+) -> ClusterConfig:
+    """Make the cluster as the file now says, or again as `served`; return what it is then."""
     try:
         config = read_config(path)
+        _check_folders(config)
         with signals.ending():
             cluster.deploy(config)
-    except (ConfigError, EngineDead) as error:
+    except ConfigError as error:
         logger.error("The cluster stays as it is: %s", error.message)
+    except EngineDead as error:
+        logger.error("The cluster becomes what it was before: %s", error.message)
+        _restore(cluster, signals, served)
     else:
         logger.info("The cluster is as %s says", path)
+        return config
+    return served
+
+
+def _restore(cluster: _Cluster, signals: _Signals, served: ClusterConfig) -> None:
+    """Deploy what was served: Ray Serve has ended a replica to make room for one that failed."""
+    try:
+        with signals.ending():
+            cluster.deploy(served)
+    except (ConfigError, EngineDead) as error:
+        logger.error("It cannot: %s", error.message)
+    else:
+        logger.info("The cluster is what it was before")
+
+
+def _check_folders(config: ClusterConfig) -> None:
+    """Raise `ConfigError` for folders that replicas on this machine would not find."""
+    if config.ray is not None:
+        return
+    for source in config.settings.interventions:
+        if not is_url(source):
+            Folder(local_folder(source))
 
 
 def _key(name: str) -> str:
@@ -116,6 +154,10 @@ class _Signals:
     def __init__(self) -> None:
         self._news = threading.Event()
         self.ended = self._again = self._ending = False
+        self.install()
+
+    def install(self) -> None:
+        """Take the signals, from Ray too, which ends the process at a SIGTERM."""
         for sig in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             signal.signal(sig, self._handle)
 
@@ -127,6 +169,10 @@ class _Signals:
             if self.ended:
                 raise _Ended
             yield
+        except Exception:
+            if self.ended:  # code in C that was under way has made another error of `_Ended`
+                raise _Ended from None
+            raise
         finally:
             self._ending = False
 
@@ -155,14 +201,17 @@ class _Signals:
 class _Cluster:
     """Ray, which is started on this machine or connected to, and the application on it.
 
-    `held` gets the sockets that keep ports for it.
+    `held` gets the sockets that keep ports for it. Raises `ConfigError`, and `_Ended`, which leaves
+    nothing: what was started ends with this process.
     """
 
-    def __init__(self, config: ClusterConfig, port: int, held: ExitStack) -> None:
+    def __init__(
+        self, config: ClusterConfig, port: int, held: ExitStack, signals: _Signals
+    ) -> None:
         self._own = config.ray is None
+        for name, value in (LOG_VARIABLES | (VARIABLES if self._own else {})).items():
+            os.environ.setdefault(name, value)
         if self._own:
-            for name, value in VARIABLES.items():
-                os.environ.setdefault(name, value)
             for name in PORTS:
                 if name not in os.environ:
                     keeper = held.enter_context(_held("0.0.0.0", 0))
@@ -186,6 +235,9 @@ class _Cluster:
             ray.init(logging_level=logging.WARNING, **options)
         except (ConnectionError, OSError, RuntimeError, ValueError) as error:
             raise ConfigError(f"ray: there is no Ray to use at {config.ray}: {error}") from None
+        except SystemExit:
+            raise _Ended from None
+        signals.install()
         serve.start(
             proxy_location="EveryNode",
             logging_config=QUIET,
@@ -197,9 +249,14 @@ class _Cluster:
         )
 
     def deploy(self, config: ClusterConfig) -> None:
-        """Make the application as a configuration says. Raises `EngineDead` if it cannot run."""
+        """Make the application as a configuration says.
+
+        Raises `ConfigError` if this machine has no room for it, `EngineDead` if it cannot run.
+        """
         from server.cluster.deployments import application
 
+        if self._own:  # to another cluster, nodes may be added
+            check_room(config, self._ray.cluster_resources())  # type: ignore[no-untyped-call]
         try:
             self._handle = self._serve.run(application(config), name=APP, route_prefix="/")
         except RuntimeError as error:

@@ -14,6 +14,7 @@ from server.cluster.config import (
     ClusterConfig,
     Resources,
     Routing,
+    check_room,
     parse_config,
     read_config,
 )
@@ -165,3 +166,31 @@ def test_plain_ray_serve_needs_keys() -> None:
 
     with pytest.raises(ConfigError, match="insecure: true"):
         deployments.app({"settings": {}})
+
+
+@pytest.mark.parametrize(
+    ("parts", "told"),
+    [
+        ({"replicas": 3}, r"resources\.cpus: the replicas need 3, and this machine has 2"),
+        ({"autoscaling": {"min": 4, "max": 9}}, r"resources\.cpus: the replicas need 4"),
+        ({"settings": {"tensor_parallel": 4}}, r"resources\.cpus: the replicas need 4"),
+        (
+            {"resources": {"gpus": 1}},
+            r"resources\.gpus: the replicas need 1, and this machine has 0",
+        ),
+    ],
+)
+def test_what_a_machine_has_no_room_for(parts: dict[str, Any], told: str) -> None:
+    has = {"CPU": 2.0, "memory": 1e10, "node:10.0.0.1": 1.0}
+    state = {"settings": {"state_dir": "/state"}}
+    with pytest.raises(ConfigError, match=told):
+        check_room(parse_config(state | parts), has)
+    check_room(parse_config(state | {"autoscaling": {"max": 9}}), has)
+    check_room(parse_config(state | {"replicas": 9, "resources": {"cpus": 0.2}}), has)
+
+
+def test_origins_may_be_a_list() -> None:
+    origins = ["https://a.example", "https://b.example"]
+    assert parse_config({"settings": {"allowed_origins": origins}}).settings.origins == origins
+    assert parse_config({"settings": {"allowed_origins": []}}).settings.origins == []
+    assert "settings.allowed_origins: write '*', or" in told({"settings": {"allowed_origins": [3]}})

@@ -11,6 +11,7 @@ from typing import Any
 import httpx
 import pytest
 from pydantic import SecretStr
+from starlette.types import Message
 
 from server.cluster.affinity import key_of, names_of
 from server.cluster.front import Front
@@ -229,6 +230,31 @@ async def test_full_and_empty(cluster: Cluster, client: httpx.AsyncClient) -> No
     assert (response.status_code, response.json()["error"]["code"]) == (503, "unavailable")
     response = await client.get("/readyz")
     assert (response.status_code, response.json()) == (503, {"status": "no replica answers"})
+
+
+async def test_a_page_of_another_origin_sees_errors() -> None:
+    settings = Settings(allowed_origins="https://a.example", drain_seconds=1)
+    headers = {"origin": "https://a.example"}
+    async with cluster_of(settings, "one") as cluster, client_of(cluster, settings) as client:
+        for full in (False, True):
+            cluster.full = full
+            response = await client.post("/v1/completions", json=completion(), headers=headers)
+            assert response.status_code == (503 if full else 200)
+            assert response.headers.get_list("access-control-allow-origin") == [headers["origin"]]
+            assert "retry-after" in response.headers["access-control-expose-headers"]
+
+
+async def test_web_sockets_are_closed(cluster: Cluster, settings: Settings) -> None:
+    sent: list[Message] = []
+
+    async def send(message: Message) -> None:
+        sent.append(message)
+
+    async def receive() -> Message:
+        return {"type": "websocket.connect"}
+
+    await Front(cluster, settings)({"type": "websocket", "path": "/"}, receive, send)
+    assert [message["type"] for message in sent] == ["websocket.close"]
 
 
 async def test_bodies_within_bounds(cluster: Cluster, client: httpx.AsyncClient) -> None:

@@ -30,6 +30,7 @@ def test_answers_and_a_killed_rank(tmp_path: Path) -> None:
             return True
 
         assert answers()
+        assert "torchao" not in cluster.log.read_text()  # nobody can act on what it says
         [replica], [rank] = cluster.replicas(), cluster.actors("_Follower")
         os.kill(rank.pid, signal.SIGKILL)
         deadline = time.monotonic() + 120

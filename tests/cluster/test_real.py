@@ -45,6 +45,8 @@ def test_affinity_and_equal_answers(cluster: Running) -> None:
                 answer = client.post("/v1/completions", json=body(name)).raise_for_status()
                 assert answer.json()["choices"][0]["text"] == text
                 assert len(answer.headers.get_list("x-request-id")) == 1
+        asked = 4 * len(cluster.tokens)
+        until(lambda: cluster.log.read_text().count("POST /v1/completions 200") == asked)
         metrics = client.get("/metrics").text
         for name in NAMES:
             series = f'reft:intervention_requests_total{{intervention="{name}"'
@@ -53,7 +55,7 @@ def test_affinity_and_equal_answers(cluster: Running) -> None:
         stats = client.get("/v1/stats").json()
         assert stats["replicas"] == 2
         assert client.get("/readyz").json() == {"status": "ok"}
-        assert client.get("/v1/usage").json()["total"]["requests"] == 4 * len(cluster.tokens)
+        assert client.get("/v1/usage").json()["total"]["requests"] == asked
 
 
 def test_changes_reach_both(cluster: Running) -> None:

@@ -7,13 +7,17 @@ import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Callable
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 
 import psutil
 import pytest
 
-from reft_runtime.errors import ConfigError
+from reft_runtime.errors import ConfigError, EngineDead
 from server.cluster import up
+from server.cluster.config import ClusterConfig, parse_config
 
 
 def test_a_keys_file_is_read_before_ray_starts(
@@ -26,6 +30,16 @@ def test_a_keys_file_is_read_before_ray_starts(
         up.run(file)
 
 
+def test_folders_are_looked_for_before_ray_starts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(up, "_Cluster", lambda *given: pytest.fail("Ray was started"))
+    file = tmp_path / "cluster.yaml"
+    file.write_text(f"settings: {{port: 0, interventions: [{tmp_path}/none]}}")
+    with pytest.raises(ConfigError, match="/none does not exist; make it"):
+        up.run(file)
+
+
 def test_the_reason_of_a_replica_that_cannot_start() -> None:
     text = """The deployment failed to start 3 times in a row. Error:
 ray::ServeReplica:reft:replica.initialize_and_get_metadata() (pid=7, ip=10.0.0.1)
@@ -33,6 +47,13 @@ ray::ServeReplica:reft:replica.initialize_and_get_metadata() (pid=7, ip=10.0.0.1
 reft_runtime.errors.ConfigError: model: there is no folder /models/none."""
     assert up.last_error(text) == "model: there is no folder /models/none."
     assert up.last_error("The deployment is updating.") is None
+
+
+def _as_code_in_c(function: Callable[[], object]) -> None:
+    try:
+        function()
+    except Exception as error:
+        raise SystemError("returned a result with an exception set") from error
 
 
 def test_a_signal_ends_what_is_under_way() -> None:
@@ -46,10 +67,65 @@ def test_a_signal_ends_what_is_under_way() -> None:
             signal.raise_signal(signal.SIGTERM)
         with pytest.raises(up._Ended), signals.ending():
             pytest.fail("it has ended")
+        signals.ended = False
+        with pytest.raises(up._Ended), signals.ending():
+            _as_code_in_c(partial(signal.raise_signal, signal.SIGTERM))
         assert not signals.wait()
     finally:
         for sig, handler in before.items():
             signal.signal(sig, handler)
+
+
+@pytest.mark.parametrize("when", ["ray.init", "ray.serve.start"])
+def test_a_signal_while_ray_starts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, when: str
+) -> None:
+    pytest.importorskip("ray.serve")
+    monkeypatch.setattr(os, "environ", os.environ.copy())
+    handlers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = {sig: signal.getsignal(sig) for sig in handlers}
+
+    def init(**options: object) -> None:
+        signal.signal(signal.SIGTERM, lambda sig, frame: sys.exit(sig))  # as Ray does
+        if when == "ray.init":
+            signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr("ray.init", init)
+    monkeypatch.setattr("ray.serve.start", lambda **kw: signal.raise_signal(signal.SIGTERM))
+    file = tmp_path / "cluster.yaml"
+    file.write_text("settings: {port: 0}")
+    try:
+        assert up.run(file) == 0
+    finally:
+        for sig, handler in before.items():
+            signal.signal(sig, handler)
+
+
+def test_an_update_that_cannot_run_is_taken_back(tmp_path: Path) -> None:
+    deployed: list[int | None] = []
+
+    class Cluster:
+        def deploy(self, config: ClusterConfig) -> None:
+            deployed.append(config.replicas)
+            if config.replicas == 2:
+                raise EngineDead("The replicas cannot run: no folder.")
+
+    class Signals:
+        ending = staticmethod(nullcontext)
+
+    def update() -> ClusterConfig:
+        return up._update(Cluster(), file, Signals(), served)  # type: ignore[arg-type]
+
+    file = tmp_path / "cluster.yaml"
+    file.write_text(f"{{replicas: 2, settings: {{state_dir: {tmp_path}}}}}")
+    served = parse_config({})
+    assert update() is served
+    assert deployed == [2, None]
+    file.write_text("replica: 3")
+    assert update() is served
+    file.write_text(f"{{replicas: 3, settings: {{state_dir: {tmp_path}}}}}")
+    assert update().replicas == 3
+    assert deployed == [2, None, 3]
 
 
 def test_where_no_ray_listens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
