@@ -20,6 +20,12 @@ MAX_HEADER_BYTES = 32 * 2**10
 _SANE_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 
 
+def request_id(headers: Headers) -> str:
+    """The id of a request: that of its client, if it may stand in a log, or one of our own."""
+    given = headers.get("x-request-id", "")
+    return given if _SANE_ID.fullmatch(given) else uuid.uuid4().hex
+
+
 class RequestMiddleware:
     """Gives every request an id, bounds its headers, and logs it when it has ended.
 
@@ -40,9 +46,8 @@ class RequestMiddleware:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        given = Headers(scope=scope).get("x-request-id", "")
-        request_id = given if _SANE_ID.fullmatch(given) else uuid.uuid4().hex
-        scope.setdefault("state", {})["request_id"] = request_id
+        own_id = request_id(Headers(scope=scope))
+        scope.setdefault("state", {})["request_id"] = own_id
         status: int | None = None
         began = time.monotonic()
 
@@ -50,7 +55,7 @@ class RequestMiddleware:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                MutableHeaders(scope=message)["x-request-id"] = request_id
+                MutableHeaders(scope=message)["x-request-id"] = own_id
             await send(message)
 
         if sum(len(name) + len(value) for name, value in scope["headers"]) > MAX_HEADER_BYTES:
@@ -65,7 +70,7 @@ class RequestMiddleware:
         except Exception as problem:
             if status is not None:
                 raise
-            error = api_error(problem, request_id, draining=self._context.health.draining)
+            error = api_error(problem, own_id, draining=self._context.health.draining)
             await error.response()(scope, receive, send_with_id)
         finally:
             self._context.bodies.give_back(scope)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import AsyncIterator
 from contextlib import aclosing
 from typing import Any, Protocol
@@ -22,6 +23,8 @@ from server.context import BODIES_BYTES, BodyBudget
 from server.cors import with_cors
 from server.disconnect import ClientDisconnected, run_unless_disconnected
 from server.errors import ApiError, api_error
+from server.logs import log_request
+from server.middleware import request_id
 from server.settings import Settings
 from server.streaming import DONE, event, json_bytes, named_event
 from server.tenants.keys import Keys
@@ -81,7 +84,7 @@ class Front:
         if scope["type"] == "websocket":
             await send({"type": "websocket.close"})  # before it has begun: the client gets a 403
             return
-        scope.setdefault("state", {})
+        scope.setdefault("state", {})["request_id"] = request_id(Headers(scope=scope))
         try:
             await self._answer(scope, receive, send)
         except (ClientDisconnect, ClientDisconnected):
@@ -99,14 +102,15 @@ class Front:
         await send({"type": "lifespan.shutdown.complete"})
 
     async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
-        sending = _Sending(send)
+        sending, began = _Sending(send), time.monotonic()
         try:
             call = await self._call(scope, receive)
             work = self._pass_on(scope, call, sending)
             await run_unless_disconnected(receive, work)
         except (ApiError, ReftError) as error:
-            problem = api_error(error, Headers(scope=scope).get("x-request-id", ""))
+            problem = api_error(error, scope["state"]["request_id"])
             if not sending.begun:
+                log_request(scope, problem.status, time.monotonic() - began)  # no replica does
                 await with_cors(problem.response(), self._origins)(scope, receive, send)
             elif sending.streams:
                 await sending.piece(_broken(scope["path"], problem))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -219,12 +220,18 @@ async def test_a_death_in_another_answer_cuts_it_off(
         await client.get("/v1/interventions/pirate/file")
 
 
-async def test_full_and_empty(cluster: Cluster, client: httpx.AsyncClient) -> None:
+async def test_full_and_empty(
+    cluster: Cluster, client: httpx.AsyncClient, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "reft")
     assert (await client.get("/readyz")).json() == {"status": "ok"}
     cluster.full = True
-    response = await client.post("/v1/completions", json=completion())
+    headers = {"x-request-id": "mine"}
+    response = await client.post("/v1/completions", json=completion(), headers=headers)
     assert (response.status_code, response.json()["error"]["code"]) == (503, "overloaded")
     assert response.headers["retry-after"]
+    told = [record.getMessage() for record in caplog.records]
+    assert told[-1].startswith("POST /v1/completions 503 id=mine")
     cluster.full, cluster.empty = False, True
     response = await client.post("/v1/completions", json=completion())
     assert (response.status_code, response.json()["error"]["code"]) == (503, "unavailable")
