@@ -31,19 +31,9 @@ from transformers.utils import logging as transformers_logging
 from transformers.utils.hub import cached_file
 
 from reft_runtime.base.language import TEXT_KEYS, language_config
+from reft_runtime.base.model_files import ADAPTERS, check_files, listed
 from reft_runtime.base.quantised import ask_for_plain_weights, keeps_quantised, tell_plain
 from reft_runtime.errors import ConfigError
-
-_READ_BY_NAME = (
-    "*.json",
-    "tokenizer.model",
-    "*.jinja",
-    "model*.safetensors",
-    "pytorch_model*.bin",
-)
-"""Files of a folder that are checked before transformers reads them."""
-
-_LFS = b"version https://git-lfs.github.com/"
 
 _COMPUTED = re.compile(r"(inv_freq|\.(attn|attention)\.(masked_)?bias|position_ids)$")
 """Keys of old checkpoints that are not weights, because a model computes them itself."""
@@ -57,21 +47,7 @@ _TOKENIZER_FILES = (
     "It takes tokenizer.json, or what transformers makes one of, and tokenizer_config.json"
 )
 
-_ADAPTER = "adapter_config.json"
-_ADAPTERS = (
-    "of adapters (LoRA), which are not applied: merge them into their model with PEFT's"
-    " merge_and_unload, and serve what that gives."
-)
-
-_GGUF = (
-    "holds GGUF, whose blocks are not multiplied as they are: transformers dequantises them. Give"
-    " the model's own folder, or what AutoModelForCausalLM.from_pretrained(FOLDER, gguf_file=NAME)"
-    " and save_pretrained write."
-)
-
 _CHAT_TEMPLATE = "chat_template.json"
-
-_SHOWN = 4
 
 _T = TypeVar("_T")
 
@@ -84,7 +60,7 @@ def read_config(path: str) -> PretrainedConfig:
 def _whole_config(path: str, **options: Any) -> PretrainedConfig:
     """Configuration of all that a folder or hub id holds."""
     if "gguf_file" not in options:  # which is all that its folder holds
-        _check_files(path)
+        check_files(path)
     config: PretrainedConfig = _read(
         "configuration",
         path,
@@ -168,7 +144,7 @@ def read_model(
         if bars:
             transformers_logging.enable_progress_bar()  # type: ignore[no-untyped-call]
     if getattr(model, "_hf_peft_config_loaded", False):  # its files were not checked
-        raise ConfigError(f"model: {path!r} is {_ADAPTERS}", param="model")
+        raise ConfigError(f"model: {path!r} is {ADAPTERS}", param="model")
     _check_weights(path, model, found, in_another=config is not whole)
     if not keeps_quantised(config):
         tell_plain(model)
@@ -206,66 +182,6 @@ def _reason(what: str, path: str, error: Exception) -> str:
     return f"the {what} of {path!r} cannot be read: {text}. Check {where}, or take another model."
 
 
-def _check_files(path: str) -> None:
-    """Check a folder's files: a missing or cut one is reported before anything is loaded."""
-    folder = Path(path)
-    if os.path.isfile(folder):
-        what = _GGUF if folder.suffix == ".gguf" else "is a file; give the folder that it lies in."
-        raise _broken(folder, what)
-    if not os.path.isdir(folder):
-        if path.startswith(("/", ".", "~")):
-            raise ConfigError(f"model: there is no folder {path}.", param="model")
-        return
-    if (folder / _ADAPTER).exists():
-        raise _broken(folder / _ADAPTER, f"is {_ADAPTERS}")
-    if not (folder / "config.json").is_file() and list(folder.glob("*.gguf")):
-        raise _broken(folder, _GGUF)
-    if not (folder / "config.json").is_file():
-        raise _broken(folder / "config.json", "is not there; is this a model's folder?")
-    for file in sorted({file for pattern in _READ_BY_NAME for file in folder.glob(pattern)}):
-        try:
-            with file.open("rb") as content:
-                head = content.read(len(_LFS))
-        except OSError as error:
-            raise _broken(file, f"cannot be read ({error.strerror}).") from None
-        if head == _LFS:
-            raise _broken(file, "is a Git LFS pointer, not the file itself: run `git lfs pull`.")
-        if file.suffix == ".safetensors":
-            _check_length(file)
-    index = folder / "model.safetensors.index.json"
-    if index.is_file() and not (folder / "model.safetensors").is_file():
-        _check_shards(index)
-
-
-def _check_length(file: Path) -> None:
-    """Check a safetensors file's size against the one that its header implies."""
-    size = file.stat().st_size
-    try:
-        with file.open("rb") as content:
-            header = int.from_bytes(content.read(8), "little")
-            tensors = json.loads(content.read(min(header, size)))
-        ends = [t["data_offsets"][1] for name, t in tensors.items() if name != "__metadata__"]
-    except (ValueError, KeyError, TypeError, IndexError, AttributeError):
-        raise _broken(file, "is damaged or cut; fetch it again.") from None
-    wanted = 8 + header + max(ends, default=0)
-    if size != wanted:
-        raise _broken(file, f"has {size:,} bytes instead of {wanted:,}; fetch it again.")
-
-
-def _check_shards(index: Path) -> None:
-    try:
-        shards = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise _broken(index, "is damaged; fetch it again.") from None
-    missing = [name for name in shards if not (index.parent / str(name)).is_file()]
-    if missing:
-        raise _broken(index, f"names files that are not there: {_listed(missing)}; fetch them.")
-
-
-def _broken(file: Path, what: str) -> ConfigError:
-    return ConfigError(f"model: {file} {what}", param="model")
-
-
 def _check_weights(
     path: str, model: PreTrainedModel, found: dict[str, Any], *, in_another: bool
 ) -> None:
@@ -279,7 +195,7 @@ def _check_weights(
     parts = {"", model.base_model_prefix} if in_another else set()
     unexpected = sorted(key for key in found["unexpected_keys"] if _matters(key, model, parts))
     faults = [
-        f"{text} {_listed(keys)}"
+        f"{text} {listed(keys)}"
         for text, keys in (
             ("without weights for", missing),
             ("with weights of another shape for", shapes),
@@ -354,8 +270,3 @@ def _matters(key: str, model: PreTrainedModel, shared: Set[str]) -> bool:
 
 def _shape(size: Iterable[int]) -> str:
     return f"[{', '.join(map(str, size))}]"
-
-
-def _listed(names: list[str]) -> str:
-    more = len(names) - _SHOWN
-    return ", ".join(names[:_SHOWN]) + (f" and {more} more" if more > 0 else "")

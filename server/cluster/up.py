@@ -19,6 +19,7 @@ from typing import Any
 
 import psutil
 
+from reft_runtime.base.model_files import check_files
 from reft_runtime.errors import ConfigError, EngineDead
 from reft_runtime.interventions.registry.sources import Folder
 from reft_runtime.interventions.registry.urls import is_url, local_folder
@@ -131,9 +132,11 @@ def _restore(cluster: _Cluster, signals: _Signals, served: ClusterConfig) -> Non
 
 
 def _check_folders(config: ClusterConfig) -> None:
-    """Raise `ConfigError` for folders that replicas on this machine would not find."""
+    """Raise `ConfigError` for folders that replicas on this machine could not read."""
     if config.ray is not None:
         return
+    if config.settings.model != "demo":
+        check_files(config.settings.model)
     for source in config.settings.interventions:
         if not is_url(source):
             Folder(local_folder(source))

@@ -30,13 +30,20 @@ def test_a_keys_file_is_read_before_ray_starts(
         up.run(file)
 
 
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ("interventions: [/no/such]", "/no/such does not exist; make it"),
+        ("model: /no/such", "model: there is no folder /no/such"),
+    ],
+)
 def test_folders_are_looked_for_before_ray_starts(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, settings: str, told: str
 ) -> None:
     monkeypatch.setattr(up, "_Cluster", lambda *given: pytest.fail("Ray was started"))
     file = tmp_path / "cluster.yaml"
-    file.write_text(f"settings: {{port: 0, interventions: [{tmp_path}/none]}}")
-    with pytest.raises(ConfigError, match="/none does not exist; make it"):
+    file.write_text(f"settings: {{port: 0, {settings}}}")
+    with pytest.raises(ConfigError, match=told):
         up.run(file)
 
 
