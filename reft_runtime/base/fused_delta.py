@@ -86,6 +86,11 @@ class FusedDeltaNet:
         return self._packed(parts, **given)
 
 
+def runs_fused(mixer: nn.Module) -> bool:
+    """Whether steps run a mixer in its fused form."""
+    return isinstance(getattr(mixer.forward, "packed", None), FusedDeltaNet)
+
+
 class DeltaNetFuser:
     """Makes fused forms; a formula that held for one module holds for modules like it.
 

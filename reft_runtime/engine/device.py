@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+from reft_runtime.base.fused_delta import runs_fused
 from reft_runtime.base.model import LoadedModel
 from reft_runtime.edits.tables import EditTables, table_bytes
 from reft_runtime.engine.device_sampler import DeviceSampler
@@ -109,10 +110,11 @@ def active(runner: Runner) -> str:
     if loaded.ranks > 1:
         parts.append(f"{loaded.ranks} ranks")
     if loaded.mixers:
-        parts.append(
-            f"{len(loaded.mixers)} recurrent layers by their own code,"
-            f" {loaded.state_bytes / 2**20:.2f} MiB of states for a sequence"
-        )
+        count, whole = len(loaded.mixers), sum(map(runs_fused, loaded.mixers))
+        layers = f"{count} recurrent layer{'s' * (count != 1)}"
+        how = f"{whole} fused" if whole else "by their own code"
+        states = f"{loaded.state_bytes / 2**20:.2f} MiB of states for a sequence"
+        parts += [f"{layers} ({how})", states]
     if device.type == "cuda":
         parts.append("no CUDA graphs" if runner.decoder is None else "CUDA graphs of decode steps")
     return f"Active: {', '.join(parts)}"

@@ -228,11 +228,12 @@ def test_a_model_is_given_back_as_it_was() -> None:
     assert generate(model, prompt(9)) == own
 
 
-def test_the_start_says_how_many_recurrent_layers_there_are() -> None:
-    core = make_core(pair(ONE)[1])
-    assert "3 recurrent layers by their own code, 0.01 MiB of states for a sequence" in active(
-        core.runner
-    )
+@pytest.mark.parametrize(
+    ("family", "told"), [(ONE, "3 recurrent layers (3 fused)"), ("mamba", "(by their own code)")]
+)
+def test_the_start_says_how_recurrent_layers_run(family: str, told: str) -> None:
+    core = make_core(pair(family)[1])
+    assert f"{told}, 0.01 MiB of states for a sequence" in active(core.runner)
 
 
 def test_memory_of_states(monkeypatch: pytest.MonkeyPatch) -> None:
