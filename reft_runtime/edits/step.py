@@ -182,9 +182,8 @@ class StepEdits:
         if self.rows is not None:
             self.rows.apply(site, hidden)
         for number, segments in enumerate(self.passes.get(site, ())):
-            if (edits := self._of_rows.get((site, number))) is not None and _edit_rows(
-                hidden, edits
-            ):
+            edits = self._of_rows.get((site, number))
+            if edits is not None and _edit_rows(hidden, edits):
                 continue
             try:
                 self._apply_pass(segments, hidden, (site, number))
@@ -211,7 +210,7 @@ class StepEdits:
         results = [_edit_alone(s, hidden, self.sent) for s in segments if not _batches(s)]
         traced = [s for s in segments if s.sequence.request.trace and s.sequence.leads]
         before = [hidden[segment.rows].float() for segment in traced]
-        edits = _row_edits(short) if short and hidden.device.type == "cpu" else None
+        edits = _row_edits(short, hidden.device)
         if edits is not None and _edit_rows(hidden, edits):
             if known_as is not None and len(short) == len(segments) and not traced:
                 self._of_rows[known_as] = edits
@@ -242,8 +241,10 @@ def _batches(segment: Segment) -> bool:
     )
 
 
-def _row_edits(short: list[Segment]) -> RowEdits:
-    """Short segments as edits of rows."""
+def _row_edits(short: list[Segment], device: torch.device) -> RowEdits | None:
+    """Short segments as edits of rows; None if there are none, or no operator that takes them."""
+    if not short or device.type != "cpu" or cpu_operators() is None:
+        return None
     return RowEdits(
         [
             RowEdit(row, s.edit.V, s.edit.b, s.edit.U, float(s.strength))

@@ -159,17 +159,6 @@ class Kernels(RecurrentKernels, LowRankKernels):
         call = partial(self._functions["pick", logits.dtype], logits.data_ptr())
         return pick(call, rows, count, width, room, threads)
 
-    def rotates(self, *heads: Tensor) -> bool:
-        """See `Operators.rotates`; the tensors must be on a CPU."""
-        dtype = heads[0].dtype
-        for tensor in heads:
-            _, between, within = tensor.stride()
-            if within != 1 or between < tensor.shape[2]:
-                return False
-            if tensor.dtype != dtype or tensor.requires_grad or not tensor.is_cpu:
-                return False
-        return dtype in self._dtypes
-
     def rotate_(self, query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> None:
         """See `Operators.rotate_`."""
         tokens, _, width = query.shape

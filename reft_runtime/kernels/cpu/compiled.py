@@ -46,10 +46,14 @@ class CompiledOperators:
 
         Dtype, gradient and device are as for `supports`.
         """
+        return self.rotates(*heads) and all(each.stride(1) == each.shape[2] for each in heads)
+
+    def rotates(self, *heads: Tensor) -> bool:
+        """See `Operators.rotates`; the tensors must be on a CPU."""
         dtype = heads[0].dtype
         for tensor in heads:
             _, between, within = tensor.stride()
-            if within != 1 or between != tensor.shape[2]:
+            if within != 1 or between < tensor.shape[2]:
                 return False
             if tensor.dtype != dtype or tensor.requires_grad or not tensor.is_cpu:
                 return False
