@@ -53,8 +53,10 @@ def metrics_served(metrics: Metrics, listener: socket.socket) -> Iterator[None]:
 
         def process_request(self, request: Any, client_address: Any) -> None:
             if len(self.connections) >= MAX_CONNECTIONS:
+                # Its own thread closes it, maybe after many more have come: forgotten here, no
+                # later one is told to make the same room.
                 with suppress(OSError):
-                    self.connections[0].shutdown(socket.SHUT_RDWR)
+                    self.connections.pop(0).shutdown(socket.SHUT_RDWR)
             self.connections.append(request)
             super().process_request(request, client_address)
 

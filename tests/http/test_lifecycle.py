@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ import pytest
 from reft_runtime.errors import ConfigError
 from server.banner import SHOWN
 from server.cli.main import app
+from server.metrics_port import MAX_CONNECTIONS
 from server.settings import Settings, load_settings
 from tests.http.conftest import completion
 
@@ -255,15 +256,18 @@ def test_silent_clients_of_the_metrics_port_make_room() -> None:
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     with running(metrics_port=port) as server, ExitStack() as stack:
+        silent = []
         for _ in range(40):
-            silent = stack.enter_context(socket.create_connection(("127.0.0.1", port)))
-            silent.sendall(b"GET /met")
+            client = stack.enter_context(socket.create_connection(("127.0.0.1", port), timeout=60))
+            client.sendall(b"GET /met")
+            silent.append(client)
         assert httpx.get(f"http://127.0.0.1:{port}/metrics").status_code == 200
-        status = Path(f"/proc/{server.process.pid}/status")
-        if status.exists():
-            threads = re.search(r"Threads:\s+(\d+)", status.read_text())
-            assert threads
-            assert int(threads[1]) < 40
+        for client in silent[: 41 - MAX_CONNECTIONS]:
+            with suppress(ConnectionResetError):
+                assert client.recv(1) == b"", "the oldest are closed"
+        silent[-1].setblocking(False)
+        with pytest.raises(BlockingIOError):
+            silent[-1].recv(1)
     assert "Traceback" not in "".join(server.log)
 
 
