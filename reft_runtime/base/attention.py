@@ -21,6 +21,7 @@ from transformers import AttentionInterface
 
 from reft_runtime.base.latent import latent_of
 from reft_runtime.errors import UnsupportedModel
+from reft_runtime.kernels.operators import HeadScoring
 
 ATTENTION = "reft_packed"
 REACH = "reft_reach"
@@ -83,6 +84,15 @@ class Scoring:
     def scale(self, dim: int) -> float:
         """What scores of heads `dim` wide are multiplied by."""
         return dim**-0.5 if self.scaling is None else self.scaling
+
+    def of_heads(self, dim: int) -> HeadScoring:
+        """The same for compiled operators, and heads `dim` wide."""
+        sinks = self.sinks
+        if sinks is not None:
+            sinks = sinks.detach().to(torch.float32).contiguous()
+        return HeadScoring(
+            self.scale(dim), self.window or 0, self.chunk or 0, self.softcap or 0.0, sinks
+        )
 
     def first(self, position: int) -> int:
         """The first position that a query at `position` sees."""

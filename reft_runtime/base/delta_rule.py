@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from reft_runtime.base.fused import epsilon_of
 from reft_runtime.base.fused_delta import DeltaNetFuser
 from reft_runtime.base.packed_delta import packed_delta_net
+from reft_runtime.base.plans import epsilon_of
 from reft_runtime.base.rebinding import code_of, rebound
 from reft_runtime.base.recurrent import MixerForward, MixerStates
 from reft_runtime.base.trial import TOLERANCE, Operator, near

@@ -8,7 +8,7 @@ code, module by module.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
 from functools import partial
@@ -17,14 +17,15 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from reft_runtime.base.attention import running_step
+from reft_runtime.base.fused_layer import is_llama_like, layer_forward
 from reft_runtime.base.gated_attention import gated_attention
 from reft_runtime.base.linears import Merged
+from reft_runtime.base.plans import Compute, Hooks, PartPlan, Plan, epsilon_of, hooks_of, or_own
 from reft_runtime.base.probe import ProbedLayer
 from reft_runtime.base.rebinding import rebound
 from reft_runtime.base.rotary import ROTARY, rotary_width, rotates, rotating
 from reft_runtime.base.trial import TOLERANCE, Operator, Trials
-from reft_runtime.kernels.operators import Operators, ProductOperators, operators_for
+from reft_runtime.kernels.operators import Operators, operators_for
 
 _PLAIN_ATTENTION = {
     ROTARY,
@@ -57,14 +58,6 @@ _PLAIN_ATTENTION = {
 }
 """Names that the code of a plain attention module uses; one with others does more."""
 
-Compute = Callable[[Tensor, Tensor, Tensor, Any], Tensor]
-"""Maps rows [T, d], rotary cosines and sines [1, T, dim] and the step to rows [T, d]. For attention
-the result is what its output projection gets."""
-
-
-Hooks = SequenceOf[dict[int, Any]]
-"""Dictionaries of hooks; some of them may be empty."""
-
 
 @dataclass(frozen=True, slots=True)
 class Fused:
@@ -93,27 +86,6 @@ def fuse(
     return fuser.fused(layers)
 
 
-@dataclass(frozen=True, slots=True)
-class _Plan:
-    """The forward that replaces a module's own, and the width of the rows that it takes."""
-
-    forward: Operator
-    width: int
-
-
-@dataclass(frozen=True, slots=True)
-class _PartPlan(_Plan):
-    """The plan of a part of a decoder layer: attention or MLP.
-
-    `compute` is all before the part's last product, `last` the linear layer of that product, and
-    `merged` are the part's first linear layers.
-    """
-
-    compute: Operator
-    merged: Merged
-    last: nn.Linear
-
-
 class _Fuser:
     """Replaces forwards and keeps their plans, because a layer is put together from its parts."""
 
@@ -123,7 +95,7 @@ class _Fuser:
         self._width: int = model.config.hidden_size
         self._trials = Trials()
         self._rotary: dict[Operator, Operator | None] = {}
-        self._plans: dict[nn.Module, _Plan] = {}
+        self._plans: dict[nn.Module, Plan] = {}
 
     def fused(self, layers: SequenceOf[nn.Module]) -> Fused:
         """How many of these layers were replaced, whole or in parts."""
@@ -160,7 +132,7 @@ class _Fuser:
     def _try(
         self,
         module: nn.Module,
-        build: Callable[[Any], _Plan | None],
+        build: Callable[[Any], Plan | None],
         kind: Hashable,
         head: int | None = None,
     ) -> bool:
@@ -175,13 +147,13 @@ class _Fuser:
         self._install(module, plan)
         return True
 
-    def _install(self, module: nn.Module, plan: _Plan) -> None:
+    def _install(self, module: nn.Module, plan: Plan) -> None:
         module.forward = plan.forward
-        if isinstance(plan, _PartPlan):
+        if isinstance(plan, PartPlan):
             plan.merged.merge()
         self._plans[module] = plan
 
-    def _norm(self, module: Any, *, from_one: bool = False) -> _Plan | None:
+    def _norm(self, module: Any, *, from_one: bool = False) -> Plan | None:
         if not type(module).__name__.endswith("RMSNorm") or list(module._parameters) != ["weight"]:
             return None
         own, weight, operators = module.forward, module.weight, self._operators
@@ -196,9 +168,9 @@ class _Fuser:
                 return own(hidden_states)
             return operators.rms_norm(hidden_states, weight, epsilon, from_one=from_one)
 
-        return _Plan(forward, weight.shape[-1])
+        return Plan(forward, weight.shape[-1])
 
-    def _mlp(self, module: Any) -> _PartPlan | None:
+    def _mlp(self, module: Any) -> PartPlan | None:
         parts: dict[str, Any] = dict(module.named_children())
         if parts.keys() != {"gate_proj", "up_proj", "down_proj", "act_fn"}:
             return None
@@ -216,9 +188,9 @@ class _Fuser:
                 return own(hidden_states)
             return down(compute(hidden_states))
 
-        return _PartPlan(forward, gate.in_features, compute, merged, down)
+        return PartPlan(forward, gate.in_features, compute, merged, down)
 
-    def _attention(self, module: Any, asked: ProbedLayer) -> _PartPlan | None:
+    def _attention(self, module: Any, asked: ProbedLayer) -> PartPlan | None:
         """Run an attention module's work as one function; it must be a plain one."""
         parts: dict[str, Any] = dict(module.named_children())
         if parts.keys() != {f"{p}_proj" for p in "qkvo"}:
@@ -250,9 +222,9 @@ class _Fuser:
             return mixed.flatten(1)
 
         forward = self._attending(module, compute, o, inner, width)
-        return _PartPlan(forward, projections[0].in_features, compute, merged, o)
+        return PartPlan(forward, projections[0].in_features, compute, merged, o)
 
-    def _gated_attention(self, module: Any, asked: ProbedLayer) -> _PartPlan | None:
+    def _gated_attention(self, module: Any, asked: ProbedLayer) -> PartPlan | None:
         """Run an attention module with norms and a gate as one function, if it is one."""
         made = gated_attention(module, asked, self._operators)
         if made is None or not self._rotates_halves(module):
@@ -261,7 +233,7 @@ class _Fuser:
         inner = hooks_of(one for one in module.modules() if one is not module)
         width = rotary_width(self._model, asked.shape.key_dim)
         forward = self._attending(module, compute, module.o_proj, inner, width)
-        return _PartPlan(forward, merged.parts[0].in_features, compute, merged, module.o_proj)
+        return PartPlan(forward, merged.parts[0].in_features, compute, merged, module.o_proj)
 
     def _attending(
         self, module: Any, compute: Compute, last: nn.Module, inner: Hooks, width: int
@@ -271,7 +243,7 @@ class _Fuser:
         def whole(rows: Tensor, cos: Tensor, sin: Tensor, step: Any) -> Any:
             return last(compute(rows, cos, sin, step))
 
-        guarded = _or_own(self._operators, whole, module.forward, inner, width)
+        guarded = or_own(self._operators, whole, module.forward, inner, width)
 
         def forward(*args: Any, **kwargs: Any) -> Any:
             rows = guarded(*args, **kwargs)
@@ -279,13 +251,13 @@ class _Fuser:
 
         return forward
 
-    def _rotation(self, module: Any, asked: ProbedLayer) -> _Plan | None:
+    def _rotation(self, module: Any, asked: ProbedLayer) -> Plan | None:
         """Run an attention module's own code, its rotary function's name bound to ours."""
         if not self._rotates_halves(module):
             return None
         own = type(module).forward
         names = {ROTARY: self._rotary[own.__globals__[ROTARY]]}
-        return _Plan(rebound(own, module, names), self._width)
+        return Plan(rebound(own, module, names), self._width)
 
     def _rotates_halves(self, module: nn.Module) -> bool:
         rotary = type(module).forward.__globals__[ROTARY]
@@ -294,59 +266,26 @@ class _Fuser:
         return self._rotary[rotary] is not None
 
     def _layer(
-        self, layer: Any, asked: ProbedLayer, plans: Mapping[nn.Module, _Plan] | None
-    ) -> _Plan | None:
+        self, layer: Any, asked: ProbedLayer, plans: Mapping[nn.Module, Plan] | None
+    ) -> Plan | None:
         """Run a whole Llama-like layer as one function, calling no module but the linear ones.
 
         `plans` are the finished plans of the layer's parts; without them, new ones are made and
         merged.
         """
-        parts: dict[str, Any] = dict(layer.named_children())
-        if parts.keys() != {"input_layernorm", "post_attention_layernorm", "self_attn", "mlp"}:
-            return None
-        before, after = parts["input_layernorm"], parts["post_attention_layernorm"]
-        one_dtype = len({weight.dtype for weight in layer.parameters()}) == 1
-        first_epsilon, second_epsilon = epsilon_of(before), epsilon_of(after)
-        if first_epsilon is None or second_epsilon is None or not one_dtype:
+        if not is_llama_like(layer):
             return None
         if plans is None:
-            plans = self._parts(parts["self_attn"], parts["mlp"], asked)
-        attention, mlp = plans.get(parts["self_attn"]), plans.get(parts["mlp"])
-        if not isinstance(attention, _PartPlan) or not isinstance(mlp, _PartPlan):
+            plans = self._parts(layer.self_attn, layer.mlp, asked)
+        attention, mlp = plans.get(layer.self_attn), plans.get(layer.mlp)
+        if not isinstance(attention, PartPlan) or not isinstance(mlp, PartPlan):
             return None
-        operators = self._operators
-        inner = hooks_of(module for module in layer.modules() if module is not layer)
-        attend, o, activate, down = attention.compute, attention.last, mlp.compute, mlp.last
-
-        def compute(rows: Tensor, cos: Tensor, sin: Tensor, step: Any) -> Tensor:
-            normal = operators.rms_norm(rows, before.weight, first_epsilon)
-            rows, normal = operators.add_rms_norm(
-                rows, o(attend(normal, cos, sin, step)), after.weight, second_epsilon
-            )
-            rows += down(activate(normal))
-            return rows
-
-        joined = mlp.merged.weight
-        products = operators if isinstance(operators, ProductOperators) else None
-        if products is not None and joined is not None and _plain(o, down, *mlp.merged.parts):
-
-            def compute_in_place(rows: Tensor, cos: Tensor, sin: Tensor, step: Any) -> Tensor:
-                # No other code uses the layer's input any more, so it may be overwritten.
-                normal = products.rms_norm(rows, before.weight, first_epsilon)
-                normal = products.add_product_and_norm(
-                    rows, attend(normal, cos, sin, step), o.weight, after.weight, second_epsilon
-                )
-                return products.add_product_(
-                    rows, products.gated_product(normal, joined), down.weight
-                )
-
-            compute = compute_in_place
-        forward = _or_own(operators, compute, layer.forward, inner, asked.shape.key_dim)
-        return _Plan(forward, self._width)
+        forward = layer_forward(layer, attention, mlp, asked, self._operators)
+        return Plan(forward, self._width)
 
     def _parts(
         self, attention: nn.Module, mlp: nn.Module, asked: ProbedLayer
-    ) -> dict[nn.Module, _Plan]:
+    ) -> dict[nn.Module, Plan]:
         """Make and merge the plans of a copied layer's parts."""
         made = self._attention(attention, asked) if rotates(attention) else None
         plans = {attention: made, mlp: self._mlp(mlp)}
@@ -354,48 +293,3 @@ class _Fuser:
             if plan is not None:
                 plan.merged.merge()
         return {module: plan for module, plan in plans.items() if plan is not None}
-
-
-def _plain(*linears: nn.Linear) -> bool:
-    """Whether the products with their weights are all that these linear layers compute."""
-    return all(type(linear) is nn.Linear and linear.bias is None for linear in linears)
-
-
-def _or_own(
-    operators: Operators,
-    compute: Compute,
-    own: Operator,
-    inner: Hooks,
-    width: int,
-) -> Operator:
-    """A forward that uses `compute` for a plain step, and a module's `own` code for all else.
-
-    A step is not plain if any of the hooks `inner` is set, or if it does not rotate the first
-    `width` numbers of a head.
-    """
-
-    def forward(
-        hidden_states: Tensor,
-        *args: Any,
-        position_embeddings: tuple[Tensor, Tensor] | None,
-        **kwargs: Any,
-    ) -> Any:
-        step = running_step()
-        if step is not None and position_embeddings is not None and not any(inner):
-            cos, sin = position_embeddings
-            if cos.shape[-1] == width and operators.supports(hidden_states, cos, sin):
-                return compute(hidden_states[0], cos, sin, step)[None]
-        return own(hidden_states, *args, position_embeddings=position_embeddings, **kwargs)
-
-    return forward
-
-
-def hooks_of(modules: Iterable[nn.Module]) -> Hooks:
-    """The hook dictionaries of the modules; a module has hooks when one of them is not empty."""
-    return [hooks for m in modules for hooks in (m._forward_hooks, m._forward_pre_hooks)]
-
-
-def epsilon_of(norm: nn.Module) -> float | None:
-    """The number that a norm adds before it divides; None if it has none that is known."""
-    epsilon = getattr(norm, "variance_epsilon", getattr(norm, "eps", None))
-    return epsilon if isinstance(epsilon, float) else None

@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from reft_runtime.base.fused import epsilon_of, hooks_of
 from reft_runtime.base.linears import Merged
 from reft_runtime.base.packed_delta import (
     CONV_STATE,
@@ -24,6 +23,7 @@ from reft_runtime.base.packed_delta import (
     Part,
     gives_the_same,
 )
+from reft_runtime.base.plans import epsilon_of, hooks_of
 from reft_runtime.base.recurrent import StateKey, StateShape
 from reft_runtime.base.trial import formula
 from reft_runtime.kernels.operators import DeltaNetWeights, MixerOperators

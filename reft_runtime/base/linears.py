@@ -102,6 +102,16 @@ def prepack(model: nn.Module, leave: Collection[nn.Module] = ()) -> Packed:
     return Packed(count, added)
 
 
+def packed_parts(product: object) -> tuple[Tensor, Tensor | None] | None:
+    """The packed weight and the bias of a product, or of a linear layer that computes just one."""
+    if isinstance(product, nn.Module):
+        product = vars(product).get("forward")
+    if not isinstance(product, partial) or product.func is not _packed_linear:
+        return None
+    _, weight, bias = product.args
+    return weight, bias
+
+
 def plain_weight(linear: nn.Module) -> Tensor:
     """The weight [out, in] that a linear layer had before it was merged or packed."""
     weight: Any = linear.weight

@@ -15,6 +15,11 @@ from reft_runtime.kernels.cpu import HeadScoring as HeadScoring
 from reft_runtime.kernels.cpu import Kernels, kernels
 from reft_runtime.kernels.cpu import RowEdit as RowEdit
 from reft_runtime.kernels.cpu import RowEdits as RowEdits
+from reft_runtime.kernels.cpu.decoder_layer import DecoderLayer as DecoderLayer
+from reft_runtime.kernels.cpu.decoder_layer import LayerWeights as LayerWeights
+from reft_runtime.kernels.cpu.decoder_layer import Norm as Norm
+from reft_runtime.kernels.cpu.decoder_layer import PackedLinear as PackedLinear
+from reft_runtime.kernels.cpu.decoder_layer import StepPlaces as StepPlaces
 from reft_runtime.kernels.cpu.picking import Picking as Picking
 from reft_runtime.kernels.cpu.picking import Picks as Picks
 

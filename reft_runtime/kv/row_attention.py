@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from reft_runtime.base.attention import Scoring, attend_causally
-from reft_runtime.kernels.operators import HeadScoring, cpu_operators
+from reft_runtime.kernels.operators import DecoderLayer, StepPlaces, cpu_operators
 from reft_runtime.kv.slabs import Layout, Row
 from reft_runtime.schedule.plan import Chunk
 from reft_runtime.schedule.sequence import Sequence
@@ -60,6 +60,7 @@ class RowAttentionStep:
             if chunk.length < TOGETHER_FROM:
                 self._single = first
         self._tokens = first
+        self._room: Tensor | None = None
 
     def attend(
         self,
@@ -85,7 +86,7 @@ class RowAttentionStep:
         native, inside = self._native, keys is values
         segments = self._segments
         if native is not None and native.attends(query, key, value):
-            before, scored = (keys.before, values.before), _scored(scoring, query.shape[-1])
+            before, scored = (keys.before, values.before), scoring.of_heads(query.shape[-1])
             query, key = _packed(query), _packed(key)
             value = value if inside else _packed(value)
             if self._single:
@@ -100,6 +101,22 @@ class RowAttentionStep:
             own = slice(segment.first, segment.first + segment.length)
             _attend(segment, layer, query[own], key[own], value[own], out[own], scoring)
         return out
+
+    def whole_layer(
+        self, index: int, layer: DecoderLayer, rows: Tensor, cos: Tensor, sin: Tensor
+    ) -> Tensor | None:
+        """See `base.compiled_layer.LayerStep.whole_layer`."""
+        keys, values = (self._layout.parts[part] for part in self._layout.layers[index])
+        shape = layer.key_heads, layer.head_dim
+        if keys is values or any((part.heads, part.dim) != shape for part in (keys, values)):
+            return None
+        if len(rows) != self._tokens:
+            return None
+        if self._room is None or self._room.numel() < len(rows) * layer.room:
+            self._room = rows.new_empty(len(rows) * layer.room)
+        before = keys.before, values.before
+        places = StepPlaces(self._places, self._long_places, before)
+        return layer.compute(rows, cos, sin, places, self._room)
 
     @cached_property
     def _places(self) -> Tensor:
@@ -129,15 +146,6 @@ class RowAttentionStep:
         return torch.tensor(
             [(s.row.address, s.row.capacity, s.first, s.start, s.length) for s in self._long]
         )
-
-
-def _scored(scoring: Scoring, dim: int) -> HeadScoring:
-    sinks = scoring.sinks
-    if sinks is not None:
-        sinks = sinks.detach().to(torch.float32).contiguous()
-    return HeadScoring(
-        scoring.scale(dim), scoring.window or 0, scoring.chunk or 0, scoring.softcap or 0.0, sinks
-    )
 
 
 def _packed(heads: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from reft_runtime.kernels.cpu import Kernels
+from reft_runtime.kernels.cpu.decoder_layer import DecoderLayer
 from reft_runtime.loading.loader import adopt_model
 from tests.helpers.models import generate, make_core, prompt, request, run, tiny
 
@@ -16,15 +17,17 @@ from tests.helpers.models import generate, make_core, prompt, request, run, tiny
 def calls(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
     """How often each operator was called."""
     counts: dict[str, int] = {}
-    for name in ("rms_norm", "add_rms_norm", "silu_mul", "rotate_"):
+    operators: list[tuple[type, str]] = [(DecoderLayer, "compute")]
+    operators += [(Kernels, name) for name in ("rms_norm", "add_rms_norm", "silu_mul", "rotate_")]
+    for kind, name in operators:
 
         def counted(
-            *args: object, name: str = name, own: object = getattr(Kernels, name), **kwargs: object
+            *args: object, name: str = name, own: object = getattr(kind, name), **kwargs: object
         ) -> object:
             counts[name] = counts.get(name, 0) + 1
             return own(*args, **kwargs)  # type: ignore[operator]
 
-        monkeypatch.setattr(Kernels, name, counted)
+        monkeypatch.setattr(kind, name, counted)
     return counts
 
 
@@ -37,9 +40,10 @@ def answer(model: PreTrainedModel, calls: dict[str, int]) -> list[int]:
 @pytest.mark.parametrize(
     ("model_type", "used"),
     [
-        ("llama", {"rms_norm": 5, "add_rms_norm": 4, "silu_mul": 4, "rotate_": 4}),
-        ("qwen2", {"rms_norm": 4, "add_rms_norm": 3, "silu_mul": 3, "rotate_": 3}),
-        ("mistral", {"rms_norm": 4, "add_rms_norm": 3, "silu_mul": 3, "rotate_": 3}),
+        # Whole layers, and the norm behind them.
+        ("llama", {"compute": 4, "rms_norm": 1}),
+        ("qwen2", {"compute": 3, "rms_norm": 1}),
+        ("mistral", {"compute": 3, "rms_norm": 1}),
         # Norms of queries and keys too: fused piece by piece.
         ("qwen3", {"rms_norm": 13, "silu_mul": 3, "rotate_": 3}),
         ("olmo2", {"rms_norm": 13, "silu_mul": 3, "rotate_": 3}),
@@ -56,6 +60,26 @@ def test_what_is_fused(model_type: str, used: dict[str, int], calls: dict[str, i
     wanted = generate(model, prompt(5), 6)
     assert answer(copy.deepcopy(model), calls) == wanted
     assert calls == {name: 6 * count for name, count in used.items()}
+
+
+def test_without_torchs_functions_the_operators_of_a_layer_run_one_by_one(
+    monkeypatch: pytest.MonkeyPatch, calls: dict[str, int]
+) -> None:
+    monkeypatch.setattr("reft_runtime.kernels.cpu.decoder_layer.torch_functions", lambda _: None)
+    model = tiny("llama")
+    wanted = generate(model, prompt(5), 6)
+    assert answer(copy.deepcopy(model), calls) == wanted
+    assert calls == {"rms_norm": 30, "add_rms_norm": 24, "silu_mul": 24, "rotate_": 24}
+
+
+def test_a_compiled_layer_that_fails_leaves_it_to_the_operators(
+    monkeypatch: pytest.MonkeyPatch, calls: dict[str, int]
+) -> None:
+    model = tiny("llama")
+    wanted = generate(model, prompt(5), 6)
+    monkeypatch.setattr(DecoderLayer, "compute", lambda *_: None)
+    assert answer(copy.deepcopy(model), calls) == wanted
+    assert calls["add_rms_norm"] == 24
 
 
 def test_what_looks_the_same_and_is_not_keeps_its_own_code(calls: dict[str, int]) -> None:

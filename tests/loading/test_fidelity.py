@@ -20,6 +20,7 @@ from reft_runtime.base.model import forward
 from reft_runtime.base.probe import AskedMask
 from reft_runtime.base.recurrent import MixerCall, StateCache, StateKey
 from reft_runtime.errors import UnsupportedModel
+from reft_runtime.kernels.cpu.decoder_layer import DecoderLayer, LayerKernels, LayerWeights
 from reft_runtime.kv.row_attention import TOGETHER_FROM, RowAttentionStep
 from reft_runtime.kv.rows import RowStorage
 from reft_runtime.kv.states import StateStep, StateStorage
@@ -349,6 +350,17 @@ def test_one_way_of_computing_that_ignores_its_window_is_seen(
         return made
 
     monkeypatch.setattr(RowAttentionStep, "attend", off)
+    monkeypatch.setattr(RowAttentionStep, "whole_layer", lambda *_: None)
+    refused(tiny("mistral", sliding_window=40), "past its window")
+
+
+def test_a_compiled_layer_that_ignores_its_window_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = LayerKernels.decoder_layer
+
+    def off(self: LayerKernels, weights: LayerWeights) -> DecoderLayer | None:
+        return made(self, replace(weights, scoring=replace(weights.scoring, window=0)))
+
+    monkeypatch.setattr(LayerKernels, "decoder_layer", off)
     refused(tiny("mistral", sliding_window=40), "past its window")
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Callable, Sequence
 from ctypes import c_char_p, c_float, c_int, c_int64, c_void_p
-from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any
 
@@ -17,6 +16,8 @@ import torch
 from torch import Tensor
 
 from reft_runtime.kernels.cpu.build import load_library
+from reft_runtime.kernels.cpu.decoder_layer import HeadScoring as HeadScoring
+from reft_runtime.kernels.cpu.decoder_layer import LayerKernels
 from reft_runtime.kernels.cpu.low_rank import LowRankKernels
 from reft_runtime.kernels.cpu.low_rank import RowEdit as RowEdit
 from reft_runtime.kernels.cpu.low_rank import RowEdits as RowEdits
@@ -39,21 +40,7 @@ _ARGUMENTS: dict[str, list[Any]] = {
 }
 
 
-@dataclass(slots=True)
-class HeadScoring:
-    """How queries score keys, and which they see: `base.attention.Scoring`, 0 for None.
-
-    `sinks` are float32 [heads], one behind the other.
-    """
-
-    scale: float
-    window: int = 0
-    chunk: int = 0
-    softcap: float = 0.0
-    sinks: Tensor | None = None
-
-
-class Kernels(RecurrentKernels, LowRankKernels):
+class Kernels(RecurrentKernels, LowRankKernels, LayerKernels):
     """The operators, by dtype; see `reft_runtime.kernels.operators.Operators`.
 
     The library tells which dtypes and heads they take.

@@ -82,6 +82,13 @@ void add_rms_norm(const T* x, const T* more, const T* weight, T* total, T* out, 
     }
 }
 
+// Adds numbers in place.
+template <typename T>
+void add_rows(T* to, const T* more, int64_t count, int threads) {
+#pragma omp parallel for num_threads(threads) if (count > SERIAL)
+    for (int64_t i = 0; i < count; ++i) store(to[i], load(to[i]) + load(more[i]));
+}
+
 // silu(gate) * up of each row [gate | up], both of `width`.
 template <typename T>
 void silu_mul(const T* both, T* out, int64_t rows, int64_t width, int threads) {

@@ -1,0 +1,84 @@
+"""A decoder layer of the Llama family as one function of its rows."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from reft_runtime.base.compiled_layer import CompiledLayer, layer_of_weights
+from reft_runtime.base.plans import Compute, PartPlan, epsilon_of, hooks_of, or_own
+from reft_runtime.base.probe import ProbedLayer
+from reft_runtime.base.trial import Operator
+from reft_runtime.kernels.cpu import Kernels
+from reft_runtime.kernels.operators import DecoderLayer, Norm, Operators, ProductOperators
+
+_PARTS = {"input_layernorm", "post_attention_layernorm", "self_attn", "mlp"}
+
+
+def is_llama_like(layer: nn.Module) -> bool:
+    """Whether it has the parts of a Llama layer, all of one dtype, and norms that are known."""
+    parts = dict(layer.named_children())
+    return (
+        parts.keys() == _PARTS
+        and len({weight.dtype for weight in layer.parameters()}) == 1
+        and epsilon_of(parts["input_layernorm"]) is not None
+        and epsilon_of(parts["post_attention_layernorm"]) is not None
+    )
+
+
+def layer_forward(
+    layer: Any, attention: PartPlan, mlp: PartPlan, asked: ProbedLayer, operators: Operators
+) -> Operator:
+    """The forward of a layer that `is_llama_like`, made of the plans of its parts."""
+    before, after = layer.input_layernorm, layer.post_attention_layernorm
+    first_epsilon, second_epsilon = epsilon_of(before), epsilon_of(after)
+    assert first_epsilon is not None
+    assert second_epsilon is not None
+    attend, o, activate, down = attention.compute, attention.last, mlp.compute, mlp.last
+
+    def compute(rows: Tensor, cos: Tensor, sin: Tensor, step: Any) -> Tensor:
+        normal = operators.rms_norm(rows, before.weight, first_epsilon)
+        rows, normal = operators.add_rms_norm(
+            rows, o(attend(normal, cos, sin, step)), after.weight, second_epsilon
+        )
+        rows += down(activate(normal))
+        return rows
+
+    chosen: Compute = compute
+    if isinstance(operators, Kernels):
+
+        def make() -> DecoderLayer | None:
+            norms = Norm(before.weight, first_epsilon), Norm(after.weight, second_epsilon)
+            heads = asked.shape.kv_heads, asked.shape.key_dim
+            return layer_of_weights(
+                operators, norms, attention.merged, o, mlp.merged, down, heads, asked.scoring
+            )
+
+        compiled = CompiledLayer(layer.self_attn.layer_idx, make)
+
+        def compute_at_once(rows: Tensor, cos: Tensor, sin: Tensor, step: Any) -> Tensor:
+            made = compiled.compute(rows, cos, sin, step)
+            return compute(rows, cos, sin, step) if made is None else made
+
+        chosen = compute_at_once
+    joined = mlp.merged.weight
+    products = operators if isinstance(operators, ProductOperators) else None
+    if products is not None and joined is not None and _plain(o, down, *mlp.merged.parts):
+
+        def compute_in_place(rows: Tensor, cos: Tensor, sin: Tensor, step: Any) -> Tensor:
+            # No other code uses the layer's input any more, so it may be overwritten.
+            normal = products.rms_norm(rows, before.weight, first_epsilon)
+            normal = products.add_product_and_norm(
+                rows, attend(normal, cos, sin, step), o.weight, after.weight, second_epsilon
+            )
+            return products.add_product_(rows, products.gated_product(normal, joined), down.weight)
+
+        chosen = compute_in_place
+    inner = hooks_of(module for module in layer.modules() if module is not layer)
+    return or_own(operators, chosen, layer.forward, inner, asked.shape.key_dim)
+
+
+def _plain(*linears: nn.Linear) -> bool:
+    """Whether the products with their weights are all that these linear layers compute."""
+    return all(type(linear) is nn.Linear and linear.bias is None for linear in linears)

@@ -1,0 +1,206 @@
+"""A whole decoder layer as one function, against torch's operators and its own parts."""
+
+from __future__ import annotations
+
+import gc
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.nn.functional import linear, rms_norm, silu
+
+from reft_runtime.base.attention import Scoring, attend_causally
+from reft_runtime.base.linears import product_of
+from reft_runtime.kernels.cpu import Kernels, kernels
+from reft_runtime.kernels.cpu.decoder_layer import (
+    DecoderLayer,
+    LayerWeights,
+    Norm,
+    PackedLinear,
+    StepPlaces,
+)
+from reft_runtime.kernels.cpu.torch_functions import torch_functions
+
+HEADS, KEY_HEADS, WIDTH, INNER, CAPACITY = 4, 2, 48, 80, 64
+DTYPES = {torch.float32: 1e-5, torch.bfloat16: 0.1}
+
+
+@pytest.fixture
+def operators() -> Kernels:
+    found = kernels()
+    assert found is not None, "the tests need a C++ compiler"
+    return found
+
+
+class Plain:
+    """The weights of a layer with heads `dim` wide, and the layer by torch's own operators."""
+
+    def __init__(self, dim: int, dtype: torch.dtype, scoring: Scoring, *, bias: bool) -> None:
+        torch.manual_seed(0)
+        self.dim, self.scoring = dim, scoring
+        wide = (HEADS + 2 * KEY_HEADS) * dim
+        shapes = [(wide, WIDTH), (WIDTH, HEADS * dim), (2 * INNER, WIDTH), (WIDTH, INNER)]
+        self.linears: list[tuple[Tensor, Tensor | None]] = [
+            (
+                (torch.randn(shape) / shape[1] ** 0.5).to(dtype),
+                torch.randn(shape[0]).to(dtype) if bias else None,
+            )
+            for shape in shapes
+        ]
+        self.norms = [torch.rand(WIDTH).add(0.5).to(dtype) for _ in range(2)]
+
+    def packed(self) -> LayerWeights:
+        qkv, o, gate_up, down = (PackedLinear(product_of(w, b)[1], b) for w, b in self.linears)
+        return LayerWeights(
+            Norm(self.norms[0], 1e-5),
+            qkv,
+            o,
+            Norm(self.norms[1], 1e-6),
+            gate_up,
+            down,
+            KEY_HEADS,
+            self.dim,
+            self.scoring.of_heads(self.dim),
+        )
+
+    def output(self, rows: Tensor, cos: Tensor, sin: Tensor, kept: Tensor) -> Tensor:
+        """Of a sequence's rows [n, d]; `kept` [2, kv heads, m, dim] are keys and values before."""
+        dim, heads = self.dim, (HEADS, KEY_HEADS, KEY_HEADS)
+        every = linear(rms_norm(rows, (WIDTH,), self.norms[0], 1e-5), *self.linears[0])
+        query, key, value = torch.split(every.view(len(rows), -1, dim), list(heads), 1)
+        query, key = (self._rotated(each, cos, sin) for each in (query, key))
+        key, value = (
+            torch.cat([kept[i].transpose(0, 1), each]) for i, each in enumerate((key, value))
+        )
+        mixed = attend_causally(query, key, value, self.scoring).flatten(1)
+        rows = rows + linear(mixed, *self.linears[1])
+        both = linear(rms_norm(rows, (WIDTH,), self.norms[1], 1e-6), *self.linears[2])
+        gate, up = both.chunk(2, -1)
+        return rows + linear(silu(gate) * up, *self.linears[3])
+
+    def _rotated(self, heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        half = self.dim // 2
+        turned = torch.cat([-heads[..., half:], heads[..., :half]], -1)
+        return heads * cos[:, None] + turned * sin[:, None]
+
+
+def one_layer(operators: Kernels, plain: Plain) -> DecoderLayer:
+    made = operators.decoder_layer(plain.packed())
+    assert made is not None
+    return made
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize(
+    "scoring",
+    [
+        Scoring(),
+        Scoring(0.2, window=5),
+        Scoring(chunk=7),
+        Scoring(softcap=3.0, sinks=torch.linspace(-1, 1, HEADS)),
+    ],
+)
+def test_layer(operators: Kernels, dtype: torch.dtype, bias: bool, scoring: Scoring) -> None:
+    """Two sequences that decode behind 9 and 30 tokens, and a prompt of 21 behind 4."""
+    dim = 16
+    plain = Plain(dim, dtype, scoring, bias=bias)
+    layer = one_layer(operators, plain)
+    lengths, behind = [1, 1, 21], [9, 30, 4]
+    tokens = sum(lengths)
+    rows = torch.randn(tokens, WIDTH).to(dtype)
+    angles = torch.rand(tokens, dim // 2).repeat(1, 2) * 6
+    cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
+    before = 3  # the numbers of other layers come first
+    kept = [torch.randn(before + 2 * KEY_HEADS * dim, CAPACITY).to(dtype) for _ in lengths]
+    parts = [
+        one[before:].view(-1)[: 2 * KEY_HEADS * CAPACITY * dim].view(2, KEY_HEADS, CAPACITY, dim)
+        for one in kept
+    ]
+    firsts = [0, 1, 2]
+    wanted = torch.cat(
+        [
+            plain.output(
+                rows[first : first + length],
+                cos[first : first + length],
+                sin[first : first + length],
+                part[:, :, :old],
+            )
+            for first, length, old, part in zip(firsts, lengths, behind, parts, strict=True)
+        ]
+    )
+    single = [(one.data_ptr(), CAPACITY, old) for one, old in zip(kept[:2], behind, strict=False)]
+    segments = [(kept[2].data_ptr(), CAPACITY, 2, behind[2], lengths[2])]
+    places = StepPlaces(
+        torch.tensor(single), torch.tensor(segments), (before, before + KEY_HEADS * dim)
+    )
+    given = rows.clone()
+    room = torch.empty(tokens * layer.room, dtype=dtype)
+    found = layer.compute(given, cos, sin, places, room)
+    assert found is not None
+    tolerance = DTYPES[dtype]
+    torch.testing.assert_close(found, wanted, rtol=tolerance, atol=tolerance)
+    assert torch.equal(given, rows), "the layer's input is left as it is"
+
+
+def test_what_a_layer_does_not_take(operators: Kernels) -> None:
+    plain = Plain(10, torch.float32, Scoring(), bias=False)
+    layer = one_layer(operators, plain)
+    rows, angles = torch.randn(2, WIDTH), torch.randn(2, 10)
+    kept = torch.zeros(2 * KEY_HEADS * 10 * CAPACITY)
+    room = torch.empty(2 * layer.room)
+    before = (0, KEY_HEADS * 10)
+    single = torch.tensor([(kept.data_ptr(), CAPACITY, 3)] * 2)
+    none = torch.tensor([])
+    fine = StepPlaces(single, none, before)
+    assert layer.compute(rows, angles, angles, fine, room) is not None
+    beyond = StepPlaces(torch.tensor([(kept.data_ptr(), CAPACITY, CAPACITY)] * 2), none, before)
+    assert layer.compute(rows, angles, angles, beyond, room) is None
+    together = StepPlaces(none, torch.tensor([(kept.data_ptr(), CAPACITY, 0, 0, 2)]), before)
+    assert layer.compute(rows, angles, angles, together, room) is None, "heads 10 wide: one by one"
+    assert layer.compute(rows[:, :40], angles, angles, fine, room) is None
+    assert layer.compute(rows, angles[:1], angles[:1], fine, room) is None
+    assert layer.compute(rows, angles, angles, fine, room[1:]) is None
+
+
+def test_weights_that_no_layer_is_made_of(operators: Kernels) -> None:
+    weights = Plain(16, torch.float32, Scoring(), bias=False).packed()
+    assert operators.decoder_layer(weights) is not None
+    narrow = PackedLinear(product_of(torch.randn(WIDTH, INNER - 8), None)[1], None)
+    plain = PackedLinear(torch.randn(WIDTH, INNER), None)
+    other = PackedLinear(product_of(torch.randn(WIDTH, INNER).bfloat16(), None)[1], None)
+    for down in (narrow, plain, other):
+        assert operators.decoder_layer(replace(weights, down=down)) is None
+    assert operators.decoder_layer(replace(weights, key_heads=3)) is None
+    assert operators.decoder_layer(replace(weights, head_dim=15)) is None
+    half = Norm(torch.ones(WIDTH // 2), 1e-5)
+    assert operators.decoder_layer(replace(weights, second_norm=half)) is None
+
+
+def test_torch_that_lacks_a_function_makes_no_layer(
+    operators: Kernels, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weights = Plain(16, torch.float32, Scoring(), bias=False).packed()
+    monkeypatch.setattr("reft_runtime.kernels.cpu.decoder_layer.torch_functions", lambda _: None)
+    assert operators.decoder_layer(weights) is None
+
+
+def test_this_torch_has_the_functions() -> None:
+    assert torch_functions("float32") is not None
+    assert torch_functions("float16_of_another_world") is None
+
+
+def test_weights_are_freed_with_their_layer(operators: Kernels) -> None:
+    plain = Plain(16, torch.float32, Scoring(), bias=True)
+    bias = plain.linears[0][1]
+    assert bias is not None
+    kept = StorageWeakRef(bias.untyped_storage())
+    made = one_layer(operators, plain)
+    del plain, bias
+    gc.collect()
+    assert not kept.expired()
+    del made
+    gc.collect()
+    assert kept.expired()
