@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -196,7 +197,8 @@ def test_weights_are_freed_with_their_layer(operators: Kernels) -> None:
     plain = Plain(16, torch.float32, Scoring(), bias=True)
     bias = plain.linears[0][1]
     assert bias is not None
-    kept = StorageWeakRef(bias.untyped_storage())
+    weak: Any = StorageWeakRef
+    kept = weak(bias.untyped_storage())
     made = one_layer(operators, plain)
     del plain, bias
     gc.collect()
