@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol, runtime_checkable
+from typing import Protocol
 
 from torch import Tensor, nn
 
-from reft_runtime.base.attention import Scoring
+from reft_runtime.base.attention import AttentionStep, Scoring
 from reft_runtime.base.linears import Merged, packed_parts
 from reft_runtime.kernels.cpu import Kernels
 from reft_runtime.kernels.operators import DecoderLayer, LayerWeights, Norm, PackedLinear
 
 
-@runtime_checkable
-class LayerStep(Protocol):
-    """A step that knows where a compiled layer finds its keys and values."""
+class LayerStep(AttentionStep, Protocol):
+    """A step that knows where a compiled layer finds its keys and values.
+
+    Other steps lack the method.
+    """
 
     def whole_layer(
         self, index: int, layer: DecoderLayer, rows: Tensor, cos: Tensor, sin: Tensor
@@ -37,13 +39,15 @@ class CompiledLayer:
 
     def compute(self, rows: Tensor, cos: Tensor, sin: Tensor, step: object) -> Tensor | None:
         """The layer's output for rows [T, d]; None where its operators have to be called."""
-        if not isinstance(step, LayerStep):
+        whole_layer = getattr(step, "whole_layer", None)
+        if whole_layer is None:
             return None
         if not self._asked:
             self._made, self._asked = self._make(), True
         if self._made is None:
             return None
-        return step.whole_layer(self._index, self._made, rows, cos, sin)
+        made: Tensor | None = whole_layer(self._index, self._made, rows, cos, sin)
+        return made
 
 
 def layer_of_weights(
