@@ -15,7 +15,9 @@ from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear
+from torch.nn.functional import linear, pad
+
+from reft_runtime.kernels.operators import padded_rows
 
 EXPECTED_ROWS = 32
 """The layout is chosen for products of this many rows; others work as well."""
@@ -184,6 +186,11 @@ def _packed_linear(
 ) -> Tensor:
     if rows.requires_grad:  # the packed product has no gradient
         return linear(rows, packed.to_dense(), bias)
+    count = rows.numel() // rows.shape[-1]
+    more = padded_rows(count) - count
+    if more and rows.ndim > 1 and rows.shape[-2] == count:
+        rows = pad(rows, (0, 0, 0, more))
+        return product(rows, packed, bias, "none", [], "")[..., :count, :]
     return product(rows, packed, bias, "none", [], "")
 
 

@@ -15,7 +15,7 @@ from reft_runtime.engine.runner import Decoder, Runner
 from reft_runtime.kernels.operators import has_triton, operators_for
 from reft_runtime.kv.choice import attends_by_kernels
 from reft_runtime.kv.pages import PageStorage
-from reft_runtime.schedule.pacing import LEAST_TOKENS, MIXED_TOKENS
+from reft_runtime.schedule.pacing import LEAST_TOKENS
 
 _log = logging.getLogger(__name__)
 
@@ -36,7 +36,7 @@ class Sizes:
     least_tokens: int
 
 
-ON_CPU = Sizes(64, 2048, MIXED_TOKENS, LEAST_TOKENS)
+ON_CPU = Sizes(64, 2048, 2048, LEAST_TOKENS)
 ON_CUDA = Sizes(max_running=256, max_step_tokens=8192, mixed_tokens=2048, least_tokens=256)
 
 

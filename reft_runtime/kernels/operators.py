@@ -22,6 +22,7 @@ from reft_runtime.kernels.cpu.decoder_layer import PackedLinear as PackedLinear
 from reft_runtime.kernels.cpu.decoder_layer import StepPlaces as StepPlaces
 from reft_runtime.kernels.cpu.picking import Picking as Picking
 from reft_runtime.kernels.cpu.picking import Picks as Picks
+from reft_runtime.kernels.cpu.torch_functions import padded_rows as padded_rows
 
 _log = logging.getLogger(__name__)
 

@@ -112,8 +112,9 @@ class RowAttentionStep:
             return None
         if len(rows) != self._tokens:
             return None
-        if self._room is None or self._room.numel() < len(rows) * layer.room:
-            self._room = rows.new_empty(len(rows) * layer.room)
+        numbers = layer.room_for(self._tokens)
+        if self._room is None or self._room.numel() < numbers:
+            self._room = rows.new_empty(numbers)
         before = keys.before, values.before
         places = StepPlaces(self._places, self._long_places, before)
         return layer.compute(rows, cos, sin, places, self._room)

@@ -1,10 +1,11 @@
 """How many prompt tokens a step may take, from measured step times. Knows no tensors.
 
 A step that computes prompts takes longer, and every sequence that decodes waits for it. So while
-sequences decode, prompts may add only a share of the time of a step without prompts: one long
-prompt slows the streams a little. The share grows with the square of the number of prompts, because
-each of them waits for all before it: if many arrive, they get most of the steps, and throughput
-does not suffer. If no sequence decodes, none waits: only `LONGEST_SECONDS` bounds a step's time.
+sequences decode, each prompt may add a moment that a reader hardly notices, or, on a slow machine,
+a share of the time of a step without prompts. Many prompts add as many moments, up to
+`PRESSED_SECONDS`: then streams stand still a few times and go on at full speed, where small pieces
+of prompts would slow every token of theirs, and prompts do not wait for each other's pieces. If no
+sequence decodes, none waits: only `LONGEST_SECONDS` bounds a step's time.
 """
 
 from __future__ import annotations
@@ -12,9 +13,15 @@ from __future__ import annotations
 from bisect import bisect_left
 from dataclasses import dataclass
 
+MOMENT_SECONDS = 0.25
+"""Time that each prompt may add to a step."""
+
 SHARE = 0.75
-"""Time that one prompt alone may add to a step, as a share of a step without prompts. A share of 1
-would double the wait for a token on average, and more than double it at the 95th percentile."""
+"""The same as a share of a step without prompts, if that is more. A share of 1 would double the
+wait for a token on average, and more than double it at the 95th percentile."""
+
+PRESSED_SECONDS = 2.0
+"""Time that all prompts together may add to a step, however many they are."""
 
 LEAST_TOKENS = 8
 """Least prompt tokens of a step on a CPU, however long they take, so that prompts always go on.
@@ -24,9 +31,8 @@ Whole blocks would be too coarse: 16 tokens after a long context can cost as muc
 GRAIN = 4
 """The number of a step's prompt tokens is rounded down to a multiple of this."""
 
-MIXED_TOKENS = 384
-"""Most prompt tokens, on a CPU, of a step in which sequences decode or before any step is measured.
-Beyond this, larger products are hardly faster, and every sequence of a step waits for its end."""
+FIRST_TOKENS = 384
+"""Most prompt tokens of a step before any is measured."""
 
 LONGEST_SECONDS = 5.0
 """Longest step in which no sequence decodes: half of what the server's health check allows."""
@@ -85,7 +91,7 @@ class StepPacer:
     sequences, rounded up to a power of two.
     """
 
-    def __init__(self, mixed_tokens: int = MIXED_TOKENS, least_tokens: int = LEAST_TOKENS) -> None:
+    def __init__(self, mixed_tokens: int = 2048, least_tokens: int = LEAST_TOKENS) -> None:
         self.mixed_tokens = mixed_tokens
         self._least_tokens = least_tokens
         self._decode_seconds: dict[int, float] = {}
@@ -100,13 +106,15 @@ class StepPacer:
         """
         prompt = self._prompt_seconds
         if not decodes:
-            return self._rounded(LONGEST_SECONDS / prompt) if prompt else self.mixed_tokens
+            return self._rounded(LONGEST_SECONDS / prompt) if prompt else FIRST_TOKENS
         if self._unmeasured >= MEASURED_EVERY:
             return 0
         decode = self._decode(decodes)
         if not decode or not prompt:
-            return self.mixed_tokens
-        return min(self.mixed_tokens, self._rounded(SHARE * prompts**2 * decode / prompt))
+            return FIRST_TOKENS
+        moment = max(MOMENT_SECONDS, SHARE * decode)
+        seconds = min(prompts * moment, max(moment, PRESSED_SECONDS))
+        return min(self.mixed_tokens, self._rounded(seconds / prompt))
 
     def expected(self, decodes: int, prompt_tokens: int) -> float | None:
         """Seconds that a step is likely to take; None where nothing like it was measured."""

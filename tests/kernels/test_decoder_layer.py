@@ -138,7 +138,7 @@ def test_layer(operators: Kernels, dtype: torch.dtype, bias: bool, scoring: Scor
         torch.tensor(single), torch.tensor(segments), (before, before + KEY_HEADS * dim)
     )
     given = rows.clone()
-    room = torch.empty(tokens * layer.room, dtype=dtype)
+    room = torch.empty(layer.room_for(tokens), dtype=dtype)
     found = layer.compute(given, cos, sin, places, room)
     assert found is not None
     tolerance = DTYPES[dtype]
@@ -151,7 +151,7 @@ def test_what_a_layer_does_not_take(operators: Kernels) -> None:
     layer = one_layer(operators, plain)
     rows, angles = torch.randn(2, WIDTH), torch.randn(2, 10)
     kept = torch.zeros(2 * KEY_HEADS * 10 * CAPACITY)
-    room = torch.empty(2 * layer.room)
+    room = torch.empty(layer.room_for(2))
     before = (0, KEY_HEADS * 10)
     single = torch.tensor([(kept.data_ptr(), CAPACITY, 3)] * 2)
     none = torch.tensor([])

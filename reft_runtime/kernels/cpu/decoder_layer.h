@@ -81,21 +81,22 @@ class Product {
     Handle made_ = nullptr;
 };
 
-// Computes the layer for `rows` into `out`, both [tokens, width]. `room` holds, for each token,
-// width + max(heads * dim, inner) numbers. Returns 0, or the status of what failed: the rows are as they were.
+// Computes the layer for `rows` into `out`, both [tokens, width]. Products are of `padded` rows, of
+// which those beyond the tokens mean nothing; `room` holds width + max(heads * dim, inner) numbers
+// for each of them. Returns 0, or the status of what failed: the rows are as they were.
 template <typename T>
-int decoder_layer(const DecoderLayer& layer, const T* rows, T* out, int64_t tokens, const T* cos,
-                  const T* sin, const StepPlaces& places, T* room, int threads) {
+int decoder_layer(const DecoderLayer& layer, const T* rows, T* out, int64_t tokens, int64_t padded,
+                  const T* cos, const T* sin, const StepPlaces& places, T* room, int threads) {
     const int64_t query = layer.heads * layer.dim, key = layer.key_heads * layer.dim;
     const int64_t stride = query + 2 * key, group = layer.heads / layer.key_heads;
     const int64_t first = places.singles;  // of the tokens that attend together
-    T *normal = room, *wide = room + tokens * layer.width;
+    T *normal = room, *wide = room + padded * layer.width;
     const Scoring scoring{layer.window, layer.chunk, layer.scale, layer.softcap, layer.sinks};
 
     rms_norm(rows, static_cast<const T*>(layer.first_norm), normal, tokens, layer.width,
              layer.first_epsilon, 0, threads);
     {
-        const Product<T> all(layer.torch, layer.qkv, normal, tokens);
+        const Product<T> all(layer.torch, layer.qkv, normal, padded);
         T* q = all.numbers;
         if (!q) return NO_PRODUCT;
         T *k = q + query, *v = k + key;
@@ -118,17 +119,17 @@ int decoder_layer(const DecoderLayer& layer, const T* rows, T* out, int64_t toke
         }
     }
     {
-        const Product<T> mixed(layer.torch, layer.o, wide, tokens);
+        const Product<T> mixed(layer.torch, layer.o, wide, padded);
         if (!mixed.numbers) return NO_PRODUCT;
         add_rms_norm(rows, mixed.numbers, static_cast<const T*>(layer.second_norm), out, normal,
                      tokens, layer.width, layer.second_epsilon, threads);
     }
     {
-        const Product<T> both(layer.torch, layer.gate_up, normal, tokens);
+        const Product<T> both(layer.torch, layer.gate_up, normal, padded);
         if (!both.numbers) return NO_PRODUCT;
         silu_mul(both.numbers, wide, tokens, layer.inner, threads);
     }
-    const Product<T> more(layer.torch, layer.down, wide, tokens);
+    const Product<T> more(layer.torch, layer.down, wide, padded);
     if (!more.numbers) return NO_PRODUCT;
     add_rows(out, more.numbers, tokens * layer.width, threads);
     return 0;

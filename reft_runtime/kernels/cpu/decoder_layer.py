@@ -15,7 +15,12 @@ import torch
 from torch import Tensor
 
 from reft_runtime.kernels.cpu.compiled import CompiledOperators
-from reft_runtime.kernels.cpu.torch_functions import Handles, TorchFunctions, torch_functions
+from reft_runtime.kernels.cpu.torch_functions import (
+    Handles,
+    TorchFunctions,
+    padded_rows,
+    torch_functions,
+)
 from reft_runtime.machine.dtypes import name_of
 
 
@@ -138,8 +143,11 @@ class DecoderLayer:
         )
         self._pointer = ctypes.byref(self._layer)
         self.key_heads, self.head_dim = weights.key_heads, dim
-        self.room: int = width + max(heads * dim, inner)
-        """Numbers that a step needs for each of its tokens."""
+        self._room: int = width + max(heads * dim, inner)
+
+    def room_for(self, tokens: int) -> int:
+        """Numbers that a step of so many tokens needs."""
+        return padded_rows(tokens) * self._room
 
     def compute(
         self, rows: Tensor, cos: Tensor, sin: Tensor, places: StepPlaces, room: Tensor
@@ -147,14 +155,14 @@ class DecoderLayer:
         """The layer's output for rows [T, d]; None, with nothing but keys and values written, if
         anything went wrong: the layer's operators one by one then tell what.
 
-        `cos` and `sin` are [T, head_dim], `room` is `self.room` * T numbers; all are contiguous,
+        `cos` and `sin` are [T, head_dim], `room` has `room_for(T)` numbers; all are contiguous,
         of the weights' dtype.
         """
         tokens, width = rows.shape
         if (
             width != self._layer.width
             or not cos.numel() == sin.numel() == tokens * self.head_dim
-            or room.numel() < tokens * self.room
+            or room.numel() < self.room_for(tokens)
             or (len(places.segments) and not self._takes_segments)
         ):
             return None
@@ -164,6 +172,7 @@ class DecoderLayer:
             rows.data_ptr(),
             out.data_ptr(),
             tokens,
+            padded_rows(tokens),
             cos.data_ptr(),
             sin.data_ptr(),
             places.single.data_ptr(),
@@ -188,7 +197,7 @@ class LayerKernels(CompiledOperators):
         super().__init__(library)
         pointer = POINTER(_Layer)
         self._bind(
-            {"attend_layer": [pointer, _P, _P, _I, *[_P] * 3, _I, _P, _I, _I, _I, _P, c_int]}
+            {"attend_layer": [pointer, _P, _P, _I, _I, *[_P] * 3, _I, _P, _I, _I, _I, _P, c_int]}
         )
 
     def decoder_layer(self, weights: LayerWeights) -> DecoderLayer | None:

@@ -16,6 +16,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
+EXACT_ROWS = 64
+"""Products of up to this many rows have code for exactly so many."""
+
+GRAIN = 32
+"""Larger ones are of a multiple of this."""
+
+
+def padded_rows(rows: int) -> int:
+    """How many rows a product is computed of.
+
+    oneDNN compiles code for each number of rows that it meets, some milliseconds for each layer's
+    products, and prompts have any length.
+    """
+    return rows if rows <= EXACT_ROWS else -(-rows // GRAIN) * GRAIN
+
 
 class TorchFunctions(ctypes.Structure):
     """`TorchFunctions` of decoder_layer.h, for one dtype."""
