@@ -84,7 +84,7 @@ MACHINES = pytest.mark.parametrize("seconds", [linear, slow, uneven])
 def test_a_long_prompt_adds_a_moment_or_stays_below_twice_the_step(seconds: Seconds) -> None:
     machine = Machine(seconds)
     machine.streams(16)
-    machine.add(6000)
+    machine.add(20_000)
     steps = [machine.step() for _ in range(20)]
     assert all(decodes == 16 for decodes, _, _ in steps)
     assert all(tokens >= LEAST_TOKENS for _, tokens, _ in steps)
@@ -202,9 +202,9 @@ def test_estimates_follow_a_machine_that_changes() -> None:
     speed = 1.0
     machine = Machine(lambda decodes, tokens: speed * linear(decodes, 2 * tokens))
     machine.streams(16)
-    machine.add(50_000)
+    machine.add(90_000)
     for speed in (1.0, 5.0):
-        for _ in range(4 * MEASURED_EVERY):
+        for _ in range(12 * MEASURED_EVERY + 4):
             decodes, tokens, taken = machine.step()
         assert decodes == 16
         assert taken - speed * linear(16, 0) == pytest.approx(MOMENT_SECONDS, rel=0.15)
