@@ -3,6 +3,8 @@
 #pragma once
 
 #include <cstdint>
+#include <cstring>
+#include <vector>
 
 #include "decode_attention.h"
 #include "prompt_attention.h"
@@ -22,6 +24,9 @@ struct TorchFunctions {
     int32_t (*linear)(Handle rows, Handle packed_weight, Handle* bias, const char* then,
                       const double** scalars, int64_t scalar_count, const char** algorithm,
                       Handle* made);
+    int32_t (*attend)(Handle query, Handle key, Handle value, double dropout, int32_t causal,
+                      Handle* mask, double* scale, Handle* made, Handle* log_sums);
+    int32_t (*stride)(Handle, int64_t dimension, int64_t* stride);
     int32_t dtype, cpu;
 };
 
@@ -81,6 +86,82 @@ class Product {
     Handle made_ = nullptr;
 };
 
+#ifdef __AMX_BF16__
+constexpr bool TILES = true;  // torch's attention multiplies bfloat16 by the CPU's matrix tiles
+#else
+constexpr bool TILES = false;
+#endif
+constexpr int64_t TILES_FROM = 192;  // tokens of a prompt from which they are faster than ours
+
+// Attention of a whole prompt from its first token on, by torch: for heads [tokens, heads, dim] of
+// the rows of a product. Returns whether it could; if not, `out` means nothing.
+template <typename T>
+bool attend_by_torch(const DecoderLayer& layer, const T* query, const T* key, const T* value,
+                     T* out, int64_t tokens, int64_t between) {
+    const TorchFunctions& torch = layer.torch;
+    const int64_t heads = layer.key_heads, group = layer.heads / heads, dim = layer.dim;
+    // Key heads are the batch: the query heads of each share it, by a stride of 0.
+    const int64_t sizes[] = {heads, group, tokens, dim};
+    const int64_t own[] = {group * dim, dim, between, 1}, shared[] = {dim, 0, between, 1};
+    Handle q = nullptr, k = nullptr, v = nullptr, made = nullptr, sums = nullptr;
+    const auto seen = [&](const T* at, const int64_t* strides, Handle* to) {
+        return !torch.from_blob(const_cast<T*>(at), 4, sizes, strides, 0, torch.dtype, torch.cpu, 0,
+                                to);
+    };
+    double scale = layer.scale;
+    void* data = nullptr;
+    int64_t by[3] = {0, 0, 0};
+    bool done = seen(query, own, &q) && seen(key, shared, &k) && seen(value, shared, &v) &&
+                !torch.attend(q, k, v, 0.0, 1, nullptr, &scale, &made, &sums) &&
+                !torch.data_of(made, &data);
+    for (int64_t i = 0; i < 3; ++i) done = done && !torch.stride(made, i, by + i);
+    for (int64_t t = 0; done && t < tokens; ++t)
+        for (int64_t h = 0; h < heads; ++h)
+            for (int64_t g = 0; g < group; ++g)
+                std::memcpy(out + ((t * heads + h) * group + g) * dim,
+                            static_cast<const T*>(data) + h * by[0] + g * by[1] + t * by[2],
+                            dim * sizeof(T));
+    for (Handle handle : {q, k, v, made, sums})
+        if (handle) torch.drop(handle);
+    return done;
+}
+
+// `attend_prompts` for the segments of a step; long prompts by `attend_by_torch` where the CPU has
+// tiles.
+template <typename T>
+int attend_segments(const DecoderLayer& layer, const StepPlaces& places, const Scoring& scoring,
+                    const T* q, const T* k, const T* v, T* out, int64_t tokens, int64_t stride,
+                    int threads) {
+    const Widths widths{layer.dim, layer.dim, false};
+    auto* run = prompt_attention<T>(widths);
+    if (!run) return 1;
+    const auto is_whole = [&](const int64_t* segment) {
+        const int64_t token = segment[2], start = segment[3], length = segment[4];
+        return TILES && sizeof(T) == 2 && !scoring.softcap && !scoring.sinks && start == 0 &&
+               length >= TILES_FROM && scoring.first(length - 1) == 0 && token >= 0 &&
+               token + length <= tokens && length <= segment[1];
+    };
+    std::vector<int64_t> others;
+    for (int64_t i = 0; i < places.segment_count; ++i) {
+        const int64_t* segment = places.segments + 5 * i;
+        const int64_t token = segment[2];
+        if (is_whole(segment) &&
+            attend_by_torch(layer, q + token * stride, k + token * stride, v + token * stride,
+                            out + token * layer.heads * layer.dim, segment[4], stride)) {
+#pragma omp parallel for num_threads(threads)
+            for (int64_t h = 0; h < layer.key_heads; ++h)
+                store_head(segment, h, k, v, widths, places.keys_before, places.values_before,
+                           stride, stride);
+        } else {
+            others.insert(others.end(), segment, segment + 5);
+        }
+    }
+    if (others.empty()) return 0;
+    return run(q, k, v, out, others.data(), static_cast<int64_t>(others.size()) / 5, tokens,
+               places.keys_before, places.values_before, layer.key_heads,
+               layer.heads / layer.key_heads, stride, stride, stride, scoring, threads);
+}
+
 // Computes the layer for `rows` into `out`, both [tokens, width]. Products are of `padded` rows, of
 // which those beyond the tokens mean nothing; `room` holds width + max(heads * dim, inner) numbers
 // for each of them. Returns 0, or the status of what failed: the rows are as they were.
@@ -108,15 +189,10 @@ int decoder_layer(const DecoderLayer& layer, const T* rows, T* out, int64_t toke
                            places.values_before, layer.key_heads, group,
                            {layer.dim, layer.dim, false}, stride, stride, stride, scoring, threads))
                 return status;
-        if (places.segment_count) {
-            auto* run = prompt_attention<T>({layer.dim, layer.dim, false});
-            if (!run) return 1;
-            if (const int status =
-                    run(q, k, v, wide, places.segments, places.segment_count, tokens,
-                        places.keys_before, places.values_before, layer.key_heads, group, stride,
-                        stride, stride, scoring, threads))
+        if (places.segment_count)
+            if (const int status = attend_segments(layer, places, scoring, q, k, v, wide, tokens,
+                                                   stride, threads))
                 return status;
-        }
     }
     {
         const Product<T> mixed(layer.torch, layer.o, wide, padded);

@@ -141,6 +141,24 @@ void attend_tile(const T* query, const T* keys, const T* values, T* out, int64_t
     }
 }
 
+// Stores a segment's keys and values of one key head; see `attend_prompts`.
+template <typename T>
+void store_head(const int64_t* segment, int64_t head, const T* key, const T* value, Widths widths,
+                int64_t keys_before, int64_t values_before, int64_t key_stride,
+                int64_t value_stride) {
+    const int64_t dim = widths.key, width = widths.value;
+    const int64_t place = head * segment[1] + segment[3];
+    T* to_keys = part_of<T>(segment[0], segment[1], keys_before) + place * dim;
+    T* to_values = part_of<T>(segment[0], segment[1], values_before) + place * width;
+    for (int64_t t = 0; t < segment[4]; ++t) {
+        const int64_t token = segment[2] + t;
+        std::memcpy(to_keys + t * dim, key + token * key_stride + head * dim, dim * sizeof(T));
+        if (!widths.values_in_keys)
+            std::memcpy(to_values + t * width, value + token * value_stride + head * width,
+                        width * sizeof(T));
+    }
+}
+
 // Stores keys and values, then attends for segments of prompts, by tiles. A segment is (address of
 // the KV row, its capacity, first token in the step, first position, length). Returns 0 when done;
 // 1, with nothing written, if a segment is beyond its row or the step; 2, with nothing written, if
@@ -176,20 +194,9 @@ int attend_prompts(const T* query, const T* key, const T* value, T* out, const i
     {
 #pragma omp for collapse(2)
         for (int64_t i = 0; i < count; ++i)
-            for (int64_t h = 0; h < key_heads; ++h) {
-                const int64_t* segment = segments + 5 * i;
-                const int64_t place = h * segment[1] + segment[3];
-                T* to_keys = part_of<T>(segment[0], segment[1], keys_before) + place * DIM;
-                T* to_values = part_of<T>(segment[0], segment[1], values_before) + place * WIDTH;
-                for (int64_t t = 0; t < segment[4]; ++t) {
-                    const int64_t token = segment[2] + t;
-                    std::memcpy(to_keys + t * DIM, key + token * key_stride + h * DIM,
-                                DIM * sizeof(T));
-                    if constexpr (!INSIDE)
-                        std::memcpy(to_values + t * WIDTH, value + token * value_stride + h * WIDTH,
-                                    WIDTH * sizeof(T));
-                }
-            }
+            for (int64_t h = 0; h < key_heads; ++h)
+                store_head(segments + 5 * i, h, key, value, {DIM, WIDTH, INSIDE}, keys_before,
+                           values_before, key_stride, value_stride);
 #pragma omp for schedule(dynamic) collapse(2)
         for (int64_t p = 0; p < static_cast<int64_t>(parts.size()); ++p)
             for (int64_t i = 0; i < key_heads * split; ++i) {

@@ -40,6 +40,8 @@ class TorchFunctions(ctypes.Structure):
         ("data_of", c_void_p),
         ("drop", c_void_p),
         ("linear", c_void_p),
+        ("attend", c_void_p),
+        ("stride", c_void_p),
         ("dtype", c_int32),
         ("cpu", c_int32),
     )
@@ -69,6 +71,8 @@ def torch_functions(dtype: str) -> TorchFunctions | None:
                 "get_data_ptr",
                 "delete_tensor_object",
                 "cpu__linear_pointwise",
+                "cpu__scaled_dot_product_flash_attention_for_cpu",
+                "get_stride",
             )
         ]
         kind = getattr(library, f"aoti_torch_dtype_{dtype}")()
