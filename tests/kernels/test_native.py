@@ -299,11 +299,13 @@ def test_convolutions_of_many_taps_are_left_to_others(
 
 
 @dtypes
-@pytest.mark.parametrize("dim", [64, 128, 24])
+@pytest.mark.parametrize(
+    ("dim", "group"), [(64, 1), (64, 3), (64, 9), (96, 7), (128, 3), (128, 16), (256, 2), (24, 3)]
+)
 @pytest.mark.parametrize("window", [0, 5, 70])
-def test_attend(operators: Kernels, dtype: torch.dtype, dim: int, window: int) -> None:
+def test_attend(operators: Kernels, dtype: torch.dtype, dim: int, group: int, window: int) -> None:
     """Decoding rows of several lengths, and one prompt whose tokens see each other."""
-    kv_heads, group, capacity = 2, 3, 160
+    kv_heads, capacity = 2, 160
     slots = [4, 0, 2, 1, 1, 1]
     positions = [0, 63, 64, 130, 131, 132]
     both = rand(6, kv_heads * (group + 2), dim, dtype=dtype)
@@ -428,6 +430,21 @@ def test_a_place_beyond_a_row_is_refused(operators: Kernels, place: tuple[int, i
             HeadScoring(1.0),
         )
     assert not rows.any()
+
+
+@dtypes
+@pytest.mark.parametrize("dim", [24, 64, 128])
+@pytest.mark.parametrize("number", [math.nan, math.inf])
+def test_what_is_not_finite_is_seen(
+    operators: Kernels, dtype: torch.dtype, dim: int, number: float
+) -> None:
+    rows = torch.ones(2, 1, 32, dim, dtype=dtype)
+    rows[0, 0, 3, 5] = number
+    heads, out = torch.ones(1, 2, dim, dtype=dtype), torch.empty(1, 2, dim, dtype=dtype)
+    places = torch.tensor([(rows.data_ptr(), 32, 20)])
+    own = heads[:, :1]
+    operators.attend(heads, own, own, out, places, (0, dim), HeadScoring(1.0))
+    assert not out.isfinite().any()
 
 
 def test_shapes_that_disagree_are_refused(operators: Kernels) -> None:

@@ -7,6 +7,7 @@
 #include <limits>
 
 #include "scalars.h"
+#include "wide_attention.h"
 
 namespace {
 
@@ -170,6 +171,23 @@ int attend(const T* query, const T* key, const T* value, T* out, const int64_t* 
                 const T* k = part_of<T>(place[0], place[1], keys_before) + h * place[1] * dim;
                 const T* v = part_of<T>(place[0], place[1], values_before) +
                              h * place[1] * widths.value_row;
+#ifdef __AVX512F__
+                auto* wide = dim != width || widths.values_in_keys ? nullptr
+                             : dim == 64                           ? attend_group_wide<T, 64>
+                             : dim == 96                           ? attend_group_wide<T, 96>
+                             : dim == 128                          ? attend_group_wide<T, 128>
+                             : dim == 256                          ? attend_group_wide<T, 256>
+                                                                   : nullptr;
+                if (wide) {
+                    const T* next = h + 1 < key_heads ? k + place[1] * dim : nullptr;
+                    if (!next && token + 1 < tokens)
+                        next = part_of<T>(place[3], place[4], keys_before);
+                    if (count > 0)
+                        wide(q, k, v, to, count, first, last, scoring.scale, scoring.softcap,
+                             scoring.sinks ? scoring.sinks + head : nullptr, next);
+                    continue;
+                }
+#endif
                 const int64_t same = dim == width && !widths.values_in_keys ? dim : 0;
                 auto* attend_one = same == 64    ? attend_group<T, 64>
                                    : same == 96  ? attend_group<T, 96>

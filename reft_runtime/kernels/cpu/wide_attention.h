@@ -1,0 +1,181 @@
+// `attend_group` for CPUs with 512-bit vectors, and heads of whole vectors: the keys' products are
+// summed sixteen keys at once, and each value is read once for several query heads.
+#pragma once
+
+#ifdef __AVX512F__
+
+#include <immintrin.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <limits>
+#include <type_traits>
+
+#include "scalars.h"
+
+namespace {
+
+constexpr int64_t WIDE_LANES = 16;  // floats of a vector, and keys that are scored at once
+constexpr int64_t WIDE_BLOCK = 64;  // positions whose scores are held at once
+constexpr int64_t WIDE_GROUP = 16;  // most query heads of a call
+constexpr int64_t FETCHED = 2048;   // bytes
+constexpr int64_t WIDE_SUMS = 16;   // most vectors of sums that are held in registers
+
+// Begins to load what will be read next: after this the CPU's own guesses go on.
+inline void fetch_first(const void* from) {
+    for (int64_t at = 0; from && at < FETCHED; at += 64)
+        __builtin_prefetch(static_cast<const char*>(from) + at);
+}
+
+inline __m512 load_lanes(const float* from) { return _mm512_loadu_ps(from); }
+
+inline __m512 load_lanes(const bfloat16* from) {
+    const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
+}
+
+// The sums of each of sixteen vectors, in their order.
+inline __m512 sums_of(const __m512* v) {
+    __m512 pairs[8], fours[4];
+    for (int i = 0; i < 8; ++i)
+        pairs[i] = _mm512_add_ps(_mm512_unpacklo_ps(v[2 * i], v[2 * i + 1]),
+                                 _mm512_unpackhi_ps(v[2 * i], v[2 * i + 1]));
+    for (int i = 0; i < 4; ++i) {
+        const __m512d a = _mm512_castps_pd(pairs[2 * i]), b = _mm512_castps_pd(pairs[2 * i + 1]);
+        fours[i] = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(a, b)),
+                                 _mm512_castpd_ps(_mm512_unpackhi_pd(a, b)));
+    }
+    const auto halves = [](__m512 a, __m512 b) {
+        return _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd));
+    };
+    return halves(halves(fours[0], fours[1]), halves(fours[2], fours[3]));
+}
+
+// The scaled products of a query with up to sixteen keys; those beyond `count` are -inf.
+template <typename T, int DIM>
+inline __m512 scores_of(const T* query, const T* keys, int64_t count, float scale) {
+    __m512 products[WIDE_LANES];
+#if defined(__AVX512BF16__)
+    if constexpr (sizeof(T) == 2 && DIM % 32 == 0) {
+        const auto pairs = [](const T* from) {
+            return (__m512bh)_mm512_loadu_si512(from);
+        };
+        for (int64_t j = 0; j < WIDE_LANES; ++j) {
+            const T* key = keys + std::min(j, count - 1) * DIM;
+            __m512 product = _mm512_setzero_ps();
+            for (int64_t i = 0; i < DIM; i += 32)
+                product = _mm512_dpbf16_ps(product, pairs(query + i), pairs(key + i));
+            products[j] = product;
+        }
+    } else
+#endif
+    {
+        __m512 q[DIM / WIDE_LANES];
+        for (int64_t i = 0; i < DIM / WIDE_LANES; ++i) q[i] = load_lanes(query + i * WIDE_LANES);
+        for (int64_t j = 0; j < WIDE_LANES; ++j) {
+            const T* key = keys + std::min(j, count - 1) * DIM;
+            __m512 product = _mm512_mul_ps(q[0], load_lanes(key));
+            for (int64_t i = 1; i < DIM / WIDE_LANES; ++i)
+                product = _mm512_fmadd_ps(q[i], load_lanes(key + i * WIDE_LANES), product);
+            products[j] = product;
+        }
+    }
+    const __mmask16 seen = static_cast<__mmask16>((1u << count) - 1);
+    return _mm512_mask_blend_ps(seen, _mm512_set1_ps(-std::numeric_limits<float>::infinity()),
+                                _mm512_mul_ps(sums_of(products), _mm512_set1_ps(scale)));
+}
+
+// Adds values [count, DIM], times the weights [HEADS, WIDE_BLOCK], to sums [HEADS, DIM] that are
+// first made smaller by `shrink`.
+template <typename T, int DIM, int HEADS>
+inline void add_values(const T* values, const float* weights, const float* shrink, float* sums,
+                       int64_t count) {
+    constexpr int64_t VECTORS = DIM / WIDE_LANES;
+    __m512 sum[HEADS][VECTORS];
+    for (int64_t h = 0; h < HEADS; ++h)
+        for (int64_t i = 0; i < VECTORS; ++i)
+            sum[h][i] = _mm512_mul_ps(_mm512_loadu_ps(sums + h * DIM + i * WIDE_LANES),
+                                      _mm512_set1_ps(shrink[h]));
+    for (int64_t j = 0; j < count; ++j)
+        for (int64_t i = 0; i < VECTORS; ++i) {
+            const __m512 value = load_lanes(values + j * DIM + i * WIDE_LANES);
+            for (int64_t h = 0; h < HEADS; ++h)
+                sum[h][i] = _mm512_fmadd_ps(_mm512_set1_ps(weights[h * WIDE_BLOCK + j]), value,
+                                            sum[h][i]);
+        }
+    for (int64_t h = 0; h < HEADS; ++h)
+        for (int64_t i = 0; i < VECTORS; ++i)
+            _mm512_storeu_ps(sums + h * DIM + i * WIDE_LANES, sum[h][i]);
+}
+
+template <typename T, int DIM>
+inline void add_all_values(const T* values, const float* weights, const float* shrink, float* sums,
+                           int64_t group, int64_t count) {
+    constexpr int64_t MOST = std::max<int64_t>(1, WIDE_SUMS * WIDE_LANES / DIM);
+    for (int64_t h = 0; h < group;) {
+        const auto add = [&](auto heads) {
+            constexpr int HEADS = decltype(heads)::value;
+            add_values<T, DIM, HEADS>(values, weights + h * WIDE_BLOCK, shrink + h, sums + h * DIM,
+                                      count);
+            h += HEADS;
+        };
+        const int64_t left = group - h;
+        if (MOST >= 4 && left >= 4) add(std::integral_constant<int, MOST >= 4 ? 4 : 1>());
+        else if (MOST >= 3 && left == 3) add(std::integral_constant<int, MOST >= 3 ? 3 : 1>());
+        else if (MOST >= 2 && left >= 2) add(std::integral_constant<int, MOST >= 2 ? 2 : 1>());
+        else add(std::integral_constant<int, 1>());
+    }
+}
+
+// See `attend_group`; keys and values are DIM wide. `next` are the keys that will be scored after
+// these, null if none will.
+template <typename T, int DIM>
+void attend_group_wide(const T* query, const T* keys, const T* values, T* out, int64_t group,
+                       int64_t first, int64_t last, float scale, float softcap,
+                       const float* sinks, const T* next) {
+    float sums[WIDE_GROUP * DIM] = {}, scores[WIDE_GROUP * WIDE_BLOCK];
+    float largest[WIDE_GROUP], weights[WIDE_GROUP], shrink[WIDE_GROUP];
+    for (int64_t g = 0; g < group; ++g) {
+        largest[g] = sinks ? sinks[g] : -std::numeric_limits<float>::infinity();
+        weights[g] = sinks ? 1 : 0;
+    }
+    for (int64_t start = first; start <= last; start += WIDE_BLOCK) {
+        const int64_t count = std::min(WIDE_BLOCK, last + 1 - start);
+        fetch_first(values + start * DIM);
+        for (int64_t g = 0; g < group; ++g) {
+            float* row = scores + g * WIDE_BLOCK;
+            __m512 top = _mm512_set1_ps(largest[g]);
+            for (int64_t j = 0; j < count; j += WIDE_LANES) {
+                __m512 score = scores_of<T, DIM>(query + g * DIM, keys + (start + j) * DIM,
+                                                 std::min(WIDE_LANES, count - j), scale);
+                _mm512_storeu_ps(row + j, score);
+                if (softcap) {
+                    for (int64_t i = j; i < std::min(count, j + WIDE_LANES); ++i)
+                        row[i] = softcap * hyperbolic(row[i] / softcap);
+                    score = _mm512_loadu_ps(row + j);
+                }
+                top = _mm512_max_ps(top, score);  // a NaN is seen in the weights
+            }
+            const float most = _mm512_reduce_max_ps(top);
+            const int64_t padded = (count + WIDE_LANES - 1) / WIDE_LANES * WIDE_LANES;
+            shrink[g] = exponential(largest[g] - most);
+            float weight = weights[g] * shrink[g];
+            for (int64_t j = 0; j < padded; ++j) {
+                row[j] = exponential(row[j] - most);
+                weight += row[j];
+            }
+            largest[g] = most;
+            weights[g] = weight;
+        }
+        fetch_first(start + WIDE_BLOCK <= last ? keys + (start + WIDE_BLOCK) * DIM : next);
+        add_all_values<T, DIM>(values + start * DIM, scores, shrink, sums, group, count);
+    }
+    for (int64_t g = 0; g < group; ++g) {
+        const float scale_out = 1.0f / weights[g];
+        for (int64_t i = 0; i < DIM; ++i) store(out[g * DIM + i], sums[g * DIM + i] * scale_out);
+    }
+}
+
+}  // namespace
+
+#endif
