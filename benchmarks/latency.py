@@ -72,7 +72,7 @@ def long_prompt_among_streams(engine: Engine) -> Case:
             for before, now in pairwise(times[SETTLING_TOKENS:]):
                 if now <= sent:
                     alone.append(now - before)
-                elif sent <= before and now <= first[0]:
+                elif before < first[0]:  # a short prompt may take part in one step alone
                     beside.append(now - before)
         return {
             SECONDS: first[0] - sent,

@@ -94,8 +94,12 @@ class Place:
 
 
 def outside() -> dict[str, str]:
-    """This process's variables, as they are where no environment is active."""
-    env = {name: value for name, value in os.environ.items() if name != "VIRTUAL_ENV"}
+    """This process's variables, as they are where no environment is active and make runs nothing.
+
+    What `make test ARGS=...` was given is not for the documents' `make serve`.
+    """
+    active = {"VIRTUAL_ENV", "ARGS", "MAKEFLAGS", "MFLAGS", "MAKELEVEL", "MAKEOVERRIDES"}
+    env = {name: value for name, value in os.environ.items() if name not in active}
     ours = str(Path(sys.executable).parent)
     env["PATH"] = os.pathsep.join(p for p in env["PATH"].split(os.pathsep) if p != ours)
     return env
