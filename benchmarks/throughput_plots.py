@@ -46,6 +46,8 @@ def throughput(groups: Groups) -> Figure:
                 for (of, n), group in sorted(groups.items())
                 if of == dtype and _has(group, label)
             ]
+            if not points:
+                continue
             line: dict[str, Any]
             if label in OF_OURS:
                 line = {"color": "C0", "linestyle": OF_OURS[label], "linewidth": 2}
