@@ -188,7 +188,7 @@ def _packed_linear(
         return linear(rows, packed.to_dense(), bias)
     count = rows.numel() // rows.shape[-1]
     more = padded_rows(count) - count
-    if more and rows.ndim > 1 and rows.shape[-2] == count:
+    if more and rows.shape[-2] == count:
         rows = pad(rows, (0, 0, 0, more))
         return product(rows, packed, bias, "none", [], "")[..., :count, :]
     return product(rows, packed, bias, "none", [], "")

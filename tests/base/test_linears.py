@@ -11,8 +11,10 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.nn.functional import linear
 
 from reft_runtime.base import linears
+from reft_runtime.base.linears import product_of
 from reft_runtime.loading.loader import adopt_model
 from tests.helpers.models import generate, make_core, prompt, request, run, tiny
 
@@ -36,6 +38,17 @@ def packed(model: nn.Module) -> list[bool]:
 def test_all_linear_layers_are_packed() -> None:
     """Fails where a new torch has other operators: then everything works, at half the speed."""
     assert all(packed(adopt_model(tiny("llama")).model))
+
+
+@pytest.mark.parametrize("shape", [(65, 48), (1, 97, 48), (2, 40, 48), (128, 48), (48,)])
+def test_products_of_any_number_of_rows(shape: tuple[int, ...]) -> None:
+    """Long ones are computed of more rows than there are."""
+    torch.manual_seed(0)
+    weight, bias, rows = torch.randn(32, 48), torch.randn(32), torch.randn(shape)
+    product, _ = product_of(weight, bias)
+    given = product(rows)
+    assert given.is_contiguous()
+    torch.testing.assert_close(given, linear(rows, weight, bias), rtol=1e-5, atol=1e-5)
 
 
 def _nothing(*_: Any) -> None:

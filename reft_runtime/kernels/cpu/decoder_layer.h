@@ -4,6 +4,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <new>
 #include <vector>
 
 #include "decode_attention.h"
@@ -142,6 +143,11 @@ int attend_segments(const DecoderLayer& layer, const StepPlaces& places, const S
                token + length <= tokens && length <= segment[1];
     };
     std::vector<int64_t> others;
+    try {
+        others.reserve(5 * places.segment_count);
+    } catch (const std::bad_alloc&) {
+        return 2;
+    }
     for (int64_t i = 0; i < places.segment_count; ++i) {
         const int64_t* segment = places.segments + 5 * i;
         const int64_t token = segment[2];

@@ -15,7 +15,6 @@ namespace {
 
 // Sixteen floats, in as many registers as that takes; arithmetic on them is element by element.
 typedef float lanes __attribute__((vector_size(64)));
-constexpr int64_t LANES = 16;
 constexpr int64_t ROWS = 4;   // rows of a product that are computed at once
 constexpr int64_t TILE = 48;  // query heads times tokens that go over the keys together, at most
 

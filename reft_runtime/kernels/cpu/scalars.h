@@ -8,6 +8,7 @@
 
 namespace {
 
+constexpr int64_t LANES = 16;      // floats that are computed at once where a vector is that wide
 constexpr int64_t SERIAL = 16384;  // elements up to which one thread is faster than several
 
 struct bfloat16 {
@@ -72,5 +73,8 @@ inline float hyperbolic(float x) {
     const float far = 1.0f - 2.0f / (exponential(2.0f * x) + 1.0f);
     return square < 0.0625f ? near : far;
 }
+
+// softcap * tanh(score / softcap).
+inline float capped(float score, float softcap) { return softcap * hyperbolic(score / softcap); }
 
 }  // namespace

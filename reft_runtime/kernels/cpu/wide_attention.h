@@ -2,10 +2,6 @@
 // summed sixteen keys at once, and each value is read once for several query heads.
 #pragma once
 
-#ifdef __AVX512F__
-
-#include <immintrin.h>
-
 #include <algorithm>
 #include <cstdint>
 #include <limits>
@@ -15,9 +11,18 @@
 
 namespace {
 
-constexpr int64_t WIDE_LANES = 16;  // floats of a vector, and keys that are scored at once
-constexpr int64_t WIDE_BLOCK = 64;  // positions whose scores are held at once
-constexpr int64_t WIDE_GROUP = 16;  // most query heads of a call
+// Of both ways to attend token by token.
+constexpr int64_t BLOCK = 64;     // positions whose scores are held at once
+constexpr int64_t TOGETHER = 16;  // most query heads that go over a key head's keys together
+
+}  // namespace
+
+#ifdef __AVX512F__
+
+#include <immintrin.h>
+
+namespace {
+
 constexpr int64_t FETCHED = 2048;   // bytes
 constexpr int64_t WIDE_SUMS = 16;   // most vectors of sums that are held in registers
 
@@ -54,13 +59,11 @@ inline __m512 sums_of(const __m512* v) {
 // The scaled products of a query with up to sixteen keys; those beyond `count` are -inf.
 template <typename T, int DIM>
 inline __m512 scores_of(const T* query, const T* keys, int64_t count, float scale) {
-    __m512 products[WIDE_LANES];
+    __m512 products[LANES];
 #if defined(__AVX512BF16__)
     if constexpr (sizeof(T) == 2 && DIM % 32 == 0) {
-        const auto pairs = [](const T* from) {
-            return (__m512bh)_mm512_loadu_si512(from);
-        };
-        for (int64_t j = 0; j < WIDE_LANES; ++j) {
+        const auto pairs = [](const T* from) { return (__m512bh)_mm512_loadu_si512(from); };
+        for (int64_t j = 0; j < LANES; ++j) {
             const T* key = keys + std::min(j, count - 1) * DIM;
             __m512 product = _mm512_setzero_ps();
             for (int64_t i = 0; i < DIM; i += 32)
@@ -70,13 +73,13 @@ inline __m512 scores_of(const T* query, const T* keys, int64_t count, float scal
     } else
 #endif
     {
-        __m512 q[DIM / WIDE_LANES];
-        for (int64_t i = 0; i < DIM / WIDE_LANES; ++i) q[i] = load_lanes(query + i * WIDE_LANES);
-        for (int64_t j = 0; j < WIDE_LANES; ++j) {
+        __m512 q[DIM / LANES];
+        for (int64_t i = 0; i < DIM / LANES; ++i) q[i] = load_lanes(query + i * LANES);
+        for (int64_t j = 0; j < LANES; ++j) {
             const T* key = keys + std::min(j, count - 1) * DIM;
             __m512 product = _mm512_mul_ps(q[0], load_lanes(key));
-            for (int64_t i = 1; i < DIM / WIDE_LANES; ++i)
-                product = _mm512_fmadd_ps(q[i], load_lanes(key + i * WIDE_LANES), product);
+            for (int64_t i = 1; i < DIM / LANES; ++i)
+                product = _mm512_fmadd_ps(q[i], load_lanes(key + i * LANES), product);
             products[j] = product;
         }
     }
@@ -85,37 +88,37 @@ inline __m512 scores_of(const T* query, const T* keys, int64_t count, float scal
                                 _mm512_mul_ps(sums_of(products), _mm512_set1_ps(scale)));
 }
 
-// Adds values [count, DIM], times the weights [HEADS, WIDE_BLOCK], to sums [HEADS, DIM] that are
+// Adds values [count, DIM], times the weights [HEADS, BLOCK], to sums [HEADS, DIM] that are
 // first made smaller by `shrink`.
 template <typename T, int DIM, int HEADS>
 inline void add_values(const T* values, const float* weights, const float* shrink, float* sums,
                        int64_t count) {
-    constexpr int64_t VECTORS = DIM / WIDE_LANES;
+    constexpr int64_t VECTORS = DIM / LANES;
     __m512 sum[HEADS][VECTORS];
     for (int64_t h = 0; h < HEADS; ++h)
         for (int64_t i = 0; i < VECTORS; ++i)
-            sum[h][i] = _mm512_mul_ps(_mm512_loadu_ps(sums + h * DIM + i * WIDE_LANES),
+            sum[h][i] = _mm512_mul_ps(_mm512_loadu_ps(sums + h * DIM + i * LANES),
                                       _mm512_set1_ps(shrink[h]));
     for (int64_t j = 0; j < count; ++j)
         for (int64_t i = 0; i < VECTORS; ++i) {
-            const __m512 value = load_lanes(values + j * DIM + i * WIDE_LANES);
+            const __m512 value = load_lanes(values + j * DIM + i * LANES);
             for (int64_t h = 0; h < HEADS; ++h)
-                sum[h][i] = _mm512_fmadd_ps(_mm512_set1_ps(weights[h * WIDE_BLOCK + j]), value,
+                sum[h][i] = _mm512_fmadd_ps(_mm512_set1_ps(weights[h * BLOCK + j]), value,
                                             sum[h][i]);
         }
     for (int64_t h = 0; h < HEADS; ++h)
         for (int64_t i = 0; i < VECTORS; ++i)
-            _mm512_storeu_ps(sums + h * DIM + i * WIDE_LANES, sum[h][i]);
+            _mm512_storeu_ps(sums + h * DIM + i * LANES, sum[h][i]);
 }
 
 template <typename T, int DIM>
 inline void add_all_values(const T* values, const float* weights, const float* shrink, float* sums,
                            int64_t group, int64_t count) {
-    constexpr int64_t MOST = std::max<int64_t>(1, WIDE_SUMS * WIDE_LANES / DIM);
+    constexpr int64_t MOST = std::max<int64_t>(1, WIDE_SUMS * LANES / DIM);
     for (int64_t h = 0; h < group;) {
         const auto add = [&](auto heads) {
             constexpr int HEADS = decltype(heads)::value;
-            add_values<T, DIM, HEADS>(values, weights + h * WIDE_BLOCK, shrink + h, sums + h * DIM,
+            add_values<T, DIM, HEADS>(values, weights + h * BLOCK, shrink + h, sums + h * DIM,
                                       count);
             h += HEADS;
         };
@@ -133,31 +136,32 @@ template <typename T, int DIM>
 void attend_group_wide(const T* query, const T* keys, const T* values, T* out, int64_t group,
                        int64_t first, int64_t last, float scale, float softcap,
                        const float* sinks, const T* next) {
-    float sums[WIDE_GROUP * DIM] = {}, scores[WIDE_GROUP * WIDE_BLOCK];
-    float largest[WIDE_GROUP], weights[WIDE_GROUP], shrink[WIDE_GROUP];
+    float sums[TOGETHER * DIM], scores[TOGETHER * BLOCK];
+    float largest[TOGETHER], weights[TOGETHER], shrink[TOGETHER];
+    std::fill_n(sums, group * DIM, 0.0f);
     for (int64_t g = 0; g < group; ++g) {
         largest[g] = sinks ? sinks[g] : -std::numeric_limits<float>::infinity();
         weights[g] = sinks ? 1 : 0;
     }
-    for (int64_t start = first; start <= last; start += WIDE_BLOCK) {
-        const int64_t count = std::min(WIDE_BLOCK, last + 1 - start);
+    for (int64_t start = first; start <= last; start += BLOCK) {
+        const int64_t count = std::min(BLOCK, last + 1 - start);
         fetch_first(values + start * DIM);
         for (int64_t g = 0; g < group; ++g) {
-            float* row = scores + g * WIDE_BLOCK;
+            float* row = scores + g * BLOCK;
             __m512 top = _mm512_set1_ps(largest[g]);
-            for (int64_t j = 0; j < count; j += WIDE_LANES) {
+            for (int64_t j = 0; j < count; j += LANES) {
                 __m512 score = scores_of<T, DIM>(query + g * DIM, keys + (start + j) * DIM,
-                                                 std::min(WIDE_LANES, count - j), scale);
+                                                 std::min(LANES, count - j), scale);
                 _mm512_storeu_ps(row + j, score);
                 if (softcap) {
-                    for (int64_t i = j; i < std::min(count, j + WIDE_LANES); ++i)
-                        row[i] = softcap * hyperbolic(row[i] / softcap);
+                    for (int64_t i = j; i < std::min(count, j + LANES); ++i)
+                        row[i] = capped(row[i], softcap);
                     score = _mm512_loadu_ps(row + j);
                 }
                 top = _mm512_max_ps(top, score);  // a NaN is seen in the weights
             }
             const float most = _mm512_reduce_max_ps(top);
-            const int64_t padded = (count + WIDE_LANES - 1) / WIDE_LANES * WIDE_LANES;
+            const int64_t padded = (count + LANES - 1) / LANES * LANES;
             shrink[g] = exponential(largest[g] - most);
             float weight = weights[g] * shrink[g];
             for (int64_t j = 0; j < padded; ++j) {
@@ -167,7 +171,7 @@ void attend_group_wide(const T* query, const T* keys, const T* values, T* out, i
             largest[g] = most;
             weights[g] = weight;
         }
-        fetch_first(start + WIDE_BLOCK <= last ? keys + (start + WIDE_BLOCK) * DIM : next);
+        fetch_first(start + BLOCK <= last ? keys + (start + BLOCK) * DIM : next);
         add_all_values<T, DIM>(values + start * DIM, scores, shrink, sums, group, count);
     }
     for (int64_t g = 0; g < group; ++g) {
