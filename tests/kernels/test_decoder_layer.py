@@ -161,6 +161,8 @@ def test_what_a_layer_does_not_take(operators: Kernels) -> None:
     assert layer.compute(rows, angles, angles, beyond, room) is None
     together = StepPlaces(none, torch.tensor([(kept.data_ptr(), CAPACITY, 0, 0, 2)]), before)
     assert layer.compute(rows, angles, angles, together, room) is None, "heads 10 wide: one by one"
+    half = rows.bfloat16(), angles.bfloat16(), angles.bfloat16()
+    assert layer.compute(*half, fine, room.bfloat16()) is None
     assert layer.compute(rows[:, :40], angles, angles, fine, room) is None
     assert layer.compute(rows, angles[:1], angles[:1], fine, room) is None
     assert layer.compute(rows, angles, angles, fine, room[1:]) is None
@@ -176,6 +178,8 @@ def test_weights_that_no_layer_is_made_of(operators: Kernels) -> None:
         assert operators.decoder_layer(replace(weights, down=down)) is None
     assert operators.decoder_layer(replace(weights, key_heads=3)) is None
     assert operators.decoder_layer(replace(weights, head_dim=15)) is None
+    short = replace(weights.scoring, sinks=torch.ones(HEADS - 1))
+    assert operators.decoder_layer(replace(weights, scoring=short)) is None
     half = Norm(torch.ones(WIDTH // 2), 1e-5)
     assert operators.decoder_layer(replace(weights, second_norm=half)) is None
 

@@ -161,6 +161,7 @@ class DecoderLayer:
         tokens, width = rows.shape
         if (
             width != self._layer.width
+            or rows.dtype != self._weights.first_norm.weight.dtype
             or not cos.numel() == sin.numel() == tokens * self.head_dim
             or room.numel() < self.room_for(tokens)
             or (len(places.segments) and not self._takes_segments)
@@ -207,7 +208,7 @@ class LayerKernels(CompiledOperators):
         dtype, width, dim = norms[0].dtype, len(norms[0]), weights.head_dim
         biases = [linear.bias for linear in linears if linear.bias is not None]
         heads, rest = divmod(weights.qkv.weight.shape[0], dim)
-        query_heads = heads - 2 * weights.key_heads
+        query_heads, sinks = heads - 2 * weights.key_heads, weights.scoring.sinks
         if (
             dtype not in self._dtypes
             or rest
@@ -222,6 +223,7 @@ class LayerKernels(CompiledOperators):
             or weights.gate_up.weight.shape[1] != width
             or weights.gate_up.weight.shape[0] % 2
             or tuple(weights.down.weight.shape) != (width, weights.gate_up.weight.shape[0] // 2)
+            or (sinks is not None and sinks.shape != (query_heads,))
             or not self._library.can_attend(dim, dim)
         ):
             return None
