@@ -78,22 +78,31 @@ def kill(child: int) -> None:
     assert os.WIFSIGNALED(status)  # it was still at work
 
 
+def change_at_once(root: Path, count: int) -> int:
+    """Let writers write, one that is killed again and again among them; how often it was."""
+    chance, killed = random.Random(0), 0
+    writers = {forked(partial(write, root, writer, count)) for writer in range(2)}
+    joining = forked(partial(join, root / "state"))
+    try:
+        while writers:
+            victim = forked(partial(write, root, 2, 10**6))
+            time.sleep(chance.uniform(0.05, 0.3))
+            kill(victim)
+            killed += 1
+            for writer in list(writers):
+                done, status = os.waitpid(writer, os.WNOHANG)
+                if done:
+                    writers.remove(writer)
+                    assert status == 0
+    finally:
+        for child in (*writers, joining):
+            kill(child)
+    return killed
+
+
 def main(root: Path, count: int) -> None:
     torch.set_num_threads(1)
-    state, chance, killed = root / "state", random.Random(0), 0
-    writers = {forked(partial(write, root, writer, count)) for writer in range(2)}
-    joining = forked(partial(join, state))
-    while writers:
-        victim = forked(partial(write, root, 2, 10**6))
-        time.sleep(chance.uniform(0.05, 0.3))
-        kill(victim)
-        killed += 1
-        for writer in list(writers):
-            done, status = os.waitpid(writer, os.WNOHANG)
-            if done:
-                assert status == 0
-                writers.remove(writer)
-    kill(joining)
+    state, killed = root / "state", change_at_once(root, count)
     registry = opened(state)
     assert registry.problems() == {}
     assert {"all"} <= {entry.name for entry in registry.entries()} <= set(NAMES)

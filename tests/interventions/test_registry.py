@@ -914,19 +914,35 @@ def test_uploads_without_a_state_folder_end_with_the_process(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    killed = tmp_path / "reft-uploads-killed"  # by a server that is no more
-    killed.mkdir()
-    (killed / "lock").touch()
+    killed = [tmp_path / "reft-uploads-killed", tmp_path / "reft-uploads-killed-early"]
+    for folder in killed:  # by servers that are no more
+        folder.mkdir()
+    (killed[0] / "lock").touch()
+    for folder in killed:
+        os.utime(folder, (0, 0))
     registry, other = Registry(BASE), Registry(BASE)
-    assert list(tmp_path.iterdir()) == [killed]
+    assert sorted(tmp_path.iterdir()) == killed
     registry.put("a", ONE)
-    assert killed not in tmp_path.iterdir()
+    assert not {*killed} & {*tmp_path.iterdir()}
     other.put("a", TWO)
     assert len(list(tmp_path.iterdir())) == 2
     for each in (registry, other):
         assert len(ready(each, "a").edits()) == 1
         each.close()
     assert not list(tmp_path.iterdir())
+
+
+def test_a_temporary_folder_that_another_server_is_about_to_lock_is_left_to_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    begun = tmp_path / "reft-uploads-begun"
+    begun.mkdir()
+    (begun / "lock").touch()
+    registry = Registry(BASE)
+    registry.put("a", ONE)
+    registry.close()
+    assert list(tmp_path.iterdir()) == [begun]
 
 
 @pytest.mark.parametrize("kept", [False, True])

@@ -14,6 +14,7 @@ import logging
 import os
 import shutil
 import tempfile
+import time
 import weakref
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
@@ -27,6 +28,7 @@ from reft_runtime.interventions.registry.pointers import Pointers, pointer_file
 from reft_runtime.interventions.registry.sources import NAME, Found, look
 
 _TEMPORARY = "reft-uploads-"
+_BEGUN_SECONDS = 60.0  # a temporary folder is locked long before, if its server lives
 
 STATE_BYTES = 16 << 30
 """Default bound on the bytes of uploads in the state folder."""
@@ -245,9 +247,11 @@ def _has(blob: Path, file: Incoming) -> bool:
 
 
 def _delete_unused(folder: Path) -> None:
-    """Delete a store's temporary folder unless a process has it."""
+    """Delete a store's temporary folder unless a process has it, or may be about to lock it."""
     with suppress(OSError):
-        lock = os.open(folder / "lock", os.O_RDWR)
+        if time.time() - folder.stat().st_mtime < _BEGUN_SECONDS:
+            return
+        lock = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o644)
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             shutil.rmtree(folder, ignore_errors=True)
