@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import math
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -22,9 +24,9 @@ from reft_runtime.kernels.cpu.decoder_layer import (
     PackedLinear,
     StepPlaces,
 )
-from reft_runtime.kernels.cpu.torch_functions import torch_functions
+from reft_runtime.kernels.cpu.torch_functions import row_blocks, torch_functions
 
-HEADS, KEY_HEADS, WIDTH, INNER, CAPACITY = 4, 2, 48, 80, 64
+HEADS, KEY_HEADS, WIDTH, INNER, CAPACITY = 4, 2, 48, 80, 320
 DTYPES = {torch.float32: 1e-5, torch.bfloat16: 0.1}
 
 
@@ -93,8 +95,24 @@ def one_layer(operators: Kernels, plain: Plain) -> DecoderLayer:
     return made
 
 
+@pytest.fixture
+def threads() -> Iterator[int]:
+    """Two threads, between which blocks of rows are divided."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield 2
+    torch.set_num_threads(before)
+
+
+def test_blocks_of_rows() -> None:
+    assert [row_blocks(rows, 2) for rows in (1, 255, 256, 768, 769, 1537)] == [1, 1, 2, 2, 4, 6]
+    assert [row_blocks(rows, 16) for rows in (255, 2047, 2048)] == [1, 1, 16]
+    assert [row_blocks(rows, 1) for rows in (64, 384, 385)] == [1, 1, 2]
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("prompt", [21, 271, 300])
 @pytest.mark.parametrize(
     "scoring",
     [
@@ -104,13 +122,24 @@ def one_layer(operators: Kernels, plain: Plain) -> DecoderLayer:
         Scoring(softcap=3.0, sinks=torch.linspace(-1, 1, HEADS)),
     ],
 )
-def test_layer(operators: Kernels, dtype: torch.dtype, bias: bool, scoring: Scoring) -> None:
-    """Two sequences that decode behind 9 and 30 tokens, and a prompt of 21 behind 4."""
-    dim = 16
+def test_layer(
+    operators: Kernels,
+    threads: int,
+    dtype: torch.dtype,
+    bias: bool,
+    prompt: int,
+    scoring: Scoring,
+) -> None:
+    """Two sequences that decode behind 9 and 30 tokens, and a prompt behind 4.
+
+    Long prompts are computed in blocks, the last of which has padded rows.
+    """
+    dim = 32
     plain = Plain(dim, dtype, scoring, bias=bias)
     layer = one_layer(operators, plain)
-    lengths, behind = [1, 1, 21], [9, 30, 4]
+    lengths, behind = [1, 1, prompt], [9, 30, 4]
     tokens = sum(lengths)
+    assert row_blocks(tokens, threads) == (2 if prompt > 21 else 1)
     rows = torch.randn(tokens, WIDTH).to(dtype)
     angles = torch.rand(tokens, dim // 2).repeat(1, 2) * 6
     cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
@@ -138,7 +167,7 @@ def test_layer(operators: Kernels, dtype: torch.dtype, bias: bool, scoring: Scor
         torch.tensor(single), torch.tensor(segments), (before, before + KEY_HEADS * dim)
     )
     given = rows.clone()
-    room = torch.empty(layer.room_for(tokens), dtype=dtype)
+    room = torch.full((layer.room_for(tokens),), math.nan, dtype=dtype)
     found = layer.compute(given, cos, sin, places, room)
     assert found is not None
     tolerance = DTYPES[dtype]

@@ -2,10 +2,9 @@
 // gated activation, and the matrix products, which are torch's own.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <cstring>
-#include <new>
-#include <vector>
 
 #include "decode_attention.h"
 #include "prompt_attention.h"
@@ -25,9 +24,6 @@ struct TorchFunctions {
     int32_t (*linear)(Handle rows, Handle packed_weight, Handle* bias, const char* then,
                       const double** scalars, int64_t scalar_count, const char** algorithm,
                       Handle* made);
-    int32_t (*attend)(Handle query, Handle key, Handle value, double dropout, int32_t causal,
-                      Handle* mask, double* scale, Handle* made, Handle* log_sums);
-    int32_t (*stride)(Handle, int64_t dimension, int64_t* stride);
     int32_t dtype, cpu;
 };
 
@@ -54,7 +50,8 @@ struct StepPlaces {
     int64_t singles, segment_count, keys_before, values_before;
 };
 
-constexpr int NO_PRODUCT = 3;  // torch could not compute a product
+constexpr int NO_PRODUCT = 3;    // torch could not compute a product
+constexpr int NO_ATTENTION = 4;  // prompts of these heads are not attended for
 
 // The result of a product, until it goes out of scope.
 template <typename T>
@@ -87,134 +84,105 @@ class Product {
     Handle made_ = nullptr;
 };
 
-#ifdef __AMX_BF16__
-constexpr bool TILES = true;  // torch's attention multiplies bfloat16 by the CPU's matrix tiles
-#else
-constexpr bool TILES = false;
-#endif
-constexpr int64_t TILES_FROM = 192;  // tokens of a prompt from which they are faster than ours
+// Rows of a step's products from `first` on, of which `tokens` mean something.
+struct Block {
+    int64_t first, rows, tokens;
+};
 
-// Attention of a whole prompt from its first token on, by torch: for heads [tokens, heads, dim] of
-// the rows of a product. Returns whether it could; if not, `out` means nothing.
+// Makes the rows zero that mean nothing. They would not matter, but for widths that are no multiple
+// of 32 torch's products of bfloat16 read the beginning of the next row, times zero: a NaN counts.
 template <typename T>
-bool attend_by_torch(const DecoderLayer& layer, const T* query, const T* key, const T* value,
-                     T* out, int64_t tokens, int64_t between) {
-    const TorchFunctions& torch = layer.torch;
-    const int64_t heads = layer.key_heads, group = layer.heads / heads, dim = layer.dim;
-    // Key heads are the batch: the query heads of each share it, by a stride of 0.
-    const int64_t sizes[] = {heads, group, tokens, dim};
-    const int64_t own[] = {group * dim, dim, between, 1}, shared[] = {dim, 0, between, 1};
-    Handle q = nullptr, k = nullptr, v = nullptr, made = nullptr, sums = nullptr;
-    const auto seen = [&](const T* at, const int64_t* strides, Handle* to) {
-        return !torch.from_blob(const_cast<T*>(at), 4, sizes, strides, 0, torch.dtype, torch.cpu, 0,
-                                to);
-    };
-    double scale = layer.scale;
-    void* data = nullptr;
-    int64_t by[3] = {0, 0, 0};
-    bool done = seen(query, own, &q) && seen(key, shared, &k) && seen(value, shared, &v) &&
-                !torch.attend(q, k, v, 0.0, 1, nullptr, &scale, &made, &sums) &&
-                !torch.data_of(made, &data);
-    for (int64_t i = 0; i < 3; ++i) done = done && !torch.stride(made, i, by + i);
-    for (int64_t t = 0; done && t < tokens; ++t)
-        for (int64_t h = 0; h < heads; ++h)
-            for (int64_t g = 0; g < group; ++g)
-                std::memcpy(out + ((t * heads + h) * group + g) * dim,
-                            static_cast<const T*>(data) + h * by[0] + g * by[1] + t * by[2],
-                            dim * sizeof(T));
-    for (Handle handle : {q, k, v, made, sums})
-        if (handle) torch.drop(handle);
+void blank(T* rows, const Block& block, int64_t width) {
+    std::memset(rows + block.tokens * width, 0, (block.rows - block.tokens) * width * sizeof(T));
+}
+
+constexpr int64_t BLOCK_GRAIN = 16;  // rows of blocks are a multiple of this
+
+// Calls `compute(block, threads)` for so many blocks of the rows, and returns whether all of them
+// could be computed. Each is computed by one thread: torch computes some products of many rows by
+// one thread however many it may take, and a block stays in a core's cache from one product to the
+// next. A single block is computed by all threads.
+template <typename F>
+bool in_blocks(int64_t tokens, int64_t padded, int64_t blocks, int threads, const F& compute) {
+    if (blocks == 1) return compute(Block{0, padded, tokens}, threads);
+    const int64_t grains = padded / BLOCK_GRAIN;
+    bool done = true;
+#pragma omp parallel for schedule(dynamic) num_threads(threads) reduction(&& : done)
+    for (int64_t i = 0; i < blocks; ++i) {
+        const int64_t first = i * grains / blocks * BLOCK_GRAIN;
+        const int64_t stop = (i + 1) * grains / blocks * BLOCK_GRAIN;
+        done = compute(Block{first, stop - first, std::min(tokens, stop) - first}, 1) && done;
+    }
     return done;
 }
 
-// `attend_prompts` for the segments of a step; long prompts by `attend_by_torch` where the CPU has
-// tiles.
-template <typename T>
-int attend_segments(const DecoderLayer& layer, const StepPlaces& places, const Scoring& scoring,
-                    const T* q, const T* k, const T* v, T* out, int64_t tokens, int64_t stride,
-                    int threads) {
-    const Widths widths{layer.dim, layer.dim, false};
-    auto* run = prompt_attention<T>(widths);
-    if (!run) return 1;
-    const auto is_whole = [&](const int64_t* segment) {
-        const int64_t token = segment[2], start = segment[3], length = segment[4];
-        return TILES && sizeof(T) == 2 && !scoring.softcap && !scoring.sinks && start == 0 &&
-               length >= TILES_FROM && scoring.first(length - 1) == 0 && token >= 0 &&
-               token + length <= tokens && length <= segment[1];
-    };
-    std::vector<int64_t> others;
-    try {
-        others.reserve(5 * places.segment_count);
-    } catch (const std::bad_alloc&) {
-        return 2;
-    }
-    for (int64_t i = 0; i < places.segment_count; ++i) {
-        const int64_t* segment = places.segments + 5 * i;
-        const int64_t token = segment[2];
-        if (is_whole(segment) &&
-            attend_by_torch(layer, q + token * stride, k + token * stride, v + token * stride,
-                            out + token * layer.heads * layer.dim, segment[4], stride)) {
-#pragma omp parallel for num_threads(threads)
-            for (int64_t h = 0; h < layer.key_heads; ++h)
-                store_head(segment, h, k, v, widths, places.keys_before, places.values_before,
-                           stride, stride);
-        } else {
-            others.insert(others.end(), segment, segment + 5);
-        }
-    }
-    if (others.empty()) return 0;
-    return run(q, k, v, out, others.data(), static_cast<int64_t>(others.size()) / 5, tokens,
-               places.keys_before, places.values_before, layer.key_heads,
-               layer.heads / layer.key_heads, stride, stride, stride, scoring, threads);
-}
-
 // Computes the layer for `rows` into `out`, both [tokens, width]. Products are of `padded` rows, of
-// which those beyond the tokens mean nothing; `room` holds width + max(heads * dim, inner) numbers
-// for each of them. Returns 0, or the status of what failed: the rows are as they were.
+// which those beyond the tokens mean nothing, in so many `blocks`. `room` holds width + 2 * (heads
+// + key_heads) * dim + inner numbers for each of them. Returns 0, or the status of what failed: the
+// rows are as they were.
 template <typename T>
 int decoder_layer(const DecoderLayer& layer, const T* rows, T* out, int64_t tokens, int64_t padded,
-                  const T* cos, const T* sin, const StepPlaces& places, T* room, int threads) {
+                  int64_t blocks, const T* cos, const T* sin, const StepPlaces& places, T* room,
+                  int threads) {
     const int64_t query = layer.heads * layer.dim, key = layer.key_heads * layer.dim;
-    const int64_t stride = query + 2 * key, group = layer.heads / layer.key_heads;
-    const int64_t first = places.singles;  // of the tokens that attend together
-    T *normal = room, *wide = room + padded * layer.width;
+    const int64_t stride = query + 2 * key, width = layer.width, inner = layer.inner;
     const Scoring scoring{layer.window, layer.chunk, layer.scale, layer.softcap, layer.sinks};
+    T *normal = room, *q = normal + padded * width, *k = q + query, *v = k + key;
+    T *mixed = q + padded * stride, *gated = mixed + padded * query;
 
-    rms_norm(rows, static_cast<const T*>(layer.first_norm), normal, tokens, layer.width,
-             layer.first_epsilon, 0, threads);
-    {
-        const Product<T> all(layer.torch, layer.qkv, normal, padded);
-        T* q = all.numbers;
-        if (!q) return NO_PRODUCT;
-        T *k = q + query, *v = k + key;
-        rotate(q, k, cos, sin, tokens, layer.heads, layer.key_heads, layer.dim, stride, layer.dim,
-               stride, layer.dim, threads);
-        if (first)
-            if (const int status =
-                    attend(q, k, v, wide, places.single, first, places.keys_before,
-                           places.values_before, layer.key_heads, group,
-                           {layer.dim, layer.dim, false}, stride, stride, stride, scoring, threads))
-                return status;
-        if (places.segment_count)
-            if (const int status = attend_segments(layer, places, scoring, q, k, v, wide, tokens,
-                                                   stride, threads))
-                return status;
+    const auto project = [&](const Block& block, int threads) {
+        T *from = normal + block.first * width, *to = q + block.first * stride;
+        rms_norm(rows + block.first * width, static_cast<const T*>(layer.first_norm), from,
+                 block.tokens, width, layer.first_epsilon, 0, threads);
+        blank(from, block, width);
+        const Product<T> all(layer.torch, layer.qkv, from, block.rows);
+        if (!all.numbers) return false;
+        std::memcpy(to, all.numbers, block.tokens * stride * sizeof(T));
+        rotate(to, to + query, cos + block.first * layer.dim, sin + block.first * layer.dim,
+               block.tokens, layer.heads, layer.key_heads, layer.dim, stride, layer.dim, stride,
+               layer.dim, threads);
+        return true;
+    };
+    const auto finish = [&](const Block& block, int threads) {
+        T *to = out + block.first * width, *from = normal + block.first * width;
+        T *heads = mixed + block.first * query, *wide = gated + block.first * inner;
+        blank(heads, block, query);
+        blank(wide, block, inner);
+        {
+            const Product<T> more(layer.torch, layer.o, heads, block.rows);
+            if (!more.numbers) return false;
+            add_rms_norm(rows + block.first * width, more.numbers,
+                         static_cast<const T*>(layer.second_norm), to, from, block.tokens, width,
+                         layer.second_epsilon, threads);
+        }
+        {
+            const Product<T> both(layer.torch, layer.gate_up, from, block.rows);
+            if (!both.numbers) return false;
+            silu_mul(both.numbers, wide, block.tokens, inner, threads);
+        }
+        const Product<T> more(layer.torch, layer.down, wide, block.rows);
+        if (!more.numbers) return false;
+        add_rows(to, more.numbers, block.tokens * width, threads);
+        return true;
+    };
+
+    if (!in_blocks(tokens, padded, blocks, threads, project)) return NO_PRODUCT;
+    if (places.singles)
+        if (const int status = attend(q, k, v, mixed, places.single, places.singles,
+                                      places.keys_before, places.values_before, layer.key_heads,
+                                      layer.heads / layer.key_heads, {layer.dim, layer.dim, false},
+                                      stride, stride, stride, scoring, threads))
+            return status;
+    if (places.segment_count) {
+        auto* attend_together = prompt_attention<T>({layer.dim, layer.dim, false});
+        if (!attend_together) return NO_ATTENTION;
+        if (const int status = attend_together(
+                q, k, v, mixed, places.segments, places.segment_count, tokens, places.keys_before,
+                places.values_before, layer.key_heads, layer.heads / layer.key_heads, stride,
+                stride, stride, scoring, threads))
+            return status;
     }
-    {
-        const Product<T> mixed(layer.torch, layer.o, wide, padded);
-        if (!mixed.numbers) return NO_PRODUCT;
-        add_rms_norm(rows, mixed.numbers, static_cast<const T*>(layer.second_norm), out, normal,
-                     tokens, layer.width, layer.second_epsilon, threads);
-    }
-    {
-        const Product<T> both(layer.torch, layer.gate_up, normal, padded);
-        if (!both.numbers) return NO_PRODUCT;
-        silu_mul(both.numbers, wide, tokens, layer.inner, threads);
-    }
-    const Product<T> more(layer.torch, layer.down, wide, padded);
-    if (!more.numbers) return NO_PRODUCT;
-    add_rows(out, more.numbers, tokens * layer.width, threads);
-    return 0;
+    return in_blocks(tokens, padded, blocks, threads, finish) ? 0 : NO_PRODUCT;
 }
 
 }  // namespace

@@ -19,6 +19,7 @@ from reft_runtime.kernels.cpu.torch_functions import (
     Handles,
     TorchFunctions,
     padded_rows,
+    row_blocks,
     torch_functions,
 )
 from reft_runtime.machine.dtypes import name_of
@@ -143,7 +144,7 @@ class DecoderLayer:
         )
         self._pointer = ctypes.byref(self._layer)
         self.key_heads, self.head_dim = weights.key_heads, dim
-        self._room: int = width + max(heads * dim, inner)
+        self._room: int = width + 2 * (heads + weights.key_heads) * dim + inner
 
     def room_for(self, tokens: int) -> int:
         """Numbers that a step of so many tokens needs."""
@@ -167,13 +168,14 @@ class DecoderLayer:
             or (len(places.segments) and not self._takes_segments)
         ):
             return None
-        out = torch.empty_like(rows)
+        out, threads = torch.empty_like(rows), torch.get_num_threads()
         status = self._function(
             self._pointer,
             rows.data_ptr(),
             out.data_ptr(),
             tokens,
             padded_rows(tokens),
+            row_blocks(tokens, threads),
             cos.data_ptr(),
             sin.data_ptr(),
             places.single.data_ptr(),
@@ -182,7 +184,7 @@ class DecoderLayer:
             len(places.segments),
             *places.before,
             room.data_ptr(),
-            torch.get_num_threads(),
+            threads,
         )
         return None if status else out
 
@@ -198,7 +200,24 @@ class LayerKernels(CompiledOperators):
         super().__init__(library)
         pointer = POINTER(_Layer)
         self._bind(
-            {"attend_layer": [pointer, _P, _P, _I, _I, *[_P] * 3, _I, _P, _I, _I, _I, _P, c_int]}
+            {
+                "attend_layer": [
+                    pointer,
+                    _P,
+                    _P,
+                    _I,
+                    _I,
+                    _I,
+                    *[_P] * 3,
+                    _I,
+                    _P,
+                    _I,
+                    _I,
+                    _I,
+                    _P,
+                    c_int,
+                ]
+            }
         )
 
     def decoder_layer(self, weights: LayerWeights) -> DecoderLayer | None:

@@ -103,12 +103,13 @@
     }                                                                                              \
     extern "C" int attend_layer_##NAME(                                                            \
         const DecoderLayer* layer, const T* rows, T* out, int64_t tokens, int64_t padded,          \
-        const T* cos, const T* sin, const int64_t* single, int64_t singles, const int64_t* segments,             \
-        int64_t segment_count, int64_t keys_before, int64_t values_before, T* room,                \
-        int threads) {                                                                             \
+        int64_t blocks, const T* cos, const T* sin, const int64_t* single, int64_t singles,        \
+        const int64_t* segments, int64_t segment_count, int64_t keys_before,                       \
+        int64_t values_before, T* room, int threads) {                                             \
         const StepPlaces places{single, segments, singles, segment_count, keys_before,             \
                                 values_before};                                                    \
-        return decoder_layer(*layer, rows, out, tokens, padded, cos, sin, places, room, threads);  \
+        return decoder_layer(*layer, rows, out, tokens, padded, blocks, cos, sin, places, room,    \
+                             threads);                                                             \
     }
 
 // Whether attention takes heads of these widths. All operators take the dtypes that are exported

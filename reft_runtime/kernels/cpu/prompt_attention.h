@@ -5,11 +5,13 @@
 #include <cstdint>
 #include <cstring>
 #include <limits>
+#include <memory>
 #include <new>
 #include <type_traits>
 #include <vector>
 
 #include "decode_attention.h"
+#include "tile_attention.h"
 
 namespace {
 
@@ -158,6 +160,17 @@ void store_head(const int64_t* segment, int64_t head, const T* key, const T* val
     }
 }
 
+constexpr int64_t TILES_FROM = 16;  // tokens of a segment from which matrix tiles are faster
+
+// A segment that attends by matrix tiles: the values of each key head are packed from position
+// `from` on, a multiple of STEP, in so many steps.
+template <typename T>
+struct TileSegment {
+    const int64_t* segment;
+    int64_t from, steps;
+    T* packed;
+};
+
 // Stores keys and values, then attends for segments of prompts, by tiles. A segment is (address of
 // the KV row, its capacity, first token in the step, first position, length). Returns 0 when done;
 // 1, with nothing written, if a segment is beyond its row or the step; 2, with nothing written, if
@@ -168,52 +181,95 @@ int attend_prompts(const T* query, const T* key, const T* value, T* out, const i
                    int64_t key_heads, int64_t group, int64_t query_stride, int64_t key_stride,
                    int64_t value_stride, Scoring scoring, int threads) {
     constexpr int64_t VALUE_ROW = INSIDE ? DIM : WIDTH;
+    const Widths widths{DIM, WIDTH, INSIDE};
     const int64_t out_stride = key_heads * group * WIDTH;
     const int64_t split = (group + TILE - 1) / TILE, together = (group + split - 1) / split;
-    const int64_t tile = TILE / together;
+    const bool tiles = takes_tiles<T>(widths, scoring);
     struct Part {
         const int64_t* segment;
-        int64_t start;
+        int64_t start, size, pack;  // `pack` is of which of `packs` it is, or -1
     };
     std::vector<Part> parts;
-    for (int64_t i = 0; i < count; ++i) {
-        const int64_t* segment = segments + 5 * i;
-        const int64_t first = segment[2], position = segment[3], length = segment[4];
-        if (first < 0 || position < 0 || length < 0) return 1;
-        if (position + length > segment[1] || first + length > tokens) return 1;
-        try {
-            for (int64_t start = 0; start < length; start += tile) parts.push_back({segment, start});
-        } catch (const std::bad_alloc&) {
-            return 2;
+    std::vector<TileSegment<T>> packs;
+    std::unique_ptr<T[]> room;
+    int64_t numbers = 0;
+    try {
+        for (int64_t i = 0; i < count; ++i) {
+            const int64_t* segment = segments + 5 * i;
+            const int64_t first = segment[2], position = segment[3], length = segment[4];
+            if (first < 0 || position < 0 || length < 0) return 1;
+            if (position + length > segment[1] || first + length > tokens) return 1;
+            int64_t pack = -1, size = TILE / together;
+            if (tiles && length >= TILES_FROM) {
+                const int64_t from = scoring.first(position) / STEP * STEP;
+                const int64_t steps = (position + length - from + STEP - 1) / STEP;
+                pack = static_cast<int64_t>(packs.size()), size = QUERIES;
+                packs.push_back({segment, from, steps, nullptr});
+                numbers += key_heads * steps * STEP * WIDTH;
+            }
+            for (int64_t start = 0; start < length; start += size)
+                parts.push_back({segment, start, size, pack});
         }
+        room.reset(new T[numbers]);
+    } catch (const std::bad_alloc&) {
+        return 2;
     }
+    T* free = room.get();
+    for (TileSegment<T>& each : packs)
+        each.packed = free, free += key_heads * each.steps * STEP * WIDTH;
     // The parts that see the most keys come first, so that small ones fill the end.
     std::reverse(parts.begin(), parts.end());
+    const auto keys_of = [&](const int64_t* segment, int64_t head) {
+        return part_of<T>(segment[0], segment[1], keys_before) + head * segment[1] * DIM;
+    };
+    const auto values_of = [&](const int64_t* segment, int64_t head) {
+        return part_of<T>(segment[0], segment[1], values_before) + head * segment[1] * VALUE_ROW;
+    };
 #pragma omp parallel num_threads(threads)
     {
 #pragma omp for collapse(2)
         for (int64_t i = 0; i < count; ++i)
             for (int64_t h = 0; h < key_heads; ++h)
-                store_head(segments + 5 * i, h, key, value, {DIM, WIDTH, INSIDE}, keys_before,
-                           values_before, key_stride, value_stride);
+                store_head(segments + 5 * i, h, key, value, widths, keys_before, values_before,
+                           key_stride, value_stride);
+        for (const TileSegment<T>& each : packs) {
+#pragma omp for collapse(2) nowait
+            for (int64_t h = 0; h < key_heads; ++h)
+                for (int64_t step = 0; step < each.steps; ++step) {
+                    const int64_t start = each.from + step * STEP;
+                    const int64_t last = each.segment[3] + each.segment[4];
+                    pack_values(values_of(each.segment, h) + start * VALUE_ROW, VALUE_ROW,
+                                std::min(STEP, last - start), WIDTH,
+                                each.packed + (h * each.steps + step) * STEP * WIDTH);
+                }
+        }
+#pragma omp barrier
+        const Tiles used(!packs.empty());
 #pragma omp for schedule(dynamic) collapse(2)
         for (int64_t p = 0; p < static_cast<int64_t>(parts.size()); ++p)
             for (int64_t i = 0; i < key_heads * split; ++i) {
                 const int64_t h = i / split, begin = i % split * together;
                 const int64_t heads = std::min(together, group - begin);
-                const int64_t* segment = parts[p].segment;
-                const int64_t start = parts[p].start, token = segment[2] + start;
-                const int64_t head = h * group + begin, row = h * segment[1];
-                const T* keys = part_of<T>(segment[0], segment[1], keys_before) + row * DIM;
-                const T* values =
-                    part_of<T>(segment[0], segment[1], values_before) + row * VALUE_ROW;
-                if (heads > 0)
-                    attend_tile<T, DIM, WIDTH, INSIDE>(
-                        query + token * query_stride + head * DIM, keys, values,
-                        out + token * out_stride + head * WIDTH,
-                        std::min(tile, segment[4] - start), heads, query_stride, out_stride,
-                        segment[3] + start, scoring,
-                        scoring.sinks ? scoring.sinks + head : nullptr);
+                const auto& [segment, start, size, pack] = parts[p];
+                const int64_t token = segment[2] + start, position = segment[3] + start;
+                const int64_t head = h * group + begin, some = std::min(size, segment[4] - start);
+                const T *q = query + token * query_stride + head * DIM, *keys = keys_of(segment, h);
+                const float* sinks = scoring.sinks ? scoring.sinks + head : nullptr;
+                T* to = out + token * out_stride + head * WIDTH;
+                if (heads <= 0) continue;
+                if (pack < 0) {
+                    attend_tile<T, DIM, WIDTH, INSIDE>(q, keys, values_of(segment, h), to, some,
+                                                       heads, query_stride, out_stride, position,
+                                                       scoring, sinks);
+                    continue;
+                }
+                if constexpr (std::is_same_v<T, bfloat16>)
+                    for (int64_t g = 0; g < heads; ++g)
+                        attend_by_tiles(q + g * DIM, keys,
+                                        packs[pack].packed + h * packs[pack].steps * STEP * WIDTH,
+                                        to + g * WIDTH, some, widths, query_stride, out_stride,
+                                        position, packs[pack].from, scoring,
+                                        sinks ? sinks + g : nullptr);
             }
     }
     return 0;

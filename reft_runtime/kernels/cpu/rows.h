@@ -9,6 +9,7 @@
 #include <type_traits>
 
 #include "scalars.h"
+#include "vectors.h"
 
 namespace {
 
@@ -50,15 +51,26 @@ void rms_norm(const T* x, const T* weight, T* out, int64_t rows, int64_t width, 
     }
 }
 
+// silu(gate) * x of `count` numbers.
+template <typename T>
+void silu_mul_row(const T* gate, const T* x, T* out, int64_t count) {
+    int64_t i = 0;
+#ifdef __AVX512F__
+    for (; i + LANES <= count; i += LANES)
+        store_lanes(out + i, _mm512_mul_ps(silu(load_lanes(gate + i)), load_lanes(x + i)));
+#endif
+    for (; i < count; ++i) {
+        const float g = load(gate[i]);
+        store(out[i], g / (1.0f + exponential(-g)) * load(x[i]));
+    }
+}
+
 // The norm of a row times silu of its `gate`.
 template <typename T>
 void gated_norm_row(const T* x, const T* gate, const T* weight, T* out, int64_t width,
                     float epsilon) {
     norm_row(x, weight, out, width, epsilon);
-    for (int64_t i = 0; i < width; ++i) {
-        const float g = load(gate[i]);
-        store(out[i], load(out[i]) * g / (1.0f + exponential(-g)));
-    }
+    silu_mul_row(gate, out, out, width);
 }
 
 template <typename T>
@@ -96,14 +108,9 @@ void silu_mul(const T* both, T* out, int64_t rows, int64_t width, int threads) {
 #pragma omp parallel for num_threads(threads) collapse(2) if (rows * width > SERIAL)
     for (int64_t row = 0; row < rows; ++row)
         for (int64_t start = 0; start < width; start += PART) {
-            const T* gate = both + row * 2 * width;
-            const T* up = gate + width;
-            T* to = out + row * width;
-            const int64_t stop = std::min(width, start + PART);
-            for (int64_t i = start; i < stop; ++i) {
-                const float g = load(gate[i]);
-                store(to[i], g / (1.0f + exponential(-g)) * load(up[i]));
-            }
+            const T* gate = both + row * 2 * width + start;
+            silu_mul_row(gate, gate + width, out + row * width + start,
+                         std::min(PART, width - start));
         }
 }
 

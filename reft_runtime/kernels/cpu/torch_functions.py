@@ -22,6 +22,12 @@ EXACT_ROWS = 64
 GRAIN = 32
 """Larger ones are of a multiple of this."""
 
+LEAST_BLOCK = 128
+"""One thread's products of fewer rows take longer by the row."""
+
+LARGEST_BLOCK = 384
+"""One thread's products of more rows gain nothing, and their results leave the core's cache."""
+
 
 def padded_rows(rows: int) -> int:
     """How many rows a product is computed of.
@@ -32,6 +38,17 @@ def padded_rows(rows: int) -> int:
     return rows if rows <= EXACT_ROWS else -(-rows // GRAIN) * GRAIN
 
 
+def row_blocks(rows: int, threads: int) -> int:
+    """In how many blocks a step's rows are computed, each by one thread; 1: by all threads at once.
+
+    torch computes some products of many rows by one thread, however many it may take. Blocks have
+    `LEAST_BLOCK` rows at least, and `LARGEST_BLOCK` at most.
+    """
+    if rows < threads * LEAST_BLOCK:
+        return 1
+    return threads * -(-rows // (threads * LARGEST_BLOCK))
+
+
 class TorchFunctions(ctypes.Structure):
     """`TorchFunctions` of decoder_layer.h, for one dtype."""
 
@@ -40,8 +57,6 @@ class TorchFunctions(ctypes.Structure):
         ("data_of", c_void_p),
         ("drop", c_void_p),
         ("linear", c_void_p),
-        ("attend", c_void_p),
-        ("stride", c_void_p),
         ("dtype", c_int32),
         ("cpu", c_int32),
     )
@@ -71,8 +86,6 @@ def torch_functions(dtype: str) -> TorchFunctions | None:
                 "get_data_ptr",
                 "delete_tensor_object",
                 "cpu__linear_pointwise",
-                "cpu__scaled_dot_product_flash_attention_for_cpu",
-                "get_stride",
             )
         ]
         kind = getattr(library, f"aoti_torch_dtype_{dtype}")()

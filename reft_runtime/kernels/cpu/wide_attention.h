@@ -8,6 +8,7 @@
 #include <type_traits>
 
 #include "scalars.h"
+#include "vectors.h"
 
 namespace {
 
@@ -19,8 +20,6 @@ constexpr int64_t TOGETHER = 16;  // most query heads that go over a key head's 
 
 #ifdef __AVX512F__
 
-#include <immintrin.h>
-
 namespace {
 
 constexpr int64_t FETCHED = 2048;   // bytes
@@ -30,13 +29,6 @@ constexpr int64_t WIDE_SUMS = 16;   // most vectors of sums that are held in reg
 inline void fetch_first(const void* from) {
     for (int64_t at = 0; from && at < FETCHED; at += 64)
         __builtin_prefetch(static_cast<const char*>(from) + at);
-}
-
-inline __m512 load_lanes(const float* from) { return _mm512_loadu_ps(from); }
-
-inline __m512 load_lanes(const bfloat16* from) {
-    const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
-    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
 }
 
 // The sums of each of sixteen vectors, in their order.
@@ -163,13 +155,15 @@ void attend_group_wide(const T* query, const T* keys, const T* values, T* out, i
             const float most = _mm512_reduce_max_ps(top);
             const int64_t padded = (count + LANES - 1) / LANES * LANES;
             shrink[g] = exponential(largest[g] - most);
-            float weight = weights[g] * shrink[g];
-            for (int64_t j = 0; j < padded; ++j) {
-                row[j] = exponential(row[j] - most);
-                weight += row[j];
+            __m512 weight = _mm512_setzero_ps();
+            for (int64_t j = 0; j < padded; j += LANES) {
+                const __m512 above = _mm512_sub_ps(_mm512_loadu_ps(row + j), _mm512_set1_ps(most));
+                const __m512 weighed = power_of_two(_mm512_mul_ps(above, _mm512_set1_ps(LOG2_E)));
+                _mm512_storeu_ps(row + j, weighed);
+                weight = _mm512_add_ps(weight, weighed);
             }
             largest[g] = most;
-            weights[g] = weight;
+            weights[g] = weights[g] * shrink[g] + _mm512_reduce_add_ps(weight);
         }
         fetch_first(start + BLOCK <= last ? keys + (start + BLOCK) * DIM : next);
         add_all_values<T, DIM>(values + start * DIM, scores, shrink, sums, group, count);
