@@ -12,6 +12,7 @@
 
 #include "decode_attention.h"
 #include "tile_attention.h"
+#include "vectors.h"
 
 namespace {
 
@@ -126,11 +127,7 @@ void attend_tile(const T* query, const T* keys, const T* values, T* out, int64_t
             top[c] = safe;
             weights[c] *= shrink[c];
         }
-        for (int64_t j = 0; j < BLOCK; ++j)
-            for (int64_t c = 0; c < TILE; ++c) {
-                scores[j * TILE + c] = exponential(scores[j * TILE + c] - top[c]);
-                weights[c] += scores[j * TILE + c];
-            }
+        for (int64_t j = 0; j < BLOCK; ++j) weigh(scores + j * TILE, top, weights, TILE);
         for (int64_t c = 0; c < TILE; ++c)
             for (int64_t i = 0; i < WIDTH; ++i) sums[c * WIDTH + i] *= shrink[c];
         multiply<BLOCK, WIDTH, 1, TILE, INSIDE ? DIM : WIDTH>(scores, v, sums, TILE, true);

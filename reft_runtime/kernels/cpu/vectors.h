@@ -57,3 +57,25 @@ inline __m512 silu(__m512 x) {
 }  // namespace
 
 #endif
+
+namespace {
+
+// Makes each of the scores exp(score - top), and adds it to the weights; `count` is a multiple of
+// LANES.
+inline void weigh(float* scores, const float* top, float* weights, int64_t count) {
+#ifdef __AVX512F__
+    for (int64_t i = 0; i < count; i += LANES) {
+        const __m512 above = _mm512_sub_ps(load_lanes(scores + i), load_lanes(top + i));
+        const __m512 weight = power_of_two(_mm512_mul_ps(above, _mm512_set1_ps(LOG2_E)));
+        store_lanes(scores + i, weight);
+        store_lanes(weights + i, _mm512_add_ps(load_lanes(weights + i), weight));
+    }
+#else
+    for (int64_t i = 0; i < count; ++i) {
+        scores[i] = exponential(scores[i] - top[i]);
+        weights[i] += scores[i];
+    }
+#endif
+}
+
+}  // namespace
