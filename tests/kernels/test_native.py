@@ -380,10 +380,13 @@ def test_attend_prompts(
     assert torch.equal(keys[3], untouched)
 
 
-def test_a_token_that_is_not_finite_spoils_no_other_prompt(operators: Kernels) -> None:
-    query, key, value = rand(40, 2, 64), rand(40, 2, 64), rand(40, 2, 64)
+@dtypes
+def test_a_token_that_is_not_finite_spoils_no_other_prompt(
+    operators: Kernels, dtype: torch.dtype
+) -> None:
+    query, key, value = (rand(40, 2, 64, dtype=dtype) for _ in range(3))
     query[3] = math.nan
-    rows = torch.zeros(2, 2, 2, 32, 64)
+    rows = torch.zeros(2, 2, 2, 32, 64, dtype=dtype)
     out = torch.empty_like(query)
     places = [(rows[0].data_ptr(), 32, 0, 0, 20), (rows[1].data_ptr(), 32, 20, 0, 20)]
     operators.attend_prompts(
@@ -445,6 +448,14 @@ def test_what_is_not_finite_is_seen(
     own = heads[:, :1]
     operators.attend(heads, own, own, out, places, (0, dim), HeadScoring(1.0))
     assert not out.isfinite().any()
+    if not operators.attends_prompts(own, own):
+        return
+    rows[0, 0, 3, 5] = number
+    prompt, results = heads.repeat(20, 1, 1), out.repeat(20, 1, 1)
+    places = torch.tensor([(rows.data_ptr(), 32, 0, 4, 20)])
+    own = prompt[:, :1].contiguous()
+    operators.attend_prompts(prompt, own, own, results, places, (0, dim), HeadScoring(1.0))
+    assert not results.isfinite().any()
 
 
 def test_shapes_that_disagree_are_refused(operators: Kernels) -> None:

@@ -96,6 +96,12 @@ def test_prompts(operators: Kernels, scoring: Scoring) -> None:
     check(operators, scoring, (16, 16), 2, prompts=True)
 
 
+@pytest.mark.parametrize("scoring", SCORINGS, ids=described)
+def test_prompts_in_bfloat16(operators: Kernels, scoring: Scoring) -> None:
+    """By matrix tiles where the CPU has them and no score is capped."""
+    check(operators, scoring, (64, 64), 2, prompts=True, dtype=torch.bfloat16)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("dims", [(64, 64), (96, 96), (128, 128), (256, 256), (192, 128)])
 @pytest.mark.parametrize("prompts", [False, True], ids=["decode", "prompts"])
