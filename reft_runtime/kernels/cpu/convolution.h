@@ -11,19 +11,18 @@ namespace {
 constexpr int64_t CHANNELS = 512;  // channels that a thread takes at a time
 constexpr int64_t MAX_TAPS = 8;    // most taps of a convolution
 
-// Stores sums, and instead silu of the rounded sums if `silu`.
+// Stores sums, and instead silu of the rounded sums if they are `activated`.
 template <typename T>
 inline void store_activated(T* __restrict to, const float* __restrict sums, int64_t count,
-                            bool silu) {
-    if (!silu) {
+                            bool activated) {
+    if (!activated) {
         for (int64_t i = 0; i < count; ++i) store(to[i], sums[i]);
         return;
     }
     for (int64_t i = 0; i < count; ++i) {
         T rounded;
         store(rounded, sums[i]);
-        const float x = load(rounded);
-        store(to[i], x / (1.0f + exponential(-x)));
+        store(to[i], silu(load(rounded)));
     }
 }
 

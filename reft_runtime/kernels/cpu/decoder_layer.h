@@ -137,7 +137,9 @@ int decoder_layer(const DecoderLayer& layer, const T* rows, T* out, int64_t toke
         blank(from, block, width);
         const Product<T> all(layer.torch, layer.qkv, from, block.rows);
         if (!all.numbers) return false;
-        std::memcpy(to, all.numbers, block.tokens * stride * sizeof(T));
+#pragma omp parallel for num_threads(threads) if (block.tokens * stride > SERIAL)
+        for (int64_t t = 0; t < block.tokens; ++t)
+            std::memcpy(to + t * stride, all.numbers + t * stride, stride * sizeof(T));
         rotate(to, to + query, cos + block.first * layer.dim, sin + block.first * layer.dim,
                block.tokens, layer.heads, layer.key_heads, layer.dim, stride, layer.dim, stride,
                layer.dim, threads);

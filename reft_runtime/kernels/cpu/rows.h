@@ -59,10 +59,7 @@ void silu_mul_row(const T* gate, const T* x, T* out, int64_t count) {
     for (; i + LANES <= count; i += LANES)
         store_lanes(out + i, _mm512_mul_ps(silu(load_lanes(gate + i)), load_lanes(x + i)));
 #endif
-    for (; i < count; ++i) {
-        const float g = load(gate[i]);
-        store(out[i], g / (1.0f + exponential(-g)) * load(x[i]));
-    }
+    for (; i < count; ++i) store(out[i], silu(load(gate[i])) * load(x[i]));
 }
 
 // The norm of a row times silu of its `gate`.

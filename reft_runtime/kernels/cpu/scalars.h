@@ -61,6 +61,9 @@ inline float exponential(float x) {
     return x != x ? x : result;
 }
 
+// x times the sigmoid of x.
+inline float silu(float x) { return x / (1.0f + exponential(-x)); }
+
 // tanh, within 4 units in the last place; a polynomial where 1 - 2 / (exp(2 x) + 1) cancels. It
 // vectorises as `exponential` does.
 inline float hyperbolic(float x) {

@@ -43,7 +43,12 @@ inline __m512 power_of_two(__m512 x) {
     return _mm512_maskz_scalef_ps(counts, y, whole);
 }
 
-// x / (1 + exp(-x)). A division takes as long as all of the rest.
+// exp, by `power_of_two`.
+inline __m512 exponential(__m512 x) {
+    return power_of_two(_mm512_mul_ps(x, _mm512_set1_ps(LOG2_E)));
+}
+
+// `silu` of each. A division takes as long as all of the rest.
 inline __m512 silu(__m512 x) {
     // min returns its second operand if one is NaN; beyond 2^126 a reciprocal would be 0.
     const __m512 power = _mm512_min_ps(_mm512_set1_ps(126.0f),
@@ -65,8 +70,8 @@ namespace {
 inline void weigh(float* scores, const float* top, float* weights, int64_t count) {
 #ifdef __AVX512F__
     for (int64_t i = 0; i < count; i += LANES) {
-        const __m512 above = _mm512_sub_ps(load_lanes(scores + i), load_lanes(top + i));
-        const __m512 weight = power_of_two(_mm512_mul_ps(above, _mm512_set1_ps(LOG2_E)));
+        const __m512 weight =
+            exponential(_mm512_sub_ps(load_lanes(scores + i), load_lanes(top + i)));
         store_lanes(scores + i, weight);
         store_lanes(weights + i, _mm512_add_ps(load_lanes(weights + i), weight));
     }

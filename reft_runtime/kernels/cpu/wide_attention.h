@@ -157,9 +157,9 @@ void attend_group_wide(const T* query, const T* keys, const T* values, T* out, i
             shrink[g] = exponential(largest[g] - most);
             __m512 weight = _mm512_setzero_ps();
             for (int64_t j = 0; j < padded; j += LANES) {
-                const __m512 above = _mm512_sub_ps(_mm512_loadu_ps(row + j), _mm512_set1_ps(most));
-                const __m512 weighed = power_of_two(_mm512_mul_ps(above, _mm512_set1_ps(LOG2_E)));
-                _mm512_storeu_ps(row + j, weighed);
+                const __m512 weighed =
+                    exponential(_mm512_sub_ps(load_lanes(row + j), _mm512_set1_ps(most)));
+                store_lanes(row + j, weighed);
                 weight = _mm512_add_ps(weight, weighed);
             }
             largest[g] = most;
