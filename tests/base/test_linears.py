@@ -27,22 +27,49 @@ def fresh() -> Iterator[None]:
     linears._packing.cache_clear()
 
 
+@pytest.fixture
+def torchs_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights are packed for torch's products, whatever the CPU has."""
+    monkeypatch.setattr(linears, "_multiplying", lambda weight: None)
+
+
 def packed(model: nn.Module) -> list[bool]:
-    return [m.weight.is_mkldnn for m in model.modules() if isinstance(m, nn.Linear)]
+    """Whether linear layers have a forward of ours."""
+    return ["forward" in vars(m) for m in model.modules() if isinstance(m, nn.Linear)]
 
 
 @pytest.mark.skipif(
     not torch.backends.mkldnn.is_available(),  # type: ignore[no-untyped-call]
     reason="torch was built without oneDNN",
 )
+@pytest.mark.usefixtures("torchs_own")
 def test_all_linear_layers_are_packed() -> None:
     """Fails where a new torch has other operators: then everything works, at half the speed."""
-    assert all(packed(adopt_model(tiny("llama")).model))
+    loaded = adopt_model(tiny("llama"))
+    assert all(packed(loaded.model))
+    assert loaded.packed.layers == len(packed(loaded.model))
+    assert all(m.weight.is_mkldnn for m in loaded.model.modules() if isinstance(m, nn.Linear))
 
 
-@pytest.mark.parametrize("shape", [(65, 48), (1, 97, 48), (2, 40, 48), (128, 48), (48,)])
-def test_products_of_any_number_of_rows(shape: tuple[int, ...]) -> None:
+def test_weights_stay_as_they_are_where_float32_has_products_of_our_own() -> None:
+    model = tiny("llama", tie_word_embeddings=True)
+    if linears._multiplying(torch.ones(1, 1)) is None:
+        pytest.skip("this CPU has no matrix tiles")
+    loaded = adopt_model(model)
+    assert all(packed(loaded.model))
+    assert loaded.packed.layers == len(packed(loaded.model))
+    assert loaded.packed.added_bytes == 0
+    assert loaded.model.lm_head.weight is loaded.model.get_input_embeddings().weight
+
+
+@pytest.mark.parametrize("fixture", ["torchs_own", None])
+@pytest.mark.parametrize("shape", [(65, 48), (1, 97, 48), (2, 40, 48), (128, 48), (48,), (0, 48)])
+def test_products_of_any_number_of_rows(
+    shape: tuple[int, ...], fixture: str | None, request: pytest.FixtureRequest
+) -> None:
     """Long ones are computed of more rows than there are."""
+    if fixture is not None:
+        request.getfixturevalue(fixture)
     torch.manual_seed(0)
     weight, bias, rows = torch.randn(32, 48), torch.randn(32), torch.randn(shape)
     product, _ = product_of(weight, bias)
@@ -77,7 +104,7 @@ MISSING: dict[str, Any] = {
 }
 
 
-@pytest.mark.usefixtures("fresh")
+@pytest.mark.usefixtures("fresh", "torchs_own")
 @pytest.mark.parametrize("operators", MISSING.values(), ids=MISSING)
 def test_without_the_operators_layers_stay_as_they_are(
     operators: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
@@ -87,7 +114,7 @@ def test_without_the_operators_layers_stay_as_they_are(
     wanted = generate(model, prompt(5), 6)
     with caplog.at_level(logging.WARNING):
         loaded = adopt_model(copy.deepcopy(model))
-    assert not any(packed(loaded.model))
+    assert not any(m.weight.is_mkldnn for m in loaded.model.modules() if isinstance(m, nn.Linear))
     assert caplog.text.count("not packed") == 1
     core = make_core(loaded)
     assert run(core, [request("a", prompt(5), max_tokens=6)])["a"][0] == wanted

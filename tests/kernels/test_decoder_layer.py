@@ -201,7 +201,7 @@ def test_weights_that_no_layer_is_made_of(operators: Kernels) -> None:
     weights = Plain(16, torch.float32, Scoring(), bias=False).packed()
     assert operators.decoder_layer(weights) is not None
     narrow = PackedLinear(product_of(torch.randn(WIDTH, INNER - 8), None)[1], None)
-    plain = PackedLinear(torch.randn(WIDTH, INNER), None)
+    plain = PackedLinear(torch.randn(INNER, WIDTH).T, None)
     other = PackedLinear(product_of(torch.randn(WIDTH, INNER).bfloat16(), None)[1], None)
     for down in (narrow, plain, other):
         assert operators.decoder_layer(replace(weights, down=down)) is None

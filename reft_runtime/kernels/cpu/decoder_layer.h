@@ -1,12 +1,16 @@
 // A whole decoder layer of the Llama family: norms, rotary positions, attention over KV rows, the
-// gated activation, and the matrix products, which are torch's own.
+// gated activation, and the matrix products: torch's own, or `float_product`.
 #pragma once
 
 #include <algorithm>
 #include <cstdint>
+#include <cstdlib>
 #include <cstring>
+#include <memory>
+#include <type_traits>
 
 #include "decode_attention.h"
+#include "float_product.h"
 #include "prompt_attention.h"
 #include "rows.h"
 
@@ -27,10 +31,12 @@ struct TorchFunctions {
     int32_t dtype, cpu;
 };
 
-// A linear layer with a packed weight; `bias` is null where there is none.
+// A linear layer with a packed weight or, for `float_product`, a plain one. Those that it has not,
+// and a bias that is not there, are null.
 struct Linear {
     Handle weight, bias;
-    int64_t in;
+    const float *plain, *plain_bias;
+    int64_t in, out;
 };
 
 struct DecoderLayer {
@@ -57,8 +63,18 @@ constexpr int NO_ATTENTION = 4;  // prompts of these heads are not attended for
 template <typename T>
 class Product {
   public:
-    Product(const TorchFunctions& torch, const Linear& layer, const T* rows, int64_t count)
+    Product(const TorchFunctions& torch, const Linear& layer, const T* rows, int64_t count,
+            int threads)
         : torch_(torch) {
+        if (layer.plain) {
+            if constexpr (std::is_same_v<T, float>) {
+                own_.reset(static_cast<float*>(std::malloc(count * layer.out * sizeof(float))));
+                if (own_ && float_product(rows, count, layer.plain, layer.plain_bias, own_.get(),
+                                          layer.in, layer.out, threads))
+                    numbers = own_.get();
+            }
+            return;
+        }
         const int64_t sizes[] = {count, layer.in}, strides[] = {layer.in, 1};
         Handle given = nullptr, bias = layer.bias;
         if (torch.from_blob(const_cast<T*>(rows), 2, sizes, strides, 0, torch.dtype, torch.cpu, 0,
@@ -82,6 +98,7 @@ class Product {
   private:
     const TorchFunctions& torch_;
     Handle made_ = nullptr;
+    std::unique_ptr<float, decltype(&std::free)> own_{nullptr, std::free};
 };
 
 // Rows of a step's products from `first` on, of which `tokens` mean something.
@@ -135,7 +152,7 @@ int decoder_layer(const DecoderLayer& layer, const T* rows, T* out, int64_t toke
         rms_norm(rows + block.first * width, static_cast<const T*>(layer.first_norm), from,
                  block.tokens, width, layer.first_epsilon, 0, threads);
         blank(from, block, width);
-        const Product<T> all(layer.torch, layer.qkv, from, block.rows);
+        const Product<T> all(layer.torch, layer.qkv, from, block.rows, threads);
         if (!all.numbers) return false;
 #pragma omp parallel for num_threads(threads) if (block.tokens * stride > SERIAL)
         for (int64_t t = 0; t < block.tokens; ++t)
@@ -151,18 +168,18 @@ int decoder_layer(const DecoderLayer& layer, const T* rows, T* out, int64_t toke
         blank(heads, block, query);
         blank(wide, block, inner);
         {
-            const Product<T> more(layer.torch, layer.o, heads, block.rows);
+            const Product<T> more(layer.torch, layer.o, heads, block.rows, threads);
             if (!more.numbers) return false;
             add_rms_norm(rows + block.first * width, more.numbers,
                          static_cast<const T*>(layer.second_norm), to, from, block.tokens, width,
                          layer.second_epsilon, threads);
         }
         {
-            const Product<T> both(layer.torch, layer.gate_up, from, block.rows);
+            const Product<T> both(layer.torch, layer.gate_up, from, block.rows, threads);
             if (!both.numbers) return false;
             silu_mul(both.numbers, wide, block.tokens, inner, threads);
         }
-        const Product<T> more(layer.torch, layer.down, wide, block.rows);
+        const Product<T> more(layer.torch, layer.down, wide, block.rows, threads);
         if (!more.numbers) return false;
         add_rows(to, more.numbers, block.tokens * width, threads);
         return true;

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from reft_runtime.kernels.cpu.compiled import CompiledOperators
+from reft_runtime.kernels.cpu.product import ProductKernels
 from reft_runtime.kernels.cpu.torch_functions import (
     Handles,
     TorchFunctions,
@@ -41,7 +41,7 @@ class HeadScoring:
 
 @dataclass(frozen=True, slots=True)
 class PackedLinear:
-    """A linear layer: a packed weight [out, in] (`base.linears`), and a bias [out] if any."""
+    """A linear layer: a weight [out, in] as `base.linears` keeps it, and a bias [out] if any."""
 
     weight: Tensor
     bias: Tensor | None
@@ -88,7 +88,11 @@ class StepPlaces:
 
 
 class _Linear(ctypes.Structure):
-    _fields_ = (("weight", c_void_p), ("bias", c_void_p), ("inputs", c_int64))
+    _fields_ = (
+        *((name, c_void_p) for name in ("weight", "bias", "plain", "plain_bias")),
+        ("inputs", c_int64),
+        ("outputs", c_int64),
+    )
 
 
 class _Layer(ctypes.Structure):
@@ -189,11 +193,16 @@ class DecoderLayer:
         return None if status else out
 
     def _linear(self, linear: PackedLinear) -> _Linear:
-        bias = None if linear.bias is None else self._handles.of(linear.bias)
-        return _Linear(self._handles.of(linear.weight), bias, linear.weight.shape[1])
+        weight, bias = linear.weight, linear.bias
+        outs, width = weight.shape
+        if weight.is_mkldnn:
+            held = None if bias is None else self._handles.of(bias)
+            return _Linear(self._handles.of(weight), held, None, None, width, outs)
+        held = None if bias is None else bias.data_ptr()
+        return _Linear(None, None, weight.data_ptr(), held, width, outs)
 
 
-class LayerKernels(CompiledOperators):
+class LayerKernels(ProductKernels):
     """Makes decoder layers."""
 
     def __init__(self, library: ctypes.CDLL) -> None:
@@ -235,7 +244,8 @@ class LayerKernels(CompiledOperators):
             or query_heads % weights.key_heads
             or dim % 2
             or any(len(norm) != width or not norm.is_contiguous() for norm in norms)
-            or any(not linear.weight.is_mkldnn for linear in linears)
+            or not all(x.weight.is_mkldnn or self.multiplies(x.weight) for x in linears)
+            or not all(bias.is_contiguous() for bias in biases)
             or any(part.dtype != dtype for part in (*norms, *biases, *(x.weight for x in linears)))
             or tuple(weights.o.weight.shape) != (width, query_heads * dim)
             or weights.qkv.weight.shape[1] != width

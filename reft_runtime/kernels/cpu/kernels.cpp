@@ -9,6 +9,7 @@
 #include "decode_attention.h"
 #include "decoder_layer.h"
 #include "delta_rule.h"
+#include "float_product.h"
 #include "gated_delta_net.h"
 #include "low_rank.h"
 #include "prompt_attention.h"
@@ -119,6 +120,13 @@ extern "C" int can_attend(int64_t key_dim, int64_t value_dim) {
 }
 extern "C" int can_attend_prompts(int64_t key_dim, int64_t value_dim, int values_in_keys) {
     return attends_prompts({key_dim, value_dim, values_in_keys != 0});
+}
+// Whether `float_product` computes anything here, and the product; it returns 0, or 1 if it could not.
+extern "C" int can_multiply() { return have_tiles(); }
+extern "C" int multiply_float32(const float* rows, int64_t count, const float* weight,
+                                const float* bias, float* out, int64_t in, int64_t outs,
+                                int threads) {
+    return !float_product(rows, count, weight, bias, out, in, outs, threads);
 }
 // Bytes that `pick` needs for each thread.
 extern "C" int64_t picking_room(int64_t width) { return Room::bytes(width); }

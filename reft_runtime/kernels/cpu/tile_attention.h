@@ -9,13 +9,8 @@
 #include <type_traits>
 
 #include "decode_attention.h"
+#include "tiles.h"
 #include "vectors.h"
-
-#if defined(__linux__) && defined(__AMX_BF16__) && defined(__AVX512BF16__)
-#define REFT_TILES
-#include <sys/syscall.h>
-#include <unistd.h>
-#endif
 
 namespace {
 
@@ -34,69 +29,12 @@ void pack_values(const T* values, int64_t row, int64_t count, int64_t width, T* 
 
 constexpr int64_t SPAN = 256;  // keys that are scored before their values are summed
 
-// Whether the system lets this process use tiles. It has to be asked once.
-inline bool have_tiles() {
-    constexpr long REQUEST = 0x1023, TILE_DATA = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
-    static const bool have = syscall(SYS_arch_prctl, REQUEST, TILE_DATA) == 0;
-    return have;
-}
-
-// While it lives, all tiles of the thread have 16 rows of 64 bytes. Then they are as before: oneDNN
-// uses them too.
-class Tiles {
-  public:
-    explicit Tiles(bool used) : used_(used) {
-        if (!used_) return;
-        _tile_storeconfig(before_);
-        alignas(64) uint8_t shape[64] = {1};  // the palette
-        for (int64_t tile = 0; tile < 8; ++tile) shape[16 + 2 * tile] = 64, shape[48 + tile] = 16;
-        _tile_loadconfig(shape);
-    }
-    Tiles(const Tiles&) = delete;
-    Tiles& operator=(const Tiles&) = delete;
-    ~Tiles() {
-        if (!used_) return;
-        if (before_[0])
-            _tile_loadconfig(before_);
-        else
-            _tile_release();
-    }
-
-  private:
-    bool used_;
-    alignas(64) uint8_t before_[64];
-};
-
 // Pairs of bfloat16, one of the lower ones and one of the upper ones in each.
 inline __m512i pairs(__m512 lower, __m512 upper) {
     const auto wide = [](__m512 x) {
         return _mm512_cvtepu16_epi32(reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(x)));
     };
     return _mm512_or_si512(wide(lower), _mm512_slli_epi32(wide(upper), 16));
-}
-
-// Products of the tiles 4, 5 (rows) and 6, 7 (columns), added to tiles 0 to 3.
-inline void multiply_tiles() {
-    _tile_dpbf16ps(0, 4, 6);
-    _tile_dpbf16ps(1, 4, 7);
-    _tile_dpbf16ps(2, 5, 6);
-    _tile_dpbf16ps(3, 5, 7);
-}
-
-inline void store_tiles(float* to) {
-    constexpr int64_t BYTES = QUERIES * sizeof(float);
-    _tile_stored(0, to, BYTES);
-    _tile_stored(1, to + 16, BYTES);
-    _tile_stored(2, to + 16 * QUERIES, BYTES);
-    _tile_stored(3, to + 16 * QUERIES + 16, BYTES);
-}
-
-inline void load_tiles(const float* from) {
-    constexpr int64_t BYTES = QUERIES * sizeof(float);
-    _tile_loadd(0, from, BYTES);
-    _tile_loadd(1, from + 16, BYTES);
-    _tile_loadd(2, from + 16 * QUERIES, BYTES);
-    _tile_loadd(3, from + 16 * QUERIES + 16, BYTES);
 }
 
 // Attention of up to QUERIES tokens of one head from `position` on. `keys` are those of the head
@@ -146,10 +84,7 @@ inline void attend_by_tiles(const bfloat16* query, const bfloat16* keys, const b
                             (j + STEP - count) * dim * sizeof(bfloat16));
                 k = last_keys;
             }
-            _tile_zero(0);
-            _tile_zero(1);
-            _tile_zero(2);
-            _tile_zero(3);
+            zero_tiles();
             for (int64_t c = 0; c < dim; c += CHUNK) {
                 const bfloat16* q = queries + c * QUERIES;
                 _tile_loadd(4, k + c, dim * sizeof(bfloat16));
@@ -234,12 +169,6 @@ inline void attend_by_tiles(const bfloat16* query, const bfloat16* keys, const b
 }
 
 #else
-
-inline bool have_tiles() { return false; }
-
-struct Tiles {
-    explicit Tiles(bool) {}
-};
 
 inline void attend_by_tiles(const bfloat16*, const bfloat16*, const bfloat16*, bfloat16*, int64_t,
                             const Widths&, int64_t, int64_t, int64_t, int64_t, const Scoring&,
