@@ -68,7 +68,8 @@ class Product {
         : torch_(torch) {
         if (layer.plain) {
             if constexpr (std::is_same_v<T, float>) {
-                own_.reset(static_cast<float*>(std::malloc(count * layer.out * sizeof(float))));
+                const std::size_t bytes = (count * layer.out * sizeof(float) + 63) / 64 * 64;
+                own_.reset(static_cast<float*>(std::aligned_alloc(64, bytes)));
                 if (own_ && float_product(rows, count, layer.plain, layer.plain_bias, own_.get(),
                                           layer.in, layer.out, threads))
                     numbers = own_.get();
