@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear, pad
 
-from reft_runtime.kernels.operators import Kernels, kernels, padded_rows
+from reft_runtime.kernels.operators import Kernels, cpu_operators, padded_rows
 
 EXPECTED_ROWS = 32
 """The layout is chosen for products of this many rows; others work as well."""
@@ -153,7 +153,7 @@ def packable(weight: Tensor) -> bool:
 
 def _multiplying(weight: Tensor) -> Kernels | None:
     """The operators that multiply with this weight as it is, if there are any."""
-    own = kernels() if weight.dtype == torch.float32 and weight.device.type == "cpu" else None
+    own = cpu_operators() if weight.dtype == torch.float32 and weight.device.type == "cpu" else None
     return own if own is not None and own.multiplies(weight) else None
 
 

@@ -15,7 +15,7 @@ from reft_runtime.kernels.cpu import HeadScoring as HeadScoring
 from reft_runtime.kernels.cpu import Kernels as Kernels
 from reft_runtime.kernels.cpu import RowEdit as RowEdit
 from reft_runtime.kernels.cpu import RowEdits as RowEdits
-from reft_runtime.kernels.cpu import kernels as kernels
+from reft_runtime.kernels.cpu import kernels
 from reft_runtime.kernels.cpu.decoder_layer import DecoderLayer as DecoderLayer
 from reft_runtime.kernels.cpu.decoder_layer import LayerWeights as LayerWeights
 from reft_runtime.kernels.cpu.decoder_layer import Norm as Norm

@@ -16,7 +16,7 @@ from torch.nn.functional import linear, rms_norm, silu
 
 from reft_runtime.base.attention import Scoring, attend_causally
 from reft_runtime.base.linears import product_of
-from reft_runtime.kernels.cpu import Kernels, kernels
+from reft_runtime.kernels.cpu import Kernels
 from reft_runtime.kernels.cpu.decoder_layer import (
     DecoderLayer,
     LayerWeights,
@@ -28,13 +28,6 @@ from reft_runtime.kernels.cpu.torch_functions import row_blocks, torch_functions
 
 HEADS, KEY_HEADS, WIDTH, INNER, CAPACITY = 4, 2, 48, 80, 320
 DTYPES = {torch.float32: 1e-5, torch.bfloat16: 0.1}
-
-
-@pytest.fixture
-def operators() -> Kernels:
-    found = kernels()
-    assert found is not None, "the tests need a C++ compiler"
-    return found
 
 
 class Plain:

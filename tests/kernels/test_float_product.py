@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from reft_runtime.kernels.cpu import Kernels, kernels
+from reft_runtime.kernels.cpu import Kernels
 
 SHAPES = [
     *((rows, 48, 32) for rows in range(1, 18)),
@@ -25,13 +25,10 @@ SHAPES = [
 """Rows, inner width and outputs: below and above every bound of the operator, and tails of each."""
 
 
-@pytest.fixture
-def operators() -> Kernels:
-    found = kernels()
-    assert found is not None, "the tests need a C++ compiler"
-    if not found.multiplies(torch.ones(1, 1)):
+@pytest.fixture(autouse=True)
+def tiles(operators: Kernels) -> None:
+    if not operators.multiplies(torch.ones(1, 1)):
         pytest.skip("this CPU has no matrix tiles")
-    return found
 
 
 @pytest.fixture(params=[1, 2, 3])

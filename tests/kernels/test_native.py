@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.functional import conv1d, rms_norm, scaled_dot_product_attention, silu
 from transformers.models.qwen3_5.modeling_qwen3_5 import torch_recurrent_gated_delta_rule
 
-from reft_runtime.kernels.cpu import HeadScoring, Kernels, build, kernels
+from reft_runtime.kernels.cpu import HeadScoring, Kernels, build
 from reft_runtime.kernels.cpu.picking import Picking
 from reft_runtime.machine.dtypes import DTYPES
 from server.settings import Dtype
@@ -23,13 +23,6 @@ from tests.helpers.sampling import bits_of
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 1e-2}
 
 dtypes = pytest.mark.parametrize("dtype", TOLERANCE)
-
-
-@pytest.fixture
-def operators() -> Kernels:
-    found = kernels()
-    assert found is not None, "the tests need a C++ compiler"
-    return found
 
 
 def rand(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:

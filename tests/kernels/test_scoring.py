@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from reft_runtime.base.attention import Scoring
-from reft_runtime.kernels.cpu import HeadScoring, Kernels, kernels
+from reft_runtime.kernels.cpu import HeadScoring, Kernels
 from tests.helpers.attention import HEADS, SCORINGS, SINKS, attention, described
 
 CAPACITY = 224
@@ -17,13 +17,6 @@ RUNS = [(0, 1), (63, 1), (130, 1), (0, 5), (0, 70), (130, 9), (60, 20)]
 """Of each row: tokens before, and tokens of the step."""
 
 EVERYTHING = Scoring(0.1, 70, 65, 1.5, SINKS)
-
-
-@pytest.fixture
-def operators() -> Kernels:
-    found = kernels()
-    assert found is not None, "the tests need a C++ compiler"
-    return found
 
 
 def check(

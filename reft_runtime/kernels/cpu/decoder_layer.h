@@ -6,7 +6,6 @@
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
-#include <memory>
 #include <type_traits>
 
 #include "decode_attention.h"
@@ -68,8 +67,7 @@ class Product {
         : torch_(torch) {
         if (layer.plain) {
             if constexpr (std::is_same_v<T, float>) {
-                const std::size_t bytes = (count * layer.out * sizeof(float) + 63) / 64 * 64;
-                own_.reset(static_cast<float*>(std::aligned_alloc(64, bytes)));
+                own_ = make_buffer<float>(count * layer.out);
                 if (own_ && float_product(rows, count, layer.plain, layer.plain_bias, own_.get(),
                                           layer.in, layer.out, threads))
                     numbers = own_.get();
@@ -99,7 +97,7 @@ class Product {
   private:
     const TorchFunctions& torch_;
     Handle made_ = nullptr;
-    std::unique_ptr<float, decltype(&std::free)> own_{nullptr, std::free};
+    Buffer<float> own_{nullptr, std::free};
 };
 
 // Rows of a step's products from `first` on, of which `tokens` mean something.

@@ -13,6 +13,15 @@
 
 namespace {
 
+template <typename T>
+using Buffer = std::unique_ptr<T[], decltype(&std::free)>;
+
+// Room for so many; null if there is none.
+template <typename T>
+Buffer<T> make_buffer(int64_t count) {
+    return {static_cast<T*>(std::aligned_alloc(64, (count * sizeof(T) + 63) / 64 * 64)), std::free};
+}
+
 #ifdef REFT_TILES
 
 constexpr int64_t PIECES = 3;          // numbers of bfloat16 whose sum is one of float32
@@ -26,15 +35,6 @@ constexpr int64_t FEW_ROWS = 12;       // of so many, weights take longer to rea
 constexpr int64_t SHALLOW = 4, DEPTH = 24, FEW_BLOCKS = 4;
 
 using Tile = bfloat16[TILE_NUMBERS];
-
-template <typename T>
-using Buffer = std::unique_ptr<T[], decltype(&std::free)>;
-
-// Room for so many; null if there is none.
-template <typename T>
-Buffer<T> make_buffer(int64_t count) {
-    return {static_cast<T*>(std::aligned_alloc(64, (count * sizeof(T) + 63) / 64 * 64)), std::free};
-}
 
 // Has the cache read the line `numbers` behind `from`, which may be beyond the end. Weights are
 // read in strips, which the CPU does not foresee: products of few rows take a third longer without.
