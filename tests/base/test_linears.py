@@ -18,6 +18,8 @@ from reft_runtime.base.linears import product_of
 from reft_runtime.loading.loader import adopt_model
 from tests.helpers.models import generate, make_core, prompt, request, run, tiny
 
+DTYPES = {torch.float32: 1e-5, torch.bfloat16: 2**-7}
+
 
 @pytest.fixture
 def fresh() -> Iterator[None]:
@@ -51,8 +53,10 @@ def test_all_linear_layers_are_packed() -> None:
     assert all(m.weight.is_mkldnn for m in loaded.model.modules() if isinstance(m, nn.Linear))
 
 
-def test_weights_stay_as_they_are_where_float32_has_products_of_our_own() -> None:
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_weights_stay_as_they_are_where_there_are_products_of_our_own(dtype: torch.dtype) -> None:
     model = tiny("llama", tie_word_embeddings=True)
+    model.to(dtype=dtype)
     if linears._multiplying(torch.ones(1, 1)) is None:
         pytest.skip("this CPU has no matrix tiles")
     loaded = adopt_model(model)
@@ -63,19 +67,25 @@ def test_weights_stay_as_they_are_where_float32_has_products_of_our_own() -> Non
 
 
 @pytest.mark.parametrize("fixture", ["torchs_own", None])
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(65, 48), (1, 97, 48), (2, 40, 48), (128, 48), (48,), (0, 48)])
 def test_products_of_any_number_of_rows(
-    shape: tuple[int, ...], fixture: str | None, request: pytest.FixtureRequest
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    fixture: str | None,
+    request: pytest.FixtureRequest,
 ) -> None:
     """Long ones are computed of more rows than there are."""
     if fixture is not None:
         request.getfixturevalue(fixture)
     torch.manual_seed(0)
-    weight, bias, rows = torch.randn(32, 48), torch.randn(32), torch.randn(shape)
+    weight, bias, rows = (torch.randn(size).to(dtype) for size in ((32, 48), (32,), shape))
     product, _ = product_of(weight, bias)
     given = product(rows)
     assert given.is_contiguous()
-    torch.testing.assert_close(given, linear(rows, weight, bias), rtol=1e-5, atol=1e-5)
+    tolerance = DTYPES[dtype]
+    wanted = linear(rows.double(), weight.double(), bias.double()).to(dtype)
+    torch.testing.assert_close(given, wanted, rtol=tolerance, atol=tolerance)
 
 
 def _nothing(*_: Any) -> None:

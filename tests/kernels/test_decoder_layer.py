@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.functional import linear, rms_norm, silu
 
+from reft_runtime.base import linears
 from reft_runtime.base.attention import Scoring, attend_causally
 from reft_runtime.base.linears import product_of
 from reft_runtime.kernels.cpu import Kernels
@@ -104,7 +105,7 @@ def test_blocks_of_rows() -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize(("bias", "torchs"), [(False, False), (True, False), (True, True)])
 @pytest.mark.parametrize("prompt", [21, 271, 300])
 @pytest.mark.parametrize(
     "scoring",
@@ -120,13 +121,18 @@ def test_layer(
     threads: int,
     dtype: torch.dtype,
     bias: bool,
+    torchs: bool,
     prompt: int,
     scoring: Scoring,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Two sequences that decode behind 9 and 30 tokens, and a prompt behind 4.
 
-    Long prompts are computed in blocks, the last of which has padded rows.
+    Long prompts are computed in blocks, the last of which has padded rows. Products are torch's own
+    where there are no others, or with `torchs`.
     """
+    if torchs:
+        monkeypatch.setattr(linears, "_multiplying", lambda weight: None)
     dim = 32
     plain = Plain(dim, dtype, scoring, bias=bias)
     layer = one_layer(operators, plain)

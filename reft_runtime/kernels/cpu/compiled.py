@@ -28,7 +28,8 @@ class CompiledOperators:
             for dtype in self._dtypes:
                 function = getattr(self._library, f"{operator}_{name_of(dtype)}")
                 function.argtypes = types
-                function.restype = ctypes.c_int if operator.startswith("attend") else None
+                fails = operator.startswith(("attend", "multiply"))
+                function.restype = ctypes.c_int if fails else None
                 self._functions[operator, dtype] = function
 
     def supports(self, *tensors: Tensor) -> bool:

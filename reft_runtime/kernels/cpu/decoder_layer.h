@@ -1,5 +1,5 @@
 // A whole decoder layer of the Llama family: norms, rotary positions, attention over KV rows, the
-// gated activation, and the matrix products: torch's own, or `float_product`.
+// gated activation, and the matrix products: torch's own, or `multiply`.
 #pragma once
 
 #include <algorithm>
@@ -8,6 +8,8 @@
 #include <cstring>
 #include <type_traits>
 
+#include "bfloat16_product.h"
+#include "buffers.h"
 #include "decode_attention.h"
 #include "float_product.h"
 #include "prompt_attention.h"
@@ -30,11 +32,11 @@ struct TorchFunctions {
     int32_t dtype, cpu;
 };
 
-// A linear layer with a packed weight or, for `float_product`, a plain one. Those that it has not,
+// A linear layer with a packed weight or, for `multiply`, a plain one. Those that it has not,
 // and a bias that is not there, are null.
 struct Linear {
     Handle weight, bias;
-    const float *plain, *plain_bias;
+    const void *plain, *plain_bias;
     int64_t in, out;
 };
 
@@ -66,12 +68,11 @@ class Product {
             int threads)
         : torch_(torch) {
         if (layer.plain) {
-            if constexpr (std::is_same_v<T, float>) {
-                own_ = make_buffer<float>(count * layer.out);
-                if (own_ && float_product(rows, count, layer.plain, layer.plain_bias, own_.get(),
-                                          layer.in, layer.out, threads))
-                    numbers = own_.get();
-            }
+            own_ = make_buffer<T>(count * layer.out);
+            if (own_ && multiply(rows, count, static_cast<const T*>(layer.plain),
+                                 static_cast<const T*>(layer.plain_bias), own_.get(), layer.in,
+                                 layer.out, threads))
+                numbers = own_.get();
             return;
         }
         const int64_t sizes[] = {count, layer.in}, strides[] = {layer.in, 1};
@@ -97,7 +98,7 @@ class Product {
   private:
     const TorchFunctions& torch_;
     Handle made_ = nullptr;
-    Buffer<float> own_{nullptr, std::free};
+    Buffer<T> own_{nullptr, std::free};
 };
 
 // Rows of a step's products from `first` on, of which `tokens` mean something.

@@ -6,42 +6,17 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <cstdlib>
-#include <memory>
 
+#include "buffers.h"
+#include "product.h"
 #include "tiles.h"
 
 namespace {
 
-template <typename T>
-using Buffer = std::unique_ptr<T[], decltype(&std::free)>;
-
-// Room for so many; null if there is none.
-template <typename T>
-Buffer<T> make_buffer(int64_t count) {
-    return {static_cast<T*>(std::aligned_alloc(64, (count * sizeof(T) + 63) / 64 * 64)), std::free};
-}
-
 #ifdef REFT_TILES
 
-constexpr int64_t PIECES = 3;          // numbers of bfloat16 whose sum is one of float32
-constexpr int64_t TILE_NUMBERS = 512;  // numbers of bfloat16 in a tile
-constexpr int64_t DEEP = 32;           // of them in a row
-constexpr int64_t HELD_BLOCKS = 12;    // blocks of rows whose sums are held at once
-constexpr int64_t FEW_ROWS = 12;       // of so many, weights take longer to read than to use
-
-// Tiles along the inner width of weights that are in pieces at the same time: what fits the first
-// cache, or what spares more sums than it costs where there are more than FEW_BLOCKS of rows.
-constexpr int64_t SHALLOW = 4, DEPTH = 24, FEW_BLOCKS = 4;
-
-using Tile = bfloat16[TILE_NUMBERS];
-
-// Has the cache read the line `numbers` behind `from`, which may be beyond the end. Weights are
-// read in strips, which the CPU does not foresee: products of few rows take a third longer without.
-inline void fetch(const float* from, int64_t numbers) {
-    const auto at = reinterpret_cast<uintptr_t>(from) + numbers * sizeof(float);
-    _mm_prefetch(reinterpret_cast<const char*>(at), _MM_HINT_T0);
-}
+constexpr int64_t PIECES = 3;     // numbers of bfloat16 whose sum is one of float32
+constexpr int64_t FEW_ROWS = 12;  // of so many, weights take longer to read than to use
 
 // Writes the pieces of 32 numbers, `between` numbers apart: the nearest bfloat16, the nearest to
 // what is left, and the rest. In a row of a tile the first of `lower` is beside that of `upper`.
@@ -87,65 +62,6 @@ inline void split_rows(const float* rows, int64_t count, int64_t in, int64_t fro
         transpose(lines);
         for (int64_t i = 0; i < EDGE; ++i)
             _mm512_store_si512(to[piece * between] + i * DEEP, lines[i]);
-    }
-}
-
-inline void load_weights(const Tile* two) {
-    _tile_loadd(4, two[0], 64);
-    _tile_loadd(5, two[1], 64);
-}
-
-inline void load_rows(const Tile* two) {
-    _tile_loadd(6, two[0], 64);
-    _tile_loadd(7, two[1], 64);
-}
-
-// Adds products of `count` times DEEP numbers of SQUARE outputs and SQUARE rows to tiles 0 to 3:
-// `weights` and `rows` have [count][PIECES][2] tiles. What is small comes first: it is rounded where
-// sums are small. Meanwhile the numbers `ahead` of as many weights are fetched, if there are any.
-inline void multiply_block(const Tile* weights, const Tile* rows, int64_t count, const float* ahead,
-                           int64_t in) {
-    constexpr int64_t NEXT = 2 * PIECES;
-    for (int64_t i = 0; i < count; ++i) {
-        for (int64_t j = 0; j < (ahead ? SQUARE : 0); ++j) {
-            fetch(ahead, j * in + i * DEEP);
-            fetch(ahead, j * in + i * DEEP + EDGE);
-        }
-        const Tile *w = weights + i * NEXT, *r = rows + i * NEXT;
-        load_weights(w);
-        load_rows(r + 4);
-        multiply_tiles();
-        load_rows(r + 2);
-        multiply_tiles();
-        load_weights(w + 2);
-        multiply_tiles();
-        load_rows(r);
-        multiply_tiles();
-        load_weights(w + 4);
-        multiply_tiles();
-    }
-    for (int64_t i = 0; i < count; ++i) {
-        load_weights(weights + i * NEXT);
-        load_rows(rows + i * NEXT);
-        multiply_tiles();
-    }
-}
-
-// Writes sums [SQUARE outputs][SQUARE rows] to `out` [count][outs], plus the bias if there is one.
-inline void write_block(const float* sums, const float* bias, float* out, int64_t count,
-                        int64_t outputs, int64_t outs) {
-    for (int64_t n = 0; n < outputs; n += EDGE) {
-        const auto mask = static_cast<__mmask16>((1u << std::min(EDGE, outputs - n)) - 1);
-        const __m512 more = bias ? _mm512_maskz_loadu_ps(mask, bias + n) : _mm512_setzero_ps();
-        for (int64_t t = 0; t < count; t += EDGE) {
-            __m512i lines[EDGE];
-            for (int64_t i = 0; i < EDGE; ++i)
-                lines[i] = _mm512_load_si512(sums + (n + i) * SQUARE + t);
-            transpose(lines);
-            for (int64_t i = 0; i < std::min(EDGE, count - t); ++i)
-                _mm512_mask_storeu_ps(out + (t + i) * outs + n, mask,
-                                      _mm512_add_ps(_mm512_castsi512_ps(lines[i]), more));
-        }
     }
 }
 
@@ -209,82 +125,100 @@ inline bool multiply_few(const float* rows, int64_t count, const float* weight, 
     return true;
 }
 
-// Pieces of SQUARE weights, [count][PIECES][2] tiles: `count` times DEEP numbers from `at` on. Zero
-// stands for weights from `used` on.
-inline void split_weights(const float* weight, int64_t used, int64_t in, int64_t at, int64_t count,
-                          Tile* to) {
-    for (int64_t i = 0; i < SQUARE; ++i)
-        for (int64_t k = 0; k < count; ++k) {
-            const int64_t from = at + k * DEEP;
-            split_some(weight + (i < used ? i * in + from : 0), i < used ? in - from : 0,
-                       to[k * 2 * PIECES + i / EDGE] + i % EDGE * DEEP, 2 * TILE_NUMBERS);
-        }
+inline void load_weights(const Tile* two) {
+    _tile_loadd(4, two[0], 64);
+    _tile_loadd(5, two[1], 64);
 }
 
-// The product of any number of rows; returns whether there was memory for it.
-inline bool multiply_many(const float* rows, int64_t count, const float* weight, const float* bias,
-                          float* out, int64_t in, int64_t outs, int threads) {
-    constexpr int64_t NEXT = 2 * PIECES;
-    const int64_t deep = (in + DEEP - 1) / DEEP, blocks = (count + SQUARE - 1) / SQUARE;
-    const int64_t depth = blocks <= FEW_BLOCKS ? SHALLOW : DEPTH;
-    const auto room = make_buffer<Tile>(blocks * deep * NEXT);
-    if (!room) return false;
-    Tile* const in_pieces = room.get();  // [blocks][deep][PIECES][2]
-#pragma omp parallel num_threads(threads)
-    {
-#pragma omp for schedule(static)
-        for (int64_t i = 0; i < blocks * deep * 2; ++i) {
-            const int64_t block = i / (2 * deep), at = i / 2 % deep, half = i % 2;
-            const int64_t first = block * SQUARE + half * EDGE;
-            split_rows(rows + std::min(first, count - 1) * in, count - first, in, at * DEEP,
-                       in_pieces + (block * deep + at) * NEXT + half, 2);
-        }
-        alignas(64) Tile pieces[NEXT * DEPTH];
-        alignas(64) float sums[HELD_BLOCKS][SQUARE * SQUARE];
-        const Tiles tiles(true);
-#pragma omp for schedule(static)
-        for (int64_t n = 0; n < outs; n += SQUARE)
-            for (int64_t group = 0; group < blocks; group += HELD_BLOCKS) {
-                const int64_t used = std::min(SQUARE, outs - n);
-                const int64_t last = std::min(blocks, group + HELD_BLOCKS);
-                const bool kept = last == group + 1;  // in tiles 0 to 3 until the end
-                for (int64_t at = 0; at < deep; at += depth) {
-                    const int64_t next = at + depth;
-                    const float* ahead = weight + n * in + (next < deep ? next * DEEP : 0);
-                    if (next >= deep) ahead = n + SQUARE < outs ? ahead + SQUARE * in : nullptr;
-                    split_weights(weight + n * in, used, in, at * DEEP, std::min(depth, deep - at),
-                                  pieces);
-                    for (int64_t b = group; b < last; ++b) {
-                        float* sum = sums[b - group];
-                        if (!at)
-                            zero_tiles();
-                        else if (!kept)
-                            load_tiles(sum);
-                        multiply_block(pieces, in_pieces + (b * deep + at) * NEXT,
-                                       std::min(depth, deep - at), b == group ? ahead : nullptr,
-                                       in);
-                        if (!kept || next >= deep) store_tiles(sum);
-                    }
-                }
-                for (int64_t b = group; b < last; ++b)
-                    write_block(sums[b - group], bias ? bias + n : nullptr,
-                                out + b * SQUARE * outs + n, std::min(SQUARE, count - b * SQUARE),
-                                used, outs);
+template <bool BOTH>
+inline void load_rows(const Tile* two) {
+    _tile_loadd(6, two[0], 64);
+    if constexpr (BOTH) _tile_loadd(7, two[1], 64);
+}
+
+// How `multiply_many` makes tiles of float32: [PIECES][2] of DEEP numbers of SQUARE rows or weights.
+class FloatTiles {
+  public:
+    using Number = float;
+    static constexpr int64_t EACH = 2 * PIECES;
+
+    // What fits the first cache, or what spares more sums than it costs.
+    static int64_t depth(int64_t blocks) { return blocks <= FEW_BLOCKS ? SHALLOW : DEPTH; }
+
+    static void pack(const float* rows, int64_t count, int64_t in, int64_t at, Tile* to) {
+        split_rows(rows, count, in, at, to, 2);
+    }
+
+    void take(const float* weight, int64_t used, int64_t in, int64_t at, int64_t count) {
+        count_ = count;
+        for (int64_t i = 0; i < SQUARE; ++i)
+            for (int64_t k = 0; k < count; ++k) {
+                const int64_t from = at + k * DEEP;
+                split_some(weight + (i < used ? i * in + from : 0), i < used ? in - from : 0,
+                           pieces_[k * EACH + i / EDGE] + i % EDGE * DEEP, 2 * TILE_NUMBERS);
             }
     }
-    return true;
-}
+
+    // What is small comes first: it is rounded where sums are small.
+    template <bool BOTH>
+    void multiply(const Tile* rows, const Ahead<float>& ahead) const {
+        settle();
+        for (int64_t i = 0; i < count_; ++i) {
+            const Tile *w = pieces_ + i * EACH, *r = rows + i * EACH;
+            ahead(i);
+            load_weights(w);
+            load_rows<BOTH>(r + 4);
+            multiply_tiles<BOTH>();
+            load_rows<BOTH>(r + 2);
+            multiply_tiles<BOTH>();
+            load_weights(w + 2);
+            multiply_tiles<BOTH>();
+            load_rows<BOTH>(r);
+            multiply_tiles<BOTH>();
+            load_weights(w + 4);
+            multiply_tiles<BOTH>();
+        }
+        for (int64_t i = 0; i < count_; ++i) {
+            load_weights(pieces_ + i * EACH);
+            load_rows<BOTH>(rows + i * EACH);
+            multiply_tiles<BOTH>();
+        }
+    }
+
+    static void write(const float* sums, const float* bias, float* out, int64_t count,
+                      int64_t outputs, int64_t outs) {
+        for (int64_t n = 0; n < outputs; n += EDGE) {
+            const auto mask = static_cast<__mmask16>((1u << std::min(EDGE, outputs - n)) - 1);
+            const __m512 more = bias ? _mm512_maskz_loadu_ps(mask, bias + n) : _mm512_setzero_ps();
+            for (int64_t t = 0; t < count; t += EDGE) {
+                __m512i lines[EDGE];
+                for (int64_t i = 0; i < EDGE; ++i)
+                    lines[i] = _mm512_load_si512(sums + (n + i) * SQUARE + t);
+                transpose(lines);
+                for (int64_t i = 0; i < std::min(EDGE, count - t); ++i)
+                    _mm512_mask_storeu_ps(out + (t + i) * outs + n, mask,
+                                          _mm512_add_ps(_mm512_castsi512_ps(lines[i]), more));
+            }
+        }
+    }
+
+  private:
+    static constexpr int64_t SHALLOW = 4, DEPTH = 24, FEW_BLOCKS = 4;
+
+    alignas(64) Tile pieces_[EACH * DEPTH];
+    int64_t count_ = 0;
+};
 
 #endif
 
 // `out` [count, outs] = `rows` [count, in] times the weight [outs, in] transposed, plus the bias if
 // there is one. Returns whether it could be computed: not without tiles, nor without memory.
-inline bool float_product(const float* rows, int64_t count, const float* weight, const float* bias,
-                          float* out, int64_t in, int64_t outs, int threads) {
+inline bool multiply(const float* rows, int64_t count, const float* weight, const float* bias,
+                     float* out, int64_t in, int64_t outs, int threads) {
 #ifdef REFT_TILES
     if (!have_tiles()) return false;
     if (count <= FEW_ROWS) return multiply_few(rows, count, weight, bias, out, in, outs, threads);
-    return multiply_many(rows, count, weight, bias, out, in, outs, threads);
+    return multiply_many<FloatTiles>(rows, count, weight, bias, out, in, outs, threads);
 #else
     return false;
 #endif

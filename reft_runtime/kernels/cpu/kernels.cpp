@@ -5,6 +5,7 @@
 
 #include <cstdint>
 
+#include "bfloat16_product.h"
 #include "convolution.h"
 #include "decode_attention.h"
 #include "decoder_layer.h"
@@ -102,6 +103,10 @@
                    key_heads, group, query_stride, key_stride, value_stride,                       \
                    {window, chunk, scale, softcap, sinks}, threads);                               \
     }                                                                                              \
+    extern "C" int multiply_##NAME(const T* rows, int64_t count, const T* weight, const T* bias,   \
+                                   T* out, int64_t in, int64_t outs, int threads) {                \
+        return !multiply(rows, count, weight, bias, out, in, outs, threads);                       \
+    }                                                                                              \
     extern "C" int attend_layer_##NAME(                                                            \
         const DecoderLayer* layer, const T* rows, T* out, int64_t tokens, int64_t padded,          \
         int64_t blocks, const T* cos, const T* sin, const int64_t* single, int64_t singles,        \
@@ -121,13 +126,8 @@ extern "C" int can_attend(int64_t key_dim, int64_t value_dim) {
 extern "C" int can_attend_prompts(int64_t key_dim, int64_t value_dim, int values_in_keys) {
     return attends_prompts({key_dim, value_dim, values_in_keys != 0});
 }
-// Whether `float_product` computes anything here, and the product; it returns 0, or 1 if it could not.
+// Whether `multiply_*` compute anything here.
 extern "C" int can_multiply() { return have_tiles(); }
-extern "C" int multiply_float32(const float* rows, int64_t count, const float* weight,
-                                const float* bias, float* out, int64_t in, int64_t outs,
-                                int threads) {
-    return !float_product(rows, count, weight, bias, out, in, outs, threads);
-}
 // Bytes that `pick` needs for each thread.
 extern "C" int64_t picking_room(int64_t width) { return Room::bytes(width); }
 

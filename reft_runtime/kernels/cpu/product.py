@@ -1,4 +1,4 @@
-"""Products of float32 with weights as they are; see `float_product.h`."""
+"""Products with weights as they are; see `product.h`."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ _P, _I = c_void_p, c_int64
 
 
 class ProductKernels(CompiledOperators):
-    """Multiplies float32, where the CPU has matrix tiles."""
+    """Multiplies, where the CPU has matrix tiles."""
 
     def __init__(self, library: ctypes.CDLL) -> None:
         super().__init__(library)
         self._has_tiles = bool(library.can_multiply())
-        library.multiply_float32.argtypes = [_P, _I, _P, _P, _P, _I, _I, c_int]
+        self._bind({"multiply": [_P, _I, _P, _P, _P, _I, _I, c_int]})
 
     def multiplies(self, weight: Tensor) -> bool:
         """Whether `multiply` takes a weight [out, in]."""
         return (
             self._has_tiles
-            and weight.dtype == torch.float32
+            and weight.dtype in self._dtypes
             and weight.is_cpu
             and weight.layout == torch.strided
             and weight.is_contiguous()
@@ -35,7 +35,7 @@ class ProductKernels(CompiledOperators):
     def multiply(self, rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """Rows [..., in] times the weight transposed, plus the bias [out] if there is one.
 
-        As exact as float32 is. Raises ValueError if shapes or dtypes disagree, and MemoryError.
+        As exact as the dtype is. Raises ValueError if shapes or dtypes disagree, and MemoryError.
         """
         outs, width = weight.shape
         if rows.shape[-1] != width or rows.dtype != weight.dtype:
@@ -45,7 +45,7 @@ class ProductKernels(CompiledOperators):
         rows = rows.contiguous()
         out = rows.new_empty(*rows.shape[:-1], outs)
         count = out.numel() // outs
-        if count and self._library.multiply_float32(
+        if count and self._functions["multiply", weight.dtype](
             rows.data_ptr(),
             count,
             weight.data_ptr(),

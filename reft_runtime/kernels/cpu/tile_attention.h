@@ -84,6 +84,7 @@ inline void attend_by_tiles(const bfloat16* query, const bfloat16* keys, const b
                             (j + STEP - count) * dim * sizeof(bfloat16));
                 k = last_keys;
             }
+            settle();
             zero_tiles();
             for (int64_t c = 0; c < dim; c += CHUNK) {
                 const bfloat16* q = queries + c * QUERIES;

@@ -1,6 +1,7 @@
 // The CPU's matrix tiles (AMX): products of 16 x 32 and 32 x 16 numbers of bfloat16.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 
 #include "vectors.h"
@@ -15,8 +16,12 @@ namespace {
 
 #ifdef REFT_TILES
 
-constexpr int64_t EDGE = 16;          // rows of a tile
-constexpr int64_t SQUARE = 2 * EDGE;  // rows, and columns, of the sums in tiles 0 to 3
+constexpr int64_t EDGE = 16;           // rows of a tile
+constexpr int64_t DEEP = 32;           // numbers of bfloat16 in a row of a tile
+constexpr int64_t TILE_NUMBERS = 512;  // of them in a tile
+constexpr int64_t SQUARE = 2 * EDGE;   // rows, and columns, of the sums in tiles 0 to 3
+
+using Tile = bfloat16[TILE_NUMBERS];
 
 // Whether the system lets this process use tiles. It has to be asked once.
 inline bool have_tiles() {
@@ -24,6 +29,10 @@ inline bool have_tiles() {
     static const bool have = syscall(SYS_arch_prctl, REQUEST, TILE_DATA) == 0;
     return have;
 }
+
+// Has the compiler write to memory what it has not yet. It has to be called before tiles are read
+// from where the same function wrote: GCC does not know what its intrinsics for that read.
+inline void settle() { asm volatile("" ::: "memory"); }
 
 // While it lives, all tiles of the thread have 16 rows of 64 bytes. Then they are as before: oneDNN
 // uses them too.
@@ -34,6 +43,7 @@ class Tiles {
         _tile_storeconfig(before_);
         alignas(64) uint8_t shape[64] = {1};  // the palette
         for (int64_t tile = 0; tile < 8; ++tile) shape[16 + 2 * tile] = 64, shape[48 + tile] = 16;
+        settle();
         _tile_loadconfig(shape);
     }
     Tiles(const Tiles&) = delete;
@@ -51,12 +61,14 @@ class Tiles {
     alignas(64) uint8_t before_[64];
 };
 
-// Products of the tiles 4, 5 (rows) and 6, 7 (columns), added to tiles 0 to 3.
+// Products of the tiles 4, 5 (rows) and 6, 7 (columns), added to tiles 0 to 3; or, if not BOTH,
+// without tile 7, to tiles 0 and 2.
+template <bool BOTH = true>
 inline void multiply_tiles() {
     _tile_dpbf16ps(0, 4, 6);
-    _tile_dpbf16ps(1, 4, 7);
+    if constexpr (BOTH) _tile_dpbf16ps(1, 4, 7);
     _tile_dpbf16ps(2, 5, 6);
-    _tile_dpbf16ps(3, 5, 7);
+    if constexpr (BOTH) _tile_dpbf16ps(3, 5, 7);
 }
 
 inline void zero_tiles() {
@@ -77,6 +89,7 @@ inline void store_tiles(float* to) {
 
 inline void load_tiles(const float* from) {
     constexpr int64_t BYTES = SQUARE * sizeof(float);
+    settle();
     _tile_loadd(0, from, BYTES);
     _tile_loadd(1, from + 16, BYTES);
     _tile_loadd(2, from + 16 * SQUARE, BYTES);
