@@ -67,10 +67,10 @@ class BFloat16Tiles {
     }
 
     static void write(const float* sums, const bfloat16* bias, bfloat16* out, int64_t count,
-                            int64_t used, int64_t outs) {
-        alignas(64) static constexpr uint16_t IN_TURN[] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,
-                                                           21, 6, 22, 7, 23, 8,  24, 9,  25, 10, 26,
-                                                           11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+                      int64_t used, int64_t outs) {
+        alignas(64) static constexpr uint16_t IN_TURN[] = {
+            0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
+            8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
         const __m512i in_turn = _mm512_load_si512(IN_TURN);
         const auto mask = used == SQUARE ? ~0u : (1u << used) - 1;
         for (int64_t t = 0; t < count; t += EDGE) {

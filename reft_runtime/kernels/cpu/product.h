@@ -1,5 +1,5 @@
-// Products by the CPU's matrix tiles with weights as they are, [out, in]. Weights are left sides, and
-// rows right sides: sums have a row per output.
+// Products by the CPU's matrix tiles with weights as they are, [out, in]. Weights are left sides,
+// and rows right sides: sums have a row per output.
 #pragma once
 
 #include <algorithm>
@@ -39,9 +39,9 @@ struct Ahead {
 // The product of any number of rows; returns whether there was memory for it. `Side` makes tiles of
 // numbers, EACH of those of DEEP numbers of SQUARE rows:
 //   `pack` writes those of EDGE rows, every second;
-//   `take` takes so many of the tiles of up to SQUARE weights, and `multiply` adds products with them
-//   to tiles 0 to 3, or to 0 and 2 alone if there are EDGE rows at most; `depth` is how many are taken
-//   at once;
+//   `take` takes so many of the tiles of up to SQUARE weights, and `multiply` adds products with
+//   them to tiles 0 to 3, or to 0 and 2 alone if there are EDGE rows at most; `depth` is how many
+//   are taken at once;
 //   `write` writes sums [SQUARE outputs][SQUARE rows] to an output, plus the bias if there is one.
 // Zero stands for what is behind the end of rows and weights.
 template <typename Side, typename T = typename Side::Number>
