@@ -12,9 +12,12 @@ import gc
 import mmap
 import resource
 import sys
+import threading
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from weakref import ref
 
 import psutil
 import torch
@@ -25,7 +28,8 @@ _PRIVATE: dict[str, Any] = {
 }
 _GIVE_BACK: int | None = getattr(mmap, "MADV_DONTNEED", None)
 _SMALL_PAGES: int | None = getattr(mmap, "MADV_NOHUGEPAGE", None)
-
+_LARGE_PAGES: int | None = getattr(mmap, "MADV_HUGEPAGE", None)
+_LARGE_PAGE, _SHARED_BYTES, _LINE = 2 << 20, 64 << 20, 64
 
 # glibc's mallopt: the size from which an allocation is a mapping of its own, and the free memory
 # above which it is given back.
@@ -77,18 +81,21 @@ def check_room(size: int) -> None:
 class MappedMemory:
     """A mapping that holds `numbers` [size] of one dtype, zero until they are written.
 
-    Raises `MemoryError` if the system gives no more address space.
+    With `large_pages` it takes memory by 2 MiB, where the system has pages of that size. Raises
+    `MemoryError` if the system gives no more address space. The mapping lives as long as tensors of
+    it do.
     """
 
-    def __init__(self, size: int, dtype: torch.dtype) -> None:
+    def __init__(self, size: int, dtype: torch.dtype, *, large_pages: bool = False) -> None:
         try:
-            self._mapping = mmap.mmap(-1, max(1, size) * dtype.itemsize, **_PRIVATE)
+            self.mapping = mmap.mmap(-1, max(1, size) * dtype.itemsize, **_PRIVATE)
         except OSError as error:
             raise MemoryError(f"no memory for {size * dtype.itemsize} bytes: {error}") from error
-        if _SMALL_PAGES is not None:
-            # One written number would take 2 MiB where the system makes huge pages unasked.
-            self._advise(_SMALL_PAGES, 0, len(self._mapping))
-        self.numbers: Tensor = torch.frombuffer(self._mapping, dtype=dtype)
+        # Without advice one written number takes 2 MiB where the system makes huge pages unasked.
+        pages = _LARGE_PAGES if large_pages else _SMALL_PAGES
+        if pages is not None:
+            self._advise(pages, 0, len(self.mapping))
+        self.numbers: Tensor = torch.frombuffer(self.mapping, dtype=dtype)
 
     def drop(self, start: int, stop: int) -> None:
         """Free the whole pages within the numbers [start, stop); what they held is lost."""
@@ -101,7 +108,42 @@ class MappedMemory:
 
     def _advise(self, what: int, start: int, length: int) -> None:
         with suppress(OSError):  # a hint: nothing is wrong without it
-            self._mapping.madvise(what, start, length)
+            self.mapping.madvise(what, start, length)
+
+
+@dataclass(slots=True)
+class _SharedMapping:
+    """Large pages for several tensors, which alone hold them, and the bytes used so far."""
+
+    memory: ref[mmap.mmap]
+    used: int
+
+
+_shared: _SharedMapping | None = None
+_sharing = threading.Lock()
+
+
+def in_large_pages(tensor: Tensor) -> Tensor:
+    """A contiguous copy of a tensor on a CPU, not an empty one, beside other such copies in large pages.
+
+    On a virtual machine, where finding a page takes long, products of weights that lie there are
+    1.05 to 1.5 times as fast. Memory is freed with the last copy that lies in it. Raises
+    `MemoryError`.
+    """
+    global _shared
+    size = -(-tensor.nbytes // _LINE) * _LINE
+    with _sharing:
+        memory = None if _shared is None else _shared.memory()
+        if _shared is None or memory is None or _shared.used + size > len(memory):
+            made = MappedMemory(
+                max(size, _SHARED_BYTES) + _LARGE_PAGE, torch.uint8, large_pages=True
+            )
+            memory, first = made.mapping, -made.numbers.data_ptr() % _LARGE_PAGE
+            _shared = _SharedMapping(ref(memory), first)
+        start = _shared.used
+        _shared.used += size
+    kept = torch.frombuffer(memory, dtype=tensor.dtype, count=tensor.numel(), offset=start)
+    return kept.view(tensor.shape).copy_(tensor)
 
 
 def keep_freed_memory() -> None:

@@ -54,7 +54,7 @@ def test_all_linear_layers_are_packed() -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_weights_stay_as_they_are_where_there_are_products_of_our_own(dtype: torch.dtype) -> None:
+def test_weights_are_copied_once_where_there_are_products_of_our_own(dtype: torch.dtype) -> None:
     model = tiny("llama", tie_word_embeddings=True)
     nn.Module.to(model, dtype)
     if linears._multiplying(torch.ones(1, 1)) is None:
