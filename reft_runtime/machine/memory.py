@@ -124,11 +124,11 @@ _sharing = threading.Lock()
 
 
 def in_large_pages(tensor: Tensor) -> Tensor:
-    """A contiguous copy of a tensor on a CPU, not an empty one, beside other such copies in large pages.
+    """A contiguous copy of a tensor on a CPU beside other such copies, in large pages.
 
-    On a virtual machine, where finding a page takes long, products of weights that lie there are
-    1.05 to 1.5 times as fast. Memory is freed with the last copy that lies in it. Raises
-    `MemoryError`.
+    The tensor must not be empty. On a virtual machine, where finding a page takes long, products of
+    weights that lie there are 1.05 to 1.5 times as fast. Memory is freed with the last copy that
+    lies in it. Raises `MemoryError`.
     """
     global _shared
     size = -(-tensor.nbytes // _LINE) * _LINE
