@@ -25,6 +25,8 @@ ROWS = {
     "base": "base",
     TASKS: "n different tasks: all layers, r=8, f7+l7",
     DECODED: "n different tasks: all layers, r=8, decoded tokens",
+    "base, each JSON of its own schema": "base, each answer JSON of its own schema",
+    "base, each of its own pattern": "base, each answer of its own pattern",
     "base, over HTTP": "base, over HTTP",
     f"{TASKS}, over HTTP": "the same over HTTP",
     "floor: linear layers alone": "floor: the linear layers alone",
