@@ -1,4 +1,4 @@
-"""The floor: what the model's linear layers take, prepacked, and nothing else.
+"""The floor: what the model's linear layers take, with our products, and nothing else.
 
 One pass over all prompts, then one for each further token; the output head computes one row a
 request in each pass. Configuration: `model` (a folder), `dtype`.

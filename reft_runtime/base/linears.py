@@ -84,11 +84,11 @@ class Packed:
 
 
 def prepack(model: nn.Module, leave: Collection[nn.Module] = ()) -> Packed:
-    """Reorder or copy the weights of all linear layers on a CPU, but those to `leave` as they are.
+    """Reorder or copy the weights of all linear layers on a CPU, but those of layers to `leave`.
 
     A layer's own weight is replaced. One that another module shares (a tied embedding) is replaced
-    in both, or kept beside the reordered copy. `forward` still runs through the module, with its
-    hooks.
+    in both by the same copy, or kept beside the reordered one. `forward` still runs through the
+    module, with its hooks.
     """
     added, count = 0, 0
     users: dict[int, list[tuple[nn.Module, str]]] = {}
@@ -96,19 +96,27 @@ def prepack(model: nn.Module, leave: Collection[nn.Module] = ()) -> Packed:
         for name, parameter in module._parameters.items():
             if parameter is not None:
                 users.setdefault(id(parameter), []).append((module, name))
+    copied: set[int] = set()
     for module in model.modules():
         count += isinstance(module, nn.Linear) and _is_merged(module)
         if module in leave or not _is_plain(module) or not packable(module.weight):
             continue
         count += 1
-        product, kept = product_of(module.weight.detach(), module.bias)
-        module.forward = product  # type: ignore[method-assign, assignment]
+        own = _multiplying(module.weight) if id(module.weight) in copied else None
+        if own is not None:  # another layer has it too
+            product = partial(_own_linear, own, module.weight.detach(), module.bias)
+            module.forward = product  # type: ignore[method-assign]
+            continue
+        module.forward, kept = product_of(  # type: ignore[method-assign, assignment]
+            module.weight.detach(), module.bias
+        )
         sharing = users[id(module.weight)]
         if len(sharing) > 1 and kept.is_mkldnn:
             added += module.weight.nbytes
             continue
         weight = nn.Parameter(kept, requires_grad=False)
         users[id(weight)] = sharing
+        copied.add(id(weight))
         for user, name in sharing:
             user._parameters[name] = weight
     return Packed(count, added)

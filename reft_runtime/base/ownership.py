@@ -61,8 +61,10 @@ class _Weight:
         """The parameter itself or, if nobody holds it any more, a new one with the same weight."""
         found = self.find()
         if found is None:
-            experts = plain_experts(module, name)
-            plain = plain_weight(module) if experts is None else experts
+            plain = plain_experts(module, name)
+            if plain is None:
+                linear = isinstance(module, nn.Linear) and name == "weight"
+                plain = plain_weight(module) if linear else getattr(module, name).detach()
             made = nn.Parameter(plain, requires_grad=self.requires_grad)
             made.grad = self.grad
             self.find = lambda: made  # for modules that shared it

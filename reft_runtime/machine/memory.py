@@ -2,7 +2,7 @@
 
 Memory from the allocator may stay with the process when it is freed, and growing it copies it. A
 mapping takes memory page by page as it is written, so that a buffer may be larger than what it
-holds, and gives it back at once.
+holds, and gives it back at once. Pages are small, or large for what is read often.
 """
 
 from __future__ import annotations

@@ -117,6 +117,25 @@ def test_packed_weights_take_no_memory_twice() -> None:
         assert not [weight for weight in weights if weight() is not None]
 
 
+class Table(nn.Module):
+    """A module that has a linear layer's weight by another name."""
+
+    def __init__(self, table: nn.Parameter) -> None:
+        super().__init__()
+        self.table = table
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_weight_that_a_module_has_by_another_name_is_put_back(dtype: torch.dtype) -> None:
+    model: Any = as_handed_in("llama", dtype)
+    model.model.table = Table(model.lm_head.weight)
+    wanted = model.lm_head.weight.detach().clone()
+    with Engine(model, tokenizer=tiny_tokenizer(), max_running=2):
+        pass
+    assert torch.equal(model.lm_head.weight, wanted)
+    assert model.model.table.table is model.lm_head.weight
+
+
 def test_a_model_has_one_engine_at_a_time() -> None:
     model = tiny("llama")
     tokenizer = tiny_tokenizer()

@@ -63,7 +63,27 @@ def test_weights_are_copied_once_where_there_are_products_of_our_own(dtype: torc
     assert all(packed(loaded.model))
     assert loaded.packed.layers == len(packed(loaded.model))
     assert loaded.packed.added_bytes == 0
-    assert loaded.model.lm_head.weight is loaded.model.get_input_embeddings().weight
+    weight = loaded.model.get_input_embeddings().weight
+    assert loaded.model.lm_head.weight is weight
+    kept = linears.packed_parts(loaded.model.lm_head)
+    assert kept is not None
+    assert kept[0].data_ptr() == weight.data_ptr()
+
+
+def test_layers_that_share_a_weight_share_its_copy() -> None:
+    if linears._multiplying(torch.ones(1, 1)) is None:
+        pytest.skip("this CPU has no matrix tiles")
+    first, second = nn.Linear(8, 8), nn.Linear(8, 8)
+    second.weight = first.weight
+    rows = torch.randn(3, 8)
+    wanted = [layer(rows) for layer in (first, second)]
+    linears.prepack(nn.Sequential(first, second).requires_grad_(False))
+    assert first.weight is second.weight
+    for layer, output in zip((first, second), wanted, strict=True):
+        kept = linears.packed_parts(layer)
+        assert kept is not None
+        assert kept[0].data_ptr() == first.weight.data_ptr()
+        torch.testing.assert_close(layer(rows), output)
 
 
 @pytest.mark.parametrize("fixture", ["torchs_own", None])

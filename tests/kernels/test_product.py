@@ -109,11 +109,11 @@ def test_a_row_that_is_not_finite_spoils_no_other(
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("width", [64, 80])
 @pytest.mark.parametrize("outs", [64, 40])
+@pytest.mark.parametrize("count", [1, 12, 37])
 def test_what_lies_around_the_weight_is_not_used(
-    operators: Kernels, dtype: torch.dtype, width: int, outs: int
+    operators: Kernels, dtype: torch.dtype, width: int, outs: int, count: int
 ) -> None:
-    """Nor are rows or outputs written that are not the product's."""
-    rows, weight, bias = made_of(dtype, 37, width, outs)
+    rows, weight, bias = made_of(dtype, count, width, outs)
     around = torch.full((outs + 64, width), float("nan"), dtype=dtype)
     around[32 : 32 + outs] = weight
     made = operators.multiply(rows, around[32 : 32 + outs], bias)
@@ -138,6 +138,9 @@ def test_rows_of_any_shape_and_layout(operators: Kernels, dtype: torch.dtype) ->
     rounding = 1e-5 if dtype == torch.float32 else 2**-8
     torch.testing.assert_close(made.double(), exact(rows, weight), rtol=rounding, atol=1e-4)
     assert operators.multiply(rows[:0], weight, None).shape == (0, 5, 20)
+    bias = torch.arange(40).to(dtype)[::2]
+    with_bias = operators.multiply(rows, weight, bias).double()
+    torch.testing.assert_close(with_bias, exact(rows, weight, bias), rtol=rounding, atol=1e-4)
 
 
 def test_what_is_refused(operators: Kernels) -> None:

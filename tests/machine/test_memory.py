@@ -57,8 +57,18 @@ def some_tensors() -> list[Tensor]:
     ]
 
 
-def test_copies_in_large_pages() -> None:
+def test_copies_in_large_pages(monkeypatch: pytest.MonkeyPatch) -> None:
     """Side by side, each at the beginning of a cache's line, and larger than a shared mapping."""
+    monkeypatch.setattr(memory, "_shared", None)
+    monkeypatch.setattr(memory, "_SHARED_BYTES", 1 << 20)
+    advised: list[int] = []
+    advise = MappedMemory._advise
+
+    def seen(self: MappedMemory, what: int, start: int, length: int) -> None:
+        advised.append(what)
+        advise(self, what, start, length)
+
+    monkeypatch.setattr(MappedMemory, "_advise", seen)
     tensors = some_tensors()
     kept = [in_large_pages(tensor) for tensor in tensors]
     for found, wanted in zip(kept, tensors, strict=True):
@@ -67,6 +77,8 @@ def test_copies_in_large_pages() -> None:
         assert found.is_contiguous()
         assert found.data_ptr() % 64 == 0
         assert found.untyped_storage().nbytes() == found.nbytes
+    assert kept[0].data_ptr() % (2 << 20) == 0, "where a large page begins"
+    assert set(advised) == {memory._LARGE_PAGES} - {None}
     kept[0].fill_(0)
     assert torch.equal(kept[2], tensors[2]), "copies do not overlap"
     assert torch.equal(copy.deepcopy(kept[5]), tensors[5])

@@ -42,7 +42,7 @@ class ProductKernels(CompiledOperators):
             raise ValueError(f"multiply: rows {tuple(rows.shape)} for {tuple(weight.shape)}")
         if bias is not None and (bias.shape != (outs,) or bias.dtype != weight.dtype):
             raise ValueError(f"multiply: a bias {tuple(bias.shape)} for {tuple(weight.shape)}")
-        rows = rows.contiguous()
+        rows, bias = rows.contiguous(), None if bias is None else bias.contiguous()
         out = rows.new_empty(*rows.shape[:-1], outs)
         count = out.numel() // outs
         if count and self._functions["multiply", weight.dtype](

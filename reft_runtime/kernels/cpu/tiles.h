@@ -1,7 +1,6 @@
 // The CPU's matrix tiles (AMX): products of 16 x 32 and 32 x 16 numbers of bfloat16.
 #pragma once
 
-#include <algorithm>
 #include <cstdint>
 
 #include "vectors.h"
@@ -61,7 +60,7 @@ class Tiles {
     alignas(64) uint8_t before_[64];
 };
 
-// Products of the tiles 4, 5 (rows) and 6, 7 (columns), added to tiles 0 to 3; or, if not BOTH,
+// Products of the tiles 4, 5 (left sides) and 6, 7 (right sides), added to tiles 0 to 3; or, if not BOTH,
 // without tile 7, to tiles 0 and 2.
 template <bool BOTH = true>
 inline void multiply_tiles() {
