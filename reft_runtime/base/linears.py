@@ -96,29 +96,24 @@ def prepack(model: nn.Module, leave: Collection[nn.Module] = ()) -> Packed:
         for name, parameter in module._parameters.items():
             if parameter is not None:
                 users.setdefault(id(parameter), []).append((module, name))
-    copied: set[int] = set()
+    kept: dict[int, Tensor] = {}
     for module in model.modules():
         count += isinstance(module, nn.Linear) and _is_merged(module)
         if module in leave or not _is_plain(module) or not packable(module.weight):
             continue
         count += 1
-        own = _multiplying(module.weight) if id(module.weight) in copied else None
-        if own is not None:  # another layer has it too
-            product = partial(_own_linear, own, module.weight.detach(), module.bias)
-            module.forward = product  # type: ignore[method-assign]
-            continue
-        module.forward, kept = product_of(  # type: ignore[method-assign, assignment]
-            module.weight.detach(), module.bias
-        )
-        sharing = users[id(module.weight)]
-        if len(sharing) > 1 and kept.is_mkldnn:
-            added += module.weight.nbytes
-            continue
-        weight = nn.Parameter(kept, requires_grad=False)
-        users[id(weight)] = sharing
-        copied.add(id(weight))
-        for user, name in sharing:
-            user._parameters[name] = weight
+        weight = module.weight
+        if id(weight) not in kept:
+            made = kept[id(weight)] = _kept(weight.detach())
+            sharing = users[id(weight)]
+            if len(sharing) > 1 and made.is_mkldnn:
+                added += weight.nbytes
+            else:
+                parameter = nn.Parameter(made, requires_grad=False)
+                kept[id(parameter)] = made  # another layer may have it too
+                for user, name in sharing:
+                    user._parameters[name] = parameter
+        module.forward = _product(kept[id(weight)], module.bias)  # type: ignore[method-assign, assignment]
     return Packed(count, added)
 
 
@@ -207,15 +202,27 @@ def _packing(dtype: torch.dtype) -> _Packing | None:
 
 def product_of(weight: Tensor, bias: Tensor | None) -> tuple[Product, Tensor]:
     """A function for the product with a weight [out, in], and the weight as it keeps it."""
-    own = _multiplying(weight)
-    if own is not None:
-        weight = in_large_pages(weight)
-        return partial(_own_linear, own, weight, bias), weight
+    kept = _kept(weight)
+    return _product(kept, bias), kept
+
+
+def _kept(weight: Tensor) -> Tensor:
+    """The weight as products want it: in large pages, reordered, or as it is."""
+    if _multiplying(weight) is not None:
+        return in_large_pages(weight)
     packing = _packing(weight.dtype) if packable(weight) else None
-    if packing is None:
-        return partial(linear, weight=weight, bias=bias), weight
-    packed = packing.reorder(weight, EXPECTED_ROWS)
-    return partial(_packed_linear, packing.product, packed, bias), packed
+    return weight if packing is None else packing.reorder(weight, EXPECTED_ROWS)
+
+
+def _product(kept: Tensor, bias: Tensor | None) -> Product:
+    """The product with a weight that is kept so."""
+    packing = _packing(kept.dtype) if kept.is_mkldnn else None
+    if packing is not None:
+        return partial(_packed_linear, packing.product, kept, bias)
+    own = _multiplying(kept)
+    if own is not None:
+        return partial(_own_linear, own, kept, bias)
+    return partial(linear, weight=kept, bias=bias)
 
 
 def _packed_linear(

@@ -87,16 +87,16 @@ def test_copies_in_large_pages(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_large_pages_are_freed_with_the_last_copy(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory, "_shared", None)
     first = in_large_pages(torch.ones(5))
-    mappings = [memory._shared.memory] if memory._shared else []
+    shared = memory._shared
+    assert shared is not None
     second = in_large_pages(torch.ones(6))
-    assert memory._shared is not None
-    assert memory._shared.memory is mappings[0], "both are in one mapping"
+    assert memory._shared is shared, "both are in one mapping"
     del first
     gc.collect()
-    assert mappings[0]() is not None
+    assert shared.memory() is not None
     del second
     gc.collect()
-    assert mappings[0]() is None
+    assert shared.memory() is None
     assert in_large_pages(torch.ones(2)).tolist() == [1, 1], "and then there is a new one"
 
 

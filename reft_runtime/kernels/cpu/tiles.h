@@ -60,8 +60,8 @@ class Tiles {
     alignas(64) uint8_t before_[64];
 };
 
-// Products of the tiles 4, 5 (left sides) and 6, 7 (right sides), added to tiles 0 to 3; or, if not BOTH,
-// without tile 7, to tiles 0 and 2.
+// Products of the tiles 4, 5 (left sides) and 6, 7 (right sides), added to tiles 0 to 3; or, if not
+// BOTH, without tile 7, to tiles 0 and 2.
 template <bool BOTH = true>
 inline void multiply_tiles() {
     _tile_dpbf16ps(0, 4, 6);
