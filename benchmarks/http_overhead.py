@@ -4,7 +4,7 @@ Every round runs requests of 64 random prompt tokens and 64 answered ones, n at 
 loop: who has its answer sends its next request), at least 96 in all: through `Engine.generate`,
 then over HTTP as server-sent events and as whole answers. The ratio is that of throughputs, whole
 run with prefill. The client shares the machine's cores with the server, so it does no more than
-read sockets; answers are checked after the clock has stopped.
+read sockets, every 5 ms; answers are checked after the clock has stopped.
 
     python -m benchmarks.http_overhead --concurrency 32,256 --rounds 7
 """
