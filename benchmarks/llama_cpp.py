@@ -28,6 +28,7 @@ from reft_runtime.machine.cache import cache_folder
 from reft_runtime.machine.cores import usable_cores
 
 PROMPT_TOKENS = ANSWER_TOKENS = 64
+MAX_MODEL_LEN = 512
 OURS = "base, bfloat16"
 FILES = {"llama.cpp, bf16": "bf16", "llama.cpp, Q8_0": "q8_0"}
 """Output types of llama.cpp's converter, by the label of the case."""
@@ -50,11 +51,9 @@ def converted(source: Path, model: str, kind: str) -> Path:
 def llama_cpp(source: Path, model: Path, n: int) -> Case:
     """A case by llama-batched-bench, which loads the model each time; that is not counted."""
     tokens = n * (PROMPT_TOKENS + ANSWER_TOKENS)
-    options = {"-m": model, "-c": tokens, "-b": 2048, "-t": usable_cores()}
-    lengths = {"-npp": PROMPT_TOKENS, "-ntg": ANSWER_TOKENS, "-npl": n}
-    command = [str(source / "build" / "bin" / "llama-batched-bench"), "--output-format", "jsonl"]
-    for name, value in (options | lengths).items():
-        command += [name, str(value)]
+    command = [str(source / "build" / "bin" / "llama-batched-bench"), "-m", str(model)]
+    command += f"-c {tokens} -b 2048 -t {usable_cores()} --output-format jsonl".split()
+    command += f"-npp {PROMPT_TOKENS} -ntg {ANSWER_TOKENS} -npl {n}".split()
 
     def run(number: int) -> Figures:
         done = subprocess.run(command, check=True, capture_output=True, text=True)
@@ -89,12 +88,17 @@ def main(
     sizes = [int(n) for n in concurrency.split(",")]
     for model in models.split(","):
         files = {label: converted(source, model, kind) for label, kind in FILES.items()}
-        limits = {"max_running": max(sizes), "max_model_len": 512, "kv_tokens": max(sizes) * 512}
-        with Engine(str(checkpoint(model)), dtype="bfloat16", **limits) as engine:
+        with Engine(
+            str(checkpoint(model)),
+            dtype="bfloat16",
+            max_running=max(sizes),
+            max_model_len=MAX_MODEL_LEN,
+            kv_tokens=max(sizes) * MAX_MODEL_LEN,
+        ) as engine:
             for n in sizes:
                 cases = {OURS: ours(engine, n)}
                 cases |= {label: llama_cpp(source, file, n) for label, file in files.items()}
-                setting = {"benchmark": "llama.cpp", "model": model, "n": n}
+                setting: dict[str, str | int] = {"benchmark": "llama.cpp", "model": model, "n": n}
                 taken = measure(cases, rounds, setting, out)
                 for label in cases:
                     rate = round(n * ANSWER_TOKENS / median(taken, label))

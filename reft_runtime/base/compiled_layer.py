@@ -1,53 +1,142 @@
-"""A decoder layer as one compiled function, for the steps and weights that it takes."""
+"""Decoder layers as compiled functions, for the steps and weights that these take.
+
+The model calls its layers one by one. In a step of few tokens Python takes a while between two, so
+the first computes those behind it as well, up to one that has a hook, or follows one that has; when
+the model calls these, what they give is there.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Protocol
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor, nn
 
 from reft_runtime.base.attention import AttentionStep, Scoring
 from reft_runtime.base.linears import Merged, packed_parts
+from reft_runtime.base.plans import Hooks
 from reft_runtime.kernels.cpu import Kernels
-from reft_runtime.kernels.operators import DecoderLayer, LayerWeights, Norm, PackedLinear
+from reft_runtime.kernels.operators import DecoderLayer, LayerRun, LayerWeights, Norm, PackedLinear
+
+AHEAD_ROWS = 64
+"""Most rows of a step in which layers are computed ahead. With more, Python's part is nothing, and
+the outputs of all layers are much memory."""
+
+
+class Computed(NamedTuple):
+    """What a layer gives for an input, which is told by its address, and for cosines and sines."""
+
+    rows: int
+    cos: Tensor
+    sin: Tensor
+    out: Tensor
+
+
+@dataclass(slots=True)
+class Ahead:
+    """What layers give that were computed ahead in a step, by their index.
+
+    After a failure no more are.
+    """
+
+    computed: dict[int, Computed] = field(default_factory=dict)
+    failed: bool = False
 
 
 class LayerStep(AttentionStep, Protocol):
-    """A step that knows where a compiled layer finds its keys and values.
+    """A step that knows where compiled layers find their keys and values.
 
     Other steps lack the method.
     """
 
-    def whole_layer(
-        self, index: int, layer: DecoderLayer, rows: Tensor, cos: Tensor, sin: Tensor
+    ahead: Ahead
+
+    def whole_layers(
+        self, first: int, run: LayerRun, rows: Tensor, cos: Tensor, sin: Tensor
     ) -> Tensor | None:
-        """The output [T, d] of decoder layer `index` for its input; None where it cannot be."""
+        """The outputs [layers, T, d] of the decoder layers from `first` on; None where it cannot.
+
+        `rows` [T, d] is the input of the first.
+        """
 
 
 class CompiledLayer:
-    """Makes the function at the first step that could use it: until then weights may be packed.
+    """One decoder layer; `make` returns its function, or None.
 
-    `make` returns it, or None.
+    It is made at the first step that could use it: until then weights may be packed. `inner` are
+    the hooks of the modules in the layer. `following` is the layer that the model calls next, if
+    that is compiled as well.
     """
 
-    def __init__(self, index: int, make: Callable[[], DecoderLayer | None]) -> None:
+    def __init__(
+        self, layer: nn.Module, index: int, inner: Hooks, make: Callable[[], DecoderLayer | None]
+    ) -> None:
+        self.following: CompiledLayer | None = None
         self._index = index
         self._make = make
         self._made: DecoderLayer | None = None
         self._asked = False
+        self._inner = inner
+        self._before: Mapping[int, Any] = layer._forward_pre_hooks
+        self._after: Mapping[int, Any] = layer._forward_hooks
+        self._takes_output = True
+        self._runs: dict[int, LayerRun] = {}
 
-    def compute(self, rows: Tensor, cos: Tensor, sin: Tensor, step: object) -> Tensor | None:
+    def compute(self, rows: Tensor, cos: Tensor, sin: Tensor, step: Any) -> Tensor | None:
         """The layer's output for rows [T, d]; None where its operators have to be called."""
-        whole_layer = getattr(step, "whole_layer", None)
-        if whole_layer is None:
+        ahead: Ahead | None = getattr(step, "ahead", None)
+        if ahead is None:
             return None
+        known = ahead.computed.pop(self._index, None)
+        if known is not None:
+            if known.rows == rows.data_ptr() and known.cos is cos and known.sin is sin:
+                return known.out
+            # The model does something between the two layers.
+            self._takes_output = False
+        run = self._run(1 if ahead.failed or len(rows) > AHEAD_ROWS else None)
+        if run is None:
+            return None
+        made: Tensor | None = step.whole_layers(self._index, run, rows, cos, sin)
+        if made is None:
+            ahead.failed = True
+            return None
+        outs = made.unbind()
+        for later in range(1, len(outs)):
+            given = outs[later - 1].data_ptr()
+            ahead.computed[self._index + later] = Computed(given, cos, sin, outs[later])
+        return outs[0]
+
+    def _run(self, most: int | None) -> LayerRun | None:
+        """This layer and those that can be computed with it, at most so many."""
+        first = self._layer()
+        if first is None:
+            return None
+        layers, last = [first], self
+        while len(layers) != most and (following := last._next()) is not None:
+            layer = following._layer()
+            if layer is None or layer.kind != first.kind:
+                break
+            layers.append(layer)
+            last = following
+        run = self._runs.get(len(layers))
+        if run is None:
+            run = self._runs[len(layers)] = LayerRun(layers)
+        return run
+
+    def _next(self) -> CompiledLayer | None:
+        """The next layer, if it gets this one's output and nobody looks at anything before it."""
+        following = self.following
+        if following is None or following._index != self._index + 1:
+            return None
+        if self._after or not following._takes_output:
+            return None
+        return None if following._before or any(following._inner) else following
+
+    def _layer(self) -> DecoderLayer | None:
         if not self._asked:
             self._made, self._asked = self._make(), True
-        if self._made is None:
-            return None
-        made: Tensor | None = whole_layer(self._index, self._made, rows, cos, sin)
-        return made
+        return self._made
 
 
 def layer_of_weights(

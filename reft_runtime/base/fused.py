@@ -17,7 +17,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from reft_runtime.base.fused_layer import is_llama_like, layer_forward
+from reft_runtime.base.fused_layer import chain, is_llama_like, layer_plan
 from reft_runtime.base.gated_attention import gated_attention
 from reft_runtime.base.linears import Merged
 from reft_runtime.base.plans import Compute, Hooks, PartPlan, Plan, epsilon_of, hooks_of, or_own
@@ -83,6 +83,7 @@ def fuse(
         fuser.fuse(layer, asked)
     for module in model.modules():
         fuser.fuse_alone(module)
+    fuser.chain(layers)
     return fuser.fused(layers)
 
 
@@ -96,6 +97,10 @@ class _Fuser:
         self._trials = Trials()
         self._rotary: dict[Operator, Operator | None] = {}
         self._plans: dict[nn.Module, Plan] = {}
+
+    def chain(self, layers: SequenceOf[nn.Module]) -> None:
+        """Let these layers, in the model's order, be computed by one call where they can."""
+        chain(self._plans.get(layer) for layer in layers)
 
     def fused(self, layers: SequenceOf[nn.Module]) -> Fused:
         """How many of these layers were replaced, whole or in parts."""
@@ -280,8 +285,7 @@ class _Fuser:
         attention, mlp = plans.get(layer.self_attn), plans.get(layer.mlp)
         if not isinstance(attention, PartPlan) or not isinstance(mlp, PartPlan):
             return None
-        forward = layer_forward(layer, attention, mlp, asked, self._operators)
-        return Plan(forward, self._width)
+        return layer_plan(layer, attention, mlp, asked, self._operators)
 
     def _parts(
         self, attention: nn.Module, mlp: nn.Module, asked: ProbedLayer

@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 from torch import Tensor, nn
 
 from reft_runtime.base.compiled_layer import CompiledLayer, layer_of_weights
-from reft_runtime.base.plans import Compute, PartPlan, epsilon_of, hooks_of, or_own
+from reft_runtime.base.plans import Compute, PartPlan, Plan, epsilon_of, hooks_of, or_own
 from reft_runtime.base.probe import ProbedLayer
-from reft_runtime.base.trial import Operator
 from reft_runtime.kernels.cpu import Kernels
 from reft_runtime.kernels.operators import DecoderLayer, Norm, Operators, ProductOperators
 
 _PARTS = {"input_layernorm", "post_attention_layernorm", "self_attn", "mlp"}
+
+
+@dataclass(frozen=True, slots=True)
+class LayerPlan(Plan):
+    """The plan of a decoder layer, and what it is `compiled` to, if it is."""
+
+    compiled: CompiledLayer | None
 
 
 def is_llama_like(layer: nn.Module) -> bool:
@@ -27,10 +36,10 @@ def is_llama_like(layer: nn.Module) -> bool:
     )
 
 
-def layer_forward(
+def layer_plan(
     layer: Any, attention: PartPlan, mlp: PartPlan, asked: ProbedLayer, operators: Operators
-) -> Operator:
-    """The forward of a layer that `is_llama_like`, made of the plans of its parts."""
+) -> LayerPlan:
+    """The plan of a layer that `is_llama_like`, made of the plans of its parts."""
     before, after = layer.input_layernorm, layer.post_attention_layernorm
     first_epsilon, second_epsilon = epsilon_of(before), epsilon_of(after)
     assert first_epsilon is not None
@@ -45,6 +54,8 @@ def layer_forward(
         rows += down(activate(normal))
         return rows
 
+    inner = hooks_of(module for module in layer.modules() if module is not layer)
+    compiled: CompiledLayer | None = None
     chosen: Compute = compute
     if isinstance(operators, Kernels):
 
@@ -55,13 +66,13 @@ def layer_forward(
                 operators, norms, attention.merged, o, mlp.merged, down, heads, asked.scoring
             )
 
-        compiled = CompiledLayer(layer.self_attn.layer_idx, make)
+        made_of = CompiledLayer(layer, layer.self_attn.layer_idx, inner, make)
 
         def compute_at_once(rows: Tensor, cos: Tensor, sin: Tensor, step: Any) -> Tensor:
-            made = compiled.compute(rows, cos, sin, step)
+            made = made_of.compute(rows, cos, sin, step)
             return compute(rows, cos, sin, step) if made is None else made
 
-        chosen = compute_at_once
+        chosen, compiled = compute_at_once, made_of
     joined = mlp.merged.weight
     products = operators if isinstance(operators, ProductOperators) else None
     if products is not None and joined is not None and _plain(o, down, *mlp.merged.parts):
@@ -75,8 +86,17 @@ def layer_forward(
             return products.add_product_(rows, products.gated_product(normal, joined), down.weight)
 
         chosen = compute_in_place
-    inner = hooks_of(module for module in layer.modules() if module is not layer)
-    return or_own(operators, chosen, layer.forward, inner, asked.shape.key_dim)
+    width = asked.shape.key_dim
+    forward = or_own(operators, chosen, layer.forward, inner, width)
+    return LayerPlan(forward, attention.width, compiled)
+
+
+def chain(plans: Iterable[Plan | None]) -> None:
+    """Let each compiled layer know the one behind it; `plans` are those of a model's layers."""
+    compiled = [plan.compiled if isinstance(plan, LayerPlan) else None for plan in plans]
+    for before, after in pairwise(compiled):
+        if before is not None:
+            before.following = after
 
 
 def _plain(*linears: nn.Linear) -> bool:

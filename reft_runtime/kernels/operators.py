@@ -17,6 +17,7 @@ from reft_runtime.kernels.cpu import RowEdit as RowEdit
 from reft_runtime.kernels.cpu import RowEdits as RowEdits
 from reft_runtime.kernels.cpu import kernels
 from reft_runtime.kernels.cpu.decoder_layer import DecoderLayer as DecoderLayer
+from reft_runtime.kernels.cpu.decoder_layer import LayerRun as LayerRun
 from reft_runtime.kernels.cpu.decoder_layer import LayerWeights as LayerWeights
 from reft_runtime.kernels.cpu.decoder_layer import Norm as Norm
 from reft_runtime.kernels.cpu.decoder_layer import PackedLinear as PackedLinear

@@ -12,7 +12,8 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from reft_runtime.base.attention import Scoring, attend_causally
-from reft_runtime.kernels.operators import DecoderLayer, StepPlaces, cpu_operators
+from reft_runtime.base.compiled_layer import Ahead
+from reft_runtime.kernels.operators import LayerRun, StepPlaces, cpu_operators
 from reft_runtime.kv.slabs import Layout, Row
 from reft_runtime.schedule.plan import Chunk
 from reft_runtime.schedule.sequence import Sequence
@@ -61,6 +62,7 @@ class RowAttentionStep:
                 self._single = first
         self._tokens = first
         self._room: Tensor | None = None
+        self.ahead = Ahead()
 
     def attend(
         self,
@@ -102,22 +104,19 @@ class RowAttentionStep:
             _attend(segment, layer, query[own], key[own], value[own], out[own], scoring)
         return out
 
-    def whole_layer(
-        self, index: int, layer: DecoderLayer, rows: Tensor, cos: Tensor, sin: Tensor
+    def whole_layers(
+        self, first: int, run: LayerRun, rows: Tensor, cos: Tensor, sin: Tensor
     ) -> Tensor | None:
-        """See `base.compiled_layer.LayerStep.whole_layer`."""
-        keys, values = (self._layout.parts[part] for part in self._layout.layers[index])
-        shape = layer.key_heads, layer.head_dim
-        if keys is values or any((part.heads, part.dim) != shape for part in (keys, values)):
+        """See `base.compiled_layer.LayerStep.whole_layers`."""
+        heads = run.kind.key_heads, run.kind.head_dim
+        kept = self._layout.heads[first : first + len(run)]
+        if len(rows) != self._tokens or any(one != heads for one in kept):
             return None
-        if len(rows) != self._tokens:
-            return None
-        numbers = layer.room_for(self._tokens)
+        numbers = run.room_for(self._tokens)
         if self._room is None or self._room.numel() < numbers:
             self._room = rows.new_empty(numbers)
-        before = keys.before, values.before
-        places = StepPlaces(self._places, self._long_places, before)
-        return layer.compute(rows, cos, sin, places, self._room)
+        places = StepPlaces(self._places, self._long_places, self._layout.before[first:])
+        return run.compute(rows, cos, sin, places, self._room)
 
     @cached_property
     def _places(self) -> Tensor:

@@ -34,11 +34,15 @@ class Layout:
 
     A layer that has no keys and values of its own has the parts of its source. Values that are the
     first numbers of keys lie in the part of the keys; `value_dims` are the widths of the values.
+    `before`, int64 [layers, 2], are the numbers of each token before a layer's keys and values, and
+    `heads` how many there are and how wide they are, None where keys and values differ or are one.
     """
 
     parts: tuple[Part, ...]
     layers: tuple[tuple[int, int], ...]
     value_dims: tuple[int, ...]
+    before: Tensor
+    heads: tuple[tuple[int, int] | None, ...]
 
     @classmethod
     def of(cls, shapes: SequenceOf[LayerShape]) -> Layout:
@@ -55,7 +59,21 @@ class Layout:
             for dim in dims:
                 parts.append(Part(before, shape.kv_heads, dim))
                 before += parts[-1].numbers
-        return cls(tuple(parts), tuple(layers), tuple(shape.value_dim for shape in shapes))
+        both = [(parts[keys], parts[values]) for keys, values in layers]
+        numbers = [(keys.before, values.before) for keys, values in both]
+        heads = [
+            (keys.heads, keys.dim)
+            if keys is not values and (keys.heads, keys.dim) == (values.heads, values.dim)
+            else None
+            for keys, values in both
+        ]
+        return cls(
+            tuple(parts),
+            tuple(layers),
+            tuple(shape.value_dim for shape in shapes),
+            torch.tensor(numbers, dtype=torch.int64).view(-1, 2),
+            tuple(heads),
+        )
 
 
 class Row:

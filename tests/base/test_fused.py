@@ -1,14 +1,21 @@
 """Fused operators are used where they give the same, and nowhere else."""
 
 import copy
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.masking_utils import create_causal_mask
+from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.models.llama.modeling_llama import LlamaModel
 
+from reft_runtime.base.compiled_layer import AHEAD_ROWS
+from reft_runtime.errors import UnsupportedModel
 from reft_runtime.kernels.cpu import Kernels
-from reft_runtime.kernels.cpu.decoder_layer import DecoderLayer
+from reft_runtime.kernels.cpu.decoder_layer import LayerRun
 from reft_runtime.loading.loader import adopt_model
 from tests.helpers.models import generate, make_core, prompt, request, run, tiny
 
@@ -17,7 +24,7 @@ from tests.helpers.models import generate, make_core, prompt, request, run, tiny
 def calls(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
     """How often each operator was called."""
     counts: dict[str, int] = {}
-    operators: list[tuple[type, str]] = [(DecoderLayer, "compute")]
+    operators: list[tuple[type, str]] = [(LayerRun, "compute")]
     operators += [(Kernels, name) for name in ("rms_norm", "add_rms_norm", "silu_mul", "rotate_")]
     for kind, name in operators:
 
@@ -40,10 +47,10 @@ def answer(model: PreTrainedModel, calls: dict[str, int]) -> list[int]:
 @pytest.mark.parametrize(
     ("model_type", "used"),
     [
-        # Whole layers, and the norm behind them.
-        ("llama", {"compute": 4, "rms_norm": 1}),
-        ("qwen2", {"compute": 3, "rms_norm": 1}),
-        ("mistral", {"compute": 3, "rms_norm": 1}),
+        # All layers at once, and the norm behind them.
+        ("llama", {"compute": 1, "rms_norm": 1}),
+        ("qwen2", {"compute": 1, "rms_norm": 1}),
+        ("mistral", {"compute": 1, "rms_norm": 1}),
         # Norms of queries and keys too: fused piece by piece.
         ("qwen3", {"rms_norm": 13, "silu_mul": 3, "rotate_": 3}),
         ("olmo2", {"rms_norm": 13, "silu_mul": 3, "rotate_": 3}),
@@ -77,9 +84,101 @@ def test_a_compiled_layer_that_fails_leaves_it_to_the_operators(
 ) -> None:
     model = tiny("llama")
     wanted = generate(model, prompt(5), 6)
-    monkeypatch.setattr(DecoderLayer, "compute", lambda *_: None)
+    monkeypatch.setattr(LayerRun, "compute", lambda *_: None)
     assert answer(copy.deepcopy(model), calls) == wanted
     assert calls["add_rms_norm"] == 24
+
+
+def test_layers_are_computed_ahead_in_steps_of_few_tokens(calls: dict[str, int]) -> None:
+    model = tiny("llama")
+    wanted = generate(model, prompt(AHEAD_ROWS + 1), 6)
+    core = make_core(adopt_model(model))
+    calls.clear()
+    assert run(core, [request("a", prompt(AHEAD_ROWS + 1), max_tokens=6)])["a"][0] == wanted
+    assert calls["compute"] == 4 + 5, "the prompt's layers one by one"
+
+
+@pytest.mark.parametrize("where", ["before", "inside", "after"])
+def test_layers_are_computed_ahead_up_to_a_hook(where: str, calls: dict[str, int]) -> None:
+    plain = tiny("llama")
+    fused = copy.deepcopy(plain)
+    core = make_core(adopt_model(fused))
+
+    def doubled(module: nn.Module, args: tuple[Tensor], output: Tensor) -> Tensor:
+        return output * 2
+
+    def turned(module: nn.Module, args: tuple[Tensor], kwargs: dict[str, Tensor]) -> object:
+        return (args[0].flip(-1), *args[1:]), kwargs
+
+    for model in (plain, fused):
+        layer = model.model.layers[2]
+        if where == "before":
+            layer.register_forward_pre_hook(turned, with_kwargs=True)
+        else:
+            layer = layer.mlp if where == "inside" else layer
+            layer.register_forward_hook(doubled)
+    wanted = generate(plain, prompt(5), 6)
+    calls.clear()
+    assert run(core, [request("a", prompt(5), max_tokens=6)])["a"][0] == wanted
+    assert calls["compute"] == 6 * 2, "the layers up to the hook, and those behind it"
+
+
+def looping(between: Callable[[Tensor], Tensor], *, faster: bool) -> Callable[..., object]:
+    """A Llama model's forward that does something `between` its layers.
+
+    If it is `faster`, the positions of each layer turn faster than those of the one before.
+    """
+
+    def forward(
+        self: Any,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        **kwargs: object,
+    ) -> BaseModelOutputWithPast:
+        hidden = self.embed_tokens(input_ids)
+        if position_ids is None:
+            position_ids = torch.arange(input_ids.shape[1])[None]
+        mask = create_causal_mask(
+            config=self.config,
+            inputs_embeds=hidden,
+            attention_mask=attention_mask,
+            past_key_values=None,
+            position_ids=position_ids,
+        )
+        angles = self.rotary_emb(hidden, position_ids=position_ids)
+        for number, layer in enumerate(self.layers, 1):
+            if faster:
+                angles = self.rotary_emb(hidden, position_ids=position_ids * number)
+            hidden = between(layer(hidden, attention_mask=mask, position_embeddings=angles))
+        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden))
+
+    return forward
+
+
+@pytest.mark.parametrize("changes", ["rows", "angles", "both"])
+def test_a_model_that_does_something_between_its_layers(
+    changes: str, monkeypatch: pytest.MonkeyPatch, calls: dict[str, int]
+) -> None:
+    forward = looping(
+        lambda rows: rows if changes == "angles" else rows.flip(-1), faster=changes != "rows"
+    )
+    monkeypatch.setattr(LlamaModel, "forward", forward)
+    model = tiny("llama")
+    model.generation_config.use_cache = False
+    wanted = generate(model, prompt(5), 6)
+    assert answer(copy.deepcopy(model), calls) == wanted
+    assert calls["compute"] == 6 * 4, "each layer by itself, once that was seen"
+
+
+def test_a_model_that_changes_rows_in_place_between_its_layers_is_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(
+        LlamaModel, "forward", looping(lambda rows: rows.copy_(rows.flip(-1)), faster=False)
+    )
+    with pytest.raises(UnsupportedModel, match="logits"):
+        adopt_model(tiny("llama"))
 
 
 def test_what_looks_the_same_and_is_not_keeps_its_own_code(calls: dict[str, int]) -> None:

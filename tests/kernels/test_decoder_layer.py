@@ -1,4 +1,4 @@
-"""A whole decoder layer as one function, against torch's operators and its own parts."""
+"""Whole decoder layers as one function, against torch's operators and its own parts."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from reft_runtime.base.attention import Scoring, attend_causally
 from reft_runtime.base.linears import product_of
 from reft_runtime.kernels.cpu import Kernels
 from reft_runtime.kernels.cpu.decoder_layer import (
-    DecoderLayer,
+    LayerRun,
     LayerWeights,
     Norm,
     PackedLinear,
@@ -83,10 +83,9 @@ class Plain:
         return heads * cos[:, None] + turned * sin[:, None]
 
 
-def one_layer(operators: Kernels, plain: Plain) -> DecoderLayer:
-    made = operators.decoder_layer(plain.packed())
-    assert made is not None
-    return made
+def run_of(operators: Kernels, *layers: Plain) -> LayerRun:
+    made = [operators.decoder_layer(plain.packed()) for plain in layers]
+    return LayerRun([layer for layer in made if layer is not None])
 
 
 @pytest.fixture
@@ -135,7 +134,7 @@ def test_layer(
         monkeypatch.setattr(linears, "_multiplying", lambda weight: None)
     dim = 32
     plain = Plain(dim, dtype, scoring, bias=bias)
-    layer = one_layer(operators, plain)
+    run = run_of(operators, plain)
     lengths, behind = [1, 1, prompt], [9, 30, 4]
     tokens = sum(lengths)
     assert row_blocks(tokens, threads) == (2 if prompt > 21 else 1)
@@ -162,25 +161,24 @@ def test_layer(
     )
     single = [(one.data_ptr(), CAPACITY, old) for one, old in zip(kept[:2], behind, strict=False)]
     segments = [(kept[2].data_ptr(), CAPACITY, 2, behind[2], lengths[2])]
-    places = StepPlaces(
-        torch.tensor(single), torch.tensor(segments), (before, before + KEY_HEADS * dim)
-    )
+    halves = torch.tensor([(before, before + KEY_HEADS * dim)])
+    places = StepPlaces(torch.tensor(single), torch.tensor(segments), halves)
     given = rows.clone()
-    room = torch.full((layer.room_for(tokens),), math.nan, dtype=dtype)
-    found = layer.compute(given, cos, sin, places, room)
+    room = torch.full((run.room_for(tokens),), math.nan, dtype=dtype)
+    found = run.compute(given, cos, sin, places, room)
     assert found is not None
     tolerance = DTYPES[dtype]
-    torch.testing.assert_close(found, wanted, rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(found, wanted[None], rtol=tolerance, atol=tolerance)
     assert torch.equal(given, rows), "the layer's input is left as it is"
 
 
 def test_what_a_layer_does_not_take(operators: Kernels) -> None:
     plain = Plain(10, torch.float32, Scoring(), bias=False)
-    layer = one_layer(operators, plain)
+    layer = run_of(operators, plain)
     rows, angles = torch.randn(2, WIDTH), torch.randn(2, 10)
     kept = torch.zeros(2 * KEY_HEADS * 10 * CAPACITY)
     room = torch.empty(layer.room_for(2))
-    before = (0, KEY_HEADS * 10)
+    before = torch.tensor([(0, KEY_HEADS * 10)])
     single = torch.tensor([(kept.data_ptr(), CAPACITY, 3)] * 2)
     none = torch.tensor([])
     fine = StepPlaces(single, none, before)
@@ -194,6 +192,42 @@ def test_what_a_layer_does_not_take(operators: Kernels) -> None:
     assert layer.compute(rows[:, :40], angles, angles, fine, room) is None
     assert layer.compute(rows, angles[:1], angles[:1], fine, room) is None
     assert layer.compute(rows, angles, angles, fine, room[1:]) is None
+    two = run_of(operators, plain, plain)
+    assert two.compute(rows, angles, angles, fine, room) is None, "places of one layer"
+    with pytest.raises(AssertionError):
+        run_of(operators, plain, Plain(16, torch.float32, Scoring(), bias=False))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_layers_of_one_call_are_those_of_several(operators: Kernels, dtype: torch.dtype) -> None:
+    dim, numbers = 16, KEY_HEADS * 16
+    layers = [Plain(dim, dtype, scoring, bias=False) for scoring in (Scoring(), Scoring(window=3))]
+    layers[1].norms = [norm.flip(0) for norm in layers[1].norms]
+    rows, angles = torch.randn(3, WIDTH).to(dtype), torch.rand(3, dim).to(dtype)
+    before = torch.tensor([(0, numbers), (3 * numbers, 2 * numbers)])
+
+    def of(*runs: LayerRun) -> tuple[list[Tensor], Tensor]:
+        """The outputs of all layers, and the keys and values that they wrote."""
+        torch.manual_seed(1)
+        kept = torch.randn(4 * numbers * CAPACITY).to(dtype)
+        single = torch.tensor([(kept.data_ptr(), CAPACITY, 7 + i) for i in range(3)])
+        outs: list[Tensor] = []
+        last, first = rows, 0
+        for run in runs:
+            room = torch.empty(run.room_for(3), dtype=dtype)
+            places = StepPlaces(single, torch.tensor([]), before[first:])
+            found = run.compute(last, angles, angles, places, room)
+            assert found is not None
+            outs += found.unbind()
+            last, first = outs[-1], first + len(run)
+        return outs, kept
+
+    one_by_one, their_kept = of(*(run_of(operators, layer) for layer in layers))
+    together, kept = of(run_of(operators, *layers))
+    assert len(together) == len(one_by_one) == 2
+    assert all(map(torch.equal, together, one_by_one))
+    assert not torch.equal(*together)
+    assert torch.equal(kept, their_kept)
 
 
 def test_weights_that_no_layer_is_made_of(operators: Kernels) -> None:
@@ -231,7 +265,7 @@ def test_weights_are_freed_with_their_layer(operators: Kernels) -> None:
     assert bias is not None
     weak: Any = StorageWeakRef
     kept = weak(bias.untyped_storage())
-    made = one_layer(operators, plain)
+    made = run_of(operators, plain)
     del plain, bias
     gc.collect()
     assert not kept.expired()

@@ -350,7 +350,7 @@ def test_one_way_of_computing_that_ignores_its_window_is_seen(
         return made
 
     monkeypatch.setattr(RowAttentionStep, "attend", off)
-    monkeypatch.setattr(RowAttentionStep, "whole_layer", lambda *_: None)
+    monkeypatch.setattr(RowAttentionStep, "whole_layers", lambda *_: None)
     refused(tiny("mistral", sliding_window=40), "past its window")
 
 

@@ -1,4 +1,4 @@
-// A whole decoder layer of the Llama family: norms, rotary positions, attention over KV rows, the
+// Whole decoder layers of the Llama family: norms, rotary positions, attention over KV rows, the
 // gated activation, and the matrix products: torch's own, or `multiply`.
 #pragma once
 
@@ -201,6 +201,25 @@ int decoder_layer(const DecoderLayer& layer, const T* rows, T* out, int64_t toke
             return status;
     }
     return in_blocks(tokens, padded, blocks, threads, finish) ? 0 : NO_PRODUCT;
+}
+
+// Computes so many layers of one width, each from what the one before it gave, into `outs` [count,
+// tokens, width]. `before` [count, 2] says where the keys and the values of each begin in a row, and
+// `room` is enough for any of them; all else is as for one.
+template <typename T>
+int decoder_layers(const DecoderLayer* const* layers, int64_t count, const T* rows, T* outs,
+                   int64_t tokens, int64_t padded, int64_t blocks, const T* cos, const T* sin,
+                   StepPlaces places, const int64_t* before, T* room, int threads) {
+    for (int64_t i = 0; i < count; ++i) {
+        places.keys_before = before[2 * i];
+        places.values_before = before[2 * i + 1];
+        if (const int status = decoder_layer(*layers[i], rows, outs, tokens, padded, blocks, cos,
+                                             sin, places, room, threads))
+            return status;
+        rows = outs;
+        outs += tokens * layers[i]->width;
+    }
+    return 0;
 }
 
 }  // namespace

@@ -107,15 +107,14 @@
                                    T* out, int64_t in, int64_t outs, int threads) {                \
         return !multiply(rows, count, weight, bias, out, in, outs, threads);                       \
     }                                                                                              \
-    extern "C" int attend_layer_##NAME(                                                            \
-        const DecoderLayer* layer, const T* rows, T* out, int64_t tokens, int64_t padded,          \
-        int64_t blocks, const T* cos, const T* sin, const int64_t* single, int64_t singles,        \
-        const int64_t* segments, int64_t segment_count, int64_t keys_before,                       \
-        int64_t values_before, T* room, int threads) {                                             \
-        const StepPlaces places{single, segments, singles, segment_count, keys_before,             \
-                                values_before};                                                    \
-        return decoder_layer(*layer, rows, out, tokens, padded, blocks, cos, sin, places, room,    \
-                             threads);                                                             \
+    extern "C" int attend_layers_##NAME(                                                           \
+        const DecoderLayer* const* layers, int64_t count, const T* rows, T* outs, int64_t tokens,  \
+        int64_t padded, int64_t blocks, const T* cos, const T* sin, const int64_t* single,         \
+        int64_t singles, const int64_t* segments, int64_t segment_count, const int64_t* before,    \
+        T* room, int threads) {                                                                    \
+        const StepPlaces places{single, segments, singles, segment_count, 0, 0};                   \
+        return decoder_layers(layers, count, rows, outs, tokens, padded, blocks, cos, sin, places, \
+                              before, room, threads);                                              \
     }
 
 // Whether attention takes heads of these widths. All operators take the dtypes that are exported
