@@ -2,12 +2,13 @@
 
 The model calls its layers one by one. In a step of few tokens Python takes a while between two, so
 the first computes those behind it as well, up to one that has a hook, or follows one that has; when
-the model calls these, what they give is there.
+the model calls these, what they give is there. Only hooks that edit single rows of a layer's output
+(`EditingHook`) are no such end: their edits are made on the way.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
@@ -17,20 +18,41 @@ from reft_runtime.base.attention import AttentionStep, Scoring
 from reft_runtime.base.linears import Merged, packed_parts
 from reft_runtime.base.plans import Hooks
 from reft_runtime.kernels.cpu import Kernels
-from reft_runtime.kernels.operators import DecoderLayer, LayerRun, LayerWeights, Norm, PackedLinear
+from reft_runtime.kernels.operators import (
+    DecoderLayer,
+    LayerRun,
+    LayerWeights,
+    Norm,
+    PackedLinear,
+    RowEdits,
+)
 
 AHEAD_ROWS = 64
 """Most rows of a step in which layers are computed ahead. With more, Python's part is nothing, and
 the outputs of all layers are much memory."""
 
 
+class EditingHook(Protocol):
+    """A forward hook of a layer whose work somebody else can do. Other hooks lack the methods."""
+
+    def row_edits(self, width: int) -> RowEdits | None:
+        """What it does to rows so wide, if that is to edit single rows and no more."""
+
+    def done(self) -> None:
+        """Leave the next output as it is: it is edited."""
+
+
 class Computed(NamedTuple):
-    """What a layer gives for an input, which is told by its address, and for cosines and sines."""
+    """What a layer gives for an input, which is told by its address, and for cosines and sines.
+
+    `hook` is that of the layer, if its edits have been made.
+    """
 
     rows: int
     cos: Tensor
     sin: Tensor
     out: Tensor
+    hook: EditingHook | None
 
 
 @dataclass(slots=True)
@@ -53,11 +75,17 @@ class LayerStep(AttentionStep, Protocol):
     ahead: Ahead
 
     def whole_layers(
-        self, first: int, run: LayerRun, rows: Tensor, cos: Tensor, sin: Tensor
+        self,
+        first: int,
+        run: LayerRun,
+        rows: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        edits: Sequence[RowEdits | None],
     ) -> Tensor | None:
         """The outputs [layers, T, d] of the decoder layers from `first` on; None where it cannot.
 
-        `rows` [T, d] is the input of the first.
+        `rows` [T, d] is the input of the first, and `edits` are those of each layer's output.
         """
 
 
@@ -91,52 +119,87 @@ class CompiledLayer:
         known = ahead.computed.pop(self._index, None)
         if known is not None:
             if known.rows == rows.data_ptr() and known.cos is cos and known.sin is sin:
-                return known.out
+                return _given(known.out, known.hook)
             # The model does something between the two layers.
             self._takes_output = False
-        run = self._run(1 if ahead.failed or len(rows) > AHEAD_ROWS else None)
-        if run is None:
+        few = not ahead.failed and len(rows) <= AHEAD_ROWS
+        found = self._run(rows.shape[1] if few else None)
+        if found is None:
             return None
-        made: Tensor | None = step.whole_layers(self._index, run, rows, cos, sin)
+        run, hooks, edits = found
+        made: Tensor | None = step.whole_layers(self._index, run, rows, cos, sin, edits)
         if made is None:
             ahead.failed = True
             return None
         outs = made.unbind()
         for later in range(1, len(outs)):
             given = outs[later - 1].data_ptr()
-            ahead.computed[self._index + later] = Computed(given, cos, sin, outs[later])
-        return outs[0]
+            ahead.computed[self._index + later] = Computed(
+                given, cos, sin, outs[later], hooks[later]
+            )
+        return _given(outs[0], hooks[0])
 
-    def _run(self, most: int | None) -> LayerRun | None:
-        """This layer and those that can be computed with it, at most so many."""
+    def _run(self, width: int | None) -> _Found | None:
+        """This layer and those that can be computed with it, if rows have a `width`."""
         first = self._layer()
         if first is None:
             return None
         layers, last = [first], self
-        while len(layers) != most and (following := last._next()) is not None:
+        hooks: list[EditingHook | None] = []
+        edits: list[RowEdits | None] = []
+        while width is not None and (following := last._next()) is not None:
             layer = following._layer()
             if layer is None or layer.kind != first.kind:
                 break
+            hook, edit = last._hook(), None
+            if hook is not None:
+                edit = hook.row_edits(width)
+                if edit is None:
+                    break
+            hooks.append(hook)
+            edits.append(edit)
             layers.append(layer)
             last = following
         run = self._runs.get(len(layers))
         if run is None:
             run = self._runs[len(layers)] = LayerRun(layers)
-        return run
+        # The last layer's own hook does its work.
+        return _Found(run, [*hooks, None], [*edits, None])
 
     def _next(self) -> CompiledLayer | None:
-        """The next layer, if it gets this one's output and nobody looks at anything before it."""
+        """The next layer, if it gets this one's output and nobody else looks at what is between."""
         following = self.following
         if following is None or following._index != self._index + 1:
             return None
-        if self._after or not following._takes_output:
+        if not following._takes_output or following._before or any(following._inner):
             return None
-        return None if following._before or any(following._inner) else following
+        return None if self._after and self._hook() is None else following
+
+    def _hook(self) -> EditingHook | None:
+        """The only hook behind this layer, if it is one that edits rows."""
+        if len(self._after) != 1:
+            return None
+        (hook,) = self._after.values()
+        return hook if hasattr(hook, "row_edits") else None
 
     def _layer(self) -> DecoderLayer | None:
         if not self._asked:
             self._made, self._asked = self._make(), True
         return self._made
+
+
+class _Found(NamedTuple):
+    """Layers to compute, and for each the hook behind it, if its edits are made, and these."""
+
+    run: LayerRun
+    hooks: list[EditingHook | None]
+    edits: list[RowEdits | None]
+
+
+def _given(out: Tensor, hook: EditingHook | None) -> Tensor:
+    if hook is not None:
+        hook.done()
+    return out
 
 
 def layer_of_weights(

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from reft_runtime.base.recurrent import EachTokenStep
 from reft_runtime.errors import WrongBaseModel
 from reft_runtime.interventions.format.components import NAMED, module_path
+from reft_runtime.kernels.operators import RowEdits
 
 Site = tuple[int, str]
 """Layer index and component."""
@@ -143,7 +144,7 @@ class EditSites:
         module, side = place
         if side == "input":
             return [module.register_forward_pre_hook(_input_hook(editor, site), with_kwargs=True)]
-        return [module.register_forward_hook(_output_hook(editor, site))]
+        return [module.register_forward_hook(_OutputHook(editor, site))]
 
     def _place(self, layer: int, component: str) -> tuple[nn.Module, Side] | None:
         """Module and side of a site, None where the model has no such place."""
@@ -194,19 +195,36 @@ def _fingerprint(rows: Tensor) -> int:
     return int.from_bytes(hashlib.sha256(content).digest()[:7])
 
 
-def _output_hook(editor: Editor, site: Site) -> Callable[[nn.Module, Any, Any], Any]:
-    fresh = site[1] == "block_output"
+class _OutputHook:
+    """Edits a module's output; a `base.compiled_layer.EditingHook`."""
 
-    def hook(module: nn.Module, args: Any, output: Any) -> Any:
+    def __init__(self, editor: Editor, site: Site) -> None:
+        self._editor = editor
+        self._site = site
+        self._fresh = site[1] == "block_output"
+        self._done = False
+
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
+        if self._done:
+            self._done = False
+            return None  # the output stays as it is
         hidden: Tensor = output[0] if isinstance(output, tuple) else output
         # A block's output is its own fresh sum. Other outputs may be another tensor's too (a
         # dropout returns its input when it does nothing), so they are copied.
-        if not fresh:
+        if not self._fresh:
             hidden = hidden.clone()
-        editor.apply(site, hidden[0])
+        self._editor.apply(self._site, hidden[0])
         return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
 
-    return hook
+    def row_edits(self, width: int) -> RowEdits | None:
+        """See `EditingHook`; None for an editor that cannot tell."""
+        told = getattr(self._editor, "row_edits", None)
+        found: RowEdits | None = None if told is None else told(self._site, width)
+        return found
+
+    def done(self) -> None:
+        """See `EditingHook`."""
+        self._done = True
 
 
 def _input_hook(

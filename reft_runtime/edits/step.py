@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from collections.abc import Sequence as SequenceOf
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -199,6 +200,25 @@ class StepEdits:
                             raise
                         self.failed[segment.sequence] = error
 
+    def row_edits(self, site: Site, width: int) -> RowEdits | None:
+        """What `apply` does to a site's rows, if that is no more than to edit single rows.
+
+        None where the CPU's operator does not take the edits; then `apply` tells whose are at
+        fault.
+        """
+        passes, operators = self.passes.get(site, ()), cpu_operators()
+        if self.rows is not None or len(passes) != 1 or operators is None:
+            return None
+        known_as = site, 0
+        if known_as not in self._of_rows and not any(
+            _traced(segment) or not _batches(segment) for segment in passes[0]
+        ):
+            with suppress(ValueError):
+                found = _row_edits(passes[0])
+                if found.width == width and operators.edits_rows(found):
+                    self._of_rows[known_as] = found
+        return self._of_rows.get(known_as)
+
     def _apply_pass(
         self, segments: list[Segment], hidden: Tensor, known_as: tuple[Site, int] | None = None
     ) -> None:
@@ -208,9 +228,11 @@ class StepEdits:
         """
         short = [segment for segment in segments if _batches(segment)]
         results = [_edit_alone(s, hidden, self.sent) for s in segments if not _batches(s)]
-        traced = [s for s in segments if s.sequence.request.trace and s.sequence.leads]
+        traced = [segment for segment in segments if _traced(segment)]
         before = [hidden[segment.rows].float() for segment in traced]
-        edits = _row_edits(short, hidden.device)
+        edits = None
+        if short and hidden.device.type == "cpu" and cpu_operators() is not None:
+            edits = _row_edits(short)
         if edits is not None and _edit_rows(hidden, edits):
             if known_as is not None and len(short) == len(segments) and not traced:
                 self._of_rows[known_as] = edits
@@ -241,10 +263,12 @@ def _batches(segment: Segment) -> bool:
     )
 
 
-def _row_edits(short: list[Segment], device: torch.device) -> RowEdits | None:
-    """Short segments as edits of rows; None if there are none, or no operator that takes them."""
-    if not short or device.type != "cpu" or cpu_operators() is None:
-        return None
+def _traced(segment: Segment) -> bool:
+    return segment.sequence.request.trace and segment.sequence.leads
+
+
+def _row_edits(short: list[Segment]) -> RowEdits:
+    """Short segments on a CPU as edits of rows. Raises ValueError if an edit's shapes disagree."""
     return RowEdits(
         [
             RowEdit(row, s.edit.V, s.edit.b, s.edit.U, float(s.strength))

@@ -13,7 +13,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from reft_runtime.base.attention import Scoring, attend_causally
 from reft_runtime.base.compiled_layer import Ahead
-from reft_runtime.kernels.operators import LayerRun, StepPlaces, cpu_operators
+from reft_runtime.kernels.operators import LayerRun, RowEdits, StepPlaces, cpu_operators
 from reft_runtime.kv.slabs import Layout, Row
 from reft_runtime.schedule.plan import Chunk
 from reft_runtime.schedule.sequence import Sequence
@@ -105,7 +105,13 @@ class RowAttentionStep:
         return out
 
     def whole_layers(
-        self, first: int, run: LayerRun, rows: Tensor, cos: Tensor, sin: Tensor
+        self,
+        first: int,
+        run: LayerRun,
+        rows: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        edits: SequenceOf[RowEdits | None],
     ) -> Tensor | None:
         """See `base.compiled_layer.LayerStep.whole_layers`."""
         heads = run.kind.key_heads, run.kind.head_dim
@@ -116,7 +122,7 @@ class RowAttentionStep:
         if self._room is None or self._room.numel() < numbers:
             self._room = rows.new_empty(numbers)
         places = StepPlaces(self._places, self._long_places, self._layout.before[first:])
-        return run.compute(rows, cos, sin, places, self._room)
+        return run.compute(rows, cos, sin, places, self._room, edits)
 
     @cached_property
     def _places(self) -> Tensor:

@@ -11,6 +11,7 @@
 #include "buffers.h"
 #include "decode_attention.h"
 #include "float_product.h"
+#include "low_rank.h"
 #include "prompt_attention.h"
 #include "rows.h"
 
@@ -203,19 +204,31 @@ int decoder_layer(const DecoderLayer& layer, const T* rows, T* out, int64_t toke
     return in_blocks(tokens, padded, blocks, threads, finish) ? 0 : NO_PRODUCT;
 }
 
+// The edits of one layer's output; see `edit_rows`.
+struct LayerEdits {
+    const Edit* edits;
+    const float* strengths;
+    int64_t count;
+};
+
 // Computes so many layers of one width, each from what the one before it gave, into `outs` [count,
-// tokens, width]. `before` [count, 2] says where the keys and the values of each begin in a row, and
-// `room` is enough for any of them; all else is as for one.
+// tokens, width]. `before` [count, 2] says where the keys and the values of each begin in a row,
+// `edits` [count] what becomes of its output (null if no output is edited), and `room` is enough for
+// any of them; all else is as for one.
 template <typename T>
 int decoder_layers(const DecoderLayer* const* layers, int64_t count, const T* rows, T* outs,
                    int64_t tokens, int64_t padded, int64_t blocks, const T* cos, const T* sin,
-                   StepPlaces places, const int64_t* before, T* room, int threads) {
+                   StepPlaces places, const int64_t* before, const LayerEdits* edits, T* room,
+                   int threads) {
     for (int64_t i = 0; i < count; ++i) {
         places.keys_before = before[2 * i];
         places.values_before = before[2 * i + 1];
         if (const int status = decoder_layer(*layers[i], rows, outs, tokens, padded, blocks, cos,
                                              sin, places, room, threads))
             return status;
+        if (edits)
+            edit_rows(outs, edits[i].edits, edits[i].strengths, edits[i].count, layers[i]->width,
+                      threads);
         rows = outs;
         outs += tokens * layers[i]->width;
     }

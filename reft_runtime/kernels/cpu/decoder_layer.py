@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from reft_runtime.kernels.cpu.low_rank import RowEdits
 from reft_runtime.kernels.cpu.product import ProductKernels
 from reft_runtime.kernels.cpu.torch_functions import (
     Handles,
@@ -129,6 +130,10 @@ class _Layer(ctypes.Structure):
     )
 
 
+class _LayerEdits(ctypes.Structure):
+    _fields_ = (("edits", c_void_p), ("strengths", c_void_p), ("count", c_int64))
+
+
 _P, _I = c_void_p, c_int64
 
 
@@ -198,13 +203,20 @@ class LayerRun:
         return padded_rows(tokens) * self._room
 
     def compute(
-        self, rows: Tensor, cos: Tensor, sin: Tensor, places: StepPlaces, room: Tensor
+        self,
+        rows: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        places: StepPlaces,
+        room: Tensor,
+        edits: Sequence[RowEdits | None] = (),
     ) -> Tensor | None:
         """The outputs [layers, T, d] for rows [T, d]; None, with nothing but keys and values
         written, if anything went wrong: the layers' operators one by one then tell what.
 
         `cos` and `sin` are [T, head_dim], `room` has `room_for(T)` numbers; all are contiguous,
-        of the weights' dtype.
+        of the weights' dtype. `edits` are those of the outputs, one for each layer or none at all;
+        the operator must take them (`LowRankKernels.edits_rows`).
         """
         tokens, width = rows.shape
         kind = self.kind
@@ -215,6 +227,7 @@ class LayerRun:
             or len(places.before) < len(self)
             or room.numel() < self.room_for(tokens)
             or (len(places.segments) and not kind.takes_segments)
+            or not all(each is None or each.fit(tokens, width) for each in edits)
         ):
             return None
         outs, threads = rows.new_empty((len(self), tokens, width)), torch.get_num_threads()
@@ -233,10 +246,24 @@ class LayerRun:
             places.segments.data_ptr(),
             len(places.segments),
             places.before.data_ptr(),
+            _told(edits),
             room.data_ptr(),
             threads,
         )
         return None if status else outs
+
+
+def _told(edits: Sequence[RowEdits | None]) -> ctypes.Array[_LayerEdits] | None:
+    if not any(edits):
+        return None
+    return (_LayerEdits * len(edits))(
+        *(
+            _LayerEdits(None, None, 0)
+            if each is None
+            else _LayerEdits(each.told.data_ptr(), each.strengths.data_ptr(), len(each))
+            for each in edits
+        )
+    )
 
 
 class LayerKernels(ProductKernels):
@@ -257,7 +284,7 @@ class LayerKernels(ProductKernels):
                     _I,
                     _P,
                     _I,
-                    *[_P] * 2,
+                    *[_P] * 3,
                     c_int,
                 ]
             }

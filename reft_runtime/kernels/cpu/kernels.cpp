@@ -111,10 +111,10 @@
         const DecoderLayer* const* layers, int64_t count, const T* rows, T* outs, int64_t tokens,  \
         int64_t padded, int64_t blocks, const T* cos, const T* sin, const int64_t* single,         \
         int64_t singles, const int64_t* segments, int64_t segment_count, const int64_t* before,    \
-        T* room, int threads) {                                                                    \
+        const LayerEdits* edits, T* room, int threads) {                                           \
         const StepPlaces places{single, segments, singles, segment_count, 0, 0};                   \
         return decoder_layers(layers, count, rows, outs, tokens, padded, blocks, cos, sin, places, \
-                              before, room, threads);                                              \
+                              before, edits, room, threads);                                       \
     }
 
 // Whether attention takes heads of these widths. All operators take the dtypes that are exported

@@ -49,6 +49,13 @@ class RowEdits:
         )
         self.strengths = torch.tensor([edit.strength for edit in edits], dtype=torch.float32)
 
+    def __len__(self) -> int:
+        return len(self.edits)
+
+    def fit(self, rows: int, width: int) -> bool:
+        """Whether they are edits of some of these rows."""
+        return width == self.width and self.last < rows
+
 
 class LowRankKernels(CompiledOperators):
     """Operators of low-rank edits."""
@@ -68,20 +75,22 @@ class LowRankKernels(CompiledOperators):
         shapes disagree.
         """
         rows, width = hidden.shape
-        if width != edits.width or edits.last >= rows:
+        if not edits.fit(rows, width):
             raise ValueError(
                 f"edit_rows: row {edits.last}, {edits.width} wide, of {tuple(hidden.shape)}"
             )
-        if width > self._widest_edited or edits.ranks > self._largest_rank:
-            return False
-        if not self.supports(hidden):
+        if not self.edits_rows(edits) or not self.supports(hidden):
             return False
         self._functions["edit_rows", hidden.dtype](
             hidden.data_ptr(),
             edits.told.data_ptr(),
             edits.strengths.data_ptr(),
-            len(edits.edits),
+            len(edits),
             width,
             torch.get_num_threads(),
         )
         return True
+
+    def edits_rows(self, edits: RowEdits) -> bool:
+        """Whether the operator takes rows so wide, and edits of such ranks."""
+        return edits.width <= self._widest_edited and edits.ranks <= self._largest_rank
