@@ -25,6 +25,7 @@ from reft_runtime.kernels.cpu.decoder_layer import (
     PackedLinear,
     StepPlaces,
 )
+from reft_runtime.kernels.cpu.low_rank import RowEdit, RowEdits
 from reft_runtime.kernels.cpu.torch_functions import row_blocks, torch_functions
 
 HEADS, KEY_HEADS, WIDTH, INNER, CAPACITY = 4, 2, 48, 80, 320
@@ -199,7 +200,12 @@ def test_what_a_layer_does_not_take(operators: Kernels) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_layers_of_one_call_are_those_of_several(operators: Kernels, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("edited", [False, True])
+def test_layers_of_one_call_are_those_of_several(
+    operators: Kernels, dtype: torch.dtype, edited: bool
+) -> None:
+    V, b, U = torch.randn(2, WIDTH), torch.randn(2), torch.randn(2, WIDTH)
+    edits = RowEdits([RowEdit(row, V, b, U, 0.5) for row in (0, 2)]) if edited else None
     dim, numbers = 16, KEY_HEADS * 16
     layers = [Plain(dim, dtype, scoring, bias=False) for scoring in (Scoring(), Scoring(window=3))]
     layers[1].norms = [norm.flip(0) for norm in layers[1].norms]
@@ -216,9 +222,12 @@ def test_layers_of_one_call_are_those_of_several(operators: Kernels, dtype: torc
         for run in runs:
             room = torch.empty(run.room_for(3), dtype=dtype)
             places = StepPlaces(single, torch.tensor([]), before[first:])
-            found = run.compute(last, angles, angles, places, room)
+            made = [edits, None] if len(run) == 2 else ()
+            found = run.compute(last, angles, angles, places, room, made)
             assert found is not None
             outs += found.unbind()
+            if edits is not None and not first and len(run) == 1:
+                assert operators.edit_rows_(outs[0], edits)
             last, first = outs[-1], first + len(run)
         return outs, kept
 
@@ -228,6 +237,22 @@ def test_layers_of_one_call_are_those_of_several(operators: Kernels, dtype: torc
     assert all(map(torch.equal, together, one_by_one))
     assert not torch.equal(*together)
     assert torch.equal(kept, their_kept)
+
+
+def test_edits_that_do_not_fit_the_rows(operators: Kernels) -> None:
+    run = run_of(operators, Plain(16, torch.float32, Scoring(), bias=False))
+    rows, angles, room = torch.randn(2, WIDTH), torch.randn(2, 16), torch.empty(run.room_for(2))
+    kept = torch.zeros(2 * KEY_HEADS * 16 * CAPACITY)
+    single = torch.tensor([(kept.data_ptr(), CAPACITY, i) for i in range(2)])
+    places = StepPlaces(single, torch.tensor([]), torch.tensor([(0, KEY_HEADS * 16)]))
+
+    def computed(row: int, width: int) -> Tensor | None:
+        edit = RowEdit(row, torch.ones(1, width), torch.ones(1), torch.ones(1, width), 1.0)
+        return run.compute(rows, angles, angles, places, room, [RowEdits([edit])])
+
+    assert computed(1, WIDTH) is not None
+    assert computed(2, WIDTH) is None
+    assert computed(1, WIDTH + 1) is None
 
 
 def test_weights_that_no_layer_is_made_of(operators: Kernels) -> None:
