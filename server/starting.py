@@ -23,6 +23,7 @@ def start_engine(settings: Settings, launcher: Launcher | None = None) -> Engine
         with stage("Starting Python's libraries"):
             from reft_runtime.front.engine import Engine
 
-        # What libraries made stays: the collection after the load need not look at it (0.2 s).
-        gc.freeze()
+        if not gc.get_freeze_count():
+            # What libraries made stays: the collection after the load need not look at it (0.2 s).
+            gc.freeze()
         return Engine(settings.model, launcher=launcher, **settings.engine_options())

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from reft_runtime.base.attention import AttentionStep, Scoring
 from reft_runtime.base.linears import Merged, packed_parts
 from reft_runtime.base.plans import Hooks
+from reft_runtime.base.trial import Operator
 from reft_runtime.kernels.cpu import Kernels
 from reft_runtime.kernels.operators import (
     DecoderLayer,
@@ -43,12 +44,12 @@ class EditingHook(Protocol):
 
 
 class Computed(NamedTuple):
-    """What a layer gives for an input, which is told by its address, and for cosines and sines.
+    """What a layer gives for the input at an `address`, and for these cosines and sines.
 
     `hook` is that of the layer, if its edits have been made.
     """
 
-    rows: int
+    address: int
     cos: Tensor
     sin: Tensor
     out: Tensor
@@ -56,13 +57,14 @@ class Computed(NamedTuple):
 
 
 @dataclass(slots=True)
-class Ahead:
-    """What layers give that were computed ahead in a step, by their index.
+class LayersAhead:
+    """What layers give that were computed ahead in a step, by index, and which have been called.
 
-    After a failure no more are.
+    Where computing several has `failed`, the others are computed one by one.
     """
 
     computed: dict[int, Computed] = field(default_factory=dict)
+    called: set[int] = field(default_factory=set)
     failed: bool = False
 
 
@@ -72,7 +74,7 @@ class LayerStep(AttentionStep, Protocol):
     Other steps lack the method.
     """
 
-    ahead: Ahead
+    ahead: LayersAhead
 
     def whole_layers(
         self,
@@ -93,14 +95,13 @@ class CompiledLayer:
     """One decoder layer; `make` returns its function, or None.
 
     It is made at the first step that could use it: until then weights may be packed. `inner` are
-    the hooks of the modules in the layer. `following` is the layer that the model calls next, if
-    that is compiled as well.
+    the hooks of the modules in the layer.
     """
 
     def __init__(
         self, layer: nn.Module, index: int, inner: Hooks, make: Callable[[], DecoderLayer | None]
     ) -> None:
-        self.following: CompiledLayer | None = None
+        self._module = layer
         self._index = index
         self._make = make
         self._made: DecoderLayer | None = None
@@ -108,79 +109,86 @@ class CompiledLayer:
         self._inner = inner
         self._before: Mapping[int, Any] = layer._forward_pre_hooks
         self._after: Mapping[int, Any] = layer._forward_hooks
+        self._forward: Operator | None = None
+        self._following: CompiledLayer | None = None
         self._takes_output = True
         self._runs: dict[int, LayerRun] = {}
 
+    def place(self, forward: Operator, following: CompiledLayer | None) -> None:
+        """Tell what the layer's `forward` is now, and the layer behind it, if that is compiled."""
+        self._forward, self._following = forward, following
+
     def compute(self, rows: Tensor, cos: Tensor, sin: Tensor, step: Any) -> Tensor | None:
-        """The layer's output for rows [T, d]; None where its operators have to be called."""
-        ahead: Ahead | None = getattr(step, "ahead", None)
+        """The layer's output for rows [T, d]; None where its operators have to be called.
+
+        `step` is a `LayerStep`, or another for which there is nothing.
+        """
+        ahead: LayersAhead | None = getattr(step, "ahead", None)
         if ahead is None:
             return None
+        ahead.called.add(self._index)
         known = ahead.computed.pop(self._index, None)
         if known is not None:
-            if known.rows == rows.data_ptr() and known.cos is cos and known.sin is sin:
+            same = known.address == rows.data_ptr() and known.out.shape == rows.shape
+            if same and known.cos is cos and known.sin is sin:
                 return _given(known.out, known.hook)
             # The model does something between the two layers.
             self._takes_output = False
-        few = not ahead.failed and len(rows) <= AHEAD_ROWS
-        found = self._run(rows.shape[1] if few else None)
-        if found is None:
+            ahead.computed.clear()
+        first = self._layer()
+        if first is None:
             return None
-        run, hooks, edits = found
+        behind = self._all_behind(rows, ahead)
+        run = self._runs.get(len(behind))
+        if run is None:
+            layers = [one.made for one in behind]
+            run = self._runs[len(behind)] = LayerRun([first, *layers])
+        # The last layer's own hook does its work.
+        hooks = [*(one.hook for one in behind), None]
+        edits = [*(one.edits for one in behind), None]
         made: Tensor | None = step.whole_layers(self._index, run, rows, cos, sin, edits)
         if made is None:
             ahead.failed = True
             return None
         outs = made.unbind()
         for later in range(1, len(outs)):
-            given = outs[later - 1].data_ptr()
             ahead.computed[self._index + later] = Computed(
-                given, cos, sin, outs[later], hooks[later]
+                outs[later - 1].data_ptr(), cos, sin, outs[later], hooks[later]
             )
         return _given(outs[0], hooks[0])
 
-    def _run(self, width: int | None) -> _Found | None:
-        """This layer and those that can be computed with it, if rows have a `width`."""
-        first = self._layer()
-        if first is None:
-            return None
-        layers, last = [first], self
-        hooks: list[EditingHook | None] = []
-        edits: list[RowEdits | None] = []
-        while width is not None and (following := last._next()) is not None:
-            layer = following._layer()
-            if layer is None or layer.kind != first.kind:
-                break
-            hook, edit = last._hook(), None
-            if hook is not None:
-                edit = hook.row_edits(width)
-                if edit is None:
-                    break
-            hooks.append(hook)
-            edits.append(edit)
-            layers.append(layer)
-            last = following
-        run = self._runs.get(len(layers))
-        if run is None:
-            run = self._runs[len(layers)] = LayerRun(layers)
-        # The last layer's own hook does its work.
-        return _Found(run, [*hooks, None], [*edits, None])
+    def _all_behind(self, rows: Tensor, ahead: LayersAhead) -> list[_Behind]:
+        """The layers to compute with this one."""
+        found: list[_Behind] = []
+        if ahead.failed or len(rows) > AHEAD_ROWS:
+            return found
+        width, last = rows.shape[1], self
+        while (one := last._behind(width)) is not None and one.layer._index not in ahead.called:
+            found.append(one)
+            last = one.layer
+        return found
 
-    def _next(self) -> CompiledLayer | None:
+    def _behind(self, width: int) -> _Behind | None:
         """The next layer, if it gets this one's output and nobody else looks at what is between."""
-        following = self.following
+        following = self._following
         if following is None or following._index != self._index + 1:
             return None
         if not following._takes_output or following._before or any(following._inner):
             return None
-        return None if self._after and self._hook() is None else following
-
-    def _hook(self) -> EditingHook | None:
-        """The only hook behind this layer, if it is one that edits rows."""
-        if len(self._after) != 1:
+        if self._is_changed() or following._is_changed():
             return None
-        (hook,) = self._after.values()
-        return hook if hasattr(hook, "row_edits") else None
+        own, made = self._layer(), following._layer()
+        if own is None or made is None or made.kind != own.kind:
+            return None
+        if not self._after:
+            return _Behind(following, made, None, None)
+        hook, *others = self._after.values()
+        edits = None if others or not hasattr(hook, "row_edits") else hook.row_edits(width)
+        return None if edits is None else _Behind(following, made, hook, edits)
+
+    def _is_changed(self) -> bool:
+        """Whether somebody has given the layer another forward since."""
+        return vars(self._module).get("forward") is not self._forward
 
     def _layer(self) -> DecoderLayer | None:
         if not self._asked:
@@ -188,12 +196,13 @@ class CompiledLayer:
         return self._made
 
 
-class _Found(NamedTuple):
-    """Layers to compute, and for each the hook behind it, if its edits are made, and these."""
+class _Behind(NamedTuple):
+    """A layer behind another; the edits between the two, and the hook that would make them."""
 
-    run: LayerRun
-    hooks: list[EditingHook | None]
-    edits: list[RowEdits | None]
+    layer: CompiledLayer
+    made: DecoderLayer
+    hook: EditingHook | None
+    edits: RowEdits | None
 
 
 def _given(out: Tensor, hook: EditingHook | None) -> Tensor:

@@ -92,11 +92,11 @@ def layer_plan(
 
 
 def chain(plans: Iterable[Plan | None]) -> None:
-    """Let each compiled layer know the one behind it; `plans` are those of a model's layers."""
-    compiled = [plan.compiled if isinstance(plan, LayerPlan) else None for plan in plans]
-    for before, after in pairwise(compiled):
-        if before is not None:
-            before.following = after
+    """Let each compiled layer know its place; `plans` are those of a model's layers, in order."""
+    known = [plan if isinstance(plan, LayerPlan) else None for plan in plans]
+    for plan, after in pairwise([*known, None]):
+        if plan is not None and plan.compiled is not None:
+            plan.compiled.place(plan.forward, None if after is None else after.compiled)
 
 
 def _plain(*linears: nn.Linear) -> bool:

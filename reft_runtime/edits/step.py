@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from collections.abc import Sequence as SequenceOf
-from contextlib import suppress
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -184,10 +183,9 @@ class StepEdits:
             self.rows.apply(site, hidden)
         for number, segments in enumerate(self.passes.get(site, ())):
             edits = self._of_rows.get((site, number))
-            if edits is not None and _edit_rows(hidden, edits):
-                continue
             try:
-                self._apply_pass(segments, hidden, (site, number))
+                if edits is None or not _edit_rows(hidden, edits):
+                    self._apply_pass(segments, hidden, (site, number))
             except Exception as error:
                 if is_out_of_memory(error):
                     raise
@@ -210,14 +208,19 @@ class StepEdits:
         if self.rows is not None or len(passes) != 1 or operators is None:
             return None
         known_as = site, 0
-        if known_as not in self._of_rows and not any(
-            _traced(segment) or not _batches(segment) for segment in passes[0]
-        ):
-            with suppress(ValueError):
+        if known_as not in self._of_rows:
+            try:
+                if any(_traced(segment) or not _batches(segment) for segment in passes[0]):
+                    return None
                 found = _row_edits(passes[0])
-                if found.width == width and operators.edits_rows(found):
-                    self._of_rows[known_as] = found
-        return self._of_rows.get(known_as)
+            except Exception as error:
+                if is_out_of_memory(error):
+                    raise
+                return None
+            if found.width != width or not operators.edits_rows(found):
+                return None
+            self._of_rows[known_as] = found
+        return self._of_rows[known_as]
 
     def _apply_pass(
         self, segments: list[Segment], hidden: Tensor, known_as: tuple[Site, int] | None = None

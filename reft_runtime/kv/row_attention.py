@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from reft_runtime.base.attention import Scoring, attend_causally
-from reft_runtime.base.compiled_layer import Ahead
+from reft_runtime.base.compiled_layer import LayersAhead
 from reft_runtime.kernels.operators import LayerRun, RowEdits, StepPlaces, cpu_operators
 from reft_runtime.kv.slabs import Layout, Row
 from reft_runtime.schedule.plan import Chunk
@@ -62,7 +62,7 @@ class RowAttentionStep:
                 self._single = first
         self._tokens = first
         self._room: Tensor | None = None
-        self.ahead = Ahead()
+        self.ahead = LayersAhead()
 
     def attend(
         self,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from collections.abc import Sequence as SequenceOf
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -41,7 +41,7 @@ class Layout:
     parts: tuple[Part, ...]
     layers: tuple[tuple[int, int], ...]
     value_dims: tuple[int, ...]
-    before: Tensor
+    before: Tensor = field(compare=False)
     heads: tuple[tuple[int, int] | None, ...]
 
     @classmethod

@@ -123,8 +123,10 @@ def test_layers_are_computed_ahead_up_to_a_hook(where: str, calls: dict[str, int
     assert calls["compute"] == 6 * 2, "the layers up to the hook, and those behind it"
 
 
-def looping(between: Callable[[Tensor], Tensor], *, faster: bool) -> Callable[..., object]:
-    """A Llama model's forward that does something `between` its layers.
+def looping(
+    between: Callable[[Tensor], Tensor], *, faster: bool = False, order: slice = slice(None)
+) -> Callable[..., object]:
+    """A Llama model's forward that calls its layers in an `order`, and does something `between`.
 
     If it is `faster`, the positions of each layer turn faster than those of the one before.
     """
@@ -147,7 +149,7 @@ def looping(between: Callable[[Tensor], Tensor], *, faster: bool) -> Callable[..
             position_ids=position_ids,
         )
         angles = self.rotary_emb(hidden, position_ids=position_ids)
-        for number, layer in enumerate(self.layers, 1):
+        for number, layer in enumerate(list(self.layers)[order], 1):
             if faster:
                 angles = self.rotary_emb(hidden, position_ids=position_ids * number)
             hidden = between(layer(hidden, attention_mask=mask, position_embeddings=angles))
@@ -171,12 +173,44 @@ def test_a_model_that_does_something_between_its_layers(
     assert calls["compute"] == 6 * 4, "each layer by itself, once that was seen"
 
 
+def test_a_model_that_calls_its_layers_backwards(
+    monkeypatch: pytest.MonkeyPatch, calls: dict[str, int]
+) -> None:
+    forward = looping(lambda rows: rows, order=slice(None, None, -1))
+    monkeypatch.setattr(LlamaModel, "forward", forward)
+    model = tiny("llama")
+    model.generation_config.use_cache = False
+    wanted = generate(model, prompt(5), 6)
+    assert answer(copy.deepcopy(model), calls) == wanted
+
+
+def test_a_forward_that_a_caller_replaces_later_is_used(calls: dict[str, int]) -> None:
+    plain = tiny("llama")
+    plain.generation_config.use_cache = False
+    fused = copy.deepcopy(plain)
+    core = make_core(adopt_model(fused))
+    for model in (plain, fused):
+        layer = model.model.layers[1]
+        layer.forward = twice(layer.forward)
+    wanted = generate(plain, prompt(5), 6)
+    calls.clear()
+    assert run(core, [request("a", prompt(5), max_tokens=6)])["a"][0] == wanted
+    assert calls["compute"] == 6 * 3, "the first layer, the second, and those behind it"
+
+
+def twice(own: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """A layer's forward whose output is doubled in place."""
+
+    def forward(*args: object, **kwargs: object) -> Tensor:
+        return own(*args, **kwargs).mul_(2)
+
+    return forward
+
+
 def test_a_model_that_changes_rows_in_place_between_its_layers_is_refused(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(
-        LlamaModel, "forward", looping(lambda rows: rows.copy_(rows.flip(-1)), faster=False)
-    )
+    monkeypatch.setattr(LlamaModel, "forward", looping(lambda rows: rows.copy_(rows.flip(-1))))
     with pytest.raises(UnsupportedModel, match="logits"):
         adopt_model(tiny("llama"))
 

@@ -6,16 +6,21 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+import torch
+from torch import Tensor
 from transformers.models.llama.modeling_llama import LlamaModel
 
 from reft_runtime.base import compiled_layer
 from reft_runtime.base.compiled_layer import CompiledLayer
-from reft_runtime.edits.step import StepEdits
+from reft_runtime.engine.events import Explained, Traced
 from reft_runtime.kernels.cpu.decoder_layer import LayerRun
+from reft_runtime.kernels.operators import cpu_operators
 from reft_runtime.loading.loader import adopt_model
 from reft_runtime.schedule.request import Request
 from tests.base.test_fused import looping
 from tests.helpers.models import (
+    DEVICE,
+    Answer,
     applied,
     intervention,
     loreft,
@@ -23,10 +28,13 @@ from tests.helpers.models import (
     prompt,
     request,
     run,
+    step,
     tiny,
 )
 
 LAYERS = range(4)
+
+pytestmark = pytest.mark.skipif(DEVICE.type == "cuda", reason="a CPU's layers")
 
 
 @pytest.fixture
@@ -86,11 +94,47 @@ def test_mixed_edits_are_those_of_hooks(
         replace(request("traced", prompt(8), everywhere(seed), max_tokens=5), trace=True),
     ]
     del requests[1 : 1 + seed % 3]
-    wanted = one_by_one(monkeypatch, requests)
+    with monkeypatch.context() as patch:
+        patch.setattr(compiled_layer, "AHEAD_ROWS", 0)
+        wanted = tokens_and_traces(requests)
     computed.clear()
-    assert run(make_core(), requests) == wanted
+    assert tokens_and_traces(requests) == wanted
+    assert wanted[1], "what the traced one's edits did"
     assert any(edited for _, edited in computed)
     assert any(count < len(LAYERS) for count, _ in computed), "up to what only a hook can do"
+
+
+def tokens_and_traces(requests: list[Request]) -> tuple[Any, list[Explained | Traced]]:
+    found: dict[str, Answer] = {}
+    core = make_core()
+    for one in requests:
+        core.add(one)
+    traces: list[Explained | Traced] = []
+    while not core.idle:
+        traces += [one for one in step(core, found) if isinstance(one, Explained | Traced)]
+    return {name: (answer.tokens, answer.failed) for name, answer in found.items()}, traces
+
+
+def test_a_callers_hook_sees_what_the_edits_did_not_change_yet(
+    monkeypatch: pytest.MonkeyPatch, computed: list[tuple[int, int]]
+) -> None:
+    asked = [request("a", prompt(5), everywhere(1), max_tokens=4)]
+
+    def seen() -> list[Tensor]:
+        model = tiny("llama")
+        core = make_core(adopt_model(model))
+        found: list[Tensor] = []
+        layer = model.model.layers[1]
+        layer.register_forward_hook(lambda _, args, output: found.append(output.clone()))
+        run(core, asked)
+        return found
+
+    with monkeypatch.context() as patch:
+        patch.setattr(compiled_layer, "AHEAD_ROWS", 0)
+        wanted = seen()
+    computed.clear()
+    assert all(map(torch.equal, seen(), wanted))
+    assert computed[-2:] == [(2, 1), (2, 1)], "up to the layer with a hook, and from there on"
 
 
 @pytest.mark.parametrize("faster", [False, True])
@@ -128,8 +172,10 @@ def test_edits_that_no_operator_takes_are_left_to_hooks(
     monkeypatch: pytest.MonkeyPatch, computed: list[tuple[int, int]]
 ) -> None:
     asked = [request("a", prompt(5), everywhere(1), max_tokens=8)]
+    operators = cpu_operators()
+    assert operators is not None
+    monkeypatch.setattr(operators, "_largest_rank", 3)
     wanted = one_by_one(monkeypatch, asked)
     computed.clear()
-    monkeypatch.setattr(StepEdits, "row_edits", lambda *_: None)
     assert run(make_core(), asked) == wanted
     assert set(computed) == {(1, 0)}

@@ -50,6 +50,7 @@ BAD = {
     "V too wide": lambda: changed(V=torch.zeros(4, 999)),
     "U too wide": lambda: changed(U=torch.zeros(4, 999)),
     "ranks that disagree": lambda: changed(b=torch.zeros(3)),
+    "V of one dimension": lambda: changed(V=torch.zeros(4)),
     "NaN": lambda: changed(b=torch.full((4,), math.nan)),
     "infinite": lambda: changed(V=torch.full((4, 32), math.inf)),
 }

@@ -227,6 +227,7 @@ class LayerRun:
             or len(places.before) < len(self)
             or room.numel() < self.room_for(tokens)
             or (len(places.segments) and not kind.takes_segments)
+            or len(edits) not in (0, len(self))
             or not all(each is None or each.fit(tokens, width) for each in edits)
         ):
             return None
