@@ -2,12 +2,12 @@
 
     cmake -B build -DCMAKE_BUILD_TYPE=Release -DLLAMA_CURL=OFF && cmake --build build \
         --target llama-batched-bench         # in a checkout of llama.cpp
-    python -m benchmarks.llama_cpp --source llama.cpp --models qwen2.5-0.5b,llama-3.2-1b
+    python -m benchmarks.llama_cpp --source llama.cpp --models demo,llama-3.2-1b
 
 Prompts of 64 tokens, n at once, each answered by 64: the time of prompts and answers. The converter
-wants the package sentencepiece. llama-batched-bench takes random tokens where the engine takes the
-most probable one, and has no scheduler; Q8 reads half the bytes of bfloat16, and rounds the weights
-to 8 bits.
+wants the package sentencepiece, and takes no Qwen with the tokenizer of our shapes.
+llama-batched-bench takes random tokens where the engine takes the most probable one, and has no
+scheduler; Q8 reads half the bytes of bfloat16, and rounds the weights to 8 bits.
 """
 
 from __future__ import annotations
