@@ -71,7 +71,7 @@ class LayersAhead:
 class LayerStep(AttentionStep, Protocol):
     """A step that knows where compiled layers find their keys and values.
 
-    Other steps lack the method.
+    Other steps lack both.
     """
 
     ahead: LayersAhead

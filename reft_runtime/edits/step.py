@@ -182,10 +182,10 @@ class StepEdits:
         if self.rows is not None:
             self.rows.apply(site, hidden)
         for number, segments in enumerate(self.passes.get(site, ())):
-            edits = self._of_rows.get((site, number))
             try:
+                edits = self._as_row_edits(site, number, hidden.shape[1]) if hidden.is_cpu else None
                 if edits is None or not _edit_rows(hidden, edits):
-                    self._apply_pass(segments, hidden, (site, number))
+                    self._apply_pass(segments, hidden)
             except Exception as error:
                 if is_out_of_memory(error):
                     raise
@@ -204,42 +204,40 @@ class StepEdits:
         None where the CPU's operator does not take the edits; then `apply` tells whose are at
         fault.
         """
-        passes, operators = self.passes.get(site, ()), cpu_operators()
-        if self.rows is not None or len(passes) != 1 or operators is None:
+        if self.rows is not None or len(self.passes.get(site, ())) != 1:
             return None
-        known_as = site, 0
+        try:
+            return self._as_row_edits(site, 0, width)
+        except Exception as error:
+            if is_out_of_memory(error):
+                raise
+            return None
+
+    def _as_row_edits(self, site: Site, number: int, width: int) -> RowEdits | None:
+        """A pass over rows so wide on a CPU as edits of rows, which are kept.
+
+        None where it is more than that, or the operator does not take them. Raises ValueError if an
+        edit's shapes disagree.
+        """
+        known_as, operators = (site, number), cpu_operators()
         if known_as not in self._of_rows:
-            try:
-                if any(_traced(segment) or not _batches(segment) for segment in passes[0]):
-                    return None
-                found = _row_edits(passes[0])
-            except Exception as error:
-                if is_out_of_memory(error):
-                    raise
+            segments = self.passes[site][number]
+            if operators is None or any(_traced(one) or not _batches(one) for one in segments):
                 return None
+            found = _row_edits(segments)
             if found.width != width or not operators.edits_rows(found):
                 return None
             self._of_rows[known_as] = found
         return self._of_rows[known_as]
 
-    def _apply_pass(
-        self, segments: list[Segment], hidden: Tensor, known_as: tuple[Site, int] | None = None
-    ) -> None:
-        """Compute all segments' new rows before any is written: a failure changes nothing.
-
-        A pass that is `known_as` the number of a site's may be kept as edits of rows.
-        """
+    def _apply_pass(self, segments: list[Segment], hidden: Tensor) -> None:
+        """Compute all segments' new rows before any is written: a failure changes nothing."""
         short = [segment for segment in segments if _batches(segment)]
         results = [_edit_alone(s, hidden, self.sent) for s in segments if not _batches(s)]
         traced = [segment for segment in segments if _traced(segment)]
         before = [hidden[segment.rows].float() for segment in traced]
-        edits = None
-        if short and hidden.device.type == "cpu" and cpu_operators() is not None:
-            edits = _row_edits(short)
-        if edits is not None and _edit_rows(hidden, edits):
-            if known_as is not None and len(short) == len(segments) and not traced:
-                self._of_rows[known_as] = edits
-        elif short:
+        by_rows = hidden.is_cpu and cpu_operators() is not None
+        if short and not (by_rows and _edit_rows(hidden, _row_edits(short))):
             results.append(_edit_together(short, hidden, self.sent))
         for rows, edited in results:
             hidden.index_copy_(0, rows, edited.to(hidden.dtype))

@@ -80,7 +80,7 @@ def test_it_costs_the_newest_wherever_it_is_met(
         return True
 
     patches: dict[str, tuple[Any, str]] = {
-        "edits": (StepEdits, "_apply_pass"),
+        "edits": (StepEdits, "_as_row_edits"),
         "sampler": (runner, "sample"),
         "room": (runner, "check_room"),
         "rows": (storage, "ensure"),
