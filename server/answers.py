@@ -6,7 +6,6 @@ import asyncio
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable
-from contextlib import aclosing
 from functools import partial
 from typing import Any
 
@@ -14,11 +13,12 @@ from fastapi.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from reft_runtime.errors import Overloaded
-from reft_runtime.outputs import Choice, ChoiceDelta, Trace
+from reft_runtime.outputs import Choice, Trace
 from server.context import Context
 from server.disconnect import ClientDisconnected, run_unless_disconnected
 from server.errors import ApiError, api_error
-from server.generation import Job, Run, opened
+from server.following import Rest
+from server.generation import Job, Run, Step, opened
 from server.schemas.common import SamplingBody
 from server.streaming import json_bytes
 
@@ -26,6 +26,12 @@ logger = logging.getLogger("reft.server")
 
 AT_ONCE_TOKENS = 4096
 """Most tokens written on the event loop; a larger answer would hold up other requests."""
+
+
+WRITE_NOW = "reft.write_now"
+"""ASGI extension: its `write` writes a piece of a stream that has begun, without `send`.
+
+It returns False if it did not, because the piece has to wait for the client to read."""
 
 
 class Writer(ABC):
@@ -56,7 +62,7 @@ class Writer(ABC):
         """Write a whole answer."""
 
     @abstractmethod
-    def events(self, run: Run, step: list[tuple[int, ChoiceDelta]]) -> bytes:
+    def events(self, run: Run, step: Step) -> bytes:
         """Write the events, maybe none, that one step adds to a stream."""
 
     @abstractmethod
@@ -146,7 +152,7 @@ class Answer(EngineAnswer):
         async with opened(self._context, job) as run:
             scope["state"]["run"] = run
             if self._request.stream:
-                await self._stream(run, send)
+                await self._stream(run, scope, send)
                 return
             choices = await run.collect()
             traces = await run.explain()
@@ -161,26 +167,35 @@ class Answer(EngineAnswer):
     def _broken(self, problem: ApiError) -> bytes:
         return self._writer.broken(problem)
 
-    async def _stream(self, run: Run, send: Send) -> None:
-        started = False
+    async def _stream(self, run: Run, scope: Scope, send: Send) -> None:
+        write_now = scope.get("extensions", {}).get(WRITE_NOW, {}).get("write", _never)
+        writer = self._writer
         begun: set[int] = set()
-        async with aclosing(run.steps()) as steps:
-            async for step in steps:
-                fresh = {index for index, _ in step} - begun
-                begun |= fresh
-                events = await self._written(
-                    partial(self._writer.events, run, step),
-                    apart=self._writer.is_large_step(run, fresh=bool(fresh)),
-                )
-                if not started:
-                    await send(self._start(run))
-                    started = True
-                if events:
-                    await send(_piece(events))
+        started = False
+
+        async def write(events: bytes | Callable[[], bytes]) -> None:
+            nonlocal started
+            if not isinstance(events, bytes):
+                events = await asyncio.to_thread(events)
+            if not started:
+                await send(self._start(run))
+                started = True
+            if events:
+                await send(_piece(events))
+
+        def take(step: Step) -> Rest:
+            fresh = {index for index, _ in step} - begun
+            if fresh:
+                begun.update(fresh)
+            if writer.is_large_step(run, fresh=bool(fresh)):
+                return write(partial(writer.events, run, step))
+            events = writer.events(run, step)
+            return None if started and (not events or write_now(events)) else write(events)
+
+        await run.follow(take)
         traces = await run.explain()
         end = await self._written(
-            lambda: self._writer.end(run, traces),
-            apart=bool(traces) or self._writer.is_large(run),
+            lambda: writer.end(run, traces), apart=bool(traces) or writer.is_large(run)
         )
         await send(_piece(end))
         await send(_piece(b"", more=False))
@@ -194,6 +209,11 @@ class Answer(EngineAnswer):
         headers = {"content-type": "text/event-stream; charset=utf-8", "cache-control": "no-cache"}
         raw = [(k.encode(), v.encode("latin-1")) for k, v in (headers | run.headers()).items()]
         return {"type": "http.response.start", "status": 200, "headers": raw}
+
+
+def _never(_: bytes) -> bool:
+    """Stands for the extension on a server that does not have it."""
+    return False
 
 
 def _piece(body: bytes, *, more: bool = True) -> dict[str, Any]:

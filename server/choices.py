@@ -8,7 +8,7 @@ from typing import Any
 from reft_runtime.outputs import Choice, ChoiceDelta, Trace
 from server.answers import Writer
 from server.errors import ApiError
-from server.generation import Run
+from server.generation import Run, Step
 from server.schemas.common import SamplingBody
 from server.streaming import DONE, event
 
@@ -41,7 +41,7 @@ class ChoiceWriter(Writer):
         body = _envelope(run, self.object, written) | {"usage": run.usage()} | self.whole(run)
         return body | {"trace": traces} if traces else body
 
-    def events(self, run: Run, step: list[tuple[int, ChoiceDelta]]) -> bytes:
+    def events(self, run: Run, step: Step) -> bytes:
         """Write an event for each chunk."""
         common = self._common(run)
         if self._options.continuous_usage_stats:

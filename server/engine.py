@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, BinaryIO, Protocol
 
 if TYPE_CHECKING:
@@ -175,8 +175,11 @@ class Stream(Protocol):
     def label_logprobs(self) -> tuple[float, ...]:
         """Log-probabilities of the request's labels, once it has ended; empty without labels."""
 
-    def __aiter__(self) -> AsyncIterator[list[ChoiceDelta]]:
-        """Iterate over the deltas of the request's choices, step by step."""
+    listener: Callable[[], None]
+    """Called on the event loop when a step told of the request, and when it was aborted."""
+
+    def gained(self) -> list[ChoiceDelta] | None:
+        """What the choices gained since the last call, maybe nothing; None once all have ended."""
 
     async def trace(self) -> Trace:
         """Wait until all choices have ended; return what the request's interventions did."""

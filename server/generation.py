@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
-from contextlib import aclosing, asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -14,12 +14,17 @@ from reft_runtime.front.prepared import Prepared, release_all
 from reft_runtime.front.prompt_form import PromptForm
 from reft_runtime.outputs import Choice, ChoiceDelta, TokenLogprob, Trace
 from server.context import Context
+from server.following import Follower, Rest
 from server.tenants.meter import Meter
 from server.tenants.quota import Refused, TooLarge
 
 if TYPE_CHECKING:
     from server.engine import Stream
     from server.tenants.quota import Admitted
+
+
+Step = list[tuple[int, ChoiceDelta]]
+"""What one step of the engine, or a few, added: pairs of a choice's index and what it gained."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,18 +72,21 @@ class Job:
 
 
 @asynccontextmanager
-async def before_the_deadline(context: Context, arrived: float) -> AsyncIterator[None]:
+async def before_the_deadline(context: Context, arrived: float) -> AsyncIterator[asyncio.Timeout]:
     """Raise `Overloaded` if a block before the first token ends later than it may.
 
-    `arrived` is when the request came, on the monotonic clock.
+    `arrived` is when the request came, on the monotonic clock. A block that goes on after the first
+    token takes the deadline away then: `reschedule(None)`.
     """
-    timeout = context.settings.first_token_timeout
-    left = arrived + timeout - time.monotonic()
+    limit = context.settings.first_token_timeout
+    deadline = asyncio.timeout(max(0.0, arrived + limit - time.monotonic()))
     try:
-        async with asyncio.timeout(max(0.0, left)):
-            yield
+        async with deadline:
+            yield deadline
     except TimeoutError:
-        raise Overloaded(f"No first token within {timeout:g} seconds.") from None
+        if not deadline.expired():
+            raise
+        raise Overloaded(f"No first token within {limit:g} seconds.") from None
 
 
 @dataclass(slots=True, eq=False)
@@ -149,33 +157,35 @@ class Run:
             headers["x-intervention"] = ", ".join(self.job.versions)
         return headers
 
-    async def steps(self) -> AsyncGenerator[list[tuple[int, ChoiceDelta]], None]:
-        """Iterate over what each engine step added, as (choice index, delta) pairs.
+    async def follow(self, take: Callable[[Step], Rest]) -> None:
+        """Pass what each engine step adds to `take` until all choices have ended.
 
-        Raises what the engine raises, and `Overloaded` if the first token takes longer than
-        `first_token_timeout`.
+        `take` is called, and may return a coroutine, as `Follower` says. Raises what the engine and
+        `take` raise, and `Overloaded` if the first token takes longer than `first_token_timeout`.
         """
         n = self.job.n
-        async with aclosing(_merge([aiter(stream) for stream in self.streams])) as merged:
-            async with before_the_deadline(self.context, self.job.arrived):
-                step = await anext(merged, None)
-            if step is not None:
-                queued = self.streams[step[0]].queue_seconds
-                self.first_token_seconds = time.monotonic() - self.job.arrived
-                self.context.metrics.first_token(self.first_token_seconds, queued)
-            while step is not None:
-                prompt, deltas = step
+        async with before_the_deadline(self.context, self.job.arrived) as deadline:
+
+            def told(prompt: int, deltas: list[ChoiceDelta]) -> Rest:
+                if self.first_token_seconds is None:
+                    deadline.reschedule(None)
+                    queued = self.streams[prompt].queue_seconds
+                    self.first_token_seconds = time.monotonic() - self.job.arrived
+                    self.context.metrics.first_token(self.first_token_seconds, queued)
                 self._count(prompt, deltas)
-                yield [(prompt * n + delta.index, delta) for delta in deltas]
-                step = await anext(merged, None)
+                return take([(prompt * n + delta.index, delta) for delta in deltas])
+
+            await Follower(self.streams, told).run()
 
     async def collect(self) -> list[Choice]:
         """Run the request to its end, and return all choices in order."""
         choices = [Choice(index) for index in range(self.choices)]
-        async with aclosing(self.steps()) as steps:
-            async for step in steps:
-                for index, delta in step:
-                    choices[index].add(delta)
+
+        def add(step: Step) -> None:
+            for index, delta in step:
+                choices[index].add(delta)
+
+        await self.follow(add)
         return choices
 
     async def explain(self) -> list[Trace]:
@@ -240,30 +250,3 @@ async def opened(context: Context, job: Job) -> AsyncIterator[Run]:
             metrics.finished(seconds, run.ends, tenant, job.names, counts)
             for name in job.names:
                 context.registry.count(name, counts.prompt_tokens, counts.completion_tokens)
-
-
-async def _merge(
-    sources: list[AsyncIterator[list[ChoiceDelta]]],
-) -> AsyncGenerator[tuple[int, list[ChoiceDelta]], None]:
-    """Items of all `sources` as they come, each with its source's position."""
-    if len(sources) == 1:
-        async for step in sources[0]:
-            yield 0, step
-        return
-
-    async def pull(position: int) -> tuple[int, list[ChoiceDelta] | None]:
-        return position, await anext(sources[position], None)
-
-    waiting = {asyncio.ensure_future(pull(position)) for position in range(len(sources))}
-    try:
-        while waiting:
-            done, waiting = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
-            for task in done:
-                position, item = task.result()
-                if item is not None:
-                    waiting.add(asyncio.ensure_future(pull(position)))
-                    yield position, item
-    finally:
-        for task in waiting:
-            task.cancel()
-        await asyncio.gather(*waiting, return_exceptions=True)

@@ -7,8 +7,10 @@ from typing import TYPE_CHECKING
 
 from reft_runtime.errors import RequestFailed
 from reft_runtime.sampling import SamplingParams
+from server.following import Follower
 
 if TYPE_CHECKING:
+    from reft_runtime.outputs import ChoiceDelta
     from server.engine import Engine
 
 HEARTBEAT_SECONDS = 10.0
@@ -35,11 +37,14 @@ class Health:
         sampling = SamplingParams(max_tokens=1, temperature=0.0)
         [prepared] = await asyncio.to_thread(engine.admission.prepare, ["Hello"], sampling)
         stream = engine.start(prepared)
+        tokens: list[int] = []
+
+        def take(_: int, deltas: list[ChoiceDelta]) -> None:
+            tokens.extend(token for delta in deltas for token in delta.tokens)
+
         try:
             async with asyncio.timeout(CANARY_SECONDS):
-                tokens = [
-                    token async for step in stream for delta in step for token in delta.tokens
-                ]
+                await Follower([stream], take).run()
         finally:
             stream.abort()
         if not tokens:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import re
 import socket
+from functools import partial
 from typing import Any, cast
 
 from uvicorn._types import ASGI3Application
@@ -18,6 +19,7 @@ from uvicorn.protocols.http.httptools_impl import (
     RequestResponseCycle,
 )
 
+from server.answers import WRITE_NOW
 from server.connections import Connections
 from server.errors import ApiError
 from server.middleware import MAX_HEADER_BYTES
@@ -210,7 +212,16 @@ class Connection(HttpToolsProtocol):
 
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: ASGI3Application) -> None:
         self._answered = cycle
+        cycle.scope["extensions"] = {WRITE_NOW: {"write": partial(self._write_now, cycle)}}
         super()._start_asgi_task(cycle, app)
+
+    def _write_now(self, cycle: RequestResponseCycle, piece: bytes) -> bool:
+        """Write a piece of a chunked answer that has begun; False if `cycle.send` has to."""
+        over = cycle.disconnected or cycle.response_complete
+        if over or self.flow.write_paused or not cycle.chunked_encoding:
+            return False
+        cycle.transport.write(b"%x\r\n%b\r\n" % (len(piece), piece))
+        return True
 
     def on_body(self, body: bytes) -> None:
         """Take a piece of the body."""

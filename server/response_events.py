@@ -6,11 +6,11 @@ import time
 from abc import ABC, abstractmethod
 from typing import Any
 
-from reft_runtime.outputs import Choice, ChoiceDelta, Trace
+from reft_runtime.outputs import Choice, Trace
 from server.answers import Writer
 from server.choices import ChoiceWriter
 from server.errors import ApiError
-from server.generation import Run
+from server.generation import Run, Step
 from server.streaming import named_event
 from server.translation import Translation
 
@@ -145,7 +145,7 @@ class ResponseWriter(Writer):
         self._finish_reason = written["finish_reason"]
         return self._ended(run, traces)
 
-    def events(self, run: Run, step: list[tuple[int, ChoiceDelta]]) -> bytes:
+    def events(self, run: Run, step: Step) -> bytes:
         """Write the events of one step, before the first ones those that open the stream."""
         events = []
         if self._run is None:

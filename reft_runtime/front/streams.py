@@ -24,6 +24,8 @@ class Stream:
     grammar that proves too complex) `InvalidRequest` if the request did not get that far; if only
     its trace fails, `trace` raises instead. `versions` are
     the interventions applied, as `name@digest`, in order.
+
+    Who wants no task to wake for every token gives a `listener`, and takes what `gained` returns.
     """
 
     def __init__(
@@ -46,6 +48,8 @@ class Stream:
         self._answered = False
         self._over = False
         self._ready = asyncio.Event()
+        self.listener: Callable[[], None] = self._ready.set
+        """Called on the event loop when a step told of the request, and when it was aborted."""
 
     @property
     def prompt_logprobs(self) -> list[TokenLogprob | None] | None:
@@ -66,15 +70,24 @@ class Stream:
         return self
 
     async def __anext__(self) -> list[ChoiceDelta]:
-        while not self._deltas:
-            if self._error is not None and not self._answered:
-                raise self._error
-            if self._over or self._answered:
+        while not (deltas := self.gained()):
+            if deltas is None:
                 raise StopAsyncIteration
             self._ready.clear()
             await self._ready.wait()
-        deltas, self._deltas = self._deltas, []
         return deltas
+
+    def gained(self) -> list[ChoiceDelta] | None:
+        """What the choices gained since the last call, maybe nothing.
+
+        None once all choices have ended and everything was returned; raises as iteration does.
+        """
+        if deltas := self._deltas:
+            self._deltas = []
+            return deltas
+        if self._error is not None and not self._answered:
+            raise self._error
+        return None if self._over or self._answered else deltas
 
     async def trace(self) -> Trace:
         """What the interventions of a traced request did; waits until all its choices have ended.
@@ -98,9 +111,13 @@ class Stream:
         if not self._over:
             self._abort()
             self._end()
+            self.listener()
 
     def feed(self, event: Event) -> None:
-        """Take one event of this request; called on the event loop."""
+        """Take one event of this request, on the event loop; `listener` is called after the last.
+
+        A step may have several events of a request.
+        """
         if self._over:
             return
         try:
@@ -121,14 +138,12 @@ class Stream:
             self.queue_seconds = self.assembler.started_at - self._submitted
         if delta is not None:
             self._deltas.append(delta)
-            self._ready.set()
         self._answered = self.assembler.done
         if self.assembler.over:
             self._end()
 
     def _end(self) -> None:
         self._over = True
-        self._ready.set()
         self._on_end()
 
 
@@ -144,7 +159,11 @@ class EventLoopSink:
         self._loop.call_soon_threadsafe(self._dispatch, events)
 
     def _dispatch(self, events: list[Event]) -> None:
+        fed: dict[Stream, None] = {}
         for event in events:
             stream = self.streams.get(event.request_id)
             if stream is not None:
                 stream.feed(event)
+                fed[stream] = None
+        for stream in fed:
+            stream.listener()

@@ -442,7 +442,12 @@ class FakeStream:
         self.labels = request.labels
         self.label_logprobs: tuple[float, ...] = ()
         self.aborted = self.ended = False
+        self.listener: Callable[[], None] = lambda: None
         self._release = prepared.release
+        self._gained: list[ChoiceDelta] = []
+        self._error: Exception | None = None
+        self._told = False
+        self._task = asyncio.ensure_future(self._tell())
 
     async def trace(self) -> Trace:
         return Trace((), 0.0)
@@ -453,9 +458,29 @@ class FakeStream:
 
     def _end(self) -> None:
         self.ended = True
+        self._task.cancel()
         self._release()
 
-    async def __aiter__(self) -> AsyncIterator[list[ChoiceDelta]]:
+    def gained(self) -> list[ChoiceDelta] | None:
+        if self._gained:
+            gained, self._gained = self._gained, []
+            return gained
+        if self._error is not None:
+            raise self._error
+        return None if self._told else []
+
+    async def _tell(self) -> None:
+        try:
+            async for deltas in self.steps():
+                self._gained += deltas
+                self.listener()
+        except Exception as error:
+            self._error = error
+        self.ended = self._told = True
+        self._release()
+        self.listener()
+
+    async def steps(self) -> AsyncIterator[list[ChoiceDelta]]:
         sampling, engine = self.sampling, self.engine
         count, letters = sampling.max_tokens or 0, ALPHABET
         ended: Literal["stop", "length"] = "length"
@@ -477,7 +502,6 @@ class FakeStream:
             if not engine.alive:
                 raise EngineDead("The engine stopped.")
             if engine.fail_after is not None and step >= engine.fail_after:
-                self._end()
                 raise _Secret("weights at /secret/path")
             token = letters[step % len(letters)]
             last = step == count - 1
@@ -491,7 +515,6 @@ class FakeStream:
                 )
                 for index in range(sampling.n)
             ]
-        self._end()
 
     def _logprob(self, token: int) -> TokenLogprob:
         wanted = max(self.sampling.logprobs or 0, self.sampling.prompt_logprobs or 0)

@@ -91,7 +91,7 @@ async def test_what_gateways_read(
     ):
         assert f"{line}\n" in text
     assert info_of(text) == ("3", "emoji,formal,pirate", "")
-    monkeypatch.setattr("tests.http.fake_engine.FakeStream.__aiter__", _waiting)
+    monkeypatch.setattr("tests.http.fake_engine.FakeStream.steps", _waiting)
     uses = [{"name": "pirate"}, {"name": "emoji"}]
     body = completion(model="tiny", interventions=uses)
     asking = asyncio.ensure_future(client.post("/v1/completions", json=body))
