@@ -33,7 +33,8 @@ class TokenLogprob:
     top: tuple[tuple[int, float], ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
+# Not frozen: there is one for every token, and a frozen one takes five times as long to make.
+@dataclass(slots=True)
 class ChoiceDelta:
     """What one choice of a request gained in one engine step.
 

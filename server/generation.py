@@ -194,17 +194,20 @@ class Run:
 
     def _count(self, prompt: int, deltas: list[ChoiceDelta]) -> None:
         now = time.monotonic()
-        before = self._last.get(prompt)
-        if before is not None:
-            self.context.metrics.next_token(now - before)
-        self._last[prompt] = now
-        made = sum(len(delta.tokens) for delta in deltas)
-        self.completion_tokens += made
-        self.meter.step(prompt, self.streams[prompt].cached_tokens, made)
+        made = most = 0
         for delta in deltas:
+            tokens = len(delta.tokens)
+            made += tokens
+            most = max(most, tokens)
             if delta.finish_reason is not None:
                 index = prompt * self.job.n + delta.index
                 self.finish_reasons[index] = delta.finish_reason
+        before = self._last.get(prompt)
+        if before is not None:
+            self.context.metrics.next_token((now - before) / (most or 1))
+        self._last[prompt] = now
+        self.completion_tokens += made
+        self.meter.step(prompt, self.streams[prompt].cached_tokens, made, now)
 
 
 @asynccontextmanager

@@ -31,7 +31,8 @@ class PromptScored:
     logprobs: tuple[TokenLogprob, ...]
 
 
-@dataclass(frozen=True, slots=True)
+# Not frozen: there is one for every token, and a frozen one takes five times as long to make.
+@dataclass(slots=True)
 class TokenMade:
     """One choice has one more token, or (`token` None) ended without one.
 

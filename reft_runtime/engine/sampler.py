@@ -33,7 +33,8 @@ TINY = torch.finfo(torch.float32).tiny
 """The least temperature and repetition penalty that are applied."""
 
 
-@dataclass(frozen=True, slots=True)
+# Not frozen: there is one for every token, and a frozen one takes five times as long to make.
+@dataclass(slots=True)
 class SampleRow:
     """What the sampler must know about one row, that of choice number `choice` of n.
 
@@ -52,7 +53,8 @@ class SampleRow:
     allowed: Tensor | None = None
 
 
-@dataclass(frozen=True, slots=True)
+# Not frozen: there is one for every token, and a frozen one takes five times as long to make.
+@dataclass(slots=True)
 class Sampled:
     """The token picked for one row, and its log-probability where `params.logprobs` asks for it."""
 

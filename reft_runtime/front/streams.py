@@ -1,12 +1,14 @@
 """A request's answer as an asyncio stream.
 
-The engine's thread wakes an event loop once a step, with the events of all its requests.
+The engine's thread wakes an event loop once a step, or once in some steps, with the events of all
+its requests.
 """
 
 from __future__ import annotations
 
 import asyncio
 import time
+from collections import deque
 from collections.abc import Callable
 from typing import Self
 
@@ -14,6 +16,12 @@ from reft_runtime.engine.events import Event
 from reft_runtime.errors import EngineDead, OutOfMemory, ReftError, RequestFailed
 from reft_runtime.front.assembly import Assembler
 from reft_runtime.outputs import ChoiceDelta, TokenLogprob, Trace
+
+REST = 3
+"""How long a loop delivers nothing, as a multiple of the time that its last delivery took."""
+
+LONGEST_REST = 0.05
+"""The longest rest, in seconds."""
 
 
 class Stream:
@@ -78,13 +86,13 @@ class Stream:
         return deltas
 
     def gained(self) -> list[ChoiceDelta] | None:
-        """What the choices gained since the last call, maybe nothing.
+        """What the choices gained since the last call, a delta for each that did, maybe none.
 
         None once all choices have ended and everything was returned; raises as iteration does.
         """
         if deltas := self._deltas:
             self._deltas = []
-            return deltas
+            return deltas if len(deltas) == 1 else _joined(deltas)
         if self._error is not None and not self._answered:
             raise self._error
         return None if self._over or self._answered else deltas
@@ -148,22 +156,69 @@ class Stream:
 
 
 class EventLoopSink:
-    """Delivers a step's events to the streams of one event loop, in one wake-up."""
+    """Delivers the events of steps to the streams of one event loop.
+
+    Delivering takes Python's lock, which the engine's thread needs for its next step. So after a
+    delivery the loop rests, `REST` times as long as that took: with hundreds of streams, those of a
+    fast device get the tokens of a few steps at once, and the engine is not held up.
+    """
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = loop
         self.streams: dict[str, Stream] = {}
+        self._gathered: deque[list[Event]] = deque()
+        self._called = False
+        self._rests_until = 0.0
 
     def __call__(self, events: list[Event]) -> None:
         """Hand over the events of one step; called on the engine's thread."""
-        self._loop.call_soon_threadsafe(self._dispatch, events)
+        self._gathered.append(events)
+        if not self._called:
+            self._called = True
+            try:
+                self._loop.call_soon_threadsafe(self._deliver)
+            except RuntimeError:  # the loop is closed
+                self._called = False
+                raise
 
-    def _dispatch(self, events: list[Event]) -> None:
+    def _deliver(self) -> None:
+        now = self._loop.time()
+        if now < self._rests_until:
+            self._loop.call_at(self._rests_until, self._deliver)
+            return
+        self._called = False  # before the events are taken: those that come now are not forgotten
+        began = time.thread_time()
+        self._dispatch()
+        rest = min(REST * (time.thread_time() - began), LONGEST_REST)
+        self._rests_until = self._loop.time() + rest
+
+    def _dispatch(self) -> None:
         fed: dict[Stream, None] = {}
-        for event in events:
-            stream = self.streams.get(event.request_id)
-            if stream is not None:
-                stream.feed(event)
-                fed[stream] = None
+        while self._gathered:
+            for event in self._gathered.popleft():
+                stream = self.streams.get(event.request_id)
+                if stream is not None:
+                    stream.feed(event)
+                    fed[stream] = None
         for stream in fed:
             stream.listener()
+
+
+def _joined(deltas: list[ChoiceDelta]) -> list[ChoiceDelta]:
+    """One delta for each choice."""
+    of: dict[int, list[ChoiceDelta]] = {}
+    for delta in deltas:
+        of.setdefault(delta.index, []).append(delta)
+    if len(of) == len(deltas):
+        return deltas
+    return [
+        ChoiceDelta(
+            index,
+            "".join(delta.text for delta in own),
+            tuple(token for delta in own for token in delta.tokens),
+            tuple(logprob for delta in own for logprob in delta.logprobs),
+            own[-1].finish_reason,
+            own[-1].stop_reason,
+        )
+        for index, own in of.items()
+    ]

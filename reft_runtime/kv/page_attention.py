@@ -15,7 +15,8 @@ from reft_runtime.kernels.staging import to_device
 from reft_runtime.schedule.blocks import BLOCK_TOKENS, blocks_for
 
 
-@dataclass(frozen=True, slots=True)
+# Not frozen: there is one for every token, and a frozen one takes five times as long to make.
+@dataclass(slots=True)
 class RowInPages:
     """Consecutive tokens of one sequence from offset `start` on, and the addresses of their keys.
 

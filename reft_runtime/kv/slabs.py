@@ -83,17 +83,14 @@ class Row:
         self.capacity = capacity
         self._layout = layout
         self._memory = MappedMemory(_numbers(layout.parts) * capacity, dtype)
+        self.address = self._memory.numbers.data_ptr()
+        """The memory address of the first number."""
         self._views = [
             self._memory.numbers.narrow(0, part.before * capacity, part.numbers * capacity).view(
                 part.heads, capacity, part.dim
             )
             for part in layout.parts
         ]
-
-    @property
-    def address(self) -> int:
-        """The memory address of the first number."""
-        return self._memory.numbers.data_ptr()
 
     def part(self, index: int) -> Tensor:
         """Part number `index`, [heads, capacity, dim]."""
