@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import json
 import logging
 import re
+import socket
 from collections.abc import AsyncIterator
 from typing import Any
 from urllib.parse import urlsplit
@@ -14,6 +16,7 @@ from urllib.parse import urlsplit
 import httpx
 import pytest
 from pydantic import SecretStr
+from uvicorn.protocols.http.httptools_impl import RequestResponseCycle
 
 from server.connections import Limits
 from server.settings import Settings
@@ -280,6 +283,58 @@ async def test_a_client_that_leaves_an_answer_is_counted(
     while engine.running:
         await asyncio.sleep(0.01)
     assert [r for r in caplog.records if r.levelno >= logging.WARNING] == []
+
+
+async def test_pieces_of_a_stream_are_written_without_a_send(
+    server_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sent: list[str] = []
+    send = RequestResponseCycle.send
+
+    async def noted(cycle: RequestResponseCycle, message: Any) -> None:
+        sent.append(message["type"])
+        await send(cycle, message)
+
+    monkeypatch.setattr(RequestResponseCycle, "send", noted)
+    data = request(completion(max_tokens=20, stream=True), connection="close")
+    async with connected(server_url, data) as (reader, _):
+        answer = await rest(reader)
+    pieces = re.findall(rb'"text":"(.)"', answer)
+    assert b"".join(pieces) == b"abcdefghijklmnopqrst"
+    assert answer.endswith(b"\r\n0\r\n\r\n")
+    # The head, the first piece, what ends the stream, and the end of the answer.
+    assert sent == ["http.response.start", *["http.response.body"] * 3]
+
+
+async def test_a_stream_waits_for_a_client_that_does_not_read(
+    server_url: str, engine: FakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sends = 0
+    send = RequestResponseCycle.send
+
+    async def counted(cycle: RequestResponseCycle, message: Any) -> None:
+        nonlocal sends
+        sends += 1
+        await send(cycle, message)
+
+    monkeypatch.setattr(RequestResponseCycle, "send", counted)
+    engine.info = dataclasses.replace(engine.info, max_model_len=20_000)
+    body = completion(max_tokens=16_000, stream=True, user="u" * 1000, n=2)
+    parts = urlsplit(server_url)
+    with socket.socket() as small:
+        small.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)  # the rest is the server's
+        small.connect((parts.hostname, parts.port))
+        reader, writer = await asyncio.open_connection(sock=small, limit=1)
+        writer.write(request(body, connection="close"))
+        while not engine.streams or not engine.streams[0].ended:
+            await asyncio.sleep(0.02)
+        answer = await rest(reader)
+        writer.close()
+    for index in range(2):
+        said = re.findall(rb'"index":%d,"text":"([a-z]*)"' % index, answer)
+        assert b"".join(said) == (bytes(range(97, 123)) * 700)[:16_000]
+    assert answer.endswith(b"data: [DONE]\n\n\r\n0\r\n\r\n")
+    assert sends > 4  # the last of what was written had to wait
 
 
 async def test_a_connection_is_used_again(server_url: str) -> None:

@@ -1,0 +1,106 @@
+"""How events of steps reach the streams of an event loop."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+
+import pytest
+
+from reft_runtime.engine.events import Event, TokenMade
+from reft_runtime.front import streams
+from reft_runtime.front.assembly import Assembler
+from reft_runtime.front.streams import EventLoopSink, Stream
+from reft_runtime.outputs import ChoiceDelta, TokenLogprob
+from reft_runtime.text import Tokenizer
+from tests.helpers.models import request
+from tests.helpers.tokenizer import tiny_tokenizer
+
+A, B, C = (ord(letter) for letter in "abc")
+
+
+def opened(sink: EventLoopSink, name: str, n: int = 1) -> Stream:
+    """A stream of a request of n choices, which ends when its sink does not know it any more."""
+    tokenizer = Tokenizer(tiny_tokenizer(), 64)
+    assembler = Assembler(request(name, (1, 2), n=n), tokenizer, lambda choice: None)
+    stream = Stream(assembler, [], lambda: sink.streams.pop(name, None), lambda: None, lambda: True)
+    sink.streams[name] = stream
+    return stream
+
+
+def made(name: str, *tokens: int, ends: bool = False) -> list[Event]:
+    """One step: a token for each choice."""
+    reason = "length" if ends else None
+    return [
+        TokenMade(name, choice, token, TokenLogprob(token, -1.0, ()), reason)
+        for choice, token in enumerate(tokens)
+    ]
+
+
+async def test_steps_that_come_together_are_one_delta_for_each_choice() -> None:
+    sink = EventLoopSink(asyncio.get_running_loop())
+    stream, other = opened(sink, "x", n=2), opened(sink, "y")
+    sink(made("x", A, B) + made("y", C))
+    sink(made("x", B, C))
+    sink(made("x", C, A, ends=True) + made("y", A, ends=True))
+    first, second = await anext(stream)
+    assert (first.index, first.tokens, first.finish_reason) == (0, (A, B, C), "length")
+    assert [logprob.token for logprob in first.logprobs] == [A, B, C]
+    assert (second.index, second.tokens, second.finish_reason) == (1, (B, C, A), "length")
+    assert second.text == first.text[1:] + first.text[0]
+    assert [delta.tokens async for deltas in other for delta in deltas] == [(C, A)]
+    assert [deltas async for deltas in stream] == []
+
+
+async def test_a_loop_rests_after_a_delivery(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(streams, "REST", 1e9)
+    monkeypatch.setattr(streams, "LONGEST_REST", 0.5)
+    sink = EventLoopSink(asyncio.get_running_loop())
+    stream = opened(sink, "x")
+    sink(made("x", A))
+    assert [delta.tokens for delta in await anext(stream)] == [(A,)]
+    sink(made("x", B))
+    for _ in range(5):
+        await asyncio.sleep(0)
+    sink(made("x", C))
+    began = asyncio.get_running_loop().time()
+    assert [delta.tokens for delta in await anext(stream)] == [(B, C)]
+    assert asyncio.get_running_loop().time() - began > 0.1
+
+
+async def test_no_event_is_lost_or_moved(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(streams, "LONGEST_REST", 0.001)
+    sink = EventLoopSink(asyncio.get_running_loop())
+    stream = opened(sink, "x")
+    tokens = [A + step % 26 for step in range(5000)]
+
+    def steps() -> None:
+        for step, token in enumerate(tokens, start=1):
+            sink(made("x", token, ends=step == len(tokens)))
+
+    thread = threading.Thread(target=steps)
+    thread.start()
+    found = [token async for deltas in stream for delta in deltas for token in delta.tokens]
+    thread.join()
+    assert found == tokens
+
+
+async def test_a_listener_hears_of_a_step_once_and_of_an_abort() -> None:
+    sink = EventLoopSink(asyncio.get_running_loop())
+    stream = opened(sink, "x", n=2)
+    heard: list[list[ChoiceDelta] | None] = []
+    stream.listener = lambda: heard.append(stream.gained())
+    sink(made("x", A, B))
+    await asyncio.sleep(0.01)
+    assert [[delta.index for delta in deltas or ()] for deltas in heard] == [[0, 1]]
+    stream.abort()
+    assert heard[1:] == [None]
+
+
+def test_a_loop_that_is_closed_is_told_of_every_time() -> None:
+    loop = asyncio.new_event_loop()
+    loop.close()
+    sink = EventLoopSink(loop)
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="closed"):
+            sink([])
