@@ -23,16 +23,19 @@ def opened(sink: EventLoopSink, name: str, n: int = 1) -> Stream:
     """A stream of a request of n choices, which ends when its sink does not know it any more."""
     tokenizer = Tokenizer(tiny_tokenizer(), 64)
     assembler = Assembler(request(name, (1, 2), n=n), tokenizer, lambda choice: None)
-    stream = Stream(assembler, [], lambda: sink.streams.pop(name, None), lambda: None, lambda: True)
+
+    def end() -> None:
+        del sink.streams[name]
+
+    stream = Stream(assembler, [], end, lambda: None, lambda: True)
     sink.streams[name] = stream
     return stream
 
 
 def made(name: str, *tokens: int, ends: bool = False) -> list[Event]:
     """One step: a token for each choice."""
-    reason = "length" if ends else None
     return [
-        TokenMade(name, choice, token, TokenLogprob(token, -1.0, ()), reason)
+        TokenMade(name, choice, token, TokenLogprob(token, -1.0, ()), "length" if ends else None)
         for choice, token in enumerate(tokens)
     ]
 
