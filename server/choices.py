@@ -22,6 +22,7 @@ class ChoiceWriter(Writer):
     def __init__(self, body: SamplingBody) -> None:
         self._options = body.stream_options
         self._started = False
+        self._fields: dict[str, Any] = {}
 
     def whole(self, run: Run) -> dict[str, Any]:
         """Fields beside the choices, in a whole answer and in a stream's first event."""
@@ -45,7 +46,7 @@ class ChoiceWriter(Writer):
         """Write an event for each chunk."""
         common = self._common(run)
         if self._options.continuous_usage_stats:
-            common["usage"] = run.usage()
+            common = common | {"usage": run.usage()}
         chunks = [chunk for index, delta in step for chunk in self.chunks(run, index, delta)]
         events = [common | {"choices": [chunk]} for chunk in chunks]
         if events and not self._started:
@@ -67,8 +68,12 @@ class ChoiceWriter(Writer):
         return event(problem.body()) + DONE
 
     def _common(self, run: Run) -> dict[str, Any]:
-        common = _envelope(run, self.chunk_object, [])
-        return common | {"usage": None} if self._options.include_usage else common
+        """Fields of every event of a run; they are made once."""
+        if not self._fields:
+            self._fields = _envelope(run, self.chunk_object, [])
+            if self._options.include_usage:
+                self._fields["usage"] = None
+        return self._fields
 
 
 def _envelope(run: Run, kind: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
