@@ -69,7 +69,7 @@ SHAPES: dict[str, dict[str, Any]] = {
 ANSWER_TOKENS = 64
 FILES = 32
 MAX_TOKENS = 8192
-STEP, PROMPTS = "step", "prompts"
+STEP, PROMPTS, COPIES = "step", "prompts", "copies"
 BASE = "base"
 WHOLE = "n tasks: all layers, r=8, whole prompt"
 ALL = "n tasks: all layers, r=8, all"
@@ -185,9 +185,13 @@ class Bench:
         answer_tokens: int = ANSWER_TOKENS,
         settings: Sequence[dict[str, Any]] = ({"temperature": 0},),
     ) -> Callable[[int], Figures]:
-        """A case of n requests at once, which take the `applied` in turn."""
+        """A case of n requests at once, which take the `applied` in turn.
+
+        Before the run they are copied to the device, where other cases have pushed them off it.
+        """
 
         def run(number: int) -> Figures:
+            copies = self._copy(applied)
             rng = random.Random(f"{n} {number} {next(self._ids)}")
             samplings = [
                 SamplingParams(max_tokens=answer_tokens, ignore_eos=True, **own) for own in settings
@@ -207,9 +211,22 @@ class Bench:
                 self.core.step()
                 steps.append(time.perf_counter() - now)
             seconds = time.perf_counter() - begin
-            return {SECONDS: seconds, PROMPTS: prompts, STEP: statistics.median(steps)}
+            step = statistics.median(steps)
+            return {SECONDS: seconds, PROMPTS: prompts, STEP: step, COPIES: copies}
 
         return run
+
+    def _copy(self, applied: Sequence[tuple[AppliedIntervention, ...]]) -> float:
+        """Bring interventions into the tables on the device; returns the seconds it took."""
+        tables, used = self.core.runner.tables, [one for own in applied for one in own]
+        if tables is None:
+            return 0.0
+        begin = time.perf_counter()
+        tables.begin_step(used)
+        for one in used:
+            tables.groups_of(one)
+        _wait(self.loaded.device)
+        return time.perf_counter() - begin
 
     def _sequences(self) -> list[Any]:
         scheduler = self.core.scheduler
@@ -318,11 +335,12 @@ def main(
                     round(n / step),
                     round(100 * bench.share_of_peak(n, PROMPT_TOKENS, prompts, limits)),
                     "" if label == BASE else speed_ratio(taken, label, BASE),
+                    round(1000 * median(taken, label, COPIES), 1),
                 )
             )
     header = (
         *("n", "case", "step, ms", "over floor", "over products"),
-        *("tokens/s", "prompts, % of peak", "over base"),
+        *("tokens/s", "prompts, % of peak", "over base", "copies before it, ms"),
     )
     print(table(header, rows))
 
