@@ -27,6 +27,9 @@ logger = logging.getLogger("reft.server")
 AT_ONCE_TOKENS = 4096
 """Most tokens written on the event loop; a larger answer would hold up other requests."""
 
+AT_ONCE_SCORED = 64
+"""The same, of tokens with their log-probabilities."""
+
 
 WRITE_NOW = "reft.write_now"
 """ASGI extension: its `write` writes a piece of a stream that has begun, without `send`.
@@ -50,12 +53,15 @@ class Writer(ABC):
         tokens = run.job.prompt_tokens * run.job.n + run.completion_tokens
         return self.heavy or tokens > AT_ONCE_TOKENS
 
-    def is_large_step(self, run: Run, *, fresh: bool) -> bool:
+    def is_large_step(self, run: Run, step: Step, *, fresh: bool) -> bool:
         """Whether what one step adds is; in a `fresh` one a choice begins.
 
-        That may bring the choice's prompt with all of its log-probabilities.
+        That may bring the choice's prompt with all of its log-probabilities. To a client that read
+        nothing for a while a step may bring many tokens.
         """
-        return fresh and self.is_large(run)
+        most = AT_ONCE_SCORED if self.heavy else AT_ONCE_TOKENS
+        large = sum([len(delta.tokens) for _, delta in step]) > most
+        return large or (fresh and self.is_large(run))
 
     @abstractmethod
     def body(self, run: Run, choices: list[Choice], traces: list[Trace]) -> dict[str, Any]:
@@ -187,7 +193,7 @@ class Answer(EngineAnswer):
             fresh = {index for index, _ in step} - begun
             if fresh:
                 begun.update(fresh)
-            if writer.is_large_step(run, fresh=bool(fresh)):
+            if writer.is_large_step(run, step, fresh=bool(fresh)):
                 return write(partial(writer.events, run, step))
             events = writer.events(run, step)
             return None if started and (not events or write_now(events)) else write(events)

@@ -126,9 +126,10 @@ class ResponseWriter(Writer):
         """Whether log-probabilities, which are many numbers, are asked for."""
         return self._chat.heavy
 
-    def is_large_step(self, run: Run, *, fresh: bool) -> bool:
-        """Whether a step may end a message with many log-probabilities, because a call begins."""
-        return self.heavy and bool(self._asked.chat.tools)
+    def is_large_step(self, run: Run, step: Step, *, fresh: bool) -> bool:
+        """Whether it is, or may end a message with many log-probabilities as a call begins."""
+        ends = self.heavy and bool(self._asked.chat.tools)
+        return ends or super().is_large_step(run, step, fresh=False)
 
     def body(self, run: Run, choices: list[Choice], traces: list[Trace]) -> dict[str, Any]:
         """Write the answer to the request's only choice."""

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import threading
+from collections.abc import AsyncIterator
 from typing import Any
 
 import httpx
 import openai
 import pytest
 
+from reft_runtime.outputs import ChoiceDelta
+from server.generation import Run, Step
+from server.routes.completions import CompletionWriter
 from tests.http.conftest import chat, completion
-from tests.http.fake_engine import DIGEST, FakeEngine
+from tests.http.fake_engine import DIGEST, FakeEngine, FakeStream
 
 
 def events(response: httpx.Response) -> list[Any]:
@@ -122,6 +128,33 @@ async def test_streamed_logprobs_have_running_offsets(client: httpx.AsyncClient)
     assert [choice["text"] for choice in choices] == ["Hia", "b"]
     assert [choice["logprobs"]["text_offset"] for choice in choices] == [[0, 1, 2], [3]]
     assert choices[1]["logprobs"]["top_logprobs"] == [{"x": -0.25, "y": -9999.0, "b": -0.5}]
+
+
+@pytest.mark.parametrize("scored", [False, True])
+async def test_many_tokens_at_once_are_written_beside_the_event_loop(
+    client: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch, scored: bool
+) -> None:
+    async def steps(self: FakeStream) -> AsyncIterator[list[ChoiceDelta]]:
+        one = ChoiceDelta(0, "a", (97,), (self._logprob(97),) if scored else ())
+        for count in (1, 10, 100, 5000):
+            await asyncio.sleep(0.01)
+            yield [one] * count
+        yield [ChoiceDelta(0, "", finish_reason="length")]
+
+    monkeypatch.setattr(FakeStream, "steps", steps)
+    threads = []
+    events = CompletionWriter.events
+
+    def noted(writer: CompletionWriter, run: Run, step: Step) -> bytes:
+        threads.append(threading.current_thread() is threading.main_thread())
+        return events(writer, run, step)
+
+    monkeypatch.setattr(CompletionWriter, "events", noted)
+    body = completion(stream=True, logprobs=1 if scored else None)
+    response = await client.post("/v1/completions", json=body)
+    assert response.text.count('"text":"a"') == 5111
+    beside = [not scored, True, not scored, False]
+    assert threads[:4] == beside
 
 
 @pytest.mark.parametrize("include", [False, True])
