@@ -22,7 +22,7 @@ from reft_runtime.base.gated_attention import gated_attention
 from reft_runtime.base.linears import Merged
 from reft_runtime.base.plans import Compute, Hooks, PartPlan, Plan, epsilon_of, hooks_of, or_own
 from reft_runtime.base.probe import ProbedLayer
-from reft_runtime.base.rebinding import rebound
+from reft_runtime.base.rebinding import code_of, rebound
 from reft_runtime.base.rotary import ROTARY, rotary_width, rotates, rotating
 from reft_runtime.base.trial import TOLERANCE, Operator, Trials
 from reft_runtime.kernels.operators import Operators, operators_for
@@ -201,7 +201,8 @@ class _Fuser:
         if parts.keys() != {f"{p}_proj" for p in "qkvo"}:
             return None
         shape, scoring = asked.shape, asked.scoring
-        if not _PLAIN_ATTENTION.issuperset(type(module).forward.__code__.co_names):
+        own = code_of(type(module).forward)
+        if own is None or not _PLAIN_ATTENTION.issuperset(own.__code__.co_names):
             return None
         projections = tuple(parts[f"{p}_proj"] for p in "qkv")
         if shape.key_dim != shape.value_dim or not self._rotates_halves(module):
@@ -258,14 +259,17 @@ class _Fuser:
 
     def _rotation(self, module: Any, asked: ProbedLayer) -> Plan | None:
         """Run an attention module's own code, its rotary function's name bound to ours."""
-        if not self._rotates_halves(module):
+        own = code_of(type(module).forward)
+        if own is None or not self._rotates_halves(module):
             return None
-        own = type(module).forward
         names = {ROTARY: self._rotary[own.__globals__[ROTARY]]}
         return Plan(rebound(own, module, names), self._width)
 
     def _rotates_halves(self, module: nn.Module) -> bool:
-        rotary = type(module).forward.__globals__[ROTARY]
+        own = code_of(type(module).forward)
+        if own is None:
+            return False
+        rotary = own.__globals__[ROTARY]
         if rotary not in self._rotary:
             self._rotary[rotary] = rotating(rotary, self._operators, self._model.device)
         return self._rotary[rotary] is not None

@@ -13,6 +13,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from reft_runtime.base.support import OTHERWISE
 from reft_runtime.errors import UnsupportedModel
 
 TEXT_KEYS = {
@@ -41,10 +42,13 @@ _M_ROPE = ("mrope_section", "mrope_interleaved")
 def language_config(config: PretrainedConfig) -> PretrainedConfig:
     """Configuration of the language model in a model that also sees or hears.
 
-    It is `config` itself for other models, and where the language model has no class of its own.
+    It is `config` itself for other models, also for those that are refused by their type, and where
+    the language model has no class of its own.
     """
     text = getattr(config, "text_config", None)
     if not isinstance(text, PretrainedConfig) or config.is_encoder_decoder:
+        return config
+    if config.model_type in OTHERWISE:
         return config
     if text.model_type in _PLAIN:
         found = _plain(text)

@@ -15,6 +15,8 @@ from transformers import PreTrainedModel
 
 from reft_runtime.base.attention import Scoring, running_step
 from reft_runtime.base.probe import AskedMask, ShapeProbe
+from reft_runtime.base.rebinding import code_of
+from reft_runtime.base.rotary import ROTARY
 
 METHOD = "_attn"
 """The method that computes attention [1, heads, T, dim] in the GPT-J family."""
@@ -27,14 +29,14 @@ _SCORED: dict[str, Callable[[Any], Scoring]] = {
         1.0, window=module.config.window_size if module.attention_type == "local" else None
     ),
 }
-"""How the modules with `METHOD` score keys, by their class."""
+"""How the modules with `METHOD` score keys, by their class; newer code of some has it no more."""
 
 
 def lead_to_step(model: PreTrainedModel) -> None:
     """Replace the modules' own attention; `ModelState` restores it."""
     for module in model.modules():
         name = type(module).__name__
-        if name in _SCORED:
+        if name in _SCORED and hasattr(module, METHOD):
             setattr(module, METHOD, _method(module, _SCORED[name](module)))
         elif name == "FalconAttention":
             module.forward = _falcon(module)
@@ -56,7 +58,9 @@ def _method(module: Any, scoring: Scoring) -> Callable[..., Any]:
 
 def _falcon(module: Any) -> Callable[..., Any]:
     """Falcon's attention without ALiBi: keys of all its sorts of heads, rotated."""
-    own, rotate = module.forward, type(module).forward.__globals__["apply_rotary_pos_emb"]
+    code = code_of(type(module).forward)
+    assert code is not None
+    own, rotate = module.forward, code.__globals__[ROTARY]
     layer, scoring = module.layer_idx, Scoring(1 / module.head_dim**0.5)
 
     def forward(

@@ -26,7 +26,8 @@ from reft_runtime.errors import UnsupportedModel
 
 _UPDATES = {"update_conv_state", "update_recurrent_state"}
 _ATTENDS = {"ALL_ATTENTION_FUNCTIONS"}
-_CACHES = ("cache_params", "past_key_values")
+_CACHES = ("cache", "cache_params", "past_key_values")
+"""What releases of transformers call the argument for a cache."""
 
 Rows = Tensor | tuple[Tensor, ...]
 """What a mixer takes or returns: a tensor [sequences, tokens, ...], or several."""
@@ -285,15 +286,11 @@ class MixerForward:
     """
 
     def __init__(self, number: int, module: nn.Module) -> None:
-        names = tuple(inspect.signature(module.forward).parameters)
-        cache = next((name for name in _CACHES if name in names), None)
-        if cache is None:
-            raise UnsupportedModel(f"{type(module).__name__} takes its cache by no known name")
         self._number = number
         self.own = module.forward
         self.packed: Callable[..., Rows] | None = None
-        self._names = names
-        self.cache = cache
+        self._names = tuple(inspect.signature(module.forward).parameters)
+        self.cache = cache_argument(module)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the mixer's own code, or let the running step run it part by part."""
@@ -317,6 +314,15 @@ class MixerForward:
                 raise UnsupportedModel(f"a recurrent layer gets {name} that is not one per token")
         call = MixerCall(self.own, tokens, rows, others, self.cache, self.packed)
         return step.recur(self._number, call)
+
+
+def cache_argument(module: nn.Module) -> str:
+    """What a mixer calls the argument for its cache."""
+    names = inspect.signature(module.forward).parameters
+    name = next((name for name in _CACHES if name in names), None)
+    if name is None:
+        raise UnsupportedModel(f"{type(module).__name__} takes its cache by no known name")
+    return name
 
 
 def find_mixers(model: PreTrainedModel) -> tuple[nn.Module, ...]:

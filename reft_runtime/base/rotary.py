@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from types import FunctionType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from reft_runtime.base.rebinding import code_of
 from reft_runtime.base.trial import ROWS, Operator, angles, random_rows
 from reft_runtime.kernels.operators import Operators
 
@@ -17,8 +17,8 @@ ROTARY = "apply_rotary_pos_emb"
 
 def rotates(module: nn.Module) -> bool:
     """Whether a module's own code calls a rotary function."""
-    own = type(module).forward
-    return isinstance(own, FunctionType) and ROTARY in own.__code__.co_names
+    own = code_of(type(module).forward)
+    return own is not None and ROTARY in own.__code__.co_names
 
 
 def rotary_width(model: nn.Module, head: int) -> int:

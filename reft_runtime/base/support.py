@@ -61,6 +61,8 @@ def check_config(config: PretrainedConfig) -> None:
         raise refuse(config, "it is an encoder-decoder")
     if reason := quantised.why_refused(config):
         raise refuse(config, reason)
+    if config.model_type in OTHERWISE:
+        raise refuse(config, OTHERWISE[config.model_type])
     if getattr(config, "text_config", None):
         raise refuse(
             config, "it also sees or hears, and transformers has its language model in no class"
@@ -69,8 +71,6 @@ def check_config(config: PretrainedConfig) -> None:
         raise refuse(config, "it is the decoder of an encoder-decoder, made for what that encodes")
     if config.model_type in ENCODERS and not config.is_decoder:
         raise refuse(config, "it is an encoder: its tokens see those behind them")
-    if config.model_type in OTHERWISE:
-        raise refuse(config, OTHERWISE[config.model_type])
     ours = type(config).__module__.startswith("transformers.")
     if ours and config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         raise refuse(config, "it is no causal language model")

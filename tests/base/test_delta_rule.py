@@ -10,7 +10,7 @@ from transformers.models.qwen3_5 import modeling_qwen3_5
 from transformers.models.qwen3_5.configuration_qwen3_5 import Qwen3_5TextConfig
 
 from reft_runtime.base.delta_rule import DeltaNets
-from reft_runtime.base.recurrent import MixerForward
+from reft_runtime.base.recurrent import MixerForward, cache_argument
 from reft_runtime.kernels.operators import cpu_operators
 from reft_runtime.loading.loader import adopt_model
 
@@ -36,6 +36,10 @@ def net(dtype: torch.dtype) -> nn.Module:
     return made.requires_grad_(False)
 
 
+CACHE = cache_argument(net(torch.float32))
+"""What the net's own code calls the argument for its cache."""
+
+
 def fused_forward(module: nn.Module) -> Any:
     operators = cpu_operators()
     assert operators is not None, "the tests need a C++ compiler"
@@ -51,7 +55,7 @@ def answers(forward: Any, given: Tensor) -> list[Tensor]:
     """The outputs for a prompt, for some more tokens at once, and for single ones; the states."""
     cache: Any = DynamicCache(config=CONFIG)
     parts = torch.split(given, [7, 3, 1, 1, 1], 1)
-    made = [forward(part, cache_params=cache) for part in parts]
+    made = [forward(part, **{CACHE: cache}) for part in parts]
     return [*made, cache.get_conv_state(0), cache.get_recurrent_state(0)]
 
 

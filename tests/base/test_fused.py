@@ -142,11 +142,7 @@ def looping(
         if position_ids is None:
             position_ids = torch.arange(input_ids.shape[1])[None]
         mask = create_causal_mask(
-            config=self.config,
-            inputs_embeds=hidden,
-            attention_mask=attention_mask,
-            past_key_values=None,
-            position_ids=position_ids,
+            self.config, hidden, attention_mask, None, position_ids=position_ids
         )
         angles = self.rotary_emb(hidden, position_ids=position_ids)
         for number, layer in enumerate(list(self.layers)[order], 1):

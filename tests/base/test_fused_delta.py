@@ -14,7 +14,7 @@ from reft_runtime.base.packed_delta import Part, packed_delta_net
 from reft_runtime.base.recurrent import StateCache
 from reft_runtime.kernels.operators import cpu_operators
 from reft_runtime.loading.loader import adopt_model
-from tests.base.test_delta_rule import net, rows
+from tests.base.test_delta_rule import CACHE, net, rows
 from tests.base.test_packed_delta import CONV, KEYS, one, shapes, states
 from tests.helpers.models import generate, make_core, prompt, request, run, tiny
 
@@ -40,7 +40,7 @@ def fused(module: nn.Module, *read: nn.Module) -> FusedDeltaNet | None:
     operators = cpu_operators()
     assert operators is not None, "the tests need a C++ compiler"
     dtype = next(module.parameters()).dtype
-    given = module, "cache_params", shapes(dtype), module.forward
+    given = module, CACHE, shapes(dtype), module.forward
     with torch.inference_mode(mode=False), torch.no_grad():
         packed = packed_delta_net(*given, operators)
         assert packed is not None
@@ -69,7 +69,7 @@ def test_sequences_are_as_by_themselves(dtype: torch.dtype, calls: list[int]) ->
         for number, length, begins in step:
             chunk = given[:, position + first : position + first + length]
             cache = StateCache(one(theirs, number), begins=begins)
-            wanted.append(own(chunk, cache_params=cache))
+            wanted.append(own(chunk, **{CACHE: cache}))
             parts.append(Part(first, first + length, one(ours, number), begins))
             first += length
         if [length for _, length, _ in step[:2]] == [1, 1]:

@@ -12,7 +12,7 @@ from reft_runtime.base.rebinding import code_of
 from reft_runtime.base.recurrent import MixerForward, StateCache, StateKey, StateShape
 from reft_runtime.kernels.operators import cpu_operators
 from reft_runtime.loading.loader import adopt_model
-from tests.base.test_delta_rule import net, rows
+from tests.base.test_delta_rule import CACHE, net, rows
 from tests.helpers.models import tiny
 
 KEYS = StateKey("conv", 0), StateKey("recurrent", 0)
@@ -55,7 +55,7 @@ def test_sequences_are_as_by_themselves(dtype: torch.dtype, operators: Any) -> N
     module, given = net(dtype), rows(1, 31, 32, dtype=dtype)
     code = code_of(type(module).forward)
     assert code is not None
-    packed = PackedDeltaNet(module, code, "cache_params", operators)
+    packed = PackedDeltaNet(module, code, CACHE, operators)
     theirs, ours = states(3, dtype), states(3, dtype)
     # By step: the sequence of each chunk, and its length. The last one decodes.
     position, begun = 0, set[int]()
@@ -64,7 +64,7 @@ def test_sequences_are_as_by_themselves(dtype: torch.dtype, operators: Any) -> N
         for number, length in step:
             own, begins = given[:, position : position + length], number not in begun
             cache = StateCache(one(theirs, number), begins=begins)
-            wanted.append(module(own, cache_params=cache))
+            wanted.append(module(own, **{CACHE: cache}))
             parts.append(Part(first, first + length, one(ours, number), begins))
             begun.add(number)
             first, position = first + length, position + length
@@ -82,7 +82,7 @@ def test_a_module_that_computes_something_else_is_left_alone(
 ) -> None:
     module, operators = net(torch.float32), cpu_operators()
     assert operators is not None, "the tests need a C++ compiler"
-    given = module, "cache_params", shapes(torch.float32)
+    given = module, CACHE, shapes(torch.float32)
     with torch.inference_mode():
         assert packed_delta_net(*given, module.forward, operators) is not None
         doubled = lambda *args, **kwargs: 1.01 * module(*args, **kwargs)  # noqa: E731

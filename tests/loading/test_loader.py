@@ -84,6 +84,12 @@ def test_an_encoder_decoder_folder_is_refused(tmp_path: Path) -> None:
         load_model(str(tmp_path), "float32")
 
 
+def test_a_folder_of_a_draft_model_is_refused_for_what_it_is(tmp_path: Path) -> None:
+    AutoConfig.for_model("gemma4_unified_assistant").save_pretrained(tmp_path)
+    with pytest.raises(UnsupportedModel, match="drafts for another model"):
+        load_model(str(tmp_path), "float32")
+
+
 @pytest.mark.parametrize("rope_type", ["longrope", "dynamic"])
 def test_a_sequence_ends_where_all_tokens_would_be_rotated_otherwise(rope_type: str) -> None:
     model = rotating_otherwise(rope_type)
