@@ -74,6 +74,7 @@ class DecodeGraphs:
     def warm_up(self, *, progress: bool) -> None:
         """Compile the kernels of prompts, and capture both sets of graphs, the largest first."""
         for length in (2, 2 * FEW_ROWS):
+            length = min(length, self._loaded.max_model_len)
             some = torch.arange(length, device=self._inputs.device) % BLOCK_TOKENS
             row = RowInPages(0, some.tolist(), self._storage.spare_lane)
             batch = PageBatch.of([row], self._storage.tables, self._storage.kernel.query_block)

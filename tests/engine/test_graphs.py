@@ -23,8 +23,10 @@ from reft_runtime.engine.settle import OUT_OF_MEMORY
 from reft_runtime.kernels import staging
 from reft_runtime.kv.choice import Places
 from reft_runtime.kv.pages import PageStorage
+from reft_runtime.loading.loader import adopt_model
 from reft_runtime.schedule.budget import BlockBudget
 from tests.helpers.models import (
+    DEVICE,
     answers,
     generate,
     intervention,
@@ -32,6 +34,7 @@ from tests.helpers.models import (
     prompt,
     request,
     run,
+    tiny,
     tiny_llama,
 )
 from tests.helpers.pages import graphs_for, pages_for, tables_for, triton_attention, triton_edits
@@ -289,3 +292,12 @@ def test_warming_up_captures_both_sets_and_leaves_no_trace(replays: Spy) -> None
     assert replays == [(rows, edited) for rows in (6, 5, 4, 3, 2, 1) for edited in (False, True)]
     assert run(core, [request("a", prompt(9))])["a"][0] == generate(tiny_llama()[0], prompt(9), 8)
     core.check_integrity()
+
+
+@pytest.mark.parametrize("longest", [16, 48])
+def test_warming_up_where_answers_are_short(replays: Spy, longest: int) -> None:
+    loaded = adopt_model(tiny("llama").to(DEVICE), longest)  # type: ignore[arg-type]
+    core = make_core(loaded, max_running=2)
+    graphs = core.runner.decoder
+    assert isinstance(graphs, DecodeGraphs)
+    graphs.warm_up(progress=False)  # a prompt as long as an answer has no more pages
