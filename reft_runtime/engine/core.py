@@ -211,9 +211,7 @@ class EngineCore:
             begun = step.launched or self.runner.run(step.plan.chunks)
             if isinstance(begun, StepResult):
                 return begun
-            going_on = [c.sequence for c in step.plan.chunks if self._goes_on(c)]
-            if following := self.scheduler.after(going_on):
-                self._ahead.put(self.runner.run_after(begun, following))
+            self._go_ahead(step, begun)
             return begun.result()
         except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
@@ -222,6 +220,20 @@ class EngineCore:
             self.spoiled |= is_spoiling(error)
         # Return outside of `except`: inside it, the exception would keep the step's tensors alive.
         return None
+
+    def _go_ahead(self, step: Step, begun: Launched) -> None:
+        """Launch the step after one that has begun, if possible.
+
+        If memory runs out it begins later, in its turn: nobody's tokens depend on it.
+        """
+        going_on = [c.sequence for c in step.plan.chunks if self._goes_on(c)]
+        if not (following := self.scheduler.after(going_on)):
+            return
+        try:
+            self._ahead.put(self.runner.run_after(begun, following))
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
 
     def _allowed(self, plan: StepPlan) -> float:
         expected = self.scheduler.pacer.expected(plan.decode_tokens, plan.prompt_tokens)
