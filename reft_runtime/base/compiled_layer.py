@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
+from weakref import ref
 
 from torch import Tensor, nn
 
@@ -109,14 +110,14 @@ class CompiledLayer:
         self._inner = inner
         self._before: Mapping[int, Any] = layer._forward_pre_hooks
         self._after: Mapping[int, Any] = layer._forward_hooks
-        self._forward: Operator | None = None
+        self._forward: ref[Operator] | None = None
         self._following: CompiledLayer | None = None
         self._takes_output = True
         self._runs: dict[int, LayerRun] = {}
 
     def place(self, forward: Operator, following: CompiledLayer | None) -> None:
         """Tell what the layer's `forward` is now, and the layer behind it, if that is compiled."""
-        self._forward, self._following = forward, following
+        self._forward, self._following = ref(forward), following  # the forward has this object
 
     def compute(self, rows: Tensor, cos: Tensor, sin: Tensor, step: Any) -> Tensor | None:
         """The layer's output for rows [T, d]; None where its operators have to be called.
@@ -188,7 +189,8 @@ class CompiledLayer:
 
     def _is_changed(self) -> bool:
         """Whether somebody has given the layer another forward since."""
-        return vars(self._module).get("forward") is not self._forward
+        own = None if self._forward is None else self._forward()
+        return own is None or vars(self._module).get("forward") is not own
 
     def _layer(self) -> DecoderLayer | None:
         if not self._asked:

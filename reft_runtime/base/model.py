@@ -55,6 +55,10 @@ class LoadedModel:
         self.before.restore()
         release(self.model)
 
+    def discard(self) -> None:
+        """Free the weights of a model that nobody else has; then neither works any more."""
+        self.before.discard()
+
     @property
     def device(self) -> torch.device:
         """Device of the weights, and of keys and values."""

@@ -101,14 +101,27 @@ class ModelState:
         """Restore the model's state; it may be called again."""
         for module, name, weight in self._weights:
             module._parameters[name] = weight.restored(module, name)
-        for module, attributes in self._attributes:
-            for key in _CHANGED:
-                vars(module).pop(key, None)
-            vars(module).update(attributes)
+        self._restore_attributes()
         for config, attention in self._attention:
             config._attn_implementation = attention
         if self._model.device != self._device:
             self._model.to(self._device)  # type: ignore[arg-type]
+
+    def discard(self) -> None:
+        """Take the weights from the model, which frees them at once, whoever holds the model.
+
+        Forwards that were replaced hold weights, too, and their own modules: such circles wait for
+        a collection of garbage, which may be long in coming.
+        """
+        self._restore_attributes()
+        for module, name, _ in self._weights:
+            module._parameters[name] = None
+
+    def _restore_attributes(self) -> None:
+        for module, attributes in self._attributes:
+            for key in _CHANGED:
+                vars(module).pop(key, None)
+            vars(module).update(attributes)
 
 
 def _configs(model: PreTrainedModel) -> list[PretrainedConfig]:

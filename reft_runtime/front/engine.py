@@ -105,6 +105,9 @@ class Engine:
     _lent: LoadedModel | None = None
     """The model object that was handed in; None if the engine loaded one itself."""
 
+    _own: LoadedModel | None = None
+    """The model that the engine loaded itself."""
+
     _ranks: Ranks | None = None
     """The other processes that compute the model; None if this one does alone."""
 
@@ -156,7 +159,10 @@ class Engine:
             name, loaded, tokenizer = load_base(
                 model, tokenizer, dtype, max_model_len, device=device, ranks=tensor_parallel
             )
-            self._lent = loaded if isinstance(model, PreTrainedModel) else None
+            if isinstance(model, PreTrainedModel):
+                self._lent = loaded
+            else:
+                self._own = loaded
             sizes = sizes_for(loaded.device)
             max_running = sizes.max_running if max_running is None else max_running
             max_step_tokens = sizes.max_step_tokens if max_step_tokens is None else max_step_tokens
@@ -397,7 +403,10 @@ class Engine:
         self._loop.check_integrity()
 
     def close(self) -> None:
-        """Fail the requests that are left, stop, and restore a model object. Safe to call twice."""
+        """Fail the requests that are left, stop, and restore a model object. Safe to call twice.
+
+        A model that the engine loaded itself is freed at once, so that there is room for another.
+        """
         self._loop.close()
         self.grammars.close()
         self.registry.close()
@@ -407,6 +416,8 @@ class Engine:
         lent, self._lent = self._lent, None  # once: the model may have another owner by then
         if lent is not None:
             lent.give_back()
+        if self._own is not None:
+            self._own.discard()
         if self._ranks is not None:
             self._ranks.close()
 

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from transformers import PreTrainedModel
 
 from reft_runtime import Engine, SamplingParams
@@ -253,6 +254,29 @@ def test_a_closed_engine_holds_no_cache() -> None:
     engine.close()
     gc.collect()
     assert storage() is None
+    assert engine.stats().running == 0
+
+
+@pytest.mark.parametrize("model_type", ["llama", "qwen3", "deepseek_v3"])
+def test_a_closed_engine_holds_no_weights_of_its_own_model(model_type: str, tmp_path: Path) -> None:
+    """Whoever still has the engine, and without a collection of garbage."""
+    tiny(model_type).save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    engine = Engine(tmp_path, max_running=2, dtype="float32")
+    engine.generate([list(prompt(7))], GREEDY, progress=False)
+    gc.disable()
+    try:
+        weights = [
+            StorageWeakRef(weight.untyped_storage())  # type: ignore[no-untyped-call]
+            for weight in engine._loop._core.loaded.model.parameters()
+            if not weight.is_mkldnn
+        ]
+        assert len(weights) > 20
+        engine.close()
+        engine.close()
+        assert [weight for weight in weights if not weight.expired()] == []  # type: ignore[no-untyped-call]
+    finally:
+        gc.enable()
     assert engine.stats().running == 0
 
 
