@@ -20,7 +20,7 @@ from reft_runtime.edits.editors import FixedRows
 from reft_runtime.edits.sites import EditSites
 from reft_runtime.edits.tables import EditTables
 from reft_runtime.kernels.cuda.products import FEW_ROWS
-from reft_runtime.kernels.staging import no_waiting, send
+from reft_runtime.kernels.staging import send
 from reft_runtime.kv.page_attention import PageAttentionStep, PageBatch, RowInPages
 from reft_runtime.kv.pages import PageStorage
 from reft_runtime.schedule.blocks import BLOCK_TOKENS
@@ -168,8 +168,7 @@ class GraphCapture:
         self._stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._stream), torch.inference_mode():
             compute()
-            with no_waiting():
-                compute()
+            compute()
         torch.cuda.current_stream().wait_stream(self._stream)
         graph = torch.cuda.CUDAGraph()
         captured = torch.cuda.graph(

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
-from warnings import catch_warnings, simplefilter
 
 import torch
 from torch import Tensor
@@ -44,15 +42,3 @@ class Fetch:
         if self._arrived is not None:
             self._arrived.synchronize()
         return [tensor.tolist() for tensor in self._tensors]
-
-
-@contextmanager
-def no_waiting() -> Iterator[None]:
-    """Raise RuntimeError where something in the `with` block waits for a CUDA device."""
-    with catch_warnings():
-        simplefilter("ignore")  # torch warns that its debug mode is a prototype
-        torch.cuda.set_sync_debug_mode("error")
-        try:
-            yield
-        finally:
-            torch.cuda.set_sync_debug_mode("default")

@@ -13,7 +13,6 @@ from reft_runtime.engine import core as engine_core
 from reft_runtime.engine.device_sampler import Batch, Chosen
 from reft_runtime.engine.runner import Launched, Runner, StepResult
 from reft_runtime.engine.settle import OUT_OF_MEMORY
-from reft_runtime.kernels.staging import no_waiting
 from reft_runtime.schedule.plan import Chunk
 from tests.helpers.models import (
     DEVICE,
@@ -27,7 +26,7 @@ from tests.helpers.models import (
     run,
     step,
 )
-from tests.helpers.pages import graphs_for, pages_for, sampler_for, tables_for
+from tests.helpers.pages import graphs_for, no_waiting, pages_for, sampler_for, tables_for
 from tests.helpers.reference import RandomEdit, applied
 
 Log = list[str]

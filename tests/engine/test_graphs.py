@@ -6,6 +6,8 @@ capture itself is as it is there.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import pairwise
 from typing import Any
 
@@ -17,7 +19,7 @@ from reft_runtime.base.model import LoadedModel
 from reft_runtime.edits import editors, tables
 from reft_runtime.edits.tables import EditTables
 from reft_runtime.engine import core as engine_core
-from reft_runtime.engine.graphs import Compute, DecodeGraphs, buckets
+from reft_runtime.engine.graphs import Compute, DecodeGraphs, GraphCapture, buckets
 from reft_runtime.engine.runner import Runner
 from reft_runtime.engine.settle import OUT_OF_MEMORY
 from reft_runtime.kernels import staging
@@ -301,3 +303,64 @@ def test_warming_up_where_answers_are_short(replays: Spy, longest: int) -> None:
     graphs = core.runner.decoder
     assert isinstance(graphs, DecodeGraphs)
     graphs.warm_up(progress=False)  # a prompt as long as an answer has no more pages
+
+
+class Stream:
+    """One of torch.cuda's; `after` are those that it waits for, in order."""
+
+    def __init__(self) -> None:
+        self.after: list[Stream] = []
+
+    def wait_stream(self, other: Stream) -> None:
+        self.after.append(other)
+
+
+class Streams:
+    """What a capture uses of torch.cuda, without a device."""
+
+    def __init__(self) -> None:
+        self.usual = self.now = Stream()
+
+    def current_stream(self) -> Stream:
+        return self.now
+
+    def set_stream(self, stream: Stream) -> None:
+        self.now = stream
+
+    @contextmanager
+    def stream(self, stream: Stream) -> Iterator[None]:
+        before, self.now = self.now, stream
+        try:
+            yield
+        finally:
+            self.now = before
+
+    @contextmanager
+    def graph(self, graph: Any, *, stream: Stream, **_: Any) -> Iterator[None]:
+        """As torch's own: the end of a capture that failed raises before the stream is changed."""
+        before, self.now = self.now, stream
+        yield
+        self.now = before
+
+    class CUDAGraph:
+        def replay(self) -> None: ...
+
+
+@pytest.fixture
+def streams(monkeypatch: pytest.MonkeyPatch) -> Streams:
+    made = Streams()
+    for name in ("current_stream", "set_stream", "stream", "graph", "CUDAGraph"):
+        monkeypatch.setattr(torch.cuda, name, getattr(made, name))
+    monkeypatch.setattr(torch.cuda, "Stream", Stream)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", tuple)
+    return made
+
+
+def test_another_engine_may_wait_while_one_captures(
+    streams: Streams, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torch's mode in which waiting raises is that of the process."""
+    modes: list[Any] = []
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", modes.append)
+    GraphCapture()(lambda: None)
+    assert modes == []

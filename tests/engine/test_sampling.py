@@ -20,11 +20,11 @@ from reft_runtime.engine.device_sampler import DeviceSampler, Draw, Picked
 from reft_runtime.engine.masks import allowed
 from reft_runtime.engine.sampler import Sampled, SampleRow, has_penalties, sample
 from reft_runtime.grammar import GrammarState
-from reft_runtime.kernels.staging import no_waiting
 from reft_runtime.sampling import SamplingParams
 from reft_runtime.schedule.request import Request
 from reft_runtime.schedule.sequence import Sequence
 from tests.helpers.models import DEVICE
+from tests.helpers.pages import no_waiting
 from tests.helpers.sampling import bits_of, triton_select
 
 # NumPy, in the interpreter, warns where a device does not.

@@ -5,6 +5,8 @@ from __future__ import annotations
 import ctypes
 import math
 from collections.abc import Iterator
+from contextlib import contextmanager
+from warnings import catch_warnings, simplefilter
 
 import pytest
 import torch
@@ -67,6 +69,19 @@ def triton_edits() -> RowEdits:
     from reft_runtime.edits.triton import TritonEdits
 
     return TritonEdits()
+
+
+@contextmanager
+def no_waiting() -> Iterator[None]:
+    """Raise RuntimeError where something in the `with` block waits for a CUDA device."""
+    before = torch.cuda.get_sync_debug_mode()
+    with catch_warnings():
+        simplefilter("ignore")  # torch warns that its debug mode is a prototype
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            yield
+        finally:
+            torch.cuda.set_sync_debug_mode(before)
 
 
 def again(compute: Compute) -> Compute:
