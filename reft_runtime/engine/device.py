@@ -83,8 +83,9 @@ def decoder_for(runner: Runner, max_running: int) -> Decoder | None:
     graphs = DecodeGraphs(loaded, storage, runner.sites, tables, max_running, GraphCapture())
     try:
         graphs.warm_up(progress=True)
-    except RuntimeError as error:
+    except Exception as error:
         _log.warning("Decode steps run without CUDA graphs: %s", error)
+        torch.cuda.synchronize(loaded.device)  # what was begun may use the graphs' memory
         return None
     return graphs
 

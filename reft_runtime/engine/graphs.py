@@ -163,17 +163,24 @@ class GraphCapture:
 
         Returns a function that replays it.
 
-        Raises RuntimeError if the function waits for the device: that cannot be captured.
+        Raises RuntimeError if the function waits for the device: that cannot be captured. The
+        current stream is the same as before then, and waits for what was begun.
         """
-        self._stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self._stream), torch.inference_mode():
-            compute()
-            compute()
-        torch.cuda.current_stream().wait_stream(self._stream)
+        here = torch.cuda.current_stream()
+        self._stream.wait_stream(here)
+        try:
+            with torch.cuda.stream(self._stream), torch.inference_mode():
+                compute()
+                compute()
+        finally:
+            here.wait_stream(self._stream)
         graph = torch.cuda.CUDAGraph()
         captured = torch.cuda.graph(
             graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"
         )
-        with torch.inference_mode(), captured:
-            compute()
+        try:
+            with torch.inference_mode(), captured:
+                compute()
+        finally:
+            torch.cuda.set_stream(here)  # a capture that fails leaves its own
         return graph.replay

@@ -356,6 +356,28 @@ def streams(monkeypatch: pytest.MonkeyPatch) -> Streams:
     return made
 
 
+@pytest.mark.parametrize("fails_at", [0, 1, 2, None])
+def test_a_capture_leaves_the_thread_on_its_stream(streams: Streams, fails_at: int | None) -> None:
+    runs: list[Stream] = []
+
+    def compute() -> None:
+        runs.append(streams.now)
+        if len(runs) - 1 == fails_at:
+            raise RuntimeError("operation not permitted when stream is capturing")
+
+    capture = GraphCapture()
+    if fails_at is None:
+        capture(compute)
+    else:
+        with pytest.raises(RuntimeError, match="capturing"):
+            capture(compute)
+    assert streams.now is streams.usual
+    (own,) = set(runs)
+    assert own is not streams.usual
+    assert own.after == [streams.usual]
+    assert streams.usual.after == [own]
+
+
 def test_another_engine_may_wait_while_one_captures(
     streams: Streams, monkeypatch: pytest.MonkeyPatch
 ) -> None:
