@@ -150,6 +150,7 @@ class Engine:
                 dtype=dtype,
                 max_model_len=max_model_len,
                 max_running=max_running,
+                max_step_tokens=max_step_tokens,
                 kv_tokens=kv_tokens,
                 prefix_cache=prefix_cache,
                 launcher=launcher,
@@ -167,12 +168,11 @@ class Engine:
             max_running = sizes.max_running if max_running is None else max_running
             max_step_tokens = sizes.max_step_tokens if max_step_tokens is None else max_step_tokens
             snapshots = snapshot_places(loaded, max_running) if prefix_cache else 0
-            kv_tokens = kv_budget(loaded, max_running, kv_tokens, snapshots)
+            max_step_tokens = max(max_step_tokens, max_running)
+            kv_tokens = kv_budget(loaded, max_running, max_step_tokens, kv_tokens, snapshots)
             if ranks is not None:
                 kv_tokens = smallest(kv_tokens, loaded.device)
-            config = EngineConfig(
-                max_running, max(max_step_tokens, max_running), kv_tokens, prefix_cache, snapshots
-            )
+            config = EngineConfig(max_running, max_step_tokens, kv_tokens, prefix_cache, snapshots)
             with stage("Setting up the cache"):
                 core = EngineCore(loaded, config, followers=None if ranks is None else ranks.leader)
         self.tokenizer = Tokenizer(tokenizer, loaded.max_model_len)
@@ -201,9 +201,7 @@ class Engine:
             max_running=max_running,
             vocab_size=loaded.vocab_size,
             parameters=loaded.model.num_parameters(),
-            memory_bytes=memory_bytes(
-                loaded, kv_tokens, max_running, config.max_step_tokens, snapshots
-            ),
+            memory_bytes=memory_bytes(loaded, kv_tokens, max_running, max_step_tokens, snapshots),
             intervention_bytes=intervention_bytes,
             kv_bytes=kv_bytes(loaded, kv_tokens, max_running),
             kv_tokens=kv_tokens,

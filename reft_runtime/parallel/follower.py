@@ -90,7 +90,8 @@ def _serve(rank: int, own: str, messages: SimpleQueue[Message]) -> None:
         path, setup.dtype, setup.max_model_len, device=str(device), ranks=setup.ranks
     )
     keep_freed_memory()
-    tokens = smallest(kv_budget(loaded, setup.max_running, setup.kv_tokens), device)
+    own_tokens = kv_budget(loaded, setup.max_running, setup.max_step_tokens, setup.kv_tokens)
+    tokens = smallest(own_tokens, device)
     places = ToldPlaces() if setup.prefix_cache else None
     storage = storage_for(loaded, BlockBudget(tokens), setup.max_running, places)
     mirror = Mirror(Runner(loaded, storage, tables_for(loaded, setup.max_running)), places)

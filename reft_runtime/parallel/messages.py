@@ -24,6 +24,7 @@ class Setup:
     dtype: str
     max_model_len: int | None
     max_running: int
+    max_step_tokens: int
     kv_tokens: int | None
     prefix_cache: bool
     threads: int

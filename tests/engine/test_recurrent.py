@@ -247,9 +247,9 @@ def test_memory_of_states(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kv_budget, "free_memory", lambda _: 4000 * one)
     assert kv_budget.snapshot_places(loaded, 4) == 400
     with pytest.raises(ConfigError, match="max_running: the recurrent states of 3601 sequences"):
-        kv_budget.kv_budget(loaded, 3601, None, 400)
+        kv_budget.kv_budget(loaded, 3601, 100, None, 400)
     monkeypatch.setattr(kv_budget, "free_memory", lambda _: 10 << 20)
-    without, beside = (kv_budget.kv_budget(loaded, 64, None, kept) for kept in (0, 400))
+    without, beside = (kv_budget.kv_budget(loaded, 64, 100, None, kept) for kept in (0, 400))
     assert without - beside == pytest.approx(0.3 * 400 * one / loaded.kv_bytes_per_token, abs=1)
     held = kv_budget.memory_bytes(loaded, 1000, 4, 100, 400)
     assert held - kv_budget.memory_bytes(loaded, 1000, 4, 100) == pytest.approx(

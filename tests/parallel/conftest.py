@@ -28,6 +28,7 @@ def cores(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[EngineCore
         dtype="float32",
         max_model_len=None,
         max_running=CONFIG.max_running,
+        max_step_tokens=CONFIG.max_step_tokens,
         kv_tokens=CONFIG.kv_tokens,
         prefix_cache=True,
     )
