@@ -46,7 +46,9 @@ def gated_attention(
         query = query_norm.forward(query.contiguous())
         key = key_norm.forward(key.contiguous())
         width = cos.shape[-1]
-        operators.rotate_(query[..., :width], key[..., :width], cos, sin)
+        turned = query[..., :width], key[..., :width]
+        assert operators.rotates(*turned)  # where not, a trial fails, and the module is not fused
+        operators.rotate_(*turned, cos, sin)
         mixed = step.attend(index, query, key, value, scoring)
         made: Tensor = (mixed * gate.sigmoid()).flatten(1)
         return made

@@ -48,8 +48,8 @@ class Operators(Protocol):
         """Whether `rotate_` takes these heads [T, heads, dim].
 
         Dtype and gradient are as for `supports`, but only the numbers of a head must lie side by
-        side. Tokens may lie apart: heads are often columns of a wider product. Whether heads may,
-        such as the first numbers of wider ones, depends on the operators.
+        side. Tokens may lie apart: heads are often columns of a wider product. So may heads: they
+        may be the first numbers of wider ones.
         """
 
     def rms_norm(

@@ -12,12 +12,13 @@ from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.models.llama.modeling_llama import LlamaModel
 
+from reft_runtime.base import fused
 from reft_runtime.base.compiled_layer import AHEAD_ROWS
 from reft_runtime.errors import UnsupportedModel
 from reft_runtime.kernels.cpu import Kernels
 from reft_runtime.kernels.cpu.decoder_layer import LayerRun
 from reft_runtime.loading.loader import adopt_model
-from tests.helpers.models import generate, make_core, prompt, request, run, tiny
+from tests.helpers.models import DEVICE, generate, make_core, prompt, request, run, tiny
 
 
 @pytest.fixture
@@ -77,6 +78,28 @@ def test_without_torchs_functions_the_operators_of_a_layer_run_one_by_one(
     wanted = generate(model, prompt(5), 6)
     assert answer(copy.deepcopy(model), calls) == wanted
     assert calls == {"rms_norm": 30, "add_rms_norm": 24, "silu_mul": 24, "rotate_": 24}
+
+
+def test_attention_with_a_gate_is_fused_with_the_operators_of_a_device(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """These rotate the first numbers of heads, too."""
+    pytest.importorskip("triton")
+    from reft_runtime.kernels.cuda.operators import TritonOperators
+
+    model, rotated, real = tiny("qwen3_5_text"), list[int](), TritonOperators.rotate_
+
+    def rotate_(self: TritonOperators, query: Tensor, *others: Tensor) -> None:
+        rotated.append(query.shape[-1])
+        real(self, query, *others)
+
+    monkeypatch.setattr(fused, "operators_for", lambda device: TritonOperators())
+    monkeypatch.setattr(TritonOperators, "rotate_", rotate_)
+    core = make_core(adopt_model(copy.deepcopy(model).to(DEVICE)))  # type: ignore[arg-type]
+    rotated.clear()
+    found = run(core, [request("a", prompt(5), max_tokens=2)])["a"][0]
+    assert found == generate(model, prompt(5), 2)
+    assert rotated == [2, 2]
 
 
 def test_a_compiled_layer_that_fails_leaves_it_to_the_operators(

@@ -55,12 +55,13 @@ def test_gated_silu(width: int, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("dim", [16, 24])
-def test_rotary_positions(dim: int, dtype: torch.dtype) -> None:
-    wide = random(3, 4 + 2 + 1, dim, dtype=dtype)
-    query, key, rest = torch.split(wide, [4, 2, 1], 1)
+@pytest.mark.parametrize(("dim", "head"), [(16, 16), (24, 24), (16, 40)])
+def test_rotary_positions(dim: int, head: int, dtype: torch.dtype) -> None:
+    wide = random(3, 4 + 2 + 1, head, dtype=dtype)
+    (query, key, rest), behind = torch.split(wide[..., :dim], [4, 2, 1], 1), wide[..., dim:]
     assert OPERATORS.rotates(query, key)
-    assert not OPERATORS.rotates(query.transpose(0, 1))
+    assert not OPERATORS.rotates(wide[..., ::2])
+    assert not OPERATORS.rotates(key[:, :1].expand_as(key))
     angles = random(3, dim // 2, seed=1).repeat(1, 2)
     cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
     wanted = []
@@ -68,11 +69,12 @@ def test_rotary_positions(dim: int, dtype: torch.dtype) -> None:
         low, high = heads.chunk(2, -1)
         turned = torch.cat([-high, low], -1)
         wanted.append(heads * cos[:, None] + turned * sin[:, None])
-    untouched = rest.clone()
+    untouched = rest.clone(), behind.clone()
     OPERATORS.rotate_(query, key, cos, sin)
     close(query, wanted[0])
     close(key, wanted[1])
-    assert torch.equal(rest, untouched)
+    assert torch.equal(rest, untouched[0])
+    assert torch.equal(behind, untouched[1])
 
 
 def test_what_is_supported() -> None:

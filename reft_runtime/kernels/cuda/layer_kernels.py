@@ -67,19 +67,24 @@ def rotate(
     cos,
     sin,
     query_stride,
+    query_head_stride,
     key_stride,
+    key_head_stride,
     HEADS: tl.constexpr,
     HALF: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Rotate heads in place; programs: (token, head), key heads after query heads."""
+    """Rotate heads in place; programs: (token, head), key heads after query heads.
+
+    Tokens and heads lie as far apart as the strides say.
+    """
     token, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     at = tl.arange(0, BLOCK)
     inside = at < HALF
     if head < HEADS:
-        own = query + token * query_stride + head * (2 * HALF)
+        own = query + token * query_stride + head * query_head_stride
     else:
-        own = key + token * key_stride + (head - HEADS) * (2 * HALF)
+        own = key + token * key_stride + (head - HEADS) * key_head_stride
     angles = token * (2 * HALF) + at
     low = tl.load(own + at, mask=inside, other=0.0).to(tl.float32)
     high = tl.load(own + HALF + at, mask=inside, other=0.0).to(tl.float32)

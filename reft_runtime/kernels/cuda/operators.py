@@ -27,12 +27,15 @@ class TritonOperators:
         )
 
     def rotates(self, *heads: Tensor) -> bool:
-        """See `Operators.rotates`; the heads of a token must lie side by side."""
+        """See `Operators.rotates`."""
         dtype = heads[0].dtype
-        return dtype in _DTYPES and all(
-            t.dtype == dtype and t.stride()[1:] == (t.shape[2], 1) and not t.requires_grad
-            for t in heads
-        )
+        for tensor in heads:
+            _, between, within = tensor.stride()
+            if within != 1 or between < tensor.shape[2]:
+                return False
+            if tensor.dtype != dtype or tensor.requires_grad:
+                return False
+        return dtype in _DTYPES
 
     def rms_norm(
         self, rows: Tensor, weight: Tensor, epsilon: float, *, from_one: bool = False
@@ -87,8 +90,8 @@ class TritonOperators:
             key,
             cos,
             sin,
-            query.stride(0),
-            key.stride(0),
+            *query.stride()[:2],
+            *key.stride()[:2],
             HEADS=heads,
             HALF=width // 2,
             BLOCK=triton.next_power_of_2(width // 2),
