@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Collection, Iterable
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 
@@ -17,6 +18,11 @@ from reft_runtime.kv.rows import RowStorage
 from reft_runtime.kv.states import StateStorage
 from reft_runtime.kv.storage import KVStorage
 from reft_runtime.schedule.budget import BlockBudget
+
+if TYPE_CHECKING:
+    from reft_runtime.kv.triton_attention import Tiles
+
+_log = logging.getLogger(__name__)
 
 
 class Places(Protocol):
@@ -73,18 +79,27 @@ def page_kernel(device: torch.device, group: int, dtype: torch.dtype, dim: int) 
 
     `group` is the most query heads that share a head of keys, `dim` the width of the widest head.
     """
-    if not _by_triton(device, dim):
+    tiles = _tiles_for(device, group, dtype, dim)
+    if tiles is None:
+        if has_triton(device):
+            _log.warning(
+                "Attention is torch's own operators, which are slower: heads %d wide, %d to a head"
+                " of keys, do not fit this device's kernels",
+                dim,
+                group,
+            )
         return GatheredAttention()
-    from reft_runtime.kv.triton_attention import Tiles, TritonAttention
+    from reft_runtime.kv.triton_attention import TritonAttention
 
     processors = torch.cuda.get_device_properties(device).multi_processor_count
-    return TritonAttention(group, processors, Tiles.of(dtype, dim))
+    return TritonAttention(group, processors, tiles)
 
 
 def attends_by_kernels(loaded: LoadedModel) -> tuple[bool, bool]:
     """Whether C++ or Triton kernels compute attention: of decoding tokens, and of prompts."""
     if loaded.device.type != "cpu":
-        return (_by_triton(loaded.device, _widest(loaded)),) * 2
+        tiles = _tiles_for(loaded.device, loaded.group, loaded.dtype, _widest(loaded))
+        return (tiles is not None,) * 2
     operators = cpu_operators()
     if operators is None:
         return False, False
@@ -100,12 +115,16 @@ def attends_by_kernels(loaded: LoadedModel) -> tuple[bool, bool]:
     return decodes, prompts
 
 
-def _by_triton(device: torch.device, dim: int) -> bool:
+def _tiles_for(device: torch.device, group: int, dtype: torch.dtype, dim: int) -> Tiles | None:
+    """The tiles with which Triton's kernel attends; None where it cannot."""
     if not has_triton(device):
-        return False
-    from reft_runtime.kv.triton_attention import WIDEST
+        return None
+    from reft_runtime.kv.triton_attention import WIDEST, Tiles
 
-    return dim <= WIDEST
+    told = torch.cuda.get_device_properties(device)
+    # What a program may ask for; torch's stubs do not know it, nor its builds for other makers.
+    shared_bytes = getattr(told, "shared_memory_per_block_optin", told.shared_memory_per_block)
+    return Tiles.of(dtype, dim, group, shared_bytes) if dim <= WIDEST else None
 
 
 def _widest(loaded: LoadedModel) -> int:

@@ -20,6 +20,18 @@ from reft_runtime.kernels.cuda.products import LEAST, early
 from reft_runtime.kv.page_attention import PageBatch
 from reft_runtime.schedule.blocks import BLOCK_TOKENS
 
+H100_BYTES = 232448
+"""Shared memory that a program may take on an H100."""
+
+TURING_BYTES = 64 << 10
+"""The same on devices before Ampere. There float32 sums of 16-bit products pass through it, too."""
+
+WORKING_BYTES = 2048
+"""What a program takes at most beside its operands, for sums over warps."""
+
+TENSOR_ROWS = 64
+"""From this many rows on, products of 16 bits read both operands from shared memory (Hopper)."""
+
 
 class Tile(NamedTuple):
     """The work of a program: `rows` (queries times heads) attend to `keys` keys at once."""
@@ -29,19 +41,54 @@ class Tile(NamedTuple):
     warps: int
     stages: int
 
+    def shared_bytes(self, itemsize: int, dim: int, group: int, *, sums: bool = False) -> int:
+        """Shared memory that a program takes at most, by what Triton's compiler reports.
+
+        It holds its queries, a block of keys and values and, where a product reads them from there,
+        the weights or the next block; or, with `sums`, those of a product. All `group` heads that
+        share keys are rows of one program.
+        """
+        lanes: int = triton.next_power_of_2(group)
+        rows, width = max(self.rows, lanes), _width(dim)
+        block = 2 * self.keys * width
+        more = block if itemsize == 2 and rows >= TENSOR_ROWS else rows * self.keys
+        if itemsize == 2 and sums:
+            more = max(more, 2 * rows * width)
+        return (rows * width + block + more) * itemsize + WORKING_BYTES
+
+
+_WIDE = Tile(64, 32, 4, 2)
+_SMALL = Tile(32, 32, 4, 2), Tile(32, 16, 4, 2), Tile(LEAST, 16, 4, 1)
+
 
 class Tiles(NamedTuple):
-    """The tiles for sequences that decode, and for prompts. Measured on an H100."""
+    """The tiles for sequences that decode, and for prompts. Those first asked for are measured on
+    an H100; the others are for devices with less shared memory.
+    """
 
     decode: Tile
     prompt: Tile
 
     @classmethod
-    def of(cls, dtype: torch.dtype, dim: int) -> Tiles:
-        """The tiles that fit a processor's memory, for heads `dim` wide."""
-        if dtype.itemsize > 2 or dim > 128:
-            return cls(Tile(LEAST, 32, 4, 2), Tile(64, 32, 4, 2))
-        return cls(Tile(LEAST, 64, 2, 2), Tile(128, 128, 8, 3))
+    def of(
+        cls, dtype: torch.dtype, dim: int, group: int = 1, shared_bytes: int = H100_BYTES
+    ) -> Tiles | None:
+        """The tiles for heads `dim` wide that fit a program's shared memory; None if none do.
+
+        At most `group` query heads share a key head.
+        """
+        decode, prompt = [Tile(LEAST, 32, 4, 2), *_SMALL[-1:]], [_WIDE, *_SMALL]
+        if dtype.itemsize == 2 and dim <= 128:
+            decode.insert(0, Tile(LEAST, 64, 2, 2))
+            prompt = [Tile(128, 128, 8, 3), Tile(128, 64, 8, 3), *prompt]
+
+        def fitting(tiles: list[Tile]) -> Tile | None:
+            sums = shared_bytes <= TURING_BYTES
+            need = ((t, t.shared_bytes(dtype.itemsize, dim, group, sums=sums)) for t in tiles)
+            return next((tile for tile, size in need if size <= shared_bytes), None)
+
+        first, second = fitting(decode), fitting(prompt)
+        return None if first is None or second is None else cls(first, second)
 
 
 WIDEST = 256

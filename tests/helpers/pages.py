@@ -61,7 +61,9 @@ def triton_attention(loaded: LoadedModel) -> PageKernel:
     """The kernel of devices; without one in Triton's interpreter, which takes seconds."""
     from reft_runtime.kv.triton_attention import Tiles, TritonAttention
 
-    return TritonAttention(loaded.group, 8, Tiles.of(loaded.dtype, 128))
+    tiles = Tiles.of(loaded.dtype, 128)
+    assert tiles is not None
+    return TritonAttention(loaded.group, 8, tiles)
 
 
 def triton_edits() -> RowEdits:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from reft_runtime.base.attention import Scoring
+from reft_runtime.kv import choice
 from reft_runtime.kv.page_attention import GatheredAttention, PageBatch, PageKernel, RowInPages
 from reft_runtime.kv.triton_attention import MAX_SPLITS, Tile, Tiles, TritonAttention
 from reft_runtime.schedule.blocks import BLOCK_TOKENS, blocks_for
@@ -29,6 +33,12 @@ BATCHES: dict[str, Lengths] = {
 
 
 SMALL = Tiles(Tile(16, 16, 4, 1), Tile(16, 32, 4, 1))
+
+
+def tiles_of(*given: Any) -> Tiles:
+    tiles = Tiles.of(*given)
+    assert tiles is not None
+    return tiles
 
 
 class Paged:
@@ -160,7 +170,7 @@ def test_triton_in_16_bits(batch: str) -> None:
     # Triton's interpreter multiplies no bfloat16.
     dtype = torch.bfloat16 if DEVICE.type == "cuda" else torch.float16
     paged = Paged(BATCHES[batch], 4, 2, (32, 32), dtype)
-    kernel = TritonAttention(2, 4, Tiles.of(dtype, 32))
+    kernel = TritonAttention(2, 4, tiles_of(dtype, 32))
     rows = paged.batch(kernel.query_block)
     found = kernel(paged.query, paged.keys, paged.values, rows, Scoring(0.2))
     torch.testing.assert_close(found, paged.plain(Scoring(0.2)), rtol=0.05, atol=0.02)
@@ -168,7 +178,7 @@ def test_triton_in_16_bits(batch: str) -> None:
 
 def test_heads_that_are_columns_of_a_wider_product() -> None:
     paged = Paged(BATCHES["mixed"], 4, 2, (16, 16), torch.float32)
-    kernel = TritonAttention(2, 0, Tiles.of(torch.float32, 16))
+    kernel = TritonAttention(2, 0, tiles_of(torch.float32, 16))
     rows = paged.batch(kernel.query_block)
     wide = torch.cat([paged.query, paged.query[:, :3]], 1)
     turned = paged.query.transpose(0, 1).contiguous().transpose(0, 1)
@@ -214,3 +224,85 @@ def test_the_fewer_rows_the_more_splits() -> None:
     assert splits[0] == MAX_SPLITS
     assert splits[-1] == 1
     assert all(number & (number - 1) == 0 for number in splits)
+
+
+T4, ADA, A100, H100 = 64 << 10, 99 << 10, 163 << 10, 227 << 10
+"""Shared memory that a program may take."""
+
+
+def test_tiles_fit_the_shared_memory_of_a_processor() -> None:
+    assert tiles_of(torch.bfloat16, 128, 4, H100) == (Tile(16, 64, 2, 2), Tile(128, 128, 8, 3))
+    assert tiles_of(torch.bfloat16, 128, 4, A100) == (Tile(16, 64, 2, 2), Tile(128, 128, 8, 3))
+    assert tiles_of(torch.bfloat16, 128, 4, ADA) == (Tile(16, 64, 2, 2), Tile(128, 64, 8, 3))
+    assert tiles_of(torch.float32, 256, 1, A100).prompt == Tile(64, 32, 4, 2)
+    for shared in (T4, ADA, A100, H100):
+        for dtype in (torch.float16, torch.float32):
+            for dim in (16, 80, 128, 256):
+                for group in (1, 8):
+                    for tile in tiles_of(dtype, dim, group, shared):
+                        sums = shared == T4
+                        need = tile.shared_bytes(dtype.itemsize, dim, group, sums=sums)
+                        assert need <= shared
+
+
+@pytest.mark.parametrize(
+    ("itemsize", "dim", "group", "tile", "reported"),
+    [
+        # What Triton's compiler reports for capability 8.0, for 9.0, and for 7.5.
+        (2, 128, 4, Tile(16, 64, 2, 2), 38912),
+        (2, 128, 4, Tile(64, 32, 4, 2), 36864),
+        (2, 128, 4, Tile(128, 128, 8, 3), 99328),
+        (2, 128, 71, Tile(16, 64, 2, 2), 66048),
+        (4, 128, 4, Tile(32, 32, 4, 2), 53248),
+        (4, 256, 4, Tile(64, 32, 4, 2), 139520),
+        (4, 256, 4, Tile(16, 32, 4, 2), 84032),
+        (2, 128, 4, Tile(128, 128, 8, 3), 164864),
+        (2, 256, 4, Tile(64, 32, 4, 2), 98304),
+        (4, 128, 4, Tile(32, 32, 4, 2), 36864),
+    ],
+)
+def test_programs_take_no_more_shared_memory_than_is_reckoned(
+    itemsize: int, dim: int, group: int, tile: Tile, reported: int
+) -> None:
+    assert reported <= tile.shared_bytes(itemsize, dim, group)
+
+
+@pytest.mark.parametrize(
+    ("dim", "tile", "reported"),
+    [
+        (64, Tile(128, 64, 8, 3), 65536),
+        (128, Tile(64, 32, 4, 2), 49152),
+        (128, Tile(32, 32, 4, 2), 32768),
+        (256, Tile(16, 32, 4, 2), 49152),
+        (256, Tile(16, 16, 4, 1), 32768),
+    ],
+)
+def test_before_ampere_sums_take_shared_memory_too(dim: int, tile: Tile, reported: int) -> None:
+    """What Triton's compiler reports for capability 7.5 and 16 bits."""
+    assert reported <= tile.shared_bytes(2, dim, 4, sums=True)
+
+
+def test_small_tiles_attend_alike() -> None:
+    paged = Paged(BATCHES["mixed"], 4, 2, (16, 16), torch.float32)
+    kernel = TritonAttention(2, 0, tiles_of(torch.float32, 256, 2, T4))
+    found = kernel(
+        paged.query, paged.keys, paged.values, paged.batch(kernel.query_block), Scoring(0.3)
+    )
+    torch.testing.assert_close(found, paged.plain(Scoring(0.3)), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("shared", "fits"), [(H100, True), (16 << 10, False)])
+def test_the_reference_attends_where_no_tile_fits(
+    shared: int, fits: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    told = SimpleNamespace(
+        shared_memory_per_block_optin=shared,
+        shared_memory_per_block=48 << 10,
+        multi_processor_count=8,
+    )
+    monkeypatch.setattr(choice, "has_triton", lambda device: True)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: told)
+    with caplog.at_level(logging.WARNING, choice.__name__):
+        kernel = choice.page_kernel(torch.device("cuda"), 4, torch.float32, 128)
+    assert isinstance(kernel, TritonAttention if fits else GatheredAttention)
+    assert ("heads 128 wide, 4 to a head of keys, do not fit" in caplog.text) is not fits
