@@ -119,6 +119,15 @@ class EditTables:
         self._in_use: set[Key] = set()
         self._plans: dict[Key, _Plan | None] = {}
 
+    def warm_up(self, dtype: torch.dtype) -> None:
+        """Compile the kernels that edit rows of a model's dtype: entry 0 leaves a row as it is."""
+        rows = torch.zeros(1, self._width, dtype=dtype, device=self.device)
+        first = torch.zeros(1, dtype=torch.long, device=self.device)
+        strengths = torch.zeros(1, device=self.device)
+        piece = torch.tensor([[0, 1]], device=self.device)
+        self.edit.rows(rows, first, self.layer(0), first, strengths)
+        self.edit.pieces(rows, first, piece, self.layer(0), first, strengths)
+
     def layer(self, layer: int) -> Tensor:
         """One layer's part of the table, int64 [entries, PLACE]."""
         return self._places[layer]

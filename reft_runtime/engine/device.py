@@ -53,7 +53,13 @@ def tables_for(loaded: LoadedModel, max_running: int) -> EditTables | None:
 
     layers, width = len(loaded.layers), loaded.hidden_size
     budget = table_bytes(layers, width, max_running)
-    return EditTables(layers, width, budget, loaded.device, TritonEdits())
+    tables = EditTables(layers, width, budget, loaded.device, TritonEdits())
+    try:
+        tables.warm_up(loaded.dtype)
+    except Exception as error:
+        _log.warning("Rows are edited by torch's own operators: %s", error)
+        return None
+    return tables
 
 
 def sampler_for(loaded: LoadedModel, max_running: int) -> DeviceSampler | None:
