@@ -19,6 +19,7 @@ from torch import Tensor
 
 from reft_runtime.base.packed_delta import Part
 from reft_runtime.base.recurrent import MixerCall, MixerStates, Rows, StateCache, StateKey, join
+from reft_runtime.kernels.staging import send
 from reft_runtime.schedule.plan import Chunk
 from reft_runtime.schedule.prefix_cache import StateCopy
 from reft_runtime.schedule.sequence import Sequence
@@ -154,7 +155,7 @@ class StateStep:
         first = decoding[0] if decoding else 0
         self._together: slice | Tensor = slice(first, first + self._decodes)
         if decoding and decoding[-1] - first + 1 != self._decodes:
-            self._together = torch.tensor(decoding, device=storage.device)
+            self._together = send(torch.tensor(decoding), storage.device)
 
     def recur(self, mixer: int, call: MixerCall) -> Rows:
         """See `RecurrentStep.recur`."""

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from reft_runtime.base.recurrent import MixerCall, MixerStates, StateKey, StateShape
+from reft_runtime.kernels.staging import send
 from reft_runtime.kv.states import StateStorage
 from reft_runtime.schedule.plan import Chunk
 from reft_runtime.schedule.prefix_cache import StateCopy
@@ -106,6 +107,23 @@ def test_sequences_that_decode_apart_and_slots_that_move() -> None:
     assert found == {new: wanted(7, 0, 1), every[1]: wanted(1, 3, 4), every[3]: wanted(3, 6, 7)}
     states.release([every[1], every[3], new, every[0]])
     states.check_integrity(idle=True)
+
+
+def test_slots_that_lie_apart_are_sent_without_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    sent: list[list[int]] = []
+
+    def sending(tensor: Tensor, device: torch.device) -> Tensor:
+        sent.append(tensor.tolist())
+        return send(tensor, device)
+
+    monkeypatch.setattr("reft_runtime.kv.states.send", sending)
+    states = storage()
+    every = [sequence(name) for name in range(3)]
+    run(states, *(Chunk(one, 0, 2) for one in every))
+    run(states, Chunk(every[0], 2, 1), Chunk(every[1], 2, 1))
+    assert not sent
+    run(states, Chunk(every[0], 3, 1), Chunk(every[2], 2, 1))
+    assert sent == [[0, 2]]
 
 
 @pytest.mark.parametrize("first", [3, 5])
