@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from reft_runtime.edits.sites import Site
 from reft_runtime.edits.step import OnDevice, StepEdits
@@ -201,3 +201,17 @@ def test_one_edit_in_a_batch_is_the_formula() -> None:
             h = old[row]
             new = h + strength * (edit.R @ (edit.W @ h + edit.b - edit.R.T @ h))
             torch.testing.assert_close(hidden[row], new, rtol=1e-5, atol=1e-5)
+
+
+def test_nobody_waits_for_edits_on_their_way_to_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    waits: list[bool] = []
+    real = Tensor.to
+
+    def to(self: Tensor, *args: Any, **options: Any) -> Tensor:
+        waits.append(not options.get("non_blocking"))
+        return real(self, *args, **options)
+
+    monkeypatch.setattr(Tensor, "to", to)
+    moved = OnDevice(torch.device("meta"))(loreft(0, "l1").edit)
+    assert moved.V.is_meta
+    assert waits == [False] * 3

@@ -94,15 +94,16 @@ class CanonicalEdit:
         return torch.add(old, change, alpha=strength)
 
     def to(self, device: torch.device) -> CanonicalEdit:
-        """The same edit with its tensors on another device."""
-        return replace(
-            self,
-            V=self.V.to(device),
-            b=self.b.to(device),
-            U=self.U.to(device),
-            gain=None if self.gain is None else self.gain.to(device),
-            offset=None if self.offset is None else self.offset.to(device),
-        )
+        """The same edit with its tensors on a device.
+
+        Nobody waits for copies of page-locked tensors; see `PackedEdits`.
+        """
+        waits = device.type == "cpu"
+        moved: dict[str, Any] = {
+            name: tensor.to(device, non_blocking=not waits)
+            for name, tensor in _tensors(self).items()
+        }
+        return replace(self, **moved)
 
     def subset(self, subspace: tuple[int, ...]) -> CanonicalEdit:
         """The same edit along some of its directions only (columns of LoReFT's R).
