@@ -194,17 +194,17 @@ class Run:
 
     def _count(self, prompt: int, deltas: list[ChoiceDelta]) -> None:
         now = time.monotonic()
-        made = most = 0
+        tokens: dict[int, int] = {}
         for delta in deltas:
-            tokens = len(delta.tokens)
-            made += tokens
-            most = max(most, tokens)
+            tokens[delta.index] = tokens.get(delta.index, 0) + len(delta.tokens)
             if delta.finish_reason is not None:
                 index = prompt * self.job.n + delta.index
                 self.finish_reasons[index] = delta.finish_reason
+        made, most = sum(tokens.values()), max(tokens.values())
         before = self._last.get(prompt)
         if before is not None:
-            self.context.metrics.next_token((now - before) / (most or 1))
+            for _ in range(most):
+                self.context.metrics.next_token((now - before) / most)
         self._last[prompt] = now
         self.completion_tokens += made
         self.meter.step(prompt, self.streams[prompt].cached_tokens, made, now)

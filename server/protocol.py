@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import re
 import socket
-from functools import partial
 from typing import Any, cast
 
 from uvicorn._types import ASGI3Application
@@ -212,13 +211,15 @@ class Connection(HttpToolsProtocol):
 
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: ASGI3Application) -> None:
         self._answered = cycle
-        cycle.scope["extensions"] = {WRITE_NOW: {"write": partial(self._write_now, cycle)}}
+        cycle.scope["extensions"] = {WRITE_NOW: {"write": self._write_now}}
         super()._start_asgi_task(cycle, app)
 
-    def _write_now(self, cycle: RequestResponseCycle, piece: bytes) -> bool:
-        """Write a piece of a chunked answer that has begun; False if `cycle.send` has to."""
-        over = cycle.disconnected or cycle.response_complete
-        if over or self.flow.write_paused or not cycle.chunked_encoding:
+    def _write_now(self, piece: bytes) -> bool:
+        """Write a piece of a chunked answer that has begun; False if its `send` has to."""
+        cycle = self._answered
+        if cycle is None or cycle.disconnected or cycle.response_complete:
+            return False
+        if self.flow.write_paused or not cycle.chunked_encoding:
             return False
         cycle.transport.write(b"%x\r\n%b\r\n" % (len(piece), piece))
         return True

@@ -20,8 +20,14 @@ from reft_runtime.outputs import ChoiceDelta, TokenLogprob, Trace
 REST = 3
 """How long a loop delivers nothing, as a multiple of the time that its last delivery took."""
 
-LONGEST_REST = 0.05
-"""The longest rest, in seconds."""
+SHORTEST_REST, LONGEST_REST = 0.001, 0.05
+"""The shortest rest, in seconds, and the longest: a loop's timers may know milliseconds only."""
+
+FEED_SECONDS = 0.005
+"""After this time a delivery ends, and goes on after what else the loop has to do."""
+
+JOINED = 32
+"""Most steps of a choice whose tokens are one delta: clients do not take events of any size."""
 
 
 class Stream:
@@ -86,7 +92,7 @@ class Stream:
         return deltas
 
     def gained(self) -> list[ChoiceDelta] | None:
-        """What the choices gained since the last call, a delta for each that did, maybe none.
+        """What the choices gained since the last call, mostly a delta for each that did.
 
         None once all choices have ended and everything was returned; raises as iteration does.
         """
@@ -182,19 +188,25 @@ class EventLoopSink:
                 raise
 
     def _deliver(self) -> None:
-        now = self._loop.time()
-        if now < self._rests_until:
-            self._loop.call_at(self._rests_until, self._deliver)
+        left = self._rests_until - self._loop.time()
+        if left >= SHORTEST_REST:
+            self._loop.call_later(left, self._deliver)
             return
         self._called = False  # before the events are taken: those that come now are not forgotten
         began = time.thread_time()
         self._dispatch()
+        if self._gathered:  # the loop has other work, too
+            self._called = True
+            self._loop.call_soon(self._deliver)
+            return
         rest = min(REST * (time.thread_time() - began), LONGEST_REST)
         self._rests_until = self._loop.time() + rest
 
     def _dispatch(self) -> None:
+        """Feed the events of some steps, and tell who listens."""
         fed: dict[Stream, None] = {}
-        while self._gathered:
+        until = time.monotonic() + FEED_SECONDS
+        while self._gathered and time.monotonic() < until:
             for event in self._gathered.popleft():
                 stream = self.streams.get(event.request_id)
                 if stream is not None:
@@ -205,20 +217,25 @@ class EventLoopSink:
 
 
 def _joined(deltas: list[ChoiceDelta]) -> list[ChoiceDelta]:
-    """One delta for each choice."""
-    of: dict[int, list[ChoiceDelta]] = {}
+    """Fewer deltas: of each choice those of up to `JOINED` steps are one."""
+    parts: dict[int, list[list[ChoiceDelta]]] = {}
     for delta in deltas:
-        of.setdefault(delta.index, []).append(delta)
-    if len(of) == len(deltas):
+        own = parts.setdefault(delta.index, [[]])
+        if len(own[-1]) == JOINED:
+            own.append([])
+        own[-1].append(delta)
+    if len(parts) == len(deltas):
         return deltas
-    return [
-        ChoiceDelta(
-            index,
-            "".join(delta.text for delta in own),
-            tuple(token for delta in own for token in delta.tokens),
-            tuple(logprob for delta in own for logprob in delta.logprobs),
-            own[-1].finish_reason,
-            own[-1].stop_reason,
-        )
-        for index, own in of.items()
-    ]
+    return [_one(part) for own in parts.values() for part in own]
+
+
+def _one(deltas: list[ChoiceDelta]) -> ChoiceDelta:
+    """One delta of those of a choice."""
+    return ChoiceDelta(
+        deltas[0].index,
+        "".join(delta.text for delta in deltas),
+        tuple(token for delta in deltas for token in delta.tokens),
+        tuple(logprob for delta in deltas for logprob in delta.logprobs),
+        deltas[-1].finish_reason,
+        deltas[-1].stop_reason,
+    )

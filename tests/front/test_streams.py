@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 
 import pytest
+import uvloop
 
 from reft_runtime.engine.events import Event, TokenMade
 from reft_runtime.front import streams
@@ -69,6 +71,66 @@ async def test_a_loop_rests_after_a_delivery(monkeypatch: pytest.MonkeyPatch) ->
     began = asyncio.get_running_loop().time()
     assert [delta.tokens for delta in await anext(stream)] == [(B, C)]
     assert asyncio.get_running_loop().time() - began > 0.1
+
+
+async def test_a_delivery_ends_although_more_steps_come() -> None:
+    sink = EventLoopSink(asyncio.get_running_loop())
+    stream = opened(sink, "x")
+    feed, fed, heard = stream.feed, 0, list[int]()
+
+    def slowly(event: Event) -> None:
+        nonlocal fed
+        fed += 1
+        time.sleep(0.001)
+        if fed < 200:
+            sink(made("x", A))  # as the engine's thread does meanwhile
+        feed(event)
+
+    stream.feed = slowly  # type: ignore[method-assign]
+    stream.listener = lambda: heard.append(fed)
+    sink(made("x", A))
+    while fed < 200:
+        await asyncio.sleep(0.001)
+    assert heard[0] < 50
+
+
+def test_a_short_rest_does_not_keep_the_loop_busy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The server's loop rounds its timers to milliseconds."""
+    monkeypatch.setattr(streams, "REST", 1e9)
+    monkeypatch.setattr(streams, "LONGEST_REST", 0.0014)
+    calls = 0
+    deliver = EventLoopSink._deliver
+
+    def counted(sink: EventLoopSink) -> None:
+        nonlocal calls
+        calls += 1
+        deliver(sink)
+
+    monkeypatch.setattr(EventLoopSink, "_deliver", counted)
+
+    async def main() -> None:
+        sink = EventLoopSink(asyncio.get_running_loop())
+        stream = opened(sink, "x")
+        for _ in range(20):
+            sink(made("x", A))
+            await anext(stream)
+
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(main())
+    assert calls <= 2 * 20
+
+
+async def test_a_delta_is_not_of_any_size() -> None:
+    sink = EventLoopSink(asyncio.get_running_loop())
+    stream = opened(sink, "x", n=2)
+    for step in range(70):
+        sink(made("x", A, B, ends=step == 69))
+    found: dict[int, list[int]] = {}
+    async for deltas in stream:
+        for delta in deltas:
+            found.setdefault(delta.index, []).append(len(delta.tokens))
+    assert [sum(lengths) for lengths in found.values()] == [70, 70]
+    assert max(length for lengths in found.values() for length in lengths) == streams.JOINED
 
 
 async def test_no_event_is_lost_or_moved(monkeypatch: pytest.MonkeyPatch) -> None:
