@@ -215,21 +215,27 @@ def test_out_of_memory_fails_the_newest_and_keeps_the_rest(
 ) -> None:
     core = make_core()
     steps = iter(range(1000))
+    failed_in: list[str] = []
 
-    def run_out_once(real: Callable[..., Any]) -> Callable[..., Any]:
+    def run_out_once(name: str) -> Callable[..., Any]:
+        real = getattr(core.runner, name)
+
         def step(*args: Any) -> Any:
             if next(steps) == at:
+                failed_in.append(name)
                 raise error
             return real(*args)
 
         return step
 
     for name in ("run", "run_after"):
-        monkeypatch.setattr(core.runner, name, run_out_once(getattr(core.runner, name)))
+        monkeypatch.setattr(core.runner, name, run_out_once(name))
     got = answers(core, batch())
-    assert got["7"].failed == OUT_OF_MEMORY
-    assert {name: got[name].tokens for name in wanted if name != "7"} == {
-        name: tokens for name, tokens in wanted.items() if name != "7"
+    # A step that is only begun early costs nobody: it begins again in its turn.
+    lost = {"7"} if failed_in == ["run"] else set()
+    assert {name for name in got if got[name].failed == OUT_OF_MEMORY} == lost
+    assert {name: got[name].tokens for name in wanted if name not in lost} == {
+        name: tokens for name, tokens in wanted.items() if name not in lost
     }
 
 
