@@ -35,15 +35,15 @@ REQUESTS = 96
 """A run has at least this many requests, and as many for one client as for another."""
 
 IN_PROCESS, STREAMED, WHOLE = "in process", "HTTP, streamed", "HTTP, whole"
-CLIENT, SERVER = "client CPU", "server CPU"
+CLIENT, SERVER, LOOP = "client CPU", "server CPU", "event loop CPU per token"
 
 
 def over_http(server: Served, clients: int, requests_of: Callable[[int], list[bytes]]) -> Case:
-    """A case whose figures are seconds, and the cores that client and server kept busy."""
+    """A case whose figures are seconds, the cores that client and server kept busy, and `LOOP`."""
 
     def case(number: int) -> Figures:
         requests = requests_of(number)
-        before = server.process.cpu_times()
+        before, loop = server.process.cpu_times(), loop_seconds(server)
         own, start = time.process_time(), time.perf_counter()
         answers = ask_all(server.port, requests, clients)
         seconds = time.perf_counter() - start
@@ -52,9 +52,16 @@ def over_http(server: Served, clients: int, requests_of: Callable[[int], list[by
         busy = after.user + after.system - before.user - before.system
         expected = b'"completion_tokens":%d' % ANSWER_TOKENS
         assert all(expected in answer for answer in answers), answers[0][:500]
-        return {SECONDS: seconds, CLIENT: own / seconds, SERVER: busy / seconds}
+        loop = (loop_seconds(server) - loop) / (len(requests) * ANSWER_TOKENS)
+        return {SECONDS: seconds, CLIENT: own / seconds, SERVER: busy / seconds, LOOP: loop}
 
     return case
+
+
+def loop_seconds(server: Served) -> float:
+    """Seconds that the server's event loop, its main thread, was on a core so far."""
+    main = next(one for one in server.process.threads() if one.id == server.process.pid)
+    return float(main.user_time + main.system_time)
 
 
 def rows_of(
@@ -115,9 +122,10 @@ def rows_of(
     for label in cases:
         rate = round(count * ANSWER_TOKENS / median(taken, label))
         ratio: object = "" if label == IN_PROCESS else speed_ratio(taken, label, IN_PROCESS)
-        cores: list[object] = ["", ""]
+        cores: list[object] = ["", "", ""]
         if label != IN_PROCESS:
             cores = [f"{median(taken, label, figure):.2f}" for figure in (SERVER, CLIENT)]
+            cores.append(round(1e6 * median(taken, label, LOOP)))
         lines.append((dtype, n, label, rate, ratio, *cores))
     return lines
 
@@ -141,7 +149,8 @@ def main(
     for dtype in dtypes.split(","):
         for n in map(int, concurrency.split(",")):
             lines += rows_of(model, device, dtype, n, rounds, out)
-    header = ("dtype", "n", "case", "tokens/s", "over in process", "server cores", "client cores")
+    header: tuple[str, ...] = ("dtype", "n", "case", "tokens/s", "over in process")
+    header += ("server cores", "client cores", "event loop, us/token")
     print(f"{os.cpu_count()} cores, {rounds} rounds")
     print(table(header, lines))
 
