@@ -30,7 +30,6 @@ AT_ONCE_TOKENS = 4096
 AT_ONCE_SCORED = 64
 """The same, of tokens with their log-probabilities."""
 
-
 WRITE_NOW = "reft.write_now"
 """ASGI extension: its `write` writes a piece of a stream that has begun, without `send`.
 
@@ -191,8 +190,7 @@ class Answer(EngineAnswer):
 
         def take(step: Step) -> Rest:
             fresh = {index for index, _ in step} - begun
-            if fresh:
-                begun.update(fresh)
+            begun.update(fresh)
             if writer.is_large_step(run, step, fresh=bool(fresh)):
                 return write(partial(writer.events, run, step))
             events = writer.events(run, step)

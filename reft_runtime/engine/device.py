@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -54,12 +56,8 @@ def tables_for(loaded: LoadedModel, max_running: int) -> EditTables | None:
     layers, width = len(loaded.layers), loaded.hidden_size
     budget = table_bytes(layers, width, max_running)
     tables = EditTables(layers, width, budget, loaded.device, TritonEdits())
-    try:
-        tables.warm_up(loaded.dtype)
-    except Exception as error:
-        _log.warning("Rows are edited by torch's own operators: %s", error)
-        return None
-    return tables
+    warm_up = partial(tables.warm_up, loaded.dtype)
+    return tables if _runs(warm_up, "Rows are edited by torch's own operators") else None
 
 
 def sampler_for(loaded: LoadedModel, max_running: int) -> DeviceSampler | None:
@@ -71,12 +69,8 @@ def sampler_for(loaded: LoadedModel, max_running: int) -> DeviceSampler | None:
     sampler = DeviceSampler(
         loaded.vocab_size, max_running, loaded.eos_ids, loaded.device, TritonSelection()
     )
-    try:
-        sampler.warm_up(loaded.dtype)
-    except Exception as error:
-        _log.warning("Every decode step waits for the tokens of the last: %s", error)
-        return None
-    return sampler
+    warm_up = partial(sampler.warm_up, loaded.dtype)
+    return sampler if _runs(warm_up, "Every decode step waits for the tokens of the last") else None
 
 
 def decoder_for(runner: Runner, max_running: int) -> Decoder | None:
@@ -87,13 +81,20 @@ def decoder_for(runner: Runner, max_running: int) -> Decoder | None:
     from reft_runtime.engine.graphs import DecodeGraphs, GraphCapture
 
     graphs = DecodeGraphs(loaded, storage, runner.sites, tables, max_running, GraphCapture())
+    if _runs(partial(graphs.warm_up, progress=True), "Decode steps run without CUDA graphs"):
+        return graphs
+    torch.cuda.synchronize(loaded.device)  # what was begun may use the graphs' memory
+    return None
+
+
+def _runs(warm_up: Callable[[], None], otherwise: str) -> bool:
+    """Whether something warms up; if it fails, the log says what happens `otherwise`, and why."""
     try:
-        graphs.warm_up(progress=True)
+        warm_up()
     except Exception as error:
-        _log.warning("Decode steps run without CUDA graphs: %s", error)
-        torch.cuda.synchronize(loaded.device)  # what was begun may use the graphs' memory
-        return None
-    return graphs
+        _log.warning("%s: %s", otherwise, error)
+        return False
+    return True
 
 
 def active(runner: Runner) -> str:
