@@ -50,7 +50,10 @@ def long_prompt_among_streams(engine: Engine) -> Case:
             try:
                 async for deltas in stream:
                     into += [time.perf_counter()] * sum(len(delta.tokens) for delta in deltas)
-                    if all(len(times) >= ALONE_TOKENS for times in stamps):
+                    if all(
+                        len(times) >= ALONE_TOKENS and times[-1] > times[SETTLING_TOKENS]
+                        for times in stamps
+                    ):
                         warm.set()
             finally:
                 stream.abort()
@@ -75,6 +78,8 @@ def long_prompt_among_streams(engine: Engine) -> Case:
         alone, beside = [], []
         for times in stamps:
             for before, now in pairwise(times[SETTLING_TOKENS:]):
+                if before == now:
+                    continue  # tokens that came together
                 if now <= sent:
                     alone.append(now - before)
                 elif before < first[0]:  # a short prompt may take part in one step alone

@@ -216,9 +216,10 @@ class Scaling:
             made, last, most, gaps = 0, begin, 0.0, list[float]()
             async for deltas in await self.engine.open(prompt, sampling):
                 made += sum(len(delta.tokens) for delta in deltas)
-                if made >= batch * (len(gaps) + 1):  # all choices have their next token
+                steps = made // batch - len(gaps)  # all choices have the tokens of so many more
+                if steps:
                     now = time.perf_counter()
-                    gaps.append(now - last)
+                    gaps += [(now - last) / steps] * steps
                     last = now
                     most = max(most, _resident())
             return {SECONDS: last - begin, STEP: statistics.median(gaps[1:]), MEMORY: most}

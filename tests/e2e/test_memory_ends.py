@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import resource
 import signal
@@ -89,14 +90,13 @@ def body(tokens: int, max_tokens: int, **fields: Any) -> dict[str, Any]:
 
 
 async def stream(client: httpx.AsyncClient, asked: dict[str, Any]) -> str:
-    text = ""
     async with client.stream("POST", "/v1/completions", json={**asked, "stream": True}) as got:
         assert got.status_code == 200
-        async for line in got.aiter_lines():
-            text += line
-    assert text.endswith("data: [DONE]"), text[-300:]
-    assert "error" not in text
-    return "".join(part.split('"')[0] for part in text.split('"text":"')[1:])
+        lines = [line async for line in got.aiter_lines() if line]
+    assert lines.pop() == "data: [DONE]", lines[-3:]
+    events = [json.loads(line.removeprefix("data: ")) for line in lines]
+    assert not any("error" in event for event in events)
+    return "".join(choice["text"] for event in events for choice in event["choices"])
 
 
 async def test_memory_that_ends_costs_the_newest(served: tuple[str, int, bool]) -> None:
