@@ -255,7 +255,7 @@ class Server:
         answers = []
         for whole in self.ask([_request(q, base) for q in questions], progress=progress):
             choice = whole["choices"][0]
-            text = choice["text"] if "text" in choice else choice["message"]["content"]
+            text = choice["text"] if "text" in choice else choice["message"]["content"] or ""
             answers.append(Answer(str(text), choice["finish_reason"] == "stop"))
         return answers
 

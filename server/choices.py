@@ -44,10 +44,10 @@ class ChoiceWriter(Writer):
 
     def events(self, run: Run, step: Step) -> bytes:
         """Write an event for each chunk."""
+        chunks = [chunk for index, delta in step for chunk in self.chunks(run, index, delta)]
         common = self._common(run)
         if self._options.continuous_usage_stats:
             common = common | {"usage": run.usage()}
-        chunks = [chunk for index, delta in step for chunk in self.chunks(run, index, delta)]
         events = [common | {"choices": [chunk]} for chunk in chunks]
         if events and not self._started:
             events[0] |= self.whole(run)

@@ -19,6 +19,7 @@ from server.tenants.meter import Meter
 from server.tenants.quota import Refused, TooLarge
 
 if TYPE_CHECKING:
+    from reft_runtime.text.reasoning import Thinking
     from server.engine import Stream
     from server.tenants.quota import Admitted
 
@@ -59,6 +60,11 @@ class Job:
     def names(self) -> list[str]:
         """Names of the interventions, each once, in the order in which they apply."""
         return list(dict.fromkeys(version.partition("@")[0] for version in self.versions))
+
+    @property
+    def thinking(self) -> Thinking | None:
+        """What the model may write before its answer to a chat."""
+        return self.prepared[0].thinking
 
     @property
     def trace(self) -> bool:
@@ -102,6 +108,8 @@ class Run:
     streams: list[Stream] = field(default_factory=list)
     created: int = field(default_factory=lambda: int(time.time()))
     completion_tokens: int = 0
+    reasoning_tokens: int = 0
+    """Of these, those with which the model thought, as far as a writer has read the answers."""
     finish_reasons: dict[int, str] = field(default_factory=dict)
     first_token_seconds: float | None = None
     """Seconds from the request's arrival to its first token; None before that."""
@@ -133,12 +141,15 @@ class Run:
 
     def usage(self) -> dict[str, Any]:
         """OpenAI's usage object for the tokens so far."""
-        return {
+        usage = {
             "prompt_tokens": self.job.prompt_tokens,
             "completion_tokens": self.completion_tokens,
             "total_tokens": self.job.prompt_tokens + self.completion_tokens,
             "prompt_tokens_details": {"cached_tokens": sum(s.cached_tokens for s in self.streams)},
         }
+        if self.job.thinking is not None:
+            usage["completion_tokens_details"] = {"reasoning_tokens": self.reasoning_tokens}
+        return usage
 
     def prompt(self, index: int) -> Sequence[int]:
         """Token ids of the prompt of choice `index`."""

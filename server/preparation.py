@@ -36,16 +36,17 @@ async def prepare(
     options: Callable[[], ChatOptions | None] = lambda: None,
     *,
     prefix: str,
+    thinks: bool = False,
 ) -> Job:
     """Resolve, tokenise and check a request in one worker thread.
 
     The thread also calls `prompts` and `options`. A grammar is compiled before, and takes nobody's
     thread: one that takes long holds up only those that are compiled after it. Nor does waiting for
     the tensors of interventions, and for the request's turn to have them in memory. `prefix` begins
-    the answer's id. Raises `NotFound` for an unknown model, `InvalidRequest` for more than the
-    tenant's limits allow, `Overloaded` if all this takes longer than `first_token_timeout`, and
-    what `Admission.prepare` raises. After an error, or if the client leaves meanwhile, nothing is
-    held.
+    the answer's id; with `thinks`, what the model thinks is told from its answer. Raises `NotFound`
+    for an unknown model, `InvalidRequest` for more than the tenant's limits allow, `Overloaded` if
+    all this takes longer than `first_token_timeout`, and what `Admission.prepare` raises. After an
+    error, or if the client leaves meanwhile, nothing is held.
     """
     sampling = _limited(context.tenant.limits, body, sampling)
 
@@ -59,6 +60,7 @@ async def prepare(
             caller=caller_of(context),
             priority=body.priority,
             trace=body.trace,
+            thinks=thinks,
             holding=holding,
         )
 

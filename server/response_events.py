@@ -65,6 +65,29 @@ class _Message(_Item):
         return _text_part("".join(self.pieces), self.logprobs)
 
 
+class _Thought(_Item):
+    prefix = "rs_"
+
+    def written(self, status: str) -> dict[str, Any]:
+        return {
+            "id": self.id,
+            "type": "reasoning",
+            "status": status,
+            "summary": [],
+            "content": [] if status == "in_progress" else [self._part()],
+        }
+
+    def done(self) -> list[tuple[str, dict[str, Any]]]:
+        part = self._part()
+        return [
+            ("response.reasoning_text.done", {"content_index": 0, "text": part["text"]}),
+            ("response.content_part.done", {"content_index": 0, "part": part}),
+        ]
+
+    def _part(self) -> dict[str, Any]:
+        return _thought_part("".join(self.pieces))
+
+
 class _Call(_Item):
     prefix = "fc_"
 
@@ -92,6 +115,19 @@ def _text_part(text: str, logprobs: list[Any]) -> dict[str, Any]:
     return {"type": "output_text", "text": text, "annotations": [], "logprobs": logprobs}
 
 
+def _thought_part(text: str) -> dict[str, Any]:
+    return {"type": "reasoning_text", "text": text}
+
+
+def _answered(run: Run, logprobs: list[Any]) -> list[Any]:
+    """Log-probabilities of the tokens behind the mark that ends what the model thinks."""
+    if run.job.thinking is None or not run.reasoning_tokens:
+        return logprobs
+    tokens = [each["token"] for each in logprobs]
+    end = run.context.engine.tokenizer.token_text(run.job.thinking.marks.end_id)
+    return logprobs[tokens.index(end) + 1 :] if end in tokens else logprobs
+
+
 def _usage(run: Run) -> dict[str, Any]:
     usage = run.usage()
     cached = usage["prompt_tokens_details"]["cached_tokens"]
@@ -99,7 +135,7 @@ def _usage(run: Run) -> dict[str, Any]:
         "input_tokens": usage["prompt_tokens"],
         "input_tokens_details": {"cached_tokens": cached, "cache_write_tokens": 0},
         "output_tokens": usage["completion_tokens"],
-        "output_tokens_details": {"reasoning_tokens": 0},
+        "output_tokens_details": {"reasoning_tokens": run.reasoning_tokens},
         "total_tokens": usage["total_tokens"],
     }
 
@@ -107,7 +143,7 @@ def _usage(run: Run) -> dict[str, Any]:
 class ResponseWriter(Writer):
     """Writes what `chat`, the writer of the chat that stands for the request, makes as items.
 
-    Text is a message, and every tool call an item of its own.
+    Text is a message; what was thought, and every tool call, is an item of its own.
     """
 
     prefix = "resp_"
@@ -136,10 +172,13 @@ class ResponseWriter(Writer):
         written = self._chat.choice(run, choices[0])
         message = written["message"]
         calls = message.get("tool_calls") or []
-        if message["content"] or not calls:
+        thought = message.get("reasoning_content")
+        if thought:
+            self._add(_Thought(run, len(self._items))).pieces.append(thought)
+        if message["content"] or not (calls or thought):
             text = self._add(_Message(run, len(self._items)))
             text.pieces.append(message["content"] or "")
-            text.logprobs += (written["logprobs"] or {}).get("content") or []
+            text.logprobs += _answered(run, (written["logprobs"] or {}).get("content") or [])
         for call in calls:
             item = self._add(_Call(run, len(self._items), call))
             item.pieces.append(call["function"]["arguments"])
@@ -185,10 +224,25 @@ class ResponseWriter(Writer):
         """Events of one chunk of the chat's."""
         delta = chunk["delta"]
         self._logprobs += (chunk["logprobs"] or {}).get("content") or []
-        events = self._text(run, delta["content"]) if delta.get("content") else []
+        events = []
+        if delta.get("reasoning_content"):
+            events += self._thought(run, delta["reasoning_content"])
+        if delta.get("content"):
+            events += self._text(run, delta["content"])
         for call in delta.get("tool_calls") or []:
             events += self._call(run, call)
         self._finish_reason = chunk["finish_reason"] or self._finish_reason
+        return events
+
+    def _thought(self, run: Run, text: str) -> list[bytes]:
+        """Events of more of what is thought; there is no place for its log-probabilities."""
+        events = []
+        if not self._items:
+            events += self._open(_Thought(run, 0), _thought_part(""))
+        item = self._items[-1]
+        item.pieces.append(text)
+        said = {"content_index": 0, "delta": text}
+        events.append(self._event("response.reasoning_text.delta", **item.place, **said))
         return events
 
     def _text(self, run: Run, text: str) -> list[bytes]:
@@ -196,10 +250,8 @@ class ResponseWriter(Writer):
         events = []
         if not self._items or not isinstance(self._items[-1], _Message):
             events += self._close()
-            item = self._add(_Message(run, len(self._items)))
-            events.append(self._item_event("added", item, "in_progress"))
-            empty = {"content_index": 0, "part": _text_part("", [])}
-            events.append(self._event("response.content_part.added", **item.place, **empty))
+            events += self._open(_Message(run, len(self._items)), _text_part("", []))
+            self._logprobs = _answered(run, self._logprobs)
         item = self._items[-1]
         item.pieces.append(text)
         item.logprobs += self._logprobs
@@ -232,6 +284,15 @@ class ResponseWriter(Writer):
         events = [self._event(kind, **item.place, **said) for kind, said in item.done()]
         events.append(self._item_event("done", item, self._status(item)))
         return events
+
+    def _open(self, item: _Item, empty: dict[str, Any]) -> list[bytes]:
+        """Events that begin an item with one part."""
+        self._add(item)
+        part = {"content_index": 0, "part": empty}
+        return [
+            self._item_event("added", item, "in_progress"),
+            self._event("response.content_part.added", **item.place, **part),
+        ]
 
     def _add(self, item: _Item) -> _Item:
         self._items.append(item)

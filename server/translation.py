@@ -19,6 +19,7 @@ from server.schemas.responses import (
     FunctionCallItem,
     FunctionCallOutputItem,
     MessageItem,
+    ReasoningItem,
     ResponsesRequest,
     Text,
 )
@@ -105,6 +106,8 @@ class _Messages:
 
     made: list[dict[str, Any]] = field(default_factory=list)
     paths: dict[str, str] = field(default_factory=dict)
+    thought: str = ""
+    """What was thought before the next turn, if that is an assistant's."""
 
     def add(self, message: dict[str, Any], path: str) -> str:
         """Add a message that is made of what lies at `path`; returns its own path."""
@@ -114,9 +117,12 @@ class _Messages:
         return here
 
     def add_item(self, item: Any, path: str) -> None:
-        """Add an item. The calls of one answer, and the text before them, are one turn."""
-        if isinstance(item, MessageItem):
-            self.add({"role": item.role, "content": _joined(item.content)}, path)
+        """Add an item. An answer's calls, and the text and thought before them, are one turn."""
+        if isinstance(item, ReasoningItem):
+            self.thought = "".join(part.text for part in item.content or [])
+        elif isinstance(item, MessageItem):
+            said = {"role": item.role, "content": _joined(item.content)}
+            self.add(said | self._thought(item.role), path)
         elif isinstance(item, FunctionCallOutputItem):
             content = _joined(item.output)
             result = {"role": "tool", "tool_call_id": item.call_id, "content": content}
@@ -125,7 +131,7 @@ class _Messages:
             self.paths[f"{here}.tool_call_id"] = f"{path}.call_id"
         elif isinstance(item, FunctionCallItem):
             if not self.made or self.made[-1]["role"] != "assistant":
-                self.add({"role": "assistant"}, path)
+                self.add({"role": "assistant"} | self._thought("assistant"), path)
             calls = self.made[-1].setdefault("tool_calls", [])
             here = f"messages.{len(self.made) - 1}.tool_calls"
             self.paths.setdefault(here, path)
@@ -134,6 +140,10 @@ class _Messages:
             self.paths[f"{here}.{len(calls)}.id"] = f"{path}.call_id"
             function = {"name": item.name, "arguments": item.arguments}
             calls.append({"id": item.call_id, "type": "function", "function": function})
+
+    def _thought(self, role: str) -> dict[str, str]:
+        thought, self.thought = self.thought, ""
+        return {"reasoning_content": thought} if thought and role == "assistant" else {}
 
 
 def _joined(text: Text) -> str:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from collections.abc import Sequence as SequenceOf
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from reft_runtime.engine.sampler import banned
 from reft_runtime.grammar.state import allow_each
 from reft_runtime.schedule.sequence import Sequence
+
+Bits = NDArray[np.uint32]
 
 
 def allowed(
@@ -24,17 +27,37 @@ def allowed(
     """
     found: list[Tensor | None] = [None] * len(sequences)
     states = {i: s.grammar for i, s in enumerate(sequences) if s.grammar is not None}
-    if not states:
-        return found
-    masks = torch.zeros(len(states), -(-vocabulary // 32), dtype=torch.int32)
-    allow_each([*states.values()], masks.data_ptr(), masks[0].nbytes, torch.get_num_threads())
-    for i, mask in zip(states, masks, strict=True):
+    answering = {i: state for i, state in states.items() if not state.thinks}
+    masks = torch.zeros(len(answering), -(-vocabulary // 32), dtype=torch.int32)
+    if answering:
+        size, threads = masks[0].nbytes, torch.get_num_threads()
+        allow_each([*answering.values()], masks.data_ptr(), size, threads)
+    for (i, state), mask in zip(answering.items(), masks, strict=True):
         sequence, found[i] = sequences[i], mask
+        bits = mask.numpy().view(np.uint32)
+        if state.opens is not None:
+            bits[state.opens // 32] |= np.uint32(1 << state.opens % 32)
         params = sequence.request.sampling
         if sequence.generated_length < params.min_tokens:
-            rest = mask.numpy().view(np.uint32).copy()
-            for token in banned(params, eos_ids):
-                rest[token // 32] &= ~np.uint32(1 << token % 32)
+            rest = _without(bits, banned(params, eos_ids))
             if rest.any():
-                mask.copy_(torch.from_numpy(rest.view(np.int32)))
+                bits[:] = rest
+    for i in states.keys() - answering.keys():
+        # What the model thinks ends with its mark: an answer of the form is to follow.
+        found[i] = torch.from_numpy(_without(_all(vocabulary), eos_ids).view(np.int32))
     return found
+
+
+def _all(vocabulary: int) -> Bits:
+    bits = np.full(-(-vocabulary // 32), 2**32 - 1, dtype=np.uint32)
+    if vocabulary % 32:
+        bits[-1] = 2 ** (vocabulary % 32) - 1
+    return bits
+
+
+def _without(bits: Bits, tokens: Iterable[int]) -> Bits:
+    """A copy in which the bits of `tokens` are not set."""
+    rest = bits.copy()
+    for token in tokens:
+        rest[token // 32] &= ~np.uint32(1 << token % 32)
+    return rest

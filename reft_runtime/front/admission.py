@@ -11,6 +11,7 @@ import uuid
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol, TypeGuard, cast
 
@@ -20,7 +21,7 @@ from reft_runtime.front.bounds import bounded, check_labels, check_length
 from reft_runtime.front.labels import LabelTokens, labels_of
 from reft_runtime.front.prepared import Prepared
 from reft_runtime.front.prompt_form import Encoder, PromptForm
-from reft_runtime.grammar import GrammarCompiler
+from reft_runtime.grammar import GrammarCompiler, GrammarState
 from reft_runtime.outputs import EngineInfo
 from reft_runtime.sampling import Grammar, SamplingParams
 from reft_runtime.schedule.request import AppliedIntervention, Request
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from reft_runtime.interventions import Version
     from reft_runtime.interventions.registry.holding import Holding
     from reft_runtime.text import ChatOptions, Message
+    from reft_runtime.text.reasoning import Thinking
 
 Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]]
 """A prompt: a text, token ids, or the messages of a chat.
@@ -129,6 +131,7 @@ class Admission:
         caller: Caller = ANYONE,
         priority: int = 0,
         trace: bool = False,
+        thinks: bool = False,
         holding: Holding | None = None,
     ) -> list[Prepared]:
         """Make one request for each prompt; all are checked before the first is made.
@@ -136,7 +139,8 @@ class Admission:
         `uses` apply to all of them, in order. The bounds on log-probabilities and traces count all
         prompts together. `options` say how chats are written. `request_id` is the caller's own id;
         with several prompts each has it with a hyphen and the prompt's position. `caller` is who
-        asks; of its waiting requests those of the lowest `priority` come first. Raises
+        asks; of its waiting requests those of the lowest `priority` come first. `thinks` tells what
+        the model thinks from its answer to a chat: a grammar is that of the answer. Raises
         `InvalidRequest` and the errors that the class names; then nothing is held.
         """
         self._check_sampling(sampling)
@@ -160,16 +164,24 @@ class Admission:
                 trace=trace,
             )
             begun = _begun(encoded, applied, caller, priority, request_id)
+            thoughts = [
+                self._tokenizer.thinking(tokens) if thinks and _is_chat(prompt) else None
+                for prompt, tokens in zip(prompts, encoded, strict=True)
+            ]
             requests = [
                 request(
-                    sampling=settings,
+                    sampling=_marked(settings, thought),
                     seed=random.getrandbits(63) if sampling.seed is None else sampling.seed,
                     trace=trace,
-                    grammar=grammar,
+                    grammar=_behind(thought, grammar),
                 )
-                for request, settings in zip(begun, limits, strict=True)
+                for request, settings, thought in zip(begun, limits, thoughts, strict=True)
             ]
-            return self._holding_all(requests, versions, form)
+            prepared = self._holding_all(requests, versions, form)
+            return [
+                replace(one, thinking=thought)
+                for one, thought in zip(prepared, thoughts, strict=True)
+            ]
 
     def prepare_labels(
         self,
@@ -357,6 +369,22 @@ def _begun(
             priority=priority,
             given_id=_numbered(request_id, position, len(prompts)),
         )
+
+
+def _marked(sampling: SamplingParams, thought: Thinking | None) -> SamplingParams:
+    """The settings of an answer whose text keeps the marks around what the model thinks."""
+    if thought is None:
+        return sampling
+    marks = (thought.marks.begin, thought.marks.end)
+    return replace(sampling, kept_special_tokens=sampling.kept_special_tokens + marks)
+
+
+def _behind(thought: Thinking | None, grammar: GrammarState | None) -> GrammarState | None:
+    """The grammar of an answer that what the model thinks may stand before."""
+    if thought is None or grammar is None:
+        return grammar
+    marks = thought.marks
+    return grammar.behind(marks.begin_id, marks.end_id, thinks=thought.open)
 
 
 def _numbered(request_id: str | None, position: int, prompts: int) -> str | None:

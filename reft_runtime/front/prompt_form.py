@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from reft_runtime.interventions import Version
     from reft_runtime.interventions.format.manifest import SystemTurn
     from reft_runtime.text import ChatOptions, Message
+    from reft_runtime.text.reasoning import Thinking
 
 
 class Encoder(Protocol):
@@ -36,6 +37,9 @@ class Encoder(Protocol):
 
     def laid_out(self, text: str, template: str) -> str | None:
         """The text as a whole prompt if it ends as the template ends prompts, else None."""
+
+    def thinking(self, prompt: Sequence[int]) -> Thinking | None:
+        """What the model may write before its answer to a chat; None if it answers at once."""
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """Text of token ids."""

@@ -27,19 +27,46 @@ class GrammarState:
         self.param = param
         """The field of the request that the grammar came from."""
 
+        self.opens: int | None = None
+        """A token that may be the answer's first, beside the grammar's; None after the first."""
+
+        self.thinks = False
+        """Whether the model thinks: any token may come but an end, and the grammar waits."""
+
+        self._until: int | None = None
+
     def copy(self) -> Self:
         """A state of its own for another answer, at the same place."""
-        return type(self)(self._matcher.deep_copy(), self.param)
+        copied = type(self)(self._matcher.deep_copy(), self.param)
+        copied.opens, copied.thinks, copied._until = self.opens, self.thinks, self._until
+        return copied
+
+    def behind(self, begin: int, end: int, *, thinks: bool) -> Self:
+        """A copy for an answer before which the model may think, between two tokens.
+
+        `thinks` says that the prompt has the first of them already.
+        """
+        copied = self.copy()
+        copied.opens, copied.thinks, copied._until = None if thinks else begin, thinks, end
+        return copied
 
     def advance(self, token: int) -> None:
         """Go on with a token, which must be one of those allowed."""
-        self._matcher.consume_token(token)
+        opens, self.opens = self.opens, None
+        if self.thinks:
+            self.thinks = token != self._until
+        elif token == opens:
+            self.thinks = True
+        else:
+            self._matcher.consume_token(token)
 
     def forced(self) -> list[int]:
         """The tokens that come next if only one text can, as a tokenizer writes it; often none.
 
         Of other tokens for the same text none are allowed.
         """
+        if self.thinks or self.opens is not None:
+            return []
         return self._matcher.compute_ff_tokens()
 
     @property

@@ -30,9 +30,13 @@ from reft_runtime.text.chat import (
     source_of,
     switches_of,
 )
+from reft_runtime.text.reasoning import Marks, Thinking, find_marks
 
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")
 """How SentencePiece writes the tokens that stand for one byte."""
+
+_MARK_TOKENS = 8
+"""A mark at the end of a prompt, and the blanks behind it, are no more tokens than these."""
 
 
 class Tokenizer:
@@ -191,6 +195,17 @@ class Tokenizer:
     def switches(self) -> list[str]:
         """Names of the chat template's own variables, such as `enable_thinking`."""
         return switches_of(self._tokenizer)
+
+    @cached_property
+    def marks(self) -> Marks | None:
+        """The marks around what the model thinks; None if its chat template knows none."""
+        return find_marks(source_of(self._tokenizer), self.token_id)
+
+    def thinking(self, prompt: Sequence[int]) -> Thinking | None:
+        """What the model may write before its answer to a chat; None if it answers at once."""
+        if self.marks is None:
+            return None
+        return self.marks.after(self.decode(prompt[-_MARK_TOKENS:], skip_special_tokens=False))
 
     def definition(self) -> str | None:
         """The content of the tokenizer's `tokenizer.json`; None for one that has none."""

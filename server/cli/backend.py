@@ -25,6 +25,12 @@ if TYPE_CHECKING:
     from reft_runtime.training.sources import Data
 
 Say = Callable[[str], object]
+
+
+def _ignored(piece: str) -> None:
+    """Take a piece of text, and do nothing with it."""
+
+
 """A function that is given the pieces of an answer's text as they come."""
 
 
@@ -81,8 +87,11 @@ class Backend(Protocol):
     def resolve(self, options: Sequence[str]) -> Applied:
         """Look up the values of `--intervention`; raises `NotFound` where one is not there."""
 
-    def answer(self, ask: Ask, say: Say) -> Reply:
-        """Answer one chat, piece by piece; `KeyboardInterrupt` ends the request and is raised."""
+    def answer(self, ask: Ask, say: Say, think: Say = _ignored) -> Reply:
+        """Answer one chat, piece by piece; `KeyboardInterrupt` ends the request and is raised.
+
+        `think` gets what a server tells from the answer as the model's thinking.
+        """
 
     def answers(self, asks: Sequence[Ask]) -> list[Reply]:
         """Answer all chats together, in order."""
@@ -129,7 +138,7 @@ class RemoteBackend:
         uses = [Use.parse(option) for option in options]
         return Applied("+".join(options), tuple(uses), _one_turn(map(self._template, uses)))
 
-    def answer(self, ask: Ask, say: Say) -> Reply:
+    def answer(self, ask: Ask, say: Say, think: Say = _ignored) -> Reply:
         """As in `Backend`."""
         text, ended, usage = "", "", {"prompt_tokens": 0, "completion_tokens": 0}
         traced: list[Body] = []
@@ -138,6 +147,7 @@ class RemoteBackend:
             usage = event.get("usage") or usage
             traced = event.get("trace", [])
             for choice in event["choices"]:
+                think(choice["delta"].get("reasoning_content") or "")
                 piece = choice["delta"].get("content") or ""
                 ended = choice["finish_reason"] or ended
                 text += piece
@@ -213,7 +223,7 @@ class LocalBackend:
         )
         return Applied("+".join(options), tuple(uses), _one_turn(templates))
 
-    def answer(self, ask: Ask, say: Say) -> Reply:
+    def answer(self, ask: Ask, say: Say, think: Say = _ignored) -> Reply:
         """As in `Backend`."""
         return self._runner.run(self._answer(ask, say))
 
@@ -221,7 +231,7 @@ class LocalBackend:
         """As in `Backend`."""
 
         async def together() -> list[Reply]:
-            return list(await asyncio.gather(*(self._answer(ask, lambda _: None) for ask in asks)))
+            return list(await asyncio.gather(*(self._answer(ask, _ignored) for ask in asks)))
 
         return self._runner.run(together())
 

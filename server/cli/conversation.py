@@ -93,16 +93,25 @@ class Chat:
     def _answer(self, text: str) -> None:
         self._turns.append({"role": "user", "content": text.lstrip(" ")})
         said: list[str] = []
+        thought = False
+
+        def think(piece: str) -> None:
+            nonlocal thought
+            thought |= bool(piece)
+            typer.secho(printable(piece), err=True, dim=True, nl=False)
 
         def say(piece: str) -> None:
-            said.append(piece)
+            if thought and piece and not said:
+                typer.echo("\n", err=True)
+            if piece:
+                said.append(piece)
             sys.stdout.write(printable(piece))
             sys.stdout.flush()
 
         ask = self._asked(self._applied, trace=self._tracing)
         reply: Reply | None = None
         try:
-            reply = self._backend.answer(ask, say)
+            reply = self._backend.answer(ask, say, think)
         except KeyboardInterrupt:
             pass
         finally:

@@ -17,6 +17,7 @@ from server.logprobs import chat_logprobs, prompt_logprobs
 from server.openapi import limited, takes
 from server.preparation import prepare
 from server.schemas.chat import ChatRequest
+from server.thoughts import ThoughtReader
 from server.tools import ToolPlan, ToolReader, whole
 
 router = APIRouter(tags=["openai"])
@@ -34,6 +35,7 @@ class ChatWriter(ChoiceWriter):
         self._body = body
         self._plan = plan
         self._begun: set[int] = set()
+        self._thoughts: dict[int, ThoughtReader] = {}
         self._readers: dict[int, ToolReader] = {}
 
     @property
@@ -54,14 +56,19 @@ class ChatWriter(ChoiceWriter):
 
     def choice(self, run: Run, choice: Choice) -> dict[str, Any]:
         """Write a finished choice as a message."""
-        content: str | None = choice.text
+        text, thought = choice.text, ""
+        if run.job.thinking is not None:
+            thought, text = _read(ThoughtReader(run.job.thinking), run, choice)
+        content: str | None = text
         reason: str | None = choice.finish_reason
         calls: list[dict[str, Any]] = []
         if self._plan is not None:
             reader = self._plan.reader()
-            content, calls = whole(reader, choice.text)
+            content, calls = whole(reader, text)
             reason = reader.finish_reason(reason)
         message = {"role": "assistant", "content": content, "refusal": None}
+        if thought:
+            message |= {"content": content or None, "reasoning_content": thought}
         written = {
             "index": choice.index,
             "message": message | ({"tool_calls": calls} if calls else {}),
@@ -77,7 +84,7 @@ class ChatWriter(ChoiceWriter):
             self._begun.add(index)
             said = "" if self._plan is None else None
             chunks.append(_chunk(index, {"role": "assistant", "content": said}, None, None))
-        *gained, last = self._gained(index, delta)
+        *gained, last = self._gained(run, index, delta)
         chunks += [_chunk(index, one, None, None) for one in gained]
         ids = list(delta.tokens) if self._body.return_token_ids else []
         scored = self._body.logprobs and delta.logprobs
@@ -90,14 +97,20 @@ class ChatWriter(ChoiceWriter):
             chunks.append(chunk | {"token_ids": ids} if self._body.return_token_ids else chunk)
         return chunks
 
-    def _gained(self, index: int, delta: ChoiceDelta) -> list[dict[str, Any]]:
+    def _gained(self, run: Run, index: int, delta: ChoiceDelta) -> list[dict[str, Any]]:
         """Deltas of a choice, at least one; the last is empty if nothing, or a call, came last."""
+        text, gained = delta.text, list[dict[str, Any]]()
+        if run.job.thinking is not None:
+            thoughts = self._thoughts.setdefault(index, ThoughtReader(run.job.thinking))
+            thought, text = _read(thoughts, run, delta)
+            gained += [{"reasoning_content": thought}] if thought else []
         if self._plan is None:
-            return [{"content": delta.text} if delta.text else {}]
-        reader = self._readers.setdefault(index, self._plan.reader())
-        gained = reader.push(delta.text)
-        if delta.finish_reason:
-            gained += reader.finish()
+            gained += [{"content": text}] if text else []
+        else:
+            reader = self._readers.setdefault(index, self._plan.reader())
+            gained += reader.push(text)
+            if delta.finish_reason:
+                gained += reader.finish()
         if not gained or (delta.finish_reason and "tool_calls" in gained[-1]):
             gained.append({})
         return gained
@@ -106,6 +119,16 @@ class ChatWriter(ChoiceWriter):
         if not self._body.logprobs:
             return None
         return chat_logprobs(run.context.engine.tokenizer, logprobs)
+
+
+def _read(reader: ThoughtReader, run: Run, gained: Choice | ChoiceDelta) -> tuple[str, str]:
+    """What a choice gained: what was thought, and what was answered."""
+    thought, text = reader.push(gained.text)
+    if gained.finish_reason is not None:
+        more, rest = reader.finish()
+        thought, text = thought + more, text + rest
+    run.reasoning_tokens += reader.count(gained.tokens)
+    return thought, text
 
 
 def _chunk(
@@ -135,6 +158,7 @@ async def prepare_chat(
         lambda: [[message.as_turn() for message in body.messages]],
         lambda: context.tools.options(body.options(switches), body.usable),
         prefix=prefix,
+        thinks=True,
     )
 
 

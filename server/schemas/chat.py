@@ -77,7 +77,8 @@ Content = Annotated[
 class Message(RequestBody):
     """One turn. The parts of a content list are joined without anything between them.
 
-    An assistant's turn may have no content, and may have called tools; a turn of the role `tool`
+    An assistant's turn may have no content, may have called tools, and what was thought before it
+    is for templates that show it; a turn of the role `tool`
     is the result of the call that `tool_call_id` names. `name` is for templates that show who
     speaks.
     """
@@ -87,6 +88,10 @@ class Message(RequestBody):
     name: str = Field(default="", max_length=256)
     tool_calls: Annotated[list[ToolCall], Field(max_length=MAX_CALLS)] = Field(default=[])
     tool_call_id: str = Field(default="", max_length=256)
+    reasoning_content: str | None = Field(
+        default=None, description="What the model thought before an earlier answer."
+    )
+    reasoning: str | None = Field(default=None, description="The same, as vLLM calls it.")
     # A client sends an earlier answer back with these fields empty; the last one is LiteLLM's.
     parsed: Any = Field(
         default=None, description="What OpenAI's client makes of the content; not used."
@@ -105,6 +110,8 @@ class Message(RequestBody):
     def _check_calls(self) -> Message:
         if self.tool_calls and self.role != "assistant":
             raise PydanticCustomError("calls_role", "tool_calls are an assistant's")
+        if (self.reasoning_content or self.reasoning) and self.role != "assistant":
+            raise PydanticCustomError("reasoning_role", "reasoning_content is an assistant's")
         if bool(self.tool_call_id) != (self.role == "tool"):
             raise PydanticCustomError(
                 "call_id_role", "a tool's turn has a tool_call_id, and no other turn has one"
@@ -123,6 +130,8 @@ class Message(RequestBody):
             turn["tool_calls"] = [call.as_dict() for call in self.tool_calls]
         if self.tool_call_id:
             turn["tool_call_id"] = self.tool_call_id
+        if thought := self.reasoning_content or self.reasoning:
+            turn["reasoning_content"] = thought
         return turn
 
 

@@ -73,12 +73,24 @@ class FunctionCallOutputItem(Item):
     output: Text
 
 
+class ReasoningPart(BaseModel):
+    """A piece of what was thought."""
+
+    model_config = ConfigDict(extra="ignore", strict=True, frozen=True)
+
+    type: Literal["reasoning_text"]
+    text: str
+
+
 class ReasoningItem(BaseModel):
-    """How another server's model came to an answer. It is no part of the prompt here."""
+    """What was thought before an answer. That of servers that keep it to themselves is empty."""
 
     model_config = ConfigDict(extra="ignore", strict=True, frozen=True)
 
     type: Literal["reasoning"]
+    content: Annotated[list[ReasoningPart], Field(max_length=MAX_PARTS, fail_fast=True)] | None = (
+        None
+    )
 
 
 class UnknownItem(BaseModel):

@@ -213,7 +213,7 @@ def test_an_answer_is_stopped_and_the_chat_goes_on(
 ) -> None:
     answer, signals = type(backend).answer, [signal.SIGINT]
 
-    def interrupted(self: Backend, ask: Ask, say: Any) -> Any:
+    def interrupted(self: Backend, ask: Ask, say: Any, think: Any) -> Any:
         def told(piece: str) -> None:
             say(piece)
             if signals and piece:
@@ -252,7 +252,7 @@ def test_control_characters_do_not_reach_the_terminal(
 ) -> None:
     remote = RemoteBackend(Server(url))
 
-    def answer(ask: Ask, say: Any) -> Any:
+    def answer(ask: Ask, say: Any, think: Any) -> Any:
         say("a\x1b]0;title\x07b\n")
         return backends.Reply("", 1, 1, "stop")
 

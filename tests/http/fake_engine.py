@@ -42,6 +42,7 @@ from reft_runtime.outputs import (
 )
 from reft_runtime.sampling import Grammar
 from reft_runtime.schedule.request import Request
+from reft_runtime.text.reasoning import Marks, Thinking
 
 if TYPE_CHECKING:
     from reft_runtime.interventions import Registry
@@ -88,6 +89,12 @@ class FakeTokenizer:
 
     def laid_out(self, text: str, template: str) -> None:
         return None
+
+    marks: Marks | None = None
+    """Marks of bytes, each of which ends with the byte that is its id."""
+
+    def thinking(self, prompt: Sequence[int]) -> Thinking | None:
+        return None if self.marks is None else self.marks.after(self.decode(prompt))
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         return bytes(ids).decode(errors="replace")

@@ -33,6 +33,8 @@ export function Answer({ answer, name, c, t, colour, busy, last, onAnswer }) {
       ${!answer
         ? html`<p class="muted">Not asked yet.</p>`
         : html`
+          ${answer.thought && html`
+            <details class="thought" open=${!answer.text}><summary>Thinking</summary><p class="text">${answer.thought}</p></details>`}
           <${Text} answer=${answer} colour=${colour} picked=${picked} onPick=${setPicked} />
           ${picked !== null && answer.pieces[picked]?.tokens.map((token, i) => html`
             <${Alternatives} key=${i} token=${token} onClose=${() => setPicked(null)} />`)}
@@ -56,10 +58,11 @@ export function Text({ answer, colour, picked, onPick }) {
   const { pieces, text, running } = answer;
   const cursor = running && html`<span class="cursor" aria-hidden="true"></span>`;
   if (colour === "none" || !pieces.length) return html`<p class="text">${text}${cursor}</p>`;
+  const first = pieces.findIndex((piece) => piece.text);
   return html`
     <p class="text" onKeyDown=${walk}>
-      ${pieces.map((piece, i) => html`
-        <span role="button" key=${i} tabindex=${i === (picked ?? 0) ? 0 : -1} aria-pressed=${i === picked}
+      ${pieces.map((piece, i) => piece.text && html`
+        <span role="button" key=${i} tabindex=${i === (picked ?? first) ? 0 : -1} aria-pressed=${i === picked}
           class=${classes("token", piece.tokens.length && shade(piece, colour))}
           onClick=${() => onPick(i === picked ? null : i)}>${piece.text}</span>`)}${cursor}
     </p>`;

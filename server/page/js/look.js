@@ -52,9 +52,9 @@ async function lookInside(base) {
     const [choice] = answer.choices;
     const { content } = choice.logprobs;
     const { prompt_token_ids: ids } = answer;
+    const text = choice.message.content ?? choice.message.reasoning_content ?? "";
     const said = {
-      ...blank(), running: false, text: choice.message.content, prompt: ids, ids: choice.token_ids,
-      pieces: pieces(content, choice.message.content),
+      ...blank(), running: false, text, prompt: ids, ids: choice.token_ids, pieces: pieces(content, text),
     };
     await measure(looked, base, [said]);
     // The first token of a prompt has no probability, and so no text there.

@@ -9,11 +9,12 @@ import { requestOf, shown, title } from "./session.js";
  * An answer that has not begun. Tokens are {text, logprob, top: [{text, logprob}], base}, base being
  * the log-probability that the base model gives it there, once that is measured; pieces are {text,
  * tokens}, for a character may be made of several tokens. `labels` are {label, prob} where the
- * column's interventions name labels, else null. `prompt` and `ids` are token ids. `of` is
- * the title of what is asked, which stays when the column applies something else afterwards.
+ * column's interventions name labels, else null. `prompt` and `ids` are token ids. `thought` is what
+ * the model thought before its text; its tokens are a piece without a text. `of` is the title of
+ * what is asked, which stays when the column applies something else afterwards.
  */
 export const blank = (of = null) => ({
-  of, text: "", pieces: [], waiting: [], prompt: [], ids: [],
+  of, thought: "", text: "", pieces: [], waiting: [], prompt: [], ids: [],
   finish: null, error: null, figures: null, labels: null, running: true,
 });
 
@@ -52,6 +53,7 @@ export async function fill(answer, store, path, body, signal, began) {
       if (prompt) answer.prompt = prompt;
       answer.ids.push(...(choice.token_ids ?? []));
       grow(answer, choice.delta?.content ?? choice.text ?? "", tokens(choice.logprobs));
+      think(answer, choice.delta?.reasoning_content ?? "");
       answer.finish = choice.finish_reason ?? answer.finish;
       if (answer.ids.length) {
         last = performance.now();
@@ -67,6 +69,14 @@ export async function fill(answer, store, path, body, signal, began) {
   }
   answer.running = false;
   store.touched();
+}
+
+/** Add to what the model thinks. */
+function think(answer, text) {
+  if (!text) return;
+  answer.thought += text;
+  answer.pieces.push({ text: "", tokens: answer.waiting });
+  answer.waiting = [];
 }
 
 /** Add new text and its tokens: a piece for each token if their texts are whole, else one piece. */

@@ -160,6 +160,7 @@ function parsed(text) {
 const kept = (whole) => (answer) =>
   answer && {
     of: answer.of,
+    thought: answer.thought,
     text: answer.text,
     figures: answer.figures,
     finish: answer.finish,
@@ -201,6 +202,7 @@ const isSession = shaped({
     user: isText,
     answers: listOf(orNull(shaped({
       of: left(isText),
+      thought: left(isText),
       labels: left(listOf(shaped({ label: isText, prob: isNumber }))),
       text: isText,
       figures: orNull(shaped(Object.fromEntries(
