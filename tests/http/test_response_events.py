@@ -33,8 +33,9 @@ class Chunks(ChoiceWriter):
 RUN = cast(
     Run,
     SimpleNamespace(
-        job=SimpleNamespace(id="resp_1", label="tiny"),
+        job=SimpleNamespace(id="resp_1", label="tiny", thinking=None),
         created=1,
+        reasoning_tokens=0,
         usage=lambda: {
             "prompt_tokens": 1,
             "completion_tokens": 2,

@@ -217,6 +217,45 @@ def test_emoji_made_of_several_tokens_are_whole(tab: Tab) -> None:
     assert "".join(pieces) == answers(page)[2]
 
 
+def test_what_a_model_thinks_stands_above_its_answer(tab: Tab) -> None:
+    scored = [
+        {"token": text, "logprob": -0.5, "bytes": [*text.encode()], "top_logprobs": []}
+        for text in ("<think>", "Hm", ".", "</think>", "\n\n", "Well", "!")
+    ]
+    said = [
+        ({"role": "assistant", "content": ""}, [], []),
+        ({"reasoning_content": "Hm"}, [0, 1], scored[:2]),
+        ({"reasoning_content": "."}, [2], scored[2:3]),
+        ({}, [3, 4], scored[3:5]),
+        ({"content": "Well"}, [5], scored[5:6]),
+        ({"content": "!"}, [6], scored[6:]),
+    ]
+    choices = [
+        {"index": 0, "delta": delta, "token_ids": ids, "logprobs": {"content": logprobs}}
+        for delta, ids, logprobs in said
+    ]
+    events = [json.dumps({"choices": [choice | {"finish_reason": None}]}) for choice in choices]
+    stream = "".join(f"data: {event}\n\n" for event in [*events, "[DONE]"])
+    tab.page.context.route(
+        f"**{CHAT}", lambda route: route.fulfill(body=stream, content_type="text/event-stream")
+    )
+    page = tab.open()
+    say(page, "How?")
+    answered(page)
+    answer = page.get_by_role("region", name="Answer of pirate")
+    expect(answer.locator(".thought")).to_have_text("ThinkingHm.")
+    expect(answer.get_by_text("Hm.")).to_be_hidden()
+    answer.get_by_text("Thinking").click()
+    expect(answer.get_by_text("Hm.")).to_be_visible()
+    assert answers(page) == ["Well!"] * 3
+    tokens = answer.locator(".token")
+    assert tokens.all_text_contents() == ["Well", "!"]
+    expect(tokens.first).to_have_attribute("tabindex", "0")
+    tokens.last.click()
+    expect(answer.get_by_role("region", name="Alternatives")).to_contain_text("!")
+    assert not violations(page)
+
+
 def test_text_mode_continues_a_text(tab: Tab) -> None:
     page = tab.open()
     page.get_by_role("button", name="Text", exact=True).click()

@@ -34,7 +34,7 @@ export function Answer({ answer, name, c, t, colour, busy, last, onAnswer }) {
         ? html`<p class="muted">Not asked yet.</p>`
         : html`
           ${answer.thought && html`
-            <details class="thought" open=${!answer.text}><summary>Thinking</summary><p class="text">${answer.thought}</p></details>`}
+            <details class="thought" open=${!answer.text}><summary>Thinking</summary><p>${answer.thought}</p></details>`}
           <${Text} answer=${answer} colour=${colour} picked=${picked} onPick=${setPicked} />
           ${picked !== null && answer.pieces[picked]?.tokens.map((token, i) => html`
             <${Alternatives} key=${i} token=${token} onClose=${() => setPicked(null)} />`)}
