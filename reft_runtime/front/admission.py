@@ -21,7 +21,8 @@ from reft_runtime.front.bounds import bounded, check_labels, check_length
 from reft_runtime.front.labels import LabelTokens, labels_of
 from reft_runtime.front.prepared import Prepared
 from reft_runtime.front.prompt_form import Encoder, PromptForm
-from reft_runtime.grammar import GrammarCompiler, GrammarState
+from reft_runtime.front.thoughts import behind, marked, thinking
+from reft_runtime.grammar import GrammarCompiler
 from reft_runtime.outputs import EngineInfo
 from reft_runtime.sampling import Grammar, SamplingParams
 from reft_runtime.schedule.request import AppliedIntervention, Request
@@ -31,7 +32,6 @@ if TYPE_CHECKING:
     from reft_runtime.interventions import Version
     from reft_runtime.interventions.registry.holding import Holding
     from reft_runtime.text import ChatOptions, Message
-    from reft_runtime.text.reasoning import Thinking
 
 Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]]
 """A prompt: a text, token ids, or the messages of a chat.
@@ -165,15 +165,15 @@ class Admission:
             )
             begun = _begun(encoded, applied, caller, priority, request_id)
             thoughts = [
-                self._tokenizer.thinking(tokens) if thinks and _is_chat(prompt) else None
+                thinking(self._tokenizer, form, tokens) if thinks and _is_chat(prompt) else None
                 for prompt, tokens in zip(prompts, encoded, strict=True)
             ]
             requests = [
                 request(
-                    sampling=_marked(settings, thought),
+                    sampling=marked(settings, thought),
                     seed=random.getrandbits(63) if sampling.seed is None else sampling.seed,
                     trace=trace,
-                    grammar=_behind(thought, grammar),
+                    grammar=behind(thought, grammar),
                 )
                 for request, settings, thought in zip(begun, limits, thoughts, strict=True)
             ]
@@ -369,22 +369,6 @@ def _begun(
             priority=priority,
             given_id=_numbered(request_id, position, len(prompts)),
         )
-
-
-def _marked(sampling: SamplingParams, thought: Thinking | None) -> SamplingParams:
-    """The settings of an answer whose text keeps the marks around what the model thinks."""
-    if thought is None:
-        return sampling
-    marks = (thought.marks.begin, thought.marks.end)
-    return replace(sampling, kept_special_tokens=sampling.kept_special_tokens + marks)
-
-
-def _behind(thought: Thinking | None, grammar: GrammarState | None) -> GrammarState | None:
-    """The grammar of an answer that what the model thinks may stand before."""
-    if thought is None or grammar is None:
-        return grammar
-    marks = thought.marks
-    return grammar.behind(marks.begin_id, marks.end_id, thinks=thought.open)
 
 
 def _numbered(request_id: str | None, position: int, prompts: int) -> str | None:

@@ -16,7 +16,7 @@ from fastapi import FastAPI
 from reft_runtime.text.reasoning import Marks, Thinking, find_marks
 from server.thoughts import ThoughtReader
 from tests.http.conftest import chat
-from tests.http.fake_engine import FakeEngine
+from tests.http.fake_engine import FakeEngine, FakeVersion
 from tests.http.test_tools import CALL, LOOK, ROME
 from tests.tools.templates import QWEN
 
@@ -157,6 +157,18 @@ async def test_a_prompt_that_has_begun_or_ended_the_thinking(
         deltas = [event["choices"][0]["delta"] for event in events]
         assert "".join(delta.get("reasoning_content", "") for delta in deltas) == (thought or "")
         assert "".join(delta.get("content", "") for delta in deltas) == answer
+
+
+async def test_what_a_file_was_trained_to_answer_is_an_answer(
+    client: httpx.AsyncClient, engine: FakeEngine
+) -> None:
+    engine.registry.versions["sorted"] = FakeVersion("sorted", template="chat")
+    messages = [{"role": "user", "content": "(think)\n"}]
+    for says, thought, answer in ((b"billing", None, "billing"), (SAYS.encode(), THOUGHT, ANSWER)):
+        engine.says = says
+        whole = await ask(client, model="sorted", messages=messages)
+        message = whole["choices"][0]["message"]
+        assert (message.get("reasoning_content"), message["content"]) == (thought, answer)
 
 
 async def test_an_answer_that_is_cut_while_the_model_thinks(client: httpx.AsyncClient) -> None:
