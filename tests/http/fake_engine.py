@@ -80,9 +80,9 @@ class FakeTokenizer:
                 raise InvalidRequest(
                     "The template has no such switch.", param=f"chat_template_kwargs.{name}"
                 )
-        if template is not None and len(messages) > 1:
+        if template not in (None, "chat") and len(messages) > 1:
             raise InvalidRequest("This template takes one user message.", param="messages")
-        if template is not None:
+        if template is not None and template != "chat":
             return self.encode(template.replace("{prompt}", messages[0]["content"]))
         self.last_messages = messages
         return self.encode("".join(f"<{m['role']}>{m['content']}" for m in messages))

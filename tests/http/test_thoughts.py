@@ -16,7 +16,7 @@ from fastapi import FastAPI
 from reft_runtime.text.reasoning import Marks, Thinking, find_marks
 from server.thoughts import ThoughtReader
 from tests.http.conftest import chat
-from tests.http.fake_engine import FakeEngine, FakeVersion
+from tests.http.fake_engine import FakeEngine, FakeRegistry, FakeVersion
 from tests.http.test_tools import CALL, LOOK, ROME
 from tests.tools.templates import QWEN
 
@@ -162,6 +162,7 @@ async def test_a_prompt_that_has_begun_or_ended_the_thinking(
 async def test_what_a_file_was_trained_to_answer_is_an_answer(
     client: httpx.AsyncClient, engine: FakeEngine
 ) -> None:
+    assert isinstance(engine.registry, FakeRegistry)
     engine.registry.versions["sorted"] = FakeVersion("sorted", template="chat")
     messages = [{"role": "user", "content": "(think)\n"}]
     for says, thought, answer in ((b"billing", None, "billing"), (SAYS.encode(), THOUGHT, ANSWER)):
