@@ -18,6 +18,7 @@ class ThoughtReader:
 
     def __init__(self, thinking: Thinking) -> None:
         self._marks = thinking.marks
+        self._label = self._marks.label
         self._state: Literal["begin", "thought", "between", "answer"] = "begin"
         self._said = False
         self._buffer = ""
@@ -54,7 +55,7 @@ class ThoughtReader:
         """Return what was held back, at the end of the text."""
         rest, self._buffer = self._buffer, ""
         if self._state == "thought":
-            return (rest if self._said else rest.lstrip()).rstrip(), ""
+            return rest.removeprefix(self._label).strip() if not self._said else rest.rstrip(), ""
         return "", rest if self._state == "begin" else ""
 
     def count(self, tokens: Iterable[int]) -> int:
@@ -81,6 +82,11 @@ class ThoughtReader:
         """Read the buffer as far as it is known to be thought."""
         if not self._said:
             self._buffer = self._buffer.lstrip()
+        if self._label:
+            if len(self._buffer) < len(self._label) and self._label.startswith(self._buffer):
+                return ""
+            self._buffer = self._buffer.removeprefix(self._label).lstrip()
+            self._label = ""
         mark = self._marks.end
         thought, found, behind = self._buffer.partition(mark)
         if found:

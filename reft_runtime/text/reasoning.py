@@ -5,23 +5,29 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-_PAIRS = (
-    ("<think>", "</think>"),
-    ("[THINK]", "[/THINK]"),
-    ("<seed:think>", "</seed:think>"),
-    ("<mm:think>", "</mm:think>"),
+_KNOWN = (
+    ("<think>", "", "</think>"),
+    ("<|channel>", "thought", "<channel|>"),
+    ("[THINK]", "", "[/THINK]"),
+    ("<|START_THINKING|>", "", "<|END_THINKING|>"),
+    ("<seed:think>", "", "</seed:think>"),
+    ("<mm:think>", "", "</mm:think>"),
 )
-"""Marks of Qwen, DeepSeek, SmolLM and most others; of Mistral, Seed-OSS and MiniMax M3."""
+"""The two marks, and between them the label that stands behind the first.
+
+Those of Qwen, DeepSeek, SmolLM and most others; of Gemma 4, Mistral, Cohere, Seed-OSS and MiniMax.
+"""
 
 
 @dataclass(frozen=True, slots=True)
 class Marks:
-    """The two marks of a model; each is one token of its own."""
+    """The two marks of a model, each of which is a token; `label` may stand behind the first."""
 
     begin: str
     end: str
     begin_id: int
     end_id: int
+    label: str = ""
 
     def after(self, prompt: str) -> Thinking | None:
         """How an answer to a chat begins, whose text ends like `prompt`.
@@ -29,7 +35,9 @@ class Marks:
         None if the chat template has ended the thinking already, so that the answer has none.
         """
         written = prompt.rstrip()
-        return None if written.endswith(self.end) else Thinking(self, written.endswith(self.begin))
+        if written.endswith(self.end):
+            return None
+        return Thinking(self, written.endswith((self.begin, self.begin + self.label)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,8 +56,8 @@ def find_marks(template: str, token_id: Callable[[str], int | None]) -> Marks | 
 
     `token_id` is the id of a token that was added to the vocabulary for a text.
     """
-    for begin, end in _PAIRS:
+    for begin, label, end in _KNOWN:
         first, last = token_id(begin), token_id(end)
         if end in template and first is not None and last is not None:
-            return Marks(begin, end, first, last)
+            return Marks(begin, end, first, last, label)
     return None

@@ -21,6 +21,7 @@ from tests.http.test_tools import CALL, LOOK, ROME
 from tests.tools.templates import QWEN
 
 MARKS = Marks("(think)", "(/think~", ord(")"), ord("~"))
+GEMMA = Marks("<|channel>", "<channel|>", 7, 8, "thought")
 THOUGHT = "Is it (day) or\n\nnight? (/thin"
 SAYS = f"(think)\n{THOUGHT}\n\n(/think~\n\nIt is  day. (/think~"
 ANSWER = "It is  day. (/think~"
@@ -92,17 +93,35 @@ def test_a_text_is_parted_wherever_it_is_cut(
 
 
 def test_marks_are_those_that_a_template_writes_and_single_tokens() -> None:
-    ids = {"<think>": 5, "</think>": 6, "[THINK]": 7, "[/THINK]": 8}
+    ids = {"<think>": 5, "</think>": 6, "<|channel>": 7, "<channel|>": 8}
     assert find_marks("a <think> b </think>", ids.get) == Marks("<think>", "</think>", 5, 6)
-    assert find_marks("[THINK][/THINK]", ids.get) == Marks("[THINK]", "[/THINK]", 7, 8)
+    assert find_marks("{{ x.split('<channel|>') }}", ids.get) == GEMMA
     assert find_marks("neither", ids.get) is None
     assert find_marks("a <think> b </think>", {"<think>": 5}.get) is None
+
+
+@pytest.mark.parametrize(
+    ("says", "thought"),
+    [
+        ("<|channel>thought\nHm<channel|>Yes", "Hm"),
+        ("<|channel>\nthough<channel|>Yes", "though"),
+        ("<|channel>thought<channel|>Yes", ""),
+        ("<|channel><channel|>Yes", ""),
+    ],
+)
+def test_a_label_is_none_of_the_thought(says: str, thought: str) -> None:
+    for cut in range(len(says)):
+        reader = ThoughtReader(Thinking(GEMMA, open=False))
+        parts = [*map(reader.push, (says[:cut], says[cut:])), reader.finish()]
+        assert ["".join(part) for part in zip(*parts, strict=True)] == [thought, "Yes"]
 
 
 def test_how_an_answer_begins_is_seen_at_the_end_of_the_prompt() -> None:
     assert MARKS.after("user\n(think) x (/think~ y\nassistant\n") == Thinking(MARKS, open=False)
     assert MARKS.after("assistant\n(think)\n") == Thinking(MARKS, open=True)
     assert MARKS.after("assistant\n(think)\n\n(/think~\n\n") is None
+    assert GEMMA.after("model\n<|channel>thought\n") == Thinking(GEMMA, open=True)
+    assert GEMMA.after("model\n<|channel>thought\n<channel|>") is None
 
 
 async def test_whole(client: httpx.AsyncClient) -> None:

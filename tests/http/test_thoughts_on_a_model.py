@@ -21,6 +21,13 @@ from tests.helpers.models import VOCABULARY, tiny
 from tests.helpers.serving import client_of
 from tests.helpers.tokenizer import tiny_tokenizer
 
+MARKS = [
+    ("<think>", "", "</think>", False),
+    ("[THINK]", "", "[/THINK]", True),
+    ("<|channel>", "thought", "<channel|>", True),
+]
+"""The token of the first mark, its rest, the token of the second, and whether they are special."""
+
 TEMPLATE = (
     "{% for turn in messages %}{{ '<|im_start|>' + turn.role + '\n' }}"
     "{% if turn.reasoning_content %}{{ '<think>\n' + turn.reasoning_content + '\n</think>\n\n' }}"
@@ -41,13 +48,14 @@ FORM = {
 EOS = 2
 
 
-@pytest.fixture(scope="module", params=[False, True], ids=["shown", "special"])
+@pytest.fixture(scope="module", params=MARKS)
 def engine(request: pytest.FixtureRequest) -> Iterator[Engine]:
-    """An engine whose tokenizer has the marks as tokens, which are special or not."""
+    """An engine whose tokenizer has the marks' tokens."""
+    begin, rest, end, special = request.param
     inner = tiny_tokenizer(VOCABULARY - 2)
-    for mark in ("<think>", "</think>"):
-        inner.add_tokens([AddedToken(mark, special=request.param)])
-    inner.chat_template = TEMPLATE
+    for mark in (begin, end):
+        inner.add_tokens([AddedToken(mark, special=special)])
+    inner.chat_template = TEMPLATE.replace("<think>", begin + rest).replace("</think>", end)
     assert len(inner) == VOCABULARY
     model = tiny("llama", max_position_embeddings=1024)
     with Engine(model, tokenizer=inner, max_running=4) as engine:
