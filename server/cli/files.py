@@ -107,7 +107,12 @@ def export(
         raise ConfigError(f"to: unknown format {form!r}; write --to pyreft FOLDER.", param="to")
     with naming(file):
         intervention = parse(read_file(file))
-    export_pyreft(intervention, folder)
+    try:
+        export_pyreft(intervention, folder)
+    except OSError as error:
+        raise ConfigError(
+            f"to: {folder} cannot be written: {error.strerror}.", param="to"
+        ) from None
     typer.echo(f"{folder}: written")
 
 

@@ -130,6 +130,20 @@ def test_an_output_that_cannot_be_written(checkpoint: Path, base: Path, tmp_path
         run("import", checkpoint, *options)
 
 
+def test_a_folder_of_an_export_that_cannot_be_written(tmp_path: Path) -> None:
+    out, taken = tmp_path / "x.safetensors", tmp_path / "taken"
+    write(out, Intervention.build(BASE, [Edit(1, "l1", loreft_tensors())]))
+    taken.touch()
+    for folder, why in ((taken / "x", "Not a directory"), (tmp_path / ("x" * 300), "too long")):
+        with pytest.raises(ConfigError, match=f"^to: .* cannot be written: .*{why}"):
+            run("export", out, "--to", "pyreft", folder)
+
+
+def test_a_checkpoint_whose_name_is_too_long(base: Path, tmp_path: Path) -> None:
+    with pytest.raises(InvalidFile, match=r"^x+: not a folder"):
+        run("import", "x" * 300, "--base", base, "--out", tmp_path)
+
+
 @pytest.mark.parametrize("command", [("inspect",), ("export", "--to", "pyreft", "x")])
 def test_a_wrong_file_is_named_and_told(
     command: tuple[str, ...], checkpoint: Path, tmp_path: Path

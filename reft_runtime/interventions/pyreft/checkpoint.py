@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections import Counter
 from collections.abc import Mapping
@@ -51,7 +52,7 @@ class Checkpoint:
 
 def read_checkpoint(source: Path) -> Checkpoint:
     """Read a folder that pyreft, pyvene or their trainer wrote; raises `InvalidFile`."""
-    if not source.is_dir():
+    if not os.path.isdir(source):  # pathlib's raises where a name is too long
         raise InvalidFile(f"{source}: not a folder; give the one that holds intkey_*.bin.")
     folder = source
     if not [*source.glob("intkey_*")] and (source / "intervenable_model").is_dir():
