@@ -16,6 +16,7 @@ from tqdm import tqdm
 from reft_runtime.errors import ConfigError, ReftError
 from reft_runtime.interventions.format.identity import is_whole
 from reft_runtime.interventions.registry.paging import MAX_PAGE
+from reft_runtime.interventions.registry.sources import NAME_RULE
 from reft_runtime.reaching import NotServed, checked, reaching, reason_of
 from reft_runtime.sampling import MAX_CHOICES
 
@@ -340,6 +341,8 @@ class Server:
 
 
 def _path(name: str) -> str:
+    if name in ("", ".", "..") or "/" in name:  # the path of another route, or of none
+        raise ConfigError(f"name: {name!r} is no intervention's name: {NAME_RULE}.", param="name")
     return f"/v1/interventions/{quote(name, safe='@')}"
 
 

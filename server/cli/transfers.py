@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 from glob import glob, has_magic
 from pathlib import Path
 from typing import Annotated
@@ -52,7 +53,7 @@ def push(
         raise ConfigError(f"name: is for one file, and there are {len(paths)}.", param="name")
     server, taken = Server(url, api_key), []
     for path in paths:
-        served = name or path.name.removesuffix(SUFFIX)
+        served = path.name.removesuffix(SUFFIX) if name is None else name
         try:
             entry, change = _upload(server, path, served)
         except Unreachable:
@@ -154,4 +155,5 @@ def _write(path: Path, data: bytes, *, force: bool) -> None:
             f"out: {path} cannot be written: {error.strerror}.", param="out"
         ) from None
     finally:
-        partial.unlink(missing_ok=True)
+        with suppress(OSError):  # it may never have been there
+            partial.unlink()

@@ -107,6 +107,25 @@ def test_a_file_goes_there_and_back(url: str, engine: Any, tmp_path: Path) -> No
     ]
 
 
+def test_a_place_for_a_pulled_file_that_is_none(url: str, tmp_path: Path) -> None:
+    (tmp_path / "taken").touch()
+    for out in (tmp_path / "taken" / "x", tmp_path / "missing" / "x", tmp_path / ("x" * 300)):
+        said = refused(url, ConfigError, "pull", "one", "--out", str(out))
+        assert said.startswith(f"out: {out} cannot be written: ")
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", "one/versions", "interventions/one.safetensors"])
+def test_what_is_no_name_is_told(url: str, engine: Any, tmp_path: Path, name: str) -> None:
+    for command in (["show"], ["rm", "--yes"], ["rollback"], ["pull"]):
+        assert f"{name!r} is no intervention's name" in refused(url, ConfigError, *command, name)
+    file = tmp_path / "three.safetensors"
+    file.write_bytes(file_bytes(3))
+    pushed = reft(url, "push", str(file), "--name", name)
+    assert pushed.exit_code == 2
+    assert f"reft: {file}: name: {name!r} is no intervention's name" in pushed.stderr
+    assert [entry.name for entry in engine.registry.entries()] == ["one", "two"]
+
+
 def test_the_base_models_name_is_one_small_request(
     url: str, engine: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
