@@ -139,7 +139,7 @@ def _table(found: dict[str, Any]) -> str:
     head = "LAYER COMPONENT KIND POSITIONS RANK ACT TENSORS PARAMETERS RᵀR-I"
     rows = [tuple(head.split())]
     for edit in found["edits"]:
-        error = edit["orthonormality_error"]
+        error, offset = edit["orthonormality_error"], edit["suffix_offset"]
         tensors = " ".join(
             f"{name}[{','.join(map(str, tensor['shape']))}]:{tensor['dtype']}"
             for name, tensor in edit["tensors"].items()
@@ -149,7 +149,7 @@ def _table(found: dict[str, Any]) -> str:
                 str(edit["layer"]),
                 edit["component"],
                 edit["kind"],
-                edit["positions"],
+                edit["positions"] + (f" suffix_offset={offset}" if offset else ""),
                 str(edit["directions"] or "-"),
                 edit["act"] or "-",
                 tensors,

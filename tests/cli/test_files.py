@@ -92,6 +92,16 @@ def test_the_table(tmp_path: Path) -> None:
     assert any(line.startswith("digest ") for line in rest)
 
 
+def test_the_table_says_which_prompt_tokens_do_not_count(tmp_path: Path) -> None:
+    edits = [Edit(layer, "l1", loreft_tensors(), suffix_offset=layer) for layer in (0, 1)]
+    write(tmp_path / "x.safetensors", Intervention.build(BASE, edits))
+    _, counting, leaving_out, *_ = run("inspect", tmp_path / "x.safetensors").splitlines()
+    assert counting.split()[3:5] == ["l1", "3"]
+    assert leaving_out.split()[3:6] == ["l1", "suffix_offset=1", "3"]
+    found = json.loads(run("inspect", tmp_path / "x.safetensors", "--json"))
+    assert [edit["suffix_offset"] for edit in found["edits"]] == [0, 1]
+
+
 def test_a_folder_takes_the_name_given_or_the_sources(
     checkpoint: Path, base: Path, tmp_path: Path
 ) -> None:

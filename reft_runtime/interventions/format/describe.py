@@ -37,6 +37,7 @@ def describe(data: bytes, base_parameters: int | None = None) -> dict[str, Any]:
                 "component": spec.component,
                 "kind": spec.kind,
                 "positions": str(spec.positions),
+                "suffix_offset": spec.suffix_offset,
                 "act": spec.act,
                 "dtype": spec.dtype,
                 "directions": canonical.directions,
