@@ -321,6 +321,23 @@ def test_round_trip(kind: str, tmp_path: Path) -> None:
         assert torch.equal(fresh(h), modules[2](h))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", ["direft", "consreft", "lobireft"])
+def test_directions_of_few_bits_go_there_and_back(
+    kind: str, dtype: torch.dtype, tmp_path: Path
+) -> None:
+    R = loreft_tensors()["R"].to(dtype)
+    own = {"c": torch.ones(R.shape[1])}
+    if kind == "direft":
+        own = {"W": loreft_tensors()["W"].bfloat16()}  # in which pyreft loads it
+    built = Intervention.build(BASE, [Edit(1, "l1", {**own, "R": R}, kind)])
+    export_pyreft(built, tmp_path / "out")
+    again = import_pyreft(tmp_path / "out", base=BASE)
+    assert torch.equal(again.tensors["edits.0.R"], R)
+    loaded = pyreft.ReftModel.load(str(tmp_path / "out"), tiny_model())
+    same(built, [module.eval() for module in loaded.interventions.values()])
+
+
 def test_lorefts_files_are_the_same_after_a_round_trip(tmp_path: Path) -> None:
     modules = [module("loreft", seed=seed) for seed in range(4)]
     live = reft_model(TWICE, modules)

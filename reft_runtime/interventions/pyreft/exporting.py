@@ -121,10 +121,13 @@ def _arguments(specs: Sequence[EditSpec]) -> tuple[list[int], dict[str, Any]]:
 
 
 def _parametrised(R: Tensor) -> dict[str, Tensor]:
-    """The parametrised pair of tensors for R [d, r], as torch makes it: base @ I = R."""
+    """The parametrised pair of tensors for R [d, r], as torch makes it: base @ I = R.
+
+    They have R's dtype, which says how exact its columns are.
+    """
     d, r = R.shape
     base = torch.linalg.qr(R.float(), mode="complete").Q
     base[:, :r] = R
-    original = torch.zeros(d, r)
+    original = torch.zeros(d, r, dtype=R.dtype)
     original.fill_diagonal_(-1)
-    return {ORIGINAL: original, BASE: base}
+    return {ORIGINAL: original, BASE: base.to(R.dtype)}

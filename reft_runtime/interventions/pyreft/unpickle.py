@@ -99,7 +99,7 @@ def with_plain_rotation(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         raise ValueError(f"{ORIGINAL}: shape {list(original.shape)}, expected [d, r] with r <= d")
     if base.shape != (original.shape[0],) * 2:
         raise ValueError(f"{BASE}: shape {list(base.shape)}, expected [d, d] as {ORIGINAL} has d")
-    plain[PLAIN] = _rotation(original, base)
+    plain[PLAIN] = _rotation(original, base).to(base.dtype)
     return plain
 
 
