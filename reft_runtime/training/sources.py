@@ -167,9 +167,11 @@ def _table_rows(
     found: Records, name: str, text: str, delimiter: str | None
 ) -> Iterator[tuple[int, list[str]]]:
     """Rows of a table, each with the line it begins in; broken ones go to `wrong`."""
-    first = text.lstrip().partition("\n")[0]
-    delimiter = delimiter or max(",;\t", key=first.count)  # a comma where there is none of them
+    named = _SEPARATOR_LINE.match(text)
+    delimiter = delimiter or (named[1] if named else _separator(text))
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    if named:
+        next(reader)
     limit = csv.field_size_limit(max(len(text), csv.field_size_limit()))
     try:
         while True:
@@ -182,6 +184,19 @@ def _table_rows(
                 found.wrong.append(f"{name}, line {line}: not a row of a table: {error}.")
     finally:
         csv.field_size_limit(limit)
+
+
+_SEPARATOR_LINE = re.compile(r"sep=([,;\t])[\r\n]")
+"""The line that Excel takes the separator from."""
+
+_QUOTED = r'"[^"]*"'
+
+
+def _separator(text: str) -> str:
+    """The separator that stands most often in a table's first line; a comma where none does."""
+    header = re.match(rf'(?:{_QUOTED}|[^"\r\n])*', text.lstrip())
+    bare = re.sub(_QUOTED, "", header[0] if header else "")
+    return max(",;\t", key=bare.count)
 
 
 def _parquet_rows(path: Path) -> list[dict[str, Any]]:

@@ -13,7 +13,7 @@ import pytest
 from reft_runtime.errors import ConfigError
 from reft_runtime.training.check import check
 from reft_runtime.training.rows import Rows, read_rows
-from reft_runtime.training.sources import file_for
+from reft_runtime.training.sources import file_for, read_records
 
 BILLING = {"prompt": "Charged, twice", "completion": "billing", "label": "billing"}
 
@@ -150,6 +150,35 @@ def test_every_wrong_line_is_kept(
 def test_one_column_is_not_the_text_and_its_label() -> None:
     with pytest.raises(ConfigError, match="label: 'text' is the column of the texts, too"):
         read_rows([{"text": "a", "label": "b"}], text="text", label="text")
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "text;label\ra, b, c;x\rd, e;y\r",
+        '"text";"label"\na, b, c;x\nd, e;y',
+        "sep=;\r\ntext;label\r\na, b, c;x\r\nd, e;y\r\n",
+        "\ufeffsep=;\ntext;label\na, b, c;x\nd, e;y\n",
+        "sep=\t\ntext\tlabel\na, b, c\tx\nd, e\ty\n",
+    ],
+)
+def test_the_separator_of_a_table(tmp_path: Path, content: str) -> None:
+    path = tmp_path / "x.csv"
+    path.write_bytes(content.encode())
+    found = read_records(str(path))
+    assert not found.wrong
+    assert [record for _, record in found.records] == [
+        {"text": "a, b, c", "label": "x"},
+        {"text": "d, e", "label": "y"},
+    ]
+
+
+def test_separators_in_quotes_are_text(tmp_path: Path) -> None:
+    path = tmp_path / "x.csv"
+    path.write_text('"text, ""long"", or not";label\na;x\n')
+    assert [record for _, record in read_records(str(path)).records] == [
+        {'text, "long", or not': "a", "label": "x"}
+    ]
 
 
 def test_a_table_names_each_column_once(tmp_path: Path) -> None:
