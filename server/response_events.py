@@ -249,9 +249,10 @@ class ResponseWriter(Writer):
         """Events of new text; log-probabilities of tokens without text go with the next."""
         events = []
         if not self._items or not isinstance(self._items[-1], _Message):
+            if not self._items or isinstance(self._items[-1], _Thought):
+                self._logprobs = _answered(run, self._logprobs)
             events += self._close()
             events += self._open(_Message(run, len(self._items)), _text_part("", []))
-            self._logprobs = _answered(run, self._logprobs)
         item = self._items[-1]
         item.pieces.append(text)
         item.logprobs += self._logprobs

@@ -29,8 +29,18 @@ class ThoughtReader:
         if thinking.open:
             self._begin()
 
-    def push(self, text: str) -> tuple[str, str]:
-        """Take the next text; return what more was thought, and answered. Either may be empty."""
+    def read(self, text: str, *, ended: bool) -> tuple[str, str]:
+        """Take the next text; return what more was thought, and answered. Either may be empty.
+
+        What may yet turn out to be a mark is held back until the text has ended.
+        """
+        thought, said = self._push(text)
+        if ended:
+            more, rest = self._finish()
+            return thought + more, said + rest
+        return thought, said
+
+    def _push(self, text: str) -> tuple[str, str]:
         self._buffer += text
         thought = ""
         if self._state == "begin":
@@ -51,15 +61,14 @@ class ThoughtReader:
             said, self._buffer = self._buffer, ""
         return thought, said
 
-    def finish(self) -> tuple[str, str]:
-        """Return what was held back, at the end of the text."""
+    def _finish(self) -> tuple[str, str]:
         rest, self._buffer = self._buffer, ""
         if self._state == "thought":
             return rest.removeprefix(self._label).strip() if not self._said else rest.rstrip(), ""
         return "", rest if self._state == "begin" else ""
 
     def count(self, tokens: Iterable[int]) -> int:
-        """Take the ids of the text that `push` had; return how many more were thought with.
+        """Take the ids of the text that `read` had; return how many more were thought with.
 
         The marks are among them.
         """

@@ -165,7 +165,9 @@ class Admission:
             )
             begun = _begun(encoded, applied, caller, priority, request_id)
             thoughts = [
-                thinking(self._tokenizer, form, tokens) if thinks and _is_chat(prompt) else None
+                thinking(self._tokenizer, form, prompt, options, tokens)
+                if thinks and _is_chat(prompt)
+                else None
                 for prompt, tokens in zip(prompts, encoded, strict=True)
             ]
             requests = [

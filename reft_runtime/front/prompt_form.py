@@ -38,7 +38,7 @@ class Encoder(Protocol):
     def laid_out(self, text: str, template: str) -> str | None:
         """The text as a whole prompt if it ends as the template ends prompts, else None."""
 
-    def thinking(self, prompt: Sequence[int]) -> Thinking | None:
+    def thinking(self, prompt: Sequence[int], said: str | None = None) -> Thinking | None:
         """What the model may write before its answer to a chat; None if it answers at once."""
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:

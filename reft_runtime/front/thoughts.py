@@ -11,15 +11,24 @@ from reft_runtime.grammar import GrammarState
 from reft_runtime.sampling import SamplingParams
 
 if TYPE_CHECKING:
+    from reft_runtime.text import ChatOptions, Message
     from reft_runtime.text.reasoning import Thinking
 
 
-def thinking(tokenizer: Encoder, form: PromptForm, prompt: Sequence[int]) -> Thinking | None:
+def thinking(
+    tokenizer: Encoder,
+    form: PromptForm,
+    messages: Sequence[Message],
+    options: ChatOptions | None,
+    prompt: Sequence[int],
+) -> Thinking | None:
     """What may stand before the answer to a chat that was written as `prompt`; None if nothing may.
 
     A file with a template was trained to answer as its rows do: also where the model's own template
     has begun the thinking, such an answer is one from its first token on.
     """
+    if options is not None and options.continue_final_message:
+        return tokenizer.thinking(prompt, said=messages[-1]["content"])
     found = tokenizer.thinking(prompt)
     return found and replace(found, open=found.open and not form.templates)
 

@@ -29,6 +29,11 @@ class Marks:
     end_id: int
     label: str = ""
 
+    def within(self, said: str) -> Thinking | None:
+        """How the answer begins that goes on with a turn, of which `said` is there already."""
+        thinks = said.rfind(self.begin) > said.rfind(self.end)
+        return Thinking(self, open=True) if thinks else None
+
     def after(self, prompt: str) -> Thinking | None:
         """How an answer to a chat begins, whose text ends like `prompt`.
 

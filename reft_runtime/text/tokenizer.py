@@ -201,10 +201,15 @@ class Tokenizer:
         """The marks around what the model thinks; None if its chat template knows none."""
         return find_marks(source_of(self._tokenizer), self.token_id)
 
-    def thinking(self, prompt: Sequence[int]) -> Thinking | None:
-        """What the model may write before its answer to a chat; None if it answers at once."""
+    def thinking(self, prompt: Sequence[int], said: str | None = None) -> Thinking | None:
+        """What the model may write before its answer to a chat; None if it answers at once.
+
+        `said` is the text of the turn that the answer goes on with, if it begins none.
+        """
         if self.marks is None:
             return None
+        if said is not None:
+            return self.marks.within(said)
         return self.marks.after(self.decode(prompt[-_MARK_TOKENS:], skip_special_tokens=False))
 
     def definition(self) -> str | None:

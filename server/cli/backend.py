@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from reft_runtime.client import Asked, Body, Labelled, Server
 from reft_runtime.errors import InvalidRequest
+from reft_runtime.front.hop import in_turn
+from reft_runtime.front.prepared import Prepared, release_all
 from reft_runtime.interventions.format.identity import names_file
 from reft_runtime.interventions.format.template import is_text
 from reft_runtime.outputs import EditTrace, Trace
@@ -19,8 +21,10 @@ from server.cli.options import LOCAL_URL
 from server.cli.terminal import stages_told
 from server.settings import load_settings
 from server.starting import start_engine
+from server.thoughts import ThoughtReader
 
 if TYPE_CHECKING:
+    from reft_runtime.interventions.registry.holding import Holding
     from reft_runtime.training import Score
     from reft_runtime.training.sources import Data
 
@@ -90,7 +94,7 @@ class Backend(Protocol):
     def answer(self, ask: Ask, say: Say, think: Say = _ignored) -> Reply:
         """Answer one chat, piece by piece; `KeyboardInterrupt` ends the request and is raised.
 
-        `think` gets what a server tells from the answer as the model's thinking.
+        `say` gets the answer, and `think` what the model thinks before.
         """
 
     def answers(self, asks: Sequence[Ask]) -> list[Reply]:
@@ -225,13 +229,13 @@ class LocalBackend:
 
     def answer(self, ask: Ask, say: Say, think: Say = _ignored) -> Reply:
         """As in `Backend`."""
-        return self._runner.run(self._answer(ask, say))
+        return self._runner.run(self._answer(ask, say, think))
 
     def answers(self, asks: Sequence[Ask]) -> list[Reply]:
         """As in `Backend`."""
 
         async def together() -> list[Reply]:
-            return list(await asyncio.gather(*(self._answer(ask, _ignored) for ask in asks)))
+            return list(await asyncio.gather(*(self._answer(ask) for ask in asks)))
 
         return self._runner.run(together())
 
@@ -264,15 +268,27 @@ class LocalBackend:
         self._engine.close()
         self._runner.close()
 
-    async def _answer(self, ask: Ask, say: Say) -> Reply:
+    async def _answer(self, ask: Ask, say: Say = _ignored, think: Say = _ignored) -> Reply:
         engine, uses = self._engine, ask.applied.uses
-        stream = await engine.open(ask.messages, ask.sampling, uses, trace=ask.trace)
+
+        def prepare(holding: Holding) -> list[Prepared]:
+            return engine.admission.prepare(
+                [ask.messages], ask.sampling, uses, trace=ask.trace, thinks=True, holding=holding
+            )
+
+        [prepared] = await in_turn(lambda: engine.admission.acquire(uses), prepare, release_all)
+        reader = None if prepared.thinking is None else ThoughtReader(prepared.thinking)
+        stream = engine.start(prepared)
         text, count, ended = "", 0, ""
         try:
             async for deltas in stream:
                 for delta in deltas:
-                    say(delta.text)
-                    text += delta.text
+                    thought, said = "", delta.text
+                    if reader is not None:
+                        thought, said = reader.read(delta.text, ended=bool(delta.finish_reason))
+                    think(thought)
+                    say(said)
+                    text += said
                     count += len(delta.tokens)
                     ended = delta.finish_reason or ended
             trace = await stream.trace() if ask.trace else _UNTRACED

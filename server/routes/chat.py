@@ -123,10 +123,7 @@ class ChatWriter(ChoiceWriter):
 
 def _read(reader: ThoughtReader, run: Run, gained: Choice | ChoiceDelta) -> tuple[str, str]:
     """What a choice gained: what was thought, and what was answered."""
-    thought, text = reader.push(gained.text)
-    if gained.finish_reason is not None:
-        more, rest = reader.finish()
-        thought, text = thought + more, text + rest
+    thought, text = reader.read(gained.text, ended=gained.finish_reason is not None)
     run.reasoning_tokens += reader.count(gained.tokens)
     return thought, text
 

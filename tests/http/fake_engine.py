@@ -93,8 +93,10 @@ class FakeTokenizer:
     marks: Marks | None = None
     """Marks of bytes, each of which ends with the byte that is its id."""
 
-    def thinking(self, prompt: Sequence[int]) -> Thinking | None:
-        return None if self.marks is None else self.marks.after(self.decode(prompt))
+    def thinking(self, prompt: Sequence[int], said: str | None = None) -> Thinking | None:
+        if self.marks is None:
+            return None
+        return self.marks.after(self.decode(prompt)) if said is None else self.marks.within(said)
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         return bytes(ids).decode(errors="replace")

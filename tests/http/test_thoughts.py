@@ -81,11 +81,10 @@ def test_a_text_is_parted_wherever_it_is_cut(
         cuts = sorted(rng.choices(range(len(says) + 1), k=rng.randrange(len(says) + 2)))
         parts = [says[a:b] for a, b in zip([0, *cuts], [*cuts, len(says)], strict=True)]
         found, counted = ["", ""], 0
-        for part in parts:
-            gained = reader.push(part)
+        for position, part in enumerate(parts, 1):
+            gained = reader.read(part, ended=position == len(parts))
             counted += reader.count(part.encode())
             found = [a + b for a, b in zip(found, gained, strict=True)]
-        found = [a + b for a, b in zip(found, reader.finish(), strict=True)]
         assert found == [thought, answer]
         thinks = opened or says.lstrip().startswith("(think)")
         end = says.find("~") + 1 or len(says)
@@ -112,7 +111,7 @@ def test_marks_are_those_that_a_template_writes_and_single_tokens() -> None:
 def test_a_label_is_none_of_the_thought(says: str, thought: str) -> None:
     for cut in range(len(says)):
         reader = ThoughtReader(Thinking(GEMMA, open=False))
-        parts = [*map(reader.push, (says[:cut], says[cut:])), reader.finish()]
+        parts = [reader.read(says[:cut], ended=False), reader.read(says[cut:], ended=True)]
         assert ["".join(part) for part in zip(*parts, strict=True)] == [thought, "Yes"]
 
 
@@ -178,6 +177,21 @@ async def test_a_prompt_that_has_begun_or_ended_the_thinking(
         assert "".join(delta.get("content", "") for delta in deltas) == answer
 
 
+async def test_an_answer_that_goes_on(client: httpx.AsyncClient, engine: FakeEngine) -> None:
+    engine.says = b"a (/think~ b"
+    for said, thought, answer in (
+        ("(think)\nLet me", "a", "b"),
+        ("(think) x (/think~ It is", None, "a (/think~ b"),
+        ("It is", None, "a (/think~ b"),
+    ):
+        turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": said}]
+        whole = await ask(
+            client, messages=turns, continue_final_message=True, add_generation_prompt=False
+        )
+        message = whole["choices"][0]["message"]
+        assert (message.get("reasoning_content"), message["content"]) == (thought, answer)
+
+
 async def test_what_a_file_was_trained_to_answer_is_an_answer(
     client: httpx.AsyncClient, engine: FakeEngine
 ) -> None:
@@ -225,11 +239,15 @@ async def test_an_answer_is_sent_back_with_what_was_thought(
         {"role": "user", "content": "Hi"},
         {"role": "assistant", "content": "Yes?", name: "Who is it?"},
         {"role": "user", "content": "Me", "reasoning_content": None},
+        {"role": "assistant", "content": None, name: "It was cut"},
+        {"role": "user", "content": "Go on"},
     ]
     await ask(client, messages=turns)
     assert [turn.get("reasoning_content") for turn in engine.tokenizer.last_messages] == [
         None,
         "Who is it?",
+        None,
+        "It was cut",
         None,
     ]
     turns[0][name] = "x"
