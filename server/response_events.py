@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
-from typing import Any
+from typing import Any, ClassVar
 
 from reft_runtime.outputs import Choice, Trace
 from server.answers import Writer
@@ -41,51 +41,57 @@ class _Item(ABC):
         """Types and fields of the events that tell the whole of what came in pieces."""
 
 
-class _Message(_Item):
+class _Text(_Item):
+    """An item of text, which is its one part."""
+
+    type: str
+    kind: str
+    """The part's type."""
+
+    fields: ClassVar[dict[str, Any]]
+    """What such an item has besides."""
+
+    @abstractmethod
+    def part(self) -> dict[str, Any]:
+        """Write the part as it is now."""
+
+    def written(self, status: str) -> dict[str, Any]:
+        return {
+            "id": self.id,
+            "type": self.type,
+            "status": status,
+            **self.fields,
+            "content": [] if status == "in_progress" else [self.part()],
+        }
+
+    def done(self) -> list[tuple[str, dict[str, Any]]]:
+        part = self.part()
+        said: dict[str, Any] = {n: part[n] for n in ("text", "logprobs") if n in part}
+        return [
+            (f"response.{self.kind}.done", {"content_index": 0, **said}),
+            ("response.content_part.done", {"content_index": 0, "part": part}),
+        ]
+
+
+class _Message(_Text):
     prefix = "msg_"
+    type = "message"
+    kind = "output_text"
+    fields: ClassVar[dict[str, Any]] = {"role": "assistant"}
 
-    def written(self, status: str) -> dict[str, Any]:
-        return {
-            "id": self.id,
-            "type": "message",
-            "status": status,
-            "role": "assistant",
-            "content": [] if status == "in_progress" else [self._part()],
-        }
-
-    def done(self) -> list[tuple[str, dict[str, Any]]]:
-        part = self._part()
-        said = {"content_index": 0, "text": part["text"], "logprobs": part["logprobs"]}
-        return [
-            ("response.output_text.done", said),
-            ("response.content_part.done", {"content_index": 0, "part": part}),
-        ]
-
-    def _part(self) -> dict[str, Any]:
-        return _text_part("".join(self.pieces), self.logprobs)
+    def part(self) -> dict[str, Any]:
+        text = "".join(self.pieces)
+        return {"type": self.kind, "text": text, "annotations": [], "logprobs": self.logprobs}
 
 
-class _Thought(_Item):
+class _Thought(_Text):
     prefix = "rs_"
+    type = "reasoning"
+    kind = "reasoning_text"
+    fields: ClassVar[dict[str, Any]] = {"summary": []}
 
-    def written(self, status: str) -> dict[str, Any]:
-        return {
-            "id": self.id,
-            "type": "reasoning",
-            "status": status,
-            "summary": [],
-            "content": [] if status == "in_progress" else [self._part()],
-        }
-
-    def done(self) -> list[tuple[str, dict[str, Any]]]:
-        part = self._part()
-        return [
-            ("response.reasoning_text.done", {"content_index": 0, "text": part["text"]}),
-            ("response.content_part.done", {"content_index": 0, "part": part}),
-        ]
-
-    def _part(self) -> dict[str, Any]:
-        return _thought_part("".join(self.pieces))
+    def part(self) -> dict[str, Any]:
+        return {"type": self.kind, "text": "".join(self.pieces)}
 
 
 class _Call(_Item):
@@ -109,14 +115,6 @@ class _Call(_Item):
     def done(self) -> list[tuple[str, dict[str, Any]]]:
         said = {"name": self._name, "arguments": "".join(self.pieces)}
         return [("response.function_call_arguments.done", said)]
-
-
-def _text_part(text: str, logprobs: list[Any]) -> dict[str, Any]:
-    return {"type": "output_text", "text": text, "annotations": [], "logprobs": logprobs}
-
-
-def _thought_part(text: str) -> dict[str, Any]:
-    return {"type": "reasoning_text", "text": text}
 
 
 def _answered(run: Run, logprobs: list[Any]) -> list[Any]:
@@ -238,7 +236,7 @@ class ResponseWriter(Writer):
         """Events of more of what is thought; there is no place for its log-probabilities."""
         events = []
         if not self._items:
-            events += self._open(_Thought(run, 0), _thought_part(""))
+            events += self._open(_Thought(run, 0))
         item = self._items[-1]
         item.pieces.append(text)
         said = {"content_index": 0, "delta": text}
@@ -252,7 +250,7 @@ class ResponseWriter(Writer):
             if not self._items or isinstance(self._items[-1], _Thought):
                 self._logprobs = _answered(run, self._logprobs)
             events += self._close()
-            events += self._open(_Message(run, len(self._items)), _text_part("", []))
+            events += self._open(_Message(run, len(self._items)))
         item = self._items[-1]
         item.pieces.append(text)
         item.logprobs += self._logprobs
@@ -286,10 +284,10 @@ class ResponseWriter(Writer):
         events.append(self._item_event("done", item, self._status(item)))
         return events
 
-    def _open(self, item: _Item, empty: dict[str, Any]) -> list[bytes]:
-        """Events that begin an item with one part."""
+    def _open(self, item: _Text) -> list[bytes]:
+        """Events that begin an item of text."""
         self._add(item)
-        part = {"content_index": 0, "part": empty}
+        part = {"content_index": 0, "part": item.part()}
         return [
             self._item_event("added", item, "in_progress"),
             self._event("response.content_part.added", **item.place, **part),

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Literal
 
+from server.marks import held
+
 if TYPE_CHECKING:
     from reft_runtime.text.reasoning import Thinking
 
@@ -101,8 +103,7 @@ class ThoughtReader:
         if found:
             self._state, self._buffer, thought = "between", behind, thought.rstrip()
         else:
-            held = next((n for n in range(len(mark) - 1, 0, -1) if thought.endswith(mark[:n])), 0)
-            thought = thought[: len(thought) - held].rstrip()
+            thought = thought[: len(thought) - held(thought, mark)].rstrip()
             self._buffer = self._buffer[len(thought) :]
         self._said |= bool(thought)
         return thought

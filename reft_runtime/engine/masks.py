@@ -27,6 +27,8 @@ def allowed(
     """
     found: list[Tensor | None] = [None] * len(sequences)
     states = {i: s.grammar for i, s in enumerate(sequences) if s.grammar is not None}
+    if not states:
+        return found
     answering = {i: state for i, state in states.items() if not state.thinks}
     masks = torch.zeros(len(answering), -(-vocabulary // 32), dtype=torch.int32)
     if answering:

@@ -97,14 +97,14 @@ class Chat:
 
         def think(piece: str) -> None:
             nonlocal thought
-            thought |= bool(piece)
-            typer.secho(printable(piece), err=True, dim=True, nl=False)
+            if piece:
+                thought = True
+                typer.secho(printable(piece), err=True, dim=True, nl=False)
 
         def say(piece: str) -> None:
-            if thought and piece and not said:
+            if thought and piece and not any(said):
                 typer.echo("\n", err=True)
-            if piece:
-                said.append(piece)
+            said.append(piece)
             sys.stdout.write(printable(piece))
             sys.stdout.flush()
 

@@ -9,6 +9,7 @@ from collections.abc import Collection, Iterator
 from typing import Any, Literal
 
 from reft_runtime.interventions.format.strict_json import load_strict
+from server.marks import held
 from server.schemas.tools import NAME
 from server.tools.formats import Format
 from server.tools.json_end import JsonEnd
@@ -135,9 +136,9 @@ class ToolReader:
             yield from self._say(said)
             self._begin(tag, tagged=True)
             return
-        held = next((n for n in range(len(tag) - 1, 0, -1) if said.endswith(tag[:n])), 0)
-        self._buffer = said[len(said) - held :]
-        yield from self._say(said[: len(said) - held])
+        known = len(said) - held(said, tag)
+        self._buffer = said[known:]
+        yield from self._say(said[:known])
 
     def _begin(self, tag: str, *, tagged: bool) -> None:
         self._state, self._tagged, self._raw = "opening", tagged, [tag]
