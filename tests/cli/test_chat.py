@@ -261,6 +261,26 @@ def test_control_characters_do_not_reach_the_terminal(
     assert capsys.readouterr().out.startswith("a\ufffd]0;title\ufffdb\n")
 
 
+def test_what_is_thought_is_shown_apart_and_an_empty_answer_is_one(
+    url: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    remote = RemoteBackend(Server(url))
+
+    def answer(ask: Ask, say: Any, think: Any) -> Any:
+        empty = ask.messages[-1]["content"] == "Quiet"
+        for thought, piece in [("", ""), ("Hm", ""), (".", ""), ("", "" if empty else "Yes.")]:
+            think(thought)
+            say(piece)
+        return backends.Reply("", 1, 1, "stop")
+
+    monkeypatch.setattr(remote, "answer", answer)
+    chat = talk(remote, "Quiet", "Well?")
+    assert [turn["content"] for turn in chat._turns] == ["Quiet", "", "Well?", "Yes."]
+    said = capsys.readouterr()
+    assert said.out == "\nYes.\n\n"
+    assert "Hm.Hm.\n\n" in said.err
+
+
 def test_compare(url: str, options: list[str]) -> None:
     columns = ["-i", "talk", "-i", "once=0.5", "-i", "talk+talk=2", "--max-tokens", "4"]
     theirs = reft("compare", "good", *columns, "--url", url, "--json")
