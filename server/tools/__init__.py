@@ -2,6 +2,6 @@
 
 from server.tools.formats import FORMATS, Format
 from server.tools.reader import ToolReader, whole
-from server.tools.support import ToolPlan, Tools
+from server.tools.support import ToolPlan, Tools, reader_of
 
-__all__ = ["FORMATS", "Format", "ToolPlan", "ToolReader", "Tools", "whole"]
+__all__ = ["FORMATS", "Format", "ToolPlan", "ToolReader", "Tools", "reader_of", "whole"]

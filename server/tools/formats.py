@@ -7,19 +7,36 @@ from dataclasses import dataclass, replace
 
 from server.schemas.tools import NAME
 from server.settings import ToolParser
+from server.tools.syntax import Syntax
+from server.tools.tagged import GLM, QWEN
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Format:
-    """How one family of models writes calls: a tag, and behind it JSON objects.
+    """How one family of models writes calls: a tag, calls behind it, and an end.
 
-    A call's object has a `name` and its arguments. Where `bare` is true the tag may be missing if
-    an answer begins with a call. `tokens` are the texts, the tag first, that a model may have as
-    single tokens.
+    Where `bare` is true the tag may be missing if an answer begins with a call. `tokens` are the
+    texts, the tag first, that a model may have as single tokens.
     """
 
     name: ToolParser
     tag: str
+    end: str | None
+    """Text behind the last call of a tag."""
+
+    tokens: tuple[str, ...]
+    bare: bool = False
+    one: bool = False
+    """Whether the chat templates take one call a turn only."""
+
+    id_length: int | None = None
+    """Length of a call's id if the chat templates want a certain one."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JsonFormat(Format):
+    """Calls that are JSON objects, each with a `name` and its arguments."""
+
     key: str
     """Key of the arguments in a call's object."""
 
@@ -29,19 +46,8 @@ class Format:
     more: str | None
     """Text between two objects behind one tag; None if each has its own tag."""
 
-    end: str | None
-    """Text behind the last object of a tag."""
-
-    tokens: tuple[str, ...]
-    bare: bool = False
     direct: bool = False
     """Whether the chat templates write a name and `[ARGS]` before arguments, without an object."""
-
-    one: bool = False
-    """Whether the chat templates take one call a turn only."""
-
-    id_length: int | None = None
-    """Length of a call's id if the chat templates want a certain one."""
 
     def opening(self, *, exact: bool) -> re.Pattern[str]:
         """What stands between a tag, or `more`, and the JSON that is read next.
@@ -57,8 +63,16 @@ class Format:
         return re.compile(rf"{listed}|\s*(?P<direct>{NAME})(\[CALL_ID\]\w+)?\[ARGS\]\s*(?=\{{)")
 
 
-HERMES = Format(
-    "hermes",
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SyntaxFormat(Format):
+    """Calls in a syntax of their own, one between each tag and its end."""
+
+    end: str
+    syntax: Syntax
+
+
+HERMES = JsonFormat(
+    name="hermes",
     tag="<tool_call>",
     key="arguments",
     lead=r"\s*",
@@ -66,8 +80,8 @@ HERMES = Format(
     end="</tool_call>",
     tokens=("<tool_call>", "</tool_call>"),
 )
-LLAMA3 = Format(
-    "llama3",
+LLAMA3 = JsonFormat(
+    name="llama3",
     tag="<|python_tag|>",
     key="parameters",
     lead=r"\s*",
@@ -77,8 +91,8 @@ LLAMA3 = Format(
     bare=True,
     one=True,
 )
-MISTRAL = Format(
-    "mistral",
+MISTRAL = JsonFormat(
+    name="mistral",
     tag="[TOOL_CALLS]",
     key="arguments",
     lead=r"\s*(\[\s*)?",
@@ -87,19 +101,41 @@ MISTRAL = Format(
     tokens=("[TOOL_CALLS]", "[ARGS]", "[CALL_ID]"),
     id_length=9,
 )
+QWEN3_CODER = SyntaxFormat(
+    name="qwen3_coder",
+    tag="<tool_call>",
+    end="</tool_call>",
+    tokens=("<tool_call>", "</tool_call>"),
+    syntax=QWEN,
+)
+GLM45 = SyntaxFormat(
+    name="glm45",
+    tag="<tool_call>",
+    end="</tool_call>",
+    tokens=(
+        "<tool_call>",
+        "</tool_call>",
+        "<arg_key>",
+        "</arg_key>",
+        "<arg_value>",
+        "</arg_value>",
+    ),
+    syntax=GLM,
+)
 
-FORMATS: dict[ToolParser, Format] = {"hermes": HERMES, "llama3": LLAMA3, "mistral": MISTRAL}
+_ALL: tuple[Format, ...] = (HERMES, LLAMA3, MISTRAL, QWEN3_CODER, GLM45)
 
-_OTHERS = ("<function=", "<arg_key>", "<parameter=")
-"""What templates say whose models write calls with the tag of Hermes, but not as JSON."""
+FORMATS: dict[ToolParser, Format] = {form.name: form for form in _ALL}
 
 
 def find_format(template: str) -> Format | None:
     """The format in which a chat template writes calls; None if it is not one of these."""
     if MISTRAL.tag in template:
         return replace(MISTRAL, direct="[ARGS]" in template)
-    if HERMES.tag in template and not any(mark in template for mark in _OTHERS):
-        return HERMES
+    if HERMES.tag in template:
+        if "<arg_key>" in template:
+            return GLM45
+        return QWEN3_CODER if "<function=" in template else HERMES
     if LLAMA3.tag in template or "<|start_header_id|>ipython" in template:
         return LLAMA3
     return None

@@ -4,20 +4,14 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-from reft_runtime.grammar.source import ONE_LINE
-from server.tools.formats import Format
+from server.tools.formats import Format, JsonFormat, SyntaxFormat
+from server.tools.syntax import MORE_KEYS, Rules, TokenId, json_rule, term
 
 Function = tuple[str, dict[str, Any], bool]
 """A function: its name, the JSON Schema of its parameters, and whether that is strict."""
-
-TokenId = Callable[[str], int | None]
-"""Id of the token that a tokenizer adds for a text; None if it adds none."""
-
-_MORE_KEYS = {"patternProperties", "allOf", "anyOf", "oneOf", "$ref", "if"}
-"""Keys of a schema that may allow properties beside those of `properties`."""
 
 
 def tool_grammar(
@@ -35,7 +29,7 @@ def tool_grammar(
     JSON Schema, it is calls or a JSON value by that. The arguments are by the functions' schemas;
     what llguidance does not know of one that is not strict is not forced.
     """
-    tag, lines = _term(form.tag, token_id), ["%llguidance {}"]
+    tag, lines = term(form.tag, token_id), ["%llguidance {}"]
     if free and not form.bare:
         # A text contains no tag, also if it is written in other tokens than the tag's own.
         spelled = re.escape(form.tag).replace("/", r"\/")
@@ -45,6 +39,7 @@ def tool_grammar(
             lines.append(f"head[lazy]: /(?s:.*){spelled}/")
     elif free:
         lines.append(r"TEXT: /\s*[^{\s](?s:.*)/")
+    more: dict[str, str] = {}
     turn, between = _turn(form, tag, token_id, many=many)
     some = f"turn ({between} turn)*" if many and between is not None else "turn"
     if free and form.bare:
@@ -55,15 +50,19 @@ def tool_grammar(
     elif answer is not None:
         # Both may begin with a brace: then a tag tells the calls from the answer.
         calls = f"{tag} {some}" if form.bare else some
-        lines.append(f"start: {calls} | {_json(answer, strict=True)}")
+        lines.append(f"start: {calls} | {json_rule(answer, strict=True)}")
     else:
         lines.append(f"start: {some}")
-    written = [_call(form, function, token_id) for function in functions]
-    return "\n".join([*lines, f"turn: {turn}", f"call: {' | '.join(written)}"]) + "\n"
+    written = [_call(form, function, token_id, more) for function in functions]
+    lines += [f"turn: {turn}", f"call: {' | '.join(written)}"]
+    return "\n".join([*lines, *(f"{name}: {rule}" for name, rule in more.items())]) + "\n"
 
 
 def _turn(form: Format, tag: str, token_id: TokenId, *, many: bool) -> tuple[str, str | None]:
     """What a tag brings, and what stands before another tag; None if there is only one tag."""
+    end = term(form.end or "", token_id)
+    if not isinstance(form, JsonFormat):
+        return f"{tag} call {end}", '"\\n"'
     if form.bare:
         return "call", None
     if form.direct:
@@ -71,15 +70,17 @@ def _turn(form: Format, tag: str, token_id: TokenId, *, many: bool) -> tuple[str
     if form.more is not None:
         more = f'("{form.more} " call)*' if many else ""
         return f'{tag} " "? "[" call {more} "]"', None
-    end = _term(form.end or "", token_id)
     return f'{tag} "\\n" call "\\n" {end}', '"\\n"'
 
 
-def _call(form: Format, function: Function, token_id: TokenId) -> str:
+def _call(form: Format, function: Function, token_id: TokenId, more: dict[str, str]) -> str:
     name, parameters, strict = function
-    schema = _json(_arguments(parameters), strict=strict)
+    if isinstance(form, SyntaxFormat):
+        return form.syntax.rule(name, parameters, Rules(token_id, strict, more))
+    assert isinstance(form, JsonFormat)
+    schema = json_rule(_arguments(parameters), strict=strict)
     if form.direct:
-        return f"{json.dumps(name)} {_term('[ARGS]', token_id)} {schema}"
+        return f"{json.dumps(name)} {term('[ARGS]', token_id)} {schema}"
     head = f'{{"name": "{name}", "{form.key}": '
     return f'{json.dumps(head)} {schema} "}}"'
 
@@ -90,16 +91,4 @@ def _arguments(parameters: dict[str, Any]) -> dict[str, Any]:
     Properties that it does not list are left out unless it says something of them.
     """
     schema = {"type": "object", "properties": {}} | parameters
-    return schema if _MORE_KEYS & schema.keys() else {"additionalProperties": False} | schema
-
-
-def _json(schema: dict[str, Any], *, strict: bool) -> str:
-    """JSON by a schema, written as any answer that has to be JSON."""
-    options = {**ONE_LINE, "lenient": not strict}
-    return f"%json {json.dumps(schema | {'x-guidance': options})}"
-
-
-def _term(text: str, token_id: TokenId) -> str:
-    """A text as the grammar writes it: a token that is added for it would not fit its letters."""
-    token = token_id(text)
-    return json.dumps(text) if token is None else f"<[{token}]>"
+    return schema if MORE_KEYS & schema.keys() else {"additionalProperties": False} | schema

@@ -13,9 +13,12 @@ from reft_runtime.grammar.source import schema_of
 from reft_runtime.sampling import Grammar, SamplingParams
 from server.schemas.tools import NamedTool, Tool, ToolFields
 from server.settings import BUILT_IN_TEMPLATE, Settings
-from server.tools.formats import FORMATS, Format, find_format
+from server.tools.formats import FORMATS, Format, JsonFormat, SyntaxFormat, find_format
 from server.tools.grammar import tool_grammar
+from server.tools.json_reader import JsonReader
 from server.tools.reader import ToolReader
+from server.tools.syntax import Functions
+from server.tools.syntax_reader import SyntaxReader
 
 if TYPE_CHECKING:
     from reft_runtime.text import ChatOptions
@@ -39,10 +42,9 @@ class ToolPlan:
 
     def reader(self) -> ToolReader:
         """A reader for one choice."""
-        names = {tool.function.name for tool in self.tools}
-        return ToolReader(
+        return reader_of(
             self.form,
-            names,
+            {tool.function.name: tool.function.parameters for tool in self.tools},
             exact=self.grammar is not None,
             alone=self.alone,
             parallel=self.many,
@@ -120,6 +122,14 @@ class Tools:
                 param="tools",
             )
         return self._form
+
+
+def reader_of(form: Format, functions: Functions, **options: bool) -> ToolReader:
+    """A reader of calls of `functions`; its options are those of `ToolReader`."""
+    if isinstance(form, SyntaxFormat):
+        return SyntaxReader(form, functions, **options)
+    assert isinstance(form, JsonFormat)
+    return JsonReader(form, functions, **options)
 
 
 def _template(tokenizer: Tokenizer, given: str | None) -> str | None:

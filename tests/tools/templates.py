@@ -1,4 +1,4 @@
-"""Chat templates in the shape of those of Qwen 2.5, Llama 3 and Mistral, for the tests."""
+"""Chat templates in the shape of those of well-known models, for the tests."""
 
 QWEN = """
 {%- if tools %}
@@ -75,3 +75,34 @@ MISTRAL = """
 """
 
 MISTRAL_NAMES = MISTRAL.replace("[TOOL_CALLS] [", "[TOOL_CALLS]name[ARGS]")
+
+_TURNS = """
+{%- for message in messages %}
+    {{- '<|im_start|>' + message.role + '\\n' + message.content }}
+    {%- for call in message.tool_calls or [] %}
+        CALL
+    {%- endfor %}
+    {{- '<|im_end|>\\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}
+"""
+
+QWEN_CODER = "{%- if tools %}{{- tools | tojson }}{%- endif %}" + _TURNS.replace(
+    "CALL",
+    """{{- '\\n<tool_call>\\n<function=' + call.function.name + '>\\n' }}
+        {%- for name, value in call.function.arguments | items %}
+            {{- '<parameter=' + name + '>\\n' + (value if value is string else value | tojson) }}
+            {{- '\\n</parameter>\\n' }}
+        {%- endfor %}
+        {{- '</function>\\n</tool_call>' }}""",
+)
+
+GLM = "{%- if tools %}{{- tools | tojson }}{%- endif %}" + _TURNS.replace(
+    "CALL",
+    """{{- '\\n<tool_call>' + call.function.name + '\\n' }}
+        {%- for name, value in call.function.arguments | items %}
+            {{- '<arg_key>' + name + '</arg_key>\\n<arg_value>' }}
+            {{- (value if value is string else value | tojson) + '</arg_value>\\n' }}
+        {%- endfor %}
+        {{- '</tool_call>' }}""",
+)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import copy
+import json
 import random
 from functools import cache
 from typing import Any
 
+import jsonschema
 import pytest
 from llguidance import LLTokenizer
 from tokenizers import AddedToken
@@ -14,10 +17,9 @@ from transformers import PreTrainedTokenizerFast
 from reft_runtime.grammar.source import fault_of, matcher_of, read_tokenizer
 from reft_runtime.sampling import Grammar
 from reft_runtime.text import Tokenizer
-from server.tools import FORMATS, Format, whole
+from server.tools import FORMATS, Format, reader_of, whole
 from server.tools.formats import find_format
 from server.tools.grammar import tool_grammar
-from server.tools.reader import ToolReader
 from tests.helpers.tokenizer import tiny_tokenizer
 
 LOOK: dict[str, Any] = {
@@ -28,12 +30,15 @@ LOOK: dict[str, Any] = {
     },
     "required": ["city"],
 }
-FUNCTIONS = [("look", LOOK, True), ("add", {}, False)]
+FUNCTIONS = [("look", LOOK, False), ("add", {}, False)]
+
+SCHEMAS: dict[str, Any] = {name: schema for name, schema, _ in FUNCTIONS}
 
 HERMES, LLAMA3, MISTRAL = FORMATS["hermes"], FORMATS["llama3"], FORMATS["mistral"]
+QWEN, GLM = FORMATS["qwen3_coder"], FORMATS["glm45"]
 MISTRAL_NAMES = find_format("[TOOL_CALLS][ARGS]")
 assert MISTRAL_NAMES is not None
-ALL = [HERMES, LLAMA3, MISTRAL, MISTRAL_NAMES]
+ALL = [HERMES, LLAMA3, MISTRAL, MISTRAL_NAMES, QWEN, GLM]
 
 
 @cache
@@ -42,7 +47,7 @@ def tokenizer(added: bool) -> PreTrainedTokenizerFast:
     tiny = tiny_tokenizer()
     tags = [text for form in ALL for text in form.tokens]
     if added:
-        special = [text for text in tags if "tool_call" not in text]
+        special = [text for text in tags if not text.startswith("<") or "|" in text]
         tiny.add_tokens([AddedToken(text, special=text in special) for text in dict.fromkeys(tags)])
     return tiny
 
@@ -69,6 +74,7 @@ def allows(grammar: str, text: str, *, added: bool) -> bool:
     )
 
 
+CLOSES = ("\n</parameter>\n", "</arg_value>")
 CITY = '{"city": "Rome"}'
 WRITTEN = {
     "hermes": (
@@ -80,6 +86,18 @@ WRITTEN = {
         f'[TOOL_CALLS][{{"name": "look", "arguments": {CITY}}}',
         '{"name": "add", "arguments": {}}]',
         ", ",
+    ),
+    "qwen": (
+        "<tool_call>\n<function=look>\n<parameter=city>\nRome\n</parameter>\n"
+        "<parameter=days>\n[1, 2]\n</parameter>\n</function>\n</tool_call>",
+        "<tool_call>\n<function=add>\n</function>\n</tool_call>",
+        "\n",
+    ),
+    "glm": (
+        "<tool_call>look\n<arg_key>city</arg_key>\n<arg_value>Rome</arg_value>\n"
+        "<arg_key>days</arg_key><arg_value>[1, 2]</arg_value></tool_call>",
+        "<tool_call>add\n</tool_call>",
+        "\n",
     ),
     "names": (f"[TOOL_CALLS]look[ARGS]{CITY}", "[TOOL_CALLS]add[ARGS]{}", ""),
 }
@@ -123,7 +141,14 @@ class TestForced:
 
 @pytest.mark.parametrize("added", [False, True])
 @pytest.mark.parametrize(
-    ("form", "key"), [(HERMES, "hermes"), (MISTRAL, "mistral"), (MISTRAL_NAMES, "names")]
+    ("form", "key"),
+    [
+        (HERMES, "hermes"),
+        (MISTRAL, "mistral"),
+        (MISTRAL_NAMES, "names"),
+        (QWEN, "qwen"),
+        (GLM, "glm"),
+    ],
 )
 def test_text_is_free_but_for_what_a_tag_begins(added: bool, form: Format, key: str) -> None:
     first, second, between = WRITTEN[key]
@@ -182,17 +207,27 @@ def test_whatever_a_grammar_allows_is_read_as_calls(form: Format, added: bool) -
     tiny = tokenizer(added)
     many = form is not LLAMA3
     grammar = tool_grammar(form, FUNCTIONS, token_id(added), many=many)
+    checked = copy.deepcopy(LOOK)
+    if form in (QWEN, GLM):
+        del checked["properties"]["city"]["maxLength"]  # of texts without quotes it is not forced
     for _ in range(8):
         matcher = matcher_of(compiled(added), Grammar("lark", grammar))
         ids: list[int] = []
         while len(ids) < 400 and not matcher.is_stopped():
             mask = matcher.compute_bitmask()
             allowed = [i for i in range(len(tiny)) if mask[i // 8] >> i % 8 & 1]
-            token = choose.choice(allowed)
-            matcher.consume_token(token)
-            ids.append(token)
+            tokens = [choose.choice(allowed)]
+            for close in CLOSES:  # a free text would hardly end by chance
+                end = tiny.encode(close, add_special_tokens=False)
+                if choose.random() < 0.2 and matcher.validate_tokens(end) == len(end):
+                    tokens = end
+            matcher.consume_tokens(tokens)
+            ids += tokens
         text = str(tiny.decode([i for i in ids if i != tiny.eos_token_id]))
-        content, calls = whole(ToolReader(form, ("look", "add"), exact=True), text)
-        assert calls
+        content, calls = whole(reader_of(form, SCHEMAS, exact=True), text)
+        assert calls or not matcher.is_stopped()
         assert content is None
         assert {call["function"]["name"] for call in calls} <= {"look", "add"}
+        for call in calls:
+            if call["function"]["name"] == "look":
+                jsonschema.validate(json.loads(call["function"]["arguments"]), checked)

@@ -9,10 +9,27 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from server.tools import FORMATS, Format, ToolReader, whole
+from server.tools import FORMATS, Format, reader_of, whole
+from server.tools.formats import JsonFormat
 
 HERMES, LLAMA3, MISTRAL = FORMATS["hermes"], FORMATS["llama3"], FORMATS["mistral"]
-NAMES = ("look", "add")
+QWEN, GLM = FORMATS["qwen3_coder"], FORMATS["glm45"]
+NAMES: dict[str, Any] = {"look": {}, "add": {}}
+TYPED: dict[str, Any] = {
+    "f": {
+        "properties": {
+            "text": {"type": "string"},
+            "count": {"type": "integer"},
+            "share": {"type": "number"},
+            "flag": {"type": "boolean"},
+            "list": {"type": "array"},
+            "maybe": {"anyOf": [{"type": "string"}, {"type": "null"}]},
+            "kind": {"$ref": "#/$defs/kind"},
+            "any": {},
+        },
+        "$defs": {"kind": {"enum": ["7", "b"]}},
+    }
+}
 
 LOOK = ("look", '{"city": "Paris }</tool_call>\\" \\u00e9 [x]", "days": [1, {"a": 2}]}')
 ADD = ("add", "{}")
@@ -28,6 +45,8 @@ def tagged(body: str) -> str:
 
 LOOKED, ADDED = call(), call(*ADD)
 LLAMA = call(key="parameters")
+QWEN_ADDED = tagged("<function=add>\n</function>")
+GLM_ADDED = "<tool_call>add</tool_call>"
 
 Case = tuple[Format, str, str | None, list[tuple[str, str]]]
 
@@ -80,6 +99,50 @@ CALLS: dict[str, Case] = {
         None,
         [LOOK, ADD],
     ),
+    "qwen": (
+        QWEN,
+        "So:\n\n"
+        + tagged(
+            "<function=look>\n<parameter=city>\nParis\n<x>\n</parameter>\n<parameter=days>\n[1]\n"
+            "</parameter>\n</function>"
+        )
+        + f"\n{QWEN_ADDED}\n",
+        "So:",
+        [("look", '{"city": "Paris\\n<x>", "days": [1]}'), ADD],
+    ),
+    "qwen, without line ends": (
+        QWEN,
+        "<tool_call><function=look><parameter=city>Rome</parameter></function></tool_call>",
+        None,
+        [("look", '{"city": "Rome"}')],
+    ),
+    "qwen, a value with tags": (
+        QWEN,
+        tagged(
+            "<function=look>\n<parameter=a>\n</parameter> </function>\n</parameter>\n</function>"
+        ),
+        None,
+        [("look", '{"a": "</parameter> </function>"}')],
+    ),
+    "qwen, a tag in prose before": (
+        QWEN,
+        f"The <tool_call> tag: {QWEN_ADDED}",
+        "The <tool_call> tag:",
+        [ADD],
+    ),
+    "qwen, a tag in a value": (
+        QWEN,
+        tagged("<function=look>\n<parameter=a>\n<tool_call>\n</parameter>\n</function>"),
+        None,
+        [("look", '{"a": "<tool_call>"}')],
+    ),
+    "glm": (
+        GLM,
+        "<tool_call>look\n<arg_key>city</arg_key>\n<arg_value>Paris\n</arg_value>\n"
+        "<arg_key>days</arg_key><arg_value>[1]</arg_value>\n</tool_call>" + GLM_ADDED,
+        None,
+        [("look", '{"city": "Paris\\n", "days": [1]}'), ADD],
+    ),
 }
 
 CONTENT: dict[str, tuple[Format, str]] = {
@@ -100,6 +163,12 @@ CONTENT: dict[str, tuple[Format, str]] = {
     "a JSON answer with a name": (LLAMA3, '{"name": "Ann", "parameters": {}} and more'),
     "a call within text": (LLAMA3, f"I would say {LLAMA}"),
     "no call behind a tag": (LLAMA3, "<|python_tag|>print(1)"),
+    "qwen's cut call": (QWEN, QWEN_ADDED[:-3]),
+    "qwen, JSON": (QWEN, tagged(LOOKED)),
+    "qwen, no end of a parameter": (QWEN, tagged("<function=add>\n<parameter=a>\n1\n</function>")),
+    "qwen, text between": (QWEN, tagged("<function=add>\nHm\n</function>")),
+    "glm, no value": (GLM, "<tool_call>add\n<arg_key>a</arg_key>\n</tool_call>"),
+    "glm, no name": (GLM, "<tool_call>\n</tool_call>"),
     "mistral's tag": (MISTRAL, "[TOOL_CALLS] none [ARGS]"),
     "mistral's broken list": (MISTRAL, f"[TOOL_CALLS][{ADDED[:-2]}"),
 }
@@ -109,7 +178,7 @@ def read(
     form: Format, pieces: list[str], **options: Any
 ) -> tuple[str | None, list[dict[str, Any]], list[dict[str, Any]]]:
     """Content, calls, and all deltas."""
-    reader = ToolReader(form, NAMES, **options)
+    reader = reader_of(form, NAMES, **options)
     deltas = [delta for piece in pieces for delta in reader.push(piece)] + reader.finish()
     content, calls = "", list[dict[str, Any]]()
     for delta in deltas:
@@ -163,6 +232,48 @@ def test_calls_are_the_same_in_pieces(case: Case, places: list[int]) -> None:
     assert said == content
 
 
+@pytest.mark.parametrize(
+    ("key", "text", "value"),
+    [
+        ("text", "5", '"5"'),
+        ("text", ' {"a"}\n\u00e9 </p> ', '" {\\"a\\"}\\n\u00e9 </p> "'),
+        ("text", "", '""'),
+        ("count", "5", "5"),
+        ("count", " 12345678901234567890 ", "12345678901234567890"),
+        ("count", "five", '"five"'),
+        ("count", "007", '"007"'),
+        ("share", "1e999", "1e999"),
+        ("share", "2", "2"),
+        ("share", "NaN", '"NaN"'),
+        ("flag", "True", "true"),
+        ("flag", "false", "false"),
+        ("list", '[1, {"a": null}]', '[1, {"a": null}]'),
+        ("list", '[{"a": 1, "a": 2}]', '"[{\\"a\\": 1, \\"a\\": 2}]"'),
+        ("maybe", "None", "null"),
+        ("maybe", "null", "null"),
+        ("maybe", "5", '"5"'),
+        ("kind", "7", '"7"'),
+        ("any", "5", "5"),
+        ("any", "word", '"word"'),
+        ("any", '"word"', '"\\"word\\""'),
+        ("unknown", '{"a": 1}', '{"a": 1}'),
+    ],
+)
+def test_values_without_quotes_are_of_the_types_of_their_parameters(
+    key: str, text: str, value: str
+) -> None:
+    written = {
+        QWEN: f"<tool_call>\n<function=f>\n<parameter={key}>\n{text}\n</parameter>\n</function>\n"
+        "</tool_call>",
+        GLM: f"<tool_call>f\n<arg_key>{key}</arg_key>\n<arg_value>{text}</arg_value>\n</tool_call>",
+    }
+    for form, call in written.items():
+        content, [found] = whole(reader_of(form, TYPED), call)
+        assert content is None
+        assert found["function"] == {"name": "f", "arguments": f'{{"{key}": {value}}}'}
+        json.loads(found["function"]["arguments"])
+
+
 PIECES = (
     *(
         "<tool_call>",
@@ -175,12 +286,13 @@ PIECES = (
         "[",
         "]",
     ),
+    *(QWEN_ADDED, GLM_ADDED, "<function=add>", "<parameter=a>", "</parameter>", "</function>"),
     *(LOOKED, ADDED, LLAMA, "{", "}", '"', "\\", " ", "\n", "x", '{"name": "add"', "add"),
 )
 
 
 @given(
-    st.sampled_from([HERMES, LLAMA3, MISTRAL]),
+    st.sampled_from([HERMES, LLAMA3, MISTRAL, QWEN, GLM]),
     st.lists(st.sampled_from(PIECES), max_size=12).map("".join),
     PLACES,
     st.booleans(),
@@ -205,6 +317,7 @@ EXACT = ("hermes, text around", "llama", "mistral, several", "mistral, names", "
 @pytest.mark.parametrize("name", EXACT)
 def test_arguments_come_as_they_are_written_if_a_grammar_forces_calls(name: str) -> None:
     form, text, content, expected = CALLS[name]
+    assert isinstance(form, JsonFormat)
     text = text.replace('"arguments"', f'"{form.key}"')
     said, calls, deltas = read(form, list(text), exact=True)
     assert [(one["name"], one["arguments"]) for one in calls] == expected
@@ -214,7 +327,7 @@ def test_arguments_come_as_they_are_written_if_a_grammar_forces_calls(name: str)
 
 
 def test_a_forced_call_that_is_cut_off_has_a_part_of_its_arguments() -> None:
-    reader = ToolReader(HERMES, NAMES, exact=True)
+    reader = reader_of(HERMES, NAMES, exact=True)
     content, calls = whole(reader, tagged(LOOKED)[:55])
     assert content is None
     assert calls[0]["function"]["name"] == "look"
@@ -235,20 +348,20 @@ def test_a_text_alone_may_contain_tags() -> None:
 def test_a_forced_call_that_has_no_name_yet_is_left_out() -> None:
     text = f"{tagged(ADDED)}\n{tagged(LOOKED)}"
     for end in range(len(tagged(ADDED)) + len("\n<tool_call>"), text.index('"look"') + 6):
-        content, calls = whole(ToolReader(HERMES, NAMES, exact=True), text[:end])
+        content, calls = whole(reader_of(HERMES, NAMES, exact=True), text[:end])
         assert content is None
         assert len(calls) == 1
 
 
 @pytest.mark.parametrize("cut", range(1, 12))
 def test_a_forced_call_that_is_cut_before_its_name_leaves_no_tag(cut: int) -> None:
-    content, calls = whole(ToolReader(HERMES, NAMES, exact=True), tagged(ADDED)[:cut])
+    content, calls = whole(reader_of(HERMES, NAMES, exact=True), tagged(ADDED)[:cut])
     assert not content
     assert not calls
 
 
 def test_a_forced_call_that_a_stop_string_cuts_is_no_call_to_make() -> None:
-    reader = ToolReader(HERMES, NAMES, exact=True)
+    reader = reader_of(HERMES, NAMES, exact=True)
     _, [call] = whole(reader, tagged(ADDED)[: tagged(ADDED).index("arguments") + 13])
     assert not call["function"]["arguments"].endswith("}")
     assert reader.finish_reason("stop") == "stop"
@@ -260,7 +373,7 @@ def test_reasons() -> None:
         (tagged(ADDED), True, "stop"),
         ("x", False, "stop"),
     ):
-        reader = ToolReader(HERMES, NAMES, named=named)
+        reader = reader_of(HERMES, NAMES, named=named)
         assert reader.finish_reason(None) is None
         whole(reader, text)
         assert reader.finish_reason("stop") == reason

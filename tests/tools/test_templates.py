@@ -15,7 +15,7 @@ from server.schemas.tools import ToolFields
 from server.settings import Settings, load_settings
 from server.tools import FORMATS, Tools, whole
 from tests.helpers.tokenizer import CHATML, tiny_sentencepiece_tokenizer, tiny_tokenizer
-from tests.tools.templates import LLAMA, MISTRAL, MISTRAL_NAMES, QWEN
+from tests.tools.templates import GLM, LLAMA, MISTRAL, MISTRAL_NAMES, QWEN, QWEN_CODER
 
 LOOK = {
     "type": "function",
@@ -157,11 +157,14 @@ def asked(tools: Tools, **fields: Any) -> Any:
         (LLAMA, "llama3", False),
         (MISTRAL, "mistral", False),
         (MISTRAL_NAMES, "mistral", True),
+        (QWEN_CODER, "qwen3_coder", False),
+        (GLM, "glm45", False),
     ],
 )
 def test_the_format_is_found(template: str, name: str, direct: bool) -> None:
     form = asked(Tools(tokenizer(template), Settings())).form
-    assert (form.name, form.direct) == (name, direct)
+    assert form.name == name
+    assert getattr(form, "direct", False) == direct
     chosen = Tools(tokenizer(template), Settings(tool_parser=name)).plan  # type: ignore[arg-type]
     assert chosen(ToolFields.model_validate({"tools": [LOOK]})).form == form  # type: ignore[union-attr]
     other = Settings(tool_parser="llama3" if name == "hermes" else "hermes")
@@ -199,8 +202,7 @@ def test_an_answer_of_a_form_beside_tools() -> None:
     [
         (CHATML, "--tool-template"),
         (None, "--tool-template"),
-        ("{{ tools }}", "--tool-parser hermes|llama3|mistral"),
-        ("{{ tools }}<tool_call><function=x>", "--tool-parser"),
+        ("{{ tools }}", "--tool-parser hermes|llama3|mistral|qwen3_coder|glm45"),
     ],
 )
 def test_tools_that_cannot_be_asked_for(template: str | None, advice: str) -> None:

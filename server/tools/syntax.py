@@ -1,0 +1,167 @@
+"""What a syntax of calls, other than JSON, has to do; and how texts in it become values."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from reft_runtime.grammar.source import ONE_LINE
+from reft_runtime.interventions.format.strict_json import load_strict
+
+Schema = Mapping[str, Any]
+"""JSON Schema of a function's parameters, or of one of them."""
+
+Functions = Mapping[str, Schema]
+"""The functions that a request offers, by name, with the schemas of their parameters."""
+
+TokenId = Callable[[str], int | None]
+"""Id of the token that a tokenizer adds for a text; None if it adds none."""
+
+MORE_KEYS = frozenset({"patternProperties", "allOf", "anyOf", "oneOf", "$ref", "if"})
+"""Keys of a schema that may allow properties beside those of `properties`."""
+
+_TAG = re.compile(r"(</?[^<>]*>)")
+
+_NAMES = {"True": "true", "False": "false", "None": "null"}
+"""What chat templates that write values as Python does make of JSON's names."""
+
+DEEPEST = 16
+"""Levels of a schema that are looked through for types."""
+
+
+class Syntax(Protocol):
+    """How calls stand in a text."""
+
+    def parsed(self, text: str, functions: Functions) -> tuple[str, str] | None:
+        """Name, and arguments as JSON, of the call that `text` is; None if it is none."""
+
+    def rule(self, name: str, parameters: Schema, rules: Rules) -> str:
+        """The right side of a Lark rule of calls of one function.
+
+        Raises `InvalidRequest` for a strict schema that cannot be forced.
+        """
+
+
+@dataclass(frozen=True, slots=True)
+class Rules:
+    """What rules of one function's calls need: tokens, and further rules, which they add."""
+
+    token_id: TokenId
+    strict: bool
+    more: dict[str, str] = field(default_factory=dict)
+    """Right sides of Lark rules, by name."""
+
+    def text(self, text: str) -> str:
+        """A text, in Lark's notation; of its tags those that are tokens are written as such."""
+        chunks = [chunk for chunk in _TAG.split(text) if chunk]
+        return " ".join(term(chunk, self.token_id) for chunk in chunks) or '""'
+
+
+def term(text: str, token_id: TokenId) -> str:
+    """A text as a grammar writes it: a token that is added for it would not fit its letters."""
+    token = token_id(text)
+    return json.dumps(text) if token is None else f"<[{token}]>"
+
+
+def json_rule(schema: Mapping[str, Any], *, strict: bool) -> str:
+    """JSON by a schema in Lark's notation, written as any answer that has to be JSON.
+
+    What llguidance does not know of a schema that is not strict is not forced.
+    """
+    options = {**ONE_LINE, "lenient": not strict}
+    return f"%json {json.dumps({**schema, 'x-guidance': options})}"
+
+
+def properties_of(parameters: Schema) -> dict[str, Schema]:
+    """The schemas of a function's parameters by their names; that of any value is empty."""
+    found = parameters.get("properties")
+    each = found.items() if isinstance(found, Mapping) else ()
+    return {key: schema if isinstance(schema, Mapping) else {} for key, schema in each}
+
+
+def alternatives(schema: Schema, root: Schema) -> list[Schema]:
+    """The schemas of which a value must fit one, or all of what a reference leads to."""
+    for key in ("anyOf", "oneOf"):
+        parts = schema.get(key)
+        if isinstance(parts, list) and all(isinstance(part, Mapping) for part in parts):
+            return parts
+    referred = _referred(schema["$ref"], root) if "$ref" in schema else None
+    return [referred] if isinstance(referred, Mapping) else []
+
+
+def types_of(schema: Schema, root: Schema, depth: int = 0) -> frozenset[str]:
+    """The types that a schema allows, as JSON Schema names them; none if it does not say.
+
+    `root` has the definitions that it may refer to.
+    """
+    said = schema.get("type")
+    if isinstance(said, str | list):
+        return frozenset([said] if isinstance(said, str) else map(str, said))
+    values = [schema["const"]] if "const" in schema else schema.get("enum")
+    if isinstance(values, list):
+        return frozenset(map(type_of, values))
+    if depth >= DEEPEST:
+        return frozenset()
+    parts = [types_of(part, root, depth + 1) for part in alternatives(schema, root)]
+    return frozenset().union(*parts) if all(parts) else frozenset()
+
+
+def _referred(reference: Any, root: Schema) -> Any:
+    """What a reference within a schema leads to; None if that is nothing."""
+    if not isinstance(reference, str) or not reference.startswith("#/"):
+        return None
+    found: Any = root
+    for step in reference[2:].split("/"):
+        key = step.replace("~1", "/").replace("~0", "~")
+        found = found.get(key) if isinstance(found, Mapping) else None
+    return found
+
+
+def type_of(value: Any) -> str:
+    """The type of a value, as JSON Schema names it."""
+    match value:
+        case None:
+            return "null"
+        case bool():
+            return "boolean"
+        case str():
+            return "string"
+        case int():
+            return "integer"
+        case float():
+            return "integer" if value.is_integer() else "number"
+        case list():
+            return "array"
+    return "object"
+
+
+def value_of(text: str, schema: Schema, root: Schema) -> str:
+    """The value, as JSON, that a text without quotes stands for, by the schema of its parameter.
+
+    It is the text itself if that may be text and is no value of another type that it may have, and
+    if it is no value at all.
+    """
+    types = types_of(schema, root)
+    said = _NAMES.get(text.strip(), text)
+    try:
+        value = None if types == {"string"} else load_strict(said)
+    except ValueError:
+        return quoted(text)
+    found = type_of(value)
+    fits = found in types or (found == "integer" and "number" in types)
+    if types == {"string"} or (found == "string" and not types) or ("string" in types and not fits):
+        return quoted(text)
+    return said.strip()
+
+
+def quoted(text: str) -> str:
+    """A text as JSON."""
+    return json.dumps(text, ensure_ascii=False)
+
+
+def joined(arguments: Mapping[str, str]) -> str:
+    """Arguments as JSON, of the JSON of their values."""
+    return "{" + ", ".join(f"{quoted(key)}: {value}" for key, value in arguments.items()) + "}"
