@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 from server.schemas.tools import NAME
 from server.settings import ToolParser
+from server.tools.gemma import QUOTE, Gemma
 from server.tools.syntax import Syntax
 from server.tools.tagged import GLM, QWEN
 
@@ -69,6 +70,8 @@ class SyntaxFormat(Format):
 
     end: str
     syntax: Syntax
+    between: str = "\n"
+    """Text between a call and the next one's tag."""
 
 
 HERMES = JsonFormat(
@@ -123,7 +126,16 @@ GLM45 = SyntaxFormat(
     syntax=GLM,
 )
 
-_ALL: tuple[Format, ...] = (HERMES, LLAMA3, MISTRAL, QWEN3_CODER, GLM45)
+GEMMA4 = SyntaxFormat(
+    name="gemma4",
+    tag="<|tool_call>",
+    end="<tool_call|>",
+    tokens=("<|tool_call>", "<tool_call|>", QUOTE),
+    syntax=Gemma(),
+    between="",
+)
+
+_ALL: tuple[Format, ...] = (HERMES, LLAMA3, MISTRAL, QWEN3_CODER, GLM45, GEMMA4)
 
 FORMATS: dict[ToolParser, Format] = {form.name: form for form in _ALL}
 
@@ -136,6 +148,8 @@ def find_format(template: str) -> Format | None:
         if "<arg_key>" in template:
             return GLM45
         return QWEN3_CODER if "<function=" in template else HERMES
+    if GEMMA4.tag in template:
+        return GEMMA4
     if LLAMA3.tag in template or "<|start_header_id|>ipython" in template:
         return LLAMA3
     return None

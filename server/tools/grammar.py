@@ -61,8 +61,9 @@ def tool_grammar(
 def _turn(form: Format, tag: str, token_id: TokenId, *, many: bool) -> tuple[str, str | None]:
     """What a tag brings, and what stands before another tag; None if there is only one tag."""
     end = term(form.end or "", token_id)
-    if not isinstance(form, JsonFormat):
-        return f"{tag} call {end}", '"\\n"'
+    if isinstance(form, SyntaxFormat):
+        return f"{tag} call {end}", json.dumps(form.between)
+    assert isinstance(form, JsonFormat)
     if form.bare:
         return "call", None
     if form.direct:

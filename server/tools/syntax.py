@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any, Protocol
 
 from reft_runtime.grammar.source import ONE_LINE
@@ -28,8 +29,8 @@ _TAG = re.compile(r"(</?[^<>]*>)")
 _NAMES = {"True": "true", "False": "false", "None": "null"}
 """What chat templates that write values as Python does make of JSON's names."""
 
-DEEPEST = 16
-"""Levels of a schema that are looked through for types."""
+SAID = frozenset({"title", "description", "default", "examples", "deprecated", "$comment"})
+"""Keys of a schema that ask for nothing."""
 
 
 class Syntax(Protocol):
@@ -82,31 +83,59 @@ def properties_of(parameters: Schema) -> dict[str, Schema]:
     return {key: schema if isinstance(schema, Mapping) else {} for key, schema in each}
 
 
-def alternatives(schema: Schema, root: Schema) -> list[Schema]:
-    """The schemas of which a value must fit one, or all of what a reference leads to."""
-    for key in ("anyOf", "oneOf"):
-        parts = schema.get(key)
-        if isinstance(parts, list) and all(isinstance(part, Mapping) for part in parts):
-            return parts
-    referred = _referred(schema["$ref"], root) if "$ref" in schema else None
-    return [referred] if isinstance(referred, Mapping) else []
+def kinds_of(schema: Schema, root: Schema) -> list[Schema]:
+    """The schemas of which a value must fit one, behind `anyOf`, `oneOf` and references.
 
-
-def types_of(schema: Schema, root: Schema, depth: int = 0) -> frozenset[str]:
-    """The types that a schema allows, as JSON Schema names them; none if it does not say.
-
-    `root` has the definitions that it may refer to.
+    `root` has the definitions that are referred to. Where more is said beside such a key, the
+    schema is returned as it is.
     """
+    found: list[Schema] = []
+    waiting, seen = [schema], set[str]()
+    while waiting:
+        one = waiting.pop()
+        keys = one.keys() - SAID
+        reference = one.get("$ref")
+        parts = one.get("anyOf", one.get("oneOf"))
+        if keys == {"$ref"} and isinstance(reference, str):
+            referred = _referred(reference, root)
+            if reference not in seen:
+                waiting.append(referred if isinstance(referred, Mapping) else {})
+            seen.add(reference)
+        elif len(keys) == 1 and isinstance(parts, list) and parts:
+            waiting += [part if isinstance(part, Mapping) else {} for part in reversed(parts)]
+        else:
+            found.append(one)
+    return found
+
+
+def types_of(schema: Schema, root: Schema) -> frozenset[str]:
+    """The types that a schema allows, as JSON Schema names them; none if it does not say."""
+    types = [_own_types(one) for one in kinds_of(schema, root)]
+    return frozenset().union(*types) if all(types) else frozenset()
+
+
+def _own_types(schema: Schema) -> frozenset[str]:
     said = schema.get("type")
     if isinstance(said, str | list):
         return frozenset([said] if isinstance(said, str) else map(str, said))
     values = [schema["const"]] if "const" in schema else schema.get("enum")
+    return frozenset(map(type_of, values)) if isinstance(values, list) else frozenset()
+
+
+def listed_values(schema: Schema, root: Schema) -> list[Any] | None:
+    """All values that a schema allows; None if they are not listed."""
+    listed = [_own_values(one) for one in kinds_of(schema, root)]
+    known = [values for values in listed if values]
+    return [*chain(*known)] if known and len(known) == len(listed) else None
+
+
+def _own_values(schema: Schema) -> list[Any] | None:
+    if "const" in schema:
+        return [schema["const"]]
+    values = schema.get("enum")
     if isinstance(values, list):
-        return frozenset(map(type_of, values))
-    if depth >= DEEPEST:
-        return frozenset()
-    parts = [types_of(part, root, depth + 1) for part in alternatives(schema, root)]
-    return frozenset().union(*parts) if all(parts) else frozenset()
+        return values
+    return [None] if schema.get("type") == "null" else None
 
 
 def _referred(reference: Any, root: Schema) -> Any:
@@ -145,16 +174,22 @@ def value_of(text: str, schema: Schema, root: Schema) -> str:
     if it is no value at all.
     """
     types = types_of(schema, root)
-    said = _NAMES.get(text.strip(), text)
+    said = bare_value(text)
+    if types == {"string"} or said.startswith('"'):
+        return quoted(text)
+    found = type_of(json.loads(said))
+    fits = not types or found in types or (found == "integer" and "number" in types)
+    return said if fits or "string" not in types else quoted(text)
+
+
+def bare_value(text: str) -> str:
+    """A text without quotes as JSON: that of the value that it is, or else of the text."""
+    said = _NAMES.get(text.strip(), text.strip())
     try:
-        value = None if types == {"string"} else load_strict(said)
+        value = load_strict(said)
     except ValueError:
         return quoted(text)
-    found = type_of(value)
-    fits = found in types or (found == "integer" and "number" in types)
-    if types == {"string"} or (found == "string" and not types) or ("string" in types and not fits):
-        return quoted(text)
-    return said.strip()
+    return quoted(text) if isinstance(value, str) else said
 
 
 def quoted(text: str) -> str:

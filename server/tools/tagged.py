@@ -5,29 +5,23 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import dataclass
-from itertools import chain
-from typing import Any
 
 from reft_runtime.errors import InvalidRequest
 from server.schemas.tools import NAME
 from server.tools.syntax import (
-    DEEPEST,
     MORE_KEYS,
+    SAID,
     Functions,
     Rules,
     Schema,
-    alternatives,
     joined,
     json_rule,
+    kinds_of,
+    listed_values,
     properties_of,
     types_of,
     value_of,
 )
-
-_SAID = frozenset({"title", "description", "default", "examples", "deprecated", "$comment"})
-"""Keys of a schema that ask for nothing."""
-
-_KINDS = frozenset({"type", "anyOf", "oneOf", "$ref"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +79,7 @@ class Tagged:
     def _value(self, path: str, schema: Schema, root: Schema, rules: Rules) -> str:
         """A value and the text that closes it. What is not text is JSON on one line."""
         close = rules.text(self.close)
-        values = _values(schema, root)
+        values = listed_values(schema, root)
         if values is not None:
             texts = [one if isinstance(one, str) else json.dumps(one) for one in values]
             return f"({' | '.join(map(json.dumps, texts))}) {close}"
@@ -93,7 +87,8 @@ class Tagged:
         if types and "string" not in types:
             definitions = {key: root[key] for key in ("$defs", "definitions") if key in root}
             return f"{json_rule({**definitions, **schema}, strict=rules.strict)} {close}"
-        if rules.strict and (unknown := _unforced(schema, root)):
+        keys = {key for one in kinds_of(schema, root) for key in one.keys() - SAID - {"type"}}
+        if rules.strict and (unknown := min(keys, default=None)):
             raise InvalidRequest(
                 f"tools: {path}: this model writes texts without quotes, and {unknown!r} of one "
                 "cannot be forced; leave it out, or strict.",
@@ -114,30 +109,6 @@ class Tagged:
             close = rf"\n{close}"
         rules.more["value[lazy]"] = f"/(?s:.*){close}/ & ~/{early}/"
         return "value"
-
-
-def _values(schema: Schema, root: Schema, depth: int = 0) -> list[Any] | None:
-    """All values that a schema allows; None if they are not listed."""
-    if "const" in schema:
-        return [schema["const"]]
-    listed = schema.get("enum")
-    if isinstance(listed, list) and listed:
-        return listed
-    if schema.get("type") == "null":
-        return [None]
-    parts = alternatives(schema, root) if depth < DEEPEST else []
-    found = [_values(part, root, depth + 1) for part in parts]
-    known = [values for values in found if values is not None]
-    return [*chain(*known)] if found and len(known) == len(found) else None
-
-
-def _unforced(schema: Schema, root: Schema, depth: int = 0) -> str | None:
-    """A key of the schema of a text that asks for more than its kind; None if there is none."""
-    own = min(schema.keys() - _KINDS - _SAID, default=None)
-    if own is not None or depth >= DEEPEST:
-        return own
-    parts = (_unforced(part, root, depth + 1) for part in alternatives(schema, root))
-    return next(filter(None, parts), None)
 
 
 QWEN = Tagged(

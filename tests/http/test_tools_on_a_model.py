@@ -16,7 +16,7 @@ from server.settings import Settings
 from tests.helpers.models import VOCABULARY, tiny
 from tests.helpers.serving import client_of
 from tests.helpers.tokenizer import tiny_tokenizer
-from tests.tools.templates import GLM, LLAMA, MISTRAL, MISTRAL_NAMES, QWEN, QWEN_CODER
+from tests.tools.templates import GEMMA, GLM, LLAMA, MISTRAL, MISTRAL_NAMES, QWEN, QWEN_CODER
 
 ENUM = {"enum": ["Rome", "\u00e9", "<tool_call>", "</tool_call>", '"}']}
 TOOLS = [
@@ -43,6 +43,7 @@ TEMPLATES = {
     "mistral names": MISTRAL_NAMES,
     "qwen coder": QWEN_CODER,
     "glm": GLM,
+    "gemma": GEMMA,
 }
 
 

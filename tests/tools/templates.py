@@ -106,3 +106,18 @@ GLM = "{%- if tools %}{{- tools | tojson }}{%- endif %}" + _TURNS.replace(
         {%- endfor %}
         {{- '</tool_call>' }}""",
 )
+
+GEMMA = """
+{%- macro shown(value) %}
+    {%- if value is string %}{{- '<|"|>' + value + '<|"|>' }}
+    {%- elif value is mapping %}{{- '{' }}
+        {%- for name, part in value | dictsort %}
+            {{- (',' if not loop.first else '') + name + ':' }}{{- shown(part) }}
+        {%- endfor %}{{- '}' }}
+    {%- else %}{{- value | tojson }}{%- endif %}
+{%- endmacro %}
+{%- if tools %}{{- tools | tojson }}{%- endif %}""" + _TURNS.replace(
+    "CALL",
+    "{{- '<|tool_call>call:' + call.function.name }}"
+    "{{- shown(call.function.arguments) }}{{- '<tool_call|>' }}",
+)

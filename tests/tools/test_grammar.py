@@ -14,6 +14,7 @@ from llguidance import LLTokenizer
 from tokenizers import AddedToken
 from transformers import PreTrainedTokenizerFast
 
+from reft_runtime.errors import InvalidRequest
 from reft_runtime.grammar.source import fault_of, matcher_of, read_tokenizer
 from reft_runtime.sampling import Grammar
 from reft_runtime.text import Tokenizer
@@ -35,10 +36,10 @@ FUNCTIONS = [("look", LOOK, False), ("add", {}, False)]
 SCHEMAS: dict[str, Any] = {name: schema for name, schema, _ in FUNCTIONS}
 
 HERMES, LLAMA3, MISTRAL = FORMATS["hermes"], FORMATS["llama3"], FORMATS["mistral"]
-QWEN, GLM = FORMATS["qwen3_coder"], FORMATS["glm45"]
+QWEN, GLM, GEMMA = FORMATS["qwen3_coder"], FORMATS["glm45"], FORMATS["gemma4"]
 MISTRAL_NAMES = find_format("[TOOL_CALLS][ARGS]")
 assert MISTRAL_NAMES is not None
-ALL = [HERMES, LLAMA3, MISTRAL, MISTRAL_NAMES, QWEN, GLM]
+ALL = [HERMES, LLAMA3, MISTRAL, MISTRAL_NAMES, QWEN, GLM, GEMMA]
 
 
 @cache
@@ -74,7 +75,7 @@ def allows(grammar: str, text: str, *, added: bool) -> bool:
     )
 
 
-CLOSES = ("\n</parameter>\n", "</arg_value>")
+CLOSES = ("\n</parameter>\n", "</arg_value>", '<|"|>')
 CITY = '{"city": "Rome"}'
 WRITTEN = {
     "hermes": (
@@ -98,6 +99,11 @@ WRITTEN = {
         "<arg_key>days</arg_key><arg_value>[1, 2]</arg_value></tool_call>",
         "<tool_call>add\n</tool_call>",
         "\n",
+    ),
+    "gemma": (
+        '<|tool_call>call:look{city:<|"|>Rome, {x}<|"|>,days:[1,2]}<tool_call|>',
+        "<|tool_call>call:add{}<tool_call|>",
+        "",
     ),
     "names": (f"[TOOL_CALLS]look[ARGS]{CITY}", "[TOOL_CALLS]add[ARGS]{}", ""),
 }
@@ -148,6 +154,7 @@ class TestForced:
         (MISTRAL_NAMES, "names"),
         (QWEN, "qwen"),
         (GLM, "glm"),
+        (GEMMA, "gemma"),
     ],
 )
 def test_text_is_free_but_for_what_a_tag_begins(added: bool, form: Format, key: str) -> None:
@@ -199,6 +206,107 @@ def test_what_a_schema_leaves_open() -> None:
     assert allowed({"properties": {"x": {"type": "string", "format": "odd"}}}, '{"x": "a"}')
 
 
+TREE: dict[str, Any] = {
+    "type": "object",
+    "properties": {
+        "node": {"$ref": "#/$defs/node"},
+        "mode": {"anyOf": [{"enum": ["a", 5]}, {"type": "null"}]},
+        "free": {},
+        "flag": {"type": ["boolean", "null"]},
+        "list": {"type": "array", "items": {"type": "number"}, "minItems": 2, "maxItems": 3},
+    },
+    "required": ["mode"],
+    "$defs": {
+        "node": {
+            "type": "object",
+            "properties": {
+                "children": {"type": "array", "items": {"$ref": "#/$defs/node"}},
+                "text": {"anyOf": [{"type": "string"}, {"$ref": "#/$defs/node"}]},
+            },
+        }
+    },
+}
+
+
+@pytest.mark.parametrize("added", [False, True])
+def test_the_schema_of_values_with_quotes_of_their_own(added: bool) -> None:
+    grammar = tool_grammar(GEMMA, [("f", TREE, True)], token_id(added), many=False)
+    for arguments, fits in (
+        ("mode:null", True),
+        ('mode:<|"|>a<|"|>', True),
+        ("mode:5", True),
+        ("", False),
+        ("flag:true,mode:5", True),
+        ("mode:5,flag:true", False),  # in the order of letters
+        ("mode:6", False),
+        ('mode:<|"|>b<|"|>', False),
+        ("list:[1,2.5],mode:5", True),
+        ("list:[1],mode:5", False),
+        ("list:[1,2,3,4],mode:5", False),
+        ('free:{a:[1,<|"|>b<|"|>]},mode:5', True),
+        ("mode:5,node:{}", True),
+        ('mode:5,node:{children:[{text:<|"|><|"|>},{text:{children:[]}}],text:{}}', True),
+        ("mode:5,node:{text:1}", False),
+        ("mode:5,other:1", False),
+    ):
+        text = f"<|tool_call>call:f{{{arguments}}}<tool_call|>"
+        assert allows(grammar, text, added=added) == fits, arguments
+
+
+@pytest.mark.parametrize("added", [False, True])
+def test_the_schema_of_values_without_quotes(added: bool) -> None:
+    grammar = tool_grammar(QWEN, [("f", TREE, False)], token_id(added), many=False)
+    mode = "<parameter=mode>\n5\n</parameter>\n"
+    for values, fits in (
+        (mode, True),
+        (mode.replace("5", "null"), True),
+        (mode.replace("5", "a"), True),
+        (mode.replace("5", "b"), False),
+        ("", False),
+        (mode + "<parameter=free>\nany {text}\n</parameter>\n", True),
+        (mode + "<parameter=list>\n[1, 2.5]\n</parameter>\n", True),
+        (mode + "<parameter=list>\n[1]\n</parameter>\n", False),
+        ('<parameter=node>\n{"text": {"children": []}}\n</parameter>\n' + mode, True),
+        ('<parameter=node>\n{"text": 5}\n</parameter>\n' + mode, False),
+        ("<parameter=other>\n5\n</parameter>\n" + mode, False),
+    ):
+        text = f"<tool_call>\n<function=f>\n{values}</function>\n</tool_call>"
+        assert allows(grammar, text, added=added) == fits, values
+
+
+@pytest.mark.parametrize("form", [QWEN, GLM, GEMMA])
+def test_what_cannot_be_forced_is_refused_of_a_strict_tool(form: Format) -> None:
+    for schema in ({"type": "string", "pattern": "a+"}, {"anyOf": [{"format": "uri"}, {}]}):
+        parameters = {"properties": {"x": schema}}
+        with pytest.raises(InvalidRequest, match=r"tools: f\.x: .*(pattern|format)") as error:
+            tool_grammar(form, [("f", parameters, True)], token_id(True), many=False)
+        assert error.value.param == "tools"
+        assert tool_grammar(form, [("f", parameters, False)], token_id(True), many=False)
+
+
+@pytest.mark.parametrize("form", [QWEN, GLM, GEMMA])
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"$ref": "#/$defs/a"},
+        {"$ref": "#/nothing"},
+        {"$ref": 5},
+        {"anyOf": 5},
+        {"anyOf": [True, 5]},
+        {"enum": []},
+        {"type": 5},
+        {"type": ["string", 5]},
+        {"type": "array", "items": True},
+        True,
+    ],
+)
+def test_an_odd_schema_leaves_the_value_open(form: Format, schema: Any) -> None:
+    loop = {"a": {"anyOf": [{"$ref": "#/$defs/a"}] * 20}}
+    parameters = {"properties": {"x": schema}, "required": 5, "$defs": loop}
+    grammar = tool_grammar(form, [("f", parameters, False)], token_id(True), many=False)
+    assert not fault_of(matcher_of(compiled(True), Grammar("lark", grammar)))
+
+
 @pytest.mark.parametrize("form", ALL)
 @pytest.mark.parametrize("added", [False, True])
 def test_whatever_a_grammar_allows_is_read_as_calls(form: Format, added: bool) -> None:
@@ -208,7 +316,7 @@ def test_whatever_a_grammar_allows_is_read_as_calls(form: Format, added: bool) -
     many = form is not LLAMA3
     grammar = tool_grammar(form, FUNCTIONS, token_id(added), many=many)
     checked = copy.deepcopy(LOOK)
-    if form in (QWEN, GLM):
+    if form in (QWEN, GLM, GEMMA):
         del checked["properties"]["city"]["maxLength"]  # of texts without quotes it is not forced
     for _ in range(8):
         matcher = matcher_of(compiled(added), Grammar("lark", grammar))

@@ -13,7 +13,7 @@ from server.tools import FORMATS, Format, reader_of, whole
 from server.tools.formats import JsonFormat
 
 HERMES, LLAMA3, MISTRAL = FORMATS["hermes"], FORMATS["llama3"], FORMATS["mistral"]
-QWEN, GLM = FORMATS["qwen3_coder"], FORMATS["glm45"]
+QWEN, GLM, GEMMA = FORMATS["qwen3_coder"], FORMATS["glm45"], FORMATS["gemma4"]
 NAMES: dict[str, Any] = {"look": {}, "add": {}}
 TYPED: dict[str, Any] = {
     "f": {
@@ -47,6 +47,7 @@ LOOKED, ADDED = call(), call(*ADD)
 LLAMA = call(key="parameters")
 QWEN_ADDED = tagged("<function=add>\n</function>")
 GLM_ADDED = "<tool_call>add</tool_call>"
+GEMMA_ADDED = "<|tool_call>call:add{}<tool_call|>"
 
 Case = tuple[Format, str, str | None, list[tuple[str, str]]]
 
@@ -143,6 +144,27 @@ CALLS: dict[str, Case] = {
         None,
         [("look", '{"city": "Paris\\n", "days": [1]}'), ADD],
     ),
+    "gemma": (
+        GEMMA,
+        f"Well, {GEMMA_ADDED}"
+        '<|tool_call>call:look{a:<|"|>x, {"y"}: [\n]<|"|>,b:[1,-2.5,null],c:{d:<|"|><|"|>,e:{}},'
+        "f:[]}<tool_call|>\n",
+        "Well,",
+        [
+            ADD,
+            (
+                "look",
+                '{"a": "x, {\\"y\\"}: [\\n]", "b": [1, -2.5, null], "c": {"d": "", "e": {}}, '
+                '"f": []}',
+            ),
+        ],
+    ),
+    "gemma, blanks, quoted keys, bare words": (
+        GEMMA,
+        '<|tool_call> call:look { <|"|>a b<|"|> : None , c : [ True , two words ] } <tool_call|>',
+        None,
+        [("look", '{"a b": null, "c": [true, "two words"]}')],
+    ),
 }
 
 CONTENT: dict[str, tuple[Format, str]] = {
@@ -168,6 +190,14 @@ CONTENT: dict[str, tuple[Format, str]] = {
     "qwen, no end of a parameter": (QWEN, tagged("<function=add>\n<parameter=a>\n1\n</function>")),
     "qwen, text between": (QWEN, tagged("<function=add>\nHm\n</function>")),
     "glm, no value": (GLM, "<tool_call>add\n<arg_key>a</arg_key>\n</tool_call>"),
+    "gemma, no end of a text": (GEMMA, '<|tool_call>call:add{a:<|"|>x}<tool_call|>'),
+    "gemma, no value": (GEMMA, "<|tool_call>call:add{a:}<tool_call|>"),
+    "gemma, no comma": (GEMMA, "<|tool_call>call:add{a:[1 [2]]}<tool_call|>"),
+    "gemma, more": (GEMMA, "<|tool_call>call:add{}}<tool_call|>"),
+    "gemma, no key": (GEMMA, "<|tool_call>call:add{1}<tool_call|>"),
+    "gemma, no object": (GEMMA, "<|tool_call>call:add(1)<tool_call|>"),
+    "gemma, deep": (GEMMA, f"<|tool_call>call:add{'{a:' * 3000}1{'}' * 3000}<tool_call|>"),
+    "gemma, cut": (GEMMA, GEMMA_ADDED[:-1]),
     "glm, no name": (GLM, "<tool_call>\n</tool_call>"),
     "mistral's tag": (MISTRAL, "[TOOL_CALLS] none [ARGS]"),
     "mistral's broken list": (MISTRAL, f"[TOOL_CALLS][{ADDED[:-2]}"),
@@ -286,13 +316,14 @@ PIECES = (
         "[",
         "]",
     ),
+    *(GEMMA_ADDED, "<|tool_call>", "call:add{", '<|"|>', "a:", "<tool_call|>"),
     *(QWEN_ADDED, GLM_ADDED, "<function=add>", "<parameter=a>", "</parameter>", "</function>"),
     *(LOOKED, ADDED, LLAMA, "{", "}", '"', "\\", " ", "\n", "x", '{"name": "add"', "add"),
 )
 
 
 @given(
-    st.sampled_from([HERMES, LLAMA3, MISTRAL, QWEN, GLM]),
+    st.sampled_from([HERMES, LLAMA3, MISTRAL, QWEN, GLM, GEMMA]),
     st.lists(st.sampled_from(PIECES), max_size=12).map("".join),
     PLACES,
     st.booleans(),

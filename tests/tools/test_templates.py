@@ -15,7 +15,7 @@ from server.schemas.tools import ToolFields
 from server.settings import Settings, load_settings
 from server.tools import FORMATS, Tools, whole
 from tests.helpers.tokenizer import CHATML, tiny_sentencepiece_tokenizer, tiny_tokenizer
-from tests.tools.templates import GLM, LLAMA, MISTRAL, MISTRAL_NAMES, QWEN, QWEN_CODER
+from tests.tools.templates import GEMMA, GLM, LLAMA, MISTRAL, MISTRAL_NAMES, QWEN, QWEN_CODER
 
 LOOK = {
     "type": "function",
@@ -159,6 +159,7 @@ def asked(tools: Tools, **fields: Any) -> Any:
         (MISTRAL_NAMES, "mistral", True),
         (QWEN_CODER, "qwen3_coder", False),
         (GLM, "glm45", False),
+        (GEMMA, "gemma4", False),
     ],
 )
 def test_the_format_is_found(template: str, name: str, direct: bool) -> None:
@@ -202,7 +203,7 @@ def test_an_answer_of_a_form_beside_tools() -> None:
     [
         (CHATML, "--tool-template"),
         (None, "--tool-template"),
-        ("{{ tools }}", "--tool-parser hermes|llama3|mistral|qwen3_coder|glm45"),
+        ("{{ tools }}", "--tool-parser hermes|llama3|mistral|qwen3_coder|glm45|gemma4"),
     ],
 )
 def test_tools_that_cannot_be_asked_for(template: str | None, advice: str) -> None:

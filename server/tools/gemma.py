@@ -1,0 +1,253 @@
+"""Calls as Gemma 4 writes them: a name, and arguments that are like JSON with quotes of its own."""
+
+from __future__ import annotations
+
+import json
+import re
+
+from reft_runtime.errors import InvalidRequest
+from server.schemas.tools import NAME
+from server.tools.syntax import (
+    MORE_KEYS,
+    SAID,
+    Functions,
+    Rules,
+    Schema,
+    bare_value,
+    joined,
+    kinds_of,
+    listed_values,
+    properties_of,
+    quoted,
+    types_of,
+)
+
+QUOTE = '<|"|>'
+"""What stands before and behind a text."""
+
+_CALL = re.compile(rf"\s*call:(?P<name>{NAME})\s*(?=\{{)")
+_KEY = re.compile(r"\s*([^:,{}\[\]\s]+)\s*:\s*")
+_BARE = re.compile(r"[^,{}\[\]<]+")
+_BLANKS = re.compile(r"\s*")
+
+_KNOWN = frozenset(
+    {
+        *("type", "enum", "const", "anyOf", "oneOf", "$ref", "$defs", "definitions"),
+        *("properties", "required", "additionalProperties", "items", "minItems", "maxItems"),
+    }
+)
+"""Keys of a schema to which a grammar holds."""
+
+
+class Gemma:
+    """The syntax of Gemma 4's calls."""
+
+    def parsed(self, text: str, functions: Functions) -> tuple[str, str] | None:
+        """Name, and arguments as JSON, of the call that `text` is; None if it is none."""
+        found = _CALL.match(text)
+        if found is None:
+            return None
+        reader = _Values(text, found.end())
+        try:
+            arguments = reader.value()
+        except (ValueError, RecursionError):
+            return None
+        return (found["name"], arguments) if not text[reader.at :].strip() else None
+
+    def rule(self, name: str, parameters: Schema, rules: Rules) -> str:
+        """The right side of a Lark rule of calls of one function."""
+        writer = _Writer(parameters, rules)
+        closed = parameters if MORE_KEYS & parameters.keys() else _closed(parameters)
+        return f"{rules.text(f'call:{name}')} {writer.fields(name, closed)}"
+
+
+class _Values:
+    """Reads values from `at` on; what it reads comes as JSON. Raises `ValueError` if it cannot."""
+
+    def __init__(self, text: str, at: int) -> None:
+        self._text = text
+        self.at = at
+
+    def value(self) -> str:
+        """Read a value."""
+        if self._takes(QUOTE):
+            return self._quoted()
+        if self._takes("{"):
+            fields: dict[str, str] = {}
+            while not self._takes("}"):
+                key = self._key()
+                fields[key] = self.value()
+                self._separator("}")
+            return joined(fields)
+        if self._takes("["):
+            items: list[str] = []
+            while not self._takes("]"):
+                items.append(self.value())
+                self._separator("]")
+            return f"[{', '.join(items)}]"
+        return bare_value(self._match(_BARE)[0].strip())
+
+    def _key(self) -> str:
+        if self._takes(QUOTE):
+            key: str = json.loads(self._quoted())
+            self._blanks()
+            if not self._takes(":"):
+                raise ValueError("no value behind a key")
+            return key
+        return self._match(_KEY)[1]
+
+    def _quoted(self) -> str:
+        end = self._text.index(QUOTE, self.at)
+        said, self.at = self._text[self.at : end], end + len(QUOTE)
+        return quoted(said)
+
+    def _separator(self, end: str) -> None:
+        self._blanks()
+        if not self._takes(",") and not self._text.startswith(end, self.at):
+            raise ValueError("no separator")
+
+    def _takes(self, text: str) -> bool:
+        self._blanks()
+        found = self._text.startswith(text, self.at)
+        self.at += len(text) if found else 0
+        return found
+
+    def _blanks(self) -> None:
+        self._match(_BLANKS)
+
+    def _match(self, pattern: re.Pattern[str]) -> re.Match[str]:
+        found = pattern.match(self._text, self.at)
+        if found is None:
+            raise ValueError("no value")
+        self.at = found.end()
+        return found
+
+
+class _Writer:
+    """Writes what a schema allows in Lark's notation; `root` has what it may refer to."""
+
+    def __init__(self, root: Schema, rules: Rules) -> None:
+        self._root = root
+        self._rules = rules
+        self._quote = rules.text(QUOTE)
+        self._referred: dict[str, str] = {}
+        """Names of the rules of what references lead to."""
+
+    def fields(self, path: str, schema: Schema) -> str:
+        """An object; its keys stand in the order of letters, as the chat template writes them."""
+        properties = properties_of(schema)
+        if schema.get("additionalProperties", not properties):
+            return self._any("fields")
+        said = schema.get("required")
+        required = said if isinstance(said, list) else []
+        first, rest = "", ""
+        for key in sorted(properties, key=lambda key: (key.lower(), key), reverse=True):
+            value = self._value(f"{path}.{key}", properties[key])
+            field = self._rule(f"{json.dumps(f'{key}:')} {value}")
+            # The first one that is there has no comma before it.
+            if key in required:
+                first = self._rule(f"{field} {rest}")
+                rest = self._rule(f'"," {field} {rest}')
+            else:
+                first = self._rule(f"{field} {rest}" + (f" | {first}" if first else ""))
+                rest = self._rule(f'("," {field})? {rest}')
+        must = any(key in required for key in properties)
+        return f'"{{" {first}{"" if must or not first else "?"} "}}"'
+
+    def _rule(self, right: str) -> str:
+        """The name of a new rule."""
+        name = f"part{len(self._rules.more)}"
+        self._rules.more[name] = right
+        return name
+
+    def _value(self, path: str, schema: Schema) -> str:
+        values = listed_values(schema, self._root)
+        if values is not None and not any(isinstance(one, list | dict) for one in values):
+            return f"({' | '.join(map(self._literal, values))})"
+        kinds = kinds_of(schema, self._root)
+        if kinds == [schema]:
+            return self._own(path, schema)
+        written = [self._reference(path, one) for one in kinds]
+        return f"({' | '.join(written)})" if written else self._any("any")
+
+    def _reference(self, path: str, schema: Schema) -> str:
+        """The name of a rule for a schema, which may lead to itself."""
+        key = json.dumps(schema)
+        if key not in self._referred:
+            name = self._referred[key] = self._rule("")
+            self._rules.more[name] = self._own(path, schema)
+        return self._referred[key]
+
+    def _own(self, path: str, schema: Schema) -> str:
+        """What a schema allows, of which nothing stands elsewhere."""
+        unknown = min(schema.keys() - _KNOWN - SAID, default=None)
+        if self._rules.strict and unknown is not None:
+            raise InvalidRequest(
+                f"tools: {path}: {unknown!r} cannot be forced in the syntax of this model's calls; "
+                "leave it out, or strict.",
+                param="tools",
+            )
+        kinds = sorted(types_of(schema, self._root))
+        written = [self._of_type(kind, path, schema) for kind in kinds]
+        return f"({' | '.join(written)})" if written else self._any("any")
+
+    def _of_type(self, kind: str, path: str, schema: Schema) -> str:
+        match kind:
+            case "object":
+                return self.fields(path, schema)
+            case "array":
+                return self._array(path, schema)
+            case "string":
+                return self._any("text")
+            case "integer" | "number" | "boolean" | "null":
+                return self._any(kind)
+        return self._any("any")
+
+    def _array(self, path: str, schema: Schema) -> str:
+        items = schema.get("items")
+        one = self._value(path, items if isinstance(items, dict) else {})
+        least, most = _count(schema.get("minItems")) or 0, _count(schema.get("maxItems"))
+        if most == 0:
+            return '"[" "]"'
+        more = f"{max(least - 1, 0)},{'' if most is None else most - 1}"
+        listed = f'{one} ("," {one}){{{more}}}'
+        return f'"[" {listed} "]"' if least else f'"[" ({listed})? "]"'
+
+    def _literal(self, value: object) -> str:
+        if isinstance(value, str):
+            return f"({self._quote} {json.dumps(value)} {self._quote})"
+        return json.dumps(json.dumps(value))
+
+    def _any(self, kind: str) -> str:
+        """The name of a rule of all values of a kind."""
+        letters = r'<\|"\|>'
+        rules = {
+            "text": f"{self._quote} quoted",
+            "quoted[lazy]": f"/(?s:.*){letters}/",
+            "integer": "/-?(0|[1-9][0-9]*)/",
+            "number": r"/-?(0|[1-9][0-9]*)(\.[0-9]+)?([eE][+-]?[0-9]+)?/",
+            "boolean": '"true" | "false"',
+            "null": '"null"',
+            "any": "text | number | boolean | null | list | fields",
+            "list": '"[" (any ("," any)*)? "]"',
+            "fields": '"{" (field ("," field)*)? "}"',
+            "field": 'FIELD ":" any',
+            "FIELD": r"/[^:,{}\[\]\s<]+/",
+        }
+        if self._rules.token_id(QUOTE) is not None:
+            del rules["quoted[lazy]"]
+            rules |= {
+                "quoted": f"TEXT_IN_QUOTES? {self._quote}",
+                "TEXT_IN_QUOTES": f"/(?s:.+)/ & ~/(?s:.*){letters}(?s:.*)/",
+            }
+        self._rules.more.update(rules)
+        return kind
+
+
+def _closed(parameters: Schema) -> Schema:
+    """The schema with no other properties than those it lists, unless it says so itself."""
+    return {"additionalProperties": False, **parameters}
+
+
+def _count(said: object) -> int | None:
+    return said if isinstance(said, int) and said >= 0 else None
