@@ -22,12 +22,14 @@ class Grammar:
 
     `source` is by `kind`: a JSON Schema, nothing (any JSON object), a regular expression, a JSON
     list of the texts to choose from, or a grammar in Lark's notation as llguidance reads it.
+    With a `frame`, a grammar in Lark's notation, it is that of what the frame calls `@answer`.
     `param` is the field of the request that errors name.
     """
 
     kind: Literal["json_schema", "json_object", "regex", "choice", "lark"]
     source: str = ""
     param: str = field(default="grammar", compare=False)
+    frame: str = ""
 
 
 @dataclass(frozen=True, slots=True)

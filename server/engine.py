@@ -37,6 +37,10 @@ class Tokenizer(Protocol):
         """Whether the text of token ids is that of their joined bytes."""
 
     @property
+    def frame(self) -> str:
+        """The `Grammar.frame` of answers to chats; empty for most models."""
+
+    @property
     def tool_template(self) -> str:
         """The model's own chat template for chats with tools; empty if it has none."""
 

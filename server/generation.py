@@ -19,7 +19,7 @@ from server.tenants.meter import Meter
 from server.tenants.quota import Refused, TooLarge
 
 if TYPE_CHECKING:
-    from reft_runtime.text.reasoning import Thinking
+    from reft_runtime.reasoning import Thinking
     from server.engine import Stream
     from server.tenants.quota import Admitted
 

@@ -7,6 +7,7 @@ from abc import ABC, abstractmethod
 from typing import Any, ClassVar
 
 from reft_runtime.outputs import Choice, Trace
+from reft_runtime.reasoning import Channels
 from server.answers import Writer
 from server.choices import ChoiceWriter
 from server.errors import ApiError
@@ -118,12 +119,17 @@ class _Call(_Item):
 
 
 def _answered(run: Run, logprobs: list[Any]) -> list[Any]:
-    """Log-probabilities of the tokens behind the mark that ends what the model thinks."""
-    if run.job.thinking is None or not run.reasoning_tokens:
+    """Log-probabilities of the tokens behind what the model thinks, and behind a header."""
+    if run.job.thinking is None:
         return logprobs
-    tokens = [each["token"] for each in logprobs]
-    end = run.context.engine.tokenizer.token_text(run.job.thinking.marks.end_id)
-    return logprobs[tokens.index(end) + 1 :] if end in tokens else logprobs
+    marks = run.job.thinking.marks
+    channels = isinstance(marks, Channels)
+    if not channels and not run.reasoning_tokens:
+        return logprobs
+    mark = marks.message_id if isinstance(marks, Channels) else marks.end_id
+    text = run.context.engine.tokenizer.token_text(mark)
+    behind = [place for place, each in enumerate(logprobs, 1) if each["token"] == text]
+    return logprobs[behind[-1 if channels else 0] :] if behind else logprobs
 
 
 def _usage(run: Run) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from reft_runtime.machine.cache import cache_folder
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 LogFormat = Literal["text", "json"]
-ToolParser = Literal["hermes", "llama3", "mistral", "qwen3_coder", "glm45", "gemma4"]
+ToolParser = Literal["hermes", "llama3", "mistral", "harmony", "qwen3_coder", "glm45", "gemma4"]
 LogLevel = Literal["debug", "info", "warning", "error"]
 
 SHIPPED = Path("interventions")

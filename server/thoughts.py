@@ -5,10 +5,19 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Literal
 
+from reft_runtime.reasoning import Channels
+from server.channels import ChannelReader
 from server.marks import held
 
 if TYPE_CHECKING:
-    from reft_runtime.text.reasoning import Thinking
+    from reft_runtime.reasoning import Marks, Thinking
+
+
+def reader_of(thinking: Thinking) -> Reader:
+    """A reader of the text of one choice."""
+    if isinstance(thinking.marks, Channels):
+        return ChannelReader(thinking.marks, open=thinking.open)
+    return ThoughtReader(thinking.marks, open=thinking.open)
 
 
 class ThoughtReader:
@@ -18,8 +27,8 @@ class ThoughtReader:
     where the prompt has not begun the thinking, is an answer as it is.
     """
 
-    def __init__(self, thinking: Thinking) -> None:
-        self._marks = thinking.marks
+    def __init__(self, marks: Marks, *, open: bool) -> None:
+        self._marks = marks
         self._label = self._marks.label
         self._state: Literal["begin", "thought", "between", "answer"] = "begin"
         self._said = False
@@ -28,7 +37,7 @@ class ThoughtReader:
         self._counts = False
         """Whether the next tokens are of what is thought, as far as is known."""
         self._uncounted: list[int] = []
-        if thinking.open:
+        if open:
             self._begin()
 
     def read(self, text: str, *, ended: bool) -> tuple[str, str]:
@@ -107,3 +116,6 @@ class ThoughtReader:
             self._buffer = self._buffer[len(thought) :]
         self._said |= bool(thought)
         return thought
+
+
+Reader = ThoughtReader | ChannelReader

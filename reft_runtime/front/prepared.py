@@ -10,7 +10,7 @@ from reft_runtime.front.prompt_form import PromptForm
 from reft_runtime.schedule.request import Request
 
 if TYPE_CHECKING:
-    from reft_runtime.text.reasoning import Thinking
+    from reft_runtime.reasoning import Thinking
 
 
 @dataclass(frozen=True, slots=True)

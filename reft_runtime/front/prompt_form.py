@@ -11,8 +11,8 @@ from reft_runtime.errors import InvalidRequest
 if TYPE_CHECKING:
     from reft_runtime.interventions import Version
     from reft_runtime.interventions.format.manifest import SystemTurn
+    from reft_runtime.reasoning import Thinking
     from reft_runtime.text import ChatOptions, Message
-    from reft_runtime.text.reasoning import Thinking
 
 
 class Encoder(Protocol):

@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING
 
 from reft_runtime.front.prompt_form import Encoder, PromptForm
 from reft_runtime.grammar import GrammarState
+from reft_runtime.reasoning import Channels
 from reft_runtime.sampling import SamplingParams
 
 if TYPE_CHECKING:
+    from reft_runtime.reasoning import Thinking
     from reft_runtime.text import ChatOptions, Message
-    from reft_runtime.text.reasoning import Thinking
 
 
 def thinking(
@@ -37,13 +38,16 @@ def marked(sampling: SamplingParams, thought: Thinking | None) -> SamplingParams
     """The settings of an answer whose text keeps the marks around what the model thinks."""
     if thought is None:
         return sampling
-    marks = (thought.marks.begin, thought.marks.end)
-    return replace(sampling, kept_special_tokens=sampling.kept_special_tokens + marks)
+    kept = sampling.kept_special_tokens + thought.marks.kept
+    return replace(sampling, kept_special_tokens=kept)
 
 
 def behind(thought: Thinking | None, grammar: GrammarState | None) -> GrammarState | None:
-    """The grammar of an answer that what the model thinks may stand before."""
-    if thought is None or grammar is None:
+    """The grammar of an answer that what the model thinks may stand before.
+
+    Of a model that writes on channels a grammar says itself what is before (`Grammar.frame`).
+    """
+    if thought is None or grammar is None or isinstance(thought.marks, Channels):
         return grammar
     marks = thought.marks
     return grammar.behind(marks.begin_id, marks.end_id, thinks=thought.open)

@@ -73,7 +73,13 @@ def matcher_of(tokenizer: LLTokenizer, grammar: Grammar) -> LLMatcher:
 
     Raises `ValueError` if the source is no JSON where it has to be.
     """
-    return LLMatcher(tokenizer, _written(grammar), log_level=0, limits=LIMITS)
+    written = _written(grammar)
+    if grammar.frame:
+        is_json = written.lstrip().startswith("{")
+        [answer] = json.loads(written)["grammars"] if is_json else [{"lark_grammar": written}]
+        framed = [{"lark_grammar": grammar.frame}, {**answer, "name": "answer"}]
+        written = json.dumps({"grammars": framed})
+    return LLMatcher(tokenizer, written, log_level=0, limits=LIMITS)
 
 
 def fault_of(matcher: LLMatcher) -> str:

@@ -49,7 +49,7 @@ class Trial:
         """
         if self._process is None or self._process.poll() is not None:
             self._start()
-        said = self._asked({"kind": grammar.kind, "source": grammar.source})
+        said = self._asked({"kind": grammar.kind, "source": grammar.source, "frame": grammar.frame})
         return self._ended() if said is None else Refusal(**said)
 
     def close(self) -> None:

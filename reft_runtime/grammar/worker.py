@@ -1,8 +1,8 @@
 """Tries grammars in a process of its own: `python -m reft_runtime.grammar.worker`.
 
 Lines of JSON come in, and for each one goes out. The first is the tokenizer: its definition,
-vocabulary size and end tokens. Each of the others is a grammar: its kind and source. The answer has
-its `fault`, empty for one that compiles and allows a first token, and the `place` of it.
+vocabulary size and end tokens. Each of the others is a grammar: its kind, source and frame. The
+answer has its `fault`, empty for one that compiles and allows a first token, and the `place` of it.
 
 A grammar of forty bytes can take minutes, gigabytes, or more stack than there is. Here it takes the
 process with it, and whoever asked sees that it has ended.

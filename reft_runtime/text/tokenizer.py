@@ -21,6 +21,7 @@ from reft_runtime.interventions.format.template import (
     is_text,
     laid_out,
 )
+from reft_runtime.reasoning import Channels, Marks, Thinking, find_marks
 from reft_runtime.text.chat import (
     ChatOptions,
     Message,
@@ -30,7 +31,6 @@ from reft_runtime.text.chat import (
     source_of,
     switches_of,
 )
-from reft_runtime.text.reasoning import Marks, Thinking, find_marks
 
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")
 """How SentencePiece writes the tokens that stand for one byte."""
@@ -197,9 +197,14 @@ class Tokenizer:
         return switches_of(self._tokenizer)
 
     @cached_property
-    def marks(self) -> Marks | None:
-        """The marks around what the model thinks; None if its chat template knows none."""
+    def marks(self) -> Marks | Channels | None:
+        """What stands around what the model thinks; None if its chat template knows nothing."""
         return find_marks(source_of(self._tokenizer), self.token_id)
+
+    @property
+    def frame(self) -> str:
+        """The `Grammar.frame` of answers to chats; empty if nothing but thoughts is before them."""
+        return self.marks.frame if isinstance(self.marks, Channels) else ""
 
     def thinking(self, prompt: Sequence[int], said: str | None = None) -> Thinking | None:
         """What the model may write before its answer to a chat; None if it answers at once.

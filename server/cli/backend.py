@@ -21,7 +21,7 @@ from server.cli.options import LOCAL_URL
 from server.cli.terminal import stages_told
 from server.settings import load_settings
 from server.starting import start_engine
-from server.thoughts import ThoughtReader
+from server.thoughts import reader_of
 
 if TYPE_CHECKING:
     from reft_runtime.interventions.registry.holding import Holding
@@ -277,7 +277,7 @@ class LocalBackend:
             )
 
         [prepared] = await in_turn(lambda: engine.admission.acquire(uses), prepare, release_all)
-        reader = None if prepared.thinking is None else ThoughtReader(prepared.thinking)
+        reader = None if prepared.thinking is None else reader_of(prepared.thinking)
         stream = engine.start(prepared)
         text, count, ended = "", 0, ""
         try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Request
@@ -17,7 +18,7 @@ from server.logprobs import chat_logprobs, prompt_logprobs
 from server.openapi import limited, takes
 from server.preparation import prepare
 from server.schemas.chat import ChatRequest
-from server.thoughts import ThoughtReader
+from server.thoughts import Reader, reader_of
 from server.tools import ToolPlan, ToolReader, whole
 
 router = APIRouter(tags=["openai"])
@@ -35,7 +36,7 @@ class ChatWriter(ChoiceWriter):
         self._body = body
         self._plan = plan
         self._begun: set[int] = set()
-        self._thoughts: dict[int, ThoughtReader] = {}
+        self._thoughts: dict[int, Reader] = {}
         self._readers: dict[int, ToolReader] = {}
 
     @property
@@ -58,7 +59,7 @@ class ChatWriter(ChoiceWriter):
         """Write a finished choice as a message."""
         text, thought = choice.text, ""
         if run.job.thinking is not None:
-            thought, text = _read(ThoughtReader(run.job.thinking), run, choice)
+            thought, text = _read(reader_of(run.job.thinking), run, choice)
         content: str | None = text
         reason: str | None = choice.finish_reason
         calls: list[dict[str, Any]] = []
@@ -101,7 +102,7 @@ class ChatWriter(ChoiceWriter):
         """Deltas of a choice, at least one; the last is empty if nothing, or a call, came last."""
         text, gained = delta.text, list[dict[str, Any]]()
         if run.job.thinking is not None:
-            thoughts = self._thoughts.setdefault(index, ThoughtReader(run.job.thinking))
+            thoughts = self._thoughts.setdefault(index, reader_of(run.job.thinking))
             thought, text = _read(thoughts, run, delta)
             gained += [{"reasoning_content": thought}] if thought else []
         if self._plan is None:
@@ -121,7 +122,7 @@ class ChatWriter(ChoiceWriter):
         return chat_logprobs(run.context.engine.tokenizer, logprobs)
 
 
-def _read(reader: ThoughtReader, run: Run, gained: Choice | ChoiceDelta) -> tuple[str, str]:
+def _read(reader: Reader, run: Run, gained: Choice | ChoiceDelta) -> tuple[str, str]:
     """What a choice gained: what was thought, and what was answered."""
     thought, text = reader.read(gained.text, ended=gained.finish_reason is not None)
     run.reasoning_tokens += reader.count(gained.tokens)
@@ -146,8 +147,13 @@ async def prepare_chat(
     context: Context, body: ChatRequest, plan: ToolPlan | None, *, prefix: str
 ) -> Job:
     """Resolve, tokenise and check a conversation; raises what `prepare` raises."""
-    sampling = body.sampling() if plan is None else plan.sampling(body.sampling())
-    switches = context.engine.tokenizer.switches
+    tokenizer, sampling = context.engine.tokenizer, body.sampling()
+    if plan is not None:
+        sampling = plan.sampling(sampling)
+    elif sampling.grammar is not None and not body.continue_final_message:
+        framed = replace(sampling.grammar, frame=tokenizer.frame)
+        sampling = replace(sampling, grammar=framed)
+    switches = tokenizer.switches
     return await prepare(
         context,
         body,

@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, replace
 
+from reft_runtime.reasoning import CHANNEL, MESSAGE
+from server.channels import CALL
 from server.schemas.tools import NAME
 from server.settings import ToolParser
 from server.tools.gemma import QUOTE, Gemma
@@ -41,14 +43,17 @@ class JsonFormat(Format):
     key: str
     """Key of the arguments in a call's object."""
 
-    lead: str
-    """Regular expression of what may stand between the tag and the first object."""
+    lead: str | None
+    """Regular expression of what may stand between the tag and the first object, if any may."""
 
     more: str | None
     """Text between two objects behind one tag; None if each has its own tag."""
 
+    named: str | None = None
+    """Regular expression of what stands between a name without an object, and its arguments."""
+
     direct: bool = False
-    """Whether the chat templates write a name and `[ARGS]` before arguments, without an object."""
+    """Whether the chat templates write names without an object."""
 
     def opening(self, *, exact: bool) -> re.Pattern[str]:
         """What stands between a tag, or `more`, and the JSON that is read next.
@@ -56,12 +61,14 @@ class JsonFormat(Format):
         With `exact` it is all before the arguments, with the group `name`; else it is all before
         the call's object. In both cases a group `direct` holds the name where there is no object.
         """
-        key = rf'"name"\s*:\s*"(?P<name>{NAME})"\s*,\s*"{self.key}"\s*:\s*'
-        first = rf'(?=\{{\s*"(name|id|type|{self.key})")'
-        listed = self.lead + (rf"\{{\s*{key}(?=\{{)" if exact else first)
-        if "[ARGS]" not in self.tokens:
-            return re.compile(listed)
-        return re.compile(rf"{listed}|\s*(?P<direct>{NAME})(\[CALL_ID\]\w+)?\[ARGS\]\s*(?=\{{)")
+        either = []
+        if self.lead is not None:
+            key = rf'"name"\s*:\s*"(?P<name>{NAME})"\s*,\s*"{self.key}"\s*:\s*'
+            first = rf'(?=\{{\s*"(name|id|type|{self.key})")'
+            either.append(self.lead + (rf"\{{\s*{key}(?=\{{)" if exact else first))
+        if self.named is not None:
+            either.append(rf"\s*(?P<direct>{NAME}){self.named}\s*(?=\{{)")
+        return re.compile("|".join(either))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -102,7 +109,20 @@ MISTRAL = JsonFormat(
     more=",",
     end="]",
     tokens=("[TOOL_CALLS]", "[ARGS]", "[CALL_ID]"),
+    named=r"(\[CALL_ID\]\w+)?\[ARGS\]",
     id_length=9,
+)
+HARMONY = JsonFormat(
+    name="harmony",
+    tag=CALL,
+    key="arguments",
+    lead=None,
+    more=None,
+    end=None,
+    tokens=(),  # those of channels are kept anyway
+    named=re.escape(MESSAGE),
+    direct=True,
+    one=True,
 )
 QWEN3_CODER = SyntaxFormat(
     name="qwen3_coder",
@@ -135,13 +155,15 @@ GEMMA4 = SyntaxFormat(
     between="",
 )
 
-_ALL: tuple[Format, ...] = (HERMES, LLAMA3, MISTRAL, QWEN3_CODER, GLM45, GEMMA4)
+_ALL: tuple[Format, ...] = (HERMES, LLAMA3, MISTRAL, HARMONY, QWEN3_CODER, GLM45, GEMMA4)
 
 FORMATS: dict[ToolParser, Format] = {form.name: form for form in _ALL}
 
 
 def find_format(template: str) -> Format | None:
     """The format in which a chat template writes calls; None if it is not one of these."""
+    if f"{CHANNEL}commentary" in template:
+        return HARMONY
     if MISTRAL.tag in template:
         return replace(MISTRAL, direct="[ARGS]" in template)
     if HERMES.tag in template:

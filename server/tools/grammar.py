@@ -7,8 +7,10 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from server.tools.formats import Format, JsonFormat, SyntaxFormat
-from server.tools.syntax import MORE_KEYS, Rules, TokenId, json_rule, term
+from reft_runtime.errors import InvalidRequest
+from reft_runtime.reasoning import Channels, TokenId
+from server.tools.formats import HARMONY, Format, JsonFormat, SyntaxFormat
+from server.tools.syntax import MORE_KEYS, Rules, json_rule, term
 
 Function = tuple[str, dict[str, Any], bool]
 """A function: its name, the JSON Schema of its parameters, and whether that is strict."""
@@ -29,6 +31,8 @@ def tool_grammar(
     JSON Schema, it is calls or a JSON value by that. The arguments are by the functions' schemas;
     what llguidance does not know of one that is not strict is not forced.
     """
+    if form is HARMONY:
+        return _on_channels(functions, token_id, free=free, answer=answer)
     tag, lines = term(form.tag, token_id), ["%llguidance {}"]
     if free and not form.bare:
         # A text contains no tag, also if it is written in other tokens than the tag's own.
@@ -56,6 +60,41 @@ def tool_grammar(
     written = [_call(form, function, token_id, more) for function in functions]
     lines += [f"turn: {turn}", f"call: {' | '.join(written)}"]
     return "\n".join([*lines, *(f"{name}: {rule}" for name, rule in more.items())]) + "\n"
+
+
+def _on_channels(
+    functions: Sequence[Function],
+    token_id: TokenId,
+    *,
+    free: bool,
+    answer: dict[str, Any] | None,
+) -> str:
+    """The same for a model that writes on channels: thoughts may stand before all else."""
+    channels = Channels.of(token_id)
+    if channels is None:
+        raise InvalidRequest(
+            "tools: this model's tokenizer has no tokens for channels; start the server without "
+            "--tool-parser harmony.",
+            param="tools",
+        )
+    calls = [
+        f"{channels.called(name)} {json_rule(_arguments(parameters), strict=strict)}"
+        for name, parameters, strict in functions
+    ]
+    last = ["call"]
+    if free:
+        last.append(f"{channels.final} /(?s:.+)/?")
+    elif answer is not None:
+        last.append(f"{channels.final} {json_rule(answer, strict=True)}")
+    before = "(thought | preamble)*" if free else "thought*"
+    rules = [
+        f"start: {before} ({' | '.join(last)})",
+        f"thought: {channels.thought}",
+        f"call: {' | '.join(calls)}",
+    ]
+    if free:
+        rules.append(f"preamble: {channels.preamble}")
+    return "\n".join(["%llguidance {}", *rules]) + "\n"
 
 
 def _turn(form: Format, tag: str, token_id: TokenId, *, many: bool) -> tuple[str, str | None]:

@@ -4,22 +4,20 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any, Protocol
 
 from reft_runtime.grammar.source import ONE_LINE
 from reft_runtime.interventions.format.strict_json import load_strict
+from reft_runtime.reasoning import TokenId
 
 Schema = Mapping[str, Any]
 """JSON Schema of a function's parameters, or of one of them."""
 
 Functions = Mapping[str, Schema]
 """The functions that a request offers, by name, with the schemas of their parameters."""
-
-TokenId = Callable[[str], int | None]
-"""Id of the token that a tokenizer adds for a text; None if it adds none."""
 
 MORE_KEYS = frozenset({"patternProperties", "allOf", "anyOf", "oneOf", "$ref", "if"})
 """Keys of a schema that may allow properties beside those of `properties`."""

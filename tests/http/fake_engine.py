@@ -40,9 +40,9 @@ from reft_runtime.outputs import (
     TokenLogprob,
     Trace,
 )
+from reft_runtime.reasoning import Channels, Marks, Thinking
 from reft_runtime.sampling import Grammar
 from reft_runtime.schedule.request import Request
-from reft_runtime.text.reasoning import Marks, Thinking
 
 if TYPE_CHECKING:
     from reft_runtime.interventions import Registry
@@ -90,8 +90,10 @@ class FakeTokenizer:
     def laid_out(self, text: str, template: str) -> None:
         return None
 
-    marks: Marks | None = None
+    marks: Marks | Channels | None = None
     """Marks of bytes, each of which ends with the byte that is its id."""
+
+    frame = ""
 
     def thinking(self, prompt: Sequence[int], said: str | None = None) -> Thinking | None:
         if self.marks is None:

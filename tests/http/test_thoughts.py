@@ -13,7 +13,7 @@ import openai
 import pytest
 from fastapi import FastAPI
 
-from reft_runtime.text.reasoning import Marks, Thinking, find_marks
+from reft_runtime.reasoning import Marks, Thinking, find_marks
 from server.thoughts import ThoughtReader
 from tests.http.conftest import chat
 from tests.http.fake_engine import FakeEngine, FakeRegistry, FakeVersion
@@ -77,7 +77,7 @@ def test_a_text_is_parted_wherever_it_is_cut(
 ) -> None:
     rng = random.Random(says)
     for _ in range(50):
-        reader = ThoughtReader(Thinking(MARKS, opened))
+        reader = ThoughtReader(MARKS, open=opened)
         cuts = sorted(rng.choices(range(len(says) + 1), k=rng.randrange(len(says) + 2)))
         parts = [says[a:b] for a, b in zip([0, *cuts], [*cuts, len(says)], strict=True)]
         found, counted = ["", ""], 0
@@ -110,7 +110,7 @@ def test_marks_are_those_that_a_template_writes_and_single_tokens() -> None:
 )
 def test_a_label_is_none_of_the_thought(says: str, thought: str) -> None:
     for cut in range(len(says)):
-        reader = ThoughtReader(Thinking(GEMMA, open=False))
+        reader = ThoughtReader(GEMMA, open=False)
         parts = [reader.read(says[:cut], ended=False), reader.read(says[cut:], ended=True)]
         assert ["".join(part) for part in zip(*parts, strict=True)] == [thought, "Yes"]
 

@@ -14,6 +14,7 @@ import pytest
 from tokenizers import AddedToken
 
 from reft_runtime import Engine
+from reft_runtime.reasoning import Marks
 from reft_runtime.text import ChatOptions
 from server.app import create_app
 from server.settings import Settings
@@ -89,7 +90,7 @@ async def ask(http: httpx.AsyncClient, how: str, **fields: Any) -> dict[str, Any
 
 def marks(engine: Engine) -> tuple[int, int]:
     found = engine.tokenizer.marks
-    assert found is not None
+    assert isinstance(found, Marks)
     return found.begin_id, found.end_id
 
 

@@ -203,7 +203,7 @@ def test_an_answer_of_a_form_beside_tools() -> None:
     [
         (CHATML, "--tool-template"),
         (None, "--tool-template"),
-        ("{{ tools }}", "--tool-parser hermes|llama3|mistral|qwen3_coder|glm45|gemma4"),
+        ("{{ tools }}", "--tool-parser hermes|llama3|mistral|harmony|qwen3_coder|glm45|gemma4"),
     ],
 )
 def test_tools_that_cannot_be_asked_for(template: str | None, advice: str) -> None:
