@@ -241,8 +241,9 @@ class ResponseWriter(Writer):
     def _thought(self, run: Run, text: str) -> list[bytes]:
         """Events of more of what is thought; there is no place for its log-probabilities."""
         events = []
-        if not self._items:
-            events += self._open(_Thought(run, 0))
+        if not self._items or not isinstance(self._items[-1], _Thought):
+            events += self._close()
+            events += self._open(_Thought(run, len(self._items)))
         item = self._items[-1]
         item.pieces.append(text)
         said = {"content_index": 0, "delta": text}

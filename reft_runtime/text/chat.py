@@ -17,6 +17,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 from reft_runtime.errors import InvalidRequest
 from reft_runtime.interventions.format.manifest import SystemTurn
 from reft_runtime.interventions.format.template import around
+from reft_runtime.reasoning import CHANNEL, THOUGHTS
 
 Message = Mapping[str, Any]
 """One turn of a chat: its `role` and its `content`; `name`, where given, is the speaker's.
@@ -129,7 +130,7 @@ def render(
         check_reads_tools(source)
     if any(turn.get("tool_calls") for turn in messages) and "tool_calls" not in source:
         raise InvalidRequest(f"messages: {_NO_TOOLS.format('calls of tools')}", param="messages")
-    turns = [dict(turn) | {"content": turn.get("content") or ""} for turn in messages]
+    turns = [_shown(turn, source) for turn in messages]
     if options.continue_final_message and options.add_generation_prompt:
         raise InvalidRequest(
             "continue_final_message needs add_generation_prompt: false.",
@@ -147,7 +148,7 @@ def render(
     try:
         text = tokenizer.apply_chat_template(
             turns,
-            tools=[dict(tool) for tool in options.tools] or None,
+            tools=[_told(tool, source) for tool in options.tools] or None,
             chat_template=template,
             tokenize=False,
             add_generation_prompt=options.add_generation_prompt,
@@ -164,6 +165,33 @@ def render(
         ) from None
     assert isinstance(text, str)
     return text
+
+
+def _shown(turn: Message, source: str) -> dict[str, Any]:
+    """A turn as a chat template takes it.
+
+    Templates of gpt-oss call what was thought before it `thinking`, and refuse to have that and a
+    text before a call, which they write as thought, too: there the two are one.
+    """
+    said = turn.get("content") or ""
+    shown = {**turn, "content": said}
+    thought = turn.get("reasoning_content")
+    if not thought or not _has_channels(source):
+        return shown
+    if said and turn.get("tool_calls"):
+        return shown | {"content": "", "thinking": f"{thought}\n\n{said}"}
+    return shown | {"thinking": thought}
+
+
+def _told(tool: Mapping[str, Any], source: str) -> dict[str, Any]:
+    """A tool as a chat template takes it: those of gpt-oss fail where one has no description."""
+    if not _has_channels(source):
+        return dict(tool)
+    return {**tool, "function": {"description": "", **tool["function"]}}
+
+
+def _has_channels(source: str) -> bool:
+    return f"{CHANNEL}{THOUGHTS}" in source
 
 
 @lru_cache(maxsize=8)

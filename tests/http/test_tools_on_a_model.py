@@ -16,7 +16,16 @@ from server.settings import Settings
 from tests.helpers.models import VOCABULARY, tiny
 from tests.helpers.serving import client_of
 from tests.helpers.tokenizer import tiny_tokenizer
-from tests.tools.templates import GEMMA, GLM, LLAMA, MISTRAL, MISTRAL_NAMES, QWEN, QWEN_CODER
+from tests.tools.templates import (
+    GEMMA,
+    GLM,
+    HARMONY,
+    LLAMA,
+    MISTRAL,
+    MISTRAL_NAMES,
+    QWEN,
+    QWEN_CODER,
+)
 
 ENUM = {"enum": ["Rome", "\u00e9", "<tool_call>", "</tool_call>", '"}']}
 TOOLS = [
@@ -36,6 +45,7 @@ TOOLS = [
     },
     {"type": "function", "function": {"name": "add"}},
 ]
+CHANNELS = ("<|start|>", "<|channel|>", "<|message|>", "<|constrain|>", "<|end|>")
 TEMPLATES = {
     "qwen": QWEN,
     "llama": LLAMA,
@@ -44,16 +54,17 @@ TEMPLATES = {
     "qwen coder": QWEN_CODER,
     "glm": GLM,
     "gemma": GEMMA,
+    "harmony": HARMONY,
 }
 
 
 @pytest.fixture(scope="module")
 def engine() -> Iterator[Engine]:
     """An engine whose tokenizer has the tags as tokens, some of them special."""
-    inner = tiny_tokenizer(VOCABULARY - 6)
+    inner = tiny_tokenizer(VOCABULARY - 6 - len(CHANNELS))
     for tag in ("<tool_call>", "</tool_call>"):
         inner.add_tokens([AddedToken(tag, special=False)])
-    for tag in ("[TOOL_CALLS]", "[ARGS]", "<|python_tag|>", "[OTHER]"):
+    for tag in ("[TOOL_CALLS]", "[ARGS]", "<|python_tag|>", "[OTHER]", *CHANNELS):
         inner.add_tokens([AddedToken(tag, special=True)])
     assert len(inner) == VOCABULARY
     model = tiny("llama", max_position_embeddings=1024)
@@ -66,6 +77,7 @@ async def http(
     engine: Engine, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> AsyncIterator[httpx.AsyncClient]:
     monkeypatch.setattr(engine.tokenizer._tokenizer, "chat_template", TEMPLATES[request.param])
+    engine.tokenizer.__dict__.pop("marks", None)  # it is kept
     async with client_of(create_app(engine, Settings())) as client:
         yield client
     engine.check_integrity()

@@ -121,3 +121,41 @@ GEMMA = """
     "{{- '<|tool_call>call:' + call.function.name }}"
     "{{- shown(call.function.arguments) }}{{- '<tool_call|>' }}",
 )
+
+HARMONY = """
+{{- '<|start|>system<|message|>Reasoning: ' + reasoning_effort | default('medium') + '<|end|>' }}
+{%- for tool in tools or [] %}
+    {{- '<|start|>developer<|message|>// ' + tool.function.description + '\\n' + tool | tojson }}
+    {{- '<|end|>' }}
+{%- endfor %}
+{%- set last = namespace(name=none) %}
+{%- for message in messages %}
+    {%- if message.role == 'assistant' %}
+        {%- if '<|channel|>analysis<|message|>' in message.content %}
+            {{- raise_exception('channels in the content') }}
+        {%- endif %}
+        {%- if message.tool_calls %}
+            {%- if message.content and message.thinking %}
+                {{- raise_exception('both content and thinking before a call') }}
+            {%- endif %}
+            {%- if message.content or message.thinking %}
+                {{- '<|start|>assistant<|channel|>analysis<|message|>' }}
+                {{- (message.content or message.thinking) + '<|end|>' }}
+            {%- endif %}
+            {%- set call = message.tool_calls[0].function %}
+            {{- '<|start|>assistant to=functions.' + call.name + '<|channel|>commentary json' }}
+            {{- '<|message|>' + call.arguments | tojson + '<|call|>' }}
+            {%- set last.name = call.name %}
+        {%- else %}
+            {{- '<|start|>assistant<|channel|>final<|message|>' + message.content }}
+            {{- '<|end|>' if not loop.last or add_generation_prompt else '<|return|>' }}
+        {%- endif %}
+    {%- elif message.role == 'tool' %}
+        {{- '<|start|>functions.' + last.name + ' to=assistant<|channel|>commentary<|message|>' }}
+        {{- message.content | tojson + '<|end|>' }}
+    {%- else %}
+        {{- '<|start|>' + message.role + '<|message|>' + message.content + '<|end|>' }}
+    {%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}{{- '<|start|>assistant' }}{%- endif %}
+"""

@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerFast
 
 from reft_runtime.errors import InvalidRequest
 from reft_runtime.grammar.source import fault_of, matcher_of, read_tokenizer
+from reft_runtime.reasoning import Channels
 from reft_runtime.sampling import Grammar
 from reft_runtime.text import Tokenizer
 from server.tools import FORMATS, Format, reader_of, whole
@@ -36,6 +37,7 @@ FUNCTIONS = [("look", LOOK, False), ("add", {}, False)]
 SCHEMAS: dict[str, Any] = {name: schema for name, schema, _ in FUNCTIONS}
 
 HERMES, LLAMA3, MISTRAL = FORMATS["hermes"], FORMATS["llama3"], FORMATS["mistral"]
+HARMONY, CHANNELS = FORMATS["harmony"], Channels(1, 2, 3, 4, 5)
 QWEN, GLM, GEMMA = FORMATS["qwen3_coder"], FORMATS["glm45"], FORMATS["gemma4"]
 MISTRAL_NAMES = find_format("[TOOL_CALLS][ARGS]")
 assert MISTRAL_NAMES is not None
@@ -46,7 +48,7 @@ ALL = [HERMES, LLAMA3, MISTRAL, MISTRAL_NAMES, QWEN, GLM, GEMMA]
 def tokenizer(added: bool) -> PreTrainedTokenizerFast:
     """A tokenizer whose tags are letters or, with `added`, tokens of their own."""
     tiny = tiny_tokenizer()
-    tags = [text for form in ALL for text in form.tokens]
+    tags = [*(text for form in ALL for text in form.tokens), *CHANNELS.kept]
     if added:
         special = [text for text in tags if not text.startswith("<") or "|" in text]
         tiny.add_tokens([AddedToken(text, special=text in special) for text in dict.fromkeys(tags)])
@@ -204,6 +206,40 @@ def test_what_a_schema_leaves_open() -> None:
     assert allowed(referred, '{"x": null}')
     # Of a schema that is not strict, what cannot be forced is left to the model.
     assert allowed({"properties": {"x": {"type": "string", "format": "odd"}}}, '{"x": "a"}')
+
+
+def test_calls_on_channels() -> None:
+    """Thoughts may stand before a call, and a message to the user if calls are not forced."""
+    thought = "<|channel|>analysis<|message|>Hm.<|end|><|start|>assistant"
+    preamble = thought.replace("analysis", "commentary")
+    call = f"<|channel|>commentary to=functions.look <|constrain|>json<|message|>{CITY}"
+    plain = call.replace(" <|constrain|>json", "")
+    final = "<|channel|>final<|message|>"
+    answer = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
+    forced = tool_grammar(HARMONY, FUNCTIONS, token_id(True), many=False)
+    free = tool_grammar(HARMONY, FUNCTIONS, token_id(True), many=False, free=True)
+    either = tool_grammar(HARMONY, FUNCTIONS, token_id(True), many=False, answer=answer)
+    for text, fits in (
+        (call, "forced free either"),
+        (plain, "forced free either"),
+        (thought + call, "forced free either"),
+        (thought + thought + call, "forced free either"),
+        (thought + preamble + call, "free"),
+        (final + "Hi", "free"),
+        (thought + final, "free"),
+        (thought + final + '{"a": 5}', "free either"),
+        (thought, ""),
+        (call.replace("look", "who"), ""),
+        (call.replace("Rome", "Rome-on-Sea"), ""),
+        (call + call, ""),
+        ("Hi", ""),
+        (CITY, ""),
+    ):
+        for name, grammar in (("forced", forced), ("free", free), ("either", either)):
+            assert allows(grammar, text, added=True) == (name in fits.split()), (name, text)
+    with pytest.raises(InvalidRequest, match="no tokens for channels") as error:
+        tool_grammar(HARMONY, FUNCTIONS, token_id(False), many=False)
+    assert error.value.param == "tools"
 
 
 TREE: dict[str, Any] = {

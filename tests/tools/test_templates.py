@@ -15,7 +15,16 @@ from server.schemas.tools import ToolFields
 from server.settings import Settings, load_settings
 from server.tools import FORMATS, Tools, whole
 from tests.helpers.tokenizer import CHATML, tiny_sentencepiece_tokenizer, tiny_tokenizer
-from tests.tools.templates import GEMMA, GLM, LLAMA, MISTRAL, MISTRAL_NAMES, QWEN, QWEN_CODER
+from tests.tools.templates import (
+    GEMMA,
+    GLM,
+    HARMONY,
+    LLAMA,
+    MISTRAL,
+    MISTRAL_NAMES,
+    QWEN,
+    QWEN_CODER,
+)
 
 LOOK = {
     "type": "function",
@@ -84,6 +93,29 @@ def test_tools_calls_and_results(template: str, given: str | None, calls: str) -
     text = written(template, chat(), untold)
     assert "Looks" not in text
     assert calls in text
+
+
+def test_what_was_thought_before_a_call_is_one_with_the_text_where_templates_want_it() -> None:
+    call = {"name": "look", "arguments": {"city": "Rome"}}
+    turns: list[dict[str, Any]] = [
+        {"role": "user", "content": "Hi"},
+        {
+            "role": "assistant",
+            "content": "Let me see.",
+            "reasoning_content": "Hm.",
+            "tool_calls": [{"id": "a", "type": "function", "function": call}],
+        },
+        {"role": "tool", "tool_call_id": "a", "content": "sunny"},
+    ]
+    said = "<|start|>assistant<|channel|>analysis<|message|>{}<|end|><|start|>assistant to="
+    assert said.format("Hm.\n\nLet me see.") in written(HARMONY, turns, ChatOptions())
+    turns[1] = {**turns[1], "content": None}
+    assert said.format("Hm.") in written(HARMONY, turns, ChatOptions())
+    answered = {"role": "assistant", "content": "Sunny.", "reasoning_content": "So."}
+    text = written(HARMONY, [*turns, answered, turns[0]], ChatOptions())
+    assert text.endswith(
+        "final<|message|>Sunny.<|end|><|start|>user<|message|>Hi<|end|><|start|>assistant"
+    )
 
 
 def test_the_built_in_template() -> None:
@@ -160,6 +192,7 @@ def asked(tools: Tools, **fields: Any) -> Any:
         (QWEN_CODER, "qwen3_coder", False),
         (GLM, "glm45", False),
         (GEMMA, "gemma4", False),
+        (HARMONY, "harmony", True),
     ],
 )
 def test_the_format_is_found(template: str, name: str, direct: bool) -> None:
