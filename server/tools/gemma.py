@@ -26,7 +26,7 @@ QUOTE = '<|"|>'
 """What stands before and behind a text."""
 
 _CALL = re.compile(rf"\s*call:(?P<name>{NAME})\s*(?=\{{)")
-_KEY = re.compile(r"\s*([^:,{}\[\]\s]+)\s*:\s*")
+_KEY = re.compile(r"\s*([^:,{}\[\]<]*[^:,{}\[\]<\s])\s*:")
 _BARE = re.compile(r"[^,{}\[\]<]+")
 _BLANKS = re.compile(r"\s*")
 
