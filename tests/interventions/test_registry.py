@@ -896,6 +896,37 @@ def test_the_bytes_of_an_upload_are_not_kept(state: Path, on_disk: bool) -> None
     registry.close()
 
 
+@pytest.mark.parametrize("gone", [False, True])
+def test_a_file_that_is_replaced_before_it_is_opened_is_the_new_one(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, gone: bool
+) -> None:
+    path = folder / "a.safetensors"
+    path.write_bytes(ONE)
+    registry = Registry(BASE, [folder])
+    registry.scan()
+    resolve = registry.resolve
+
+    def replaced(ref: str) -> Version:
+        found = resolve(ref)
+        monkeypatch.setattr(registry, "resolve", resolve)
+        path.unlink()
+        if not gone:
+            path.write_bytes(TWO)
+        registry.scan()
+        return found
+
+    monkeypatch.setattr(registry, "resolve", replaced)
+    if gone:
+        with pytest.raises(NotFound):
+            registry.open("a")
+    else:
+        version, file = registry.open("a")
+        with file:
+            assert file.read() == TWO
+        assert version is registry.resolve("a")
+    registry.close()
+
+
 def test_uploads_without_a_place_for_temporary_files(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

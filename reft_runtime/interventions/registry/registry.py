@@ -344,9 +344,19 @@ class Registry:
         Raises what `resolve` and `Version.open` raise; `NotFound` names the versions that there
         are.
         """
+        version = self._named(ref)
+        try:
+            return version, version.open()
+        except Unavailable:
+            newer = self._named(ref)
+            if newer is version:
+                raise
+            return newer, newer.open()  # it was replaced in between
+
+    def _named(self, ref: str) -> Version:
         name, _, prefix = ref.partition("@")
         try:
-            version = self.resolve(ref)
+            return self.resolve(ref)
         except NotFound:
             if (known := self._catalog.digests(name)) and prefix:
                 raise NotFound(
@@ -355,7 +365,6 @@ class Registry:
                     param="name",
                 ) from None
             raise self._catalog.unknown(name) from None
-        return version, version.open()
 
     def remove(
         self, name: str, expected: Collection[str] | None = None, *, uploads_only: bool = False
