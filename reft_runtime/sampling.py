@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from numbers import Integral, Real
+from typing import Any, Literal, get_args
 
 from reft_runtime.errors import InvalidRequest
 
@@ -14,6 +15,8 @@ MAX_STOP_STRINGS = 128
 MAX_STOP_TOKENS = 128
 MAX_LOGIT_BIAS = 1024
 MAX_SEED = 2**63 - 1
+
+GrammarKind = Literal["json_schema", "json_object", "regex", "choice", "lark"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,10 +29,18 @@ class Grammar:
     `param` is the field of the request that errors name.
     """
 
-    kind: Literal["json_schema", "json_object", "regex", "choice", "lark"]
+    kind: GrammarKind
     source: str = ""
     param: str = field(default="grammar", compare=False)
     frame: str = ""
+
+    def __post_init__(self) -> None:
+        if self.kind not in get_args(GrammarKind) or not isinstance(self.source, str):
+            raise InvalidRequest(
+                f"{self.param}: give one of {', '.join(get_args(GrammarKind))}, and its source as"
+                " text.",
+                param=self.param,
+            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +83,7 @@ class SamplingParams:
     def __post_init__(self) -> None:
         if isinstance(self.stop, str):
             object.__setattr__(self, "stop", (self.stop,))
+        _check_types(self)
         if self.max_tokens is not None:
             _bounded("max_tokens", self.max_tokens, 0, 2**31 - 1)
         _bounded("temperature", self.temperature, 0, 100)
@@ -107,6 +119,41 @@ class SamplingParams:
             )
         for bias in self.logit_bias.values():
             _bounded("logit_bias", bias, -100, 100)
+
+
+_WHOLE = ("top_k", "n", "min_tokens")
+_WHOLE_OR_NONE = ("max_tokens", "seed", "logprobs", "prompt_logprobs")
+_NUMBERS = (
+    *("temperature", "top_p", "min_p"),
+    *("repetition_penalty", "presence_penalty", "frequency_penalty"),
+)
+
+
+def _check_types(sampling: SamplingParams) -> None:
+    """Raise `InvalidRequest` for a field of another type: the engine computes with what it gets."""
+
+    def check(name: str, fits: object, wanted: str) -> None:
+        if not fits:
+            given = repr(getattr(sampling, name))[:40]
+            raise InvalidRequest(f"{name} must be {wanted}, not {given}.", param=name)
+
+    for name in (*_WHOLE, *_WHOLE_OR_NONE):
+        value = getattr(sampling, name)
+        left_out = value is None and name in _WHOLE_OR_NONE
+        check(name, left_out or isinstance(value, Integral), "a whole number")
+    for name in _NUMBERS:
+        check(name, isinstance(getattr(sampling, name), Real), "a number")
+    check("stop", _all(sampling.stop, str), "a list of texts")
+    check("kept_special_tokens", _all(sampling.kept_special_tokens, str), "a list of texts")
+    check("stop_token_ids", _all(sampling.stop_token_ids, Integral), "a list of token ids")
+    bias: Any = sampling.logit_bias
+    fits = isinstance(bias, Mapping) and _all(bias, Integral) and _all(bias.values(), Real)
+    check("logit_bias", fits, "numbers by token id, such as {5: -1.5}")
+    check("grammar", sampling.grammar is None or isinstance(sampling.grammar, Grammar), "a Grammar")
+
+
+def _all(values: Any, kind: type) -> bool:
+    return isinstance(values, Collection) and all(isinstance(value, kind) for value in values)
 
 
 def _bounded(name: str, value: float, low: float, high: float, *, above_low: bool = False) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -37,6 +38,12 @@ class Use:
     subspace: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
+        if not isinstance(self.intervention, str) and not hasattr(self.intervention, "digest"):
+            raise InvalidRequest(
+                "intervention: give a name, or a version that was resolved before, not "
+                f"{repr(self.intervention)[:40]}.",
+                param="intervention",
+            )
         try:
             finite = isinstance(self.strength, int | float) and math.isfinite(self.strength)
         except OverflowError:  # a whole number that no float can hold
@@ -47,7 +54,9 @@ class Use:
                 param="strength",
             )
         if self.subspace is not None:
-            if any(type(direction) is not int for direction in self.subspace):
+            if not isinstance(self.subspace, Iterable) or any(
+                type(direction) is not int for direction in self.subspace
+            ):
                 raise InvalidRequest(
                     "subspace: name directions by their numbers, such as [0, 2].", param="subspace"
                 )

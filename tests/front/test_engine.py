@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import aclosing, contextmanager
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from transformers import PreTrainedModel
@@ -27,6 +28,7 @@ from reft_runtime.errors import (
 from reft_runtime.front.streams import Stream
 from reft_runtime.interventions import Intervention, serialise
 from reft_runtime.outputs import Trace
+from reft_runtime.sampling import Grammar
 from tests.helpers.models import MAX_LENGTH, generate, prompt, tiny_llama
 from tests.helpers.reference import (
     Applied,
@@ -332,11 +334,15 @@ def test_mistakes_are_told_before_anything_runs(
         ({"subspace": (0.5,)}, r"subspace: .* by their numbers, such as \[0, 2\]"),
         ({"subspace": "01"}, "subspace: .* by their numbers"),
         ({"subspace": (True,)}, "subspace: .* by their numbers"),
+        ({"subspace": 3}, "subspace: .* by their numbers"),
+        ({"intervention": 5}, "intervention: give a name, or a version .*, not 5"),
+        ({"intervention": None}, "intervention: give a name, .*, not None"),
+        ({"intervention": b"loreft"}, "intervention: give a name, .*, not b'loreft'"),
     ],
 )
 def test_a_use_that_means_nothing(fields: dict[str, Any], message: str) -> None:
     with pytest.raises(InvalidRequest, match=message) as caught:
-        Use("loreft", **fields)
+        Use(**{"intervention": "loreft", **fields})
     assert caught.value.param in fields
 
 
@@ -617,10 +623,59 @@ def test_a_stop_string_counts_from_min_tokens_on(engine: Engine) -> None:
 
 
 @pytest.mark.parametrize(
-    "given", [{"seed": 10**400}, {"max_tokens": -(10**400)}, {"temperature": math.nan}]
+    "given",
+    [
+        {"seed": 10**400},
+        {"max_tokens": -(10**400)},
+        {"temperature": math.nan},
+        {"prompt_logprobs": 2.0},
+        {"max_tokens": 2.5},
+        {"max_tokens": "3"},
+        {"top_k": 5.5},
+        {"top_k": None},
+        {"n": 2.0},
+        {"seed": 1.5},
+        {"logprobs": "1"},
+        {"min_tokens": 1.5},
+        {"temperature": "1"},
+        {"top_p": None},
+        {"repetition_penalty": "a"},
+        {"stop": None},
+        {"stop": (b"a",)},
+        {"stop": [3]},
+        {"stop_token_ids": 5},
+        {"stop_token_ids": (1.5,)},
+        {"logit_bias": [5]},
+        {"logit_bias": {"5": 1.0}},
+        {"logit_bias": {5: None}},
+        {"kept_special_tokens": (5,)},
+        {"grammar": {"kind": "regex"}},
+    ],
+    ids=str,
 )
-def test_numbers_out_of_bounds_are_named(given: dict[str, Any]) -> None:
+def test_settings_out_of_bounds_or_of_another_type_are_named(given: dict[str, Any]) -> None:
     [name] = given
     with pytest.raises(InvalidRequest, match=f"^{name} must be") as refused:
         SamplingParams(**given)
     assert refused.value.param == name
+
+
+@pytest.mark.parametrize("given", [("nope", "a"), ("regex", None), ("regex", 5)], ids=str)
+def test_a_grammar_that_is_none_is_told(given: tuple[Any, Any]) -> None:
+    with pytest.raises(InvalidRequest, match=r"^grammar: give one of json_schema, .* as text"):
+        Grammar(*given)
+
+
+def test_numbers_of_numpy_are_numbers(engine: Engine) -> None:
+    plain = SamplingParams(max_tokens=5, temperature=0.5, top_k=40, seed=3, n=2, logprobs=1)
+    given: dict[str, Any] = {
+        "max_tokens": np.int64(5),
+        "temperature": np.float32(0.5),
+        "top_k": np.int32(40),
+        "seed": np.int64(3),
+        "n": np.int64(2),
+        "logprobs": np.int64(1),
+    }
+    assert engine.generate(prompt(9), SamplingParams(**given), progress=False) == engine.generate(
+        prompt(9), plain, progress=False
+    )
