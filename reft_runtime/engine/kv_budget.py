@@ -13,7 +13,7 @@ from reft_runtime.edits.tables import table_bytes
 from reft_runtime.engine.device_sampler import sampling_bytes
 from reft_runtime.errors import ConfigError
 from reft_runtime.kv.slabs import rounding_bytes
-from reft_runtime.machine.memory import free_memory
+from reft_runtime.machine.memory import check_room, free_memory
 from reft_runtime.schedule.blocks import BLOCK_TOKENS
 from reft_runtime.schedule.scheduler import MAX_SCORED_TOKENS
 
@@ -111,6 +111,15 @@ def kv_budget(
                 param="kv_tokens",
             )
     elif wanted is not None:
+        try:
+            check_room(wanted * per_token)
+        except MemoryError as error:
+            raise ConfigError(
+                f"kv_tokens: keys and values of {wanted} tokens take"
+                f" {wanted * per_token / 2**30:.1f} GiB, more than this system lets a process have;"
+                f" {free / 2**30:.1f} GiB are free.",
+                param="kv_tokens",
+            ) from error
         return wanted
     else:
         share = KV_SHARE_OF_FREE_MEMORY * (free - states) / loaded.ranks

@@ -34,6 +34,7 @@ from reft_runtime.front.asked import Uses, for_each, pairs, uses_of
 from reft_runtime.front.assembly import Assembler
 from reft_runtime.front.blocking import Call, Todo, run_calls
 from reft_runtime.front.hop import in_turn
+from reft_runtime.front.limits import check_limits
 from reft_runtime.front.prepared import Prepared, release_all
 from reft_runtime.front.streams import EventLoopSink, Stream
 from reft_runtime.grammar import GrammarCompiler
@@ -137,6 +138,16 @@ class Engine:
         tensor_parallel: int = 1,
         launcher: Launcher | None = None,
     ) -> None:
+        check_limits(
+            max_model_len=max_model_len,
+            max_running=max_running,
+            max_queued=max_queued,
+            max_queued_tokens=max_queued_tokens,
+            max_step_tokens=max_step_tokens,
+            kv_tokens=kv_tokens,
+            threads=threads,
+            tensor_parallel=tensor_parallel,
+        )
         use_threads(threads, tensor_parallel if launcher is None else 1)
         if interventions is None or isinstance(interventions, str | Path):
             interventions = () if interventions is None else (interventions,)

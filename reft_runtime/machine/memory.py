@@ -89,7 +89,7 @@ class MappedMemory:
     def __init__(self, size: int, dtype: torch.dtype, *, large_pages: bool = False) -> None:
         try:
             self.mapping = mmap.mmap(-1, max(1, size) * dtype.itemsize, **_PRIVATE)
-        except OSError as error:
+        except (OSError, OverflowError) as error:
             raise MemoryError(f"no memory for {size * dtype.itemsize} bytes: {error}") from error
         # Without advice one written number takes 2 MiB where the system makes huge pages unasked.
         pages = _LARGE_PAGES if large_pages else _SMALL_PAGES

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 
 from reft_runtime import Engine, SamplingParams, Use
 from reft_runtime.errors import (
+    ConfigError,
     Draining,
     EngineDead,
     InvalidRequest,
@@ -679,3 +680,29 @@ def test_numbers_of_numpy_are_numbers(engine: Engine) -> None:
     assert engine.generate(prompt(9), SamplingParams(**given), progress=False) == engine.generate(
         prompt(9), plain, progress=False
     )
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"max_running": 0}, "max_running must be at least 1, not 0"),
+        ({"max_running": -1}, "max_running must be at least 1, not -1"),
+        ({"max_running": 1.5}, r"max_running must be a whole number, not 1\.5"),
+        ({"max_step_tokens": 0}, "max_step_tokens must be at least 1, not 0"),
+        ({"max_queued": 0}, "max_queued must be at least 1, not 0"),
+        ({"max_queued_tokens": "5"}, "max_queued_tokens must be a whole number, not '5'"),
+        ({"max_model_len": 1.5}, r"max_model_len must be a whole number, not 1\.5"),
+        ({"threads": 1.5}, r"threads must be a whole number, not 1\.5"),
+        ({"tensor_parallel": 0}, "tensor_parallel must be at least 1, not 0"),
+        ({"kv_tokens": 300.5}, r"kv_tokens must be a whole number, not 300\.5"),
+        ({"kv_tokens": 10**13}, "kv_tokens: .* more than this system lets a process have"),
+        ({"kv_tokens": 10**30}, "kv_tokens: .* more than this system lets a process have"),
+    ],
+    ids=str,
+)
+def test_limits_that_nothing_could_run_with_are_refused(
+    given: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message) as refused:
+        Engine(copy.deepcopy(tiny_llama()[0]), tokenizer=tiny_tokenizer(), **given).close()
+    assert refused.value.param in given
