@@ -101,6 +101,25 @@ def test_who_leaves_makes_way_for_those_behind(make: Make) -> None:
     assert not first.released
 
 
+@pytest.mark.parametrize("by_request", [False, True])
+def test_what_is_let_go_above_the_bound_is_evicted(make: Make, by_request: bool) -> None:
+    registry = make(2)
+    holding = acquired(registry, "a", "b")
+    if by_request:
+        for version in holding.versions:
+            registry.hold(version)
+        holding.release()
+    registry.put("f", FILES["f"])  # whose line of the listing nothing could make room for
+    assert registry.held_bytes() > 2 * ONE
+    if by_request:
+        for version in holding.versions:
+            registry.release(version)
+    else:
+        holding.release()
+    assert registry.held_bytes() <= 2 * ONE
+    assert registry.tiers()["host"] == 1
+
+
 def test_more_than_there_may_be_is_refused_at_once(make: Make) -> None:
     registry = make(1.5)
     first = acquired(registry, "a")

@@ -72,6 +72,11 @@ class Residency:
         return self._fixed.total + self._tensors.total
 
     @property
+    def excess(self) -> int:
+        """Bytes beyond the budget that are taken, or will be once what stays is read."""
+        return self.used + self._unread.total - self.budget
+
+    @property
     def idle(self) -> bool:
         """Whether no request uses an intervention, so that nobody will make room."""
         return not self._in_use.total
@@ -130,7 +135,7 @@ class Residency:
 
     def unused(self) -> list[Version]:
         """The least recently used versions whose eviction keeps to the budget."""
-        excess = self.used + self._unread.total - self.budget
+        excess = self.excess
         chosen = []
         for version, size in self._tensors:
             if excess <= 0:

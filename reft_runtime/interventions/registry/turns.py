@@ -59,7 +59,7 @@ class Turns:
                 self._waiting.remove(holding)
             for version in holding.versions:
                 self._give_back(version, used=holding.granted)
-        self._serve()
+        self._serve_and_evict()
 
     def exchange(self, holding: Holding, position: int, fresh: Version) -> None:
         """Hold another version in the place of one that cannot be read any more."""
@@ -87,7 +87,7 @@ class Turns:
             if version.users < 1:
                 raise RuntimeError(f"{version!r} is released more often than held")
             self._give_back(version, used=True)
-        self._serve()
+        self._serve_and_evict()
 
     def close(self) -> None:
         """Let nobody wait any longer, and nobody begin."""
@@ -105,6 +105,12 @@ class Turns:
     def waiting(self) -> int:
         """Number of requests that wait for memory."""
         return len(self._waiting)
+
+    def _serve_and_evict(self) -> None:
+        """After something was let go: uploads that came meanwhile may have left too little room."""
+        self._serve()
+        if self._catalog.memory.excess > 0:
+            self._catalog.make_room()
 
     def _serve(self) -> None:
         """Grant what those who wait the longest wait for, as far as there is room."""
