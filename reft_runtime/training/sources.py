@@ -61,7 +61,9 @@ def file_for(source: str) -> Path:
 
 
 def _name(path: Path) -> str:
-    return path.stem if path.stem not in _SPLITS else path.resolve().parent.name
+    name = path.stem if path.stem not in _SPLITS else path.resolve().parent.name
+    # A manifest holds text, and the names of files may be other bytes.
+    return name.encode(errors="replace").decode()
 
 
 def _read_file(path: Path) -> Records:

@@ -3,6 +3,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import math
 import os
 import zipfile
 from collections.abc import Callable
@@ -457,3 +458,20 @@ def test_a_file_says_how_a_completion_begins(prefix: Any) -> None:
     assert (b"completion_prefix" in data) is (prefix is not None)
     with pytest.raises(InvalidFile, match="completion_prefix"):
         Intervention.build(BASE, [edit], completion_prefix="\n")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (10**5000, "metrics: .*too large"),
+        (["a", {"b": "\ud800"}], "metrics: .*surrogate"),
+        (math.inf, "metrics: .*infinite"),
+    ],
+    ids=["integer", "surrogate", "infinity"],
+)
+def test_what_could_not_be_written_is_refused_when_it_is_built(value: Any, message: str) -> None:
+    edits = [Edit(1, "l1", loreft_tensors())]
+    with pytest.raises(InvalidFile, match=message):
+        Intervention.build(BASE, edits, metrics={"a": value})
+    with pytest.raises(InvalidFile, match=message.replace("metrics", "training")):
+        Intervention.build(BASE, edits, training={"a": value})

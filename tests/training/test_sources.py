@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -238,6 +239,15 @@ def test_data_sets_of_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
 )
 def test_a_file_is_named_as_its_data(source: str, name: str) -> None:
     assert str(file_for(source)) == f"{name}.safetensors"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="names of files are bytes on Linux alone")
+@pytest.mark.parametrize("path", [b"caf\xe9.jsonl", b"caf\xe9/train.jsonl"])
+def test_the_name_of_data_is_text_whatever_its_file_is_called(tmp_path: Path, path: bytes) -> None:
+    file = tmp_path / os.fsdecode(path)
+    file.parent.mkdir(exist_ok=True)
+    file.write_text(json.dumps({"prompt": "a", "completion": "b"}))
+    assert read_rows(file).name == "caf?"
 
 
 def test_digests_are_of_what_was_read(tmp_path: Path) -> None:

@@ -31,6 +31,8 @@ from reft_runtime.interventions.format.template import TEMPLATE_FIELD, is_text
 
 MAX_EDITS = 1024
 MAX_JSON_DEPTH = 8
+MAX_INTEGER_BITS = 1023
+"""Whole numbers of more bits have no nearest float, as which most readers of JSON take them."""
 
 SystemTurn = Literal["prepend", "drop", "refuse"]
 
@@ -292,6 +294,13 @@ def _check_json(value: JsonValue, depth: int) -> None:
     # What passes here can be written as JSON again, by any writer.
     if isinstance(value, float) and not math.isfinite(value):
         raise ValueError("holds NaN or an infinite number; leave it out")
+    if isinstance(value, int) and value.bit_length() > MAX_INTEGER_BITS:
+        raise ValueError("holds a whole number that is too large for most readers of JSON")
+    if isinstance(value, str):
+        try:
+            value.encode()
+        except UnicodeEncodeError:
+            raise ValueError("holds half of a surrogate pair, which is no text") from None
     if isinstance(value, dict | list):
         if depth == 0:
             raise ValueError(f"is nested deeper than {MAX_JSON_DEPTH} levels")
