@@ -99,15 +99,19 @@ class Keys:
         self.problem = None
         logger.info("The keys file has changed: %d keys are known", len(self._tenants))
 
-    def _look(self) -> tuple[int, int, int] | None:
-        """What tells one state of the file from another; None if it cannot be seen."""
+    def _look(self) -> tuple[int, ...] | None:
+        """What tells one state of the file from another; None if it cannot be seen.
+
+        The time of the last change to its entry is a part of it: the time of writing can be kept,
+        and another mode makes a file readable.
+        """
         if self._file is None:
             return None
         try:
             status = os.stat(self._file)
         except OSError:
             return None
-        return status.st_mtime_ns, status.st_size, status.st_ino
+        return status.st_mtime_ns, status.st_ctime_ns, status.st_size, status.st_ino
 
     def _read(self) -> tuple[tuple[bytes, Tenant], ...]:
         tenants = {} if self._file is None else read_keys_file(self._file)

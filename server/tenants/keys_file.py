@@ -105,7 +105,7 @@ def read_keys_file(path: Path) -> dict[bytes, Tenant]:
     try:
         if path.exists() and not path.is_file():  # a pipe is read only once, and may hold up
             raise ConfigError(f"{path}: is not a regular file; write the keys to one.")
-        tables = tomllib.loads(path.read_text(encoding="utf-8"))
+        tables = tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}.") from None
     except UnicodeDecodeError:

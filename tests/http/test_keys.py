@@ -11,6 +11,7 @@ import re
 import socket
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import httpx
 import pytest
@@ -179,6 +180,11 @@ def test_all_problems_are_told_at_once_and_no_key(
     assert_no_secret(caught.value.message)
 
 
+def test_a_mark_of_utf_8_is_no_part_of_the_file(file: Path) -> None:
+    file.write_text(table(), encoding="utf-8-sig")
+    assert [tenant.name for tenant in read_keys_file(file).values()] == ["team-a"]
+
+
 def test_a_file_that_cannot_be_read(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file.write_bytes(b"\xff")
     with pytest.raises(ConfigError, match="is not UTF-8"):
@@ -246,6 +252,34 @@ class TestFollowed:
             statuses.append([answer.status_code for answer in answers])
         assert statuses == [[200, 401], [401, 200]]
         assert (await client.get("/version", headers=bearer("sesame-42"))).status_code == 200
+
+    @pytest.mark.parametrize("mended", [False, True])
+    async def test_a_change_that_the_time_of_writing_does_not_show(
+        self,
+        client: httpx.AsyncClient,
+        app: FastAPI,
+        file: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        mended: bool,
+    ) -> None:
+        known = app.state.context.keys
+        written = os.stat(file)
+        file.write_text(table(hashed=OTHER_HASH))
+        if mended:  # by another mode, once it was found that the file cannot be read
+            unreadable = ConfigError("keys.toml: cannot be read: Permission denied.")
+            with monkeypatch.context() as denied:
+                denied.setattr(keys, "read_keys_file", Mock(side_effect=unreadable))
+                for _ in range(2):
+                    known.refresh()
+            assert known.problem is not None
+            file.chmod(0o600)
+        else:
+            os.utime(file, ns=(written.st_atime_ns, written.st_mtime_ns))
+        for _ in range(2):
+            known.refresh()
+        assert known.problem is None
+        assert (await client.get("/version", headers=bearer(OTHER))).status_code == 200
+        assert (await client.get("/version", headers=bearer(KEY))).status_code == 401
 
     async def test_a_file_that_is_being_written_is_not_taken(
         self, client: httpx.AsyncClient, app: FastAPI, file: Path
