@@ -28,6 +28,9 @@ PROBE_SECONDS = 0.1
 _OFFER = b"\r\nupgrade:"
 _UPGRADE = re.compile(rb"\r\nupgrade(?=:)", re.IGNORECASE)
 
+_CHUNKED = b"transfer-encoding: chunked\r\n\r\n"
+"""End of the head of an answer in chunks."""
+
 CLOSE_WAIT = 8
 """Linux' TCP state of a connection whose other side has said that it will send no more."""
 
@@ -142,7 +145,7 @@ class Connection(HttpToolsProtocol):
             self.transport.write(b"H")
             cast(_Answered, self._answered.transport).skip = 1
         elif self._answered.chunked_encoding:
-            self.transport.write(b"3\r\n:\n\n\r\n")
+            self._answered.transport.write(b"3\r\n:\n\n\r\n")
         self.loop.call_later(PROBE_SECONDS, self._probe)
         return True
 
@@ -318,16 +321,33 @@ def _without_upgrade(data: bytes) -> bytes:
 
 
 class _Answered:
-    """Transport that an answer is written to; its first `skip` bytes have been sent already."""
+    """Transport that an answer is written to; its first `skip` bytes have been sent already.
+
+    To a client of HTTP/1.0, which knows no chunks, those of an answer are written without their
+    marks: the answer ends with its connection.
+    """
 
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
+        self._may_have_chunks = connection.parser.get_http_version() != "1.0"
+        self._in_chunks = False
         self.skip = 0
 
     def write(self, data: bytes) -> None:
         """Write the next bytes of the answer."""
+        if not self._may_have_chunks:
+            data = self._without_marks(data)
         self._connection.transport.write(data[self.skip :])
         self.skip = 0
+
+    def _without_marks(self, data: bytes) -> bytes:
+        """What uvicorn writes at one time: the head, or a chunk, which the last one may follow."""
+        if self._in_chunks:
+            size, _, chunk = data.partition(b"\r\n")
+            return chunk[: int(size or b"0", 16)]
+        head = data.removesuffix(_CHUNKED)
+        self._in_chunks = head != data
+        return head + b"\r\n" if self._in_chunks else data
 
     def close(self) -> None:
         """End the connection after the answer."""

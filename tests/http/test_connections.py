@@ -252,6 +252,36 @@ async def test_a_client_that_says_no_more_is_answered(
         assert not any(stream.aborted for stream in engine.streams)
 
 
+@pytest.mark.parametrize("half_closed", [False, True])
+@pytest.mark.parametrize("route", ["stream", "whole", "listing"])
+async def test_a_client_of_http_1_0_gets_no_chunks(
+    server_url: str, engine: FakeEngine, route: str, half_closed: bool
+) -> None:
+    engine.step_seconds = 0.1
+    if route == "listing":
+        data = head("/v1/interventions", "GET")
+    else:
+        data = request(completion(stream=route == "stream", max_tokens=6))
+    async with connected(server_url, data.replace(b"HTTP/1.1", b"HTTP/1.0", 1)) as (
+        reader,
+        writer,
+    ):
+        if half_closed:
+            writer.write_eof()
+        answer = await rest(reader)
+    assert status(answer) == 200
+    start, _, body = answer.partition(b"\r\n\r\n")
+    assert b"transfer-encoding" not in start
+    assert b"connection: close" in start
+    if route == "stream":
+        events = [event for event in body.decode().split("\n\n") if event not in ("", ":")]
+        assert events.pop() == "data: [DONE]"
+        read = [json.loads(event.removeprefix("data: ")) for event in events]
+        assert read[-1]["choices"][0]["finish_reason"] == "length"
+    else:
+        assert json.loads(body)["object"] == ("list" if route == "listing" else "text_completion")
+
+
 async def test_all_of_several_requests_are_answered(server_url: str) -> None:
     data = head("/livez", "GET") + request(completion()) + head("/version", "GET")
     async with connected(server_url, data) as (reader, writer):
