@@ -154,7 +154,10 @@ class HttpServer(uvicorn.Server):
             if settings.log_format == "json":
                 logger.info("%s", text)
             else:
-                print(text, flush=True)
+                try:
+                    print(text, flush=True)
+                except OSError as error:  # a full disk, a pipe that nobody reads: no need to end
+                    logger.warning("Standard output cannot be written: %s", error.strerror)
             self._spawn(self._watch_engine())
             self._spawn(self._connections.watch())
 

@@ -98,8 +98,12 @@ def _leave(status: str | int | None) -> NoReturn:
     if "torch" not in sys.modules or not isinstance(status, int):
         raise SystemExit(status)
     atexit._run_exitfuncs()
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            if stream is not None:  # as it is where the process was started without one
+                stream.flush()
+        except OSError:  # what was written is lost
+            status = status or 1
     os._exit(status)
 
 

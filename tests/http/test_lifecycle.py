@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import signal
 import socket
 import subprocess
@@ -405,6 +406,37 @@ def test_the_servers_words_are_the_last(status: int) -> None:
     command = [sys.executable, "-c", code]
     ended = subprocess.run(command, capture_output=True, text=True, check=False)
     assert (ended.returncode, ended.stdout, ended.stderr) == (status, "served\nleft\n", "")
+
+
+@pytest.mark.parametrize("closing", [">&-", ">&- 2>&-"])
+def test_a_process_without_standard_output_ends_as_any_other(closing: str) -> None:
+    code = "import sys, torch; from server.cli import main as cli\n"
+    code += "cli.app = lambda **_: sys.exit(0 if sys.stdout is None else 3)\ncli.main()"
+    command = f"exec {shlex.quote(sys.executable)} -c {shlex.quote(code)} {closing}"
+    assert subprocess.run(command, shell=True, check=False).returncode == 0
+
+
+def test_output_that_is_lost_is_told_by_the_status() -> None:
+    code = "import sys, torch; from server.cli import main as cli\n"
+    code += "sys.stdout = open('/dev/full', 'w')\n"
+    code += "cli.app = lambda **_: print('x')\ncli.main()"
+    ended = subprocess.run([sys.executable, "-c", code], stderr=subprocess.PIPE, check=False)
+    assert (ended.returncode, ended.stderr) == (1, b"")
+
+
+def test_a_banner_that_nobody_takes_is_no_reason_to_end() -> None:
+    command = [sys.executable, "-m", "tests.http.serve_fake", "{}", "{}"]
+    with (
+        open("/dev/full", "w") as full,
+        subprocess.Popen(command, stdout=full, stderr=subprocess.PIPE, text=True) as process,
+    ):
+        assert process.stderr is not None
+        said = ""
+        for line in process.stderr:
+            said += line
+            if "Standard output cannot be written: No space left" in line:
+                process.terminate()
+    assert "Shutting down" in said
 
 
 @pytest.mark.parametrize(
