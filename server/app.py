@@ -81,6 +81,8 @@ def create_app(
         openapi_url=None,
         docs_url=None,
         redoc_url=None,
+        # A redirection would name this server as it sees itself, not as clients do through a proxy.
+        redirect_slashes=False,
         lifespan=lifespan,
     )
     app.state.context = context

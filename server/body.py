@@ -50,8 +50,9 @@ _STRING = re.compile(rb'"(?:[^"\\]++|\\.)*+"?', re.DOTALL)
 async def read_body(request: Request, limit: int) -> bytes:
     """Read the whole body.
 
-    Raises `ApiError` (413) as soon as the body is known to be longer than `limit` bytes, and
-    `Overloaded` (503) if the bodies of all requests under way leave no room for it.
+    Raises `ApiError` (413) as soon as the body is known to be longer than `limit` bytes and (415)
+    if it is compressed, and `Overloaded` (503) if the bodies of all requests under way leave no
+    room for it.
     """
     context: Context = request.app.state.context
     body = bytearray()
@@ -65,9 +66,9 @@ async def read_body(request: Request, limit: int) -> bytes:
 async def receive_file(request: Request, file: Incoming, limit: int) -> None:
     """Write the whole body to a file, part by part, in worker threads.
 
-    Raises `ApiError` (413) as soon as the body is known to be longer than `limit` bytes,
-    `Overloaded` (503) if the bodies of all requests under way leave no room for a part, and what
-    `Incoming.write` raises.
+    Raises `ApiError` (413) as soon as the body is known to be longer than `limit` bytes and (415)
+    if it is compressed, `Overloaded` (503) if the bodies of all requests under way leave no room
+    for a part, and what `Incoming.write` raises.
     """
     context: Context = request.app.state.context
     if not context.bodies.take(request.scope, FILE_PART_BYTES):
@@ -82,7 +83,16 @@ async def receive_file(request: Request, file: Incoming, limit: int) -> None:
 
 
 async def _chunks(request: Request, limit: int) -> AsyncIterator[bytes]:
-    """Yield the body as it comes; raises `ApiError` (413) once it is known to be too long."""
+    """Yield the body as it comes.
+
+    Raises `ApiError`: 415 if it is compressed, 413 once it is known to be too long.
+    """
+    if request.headers.get("content-encoding", "identity").lower() != "identity":
+        raise ApiError(
+            415,
+            "Send the body as it is, without Content-Encoding.",
+            headers={"accept-encoding": "identity"},
+        )
     too_large = ApiError(413, f"The body is larger than {limit} bytes.", code="body_too_large")
     declared = request.headers.get("content-length", "0")
     if declared.isdecimal() and int(declared) > limit:

@@ -174,6 +174,8 @@ def install_error_handlers(app: FastAPI) -> None:
         message = str(error.detail)
         if error.status_code == 404:
             instead = INSTEAD_OF_ROUTES.get(path, "/openapi.json lists them")
+            if _methods(request.app.routes, {**request.scope, "path": path.rstrip("/")}):
+                instead = "leave out the slash at its end"
             message = f"There is no route {path}; {instead}."
         elif error.status_code == 405:
             methods = ", ".join(sorted(_methods(request.app.routes, request.scope)))

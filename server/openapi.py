@@ -69,12 +69,13 @@ _WITH_KEY = {
     403: "The key's tenant may not do this.",
 }
 _WITH_NAME = {404: "The model, intervention or file does not exist."}
-_WITH_JSON = {413: "The body is too large.", 415: "The body is not sent as JSON."}
+_WITH_JSON = {413: "The body is too large.", 415: "The body is not sent as JSON, or compressed."}
 _WITH_CONDITION = {412: "The condition in If-Match or If-None-Match does not hold."}
 _WITH_STORE = {507: "There is no room for the file, for the record of it, or for its tensors."}
 _WITH_FILE = _WITH_STORE | {
     409: "The file is for another base model.",
     413: "The file is too large.",
+    415: "The body is compressed.",
 }
 
 

@@ -122,6 +122,13 @@ async def test_unknown_route_and_method(client: httpx.AsyncClient) -> None:
     assert response.json()["error"]["message"] == (
         "There is no route /v1/nothing; /openapi.json lists them."
     )
+    for path in ("/v1/completions/", "/docs/", "/v1/interventions/x/file/"):
+        # No redirection, which would lead around a proxy in front.
+        response = await client.get(path)
+        assert response.status_code == 404
+        assert response.json()["error"]["message"] == (
+            f"There is no route {path}; leave out the slash at its end."
+        )
     for path, methods in (
         ("/v1/completions", "POST"),
         ("/v1/interventions/x", "DELETE, GET, PUT"),

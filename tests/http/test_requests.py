@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gzip
 import json
 import threading
 from collections.abc import AsyncIterator
@@ -581,6 +582,21 @@ async def test_bad_json(client: httpx.AsyncClient, body: bytes, param: str | Non
 async def test_wrong_content_type(client: httpx.AsyncClient, kind: str) -> None:
     response = await client.post("/v1/completions", content=b"{}", headers={"content-type": kind})
     assert response.status_code == 415
+
+
+async def test_a_compressed_body(client: httpx.AsyncClient) -> None:
+    body = gzip.compress(b'{"model": "tiny", "prompt": "Hi"}')
+    headers = {"content-type": "application/json", "content-encoding": "gzip"}
+    for response in (
+        await client.post("/v1/completions", content=body, headers=headers),
+        await client.put("/v1/interventions/new", content=body, headers=headers),
+    ):
+        assert response.status_code == 415
+        assert "without Content-Encoding" in response.json()["error"]["message"]
+        assert response.headers["accept-encoding"] == "identity"
+    headers["content-encoding"] = "Identity"
+    body = gzip.decompress(body)
+    assert (await client.post("/v1/completions", content=body, headers=headers)).status_code == 200
 
 
 async def test_body_one_byte_too_long(client: httpx.AsyncClient, app: Any) -> None:
