@@ -843,6 +843,31 @@ def test_a_state_folder_that_another_server_has_taken(state: Path) -> None:
     other.close()
 
 
+def test_a_state_folder_that_turns_read_only_is_told_before_anybody_uploads(
+    state: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    with closing(Registry(BASE, state_dir=state)) as registry:
+        registry.put("a", ONE)
+        assert registry.state_problem() is None
+        with monkeypatch.context() as patch:  # as access(2) says of a read-only file system
+            patch.setattr(os, "access", lambda path, mode: not (mode & os.W_OK))
+            registry.watch(0.005)
+            wait_for(lambda: registry.state_problem() is not None)
+            assert "cannot be written: it is read-only" in str(registry.state_problem())
+            assert ready(registry, "a").digest == digest(ONE)
+            assert registry.remove("a").left is None  # what can be done is done
+            time.sleep(0.05)
+        wait_for(lambda: registry.state_problem() is None)
+    assert len([line for line in caplog.messages if "it is read-only" in line]) == 1
+
+
+def wait_for(true: Callable[[], bool]) -> None:
+    until = time.monotonic() + 10
+    while not true():
+        assert time.monotonic() < until
+        time.sleep(0.005)
+
+
 def test_a_state_folder_that_cannot_be_written(
     state: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -34,6 +34,9 @@ class State(Protocol):
     def check(self) -> bool:
         """Whether the place still holds what it held. Raises `Unavailable` if it is away."""
 
+    def unwritable(self) -> str | None:
+        """Why nothing can be written to a place that is there; None if that is not known."""
+
     def changing(self) -> AbstractContextManager[None]:
         """Change names in the block, from `look_again` on, while no other server does.
 

@@ -129,6 +129,15 @@ class Store:
         )
         return False
 
+    def unwritable(self) -> str | None:
+        """Why nothing can be written here, though the folder is there; None if it can."""
+        if all(os.access(part, os.W_OK) for part in self._parts):
+            return None
+        return (
+            "The state folder cannot be written: it is read-only, as a disk's fault makes it, or"
+            " not this user's. What it held serves on."
+        )
+
     def changing(self) -> AbstractContextManager[None]:
         """Change names in the block: nothing has to be locked, as there is no other server."""
         return nullcontext()

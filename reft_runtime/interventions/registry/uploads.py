@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 
 from reft_runtime.errors import (
     Changed,
@@ -253,10 +253,10 @@ class Uploads:
         known = self._state_problem
         if self._changing.acquire(blocking=False):
             try:
-                self._tend()
-            except Unavailable as error:
-                if error.message != known:
-                    _log.error("%s", error.message)
+                with suppress(Unavailable):
+                    self._tend()
+                if self._state_problem not in (None, known):
+                    _log.error("%s", self._state_problem)
             finally:
                 self._changing.release()
 
@@ -416,7 +416,7 @@ class Uploads:
         except Unavailable as error:
             self._state_problem = error.message
             raise
-        self._state_problem = None
+        self._state_problem = self._kept.unwritable()
 
     def _collect(self) -> None:
         if self._kept is not None:

@@ -63,6 +63,9 @@ class RemoteStore:
             raise self._away(self._reach.problem)
         return True
 
+    def unwritable(self) -> None:
+        """Nothing is known: only a write would tell."""
+
     @contextmanager
     def changing(self) -> Iterator[None]:
         """Change names in the block, while no other server does if the place has a lock."""
