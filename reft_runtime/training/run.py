@@ -63,8 +63,8 @@ class TrainingRun:
     def train(self, target: Path, work: WorkFolder, *, progress: bool) -> Intervention:
         """Train from the newest checkpoint of `work`, or from the start, and write `target`.
 
-        Raises `TrainingFailed` where the loss is no longer finite; the last good edits are written
-        then. Raises `ConfigError` where files cannot be written.
+        Raises `TrainingFailed` where loss or edits are no longer finite; the last good edits are
+        written then. Raises `ConfigError` where files cannot be written.
         """
         begun = time.monotonic()
         checkpoint = work.newest
@@ -74,6 +74,7 @@ class TrainingRun:
                 self._trainer.train(
                     resume_from_checkpoint=None if checkpoint is None else str(checkpoint)
                 )
+            self._trainer.check_edits()
             return self._write(target, begun)
         except TrainingFailed as error:
             failed = self._failed(error, target, begun)

@@ -21,6 +21,9 @@ MIN_EPOCHS, MAX_EPOCHS = 3, 30
 
 DTYPES = ("auto", "float32", "bfloat16")
 
+MAX_SEED = 2**32 - 1
+"""The highest seed that numpy, which transformers seeds as well, takes."""
+
 CHECKS = 5
 """A training is evaluated and saved this many times."""
 
@@ -75,6 +78,8 @@ class TrainSettings:
             value = getattr(self, name)
             if value is not None and not (math.isfinite(value) and value > 0):
                 raise _error(name, f"must be a finite number above 0, not {value}.")
+        if not 0 <= self.seed <= MAX_SEED:
+            raise _error("seed", f"must be from 0 to {MAX_SEED:,}, not {self.seed}.")
         if self.hold_out is not None and not 0 <= self.hold_out < 1:
             raise _error(
                 "hold_out",

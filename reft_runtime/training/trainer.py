@@ -212,11 +212,22 @@ class EditTrainer(Trainer):
             model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch
         )
         if not bool(loss.isfinite()):
-            raise TrainingFailed(
-                f"The loss is {float(loss.detach())} at step {self.state.global_step + 1}. A lower"
-                f" learning rate (lr, it was {self.args.learning_rate:g}) usually helps."
+            raise self._diverged(
+                f"The loss is {float(loss.detach())} at step {self.state.global_step + 1}."
             )
         return (loss, outputs) if return_outputs else loss
+
+    def check_edits(self) -> None:
+        """Raise `TrainingFailed` where the edits that came out are not finite."""
+        model: Any = self.model
+        with torch.no_grad():
+            values = [value for edit in model.edits for value in edit.stored().values()]
+        if not all(bool(value.isfinite().all()) for value in values):
+            raise self._diverged(f"The edits are not finite after step {self.state.global_step}.")
+
+    def _diverged(self, what: str) -> TrainingFailed:
+        rate = f"(lr, it was {self.args.learning_rate:g})"
+        return TrainingFailed(f"{what} A lower learning rate {rate} usually helps.")
 
     @torch.no_grad()
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
@@ -286,7 +297,8 @@ def arguments(
         gradient_accumulation_steps=settings.accumulate,
         learning_rate=settings.lr or 0.0,
         lr_scheduler_type="linear",
-        warmup_steps=math.ceil(WARMUP * steps),
+        # The first step of a warm-up has a rate of 0: a training of one step would learn nothing.
+        warmup_steps=min(math.ceil(WARMUP * steps), steps - 1),
         weight_decay=0.0,
         seed=settings.seed,
         eval_strategy="steps" if evaluates else "no",

@@ -118,6 +118,15 @@ def test_the_same_seed_gives_the_same_weights(tmp_path: Path) -> None:
     assert all(torch.equal(first[name], again[name]) for name in first)
 
 
+def test_one_step_learns(tmp_path: Path) -> None:
+    made = [
+        run(tmp_path / "x.safetensors", settings=replace(SETTINGS, steps=1, lr=lr)).intervention
+        for lr in (1e-9, 2e-2)
+    ]
+    before, after = (one.tensors["edits.0.W"] for one in made)
+    assert float((after - before).abs().max()) > 1e-2
+
+
 def test_bfloat16(tmp_path: Path) -> None:
     settings = TrainSettings(steps=60, batch_size=8, lr=5e-2, dtype="bfloat16")
     path = folder(tmp_path / "model")
@@ -221,6 +230,30 @@ def test_a_loss_that_is_not_finite_keeps_the_last_good_edits(
     assert list(tmp_path.iterdir()) == [out]
 
 
+def test_edits_that_the_last_step_breaks_are_not_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "x.safetensors"
+    step = EditTrainer.training_step
+
+    def diverge(self: Any, *arguments: Any) -> Any:
+        loss = step(self, *arguments)
+        if self.state.global_step == limit:
+            next(self.model.parameters()).grad.fill_(torch.nan)
+        return loss
+
+    monkeypatch.setattr(EditTrainer, "training_step", diverge)
+    limit = 0
+    with pytest.raises(TrainingFailed, match=r"not finite after step 1.*lr.*Nothing was written"):
+        run(out, settings=replace(SETTINGS, steps=1))
+    assert list(tmp_path.iterdir()) == []
+    limit = 19
+    with pytest.raises(TrainingFailed, match=rf"after step 20.*The last good edits are in {out}"):
+        run(out)
+    assert all(bool(t.isfinite().all()) for t in parse(read(out)).tensors.values())
+    assert list(tmp_path.iterdir()) == [out]
+
+
 @pytest.mark.parametrize(
     "error",
     [
@@ -255,6 +288,8 @@ def test_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exc
         ({"epochs": 1.0}, "steps: give epochs or steps, not both"),
         ({"accumulate": 3}, "batch_size: 8 rows of a step cannot be shared by 3"),
         ({"dtype": "float16"}, "dtype: must be one of auto, float32, bfloat16"),
+        ({"seed": -1}, "seed: must be from 0 to 4,294,967,295, not -1"),
+        ({"seed": 2**32}, "seed: must be from 0 to 4,294,967,295"),
         ({"hold_out": 1.0}, "hold_out: must be a share of the rows from 0 to below 1"),
         ({"hold_out": 0.01}, "hold_out: a share of 0.01 of 24 rows is none that can be spared"),
         ({"patience": 5}, "patience: a training is evaluated 5 times; give 1 to 4, not 5"),
