@@ -130,7 +130,7 @@ def check_rows(rows: Rows, template: str | None = None, measure: Measure | None 
     Raises `ConfigError` where the template itself is wrong.
     """
     layout = Layout(template, rows.rows[0])
-    check = Check(rows.name, len(rows.rows), note=rows.note)
+    check = Check(rows.name, len(rows.rows), note=rows.columns.note)
     wrong, empty, long = list(rows.wrong), [], []
     prompts: dict[str, list[Row]] = {}
     labels: Counter[str] = Counter()

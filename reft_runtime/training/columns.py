@@ -53,6 +53,10 @@ class Columns:
         return {**row, **found} if found else row
 
 
+OWN_FIELDS = Columns()
+"""Those of rows that have all fields themselves."""
+
+
 def choose_columns(first: Mapping[str, Any], text: str | None, label: str | None) -> Columns:
     """The columns of rows that are like the `first`: those named, else those with usual names.
 

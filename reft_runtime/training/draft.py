@@ -62,8 +62,14 @@ class Draft:
     @property
     def note(self) -> dict[str, Any]:
         """What identifies the training; one that differs in any of this is another training."""
-        base = self._shape.model_dump()
-        return {"base": base, "completion_prefix": self._prefix, **self._about}
+        columns = self._material.rows.columns
+        return {
+            "base": self._shape.model_dump(),
+            "completion_prefix": self._prefix,
+            "text": columns.prompt,
+            "label": columns.label or columns.completion,
+            **self._about,
+        }
 
     def build(self, **figures: Any) -> Intervention:
         """The intervention with the edits as they are; `figures` are `metrics` and `training`."""

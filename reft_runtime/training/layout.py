@@ -87,7 +87,7 @@ def choose_template(rows: Rows, *, chats: bool) -> str | None:
     already, and stay as they are.
     """
     first = rows.rows[0]
-    asked = rows.columns or first.label is not None or _recur(rows)
+    asked = rows.columns.prompt is not None or first.label is not None or _recur(rows)
     if not chats or not asked or "messages" in first.fields:
         return None
     prompts = [str(row.fields.get("prompt", "")).rstrip() for row in rows.rows]

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from reft_runtime.errors import ConfigError
-from reft_runtime.training.columns import choose_columns
+from reft_runtime.training.columns import OWN_FIELDS, Columns, choose_columns
 from reft_runtime.training.sources import Data, read_records
 
 
@@ -48,17 +48,15 @@ class Row:
 class Rows:
     """A data set: its name, its rows, at least one, and the SHA-256 of its file.
 
-    `wrong` are the lines of the file that hold no row, as messages; `note` says which columns were
-    taken for text and label because of their names; `columns` is True where prompts are the texts
-    of a column.
+    `wrong` are the lines of the file that hold no row, as messages; `columns` are those that were
+    taken for text and label, and say which because of their names.
     """
 
     name: str
     rows: Sequence[Row]
     sha256: str
     wrong: Sequence[str] = ()
-    note: str = ""
-    columns: bool = False
+    columns: Columns = OWN_FIELDS
 
     @property
     def labels(self) -> set[str]:
@@ -87,8 +85,7 @@ def read_rows(
         raise ConfigError(f"{found.name}: there are no rows{first}", param="data")
     columns = choose_columns(found.records[0][1], text, label)
     rows = [Row(where, columns.fields(fields)) for where, fields in found.records]
-    texts = columns.prompt is not None
-    return Rows(found.name, rows, found.sha256, found.wrong, columns.note, texts)
+    return Rows(found.name, rows, found.sha256, found.wrong, columns)
 
 
 _HINTS = {

@@ -39,7 +39,7 @@ def test_files_with_columns_of_usual_names(tmp_path: Path, name: str, content: s
     (tmp_path / name).write_text(content, newline="")
     rows = read_rows(tmp_path / name)
     assert mapped(rows) == [BILLING]
-    assert "by the name; --text and --label name others" in rows.note
+    assert "by the name; --text and --label name others" in rows.columns.note
 
 
 def test_parquet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -83,7 +83,7 @@ def test_rows_that_have_the_form_are_left_as_they_are() -> None:
     given = {"prompt": "a", "completion": " b c", "label": " b", "text": "d"}
     rows = read_rows([given])
     assert rows.rows[0].fields == given
-    assert rows.note == ""
+    assert rows.columns.note == ""
 
 
 def test_tables_in_memory() -> None:

@@ -175,9 +175,8 @@ def test_killed_and_resumed_it_ends_with_the_same_weights(tmp_path: Path) -> Non
     assert not checkpoints.exists()
 
 
-@pytest.fixture
-def cut_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A training that was interrupted after its first checkpoint."""
+def cut_off_run(monkeypatch: pytest.MonkeyPatch, *arguments: Any, **options: Any) -> None:
+    """Run a training that is interrupted after its first checkpoint."""
     save = EditTrainer._save_checkpoint
 
     def once(self: Any, *arguments: Any) -> None:
@@ -185,11 +184,17 @@ def cut_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
             raise KeyboardInterrupt
         save(self, *arguments)
 
-    out = tmp_path / "x.safetensors"
     with monkeypatch.context() as patch:
         patch.setattr(EditTrainer, "_save_checkpoint", once)
         with pytest.raises(KeyboardInterrupt):
-            run(out)
+            run(*arguments, **options)
+
+
+@pytest.fixture
+def cut_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A training that was interrupted after its first checkpoint."""
+    out = tmp_path / "x.safetensors"
+    cut_off_run(monkeypatch, out)
     return out
 
 
@@ -199,6 +204,19 @@ def test_a_training_that_was_cut_off_is_not_overwritten(cut_off: Path) -> None:
     with pytest.raises(ConfigError, match=r"cut off differs in data_sha256, rows"):
         run(cut_off, ROWS[:8], resume=True)
     assert run(cut_off, resume=True).intervention.manifest.training["steps"] == 20
+
+
+def test_other_columns_are_another_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [{"a": f"{i} good", "b": f"{i} bad", "c": "the", "d": "and"} for i in range(24)]
+    out = tmp_path / "x.safetensors"
+    cut_off_run(monkeypatch, out, rows, text="a", label="c")
+    with pytest.raises(ConfigError, match="cut off differs in text;"):
+        run(out, rows, text="b", label="c", resume=True)
+    with pytest.raises(ConfigError, match="cut off differs in label;"):
+        run(out, rows, text="a", label="d", resume=True)
+    run(out, rows, text="a", label="c", resume=True)
 
 
 def test_there_must_be_something_to_resume(tmp_path: Path) -> None:
