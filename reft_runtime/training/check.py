@@ -111,7 +111,7 @@ class Measure:
 
     def exceeded(self, row: Row, prompt: str | Chat, completion: str) -> bool:
         """Whether a row is longer. A text has no more tokens than bytes, with a few around them."""
-        if isinstance(prompt, str):
+        if isinstance(prompt, str) and prompt.strip():
             size = len(prompt.encode(errors="replace")) + len(completion.encode(errors="replace"))
             if size + _AROUND <= self.longest:
                 return False

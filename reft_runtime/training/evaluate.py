@@ -216,16 +216,16 @@ def _by_engine(
             for one in asked
         ]
         candidates = (one.subject.candidate for one in asked)
+        sampling = []
+        for one, prompt in zip(asked, prompts, strict=True):
+            _check_length(one.row, len(prompt) + 1, tokenizer.max_model_len)
+            room = tokenizer.max_model_len - len(prompt)
+            sampling.append(SamplingParams(temperature=0, max_tokens=min(max_tokens, room)))
         applied: list[Uses] = [
             None if one.name is None else Use(versions[one.name], one.strength)
             for one in candidates
         ]
-        answers = engine.generate(
-            prompts,
-            SamplingParams(temperature=0, max_tokens=max_tokens),
-            intervention=applied,
-            progress=progress,
-        )
+        answers = engine.generate(prompts, sampling, intervention=applied, progress=progress)
         choices = [answer.choices[0] for answer in answers]
         return [Answer(choice.text, choice.finish_reason == "stop") for choice in choices]
 
@@ -233,6 +233,14 @@ def _by_engine(
         return [len(tokenizer.encode(text, add_special_tokens=False)) for text in texts]
 
     return _answered(tasks, subjects, count, ask)
+
+
+def _check_length(row: Row, tokens: int, longest: int) -> None:
+    if tokens > longest:
+        raise row.error(
+            f"has {tokens} tokens, and the model takes {longest} tokens; shorten"
+            " it, or leave it out."
+        )
 
 
 def _by_server(
@@ -269,6 +277,8 @@ def _perplexities(
                 layout = task.asked_of(subject.manifest)
                 formatter = subject.formatter(layout, tokenizer, loaded.eos_ids)
                 examples = [formatter.example(row) for row in task.rows.rows]
+                for row, example in zip(task.rows.rows, examples, strict=True):
+                    _check_length(row, len(example.tokens), loaded.max_model_len)
                 loss, tokens = 0.0, 0
                 for first in range(0, len(examples), BATCH):
                     made = predict(

@@ -60,19 +60,23 @@ class Formatter:
         self._chat_template = chat_template if is_text(chat_template) else None
 
     def prompt(self, row: Row) -> list[int]:
-        """Token ids of a row's prompt, as a server makes them."""
+        """Token ids of a row's prompt, at least one, as a server makes them."""
         asked = self._layout.prompt(row)
         try:
             if isinstance(asked, str):
-                return self._tokenizer.encode(asked, completion_prefix=self._prefix or "")
-            return self._tokenizer.encode_chat(
-                asked,
-                self._chat_template,
-                system=self._system,
-                completion_prefix=self._prefix or "",
-            )
+                ids = self._tokenizer.encode(asked, completion_prefix=self._prefix or "")
+            else:
+                ids = self._tokenizer.encode_chat(
+                    asked,
+                    self._chat_template,
+                    system=self._system,
+                    completion_prefix=self._prefix or "",
+                )
         except InvalidRequest as error:
             raise row.error(error.message) from None
+        if not ids:
+            raise row.error("the prompt is empty; write what is asked, or leave the row out.")
+        return ids
 
     def example(self, row: Row) -> Example:
         """A row in tokens; what is missing or wrong in it raises `ConfigError`."""

@@ -215,7 +215,11 @@ def train(
         typer.echo(f"{push}: {out.stem} {put(server, out, out.stem)}")
     if trained.held_out is not None:
         with stoppable(f"{out} is written; the report on its held-out rows is left out."):
-            typer.echo(_judged(trained, settings.template))
+            try:
+                typer.echo(_judged(trained, settings.template))
+            except ConfigError as error:
+                # A training may cut rows and tells labels apart by letters; this does neither.
+                typer.echo(f"The report on the held-out rows is left out: {error}", err=True)
 
 
 def _judged(trained: Trained, template: str | None) -> str:

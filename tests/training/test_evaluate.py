@@ -130,8 +130,8 @@ def test_answers_are_as_long_as_they_are_written(
         return text if max_tokens > len(wanted) else text + "?"  # it has to end, too
 
     def generate(self: Engine, prompts: Any, sampling: Any, **_: Any) -> Any:
-        choice = Choice(0, cut(sampling.max_tokens), finish_reason="stop")
-        return [Generation([], [choice]) for _ in prompts]
+        choices = [Choice(0, cut(one.max_tokens), finish_reason="stop") for one in sampling]
+        return [Generation([], [choice]) for choice in choices]
 
     def answers(self: Server, questions: Any, **_: Any) -> list[Answer]:
         return [Answer(cut(question.max_tokens), True) for question in questions]
