@@ -227,7 +227,7 @@ class Server:
 
     def check_model(self, model: str) -> None:
         """Raise `NotServed` if no request may name this model, such as NAME@DIGEST."""
-        self._call("GET", f"/v1/models/{quote(model, safe='@')}")
+        self._call("GET", f"/v1/models/{_quoted(model)}")
 
     def answers_at_all(self) -> bool:
         """Whether a server that is alive answers within a second."""
@@ -334,16 +334,30 @@ class Server:
     def _connection(self) -> dict[str, Any]:
         if "://" not in self.url:
             raise ConfigError(
-                f"url: write it with its scheme, http://{self.url}, not {self.url!r}.", param="url"
+                f"url: write it with its scheme, http://{self.url or 'HOST:PORT'}, not"
+                f" {self.url!r}.",
+                param="url",
             )
-        headers = {} if self.api_key is None else {"authorization": f"Bearer {self.api_key}"}
+        key = self.api_key
+        if key is not None and (key == "" or key != key.strip() or not key.isprintable()):
+            raise ConfigError(
+                "api_key: it is empty, has a space or a line break at an end, or a character that"
+                " no header can have.",
+                param="api_key",
+            )
+        headers = {} if key is None else {"authorization": f"Bearer {key}".encode()}
         return {"base_url": self.root, "headers": headers, "timeout": SECONDS}
 
 
 def _path(name: str) -> str:
     if name in ("", ".", "..") or "/" in name:  # the path of another route, or of none
         raise ConfigError(f"name: {name!r} is no intervention's name: {NAME_RULE}.", param="name")
-    return f"/v1/interventions/{quote(name, safe='@')}"
+    return f"/v1/interventions/{_quoted(name)}"
+
+
+def _quoted(name: str) -> str:
+    """A name as part of a path; bytes that are no text, of an argument, are no name's either."""
+    return quote(name, safe="@", errors="replace")
 
 
 def _request(question: Question, base: str) -> tuple[str, Body]:

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 import httpx
 
-from reft_runtime.errors import ConfigError, NotFound
+from reft_runtime.errors import ConfigError, InvalidRequest, NotFound
 
 
 class NotServed(NotFound):
@@ -48,9 +48,14 @@ def reason_of(response: httpx.Response) -> str:
 
 @contextmanager
 def reaching(url: httpx.URL | str) -> Iterator[None]:
-    """Raise `Unreachable` if the server at `url` cannot be reached within the block."""
+    """Raise `Unreachable` if the server at `url` cannot be reached within the block.
+
+    What cannot be sent, because it is no text, raises `InvalidRequest`.
+    """
     try:
         yield
+    except UnicodeEncodeError:
+        raise InvalidRequest("What was given is not UTF-8, and cannot be sent.") from None
     except (httpx.HTTPError, httpx.InvalidURL) as error:
         said = str(error) or type(error).__name__
         raise Unreachable(

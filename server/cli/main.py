@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import atexit
+import errno
+import io
 import os
 import sys
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
@@ -66,6 +68,7 @@ def main() -> None:
     """Entry point of the console command; mistakes end it with a message and no traceback."""
     status: str | int | None
     hide_import_messages()
+    _take_any_text()
     try:
         status = app(standalone_mode=False) or 0
     except ReftError as error:
@@ -79,7 +82,32 @@ def main() -> None:
         status = 1
     except SystemExit as end:
         status = end.code
+    except OSError as error:
+        if error.errno not in _NO_ROOM:
+            raise
+        typer.echo(f"reft: the output cannot be written: {error.strerror}.", err=True)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # for what is still to be flushed
+        status = 2
     _leave(status)
+
+
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""What a full disk answers to those who write to it."""
+
+
+def _take_any_text() -> None:
+    """Let no character end a command that a terminal, a pipe or a file has or cannot show.
+
+    What the output's encoding does not have is written as an escape. Bytes of the input that are
+    no text are refused where they are used.
+    """
+    for stream, errors in (
+        (sys.stdin, "surrogateescape"),
+        (sys.stdout, "backslashreplace"),
+        (sys.stderr, "backslashreplace"),
+    ):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors=errors)
 
 
 def _usage(message: str) -> str:
