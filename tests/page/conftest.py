@@ -37,20 +37,21 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
         yield engine
 
 
-def _server(engine: Engine, settings: Settings) -> HttpServer:
+def page_server(engine: Engine, settings: Settings) -> HttpServer:
+    """A server of the page, which is still to listen."""
     return HttpServer(create_app(engine, settings), Limits(100))
 
 
 @pytest.fixture(scope="session")
 def url(engine: Engine) -> Iterator[str]:
-    with listening(_server(engine, Settings())) as address:
+    with listening(page_server(engine, Settings())) as address:
         yield address
 
 
 @pytest.fixture
 def keyed_url(engine: Engine) -> Iterator[str]:
     """The address of a server that asks for `KEY`."""
-    with listening(_server(engine, Settings(api_key=SecretStr(KEY)))) as address:
+    with listening(page_server(engine, Settings(api_key=SecretStr(KEY)))) as address:
         yield address
 
 
@@ -60,7 +61,7 @@ def tenants_url(engine: Engine, tmp_path: Path) -> Iterator[str]:
     file = tmp_path / "keys.toml"
     file.write_text(keys_file())
     settings = Settings(keys=file, api_key=SecretStr(KEY))
-    with listening(_server(engine, settings)) as address:
+    with listening(page_server(engine, settings)) as address:
         yield address
 
 

@@ -14,9 +14,12 @@ from typing import Any
 import httpx
 import pytest
 from playwright.sync_api import Request, expect
+from pydantic import SecretStr
 
 from reft_runtime import Engine
-from tests.page.conftest import Tab, overflow, violations
+from server.settings import Settings
+from tests.helpers.serving import listening
+from tests.page.conftest import Tab, overflow, page_server, violations
 from tests.page.make import KEY, add_column, answered, answers, body, say, short
 
 CHAT = "/v1/chat/completions"
@@ -432,6 +435,16 @@ def test_the_key_is_asked_for_once(
     page.keyboard.press("Escape")
     expect(page.get_by_role("alert")).to_contain_text("API key")
     assert tab.page.evaluate("() => localStorage.length") == 0
+
+
+def test_a_key_may_have_any_letters(new_tab: Callable[..., Tab], engine: Engine) -> None:
+    settings = Settings(api_key=SecretStr("clé-ключ"))
+    with listening(page_server(engine, settings)) as url:
+        page = new_tab(url).open()
+        dialog = page.get_by_role("dialog", name="This server needs a key")
+        dialog.get_by_label("API key").fill("clé-ключ")
+        dialog.get_by_label("API key").press("Enter")
+        expect(page.get_by_role("button", name="(owner) admin")).to_be_visible()
 
 
 def test_a_server_that_is_gone_is_said(tab: Tab) -> None:

@@ -12,7 +12,7 @@ from playwright.sync_api import Page, Route, expect
 
 from reft_runtime import Engine
 from tests.page.conftest import INTERVENTIONS, Tab, overflow, violations
-from tests.page.make import answered, body, say, short
+from tests.page.make import KEY, answered, body, say, short
 
 PIRATE, EMOJI = (INTERVENTIONS / f"{name}.safetensors" for name in ("pirate", "emoji"))
 
@@ -322,3 +322,36 @@ def test_the_colours_are_chosen_and_kept(tab: Tab) -> None:
     scheme = page.evaluate("() => getComputedStyle(document.documentElement).colorScheme")
     assert scheme == "dark"
     answered(page)
+
+
+@pytest.mark.parametrize("width", [360, 768, 1000, 1100])
+def test_the_ways_to_all_views_fit_beside_a_key(
+    new_tab: Callable[..., Tab], keyed_url: str, width: int
+) -> None:
+    tab = new_tab(keyed_url, width=width)
+    tab.use(KEY)
+    page = tab.open()
+    expect(page.get_by_role("button", name="(owner) admin")).to_be_visible()
+    hidden = page.evaluate(
+        "() => { const nav = document.querySelector('.top nav');"
+        " return nav.scrollWidth - nav.clientWidth; }"
+    )
+    assert hidden == 0
+    assert page.evaluate("() => document.querySelector('.brand').offsetHeight") < 30  # one line
+
+
+def test_a_text_runs_as_its_script_does(tab: Tab) -> None:
+    page = tab.open()
+    box = page.get_by_label("Ask something")
+    box.fill("שלום.")
+    first, last = page.evaluate(
+        "() => { const said = document.createElement('p'); said.className = 'text';"
+        " said.textContent = 'שלום.'; document.querySelector('main').append(said);"
+        " const at = (i) => { const range = document.createRange();"
+        " range.setStart(said.firstChild, i); range.setEnd(said.firstChild, i + 1);"
+        " return range.getBoundingClientRect().left; }; return [at(0), at(4)]; }"
+    )
+    assert first > last, "the full stop is at the left end, behind the last letter"
+    for place in ("textarea", ".text"):
+        style = f"() => getComputedStyle(document.querySelector('{place}')).unicodeBidi"
+        assert page.evaluate(style) == "plaintext"

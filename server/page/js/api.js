@@ -27,6 +27,9 @@ export const address = (path) => new URL(path, new URL(".", document.baseURI)).h
 
 export const key = () => sessionStorage.getItem(KEY);
 
+/** A key as fetch takes it, which writes one byte for each character: those of its UTF-8. */
+const inHeader = (text) => String.fromCharCode(...new TextEncoder().encode(text));
+
 export function forgetKey() {
   sessionStorage.removeItem(KEY);
 }
@@ -41,7 +44,7 @@ export async function send(path, { method = "GET", json, body, headers = {}, sig
       body: json === undefined ? body : JSON.stringify(json),
       headers: {
         ...(json === undefined ? {} : { "content-type": "application/json" }),
-        ...(used ? { authorization: `Bearer ${used}` } : {}),
+        ...(used ? { authorization: `Bearer ${inHeader(used)}` } : {}),
         ...headers,
       },
     });
