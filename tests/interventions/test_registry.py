@@ -10,6 +10,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
 
@@ -950,6 +951,26 @@ def test_a_file_that_is_replaced_before_it_is_opened_is_the_new_one(
             assert file.read() == TWO
         assert version is registry.resolve("a")
     registry.close()
+
+
+def test_an_upload_that_pauses_holds_no_open_file(state: Path) -> None:
+    # A process may have 1024, connections included: some hundred uploads would shut out the rest.
+    with ExitStack() as stack:
+        registry = stack.enter_context(closing(Registry(BASE, state_dir=state)))
+        before = len(os.listdir("/proc/self/fd"))
+        files = [stack.enter_context(registry.incoming()) for _ in range(3)]
+        for file in files:
+            file.write(ONE[:100])
+        assert len(os.listdir("/proc/self/fd")) == before
+        files[1].write(ONE[100:])
+        registry.put("a", files[1])
+        files[2].path.unlink()
+        with pytest.raises(Unavailable, match="No such file"):
+            files[2].write(ONE[100:])
+        version, stored = registry.open("a")
+        with stored:
+            assert stored.read() == ONE
+        assert registry.resolve("a") is version
 
 
 def test_uploads_without_a_place_for_temporary_files(

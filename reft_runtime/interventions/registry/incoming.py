@@ -8,6 +8,7 @@ import os
 import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from io import FileIO
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -22,8 +23,9 @@ SUFFIX = ".part"
 class Incoming:
     """A temporary file in `folder`, of at most `max_bytes`, which nothing lists.
 
-    It is removed at the end of a `with` block, unless it was moved to its place before. All methods
-    but `discard` raise `StoreFull` or `Unavailable` if the disk fails.
+    It is removed at the end of a `with` block, unless it was moved to its place before. It is open
+    only while a part is written: many clients may pause in the middle of theirs. All methods but
+    `discard` raise `StoreFull` or `Unavailable` if the disk fails.
     """
 
     def __init__(self, folder: Path, max_bytes: int) -> None:
@@ -33,7 +35,7 @@ class Incoming:
         self._start = b""
         self._sha256 = hashlib.sha256()
         with telling():
-            self._file = self.path.open("xb", buffering=0)
+            self.path.touch(exist_ok=False)
 
     def __enter__(self) -> Self:
         return self
@@ -48,7 +50,6 @@ class Incoming:
 
     def discard(self) -> None:
         """Remove the file, unless it was moved to its place; it may be called again."""
-        self._file.close()
         with suppress(OSError):  # the next start removes it
             self.path.unlink(missing_ok=True)
 
@@ -65,9 +66,9 @@ class Incoming:
             raise too_large(self.size, self._max_bytes, self._start)
         self._sha256.update(part)
         rest = memoryview(part)
-        with telling():
+        with telling(), self._opened() as file:
             while rest:
-                rest = rest[self._file.write(rest) :]
+                rest = rest[file.write(rest) :]
 
     def read(self) -> bytes:
         """The whole content."""
@@ -77,9 +78,17 @@ class Incoming:
     def move(self, path: Path) -> None:
         """Put the file at `path` in one atomic step, safely on the disk."""
         with telling():
-            os.fsync(self._file.fileno())
-            self._file.close()
+            with self._opened() as file:
+                os.fsync(file.fileno())
             self.path.replace(path)
+
+    def _opened(self) -> FileIO:
+        """The file, to append to; one that was deleted is not made again."""
+        return open(self.path, "ab", buffering=0, opener=_without_making)
+
+
+def _without_making(path: str, flags: int) -> int:
+    return os.open(path, flags & ~os.O_CREAT)
 
 
 @contextmanager
