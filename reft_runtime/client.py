@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 from urllib.parse import quote
@@ -13,6 +13,7 @@ from urllib.parse import quote
 import httpx
 from tqdm import tqdm
 
+from reft_runtime.apart import run_apart
 from reft_runtime.errors import ConfigError, ReftError
 from reft_runtime.interventions.format.identity import is_whole
 from reft_runtime.interventions.registry.paging import MAX_PAGE
@@ -285,17 +286,28 @@ class Server:
     def ask(self, requests: Sequence[tuple[str, Body]], *, progress: bool = False) -> list[Body]:
         """Whole answers to requests, sent together; a request is a path and its body.
 
-        The answers come in the order of the requests.
+        The answers come in the order of the requests. What ends this early, such as Ctrl-C or a
+        refusal, ends the requests that are under way, too.
         """
-        with self._client() as client, ThreadPoolExecutor(CONCURRENCY) as pool:
+        return run_apart(self._ask(requests, progress=progress))
 
-            def answer(request: tuple[str, Body]) -> Body:
-                path, body = request
-                whole: Body = _call(client, "POST", path, json=body).json()
-                return whole
+    async def _ask(self, requests: Sequence[tuple[str, Body]], *, progress: bool) -> list[Body]:
+        under_way = asyncio.Semaphore(CONCURRENCY)
 
-            answers = pool.map(answer, requests)
-            return list(tqdm(answers, "Answers", len(requests), disable=not progress))
+        async def answer(path: str, body: Body) -> Body:
+            async with under_way:
+                with reaching(self.root):
+                    whole: Body = checked(await client.post(path, json=body)).json()
+                    return whole
+
+        async with self.async_client() as client:
+            asked = [asyncio.ensure_future(answer(*request)) for request in requests]
+            try:
+                return [await one for one in tqdm(asked, "Answers", disable=not progress)]
+            finally:
+                for one in asked:
+                    one.cancel()
+                await asyncio.gather(*asked, return_exceptions=True)
 
     def stream(self, path: str, body: Body) -> Iterator[Body]:
         """The events of a streamed answer; closing the iterator ends the request."""
