@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from numbers import Real
+
+from reft_runtime.errors import InvalidRequest
 
 
 def everything(name: str) -> bool:
@@ -26,6 +30,17 @@ class Caller:
     salt: bytes = b""
     sees: Callable[[str], bool] = everything
     max_tokens: int | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.weight, Real) or not 0 < self.weight < math.inf:
+            raise InvalidRequest(
+                f"weight must be a finite number above 0, not {repr(self.weight)[:40]}.",
+                param="weight",
+            )
+        if not isinstance(self.salt, bytes):
+            raise InvalidRequest(
+                f"salt must be bytes, not {type(self.salt).__name__}.", param="salt"
+            )
 
 
 ANYONE = Caller()

@@ -13,6 +13,7 @@ from concurrent.futures import Future
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
+from numbers import Integral
 from typing import TYPE_CHECKING, Any, Protocol, TypeGuard, cast
 
 from reft_runtime.caller import ANYONE, Caller
@@ -358,7 +359,11 @@ def _begun(
     priority: int,
     request_id: str | None,
 ) -> Iterator[partial[Request]]:
-    """For each prompt, its request but for what is to be made of it."""
+    """For each prompt, its request but for what is to be made of it. Raises `InvalidRequest`."""
+    if not isinstance(priority, Integral):
+        raise InvalidRequest(
+            f"priority must be a whole number, not {repr(priority)[:40]}.", param="priority"
+        )
     for position, tokens in enumerate(prompts):
         yield partial(
             Request,

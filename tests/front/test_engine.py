@@ -17,6 +17,7 @@ import torch
 from transformers import PreTrainedModel
 
 from reft_runtime import Engine, SamplingParams, Use
+from reft_runtime.caller import Caller
 from reft_runtime.errors import (
     ConfigError,
     Draining,
@@ -578,6 +579,24 @@ async def test_open_holds_nothing_where_it_refuses(engine: Engine) -> None:
             await engine.open(prompt(9), GREEDY, uses)
     with pytest.raises(InvalidRequest):
         await engine.open([], GREEDY, (Use("loreft"),))
+
+
+@pytest.mark.parametrize("priority", ["high", None, 1.5], ids=str)
+async def test_a_priority_that_is_no_number_is_refused(engine: Engine, priority: Any) -> None:
+    with pytest.raises(InvalidRequest, match="priority must be a whole number") as refused:
+        await engine.open(prompt(9), GREEDY, [Use("loreft")], priority=priority)
+    assert refused.value.param == "priority"
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{"weight": 0.0}, {"weight": -1.0}, {"weight": math.nan}, {"weight": None}, {"salt": "text"}],
+    ids=str,
+)
+def test_a_caller_that_nobody_can_be(fields: dict[str, Any]) -> None:
+    [name] = fields
+    with pytest.raises(InvalidRequest, match=f"{name} must be"):
+        Caller(**fields)
 
 
 async def test_open_cancelled_while_it_prepares_holds_nothing(
