@@ -28,7 +28,7 @@ from reft_runtime.errors import (
     ReftError,
 )
 from reft_runtime.front.streams import Stream
-from reft_runtime.interventions import Intervention, serialise
+from reft_runtime.interventions import Intervention, Registry, serialise
 from reft_runtime.outputs import Trace
 from reft_runtime.sampling import Grammar
 from tests.helpers.models import MAX_LENGTH, generate, prompt, tiny_llama
@@ -725,3 +725,15 @@ def test_limits_that_nothing_could_run_with_are_refused(
     with pytest.raises(ConfigError, match=message) as refused:
         Engine(copy.deepcopy(tiny_llama()[0]), tokenizer=tiny_tokenizer(), **given).close()
     assert refused.value.param in given
+
+
+def test_a_version_of_another_models_registry_ends_nobody_else(engine: Engine) -> None:
+    deep = engine.registry.base.model_copy(update={"num_layers": 40})
+    other = Registry(deep)
+    edit = dataclasses.replace(LOREFT, layer=30)
+    other.put("deep", serialise(Intervention.build(deep, [edit.stored])))
+    with pytest.raises(InvalidRequest, match=r"deep@.* was resolved by another registry") as told:
+        engine.generate(prompt(9), GREEDY, intervention=Use(other.resolve("deep")), progress=False)
+    assert told.value.param == "interventions"
+    assert engine.alive
+    other.close()

@@ -93,6 +93,7 @@ class Registry:
         shared_state: bool = False,
     ) -> None:
         self.base = base
+        self._self = object()  # in the versions that it makes, which may outlive it
         self._check_site = check_site
         self._allow_base = allow_base
         self._max_file_bytes = max_file_bytes
@@ -186,8 +187,16 @@ class Registry:
         A version that was resolved before is taken as it is; a name whose file is replaced at this
         moment stands for the new one. No request is counted. Raises what `resolve` raises,
         `Overloaded` if too many wait, `InvalidRequest` if the tensors of `refs` alone are more than
-        there may be, and `Unavailable` if pinned names leave them no room.
+        there may be, or if another registry made one of them, and `Unavailable` if pinned names
+        leave them no room.
         """
+        for ref in refs:
+            if isinstance(ref, Version) and ref.made_by is not self._self:
+                raise InvalidRequest(
+                    f"The version {ref.name}@{ref.digest[:12]} was resolved by another registry,"
+                    " whose model may be another one; resolve it by this engine's own.",
+                    param="interventions",
+                )
         return self._readers.acquire(refs)
 
     def hold(self, version: Version) -> None:
@@ -433,7 +442,7 @@ class Registry:
         """
         header = header_of(data)
         self._check(header.manifest)
-        return Version(name, header, origin, None, edits_of(header, data))
+        return self._made(Version(name, header, origin, None, edits_of(header, data)))
 
     @contextmanager
     def _written(self, data: bytes) -> Iterator[Incoming]:
@@ -472,7 +481,11 @@ class Registry:
     def _listed(self, name: str, file: File, origin: Origin = "folder") -> Version:
         header = file.header(self._max_file_bytes)
         self._check(header.manifest)
-        return Version(name, header, origin, file)
+        return self._made(Version(name, header, origin, file))
+
+    def _made(self, version: Version) -> Version:
+        version.made_by = self._self
+        return version
 
     def _scan(self, rest: Rest, between: Between) -> None:
         self._folders.scan(rest, between)

@@ -62,6 +62,8 @@ class Version:
         self.only_copy = False
         """Whether the tensors stay because the file that they came from is no longer there."""
         self.problem: str | None = None
+        self.made_by: object = None
+        """Stands for the registry that made it, and checked that it fits its model."""
         self._source = source
         self._edits = edits
         self._tensor_bytes = memory_of(edits or ())
