@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import Awaitable, Callable
 from concurrent.futures import Future
 from contextlib import suppress
@@ -44,6 +45,33 @@ async def unless_left(making: Awaitable[T], undo: Callable[[T], object]) -> T:
         raise
 
 
+async def in_thread(call: Callable[[], T], undo: Callable[[T], object]) -> T:
+    """Return the result of `call` in a worker thread; if the caller leaves, pass it to `undo`.
+
+    Also where the whole event loop ends, which cancels all of its tasks: the thread goes on, and
+    gives back itself what nobody waits for.
+    """
+    lock, left, made = threading.Lock(), False, list[T]()
+
+    def calling() -> T:
+        result = call()
+        with lock:
+            if not left:
+                made.append(result)
+                return result
+        undo(result)
+        return result
+
+    try:
+        return await asyncio.to_thread(calling)
+    except BaseException:
+        with lock:
+            left = True
+        for result in made:
+            undo(result)
+        raise
+
+
 async def in_turn(
     acquire: Callable[[], H], prepare: Callable[[H], T], undo: Callable[[T], object]
 ) -> T:
@@ -51,7 +79,7 @@ async def in_turn(
 
     Both are called in a worker thread; where what was acquired is not ready at once, no thread
     waits for it. If the caller is cancelled, what was prepared is passed to `undo`, as
-    `unless_left` does.
+    `in_thread` does.
     """
 
     def prepared(held: H) -> T:
@@ -70,7 +98,7 @@ async def in_turn(
         if result is not None:
             undo(result)
 
-    held, result = await unless_left(asyncio.to_thread(begun), let_go)
+    held, result = await in_thread(begun, let_go)
     if result is not None:
         return result
     loop, ready = asyncio.get_running_loop(), asyncio.Event()
@@ -82,7 +110,7 @@ async def in_turn(
     held.ready.add_done_callback(tell)
     try:
         await ready.wait()
+        return await in_thread(lambda: prepared(held), undo)
     except BaseException:
         held.release()
         raise
-    return await unless_left(asyncio.to_thread(prepared, held), undo)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -160,3 +161,27 @@ async def test_a_trace_is_of_its_requests_salt_and_ends_in_a_full_queue() -> Non
         async for _ in own:
             pass
         assert own.cached_tokens == 32
+
+
+def test_an_event_loop_that_ends_while_a_request_is_prepared_holds_nothing(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun, go_on = threading.Event(), threading.Event()
+    prepare = engine.admission.prepare
+
+    def slowly(*asked: Any, **options: Any) -> Any:
+        begun.set()
+        assert go_on.wait(60)
+        return prepare(*asked, **options)
+
+    monkeypatch.setattr(engine.admission, "prepare", slowly)
+
+    async def leave() -> None:
+        opening = asyncio.ensure_future(engine.open(prompt(9), LONG, [Use("several")]))
+        await asyncio.to_thread(begun.wait, 60)
+        assert not opening.done()
+        threading.Timer(0.2, go_on.set).start()  # when the loop has cancelled its tasks
+
+    asyncio.run(leave())
+    wait_for_none(engine)
+    engine.check_integrity()
