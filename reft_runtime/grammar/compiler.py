@@ -9,7 +9,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 from llguidance import LLMatcher, LLTokenizer
 
-from reft_runtime.errors import InvalidRequest, Overloaded
+from reft_runtime.errors import EngineDead, InvalidRequest, Overloaded
 from reft_runtime.grammar.source import MAX_BYTES, STACK_BYTES, matcher_of, read_tokenizer
 from reft_runtime.grammar.state import GrammarState
 from reft_runtime.grammar.trial import Refusal, Trial
@@ -41,11 +41,13 @@ class GrammarCompiler:
         self._thread: ThreadPoolExecutor | None = None
         self._tokenizer: LLTokenizer | None = None
         self._trial: Trial | None = None
+        self._closed = False
 
     def compiling(self, grammar: Grammar) -> Future[LLMatcher | Refusal]:
         """Begin to compile a grammar that is not kept; done when `start` will not wait for it.
 
-        Raises `InvalidRequest` if it is too long, and `Overloaded` if too many wait already.
+        Raises `InvalidRequest` if it is too long, `Overloaded` if too many wait already, and
+        `EngineDead` if it is closed.
         """
         size, most = len(grammar.source.encode(errors="surrogatepass")), MAX_BYTES[grammar.kind]
         if size > most:
@@ -56,6 +58,8 @@ class GrammarCompiler:
         with self._lock:
             future = self._kept.get(grammar)
             if future is None:
+                if self._closed:
+                    raise EngineDead("the engine is closed")
                 if sum(not each.done() for each in self._kept.values()) >= MOST_WAITING:
                     raise Overloaded(f"{MOST_WAITING} grammars wait to be compiled.")
                 future = self._kept[grammar] = self._started().submit(self._compile, grammar)
@@ -69,7 +73,7 @@ class GrammarCompiler:
         """The state before the first token of an answer; may wait seconds for the compiler.
 
         Raises `InvalidRequest`, which names the grammar's field and the place in it, `Overloaded`,
-        or `Unavailable`.
+        `Unavailable`, or `EngineDead`.
         """
         found = self.compiling(grammar).result()
         if isinstance(found, Refusal):
@@ -78,9 +82,13 @@ class GrammarCompiler:
         return GrammarState(found.deep_copy(), grammar.param)
 
     def close(self) -> None:
-        """End the process and the thread; what is kept can still be used."""
+        """End the process and the thread; what is kept can still be used. May be called twice."""
+        with self._lock:
+            if self._closed:
+                return
+            self._closed = True
         if self._thread is not None:
-            self._thread.shutdown(cancel_futures=True)
+            self._thread.shutdown()  # what waits ends at once: a cancelled future is no answer
         if self._trial is not None:
             self._trial.close()
 
@@ -96,6 +104,8 @@ class GrammarCompiler:
         return self._thread
 
     def _compile(self, grammar: Grammar) -> LLMatcher | Refusal:
+        if self._closed:
+            raise EngineDead("the engine is closed")
         if self._tokenizer is None or self._trial is None:
             definition = self._definition()
             try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import json
 import random
+import threading
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -13,7 +14,7 @@ import jsonschema
 import pytest
 import regex
 
-from reft_runtime.errors import InvalidRequest, Unavailable
+from reft_runtime.errors import EngineDead, InvalidRequest, Unavailable
 from reft_runtime.grammar import GrammarCompiler, GrammarState
 from reft_runtime.grammar.compiler import KEPT
 from reft_runtime.grammar.source import MAX_BYTES
@@ -256,6 +257,25 @@ def test_a_process_that_somebody_ends_refuses_nothing() -> None:
         waiting.result()
     assert compiler.compiling(slow) is not waiting  # it is tried again
     compiler.close()
+
+
+def test_nothing_is_begun_once_it_is_closed_and_who_waits_is_told() -> None:
+    compiler = compiler_of(TOKENIZER)
+    kept = Grammar("regex", "a+")
+    compiler.start(kept)
+    waiting = [compiler.compiling(Grammar("regex", f"{n}+")) for n in range(20)]
+    closing = [threading.Thread(target=compiler.close) for _ in range(2)]
+    for thread in closing:
+        thread.start()
+    for thread in closing:
+        thread.join()
+    compiler.close()
+    told = [each.exception(60) for each in waiting]
+    assert {type(error) for error in told} <= {EngineDead, type(None)}
+    assert isinstance(told[-1], EngineDead)
+    with pytest.raises(EngineDead, match="closed"):
+        compiler.start(Grammar("regex", "b+"))
+    assert allowed(compiler.start(kept))
 
 
 def test_chains_that_need_a_deep_stack() -> None:
