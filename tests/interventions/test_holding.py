@@ -120,6 +120,26 @@ def test_what_is_let_go_above_the_bound_is_evicted(make: Make, by_request: bool)
     assert registry.tiers()["host"] == 1
 
 
+def test_a_version_that_goes_while_room_is_made_takes_none(
+    make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    registry = make(1)
+    ready(registry, "a")
+    replaceable = Version.replaceable
+
+    def gone(version: Version) -> bool:
+        if version.name == "a":
+            (tmp_path / "a.safetensors").unlink(missing_ok=True)
+            with pytest.raises(NotFound):
+                registry.resolve("a")
+        return replaceable(version)
+
+    monkeypatch.setattr(Version, "replaceable", gone)
+    ready(registry, "b")  # in the place of the other, which is the only copy by now
+    assert ready(registry, "c").edits()
+    assert registry.held_bytes() <= ONE
+
+
 def test_more_than_there_may_be_is_refused_at_once(make: Make) -> None:
     registry = make(1.5)
     first = acquired(registry, "a")

@@ -294,6 +294,8 @@ class Catalog:
             evicted = False
             with self.lock:
                 for version, replaceable in again.items():
+                    if version not in self.memory:  # it has gone meanwhile
+                        continue
                     if not replaceable:  # the only copy of its content: others are evicted instead
                         version.only_copy = evicted = True
                         self.memory.settle(version)

@@ -61,6 +61,10 @@ class Residency:
         self._unread = Tally()  # those of `_staying` that are still to be read
         self._freed = 0
 
+    def __contains__(self, version: Version) -> bool:
+        """Whether the version's tensors count here, as some that may be evicted one day."""
+        return version in self._tensors
+
     @property
     def fixed(self) -> int:
         """Bytes that are taken by what cannot be evicted, whether it is used or not."""
