@@ -8,8 +8,8 @@ import ipaddress
 import logging
 import os
 import socket
-from collections.abc import Callable, Coroutine, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Coroutine
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from types import FrameType
 from typing import TYPE_CHECKING, Any, cast
@@ -95,27 +95,29 @@ def tell_address(listener: socket.socket) -> None:
     logger.info("reft-server %s will answer at %s", VERSION, address_of(host, port))
 
 
-def run(engine: WholeEngine, settings: Settings, listener: socket.socket) -> int:
+def listen_for_metrics(settings: Settings) -> AbstractContextManager[socket.socket | None]:
+    """Bind the socket of the port for metrics, if there is one; raises as `listen` does."""
+    if settings.metrics_port is None:
+        return nullcontext()
+    return listen(settings.host, settings.metrics_port, "metrics_port")
+
+
+def run(
+    engine: WholeEngine,
+    settings: Settings,
+    listener: socket.socket,
+    for_metrics: socket.socket | None = None,
+) -> int:
     """Serve until a signal or the engine's end; return the exit status: 0 if drained, else 1."""
     app = create_app(engine, settings)
+    context: Context = app.state.context
     server = HttpServer(app, Limits(file_limit()))
     try:
-        with _metrics_port(app.state.context):
+        with metrics_served(context.metrics, for_metrics) if for_metrics else nullcontext():
             server.run(sockets=[listener])
     finally:
         engine.close()
     return 0 if server.drained else 1
-
-
-@contextmanager
-def _metrics_port(context: Context) -> Iterator[None]:
-    settings = context.settings
-    if settings.metrics_port is None:
-        yield
-        return
-    listener = listen(settings.host, settings.metrics_port, "metrics_port")
-    with metrics_served(context.metrics, listener):
-        yield
 
 
 class HttpServer(uvicorn.Server):

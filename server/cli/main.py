@@ -158,16 +158,16 @@ def _reft(
 def serve(**options: Any) -> None:
     """Serve a model and its interventions over HTTP."""
     settings = load_settings(options)
-    from server.lifecycle import check_exposure, listen, run, tell_address
+    from server.lifecycle import check_exposure, listen, listen_for_metrics, run, tell_address
     from server.logs import configure_logging
     from server.tenants.keys import Keys
 
     configure_logging(settings)
     Keys.of(settings)  # what is wrong is told before the model is loaded, which may take minutes
-    with listen(settings.host, settings.port) as listener:
+    with listen(settings.host, settings.port) as listener, listen_for_metrics(settings) as other:
         check_exposure(listener, settings)
         tell_address(listener)
-        raise SystemExit(run(start_engine(settings), settings, listener))
+        raise SystemExit(run(start_engine(settings), settings, listener, other))
 
 
 @app.command()

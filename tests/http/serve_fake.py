@@ -6,7 +6,7 @@ import json
 import os
 import sys
 
-from server.lifecycle import check_exposure, listen, run
+from server.lifecycle import check_exposure, listen, listen_for_metrics, run
 from server.logs import configure_logging
 from server.settings import load_settings
 from tests.http.fake_engine import FakeEngine
@@ -16,10 +16,9 @@ def main(engine_options: str, options: str) -> int:
     """Serve until a signal; returns the exit status."""
     settings = load_settings({"port": 0, **json.loads(options)})
     configure_logging(settings)
-    engine = FakeEngine(**json.loads(engine_options))
-    with listen(settings.host, settings.port) as listener:
+    with listen(settings.host, settings.port) as listener, listen_for_metrics(settings) as other:
         check_exposure(listener, settings)
-        return run(engine, settings, listener)
+        return run(FakeEngine(**json.loads(engine_options)), settings, listener, other)
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from typing import Any
 
 import httpx
 import pytest
+from typer.testing import CliRunner
 
 from reft_runtime.errors import ConfigError
 from server.banner import SHOWN
@@ -221,17 +222,6 @@ def test_who_does_not_take_an_answer_does_not_keep_the_server() -> None:
     assert "Traceback" not in log
 
 
-def test_port_in_use() -> None:
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        port = taken.getsockname()[1]
-        command = [sys.executable, "-m", "tests.http.serve_fake", "{}"]
-        ended = subprocess.run(
-            [*command, json.dumps({"port": port})], capture_output=True, text=True, check=False
-        )
-    assert f"Cannot listen on 127.0.0.1 port {port}: Address already in use." in ended.stderr
-    assert ended.returncode == 1
-
-
 def without_times(text: str) -> str:
     """Metrics without the one whose value is the time of the scrape."""
     return re.sub(r"^vllm:lora_requests_info.*$", "", text, flags=re.MULTILINE)
@@ -272,19 +262,18 @@ def test_silent_clients_of_the_metrics_port_make_room() -> None:
     assert "Traceback" not in "".join(server.log)
 
 
-def test_metrics_port_in_use() -> None:
+@pytest.mark.parametrize("option", ["--port", "--metrics-port"])
+def test_a_port_in_use_is_told_before_the_model_is_loaded(
+    monkeypatch: pytest.MonkeyPatch, option: str
+) -> None:
+    monkeypatch.setattr("server.cli.main.start_engine", lambda settings: pytest.fail("loaded"))
+    monkeypatch.setattr("server.logs.configure_logging", lambda settings: None)
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        command = [sys.executable, "-m", "tests.http.serve_fake", "{}"]
-        ended = subprocess.run(
-            [*command, json.dumps({"metrics_port": port})],
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-    assert f"Cannot listen on 127.0.0.1 port {port}: Address already in use." in ended.stderr
-    assert "--metrics-port." in ended.stderr
-    assert ended.returncode == 1
+        done = CliRunner().invoke(app, ["serve", "--port", "0", option, str(port)])
+    assert isinstance(done.exception, ConfigError)
+    assert f"Cannot listen on 127.0.0.1 port {port}: Address already in use" in str(done.exception)
+    assert f"and {option}." in str(done.exception)
 
 
 def test_headers_are_bounded() -> None:
