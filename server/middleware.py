@@ -17,6 +17,9 @@ from server.logs import log_request
 MAX_HEADER_BYTES = 32 * 2**10
 """Most bytes of the names and values of all headers of one request."""
 
+REFUSED = "refused"
+"""Key of a request's state: the status with which its connection answered it, before the app."""
+
 _SANE_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 
 
@@ -74,4 +77,5 @@ class RequestMiddleware:
             await error.response()(scope, receive, send_with_id)
         finally:
             self._context.bodies.give_back(scope)
+            status = status or scope["state"].get(REFUSED)
             log_request(scope, status, time.monotonic() - began)

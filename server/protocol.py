@@ -21,7 +21,7 @@ from uvicorn.protocols.http.httptools_impl import (
 from server.answers import WRITE_NOW
 from server.connections import Connections
 from server.errors import ApiError
-from server.middleware import MAX_HEADER_BYTES
+from server.middleware import MAX_HEADER_BYTES, REFUSED
 
 PROBE_SECONDS = 0.1
 
@@ -263,6 +263,8 @@ class Connection(HttpToolsProtocol):
         """Answer with `error`, unless an answer has begun, and end the connection."""
         if self.idle or not (self._answered and self._answered.response_started):
             self._write(error)
+            if self._answered is not None:
+                self._answered.scope["state"][REFUSED] = error.status
         if reason is not None:
             self._all.metrics.cut(reason)
         self._cut = True

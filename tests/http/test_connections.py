@@ -111,6 +111,25 @@ class TestDeadlines:
         if reason is not None:
             await cut(server_url, reason)
 
+    @pytest.mark.parametrize(
+        ("sent", "answer"),
+        [
+            (head(content_length=100) + b"{", 408),
+            (head(transfer_encoding="chunked") + b"no size\r\n", 400),
+        ],
+    )
+    async def test_the_log_tells_the_answer_of_a_refused_body(
+        self, server_url: str, caplog: pytest.LogCaptureFixture, sent: bytes, answer: int
+    ) -> None:
+        """And not that its client left."""
+        with caplog.at_level(logging.INFO, "reft.requests"):
+            async with connected(server_url, sent) as (reader, _):
+                assert status(await rest(reader)) == answer
+            async with asyncio.timeout(SOON):
+                while not (told := [r for r in caplog.records if r.name == "reft.requests"]):
+                    await asyncio.sleep(0.01)
+        assert [vars(record)["request"]["status"] for record in told] == [answer]
+
     @pytest.mark.parametrize("start", [b"", head(content_length=10_000)])
     async def test_a_byte_now_and_then_is_too_slow(self, server_url: str, start: bytes) -> None:
         async with connected(server_url, start or b"GET /livez HTTP/1.1\r\n") as (reader, writer):
