@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import uuid
+from codecs import BOM_UTF8
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -51,6 +52,8 @@ def read_requests(path: Path) -> Iterator[Line]:
     try:
         with path.open("rb") as file:
             for number, text in enumerate(file, 1):
+                if number == 1:
+                    text = text.removeprefix(BOM_UTF8)  # editors of Windows write it
                 if text.strip():
                     yield _request(text, f"{path}:{number}")
     except OSError as error:

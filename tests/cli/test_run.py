@@ -154,6 +154,12 @@ def test_a_wrong_line_is_said_before_anything_is_asked(
     assert not out.exists()
 
 
+def test_a_mark_of_utf_8_is_no_part_of_the_first_request(tmp_path: Path) -> None:
+    file = place(tmp_path / "requests.jsonl", request("a"), request("b"))
+    file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes().replace(b"\n", b"\r\n"))
+    assert [line.custom_id for line in read_requests(file)] == ["a", "b"]
+
+
 def test_no_file_no_request_no_server(url: str, tmp_path: Path) -> None:
     out = tmp_path / "out.jsonl"
     with pytest.raises(ConfigError, match="cannot be read: No such file"):
