@@ -23,6 +23,7 @@ UNHEALTHY: dict[int | str, dict[str, Any]] = {
 
 
 @public.get("/livez", responses=UNHEALTHY)
+@public.head("/livez", include_in_schema=False)  # as `wget --spider` and some monitors ask
 async def livez(context: Current) -> JSONResponse:
     """Answers 200 while the engine's loop turns; otherwise the process should be restarted."""
     return _health("ok" if context.health.live else "engine not running")
@@ -30,6 +31,8 @@ async def livez(context: Current) -> JSONResponse:
 
 @public.get("/readyz", responses=UNHEALTHY)
 @public.get("/health", responses=UNHEALTHY)
+@public.head("/readyz", include_in_schema=False)
+@public.head("/health", include_in_schema=False)
 async def readyz(context: Current) -> JSONResponse:
     """Answers 200 while the server is loaded, proven by a first generation, and not draining.
 

@@ -116,6 +116,14 @@ async def test_without_keys_all_share_the_prefix_cache(
     assert engine.streams[-1].salt == b""
 
 
+@pytest.mark.parametrize("path", ["/livez", "/readyz", "/health"])
+async def test_health_is_told_to_who_wants_no_body(server_url: str, path: str) -> None:
+    async with httpx.AsyncClient(base_url=server_url) as client:
+        asked, whole = await client.head(path), await client.get(path)
+    assert (asked.status_code, asked.content) == (200, b"")
+    assert asked.headers["content-length"] == whole.headers["content-length"]
+
+
 async def test_unknown_route_and_method(client: httpx.AsyncClient) -> None:
     response = await client.get("/v1/nothing")
     assert response.status_code == 404
@@ -132,7 +140,7 @@ async def test_unknown_route_and_method(client: httpx.AsyncClient) -> None:
     for path, methods in (
         ("/v1/completions", "POST"),
         ("/v1/interventions/x", "DELETE, GET, PUT"),
-        ("/health", "GET"),
+        ("/health", "GET, HEAD"),
     ):
         response = await client.patch(path)
         assert response.status_code == 405
