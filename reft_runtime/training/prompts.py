@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from reft_runtime.errors import ConfigError, InvalidRequest
 from reft_runtime.interventions.format.manifest import CompletionPrefix, SystemTurn
@@ -18,7 +18,7 @@ from reft_runtime.training.rows import Row, Rows
 class Example:
     """One row in tokens: the prompt, then the completion with its end-of-sequence token.
 
-    `label_length` is how many tokens of the completion spell the row's label, None where it has no
+    `label_length` is how many tokens of the completion tell the row's label, None where it has no
     label: then all of them count for accuracy.
     """
 
@@ -117,8 +117,11 @@ class Formatter:
         return self._tokenizer.encode(answer, add_special_tokens=False)
 
     def _label_length(self, row: Row, label: str, completion: Sequence[int]) -> int:
+        # Some tokenizers rewrite what they are given, such as letters and their accents.
+        ids = self._tokenizer.encode(label, add_special_tokens=False)
+        spelled = self._tokenizer.decode(ids).strip() or label
         for length in range(1, len(completion) + 1):
-            if self._tokenizer.decode(completion[:length]).strip().startswith(label):
+            if self._tokenizer.decode(completion[:length]).strip().startswith((label, spelled)):
                 return length
         raise row.error(f"the completion does not begin with the label {label!r}.")
 
@@ -132,6 +135,7 @@ def make_examples(
     completion and, where the prompt alone is too long, the prompt's beginning.
     """
     examples = [formatter.example(row) for row in rows.rows]
+    examples = _told_apart(examples, rows)
     long = [example for example in examples if len(example.tokens) > max_length]
     if long and not truncate:
         raise ConfigError(
@@ -141,6 +145,18 @@ def make_examples(
             param="max_length",
         )
     return [_cut(example, max_length) for example in examples]
+
+
+def _told_apart(examples: Sequence[Example], rows: Rows) -> list[Example]:
+    """The examples, with one more token that has to be right where a label begins another."""
+    labels = rows.labels
+    begun = {one for one in labels for other in labels if other != one and other.startswith(one)}
+    return [
+        replace(example, label_length=min(example.label_length + 1, len(example.completion)))
+        if example.label_length is not None and row.label and row.label.strip() in begun
+        else example
+        for example, row in zip(examples, rows.rows, strict=True)
+    ]
 
 
 def _cut(example: Example, max_length: int) -> Example:

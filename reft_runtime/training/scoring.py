@@ -70,10 +70,11 @@ def is_right(
     `labels` are all that there are, None where any text that begins with the label's letters is
     right, as `10` for the label `1`.
     """
-    answer = answer.strip()
     if metric != "accuracy":
-        return answer == wanted
-    return answer.startswith(wanted) if labels is None else begins_with(answer, wanted, labels)
+        return plain(answer) == plain(wanted)
+    if labels is None:
+        return plain(answer).startswith(plain(wanted))
+    return begins_with(answer.strip(), wanted, labels)
 
 
 def begins_with(answer: str, label: str, labels: Collection[str]) -> bool:
@@ -88,12 +89,25 @@ def given_label(answer: str, labels: Collection[str], *, prefixes: bool = False)
 
     As a whole word or, with `prefixes`, by its letters alone.
     """
-    answer = answer.strip()
-    begins = str.startswith if prefixes else _begins
-    return max((label for label in labels if begins(answer, label)), key=len, default=None)
+    answer = plain(answer)
+    found = (
+        label
+        for label in labels
+        if (answer.startswith(plain(label)) if prefixes else _begins(answer, label))
+    )
+    return max(found, key=len, default=None)
+
+
+def plain(text: str) -> str:
+    """A text without the blanks around it, accents joined to their letters.
+
+    Many tokenizers join them, and so a model never writes the other form.
+    """
+    return unicodedata.normalize("NFC", text.strip())
 
 
 def _begins(answer: str, label: str) -> bool:
+    answer, label = plain(answer), plain(label)
     return answer.startswith(label) and not _inside_a_word(label[-1:], answer[len(label) :])
 
 

@@ -18,7 +18,14 @@ from reft_runtime.interventions.format.template import (
 from reft_runtime.training.layout import Chat, Layout
 from reft_runtime.training.outcomes import Outcome
 from reft_runtime.training.rows import Row, Rows, read_rows
-from reft_runtime.training.scoring import Metric, check_label, given_label, is_right, metric_of
+from reft_runtime.training.scoring import (
+    Metric,
+    check_label,
+    given_label,
+    is_right,
+    metric_of,
+    plain,
+)
 from reft_runtime.training.sources import Data
 
 TEXT = 100
@@ -73,7 +80,7 @@ class Task:
             _one_line(text, ANSWER),
             right,
             given,
-            right and ends and not (answer.ended and text == wanted),
+            right and ends and not (answer.ended and plain(text) == plain(wanted)),
         )
 
 

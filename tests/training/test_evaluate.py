@@ -20,7 +20,7 @@ from reft_runtime.interventions import parse, read, read_header
 from reft_runtime.outputs import Choice, Generation
 from reft_runtime.training import TrainSettings, direction, evaluate, train
 from reft_runtime.training.direction import read_texts
-from reft_runtime.training.scoring import is_right
+from reft_runtime.training.scoring import is_right, plain
 from server.cli.main import app
 from server.settings import Settings
 from tests.e2e.conftest import served
@@ -160,7 +160,7 @@ def test_answers_are_as_long_as_they_are_written(
 def test_a_label_is_a_whole_word(answer: str, label: str, right: bool) -> None:
     labels = {"New York", label}
     assert is_right(answer, label, "accuracy", labels) is right
-    assert is_right(answer, label, "accuracy") is answer.strip().startswith(label)  # prefixes
+    assert is_right(answer, label, "accuracy") is plain(answer).startswith(label)  # prefixes
 
 
 def test_labels_that_say_nothing_or_stand_inside_a_word(place: Path) -> None:
