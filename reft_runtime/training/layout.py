@@ -110,11 +110,12 @@ def _turns(row: Row) -> Chat:
     turns: Any = row.fields.get("messages")
     if turns is None:
         raise row.error("there is no field 'messages', which the first row has.")
-    fine = isinstance(turns, list) and all(
-        isinstance(turn, dict)
-        and isinstance(turn.get("role"), str)
-        and isinstance(turn.get("content"), str)
-        for turn in turns
+    listed = isinstance(turns, list) and all(isinstance(turn, dict) for turn in turns)
+    if listed and (row.fields.get("tools") or any(turn.get("tool_calls") for turn in turns)):
+        # A server tells the model of tools, and writes their calls, otherwise than a row has them.
+        raise row.error("chats with tools cannot be trained on or evaluated; leave the row out.")
+    fine = listed and all(
+        isinstance(turn.get("role"), str) and isinstance(turn.get("content"), str) for turn in turns
     )
     if not fine or len(turns) < 2 or turns[-1]["role"] != "assistant":
         raise row.error(

@@ -17,6 +17,7 @@ from tests.helpers.tokenizer import tiny_sentencepiece_tokenizer, tiny_tokenizer
 from tests.training.make import EOS, examples
 
 CHAT = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}]
+CALL = [CHAT[0], {"role": "assistant", "content": None, "tool_calls": [{"type": "function"}]}]
 
 
 def text(tokens: tuple[int, ...]) -> str:
@@ -28,6 +29,11 @@ def test_prompt_and_completion_are_taken_as_they_are() -> None:
     assert text(example.tokens) == "Q: the end<|im_end|>"
     assert text(example.tokens[: example.prompt_length]) == "Q:"
     assert example.label_length == 1
+
+
+def test_a_chat_that_names_no_tools_is_a_chat() -> None:
+    [example] = examples([{"messages": [{**CHAT[0], "tool_calls": None}, CHAT[1]], "tools": []}])
+    assert example.tokens == examples([{"messages": CHAT}])[0].tokens
 
 
 def test_messages_go_through_the_chat_template() -> None:
@@ -122,6 +128,9 @@ def test_files_that_cannot_be_read(tmp_path: Path, content: bytes, message: str)
         ([{"messages": CHAT[:1]}], None, "ends with the assistant's"),
         ([{"messages": [{"role": "assistant"}, *CHAT]}], None, "each with role and content"),
         ([{"messages": [{"role": "x", "content": "y"}, *CHAT]}], None, "unknown role x"),
+        ([{"messages": CHAT, "tools": [{"type": "function"}]}], None, "row 1: .*with tools"),
+        ([{"messages": [*CHAT, {**CHAT[-1], "tool_calls": [{}]}]}], None, "row 1: .*with tools"),
+        ([{"messages": [*CALL, *CHAT]}], None, "row 1: .*with tools"),
         ([{"prompt": "x", "completion": " no", "label": "yes"}], None, "begin with the label"),
         ([{"prompt": "x", "completion": " no", "label": " "}], None, "row 1: label is empty"),
         ([{"prompt": "\ud800", "completion": "x"}], None, "row 1: prompt: not valid Unicode"),
