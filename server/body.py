@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar, get_args
 
@@ -219,6 +219,8 @@ def _first_problem(error: ValidationError, data: Any, model: type[BaseModel]) ->
         hint = hint or "leave it out"
         return InvalidRequest(f"{param} is not supported by this server; {hint}.", param=param)
     message = problem["msg"].removeprefix("Value error, ").replace(" after validation", "")
+    if problem["type"] in _NO_OBJECT:
+        message = _object(_kinds(model, problem["loc"]))
     hint = instead(param) if problem["type"] == "literal_error" else None
     message = f"{message}; {hint}" if hint else message
     return InvalidRequest(f"{param}: {message[:1].lower()}{message[1:]}.", param=param)
@@ -229,15 +231,31 @@ def _fields(model: type[BaseModel], loc: tuple[int | str, ...]) -> list[str]:
 
     At the top level the fields of one of its interventions are added.
     """
+    names = {name: None for kind in _kinds(model, loc) for name in kind.model_fields}
+    if not loc and "interventions" in names:
+        names |= dict.fromkeys(InterventionUse.model_fields)
+    return list(names)
+
+
+def _kinds(model: type[BaseModel], loc: tuple[int | str, ...]) -> list[type[BaseModel]]:
+    """The models that the object at `loc` may be of."""
     found = [model]
     for step in loc:
         inner = [kind.model_fields[step] for kind in found if step in kind.model_fields]
         if inner:
             found = [kind for field in inner for kind in _models(field.annotation)]
-    names = {name: None for kind in found for name in kind.model_fields}
-    if not loc and "interventions" in names:
-        names |= dict.fromkeys(InterventionUse.model_fields)
-    return list(names)
+    return found
+
+
+_NO_OBJECT = ("model_type", "model_attributes_type", "dict_type")
+"""Pydantic's words for what is no object; its messages name Python's classes."""
+
+
+def _object(kinds: Sequence[type[BaseModel]]) -> str:
+    """What to give where an object of one of these kinds belongs."""
+    fields = kinds[0].model_fields.items() if kinds else ()
+    needed = [f'"{name}": ...' for name, field in fields if field.is_required()]
+    return f"give an object, such as {{{', '.join(needed)}}}" if needed else "give an object"
 
 
 def _models(annotation: Any) -> Iterator[type[BaseModel]]:

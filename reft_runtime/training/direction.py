@@ -77,6 +77,11 @@ def direction(
         vector = scale * (means[0] - means[1])
     finally:
         loaded.give_back()
+    if not vector.any():
+        raise ConfigError(
+            "The vector is zero, and would change nothing: the scale is 0, or the means of both"
+            " texts are equal."
+        )
     return Intervention.build(
         shape_of(name, loaded),
         [Edit(layer, positions, {"v": vector}, kind="steering")],

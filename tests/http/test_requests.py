@@ -347,6 +347,24 @@ async def test_a_langchain_conversation_is_accepted(client: httpx.AsyncClient) -
             {"logit_bias": {"1": 101, "7": 1, "2": -101}},
             "logit_bias: the bias of '1', '2' is not between -100 and 100.",
         ),
+        (
+            "interventions.0",
+            {"interventions": ["emoji"]},
+            'interventions.0: give an object, such as {"name": ...}.',
+        ),
+        (
+            "messages.0",
+            {"messages": ["hi"]},
+            'messages.0: give an object, such as {"role": ...}.',
+        ),
+        (
+            "messages.0.content.0",
+            {"messages": [{"role": "user", "content": ["hi"]}]},
+            'messages.0.content.0: give an object, such as {"type": ..., "text": ...}.',
+        ),
+        ("stream_options", {"stream": True, "stream_options": "x"}, "options: give an object."),
+        ("logit_bias", {"logit_bias": [1]}, "logit_bias: give an object."),
+        ("metadata", {"metadata": "x"}, "metadata: give an object."),
     ],
 )
 async def test_a_refusal_says_what_is_wrong_and_what_to_do(

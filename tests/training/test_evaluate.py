@@ -281,6 +281,9 @@ def test_directions_that_cannot_be() -> None:
         direction(["the end"], ["the end"], layer=9, **given)
     with pytest.raises(ConfigError, match="negative: there is no text of two tokens"):
         direction(["the end"], ["a"], layer=1, **given)
+    for negative, scale in (("the end", 1.0), ("er you on st", 0.0)):
+        with pytest.raises(ConfigError, match="The vector is zero"):
+            direction(["the end"], [negative], layer=1, scale=scale, **given)
 
 
 def run(*arguments: object) -> str:
