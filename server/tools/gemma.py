@@ -58,7 +58,7 @@ class Gemma:
         """The right side of a Lark rule of calls of one function."""
         writer = _Writer(parameters, rules)
         closed = parameters if MORE_KEYS & parameters.keys() else _closed(parameters)
-        return f"{rules.text(f'call:{name}')} {writer.fields(name, closed)}"
+        return f"{rules.text(f'call:{name}')} {writer.written(name, closed)}"
 
 
 class _Values:
@@ -130,8 +130,19 @@ class _Writer:
         self._root = root
         self._rules = rules
         self._quote = rules.text(QUOTE)
-        self._referred: dict[str, str] = {}
-        """Names of the rules of what references lead to."""
+        self._referred: dict[int, str] = {}
+        """Names of the rules of schemas that stand elsewhere, by their identity."""
+        self._waiting: list[tuple[str, str, Schema]] = []
+        """Those of them that are to be written: names of their rules, and paths."""
+
+    def written(self, name: str, schema: Schema) -> str:
+        """The arguments of a function; the rules that they need are added."""
+        fields = self.fields(name, schema)
+        for rule, path, one in self._waiting:  # more are added meanwhile
+            right = self._own(path, one)
+            self._rules.spend(len(right))
+            self._rules.more[rule] = right
+        return fields
 
     def fields(self, path: str, schema: Schema) -> str:
         """An object; its keys stand in the order of letters, as the chat template writes them."""
@@ -157,6 +168,7 @@ class _Writer:
     def _rule(self, right: str) -> str:
         """The name of a new rule."""
         name = f"part{len(self._rules.more)}"
+        self._rules.spend(len(right))
         self._rules.more[name] = right
         return name
 
@@ -165,18 +177,18 @@ class _Writer:
         if values is not None and not any(isinstance(one, list | dict) for one in values):
             return f"({' | '.join(map(self._literal, values))})"
         kinds = kinds_of(schema, self._root)
-        if kinds == [schema]:
+        self._rules.spend(len(kinds))
+        if len(kinds) == 1 and kinds[0] is schema:
             return self._own(path, schema)
         written = [self._reference(path, one) for one in kinds]
         return f"({' | '.join(written)})" if written else self._any("any")
 
     def _reference(self, path: str, schema: Schema) -> str:
         """The name of a rule for a schema, which may lead to itself."""
-        key = json.dumps(schema)
-        if key not in self._referred:
-            name = self._referred[key] = self._rule("")
-            self._rules.more[name] = self._own(path, schema)
-        return self._referred[key]
+        if id(schema) not in self._referred:
+            name = self._referred[id(schema)] = self._rule("")
+            self._waiting.append((name, path, schema))  # which also keeps it
+        return self._referred[id(schema)]
 
     def _own(self, path: str, schema: Schema) -> str:
         """What a schema allows, of which nothing stands elsewhere."""
@@ -205,7 +217,7 @@ class _Writer:
 
     def _array(self, path: str, schema: Schema) -> str:
         items = schema.get("items")
-        one = self._value(path, items if isinstance(items, dict) else {})
+        one = self._rule(self._value(path, items if isinstance(items, dict) else {}))
         least, most = _count(schema.get("minItems")) or 0, _count(schema.get("maxItems"))
         if most == 0:
             return '"[" "]"'

@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any, Protocol
 
-from reft_runtime.grammar.source import ONE_LINE
+from reft_runtime.errors import InvalidRequest
+from reft_runtime.grammar.source import MAX_BYTES, ONE_LINE
 from reft_runtime.interventions.format.strict_json import load_strict
 from reft_runtime.reasoning import TokenId
 
@@ -44,7 +45,7 @@ class Syntax(Protocol):
         """
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Rules:
     """What rules of one function's calls need: tokens, and further rules, which they add."""
 
@@ -53,10 +54,26 @@ class Rules:
     more: dict[str, str] = field(default_factory=dict)
     """Right sides of Lark rules, by name."""
 
+    size: int = 0
+    """About how much was written, or looked at, so far."""
+
     def text(self, text: str) -> str:
         """A text, in Lark's notation; of its tags those that are tokens are written as such."""
         chunks = [chunk for chunk in _TAG.split(text) if chunk]
         return " ".join(term(chunk, self.token_id) for chunk in chunks) or '""'
+
+    def spend(self, size: int) -> None:
+        """Count what a part of a schema takes: where parts refer to others, a short one is long.
+
+        Raises `InvalidRequest` if all together are more than is compiled.
+        """
+        self.size += size
+        if self.size > MAX_BYTES["lark"]:
+            raise InvalidRequest(
+                f"tools: the parameters of one take more than the {MAX_BYTES['lark']} bytes of a "
+                "grammar that are compiled; make them smaller.",
+                param="tools",
+            )
 
 
 def term(text: str, token_id: TokenId) -> str:

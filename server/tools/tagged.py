@@ -63,6 +63,7 @@ class Tagged:
         for key, schema in properties_of(parameters).items():
             value = self._value(f"{name}.{key}", schema, parameters, rules)
             step = f"{self._open(json.dumps(key), rules)} {value} {self.gap}"
+            rules.spend(len(step))
             must = isinstance(required, list) and key in required
             steps.append(step if must else f"({step})?")
         if parameters.get("additionalProperties") or MORE_KEYS & parameters.keys():
@@ -79,6 +80,8 @@ class Tagged:
     def _value(self, path: str, schema: Schema, root: Schema, rules: Rules) -> str:
         """A value and the text that closes it. What is not text is JSON on one line."""
         close = rules.text(self.close)
+        kinds = kinds_of(schema, root)
+        rules.spend(len(kinds))
         values = listed_values(schema, root)
         if values is not None:
             texts = [one if isinstance(one, str) else json.dumps(one) for one in values]
@@ -87,7 +90,7 @@ class Tagged:
         if types and "string" not in types:
             definitions = {key: root[key] for key in ("$defs", "definitions") if key in root}
             return f"{json_rule({**definitions, **schema}, strict=rules.strict)} {close}"
-        keys = {key for one in kinds_of(schema, root) for key in one.keys() - SAID - {"type"}}
+        keys = {key for one in kinds for key in one.keys() - SAID - {"type"}}
         if rules.strict and (unknown := min(keys, default=None)):
             raise InvalidRequest(
                 f"tools: {path}: this model writes texts without quotes, and {unknown!r} of one "

@@ -343,6 +343,41 @@ def test_an_odd_schema_leaves_the_value_open(form: Format, schema: Any) -> None:
     assert not fault_of(matcher_of(compiled(True), Grammar("lark", grammar)))
 
 
+@pytest.mark.parametrize("form", [QWEN, GLM, GEMMA])
+def test_deep_schemas_have_small_grammars(form: Format) -> None:
+    nested: dict[str, Any] = {"type": "integer"}
+    for _ in range(24):
+        nested = {"type": "array", "items": nested}
+    chain = {f"d{i}": {"properties": {"x": {"$ref": f"#/$defs/d{i + 1}"}}} for i in range(300)}
+    first = {"type": "array", "items": {"$ref": "#/$defs/d0"}}
+    for parameters in (
+        {"properties": {"x": nested}},
+        {"properties": {"x": first}, "$defs": chain | {"d300": {"type": "null"}}},
+    ):
+        grammar = tool_grammar(form, [("f", parameters, False)], token_id(True), many=False)
+        assert len(grammar) < 60_000
+        assert not fault_of(matcher_of(compiled(True), Grammar("lark", grammar)))
+
+
+@pytest.mark.parametrize("form", [QWEN, GLM, GEMMA])
+@pytest.mark.parametrize(
+    "referred",
+    [
+        {"enum": [f"v{i}" for i in range(2_000)]},
+        {"type": "object", "properties": {f"v{i}": {"type": "null"} for i in range(2_000)}},
+        {"anyOf": [{"type": "object", "title": str(i)} for i in range(2_000)]},
+    ],
+)
+def test_a_schema_that_many_refer_to_is_refused_before_it_is_written_often(
+    form: Format, referred: Any
+) -> None:
+    properties = {f"p{i}": {"$ref": "#/$defs/a"} for i in range(2_000)}
+    parameters = {"properties": properties, "$defs": {"a": referred}}
+    with pytest.raises(InvalidRequest, match="tools: .* make them smaller") as error:
+        tool_grammar(form, [("f", parameters, False)], token_id(True), many=False)
+    assert error.value.param == "tools"
+
+
 @pytest.mark.parametrize("form", ALL)
 @pytest.mark.parametrize("added", [False, True])
 def test_whatever_a_grammar_allows_is_read_as_calls(form: Format, added: bool) -> None:
