@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator
-from itertools import groupby
 from typing import Literal
 
 from reft_runtime.reasoning import CHANNEL, END, MESSAGE, START, THOUGHTS, Channels
@@ -46,8 +46,8 @@ class ChannelReader:
         """Whether an empty line has to come before the next text of the message."""
         self._in_header = True
         self._message = 0
-        self._uncounted: list[int] = []
-        """For each token that is not counted yet, the number of its message."""
+        self._uncounted = Counter[int]()
+        """How many tokens of each message are not counted yet."""
         if open:
             self._begin("thought")
             self._in_header = False
@@ -82,14 +82,10 @@ class ChannelReader:
                 self._message += 1
             elif token == ids.message_id:
                 self._in_header = False
-            self._uncounted.append(self._message)
-        known = sum(message < len(self._kinds) for message in self._uncounted)
-        counted, self._uncounted = self._uncounted[:known], self._uncounted[known:]
-        return sum(
-            len([*group])
-            for message, group in groupby(counted)
-            if self._kinds[message] == "thought"
-        )
+            self._uncounted[self._message] += 1
+        known = [message for message in self._uncounted if message < len(self._kinds)]
+        counts = [(self._kinds[message], self._uncounted.pop(message)) for message in known]
+        return sum(count for kind, count in counts if kind == "thought")
 
     def _pieces(self) -> Iterator[tuple[Kind, str]]:
         """Read the buffer as far as it can be understood."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import time
 
 import pytest
 
@@ -121,3 +122,12 @@ def test_how_an_answer_begins_is_seen_at_the_end_of_the_prompt() -> None:
     assert CHANNELS.after(begun) == Thinking(CHANNELS, open=True)
     assert CHANNELS.after(begun.replace("analysis", "final") + "\n") is None
     assert CHANNELS.within("said") is None
+
+
+def test_the_time_for_a_header_without_an_end_grows_with_its_length() -> None:
+    reader = ChannelReader(CHANNELS, open=False)
+    begun = time.process_time()
+    for token in (CHANNELS.channel_id, *[99] * 10_000):
+        assert reader.read("<|channel|>" if token != 99 else " x", ended=False) == ("", "")
+        assert reader.count([token]) == 0
+    assert time.process_time() - begun < 2

@@ -373,7 +373,7 @@ def test_a_schema_that_many_refer_to_is_refused_before_it_is_written_often(
 ) -> None:
     properties = {f"p{i}": {"$ref": "#/$defs/a"} for i in range(2_000)}
     parameters = {"properties": properties, "$defs": {"a": referred}}
-    with pytest.raises(InvalidRequest, match="tools: .* make them smaller") as error:
+    with pytest.raises(InvalidRequest, match=r"tools: .* make them smaller") as error:
         tool_grammar(form, [("f", parameters, False)], token_id(True), many=False)
     assert error.value.param == "tools"
 
