@@ -80,6 +80,9 @@ class SyntaxFormat(Format):
     between: str = "\n"
     """Text between a call and the next one's tag."""
 
+    head: str | None = None
+    """What a call begins with of which models leave the tag out at times, but not the end."""
+
 
 HERMES = JsonFormat(
     name="hermes",
@@ -130,6 +133,7 @@ QWEN3_CODER = SyntaxFormat(
     end="</tool_call>",
     tokens=("<tool_call>", "</tool_call>"),
     syntax=QWEN,
+    head="<function=",
 )
 GLM45 = SyntaxFormat(
     name="glm45",

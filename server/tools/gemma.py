@@ -25,7 +25,12 @@ from server.tools.syntax import (
 QUOTE = '<|"|>'
 """What stands before and behind a text."""
 
-_CALL = re.compile(rf"\s*call:(?P<name>{NAME})\s*(?=\{{)")
+_CALL = re.compile(rf"\s*((call)?:)?(?P<name>{NAME})\s*(?=\{{)")
+"""A call's beginning, of which models leave a part out at times."""
+
+_OTHER_QUOTES = re.compile(r"""("(?:[^"\\]|\\.)*"|'(?:[^'\\]|\\.)*')(?=\s*[,:\]}])""", re.DOTALL)
+"""A text in quotes of JSON or Python, as models write some within lists and objects."""
+
 _KEY = re.compile(r"\s*([^:,{}\[\]<]*[^:,{}\[\]<\s])\s*:")
 _BARE = re.compile(r"[^,{}\[\]<]+")
 _BLANKS = re.compile(r"\s*")
@@ -85,11 +90,14 @@ class _Values:
                 items.append(self.value())
                 self._separator("]")
             return f"[{', '.join(items)}]"
+        if _OTHER_QUOTES.match(self._text, self.at):
+            return self._otherwise_quoted()
         return bare_value(self._match(_BARE)[0].strip())
 
     def _key(self) -> str:
-        if self._takes(QUOTE):
-            key: str = json.loads(self._quoted())
+        ours = self._takes(QUOTE)
+        if ours or _OTHER_QUOTES.match(self._text, self.at):
+            key: str = json.loads(self._quoted() if ours else self._otherwise_quoted())
             self._blanks()
             if not self._takes(":"):
                 raise ValueError("no value behind a key")
@@ -100,6 +108,15 @@ class _Values:
         end = self._text.index(QUOTE, self.at)
         said, self.at = self._text[self.at : end], end + len(QUOTE)
         return quoted(said)
+
+    def _otherwise_quoted(self) -> str:
+        said = self._match(_OTHER_QUOTES)[1]
+        if said.startswith("'"):
+            return quoted(said[1:-1].replace("\\'", "'"))
+        try:
+            return quoted(json.loads(said, strict=False))
+        except ValueError:
+            return quoted(said[1:-1])
 
     def _separator(self, end: str) -> None:
         self._blanks()

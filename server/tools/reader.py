@@ -87,6 +87,10 @@ class ToolReader(ABC):
     def _unfinished(self) -> str:
         """What of the text outside of content is content after all, now that nothing follows."""
 
+    def _tags(self) -> tuple[str, ...]:
+        """What begins a call in a text."""
+        return (self._form.tag,)
+
     def _begins_bare(self) -> bool:
         """Whether the buffer begins with a call that has no tag."""
         return False
@@ -113,15 +117,17 @@ class ToolReader(ABC):
             said, self._buffer = self._buffer, ""
             yield from self._say(said)
             return
-        said, found, behind = self._buffer.partition(tag)
-        if found:
-            self._buffer = behind
+        tags = self._tags()
+        places = [(at, each) for each in tags if (at := self._buffer.find(each)) >= 0]
+        if places:
+            at, tag = min(places)
+            said, self._buffer = self._buffer[:at], self._buffer[at + len(tag) :]
             yield from self._say(said)
             self._begin(tag)
             return
-        known = len(said) - held(said, tag)
-        self._buffer = said[known:]
-        yield from self._say(said[:known])
+        known = len(self._buffer) - max(held(self._buffer, each) for each in tags)
+        said, self._buffer = self._buffer[:known], self._buffer[known:]
+        yield from self._say(said)
 
     def _begin(self, tag: str) -> None:
         self._in_text, self._raw = False, [tag]

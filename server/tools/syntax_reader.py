@@ -22,6 +22,10 @@ class SyntaxReader(ToolReader):
         self._syntax_form = form
         self._functions = functions
 
+    def _tags(self) -> tuple[str, ...]:
+        head = self._syntax_form.head
+        return super()._tags() if head is None or self._exact else (self._form.tag, head)
+
     def _behind_tag(self) -> Iterator[Delta]:
         end = self._syntax_form.end
         said, found, behind = self._buffer.partition(end)
@@ -34,7 +38,7 @@ class SyntaxReader(ToolReader):
         self._raw.append(said)
         text, self._raw, self._in_text = "".join(self._raw), [], True
         tag, parsed = self._form.tag, self._syntax_form.syntax.parsed
-        before, inner = "", text[len(tag) :]
+        before, inner = "", text.removeprefix(tag)
         call = parsed(inner, self._functions)
         if call is None and tag in inner:  # the first tag may have been one in prose
             before, _, inner = text.rpartition(tag)

@@ -117,6 +117,19 @@ CALLS: dict[str, Case] = {
         None,
         [("look", '{"city": "Rome"}')],
     ),
+    "qwen, without the first tag": (
+        QWEN,
+        "So: <function=look>\n<parameter=city>\nRome\n</parameter>\n</function>\n</tool_call>\n"
+        f"<function=add>\n</function>\n</tool_call>\n{QWEN_ADDED}",
+        "So:",
+        [("look", '{"city": "Rome"}'), ADD, ADD],
+    ),
+    "qwen, the head in prose before": (
+        QWEN,
+        f"It begins with <function=add>: {QWEN_ADDED}",
+        "It begins with <function=add>:",
+        [ADD],
+    ),
     "qwen, a value with tags": (
         QWEN,
         tagged(
@@ -165,6 +178,24 @@ CALLS: dict[str, Case] = {
         None,
         [("look", '{"a b": null, "c": [true, "two words"]}')],
     ),
+    "gemma, other quotes": (
+        GEMMA,
+        """<|tool_call>call:look{a:["x, \\"]\ny",'b, \\'', "" ],"c d": {'e':"\\d"},"""
+        """f:"g" 'h'}<tool_call|>""",
+        None,
+        [
+            (
+                "look",
+                '{"a": ["x, \\"]\\ny", "b, \'", ""], "c d": {"e": "\\\\d"}, "f": "\\"g\\" \'h\'"}',
+            )
+        ],
+    ),
+    "gemma, less before the name": (
+        GEMMA,
+        "<|tool_call>:add{}<tool_call|><|tool_call>add{}<tool_call|>",
+        None,
+        [ADD, ADD],
+    ),
 }
 
 CONTENT: dict[str, tuple[Format, str]] = {
@@ -186,6 +217,7 @@ CONTENT: dict[str, tuple[Format, str]] = {
     "a call within text": (LLAMA3, f"I would say {LLAMA}"),
     "no call behind a tag": (LLAMA3, "<|python_tag|>print(1)"),
     "qwen's cut call": (QWEN, QWEN_ADDED[:-3]),
+    "qwen, the head in prose": (QWEN, "a <function=add> tag, and the </tool_call> tag"),
     "qwen, JSON": (QWEN, tagged(LOOKED)),
     "qwen, no end of a parameter": (QWEN, tagged("<function=add>\n<parameter=a>\n1\n</function>")),
     "qwen, text between": (QWEN, tagged("<function=add>\nHm\n</function>")),
