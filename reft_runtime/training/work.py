@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
+import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -29,6 +31,7 @@ class WorkFolder:
         self.path = target.with_name(f".{target.stem}.training")
         self._target = target
         self._begun = False
+        self._lock: int | None = None
 
     @property
     def newest(self) -> Path | None:
@@ -45,6 +48,9 @@ class WorkFolder:
         """Raise `ConfigError` where a training would be overwritten, or none can be resumed."""
         if self.path.exists() and not self.path.is_dir():
             raise ConfigError(f"out: {self.path} is in the way; remove it.", param="out")
+        if self.path.is_dir():
+            self._take(fcntl.LOCK_SH)
+            self._release()
         if resume:
             if not (self.path / _NOTE).exists():
                 raise ConfigError(
@@ -77,12 +83,15 @@ class WorkFolder:
                 )
         if not writes:
             return
+        if self.path.is_dir():
+            self._take(fcntl.LOCK_EX)
         self._begun = True
         for stray in self._target.parent.glob(f".{self._target.name}.*.tmp"):
             stray.unlink(missing_ok=True)
         if not resume:
             self.remove()
             self.path.mkdir()
+            self._take(fcntl.LOCK_EX)
             write_atomic(self.path / _NOTE, text.encode())
 
     def remove(self) -> None:
@@ -119,6 +128,30 @@ class WorkFolder:
             if isinstance(error, KeyboardInterrupt):
                 error.add_note(self.kept())
             raise
+        finally:
+            self._release()
+
+    def _take(self, how: int) -> None:
+        """Lock the folder; raises `ConfigError` where another training has it."""
+        lock = os.open(self.path, os.O_RDONLY)
+        try:
+            fcntl.flock(lock, how | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(lock)
+            raise ConfigError(
+                f"out: another training of {self._target} is running; wait for its end, or name"
+                " another file.",
+                param="out",
+            ) from None
+        except OSError:
+            pass  # a file system without locks
+        self._release()
+        self._lock = lock
+
+    def _release(self) -> None:
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
 
 
 def _progress(checkpoint: Path) -> str:

@@ -206,6 +206,30 @@ def test_a_training_that_was_cut_off_is_not_overwritten(cut_off: Path) -> None:
     assert run(cut_off, resume=True).intervention.manifest.training["steps"] == 20
 
 
+def test_two_trainings_do_not_share_their_checkpoints(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "x.safetensors"
+    save, refused = EditTrainer._save_checkpoint, []
+
+    def another(self: Any, *arguments: Any) -> None:
+        save(self, *arguments)
+        (half := out.with_name(".x.training") / "checkpoint-99").mkdir()  # as if being written
+        with monkeypatch.context() as patch:
+            patch.setattr(EditTrainer, "_save_checkpoint", save)
+            for resume in (False, True):
+                with pytest.raises(ConfigError, match=r"out: another training .* is running"):
+                    run(out, resume=resume)
+                refused.append(resume)
+        half.rmdir()
+
+    monkeypatch.setattr(EditTrainer, "_save_checkpoint", another)
+    run(out)
+    assert len(refused) == 10
+    monkeypatch.undo()
+    run(out)
+
+
 def test_other_columns_are_another_training(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
