@@ -352,6 +352,35 @@ def test_requests_are_copied_and_pasted(tab: Tab) -> None:
     assert body(tab.requests(CHAT)[-3])["temperature"] == 0.25
 
 
+@pytest.mark.parametrize(
+    ("fields", "told"),
+    [
+        ({"interventions": ["pirate"]}, 'interventions must be a list of objects, such as {"name'),
+        ({"interventions": {"name": "pirate"}}, "interventions must be a list of objects"),
+        ({"interventions": [None]}, "interventions must be a list of objects"),
+        ({"interventions": [{"name": "pirate", "strength": "x"}]}, "interventions must be a list"),
+        ({"interventions": [{"name": "pirate", "subspace": "x"}]}, "interventions must be a list"),
+        ({"messages": [None]}, "messages must be a list of objects"),
+        ({"messages": ["Hi"]}, "messages must be a list of objects"),
+        ({"messages": [{"role": "user", "content": {"text": "Hi"}}]}, "with texts alone"),
+        ({"model": 5}, "model must be a name."),
+        ({"stop": {"a": 1}}, "stop must be a text or a list of texts."),
+        ({"temperature": "1"}, "temperature must be a number."),
+    ],
+)
+def test_a_pasted_request_that_is_none_is_told(tab: Tab, fields: dict[str, Any], told: str) -> None:
+    page = tab.open()
+    page.get_by_role("button", name="Paste a request into column B").click()
+    dialog = page.get_by_role("dialog")
+    dialog.get_by_role("textbox").fill(json.dumps({"prompt": "Hi", **fields}))
+    dialog.get_by_role("button", name="Take it over").click()
+    expect(dialog.get_by_role("alert")).to_contain_text(told)
+    dialog.get_by_role("textbox").fill(json.dumps({"prompt": "Hi", "interventions": None}))
+    dialog.get_by_role("button", name="Take it over").click()
+    expect(dialog).to_have_count(0)
+    expect(page.get_by_role("region", name="Column B")).to_contain_text("as it is")
+
+
 def test_a_link_and_a_file_show_the_same(
     tab: Tab, new_tab: Callable[..., Tab], tmp_path: Path
 ) -> None:

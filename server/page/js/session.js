@@ -101,10 +101,14 @@ export function fromRequest(text, base) {
   if (!body || typeof body !== "object" || Array.isArray(body)) {
     throw new Error("Paste the JSON object of one request.");
   }
+  for (const [name, { is, what }] of Object.entries(TAKEN)) {
+    if (!left(is)(body[name])) throw new Error(`${name} must be ${what}.`);
+  }
   const found = { sampling: {} };
   for (const name of Object.keys(SAMPLING)) {
-    const value = body[name] ?? (name === "max_tokens" ? body.max_completion_tokens : undefined);
-    if (typeof value === "number") found.sampling[name] = value;
+    const value = body[name] ?? (name === "max_tokens" ? body.max_completion_tokens : null) ?? null;
+    if (!orNull(isNumber)(value)) throw new Error(`${name} must be a number.`);
+    if (value !== null) found.sampling[name] = value;
   }
   found.stop = [body.stop ?? []].flat().join("\n");
   found.parts = parts(body, base);
@@ -123,18 +127,18 @@ export function fromRequest(text, base) {
 
 function parts({ model, interventions }, base) {
   if (interventions?.length) {
-    return interventions.map(({ name, strength = 1, subspace = null }) => ({
-      name: String(name), strength, directions: subspace,
+    return interventions.map(({ name, strength, subspace }) => ({
+      name, strength: strength ?? 1, directions: subspace ?? null,
     }));
   }
-  const name = String(model ?? base).replace(`${base}:`, "");
+  const name = (model ?? base).replace(`${base}:`, "");
   return name === base ? [] : [part(name)];
 }
 
 function conversation(list) {
   const texts = list.map(({ role, content }) => ({
     role: role === "developer" ? "system" : role,
-    text: [content ?? ""].flat().map((piece) => piece.text ?? piece).join(""),
+    text: isText(content) ? content : (content ?? []).map((piece) => piece.text).join(""),
   }));
   const system = texts.filter(({ role }) => role === "system").map(({ text }) => text).join("\n\n");
   const turns = [];
@@ -185,6 +189,23 @@ const left = (is) => (value) => value === undefined || orNull(is)(value);
 const listOf = (is) => (value) => Array.isArray(value) && value.every(is);
 const shaped = (fields) => (value) =>
   value !== null && typeof value === "object" && Object.entries(fields).every(([name, is]) => is(value[name]));
+
+/** What a pasted request may have in the fields that the page reads, if they are given. */
+const TAKEN = {
+  model: { is: isText, what: "a name" },
+  stop: { is: (value) => isText(value) || listOf(isText)(value), what: "a text or a list of texts" },
+  messages: {
+    is: listOf(shaped({
+      role: isText,
+      content: left((value) => isText(value) || listOf(shaped({ text: isText }))(value)),
+    })),
+    what: 'a list of objects, such as {"role": "user", "content": "Hi"}, with texts alone',
+  },
+  interventions: {
+    is: listOf(shaped({ name: isText, strength: left(isNumber), subspace: left(listOf(isNumber)) })),
+    what: 'a list of objects, such as {"name": "pirate", "strength": 0.5}',
+  },
+};
 
 const isToken = { text: isText, logprob: orNull(isNumber) };
 
