@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -30,6 +31,9 @@ Switches = Mapping[str, bool | int | float | str]
 
 _GIVEN = {"messages", "tools", "documents", "raise_exception", "strftime_now", "namespace", "range"}
 """Names that transformers sets in a chat template beside the parameters of its call."""
+
+_ONE_CALL = re.compile(r"tool_calls\s*\|\s*length\s*==\s*1")
+"""What chat templates ask, as Llama 3's do, that take one call a turn only."""
 
 _TRIED = "What is it?"
 """A text by which a chat template is tried."""
@@ -130,6 +134,8 @@ def render(
         check_reads_tools(source)
     if any(turn.get("tool_calls") for turn in messages) and "tool_calls" not in source:
         raise InvalidRequest(f"messages: {_NO_TOOLS.format('calls of tools')}", param="messages")
+    if _has_channels(source) or _ONE_CALL.search(source):
+        messages = _one_call_each(messages)
     turns = [_shown(turn, source) for turn in messages]
     if options.continue_final_message and options.add_generation_prompt:
         raise InvalidRequest(
@@ -165,6 +171,30 @@ def render(
         ) from None
     assert isinstance(text, str)
     return text
+
+
+def _one_call_each(messages: Sequence[Message]) -> list[Message]:
+    """A chat in which no turn has several calls: each stands in one of its own, with its results.
+
+    Templates that expect one call a turn refuse more, or leave them out and take all results for
+    those of the first.
+    """
+    turns: list[Message] = []
+    results: list[Message] = []
+    for turn in reversed(messages):
+        calls = turn.get("tool_calls") or []
+        if turn["role"] == "tool":
+            results.insert(0, turn)
+            continue
+        behind: list[Message] = []
+        for place, call in enumerate(calls):
+            bare = turn if place == 0 else {"role": turn["role"], "content": ""}
+            own = [one for one in results if one.get("tool_call_id") == call["id"]]
+            results = [one for one in results if one.get("tool_call_id") != call["id"]]
+            behind += [{**bare, "tool_calls": [call]}, *own]
+        turns = [*(behind or [turn]), *results, *turns]
+        results = []
+    return [*results, *turns]
 
 
 def _shown(turn: Message, source: str) -> dict[str, Any]:

@@ -118,6 +118,26 @@ def test_what_was_thought_before_a_call_is_one_with_the_text_where_templates_wan
     )
 
 
+@pytest.mark.parametrize("template", [HARMONY, LLAMA])
+def test_several_calls_of_a_turn_where_a_template_takes_one(template: str) -> None:
+    calls = [
+        {"id": name, "type": "function", "function": {"name": name, "arguments": {}}}
+        for name in ("look", "add", "more")
+    ]
+    results = [{"role": "tool", "tool_call_id": one, "content": f"{one}ed"} for one in ("add", "x")]
+    results.append({"role": "tool", "tool_call_id": "look", "content": "seen"})
+    asked = [{"role": "user", "content": "Hi"}]
+    said = {"role": "assistant", "content": "Well."}
+    first, second, third = ({**said, "tool_calls": [call]} for call in calls)
+    text = written(template, [*asked, {**said, "tool_calls": calls}, *results, said], ChatOptions())
+    one_each = [
+        *(*asked, first, results[2], {**second, "content": ""}, results[0]),
+        *({**third, "content": ""}, results[1], said),
+    ]
+    assert text == written(template, one_each, ChatOptions())
+    assert text.index("look") < text.index("seen") < text.index("added") < text.index("more")
+
+
 def test_the_built_in_template() -> None:
     assert BUILT_IN is not None
     turns = [
