@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
+from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -180,21 +181,23 @@ def _one_call_each(messages: Sequence[Message]) -> list[Message]:
     those of the first.
     """
     turns: list[Message] = []
-    results: list[Message] = []
-    for turn in reversed(messages):
+    waiting = deque(messages)
+    while waiting:
+        turn = waiting.popleft()
         calls = turn.get("tool_calls") or []
-        if turn["role"] == "tool":
-            results.insert(0, turn)
+        if len(calls) < 2:
+            turns.append(turn)
             continue
-        behind: list[Message] = []
+        results = []
+        while waiting and waiting[0]["role"] == "tool":
+            results.append(waiting.popleft())
         for place, call in enumerate(calls):
             bare = turn if place == 0 else {"role": turn["role"], "content": ""}
             own = [one for one in results if one.get("tool_call_id") == call["id"]]
             results = [one for one in results if one.get("tool_call_id") != call["id"]]
-            behind += [{**bare, "tool_calls": [call]}, *own]
-        turns = [*(behind or [turn]), *results, *turns]
-        results = []
-    return [*results, *turns]
+            turns += [{**bare, "tool_calls": [call]}, *own]
+        turns += results
+    return turns
 
 
 def _shown(turn: Message, source: str) -> dict[str, Any]:
