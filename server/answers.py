@@ -12,7 +12,6 @@ from typing import Any
 from fastapi.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from reft_runtime.errors import Overloaded
 from reft_runtime.outputs import Choice, Trace
 from server.context import Context
 from server.disconnect import ClientDisconnected, run_unless_disconnected
@@ -119,7 +118,12 @@ class EngineAnswer(Response, ABC):
                     scope["state"]["job"] = job = await self._prepare()
                     await self._respond(job, scope, receive, watched_send)
             except TimeoutError:
-                raise Overloaded(f"The answer took more than {limit:g} seconds.") from None
+                # Not 503: asked again, it would take as long.
+                raise ApiError(
+                    504,
+                    f"The answer took more than {limit:g} seconds; ask for fewer tokens.",
+                    code="timeout",
+                ) from None
         except Exception as error:
             if not started:
                 raise

@@ -21,8 +21,11 @@ def takes(model: type[BaseModel], *, required: bool = True) -> dict[str, Any]:
 
 
 def limited() -> dict[int | str, dict[str, Any]]:
-    """`responses` of a route that quotas hold for."""
-    return {429: _response("A quota is used up; Retry-After says when to send it again.")}
+    """`responses` of a route that quotas and deadlines hold for."""
+    return {
+        429: _response("A quota is used up; Retry-After says when to send it again."),
+        504: _response("The answer took longer than a request may take."),
+    }
 
 
 def sends_file() -> dict[int | str, dict[str, Any]]:
