@@ -28,7 +28,9 @@ _TAG = re.compile(r"(</?[^<>]*>)")
 _NAMES = {"True": "true", "False": "false", "None": "null"}
 """What chat templates that write values as Python does make of JSON's names."""
 
-SAID = frozenset({"title", "description", "default", "examples", "deprecated", "$comment"})
+SAID = frozenset(
+    {"title", "description", "default", "examples", "deprecated", "$comment", "discriminator"}
+)
 """Keys of a schema that ask for nothing."""
 
 
@@ -101,6 +103,8 @@ def properties_of(parameters: Schema) -> dict[str, Schema]:
 def kinds_of(schema: Schema, root: Schema) -> list[Schema]:
     """The schemas of which a value must fit one, behind `anyOf`, `oneOf` and references.
 
+    An `allOf` of one schema, in which pydantic 1 wraps references, is that.
+
     `root` has the definitions that are referred to. Where more is said beside such a key, the
     schema is returned as it is.
     """
@@ -111,6 +115,9 @@ def kinds_of(schema: Schema, root: Schema) -> list[Schema]:
         keys = one.keys() - SAID
         reference = one.get("$ref")
         parts = one.get("anyOf", one.get("oneOf"))
+        every = one.get("allOf")
+        if keys == {"allOf"} and isinstance(every, list) and len(every) == 1:
+            parts = every
         if keys == {"$ref"} and isinstance(reference, str):
             referred = _referred(reference, root)
             if reference not in seen:
@@ -192,7 +199,10 @@ def value_of(text: str, schema: Schema, root: Schema) -> str:
     said = bare_value(text)
     if types == {"string"} or said.startswith('"'):
         return quoted(text)
-    found = type_of(json.loads(said))
+    value = json.loads(said)
+    found, listed = type_of(value), listed_values(schema, root) or ()
+    if text in listed and not any(type_of(one) == found and one == value for one in listed):
+        return quoted(text)
     fits = not types or found in types or (found == "integer" and "number" in types)
     return said if fits or "string" not in types else quoted(text)
 

@@ -310,6 +310,40 @@ def test_the_schema_of_values_without_quotes(added: bool) -> None:
         assert allows(grammar, text, added=added) == fits, values
 
 
+@pytest.mark.parametrize("strict", [False, True])
+def test_references_as_pydantic_wraps_them(strict: bool) -> None:
+    kinds = {
+        name: {
+            "type": "object",
+            "properties": {"kind": {"const": name}},
+            "required": ["kind"],
+            "additionalProperties": False,
+        }
+        for name in ("a", "b")
+    }
+    refs = [{"$ref": f"#/$defs/{name}"} for name in kinds]
+    either = {"oneOf": refs, "discriminator": {"propertyName": "kind"}}
+    for schema, fits in (({"allOf": refs[:1], "default": None}, "a"), (either, "ab")):
+        parameters = {"properties": {"x": schema}, "required": ["x"], "$defs": kinds}
+        for form, texts in (
+            (
+                QWEN,
+                (
+                    "<tool_call>\n<function=f>\n<parameter=x>\n",
+                    '{{"kind": "{}"}}',
+                    "\n</parameter>\n</function>\n</tool_call>",
+                ),
+            ),
+            (GEMMA, ("<|tool_call>call:f{x:", '{{kind:<|"|>{}<|"|>}}', "}<tool_call|>")),
+        ):
+            grammar = tool_grammar(form, [("f", parameters, strict)], token_id(True), many=False)
+            begin, value, end = texts
+            for name in "abc":
+                text = begin + value.format(name) + end
+                assert allows(grammar, text, added=True) == (name in fits), text
+            assert not allows(grammar, begin + "a" + end, added=True)
+
+
 @pytest.mark.parametrize("form", [QWEN, GLM, GEMMA])
 def test_what_cannot_be_forced_is_refused_of_a_strict_tool(form: Format) -> None:
     for schema in ({"type": "string", "pattern": "a+"}, {"anyOf": [{"format": "uri"}, {}]}):

@@ -26,6 +26,7 @@ TYPED: dict[str, Any] = {
             "maybe": {"anyOf": [{"type": "string"}, {"type": "null"}]},
             "kind": {"$ref": "#/$defs/kind"},
             "any": {},
+            "named": {"enum": ["null", "1", "b", 1.5, True], "type": ["string", "null", "number"]},
         },
         "$defs": {"kind": {"enum": ["7", "b"]}},
     }
@@ -315,6 +316,10 @@ def test_calls_are_the_same_in_pieces(case: Case, places: list[int]) -> None:
         ("maybe", "null", "null"),
         ("maybe", "5", '"5"'),
         ("kind", "7", '"7"'),
+        ("named", "null", '"null"'),
+        ("named", "1", '"1"'),
+        ("named", "1.5", "1.5"),
+        ("named", "2", "2"),
         ("any", "5", "5"),
         ("any", "word", '"word"'),
         ("any", '"word"', '"\\"word\\""'),
