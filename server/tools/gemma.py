@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping
 
 from reft_runtime.errors import InvalidRequest
 from server.schemas.tools import NAME
@@ -164,11 +165,17 @@ class _Writer:
     def fields(self, path: str, schema: Schema) -> str:
         """An object; its keys stand in the order of letters, as the chat template writes them."""
         properties = properties_of(schema)
-        if schema.get("additionalProperties", not properties):
+        more = schema.get("additionalProperties", not properties)
+        if not properties and more in (True, {}):
             return self._any("fields")
         said = schema.get("required")
         required = said if isinstance(said, list) else []
         first, rest = "", ""
+        if more is not False:
+            value = self._value(path, more if isinstance(more, dict) else {})
+            first = self._rule(f'{self._other_key(properties)} ":" {value}')
+            rest = self._rule(f'("," {first})*')
+            first = self._rule(f"{first} {rest}")
         for key in sorted(properties, key=lambda key: (key.lower(), key), reverse=True):
             value = self._value(f"{path}.{key}", properties[key])
             field = self._rule(f"{json.dumps(f'{key}:')} {value}")
@@ -182,9 +189,15 @@ class _Writer:
         must = any(key in required for key in properties)
         return f'"{{" {first}{"" if must or not first else "?"} "}}"'
 
-    def _rule(self, right: str) -> str:
+    def _other_key(self, properties: Mapping[str, Schema]) -> str:
+        """The name of a rule of keys that are none of these."""
+        self._any("any")
+        names = " | ".join(map(json.dumps, properties))
+        return self._rule(f"FIELD & ~({names})", "KEY") if names else "FIELD"
+
+    def _rule(self, right: str, kind: str = "part") -> str:
         """The name of a new rule."""
-        name = f"part{len(self._rules.more)}"
+        name = f"{kind}{len(self._rules.more)}"
         self._rules.spend(len(right))
         self._rules.more[name] = right
         return name

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from reft_runtime.errors import InvalidRequest
@@ -48,12 +49,13 @@ class Tagged:
         if found is None:
             return None
         root = functions.get(found["name"], {})
-        schemas = properties_of(root)
+        schemas, others = properties_of(root), root.get("additionalProperties")
+        other = others if isinstance(others, Mapping) else {}
         arguments = dict[str, str]()
         body, at = found["body"], 0
         while one := self.parameter.match(body, at):
             key, at = one["key"], one.end()
-            arguments[key] = value_of(one["value"], schemas.get(key, {}), root)
+            arguments[key] = value_of(one["value"], schemas.get(key, other), root)
         return None if body[at:].strip() else (found["name"], joined(arguments))
 
     def rule(self, name: str, parameters: Schema, rules: Rules) -> str:
@@ -66,9 +68,14 @@ class Tagged:
             rules.spend(len(step))
             must = isinstance(required, list) and key in required
             steps.append(step if must else f"({step})?")
-        if parameters.get("additionalProperties") or MORE_KEYS & parameters.keys():
-            rules.more["KEY"] = r"/[^<>=\n]+/"
-            steps.append(f"({self._open('KEY', rules)} {self._text(rules)} {self.gap})*")
+        others = parameters.get("additionalProperties", bool(MORE_KEYS & parameters.keys()))
+        if others is not False:
+            names = " | ".join(map(json.dumps, properties_of(parameters)))
+            other = f"KEY{len(rules.more)}"
+            rules.more[other] = r"/[^<>=\n]+/" + (f" & ~({names})" if names else "")
+            schema = others if isinstance(others, Mapping) else {}
+            value = self._value(f"{name}.*", schema, parameters, rules)
+            steps.append(f"({self._open(other, rules)} {value} {self.gap})*")
         return " ".join([*steps, rules.text(self.foot)])
 
     def _open(self, key: str, rules: Rules) -> str:

@@ -310,6 +310,50 @@ def test_the_schema_of_values_without_quotes(added: bool) -> None:
         assert allows(grammar, text, added=added) == fits, values
 
 
+OTHERS: dict[str, Any] = {
+    "type": "object",
+    "properties": {"a": {"type": "integer"}, "b.c": {"type": "null"}},
+    "required": ["a"],
+    "additionalProperties": {"type": "boolean"},
+}
+HELD = (
+    ({"a": "5"}, True),
+    ({"a": "5", "aa": "true", "c": "false"}, True),
+    ({"a": "5", "b.c": "null", "c": "true"}, True),
+    ({"c": "true"}, False),
+    ({"a": "5", "c": "5"}, False),
+    ({"a": "5", "b.c": "true"}, False),
+    ({"a": "true"}, False),
+)
+
+
+@pytest.mark.parametrize("added", [False, True])
+def test_properties_of_any_name_have_their_type(added: bool) -> None:
+    inner = {"properties": {"x": OTHERS}, "required": ["x"]}
+    gemma = tool_grammar(GEMMA, [("f", inner, True)], token_id(added), many=False)
+    qwen = tool_grammar(QWEN, [("f", OTHERS, True)], token_id(added), many=False)
+    for values, fits in HELD:
+        said = ",".join(f"{key}:{value}" for key, value in values.items())
+        assert allows(gemma, f"<|tool_call>call:f{{x:{{{said}}}}}<tool_call|>", added=added) == fits
+        said = "".join(f"<parameter={k}>\n{v}\n</parameter>\n" for k, v in values.items())
+        text = f"<tool_call>\n<function=f>\n{said}</function>\n</tool_call>"
+        assert allows(qwen, text, added=added) == fits, said
+
+
+@pytest.mark.parametrize("form", [QWEN, GLM, GEMMA])
+def test_an_empty_schema_of_other_properties_allows_any(form: Format) -> None:
+    parameters = {"properties": {"x": {"additionalProperties": {}, "type": "object"}}}
+    grammar = tool_grammar(form, [("f", parameters, True)], token_id(True), many=False)
+    text = {
+        "qwen3_coder": "<tool_call>\n<function=f>\n<parameter=x>\n{}\n</parameter>\n"
+        "</function>\n</tool_call>",
+        "glm45": "<tool_call>f<arg_key>x</arg_key><arg_value>{}</arg_value></tool_call>",
+        "gemma4": "<|tool_call>call:f{{x:{}}}<tool_call|>",
+    }[form.name]
+    value = "{y:5}" if form is GEMMA else '{"y": 5}'
+    assert allows(grammar, text.format(value), added=True)
+
+
 @pytest.mark.parametrize("strict", [False, True])
 def test_references_as_pydantic_wraps_them(strict: bool) -> None:
     kinds = {
