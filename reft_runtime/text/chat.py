@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 import re
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
@@ -217,10 +218,29 @@ def _shown(turn: Message, source: str) -> dict[str, Any]:
 
 
 def _told(tool: Mapping[str, Any], source: str) -> dict[str, Any]:
-    """A tool as a chat template takes it: those of gpt-oss fail where one has no description."""
+    """A tool as a chat template takes it.
+
+    Those of gpt-oss fail where one has no description, and where the default beside listed values,
+    or other schemas, is no text.
+    """
     if not _has_channels(source):
         return dict(tool)
-    return {**tool, "function": {"description": "", **tool["function"]}}
+    function = {"description": "", **tool["function"]}
+    parameters = function.get("parameters")
+    properties = parameters.get("properties") if isinstance(parameters, Mapping) else None
+    if isinstance(parameters, Mapping) and isinstance(properties, Mapping):
+        said = {key: _with_text(schema) for key, schema in properties.items()}
+        function["parameters"] = {**parameters, "properties": said}
+    return {**tool, "function": function}
+
+
+def _with_text(schema: Any) -> Any:
+    """A schema whose default is a text, if the template would add it to one as it is."""
+    if not isinstance(schema, Mapping) or isinstance(schema.get("default", ""), str):
+        return schema
+    if not (schema.get("enum") or schema.get("oneOf")):
+        return schema
+    return {**schema, "default": json.dumps(schema["default"])}
 
 
 def _has_channels(source: str) -> bool:

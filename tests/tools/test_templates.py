@@ -118,6 +118,26 @@ def test_what_was_thought_before_a_call_is_one_with_the_text_where_templates_wan
     )
 
 
+def test_defaults_that_a_template_adds_to_a_text() -> None:
+    template = HARMONY.replace(
+        "{%- set last =",
+        "{%- for tool in tools or [] %}"
+        "{%- for name, one in tool.function.parameters.properties.items() %}"
+        "{{- name + ' ' + (one.default if one.enum or one.oneOf else one.default | tojson) + ';' }}"
+        "{%- endfor %}{%- endfor %}{%- set last =",
+    )
+    properties = {
+        "a": {"enum": [1, 2], "default": 1},
+        "b": {"oneOf": [{"type": "null"}, {"type": "string"}], "default": None},
+        "c": {"enum": ["x"], "default": "x"},
+        "d": {"type": "integer", "default": 5},
+    }
+    function = {"name": "f", "parameters": {"type": "object", "properties": properties}}
+    options = ChatOptions(tools=[{"type": "function", "function": function}])
+    text = written(template, [{"role": "user", "content": "Hi"}], options)
+    assert "a 1;b null;c x;d 5;" in text
+
+
 @pytest.mark.parametrize("template", [HARMONY, LLAMA])
 def test_several_calls_of_a_turn_where_a_template_takes_one(template: str) -> None:
     calls = [
