@@ -140,14 +140,14 @@ def test_defaults_that_a_template_adds_to_a_text() -> None:
 
 @pytest.mark.parametrize("template", [HARMONY, LLAMA])
 def test_several_calls_of_a_turn_where_a_template_takes_one(template: str) -> None:
-    calls = [
+    calls: list[dict[str, Any]] = [
         {"id": name, "type": "function", "function": {"name": name, "arguments": {}}}
         for name in ("look", "add", "more")
     ]
     results = [{"role": "tool", "tool_call_id": one, "content": f"{one}ed"} for one in ("add", "x")]
     results.append({"role": "tool", "tool_call_id": "look", "content": "seen"})
     asked = [{"role": "user", "content": "Hi"}]
-    said = {"role": "assistant", "content": "Well."}
+    said: dict[str, Any] = {"role": "assistant", "content": "Well."}
     first, second, third = ({**said, "tool_calls": [call]} for call in calls)
     text = written(template, [*asked, {**said, "tool_calls": calls}, *results, said], ChatOptions())
     one_each = [
