@@ -54,7 +54,7 @@ class Tagged:
         arguments = dict[str, str]()
         body, at = found["body"], 0
         while one := self.parameter.match(body, at):
-            key, at = one["key"], one.end()
+            key, at = one["key"].strip(), one.end()
             arguments[key] = value_of(one["value"], schemas.get(key, other), root)
         return None if body[at:].strip() else (found["name"], joined(arguments))
 

@@ -151,6 +151,12 @@ CALLS: dict[str, Case] = {
         None,
         [("look", '{"a": "<tool_call>"}')],
     ),
+    "glm, blanks around a name": (
+        GLM,
+        "<tool_call>look<arg_key> city </arg_key>\n<arg_value>Rome</arg_value></tool_call>",
+        None,
+        [("look", '{"city": "Rome"}')],
+    ),
     "glm": (
         GLM,
         "<tool_call>look\n<arg_key>city</arg_key>\n<arg_value>Paris\n</arg_value>\n"
