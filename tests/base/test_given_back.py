@@ -271,7 +271,7 @@ def test_a_closed_engine_holds_no_weights_of_its_own_model(model_type: str, tmp_
             for weight in engine._loop._core.loaded.model.parameters()
             if not weight.is_mkldnn
         ]
-        assert len(weights) > 20
+        assert len(weights) >= 10
         engine.close()
         engine.close()
         assert [weight for weight in weights if not weight.expired()] == []  # type: ignore[no-untyped-call]

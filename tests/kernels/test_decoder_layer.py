@@ -27,6 +27,7 @@ from reft_runtime.kernels.cpu.decoder_layer import (
 )
 from reft_runtime.kernels.cpu.low_rank import RowEdit, RowEdits
 from reft_runtime.kernels.cpu.torch_functions import row_blocks, torch_functions
+from tests.helpers.packing import needs_packing
 
 HEADS, KEY_HEADS, WIDTH, INNER, CAPACITY = 4, 2, 48, 80, 320
 DTYPES = {torch.float32: 1e-5, torch.bfloat16: 0.1}
@@ -131,6 +132,7 @@ def test_layer(
     Long prompts are computed in blocks, the last of which has padded rows. Products are torch's own
     where there are no others, or with `torchs`.
     """
+    needs_packing(dtype)
     if torchs:
         monkeypatch.setattr(linears, "_multiplying", lambda weight: None)
     dim = 32
@@ -204,6 +206,7 @@ def test_what_a_layer_does_not_take(operators: Kernels) -> None:
 def test_layers_of_one_call_are_those_of_several(
     operators: Kernels, dtype: torch.dtype, edited: bool
 ) -> None:
+    needs_packing(dtype)
     V, b, U = torch.randn(2, WIDTH), torch.randn(2), torch.randn(2, WIDTH)
     edits = RowEdits([RowEdit(row, V, b, U, 0.5) for row in (0, 2)]) if edited else None
     dim, numbers = 16, KEY_HEADS * 16
