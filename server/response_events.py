@@ -123,13 +123,15 @@ def _answered(run: Run, logprobs: list[Any]) -> list[Any]:
     if run.job.thinking is None:
         return logprobs
     marks = run.job.thinking.marks
-    channels = isinstance(marks, Channels)
-    if not channels and not run.reasoning_tokens:
+    if isinstance(marks, Channels):
+        mark, which = marks.message_id, -1
+    elif run.reasoning_tokens:
+        mark, which = marks.end_id, 0
+    else:
         return logprobs
-    mark = marks.message_id if isinstance(marks, Channels) else marks.end_id
     text = run.context.engine.tokenizer.token_text(mark)
     behind = [place for place, each in enumerate(logprobs, 1) if each["token"] == text]
-    return logprobs[behind[-1 if channels else 0] :] if behind else logprobs
+    return logprobs[behind[which] :] if behind else logprobs
 
 
 def _usage(run: Run) -> dict[str, Any]:

@@ -102,13 +102,16 @@ class ChatWriter(ChoiceWriter):
         """Deltas of a choice, at least one; the last is empty if nothing, or a call, came last."""
         text, gained = delta.text, list[dict[str, Any]]()
         if run.job.thinking is not None:
-            thoughts = self._thoughts.setdefault(index, reader_of(run.job.thinking))
-            thought, text = _read(thoughts, run, delta)
+            if index not in self._thoughts:
+                self._thoughts[index] = reader_of(run.job.thinking)
+            thought, text = _read(self._thoughts[index], run, delta)
             gained += [{"reasoning_content": thought}] if thought else []
         if self._plan is None:
             gained += [{"content": text}] if text else []
         else:
-            reader = self._readers.setdefault(index, self._plan.reader())
+            if index not in self._readers:
+                self._readers[index] = self._plan.reader()
+            reader = self._readers[index]
             gained += reader.push(text)
             if delta.finish_reason:
                 gained += reader.finish()

@@ -203,10 +203,10 @@ class _Writer:
         return name
 
     def _value(self, path: str, schema: Schema) -> str:
-        values = listed_values(schema, self._root)
+        kinds = kinds_of(schema, self._root)
+        values = listed_values(kinds)
         if values is not None and not any(isinstance(one, list | dict) for one in values):
             return f"({' | '.join(map(self._literal, values))})"
-        kinds = kinds_of(schema, self._root)
         self._rules.spend(len(kinds))
         if len(kinds) == 1 and kinds[0] is schema:
             return self._own(path, schema)
@@ -229,8 +229,7 @@ class _Writer:
                 "leave it out, or strict.",
                 param="tools",
             )
-        kinds = sorted(types_of(schema, self._root))
-        written = [self._of_type(kind, path, schema) for kind in kinds]
+        written = [self._of_type(kind, path, schema) for kind in sorted(types_of([schema]))]
         return f"({' | '.join(written)})" if written else self._any("any")
 
     def _of_type(self, kind: str, path: str, schema: Schema) -> str:

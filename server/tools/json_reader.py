@@ -30,9 +30,10 @@ class JsonReader(ToolReader):
     a tag only `names` begin a call.
     """
 
+    _form: JsonFormat
+
     def __init__(self, form: JsonFormat, names: Collection[str], **options: bool) -> None:
         super().__init__(form, **options)
-        self._json_form = form
         self._names = frozenset(names)
         self._opening = form.opening(exact=self._exact)
         self._state: Literal["opening", "value", "after"] = "opening"
@@ -111,13 +112,12 @@ class JsonReader(ToolReader):
         if self._open_brace and text.startswith("}"):
             self._open_brace, self._buffer = False, text[1:]
             return
-        form = self._json_form
+        form = self._form
         more, end = (None, None) if self._direct else (form.more, form.end)
         if more and text.startswith(more):
             self._buffer = text[len(more) :]
-            tagged = self._tagged
-            self._begin(more)
-            self._tagged = tagged
+            super()._begin(more)
+            self._state = "opening"
         elif end and text.startswith(end):
             self._buffer, self._in_text = text[len(end) :], True
         elif not (end and end.startswith(text)):

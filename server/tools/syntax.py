@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any, Protocol
@@ -103,10 +103,9 @@ def properties_of(parameters: Schema) -> dict[str, Schema]:
 def kinds_of(schema: Schema, root: Schema) -> list[Schema]:
     """The schemas of which a value must fit one, behind `anyOf`, `oneOf` and references.
 
-    An `allOf` of one schema, in which pydantic 1 wraps references, is that.
-
-    `root` has the definitions that are referred to. Where more is said beside such a key, the
-    schema is returned as it is.
+    An `allOf` of one schema, in which pydantic 1 wraps references, is that. `root` has the
+    definitions that are referred to. Where more is said beside such a key, the schema is returned
+    as it is.
     """
     found: list[Schema] = []
     waiting, seen = [schema], set[str]()
@@ -130,9 +129,9 @@ def kinds_of(schema: Schema, root: Schema) -> list[Schema]:
     return found
 
 
-def types_of(schema: Schema, root: Schema) -> frozenset[str]:
-    """The types that a schema allows, as JSON Schema names them; none if it does not say."""
-    types = [_own_types(one) for one in kinds_of(schema, root)]
+def types_of(kinds: Sequence[Schema]) -> frozenset[str]:
+    """The types that one of `kinds_of` allows, as JSON Schema names them; none if not all say."""
+    types = [_own_types(one) for one in kinds]
     return frozenset().union(*types) if all(types) else frozenset()
 
 
@@ -144,9 +143,9 @@ def _own_types(schema: Schema) -> frozenset[str]:
     return frozenset(map(type_of, values)) if isinstance(values, list) else frozenset()
 
 
-def listed_values(schema: Schema, root: Schema) -> list[Any] | None:
-    """All values that a schema allows; None if they are not listed."""
-    listed = [_own_values(one) for one in kinds_of(schema, root)]
+def listed_values(kinds: Sequence[Schema]) -> list[Any] | None:
+    """All values that `kinds_of` allow; None if they are not listed."""
+    listed = [_own_values(one) for one in kinds]
     known = [values for values in listed if values]
     return [*chain(*known)] if known and len(known) == len(listed) else None
 
@@ -195,12 +194,11 @@ def value_of(text: str, schema: Schema, root: Schema) -> str:
     It is the text itself if that may be text and is no value of another type that it may have, and
     if it is no value at all.
     """
-    types = types_of(schema, root)
-    said = bare_value(text)
-    if types == {"string"} or said.startswith('"'):
+    kinds = kinds_of(schema, root)
+    types, (said, value) = types_of(kinds), _read(text)
+    if types == {"string"} or isinstance(value, str):
         return quoted(text)
-    value = json.loads(said)
-    found, listed = type_of(value), listed_values(schema, root) or ()
+    found, listed = type_of(value), listed_values(kinds) or ()
     if text in listed and not any(type_of(one) == found and one == value for one in listed):
         return quoted(text)
     fits = not types or found in types or (found == "integer" and "number" in types)
@@ -209,12 +207,17 @@ def value_of(text: str, schema: Schema, root: Schema) -> str:
 
 def bare_value(text: str) -> str:
     """A text without quotes as JSON: that of the value that it is, or else of the text."""
+    said, value = _read(text)
+    return quoted(text) if isinstance(value, str) else said
+
+
+def _read(text: str) -> tuple[str, Any]:
+    """The JSON in a text and its value; if it has none, it is its own value."""
     said = _NAMES.get(text.strip(), text.strip())
     try:
-        value = load_strict(said)
+        return said, load_strict(said)
     except ValueError:
-        return quoted(text)
-    return quoted(text) if isinstance(value, str) else said
+        return said, text
 
 
 def quoted(text: str) -> str:

@@ -17,17 +17,18 @@ class SyntaxReader(ToolReader):
     is left out. `functions` say of which types arguments are.
     """
 
+    _form: SyntaxFormat
+
     def __init__(self, form: SyntaxFormat, functions: Functions, **options: bool) -> None:
         super().__init__(form, **options)
-        self._syntax_form = form
         self._functions = functions
 
     def _tags(self) -> tuple[str, ...]:
-        head = self._syntax_form.head
+        head = self._form.head
         return super()._tags() if head is None or self._exact else (self._form.tag, head)
 
     def _behind_tag(self) -> Iterator[Delta]:
-        end = self._syntax_form.end
+        end = self._form.end
         said, found, behind = self._buffer.partition(end)
         if not found:
             known = len(said) - held(said, end)
@@ -37,7 +38,7 @@ class SyntaxReader(ToolReader):
         self._buffer = behind
         self._raw.append(said)
         text, self._raw, self._in_text = "".join(self._raw), [], True
-        tag, parsed = self._form.tag, self._syntax_form.syntax.parsed
+        tag, parsed = self._form.tag, self._form.syntax.parsed
         before, inner = "", text.removeprefix(tag)
         call = parsed(inner, self._functions)
         if call is None and tag in inner:  # the first tag may have been one in prose

@@ -60,9 +60,9 @@ class Tagged:
 
     def rule(self, name: str, parameters: Schema, rules: Rules) -> str:
         """The right side of a Lark rule of calls of one function."""
-        required = parameters.get("required")
+        properties, required = properties_of(parameters), parameters.get("required")
         steps = [rules.text(self.head.format(name)), self.gap]
-        for key, schema in properties_of(parameters).items():
+        for key, schema in properties.items():
             value = self._value(f"{name}.{key}", schema, parameters, rules)
             step = f"{self._open(json.dumps(key), rules)} {value} {self.gap}"
             rules.spend(len(step))
@@ -70,7 +70,7 @@ class Tagged:
             steps.append(step if must else f"({step})?")
         others = parameters.get("additionalProperties", bool(MORE_KEYS & parameters.keys()))
         if others is not False:
-            names = " | ".join(map(json.dumps, properties_of(parameters)))
+            names = " | ".join(map(json.dumps, properties))
             other = f"KEY{len(rules.more)}"
             rules.more[other] = r"/[^<>=\n]+/" + (f" & ~({names})" if names else "")
             schema = others if isinstance(others, Mapping) else {}
@@ -89,11 +89,11 @@ class Tagged:
         close = rules.text(self.close)
         kinds = kinds_of(schema, root)
         rules.spend(len(kinds))
-        values = listed_values(schema, root)
+        values = listed_values(kinds)
         if values is not None:
             texts = [one if isinstance(one, str) else json.dumps(one) for one in values]
             return f"({' | '.join(map(json.dumps, texts))}) {close}"
-        types = types_of(schema, root)
+        types = types_of(kinds)
         if types and "string" not in types:
             definitions = {key: root[key] for key in ("$defs", "definitions") if key in root}
             return f"{json_rule({**definitions, **schema}, strict=rules.strict)} {close}"
