@@ -40,3 +40,17 @@ async def client_of(
         httpx.AsyncClient(transport=transport, base_url="http://test", event_hooks=hooks) as client,
     ):
         yield client
+
+
+async def ask_chat(http: httpx.AsyncClient, **fields: Any) -> dict[str, Any]:
+    """The answer of the base model to a chat that says "Hi", with its token ids."""
+    body = {
+        "model": (await http.get("/v1/models")).json()["data"][0]["id"],
+        "messages": [{"role": "user", "content": "Hi"}],
+        "return_token_ids": True,
+        **fields,
+    }
+    response = await http.post("/v1/chat/completions", json=body)
+    assert response.status_code == 200, response.text
+    answer: dict[str, Any] = response.json()
+    return answer

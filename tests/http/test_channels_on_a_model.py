@@ -16,7 +16,7 @@ from reft_runtime.reasoning import Channels
 from server.app import create_app
 from server.settings import Settings
 from tests.helpers.models import VOCABULARY, tiny
-from tests.helpers.serving import client_of
+from tests.helpers.serving import ask_chat, client_of
 from tests.helpers.tokenizer import tiny_tokenizer
 from tests.http.test_thoughts_on_a_model import EOS, SCHEMA
 from tests.tools.templates import HARMONY
@@ -56,17 +56,7 @@ def channels(engine: Engine) -> Channels:
 
 
 async def ask(http: httpx.AsyncClient, **fields: Any) -> dict[str, Any]:
-    body = {
-        "model": (await http.get("/v1/models")).json()["data"][0]["id"],
-        "messages": [{"role": "user", "content": "Hi"}],
-        "max_tokens": 300,
-        "return_token_ids": True,
-        **fields,
-    }
-    response = await http.post("/v1/chat/completions", json=body)
-    assert response.status_code == 200, response.text
-    answer: dict[str, Any] = response.json()
-    return answer
+    return await ask_chat(http, **({"max_tokens": 300} | fields))
 
 
 @pytest.mark.parametrize("form", FORMS, ids=lambda form: next(iter(form)))

@@ -19,7 +19,7 @@ from reft_runtime.text import ChatOptions
 from server.app import create_app
 from server.settings import Settings
 from tests.helpers.models import VOCABULARY, tiny
-from tests.helpers.serving import client_of
+from tests.helpers.serving import ask_chat, client_of
 from tests.helpers.tokenizer import tiny_tokenizer
 
 MARKS = [
@@ -73,19 +73,8 @@ async def http(engine: Engine, tmp_path: Path) -> AsyncIterator[httpx.AsyncClien
 
 
 async def ask(http: httpx.AsyncClient, how: str, **fields: Any) -> dict[str, Any]:
-    body = {
-        "model": (await http.get("/v1/models")).json()["data"][0]["id"],
-        "messages": [{"role": "user", "content": "Hi"}],
-        "chat_template_kwargs": {"how": how},
-        "max_tokens": 60,
-        "temperature": 0,
-        "return_token_ids": True,
-        **fields,
-    }
-    response = await http.post("/v1/chat/completions", json=body)
-    assert response.status_code == 200, response.text
-    answer: dict[str, Any] = response.json()
-    return answer
+    asked = {"chat_template_kwargs": {"how": how}, "max_tokens": 60, "temperature": 0}
+    return await ask_chat(http, **(asked | fields))
 
 
 def marks(engine: Engine) -> tuple[int, int]:
