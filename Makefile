@@ -43,7 +43,7 @@ bench-peers: $(VENV)/.installed-bench $(VENV)-vllm/.installed $(VENV)-peers/.ins
 	@$(BIN)/python -m benchmarks.throughput_plots build/bench-peers.json build
 
 test: lint types ## Check everything: lint, types, import directions, all tests
-	$(BIN)/python -m pytest -n logical --dist loadfile $(ARGS)
+	$(BIN)/python -m pytest -n logical --dist loadfile --no-loadscope-reorder $(ARGS)
 
 test-long: $(VENV)/.installed-test ## Run the documents' trainings as they are written, and look at what they reach
 	$(BIN)/python -m pytest -m long $(ARGS)

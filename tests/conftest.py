@@ -1,8 +1,16 @@
-"""What all tests need: Triton's interpreter, own cores for workers, a Ctrl-C that counts."""
+"""What all tests need: Triton's interpreter, own cores for workers, a Ctrl-C that counts.
+
+The files that take longest come first, so that no worker is left with one when the rest has ended.
+"""
 
 import os
 import signal
 from pathlib import Path
+
+import pytest
+
+LONGEST = ("e2e", "cluster", "page", "parallel", "cli", "training", "http")
+"""Folders, the longest first."""
 
 if not Path("/dev/nvidiactl").exists():
     # Before anything imports Triton, as transformers does where it is installed.
@@ -18,3 +26,10 @@ if worker and workers and hasattr(os, "sched_setaffinity"):
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     # A shell that runs the tests in the background has it ignored, by all that they start, too.
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Sort the tests by folder; files and their tests keep their order."""
+    here = Path(__file__).parent
+    order = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: order.get(item.path.relative_to(here).parts[0], len(order)))

@@ -23,7 +23,7 @@ from tests.helpers.serving import listening
 INTERVENTIONS = Path(__file__).parents[2] / "interventions"
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def demo_engine() -> Iterator[Engine]:
     with Engine("demo", interventions=INTERVENTIONS, dtype="float32", max_model_len=1024) as engine:
         yield engine
@@ -70,7 +70,7 @@ async def async_client(url: str) -> AsyncIterator[openai.AsyncOpenAI]:
         yield client
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def reference() -> PreTrainedModel:
     """The same model as transformers runs it."""
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(

@@ -89,10 +89,17 @@ def body(tokens: int, max_tokens: int, **fields: Any) -> dict[str, Any]:
     return {**common, "prompt": prompt, **fields}
 
 
-async def stream(client: httpx.AsyncClient, asked: dict[str, Any]) -> str:
+async def stream(
+    client: httpx.AsyncClient, asked: dict[str, Any], begun: asyncio.Semaphore | None = None
+) -> str:
     async with client.stream("POST", "/v1/completions", json={**asked, "stream": True}) as got:
         assert got.status_code == 200
-        lines = [line async for line in got.aiter_lines() if line]
+        lines = []
+        async for line in got.aiter_lines():
+            if begun and not lines:
+                begun.release()
+            if line:
+                lines.append(line)
     assert lines.pop() == "data: [DONE]", lines[-3:]
     events = [json.loads(line.removeprefix("data: ")) for line in lines]
     assert not any("error" in event for event in events)
@@ -109,9 +116,11 @@ async def test_memory_that_ends_costs_the_newest(served: tuple[str, int, bool]) 
         short = [body(140 + i, ANSWER, model=model) for i in range(STREAMS)]
         alone = await asyncio.gather(*(stream(client, each) for each in short))
         refused = 0
-        for more in (1, 4, 16, 48, 100, 140):
-            streams = [asyncio.ensure_future(stream(client, each)) for each in short]
-            await asyncio.sleep(0.3)
+        for more in (1, 16, 100):
+            begun = asyncio.Semaphore(0)
+            streams = [asyncio.ensure_future(stream(client, each, begun)) for each in short]
+            for _ in streams:
+                await begun.acquire()
             limit(pid, more * MIB)
             try:
                 answers = await asyncio.gather(

@@ -55,20 +55,18 @@ def schemas() -> list[dict[str, Any]]:
     return single + lists
 
 
-def check(engine: Engine, count: int, alone: int) -> None:
+def check(engine: Engine, forms: list[dict[str, Any]], count: int, alone: int) -> None:
     """Make `count` answers together, and every few again, `alone` in all, by themselves.
 
     Float32 sums depend on the batch in their last digits, and a draw from 49,152 tokens now and
     then falls between the two: a few answers may differ.
     """
-    forms = schemas()
-    assert len(forms) == 50
     settings = [
         SamplingParams(
             temperature=1,
             seed=i,
             max_tokens=200,
-            grammar=Grammar("json_schema", json.dumps(forms[i % 50])),
+            grammar=Grammar("json_schema", json.dumps(forms[i % len(forms)])),
         )
         for i in range(count)
     ]
@@ -78,7 +76,7 @@ def check(engine: Engine, count: int, alone: int) -> None:
     ended = 0
     for i, answer in enumerate(found):
         if answer.choices[0].finish_reason == "stop":
-            jsonschema.validate(json.loads(answer.text), forms[i % 50])
+            jsonschema.validate(json.loads(answer.text), forms[i % len(forms)])
             ended += 1
         else:
             assert answer.choices[0].finish_reason == "length"
@@ -94,10 +92,10 @@ def check(engine: Engine, count: int, alone: int) -> None:
     assert same >= 0.8 * alone - 1
 
 
-def test_answers_of_fifty_schemas_are_valid(engine: Engine) -> None:
-    check(engine, 50, alone=1)
+def test_answers_of_many_schemas_are_valid(engine: Engine) -> None:
+    check(engine, schemas()[::3], 17, alone=1)
 
 
 @pytest.mark.long
 def test_a_thousand_answers_of_fifty_schemas_are_valid(engine: Engine) -> None:
-    check(engine, 1000, alone=50)
+    check(engine, schemas(), 1000, alone=50)

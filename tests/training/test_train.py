@@ -139,25 +139,23 @@ def test_bfloat16(tmp_path: Path) -> None:
 
 SCRIPT = """
 import sys
-from reft_runtime.training import TrainSettings, train
-settings = TrainSettings(steps=200, batch_size=4, lr=1e-2, dtype="float32")
-data, out, model = sys.argv[1:4]
-resume = "resume" in sys.argv
-train(data, out, model=model, settings=settings, resume=resume, progress=False)
+from tests.training.test_train import train_long
+train_long(*sys.argv[1:])
 """
 
 
-def start(*arguments: str | Path) -> subprocess.Popen[bytes]:
-    environment = {**os.environ, "PYTHONPATH": os.getcwd(), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", SCRIPT, *map(str, arguments)]
-    return subprocess.Popen(command, env=environment)
+def train_long(data: str | Path, out: str | Path, model: str | Path, resume: bool = False) -> None:
+    settings = TrainSettings(steps=200, batch_size=4, lr=1e-2, dtype="float32")
+    train(data, out, model=model, settings=settings, resume=resume, progress=False)
 
 
 def test_killed_and_resumed_it_ends_with_the_same_weights(tmp_path: Path) -> None:
     data, base = jsonl(tmp_path / "data.jsonl", ROWS), folder(tmp_path / "model")
     whole, killed = tmp_path / "whole.safetensors", tmp_path / "killed.safetensors"
-    assert start(data, whole, base).wait(120) == 0
-    process = start(data, killed, base)
+    train_long(data, whole, base)
+    environment = {**os.environ, "PYTHONPATH": os.getcwd()}
+    command = [sys.executable, "-c", SCRIPT, *map(str, (data, killed, base))]
+    process = subprocess.Popen(command, env=environment)
     checkpoints = tmp_path / ".killed.training"
     deadline = time.monotonic() + 120
     while not list(checkpoints.glob("checkpoint-*/complete")):
@@ -168,7 +166,7 @@ def test_killed_and_resumed_it_ends_with_the_same_weights(tmp_path: Path) -> Non
     assert process.wait() == -signal.SIGKILL
     assert not killed.exists()
     (checkpoints / "checkpoint-1000").mkdir()  # as if killed while it was written
-    assert start(data, killed, base, "resume").wait(120) == 0
+    train_long(data, killed, base, resume=True)
     one, other = parse(read(whole)), parse(read(killed))
     assert one.tensors.keys() == other.tensors.keys()
     assert all(torch.equal(one.tensors[name], other.tensors[name]) for name in one.tensors)
