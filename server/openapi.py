@@ -13,10 +13,13 @@ _TEMPLATE = "#/components/schemas/{model}"
 _bodies: set[type[BaseModel]] = set()
 
 
-def takes(model: type[BaseModel], *, required: bool = True) -> dict[str, Any]:
-    """`openapi_extra` of a route whose JSON body is `model`."""
+def takes(
+    model: type[BaseModel], example: dict[str, Any], *, required: bool = True
+) -> dict[str, Any]:
+    """`openapi_extra` of a route whose JSON body is `model`, such as `example`."""
     _bodies.add(model)
-    content = {"application/json": {"schema": {"$ref": _TEMPLATE.format(model=model.__name__)}}}
+    schema = {"$ref": _TEMPLATE.format(model=model.__name__)}
+    content = {"application/json": {"schema": schema, "example": example}}
     return {"requestBody": {"required": required, "content": content}}
 
 

@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 from typing import cast
 
+import jsonschema
 import pytest
 import typer
 
@@ -15,6 +16,7 @@ from reft_runtime.engine.device import ON_CPU, ON_CUDA
 from server.app import create_app
 from server.cli.main import app
 from server.metrics import Metrics
+from server.openapi import describe
 from server.schemas.chat import ChatRequest
 from server.schemas.classify import ClassifyRequest
 from server.schemas.common import InterventionUse
@@ -129,6 +131,26 @@ def test_the_api_page_lists_every_route_and_field() -> None:
     for schema in bodies:
         for name in schema.model_fields:
             assert f"`{name}`" in text or f'"{name}"' in text, name
+
+
+def test_openapi_describes_every_field_and_gives_examples() -> None:
+    document = describe(create_app(cast(Engine, FakeEngine()), Settings()))
+    silent = [
+        f"{schema}.{name}"
+        for schema, told in document["components"]["schemas"].items()
+        for name, field in told.get("properties", {}).items()
+        if name not in ("type", "error") and not field.get("description")
+    ]
+    assert silent == []
+    bodies = [
+        operation["requestBody"]["content"]["application/json"]
+        for methods in document["paths"].values()
+        for operation in methods.values()
+        if "application/json" in operation.get("requestBody", {}).get("content", {})
+    ]
+    assert len(bodies) == 9
+    for body in bodies:
+        jsonschema.validate(body["example"], {**body["schema"], **document})
 
 
 @pytest.mark.parametrize(
