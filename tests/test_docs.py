@@ -67,6 +67,12 @@ def test_options_and_variables_exist(document: str) -> None:
     assert set(re.findall(r"REFT_[A-Z_]+\b", text)) - {"REFT_"} <= variables
 
 
+def test_every_option_is_documented() -> None:
+    texts = " ".join((ROOT / document).read_text() for document in DOCUMENTS)
+    named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", texts))
+    assert {option for option in options() if not option.startswith("--no-")} <= named
+
+
 def test_the_modules_of_the_map_exist() -> None:
     text = (ROOT / "docs/structure.md").read_text()
     named = set(re.findall(r"`([\w/]+\.py)[`:]", text))
