@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import re
 from pathlib import Path
-from typing import cast
+from typing import cast, get_args, get_type_hints
 
 import jsonschema
 import pytest
@@ -15,6 +15,7 @@ from reft_runtime import Engine
 from reft_runtime.engine.device import ON_CPU, ON_CUDA
 from server.app import create_app
 from server.cli.main import app
+from server.cluster.config import ClusterConfig
 from server.metrics import Metrics
 from server.openapi import describe
 from server.schemas.chat import ChatRequest
@@ -23,6 +24,7 @@ from server.schemas.common import InterventionUse
 from server.schemas.completions import CompletionRequest
 from server.schemas.responses import ResponsesRequest
 from server.settings import Settings
+from server.tenants.tenant import Limits, Tenant
 from tests.http.fake_engine import FakeEngine
 
 ROOT = Path(__file__).parents[1]
@@ -71,6 +73,23 @@ def test_every_option_is_documented() -> None:
     texts = " ".join((ROOT / document).read_text() for document in DOCUMENTS)
     named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", texts))
     assert {option for option in options() if not option.startswith("--no-")} <= named
+
+
+def test_every_setting_of_a_tenant_is_documented() -> None:
+    text = (ROOT / "docs/tenants.md").read_text()
+    limits = {f"limits.{name}" for name in get_type_hints(Limits)}
+    settings = get_type_hints(Tenant).keys() - {"name", "limits", "patterns", "_seen"}
+    assert {"keys", "interventions"} | settings | limits <= set(re.findall(r"`([\w.]+)`", text))
+
+
+def test_every_key_of_a_cluster_is_documented() -> None:
+    table = (ROOT / "docs/cluster.md").read_text().partition("## Configuration")[2]
+    named = set(re.findall(r"`([\w.]+)`", table.partition("\n## ")[0]))
+    for name, field in ClusterConfig.model_fields.items():
+        parts = [part for part in (field.annotation, *get_args(field.annotation)) if part]
+        inner = [key for part in parts for key in getattr(part, "model_fields", {})]
+        keys = {f"{name}.{key}" for key in inner} if inner and name != "settings" else {name}
+        assert keys <= named
 
 
 def test_the_modules_of_the_map_exist() -> None:
