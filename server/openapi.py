@@ -62,6 +62,12 @@ _ERROR = {
     },
 }
 
+_IN_PATH = {
+    "name": "An intervention's name; where a file is fetched also `NAME@DIGEST`.",
+    "model": "The base model, or an intervention: `NAME`, `NAME@DIGEST` or `BASE:NAME`.",
+    "response_id": "Any id: no answer is stored.",
+}
+
 _ALL = {
     400: "A field, a file or the request itself is wrong.",
     405: "The path does not accept this method.",
@@ -100,6 +106,9 @@ def describe(app: FastAPI) -> dict[str, Any]:
         for operation in path.values():
             responses = operation["responses"]
             responses.pop("422", None)  # FastAPI's own; ours is 400
+            for parameter in operation.get("parameters", ()):
+                if parameter["in"] == "path":
+                    parameter["description"] = _IN_PATH[parameter["name"]]
             for status, meaning in _statuses(operation).items():
                 responses.setdefault(str(status), _response(meaning))
     return document

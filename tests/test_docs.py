@@ -167,10 +167,15 @@ def test_openapi_describes_every_field_and_gives_examples() -> None:
         if name not in ("type", "error") and not field.get("description")
     ]
     assert silent == []
+    operations = [
+        operation for methods in document["paths"].values() for operation in methods.values()
+    ]
+    for operation in operations:
+        assert operation["description"]
+        assert all(parameter["description"] for parameter in operation.get("parameters", ()))
     bodies = [
         operation["requestBody"]["content"]["application/json"]
-        for methods in document["paths"].values()
-        for operation in methods.values()
+        for operation in operations
         if "application/json" in operation.get("requestBody", {}).get("content", {})
     ]
     assert len(bodies) == 9
