@@ -13,10 +13,13 @@ _TEMPLATE = "#/components/schemas/{model}"
 _bodies: set[type[BaseModel]] = set()
 
 
-def takes(model: type[BaseModel], *, required: bool = True) -> dict[str, Any]:
-    """`openapi_extra` of a route whose JSON body is `model`."""
+def takes(
+    model: type[BaseModel], example: dict[str, Any], *, required: bool = True
+) -> dict[str, Any]:
+    """`openapi_extra` of a route whose JSON body is `model`, such as `example`."""
     _bodies.add(model)
-    content = {"application/json": {"schema": {"$ref": _TEMPLATE.format(model=model.__name__)}}}
+    schema = {"$ref": _TEMPLATE.format(model=model.__name__)}
+    content = {"application/json": {"schema": schema, "example": example}}
     return {"requestBody": {"required": required, "content": content}}
 
 
@@ -59,6 +62,12 @@ _ERROR = {
     },
 }
 
+_IN_PATH = {
+    "name": "An intervention's name; where a file is fetched also `NAME@DIGEST`.",
+    "model": "The base model, or an intervention: `NAME`, `NAME@DIGEST` or `BASE:NAME`.",
+    "response_id": "Any id: no answer is stored.",
+}
+
 _ALL = {
     400: "A field, a file or the request itself is wrong.",
     405: "The path does not accept this method.",
@@ -97,6 +106,9 @@ def describe(app: FastAPI) -> dict[str, Any]:
         for operation in path.values():
             responses = operation["responses"]
             responses.pop("422", None)  # FastAPI's own; ours is 400
+            for parameter in operation.get("parameters", ()):
+                if parameter["in"] == "path":
+                    parameter["description"] = _IN_PATH[parameter["name"]]
             for status, meaning in _statuses(operation).items():
                 responses.setdefault(str(status), _response(meaning))
     return document

@@ -5,8 +5,9 @@ from __future__ import annotations
 import inspect
 import re
 from pathlib import Path
-from typing import cast
+from typing import cast, get_args, get_type_hints
 
+import jsonschema
 import pytest
 import typer
 
@@ -14,33 +15,22 @@ from reft_runtime import Engine
 from reft_runtime.engine.device import ON_CPU, ON_CUDA
 from server.app import create_app
 from server.cli.main import app
+from server.cluster.config import ClusterConfig
 from server.metrics import Metrics
+from server.openapi import describe
 from server.schemas.chat import ChatRequest
 from server.schemas.classify import ClassifyRequest
 from server.schemas.common import InterventionUse
 from server.schemas.completions import CompletionRequest
 from server.schemas.responses import ResponsesRequest
 from server.settings import Settings
+from server.tenants.tenant import Limits, Tenant
 from tests.http.fake_engine import FakeEngine
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [
     "README.md",
-    "docs/api.md",
-    "docs/cli.md",
-    "docs/clients.md",
-    "docs/cluster.md",
-    "docs/from-lora.md",
-    "docs/interventions.md",
-    "docs/operations.md",
-    "docs/page.md",
-    "docs/scaling.md",
-    "docs/structure.md",
-    "docs/tenants.md",
-    "docs/tensor_parallel.md",
-    "docs/tools.md",
-    "docs/training.md",
-    "docs/usage.md",
+    *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md")),
     "interventions/README.md",
 ]
 
@@ -77,6 +67,29 @@ def test_options_and_variables_exist(document: str) -> None:
     assert named <= options() | OTHER_PROGRAMS
     variables = {f"REFT_{name.upper()}" for name in Settings.model_fields} | OTHER_VARIABLES
     assert set(re.findall(r"REFT_[A-Z_]+\b", text)) - {"REFT_"} <= variables
+
+
+def test_every_option_is_documented() -> None:
+    texts = " ".join((ROOT / document).read_text() for document in DOCUMENTS)
+    named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", texts))
+    assert {option for option in options() if not option.startswith("--no-")} <= named
+
+
+def test_every_setting_of_a_tenant_is_documented() -> None:
+    text = (ROOT / "docs/tenants.md").read_text()
+    limits = {f"limits.{name}" for name in get_type_hints(Limits)}
+    settings = get_type_hints(Tenant).keys() - {"name", "limits", "patterns", "_seen"}
+    assert {"keys", "interventions"} | settings | limits <= set(re.findall(r"`([\w.]+)`", text))
+
+
+def test_every_key_of_a_cluster_is_documented() -> None:
+    table = (ROOT / "docs/cluster.md").read_text().partition("## Configuration")[2]
+    named = set(re.findall(r"`([\w.]+)`", table.partition("\n## ")[0]))
+    for name, field in ClusterConfig.model_fields.items():
+        parts = [part for part in (field.annotation, *get_args(field.annotation)) if part]
+        inner = [key for part in parts for key in getattr(part, "model_fields", {})]
+        keys = {f"{name}.{key}" for key in inner} if inner and name != "settings" else {name}
+        assert keys <= named
 
 
 def test_the_modules_of_the_map_exist() -> None:
@@ -145,7 +158,34 @@ def test_the_api_page_lists_every_route_and_field() -> None:
             assert f"`{name}`" in text or f'"{name}"' in text, name
 
 
-@pytest.mark.parametrize("document", [*DOCUMENTS, "benchmarks/README.md", "CHANGELOG.md"])
+def test_openapi_describes_every_field_and_gives_examples() -> None:
+    document = describe(create_app(cast(Engine, FakeEngine()), Settings()))
+    silent = [
+        f"{schema}.{name}"
+        for schema, told in document["components"]["schemas"].items()
+        for name, field in told.get("properties", {}).items()
+        if name not in ("type", "error") and not field.get("description")
+    ]
+    assert silent == []
+    operations = [
+        operation for methods in document["paths"].values() for operation in methods.values()
+    ]
+    for operation in operations:
+        assert operation["description"]
+        assert all(parameter["description"] for parameter in operation.get("parameters", ()))
+    bodies = [
+        operation["requestBody"]["content"]["application/json"]
+        for operation in operations
+        if "application/json" in operation.get("requestBody", {}).get("content", {})
+    ]
+    assert len(bodies) == 9
+    for body in bodies:
+        jsonschema.validate(body["example"], {**body["schema"], **document})
+
+
+@pytest.mark.parametrize(
+    "document", [*DOCUMENTS, "docs/measurements/README.md", "benchmarks/README.md", "CHANGELOG.md"]
+)
 def test_links_lead_somewhere(document: str) -> None:
     here = ROOT / document
     for path, anchor in re.findall(r"\]\((?!https?:)([^)#]*)(?:#([^)]*))?\)", here.read_text()):

@@ -83,24 +83,30 @@ def _giving_back(
 class Engine:
     """One resident base model that answers prompts, each through its own interventions.
 
-    `model` is "demo", a hub id, a folder, or a transformers model (then `tokenizer` is needed).
-    `interventions` is a folder of files, or a URL that fsspec knows (s3://bucket/folder), or a list
-    of them. Uploads are kept in `state_dir`, a folder or URL, or until `close` without one; with
-    `shared_state` the folder may be one that other servers share, as they may a URL.
-    `allow_base` is a shell pattern for the names of base models whose files fit this one.
-    `intervention_bytes` bounds the memory of interventions, `state_bytes` the uploads on disk.
-    `max_running` bounds the answers made at once (64, on a CUDA device 256), `max_queued` and
-    `max_queued_tokens` what may wait, `max_step_tokens` the tokens of one step (2,048, on a CUDA
-    device 8,192; measured times bound them too). `kv_tokens` is how many tokens' keys and values
-    are held (by default from free memory). With `prefix_cache`, keys and values that no request
-    uses are kept, and reused for prompts that begin alike and are edited alike. `threads` defaults
-    to one for each core that this process may use. `device` is cpu, cuda or cuda:N (a model in
-    memory stays where it is); `dtype` "auto" is the fast one for the device. With
-    `tensor_parallel` above 1 that many processes, on as many devices, compute one model together
-    (see docs/tensor_parallel.md), a process can have one such engine; `launcher` starts them
-    elsewhere than on this machine, and `threads` are then those of each. A transformers model
-    belongs to this engine until `close`, which restores it. Loading blocks; everything else may be
-    called from any thread.
+    - `model` is "demo", a hub id, a folder, or a transformers model (then `tokenizer` is needed). A
+      transformers model belongs to this engine until `close`, which restores it.
+    - `interventions` is a folder of files, a URL that fsspec knows (s3://bucket/folder), or a list
+      of these.
+    - `state_dir` is a folder or URL that keeps uploads; without one they last until `close`. With
+      `shared_state` the folder may be one that other servers share, as they may a URL.
+    - `allow_base` is a shell pattern for the names of base models whose files fit this one.
+    - `intervention_bytes` bounds the memory of interventions, `state_bytes` the uploads on disk.
+    - `device` is cpu, cuda or cuda:N (a model in memory stays where it is); `dtype` "auto" is the
+      fast one for the device.
+    - `max_model_len` is the longest prompt plus answer (by default the model's own limit).
+    - `max_running` bounds the answers made at once (64, on a CUDA device 256), `max_queued` and
+      `max_queued_tokens` what may wait.
+    - `max_step_tokens` bounds the tokens of one step (2,048, on a CUDA device 8,192), as measured
+      times do.
+    - `kv_tokens` is how many tokens' keys and values are held (by default from free memory).
+    - With `prefix_cache`, keys and values that no request uses are kept, and reused for prompts
+      that begin alike and are edited alike.
+    - `threads` is by default one for each core that this process may use.
+    - With `tensor_parallel` above 1 that many processes, on as many devices, compute one model
+      together (see docs/tensor_parallel.md); a process can have one such engine. `launcher` starts
+      them elsewhere than on this machine, and `threads` are then those of each.
+
+    Loading blocks; everything else may be called from any thread.
     """
 
     _lent: LoadedModel | None = None

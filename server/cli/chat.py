@@ -43,7 +43,7 @@ def chat(
     seed: Seed = None,
     **options: Any,
 ) -> None:
-    """Talk with the model, and change what is applied meanwhile.
+    """Talk with the model, and change what is applied as you go.
 
     A running server is asked (--url, or the one of this machine), else a model in this process.
     """

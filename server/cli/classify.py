@@ -69,10 +69,11 @@ def classify(
     as_json: AsJson = False,
     **options: Any,
 ) -> None:
-    """Say which label a text has, and how likely it is; nothing is generated.
+    """Say which label a text has, and how likely it is.
 
-    A running server is asked (--url, or the one of this machine), else a model in this process.
-    Of one text all labels are shown, the likeliest first; of a file the likeliest, one text a line.
+    Nothing is generated. A running server is asked (--url, or the one of this machine), else a
+    model in this process. Of one text all labels are shown, the likeliest first; of a file the
+    likeliest, one text a line.
     """
     if file is not None and text is None:
         texts = _lines(file)

@@ -22,7 +22,10 @@ def _cluster() -> None:
 
 @app.command()
 def up(config: Config) -> None:
-    """Run a cluster until a signal; SIGHUP reads the file again and updates it."""
+    """Run a cluster until a signal.
+
+    SIGHUP reads the file again, and updates the cluster.
+    """
     if find_spec("ray") is None:
         raise ConfigError("A cluster needs Ray Serve: pip install 'reft-server[cluster]'.")
     from server.cluster.config import read_config

@@ -65,9 +65,10 @@ def compare(
     as_json: AsJson = False,
     **options: Any,
 ) -> None:
-    """Answer one prompt with several interventions, all in one batch, below each other.
+    """Answer one prompt with several interventions.
 
-    A running server is asked (--url, or the one of this machine), else a model in this process.
+    All answers are made in one batch, and shown below each other. A running server is asked (--url,
+    or the one of this machine), else a model in this process.
     """
     wanted = intervention or []
     if not base and not wanted:
@@ -132,9 +133,10 @@ def sweep(
     as_json: AsJson = False,
     **options: Any,
 ) -> None:
-    """Answer one prompt at a grid of strengths of an intervention, all in one batch.
+    """Answer one prompt at several strengths of an intervention.
 
-    A running server is asked (--url, or the one of this machine), else a model in this process.
+    All answers are made in one batch. A running server is asked (--url, or the one of this
+    machine), else a model in this process.
     """
     grid = read_strengths(strengths)
     name = Use.parse(intervention).label

@@ -66,7 +66,10 @@ def eval_(
         bool, typer.Option("--json", help="Print JSON, with every row's outcome.")
     ] = False,
 ) -> None:
-    """Measure interventions on data sets, all in one batch, the base model beside them."""
+    """Measure interventions on data sets, beside the base model.
+
+    All prompts run in one batch.
+    """
     with stage("Starting Python's libraries"):
         from reft_runtime.training import evaluate
 

@@ -54,7 +54,10 @@ def import_(
         str | None, typer.Option(help="chat, or a text with {prompt}: how a chat becomes a prompt.")
     ] = None,
 ) -> None:
-    """Turn a pyreft checkpoint into an intervention file. What it does not record must be given."""
+    """Turn a pyreft checkpoint into an intervention file.
+
+    What the checkpoint does not record must be given.
+    """
     from reft_runtime.base.shape import read_base
     from reft_runtime.interventions.pyreft import import_pyreft
 
@@ -81,7 +84,10 @@ def inspect(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Show what a file holds, after the checks that it passes before it is served."""
+    """Show what a file holds.
+
+    It is checked first, as it is before it is served.
+    """
     from reft_runtime.base.shape import count_parameters, read_base
     from reft_runtime.interventions.format.describe import describe
 

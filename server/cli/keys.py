@@ -21,7 +21,10 @@ app = typer.Typer(no_args_is_help=True, help="Make keys for tenants, and check t
 def new(
     tenant: Annotated[str, typer.Option(help=f"Name of the tenant: {TENANT_RULE}.")] = PLACEHOLDER,
 ) -> None:
-    """Make a key, and print it once with what the keys file needs of it."""
+    """Make a key, and print it with its lines for the keys file.
+
+    It is shown this once: the file has only its hash.
+    """
     if tenant != PLACEHOLDER and not is_tenant_name(tenant):
         raise ConfigError(f"--tenant: give {TENANT_RULE}.", param="tenant")
     key, hashed = new_key()

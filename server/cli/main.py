@@ -196,7 +196,10 @@ def generate(
     seed: Seed = None,
     **options: Any,
 ) -> None:
-    """Answer one prompt in the terminal, without a server; the answer alone is standard output."""
+    """Answer one prompt in the terminal, without a server.
+
+    Standard output is the answer alone.
+    """
     settings = load_settings(options)
     from reft_runtime.sampling import SamplingParams
 

@@ -20,7 +20,10 @@ Names = Annotated[list[str], typer.Argument(metavar="NAME", help="Interventions.
 def pin(
     names: Names, url: Url = LOCAL_URL, api_key: ApiKey = None, as_json: AsJson = False
 ) -> None:
-    """Keep interventions in a running server's memory, also after they are replaced."""
+    """Keep interventions in a running server's memory.
+
+    A pin belongs to the name: it stays when the intervention is replaced.
+    """
     _each(Server(url, api_key).pin, names, "pinned", as_json)
 
 
@@ -36,7 +39,10 @@ def unpin(
 def warm(
     names: Names, url: Url = LOCAL_URL, api_key: ApiKey = None, as_json: AsJson = False
 ) -> None:
-    """Read interventions into a running server's memory, so that no request waits for that."""
+    """Read interventions into a running server's memory now.
+
+    No request then has to wait for that.
+    """
     _each(Server(url, api_key).warm, names, "in memory", as_json)
 
 

@@ -84,10 +84,10 @@ DATA = (
 )
 Rows = Annotated[str, typer.Argument(help=DATA)]
 Text = Annotated[
-    str | None, typer.Option(help="Name of the column of texts; by default a usual one.")
+    str | None, typer.Option(help="Column of texts; by default one with a usual name.")
 ]
 Label = Annotated[
-    str | None, typer.Option(help="Name of the column of classes; by default a usual one.")
+    str | None, typer.Option(help="Column of classes; by default one with a usual name.")
 ]
 Dtype = Annotated[
     str, typer.Option(help="Number format of the base's weights: auto, float32, bfloat16.")

@@ -132,9 +132,10 @@ def rm(
     api_key: ApiKey = None,
     as_json: AsJson = False,
 ) -> None:
-    """Serve interventions no longer; all names are looked up before any goes.
+    """Stop serving interventions.
 
-    An upload and its kept versions are deleted. A file in the served folder stays where it is.
+    All names are looked up before any is removed. An upload and its kept versions are deleted. A
+    file in the served folder stays where it is.
     """
     server = Server(url, api_key)
     found = [server.entry(name) for name in dict.fromkeys(names)]
@@ -171,7 +172,10 @@ def rollback(
     api_key: ApiKey = None,
     as_json: AsJson = False,
 ) -> None:
-    """Serve an earlier version of an upload again; a second roll-back undoes the first."""
+    """Serve an earlier version of an upload again.
+
+    A second roll-back undoes the first.
+    """
     server = Server(url, api_key)
     before = server.entry(name)["digest"]
     entry = server.rollback(name, digest)
@@ -193,7 +197,10 @@ def ps(
     api_key: ApiKey = None,
     as_json: AsJson = False,
 ) -> None:
-    """Show what a running server does: requests that run and wait, interventions in use."""
+    """Show what a running server is doing.
+
+    Requests that run and wait, speeds, and the interventions in use.
+    """
     server = Server(url, api_key)
     if not watch:
         stats, used = server.stats(), busy(server)

@@ -55,7 +55,9 @@ def run(
     as_json: AsJson = False,
     **options: Any,
 ) -> None:
-    """Answer a file of requests, at a server or by a model in this process.
+    """Answer a file of requests.
+
+    A running server is asked, or a model in this process.
 
     What is in the file of answers stays: the same command goes on where it was stopped.
     """

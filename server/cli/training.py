@@ -48,7 +48,10 @@ def check(
         int | None, typer.Option(help="Longest row in tokens; by default the model's.", min=1)
     ] = None,
 ) -> None:
-    """Say all that is wrong with rows, before a training; ends with 1 where it could not begin."""
+    """List everything that is wrong with rows.
+
+    The status is 1 if a training could not begin.
+    """
     from reft_runtime.training import check as run
 
     if max_length is not None and model is None:
@@ -156,7 +159,7 @@ def train(
     ] = None,
     api_key: ApiKey = None,
 ) -> None:
-    """Train edits on rows, and write them as a file that is ready to be served."""
+    """Train edits on rows, and write a file ready to be served."""
     with stoppable():
         with stage("Starting Python's libraries"):
             from reft_runtime.client import Server
@@ -255,7 +258,10 @@ def direction(
     dtype: Dtype = "auto",
     threads: Threads = None,
 ) -> None:
-    """Make a steering file from contrasting texts, without training: the difference of means."""
+    """Make a steering file from contrasting texts.
+
+    Nothing is trained: the steering vector is the difference of two means.
+    """
     with stage("Starting Python's libraries"):
         from reft_runtime.training import direction as run
         from reft_runtime.training.direction import read_texts

@@ -43,10 +43,10 @@ def push(
     api_key: ApiKey = None,
     as_json: AsJson = False,
 ) -> None:
-    """Put files on a running server, under their names; what is there is replaced.
+    """Put files on a running server, under their names.
 
-    Each is checked to have arrived whole. Where one is refused the others are put all the same, and
-    the status is 2.
+    What has the name already is replaced. Each file is checked to have arrived whole. Where one is
+    refused the others are put all the same, and the status is 2.
     """
     paths = _files(files)
     if name is not None and len(paths) > 1:
@@ -91,7 +91,10 @@ def pull(
     api_key: ApiKey = None,
     as_json: AsJson = False,
 ) -> None:
-    """Fetch a file from a running server; it is checked to have arrived whole."""
+    """Fetch a file from a running server.
+
+    It is checked to have arrived whole.
+    """
     own = f"{reference.partition('@')[0]}{SUFFIX}"
     path = Path(own) if out is None else out / own if os.path.isdir(out) else out
     if not force and os.path.lexists(path):

@@ -21,7 +21,7 @@ QUOTAS = {
 
 @app.command()
 def whoami(url: Url = LOCAL_URL, api_key: ApiKey = None, as_json: AsJson = False) -> None:
-    """Show whose key this is to a running server, and what it may see, change and use."""
+    """Show whose key this is, and what it may see, change and use."""
     me = Server(url, api_key).me()
     if as_json:
         print_json(me)

@@ -23,6 +23,13 @@ from server.tools import ToolPlan, ToolReader, whole
 
 router = APIRouter(tags=["openai"])
 
+EXAMPLE = {
+    "model": "pirate",
+    "messages": [{"role": "user", "content": "Who are you?"}],
+    "temperature": 0,
+    "max_tokens": 32,
+}
+
 
 class ChatWriter(ChoiceWriter):
     """Writes choices as messages of the assistant."""
@@ -168,7 +175,7 @@ async def prepare_chat(
     )
 
 
-@router.post("/v1/chat/completions", openapi_extra=takes(ChatRequest), responses=limited())
+@router.post("/v1/chat/completions", openapi_extra=takes(ChatRequest, EXAMPLE), responses=limited())
 async def create_chat_completion(
     request: Request,
     context: Current,

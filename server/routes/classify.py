@@ -21,6 +21,8 @@ from server.streaming import json_bytes
 
 router = APIRouter(tags=["text"])
 
+EXAMPLE = {"model": "sentiment", "input": "Review: a warm and funny film.\nSentiment:"}
+
 
 class ClassifyAnswer(EngineAnswer):
     """The response of the route: an object with an entry for each prompt."""
@@ -59,7 +61,7 @@ def _written(run: Run) -> bytes:
     )
 
 
-@router.post("/v1/classify", openapi_extra=takes(ClassifyRequest), responses=limited())
+@router.post("/v1/classify", openapi_extra=takes(ClassifyRequest, EXAMPLE), responses=limited())
 async def classify(
     request: Request,
     context: Current,

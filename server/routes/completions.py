@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 router = APIRouter(tags=["openai"])
 
+EXAMPLE = {"model": "SmolLM2-135M-Instruct", "prompt": "The sky is", "max_tokens": 16}
+
 
 class CompletionWriter(ChoiceWriter):
     """Writes choices as `text`, with the prompt before it if `echo` asks for it."""
@@ -129,7 +131,9 @@ class CompletionWriter(ChoiceWriter):
         )
 
 
-@router.post("/v1/completions", openapi_extra=takes(CompletionRequest), responses=limited())
+@router.post(
+    "/v1/completions", openapi_extra=takes(CompletionRequest, EXAMPLE), responses=limited()
+)
 async def create_completion(
     request: Request,
     context: Current,

@@ -19,8 +19,10 @@ from server.translation import Translation, translated
 
 router = APIRouter(tags=["openai"])
 
+EXAMPLE = {"model": "pirate", "input": "Who are you?", "max_output_tokens": 32}
 
-@router.post("/v1/responses", openapi_extra=takes(ResponsesRequest), responses=limited())
+
+@router.post("/v1/responses", openapi_extra=takes(ResponsesRequest, EXAMPLE), responses=limited())
 async def create_response(
     request: Request,
     context: Current,

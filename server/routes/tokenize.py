@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 router = APIRouter(tags=["text"])
 
 
-@router.post("/tokenize", openapi_extra=takes(TokenizeRequest))
+@router.post("/tokenize", openapi_extra=takes(TokenizeRequest, {"prompt": "Who are you?"}))
 async def tokenize(
     context: Current, body: Annotated[TokenizeRequest, Depends(json_body(TokenizeRequest))]
 ) -> dict[str, Any]:
@@ -61,7 +61,7 @@ async def tokenizer_info(context: Current) -> dict[str, Any]:
     return await asyncio.to_thread(context.engine.tokenizer.describe)
 
 
-@router.post("/detokenize", openapi_extra=takes(DetokenizeRequest))
+@router.post("/detokenize", openapi_extra=takes(DetokenizeRequest, {"tokens": [14735, 359, 346]}))
 async def detokenize(
     context: Current, body: Annotated[DetokenizeRequest, Depends(json_body(DetokenizeRequest))]
 ) -> dict[str, str]:

@@ -32,7 +32,7 @@ async def list_versions(context: Current, name: str) -> dict[str, Any]:
 
 @router.post(
     "/{name}/rollback",
-    openapi_extra=takes(RollbackRequest, required=False),
+    openapi_extra=takes(RollbackRequest, {"digest": "0a1b2c3d"}, required=False),
     response_model=None,
 )
 async def roll_back(request: Request, context: Current, name: str, body: Rollback) -> Response:

@@ -22,7 +22,10 @@ router = APIRouter(prefix="/v1", tags=["vllm"])
 _FIELDS = {"name": "lora_name", "path": "lora_path"}
 
 
-@router.post("/load_lora_adapter", openapi_extra=takes(LoadRequest))
+@router.post(
+    "/load_lora_adapter",
+    openapi_extra=takes(LoadRequest, {"lora_name": "polite", "lora_path": "polite.safetensors"}),
+)
 async def load_lora_adapter(
     context: Current, body: Annotated[LoadRequest, Depends(json_body(LoadRequest))]
 ) -> PlainTextResponse:
@@ -34,7 +37,7 @@ async def load_lora_adapter(
     return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' added successfully.")
 
 
-@router.post("/unload_lora_adapter", openapi_extra=takes(UnloadRequest))
+@router.post("/unload_lora_adapter", openapi_extra=takes(UnloadRequest, {"lora_name": "polite"}))
 async def unload_lora_adapter(
     context: Current, body: Annotated[UnloadRequest, Depends(json_body(UnloadRequest))]
 ) -> PlainTextResponse:

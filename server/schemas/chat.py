@@ -21,6 +21,8 @@ from reft_runtime.sampling import MAX_LOGPROBS, SamplingParams
 from server.schemas.base import RequestBody
 from server.schemas.common import (
     MAX_TOKENS,
+    NO_EFFECT,
+    ONLY_DEFAULT,
     Nothing,
     SamplingBody,
     one_or_many,
@@ -60,7 +62,7 @@ class TextPart(RequestBody):
     """A piece of a message's text."""
 
     type: Literal["text"]
-    text: str
+    text: str = Field(description="The text.")
 
 
 Content = Annotated[
@@ -83,11 +85,21 @@ class Message(RequestBody):
     speaks.
     """
 
-    role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: Content | None = Field(default=None, validate_default=True)
-    name: str = Field(default="", max_length=256)
-    tool_calls: Annotated[list[ToolCall], Field(max_length=MAX_CALLS)] = Field(default=[])
-    tool_call_id: str = Field(default="", max_length=256)
+    role: Literal["system", "developer", "user", "assistant", "tool"] = Field(
+        description="Who speaks; `developer` is the same as `system`."
+    )
+    content: Content | None = Field(
+        default=None, validate_default=True, description="A text, or a list of text parts."
+    )
+    name: str = Field(
+        default="", max_length=256, description="Who speaks, for chat templates that show it."
+    )
+    tool_calls: Annotated[list[ToolCall], Field(max_length=MAX_CALLS)] = Field(
+        default=[], description="Calls that an assistant's turn made."
+    )
+    tool_call_id: str = Field(
+        default="", max_length=256, description="Of the role `tool`: which call this answers."
+    )
     reasoning_content: str | None = Field(
         default=None, description="What the model thought before an earlier answer."
     )
@@ -96,8 +108,8 @@ class Message(RequestBody):
     parsed: Any = Field(
         default=None, description="What OpenAI's client makes of the content; not used."
     )
-    annotations: Nothing = Field(default=[])
-    provider_specific_fields: dict[str, None] = Field(default={})
+    annotations: Nothing = Field(default=[], description=ONLY_DEFAULT)
+    provider_specific_fields: dict[str, None] = Field(default={}, description=NO_EFFECT)
 
     @field_validator("content", mode="before")
     @classmethod
@@ -141,9 +153,16 @@ Messages = Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES,
 class ChatLayout(RequestBody):
     """How a conversation is written as a prompt."""
 
-    add_generation_prompt: bool = True
-    continue_final_message: bool = False
-    chat_template_kwargs: ChatSwitches = Field(default={})
+    add_generation_prompt: bool = Field(
+        default=True, description="Begin an assistant's turn behind the messages."
+    )
+    continue_final_message: bool = Field(
+        default=False, description="With `add_generation_prompt: false`, continue the last message."
+    )
+    chat_template_kwargs: ChatSwitches = Field(
+        default={},
+        description='Switches of the model\'s chat template, such as `{"enable_thinking": false}`.',
+    )
     reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = (
         Field(default=None, description="Value for chat templates that read it.")
     )
@@ -175,19 +194,32 @@ def check_either(body: ChatLayout, other: str, *more: str) -> None:
 class ChatRequest(SamplingBody, ChatLayout, ToolFields):
     """A conversation to answer."""
 
-    messages: Messages
-    max_completion_tokens: int | None = Field(default=None, ge=1, le=MAX_TOKENS)
-    max_tokens: int | None = Field(default=None, ge=1, le=MAX_TOKENS)
-    logprobs: bool = False
-    top_logprobs: int = Field(default=0, ge=0, le=MAX_LOGPROBS)
-    verbosity: Literal["medium"] = "medium"
-    echo: Literal[False] = False
-    add_special_tokens: Literal[False] = False
-    modalities: list[Literal["text"]] = Field(default=["text"], max_length=1)
+    messages: Messages = Field(description="The conversation so far.")
+    max_completion_tokens: int | None = Field(
+        default=None, ge=1, le=MAX_TOKENS, description="As `max_tokens`, which is the older name."
+    )
+    max_tokens: int | None = Field(
+        default=None,
+        ge=1,
+        le=MAX_TOKENS,
+        description="Longest answer in tokens; by default up to the model's length.",
+    )
+    logprobs: bool = Field(default=False, description="Also answer each token's log-probability.")
+    top_logprobs: int = Field(
+        default=0, ge=0, le=MAX_LOGPROBS, description="And so many of the best tokens in its place."
+    )
+    verbosity: Literal["medium"] = Field(default="medium", description=ONLY_DEFAULT)
+    echo: Literal[False] = Field(default=False, description=ONLY_DEFAULT)
+    add_special_tokens: Literal[False] = Field(default=False, description=ONLY_DEFAULT)
+    modalities: list[Literal["text"]] = Field(
+        default=["text"], max_length=1, description=ONLY_DEFAULT
+    )
     functions: list[dict[str, Any]] = Field(
         default=[], max_length=MAX_TOOLS, description='Accepted only if function_call is "none".'
     )
-    function_call: Literal["none", "auto"] | None = None
+    function_call: Literal["none", "auto"] | None = Field(
+        default=None, description="Replaced by `tool_choice`."
+    )
 
     @model_validator(mode="after")
     def _check_together(self) -> ChatRequest:

@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 
 from reft_runtime.interventions.format.labels import MOST_LABELS
 from server.schemas.chat import ChatLayout, Messages, check_either
-from server.schemas.common import ModelBody
+from server.schemas.common import ONLY_DEFAULT, ModelBody
 from server.schemas.completions import Prompt, prompts_of
 
 if TYPE_CHECKING:
@@ -28,11 +28,11 @@ class ClassifyRequest(ModelBody, ChatLayout):
         default=None,
         max_length=MOST_LABELS,
         fail_fast=True,
-        description="By default those that stand in the intervention's file.",
+        description="Labels to choose from; by default those in the intervention's file.",
     )
-    add_special_tokens: Literal[True] = True
-    activation: Literal[True] = True
-    use_activation: Literal[True] = True
+    add_special_tokens: Literal[True] = Field(default=True, description=ONLY_DEFAULT)
+    activation: Literal[True] = Field(default=True, description=ONLY_DEFAULT)
+    use_activation: Literal[True] = Field(default=True, description=ONLY_DEFAULT)
 
     @model_validator(mode="after")
     def _check_together(self) -> ClassifyRequest:

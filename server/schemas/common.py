@@ -34,6 +34,10 @@ MAX_BIAS = 100
 MAX_NAMED = 8
 """Most wrong keys that one error names."""
 
+NO_EFFECT = "Accepted, and changes nothing."
+ONLY_DEFAULT = "Accepted with its default only, which asks for nothing."
+WHICH_MODEL = "The base model, or an intervention: `NAME`, `NAME@DIGEST` or `BASE:NAME`."
+
 TokenId = Annotated[int, Field(ge=0, le=MAX_TOKENS)]
 ModelName = Annotated[str, Field(min_length=1, max_length=512)]
 StopString = Annotated[str, Field(min_length=1, max_length=MAX_STOP_LENGTH)]
@@ -66,9 +70,16 @@ class InterventionUse(RequestBody):
     are edited.
     """
 
-    name: ModelName
-    strength: float = Field(default=1.0, ge=-MAX_STRENGTH, le=MAX_STRENGTH)
-    subspace: Annotated[list[TokenId], Field(min_length=1, max_length=MAX_SUBSPACE)] | None = None
+    name: ModelName = Field(description="`NAME` or `NAME@DIGEST`.")
+    strength: float = Field(
+        default=1.0,
+        ge=-MAX_STRENGTH,
+        le=MAX_STRENGTH,
+        description="1 is as trained, 0 nothing, negative the opposite.",
+    )
+    subspace: Annotated[list[TokenId], Field(min_length=1, max_length=MAX_SUBSPACE)] | None = Field(
+        default=None, description="Directions to edit, counted from 0; by default all."
+    )
 
 
 class StreamOptions(RequestBody):
@@ -79,9 +90,11 @@ class StreamOptions(RequestBody):
     server does not have.
     """
 
-    include_usage: bool = False
-    continuous_usage_stats: bool = False
-    include_obfuscation: Literal[False] = False
+    include_usage: bool = Field(default=False, description="End with a chunk that counts tokens.")
+    continuous_usage_stats: bool = Field(
+        default=False, description="Count the tokens so far in every chunk."
+    )
+    include_obfuscation: Literal[False] = Field(default=False, description="Only false.")
 
 
 class WithoutEffect(RequestBody):
@@ -90,57 +103,98 @@ class WithoutEffect(RequestBody):
     A field with a meaning is accepted only with the value that asks for nothing.
     """
 
-    user: str = ""
-    metadata: dict[str, Any] = Field(default={})
-    service_tier: str = "auto"
-    safety_identifier: str = ""
-    prompt_cache_key: str = ""
-    prompt_cache_retention: str = ""
-    store: Literal[False] = False
-    use_beam_search: Literal[False] = False
-    early_stopping: Literal[False] = False
-    length_penalty: float = Field(default=1.0, ge=1, le=1)
-    spaces_between_special_tokens: Literal[True] = True
-    return_tokens_as_token_ids: Literal[False] = False
-    bad_words: Nothing = Field(default=[])
+    user: str = Field(default="", description=NO_EFFECT)
+    metadata: dict[str, Any] = Field(default={}, description=NO_EFFECT)
+    service_tier: str = Field(default="auto", description=NO_EFFECT)
+    safety_identifier: str = Field(default="", description=NO_EFFECT)
+    prompt_cache_key: str = Field(default="", description=NO_EFFECT)
+    prompt_cache_retention: str = Field(default="", description=NO_EFFECT)
+    store: Literal[False] = Field(default=False, description=ONLY_DEFAULT)
+    use_beam_search: Literal[False] = Field(default=False, description=ONLY_DEFAULT)
+    early_stopping: Literal[False] = Field(default=False, description=ONLY_DEFAULT)
+    length_penalty: float = Field(default=1.0, ge=1, le=1, description=ONLY_DEFAULT)
+    spaces_between_special_tokens: Literal[True] = Field(default=True, description=ONLY_DEFAULT)
+    return_tokens_as_token_ids: Literal[False] = Field(default=False, description=ONLY_DEFAULT)
+    bad_words: Nothing = Field(default=[], description=ONLY_DEFAULT)
 
 
 class ModelBody(WithoutEffect):
     """The model and its interventions."""
 
-    model: ModelName
+    model: ModelName = Field(description=WHICH_MODEL)
     interventions: list[InterventionUse] = Field(
-        default=[], max_length=MAX_INTERVENTIONS, fail_fast=True
+        default=[],
+        max_length=MAX_INTERVENTIONS,
+        fail_fast=True,
+        description="Applied in this order, instead of what `model` names.",
     )
     priority: int = Field(
         default=0,
         ge=-MAX_SEED - 1,
         le=MAX_SEED,
-        description="Of your waiting requests those of the lowest number come first.",
+        description="Orders your own waiting requests, the lowest number first.",
     )
 
 
 class Sampled(ModelBody):
     """The model, its interventions and the sampling of tokens."""
 
-    temperature: float = Field(default=1.0, ge=0, le=2)
-    top_p: float = Field(default=1.0, gt=0, le=1)
-    top_k: int = Field(default=0, ge=-1, le=MAX_TOKENS, description="0 or -1 takes all tokens.")
-    min_p: float = Field(default=0.0, ge=0, le=1)
-    stream: bool = False
+    temperature: float = Field(
+        default=1.0, ge=0, le=2, description="0 takes the likeliest token each time."
+    )
+    top_p: float = Field(
+        default=1.0,
+        gt=0,
+        le=1,
+        description="Only the likeliest tokens that together have this probability.",
+    )
+    top_k: int = Field(
+        default=0,
+        ge=-1,
+        le=MAX_TOKENS,
+        description="Only so many of the likeliest tokens; 0 or -1 takes all.",
+    )
+    min_p: float = Field(
+        default=0.0,
+        ge=0,
+        le=1,
+        description="Only tokens at least this probable, as a share of the likeliest one's.",
+    )
+    stream: bool = Field(default=False, description="Send the answer as it comes, in events.")
     trace: bool = Field(
         default=False, description="Say what every edit did, and how the edits changed each token."
     )
-    stop: Stop = Field(default=[])
-    stop_token_ids: list[TokenId] = Field(default=[], max_length=MAX_STOP_TOKENS, fail_fast=True)
-    seed: int | None = Field(default=None, ge=-MAX_SEED - 1, le=MAX_SEED)
-    presence_penalty: float = Field(default=0.0, ge=-2, le=2)
-    frequency_penalty: float = Field(default=0.0, ge=-2, le=2)
-    repetition_penalty: float = Field(default=1.0, gt=0, le=100)
-    logit_bias: dict[str, float] = Field(default={}, max_length=MAX_LOGIT_BIAS)
-    min_tokens: int = Field(default=0, ge=0, le=MAX_TOKENS)
-    ignore_eos: bool = False
-    skip_special_tokens: bool = True
+    stop: Stop = Field(default=[], description="Texts that end the answer.")
+    stop_token_ids: list[TokenId] = Field(
+        default=[], max_length=MAX_STOP_TOKENS, fail_fast=True, description="Tokens that end it."
+    )
+    seed: int | None = Field(
+        default=None,
+        ge=-MAX_SEED - 1,
+        le=MAX_SEED,
+        description="The same seed gives the same tokens, whatever else is in the batch.",
+    )
+    presence_penalty: float = Field(
+        default=0.0, ge=-2, le=2, description="Taken from the logit of every generated token."
+    )
+    frequency_penalty: float = Field(
+        default=0.0, ge=-2, le=2, description="The same, times how often the token was generated."
+    )
+    repetition_penalty: float = Field(
+        default=1.0, gt=0, le=100, description="Above 1, tokens of prompt and answer lose."
+    )
+    logit_bias: dict[str, float] = Field(
+        default={}, max_length=MAX_LOGIT_BIAS, description="Added to logits, by token id."
+    )
+    min_tokens: int = Field(
+        default=0, ge=0, le=MAX_TOKENS, description="The answer does not end before so many."
+    )
+    ignore_eos: bool = Field(
+        default=False, description="The answer does not end at end-of-sequence tokens."
+    )
+    skip_special_tokens: bool = Field(
+        default=True, description="Leave special tokens out of the text."
+    )
     include_stop_str_in_output: bool = Field(
         default=False, description="Keep the stop string, stop id or EOS in the text."
     )
@@ -166,10 +220,16 @@ class Sampled(ModelBody):
 class SamplingBody(Sampled, FormFields):
     """What completions and chat take: choices, their form, and what is told of them."""
 
-    n: int = Field(default=1, ge=1, le=MAX_CHOICES)
+    n: int = Field(
+        default=1, ge=1, le=MAX_CHOICES, description="How many answers each prompt gets."
+    )
     best_of: int | None = Field(default=None, description="Accepted only if it equals n.")
-    stream_options: StreamOptions = StreamOptions()
-    return_token_ids: bool = False
+    stream_options: StreamOptions = Field(
+        default=StreamOptions(), description="Needs `stream: true`."
+    )
+    return_token_ids: bool = Field(
+        default=False, description="Also answer the token ids of prompt and answer."
+    )
     prompt_logprobs: int | None = Field(
         default=None,
         ge=0,

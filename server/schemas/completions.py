@@ -8,7 +8,7 @@ from pydantic import Discriminator, Field, Tag, model_validator
 
 from reft_runtime.errors import InvalidRequest
 from reft_runtime.sampling import MAX_CHOICES, MAX_LOGPROBS, SamplingParams
-from server.schemas.common import MAX_TOKENS, SamplingBody, TokenId
+from server.schemas.common import MAX_TOKENS, ONLY_DEFAULT, SamplingBody, TokenId
 
 DEFAULT_MAX_TOKENS = 16
 
@@ -53,12 +53,21 @@ def prompts_of(given: Prompt) -> list[str] | list[list[int]]:
 class CompletionRequest(SamplingBody):
     """A raw prompt, or several, to continue."""
 
-    prompt: Prompt
-    max_tokens: int = Field(DEFAULT_MAX_TOKENS, ge=0, le=MAX_TOKENS)
-    echo: bool = False
-    logprobs: int | None = Field(default=None, ge=0, le=MAX_LOGPROBS)
-    suffix: Literal[""] = ""
-    add_special_tokens: Literal[True] = True
+    prompt: Prompt = Field(
+        description="A text, a list of token ids, or a list of either, each with its own answers."
+    )
+    max_tokens: int = Field(
+        DEFAULT_MAX_TOKENS, ge=0, le=MAX_TOKENS, description="Longest answer in tokens."
+    )
+    echo: bool = Field(default=False, description="Put the prompt before the answer.")
+    logprobs: int | None = Field(
+        default=None,
+        ge=0,
+        le=MAX_LOGPROBS,
+        description="Also answer each token's log-probability, and so many of the best tokens.",
+    )
+    suffix: Literal[""] = Field(default="", description=ONLY_DEFAULT)
+    add_special_tokens: Literal[True] = Field(default=True, description=ONLY_DEFAULT)
 
     @model_validator(mode="after")
     def _check_together(self) -> CompletionRequest:

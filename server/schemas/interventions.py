@@ -10,9 +10,13 @@ from server.schemas.base import RequestBody
 class LoadRequest(RequestBody):
     """Serve the file at `lora_path`, inside the configured sources, as `lora_name`."""
 
-    lora_name: str = Field(min_length=1, max_length=64)
-    lora_path: str = Field(min_length=1, max_length=4096)
-    load_inplace: bool = False
+    lora_name: str = Field(min_length=1, max_length=64, description="The name to serve it under.")
+    lora_path: str = Field(
+        min_length=1,
+        max_length=4096,
+        description="A file inside a source: absolute, relative to the source, or its whole URL.",
+    )
+    load_inplace: bool = Field(default=False, description="Replace what has the name already.")
     base_model_name: str = Field(
         default="", max_length=512, description="Accepted and not used: the file names its base."
     )
@@ -21,7 +25,7 @@ class LoadRequest(RequestBody):
 class UnloadRequest(RequestBody):
     """Stop serving `lora_name`."""
 
-    lora_name: str = Field(min_length=1, max_length=64)
+    lora_name: str = Field(min_length=1, max_length=64, description="The name to remove.")
     lora_int_id: int | None = Field(
         default=None, description="Accepted and not used: names are ids."
     )

@@ -10,10 +10,12 @@ from pydantic_core import PydanticCustomError
 from reft_runtime.sampling import MAX_LOGPROBS
 from server.schemas.base import RequestBody
 from server.schemas.chat import MAX_MESSAGES, MAX_PARTS, ChatSwitches
-from server.schemas.common import MAX_TOKENS, Sampled, one_or_many
+from server.schemas.common import MAX_TOKENS, NO_EFFECT, ONLY_DEFAULT, Sampled, one_or_many
 
 LOGPROBS = "message.output_text.logprobs"
 """What `include` says for log-probabilities; `top_logprobs` asks for them, too."""
+
+NOT_USED = "As an earlier answer has it; not used."
 
 
 Kind = Literal["message", "function_call", "function_call_output", "reasoning"]
@@ -24,9 +26,9 @@ class Part(RequestBody):
     """A piece of text. What an earlier answer had beside its text is taken and not used."""
 
     type: Literal["input_text", "output_text"]
-    text: str
-    annotations: list[Any] = Field(default=[])
-    logprobs: list[Any] = Field(default=[])
+    text: str = Field(description="The text.")
+    annotations: list[Any] = Field(default=[], description=NOT_USED)
+    logprobs: list[Any] = Field(default=[], description=NOT_USED)
 
 
 Text = Annotated[
@@ -43,34 +45,36 @@ Text = Annotated[
 class Item(RequestBody):
     """What all items may have; an earlier answer's items are sent back with these."""
 
-    id: str = Field(default="", max_length=512)
-    status: Literal["in_progress", "completed", "incomplete"] = "completed"
+    id: str = Field(default="", max_length=512, description=NOT_USED)
+    status: Literal["in_progress", "completed", "incomplete"] = Field(
+        default="completed", description=NOT_USED
+    )
 
 
 class MessageItem(Item):
     """One turn; without a `type` in OpenAI's short form."""
 
     type: Literal["message"] = "message"
-    role: Literal["user", "assistant", "system", "developer"]
-    content: Text
-    phase: str = ""
+    role: Literal["user", "assistant", "system", "developer"] = Field(description="Who speaks.")
+    content: Text = Field(description="A text, or a list of parts.")
+    phase: str = Field(default="", description=NOT_USED)
 
 
 class FunctionCallItem(Item):
     """A call that an earlier answer made."""
 
     type: Literal["function_call"]
-    call_id: str
-    name: str
-    arguments: str
+    call_id: str = Field(description="What the output's `call_id` names.")
+    name: str = Field(description="The function.")
+    arguments: str = Field(description="Its arguments, as JSON text.")
 
 
 class FunctionCallOutputItem(Item):
     """What the function that was called has returned."""
 
     type: Literal["function_call_output"]
-    call_id: str
-    output: Text
+    call_id: str = Field(description="Which call this answers.")
+    output: Text = Field(description="What it returned.")
 
 
 class ReasoningPart(BaseModel):
@@ -79,7 +83,7 @@ class ReasoningPart(BaseModel):
     model_config = ConfigDict(extra="ignore", strict=True, frozen=True)
 
     type: Literal["reasoning_text"]
-    text: str
+    text: str = Field(description="The text.")
 
 
 class ReasoningItem(BaseModel):
@@ -89,7 +93,7 @@ class ReasoningItem(BaseModel):
 
     type: Literal["reasoning"]
     content: Annotated[list[ReasoningPart], Field(max_length=MAX_PARTS, fail_fast=True)] | None = (
-        None
+        Field(default=None, description="What was thought, in parts.")
     )
 
 
@@ -153,34 +157,44 @@ class TextConfig(RequestBody):
 
 
 class Reasoning(RequestBody):
-    """Options of models that reason. There are no reasoning items here, and so no summaries."""
+    """Options of models that reason. What is thought comes whole, and so without summaries."""
 
     effort: str | None = Field(
         default=None, description="Value for chat templates that read it; as reasoning_effort."
     )
-    summary: Literal["auto"] | None = None
+    summary: Literal["auto"] | None = Field(default=None, description=NO_EFFECT)
 
 
 class ResponseStreamOptions(RequestBody):
     """Options of a streamed answer: none that changes it."""
 
-    include_obfuscation: Literal[False] = False
+    include_obfuscation: Literal[False] = Field(default=False, description=ONLY_DEFAULT)
 
 
 class ResponsesRequest(Sampled):
     """Text to answer, or a conversation. Nothing of it or of the answer is kept."""
 
-    input: Input
+    input: Input = Field(description="A text, or the conversation so far as a list of items.")
     instructions: str | None = Field(
         default=None, description="Text of a system turn before all others."
     )
-    max_output_tokens: int | None = Field(default=None, ge=1, le=MAX_TOKENS)
-    top_logprobs: int = Field(default=0, ge=0, le=MAX_LOGPROBS)
-    include: list[Literal["message.output_text.logprobs", "reasoning.encrypted_content"]] = Field(
-        default=[], max_length=16
+    max_output_tokens: int | None = Field(
+        default=None,
+        ge=1,
+        le=MAX_TOKENS,
+        description="Longest answer in tokens; by default up to the model's length.",
     )
-    text: TextConfig = TextConfig()
-    reasoning: Reasoning = Reasoning()
+    top_logprobs: int = Field(
+        default=0,
+        ge=0,
+        le=MAX_LOGPROBS,
+        description="Above 0: also answer log-probabilities, with those of so many best tokens.",
+    )
+    include: list[Literal["message.output_text.logprobs", "reasoning.encrypted_content"]] = Field(
+        default=[], max_length=16, description="The first also answers log-probabilities."
+    )
+    text: TextConfig = Field(default=TextConfig(), description="The form of the answer.")
+    reasoning: Reasoning = Field(default=Reasoning(), description="How much to think.")
     tools: list[dict[str, Any]] = Field(
         default=[],
         description='As tools of a chat, but flat: {"type": "function", "name": ..., '
@@ -190,11 +204,16 @@ class ResponsesRequest(Sampled):
         default=None,
         description='As tool_choice of a chat, but flat: {"type": "function", "name": ...}.',
     )
-    parallel_tool_calls: bool = True
-    chat_template_kwargs: ChatSwitches = Field(default={})
-    stream_options: ResponseStreamOptions = ResponseStreamOptions()
-    truncation: Literal["disabled"] = "disabled"
-    background: Literal[False] = False
+    parallel_tool_calls: bool = Field(default=True, description="False allows at most one call.")
+    chat_template_kwargs: ChatSwitches = Field(
+        default={},
+        description='Switches of the model\'s chat template, such as `{"enable_thinking": false}`.',
+    )
+    stream_options: ResponseStreamOptions = Field(
+        default=ResponseStreamOptions(), description=NO_EFFECT
+    )
+    truncation: Literal["disabled"] = Field(default="disabled", description=ONLY_DEFAULT)
+    background: Literal[False] = Field(default=False, description=ONLY_DEFAULT)
     metadata: dict[Annotated[str, Field(max_length=64)], Annotated[str, Field(max_length=512)]] = (
-        Field(default={}, max_length=16)
+        Field(default={}, max_length=16, description="Texts by name; they come back in the answer.")
     )

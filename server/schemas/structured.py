@@ -15,6 +15,7 @@ from server.schemas.base import RequestBody
 
 MAX_CHOICES = 10_000
 MAX_TEXT = 2**18
+OLDER = "vLLM's older name of `structured_outputs."
 
 Text = Annotated[str, Field(min_length=1, max_length=MAX_TEXT)]
 Texts = Annotated[list[Text], Field(min_length=1, max_length=MAX_CHOICES, fail_fast=True)]
@@ -51,17 +52,17 @@ class JsonObjectFormat(RequestBody):
 class NamedSchema(RequestBody):
     """A JSON Schema; answers always keep to it, whatever `strict` says."""
 
-    name: str = Field(max_length=256)
-    description: str = ""
-    schema_: dict[str, Any] = Field(default={}, alias="schema")
-    strict: bool = True
+    name: str = Field(max_length=256, description="Any name; the model does not see it.")
+    description: str = Field(default="", description="The model does not see it.")
+    schema_: dict[str, Any] = Field(default={}, alias="schema", description="The JSON Schema.")
+    strict: bool = Field(default=True, description="Changes nothing.")
 
 
 class JsonSchemaFormat(RequestBody):
     """JSON of a schema."""
 
     type: Literal["json_schema"]
-    json_schema: NamedSchema
+    json_schema: NamedSchema = Field(description="The schema, and its name.")
 
 
 def _format_type(value: Any) -> str | None:
@@ -88,14 +89,16 @@ class StructuredOutputs(RequestBody):
     JSON is always written on one line, and every grammar is compiled by the same library.
     """
 
-    json_: Schema | None = Field(default=None, alias="json")
-    regex: Text | None = None
-    choice: Texts | None = None
+    json_: Schema | None = Field(
+        default=None, alias="json", description="JSON of this schema, an object or its text."
+    )
+    regex: Text | None = Field(default=None, description="A text that this expression matches.")
+    choice: Texts | None = Field(default=None, description="One of these texts.")
     grammar: Text | None = Field(default=None, description="A grammar in Lark's notation.")
-    json_object: bool = False
-    disable_fallback: bool = False
-    disable_any_whitespace: bool = False
-    disable_additional_properties: Literal[False] = False
+    json_object: bool = Field(default=False, description="Any JSON object.")
+    disable_fallback: bool = Field(default=False, description="Changes nothing.")
+    disable_any_whitespace: bool = Field(default=False, description="Changes nothing.")
+    disable_additional_properties: Literal[False] = Field(default=False, description="Only false.")
 
     @model_validator(mode="after")
     def _check_one(self) -> StructuredOutputs:
@@ -117,12 +120,16 @@ class StructuredOutputs(RequestBody):
 class FormFields(RequestBody):
     """Fields of a body, at most one of which holds the answer to a form."""
 
-    response_format: ResponseFormat = TextFormat(type="text")
-    structured_outputs: StructuredOutputs | None = None
-    guided_json: Schema | None = Field(default=None, description="vLLM's older name.")
-    guided_regex: Text | None = Field(default=None, description="vLLM's older name.")
-    guided_choice: Texts | None = Field(default=None, description="vLLM's older name.")
-    guided_grammar: Text | None = Field(default=None, description="vLLM's older name.")
+    response_format: ResponseFormat = Field(
+        default=TextFormat(type="text"), description="Hold the answer to JSON, or to a JSON Schema."
+    )
+    structured_outputs: StructuredOutputs | None = Field(
+        default=None, description="Hold the answer to a form, in vLLM's words."
+    )
+    guided_json: Schema | None = Field(default=None, description=f"{OLDER}json`.")
+    guided_regex: Text | None = Field(default=None, description=f"{OLDER}regex`.")
+    guided_choice: Texts | None = Field(default=None, description=f"{OLDER}choice`.")
+    guided_grammar: Text | None = Field(default=None, description=f"{OLDER}grammar`.")
     guided_decoding_backend: str = Field(default="", max_length=64, description="Changes nothing.")
 
     @cached_property

@@ -9,18 +9,22 @@ from server.schemas.chat import ChatLayout, Messages, check_either
 from server.schemas.common import ModelName, TokenId
 from server.schemas.tools import Tool, ToolList, checked
 
+TOKENIZED_FOR = "Any model that is served; an intervention's template applies."
+
 
 class TokenizeRequest(ChatLayout):
     """Text, or a conversation laid out by the model's chat template, to turn into token ids."""
 
-    model: ModelName | None = None
-    prompt: str | None = None
-    messages: Messages | None = None
+    model: ModelName | None = Field(default=None, description=TOKENIZED_FOR)
+    prompt: str | None = Field(default=None, description="A text.")
+    messages: Messages | None = Field(
+        default=None, description="A conversation, instead of a prompt."
+    )
     add_special_tokens: bool | None = Field(
         default=None, description="By default true for a prompt; for messages the template decides."
     )
-    return_token_strs: bool = False
-    tools: ToolList = Field(default=[])
+    return_token_strs: bool = Field(default=False, description="Also answer each token's text.")
+    tools: ToolList = Field(default=[], description="Tools that the chat template is told of.")
 
     @field_validator("tools")
     @classmethod
@@ -36,6 +40,6 @@ class TokenizeRequest(ChatLayout):
 class DetokenizeRequest(RequestBody):
     """Token ids to turn into text."""
 
-    model: ModelName | None = None
-    tokens: list[TokenId] = Field(fail_fast=True)
-    skip_special_tokens: bool = False
+    model: ModelName | None = Field(default=None, description=TOKENIZED_FOR)
+    tokens: list[TokenId] = Field(fail_fast=True, description="Token ids.")
+    skip_special_tokens: bool = Field(default=False, description="Leave special tokens out.")

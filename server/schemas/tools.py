@@ -26,10 +26,12 @@ FunctionName = Annotated[str, Field(pattern=rf"^{NAME}$")]
 class Function(RequestBody):
     """A function that the model may call; `parameters` is a JSON Schema of its arguments."""
 
-    name: FunctionName
-    description: str = ""
-    parameters: dict[str, Any] = Field(default={})
-    strict: bool = False
+    name: FunctionName = Field(description="What the model calls it.")
+    description: str = Field(default="", description="What it does, for the model.")
+    parameters: dict[str, Any] = Field(
+        default={}, description="A JSON Schema of its arguments, which are an object."
+    )
+    strict: bool = Field(default=False, description="Hold calls to `parameters`, or refuse them.")
 
     @field_validator("parameters")
     @classmethod
@@ -43,7 +45,7 @@ class Tool(RequestBody):
     """Something that the model may use: always a function."""
 
     type: Literal["function"]
-    function: Function
+    function: Function = Field(description="The function.")
 
     def as_dict(self) -> dict[str, Any]:
         """The tool as chat templates show it."""
@@ -59,14 +61,14 @@ class Tool(RequestBody):
 class NamedFunction(RequestBody):
     """The name of a function."""
 
-    name: FunctionName
+    name: FunctionName = Field(description="One of `tools`.")
 
 
 class NamedTool(RequestBody):
     """The function that the model has to call."""
 
     type: Literal["function"]
-    function: NamedFunction
+    function: NamedFunction = Field(description="The function.")
 
 
 def _word_or_object(value: Any) -> str | None:
@@ -92,9 +94,12 @@ ToolList = Annotated[list[Tool], Field(max_length=MAX_TOOLS, fail_fast=True)]
 class ToolFields(RequestBody):
     """What the model may call, and whether it has to."""
 
-    tools: ToolList = Field(default=[])
-    tool_choice: ToolChoice | None = None
-    parallel_tool_calls: bool = True
+    tools: ToolList = Field(default=[], description="Functions that the model may call.")
+    tool_choice: ToolChoice | None = Field(
+        default=None,
+        description="`auto` (the default with tools), `none`, `required`, or the function to call.",
+    )
+    parallel_tool_calls: bool = Field(default=True, description="False allows at most one call.")
 
     @field_validator("tools")
     @classmethod
@@ -123,8 +128,8 @@ class ToolFields(RequestBody):
 class FunctionCall(RequestBody):
     """A function's name, and its arguments as the text of a JSON object."""
 
-    name: FunctionName
-    arguments: str = ""
+    name: FunctionName = Field(description="The function.")
+    arguments: str = Field(default="", description="Its arguments, as JSON text.")
     parsed_arguments: Any = Field(
         default=None, description="What OpenAI's client makes of the arguments; not used."
     )
@@ -133,10 +138,10 @@ class FunctionCall(RequestBody):
 class ToolCall(RequestBody):
     """A call in an earlier answer. `index` is what streams have; it is taken and not used."""
 
-    id: str = Field(max_length=256)
-    type: Literal["function"] = "function"
-    function: FunctionCall
-    index: int | None = None
+    id: str = Field(max_length=256, description="What the result's `tool_call_id` names.")
+    type: Literal["function"] = Field(default="function", description="Always `function`.")
+    function: FunctionCall = Field(description="The call.")
+    index: int | None = Field(default=None, description="As streams have it; not used.")
 
     def as_dict(self) -> dict[str, Any]:
         """The call as chat templates take it: with its arguments as an object, if they are one."""

@@ -41,7 +41,12 @@ NOT_RUN = {
 }
 """Blocks that nobody can run here, by a part of their text, and why."""
 
-OTHERS = ["docs/interventions.md", "docs/training.md", "interventions/README.md"]
+OTHERS = [
+    "docs/interventions.md",
+    "docs/python.md",
+    "docs/training.md",
+    "interventions/README.md",
+]
 BLOCKS = [
     *blocks("README.md"),
     *(b for name in OTHERS for b in blocks(name) if b.language in ("python", "json")),

@@ -230,6 +230,7 @@ def test_the_reference_shows_every_route_and_its_fields(tab: Tab) -> None:
     said = dict(zip(shown.all_text_contents(), about, strict=True))
     assert "922337203685477" not in said["priority"]
     assert "must be empty" in said["bad_words"]
+    expect(page.locator(".operation[open] .code")).to_contain_text("Who are you?")
     page.get_by_role("link", name="Compare").click()
     expect(page.get_by_role("region", name="Column A")).to_be_visible()
 

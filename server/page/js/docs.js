@@ -105,8 +105,9 @@ function Operation({ path, method, operation, found }) {
               <${Field} key=${name} name=${name} schema=${schema} required=${required}
                 about=${[`in the ${place}`, about].filter(Boolean).join("; ")} found=${found} />`)}
           </dl>`}
-        ${requestBody && Object.entries(requestBody.content).map(([type, { schema }]) => html`
+        ${requestBody && Object.entries(requestBody.content).map(([type, { schema, example }]) => html`
           <h3 key=${type}>Body <small class="muted">${type}</small></h3>
+          ${example && html`<pre class="code" tabindex="0">${JSON.stringify(example, null, 2)}</pre>`}
           <${Fields} schema=${schema} found=${found} />`)}
         <h3>Answers</h3>
         <dl class="answers">
