@@ -147,8 +147,7 @@ def read_model(
         raise ConfigError(f"model: {path!r} is {ADAPTERS}", param="model")
     _check_weights(path, model, found, in_another=config is not whole)
     if not keeps_quantised(config):
-        tell_plain(model)
-        model.to(dtype)  # some are dequantised to bfloat16
+        tell_plain(model, dtype)
     loaded: PreTrainedModel = model
     return loaded
 
