@@ -40,6 +40,11 @@ def near(found: Tensor, wanted: Tensor) -> bool:
     return bool((found - wanted).norm() <= tolerance * wanted.norm())
 
 
+def nearer(wanted: Tensor, one: Tensor, other: Tensor) -> bool:
+    """Whether `other` is nearer to a result than `one`."""
+    return bool((other.float() - wanted).norm() < (one.float() - wanted).norm())
+
+
 class Planned(Protocol):
     """The replacement of a module."""
 

@@ -81,25 +81,42 @@ def test_bfloat16_is_as_near_as_the_models_own_attention(model_type: str) -> Non
     assert float((served - own).abs().median()) < 4 * float((other - own).abs().median())
 
 
-@pytest.mark.parametrize("dtype", [BFLOAT16, torch.float16])
 @torch.inference_mode()
-def test_late_tokens_of_a_folder_are_as_near_to_float32_as_transformers(
+def errors(
+    exact: PreTrainedModel, dtype: torch.dtype, tokens: tuple[int, ...], first: int, folder: Path
+) -> tuple[float, float]:
+    """How far the engine and transformers, in a dtype, are from float32 with the same weights.
+
+    They are medians over the tokens from `first` on.
+    """
+    exact.load_state_dict({name: one.to(dtype).float() for name, one in exact.state_dict().items()})
+    exact.save_pretrained(folder)
+    own = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    loaded, ids, at = load_model(str(folder), name_of(dtype)), torch.tensor(tokens), len(tokens)
+    wanted = exact(input_ids=ids[None]).logits[0].log_softmax(-1)
+    served = forward(loaded.model, ids, torch.arange(at), torch.arange(at), CausalStep())
+    found = [
+        float((logits.float().log_softmax(-1) - wanted).norm(dim=-1)[first:].median())
+        for logits in (served, own(input_ids=ids[None]).logits[0])
+    ]
+    return found[0], found[1]
+
+
+@pytest.mark.parametrize("dtype", [BFLOAT16, torch.float16])
+def test_late_tokens_are_as_near_to_float32_as_those_of_transformers(
     dtype: torch.dtype, tmp_path: Path
 ) -> None:
     """Rotary frequencies that are rounded to half precision turn late tokens to other angles."""
     exact = tiny("llama", max_position_embeddings=1024, head_dim=32)
-    exact.load_state_dict({name: one.to(dtype).float() for name, one in exact.state_dict().items()})
-    exact.save_pretrained(tmp_path)
-    own = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=dtype)
-    loaded = load_model(str(tmp_path), name_of(dtype))
-    ids = torch.tensor(prompt(1000))
-    wanted = exact(input_ids=ids[None]).logits[0, 500:].log_softmax(-1)
-    served = forward(loaded.model, ids, torch.arange(1000), torch.arange(500, 1000), CausalStep())
-    errors = [
-        float((logits.float().log_softmax(-1) - wanted).norm(dim=-1).median())
-        for logits in (served, own(input_ids=ids[None]).logits[0, 500:])
-    ]
-    assert errors[0] < 1.2 * errors[1]
+    served, own = errors(exact, dtype, prompt(1000), 500, tmp_path)
+    assert served < 1.2 * own
+
+
+@pytest.mark.parametrize("model_type", ["flex_olmo", "gpt_oss"])
+def test_norms_that_are_rounded_once_stay_so(model_type: str, tmp_path: Path) -> None:
+    exact = tiny_model(tiny_config(model_type), seed=1)
+    served, own = errors(exact, BFLOAT16, prompt(200), 0, tmp_path)
+    assert served < 1.1 * own
 
 
 DEEP: dict[str, dict[str, Any]] = {
