@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 from reft_runtime.base.fused import Fused
 from reft_runtime.base.pretrained import read_model
-from reft_runtime.base.quantised import stored_bytes
+from reft_runtime.base.quantised import stored_bytes, tell_plain
 from reft_runtime.errors import ConfigError, UnsupportedModel
 from reft_runtime.interventions.format.file import read_header
 from reft_runtime.loading.loader import adopt_model, load_model
@@ -152,6 +152,17 @@ def test_blocks_of_float8_are_dequantised(plain: Path) -> None:
     loaded.model.set_attn_implementation("eager")
     assert generate(loaded.model, prompt(20)) == tokens
     assert not hasattr(loaded.model.config, "quantization_config")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_dequantised_weights_get_the_dtype_and_nothing_else_does(dtype: torch.dtype) -> None:
+    model = tiny("deepseek_v3")
+    model.config.quantization_config = {"quant_method": "fp8", "dequantize": True}
+    tell_plain(model, dtype)
+    kept = [name for name, weight in model.named_parameters() if weight.dtype != dtype]
+    assert kept
+    assert all(name.endswith("gate.weight") for name in kept)
+    assert all(buffer.dtype == torch.float32 for buffer in model.buffers())
 
 
 def test_a_scale_that_is_missing(plain: Path) -> None:
