@@ -19,7 +19,7 @@ from reft_runtime.base.packed_delta import packed_delta_net
 from reft_runtime.base.plans import epsilon_of
 from reft_runtime.base.rebinding import code_of, rebound
 from reft_runtime.base.recurrent import MixerForward, MixerStates
-from reft_runtime.base.trial import TOLERANCE, Operator, near, nearer
+from reft_runtime.base.trial import Operator, near, nearer
 from reft_runtime.kernels.operators import MixerOperators, operators_for
 
 _RULES = ("torch_recurrent_gated_delta_rule", "torch_chunk_gated_delta_rule")
@@ -95,11 +95,7 @@ class DeltaNets:
 def _gated_norm(norm: Any, operators: MixerOperators) -> Operator | None:
     """A forward that computes what a gated norm's own does; None if it gives another."""
     epsilon = epsilon_of(norm)
-    if (
-        epsilon is None
-        or list(norm._parameters) != ["weight"]
-        or norm.weight.dtype not in TOLERANCE
-    ):
+    if epsilon is None or list(norm._parameters) != ["weight"]:
         return None
 
     def build(norm: Any, *, once: bool) -> Operator:

@@ -119,6 +119,12 @@ def test_norms_that_are_rounded_once_stay_so(model_type: str, tmp_path: Path) ->
     assert served < 1.1 * own
 
 
+def test_recurrent_layers_in_float16_with_weights_in_float32(tmp_path: Path) -> None:
+    tiny_model(tiny_config("olmo_hybrid")).save_pretrained(tmp_path)
+    loaded = load_model(str(tmp_path), "float16")
+    assert {torch.float16, torch.float32} == {one.dtype for one in loaded.model.parameters()}
+
+
 DEEP: dict[str, dict[str, Any]] = {
     "gemma2": {"num_hidden_layers": 26},
     "granite_swa": {"num_hidden_layers": 4},
