@@ -20,7 +20,16 @@ from transformers import PreTrainedModel
 from reft_runtime.base.fused_layer import chain, is_llama_like, layer_plan
 from reft_runtime.base.gated_attention import gated_attention
 from reft_runtime.base.linears import Merged
-from reft_runtime.base.plans import Compute, Hooks, PartPlan, Plan, epsilon_of, hooks_of, or_own
+from reft_runtime.base.plans import (
+    Compute,
+    Hooks,
+    PartPlan,
+    Plan,
+    epsilon_of,
+    hooks_of,
+    or_own,
+    rounds_once,
+)
 from reft_runtime.base.probe import ProbedLayer
 from reft_runtime.base.rebinding import code_of, rebound
 from reft_runtime.base.rotary import ROTARY, rotary_width, rotates, rotating
@@ -165,13 +174,14 @@ class _Fuser:
         epsilon = epsilon_of(module)
         if not isinstance(weight, Tensor) or epsilon is None:
             return None
+        once = not from_one and rounds_once(module, operators)
 
         def forward(hidden_states: Tensor) -> Any:
             if hidden_states.ndim == 4 and hidden_states.stride(1) > hidden_states.stride(2):
                 hidden_states = hidden_states.contiguous()  # heads that are columns of a product
             if not operators.supports(hidden_states, weight):
                 return own(hidden_states)
-            return operators.rms_norm(hidden_states, weight, epsilon, from_one=from_one)
+            return operators.rms_norm(hidden_states, weight, epsilon, once=once, from_one=from_one)
 
         return Plan(forward, weight.shape[-1])
 
@@ -282,7 +292,7 @@ class _Fuser:
         `plans` are the finished plans of the layer's parts; without them, new ones are made and
         merged.
         """
-        if not is_llama_like(layer):
+        if not is_llama_like(layer, self._operators):
             return None
         if plans is None:
             plans = self._parts(layer.self_attn, layer.mlp, asked)

@@ -10,7 +10,15 @@ from typing import Any
 from torch import Tensor, nn
 
 from reft_runtime.base.compiled_layer import CompiledLayer, layer_of_weights
-from reft_runtime.base.plans import Compute, PartPlan, Plan, epsilon_of, hooks_of, or_own
+from reft_runtime.base.plans import (
+    Compute,
+    PartPlan,
+    Plan,
+    epsilon_of,
+    hooks_of,
+    or_own,
+    rounds_once,
+)
 from reft_runtime.base.probe import ProbedLayer
 from reft_runtime.kernels.cpu import Kernels
 from reft_runtime.kernels.operators import DecoderLayer, Norm, Operators, ProductOperators
@@ -25,14 +33,16 @@ class LayerPlan(Plan):
     compiled: CompiledLayer | None
 
 
-def is_llama_like(layer: nn.Module) -> bool:
-    """Whether it has the parts of a Llama layer, all of one dtype, and norms that are known."""
+def is_llama_like(layer: nn.Module, operators: Operators) -> bool:
+    """Whether it has the parts of a Llama layer, all of one dtype, and norms that are Llama's."""
     parts = dict(layer.named_children())
     return (
         parts.keys() == _PARTS
         and len({weight.dtype for weight in layer.parameters()}) == 1
         and epsilon_of(parts["input_layernorm"]) is not None
         and epsilon_of(parts["post_attention_layernorm"]) is not None
+        and not rounds_once(parts["input_layernorm"], operators)
+        and not rounds_once(parts["post_attention_layernorm"], operators)
     )
 
 

@@ -19,7 +19,7 @@ from torch.nn.functional import silu
 
 from reft_runtime.base.rebinding import code_of, rebound
 from reft_runtime.base.recurrent import StateCache, StateKey, StateShape
-from reft_runtime.base.trial import TOLERANCE, Operator, near
+from reft_runtime.base.trial import Operator, near
 from reft_runtime.kernels.operators import MixerOperators
 
 _CONVOLUTION = "causal_conv1d_fn"
@@ -192,8 +192,6 @@ def packed_delta_net(
         return None
     if shapes.keys() != {CONV_STATE, DELTA_STATE}:
         return None
-    if next(module.parameters()).dtype not in TOLERANCE:
-        return None  # nothing says how near is near enough
     packed = PackedDeltaNet(module, code, cache, operators)
     return packed if gives_the_same(module, cache, shapes, own, packed) else None
 

@@ -147,8 +147,7 @@ def read_model(
         raise ConfigError(f"model: {path!r} is {ADAPTERS}", param="model")
     _check_weights(path, model, found, in_another=config is not whole)
     if not keeps_quantised(config):
-        tell_plain(model)
-        model.to(dtype)  # some are dequantised to bfloat16
+        tell_plain(model, dtype)
     loaded: PreTrainedModel = model
     return loaded
 
@@ -215,22 +214,22 @@ def _check_weights(
 
 
 def _stored_as_integers(stored: Mapping[str, str], model: PreTrainedModel) -> Iterable[str]:
-    """Names of weights that are `stored` as integers, as quantised models do.
-
-    Their scales are stored elsewhere, so they cannot be loaded as weights.
-    """
+    """Names of weights that are `stored` as integers, as quantised models do, without scales."""
     wanted = {name for name, weight in model.named_parameters() if weight.is_floating_point()}
     for name, dtype in stored.items():
-        if name in wanted and dtype in _INTEGERS:
+        if name in wanted and dtype in _INTEGERS and not _has_scales(name, stored):
             yield name
 
 
 def _without_scales(stored: Mapping[str, str]) -> Iterable[str]:
     """Names of weights that are `stored` as eight-bit floats, without scales."""
     for name, dtype in stored.items():
-        scaled = any(f"{name}{suffix}" in stored for suffix in _SCALES)
-        if dtype in _SCALED and name.endswith("weight") and not scaled:
+        if dtype in _SCALED and name.endswith("weight") and not _has_scales(name, stored):
             yield name
+
+
+def _has_scales(name: str, stored: Mapping[str, str]) -> bool:
+    return any(f"{name}{suffix}" in stored for suffix in _SCALES)
 
 
 def _stored(folder: Path) -> dict[str, str]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from enum import Enum
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
@@ -65,16 +66,23 @@ def ask_for_plain_weights(config: PretrainedConfig) -> None:
         config.quantization_config = settings | {"dequantize": True}
 
 
-def tell_plain(model: PreTrainedModel) -> None:
+def tell_plain(model: PreTrainedModel, dtype: torch.dtype) -> None:
     """Take from a model whose weights were dequantised what says that they are quantised.
 
-    What is left keeps a model from being saved, or converted to another dtype.
+    What is left keeps a model from being saved, or converted to another dtype. Weights that were
+    dequantised to another `dtype` are converted; what transformers keeps in float32 stays, and so
+    do buffers: rotary frequencies have no other dtype in any model.
     """
     whole: Any = model
     whole.hf_quantizer = None
     whole.is_quantized = False
-    if _settings(model.config):
-        del model.config.quantization_config
+    if not _settings(model.config):
+        return
+    del model.config.quantization_config
+    kept = whole._get_dtype_plan(dtype)
+    for name, weight in model.named_parameters():
+        if weight.is_floating_point() and not any(part in name for part in kept):
+            weight.data = weight.data.to(dtype)
 
 
 def stored_bytes(weight: Tensor) -> int:

@@ -34,10 +34,18 @@ Operator = Callable[..., Any]
 
 
 def near(found: Tensor, wanted: Tensor) -> bool:
-    """Whether two results of a formula are the same but for rounding in their dtype."""
-    tolerance = TOLERANCE[wanted.dtype]
+    """Whether two results of a formula are the same but for rounding in their dtype.
+
+    That is not known of a dtype without a tolerance.
+    """
+    tolerance = TOLERANCE.get(wanted.dtype, -1.0)
     found, wanted = found.float(), wanted.float()
     return bool((found - wanted).norm() <= tolerance * wanted.norm())
+
+
+def nearer(wanted: Tensor, one: Tensor, other: Tensor) -> bool:
+    """Whether `other` is nearer to a result than `one`."""
+    return bool((other.float() - wanted).norm() < (one.float() - wanted).norm())
 
 
 class Planned(Protocol):

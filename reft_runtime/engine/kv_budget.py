@@ -49,6 +49,7 @@ def step_bytes(loaded: LoadedModel, max_running: int, max_step_tokens: int) -> i
     """The bytes that the largest step works with: its activations, and rows of logits."""
     config = loaded.model.config
     inner = getattr(config, "intermediate_size", None) or 4 * loaded.hidden_size
+    inner = max(inner) if isinstance(inner, list | tuple) else inner  # one for each layer
     numbers = max_step_tokens * (3 * inner + 8 * loaded.hidden_size)
     # A row of logits is held in the model's dtype, in float32, and as logarithms.
     scored = (max_running + MAX_SCORED_TOKENS) * loaded.vocab_size

@@ -53,11 +53,18 @@ class Operators(Protocol):
         """
 
     def rms_norm(
-        self, rows: Tensor, weight: Tensor, epsilon: float, *, from_one: bool = False
+        self,
+        rows: Tensor,
+        weight: Tensor,
+        epsilon: float,
+        *,
+        once: bool = False,
+        from_one: bool = False,
     ) -> Tensor:
         """Rows [..., d] divided by their root mean square, times `weight` [d].
 
-        With `from_one` they are multiplied by 1 + `weight`, as in Gemma.
+        They are rounded before they are multiplied, as in Llama, or with `once` only then, as in
+        OLMo 2. With `from_one` they are multiplied by 1 + `weight`, and rounded once, as in Gemma.
         """
 
     def add_rms_norm(
@@ -126,9 +133,12 @@ class MixerOperators(Protocol):
         """
 
     def gated_rms_norm(
-        self, rows: Tensor, gate: Tensor, weight: Tensor, epsilon: float
+        self, rows: Tensor, gate: Tensor, weight: Tensor, epsilon: float, *, once: bool = False
     ) -> Tensor | None:
-        """`Operators.rms_norm` of rows [n, d], times silu of `gate` [n, d]."""
+        """`Operators.rms_norm` of rows [n, d], times silu of `gate` [n, d].
+
+        With `once` nothing is rounded but the result.
+        """
 
     def gated_delta_net_(
         self, rows: Tensor, weights: DeltaNetWeights, inputs: Tensor, state: Tensor, out: Tensor

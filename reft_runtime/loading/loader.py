@@ -31,7 +31,7 @@ from reft_runtime.base.time_steps import bound_time_steps
 from reft_runtime.errors import ConfigError, UnsupportedModel
 from reft_runtime.loading.fidelity import check, own_logits
 from reft_runtime.loading.latents import keep_latents
-from reft_runtime.machine.dtypes import DTYPES
+from reft_runtime.machine.dtypes import DTYPES, name_of
 from reft_runtime.machine.memory import is_out_of_memory
 
 PROBE_TOKENS = 8
@@ -128,6 +128,11 @@ def adopt_model(
         torch.cuda.set_device(model.device)  # Triton's kernels are launched on the current one
     config = model.config
     check_config(config)
+    if model.dtype not in DTYPES.values():
+        raise refuse(
+            config,
+            f"its weights are in {name_of(model.dtype)}; convert it to {', '.join(DTYPES)}",
+        )
     max_model_len = chosen_length(config, max_model_len)
     layers = _decoder_layers(model, config.num_hidden_layers)
     before = ModelState(model)

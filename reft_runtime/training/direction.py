@@ -68,6 +68,7 @@ def direction(
                 f"layer: {layer}; {name} has 0 to {len(loaded.layers) - 1}.", param="layer"
             )
         base, words = Base(loaded), Tokenizer(own, loaded.max_model_len)
+        base.sites.check(layer, "block_output", loaded.hidden_size)
         means = []
         for what, texts in (("positive", positive), ("negative", negative)):
             ids = [words.encode(text) for text in texts]

@@ -274,6 +274,7 @@ def _perplexities(
         for task in tasks:
             for subject in subjects:
                 edits = () if subject.file is None else subject.file.content.canonical()
+                base.check(edits)
                 layout = task.asked_of(subject.manifest)
                 formatter = subject.formatter(layout, tokenizer, loaded.eos_ids)
                 examples = [formatter.example(row) for row in task.rows.rows]

@@ -44,6 +44,11 @@ class Base:
         """The device of the model."""
         return self.loaded.model.device
 
+    def check(self, edits: Iterable[CanonicalEdit]) -> None:
+        """Raise `WrongBaseModel` if the model has no place for one of the edits."""
+        for edit in edits:
+            self.sites.check(edit.layer, edit.component, edit.U.shape[1])
+
     def to(self, device: torch.device) -> None:
         """Move the model to a device, and forget what was kept."""
         if self.loaded.device != device:  # quantised weights cannot be converted in place

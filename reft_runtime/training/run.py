@@ -39,6 +39,7 @@ class TrainingRun:
         self._signals = HeldSignals()
         self._base = Base(loaded)
         self._base.to(args.device)
+        self._base.check(draft.edits.canonical())
         self._trainer = EditTrainer(
             EditedModel(self._base, draft.edits),
             args,

@@ -5,9 +5,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import rms_norm, silu
 from transformers import DynamicCache
 from transformers.models.qwen3_5 import modeling_qwen3_5
 from transformers.models.qwen3_5.configuration_qwen3_5 import Qwen3_5TextConfig
+from transformers.models.qwen3_5.modeling_qwen3_5 import Qwen3_5RMSNormGated
 
 from reft_runtime.base.delta_rule import DeltaNets
 from reft_runtime.base.recurrent import MixerForward, cache_argument
@@ -93,6 +95,29 @@ def test_the_operators_compute_it(monkeypatch: pytest.MonkeyPatch) -> None:
     for one, other in zip(wanted, answers(fused, given), strict=True):
         torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
     assert calls == []
+
+
+class OnceRMSNormGated(Qwen3_5RMSNormGated):
+    """As in Lara: only the result is rounded."""
+
+    def forward(self, hidden_states: Tensor, gate: Tensor) -> Tensor:
+        normal = rms_norm(hidden_states.float(), (24,), self.weight.float(), self.variance_epsilon)
+        return (normal * silu(gate.float())).to(hidden_states.dtype)
+
+
+@pytest.mark.parametrize("kind", [Qwen3_5RMSNormGated, OnceRMSNormGated])
+@torch.inference_mode()
+def test_gated_norms_are_rounded_as_by_the_own_code(kind: type[nn.Module]) -> None:
+    """Qwen3.5 rounds three times in bfloat16."""
+    norm = kind(24).to(torch.bfloat16).requires_grad_(False)
+    norm.load_state_dict({"weight": 1 + rows(24, dtype=torch.bfloat16) / 4})
+    given, gate = rows(2, 400, 24, dtype=torch.bfloat16)
+    wanted = norm(given, gate)
+    operators = cpu_operators()
+    assert operators is not None
+    DeltaNets(operators).fuse_norms(norm)
+    assert "forward" in vars(norm)
+    assert float((norm(given, gate) == wanted).float().mean()) > 0.99
 
 
 def test_gradients_go_through_the_own_code() -> None:

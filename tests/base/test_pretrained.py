@@ -16,9 +16,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers import AutoModelForCausalLM
 
 import benchmarks
 import reft_runtime
+from reft_runtime.base.pretrained import read_model
 from reft_runtime.errors import ConfigError, ReftError
 from reft_runtime.loading.base import load_base
 from server.cli import main as cli
@@ -59,6 +61,30 @@ def change_weights(folder: Path, **values: Tensor | None) -> None:
 
 def load(folder: Path) -> Any:
     return load_base(str(folder), None, "float32", None)[1]
+
+
+@pytest.mark.parametrize(
+    ("model_type", "dtype", "kept"),
+    [
+        ("deepseek_v3", torch.bfloat16, ["mlp.gate.weight", "e_score_correction_bias"]),
+        ("gpt_oss", torch.float16, ["layernorm.weight", "model.norm.weight"]),
+    ],
+)
+def test_numbers_have_the_dtypes_of_transformers(
+    model_type: str, dtype: torch.dtype, kept: list[str], tmp_path: Path
+) -> None:
+    """Some stay in float32 (`_keep_in_fp32_modules`), rotary frequencies always."""
+    tiny(model_type).save_pretrained(tmp_path)
+    own = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=dtype)
+    found = read_model(str(tmp_path), dtype)
+    numbers = {**dict(found.named_parameters()), **dict(found.named_buffers())}
+    for name, wanted in [*own.named_parameters(), *own.named_buffers()]:
+        assert numbers[name].dtype == wanted.dtype, name
+        assert torch.equal(numbers[name], wanted), name
+    exact = [name for name, number in numbers.items() if number.dtype == torch.float32]
+    for part in (*kept, "inv_freq"):
+        assert any(part in name for name in exact)
+    assert found.dtype == dtype
 
 
 def fault(folder: Path) -> str:

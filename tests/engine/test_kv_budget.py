@@ -61,6 +61,13 @@ def test_the_largest_step_has_room(free: int, width: int) -> None:
     assert reserve(loaded, free, STEP) == pytest.approx(wanted, abs=loaded.kv_bytes_per_token)
 
 
+def test_the_widest_of_the_layers_counts() -> None:
+    """Gemma 3n's configuration lists the widths of its layers."""
+    loaded, same = model(1024), model(1024)
+    loaded.model.config.intermediate_size = [1024, 3 * 1024, 2 * 1024]
+    assert step_bytes(loaded, ROWS, STEP) == step_bytes(same, ROWS, STEP)
+
+
 def test_longer_steps_leave_less_for_keys_and_values(free: int) -> None:
     loaded = model(4096)
     short, long = reserve(loaded, free, 8192), reserve(loaded, free, 32_768)

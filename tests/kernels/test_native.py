@@ -90,6 +90,19 @@ def test_silu_mul_at_the_extremes(operators: Kernels) -> None:
     torch.testing.assert_close(given, silu(gate), equal_nan=True, rtol=1e-6, atol=1e-30)
 
 
+def test_norms_in_bfloat16_that_are_rounded_once(operators: Kernels) -> None:
+    x, gate = (rand(200, 48, dtype=torch.bfloat16, seed=seed) for seed in range(2))
+    weight = rand(48, dtype=torch.bfloat16, seed=2)
+    normal = rms_norm(x.double(), (48,), eps=1e-5) * weight.double()
+    gated = operators.gated_rms_norm(x, gate, weight, 1e-5, once=True)
+    assert gated is not None
+    for found, wanted in (
+        (operators.rms_norm(x, weight, 1e-5, once=True), normal),
+        (gated, normal * silu(gate.double())),
+    ):
+        assert float((found == wanted.bfloat16()).float().mean()) > 0.995
+
+
 def greedy(operators: Kernels, logits: Tensor) -> list[int]:
     return operators.pick(logits, [Picking()] * len(logits)).tokens
 

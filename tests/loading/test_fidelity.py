@@ -5,27 +5,29 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRotaryEmbedding
 from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
 
 from reft_runtime.base.attention import Reach, Scoring, packed_attention, running_step
 from reft_runtime.base.linears import Merged
 from reft_runtime.base.model import forward
-from reft_runtime.base.probe import AskedMask
+from reft_runtime.base.probe import AskedMask, CausalStep
 from reft_runtime.base.recurrent import MixerCall, StateCache, StateKey
 from reft_runtime.errors import UnsupportedModel
 from reft_runtime.kernels.cpu.decoder_layer import DecoderLayer, LayerKernels, LayerWeights
 from reft_runtime.kv.row_attention import TOGETHER_FROM, RowAttentionStep
 from reft_runtime.kv.rows import RowStorage
 from reft_runtime.kv.states import StateStep, StateStorage
-from reft_runtime.loading.loader import adopt_model
+from reft_runtime.loading.loader import adopt_model, load_model
 from reft_runtime.loading.samples import samples_for
+from reft_runtime.machine.dtypes import name_of
 from reft_runtime.schedule.blocks import BLOCK_TOKENS
 from reft_runtime.schedule.plan import Chunk
 from tests.helpers.models import (
@@ -77,6 +79,50 @@ def test_bfloat16_is_as_near_as_the_models_own_attention(model_type: str) -> Non
     own, other = (logprobs(model, tokens, name) for name in ("eager", "sdpa"))
     served = served_logprobs(model, tokens)
     assert float((served - own).abs().median()) < 4 * float((other - own).abs().median())
+
+
+@torch.inference_mode()
+def errors(
+    exact: PreTrainedModel, dtype: torch.dtype, tokens: tuple[int, ...], first: int, folder: Path
+) -> tuple[float, float]:
+    """How far the engine and transformers, in a dtype, are from float32 with the same weights.
+
+    They are medians over the tokens from `first` on.
+    """
+    exact.load_state_dict({name: one.to(dtype).float() for name, one in exact.state_dict().items()})
+    exact.save_pretrained(folder)
+    own = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    loaded, ids, at = load_model(str(folder), name_of(dtype)), torch.tensor(tokens), len(tokens)
+    wanted = exact(input_ids=ids[None]).logits[0].log_softmax(-1)
+    served = forward(loaded.model, ids, torch.arange(at), torch.arange(at), CausalStep())
+    found = [
+        float((logits.float().log_softmax(-1) - wanted).norm(dim=-1)[first:].median())
+        for logits in (served, own(input_ids=ids[None]).logits[0])
+    ]
+    return found[0], found[1]
+
+
+@pytest.mark.parametrize("dtype", [BFLOAT16, torch.float16])
+def test_late_tokens_are_as_near_to_float32_as_those_of_transformers(
+    dtype: torch.dtype, tmp_path: Path
+) -> None:
+    """Rotary frequencies that are rounded to half precision turn late tokens to other angles."""
+    exact = tiny("llama", max_position_embeddings=1024, head_dim=32)
+    served, own = errors(exact, dtype, prompt(1000), 500, tmp_path)
+    assert served < 1.2 * own
+
+
+@pytest.mark.parametrize("model_type", ["flex_olmo", "gpt_oss"])
+def test_norms_that_are_rounded_once_stay_so(model_type: str, tmp_path: Path) -> None:
+    exact = tiny_model(tiny_config(model_type), seed=1)
+    served, own = errors(exact, BFLOAT16, prompt(200), 0, tmp_path)
+    assert served < 1.1 * own
+
+
+def test_recurrent_layers_in_float16_with_weights_in_float32(tmp_path: Path) -> None:
+    tiny_model(tiny_config("olmo_hybrid")).save_pretrained(tmp_path)
+    loaded = load_model(str(tmp_path), "float16")
+    assert {torch.float16, torch.float32} == {one.dtype for one in loaded.model.parameters()}
 
 
 DEEP: dict[str, dict[str, Any]] = {

@@ -58,6 +58,7 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "decoder of an encoder's output": (lambda: tiny_model(tiny_config("trocr")), "encodes"),
     "no number of layers": (lambda: tiny_model(tiny_config("blt")), "num_hidden_layers"),
     "attention with a term of its own": (lambda: tiny("doge"), "changes attention masks"),
+    "float64": (lambda: tiny("llama").double(), "in float64; convert it to float32, bfloat16"),
     "attention twice a layer": (lambda: tiny("diffllama"), "more than once"),
 }
 

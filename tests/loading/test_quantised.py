@@ -15,8 +15,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 from reft_runtime.base.fused import Fused
-from reft_runtime.base.pretrained import read_model
-from reft_runtime.base.quantised import stored_bytes
+from reft_runtime.base.pretrained import _stored_as_integers, read_model
+from reft_runtime.base.quantised import stored_bytes, tell_plain
 from reft_runtime.errors import ConfigError, UnsupportedModel
 from reft_runtime.interventions.format.file import read_header
 from reft_runtime.loading.loader import adopt_model, load_model
@@ -152,6 +152,55 @@ def test_blocks_of_float8_are_dequantised(plain: Path) -> None:
     loaded.model.set_attn_implementation("eager")
     assert generate(loaded.model, prompt(20)) == tokens
     assert not hasattr(loaded.model.config, "quantization_config")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_dequantised_weights_get_the_dtype_and_nothing_else_does(dtype: torch.dtype) -> None:
+    model = tiny("deepseek_v3")
+    model.config.quantization_config = {"quant_method": "fp8", "dequantize": True}
+    tell_plain(model, dtype)
+    kept = [name for name, weight in model.named_parameters() if weight.dtype != dtype]
+    assert kept
+    assert all(name.endswith("gate.weight") for name in kept)
+    assert all(buffer.dtype == torch.float32 for buffer in model.buffers())
+
+
+def int8_with_scales(folder: Path) -> None:
+    """Quantise a folder's linear layers by rows, as compressed-tensors stores them."""
+    weights: dict[str, torch.Tensor] = load_file(folder / WEIGHTS)
+    for name in [name for name in weights if name.endswith("proj.weight")]:
+        scale = weights[name].abs().amax(1, keepdim=True) / 127
+        weights[name] = (weights[name] / scale).round().to(torch.int8)
+        weights[f"{name}_scale"] = scale
+    save_file(weights, folder / WEIGHTS, {"format": "pt"})
+
+
+def test_rows_of_int8_are_dequantised(plain: Path) -> None:
+    pytest.importorskip("compressed_tensors")
+    before = read_model(str(plain), torch.float32)
+    int8_with_scales(plain)
+    scheme = {"num_bits": 8, "type": "int", "strategy": "channel"}
+    configured(
+        plain,
+        quant_method="compressed-tensors",
+        format="int-quantized",
+        quantization_status="compressed",
+        config_groups={"group_0": {"targets": ["Linear"], "weights": scheme}},
+        ignore=["lm_head"],
+    )
+    found = dict(read_model(str(plain), torch.float32).named_parameters())
+    for name, weight in before.named_parameters():
+        assert torch.allclose(found[name], weight, atol=float(weight.detach().abs().max()) / 250)
+
+
+def test_integers_need_scales_and_a_method(plain: Path) -> None:
+    int8_with_scales(plain)
+    with pytest.raises(ConfigError, match=r"no use for: .*down_proj\.weight_scale"):
+        read_model(str(plain), torch.float32)
+    model, name = tiny("llama"), "model.layers.0.mlp.up_proj.weight"
+    stored = {name: "I8", f"{name}_scale": "F32"}
+    assert not list(_stored_as_integers(stored, model))
+    assert list(_stored_as_integers({name: "I8"}, model)) == [name]
 
 
 def test_a_scale_that_is_missing(plain: Path) -> None:

@@ -15,8 +15,8 @@ from typer.testing import CliRunner
 
 from reft_runtime import Engine
 from reft_runtime.client import Answer, Server
-from reft_runtime.errors import ConfigError, NotFound, ReftError
-from reft_runtime.interventions import parse, read, read_header
+from reft_runtime.errors import ConfigError, NotFound, ReftError, WrongBaseModel
+from reft_runtime.interventions import Edit, Intervention, parse, read, read_header, serialise
 from reft_runtime.outputs import Choice, Generation
 from reft_runtime.training import TrainSettings, direction, evaluate, train
 from reft_runtime.training.direction import read_texts
@@ -24,8 +24,10 @@ from reft_runtime.training.scoring import is_right, plain
 from server.cli.main import app
 from server.settings import Settings
 from tests.e2e.conftest import served
+from tests.helpers.models import HIDDEN
 from tests.helpers.tokenizer import tiny_tokenizer
-from tests.training.make import ROWS, examples, folder, in_process, jsonl, model, own
+from tests.training.make import ROWS, SHAPE, examples, folder, in_process, jsonl, model, own
+from tools.tiny_models import tiny_config, tiny_model
 
 CHATS = [
     {
@@ -242,6 +244,24 @@ def test_mistakes_in_names_and_labels(place: Path, address: str, tmp_path: Path)
     file.write_bytes(read(place / "interventions" / "task.safetensors"))
     with pytest.raises(ConfigError, match="have one name"):
         evaluate([ROWS], ["task", str(file)], **in_process(place))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_places_that_a_base_lacks(place: Path, tmp_path: Path) -> None:
+    file = tmp_path / "mixer.safetensors"
+    edit = Edit(1, "all", {"v": torch.ones(HIDDEN)}, "steering", "mixer_output")
+    file.write_bytes(serialise(Intervention.build(SHAPE, [edit])))
+    with pytest.raises(WrongBaseModel, match="no mixer_output of layer 1"):
+        evaluate([ROWS], [str(file)], metric="perplexity", **in_process(place))
+    # Layers of Gemma 3n give several rows for a token.
+    given: dict[str, Any] = {"model": tiny_model(tiny_config("gemma3n_text"))}
+    given |= {"tokenizer": tiny_tokenizer(), "progress": False}
+    settings = TrainSettings(steps=1, layers=(1,), rank=2)
+    with pytest.raises(WrongBaseModel, match="no block_output of layer 1"):
+        train(ROWS, tmp_path / "task.safetensors", settings=settings, **given)
+    with pytest.raises(WrongBaseModel, match="no block_output of layer 1"):
+        direction(["and the end"], ["you"], layer=1, **given)
+    assert [path.name for path in tmp_path.iterdir()] == [file.name]
 
 
 def test_a_direction_is_the_difference_of_means() -> None:

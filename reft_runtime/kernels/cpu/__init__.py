@@ -30,7 +30,7 @@ _NO_MEMORY = 2
 
 _P, _I, _F = c_void_p, c_int64, c_float
 _ARGUMENTS: dict[str, list[Any]] = {
-    "rms_norm": [_P, _P, _P, _I, _I, _F, c_int, c_int],
+    "rms_norm": [_P, _P, _P, _I, _I, _F, c_int, c_int, c_int],
     "add_rms_norm": [_P, _P, _P, _P, _P, _I, _I, _F, c_int],
     "silu_mul": [_P, _P, _I, _I, c_int],
     "pick": [*[_P] * 5, _I, _P, _I, _I, c_int],
@@ -77,7 +77,13 @@ class Kernels(RecurrentKernels, LowRankKernels, LayerKernels):
         return bool(self._can_attend_prompts(key.shape[2], value.shape[2], values_in_keys))
 
     def rms_norm(
-        self, rows: Tensor, weight: Tensor, epsilon: float, *, from_one: bool = False
+        self,
+        rows: Tensor,
+        weight: Tensor,
+        epsilon: float,
+        *,
+        once: bool = False,
+        from_one: bool = False,
     ) -> Tensor:
         """See `Operators.rms_norm`."""
         width = weight.shape[0]
@@ -91,6 +97,7 @@ class Kernels(RecurrentKernels, LowRankKernels, LayerKernels):
             rows.numel() // width,
             width,
             epsilon,
+            once,
             from_one,
             torch.get_num_threads(),
         )

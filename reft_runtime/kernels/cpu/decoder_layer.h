@@ -150,7 +150,7 @@ int decoder_layer(const DecoderLayer& layer, const T* rows, T* out, int64_t toke
     const auto project = [&](const Block& block, int threads) {
         T *from = normal + block.first * width, *to = q + block.first * stride;
         rms_norm(rows + block.first * width, static_cast<const T*>(layer.first_norm), from,
-                 block.tokens, width, layer.first_epsilon, 0, threads);
+                 block.tokens, width, layer.first_epsilon, 0, 0, threads);
         blank(from, block, width);
         const Product<T> all(layer.torch, layer.qkv, from, block.rows, threads);
         if (!all.numbers) return false;

@@ -20,13 +20,14 @@
 
 #define EXPORT(NAME, T)                                                                            \
     extern "C" void rms_norm_##NAME(const T* x, const T* weight, T* out, int64_t rows,             \
-                                    int64_t width, float epsilon, int from_one, int threads) {     \
-        rms_norm(x, weight, out, rows, width, epsilon, from_one, threads);                         \
+                                    int64_t width, float epsilon, int once, int from_one,          \
+                                    int threads) {                                                 \
+        rms_norm(x, weight, out, rows, width, epsilon, once, from_one, threads);                   \
     }                                                                                              \
     extern "C" void gated_rms_norm_##NAME(const T* x, const T* gate, const T* weight, T* out,      \
-                                          int64_t rows, int64_t width, float epsilon,              \
+                                          int64_t rows, int64_t width, float epsilon, int once,    \
                                           int threads) {                                           \
-        gated_rms_norm(x, gate, weight, out, rows, width, epsilon, threads);                       \
+        gated_rms_norm(x, gate, weight, out, rows, width, epsilon, once, threads);                 \
     }                                                                                              \
     extern "C" void add_rms_norm_##NAME(const T* x, const T* more, const T* weight, T* total,      \
                                         T* out, int64_t rows, int64_t width, float epsilon,        \

@@ -14,7 +14,7 @@ from reft_runtime.kernels.cpu.compiled import CompiledOperators
 
 _P, _I, _F = c_void_p, c_int64, c_float
 _ARGUMENTS: dict[str, list[Any]] = {
-    "gated_rms_norm": [_P, _P, _P, _P, _I, _I, _F, c_int],
+    "gated_rms_norm": [_P, _P, _P, _P, _I, _I, _F, c_int, c_int],
     "delta_rule": [*[_P] * 7, *[_I] * 9, c_int, c_int],
     "convolve": [*[_P] * 5, *[_I] * 6, c_int, c_int],
     "gated_delta_net": [*[_P] * 9, *[_I] * 9, _F, c_int],
@@ -133,7 +133,7 @@ class RecurrentKernels(CompiledOperators):
         return out
 
     def gated_rms_norm(
-        self, rows: Tensor, gate: Tensor, weight: Tensor, epsilon: float
+        self, rows: Tensor, gate: Tensor, weight: Tensor, epsilon: float, *, once: bool = False
     ) -> Tensor | None:
         """See `MixerOperators.gated_rms_norm`."""
         width = weight.shape[0]
@@ -151,6 +151,7 @@ class RecurrentKernels(CompiledOperators):
             rows.numel() // width,
             width,
             epsilon,
+            once,
             torch.get_num_threads(),
         )
         return out

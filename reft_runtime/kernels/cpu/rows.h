@@ -28,26 +28,27 @@ template <typename T>
 void norm_row(const T* x, const T* weight, T* out, int64_t width, float epsilon) {
     const float scale = by_length(x, width, epsilon);
     for (int64_t i = 0; i < width; ++i) {
-        T normal;  // rounded before the weight is applied, as the models do
+        T normal;  // rounded before the weight is applied, as most models do
         store(normal, load(x[i]) * scale);
         store(out[i], load(normal) * load(weight[i]));
     }
 }
 
-// `from_one`: the weight is how far a factor is from one, and nothing is rounded before.
+// `once`: nothing is rounded before the weight is applied. `from_one`: neither, and the weight is
+// how far a factor is from one.
 template <typename T>
 void rms_norm(const T* x, const T* weight, T* out, int64_t rows, int64_t width, float epsilon,
-              int from_one, int threads) {
+              int once, int from_one, int threads) {
 #pragma omp parallel for num_threads(threads) if (rows * width > SERIAL)
     for (int64_t row = 0; row < rows; ++row) {
         const int64_t at = row * width;
-        if (!from_one) {
+        if (!once && !from_one) {
             norm_row(x + at, weight, out + at, width, epsilon);
             continue;
         }
-        const float scale = by_length(x + at, width, epsilon);
+        const float scale = by_length(x + at, width, epsilon), from = from_one ? 1.0f : 0.0f;
         for (int64_t i = 0; i < width; ++i)
-            store(out[at + i], load(x[at + i]) * scale * (1.0f + load(weight[i])));
+            store(out[at + i], load(x[at + i]) * scale * (from + load(weight[i])));
     }
 }
 
@@ -70,13 +71,21 @@ void gated_norm_row(const T* x, const T* gate, const T* weight, T* out, int64_t 
     silu_mul_row(gate, out, out, width);
 }
 
+// `once`: nothing is rounded but the result.
 template <typename T>
 void gated_rms_norm(const T* x, const T* gate, const T* weight, T* out, int64_t rows,
-                    int64_t width, float epsilon, int threads) {
+                    int64_t width, float epsilon, int once, int threads) {
 #pragma omp parallel for num_threads(threads) if (rows * width > SERIAL)
     for (int64_t row = 0; row < rows; ++row) {
         const int64_t at = row * width;
-        gated_norm_row(x + at, gate + at, weight, out + at, width, epsilon);
+        if (!once) {
+            gated_norm_row(x + at, gate + at, weight, out + at, width, epsilon);
+            continue;
+        }
+        const float scale = by_length(x + at, width, epsilon);
+        for (int64_t i = 0; i < width; ++i)
+            store(out[at + i],
+                  load(x[at + i]) * scale * load(weight[i]) * silu(load(gate[at + i])));
     }
 }
 

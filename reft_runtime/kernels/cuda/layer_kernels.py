@@ -16,6 +16,7 @@ def norm(
     out,
     epsilon,
     ADD: tl.constexpr,
+    ONCE: tl.constexpr,
     FROM_ONE: tl.constexpr,
     WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -23,7 +24,8 @@ def norm(
 ):
     """RMSNorm of rows; with `ADD`, of `rows` + `more`, stored in `total`; programs: (row,).
 
-    With `FROM_ONE` the weight is how far a factor is from one, and nothing is rounded before.
+    With `ONCE` nothing is rounded before the weight is applied. With `FROM_ONE` neither, and the
+    weight is how far a factor is from one.
     """
     if EARLY:
         gdc_wait()
@@ -41,7 +43,7 @@ def norm(
     factor = tl.load(weight + at, mask=inside, other=0.0).to(tl.float32)
     if FROM_ONE:
         factor += 1.0
-    else:
+    elif not ONCE:
         normal = normal.to(out.dtype.element_ty).to(tl.float32)
     tl.store(out + place, (normal * factor).to(out.dtype.element_ty), mask=inside)
 

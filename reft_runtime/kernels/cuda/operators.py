@@ -38,10 +38,16 @@ class TritonOperators:
         return dtype in _DTYPES
 
     def rms_norm(
-        self, rows: Tensor, weight: Tensor, epsilon: float, *, from_one: bool = False
+        self,
+        rows: Tensor,
+        weight: Tensor,
+        epsilon: float,
+        *,
+        once: bool = False,
+        from_one: bool = False,
     ) -> Tensor:
         """See `Operators.rms_norm`."""
-        return products.rms_norm(rows, weight, epsilon, from_one=from_one)
+        return products.rms_norm(rows, weight, epsilon, once=once, from_one=from_one)
 
     def add_rms_norm(
         self, rows: Tensor, more: Tensor, weight: Tensor, epsilon: float
@@ -57,6 +63,7 @@ class TritonOperators:
             out,
             epsilon,
             ADD=True,
+            ONCE=False,
             FROM_ONE=False,
             **row_block(width),
             **early(),

@@ -92,7 +92,14 @@ def add_product_and_norm(
     return _add_parts(rows, inputs, weight, tile, norm, epsilon)
 
 
-def rms_norm(rows: Tensor, weight: Tensor, epsilon: float, *, from_one: bool = False) -> Tensor:
+def rms_norm(
+    rows: Tensor,
+    weight: Tensor,
+    epsilon: float,
+    *,
+    once: bool = False,
+    from_one: bool = False,
+) -> Tensor:
     """See `Operators.rms_norm`."""
     out = torch.empty_like(rows)
     width = weight.shape[0]
@@ -104,6 +111,7 @@ def rms_norm(rows: Tensor, weight: Tensor, epsilon: float, *, from_one: bool = F
         out,
         epsilon,
         ADD=False,
+        ONCE=once,
         FROM_ONE=from_one,
         **row_block(width),
         **early(),
