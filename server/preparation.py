@@ -65,7 +65,7 @@ async def prepare(
         )
 
     if sampling.grammar is not None:
-        compiling = context.engine.admission.compiling(sampling.grammar)
+        compiling = context.engine.admission.compiling(sampling.grammar, caller_of(context))
         # Another request may wait for the same one: it goes on if this client leaves.
         await asyncio.shield(asyncio.wrap_future(compiling))
     return await _prepared(context, body, admit, prefix)

@@ -539,12 +539,12 @@ class _Grammars(GrammarCompiler):
     def __init__(self) -> None:
         super().__init__(lambda: None, 256, ())
 
-    def compiling(self, grammar: Grammar) -> Any:
+    def compiling(self, grammar: Grammar, tenant: str = "") -> Any:
         done: Future[None] = Future()
         done.set_result(None)
         return done
 
-    def start(self, grammar: Grammar) -> Any:
+    def start(self, grammar: Grammar, tenant: str = "") -> Any:
         return None
 
 
