@@ -138,5 +138,5 @@ async def _prepared(
             return admit(uses, name, holding)
 
     async with before_the_deadline(context, arrived):
-        prepared = await in_turn(acquire, prepare, release_all)
+        prepared = await in_turn(acquire, prepare, release_all, context.work)
     return Job(name, label(body.model, body.interventions), prepared, arrived)

@@ -149,11 +149,13 @@ class Admission:
         grammar = None if asked is None else self._grammars.start(asked, caller.tenant)
         with self._held(uses, caller, holding) as versions:
             form = _form(versions, uses)
-            encoded = [self._tokens(form, prompt, options) for prompt in prompts]
-            for prompt, tokens in zip(prompts, encoded, strict=True):
+            encoded = []
+            for prompt in prompts:  # of prompts that are too long none but the first is read
+                tokens = self._tokens(form, prompt, options)
                 self._check_prompt(prompt, tokens)
                 limit = self._info.max_model_len
                 check_length(len(tokens), sampling.max_tokens, limit, _field(prompt))
+                encoded.append(tokens)
             applied = tuple(map(_applied, range(len(uses)), versions, uses))
             edited = [edit.positions for one in applied if one.strength for edit in one.edits]
             lengths = [len(tokens) for tokens in encoded]

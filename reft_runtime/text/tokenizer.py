@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import threading
 from collections.abc import Iterable, Sequence
 from copy import copy
 from functools import cached_property
@@ -31,6 +30,7 @@ from reft_runtime.text.chat import (
     source_of,
     switches_of,
 )
+from reft_runtime.text.fifo import FifoLock
 
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")
 """How SentencePiece writes the tokens that stand for one byte."""
@@ -52,7 +52,7 @@ class Tokenizer:
     def __init__(self, tokenizer: PreTrainedTokenizerBase, max_model_len: int) -> None:
         self._tokenizer = tokenizer
         # transformers' tokenizers keep settings that an encoding call may rewrite.
-        self._encoding = threading.Lock()
+        self._encoding = FifoLock()
         vocabulary = tokenizer.get_vocab()
         # A byte-level token is written with one character per byte, so this is never too short.
         self._max_chars = max_model_len * max(map(len, vocabulary))

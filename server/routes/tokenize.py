@@ -54,7 +54,7 @@ async def tokenize(
             written["token_strs"] = tokenizer.token_strings(tokens)
         return _answer(written)
 
-    return await asyncio.to_thread(work)
+    return await context.work(work)
 
 
 @router.get("/tokenizer_info")
@@ -80,7 +80,7 @@ async def detokenize(
             {"prompt": engine.tokenizer.decode(body.tokens, skip_special_tokens=special)}
         )
 
-    return await asyncio.to_thread(work)
+    return await context.work(work)
 
 
 def _answer(written: dict[str, Any]) -> Response:
