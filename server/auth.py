@@ -9,6 +9,7 @@ from fastapi import Request
 from reft_runtime.caller import Caller
 from server.context import Context
 from server.errors import ApiError
+from server.foreign_pages import check_page
 from server.tenants.access import ACCESS, check_change, check_role
 from server.tenants.audit import audit_refusal
 from server.tenants.keys import Keys
@@ -19,8 +20,13 @@ _ACTIONS = {"/v1/load_lora_adapter": "load", "/v1/unload_lora_adapter": "delete"
 
 
 async def require_key(request: Request) -> None:
-    """Note whose key the request carries; answer 401 unless it is known, if one is configured."""
+    """Note whose key the request carries; answer 401 unless it is known, if one is configured.
+
+    Without keys, what pages of other sites send is answered 403.
+    """
     context: Context = request.app.state.context
+    if not context.keys.configured:
+        check_page(request.method, request.headers, context.settings)
     request.state.tenant = tenant_for(context.keys, request.headers.get("authorization", ""))
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import re
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from functools import partial
@@ -136,7 +135,7 @@ def body_as(made: Callable[[Any], Made]) -> Callable[[Request, Current], Awaitab
         body = await read_body(request, context.settings.max_body_bytes)
         if len(body) <= AT_ONCE_BYTES:
             return made(parse_json(body))
-        return await asyncio.to_thread(lambda: made(parse_json(body)))
+        return await context.work(lambda: made(parse_json(body)))
 
     return read
 

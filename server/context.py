@@ -24,7 +24,7 @@ from server.tenants.quota import Quotas
 from server.tenants.tenant import NOBODY, Tenant
 from server.tenants.usage import Usage
 from server.tenants.view import View
-from server.threads import started_pool
+from server.threads import THREADS, TenantThreads, started_pool
 from server.tools import Tools
 
 if TYPE_CHECKING:
@@ -40,6 +40,9 @@ ADMIN_THREADS = 4
 
 CHANGE_THREADS = 4
 """Threads for changes and for files that are read, which wait for the network if it is slow."""
+
+TENANT_THREADS = max(2, THREADS // 2)
+"""Most threads in which one tenant's requests are read and prepared at once, if there are keys."""
 
 MAX_DOWNLOADS = 16
 """Most files sent at the same time; each is open until its client has received it."""
@@ -100,6 +103,7 @@ class Context:
     usage: Usage = field(init=False)
     rates: Rates = field(default_factory=Rates)
     downloads: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(MAX_DOWNLOADS))
+    threads: TenantThreads = field(default_factory=lambda: TenantThreads(TENANT_THREADS))
     _admin: ThreadPoolExecutor = field(
         default_factory=lambda: started_pool(ADMIN_THREADS, "reft-admin")
     )
@@ -140,6 +144,15 @@ class Context:
         """What is wrong with what the server keeps or asks, in words that anybody may read."""
         parts = (self.keys, self.usage, self.quotas)
         return [part.problem for part in parts if part.problem is not None]
+
+    async def work(self, call: Callable[[], R]) -> R:
+        """Run a part of a request that may take long in a thread.
+
+        A tenant's requests have a part of the threads; without keys all are everybody's.
+        """
+        if not self.keys.configured:
+            return await asyncio.to_thread(call)
+        return await self.threads.run(self.tenant.name, call)
 
     async def administer(self, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
         """Run `function`, which may take long, in a thread that no completion waits for."""

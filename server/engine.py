@@ -128,17 +128,25 @@ class Registry(Protocol):
         """A temporary file for an upload, which `put` takes."""
 
     def put(
-        self, name: str, data: Incoming, sha256: str | None, expected: Collection[str] | None
+        self,
+        name: str,
+        data: Incoming,
+        sha256: str | None,
+        expected: Collection[str] | None,
+        *,
+        share: float,
     ) -> Change:
-        """Upload a file under a name."""
+        """Upload a file under a name; `share` is how much of the memory may be taken for good."""
 
     def load(self, name: str, path: str, replace: bool) -> Change:
         """Serve a file of the sources under a name."""
 
-    def rollback(self, name: str, digest: str | None, expected: Collection[str] | None) -> Change:
+    def rollback(
+        self, name: str, digest: str | None, expected: Collection[str] | None, *, share: float
+    ) -> Change:
         """Serve a kept version of an upload again."""
 
-    def pin(self, name: str) -> Change:
+    def pin(self, name: str, *, share: float) -> Change:
         """Keep the tensors of a name in memory."""
 
     def unpin(self, name: str) -> Change:

@@ -11,6 +11,7 @@ from urllib.parse import quote
 
 from starlette.types import Scope
 
+from reft_runtime.display.text import printable
 from server.settings import Settings
 from server.tenants.tenant import OWNER, Tenant
 
@@ -27,10 +28,18 @@ QUIET_FOLDER = "/page/"
 
 
 class TextFormatter(logging.Formatter):
-    """Formats a line of the log as text: time (UTC), level, message."""
+    """Formats a line of the log as text: time (UTC), level, message.
+
+    Further lines, as those of an exception, are indented: a message may quote what came from
+    elsewhere, such as a file's name, and is not to be taken for two.
+    """
 
     def __init__(self) -> None:
         super().__init__("%(asctime)s %(levelname)s %(message)s")
+
+    def format(self, record: logging.LogRecord) -> str:
+        """`record` as text, without control characters."""
+        return printable(super().format(record)).replace("\n", "\n  ")
 
     def formatTime(self, record: logging.LogRecord, datefmt: str | None = None) -> str:  # noqa: N802
         """Time of `record` in ISO 8601, UTC, to the millisecond."""

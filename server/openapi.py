@@ -78,7 +78,7 @@ _ALL = {
 }
 _WITH_KEY = {
     401: "The API key is missing or wrong.",
-    403: "The key's tenant may not do this.",
+    403: "The key's tenant may not do this, or without keys a page of another site.",
 }
 _WITH_NAME = {404: "The model, intervention or file does not exist."}
 _WITH_JSON = {413: "The body is too large.", 415: "The body is not sent as JSON, or compressed."}

@@ -65,7 +65,7 @@ async def prepare(
         )
 
     if sampling.grammar is not None:
-        compiling = context.engine.admission.compiling(sampling.grammar)
+        compiling = context.engine.admission.compiling(sampling.grammar, caller_of(context))
         # Another request may wait for the same one: it goes on if this client leaves.
         await asyncio.shield(asyncio.wrap_future(compiling))
     return await _prepared(context, body, admit, prefix)
@@ -138,5 +138,5 @@ async def _prepared(
             return admit(uses, name, holding)
 
     async with before_the_deadline(context, arrived):
-        prepared = await in_turn(acquire, prepare, release_all)
+        prepared = await in_turn(acquire, prepare, release_all, context.work)
     return Job(name, label(body.model, body.interventions), prepared, arrived)

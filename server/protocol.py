@@ -25,6 +25,9 @@ from server.middleware import MAX_HEADER_BYTES, REFUSED
 
 PROBE_SECONDS = 0.1
 
+MAX_WAITING = 32
+"""Most requests of one connection that wait behind another: a packet has room for thousands."""
+
 _OFFER = b"\r\nupgrade:"
 _UPGRADE = re.compile(rb"\r\nupgrade(?=:)", re.IGNORECASE)
 
@@ -201,10 +204,14 @@ class Connection(HttpToolsProtocol):
         """Begin to answer a request; raises `ValueError` for a head that is refused."""
         if self.parser.get_http_version() not in ("1.0", "1.1"):
             raise ValueError("another version of HTTP")
-        names = {name for name, _ in self.headers}
-        if {b"content-length", b"transfer-encoding"} <= names:
+        names = [name for name, _ in self.headers]
+        if {b"content-length", b"transfer-encoding"} <= set(names):
             # A proxy may read as the next request what this server reads as the body.
             raise ValueError("two lengths")
+        if names.count(b"host") > 1:
+            raise ValueError("two hosts")
+        if len(self.pipeline) >= MAX_WAITING:
+            raise ValueError("too many requests at once")
         super().on_headers_complete()
         self._head_bytes, self._body_bytes = 0, 0
         self.since = self._last_byte = self.loop.time()
@@ -268,6 +275,7 @@ class Connection(HttpToolsProtocol):
         if reason is not None:
             self._all.metrics.cut(reason)
         self._cut = True
+        self.pipeline.clear()
         self._forget_answer()
         self._linger()
 

@@ -1,8 +1,15 @@
-"""Tables as lines of text, as terminals show them."""
+"""Text as terminals and logs show it: tables as lines, and what came from elsewhere."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+
+_CONTROL = {code: "\ufffd" for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
+
+
+def printable(text: str) -> str:
+    """Text without control characters, with which a terminal could be told to do something."""
+    return text.translate(_CONTROL)
 
 
 def aligned(rows: Sequence[Sequence[str]], *, numbers: bool = False) -> list[str]:

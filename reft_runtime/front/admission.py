@@ -87,13 +87,13 @@ class Admission:
         self._labels = LabelTokens(tokenizer, eos_ids)
         self._info = info
 
-    def compiling(self, grammar: Grammar) -> Future[Any]:
+    def compiling(self, grammar: Grammar, caller: Caller = ANYONE) -> Future[Any]:
         """Begin to compile a grammar; when this is done, `prepare` will not wait for it.
 
-        Raises `InvalidRequest` if it is too long, `Overloaded` if many wait already; what else is
-        wrong with it, `prepare` says.
+        Raises `InvalidRequest` if it is too long, `Overloaded` if many of the caller's wait
+        already; what else is wrong with it, `prepare` says.
         """
-        return self._grammars.compiling(grammar)
+        return self._grammars.compiling(grammar, caller.tenant)
 
     def acquire(self, uses: Sequence[Use], caller: Caller = ANYONE) -> Holding:
         """Begin to hold the versions of `uses`, in order; the caller releases them.
@@ -145,14 +145,17 @@ class Admission:
         `InvalidRequest` and the errors that the class names; then nothing is held.
         """
         self._check_sampling(sampling)
-        grammar = None if sampling.grammar is None else self._grammars.start(sampling.grammar)
+        asked = sampling.grammar
+        grammar = None if asked is None else self._grammars.start(asked, caller.tenant)
         with self._held(uses, caller, holding) as versions:
             form = _form(versions, uses)
-            encoded = [self._tokens(form, prompt, options) for prompt in prompts]
-            for prompt, tokens in zip(prompts, encoded, strict=True):
+            encoded = []
+            for prompt in prompts:  # of prompts that are too long none but the first is read
+                tokens = self._tokens(form, prompt, options)
                 self._check_prompt(prompt, tokens)
                 limit = self._info.max_model_len
                 check_length(len(tokens), sampling.max_tokens, limit, _field(prompt))
+                encoded.append(tokens)
             applied = tuple(map(_applied, range(len(uses)), versions, uses))
             edited = [edit.positions for one in applied if one.strength for edit in one.edits]
             lengths = [len(tokens) for tokens in encoded]

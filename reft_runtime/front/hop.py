@@ -26,6 +26,13 @@ class Held(Protocol):
 H = TypeVar("H", bound=Held)
 
 
+class Runner(Protocol):
+    """Runs a call in a thread, and returns its result."""
+
+    def __call__(self, call: Callable[[], T], /) -> Awaitable[T]:
+        """Run `call`, which goes on if the caller leaves."""
+
+
 async def unless_left(making: Awaitable[T], undo: Callable[[T], object]) -> T:
     """Return the result of `making`; if the caller is cancelled, pass the result to `undo` instead.
 
@@ -45,9 +52,12 @@ async def unless_left(making: Awaitable[T], undo: Callable[[T], object]) -> T:
         raise
 
 
-async def in_thread(call: Callable[[], T], undo: Callable[[T], object]) -> T:
+async def in_thread(
+    call: Callable[[], T], undo: Callable[[T], object], run: Runner | None = None
+) -> T:
     """Return the result of `call` in a worker thread; if the caller leaves, pass it to `undo`.
 
+    `run` finds the thread, by default asyncio does.
     Also where the whole event loop ends, which cancels all of its tasks: the thread goes on, and
     gives back itself what nobody waits for.
     """
@@ -63,7 +73,7 @@ async def in_thread(call: Callable[[], T], undo: Callable[[T], object]) -> T:
         return result
 
     try:
-        return await asyncio.to_thread(calling)
+        return await (run or asyncio.to_thread)(calling)
     except BaseException:
         with lock:
             left = True
@@ -73,13 +83,16 @@ async def in_thread(call: Callable[[], T], undo: Callable[[T], object]) -> T:
 
 
 async def in_turn(
-    acquire: Callable[[], H], prepare: Callable[[H], T], undo: Callable[[T], object]
+    acquire: Callable[[], H],
+    prepare: Callable[[H], T],
+    undo: Callable[[T], object],
+    run: Runner | None = None,
 ) -> T:
     """Return what `prepare` makes of what was acquired, and release that.
 
     Both are called in a worker thread; where what was acquired is not ready at once, no thread
     waits for it. If the caller is cancelled, what was prepared is passed to `undo`, as
-    `in_thread` does.
+    `in_thread` does, which takes `run`.
     """
 
     def prepared(held: H) -> T:
@@ -98,7 +111,7 @@ async def in_turn(
         if result is not None:
             undo(result)
 
-    held, result = await in_thread(begun, let_go)
+    held, result = await in_thread(begun, let_go, run)
     if result is not None:
         return result
     loop, ready = asyncio.get_running_loop(), asyncio.Event()
@@ -110,7 +123,7 @@ async def in_turn(
     held.ready.add_done_callback(tell)
     try:
         await ready.wait()
-        return await in_thread(lambda: prepared(held), undo)
+        return await in_thread(lambda: prepared(held), undo, run)
     except BaseException:
         held.release()
         raise

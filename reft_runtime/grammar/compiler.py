@@ -9,25 +9,26 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 from llguidance import LLMatcher, LLTokenizer
 
-from reft_runtime.errors import EngineDead, InvalidRequest, Overloaded
+from reft_runtime.errors import EngineDead, InvalidRequest
 from reft_runtime.grammar.source import MAX_BYTES, STACK_BYTES, matcher_of, read_tokenizer
 from reft_runtime.grammar.state import GrammarState
 from reft_runtime.grammar.trial import Refusal, Trial
+from reft_runtime.grammar.turns import Turns
 from reft_runtime.sampling import Grammar
 
 KEPT = 128
 """Grammars that are kept, and refusals; in use one takes mostly some hundreds of kilobytes."""
 
 MOST_WAITING = 64
-"""Most grammars that wait to be compiled."""
+"""Most grammars that wait to be compiled; with several tenants no part of one is larger."""
 
 
 class GrammarCompiler:
     """Makes the first state of a grammar; safe to use from many threads.
 
-    Each is first tried in a process of its own, and then compiled in one thread of this one.
-    `definition` returns the content of the tokenizer's `tokenizer.json`, None if it has none; it is
-    called at the first use, which takes half a second.
+    Each is first tried in a process of its own, and then compiled in one thread of this one, which
+    the tenants that ask for one have in turn. `definition` returns the content of the tokenizer's
+    `tokenizer.json`, None if it has none; it is called at the first use, which takes half a second.
     """
 
     def __init__(
@@ -38,16 +39,17 @@ class GrammarCompiler:
         self._eos_ids = eos_ids
         self._lock = threading.RLock()  # a callback may come at once
         self._kept: OrderedDict[Grammar, Future[LLMatcher | Refusal]] = OrderedDict()
+        self._waiting = Turns(MOST_WAITING)
         self._thread: ThreadPoolExecutor | None = None
         self._tokenizer: LLTokenizer | None = None
         self._trial: Trial | None = None
         self._closed = False
 
-    def compiling(self, grammar: Grammar) -> Future[LLMatcher | Refusal]:
+    def compiling(self, grammar: Grammar, tenant: str = "") -> Future[LLMatcher | Refusal]:
         """Begin to compile a grammar that is not kept; done when `start` will not wait for it.
 
-        Raises `InvalidRequest` if it is too long, `Overloaded` if too many wait already, and
-        `EngineDead` if it is closed.
+        Raises `InvalidRequest` if it is too long, `Overloaded` if too many of the tenant wait
+        already, and `EngineDead` if it is closed.
         """
         size, most = len(grammar.source.encode(errors="surrogatepass")), MAX_BYTES[grammar.kind]
         if size > most:
@@ -57,25 +59,28 @@ class GrammarCompiler:
             )
         with self._lock:
             future = self._kept.get(grammar)
-            if future is None:
+            if future is None or not future.done():
                 if self._closed:
                     raise EngineDead("the engine is closed")
-                if sum(not each.done() for each in self._kept.values()) >= MOST_WAITING:
-                    raise Overloaded(f"{MOST_WAITING} grammars wait to be compiled.")
-                future = self._kept[grammar] = self._started().submit(self._compile, grammar)
-                future.add_done_callback(lambda done: self._forget_failed(grammar, done))
+                known, future = future, future or Future()
+                # What waits in a long queue of one tenant, another has sooner by its own turn.
+                if self._waiting.add(tenant, grammar, future):
+                    self._started().submit(self._compile_next)
+                if known is None:
+                    self._kept[grammar] = future
+                    future.add_done_callback(lambda done: self._forget_failed(grammar, done))
             self._kept.move_to_end(grammar)
             while len(self._kept) > KEPT:
                 self._kept.popitem(last=False)
         return future
 
-    def start(self, grammar: Grammar) -> GrammarState:
+    def start(self, grammar: Grammar, tenant: str = "") -> GrammarState:
         """The state before the first token of an answer; may wait seconds for the compiler.
 
         Raises `InvalidRequest`, which names the grammar's field and the place in it, `Overloaded`,
         `Unavailable`, or `EngineDead`.
         """
-        found = self.compiling(grammar).result()
+        found = self.compiling(grammar, tenant).result()
         if isinstance(found, Refusal):
             where = grammar.param + found.place
             raise InvalidRequest(f"{where}: {found.fault}.", param=where)
@@ -102,6 +107,18 @@ class GrammarCompiler:
             finally:
                 threading.stack_size(usual)
         return self._thread
+
+    def _compile_next(self) -> None:
+        with self._lock:
+            grammar, future = self._waiting.take()
+        if future.done() or not future.set_running_or_notify_cancel():
+            return
+        try:
+            made = self._compile(grammar)
+        except BaseException as error:
+            future.set_exception(error)
+        else:
+            future.set_result(made)
 
     def _compile(self, grammar: Grammar) -> LLMatcher | Refusal:
         if self._closed:

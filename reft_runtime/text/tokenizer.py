@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import re
-import threading
 from collections.abc import Iterable, Sequence
 from copy import copy
 from functools import cached_property
 from typing import Any
 
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from reft_runtime.errors import InvalidRequest
@@ -31,9 +30,13 @@ from reft_runtime.text.chat import (
     source_of,
     switches_of,
 )
+from reft_runtime.text.fifo import FifoLock
 
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")
 """How SentencePiece writes the tokens that stand for one byte."""
+
+_AT_ONCE = 1024
+"""Most ids that are decoded by the library's call for one text, which stops all other threads."""
 
 _MARK_TOKENS = 8
 """A mark at the end of a prompt, and the blanks behind it, are no more tokens than these."""
@@ -49,7 +52,7 @@ class Tokenizer:
     def __init__(self, tokenizer: PreTrainedTokenizerBase, max_model_len: int) -> None:
         self._tokenizer = tokenizer
         # transformers' tokenizers keep settings that an encoding call may rewrite.
-        self._encoding = threading.Lock()
+        self._encoding = FifoLock()
         vocabulary = tokenizer.get_vocab()
         # A byte-level token is written with one character per byte, so this is never too short.
         self._max_chars = max_model_len * max(map(len, vocabulary))
@@ -248,8 +251,14 @@ class Tokenizer:
 
     def decode(self, ids: Iterable[int], *, skip_special_tokens: bool = True) -> str:
         """Text of `ids`; U+FFFD stands for bytes that are not UTF-8."""
+        ids = list(ids)
+        own = getattr(type(self._tokenizer), "_decode", None)
+        if len(ids) > _AT_ONCE and own is PreTrainedTokenizerFast._decode:
+            inner = self._tokenizer.backend_tokenizer
+            [text] = inner.decode_batch([ids], skip_special_tokens=skip_special_tokens)
+            return str(text)
         text = self._tokenizer.decode(
-            list(ids),
+            ids,
             skip_special_tokens=skip_special_tokens,
             clean_up_tokenization_spaces=False,
         )

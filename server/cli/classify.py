@@ -10,10 +10,11 @@ from typing import Annotated, Any
 import typer
 
 from reft_runtime.client import MOST_INPUTS, Asked, Labelled
+from reft_runtime.display.text import printable
 from reft_runtime.errors import ConfigError
 from reft_runtime.interventions.format.template import CHAT
 from server.cli.backend import open_backend
-from server.cli.console import console, print_json, printable, table
+from server.cli.console import console, print_json, table
 from server.cli.options import (
     LOCAL_SETTINGS,
     ApiKey,

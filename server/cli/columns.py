@@ -9,9 +9,9 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
+from reft_runtime.display.text import printable
 from reft_runtime.outputs import BASE_LABEL
 from server.cli.backend import Applied, Ask, Backend, Reply
-from server.cli.console import printable
 
 Message = dict[str, str]
 

@@ -12,15 +12,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from reft_runtime.display.text import printable
+
 _WIDE = 10_000
 """The width where the output is no terminal: nothing is cut off for a program that reads it."""
-
-_CONTROL = {code: "\ufffd" for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
-
-
-def printable(text: str) -> str:
-    """Text without control characters, with which a terminal could be told to do something."""
-    return text.translate(_CONTROL)
 
 
 def console() -> Console:

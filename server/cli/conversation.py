@@ -9,12 +9,13 @@ from pathlib import Path
 
 import typer
 
+from reft_runtime.display.text import printable
 from reft_runtime.errors import ConfigError, InvalidRequest, ReftError, did_you_mean
 from reft_runtime.sampling import SamplingParams
 from reft_runtime.use import Use, with_strength
 from server.cli.backend import BASE, Applied, Ask, Backend, Reply
 from server.cli.columns import Message, alone, answer_columns, conversation, show_columns
-from server.cli.console import console, printable
+from server.cli.console import console
 from server.cli.tables import trace_table
 
 Read = Callable[[str], str]
@@ -73,7 +74,7 @@ class Chat:
             try:
                 self._take(text)
             except ReftError as error:
-                typer.echo(f"reft: {error.message}", err=True)
+                typer.echo(printable(f"reft: {error.message}"), err=True)
 
     def _take(self, text: str) -> None:
         if not text.strip():

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from reft_runtime.display.text import aligned
+from reft_runtime.display.text import aligned, printable
 from reft_runtime.errors import ConfigError
 from server.cli.local_files import naming, read_file
 from server.cli.options import AsJson
@@ -94,7 +94,9 @@ def inspect(
     parameters = None if base is None else count_parameters(read_base(base)[1])
     with naming(file):
         found = describe(read_file(file), parameters)
-    typer.echo(json.dumps(found, indent=2, ensure_ascii=False) if as_json else _table(found))
+    typer.echo(
+        json.dumps(found, indent=2, ensure_ascii=False) if as_json else printable(_table(found))
+    )
 
 
 @app.command()

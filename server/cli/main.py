@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 from typer.exceptions import TyperException
 
+from reft_runtime.display.text import printable
 from reft_runtime.errors import ReftError
 from reft_runtime.reaching import NotServed
 from reft_runtime.version import VERSION
@@ -72,7 +73,7 @@ def main() -> None:
     try:
         status = app(standalone_mode=False) or 0
     except ReftError as error:
-        typer.echo(f"reft: {error.message}", err=True)
+        typer.echo(printable(f"reft: {error.message}"), err=True)
         status = 1 if isinstance(error, NotServed) else 2
     except TyperException as error:
         typer.echo(_usage(error.format_message()), err=True)
@@ -221,8 +222,9 @@ async def _print_answer(
         asked = engine.tokenizer.encode(prompt)
     with telling_templates():
         stream = await engine.open(asked, sampling, uses, trace=trace)
+    shown = printable if sys.stdout.isatty() else str
     async for deltas in stream:
-        typer.echo("".join(delta.text for delta in deltas), nl=False)
+        typer.echo(shown("".join(delta.text for delta in deltas)), nl=False)
     typer.echo()
     if trace:
         length = len(stream.assembler.request.prompt)

@@ -11,10 +11,10 @@ import typer
 from rich.live import Live
 
 from reft_runtime.client import Body, Server
-from reft_runtime.display.text import aligned
+from reft_runtime.display.text import aligned, printable
 from reft_runtime.errors import ConfigError, did_you_mean
 from reft_runtime.interventions.registry.paging import SORTS
-from server.cli.console import console, print_json, printable, size, table, warn_behind
+from server.cli.console import console, print_json, size, table, warn_behind
 from server.cli.options import LOCAL_URL, ApiKey, AsJson, Url
 from server.cli.overview import busy, overview
 from server.cli.tables import ranges, short

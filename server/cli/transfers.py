@@ -13,6 +13,7 @@ import typer
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
 
 from reft_runtime.client import Body, Change, Server
+from reft_runtime.display.text import printable
 from reft_runtime.errors import ConfigError, NotFound, ReftError
 from reft_runtime.interventions.format.identity import MAX_FILE_BYTES, SUFFIX
 from reft_runtime.reaching import Unreachable
@@ -60,7 +61,7 @@ def push(
             raise
         except ReftError as error:
             file = "" if error.message.startswith(str(path)) else f"{path}: "
-            typer.echo(f"reft: {file}{error.message}", err=True)
+            typer.echo(printable(f"reft: {file}{error.message}"), err=True)
             continue
         taken.append({**entry, "new": change == "added"})
         if not as_json:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import typer
 
 from reft_runtime.client import Body, Server
-from reft_runtime.display.text import aligned
-from server.cli.console import print_json, printable
+from reft_runtime.display.text import aligned, printable
+from server.cli.console import print_json
 from server.cli.options import LOCAL_URL, ApiKey, AsJson, Url
 
 app = typer.Typer()

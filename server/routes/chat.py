@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import asyncio
 from dataclasses import replace
+from functools import partial
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Request
@@ -150,7 +150,8 @@ def _chunk(
 
 async def plan_chat(context: Context, body: ChatRequest) -> ToolPlan | None:
     """What a conversation asks of tools; None if the model is told of none."""
-    return await asyncio.to_thread(context.tools.plan, body, body.grammar) if body.usable else None
+    plan = partial(context.tools.plan, body, body.grammar)
+    return await context.work(plan) if body.usable else None
 
 
 async def prepare_chat(

@@ -6,6 +6,7 @@ import asyncio
 from typing import TYPE_CHECKING, Annotated, Any
 
 from fastapi import APIRouter, Depends
+from fastapi.responses import Response
 
 from reft_runtime.errors import InvalidRequest
 from server.auth import caller_of
@@ -14,6 +15,7 @@ from server.context import Current
 from server.openapi import takes
 from server.schemas.text import DetokenizeRequest, TokenizeRequest
 from server.selection import find_model, selected
+from server.streaming import json_bytes
 
 if TYPE_CHECKING:
     from reft_runtime.front.admission import Prompt
@@ -21,14 +23,18 @@ if TYPE_CHECKING:
 router = APIRouter(tags=["text"])
 
 
-@router.post("/tokenize", openapi_extra=takes(TokenizeRequest, {"prompt": "Who are you?"}))
+@router.post(
+    "/tokenize",
+    openapi_extra=takes(TokenizeRequest, {"prompt": "Who are you?"}),
+    response_model=dict[str, Any],
+)
 async def tokenize(
     context: Current, body: Annotated[TokenizeRequest, Depends(json_body(TokenizeRequest))]
-) -> dict[str, Any]:
+) -> Response:
     """Token ids of a prompt, or of a conversation under the model's chat template."""
     engine = context.engine
 
-    def work() -> dict[str, Any]:
+    def work() -> Response:
         tokenizer = engine.tokenizer
         options = None
         asked: Prompt = body.prompt or ""
@@ -50,9 +56,9 @@ async def tokenize(
         }
         if body.return_token_strs:
             written["token_strs"] = tokenizer.token_strings(tokens)
-        return written
+        return _answer(written)
 
-    return await asyncio.to_thread(work)
+    return await context.work(work)
 
 
 @router.get("/tokenizer_info")
@@ -61,18 +67,30 @@ async def tokenizer_info(context: Current) -> dict[str, Any]:
     return await asyncio.to_thread(context.engine.tokenizer.describe)
 
 
-@router.post("/detokenize", openapi_extra=takes(DetokenizeRequest, {"tokens": [14735, 359, 346]}))
+@router.post(
+    "/detokenize",
+    openapi_extra=takes(DetokenizeRequest, {"tokens": [14735, 359, 346]}),
+    response_model=dict[str, str],
+)
 async def detokenize(
     context: Current, body: Annotated[DetokenizeRequest, Depends(json_body(DetokenizeRequest))]
-) -> dict[str, str]:
+) -> Response:
     """Text of token ids."""
     engine = context.engine
-    size = engine.info.vocab_size
-    if any(token >= size for token in body.tokens):
-        raise InvalidRequest(f"tokens: ids must be below {size}.", param="tokens")
 
-    def work() -> str:
+    def work() -> Response:
+        size = engine.info.vocab_size
+        if any(token >= size for token in body.tokens):
+            raise InvalidRequest(f"tokens: ids must be below {size}.", param="tokens")
         find_model(context, body.model or engine.info.model)
-        return engine.tokenizer.decode(body.tokens, skip_special_tokens=body.skip_special_tokens)
+        special = body.skip_special_tokens
+        return _answer(
+            {"prompt": engine.tokenizer.decode(body.tokens, skip_special_tokens=special)}
+        )
 
-    return {"prompt": await asyncio.to_thread(work)}
+    return await context.work(work)
+
+
+def _answer(written: dict[str, Any]) -> Response:
+    """The answer, written in the thread that made it: it may have megabytes."""
+    return Response(json_bytes(written), media_type="application/json")

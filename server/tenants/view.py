@@ -30,6 +30,10 @@ if TYPE_CHECKING:
     from server.engine import Registry
 
 
+USERS_SHARE = 0.5
+"""Part of the memory of interventions up to which users may pin: what others use has the rest."""
+
+
 class View:
     """What a handler gets of the registry: all of it goes by what `tenant` sees and may change.
 
@@ -47,6 +51,7 @@ class View:
         self._in_cluster = in_cluster
         self._tenant = tenant
         self._request_id = request_id
+        self._share = 1.0 if tenant.role == "admin" else USERS_SHARE
 
     def resolve(self, ref: str) -> Version:
         """The version that `NAME` or `NAME@DIGEST` stands for now; raises `NotFound`."""
@@ -121,7 +126,7 @@ class View:
         self, name: str, data: Incoming, sha256: str | None, expected: Collection[str] | None
     ) -> Change:
         """Upload a file under a name."""
-        put = partial(self._registry.put, name, data, sha256, expected)
+        put = partial(self._registry.put, name, data, sha256, expected, share=self._share)
         return self._audited("put", name, put)
 
     def load(self, name: str, path: str, replace: bool) -> Change:
@@ -145,12 +150,13 @@ class View:
 
     def rollback(self, name: str, digest: str | None, expected: Collection[str] | None) -> Change:
         """Serve a kept version of an upload again."""
-        back = partial(self._registry.rollback, name, digest, expected)
+        back = partial(self._registry.rollback, name, digest, expected, share=self._share)
         return self._audited("rollback", name, back, self._seen(name, expected))
 
     def pin(self, name: str) -> Change:
         """Keep the tensors of a name in memory."""
-        return self._audited("pin", name, partial(self._registry.pin, name), self._seen(name))
+        pin = partial(self._registry.pin, name, share=self._share)
+        return self._audited("pin", name, pin, self._seen(name))
 
     def unpin(self, name: str) -> Change:
         """Let the tensors of a name be evicted."""

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
+import sys
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from transformers import LlamaConfig, LlamaForCausalLM, T5Config
 from typer.testing import CliRunner
 
@@ -13,6 +18,7 @@ from reft_runtime import base_shape
 from reft_runtime.errors import ConfigError, InvalidFile, NotFound, ReftError
 from reft_runtime.interventions import Edit, Intervention, parse, read_header, write
 from reft_runtime.interventions.pyreft import export_pyreft
+from server.cli import main
 from server.cli.files import app
 from tests.interventions.make import BASE, loreft_tensors
 
@@ -171,6 +177,30 @@ def test_a_wrong_file_is_named_and_told(
             run(command[0], path, *command[1:])
         assert caught.value.message.startswith(f"{path}: ")
         assert message in caught.value.message
+
+
+def test_a_file_tells_a_terminal_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Neither an error that quotes it, nor what it says of itself."""
+    named = tmp_path / "named.safetensors"
+    save_file({"\x1b]0;you\x07": torch.zeros(1)}, named, {"reft": _manifest(tmp_path)})
+    monkeypatch.setattr(main, "_leave", lambda _: None)
+    for file in (named, tmp_path / "whole.safetensors"):
+        monkeypatch.setattr(sys, "argv", ["reft", "inspect", str(file)])
+        main.main()
+        said = "".join(capsys.readouterr())
+        assert "you" in said
+        assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", said)
+
+
+def _manifest(folder: Path) -> str:
+    """The manifest of a file, which is written, whose description has control characters."""
+    edits = [Edit(1, "l1", loreft_tensors())]
+    file = folder / "whole.safetensors"
+    write(file, Intervention.build(BASE, edits, description="\x9b1myou\x07"))
+    with safe_open(file, "pt") as opened:
+        return str(opened.metadata()["reft"])
 
 
 def test_a_file_that_is_not_there_says_which_may_be_meant(

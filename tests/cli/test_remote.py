@@ -154,9 +154,9 @@ def test_an_upload_is_told_though_another_comes_at_once(
 ) -> None:
     put = engine.registry.put
 
-    def twice(name: str, *rest: Any) -> Any:
+    def twice(name: str, *rest: Any, **options: Any) -> Any:
         monkeypatch.setattr(engine.registry, "put", put)  # which calls itself
-        result = put(name, *rest)
+        result = put(name, *rest, **options)
         put(name, file_bytes(9))
         return result
 

@@ -7,18 +7,19 @@ import json
 import random
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import jsonschema
 import pytest
 import regex
 
-from reft_runtime.errors import EngineDead, InvalidRequest, Unavailable
+from reft_runtime.errors import EngineDead, InvalidRequest, Overloaded, Unavailable
 from reft_runtime.grammar import GrammarCompiler, GrammarState
-from reft_runtime.grammar.compiler import KEPT
+from reft_runtime.grammar.compiler import KEPT, MOST_WAITING
 from reft_runtime.grammar.source import MAX_BYTES
 from reft_runtime.grammar.state import allow_each
+from reft_runtime.grammar.trial import Refusal
 from reft_runtime.sampling import Grammar
 from reft_runtime.text import Tokenizer
 from tests.helpers.tokenizer import tiny_sentencepiece_tokenizer, tiny_tokenizer
@@ -276,6 +277,36 @@ def test_nothing_is_begun_once_it_is_closed_and_who_waits_is_told() -> None:
     with pytest.raises(EngineDead, match="closed"):
         compiler.start(Grammar("regex", "b+"))
     assert allowed(compiler.start(kept))
+
+
+def test_a_tenant_waits_for_one_grammar_of_another_not_for_all(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    compiler, begin, order = compiler_of(TOKENIZER), threading.Event(), list[str]()
+
+    def compile_(_: GrammarCompiler, grammar: Grammar) -> Refusal:
+        assert begin.wait(60)
+        order.append(grammar.source)
+        return Refusal("no", "")
+
+    monkeypatch.setattr(GrammarCompiler, "_compile", compile_)
+
+    def ask(numbers: Iterable[int]) -> list[Any]:
+        return [compiler.compiling(Grammar("regex", f"a{n}"), "a") for n in numbers]
+
+    flood = ask(range(MOST_WAITING))
+    with pytest.raises(Overloaded, match="grammars wait"):
+        ask(range(MOST_WAITING, MOST_WAITING + 2))  # one is being compiled
+    own = [compiler.compiling(Grammar("regex", source), "b") for source in ("b", "a40", "b")]
+    assert own[0] is own[2]
+    assert own[1] is flood[40]
+    begin.set()
+    for each in (*own, *flood):
+        each.result(60)
+    compiler.close()
+    assert order.index("b") <= 2
+    assert order.index("a40") <= 4
+    assert len(set(order)) == len(order)
 
 
 def test_chains_that_need_a_deep_stack() -> None:

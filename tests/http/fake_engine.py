@@ -266,7 +266,9 @@ class FakeRegistry:
             VersionEntry(entry.digest, "uploaded", 3, 1.5e9, in_flight=0, current=True, kept=True)
         ]
 
-    def rollback(self, name: str, digest: str | None, expected: Any = None) -> Change:
+    def rollback(
+        self, name: str, digest: str | None, expected: Any = None, *, share: float = 1.0
+    ) -> Change:
         entry = self.entry(name)
         self.last_rollback = (name, digest, expected)
         return _change(entry.digest, entry)
@@ -299,7 +301,15 @@ class FakeRegistry:
     def incoming(self) -> Any:
         return FakeIncoming()
 
-    def put(self, name: str, data: Any, sha256: str | None = None, expected: Any = None) -> Change:
+    def put(
+        self,
+        name: str,
+        data: Any,
+        sha256: str | None = None,
+        expected: Any = None,
+        *,
+        share: float = 1.0,
+    ) -> Change:
         self.last_put = (data if isinstance(data, bytes) else data.data, sha256)
         before = self.versions.get(name)
         self.versions[name] = FakeVersion(name)
@@ -314,7 +324,7 @@ class FakeRegistry:
         self.versions[name] = FakeVersion(name)
         return _change(None if before is None else before.digest, self.entry(name))
 
-    def pin(self, name: str) -> Change:
+    def pin(self, name: str, *, share: float = 1.0) -> Change:
         self.entry(name)
         self.pinned.add(name)
         return _change(self.versions[name].digest, self.entry(name))
@@ -539,12 +549,12 @@ class _Grammars(GrammarCompiler):
     def __init__(self) -> None:
         super().__init__(lambda: None, 256, ())
 
-    def compiling(self, grammar: Grammar) -> Any:
+    def compiling(self, grammar: Grammar, tenant: str = "") -> Any:
         done: Future[None] = Future()
         done.set_result(None)
         return done
 
-    def start(self, grammar: Grammar) -> Any:
+    def start(self, grammar: Grammar, tenant: str = "") -> Any:
         return None
 
 

@@ -102,8 +102,8 @@ async def test_the_answer_is_of_the_change_that_was_asked_for(
     await put(client, ONE)
     changed = getattr(registry, change)
 
-    def and_then(*arguments: Any) -> Any:
-        result = changed(*arguments)
+    def and_then(*arguments: Any, **options: Any) -> Any:
+        result = changed(*arguments, **options)
         monkeypatch.undo()
         between(registry)
         return result

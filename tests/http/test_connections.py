@@ -211,6 +211,7 @@ class TestRoom:
         head(transfer_encoding="chunked") + b"-1\r\n{}\r\n0\r\n\r\n",
         b"GET /livez HTTP/1.1\r\nhost: x\r\n folded: y\r\n\r\n",
         b"GET /livez HTTP/1.1\r\nhost : x\r\n\r\n",
+        b"GET /livez HTTP/1.1\r\nhost: x\r\nHost: y\r\n\r\n",
         b"GET  /livez\r\n\r\n",
         b"CONNECT x:443 HTTP/1.1\r\nhost: x\r\n\r\n",
         b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
@@ -307,6 +308,14 @@ async def test_all_of_several_requests_are_answered(server_url: str) -> None:
         writer.write_eof()
         answer = await rest(reader)
     assert answer.count(b"HTTP/1.1 200 OK") == 3
+
+
+async def test_a_packet_of_thousands_of_requests_is_refused(server_url: str) -> None:
+    """Reading all of them would hold the event loop for most of a second."""
+    async with connected(server_url, b"GET /livez HTTP/1.1\r\n\r\n" * 3000) as (reader, _):
+        answer = await rest(reader)
+    assert answer.count(b"HTTP/1.1 ") == 1
+    assert status(answer) == 400
 
 
 @pytest.mark.parametrize("sent", [b"{", b'{"prompt": "x"}' + b" " * 100_000])

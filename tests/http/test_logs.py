@@ -108,6 +108,16 @@ async def test_a_path_cannot_forge_a_line(client: httpx.AsyncClient, log: Lines)
     assert "\n" not in log.text[0]
 
 
+def test_what_a_message_quotes_cannot_forge_a_line(log: Lines) -> None:
+    """As the name of a file does, or of a tensor in it, that somebody put into a served folder."""
+    quoted = "x\x1b]0;you\x07\x9b1m\n2026-11-26T09:12:01.482Z INFO audit: put a.b tenant=a"
+    logging.getLogger("reft").warning("%s is not served", quoted)
+    [line] = log.text
+    assert [bool(re.match(TIME, part)) for part in line.split("\n")] == [True, False]
+    assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f-\x9f]", line)
+    assert log.json[0]["message"] == f"{quoted} is not served"
+
+
 def test_an_exception_is_in_its_line() -> None:
     record = logging.LogRecord("reft", logging.ERROR, "", 0, "Broken: %s", ("x",), None)
     try:

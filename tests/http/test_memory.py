@@ -11,12 +11,15 @@ from typing import Any
 
 import httpx
 import pytest
+from fastapi import FastAPI
 
 from reft_runtime.interventions import Registry
 from server import body
 from server.settings import Settings
+from server.tenants.tenant import Tenant
 from tests.http.conftest import completion
 from tests.http.fake_engine import FakeEngine
+from tests.http.tenants import key, use_tenants
 from tests.interventions.make import BASE, file_bytes
 from tests.interventions.test_registry import damaged, edit_bytes, place
 
@@ -149,6 +152,34 @@ async def test_pin_unpin_and_warm(client: httpx.AsyncClient) -> None:
     assert (await ask(client, "a")).status_code == 200
     for change in ("pin", "unpin", "warm"):
         assert (await post("x", change)).status_code == 404
+
+
+async def test_users_leave_room_for_others(
+    client: httpx.AsyncClient, app: FastAPI, registry: Registry
+) -> None:
+    """Whatever a tenant uploads and pins: else it could take all memory, for good."""
+    team, ops = Tenant("team-a", upload=True), Tenant("ops", "admin")
+    use_tenants(app, team, ops)
+    memory, size = registry._catalog.memory, edit_bytes(FILES["a"])
+    memory.budget = 10**6
+    registry.put("team-a.small", FILES["b"])
+    entry = memory.fixed
+    registry.put("team-a.small", FILES["c"])
+    memory.budget = 2 * (3 * entry + size) + size  # half has room for three entries and one pin
+
+    async def status(who: Tenant, method: str, path: str, **given: Any) -> int:
+        url = f"/v1/interventions/team-a.{path}"
+        return (await client.request(method, url, headers=key(who), **given)).status_code
+
+    assert await status(team, "POST", "small/pin") == 200
+    assert await status(team, "PUT", "other", content=FILES["b"]) == 201
+    assert await status(team, "POST", "other/pin") == 507
+    assert await status(team, "POST", "small/rollback") == 200
+    large = file_bytes(7, description="x" * 4000)
+    assert await status(team, "PUT", "large", content=large) == 507
+    assert (await ask(client, "a")).status_code == 200
+    assert await status(ops, "POST", "other/pin") == 200
+    assert await status(team, "POST", "small/rollback") == 507
 
 
 # Uploads

@@ -219,9 +219,9 @@ async def test_completions_do_not_wait_for_administration(
     go = threading.Event()
     put = Registry.put
 
-    def slow(*args: Any) -> Any:
+    def slow(*args: Any, **options: Any) -> Any:
         go.wait(30)
-        return put(*args)
+        return put(*args, **options)
 
     monkeypatch.setattr(Registry, "put", slow)
     puts = [
@@ -239,9 +239,9 @@ async def test_changes_that_wait_hold_up_no_listing_and_no_metrics(
     go_on = threading.Event()
     put = registry.put
 
-    def slow(*args: Any) -> Change:
+    def slow(*args: Any, **options: Any) -> Change:
         go_on.wait(20)
-        return put(*args)
+        return put(*args, **options)
 
     monkeypatch.setattr(registry, "put", slow)
     uploads = [

@@ -159,6 +159,23 @@ async def test_special_tokens_in_the_text(http: httpx.AsyncClient, base: str, sk
     assert choice["logprobs"]["text_offset"] == ([0, 0, 0] if skip else [0, 10, 22])
 
 
+async def test_behind_a_prompt_that_is_too_long_none_is_read(
+    http: httpx.AsyncClient, tiny_engine: Engine, base: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A body has room for millions of tokens, which others would have to wait for."""
+    encode, read = tiny_engine.tokenizer.encode, list[str]()
+
+    def watched(text: str, **options: Any) -> list[int]:
+        read.append(text)
+        return encode(text, **options)
+
+    monkeypatch.setattr(tiny_engine.tokenizer, "encode", watched)
+    asked = {"model": base, "prompt": ["you", "x" * 300, "y" * 300]}
+    response = await http.post("/v1/completions", json=asked)
+    assert response.json()["error"]["code"] == "context_length_exceeded"
+    assert read == ["you", "x" * 300]
+
+
 async def test_detokenize_is_the_inverse_of_tokenize(http: httpx.AsyncClient) -> None:
     messages = [{"role": "user", "content": "is it?"}]
     asked = {"messages": messages, "return_token_strs": True}

@@ -1081,6 +1081,27 @@ def test_uploads_on_disk_are_bounded(state: Path) -> None:
     registry.close()
 
 
+def test_what_is_on_its_way_to_the_disk_is_bounded(
+    state: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With what is kept there: uploads that never end would fill the disk otherwise."""
+    monkeypatch.setattr("reft_runtime.interventions.registry.store.MAX_FILE_BYTES", 10)
+    registry = Registry(BASE, state_dir=state, state_bytes=2 * len(ONE))
+    registry.put("a", ONE)
+    with registry.incoming() as slow, registry.incoming() as other:
+        slow.write(b"x" * len(ONE))
+        other.write(b"x" * 10)
+        with pytest.raises(StoreFull, match=r"are left for them\. Try again"):
+            other.write(b"x")
+        slow.discard()
+        other.write(b"x" * (len(ONE) - 10))
+    registry.put("b", TWO)
+    registry.remove("b")
+    with registry.incoming() as again:
+        again.write(b"x" * (len(ONE) + 10))
+    registry.close()
+
+
 def test_names_are_bounded(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("reft_runtime.interventions.registry.uploads.MAX_ADDED_NAMES", 2)
     place(folder, "f", ONE)

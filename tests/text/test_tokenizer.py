@@ -1,4 +1,6 @@
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import pytest
 
@@ -238,6 +240,28 @@ class TestTokens:
         assert BYTE_LEVEL.token_text(2) == "<|im_end|>"
         assert BYTE_LEVEL.token_text(319) == "<filler-319>"
         assert BYTE_LEVEL.token_text(5000) == ""
+
+    @pytest.mark.parametrize("make", [tiny_tokenizer, tiny_sentencepiece_tokenizer])
+    @pytest.mark.parametrize("skip", [False, True])
+    def test_a_long_text_leaves_other_threads_their_time(
+        self, monkeypatch: pytest.MonkeyPatch, make: Callable[[], Any], skip: bool
+    ) -> None:
+        """The library's call for one text holds Python's lock all the time, that for many none."""
+        inner = make()
+        tokenizer = Tokenizer(inner, 100)
+        ids = [*range(tokenizer.vocab_size)] * 8
+        text = inner.decode(ids, skip_special_tokens=skip, clean_up_tokenization_spaces=False)
+
+        class Watched:
+            def __init__(self, library: Any) -> None:
+                self._library = library
+
+            def __getattr__(self, name: str) -> Any:
+                assert name != "decode"
+                return getattr(self._library, name)
+
+        monkeypatch.setattr(inner, "_tokenizer", Watched(inner._tokenizer))
+        assert tokenizer.decode(ids, skip_special_tokens=skip) == text
 
     def test_facts(self) -> None:
         assert BYTE_LEVEL.vocab_size == 320

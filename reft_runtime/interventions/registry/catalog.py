@@ -186,13 +186,14 @@ class Catalog:
                 if version.origin != "folder"
             }
 
-    def reserve(self, version: Version, leaving: Iterable[Version]) -> None:
-        """Raise `StoreFull` unless a version's line of the listing fits into memory.
+    def reserve(self, version: Version, leaving: Iterable[Version], share: float) -> None:
+        """Raise `StoreFull` unless a version's line of the listing fits into this share of memory.
 
         If its name is pinned, its tensors have to fit as well. The versions `leaving` make room.
         """
         with self.lock:
-            fixed, pinned, budget = self.memory.fixed, self.memory.pinned, self.memory.budget
+            fixed, pinned = self.memory.fixed, self.memory.pinned
+            budget = int(share * self.memory.budget)
             size = version.listed_bytes
             if fixed + pinned + size - sum(old.fixed_bytes for old in leaving) > budget:
                 raise StoreFull(
@@ -201,7 +202,7 @@ class Catalog:
                     " of them, or start the server with more --intervention-bytes."
                 )
             if self.pinned(version.name):
-                self._check_pins(version)
+                self._check_pins(version, share)
 
     def pinned(self, name: str) -> bool:
         """Whether a name is pinned, also one that stands for nothing now."""
@@ -220,27 +221,29 @@ class Catalog:
             known.pinned = pinned
         self.make_room()
 
-    def check_room(self, version: Version, *, pinned: bool) -> None:
+    def check_room(self, version: Version, *, pinned: bool, share: float = 1.0) -> None:
         """Raise unless a version's tensors can be read and stay for now, or for good if `pinned`.
 
-        Raises `StoreFull` if other pinned names leave no room, `Overloaded` if it is requests.
+        `share` is the part of memory that is for pinned ones. Raises `StoreFull` if other pinned
+        names leave no room in it, `Overloaded` if requests leave none.
         """
         with self.lock:
             if pinned:
-                self._check_pins(version)
+                self._check_pins(version, share)
             if not self.memory.fits([version]):
                 raise Overloaded(
                     "The interventions in use fill the memory set aside for them; try again in a"
                     " moment, or start the server with more --intervention-bytes."
                 )
 
-    def _check_pins(self, version: Version) -> None:
+    def _check_pins(self, version: Version, share: float) -> None:
+        budget = int(share * self.memory.budget)
         current = self.current(version.name)
         others = self.memory.pinned - (current.memory_bytes if current and current.pinned else 0)
-        if self.memory.fixed + others + version.memory_bytes > self.memory.budget:
+        if self.memory.fixed + others + version.memory_bytes > budget:
             raise StoreFull(
                 f"Pinned interventions take {others} bytes of memory, and `{version.name}` would"
-                f" take {version.memory_bytes}; there may be {self.memory.budget}. Unpin some of"
+                f" take {version.memory_bytes}; there may be {budget}. Unpin some of"
                 " them, or start the server with more --intervention-bytes."
             )
 

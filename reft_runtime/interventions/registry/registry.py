@@ -311,6 +311,8 @@ class Registry:
         data: bytes | Incoming,
         sha256: str | None = None,
         expected: Collection[str] | None = None,
+        *,
+        share: float = 1.0,
     ) -> Change:
         """Upload a file under a name; returns what that changed.
 
@@ -319,13 +321,14 @@ class Registry:
         name), `FileTooLarge`, `InvalidFile`, `WrongBaseModel`, `StoreFull`, `Unavailable` if the
         disk fails, and `Changed` if the name stands for none of the digests `expected` (`*` is any
         digest, an empty collection means no version). The upload shadows a source's file of the
-        same name; a pinned name stays pinned.
+        same name; a pinned name stays pinned. `share` is the part of the memory that the listing of
+        uploads and pinned tensors may take together.
         """
         self._check_name(name)
         if isinstance(data, bytes):
             with self._written(data) as file:
-                return self._put(name, file, sha256, expected)
-        return self._put(name, data, sha256, expected)
+                return self._put(name, file, sha256, expected, share)
+        return self._put(name, data, sha256, expected, share)
 
     def load(self, name: str, path: str, replace: bool = False) -> Change:
         """Load a file inside the sources under a name, as it is now and until the process ends.
@@ -389,28 +392,33 @@ class Registry:
         return self._uploads.remove(name, expected, uploads_only=uploads_only)
 
     def rollback(
-        self, name: str, digest: str | None = None, expected: Collection[str] | None = None
+        self,
+        name: str,
+        digest: str | None = None,
+        expected: Collection[str] | None = None,
+        *,
+        share: float = 1.0,
     ) -> Change:
         """Serve a kept uploaded version again, in one step; returns what that changed.
 
         `digest` may be a prefix of 8 digits or more; without one it is the version that was served
         before the current one, so that a second call undoes the first. Nothing falls out of the
-        history by it. Raises `InvalidRequest` if the name stands for something that was not
-        uploaded, `NotFound` if there is no such version, `Changed` as `put` does, and what reading
-        the version raises; then nothing has changed.
+        history by it. `share` is that of `put`. Raises `InvalidRequest` if the name stands for
+        something that was not uploaded, `NotFound` if there is no such version, `Changed` as `put`
+        does, and what reading the version raises; then nothing has changed.
         """
-        return self._uploads.rollback(name, digest, expected)
+        return self._uploads.rollback(name, digest, expected, share)
 
-    def pin(self, name: str) -> Change:
+    def pin(self, name: str, *, share: float = 1.0) -> Change:
         """Read the tensors of what a name stands for, and keep them in memory.
 
         Returns what that changed. The pin is the name's: it moves to what the name stands for
         later, and outlives a restart with a state folder. It ends with `unpin`, and when an upload
-        of the name is removed. Raises `NotFound`, `StoreFull` if pinned tensors would fill the
-        memory, `Overloaded` if it is full of tensors in use now, and what `Version.edits` raises;
-        then nothing has changed.
+        of the name is removed. `share` is that of `put`. Raises `NotFound`, `StoreFull` if pinned
+        tensors would fill the memory, `Overloaded` if it is full of tensors in use now, and what
+        `Version.edits` raises; then nothing has changed.
         """
-        return self._uploads.pin(name)
+        return self._uploads.pin(name, share)
 
     def unpin(self, name: str) -> Change:
         """Let the tensors of a pinned name be evicted again; returns what that changed.
@@ -453,14 +461,20 @@ class Registry:
             yield file
 
     def _put(
-        self, name: str, file: Incoming, sha256: str | None, expected: Collection[str] | None
+        self,
+        name: str,
+        file: Incoming,
+        sha256: str | None,
+        expected: Collection[str] | None,
+        share: float,
     ) -> Change:
         if sha256 is not None and file.sha256 != sha256.lower():
             raise InvalidFile(
                 f"The file's SHA-256 is {file.sha256}, not the one that was sent with it; upload it"
                 " again."
             )
-        return self._uploads.put(self.verified(name, file.read(), "uploaded"), file, expected)
+        version = self.verified(name, file.read(), "uploaded")
+        return self._uploads.put(version, file, expected, share)
 
     def _check_name(self, name: str) -> None:
         if not NAME.fullmatch(name):

@@ -22,8 +22,8 @@ from pathlib import Path
 
 from reft_runtime.errors import ConfigError, StoreFull, Unavailable
 from reft_runtime.interventions.format.file import sync_folder, write_atomic
-from reft_runtime.interventions.format.identity import SUFFIX
-from reft_runtime.interventions.registry.incoming import Incoming, telling
+from reft_runtime.interventions.format.identity import MAX_FILE_BYTES, SUFFIX
+from reft_runtime.interventions.registry.incoming import Incoming, Room, telling
 from reft_runtime.interventions.registry.pointers import Pointers, pointer_file
 from reft_runtime.interventions.registry.sources import NAME, Found, look
 
@@ -65,6 +65,9 @@ class Store:
         for path in sorted(self._pointers.glob("*.json")):
             self.pointers.note_file(path.stem, _content(path))
         self._sizes = {blob.stem: blob.stat().st_size for blob in self._blobs.glob(f"*{SUFFIX}")}
+        self._kept_bytes = sum(self._sizes.values())
+        # One more: what is kept already may be uploaded again.
+        self._room = Room(lambda: self._max_bytes - self._kept_bytes + MAX_FILE_BYTES)
 
     @classmethod
     def temporary(cls, max_bytes: int) -> Store:
@@ -122,6 +125,7 @@ class Store:
             ) from error
         self.pointers.clear()
         self._sizes.clear()
+        self._kept_bytes = 0
         _log.error(
             "The state folder %s was deleted while the server ran. It is there again, and empty:"
             " what was uploaded before serves on from memory, and a restart forgets it.",
@@ -162,14 +166,14 @@ class Store:
         """A temporary file on the disk of the blobs, for a file that is being uploaded."""
         with telling():
             self._incoming.mkdir(exist_ok=True)
-            return Incoming(self._incoming, max_bytes)
+            return Incoming(self._incoming, max_bytes, self._room)
 
     def add_blob(self, digest: str, file: Incoming) -> None:
         """Keep a file, whose identity is `digest`; one that is kept already stays as it is.
 
         Raises `StoreFull` if it does not fit, and `Unavailable` if it cannot be written.
         """
-        kept = sum(self._sizes.values()) - self._sizes.get(digest, 0)
+        kept = self._kept_bytes - self._sizes.get(digest, 0)
         if kept + file.size > self._max_bytes:
             raise StoreFull(
                 f"Uploaded files take {kept} bytes of the state folder, and this one {file.size};"
@@ -182,6 +186,7 @@ class Store:
                 file.move(blob)
                 sync_folder(self._blobs)
         self._sizes[digest] = file.size
+        self._kept_bytes = kept + file.size
 
     def keep_for_now(self, digest: str, file: Incoming) -> Found:
         """Keep a file that no pointer will name until `collect` deletes it; raises as `add_blob`.
@@ -218,7 +223,7 @@ class Store:
         for digest in self._sizes.keys() - self.pointers.named.keys() - set(keep):
             with suppress(OSError):  # tried again the next time
                 self._blob(digest).unlink(missing_ok=True)
-                del self._sizes[digest]
+                self._kept_bytes -= self._sizes.pop(digest)
 
     def _take(self) -> int:
         """Make the folder and lock it. Raises `BlockingIOError` if another server has it."""

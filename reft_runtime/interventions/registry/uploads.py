@@ -67,14 +67,16 @@ class Uploads:
             self._tend()
             return self._store.incoming(max_bytes)
 
-    def put(self, version: Version, file: Incoming, expected: Collection[str] | None) -> Change:
+    def put(
+        self, version: Version, file: Incoming, expected: Collection[str] | None, share: float
+    ) -> Change:
         """Let the version's name stand for it; `file` is its file."""
         name = version.name
         with self._change(name):
             shown = self._expect(name, expected)
             before = self._catalog.history(name)
             kept = [old for old in before if old.digest != version.digest][: HISTORY - 1]
-            self._admit(version, leaving=set(before) - set(kept))
+            self._admit(version, leaving=set(before) - set(kept), share=share)
             self._write(version, file, kept)
             self._catalog.place_upload([version, *kept])
             self._problems.pop(name, None)
@@ -97,7 +99,7 @@ class Uploads:
                     param="name",
                 )
             before = self._catalog.layer(name, "loaded")
-            self._admit(version, leaving=set() if before is None else {before})
+            self._admit(version, leaving=set() if before is None else {before}, share=1.0)
             with self._undone(name):
                 version.moved(self._store.keep_for_now(version.digest, file))
             self._catalog.place(version)
@@ -135,7 +137,9 @@ class Uploads:
         _log.info("removed %s (%s)", name, origin)
         return change
 
-    def rollback(self, name: str, digest: str | None, expected: Collection[str] | None) -> Change:
+    def rollback(
+        self, name: str, digest: str | None, expected: Collection[str] | None, share: float
+    ) -> Change:
         """Serve an uploaded version again that is still kept."""
         with self._change(name):
             current = self._expect(name, expected)
@@ -148,7 +152,7 @@ class Uploads:
             if version is current:
                 return Change(current.digest, entry(self._catalog, name))
             if pinned := self._catalog.pinned(name):
-                self._catalog.check_room(version, pinned=True)
+                self._catalog.check_room(version, pinned=True, share=share)
             version.edits()  # reads and verifies it
             after = [version, *(old for old in history if old is not version)]
             self._point(name, after, pinned=pinned)
@@ -158,11 +162,11 @@ class Uploads:
         _log.info("rolled %r back to %r", current, version)
         return change
 
-    def pin(self, name: str) -> Change:
+    def pin(self, name: str, share: float) -> Change:
         """Read the tensors of what a name stands for, and keep them in memory."""
         with self._change(name):
             version = self.current(name)
-            self._catalog.check_room(version, pinned=True)
+            self._catalog.check_room(version, pinned=True, share=share)
             version.edits()
             self._point(name, self._catalog.history(name), pinned=True)
             self._catalog.pin(name, pinned=True)
@@ -358,7 +362,7 @@ class Uploads:
             raise Changed(f"`{name}` is served as {current.digest}, and {wanted}.", param="name")
         return current
 
-    def _admit(self, version: Version, *, leaving: set[Version]) -> None:
+    def _admit(self, version: Version, *, leaving: set[Version], share: float) -> None:
         """Raise `StoreFull` or `InvalidRequest` if a version would not fit."""
         if version.name not in self._added and len(self._added) >= MAX_ADDED_NAMES:
             raise InvalidRequest(
@@ -366,7 +370,7 @@ class Uploads:
                 " first.",
                 param="name",
             )
-        self._catalog.reserve(version, leaving)
+        self._catalog.reserve(version, leaving, share)
         self._added.add(version.name)
 
     def _write(self, version: Version, file: Incoming, kept: Sequence[Version]) -> None:
