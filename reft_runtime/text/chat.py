@@ -136,7 +136,7 @@ def render(
         check_reads_tools(source)
     if any(turn.get("tool_calls") for turn in messages) and "tool_calls" not in source:
         raise InvalidRequest(f"messages: {_NO_TOOLS.format('calls of tools')}", param="messages")
-    if _has_channels(source) or _ONE_CALL.search(source):
+    if takes_one_call(source):
         messages = _one_call_each(messages)
     turns = [_shown(turn, source) for turn in messages]
     if options.continue_final_message and options.add_generation_prompt:
@@ -173,6 +173,11 @@ def render(
         ) from None
     assert isinstance(text, str)
     return text
+
+
+def takes_one_call(source: str) -> bool:
+    """Whether a chat template takes one call a turn only."""
+    return _has_channels(source) or _ONE_CALL.search(source) is not None
 
 
 def _one_call_each(messages: Sequence[Message]) -> list[Message]:

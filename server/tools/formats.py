@@ -10,50 +10,67 @@ from server.channels import CALL
 from server.schemas.tools import NAME
 from server.settings import ToolParser
 from server.tools.gemma import QUOTE, Gemma
+from server.tools.pythonic import Pythonic
 from server.tools.syntax import Syntax
-from server.tools.tagged import GLM, QWEN
+from server.tools.tagged import GLM, MINIMAX, QWEN, SEED
+
+_MARK = re.compile(r"<[^<>]*>|[^\s<]+")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Format:
     """How one family of models writes calls: a tag, calls behind it, and an end.
 
-    Where `bare` is true the tag may be missing if an answer begins with a call. `tokens` are the
-    texts, the tag first, that a model may have as single tokens.
+    `tokens` are the texts, the tag first, that a model may have as single tokens.
     """
 
     name: ToolParser
     tag: str
-    end: str | None
+    open: str = ""
+    """Text between a tag and its first call."""
+
+    more: str | None = None
+    """Text between two calls behind one tag; None if each has its own tag."""
+
+    end: str = ""
     """Text behind the last call of a tag."""
 
+    between: str = ""
+    """Text between an end and the next tag."""
+
     tokens: tuple[str, ...]
-    bare: bool = False
-    one: bool = False
-    """Whether the chat templates take one call a turn only."""
+    bare: str = ""
+    """What a call begins with where an answer may begin with one that has no tag."""
 
     id_length: int | None = None
     """Length of a call's id if the chat templates want a certain one."""
 
+    @property
+    def ends(self) -> tuple[str, ...]:
+        """The marks that `end` has, one behind the other."""
+        return marks_of(self.end)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class JsonFormat(Format):
-    """Calls that are JSON objects, each with a `name` and its arguments."""
+    """Calls whose arguments are a JSON object.
 
-    key: str
+    Each is an object, with a `name` and the arguments, or a name and behind it the arguments alone.
+    """
+
+    key: str = "arguments"
     """Key of the arguments in a call's object."""
 
-    lead: str | None
+    lead: str | None = r"\s*"
     """Regular expression of what may stand between the tag and the first object, if any may."""
 
-    more: str | None
-    """Text between two objects behind one tag; None if each has its own tag."""
-
     named: str | None = None
-    """Regular expression of what stands between a name without an object, and its arguments."""
+    """Regular expression of what stands before arguments alone, with the group `direct`: the name.
+    """
 
-    direct: bool = False
-    """Whether the chat templates write names without an object."""
+    direct: tuple[str, str, str] | None = None
+    """What is written before a name without an object, behind it, and behind the arguments; `#` is
+    any number. None if the chat templates write objects."""
 
     def opening(self, *, exact: bool) -> re.Pattern[str]:
         """What stands between a tag, or `more`, and the JSON that is read next.
@@ -67,78 +84,153 @@ class JsonFormat(Format):
             first = rf'(?=\{{\s*"(name|id|type|{self.key})")'
             either.append(self.lead + (rf"\{{\s*{key}(?=\{{)" if exact else first))
         if self.named is not None:
-            either.append(rf"\s*(?P<direct>{NAME}){self.named}\s*(?=\{{)")
+            either.append(rf"\s*{self.named}\s*(?=\{{)")
         return re.compile("|".join(either))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SyntaxFormat(Format):
-    """Calls in a syntax of their own, one between each tag and its end."""
+    """Calls in a syntax of their own between a tag and its end."""
 
-    end: str
     syntax: Syntax
-    between: str = "\n"
-    """Text between a call and the next one's tag."""
-
     head: str | None = None
     """What a call begins with of which models leave the tag out at times, but not the end."""
+
+
+def marks_of(text: str) -> tuple[str, ...]:
+    """The marks that stand in a text, without the blanks between them."""
+    return tuple(_MARK.findall(text))
+
+
+def _listed(
+    name: ToolParser, tag: str, end: str = "", *, open: str = "[", tokens: tuple[str, ...] = ()
+) -> JsonFormat:
+    """Calls that are objects in a JSON list."""
+    return JsonFormat(
+        name=name,
+        tag=tag,
+        open=open,
+        more=", ",
+        end=f"]{end}",
+        tokens=tokens or tuple(filter(None, (tag, end))),
+        lead=r"\s*(\[\s*)?",
+    )
 
 
 HERMES = JsonFormat(
     name="hermes",
     tag="<tool_call>",
-    key="arguments",
-    lead=r"\s*",
-    more=None,
-    end="</tool_call>",
+    open="\n",
+    end="\n</tool_call>",
+    between="\n",
     tokens=("<tool_call>", "</tool_call>"),
 )
 LLAMA3 = JsonFormat(
     name="llama3",
     tag="<|python_tag|>",
     key="parameters",
-    lead=r"\s*",
-    more=";",
-    end=None,
+    more="; ",
     tokens=("<|python_tag|>",),
-    bare=True,
-    one=True,
+    bare="{",
 )
-MISTRAL = JsonFormat(
-    name="mistral",
-    tag="[TOOL_CALLS]",
-    key="arguments",
-    lead=r"\s*(\[\s*)?",
-    more=",",
-    end="]",
-    tokens=("[TOOL_CALLS]", "[ARGS]", "[CALL_ID]"),
-    named=r"(\[CALL_ID\]\w+)?\[ARGS\]",
+LLAMA4_JSON = replace(
+    LLAMA3,
+    name="llama4_json",
+    tag="<|python_start|>",
+    end="<|python_end|>",
+    tokens=("<|python_start|>", "<|python_end|>"),
+)
+MISTRAL = replace(
+    _listed("mistral", "[TOOL_CALLS]", tokens=("[TOOL_CALLS]", "[ARGS]", "[CALL_ID]")),
+    named=rf"(?P<direct>{NAME})(\[CALL_ID\]\w+)?\[ARGS\]",
     id_length=9,
 )
+MISTRAL_NAMES = replace(MISTRAL, open="", more=None, end="", direct=("", "[ARGS]", ""))
+GRANITE = _listed("granite", "<|tool_call|>")
+PHI4_MINI = _listed("phi4_mini_json", "functools[", open="")
+PHI4_MINI_TAGS = _listed("phi4_mini_json", "<|tool_call|>", "<|/tool_call|>")
+HUNYUAN = _listed("hunyuan_a13b", "<tool_calls>", "</tool_calls>")
+NEMOTRON = _listed("nemotron_json", "<TOOLCALL>", "</TOOLCALL>")
 HARMONY = JsonFormat(
     name="harmony",
     tag=CALL,
-    key="arguments",
     lead=None,
-    more=None,
-    end=None,
     tokens=(),  # those of channels are kept anyway
-    named=re.escape(MESSAGE),
-    direct=True,
-    one=True,
+    named=rf"(?P<direct>{NAME}){re.escape(MESSAGE)}",
+    direct=("", MESSAGE, ""),
+)
+
+_BEGIN, _SEP, _END = "<｜tool▁call▁begin｜>", "<｜tool▁sep｜>", "<｜tool▁call▁end｜>"
+DEEPSEEK_V31 = JsonFormat(
+    name="deepseek_v31",
+    tag="<｜tool▁calls▁begin｜>",
+    open=_BEGIN,
+    more=_BEGIN,
+    end="<｜tool▁calls▁end｜>",
+    tokens=("<｜tool▁calls▁begin｜>", _BEGIN, _SEP, _END, "<｜tool▁calls▁end｜>"),
+    lead=None,
+    named=rf"({_BEGIN}\s*)?(function\s*{_SEP}\s*)?(?P<direct>{NAME})\s*({_SEP})?\s*(```(json)?)?",
+    direct=("", _SEP, _END),
+)
+DEEPSEEK_V3 = replace(
+    DEEPSEEK_V31,
+    name="deepseek_v3",
+    more=f"\n{_BEGIN}",
+    direct=(f"function{_SEP}", "\n```json\n", f"\n```{_END}"),
+)
+_CALLS, _CALL, _ARGUMENTS = (
+    "<|tool_calls_section_begin|>",
+    "<|tool_call_begin|>",
+    "<|tool_call_argument_begin|>",
+)
+KIMI_K2 = JsonFormat(
+    name="kimi_k2",
+    tag="<|tool_calls_section_begin|>",
+    open=_CALL,
+    more=_CALL,
+    end="<|tool_calls_section_end|>",
+    tokens=(
+        "<|tool_calls_section_begin|>",
+        _CALL,
+        _ARGUMENTS,
+        "<|tool_call_end|>",
+        "<|tool_calls_section_end|>",
+    ),
+    lead=None,
+    named=rf"({re.escape(_CALL)}\s*)?(functions\.)?(?P<direct>{NAME})(:\d+)?\s*{re.escape(_ARGUMENTS)}",
+    direct=("functions.", f":#{_ARGUMENTS}", "<|tool_call_end|>"),
 )
 QWEN3_CODER = SyntaxFormat(
     name="qwen3_coder",
     tag="<tool_call>",
     end="</tool_call>",
+    between="\n",
     tokens=("<tool_call>", "</tool_call>"),
     syntax=QWEN,
     head="<function=",
+)
+SEED_OSS = SyntaxFormat(
+    name="seed_oss",
+    tag="<seed:tool_call>",
+    end="</seed:tool_call>",
+    between="\n",
+    tokens=("<seed:tool_call>", "</seed:tool_call>"),
+    syntax=SEED,
+)
+MINIMAX_M2 = SyntaxFormat(
+    name="minimax_m2",
+    tag="<minimax:tool_call>",
+    open="\n",
+    more="",
+    end="</minimax:tool_call>",
+    tokens=("<minimax:tool_call>", "</minimax:tool_call>"),
+    syntax=MINIMAX,
 )
 GLM45 = SyntaxFormat(
     name="glm45",
     tag="<tool_call>",
     end="</tool_call>",
+    between="\n",
     tokens=(
         "<tool_call>",
         "</tool_call>",
@@ -149,33 +241,65 @@ GLM45 = SyntaxFormat(
     ),
     syntax=GLM,
 )
-
 GEMMA4 = SyntaxFormat(
     name="gemma4",
     tag="<|tool_call>",
     end="<tool_call|>",
     tokens=("<|tool_call>", "<tool_call|>", QUOTE),
     syntax=Gemma(),
-    between="",
+)
+LFM2 = SyntaxFormat(
+    name="lfm2",
+    tag="<|tool_call_start|>",
+    open="[",
+    more=", ",
+    end="]<|tool_call_end|>",
+    tokens=("<|tool_call_start|>", "<|tool_call_end|>"),
+    syntax=Pythonic(),
+)
+OLMO3 = SyntaxFormat(
+    name="olmo3",
+    tag="<function_calls>",
+    more="\n",
+    end="</function_calls>",
+    tokens=("<function_calls>", "</function_calls>"),
+    syntax=Pythonic(),
 )
 
-_ALL: tuple[Format, ...] = (HERMES, LLAMA3, MISTRAL, HARMONY, QWEN3_CODER, GLM45, GEMMA4)
+_FOUND: tuple[tuple[tuple[str, ...], Format], ...] = (
+    ((f"{CHANNEL}commentary",), HARMONY),
+    (("[TOOL_CALLS]", "[ARGS]"), MISTRAL_NAMES),
+    (("[TOOL_CALLS]",), MISTRAL),
+    (("<tool_call>", "<arg_key>"), GLM45),
+    (("<tool_call>", "<function="), QWEN3_CODER),
+    (("<tool_call>",), HERMES),
+    (("<|tool_call>",), GEMMA4),
+    ((DEEPSEEK_V3.tag, "```json"), DEEPSEEK_V3),
+    ((DEEPSEEK_V3.tag,), DEEPSEEK_V31),
+    (("<minimax:tool_call>",), MINIMAX_M2),
+    (("<|tool_calls_section_begin|>",), KIMI_K2),
+    (("<seed:tool_call>",), SEED_OSS),
+    (("<|tool_call_start|>",), LFM2),
+    (("<|tool_list_start|>",), LFM2),
+    (("<function_calls>",), OLMO3),
+    (("<|tool_call|>", "<|/tool_call|>"), PHI4_MINI_TAGS),
+    (("<|tool_call|>",), GRANITE),
+    (("functools[",), PHI4_MINI),
+    (("<tool_calls>",), HUNYUAN),
+    (("<TOOLCALL>",), NEMOTRON),
+    (("<|python_tag|>",), LLAMA3),
+    (("<|start_header_id|>ipython",), LLAMA3),
+    (("<|header_start|>ipython",), LLAMA4_JSON),
+)
+"""Texts that a chat template has all of, and the format that it then writes, the first that fits.
 
-FORMATS: dict[ToolParser, Format] = {form.name: form for form in _ALL}
+Of formats that share a name, that which is meant by the name alone stands last.
+"""
+
+FORMATS: dict[ToolParser, Format] = {form.name: form for _, form in _FOUND}
 
 
 def find_format(template: str) -> Format | None:
     """The format in which a chat template writes calls; None if it is not one of these."""
-    if f"{CHANNEL}commentary" in template:
-        return HARMONY
-    if MISTRAL.tag in template:
-        return replace(MISTRAL, direct="[ARGS]" in template)
-    if HERMES.tag in template:
-        if "<arg_key>" in template:
-            return GLM45
-        return QWEN3_CODER if "<function=" in template else HERMES
-    if GEMMA4.tag in template:
-        return GEMMA4
-    if LLAMA3.tag in template or "<|start_header_id|>ipython" in template:
-        return LLAMA3
-    return None
+    fitting = (form for texts, form in _FOUND if all(text in template for text in texts))
+    return next(fitting, None)

@@ -80,6 +80,8 @@ class Tools:
         tools, choice = body.usable, body.tool_choice
         if not tools:
             return None
+        from reft_runtime.text.chat import takes_one_call  # loads torch: only when needed
+
         form = self._format()
         named = isinstance(choice, NamedTool)
         if isinstance(choice, NamedTool):
@@ -97,13 +99,13 @@ class Tools:
                 form,
                 [(t.function.name, t.function.parameters, t.function.strict) for t in callable_],
                 self._tokenizer.token_id,
-                many=many and not form.one,
+                many=many and not takes_one_call(self._source),
                 free=not alone,
                 answer=None if answer is None else _json_schema(answer),
             )
             grammar = Grammar("lark", source, "tools" if answer is None else answer.param)
         if answer is not None:  # then a call has its tag always: the answer may begin as a call
-            form = replace(form, bare=False)
+            form = replace(form, bare="")
         return ToolPlan(form, tools, named, many, alone, grammar)
 
     def options(self, options: ChatOptions, tools: Sequence[Tool]) -> ChatOptions:
