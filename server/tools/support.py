@@ -80,7 +80,7 @@ class Tools:
         tools, choice = body.usable, body.tool_choice
         if not tools:
             return None
-        from reft_runtime.text.chat import takes_one_call  # loads torch: only when needed
+        from reft_runtime.text.calls import takes_one_call  # loads torch: only when needed
 
         form = self._format()
         named = isinstance(choice, NamedTool)

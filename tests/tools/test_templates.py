@@ -16,9 +16,11 @@ from server.settings import Settings, load_settings
 from server.tools import FORMATS, Tools, whole
 from tests.helpers.tokenizer import CHATML, tiny_sentencepiece_tokenizer, tiny_tokenizer
 from tests.tools.templates import (
+    DEEPSEEK,
     GEMMA,
     GLM,
     HARMONY,
+    KIMI,
     LLAMA,
     MISTRAL,
     MISTRAL_NAMES,
@@ -74,6 +76,13 @@ BUILT_IN = Tools(tokenizer(CHATML), Settings(tool_template="hermes"))._given
             None,
             '[TOOL_CALLS] [{"name": "look", "arguments": {"city": "Rome"}, "id": "call',
         ),
+        (
+            DEEPSEEK,
+            None,
+            '<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>look<｜tool▁sep｜>{"city": "Rome"}'
+            "<｜tool▁call▁end｜><｜tool▁calls▁end｜>",
+        ),
+        (KIMI, None, 'functions.look:0<|tool_call_argument_begin|>{"city": "Rome"}<'),
         (
             CHATML,
             BUILT_IN,
@@ -158,6 +167,14 @@ def test_several_calls_of_a_turn_where_a_template_takes_one(template: str) -> No
     assert text.index("look") < text.index("seen") < text.index("added") < text.index("more")
 
 
+def test_calls_that_a_template_names_by_their_number() -> None:
+    first, second = chat("a")[1:3], chat("b")[1:3]
+    text = written(KIMI, [*first, *second, {**second[1], "tool_call_id": "c"}], ChatOptions())
+    names = [line.partition("<|im")[0] for line in text.split("## Return of ")[1:]]
+    assert names == ["functions.look:0", "functions.look:1", "c"]
+    assert "begin|>functions.look:1<" in text
+
+
 def test_the_built_in_template() -> None:
     assert BUILT_IN is not None
     turns = [
@@ -233,6 +250,25 @@ def asked(tools: Tools, **fields: Any) -> Any:
         (GLM, "glm45", False),
         (GEMMA, "gemma4", False),
         (HARMONY, "harmony", True),
+        (DEEPSEEK, "deepseek_v31", True),
+        (DEEPSEEK + "```json", "deepseek_v3", True),
+        (KIMI, "kimi_k2", True),
+        *(
+            (f"{{{{ tools }}}} {text}", name, False)
+            for text, name in (
+                ('<minimax:tool_call>\n<invoke name="x">', "minimax_m2"),
+                ("<seed:tool_call>\n<function=f>", "seed_oss"),
+                ("<|tool_list_start|>[", "lfm2"),
+                ("<|tool_call_start|>[", "lfm2"),
+                ("<function_calls>", "olmo3"),
+                ("respond only with <|tool_call|> followed by a JSON list", "granite"),
+                ("<|tool_call|>{}<|/tool_call|>", "phi4_mini_json"),
+                ("functools[{", "phi4_mini_json"),
+                ("<tool_calls>[{", "hunyuan_a13b"),
+                ("<TOOLCALL>[", "nemotron_json"),
+                ("<|header_start|>ipython<|header_end|>", "llama4_json"),
+            )
+        ),
     ],
 )
 def test_the_format_is_found(template: str, name: str, direct: bool) -> None:
