@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
@@ -48,7 +48,7 @@ class ChatOptions:
     `continue_final_message` it ends within the last turn, and the answer goes on with that turn.
     `switches` are values of the template's own variables, such as `enable_thinking`. The model is
     told of `tools`, each as OpenAI writes it. `tool_template` replaces the model's own template
-    for chats with tools, or with calls.
+    for chats with tools, or with calls. `written` writes calls where the template knows none.
     """
 
     add_generation_prompt: bool = True
@@ -56,6 +56,7 @@ class ChatOptions:
     switches: Switches = field(default_factory=dict)
     tools: Sequence[Mapping[str, Any]] = ()
     tool_template: str | None = None
+    written: Callable[[Sequence[Mapping[str, Any]]], str | None] | None = None
 
     def template_for(self, messages: Sequence[Message]) -> str | None:
         """The template for a chat; None if it is the model's own."""
@@ -128,10 +129,11 @@ def render(
     source = template or source_of(tokenizer, tools=bool(options.tools))
     if options.tools:
         check_reads_tools(source)
-    if any(turn.get("tool_calls") for turn in messages) and "tool_calls" not in source:
-        raise InvalidRequest(f"messages: {_NO_TOOLS.format('calls of tools')}", param="messages")
     if has_calls(messages):
-        messages = with_calls(messages, source)
+        if "tool_calls" in source:
+            messages = with_calls(messages, source)
+        else:
+            messages = [_said(turn, source, options) for turn in messages]
     turns = [_shown(turn, source) for turn in messages]
     if options.continue_final_message and options.add_generation_prompt:
         raise InvalidRequest(
@@ -167,6 +169,22 @@ def render(
         ) from None
     assert isinstance(text, str)
     return text
+
+
+def _said(turn: Message, source: str, options: ChatOptions) -> Message:
+    """A turn whose calls are a part of its text, as the model wrote them.
+
+    So chats reach templates that have a place for tools, and none for calls. Raises
+    `InvalidRequest` if the template has no place for either, or how they are written is not known.
+    """
+    calls = turn.get("tool_calls")
+    if not calls:
+        return turn
+    written = options.written(calls) if options.written and reads_tools(source) else None
+    if written is None:
+        raise InvalidRequest(f"messages: {_NO_TOOLS.format('calls of tools')}", param="messages")
+    said = f"{turn.get('content') or ''}{written}"
+    return {**{key: turn[key] for key in turn if key != "tool_calls"}, "content": said}
 
 
 def _shown(turn: Message, source: str) -> dict[str, Any]:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from reft_runtime.reasoning import CHANNEL, MESSAGE
 from server.channels import CALL
@@ -50,6 +53,23 @@ class Format:
         """The marks that `end` has, one behind the other."""
         return marks_of(self.end)
 
+    def written(self, calls: Sequence[Mapping[str, Any]]) -> str | None:
+        """Calls as a model writes them, each as OpenAI's with its arguments as an object.
+
+        None for a format whose chat templates all write calls themselves.
+        """
+        functions = [call["function"] for call in calls]
+        each = [self._call(one["name"], one["arguments"]) for one in functions]
+        known = [one for one in each if one is not None]
+        if len(known) < len(each):
+            return None
+        if self.more is None:
+            return self.between.join(f"{self.tag}{self.open}{one}{self.end}" for one in known)
+        return f"{self.tag}{self.open}{self.more.join(known)}{self.end}"
+
+    def _call(self, name: str, arguments: Mapping[str, Any]) -> str | None:
+        return None
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class JsonFormat(Format):
@@ -87,6 +107,17 @@ class JsonFormat(Format):
             either.append(rf"\s*{self.named}\s*(?=\{{)")
         return re.compile("|".join(either))
 
+    def around(self, name: str) -> tuple[str, str]:
+        """What is written before the arguments of a call, and behind them; `#` is any number."""
+        if self.direct is None:
+            return f'{{"name": "{name}", "{self.key}": ', "}"
+        before, behind, foot = self.direct
+        return f"{before}{name}{behind}", foot
+
+    def _call(self, name: str, arguments: Mapping[str, Any]) -> str:
+        before, behind = self.around(name)
+        return f"{before.replace('#', '0')}{json.dumps(arguments, ensure_ascii=False)}{behind}"
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SyntaxFormat(Format):
@@ -95,6 +126,9 @@ class SyntaxFormat(Format):
     syntax: Syntax
     head: str | None = None
     """What a call begins with of which models leave the tag out at times, but not the end."""
+
+    def _call(self, name: str, arguments: Mapping[str, Any]) -> str | None:
+        return self.syntax.written(name, arguments) if isinstance(self.syntax, Pythonic) else None
 
 
 def marks_of(text: str) -> tuple[str, ...]:

@@ -106,10 +106,7 @@ def _call(form: Format, function: Function, token_id: TokenId, more: dict[str, s
         rules = Rules(token_id, strict, more, end=form.ends[-1])
         return form.syntax.rule(name, parameters, rules)
     assert isinstance(form, JsonFormat)
-    head, foot = f'{{"name": "{name}", "{form.key}": ', "}"
-    if form.direct:
-        before, behind, foot = form.direct
-        head = f"{before}{name}{behind}"
+    head, foot = form.around(name)
     began = " /[0-9]+/ ".join(spelled(part, token_id) for part in head.split("#"))
     return f"{began} {json_rule(_arguments(parameters), strict=strict)} {spelled(foot, token_id)}"
 

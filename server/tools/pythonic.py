@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
+from typing import Any
 
 from server.schemas.tools import NAME
 from server.tools.syntax import (
@@ -46,6 +47,11 @@ class Pythonic:
             return []
         return calls
 
+    def written(self, name: str, arguments: Mapping[str, Any]) -> str:
+        """A call as a model writes it."""
+        each = (f"{_key(k)}={json.dumps(v, ensure_ascii=False)}" for k, v in arguments.items())
+        return f"{name}({', '.join(each)})"
+
     def rule(self, name: str, parameters: Schema, rules: Rules) -> str:
         """The right side of a Lark rule of calls of one function."""
         properties, required = properties_of(parameters), parameters.get("required")
@@ -58,8 +64,7 @@ class Pythonic:
 
         parts = []
         for key, schema in properties.items():
-            written = key if _PLAIN.fullmatch(key) else json.dumps(key)
-            part = rules.rule(f"{json.dumps(f'{written}=')} {value(schema)}")
+            part = rules.rule(f"{json.dumps(f'{_key(key)}=')} {value(schema)}")
             parts.append((part, isinstance(required, list) and key in required))
         others = parameters.get("additionalProperties", bool(MORE_KEYS & parameters.keys()))
         other = ""
@@ -70,6 +75,11 @@ class Pythonic:
             )
             other = rules.rule(f'{key} "=" {value(others if isinstance(others, Mapping) else {})}')
         return f'{json.dumps(f"{name}(")} {rules.listed(parts, other, _COMMA)} ")"'
+
+
+def _key(key: str) -> str:
+    """The name of a parameter as it is written."""
+    return key if _PLAIN.fullmatch(key) else json.dumps(key)
 
 
 _COMMA = '", "'

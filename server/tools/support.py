@@ -111,7 +111,8 @@ class Tools:
     def options(self, options: ChatOptions, tools: Sequence[Tool]) -> ChatOptions:
         """`options` with the tools that the model is told of."""
         told = tuple(tool.as_dict() for tool in tools)
-        return replace(options, tools=told, tool_template=self._given)
+        written = None if self._form is None else self._form.written
+        return replace(options, tools=told, tool_template=self._given, written=written)
 
     def _format(self) -> Format:
         from reft_runtime.text.chat import check_reads_tools  # loads torch: only when needed

@@ -167,6 +167,34 @@ def test_several_calls_of_a_turn_where_a_template_takes_one(template: str) -> No
     assert text.index("look") < text.index("seen") < text.index("added") < text.index("more")
 
 
+@pytest.mark.parametrize(
+    ("mark", "calls"),
+    [
+        (
+            "<|tool_call|>",
+            '<|tool_call|>[{"name": "look", "arguments": {"city": "Rome"}}, '
+            '{"name": "add", "arguments": {}}]',
+        ),
+        ("<|tool_list_start|>", '<|tool_call_start|>[look(city="Rome"), add()]<|tool_call_end|>'),
+        ("<minimax:tool_call>", None),
+    ],
+)
+def test_calls_are_a_turn_s_text_where_a_template_knows_none(mark: str, calls: str | None) -> None:
+    template = f"{{% if tools %}}{mark}{{% endif %}}" + CHATML.replace(
+        "'user', ", "'user', 'tool', "
+    )
+    turns = chat()
+    add = {"id": "b", "type": "function", "function": {"name": "add", "arguments": {}}}
+    turns[1] = {**turns[1], "content": "So: ", "tool_calls": [*turns[1]["tool_calls"], add]}
+    options = Tools(tokenizer(template), Settings()).options(ChatOptions(), [])
+    if calls is not None:
+        assert f"assistant\nSo: {calls}<|im_end|>" in written(template, turns, options)
+        options = replace(options, written=None)
+    with pytest.raises(InvalidRequest, match="--tool-template") as error:
+        written(template, turns, options)
+    assert error.value.param == "messages"
+
+
 def test_calls_that_a_template_names_by_their_number() -> None:
     first, second = chat("a")[1:3], chat("b")[1:3]
     text = written(KIMI, [*first, *second, {**second[1], "tool_call_id": "c"}], ChatOptions())
