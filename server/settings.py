@@ -23,6 +23,8 @@ ToolParser = Literal[
     "hermes",
     "llama3",
     "llama4_json",
+    "pythonic",
+    "llama4_pythonic",
     "mistral",
     "harmony",
     "qwen3_coder",

@@ -13,7 +13,7 @@ from server.channels import CALL
 from server.schemas.tools import NAME
 from server.settings import ToolParser
 from server.tools.gemma import QUOTE, Gemma
-from server.tools.pythonic import Pythonic
+from server.tools.pythonic import BEGIN, Pythonic
 from server.tools.syntax import Syntax
 from server.tools.tagged import GLM, MINIMAX, QWEN, SEED
 
@@ -52,6 +52,11 @@ class Format:
     def ends(self) -> tuple[str, ...]:
         """The marks that `end` has, one behind the other."""
         return marks_of(self.end)
+
+    @property
+    def closing(self) -> str:
+        """The tag behind the calls; empty if there is none."""
+        return self.ends[-1] if self.end.endswith(">") else ""
 
     def written(self, calls: Sequence[Mapping[str, Any]]) -> str | None:
         """Calls as a model writes them, each as OpenAI's with its arguments as an object.
@@ -126,6 +131,9 @@ class SyntaxFormat(Format):
     syntax: Syntax
     head: str | None = None
     """What a call begins with of which models leave the tag out at times, but not the end."""
+
+    begin: re.Pattern[str] | None = None
+    """How calls begin, as far as they are there, that no tag ends; None if one does."""
 
     def _call(self, name: str, arguments: Mapping[str, Any]) -> str | None:
         return self.syntax.written(name, arguments) if isinstance(self.syntax, Pythonic) else None
@@ -299,6 +307,21 @@ OLMO3 = SyntaxFormat(
     tokens=("<function_calls>", "</function_calls>"),
     syntax=Pythonic(),
 )
+PYTHONIC = replace(
+    LFM2,
+    name="pythonic",
+    tag="<|python_tag|>",
+    end="]",
+    tokens=("<|python_tag|>",),
+    bare="[",
+    begin=BEGIN,
+)
+LLAMA4_PYTHONIC = replace(
+    PYTHONIC,
+    name="llama4_pythonic",
+    tag="<|python_start|>",
+    tokens=("<|python_start|>", "<|python_end|>"),
+)
 
 _FOUND: tuple[tuple[tuple[str, ...], Format], ...] = (
     ((f"{CHANNEL}commentary",), HARMONY),
@@ -321,6 +344,8 @@ _FOUND: tuple[tuple[tuple[str, ...], Format], ...] = (
     (("functools[",), PHI4_MINI),
     (("<tool_calls>",), HUNYUAN),
     (("<TOOLCALL>",), NEMOTRON),
+    (("[func_name1(", "<|header_start|>"), LLAMA4_PYTHONIC),
+    (("[func_name1(",), PYTHONIC),
     (("<|python_tag|>",), LLAMA3),
     (("<|start_header_id|>ipython",), LLAMA3),
     (("<|header_start|>ipython",), LLAMA4_JSON),

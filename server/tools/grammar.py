@@ -103,7 +103,7 @@ def _on_channels(
 def _call(form: Format, function: Function, token_id: TokenId, more: dict[str, str]) -> str:
     name, parameters, strict = function
     if isinstance(form, SyntaxFormat):
-        rules = Rules(token_id, strict, more, end=form.ends[-1])
+        rules = Rules(token_id, strict, more, end=form.closing)
         return form.syntax.rule(name, parameters, rules)
     assert isinstance(form, JsonFormat)
     head, foot = form.around(name)

@@ -11,10 +11,7 @@ from reft_runtime.interventions.format.strict_json import load_strict
 from server.schemas.tools import NAME
 from server.tools.formats import JsonFormat, marks_of
 from server.tools.json_end import JsonEnd
-from server.tools.reader import Delta, ToolReader
-
-MAX_OPENING = 256
-"""Most characters between a tag and the JSON behind it; a longer text is no call."""
+from server.tools.reader import MAX_OPENING, Delta, ToolReader
 
 _KEY = re.compile(r'\s*,?\s*("(?:[^"\\]|\\.)*")\s*:\s*', re.DOTALL)
 _NAME = re.compile(NAME)
@@ -46,10 +43,6 @@ class JsonReader(ToolReader):
 
     def _progress(self) -> object:
         return self._in_text, self._state
-
-    def _begins_bare(self) -> bool:
-        bare = self._form.bare
-        return bool(bare) and not self._spoken and self._buffer.lstrip().startswith(bare)
 
     def _begin(self, tag: str) -> None:
         super()._begin(tag)

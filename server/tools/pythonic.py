@@ -20,6 +20,9 @@ from server.tools.syntax import (
 from server.tools.values import Values
 
 _CALL = re.compile(rf"\s*(?P<name>{NAME})\s*\(")
+BEGIN = re.compile(rf"\s*(\[\s*({NAME}\s*(\(|\Z)|\Z)|\Z)")
+"""How a list of calls begins, as far as it is there."""
+
 _BETWEEN = re.compile(r"\s*[,;]?")
 
 _PLAIN = re.compile(r"[^\s=,:(){}\[\]<>'\"]+")

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator
 
 from server.marks import held
 from server.tools.formats import SyntaxFormat
-from server.tools.reader import Delta, ToolReader
+from server.tools.reader import MAX_OPENING, Delta, ToolReader
 from server.tools.syntax import Call, Functions
 
 
@@ -28,7 +29,10 @@ class SyntaxReader(ToolReader):
         return super()._tags() if head is None or self._exact else (self._form.tag, head)
 
     def _behind_tag(self) -> Iterator[Delta]:
-        end = self._form.ends[-1]
+        if self._form.begin is not None:
+            yield from self._up_to_the_end(self._form.begin)
+            return
+        end = self._form.closing
         said, found, behind = self._buffer.partition(end)
         if not found:
             known = len(said) - held(said, end)
@@ -44,13 +48,20 @@ class SyntaxReader(ToolReader):
         yield from self._say(before if calls else text + end)
         yield from self._made(calls)
 
+    def _up_to_the_end(self, begin: re.Pattern[str]) -> Iterator[Delta]:
+        """Leave the buffer as it is, if it may begin calls that go on up to the answer's end."""
+        if not self._exact and begin.match(self._buffer[:MAX_OPENING]) is None:
+            yield from self._give_back()
+
     def finish(self) -> list[Delta]:
         """Return what was held back; a call of which the end of its tag alone is missing is one."""
-        cut = not (self._in_text or self._exact) and self._form.syntax.closes
-        if not cut:
+        form = self._form
+        open_ended = form.begin is not None
+        if self._in_text or not (open_ended or (form.syntax.closes and not self._exact)):
             return super().finish()
-        held_back = held(self._buffer, self._form.ends[-1])
-        text = "".join([*self._raw, self._buffer[: len(self._buffer) - held_back]])
+        ends = form.tokens[-1] if open_ended else form.closing
+        rest = self._buffer.rstrip().removesuffix(ends)
+        text = "".join([*self._raw, rest[: len(rest) - held(rest, ends)]])
         before, calls = self._parsed(text)
         if not calls:
             return super().finish()

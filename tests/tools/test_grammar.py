@@ -233,6 +233,22 @@ def test_text_of_llama_is_free_unless_it_begins_as_a_call(added: bool) -> None:
         assert not allows(grammar, wrong, added=added), wrong
 
 
+@pytest.mark.parametrize("added", [False, True])
+def test_a_list_of_python_is_forced_without_a_tag(added: bool) -> None:
+    text = '[look(city="Rome", days=[1]), add()]'
+    form = FORMATS["pythonic"]
+    forced = tool_grammar(form, FUNCTIONS, token_id(added), many=True)
+    free = tool_grammar(form, FUNCTIONS, token_id(added), many=True, free=True)
+    for fine in (text, text.replace(", days=[1]", "")):
+        assert allows(forced, fine, added=added), fine
+        assert allows(free, fine, added=added), fine
+    for wrong in (text[:-1], "[1]", text + "x", text.replace("city", "x"), "[]"):
+        assert not allows(forced, wrong, added=added), wrong
+        assert not allows(free, wrong, added=added), wrong
+    assert not allows(forced, "Hi [x]", added=added)
+    assert allows(free, "Hi [x]", added=added)
+
+
 @pytest.mark.parametrize("form", ALL)
 def test_calls_or_an_answer_of_a_form(form: Format) -> None:
     schema = {"type": "object", "properties": {"name": {"type": "integer"}}, "required": ["name"]}
@@ -241,7 +257,8 @@ def test_calls_or_an_answer_of_a_form(form: Format) -> None:
     assert not allows(grammar, '{"name": "x"}', added=True)
     assert not allows(grammar, "Hi", added=True)
     if form.bare:
-        call = f'{form.tag}{{"name": "add", "parameters": {{}}}}{form.end}'
+        call = '{"name": "add", "parameters": {}}' if form.bare == "{" else "[add()"
+        call = f"{form.tag}{call}{form.end}"
         assert allows(grammar, call, added=True)
 
 

@@ -15,7 +15,7 @@ from server.tools.formats import JsonFormat
 HERMES, LLAMA3, MISTRAL = FORMATS["hermes"], FORMATS["llama3"], FORMATS["mistral"]
 QWEN, GLM, GEMMA = FORMATS["qwen3_coder"], FORMATS["glm45"], FORMATS["gemma4"]
 DEEPSEEK, KIMI, MINIMAX = FORMATS["deepseek_v31"], FORMATS["kimi_k2"], FORMATS["minimax_m2"]
-LFM2, PHI = FORMATS["lfm2"], FORMATS["phi4_mini_json"]
+LFM2, PHI, PYTHONIC = FORMATS["lfm2"], FORMATS["phi4_mini_json"], FORMATS["pythonic"]
 NAMES: dict[str, Any] = {
     "look": {},
     "add": {},
@@ -313,6 +313,18 @@ CALLS: dict[str, Case] = {
         None,
         [LOOK, LOOK],
     ),
+    "pythonic": (
+        PYTHONIC,
+        ' [look(city="Rome", days=[1, [2]]), add()]\n',
+        None,
+        [("look", '{"city": "Rome", "days": [1, [2]]}'), ADD],
+    ),
+    "llama 4, pythonic, with tags": (
+        FORMATS["llama4_pythonic"],
+        "So: <|python_start|>[add()]<|python_end|>",
+        "So:",
+        [ADD],
+    ),
     "gemma, less before the name": (
         GEMMA,
         "<|tool_call>:add{}<tool_call|><|tool_call>add{}<tool_call|>",
@@ -360,6 +372,11 @@ CONTENT: dict[str, tuple[Format, str]] = {
     "lfm2, no name of an argument": (LFM2, "<|tool_call_start|>[add(1)]<|tool_call_end|>"),
     "lfm2, cut": (LFM2, "<|tool_call_start|>[add(a=1"),
     "lfm2, deep": (LFM2, f"<|tool_call_start|>[add(a={'[' * 3000}1)]<|tool_call_end|>"),
+    "pythonic, a JSON list": (PYTHONIC, "[1, 2]"),
+    "pythonic, a link": (PYTHONIC, "[look](x) is (a) link"),
+    "pythonic, text behind": (PYTHONIC, "[add()] and more"),
+    "pythonic, text before": (PYTHONIC, "So: [add()]"),
+    "pythonic, cut": (PYTHONIC, "[add(a=1"),
     "phi, a word": (PHI, "import functools\n\nfunctools[1]"),
     "glm, no name": (GLM, "<tool_call>\n</tool_call>"),
     "mistral's tag": (MISTRAL, "[TOOL_CALLS] none [ARGS]"),
@@ -493,7 +510,7 @@ PIECES = (
 
 
 @given(
-    st.sampled_from([HERMES, LLAMA3, MISTRAL, QWEN, GLM, GEMMA, DEEPSEEK, MINIMAX, LFM2]),
+    st.sampled_from([HERMES, LLAMA3, MISTRAL, QWEN, GLM, GEMMA, DEEPSEEK, MINIMAX, LFM2, PYTHONIC]),
     st.lists(st.sampled_from(PIECES), max_size=12).map("".join),
     PLACES,
     st.booleans(),
@@ -587,6 +604,13 @@ def test_only_the_first_call_if_they_are_not_to_be_parallel() -> None:
         said, calls, _ = read(HERMES, list(text), parallel=False, exact=exact)
         assert [one["name"] for one in calls] == ["add"]
         assert said == "a b c"
+
+
+def test_a_text_in_brackets_that_is_no_call_comes_as_it_is_written() -> None:
+    reader = reader_of(PYTHONIC, NAMES)
+    assert reader.push("[lo") == []
+    assert reader.push("ok](x)") == [{"content": "[look](x)"}]
+    assert reader.push(" [add()]") == [{"content": " [add()]"}]
 
 
 @pytest.mark.parametrize(("form", "length"), [(HERMES, 29), (LLAMA3, 29), (MISTRAL, 9)])

@@ -294,6 +294,8 @@ def asked(tools: Tools, **fields: Any) -> Any:
                 ("functools[{", "phi4_mini_json"),
                 ("<tool_calls>[{", "hunyuan_a13b"),
                 ("<TOOLCALL>[", "nemotron_json"),
+                ("<|start_header_id|>ipython [func_name1(", "pythonic"),
+                ("<|header_start|>ipython [func_name1(", "llama4_pythonic"),
                 ("<|header_start|>ipython<|header_end|>", "llama4_json"),
             )
         ),
