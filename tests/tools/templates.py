@@ -122,6 +122,10 @@ GEMMA = """
     "{{- shown(call.function.arguments) }}{{- '<tool_call|>' }}",
 )
 
+LFM2 = "{%- if tools %}{{- '<|tool_list_start|>' + tools | tojson }}{%- endif %}" + _TURNS.replace(
+    "CALL", "<|tool_call_start|>[{{ call.function.name }}()]<|tool_call_end|>"
+)
+
 DEEPSEEK = "{%- if tools %}{{- tools | tojson }}{%- endif %}" + _TURNS.replace(
     "CALL",
     "{{- '<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>' + call.function.name + '<｜tool▁sep｜>' "
