@@ -40,6 +40,7 @@ ToolParser = Literal[
     "granite",
     "phi4_mini_json",
     "hunyuan_a13b",
+    "hy_v3",
     "nemotron_json",
 ]
 LogLevel = Literal["debug", "info", "warning", "error"]

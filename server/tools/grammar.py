@@ -8,7 +8,8 @@ from typing import Any
 
 from reft_runtime.errors import InvalidRequest
 from reft_runtime.reasoning import Channels, TokenId
-from server.tools.formats import HARMONY, Format, JsonFormat, SyntaxFormat
+from server.tools.families import HARMONY
+from server.tools.formats import Format, JsonFormat, SyntaxFormat
 from server.tools.syntax import MORE_KEYS, Rules, json_rule, spelled
 
 Function = tuple[str, dict[str, Any], bool]

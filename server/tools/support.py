@@ -13,7 +13,8 @@ from reft_runtime.grammar.source import schema_of
 from reft_runtime.sampling import Grammar, SamplingParams
 from server.schemas.tools import NamedTool, Tool, ToolFields
 from server.settings import BUILT_IN_TEMPLATE, Settings
-from server.tools.formats import FORMATS, Format, JsonFormat, SyntaxFormat, find_format
+from server.tools.families import FORMATS, find_format
+from server.tools.formats import Format, JsonFormat, SyntaxFormat
 from server.tools.grammar import tool_grammar
 from server.tools.json_reader import JsonReader
 from server.tools.reader import ToolReader

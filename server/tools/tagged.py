@@ -210,3 +210,6 @@ GLM = Tagged(
     lines=False,
 )
 """As GLM 4.5 and later write them."""
+
+HY = replace(GLM, head="<tool_call>{}<tool_sep>", foot="</tool_call>\n")
+"""As Hunyuan 3 writes them."""

@@ -306,6 +306,14 @@ CALLS: dict[str, Case] = {
         "ab",
         [LOOK, ADD],
     ),
+    "hunyuan 3": (
+        FORMATS["hy_v3"],
+        "<tool_calls>\n<tool_call>look<tool_sep>\n<arg_key>city</arg_key>\n"
+        "<arg_value>Rome</arg_value>\n</tool_call>\n<tool_call>add<tool_sep></tool_call>\n"
+        "</tool_calls>",
+        None,
+        [("look", '{"city": "Rome"}'), ADD],
+    ),
     "nemotron": (FORMATS["nemotron_json"], f"<TOOLCALL>[{ADDED}]</TOOLCALL>", None, [ADD]),
     "llama 4": (
         FORMATS["llama4_json"],

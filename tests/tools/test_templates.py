@@ -293,6 +293,7 @@ def asked(tools: Tools, **fields: Any) -> Any:
                 ("<|tool_call|>{}<|/tool_call|>", "phi4_mini_json"),
                 ("functools[{", "phi4_mini_json"),
                 ("<tool_calls>[{", "hunyuan_a13b"),
+                ("<tool_calls><tool_call>f<tool_sep><arg_key>", "hy_v3"),
                 ("<TOOLCALL>[", "nemotron_json"),
                 ("<|start_header_id|>ipython [func_name1(", "pythonic"),
                 ("<|header_start|>ipython [func_name1(", "llama4_pythonic"),
