@@ -9,6 +9,7 @@ from typing import Literal
 
 from reft_runtime.reasoning import CHANNEL, END, MESSAGE, START, THOUGHTS, Channels
 from server.marks import held
+from server.schemas.tools import NAME
 
 Kind = Literal["thought", "said"]
 
@@ -20,6 +21,9 @@ _ENDS = (END, START, CHANNEL)
 
 _MARK = re.compile("|".join(map(re.escape, _ENDS)))
 _CALLED = re.compile(r"\bto=functions\.([^\s<]+)")
+_CALLED_SHORT = re.compile(rf"\bto=({NAME})(?=[\s<]|$)")
+"""The same with less, as the model writes it at times where it does not think."""
+
 _ON = re.compile(rf"{re.escape(CHANNEL)}\s*(\w+)")
 _BEGINS = (START, CHANNEL, "to=functions.")
 """What an answer with a header begins with; the last one behind the prompt's own beginning."""
@@ -117,6 +121,8 @@ class ChannelReader:
         self._buffer = behind
         called, on = _CALLED.search(header), _ON.search(header)
         thought = called is None and on is not None and on[1] == THOUGHTS
+        if not thought:
+            called = called or _CALLED_SHORT.search(header)
         self._begin("thought" if thought else "said")
         if called is not None:
             yield "said", self._said(f"{CALL}{called[1]}{MESSAGE}")

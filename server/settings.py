@@ -19,7 +19,30 @@ from reft_runtime.machine.cache import cache_folder
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 LogFormat = Literal["text", "json"]
-ToolParser = Literal["hermes", "llama3", "mistral", "harmony", "qwen3_coder", "glm45", "gemma4"]
+ToolParser = Literal[
+    "hermes",
+    "llama3",
+    "llama4_json",
+    "pythonic",
+    "llama4_pythonic",
+    "mistral",
+    "harmony",
+    "qwen3_coder",
+    "glm45",
+    "gemma4",
+    "deepseek_v31",
+    "deepseek_v3",
+    "minimax_m2",
+    "kimi_k2",
+    "seed_oss",
+    "lfm2",
+    "olmo3",
+    "granite",
+    "phi4_mini_json",
+    "hunyuan_a13b",
+    "hy_v3",
+    "nemotron_json",
+]
 LogLevel = Literal["debug", "info", "warning", "error"]
 
 SHIPPED = Path("interventions")

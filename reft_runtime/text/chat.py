@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
-import re
-from collections import deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
@@ -15,12 +13,11 @@ import jinja2
 from jinja2 import meta
 from jinja2.ext import loopcontrols
 from transformers import PreTrainedTokenizerBase
-from transformers.utils.chat_template_utils import render_jinja_template
 
 from reft_runtime.errors import InvalidRequest
 from reft_runtime.interventions.format.manifest import SystemTurn
 from reft_runtime.interventions.format.template import around
-from reft_runtime.reasoning import CHANNEL, THOUGHTS
+from reft_runtime.text.calls import has_channels, rendered, with_calls
 
 Message = Mapping[str, Any]
 """One turn of a chat: its `role` and its `content`; `name`, where given, is the speaker's.
@@ -33,9 +30,6 @@ Switches = Mapping[str, bool | int | float | str]
 
 _GIVEN = {"messages", "tools", "documents", "raise_exception", "strftime_now", "namespace", "range"}
 """Names that transformers sets in a chat template beside the parameters of its call."""
-
-_ONE_CALL = re.compile(r"tool_calls\s*\|\s*length\s*==\s*1")
-"""What chat templates ask, as Llama 3's do, that take one call a turn only."""
 
 _TRIED = "What is it?"
 """A text by which a chat template is tried."""
@@ -54,7 +48,7 @@ class ChatOptions:
     `continue_final_message` it ends within the last turn, and the answer goes on with that turn.
     `switches` are values of the template's own variables, such as `enable_thinking`. The model is
     told of `tools`, each as OpenAI writes it. `tool_template` replaces the model's own template
-    for chats with tools, or with calls.
+    for chats with tools, or with calls. `written` writes calls where the template knows none.
     """
 
     add_generation_prompt: bool = True
@@ -62,6 +56,7 @@ class ChatOptions:
     switches: Switches = field(default_factory=dict)
     tools: Sequence[Mapping[str, Any]] = ()
     tool_template: str | None = None
+    written: Callable[[Sequence[Mapping[str, Any]]], str | None] | None = None
 
     def template_for(self, messages: Sequence[Message]) -> str | None:
         """The template for a chat; None if it is the model's own."""
@@ -134,10 +129,11 @@ def render(
     source = template or source_of(tokenizer, tools=bool(options.tools))
     if options.tools:
         check_reads_tools(source)
-    if any(turn.get("tool_calls") for turn in messages) and "tool_calls" not in source:
-        raise InvalidRequest(f"messages: {_NO_TOOLS.format('calls of tools')}", param="messages")
-    if _has_channels(source) or _ONE_CALL.search(source):
-        messages = _one_call_each(messages)
+    if has_calls(messages):
+        if "tool_calls" in source:
+            messages = with_calls(messages, source)
+        else:
+            messages = [_said(turn, source, options) for turn in messages]
     turns = [_shown(turn, source) for turn in messages]
     if options.continue_final_message and options.add_generation_prompt:
         raise InvalidRequest(
@@ -175,30 +171,20 @@ def render(
     return text
 
 
-def _one_call_each(messages: Sequence[Message]) -> list[Message]:
-    """A chat in which no turn has several calls: each stands in one of its own, with its results.
+def _said(turn: Message, source: str, options: ChatOptions) -> Message:
+    """A turn whose calls are a part of its text, as the model wrote them.
 
-    Templates that expect one call a turn refuse more, or leave them out and take all results for
-    those of the first.
+    So chats reach templates that have a place for tools, and none for calls. Raises
+    `InvalidRequest` if the template has no place for either, or how they are written is not known.
     """
-    turns: list[Message] = []
-    waiting = deque(messages)
-    while waiting:
-        turn = waiting.popleft()
-        calls = turn.get("tool_calls") or []
-        if len(calls) < 2:
-            turns.append(turn)
-            continue
-        results = []
-        while waiting and waiting[0]["role"] == "tool":
-            results.append(waiting.popleft())
-        for place, call in enumerate(calls):
-            bare = turn if place == 0 else {"role": turn["role"], "content": ""}
-            own = [one for one in results if one.get("tool_call_id") == call["id"]]
-            results = [one for one in results if one.get("tool_call_id") != call["id"]]
-            turns += [{**bare, "tool_calls": [call]}, *own]
-        turns += results
-    return turns
+    calls = turn.get("tool_calls")
+    if not calls:
+        return turn
+    written = options.written(calls) if options.written and reads_tools(source) else None
+    if written is None:
+        raise InvalidRequest(f"messages: {_NO_TOOLS.format('calls of tools')}", param="messages")
+    said = f"{turn.get('content') or ''}{written}"
+    return {**{key: turn[key] for key in turn if key != "tool_calls"}, "content": said}
 
 
 def _shown(turn: Message, source: str) -> dict[str, Any]:
@@ -210,7 +196,7 @@ def _shown(turn: Message, source: str) -> dict[str, Any]:
     said = turn.get("content") or ""
     shown = {**turn, "content": said}
     thought = turn.get("reasoning_content")
-    if not thought or not _has_channels(source):
+    if not thought or not has_channels(source):
         return shown
     if said and turn.get("tool_calls"):
         return shown | {"content": "", "thinking": f"{thought}\n\n{said}"}
@@ -223,7 +209,7 @@ def _told(tool: Mapping[str, Any], source: str) -> dict[str, Any]:
     Those of gpt-oss fail where one has no description, and where the default beside listed values,
     or other schemas, is no text.
     """
-    if not _has_channels(source):
+    if not has_channels(source):
         return dict(tool)
     function = {"description": "", **tool["function"]}
     parameters = function.get("parameters")
@@ -243,10 +229,6 @@ def _with_text(schema: Any) -> Any:
     return {**schema, "default": json.dumps(schema["default"])}
 
 
-def _has_channels(source: str) -> bool:
-    return f"{CHANNEL}{THOUGHTS}" in source
-
-
 @lru_cache(maxsize=8)
 def wants_parts(source: str) -> bool:
     """Whether a chat template writes a user's text only from a list of parts, not from a string.
@@ -258,15 +240,7 @@ def wants_parts(source: str) -> bool:
 
 def _writes(source: str, content: str | list[dict[str, str]]) -> bool:
     """Whether a template writes the text `_TRIED` that a user's turn has as its content."""
-    try:
-        chat = [{"role": "user", "content": content}]
-        rendered: Any = render_jinja_template([chat], chat_template=source)
-    except MemoryError:
-        raise
-    except Exception:
-        return False
-    texts, _ = rendered
-    return _TRIED in texts[0]
+    return _TRIED in (rendered(source, [{"role": "user", "content": content}]) or "")
 
 
 def _parts(text: str) -> list[dict[str, str]]:

@@ -1,59 +1,97 @@
-"""The formats in which models write tool calls."""
+"""What a format is in which models write tool calls."""
 
 from __future__ import annotations
 
+import json
 import re
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
-from reft_runtime.reasoning import CHANNEL, MESSAGE
-from server.channels import CALL
 from server.schemas.tools import NAME
 from server.settings import ToolParser
-from server.tools.gemma import QUOTE, Gemma
+from server.tools.pythonic import Pythonic
 from server.tools.syntax import Syntax
-from server.tools.tagged import GLM, QWEN
+
+_MARK = re.compile(r"<[^<>]*>|[^\s<]+")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Format:
     """How one family of models writes calls: a tag, calls behind it, and an end.
 
-    Where `bare` is true the tag may be missing if an answer begins with a call. `tokens` are the
-    texts, the tag first, that a model may have as single tokens.
+    `tokens` are the texts, the tag first, that a model may have as single tokens.
     """
 
     name: ToolParser
     tag: str
-    end: str | None
+    open: str = ""
+    """Text between a tag and its first call."""
+
+    more: str | None = None
+    """Text between two calls behind one tag; None if each has its own tag."""
+
+    end: str = ""
     """Text behind the last call of a tag."""
 
+    between: str = ""
+    """Text between an end and the next tag."""
+
     tokens: tuple[str, ...]
-    bare: bool = False
-    one: bool = False
-    """Whether the chat templates take one call a turn only."""
+    bare: str = ""
+    """What a call begins with where an answer may begin with one that has no tag."""
 
     id_length: int | None = None
     """Length of a call's id if the chat templates want a certain one."""
 
+    @property
+    def ends(self) -> tuple[str, ...]:
+        """The marks that `end` has, one behind the other."""
+        return marks_of(self.end)
+
+    @property
+    def closing(self) -> str:
+        """The tag behind the calls; empty if there is none."""
+        return self.ends[-1] if self.end.endswith(">") else ""
+
+    def written(self, calls: Sequence[Mapping[str, Any]]) -> str | None:
+        """Calls as a model writes them, each as OpenAI's with its arguments as an object.
+
+        None for a format whose chat templates all write calls themselves.
+        """
+        functions = [call["function"] for call in calls]
+        each = [self._call(one["name"], one["arguments"]) for one in functions]
+        known = [one for one in each if one is not None]
+        if len(known) < len(each):
+            return None
+        if self.more is None:
+            return self.between.join(f"{self.tag}{self.open}{one}{self.end}" for one in known)
+        return f"{self.tag}{self.open}{self.more.join(known)}{self.end}"
+
+    def _call(self, name: str, arguments: Mapping[str, Any]) -> str | None:
+        return None
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class JsonFormat(Format):
-    """Calls that are JSON objects, each with a `name` and its arguments."""
+    """Calls whose arguments are a JSON object.
 
-    key: str
+    Each is an object, with a `name` and the arguments, or a name and behind it the arguments alone.
+    """
+
+    key: str = "arguments"
     """Key of the arguments in a call's object."""
 
-    lead: str | None
+    lead: str | None = r"\s*"
     """Regular expression of what may stand between the tag and the first object, if any may."""
 
-    more: str | None
-    """Text between two objects behind one tag; None if each has its own tag."""
-
     named: str | None = None
-    """Regular expression of what stands between a name without an object, and its arguments."""
+    """Regular expression of what stands before arguments alone, with the group `direct`: the name.
+    """
 
-    direct: bool = False
-    """Whether the chat templates write names without an object."""
+    direct: tuple[str, str, str] | None = None
+    """What is written before a name without an object, behind it, and behind the arguments; `#` is
+    any number. None if the chat templates write objects."""
 
     def opening(self, *, exact: bool) -> re.Pattern[str]:
         """What stands between a tag, or `more`, and the JSON that is read next.
@@ -67,115 +105,36 @@ class JsonFormat(Format):
             first = rf'(?=\{{\s*"(name|id|type|{self.key})")'
             either.append(self.lead + (rf"\{{\s*{key}(?=\{{)" if exact else first))
         if self.named is not None:
-            either.append(rf"\s*(?P<direct>{NAME}){self.named}\s*(?=\{{)")
+            either.append(rf"\s*{self.named}\s*(?=\{{)")
         return re.compile("|".join(either))
+
+    def around(self, name: str) -> tuple[str, str]:
+        """What is written before the arguments of a call, and behind them; `#` is any number."""
+        if self.direct is None:
+            return f'{{"name": "{name}", "{self.key}": ', "}"
+        before, behind, foot = self.direct
+        return f"{before}{name}{behind}", foot
+
+    def _call(self, name: str, arguments: Mapping[str, Any]) -> str:
+        before, behind = self.around(name)
+        return f"{before.replace('#', '0')}{json.dumps(arguments, ensure_ascii=False)}{behind}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SyntaxFormat(Format):
-    """Calls in a syntax of their own, one between each tag and its end."""
+    """Calls in a syntax of their own between a tag and its end."""
 
-    end: str
     syntax: Syntax
-    between: str = "\n"
-    """Text between a call and the next one's tag."""
-
     head: str | None = None
     """What a call begins with of which models leave the tag out at times, but not the end."""
 
+    begin: re.Pattern[str] | None = None
+    """How calls begin, as far as they are there, that no tag ends; None if one does."""
 
-HERMES = JsonFormat(
-    name="hermes",
-    tag="<tool_call>",
-    key="arguments",
-    lead=r"\s*",
-    more=None,
-    end="</tool_call>",
-    tokens=("<tool_call>", "</tool_call>"),
-)
-LLAMA3 = JsonFormat(
-    name="llama3",
-    tag="<|python_tag|>",
-    key="parameters",
-    lead=r"\s*",
-    more=";",
-    end=None,
-    tokens=("<|python_tag|>",),
-    bare=True,
-    one=True,
-)
-MISTRAL = JsonFormat(
-    name="mistral",
-    tag="[TOOL_CALLS]",
-    key="arguments",
-    lead=r"\s*(\[\s*)?",
-    more=",",
-    end="]",
-    tokens=("[TOOL_CALLS]", "[ARGS]", "[CALL_ID]"),
-    named=r"(\[CALL_ID\]\w+)?\[ARGS\]",
-    id_length=9,
-)
-HARMONY = JsonFormat(
-    name="harmony",
-    tag=CALL,
-    key="arguments",
-    lead=None,
-    more=None,
-    end=None,
-    tokens=(),  # those of channels are kept anyway
-    named=re.escape(MESSAGE),
-    direct=True,
-    one=True,
-)
-QWEN3_CODER = SyntaxFormat(
-    name="qwen3_coder",
-    tag="<tool_call>",
-    end="</tool_call>",
-    tokens=("<tool_call>", "</tool_call>"),
-    syntax=QWEN,
-    head="<function=",
-)
-GLM45 = SyntaxFormat(
-    name="glm45",
-    tag="<tool_call>",
-    end="</tool_call>",
-    tokens=(
-        "<tool_call>",
-        "</tool_call>",
-        "<arg_key>",
-        "</arg_key>",
-        "<arg_value>",
-        "</arg_value>",
-    ),
-    syntax=GLM,
-)
-
-GEMMA4 = SyntaxFormat(
-    name="gemma4",
-    tag="<|tool_call>",
-    end="<tool_call|>",
-    tokens=("<|tool_call>", "<tool_call|>", QUOTE),
-    syntax=Gemma(),
-    between="",
-)
-
-_ALL: tuple[Format, ...] = (HERMES, LLAMA3, MISTRAL, HARMONY, QWEN3_CODER, GLM45, GEMMA4)
-
-FORMATS: dict[ToolParser, Format] = {form.name: form for form in _ALL}
+    def _call(self, name: str, arguments: Mapping[str, Any]) -> str | None:
+        return self.syntax.written(name, arguments) if isinstance(self.syntax, Pythonic) else None
 
 
-def find_format(template: str) -> Format | None:
-    """The format in which a chat template writes calls; None if it is not one of these."""
-    if f"{CHANNEL}commentary" in template:
-        return HARMONY
-    if MISTRAL.tag in template:
-        return replace(MISTRAL, direct="[ARGS]" in template)
-    if HERMES.tag in template:
-        if "<arg_key>" in template:
-            return GLM45
-        return QWEN3_CODER if "<function=" in template else HERMES
-    if GEMMA4.tag in template:
-        return GEMMA4
-    if LLAMA3.tag in template or "<|start_header_id|>ipython" in template:
-        return LLAMA3
-    return None
+def marks_of(text: str) -> tuple[str, ...]:
+    """The marks that stand in a text, without the blanks between them."""
+    return tuple(_MARK.findall(text))

@@ -11,17 +11,16 @@ from server.schemas.tools import NAME
 from server.tools.syntax import (
     MORE_KEYS,
     SAID,
+    Call,
     Functions,
     Rules,
     Schema,
-    bare_value,
-    joined,
     kinds_of,
     listed_values,
     properties_of,
-    quoted,
     types_of,
 )
+from server.tools.values import Values
 
 QUOTE = '<|"|>'
 """What stands before and behind a text."""
@@ -29,12 +28,7 @@ QUOTE = '<|"|>'
 _CALL = re.compile(rf"\s*((call)?:)?(?P<name>{NAME})\s*(?=\{{)")
 """A call's beginning, of which models leave a part out at times."""
 
-_OTHER_QUOTES = re.compile(r"""("(?:[^"\\]|\\.)*"|'(?:[^'\\]|\\.)*')(?=\s*[,:\]}])""", re.DOTALL)
-"""A text in quotes of JSON or Python, as models write some within lists and objects."""
-
-_KEY = re.compile(r"\s*([^:,{}\[\]<]*[^:,{}\[\]<\s])\s*:")
-_BARE = re.compile(r"[^,{}\[\]<]+")
-_BLANKS = re.compile(r"\s*")
+_COMMA = '","'
 
 _KNOWN = frozenset(
     {
@@ -48,97 +42,25 @@ _KNOWN = frozenset(
 class Gemma:
     """The syntax of Gemma 4's calls."""
 
-    def parsed(self, text: str, functions: Functions) -> tuple[str, str] | None:
-        """Name, and arguments as JSON, of the call that `text` is; None if it is none."""
+    closes = True
+
+    def parsed(self, text: str, functions: Functions, *, exact: bool) -> list[Call]:
+        """The calls that `text` is; none if it is anything else."""
         found = _CALL.match(text)
         if found is None:
-            return None
-        reader = _Values(text, found.end())
+            return []
+        reader = Values(text, found.end(), mark=QUOTE)
         try:
             arguments = reader.value()
         except (ValueError, RecursionError):
-            return None
-        return (found["name"], arguments) if not text[reader.at :].strip() else None
+            return []
+        return [(found["name"], arguments)] if not text[reader.at :].strip() else []
 
     def rule(self, name: str, parameters: Schema, rules: Rules) -> str:
         """The right side of a Lark rule of calls of one function."""
         writer = _Writer(parameters, rules)
         closed = parameters if MORE_KEYS & parameters.keys() else _closed(parameters)
         return f"{rules.text(f'call:{name}')} {writer.written(name, closed)}"
-
-
-class _Values:
-    """Reads values from `at` on; what it reads comes as JSON. Raises `ValueError` if it cannot."""
-
-    def __init__(self, text: str, at: int) -> None:
-        self._text = text
-        self.at = at
-
-    def value(self) -> str:
-        """Read a value."""
-        if self._takes(QUOTE):
-            return self._quoted()
-        if self._takes("{"):
-            fields: dict[str, str] = {}
-            while not self._takes("}"):
-                key = self._key()
-                fields[key] = self.value()
-                self._separator("}")
-            return joined(fields)
-        if self._takes("["):
-            items: list[str] = []
-            while not self._takes("]"):
-                items.append(self.value())
-                self._separator("]")
-            return f"[{', '.join(items)}]"
-        if _OTHER_QUOTES.match(self._text, self.at):
-            return self._otherwise_quoted()
-        return bare_value(self._match(_BARE)[0].strip())
-
-    def _key(self) -> str:
-        ours = self._takes(QUOTE)
-        if ours or _OTHER_QUOTES.match(self._text, self.at):
-            key: str = json.loads(self._quoted() if ours else self._otherwise_quoted())
-            self._blanks()
-            if not self._takes(":"):
-                raise ValueError("no value behind a key")
-            return key
-        return self._match(_KEY)[1]
-
-    def _quoted(self) -> str:
-        end = self._text.index(QUOTE, self.at)
-        said, self.at = self._text[self.at : end], end + len(QUOTE)
-        return quoted(said)
-
-    def _otherwise_quoted(self) -> str:
-        said = self._match(_OTHER_QUOTES)[1]
-        if said.startswith("'"):
-            return quoted(said[1:-1].replace("\\'", "'"))
-        try:
-            return quoted(json.loads(said, strict=False))
-        except ValueError:
-            return quoted(said[1:-1])
-
-    def _separator(self, end: str) -> None:
-        self._blanks()
-        if not self._takes(",") and not self._text.startswith(end, self.at):
-            raise ValueError("no separator")
-
-    def _takes(self, text: str) -> bool:
-        self._blanks()
-        found = self._text.startswith(text, self.at)
-        self.at += len(text) if found else 0
-        return found
-
-    def _blanks(self) -> None:
-        self._match(_BLANKS)
-
-    def _match(self, pattern: re.Pattern[str]) -> re.Match[str]:
-        found = pattern.match(self._text, self.at)
-        if found is None:
-            raise ValueError("no value")
-        self.at = found.end()
-        return found
 
 
 class _Writer:
@@ -170,37 +92,27 @@ class _Writer:
             return self._any("fields")
         said = schema.get("required")
         required = said if isinstance(said, list) else []
-        first, rest = "", ""
+        other = ""
         if more is not False:
             value = self._value(path, more if isinstance(more, dict) else {})
-            first = self._rule(f'{self._other_key(properties)} ":" {value}')
-            rest = self._rule(f'("," {first})*')
-            first = self._rule(f"{first} {rest}")
-        for key in sorted(properties, key=lambda key: (key.lower(), key), reverse=True):
-            value = self._value(f"{path}.{key}", properties[key])
-            field = self._rule(f"{json.dumps(f'{key}:')} {value}")
-            # The first one that is there has no comma before it.
-            if key in required:
-                first = self._rule(f"{field} {rest}")
-                rest = self._rule(f'"," {field} {rest}')
-            else:
-                first = self._rule(f"{field} {rest}" + (f" | {first}" if first else ""))
-                rest = self._rule(f'("," {field})? {rest}')
-        must = any(key in required for key in properties)
-        return f'"{{" {first}{"" if must or not first else "?"} "}}"'
+            other = self._rules.rule(f'{self._other_key(properties)} ":" {value}')
+        keys = sorted(properties, key=lambda key: (key.lower(), key))
+        parts = [
+            (
+                self._rules.rule(
+                    f"{json.dumps(f'{key}:')} {self._value(f'{path}.{key}', properties[key])}"
+                ),
+                key in required,
+            )
+            for key in keys
+        ]
+        return f'"{{" {self._rules.listed(parts, other, _COMMA)} "}}"'
 
     def _other_key(self, properties: Mapping[str, Schema]) -> str:
         """The name of a rule of keys that are none of these."""
         self._any("any")
         names = " | ".join(map(json.dumps, properties))
-        return self._rule(f"FIELD & ~({names})", "KEY") if names else "FIELD"
-
-    def _rule(self, right: str, kind: str = "part") -> str:
-        """The name of a new rule."""
-        name = f"{kind}{len(self._rules.more)}"
-        self._rules.spend(len(right))
-        self._rules.more[name] = right
-        return name
+        return self._rules.rule(f"FIELD & ~({names})", "KEY") if names else "FIELD"
 
     def _value(self, path: str, schema: Schema) -> str:
         kinds = kinds_of(schema, self._root)
@@ -216,7 +128,7 @@ class _Writer:
     def _reference(self, path: str, schema: Schema) -> str:
         """The name of a rule for a schema, which may lead to itself."""
         if id(schema) not in self._referred:
-            name = self._referred[id(schema)] = self._rule("")
+            name = self._referred[id(schema)] = self._rules.rule("")
             self._waiting.append((name, path, schema))  # which also keeps it
         return self._referred[id(schema)]
 
@@ -246,7 +158,7 @@ class _Writer:
 
     def _array(self, path: str, schema: Schema) -> str:
         items = schema.get("items")
-        one = self._rule(self._value(path, items if isinstance(items, dict) else {}))
+        one = self._rules.rule(self._value(path, items if isinstance(items, dict) else {}))
         least, most = _count(schema.get("minItems")) or 0, _count(schema.get("maxItems"))
         if most == 0:
             return '"[" "]"'

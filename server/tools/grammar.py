@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Sequence
 from typing import Any
 
 from reft_runtime.errors import InvalidRequest
 from reft_runtime.reasoning import Channels, TokenId
-from server.tools.formats import HARMONY, Format, JsonFormat, SyntaxFormat
-from server.tools.syntax import MORE_KEYS, Rules, json_rule, term
+from server.tools.families import HARMONY
+from server.tools.formats import Format, JsonFormat, SyntaxFormat
+from server.tools.syntax import MORE_KEYS, Rules, json_rule, spelled
 
 Function = tuple[str, dict[str, Any], bool]
 """A function: its name, the JSON Schema of its parameters, and whether that is strict."""
@@ -33,32 +33,36 @@ def tool_grammar(
     """
     if form is HARMONY:
         return _on_channels(functions, token_id, free=free, answer=answer)
-    tag, lines = term(form.tag, token_id), ["%llguidance {}"]
+
+    def text(written: str) -> str:
+        return spelled(written, token_id)
+
+    tag, lines = text(form.tag), ["%llguidance {}"]
     if free and not form.bare:
         # A text contains no tag, also if it is written in other tokens than the tag's own.
-        spelled = re.escape(form.tag).replace("/", r"\/")
-        lines.append(f"TEXT: /(?s:.+)/ & ~/(?s:.*){spelled}(?s:.*)/")
+        letters = re.escape(form.tag).replace("/", r"\/")
+        lines.append(f"TEXT: /(?s:.+)/ & ~/(?s:.*){letters}(?s:.*)/")
         if token_id(form.tag) is None:
             tag = "head"
-            lines.append(f"head[lazy]: /(?s:.*){spelled}/")
+            lines.append(f"head[lazy]: /(?s:.*){letters}/")
     elif free:
-        lines.append(r"TEXT: /\s*[^{\s](?s:.*)/")
+        lines.append(rf"TEXT: /\s*[^{re.escape(form.bare)}\s](?s:.*)/")
     more: dict[str, str] = {}
-    turn, between = _turn(form, tag, token_id, many=many)
-    some = f"turn ({between} turn)*" if many and between is not None else "turn"
-    if free and form.bare:
-        lines.append(f"start: TEXT? | {tag}? turn")
-    elif free:
-        repeat = "*" if many else "?"
-        lines.append(f"start: TEXT? (turn TEXT?){repeat}")
-    elif answer is not None:
-        # Both may begin with a brace: then a tag tells the calls from the answer.
-        calls = f"{tag} {some}" if form.bare else some
-        lines.append(f"start: {calls} | {json_rule(answer, strict=True)}")
-    else:
-        lines.append(f"start: {some}")
     written = [_call(form, function, token_id, more) for function in functions]
-    lines += [f"turn: {turn}", f"call: {' | '.join(written)}"]
+    # Some templates write a blank before a list.
+    opened = '" "? "["' if form.open == "[" else text(form.open)
+    each = f"call ({text(form.more)} call)*" if many and form.more is not None else "call"
+    turn = f"{opened} {each} {text(form.end)}"
+    turns = f"turn ({text(form.between)} turn)*" if many and form.more is None else "turn"
+    if form.bare:
+        # Both calls and an answer may begin alike: then a tag tells the calls from the answer.
+        start = f"{tag} turn" if answer is not None else f"TEXT? | {tag}? turn" if free else "turn"
+    else:
+        turn = f"{tag} {turn}"
+        start = f"TEXT? (turn TEXT?){'*' if many else '?'}" if free else turns
+    if answer is not None:
+        start += f" | {json_rule(answer, strict=True)}"
+    lines += [f"start: {start}", f"turn: {turn}", f"call: {' | '.join(written)}"]
     return "\n".join([*lines, *(f"{name}: {rule}" for name, rule in more.items())]) + "\n"
 
 
@@ -97,32 +101,15 @@ def _on_channels(
     return "\n".join(["%llguidance {}", *rules]) + "\n"
 
 
-def _turn(form: Format, tag: str, token_id: TokenId, *, many: bool) -> tuple[str, str | None]:
-    """What a tag brings, and what stands before another tag; None if there is only one tag."""
-    end = term(form.end or "", token_id)
-    if isinstance(form, SyntaxFormat):
-        return f"{tag} call {end}", json.dumps(form.between)
-    assert isinstance(form, JsonFormat)
-    if form.bare:
-        return "call", None
-    if form.direct:
-        return f"{tag} call", ""
-    if form.more is not None:
-        more = f'("{form.more} " call)*' if many else ""
-        return f'{tag} " "? "[" call {more} "]"', None
-    return f'{tag} "\\n" call "\\n" {end}', '"\\n"'
-
-
 def _call(form: Format, function: Function, token_id: TokenId, more: dict[str, str]) -> str:
     name, parameters, strict = function
     if isinstance(form, SyntaxFormat):
-        return form.syntax.rule(name, parameters, Rules(token_id, strict, more))
+        rules = Rules(token_id, strict, more, end=form.closing)
+        return form.syntax.rule(name, parameters, rules)
     assert isinstance(form, JsonFormat)
-    schema = json_rule(_arguments(parameters), strict=strict)
-    if form.direct:
-        return f"{json.dumps(name)} {term('[ARGS]', token_id)} {schema}"
-    head = f'{{"name": "{name}", "{form.key}": '
-    return f'{json.dumps(head)} {schema} "}}"'
+    head, foot = form.around(name)
+    began = " /[0-9]+/ ".join(spelled(part, token_id) for part in head.split("#"))
+    return f"{began} {json_rule(_arguments(parameters), strict=strict)} {spelled(foot, token_id)}"
 
 
 def _arguments(parameters: dict[str, Any]) -> dict[str, Any]:

@@ -9,12 +9,9 @@ from typing import Literal
 
 from reft_runtime.interventions.format.strict_json import load_strict
 from server.schemas.tools import NAME
-from server.tools.formats import JsonFormat
+from server.tools.formats import JsonFormat, marks_of
 from server.tools.json_end import JsonEnd
-from server.tools.reader import Delta, ToolReader
-
-MAX_OPENING = 256
-"""Most characters between a tag and the JSON behind it; a longer text is no call."""
+from server.tools.reader import MAX_OPENING, Delta, ToolReader
 
 _KEY = re.compile(r'\s*,?\s*("(?:[^"\\]|\\.)*")\s*:\s*', re.DOTALL)
 _NAME = re.compile(NAME)
@@ -40,15 +37,12 @@ class JsonReader(ToolReader):
         self._value: list[str] = []
         self._end = JsonEnd()
         self._direct = ""
-        self._open_brace = False
-        """Whether the end of a call's object, behind its arguments, has not come yet."""
+        self._left: tuple[str, ...] = ()
+        """Marks that may stand behind the arguments: the ends of the call, and of its tag."""
         self._tagged = False
 
     def _progress(self) -> object:
         return self._in_text, self._state
-
-    def _begins_bare(self) -> bool:
-        return self._form.bare and not self._spoken and self._buffer.lstrip().startswith("{")
 
     def _begin(self, tag: str) -> None:
         super()._begin(tag)
@@ -102,25 +96,31 @@ class JsonReader(ToolReader):
             yield from self._call(call[0])
             yield from self._arguments(call[1])
         self._state, self._raw = "after", []
-        self._open_brace = self._exact and not self._direct
+        self._left = self._marks_behind()
+
+    def _marks_behind(self) -> tuple[str, ...]:
+        form = self._form
+        if not self._direct:
+            return ("}", *form.ends) if self._exact else form.ends
+        # Where names may stand without an object, each of them has its own tag.
+        return (*marks_of(form.direct[2] if form.direct else ""), *(() if form.lead else form.ends))
 
     def _behind(self) -> None:
-        """Read what stands behind a call: the end of its object, of its tag, or another object."""
+        """Read what stands behind a call: its end, that of its tag, or another call."""
         text = self._buffer.lstrip()
         if not text:
             return
-        if self._open_brace and text.startswith("}"):
-            self._open_brace, self._buffer = False, text[1:]
-            return
-        form = self._form
-        more, end = (None, None) if self._direct else (form.more, form.end)
-        if more and text.startswith(more):
+        more = "" if self._direct and self._form.lead else (self._form.more or "").strip()
+        found = next((mark for mark in self._left if text.startswith(mark)), None)
+        if found is not None:
+            self._buffer = text[len(found) :]
+            self._left = self._left[self._left.index(found) + 1 :]
+            self._in_text = found in self._form.ends and not self._left
+        elif more and text.startswith(more):
             self._buffer = text[len(more) :]
             super()._begin(more)
             self._state = "opening"
-        elif end and text.startswith(end):
-            self._buffer, self._in_text = text[len(end) :], True
-        elif not (end and end.startswith(text)):
+        elif not any(mark.startswith(text) for mark in (*self._left, more)):
             self._in_text = True
 
     def _parsed(self, value: str) -> tuple[str, str] | None:

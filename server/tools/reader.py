@@ -10,6 +10,9 @@ from typing import Any
 from server.marks import held
 from server.tools.formats import Format
 
+MAX_OPENING = 256
+"""Most characters between a tag, or an answer's beginning, and a call; a longer text is none."""
+
 Delta = dict[str, Any]
 """What an answer gained: `{"content": ...}` or `{"tool_calls": [...]}`, as OpenAI streams it."""
 
@@ -93,7 +96,8 @@ class ToolReader(ABC):
 
     def _begins_bare(self) -> bool:
         """Whether the buffer begins with a call that has no tag."""
-        return False
+        bare = self._form.bare
+        return bool(bare) and not self._spoken and self._buffer.lstrip().startswith(bare)
 
     def _progress(self) -> object:
         """What changes, beside the buffer's length, with every step that reads something."""

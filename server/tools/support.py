@@ -13,7 +13,8 @@ from reft_runtime.grammar.source import schema_of
 from reft_runtime.sampling import Grammar, SamplingParams
 from server.schemas.tools import NamedTool, Tool, ToolFields
 from server.settings import BUILT_IN_TEMPLATE, Settings
-from server.tools.formats import FORMATS, Format, JsonFormat, SyntaxFormat, find_format
+from server.tools.families import FORMATS, find_format
+from server.tools.formats import Format, JsonFormat, SyntaxFormat
 from server.tools.grammar import tool_grammar
 from server.tools.json_reader import JsonReader
 from server.tools.reader import ToolReader
@@ -80,6 +81,8 @@ class Tools:
         tools, choice = body.usable, body.tool_choice
         if not tools:
             return None
+        from reft_runtime.text.calls import takes_one_call  # loads torch: only when needed
+
         form = self._format()
         named = isinstance(choice, NamedTool)
         if isinstance(choice, NamedTool):
@@ -97,19 +100,20 @@ class Tools:
                 form,
                 [(t.function.name, t.function.parameters, t.function.strict) for t in callable_],
                 self._tokenizer.token_id,
-                many=many and not form.one,
+                many=many and not takes_one_call(self._source),
                 free=not alone,
                 answer=None if answer is None else _json_schema(answer),
             )
             grammar = Grammar("lark", source, "tools" if answer is None else answer.param)
         if answer is not None:  # then a call has its tag always: the answer may begin as a call
-            form = replace(form, bare=False)
+            form = replace(form, bare="")
         return ToolPlan(form, tools, named, many, alone, grammar)
 
     def options(self, options: ChatOptions, tools: Sequence[Tool]) -> ChatOptions:
         """`options` with the tools that the model is told of."""
         told = tuple(tool.as_dict() for tool in tools)
-        return replace(options, tools=told, tool_template=self._given)
+        written = None if self._form is None else self._form.written
+        return replace(options, tools=told, tool_template=self._given, written=written)
 
     def _format(self) -> Format:
         from reft_runtime.text.chat import check_reads_tools  # loads torch: only when needed

@@ -23,7 +23,7 @@ Functions = Mapping[str, Schema]
 MORE_KEYS = frozenset({"patternProperties", "allOf", "anyOf", "oneOf", "$ref", "if"})
 """Keys of a schema that may allow properties beside those of `properties`."""
 
-_TAG = re.compile(r"(</?[^<>]*>)")
+_TAG = re.compile(r"(</?[^<>]*>|\[[A-Z_]+\])")
 
 _NAMES = {"True": "true", "False": "false", "None": "null"}
 """What chat templates that write values as Python does make of JSON's names."""
@@ -34,11 +34,22 @@ SAID = frozenset(
 """Keys of a schema that ask for nothing."""
 
 
+Call = tuple[str, str]
+"""A call: the function's name, and the arguments as JSON."""
+
+
 class Syntax(Protocol):
     """How calls stand in a text."""
 
-    def parsed(self, text: str, functions: Functions) -> tuple[str, str] | None:
-        """Name, and arguments as JSON, of the call that `text` is; None if it is none."""
+    @property
+    def closes(self) -> bool:
+        """Whether a text shows that its last call has ended, without the end of its tag."""
+
+    def parsed(self, text: str, functions: Functions, *, exact: bool) -> list[Call]:
+        """The calls that `text` is; none if it is anything else.
+
+        With `exact` a grammar forced it; else what models are known to write amiss is read, too.
+        """
 
     def rule(self, name: str, parameters: Schema, rules: Rules) -> str:
         """The right side of a Lark rule of calls of one function.
@@ -56,13 +67,42 @@ class Rules:
     more: dict[str, str] = field(default_factory=dict)
     """Right sides of Lark rules, by name."""
 
+    end: str = ""
+    """The mark that ends the calls, which no text may contain."""
+
     size: int = 0
     """About how much was written, or looked at, so far."""
 
     def text(self, text: str) -> str:
         """A text, in Lark's notation; of its tags those that are tokens are written as such."""
-        chunks = [chunk for chunk in _TAG.split(text) if chunk]
-        return " ".join(term(chunk, self.token_id) for chunk in chunks) or '""'
+        return spelled(text, self.token_id)
+
+    def rule(self, right: str, kind: str = "part") -> str:
+        """The name of a new rule."""
+        name = f"{kind}{len(self.more)}"
+        self.spend(len(right))
+        self.more[name] = right
+        return name
+
+    def listed(self, parts: Sequence[tuple[str, bool]], other: str, comma: str) -> str:
+        """Parts with `comma` between two, each of which says whether it must be there.
+
+        Any number of `other` may stand behind them, if it is not empty.
+        """
+        first, rest = "", ""
+        if other:
+            rest = self.rule(f"({comma} {other})*")
+            first = self.rule(f"{other} {rest}")
+        for part, must in reversed(parts):
+            # The first one that is there has no comma before it.
+            if must:
+                first = self.rule(f"{part} {rest}")
+                rest = self.rule(f"{comma} {part} {rest}")
+            else:
+                first = self.rule(f"{part} {rest}" + (f" | {first}" if first else ""))
+                rest = self.rule(f"({comma} {part})? {rest}")
+        optional = first and not any(must for _, must in parts)
+        return f"{first}?" if optional else first
 
     def spend(self, size: int) -> None:
         """Count what a part of a schema takes: where parts refer to others, a short one is long.
@@ -78,10 +118,14 @@ class Rules:
             )
 
 
-def term(text: str, token_id: TokenId) -> str:
-    """A text as a grammar writes it: a token that is added for it would not fit its letters."""
-    token = token_id(text)
-    return json.dumps(text) if token is None else f"<[{token}]>"
+def spelled(text: str, token_id: TokenId) -> str:
+    """A text in Lark's notation: tags that are tokens are written as such, for their letters would
+    not fit them."""
+    terms = []
+    for chunk in filter(None, _TAG.split(text)):
+        token = token_id(chunk)
+        terms.append(json.dumps(chunk) if token is None else f"<[{token}]>")
+    return " ".join(terms) or '""'
 
 
 def json_rule(schema: Mapping[str, Any], *, strict: bool) -> str:

@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cache
 
 from reft_runtime.errors import InvalidRequest
 from server.schemas.tools import NAME
 from server.tools.syntax import (
     MORE_KEYS,
     SAID,
+    Call,
     Functions,
     Rules,
     Schema,
@@ -29,34 +31,56 @@ from server.tools.syntax import (
 class Tagged:
     """A function's name, and each parameter's name and value, with tags around them.
 
-    `call` matches a whole call, with the groups `name` and `body`; `parameter` one of the body's
-    parameters, with the groups `key` and `value`. The others are what is written: before the
-    parameters, with the function's name for `{}`; before a value, with the parameter's name; the
-    end of a value; what stands between all these, in Lark's notation; and what ends a call.
+    These are what is written: before the parameters, with the function's name for `{}`; before a
+    value, with the parameter's name; the end of a value; what stands between all these, in Lark's
+    notation; and what ends a call. With `lines` values may stand on lines of their own.
     """
 
-    call: re.Pattern[str]
-    parameter: re.Pattern[str]
     head: str
     open: tuple[str, ...]
     close: str
     gap: str
     foot: str
+    lines: bool = True
 
-    def parsed(self, text: str, functions: Functions) -> tuple[str, str] | None:
-        """Name, and arguments as JSON, of the call that `text` is; None if it is none."""
-        found = self.call.fullmatch(text)
-        if found is None:
-            return None
-        root = functions.get(found["name"], {})
+    @property
+    def closes(self) -> bool:
+        """Whether a text shows that its last call has ended, without the end of its tag."""
+        return bool(self.foot)
+
+    def parsed(self, text: str, functions: Functions, *, exact: bool) -> list[Call]:
+        """The calls that `text` is; none if it is anything else."""
+        patterns = _patterns(self, exact)
+        calls: list[Call] = []
+        at = 0
+        while head := patterns.head.match(text, at):
+            arguments, at = self._arguments(
+                text, head.end(), functions.get(head["name"], {}), exact
+            )
+            foot = patterns.foot.match(text, at)
+            if foot is None:
+                return []
+            calls.append((head["name"], joined(arguments)))
+            at = foot.end()
+        return calls if not text[at:].strip() else []
+
+    def _arguments(
+        self, text: str, at: int, root: Schema, exact: bool
+    ) -> tuple[dict[str, str], int]:
+        """The arguments from `at` on, each as JSON, and where they end."""
+        patterns = _patterns(self, exact)
         schemas, others = properties_of(root), root.get("additionalProperties")
         other = others if isinstance(others, Mapping) else {}
         arguments = dict[str, str]()
-        body, at = found["body"], 0
-        while one := self.parameter.match(body, at):
-            key, at = one["key"].strip(), one.end()
-            arguments[key] = value_of(one["value"], schemas.get(key, other), root)
-        return None if body[at:].strip() else (found["name"], joined(arguments))
+        while one := patterns.parameter.match(text, at) or patterns.unclosed.match(text, at):
+            key, value, at = one["key"].strip(), one["value"], one.end()
+            for lost in () if exact else patterns.key.finditer(value):
+                # Another parameter begins within: this one has no end.
+                if lost["key"].strip() in schemas.keys() - arguments.keys() - {key}:
+                    value, at = value[: lost.start()], one.start("value") + lost.start()
+                    break
+            arguments[key] = value_of(value, schemas.get(key, other), root)
+        return arguments, at
 
     def rule(self, name: str, parameters: Schema, rules: Rules) -> str:
         """The right side of a Lark rule of calls of one function."""
@@ -109,7 +133,7 @@ class Tagged:
     def _text(self, rules: Rules) -> str:
         """Any text that does not end the call, and what closes it."""
         tag = self.close.strip()
-        close, call = (text.replace("/", r"\/") for text in (tag, "</tool_call>"))
+        close, call = (re.escape(text).replace("/", r"\/") for text in (tag, rules.end))
         if rules.token_id(tag) is not None:
             rules.more["VALUE"] = f"/(?s:.+)/ & ~/(?s:.*)({close}|{call})(?s:.*)/"
             return f"VALUE? {rules.text(self.close)}"
@@ -121,12 +145,46 @@ class Tagged:
         return "value"
 
 
+@dataclass(frozen=True, slots=True)
+class _Patterns:
+    """Regular expressions by which calls are read."""
+
+    head: re.Pattern[str]
+    key: re.Pattern[str]
+    parameter: re.Pattern[str]
+    unclosed: re.Pattern[str]
+    """The last parameter of a call, if its value has no end."""
+
+    foot: re.Pattern[str]
+
+
+@cache
+def _patterns(syntax: Tagged, exact: bool) -> _Patterns:
+    """How calls are read: with `exact` just as they are written."""
+    before, behind = syntax.head.strip().split("{}")
+    head = rf"\s*{re.escape(before)}(?P<name>{NAME}){re.escape(behind)}"
+    another = rf"\s*{re.escape(before)}{NAME}{re.escape(behind)}"
+    foot = r"\Z"
+    if syntax.foot:
+        foot = rf"{re.escape(syntax.foot.strip())}(?={another}|\s*\Z)"
+    first, *more = (text.strip() for text in syntax.open)
+    before, behind = map(re.escape, first.split("{}"))
+    key = rf"(?>{before}(?P<key>[^\n]+?){behind})" + "".join(
+        rf"\s*{re.escape(one)}" for one in more
+    )
+    line = syntax.open[-1].removeprefix(syntax.open[-1].strip())
+    close = re.escape(syntax.close)
+    if syntax.lines and not exact:
+        line, close = r"\n?", rf"\n?{re.escape(syntax.close.strip())}"
+    # A value may have the text of an end in it, but not where the call goes on as behind one.
+    value = rf"\s*{key}{line}(?P<value>.*?)"
+    parameter = rf"{value}{close}(?=\s*({before}|{foot}))"
+    unclosed = "(?!)" if exact else rf"{value}{line}(?={foot})"
+    patterns = (head, rf"(\A|\n){key}", parameter, unclosed, rf"\s*{foot}")
+    return _Patterns(*(re.compile(pattern, re.DOTALL) for pattern in patterns))
+
+
 QWEN = Tagged(
-    call=re.compile(rf"\s*<function=(?P<name>{NAME})>(?P<body>.*)</function>\s*", re.DOTALL),
-    parameter=re.compile(
-        r"\s*<parameter=(?P<key>[^>\n]+)>\n?(?P<value>.*?)\n?</parameter>(?=\s*(<parameter=|\Z))",
-        re.DOTALL,
-    ),
     head="\n<function={}>",
     open=("<parameter={}>\n",),
     close="\n</parameter>",
@@ -135,17 +193,23 @@ QWEN = Tagged(
 )
 """As Qwen 3 Coder, Qwen 3.5 and later, and Nemotron 3 write them."""
 
+SEED = replace(QWEN, open=("<parameter={}>",), close="</parameter>")
+"""As Seed-OSS writes them."""
+
+MINIMAX = replace(
+    SEED, head='<invoke name="{}">', open=('<parameter name="{}">',), foot="</invoke>\n"
+)
+"""As MiniMax M2 writes them."""
+
 GLM = Tagged(
-    call=re.compile(rf"\s*(?P<name>{NAME})\s*(?P<body>(<arg_key>.*)?)", re.DOTALL),
-    parameter=re.compile(
-        r"\s*<arg_key>(?P<key>[^<\n]+)</arg_key>\s*<arg_value>(?P<value>.*?)</arg_value>"
-        r"(?=\s*(<arg_key>|\Z))",
-        re.DOTALL,
-    ),
     head="{}",
     open=("<arg_key>{}</arg_key>", "<arg_value>"),
     close="</arg_value>",
     gap='"\\n"?',
     foot="",
+    lines=False,
 )
 """As GLM 4.5 and later write them."""
+
+HY = replace(GLM, head="<tool_call>{}<tool_sep>", foot="</tool_call>\n")
+"""As Hunyuan 3 writes them."""

@@ -46,6 +46,8 @@ CASES = [
     (FINAL, "", "It is.", 0),
     (ANALYSIS + NEXT + CALL, "Hm <5.", READ, thought_with(ANALYSIS)),
     (" to=functions.look<|channel|>commentary json<|message|>{}", "", READ, 0),
+    (ANALYSIS + NEXT + CALL.replace("functions.", ""), "Hm <5.", READ, thought_with(ANALYSIS)),
+    ("<|channel|>commentary to=browser.open<|message|>{}", "", "{}", 0),
     (
         ANALYSIS + NEXT + " to=functions.look<|channel|>commentary json<|message|>{}",
         "Hm <5.",

@@ -20,6 +20,7 @@ from tests.tools.templates import (
     GEMMA,
     GLM,
     HARMONY,
+    LFM2,
     LLAMA,
     MISTRAL,
     MISTRAL_NAMES,
@@ -55,6 +56,7 @@ TEMPLATES = {
     "glm": GLM,
     "gemma": GEMMA,
     "harmony": HARMONY,
+    "lfm2": LFM2,
 }
 
 

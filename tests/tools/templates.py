@@ -122,6 +122,26 @@ GEMMA = """
     "{{- shown(call.function.arguments) }}{{- '<tool_call|>' }}",
 )
 
+LFM2 = "{%- if tools %}{{- '<|tool_list_start|>' + tools | tojson }}{%- endif %}" + _TURNS.replace(
+    "CALL", "<|tool_call_start|>[{{ call.function.name }}()]<|tool_call_end|>"
+)
+
+DEEPSEEK = "{%- if tools %}{{- tools | tojson }}{%- endif %}" + _TURNS.replace(
+    "CALL",
+    "{{- '<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>' + call.function.name + '<｜tool▁sep｜>' "
+    "+ call.function.arguments + '<｜tool▁call▁end｜><｜tool▁calls▁end｜>' }}",
+)
+
+KIMI = "{%- if tools %}{{- tools | tojson }}{%- endif %}" + _TURNS.replace(
+    "{{- '<|im_start|>' + message.role",
+    "{{- '## Return of ' + message.tool_call_id if message.role == 'tool' }}"
+    "{{- '<|im_start|>' + message.role",
+).replace(
+    "CALL",
+    "<|tool_calls_section_begin|><|tool_call_begin|>{{ call.id }}<|tool_call_argument_begin|>"
+    "{{ call.function.arguments }}<|tool_call_end|><|tool_calls_section_end|>",
+)
+
 HARMONY = """
 {{- '<|start|>system<|message|>Reasoning: ' + reasoning_effort | default('medium') + '<|end|>' }}
 {%- for tool in tools or [] %}

@@ -20,7 +20,7 @@ from reft_runtime.reasoning import Channels
 from reft_runtime.sampling import Grammar
 from reft_runtime.text import Tokenizer
 from server.tools import FORMATS, Format, reader_of, whole
-from server.tools.formats import find_format
+from server.tools.families import find_format
 from server.tools.grammar import tool_grammar
 from tests.helpers.tokenizer import tiny_tokenizer
 
@@ -41,7 +41,9 @@ HARMONY, CHANNELS = FORMATS["harmony"], Channels(1, 2, 3, 4, 5)
 QWEN, GLM, GEMMA = FORMATS["qwen3_coder"], FORMATS["glm45"], FORMATS["gemma4"]
 MISTRAL_NAMES = find_format("[TOOL_CALLS][ARGS]")
 assert MISTRAL_NAMES is not None
-ALL = [HERMES, LLAMA3, MISTRAL, MISTRAL_NAMES, QWEN, GLM, GEMMA]
+ALL = [*(form for form in FORMATS.values() if form is not HARMONY), MISTRAL_NAMES]
+OWN = [QWEN, GLM, GEMMA, FORMATS["minimax_m2"], FORMATS["lfm2"]]
+"""Formats with a syntax of their own."""
 
 
 @cache
@@ -77,7 +79,7 @@ def allows(grammar: str, text: str, *, added: bool) -> bool:
     )
 
 
-CLOSES = ("\n</parameter>\n", "</arg_value>", '<|"|>')
+CLOSES = ("\n</parameter>\n", "</parameter>\n", "</arg_value>", '<|"|>')
 CITY = '{"city": "Rome"}'
 WRITTEN = {
     "hermes": (
@@ -108,6 +110,48 @@ WRITTEN = {
         "",
     ),
     "names": (f"[TOOL_CALLS]look[ARGS]{CITY}", "[TOOL_CALLS]add[ARGS]{}", ""),
+    "hunyuan": (
+        f'<tool_calls>[{{"name": "look", "arguments": {CITY}}}',
+        '{"name": "add", "arguments": {}}]</tool_calls>',
+        ", ",
+    ),
+    "deepseek": (
+        f"<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>look<｜tool▁sep｜>{CITY}<｜tool▁call▁end｜>",
+        "<｜tool▁call▁begin｜>add<｜tool▁sep｜>{}<｜tool▁call▁end｜><｜tool▁calls▁end｜>",
+        "",
+    ),
+    "deepseek 3": (
+        "<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>function<｜tool▁sep｜>look\n"
+        f"```json\n{CITY}\n```<｜tool▁call▁end｜>",
+        "<｜tool▁call▁begin｜>function<｜tool▁sep｜>add\n```json\n{}\n```<｜tool▁call▁end｜>"
+        "<｜tool▁calls▁end｜>",
+        "\n",
+    ),
+    "kimi": (
+        "<|tool_calls_section_begin|><|tool_call_begin|>functions.look:0"
+        f"<|tool_call_argument_begin|>{CITY}<|tool_call_end|>",
+        "<|tool_call_begin|>functions.add:12<|tool_call_argument_begin|>{}<|tool_call_end|>"
+        "<|tool_calls_section_end|>",
+        "",
+    ),
+    "minimax": (
+        '<minimax:tool_call>\n<invoke name="look">\n<parameter name="city">Rome</parameter>\n'
+        '<parameter name="days">[1, 2]</parameter>\n</invoke>\n',
+        '<invoke name="add">\n</invoke>\n</minimax:tool_call>',
+        "",
+    ),
+    "seed": (
+        "<seed:tool_call>\n<function=look>\n<parameter=city>Rome</parameter>\n</function>\n"
+        "</seed:tool_call>",
+        "<seed:tool_call>\n<function=add>\n</function>\n</seed:tool_call>",
+        "\n",
+    ),
+    "lfm2": (
+        '<|tool_call_start|>[look(city="Rome", days=[1, 2])',
+        "add()]<|tool_call_end|>",
+        ", ",
+    ),
+    "olmo3": ('<function_calls>look(city="Rome")', "add()</function_calls>", "\n"),
 }
 
 
@@ -157,6 +201,14 @@ class TestForced:
         (QWEN, "qwen"),
         (GLM, "glm"),
         (GEMMA, "gemma"),
+        (FORMATS["hunyuan_a13b"], "hunyuan"),
+        (FORMATS["deepseek_v31"], "deepseek"),
+        (FORMATS["deepseek_v3"], "deepseek 3"),
+        (FORMATS["kimi_k2"], "kimi"),
+        (FORMATS["minimax_m2"], "minimax"),
+        (FORMATS["seed_oss"], "seed"),
+        (FORMATS["lfm2"], "lfm2"),
+        (FORMATS["olmo3"], "olmo3"),
     ],
 )
 def test_text_is_free_but_for_what_a_tag_begins(added: bool, form: Format, key: str) -> None:
@@ -181,6 +233,22 @@ def test_text_of_llama_is_free_unless_it_begins_as_a_call(added: bool) -> None:
         assert not allows(grammar, wrong, added=added), wrong
 
 
+@pytest.mark.parametrize("added", [False, True])
+def test_a_list_of_python_is_forced_without_a_tag(added: bool) -> None:
+    text = '[look(city="Rome", days=[1]), add()]'
+    form = FORMATS["pythonic"]
+    forced = tool_grammar(form, FUNCTIONS, token_id(added), many=True)
+    free = tool_grammar(form, FUNCTIONS, token_id(added), many=True, free=True)
+    for fine in (text, text.replace(", days=[1]", "")):
+        assert allows(forced, fine, added=added), fine
+        assert allows(free, fine, added=added), fine
+    for wrong in (text[:-1], "[1]", text + "x", text.replace("city", "x"), "[]"):
+        assert not allows(forced, wrong, added=added), wrong
+        assert not allows(free, wrong, added=added), wrong
+    assert not allows(forced, "Hi [x]", added=added)
+    assert allows(free, "Hi [x]", added=added)
+
+
 @pytest.mark.parametrize("form", ALL)
 def test_calls_or_an_answer_of_a_form(form: Format) -> None:
     schema = {"type": "object", "properties": {"name": {"type": "integer"}}, "required": ["name"]}
@@ -188,8 +256,10 @@ def test_calls_or_an_answer_of_a_form(form: Format) -> None:
     assert allows(grammar, '{"name": 5}', added=True)
     assert not allows(grammar, '{"name": "x"}', added=True)
     assert not allows(grammar, "Hi", added=True)
-    if form is LLAMA3:
-        assert allows(grammar, '<|python_tag|>{"name": "add", "parameters": {}}', added=True)
+    if form.bare:
+        call = '{"name": "add", "parameters": {}}' if form.bare == "{" else "[add()"
+        call = f"{form.tag}{call}{form.end}"
+        assert allows(grammar, call, added=True)
 
 
 def test_what_a_schema_leaves_open() -> None:
@@ -398,7 +468,7 @@ def test_what_cannot_be_forced_is_refused_of_a_strict_tool(form: Format) -> None
         assert tool_grammar(form, [("f", parameters, False)], token_id(True), many=False)
 
 
-@pytest.mark.parametrize("form", [QWEN, GLM, GEMMA])
+@pytest.mark.parametrize("form", OWN[:-1])  # as JSON it is refused
 @pytest.mark.parametrize(
     "schema",
     [
@@ -421,7 +491,7 @@ def test_an_odd_schema_leaves_the_value_open(form: Format, schema: Any) -> None:
     assert not fault_of(matcher_of(compiled(True), Grammar("lark", grammar)))
 
 
-@pytest.mark.parametrize("form", [QWEN, GLM, GEMMA])
+@pytest.mark.parametrize("form", OWN)
 def test_deep_schemas_have_small_grammars(form: Format) -> None:
     nested: dict[str, Any] = {"type": "integer"}
     for _ in range(24):
@@ -437,7 +507,7 @@ def test_deep_schemas_have_small_grammars(form: Format) -> None:
         assert not fault_of(matcher_of(compiled(True), Grammar("lark", grammar)))
 
 
-@pytest.mark.parametrize("form", [QWEN, GLM, GEMMA])
+@pytest.mark.parametrize("form", OWN)
 @pytest.mark.parametrize(
     "referred",
     [
@@ -462,10 +532,9 @@ def test_whatever_a_grammar_allows_is_read_as_calls(form: Format, added: bool) -
     """Random walks under the masks end in texts whose calls all parse."""
     choose = random.Random(0)
     tiny = tokenizer(added)
-    many = form is not LLAMA3
-    grammar = tool_grammar(form, FUNCTIONS, token_id(added), many=many)
+    grammar = tool_grammar(form, FUNCTIONS, token_id(added), many=True)
     checked = copy.deepcopy(LOOK)
-    if form in (QWEN, GLM, GEMMA):
+    if form in OWN[:-1] or form.name in ("seed_oss", "hy_v3"):
         del checked["properties"]["city"]["maxLength"]  # of texts without quotes it is not forced
     for _ in range(8):
         matcher = matcher_of(compiled(added), Grammar("lark", grammar))
@@ -480,11 +549,12 @@ def test_whatever_a_grammar_allows_is_read_as_calls(form: Format, added: bool) -
                     tokens = end
             matcher.consume_tokens(tokens)
             ids += tokens
-        text = str(tiny.decode([i for i in ids if i != tiny.eos_token_id]))
+        ended = matcher.is_stopped()
+        text = str(tiny.decode([i for i in ids if i != tiny.eos_token_id])).rstrip("\ufffd")
         content, calls = whole(reader_of(form, SCHEMAS, exact=True), text)
-        assert calls or not matcher.is_stopped()
-        assert content is None
+        assert calls or not ended
+        assert not content
         assert {call["function"]["name"] for call in calls} <= {"look", "add"}
-        for call in calls:
+        for call in calls if ended else calls[:-1]:
             if call["function"]["name"] == "look":
                 jsonschema.validate(json.loads(call["function"]["arguments"]), checked)

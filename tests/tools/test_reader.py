@@ -14,7 +14,13 @@ from server.tools.formats import JsonFormat
 
 HERMES, LLAMA3, MISTRAL = FORMATS["hermes"], FORMATS["llama3"], FORMATS["mistral"]
 QWEN, GLM, GEMMA = FORMATS["qwen3_coder"], FORMATS["glm45"], FORMATS["gemma4"]
-NAMES: dict[str, Any] = {"look": {}, "add": {}}
+DEEPSEEK, KIMI, MINIMAX = FORMATS["deepseek_v31"], FORMATS["kimi_k2"], FORMATS["minimax_m2"]
+LFM2, PHI, PYTHONIC = FORMATS["lfm2"], FORMATS["phi4_mini_json"], FORMATS["pythonic"]
+NAMES: dict[str, Any] = {
+    "look": {},
+    "add": {},
+    "see": {"properties": {"a": {}, "b": {}, "c": {}}},
+}
 TYPED: dict[str, Any] = {
     "f": {
         "properties": {
@@ -49,6 +55,7 @@ LLAMA = call(key="parameters")
 QWEN_ADDED = tagged("<function=add>\n</function>")
 GLM_ADDED = "<tool_call>add</tool_call>"
 GEMMA_ADDED = "<|tool_call>call:add{}<tool_call|>"
+BEGIN = "<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>"
 
 Case = tuple[Format, str, str | None, list[tuple[str, str]]]
 
@@ -197,6 +204,135 @@ CALLS: dict[str, Case] = {
             )
         ],
     ),
+    "qwen, without the last tag": (
+        QWEN,
+        "So: <tool_call>\n<function=look>\n<parameter=a>\n1\n</parameter>\n</function>\n</tool",
+        "So:",
+        [("look", '{"a": 1}')],
+    ),
+    "qwen, several behind one tag": (
+        QWEN,
+        tagged(
+            "<function=look>\n<parameter=a>\n1\n</parameter>\n</function>\n"
+            "<function=add>\n</function>"
+        ),
+        None,
+        [("look", '{"a": 1}'), ADD],
+    ),
+    "qwen, parameters without their ends": (
+        QWEN,
+        tagged(
+            "<function=see>\n<parameter=a>\nx <parameter=b>\n<parameter=b>\n\n<parameter=z>\n"
+            "</parameter>\n<parameter=c>\n1\n</function>"
+        ),
+        None,
+        [("see", '{"a": "x <parameter=b>", "b": "\\n<parameter=z>", "c": 1}')],
+    ),
+    "deepseek": (
+        DEEPSEEK,
+        f"So: {BEGIN}look<｜tool▁sep｜>{LOOK[1]}<｜tool▁call▁end｜>"
+        "<｜tool▁call▁begin｜>add<｜tool▁sep｜>{}<｜tool▁call▁end｜><｜tool▁calls▁end｜>",
+        "So:",
+        [LOOK, ADD],
+    ),
+    "deepseek 3": (
+        FORMATS["deepseek_v3"],
+        f"{BEGIN}function<｜tool▁sep｜>look\n```json\n{LOOK[1]}\n```<｜tool▁call▁end｜>\n"
+        "<｜tool▁call▁begin｜>function<｜tool▁sep｜>add\n```json\n{}\n```<｜tool▁call▁end｜>"
+        "<｜tool▁calls▁end｜> ",
+        None,
+        [LOOK, ADD],
+    ),
+    "kimi": (
+        KIMI,
+        "<|tool_calls_section_begin|><|tool_call_begin|>functions.look:0"
+        f"<|tool_call_argument_begin|> {LOOK[1]} <|tool_call_end|><|tool_call_begin|>add:1"
+        "<|tool_call_argument_begin|>{}<|tool_call_end|><|tool_calls_section_end|>",
+        None,
+        [LOOK, ADD],
+    ),
+    "minimax": (
+        MINIMAX,
+        'So:\n<minimax:tool_call>\n<invoke name="look">\n'
+        '<parameter name="city">Rome</parameter>\n'
+        '<parameter name="days">[1, 2]</parameter>\n</invoke>\n<invoke name="add">\n</invoke>\n'
+        "</minimax:tool_call>",
+        "So:",
+        [("look", '{"city": "Rome", "days": [1, 2]}'), ADD],
+    ),
+    "seed": (
+        FORMATS["seed_oss"],
+        "<seed:tool_call>\n<function=look>\n<parameter=city>Rome</parameter>\n"
+        "<parameter=days>[1]</parameter>\n</function>\n</seed:tool_call>",
+        None,
+        [("look", '{"city": "Rome", "days": [1]}')],
+    ),
+    "lfm2": (
+        LFM2,
+        """Hm. <|tool_call_start|>[look(city="Rome, \\"x\\"", days=[1, -2.5e3], a={"b": None},"""
+        " c=True), add()]<|tool_call_end|>So.",
+        "Hm.So.",
+        [
+            (
+                "look",
+                '{"city": "Rome, \\"x\\"", "days": [1, -2.5e3], "a": {"b": null}, "c": true}',
+            ),
+            ADD,
+        ],
+    ),
+    "lfm2, texts that are no Python": (
+        LFM2,
+        "<|tool_call_start|>[look(city='it's\n\"x\", (here)', a='\\\\', from='b\\'')]"
+        "<|tool_call_end|>",
+        None,
+        [("look", '{"city": "it\'s\\n\\"x\\", (here)", "a": "\\\\", "from": "b\'"}')],
+    ),
+    "olmo3": (
+        FORMATS["olmo3"],
+        "<function_calls>\nlook(city='Rome', a=null)\nadd()\n</function_calls>",
+        None,
+        [("look", '{"city": "Rome", "a": null}'), ADD],
+    ),
+    "granite": (
+        FORMATS["granite"],
+        f"<|tool_call|> [{LOOKED}, {ADDED}]",
+        None,
+        [LOOK, ADD],
+    ),
+    "phi": (PHI, f"functools[{LOOKED},{ADDED}]", None, [LOOK, ADD]),
+    "hunyuan": (
+        FORMATS["hunyuan_a13b"],
+        f"a<tool_calls>[{LOOKED}, {ADDED}]\n</tool_calls>b",
+        "ab",
+        [LOOK, ADD],
+    ),
+    "hunyuan 3": (
+        FORMATS["hy_v3"],
+        "<tool_calls>\n<tool_call>look<tool_sep>\n<arg_key>city</arg_key>\n"
+        "<arg_value>Rome</arg_value>\n</tool_call>\n<tool_call>add<tool_sep></tool_call>\n"
+        "</tool_calls>",
+        None,
+        [("look", '{"city": "Rome"}'), ADD],
+    ),
+    "nemotron": (FORMATS["nemotron_json"], f"<TOOLCALL>[{ADDED}]</TOOLCALL>", None, [ADD]),
+    "llama 4": (
+        FORMATS["llama4_json"],
+        f"{LLAMA}; {LLAMA}<|python_end|>",
+        None,
+        [LOOK, LOOK],
+    ),
+    "pythonic": (
+        PYTHONIC,
+        ' [look(city="Rome", days=[1, [2]]), add()]\n',
+        None,
+        [("look", '{"city": "Rome", "days": [1, [2]]}'), ADD],
+    ),
+    "llama 4, pythonic, with tags": (
+        FORMATS["llama4_pythonic"],
+        "So: <|python_start|>[add()]<|python_end|>",
+        "So:",
+        [ADD],
+    ),
     "gemma, less before the name": (
         GEMMA,
         "<|tool_call>:add{}<tool_call|><|tool_call>add{}<tool_call|>",
@@ -223,10 +359,9 @@ CONTENT: dict[str, tuple[Format, str]] = {
     "a JSON answer with a name": (LLAMA3, '{"name": "Ann", "parameters": {}} and more'),
     "a call within text": (LLAMA3, f"I would say {LLAMA}"),
     "no call behind a tag": (LLAMA3, "<|python_tag|>print(1)"),
-    "qwen's cut call": (QWEN, QWEN_ADDED[:-3]),
+    "qwen's cut call": (QWEN, QWEN_ADDED[: QWEN_ADDED.index("</function>") + 5]),
     "qwen, the head in prose": (QWEN, "a <function=add> tag, and the </tool_call> tag"),
     "qwen, JSON": (QWEN, tagged(LOOKED)),
-    "qwen, no end of a parameter": (QWEN, tagged("<function=add>\n<parameter=a>\n1\n</function>")),
     "qwen, text between": (QWEN, tagged("<function=add>\nHm\n</function>")),
     "glm, no value": (GLM, "<tool_call>add\n<arg_key>a</arg_key>\n</tool_call>"),
     "gemma, no end of a text": (GEMMA, '<|tool_call>call:add{a:<|"|>x}<tool_call|>'),
@@ -236,7 +371,21 @@ CONTENT: dict[str, tuple[Format, str]] = {
     "gemma, no key": (GEMMA, "<|tool_call>call:add{1}<tool_call|>"),
     "gemma, no object": (GEMMA, "<|tool_call>call:add(1)<tool_call|>"),
     "gemma, deep": (GEMMA, f"<|tool_call>call:add{'{a:' * 3000}1{'}' * 3000}<tool_call|>"),
-    "gemma, cut": (GEMMA, GEMMA_ADDED[:-1]),
+    "gemma, cut": (GEMMA, "<|tool_call>call:add{a:1"),
+    "glm, cut": (GLM, GLM_ADDED[:-1]),
+    "deepseek's cut call": (DEEPSEEK, f"{BEGIN}look<｜tool▁sep｜>{LOOK[1][:-1]}"),
+    "kimi, no name": (KIMI, "<|tool_calls_section_begin|>add<|tool_call_end|>"),
+    "minimax, text": (MINIMAX, "<minimax:tool_call>\nadd\n</minimax:tool_call>"),
+    "lfm2, no list": (LFM2, "<|tool_call_start|>add<|tool_call_end|>"),
+    "lfm2, no name of an argument": (LFM2, "<|tool_call_start|>[add(1)]<|tool_call_end|>"),
+    "lfm2, cut": (LFM2, "<|tool_call_start|>[add(a=1"),
+    "lfm2, deep": (LFM2, f"<|tool_call_start|>[add(a={'[' * 3000}1)]<|tool_call_end|>"),
+    "pythonic, a JSON list": (PYTHONIC, "[1, 2]"),
+    "pythonic, a link": (PYTHONIC, "[look](x) is (a) link"),
+    "pythonic, text behind": (PYTHONIC, "[add()] and more"),
+    "pythonic, text before": (PYTHONIC, "So: [add()]"),
+    "pythonic, cut": (PYTHONIC, "[add(a=1"),
+    "phi, a word": (PHI, "import functools\n\nfunctools[1]"),
     "glm, no name": (GLM, "<tool_call>\n</tool_call>"),
     "mistral's tag": (MISTRAL, "[TOOL_CALLS] none [ARGS]"),
     "mistral's broken list": (MISTRAL, f"[TOOL_CALLS][{ADDED[:-2]}"),
@@ -361,12 +510,15 @@ PIECES = (
     ),
     *(GEMMA_ADDED, "<|tool_call>", "call:add{", '<|"|>', "a:", "<tool_call|>"),
     *(QWEN_ADDED, GLM_ADDED, "<function=add>", "<parameter=a>", "</parameter>", "</function>"),
+    *(BEGIN, "<｜tool▁sep｜>{}", "<｜tool▁call▁end｜>", "<｜tool▁calls▁end｜>"),
+    *("<minimax:tool_call>", '<invoke name="add">', "</invoke>", "</minimax:tool_call>"),
+    *("<|tool_call_start|>", "add(", "a=", ")", "'", "<|tool_call_end|>"),
     *(LOOKED, ADDED, LLAMA, "{", "}", '"', "\\", " ", "\n", "x", '{"name": "add"', "add"),
 )
 
 
 @given(
-    st.sampled_from([HERMES, LLAMA3, MISTRAL, QWEN, GLM, GEMMA]),
+    st.sampled_from([HERMES, LLAMA3, MISTRAL, QWEN, GLM, GEMMA, DEEPSEEK, MINIMAX, LFM2, PYTHONIC]),
     st.lists(st.sampled_from(PIECES), max_size=12).map("".join),
     PLACES,
     st.booleans(),
@@ -460,6 +612,13 @@ def test_only_the_first_call_if_they_are_not_to_be_parallel() -> None:
         said, calls, _ = read(HERMES, list(text), parallel=False, exact=exact)
         assert [one["name"] for one in calls] == ["add"]
         assert said == "a b c"
+
+
+def test_a_text_in_brackets_that_is_no_call_comes_as_it_is_written() -> None:
+    reader = reader_of(PYTHONIC, NAMES)
+    assert reader.push("[lo") == []
+    assert reader.push("ok](x)") == [{"content": "[look](x)"}]
+    assert reader.push(" [add()]") == [{"content": " [add()]"}]
 
 
 @pytest.mark.parametrize(("form", "length"), [(HERMES, 29), (LLAMA3, 29), (MISTRAL, 9)])

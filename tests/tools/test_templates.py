@@ -16,9 +16,11 @@ from server.settings import Settings, load_settings
 from server.tools import FORMATS, Tools, whole
 from tests.helpers.tokenizer import CHATML, tiny_sentencepiece_tokenizer, tiny_tokenizer
 from tests.tools.templates import (
+    DEEPSEEK,
     GEMMA,
     GLM,
     HARMONY,
+    KIMI,
     LLAMA,
     MISTRAL,
     MISTRAL_NAMES,
@@ -74,6 +76,13 @@ BUILT_IN = Tools(tokenizer(CHATML), Settings(tool_template="hermes"))._given
             None,
             '[TOOL_CALLS] [{"name": "look", "arguments": {"city": "Rome"}, "id": "call',
         ),
+        (
+            DEEPSEEK,
+            None,
+            '<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>look<｜tool▁sep｜>{"city": "Rome"}'
+            "<｜tool▁call▁end｜><｜tool▁calls▁end｜>",
+        ),
+        (KIMI, None, 'functions.look:0<|tool_call_argument_begin|>{"city": "Rome"}<'),
         (
             CHATML,
             BUILT_IN,
@@ -158,6 +167,42 @@ def test_several_calls_of_a_turn_where_a_template_takes_one(template: str) -> No
     assert text.index("look") < text.index("seen") < text.index("added") < text.index("more")
 
 
+@pytest.mark.parametrize(
+    ("mark", "calls"),
+    [
+        (
+            "<|tool_call|>",
+            '<|tool_call|>[{"name": "look", "arguments": {"city": "Rome"}}, '
+            '{"name": "add", "arguments": {}}]',
+        ),
+        ("<|tool_list_start|>", '<|tool_call_start|>[look(city="Rome"), add()]<|tool_call_end|>'),
+        ("<minimax:tool_call>", None),
+    ],
+)
+def test_calls_are_a_turn_s_text_where_a_template_knows_none(mark: str, calls: str | None) -> None:
+    template = f"{{% if tools %}}{mark}{{% endif %}}" + CHATML.replace(
+        "'user', ", "'user', 'tool', "
+    )
+    turns = chat()
+    add = {"id": "b", "type": "function", "function": {"name": "add", "arguments": {}}}
+    turns[1] = {**turns[1], "content": "So: ", "tool_calls": [*turns[1]["tool_calls"], add]}
+    options = Tools(tokenizer(template), Settings()).options(ChatOptions(), [])
+    if calls is not None:
+        assert f"assistant\nSo: {calls}<|im_end|>" in written(template, turns, options)
+        options = replace(options, written=None)
+    with pytest.raises(InvalidRequest, match="--tool-template") as error:
+        written(template, turns, options)
+    assert error.value.param == "messages"
+
+
+def test_calls_that_a_template_names_by_their_number() -> None:
+    first, second = chat("a")[1:3], chat("b")[1:3]
+    text = written(KIMI, [*first, *second, {**second[1], "tool_call_id": "c"}], ChatOptions())
+    names = [line.partition("<|im")[0] for line in text.split("## Return of ")[1:]]
+    assert names == ["functions.look:0", "functions.look:1", "c"]
+    assert "begin|>functions.look:1<" in text
+
+
 def test_the_built_in_template() -> None:
     assert BUILT_IN is not None
     turns = [
@@ -233,12 +278,34 @@ def asked(tools: Tools, **fields: Any) -> Any:
         (GLM, "glm45", False),
         (GEMMA, "gemma4", False),
         (HARMONY, "harmony", True),
+        (DEEPSEEK, "deepseek_v31", True),
+        (DEEPSEEK + "```json", "deepseek_v3", True),
+        (KIMI, "kimi_k2", True),
+        *(
+            (f"{{{{ tools }}}} {text}", name, False)
+            for text, name in (
+                ('<minimax:tool_call>\n<invoke name="x">', "minimax_m2"),
+                ("<seed:tool_call>\n<function=f>", "seed_oss"),
+                ("<|tool_list_start|>[", "lfm2"),
+                ("<|tool_call_start|>[", "lfm2"),
+                ("<function_calls>", "olmo3"),
+                ("respond only with <|tool_call|> followed by a JSON list", "granite"),
+                ("<|tool_call|>{}<|/tool_call|>", "phi4_mini_json"),
+                ("functools[{", "phi4_mini_json"),
+                ("<tool_calls>[{", "hunyuan_a13b"),
+                ("<tool_calls><tool_call>f<tool_sep><arg_key>", "hy_v3"),
+                ("<TOOLCALL>[", "nemotron_json"),
+                ("<|start_header_id|>ipython [func_name1(", "pythonic"),
+                ("<|header_start|>ipython [func_name1(", "llama4_pythonic"),
+                ("<|header_start|>ipython<|header_end|>", "llama4_json"),
+            )
+        ),
     ],
 )
 def test_the_format_is_found(template: str, name: str, direct: bool) -> None:
     form = asked(Tools(tokenizer(template), Settings())).form
     assert form.name == name
-    assert getattr(form, "direct", False) == direct
+    assert bool(getattr(form, "direct", None)) == direct
     chosen = Tools(tokenizer(template), Settings(tool_parser=name)).plan  # type: ignore[arg-type]
     assert chosen(ToolFields.model_validate({"tools": [LOOK]})).form == form  # type: ignore[union-attr]
     other = Settings(tool_parser="llama3" if name == "hermes" else "hermes")
@@ -276,7 +343,7 @@ def test_an_answer_of_a_form_beside_tools() -> None:
     [
         (CHATML, "--tool-template"),
         (None, "--tool-template"),
-        ("{{ tools }}", "--tool-parser hermes|llama3|mistral|harmony|qwen3_coder|glm45|gemma4"),
+        ("{{ tools }}", f"--tool-parser {'|'.join(FORMATS)}"),
     ],
 )
 def test_tools_that_cannot_be_asked_for(template: str | None, advice: str) -> None:
