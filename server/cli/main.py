@@ -36,6 +36,7 @@ from server.cli.tables import trace_table
 from server.quiet import hide_import_messages
 from server.settings import load_settings
 from server.starting import start_engine
+from server.variables import tell_unknown_variables
 
 if TYPE_CHECKING:
     from reft_runtime.front.admission import Prompt as Asked
@@ -163,6 +164,7 @@ def serve(**options: Any) -> None:
     from server.tenants.keys import Keys
 
     configure_logging(settings)
+    tell_unknown_variables()
     Keys.of(settings)  # what is wrong is told before the model is loaded, which may take minutes
     with listen(settings.host, settings.port) as listener, listen_for_metrics(settings) as other:
         check_exposure(listener, settings)
@@ -198,6 +200,7 @@ def generate(
 ) -> None:
     """Answer one prompt in the terminal, without a server; the answer alone is standard output."""
     settings = load_settings(options)
+    tell_unknown_variables()
     from reft_runtime.sampling import SamplingParams
 
     sampling = SamplingParams(max_tokens=max_tokens, temperature=temperature, seed=seed)

@@ -26,6 +26,7 @@ from server.banner import SHOWN
 from server.cli.main import app
 from server.metrics_port import MAX_CONNECTIONS
 from server.settings import Settings, load_settings
+from server.variables import tell_unknown_variables
 from tests.http.conftest import completion
 
 PROMETHEUS_2 = (
@@ -303,6 +304,39 @@ def test_bad_settings(options: dict[str, Any], lines: list[str]) -> None:
     given = caught.value.message.splitlines()
     assert len(given) == len(lines)
     assert all(got.startswith(wanted) for got, wanted in zip(given, lines, strict=True))
+
+
+def test_a_variable_that_is_no_setting_is_told(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    for known in ("REFT_PORT", "reft_model", "REFT_CACHE", "REFT_URL"):
+        monkeypatch.setenv(known, "secret")
+    for service in ("REFT_SERVICE_HOST", "REFT_SERVICE_PORT_HTTP", "REFT_X_PORT_80_TCP_ADDR"):
+        monkeypatch.setenv(service, "secret")
+    for unknown in ("REFT_PROT", "reft_api_kye", "REFT_DRAIN"):
+        monkeypatch.setenv(unknown, "secret")
+    tell_unknown_variables()
+    told = [line for line in caplog.messages if "_PYTHON" not in line]  # the clients' tests' own
+    assert told == [
+        "REFT_DRAIN is no setting of this server, and is ignored.",
+        "REFT_PROT is no setting of this server, and is ignored. Did you mean REFT_PORT?",
+        "reft_api_kye is no setting of this server, and is ignored. Did you mean REFT_API_KEY?",
+    ]
+
+
+@pytest.mark.parametrize("command", ["serve", "generate"])
+def test_a_mistyped_variable_is_told_before_the_model_is_loaded(
+    command: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def start(settings: Settings) -> None:
+        raise ConfigError("loaded")
+
+    monkeypatch.setattr("server.cli.main.start_engine", start)
+    monkeypatch.setattr("server.logs.configure_logging", lambda settings: None)
+    monkeypatch.setenv("REFT_DRIAN_SECONDS", "60")
+    arguments = ["serve", "--port", "0"] if command == "serve" else ["generate", "Hi"]
+    CliRunner().invoke(app, arguments)
+    assert any("Did you mean REFT_DRAIN_SECONDS?" in line for line in caplog.messages)
 
 
 def test_settings_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
