@@ -7,6 +7,7 @@ import atexit
 import errno
 import io
 import os
+import signal
 import sys
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
@@ -78,6 +79,8 @@ def main() -> None:
     except TyperException as error:
         typer.echo(_usage(error.format_message()), err=True)
         status = error.exit_code
+    except KeyboardInterrupt:  # typer itself takes it once it has found the command
+        status = 128 + signal.SIGINT
     except typer.Abort:
         typer.echo("Aborted!", err=True)
         status = 1
