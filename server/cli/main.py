@@ -103,8 +103,12 @@ def _take_any_text() -> None:
     """Let no character end a command that a terminal, a pipe or a file has or cannot show.
 
     What the output's encoding does not have is written as an escape. Bytes of the input that are
-    no text are refused where they are used.
+    no text are refused where they are used. A stream that the process was started without, as by
+    `>&-`, is one of nothing.
     """
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115  # it ends with the process
     for stream, errors in (
         (sys.stdin, "surrogateescape"),
         (sys.stdout, "backslashreplace"),
@@ -132,8 +136,7 @@ def _leave(status: str | int | None) -> NoReturn:
     atexit._run_exitfuncs()
     for stream in (sys.stdout, sys.stderr):
         try:
-            if stream is not None:  # as it is where the process was started without one
-                stream.flush()
+            stream.flush()
         except OSError:  # what was written is lost
             status = status or 1
     os._exit(status)

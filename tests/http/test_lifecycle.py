@@ -434,7 +434,7 @@ def test_the_servers_words_are_the_last(status: int) -> None:
 @pytest.mark.parametrize("closing", [">&-", ">&- 2>&-"])
 def test_a_process_without_standard_output_ends_as_any_other(closing: str) -> None:
     code = "import sys, torch; from server.cli import main as cli\n"
-    code += "cli.app = lambda **_: sys.exit(0 if sys.stdout is None else 3)\ncli.main()"
+    code += "cli.app = lambda **_: sys.exit(0 if print('x') is None else 3)\ncli.main()"
     command = f"exec {shlex.quote(sys.executable)} -c {shlex.quote(code)} {closing}"
     assert subprocess.run(command, shell=True, check=False).returncode == 0
 
