@@ -24,6 +24,7 @@ from typer.testing import CliRunner
 from reft_runtime.errors import ConfigError
 from server.banner import SHOWN
 from server.cli.main import app
+from server.lifecycle import FLUSH_SECONDS
 from server.metrics_port import MAX_CONNECTIONS
 from server.settings import Settings, load_settings
 from server.variables import tell_unknown_variables
@@ -220,6 +221,25 @@ def test_who_does_not_take_an_answer_does_not_keep_the_server() -> None:
             assert server.end() == 0
             log = "".join(server.log)
     assert "Cutting off 1 clients that did not take an answer" in log
+    assert "Traceback" not in log
+
+
+def test_a_body_that_stalls_does_not_keep_the_server() -> None:
+    with running() as server:
+        host, port = server.url.removeprefix("http://").split(":")
+        with socket.create_connection((host, int(port))) as client:
+            client.sendall(
+                b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
+                b"content-length: 9\r\n\r\n{"
+            )
+            httpx.get(f"{server.url}/readyz")  # until then it has read what came before
+            server.process.send_signal(signal.SIGTERM)
+            begun = time.monotonic()
+            assert server.end() == 0
+            assert time.monotonic() - begun < FLUSH_SECONDS
+            assert b"HTTP/1.1 503 " in client.recv(1000)
+            log = "".join(server.log)
+    assert "Cutting off" not in log
     assert "Traceback" not in log
 
 
