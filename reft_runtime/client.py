@@ -145,7 +145,7 @@ class Server:
 
         Raises `ConfigError` if it does not arrive whole.
         """
-        response = self._call("GET", f"{_path(reference)}/file")
+        response = self._call("GET", f"{_path(reference, version=True)}/file")
         data, digest = response.content, response.headers["etag"].strip('"')
         if not is_whole(data, digest):
             raise ConfigError(f"the file of {reference} was damaged on its way; try again.")
@@ -361,7 +361,16 @@ class Server:
         return {"base_url": self.root, "headers": headers, "timeout": SECONDS}
 
 
-def _path(name: str) -> str:
+def _path(name: str, *, version: bool = False) -> str:
+    """The path of a name or, with `version`, of NAME@DIGEST."""
+    own, at, digest = name.partition("@")
+    if at and not version:
+        raise ConfigError(
+            f"name: {name!r} is a version, and this takes a name. `reft show {own}` lists its"
+            f" versions, `reft pull {name}` fetches the file of this one, and"
+            f" `reft rollback {own} {digest}` serves it.",
+            param="name",
+        )
     if name in ("", ".", "..") or "/" in name:  # the path of another route, or of none
         raise ConfigError(f"name: {name!r} is no intervention's name: {NAME_RULE}.", param="name")
     return f"/v1/interventions/{_quoted(name)}"

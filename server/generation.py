@@ -135,9 +135,9 @@ class Run:
 
     @property
     def queue_seconds(self) -> float | None:
-        """Longest time that a prompt waited in the queue, in seconds; None while all wait."""
+        """Seconds that the first of its prompts waited in the queue; None while all wait."""
         queued = [s.queue_seconds for s in self.streams if s.queue_seconds is not None]
-        return max(queued, default=None)
+        return min(queued, default=None)
 
     def usage(self) -> dict[str, Any]:
         """OpenAI's usage object for the tokens so far."""

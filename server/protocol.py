@@ -28,11 +28,16 @@ PROBE_SECONDS = 0.1
 MAX_WAITING = 32
 """Most requests of one connection that wait behind another: a packet has room for thousands."""
 
+STALLED_SECONDS = 1.0
+"""A body that pauses for this long is not waited for by a server that stops."""
+
 _OFFER = b"\r\nupgrade:"
 _UPGRADE = re.compile(rb"\r\nupgrade(?=:)", re.IGNORECASE)
 
 _CHUNKED = b"transfer-encoding: chunked\r\n\r\n"
 """End of the head of an answer in chunks."""
+
+_STOPPING = ApiError(503, "The server is stopping.", code="draining", headers={"retry-after": "5"})
 
 CLOSE_WAIT = 8
 """Linux' TCP state of a connection whose other side has said that it will send no more."""
@@ -59,6 +64,7 @@ class Connection(HttpToolsProtocol):
         """Pieces of the body, joined once all received data is parsed: chunks may be very small."""
         self._last_byte = 0.0
         self._keep_alive = True
+        self._stopping = False
         self._answered: RequestResponseCycle | None = None
         """The request that is, or was last, being answered; others may wait behind it."""
         self._write_paused_at: float | None = None
@@ -91,6 +97,10 @@ class Connection(HttpToolsProtocol):
             elif not self._head_bytes and now - self.since > limits.idle:
                 self.transport.close()
         elif self.cycle.more_body and not self.flow.read_paused:
+            if self._stopping and now - self._last_byte > STALLED_SECONDS:
+                self._refuse(_STOPPING, "shutdown")
+                self.transport.close()
+                return
             late = now - self.since - limits.body
             if now - self._last_byte > limits.body or late * limits.body_rate > self._body_bytes:
                 self._refuse(ApiError(408, "The request's body came too slowly."), "body")
@@ -173,7 +183,7 @@ class Connection(HttpToolsProtocol):
 
     def shutdown(self) -> None:
         """Close the connection once the answer under way is complete."""
-        self._keep_alive = False
+        self._keep_alive, self._stopping = False, True
         super().shutdown()
 
     # What the parser calls

@@ -77,7 +77,7 @@ def test_every_file_of_the_packages_is_in_it(wheel: zipfile.ZipFile) -> None:
 
 def test_it_has_the_command_and_the_licence(wheel: zipfile.ZipFile) -> None:
     about = {name.partition(".dist-info/")[2]: name for name in wheel.namelist()}
-    assert b"reft = server.cli.main:main" in wheel.read(about["entry_points.txt"])
+    assert b"reft = server.cli.__main__:main" in wheel.read(about["entry_points.txt"])
     assert "licenses/LICENSE" in about
     assert b"Requires-Python: >=3.11" in wheel.read(about["METADATA"])
 

@@ -20,6 +20,9 @@ R = TypeVar("R")
 
 _OMP_PAUSE_SOFT = 1
 
+MOST_THREADS = 1024
+"""Threads are started as they are first needed, each with memory of its own."""
+
 
 def usable_cores(root: Path = Path("/")) -> int:
     """Physical cores that affinity and the CPU quota leave, at least 1.
@@ -39,10 +42,14 @@ def use_threads(threads: int | None, ranks: int = 1) -> None:
     """Compute with `threads` threads; None is one for each core that this process may use.
 
     Where `ranks` processes compute together, each takes its part of them, at least one. Raises
-    `ConfigError` if `threads` is less than 1.
+    `ConfigError` if `threads` is less than 1, or more than any machine needs.
     """
     if threads is not None and threads < 1:
         raise ConfigError(f"threads must be at least 1, not {threads}.", param="threads")
+    if threads is not None and threads > MOST_THREADS:
+        raise ConfigError(
+            f"threads must be at most {MOST_THREADS}, not {threads}.", param="threads"
+        )
     threads = threads or min(torch.get_num_threads(), usable_cores())
     torch.set_num_threads(max(1, threads // ranks))
 

@@ -38,7 +38,12 @@ class Columns:
     note: str = ""
 
     def fields(self, row: Mapping[str, Any]) -> Mapping[str, Any]:
-        """A row's fields, with those that come from its columns; numbers become text."""
+        """A row's fields, with those that come from its columns; numbers become text.
+
+        A label of its own that is null is none, as in rows that have some in other rows alone.
+        """
+        if self.label is None and "label" in row and _is_missing(row["label"]):
+            row = {name: value for name, value in row.items() if name != "label"}
         found = {
             name: _as_text(row[column])
             for name in ("prompt", "completion", "label")
@@ -99,9 +104,13 @@ def _usual(columns: Sequence[str], names: Sequence[str]) -> str | None:
     return next((written[name] for name in names if name in written), None)
 
 
+def _is_missing(value: object) -> bool:
+    return value is None or (isinstance(value, float) and math.isnan(value))
+
+
 def _as_text(value: object) -> Any:
     """A cell as text. What is neither text nor a number stays, and is refused where it is used."""
-    if value is None or (isinstance(value, float) and math.isnan(value)):
+    if _is_missing(value):
         return ""
     if isinstance(value, bool):
         return str(value).lower()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,10 +11,10 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from reft_runtime.base.shape import shape_of
+from reft_runtime.base.shape import base_shape, shape_of
 from reft_runtime.edits.sites import Site
 from reft_runtime.errors import ConfigError
-from reft_runtime.interventions import Edit, Intervention
+from reft_runtime.interventions import BaseShape, Edit, Intervention
 from reft_runtime.loading.base import load_base
 from reft_runtime.machine.cores import use_threads
 from reft_runtime.text import Tokenizer
@@ -61,12 +62,32 @@ def direction(
     process may use. Raises `ConfigError`.
     """
     use_threads(threads)
+    shape = base_shape(model)
+    if not 0 <= layer < shape.num_layers:
+        raise ConfigError(
+            f"layer: {layer}; {shape.model} has 0 to {shape.num_layers - 1}.", param="layer"
+        )
+    if not math.isfinite(scale):
+        raise ConfigError(f"scale: must be a finite number, not {scale}.", param="scale")
+
+    def made(shape: BaseShape, vector: Tensor) -> Intervention:
+        return Intervention.build(
+            shape,
+            [Edit(layer, positions, {"v": vector}, kind="steering")],
+            template=template,
+            description=description,
+            license=license,
+            training={
+                "method": "difference of means",
+                "positive": len(positive),
+                "negative": len(negative),
+                "scale": scale,
+            },
+        )
+
+    made(shape, torch.zeros(shape.hidden_size))  # what the format refuses is told before the load
     name, loaded, own = load_base(model, tokenizer, dtype, None, differentiable=True)
     try:
-        if not 0 <= layer < len(loaded.layers):
-            raise ConfigError(
-                f"layer: {layer}; {name} has 0 to {len(loaded.layers) - 1}.", param="layer"
-            )
         base, words = Base(loaded), Tokenizer(own, loaded.max_model_len)
         base.sites.check(layer, "block_output", loaded.hidden_size)
         means = []
@@ -83,19 +104,7 @@ def direction(
             "The vector is zero, and would change nothing: the scale is 0, or the means of both"
             " texts are equal."
         )
-    return Intervention.build(
-        shape_of(name, loaded),
-        [Edit(layer, positions, {"v": vector}, kind="steering")],
-        template=template,
-        description=description,
-        license=license,
-        training={
-            "method": "difference of means",
-            "positive": len(positive),
-            "negative": len(negative),
-            "scale": scale,
-        },
-    )
+    return made(shape_of(name, loaded), vector)
 
 
 @torch.no_grad()

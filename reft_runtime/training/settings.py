@@ -8,8 +8,8 @@ from dataclasses import dataclass, fields, replace
 from types import NoneType
 from typing import Any, get_args, get_type_hints
 
-from reft_runtime.errors import ConfigError
-from reft_runtime.interventions import BaseShape
+from reft_runtime.errors import ConfigError, InvalidFile
+from reft_runtime.interventions import BaseShape, Positions
 from reft_runtime.interventions.format.kinds import KINDS
 
 DEFAULT_RANK = 4
@@ -18,6 +18,9 @@ ROWS_SEEN = 6_000
 """A training goes by default over this many rows, several times over the same if need be."""
 
 MIN_EPOCHS, MAX_EPOCHS = 3, 30
+
+MAX_ROWS_SEEN = 100_000_000
+"""The longest training, in rows: their order is in memory."""
 
 DTYPES = ("auto", "float32", "bfloat16")
 
@@ -93,6 +96,12 @@ class TrainSettings:
             )
         if self.epochs is not None and self.steps is not None:
             raise _error("steps", "give epochs or steps, not both.")
+        if self.batch_size % self.accumulate:
+            raise _error(
+                "batch_size",
+                f"{self.batch_size} rows of a step cannot be shared by {self.accumulate} parts.",
+            )
+        _ = self.sides
         if self.dtype not in DTYPES:
             raise _error("dtype", f"must be one of {', '.join(DTYPES)}, not {self.dtype!r}.")
         if self.layers is not None and (
@@ -133,6 +142,36 @@ class TrainSettings:
     def has_rank(self) -> bool:
         """Whether the kind's edits have a rank."""
         return any("r" in spec.shape for spec in KINDS[self.kind].tensors.values())
+
+    @property
+    def sides(self) -> list[Positions]:
+        """Positions of the edits of each layer; untied, first and last tokens by themselves."""
+        try:
+            positions = Positions.parse(self.positions)
+        except InvalidFile as error:
+            raise ConfigError(error.message, param="positions") from None
+        if not self.untied:
+            return [positions]
+        sides = (
+            [Positions(first=positions.first), Positions(last=positions.last)]
+            if (positions.first and positions.last)
+            else []
+        )
+        if not sides or positions != Positions(first=positions.first, last=positions.last):
+            raise _error("untied", f"needs positions of the form fN+lM, not {self.positions!r}.")
+        return sides
+
+    def steps_over(self, rows: int) -> int:
+        """The number of steps over so many rows; 0 where `complete` has not chosen one yet."""
+        name = "epochs" if self.steps is None else "steps"
+        steps = self.steps or math.ceil((self.epochs or 0) * rows / self.batch_size)
+        if steps * self.batch_size > MAX_ROWS_SEEN:
+            raise _error(
+                name,
+                f"{getattr(self, name):g} of them go over {steps * self.batch_size:,} rows; at most"
+                f" {MAX_ROWS_SEEN:,} can be.",
+            )
+        return steps
 
     def complete(self, base: BaseShape, rows: int) -> TrainSettings:
         """The same with every open choice made for a base model and a number of rows.

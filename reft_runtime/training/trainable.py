@@ -9,8 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import register_parametrization
 
-from reft_runtime.errors import ConfigError
-from reft_runtime.interventions import BaseShape, CanonicalEdit, Edit, EditSpec, Positions
+from reft_runtime.interventions import BaseShape, CanonicalEdit, Edit, EditSpec
 from reft_runtime.interventions.format.canonical import canonical_edit
 from reft_runtime.interventions.format.kinds import KINDS
 from reft_runtime.training.settings import TrainSettings
@@ -91,28 +90,10 @@ def new_edits(base: BaseShape, settings: TrainSettings) -> TrainableEdits:
                 width,
                 _INITIAL[settings.kind](width, rank, generator),
             )
-            for positions in _sides(settings)
+            for positions in settings.sides
             for layer in settings.layers
         ]
     )
-
-
-def _sides(settings: TrainSettings) -> list[Positions]:
-    """Positions of the edits of each layer; untied, the first and the last tokens by themselves."""
-    positions = Positions.parse(settings.positions)
-    if not settings.untied:
-        return [positions]
-    sides = (
-        [Positions(first=positions.first), Positions(last=positions.last)]
-        if (positions.first and positions.last)
-        else []
-    )
-    if not sides or positions != Positions(first=positions.first, last=positions.last):
-        raise ConfigError(
-            f"untied: needs positions of the form fN+lM, not {settings.positions!r}.",
-            param="untied",
-        )
-    return sides
 
 
 Initial = Callable[[int, int, torch.Generator], dict[str, Tensor]]

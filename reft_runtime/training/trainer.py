@@ -281,7 +281,7 @@ def arguments(
     progress: bool,
 ) -> TrainingArguments:
     """The Trainer's settings. Where it `evaluates` the best checkpoint is taken, else the last."""
-    steps = settings.steps or math.ceil((settings.epochs or 0) * rows / settings.batch_size)
+    steps = settings.steps_over(rows)
     parts = settings.accumulate * int(os.environ.get("WORLD_SIZE", "1"))  # torchrun sets it
     if settings.batch_size % parts:
         raise ConfigError(

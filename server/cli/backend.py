@@ -22,6 +22,7 @@ from server.cli.terminal import stages_told
 from server.settings import load_settings
 from server.starting import start_engine
 from server.thoughts import reader_of
+from server.variables import tell_unknown_variables
 
 if TYPE_CHECKING:
     from reft_runtime.interventions.registry.holding import Holding
@@ -213,6 +214,7 @@ class LocalBackend:
 
     def __init__(self, options: Mapping[str, Any]) -> None:
         self._settings = load_settings(options)
+        tell_unknown_variables()
         with stages_told():
             self._engine = start_engine(self._settings)
         self._runner = asyncio.Runner()  # one loop, for events of an answer may come after its end

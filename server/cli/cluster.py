@@ -31,6 +31,8 @@ def up(config: Config) -> None:
     from server.cluster.config import read_config
     from server.cluster.up import run
     from server.logs import configure_logging
+    from server.variables import tell_unknown_variables
 
     configure_logging(read_config(config).settings)
+    tell_unknown_variables()
     raise SystemExit(run(config))

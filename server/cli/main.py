@@ -7,6 +7,7 @@ import atexit
 import errno
 import io
 import os
+import signal
 import sys
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
@@ -37,6 +38,7 @@ from server.cli.tables import trace_table
 from server.quiet import hide_import_messages
 from server.settings import load_settings
 from server.starting import start_engine
+from server.variables import tell_unknown_variables
 
 if TYPE_CHECKING:
     from reft_runtime.front.admission import Prompt as Asked
@@ -78,6 +80,8 @@ def main() -> None:
     except TyperException as error:
         typer.echo(_usage(error.format_message()), err=True)
         status = error.exit_code
+    except KeyboardInterrupt:  # typer itself takes it once it has found the command
+        status = 128 + signal.SIGINT
     except typer.Abort:
         typer.echo("Aborted!", err=True)
         status = 1
@@ -100,8 +104,12 @@ def _take_any_text() -> None:
     """Let no character end a command that a terminal, a pipe or a file has or cannot show.
 
     What the output's encoding does not have is written as an escape. Bytes of the input that are
-    no text are refused where they are used.
+    no text are refused where they are used. A stream that the process was started without, as by
+    `>&-`, is one of nothing.
     """
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115  # it ends with the process
     for stream, errors in (
         (sys.stdin, "surrogateescape"),
         (sys.stdout, "backslashreplace"),
@@ -129,8 +137,7 @@ def _leave(status: str | int | None) -> NoReturn:
     atexit._run_exitfuncs()
     for stream in (sys.stdout, sys.stderr):
         try:
-            if stream is not None:  # as it is where the process was started without one
-                stream.flush()
+            stream.flush()
         except OSError:  # what was written is lost
             status = status or 1
     os._exit(status)
@@ -164,6 +171,7 @@ def serve(**options: Any) -> None:
     from server.tenants.keys import Keys
 
     configure_logging(settings)
+    tell_unknown_variables()
     Keys.of(settings)  # what is wrong is told before the model is loaded, which may take minutes
     with listen(settings.host, settings.port) as listener, listen_for_metrics(settings) as other:
         check_exposure(listener, settings)
@@ -202,6 +210,7 @@ def generate(
     Standard output is the answer alone.
     """
     settings = load_settings(options)
+    tell_unknown_variables()
     from reft_runtime.sampling import SamplingParams
 
     sampling = SamplingParams(max_tokens=max_tokens, temperature=temperature, seed=seed)

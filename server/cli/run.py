@@ -35,6 +35,7 @@ from server.cli.options import (
 from server.cli.terminal import stages_told, stoppable
 from server.settings import load_settings
 from server.starting import start_engine
+from server.variables import tell_unknown_variables
 
 app = typer.Typer()
 
@@ -121,6 +122,7 @@ async def _asked(
             yield client, CONCURRENCY
         return
     settings = load_settings(options).model_copy(update={"api_key": None, "keys": None})
+    tell_unknown_variables()
     engine = start_engine(settings)
     try:
         from server.app import create_app

@@ -24,6 +24,9 @@ from server.cli.tables import short
 
 app = typer.Typer()
 
+_OUTPUT = Path("-")
+"""What stands for standard output."""
+
 
 @app.command()
 def push(
@@ -83,7 +86,8 @@ def pull(
     out: Annotated[
         Path | None,
         typer.Option(
-            help="The file to write, or the folder to put it in; by default here, under its name.",
+            help="The file to write, the folder to put it in, or - for standard output; by default "
+            "here, under its name.",
             show_default=False,
         ),
     ] = None,
@@ -98,6 +102,11 @@ def pull(
     """
     own = f"{reference.partition('@')[0]}{SUFFIX}"
     path = Path(own) if out is None else out / own if os.path.isdir(out) else out
+    if path == _OUTPUT:
+        if as_json:
+            raise ConfigError("json: standard output has the file itself; leave out --json.")
+        typer.echo(Server(url, api_key).download(reference)[0], nl=False)
+        return
     if not force and os.path.lexists(path):
         raise ConfigError(f"out: {path} is there already; --force replaces it.", param="out")
     data, digest = Server(url, api_key).download(reference)

@@ -24,25 +24,34 @@ FILE = "usage.sqlite3"
 WRITE_SECONDS = 0.5
 """Pause between two writes; with the write itself, no count is unwritten for a second."""
 
+LOCK_SECONDS = 0.2
+"""How long a write waits for a program that holds the file's lock; the next one tries again."""
+
+LAST_LOCK_SECONDS = 5.0
+"""How long the last write of a server waits for it."""
+
 MAX_MEMORY_ROWS = 100_000
 """Most rows that are counted where nothing is written; later interventions share `(other)`."""
 
 BASE, OTHER = "(base)", "(other)"
 """Rows that no intervention can have, as a name cannot contain a parenthesis."""
 
-_SCHEMA = """
-CREATE TABLE IF NOT EXISTS usage (
+_TABLE = """ (
     day TEXT, tenant TEXT, intervention TEXT,
     requests INTEGER, prompt_tokens INTEGER, cached_tokens INTEGER, completion_tokens INTEGER,
     PRIMARY KEY (day, tenant, intervention)
 ) WITHOUT ROWID;
+"""
+
+_SCHEMA = f"""
+CREATE TABLE IF NOT EXISTS usage {_TABLE}
 CREATE TABLE IF NOT EXISTS kept (since REAL);
 """
 
 _SINCE = "INSERT INTO kept SELECT ? WHERE NOT EXISTS (SELECT * FROM kept)"
 
 _ADD = """
-INSERT INTO usage VALUES (?, ?, ?, ?, ?, ?, ?)
+INSERT INTO {table} VALUES (?, ?, ?, ?, ?, ?, ?)
 ON CONFLICT DO UPDATE SET
     requests = requests + excluded.requests,
     prompt_tokens = prompt_tokens + excluded.prompt_tokens,
@@ -144,6 +153,8 @@ class Usage:
         if self._writer.ident is not None:
             self._writer.join()
         with self._writing:
+            if self._file is not None:
+                self._file.execute(f"PRAGMA busy_timeout = {1000 * LAST_LOCK_SECONDS:.0f}")
             self._write()
             self._shut()
 
@@ -159,18 +170,18 @@ class Usage:
         Raises `Unavailable` if the file is damaged where it is read.
         """
         with self._writing:
-            if self._write() and self._file is not None:
+            self._write()
+            with self._counting:
+                new = dict(self._new)
+            if self._file is not None:
                 try:
-                    return _found(self._file, query)
+                    return _found(self._file, query, new)
                 except sqlite3.Error as error:
                     logger.error("Usage cannot be read: %s: %s", self._path, error)
                     raise Unavailable("The file with the usage cannot be read.") from None
-            with self._counting:
-                new = dict(self._new)
         with closing(sqlite3.connect(":memory:")) as memory:
             _prepare(memory, self._since)
-            _add(memory, new)
-            return _found(memory, query)
+            return _found(memory, query, new)
 
     def _begun(self, key: Key) -> list[int]:
         """The row of a key without one; that of the others where there is no room."""
@@ -193,7 +204,9 @@ class Usage:
         try:
             _add(self._open(self._path), new)
         except (sqlite3.Error, OSError) as error:
-            self._shut()
+            locked = getattr(error, "sqlite_errorcode", None) == sqlite3.SQLITE_BUSY
+            if not locked:  # else nothing was written, and what is there can be read
+                self._shut()
             with self._counting:
                 # The older counts first: where there is no room, later ones share a row.
                 later, self._new = self._new, new
@@ -201,7 +214,8 @@ class Usage:
                     add(self._new.get(key) or self._begun(key), more)
             if self.problem is None:
                 logger.error("Usage is counted in memory: %s: %s", self._path, error)
-            self.problem = "usage is counted in memory: its file cannot be used"
+            why = "another program has locked its file" if locked else "its file cannot be used"
+            self.problem = f"usage is counted in memory: {why}"
             return False
         if self.problem is not None:
             logger.warning("Usage is written again: %s", self._path)
@@ -217,7 +231,7 @@ class Usage:
             return self._file
         self._shut()
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = sqlite3.connect(path, check_same_thread=False)
+        self._file = sqlite3.connect(path, timeout=LOCK_SECONDS, check_same_thread=False)
         # A commit need not wait for the disk: what a process has written survives its end.
         self._file.execute("PRAGMA journal_mode = WAL")
         self._file.execute("PRAGMA synchronous = NORMAL")
@@ -250,17 +264,20 @@ def _prepare(file: sqlite3.Connection, now: float) -> None:
         file.execute(_SINCE, [now])
 
 
-def _add(file: sqlite3.Connection, new: _New) -> None:
+def _add(file: sqlite3.Connection, new: _New, table: str = "usage") -> None:
     rows = [
         (datetime.fromtimestamp(86400 * key.day, UTC).date().isoformat(), *key[1:], *counts)
         for key, counts in new.items()
     ]
     if rows:
         with file:
-            file.executemany(_ADD, rows)
+            file.executemany(_ADD.format(table=table), rows)
 
 
-def _found(file: sqlite3.Connection, query: Query) -> Found:
+def _found(file: sqlite3.Connection, query: Query, new: _New) -> Found:
+    """What is asked for, of the file and of what is not yet written to it."""
+    file.executescript(f"DROP TABLE IF EXISTS unwritten; CREATE TEMP TABLE unwritten {_TABLE}")
+    _add(file, new, "unwritten")
     groups = ", ".join(query.groups)
     where, values = ["day BETWEEN ? AND ?"], [query.first.isoformat(), query.last.isoformat()]
     if query.tenant is not None:
@@ -271,7 +288,8 @@ def _found(file: sqlite3.Connection, query: Query) -> Found:
         values.append(query.intervention)
     sums = ", ".join(f"SUM({name})" for name in Counts._fields)
     rows = file.execute(
-        f"SELECT {groups}, {sums} FROM usage WHERE {' AND '.join(where)}"
+        f"SELECT {groups}, {sums} FROM (SELECT * FROM usage UNION ALL SELECT * FROM unwritten)"
+        f" WHERE {' AND '.join(where)}"
         f" GROUP BY {groups} ORDER BY {groups} LIMIT {query.most}",
         values,
     )

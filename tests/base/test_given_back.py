@@ -205,7 +205,7 @@ def too_long(model: PreTrainedModel) -> None:
 
 
 def no_file(model: PreTrainedModel) -> None:
-    direction(["a"], ["b"], layer=99, model=model, tokenizer=tiny_tokenizer())
+    direction(["a"], ["b"], layer=0, model=model, tokenizer=tiny_tokenizer())
 
 
 def _refusing(*given: Any) -> Any:

@@ -48,6 +48,12 @@ def test_characters_that_the_output_does_not_have_are_escaped(url: str) -> None:
         assert rb"Ein \U0001f34e" in ended.stdout
 
 
+@pytest.mark.parametrize("command", ["ls", "show one", "pull one --out -"])
+def test_a_command_without_standard_output_says_nothing(url: str, command: str) -> None:
+    ended = reft(*command.split(), "--url", url, preexec_fn=lambda: os.close(1), stdout=None)
+    assert (ended.returncode, ended.stderr) == (0, b"")
+
+
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
 def test_an_output_without_room_is_told_in_one_line(url: str) -> None:
     for command in ("ls", "ls --json", "show one", "key new"):

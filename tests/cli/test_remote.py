@@ -107,6 +107,26 @@ def test_a_file_goes_there_and_back(url: str, engine: Any, tmp_path: Path) -> No
     ]
 
 
+def test_a_file_is_pulled_to_standard_output(
+    url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    pulled = reft(url, "pull", "one", "--out", "-")
+    assert pulled.exit_code == 0
+    assert digest(pulled.stdout_bytes) == digest(file_bytes(description="The one [bold]of them."))
+    assert "leave out --json" in refused(url, ConfigError, "pull", "one", "--out", "-", "--json")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_version_where_a_name_is_asked_for(url: str, engine: Any) -> None:
+    version = f"one@{engine.registry.entry('one').digest[:12]}"
+    for command in ("show", "rollback", "pin", "warm", "unpin", "rm"):
+        options = ["--yes"] if command == "rm" else []
+        said = refused(url, ConfigError, command, version, *options)
+        assert said.startswith(f"name: {version!r} is a version, and this takes a name. `reft show")
+    assert engine.registry.entry("one")
+
+
 def test_a_place_for_a_pulled_file_that_is_none(url: str, tmp_path: Path) -> None:
     (tmp_path / "taken").touch()
     for out in (tmp_path / "taken" / "x", tmp_path / "missing" / "x", tmp_path / ("x" * 300)):

@@ -7,7 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -18,6 +18,15 @@ import pytest
 from reft_runtime.errors import ConfigError, EngineDead
 from server.cluster import up
 from server.cluster.config import ClusterConfig, parse_config
+
+
+@pytest.fixture(autouse=True)
+def _handlers() -> Iterator[None]:
+    """What a cluster makes of signals ends with each test."""
+    before = {sig: signal.getsignal(sig) for sig in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    yield
+    for sig, handler in before.items():
+        signal.signal(sig, handler)
 
 
 def test_a_keys_file_is_read_before_ray_starts(

@@ -6,6 +6,7 @@ import asyncio
 import json
 import threading
 from collections.abc import AsyncIterator
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -26,6 +27,15 @@ def events(response: httpx.Response) -> list[Any]:
     assert all(line.startswith("data: ") for line in lines)
     assert lines[-1] == "data: [DONE]"
     return [json.loads(line.removeprefix("data: ")) for line in lines[:-1]]
+
+
+def test_several_prompts_have_waited_until_the_first_of_them_began() -> None:
+    """So a request never waited longer than its first token took."""
+    streams = [SimpleNamespace(queue_seconds=seconds) for seconds in (None, 3.0, 0.5)]
+    run: Any = SimpleNamespace(streams=streams)
+    assert Run.queue_seconds.__get__(run) == 0.5
+    run.streams = streams[:1]
+    assert Run.queue_seconds.__get__(run) is None
 
 
 async def test_completion(client: httpx.AsyncClient) -> None:

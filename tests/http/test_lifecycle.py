@@ -24,8 +24,10 @@ from typer.testing import CliRunner
 from reft_runtime.errors import ConfigError
 from server.banner import SHOWN
 from server.cli.main import app
+from server.lifecycle import FLUSH_SECONDS
 from server.metrics_port import MAX_CONNECTIONS
 from server.settings import Settings, load_settings
+from server.variables import tell_unknown_variables
 from tests.http.conftest import completion
 
 PROMETHEUS_2 = (
@@ -222,6 +224,25 @@ def test_who_does_not_take_an_answer_does_not_keep_the_server() -> None:
     assert "Traceback" not in log
 
 
+def test_a_body_that_stalls_does_not_keep_the_server() -> None:
+    with running() as server:
+        host, port = server.url.removeprefix("http://").split(":")
+        with socket.create_connection((host, int(port))) as client:
+            client.sendall(
+                b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
+                b"content-length: 9\r\n\r\n{"
+            )
+            httpx.get(f"{server.url}/readyz")  # until then it has read what came before
+            server.process.send_signal(signal.SIGTERM)
+            begun = time.monotonic()
+            assert server.end() == 0
+            assert time.monotonic() - begun < FLUSH_SECONDS
+            assert b"HTTP/1.1 503 " in client.recv(1000)
+            log = "".join(server.log)
+    assert "Cutting off" not in log
+    assert "Traceback" not in log
+
+
 def without_times(text: str) -> str:
     """Metrics without the one whose value is the time of the scrape."""
     return re.sub(r"^vllm:lora_requests_info.*$", "", text, flags=re.MULTILINE)
@@ -303,6 +324,39 @@ def test_bad_settings(options: dict[str, Any], lines: list[str]) -> None:
     given = caught.value.message.splitlines()
     assert len(given) == len(lines)
     assert all(got.startswith(wanted) for got, wanted in zip(given, lines, strict=True))
+
+
+def test_a_variable_that_is_no_setting_is_told(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    for known in ("REFT_PORT", "reft_model", "REFT_CACHE", "REFT_URL"):
+        monkeypatch.setenv(known, "secret")
+    for service in ("REFT_SERVICE_HOST", "REFT_SERVICE_PORT_HTTP", "REFT_X_PORT_80_TCP_ADDR"):
+        monkeypatch.setenv(service, "secret")
+    for unknown in ("REFT_PROT", "reft_api_kye", "REFT_DRAIN"):
+        monkeypatch.setenv(unknown, "secret")
+    tell_unknown_variables()
+    told = [line for line in caplog.messages if "_PYTHON" not in line]  # the clients' tests' own
+    assert told == [
+        "REFT_DRAIN is no setting of this server, and is ignored.",
+        "REFT_PROT is no setting of this server, and is ignored. Did you mean REFT_PORT?",
+        "reft_api_kye is no setting of this server, and is ignored. Did you mean REFT_API_KEY?",
+    ]
+
+
+@pytest.mark.parametrize("command", ["serve", "generate"])
+def test_a_mistyped_variable_is_told_before_the_model_is_loaded(
+    command: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def start(settings: Settings) -> None:
+        raise ConfigError("loaded")
+
+    monkeypatch.setattr("server.cli.main.start_engine", start)
+    monkeypatch.setattr("server.logs.configure_logging", lambda settings: None)
+    monkeypatch.setenv("REFT_DRIAN_SECONDS", "60")
+    arguments = ["serve", "--port", "0"] if command == "serve" else ["generate", "Hi"]
+    CliRunner().invoke(app, arguments)
+    assert any("Did you mean REFT_DRAIN_SECONDS?" in line for line in caplog.messages)
 
 
 def test_settings_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -400,7 +454,7 @@ def test_the_servers_words_are_the_last(status: int) -> None:
 @pytest.mark.parametrize("closing", [">&-", ">&- 2>&-"])
 def test_a_process_without_standard_output_ends_as_any_other(closing: str) -> None:
     code = "import sys, torch; from server.cli import main as cli\n"
-    code += "cli.app = lambda **_: sys.exit(0 if sys.stdout is None else 3)\ncli.main()"
+    code += "cli.app = lambda **_: sys.exit(0 if print('x') is None else 3)\ncli.main()"
     command = f"exec {shlex.quote(sys.executable)} -c {shlex.quote(code)} {closing}"
     assert subprocess.run(command, shell=True, check=False).returncode == 0
 

@@ -404,6 +404,26 @@ def test_a_failed_write_is_not_counted_twice(tmp_path: Path) -> None:
     counting.close()
 
 
+def test_a_file_that_another_program_has_locked_is_read_at_once(tmp_path: Path) -> None:
+    counting = Usage(tmp_path)
+    counting.add("a", "x", Counts(1))
+    assert total(counting) == 1
+    with closing(sqlite3.connect(tmp_path / usage.FILE, isolation_level=None)) as other:
+        other.execute("BEGIN IMMEDIATE")
+        counting.add("a", "x", Counts(1))
+        begun = time.monotonic()
+        assert total(counting) == 2
+        assert time.monotonic() - begun < 2
+        assert counting.problem == (
+            "usage is counted in memory: another program has locked its file"
+        )
+        other.execute("COMMIT")
+    assert total(counting) == 2
+    assert counting.problem is None
+    counting.close()
+    assert total(Usage(tmp_path)) == 2
+
+
 def written(folder: Path) -> tuple[int, int]:
     """Requests and generated tokens of the only row in the file of a server that has ended."""
     with closing(sqlite3.connect(folder / usage.FILE)) as file:

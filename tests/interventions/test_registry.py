@@ -1233,6 +1233,11 @@ def test_load_by_relative_and_absolute_path(folder: Path, tmp_path: Path) -> Non
     assert registry.load("d", "deep/../deep/x.safetensors").after == digest(ONE)
 
 
+def test_a_path_that_no_file_can_have_is_the_callers_mistake(folder: Path) -> None:
+    with pytest.raises(InvalidRequest, match="half of a surrogate pair"):
+        Registry(BASE, [folder]).load("a", "\ud800.safetensors")
+
+
 def test_load_a_taken_name_needs_replace(folder: Path) -> None:
     place(folder, "a", ONE)
     place(folder, "b", TWO)

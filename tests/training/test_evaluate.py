@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -295,10 +296,26 @@ def test_texts_are_the_lines_of_a_file(tmp_path: Path) -> None:
     assert read_texts(path) == ["one\u2028still\x85one", "two\rstill two"]
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"layer": 9}, "layer: 9; .* has 0 to 3"),
+        ({"positions": "x9"}, "positions: 'x9' is not understood"),
+        ({"scale": float("nan")}, "scale: must be a finite number"),
+        ({"description": "x" * 5000}, "description: "),
+    ],
+)
+def test_what_is_wrong_with_a_direction_is_told_before_the_model_is_loaded(
+    changes: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = import_module("reft_runtime.training.direction")
+    monkeypatch.setattr(module, "load_base", lambda *_, **__: pytest.fail("loaded"))
+    with pytest.raises(ReftError, match=message):
+        direction(["the end"], ["a"], **{"layer": 1, "model": model(), **changes})
+
+
 def test_directions_that_cannot_be() -> None:
     given: dict[str, Any] = {"model": model(), "tokenizer": tiny_tokenizer(), "progress": False}
-    with pytest.raises(ConfigError, match=r"layer: 9; .* has 0 to 3"):
-        direction(["the end"], ["the end"], layer=9, **given)
     with pytest.raises(ConfigError, match="negative: there is no text of two tokens"):
         direction(["the end"], ["a"], layer=1, **given)
     for negative, scale in (("the end", 1.0), ("er you on st", 0.0)):

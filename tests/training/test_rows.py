@@ -87,6 +87,13 @@ def test_the_digest_is_the_files(tmp_path: Path) -> None:
     assert rows.sha256 != read_rows([{"prompt": "a", "completion": "c"}]).sha256
 
 
+@pytest.mark.parametrize("nothing", [None, float("nan")])
+def test_a_label_that_is_null_is_none(nothing: object) -> None:
+    for own in ({"prompt": "a", "completion": "b"}, {"messages": CHAT}):
+        with_label, without = read_rows([{**own, "label": "b"}, {**own, "label": nothing}]).rows
+        assert (with_label.label, without.label) == ("b", None)
+
+
 def test_only_a_line_feed_ends_a_row(tmp_path: Path) -> None:
     path = tmp_path / "x.jsonl"
     inside = "a\u2028b\u2029c\x85d\x1ce"

@@ -63,6 +63,8 @@ def test_threads_are_used() -> None:
     assert torch.get_num_threads() == 2
     with pytest.raises(ConfigError, match="threads must be at least 1, not 0"):
         use_threads(0)
+    with pytest.raises(ConfigError, match="threads must be at most 1024, not 1000000"):
+        use_threads(10**6)
 
 
 class Counter:

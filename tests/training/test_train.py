@@ -10,6 +10,8 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from functools import partial
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -334,11 +336,19 @@ def test_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exc
         ({"hold_out": 0.01}, "hold_out: a share of 0.01 of 24 rows is none that can be spared"),
         ({"patience": 5}, "patience: a training is evaluated 5 times; give 1 to 4, not 5"),
         ({"untied": True}, "untied: needs positions of the form fN"),
+        ({"positions": "x9"}, "positions: 'x9' is not understood"),
+        ({"steps": None, "epochs": 1e15}, "epochs: 1e.15 of them go over 24,.* rows; at most 100,"),
+        ({"steps": 10**12}, "steps: 1e.12 of them go over 8,000,000,000,000 rows"),
         ({"positions": "[40]"}, "row 1: positions .40. edit nothing in its prompt"),
         ({"max_length": 4}, "rows: 24 of 24 rows are longer than 4 tokens"),
     ],
 )
-def test_settings_that_cannot_be(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+def test_settings_that_cannot_be(
+    tmp_path: Path, changes: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if "edit nothing" not in message and "rows: 24" not in message:  # these need its tokenizer
+        unread = partial(pytest.fail, "the weights were read first")
+        monkeypatch.setattr(import_module("reft_runtime.training.train"), "load_base", unread)
     with pytest.raises(ConfigError, match=message):
         run(
             tmp_path / "x.safetensors",

@@ -263,6 +263,10 @@ def locate(path: str, sources: Sequence[Source]) -> File:
     """
     if not path or "\0" in path:
         raise InvalidRequest("The path is empty or holds a NUL character.", param="path")
+    try:
+        os.fsencode(path)
+    except UnicodeEncodeError:
+        raise InvalidRequest("The path holds half of a surrogate pair.", param="path") from None
     inside = [(source, place) for source in sources if (place := source.inside(path)) is not None]
     if not inside:
         raise InvalidRequest("The path leads outside the configured sources.", param="path")
