@@ -39,6 +39,9 @@ _MAGIC = {
     b"PAR1": f"a Parquet file; {_TRAIN}",
     b"\x1f\x8b": "a gzip archive; unpack it first",
 }
+_CONTROL_VECTOR = re.compile(
+    rb"general\.architecture.{12}(controlvector|steeringvector)", re.DOTALL
+)
 _LORA_NAME = re.compile(rb'"[^"]*\blora_[^"]*":')
 _WEIGHT_NAME = re.compile(
     rb'"([^"]*\.)?((layers|h|blocks)\.\d+\.[^"]+|(embed_tokens|wte|lm_head|embed_in)\.weight)":'
@@ -50,6 +53,8 @@ def what_file(start: bytes) -> str | None:
 
     A safetensors file is recognised by the names of its tensors, as far as they are in `start`.
     """
+    if start.startswith(b"GGUF") and _CONTROL_VECTOR.search(start):
+        return "a control vector; `reft import` makes an intervention file of it"
     for magic, what in _MAGIC.items():
         if start.startswith(magic):
             return what
