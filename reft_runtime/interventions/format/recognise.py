@@ -19,9 +19,9 @@ _MOST_NAMES = 1000
 
 _SUFFIX = ".safetensors"
 _TRAIN = "`reft train` makes an intervention of rows"
-_LORA = (
-    "a LoRA adapter, which is not applied here, nor turned into an intervention; train one from the"
-    " same rows (`reft train`)"
+_ADAPTER = (
+    "an adapter, such as a LoRA, which is not applied here, nor turned into an intervention; train"
+    " one from the same rows (`reft train`)"
 )
 _MODEL = "a model's weights; --model takes the folder that they are in"
 
@@ -42,7 +42,7 @@ _MAGIC = {
 _CONTROL_VECTOR = re.compile(
     rb"general\.architecture.{12}(controlvector|steeringvector)", re.DOTALL
 )
-_LORA_NAME = re.compile(rb'"[^"]*\blora_[^"]*":')
+_ADAPTER_NAME = re.compile(rb'"(base_model\.model\.|[^"]*\blora_)[^"]*":')
 _WEIGHT_NAME = re.compile(
     rb'"([^"]*\.)?((layers|h|blocks)\.\d+\.[^"]+|(embed_tokens|wte|lm_head|embed_in)\.weight)":'
 )
@@ -59,8 +59,8 @@ def what_file(start: bytes) -> str | None:
         if start.startswith(magic):
             return what
     if start[8:9] == b"{":
-        if _LORA_NAME.search(start):
-            return _LORA
+        if _ADAPTER_NAME.search(start):
+            return _ADAPTER
         return _MODEL if _WEIGHT_NAME.search(start) else None
     return _what_text(start[:HEAD_BYTES])
 
@@ -73,7 +73,7 @@ def what_folder(path: str | Path) -> str:
     except OSError:
         return "a folder"
     if "adapter_config.json" in names:
-        return f"the folder of {_LORA}"
+        return f"the folder of {_ADAPTER}"
     if "intervenable_model" in names or any(name.startswith("intkey_") for name in names):
         return "a checkpoint of pyreft; `reft import` makes an intervention file of it"
     if "config.json" in names:
