@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -61,7 +62,10 @@ def direction(
     `positions`. With a `template` each text is what a user says in it, and so says the manifest.
     `threads` is by default one a core that this process may use. Raises `ConfigError`.
     """
-    where = None if read is None else _read_positions(read)
+    where = None if read is None else _positions("read", read)
+    _positions("positions", positions)
+    if not math.isfinite(scale):
+        raise ConfigError(f"scale: must be a finite number, not {scale}.", param="scale")
     use_threads(threads)
     name, loaded, own = load_base(model, tokenizer, dtype, None, differentiable=True)
     try:
@@ -72,7 +76,14 @@ def direction(
         base, words = Base(loaded), Tokenizer(own, loaded.max_model_len)
         means = []
         for what, texts in (("positive", positive), ("negative", negative)):
-            rows = [_rows(words, text, template, where) for text in texts]
+            rows = [_rows(words, what, text, template, where) for text in texts]
+            longest = max((len(ids) for ids, _ in rows), default=0)
+            if longest > words.max_model_len:
+                raise ConfigError(
+                    f"{what}: a text has {longest:,} tokens, and the model takes"
+                    f" {words.max_model_len:,}; shorten it.",
+                    param=what,
+                )
             rows = [(ids, places) for ids, places in rows if places]
             if not rows:
                 place = "two tokens or more" if read is None else f"tokens at {read}"
@@ -102,19 +113,20 @@ def direction(
     )
 
 
-def _read_positions(read: str) -> Positions:
+def _positions(name: str, text: str) -> Positions:
     try:
-        return Positions.parse(read)
+        return Positions.parse(text)
     except InvalidFile as error:
-        raise ConfigError(error.message.replace("positions: ", "read: ", 1), param="read") from None
+        reason = error.message.removeprefix("positions: ")
+        raise ConfigError(f"{name}: {reason}", param=name) from None
 
 
 def _rows(
-    words: Tokenizer, text: str, template: str | None, where: Positions | None
+    words: Tokenizer, what: str, text: str, template: str | None, where: Positions | None
 ) -> tuple[list[int], list[int]]:
     """Token ids of one text, and which of them are read."""
     if template is None:
-        ids = words.encode(text)
+        ids = words.encode(text, param=what)
     else:
         ids = words.encode_chat([{"role": "user", "content": text}], template)
     count = len(ids)

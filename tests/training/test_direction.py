@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +84,15 @@ def test_directions_that_cannot_be() -> None:
         direction(["the end"], ["a"], layer=1, **given)
     with pytest.raises(ConfigError, match="positive: there is no text of tokens at decode"):
         direction(["the end"], ["a"], layer=1, read="decode", **given)
+    with pytest.raises(
+        ConfigError, match=r"negative: a text has \d+ tokens, and the model takes 256"
+    ):
+        direction(["the end"], ["the end" * 120], layer=1, **given)
+    for scale in (math.nan, math.inf):
+        with pytest.raises(ConfigError, match=r"^scale: must be a finite number, not"):
+            direction(["the end"], ["the sting"], layer=1, scale=scale, **given)
+    with pytest.raises(ConfigError, match=r"^positions: 'last' is not understood.* or all\.$"):
+        direction(["the end"], ["the sting"], layer=1, positions="last", **given)
     with pytest.raises(ConfigError, match=r"^read: 'last' is not understood; write fN"):
         direction(["the end"], ["a"], layer=1, read="last", **given)
     for negative, scale in (("the end", 1.0), ("er you on st", 0.0)):
