@@ -102,12 +102,13 @@ def export_control_vector(intervention: Intervention, path: str | Path) -> None:
 
 
 def _read(path: Path) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
-    """The fields of a GGUF file, and its tensors."""
+    """The fields of a GGUF file that are no lists, and its tensors."""
     from gguf import GGUFReader
 
     try:
         reader = GGUFReader(path)
-        fields = {name: field.contents() for name, field in reader.fields.items()}
+        single = {name: field for name, field in reader.fields.items() if len(field.types) == 1}
+        fields = {name: field.contents() for name, field in single.items()}
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror}.", param="source") from None
     except Exception as error:  # it raises what its parts raise of damaged bytes
