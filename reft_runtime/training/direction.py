@@ -13,8 +13,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from reft_runtime.base.shape import base_shape, shape_of
 from reft_runtime.edits.sites import Site
-from reft_runtime.errors import ConfigError
-from reft_runtime.interventions import BaseShape, Edit, Intervention
+from reft_runtime.errors import ConfigError, InvalidFile
+from reft_runtime.interventions import BaseShape, Edit, Intervention, Positions
 from reft_runtime.loading.base import load_base
 from reft_runtime.machine.cores import use_threads
 from reft_runtime.text import Tokenizer
@@ -44,6 +44,7 @@ def direction(
     layer: int,
     model: str | Path | PreTrainedModel = "demo",
     tokenizer: PreTrainedTokenizerBase | None = None,
+    read: str | None = None,
     positions: str = "all",
     scale: float = 1.0,
     template: str | None = None,
@@ -55,20 +56,22 @@ def direction(
 ) -> Intervention:
     """A steering vector: the output of `layer` for `positive` texts less that for `negative` ones.
 
-    Both are means over texts of the mean over a text's tokens; the first token of every text is
-    left out, whose states are far longer than all others and say nothing. The vector, times
-    `scale`, is added at `positions` (arXiv 2312.06681 calls this contrastive activation addition).
-    `template` is what the manifest says of chats. `threads` is by default one a core that this
-    process may use. Raises `ConfigError`.
+    Both are means over texts of the mean over a text's tokens at `read`, by default all but the
+    first, whose states are far longer than all others and say nothing. `l1` reads the last one, as
+    contrastive activation addition does (arXiv 2312.06681). The vector, times `scale`, is added at
+    `positions`. With a `template` each text is what a user says in it, and so says the manifest.
+    `threads` is by default one a core that this process may use. Raises `ConfigError`.
     """
+    where = None if read is None else _positions("read", read)
+    _positions("positions", positions)
+    if not math.isfinite(scale):
+        raise ConfigError(f"scale: must be a finite number, not {scale}.", param="scale")
     use_threads(threads)
     shape = base_shape(model)
     if not 0 <= layer < shape.num_layers:
         raise ConfigError(
             f"layer: {layer}; {shape.model} has 0 to {shape.num_layers - 1}.", param="layer"
         )
-    if not math.isfinite(scale):
-        raise ConfigError(f"scale: must be a finite number, not {scale}.", param="scale")
 
     def made(shape: BaseShape, vector: Tensor) -> Intervention:
         return Intervention.build(
@@ -82,6 +85,7 @@ def direction(
                 "positive": len(positive),
                 "negative": len(negative),
                 "scale": scale,
+                **({} if where is None else {"read": str(where)}),
             },
         )
 
@@ -92,10 +96,19 @@ def direction(
         base.sites.check(layer, "block_output", loaded.hidden_size)
         means = []
         for what, texts in (("positive", positive), ("negative", negative)):
-            ids = [words.encode(text) for text in texts]
-            if not any(len(one) > 1 for one in ids):
-                raise ConfigError(f"{what}: there is no text of two tokens or more.", param=what)
-            means.append(_mean(base, layer, [one for one in ids if len(one) > 1], what, progress))
+            rows = [_rows(words, what, text, template, where) for text in texts]
+            longest = max((len(ids) for ids, _ in rows), default=0)
+            if longest > words.max_model_len:
+                raise ConfigError(
+                    f"{what}: a text has {longest:,} tokens, and the model takes"
+                    f" {words.max_model_len:,}; shorten it.",
+                    param=what,
+                )
+            rows = [(ids, places) for ids, places in rows if places]
+            if not rows:
+                place = "two tokens or more" if read is None else f"tokens at {read}"
+                raise ConfigError(f"{what}: there is no text of {place}.", param=what)
+            means.append(_mean(base, layer, rows, what, progress))
         vector = scale * (means[0] - means[1])
     finally:
         loaded.give_back()
@@ -107,16 +120,44 @@ def direction(
     return made(shape_of(name, loaded), vector)
 
 
+def _positions(name: str, text: str) -> Positions:
+    try:
+        return Positions.parse(text)
+    except InvalidFile as error:
+        reason = error.message.removeprefix("positions: ")
+        raise ConfigError(f"{name}: {reason}", param=name) from None
+
+
+def _rows(
+    words: Tokenizer, what: str, text: str, template: str | None, where: Positions | None
+) -> tuple[list[int], list[int]]:
+    """Token ids of one text, and which of them are read."""
+    if template is None:
+        ids = words.encode(text, param=what)
+    else:
+        ids = words.encode_chat([{"role": "user", "content": text}], template)
+    count = len(ids)
+    return ids, [*range(1, count)] if where is None else where.offsets(count, 0, count)
+
+
 @torch.no_grad()
-def _mean(base: Base, layer: int, texts: list[list[int]], what: str, progress: bool) -> Tensor:
+def _mean(
+    base: Base,
+    layer: int,
+    texts: list[tuple[list[int], list[int]]],
+    what: str,
+    progress: bool,
+) -> Tensor:
+    """The mean over texts, each its ids and the tokens that are read, of the mean over these."""
     recorder = _Recorder(layer)
     total = torch.zeros(base.loaded.hidden_size)
     for first in tqdm(range(0, len(texts), BATCH), desc=what, disable=not progress):
         part = texts[first : first + BATCH]
         with base.sites.hooked(recorder):
-            base.logits(part, [0] * len(part), [None] * len(part), [])
-        for rows in torch.split(recorder.rows, [len(text) for text in part]):
-            total += rows[1:].mean(0).cpu()
+            base.logits([ids for ids, _ in part], [0] * len(part), [None] * len(part), [])
+        states = torch.split(recorder.rows, [len(ids) for ids, _ in part])
+        for rows, (_, places) in zip(states, part, strict=True):
+            total += rows[places].mean(0).cpu()
     return total / len(texts)
 
 

@@ -1,4 +1,4 @@
-"""Commands on intervention files: import from pyreft, inspect, export. No server is involved."""
+"""Commands on intervention files: import, inspect, export. No server is involved."""
 
 from __future__ import annotations
 
@@ -23,7 +23,11 @@ app = typer.Typer()
 @app.command("import")
 def import_(
     source: Annotated[
-        str, typer.Argument(help="A folder that pyreft saved, or hf:REPO for one on the Hub.")
+        str,
+        typer.Argument(
+            help="A folder that pyreft saved, or hf:REPO for one on the Hub; or a control vector "
+            "in GGUF."
+        ),
     ],
     out: Annotated[Path, typer.Option(help="The file to write, or the folder to put it in.")],
     base: Annotated[
@@ -54,24 +58,33 @@ def import_(
         str | None, typer.Option(help="chat, or a text with {prompt}: how a chat becomes a prompt.")
     ] = None,
 ) -> None:
-    """Turn a pyreft checkpoint into an intervention file.
+    """Turn a pyreft checkpoint, or a control vector, into an intervention file.
 
-    What the checkpoint does not record must be given.
+    What a checkpoint does not record must be given. A control vector is added at all positions,
+    unless --positions names others.
     """
     from reft_runtime.base.shape import read_base
+    from reft_runtime.interventions.control_vectors import import_control_vector
     from reft_runtime.interventions.pyreft import import_pyreft
 
     target = _target(out, source, name)
-    imported = import_pyreft(
-        source,
-        base=read_base(base)[0],
-        positions=positions,
-        share_weights=share_weights,
-        act=act,
-        suffix_offset=suffix_offset,
-        kind=kind,
-        template=template,
-    )
+    trained: dict[str, Any] = {
+        "share_weights": share_weights,
+        "act": act,
+        "suffix_offset": suffix_offset,
+        "kind": kind,
+    }
+    if _is_gguf(source):
+        for option, value in trained.items():
+            if value is not None:
+                raise ConfigError(f"{option}: a control vector has none; leave it out.")
+        imported = import_control_vector(
+            source, base=read_base(base)[0], positions=positions or "all", template=template
+        )
+    else:
+        imported = import_pyreft(
+            source, base=read_base(base)[0], positions=positions, template=template, **trained
+        )
     write_file(target, imported)
     typer.echo(f"{target}: {len(imported.manifest.edits)} edits, {target.stat().st_size:,} bytes")
 
@@ -103,25 +116,31 @@ def inspect(
 def export(
     file: Annotated[Path, typer.Argument(help="An intervention file.")],
     to: Annotated[
-        tuple[str, Path], typer.Option(metavar="pyreft FOLDER", help="Format, and where to write.")
+        tuple[str, Path],
+        typer.Option(
+            metavar="FORMAT PATH",
+            help="Format, and where to write: pyreft and a folder, or gguf and a file.",
+        ),
     ],
 ) -> None:
-    """Write a file's edits as a folder that pyreft loads."""
+    """Write a file's edits as a folder that pyreft loads, or vectors as a GGUF control vector."""
     from reft_runtime.interventions import parse
+    from reft_runtime.interventions.control_vectors import export_control_vector
     from reft_runtime.interventions.pyreft import export_pyreft
 
-    form, folder = to
-    if form != "pyreft":
-        raise ConfigError(f"to: unknown format {form!r}; write --to pyreft FOLDER.", param="to")
+    form, path = to
+    exports = {"pyreft": export_pyreft, "gguf": export_control_vector}
+    if form not in exports:
+        raise ConfigError(
+            f"to: unknown format {form!r}; write --to pyreft FOLDER, or --to gguf FILE.", param="to"
+        )
     with naming(file):
         intervention = parse(read_file(file))
     try:
-        export_pyreft(intervention, folder)
+        exports[form](intervention, path)
     except OSError as error:
-        raise ConfigError(
-            f"to: {folder} cannot be written: {error.strerror}.", param="to"
-        ) from None
-    typer.echo(f"{folder}: written")
+        raise ConfigError(f"to: {path} cannot be written: {error.strerror}.", param="to") from None
+    typer.echo(f"{path}: written")
 
 
 def write_file(path: Path, intervention: Intervention) -> None:
@@ -134,9 +153,17 @@ def write_file(path: Path, intervention: Intervention) -> None:
         raise ConfigError(f"out: {path} cannot be written: {error.strerror}.") from None
 
 
+def _is_gguf(source: str) -> bool:
+    try:
+        with open(source, "rb") as file:
+            return file.read(4) == b"GGUF"
+    except OSError:
+        return False
+
+
 def _target(out: Path, source: str, name: str | None) -> Path:
     if os.path.isdir(out):  # pathlib's raises where a name is too long
-        stem = name or Path(source).resolve().name.lower()
+        stem = name or Path(source).resolve().name.lower().removesuffix(".gguf")
         return out / f"{stem}.safetensors"
     if name is not None:
         raise ConfigError(f"name: {out} is not a folder, so it is the name already.", param="name")

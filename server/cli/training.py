@@ -21,6 +21,7 @@ from server.cli.options import (
     Template,
     Text,
     Threads,
+    unescaped,
 )
 from server.cli.terminal import stages_told, stoppable
 
@@ -248,6 +249,22 @@ def direction(
     layer: Annotated[int, typer.Option(help="Layer whose output is steered.")],
     out: Annotated[Path, typer.Option(help="The file to write, NAME.safetensors.")],
     model: Model = "demo",
+    template: Annotated[
+        str | None,
+        typer.Option(
+            help="What each text is put into, and a chat when it is served: 'chat' (as a user's "
+            "message), or a text with {prompt}.",
+            callback=unescaped,
+            show_default=False,
+        ),
+    ] = None,
+    read: Annotated[
+        str | None,
+        typer.Option(
+            help="Tokens of each text that are read, such as l1; by default all but the first.",
+            show_default=False,
+        ),
+    ] = None,
     positions: Annotated[str, typer.Option(help="Tokens to steer.")] = "all",
     scale: Annotated[
         float,
@@ -273,6 +290,8 @@ def direction(
         read_texts(negative),
         layer=layer,
         model=model,
+        template=template,
+        read=read,
         positions=positions,
         scale=scale,
         description=description,

@@ -139,6 +139,30 @@ def test_mistakes(arguments: tuple[str, ...], error: type[ReftError], message: s
         run(*arguments)
 
 
+def test_a_control_vector_is_imported_and_exported(base: Path, tmp_path: Path) -> None:
+    file, vector = tmp_path / "x.safetensors", tmp_path / "Happy.gguf"
+    edit = Edit(2, "all", {"v": torch.ones(16)}, "steering")
+    write(file, Intervention.build(BASE, [edit]))
+    assert run("export", file, "--to", "gguf", vector) == f"{vector}: written\n"
+    run("import", vector, "--base", base, "--out", tmp_path)
+    made = parse((tmp_path / "happy.safetensors").read_bytes())
+    assert made.manifest.edits[0].layer == 2
+    assert made.tensors["edits.0.v"].equal(torch.ones(16))
+    options = ("--base", base, "--out", tmp_path)
+    run("import", vector, *options, "--name", "first", "--positions", "f1")
+    assert (
+        str(parse((tmp_path / "first.safetensors").read_bytes()).manifest.edits[0].positions)
+        == "f1"
+    )
+    for option in (("--act", "relu"), ("--untied",), ("--suffix-offset", "1")):
+        with pytest.raises(ConfigError, match=": a control vector has none; leave it out"):
+            run("import", vector, *options, *option)
+    with pytest.raises(InvalidFile, match=r"but a control vector; `reft import` makes"):
+        run("inspect", vector)
+    with pytest.raises(ConfigError, match=r"^to: .* cannot be written: No such file"):
+        run("export", file, "--to", "gguf", tmp_path / "missing" / "x.gguf")
+
+
 def test_an_output_that_cannot_be_written(checkpoint: Path, base: Path, tmp_path: Path) -> None:
     out = tmp_path / "missing" / "x.safetensors"
     options = ("--base", base, "--out", out, "--positions", "l1", "--act", "relu")

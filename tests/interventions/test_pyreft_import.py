@@ -377,6 +377,19 @@ def test_edits_in_another_order_are_exported_in_halves(tmp_path: Path) -> None:
     assert torch.equal(again.tensors["edits.1.W"], built.tensors["edits.2.W"])
 
 
+def test_an_act_goes_with_kinds_that_have_none(tmp_path: Path) -> None:
+    edits = [
+        Edit(1, "l1", loreft_tensors(), act="relu"),
+        Edit(1, "l1", {"v": H[0]}, "steering"),
+    ]
+    export_pyreft(Intervention.build(BASE, edits), tmp_path / "out")
+    again = import_pyreft(tmp_path / "out", base=BASE)
+    assert [(edit.kind, edit.act) for edit in again.manifest.edits] == [
+        ("loreft", "relu"),
+        ("steering", None),
+    ]
+
+
 @pytest.mark.parametrize(
     ("edits", "message"),
     [

@@ -27,7 +27,14 @@ def pickled() -> bytes:
 
 
 FILES: dict[str, tuple[bytes, str]] = {
-    "LoRA": (saved("base_model.model.model.layers.0.mlp.up_proj.lora_A.weight"), "a LoRA adapter"),
+    "LoRA": (
+        saved("base_model.model.model.layers.0.mlp.up_proj.lora_A.weight"),
+        "an adapter, such as a LoRA, which",
+    ),
+    "IA3": (
+        saved("base_model.model.model.layers.0.mlp.down_proj.ia3_l"),
+        "an adapter, such as a LoRA, which",
+    ),
     "llama": (saved("model.layers.3.mlp.up_proj.weight"), "a model's weights"),
     "gpt2": (saved("h.0.attn.bias"), "a model's weights"),
     "embedding": (saved("lm_head.weight"), "a model's weights"),
@@ -85,7 +92,10 @@ def test_a_file_that_is_too_large(tmp_path: Path) -> None:
 
 FOLDERS: dict[str, tuple[tuple[str, ...], str]] = {
     "empty": ((), r"but a folder\.$"),
-    "LoRA": (("adapter_config.json", "config.json"), "but the folder of a LoRA adapter"),
+    "LoRA": (
+        ("adapter_config.json", "config.json"),
+        "the folder of an adapter, such as a LoRA, which",
+    ),
     "pyreft": (("config.json", "intkey_layer.3.bin"), "but a checkpoint of pyreft; `reft import`"),
     "trainer": (("intervenable_model",), "but a checkpoint of pyreft"),
     "model": (("config.json", "model.safetensors"), "but a model's folder"),

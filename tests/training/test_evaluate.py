@@ -1,11 +1,10 @@
-"""Scores in process and through HTTP, directions, and the commands."""
+"""Scores in process and through HTTP, and the commands."""
 
 from __future__ import annotations
 
 import json
 import math
 from collections.abc import Iterator
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,6 @@ from reft_runtime.errors import ConfigError, NotFound, ReftError, WrongBaseModel
 from reft_runtime.interventions import Edit, Intervention, parse, read, read_header, serialise
 from reft_runtime.outputs import Choice, Generation
 from reft_runtime.training import TrainSettings, direction, evaluate, train
-from reft_runtime.training.direction import read_texts
 from reft_runtime.training.scoring import is_right, plain
 from server.cli.main import app
 from server.settings import Settings
@@ -265,64 +263,6 @@ def test_places_that_a_base_lacks(place: Path, tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == [file.name]
 
 
-def test_a_direction_is_the_difference_of_means() -> None:
-    positive, negative = ["and the end", "the sting is"], ["you", "er you on st"]
-    made = direction(
-        positive, negative, layer=2, model=model(), tokenizer=tiny_tokenizer(), progress=False,
-        scale=0.5,
-    )  # fmt: skip
-    plain, tokenizer = model(), tiny_tokenizer()
-
-    def mean(texts: list[str]) -> torch.Tensor:
-        means = []
-        for text in texts:
-            ids = tokenizer(text, return_tensors="pt")["input_ids"]
-            with torch.no_grad():
-                hidden = plain(input_ids=ids, output_hidden_states=True).hidden_states[3][0]
-            if ids.shape[1] > 1:
-                means.append(hidden[1:].mean(0))
-        return torch.stack(means).mean(0)
-
-    vector = made.tensors["edits.0.v"]
-    torch.testing.assert_close(
-        vector, 0.5 * (mean(positive) - mean(negative)), atol=1e-4, rtol=1e-3
-    )
-    assert str(made.manifest.edits[0].positions) == "all"
-
-
-def test_texts_are_the_lines_of_a_file(tmp_path: Path) -> None:
-    path = tmp_path / "texts.txt"
-    path.write_bytes("\ufeffone\u2028still\x85one\r\n\n  two\rstill two \n".encode())
-    assert read_texts(path) == ["one\u2028still\x85one", "two\rstill two"]
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"layer": 9}, "layer: 9; .* has 0 to 3"),
-        ({"positions": "x9"}, "positions: 'x9' is not understood"),
-        ({"scale": float("nan")}, "scale: must be a finite number"),
-        ({"description": "x" * 5000}, "description: "),
-    ],
-)
-def test_what_is_wrong_with_a_direction_is_told_before_the_model_is_loaded(
-    changes: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    module = import_module("reft_runtime.training.direction")
-    monkeypatch.setattr(module, "load_base", lambda *_, **__: pytest.fail("loaded"))
-    with pytest.raises(ReftError, match=message):
-        direction(["the end"], ["a"], **{"layer": 1, "model": model(), **changes})
-
-
-def test_directions_that_cannot_be() -> None:
-    given: dict[str, Any] = {"model": model(), "tokenizer": tiny_tokenizer(), "progress": False}
-    with pytest.raises(ConfigError, match="negative: there is no text of two tokens"):
-        direction(["the end"], ["a"], layer=1, **given)
-    for negative, scale in (("the end", 1.0), ("er you on st", 0.0)):
-        with pytest.raises(ConfigError, match="The vector is zero"):
-            direction(["the end"], [negative], layer=1, scale=scale, **given)
-
-
 def run(*arguments: object) -> str:
     result = CliRunner().invoke(app, [str(argument) for argument in arguments])
     if result.exception is not None:
@@ -353,8 +293,12 @@ def test_the_commands(place: Path, address: str, tmp_path: Path) -> None:
     for name in ("up", "down"):
         (tmp_path / name).write_text(f"the sting {name}\n\nand the {name}\n")
     steer = tmp_path / "steer.safetensors"
-    run("direction", tmp_path / "up", tmp_path / "down", "--layer", 2, "--out", steer, *common)
-    assert parse(read(steer)).manifest.edits[0].kind == "steering"
+    run("direction", tmp_path / "up", tmp_path / "down", "--layer", 2, "--out", steer, *common,
+        "--read", "l2", "--template", "Say\\n{prompt}")  # fmt: skip
+    manifest = parse(read(steer)).manifest
+    assert manifest.edits[0].kind == "steering"
+    assert manifest.template == "Say\n{prompt}"
+    assert manifest.training["read"] == "l2"
 
 
 def test_mistakes_of_the_commands(place: Path, tmp_path: Path) -> None:

@@ -112,7 +112,8 @@ def validate_manifest(fields: Mapping[str, object]) -> Manifest:
         first = error.errors(include_url=False, include_context=False, include_input=False)[0]
         place = ".".join(str(part) for part in first["loc"])
         where = f"manifest, {place[:200]}" if place else "manifest"
-        raise InvalidFile(f"{where}: {first['msg'].removeprefix('Value error, ')}.") from None
+        reason = first["msg"].removeprefix("Value error, ").removesuffix(".")
+        raise InvalidFile(f"{where}: {reason}.") from None
 
 
 def check_layout(manifest: Manifest, infos: Mapping[str, TensorInfo]) -> None:

@@ -19,9 +19,9 @@ _MOST_NAMES = 1000
 
 _SUFFIX = ".safetensors"
 _TRAIN = "`reft train` makes an intervention of rows"
-_LORA = (
-    "a LoRA adapter, which is not applied here, nor turned into an intervention; train one from the"
-    " same rows (`reft train`)"
+_ADAPTER = (
+    "an adapter, such as a LoRA, which is not applied here, nor turned into an intervention; train"
+    " one from the same rows (`reft train`)"
 )
 _MODEL = "a model's weights; --model takes the folder that they are in"
 
@@ -39,7 +39,10 @@ _MAGIC = {
     b"PAR1": f"a Parquet file; {_TRAIN}",
     b"\x1f\x8b": "a gzip archive; unpack it first",
 }
-_LORA_NAME = re.compile(rb'"[^"]*\blora_[^"]*":')
+_CONTROL_VECTOR = re.compile(
+    rb"general\.architecture.{12}(controlvector|steeringvector)", re.DOTALL
+)
+_ADAPTER_NAME = re.compile(rb'"(base_model\.model\.|[^"]*\blora_)[^"]*":')
 _WEIGHT_NAME = re.compile(
     rb'"([^"]*\.)?((layers|h|blocks)\.\d+\.[^"]+|(embed_tokens|wte|lm_head|embed_in)\.weight)":'
 )
@@ -50,12 +53,14 @@ def what_file(start: bytes) -> str | None:
 
     A safetensors file is recognised by the names of its tensors, as far as they are in `start`.
     """
+    if start.startswith(b"GGUF") and _CONTROL_VECTOR.search(start):
+        return "a control vector; `reft import` makes an intervention file of it"
     for magic, what in _MAGIC.items():
         if start.startswith(magic):
             return what
     if start[8:9] == b"{":
-        if _LORA_NAME.search(start):
-            return _LORA
+        if _ADAPTER_NAME.search(start):
+            return _ADAPTER
         return _MODEL if _WEIGHT_NAME.search(start) else None
     return _what_text(start[:HEAD_BYTES])
 
@@ -68,7 +73,7 @@ def what_folder(path: str | Path) -> str:
     except OSError:
         return "a folder"
     if "adapter_config.json" in names:
-        return f"the folder of {_LORA}"
+        return f"the folder of {_ADAPTER}"
     if "intervenable_model" in names or any(name.startswith("intkey_") for name in names):
         return "a checkpoint of pyreft; `reft import` makes an intervention file of it"
     if "config.json" in names:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from reft_runtime.errors import ConfigError, InvalidFile
 from reft_runtime.interventions.format.intervention import Intervention
+from reft_runtime.interventions.format.kinds import KINDS
 from reft_runtime.interventions.format.manifest import EditSpec
 from reft_runtime.interventions.pyreft.classes import CLASSES, exportable, state_of
 from reft_runtime.interventions.pyreft.names import Place
@@ -97,7 +98,7 @@ def _stored(
 
 def _arguments(specs: Sequence[EditSpec]) -> tuple[list[int], dict[str, Any]]:
     """The order in pyreft's list, and what goes into args.json."""
-    acts = {spec.act for spec in specs}
+    acts = {spec.act for spec in specs if KINDS[spec.kind].has_act} or {None}
     offsets = {spec.suffix_offset for spec in specs}
     for name, values in (("act", acts), ("suffix_offset", offsets)):
         if len(values) > 1:
