@@ -94,7 +94,7 @@ async def stream(
 ) -> str:
     async with client.stream("POST", "/v1/completions", json={**asked, "stream": True}) as got:
         assert got.status_code == 200
-        lines = []
+        lines: list[str] = []
         async for line in got.aiter_lines():
             if begun and not lines:
                 begun.release()
