@@ -94,7 +94,6 @@ def test_buckets() -> None:
     assert len(sizes) < 32
 
 
-@pytest.mark.parametrize("replays", ["torch", "triton"], indirect=True)
 def test_base_and_prompt_edits_take_the_plain_set(replays: Spy) -> None:
     model, _ = tiny_llama()
     asked = [

@@ -105,7 +105,7 @@ ARRIVALS = st.lists(
 """Requests, each with the step it arrives before and the one it is cancelled before."""
 
 
-@settings(max_examples=40, deadline=None, derandomize=True, database=None)
+@settings(max_examples=24, deadline=None, derandomize=True, database=None)
 @given(st.integers(1, 8), st.integers(0, 40), st.integers(TIGHT, 2 * TIGHT), ARRIVALS)
 def test_random_schedules_with_cancellations(
     solo: dict[str, dict[int, list[int]]],

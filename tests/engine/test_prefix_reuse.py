@@ -358,7 +358,7 @@ ASKED = st.tuples(
 and the steps before which it arrives and is aborted."""
 
 
-@settings(max_examples=60, deadline=None, derandomize=True, database=None)
+@settings(max_examples=24, deadline=None, derandomize=True, database=None)
 @given(
     st.integers(1, 8),
     st.sampled_from([0, 7, 40, 300]),
