@@ -85,6 +85,8 @@ def _version(engine: Engine, ref: str) -> Version:
                 ) from None
         names = [entry.name for entry in engine.registry.entries()]
         meant = engine.registry.meant(ref) or f" There are: {', '.join(names) or 'none'}."
+        if Path(f"{name}.safetensors").is_file():
+            meant = f" For the file in this folder give ./{name}.safetensors."
         raise NotFound(
             f"--intervention: there is no {ref!r}.{meant}", param="intervention"
         ) from None

@@ -86,7 +86,9 @@ def import_(
             source, base=read_base(base)[0], positions=positions, template=template, **trained
         )
     write_file(target, imported)
-    typer.echo(f"{target}: {len(imported.manifest.edits)} edits, {target.stat().st_size:,} bytes")
+    count = len(imported.manifest.edits)
+    edits = "1 edit" if count == 1 else f"{count} edits"
+    typer.echo(f"{target}: {edits}, {target.stat().st_size:,} bytes")
 
 
 @app.command()

@@ -108,7 +108,9 @@ def test_names_and_files_compose_and_are_traced(model: Path, served: Path, tmp_p
     assert "answer         0.000 nats a token" in nothing.stderr
 
 
-def test_names_that_are_not_served(model: Path, served: Path) -> None:
+def test_names_that_are_not_served(
+    model: Path, served: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for given, message in (
         ("twoo", "--intervention: there is no 'twoo'. Did you mean `two`?"),
         ("nothing", "--intervention: there is no 'nothing'. There are: two."),
@@ -117,6 +119,10 @@ def test_names_that_are_not_served(model: Path, served: Path) -> None:
         ended = generate(model, served, "-i", given)
         assert isinstance(ended.exception, NotFound)
         assert message in ended.exception.message
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "here.safetensors").touch()
+    said = str(generate(model, served, "-i", "here").exception)
+    assert said.endswith("there is no 'here'. For the file in this folder give ./here.safetensors.")
 
 
 def test_templates_that_differ(model: Path, served: Path) -> None:
