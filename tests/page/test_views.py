@@ -325,7 +325,7 @@ def test_the_colours_are_chosen_and_kept(tab: Tab) -> None:
     answered(page)
 
 
-@pytest.mark.parametrize("width", [360, 768, 1000, 1100])
+@pytest.mark.parametrize("width", [320, 360, 768, 1000, 1100])
 def test_the_ways_to_all_views_fit_beside_a_key(
     new_tab: Callable[..., Tab], keyed_url: str, width: int
 ) -> None:
@@ -338,6 +338,7 @@ def test_the_ways_to_all_views_fit_beside_a_key(
         " return nav.scrollWidth - nav.clientWidth; }"
     )
     assert hidden == 0
+    assert page.evaluate("() => document.documentElement.scrollWidth") == width
     assert page.evaluate("() => document.querySelector('.brand').offsetHeight") < 30  # one line
 
 
