@@ -9,6 +9,8 @@ from fastapi.openapi.utils import get_openapi
 from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
+from server.schemas.common import WHICH_MODEL
+
 _TEMPLATE = "#/components/schemas/{model}"
 _bodies: set[type[BaseModel]] = set()
 
@@ -64,7 +66,7 @@ _ERROR = {
 
 _IN_PATH = {
     "name": "An intervention's name; where a file is fetched also `NAME@DIGEST`.",
-    "model": "The base model, or an intervention: `NAME`, `NAME@DIGEST` or `BASE:NAME`.",
+    "model": WHICH_MODEL,
     "response_id": "Any id: no answer is stored.",
 }
 

@@ -10,10 +10,10 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from llguidance import LLMatcher, LLTokenizer
 
 from reft_runtime.errors import EngineDead, InvalidRequest
+from reft_runtime.grammar.queues import TenantQueues
 from reft_runtime.grammar.source import MAX_BYTES, STACK_BYTES, matcher_of, read_tokenizer
 from reft_runtime.grammar.state import GrammarState
 from reft_runtime.grammar.trial import Refusal, Trial
-from reft_runtime.grammar.turns import Turns
 from reft_runtime.sampling import Grammar
 
 KEPT = 128
@@ -39,7 +39,7 @@ class GrammarCompiler:
         self._eos_ids = eos_ids
         self._lock = threading.RLock()  # a callback may come at once
         self._kept: OrderedDict[Grammar, Future[LLMatcher | Refusal]] = OrderedDict()
-        self._waiting = Turns(MOST_WAITING)
+        self._waiting = TenantQueues(MOST_WAITING)
         self._thread: ThreadPoolExecutor | None = None
         self._tokenizer: LLTokenizer | None = None
         self._trial: Trial | None = None

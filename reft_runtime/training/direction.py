@@ -13,12 +13,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from reft_runtime.base.shape import base_shape, shape_of
 from reft_runtime.edits.sites import Site
-from reft_runtime.errors import ConfigError, InvalidFile
+from reft_runtime.errors import ConfigError
 from reft_runtime.interventions import BaseShape, Edit, Intervention, Positions
 from reft_runtime.loading.base import load_base
 from reft_runtime.machine.cores import use_threads
 from reft_runtime.text import Tokenizer
 from reft_runtime.training.forward import Base
+from reft_runtime.training.settings import parsed_positions
 
 BATCH = 32
 
@@ -62,8 +63,8 @@ def direction(
     `positions`. With a `template` each text is what a user says in it, and so says the manifest.
     `threads` is by default one a core that this process may use. Raises `ConfigError`.
     """
-    where = None if read is None else _positions("read", read)
-    _positions("positions", positions)
+    where = None if read is None else parsed_positions("read", read)
+    parsed_positions("positions", positions)
     if not math.isfinite(scale):
         raise ConfigError(f"scale: must be a finite number, not {scale}.", param="scale")
     use_threads(threads)
@@ -118,14 +119,6 @@ def direction(
             " texts are equal."
         )
     return made(shape_of(name, loaded), vector)
-
-
-def _positions(name: str, text: str) -> Positions:
-    try:
-        return Positions.parse(text)
-    except InvalidFile as error:
-        reason = error.message.removeprefix("positions: ")
-        raise ConfigError(f"{name}: {reason}", param=name) from None
 
 
 def _rows(

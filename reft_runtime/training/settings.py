@@ -146,10 +146,7 @@ class TrainSettings:
     @property
     def sides(self) -> list[Positions]:
         """Positions of the edits of each layer; untied, first and last tokens by themselves."""
-        try:
-            positions = Positions.parse(self.positions)
-        except InvalidFile as error:
-            raise ConfigError(error.message, param="positions") from None
+        positions = parsed_positions("positions", self.positions)
         if not self.untied:
             return [positions]
         sides = (
@@ -192,6 +189,15 @@ class TrainSettings:
             epochs = float(min(max(MIN_EPOCHS, math.ceil(ROWS_SEEN / rows)), MAX_EPOCHS))
         lr = self.lr or float(f"{9e-4 * (4096 / base.hidden_size) ** 0.75:.2g}")
         return replace(self, layers=layers, rank=rank, epochs=epochs, lr=lr)
+
+
+def parsed_positions(name: str, text: str) -> Positions:
+    """The positions that a setting of this name says; raises `ConfigError` for what says none."""
+    try:
+        return Positions.parse(text)
+    except InvalidFile as error:
+        reason = error.message.removeprefix("positions: ")
+        raise ConfigError(f"{name}: {reason}", param=name) from None
 
 
 def _shown(value: object) -> str:

@@ -91,11 +91,7 @@ DEEPSEEK_V3 = replace(
     more=f"\n{_BEGIN}",
     direct=(f"function{_SEP}", "\n```json\n", f"\n```{_END}"),
 )
-_CALLS, _CALL, _ARGUMENTS = (
-    "<|tool_calls_section_begin|>",
-    "<|tool_call_begin|>",
-    "<|tool_call_argument_begin|>",
-)
+_CALL, _ARGUMENTS = "<|tool_call_begin|>", "<|tool_call_argument_begin|>"
 KIMI_K2 = JsonFormat(
     name="kimi_k2",
     tag="<|tool_calls_section_begin|>",
@@ -215,7 +211,7 @@ _FOUND: tuple[tuple[tuple[str, ...], Format], ...] = (
     ((DEEPSEEK_V3.tag, "```json"), DEEPSEEK_V3),
     ((DEEPSEEK_V3.tag,), DEEPSEEK_V31),
     (("<minimax:tool_call>",), MINIMAX_M2),
-    (("<|tool_calls_section_begin|>",), KIMI_K2),
+    ((KIMI_K2.tag,), KIMI_K2),
     (("<seed:tool_call>",), SEED_OSS),
     (("<|tool_call_start|>",), LFM2),
     (("<|tool_list_start|>",), LFM2),

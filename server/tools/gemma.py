@@ -111,8 +111,7 @@ class _Writer:
     def _other_key(self, properties: Mapping[str, Schema]) -> str:
         """The name of a rule of keys that are none of these."""
         self._any("any")
-        names = " | ".join(map(json.dumps, properties))
-        return self._rules.rule(f"FIELD & ~({names})", "KEY") if names else "FIELD"
+        return self._rules.other_key("FIELD", properties) if properties else "FIELD"
 
     def _value(self, path: str, schema: Schema) -> str:
         kinds = kinds_of(schema, self._root)

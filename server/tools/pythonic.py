@@ -8,15 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from server.schemas.tools import NAME
-from server.tools.syntax import (
-    MORE_KEYS,
-    Call,
-    Functions,
-    Rules,
-    Schema,
-    json_rule,
-    properties_of,
-)
+from server.tools.syntax import Call, Functions, Rules, Schema, others_of, properties_of
 from server.tools.values import Values
 
 _CALL = re.compile(rf"\s*(?P<name>{NAME})\s*\(")
@@ -58,25 +50,15 @@ class Pythonic:
     def rule(self, name: str, parameters: Schema, rules: Rules) -> str:
         """The right side of a Lark rule of calls of one function."""
         properties, required = properties_of(parameters), parameters.get("required")
-        definitions = {
-            key: parameters[key] for key in ("$defs", "definitions") if key in parameters
-        }
-
-        def value(schema: Schema) -> str:
-            return json_rule({**definitions, **schema}, strict=rules.strict)
-
         parts = []
         for key, schema in properties.items():
-            part = rules.rule(f"{json.dumps(f'{_key(key)}=')} {value(schema)}")
+            value = rules.json(schema, parameters)
+            part = rules.rule(f"{json.dumps(f'{_key(key)}=')} {value}")
             parts.append((part, isinstance(required, list) and key in required))
-        others = parameters.get("additionalProperties", bool(MORE_KEYS & parameters.keys()))
-        other = ""
-        if others is not False:
-            names = " | ".join(map(json.dumps, properties))
-            key = rules.rule(
-                r"/[A-Za-z_][A-Za-z0-9_]*/" + (f" & ~({names})" if names else ""), "KEY"
-            )
-            other = rules.rule(f'{key} "=" {value(others if isinstance(others, Mapping) else {})}')
+        others, other = others_of(parameters), ""
+        if others is not None:
+            key = rules.other_key("/[A-Za-z_][A-Za-z0-9_]*/", properties)
+            other = rules.rule(f'{key} "=" {rules.json(others, parameters)}')
         return f'{json.dumps(f"{name}(")} {rules.listed(parts, other, _COMMA)} ")"'
 
 

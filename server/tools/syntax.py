@@ -84,6 +84,16 @@ class Rules:
         self.more[name] = right
         return name
 
+    def json(self, schema: Schema, root: Schema) -> str:
+        """JSON by a part of a schema, which may refer to definitions of the whole, `root`."""
+        definitions = {key: root[key] for key in ("$defs", "definitions") if key in root}
+        return json_rule({**definitions, **schema}, strict=self.strict)
+
+    def other_key(self, pattern: str, properties: Mapping[str, Schema]) -> str:
+        """The name of a rule of what a pattern, in Lark's notation, fits but for these names."""
+        names = " | ".join(map(json.dumps, properties))
+        return self.rule(pattern + (f" & ~({names})" if names else ""), "KEY")
+
     def listed(self, parts: Sequence[tuple[str, bool]], other: str, comma: str) -> str:
         """Parts with `comma` between two, each of which says whether it must be there.
 
@@ -142,6 +152,14 @@ def properties_of(parameters: Schema) -> dict[str, Schema]:
     found = parameters.get("properties")
     each = found.items() if isinstance(found, Mapping) else ()
     return {key: schema if isinstance(schema, Mapping) else {} for key, schema in each}
+
+
+def others_of(parameters: Schema) -> Schema | None:
+    """The schema of parameters that are not named; None if there may be none."""
+    others = parameters.get("additionalProperties", bool(MORE_KEYS & parameters.keys()))
+    if others is False:
+        return None
+    return others if isinstance(others, Mapping) else {}
 
 
 def kinds_of(schema: Schema, root: Schema) -> list[Schema]:

@@ -11,16 +11,15 @@ from functools import cache
 from reft_runtime.errors import InvalidRequest
 from server.schemas.tools import NAME
 from server.tools.syntax import (
-    MORE_KEYS,
     SAID,
     Call,
     Functions,
     Rules,
     Schema,
     joined,
-    json_rule,
     kinds_of,
     listed_values,
+    others_of,
     properties_of,
     types_of,
     value_of,
@@ -92,13 +91,10 @@ class Tagged:
             rules.spend(len(step))
             must = isinstance(required, list) and key in required
             steps.append(step if must else f"({step})?")
-        others = parameters.get("additionalProperties", bool(MORE_KEYS & parameters.keys()))
-        if others is not False:
-            names = " | ".join(map(json.dumps, properties))
-            other = f"KEY{len(rules.more)}"
-            rules.more[other] = r"/[^<>=\n]+/" + (f" & ~({names})" if names else "")
-            schema = others if isinstance(others, Mapping) else {}
-            value = self._value(f"{name}.*", schema, parameters, rules)
+        others = others_of(parameters)
+        if others is not None:
+            other = rules.other_key(r"/[^<>=\n]+/", properties)
+            value = self._value(f"{name}.*", others, parameters, rules)
             steps.append(f"({self._open(other, rules)} {value} {self.gap})*")
         return " ".join([*steps, rules.text(self.foot)])
 
@@ -119,8 +115,7 @@ class Tagged:
             return f"({' | '.join(map(json.dumps, texts))}) {close}"
         types = types_of(kinds)
         if types and "string" not in types:
-            definitions = {key: root[key] for key in ("$defs", "definitions") if key in root}
-            return f"{json_rule({**definitions, **schema}, strict=rules.strict)} {close}"
+            return f"{rules.json(schema, root)} {close}"
         keys = {key for one in kinds for key in one.keys() - SAID - {"type"}}
         if rules.strict and (unknown := min(keys, default=None)):
             raise InvalidRequest(

@@ -13,7 +13,7 @@ Waiting = tuple[Grammar, Future[Any]]
 """A grammar, and what is told once it is compiled."""
 
 
-class Turns:
+class TenantQueues:
     """A queue of each tenant, of which one grammar after the other is taken in turn.
 
     At most `most` wait. Of a tenant that has some waiting more are refused where all places are
