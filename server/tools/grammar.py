@@ -108,7 +108,7 @@ def _call(form: Format, function: Function, token_id: TokenId, more: dict[str, s
         return form.syntax.rule(name, parameters, rules)
     assert isinstance(form, JsonFormat)
     head, foot = form.around(name)
-    began = " /[0-9]+/ ".join(spelled(part, token_id) for part in head.split("#"))
+    began = " /[0-9]{1,4}/ ".join(spelled(part, token_id) for part in head.split("#"))
     return f"{began} {json_rule(_arguments(parameters), strict=strict)} {spelled(foot, token_id)}"
 
 

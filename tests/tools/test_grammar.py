@@ -249,6 +249,14 @@ def test_a_list_of_python_is_forced_without_a_tag(added: bool) -> None:
     assert allows(free, "Hi [x]", added=added)
 
 
+@pytest.mark.parametrize("added", [False, True])
+def test_numbers_of_calls_are_as_short_as_they_are_read(added: bool) -> None:
+    grammar = tool_grammar(FORMATS["kimi_k2"], FUNCTIONS, token_id(added), many=True)
+    call = "".join(WRITTEN["kimi"][:2])
+    for number, fine in (("12", True), ("1234", True), ("1" * 300, False)):
+        assert allows(grammar, call.replace("add:12", f"add:{number}"), added=added) == fine
+
+
 @pytest.mark.parametrize("form", ALL)
 def test_calls_or_an_answer_of_a_form(form: Format) -> None:
     schema = {"type": "object", "properties": {"name": {"type": "integer"}}, "required": ["name"]}
