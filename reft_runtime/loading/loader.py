@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 
 import torch
@@ -31,10 +31,15 @@ from reft_runtime.base.time_steps import bound_time_steps
 from reft_runtime.errors import ConfigError, UnsupportedModel
 from reft_runtime.loading.fidelity import check, own_logits
 from reft_runtime.loading.latents import keep_latents
+from reft_runtime.machine.contention import StepWatch
 from reft_runtime.machine.dtypes import DTYPES, name_of
 from reft_runtime.machine.memory import is_out_of_memory
 
 PROBE_TOKENS = 8
+
+WATCHED_SECONDS = 0.2
+"""After so long a time in layers fewer threads compute if they waited for cores: a model's own
+forward has many small operators, and each may wait for a worker that does not run."""
 
 NATIVE_BFLOAT16 = ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16")
 """Capabilities of CPUs, by torch's names, that multiply bfloat16: two of x86, two of ARM."""
@@ -136,6 +141,7 @@ def adopt_model(
     max_model_len = chosen_length(config, max_model_len)
     layers = _decoder_layers(model, config.num_hidden_layers)
     before = ModelState(model)
+    threads = torch.get_num_threads()
     try:
         model.requires_grad_(False).train(False)
         mixers = find_mixers(model)
@@ -145,7 +151,7 @@ def adopt_model(
         lead_to_step(model)
         with stage("Asking the model for its own logits"):
             probed, probe = _probe(model, max_model_len, mixers)
-            with _failing("its own forward fails"):
+            with _failing("its own forward fails"), _yielding_cores(layers):
                 own = own_logits(model, layers, probed, max_model_len)
         model.set_attn_implementation(ATTENTION)
         for module in model.modules():
@@ -187,8 +193,28 @@ def adopt_model(
     except BaseException:
         before.restore()
         raise
+    finally:
+        torch.set_num_threads(threads)
     tell_ignored(model)
     return loaded
+
+
+@contextmanager
+def _yielding_cores(layers: tuple[nn.Module, ...]) -> Iterator[None]:
+    """From the first layers that wait for cores on, let this thread compute with fewer threads."""
+    watch = StepWatch(
+        torch.get_num_threads(), torch.set_num_threads, window=WATCHED_SECONDS, quiet=True
+    )
+    with ExitStack() as hooks:
+        for layer in layers:
+            step = ExitStack()
+            begin = layer.register_forward_pre_hook(
+                lambda *_, step=step: step.enter_context(watch.step())
+            )
+            end = layer.register_forward_hook(lambda *_, step=step: step.close())
+            hooks.callback(begin.remove)
+            hooks.callback(end.remove)
+        yield
 
 
 def _probe(

@@ -27,8 +27,8 @@ class StepWatch:
     The workers of a parallel operator wait busily for each other, and if other processes take the
     cores, they wait for a worker that does not run. `threads` is the number of workers; 1 is not
     watched. `use` sets how many the calling thread's next steps have; without it their number stays
-    as it is. `wall` and `cpu` return seconds; `cpu` counts those that the calling thread was on a
-    core.
+    as it is. After `window` seconds of steps it is judged. What is `quiet` says nothing. `wall` and
+    `cpu` return seconds; `cpu` counts those that the calling thread was on a core.
     """
 
     def __init__(
@@ -37,11 +37,15 @@ class StepWatch:
         use: Callable[[int], None] | None = None,
         wall: Callable[[], float] = time.perf_counter,
         cpu: Callable[[], float] = time.thread_time,
+        *,
+        window: float = WINDOW_SECONDS,
+        quiet: bool = False,
     ) -> None:
         self._threads = self._now = threads
         self._use = use
         self._wall, self._cpu = wall, cpu
-        self._told = False
+        self._window = window
+        self._told = quiet
         self._seconds = self._computed = 0.0
         self._pause, self._until = FIRST_PAUSE / 2, 0.0
 
@@ -60,7 +64,7 @@ class StepWatch:
         self._seconds += seconds
         self._computed += computed
         tried_in_vain = self._pause > FIRST_PAUSE
-        if self._seconds < (WINDOW_SECONDS / 4 if tried_in_vain else WINDOW_SECONDS):
+        if self._seconds < (self._window / 4 if tried_in_vain else self._window):
             return
         if self._computed >= SHARE * self._seconds:
             if self._now == self._threads:

@@ -1,6 +1,8 @@
 """What the engine would compute otherwise than the model does is refused, with the reason."""
 
 import copy
+import itertools
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +11,9 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 from reft_runtime.errors import ConfigError, UnsupportedModel
+from reft_runtime.loading import loader
 from reft_runtime.loading.loader import adopt_model, choose_device, choose_dtype, load_model
+from reft_runtime.machine.contention import StepWatch
 from tests.helpers.models import (
     HIDDEN,
     MAX_LENGTH,
@@ -183,3 +187,21 @@ def test_unknown_dtypes_and_missing_folders_are_named(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").touch()
     with pytest.raises(ConfigError, match=r"model.safetensors is a file; give the folder"):
         load_model(str(tmp_path / "model.safetensors"), "float32")
+
+
+def test_fewer_threads_load_while_others_want_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    ticks = itertools.count()
+    waiting = partial(StepWatch, wall=lambda: float(next(ticks)), cpu=lambda: 0.0)
+    monkeypatch.setattr(loader, "StepWatch", waiting)
+    used = list[int]()
+    model = tiny("llama")
+    for layer in model.model.layers:
+        layer.register_forward_hook(lambda *_: used.append(torch.get_num_threads()))
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(4)
+        adopt_model(model)
+        assert list(dict.fromkeys(used)) == [4, 2, 1]
+        assert torch.get_num_threads() == 4
+    finally:
+        torch.set_num_threads(threads)
