@@ -75,7 +75,7 @@ def pair(
     return model, adopt_model(copy.deepcopy(model)), wanted
 
 
-@pytest.mark.parametrize("max_step_tokens", [512, 5, 3], ids=lambda n: f"step{n}")
+@pytest.mark.parametrize("max_step_tokens", [512, 3], ids=lambda n: f"step{n}")
 def test_a_mixed_batch_gives_the_tokens_of_generate(
     pair: tuple[PreTrainedModel, LoadedModel, list[list[int]]], max_step_tokens: int
 ) -> None:
