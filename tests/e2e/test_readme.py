@@ -31,7 +31,7 @@ from tests.helpers.documents import ROOT, Block, blocks, commands, is_shown
 
 ADDRESS = "http://127.0.0.1:8000"
 SERVE = "make serve\n"
-STEPS = " --steps 2"
+STEPS = " --steps 2 --batch-size 4"
 FEW = 40
 """Rows of a quick training."""
 SECONDS = 900

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from reft_runtime import Engine, SamplingParams
 from tests.e2e.conftest import generate
 
-MAX_TOKENS = 8
+MAX_TOKENS = 6
 WORDS = [
     "the",
     "quick",

@@ -362,7 +362,7 @@ SCHEDULES = given(
     st.integers(1, 8),
     st.sampled_from([0, 7, 40, 300]),
     st.sampled_from([TIGHT, TIGHT + 100, 2 * TIGHT, 16 * TIGHT]),
-    st.lists(ASKED, min_size=1, max_size=12),
+    st.lists(ASKED, min_size=1, max_size=8),
 )
 
 

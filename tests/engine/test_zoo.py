@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Iterator
+from functools import cache
 from typing import Any
 
 import pytest
@@ -64,14 +65,21 @@ def operators(request: pytest.FixtureRequest) -> Iterator[None]:
         yield
 
 
+@cache
+def own(model_type: str) -> tuple[PreTrainedModel, list[list[int]]]:
+    """A model and its own answers."""
+    model = tiny(model_type)
+    wanted = [generate(model, prompt(length), NEW_TOKENS) for length in LENGTHS]
+    assert len({token for tokens in wanted for token in tokens}) > len(LENGTHS)
+    return model, wanted
+
+
 @pytest.fixture(scope="module", params=MODELS)
 def pair(
     request: pytest.FixtureRequest, operators: None
 ) -> tuple[PreTrainedModel, LoadedModel, list[list[int]]]:
     """A model, the same as the engine runs it, and its own answers."""
-    model = tiny(request.param)
-    wanted = [generate(model, prompt(length), NEW_TOKENS) for length in LENGTHS]
-    assert len({token for tokens in wanted for token in tokens}) > len(LENGTHS)
+    model, wanted = own(request.param)
     return model, adopt_model(copy.deepcopy(model)), wanted
 
 
