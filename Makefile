@@ -45,7 +45,7 @@ bench-peers: $(VENV)/.installed-bench $(VENV)-vllm/.installed $(VENV)-peers/.ins
 test: lint types ## Check everything: lint, types, import directions, all tests
 	$(BIN)/python -m pytest -n logical --dist loadfile --no-loadscope-reorder $(ARGS)
 
-test-long: $(VENV)/.installed-test ## Run the documents' trainings as they are written, and look at what they reach
+test-long: $(VENV)/.installed-test ## Run the documents' trainings as they are written, and what tests try many of: random schedules, forms
 	$(BIN)/python -m pytest -m long $(ARGS)
 
 test-clients: $(VENV)/.installed $(VENV)-clients/.installed ## Run openai, LangChain and other clients against a server of the demo model

@@ -5,9 +5,12 @@ The files that take longest come first, so that no worker is left with one when 
 
 import os
 import signal
+from functools import cache
 from pathlib import Path
 
 import pytest
+import typer.testing
+from fastapi.dependencies import utils
 
 LONGEST = ("e2e", "cluster", "page", "parallel", "cli", "training", "http")
 """Folders, the longest first."""
@@ -26,6 +29,11 @@ if worker and workers and hasattr(os, "sched_setaffinity"):
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     # A shell that runs the tests in the background has it ignored, by all that they start, too.
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+# A test makes an application, or runs a command. What FastAPI and Typer find out about the same
+# functions each time, they find out once.
+utils.get_typed_signature = cache(utils.get_typed_signature)
+typer.testing._get_command = cache(typer.testing._get_command)  # type: ignore[attr-defined]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

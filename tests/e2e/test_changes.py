@@ -14,6 +14,8 @@ from reft_runtime.interventions import Edit, serialise
 from tests.e2e.conftest import INTERVENTIONS
 
 PROMPT = "<|im_start|>user\nName a colour.<|im_end|>\n<|im_start|>assistant\n"
+TOKENS = 24
+"""Of an answer: it is still under way when the next change comes."""
 
 
 def strong(engine: Engine, seed: int) -> bytes:
@@ -43,22 +45,24 @@ async def read(client: openai.AsyncOpenAI, model: str, tokens: int, begun: async
 async def test_put_and_replace_under_16_streams(
     engine: Engine, url: str, async_client: openai.AsyncOpenAI
 ) -> None:
-    sampling = SamplingParams(temperature=0, max_tokens=40, ignore_eos=True)
+    sampling = SamplingParams(temperature=0, max_tokens=TOKENS, ignore_eos=True)
     [undisturbed] = engine.generate(PROMPT, sampling, intervention="pirate", progress=False)
     first, second = strong(engine, 1), strong(engine, 2)
     async with httpx.AsyncClient(base_url=url, timeout=60) as http:
         begun = [asyncio.Event() for _ in range(16)]
-        running = [asyncio.create_task(read(async_client, "pirate", 40, event)) for event in begun]
+        running = [
+            asyncio.create_task(read(async_client, "pirate", TOKENS, event)) for event in begun
+        ]
         await asyncio.gather(*(event.wait() for event in begun))
 
         created = await http.put("/v1/interventions/fresh", content=first)
         assert created.status_code == 201, created.text
         old_begun = asyncio.Event()
-        old = asyncio.create_task(read(async_client, "fresh", 40, old_begun))
+        old = asyncio.create_task(read(async_client, "fresh", TOKENS, old_begun))
         await old_begun.wait()
         replaced = await http.put("/v1/interventions/fresh", content=second)
         assert replaced.status_code == 200, replaced.text
-        new = await read(async_client, "fresh", 40, asyncio.Event())
+        new = await read(async_client, "fresh", TOKENS, asyncio.Event())
 
         assert await asyncio.gather(*running) == [undisturbed.text] * 16
         by_digest = {

@@ -33,7 +33,10 @@ def notebook() -> NotebookNode:
 def test_it_runs(notebook: NotebookNode, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     [cell] = [cell for cell in notebook.cells if "steps = None" in cell.source]
     cell.source = cell.source.replace("steps = None", "steps = 2")
+    [cell] = [cell for cell in notebook.cells if "steps=steps" in cell.source]
+    cell.source = cell.source.replace("steps=steps", "steps=steps, batch_size=4")
     [cell] = [cell for cell in notebook.cells if "tickets-test.csv" in cell.source]
+    cell.source = cell.source.replace('tickets.csv"', 'tickets.csv", nrows=40')
     cell.source = cell.source.replace('tickets-test.csv"', 'tickets-test.csv", nrows=12')
     printed = executed(notebook, tmp_path, monkeypatch)
     assert "Serving at" in printed

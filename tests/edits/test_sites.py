@@ -92,6 +92,13 @@ def models(model_type: str) -> tuple[PreTrainedModel, LoadedModel, EngineCore]:
     return model, loaded, make_core(loaded)
 
 
+@cache
+def unedited(model_type: str, tokens: tuple[int, ...]) -> tuple[list[int], Tensor]:
+    """The model's own answer, and the log-probabilities of its first token."""
+    model, _, _ = models(model_type)
+    return generate(model, tokens), logits(model, tokens, len(tokens))[-1].log_softmax(-1)
+
+
 @pytest.mark.parametrize(("model_type", "component", "width"), CASES)
 def test_a_component_is_edited_in_its_place(model_type: str, component: str, width: int) -> None:
     model, _, core = models(model_type)
@@ -106,11 +113,11 @@ def test_a_component_is_edited_in_its_place(model_type: str, component: str, wid
         for name, interventions in wanted.items()
     ]
     got = answers(core, [request("base", tokens), *requests])
-    assert got["base"].tokens[0] == generate(model, tokens)
+    base, plain = unedited(model_type, tokens)
+    assert got["base"].tokens[0] == base
     for name, interventions in wanted.items():
         assert got[name].tokens[0] == generate_applied(model, tokens, interventions), name
         last = logits(model, tokens, len(tokens), interventions)[-1].log_softmax(-1)
-        plain = logits(model, tokens, len(tokens))[-1].log_softmax(-1)
         first = got[name].logprobs[0][0]
         assert first is not None
         ids, values = zip(*first.top, strict=True)
@@ -193,7 +200,7 @@ def test_as_pyvene_places_it(model_type: str, component: str, width: int) -> Non
     assert first is not None
     ids, values = zip(*first.top, strict=True)
     torch.testing.assert_close(torch.tensor(values), theirs[list(ids)], rtol=0, atol=1e-4)
-    plain = logits(model, tokens, 9)[-1].log_softmax(-1)
+    _, plain = unedited(model_type, tokens)
     assert (theirs - plain).abs().max() > 1e-2
 
 

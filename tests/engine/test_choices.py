@@ -91,8 +91,9 @@ def start(core: EngineCore, *requests: Request, steps: int) -> dict[str, Answer]
 
 
 @pytest.mark.parametrize("max_running", [2, 8])
-@pytest.mark.parametrize("choice", range(N))
-@pytest.mark.parametrize("steps", [0, 1, 3, 5])
+@pytest.mark.parametrize(
+    ("choice", "steps"), [(0, 0), (0, 1), (0, 3), (0, 5), (1, 5), (2, 3), (3, 1), (3, 5)]
+)
 def test_aborting_one_choice_leaves_the_others(
     wanted: dict[int, list[int]], choice: int, steps: int, max_running: int
 ) -> None:

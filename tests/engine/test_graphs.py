@@ -224,14 +224,18 @@ def test_memory_that_runs_out_while_edits_are_copied_costs_the_newest_alone(
 
 @pytest.mark.parametrize("replays", ["triton"], indirect=True)
 def test_tables_and_pages_by_triton(replays: Spy) -> None:
+    loaded = adopt_model(tiny("llama", num_hidden_layers=2).to(DEVICE))  # type: ignore[arg-type]
     own = applied(DECODING["loreft"]).intervention
-    asked = [request("edited", prompt(5), own, max_tokens=3), request("base", prompt(3))]
-    found = run(make_core(), asked)
+    asked = [
+        request("edited", prompt(5), own, max_tokens=3),
+        request("base", prompt(3), max_tokens=5),
+    ]
+    found = run(make_core(loaded), asked)
     assert {edited for _, edited in replays} == {True, False}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(engine_core, "storage_for", pages_for)
         patch.setattr(engine_core, "decoder_for", lambda *_: None)
-        assert run(make_core(), asked) == found
+        assert run(make_core(loaded), asked) == found
 
 
 TOGETHER = {

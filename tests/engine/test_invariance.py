@@ -76,7 +76,7 @@ def test_alone_is_batched_chunked_and_preempted(
 def test_in_any_order(solo: dict[str, dict[int, list[int]]]) -> None:
     shuffled = random.Random(0)
     core = make_core(max_running=6, max_step_tokens=48)
-    for _ in range(10):
+    for _ in range(4):
         assert run(core, shuffled.sample(MIXED, len(MIXED))) == solo
 
 
@@ -105,16 +105,32 @@ ARRIVALS = st.lists(
 """Requests, each with the step it arrives before and the one it is cancelled before."""
 
 
-@settings(max_examples=24, deadline=None, derandomize=True, database=None)
-@given(st.integers(1, 8), st.integers(0, 40), st.integers(TIGHT, 2 * TIGHT), ARRIVALS)
-def test_random_schedules_with_cancellations(
-    solo: dict[str, dict[int, list[int]]],
-    max_running: int,
-    spare: int,
-    kv_tokens: int,
-    arrivals: list[Timed],
+SCHEDULES = given(st.integers(1, 8), st.integers(0, 40), st.integers(TIGHT, 2 * TIGHT), ARRIVALS)
+
+Solo = dict[str, dict[int, list[int]]]
+
+
+def check_schedule(
+    solo: Solo, max_running: int, spare: int, kv_tokens: int, arrivals: list[Timed]
 ) -> None:
     core = make_core(
         max_running=max_running, max_step_tokens=max_running + spare, kv_tokens=kv_tokens
     )
     check_as_alone(core, arrivals, lambda each: solo[each.id])
+
+
+@settings(max_examples=12, deadline=None, derandomize=True, database=None)
+@SCHEDULES
+def test_random_schedules_with_cancellations(
+    solo: Solo, max_running: int, spare: int, kv_tokens: int, arrivals: list[Timed]
+) -> None:
+    check_schedule(solo, max_running, spare, kv_tokens, arrivals)
+
+
+@pytest.mark.long
+@settings(max_examples=200, deadline=None, derandomize=True, database=None)
+@SCHEDULES
+def test_many_random_schedules_with_cancellations(
+    solo: Solo, max_running: int, spare: int, kv_tokens: int, arrivals: list[Timed]
+) -> None:
+    check_schedule(solo, max_running, spare, kv_tokens, arrivals)

@@ -111,8 +111,11 @@ def close(found: Sequence[float], wanted: Sequence[float]) -> None:
 
 
 @pytest.mark.parametrize("task", EDITS)
-@pytest.mark.parametrize("labels", [SINGLE, SHARED], ids=["single", "shared"])
-@pytest.mark.parametrize("length", [1, 5, 40])
+@pytest.mark.parametrize(
+    ("labels", "length"),
+    [(SHARED, 1), (SINGLE, 5), (SHARED, 40)],
+    ids=["shared of 1", "single of 5", "shared of 40"],
+)
 def test_scores_are_those_of_a_whole_forward(
     task: str, labels: tuple[tuple[int, ...], ...], length: int
 ) -> None:
@@ -166,12 +169,12 @@ def test_one_prefill_and_no_step_more_for_labels_of_one_token() -> None:
     assert core.requests.generation_tokens == 0
 
 
-@pytest.mark.parametrize("prefix_cache", [True, False])
 @pytest.mark.parametrize(
-    ("max_running", "max_step_tokens"), [(1, 512), (2, 6), (3, 512), (16, 6), (16, 512)]
+    ("max_running", "max_step_tokens", "prefix_cache"),
+    [(1, 512, True), (2, 6, True), (3, 512, False), (16, 6, False), (16, 512, True)],
 )
 def test_mixed_with_others_that_generate(
-    prefix_cache: bool, max_running: int, max_step_tokens: int
+    max_running: int, max_step_tokens: int, prefix_cache: bool
 ) -> None:
     core = make_core(
         max_running=max_running, max_step_tokens=max_step_tokens, prefix_cache=prefix_cache

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import pytest
@@ -103,10 +104,14 @@ def wanted() -> dict[str, list[int]]:
     }
 
 
+@cache
+def of_the_base(length: int) -> list[int]:
+    return generate(tiny_llama()[0], prompt(length), MAX_TOKENS)
+
+
 def test_the_cases_can_tell(wanted: dict[str, list[int]]) -> None:
-    model, _ = tiny_llama()
     for name, (length, _) in CASES.items():
-        base = generate(model, prompt(length), MAX_TOKENS)
+        base = of_the_base(length)
         assert (wanted[name] == base) == (name == "base"), name
         # The first token of what edits generated tokens alone is the base model's.
         if name in KINDS and KINDS[name].positions == "decode":
@@ -136,9 +141,11 @@ def test_batched_chunked_and_preempted(
     wanted: dict[str, list[int]], max_running: int, max_step_tokens: int, kv_tokens: int
 ) -> None:
     core = make_core(max_running=max_running, max_step_tokens=max_step_tokens, kv_tokens=kv_tokens)
-    got = run(core, [asked(name) for name in CASES])
+    # Few at a time take many steps, in which they decode as others do.
+    max_tokens = 8 if max_running <= 5 else MAX_TOKENS
+    got = run(core, [asked(name, max_tokens=max_tokens) for name in CASES])
     for name in CASES:
-        assert got[name][0] == wanted[name], name
+        assert got[name][0] == wanted[name][:max_tokens], name
     assert (core.scheduler.preemptions > 0) == (kv_tokens == TIGHT)
 
 

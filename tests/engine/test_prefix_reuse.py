@@ -357,20 +357,16 @@ ASKED = st.tuples(
 """Text, how much of it, task, max_tokens, n, whether it goes on from an earlier answer (a chat),
 and the steps before which it arrives and is aborted."""
 
-
-@settings(max_examples=24, deadline=None, derandomize=True, database=None)
-@given(
+Asked = tuple[int, int, str, int, int, bool, int, int | None]
+SCHEDULES = given(
     st.integers(1, 8),
     st.sampled_from([0, 7, 40, 300]),
     st.sampled_from([TIGHT, TIGHT + 100, 2 * TIGHT, 16 * TIGHT]),
-    st.lists(ASKED, min_size=1, max_size=12),
+    st.lists(ASKED, min_size=1, max_size=8),
 )
-def test_random_schedules(
-    max_running: int,
-    spare: int,
-    kv_tokens: int,
-    asked: list[tuple[int, int, str, int, int, bool, int, int | None]],
-) -> None:
+
+
+def check_schedule(max_running: int, spare: int, kv_tokens: int, asked: list[Asked]) -> None:
     core = make_core(
         max_running=max_running, max_step_tokens=max_running + spare, kv_tokens=kv_tokens
     )
@@ -387,3 +383,18 @@ def test_random_schedules(
         )
         requests.append((each, arrives, aborts))
     check_as_alone(core, requests, alone)
+
+
+@settings(max_examples=10, deadline=None, derandomize=True, database=None)
+@SCHEDULES
+def test_random_schedules(max_running: int, spare: int, kv_tokens: int, asked: list[Asked]) -> None:
+    check_schedule(max_running, spare, kv_tokens, asked)
+
+
+@pytest.mark.long
+@settings(max_examples=200, deadline=None, derandomize=True, database=None)
+@SCHEDULES
+def test_many_random_schedules(
+    max_running: int, spare: int, kv_tokens: int, asked: list[Asked]
+) -> None:
+    check_schedule(max_running, spare, kv_tokens, asked)

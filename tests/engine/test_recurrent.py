@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from functools import cache
+from itertools import product
 from typing import Any
 
 import pytest
@@ -46,6 +47,9 @@ NEW_TOKENS = 8
 ONE = "qwen3_5_text"
 """The model of tests whose subject is the same for all."""
 
+EACH = (ONE, "mamba2", "jamba", "lfm2")
+"""One for each kind of recurrent layers."""
+
 
 @cache
 def pair(model_type: str) -> tuple[PreTrainedModel, LoadedModel]:
@@ -70,8 +74,11 @@ def states(core: EngineCore) -> StateStorage:
     return storage.states
 
 
-@pytest.mark.parametrize("model_type", RECURRENT)
-@pytest.mark.parametrize("max_step_tokens", [512, 7, 3, 1], ids=lambda n: f"step{n}")
+@pytest.mark.parametrize(
+    ("model_type", "max_step_tokens"),
+    [*product(RECURRENT, (512, 3)), *product(EACH, (7, 1))],
+    ids=lambda value: value if isinstance(value, str) else f"step{value}",
+)
 def test_a_mixed_batch_gives_the_tokens_of_generate(model_type: str, max_step_tokens: int) -> None:
     assert len({token for tokens in wanted(model_type) for token in tokens}) > len(LENGTHS)
     places = min(len(LENGTHS), max_step_tokens)

@@ -38,7 +38,7 @@ def engine() -> Iterator[Engine]:
     inner.chat_template = HARMONY
     assert len(inner) == VOCABULARY
     model = tiny("llama", max_position_embeddings=1024)
-    with Engine(model, tokenizer=inner, max_running=4) as engine:
+    with Engine(model, tokenizer=inner, max_running=16) as engine:
         yield engine
 
 

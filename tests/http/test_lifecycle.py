@@ -28,6 +28,8 @@ from server.lifecycle import FLUSH_SECONDS
 from server.metrics_port import MAX_CONNECTIONS
 from server.settings import Settings, load_settings
 from server.variables import tell_unknown_variables
+from tests.helpers.forked import Forked
+from tests.http import serve_fake
 from tests.http.conftest import completion
 
 PROMETHEUS_2 = (
@@ -41,16 +43,9 @@ class Process:
     """A server process, up to its banner."""
 
     def __init__(self, engine: dict[str, Any], options: dict[str, Any]) -> None:
-        command = [sys.executable, "-m", "tests.http.serve_fake"]
-        self.process = subprocess.Popen(
-            [*command, json.dumps(engine), json.dumps(options)],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        assert self.process.stdout is not None
+        self.process = Forked(serve_fake.main, json.dumps(engine), json.dumps(options))
         lines = []
-        for line in self.process.stdout:
+        for line in self.process.output:
             lines.append(line)
             if line.startswith("  -d"):
                 break
@@ -58,18 +53,8 @@ class Process:
         found = re.search(r"^Serving at (http://\S+)$", self.banner, re.MULTILINE)
         assert found, self.banner
         self.url = found[1]
-        # Nothing reads the pipe from here on but this; else the process might block on it.
-        self.log: list[str] = []
-        self._reader = threading.Thread(target=self.log.extend, args=[self.process.stdout])
-        self._reader.start()
-
-    def end(self) -> int:
-        """Wait for the exit status."""
-        status = self.process.wait(20)
-        self._reader.join()
-        assert self.process.stdout is not None
-        self.process.stdout.close()
-        return status
+        self.process.read_on()
+        self.log, self.end = self.process.log, self.process.end
 
 
 @contextmanager
@@ -439,10 +424,14 @@ def test_help_names_every_option_and_loads_no_model() -> None:
                 assert f"REFT_{name.upper()}" in shown
 
 
+AS_IF_TORCH = "sys.modules['torch'] = sys\n"
+"""As where torch is loaded, which takes seconds: what is looked at is its name."""
+
+
 @pytest.mark.parametrize("status", [0, 1, 2])
 def test_the_servers_words_are_the_last(status: int) -> None:
     # A library that would speak at the very end, after Python itself, is stood for by an abort.
-    code = "import sys, atexit, ctypes, torch\nfrom server.cli import main as cli\n"
+    code = "import sys, atexit, ctypes\nfrom server.cli import main as cli\n" + AS_IF_TORCH
     code += "libc = ctypes.CDLL(None); libc.__cxa_atexit(libc.abort, None, None)\n"
     code += "def app(**_): print('served'); atexit.register(print, 'left')\n"
     code += f"cli.app = lambda **_: (app(), sys.exit({status}))\ncli.main()"
@@ -453,14 +442,14 @@ def test_the_servers_words_are_the_last(status: int) -> None:
 
 @pytest.mark.parametrize("closing", [">&-", ">&- 2>&-"])
 def test_a_process_without_standard_output_ends_as_any_other(closing: str) -> None:
-    code = "import sys, torch; from server.cli import main as cli\n"
+    code = "import sys; from server.cli import main as cli\n" + AS_IF_TORCH
     code += "cli.app = lambda **_: sys.exit(0 if print('x') is None else 3)\ncli.main()"
     command = f"exec {shlex.quote(sys.executable)} -c {shlex.quote(code)} {closing}"
     assert subprocess.run(command, shell=True, check=False).returncode == 0
 
 
 def test_output_that_is_lost_is_told_by_the_status() -> None:
-    code = "import sys, torch; from server.cli import main as cli\n"
+    code = "import sys; from server.cli import main as cli\n" + AS_IF_TORCH
     code += "sys.stdout = open('/dev/full', 'w')\n"
     code += "cli.app = lambda **_: print('x')\ncli.main()"
     ended = subprocess.run([sys.executable, "-c", code], stderr=subprocess.PIPE, check=False)
@@ -468,17 +457,13 @@ def test_output_that_is_lost_is_told_by_the_status() -> None:
 
 
 def test_a_banner_that_nobody_takes_is_no_reason_to_end() -> None:
-    command = [sys.executable, "-m", "tests.http.serve_fake", "{}", "{}"]
-    with (
-        open("/dev/full", "w") as full,
-        subprocess.Popen(command, stdout=full, stderr=subprocess.PIPE, text=True) as process,
-    ):
-        assert process.stderr is not None
-        said = ""
-        for line in process.stderr:
-            said += line
-            if "Standard output cannot be written: No space left" in line:
-                process.terminate()
+    process = Forked(serve_fake.main, "{}", "{}", stdout="/dev/full")
+    said = ""
+    for line in process.output:
+        said += line
+        if "Standard output cannot be written: No space left" in line:
+            process.send_signal(signal.SIGTERM)
+    process.end()
     assert "Shutting down" in said
 
 

@@ -70,7 +70,7 @@ def engine() -> Iterator[Engine]:
         inner.add_tokens([AddedToken(tag, special=True)])
     assert len(inner) == VOCABULARY
     model = tiny("llama", max_position_embeddings=1024)
-    with Engine(model, tokenizer=inner, max_running=4) as engine:
+    with Engine(model, tokenizer=inner, max_running=16) as engine:
         yield engine
 
 

@@ -142,11 +142,21 @@ def test_values_that_are_the_first_numbers_of_keys(kernel: PageKernel) -> None:
     torch.testing.assert_close(found, paged.plain(Scoring(0.3)), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("processors", [0, 64], ids=["whole", "split"])
-@pytest.mark.parametrize("batch", BATCHES)
+SHAPES = [(4, 2, (16, 16), 8), (3, 3, (24, 24), None), (8, 1, (32, 16), 8)]
+"""Heads, those of keys, widths of keys and values, and the window."""
+
+CASES = [
+    (*shape, batch, processors)
+    for turn, shape in enumerate(SHAPES)
+    for place, batch in enumerate(BATCHES)
+    for processors in (0, 64)
+    if turn == 0 or (turn + place) % 2 == (processors > 0)
+]
+"""Every batch whole and split, and of every shape one of the two."""
+
+
 @pytest.mark.parametrize(
-    ("heads", "kv_heads", "dims", "window"),
-    [(4, 2, (16, 16), 8), (3, 3, (24, 24), None), (8, 1, (32, 16), 8)],
+    ("heads", "kv_heads", "dims", "window", "batch", "processors"), CASES, ids=str
 )
 def test_triton(
     heads: int,

@@ -1,0 +1,76 @@
+"""Processes as copies of one that has imported what takes seconds: torch, transformers, the server.
+
+For tests of what a process does and how it ends, not of how it begins.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import sys
+import threading
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from multiprocessing.connection import Connection
+
+_context = multiprocessing.get_context("forkserver")
+_context.set_forkserver_preload(["tests.helpers.fork_server"])
+
+
+def _begin(
+    main: Callable[..., int], arguments: Iterable[str], written: Connection, stdout: str | None
+) -> None:
+    """In the new process: print into the pipe, in blocks, as a command does."""
+    os.dup2(written.fileno(), 2)
+    os.dup2(written.fileno() if stdout is None else os.open(stdout, os.O_WRONLY), 1)
+    written.close()
+    sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115  # as long as the process
+    sys.stderr = open(2, "w", buffering=1, errors="backslashreplace", closefd=False)  # noqa: SIM115
+    status = main(*arguments)
+    with suppress(OSError):
+        sys.stdout.flush()
+    os._exit(status)  # as the command ends, without what torch's libraries say then
+
+
+class Forked:
+    """A process that runs `main(*arguments)`, a module's function, and ends with its status.
+
+    `output` is what it prints: on both streams, unless `stdout` names a file for one of them.
+    """
+
+    def __init__(
+        self, main: Callable[..., int], *arguments: str, stdout: str | None = None
+    ) -> None:
+        reader, writer = _context.Pipe(duplex=False)
+        self._process = _context.Process(target=_begin, args=(main, arguments, writer, stdout))
+        self._process.start()
+        writer.close()
+        self.output = os.fdopen(os.dup(reader.fileno()))
+        reader.close()
+        self.log: list[str] = []
+        self._reader = threading.Thread(target=self.log.extend, args=[self.output])
+
+    def read_on(self) -> None:
+        """Keep what it prints from here on in `log`; else it might block on the pipe."""
+        self._reader.start()
+
+    def send_signal(self, number: int) -> None:
+        if self._process.exitcode is None:
+            os.kill(self._process.pid or 0, number)
+
+    def wait(self, seconds: float) -> int:
+        """Wait for the exit status, of a signal negative."""
+        self._process.join(seconds)
+        assert self._process.exitcode is not None, "it goes on"
+        return self._process.exitcode
+
+    def end(self) -> int:
+        """Wait for the exit status and the last line."""
+        status = self.wait(20)
+        if self._reader.ident is not None:
+            self._reader.join()
+        self.output.close()
+        return status
+
+    def kill(self) -> None:
+        self._process.kill()
