@@ -50,10 +50,10 @@ def entry_fields(server: Context, entry: Entry) -> dict[str, Any]:
     }
 
 
-def entry_answer(server: Context, entry: Entry, status: int = 200) -> Response:
+def entry_answer(server: Context, entry: Entry) -> Response:
     """Answer of one intervention, with its digest as `ETag`."""
     content = json_bytes(entry_fields(server, entry))
-    return Response(content, status, etag(entry), media_type="application/json")
+    return Response(content, headers=etag(entry), media_type="application/json")
 
 
 def change_answer(server: Context, made: Made, status: int = 200) -> Response:

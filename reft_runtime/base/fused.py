@@ -23,18 +23,18 @@ from reft_runtime.base.linears import Merged
 from reft_runtime.base.plans import (
     Compute,
     Hooks,
+    NormPlan,
     PartPlan,
     Plan,
     epsilon_of,
     hooks_of,
     or_own,
-    rounds_once,
 )
 from reft_runtime.base.probe import ProbedLayer
 from reft_runtime.base.rebinding import code_of, rebound
 from reft_runtime.base.rotary import ROTARY, rotary_width, rotates, rotating
-from reft_runtime.base.trial import TOLERANCE, Operator, Trials
-from reft_runtime.kernels.operators import Operators, operators_for
+from reft_runtime.base.trial import TOLERANCE, Operator, Trials, random_rows
+from reft_runtime.kernels.operators import NormForm, Operators, operators_for
 
 _PLAIN_ATTENTION = {
     ROTARY,
@@ -136,12 +136,7 @@ class _Fuser:
 
     def fuse_alone(self, module: nn.Module) -> bool:
         """Replace a module that needs no step; return whether it is replaced."""
-        from_one = partial(self._norm, from_one=True)
-        return (
-            self._try(module, self._norm, "norm")
-            or self._try(module, from_one, "norm from one")
-            or self._try(module, self._mlp, "mlp")
-        )
+        return self._try(module, self._norm, "norm") or self._try(module, self._mlp, "mlp")
 
     def _try(
         self,
@@ -167,23 +162,25 @@ class _Fuser:
             plan.merged.merge()
         self._plans[module] = plan
 
-    def _norm(self, module: Any, *, from_one: bool = False) -> Plan | None:
+    def _norm(self, module: Any) -> NormPlan | None:
         if not type(module).__name__.endswith("RMSNorm") or list(module._parameters) != ["weight"]:
             return None
         own, weight, operators = module.forward, module.weight, self._operators
         epsilon = epsilon_of(module)
         if not isinstance(weight, Tensor) or epsilon is None:
             return None
-        once = not from_one and rounds_once(module, operators)
+        form = _norm_form(own, weight, epsilon, operators)
+        if form is None:
+            return None
 
         def forward(hidden_states: Tensor) -> Any:
             if hidden_states.ndim == 4 and hidden_states.stride(1) > hidden_states.stride(2):
                 hidden_states = hidden_states.contiguous()  # heads that are columns of a product
             if not operators.supports(hidden_states, weight):
                 return own(hidden_states)
-            return operators.rms_norm(hidden_states, weight, epsilon, once=once, from_one=from_one)
+            return operators.rms_norm(hidden_states, weight, epsilon, form)
 
-        return Plan(forward, weight.shape[-1])
+        return NormPlan(forward, weight.shape[-1], weight, epsilon, form)
 
     def _mlp(self, module: Any) -> PartPlan | None:
         parts: dict[str, Any] = dict(module.named_children())
@@ -292,22 +289,43 @@ class _Fuser:
         `plans` are the finished plans of the layer's parts; without them, new ones are made and
         merged.
         """
-        if not is_llama_like(layer, self._operators):
+        if not is_llama_like(layer):
             return None
         if plans is None:
-            plans = self._parts(layer.self_attn, layer.mlp, asked)
-        attention, mlp = plans.get(layer.self_attn), plans.get(layer.mlp)
-        if not isinstance(attention, PartPlan) or not isinstance(mlp, PartPlan):
-            return None
-        return layer_plan(layer, attention, mlp, asked, self._operators)
+            plans = self._parts(layer, asked)
+        return layer_plan(layer, plans, asked, self._operators)
 
-    def _parts(
-        self, attention: nn.Module, mlp: nn.Module, asked: ProbedLayer
-    ) -> dict[nn.Module, Plan]:
+    def _parts(self, layer: Any, asked: ProbedLayer) -> dict[nn.Module, Plan]:
         """Make and merge the plans of a copied layer's parts."""
-        made = self._attention(attention, asked) if rotates(attention) else None
-        plans = {attention: made, mlp: self._mlp(mlp)}
+        attention = layer.self_attn
+        made: dict[nn.Module, Plan | None] = {
+            norm: self._norm(norm)
+            for norm in (layer.input_layernorm, layer.post_attention_layernorm)
+        }
+        made[attention] = self._attention(attention, asked) if rotates(attention) else None
+        made[layer.mlp] = self._mlp(layer.mlp)
+        plans = {module: plan for module, plan in made.items() if plan is not None}
         for plan in plans.values():
-            if plan is not None:
+            if isinstance(plan, PartPlan):
                 plan.merged.merge()
-        return {module: plan for module, plan in plans.items() if plan is not None}
+        return plans
+
+
+def _norm_form(
+    own: Operator, weight: Tensor, epsilon: float, operators: Operators
+) -> NormForm | None:
+    """The form that gives what is nearest to a norm's `own`; None where that cannot be tried."""
+    rows = random_rows(weight.shape[-1], weight)
+    if not operators.supports(rows, weight):
+        return None
+    try:
+        wanted = own(rows).float()
+    except Exception:
+        return None  # it wants other arguments, so it is not a norm that is known
+
+    def distance(form: NormForm) -> float:
+        return float((operators.rms_norm(rows, weight, epsilon, form).float() - wanted).norm())
+
+    # In float32 nothing is rounded, so that OLMo 2's form is Llama's.
+    rounded = weight.dtype.itemsize < 4
+    return min((form for form in NormForm if rounded or form is not NormForm.OLMO2), key=distance)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -10,18 +10,16 @@ from typing import Any
 from torch import Tensor, nn
 
 from reft_runtime.base.compiled_layer import CompiledLayer, layer_of_weights
-from reft_runtime.base.plans import (
-    Compute,
-    PartPlan,
-    Plan,
-    epsilon_of,
-    hooks_of,
-    or_own,
-    rounds_once,
-)
+from reft_runtime.base.plans import Compute, NormPlan, PartPlan, Plan, hooks_of, or_own
 from reft_runtime.base.probe import ProbedLayer
 from reft_runtime.kernels.cpu import Kernels
-from reft_runtime.kernels.operators import DecoderLayer, Norm, Operators, ProductOperators
+from reft_runtime.kernels.operators import (
+    DecoderLayer,
+    Norm,
+    NormForm,
+    Operators,
+    ProductOperators,
+)
 
 _PARTS = {"input_layernorm", "post_attention_layernorm", "self_attn", "mlp"}
 
@@ -33,33 +31,33 @@ class LayerPlan(Plan):
     compiled: CompiledLayer | None
 
 
-def is_llama_like(layer: nn.Module, operators: Operators) -> bool:
-    """Whether it has the parts of a Llama layer, all of one dtype, and norms that are Llama's."""
+def is_llama_like(layer: nn.Module) -> bool:
+    """Whether it has the parts of a Llama layer, all of one dtype."""
     parts = dict(layer.named_children())
-    return (
-        parts.keys() == _PARTS
-        and len({weight.dtype for weight in layer.parameters()}) == 1
-        and epsilon_of(parts["input_layernorm"]) is not None
-        and epsilon_of(parts["post_attention_layernorm"]) is not None
-        and not rounds_once(parts["input_layernorm"], operators)
-        and not rounds_once(parts["post_attention_layernorm"], operators)
-    )
+    return parts.keys() == _PARTS and len({weight.dtype for weight in layer.parameters()}) == 1
 
 
 def layer_plan(
-    layer: Any, attention: PartPlan, mlp: PartPlan, asked: ProbedLayer, operators: Operators
-) -> LayerPlan:
-    """The plan of a layer that `is_llama_like`, made of the plans of its parts."""
-    before, after = layer.input_layernorm, layer.post_attention_layernorm
-    first_epsilon, second_epsilon = epsilon_of(before), epsilon_of(after)
-    assert first_epsilon is not None
-    assert second_epsilon is not None
+    layer: Any, plans: Mapping[nn.Module, Plan], asked: ProbedLayer, operators: Operators
+) -> LayerPlan | None:
+    """The plan of a layer that `is_llama_like`, made of the `plans` of its parts.
+
+    None if one of them has none, or a norm is not of Llama's form.
+    """
+    before, after = plans.get(layer.input_layernorm), plans.get(layer.post_attention_layernorm)
+    attention, mlp = plans.get(layer.self_attn), plans.get(layer.mlp)
+    if not (isinstance(before, NormPlan) and isinstance(after, NormPlan)):
+        return None
+    if not (isinstance(attention, PartPlan) and isinstance(mlp, PartPlan)):
+        return None
+    if not (before.form is after.form is NormForm.LLAMA):
+        return None
     attend, o, activate, down = attention.compute, attention.last, mlp.compute, mlp.last
 
     def compute(rows: Tensor, cos: Tensor, sin: Tensor, step: Any) -> Tensor:
-        normal = operators.rms_norm(rows, before.weight, first_epsilon)
+        normal = operators.rms_norm(rows, before.weight, before.epsilon)
         rows, normal = operators.add_rms_norm(
-            rows, o(attend(normal, cos, sin, step)), after.weight, second_epsilon
+            rows, o(attend(normal, cos, sin, step)), after.weight, after.epsilon
         )
         rows += down(activate(normal))
         return rows
@@ -70,7 +68,7 @@ def layer_plan(
     if isinstance(operators, Kernels):
 
         def make() -> DecoderLayer | None:
-            norms = Norm(before.weight, first_epsilon), Norm(after.weight, second_epsilon)
+            norms = Norm(before.weight, before.epsilon), Norm(after.weight, after.epsilon)
             heads = asked.shape.kv_heads, asked.shape.key_dim
             return layer_of_weights(
                 operators, norms, attention.merged, o, mlp.merged, down, heads, asked.scoring
@@ -89,9 +87,9 @@ def layer_plan(
 
         def compute_in_place(rows: Tensor, cos: Tensor, sin: Tensor, step: Any) -> Tensor:
             # No other code uses the layer's input any more, so it may be overwritten.
-            normal = products.rms_norm(rows, before.weight, first_epsilon)
+            normal = products.rms_norm(rows, before.weight, before.epsilon)
             normal = products.add_product_and_norm(
-                rows, attend(normal, cos, sin, step), o.weight, after.weight, second_epsilon
+                rows, attend(normal, cos, sin, step), o.weight, after.weight, after.epsilon
             )
             return products.add_product_(rows, products.gated_product(normal, joined), down.weight)
 

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from reft_runtime.base.attention import running_step
 from reft_runtime.base.linears import Merged
-from reft_runtime.base.trial import Operator, nearer, random_rows
-from reft_runtime.kernels.operators import Operators
+from reft_runtime.base.trial import Operator
+from reft_runtime.kernels.operators import NormForm, Operators
 
 Compute = Callable[[Tensor, Tensor, Tensor, Any], Tensor]
 """Maps rows [T, d], rotary cosines and sines [1, T, dim] and the step to rows [T, d]. For attention
@@ -29,6 +29,15 @@ class Plan:
 
     forward: Operator
     width: int
+
+
+@dataclass(frozen=True, slots=True)
+class NormPlan(Plan):
+    """The plan of a norm: its weight [width], the number that it adds, and its form."""
+
+    weight: Tensor
+    epsilon: float
+    form: NormForm
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,22 +91,3 @@ def epsilon_of(norm: nn.Module) -> float | None:
     """The number that a norm adds before it divides; None if it has none that is known."""
     epsilon = getattr(norm, "variance_epsilon", getattr(norm, "eps", None))
     return epsilon if isinstance(epsilon, float) else None
-
-
-def rounds_once(norm: Any, operators: Operators) -> bool:
-    """Whether the own code of a norm rounds no number before its weight is applied.
-
-    Nothing is rounded in float32.
-    """
-    weight, epsilon = getattr(norm, "weight", None), epsilon_of(norm)
-    if not isinstance(weight, Tensor) or epsilon is None or weight.dtype.itemsize > 2:
-        return False
-    rows = random_rows(weight.shape[-1], weight)
-    if not operators.supports(rows, weight):
-        return False
-    try:
-        wanted = type(norm).forward(norm, rows)
-    except Exception:
-        return False  # it wants other arguments, so it is not a norm that is known
-    made = [operators.rms_norm(rows, weight, epsilon, once=once) for once in (False, True)]
-    return nearer(wanted, *made)

@@ -25,6 +25,7 @@ from reft_runtime.kernels.cpu.decoder_layer import StepPlaces as StepPlaces
 from reft_runtime.kernels.cpu.picking import Picking as Picking
 from reft_runtime.kernels.cpu.picking import Picks as Picks
 from reft_runtime.kernels.cpu.torch_functions import padded_rows as padded_rows
+from reft_runtime.kernels.norms import NormForm as NormForm
 
 _log = logging.getLogger(__name__)
 
@@ -57,20 +58,17 @@ class Operators(Protocol):
         rows: Tensor,
         weight: Tensor,
         epsilon: float,
-        *,
-        once: bool = False,
-        from_one: bool = False,
+        form: NormForm = NormForm.LLAMA,
     ) -> Tensor:
-        """Rows [..., d] divided by their root mean square, times `weight` [d].
+        """Rows [..., d] divided by their root mean square, and `weight` [d] applied as in a form.
 
-        They are rounded before they are multiplied, as in Llama, or with `once` only then, as in
-        OLMo 2. With `from_one` they are multiplied by 1 + `weight`, and rounded once, as in Gemma.
+        `epsilon` is added to the mean of the squares.
         """
 
     def add_rms_norm(
         self, rows: Tensor, more: Tensor, weight: Tensor, epsilon: float
     ) -> tuple[Tensor, Tensor]:
-        """The sum of two tensors [..., d], and `rms_norm` of it."""
+        """The sum of two tensors [..., d], and its `rms_norm` in Llama's form."""
 
     def silu_mul(self, both: Tensor) -> Tensor:
         """silu(gate) * up [..., d] of rows [..., 2 d] that hold gate and up side by side."""

@@ -32,10 +32,7 @@ class Examples:
 
 
 class Draft:
-    """New edits for one base model, and what their file says of them.
-
-    `settings` are complete. Raises `ConfigError` where the settings do not fit the base.
-    """
+    """New edits for one base model by complete `settings`, and what their file says of them."""
 
     def __init__(
         self,
@@ -52,7 +49,7 @@ class Draft:
         self._words = Tokenizer(tokenizer, loaded.max_model_len)
         self._description = description
         self._license = license
-        self.settings = material.settings.complete(self._shape, len(material.rows.rows))
+        self.settings = material.settings
         self.edits = new_edits(self._shape, self.settings)
         self._prefix = choose_prefix(material.rows.rows, material.layout, self._words)
         dtype = name_of(loaded.dtype)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from reft_runtime.base.shape import base_shape
 from reft_runtime.errors import ConfigError
 from reft_runtime.interventions.format.manifest import SystemTurn
 from reft_runtime.interventions.format.template import CHAT
@@ -27,8 +28,8 @@ class Material:
     """What a training learns from, before any model is loaded.
 
     `held_out` are the rows that choose the checkpoint and measure it, None where there are none.
-    `settings` have the template that `layout` writes prompts by, where there is one. `system` is
-    what the manifest says of system turns.
+    `settings` are complete, and have the template that `layout` writes prompts by, where there is
+    one. `system` is what the manifest says of system turns.
     """
 
     rows: Rows
@@ -52,7 +53,8 @@ def prepare(
 ) -> Material:
     """Make the rows of a training ready, and tell what is in them; arguments are as for `train`.
 
-    Raises `ConfigError` where rows, or settings about rows, cannot be trained with.
+    Raises `ConfigError` where rows, or settings about rows, cannot be trained with, and where the
+    settings do not fit the model.
     """
     rows = read_rows(data, text=text, label=label, lenient=True)
     held_out = None
@@ -77,6 +79,8 @@ def prepare(
             " evaluation=), or hold some out with --hold-out 0.1 (hold_out=0.1).",
             param="patience",
         )
+    settings = settings.complete(base_shape(model), len(rows.rows))
+    settings.steps_over(len(rows.rows))  # more than there can be are told now
     return Material(rows, held_out, layout, settings, system)
 
 

@@ -17,7 +17,6 @@ from transformers import (
     TrainingArguments,
 )
 
-from reft_runtime.base.shape import base_shape
 from reft_runtime.display.plots import check_plot
 from reft_runtime.interventions import Intervention
 from reft_runtime.interventions.format.manifest import SystemTurn
@@ -125,9 +124,6 @@ def train(
             label=label,
             say=say,
         )
-        # What does not fit the model is told before its weights are read.
-        chosen = material.settings.complete(base_shape(model), len(material.rows.rows))
-        chosen.steps_over(len(material.rows.rows))
         name, loaded, own_tokenizer = load_base(
             model, tokenizer, material.settings.dtype, None, differentiable=True
         )

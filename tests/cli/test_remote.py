@@ -24,8 +24,7 @@ from server.tenants.keys import new_key
 from tests.e2e.conftest import served
 from tests.helpers.replicas import OnlyBehind
 from tests.http.fake_engine import FakeEngine
-from tests.interventions.make import BASE, file_bytes
-from tests.interventions.test_registry import digest
+from tests.interventions.make import BASE, digest, file_bytes
 
 
 @pytest.fixture

@@ -14,8 +14,7 @@ from reft_runtime.interventions import Registry
 from server.metrics import MAX_NAMES
 from tests.http.conftest import completion
 from tests.http.fake_engine import FakeEngine
-from tests.interventions.make import BASE, file_bytes
-from tests.interventions.test_registry import digest, place
+from tests.interventions.make import BASE, digest, file_bytes, place
 
 ONE, TWO = file_bytes(1), file_bytes(2)
 TAG_ONE, TAG_TWO = f'"{digest(ONE)}"', f'"{digest(TWO)}"'

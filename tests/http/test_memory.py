@@ -20,8 +20,7 @@ from server.tenants.tenant import Tenant
 from tests.http.conftest import completion
 from tests.http.fake_engine import FakeEngine
 from tests.http.tenants import key, use_tenants
-from tests.interventions.make import BASE, file_bytes
-from tests.interventions.test_registry import damaged, edit_bytes, place
+from tests.interventions.make import BASE, damaged, edit_bytes, file_bytes, place
 
 FILES = {name: file_bytes(seed) for seed, name in enumerate("abc")}
 

@@ -17,8 +17,7 @@ from server.app import create_app
 from server.settings import Settings
 from tests.helpers.replicas import OnlyBehind
 from tests.http.fake_engine import FakeEngine
-from tests.interventions.make import BASE, file_bytes
-from tests.interventions.test_registry import digest, place
+from tests.interventions.make import BASE, digest, file_bytes, place
 
 ONE, TWO = file_bytes(1), file_bytes(2)
 

@@ -17,8 +17,7 @@ from reft_runtime.interventions import Registry
 from reft_runtime.interventions.registry.entry import Change
 from tests.http.conftest import completion
 from tests.http.fake_engine import FakeEngine
-from tests.interventions.make import BASE, file_bytes
-from tests.interventions.test_registry import damaged, digest, place
+from tests.interventions.make import BASE, damaged, digest, file_bytes, place
 
 ONE, TWO = file_bytes(1), file_bytes(2)
 

@@ -28,8 +28,7 @@ from tests.http.fake_engine import FakeEngine
 from tests.http.test_access import PUBLIC, api_routes
 from tests.http.test_logs import Lines
 from tests.http.test_logs import log as log  # a fixture
-from tests.interventions.make import BASE, file_bytes
-from tests.interventions.test_registry import digest, place
+from tests.interventions.make import BASE, digest, file_bytes, place
 
 ONE, TWO = file_bytes(1, description="The first"), file_bytes(2, description="The second")
 

@@ -16,8 +16,7 @@ from server.context import MAX_DOWNLOADS
 from server.download import PART_BYTES
 from server.settings import Settings
 from tests.http.fake_engine import FakeEngine
-from tests.interventions.make import BASE, file_bytes
-from tests.interventions.test_registry import digest, place
+from tests.interventions.make import BASE, digest, file_bytes, place
 
 ONE, TWO, THREE = (file_bytes(seed, description=f"Number {seed}") for seed in (1, 2, 3))
 PATH = "/v1/interventions/a"

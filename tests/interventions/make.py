@@ -1,6 +1,8 @@
-"""Small random interventions for the tests."""
+"""Small random interventions for the tests, and what tests of the registry do with their files."""
 
 from __future__ import annotations
+
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -13,6 +15,9 @@ from reft_runtime.interventions import (
     Version,
     serialise,
 )
+from reft_runtime.interventions.format.canonical import memory_of
+from reft_runtime.interventions.format.file import parse, write_atomic
+from reft_runtime.interventions.format.header import header_of
 
 BASE = BaseShape(
     model="tiny", architecture="LlamaForCausalLM", hidden_size=16, num_layers=4, vocab_size=64
@@ -40,6 +45,10 @@ def file_bytes(seed: int = 0, *, base: BaseShape = BASE, description: str = "") 
     return serialise(intervention(seed, base=base, description=description))
 
 
+ONE, TWO, THREE = file_bytes(1), file_bytes(2), file_bytes(3)
+FOREIGN = file_bytes(1, base=BASE.model_copy(update={"vocab_size": 65}))
+
+
 def ready(registry: Registry, ref: str) -> Version:
     """A version that was acquired, and let go."""
     holding = registry.acquire([ref])
@@ -48,3 +57,40 @@ def ready(registry: Registry, ref: str) -> Version:
         return holding.versions[0]
     finally:
         holding.release()
+
+
+def digest(data: bytes) -> str:
+    return header_of(data).digest
+
+
+def damaged(data: bytes) -> bytes:
+    """A sound header, and data that is not what it says."""
+    return data[:-1] + bytes([data[-1] ^ 1])
+
+
+def place(folder: Path, name: str, data: bytes) -> Path:
+    path = folder / f"{name}.safetensors"
+    write_atomic(path, data)
+    return path
+
+
+def names(registry: Registry) -> list[str]:
+    return [entry.name for entry in registry.entries()]
+
+
+def only_problem(registry: Registry) -> str:
+    (reason,) = registry.problems().values()
+    return reason
+
+
+def edit_bytes(data: bytes) -> int:
+    return memory_of(parse(data).canonical())
+
+
+def fixed(count: int) -> int:
+    """Memory of so many uploads, their tensors aside."""
+    registry = Registry(BASE)
+    registry.put("a", ONE)
+    found = count * registry.resolve("a").fixed_bytes
+    registry.close()
+    return found

@@ -14,8 +14,7 @@ import pytest
 from reft_runtime.errors import EngineDead, InvalidRequest, NotFound, Overloaded, Unavailable
 from reft_runtime.interventions import Registry, Version
 from reft_runtime.interventions.registry.holding import Holding
-from tests.interventions.make import BASE, file_bytes, ready
-from tests.interventions.test_registry import digest, edit_bytes, place
+from tests.interventions.make import BASE, digest, edit_bytes, file_bytes, place, ready
 
 FILES = {name: file_bytes(seed) for seed, name in enumerate("abcdef")}
 ONE = edit_bytes(FILES["a"])

@@ -13,8 +13,7 @@ import pytest
 from reft_runtime.errors import InvalidRequest
 from reft_runtime.interventions import Edit, Entry, Intervention, Registry, serialise
 from reft_runtime.interventions.registry.paging import SORTS, Sort
-from tests.interventions.make import BASE, file_bytes, loreft_tensors
-from tests.interventions.test_registry import digest
+from tests.interventions.make import BASE, digest, file_bytes, loreft_tensors
 
 
 @pytest.fixture

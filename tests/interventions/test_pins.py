@@ -9,8 +9,16 @@ import pytest
 
 from reft_runtime.errors import NotFound, Overloaded, StoreFull, Unavailable
 from reft_runtime.interventions import Registry
-from tests.interventions.make import BASE, file_bytes, ready
-from tests.interventions.test_registry import damaged, digest, edit_bytes, fixed, place
+from tests.interventions.make import (
+    BASE,
+    damaged,
+    digest,
+    edit_bytes,
+    file_bytes,
+    fixed,
+    place,
+    ready,
+)
 
 FILES = {name: file_bytes(seed) for seed, name in enumerate("abcd")}
 ONE = edit_bytes(FILES["a"])
@@ -22,11 +30,6 @@ def folder(tmp_path: Path) -> Path:
     for name, data in FILES.items():
         place(tmp_path / "source", name, data)
     return tmp_path / "source"
-
-
-@pytest.fixture
-def state(tmp_path: Path) -> Path:
-    return tmp_path / "state"
 
 
 def in_memory(registry: Registry) -> str:

@@ -204,3 +204,8 @@ def test_generated_tokens_by_name() -> None:
     assert not Positions.parse("f1+[0]").edits_decode
     assert Positions.parse("all").edits_decode
     assert Positions.parse("decode+f1").edits_decode
+
+
+def test_what_is_not_given_is_not_edited() -> None:
+    assert Positions(first=1) == Positions.parse("f1")
+    assert Positions(last=1) == Positions.parse("l1")

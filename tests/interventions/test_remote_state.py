@@ -388,7 +388,7 @@ def test_sources_and_state_in_s3_away_and_back(
     registry.scan()
     assert ready(registry, "a").digest == digest(TWO)
     # A bucket that is gone is what a test can take away without another server.
-    source, state = registry._folders._remote[0], registry._uploads._store
+    source, state = registry._folders._remote[0], registry._state._store
     paths = source._place.path, state._place.path  # type: ignore[attr-defined]
     source._place.path, state._place.path = "none/source", "none/state"  # type: ignore[attr-defined]
     with pytest.raises(Unavailable):

@@ -14,21 +14,9 @@ from reft_runtime.errors import Changed, InvalidRequest, NotFound, StoreFull, Un
 from reft_runtime.interventions import Registry
 from reft_runtime.interventions.format.file import parse
 from reft_runtime.interventions.registry.uploads import HISTORY
-from tests.interventions.make import BASE, file_bytes, ready
-from tests.interventions.test_registry import damaged, digest, place
+from tests.interventions.make import BASE, damaged, digest, file_bytes, place, ready
 
 ONE, TWO, THREE = (file_bytes(seed) for seed in (1, 2, 3))
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    (tmp_path / "source").mkdir()
-    return tmp_path / "source"
-
-
-@pytest.fixture
-def state(tmp_path: Path) -> Path:
-    return tmp_path / "state"
 
 
 @pytest.fixture(params=["disk", "memory"])

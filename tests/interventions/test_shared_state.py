@@ -29,11 +29,6 @@ Open = Callable[[], Registry]
 
 
 @pytest.fixture
-def state(tmp_path: Path) -> Path:
-    return tmp_path / "state"
-
-
-@pytest.fixture
 def join(state: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Open]:
     """Opens one server after another on the same state, each on a machine of its own."""
     opened: list[Registry] = []

@@ -13,13 +13,6 @@ from tests.interventions.make import BASE, file_bytes
 ONE, TWO = file_bytes(1), file_bytes(2)
 
 
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    path = tmp_path / "source"
-    path.mkdir()
-    return path
-
-
 @pytest.fixture(autouse=True)
 def _level(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.WARNING)

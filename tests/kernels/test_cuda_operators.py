@@ -11,6 +11,7 @@ from reft_runtime.edits import tables
 from reft_runtime.edits.triton import TritonEdits
 from reft_runtime.kernels.cuda.operators import TritonOperators
 from reft_runtime.kernels.cuda.products import tile_for
+from reft_runtime.kernels.norms import NormForm
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DTYPES = [torch.float32, torch.bfloat16]
@@ -39,13 +40,13 @@ def test_norms(width: int, dtype: torch.dtype) -> None:
     rows, more = random(3, width, dtype=dtype), random(3, width, dtype=dtype, seed=1)
     weight = random(width, dtype=dtype, seed=2)
     close(OPERATORS.rms_norm(rows, weight, 1e-5), norm(rows, weight))
-    once = OPERATORS.rms_norm(rows, weight, 1e-5, once=True)
+    once = OPERATORS.rms_norm(rows, weight, 1e-5, NormForm.OLMO2)
     # Triton's interpreter rounds to bfloat16 by cutting off.
     exact = norm(rows.float(), weight.float())
     tolerance = 1e-5 if dtype == torch.float32 else torch.finfo(dtype).eps
     torch.testing.assert_close(once.float(), exact, rtol=tolerance, atol=1e-6)
     one = torch.ones_like(weight, dtype=torch.float32)
-    from_one = OPERATORS.rms_norm(rows, weight, 1e-5, from_one=True)
+    from_one = OPERATORS.rms_norm(rows, weight, 1e-5, NormForm.GEMMA)
     close(from_one, norm(rows.float(), one + weight.float()).to(dtype))
     total, normal = OPERATORS.add_rms_norm(rows, more, weight, 1e-5)
     close(total, rows + more)

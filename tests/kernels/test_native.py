@@ -16,6 +16,7 @@ from transformers.models.qwen3_5.modeling_qwen3_5 import torch_recurrent_gated_d
 
 from reft_runtime.kernels.cpu import HeadScoring, Kernels, build
 from reft_runtime.kernels.cpu.picking import Picking
+from reft_runtime.kernels.norms import NormForm
 from reft_runtime.machine.dtypes import DTYPES
 from server.settings import Dtype
 from tests.helpers.sampling import bits_of
@@ -49,7 +50,7 @@ def test_rms_norm(operators: Kernels, dtype: torch.dtype, rows: int) -> None:
 def test_norms_from_one(operators: Kernels, dtype: torch.dtype, rows: int) -> None:
     x, weight = rand(rows, 37, dtype=dtype), rand(37, dtype=dtype, seed=1)
     wanted = rms_norm(x.float(), (37,), eps=1e-5) * (1 + weight.float())
-    close(operators.rms_norm(x, weight, 1e-5, from_one=True), wanted.to(dtype))
+    close(operators.rms_norm(x, weight, 1e-5, NormForm.GEMMA), wanted.to(dtype))
 
 
 @dtypes
@@ -97,7 +98,7 @@ def test_norms_in_bfloat16_that_are_rounded_once(operators: Kernels) -> None:
     gated = operators.gated_rms_norm(x, gate, weight, 1e-5, once=True)
     assert gated is not None
     for found, wanted in (
-        (operators.rms_norm(x, weight, 1e-5, once=True), normal),
+        (operators.rms_norm(x, weight, 1e-5, NormForm.OLMO2), normal),
         (gated, normal * silu(gate.double())),
     ):
         assert float((found == wanted.bfloat16()).float().mean()) > 0.995

@@ -55,6 +55,10 @@ class Name:
                 return self.layers[layer]
         return None
 
+    def added(self) -> bool:
+        """Whether something was uploaded or loaded under it."""
+        return any(layer != "folder" for layer in self.layers)
+
     def in_flight(self) -> int:
         """Number of requests that hold one of its versions."""
         return sum(version.in_flight for version in self.held)
@@ -77,6 +81,8 @@ class Catalog:
 
     def __init__(self, memory_bytes: int, device_bytes: int | None) -> None:
         self._names: dict[str, Name] = {}
+        self.added: set[str] = set()
+        """The names under which something was uploaded or loaded."""
         self.memory = Residency(memory_bytes, device_bytes)
         self.lock = threading.RLock()
         """Guards names and memory, and what versions say of requests and pins."""
@@ -329,6 +335,7 @@ class Catalog:
                     self.memory.leave(version)
                 for version in after & before:
                     self.memory.settle(version)
+                (self.added.add if known.added() else self.added.discard)(name)
                 if not after and not known.pinned:
                     del self._names[name]
 

@@ -22,6 +22,7 @@ from reft_runtime.interventions.registry.remote.poller import Poller
 from reft_runtime.interventions.registry.remote.source import RemoteSource
 from reft_runtime.interventions.registry.sources import NAME, File, Folder, Listing, Source
 from reft_runtime.interventions.registry.urls import is_url, local_folder
+from reft_runtime.interventions.registry.verifier import Verifier
 from reft_runtime.interventions.registry.version import Version
 
 _log = logging.getLogger(__name__)
@@ -37,24 +38,16 @@ class Folders:
 
     A name that is asked for is looked up on disk at once, so nobody waits for the next scan; at
     URLs it is what the last poll found. A file that cannot be served is passed over, and `problems`
-    says why. `listed` makes a version of a file from its header, and raises `ReftError` or
-    `OSError` if the file is not usable. `reserved` is the base model's name, which no file can
-    have.
+    says why.
     """
 
-    def __init__(
-        self,
-        catalog: Catalog,
-        sources: Sequence[str | Path],
-        reserved: str,
-        listed: Callable[[str, File], Version],
-    ) -> None:
+    def __init__(self, catalog: Catalog, sources: Sequence[str | Path], verifier: Verifier) -> None:
         self.sources = [source_at(place) for place in sources]
         self._remote = [source for source in self.sources if isinstance(source, RemoteSource)]
         self._pollers: list[Poller] = []
         self._catalog = catalog
-        self._reserved = reserved
-        self._listed = listed
+        self._verifier = verifier
+        self._reserved = verifier.base.model  # no file can have the base model's own name
         self._scanning = threading.Lock()  # guards what follows; held for one file at a time
         self._listings: dict[Source, Listing] = {}
         self._found: dict[str, File] = {}
@@ -195,7 +188,7 @@ class Folders:
         before = self._catalog.layer(name, "folder")
         served = before is not None and (before.loaded or before.replaceable())
         try:
-            version = self._listed(name, file)
+            version = self._verifier.listed(name, file, "folder")
             if served and before is not None and before.digest == version.digest:
                 before.moved(file)
                 version = before

@@ -10,10 +10,9 @@ from typing import BinaryIO
 
 from reft_runtime.caller import everything
 from reft_runtime.errors import InvalidFile, InvalidRequest, NotFound, Unavailable
-from reft_runtime.interventions.format.file import edits_of, too_large
-from reft_runtime.interventions.format.header import header_of
+from reft_runtime.interventions.format.file import too_large
 from reft_runtime.interventions.format.identity import MAX_FILE_BYTES
-from reft_runtime.interventions.format.manifest import BaseShape, Manifest, check_base
+from reft_runtime.interventions.format.manifest import BaseShape
 from reft_runtime.interventions.format.recognise import HEAD_BYTES
 from reft_runtime.interventions.registry import listing
 from reft_runtime.interventions.registry.catalog import Catalog
@@ -32,12 +31,14 @@ from reft_runtime.interventions.registry.paging import DEFAULT_PAGE, Sort
 from reft_runtime.interventions.registry.readers import Readers
 from reft_runtime.interventions.registry.remote.place import Place
 from reft_runtime.interventions.registry.remote.poller import Poller
-from reft_runtime.interventions.registry.sources import NAME, NAME_RULE, File, Folder, locate
+from reft_runtime.interventions.registry.sources import Folder, locate
 from reft_runtime.interventions.registry.state import check_state, open_state
 from reft_runtime.interventions.registry.store import STATE_BYTES
 from reft_runtime.interventions.registry.turns import Turns
+from reft_runtime.interventions.registry.upload_state import UploadState
 from reft_runtime.interventions.registry.uploads import HISTORY, Uploads
 from reft_runtime.interventions.registry.urls import is_url, local_folder
+from reft_runtime.interventions.registry.verifier import Verifier
 from reft_runtime.interventions.registry.version import Origin, Version
 from reft_runtime.interventions.registry.watcher import Between, Rest, Watcher
 from reft_runtime.machine.cores import releasing_workers
@@ -69,13 +70,13 @@ class Registry:
     `sources` are folders, or URLs that fsspec knows, which are read only; if two hold a file of one
     name, the first counts. Uploads and pins are kept in `state_dir`: a folder that one process
     owns, or with `shared_state` several together, or a URL, which several may share; without one
-    they are in a temporary folder until `close`. Files take at most `state_bytes` there.
-    Interventions take at most
-    `memory_bytes` of memory, and their tensors in use at most `device_bytes` of a device that has
-    them as well; `max_waiting` requests may wait for room. A file that cannot be served is passed
-    over, and `problems` says why. `check_site` gets an edit's layer, component and width, and
-    raises if the loaded model has no such place. Files made for a base whose name matches the shell
-    pattern `allow_base` are taken even if its fingerprint differs.
+    they are in a temporary folder until `close`. Files take at most `state_bytes` there, and one
+    of them `max_file_bytes`. Interventions take at most `memory_bytes` of memory, and their tensors
+    in use at most `device_bytes` of a device that has them as well; `max_waiting` requests may wait
+    for room. A file that cannot be served is passed over, and `problems` says why. `check_site`
+    gets an edit's layer, component and width, and raises if the loaded model has no such place.
+    Files made for a base whose name matches the shell pattern `allow_base` are taken even if its
+    fingerprint differs.
     """
 
     def __init__(
@@ -83,6 +84,7 @@ class Registry:
         base: BaseShape,
         sources: Sequence[str | Path] = (),
         state_dir: str | Path | None = None,
+        *,
         max_file_bytes: int = MAX_FILE_BYTES,
         check_site: Callable[[int, str, int], None] | None = None,
         allow_base: str | None = None,
@@ -93,24 +95,22 @@ class Registry:
         shared_state: bool = False,
     ) -> None:
         self.base = base
-        self._self = object()  # in the versions that it makes, which may outlive it
-        self._check_site = check_site
-        self._allow_base = allow_base
-        self._max_file_bytes = max_file_bytes
+        self._verifier = Verifier(base, check_site, allow_base, max_file_bytes)
         self._watcher: Watcher | None = None
         self._poller: Poller | None = None
         self._catalog = Catalog(memory_bytes, device_bytes)
         self._turns = Turns(self._catalog, max_waiting)
-        self._folders = Folders(self._catalog, sources, base.model, self._listed)
+        self._folders = Folders(self._catalog, sources, self._verifier)
         self._readers = Readers(self._catalog, self._folders, self._turns)
         store = None
         if state_dir is not None:
             store = open_state(state_dir, state_bytes, shared=shared_state)
         self.shares_state = state_dir is not None and (shared_state or is_url(state_dir))
         """Whether other servers may have the same state."""
-        self._uploads = Uploads(self._catalog, self._folders, store, state_bytes)
+        self._state = UploadState(self._catalog, self._verifier, store, state_bytes)
+        self._uploads = Uploads(self._catalog, self._folders, self._state)
         with without_collections():
-            self._uploads.restore(base.model, self._listed)
+            self._state.restore()
             self.scan()
 
     def watch(self, interval: float) -> None:
@@ -124,7 +124,7 @@ class Registry:
         self._watcher = Watcher(self._look, interval)
         self._folders.keep_polling()
         if self.shares_state:
-            self._poller = Poller(self._uploads.follow, "state")
+            self._poller = Poller(self._state.follow, "state")
 
     def close(self) -> None:
         """Stop watching, let nobody wait, and let another process have the state folder."""
@@ -135,7 +135,7 @@ class Registry:
         self._turns.close()
         self._readers.close()
         self._folders.close()
-        self._uploads.close()
+        self._state.close()
 
     def scan(
         self,
@@ -152,7 +152,7 @@ class Registry:
         seconds that they took.
         """
         self._folders.poll()
-        self._uploads.follow()
+        self._state.follow()
         self._scan(rest, between)
 
     def catch_up(self, name: str) -> None:
@@ -166,7 +166,7 @@ class Registry:
             raise Unavailable(
                 "This server's state is its own: no other server sees what is uploaded here."
             )
-        self._uploads.catch_up(name)
+        self._state.catch_up(name)
 
     def resolve(self, ref: str) -> Version:
         """The version that `NAME` or `NAME@<digest prefix>` (8 to 64 hex digits) stands for now.
@@ -191,7 +191,7 @@ class Registry:
         leave them no room.
         """
         for ref in refs:
-            if isinstance(ref, Version) and ref.made_by is not self._self:
+            if isinstance(ref, Version) and not self._verifier.made(ref):
                 raise InvalidRequest(
                     f"The version {ref.name}@{ref.digest[:12]} was resolved by another registry,"
                     " whose model may be another one; resolve it by this engine's own.",
@@ -284,11 +284,11 @@ class Registry:
 
     def state_problem(self) -> str | None:
         """Why nothing can be kept in the state now; None if it can."""
-        return self._uploads.state_problem
+        return self._state.problem
 
     def unserved(self) -> dict[str, str]:
         """Why files are not served, by path, or by name for uploads."""
-        return {**self._folders.problems(), **self._uploads.problems()}
+        return {**self._folders.problems(), **self._state.problems()}
 
     def problems(self) -> dict[str, str]:
         """What `unserved` says, and by name what is wrong with interventions that are listed."""
@@ -303,7 +303,7 @@ class Registry:
 
         Raises `Unavailable` or `StoreFull` if there is no place for one.
         """
-        return self._uploads.incoming(self._max_file_bytes)
+        return self._state.incoming(self._verifier.max_file_bytes)
 
     def put(
         self,
@@ -324,7 +324,7 @@ class Registry:
         same name; a pinned name stays pinned. `share` is the part of the memory that the listing of
         uploads and pinned tensors may take together.
         """
-        self._check_name(name)
+        self._verifier.check_name(name)
         if isinstance(data, bytes):
             with self._written(data) as file:
                 return self._put(name, file, sha256, expected, share)
@@ -337,9 +337,9 @@ class Registry:
         to a source. Raises `InvalidRequest` for a path that leads outside, and for a name that is
         taken unless `replace`; `NotFound` for a missing file; and what `put` raises.
         """
-        self._check_name(name)
+        self._verifier.check_name(name)
         try:
-            data = locate(path, self._folders.sources).read(self._max_file_bytes)
+            data = locate(path, self._folders.sources).read(self._verifier.max_file_bytes)
         except FileNotFoundError as error:
             raise NotFound(f"The file cannot be read: {error.strerror}.", param="path") from error
         except OSError as error:
@@ -448,14 +448,13 @@ class Registry:
 
         `name` is what the version is called. Raises `InvalidFile` and `WrongBaseModel`.
         """
-        header = header_of(data)
-        self._check(header.manifest)
-        return self._made(Version(name, header, origin, None, edits_of(header, data)))
+        return self._verifier.verified(name, data, origin)
 
     @contextmanager
     def _written(self, data: bytes) -> Iterator[Incoming]:
-        if len(data) > self._max_file_bytes:
-            raise too_large(len(data), self._max_file_bytes, data[:HEAD_BYTES])
+        limit = self._verifier.max_file_bytes
+        if len(data) > limit:
+            raise too_large(len(data), limit, data[:HEAD_BYTES])
         with self.incoming() as file:
             file.write(data)
             yield file
@@ -476,35 +475,10 @@ class Registry:
         version = self.verified(name, file.read(), "uploaded")
         return self._uploads.put(version, file, expected, share)
 
-    def _check_name(self, name: str) -> None:
-        if not NAME.fullmatch(name):
-            raise InvalidRequest(
-                f"The name {name[:80]!r} is not allowed: {NAME_RULE}.", param="name"
-            )
-        if name == self.base.model:
-            raise InvalidRequest(
-                f"The name `{name}` is the base model's own id; choose another.", param="name"
-            )
-
-    def _check(self, manifest: Manifest) -> None:
-        check_base(manifest, self.base, self._allow_base)
-        if self._check_site is not None:
-            for index, edit in enumerate(manifest.edits):
-                self._check_site(edit.layer, edit.component, manifest.width_of(index))
-
-    def _listed(self, name: str, file: File, origin: Origin = "folder") -> Version:
-        header = file.header(self._max_file_bytes)
-        self._check(header.manifest)
-        return self._made(Version(name, header, origin, file))
-
-    def _made(self, version: Version) -> Version:
-        version.made_by = self._self
-        return version
-
     def _scan(self, rest: Rest, between: Between) -> None:
         self._folders.scan(rest, between)
         self._uploads.read_pinned()
 
     def _look(self, rest: Rest, between: Between) -> None:
         self._scan(rest, between)
-        self._uploads.tend()
+        self._state.tend()

@@ -24,6 +24,7 @@ from reft_runtime.kernels.cpu.low_rank import RowEdits as RowEdits
 from reft_runtime.kernels.cpu.picking import Picking, Picks, pick
 from reft_runtime.kernels.cpu.recurrent import DeltaNetWeights as DeltaNetWeights
 from reft_runtime.kernels.cpu.recurrent import RecurrentKernels
+from reft_runtime.kernels.norms import NormForm
 
 _NO_MEMORY = 2
 """Status of an operator that could not allocate; 0 is success, 1 a token beyond its row or step."""
@@ -81,9 +82,7 @@ class Kernels(RecurrentKernels, LowRankKernels, LayerKernels):
         rows: Tensor,
         weight: Tensor,
         epsilon: float,
-        *,
-        once: bool = False,
-        from_one: bool = False,
+        form: NormForm = NormForm.LLAMA,
     ) -> Tensor:
         """See `Operators.rms_norm`."""
         width = weight.shape[0]
@@ -97,8 +96,8 @@ class Kernels(RecurrentKernels, LowRankKernels, LayerKernels):
             rows.numel() // width,
             width,
             epsilon,
-            once,
-            from_one,
+            form is NormForm.OLMO2,
+            form is NormForm.GEMMA,
             torch.get_num_threads(),
         )
         return out
@@ -106,7 +105,7 @@ class Kernels(RecurrentKernels, LowRankKernels, LayerKernels):
     def add_rms_norm(
         self, rows: Tensor, more: Tensor, weight: Tensor, epsilon: float
     ) -> tuple[Tensor, Tensor]:
-        """The sum of two tensors [..., d], and `rms_norm` of it."""
+        """See `Operators.add_rms_norm`."""
         width = weight.shape[0]
         if (
             weight.ndim != 1

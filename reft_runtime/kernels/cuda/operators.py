@@ -9,6 +9,7 @@ from torch import Tensor
 from reft_runtime.kernels.cuda import layer_kernels as kernels
 from reft_runtime.kernels.cuda import products
 from reft_runtime.kernels.cuda.products import early, row_block
+from reft_runtime.kernels.norms import NormForm
 from reft_runtime.machine.dtypes import DTYPES
 
 _DTYPES = frozenset(DTYPES.values())
@@ -42,12 +43,10 @@ class TritonOperators:
         rows: Tensor,
         weight: Tensor,
         epsilon: float,
-        *,
-        once: bool = False,
-        from_one: bool = False,
+        form: NormForm = NormForm.LLAMA,
     ) -> Tensor:
         """See `Operators.rms_norm`."""
-        return products.rms_norm(rows, weight, epsilon, once=once, from_one=from_one)
+        return products.rms_norm(rows, weight, epsilon, form)
 
     def add_rms_norm(
         self, rows: Tensor, more: Tensor, weight: Tensor, epsilon: float

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from reft_runtime.kernels.cuda import layer_kernels as kernels
 from reft_runtime.kernels.cuda import product_kernels
+from reft_runtime.kernels.norms import NormForm
 
 FEW_ROWS = 32
 """Most rows with which Triton's kernels are faster than cuBLAS on an H100."""
@@ -96,9 +97,7 @@ def rms_norm(
     rows: Tensor,
     weight: Tensor,
     epsilon: float,
-    *,
-    once: bool = False,
-    from_one: bool = False,
+    form: NormForm = NormForm.LLAMA,
 ) -> Tensor:
     """See `Operators.rms_norm`."""
     out = torch.empty_like(rows)
@@ -111,8 +110,8 @@ def rms_norm(
         out,
         epsilon,
         ADD=False,
-        ONCE=once,
-        FROM_ONE=from_one,
+        ONCE=form is NormForm.OLMO2,
+        FROM_ONE=form is NormForm.GEMMA,
         **row_block(width),
         **early(),
     )
