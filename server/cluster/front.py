@@ -42,6 +42,14 @@ HEALTH_SECONDS = 5.0
 ONCE_PATHS = ("/rollback", "/load_lora_adapter", "/unload_lora_adapter")
 """Ends of the paths whose requests must not be sent twice, although they are POST."""
 
+ENDS = (
+    DONE,
+    b"event: response.completed\n",
+    b"event: response.incomplete\n",
+    b"event: error\n",
+)
+"""What only the last piece of a stream has in it: JSON has no line's end."""
+
 
 class Pool(Protocol):
     """The replicas as a front sees them."""
@@ -124,7 +132,10 @@ class Front:
         parts: list[Part] = []
         value: Any = None
         has_body = headers.get("content-length", "0") != "0" or "transfer-encoding" in headers
-        if has_body and self._knows(headers):
+        if has_body and scope["path"] not in HEALTH_PATHS:
+            # Of an unknown key nothing is received, and a replica that knows it by now, as the
+            # keys file is looked at by each process, would take that for an empty body.
+            tenant_for(self._keys, headers.get("authorization", ""))
             parts, value = await self._bodies.take(scope, receive)
         names: tuple[str, ...] = ()
         if scope["path"].startswith("/v1/interventions/") or value is not None:
@@ -140,14 +151,6 @@ class Front:
             body=parts,
             names=names,
         )
-
-    def _knows(self, headers: Headers) -> bool:
-        """Whether the key is known: of others nothing is received, and the replica refuses them."""
-        try:
-            tenant_for(self._keys, headers.get("authorization", ""))
-        except ApiError:
-            return False
-        return True
 
     async def _base_id(self) -> str:
         if self._base is None:
@@ -186,6 +189,9 @@ class Front:
                 await sending.end()
                 return
             except ReplicaDied:
+                if sending.whole:
+                    await sending.end()
+                    return
                 if sending.begun or not _repeatable(call):
                     raise _died(call, sending) from None
                 logger.warning("The replica of %s %s died", call.method, call.path)
@@ -205,12 +211,16 @@ class _Sending:
     def __init__(self, send: Send) -> None:
         self._send = send
         self.begun = self.streams = False
+        self.whole = False
+        """Whether the client has all of it, although the replica may not have said so yet."""
+        self._left: int | None = None
 
     async def start(self, head: Head) -> None:
         """Send the head, and what followed it at once."""
         self.begun = True
-        kinds = [text for name, text in head.headers if name.lower() == b"content-type"]
-        self.streams = any(kind.startswith(b"text/event-stream") for kind in kinds)
+        headers = {name.lower(): text for name, text in head.headers}
+        self.streams = headers.get(b"content-type", b"").startswith(b"text/event-stream")
+        self._left = int(headers[b"content-length"]) if b"content-length" in headers else None
         await self._send(
             {"type": "http.response.start", "status": head.status, "headers": head.headers}
         )
@@ -220,6 +230,9 @@ class _Sending:
         """Send a piece of the body."""
         if body:
             await self._send({"type": "http.response.body", "body": body, "more_body": True})
+        if self._left is not None:
+            self._left -= len(body)
+        self.whole = self._left == 0 or (self.streams and any(end in body for end in ENDS))
 
     async def end(self) -> None:
         """End the answer."""

@@ -220,6 +220,30 @@ async def test_a_death_in_another_answer_cuts_it_off(
         await client.get("/v1/interventions/pirate/file")
 
 
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/completions", completion()),
+        ("/v1/completions", completion(stream=True)),
+        ("/v1/responses", {"model": "tiny", "input": "Hi", "stream": True}),
+        ("/v1/responses", {"model": "tiny", "input": "Hi", "stream": True, "max_output_tokens": 1}),
+    ],
+)
+async def test_a_death_behind_the_whole_answer_is_none(
+    cluster: Cluster, client: httpx.AsyncClient, path: str, body: dict[str, Any]
+) -> None:
+    """Before the replica has said that it was all, or the front has heard it."""
+    assert isinstance(client._transport, httpx.ASGITransport)
+    client._transport.raise_app_exceptions = True
+    whole = await client.post(path, json=body)
+    cluster.dies = [cluster.pieces]
+    cut = await client.post(path, json=body)
+    assert not cluster.dies
+    assert cut.status_code == 200
+    assert len(cut.content) == len(whole.content)
+    assert b"replica_died" not in cut.content
+
+
 async def test_full_and_empty(
     cluster: Cluster, client: httpx.AsyncClient, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -303,11 +327,20 @@ async def test_without_a_key_nothing_is_kept(tmp_path: Path) -> None:
         response = await client.put("/v1/interventions/new", content=large())
         assert response.status_code == 401
         assert not cluster.kept
-        assert not cluster.calls[-1].body
+        assert not cluster.calls
         headers = {"authorization": "Bearer secret"}
         response = await client.put("/v1/interventions/new", content=large(), headers=headers)
         assert response.status_code == 201
         assert cluster.kept
+
+
+async def test_a_key_that_replicas_know_before_the_front(tmp_path: Path) -> None:
+    settings = Settings(api_key=SecretStr("new"), drain_seconds=1)
+    before = Settings(api_key=SecretStr("old"))
+    headers = {"authorization": "Bearer new"}
+    async with cluster_of(settings, "one") as cluster, client_of(cluster, before) as client:
+        response = await client.post("/v1/completions", json=completion(), headers=headers)
+        assert response.status_code == 401, response.text
 
 
 async def test_a_replica_that_has_just_joined_looks_again(
