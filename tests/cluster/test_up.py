@@ -117,6 +117,25 @@ def test_a_signal_while_ray_starts(
             signal.signal(sig, handler)
 
 
+def test_what_ray_raises_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Such as that of a machine on which its proxy does not come up in time."""
+    pytest.importorskip("ray.serve")
+    from ray.exceptions import RayError
+
+    def fail(**options: object) -> None:
+        raise RayError("The actor died.\n\tclass_name: HAProxyManager")
+
+    monkeypatch.setattr(os, "environ", os.environ.copy())
+    monkeypatch.setattr("ray.init", lambda **options: None)
+    monkeypatch.setattr("ray.serve.start", fail)
+    file = tmp_path / "cluster.yaml"
+    file.write_text("settings: {port: 0}")
+    with pytest.raises(EngineDead) as raised:
+        up.run(file)
+    assert raised.value.message == "Ray Serve does not start: The actor died."
+    assert os.environ["RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S"] == "60"
+
+
 def test_an_update_that_cannot_run_is_taken_back(tmp_path: Path) -> None:
     deployed: list[int | None] = []
 
