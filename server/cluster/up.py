@@ -119,9 +119,16 @@ def _update(
         logger.error("The cluster becomes what it was before: %s", error.message)
         _restore(cluster, signals, served)
     else:
-        logger.info("The cluster is as %s says", path)
+        same = _of_a_start(config) == _of_a_start(served)
+        but = "" if same else ", but host, port and ray stay as they are until a new start"
+        logger.info("The cluster is as %s says%s", path, but)
         return config
     return served
+
+
+def _of_a_start(config: ClusterConfig) -> tuple[object, ...]:
+    """What an update cannot change."""
+    return config.settings.host, config.settings.port, config.ray
 
 
 def _restore(cluster: _Cluster, signals: _Signals, served: ClusterConfig) -> None:
@@ -216,6 +223,7 @@ class _Cluster:
         self, config: ClusterConfig, port: int, held: ExitStack, signals: _Signals
     ) -> None:
         self._own = config.ray is None
+        self._drain_seconds = config.settings.drain_seconds
         for name, value in (LOG_VARIABLES | (VARIABLES if self._own else {})).items():
             os.environ.setdefault(name, value)
         if self._own:
@@ -265,6 +273,7 @@ class _Cluster:
 
         if self._own:  # to another cluster, nodes may be added
             check_room(config, self._ray.cluster_resources())  # type: ignore[no-untyped-call]
+        self._drain_seconds = config.settings.drain_seconds
         with self._telling("The replicas cannot run"):
             try:
                 self._serve.run(application(config), name=APP, route_prefix="/")
@@ -301,9 +310,13 @@ class _Cluster:
 
     def end(self) -> None:
         """Let requests finish, then take the application away, and Ray with it if it is our own."""
+        from server.cluster.deployments import drain
+
         logger.info("Running requests get their time to finish")
         try:
             with self._telling("They cannot be waited for"):
+                if APP in self._serve.status().applications:
+                    drain(APP, self._drain_seconds)
                 self._serve.delete(APP)
         except EngineDead as error:
             logger.error("%s", error.message)

@@ -244,6 +244,31 @@ async def test_a_death_behind_the_whole_answer_is_none(
     assert b"replica_died" not in cut.content
 
 
+async def test_a_front_that_drains(cluster: Cluster, settings: Settings) -> None:
+    for engine in cluster.engines.values():
+        engine.step_seconds = 0.01
+    front = Front(cluster, settings)
+    async with httpx.AsyncClient(
+        transport=httpx.ASGITransport(front), base_url="http://front"
+    ) as client:
+        body = completion(stream=True, max_tokens=50)
+        running = asyncio.ensure_future(client.post("/v1/completions", json=body))
+        while not any(engine.running for engine in cluster.engines.values()):
+            await asyncio.sleep(0)
+        draining = asyncio.ensure_future(front.drain(60))
+        await asyncio.sleep(0)
+        refused = await client.post("/v1/completions", json=completion())
+        assert refused.status_code == 503
+        assert refused.json()["error"]["code"] == "draining"
+        assert refused.headers["retry-after"]
+        ready = await client.get("/readyz")
+        assert (ready.status_code, ready.json()) == (503, {"status": "draining"})
+        assert (await client.get("/livez")).status_code == 200
+        assert not draining.done()
+        assert (await running).text.endswith("data: [DONE]\n\n")
+        await draining
+
+
 async def test_full_and_empty(
     cluster: Cluster, client: httpx.AsyncClient, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -136,7 +136,9 @@ def test_what_ray_raises_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert os.environ["RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S"] == "60"
 
 
-def test_an_update_that_cannot_run_is_taken_back(tmp_path: Path) -> None:
+def test_an_update_that_cannot_run_is_taken_back(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     deployed: list[int | None] = []
 
     class Cluster:
@@ -159,8 +161,13 @@ def test_an_update_that_cannot_run_is_taken_back(tmp_path: Path) -> None:
     file.write_text("replica: 3")
     assert update() is served
     file.write_text(f"{{replicas: 3, settings: {{state_dir: {tmp_path}}}}}")
+    caplog.set_level("INFO", "reft")
     assert update().replicas == 3
     assert deployed == [2, None, 3]
+    assert caplog.messages[-1] == f"The cluster is as {file} says"
+    file.write_text(f"{{replicas: 3, settings: {{port: 1, state_dir: {tmp_path}}}}}")
+    update()
+    assert "port and ray stay as they are" in caplog.messages[-1]
 
 
 def test_where_no_ray_listens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
