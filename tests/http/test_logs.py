@@ -160,7 +160,9 @@ def test_other_handlers_stay_open(monkeypatch: pytest.MonkeyPatch) -> None:
     """Ray Serve has one in each replica, and asks it where its log is."""
     monkeypatch.setattr(logging.root, "handlers", [])
     monkeypatch.setattr(logging, "captureWarnings", print)
-    levels = {name: logging.getLogger(name).level for name in ("reft", "reft_runtime", "reft.audit")}
+    levels = {
+        name: logging.getLogger(name).level for name in ("reft", "reft_runtime", "reft.audit")
+    }
     file = logging.NullHandler()
     theirs = logging.handlers.MemoryHandler(1, target=file)
     try:

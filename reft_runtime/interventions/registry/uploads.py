@@ -60,6 +60,7 @@ class Uploads:
         self._problems: dict[str, str] = {}
         self._unread: set[str] = set()  # names with versions that could not be read when looked at
         self._state_problem: str | None = None
+        self._closed = False
 
     def incoming(self, max_bytes: int) -> Incoming:
         """A temporary file for what is being uploaded."""
@@ -277,6 +278,7 @@ class Uploads:
     def close(self) -> None:
         """Let another process have the state folder."""
         with self._changing:
+            self._closed = True
             if self._kept is not None:
                 self._kept.close()
                 self._kept = None
@@ -407,6 +409,8 @@ class Uploads:
 
     def _tend(self) -> None:
         """Check that the state folder is still there, and ours. Raises `Unavailable`."""
+        if self._closed:  # else the change would be kept in a temporary folder, and told as made
+            raise Unavailable("The server is stopping, and nothing can be changed any more.")
         if self._kept is None:
             return
         try:
