@@ -242,5 +242,8 @@ class WholeEngine(Engine, Protocol):
     async def drained(self) -> None:
         """Wait until no request is left."""
 
+    def stop(self) -> None:
+        """Fail the requests that are left; interventions can still be changed until `close`."""
+
     def close(self) -> None:
         """Fail the requests that are left, and stop."""

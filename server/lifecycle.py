@@ -189,7 +189,7 @@ class HttpServer(uvicorn.Server):
         except TimeoutError:
             logger.warning("Ending the requests that are left")
         self.drained = True
-        await asyncio.to_thread(engine.close)
+        await asyncio.to_thread(engine.stop)  # not closed: uploads under way go on
         self.should_exit = True
 
     async def _watch_engine(self) -> None:

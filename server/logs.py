@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import logging.config
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
@@ -69,28 +68,15 @@ class JsonFormatter(TextFormatter):
 
 def configure_logging(settings: Settings) -> None:
     """Log to standard error: messages of server and runtime, and warnings of other libraries."""
-    formatter = JsonFormatter if settings.log_format == "json" else TextFormatter
-    level = settings.log_level.upper()
-    logging.config.dictConfig(
-        {
-            "version": 1,
-            "disable_existing_loggers": False,
-            "formatters": {"ours": {"()": formatter}},
-            "handlers": {
-                "stderr": {
-                    "class": "logging.StreamHandler",
-                    "formatter": "ours",
-                    "stream": "ext://sys.stderr",
-                }
-            },
-            # uvicorn's own messages about starting and ending would stand between ours.
-            "root": {"handlers": ["stderr"], "level": "WARNING"},
-            "loggers": {
-                **{name: {"level": level} for name in ("reft", "reft_runtime")},
-                "reft.audit": {"level": "INFO"},  # an audit with gaps is none
-            },
-        }
-    )
+    handler = logging.StreamHandler()
+    handler.setFormatter(JsonFormatter() if settings.log_format == "json" else TextFormatter())
+    # `dictConfig` would close the handlers of Ray Serve's own logger as well: its controller asks a
+    # replica for that log's path when it comes back, and ends those that cannot tell it.
+    # uvicorn's own messages about starting and ending would stand between ours.
+    logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
+    for name in ("reft", "reft_runtime"):
+        logging.getLogger(name).setLevel(settings.log_level.upper())
+    logging.getLogger("reft.audit").setLevel(logging.INFO)  # an audit with gaps is none
     logging.captureWarnings(True)
 
 

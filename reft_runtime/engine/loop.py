@@ -33,6 +33,9 @@ HEARTBEAT_SECONDS = 1.0
 LEAVE_SECONDS = 5.0
 """A step that waits for what is gone is left alone after this time."""
 
+HUNG_SECONDS = 10.0
+"""A step that takes so much longer than it may does not end: nobody waits for it at the close."""
+
 _TRACE = -1
 """Stands for the trace among what a request still waits for: choices 0 and up, and its trace."""
 
@@ -166,16 +169,20 @@ class EngineLoop:
     def close(self) -> None:
         """Fail the requests that are left, stop the thread and wait for it.
 
-        After `fail` it waits some seconds: a thread that does not end keeps its memory.
+        After `fail`, and where a step hangs, it waits some seconds: a thread that does not end
+        keeps its memory.
         """
         with self._changed:
             self._closing = True
             self._changed.notify_all()
         while (thread := self._thread) is not threading.current_thread() and thread.is_alive():
             # It may have handed over to another thread.
-            thread.join(LEAVE_SECONDS if self._failed else None)
+            thread.join(LEAVE_SECONDS)
             if self._failed and thread.is_alive():
                 return
+            if thread.is_alive() and self.stats().heartbeat_age > HUNG_SECONDS:
+                logger.error("A step does not end; the engine is closed without it")
+                self.fail("a step does not end")
         self._core.close()
 
     def fail(self, reason: str) -> None:

@@ -417,6 +417,11 @@ class Engine:
         """Raise `AssertionError` if an idle engine still holds anything, or its counts disagree."""
         self._loop.check_integrity()
 
+    def stop(self) -> None:
+        """Fail the requests that are left, and take no more. Interventions can still be changed."""
+        self._loop.close()
+        self.registry.stop()
+
     def close(self) -> None:
         """Fail the requests that are left, stop, and restore a model object. Safe to call twice.
 

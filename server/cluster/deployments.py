@@ -109,6 +109,10 @@ class FrontDeployment:
         configure_logging(settings)
         self._front = Front(_Handle(replicas), settings)
 
+    async def drain(self, seconds: float) -> None:
+        """See `Front.drain`."""
+        await self._front.drain(seconds)
+
     def __serve_build_asgi_app__(self) -> ASGIApp:
         return _OneId(self._front)
 
@@ -235,6 +239,16 @@ def application(config: ClusterConfig) -> serve.Application:
     )
     application: serve.Application = front.bind(settings, replica.bind(settings))
     return application
+
+
+def drain(app: str, seconds: float) -> None:
+    """Let an application's fronts refuse new requests, and wait for those under way.
+
+    Otherwise requests that come while its replicas end would wait for others, and be cut off.
+    """
+    fronts: DeploymentHandle[Any] = serve.get_deployment_handle(FRONT, app)
+    drained = fronts.broadcast("drain", seconds)
+    drained.results(timeout_s=seconds + SPARE_SECONDS, return_exceptions=True)
 
 
 def app(args: dict[str, Any]) -> serve.Application:

@@ -6,14 +6,14 @@ import asyncio
 import logging
 import time
 from collections.abc import AsyncIterator
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from typing import Any, Protocol
 
 from starlette.datastructures import Headers
 from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 
-from reft_runtime.errors import Overloaded, ReftError, Unavailable
+from reft_runtime.errors import Draining, Overloaded, ReftError, Unavailable
 from server.auth import tenant_for
 from server.cluster.affinity import key_of, names_of
 from server.cluster.bodies import Bodies
@@ -22,7 +22,7 @@ from server.connections import Limits
 from server.context import BODIES_BYTES, BodyBudget
 from server.cors import with_cors
 from server.disconnect import ClientDisconnected, run_unless_disconnected
-from server.errors import ApiError, api_error
+from server.errors import RESTART_SECONDS, ApiError, api_error
 from server.logs import log_request
 from server.middleware import request_id
 from server.settings import Settings
@@ -34,13 +34,26 @@ logger = logging.getLogger("reft.server")
 ATTEMPTS = 3
 """Replicas that are asked where the ones before have died."""
 
-HEALTH_PATHS = {"/livez", "/readyz", "/health"}
+READY_PATHS = {"/readyz", "/health"}
+
+HEALTH_PATHS = {"/livez", *READY_PATHS}
+
+LOOK_SECONDS = 0.1
+"""Pause between two looks at whether requests are under way when a front drains."""
 
 HEALTH_SECONDS = 5.0
 """Seconds in which a replica must answer a question about its health."""
 
 ONCE_PATHS = ("/rollback", "/load_lora_adapter", "/unload_lora_adapter")
 """Ends of the paths whose requests must not be sent twice, although they are POST."""
+
+ENDS = (
+    DONE,
+    b"event: response.completed\n",
+    b"event: response.incomplete\n",
+    b"event: error\n",
+)
+"""What only the last piece of a stream has in it: JSON has no line's end."""
 
 
 class Pool(Protocol):
@@ -75,6 +88,8 @@ class Front:
         self._budget = BodyBudget(max(BODIES_BYTES, 2 * most))
         self._bodies = Bodies(pool.keep, self._budget, most, limits or Limits(0))
         self._base: str | None = None
+        self._draining = False
+        self._under_way = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle one connection (ASGI)."""
@@ -85,12 +100,22 @@ class Front:
             await send({"type": "websocket.close"})  # before it has begun: the client gets a 403
             return
         scope.setdefault("state", {})["request_id"] = request_id(Headers(scope=scope))
+        self._under_way += 1
         try:
             await self._answer(scope, receive, send)
         except (ClientDisconnect, ClientDisconnected):
             logger.debug("%s %s: the client left", scope["method"], scope["path"])
         finally:
+            self._under_way -= 1
             self._budget.give_back(scope)
+
+    async def drain(self, seconds: float) -> None:
+        """Refuse new requests from now on, and wait so long at most for those under way."""
+        self._draining = True
+        with suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                while self._under_way:
+                    await asyncio.sleep(LOOK_SECONDS)
 
     async def _live(self, receive: Receive, send: Send) -> None:
         """Follow the keys file from the application's start to its end."""
@@ -103,7 +128,12 @@ class Front:
 
     async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
         sending, began = _Sending(send), time.monotonic()
+        if self._draining and scope["path"] in READY_PATHS:
+            await _unwell(sending, "draining")
+            return
         try:
+            if self._draining and scope["path"] not in HEALTH_PATHS:
+                raise Draining("The cluster is shutting down.", retry_after=RESTART_SECONDS)
             call = await self._call(scope, receive)
             work = self._pass_on(scope, call, sending)
             await run_unless_disconnected(receive, work)
@@ -124,7 +154,10 @@ class Front:
         parts: list[Part] = []
         value: Any = None
         has_body = headers.get("content-length", "0") != "0" or "transfer-encoding" in headers
-        if has_body and self._knows(headers):
+        if has_body and scope["path"] not in HEALTH_PATHS:
+            # Of an unknown key nothing is received, and a replica that knows it by now, as the
+            # keys file is looked at by each process, would take that for an empty body.
+            tenant_for(self._keys, headers.get("authorization", ""))
             parts, value = await self._bodies.take(scope, receive)
         names: tuple[str, ...] = ()
         if scope["path"].startswith("/v1/interventions/") or value is not None:
@@ -140,14 +173,6 @@ class Front:
             body=parts,
             names=names,
         )
-
-    def _knows(self, headers: Headers) -> bool:
-        """Whether the key is known: of others nothing is received, and the replica refuses them."""
-        try:
-            tenant_for(self._keys, headers.get("authorization", ""))
-        except ApiError:
-            return False
-        return True
 
     async def _base_id(self) -> str:
         if self._base is None:
@@ -167,10 +192,7 @@ class Front:
         except (TimeoutError, ReftError):
             if sending.begun:
                 raise
-            status = json_bytes({"status": "no replica answers"})
-            headers = [(b"content-type", b"application/json")]
-            await sending.start(Head(503, headers, status))
-            await sending.end()
+            await _unwell(sending, "no replica answers")
 
     async def _ask(self, call: Call, sending: _Sending) -> None:
         """Send the answer of a replica. Raises `Overloaded`, `Unavailable` and `ApiError`."""
@@ -186,6 +208,9 @@ class Front:
                 await sending.end()
                 return
             except ReplicaDied:
+                if sending.whole:
+                    await sending.end()
+                    return
                 if sending.begun or not _repeatable(call):
                     raise _died(call, sending) from None
                 logger.warning("The replica of %s %s died", call.method, call.path)
@@ -205,12 +230,16 @@ class _Sending:
     def __init__(self, send: Send) -> None:
         self._send = send
         self.begun = self.streams = False
+        self.whole = False
+        """Whether the client has all of it, although the replica may not have said so yet."""
+        self._left: int | None = None
 
     async def start(self, head: Head) -> None:
         """Send the head, and what followed it at once."""
         self.begun = True
-        kinds = [text for name, text in head.headers if name.lower() == b"content-type"]
-        self.streams = any(kind.startswith(b"text/event-stream") for kind in kinds)
+        headers = {name.lower(): text for name, text in head.headers}
+        self.streams = headers.get(b"content-type", b"").startswith(b"text/event-stream")
+        self._left = int(headers[b"content-length"]) if b"content-length" in headers else None
         await self._send(
             {"type": "http.response.start", "status": head.status, "headers": head.headers}
         )
@@ -220,10 +249,20 @@ class _Sending:
         """Send a piece of the body."""
         if body:
             await self._send({"type": "http.response.body", "body": body, "more_body": True})
+        if self._left is not None:
+            self._left -= len(body)
+        self.whole = self._left == 0 or (self.streams and any(end in body for end in ENDS))
 
     async def end(self) -> None:
         """End the answer."""
         await self._send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+async def _unwell(sending: _Sending, status: str) -> None:
+    """Answer a question about health as a server that is not ready does."""
+    headers = [(b"content-type", b"application/json")]
+    await sending.start(Head(503, headers, json_bytes({"status": status})))
+    await sending.end()
 
 
 def _repeatable(call: Call) -> bool:

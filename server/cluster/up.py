@@ -45,11 +45,15 @@ READY_SECONDS = 60.0
 DRAIN_SECONDS = "3"
 """Seconds in which the proxies of one machine learn that a front is about to end."""
 
+PROXY_SECONDS = "60"
+"""Seconds in which a proxy starts; after Ray Serve's own 5 s a busy machine would have none."""
+
 VARIABLES = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_SERVE_ENABLE_HA_PROXY": "1",
     "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.5",
     "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": DRAIN_SECONDS,
+    "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": PROXY_SECONDS,
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
 }
 """Variables of a Ray that is started here, unless they are set."""
@@ -115,9 +119,16 @@ def _update(
         logger.error("The cluster becomes what it was before: %s", error.message)
         _restore(cluster, signals, served)
     else:
-        logger.info("The cluster is as %s says", path)
+        same = _of_a_start(config) == _of_a_start(served)
+        but = "" if same else ", but host, port and ray stay as they are until a new start"
+        logger.info("The cluster is as %s says%s", path, but)
         return config
     return served
+
+
+def _of_a_start(config: ClusterConfig) -> tuple[object, ...]:
+    """What an update cannot change."""
+    return config.settings.host, config.settings.port, config.ray
 
 
 def _restore(cluster: _Cluster, signals: _Signals, served: ClusterConfig) -> None:
@@ -212,6 +223,7 @@ class _Cluster:
         self, config: ClusterConfig, port: int, held: ExitStack, signals: _Signals
     ) -> None:
         self._own = config.ray is None
+        self._drain_seconds = config.settings.drain_seconds
         for name, value in (LOG_VARIABLES | (VARIABLES if self._own else {})).items():
             os.environ.setdefault(name, value)
         if self._own:
@@ -241,15 +253,16 @@ class _Cluster:
         except SystemExit:
             raise _Ended from None
         signals.install()
-        serve.start(
-            proxy_location="EveryNode",
-            logging_config=QUIET,
-            http_options={
-                "host": config.settings.host,
-                "port": port,
-                "keep_alive_timeout_s": IDLE_SECONDS,
-            },
-        )
+        with self._telling("Ray Serve does not start"):
+            serve.start(
+                proxy_location="EveryNode",
+                logging_config=QUIET,
+                http_options={
+                    "host": config.settings.host,
+                    "port": port,
+                    "keep_alive_timeout_s": IDLE_SECONDS,
+                },
+            )
 
     def deploy(self, config: ClusterConfig) -> None:
         """Make the application as a configuration says.
@@ -260,11 +273,13 @@ class _Cluster:
 
         if self._own:  # to another cluster, nodes may be added
             check_room(config, self._ray.cluster_resources())  # type: ignore[no-untyped-call]
-        try:
-            self._handle = self._serve.run(application(config), name=APP, route_prefix="/")
-        except RuntimeError as error:
-            why = self._reason() or str(error)
-            raise EngineDead(f"The replicas cannot run: {why}") from None
+        self._drain_seconds = config.settings.drain_seconds
+        with self._telling("The replicas cannot run"):
+            try:
+                self._serve.run(application(config), name=APP, route_prefix="/")
+            except RuntimeError as error:
+                why = self._reason() or str(error)
+                raise EngineDead(f"The replicas cannot run: {why}") from None
 
     def _reason(self) -> str | None:
         """What ended the start of the replicas or fronts, if Ray Serve says so."""
@@ -288,15 +303,33 @@ class _Cluster:
         """The text that says what is served at the address."""
         from server.cluster.deployments import REPLICA
 
-        handle = self._serve.get_deployment_handle(REPLICA, APP)
-        text: str = handle.banner.remote(address).result()
+        with self._telling("The replicas do not answer"):
+            handle = self._serve.get_deployment_handle(REPLICA, APP)
+            text: str = handle.banner.remote(address).result()
         return text
 
     def end(self) -> None:
         """Let requests finish, then take the application away, and Ray with it if it is our own."""
+        from server.cluster.deployments import drain
+
         logger.info("Running requests get their time to finish")
-        self._serve.delete(APP)
+        try:
+            with self._telling("They cannot be waited for"):
+                if APP in self._serve.status().applications:
+                    drain(APP, self._drain_seconds)
+                self._serve.delete(APP)
+        except EngineDead as error:
+            logger.error("%s", error.message)
         self._ray.shutdown()
+
+    @contextmanager
+    def _telling(self, what: str) -> Iterator[None]:
+        """Raise what Ray raises in the block as an `EngineDead` that says what has failed."""
+        try:
+            yield
+        except (self._ray.exceptions.RayError, TimeoutError) as error:
+            why = str(error).strip().partition("\n")[0] or type(error).__name__
+            raise EngineDead(f"{what}: {why}") from None
 
 
 def _reach(address: str) -> None:

@@ -31,7 +31,9 @@ class Cluster:
         self.calls: list[Call] = []
         self.kept: list[int] = []
         self.dies: list[int] = []
-        """For each call to come: after how many pieces its replica dies."""
+        """For each call to come: after how many pieces its replica dies, be they all."""
+        self.pieces = 0
+        """Pieces of the last call's answer."""
         self.full = self.empty = self.hangs = False
 
     def _engine(self, name: str, settings: Settings) -> FakeEngine:
@@ -67,12 +69,16 @@ class Cluster:
         self.asked.append((name, key))
         self.calls.append(call)
         left = self.dies.pop(0) if self.dies else None
+        self.pieces = 0
         async with aclosing(self.replicas[name].answer(call)) as pieces:  # type: ignore[type-var]
             async for piece in pieces:
                 if left == 0:
                     raise ReplicaDied
                 left = None if left is None else left - 1
+                self.pieces += 1
                 yield piece
+            if left == 0:
+                raise ReplicaDied
 
 
 @asynccontextmanager

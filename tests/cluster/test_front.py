@@ -220,6 +220,55 @@ async def test_a_death_in_another_answer_cuts_it_off(
         await client.get("/v1/interventions/pirate/file")
 
 
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/completions", completion()),
+        ("/v1/completions", completion(stream=True)),
+        ("/v1/responses", {"model": "tiny", "input": "Hi", "stream": True}),
+        ("/v1/responses", {"model": "tiny", "input": "Hi", "stream": True, "max_output_tokens": 1}),
+    ],
+)
+async def test_a_death_behind_the_whole_answer_is_none(
+    cluster: Cluster, client: httpx.AsyncClient, path: str, body: dict[str, Any]
+) -> None:
+    """Before the replica has said that it was all, or the front has heard it."""
+    assert isinstance(client._transport, httpx.ASGITransport)
+    client._transport.raise_app_exceptions = True
+    whole = await client.post(path, json=body)
+    cluster.dies = [cluster.pieces]
+    cut = await client.post(path, json=body)
+    assert not cluster.dies
+    assert cut.status_code == 200
+    assert len(cut.content) == len(whole.content)
+    assert b"replica_died" not in cut.content
+
+
+async def test_a_front_that_drains(cluster: Cluster, settings: Settings) -> None:
+    for engine in cluster.engines.values():
+        engine.step_seconds = 0.01
+    front = Front(cluster, settings)
+    async with httpx.AsyncClient(
+        transport=httpx.ASGITransport(front), base_url="http://front"
+    ) as client:
+        body = completion(stream=True, max_tokens=50)
+        running = asyncio.ensure_future(client.post("/v1/completions", json=body))
+        while not any(engine.running for engine in cluster.engines.values()):
+            await asyncio.sleep(0)
+        draining = asyncio.ensure_future(front.drain(60))
+        await asyncio.sleep(0)
+        refused = await client.post("/v1/completions", json=completion())
+        assert refused.status_code == 503
+        assert refused.json()["error"]["code"] == "draining"
+        assert refused.headers["retry-after"]
+        ready = await client.get("/readyz")
+        assert (ready.status_code, ready.json()) == (503, {"status": "draining"})
+        assert (await client.get("/livez")).status_code == 200
+        assert not draining.done()
+        assert (await running).text.endswith("data: [DONE]\n\n")
+        await draining
+
+
 async def test_full_and_empty(
     cluster: Cluster, client: httpx.AsyncClient, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -303,11 +352,20 @@ async def test_without_a_key_nothing_is_kept(tmp_path: Path) -> None:
         response = await client.put("/v1/interventions/new", content=large())
         assert response.status_code == 401
         assert not cluster.kept
-        assert not cluster.calls[-1].body
+        assert not cluster.calls
         headers = {"authorization": "Bearer secret"}
         response = await client.put("/v1/interventions/new", content=large(), headers=headers)
         assert response.status_code == 201
         assert cluster.kept
+
+
+async def test_a_key_that_replicas_know_before_the_front(tmp_path: Path) -> None:
+    settings = Settings(api_key=SecretStr("new"), drain_seconds=1)
+    before = Settings(api_key=SecretStr("old"))
+    headers = {"authorization": "Bearer new"}
+    async with cluster_of(settings, "one") as cluster, client_of(cluster, before) as client:
+        response = await client.post("/v1/completions", json=completion(), headers=headers)
+        assert response.status_code == 401, response.text
 
 
 async def test_a_replica_that_has_just_joined_looks_again(

@@ -117,7 +117,28 @@ def test_a_signal_while_ray_starts(
             signal.signal(sig, handler)
 
 
-def test_an_update_that_cannot_run_is_taken_back(tmp_path: Path) -> None:
+def test_what_ray_raises_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Such as that of a machine on which its proxy does not come up in time."""
+    pytest.importorskip("ray.serve")
+    from ray.exceptions import RayError
+
+    def fail(**options: object) -> None:
+        raise RayError("The actor died.\n\tclass_name: HAProxyManager")
+
+    monkeypatch.setattr(os, "environ", os.environ.copy())
+    monkeypatch.setattr("ray.init", lambda **options: None)
+    monkeypatch.setattr("ray.serve.start", fail)
+    file = tmp_path / "cluster.yaml"
+    file.write_text("settings: {port: 0}")
+    with pytest.raises(EngineDead) as raised:
+        up.run(file)
+    assert raised.value.message == "Ray Serve does not start: The actor died."
+    assert os.environ["RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S"] == "60"
+
+
+def test_an_update_that_cannot_run_is_taken_back(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     deployed: list[int | None] = []
 
     class Cluster:
@@ -140,8 +161,13 @@ def test_an_update_that_cannot_run_is_taken_back(tmp_path: Path) -> None:
     file.write_text("replica: 3")
     assert update() is served
     file.write_text(f"{{replicas: 3, settings: {{state_dir: {tmp_path}}}}}")
+    caplog.set_level("INFO", "reft")
     assert update().replicas == 3
     assert deployed == [2, None, 3]
+    assert caplog.messages[-1] == f"The cluster is as {file} says"
+    file.write_text(f"{{replicas: 3, settings: {{port: 1, state_dir: {tmp_path}}}}}")
+    update()
+    assert "port and ray stay as they are" in caplog.messages[-1]
 
 
 def test_where_no_ray_listens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

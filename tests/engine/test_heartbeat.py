@@ -63,3 +63,30 @@ def test_a_step_like_others_may_take_some_times_as_long(monkeypatch: pytest.Monk
     expected = core.scheduler.pacer.expected(0, 100)
     assert expected is not None
     assert age(monkeypatch, core, SLOWER * expected + 7) == pytest.approx(7)
+
+
+def test_a_step_that_hangs_does_not_keep_an_engine_from_closing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    core, told = make_core(), list[Any]()
+    inside, go = threading.Event(), threading.Event()
+
+    def hang(chunks: Any) -> None:
+        inside.set()
+        go.wait(60)
+
+    monkeypatch.setattr(core.runner, "run", hang)
+    monkeypatch.setattr("reft_runtime.engine.loop.LEAVE_SECONDS", 0.01)
+    monkeypatch.setattr("reft_runtime.engine.loop.HUNG_SECONDS", -1.0)  # as if it hung for long
+    loop = EngineLoop(core, 10, 10_000)
+    loop.submit(request("a", prompt(9)), told.extend)
+    closing = threading.Thread(target=loop.close, daemon=True)
+    try:
+        assert inside.wait(60)
+        closing.start()
+        closing.join(30)
+        assert not closing.is_alive()
+        assert [event.reason for event in told] == ["a step does not end"]
+    finally:
+        go.set()
+        loop._thread.join(60)

@@ -176,6 +176,7 @@ class FakeRegistry:
     """Its versions are `FakeVersion`s, written `Any` where the contract says `Version`."""
 
     def __init__(self, *versions: FakeVersion) -> None:
+        self.closed = False
         self.versions = {version.name: version for version in versions}
         self.tokens: dict[str, tuple[int, int]] = {}
         self.pinned: set[str] = set()
@@ -310,6 +311,7 @@ class FakeRegistry:
         *,
         share: float = 1.0,
     ) -> Change:
+        assert not self.closed
         self.last_put = (data if isinstance(data, bytes) else data.data, sha256)
         before = self.versions.get(name)
         self.versions[name] = FakeVersion(name)
@@ -446,8 +448,12 @@ class FakeEngine:
         while self.running:
             await asyncio.sleep(0.01)
 
-    def close(self) -> None:
+    def stop(self) -> None:
         self.alive = False
+
+    def close(self) -> None:
+        self.stop()
+        self.own.closed = True
 
 
 class FakeStream:

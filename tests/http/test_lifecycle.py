@@ -228,6 +228,32 @@ def test_a_body_that_stalls_does_not_keep_the_server() -> None:
     assert "Traceback" not in log
 
 
+def test_an_upload_under_way_is_kept() -> None:
+    """It is made before the registry is closed, which would keep it in a temporary folder."""
+    with running() as server:
+        host, port = server.url.removeprefix("http://").split(":")
+        with socket.create_connection((host, int(port))) as client:
+            client.sendall(
+                b"PUT /v1/interventions/new HTTP/1.1\r\nhost: x\r\ncontent-length: 2\r\n\r\na"
+            )
+            httpx.get(f"{server.url}/readyz")  # until then it has read what came before
+            server.process.send_signal(signal.SIGTERM)
+            while listens(server.url):
+                time.sleep(0.02)
+            client.sendall(b"b")
+            assert b"HTTP/1.1 201 " in client.recv(1000)
+        assert server.end() == 0
+
+
+def listens(url: str) -> bool:
+    """Whether a server takes connections."""
+    try:
+        httpx.get(f"{url}/livez")
+    except httpx.TransportError:
+        return False
+    return True
+
+
 def without_times(text: str) -> str:
     """Metrics without the one whose value is the time of the scrape."""
     return re.sub(r"^vllm:lora_requests_info.*$", "", text, flags=re.MULTILINE)

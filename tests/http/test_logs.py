@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import logging.handlers
 import re
 import signal
 import subprocess
@@ -14,7 +15,7 @@ from typing import Any
 import httpx
 import pytest
 
-from server.logs import JsonFormatter, TextFormatter
+from server.logs import JsonFormatter, TextFormatter, configure_logging
 from server.settings import Settings, load_settings
 from tests.http.conftest import chat, completion
 from tests.http.fake_engine import FakeEngine
@@ -153,3 +154,22 @@ def test_a_process_that_logs_json() -> None:
     assert [line["path"] for line in lines if "path" in line] == ["/v1/completions"]
     assert any(line["message"].startswith("Shutting down") for line in lines)
     assert all(re.fullmatch(TIME, line["time"]) for line in lines)
+
+
+def test_other_handlers_stay_open(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray Serve has one in each replica, and asks it where its log is."""
+    monkeypatch.setattr(logging.root, "handlers", [])
+    monkeypatch.setattr(logging, "captureWarnings", print)
+    levels = {
+        name: logging.getLogger(name).level for name in ("reft", "reft_runtime", "reft.audit")
+    }
+    file = logging.NullHandler()
+    theirs = logging.handlers.MemoryHandler(1, target=file)
+    try:
+        configure_logging(Settings())
+        [ours] = logging.root.handlers
+        assert isinstance(ours.formatter, TextFormatter)
+        assert theirs.target is file
+    finally:
+        for name, level in levels.items():
+            logging.getLogger(name).setLevel(level)

@@ -167,3 +167,22 @@ def test_names_that_are_too_long(tmp_path: Path, length: int) -> None:
         with pytest.raises(ConfigError, match="does not exist"):
             Registry(BASE, [tmp_path / ("x" * length)])
         assert locate_model("x" * length) == ("x" * length,) * 2
+
+
+@pytest.mark.parametrize("state", [None, "state"])
+def test_what_is_closed_takes_no_change(tmp_path: Path, state: str | None) -> None:
+    """It would be told as made, and be lost with a temporary folder."""
+    registry = Registry(BASE, state_dir=state and tmp_path / state)
+    registry.put("kept", file_bytes(1))
+    registry.stop()
+    registry.put("kept", file_bytes(2))
+    registry.close()
+    changes: list[Callable[[], object]] = [
+        lambda: registry.put("lost", file_bytes(3)),
+        lambda: registry.remove("kept"),
+        lambda: registry.rollback("kept"),
+        lambda: registry.pin("kept"),
+    ]
+    for change in changes:
+        with pytest.raises(Unavailable, match="is stopping"):
+            change()

@@ -544,6 +544,7 @@ def test_what_is_a_url_and_how_it_is_shown() -> None:
     [
         ("nothing://user:secret@host/x", "nothing://host/x cannot be used"),
         ("gs://bucket/x", "pip install gcsfs"),
+        ("https://user:secret@host/x", "https://host/x: a web server does not list"),
         ("file://host/folder", "three slashes"),
     ],
 )

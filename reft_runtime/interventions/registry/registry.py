@@ -126,14 +126,18 @@ class Registry:
         if self.shares_state:
             self._poller = Poller(self._state.follow, "state")
 
+    def stop(self) -> None:
+        """Let nobody wait for tensors; names can be changed until `close`. Safe to call twice."""
+        self._turns.close()
+        self._readers.close()
+
     def close(self) -> None:
         """Stop watching, let nobody wait, and let another process have the state folder."""
         if self._watcher is not None:
             self._watcher.close()
         if self._poller is not None:
             self._poller.close()
-        self._turns.close()
-        self._readers.close()
+        self.stop()
         self._folders.close()
         self._state.close()
 

@@ -37,6 +37,7 @@ class UploadState:
         self._problems: dict[str, str] = {}
         self._unread: set[str] = set()  # names with versions that could not be read when looked at
         self._problem: str | None = None
+        self._closed = False
 
     @property
     def problem(self) -> str | None:
@@ -106,6 +107,7 @@ class UploadState:
     def close(self) -> None:
         """Let another process have the state."""
         with self._changing:
+            self._closed = True
             if self._kept is not None:
                 self._kept.close()
                 self._kept = None
@@ -172,6 +174,8 @@ class UploadState:
 
     def _check(self) -> None:
         """Check that the state is still there, and ours. Raises `Unavailable`."""
+        if self._closed:  # else the change would be kept in a temporary folder, and told as made
+            raise Unavailable("The server is stopping, and nothing can be changed any more.")
         if self._kept is None:
             return
         try:

@@ -42,7 +42,7 @@ class Away(OSError):
 
 
 class Place:
-    """The folder at a URL. Raises `ConfigError` if nothing that is installed reads such URLs.
+    """The folder at a URL. Raises `ConfigError` if such URLs cannot be read or listed.
 
     `id` tells it from other places on this machine, and may be shown.
 
@@ -133,6 +133,11 @@ class Place:
         """The file system that reads a URL, and the folder's path in it."""
         from fsspec.core import url_to_fs  # not where only folders are used
 
+        if self.kind in ("http", "https"):  # fsspec lists the links of a page, without sizes
+            raise ConfigError(
+                f"{self.shown}: a web server does not list its files with their sizes. Give the URL"
+                " of an object store or a repository (s3://, hf://), or a folder with a copy."
+            )
         try:
             files, path = url_to_fs(url, use_listings_cache=False)
         except ImportError:
