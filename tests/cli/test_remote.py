@@ -194,7 +194,7 @@ def test_removal_asks_and_looks_first(
     assert len(engine.registry.entries()) == 2
     typed = type("Typed", (), {"isatty": lambda self: True})()
     monkeypatch.setattr("server.cli.remote.sys", type("Sys", (), {"stdin": typed})())
-    kept = reft(url, "rm", "one", stdin="n\n")
+    kept = reft(url.replace("//", "//me:SECRET@"), "rm", "one", stdin="n\n")
     assert kept.exit_code == 1
     assert kept.stdout.startswith(f"Remove one ({digest(_one())[:12]}) from {url}? [y/N]")
     assert len(engine.registry.entries()) == 2
@@ -299,6 +299,21 @@ def test_keys_and_addresses(engine: Any) -> None:
     assert "reft serve" in refused(url, Unreachable, "ls")
     assert "no answer from http://[::" in refused("http://[::", Unreachable, "ls")
     assert "write it with its scheme, http://here:8000" in refused("here:8000", ConfigError, "ls")
+
+
+@pytest.mark.parametrize(
+    ("address", "shown"),
+    [
+        ("http://me:SECRET@127.0.0.1:9/v1?token=SECRET", "no answer from http://127.0.0.1:9/v1: "),
+        ("http://me:SE/CRET@127.0.0.1:9", "http://127.0.0.1:9: it is no valid URL"),
+        ("http://me:SE#CRET@127.0.0.1:9", "http://127.0.0.1:9: it is no valid URL"),
+        ("me:SECRET@127.0.0.1:9", "write it with its scheme, http://127.0.0.1:9, not"),
+    ],
+)
+def test_what_is_secret_in_an_address_is_not_said(address: str, shown: str) -> None:
+    said = refused(address, ConfigError, "ls") + repr(Server(address, "KEY"))
+    assert shown in said
+    assert not {"SE", "CRET", "KEY"} & set(re.findall(r"[A-Z]+", said))
 
 
 def test_pinned_and_warm(url: str, engine: Any) -> None:
