@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import sys
 from collections.abc import Iterator
@@ -14,7 +15,7 @@ from pydantic import SecretStr
 from typer.testing import CliRunner
 
 from reft_runtime.client import Server
-from reft_runtime.errors import ConfigError, ReftError
+from reft_runtime.errors import ConfigError, InvalidFile, ReftError
 from reft_runtime.interventions import Registry
 from reft_runtime.reaching import NotServed, Unreachable
 from server.cli import main as cli
@@ -132,6 +133,21 @@ def test_a_place_for_a_pulled_file_that_is_none(url: str, tmp_path: Path) -> Non
     for out in (tmp_path / "taken" / "x", tmp_path / "missing" / "x", tmp_path / ("x" * 300)):
         said = refused(url, ConfigError, "pull", "one", "--out", str(out))
         assert said.startswith(f"out: {out} cannot be written: ")
+
+
+def test_what_has_no_end_is_not_pushed(url: str, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.safetensors")
+    (tmp_path / "zero.safetensors").symlink_to("/dev/zero")
+    (tmp_path / "circle.safetensors").symlink_to("circle.safetensors")
+    pushed = reft(url, "push", str(tmp_path))
+    assert pushed.exit_code == 2
+    for name, reason in (
+        ("pipe", "Not a regular file."),
+        ("zero", "Not a regular file."),
+        ("circle", "Too many levels of symbolic links."),
+    ):
+        assert f"reft: {tmp_path}/{name}.safetensors: {reason}" in pushed.stderr
+    refused(url, InvalidFile, "inspect", str(tmp_path / "circle.safetensors"))
 
 
 @pytest.mark.parametrize("name", ["", ".", "..", "one/versions", "interventions/one.safetensors"])

@@ -1022,6 +1022,21 @@ def test_a_temporary_folder_that_another_server_is_about_to_lock_is_left_to_it(
     assert list(tmp_path.iterdir()) == [begun]
 
 
+def test_a_link_among_temporary_files_is_not_followed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    temporary, elsewhere = tmp_path / "temporary", tmp_path / "elsewhere"
+    for folder in (temporary, elsewhere):
+        folder.mkdir()
+    os.utime(elsewhere, (0, 0))
+    (temporary / "reft-uploads-link").symlink_to(elsewhere)  # anybody may have put it there
+    monkeypatch.setattr(tempfile, "tempdir", str(temporary))
+    registry = Registry(BASE)
+    registry.put("a", ONE)
+    registry.close()
+    assert not list(elsewhere.iterdir())
+
+
 @pytest.mark.parametrize("kept", [False, True])
 def test_what_is_deleted_is_given_back(
     state: Path, kept: bool, monkeypatch: pytest.MonkeyPatch
