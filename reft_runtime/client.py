@@ -6,7 +6,7 @@ import asyncio
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 from urllib.parse import quote
 
@@ -18,7 +18,7 @@ from reft_runtime.errors import ConfigError, ReftError
 from reft_runtime.interventions.format.identity import is_whole
 from reft_runtime.interventions.registry.paging import MAX_PAGE
 from reft_runtime.interventions.registry.sources import NAME_RULE
-from reft_runtime.reaching import NotServed, checked, reaching, reason_of
+from reft_runtime.reaching import NotServed, checked, reaching, reason_of, shown_address
 from reft_runtime.sampling import MAX_CHOICES
 
 if TYPE_CHECKING:
@@ -91,12 +91,21 @@ class Server:
     """
 
     url: str
-    api_key: str | None = field(default=None, repr=False)
+    api_key: str | None = None
+
+    def __repr__(self) -> str:
+        """Without what may be secret."""
+        return f"Server({self.shown!r})"
 
     @property
     def root(self) -> str:
         """The address that all routes begin with: `url` without a `/v1` at its end."""
         return self.url.rstrip("/").removesuffix("/v1")
+
+    @property
+    def shown(self) -> str:
+        """The address as messages may show it: without user, password, query and fragment."""
+        return shown_address(self.root)
 
     def refusal(self, name: str, data: bytes) -> str | None:
         """Why the server would refuse a file under a name; None if it would take it.
@@ -346,8 +355,8 @@ class Server:
     def _connection(self) -> dict[str, Any]:
         if "://" not in self.url:
             raise ConfigError(
-                f"url: write it with its scheme, http://{self.url or 'HOST:PORT'}, not"
-                f" {self.url!r}.",
+                f"url: write it with its scheme, http://{self.shown or 'HOST:PORT'}, not"
+                f" {self.shown!r}.",
                 param="url",
             )
         key = self.api_key

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -16,6 +17,23 @@ class NotServed(NotFound):
 
 class Unreachable(ConfigError):
     """No server answers at this address."""
+
+
+def shown_address(url: httpx.URL | str) -> str:
+    """A server's URL as messages may show it: without user, password, query and fragment.
+
+    One that is no valid URL, as with an @ in its password, may lose more.
+    """
+    text = str(url)
+    scheme, mark, rest = text.partition("://") if "://" in text else ("", "", text)
+    return f"{scheme}{mark}{re.split('[?#]', rest.rpartition('@')[2])[0]}".rstrip("/")
+
+
+def why_unreachable(error: Exception, url: httpx.URL | str) -> str:
+    """What an error of httpx says; of a URL with a password, that it is not valid, no more."""
+    if isinstance(error, httpx.InvalidURL) and "@" in str(url):
+        return "it is no valid URL; in a user or password write /, ?, # and @ percent-encoded"
+    return str(error) or type(error).__name__
 
 
 def checked(response: httpx.Response) -> httpx.Response:
@@ -57,9 +75,8 @@ def reaching(url: httpx.URL | str) -> Iterator[None]:
     except UnicodeEncodeError:
         raise InvalidRequest("What was given is not UTF-8, and cannot be sent.") from None
     except (httpx.HTTPError, httpx.InvalidURL) as error:
-        said = str(error) or type(error).__name__
         raise Unreachable(
-            f"url: no answer from {url}: {said}. `reft serve` starts a server; --url says where"
-            " one is.",
+            f"url: no answer from {shown_address(url)}: {why_unreachable(error, url)}."
+            " `reft serve` starts a server; --url says where one is.",
             param="url",
         ) from None

@@ -22,15 +22,20 @@ PRIVATE = (".localhost", ".local", ".internal")
 """Ends of names that nobody can have in the public domain name system."""
 
 
-def check_page(method: str, headers: Headers, settings: Settings) -> None:
-    """Raise `ApiError` (403) for a request that a page of another site has sent.
+def may_be_asked_as(host: str, settings: Settings) -> bool:
+    """Whether a server with these settings answers requests with this header `Host`.
 
-    A page can also have a name of its own that stands for this machine's address, and so be of the
-    same site for the browser. So unless the server is meant for others as well (`insecure`), it
-    answers by addresses and private names only.
+    A page can have a name of its own that stands for this machine's address, and so be of the same
+    site for the browser. So unless the server has keys, or is meant for others as well
+    (`insecure`), it answers by addresses and private names only.
     """
+    return settings.needs_key or settings.insecure or _is_private(host, settings.host)
+
+
+def check_page(method: str, headers: Headers, settings: Settings) -> None:
+    """Raise `ApiError` (403) for a request that a page of another site has sent."""
     host = headers.get("host", "")
-    if not settings.insecure and not _is_private(host, settings.host):
+    if not may_be_asked_as(host, settings):
         raise forbidden(
             f"Without keys this server answers for this machine only, not as {host}, which could be"
             " any page's name for it. Give it a key (REFT_API_KEY), or start it with --insecure."

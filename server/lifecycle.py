@@ -113,7 +113,8 @@ def run(
     context: Context = app.state.context
     server = HttpServer(app, Limits(file_limit()))
     try:
-        with metrics_served(context.metrics, for_metrics) if for_metrics else nullcontext():
+        metrics = context.metrics
+        with metrics_served(metrics, for_metrics, settings) if for_metrics else nullcontext():
             server.run(sockets=[listener])
     finally:
         engine.close()

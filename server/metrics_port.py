@@ -9,7 +9,9 @@ from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
+from server.foreign_pages import may_be_asked_as
 from server.metrics import CONTENT_TYPE, Metrics
+from server.settings import Settings
 
 IDLE_SECONDS = 30
 """Seconds for which a connection may be silent."""
@@ -19,8 +21,10 @@ MAX_CONNECTIONS = 16
 
 
 @contextmanager
-def metrics_served(metrics: Metrics, listener: socket.socket) -> Iterator[None]:
-    """Answer GET /metrics on `listener` as long as the block lasts, then close it.
+def metrics_served(metrics: Metrics, listener: socket.socket, settings: Settings) -> Iterator[None]:
+    """Answer GET and HEAD of /metrics on `listener` as long as the block lasts, then close it.
+
+    Without keys it answers by the same names as the server itself.
 
     The server has threads of its own, so that a scrape is answered whatever the event loop does.
     It is not `prometheus_client`'s own server, which negotiates a format in which `reft:` becomes
@@ -31,6 +35,9 @@ def metrics_served(metrics: Metrics, listener: socket.socket) -> Iterator[None]:
         timeout = IDLE_SECONDS
 
         def do_GET(self) -> None:
+            if not may_be_asked_as(self.headers.get("host", ""), settings):
+                self.send_error(403)
+                return
             if self.path.partition("?")[0] != "/metrics":
                 self.send_error(404)
                 return
@@ -39,7 +46,11 @@ def metrics_served(metrics: Metrics, listener: socket.socket) -> Iterator[None]:
             self.send_header("Content-Type", CONTENT_TYPE)
             self.send_header("Content-Length", str(len(text)))
             self.end_headers()
-            self.wfile.write(text)
+            if self.command != "HEAD":
+                self.wfile.write(text)
+
+        def do_HEAD(self) -> None:
+            self.do_GET()
 
         def log_message(self, *_: object) -> None:
             """Log nothing: there is a scrape every few seconds."""

@@ -218,6 +218,9 @@ class Connection(HttpToolsProtocol):
         if {b"content-length", b"transfer-encoding"} <= set(names):
             # A proxy may read as the next request what this server reads as the body.
             raise ValueError("two lengths")
+        codings = [value for name, value in self.headers if name == b"transfer-encoding"]
+        if codings and (len(codings) > 1 or codings[0].strip().lower() != b"chunked"):
+            raise ValueError("another transfer coding")  # of which proxies read another length
         if names.count(b"host") > 1:
             raise ValueError("two hosts")
         if len(self.pipeline) >= MAX_WAITING:

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 
 from pydantic import Field, SecretStr, ValidationError, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
@@ -300,8 +301,12 @@ class Settings(BaseSettings):
     def _check_quota_url(cls, value: SecretStr | None) -> SecretStr | None:
         if value is None:
             return value
-        if not re.fullmatch(r"rediss?://[^/\s]+(/\d+)?", value.get_secret_value()):
-            raise ValueError("write it as redis://HOST:PORT/DB, or with rediss:// for TLS")
+        url = value.get_secret_value()
+        if not re.fullmatch(r"rediss?://[^/?#\s]+(/\d+)?", url) or not _has_address(url):
+            raise ValueError(
+                "write it as redis://HOST:PORT/DB, or with rediss:// for TLS; in a password write"
+                " /, ? and # percent-encoded"
+            )
         if find_spec("redis") is None:
             raise ValueError("it needs the package redis: pip install 'reft-server[redis]'")
         return value
@@ -377,6 +382,15 @@ def _several(value: str) -> list[str]:
             listed = [""]
         return [str(one) for one in listed]
     return [one.strip() for one in value.split(",")]
+
+
+def _has_address(url: str) -> bool:
+    """Whether host and port of a URL can be read."""
+    try:
+        parts = urlsplit(url)
+        return bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        return False
 
 
 def _problem(loc: tuple[int | str, ...], message: str) -> str:

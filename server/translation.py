@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import orjson
+from pydantic_core import PydanticSerializationError, to_json
 
 from reft_runtime.errors import InvalidRequest
 from server.body import validated
@@ -23,7 +24,6 @@ from server.schemas.responses import (
     ResponsesRequest,
     Text,
 )
-from server.streaming import json_bytes
 
 _NAMES = {
     "max_tokens": "max_output_tokens",
@@ -167,7 +167,13 @@ def _response_format(flat: dict[str, Any]) -> dict[str, Any]:
 
 def _said(body: ResponsesRequest) -> dict[str, Any]:
     def written(value: Any) -> orjson.Fragment:
-        return orjson.Fragment(json_bytes(value))
+        # A schema may have whole numbers of more than 64 bits, which orjson refuses.
+        try:
+            return orjson.Fragment(to_json(value, inf_nan_mode="null"))
+        except PydanticSerializationError:  # of the free values only a schema may be that deep
+            raise InvalidRequest(
+                "text.format.schema: it is nested too deeply.", param="text.format.schema"
+            ) from None
 
     return {
         "background": False,

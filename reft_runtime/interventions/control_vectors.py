@@ -105,8 +105,16 @@ def _read(path: Path) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
     """The fields of a GGUF file that are no lists, and its tensors."""
     from gguf import GGUFReader
 
+    class Bounded(GGUFReader):
+        """Reads no more than there is: a list may say that it has 2**62 items, all empty."""
+
+        def _get(self, offset: Any, dtype: Any, count: Any = 1, *order: Any, **options: Any) -> Any:
+            if int(offset) + int(count) * np.dtype(dtype).itemsize > len(self.data):
+                raise ValueError("it is cut off, or says that it has more than it has")
+            return super()._get(offset, dtype, count, *order, **options)
+
     try:
-        reader = GGUFReader(path)
+        reader = Bounded(path)
         single = {name: field for name, field in reader.fields.items() if len(field.types) == 1}
         fields = {name: field.contents() for name, field in single.items()}
     except OSError as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -131,7 +132,7 @@ def _some(names: Sequence[str]) -> str:
 def _sound(path: Path) -> File:
     """Read and check a file, before any model is loaded; raises `ConfigError`."""
     try:
-        data = read(path.resolve())
+        data = read(os.path.realpath(path))
         return File(data, parse(data))
     except (OSError, InvalidFile) as error:
         reason = error.message if isinstance(error, InvalidFile) else f"{error.strerror}."

@@ -10,6 +10,7 @@ from reft_runtime.base.shape import read_base
 from reft_runtime.client import Change, Server
 from reft_runtime.errors import ConfigError, ReftError
 from reft_runtime.interventions import Intervention, serialise
+from reft_runtime.reaching import why_unreachable
 from reft_runtime.training.settings import TrainSettings
 from reft_runtime.training.trainable import new_edits
 
@@ -26,10 +27,11 @@ def check_push(server: Server, name: str, model: str, settings: TrainSettings) -
         refusal = server.refusal(name, data)
     except (httpx.HTTPError, httpx.InvalidURL) as error:
         raise ConfigError(
-            f"push: no answer from {server.url}: {error or type(error).__name__}.", param="push"
+            f"push: no answer from {server.shown}: {why_unreachable(error, server.url)}.",
+            param="push",
         ) from None
     if refusal is not None:
-        raise ConfigError(f"push: {server.url} would not take {name}: {refusal}", param="push")
+        raise ConfigError(f"push: {server.shown} would not take {name}: {refusal}", param="push")
 
 
 def push(server: Server, file: Path, name: str) -> Change:
@@ -44,6 +46,6 @@ def push(server: Server, file: Path, name: str) -> Change:
         key = "" if server.api_key is None else ' -H "authorization: Bearer $REFT_API_KEY"'
         raise ConfigError(
             f"{error.message}\nThe trained file is {file}. To put it on a server that runs:\n"
-            f"  curl -X PUT {server.root}/v1/interventions/{name} --data-binary @{file}{key}",
+            f"  curl -X PUT {server.shown}/v1/interventions/{name} --data-binary @{file}{key}",
             param="push",
         ) from None

@@ -87,7 +87,7 @@ class Backend(Protocol):
 
     @property
     def url(self) -> str | None:
-        """The server's address; None for a model in this process."""
+        """The server's address, to be shown; None for a model in this process."""
 
     def resolve(self, options: Sequence[str]) -> Applied:
         """Look up the values of `--intervention`; raises `NotFound` where one is not there."""
@@ -136,7 +136,7 @@ class RemoteBackend:
     def __init__(self, server: Server) -> None:
         self._server = server
         self.model = server.base_model()
-        self.url = server.url
+        self.url = server.shown
 
     def resolve(self, options: Sequence[str]) -> Applied:
         """As in `Backend`; an unknown name raises `NotServed`."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from itertools import islice
@@ -33,7 +34,7 @@ def read_file(file: Path) -> bytes:
     """A whole file; a link to it is followed. Raises `InvalidFile` and `OSError`."""
     from reft_runtime.interventions import read
 
-    return read(file.resolve())
+    return read(os.path.realpath(file))  # pathlib raises no OSError for links in a circle
 
 
 def _meant(file: Path) -> str:

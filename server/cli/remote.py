@@ -143,7 +143,7 @@ def rm(
         if not sys.stdin.isatty():
             raise ConfigError("yes: nobody can be asked here; --yes removes without asking.")
         what = ", ".join(f"{entry['id']} ({short(entry['digest'])})" for entry in found)
-        if not typer.confirm(f"Remove {what} from {url}?"):
+        if not typer.confirm(f"Remove {what} from {server.shown}?"):
             raise typer.Exit(1)
     removed = []
     for entry in found:

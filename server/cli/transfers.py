@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import stat
 from collections.abc import Sequence
 from contextlib import suppress
 from glob import glob, has_magic
@@ -138,7 +139,8 @@ def _files(given: Sequence[str]) -> list[Path]:
 def _upload(server: Server, path: Path, name: str) -> tuple[Body, Change]:
     """Put one file on the server, with a progress bar: its entry, and what that changed."""
     with naming(path):
-        fits = path.stat().st_size <= MAX_FILE_BYTES
+        status = path.stat()  # a pipe, or a device, may have no end
+        fits = stat.S_ISREG(status.st_mode) and status.st_size <= MAX_FILE_BYTES
         data = path.read_bytes() if fits else read_file(path)  # which says what it is
     console = error_console()
     with Progress(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import sys
 from collections.abc import Iterator
@@ -14,7 +15,7 @@ from pydantic import SecretStr
 from typer.testing import CliRunner
 
 from reft_runtime.client import Server
-from reft_runtime.errors import ConfigError, ReftError
+from reft_runtime.errors import ConfigError, InvalidFile, ReftError
 from reft_runtime.interventions import Registry
 from reft_runtime.reaching import NotServed, Unreachable
 from server.cli import main as cli
@@ -133,6 +134,21 @@ def test_a_place_for_a_pulled_file_that_is_none(url: str, tmp_path: Path) -> Non
         assert said.startswith(f"out: {out} cannot be written: ")
 
 
+def test_what_has_no_end_is_not_pushed(url: str, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.safetensors")
+    (tmp_path / "zero.safetensors").symlink_to("/dev/zero")
+    (tmp_path / "circle.safetensors").symlink_to("circle.safetensors")
+    pushed = reft(url, "push", str(tmp_path))
+    assert pushed.exit_code == 2
+    for name, reason in (
+        ("pipe", "Not a regular file."),
+        ("zero", "Not a regular file."),
+        ("circle", "Too many levels of symbolic links."),
+    ):
+        assert f"reft: {tmp_path}/{name}.safetensors: {reason}" in pushed.stderr
+    refused(url, InvalidFile, "inspect", str(tmp_path / "circle.safetensors"))
+
+
 @pytest.mark.parametrize("name", ["", ".", "..", "one/versions", "interventions/one.safetensors"])
 def test_what_is_no_name_is_told(url: str, engine: Any, tmp_path: Path, name: str) -> None:
     for command in (["show"], ["rm", "--yes"], ["rollback"], ["pull"]):
@@ -193,7 +209,7 @@ def test_removal_asks_and_looks_first(
     assert len(engine.registry.entries()) == 2
     typed = type("Typed", (), {"isatty": lambda self: True})()
     monkeypatch.setattr("server.cli.remote.sys", type("Sys", (), {"stdin": typed})())
-    kept = reft(url, "rm", "one", stdin="n\n")
+    kept = reft(url.replace("//", "//me:SECRET@"), "rm", "one", stdin="n\n")
     assert kept.exit_code == 1
     assert kept.stdout.startswith(f"Remove one ({digest(_one())[:12]}) from {url}? [y/N]")
     assert len(engine.registry.entries()) == 2
@@ -298,6 +314,21 @@ def test_keys_and_addresses(engine: Any) -> None:
     assert "reft serve" in refused(url, Unreachable, "ls")
     assert "no answer from http://[::" in refused("http://[::", Unreachable, "ls")
     assert "write it with its scheme, http://here:8000" in refused("here:8000", ConfigError, "ls")
+
+
+@pytest.mark.parametrize(
+    ("address", "shown"),
+    [
+        ("http://me:SECRET@127.0.0.1:9/v1?token=SECRET", "no answer from http://127.0.0.1:9/v1: "),
+        ("http://me:SE/CRET@127.0.0.1:9", "http://127.0.0.1:9: it is no valid URL"),
+        ("http://me:SE#CRET@127.0.0.1:9", "http://127.0.0.1:9: it is no valid URL"),
+        ("me:SECRET@127.0.0.1:9", "write it with its scheme, http://127.0.0.1:9, not"),
+    ],
+)
+def test_what_is_secret_in_an_address_is_not_said(address: str, shown: str) -> None:
+    said = refused(address, ConfigError, "ls") + repr(Server(address, "KEY"))
+    assert shown in said
+    assert not {"SE", "CRET", "KEY"} & set(re.findall(r"[A-Z]+", said))
 
 
 def test_pinned_and_warm(url: str, engine: Any) -> None:

@@ -404,7 +404,21 @@ async def test_tokens_of_a_running_answer_count_while_it_runs(clock: Clock) -> N
         quotas.leave(one, 0)
 
 
-@pytest.mark.parametrize("value", ["localhost:6379", "http://a", "redis://", "redis://a/b c"])
+@pytest.mark.parametrize(
+    "value",
+    [
+        "localhost:6379",
+        "http://a",
+        "redis://",
+        "redis://a/b c",
+        "redis://:SE#CRET@a:6379/0",
+        "redis://:SE?CRET@a:6379/0",
+        "redis://:SECRET@a:port/0",
+        "redis://:SECRET@[a:6379/0",
+        "redis://:SECRET@",
+    ],
+)
 def test_urls_of_counters(value: str) -> None:
-    with pytest.raises(ConfigError, match=r"--quota-url .*redis://HOST:PORT/DB"):
+    with pytest.raises(ConfigError, match=r"--quota-url .*redis://HOST:PORT/DB") as refused:
         load_settings({"quota_url": value})
+    assert "SE" not in refused.value.message

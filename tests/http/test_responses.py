@@ -205,6 +205,7 @@ def test_calls_and_their_results_are_turns() -> None:
 
 
 SCHEMA = {"type": "json_schema", "name": "x", "schema": {}}
+DEEP: list[Any] = json.loads("[" * 300 + "]" * 300)
 IMAGE = {"type": "input_image", "image_url": "x"}
 REFUSED: list[tuple[str, dict[str, Any]]] = [
     ("input", {"input": None}),
@@ -238,6 +239,7 @@ REFUSED: list[tuple[str, dict[str, Any]]] = [
     ("text.format.x", {"text": {"format": {"type": "text", "x": 1}}}),
     ("text.format.name", {"text": {"format": {"type": "json_schema", "schema": {}}}}),
     ("text.format.schema", {"text": {"format": SCHEMA | {"schema": 5}}}),
+    ("text.format.schema", {"text": {"format": SCHEMA | {"schema": {"enum": DEEP}}}}),
     ("text.format.x", {"text": {"format": SCHEMA | {"x": 5}}}),
     ("text.verbosity", {"text": {"verbosity": "low"}}),
     ("reasoning.effort", {"reasoning": {"effort": "huge"}}),
@@ -300,6 +302,18 @@ async def test_a_refusal_says_what_to_do(
 ) -> None:
     response = await client.post("/v1/responses", json=asked(**fields))
     assert hint in response.json()["error"]["message"]
+
+
+async def test_any_number_of_a_schema_is_said_again(client: httpx.AsyncClient) -> None:
+    function = '{"type": "function", "name": "f", "parameters": {"maximum": %s, "minimum": 1e999}}'
+    body = '{"model": "tiny", "input": "Hi", "tool_choice": "none", "tools": [%s]}'
+    response = await client.post(
+        "/v1/responses",
+        content=body % (function % (2**70)),
+        headers={"content-type": "application/json"},
+    )
+    assert response.status_code == 200
+    assert response.json()["tools"][0]["parameters"] == {"maximum": 2**70, "minimum": None}
 
 
 async def test_a_large_body_is_read_apart(client: httpx.AsyncClient) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -99,6 +100,21 @@ def test_a_file_that_is_cut_is_refused(tmp_path: Path) -> None:
             import_control_vector(file, base=BASE)
     with pytest.raises(ConfigError, match="No such file"):
         import_control_vector(tmp_path / "missing.gguf", base=BASE)
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        struct.pack("<IIQ", gguf.GGUFValueType.ARRAY, gguf.GGUFValueType.UINT8, 1 << 16),
+        struct.pack("<IIQ", gguf.GGUFValueType.ARRAY, gguf.GGUFValueType.STRING, 1 << 16),
+        struct.pack("<IQ", gguf.GGUFValueType.STRING, 1 << 62),
+    ],
+)
+def test_what_a_file_says_that_it_has_is_not_believed(tmp_path: Path, value: bytes) -> None:
+    file = tmp_path / "v.gguf"
+    file.write_bytes(b"GGUF" + struct.pack("<IQQ", 3, 0, 1) + struct.pack("<Q", 1) + b"a" + value)
+    with pytest.raises(InvalidFile, match="it is cut off, or says that it has more than it has"):
+        import_control_vector(file, base=BASE)
 
 
 def test_an_export_is_what_was_imported(tmp_path: Path) -> None:

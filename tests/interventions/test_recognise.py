@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -52,6 +53,16 @@ FILES: dict[str, tuple[bytes, str]] = {
     "short": (b"Hi", "a text file"),
     "cut character": (("a" * 4095 + "é" * 9).encode(), "a text file"),
 }
+
+
+@pytest.mark.parametrize("text", ["lora_ ", "h.1.", "."])
+def test_a_long_header_takes_no_long_time(text: str) -> None:
+    # The text is a value, and no name: it is searched to its end, from each of its beginnings.
+    data = save({"x": torch.zeros(2)}, {"a": text * (120_000 // len(text))})
+    before = time.process_time()
+    with pytest.raises(InvalidFile, match="no manifest"):
+        parse(data)
+    assert time.process_time() - before < 1
 
 
 @pytest.mark.parametrize("case", FILES)

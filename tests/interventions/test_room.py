@@ -136,6 +136,21 @@ def test_uploads_without_a_state_folder_end_with_the_process(
     assert not list(tmp_path.iterdir())
 
 
+def test_a_link_among_temporary_files_is_not_followed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    temporary, elsewhere = tmp_path / "temporary", tmp_path / "elsewhere"
+    for folder in (temporary, elsewhere):
+        folder.mkdir()
+    os.utime(elsewhere, (0, 0))
+    (temporary / "reft-uploads-link").symlink_to(elsewhere)  # anybody may have put it there
+    monkeypatch.setattr(tempfile, "tempdir", str(temporary))
+    registry = Registry(BASE)
+    registry.put("a", ONE)
+    registry.close()
+    assert not list(elsewhere.iterdir())
+
+
 def test_a_temporary_folder_that_another_server_is_about_to_lock_is_left_to_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -72,6 +72,7 @@ def test_what_a_server_refuses(server: Server, registry: Registry, base: str) ->
     [
         ("http://127.0.0.1:9", "push: no answer from"),
         ("http://[::", "url: no answer from"),
+        ("http://me:SECRET@127.0.0.1:9", "push: no answer from http://127.0.0.1:9: "),
         ("localhost:8000", "url: write it with its scheme"),
     ],
 )
@@ -84,7 +85,7 @@ def test_after_the_training_the_file_can_be_put_by_hand(tmp_path: Path) -> None:
     file = tmp_path / "mine.safetensors"
     file.touch()
     with pytest.raises(ConfigError) as failed:
-        push(Server("http://127.0.0.1:9/v1", "key"), file, "mine")
+        push(Server("http://me:SECRET@127.0.0.1:9/v1", "key"), file, "mine")
     assert failed.value.message.endswith(
         f"  curl -X PUT http://127.0.0.1:9/v1/interventions/mine --data-binary @{file}"
         ' -H "authorization: Bearer $REFT_API_KEY"'

@@ -42,9 +42,10 @@ _MAGIC = {
 _CONTROL_VECTOR = re.compile(
     rb"general\.architecture.{12}(controlvector|steeringvector)", re.DOTALL
 )
-_ADAPTER_NAME = re.compile(rb'"(base_model\.model\.|[^"]*\blora_)[^"]*":')
+_KEY = re.compile(rb'"([^"]*+)":')
+_ADAPTER_NAME = re.compile(rb"^base_model\.model\.|\blora_")
 _WEIGHT_NAME = re.compile(
-    rb'"([^"]*\.)?((layers|h|blocks)\.\d+\.[^"]+|(embed_tokens|wte|lm_head|embed_in)\.weight)":'
+    rb"(^|\.)((layers|h|blocks)\.\d+\..|(embed_tokens|wte|lm_head|embed_in)\.weight$)"
 )
 
 
@@ -59,9 +60,11 @@ def what_file(start: bytes) -> str | None:
         if start.startswith(magic):
             return what
     if start[8:9] == b"{":
-        if _ADAPTER_NAME.search(start):
+        # Key by key, and so in time linear in the header, whoever wrote it.
+        names = _KEY.findall(start)
+        if any(map(_ADAPTER_NAME.search, names)):
             return _ADAPTER
-        return _MODEL if _WEIGHT_NAME.search(start) else None
+        return _MODEL if any(map(_WEIGHT_NAME.search, names)) else None
     return _what_text(start[:HEAD_BYTES])
 
 

@@ -13,6 +13,7 @@ import hashlib
 import logging
 import os
 import shutil
+import stat
 import tempfile
 import time
 import weakref
@@ -263,7 +264,10 @@ def _has(blob: Path, file: Incoming) -> bool:
 def _delete_unused(folder: Path) -> None:
     """Delete a store's temporary folder unless a process has it, or may be about to lock it."""
     with suppress(OSError):
-        if time.time() - folder.stat().st_mtime < _BEGUN_SECONDS:
+        status = folder.lstat()  # the place is everybody's: it may be another's, or a link
+        if status.st_uid != os.getuid() or not stat.S_ISDIR(status.st_mode):
+            return
+        if time.time() - status.st_mtime < _BEGUN_SECONDS:
             return
         lock = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o644)
         try:
