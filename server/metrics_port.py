@@ -20,7 +20,7 @@ MAX_CONNECTIONS = 16
 
 @contextmanager
 def metrics_served(metrics: Metrics, listener: socket.socket) -> Iterator[None]:
-    """Answer GET /metrics on `listener` as long as the block lasts, then close it.
+    """Answer GET and HEAD of /metrics on `listener` as long as the block lasts, then close it.
 
     The server has threads of its own, so that a scrape is answered whatever the event loop does.
     It is not `prometheus_client`'s own server, which negotiates a format in which `reft:` becomes
@@ -39,7 +39,11 @@ def metrics_served(metrics: Metrics, listener: socket.socket) -> Iterator[None]:
             self.send_header("Content-Type", CONTENT_TYPE)
             self.send_header("Content-Length", str(len(text)))
             self.end_headers()
-            self.wfile.write(text)
+            if self.command != "HEAD":
+                self.wfile.write(text)
+
+        def do_HEAD(self) -> None:
+            self.do_GET()
 
         def log_message(self, *_: object) -> None:
             """Log nothing: there is a scrape every few seconds."""

@@ -28,6 +28,7 @@ SELDOM = {
     *("ErrorEvent", "ResponseError", "SourceProblem", "KeptStates"),
     *("HealthReport.sources", "HealthReport.problems", "HealthReport.state"),
     *("InterventionEntry.replicas_behind", "RemovedIntervention.replicas_behind"),
+    "Stats.replicas",
 }
 """What only faults, clusters and models with recurrent layers have; other tests see it."""
 

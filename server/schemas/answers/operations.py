@@ -188,6 +188,8 @@ class Stats(TypedDict):
     """Interventions, and their memory."""
     finished: dict[str, int]
     """Choices that ended since the start, by reason."""
+    replicas: NotRequired[int]
+    """In a cluster: how many servers these are the sum of."""
 
 
 @described
