@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import typer
@@ -23,6 +24,10 @@ def console() -> Console:
     return Console(
         width=None if sys.stdout.isatty() else _WIDE, markup=False, highlight=False, emoji=False
     )
+
+
+STANDARD_OUTPUT = Path("-")
+"""What stands for standard output where a file is named."""
 
 
 def print_json(value: Any) -> None:
