@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import typer
@@ -19,15 +18,10 @@ _WIDE = 10_000
 """The width where the output is no terminal: nothing is cut off for a program that reads it."""
 
 
-def console() -> Console:
-    """A console on standard output; nothing in a text is taken for markup."""
-    return Console(
-        width=None if sys.stdout.isatty() else _WIDE, markup=False, highlight=False, emoji=False
-    )
-
-
-STANDARD_OUTPUT = Path("-")
-"""What stands for standard output where a file is named."""
+def console(*, err: bool = False) -> Console:
+    """A console on standard output, or on standard error; nothing in a text is taken for markup."""
+    wide = None if (sys.stderr if err else sys.stdout).isatty() else _WIDE
+    return Console(stderr=err, width=wide, markup=False, highlight=False, emoji=False)
 
 
 def print_json(value: Any) -> None:

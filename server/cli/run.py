@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from reft_runtime.client import CONCURRENCY
 from reft_runtime.errors import ConfigError, ReftError
+from reft_runtime.machine.places import STANDARD_OUTPUT
 from server.cli.backend import find_server
 from server.cli.batch import (
     Line,
@@ -24,7 +25,7 @@ from server.cli.batch import (
     read_requests,
     resume,
 )
-from server.cli.console import STANDARD_OUTPUT, print_json
+from server.cli.console import print_json
 from server.cli.options import (
     LOCAL_SETTINGS,
     ApiKey,

@@ -16,8 +16,9 @@ from reft_runtime.client import Body, Change, Server
 from reft_runtime.display.text import printable
 from reft_runtime.errors import ConfigError, NotFound, ReftError
 from reft_runtime.interventions.format.identity import MAX_FILE_BYTES, SUFFIX
+from reft_runtime.machine.places import STANDARD_OUTPUT
 from reft_runtime.reaching import Unreachable
-from server.cli.console import STANDARD_OUTPUT, error_console, print_json, size, warn_behind
+from server.cli.console import error_console, print_json, size, warn_behind
 from server.cli.local_files import naming, read_file
 from server.cli.options import LOCAL_URL, ApiKey, AsJson, Url
 from server.cli.tables import short
