@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Collection
 from typing import Any
 
@@ -190,8 +191,13 @@ def describe(app: FastAPI) -> dict[str, Any]:
         ref_template=_TEMPLATE,
     )
     key = {"type": "http", "scheme": "bearer", "description": "The API key, if the server has any."}
+    told = json.dumps([document, schemas])  # pydantic defines what it then leaves out, too
     document["components"] = {
-        "schemas": schemas["$defs"],
+        "schemas": {
+            name: schema
+            for name, schema in schemas["$defs"].items()
+            if f'"{_TEMPLATE.format(model=name)}"' in told
+        },
         "headers": {
             name: {"description": about, "schema": {"type": "string"}}
             for name, about in HEADERS.items()

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import jsonschema
 import pytest
 from tokenizers import AddedToken
 
@@ -39,7 +40,7 @@ DAY = {
 }
 FUNCTION = {"name": "look", "parameters": DAY}
 TOOL = {"type": "function", "function": FUNCTION}
-WITH_TOOL = {"tools": [TOOL], "tool_choice": "required", "max_tokens": 99}
+FORCED = {"tool_choice": "required", "parallel_tool_calls": False, "seed": 1}
 ASKED = {"max_tokens": 24, "seed": 1}
 SCORED = {"logprobs": True, "top_logprobs": 1, "return_token_ids": True, "trace": True}
 IN_PATH = {"name": "task", "model": "task", "response_id": "resp_1"}
@@ -126,7 +127,7 @@ async def test_all_routes_answer_what_is_published(ask: Asker, model: Engine) ->
     thinking = {"chat_template_kwargs": {"how": "open"}, "logit_bias": {str(end): 3}, "seed": 1}
     chats = "/v1/chat/completions"
     await ask.generate(chats, messages=turns, n=2, **ASKED, **SCORED)
-    await ask.generate(chats, messages=turns, **WITH_TOOL)
+    await ask.generate(chats, messages=turns, max_tokens=99, tools=[TOOL], **FORCED)
     await ask.generate(chats, messages=turns, max_tokens=99, **thinking)
     await ask("POST", chats, json={"model": "task", "messages": turns, **USAGE, "max_tokens": 1})
     scored = {"model": "task", "messages": turns, "prompt_logprobs": 1, "max_tokens": 1}
@@ -139,7 +140,7 @@ async def test_all_routes_answer_what_is_published(ask: Asker, model: Engine) ->
     scored = {"model": "task", "prompt": "a", "prompt_logprobs": 1}
     await ask("POST", "/v1/completions", json=scored)
 
-    flat = {"tools": [{"type": "function", **FUNCTION}], "tool_choice": "required"}
+    flat = {"tools": [{"type": "function", **FUNCTION}], **FORCED}
     asked = {"input": "Hi", "max_output_tokens": 99}
     short = {"max_output_tokens": 9, "top_logprobs": 1, "trace": True}
     await ask.generate("/v1/responses", **asked | short)
@@ -198,6 +199,16 @@ def test_generators_get_names_that_stay() -> None:
             assert len(operation["tags"]) == 1
     # Objects for defaults stop `openapi-python-client`.
     assert '"default": {' not in json.dumps(document)
+
+
+@pytest.mark.parametrize(
+    "item",
+    [{"type": "function_call_output"}, {"type": "item_reference", "id": "msg_1"}],
+)
+def test_items_that_are_refused_are_not_published(item: dict[str, str]) -> None:
+    body = {"model": "tiny", "input": [item]}
+    with pytest.raises(jsonschema.ValidationError):
+        published().check_value({"$ref": "#/components/schemas/ResponsesRequest"}, body)
 
 
 @pytest.mark.parametrize(
