@@ -83,6 +83,8 @@ def create_app(
         redoc_url=None,
         # A redirection would name this server as it sees itself, not as clients do through a proxy.
         redirect_slashes=False,
+        # What generated clients call an operation: the handler's name.
+        generate_unique_id_function=lambda route: route.name,
         lifespan=lifespan,
     )
     app.state.context = context

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from reft_runtime.outputs import Choice, ChoiceDelta, Trace
@@ -29,11 +30,11 @@ class ChoiceWriter(Writer):
         return {}
 
     @abstractmethod
-    def choice(self, run: Run, choice: Choice) -> dict[str, Any]:
+    def choice(self, run: Run, choice: Choice) -> Mapping[str, Any]:
         """Write a finished choice for a whole answer."""
 
     @abstractmethod
-    def chunks(self, run: Run, index: int, delta: ChoiceDelta) -> list[dict[str, Any]]:
+    def chunks(self, run: Run, index: int, delta: ChoiceDelta) -> Sequence[Mapping[str, Any]]:
         """Write the chunks, none to two, that one delta adds to a stream."""
 
     def body(self, run: Run, choices: list[Choice], traces: list[Trace]) -> dict[str, Any]:
@@ -76,7 +77,7 @@ class ChoiceWriter(Writer):
         return self._fields
 
 
-def _envelope(run: Run, kind: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
+def _envelope(run: Run, kind: str, choices: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return {
         "id": run.job.id,
         "object": kind,

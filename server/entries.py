@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from fastapi.responses import Response
 from orjson import Fragment
 
 from server.context import Context, Made
+from server.schemas.answers.interventions import (
+    InterventionEntry,
+    InterventionVersion,
+    RemovedIntervention,
+)
 from server.streaming import json_bytes
 
 if TYPE_CHECKING:
@@ -17,17 +21,18 @@ if TYPE_CHECKING:
     from reft_runtime.interventions.registry.entry import VersionEntry
 
 
-def entry_fields(server: Context, entry: Entry) -> dict[str, Any]:
+def entry_fields(server: Context, entry: Entry) -> InterventionEntry:
     """Fields of one intervention, as all routes write them.
 
     `share` is the number of its parameters over that of the base model.
     """
     summary = entry.summary
+    manifest: Any = Fragment(entry.manifest_json)
     return {
         "id": entry.name,
         "object": "intervention",
         "digest": entry.digest,
-        "versions": list(entry.versions),
+        "versions": entry.versions,
         "origin": entry.origin,
         "tier": entry.tier,
         "pinned": entry.pinned,
@@ -46,7 +51,7 @@ def entry_fields(server: Context, entry: Entry) -> dict[str, Any]:
         "share": summary.parameters / server.engine.info.parameters,
         "problem": entry.problem,
         "hides": entry.hides,
-        "manifest": Fragment(entry.manifest_json),
+        "manifest": manifest,
     }
 
 
@@ -64,7 +69,8 @@ def change_answer(server: Context, made: Made, status: int = 200) -> Response:
 
 def removal_answer(name: str, made: Made) -> Response:
     """Answer of a removal."""
-    return _answer({"id": name, "object": "intervention", "deleted": True}, made.behind)
+    removed: RemovedIntervention = {"id": name, "object": "intervention", "deleted": True}
+    return _answer(removed, made.behind)
 
 
 def behind_headers(behind: Sequence[str]) -> dict[str, str]:
@@ -93,6 +99,15 @@ def _answer(
     )
 
 
-def version_fields(version: VersionEntry) -> dict[str, Any]:
+def version_fields(version: VersionEntry) -> InterventionVersion:
     """Fields of one version of an intervention."""
-    return {"object": "intervention.version", **asdict(version)}
+    return {
+        "object": "intervention.version",
+        "digest": version.digest,
+        "origin": version.origin,
+        "size_bytes": version.size_bytes,
+        "modified": version.modified,
+        "in_flight": version.in_flight,
+        "current": version.current,
+        "kept": version.kept,
+    }

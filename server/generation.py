@@ -7,7 +7,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from reft_runtime.errors import Overloaded
 from reft_runtime.front.prepared import Prepared, release_all
@@ -15,6 +15,7 @@ from reft_runtime.front.prompt_form import PromptForm
 from reft_runtime.outputs import Choice, ChoiceDelta, TokenLogprob, Trace
 from server.context import Context
 from server.following import Follower, Rest
+from server.schemas.answers.base import Usage
 from server.tenants.meter import Meter
 from server.tenants.quota import Refused, TooLarge
 
@@ -139,9 +140,9 @@ class Run:
         queued = [s.queue_seconds for s in self.streams if s.queue_seconds is not None]
         return min(queued, default=None)
 
-    def usage(self) -> dict[str, Any]:
+    def usage(self) -> Usage:
         """OpenAI's usage object for the tokens so far."""
-        usage = {
+        usage: Usage = {
             "prompt_tokens": self.job.prompt_tokens,
             "completion_tokens": self.completion_tokens,
             "total_tokens": self.job.prompt_tokens + self.completion_tokens,

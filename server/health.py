@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from reft_runtime.errors import RequestFailed
 from reft_runtime.sampling import SamplingParams
 from server.following import Follower
+from server.schemas.answers.operations import Status
 
 if TYPE_CHECKING:
     from reft_runtime.outputs import ChoiceDelta
@@ -61,7 +62,7 @@ class Health:
         return self._engine.alive and self._engine.stats().heartbeat_age < HEARTBEAT_SECONDS
 
     @property
-    def status(self) -> str:
+    def status(self) -> Status:
         """The word "ok" when the server is ready, else the reason why not."""
         if not self.live:
             return "engine not running"

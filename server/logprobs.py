@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from reft_runtime.outputs import TokenLogprob
+from server.schemas.answers.base import PromptLogprob
+from server.schemas.answers.chat import ChatLogprobs, ChatTokenLogprob, TopLogprob
+from server.schemas.answers.completions import CompletionLogprobs
 
 if TYPE_CHECKING:
     from server.engine import Tokenizer
@@ -20,7 +23,7 @@ def completion_logprobs(
     logprobs: Sequence[TokenLogprob | None],
     offsets: list[int],
     count: int,
-) -> dict[str, Any]:
+) -> CompletionLogprobs:
     """Log-probabilities as /v1/completions writes them.
 
     `offsets` are the places where the tokens begin, in characters. The first token of a prompt
@@ -67,13 +70,13 @@ def prompt_offsets(tokenizer: Tokenizer, tokens: Sequence[int], text: str) -> li
 
 def prompt_logprobs(
     tokenizer: Tokenizer, logprobs: Sequence[TokenLogprob | None], count: int
-) -> list[dict[str, Any] | None]:
+) -> list[dict[str, PromptLogprob] | None]:
     """Log-probabilities as vLLM writes them: for every prompt token its own and the best, by id.
 
     The `count` best are listed. `rank` counts from 1, and is None for a token that is not among
     the best. The first token has no log-probability (None).
     """
-    written: list[dict[str, Any] | None] = []
+    written: list[dict[str, PromptLogprob] | None] = []
     for entry in logprobs:
         if entry is None:
             written.append(None)
@@ -93,9 +96,9 @@ def prompt_logprobs(
     return written
 
 
-def chat_logprobs(tokenizer: Tokenizer, logprobs: Sequence[TokenLogprob]) -> dict[str, Any]:
+def chat_logprobs(tokenizer: Tokenizer, logprobs: Sequence[TokenLogprob]) -> ChatLogprobs:
     """Log-probabilities as /v1/chat/completions writes them."""
-    content = [
+    content: list[ChatTokenLogprob] = [
         {
             **_chat_token(tokenizer, entry.token, entry.logprob),
             "top_logprobs": [_chat_token(tokenizer, *pair) for pair in entry.top],
@@ -105,7 +108,7 @@ def chat_logprobs(tokenizer: Tokenizer, logprobs: Sequence[TokenLogprob]) -> dic
     return {"content": content, "refusal": None}
 
 
-def _chat_token(tokenizer: Tokenizer, token: int, logprob: float) -> dict[str, Any]:
+def _chat_token(tokenizer: Tokenizer, token: int, logprob: float) -> TopLogprob:
     return {
         "token": tokenizer.token_text(token),
         "logprob": _finite(logprob),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from reft_runtime.outputs import Choice, Trace
@@ -12,6 +13,7 @@ from server.answers import Writer
 from server.choices import ChoiceWriter
 from server.errors import ApiError
 from server.generation import Run, Step
+from server.schemas.answers.responses import ResponseUsage
 from server.streaming import named_event
 from server.translation import Translation
 
@@ -134,7 +136,7 @@ def _answered(run: Run, logprobs: list[Any]) -> list[Any]:
     return logprobs[behind[which] :] if behind else logprobs
 
 
-def _usage(run: Run) -> dict[str, Any]:
+def _usage(run: Run) -> ResponseUsage:
     usage = run.usage()
     cached = usage["prompt_tokens_details"]["cached_tokens"]
     return {
@@ -226,7 +228,7 @@ class ResponseWriter(Writer):
         said = {name: error[name] for name in ("code", "message", "param")}
         return failed + self._event("error", **said, error=error)
 
-    def _chunk(self, run: Run, chunk: dict[str, Any]) -> list[bytes]:
+    def _chunk(self, run: Run, chunk: Mapping[str, Any]) -> list[bytes]:
         """Events of one chunk of the chat's."""
         delta = chunk["delta"]
         self._logprobs += (chunk["logprobs"] or {}).get("content") or []

@@ -1,10 +1,11 @@
-"""Server-sent events: how a chunk of an answer is written to the wire."""
+"""How answers are written to the wire: JSON, and server-sent events."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import orjson
+from fastapi.responses import Response
 
 DONE = b"data: [DONE]\n\n"
 """The last event of every stream."""
@@ -13,6 +14,11 @@ DONE = b"data: [DONE]\n\n"
 def json_bytes(value: Any) -> bytes:
     """`value` as JSON in UTF-8."""
     return orjson.dumps(value)
+
+
+def json_answer(value: Any) -> Response:
+    """`value` as a whole answer."""
+    return Response(json_bytes(value), media_type="application/json")
 
 
 def event(value: Any) -> bytes:

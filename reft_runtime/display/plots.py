@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import io
 import math
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from reft_runtime.errors import ConfigError, InvalidRequest
-from reft_runtime.machine.places import check_folder
+from reft_runtime.machine.places import STANDARD_OUTPUT, check_folder
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -34,12 +36,18 @@ def need_matplotlib() -> None:
 def check_plot(path: str | Path) -> Path:
     """The path of a picture, once it is known that it can be drawn and written.
 
+    `-` is standard output, which gets a PNG.
+
     Raises `ConfigError` that says what is in the way.
     """
     need_matplotlib()
     from matplotlib.backend_bases import FigureCanvasBase
 
     path = Path(path)
+    if path == STANDARD_OUTPUT:
+        if not hasattr(sys.stdout, "buffer"):  # in a notebook
+            raise ConfigError("plot: standard output takes text only here; name a file.")
+        return path
     endings = FigureCanvasBase.get_supported_filetypes()
     if path.suffix.lower().removeprefix(".") not in endings:
         raise ConfigError(
@@ -54,7 +62,12 @@ def check_plot(path: str | Path) -> Path:
 def save(figure: Figure, path: Path, meanwhile: str = "") -> None:
     """Write a picture; if that fails, raise `ConfigError`, whose message ends with `meanwhile`."""
     try:
-        figure.savefig(path)
+        if path != STANDARD_OUTPUT:
+            figure.savefig(path)
+            return
+        figure.savefig(drawn := io.BytesIO(), format="png")
+        sys.stdout.buffer.write(drawn.getvalue())
+        sys.stdout.flush()
     except OSError as error:
         raise ConfigError(
             f"plot: {path} cannot be written: {error.strerror}.{meanwhile}", param="plot"

@@ -7,6 +7,9 @@ from pathlib import Path
 
 from reft_runtime.errors import ConfigError
 
+STANDARD_OUTPUT = Path("-")
+"""What stands for standard output where a file is named."""
+
 
 def check_folder(folder: Path, option: str) -> None:
     """Make a folder if it is missing, and check that files can be written to it.

@@ -10,6 +10,7 @@ import typer
 from reft_runtime.base.stages import stage
 from reft_runtime.display.plots import check_plot
 from reft_runtime.errors import ConfigError
+from reft_runtime.machine.places import STANDARD_OUTPUT
 from reft_runtime.sampling import SamplingParams
 from reft_runtime.use import Use
 from server.cli.backend import BASE, Applied, Ask, Backend, open_backend
@@ -121,7 +122,8 @@ def sweep(
     plot: Annotated[
         Path | None,
         typer.Option(
-            help="Draw divergence, length and score as a picture, such as sweep.png.",
+            help="Draw divergence, length and score as a picture, such as sweep.png; - is standard "
+            "output.",
             show_default=False,
         ),
     ] = None,
@@ -146,6 +148,9 @@ def sweep(
             " at which it is applied."
         )
     picture = None if plot is None else check_plot(plot)
+    piped = picture == STANDARD_OUTPUT
+    if piped and as_json:
+        raise ConfigError("json: standard output has the picture itself; leave out --json.")
     sampling = SamplingParams(max_tokens=max_tokens, temperature=temperature, seed=seed)
     rows = None if evaluation is None else _read(evaluation)
     scores: list[Score | None] = [None] * len(grid)
@@ -164,7 +169,7 @@ def sweep(
     if as_json:
         print_json([point.as_json() for point in points])
     else:
-        show_points(console(), points)
+        show_points(console(err=piped), points)
 
 
 def _at(backend: Backend, name: str, grid: list[float]) -> list[Applied]:

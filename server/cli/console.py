@@ -18,11 +18,10 @@ _WIDE = 10_000
 """The width where the output is no terminal: nothing is cut off for a program that reads it."""
 
 
-def console() -> Console:
-    """A console on standard output; nothing in a text is taken for markup."""
-    return Console(
-        width=None if sys.stdout.isatty() else _WIDE, markup=False, highlight=False, emoji=False
-    )
+def console(*, err: bool = False) -> Console:
+    """A console on standard output, or on standard error; nothing in a text is taken for markup."""
+    wide = None if (sys.stderr if err else sys.stdout).isatty() else _WIDE
+    return Console(stderr=err, width=wide, markup=False, highlight=False, emoji=False)
 
 
 def print_json(value: Any) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import AsyncIterator, Iterator, Mapping
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from reft_runtime.client import CONCURRENCY
 from reft_runtime.errors import ConfigError, ReftError
+from reft_runtime.machine.places import STANDARD_OUTPUT
 from server.cli.backend import find_server
 from server.cli.batch import (
     Line,
@@ -49,7 +50,10 @@ def run(
     requests: Requests,
     out: Annotated[
         Path,
-        typer.Option(help="Where the answers go, one a line, in the order of the requests."),
+        typer.Option(
+            help="Where the answers go, one a line, in the order of the requests; - is standard "
+            "output."
+        ),
     ],
     url: MaybeUrl = None,
     api_key: ApiKey = None,
@@ -62,20 +66,25 @@ def run(
 
     What is in the file of answers stays: the same command goes on where it was stopped.
     """
+    piped = out == STANDARD_OUTPUT
+    if piped and as_json:
+        raise ConfigError("json: standard output has the answers themselves; leave out --json.")
     count = check_requests(requests)
-    if out.exists() and out.samefile(requests):
+    if not piped and out.exists() and out.samefile(requests):
         raise ConfigError(f"out: {out} holds the requests; name another file.", param="out")
     lines = read_requests(requests)
-    done, refused = resume(out, lines)
+    done, refused = (0, 0) if piped else resume(out, lines)
     if done < count:
-        with stoppable(f"The answers so far are in {out}; the same command goes on from there."):
+        kept = f"The answers so far are in {out}; the same command goes on from there."
+        with stoppable("The answers so far are written." if piped else kept):
             refused += asyncio.run(_run(lines, out, done, count, _asked(url, api_key, options)))
     if as_json:
         print_json({"out": str(out), "requests": count, "done_before": done, "refused": refused})
     else:
         before = f", {done:,} of them before" if done else ""
         more = f"; {refused:,} were refused, see `response.body.error`" if refused else ""
-        typer.echo(f"{out}: {count:,} answers{before}{more}")
+        where = "standard output" if piped else out
+        typer.echo(f"{where}: {count:,} answers{before}{more}", err=piped)
     if refused:
         raise typer.Exit(1)
 
@@ -88,13 +97,14 @@ async def _run(
     asked: AbstractAsyncContextManager[tuple[httpx.AsyncClient, int]],
 ) -> int:
     """Write the answers that are missing; return how many of these are refusals."""
-    refused = 0
+    refused, piped = 0, out == STANDARD_OUTPUT
     bar = tqdm(total=count, initial=done, desc="Answers", unit="request", disable=None)
-    with bar, out.open("a", encoding="utf-8") as file:
+    opened = nullcontext(typer.get_binary_stream("stdout")) if piped else out.open("ab")
+    with bar, opened as file:
 
         def write(answer: dict[str, Any]) -> None:
             nonlocal refused
-            file.write(json.dumps(answer, ensure_ascii=False) + "\n")
+            file.write(json.dumps(answer, ensure_ascii=False).encode() + b"\n")
             file.flush()
             refused += is_refused(answer)
             bar.update()
@@ -103,7 +113,8 @@ async def _run(
             async with asked as (client, at_once):
                 await answer_all(client, lines, at_once, write)
         except ReftError as error:
-            message = f"{error.message} {bar.n:,} of {count:,} answers are in {out}: run it again."
+            kept = "are written" if piped else f"are in {out}: run it again"
+            message = f"{error.message} {bar.n:,} of {count:,} answers {kept}."
             raise type(error)(message, param=error.param) from None
     return refused
 

@@ -9,6 +9,7 @@ import typer
 
 from reft_runtime.base.stages import stage
 from reft_runtime.errors import ConfigError
+from reft_runtime.machine.places import STANDARD_OUTPUT
 from server.cli.files import write_file
 from server.cli.options import (
     ApiKey,
@@ -150,7 +151,10 @@ def train(
         bool, typer.Option("--resume", help="Go on with a training that was cut off.")
     ] = False,
     plot: Annotated[
-        Path | None, typer.Option(help="Draw losses and accuracy as a picture, such as loss.png.")
+        Path | None,
+        typer.Option(
+            help="Draw losses and accuracy as a picture, such as loss.png; - is standard output."
+        ),
     ] = None,
     tensorboard: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Folder to log to for TensorBoard.")
@@ -161,6 +165,7 @@ def train(
     api_key: ApiKey = None,
 ) -> None:
     """Train edits on rows, and write a file ready to be served."""
+    piped = plot == STANDARD_OUTPUT
     with stoppable():
         with stage("Starting Python's libraries"):
             from reft_runtime.client import Server
@@ -213,14 +218,15 @@ def train(
     figures = ", ".join(f"{name} {value:.4g}" for name, value in trained.metrics.items())
     typer.echo(
         f"{out}: {out.stat().st_size:,} bytes, trained in {trained.seconds:.0f} s"
-        + (f", {figures}" if figures else "")
+        + (f", {figures}" if figures else ""),
+        err=piped,
     )
     if server is not None:
-        typer.echo(f"{push}: {out.stem} {put(server, out, out.stem)}")
+        typer.echo(f"{push}: {out.stem} {put(server, out, out.stem)}", err=piped)
     if trained.held_out is not None:
         with stoppable(f"{out} is written; the report on its held-out rows is left out."):
             try:
-                typer.echo(_judged(trained, settings.template))
+                typer.echo(_judged(trained, settings.template), err=piped)
             except ConfigError as error:
                 # A training may cut rows and tells labels apart by letters; this does neither.
                 typer.echo(f"The report on the held-out rows is left out: {error}", err=True)

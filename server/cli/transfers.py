@@ -17,6 +17,7 @@ from reft_runtime.client import Body, Change, Server
 from reft_runtime.display.text import printable
 from reft_runtime.errors import ConfigError, NotFound, ReftError
 from reft_runtime.interventions.format.identity import MAX_FILE_BYTES, SUFFIX
+from reft_runtime.machine.places import STANDARD_OUTPUT
 from reft_runtime.reaching import Unreachable
 from server.cli.console import error_console, print_json, size, warn_behind
 from server.cli.local_files import naming, read_file
@@ -24,9 +25,6 @@ from server.cli.options import LOCAL_URL, ApiKey, AsJson, Url
 from server.cli.tables import short
 
 app = typer.Typer()
-
-_OUTPUT = Path("-")
-"""What stands for standard output."""
 
 
 @app.command()
@@ -103,7 +101,7 @@ def pull(
     """
     own = f"{reference.partition('@')[0]}{SUFFIX}"
     path = Path(own) if out is None else out / own if os.path.isdir(out) else out
-    if path == _OUTPUT:
+    if path == STANDARD_OUTPUT:
         if as_json:
             raise ConfigError("json: standard output has the file itself; leave out --json.")
         typer.echo(Server(url, api_key).download(reference)[0], nl=False)

@@ -15,8 +15,19 @@ from server.choices import ChoiceWriter
 from server.context import Context, Current
 from server.generation import Job, Run
 from server.logprobs import chat_logprobs, prompt_logprobs
-from server.openapi import limited, takes
+from server.openapi import OF_GENERATION, answers, refuses, takes
 from server.preparation import prepare
+from server.schemas.answers.base import Error
+from server.schemas.answers.chat import (
+    ChatChoice,
+    ChatChunkChoice,
+    ChatCompletion,
+    ChatCompletionChunk,
+    ChatEnd,
+    ChatLogprobs,
+    ChatMessage,
+    ChatToolCall,
+)
 from server.schemas.chat import ChatRequest
 from server.thoughts import Reader, reader_of
 from server.tools import ToolPlan, ToolReader, whole
@@ -62,30 +73,35 @@ class ChatWriter(ChoiceWriter):
             said["prompt_logprobs"] = prompt_logprobs(tokenizer, run.prompt_logprobs(0), count)
         return said
 
-    def choice(self, run: Run, choice: Choice) -> dict[str, Any]:
+    def choice(self, run: Run, choice: Choice) -> ChatChoice:
         """Write a finished choice as a message."""
         text, thought = choice.text, ""
         if run.job.thinking is not None:
             thought, text = _read(reader_of(run.job.thinking), run, choice)
         content: str | None = text
-        reason: str | None = choice.finish_reason
-        calls: list[dict[str, Any]] = []
+        reason: ChatEnd | None = choice.finish_reason
+        calls: list[ChatToolCall] = []
         if self._plan is not None:
             reader = self._plan.reader()
             content, calls = whole(reader, text)
             reason = reader.finish_reason(reason)
-        message = {"role": "assistant", "content": content, "refusal": None}
+        assert reason is not None  # the choice is whole
+        message: ChatMessage = {"role": "assistant", "content": content, "refusal": None}
         if thought:
             message |= {"content": content or None, "reasoning_content": thought}
-        written = {
+        if calls:
+            message["tool_calls"] = calls
+        written: ChatChoice = {
             "index": choice.index,
-            "message": message | ({"tool_calls": calls} if calls else {}),
+            "message": message,
             "logprobs": self._logprobs(run, choice.logprobs),
             "finish_reason": reason,
         }
-        return written | {"token_ids": choice.tokens} if self._body.return_token_ids else written
+        if self._body.return_token_ids:
+            written["token_ids"] = choice.tokens
+        return written
 
-    def chunks(self, run: Run, index: int, delta: ChoiceDelta) -> list[dict[str, Any]]:
+    def chunks(self, run: Run, index: int, delta: ChoiceDelta) -> list[ChatChunkChoice]:
         """Write chunks with the new text and calls; a choice's first one has the role."""
         chunks = []
         if index not in self._begun:
@@ -97,12 +113,14 @@ class ChatWriter(ChoiceWriter):
         ids = list(delta.tokens) if self._body.return_token_ids else []
         scored = self._body.logprobs and delta.logprobs
         if last or scored or delta.finish_reason or ids:
-            reason: str | None = delta.finish_reason
+            reason: ChatEnd | None = delta.finish_reason
             if index in self._readers:
                 reason = self._readers[index].finish_reason(reason)
             logprobs = self._logprobs(run, list(delta.logprobs))
             chunk = _chunk(index, last, logprobs, reason)
-            chunks.append(chunk | {"token_ids": ids} if self._body.return_token_ids else chunk)
+            if self._body.return_token_ids:
+                chunk["token_ids"] = ids
+            chunks.append(chunk)
         return chunks
 
     def _gained(self, run: Run, index: int, delta: ChoiceDelta) -> list[dict[str, Any]]:
@@ -126,7 +144,7 @@ class ChatWriter(ChoiceWriter):
             gained.append({})
         return gained
 
-    def _logprobs(self, run: Run, logprobs: list[TokenLogprob]) -> dict[str, Any] | None:
+    def _logprobs(self, run: Run, logprobs: list[TokenLogprob]) -> ChatLogprobs | None:
         if not self._body.logprobs:
             return None
         return chat_logprobs(run.context.engine.tokenizer, logprobs)
@@ -141,10 +159,10 @@ def _read(reader: Reader, run: Run, gained: Choice | ChoiceDelta) -> tuple[str, 
 
 def _chunk(
     index: int,
-    delta: dict[str, Any],
-    logprobs: dict[str, Any] | None,
-    finish_reason: str | None,
-) -> dict[str, Any]:
+    delta: Any,
+    logprobs: ChatLogprobs | None,
+    finish_reason: ChatEnd | None,
+) -> ChatChunkChoice:
     return {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish_reason}
 
 
@@ -176,13 +194,22 @@ async def prepare_chat(
     )
 
 
-@router.post("/v1/chat/completions", openapi_extra=takes(ChatRequest, EXAMPLE), responses=limited())
+@router.post(
+    "/v1/chat/completions",
+    summary="Answer a chat",
+    openapi_extra=takes(ChatRequest, EXAMPLE),
+    responses=answers(ChatCompletion, events=(ChatCompletionChunk, Error), headers=OF_GENERATION)
+    | refuses(429, 504),
+)
 async def create_chat_completion(
     request: Request,
     context: Current,
     body: Annotated[ChatRequest, Depends(json_body(ChatRequest))],
 ) -> Answer:
-    """Answer a conversation `n` times."""
+    """Answer a conversation `n` times, whole or, with `stream`, in events as it is generated.
+
+    An event's data is a chunk, or an error that ends the stream; `[DONE]` is the last.
+    """
     plan = await plan_chat(context, body)
     return Answer(
         context,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Annotated, Any
+from typing import Annotated
 
 from fastapi import APIRouter, Depends, Request
 from fastapi.responses import Response
@@ -14,8 +14,9 @@ from server.answers import AT_ONCE_TOKENS, EngineAnswer
 from server.body import json_body
 from server.context import Current
 from server.generation import Job, Run, opened
-from server.openapi import limited, takes
+from server.openapi import OF_GENERATION, answers, refuses, takes
 from server.preparation import prepare_labels
+from server.schemas.answers.completions import Classifications, ClassifiedPrompt
 from server.schemas.classify import ClassifyRequest
 from server.streaming import json_bytes
 
@@ -44,24 +45,28 @@ def _written(run: Run) -> bytes:
         Classification(labels, stream.label_logprobs, [*one.request.prompt])
         for one, stream in zip(run.job.prepared, run.streams, strict=True)
     ]
-    data: list[dict[str, Any]] = [
+    data: list[ClassifiedPrompt] = [
         {"index": index, "label": one.label, "probs": one.probs, "num_classes": len(labels)}
         for index, one in enumerate(found)
     ]
-    return json_bytes(
-        {
-            "id": run.job.id,
-            "object": "list",
-            "created": run.created,
-            "model": run.job.label,
-            "labels": labels,
-            "data": data,
-            "usage": run.usage(),
-        }
-    )
+    answer: Classifications = {
+        "id": run.job.id,
+        "object": "list",
+        "created": run.created,
+        "model": run.job.label,
+        "labels": labels,
+        "data": data,
+        "usage": run.usage(),
+    }
+    return json_bytes(answer)
 
 
-@router.post("/v1/classify", openapi_extra=takes(ClassifyRequest, EXAMPLE), responses=limited())
+@router.post(
+    "/v1/classify",
+    summary="Choose a label",
+    openapi_extra=takes(ClassifyRequest, EXAMPLE),
+    responses=answers(Classifications, headers=OF_GENERATION) | refuses(429, 504),
+)
 async def classify(
     request: Request,
     context: Current,

@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 from fastapi import APIRouter, Depends, Request
 
-from reft_runtime.outputs import Choice, ChoiceDelta, TokenLogprob
+from reft_runtime.outputs import Choice, ChoiceDelta, FinishReason, TokenLogprob
 from server.answers import Answer
 from server.body import json_body
 from server.choices import ChoiceWriter
 from server.context import Current
 from server.generation import Run
 from server.logprobs import completion_logprobs, prompt_logprobs, prompt_offsets
-from server.openapi import limited, takes
+from server.openapi import OF_GENERATION, answers, refuses, takes
 from server.preparation import prepare
+from server.schemas.answers.base import Error
+from server.schemas.answers.completions import (
+    Completion,
+    CompletionChoice,
+    CompletionChunk,
+    CompletionLogprobs,
+)
 from server.schemas.completions import CompletionRequest
 
 if TYPE_CHECKING:
@@ -42,7 +49,7 @@ class CompletionWriter(ChoiceWriter):
         """Whether log-probabilities, which are many numbers, are asked for."""
         return self._body.logprobs is not None or self._body.prompt_logprobs is not None
 
-    def choice(self, run: Run, choice: Choice) -> dict[str, Any]:
+    def choice(self, run: Run, choice: Choice) -> CompletionChoice:
         """Write a finished choice."""
         written = self._written(
             run, choice.index, choice.text, choice.tokens, choice.logprobs, choice.finish_reason
@@ -54,7 +61,7 @@ class CompletionWriter(ChoiceWriter):
             written["prompt_logprobs"] = prompt_logprobs(tokenizer, scored, count)
         return written
 
-    def chunks(self, run: Run, index: int, delta: ChoiceDelta) -> list[dict[str, Any]]:
+    def chunks(self, run: Run, index: int, delta: ChoiceDelta) -> list[CompletionChoice]:
         """Write one chunk, or none while there is nothing to show."""
         ids = delta.tokens if self._body.return_token_ids else ()
         scored = self._body.logprobs is not None and delta.logprobs
@@ -73,13 +80,13 @@ class CompletionWriter(ChoiceWriter):
         text: str,
         tokens: list[int],
         logprobs: list[TokenLogprob],
-        finish_reason: str | None,
-    ) -> dict[str, Any]:
+        finish_reason: FinishReason | None,
+    ) -> CompletionChoice:
         """Write `text` as a choice; the first one of an index has the echoed prompt before it."""
         first = index not in self._begun
         self._begun.add(index)
         echoed = self._prompt_text(run, index) if first and self._body.echo else ""
-        written: dict[str, Any] = {
+        written: CompletionChoice = {
             "index": index,
             "text": echoed + text,
             "logprobs": None,
@@ -100,7 +107,7 @@ class CompletionWriter(ChoiceWriter):
         first: bool,
         tokens: list[int],
         logprobs: list[TokenLogprob],
-    ) -> dict[str, Any]:
+    ) -> CompletionLogprobs:
         from reft_runtime.text import TextOffsets  # loads torch: only when needed
 
         tokenizer = run.context.engine.tokenizer
@@ -132,14 +139,21 @@ class CompletionWriter(ChoiceWriter):
 
 
 @router.post(
-    "/v1/completions", openapi_extra=takes(CompletionRequest, EXAMPLE), responses=limited()
+    "/v1/completions",
+    summary="Continue a prompt",
+    openapi_extra=takes(CompletionRequest, EXAMPLE),
+    responses=answers(Completion, events=(CompletionChunk, Error), headers=OF_GENERATION)
+    | refuses(429, 504),
 )
 async def create_completion(
     request: Request,
     context: Current,
     body: Annotated[CompletionRequest, Depends(json_body(CompletionRequest))],
 ) -> Answer:
-    """Continue one prompt or several, each `n` times."""
+    """Continue one prompt or several, each `n` times, whole or, with `stream`, in events.
+
+    An event's data is a chunk, or an error that ends the stream; `[DONE]` is the last.
+    """
     sampling = body.sampling()
     return Answer(
         context,

@@ -29,7 +29,22 @@ from server.body import receive_file
 from server.context import Context, Current
 from server.entries import change_answer, entry_answer, entry_fields, etag, removal_answer
 from server.listing import listing, page
-from server.openapi import takes_file
+from server.openapi import (
+    CONDITIONS,
+    FILE_ERRORS,
+    OF_CHANGES,
+    UNLESS_SERVED,
+    answers,
+    empty,
+    refuses,
+    takes_file,
+    takes_headers,
+)
+from server.schemas.answers.interventions import (
+    InterventionEntry,
+    InterventionList,
+    RemovedIntervention,
+)
 
 router = APIRouter(prefix="/v1/interventions", tags=["interventions"])
 
@@ -40,7 +55,7 @@ MAX_PROBLEMS = 100
 """Most files for which a listing says why they are not served; the log names all of them."""
 
 
-@router.get("", response_model=None)
+@router.get("", summary="List interventions", responses=answers(InterventionList))
 async def list_interventions(
     request: Request,
     context: Current,
@@ -71,8 +86,10 @@ async def list_interventions(
 
 @router.get(
     "/{name}",
-    response_model=None,
-    responses={304: {"description": "The version in If-None-Match is still served."}},
+    summary="Get an intervention",
+    openapi_extra=takes_headers(UNLESS_SERVED),
+    responses=answers(InterventionEntry, headers=["etag"])
+    | empty(304, "The version in If-None-Match is still served.", ["etag"]),
 )
 async def get_intervention(request: Request, context: Current, name: str) -> Response:
     """One intervention; 304 without a body if `If-None-Match` names the version that is served."""
@@ -85,9 +102,11 @@ async def get_intervention(request: Request, context: Current, name: str) -> Res
 
 @router.put(
     "/{name}",
+    summary="Upload an intervention",
     openapi_extra=takes_file(),
-    response_model=None,
-    responses={201: {"description": "The name is new."}},
+    responses=answers(InterventionEntry, "The name's file is replaced.", headers=OF_CHANGES)
+    | answers(InterventionEntry, "The name is new.", status=201, headers=OF_CHANGES)
+    | refuses(*FILE_ERRORS, 412),
 )
 async def put_intervention(request: Request, context: Current, name: str) -> Response:
     """Serve the file in the body under this name: 201 for a new name, 200 for a replaced one.
@@ -108,7 +127,12 @@ async def put_intervention(request: Request, context: Current, name: str) -> Res
     return change_answer(context, made, 201 if made.change.before is None else 200)
 
 
-@router.delete("/{name}", response_model=None)
+@router.delete(
+    "/{name}",
+    summary="Remove an intervention",
+    openapi_extra=takes_headers({"If-Match": CONDITIONS["If-Match"]}),
+    responses=answers(RemovedIntervention, headers=["x-replicas-behind"]) | refuses(412, 507),
+)
 async def delete_intervention(request: Request, context: Current, name: str) -> Response:
     """Stop serving this name. Requests in flight finish with the version that they began with.
 

@@ -2,26 +2,27 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
-from typing import Any
-
 from fastapi import APIRouter
+from fastapi.responses import Response
 
 from server.context import Current
+from server.openapi import answers
+from server.schemas.answers.operations import Me
+from server.streaming import json_answer
 
 router = APIRouter(tags=["operations"])
 
 
-@router.get("/v1/me")
-async def get_me(context: Current) -> dict[str, Any]:
+@router.get("/v1/me", summary="Say who asks", responses=answers(Me))
+async def get_me(context: Current) -> Response:
     """The tenant of the key: what it sees, may change and may use; and the base model.
 
     `prefix` is what the names that it may change begin with; null means any that it sees.
     `sees_server` says whether it may read `/v1/stats`, `/v1/usage` and `/metrics`.
     """
-    tenant = context.tenant
+    tenant, limits = context.tenant, context.tenant.limits
     admin = tenant.role == "admin"
-    return {
+    me: Me = {
         "object": "tenant",
         "tenant": tenant.name,
         "role": tenant.role,
@@ -33,6 +34,7 @@ async def get_me(context: Current) -> dict[str, Any]:
         "requests_per_minute": tenant.requests_per_minute,
         "tokens_per_minute": tenant.tokens_per_minute,
         "concurrent_requests": tenant.concurrent_requests,
-        "limits": asdict(tenant.limits),
+        "limits": {"max_tokens": limits.max_tokens, "n": limits.n},
         "model": context.engine.info.model,
     }
+    return json_answer(me)

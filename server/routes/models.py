@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from fastapi import APIRouter
-from fastapi.responses import StreamingResponse
+from fastapi.responses import Response, StreamingResponse
 
 from server.context import Context, Current
 from server.listing import listing
+from server.openapi import answers
+from server.schemas.answers.interventions import Model, ModelList
 from server.selection import find_model
+from server.streaming import json_answer
 
 if TYPE_CHECKING:
     from reft_runtime.interventions import Entry
@@ -18,28 +21,28 @@ if TYPE_CHECKING:
 router = APIRouter(tags=["openai"])
 
 
-@router.get("/v1/models", response_model=None)
+@router.get("/v1/models", summary="List models", responses=answers(ModelList))
 async def list_models(context: Current) -> StreamingResponse:
     """The base model, then the interventions by name."""
     base = context.engine.info.model
 
-    def line(entry: Entry) -> dict[str, Any]:
+    def line(entry: Entry) -> Model:
         return _model(context, entry.name, root=entry.digest, parent=base)
 
     return listing(context, line, first=(_model(context, base, root=base, parent=None),))
 
 
-@router.get("/v1/models/{model:path}")
-async def get_model(context: Current, model: str) -> dict[str, Any]:
+@router.get("/v1/models/{model:path}", summary="Get a model", responses=answers(Model))
+async def get_model(context: Current, model: str) -> Response:
     """One model, under any id that a request may use."""
     base = context.engine.info.model
     version = await asyncio.to_thread(find_model, context, model)
     if version is None:
-        return _model(context, base, root=base, parent=None)
-    return _model(context, model, root=version.digest, parent=base)
+        return json_answer(_model(context, base, root=base, parent=None))
+    return json_answer(_model(context, model, root=version.digest, parent=base))
 
 
-def _model(context: Context, model: str, *, root: str, parent: str | None) -> dict[str, Any]:
+def _model(context: Context, model: str, *, root: str, parent: str | None) -> Model:
     return {
         "id": model,
         "object": "model",

@@ -2,38 +2,42 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from types import MappingProxyType
-from typing import Any
-
 from fastapi import APIRouter, Request
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import PlainTextResponse, Response
 
 from reft_runtime.version import VERSION
 from server.context import Current
 from server.metrics import CONTENT_TYPE
-from server.openapi import describe
+from server.openapi import answers, answers_text, described
+from server.schemas.answers.base import Error
+from server.schemas.answers.operations import HealthReport, ServerVersion, SourceProblem
+from server.streaming import json_answer, json_bytes
 
 public = APIRouter(tags=["health"])
 router = APIRouter(tags=["operations"])
 
-UNHEALTHY: dict[int | str, dict[str, Any]] = {
-    503: {"description": "Not healthy: `status` says why."}
-}
+HEALTH = answers(HealthReport, "The server is well.") | answers(
+    (HealthReport, Error), "It is not: `status` says why.", status=503
+)
 
 
-@public.get("/livez", responses=UNHEALTHY)
+@public.get("/livez", summary="Ask whether the server is alive", responses=HEALTH)
 @public.head("/livez", include_in_schema=False)  # as `wget --spider` and some monitors ask
-async def livez(context: Current) -> JSONResponse:
+async def livez(context: Current) -> Response:
     """Answers 200 while the engine's loop turns; otherwise the process should be restarted."""
-    return _health("ok" if context.health.live else "engine not running")
+    return _answer({"status": "ok" if context.health.live else "engine not running"})
 
 
-@public.get("/readyz", responses=UNHEALTHY)
-@public.get("/health", responses=UNHEALTHY)
+@public.get("/readyz", summary="Ask whether the server is ready", responses=HEALTH)
+@public.get(
+    "/health",
+    summary="Ask whether the server is ready, as vLLM's route",
+    operation_id="health",
+    responses=HEALTH,
+)
 @public.head("/readyz", include_in_schema=False)
 @public.head("/health", include_in_schema=False)
-async def readyz(context: Current) -> JSONResponse:
+async def readyz(context: Current) -> Response:
     """Answers 200 while the server is loaded, proven by a first generation, and not draining.
 
     `sources` and `state` say why sources of interventions, and the state, cannot be reached; what
@@ -41,27 +45,34 @@ async def readyz(context: Current) -> JSONResponse:
     """
     registry = context.registry
     # Anybody may ask: the number of a source tells no bucket or folder.
-    away = [
+    away: list[SourceProblem] = [
         {"source": source.number, "kind": source.kind, "problem": source.problem}
         for source in registry.sources()
         if source.problem is not None
     ]
-    problems = context.problems()
-    more: dict[str, Any] = {"sources": away} if away else {}
-    if problems:
-        more["problems"] = problems
+    report: HealthReport = {"status": context.health.status}
+    if away:
+        report["sources"] = away
+    if problems := context.problems():
+        report["problems"] = problems
     if (problem := registry.state_problem()) is not None:
-        more["state"] = problem
-    return _health(context.health.status, more)
+        report["state"] = problem
+    return _answer(report)
 
 
-@router.get("/version")
-async def version() -> dict[str, str]:
+@router.get("/version", summary="Get the server's version", responses=answers(ServerVersion))
+async def version() -> Response:
     """Version of the server."""
-    return {"version": VERSION}
+    written: ServerVersion = {"version": VERSION}
+    return json_answer(written)
 
 
-@router.get("/metrics", response_class=Response)
+@router.get(
+    "/metrics",
+    summary="Get the metrics",
+    response_class=PlainTextResponse,
+    responses=answers_text(),
+)
 async def metrics(context: Current) -> Response:
     """Metrics in Prometheus' text format."""
     if context.replicas is not None:
@@ -72,10 +83,11 @@ async def metrics(context: Current) -> Response:
 
 
 @router.get("/openapi.json", include_in_schema=False)
-async def openapi(request: Request) -> dict[str, Any]:
+async def openapi(request: Request, context: Current) -> Response:
     """This API as an OpenAPI document."""
-    return describe(request.app)
+    return await context.administer(lambda: json_answer(described(request.app)))
 
 
-def _health(status: str, more: Mapping[str, Any] = MappingProxyType({})) -> JSONResponse:
-    return JSONResponse({"status": status, **more}, 200 if status == "ok" else 503)
+def _answer(report: HealthReport) -> Response:
+    status = 200 if report["status"] == "ok" else 503
+    return Response(json_bytes(report), status, media_type="application/json")

@@ -3,30 +3,32 @@
 from __future__ import annotations
 
 import time
-from dataclasses import asdict
-from typing import Any
 
 from fastapi import APIRouter
+from fastapi.responses import Response
 
 from reft_runtime.outputs import PrefixCacheStats
 from reft_runtime.version import VERSION
 from server.context import Context, Current
+from server.openapi import answers
 from server.recent import DURATIONS_SECONDS, RATES_SECONDS, Durations
+from server.schemas.answers.operations import LastDurations, PrefixCache, Stats
+from server.streaming import json_answer
 
 router = APIRouter(tags=["operations"])
 
 OUTCOMES = ("stop", "length", "abort", "error")
 
 
-@router.get("/v1/stats")
-async def get_stats(context: Current) -> dict[str, Any]:
+@router.get("/v1/stats", summary="See the server at a glance", responses=answers(Stats))
+async def get_stats(context: Current) -> Response:
     """The server at a glance: what is loaded, its load and speed, and how requests ended."""
     if context.replicas is not None:
-        return dict(await context.replicas.stats())
-    return await context.administer(stats_of, context)
+        return json_answer(await context.replicas.stats())
+    return json_answer(await context.administer(stats_of, context))
 
 
-def stats_of(context: Context) -> dict[str, Any]:
+def stats_of(context: Context) -> Stats:
     """What this server says of itself; it may take long."""
     engine, metrics = context.engine, context.metrics
     info, now = engine.info, engine.stats()
@@ -71,20 +73,28 @@ def _problems(context: Context) -> list[str]:
     return [*sources, *([] if state is None else [state]), *context.problems()]
 
 
-def _durations(recent: Durations) -> dict[str, Any]:
+def _durations(recent: Durations) -> LastDurations:
     count, (median, high) = recent.percentiles(0.5, 0.95)
     return {"p50": median, "p95": high, "count": count, "seconds": DURATIONS_SECONDS}
 
 
-def _prefix_cache(stats: PrefixCacheStats | None) -> dict[str, Any] | None:
+def _prefix_cache(stats: PrefixCacheStats | None) -> PrefixCache | None:
     """The prefix cache since the start, blocks of both kinds together; None if it is off."""
     if stats is None:
         return None
     queries, hits = sum(stats.queries.values()), sum(stats.hits.values())
+    kept = stats.snapshots
     return {
         "queries": queries,
         "hits": hits,
         "hit_rate": hits / queries if queries else None,
         "blocks": sum(stats.blocks.values()),
-        "snapshots": None if stats.snapshots is None else asdict(stats.snapshots),
+        "snapshots": None
+        if kept is None
+        else {
+            "kept": kept.kept,
+            "places": kept.places,
+            "hits": kept.hits,
+            "evictions": kept.evictions,
+        },
     }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 from fastapi import APIRouter, Depends
 from fastapi.responses import Response
@@ -12,10 +12,11 @@ from reft_runtime.errors import InvalidRequest
 from server.auth import caller_of
 from server.body import json_body
 from server.context import Current
-from server.openapi import takes
+from server.openapi import answers, takes
+from server.schemas.answers.text import Detokenized, TokenizerInfo, Tokens
 from server.schemas.text import DetokenizeRequest, TokenizeRequest
 from server.selection import find_model, selected
-from server.streaming import json_bytes
+from server.streaming import json_answer
 
 if TYPE_CHECKING:
     from reft_runtime.front.admission import Prompt
@@ -25,8 +26,9 @@ router = APIRouter(tags=["text"])
 
 @router.post(
     "/tokenize",
+    summary="Turn a text or a chat into token ids",
     openapi_extra=takes(TokenizeRequest, {"prompt": "Who are you?"}),
-    response_model=dict[str, Any],
+    responses=answers(Tokens),
 )
 async def tokenize(
     context: Current, body: Annotated[TokenizeRequest, Depends(json_body(TokenizeRequest))]
@@ -49,28 +51,34 @@ async def tokenize(
                 add_special_tokens=body.add_special_tokens,
                 caller=caller_of(context),
             )
-        written: dict[str, Any] = {
+        written: Tokens = {
             "tokens": tokens,
             "count": len(tokens),
             "max_model_len": engine.info.max_model_len,
         }
         if body.return_token_strs:
             written["token_strs"] = tokenizer.token_strings(tokens)
-        return _answer(written)
+        # In the thread that made it: it may have megabytes.
+        return json_answer(written)
 
     return await context.work(work)
 
 
-@router.get("/tokenizer_info")
-async def tokenizer_info(context: Current) -> dict[str, Any]:
+@router.get(
+    "/tokenizer_info",
+    summary="Get the special tokens and the chat template",
+    responses=answers(TokenizerInfo),
+)
+async def tokenizer_info(context: Current) -> Response:
     """Special tokens and chat template, for clients that lay prompts out themselves."""
-    return await asyncio.to_thread(context.engine.tokenizer.describe)
+    return json_answer(await asyncio.to_thread(context.engine.tokenizer.describe))
 
 
 @router.post(
     "/detokenize",
+    summary="Turn token ids into text",
     openapi_extra=takes(DetokenizeRequest, {"tokens": [14735, 359, 346]}),
-    response_model=dict[str, str],
+    responses=answers(Detokenized),
 )
 async def detokenize(
     context: Current, body: Annotated[DetokenizeRequest, Depends(json_body(DetokenizeRequest))]
@@ -84,13 +92,8 @@ async def detokenize(
             raise InvalidRequest(f"tokens: ids must be below {size}.", param="tokens")
         find_model(context, body.model or engine.info.model)
         special = body.skip_special_tokens
-        return _answer(
-            {"prompt": engine.tokenizer.decode(body.tokens, skip_special_tokens=special)}
-        )
+        text = engine.tokenizer.decode(body.tokens, skip_special_tokens=special)
+        written: Detokenized = {"prompt": text}
+        return json_answer(written)
 
     return await context.work(work)
-
-
-def _answer(written: dict[str, Any]) -> Response:
-    """The answer, written in the thread that made it: it may have megabytes."""
-    return Response(json_bytes(written), media_type="application/json")

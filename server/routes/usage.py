@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from datetime import UTC, date, datetime
-from typing import Annotated, Any
+from typing import Annotated, cast
 
 from fastapi import APIRouter, Query, Request
 from fastapi.responses import Response
 
 from reft_runtime.errors import InvalidRequest, Overloaded
 from server.context import Context, Current
+from server.openapi import answers
+from server.schemas.answers.operations import UsageReport, UsageRow, UsageTotal
 from server.streaming import json_bytes
 from server.tenants import usage
 from server.tenants.usage import GROUPS, Counts, Found, Group
@@ -24,7 +26,7 @@ MAX_ROWS = 100_000
 """Most rows of an answer; a bill is never cut off silently."""
 
 
-@router.get("/v1/usage", response_model=None)
+@router.get("/v1/usage", summary="Get what was used", responses=answers(UsageReport))
 async def get_usage(
     request: Request,
     context: Current,
@@ -95,7 +97,7 @@ def _written(context: Context, query: usage.Query, found: Found) -> bytes:
     return json_bytes(_answer(context, query, found))
 
 
-def _answer(context: Context, query: usage.Query, found: Found) -> dict[str, Any]:
+def _answer(context: Context, query: usage.Query, found: Found) -> UsageReport:
     total = Counts()
     if found.rows:
         total = Counts(*map(sum, zip(*(counts for _, counts in found.rows), strict=True)))
@@ -106,9 +108,19 @@ def _answer(context: Context, query: usage.Query, found: Found) -> dict[str, Any
         "since": found.since,
         "kept": context.settings.state_dir is not None,
         "problem": context.usage.problem,
-        "data": [
-            dict(zip(query.groups, groups, strict=True)) | counts._asdict()
-            for groups, counts in found.rows
-        ],
-        "total": total._asdict(),
+        "data": [_row(query.groups, groups, counts) for groups, counts in found.rows],
+        "total": _total(total),
+    }
+
+
+def _row(groups: Sequence[Group], values: Sequence[str], counts: Counts) -> UsageRow:
+    return cast(UsageRow, {**dict(zip(groups, values, strict=True)), **_total(counts)})
+
+
+def _total(counts: Counts) -> UsageTotal:
+    return {
+        "requests": counts.requests,
+        "prompt_tokens": counts.prompt_tokens,
+        "cached_tokens": counts.cached_tokens,
+        "completion_tokens": counts.completion_tokens,
     }

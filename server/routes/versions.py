@@ -6,7 +6,7 @@ The kept versions and the way back to one, and whether tensors are in memory.
 from __future__ import annotations
 
 import time
-from typing import Annotated, Any
+from typing import Annotated
 
 from fastapi import APIRouter, Depends, Request
 from fastapi.responses import Response
@@ -14,26 +14,37 @@ from fastapi.responses import Response
 from server.body import json_body
 from server.context import Current
 from server.entries import change_answer, entry_answer, version_fields
-from server.openapi import takes
+from server.openapi import OF_CHANGES, answers, refuses, takes
 from server.routes.interventions import expected_digests
+from server.schemas.answers.interventions import InterventionEntry, InterventionVersions
 from server.schemas.interventions import RollbackRequest
+from server.streaming import json_answer
 
 router = APIRouter(prefix="/v1/interventions", tags=["interventions"])
 
 Rollback = Annotated[RollbackRequest, Depends(json_body(RollbackRequest, required=False))]
 
 
-@router.get("/{name}/versions")
-async def list_versions(context: Current, name: str) -> dict[str, Any]:
+@router.get(
+    "/{name}/versions",
+    summary="List an intervention's versions",
+    responses=answers(InterventionVersions),
+)
+async def list_versions(context: Current, name: str) -> Response:
     """All versions of a name that requests can use, the current one first."""
     versions = await context.administer(context.registry.versions_of, name)
-    return {"object": "list", "data": [version_fields(version) for version in versions]}
+    lines = [version_fields(version) for version in versions]
+    listed: InterventionVersions = {"object": "list", "data": lines}
+    return json_answer(listed)
 
 
 @router.post(
     "/{name}/rollback",
-    openapi_extra=takes(RollbackRequest, {"digest": "0a1b2c3d"}, required=False),
-    response_model=None,
+    summary="Roll an intervention back",
+    openapi_extra=takes(
+        RollbackRequest, {"digest": "0a1b2c3d"}, required=False, headers=["If-Match"]
+    ),
+    responses=answers(InterventionEntry, headers=OF_CHANGES) | refuses(412, 507),
 )
 async def roll_back(request: Request, context: Current, name: str, body: Rollback) -> Response:
     """Serve a kept version of an upload again: that of `digest`, by default the previous one.
@@ -48,7 +59,11 @@ async def roll_back(request: Request, context: Current, name: str, body: Rollbac
     return change_answer(context, made)
 
 
-@router.post("/{name}/pin", response_model=None)
+@router.post(
+    "/{name}/pin",
+    summary="Pin an intervention",
+    responses=answers(InterventionEntry, headers=OF_CHANGES) | refuses(507),
+)
 async def pin(context: Current, name: str) -> Response:
     """Read the tensors of this name, and keep them in memory until it is unpinned.
 
@@ -57,13 +72,21 @@ async def pin(context: Current, name: str) -> Response:
     return change_answer(context, await context.make(context.registry.pin, name))
 
 
-@router.post("/{name}/unpin", response_model=None)
+@router.post(
+    "/{name}/unpin",
+    summary="Unpin an intervention",
+    responses=answers(InterventionEntry, headers=OF_CHANGES) | refuses(507),
+)
 async def unpin(context: Current, name: str) -> Response:
     """Let the tensors of this name be evicted again; they stay in memory while there is room."""
     return change_answer(context, await context.make(context.registry.unpin, name))
 
 
-@router.post("/{name}/warm", response_model=None)
+@router.post(
+    "/{name}/warm",
+    summary="Read an intervention's tensors",
+    responses=answers(InterventionEntry, headers=["etag"]),
+)
 async def warm(context: Current, name: str) -> Response:
     """Read the tensors of this name now, so that no request has to wait for them."""
     return entry_answer(context, await context.change(context.registry.warm, name))

@@ -14,7 +14,7 @@ from reft_runtime.errors import ReftError
 from server.body import json_body
 from server.context import Current
 from server.entries import behind_headers
-from server.openapi import takes
+from server.openapi import FILE_ERRORS, answers_text, refuses, takes
 from server.schemas.interventions import LoadRequest, UnloadRequest
 
 router = APIRouter(prefix="/v1", tags=["vllm"])
@@ -24,6 +24,9 @@ _FIELDS = {"name": "lora_name", "path": "lora_path"}
 
 @router.post(
     "/load_lora_adapter",
+    summary="Serve a file, as vLLM's route",
+    response_class=PlainTextResponse,
+    responses=answers_text() | refuses(*FILE_ERRORS, 412),
     openapi_extra=takes(LoadRequest, {"lora_name": "polite", "lora_path": "polite.safetensors"}),
 )
 async def load_lora_adapter(
@@ -37,7 +40,13 @@ async def load_lora_adapter(
     return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' added successfully.")
 
 
-@router.post("/unload_lora_adapter", openapi_extra=takes(UnloadRequest, {"lora_name": "polite"}))
+@router.post(
+    "/unload_lora_adapter",
+    summary="Stop serving a name, as vLLM's route",
+    response_class=PlainTextResponse,
+    responses=answers_text(headers=["x-replicas-behind"]) | refuses(507),
+    openapi_extra=takes(UnloadRequest, {"lora_name": "polite"}),
+)
 async def unload_lora_adapter(
     context: Current, body: Annotated[UnloadRequest, Depends(json_body(UnloadRequest))]
 ) -> PlainTextResponse:

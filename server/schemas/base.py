@@ -16,6 +16,10 @@ def _describe_nulls(schema: dict[str, Any]) -> None:
             for key in ("default", "description", "title"):
                 if key in kind:
                     schema["properties"][name][key] = kind.pop(key)
+        if isinstance(schema["properties"][name].get("default"), dict):
+            # Generators of clients fail at objects for defaults; it is the object that asks for
+            # nothing.
+            del schema["properties"][name]["default"]
     schema["additionalProperties"] = {"type": "null"}
 
 

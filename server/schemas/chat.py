@@ -180,15 +180,18 @@ class ChatLayout(RequestBody):
 def check_either(body: ChatLayout, other: str, *more: str) -> None:
     """Raise `InvalidRequest` unless `body` has either its field `other` or its `messages`.
 
-    The fields of a layout, and `more`, need messages.
+    The fields of a layout, and `more`, need messages; their defaults, which generated clients send,
+    ask for nothing.
     """
     chats = getattr(body, "messages", None) is not None
     if chats == (getattr(body, other) is not None):
         raise InvalidRequest(f"Give either {other} or messages.", param=other)
-    given = body.model_fields_set & {*ChatLayout.model_fields, *more}
-    if given and not chats:
-        name = min(given)
-        raise InvalidRequest(f"{name} needs messages.", param=name)
+    if chats:
+        return
+    fields = type(body).model_fields
+    for name in sorted({*ChatLayout.model_fields, *more}):
+        if getattr(body, name) != fields[name].default:
+            raise InvalidRequest(f"{name} needs messages.", param=name)
 
 
 class ChatRequest(SamplingBody, ChatLayout, ToolFields):

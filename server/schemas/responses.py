@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, field_validator
+from pydantic.json_schema import SkipJsonSchema
 from pydantic_core import PydanticCustomError
 
 from reft_runtime.sampling import MAX_LOGPROBS
@@ -115,7 +116,7 @@ InputItem = Annotated[
     | Annotated[FunctionCallItem, Tag("a function_call")]
     | Annotated[FunctionCallOutputItem, Tag("a function_call_output")]
     | Annotated[ReasoningItem, Tag("a reasoning")]
-    | Annotated[UnknownItem, Tag("any other")],
+    | Annotated[SkipJsonSchema[UnknownItem], Tag("any other")],
     Discriminator(_kind),
 ]
 

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from server.marks import held
+from server.schemas.answers.chat import ChatEnd, ChatToolCall
 from server.tools.formats import Format
 
 MAX_OPENING = 256
@@ -74,7 +75,7 @@ class ToolReader(ABC):
         self._space = ""
         return list(_joined(iter(deltas)))
 
-    def finish_reason(self, reason: str | None) -> str | None:
+    def finish_reason(self, reason: ChatEnd | None) -> ChatEnd | None:
         """OpenAI's reason why the choice ended, from the engine's; asked for after `finish`.
 
         A call that a stop string cut is none that could be made.
@@ -172,15 +173,17 @@ class ToolReader(ABC):
             yield {"content": said}
 
 
-def whole(reader: ToolReader, text: str) -> tuple[str | None, list[dict[str, Any]]]:
+def whole(reader: ToolReader, text: str) -> tuple[str | None, list[ChatToolCall]]:
     """Content (None if there is none) and calls of a whole answer, by a reader of its own."""
     content: list[str] = []
-    calls: list[dict[str, Any]] = []
+    calls: list[ChatToolCall] = []
     for delta in reader.push(text) + reader.finish():
         content.append(delta.get("content", ""))
         for piece in delta.get("tool_calls", ()):
             if "id" in piece:
-                calls.append({key: piece[key] for key in ("id", "type", "function")})
+                calls.append(
+                    {"id": piece["id"], "type": piece["type"], "function": piece["function"]}
+                )
             else:
                 calls[-1]["function"]["arguments"] += piece["function"]["arguments"]
     said = "".join(content)

@@ -319,7 +319,11 @@ def test_sweep(url: str, options: list[str], tmp_path: Path) -> None:
     assert {point["metric"] for point in points} == {"accuracy"}
     assert all(point["score"] in (0, 0.25, 0.5, 0.75, 1) for point in points)
     assert "strength" in picture.read_text()
+    assert isinstance(reft(*common, "--json", "--plot", "-").exception, ConfigError)
+    drawn = reft(*common, "--url", url, "--plot", "-")
+    assert drawn.stdout_bytes.startswith(b"\x89PNG")
     shown = reft(*common, *options)
+    assert drawn.stderr == shown.stdout
     head, *lines = shown.stdout.splitlines()
     assert head.split() == ["strength", "tokens", "first", "mean", "answer"]
     assert [line.split()[:2] for line in lines[:3]] == [["-1", "4"], ["0", "4"], ["1", "4"]]

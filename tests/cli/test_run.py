@@ -80,6 +80,21 @@ def test_answers_and_refusals_in_the_order_of_the_requests(url: str, tmp_path: P
     assert all(one["response"]["request_id"] and one["error"] is None for one in found)
 
 
+def test_a_hyphen_is_standard_output(
+    url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    file = place(tmp_path / "requests.jsonl", request("\u65e5"), request("b", "nope"))
+    for _ in range(2):
+        ended = reft(url, file, "--out", "-")
+        assert ended.exit_code == 1
+        found = [json.loads(line) for line in ended.stdout_bytes.decode().splitlines()]
+        assert [one["custom_id"] for one in found] == ["\u65e5", "b"]
+        assert ended.stderr.startswith("standard output: 2 answers; 1 were refused")
+    assert [path.name for path in tmp_path.iterdir()] == [file.name]
+    assert isinstance(reft(url, file, "--out", "-", "--json").exception, ConfigError)
+
+
 def test_it_goes_on_where_it_was_stopped(url: str, engine: FakeEngine, tmp_path: Path) -> None:
     asked = [request("r0", "nope"), *(request(f"r{n}") for n in range(1, 6))]
     file, out = place(tmp_path / "requests.jsonl", *asked), tmp_path / "out.jsonl"

@@ -54,8 +54,11 @@ def test_a_table_is_trained_without_options(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     base = folder(tmp_path / "model")
-    done = run("train", tickets, "--model", base, "--steps", 1, "--dtype", "float32")
+    common = ("--model", base, "--steps", 1, "--dtype", "float32")
+    done = run("train", tickets, *common, "--plot", "-")
     assert done.exception is None
+    assert done.stdout_bytes.startswith(b"\x89PNG")
+    assert "tickets.safetensors: " in done.stderr
     assert "tickets: 24 rows, 2 labels: the 12, and 12" in done.stderr
     assert " tokens, 1,040 trained parameters, 1 step\n" in done.stderr
     manifest = parse(read(tmp_path / "tickets.safetensors")).manifest

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import AsyncExitStack, aclosing, asynccontextmanager
 from functools import partial
 from typing import Any
@@ -15,6 +15,7 @@ from server.cluster.peers import Answer
 from server.cluster.replica import Replica
 from server.connections import Limits
 from server.settings import Settings
+from tests.helpers.published import check_published
 from tests.http.fake_engine import FakeEngine
 
 
@@ -95,9 +96,10 @@ async def cluster_of(settings: Settings, *names: str) -> AsyncIterator[Cluster]:
 def client_of(
     cluster: Cluster, settings: Settings, limits: Limits | None = None
 ) -> httpx.AsyncClient:
-    """A client of a front of the cluster."""
+    """A client of a front of the cluster; its answers are as published."""
+    hooks: dict[str, list[Callable[..., Any]]] = {"response": [check_published]}
     transport = httpx.ASGITransport(Front(cluster, settings, limits), raise_app_exceptions=False)
-    return httpx.AsyncClient(transport=transport, base_url="http://front")
+    return httpx.AsyncClient(transport=transport, base_url="http://front", event_hooks=hooks)
 
 
 def counted(text: str, name: str) -> Mapping[str, float]:

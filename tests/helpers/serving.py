@@ -13,6 +13,8 @@ import httpx
 import uvicorn
 from fastapi import FastAPI
 
+from tests.helpers.published import check_published
+
 
 @contextmanager
 def listening(server: uvicorn.Server) -> Iterator[str]:
@@ -30,10 +32,9 @@ def listening(server: uvicorn.Server) -> Iterator[str]:
 
 
 @asynccontextmanager
-async def client_of(
-    app: FastAPI, **hooks: list[Callable[..., Any]]
-) -> AsyncIterator[httpx.AsyncClient]:
-    """A client of the app in this event loop, without a socket; `hooks` are httpx's."""
+async def client_of(app: FastAPI) -> AsyncIterator[httpx.AsyncClient]:
+    """A client of the app in this event loop, without a socket; its answers are as published."""
+    hooks: dict[str, list[Callable[..., Any]]] = {"response": [check_published]}
     transport = httpx.ASGITransport(app, raise_app_exceptions=False)
     async with (
         app.router.lifespan_context(app),

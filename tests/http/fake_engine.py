@@ -109,7 +109,8 @@ class FakeTokenizer:
         return None
 
     def describe(self) -> dict[str, Any]:
-        return {"tokenizer_class": "FakeTokenizer"}
+        sizes = {"vocab_size": 256, "model_max_length": 64}
+        return {"tokenizer_class": "FakeTokenizer", **sizes, "chat_template": None}
 
     def token_strings(self, ids: Sequence[int]) -> list[str]:
         return [self.token_text(token) for token in ids]

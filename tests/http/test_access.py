@@ -267,17 +267,14 @@ async def test_description(client: httpx.AsyncClient) -> None:
     reference = body["content"]["application/json"]["schema"]["$ref"]
     assert reference == "#/components/schemas/CompletionRequest"
     for reference in references(document):
-        assert reference.removeprefix("#/components/schemas/") in document["components"]["schemas"]
-    for path in document["paths"].values():
-        for operation in path.values():
-            assert operation["operationId"]
-            assert operation["responses"]
+        _, _, kind, name = reference.split("/")
+        assert name in document["components"][kind]
 
 
 async def test_the_description_has_the_errors_and_nulls(client: httpx.AsyncClient) -> None:
     document = (await client.get("/openapi.json")).json()
     for path, method, statuses in (
-        ("/v1/completions", "post", {200, 400, 401, 404, 405, 408, 413, 415, 431, 500, 503}),
+        ("/v1/completions", "post", {200, 400, 401, 404, 408, 413, 415, 431, 500, 503}),
         ("/v1/interventions/{name}", "put", {200, 201, 400, 401, 404, 409, 413, 500, 503, 507}),
         ("/v1/interventions/{name}", "get", {200, 400, 401, 404, 500, 503}),
         ("/v1/load_lora_adapter", "post", {200, 400, 401, 404, 409, 413, 415, 500, 503}),

@@ -270,6 +270,9 @@ def test_metrics_port() -> None:
         assert without_times(other.text) == without_times(ours.text)
         assert other.headers["content-type"] == ours.headers["content-type"]
         assert "\nreft:num_requests_running 0.0\n" in ours.text
+        for path, status in (("metrics", 200), ("v1/models", 404)):
+            head = httpx.head(f"http://127.0.0.1:{port}/{path}")
+            assert (head.status_code, head.content) == (status, b"")
         assert httpx.get(f"http://127.0.0.1:{port}/v1/models").status_code == 404
         server.process.send_signal(signal.SIGTERM)
         assert server.end() == 0

@@ -231,6 +231,9 @@ def test_the_reference_shows_every_route_and_its_fields(tab: Tab) -> None:
     assert "922337203685477" not in said["priority"]
     assert "must be empty" in said["bad_words"]
     expect(page.locator(".operation[open] .code")).to_contain_text("Who are you?")
+    answers = page.locator(".operation[open] .answers")
+    answers.get_by_text("text/event-stream").click()
+    expect(answers.get_by_role("heading", name="ChatCompletionChunk")).to_be_visible()
     page.get_by_role("link", name="Compare").click()
     expect(page.get_by_role("region", name="Column A")).to_be_visible()
 

@@ -94,7 +94,7 @@ function Operation({ path, method, operation, found }) {
       <summary>
         <span class=${`method ${method}`}>${method.toUpperCase()}</span>
         <code>${path}</code>
-        <span class="muted">${prose(description.split(/[.:]\s/)[0].replace(/\.$/, ""))}</span>
+        <span class="muted">${operation.summary}</span>
       </summary>
       <div class="stack">
         <p class="prose">${prose(description)}</p>
@@ -113,9 +113,21 @@ function Operation({ path, method, operation, found }) {
         <dl class="answers">
           ${Object.entries(responses).map(([status, response]) => html`
             <div key=${status}><dt class=${status < 400 ? "good" : ""}>${status}</dt>
-              <dd>${response.description}</dd></div>`)}
+              <dd>${prose(response.description)}
+                ${status < 400 && Object.entries(response.content ?? {}).map(([type, { schema }]) => html`
+                  <${Content} key=${type} type=${type} schema=${schema} found=${found} />`)}</dd></div>`)}
         </dl>
       </div>
+    </details>`;
+}
+
+/** What an answer of one type holds, folded out: one of several schemas in a stream of events. */
+function Content({ type, schema, found }) {
+  return html`
+    <details><summary>${type}</summary>
+      ${choices(schema).map((one) => html`
+        ${one.$ref && html`<h4>${typeName(one, found)}</h4>`}
+        <${Fields} schema=${one} found=${found} />`)}
     </details>`;
 }
 
