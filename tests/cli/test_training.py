@@ -94,11 +94,11 @@ def test_mistakes_are_told_before_the_model_is_loaded(
     steer = ("direction", tmp_path / "t", tmp_path / "t", "--layer", 1, "--model", base)
     assert "is a folder" in refused(*steer, "--out", "taken.safetensors")
     assert "out: name the file" in refused(*steer)
-    steer = (*steer[:3], "--model", base)
-    assert "layer: say which layer is steered; --layers all" in refused(*steer, "--out", "x")
-    assert "out: --layers writes no file" in refused(*steer, "--layers", "all", "--out", "x")
-    assert "layers: 4; model has 0 to 3" in refused(*steer, "--layers", "1,4")
-    assert "layers: write all, or numbers" in refused(*steer, "--layers", "last")
+    texts = ("direction", tmp_path / "t", tmp_path / "t", "--model", base)
+    assert "layer: say which layer is steered; --layers all" in refused(*texts, "--out", "x")
+    assert "out: --layers writes no file" in refused(*texts, "--layers", "all", "--out", "x")
+    assert "layers: 4; model has 0 to 3" in refused(*texts, "--layers", "1,4")
+    assert "layers: write all, or numbers" in refused(*texts, "--layers", "last")
 
 
 def test_a_folder_that_is_not_writable(

@@ -196,7 +196,7 @@ async def test_a_trace_is_what_compare_says(http: httpx.AsyncClient, tiny_engine
 async def test_a_trace_along_says_where_rows_lie(
     http: httpx.AsyncClient, tiny_engine: Engine
 ) -> None:
-    uses = [{"name": "loreft", "strength": 0}, {"name": "steering"}]
+    uses: list[dict[str, Any]] = [{"name": "loreft", "strength": 0}, {"name": "steering"}]
     [wanted] = tiny_engine.compare(
         TOKENS, [(Use("loreft", 0), Use("steering"))], GREEDY, trace="along"
     )[1:]
