@@ -14,6 +14,9 @@ if TYPE_CHECKING:
 
 FinishReason = Literal["stop", "length"]
 
+Tracing = Literal[False, True, "along"]
+"""Whether a request is traced; `along` also tells where rows lie along the edits' directions."""
+
 _SHOWN_LABELS = 5
 """Labels in the representation of a classification."""
 
@@ -160,8 +163,22 @@ class EditTrace:
 
 
 @dataclass(frozen=True, slots=True)
+class EditAlong(EditTrace):
+    """What one edit did to one row, and where the row lies along the edit's directions.
+
+    `before` and `after` are the row's coordinates before and after the edit: its product with each
+    direction, taken at length 1. Directions are the rows of R, or what stands for it (W2, or the
+    one vector that is added), in ascending order where a request names some. At strength 0 the
+    row is read and not changed.
+    """
+
+    before: tuple[float, ...]
+    after: tuple[float, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class TracedEdit:
-    """What one edit did in one step: `EditTrace` for several positions."""
+    """What one edit did in one step: `EditTrace`, or `EditAlong`, for several positions."""
 
     intervention: int
     edit: int
@@ -169,12 +186,15 @@ class TracedEdit:
     component: str
     positions: tuple[int, ...]
     relative_sizes: tuple[float, ...]
+    before: tuple[tuple[float, ...], ...] = ()
+    after: tuple[tuple[float, ...], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Trace:
     """What a request's interventions did: every edit of every row, and the outcome.
 
+    `edits` are `EditAlong` if the request asks for a trace `along`.
     `kl` is the Kullback-Leibler divergence, in nats, of the distribution of the first generated
     token from the base model's after the same prompt. `log_ratios` has, for each choice, one number
     per token, an ending EOS or stop id included: the token's log-probability with the edits minus

@@ -70,7 +70,7 @@ class Job:
     @property
     def trace(self) -> bool:
         """Whether the request is traced."""
-        return self.prepared[0].request.trace
+        return bool(self.prepared[0].request.trace)
 
     @property
     def prompt_tokens(self) -> int:

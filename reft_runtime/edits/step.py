@@ -148,7 +148,7 @@ class StepEdits:
         length = chunk.sequence.prompt_length
         edited: dict[Site, list[set[int]]] = {}  # by pass, the rows of this chunk
         for intervention, applied in enumerate(chunk.sequence.request.interventions):
-            if not applied.strength:
+            if not chunk.sequence.request.touches(applied):
                 continue
             for index, edit in enumerate(applied.edits):
                 offsets = edit.positions.offsets(length, chunk.start, chunk.stop)
@@ -232,8 +232,9 @@ class StepEdits:
 
     def _apply_pass(self, segments: list[Segment], hidden: Tensor) -> None:
         """Compute all segments' new rows before any is written: a failure changes nothing."""
-        short = [segment for segment in segments if _batches(segment)]
-        results = [_edit_alone(s, hidden, self.sent) for s in segments if not _batches(s)]
+        changing = [segment for segment in segments if segment.strength]  # others are only read
+        short = [segment for segment in changing if _batches(segment)]
+        results = [_edit_alone(s, hidden, self.sent) for s in changing if not _batches(s)]
         traced = [segment for segment in segments if _traced(segment)]
         before = [hidden[segment.rows].float() for segment in traced]
         by_rows = hidden.is_cpu and cpu_operators() is not None
@@ -248,7 +249,11 @@ class StepEdits:
         sizes = (new - old).norm(dim=-1) / old.norm(dim=-1)
         positions = tuple(row - segment.shift for row in segment.rows)
         site = segment.edit.layer, segment.edit.component
-        traced = TracedEdit(*segment.source, *site, positions, tuple(sizes.tolist()))
+        along: list[tuple[tuple[float, ...], ...]] = []
+        if segment.sequence.request.trace == "along":
+            read = segment.edit.coordinates(torch.stack((old, new))).tolist()
+            along = [tuple(map(tuple, rows)) for rows in read]
+        traced = TracedEdit(*segment.source, *site, positions, tuple(sizes.tolist()), *along)
         self.traces.setdefault(segment.sequence, []).append(traced)
 
 

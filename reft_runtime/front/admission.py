@@ -18,13 +18,13 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeGuard, cast
 
 from reft_runtime.caller import ANYONE, Caller
 from reft_runtime.errors import InvalidRequest, NotFound
-from reft_runtime.front.bounds import bounded, check_labels, check_length
+from reft_runtime.front.bounds import bounded, check_labels, check_length, traced
 from reft_runtime.front.labels import LabelTokens, labels_of
 from reft_runtime.front.prepared import Prepared
 from reft_runtime.front.prompt_form import Encoder, PromptForm
 from reft_runtime.front.thoughts import behind, marked, thinking
 from reft_runtime.grammar import GrammarCompiler
-from reft_runtime.outputs import EngineInfo
+from reft_runtime.outputs import EngineInfo, Tracing
 from reft_runtime.sampling import Grammar, SamplingParams
 from reft_runtime.schedule.request import AppliedIntervention, Request
 from reft_runtime.use import MAX_INTERVENTIONS, Use
@@ -131,7 +131,7 @@ class Admission:
         request_id: str | None = None,
         caller: Caller = ANYONE,
         priority: int = 0,
-        trace: bool = False,
+        trace: Tracing = False,
         thinks: bool = False,
         holding: Holding | None = None,
     ) -> list[Prepared]:
@@ -145,6 +145,10 @@ class Admission:
         `InvalidRequest` and the errors that the class names; then nothing is held.
         """
         self._check_sampling(sampling)
+        if trace not in (False, True, "along"):
+            raise InvalidRequest(
+                f"trace: give True, False or 'along', not {repr(trace)[:40]}.", param="trace"
+            )
         asked = sampling.grammar
         grammar = None if asked is None else self._grammars.start(asked, caller.tenant)
         with self._held(uses, caller, holding) as versions:
@@ -157,7 +161,7 @@ class Admission:
                 check_length(len(tokens), sampling.max_tokens, limit, _field(prompt))
                 encoded.append(tokens)
             applied = tuple(map(_applied, range(len(uses)), versions, uses))
-            edited = [edit.positions for one in applied if one.strength for edit in one.edits]
+            edited = traced(applied, trace) if trace else []
             lengths = [len(tokens) for tokens in encoded]
             limits = bounded(
                 lengths,
@@ -165,7 +169,7 @@ class Admission:
                 sampling,
                 edited,
                 most=caller.max_tokens,
-                trace=trace,
+                trace=bool(trace),
             )
             begun = _begun(encoded, applied, caller, priority, request_id)
             thoughts = [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 from reft_runtime.engine.events import (
     Event,
@@ -16,7 +17,7 @@ from reft_runtime.engine.events import (
     Traced,
 )
 from reft_runtime.errors import InvalidRequest, OutOfMemory, RequestFailed
-from reft_runtime.outputs import ChoiceDelta, EditTrace, TokenLogprob, Trace
+from reft_runtime.outputs import ChoiceDelta, EditAlong, EditTrace, TokenLogprob, Trace
 from reft_runtime.schedule.request import Request
 from reft_runtime.text import TextStream, Tokenizer
 
@@ -47,7 +48,7 @@ class Assembler:
         """Log-probabilities of the request's labels, in their order, once it is done."""
         self._explained: Explained | None = None
         self._made = [0] * sampling.n
-        self._edits: dict[tuple[int, int, int, str], dict[int, float]] = {}
+        self._edits: dict[tuple[int, int, int, str], dict[int, tuple[Any, ...]]] = {}
         self._abort_choice = abort_choice
         self._include_stop = sampling.include_stop_str_in_output
         self._texts = {
@@ -90,10 +91,11 @@ class Assembler:
         )
 
     def _edit_traces(self) -> tuple[EditTrace, ...]:
+        kind = EditAlong if self.request.trace == "along" else EditTrace
         found = [
-            EditTrace(*edit, position=position, relative_size=size)
-            for edit, sizes in self._edits.items()
-            for position, size in sizes.items()
+            kind(*edit, position, *told)
+            for edit, rows in self._edits.items()
+            for position, told in rows.items()
         ]
         return tuple(sorted(found, key=lambda e: (e.position, e.intervention)))
 
@@ -121,10 +123,12 @@ class Assembler:
             case Traced():
                 # A preempted prompt is computed and edited again, with the same rows and sizes.
                 for e in event.edits:
-                    sizes = self._edits.setdefault(
+                    rows = self._edits.setdefault(
                         (e.intervention, e.edit, e.layer, e.component), {}
                     )
-                    sizes.update(zip(e.positions, e.relative_sizes, strict=True))
+                    along = (e.before, e.after) if e.before else ()
+                    told = zip(e.relative_sizes, *along, strict=True)
+                    rows.update(zip(e.positions, told, strict=True))
             case Explained():
                 self._explained = event
             case LabelsScored():

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
-from typing import Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from reft_runtime.errors import ContextLengthExceeded, InvalidRequest
+from reft_runtime.outputs import Tracing
 from reft_runtime.sampling import SamplingParams
 from reft_runtime.schedule.labels import LabelTree
+
+if TYPE_CHECKING:
+    from reft_runtime.schedule.request import AppliedIntervention
 
 MAX_SCORES = 200_000
 """Most log-probabilities of one request: its tokens times (1 + alternatives per token).
@@ -17,7 +21,17 @@ A trace adds one for each token of an answer: the base model's log-probability.
 """
 
 MAX_TRACED_ROWS = 16_384
-"""Most rows of one request's trace: the sum over its edits of the tokens that each edits."""
+"""Most rows of one request's trace: the sum over its edits of the tokens that each edits.
+
+In a trace `along` each counts once for each direction of its edit.
+"""
+
+
+class Traced(NamedTuple):
+    """The positions of an edit that a trace tells of, and what each of its rows counts."""
+
+    positions: _Positions
+    weight: int
 
 
 class _Positions(Protocol):
@@ -25,6 +39,21 @@ class _Positions(Protocol):
     def edits_decode(self) -> bool: ...
 
     def count(self, n: int) -> int: ...
+
+
+def traced(uses: Iterable[AppliedIntervention], trace: Tracing) -> list[Traced]:
+    """What a trace tells of; raises `InvalidRequest` for what cannot be read along."""
+    found = []
+    for edit in (edit for use in uses if use.strength or trace == "along" for edit in use.edits):
+        weight = len(edit.axes) if trace == "along" else 1
+        if not weight:
+            raise InvalidRequest(
+                f"trace: the edit of layer {edit.layer} has no directions, along which its rows"
+                " could be read; trace it with true.",
+                param="trace",
+            )
+        found.append(Traced(edit.positions, weight))
+    return found
 
 
 def check_length(prompt: int, max_tokens: int | None, limit: int, field: str) -> None:
@@ -73,7 +102,7 @@ def bounded(
     prompts: Sequence[int],
     limit: int,
     sampling: SamplingParams,
-    edited: Sequence[_Positions],
+    edited: Sequence[Traced],
     *,
     most: int | None = None,
     trace: bool,
@@ -81,8 +110,7 @@ def bounded(
     """Yield the settings for each prompt; `prompts` are the lengths in tokens.
 
     The bounds count all prompts together. A `max_tokens` of None becomes the most that the bounds
-    and `limit`, the model's length, allow, and at most `most`. `edited` are the positions of each
-    edit. Raises `InvalidRequest`.
+    and `limit`, the model's length, allow, and at most `most`. Raises `InvalidRequest`.
     """
     given, rows = sampling.max_tokens is not None, 0
     for prompt in prompts:
@@ -132,14 +160,14 @@ def _bound_scores(
 
 
 def _bound_trace(
-    edited: Sequence[_Positions], prompt: int, sampling: SamplingParams, *, given: bool, taken: int
+    edited: Sequence[Traced], prompt: int, sampling: SamplingParams, *, given: bool, taken: int
 ) -> tuple[int, SamplingParams]:
     """The most rows that a trace may have after this prompt, `taken` included, and the settings.
 
     `given` says whether the caller chose `max_tokens`; if not, it becomes what the bound allows.
     """
-    rows = taken + sum(positions.count(prompt) for positions in edited)
-    each = sum(positions.edits_decode for positions in edited)
+    rows = taken + sum(one.weight * one.positions.count(prompt) for one in edited)
+    each = sum(one.weight * one.positions.edits_decode for one in edited)
     # The last token is never run through the model, so nothing edits it.
     made = max(0, (sampling.max_tokens or 0) - 1)
     if each and not given and rows <= MAX_TRACED_ROWS:
@@ -147,10 +175,12 @@ def _bound_trace(
         sampling = replace(sampling, max_tokens=made + 1)
     rows += each * made
     if rows > MAX_TRACED_ROWS:
+        several = any(one.weight > 1 for one in edited)
+        directions = ", once for each direction that is read along," if several else ""
         raise InvalidRequest(
-            f"trace: the edits times the tokens that they edit are {rows} rows, and one request "
-            f"gets at most {MAX_TRACED_ROWS}. Shorten the prompts or lower max_tokens, or trace "
-            "fewer interventions at once.",
+            f"trace: the edits times the tokens that they edit{directions} are {rows} rows, and "
+            f"one request gets at most {MAX_TRACED_ROWS}. Shorten the prompts or lower max_tokens, "
+            "or trace fewer interventions at once.",
             param="trace",
         )
     return rows, sampling

@@ -8,7 +8,7 @@ from contextlib import ExitStack, nullcontext
 from functools import partial, wraps
 from pathlib import Path
 from types import TracebackType
-from typing import Concatenate, ParamSpec, Self
+from typing import Concatenate, Literal, ParamSpec, Self
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -52,6 +52,7 @@ from reft_runtime.outputs import (
     EngineInfo,
     EngineStats,
     Generation,
+    Tracing,
 )
 from reft_runtime.parallel.launch import Launcher
 from reft_runtime.parallel.ranks import Ranks
@@ -306,12 +307,15 @@ class Engine:
         prompt: Prompt,
         interventions: Sequence[Uses],
         sampling: SamplingParams | None = None,
+        *,
+        trace: Literal[True, "along"] = True,
     ) -> Comparisons:
         """Answer one prompt with the base model and with each of `interventions`, and trace each.
 
         The base model comes first. Each trace says how far every edit moved every row, and how far
         the answer's tokens are from what the base model would say after the same ones. Decoding is
-        greedy unless `sampling` says otherwise.
+        greedy unless `sampling` says otherwise. A trace `along` also has each row's coordinates on
+        the edit's directions (`EditAlong`), and reads the rows of interventions of strength 0.
         """
         if not isinstance(interventions, list):  # a tuple would be one composition
             raise InvalidRequest(
@@ -323,7 +327,7 @@ class Engine:
         admit = self.admission.prepare
         columns = [uses_of(applied) for applied in (None, *interventions)]
         todo = [
-            Todo(uses, partial(admit, [prompt], settings, uses, trace=True)) for uses in columns
+            Todo(uses, partial(admit, [prompt], settings, uses, trace=trace)) for uses in columns
         ]
         return Comparisons(
             Comparison(tuple(use.label for use in uses), call.answer(), call.assembler.trace())
@@ -339,7 +343,7 @@ class Engine:
         request_id: str | None = None,
         caller: Caller = ANYONE,
         priority: int = 0,
-        trace: bool = False,
+        trace: Tracing = False,
     ) -> Stream:
         """Start one request, with `uses` applied in order; a `trace` is for `Stream.trace`.
 

@@ -26,12 +26,17 @@ _NAME = re.compile(r"direction\.(\d{1,5})")
 
 
 def import_control_vector(
-    source: str | Path, *, base: BaseShape, positions: str = "all", template: str | None = None
+    source: str | Path,
+    *,
+    base: BaseShape,
+    layer: int | None = None,
+    positions: str = "all",
+    template: str | None = None,
 ) -> Intervention:
-    """Read a GGUF file of directions, one for each block that is steered.
+    """Read a GGUF file of directions, one for each block that is steered; `layer` chooses one.
 
     Strength 1 is then their coefficient 1. `base` is the base model's shape
-    (`reft_runtime.base_shape`). Raises `InvalidFile`.
+    (`reft_runtime.base_shape`). Raises `InvalidFile`, and `ConfigError` for a wrong `layer`.
     """
     fields, directions = _read(Path(source))
     architecture = str(fields.get("general.architecture"))
@@ -43,27 +48,55 @@ def import_control_vector(
                 f"{source}: {name[:80]} is {str(value)[:80]!r}; only directions that are added can"
                 " be served."
             )
-    edits = []
+    vectors = {}
     for name, data in directions.items():
         match = _NAME.fullmatch(name)
         if match is None:
             raise InvalidFile(f"{source}: {name[:80]!r} is no direction of a block.")
-        layer = int(match[1])
-        if layer >= base.num_layers or data.shape != (base.hidden_size,):
+        block = int(match[1])
+        if block >= base.num_layers or data.shape != (base.hidden_size,):
             raise InvalidFile(
                 f"{source}: {name} has {' x '.join(map(str, data.shape))} numbers, but {base.model}"
                 f" has blocks 0 to {base.num_layers - 1}, {base.hidden_size} wide; check --base."
             )
         if data.dtype.kind != "f":
             raise InvalidFile(f"{source}: {name} is quantised; write it as F32.")
-        vector = torch.from_numpy(data.astype(np.float32))
-        if vector.any():  # blocks that are not steered may be there as zeros
-            edits.append(Edit(layer, positions, {"v": vector}, kind="steering"))
-    if not edits:
-        raise InvalidFile(f"{source}: has no direction that is not zero.")
-    edits.sort(key=lambda edit: edit.layer)
+        vectors[block] = torch.from_numpy(data.astype(np.float32))
+    edits = steering_edits(source, vectors, base, positions, layer)
     training = {"source": "control vector", "model_hint": fields.get(f"{architecture}.model_hint")}
     return Intervention.build(base, edits, template=template, training=training)
+
+
+def steering_edits(
+    source: str | Path,
+    vectors: Mapping[int, Tensor],
+    base: BaseShape,
+    positions: str,
+    layer: int | None,
+) -> list[Edit]:
+    """Edits that add vectors to the outputs of layers: all of them, or the one of `layer`.
+
+    `source` is where they are from. Raises `ConfigError` for a layer that is not there, and
+    `InvalidFile` for vectors that change nothing.
+    """
+    last = base.num_layers - 1
+    if layer is not None and not 0 <= layer <= last:
+        raise ConfigError(f"layer: {layer}; {base.model} has 0 to {last}.", param="layer")
+    if vectors and max(vectors) > last:
+        raise InvalidFile(
+            f"{source}: has layer {max(vectors)}, but {base.model} has 0 to {last}; check --base."
+        )
+    if layer is not None and layer not in vectors:
+        there = ", ".join(map(str, sorted(vectors)))
+        raise ConfigError(f"layer: {source} has none for {layer}, but for {there}.", param="layer")
+    edits = [
+        Edit(one, positions, {"v": vector.float()}, kind="steering")
+        for one, vector in sorted(vectors.items())
+        if layer in (None, one) and vector.any()  # layers that are not steered may be zeros
+    ]
+    if not edits:
+        raise InvalidFile(f"{source}: has no direction that is not zero.")
+    return edits
 
 
 def export_control_vector(intervention: Intervention, path: str | Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from reft_runtime.outputs import Tracing
 from reft_runtime.sampling import SamplingParams
 from reft_runtime.schedule.labels import LabelTree
 
@@ -36,7 +37,8 @@ class Request:
     `seed` is always set: the caller's, or one drawn when the request was made. `salt` separates
     tenants in cache keys. `tenant`, `weight` and `priority` decide when a request's turn comes:
     tenants share the engine by weight, and of one tenant the lowest priority goes first.
-    `interventions` are applied in order. With `trace` the engine tells what they did. If the
+    `interventions` are applied in order. With `trace` the engine tells what they did, and `along`
+    what rows it finds, also for those of strength 0. If the
     prompt's log-probabilities are asked for, its tokens from `scored_from` on are scored. `grammar`
     is the state in which each choice begins, None if answers are free. A request with `labels` is
     told their log-probabilities and makes no tokens: its sampling has a `max_tokens` of 0.
@@ -48,7 +50,7 @@ class Request:
     seed: int
     interventions: tuple[AppliedIntervention, ...] = ()
     salt: bytes = b""
-    trace: bool = False
+    trace: Tracing = False
     scored_from: int = 1
     given_id: str | None = None
     grammar: GrammarState | None = None
@@ -56,3 +58,7 @@ class Request:
     tenant: str = ""
     weight: float = 1.0
     priority: int = 0
+
+    def touches(self, applied: AppliedIntervention) -> bool:
+        """Whether one of the interventions changes rows, or they are read along its directions."""
+        return bool(applied.strength) or self.trace == "along"

@@ -66,7 +66,8 @@ class Sequence:
         self.decode_edits = tuple(
             applied
             for applied in self.request.interventions
-            if applied.strength and any(edit.positions.edits_decode for edit in applied.edits)
+            if self.request.touches(applied)
+            and any(edit.positions.edits_decode for edit in applied.edits)
         )
 
     def pass_lead(self) -> Sequence:

@@ -5,6 +5,7 @@ from reft_runtime.training.direction import direction
 from reft_runtime.training.evaluate import evaluate
 from reft_runtime.training.outcomes import Score
 from reft_runtime.training.report import Report
+from reft_runtime.training.separation import Separation, separations
 from reft_runtime.training.settings import TrainSettings
 from reft_runtime.training.train import Trained, train
 
@@ -12,10 +13,12 @@ __all__ = [
     "Check",
     "Report",
     "Score",
+    "Separation",
     "TrainSettings",
     "Trained",
     "check",
     "direction",
     "evaluate",
+    "separations",
     "train",
 ]

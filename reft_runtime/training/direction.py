@@ -8,20 +8,14 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from reft_runtime.base.shape import base_shape, shape_of
-from reft_runtime.edits.sites import Site
+from reft_runtime.base.shape import base_shape
 from reft_runtime.errors import ConfigError
-from reft_runtime.interventions import BaseShape, Edit, Intervention, Positions
-from reft_runtime.loading.base import load_base
+from reft_runtime.interventions import BaseShape, Edit, Intervention
 from reft_runtime.machine.cores import use_threads
-from reft_runtime.text import Tokenizer
-from reft_runtime.training.forward import Base
 from reft_runtime.training.settings import parsed_positions
-
-BATCH = 32
+from reft_runtime.training.states import states_of
 
 
 def read_texts(path: str | Path) -> list[str]:
@@ -91,75 +85,14 @@ def direction(
         )
 
     made(shape, torch.zeros(shape.hidden_size))  # what the format refuses is told before the load
-    name, loaded, own = load_base(model, tokenizer, dtype, None, differentiable=True)
-    try:
-        base, words = Base(loaded), Tokenizer(own, loaded.max_model_len)
-        base.sites.check(layer, "block_output", loaded.hidden_size)
-        means = []
-        for what, texts in (("positive", positive), ("negative", negative)):
-            rows = [_rows(words, what, text, template, where) for text in texts]
-            longest = max((len(ids) for ids, _ in rows), default=0)
-            if longest > words.max_model_len:
-                raise ConfigError(
-                    f"{what}: a text has {longest:,} tokens, and the model takes"
-                    f" {words.max_model_len:,}; shorten it.",
-                    param=what,
-                )
-            rows = [(ids, places) for ids, places in rows if places]
-            if not rows:
-                place = "two tokens or more" if read is None else f"tokens at {read}"
-                raise ConfigError(f"{what}: there is no text of {place}.", param=what)
-            means.append(_mean(base, layer, rows, what, progress))
-        vector = scale * (means[0] - means[1])
-    finally:
-        loaded.give_back()
+    own, (ups, downs) = states_of(
+        {"positive": positive, "negative": negative}, [layer], where,
+        model=model, tokenizer=tokenizer, template=template, dtype=dtype, progress=progress,
+    )  # fmt: skip
+    vector = scale * (ups.mean(0) - downs.mean(0))[0]
     if not vector.any():
         raise ConfigError(
             "The vector is zero, and would change nothing: the scale is 0, or the means of both"
             " texts are equal."
         )
-    return made(shape_of(name, loaded), vector)
-
-
-def _rows(
-    words: Tokenizer, what: str, text: str, template: str | None, where: Positions | None
-) -> tuple[list[int], list[int]]:
-    """Token ids of one text, and which of them are read."""
-    if template is None:
-        ids = words.encode(text, param=what)
-    else:
-        ids = words.encode_chat([{"role": "user", "content": text}], template)
-    count = len(ids)
-    return ids, [*range(1, count)] if where is None else where.offsets(count, 0, count)
-
-
-@torch.no_grad()
-def _mean(
-    base: Base,
-    layer: int,
-    texts: list[tuple[list[int], list[int]]],
-    what: str,
-    progress: bool,
-) -> Tensor:
-    """The mean over texts, each its ids and the tokens that are read, of the mean over these."""
-    recorder = _Recorder(layer)
-    total = torch.zeros(base.loaded.hidden_size)
-    for first in tqdm(range(0, len(texts), BATCH), desc=what, disable=not progress):
-        part = texts[first : first + BATCH]
-        with base.sites.hooked(recorder):
-            base.logits([ids for ids, _ in part], [0] * len(part), [None] * len(part), [])
-        states = torch.split(recorder.rows, [len(ids) for ids, _ in part])
-        for rows, (_, places) in zip(states, part, strict=True):
-            total += rows[places].mean(0).cpu()
-    return total / len(texts)
-
-
-class _Recorder:
-    """An `Editor` that changes nothing and keeps the rows it sees."""
-
-    def __init__(self, layer: int) -> None:
-        self.sites: tuple[Site, ...] = ((layer, "block_output"),)
-        self.rows = torch.empty(0)
-
-    def apply(self, site: Site, hidden: Tensor) -> None:
-        self.rows = hidden.float().clone()
+    return made(own, vector)

@@ -19,14 +19,17 @@ if TYPE_CHECKING:
 
 app = typer.Typer()
 
+VECTOR_SUFFIXES = (".npy", ".npz", ".pt", ".pth")
+"""Of files with plain vectors."""
+
 
 @app.command("import")
 def import_(
     source: Annotated[
         str,
         typer.Argument(
-            help="A folder that pyreft saved, or hf:REPO for one on the Hub; or a control vector "
-            "in GGUF."
+            help="A folder that pyreft saved, or hf:REPO for one on the Hub; a control vector in "
+            "GGUF; or vectors that numpy (.npy, .npz) or torch (.pt) saved."
         ),
     ],
     out: Annotated[Path, typer.Option(help="The file to write, or the folder to put it in.")],
@@ -35,6 +38,9 @@ def import_(
     ],
     name: Annotated[
         str | None, typer.Option(help="Name of the file in a folder; else that of the source.")
+    ] = None,
+    layer: Annotated[
+        int | None, typer.Option(help="Layer of a vector alone; of several, the one to take.")
     ] = None,
     positions: Annotated[
         str | None, typer.Option(help="Positions of the training, such as f3+l3.")
@@ -58,14 +64,15 @@ def import_(
         str | None, typer.Option(help="chat, or a text with {prompt}: how a chat becomes a prompt.")
     ] = None,
 ) -> None:
-    """Turn a pyreft checkpoint, or a control vector, into an intervention file.
+    """Turn a pyreft checkpoint, a control vector, or plain vectors, into an intervention file.
 
-    What a checkpoint does not record must be given. A control vector is added at all positions,
-    unless --positions names others.
+    What a checkpoint does not record must be given. A vector is added at all positions, unless
+    --positions names others.
     """
     from reft_runtime.base.shape import read_base
     from reft_runtime.interventions.control_vectors import import_control_vector
     from reft_runtime.interventions.pyreft import import_pyreft
+    from reft_runtime.interventions.vectors import import_vectors
 
     target = _target(out, source, name)
     trained: dict[str, Any] = {
@@ -74,13 +81,21 @@ def import_(
         "suffix_offset": suffix_offset,
         "kind": kind,
     }
-    if _is_gguf(source):
+    plain = not os.path.isdir(source) and source.lower().endswith(VECTOR_SUFFIXES)
+    if plain or _is_gguf(source):
         for option, value in trained.items():
             if value is not None:
-                raise ConfigError(f"{option}: a control vector has none; leave it out.")
-        imported = import_control_vector(
-            source, base=read_base(base)[0], positions=positions or "all", template=template
+                what = "vector" if plain else "control vector"
+                raise ConfigError(f"{option}: a {what} has none; leave it out.")
+        imported = (import_vectors if plain else import_control_vector)(
+            source,
+            base=read_base(base)[0],
+            layer=layer,
+            positions=positions or "all",
+            template=template,
         )
+    elif layer is not None:
+        raise ConfigError("layer: a checkpoint says its own; leave it out.", param="layer")
     else:
         imported = import_pyreft(
             source, base=read_base(base)[0], positions=positions, template=template, **trained
@@ -165,7 +180,10 @@ def _is_gguf(source: str) -> bool:
 
 def _target(out: Path, source: str, name: str | None) -> Path:
     if os.path.isdir(out):  # pathlib's raises where a name is too long
-        stem = name or Path(source).resolve().name.lower().removesuffix(".gguf")
+        stem = Path(source).resolve().name.lower()
+        for suffix in (".gguf", *VECTOR_SUFFIXES):
+            stem = stem.removesuffix(suffix)
+        stem = name or stem
         return out / f"{stem}.safetensors"
     if name is not None:
         raise ConfigError(f"name: {out} is not a folder, so it is the name already.", param="name")

@@ -22,6 +22,7 @@ from server.cli import chat as chat_cli
 from server.cli import classify as classify_cli
 from server.cli import cluster as cluster_cli
 from server.cli import compare as compare_cli
+from server.cli import direction as direction_cli
 from server.cli import evaluation as evaluation_cli
 from server.cli import files as files_cli
 from server.cli import keys as keys_cli
@@ -60,6 +61,7 @@ app.add_typer(usage_cli.app)
 app.add_typer(whoami_cli.app)
 app.add_typer(transfer_cli.app)
 app.add_typer(training_cli.app)
+app.add_typer(direction_cli.app)
 app.add_typer(evaluation_cli.app)
 app.add_typer(files_cli.app)
 app.add_typer(run_cli.app)

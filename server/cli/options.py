@@ -11,6 +11,7 @@ import typer
 from pydantic import SecretStr
 from pydantic_core import PydanticUndefined
 
+from reft_runtime.errors import ConfigError
 from server.settings import Settings
 
 Command = TypeVar("Command", bound=Callable[..., None])
@@ -19,6 +20,18 @@ Command = TypeVar("Command", bound=Callable[..., None])
 def unescaped(template: str | None) -> str | None:
     """A template as it was meant: shells pass a backslash and an n where a new line is wanted."""
     return None if template is None else template.replace("\\n", "\n").replace("\\t", "\t")
+
+
+def layers_of(text: str) -> tuple[int, ...] | None:
+    """Layers by their numbers, such as `8,16,24`; None for `all`. Raises `ConfigError`."""
+    if text == "all":
+        return None
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise ConfigError(
+            f"layers: write all, or numbers such as 8,16,24, not {text!r}.", param="layers"
+        ) from None
 
 
 LOCAL_URL = "http://127.0.0.1:8000"

@@ -1,4 +1,4 @@
-"""Commands that make interventions from rows and texts: check, train, direction."""
+"""Commands that make interventions from rows: check, train."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ import typer
 from reft_runtime.base.stages import stage
 from reft_runtime.errors import ConfigError
 from reft_runtime.machine.places import STANDARD_OUTPUT
-from server.cli.files import write_file
 from server.cli.options import (
     ApiKey,
     Description,
@@ -22,7 +21,7 @@ from server.cli.options import (
     Template,
     Text,
     Threads,
-    unescaped,
+    layers_of,
 )
 from server.cli.terminal import stages_told, stoppable
 
@@ -177,7 +176,7 @@ def train(
             from reft_runtime.training.target import check_target
         settings = TrainSettings(
             kind=kind,
-            layers=_layers(layers),
+            layers=layers_of(layers),
             rank=rank,
             positions=positions,
             untied=untied,
@@ -245,76 +244,3 @@ def _judged(trained: Trained, template: str | None) -> str:
         template=template,
     )
     return report.details() or report.table()
-
-
-@app.command()
-@stages_told()
-def direction(
-    positive: Annotated[Path, typer.Argument(help="Texts, one a line, of what is wanted.")],
-    negative: Annotated[Path, typer.Argument(help="Texts of the contrary, one a line.")],
-    layer: Annotated[int, typer.Option(help="Layer whose output is steered.")],
-    out: Annotated[Path, typer.Option(help="The file to write, NAME.safetensors.")],
-    model: Model = "demo",
-    template: Annotated[
-        str | None,
-        typer.Option(
-            help="What each text is put into, and a chat when it is served: 'chat' (as a user's "
-            "message), or a text with {prompt}.",
-            callback=unescaped,
-            show_default=False,
-        ),
-    ] = None,
-    read: Annotated[
-        str | None,
-        typer.Option(
-            help="Tokens of each text that are read, such as l1; by default all but the first.",
-            show_default=False,
-        ),
-    ] = None,
-    positions: Annotated[str, typer.Option(help="Tokens to steer.")] = "all",
-    scale: Annotated[
-        float,
-        typer.Option(help="Multiply the difference by this: what a request applies at strength 1."),
-    ] = 1.0,
-    description: Description = "",
-    license_: License = None,
-    dtype: Dtype = "auto",
-    threads: Threads = None,
-) -> None:
-    """Make a steering file from contrasting texts.
-
-    Nothing is trained: the steering vector is the difference of two means.
-    """
-    with stage("Starting Python's libraries"):
-        from reft_runtime.training import direction as run
-        from reft_runtime.training.direction import read_texts
-        from reft_runtime.training.target import check_target
-
-    check_target(out)
-    made = run(
-        read_texts(positive),
-        read_texts(negative),
-        layer=layer,
-        model=model,
-        template=template,
-        read=read,
-        positions=positions,
-        scale=scale,
-        description=description,
-        license=license_,
-        dtype=dtype,
-        threads=threads,
-    )
-    write_file(out, made)
-    typer.echo(f"{out}: {out.stat().st_size:,} bytes")
-
-
-def _layers(text: str) -> tuple[int, ...] | None:
-    if text == "all":
-        return None
-    try:
-        return tuple(int(part) for part in text.split(","))
-    except ValueError:
-        raise ConfigError(
-            f"layers: write all, or numbers such as 8,16,24, not {text!r}.", param="layers"
-        ) from None

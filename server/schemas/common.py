@@ -14,6 +14,7 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from reft_runtime.errors import InvalidRequest
+from reft_runtime.outputs import Tracing
 from reft_runtime.sampling import (
     MAX_CHOICES,
     MAX_LOGIT_BIAS,
@@ -161,8 +162,10 @@ class Sampled(ModelBody):
         description="Only tokens at least this probable, as a share of the likeliest one's.",
     )
     stream: bool = Field(default=False, description="Send the answer as it comes, in events.")
-    trace: bool = Field(
-        default=False, description="Say what every edit did, and how the edits changed each token."
+    trace: Tracing = Field(
+        default=False,
+        description="Say what every edit did, and how the edits changed each token; `along` also "
+        "says where the edited rows lie along the edits' directions.",
     )
     stop: Stop = Field(default=[], description="Texts that end the answer.")
     stop_token_ids: list[TokenId] = Field(
@@ -198,6 +201,13 @@ class Sampled(ModelBody):
     include_stop_str_in_output: bool = Field(
         default=False, description="Keep the stop string, stop id or EOS in the text."
     )
+
+    @field_validator("trace", mode="before")
+    @classmethod
+    def _check_trace(cls, trace: object) -> object:
+        if not isinstance(trace, bool) and trace != "along":
+            raise PydanticCustomError("trace_type", "Give true, false or 'along'")
+        return trace
 
     @field_validator("logit_bias")
     @classmethod

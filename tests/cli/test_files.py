@@ -7,6 +7,7 @@ import re
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
@@ -161,6 +162,21 @@ def test_a_control_vector_is_imported_and_exported(base: Path, tmp_path: Path) -
         run("inspect", vector)
     with pytest.raises(ConfigError, match=r"^to: .* cannot be written: No such file"):
         run("export", file, "--to", "gguf", tmp_path / "missing" / "x.gguf")
+
+
+def test_a_plain_vector_is_imported(base: Path, checkpoint: Path, tmp_path: Path) -> None:
+    vector, options = tmp_path / "Mean.diff.npy", ("--base", base, "--out", tmp_path)
+    np.save(vector, np.ones(16))
+    said = run("import", vector, *options, "--layer", "2", "--positions", "l1")
+    assert said.startswith(f"{tmp_path / 'mean.diff.safetensors'}: 1 edit, ")
+    made = parse((tmp_path / "mean.diff.safetensors").read_bytes())
+    [edit] = made.manifest.edits
+    assert (edit.layer, str(edit.positions)) == (2, "l1")
+    assert made.tensors["edits.0.v"].equal(torch.ones(16))
+    with pytest.raises(ConfigError, match="act: a vector has none; leave it out"):
+        run("import", vector, *options, "--layer", "2", "--act", "relu")
+    with pytest.raises(ConfigError, match="layer: a checkpoint says its own; leave it out"):
+        run("import", checkpoint, *options, "--layer", "2")
 
 
 def test_an_output_that_cannot_be_written(checkpoint: Path, base: Path, tmp_path: Path) -> None:

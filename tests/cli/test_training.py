@@ -72,7 +72,7 @@ def test_mistakes_are_told_before_the_model_is_loaded(
         raise AssertionError("the model was loaded")
 
     monkeypatch.setattr(sys.modules["reft_runtime.training.train"], "load_base", load)
-    monkeypatch.setattr(sys.modules["reft_runtime.training.direction"], "load_base", load)
+    monkeypatch.setattr(sys.modules["reft_runtime.training.states"], "load_base", load)
     monkeypatch.setattr(sys.modules["reft_runtime.training.evaluate"], "Engine", load)
     base = folder(tmp_path / "model")
     common = ("train", tickets, "--model", base)
@@ -96,6 +96,12 @@ def test_mistakes_are_told_before_the_model_is_loaded(
     (tmp_path / "t").write_text("the end\n")
     steer = ("direction", tmp_path / "t", tmp_path / "t", "--layer", 1, "--model", base)
     assert "is a folder" in refused(*steer, "--out", "taken.safetensors")
+    assert "out: name the file" in refused(*steer)
+    texts = ("direction", tmp_path / "t", tmp_path / "t", "--model", base)
+    assert "layer: say which layer is steered; --layers all" in refused(*texts, "--out", "x")
+    assert "out: --layers writes no file" in refused(*texts, "--layers", "all", "--out", "x")
+    assert "layers: 4; model has 0 to 3" in refused(*texts, "--layers", "1,4")
+    assert "layers: write all, or numbers" in refused(*texts, "--layers", "last")
 
 
 def test_a_folder_that_is_not_writable(

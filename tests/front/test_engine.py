@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from reft_runtime import Engine, SamplingParams, Use
@@ -29,7 +30,7 @@ from reft_runtime.errors import (
 )
 from reft_runtime.front.streams import Stream
 from reft_runtime.interventions import Intervention, Registry, serialise
-from reft_runtime.outputs import Trace
+from reft_runtime.outputs import EditAlong, Trace
 from reft_runtime.sampling import Grammar
 from tests.helpers.models import MAX_LENGTH, generate, prompt, tiny_llama
 from tests.helpers.reference import (
@@ -48,12 +49,14 @@ LOREFT = RandomEdit("loreft", "f2+l2", layer=1, rank=4, seed=1)
 SECOND = RandomEdit("red", "l1+decode", layer=1, seed=2)
 MIDDLE = RandomEdit("direft", "all", layer=2, component="mlp_output", seed=3, size=0.5)
 STEERING = RandomEdit("steering", "decode", layer=0, seed=4)
+EVERYWHERE = RandomEdit("consreft", "all", layer=2, rank=2, seed=5)
 FILES: dict[str, tuple[RandomEdit, ...]] = {
     "loreft": (LOREFT,),
     "several": (LOREFT, SECOND, MIDDLE),
     "steering": (STEERING,),
     "q-and-a": (LOREFT,),
     "own-chat": (LOREFT,),
+    "everywhere": (EVERYWHERE,),
 }
 TEMPLATES = {"q-and-a": "Q: {prompt} A:", "own-chat": "chat"}
 
@@ -406,6 +409,65 @@ def test_compare(engine: Engine, model: PreTrainedModel) -> None:
     [_, late] = engine.compare(tokens, ["steering"], GREEDY)
     assert late.trace.kl == 0
     assert {edit.position for edit in late.trace.edits} == set(range(9, 18))
+
+
+def test_rows_are_read_along_the_edits_directions(engine: Engine) -> None:
+    tokens = list(prompt(9))
+    columns: dict[Any, tuple[Applied, ...]] = {
+        ("loreft", "steering", Use("loreft", -2)): (
+            Applied((LOREFT,)), Applied((STEERING,)), Applied((LOREFT,), -2),
+        ),
+        Use("loreft", subspace=(3, 1)): (Applied((LOREFT,), 1, (1, 3)),),
+        ("steering", Use("loreft", 0)): (Applied((STEERING,)), Applied((LOREFT,), 0)),
+    }  # fmt: skip
+    base, *others = engine.compare(tokens, list(columns), GREEDY, trace="along")
+    assert base.trace == Trace((), 0.0, ((0.0,) * 10,))
+    for got, used in zip(others, columns.values(), strict=True):
+        rows: dict[tuple[int, int, int], tuple[Tensor, Tensor]] = {}
+        made = got.answer.tokens
+        assert made == generate_applied(tiny_llama()[0], tokens, used, 10)
+        logits(tiny_llama()[0], [*tokens, *made[:-1]], len(tokens), used, rows=rows)
+        assert {(e.intervention, e.edit, e.position) for e in got.trace.edits} == rows.keys()
+        for entry in got.trace.edits:
+            assert isinstance(entry, EditAlong)
+            applied = used[entry.intervention]
+            edit = applied.edits[0]
+            axes = edit.tensors["R"] if edit is LOREFT else edit.tensors["v"][:, None]
+            axes = axes[:, list(applied.subspace or range(axes.shape[1]))]
+            axes = axes / axes.norm(dim=0)
+            wanted = [row @ axes for row in rows[entry.intervention, entry.edit, entry.position]]
+            for coordinates, other in zip((entry.before, entry.after), wanted, strict=True):
+                assert coordinates == pytest.approx(other.tolist(), abs=1e-3)
+            assert (entry.before == entry.after) == (applied.strength == 0)
+            assert bool(entry.relative_size) == bool(applied.strength)
+
+
+def test_a_strength_of_0_reads_the_base_model(engine: Engine, model: PreTrainedModel) -> None:
+    """The rows that transformers' own model has there, generated ones too; its tokens as well."""
+    tokens = list(prompt(9))
+    [base, read] = engine.compare(tokens, [Use("everywhere", 0)], GREEDY, trace="along")
+    assert read.answer.tokens == base.answer.tokens
+    assert (read.trace.kl, set(read.trace.log_ratios[0])) == (0, {0})
+    with torch.no_grad():
+        text = torch.tensor([[*tokens, *read.answer.tokens[:-1]]])
+        states = model(input_ids=text, output_hidden_states=True).hidden_states
+    wanted = states[EVERYWHERE.layer + 1][0] @ EVERYWHERE.tensors["R"]
+    got = torch.tensor([e.before for e in read.trace.edits if isinstance(e, EditAlong)])
+    torch.testing.assert_close(got, wanted, atol=1e-3, rtol=0)
+    assert not engine.compare(tokens, [Use("everywhere", 0)], GREEDY)[1].trace.edits
+
+
+@pytest.mark.parametrize(
+    ("name", "trace", "message"),
+    [
+        ("several", "along", "trace: the edit of layer 1 has no directions"),
+        ("loreft", "around", "trace: give True, False or 'along', not 'around'"),
+    ],
+)
+def test_what_cannot_be_traced(engine: Engine, name: str, trace: Any, message: str) -> None:
+    with pytest.raises(InvalidRequest, match=message) as caught:
+        engine.compare(list(prompt(9)), [name], GREEDY, trace=trace)
+    assert caught.value.param == "trace"
 
 
 def test_compare_twice_the_same_row(engine: Engine) -> None:

@@ -219,22 +219,27 @@ def logits(
     n: int,
     interventions: SequenceOf[Applied] = (),
     sizes: dict[tuple[int, int, int], float] | None = None,
+    rows: dict[tuple[int, int, int], tuple[Tensor, Tensor]] | None = None,
 ) -> Tensor:
     """Logits [text, vocabulary] of one whole forward; the first n tokens are the prompt.
 
-    `sizes` gets the relative size of every change by intervention, edit and position.
+    `sizes` gets the relative size of every change by intervention, edit and position, and `rows`
+    the rows before and after it.
     """
 
     def change(place: tuple[int, int], intervention: Applied, edit: RandomEdit) -> Any:
         def changed(hidden: Tensor) -> Tensor:
             hidden = hidden.clone()
-            rows = edited(edit.positions, n, len(text))
-            old = hidden[0, rows]
+            chosen = edited(edit.positions, n, len(text))
+            old = hidden[0, chosen]
             new = edit.formula(old, intervention.subspace)
-            hidden[0, rows] = old + intervention.strength * (new - old)
-            if sizes is not None:
-                for row, before in zip(rows, old, strict=True):
-                    sizes[*place, row] = float((hidden[0, row] - before).norm() / before.norm())
+            hidden[0, chosen] = old + intervention.strength * (new - old)
+            for row, before in zip(chosen, old, strict=True):
+                after = hidden[0, row]
+                if sizes is not None:
+                    sizes[*place, row] = float((after - before).norm() / before.norm())
+                if rows is not None:
+                    rows[*place, row] = before, after.clone()
             return hidden
 
         return changed

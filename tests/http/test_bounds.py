@@ -86,6 +86,18 @@ async def test_rows_of_a_trace(
     assert untraced.status_code == 200
 
 
+async def test_a_row_that_is_read_along_counts_once_for_each_direction(
+    http: httpx.AsyncClient,
+) -> None:
+    # Two edits of three directions, of every token computed.
+    for tokens, status in ((13, 200), (14, 400)):
+        asked = body("every", tokens, max_tokens=4, trace="along")
+        got = await http.post("/v1/completions", json=asked)
+        assert got.status_code == status
+    assert "once for each direction that is read along, are 102 rows" in got.text
+    assert got.json()["error"]["param"] == "trace"
+
+
 async def test_rows_of_several_prompts_and_interventions_count_together(
     http: httpx.AsyncClient,
 ) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import AsyncIterator, Iterator
+from dataclasses import asdict
 from typing import Any
 
 import httpx
@@ -15,6 +16,7 @@ from fastapi import FastAPI
 
 from reft_runtime import Engine, SamplingParams, Use
 from reft_runtime.interventions import Intervention, serialise
+from reft_runtime.outputs import EditAlong
 from server.app import create_app
 from server.settings import Settings
 from tests.helpers.models import MAX_LENGTH, generate, prompt, tiny_llama
@@ -148,10 +150,11 @@ async def test_errors_name_the_field(
 
 @pytest.mark.parametrize("chat", [False, True])
 async def test_traces_are_asked_for(http: httpx.AsyncClient, chat: bool) -> None:
-    values: list[Any] = [1, "true", []]
+    values: list[Any] = [1, "true", [], "along=1"]
     for wrong in values:
         response = await post(http, chat=chat, trace=wrong)
         assert (response.status_code, response.json()["error"]["param"]) == (400, "trace")
+        assert "'along'" in response.json()["error"]["message"]
     assert "trace" not in (await post(http, {"name": "red"}, chat=chat)).json()
     assert "trace" not in (await post(http, {"name": "red"}, chat=chat, trace=False)).json()
 
@@ -188,6 +191,26 @@ async def test_a_trace_is_what_compare_says(http: httpx.AsyncClient, tiny_engine
         assert {e["position"] for e in trace["edits"] if e["intervention"] == 1} == set(
             range(count, count + 7)
         )
+
+
+async def test_a_trace_along_says_where_rows_lie(
+    http: httpx.AsyncClient, tiny_engine: Engine
+) -> None:
+    uses: list[dict[str, Any]] = [{"name": "loreft", "strength": 0}, {"name": "steering"}]
+    [wanted] = tiny_engine.compare(
+        TOKENS, [(Use("loreft", 0), Use("steering"))], GREEDY, trace="along"
+    )[1:]
+    answer = (await post(http, *uses, trace="along")).json()
+    *_, last = await streamed(http, *uses, trace="along")
+    for [trace] in (answer["trace"], last["trace"]):
+        assert [len(edit["before"]) for edit in trace["edits"]] == [4] * 4 + [1] * 7
+        for got, edit in zip(trace["edits"], wanted.trace.edits, strict=True):
+            assert isinstance(edit, EditAlong)
+            assert got.keys() == asdict(edit).keys()
+            assert got["before"] == pytest.approx(edit.before, abs=1e-4)
+            assert got["after"] == pytest.approx(edit.after, abs=1e-4)
+    response = await post(http, {"name": "red"}, trace="along")
+    assert (response.status_code, response.json()["error"]["param"]) == (400, "trace")
 
 
 async def test_every_prompt_has_its_trace(http: httpx.AsyncClient) -> None:

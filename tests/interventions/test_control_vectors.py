@@ -61,7 +61,8 @@ def test_each_direction_is_added_to_the_output_of_its_block(
             edit.edited(torch.ones(2, 16), -1), torch.full((2, 16), 1.0 - value)
         )
     assert made.manifest.training == {"source": "control vector", "model_hint": "llama"}
-    other = import_control_vector(file, base=BASE, positions="decode", template="chat")
+    other = import_control_vector(file, base=BASE, layer=3, positions="decode", template="chat")
+    assert [edit.layer for edit in other.manifest.edits] == [3]
     assert str(other.manifest.edits[0].positions) == "decode"
     assert other.manifest.template == "chat"
 

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -9,7 +10,10 @@ from torch.nn.functional import linear
 
 from reft_runtime.errors import InvalidFile, InvalidRequest
 from reft_runtime.interventions import Edit, Intervention
+from reft_runtime.interventions.format.kinds import KINDS
 from tests.helpers.canonical import apply
+from tests.helpers.reference import BASE as REFERENCE
+from tests.helpers.reference import SHAPES, RandomEdit
 from tests.interventions.make import BASE, loreft_tensors
 
 
@@ -58,6 +62,28 @@ def test_kinds_without_directions(
     torch.testing.assert_close(apply(edit, h, -0.5), h - 0.5 * (expected(h) - h))
     with pytest.raises(InvalidRequest, match=r"subspace: .* no directions"):
         edit.subset((0,))
+
+
+@pytest.mark.parametrize("kind", SHAPES)
+def test_coordinates_are_products_with_directions_of_length_1(kind: str) -> None:
+    stored = RandomEdit(kind, "all", rank=4, act="relu" if KINDS[kind].has_act else None).stored
+    (edit,) = Intervention.build(REFERENCE, [stored]).canonical()
+    t = {name: tensor.numpy() for name, tensor in stored.tensors.items()}
+    match kind:
+        case "loreft" | "direft" | "consreft" | "lobireft":
+            directions = t["R"].T
+        case "noreft" | "nodireft":
+            directions = t["W2"]
+        case "red":
+            directions = np.empty((0, REFERENCE.hidden_size), np.float32)
+        case _:
+            directions = t["v" if kind == "steering" else "w"][None]
+    directions = directions / np.linalg.norm(directions, axis=1, keepdims=True)
+    h = torch.randn(2, 5, REFERENCE.hidden_size)
+    np.testing.assert_allclose(edit.coordinates(h), h.numpy() @ directions.T, atol=1e-5)
+    if edit.directions:
+        part = edit.subset((3, 1)).coordinates(h)
+        torch.testing.assert_close(part, edit.coordinates(h)[..., [1, 3]])
 
 
 @pytest.mark.parametrize("act", [None, "relu"])

@@ -114,11 +114,10 @@ UNREADABLE: dict[str, tuple[bytes, str]] = {
         "could run code",
     ),
     "a list": (saved([torch.ones(2)]), "not a state dict"),
-    "a tensor": (saved(torch.ones(2)), "not a state dict"),
     "an empty dict": (saved({}), "not a state dict"),
     "a number": (saved({"weight": 3}), "weight: not a tensor"),
     "a nested dict": (saved({"weight": LOREFT}), "weight: not a tensor"),
-    "a key that is no text": (saved({3: torch.ones(2)}), "3: not a tensor"),
+    "a key that is no text": (saved({2.5: torch.ones(2)}), "2.5: not a tensor"),
     "a view of 4 TB": (loreft_with(weight=torch.ones(1).expand(1 << 20, 1 << 20)), "too large"),
     "half a parametrised R": (without(DIREFT, PARAMETRISED_BASE), r"0\.base: missing"),
     "the other half": (without(DIREFT, ORIGINAL), r"original: missing"),
@@ -153,6 +152,8 @@ UNSOUND: dict[str, tuple[bytes, str]] = {
         saved({**LOREFT, "act_fn.weight": torch.ones(1)}),
         "act_fn has trained parameters",
     ),
+    "a tensor": (saved(torch.ones(2)), "tensor: a loreft has no such tensor"),
+    "tensors by number": (saved({3: torch.ones(2)}), "3: a loreft has no such tensor"),
     "another class's tensors": (saved(DIREFT), r"(W: missing|no such tensor)"),
 }
 

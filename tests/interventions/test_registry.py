@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from reft_runtime.base.demo import locate as locate_model
 from reft_runtime.errors import (
     ConfigError,
     NotFound,
+    Unavailable,
 )
 from reft_runtime.interventions import Registry, Version
 from tests.interventions.make import (

@@ -113,7 +113,7 @@ def test_directions_that_cannot_be() -> None:
 def test_what_is_wrong_with_a_direction_is_told_before_the_model_is_loaded(
     changes: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    module = import_module("reft_runtime.training.direction")
+    module = import_module("reft_runtime.training.states")
     monkeypatch.setattr(module, "load_base", lambda *_, **__: pytest.fail("loaded"))
     with pytest.raises(ReftError, match=message):
         direction(["the end"], ["a"], **{"layer": 1, "model": model(), **changes})

@@ -295,6 +295,12 @@ def test_the_commands(place: Path, address: str, tmp_path: Path) -> None:
     steer = tmp_path / "steer.safetensors"
     run("direction", tmp_path / "up", tmp_path / "down", "--layer", 2, "--out", steer, *common,
         "--read", "l2", "--template", "Say\\n{prompt}")  # fmt: skip
+    texts = ("direction", tmp_path / "up", tmp_path / "down", "--layers", "0,2", *common)
+    found = json.loads(run(*texts, "--json"))
+    assert [each["layer"] for each in found] == [0, 2]
+    head, first, *_ = run(*texts).splitlines()
+    assert head.split()[:4] == ["layer", "auroc", "accuracy", "norm"]
+    assert first.split()[:2] == ["0", f"{found[0]['auroc']:.3f}"]
     manifest = parse(read(steer)).manifest
     assert manifest.edits[0].kind == "steering"
     assert manifest.template == "Say\n{prompt}"

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear
+from torch.nn.functional import linear, normalize
 from transformers.activations import ACT2FN
 
 from reft_runtime.errors import InvalidFile, InvalidRequest
@@ -62,6 +62,17 @@ class CanonicalEdit:
     def rank(self) -> int:
         """Number of rank rows, k; it may be 0."""
         return self.b.shape[0]
+
+    @property
+    def axes(self) -> Tensor:
+        """The directions that the edit has, [r, d]; none of `red`, which scales all of a row."""
+        if self.directions or self.offset is None:
+            return self.U[: self.directions]
+        return self.offset[None] if self.gain is None else self.U[:0]
+
+    def coordinates(self, rows: Tensor) -> Tensor:
+        """Products [..., r] of rows [..., d] with the edit's directions, these at length 1."""
+        return linear(rows, normalize(self.axes, dim=-1))
 
     @property
     def nbytes(self) -> int:

@@ -29,9 +29,10 @@ _MAGIC = {
     b"version https://git-lfs": "a Git LFS pointer, not the file itself; run `git lfs pull`",
     b"GGUF": "a model in the GGUF format",
     b"PK\x03\x04": (
-        "a PyTorch or pickle file, which is never read here; of a checkpoint of pyreft"
-        " `reft import` takes the folder"
+        "a PyTorch or pickle file, which is never read here; `reft import` takes a file of vectors,"
+        " and of a checkpoint of pyreft the folder"
     ),
+    b"\x93NUMPY": "an array of numpy; `reft import` makes an intervention file of a vector",
     b"\x80": (
         "a PyTorch or pickle file, which is never read here; of a checkpoint of pyreft"
         " `reft import` takes the folder"

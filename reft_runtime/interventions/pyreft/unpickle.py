@@ -1,5 +1,6 @@
-"""Reads torch's pickles of state dicts, as a process of its own: `python unpickle.py FILE...`.
+"""Reads torch's pickles of tensors, as a process of its own: `python unpickle.py FILE...`.
 
+A file holds a state dict, tensors by number, or one tensor, which is then called `tensor`.
 Standard output is one safetensors file whose tensors are named `<index of the file>.<key>`; a file
 that is refused ends the process with the reason on standard error. Only the globals that a state
 dict needs are allowed, before torch's own restricted unpickler sees the file. The parametrised R of
@@ -22,6 +23,9 @@ from pathlib import Path
 import safetensors.torch
 import torch
 from torch import Tensor
+
+ALONE = "tensor"
+"""What a tensor is called that is no part of a state dict."""
 
 PLAIN = "rotate_layer"
 ORIGINAL = "rotate_layer.parametrizations.weight.original"
@@ -69,8 +73,12 @@ def read_state(path: str | Path) -> dict[str, Tensor]:
     data = _read(path)
     _check_pickle(data)
     state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    if isinstance(state, Tensor):
+        state = {ALONE: state}
     if not isinstance(state, dict) or not state:
-        raise ValueError("not a state dict")
+        raise ValueError("not a state dict, and no tensor")
+    if all(type(key) is int for key in state):  # vectors by layer
+        state = {str(key): tensor for key, tensor in state.items()}
     size = 0
     for key, tensor in state.items():
         if not isinstance(key, str) or not isinstance(tensor, Tensor):

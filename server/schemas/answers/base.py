@@ -123,6 +123,10 @@ class TracedRow(TypedDict):
     """Place of the token; from the prompt's length on tokens are generated."""
     relative_size: float
     """Length of the change over that of the row before it."""
+    before: NotRequired[list[float]]
+    """With `"trace": "along"`: the row's product with each direction of the edit, at length 1."""
+    after: NotRequired[list[float]]
+    """The same for the row after the edit."""
 
 
 @described
