@@ -210,7 +210,7 @@ def test_a_wrong_file_is_named_and_told(
     for path, message in (
         (text, "Not an intervention file but a table of texts"),
         (empty, "Cut off: the file is empty"),
-        (next(checkpoint.glob("*.bin")), "`reft import` takes the folder"),
+        (next(checkpoint.glob("*.bin")), "of a checkpoint of pyreft the folder"),
         (checkpoint, "Not a regular file but a checkpoint of pyreft"),
     ):
         with pytest.raises(InvalidFile) as caught:

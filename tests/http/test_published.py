@@ -142,7 +142,7 @@ async def test_all_routes_answer_what_is_published(ask: Asker, model: Engine) ->
 
     flat = {"tools": [{"type": "function", **FUNCTION}], **FORCED}
     asked = {"input": "Hi", "max_output_tokens": 99}
-    short = {"max_output_tokens": 9, "top_logprobs": 1, "trace": True}
+    short = {"max_output_tokens": 9, "top_logprobs": 1, "trace": "along"}
     await ask.generate("/v1/responses", **asked | short)
     await ask.generate("/v1/responses", **asked, **flat)
     await ask.generate("/v1/responses", **asked, **thinking)
