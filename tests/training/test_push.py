@@ -62,7 +62,8 @@ def test_what_a_server_refuses(server: Server, registry: Registry, base: str) ->
     assert said.startswith("it answered 400: The name 'My file' is not allowed")
     said = refused(server, "model", base)
     assert said.startswith("it answered 400: The name `model` is the base model's own id")
-    registry.base = registry.base.model_copy(update={"vocab_size": 7})
+    verifier = registry._verifier
+    verifier.base = verifier.base.model_copy(update={"vocab_size": 7})
     assert "it answered 409: " in refused(server, "mine", base)
     assert registry.entries() == []
 
