@@ -61,7 +61,8 @@ def file_for(source: str) -> Path:
 
 
 def _name(path: Path) -> str:
-    name = path.stem if path.stem not in _SPLITS else path.resolve().parent.name
+    # Not pathlib's `resolve`, which raises no OSError for links in a circle.
+    name = path.stem if path.stem not in _SPLITS else Path(os.path.realpath(path)).parent.name
     # A manifest holds text, and the names of files may be other bytes.
     return name.encode(errors="replace").decode()
 

@@ -180,7 +180,7 @@ def _is_gguf(source: str) -> bool:
 
 def _target(out: Path, source: str, name: str | None) -> Path:
     if os.path.isdir(out):  # pathlib's raises where a name is too long
-        stem = Path(source).resolve().name.lower()
+        stem = os.path.basename(os.path.realpath(source)).lower()
         for suffix in (".gguf", *VECTOR_SUFFIXES):
             stem = stem.removesuffix(suffix)
         stem = name or stem

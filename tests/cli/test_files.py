@@ -179,6 +179,14 @@ def test_a_plain_vector_is_imported(base: Path, checkpoint: Path, tmp_path: Path
         run("import", checkpoint, *options, "--layer", "2")
 
 
+@pytest.mark.parametrize("out", [".", "out.safetensors"])
+def test_a_circle_of_links_is_told(base: Path, tmp_path: Path, out: str) -> None:
+    source = tmp_path / "circle.npy"
+    source.symlink_to(source)
+    with pytest.raises(ConfigError, match="Too many levels of symbolic links"):
+        run("import", source, "--layer", "1", "--base", base, "--out", tmp_path / out)
+
+
 def test_an_output_that_cannot_be_written(checkpoint: Path, base: Path, tmp_path: Path) -> None:
     out = tmp_path / "missing" / "x.safetensors"
     options = ("--base", base, "--out", out, "--positions", "l1", "--act", "relu")

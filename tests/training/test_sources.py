@@ -228,6 +228,11 @@ def test_data_sets_of_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
         read_rows("hf:glue/sst2")
 
 
+def test_a_circle_of_links_has_a_name_like_others(tmp_path: Path) -> None:
+    (tmp_path / "train.csv").symlink_to("train.csv")
+    assert file_for(str(tmp_path / "train.csv")).suffix == ".safetensors"  # its rows are refused
+
+
 @pytest.mark.parametrize(
     ("source", "name"),
     [
