@@ -14,7 +14,7 @@ from server.schemas.answers.interventions import (
     InterventionVersion,
     RemovedIntervention,
 )
-from server.streaming import json_bytes
+from server.streaming import json_answer
 
 if TYPE_CHECKING:
     from reft_runtime.interventions import Entry
@@ -57,8 +57,7 @@ def entry_fields(server: Context, entry: Entry) -> InterventionEntry:
 
 def entry_answer(server: Context, entry: Entry) -> Response:
     """Answer of one intervention, with its digest as `ETag`."""
-    content = json_bytes(entry_fields(server, entry))
-    return Response(content, headers=etag(entry), media_type="application/json")
+    return json_answer(entry_fields(server, entry), headers=etag(entry))
 
 
 def change_answer(server: Context, made: Made, status: int = 200) -> Response:
@@ -91,12 +90,7 @@ def _answer(
 ) -> Response:
     """An answer in JSON; where replicas are behind, a field and a header name them."""
     content = {**fields, "replicas_behind": list(behind)} if behind else fields
-    return Response(
-        json_bytes(content),
-        status,
-        {**(headers or {}), **behind_headers(behind)},
-        media_type="application/json",
-    )
+    return json_answer(content, status, {**(headers or {}), **behind_headers(behind)})
 
 
 def version_fields(version: VersionEntry) -> InterventionVersion:

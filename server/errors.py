@@ -31,7 +31,7 @@ from reft_runtime.errors import (
     WrongBaseModel,
 )
 from server.refusals import INSTEAD_OF_ROUTES
-from server.streaming import json_bytes
+from server.streaming import json_answer
 
 logger = logging.getLogger("reft.server")
 
@@ -99,9 +99,7 @@ class ApiError(Exception):
 
     def response(self) -> Response:
         """The error as a whole response."""
-        return Response(
-            json_bytes(self.body()), self.status, self.headers, media_type="application/json"
-        )
+        return json_answer(self.body(), self.status, self.headers)
 
 
 def api_error(error: BaseException, request_id: str, *, draining: bool = False) -> ApiError:

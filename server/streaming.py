@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import orjson
@@ -16,9 +17,11 @@ def json_bytes(value: Any) -> bytes:
     return orjson.dumps(value)
 
 
-def json_answer(value: Any) -> Response:
+def json_answer(
+    value: Any, status: int = 200, headers: Mapping[str, str] | None = None
+) -> Response:
     """`value` as a whole answer."""
-    return Response(json_bytes(value), media_type="application/json")
+    return Response(json_bytes(value), status, headers, media_type="application/json")
 
 
 def event(value: Any) -> bytes:

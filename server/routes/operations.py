@@ -11,7 +11,7 @@ from server.metrics import CONTENT_TYPE
 from server.openapi import answers, answers_text, described
 from server.schemas.answers.base import Error
 from server.schemas.answers.operations import HealthReport, ServerVersion, SourceProblem
-from server.streaming import json_answer, json_bytes
+from server.streaming import json_answer
 
 public = APIRouter(tags=["health"])
 router = APIRouter(tags=["operations"])
@@ -89,5 +89,4 @@ async def openapi(request: Request, context: Current) -> Response:
 
 
 def _answer(report: HealthReport) -> Response:
-    status = 200 if report["status"] == "ok" else 503
-    return Response(json_bytes(report), status, media_type="application/json")
+    return json_answer(report, 200 if report["status"] == "ok" else 503)
