@@ -151,7 +151,7 @@ def adopt_model(
         lead_to_step(model)
         with stage("Asking the model for its own logits"):
             probed, probe = _probe(model, max_model_len, mixers)
-            with _failing("its own forward fails"), _yielding_cores(layers):
+            with _failing("its own forward fails"), _yielding_cores(layers, model.device):
                 own = own_logits(model, layers, probed, max_model_len)
         model.set_attn_implementation(ATTENTION)
         for module in model.modules():
@@ -200,11 +200,10 @@ def adopt_model(
 
 
 @contextmanager
-def _yielding_cores(layers: tuple[nn.Module, ...]) -> Iterator[None]:
+def _yielding_cores(layers: tuple[nn.Module, ...], device: torch.device) -> Iterator[None]:
     """From the first layers that wait for cores on, let this thread compute with fewer threads."""
-    watch = StepWatch(
-        torch.get_num_threads(), torch.set_num_threads, window=WATCHED_SECONDS, quiet=True
-    )
+    threads = torch.get_num_threads() if device.type == "cpu" else 1
+    watch = StepWatch(threads, torch.set_num_threads, window=WATCHED_SECONDS, quiet=True)
     with ExitStack() as hooks:
         for layer in layers:
             step = ExitStack()
