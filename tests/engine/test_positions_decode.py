@@ -39,6 +39,8 @@ POSITIONS = [
     "f2+[5,-1]+decode",
     "[3]+decode",
     "f3+l3+[4]",
+    "prompt",
+    "[1:-2]+decode",
 ]
 
 BFLOAT16 = torch.bfloat16

@@ -155,6 +155,11 @@ def edited(positions: str, n: int, length: int) -> list[int]:
     for term in positions.split("+"):
         if term == "decode":
             found |= set(range(n, length))
+        elif term == "prompt":
+            found |= set(range(n))
+        elif ":" in term:
+            start, stop = (int(bound) if bound else None for bound in term[1:-1].split(":"))
+            found |= set(range(n)[start:stop])
         elif term.startswith("["):
             listed = [int(index) for index in term[1:-1].split(",")]
             found |= {range(n)[i] for i in listed if -n <= i < n}

@@ -25,17 +25,27 @@ def edited(positions: Positions, n: int, total: int) -> list[int]:
     m = max(n - positions.suffix_offset, 0)
     spans = by_the_rule(m, positions.first, positions.last)
     listed = [i if i >= 0 else m + i for i in positions.listed]
+    sliced = [i for start, stop in positions.slices for i in list(range(m))[start:stop]]
     return [
         i
         for i in range(total)
         if positions.everything
-        or (i < n and (i in spans or i in listed))
+        or (i < n and (i in spans or i in listed or i in sliced))
         or (i >= n and positions.decode)
     ]
 
 
 def not_empty(positions: dict[str, Any]) -> bool:
-    return any(positions[name] for name in ("first", "last", "listed", "decode", "everything"))
+    names = ("first", "last", "listed", "slices", "decode", "everything")
+    return any(positions[name] for name in names)
+
+
+def not_always_empty(bounds: tuple[int, int | None]) -> bool:
+    """For some length there is something between them."""
+    return any(range(n)[slice(*bounds)] for n in range(40))
+
+
+bounds = st.tuples(st.integers(-15, 15), st.none() | st.integers(-15, 15))
 
 
 fields = st.fixed_dictionaries(
@@ -43,6 +53,7 @@ fields = st.fixed_dictionaries(
         "first": spans,
         "last": spans,
         "listed": st.lists(st.integers(-15, 15), max_size=6).map(tuple),
+        "slices": st.lists(bounds.filter(not_always_empty), max_size=3).map(tuple),
         "decode": st.booleans(),
         "everything": st.booleans(),
         "suffix_offset": st.integers(0, 3),
@@ -110,6 +121,15 @@ def test_chunks_edit_what_the_whole_edits(n: int, first: int, last: int, cuts: l
         ("[4,4,-1]", 5, [4]),
         ("f1+[1]+l1", 4, [0, 1, 3]),
         ("decode", 4, []),
+        ("prompt", 3, [0, 1, 2]),
+        ("[1:]", 4, [1, 2, 3]),
+        ("[:2]", 4, [0, 1]),
+        ("[-2:]", 4, [2, 3]),
+        ("[-9:]", 2, [0, 1]),
+        ("[1:-1]", 4, [1, 2]),
+        ("[1:-1]", 2, []),
+        ("[:1]+[-1:]", 1, [0]),  # unlike f1+l1
+        ("[1:3]+[2:4]+l1", 6, [1, 2, 3, 5]),
     ],
 )
 def test_clamps(text: str, n: int, expected: list[int]) -> None:
@@ -131,6 +151,11 @@ def test_generated_tokens_are_never_edited() -> None:
         ("all", "all"),
         ("decode+all", "all"),
         ("all+l1", "all"),
+        ("[:]", "prompt"),
+        ("prompt+[:]", "prompt"),
+        ("decode+prompt", "prompt+decode"),
+        (" [ 1 : ]+[0:3]", "[:3]+[1:]"),
+        ("[1:]+[1:-1]", "[1:-1]+[1:]"),
         ("decode+[ -1, 2,0 ,2]+l2+f1", "f1+l2+[0,2,-1]+decode"),
     ],
 )
@@ -154,6 +179,15 @@ def test_parse_gives_the_normal_form(text: str, normal: str) -> None:
         ("[1.0]", "write fN"),
         ("[0]+[1]", "write fN"),
         ("[70000]", "out of range"),
+        ("[70000:]", "out of range"),
+        ("[1:70000]", "out of range"),
+        ("[::2]", "write fN"),
+        ("[1:a]", "write fN"),
+        ("prompt+prompt", "write fN"),
+        ("[3:3]", "always empty"),
+        ("[-1:-2]", "always empty"),
+        ("[-3:0]", "always empty"),
+        ("+".join(f"[{i}:]" for i in range(9)), "at most 8"),
         (str([*range(4097)]), "at most 4096"),
         ("f", "write fN"),
         ("f-1", "write fN"),
@@ -186,6 +220,8 @@ def test_parse_refuses(text: str, hint: str) -> None:
         ("[-1,5]", 6, 1, [4, 5]),
         ("l1", 2, 1, []),
         ("f1+l1+[-1]", 1, 3, []),
+        ("prompt", 6, 1, [0, 1, 2, 3, 4]),
+        ("[-2:]", 6, 1, [3, 4]),
     ],
 )
 def test_suffix_offset(text: str, n: int, suffix_offset: int, expected: list[int]) -> None:
@@ -204,6 +240,9 @@ def test_generated_tokens_by_name() -> None:
     assert not Positions.parse("f1+[0]").edits_decode
     assert Positions.parse("all").edits_decode
     assert Positions.parse("decode+f1").edits_decode
+    assert Positions.parse("[1:]+decode").offsets(3, 0, 5) == [1, 2, 3, 4]
+    assert Positions.parse("prompt").offsets(3, 0, 5) == [0, 1, 2]
+    assert not Positions.parse("prompt").edits_decode
 
 
 def test_what_is_not_given_is_not_edited() -> None:

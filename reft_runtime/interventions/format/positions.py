@@ -1,4 +1,4 @@
-"""Which tokens an edit touches, in pyreft's notation with additions: `l1`, `f3+l3`, `all`."""
+"""Which tokens an edit touches, in pyreft's notation with additions: `f3+l3`, `[1:]`, `all`."""
 
 from __future__ import annotations
 
@@ -9,27 +9,35 @@ from reft_runtime.errors import InvalidFile
 
 MAX_SPAN = 65_535
 MAX_LISTED = 4_096
+MAX_SLICES = 8
+
+Bounds = tuple[int, int | None]
+"""Of a slice: where it starts and stops, as Python's own; None is the end."""
 
 _SPAN = re.compile(r"([fl])([0-9]{1,6})")
 _LIST = re.compile(r"\[\s*-?[0-9]{1,6}(\s*,\s*-?[0-9]{1,6})*\s*\]")
-_SYNTAX = "write fN, lN, [0,3,-1], decode or a union such as `f3+l3`; or all"
+_SLICE = re.compile(r"\[\s*(-?[0-9]{1,6})?\s*:\s*(-?[0-9]{1,6})?\s*\]")
+_SYNTAX = "write fN, lN, [0,3,-1], [1:], prompt, decode or a union such as `f3+l3`; or all"
+_PROMPT: Bounds = (0, None)
 
 
 @dataclass(frozen=True, slots=True)
 class Positions:
-    """The first `first` and the last `last` prompt tokens, the `listed` ones, and generated ones.
+    """The first `first` and the last `last` prompt tokens, listed ones, slices, and generated ones.
 
     With n prompt tokens, of which the last `suffix_offset` do not count (some of pyreft's data sets
     leave one out), m = n - suffix_offset: `first` is the tokens [0, min(m // 2, first)), `last` is
     [m - min(m // 2, last), m), as pyreft clamps them, so that the two never overlap and a prompt of
     one token is edited by neither. `listed` are indices into the prompt, negative ones from the end
-    of the m tokens; those outside the prompt are dropped. `decode` is every generated token, and
-    `everything` the whole prompt and every generated token.
+    of the m tokens; those outside the prompt are dropped. `slices` are Python's of the m tokens,
+    `(0, None)` all of them. `decode` is every generated token, and `everything` the whole prompt
+    and every generated token.
     """
 
     first: int = 0
     last: int = 0
     listed: tuple[int, ...] = ()
+    slices: tuple[Bounds, ...] = ()
     decode: bool = False
     everything: bool = False
     suffix_offset: int = 0
@@ -42,12 +50,19 @@ class Positions:
                 )
         if len(self.listed) > MAX_LISTED:
             raise InvalidFile(f"positions: a list may have at most {MAX_LISTED} indices.")
-        for index in self.listed:
-            if abs(index) > MAX_SPAN:
+        if len(self.slices) > MAX_SLICES:
+            raise InvalidFile(f"positions: there may be at most {MAX_SLICES} slices.")
+        for index in (*self.listed, *(bound for pair in self.slices for bound in pair)):
+            if index is not None and abs(index) > MAX_SPAN:
                 raise InvalidFile(f"positions: index {index} is out of range; use ±{MAX_SPAN}.")
+        for start, stop in self.slices:
+            alike = stop is not None and (start < 0) == (stop < 0)
+            if stop == 0 or (alike and start >= stop):
+                raise InvalidFile(f"positions: `{_written((start, stop))}` is always empty.")
         if not 0 <= self.suffix_offset <= MAX_SPAN:
             raise InvalidFile(f"suffix_offset: {self.suffix_offset}; it takes 0 to {MAX_SPAN}.")
-        if not (self.first or self.last or self.listed or self.decode or self.everything):
+        prompt = self.first or self.last or self.listed or self.slices
+        if not (prompt or self.decode or self.everything):
             raise InvalidFile(f"positions: nothing to edit; {_SYNTAX}.")
 
     @classmethod
@@ -55,10 +70,13 @@ class Positions:
         """Read terms joined by `+`; an unknown term raises `InvalidFile` with the fix."""
         spans: dict[str, int] = {}
         listed: tuple[int, ...] = ()
+        slices: set[Bounds] = set()
         words: set[str] = set()
         for term in (part.strip() for part in text.split("+")):
-            if term in ("all", "decode") and term not in words:
+            if term in ("all", "decode", "prompt") and term not in words:
                 words.add(term)
+            elif term.isascii() and (match := _SLICE.fullmatch(term)):
+                slices.add((int(match[1] or 0), None if match[2] is None else int(match[2])))
             elif term.isascii() and (match := _SPAN.fullmatch(term)):
                 side, count = match[1], int(match[2])
                 if side in spans:
@@ -72,10 +90,13 @@ class Positions:
                 raise InvalidFile(f"positions: {text[:80]!r} is not understood; {_SYNTAX}.")
         if "all" in words:
             return cls(everything=True, suffix_offset=suffix_offset)
+        if "prompt" in words:
+            slices.add(_PROMPT)
         return cls(
             first=spans.get("f", 0),
             last=spans.get("l", 0),
             listed=tuple(sorted(set(listed), key=lambda index: (index < 0, index))),
+            slices=tuple(sorted(slices, key=lambda pair: (pair[0], pair[1] is None, pair[1] or 0))),
             decode="decode" in words,
             suffix_offset=suffix_offset,
         )
@@ -86,6 +107,7 @@ class Positions:
         terms = [f"{side}{span}" for side, span in (("f", self.first), ("l", self.last)) if span]
         if self.listed:
             terms.append(f"[{','.join(map(str, self.listed))}]")
+        terms += [_written(pair) for pair in self.slices]
         if self.decode:
             terms.append("decode")
         return "+".join(terms)
@@ -112,8 +134,17 @@ class Positions:
         head = range(start, min(stop, half, self.first))
         tail = range(max(start, m - min(half, self.last)), min(stop, m))
         generated = range(max(start, n), stop) if self.decode else ()
-        if not self.listed:
+        if not (self.listed or self.slices):
             return [*head, *tail, *generated]
+        found = {*head, *tail}
+        for pair in self.slices:
+            first, behind, _ = slice(*pair).indices(m)
+            found.update(range(max(start, first), min(stop, behind)))
         listed = (index if index >= 0 else m + index for index in self.listed)
-        inside = (index for index in listed if start <= index < min(stop, n) and index >= 0)
-        return [*sorted({*head, *tail, *inside}), *generated]
+        found.update(index for index in listed if start <= index < min(stop, n) and index >= 0)
+        return [*sorted(found), *generated]
+
+
+def _written(bounds: Bounds) -> str:
+    start, stop = bounds
+    return "prompt" if bounds == _PROMPT else f"[{start or ''}:{'' if stop is None else stop}]"
