@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 
 app = typer.Typer()
 
-VECTOR_SUFFIXES = (".npy", ".npz", ".pt", ".pth")
-"""Of files with plain vectors."""
+_SUFFIXES = (".gguf", ".npy", ".npz", ".pt", ".pth")
+"""Of other libraries' files."""
 
 
 @app.command("import")
@@ -70,36 +70,20 @@ def import_(
     --positions names others.
     """
     from reft_runtime.base.shape import read_base
-    from reft_runtime.interventions.control_vectors import import_control_vector
-    from reft_runtime.interventions.pyreft import import_pyreft
-    from reft_runtime.interventions.vectors import import_vectors
+    from reft_runtime.interventions.foreign.formats import import_foreign
 
     target = _target(out, source, name)
-    trained: dict[str, Any] = {
-        "share_weights": share_weights,
-        "act": act,
-        "suffix_offset": suffix_offset,
-        "kind": kind,
-    }
-    plain = not os.path.isdir(source) and source.lower().endswith(VECTOR_SUFFIXES)
-    if plain or _is_gguf(source):
-        for option, value in trained.items():
-            if value is not None:
-                what = "vector" if plain else "control vector"
-                raise ConfigError(f"{option}: a {what} has none; leave it out.")
-        imported = (import_vectors if plain else import_control_vector)(
-            source,
-            base=read_base(base)[0],
-            layer=layer,
-            positions=positions or "all",
-            template=template,
-        )
-    elif layer is not None:
-        raise ConfigError("layer: a checkpoint says its own; leave it out.", param="layer")
-    else:
-        imported = import_pyreft(
-            source, base=read_base(base)[0], positions=positions, template=template, **trained
-        )
+    imported = import_foreign(
+        source,
+        base=read_base(base)[0],
+        layer=layer,
+        positions=positions,
+        share_weights=share_weights,
+        act=act,
+        suffix_offset=suffix_offset,
+        kind=kind,
+        template=template,
+    )
     write_file(target, imported)
     count = len(imported.manifest.edits)
     edits = "1 edit" if count == 1 else f"{count} edits"
@@ -142,7 +126,7 @@ def export(
 ) -> None:
     """Write a file's edits as a folder that pyreft loads, or vectors as a GGUF control vector."""
     from reft_runtime.interventions import parse
-    from reft_runtime.interventions.control_vectors import export_control_vector
+    from reft_runtime.interventions.foreign.control_vectors import export_control_vector
     from reft_runtime.interventions.pyreft import export_pyreft
 
     form, path = to
@@ -170,18 +154,10 @@ def write_file(path: Path, intervention: Intervention) -> None:
         raise ConfigError(f"out: {path} cannot be written: {error.strerror}.") from None
 
 
-def _is_gguf(source: str) -> bool:
-    try:
-        with open(source, "rb") as file:
-            return file.read(4) == b"GGUF"
-    except OSError:
-        return False
-
-
 def _target(out: Path, source: str, name: str | None) -> Path:
     if os.path.isdir(out):  # pathlib's raises where a name is too long
         stem = os.path.basename(os.path.realpath(source)).lower()
-        for suffix in (".gguf", *VECTOR_SUFFIXES):
+        for suffix in _SUFFIXES:
             stem = stem.removesuffix(suffix)
         stem = name or stem
         return out / f"{stem}.safetensors"

@@ -175,7 +175,7 @@ def test_a_plain_vector_is_imported(base: Path, checkpoint: Path, tmp_path: Path
     assert made.tensors["edits.0.v"].equal(torch.ones(16))
     with pytest.raises(ConfigError, match="act: a vector has none; leave it out"):
         run("import", vector, *options, "--layer", "2", "--act", "relu")
-    with pytest.raises(ConfigError, match="layer: a checkpoint says its own; leave it out"):
+    with pytest.raises(ConfigError, match="layer: a checkpoint of pyreft has none; leave it out"):
         run("import", checkpoint, *options, "--layer", "2")
 
 

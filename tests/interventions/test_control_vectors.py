@@ -14,7 +14,10 @@ import torch
 
 from reft_runtime.errors import ConfigError, InvalidFile
 from reft_runtime.interventions import Edit, Intervention, parse, serialise
-from reft_runtime.interventions.control_vectors import export_control_vector, import_control_vector
+from reft_runtime.interventions.foreign.control_vectors import (
+    export_control_vector,
+    import_control_vector,
+)
 from tests.interventions.make import BASE, loreft_tensors
 
 ONES = np.ones(16, np.float32)

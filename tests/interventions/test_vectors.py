@@ -11,9 +11,10 @@ import pytest
 import torch
 
 from reft_runtime.errors import ConfigError, InvalidFile, ReftError
-from reft_runtime.interventions import parse, serialise, vectors
+from reft_runtime.interventions import parse, serialise
+from reft_runtime.interventions.foreign import vectors
+from reft_runtime.interventions.foreign.vectors import import_vectors
 from reft_runtime.interventions.pyreft.unpickle import read_state
-from reft_runtime.interventions.vectors import import_vectors
 from tests.interventions.make import BASE
 
 TABLE = np.random.default_rng(0).normal(size=(4, 16))

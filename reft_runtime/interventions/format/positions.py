@@ -56,8 +56,7 @@ class Positions:
             if index is not None and abs(index) > MAX_SPAN:
                 raise InvalidFile(f"positions: index {index} is out of range; use ±{MAX_SPAN}.")
         for start, stop in self.slices:
-            alike = stop is not None and (start < 0) == (stop < 0)
-            if stop == 0 or (alike and start >= stop):
+            if stop is not None and (not stop or ((start < 0) == (stop < 0) and start >= stop)):
                 raise InvalidFile(f"positions: `{_written((start, stop))}` is always empty.")
         if not 0 <= self.suffix_offset <= MAX_SPAN:
             raise InvalidFile(f"suffix_offset: {self.suffix_offset}; it takes 0 to {MAX_SPAN}.")

@@ -18,12 +18,14 @@ from reft_runtime.interventions.format.intervention import Edit, Intervention
 from reft_runtime.interventions.format.kinds import ACTS, KINDS, TensorInfo, check_tensors
 from reft_runtime.interventions.format.manifest import BaseShape
 from reft_runtime.interventions.format.positions import Positions
+from reft_runtime.interventions.hub import fetched
 from reft_runtime.interventions.pyreft.checkpoint import Checkpoint, read_checkpoint
 from reft_runtime.interventions.pyreft.classes import Stored, kind_of, tensors_of
 from reft_runtime.interventions.pyreft.unpickle import with_plain_rotation
 from reft_runtime.machine.dtypes import name_of
 
-HUB = "hf:"
+FILES = ("*config.json", "*args.json", "*intkey_*.bin")
+"""What a repository of pyreft's consists of."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +87,7 @@ def import_pyreft(
             raise ConfigError(
                 f"{name}: unknown {value[:80]!r}; known: {', '.join(sorted(known))}.", param=name
             )
-    checkpoint = read_checkpoint(_fetched(str(source)))
+    checkpoint = read_checkpoint(fetched(str(source), FILES))
     unrecorded = unrecorded.completed_by(checkpoint.args)
     kinds = [kind_of(stored, unrecorded.kind) for stored in checkpoint.interventions]
     if unrecorded.act is None and any(KINDS[kind].has_act for kind in kinds):
@@ -244,23 +246,3 @@ def _act_name(key: str, module: Any) -> str | None:
         if type(candidate) is type(module) and torch.equal(candidate(grid), module(grid)):
             return str(name)
     raise InvalidFile(f"{key}: act_fn is none of transformers' ACT2FN as it starts.")
-
-
-def _fetched(source: str) -> Path:
-    if not source.startswith(HUB):
-        return Path(source)
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    repository = source.removeprefix(HUB)
-    try:
-        return Path(
-            snapshot_download(
-                repository, allow_patterns=["*config.json", "*args.json", "*intkey_*.bin"]
-            )
-        )
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        raise ConfigError(
-            f"{source}: cannot be fetched from the Hub: {str(error).splitlines()[0][:300]}",
-            param="source",
-        ) from None

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from reft_runtime.errors import ConfigError, InvalidFile
-from reft_runtime.interventions.control_vectors import steering_edits
+from reft_runtime.interventions.foreign.steering import steering_edits
 from reft_runtime.interventions.format.intervention import Intervention
 from reft_runtime.interventions.format.manifest import BaseShape
 from reft_runtime.interventions.pyreft.states import read_states

@@ -1,0 +1,79 @@
+"""Which formats of other libraries are read, how each is recognised, and what it must be told."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from reft_runtime.errors import ConfigError
+from reft_runtime.interventions.foreign.control_vectors import import_control_vector
+from reft_runtime.interventions.foreign.vectors import OF_NUMPY, import_vectors
+from reft_runtime.interventions.format.intervention import Intervention
+from reft_runtime.interventions.format.manifest import BaseShape
+from reft_runtime.interventions.hub import fetched
+from reft_runtime.interventions.pyreft import import_pyreft
+from reft_runtime.interventions.pyreft.importing import FILES
+
+
+class Format(NamedTuple):
+    """A format of files, or of folders of them.
+
+    `what` names one in messages, `files` are the patterns of its files in a repository of the Hub,
+    `options` the names of what `read` takes beside the source and `base`.
+    """
+
+    what: str
+    fits: Callable[[Path], bool]
+    read: Callable[..., Intervention]
+    options: frozenset[str]
+    files: tuple[str, ...] = ()
+
+
+def import_foreign(source: str | Path, *, base: BaseShape, **options: Any) -> Intervention:
+    """Read a file or folder of another library, or `hf:REPO` from the Hub.
+
+    Pickles are read by a process of their own. `base` is the base model's shape
+    (`reft_runtime.base_shape`). `options` say what files of the format do not: see its reader. One
+    that is None counts as left out. Raises `ConfigError` for an option that the format lacks, and
+    what the reader raises.
+    """
+    path = fetched(str(source), [pattern for each in FORMATS for pattern in each.files])
+    found = next(each for each in FORMATS if each.fits(path))
+    given = {name: value for name, value in options.items() if value is not None}
+    for name in given:
+        if name not in found.options:
+            raise ConfigError(f"{name}: {found.what} has none; leave it out.", param=name)
+    return found.read(path, base=base, **given)
+
+
+def _is_gguf(path: Path) -> bool:
+    return _begins(path, b"GGUF")
+
+
+def _is_of_vectors(path: Path) -> bool:
+    return path.suffix.lower() in (*OF_NUMPY, ".pt", ".pth") and not path.is_dir()
+
+
+def _begins(path: Path, start: bytes) -> bool:
+    try:
+        with path.open("rb") as file:
+            return file.read(len(start)) == start
+    except OSError:
+        return False
+
+
+_VECTORS = frozenset({"layer", "positions", "template"})
+
+FORMATS = (
+    Format("a control vector", _is_gguf, import_control_vector, _VECTORS),
+    Format("a vector", _is_of_vectors, import_vectors, _VECTORS),
+    Format(
+        "a checkpoint of pyreft",
+        lambda path: True,
+        import_pyreft,
+        frozenset({"positions", "template", "share_weights", "act", "suffix_offset", "kind"}),
+        FILES,
+    ),
+)
+"""In the order in which they are tried; the last one fits anything."""
