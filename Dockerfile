@@ -1,6 +1,6 @@
 # docker build -t reft-server .                              for a CPU; it starts with a key only (run with -e REFT_API_KEY)
 # docker build -t reft-server --build-arg TORCH=cu130 .      for an NVIDIA GPU (run with --gpus all -e REFT_DEVICE=cuda)
-# docker build -t reft-server --build-arg EXTRAS=s3 .        with optional parts (s3, redis, cluster; several with commas)
+# docker build -t reft-server --build-arg EXTRAS=s3 .        with optional parts (s3, redis, otel, cluster; several with commas)
 # TORCH is the name of one of PyTorch's package indexes; the wheels of a CUDA index bring CUDA themselves.
 
 FROM python:3.11-slim-bookworm AS build

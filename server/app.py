@@ -12,7 +12,7 @@ from fastapi import APIRouter, Depends, FastAPI
 from reft_runtime.base.stages import stage
 from reft_runtime.version import VERSION
 from server.auth import require_access, require_key
-from server.context import Context
+from server.context import Context, Tracing
 from server.cors import with_cors
 from server.errors import install_error_handlers, refuse_query
 from server.health import Health
@@ -53,7 +53,8 @@ def create_app(
     The application is ready for requests once it has started. Raises `ConfigError` for a keys file
     that is not usable.
     """
-    context = Context(engine, settings, Metrics(engine), Health(engine), replicas)
+    tracing = _tracing(settings)
+    context = Context(engine, settings, Metrics(engine), Health(engine), replicas, tracing)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -72,6 +73,8 @@ def create_app(
         await asyncio.wait(watches)
         await context.quotas.close()
         await asyncio.to_thread(context.usage.close)
+        if context.tracing is not None:
+            await asyncio.to_thread(context.tracing.close)
         context.close()
 
     # FastAPI's own pages would need no key: the description is a route like any other here.
@@ -115,3 +118,12 @@ def create_app(
         guarded.include_router(module.router)
     app.include_router(guarded)
     return app
+
+
+def _tracing(settings: Settings) -> Tracing | None:
+    endpoint = settings.otlp_traces_endpoint
+    if endpoint is None:
+        return None
+    from server.tracing import RequestTracing  # its packages are an extra's
+
+    return RequestTracing(endpoint.get_secret_value())

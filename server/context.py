@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Annotated, Concatenate, NamedTuple, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Annotated, Concatenate, NamedTuple, ParamSpec, Protocol, TypeVar
 
 from fastapi import Depends, Request
 from starlette.types import Scope
@@ -78,6 +78,20 @@ class Made(NamedTuple):
     behind: Sequence[str]
 
 
+class Tracing(Protocol):
+    """What makes spans of requests, where a collector wants them: `server.tracing`."""
+
+    @property
+    def problem(self) -> str | None:
+        """Why spans are lost; None while the collector takes them."""
+
+    def ended(self, scope: Scope, status: int | None, seconds: float) -> str | None:
+        """Make the span of a request that has just ended; returns the id of its trace, if any."""
+
+    def close(self) -> None:
+        """Send what is left."""
+
+
 @dataclass(frozen=True, slots=True)
 class Context:
     """One server's parts, and the tenant that uses them for one request.
@@ -93,6 +107,7 @@ class Context:
     metrics: Metrics
     health: Health
     replicas: Replicas | None = None
+    tracing: Tracing | None = None
     tenant: Tenant = NOBODY
     request_id: str = ""
     started: int = field(default_factory=lambda: int(time.time()))
@@ -142,8 +157,9 @@ class Context:
 
     def problems(self) -> list[str]:
         """What is wrong with what the server keeps or asks, in words that anybody may read."""
-        parts = (self.keys, self.usage, self.quotas)
-        return [part.problem for part in parts if part.problem is not None]
+        parts = (self.keys, self.usage, self.quotas, self.tracing)
+        found = [None if part is None else part.problem for part in parts]
+        return [problem for problem in found if problem is not None]
 
     async def work(self, call: Callable[[], R]) -> R:
         """Run a part of a request that may take long in a thread.

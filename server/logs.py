@@ -80,11 +80,14 @@ def configure_logging(settings: Settings) -> None:
     logging.captureWarnings(True)
 
 
+def is_quiet(path: str) -> bool:
+    """Whether requests of a path are of no interest by themselves."""
+    return path in QUIET_PATHS or path.startswith(QUIET_FOLDER)
+
+
 def log_request(scope: Scope, status: int | None, seconds: float) -> None:
     """Log one request that has ended; `status` is None if its client left before the answer."""
-    path = scope["path"]
-    quiet = path in QUIET_PATHS or path.startswith(QUIET_FOLDER)
-    level = logging.DEBUG if quiet else logging.INFO
+    level = logging.DEBUG if is_quiet(scope["path"]) else logging.INFO
     if not logger.isEnabledFor(level):
         return
     state = scope["state"]
@@ -97,6 +100,8 @@ def log_request(scope: Scope, status: int | None, seconds: float) -> None:
         **_generated(state.get("job"), state.get("run")),
         "total_seconds": round(seconds, 4),
     }
+    if "trace_id" in state:
+        fields["trace_id"] = state["trace_id"]
     logger.log(level, "%s", _line(fields), extra={"request": fields})
 
 

@@ -64,7 +64,7 @@ class RequestMiddleware:
         if sum(len(name) + len(value) for name, value in scope["headers"]) > MAX_HEADER_BYTES:
             error = ApiError(431, f"The headers are larger than {MAX_HEADER_BYTES} bytes.")
             await error.response()(scope, receive, send_with_id)
-            log_request(scope, status, time.monotonic() - began)
+            self._ended(scope, status, time.monotonic() - began)
             return
         try:
             await self.app(scope, receive, send_with_id)
@@ -78,4 +78,11 @@ class RequestMiddleware:
         finally:
             self._context.bodies.give_back(scope)
             status = status or scope["state"].get(REFUSED)
-            log_request(scope, status, time.monotonic() - began)
+            self._ended(scope, status, time.monotonic() - began)
+
+    def _ended(self, scope: Scope, status: int | None, seconds: float) -> None:
+        if self._context.tracing is not None:
+            trace = self._context.tracing.ended(scope, status, seconds)
+            if trace is not None:
+                scope["state"]["trace_id"] = trace
+        log_request(scope, status, seconds)

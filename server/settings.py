@@ -262,6 +262,12 @@ class Settings(BaseSettings):
         default="text", description="Format of the log: text, or json with one object per line."
     )
     log_level: LogLevel = Field(default="info", description="Least severe message that is logged.")
+    otlp_traces_endpoint: SecretStr | None = Field(
+        default=None,
+        min_length=1,
+        description="URL of an OpenTelemetry collector that gets a span for every request, such as "
+        "http://localhost:4318/v1/traces; by default none.",
+    )
 
     @field_validator("interventions", mode="before")
     @classmethod
@@ -307,8 +313,20 @@ class Settings(BaseSettings):
                 "write it as redis://HOST:PORT/DB, or with rediss:// for TLS; in a password write"
                 " /, ? and # percent-encoded"
             )
-        if find_spec("redis") is None:
+        if not _has_package("redis"):
             raise ValueError("it needs the package redis: pip install 'reft-server[redis]'")
+        return value
+
+    @field_validator("otlp_traces_endpoint")
+    @classmethod
+    def _check_collector(cls, value: SecretStr | None) -> SecretStr | None:
+        if value is None:
+            return value
+        url = value.get_secret_value()
+        if not re.fullmatch(r"https?://[^/?#\s]+/\S+", url) or not _has_address(url):
+            raise ValueError("write it as http://HOST:4318/v1/traces, or with https://")
+        if not _has_package("opentelemetry.exporter.otlp.proto.http"):
+            raise ValueError("it needs more packages: pip install 'reft-server[otel]'")
         return value
 
     @field_validator("tool_template")
@@ -382,6 +400,13 @@ def _several(value: str) -> list[str]:
             listed = [""]
         return [str(one) for one in listed]
     return [one.strip() for one in value.split(",")]
+
+
+def _has_package(name: str) -> bool:
+    try:
+        return find_spec(name) is not None
+    except ModuleNotFoundError:  # of the package around it
+        return False
 
 
 def _has_address(url: str) -> bool:
