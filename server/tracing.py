@@ -8,13 +8,17 @@ have vLLM's names. `OTEL_SERVICE_NAME`, `OTEL_RESOURCE_ATTRIBUTES`, `OTEL_TRACES
 from __future__ import annotations
 
 import logging
-import os
 import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
-from opentelemetry.sdk.resources import SERVICE_NAME, SERVICE_VERSION, Resource
+from opentelemetry.sdk.resources import (
+    SERVICE_NAME,
+    SERVICE_VERSION,
+    OTELResourceDetector,
+    Resource,
+)
 from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
 from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExportResult
 from opentelemetry.trace import SpanKind, Status, StatusCode
@@ -47,10 +51,9 @@ class RequestTracing:
 
     def __init__(self, endpoint: str) -> None:
         """`endpoint` is the collector's URL for traces, such as `http://host:4318/v1/traces`."""
-        own = {SERVICE_VERSION: VERSION}
-        if "OTEL_SERVICE_NAME" not in os.environ:
-            own[SERVICE_NAME] = "reft-server"
-        self._provider = TracerProvider(resource=Resource.create(own), shutdown_on_exit=False)
+        own = Resource.create({SERVICE_NAME: "reft-server", SERVICE_VERSION: VERSION})
+        resource = own.merge(OTELResourceDetector().detect())  # what the variables say comes first
+        self._provider = TracerProvider(resource=resource, shutdown_on_exit=False)
         self._exporter = _Exporter(endpoint=endpoint)
         self._provider.add_span_processor(BatchSpanProcessor(self._exporter))
         self._tracer = self._provider.get_tracer("reft-server", VERSION)
@@ -88,7 +91,8 @@ class RequestTracing:
             if run is not None and run.first_token_seconds is not None:
                 at = began + int(run.first_token_seconds * 1e9)
                 span.add_event("first token", timestamp=at)
-            if status is not None and status >= 500:
+            broken = run is not None and "error" in run.ends  # in a stream, behind its status
+            if broken or (status is not None and status >= 500):
                 span.set_status(Status(StatusCode.ERROR))
         span.end(now)
         return f"{context.trace_id:032x}" if context.trace_flags.sampled else None

@@ -123,7 +123,7 @@ async def test_an_answer(collector: Collector, stream: bool, log: Lines) -> None
 async def test_what_is_refused_fails_or_is_of_no_interest(
     collector: Collector, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("OTEL_SERVICE_NAME", "tasks")
+    monkeypatch.setenv("OTEL_RESOURCE_ATTRIBUTES", "service.name=tasks,where=here")
     engine = FakeEngine()
     async with client_of(create_app(engine, settings_of(collector.url))) as client:
         await client.get("/livez")
@@ -133,6 +133,8 @@ async def test_what_is_refused_fails_or_is_of_no_interest(
         await client.post("/v1/chat/completions", json=chat(temperature=9))
         engine.overloaded = True
         await client.post("/v1/chat/completions", json=chat())
+        engine.overloaded, engine.fail_after = False, 2
+        await client.post("/v1/chat/completions", json=chat(stream=True))
     told = [
         (span.name, of(span.attributes)["http.response.status_code"], span.status.code)
         for span in collector.spans
@@ -142,9 +144,11 @@ async def test_what_is_refused_fails_or_is_of_no_interest(
         ("GET", 404, 0),
         ("POST /v1/chat/completions", 400, 0),
         ("POST /v1/chat/completions", 503, 2),
+        ("POST /v1/chat/completions", 200, 2),
     ]
-    assert of(collector.spans[-1].attributes)["error.type"] == "503"
+    assert of(collector.spans[-2].attributes)["error.type"] == "503"
     assert collector.resource["service.name"] == "tasks"
+    assert collector.resource["where"] == "here"
 
 
 async def test_what_the_parent_does_not_sample_is_left_out(
