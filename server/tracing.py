@@ -26,6 +26,7 @@ from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapProp
 from starlette.datastructures import Headers
 from starlette.types import Scope
 
+from reft_runtime.reaching import shown_address
 from reft_runtime.version import VERSION
 from server.logs import is_quiet
 from server.tenants.tenant import OWNER, Tenant
@@ -108,6 +109,7 @@ class _Exporter(OTLPSpanExporter):
     def __init__(self, endpoint: str) -> None:
         super().__init__(endpoint=endpoint)
         self.problem: str | None = None
+        self._address = shown_address(endpoint)
         self._said = _FirstMessage()
         for name in ("opentelemetry.exporter", "opentelemetry.sdk.trace"):
             own = logging.getLogger(name)
@@ -119,10 +121,10 @@ class _Exporter(OTLPSpanExporter):
         result = super().export(spans)
         if result is not SpanExportResult.SUCCESS:
             if self.problem is None:
-                self.problem = f"spans are lost: {self._said.text}"
-                logger.warning("Spans are lost: %s", self._said.text)
+                self.problem = f"{self._address} takes no spans: {self._said.text}"
+                logger.warning("%s, so they are lost", self.problem)
         elif self.problem is not None:
-            logger.info("Spans are sent again")
+            logger.info("%s takes spans again", self._address)
             self.problem = None
         return result
 
