@@ -49,8 +49,12 @@ class Part:
 class PackedCache:
     """What the own code takes for transformers' `Cache`: the states are the functions' business."""
 
+    def has_previous_state(self, layer_idx: int, state_idx: int | None = None) -> bool:
+        """No: the code shall go the way of a text that begins."""
+        return False
+
     def get_conv_state(self, layer_idx: int, state_idx: int = 0) -> None:
-        """Nothing: the code shall go the way of a text that begins."""
+        """Nothing, as above."""
 
     def get_recurrent_state(self, layer_idx: int, state_idx: int = 0) -> None:
         """Nothing, as above."""

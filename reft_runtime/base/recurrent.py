@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import inspect
 import math
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
@@ -64,6 +65,14 @@ class MixerStates:
     continues: bool
 
 
+class LayerStates(NamedTuple):
+    """The states of a mixer as releases of transformers before 5.22 read them, by number."""
+
+    conv_states: Mapping[int, Tensor]
+    recurrent_states: Mapping[int, Tensor]
+    record_past: bool = False
+
+
 class StateCache:
     """What a mixer's own code takes for transformers' `Cache`.
 
@@ -75,6 +84,15 @@ class StateCache:
     def __init__(self, states: Mapping[StateKey, Tensor], *, begins: bool) -> None:
         self._states = states
         self._begins = begins
+
+    @property
+    def layers(self) -> Mapping[int, LayerStates]:
+        """The states by layer, whose number is of no matter here; see `LayerStates`."""
+        found: dict[str, dict[int, Tensor]] = {"conv": {}, "recurrent": {}}
+        for key, state in self._states.items():
+            found[key.kind][key.number] = state
+        own = LayerStates(found["conv"], found["recurrent"])
+        return defaultdict(lambda: own)
 
     def get_conv_state(self, layer_idx: int, state_idx: int = 0) -> Tensor | None:
         """The newest inputs of a convolution; None if the sequences begin."""

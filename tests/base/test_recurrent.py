@@ -138,6 +138,15 @@ def test_the_newest_inputs_of_a_convolution() -> None:
     assert kept.tolist() == [[[5, 6, 7, 8]]]
 
 
+def test_states_as_releases_before_5_22_read_them() -> None:
+    conv, recurrent = torch.ones(1, 2, 3), torch.zeros(1, 2)
+    states = {StateKey("conv", 1): conv, StateKey("recurrent", 0): recurrent}
+    layer = StateCache(states, begins=False).layers[7]
+    assert layer.conv_states[1] is conv
+    assert layer.recurrent_states[0] is recurrent
+    assert not layer.record_past
+
+
 def test_weights_that_a_mixer_s_own_code_reads_stay_as_they_are() -> None:
     model = tiny("jamba")
     before = copy.deepcopy(model.state_dict())
