@@ -20,8 +20,11 @@ from reft_runtime.base.trial import near
 
 ROWS = 5
 
-_FORMULA = ("has_gate", "has_bias", "is_transposed", "has_post_expert_norm", "_is_expert_parallel")
+_FORMULA = ("has_gate", "has_bias", "is_transposed")
 """Attributes that transformers' decorator for experts sets."""
+
+_OTHERWISE = ("has_post_expert_norm", "_is_expert_parallel")
+"""Attributes of newer releases, which say that it is computed otherwise."""
 
 
 def pack_experts(model: nn.Module) -> int:
@@ -42,7 +45,7 @@ def plain_experts(module: nn.Module, name: str) -> Tensor | None:
 def _pack(module: Any) -> bool:
     if not all(hasattr(module, name) for name in _FORMULA) or "forward" in vars(module):
         return False
-    if module.has_post_expert_norm or module._is_expert_parallel:
+    if any(getattr(module, name, False) for name in _OTHERWISE):
         return False
     first, last = "gate_up_proj" if module.has_gate else "up_proj", "down_proj"
     if not all(packable(getattr(module, name)) for name in (first, last)):
