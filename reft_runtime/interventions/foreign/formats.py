@@ -7,7 +7,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from reft_runtime.errors import ConfigError
+from reft_runtime.interventions.foreign import adapterhub, peft
+from reft_runtime.interventions.foreign.adapterhub import import_adapterhub, is_adapterhub
 from reft_runtime.interventions.foreign.control_vectors import import_control_vector
+from reft_runtime.interventions.foreign.folders import CONFIG, is_adapter
+from reft_runtime.interventions.foreign.peft import import_peft
 from reft_runtime.interventions.foreign.vectors import OF_NUMPY, import_vectors
 from reft_runtime.interventions.format.intervention import Intervention
 from reft_runtime.interventions.format.manifest import BaseShape
@@ -68,6 +72,20 @@ _VECTORS = frozenset({"layer", "positions", "template"})
 FORMATS = (
     Format("a control vector", _is_gguf, import_control_vector, _VECTORS),
     Format("a vector", _is_of_vectors, import_vectors, _VECTORS),
+    Format(
+        "an adapter of AdapterHub's",
+        is_adapterhub,
+        import_adapterhub,
+        frozenset({"positions", "template", "kind"}),
+        (CONFIG, *adapterhub.FILES),
+    ),
+    Format(
+        "an adapter of PEFT's",
+        is_adapter,
+        import_peft,
+        frozenset({"positions", "template"}),
+        (CONFIG, *peft.FILES),
+    ),
     Format(
         "a checkpoint of pyreft",
         lambda path: True,

@@ -3,8 +3,8 @@
 A file holds a state dict, tensors by number, or one tensor, which is then called `tensor`.
 Standard output is one safetensors file whose tensors are named `<index of the file>.<key>`; a file
 that is refused ends the process with the reason on standard error. Only the globals that a state
-dict needs are allowed, before torch's own restricted unpickler sees the file. The parametrised R of
-pyreft, 64 MiB at d = 4096, leaves as the R [d, r] that it stands for.
+dict needs are allowed, before torch's own restricted unpickler sees the file. torch's parametrised
+orthogonal weights, 64 MiB at d = 4096, leave as the few columns or rows that they stand for.
 
 This script imports nothing of the project, so that it starts sooner and offers less to a pickle.
 """
@@ -28,8 +28,10 @@ ALONE = "tensor"
 """What a tensor is called that is no part of a state dict."""
 
 PLAIN = "rotate_layer"
-ORIGINAL = "rotate_layer.parametrizations.weight.original"
-BASE = "rotate_layer.parametrizations.weight.0.base"
+"""pyreft's R, whose parametrised pair belongs to a module of this name."""
+
+_PAIR = (".parametrizations.weight.original", ".parametrizations.weight.0.base")
+ORIGINAL, BASE = (PLAIN + end for end in _PAIR)
 
 MAX_PICKLE_BYTES = 1 << 30
 """Most bytes of one file; a parametrised R of d = 8192 has 256 MiB."""
@@ -91,23 +93,33 @@ def read_state(path: str | Path) -> dict[str, Tensor]:
 
 
 def with_plain_rotation(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A state dict with R [d, r] under `rotate_layer` instead of the parametrised pair.
+    """A state dict with torch's orthogonal weights instead of the pairs that parametrise them.
 
-    Raises `ValueError`, naming the tensor, for a pair that is not one.
+    pyreft's R [d, r] is called `rotate_layer`, and the weight of any other module as if it were
+    plain. Raises `ValueError`, naming the tensor, for a pair that is not one.
     """
     plain = dict(state)
-    original, base = plain.pop(ORIGINAL, None), plain.pop(BASE, None)
-    if original is None and base is None:
-        return plain
-    if original is None or base is None:
-        raise ValueError(f"{BASE if base is None else ORIGINAL}: missing beside its other half")
-    if PLAIN in plain:
-        raise ValueError(f"{PLAIN}: stored twice, plain and parametrised")
-    if original.ndim != 2 or original.shape[0] < original.shape[1]:
-        raise ValueError(f"{ORIGINAL}: shape {list(original.shape)}, expected [d, r] with r <= d")
-    if base.shape != (original.shape[0],) * 2:
-        raise ValueError(f"{BASE}: shape {list(base.shape)}, expected [d, d] as {ORIGINAL} has d")
-    plain[PLAIN] = _rotation(original, base).to(base.dtype)
+    found = (key.removesuffix(end) for key in state for end in _PAIR if key.endswith(end))
+    for module in dict.fromkeys(found):
+        original, base = (plain.pop(module + end, None) for end in _PAIR)
+        if original is None or base is None:
+            raise ValueError(f"{module}{_PAIR[base is None]}: missing beside its other half")
+        name = PLAIN if module == PLAIN else f"{module}.weight"
+        if name in plain:
+            raise ValueError(f"{name}: stored twice, plain and parametrised")
+        # torch turns the columns of what is wider than high; pyreft's R never is.
+        wide = original.ndim == 2 and original.shape[0] < original.shape[1] and module != PLAIN
+        X = original.T if wide else original
+        if X.ndim != 2 or X.shape[0] < X.shape[1]:
+            shape = list(original.shape)
+            raise ValueError(f"{module}{_PAIR[0]}: shape {shape}, expected [d, r] with r <= d")
+        if base.shape != (X.shape[0],) * 2:
+            raise ValueError(
+                f"{module}{_PAIR[1]}: shape {list(base.shape)}, expected [d, d] as"
+                f" {module}{_PAIR[0]} has d"
+            )
+        Q = _rotation(X, base).to(base.dtype)
+        plain[name] = Q.T.contiguous() if wide else Q
     return plain
 
 
