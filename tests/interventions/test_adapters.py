@@ -232,8 +232,8 @@ UNSOUND_IA3S: dict[str, tuple[Change, str]] = {
     "modules": (outer(modules_to_save=["lm_head"]), "modules_to_save: .*'lm_head'.* trained, too"),
     "bias": (outer(bias="all"), "bias: 'all': biases of the base model were trained, too"),
     "unknown": (outer(gate=True), "gate: 'True': nothing that is known here"),
-    "module": (of_ia3("base_model.model.lm_head.weight", torch.ones(3)), "no tensor of an IA3"),
-    "name": (of_ia3("down_proj.ia3_l", torch.ones(1, 48)), "no tensor of an IA3, whose names are"),
+    "module": (of_ia3("base_model.model.lm_head.weight", torch.ones(3)), "no tensor of IA3"),
+    "name": (of_ia3("down_proj.ia3_l", torch.ones(1, 48)), "no tensor of IA3, whose names are"),
     "shape": (of_ia3(IA3.format(0), torch.ones(48)), r"\[48\], expected \[out, 1\] or \[1, in\]"),
     "layer": (of_ia3(IA3.format(4), torch.ones(1, 48)), "tiny has layers 0 to 3; check --base"),
 }  # fmt: skip

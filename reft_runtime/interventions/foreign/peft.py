@@ -98,7 +98,7 @@ def import_peft(
         module, _, weight = name.removeprefix(_PREFIX).rpartition(".")
         if not name.startswith(_PREFIX) or weight != tuner.weight or not module:
             raise InvalidFile(
-                f"{name[:200]!r}: no tensor of an {method}, whose names are"
+                f"{name[:200]!r}: no tensor of {method}, whose names are"
                 f" {_PREFIX}MODULE.{tuner.weight}."
             )
         try:
