@@ -11,14 +11,15 @@ This script imports nothing of the project, so that it starts sooner and offers 
 
 from __future__ import annotations
 
-import io
 import os
 import pickletools
 import stat
 import sys
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 import safetensors.torch
 import torch
@@ -33,8 +34,12 @@ PLAIN = "rotate_layer"
 _PAIR = (".parametrizations.weight.original", ".parametrizations.weight.0.base")
 ORIGINAL, BASE = (PLAIN + end for end in _PAIR)
 
-MAX_PICKLE_BYTES = 1 << 30
-"""Most bytes of one file; a parametrised R of d = 8192 has 256 MiB."""
+MAX_PICKLE_BYTES = 1 << 33
+"""Most bytes of one file, which is not read as a whole: AdapterHub's library keeps two parametrised
+weights of every layer in it."""
+
+MAX_TENSOR_BYTES = 1 << 30
+"""Most bytes of one tensor; a parametrised R of d = 8192 has 256 MiB."""
 
 MAX_STATES_BYTES = 1 << 28
 """Most bytes of all tensors that are kept."""
@@ -72,9 +77,10 @@ def read_state(path: str | Path) -> dict[str, Tensor]:
 
     Raises whatever error the file brings about.
     """
-    data = _read(path)
-    _check_pickle(data)
-    state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    with _opened(path) as file:
+        _check_pickle(file)
+        place = f"/dev/fd/{file.fileno()}"  # the file that was checked, whatever the path is now
+        state = torch.load(place, map_location="cpu", weights_only=True, mmap=True)
     if isinstance(state, Tensor):
         state = {ALONE: state}
     if not isinstance(state, dict) or not state:
@@ -85,10 +91,13 @@ def read_state(path: str | Path) -> dict[str, Tensor]:
     for key, tensor in state.items():
         if not isinstance(key, str) or not isinstance(tensor, Tensor):
             raise ValueError(f"{str(key)[:80]}: not a tensor with a name")
-        size += tensor.numel() * tensor.element_size()  # of a view it is more than the file has
-        if size > MAX_PICKLE_BYTES:
+        own = tensor.numel() * tensor.element_size()  # of a view it is more than the file has
+        size += own
+        if own > MAX_TENSOR_BYTES or size > MAX_PICKLE_BYTES:
             raise ValueError(f"{key[:80]}: too large when unpacked")
     plain = with_plain_rotation(state)
+    if sum(each.numel() * each.element_size() for each in plain.values()) > MAX_STATES_BYTES:
+        raise ValueError(f"more than {MAX_STATES_BYTES} bytes of tensors")
     return {key: tensor.detach().clone().contiguous() for key, tensor in plain.items()}
 
 
@@ -136,23 +145,24 @@ def _rotation(X: Tensor, base: Tensor) -> Tensor:
     return base.float() @ (Q * wide.diagonal().int())
 
 
-def _read(path: str | Path) -> bytes:
+@contextmanager
+def _opened(path: str | Path) -> Iterator[BinaryIO]:
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a FIFO must not be waited for
     with open(descriptor, "rb") as file:
-        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        found = os.fstat(descriptor)
+        if not stat.S_ISREG(found.st_mode):
             raise ValueError("not a regular file")
-        data = file.read(MAX_PICKLE_BYTES + 1)
-    if len(data) > MAX_PICKLE_BYTES:
-        raise ValueError(f"more than {MAX_PICKLE_BYTES} bytes")
-    return data
+        if found.st_size > MAX_PICKLE_BYTES:
+            raise ValueError(f"more than {MAX_PICKLE_BYTES} bytes")
+        yield file
 
 
-def _check_pickle(data: bytes) -> None:
+def _check_pickle(file: BinaryIO) -> None:
     """Raise ValueError for what is no plain archive of torch, or asks for any other global."""
-    if not data.startswith(b"PK\x03\x04"):
+    if file.read(4) != b"PK\x03\x04":
         raise ValueError("not a file that torch.save writes (a zip archive)")
     try:
-        archive = zipfile.ZipFile(io.BytesIO(data))
+        archive = zipfile.ZipFile(file)
     except zipfile.BadZipFile as error:
         raise ValueError(f"a damaged archive ({error})") from None
     with archive:
