@@ -28,9 +28,9 @@ def import_(
     source: Annotated[
         str,
         typer.Argument(
-            help="A folder that pyreft, adapters (ReFT) or PEFT (IA3, BEFT, HRA) saved, or hf:REPO "
-            "for one on the Hub; a control vector in GGUF; or vectors that numpy (.npy, .npz) or "
-            "torch (.pt) saved."
+            help="A folder that pyreft, adapters (ReFT) or PEFT (IA3, BEFT, HRA, LN tuning) saved, "
+            "or hf:REPO for one on the Hub; a control vector in GGUF; or vectors that numpy (.npy, "
+            ".npz) or torch (.pt) saved."
         ),
     ],
     out: Annotated[Path, typer.Option(help="The file to write, or the folder to put it in.")],
@@ -69,12 +69,14 @@ def import_(
     names others.
     """
     from reft_runtime.base.shape import read_base
+    from reft_runtime.base.stored import StoredModules
     from reft_runtime.interventions.foreign.formats import import_foreign
 
     target = _target(out, source, name)
     imported = import_foreign(
         source,
         base=read_base(base)[0],
+        modules=StoredModules(base),
         layer=layer,
         positions=positions,
         share_weights=share_weights,

@@ -15,13 +15,18 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
+from reft_runtime.base.stored import StoredModules
 from reft_runtime.errors import ConfigError, InvalidFile
 from reft_runtime.interventions import Edit, Intervention, parse, serialise
 from reft_runtime.interventions.foreign.formats import FORMATS, import_foreign
+from reft_runtime.interventions.foreign.peft import _ln as ln_edit
 from reft_runtime.interventions.format.kinds import by_edit
 from reft_runtime.schedule.request import AppliedIntervention
-from tests.helpers.models import answers, make_core, request
+from tests.helpers.models import answers, make_core, request, tiny, tiny_llama
 from tests.helpers.reference import BASE
 
 FOLDERS = Path(__file__).parents[1] / "fixtures" / "adapters"
@@ -35,9 +40,13 @@ OPTIONS: dict[str, dict[str, str]] = {
 CASES = sorted(REFERENCE.keys() - {"base/generate"})
 
 
+def module(path: str) -> nn.Module:
+    return tiny_llama()[0].get_submodule(path)
+
+
 def imported(case: str) -> Intervention:
     folder = FOLDERS / case.partition("/")[0]
-    made = import_foreign(folder, base=BASE, **OPTIONS.get(case, {}))
+    made = import_foreign(folder, base=BASE, modules=module, **OPTIONS.get(case, {}))
     return parse(serialise(made))
 
 
@@ -193,13 +202,13 @@ def test_a_head_of_its_own_is_refused(tmp_path: Path) -> None:
         ("ia3", {"kind": "red"}, "kind: an adapter of PEFT's has none"),
     ],
 )
-def test_an_option_that_does_not_fit(name: str, options: dict[str, str], message: str) -> None:
+def test_an_option_that_does_not_fit(name: str, options: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         import_foreign(FOLDERS / name, base=BASE, **options)
 
 
 def test_positions_may_be_given() -> None:
-    def places(name: str, **options: str) -> list[str]:
+    def places(name: str, **options: Any) -> list[str]:
         made = import_foreign(FOLDERS / name, base=BASE, **options)
         return [str(edit.positions) for edit in made.manifest.edits]
 
@@ -228,7 +237,7 @@ UNSOUND_IA3S: dict[str, tuple[Change, str]] = {
     "LoKr": (outer(peft_type="LOKR"), "peft_type: LOKR changes weights: what it adds depends"),
     "prompt": (outer(peft_type="PREFIX_TUNING"), "puts learned vectors before the prompt"),
     "RoAd": (outer(peft_type="ROAD"), "turns all dimensions of a row in pairs"),
-    "new": (outer(peft_type="NEXT"), "NEXT is unknown; IA3, BEFT, HRA can be read"),
+    "new": (outer(peft_type="NEXT"), "NEXT is unknown; IA3, BEFT, HRA, LN_TUNING can be read"),
     "modules": (outer(modules_to_save=["lm_head"]), "modules_to_save: .*'lm_head'.* trained, too"),
     "bias": (outer(bias="all"), "bias: 'all': biases of the base model were trained, too"),
     "unknown": (outer(gate=True), "gate: 'True': nothing that is known here"),
@@ -267,3 +276,39 @@ def test_other_unsound_folders(tmp_path: Path) -> None:
     (folder / "adapter_config.json").write_text("{")
     with pytest.raises(InvalidFile, match=r"adapter_config\.json: not readable as JSON"):
         import_foreign(folder, base=BASE)
+
+
+@pytest.mark.parametrize("norm", [nn.LayerNorm, LlamaRMSNorm, Gemma3RMSNorm])
+def test_a_tuned_norm_is_a_gain_of_the_norm(norm: Callable[[int], nn.Module]) -> None:
+    generator = torch.Generator().manual_seed(1)
+    own, tuned = norm(32), norm(32)
+    for each in (own, tuned):
+        for parameter in each.parameters():
+            parameter.data = torch.randn(32, generator=generator)
+    side, kind, tensors = ln_edit(tuned.state_dict(), {}, lambda: own)
+    assert (side, kind) == ("output", "red")
+    h = torch.randn(5, 32, generator=generator)
+    torch.testing.assert_close(tensors["s"] * own(h) + tensors["b"], tuned(h), atol=1e-4, rtol=1e-4)
+    with pytest.raises(ValueError, match=r"^weight \[32\]"):
+        ln_edit({"weight": torch.ones(3)}, {}, lambda: own)
+    with torch.no_grad():
+        own.load_state_dict({name: 0 * each for name, each in own.state_dict().items()})
+    if norm is not Gemma3RMSNorm:  # which adds 1
+        with pytest.raises(InvalidFile, match="is 0 at 32 of 32 places"):
+            ln_edit(tuned.state_dict(), {}, lambda: own)
+
+
+def test_a_norm_is_read_from_the_base_models_folder(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="replaces norms of the base model: give"):
+        import_foreign(FOLDERS / "ln", base=BASE)
+    model = tiny("gpt2")
+    model.save_pretrained(tmp_path)
+    modules = StoredModules(str(tmp_path))
+    for path in ("transformer.h.1.ln_2", "transformer.ln_f"):
+        theirs = model.get_submodule(path)
+        assert all(map(torch.equal, modules(path).parameters(), theirs.parameters()))
+    with pytest.raises(ConfigError, match=r"has no module transformer\.h\.9\.ln_2; check --base"):
+        modules("transformer.h.9.ln_2")
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(ConfigError, match=r"has no transformer\.ln_f\.weight in its model"):
+        modules("transformer.ln_f")

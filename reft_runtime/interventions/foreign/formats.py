@@ -6,6 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from torch import nn
+
 from reft_runtime.errors import ConfigError
 from reft_runtime.interventions.foreign import adapterhub, peft
 from reft_runtime.interventions.foreign.adapterhub import import_adapterhub, is_adapterhub
@@ -34,13 +36,20 @@ class Format(NamedTuple):
     files: tuple[str, ...] = ()
 
 
-def import_foreign(source: str | Path, *, base: BaseShape, **options: Any) -> Intervention:
+def import_foreign(
+    source: str | Path,
+    *,
+    base: BaseShape,
+    modules: Callable[[str], nn.Module] | None = None,
+    **options: Any,
+) -> Intervention:
     """Read a file or folder of another library, or `hf:REPO` from the Hub.
 
     Pickles are read by a process of their own. `base` is the base model's shape
-    (`reft_runtime.base_shape`). `options` say what files of the format do not: see its reader. One
-    that is None counts as left out. Raises `ConfigError` for an option that the format lacks, and
-    what the reader raises.
+    (`reft_runtime.base_shape`), and `modules` reads a module of it, for files that replace some
+    (`reft_runtime.base.stored.StoredModules`). `options` say what files of the format do not: see
+    its reader. One that is None counts as left out. Raises `ConfigError` for an option that the
+    format lacks, and what the reader raises.
     """
     path = fetched(str(source), [pattern for each in FORMATS for pattern in each.files])
     found = next(each for each in FORMATS if each.fits(path))
@@ -48,6 +57,8 @@ def import_foreign(source: str | Path, *, base: BaseShape, **options: Any) -> In
     for name in given:
         if name not in found.options:
             raise ConfigError(f"{name}: {found.what} has none; leave it out.", param=name)
+    if found.read is import_peft:
+        given["modules"] = modules
     return found.read(path, base=base, **given)
 
 

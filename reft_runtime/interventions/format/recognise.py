@@ -48,7 +48,7 @@ _CONTROL_VECTOR = re.compile(
 )
 _KEY = re.compile(rb'"([^"]*+)":')
 _LORA_NAME = re.compile(rb"\blora_")
-_EDITS_NAME = re.compile(rb"\.(ia3_l|beft_bias|hra_u)$|\.reft_layer\.refts\.")
+_EDITS_NAME = re.compile(rb"\.(ia3_l|beft_bias|hra_u)$|\.ln_tuning_layers\.|\.reft_layer\.refts\.")
 _ADAPTER_NAME = re.compile(rb"^base_model\.model\.")
 _WEIGHT_NAME = re.compile(
     rb"(^|\.)((layers|h|blocks)\.\d+\..|(embed_tokens|wte|lm_head|embed_in)\.weight$)"
