@@ -81,8 +81,6 @@ def _begins(path: Path, start: bytes) -> bool:
 _VECTORS = frozenset({"layer", "positions", "template"})
 
 FORMATS = (
-    Format("a control vector", _is_gguf, import_control_vector, _VECTORS),
-    Format("a vector", _is_of_vectors, import_vectors, _VECTORS),
     Format(
         "an adapter of AdapterHub's",
         is_adapterhub,
@@ -97,6 +95,8 @@ FORMATS = (
         frozenset({"positions", "template"}),
         (CONFIG, *peft.FILES),
     ),
+    Format("a control vector", _is_gguf, import_control_vector, _VECTORS),
+    Format("a vector", _is_of_vectors, import_vectors, _VECTORS),
     Format(
         "a checkpoint of pyreft",
         lambda path: True,
