@@ -26,8 +26,8 @@ def folder_of(path: Path) -> Path:
 
 
 def is_adapter(path: Path) -> bool:
-    """Whether a folder, or the one that a file lies in, holds an adapter."""
-    named = os.path.isdir(path) or path.suffix in (".safetensors", ".bin", ".json")
+    """Whether this is the folder of an adapter, or a file of one in its folder."""
+    named = os.path.isdir(path) or path.name.startswith(("adapter", "pytorch_adapter"))
     return named and os.path.isfile(folder_of(path) / CONFIG)
 
 
