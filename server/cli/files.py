@@ -28,8 +28,9 @@ def import_(
     source: Annotated[
         str,
         typer.Argument(
-            help="A folder that pyreft saved, or hf:REPO for one on the Hub; a control vector in "
-            "GGUF; or vectors that numpy (.npy, .npz) or torch (.pt) saved."
+            help="A folder that pyreft, adapters (ReFT) or PEFT (IA3, BEFT, HRA, LN tuning) saved, "
+            "or hf:REPO for one on the Hub; a control vector in GGUF; or vectors that numpy (.npy, "
+            ".npz) or torch (.pt) saved."
         ),
     ],
     out: Annotated[Path, typer.Option(help="The file to write, or the folder to put it in.")],
@@ -57,25 +58,25 @@ def import_(
         int | None,
         typer.Option(min=0, help="Last prompt tokens that the training's data set left out."),
     ] = None,
-    kind: Annotated[
-        str | None, typer.Option(help="Kind, where tensors without a config.json fit two.")
-    ] = None,
+    kind: Annotated[str | None, typer.Option(help="Kind, where the files fit two.")] = None,
     template: Annotated[
         str | None, typer.Option(help="chat, or a text with {prompt}: how a chat becomes a prompt.")
     ] = None,
 ) -> None:
-    """Turn a pyreft checkpoint, a control vector, or plain vectors, into an intervention file.
+    """Turn a file or folder of another library into an intervention file.
 
-    What a checkpoint does not record must be given. A vector is added at all positions, unless
-    --positions names others.
+    What it does not record must be given. A vector is added at all positions, unless --positions
+    names others.
     """
     from reft_runtime.base.shape import read_base
+    from reft_runtime.base.stored import StoredModules
     from reft_runtime.interventions.foreign.formats import import_foreign
 
     target = _target(out, source, name)
     imported = import_foreign(
         source,
         base=read_base(base)[0],
+        modules=StoredModules(base),
         layer=layer,
         positions=positions,
         share_weights=share_weights,

@@ -34,6 +34,14 @@ FILES: dict[str, tuple[bytes, str]] = {
     ),
     "IA3": (
         saved("base_model.model.model.layers.0.mlp.down_proj.ia3_l"),
+        "an adapter that edits hidden states; `reft import` makes",
+    ),
+    "ReFT": (
+        saved("model.layers.0.reft_layer.refts.a.units.0.projection.weight"),
+        "an adapter that edits hidden states; `reft import` makes",
+    ),
+    "VeRA": (
+        saved("base_model.model.model.layers.0.mlp.down_proj.vera_lambda_b"),
         "an adapter, such as a LoRA, which",
     ),
     "llama": (saved("model.layers.3.mlp.up_proj.weight"), "a model's weights"),
@@ -106,7 +114,7 @@ FOLDERS: dict[str, tuple[tuple[str, ...], str]] = {
     "empty": ((), r"but a folder\.$"),
     "LoRA": (
         ("adapter_config.json", "config.json"),
-        "the folder of an adapter, such as a LoRA, which",
+        "the folder of an adapter; `reft import` makes an intervention file of one that edits",
     ),
     "pyreft": (("config.json", "intkey_layer.3.bin"), "but a checkpoint of pyreft; `reft import`"),
     "trainer": (("intervenable_model",), "but a checkpoint of pyreft"),

@@ -6,8 +6,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from torch import nn
+
 from reft_runtime.errors import ConfigError
+from reft_runtime.interventions.foreign import adapterhub, peft
+from reft_runtime.interventions.foreign.adapterhub import import_adapterhub, is_adapterhub
 from reft_runtime.interventions.foreign.control_vectors import import_control_vector
+from reft_runtime.interventions.foreign.folders import CONFIG, is_adapter
+from reft_runtime.interventions.foreign.peft import import_peft
 from reft_runtime.interventions.foreign.vectors import OF_NUMPY, import_vectors
 from reft_runtime.interventions.format.intervention import Intervention
 from reft_runtime.interventions.format.manifest import BaseShape
@@ -30,13 +36,20 @@ class Format(NamedTuple):
     files: tuple[str, ...] = ()
 
 
-def import_foreign(source: str | Path, *, base: BaseShape, **options: Any) -> Intervention:
+def import_foreign(
+    source: str | Path,
+    *,
+    base: BaseShape,
+    modules: Callable[[str], nn.Module] | None = None,
+    **options: Any,
+) -> Intervention:
     """Read a file or folder of another library, or `hf:REPO` from the Hub.
 
     Pickles are read by a process of their own. `base` is the base model's shape
-    (`reft_runtime.base_shape`). `options` say what files of the format do not: see its reader. One
-    that is None counts as left out. Raises `ConfigError` for an option that the format lacks, and
-    what the reader raises.
+    (`reft_runtime.base_shape`), and `modules` reads a module of it, for files that replace some
+    (`reft_runtime.base.stored.StoredModules`). `options` say what files of the format do not: see
+    its reader. One that is None counts as left out. Raises `ConfigError` for an option that the
+    format lacks, and what the reader raises.
     """
     path = fetched(str(source), [pattern for each in FORMATS for pattern in each.files])
     found = next(each for each in FORMATS if each.fits(path))
@@ -44,6 +57,8 @@ def import_foreign(source: str | Path, *, base: BaseShape, **options: Any) -> In
     for name in given:
         if name not in found.options:
             raise ConfigError(f"{name}: {found.what} has none; leave it out.", param=name)
+    if found.read is import_peft:
+        given["modules"] = modules
     return found.read(path, base=base, **given)
 
 
@@ -66,6 +81,20 @@ def _begins(path: Path, start: bytes) -> bool:
 _VECTORS = frozenset({"layer", "positions", "template"})
 
 FORMATS = (
+    Format(
+        "an adapter of AdapterHub's",
+        is_adapterhub,
+        import_adapterhub,
+        frozenset({"positions", "template", "kind"}),
+        (CONFIG, *adapterhub.FILES),
+    ),
+    Format(
+        "an adapter of PEFT's",
+        is_adapter,
+        import_peft,
+        frozenset({"positions", "template"}),
+        (CONFIG, *peft.FILES),
+    ),
     Format("a control vector", _is_gguf, import_control_vector, _VECTORS),
     Format("a vector", _is_of_vectors, import_vectors, _VECTORS),
     Format(

@@ -23,6 +23,9 @@ _ADAPTER = (
     "an adapter, such as a LoRA, which is not applied here, nor turned into an intervention; train"
     " one from the same rows (`reft train`)"
 )
+_EDITS = (
+    "an adapter that edits hidden states; `reft import` makes an intervention file of its folder"
+)
 _MODEL = "a model's weights; --model takes the folder that they are in"
 
 _MAGIC = {
@@ -30,12 +33,12 @@ _MAGIC = {
     b"GGUF": "a model in the GGUF format",
     b"PK\x03\x04": (
         "a PyTorch or pickle file, which is never read here; `reft import` takes a file of vectors,"
-        " and of a checkpoint of pyreft the folder"
+        " and of an adapter or of a checkpoint of pyreft the folder"
     ),
     b"\x93NUMPY": "an array of numpy; `reft import` makes an intervention file of a vector",
     b"\x80": (
-        "a PyTorch or pickle file, which is never read here; of a checkpoint of pyreft"
-        " `reft import` takes the folder"
+        "a PyTorch or pickle file, which is never read here; of an adapter or of a"
+        " checkpoint of pyreft `reft import` takes the folder"
     ),
     b"PAR1": f"a Parquet file; {_TRAIN}",
     b"\x1f\x8b": "a gzip archive; unpack it first",
@@ -44,7 +47,9 @@ _CONTROL_VECTOR = re.compile(
     rb"general\.architecture.{12}(controlvector|steeringvector)", re.DOTALL
 )
 _KEY = re.compile(rb'"([^"]*+)":')
-_ADAPTER_NAME = re.compile(rb"^base_model\.model\.|\blora_")
+_LORA_NAME = re.compile(rb"\blora_")
+_EDITS_NAME = re.compile(rb"\.(ia3_l|beft_bias|hra_u)$|\.ln_tuning_layers\.|\.reft_layer\.refts\.")
+_ADAPTER_NAME = re.compile(rb"^base_model\.model\.")
 _WEIGHT_NAME = re.compile(
     rb"(^|\.)((layers|h|blocks)\.\d+\..|(embed_tokens|wte|lm_head|embed_in)\.weight$)"
 )
@@ -63,9 +68,15 @@ def what_file(start: bytes) -> str | None:
     if start[8:9] == b"{":
         # Key by key, and so in time linear in the header, whoever wrote it.
         names = _KEY.findall(start)
-        if any(map(_ADAPTER_NAME.search, names)):
-            return _ADAPTER
-        return _MODEL if any(map(_WEIGHT_NAME.search, names)) else None
+        for pattern, what in (
+            (_LORA_NAME, _ADAPTER),
+            (_EDITS_NAME, _EDITS),
+            (_ADAPTER_NAME, _ADAPTER),
+            (_WEIGHT_NAME, _MODEL),
+        ):
+            if any(map(pattern.search, names)):
+                return what
+        return None
     return _what_text(start[:HEAD_BYTES])
 
 
@@ -77,7 +88,10 @@ def what_folder(path: str | Path) -> str:
     except OSError:
         return "a folder"
     if "adapter_config.json" in names:
-        return f"the folder of {_ADAPTER}"
+        return (
+            "the folder of an adapter; `reft import` makes an intervention file of one that edits"
+            " hidden states, and says of another, such as a LoRA, why it cannot"
+        )
     if "intervenable_model" in names or any(name.startswith("intkey_") for name in names):
         return "a checkpoint of pyreft; `reft import` makes an intervention file of it"
     if "config.json" in names:

@@ -67,7 +67,7 @@ def read_checkpoint(source: Path) -> Checkpoint:
         raise InvalidFile(f"{source}: {len(files)} files; at most {MAX_EDITS} are read.")
     args = _args(folder)
     if (folder / "config.json").exists():
-        named = _from_config(_read_json(folder / "config.json"), files)
+        named = _from_config(read_json(folder / "config.json"), files)
         ordered = True
     else:
         named, ordered = _from_names(files, args.get("intervention_type"))
@@ -201,11 +201,12 @@ def _args(folder: Path) -> dict[str, Any]:
         places += [folder.parent, folder.parent.parent]
     for place in places:
         if (place / "args.json").is_file():
-            return _read_json(place / "args.json")
+            return read_json(place / "args.json")
     return {}
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """The object that a settings file holds; raises `InvalidFile`."""
     try:
         with path.open("rb") as file:
             data = file.read(MAX_JSON_BYTES + 1)

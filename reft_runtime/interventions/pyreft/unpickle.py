@@ -3,22 +3,23 @@
 A file holds a state dict, tensors by number, or one tensor, which is then called `tensor`.
 Standard output is one safetensors file whose tensors are named `<index of the file>.<key>`; a file
 that is refused ends the process with the reason on standard error. Only the globals that a state
-dict needs are allowed, before torch's own restricted unpickler sees the file. The parametrised R of
-pyreft, 64 MiB at d = 4096, leaves as the R [d, r] that it stands for.
+dict needs are allowed, before torch's own restricted unpickler sees the file. torch's parametrised
+orthogonal weights, 64 MiB at d = 4096, leave as the few columns or rows that they stand for.
 
 This script imports nothing of the project, so that it starts sooner and offers less to a pickle.
 """
 
 from __future__ import annotations
 
-import io
 import os
 import pickletools
 import stat
 import sys
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 import safetensors.torch
 import torch
@@ -28,11 +29,17 @@ ALONE = "tensor"
 """What a tensor is called that is no part of a state dict."""
 
 PLAIN = "rotate_layer"
-ORIGINAL = "rotate_layer.parametrizations.weight.original"
-BASE = "rotate_layer.parametrizations.weight.0.base"
+"""pyreft's R, whose parametrised pair belongs to a module of this name."""
 
-MAX_PICKLE_BYTES = 1 << 30
-"""Most bytes of one file; a parametrised R of d = 8192 has 256 MiB."""
+_PAIR = (".parametrizations.weight.original", ".parametrizations.weight.0.base")
+ORIGINAL, BASE = (PLAIN + end for end in _PAIR)
+
+MAX_PICKLE_BYTES = 1 << 33
+"""Most bytes of one file, which is not read as a whole: AdapterHub's library keeps two parametrised
+weights of every layer in it."""
+
+MAX_TENSOR_BYTES = 1 << 30
+"""Most bytes of one tensor; a parametrised R of d = 8192 has 256 MiB."""
 
 MAX_STATES_BYTES = 1 << 28
 """Most bytes of all tensors that are kept."""
@@ -70,9 +77,10 @@ def read_state(path: str | Path) -> dict[str, Tensor]:
 
     Raises whatever error the file brings about.
     """
-    data = _read(path)
-    _check_pickle(data)
-    state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    with _opened(path) as file:
+        _check_pickle(file)
+        place = f"/dev/fd/{file.fileno()}"  # the file that was checked, whatever the path is now
+        state = torch.load(place, map_location="cpu", weights_only=True, mmap=True)
     if isinstance(state, Tensor):
         state = {ALONE: state}
     if not isinstance(state, dict) or not state:
@@ -83,31 +91,44 @@ def read_state(path: str | Path) -> dict[str, Tensor]:
     for key, tensor in state.items():
         if not isinstance(key, str) or not isinstance(tensor, Tensor):
             raise ValueError(f"{str(key)[:80]}: not a tensor with a name")
-        size += tensor.numel() * tensor.element_size()  # of a view it is more than the file has
-        if size > MAX_PICKLE_BYTES:
+        own = tensor.numel() * tensor.element_size()  # of a view it is more than the file has
+        size += own
+        if own > MAX_TENSOR_BYTES or size > MAX_PICKLE_BYTES:
             raise ValueError(f"{key[:80]}: too large when unpacked")
     plain = with_plain_rotation(state)
+    if sum(each.numel() * each.element_size() for each in plain.values()) > MAX_STATES_BYTES:
+        raise ValueError(f"more than {MAX_STATES_BYTES} bytes of tensors")
     return {key: tensor.detach().clone().contiguous() for key, tensor in plain.items()}
 
 
 def with_plain_rotation(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A state dict with R [d, r] under `rotate_layer` instead of the parametrised pair.
+    """A state dict with torch's orthogonal weights instead of the pairs that parametrise them.
 
-    Raises `ValueError`, naming the tensor, for a pair that is not one.
+    pyreft's R [d, r] is called `rotate_layer`, and the weight of any other module as if it were
+    plain. Raises `ValueError`, naming the tensor, for a pair that is not one.
     """
     plain = dict(state)
-    original, base = plain.pop(ORIGINAL, None), plain.pop(BASE, None)
-    if original is None and base is None:
-        return plain
-    if original is None or base is None:
-        raise ValueError(f"{BASE if base is None else ORIGINAL}: missing beside its other half")
-    if PLAIN in plain:
-        raise ValueError(f"{PLAIN}: stored twice, plain and parametrised")
-    if original.ndim != 2 or original.shape[0] < original.shape[1]:
-        raise ValueError(f"{ORIGINAL}: shape {list(original.shape)}, expected [d, r] with r <= d")
-    if base.shape != (original.shape[0],) * 2:
-        raise ValueError(f"{BASE}: shape {list(base.shape)}, expected [d, d] as {ORIGINAL} has d")
-    plain[PLAIN] = _rotation(original, base).to(base.dtype)
+    found = (key.removesuffix(end) for key in state for end in _PAIR if key.endswith(end))
+    for module in dict.fromkeys(found):
+        original, base = (plain.pop(module + end, None) for end in _PAIR)
+        if original is None or base is None:
+            raise ValueError(f"{module}{_PAIR[base is None]}: missing beside its other half")
+        name = PLAIN if module == PLAIN else f"{module}.weight"
+        if name in plain:
+            raise ValueError(f"{name}: stored twice, plain and parametrised")
+        # torch turns the columns of what is wider than high; pyreft's R never is.
+        wide = original.ndim == 2 and original.shape[0] < original.shape[1] and module != PLAIN
+        X = original.T if wide else original
+        if X.ndim != 2 or X.shape[0] < X.shape[1]:
+            shape = list(original.shape)
+            raise ValueError(f"{module}{_PAIR[0]}: shape {shape}, expected [d, r] with r <= d")
+        if base.shape != (X.shape[0],) * 2:
+            raise ValueError(
+                f"{module}{_PAIR[1]}: shape {list(base.shape)}, expected [d, d] as"
+                f" {module}{_PAIR[0]} has d"
+            )
+        Q = _rotation(X, base).to(base.dtype)
+        plain[name] = Q.T.contiguous() if wide else Q
     return plain
 
 
@@ -124,23 +145,24 @@ def _rotation(X: Tensor, base: Tensor) -> Tensor:
     return base.float() @ (Q * wide.diagonal().int())
 
 
-def _read(path: str | Path) -> bytes:
+@contextmanager
+def _opened(path: str | Path) -> Iterator[BinaryIO]:
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a FIFO must not be waited for
     with open(descriptor, "rb") as file:
-        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        found = os.fstat(descriptor)
+        if not stat.S_ISREG(found.st_mode):
             raise ValueError("not a regular file")
-        data = file.read(MAX_PICKLE_BYTES + 1)
-    if len(data) > MAX_PICKLE_BYTES:
-        raise ValueError(f"more than {MAX_PICKLE_BYTES} bytes")
-    return data
+        if found.st_size > MAX_PICKLE_BYTES:
+            raise ValueError(f"more than {MAX_PICKLE_BYTES} bytes")
+        yield file
 
 
-def _check_pickle(data: bytes) -> None:
+def _check_pickle(file: BinaryIO) -> None:
     """Raise ValueError for what is no plain archive of torch, or asks for any other global."""
-    if not data.startswith(b"PK\x03\x04"):
+    if file.read(4) != b"PK\x03\x04":
         raise ValueError("not a file that torch.save writes (a zip archive)")
     try:
-        archive = zipfile.ZipFile(io.BytesIO(data))
+        archive = zipfile.ZipFile(file)
     except zipfile.BadZipFile as error:
         raise ValueError(f"a damaged archive ({error})") from None
     with archive:
