@@ -59,7 +59,11 @@ def test_import_inspect_export(checkpoint: Path, base: Path, tmp_path: Path) -> 
     out = tmp_path / "pirate.safetensors"
     options = ("--positions", "f1+l2", "--untied", "--act", "gelu", "--template", "Q: {prompt}")
     said = run("import", checkpoint, "--base", base, "--out", out, *options)
-    assert said == f"{out}: 2 edits, {out.stat().st_size:,} bytes\n"
+    assert said == (
+        f"{out}: 2 edits, {out.stat().st_size:,} bytes\n"
+        "1 loreft edit of block_output, layer 1, positions f1;"
+        " 1 loreft edit of block_output, layer 1, positions l2\n"
+    )
     found = json.loads(run("inspect", out, "--json", "--base", base))
     assert found["digest"] == read_header(out).digest
     assert found["size_bytes"] == out.stat().st_size

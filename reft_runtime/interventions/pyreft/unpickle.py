@@ -1,6 +1,7 @@
 """Reads torch's pickles of tensors, as a process of its own: `python unpickle.py FILE...`.
 
-A file holds a state dict, tensors by number, or one tensor, which is then called `tensor`.
+A file holds a state dict, tensors by number, one tensor, which is then called `tensor`, or what
+steering-vectors pickles, whose tensors are then called `<layer_type>.<number>`.
 Standard output is one safetensors file whose tensors are named `<index of the file>.<key>`; a file
 that is refused ends the process with the reason on standard error. Only the globals that a state
 dict needs are allowed, before torch's own restricted unpickler sees the file. The parametrised R of
@@ -19,6 +20,7 @@ import sys
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import safetensors.torch
 import torch
@@ -44,7 +46,15 @@ _GLOBALS = {
     "torch._utils _rebuild_tensor_v2",
     "torch._utils _rebuild_parameter",
     *(f"torch {kind}Storage" for kind in ("Float", "Half", "BFloat16", "Double", "Long")),
+    "steering_vectors.steering_vector SteeringVector",
 }
+
+
+class SteeringVector:
+    """Stands for the class of steering-vectors, which is not imported: it has no code to run."""
+
+
+_STANDING_IN = (SteeringVector, "steering_vectors.steering_vector.SteeringVector")
 
 
 def main() -> None:
@@ -72,7 +82,10 @@ def read_state(path: str | Path) -> dict[str, Tensor]:
     """
     data = _read(path)
     _check_pickle(data)
-    state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    with torch.serialization.safe_globals([_STANDING_IN]):
+        state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    if isinstance(state, SteeringVector):
+        state = _vectors_of(vars(state))
     if isinstance(state, Tensor):
         state = {ALONE: state}
     if not isinstance(state, dict) or not state:
@@ -88,6 +101,15 @@ def read_state(path: str | Path) -> dict[str, Tensor]:
             raise ValueError(f"{key[:80]}: too large when unpacked")
     plain = with_plain_rotation(state)
     return {key: tensor.detach().clone().contiguous() for key, tensor in plain.items()}
+
+
+def _vectors_of(fields: Mapping[str, Any]) -> dict[str, Any]:
+    kind, vectors = fields.get("layer_type"), fields.get("layer_activations")
+    if len(fields) != 2 or not isinstance(kind, str) or not isinstance(vectors, dict):
+        raise ValueError("not a SteeringVector of layer_type and layer_activations")
+    if not all(type(number) is int for number in vectors):
+        raise ValueError("layer_activations: not vectors by number")
+    return {f"{kind}.{number}": vector for number, vector in vectors.items()}
 
 
 def with_plain_rotation(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
