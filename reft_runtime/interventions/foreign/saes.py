@@ -184,7 +184,9 @@ def _of_safetensors(path: Path, feature: int | None) -> Tensor:
         raise ConfigError(f"{path}: No such file or directory.", param="source") from None
     except (OSError, SafetensorError) as error:
         raise InvalidFile(f"{path}: not readable as safetensors: {str(error)[:200]}.") from None
-    return _floats(path, row)
+    if not row.is_floating_point():
+        raise InvalidFile(f"{path}: {DECODER} must be floats.")
+    return row
 
 
 def _of_numpy(path: Path, feature: int | None) -> Tensor:
@@ -199,7 +201,7 @@ def _of_numpy(path: Path, feature: int | None) -> Tensor:
             )
             shape, by_column, dtype = read(file)
             index = _index(path, list(shape), feature)
-            if by_column or dtype.hasobject:
+            if by_column or dtype.kind != "f":
                 raise InvalidFile(f"{path}: {DECODER} must be floats, row by row.")
             size = shape[1] * dtype.itemsize
             file.seek(index * size, 1)
@@ -214,7 +216,7 @@ def _of_numpy(path: Path, feature: int | None) -> Tensor:
         raise InvalidFile(
             f"{path}: not readable as numpy's arrays of numbers: {str(error)[:200]}."
         ) from None
-    return _floats(path, torch.from_numpy(np.frombuffer(data, dtype).copy()))
+    return torch.from_numpy(np.frombuffer(data, dtype).astype(np.float32))
 
 
 def _index(path: Path, shape: list[int], feature: int | None) -> int:
@@ -228,8 +230,3 @@ def _index(path: Path, shape: list[int], feature: int | None) -> int:
         )
     return feature
 
-
-def _floats(path: Path, row: Tensor) -> Tensor:
-    if not row.is_floating_point():
-        raise InvalidFile(f"{path}: {DECODER} must be floats.")
-    return row
