@@ -229,4 +229,3 @@ def _index(path: Path, shape: list[int], feature: int | None) -> int:
             param="feature",
         )
     return feature
-
