@@ -183,6 +183,22 @@ def test_a_plain_vector_is_imported(base: Path, checkpoint: Path, tmp_path: Path
         run("import", checkpoint, *options, "--layer", "2")
 
 
+def test_vectors_by_layer_are_imported_beside_themselves(base: Path, tmp_path: Path) -> None:
+    source, options = tmp_path / "v.safetensors", ("--base", base, "--out", tmp_path)
+    save_file({f"layer_{layer}": torch.full((16,), layer + 1.0) for layer in range(4)}, source)
+    before = source.read_bytes()
+    with pytest.raises(ConfigError, match=r"^out: .* is the source itself; give another name"):
+        run("import", source, *options)
+    assert source.read_bytes() == before
+    said = run("import", source, *options, "--name", "all").splitlines()[1]
+    assert said == "4 steering edits of block_output, layers 0 to 3, all positions"
+    some = ("--name", "some", "--layer", "1", "--layer", "3", "--component", "mlp_output")
+    said = run("import", source, *options, *some).splitlines()[1]
+    assert said == "2 steering edits of mlp_output, layers 1, 3, all positions"
+    with pytest.raises(InvalidFile, match="but vectors by layer; `reft import` makes"):
+        run("inspect", source)
+
+
 @pytest.mark.parametrize("out", [".", "out.safetensors"])
 def test_a_circle_of_links_is_told(base: Path, tmp_path: Path, out: str) -> None:
     source = tmp_path / "circle.npy"
