@@ -260,6 +260,7 @@ REFUSED: list[tuple[Callable[[Path], Path], dict[str, Any], str]] = [
     (svec_of({"x": [1]}), {}, r"directions: 'x' is no layer's number"),
     (svec_of({"1": [1]}), {}, r"directions.1 has 1 numbers, but tiny is 16 wide"),
     (svec_of({"1": ["a"]}), {}, r"directions.1: must be a list of numbers"),
+    (svec_of({"1": [10**400] * 16}), {}, r"directions.1: holds infinite values"),
     (svec_of({"4": [1] * 16}), {}, r"has layer 4, but tiny has 0 to 3"),
     (svec_of({"1": [1] * 16}), {"layer": [1, 2]}, r"^layer: .* has none for 2, but for 1"),
     (tensors_of(a=ROW, b=ROW), {}, r"'a' is no layer's number"),

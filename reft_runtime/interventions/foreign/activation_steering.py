@@ -41,7 +41,10 @@ def import_svec(
                 f"{path}: directions.{name} has {len(numbers)} numbers, but {base.model} is"
                 f" {base.hidden_size} wide; check --base."
             )
-        vectors[int(name)] = torch.tensor([float(each) for each in numbers])
+        try:
+            vectors[int(name)] = torch.tensor([float(each) for each in numbers])
+        except OverflowError:
+            raise InvalidFile(f"{path}: directions.{name}: holds infinite values.") from None
     edits = steering_edits(
         path, vectors, base, positions=positions, layers=layer, component="block_input"
     )
