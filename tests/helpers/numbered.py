@@ -26,7 +26,7 @@ def numbered_llama() -> LlamaForCausalLM:
         bos_token_id=None,
         eos_token_id=None,
     )
-    model = LlamaForCausalLM(config).float().eval()
+    model: LlamaForCausalLM = LlamaForCausalLM(config)
     numbers = np.random.default_rng(0)
     with torch.no_grad():
         for name, weight in sorted(model.named_parameters()):
