@@ -294,6 +294,12 @@ def test_files_that_are_cut_or_missing(tmp_path: Path) -> None:
     for name in ("missing.svec", "missing.safetensors"):
         with pytest.raises(ConfigError, match=rf"{name}: No such file"):
             import_foreign(tmp_path / name, base=BASE)
+    np.savez(tmp_path / "v.npz", W_dec=np.ones((2, 16)))
+    data = bytearray((tmp_path / "v.npz").read_bytes())
+    data[data.rindex(b"PK\1\2") + 6] = 221  # the version of zip that it needs
+    (tmp_path / "v.npz").write_bytes(data)
+    with pytest.raises(InvalidFile, match=r"not readable as numpy's arrays"):
+        import_foreign(tmp_path / "v.npz", base=BASE, layer=1, feature=1)
     (tmp_path / "cut.svec").write_text('{"directions": ')
     with pytest.raises(InvalidFile, match=r"cut.svec: not readable as JSON"):
         import_foreign(tmp_path / "cut.svec", base=BASE)

@@ -66,7 +66,7 @@ def is_sae(path: Path) -> bool:
         try:
             with zipfile.ZipFile(path) as archive:
                 return f"{DECODER}.npy" in archive.namelist()
-        except (OSError, zipfile.BadZipFile):
+        except Exception:  # damaged bytes raise what its parts raise; the next reader tells of them
             return False
     return any(os.path.exists(path / name) for name in (CONFIG, WEIGHTS))
 
