@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 app = typer.Typer()
 
-_SUFFIXES = (".gguf", ".npy", ".npz", ".pt", ".pth")
+_SUFFIXES = (".gguf", ".npy", ".npz", ".pt", ".pth", ".safetensors", ".svec")
 """Of other libraries' files."""
 
 
@@ -29,8 +29,9 @@ def import_(
         str,
         typer.Argument(
             help="A folder that pyreft, adapters (ReFT) or PEFT (IA3, BEFT, HRA, LN tuning) saved, "
-            "or hf:REPO for one on the Hub; a control vector in GGUF; or vectors that numpy (.npy, "
-            ".npz) or torch (.pt) saved."
+            "or hf:REPO for one on the Hub; a control vector in GGUF; vectors that numpy (.npy), "
+            "torch (.pt) or safetensors saved; a .svec file; or the folder of an SAE, or of a "
+            "direction.pt."
         ),
     ],
     out: Annotated[Path, typer.Option(help="The file to write, or the folder to put it in.")],
@@ -41,7 +42,14 @@ def import_(
         str | None, typer.Option(help="Name of the file in a folder; else that of the source.")
     ] = None,
     layer: Annotated[
-        int | None, typer.Option(help="Layer of a vector alone; of several, the one to take.")
+        list[int] | None,
+        typer.Option(help="Layer of a vector alone; of several, one to take. May be repeated."),
+    ] = None,
+    component: Annotated[
+        str | None, typer.Option(help="Place that a vector is added to, such as mlp_output.")
+    ] = None,
+    feature: Annotated[
+        int | None, typer.Option(help="Feature of an SAE, or row of a table with one for each.")
     ] = None,
     positions: Annotated[
         str | None, typer.Option(help="Positions of the training, such as f3+l3.")
@@ -58,12 +66,15 @@ def import_(
         int | None,
         typer.Option(min=0, help="Last prompt tokens that the training's data set left out."),
     ] = None,
-    kind: Annotated[str | None, typer.Option(help="Kind, where the files fit two.")] = None,
+    kind: Annotated[
+        str | None,
+        typer.Option(help="Kind, where the files fit two; of a direction.pt, steering to add it."),
+    ] = None,
     template: Annotated[
         str | None, typer.Option(help="chat, or a text with {prompt}: how a chat becomes a prompt.")
     ] = None,
 ) -> None:
-    """Turn a file or folder of another library into an intervention file.
+    """Turn other libraries' edits, vectors, or a feature of an SAE, into an intervention file.
 
     What it does not record must be given. A vector is added at all positions, unless --positions
     names others.
@@ -71,13 +82,16 @@ def import_(
     from reft_runtime.base.shape import read_base
     from reft_runtime.base.stored import StoredModules
     from reft_runtime.interventions.foreign.formats import import_foreign
+    from reft_runtime.interventions.format.words import in_words
 
     target = _target(out, source, name)
     imported = import_foreign(
         source,
         base=read_base(base)[0],
         modules=StoredModules(base),
-        layer=layer,
+        layer=layer or None,
+        component=component,
+        feature=feature,
         positions=positions,
         share_weights=share_weights,
         act=act,
@@ -85,10 +99,13 @@ def import_(
         kind=kind,
         template=template,
     )
+    if os.path.exists(target) and os.path.exists(source) and os.path.samefile(target, source):
+        raise ConfigError(f"out: {target} is the source itself; give another name.", param="out")
     write_file(target, imported)
     count = len(imported.manifest.edits)
     edits = "1 edit" if count == 1 else f"{count} edits"
     typer.echo(f"{target}: {edits}, {target.stat().st_size:,} bytes")
+    typer.echo(printable(in_words(imported.manifest)))
 
 
 @app.command()

@@ -59,7 +59,11 @@ def test_import_inspect_export(checkpoint: Path, base: Path, tmp_path: Path) -> 
     out = tmp_path / "pirate.safetensors"
     options = ("--positions", "f1+l2", "--untied", "--act", "gelu", "--template", "Q: {prompt}")
     said = run("import", checkpoint, "--base", base, "--out", out, *options)
-    assert said == f"{out}: 2 edits, {out.stat().st_size:,} bytes\n"
+    assert said == (
+        f"{out}: 2 edits, {out.stat().st_size:,} bytes\n"
+        "1 loreft edit of block_output, layer 1, positions f1;"
+        " 1 loreft edit of block_output, layer 1, positions l2\n"
+    )
     found = json.loads(run("inspect", out, "--json", "--base", base))
     assert found["digest"] == read_header(out).digest
     assert found["size_bytes"] == out.stat().st_size
@@ -177,6 +181,22 @@ def test_a_plain_vector_is_imported(base: Path, checkpoint: Path, tmp_path: Path
         run("import", vector, *options, "--layer", "2", "--act", "relu")
     with pytest.raises(ConfigError, match="layer: a checkpoint of pyreft has none; leave it out"):
         run("import", checkpoint, *options, "--layer", "2")
+
+
+def test_vectors_by_layer_are_imported_beside_themselves(base: Path, tmp_path: Path) -> None:
+    source, options = tmp_path / "v.safetensors", ("--base", base, "--out", tmp_path)
+    save_file({f"layer_{layer}": torch.full((16,), layer + 1.0) for layer in range(4)}, source)
+    before = source.read_bytes()
+    with pytest.raises(ConfigError, match=r"^out: .* is the source itself; give another name"):
+        run("import", source, *options)
+    assert source.read_bytes() == before
+    said = run("import", source, *options, "--name", "all").splitlines()[1]
+    assert said == "4 steering edits of block_output, layers 0 to 3, all positions"
+    some = ("--name", "some", "--layer", "1", "--layer", "3", "--component", "mlp_output")
+    said = run("import", source, *options, *some).splitlines()[1]
+    assert said == "2 steering edits of mlp_output, layers 1, 3, all positions"
+    with pytest.raises(InvalidFile, match="but vectors by layer; `reft import` makes"):
+        run("inspect", source)
 
 
 @pytest.mark.parametrize("out", [".", "out.safetensors"])

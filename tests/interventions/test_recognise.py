@@ -48,6 +48,12 @@ FILES: dict[str, tuple[bytes, str]] = {
     "gpt2": (saved("h.0.attn.bias"), "a model's weights"),
     "embedding": (saved("lm_head.weight"), "a model's weights"),
     "pyreft": (pickled(), "never read here; `reft import` takes a file of vectors"),
+    "SAE": (saved("W_enc", "W_dec", "b_dec"), "an SAE; `reft import` makes"),
+    "saklas": (saved("layer_3", "layer_12"), "vectors by layer; `reft import` makes"),
+    "svec": (
+        b'{"model_type": "llama", "directions": {"3": [0.25, ' + b"0.5, " * 999,
+        "vectors by layer; `reft import`",
+    ),
     "numpy": (b"\x93NUMPY\x01\0v\0{'descr': '<f4'", "an array of numpy; `reft import` makes"),
     "GGUF": (b"GGUF\3\0\0\0" + bytes(64), "a model in the GGUF format"),
     "pointer": (b"version https://git-lfs.github.com/spec/v1\noid ", "run `git lfs pull`"),
@@ -119,6 +125,8 @@ FOLDERS: dict[str, tuple[tuple[str, ...], str]] = {
     "pyreft": (("config.json", "intkey_layer.3.bin"), "but a checkpoint of pyreft; `reft import`"),
     "trainer": (("intervenable_model",), "but a checkpoint of pyreft"),
     "model": (("config.json", "model.safetensors"), "but a model's folder"),
+    "SAE": (("cfg.json", "sae_weights.safetensors"), "but an SAE; `reft import` makes"),
+    "refusal": (("direction.pt",), "but a direction to ablate; `reft import` makes"),
     "files": (("b.safetensors", "a.safetensors"), "such as a.safetensors"),
 }
 

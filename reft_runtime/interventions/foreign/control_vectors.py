@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from reft_runtime.errors import ConfigError, InvalidFile
-from reft_runtime.interventions.foreign.steering import steering_edits
+from reft_runtime.interventions.foreign.steering import Layers, steering_edits
 from reft_runtime.interventions.format.intervention import Intervention
 from reft_runtime.interventions.format.manifest import BaseShape
 
@@ -30,11 +30,11 @@ def import_control_vector(
     source: str | Path,
     *,
     base: BaseShape,
-    layer: int | None = None,
+    layer: Layers = None,
     positions: str = "all",
     template: str | None = None,
 ) -> Intervention:
-    """Read a GGUF file of directions, one for each block that is steered; `layer` chooses one.
+    """Read a GGUF file of directions, one for each block that is steered; `layer` chooses.
 
     Strength 1 is then their coefficient 1. `base` is the base model's shape
     (`reft_runtime.base_shape`). Raises `InvalidFile`, and `ConfigError` for a wrong `layer`.
@@ -63,7 +63,7 @@ def import_control_vector(
         if data.dtype.kind != "f":
             raise InvalidFile(f"{source}: {name} is quantised; write it as F32.")
         vectors[block] = torch.from_numpy(data.astype(np.float32))
-    edits = steering_edits(source, vectors, base, positions, layer)
+    edits = steering_edits(source, vectors, base, positions=positions, layers=layer)
     training = {"source": "control vector", "model_hint": fields.get(f"{architecture}.model_hint")}
     return Intervention.build(base, edits, template=template, training=training)
 

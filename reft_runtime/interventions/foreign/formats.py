@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,11 +11,14 @@ from torch import nn
 
 from reft_runtime.errors import ConfigError
 from reft_runtime.interventions.foreign import adapterhub, peft
+from reft_runtime.interventions.foreign.activation_steering import import_svec
 from reft_runtime.interventions.foreign.adapterhub import import_adapterhub, is_adapterhub
 from reft_runtime.interventions.foreign.control_vectors import import_control_vector
 from reft_runtime.interventions.foreign.folders import CONFIG, is_adapter
 from reft_runtime.interventions.foreign.peft import import_peft
-from reft_runtime.interventions.foreign.vectors import OF_NUMPY, import_vectors
+from reft_runtime.interventions.foreign.refusal import DIRECTION, import_direction
+from reft_runtime.interventions.foreign.saes import import_sae, is_sae
+from reft_runtime.interventions.foreign.vectors import SUFFIXES, import_vectors
 from reft_runtime.interventions.format.intervention import Intervention
 from reft_runtime.interventions.format.manifest import BaseShape
 from reft_runtime.interventions.hub import fetched
@@ -67,7 +71,15 @@ def _is_gguf(path: Path) -> bool:
 
 
 def _is_of_vectors(path: Path) -> bool:
-    return path.suffix.lower() in (*OF_NUMPY, ".pt", ".pth") and not path.is_dir()
+    return path.suffix.lower() in SUFFIXES and not path.is_dir()
+
+
+def _is_svec(path: Path) -> bool:
+    return path.suffix.lower() == ".svec"
+
+
+def _is_direction(path: Path) -> bool:
+    return os.path.exists(path / DIRECTION)  # pathlib's raises where a name is too long
 
 
 def _begins(path: Path, start: bytes) -> bool:
@@ -96,7 +108,10 @@ FORMATS = (
         (CONFIG, *peft.FILES),
     ),
     Format("a control vector", _is_gguf, import_control_vector, _VECTORS),
-    Format("a vector", _is_of_vectors, import_vectors, _VECTORS),
+    Format("an SAE", is_sae, import_sae, _VECTORS | {"component", "feature"}),
+    Format("a vector", _is_of_vectors, import_vectors, _VECTORS | {"component", "feature"}),
+    Format("a .svec file", _is_svec, import_svec, _VECTORS),
+    Format("a direction to ablate", _is_direction, import_direction, _VECTORS | {"kind"}),
     Format(
         "a checkpoint of pyreft",
         lambda path: True,

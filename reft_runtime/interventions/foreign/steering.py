@@ -2,43 +2,134 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
 from reft_runtime.errors import ConfigError, InvalidFile
+from reft_runtime.interventions.format.components import HIDDEN_SIZED, normalise
 from reft_runtime.interventions.format.intervention import Edit
 from reft_runtime.interventions.format.manifest import BaseShape
+
+Layers = int | Sequence[int] | None
+"""The layers to take of those that are there: one, some, or all."""
+
+PLAIN = frozenset(
+    f"{name}ForCausalLM" for name in ("Llama", "Mistral", "Qwen2", "Qwen3", "Gemma", "GPTNeoX")
+) | {"GPT2LMHeadModel"}
+"""Architectures whose blocks add what attention and the MLP give, as it is, to the residual stream,
+and normalise nothing but what these two are given."""
+
+MAX_JSON_BYTES = 1 << 28
 
 
 def steering_edits(
     source: str | Path,
     vectors: Mapping[int, Tensor],
     base: BaseShape,
+    *,
     positions: str,
-    layer: int | None,
+    layers: Layers,
+    component: str = "block_output",
 ) -> list[Edit]:
-    """Edits that add vectors to the outputs of layers: all of them, or the one of `layer`.
+    """Edits that add vectors to a component of their layers: all of them, or those of `layers`.
 
-    `source` is where they are from. Raises `ConfigError` for a layer that is not there, and
-    `InvalidFile` for vectors that change nothing.
+    `source` is where they are from. Raises `ConfigError` for a layer that is not there or not that
+    of the component, and `InvalidFile` for vectors that change nothing.
     """
+    wanted = chosen(layers, base)
     last = base.num_layers - 1
-    if layer is not None and not 0 <= layer <= last:
-        raise ConfigError(f"layer: {layer}; {base.model} has 0 to {last}.", param="layer")
     if vectors and max(vectors) > last:
         raise InvalidFile(
             f"{source}: has layer {max(vectors)}, but {base.model} has 0 to {last}; check --base."
         )
-    if layer is not None and layer not in vectors:
-        there = ", ".join(map(str, sorted(vectors)))
-        raise ConfigError(f"layer: {source} has none for {layer}, but for {there}.", param="layer")
+    for layer in wanted or ():
+        if layer not in vectors:
+            there = ", ".join(map(str, sorted(vectors)))
+            raise ConfigError(
+                f"layer: {source} has none for {layer}, but for {there}.", param="layer"
+            )
     edits = [
-        Edit(one, positions, {"v": vector.float()}, kind="steering")
-        for one, vector in sorted(vectors.items())
-        if layer in (None, one) and vector.any()  # layers that are not steered may be zeros
+        Edit(
+            layer,
+            positions,
+            {"v": vector.float()},
+            kind="steering",
+            component=in_layer(layer, component),
+            width=None if len(vector) == base.hidden_size else len(vector),
+        )
+        for layer, vector in sorted(vectors.items())
+        # Layers that are not steered may be zeros.
+        if (wanted is None or layer in wanted) and vector.any()
     ]
     if not edits:
         raise InvalidFile(f"{source}: has no direction that is not zero.")
     return edits
+
+
+def chosen(layers: Layers, base: BaseShape) -> list[int] | None:
+    """The numbers of layers that were given. Raises `ConfigError` for one that is not there."""
+    wanted = [layers] if isinstance(layers, int) else layers
+    last = base.num_layers - 1
+    for layer in wanted or ():
+        if not 0 <= layer <= last:
+            raise ConfigError(f"layer: {layer}; {base.model} has 0 to {last}.", param="layer")
+    return None if wanted is None else list(wanted)
+
+
+def one_layer(layers: Layers) -> int | None:
+    """The number of a layer, if one was given. Raises `ConfigError` for several."""
+    if layers is None or isinstance(layers, int):
+        return layers
+    if len(layers) != 1:
+        raise ConfigError("layer: only one is possible for this source.", param="layer")
+    return layers[0]
+
+
+def in_layer(layer: int, component: str) -> str:
+    """The one way to write a component of a layer. Raises `ConfigError` for what is not in it."""
+    try:
+        found, component = normalise(layer, component)
+    except InvalidFile as error:
+        raise ConfigError(error.message, param="component") from None
+    if found != layer:
+        raise ConfigError(
+            f"component: {component} lies in layer {found}, but a vector is that of layer {layer};"
+            f" take that one alone (--layer {found}).",
+            param="component",
+        )
+    return component
+
+
+def width_of(component: str, base: BaseShape) -> int | None:
+    """How wide a component's rows are, None where the base model's shape does not say it."""
+    return base.hidden_size if in_no_layer(component) in HIDDEN_SIZED else None
+
+
+def in_no_layer(component: str) -> str:
+    """The name of a component, whatever its layer, or its path. Raises `ConfigError`."""
+    try:
+        return normalise(0, component)[1]
+    except InvalidFile as error:
+        raise ConfigError(error.message, param="component") from None
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """An object that another library wrote. Raises `InvalidFile`, and `ConfigError` if missing."""
+    try:
+        with path.open("rb") as file:
+            data = file.read(MAX_JSON_BYTES + 1)
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror}.", param="source") from None
+    if len(data) > MAX_JSON_BYTES:
+        raise InvalidFile(f"{path}: more than {MAX_JSON_BYTES} bytes.")
+    try:
+        found = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise InvalidFile(f"{path}: not readable as JSON: {str(error)[:200]}.") from None
+    if not isinstance(found, dict):
+        raise InvalidFile(f"{path}: must be a JSON object.")
+    return found

@@ -46,6 +46,10 @@ _MAGIC = {
 _CONTROL_VECTOR = re.compile(
     rb"general\.architecture.{12}(controlvector|steeringvector)", re.DOTALL
 )
+_SAE = "an SAE; `reft import` makes an intervention file of a feature"
+_VECTORS = "vectors by layer; `reft import` makes an intervention file of them"
+_VECTOR_NAME = re.compile(rb"(layer_)?\d{1,5}")
+_DIRECTIONS = re.compile(r'^\{\s*"model_type":[^{}]*"directions":')
 _KEY = re.compile(rb'"([^"]*+)":')
 _LORA_NAME = re.compile(rb"\blora_")
 _EDITS_NAME = re.compile(rb"\.(ia3_l|beft_bias|hra_u)$|\.ln_tuning_layers\.|\.reft_layer\.refts\.")
@@ -62,21 +66,24 @@ def what_file(start: bytes) -> str | None:
     """
     if start.startswith(b"GGUF") and _CONTROL_VECTOR.search(start):
         return "a control vector; `reft import` makes an intervention file of it"
+    sized = start[4:8] == bytes(4)  # a header's length may begin as a pickle does
     for magic, what in _MAGIC.items():
-        if start.startswith(magic):
+        if start.startswith(magic) and not (sized and start[8:9] == b"{"):
             return what
     if start[8:9] == b"{":
         # Key by key, and so in time linear in the header, whoever wrote it.
         names = _KEY.findall(start)
-        for pattern, what in (
-            (_LORA_NAME, _ADAPTER),
-            (_EDITS_NAME, _EDITS),
-            (_ADAPTER_NAME, _ADAPTER),
-            (_WEIGHT_NAME, _MODEL),
-        ):
-            if any(map(pattern.search, names)):
-                return what
-        return None
+        if any(map(_LORA_NAME.search, names)):
+            return _ADAPTER
+        if any(map(_EDITS_NAME.search, names)):
+            return _EDITS
+        if any(map(_ADAPTER_NAME.search, names)):
+            return _ADAPTER
+        if b"W_dec" in names:
+            return _SAE
+        if any(map(_VECTOR_NAME.fullmatch, names)):
+            return _VECTORS
+        return _MODEL if any(map(_WEIGHT_NAME.search, names)) else None
     return _what_text(start[:HEAD_BYTES])
 
 
@@ -94,6 +101,10 @@ def what_folder(path: str | Path) -> str:
         )
     if "intervenable_model" in names or any(name.startswith("intkey_") for name in names):
         return "a checkpoint of pyreft; `reft import` makes an intervention file of it"
+    if {"cfg.json", "sae_weights.safetensors"} <= names:
+        return _SAE
+    if "direction.pt" in names:
+        return "a direction to ablate; `reft import` makes an intervention file of it"
     if "config.json" in names:
         return "a model's folder, which --model takes"
     files = sorted(name for name in names if name.endswith(_SUFFIX))
@@ -112,6 +123,8 @@ def _what_text(start: bytes) -> str | None:
     text = text.lstrip()
     if text.startswith("<"):
         return "a web page; what was downloaded is not the file itself"
+    if _DIRECTIONS.match(text):
+        return _VECTORS
     if text.startswith(("{", "[")):
         return f"a JSON file; {_TRAIN}"
     first, _, rest = text.partition("\n")

@@ -1,6 +1,7 @@
 """Reads torch's pickles of tensors, as a process of its own: `python unpickle.py FILE...`.
 
-A file holds a state dict, tensors by number, or one tensor, which is then called `tensor`.
+A file holds a state dict, tensors by number, one tensor, which is then called `tensor`, or what
+steering-vectors pickles, whose tensors are then called `<layer_type>.<number>`.
 Standard output is one safetensors file whose tensors are named `<index of the file>.<key>`; a file
 that is refused ends the process with the reason on standard error. Only the globals that a state
 dict needs are allowed, before torch's own restricted unpickler sees the file. torch's parametrised
@@ -19,7 +20,7 @@ import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import safetensors.torch
 import torch
@@ -51,7 +52,15 @@ _GLOBALS = {
     "torch._utils _rebuild_tensor_v2",
     "torch._utils _rebuild_parameter",
     *(f"torch {kind}Storage" for kind in ("Float", "Half", "BFloat16", "Double", "Long")),
+    "steering_vectors.steering_vector SteeringVector",
 }
+
+
+class SteeringVector:
+    """Stands for the class of steering-vectors, which is not imported: it has no code to run."""
+
+
+_STANDING_IN = (SteeringVector, "steering_vectors.steering_vector.SteeringVector")
 
 
 def main() -> None:
@@ -77,10 +86,12 @@ def read_state(path: str | Path) -> dict[str, Tensor]:
 
     Raises whatever error the file brings about.
     """
-    with _opened(path) as file:
+    with _opened(path) as file, torch.serialization.safe_globals([_STANDING_IN]):
         _check_pickle(file)
         place = f"/dev/fd/{file.fileno()}"  # the file that was checked, whatever the path is now
         state = torch.load(place, map_location="cpu", weights_only=True, mmap=True)
+    if isinstance(state, SteeringVector):
+        state = _vectors_of(vars(state))
     if isinstance(state, Tensor):
         state = {ALONE: state}
     if not isinstance(state, dict) or not state:
@@ -99,6 +110,15 @@ def read_state(path: str | Path) -> dict[str, Tensor]:
     if sum(each.numel() * each.element_size() for each in plain.values()) > MAX_STATES_BYTES:
         raise ValueError(f"more than {MAX_STATES_BYTES} bytes of tensors")
     return {key: tensor.detach().clone().contiguous() for key, tensor in plain.items()}
+
+
+def _vectors_of(fields: Mapping[str, Any]) -> dict[str, Any]:
+    kind, vectors = fields.get("layer_type"), fields.get("layer_activations")
+    if len(fields) != 2 or not isinstance(kind, str) or not isinstance(vectors, dict):
+        raise ValueError("not a SteeringVector of layer_type and layer_activations")
+    if not all(type(number) is int for number in vectors):
+        raise ValueError("layer_activations: not vectors by number")
+    return {f"{kind}.{number}": vector for number, vector in vectors.items()}
 
 
 def with_plain_rotation(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
