@@ -48,7 +48,8 @@ _CONTROL_VECTOR = re.compile(
 )
 _SAE = "an SAE; `reft import` makes an intervention file of a feature"
 _VECTORS = "vectors by layer; `reft import` makes an intervention file of them"
-_VECTOR_NAME = re.compile(rb"(layer_)?\d{1,5}")
+_DECODER_NAME = re.compile(rb"^W_dec$")
+_VECTOR_NAME = re.compile(rb"^(layer_)?\d{1,5}$")
 _DIRECTIONS = re.compile(r'^\{\s*"model_type":[^{}]*"directions":')
 _KEY = re.compile(rb'"([^"]*+)":')
 _LORA_NAME = re.compile(rb"\blora_")
@@ -73,17 +74,17 @@ def what_file(start: bytes) -> str | None:
     if start[8:9] == b"{":
         # Key by key, and so in time linear in the header, whoever wrote it.
         names = _KEY.findall(start)
-        if any(map(_LORA_NAME.search, names)):
-            return _ADAPTER
-        if any(map(_EDITS_NAME.search, names)):
-            return _EDITS
-        if any(map(_ADAPTER_NAME.search, names)):
-            return _ADAPTER
-        if b"W_dec" in names:
-            return _SAE
-        if any(map(_VECTOR_NAME.fullmatch, names)):
-            return _VECTORS
-        return _MODEL if any(map(_WEIGHT_NAME.search, names)) else None
+        for pattern, what in (
+            (_LORA_NAME, _ADAPTER),
+            (_EDITS_NAME, _EDITS),
+            (_ADAPTER_NAME, _ADAPTER),
+            (_DECODER_NAME, _SAE),
+            (_VECTOR_NAME, _VECTORS),
+            (_WEIGHT_NAME, _MODEL),
+        ):
+            if any(map(pattern.search, names)):
+                return what
+        return None
     return _what_text(start[:HEAD_BYTES])
 
 
