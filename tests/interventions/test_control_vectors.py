@@ -118,6 +118,14 @@ def test_what_a_file_says_that_it_has_is_not_believed(tmp_path: Path, value: byt
         import_control_vector(file, base=BASE)
 
 
+@pytest.mark.parametrize(("tensors", "fields"), [(1 << 40, 0), (0, 1 << 40)])
+def test_not_everything_is_read_that_a_file_has(tmp_path: Path, tensors: int, fields: int) -> None:
+    file = tmp_path / "v.gguf"
+    file.write_bytes(b"GGUF" + struct.pack("<IQQ", 3, tensors, fields))
+    with pytest.raises(InvalidFile, match="at most 10000 are read"):
+        import_control_vector(file, base=BASE)
+
+
 def test_an_export_is_what_was_imported(tmp_path: Path) -> None:
     edits = [adding(3), adding(1, 2), adding(3, 0.5)]
     export_control_vector(Intervention.build(BASE, edits), tmp_path / "v.gguf")
