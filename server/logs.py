@@ -22,6 +22,9 @@ logger = logging.getLogger("reft.requests")
 QUIET_PATHS = {"/livez", "/readyz", "/health", "/metrics"}
 """Paths that programs request every few seconds; they are logged at level debug."""
 
+SHOWN_PATH = 256
+"""Most characters of a path that are logged: also those without a key can ask for long ones."""
+
 QUIET_FOLDER = "/page/"
 """Path of the page's files, of which a browser asks for many; they are logged at level debug."""
 
@@ -91,7 +94,7 @@ def log_request(scope: Scope, status: int | None, seconds: float) -> None:
     fields: dict[str, Any] = {
         "id": state["request_id"],
         "method": scope["method"],
-        "path": quote(scope["path"]),
+        "path": quote(path if len(path) <= SHOWN_PATH else f"{path[:SHOWN_PATH]}..."),
         "status": status,
         **_sender(state.get("tenant")),
         **_generated(state.get("job"), state.get("run")),
