@@ -22,7 +22,7 @@ from reft_runtime.interventions.format.manifest import BaseShape
 ARCHITECTURES = ("controlvector", "steeringvector")
 """What `general.architecture` says of a control vector; EasySteer has also written the second."""
 
-_NAME = re.compile(r"direction\.(\d{1,5})")
+_NAME = re.compile(r"direction\.([0-9]{1,5})")
 
 _MOST = 10_000
 """Most fields, and most tensors, of a file that is read: each takes 0.1 ms."""
@@ -64,6 +64,8 @@ def import_control_vector(
             )
         if data.dtype.kind != "f":
             raise InvalidFile(f"{source}: {name} is quantised; write it as F32.")
+        if block in vectors:
+            raise InvalidFile(f"{source}: has two directions of block {block}.")
         vectors[block] = torch.from_numpy(data.astype(np.float32))
     edits = steering_edits(source, vectors, base, positions, layer)
     training = {"source": "control vector", "model_hint": fields.get(f"{architecture}.model_hint")}

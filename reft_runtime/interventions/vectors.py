@@ -10,9 +10,11 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from reft_runtime.errors import ConfigError, InvalidFile
@@ -25,7 +27,11 @@ from reft_runtime.interventions.pyreft.unpickle import ALONE
 OF_NUMPY = (".npy", ".npz")
 """How names of numpy's files end; all others are torch's."""
 
-_LAYER = re.compile(r"\d{1,5}")
+MOST_BYTES = 1 << 28
+"""Most bytes of numpy's arrays, as of torch's tensors: a compressed file may hold a thousand times
+its size."""
+
+_LAYER = re.compile(r"[0-9]{1,5}")
 
 
 def import_vectors(
@@ -82,7 +88,7 @@ def _rows(path: Path, tensor: Tensor, base: BaseShape, layer: int | None) -> dic
 
 def _by_name(path: Path, found: Mapping[str, Tensor], base: BaseShape) -> dict[int, Tensor]:
     """Vectors by layer, from those by the text of its number."""
-    vectors = {}
+    vectors: dict[int, Tensor] = {}
     for name, tensor in found.items():
         if not _LAYER.fullmatch(name):
             raise InvalidFile(
@@ -94,6 +100,8 @@ def _by_name(path: Path, found: Mapping[str, Tensor], base: BaseShape) -> dict[i
                 f"{path}: has {_size(tensor)} numbers{_named(name)}, but {base.model} is"
                 f" {base.hidden_size} wide; check --base."
             )
+        if int(name) in vectors:
+            raise InvalidFile(f"{path}: has two vectors for layer {int(name)}; keep one.")
         vectors[int(name)] = vector
     return vectors
 
@@ -102,12 +110,20 @@ def _of_numpy(path: Path) -> dict[str, Tensor]:
     try:
         with path.open("rb") as file:
             loaded = np.load(file, allow_pickle=False)
-            arrays = {ALONE: loaded} if isinstance(loaded, np.ndarray) else dict(loaded)
-        return {name: torch.from_numpy(array) for name, array in arrays.items()}
+            if isinstance(loaded, np.ndarray):
+                return {ALONE: _tensor(loaded)}
+            size = sum(one.file_size for one in loaded.zip.infolist())
+            if size > MOST_BYTES:
+                raise ValueError(f"more than {MOST_BYTES} bytes")
+            return {name: _tensor(array) for name, array in loaded.items()}
     except Exception as error:  # damaged bytes raise what numpy's parts raise
-        raise InvalidFile(
-            f"{path}: not readable as numpy's arrays of numbers: {str(error)[:200]}."
-        ) from None
+        reason = (str(error) or type(error).__name__).splitlines()[0][:200].rstrip(".")
+        raise InvalidFile(f"{path}: not readable as numpy's arrays of numbers: {reason}.") from None
+
+
+def _tensor(array: NDArray[Any]) -> Tensor:
+    """An array as a tensor, if its numbers are floats as float64: torch has not all of numpy's."""
+    return torch.from_numpy(array.astype(np.float64) if array.dtype.kind == "f" else array)
 
 
 def _flat(tensor: Tensor) -> Tensor:

@@ -74,6 +74,8 @@ def test_each_direction_is_added_to_the_output_of_its_block(
         (DIRECTIONS, "controlvector", {"glp_mode": "project"}, "glp.mode is 'project'; only"),
         ({"direction.4": ONES}, "controlvector", {}, "has blocks 0 to 3, 16 wide"),
         ({"direction.1": ONES[:8]}, "controlvector", {}, "has 8 numbers, but tiny"),
+        ({"direction.1": ONES, "direction.01": ONES}, "controlvector", {}, "two .* of block 1"),
+        ({"direction.\u0661": ONES}, "controlvector", {}, "is no direction"),
         ({"direction.x": ONES}, "controlvector", {}, "'direction.x' is no direction"),
         ({"direction.1": ONES.astype(np.int8)}, "controlvector", {}, "is quantised"),
         ({"direction.1": 0 * ONES}, "controlvector", {}, "no direction that is not zero"),

@@ -52,6 +52,8 @@ def saved(folder: Path, suffix: str, value: Any) -> Path:
         (".pt", TABLE[:, None], 2, [2]),
         (".npy", STATES.astype(np.float32), None, [0, 1, 2, 3]),
         (".pt", STATES, 3, [3]),
+        (".npy", TABLE[1].astype(">f4"), 1, [1]),
+        (".npy", TABLE[1].astype(np.longdouble), 1, [1]),
         (".npz", SOME, None, [1, 3]),
         (".pt", SOME, 3, [3]),
     ],
@@ -99,6 +101,8 @@ def test_a_vector_of_torch_is_read_by_a_process_of_its_own(
         (".npz", SOME, 2, ConfigError, "layer: .*v.npz has none for 2, but for 1, 3"),
         (".npz", {"4": TABLE[1]}, None, InvalidFile, "has layer 4, but tiny has 0 to 3"),
         (".npz", {"up": TABLE[1]}, None, InvalidFile, "'up' is no layer's number"),
+        (".npz", {"\u0661": TABLE[1]}, None, InvalidFile, "is no layer's number"),
+        (".npz", {"1": TABLE[1], "01": TABLE[2]}, None, InvalidFile, "two vectors for layer 1"),
         (".npz", {"1": TABLE}, None, InvalidFile, "has 4 x 16 numbers for '1', but tiny is 16"),
         (".npy", TABLE[1, :8], 1, InvalidFile, "has 8 numbers, but tiny is 16 wide and has 4 lay"),
         (".pt", TABLE[:3], 1, InvalidFile, "has 3 x 16 numbers, .* a table of 4 x 16"),
@@ -122,6 +126,17 @@ def test_what_cannot_be_added_is_refused(
     path = saved(tmp_path, suffix, value)
     with pytest.raises(error, match=message):
         import_vectors(path, base=BASE, layer=layer)
+
+
+def test_a_small_file_of_large_arrays_is_not_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(vectors, "MOST_BYTES", 100_000)
+    path = tmp_path / "v.npz"
+    np.savez_compressed(path, **{"1": np.zeros(20_000)})
+    assert path.stat().st_size < 1000
+    with pytest.raises(InvalidFile, match="more than 100000 bytes"):
+        import_vectors(path, base=BASE)
 
 
 def test_files_that_are_cut_or_missing(tmp_path: Path) -> None:
