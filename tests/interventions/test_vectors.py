@@ -133,7 +133,7 @@ def test_a_small_file_of_large_arrays_is_not_read(
 ) -> None:
     monkeypatch.setattr(vectors, "MOST_BYTES", 100_000)
     path = tmp_path / "v.npz"
-    np.savez_compressed(path, **{"1": np.zeros(20_000)})
+    np.savez_compressed(path, np.zeros(20_000))
     assert path.stat().st_size < 1000
     with pytest.raises(InvalidFile, match="more than 100000 bytes"):
         import_vectors(path, base=BASE)
