@@ -41,6 +41,7 @@ def import_control_vector(
     Strength 1 is then their coefficient 1. `base` is the base model's shape
     (`reft_runtime.base_shape`). Raises `InvalidFile`, and `ConfigError` for a wrong `layer`.
     """
+    check_regular(Path(source))
     fields, directions = _read(Path(source))
     architecture = str(fields.get("general.architecture"))
     if architecture not in ARCHITECTURES:
@@ -70,6 +71,12 @@ def import_control_vector(
     edits = steering_edits(source, vectors, base, positions, layer)
     training = {"source": "control vector", "model_hint": fields.get(f"{architecture}.model_hint")}
     return Intervention.build(base, edits, template=template, training=training)
+
+
+def check_regular(path: Path) -> None:
+    """Raise `InvalidFile` for a pipe or device: whoever reads one may wait for ever."""
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        raise InvalidFile(f"{path}: not a regular file.")
 
 
 def steering_edits(

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from reft_runtime.errors import ConfigError, InvalidFile
-from reft_runtime.interventions.control_vectors import steering_edits
+from reft_runtime.interventions.control_vectors import check_regular, steering_edits
 from reft_runtime.interventions.format.intervention import Intervention
 from reft_runtime.interventions.format.manifest import BaseShape
 from reft_runtime.interventions.pyreft.states import read_states
@@ -49,6 +49,7 @@ def import_vectors(
     Raises `ConfigError` and `InvalidFile`.
     """
     path = Path(source)
+    check_regular(path)
     try:
         path.open("rb").close()
     except OSError as error:

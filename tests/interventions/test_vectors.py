@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 
 from reft_runtime.errors import ConfigError, InvalidFile, ReftError
 from reft_runtime.interventions import parse, serialise, vectors
+from reft_runtime.interventions.control_vectors import import_control_vector
 from reft_runtime.interventions.pyreft.unpickle import read_state
 from reft_runtime.interventions.vectors import import_vectors
 from tests.interventions.make import BASE
@@ -150,3 +152,16 @@ def test_files_that_are_cut_or_missing(tmp_path: Path) -> None:
     for name in ("missing.npy", "missing.pt"):
         with pytest.raises(ConfigError, match=f"{name}: No such file"):
             import_vectors(tmp_path / name, base=BASE)
+
+
+@pytest.mark.parametrize(
+    ("name", "reads"),
+    [("v.npy", import_vectors), ("v.pt", import_vectors), ("v.gguf", import_control_vector)],
+)
+def test_nobody_waits_for_a_pipe(name: str, reads: Callable[..., Any], tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / name)
+    writer = os.open(tmp_path / name, os.O_RDWR | os.O_NONBLOCK)  # an opened pipe does not wait
+    os.write(writer, b"no vector")
+    with pytest.raises(InvalidFile, match="not a regular file"):
+        reads(tmp_path / name, base=BASE)
+    os.close(writer)
