@@ -148,7 +148,8 @@ class Classification:
 class EditTrace:
     """What one edit did to one row.
 
-    `relative_size` is the length of the edit's change over the length of the row before it.
+    `relative_size` is the length of the edit's change over the length of the row before it, which
+    counts as 1e-12 at least: a row may be of zeros.
     `intervention` is the position of the intervention in the request and `edit` that of the edit in
     its file, both from 0. `position` is the token's in the request; from the prompt's length on,
     tokens are generated.

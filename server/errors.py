@@ -176,7 +176,9 @@ def install_error_handlers(app: FastAPI) -> None:
                 instead = "leave out the slash at its end"
             message = f"There is no route {path}; {instead}."
         elif error.status_code == 405:
-            methods = ", ".join(sorted(_methods(request.app.routes, request.scope)))
+            found = _methods(request.app.routes, request.scope)
+            # As GET is answered so is HEAD (`RequestMiddleware`).
+            methods = ", ".join(sorted(found | {"HEAD"} if "GET" in found else found))
             message = f"{path} does not accept {request.method}, but {methods}."
             headers = {"allow": methods}
         return ApiError(error.status_code, message, headers=headers).response()

@@ -22,6 +22,9 @@ logger = logging.getLogger("reft.requests")
 QUIET_PATHS = {"/livez", "/readyz", "/health", "/metrics"}
 """Paths that programs request every few seconds; they are logged at level debug."""
 
+SHOWN_PATH = 256
+"""Most characters of a path that are logged: also those without a key can ask for long ones."""
+
 QUIET_FOLDER = "/page/"
 """Path of the page's files, of which a browser asks for many; they are logged at level debug."""
 
@@ -85,6 +88,11 @@ def is_quiet(path: str) -> bool:
     return path in QUIET_PATHS or path.startswith(QUIET_FOLDER)
 
 
+def shown(path: str) -> str:
+    """A path, shortened: it may be as long as a request's head."""
+    return path if len(path) <= SHOWN_PATH else f"{path[:SHOWN_PATH]}..."
+
+
 def log_request(scope: Scope, status: int | None, seconds: float) -> None:
     """Log one request that has ended; `status` is None if its client left before the answer."""
     level = logging.DEBUG if is_quiet(scope["path"]) else logging.INFO
@@ -94,7 +102,7 @@ def log_request(scope: Scope, status: int | None, seconds: float) -> None:
     fields: dict[str, Any] = {
         "id": state["request_id"],
         "method": scope["method"],
-        "path": quote(scope["path"]),
+        "path": quote(shown(scope["path"])),
         "status": status,
         **_sender(state.get("tenant")),
         **_generated(state.get("job"), state.get("run")),

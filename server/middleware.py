@@ -35,7 +35,7 @@ class RequestMiddleware:
     The id is `request.state.request_id` and the response header `x-request-id`. Headers of more
     than `MAX_HEADER_BYTES` are answered 431. An unforeseen exception is logged and answered here.
     A client that leaves while its body is read ends its request silently: nobody waits for an
-    answer.
+    answer. HEAD is answered as GET is, without the body.
 
     This is plain ASGI: a `BaseHTTPMiddleware` would hide the client's disconnect from the routes.
     """
@@ -53,12 +53,16 @@ class RequestMiddleware:
         scope.setdefault("state", {})["request_id"] = own_id
         status: int | None = None
         began = time.monotonic()
+        asks_head = scope["method"] == "HEAD"
+        asked: Scope = {**scope, "method": "GET"} if asks_head else scope
 
         async def send_with_id(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
                 MutableHeaders(scope=message)["x-request-id"] = own_id
+            elif asks_head:
+                message = {**message, "body": b""}
             await send(message)
 
         if sum(len(name) + len(value) for name, value in scope["headers"]) > MAX_HEADER_BYTES:
@@ -67,7 +71,7 @@ class RequestMiddleware:
             self._ended(scope, status, time.monotonic() - began)
             return
         try:
-            await self.app(scope, receive, send_with_id)
+            await self.app(asked, receive, send_with_id)
         except ClientDisconnect:
             pass
         except Exception as problem:

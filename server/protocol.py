@@ -221,8 +221,9 @@ class Connection(HttpToolsProtocol):
         codings = [value for name, value in self.headers if name == b"transfer-encoding"]
         if codings and (len(codings) > 1 or codings[0].strip().lower() != b"chunked"):
             raise ValueError("another transfer coding")  # of which proxies read another length
-        if names.count(b"host") > 1:
-            raise ValueError("two hosts")
+        hosts = names.count(b"host")
+        if hosts > 1 or (hosts == 0 and self.parser.get_http_version() == "1.1"):
+            raise ValueError("two hosts, or none")
         if len(self.pipeline) >= MAX_WAITING:
             raise ValueError("too many requests at once")
         super().on_headers_complete()

@@ -28,7 +28,7 @@ from starlette.types import Scope
 
 from reft_runtime.reaching import shown_address
 from reft_runtime.version import VERSION
-from server.logs import is_quiet
+from server.logs import is_quiet, shown
 from server.tenants.tenant import OWNER, Tenant
 
 if TYPE_CHECKING:
@@ -142,7 +142,7 @@ def _of_http(scope: Scope, status: int | None, route: str | None) -> dict[str, A
     tenant: Tenant | None = scope["state"].get("tenant")
     found = {
         "http.request.method": scope["method"],
-        "url.path": scope["path"],
+        "url.path": shown(scope["path"]),
         "http.route": route,
         "http.response.status_code": status,
         "error.type": str(status) if status is not None and status >= 500 else None,

@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 
 from reft_runtime.errors import ConfigError
+from reft_runtime.interventions.registry.urls import is_url, shown
 
 _READ_BY_NAME = (
     "*.json",
@@ -39,6 +40,9 @@ def check_files(path: str) -> None:
 
     Raises `ConfigError` for a folder that is not there, and for a file that is missing or cut.
     """
+    if is_url(path):
+        what = "is a URL; give a folder, or a model's id on the hub (OWNER/NAME)."
+        raise ConfigError(f"model: {shown(path)} {what}", param="model")
     folder = Path(path)
     if os.path.isfile(folder):
         what = _GGUF if folder.suffix == ".gguf" else "is a file; give the folder that it lies in."

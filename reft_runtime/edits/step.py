@@ -28,6 +28,9 @@ from reft_runtime.schedule.sequence import Sequence
 BATCHED_ROWS = 32
 """Segments of more rows get a matrix product of their own instead of padding the others."""
 
+_LEAST_LENGTH = 1e-12
+"""A row counts as so long where a change is measured by it: JSON has no number for x / 0."""
+
 MOVED_BYTES = 1 << 30
 """Most bytes of edits that stay on the device."""
 
@@ -246,7 +249,7 @@ class StepEdits:
             self._trace(segment, old, hidden[segment.rows].float())
 
     def _trace(self, segment: Segment, old: Tensor, new: Tensor) -> None:
-        sizes = (new - old).norm(dim=-1) / old.norm(dim=-1)
+        sizes = (new - old).norm(dim=-1) / old.norm(dim=-1).clamp_min(_LEAST_LENGTH)
         positions = tuple(row - segment.shift for row in segment.rows)
         site = segment.edit.layer, segment.edit.component
         along: list[tuple[tuple[float, ...], ...]] = []

@@ -12,6 +12,7 @@ from typing import Any
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from reft_runtime.reasoning import CHANNEL, THOUGHTS
+from reft_runtime.text.time_limit import WRITING_SECONDS, time_limit
 
 Turn = Mapping[str, Any]
 
@@ -113,9 +114,10 @@ def _wants_texts(source: str) -> bool:
 def rendered(source: str, chat: list[Any]) -> str | None:
     """What a template makes of a chat, without a tokenizer's tokens; None if it fails."""
     try:
-        rendered: Any = render_jinja_template(
-            [chat], chat_template=source, bos_token="", eos_token=""
-        )
+        with time_limit(WRITING_SECONDS):
+            rendered: Any = render_jinja_template(
+                [chat], chat_template=source, bos_token="", eos_token=""
+            )
     except MemoryError:
         raise
     except Exception:

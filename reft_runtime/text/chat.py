@@ -18,6 +18,7 @@ from reft_runtime.errors import InvalidRequest
 from reft_runtime.interventions.format.manifest import SystemTurn
 from reft_runtime.interventions.format.template import around
 from reft_runtime.text.calls import has_channels, rendered, with_calls
+from reft_runtime.text.time_limit import WRITING_SECONDS, TookTooLong, time_limit
 
 Message = Mapping[str, Any]
 """One turn of a chat: its `role` and its `content`; `name`, where given, is the speaker's.
@@ -119,7 +120,7 @@ def render(
     """Write a chat by the model's own template. Raises `InvalidRequest` if that fails.
 
     A template is a program of the model's maker: whatever it raises means that it does not take the
-    messages.
+    messages, and so does that it takes too long.
     """
     template = options.template_for(messages)
     if not (template or tokenizer.chat_template):
@@ -150,17 +151,24 @@ def render(
     if wants_parts(source):
         turns = [turn | {"content": _parts(turn["content"])} for turn in turns]
     try:
-        text = tokenizer.apply_chat_template(
-            turns,
-            tools=[_told(tool, source) for tool in options.tools] or None,
-            chat_template=template,
-            tokenize=False,
-            add_generation_prompt=options.add_generation_prompt,
-            continue_final_message=options.continue_final_message,
-            **switches,
-        )
+        with time_limit(WRITING_SECONDS):
+            text = tokenizer.apply_chat_template(
+                turns,
+                tools=[_told(tool, source) for tool in options.tools] or None,
+                chat_template=template,
+                tokenize=False,
+                add_generation_prompt=options.add_generation_prompt,
+                continue_final_message=options.continue_final_message,
+                **switches,
+            )
     except MemoryError:
         raise
+    except TookTooLong:
+        raise InvalidRequest(
+            "messages: the model's chat template does not take them: it has not written them in "
+            f"{WRITING_SECONDS:g} seconds; send fewer, or lay the prompt out for /v1/completions.",
+            param="messages",
+        ) from None
     except Exception as error:
         reason = str(error) or type(error).__name__
         raise InvalidRequest(

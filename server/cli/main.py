@@ -7,6 +7,7 @@ import atexit
 import errno
 import io
 import os
+import re
 import signal
 import sys
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
@@ -77,10 +78,10 @@ def main() -> None:
     try:
         status = app(standalone_mode=False) or 0
     except ReftError as error:
-        typer.echo(printable(f"reft: {error.message}"), err=True)
+        typer.echo(printable(f"reft: {_without_passwords(error.message)}"), err=True)
         status = 1 if isinstance(error, NotServed) else 2
     except TyperException as error:
-        typer.echo(_usage(error.format_message()), err=True)
+        typer.echo(_without_passwords(_usage(error.format_message())), err=True)
         status = error.exit_code
     except KeyboardInterrupt:  # typer itself takes it once it has found the command
         status = 128 + signal.SIGINT
@@ -96,6 +97,14 @@ def main() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # for what is still to be flushed
         status = 2
     _leave(status)
+
+
+_PASSWORD = re.compile(r"(:/{1,2})[^/@\s]+@")
+
+
+def _without_passwords(message: str) -> str:
+    """A message without the user and password of a URL, also of one that was read as a path."""
+    return _PASSWORD.sub(r"\1", message)
 
 
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)

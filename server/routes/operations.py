@@ -22,7 +22,6 @@ HEALTH = answers(HealthReport, "The server is well.") | answers(
 
 
 @public.get("/livez", summary="Ask whether the server is alive", responses=HEALTH)
-@public.head("/livez", include_in_schema=False)  # as `wget --spider` and some monitors ask
 async def livez(context: Current) -> Response:
     """Answers 200 while the engine's loop turns; otherwise the process should be restarted."""
     return _answer({"status": "ok" if context.health.live else "engine not running"})
@@ -35,8 +34,6 @@ async def livez(context: Current) -> Response:
     operation_id="health",
     responses=HEALTH,
 )
-@public.head("/readyz", include_in_schema=False)
-@public.head("/health", include_in_schema=False)
 async def readyz(context: Current) -> Response:
     """Answers 200 while the server is loaded, proven by a first generation, and not draining.
 

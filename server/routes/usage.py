@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from datetime import UTC, date, datetime
-from typing import Annotated, cast
+from typing import Annotated, Any, cast
 
 from fastapi import APIRouter, Query, Request
 from fastapi.responses import Response
@@ -26,22 +27,45 @@ MAX_ROWS = 100_000
 """Most rows of an answer; a bill is never cut off silently."""
 
 
+_DAY: dict[str, Any] = {"format": "date", "minLength": 10}
+_GROUP = "|".join(GROUPS)
+_GROUP_BY: dict[str, Any] = {"pattern": f"^({_GROUP})(,({_GROUP}))*$"}
+"""What a client that follows the schema does not send otherwise; the handler says what is wrong."""
+
+
 @router.get("/v1/usage", summary="Get what was used", responses=answers(UsageReport))
 async def get_usage(
     request: Request,
     context: Current,
     first: Annotated[
-        str | None, Query(alias="from", max_length=10, description="First UTC day, YYYY-MM-DD.")
+        str | None,
+        Query(
+            alias="from",
+            max_length=10,
+            description="First UTC day, YYYY-MM-DD.",
+            json_schema_extra=_DAY,
+        ),
     ] = None,
     last: Annotated[
-        str | None, Query(alias="to", max_length=10, description="Last UTC day; by default today.")
+        str | None,
+        Query(
+            alias="to",
+            max_length=10,
+            description="Last UTC day; by default today.",
+            json_schema_extra=_DAY,
+        ),
     ] = None,
     tenant: Annotated[str | None, Query(max_length=256, description="One tenant.")] = None,
     intervention: Annotated[
         str | None, Query(max_length=4096, description="Name, names with +, or (base).")
     ] = None,
     group_by: Annotated[
-        str | None, Query(max_length=64, description="Of day, tenant, intervention; with commas.")
+        str | None,
+        Query(
+            max_length=64,
+            description="Of day, tenant, intervention; with commas.",
+            json_schema_extra=_GROUP_BY,
+        ),
     ] = None,
 ) -> Response:
     """What was used, from the first to the last day, both included: by default the last 31.
@@ -66,12 +90,13 @@ async def get_usage(
 
 
 def _day(text: str | None, param: str) -> date | None:
-    try:
-        return None if text is None else date.fromisoformat(text)
-    except ValueError:
-        raise InvalidRequest(
-            f"{param}: write a day as YYYY-MM-DD, such as 2026-01-31.", param=param
-        ) from None
+    if text is None:
+        return None
+    with suppress(ValueError):
+        day = date.fromisoformat(text)
+        if text == day.isoformat():  # there are more forms: 2026-W05-6
+            return day
+    raise InvalidRequest(f"{param}: write a day as YYYY-MM-DD, such as 2026-01-31.", param=param)
 
 
 def _groups(text: str | None) -> Sequence[Group]:

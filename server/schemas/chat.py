@@ -18,7 +18,7 @@ from pydantic_core import PydanticCustomError, PydanticKnownError
 
 from reft_runtime.errors import InvalidRequest
 from reft_runtime.sampling import MAX_LOGPROBS, SamplingParams
-from server.schemas.base import RequestBody
+from server.schemas.base import OnlyFalse, RequestBody
 from server.schemas.common import (
     MAX_TOKENS,
     NO_EFFECT,
@@ -212,8 +212,8 @@ class ChatRequest(SamplingBody, ChatLayout, ToolFields):
         default=0, ge=0, le=MAX_LOGPROBS, description="And so many of the best tokens in its place."
     )
     verbosity: Literal["medium"] = Field(default="medium", description=ONLY_DEFAULT)
-    echo: Literal[False] = Field(default=False, description=ONLY_DEFAULT)
-    add_special_tokens: Literal[False] = Field(default=False, description=ONLY_DEFAULT)
+    echo: OnlyFalse = Field(default=False, description=ONLY_DEFAULT)
+    add_special_tokens: OnlyFalse = Field(default=False, description=ONLY_DEFAULT)
     modalities: list[Literal["text"]] = Field(
         default=["text"], max_length=1, description=ONLY_DEFAULT
     )

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from pydantic import Field, model_validator
 
 from reft_runtime.interventions.format.labels import MOST_LABELS
+from server.schemas.base import OnlyTrue
 from server.schemas.chat import ChatLayout, Messages, check_either
 from server.schemas.common import ONLY_DEFAULT, ModelBody
 from server.schemas.completions import Prompt, prompts_of
@@ -30,9 +31,9 @@ class ClassifyRequest(ModelBody, ChatLayout):
         fail_fast=True,
         description="Labels to choose from; by default those in the intervention's file.",
     )
-    add_special_tokens: Literal[True] = Field(default=True, description=ONLY_DEFAULT)
-    activation: Literal[True] = Field(default=True, description=ONLY_DEFAULT)
-    use_activation: Literal[True] = Field(default=True, description=ONLY_DEFAULT)
+    add_special_tokens: OnlyTrue = Field(default=True, description=ONLY_DEFAULT)
+    activation: OnlyTrue = Field(default=True, description=ONLY_DEFAULT)
+    use_activation: OnlyTrue = Field(default=True, description=ONLY_DEFAULT)
 
     @model_validator(mode="after")
     def _check_together(self) -> ClassifyRequest:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from pydantic import (
     Discriminator,
@@ -25,7 +25,7 @@ from reft_runtime.sampling import (
     SamplingParams,
 )
 from reft_runtime.use import MAX_INTERVENTIONS, MAX_STRENGTH
-from server.schemas.base import RequestBody
+from server.schemas.base import OnlyFalse, OnlyTrue, RequestBody
 from server.schemas.structured import FormFields
 
 MAX_SUBSPACE = 1024
@@ -95,7 +95,7 @@ class StreamOptions(RequestBody):
     continuous_usage_stats: bool = Field(
         default=False, description="Count the tokens so far in every chunk."
     )
-    include_obfuscation: Literal[False] = Field(default=False, description="Only false.")
+    include_obfuscation: OnlyFalse = Field(default=False, description="Only false.")
 
 
 class WithoutEffect(RequestBody):
@@ -110,12 +110,12 @@ class WithoutEffect(RequestBody):
     safety_identifier: str = Field(default="", description=NO_EFFECT)
     prompt_cache_key: str = Field(default="", description=NO_EFFECT)
     prompt_cache_retention: str = Field(default="", description=NO_EFFECT)
-    store: Literal[False] = Field(default=False, description=ONLY_DEFAULT)
-    use_beam_search: Literal[False] = Field(default=False, description=ONLY_DEFAULT)
-    early_stopping: Literal[False] = Field(default=False, description=ONLY_DEFAULT)
+    store: OnlyFalse = Field(default=False, description=ONLY_DEFAULT)
+    use_beam_search: OnlyFalse = Field(default=False, description=ONLY_DEFAULT)
+    early_stopping: OnlyFalse = Field(default=False, description=ONLY_DEFAULT)
     length_penalty: float = Field(default=1.0, ge=1, le=1, description=ONLY_DEFAULT)
-    spaces_between_special_tokens: Literal[True] = Field(default=True, description=ONLY_DEFAULT)
-    return_tokens_as_token_ids: Literal[False] = Field(default=False, description=ONLY_DEFAULT)
+    spaces_between_special_tokens: OnlyTrue = Field(default=True, description=ONLY_DEFAULT)
+    return_tokens_as_token_ids: OnlyFalse = Field(default=False, description=ONLY_DEFAULT)
     bad_words: Nothing = Field(default=[], description=ONLY_DEFAULT)
 
 

@@ -8,6 +8,7 @@ from pydantic import Discriminator, Field, Tag, model_validator
 
 from reft_runtime.errors import InvalidRequest
 from reft_runtime.sampling import MAX_CHOICES, MAX_LOGPROBS, SamplingParams
+from server.schemas.base import OnlyTrue
 from server.schemas.common import MAX_TOKENS, ONLY_DEFAULT, SamplingBody, TokenId
 
 DEFAULT_MAX_TOKENS = 16
@@ -67,7 +68,7 @@ class CompletionRequest(SamplingBody):
         description="Also answer each token's log-probability, and so many of the best tokens.",
     )
     suffix: Literal[""] = Field(default="", description=ONLY_DEFAULT)
-    add_special_tokens: Literal[True] = Field(default=True, description=ONLY_DEFAULT)
+    add_special_tokens: OnlyTrue = Field(default=True, description=ONLY_DEFAULT)
 
     @model_validator(mode="after")
     def _check_together(self) -> CompletionRequest:

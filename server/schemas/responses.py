@@ -9,7 +9,7 @@ from pydantic.json_schema import SkipJsonSchema
 from pydantic_core import PydanticCustomError
 
 from reft_runtime.sampling import MAX_LOGPROBS
-from server.schemas.base import RequestBody
+from server.schemas.base import OnlyFalse, RequestBody
 from server.schemas.chat import MAX_MESSAGES, MAX_PARTS, ChatSwitches
 from server.schemas.common import MAX_TOKENS, NO_EFFECT, ONLY_DEFAULT, Sampled, one_or_many
 
@@ -169,7 +169,7 @@ class Reasoning(RequestBody):
 class ResponseStreamOptions(RequestBody):
     """Options of a streamed answer: none that changes it."""
 
-    include_obfuscation: Literal[False] = Field(default=False, description=ONLY_DEFAULT)
+    include_obfuscation: OnlyFalse = Field(default=False, description=ONLY_DEFAULT)
 
 
 class ResponsesRequest(Sampled):
@@ -214,7 +214,7 @@ class ResponsesRequest(Sampled):
         default=ResponseStreamOptions(), description=NO_EFFECT
     )
     truncation: Literal["disabled"] = Field(default="disabled", description=ONLY_DEFAULT)
-    background: Literal[False] = Field(default=False, description=ONLY_DEFAULT)
+    background: OnlyFalse = Field(default=False, description=ONLY_DEFAULT)
     metadata: dict[Annotated[str, Field(max_length=64)], Annotated[str, Field(max_length=512)]] = (
         Field(default={}, max_length=16, description="Texts by name; they come back in the answer.")
     )

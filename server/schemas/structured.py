@@ -11,7 +11,7 @@ from pydantic import Discriminator, Field, Tag, model_validator
 
 from reft_runtime.errors import InvalidRequest
 from reft_runtime.sampling import Grammar
-from server.schemas.base import RequestBody
+from server.schemas.base import OnlyFalse, RequestBody
 
 MAX_CHOICES = 10_000
 MAX_TEXT = 2**18
@@ -98,7 +98,7 @@ class StructuredOutputs(RequestBody):
     json_object: bool = Field(default=False, description="Any JSON object.")
     disable_fallback: bool = Field(default=False, description="Changes nothing.")
     disable_any_whitespace: bool = Field(default=False, description="Changes nothing.")
-    disable_additional_properties: Literal[False] = Field(default=False, description="Only false.")
+    disable_additional_properties: OnlyFalse = Field(default=False, description="Only false.")
 
     @model_validator(mode="after")
     def _check_one(self) -> StructuredOutputs:

@@ -262,6 +262,24 @@ def test_a_file_tells_a_terminal_nothing(
         assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", said)
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("inspect", "https://me:secret@host/x.safetensors"),
+        ("check", "https://secret@host/x.jsonl"),
+    ],
+)
+def test_no_password_of_a_url_is_told(
+    arguments: tuple[str, ...], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(main, "_leave", lambda _: None)
+    monkeypatch.setattr(sys, "argv", ["reft", *arguments])
+    main.main()
+    said = "".join(capsys.readouterr())
+    assert "host" in said
+    assert "secret" not in said
+
+
 def _manifest(folder: Path) -> str:
     """The manifest of a file, which is written, whose description has control characters."""
     edits = [Edit(1, "l1", loreft_tensors())]

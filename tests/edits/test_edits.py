@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -201,6 +202,19 @@ def test_one_edit_in_a_batch_is_the_formula() -> None:
             h = old[row]
             new = h + strength * (edit.R @ (edit.W @ h + edit.b - edit.R.T @ h))
             torch.testing.assert_close(hidden[row], new, rtol=1e-5, atol=1e-5)
+
+
+def test_the_change_of_a_row_of_zeros_has_a_size() -> None:
+    asked = replace(request("a", prompt(6), applied(loreft(0, "f2"))), trace=True)
+    sequence = sequences_of(asked, 0)
+    edits = StepEdits.of([Chunk(sequence, 0, 6)], HERE, as_named)
+    hidden = torch.zeros(6, HIDDEN)
+    edits.apply((0, "block_output"), hidden)
+    [[segment]] = edits.passes[0, "block_output"]
+    edits._trace(segment, torch.zeros(2, HIDDEN), torch.zeros(2, HIDDEN))
+    changed, same = (traced.relative_sizes for traced in edits.traces[sequence])
+    assert changed == pytest.approx((hidden[:2].norm(dim=1) / 1e-12).tolist())
+    assert same == (0, 0)
 
 
 def test_nobody_waits_for_edits_on_their_way_to_a_device(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -116,12 +116,21 @@ async def test_without_keys_all_share_the_prefix_cache(
     assert engine.streams[-1].salt == b""
 
 
-@pytest.mark.parametrize("path", ["/livez", "/readyz", "/health"])
-async def test_health_is_told_to_who_wants_no_body(server_url: str, path: str) -> None:
+async def test_head_is_answered_as_get_is(server_url: str) -> None:
     async with httpx.AsyncClient(base_url=server_url) as client:
-        asked, whole = await client.head(path), await client.get(path)
-    assert (asked.status_code, asked.content) == (200, b"")
-    assert asked.headers["content-length"] == whole.headers["content-length"]
+        paths = (await client.get("/openapi.json")).json()["paths"]
+        asked = [path.replace("{name}", "a") for path, told in paths.items() if "get" in told]
+        assert {"/livez", "/readyz", "/health", "/metrics", "/v1/models"} <= set(asked)
+        for path in [*asked, "/", "/openapi.json", "/v1/nothing", "/v1/completions"]:
+            head, get = await client.head(path), await client.get(path)
+            assert (head.status_code, head.content) == (get.status_code, b""), path
+            for name in ("content-type", "allow"):
+                assert head.headers.get(name) == get.headers.get(name), path
+        health = await client.head("/livez")
+        assert (
+            health.headers["content-length"]
+            == (await client.get("/livez")).headers["content-length"]
+        )
 
 
 async def test_unknown_route_and_method(client: httpx.AsyncClient) -> None:
@@ -139,7 +148,7 @@ async def test_unknown_route_and_method(client: httpx.AsyncClient) -> None:
         )
     for path, methods in (
         ("/v1/completions", "POST"),
-        ("/v1/interventions/x", "DELETE, GET, PUT"),
+        ("/v1/interventions/x", "DELETE, GET, HEAD, PUT"),
         ("/health", "GET, HEAD"),
     ):
         response = await client.patch(path)

@@ -215,6 +215,7 @@ class TestRoom:
         b"GET /livez HTTP/1.1\r\nhost: x\r\n folded: y\r\n\r\n",
         b"GET /livez HTTP/1.1\r\nhost : x\r\n\r\n",
         b"GET /livez HTTP/1.1\r\nhost: x\r\nHost: y\r\n\r\n",
+        b"GET /livez HTTP/1.1\r\nhosts: x\r\n\r\n",
         b"GET  /livez\r\n\r\n",
         b"CONNECT x:443 HTTP/1.1\r\nhost: x\r\n\r\n",
         b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
@@ -315,7 +316,10 @@ async def test_all_of_several_requests_are_answered(server_url: str) -> None:
 
 async def test_a_packet_of_thousands_of_requests_is_refused(server_url: str) -> None:
     """Reading all of them would hold the event loop for most of a second."""
-    async with connected(server_url, b"GET /livez HTTP/1.1\r\n\r\n" * 3000) as (reader, _):
+    async with connected(server_url, b"GET /livez HTTP/1.1\r\nhost: x\r\n\r\n" * 3000) as (
+        reader,
+        _,
+    ):
         answer = await rest(reader)
     assert answer.count(b"HTTP/1.1 ") == 1
     assert status(answer) == 400

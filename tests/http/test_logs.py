@@ -109,6 +109,12 @@ async def test_a_path_cannot_forge_a_line(client: httpx.AsyncClient, log: Lines)
     assert "\n" not in log.text[0]
 
 
+async def test_a_long_path_is_cut(client: httpx.AsyncClient, log: Lines) -> None:
+    await client.get("/v1/models/" + "\u4f60" * 5000)
+    assert log.json[0]["path"].endswith("%BD%A0...")
+    assert len(log.text[0]) < 3000
+
+
 def test_what_a_message_quotes_cannot_forge_a_line(log: Lines) -> None:
     """As the name of a file does, or of a tensor in it, that somebody put into a served folder."""
     quoted = "x\x1b]0;you\x07\x9b1m\n2026-11-26T09:12:01.482Z INFO audit: put a.b tenant=a"

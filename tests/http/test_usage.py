@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import jsonschema
 import pytest
 from fastapi import FastAPI
 
@@ -262,6 +263,8 @@ async def test_what_can_be_asked_for(
     ("asked", "param", "message"),
     [
         ({"from": "yesterday"}, "from", "YYYY-MM-DD"),
+        ({"from": "2026-W05-6"}, "from", "YYYY-MM-DD"),
+        ({"from": ""}, "from", "YYYY-MM-DD"),
         ({"to": "2026-02-30"}, "to", "YYYY-MM-DD"),
         ({"from": "2026-02-02", "to": "2026-02-01"}, "from", "after the last day, 2026-02-01"),
         ({"group_by": "hour"}, "group_by", "day, tenant and intervention"),
@@ -277,6 +280,24 @@ async def test_what_cannot_be_asked_for(
     error = response.json()["error"]
     assert error["param"] == param
     assert message in error["message"]
+
+
+@pytest.mark.parametrize(
+    ("name", "wrong", "right"),
+    [
+        ("from", ["", "yesterday", "2026-W05-6"], "2026-01-31"),
+        ("to", ["2026-02-30", "20260131"], "2026-01-31"),
+        ("group_by", ["", "hour", "day,"], "day,tenant"),
+    ],
+)
+async def test_the_schema_says_what_can_be_asked_for(
+    client: httpx.AsyncClient, name: str, wrong: list[str], right: str
+) -> None:
+    told = (await client.get("/openapi.json")).json()["paths"]["/v1/usage"]["get"]["parameters"]
+    [schema] = [one["schema"] for one in told if one["name"] == name]
+    fits = jsonschema.Draft202012Validator(schema, format_checker=jsonschema.FormatChecker())
+    assert not any(map(fits.is_valid, wrong))
+    assert fits.is_valid(right)
 
 
 async def test_a_bill_is_never_cut_off(

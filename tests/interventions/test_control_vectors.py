@@ -77,6 +77,8 @@ def test_each_direction_is_added_to_the_output_of_its_block(
         (DIRECTIONS, "controlvector", {"glp_mode": "project"}, "glp.mode is 'project'; only"),
         ({"direction.4": ONES}, "controlvector", {}, "has blocks 0 to 3, 16 wide"),
         ({"direction.1": ONES[:8]}, "controlvector", {}, "has 8 numbers, but tiny"),
+        ({"direction.1": ONES, "direction.01": ONES}, "controlvector", {}, "two .* of block 1"),
+        ({"direction.\u0661": ONES}, "controlvector", {}, "is no direction"),
         ({"direction.x": ONES}, "controlvector", {}, "'direction.x' is no direction"),
         ({"direction.1": ONES.astype(np.int8)}, "controlvector", {}, "is quantised"),
         ({"direction.1": 0 * ONES}, "controlvector", {}, "no direction that is not zero"),
@@ -118,6 +120,14 @@ def test_what_a_file_says_that_it_has_is_not_believed(tmp_path: Path, value: byt
     file = tmp_path / "v.gguf"
     file.write_bytes(b"GGUF" + struct.pack("<IQQ", 3, 0, 1) + struct.pack("<Q", 1) + b"a" + value)
     with pytest.raises(InvalidFile, match="it is cut off, or says that it has more than it has"):
+        import_control_vector(file, base=BASE)
+
+
+@pytest.mark.parametrize(("tensors", "fields"), [(1 << 40, 0), (0, 1 << 40)])
+def test_not_everything_is_read_that_a_file_has(tmp_path: Path, tensors: int, fields: int) -> None:
+    file = tmp_path / "v.gguf"
+    file.write_bytes(b"GGUF" + struct.pack("<IQQ", 3, tensors, fields))
+    with pytest.raises(InvalidFile, match="at most 10000 are read"):
         import_control_vector(file, base=BASE)
 
 

@@ -13,6 +13,7 @@ import torch
 from reft_runtime.errors import ConfigError, InvalidFile, ReftError
 from reft_runtime.interventions import parse, serialise
 from reft_runtime.interventions.foreign import vectors
+from reft_runtime.interventions.foreign.formats import import_foreign
 from reft_runtime.interventions.foreign.vectors import import_vectors
 from reft_runtime.interventions.pyreft.unpickle import read_state
 from tests.interventions.make import BASE
@@ -53,6 +54,8 @@ def saved(folder: Path, suffix: str, value: Any) -> Path:
         (".pt", TABLE[:, None], 2, [2]),
         (".npy", STATES.astype(np.float32), None, [0, 1, 2, 3]),
         (".pt", STATES, 3, [3]),
+        (".npy", TABLE[1].astype(">f4"), 1, [1]),
+        (".npy", TABLE[1].astype(np.longdouble), 1, [1]),
         (".npz", SOME, None, [1, 3]),
         (".pt", SOME, 3, [3]),
     ],
@@ -100,6 +103,8 @@ def test_a_vector_of_torch_is_read_by_a_process_of_its_own(
         (".npz", SOME, 2, ConfigError, "layer: .*v.npz has none for 2, but for 1, 3"),
         (".npz", {"4": TABLE[1]}, None, InvalidFile, "has layer 4, but tiny has 0 to 3"),
         (".npz", {"up": TABLE[1]}, None, InvalidFile, "'up' is no layer's number"),
+        (".npz", {"\u0661": TABLE[1]}, None, InvalidFile, "is no layer's number"),
+        (".npz", {"1": TABLE[1], "01": TABLE[2]}, None, InvalidFile, "has layer 1 twice"),
         (".npz", {"1": TABLE}, None, InvalidFile, "has 4 x 16 numbers for '1', but tiny is 16"),
         (".npy", TABLE[1, :8], 1, InvalidFile, "has 8 numbers, but tiny is 16 wide and has 4 lay"),
         (".pt", TABLE[:3], 1, InvalidFile, "has 3 x 16 numbers, .* a table of 4 x 16"),
@@ -125,6 +130,17 @@ def test_what_cannot_be_added_is_refused(
         import_vectors(path, base=BASE, layer=layer)
 
 
+def test_a_small_file_of_large_arrays_is_not_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(vectors, "MOST_BYTES", 100_000)
+    path = tmp_path / "v.npz"
+    np.savez_compressed(path, np.zeros(20_000))
+    assert path.stat().st_size < 1000
+    with pytest.raises(InvalidFile, match="more than 100000 bytes"):
+        import_vectors(path, base=BASE)
+
+
 def test_files_that_are_cut_or_missing(tmp_path: Path) -> None:
     for suffix, value in ((".npy", TABLE), (".npz", SOME)):
         path = saved(tmp_path, suffix, value)
@@ -136,3 +152,13 @@ def test_files_that_are_cut_or_missing(tmp_path: Path) -> None:
     for name in ("missing.npy", "missing.pt"):
         with pytest.raises(ConfigError, match=f"{name}: No such file"):
             import_vectors(tmp_path / name, base=BASE)
+
+
+@pytest.mark.parametrize("name", ["v.npy", "v.npz", "v.pt", "v.gguf", "v"])
+def test_nobody_waits_for_a_pipe(name: str, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / name)
+    writer = os.open(tmp_path / name, os.O_RDWR | os.O_NONBLOCK)  # an opened pipe does not wait
+    os.write(writer, b"no vector")
+    with pytest.raises(InvalidFile, match="not a regular file"):
+        import_foreign(tmp_path / name, base=BASE)
+    os.close(writer)

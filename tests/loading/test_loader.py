@@ -184,6 +184,8 @@ def test_unknown_dtypes_and_missing_folders_are_named(tmp_path: Path) -> None:
         choose_dtype("int3", torch.device("cpu"))
     with pytest.raises(ConfigError, match="there is no folder"):
         load_model(str(tmp_path / "none"), "float32")
+    with pytest.raises(ConfigError, match=r"^model: https://host/m is a URL; give a folder"):
+        load_model("https://me:secret@host/m?key=secret", "float32")
     (tmp_path / "model.safetensors").touch()
     with pytest.raises(ConfigError, match=r"model.safetensors is a file; give the folder"):
         load_model(str(tmp_path / "model.safetensors"), "float32")

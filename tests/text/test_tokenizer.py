@@ -6,7 +6,7 @@ import pytest
 
 from reft_runtime.errors import InvalidRequest
 from reft_runtime.interventions.format.manifest import SystemTurn
-from reft_runtime.text import ChatOptions, Message, Tokenizer
+from reft_runtime.text import ChatOptions, Message, Tokenizer, chat, time_limit
 from tests.helpers.tokenizer import tiny_sentencepiece_tokenizer, tiny_tokenizer
 
 BYTE_LEVEL = Tokenizer(tiny_tokenizer(), max_model_len=100)
@@ -184,6 +184,21 @@ class TestChat:
         with pytest.raises(InvalidRequest, match="chat template does not take them: ") as error:
             Tokenizer(inner, 100).render([turn("user", "x")], answered=answered)
         assert error.value.param == "messages"
+
+    def test_a_template_that_does_not_come_to_an_end(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(chat, "WRITING_SECONDS", 0.02)
+        monkeypatch.setattr(time_limit, "_LOOK_SECONDS", 0.01)
+        inner = tiny_tokenizer()
+        inner.chat_template = (
+            "{{ messages[0].content }}{% for _ in range(2000) if messages[1] %}"
+            "{% for _ in range(2000) %}{% endfor %}{% endfor %}"
+        )
+        tokenizer = Tokenizer(inner, 100)
+        turns = [turn("user", "x"), turn("assistant", "y")]
+        with pytest.raises(InvalidRequest, match="has not written them in") as error:
+            tokenizer.render(turns)
+        assert error.value.param == "messages"
+        assert tokenizer.render(turns[:1]) == "x"
 
     @pytest.mark.parametrize(
         "content",

@@ -23,7 +23,10 @@ from reft_runtime.interventions.format.manifest import BaseShape
 ARCHITECTURES = ("controlvector", "steeringvector")
 """What `general.architecture` says of a control vector; EasySteer has also written the second."""
 
-_NAME = re.compile(r"direction\.(\d{1,5})")
+_NAME = re.compile(r"direction\.([0-9]{1,5})")
+
+_MOST = 10_000
+"""Most fields, and most tensors, of a file that is read: each takes 0.1 ms."""
 
 
 def import_control_vector(
@@ -62,6 +65,8 @@ def import_control_vector(
             )
         if data.dtype.kind != "f":
             raise InvalidFile(f"{source}: {name} is quantised; write it as F32.")
+        if block in vectors:
+            raise InvalidFile(f"{source}: has two directions of block {block}.")
         vectors[block] = torch.from_numpy(data.astype(np.float32))
     edits = steering_edits(source, vectors, base, positions=positions, layers=layer)
     training = {"source": "control vector", "model_hint": fields.get(f"{architecture}.model_hint")}
@@ -115,6 +120,12 @@ def _read(path: Path) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
                 raise ValueError("it is cut off, or says that it has more than it has")
             return super()._get(offset, dtype, count, *order, **options)
 
+        def _build_fields(self, offs: Any, count: Any) -> Any:
+            return super()._build_fields(offs, _checked(count, "fields"))
+
+        def _build_tensor_info(self, offs: Any, count: Any) -> Any:
+            return super()._build_tensor_info(offs, _checked(count, "tensors"))
+
     try:
         reader = Bounded(path)
         single = {name: field for name, field in reader.fields.items() if len(field.types) == 1}
@@ -124,3 +135,10 @@ def _read(path: Path) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
     except Exception as error:  # it raises what its parts raise of damaged bytes
         raise InvalidFile(f"{path}: not readable as GGUF: {str(error)[:200]}.") from None
     return fields, {tensor.name: tensor.data for tensor in reader.tensors}
+
+
+def _checked(count: Any, what: str) -> Any:
+    """How many there are of something; raises `ValueError` if nobody needs so many."""
+    if count > _MOST:
+        raise ValueError(f"it has {count} {what}, and at most {_MOST} are read")
+    return count

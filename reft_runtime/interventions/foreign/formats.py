@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from reft_runtime.errors import ConfigError
+from reft_runtime.errors import ConfigError, InvalidFile
 from reft_runtime.interventions.foreign import adapterhub, peft
 from reft_runtime.interventions.foreign.activation_steering import import_svec
 from reft_runtime.interventions.foreign.adapterhub import import_adapterhub, is_adapterhub
@@ -56,6 +56,8 @@ def import_foreign(
     format lacks, and what the reader raises.
     """
     path = fetched(str(source), [pattern for each in FORMATS for pattern in each.files])
+    if os.path.exists(path) and not (os.path.isfile(path) or os.path.isdir(path)):
+        raise InvalidFile(f"{path}: not a regular file.")  # whoever reads a pipe may wait for ever
     found = next(each for each in FORMATS if each.fits(path))
     given = {name: value for name, value in options.items() if value is not None}
     for name in given:

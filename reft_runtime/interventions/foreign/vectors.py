@@ -11,9 +11,11 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -29,7 +31,11 @@ OF_SAFETENSORS = ".safetensors"
 SUFFIXES = (*OF_NUMPY, OF_SAFETENSORS, ".pt", ".pth")
 """How names of files end; the last two are torch's."""
 
-_LAYER = re.compile(r"(?:layer_|([a-z_]+)\.)?(\d{1,5})")
+MOST_BYTES = 1 << 28
+"""Most bytes of numpy's arrays, as of torch's tensors: a compressed file may hold a thousand times
+its size."""
+
+_LAYER = re.compile(r"(?:layer_|([a-z_]+)\.)?([0-9]{1,5})")
 """`14`, saklas's `layer_14`, and `decoder_block.14`: see `unpickle.read_state`."""
 
 _MODULES = {"decoder_block": "block_output", "self_attn": "attention_output", "mlp": "mlp_output"}
@@ -194,12 +200,20 @@ def _of_numpy(path: Path) -> dict[str, Tensor]:
     try:
         with path.open("rb") as file:
             loaded = np.load(file, allow_pickle=False)
-            arrays = {ALONE: loaded} if isinstance(loaded, np.ndarray) else dict(loaded)
-        return {name: torch.from_numpy(array) for name, array in arrays.items()}
+            if isinstance(loaded, np.ndarray):
+                return {ALONE: _tensor(loaded)}
+            size = sum(one.file_size for one in loaded.zip.infolist())
+            if size > MOST_BYTES:
+                raise ValueError(f"more than {MOST_BYTES} bytes")
+            return {name: _tensor(array) for name, array in loaded.items()}
     except Exception as error:  # damaged bytes raise what numpy's parts raise
-        raise InvalidFile(
-            f"{path}: not readable as numpy's arrays of numbers: {str(error)[:200]}."
-        ) from None
+        reason = (str(error) or type(error).__name__).splitlines()[0][:200].rstrip(".")
+        raise InvalidFile(f"{path}: not readable as numpy's arrays of numbers: {reason}.") from None
+
+
+def _tensor(array: NDArray[Any]) -> Tensor:
+    """An array as a tensor, if its numbers are floats as float64: torch has not all of numpy's."""
+    return torch.from_numpy(array.astype(np.float64) if array.dtype.kind == "f" else array)
 
 
 def _flat(tensor: Tensor) -> Tensor:

@@ -122,7 +122,7 @@ class TracedRow(TypedDict):
     position: int
     """Place of the token; from the prompt's length on tokens are generated."""
     relative_size: float
-    """Length of the change over that of the row before it."""
+    """Length of the change over that of the row before it, taken as 1e-12 at least."""
     before: NotRequired[list[float]]
     """With `"trace": "along"`: the row's product with each direction of the edit, at length 1."""
     after: NotRequired[list[float]]

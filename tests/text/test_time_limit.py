@@ -1,0 +1,52 @@
+import threading
+import time
+
+import pytest
+
+from reft_runtime.text import time_limit as module
+from reft_runtime.text.time_limit import TookTooLong, time_limit
+
+
+@pytest.fixture(autouse=True)
+def looks_often(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_LOOK_SECONDS", 0.01)
+
+
+def run(seconds: float) -> None:
+    """Steps of Python that take so long."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        pass
+
+
+def test_each_thread_has_its_own_time() -> None:
+    ended: list[str] = []
+
+    def one(name: str, limit: float) -> None:
+        try:
+            with time_limit(limit):
+                run(0.3)
+        except TookTooLong:
+            name += " late"
+        ended.append(name)
+
+    threads = [threading.Thread(target=one, args=each) for each in (("a", 0.02), ("b", 30))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert ended == ["a late", "b"]
+
+
+def test_what_is_done_in_time_is_left_alone() -> None:
+    for _ in range(3):
+        with time_limit(0.02):
+            pass
+        run(0.04)
+
+
+def test_an_error_of_the_block_is_its_own() -> None:
+    with pytest.raises(KeyError), time_limit(30):
+        raise KeyError
+    with pytest.raises(TookTooLong), time_limit(0.02):
+        run(2)
