@@ -10,6 +10,7 @@ from reft_runtime.text.time_limit import TookTooLong, time_limit
 @pytest.fixture(autouse=True)
 def looks_often(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_LOOK_SECONDS", 0.01)
+    monkeypatch.setattr(module, "_watch", module._Watch())  # the other may sleep
 
 
 def run(seconds: float) -> None:

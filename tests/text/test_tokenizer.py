@@ -188,6 +188,7 @@ class TestChat:
     def test_a_template_that_does_not_come_to_an_end(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(chat, "WRITING_SECONDS", 0.02)
         monkeypatch.setattr(time_limit, "_LOOK_SECONDS", 0.01)
+        monkeypatch.setattr(time_limit, "_watch", time_limit._Watch())  # the other may sleep
         inner = tiny_tokenizer()
         inner.chat_template = (
             "{{ messages[0].content }}{% for _ in range(2000) if messages[1] %}"
