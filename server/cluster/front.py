@@ -143,7 +143,7 @@ class Front:
                 log_request(scope, problem.status, time.monotonic() - began)  # no replica does
                 await with_cors(problem.response(), self._origins)(scope, receive, send)
             elif sending.streams:
-                await sending.piece(_broken(scope["path"], problem))
+                await sending.piece(_broken(scope["path"], problem, sending.events))
                 await sending.end()
             else:
                 raise  # the connection is cut: nothing else says that the answer is not whole
@@ -232,6 +232,8 @@ class _Sending:
         self.begun = self.streams = False
         self.whole = False
         """Whether the client has all of it, although the replica may not have said so yet."""
+        self.events = 0
+        """Events of a stream that were sent."""
         self._left: int | None = None
 
     async def start(self, head: Head) -> None:
@@ -249,6 +251,7 @@ class _Sending:
         """Send a piece of the body."""
         if body:
             await self._send({"type": "http.response.body", "body": body, "more_body": True})
+        self.events += body.count(b"\n\n") if self.streams else 0
         if self._left is not None:
             self._left -= len(body)
         self.whole = self._left == 0 or (self.streams and any(end in body for end in ENDS))
@@ -290,11 +293,12 @@ def _died(call: Call, sending: _Sending) -> ApiError:
     )
 
 
-def _broken(path: str, problem: ApiError) -> bytes:
-    """What ends a stream that cannot go on, as the route's own errors do."""
+def _broken(path: str, problem: ApiError, sent: int) -> bytes:
+    """What ends a stream that cannot go on after `sent` events, as the route's own errors do."""
     body = problem.body()
     if path != "/v1/responses":
         return event(body) + DONE
     error = body["error"]
     said = {name: error[name] for name in ("code", "message", "param")}
-    return named_event("error", {"type": "error", **said, "error": error})
+    fields = {"type": "error", "sequence_number": sent, **said, "error": error}
+    return named_event("error", fields)

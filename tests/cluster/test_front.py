@@ -203,9 +203,11 @@ async def test_a_death_in_a_stream(cluster: Cluster, client: httpx.AsyncClient) 
     cluster.dies = [2]
     body = {"model": "tiny", "input": "Hi", "stream": True, "max_output_tokens": 50}
     response = await client.post("/v1/responses", json=body)
-    name, _, data = response.text.split("\n\n")[-2].partition("\n")
+    *before, last, _ = response.text.split("\n\n")
+    name, _, data = last.partition("\n")
     assert name == "event: error"
-    assert json.loads(data.removeprefix("data: "))["code"] == "replica_died"
+    error = json.loads(data.removeprefix("data: "))
+    assert (error["code"], error["sequence_number"]) == ("replica_died", len(before))
 
 
 async def test_a_death_in_another_answer_cuts_it_off(
