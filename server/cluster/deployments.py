@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -96,6 +96,10 @@ class ReplicaDeployment:
         """Raise if this replica is to be replaced."""
         if not self._replica.live:
             raise RuntimeError("The engine has stopped.")
+
+    async def close(self) -> None:
+        """Stop: requests had their time at the fronts."""
+        await self._replica.close(0)
 
     async def __del__(self) -> None:
         if hasattr(self, "_replica"):
@@ -246,9 +250,20 @@ def drain(app: str, seconds: float) -> None:
 
     Otherwise requests that come while its replicas end would wait for others, and be cut off.
     """
-    fronts: DeploymentHandle[Any] = serve.get_deployment_handle(FRONT, app)
-    drained = fronts.broadcast("drain", seconds)
-    drained.results(timeout_s=seconds + SPARE_SECONDS, return_exceptions=True)
+    _tell_all(FRONT, app, seconds + SPARE_SECONDS, "drain", seconds)
+
+
+def close(app: str) -> None:
+    """Let the replicas of an application that has drained stop, while its fronts stay."""
+    _tell_all(REPLICA, app, SPARE_SECONDS, "close")
+    drain(app, SPARE_SECONDS)  # until they have told the clients whose requests were ended
+
+
+def _tell_all(deployment: str, app: str, seconds: float, method: str, *arguments: Any) -> None:
+    handle: DeploymentHandle[Any] = serve.get_deployment_handle(deployment, app)
+    with suppress(DeploymentUnavailableError):  # none has started
+        called = handle.broadcast(method, *arguments)
+        called.results(timeout_s=seconds, return_exceptions=True)
 
 
 def app(args: dict[str, Any]) -> serve.Application:
