@@ -246,7 +246,7 @@ def application(config: ClusterConfig) -> serve.Application:
 
 
 def drain(app: str, seconds: float) -> None:
-    """Let an application's fronts refuse new requests, and wait for those under way.
+    """Let an application's fronts refuse new requests, and end those that are left after `seconds`.
 
     Otherwise requests that come while its replicas end would wait for others, and be cut off.
     """
@@ -256,7 +256,6 @@ def drain(app: str, seconds: float) -> None:
 def close(app: str) -> None:
     """Let the replicas of an application that has drained stop, while its fronts stay."""
     _tell_all(REPLICA, app, SPARE_SECONDS, "close")
-    drain(app, SPARE_SECONDS)  # until they have told the clients whose requests were ended
 
 
 def _tell_all(deployment: str, app: str, seconds: float, method: str, *arguments: Any) -> None:

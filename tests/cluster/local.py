@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import AsyncExitStack, aclosing, asynccontextmanager
 from functools import partial
@@ -35,7 +36,7 @@ class Cluster:
         """For each call to come: after how many pieces its replica dies, be they all."""
         self.pieces = 0
         """Pieces of the last call's answer."""
-        self.full = self.empty = self.hangs = False
+        self.full = self.empty = self.starts = self.hangs = False
 
     def _engine(self, name: str, settings: Settings) -> FakeEngine:
         return self.engines[name]
@@ -63,6 +64,8 @@ class Cluster:
             raise Full
         if self.empty:
             raise NoReplica
+        if self.starts:
+            await asyncio.Event().wait()
         names = list(self.replicas)
         # The test's own way to find a replica by a key; without one each has its turn.
         at = int(key, 16) if key else len(self.asked)

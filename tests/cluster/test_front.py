@@ -271,6 +271,33 @@ async def test_a_front_that_drains(cluster: Cluster, settings: Settings) -> None
         await draining
 
 
+async def test_a_drain_ends_what_is_left(cluster: Cluster, settings: Settings) -> None:
+    """A stream, and a request that waits for a replica while all start."""
+    for engine in cluster.engines.values():
+        engine.step_seconds = 0.05
+    front = Front(cluster, settings)
+    async with httpx.AsyncClient(
+        transport=httpx.ASGITransport(front), base_url="http://front"
+    ) as client:
+        body = completion(stream=True, max_tokens=90)
+        streaming = asyncio.ensure_future(client.post("/v1/completions", json=body))
+        while not any(engine.running for engine in cluster.engines.values()):
+            await asyncio.sleep(0)
+        cluster.starts = True
+        waiting = asyncio.ensure_future(client.post("/v1/completions", json=completion()))
+        while front._under_way < 2:
+            await asyncio.sleep(0)
+        await front.drain(0.1)
+        assert streaming.done()
+        assert waiting.done()
+    answer = await waiting
+    assert (answer.status_code, answer.json()["error"]["code"]) == (503, "draining")
+    assert answer.headers["retry-after"]
+    *_, error, done, _ = (await streaming).text.split("\n\n")
+    assert json.loads(error.removeprefix("data: "))["error"]["code"] == "draining"
+    assert done == "data: [DONE]"
+
+
 async def test_full_and_empty(
     cluster: Cluster, client: httpx.AsyncClient, caplog: pytest.LogCaptureFixture
 ) -> None:
