@@ -24,7 +24,7 @@ from reft_runtime.errors import ConfigError
 from server.cluster.calls import Call, Full, Head, NoReplica, Part, ReplicaDied
 from server.cluster.config import ClusterConfig, parse_config, read_config
 from server.cluster.front import Front
-from server.cluster.peers import ASK_SECONDS, Answer
+from server.cluster.peers import Answer, Answers
 from server.cluster.ranks import PlacementGroup
 from server.cluster.replica import Replica
 from server.logs import configure_logging
@@ -144,16 +144,22 @@ class _Broadcast:
         self._name = deployment, app
         self._handle: DeploymentHandle[Any] | None = None
 
-    async def __call__(self, question: str, *arguments: Any) -> list[Answer]:
+    async def __call__(self, question: str, *arguments: Any, seconds: float) -> Answers:
         if self._handle is None:
             self._handle = serve.get_deployment_handle(*self._name)
-        asked = self._handle.broadcast("ask", question, *arguments)
-        answers = await asked.results_async(timeout_s=ASK_SECONDS, return_exceptions=True)
-        wrong = [one for one in answers if isinstance(one, Exception)]
-        for error in wrong:
-            if not isinstance(error, RayActorError):  # one that has died has nothing to say
-                raise error
-        return [one for one in answers if isinstance(one, Answer)]
+        asked: Any = self._handle.broadcast("ask", question, *arguments)
+        async with asyncio.timeout(seconds):
+            # The public method tells nothing where one does not answer.
+            results = await asked._fetch_replica_results_async()
+        tasks = [asyncio.ensure_future(result.get_async()) for result in results]
+        done, late = await asyncio.wait(tasks, timeout=seconds)
+        for task in late:
+            task.cancel()
+        answers = []
+        for task in done:
+            with suppress(RayActorError):  # one that has died has nothing to say
+                answers.append(task.result())
+        return Answers(answers, len(late))
 
 
 class _Handle:

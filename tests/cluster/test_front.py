@@ -443,6 +443,7 @@ async def test_what_is_said_of_all(cluster: Cluster, client: httpx.AsyncClient) 
         await client.post("/v1/completions", json=completion())
     metrics = (await client.get("/metrics")).text
     assert counted(metrics, "reft:request_success_total") == {"one": 2, "two": 2}
+    assert "reft:replicas_silent 0.0" in metrics
     stats = (await client.get("/v1/stats")).json()
     assert (stats["replicas"], stats["max_running"], stats["finished"]["length"]) == (2, 16, 4)
     assert stats["kv_cache"] == {"usage": 0.5, "tokens": 1600, "bytes": 2_000_000}
@@ -452,8 +453,15 @@ async def test_what_is_said_of_all(cluster: Cluster, client: httpx.AsyncClient) 
     cluster.engines["two"].heartbeat_age = 100
     assert (await client.get("/v1/stats")).json()["status"] == "engine not running"
     cluster.hangs = True
-    for path in ("/metrics", "/v1/stats", "/v1/usage"):
-        assert (await client.get(path)).status_code == 503
+    metrics = (await client.get("/metrics")).text
+    assert counted(metrics, "reft:request_success_total") == {"one": 2}
+    assert "reft:replicas_silent 1.0" in metrics
+    stats = (await client.get("/v1/stats")).json()
+    assert (stats["replicas"], stats["finished"]["length"]) == (1, 2)
+    told = "1 of the replicas did not answer in time: what they have counted is missing"
+    assert stats["problems"] == [told]
+    usage = (await client.get("/v1/usage")).json()
+    assert (usage["total"]["requests"], usage["problem"]) == (2, told)
 
 
 async def test_usage_counts_replicas_that_are_gone(settings: Settings, tmp_path: Path) -> None:
