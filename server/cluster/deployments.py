@@ -21,6 +21,7 @@ from ray.serve.handle import DeploymentHandle
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from reft_runtime.errors import ConfigError
+from reft_runtime.quiet import hide_import_messages
 from server.cluster.calls import Call, Full, Head, NoReplica, Part, ReplicaDied
 from server.cluster.config import ClusterConfig, parse_config, read_config
 from server.cluster.front import Front
@@ -28,7 +29,6 @@ from server.cluster.peers import Answer, Answers
 from server.cluster.ranks import PlacementGroup
 from server.cluster.replica import Replica
 from server.logs import configure_logging
-from server.quiet import hide_import_messages
 from server.settings import Settings
 from server.starting import start_engine
 from server.tenants.keys import Keys
