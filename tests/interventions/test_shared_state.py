@@ -12,7 +12,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import pytest
 
@@ -288,3 +288,21 @@ def test_a_pointer_that_grows_while_it_is_read_is_not_damaged(
     two.catch_up("a")
     assert two.entry("a").versions == (digest(TWO), digest(ONE))
     assert two.problems() == {}
+
+
+def test_a_pointer_that_is_replaced_while_nfs_reads_it_is_read_again(
+    join: Open, state: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, two = join(), join()
+    one.put("a", ONE)
+    two.catch_up("a")
+    one.put("a", TWO)
+
+    def stale(path: str, mode: str) -> BinaryIO:
+        monkeypatch.delattr(mounted, "open")
+        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+
+    monkeypatch.setattr(mounted, "open", stale, raising=False)
+    two.catch_up("a")
+    assert not hasattr(mounted, "open")
+    assert two.entry("a").versions == (digest(TWO), digest(ONE))
