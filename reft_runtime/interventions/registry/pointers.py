@@ -10,6 +10,9 @@ from typing import Any
 
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 
+_MOST_BLANKS = 64
+"""Fewer than a digest has characters, so that a version more is a larger file."""
+
 
 class Pointers:
     """The pointers of a store, as they are known.
@@ -24,6 +27,7 @@ class Pointers:
         self.pinned: set[str] = set()
         self.damaged: set[str] = set()
         self.other: dict[str, dict[str, Any]] = {}
+        self._blanks = 0
         self.named: Counter[str] = Counter()
         """How often each digest stands in the histories."""
 
@@ -62,9 +66,14 @@ class Pointers:
         self.other.clear()
 
     def file(self, name: str, digests: Sequence[str], *, pinned: bool) -> bytes:
-        """The content of the pointer's file by which a name has these versions."""
+        """The content of the pointer's file by which a name has these versions.
+
+        Its size is another than the last one's: where a file system's times are whole seconds, and
+        the same inode is taken again, nothing else tells other servers that it was replaced.
+        """
+        self._blanks = (self._blanks + 1) % _MOST_BLANKS
         fields = {"versions": list(digests), **({"pinned": True} if pinned else {})}
-        return json.dumps(self.other.get(name, {}) | fields).encode()
+        return json.dumps(self.other.get(name, {}) | fields).encode() + b" " * self._blanks
 
     @property
     def all_understood(self) -> bool:
