@@ -84,8 +84,8 @@ class Context:
 
     Handlers reach the registry by `registry`, which keeps to what the tenant sees; `whole`, the
     engine with all of it, is for the server itself. `replicas` are the servers of its cluster, None
-    if it is by itself. `started` is Unix time in seconds, `up_since` the same moment on a clock that
-    does not jump. Raises `ConfigError` for a keys file that is not usable.
+    if it is by itself. `started` is Unix time in seconds, `up_since` the same on a clock that does
+    not jump. Raises `ConfigError` for a keys file that is not usable.
     """
 
     whole: WholeEngine
