@@ -98,8 +98,8 @@ class Context:
 
     Handlers reach the registry by `registry`, which keeps to what the tenant sees; `whole`, the
     engine with all of it, is for the server itself. `replicas` are the servers of its cluster, None
-    if it is by itself. `started` is Unix time in seconds. Raises
-    `ConfigError` for a keys file that is not usable.
+    if it is by itself. `started` is Unix time in seconds, `up_since` the same on a clock that does
+    not jump. Raises `ConfigError` for a keys file that is not usable.
     """
 
     whole: WholeEngine
@@ -111,6 +111,7 @@ class Context:
     tenant: Tenant = NOBODY
     request_id: str = ""
     started: int = field(default_factory=lambda: int(time.time()))
+    up_since: float = field(default_factory=time.monotonic)
     bodies: BodyBudget = field(init=False)
     tools: Tools = field(init=False)
     keys: Keys = field(init=False)

@@ -27,7 +27,8 @@ class Replicas(Protocol):
     async def metrics(self) -> bytes:
         """The metrics of all replicas, each with the label `replica`, in Prometheus' text format.
 
-        Raises `Unavailable` if one does not answer.
+        As the others, it leaves out those that do not answer in time, which is told with the rest,
+        and raises `Unavailable` if none does.
         """
 
     async def stats(self) -> Mapping[str, Any]:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from reft_runtime.base.stages import stage
 from reft_runtime.machine.garbage import without_collections
-from server.quiet import hide_messages_on_cpu
+from reft_runtime.quiet import hide_messages_on_cpu
 from server.settings import Settings
 
 if TYPE_CHECKING:

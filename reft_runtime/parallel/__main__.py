@@ -10,7 +10,7 @@ import logging
 import os
 import signal
 
-from reft_runtime.parallel.follower import follow
+from reft_runtime.quiet import hide_import_messages
 
 
 def main() -> None:
@@ -22,6 +22,9 @@ def main() -> None:
     parser.add_argument("--rank", type=int, required=True)
     parser.add_argument("--address", required=True, metavar="HOST:PORT")
     given = parser.parse_args()
+    hide_import_messages()
+    from reft_runtime.parallel.follower import follow  # with libraries that say much
+
     host, _, port = given.address.rpartition(":")
     follow(host, int(port), bytes.fromhex(os.environ.pop("REFT_RANK_KEY")), given.rank)
 

@@ -17,6 +17,7 @@ from typer.exceptions import TyperException
 
 from reft_runtime.display.text import printable
 from reft_runtime.errors import ReftError
+from reft_runtime.quiet import hide_import_messages
 from reft_runtime.reaching import NotServed
 from reft_runtime.version import VERSION
 from server.cli import chat as chat_cli
@@ -37,7 +38,6 @@ from server.cli import whoami as whoami_cli
 from server.cli.applied import read_asked, resolve, telling_templates
 from server.cli.options import LOCAL_SETTINGS, MaxTokens, Prompt, Seed, Temperature, with_settings
 from server.cli.tables import trace_table
-from server.quiet import hide_import_messages
 from server.settings import load_settings
 from server.starting import start_engine
 from server.variables import tell_unknown_variables

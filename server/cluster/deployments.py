@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,14 +21,14 @@ from ray.serve.handle import DeploymentHandle
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from reft_runtime.errors import ConfigError
+from reft_runtime.quiet import hide_import_messages
 from server.cluster.calls import Call, Full, Head, NoReplica, Part, ReplicaDied
 from server.cluster.config import ClusterConfig, parse_config, read_config
 from server.cluster.front import Front
-from server.cluster.peers import ASK_SECONDS, Answer
+from server.cluster.peers import Answer, Answers
 from server.cluster.ranks import PlacementGroup
 from server.cluster.replica import Replica
 from server.logs import configure_logging
-from server.quiet import hide_import_messages
 from server.settings import Settings
 from server.starting import start_engine
 from server.tenants.keys import Keys
@@ -97,6 +97,10 @@ class ReplicaDeployment:
         if not self._replica.live:
             raise RuntimeError("The engine has stopped.")
 
+    async def close(self) -> None:
+        """Stop: requests had their time at the fronts."""
+        await self._replica.close(0)
+
     async def __del__(self) -> None:
         if hasattr(self, "_replica"):
             await self._replica.close()
@@ -140,16 +144,22 @@ class _Broadcast:
         self._name = deployment, app
         self._handle: DeploymentHandle[Any] | None = None
 
-    async def __call__(self, question: str, *arguments: Any) -> list[Answer]:
+    async def __call__(self, question: str, *arguments: Any, seconds: float) -> Answers:
         if self._handle is None:
             self._handle = serve.get_deployment_handle(*self._name)
-        asked = self._handle.broadcast("ask", question, *arguments)
-        answers = await asked.results_async(timeout_s=ASK_SECONDS, return_exceptions=True)
-        wrong = [one for one in answers if isinstance(one, Exception)]
-        for error in wrong:
-            if not isinstance(error, RayActorError):  # one that has died has nothing to say
-                raise error
-        return [one for one in answers if isinstance(one, Answer)]
+        asked: Any = self._handle.broadcast("ask", question, *arguments)
+        async with asyncio.timeout(seconds):
+            # The public method tells nothing where one does not answer.
+            results = await asked._fetch_replica_results_async()
+        tasks = [asyncio.ensure_future(result.get_async()) for result in results]
+        done, late = await asyncio.wait(tasks, timeout=seconds)
+        for task in late:
+            task.cancel()
+        answers = []
+        for task in done:
+            with suppress(RayActorError):  # one that has died has nothing to say
+                answers.append(task.result())
+        return Answers(answers, len(late))
 
 
 class _Handle:
@@ -242,13 +252,23 @@ def application(config: ClusterConfig) -> serve.Application:
 
 
 def drain(app: str, seconds: float) -> None:
-    """Let an application's fronts refuse new requests, and wait for those under way.
+    """Let an application's fronts refuse new requests, and end those that are left after `seconds`.
 
     Otherwise requests that come while its replicas end would wait for others, and be cut off.
     """
-    fronts: DeploymentHandle[Any] = serve.get_deployment_handle(FRONT, app)
-    drained = fronts.broadcast("drain", seconds)
-    drained.results(timeout_s=seconds + SPARE_SECONDS, return_exceptions=True)
+    _tell_all(FRONT, app, seconds + SPARE_SECONDS, "drain", seconds)
+
+
+def close(app: str) -> None:
+    """Let the replicas of an application that has drained stop, while its fronts stay."""
+    _tell_all(REPLICA, app, SPARE_SECONDS, "close")
+
+
+def _tell_all(deployment: str, app: str, seconds: float, method: str, *arguments: Any) -> None:
+    handle: DeploymentHandle[Any] = serve.get_deployment_handle(deployment, app)
+    with suppress(DeploymentUnavailableError):  # none has started
+        called = handle.broadcast(method, *arguments)
+        called.results(timeout_s=seconds, return_exceptions=True)
 
 
 def app(args: dict[str, Any]) -> serve.Application:

@@ -41,6 +41,9 @@ HEALTH_PATHS = {"/livez", *READY_PATHS}
 LOOK_SECONDS = 0.1
 """Pause between two looks at whether requests are under way when a front drains."""
 
+END_SECONDS = 1.0
+"""Seconds in which clients take the errors that end their requests."""
+
 HEALTH_SECONDS = 5.0
 """Seconds in which a replica must answer a question about its health."""
 
@@ -90,6 +93,7 @@ class Front:
         self._base: str | None = None
         self._draining = False
         self._under_way = 0
+        self._limits: set[asyncio.Timeout] = set()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle one connection (ASGI)."""
@@ -110,8 +114,15 @@ class Front:
             self._budget.give_back(scope)
 
     async def drain(self, seconds: float) -> None:
-        """Refuse new requests from now on, and wait so long at most for those under way."""
+        """Refuse new requests from now on, and end those that are under way for so long."""
         self._draining = True
+        await self._none_under_way(seconds)
+        for limit in self._limits:
+            limit.reschedule(0)
+        await self._none_under_way(END_SECONDS)
+
+    async def _none_under_way(self, seconds: float) -> None:
+        """Wait until no request is under way, or so long."""
         with suppress(TimeoutError):
             async with asyncio.timeout(seconds):
                 while self._under_way:
@@ -133,20 +144,33 @@ class Front:
             return
         try:
             if self._draining and scope["path"] not in HEALTH_PATHS:
-                raise Draining("The cluster is shutting down.", retry_after=RESTART_SECONDS)
-            call = await self._call(scope, receive)
-            work = self._pass_on(scope, call, sending)
-            await run_unless_disconnected(receive, work)
+                raise _draining()
+            await self._work(scope, receive, sending)
         except (ApiError, ReftError) as error:
             problem = api_error(error, scope["state"]["request_id"])
             if not sending.begun:
                 log_request(scope, problem.status, time.monotonic() - began)  # no replica does
                 await with_cors(problem.response(), self._origins)(scope, receive, send)
             elif sending.streams:
-                await sending.piece(_broken(scope["path"], problem))
+                await sending.piece(_broken(scope["path"], problem, sending.events))
                 await sending.end()
             else:
                 raise  # the connection is cut: nothing else says that the answer is not whole
+
+    async def _work(self, scope: Scope, receive: Receive, sending: _Sending) -> None:
+        """Answer a request by a replica. Raises `Draining` if its time ends before."""
+        limit = asyncio.timeout(None)
+        try:
+            async with limit:
+                self._limits.add(limit)
+                call = await self._call(scope, receive)
+                await run_unless_disconnected(receive, self._pass_on(scope, call, sending))
+        except TimeoutError:
+            if limit.expired():
+                raise _draining() from None
+            raise
+        finally:
+            self._limits.discard(limit)
 
     async def _call(self, scope: Scope, receive: Receive) -> Call:
         """The request as a replica gets it. Raises what `Bodies.take` does, and `Unavailable`."""
@@ -232,6 +256,8 @@ class _Sending:
         self.begun = self.streams = False
         self.whole = False
         """Whether the client has all of it, although the replica may not have said so yet."""
+        self.events = 0
+        """Events of a stream that were sent."""
         self._left: int | None = None
 
     async def start(self, head: Head) -> None:
@@ -249,6 +275,7 @@ class _Sending:
         """Send a piece of the body."""
         if body:
             await self._send({"type": "http.response.body", "body": body, "more_body": True})
+        self.events += body.count(b"\n\n") if self.streams else 0
         if self._left is not None:
             self._left -= len(body)
         self.whole = self._left == 0 or (self.streams and any(end in body for end in ENDS))
@@ -272,6 +299,10 @@ def _repeatable(call: Call) -> bool:
     return call.method in ("GET", "HEAD", "OPTIONS")
 
 
+def _draining() -> ReftError:
+    return Draining("The cluster is shutting down.", retry_after=RESTART_SECONDS)
+
+
 def _no_replica() -> ReftError:
     return Unavailable("No replica can take the request now; try again later.")
 
@@ -290,11 +321,12 @@ def _died(call: Call, sending: _Sending) -> ApiError:
     )
 
 
-def _broken(path: str, problem: ApiError) -> bytes:
-    """What ends a stream that cannot go on, as the route's own errors do."""
+def _broken(path: str, problem: ApiError, sent: int) -> bytes:
+    """What ends a stream that cannot go on after `sent` events, as the route's own errors do."""
     body = problem.body()
     if path != "/v1/responses":
         return event(body) + DONE
     error = body["error"]
     said = {name: error[name] for name in ("code", "message", "param")}
-    return named_event("error", {"type": "error", **said, "error": error})
+    fields = {"type": "error", "sequence_number": sent, **said, "error": error}
+    return named_event("error", fields)

@@ -5,12 +5,13 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 from reft_runtime.errors import ReftError, Unavailable
 from server.cluster.slots import Slot, held, slots_of
-from server.cluster.sums import metrics_text, stats_sum, usage_sum
+from server.cluster.sums import metrics_text, missing, stats_sum, usage_sum
 from server.context import Context
 from server.routes.stats import stats_of
 from server.tenants.usage import FILE, Found, Query, Usage
@@ -20,8 +21,11 @@ logger = logging.getLogger("reft.server")
 CATCH_UP_SECONDS = 10.0
 """Seconds in which a replica takes a change in."""
 
-ASK_SECONDS = CATCH_UP_SECONDS + 5.0
-"""Seconds in which all replicas answer one question."""
+CHANGE_SECONDS = CATCH_UP_SECONDS + 5.0
+"""Seconds in which replicas say whether they have taken a change in."""
+
+FIGURES_SECONDS = 5.0
+"""Seconds in which replicas tell their figures: Prometheus waits 10 for those of all."""
 
 SILENT = "a replica that does not answer"
 """What is told in place of the name of a replica that is not known to have taken a change in."""
@@ -35,14 +39,18 @@ class Answer(NamedTuple):
     value: Any
 
 
+class Answers(NamedTuple):
+    """What those replicas answer that do, and how many did not in time."""
+
+    given: Sequence[Answer]
+    late: int
+
+
 class Broadcast(Protocol):
     """What asks all replicas that live."""
 
-    async def __call__(self, question: str, *arguments: Any) -> list[Answer]:
-        """Ask every replica; those that die meanwhile are left out.
-
-        Raises `TimeoutError` if one does not answer within `ASK_SECONDS`.
-        """
+    async def __call__(self, question: str, *arguments: Any, seconds: float) -> Answers:
+        """Ask every replica, for so long; those that die meanwhile are left out."""
 
 
 class Peers:
@@ -64,35 +72,42 @@ class Peers:
     async def catch_up(self, name: str) -> Sequence[str]:
         """Let every replica take in what a name stands for; the names of those that have not."""
         try:
-            answers = await self._broadcast("catch_up", name)
+            answers = await self._broadcast("catch_up", name, seconds=CHANGE_SECONDS)
         except Exception as error:  # whatever is wrong with the others: the change is made
             logger.error("%s: who has taken the change in is not known: %r", name, error)
             return [SILENT]
-        return [answer.replica for answer in answers if not answer.value]
+        behind = [answer.replica for answer in answers.given if not answer.value]
+        return [*behind, *([SILENT] if answers.late else [])]
 
     async def metrics(self) -> bytes:
-        """The metrics of all replicas."""
+        """The metrics of all replicas, and how many do not answer."""
         answers = await self._ask("metrics")
-        return await asyncio.to_thread(metrics_text, {one.replica: one.value for one in answers})
+        by_replica = {one.replica: one.value for one in answers.given}
+        return await asyncio.to_thread(metrics_text, by_replica, answers.late)
 
     async def stats(self) -> Mapping[str, Any]:
         """What all replicas say of themselves."""
-        return stats_sum([answer.value for answer in await self._ask("stats")])
+        answers = await self._ask("stats")
+        total = stats_sum([answer.value for answer in answers.given])
+        return total | {"problems": [*total["problems"], *missing(answers.late)]}
 
     async def usage(self, query: Query) -> Found:
         """What was used at all replicas, those that are gone included."""
         answers = await self._ask("usage", query)
-        alive = {answer.slot for answer in answers}
-        gone = await asyncio.to_thread(self._usage_of_gone, query, alive)
-        return usage_sum([*(answer.value for answer in answers), *gone], query.most)
+        alive = {answer.slot for answer in answers.given}
+        gone = await asyncio.to_thread(self._usage_of_gone, query, alive, answers.late)
+        found = usage_sum([*(answer.value for answer in answers.given), *gone], query.most)
+        return replace(found, problem=next(iter(missing(answers.late)), None))
 
-    def _usage_of_gone(self, query: Query, alive: set[str]) -> list[Found]:
-        """What the replicas counted whose slots nobody holds."""
+    def _usage_of_gone(self, query: Query, alive: set[str], late: int) -> list[Found]:
+        """What the replicas counted whose slots nobody holds; `late` ones hold theirs."""
         found = []
         for folder in slots_of(self._state):
             if folder.name in alive or not (folder / FILE).exists():
                 continue
             with held(folder) as free:
+                if not free and late:
+                    continue
                 if not free:
                     raise Unavailable(
                         "A replica that is starting or ending holds a part of the usage; ask again"
@@ -105,11 +120,14 @@ class Peers:
                     usage.close()
         return found
 
-    async def _ask(self, question: str, *arguments: Any) -> list[Answer]:
+    async def _ask(self, question: str, *arguments: Any) -> Answers:
         try:
-            return await self._broadcast(question, *arguments)
+            answers = await self._broadcast(question, *arguments, seconds=FIGURES_SECONDS)
         except TimeoutError:
-            raise Unavailable("A replica does not answer; try again later.") from None
+            answers = Answers((), 0)
+        if not answers.given:
+            raise Unavailable("No replica answers; try again later.")
+        return answers
 
 
 class Self:

@@ -10,7 +10,7 @@ from ray.util.placement_group import get_current_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from reft_runtime.parallel.processes import END_SECONDS
-from server.quiet import hide_import_messages
+from reft_runtime.quiet import hide_import_messages
 
 
 class PlacementGroup:

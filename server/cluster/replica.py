@@ -61,14 +61,15 @@ class Replica:
         self._self = Self(self._context, self._name, slot)
         self._joined = time.monotonic()
 
-    async def close(self) -> None:
-        """Give the requests that are left their time, and stop."""
+    async def close(self, seconds: float | None = None) -> None:
+        """Give the requests that are left `seconds`, by default `drain_seconds`, and stop."""
+        seconds = self._settings.drain_seconds if seconds is None else seconds
         if self._joined:
             engine = self._context.whole
             self._context.health.begin_drain()
             engine.begin_drain()
             try:
-                async with asyncio.timeout(self._settings.drain_seconds):
+                async with asyncio.timeout(seconds):
                     await engine.drained()
             except TimeoutError:
                 logger.warning("Ending the requests that are left")

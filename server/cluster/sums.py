@@ -6,10 +6,12 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from prometheus_client import CollectorRegistry, generate_latest
-from prometheus_client.core import Metric
+from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from server.tenants.usage import Counts, Found
+
+SILENT_METRIC = "reft:replicas_silent"
 
 _LARGEST = {"max_model_len", "registered", "max_bytes", "seconds", "uptime_seconds", "time"}
 """Numbers of which the largest counts; others are added, or averaged as `_MEANS` says."""
@@ -27,9 +29,13 @@ class _Collected(Collector):
         yield from self._metrics
 
 
-def metrics_text(by_replica: Mapping[str, Sequence[Metric]]) -> bytes:
-    """Metrics of all replicas in Prometheus' text format, each sample with the label `replica`."""
-    families: dict[str, Metric] = {}
+def metrics_text(by_replica: Mapping[str, Sequence[Metric]], late: int) -> bytes:
+    """Metrics of all replicas in Prometheus' text format, each sample with the label `replica`.
+
+    Another one says how many have not told theirs in time, which are `late`.
+    """
+    silent = GaugeMetricFamily(SILENT_METRIC, "Replicas that did not answer.", value=late)
+    families: dict[str, Metric] = {silent.name: silent}
     for replica, metrics in by_replica.items():
         for metric in metrics:
             family = families.setdefault(
@@ -60,6 +66,13 @@ def stats_sum(all_stats: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     if cache is not None:
         cache["hit_rate"] = cache["hits"] / cache["queries"] if cache["queries"] else None
     return {**total, "replicas": len(all_stats)}
+
+
+def missing(late: int) -> list[str]:
+    """What is wrong with a sum over replicas of which so many did not answer."""
+    if not late:
+        return []
+    return [f"{late} of the replicas did not answer in time: what they have counted is missing"]
 
 
 def _sum(values: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

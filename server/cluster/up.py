@@ -310,14 +310,17 @@ class _Cluster:
 
     def end(self) -> None:
         """Let requests finish, then take the application away, and Ray with it if it is our own."""
-        from server.cluster.deployments import drain
+        from server.cluster.deployments import close, drain
 
         logger.info("Running requests get their time to finish")
         try:
             with self._telling("They cannot be waited for"):
                 if APP in self._serve.status().applications:
                     drain(APP, self._drain_seconds)
-                self._serve.delete(APP)
+                    if self._own:  # the fronts answer until Ray ends, and the proxy with it
+                        close(APP)
+                    else:
+                        self._serve.delete(APP)
         except EngineDead as error:
             logger.error("%s", error.message)
         self._ray.shutdown()

@@ -43,7 +43,7 @@ def stats_of(context: Context) -> Stats:
         "status": context.health.status,
         "problems": _problems(context),
         "time": time.time(),
-        "uptime_seconds": max(0.0, time.time() - context.started),
+        "uptime_seconds": time.monotonic() - context.up_since,
         "running": now.running,
         "max_running": info.max_running,
         "waiting": now.waiting,

@@ -132,7 +132,7 @@ def _answer(context: Context, query: usage.Query, found: Found) -> UsageReport:
         "to": query.last.isoformat(),
         "since": found.since,
         "kept": context.settings.state_dir is not None,
-        "problem": context.usage.problem,
+        "problem": found.problem or context.usage.problem,
         "data": [_row(query.groups, groups, counts) for groups, counts in found.rows],
         "total": _total(total),
     }

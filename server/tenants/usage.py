@@ -114,11 +114,13 @@ class Query:
 class Found:
     """The rows that were asked for, sorted by their groups, and since when there are counts.
 
-    A row is the values of its groups, and its counts. `since` is Unix time in seconds.
+    A row is the values of its groups, and its counts. `since` is Unix time in seconds. `problem` is
+    what is missing of them.
     """
 
     rows: list[tuple[tuple[str, ...], Counts]]
     since: float
+    problem: str | None = None
 
 
 class Usage:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import AsyncExitStack, aclosing, asynccontextmanager
 from functools import partial
@@ -11,7 +12,7 @@ import httpx
 
 from server.cluster.calls import Call, Full, Head, NoReplica, ReplicaDied
 from server.cluster.front import Front
-from server.cluster.peers import Answer
+from server.cluster.peers import Answers
 from server.cluster.replica import Replica
 from server.connections import Limits
 from server.settings import Settings
@@ -35,15 +36,15 @@ class Cluster:
         """For each call to come: after how many pieces its replica dies, be they all."""
         self.pieces = 0
         """Pieces of the last call's answer."""
-        self.full = self.empty = self.hangs = False
+        self.full = self.empty = self.starts = self.hangs = False
 
     def _engine(self, name: str, settings: Settings) -> FakeEngine:
         return self.engines[name]
 
-    async def broadcast(self, question: str, *arguments: Any) -> list[Answer]:
-        if self.hangs:
-            raise TimeoutError
-        return [await replica.ask(question, *arguments) for replica in self.replicas.values()]
+    async def broadcast(self, question: str, *arguments: Any, seconds: float) -> Answers:
+        asked = list(self.replicas.values())[: 1 if self.hangs else None]
+        answers = [await replica.ask(question, *arguments) for replica in asked]
+        return Answers(answers, len(self.replicas) - len(asked))
 
     async def base(self) -> str:
         if self.empty:
@@ -63,6 +64,8 @@ class Cluster:
             raise Full
         if self.empty:
             raise NoReplica
+        if self.starts:
+            await asyncio.Event().wait()
         names = list(self.replicas)
         # The test's own way to find a replica by a key; without one each has its turn.
         at = int(key, 16) if key else len(self.asked)

@@ -10,11 +10,12 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import httpx
 import psutil
 import yaml
 
@@ -86,6 +87,7 @@ def running(place: Path, **parts: Any) -> Iterator[Running]:
         url = _address(process, log)
         yield Running(process, url, config, log, tokens)
         process.terminate()
+        assert _statuses(url) <= {200, 503}
         assert process.wait(60) == 0, log.read_text()
     finally:
         if process.poll() is None:
@@ -107,6 +109,16 @@ def configuration(model: Path, files: Path, place: Path, **parts: Any) -> dict[s
     }
     usual = {"replicas": 2, "resources": {"cpus": 0}}
     return usual | parts | {"settings": settings | parts.get("settings", {})}
+
+
+def _statuses(url: str) -> set[int]:
+    """The statuses of answers to requests that come until the port is closed."""
+    found = set()
+    with httpx.Client(base_url=url, timeout=60) as client, suppress(httpx.TransportError):
+        while True:
+            found.add(client.get("/v1/models").status_code)
+            time.sleep(0.05)
+    return found
 
 
 def _address(process: subprocess.Popen[str], log: Path) -> str:

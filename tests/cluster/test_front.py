@@ -203,9 +203,11 @@ async def test_a_death_in_a_stream(cluster: Cluster, client: httpx.AsyncClient) 
     cluster.dies = [2]
     body = {"model": "tiny", "input": "Hi", "stream": True, "max_output_tokens": 50}
     response = await client.post("/v1/responses", json=body)
-    name, _, data = response.text.split("\n\n")[-2].partition("\n")
+    *before, last, _ = response.text.split("\n\n")
+    name, _, data = last.partition("\n")
     assert name == "event: error"
-    assert json.loads(data.removeprefix("data: "))["code"] == "replica_died"
+    error = json.loads(data.removeprefix("data: "))
+    assert (error["code"], error["sequence_number"]) == ("replica_died", len(before))
 
 
 async def test_a_death_in_another_answer_cuts_it_off(
@@ -267,6 +269,33 @@ async def test_a_front_that_drains(cluster: Cluster, settings: Settings) -> None
         assert not draining.done()
         assert (await running).text.endswith("data: [DONE]\n\n")
         await draining
+
+
+async def test_a_drain_ends_what_is_left(cluster: Cluster, settings: Settings) -> None:
+    """A stream, and a request that waits for a replica while all start."""
+    for engine in cluster.engines.values():
+        engine.step_seconds = 0.05
+    front = Front(cluster, settings)
+    async with httpx.AsyncClient(
+        transport=httpx.ASGITransport(front), base_url="http://front"
+    ) as client:
+        body = completion(stream=True, max_tokens=90)
+        streaming = asyncio.ensure_future(client.post("/v1/completions", json=body))
+        while not any(engine.running for engine in cluster.engines.values()):
+            await asyncio.sleep(0)
+        cluster.starts = True
+        waiting = asyncio.ensure_future(client.post("/v1/completions", json=completion()))
+        while front._under_way < 2:
+            await asyncio.sleep(0)
+        await front.drain(0.1)
+        assert streaming.done()
+        assert waiting.done()
+    answer = await waiting
+    assert (answer.status_code, answer.json()["error"]["code"]) == (503, "draining")
+    assert answer.headers["retry-after"]
+    *_, error, done, _ = (await streaming).text.split("\n\n")
+    assert json.loads(error.removeprefix("data: "))["error"]["code"] == "draining"
+    assert done == "data: [DONE]"
 
 
 async def test_full_and_empty(
@@ -414,6 +443,7 @@ async def test_what_is_said_of_all(cluster: Cluster, client: httpx.AsyncClient) 
         await client.post("/v1/completions", json=completion())
     metrics = (await client.get("/metrics")).text
     assert counted(metrics, "reft:request_success_total") == {"one": 2, "two": 2}
+    assert "reft:replicas_silent 0.0" in metrics
     stats = (await client.get("/v1/stats")).json()
     assert (stats["replicas"], stats["max_running"], stats["finished"]["length"]) == (2, 16, 4)
     assert stats["kv_cache"] == {"usage": 0.5, "tokens": 1600, "bytes": 2_000_000}
@@ -423,8 +453,15 @@ async def test_what_is_said_of_all(cluster: Cluster, client: httpx.AsyncClient) 
     cluster.engines["two"].heartbeat_age = 100
     assert (await client.get("/v1/stats")).json()["status"] == "engine not running"
     cluster.hangs = True
-    for path in ("/metrics", "/v1/stats", "/v1/usage"):
-        assert (await client.get(path)).status_code == 503
+    metrics = (await client.get("/metrics")).text
+    assert counted(metrics, "reft:request_success_total") == {"one": 2}
+    assert "reft:replicas_silent 1.0" in metrics
+    stats = (await client.get("/v1/stats")).json()
+    assert (stats["replicas"], stats["finished"]["length"]) == (1, 2)
+    told = "1 of the replicas did not answer in time: what they have counted is missing"
+    assert stats["problems"] == [told]
+    usage = (await client.get("/v1/usage")).json()
+    assert (usage["total"]["requests"], usage["problem"]) == (2, told)
 
 
 async def test_usage_counts_replicas_that_are_gone(settings: Settings, tmp_path: Path) -> None:

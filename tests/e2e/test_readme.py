@@ -193,7 +193,7 @@ def test_make_serve(place: Place) -> None:
     assert sum(block.text == SERVE for block in BLOCKS) == 1
     assert place.url in place.said
     assert "Ready. Try" in place.said
-    assert "torchao" not in place.said, "see server/quiet.py"
+    assert "torchao" not in place.said, "see reft_runtime/quiet.py"
     assert "Enum" not in place.said
 
 

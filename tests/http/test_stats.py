@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import replace
 from typing import Any
 
@@ -64,6 +65,18 @@ async def test_stats_are_those_of_the_metrics(
     assert (stats["status"], stats["max_running"]) == ("ok", 8)
     assert stats["uptime_seconds"] >= 0
     assert stats["time_to_first_token_seconds"]["p50"] > 0
+
+
+@pytest.mark.parametrize("seconds", [3600, -3600])
+async def test_a_clock_that_jumps(
+    client: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch, seconds: int
+) -> None:
+    before = (await client.get("/v1/stats")).json()["uptime_seconds"]
+    jumped = time.time() + seconds
+    monkeypatch.setattr(time, "time", lambda: jumped)
+    stats = (await client.get("/v1/stats")).json()
+    assert stats["time"] == jumped
+    assert before < stats["uptime_seconds"] < before + 60
 
 
 async def test_without_requests_or_a_prefix_cache(

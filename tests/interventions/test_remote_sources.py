@@ -42,6 +42,8 @@ class Bucket:
         self.url = f"memory:/{self.path}"
         self.read: list[tuple[str, int, int]] = []
         self.away: Exception | None = None
+        self.failing = ""
+        """The file that cannot be read, although it is there."""
         for method in ("ls", "info", "cat_file", "open", "rm_file"):
             monkeypatch.setattr(MemoryFileSystem, method, self._watched(method))
 
@@ -63,6 +65,8 @@ class Bucket:
         def watched(fs: Any, path: str, *args: Any, **options: Any) -> Any:
             if self.away is not None:
                 raise self.away
+            if method == "cat_file" and path.rpartition("/")[2] == self.failing:
+                raise ValueError("500")
             if method == "cat_file":
                 self.read.append((path.rpartition("/")[2], options["start"], options["end"]))
             return original(fs, path, *args, **options)
@@ -184,6 +188,31 @@ def test_a_broken_file_is_a_problem_of_its_own(bucket: Bucket, data: bytes, reas
     registry.scan()
     assert names(registry) == ["a", "bad"]
     assert registry.problems() == {}
+    registry.close()
+
+
+def test_a_file_that_always_fails_is_a_problem_of_its_own(bucket: Bucket) -> None:
+    """At the start, when it is replaced, and when its data is read."""
+    bucket.put("a.safetensors", ONE)
+    bucket.put("b.safetensors", TWO)
+    bucket.failing = "a.safetensors"
+    registry = Registry(BASE, [bucket.url])
+    problem = {f"{bucket.url}/a.safetensors": "Cannot be read: it cannot be reached (ValueError)."}
+    assert (names(registry), registry.problems()) == (["b"], problem)
+    assert [source.problem for source in registry.sources()] == [None]
+    bucket.failing = ""
+    registry.scan()
+    assert (names(registry), registry.problems()) == (["a", "b"], {})
+    bucket.failing = "b.safetensors"
+    with pytest.raises(Unavailable):
+        ready(registry, "b")
+    assert [source.problem for source in registry.sources()] == [None]
+    bucket.put("b.safetensors", THREE)
+    bucket.put("c.safetensors", THREE)
+    registry.scan()
+    assert (names(registry), len(registry.problems())) == (["a", "b", "c"], 1)
+    assert registry.entry("b").digest == digest(TWO)
+    assert ready(registry, "a").digest == digest(ONE)
     registry.close()
 
 

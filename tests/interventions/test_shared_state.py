@@ -12,7 +12,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import pytest
 
@@ -288,3 +288,42 @@ def test_a_pointer_that_grows_while_it_is_read_is_not_damaged(
     two.catch_up("a")
     assert two.entry("a").versions == (digest(TWO), digest(ONE))
     assert two.problems() == {}
+
+
+def test_a_pointer_that_is_replaced_while_nfs_reads_it_is_read_again(
+    join: Open, state: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, two = join(), join()
+    one.put("a", ONE)
+    two.catch_up("a")
+    one.put("a", TWO)
+
+    def stale(path: str, mode: str) -> BinaryIO:
+        monkeypatch.delattr(mounted, "open")
+        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+
+    monkeypatch.setattr(mounted, "open", stale, raising=False)
+    two.catch_up("a")
+    assert not hasattr(mounted, "open")
+    assert two.entry("a").versions == (digest(TWO), digest(ONE))
+
+
+def test_changes_within_one_second_where_times_are_whole_seconds(join: Open, state: Path) -> None:
+    """As some file systems have them, which also give the next file an inode that is free again."""
+    one, two = join(), join()
+    for data in (ONE, TWO, THREE):
+        one.put("a", data)
+
+    def as_at_one_second() -> os.stat_result:
+        os.utime(state / "pointers" / "a.json", (1000, 1000))
+        two.scan()
+        assert two.entry("a").versions == one.entry("a").versions
+        return os.stat(state / "pointers" / "a.json")
+
+    before = as_at_one_second()
+    sizes = {before.st_size}
+    for data in (ONE, TWO):
+        one.rollback("a", digest(data))
+        sizes.add(os.stat(state / "pointers" / "a.json").st_size)
+    as_at_one_second()
+    assert len(sizes) == 3

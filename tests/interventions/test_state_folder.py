@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import time
@@ -68,6 +69,25 @@ def test_blobs_are_kept_as_long_as_they_are_needed(state: Path) -> None:
     registry.put("c", TWO)
     assert blobs() == {digest(TWO)}
     registry.close()
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_what_a_later_version_keeps_in_a_pointer_stays(state: Path, shared: bool) -> None:
+    """Such as a draft: neither the field nor the blob that only it names is dropped."""
+    with closing(Registry(BASE, state_dir=state, shared_state=shared)) as registry:
+        registry.put("a", ONE)
+    pointer, draft = state / "pointers" / "a.json", state / "blobs" / f"{digest(THREE)}.safetensors"
+    pointer.write_text(json.dumps({"versions": [digest(ONE)], "draft": digest(THREE)}))
+    draft.write_bytes(THREE)
+    os.utime(draft, (0, 0))
+    with closing(Registry(BASE, state_dir=state, shared_state=shared)) as registry:
+        registry.pin("a")
+        registry.put("a", TWO)
+        registry.scan()
+    versions = [digest(TWO), digest(ONE)]
+    said = {"versions": versions, "pinned": True, "draft": digest(THREE)}
+    assert json.loads(pointer.read_text()) == said
+    assert draft.exists()
 
 
 def test_what_a_crash_leaves_behind_is_cleaned_and_not_listed(state: Path) -> None:

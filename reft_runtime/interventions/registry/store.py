@@ -25,7 +25,7 @@ from reft_runtime.errors import ConfigError, StoreFull, Unavailable
 from reft_runtime.interventions.format.file import sync_folder, write_atomic
 from reft_runtime.interventions.format.identity import MAX_FILE_BYTES, SUFFIX
 from reft_runtime.interventions.registry.incoming import Incoming, Room, telling
-from reft_runtime.interventions.registry.pointers import Pointers, pointer_file
+from reft_runtime.interventions.registry.pointers import Pointers
 from reft_runtime.interventions.registry.sources import NAME, Found, look
 
 _TEMPORARY = "reft-uploads-"
@@ -207,7 +207,7 @@ class Store:
             self.remove(name)
             return
         with telling():
-            write_atomic(self._pointer(name), pointer_file(digests, pinned=pinned))
+            write_atomic(self._pointer(name), self.pointers.file(name, digests, pinned=pinned))
         self.pointers.note(name, digests, pinned=pinned)
 
     def remove(self, name: str) -> None:
@@ -219,8 +219,8 @@ class Store:
 
     def collect(self, keep: Iterable[str]) -> None:
         """Delete the blobs that no pointer names and that are not in `keep`."""
-        if self.pointers.damaged:
-            return  # a damaged pointer may name any of them: a person decides
+        if not self.pointers.all_understood:
+            return  # such a pointer may name any of them: a person decides
         for digest in self._sizes.keys() - self.pointers.named.keys() - set(keep):
             with suppress(OSError):  # tried again the next time
                 self._blob(digest).unlink(missing_ok=True)

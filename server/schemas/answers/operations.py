@@ -235,7 +235,9 @@ UsageReport = TypedDict(
         "to": Annotated[str, Field(description="Last UTC day, included.")],
         "since": Annotated[float, Field(description="When counting began, in Unix seconds.")],
         "kept": Annotated[bool, Field(description="Whether counts outlive a restart.")],
-        "problem": Annotated[str | None, Field(description="What is wrong with its file.")],
+        "problem": Annotated[
+            str | None, Field(description="What is wrong with its file, or missing of the counts.")
+        ],
         "data": Annotated[list[UsageRow], Field(description="What was used, by group.")],
         "total": Annotated[UsageTotal, Field(description="The sum of the rows.")],
     },

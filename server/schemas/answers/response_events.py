@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, NotRequired
+from typing import Annotated, Literal
 
 from pydantic import Field
 from typing_extensions import TypedDict
@@ -149,8 +149,7 @@ class ErrorEvent(TypedDict):
     """Why a stream that had begun cannot go on."""
 
     type: Literal["error"]
-    sequence_number: NotRequired[int]
-    """Counts the events of the stream, from 0; not where a cluster's replica died."""
+    sequence_number: Number
     code: str | None
     """A word for programs."""
     message: str

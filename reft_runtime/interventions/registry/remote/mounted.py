@@ -108,8 +108,11 @@ class _Files:
         found = []
         with os.scandir(path) as entries:
             for entry in entries:
-                with suppress(FileNotFoundError):  # a temporary file that has got its name
+                try:
                     found.append(_info(entry.path, entry.stat(follow_symlinks=False)))
+                except OSError as error:  # a temporary file that has got its name
+                    if error.errno not in (errno.ENOENT, errno.ESTALE):
+                        raise
         return found
 
     def info(self, path: str) -> dict[str, Any]:
@@ -122,9 +125,12 @@ class _Files:
 
     def cat_file(self, path: str, start: int, end: int, **_: object) -> bytes:
         """The bytes of a file from `start` to before `end`, or to its end."""
-        with open(path, "rb") as file:
-            file.seek(start)
-            return file.read(end - start)
+        try:
+            return _read(path, start, end)
+        except OSError as error:
+            if error.errno != errno.ESTALE:
+                raise
+        return _read(path, start, end)  # what has taken its place on the server of NFS
 
     def pipe_file(self, path: str, data: bytes) -> None:
         """Write a whole file."""
@@ -133,6 +139,12 @@ class _Files:
     def rm_file(self, path: str) -> None:
         """Delete a file."""
         os.unlink(path)
+
+
+def _read(path: str, start: int, end: int) -> bytes:
+    with open(path, "rb") as file:
+        file.seek(start)
+        return file.read(end - start)
 
 
 def _info(path: str, status: os.stat_result) -> dict[str, Any]:

@@ -122,7 +122,8 @@ class RemoteSource:
         except (PermissionError, CacheUnusable):
             raise
         except OSError as error:
-            self._reach.lost(error)
+            if isinstance(error, TimeoutError) or not self._is_there():
+                self._reach.lost(error)
             raise
         if path is None:
             self._look_anew(file)
@@ -163,18 +164,31 @@ class RemoteSource:
         ]
         failed: OSError | None = None
         for result in self._objects.read_heads(fresh):
-            if isinstance(result, Head):
+            try:
+                if not isinstance(result, Head):
+                    raise result[1]
                 name = _name_of(result.listed)
                 files[name] = self._replaced(files.get(name), self._file(result))
-            elif isinstance(result[1], PermissionError):
-                unlisted[self._shown(result[0])] = f"Cannot be read: {result[1].strerror}."
-            elif not isinstance(result[1], FileNotFoundError):
-                failed = failed or result[1]
+            except FileNotFoundError:
+                continue
+            except OSError as error:
+                listed = result.listed if isinstance(result, Head) else result[0]
+                unlisted[self._shown(listed)] = f"Cannot be read: {error.strerror}."
+                if not isinstance(error, PermissionError):
+                    failed = error
         gone = [file.listed.key for name, file in self._files.items() if name not in found]
         self._files, self._unlisted = dict(sorted(files.items())), unlisted
         self._objects.heads.drop(gone)
-        if failed is not None:
+        if failed is not None and not self._is_there():
             raise failed
+
+    def _is_there(self) -> bool:
+        """Whether the folder can be listed, so that what failed is one file's own fault."""
+        try:
+            self._place.listing()
+        except OSError:
+            return False
+        return True
 
     def _replaced(self, old: RemoteFile | None, new: RemoteFile) -> RemoteFile:
         """The new file, its data read already where the old one's was in use. Raises `OSError`."""

@@ -12,7 +12,7 @@ from reft_runtime.errors import InvalidFile, StoreFull, Unavailable
 from reft_runtime.interventions.format.header import header_of
 from reft_runtime.interventions.format.identity import SUFFIX
 from reft_runtime.interventions.registry.incoming import Incoming
-from reft_runtime.interventions.registry.pointers import Pointers, pointer_file
+from reft_runtime.interventions.registry.pointers import Pointers
 from reft_runtime.interventions.registry.remote.heads import Head
 from reft_runtime.interventions.registry.remote.objects import Objects, RemoteFile
 from reft_runtime.interventions.registry.remote.place import FULL, Listed, Place
@@ -167,7 +167,7 @@ class RemoteStore:
         """
         if not digests and not pinned:
             return self.remove(name)
-        data = pointer_file(digests, pinned=pinned)
+        data = self.pointers.file(name, digests, pinned=pinned)
         self._write(self._pointer(name), data)
         if digests:
             self._write_again_if_swept(digests[0])
@@ -245,8 +245,8 @@ class RemoteStore:
             self._reach.lost(error)
 
     def _sweep(self) -> None:
-        if self.pointers.damaged:
-            return  # a damaged pointer may name any of them: a person decides
+        if not self.pointers.all_understood:
+            return  # such a pointer may name any of them: a person decides
         self._swept = time.time()
         try:
             with self._place.changing():
