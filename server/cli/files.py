@@ -51,6 +51,9 @@ def import_(
     feature: Annotated[
         int | None, typer.Option(help="Feature of an SAE, or row of a table with one for each.")
     ] = None,
+    scale: Annotated[
+        float | None, typer.Option(help="Factor of a vector: strength 1 then adds so many of it.")
+    ] = None,
     positions: Annotated[
         str | None, typer.Option(help="Positions of the training, such as f3+l3.")
     ] = None,
@@ -92,6 +95,7 @@ def import_(
         layer=layer or None,
         component=component,
         feature=feature,
+        scale=scale,
         positions=positions,
         share_weights=share_weights,
         act=act,

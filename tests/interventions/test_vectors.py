@@ -130,6 +130,18 @@ def test_what_cannot_be_added_is_refused(
         import_vectors(path, base=BASE, layer=layer)
 
 
+def test_the_scale_multiplies_every_vector(tmp_path: Path) -> None:
+    made = import_vectors(saved(tmp_path, ".npz", SOME), base=BASE, scale=-80)
+    wanted = -80 * torch.tensor(SOME["3"]).float()
+    assert made.tensors["edits.1.v"].equal(wanted)
+
+
+@pytest.mark.parametrize("scale", [0, float("inf"), float("nan")])
+def test_scales_that_are_none(scale: float, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="scale: must be a finite number other than 0"):
+        import_vectors(saved(tmp_path, ".npz", SOME), base=BASE, scale=scale)
+
+
 def test_a_small_file_of_large_arrays_is_not_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -18,12 +18,14 @@ def import_svec(
     base: BaseShape,
     layer: Layers = None,
     positions: str = "all",
+    scale: float = 1.0,
     template: str | None = None,
 ) -> Intervention:
     """Read a file of IBM's activation-steering: direction L is added to the input of block L.
 
-    `layer` chooses the `behavior_layer_ids`, which the file does not record. `base` is the base
-    model's shape (`reft_runtime.base_shape`). Raises `InvalidFile` and `ConfigError`.
+    `layer` chooses the `behavior_layer_ids`, and `scale` is the `behavior_vector_strength`, which
+    the file does not record. `base` is the base model's shape (`reft_runtime.base_shape`). Raises
+    `InvalidFile` and `ConfigError`.
     """
     path = Path(source)
     found = read_json(path)
@@ -46,7 +48,7 @@ def import_svec(
         except OverflowError:
             raise InvalidFile(f"{path}: directions.{name}: holds infinite values.") from None
     edits = steering_edits(
-        path, vectors, base, positions=positions, layers=layer, component="block_input"
+        path, vectors, base, positions=positions, layers=layer, scale=scale, component="block_input"
     )
     training = {"source": "activation-steering", "model_type": str(found.get("model_type"))[:80]}
     return Intervention.build(base, edits, template=template, training=training)

@@ -35,11 +35,12 @@ def import_control_vector(
     base: BaseShape,
     layer: Layers = None,
     positions: str = "all",
+    scale: float = 1.0,
     template: str | None = None,
 ) -> Intervention:
     """Read a GGUF file of directions, one for each block that is steered; `layer` chooses.
 
-    Strength 1 is then their coefficient 1. `base` is the base model's shape
+    Strength 1 is then their coefficient `scale`. `base` is the base model's shape
     (`reft_runtime.base_shape`). Raises `InvalidFile`, and `ConfigError` for a wrong `layer`.
     """
     fields, directions = _read(Path(source))
@@ -68,7 +69,7 @@ def import_control_vector(
         if block in vectors:
             raise InvalidFile(f"{source}: has two directions of block {block}.")
         vectors[block] = torch.from_numpy(data.astype(np.float32))
-    edits = steering_edits(source, vectors, base, positions=positions, layers=layer)
+    edits = steering_edits(source, vectors, base, positions=positions, layers=layer, scale=scale)
     training = {"source": "control vector", "model_hint": fields.get(f"{architecture}.model_hint")}
     return Intervention.build(base, edits, template=template, training=training)
 

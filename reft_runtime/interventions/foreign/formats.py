@@ -92,7 +92,7 @@ def _begins(path: Path, start: bytes) -> bool:
         return False
 
 
-_VECTORS = frozenset({"layer", "positions", "template"})
+_VECTORS = frozenset({"layer", "positions", "scale", "template"})
 
 FORMATS = (
     Format(

@@ -29,14 +29,15 @@ def import_direction(
     kind: str = "consreft",
     layer: Layers = None,
     positions: str = "all",
+    scale: float = 1.0,
     template: str | None = None,
 ) -> Intervention:
     """Read a folder with a `direction.pt`: an ablation, or with `kind` `steering` an addition.
 
     The ablation takes the direction out of the input of every block and out of what attention and
-    the MLP give. The addition is to the input of block `layer`, which `direction_metadata.json`
-    records. `base` is the base model's shape (`reft_runtime.base_shape`). Raises `InvalidFile` and
-    `ConfigError`.
+    the MLP give. The addition, `scale` times the direction, is to the input of block `layer`, which
+    `direction_metadata.json` records. `base` is the base model's shape (`reft_runtime.base_shape`).
+    Raises `InvalidFile` and `ConfigError`.
     """
     folder, layer = Path(source), one_layer(layer)
     if kind not in ("consreft", "steering"):
@@ -58,9 +59,20 @@ def import_direction(
     if kind == "steering":
         layer = _layer(folder) if layer is None else layer
         edits = steering_edits(
-            folder, {layer: vector}, base, positions=positions, layers=layer, component=PLACES[0]
+            folder,
+            {layer: vector},
+            base,
+            positions=positions,
+            layers=layer,
+            scale=scale,
+            component=PLACES[0],
         )
         return Intervention.build(base, edits, template=template, training=training)
+    if scale != 1:
+        raise ConfigError(
+            "scale: an ablation has none; leave it out, or add the direction (--kind steering).",
+            param="scale",
+        )
     if layer is not None:
         raise ConfigError(
             "layer: an ablation is of all layers; leave it out, or add the direction to one"

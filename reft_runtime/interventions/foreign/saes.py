@@ -79,14 +79,15 @@ def import_sae(
     layer: Layers = None,
     component: str | None = None,
     positions: str = "all",
+    scale: float = 1.0,
     template: str | None = None,
 ) -> Intervention:
     """Read one feature: its row of W_dec is added where the SAE reads.
 
     SAELens's `cfg.json` says where that is; a `params.npz` needs `layer`, and takes `block_output`
     for the `component` unless another one is given. `component` also names a place that the hook of
-    a `cfg.json` does not. `base` is the base model's shape (`reft_runtime.base_shape`). Raises
-    `ConfigError` and `InvalidFile`.
+    a `cfg.json` does not, and `scale` multiplies the row. `base` is the base model's shape
+    (`reft_runtime.base_shape`). Raises `ConfigError` and `InvalidFile`.
     """
     path, layer = Path(source), one_layer(layer)
     training: dict[str, Any] = {"source": "SAE", "feature": feature}
@@ -109,7 +110,13 @@ def import_sae(
             " --base, and --component."
         )
     edits = steering_edits(
-        path, {layer: row}, base, positions=positions, layers=layer, component=component
+        path,
+        {layer: row},
+        base,
+        positions=positions,
+        layers=layer,
+        scale=scale,
+        component=component,
     )
     return Intervention.build(base, edits, template=template, training=training)
 

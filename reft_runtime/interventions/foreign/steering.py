@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -33,13 +34,19 @@ def steering_edits(
     *,
     positions: str,
     layers: Layers,
+    scale: float = 1.0,
     component: str = "block_output",
 ) -> list[Edit]:
     """Edits that add vectors to a component of their layers: all of them, or those of `layers`.
 
+    `scale` multiplies them, so that strength 1 is a sensible one where they have length 1.
     `source` is where they are from. Raises `ConfigError` for a layer that is not there or not that
     of the component, and `InvalidFile` for vectors that change nothing.
     """
+    if not (math.isfinite(scale) and scale):
+        raise ConfigError(
+            f"scale: must be a finite number other than 0, not {scale}.", param="scale"
+        )
     wanted = chosen(layers, base)
     last = base.num_layers - 1
     if vectors and max(vectors) > last:
@@ -56,7 +63,7 @@ def steering_edits(
         Edit(
             layer,
             positions,
-            {"v": vector.float()},
+            {"v": scale * vector.float()},
             kind="steering",
             component=in_layer(layer, component),
             width=None if len(vector) == base.hidden_size else len(vector),

@@ -53,14 +53,16 @@ def import_vectors(
     component: str | None = None,
     feature: int | None = None,
     positions: str = "all",
+    scale: float = 1.0,
     template: str | None = None,
 ) -> Intervention:
     """Read vectors, each of which is added to the output of its layer, counted from 0.
 
     A vector alone needs the `layer`; of several it chooses one, or some. `component` is another
-    place of the layer, and `feature` the row of a table that has one for each feature. torch's
-    files are read by a process of their own, with `weights_only`. `base` is the base model's shape
-    (`reft_runtime.base_shape`). Raises `ConfigError` and `InvalidFile`.
+    place of the layer, and `feature` the row of a table that has one for each feature. `scale`
+    multiplies all of them. torch's files are read by a process of their own, with `weights_only`.
+    `base` is the base model's shape (`reft_runtime.base_shape`). Raises `ConfigError` and
+    `InvalidFile`.
     """
     path = Path(source)
     try:
@@ -85,7 +87,9 @@ def import_vectors(
         )
     else:
         vectors = {number: _vector(path, *each, base, width) for number, each in by_number.items()}
-    edits = steering_edits(path, vectors, base, positions=positions, layers=layer, component=place)
+    edits = steering_edits(
+        path, vectors, base, positions=positions, layers=layer, scale=scale, component=place
+    )
     return Intervention.build(base, edits, template=template, training={"source": "vector"})
 
 
