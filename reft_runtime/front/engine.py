@@ -20,7 +20,7 @@ from reft_runtime.errors import InvalidRequest
 from reft_runtime.front.admission import Admission, Prompt
 from reft_runtime.front.asked import Uses, for_each, pairs, uses_of
 from reft_runtime.front.assembly import Assembler
-from reft_runtime.front.blocking import Call, Todo, run_calls
+from reft_runtime.front.blocking import BlockingCalls, Todo
 from reft_runtime.front.hop import in_turn
 from reft_runtime.front.limits import check_limits
 from reft_runtime.front.prepared import Prepared, release_all
@@ -156,6 +156,9 @@ class Engine:
             yield_cores = threads is None and tensor_parallel == 1
             self._loop = EngineLoop(core, max_queued, max_queued_tokens, yield_cores=yield_cores)
             started.callback(self._loop.close)
+            self._calls = BlockingCalls(
+                self.admission, self.tokenizer, self._loop, 2 * self.info.max_running
+            )
             self._sinks: dict[asyncio.AbstractEventLoop, EventLoopSink] = {}
             resident.serve(self._loop.fail)
             self._started = started.pop_all()
@@ -198,7 +201,7 @@ class Engine:
             Todo(uses, partial(self.admission.prepare, [one], own, uses))
             for (one, uses), own in each
         ]
-        return [call.answer() for call in self._answered(todo, progress=progress)]
+        return [call.answer() for call in self._calls.answered(todo, progress=progress)]
 
     def classify(
         self,
@@ -219,7 +222,7 @@ class Engine:
             Todo(uses, partial(admit, [one], labels, uses))
             for one, uses in pairs(prompts, intervention)
         ]
-        return [call.classification() for call in self._answered(todo, progress=progress)]
+        return [call.classification() for call in self._calls.answered(todo, progress=progress)]
 
     def compare(
         self,
@@ -250,7 +253,7 @@ class Engine:
         ]
         return Comparisons(
             Comparison(tuple(use.label for use in uses), call.answer(), call.assembler.trace())
-            for uses, call in zip(columns, self._answered(todo), strict=True)
+            for uses, call in zip(columns, self._calls.answered(todo), strict=True)
         )
 
     async def open(
@@ -308,7 +311,7 @@ class Engine:
                 self._sinks.pop(loop, None)
 
         stream = Stream(
-            self._assembler(prepared),
+            Assembler.of(prepared, self.tokenizer, self._loop.abort),
             list(prepared.versions),
             on_end=end,
             abort=lambda: self._loop.abort(request.id),
@@ -351,30 +354,3 @@ class Engine:
         A model that the engine loaded itself is freed at once, so that there is room for another.
         """
         self._started.close()
-
-    def _answered(self, todo: Sequence[Todo], *, progress: bool = False) -> list[Call]:
-        """Run requests to their end, all at once or as many as memory takes of what they apply."""
-        done: list[Call] = []
-        while len(done) < len(todo):
-            with ExitStack() as held:
-                calls: list[Call] = []
-                for one in todo[len(done) :]:
-                    holding = self.admission.acquire(one.uses)
-                    held.callback(holding.release)
-                    if calls and not holding.granted:  # it would wait for those before it
-                        for later in todo[len(calls) :] if not done else ():
-                            self.admission.acquire(later.uses).release()  # is it there?
-                        break
-                    [prepared] = one.prepare(holding=holding)
-                    held.callback(prepared.release)
-                    calls.append(Call(self._assembler(prepared), prepared.labels))
-                run_calls(self._loop, calls, 2 * self.info.max_running, progress=progress)
-            done += calls
-        return done
-
-    def _assembler(self, prepared: Prepared) -> Assembler:
-        def abort_choice(choice: int) -> None:
-            self._loop.abort(prepared.request.id, choice)
-
-        prefix = prepared.form.completion_prefix
-        return Assembler(prepared.request, self.tokenizer, abort_choice, prefix)
