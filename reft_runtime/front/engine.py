@@ -17,13 +17,14 @@ from reft_runtime.caller import ANYONE, Caller
 from reft_runtime.engine.loop import EngineLoop
 from reft_runtime.engine.sizing import Limits
 from reft_runtime.errors import InvalidRequest
-from reft_runtime.front.admission import Admission, Prompt
+from reft_runtime.front.admission import Admission
 from reft_runtime.front.asked import Uses, for_each, pairs, uses_of
 from reft_runtime.front.assembly import Assembler
 from reft_runtime.front.blocking import BlockingCalls, Todo
 from reft_runtime.front.hop import in_turn
 from reft_runtime.front.limits import check_limits
 from reft_runtime.front.prepared import Prepared, release_all
+from reft_runtime.front.prompts import Prompt
 from reft_runtime.front.resident import ResidentModel
 from reft_runtime.front.streams import EventLoopSink, Stream
 from reft_runtime.grammar import GrammarCompiler
