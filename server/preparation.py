@@ -22,7 +22,7 @@ from server.selection import label, selected
 from server.tenants.tenant import Limits
 
 if TYPE_CHECKING:
-    from reft_runtime.front.admission import Prompt
+    from reft_runtime.front.prompts import Prompt
     from reft_runtime.interventions.registry.holding import Holding
     from reft_runtime.text import ChatOptions
     from reft_runtime.use import Use

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import cast
 
 from reft_runtime.errors import InvalidRequest
-from reft_runtime.front.admission import Prompt
+from reft_runtime.front.prompts import Prompt
 from reft_runtime.sampling import SamplingParams
 from reft_runtime.use import Use
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from functools import partial
+from typing import Any, Self
 
 from reft_runtime.engine.events import (
     Event,
@@ -17,6 +18,7 @@ from reft_runtime.engine.events import (
     Traced,
 )
 from reft_runtime.errors import InvalidRequest, OutOfMemory, RequestFailed
+from reft_runtime.front.prepared import Prepared
 from reft_runtime.outputs import ChoiceDelta, EditAlong, EditTrace, TokenLogprob, Trace
 from reft_runtime.schedule.request import Request
 from reft_runtime.text import TextStream, Tokenizer
@@ -63,6 +65,14 @@ class Assembler:
             )
             for index in range(sampling.n)
         }
+
+    @classmethod
+    def of(
+        cls, prepared: Prepared, tokenizer: Tokenizer, abort: Callable[[str, int], None]
+    ) -> Self:
+        """That of a prepared request; `abort` ends a choice, by the request's id and its index."""
+        request, prefix = prepared.request, prepared.form.completion_prefix
+        return cls(request, tokenizer, partial(abort, request.id), prefix)
 
     @property
     def done(self) -> bool:

@@ -3,82 +3,49 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack, nullcontext
-from functools import partial, wraps
+from collections.abc import Sequence
+from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Concatenate, Literal, ParamSpec, Self
+from typing import Literal, Self
 
-import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from reft_runtime.base.model import LoadedModel
-from reft_runtime.base.ranks import smallest
-from reft_runtime.base.shape import shape_of
 from reft_runtime.base.stages import stage
 from reft_runtime.caller import ANYONE, Caller
-from reft_runtime.engine.core import EngineConfig, EngineCore
-from reft_runtime.engine.device import sizes_for
-from reft_runtime.engine.kv_budget import (
-    kv_budget,
-    kv_bytes,
-    memory_bytes,
-    recurrent_bytes,
-    snapshot_places,
-)
 from reft_runtime.engine.loop import EngineLoop
+from reft_runtime.engine.sizing import Limits
 from reft_runtime.errors import InvalidRequest
-from reft_runtime.front.admission import Admission, Prompt
+from reft_runtime.front.admission import Admission
 from reft_runtime.front.asked import Uses, for_each, pairs, uses_of
 from reft_runtime.front.assembly import Assembler
-from reft_runtime.front.blocking import Call, Todo, run_calls
+from reft_runtime.front.blocking import BlockingCalls, Todo
 from reft_runtime.front.hop import in_turn
 from reft_runtime.front.limits import check_limits
 from reft_runtime.front.prepared import Prepared, release_all
+from reft_runtime.front.prompts import Prompt
+from reft_runtime.front.resident import ResidentModel
 from reft_runtime.front.streams import EventLoopSink, Stream
 from reft_runtime.grammar import GrammarCompiler
 from reft_runtime.interventions import Registry
 from reft_runtime.interventions.registry.holding import Holding
 from reft_runtime.interventions.registry.registry import MEMORY_BYTES, check_folders
 from reft_runtime.interventions.registry.store import STATE_BYTES
-from reft_runtime.loading.base import load_base
 from reft_runtime.machine.cores import releasing_workers, use_threads
-from reft_runtime.machine.dtypes import name_of
 from reft_runtime.outputs import (
     Classification,
     Comparison,
     Comparisons,
-    EngineInfo,
     EngineStats,
     Generation,
     Tracing,
 )
 from reft_runtime.parallel.launch import Launcher
-from reft_runtime.parallel.ranks import Ranks
 from reft_runtime.sampling import SamplingParams
-from reft_runtime.text import Tokenizer
 from reft_runtime.use import Use
 
 WATCH_SECONDS = 2.0
-
-_P = ParamSpec("_P")
-
-
-def _giving_back(
-    init: Callable[Concatenate[Engine, _P], None],
-) -> Callable[Concatenate[Engine, _P], None]:
-    """Decorate `Engine.__init__`: if it fails, give the model back and end other processes."""
-
-    @wraps(init)
-    def wrapper(self: Engine, /, *args: _P.args, **kwargs: _P.kwargs) -> None:
-        try:
-            init(self, *args, **kwargs)
-        except BaseException:
-            self._give_back()
-            raise
-
-    return wrapper
 
 
 class Engine:
@@ -110,17 +77,7 @@ class Engine:
     Loading blocks; everything else may be called from any thread.
     """
 
-    _lent: LoadedModel | None = None
-    """The model object that was handed in; None if the engine loaded one itself."""
-
-    _own: LoadedModel | None = None
-    """The model that the engine loaded itself."""
-
-    _ranks: Ranks | None = None
-    """The other processes that compute the model; None if this one does alone."""
-
     @releasing_workers
-    @_giving_back
     def __init__(
         self,
         model: str | Path | PreTrainedModel = "demo",
@@ -160,86 +117,52 @@ class Engine:
             interventions = () if interventions is None else (interventions,)
         sources = tuple(interventions)
         check_folders(sources, state_dir, shared_state=shared_state)
-        if tensor_parallel > 1:
-            self._ranks = Ranks(
+        limits = Limits(max_model_len, max_running, max_step_tokens, kv_tokens, prefix_cache)
+        with ExitStack() as started:  # what a failure ends again, in reverse order, as `close` does
+            resident = ResidentModel(
                 model,
-                tensor_parallel,
+                tokenizer,
+                limits,
                 device=device,
                 dtype=dtype,
-                max_model_len=max_model_len,
-                max_running=max_running,
-                max_step_tokens=max_step_tokens,
-                kv_tokens=kv_tokens,
-                prefix_cache=prefix_cache,
+                ranks=tensor_parallel,
                 launcher=launcher,
             )
-        ranks = self._ranks
-        with nullcontext() if ranks is None else ranks.starting():
-            name, loaded, tokenizer = load_base(
-                model, tokenizer, dtype, max_model_len, device=device, ranks=tensor_parallel
+            started.callback(resident.close)
+            core, loaded, self.tokenizer = resident.core, resident.core.loaded, resident.tokenizer
+            with stage("Reading the interventions"):
+                self.registry = Registry(
+                    resident.shape,
+                    sources=sources,
+                    state_dir=state_dir,
+                    check_site=core.runner.sites.check,
+                    allow_base=allow_base,
+                    memory_bytes=intervention_bytes,
+                    state_bytes=state_bytes,
+                    device_bytes=None if core.runner.tables is None else core.runner.tables.budget,
+                    max_waiting=max_queued,
+                    shared_state=shared_state,
+                )
+            started.callback(self.registry.close)
+            if sources or state_dir is not None:
+                self.registry.watch(WATCH_SECONDS)
+            self.info = resident.info(intervention_bytes)
+            self.grammars = GrammarCompiler(
+                self.tokenizer.definition, loaded.vocab_size, loaded.eos_ids
             )
-            if isinstance(model, PreTrainedModel):
-                self._lent = loaded
-            else:
-                self._own = loaded
-            sizes = sizes_for(loaded.device)
-            max_running = sizes.max_running if max_running is None else max_running
-            max_step_tokens = sizes.max_step_tokens if max_step_tokens is None else max_step_tokens
-            snapshots = snapshot_places(loaded, max_running) if prefix_cache else 0
-            max_step_tokens = max(max_step_tokens, max_running)
-            kv_tokens = kv_budget(loaded, max_running, max_step_tokens, kv_tokens, snapshots)
-            if ranks is not None:
-                kv_tokens = smallest(kv_tokens, loaded.device)
-            config = EngineConfig(max_running, max_step_tokens, kv_tokens, prefix_cache, snapshots)
-            with stage("Setting up the cache"):
-                core = EngineCore(loaded, config, followers=None if ranks is None else ranks.leader)
-        self.tokenizer = Tokenizer(tokenizer, loaded.max_model_len)
-        with stage("Reading the interventions"):
-            self.registry = Registry(
-                shape_of(name, loaded),
-                sources=sources,
-                state_dir=state_dir,
-                check_site=core.runner.sites.check,
-                allow_base=allow_base,
-                memory_bytes=intervention_bytes,
-                state_bytes=state_bytes,
-                device_bytes=None if core.runner.tables is None else core.runner.tables.budget,
-                max_waiting=max_queued,
-                shared_state=shared_state,
+            started.callback(self.grammars.close)
+            self.admission = Admission(
+                self.registry, self.tokenizer, self.grammars, self.info, loaded.eos_ids
             )
-        if sources or state_dir is not None:
-            self.registry.watch(WATCH_SECONDS)
-        self.info = EngineInfo(
-            model=name,
-            architecture=loaded.architecture,
-            dtype=name_of(loaded.dtype),
-            device=str(loaded.device),
-            threads=torch.get_num_threads(),
-            max_model_len=loaded.max_model_len,
-            max_running=max_running,
-            vocab_size=loaded.vocab_size,
-            parameters=loaded.model.num_parameters(),
-            memory_bytes=memory_bytes(loaded, kv_tokens, max_running, max_step_tokens, snapshots),
-            intervention_bytes=intervention_bytes,
-            kv_bytes=kv_bytes(loaded, kv_tokens, max_running),
-            kv_tokens=kv_tokens,
-            recurrent_bytes=recurrent_bytes(loaded, max_running, snapshots),
-        )
-        self.grammars = GrammarCompiler(
-            self.tokenizer.definition, loaded.vocab_size, loaded.eos_ids
-        )
-        self.admission = Admission(
-            self.registry, self.tokenizer, self.grammars, self.info, loaded.eos_ids
-        )
-        self._loop = EngineLoop(
-            core,
-            max_queued,
-            max_queued_tokens,
-            yield_cores=threads is None and ranks is None,
-        )
-        self._sinks: dict[asyncio.AbstractEventLoop, EventLoopSink] = {}
-        if ranks is not None:
-            ranks.serve(self._loop.fail)
+            yield_cores = threads is None and tensor_parallel == 1
+            self._loop = EngineLoop(core, max_queued, max_queued_tokens, yield_cores=yield_cores)
+            started.callback(self._loop.close)
+            self._calls = BlockingCalls(
+                self.admission, self.tokenizer, self._loop, 2 * self.info.max_running
+            )
+            self._sinks: dict[asyncio.AbstractEventLoop, EventLoopSink] = {}
+            resident.serve(self._loop.fail)
+            self._started = started.pop_all()
 
     def __enter__(self) -> Self:
         return self
@@ -279,7 +202,7 @@ class Engine:
             Todo(uses, partial(self.admission.prepare, [one], own, uses))
             for (one, uses), own in each
         ]
-        return [call.answer() for call in self._answered(todo, progress=progress)]
+        return [call.answer() for call in self._calls.answered(todo, progress=progress)]
 
     def classify(
         self,
@@ -300,7 +223,7 @@ class Engine:
             Todo(uses, partial(admit, [one], labels, uses))
             for one, uses in pairs(prompts, intervention)
         ]
-        return [call.classification() for call in self._answered(todo, progress=progress)]
+        return [call.classification() for call in self._calls.answered(todo, progress=progress)]
 
     def compare(
         self,
@@ -331,7 +254,7 @@ class Engine:
         ]
         return Comparisons(
             Comparison(tuple(use.label for use in uses), call.answer(), call.assembler.trace())
-            for uses, call in zip(columns, self._answered(todo), strict=True)
+            for uses, call in zip(columns, self._calls.answered(todo), strict=True)
         )
 
     async def open(
@@ -389,7 +312,7 @@ class Engine:
                 self._sinks.pop(loop, None)
 
         stream = Stream(
-            self._assembler(prepared),
+            Assembler.of(prepared, self.tokenizer, self._loop.abort),
             list(prepared.versions),
             on_end=end,
             abort=lambda: self._loop.abort(request.id),
@@ -431,43 +354,4 @@ class Engine:
 
         A model that the engine loaded itself is freed at once, so that there is room for another.
         """
-        self._loop.close()
-        self.grammars.close()
-        self.registry.close()
-        self._give_back()
-
-    def _give_back(self) -> None:
-        lent, self._lent = self._lent, None  # once: the model may have another owner by then
-        if lent is not None:
-            lent.give_back()
-        if self._own is not None:
-            self._own.discard()
-        if self._ranks is not None:
-            self._ranks.close()
-
-    def _answered(self, todo: Sequence[Todo], *, progress: bool = False) -> list[Call]:
-        """Run requests to their end, all at once or as many as memory takes of what they apply."""
-        done: list[Call] = []
-        while len(done) < len(todo):
-            with ExitStack() as held:
-                calls: list[Call] = []
-                for one in todo[len(done) :]:
-                    holding = self.admission.acquire(one.uses)
-                    held.callback(holding.release)
-                    if calls and not holding.granted:  # it would wait for those before it
-                        for later in todo[len(calls) :] if not done else ():
-                            self.admission.acquire(later.uses).release()  # is it there?
-                        break
-                    [prepared] = one.prepare(holding=holding)
-                    held.callback(prepared.release)
-                    calls.append(Call(self._assembler(prepared), prepared.labels))
-                run_calls(self._loop, calls, 2 * self.info.max_running, progress=progress)
-            done += calls
-        return done
-
-    def _assembler(self, prepared: Prepared) -> Assembler:
-        def abort_choice(choice: int) -> None:
-            self._loop.abort(prepared.request.id, choice)
-
-        prefix = prepared.form.completion_prefix
-        return Assembler(prepared.request, self.tokenizer, abort_choice, prefix)
+        self._started.close()

@@ -14,10 +14,9 @@ from queue import SimpleQueue
 import torch
 
 from reft_runtime.base.demo import locate
-from reft_runtime.base.ranks import smallest
 from reft_runtime.engine.device import tables_for
-from reft_runtime.engine.kv_budget import kv_budget
 from reft_runtime.engine.runner import Runner
+from reft_runtime.engine.sizing import config_for
 from reft_runtime.errors import ReftError
 from reft_runtime.kv.choice import storage_for
 from reft_runtime.loading.loader import load_model
@@ -87,14 +86,13 @@ def _serve(rank: int, own: str, messages: SimpleQueue[Message]) -> None:
     group.join(group.find_store(host, port, setup.ranks), own, rank, setup.ranks, device)
     path, _ = locate(setup.model)
     loaded = load_model(
-        path, setup.dtype, setup.max_model_len, device=str(device), ranks=setup.ranks
+        path, setup.dtype, setup.limits.max_model_len, device=str(device), ranks=setup.ranks
     )
     keep_freed_memory()
-    own_tokens = kv_budget(loaded, setup.max_running, setup.max_step_tokens, setup.kv_tokens)
-    tokens = smallest(own_tokens, device)
-    places = ToldPlaces() if setup.prefix_cache else None
-    storage = storage_for(loaded, BlockBudget(tokens), setup.max_running, places)
-    mirror = Mirror(Runner(loaded, storage, tables_for(loaded, setup.max_running)), places)
+    config = config_for(loaded, setup.limits)
+    places = ToldPlaces() if config.prefix_cache else None
+    storage = storage_for(loaded, BlockBudget(config.kv_tokens), config.max_running, places)
+    mirror = Mirror(Runner(loaded, storage, tables_for(loaded, config.max_running)), places)
     while True:
         mirror.do(messages.get())
 

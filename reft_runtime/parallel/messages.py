@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from reft_runtime.engine.sizing import Limits
 from reft_runtime.schedule.request import AppliedIntervention
 
 
@@ -22,11 +23,7 @@ class Setup:
     device: str
     devices: tuple[int, ...]
     dtype: str
-    max_model_len: int | None
-    max_running: int
-    max_step_tokens: int
-    kv_tokens: int | None
-    prefix_cache: bool
+    limits: Limits
     threads: int
 
 

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from reft_runtime.base.demo import locate
 from reft_runtime.base.pretrained import read_config
 from reft_runtime.base.stages import stage
-from reft_runtime.engine.device import sizes_for
+from reft_runtime.engine.sizing import Limits
 from reft_runtime.loading.loader import choose_dtype
 from reft_runtime.machine.dtypes import name_of
 from reft_runtime.parallel import group
@@ -42,7 +42,7 @@ _log = logging.getLogger(__name__)
 class Ranks:
     """The other ranks of a model, which load their shards from here on, as this one must.
 
-    `model` is "demo", a hub id or a folder. The other arguments are those of `Engine`. Raises
+    `model` is "demo", a hub id or a folder; the other arguments are those of `Engine`. Raises
     `ConfigError` for a model or devices that do not go with `ranks`, before anything is loaded, and
     if a rank does not come up. `launcher` says where they run, by default on this machine.
     """
@@ -51,14 +51,10 @@ class Ranks:
         self,
         model: str | Path | PreTrainedModel,
         ranks: int,
+        limits: Limits,
         *,
         device: str,
         dtype: str,
-        max_model_len: int | None,
-        max_running: int | None,
-        max_step_tokens: int | None,
-        kv_tokens: int | None,
-        prefix_cache: bool,
         launcher: Launcher | None = None,
     ) -> None:
         if isinstance(model, PreTrainedModel):
@@ -88,11 +84,7 @@ class Ranks:
             device=device,
             devices=tuple(map(launcher.device, range(ranks))),
             dtype=name_of(choose_dtype(dtype, own)),
-            max_model_len=max_model_len,
-            max_running=max_running or sizes_for(own).max_running,
-            max_step_tokens=max_step_tokens or sizes_for(own).max_step_tokens,
-            kv_tokens=kv_tokens,
-            prefix_cache=prefix_cache,
+            limits=limits,
             threads=torch.get_num_threads(),
         )
         try:

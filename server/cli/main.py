@@ -43,8 +43,8 @@ from server.starting import start_engine
 from server.variables import tell_unknown_variables
 
 if TYPE_CHECKING:
-    from reft_runtime.front.admission import Prompt as Asked
     from reft_runtime.front.engine import Engine
+    from reft_runtime.front.prompts import Prompt as Asked
     from reft_runtime.use import Use
 
 app = typer.Typer(

@@ -19,7 +19,7 @@ from server.selection import find_model, selected
 from server.streaming import json_answer
 
 if TYPE_CHECKING:
-    from reft_runtime.front.admission import Prompt
+    from reft_runtime.front.prompts import Prompt
 
 router = APIRouter(tags=["text"])
 

@@ -13,7 +13,7 @@ from server.schemas.common import ONLY_DEFAULT, ModelBody
 from server.schemas.completions import Prompt, prompts_of
 
 if TYPE_CHECKING:
-    from reft_runtime.front.admission import Prompt as Asked
+    from reft_runtime.front.prompts import Prompt as Asked
 
 
 class ClassifyRequest(ModelBody, ChatLayout):

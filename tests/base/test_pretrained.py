@@ -406,7 +406,7 @@ def test_folders_are_looked_at_before_the_model_is_loaded(
     def loaded(*_: Any, **__: Any) -> None:
         raise AssertionError("the model was loaded first")
 
-    monkeypatch.setattr("reft_runtime.front.engine.load_base", loaded)
+    monkeypatch.setattr("reft_runtime.front.resident.load_base", loaded)
     with pytest.raises(ConfigError, match="does not exist"):
         Engine("demo", interventions=tmp_path / "none")
     store = Store(tmp_path / "state")

@@ -8,6 +8,7 @@ import pytest
 
 from reft_runtime.base.ranks import smallest
 from reft_runtime.engine.core import EngineConfig, EngineCore
+from reft_runtime.engine.sizing import Limits
 from reft_runtime.loading.loader import load_model
 from reft_runtime.parallel.ranks import Ranks
 from tests.helpers.models import MAX_LENGTH, tiny
@@ -24,13 +25,9 @@ def cores(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[EngineCore
     ranks = Ranks(
         folder,
         2,
+        Limits(None, CONFIG.max_running, CONFIG.max_step_tokens, CONFIG.kv_tokens),
         device="cpu",
         dtype="float32",
-        max_model_len=None,
-        max_running=CONFIG.max_running,
-        max_step_tokens=CONFIG.max_step_tokens,
-        kv_tokens=CONFIG.kv_tokens,
-        prefix_cache=True,
     )
     try:
         loaded = load_model(str(folder), "float32", ranks=2)
