@@ -138,7 +138,7 @@ class Registry(Protocol):
     ) -> Change:
         """Upload a file under a name; `share` is how much of the memory may be taken for good."""
 
-    def load(self, name: str, path: str, replace: bool) -> Change:
+    def load(self, name: str, path: str, *, replace: bool) -> Change:
         """Serve a file of the sources under a name."""
 
     def rollback(

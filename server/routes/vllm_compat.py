@@ -35,7 +35,9 @@ async def load_lora_adapter(
     """Serve a file inside the configured sources under a name."""
     begun = time.monotonic()
     with _vllm_fields():
-        await context.make(context.registry.load, body.lora_name, body.lora_path, body.load_inplace)
+        await context.make(
+            context.registry.load, body.lora_name, body.lora_path, replace=body.load_inplace
+        )
     context.metrics.loaded(body.lora_name, time.monotonic() - begun)
     return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' added successfully.")
 

@@ -129,7 +129,7 @@ class View:
         put = partial(self._registry.put, name, data, sha256, expected, share=self._share)
         return self._audited("put", name, put)
 
-    def load(self, name: str, path: str, replace: bool) -> Change:
+    def load(self, name: str, path: str, *, replace: bool) -> Change:
         """Serve a file of the source folders under a name.
 
         A file whose name the tenant does not see is as if it were not there.
@@ -144,7 +144,7 @@ class View:
                 )
             if not self._tenant.sees(_name_of(path)):
                 raise NotFound(NO_FILE, param="path")
-            return self._registry.load(name, path, replace)
+            return self._registry.load(name, path, replace=replace)
 
         return self._audited("load", name, load)
 

@@ -318,7 +318,7 @@ class FakeRegistry:
         self.versions[name] = FakeVersion(name)
         return _change(None if before is None else before.digest, self.entry(name))
 
-    def load(self, name: str, path: str, replace: bool = False) -> Change:
+    def load(self, name: str, path: str, *, replace: bool = False) -> Change:
         if name in self.versions and not replace:
             raise InvalidRequest(f"The intervention `{name}` is loaded already.", param="name")
         if path.startswith("/"):

@@ -340,7 +340,7 @@ def test_the_view_itself_refuses_what_is_seen_and_may_not_be_changed() -> None:
     for name in ("pirate", "team-b.new"):
         for change in (
             partial(view.put, name, view.incoming(), None, None),
-            partial(view.load, name, "pirate.safetensors", True),
+            partial(view.load, name, "pirate.safetensors", replace=True),
         ):
             with pytest.raises(ApiError, match="may change names that begin"):
                 change()

@@ -221,7 +221,7 @@ class Catalog:
         with self.lock:
             return [name for name, known in self._names.items() if known.pinned]
 
-    def pin(self, name: str, pinned: bool) -> None:
+    def pin(self, name: str, *, pinned: bool) -> None:
         """Say whether the tensors of what a name stands for stay in memory."""
         with self.changed(name) as known:
             known.pinned = pinned

@@ -334,7 +334,7 @@ class Registry:
                 return self._put(name, file, sha256, expected, share)
         return self._put(name, data, sha256, expected, share)
 
-    def load(self, name: str, path: str, replace: bool = False) -> Change:
+    def load(self, name: str, path: str, *, replace: bool = False) -> Change:
         """Load a file inside the sources under a name, as it is now and until the process ends.
 
         Returns what that changed. `path` is absolute, or the whole URL of a file, or relative
