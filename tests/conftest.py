@@ -1,16 +1,22 @@
 """What all tests need: Triton's interpreter, own cores for workers, a Ctrl-C that counts.
 
+What their imports make stays: no garbage is looked for in it, neither then nor in a test.
+
 The files that take longest come first, so that no worker is left with one when the rest has ended.
 """
 
+import gc
 import os
 import signal
+from collections.abc import Generator
 from functools import cache
 from pathlib import Path
 
 import pytest
 import typer.testing
 from fastapi.dependencies import utils
+
+from reft_runtime.machine.garbage import without_collections
 
 LONGEST = ("e2e", "cluster", "page", "parallel", "cli", "training", "http")
 """Folders, the longest first."""
@@ -34,6 +40,14 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 # functions each time, they find out once.
 utils.get_typed_signature = cache(utils.get_typed_signature)
 typer.testing._get_command = cache(typer.testing._get_command)  # type: ignore[attr-defined]
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Generator[None, object, object]:
+    with without_collections():
+        found = yield
+    gc.freeze()
+    return found
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
