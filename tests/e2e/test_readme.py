@@ -33,8 +33,8 @@ from tests.helpers.forked import Forked
 
 ADDRESS = "http://127.0.0.1:8000"
 SERVE = "make serve\n"
-STEPS = " --steps 2 --batch-size 4"
-FEW = 40
+STEPS = " --steps 2 --batch-size 2"
+FEW = 16
 """Rows of a quick training."""
 SECONDS = 900
 """After which a command is taken to hang."""
@@ -166,7 +166,7 @@ def run(block: Block, place: Place, *, quick: bool) -> None:
     text = place.here(block.text)
     if block.language == "python":
         (place.folder / "block.py").write_text(text)
-        if block.document == "README.md":
+        if "Engine(" in text:  # nothing is imported before it, as for its reader
             place.run([f"{place.folder}/.venv/bin/python", "block.py"])
         else:
             script = Forked(run_script, str(place.folder / "block.py"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Iterator
+from functools import cache
 from typing import Any
 
 import httpx
@@ -24,7 +25,11 @@ def engine() -> FakeEngine:
 
 @pytest.fixture
 def settings() -> Settings:
-    return Settings()
+    return _settings()
+
+
+_settings = cache(Settings)
+"""They are frozen: all tests have the same."""
 
 
 @pytest.fixture
