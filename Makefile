@@ -42,6 +42,7 @@ bench-peers: $(VENV)/.installed-bench $(VENV)-vllm/.installed $(VENV)-peers/.ins
 		--out build/bench-peers.json $(ARGS)
 	@$(BIN)/python -m benchmarks.throughput_plots build/bench-peers.json build
 
+test: export PYTHONDONTWRITEBYTECODE :=
 test: lint types ## Check everything: lint, types, import directions, all tests
 	$(BIN)/python -m pytest -n logical --dist loadfile --no-loadscope-reorder $(ARGS)
 

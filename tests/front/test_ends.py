@@ -6,6 +6,7 @@ import asyncio
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -116,6 +117,21 @@ def test_generate_says_that_the_engine_stopped(monkeypatch: pytest.MonkeyPatch) 
         monkeypatch.setattr(engine._loop._core.runner, "run", broken)
         with pytest.raises(EngineDead):
             engine.generate([prompt(9)], GREEDY, progress=False)
+
+
+def test_a_start_that_fails_leaves_nothing_running(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def broken(*_: Any, **__: Any) -> Any:
+        raise ValueError("broken")
+
+    before = set(threading.enumerate())
+    with monkeypatch.context() as patched:
+        patched.setattr("reft_runtime.front.engine.EngineLoop", broken)
+        with pytest.raises(ValueError, match="broken"):
+            Engine(tiny("llama"), tokenizer=tiny_tokenizer(), state_dir=tmp_path)
+    assert {thread.name for thread in set(threading.enumerate()) - before} == set()
+    Engine(tiny("llama"), tokenizer=tiny_tokenizer(), state_dir=tmp_path).close()
 
 
 @pytest.mark.parametrize("trace", [False, True])
