@@ -126,6 +126,19 @@ def test_the_engine_answers_as_the_library_does(name: str, loaded: LoadedModel) 
         np.testing.assert_allclose(made_logprobs, case["logprobs"], atol=2e-4)
 
 
+def test_paths_of_modules_are_said_together() -> None:
+    edits = [
+        Edit(layer, "prompt", {"v": torch.ones(16)}, "steering", f"model.layers[{layer}].{name}")
+        for layer in (0, 1, 2)
+        for name in ("input_layernorm.output", "mlp.gate_proj.input")
+    ]
+    assert in_words(Intervention.build(BASE, edits).manifest) == (
+        "3 steering edits of model.layers[N].input_layernorm.output, layers 0 to 2, positions"
+        " prompt; 3 steering edits of model.layers[N].mlp.gate_proj.input, layers 0 to 2,"
+        " positions prompt"
+    )
+
+
 def test_saklas_vectors_are_what_its_control_vector_says() -> None:
     made, same = (
         import_foreign(FILES / f"saklas.{suffix}", base=BASE) for suffix in ("safetensors", "gguf")

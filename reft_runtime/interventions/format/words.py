@@ -11,7 +11,9 @@ def in_words(manifest: Manifest) -> str:
     """Its edits, such as `14 steering edits of block_output, layers 8 to 21, all positions`."""
     groups: dict[tuple[str, str, str], list[int]] = {}
     for edit in manifest.edits:
-        groups.setdefault((edit.kind, edit.component, str(edit.positions)), []).append(edit.layer)
+        # Of a module's path the layer is said apart, as that of a named component.
+        component = edit.component.replace(f"[{edit.layer}].", "[N].", 1)
+        groups.setdefault((edit.kind, component, str(edit.positions)), []).append(edit.layer)
     said = []
     for (kind, component, positions), layers in groups.items():
         edits = f"1 {kind} edit" if len(layers) == 1 else f"{len(layers)} {kind} edits"
