@@ -39,10 +39,10 @@ class _Watch:
 
     def end(self) -> None:
         """This thread has done what it had to do."""
-        this = threading.get_ident()
         with self._lock:
-            self._ends.pop(this, None)
-            _raise_in(this, None)  # what was to be raised and has not been comes too late
+            # Not taken back: what is to be raised is raised here, if it has not been yet. CPython
+            # 3.11 would look for one that was taken back at every step from then on.
+            self._ends.pop(threading.get_ident(), None)
 
     def _run(self) -> None:
         while self._any.wait():
@@ -59,9 +59,9 @@ class _Watch:
 _watch = _Watch()
 
 
-def _raise_in(thread: int, error: type[Exception] | None) -> None:
-    """Raise an error in a thread at its next step; None takes back what has not been raised."""
-    told = None if error is None else ctypes.py_object(error)
+def _raise_in(thread: int, error: type[Exception]) -> None:
+    """Raise an error in a thread at its next step."""
+    told = ctypes.py_object(error)
     ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), told)
 
 

@@ -1,3 +1,4 @@
+import sys
 import threading
 import time
 
@@ -51,3 +52,19 @@ def test_an_error_of_the_block_is_its_own() -> None:
         raise KeyError
     with pytest.raises(TookTooLong), time_limit(0.02):
         run(2)
+
+
+def test_the_interpreter_has_nothing_left_to_look_for() -> None:
+    """Where it had, a traced function of CPython 3.11 would never begin."""
+
+    def traced() -> None:
+        sys.settrace(lambda *_: None)
+        run(0)
+        sys.settrace(None)
+
+    with time_limit(30):
+        pass
+    thread = threading.Thread(target=traced, daemon=True)
+    thread.start()
+    thread.join(5)
+    assert not thread.is_alive()
