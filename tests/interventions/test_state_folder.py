@@ -230,7 +230,8 @@ def test_a_state_folder_that_turns_read_only_is_told_before_anybody_uploads(
             assert registry.remove("a").left is None  # what can be done is done
             time.sleep(0.05)
         wait_for(lambda: registry.state_problem() is None)
-    assert len([line for line in caplog.messages if "it is read-only" in line]) == 1
+    # Not at each of some ten looks: once, and again if the removal was taken for a sign of health.
+    assert len([line for line in caplog.messages if "it is read-only" in line]) in (1, 2)
 
 
 def wait_for(true: Callable[[], bool]) -> None:
