@@ -157,7 +157,7 @@ class Connection(HttpToolsProtocol):
         if not self._answered.response_started:
             self.transport.write(b"H")
             cast(_Answered, self._answered.transport).skip = 1
-        elif self._answered.chunked_encoding:
+        elif cast(_Answered, self._answered.transport).may_have_comments:
             self._answered.transport.write(b"3\r\n:\n\n\r\n")
         self.loop.call_later(PROBE_SECONDS, self._probe)
         return True
@@ -356,9 +356,13 @@ class _Answered:
         self._may_have_chunks = connection.parser.get_http_version() != "1.0"
         self._in_chunks = False
         self.skip = 0
+        self.may_have_comments = False
+        """Whether it is a stream of events: in JSON, in pieces too, a comment is a fault."""
 
     def write(self, data: bytes) -> None:
         """Write the next bytes of the answer."""
+        if data.startswith(b"HTTP/") and b"\r\ncontent-type: text/event-stream" in data:
+            self.may_have_comments = True
         if not self._may_have_chunks:
             data = self._without_marks(data)
         self._connection.transport.write(data[self.skip :])

@@ -13,6 +13,7 @@ import socket
 import weakref
 from collections.abc import AsyncIterator
 from typing import Any
+from unittest.mock import MagicMock
 from urllib.parse import urlsplit
 
 import httpx
@@ -21,6 +22,7 @@ from pydantic import SecretStr
 from uvicorn.protocols.http.httptools_impl import RequestResponseCycle
 
 from server.connections import Limits
+from server.protocol import _Answered
 from server.settings import Settings
 from tests.http.conftest import chat, completion
 from tests.http.fake_engine import FakeEngine
@@ -508,3 +510,14 @@ class TestUnread:
             answer = await rest(reader)
         assert status(answer) == wanted
         assert b"connection: close\r\n" in answer
+
+
+@pytest.mark.parametrize(
+    ("kind", "comments"), [("text/event-stream; charset=utf-8", True), ("application/json", False)]
+)
+def test_only_streams_of_events_may_have_comments(kind: str, comments: bool) -> None:
+    """A client of a listing that half closes while it is written got one in its JSON."""
+    answer = _Answered(MagicMock())
+    answer.write(f"HTTP/1.1 200 OK\r\ncontent-type: {kind}\r\n\r\n".encode())
+    answer.write(b"1\r\n{\r\n")
+    assert answer.may_have_comments == comments
