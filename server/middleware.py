@@ -80,6 +80,8 @@ class RequestMiddleware:
             error = api_error(problem, own_id, draining=self._context.health.draining)
             await error.response()(scope, receive, send_with_id)
         finally:
+            if asks_head and "route" in asked:
+                scope["route"] = asked["route"]  # for its span
             self._context.bodies.give_back(scope)
             status = status or scope["state"].get(REFUSED)
             self._ended(scope, status, time.monotonic() - began)

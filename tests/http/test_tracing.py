@@ -129,6 +129,7 @@ async def test_what_is_refused_fails_or_is_of_no_interest(
         await client.get("/livez")
         await client.get("/metrics")
         await client.get("/v1/models/pirate", headers={"traceparent": "not one"})
+        await client.head("/v1/models")
         await client.get("/no/such/route")
         await client.post("/v1/chat/completions", json=chat(temperature=9))
         engine.overloaded = True
@@ -141,6 +142,7 @@ async def test_what_is_refused_fails_or_is_of_no_interest(
     ]
     assert told == [
         ("GET /v1/models/{model:path}", 200, 0),
+        ("HEAD /v1/models", 200, 0),
         ("GET", 404, 0),
         ("POST /v1/chat/completions", 400, 0),
         ("POST /v1/chat/completions", 503, 2),
