@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from reft_runtime.base.demo import locate
 from reft_runtime.base.pretrained import read_config
 from reft_runtime.errors import ConfigError
+from reft_runtime.interventions.hub import HUB, fetched
 
 
 class StoredModules:
@@ -58,7 +59,8 @@ class StoredModules:
             model: PreTrainedModel = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
                 read_config(path), trust_remote_code=False
             )
-        return Path(path) if os.path.isdir(path) else _fetched(path), model
+        source = path if os.path.isdir(path) else f"{HUB}{path}"
+        return fetched(source, ["model*.safetensors"], param="base"), model
 
 
 def _read(folder: Path, names: Set[str]) -> Tensor | None:
@@ -68,13 +70,3 @@ def _read(folder: Path, names: Set[str]) -> Tensor | None:
                 tensor: Tensor = content.get_tensor(name)
                 return tensor
     return None
-
-
-def _fetched(name: str) -> Path:
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(name, allow_patterns=["model*.safetensors"]))
-    except Exception as error:  # whatever its parts raise of a network
-        text = str(error).splitlines()[0][:300]
-        raise ConfigError(f"base: {name} cannot be fetched: {text}", param="base") from None

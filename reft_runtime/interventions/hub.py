@@ -11,10 +11,10 @@ HUB = "hf:"
 """How the name of a repository begins where a path could be."""
 
 
-def fetched(source: str, patterns: Sequence[str]) -> Path:
+def fetched(source: str, patterns: Sequence[str], *, param: str = "source") -> Path:
     """A path, or for `hf:REPO` the folder with that repository's files that fit the patterns.
 
-    Raises `ConfigError`.
+    Raises `ConfigError`, whose `param` is the one given.
     """
     if not source.startswith(HUB):
         return Path(source)
@@ -26,5 +26,5 @@ def fetched(source: str, patterns: Sequence[str]) -> Path:
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise ConfigError(
             f"{source}: cannot be fetched from the Hub: {str(error).splitlines()[0][:300]}",
-            param="source",
+            param=param,
         ) from None
