@@ -51,7 +51,7 @@ class _Watch:
                 late = [one for one, end in self._ends.items() if end < time.monotonic()]
                 for thread in late:
                     del self._ends[thread]
-                    _raise_in(thread, TookTooLong)
+                    _interrupt(thread)
                 if not self._ends:
                     self._any.clear()
 
@@ -59,10 +59,10 @@ class _Watch:
 _watch = _Watch()
 
 
-def _raise_in(thread: int, error: type[Exception]) -> None:
-    """Raise an error in a thread at its next step."""
-    told = ctypes.py_object(error)
-    ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), told)
+def _interrupt(thread: int) -> None:
+    """Raise `TookTooLong` in a thread at its next step."""
+    error = ctypes.py_object(TookTooLong)
+    ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), error)
 
 
 @contextmanager
