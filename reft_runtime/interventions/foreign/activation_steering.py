@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from reft_runtime.errors import InvalidFile
-from reft_runtime.interventions.foreign.steering import Layers, read_json, steering_edits
+from reft_runtime.interventions.foreign.steering import Layers, read_object, steering_edits
 from reft_runtime.interventions.format.intervention import Intervention
 from reft_runtime.interventions.format.manifest import BaseShape
 
@@ -28,7 +28,7 @@ def import_svec(
     `InvalidFile` and `ConfigError`.
     """
     path = Path(source)
-    found = read_json(path)
+    found = read_object(path)
     directions = found.get("directions")
     if not isinstance(directions, dict):
         raise InvalidFile(f"{path}: directions: must be an object of vectors by layer.")

@@ -63,7 +63,7 @@ def import_foreign(
     for name in given:
         if name not in found.options:
             raise ConfigError(f"{name}: {found.what} has none; leave it out.", param=name)
-    if found.read is import_peft:
+    if "modules" in found.options:
         given["modules"] = modules
     return found.read(path, base=base, **given)
 
@@ -106,7 +106,7 @@ FORMATS = (
         "an adapter of PEFT's",
         is_adapter,
         import_peft,
-        frozenset({"positions", "template"}),
+        frozenset({"modules", "positions", "template"}),
         (CONFIG, *peft.FILES),
     ),
     Format("a control vector", _is_gguf, import_control_vector, _VECTORS),

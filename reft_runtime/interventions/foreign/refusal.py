@@ -10,7 +10,7 @@ from reft_runtime.errors import ConfigError, InvalidFile
 from reft_runtime.interventions.foreign.steering import (
     Layers,
     one_layer,
-    read_json,
+    read_object,
     steering_edits,
 )
 from reft_runtime.interventions.format.intervention import Edit, Intervention
@@ -89,7 +89,7 @@ def import_direction(
 
 
 def _layer(folder: Path) -> int:
-    layer = read_json(folder / METADATA).get("layer")
+    layer = read_object(folder / METADATA).get("layer")
     if type(layer) is not int:
         raise InvalidFile(f"{folder / METADATA}: layer: must be a number; give --layer.")
     return layer

@@ -22,7 +22,7 @@ from reft_runtime.interventions.foreign.steering import (
     PLAIN,
     Layers,
     one_layer,
-    read_json,
+    read_object,
     steering_edits,
     width_of,
 )
@@ -98,7 +98,7 @@ def import_sae(
         row = _of_numpy(path, feature)
     else:
         folder = path.parent if path.name == WEIGHTS else path
-        config = read_json(folder / CONFIG)
+        config = read_object(folder / CONFIG)
         layer, component = _place(folder / CONFIG, config, base, layer, component)
         row = _of_safetensors(folder / WEIGHTS, feature)
         metadata = _metadata(folder / CONFIG, config)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,6 +13,7 @@ from reft_runtime.errors import ConfigError, InvalidFile
 from reft_runtime.interventions.format.components import HIDDEN_SIZED, normalise
 from reft_runtime.interventions.format.intervention import Edit
 from reft_runtime.interventions.format.manifest import BaseShape
+from reft_runtime.interventions.pyreft.checkpoint import read_json
 
 Layers = int | Sequence[int] | None
 """The layers to take of those that are there: one, some, or all."""
@@ -25,6 +25,7 @@ PLAIN = frozenset(
 and normalise nothing but what these two are given."""
 
 MAX_JSON_BYTES = 1 << 28
+"""Most bytes of an object in JSON: that of vectors, as text, for each layer."""
 
 
 def steering_edits(
@@ -124,19 +125,15 @@ def in_no_layer(component: str) -> str:
         raise ConfigError(error.message, param="component") from None
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """An object that another library wrote. Raises `InvalidFile`, and `ConfigError` if missing."""
+def check_there(path: Path) -> None:
+    """Raise `ConfigError` for a file that cannot be opened."""
     try:
-        with path.open("rb") as file:
-            data = file.read(MAX_JSON_BYTES + 1)
+        path.open("rb").close()
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror}.", param="source") from None
-    if len(data) > MAX_JSON_BYTES:
-        raise InvalidFile(f"{path}: more than {MAX_JSON_BYTES} bytes.")
-    try:
-        found = json.loads(data)
-    except (ValueError, RecursionError) as error:
-        raise InvalidFile(f"{path}: not readable as JSON: {str(error)[:200]}.") from None
-    if not isinstance(found, dict):
-        raise InvalidFile(f"{path}: must be a JSON object.")
-    return found
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """An object that another library wrote. Raises `InvalidFile`, and `ConfigError` if missing."""
+    check_there(path)
+    return read_json(path, MAX_JSON_BYTES)

@@ -20,7 +20,14 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from reft_runtime.errors import ConfigError, InvalidFile
-from reft_runtime.interventions.foreign.steering import PLAIN, Layers, steering_edits, width_of
+from reft_runtime.interventions.foreign.steering import (
+    PLAIN,
+    Layers,
+    check_there,
+    chosen,
+    steering_edits,
+    width_of,
+)
 from reft_runtime.interventions.format.intervention import Intervention
 from reft_runtime.interventions.format.manifest import BaseShape
 from reft_runtime.interventions.pyreft.states import read_states
@@ -65,10 +72,7 @@ def import_vectors(
     `InvalidFile`.
     """
     path = Path(source)
-    try:
-        path.open("rb").close()
-    except OSError as error:
-        raise ConfigError(f"{path}: {error.strerror}.", param="source") from None
+    check_there(path)
     found = _read(path)
     for name, tensor in found.items():
         if not tensor.is_floating_point():
@@ -136,7 +140,7 @@ def _rows(
                 f"layer: {path} holds one vector; say to which layer's output it is added.",
                 param="layer",
             )
-        return dict.fromkeys([layer] if isinstance(layer, int) else layer, rows)
+        return dict.fromkeys(chosen(layer, base) or (), rows)
     if rows.ndim == 2 and rows.shape[1] == (width or rows.shape[1]):
         if len(rows) == base.num_layers + 1:
             rows = rows[1:]

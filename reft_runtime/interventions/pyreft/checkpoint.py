@@ -205,13 +205,13 @@ def _args(folder: Path) -> dict[str, Any]:
     return {}
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """The object that a settings file holds; raises `InvalidFile`."""
+def read_json(path: Path, most: int = MAX_JSON_BYTES) -> dict[str, Any]:
+    """The object that a file holds, of at most so many bytes; raises `InvalidFile`."""
     try:
         with path.open("rb") as file:
-            data = file.read(MAX_JSON_BYTES + 1)
-        if len(data) > MAX_JSON_BYTES:
-            raise ValueError(f"more than {MAX_JSON_BYTES} bytes")
+            data = file.read(most + 1)
+        if len(data) > most:
+            raise ValueError(f"more than {most} bytes")
         value = json.loads(data)
     except (OSError, ValueError, RecursionError) as error:
         raise InvalidFile(f"{path.name}: not readable as JSON: {str(error)[:200]}.") from None
