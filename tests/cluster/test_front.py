@@ -6,6 +6,7 @@ import asyncio
 import json
 import logging
 from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -246,17 +247,27 @@ async def test_a_death_behind_the_whole_answer_is_none(
     assert b"replica_died" not in cut.content
 
 
-async def test_a_front_that_drains(cluster: Cluster, settings: Settings) -> None:
+@asynccontextmanager
+async def streaming(
+    cluster: Cluster, settings: Settings, *, step_seconds: float, tokens: int
+) -> AsyncIterator[tuple[Front, httpx.AsyncClient, asyncio.Future[httpx.Response]]]:
+    """A front, a client of it, and a stream that has begun."""
     for engine in cluster.engines.values():
-        engine.step_seconds = 0.01
+        engine.step_seconds = step_seconds
     front = Front(cluster, settings)
     async with httpx.AsyncClient(
         transport=httpx.ASGITransport(front), base_url="http://front"
     ) as client:
-        body = completion(stream=True, max_tokens=50)
-        running = asyncio.ensure_future(client.post("/v1/completions", json=body))
+        body = completion(stream=True, max_tokens=tokens)
+        stream = asyncio.ensure_future(client.post("/v1/completions", json=body))
         while not any(engine.running for engine in cluster.engines.values()):
             await asyncio.sleep(0)
+        yield front, client, stream
+
+
+async def test_a_front_that_drains(cluster: Cluster, settings: Settings) -> None:
+    async with streaming(cluster, settings, step_seconds=0.01, tokens=50) as begun:
+        front, client, running = begun
         draining = asyncio.ensure_future(front.drain(60))
         await asyncio.sleep(0)
         refused = await client.post("/v1/completions", json=completion())
@@ -273,27 +284,19 @@ async def test_a_front_that_drains(cluster: Cluster, settings: Settings) -> None
 
 async def test_a_drain_ends_what_is_left(cluster: Cluster, settings: Settings) -> None:
     """A stream, and a request that waits for a replica while all start."""
-    for engine in cluster.engines.values():
-        engine.step_seconds = 0.05
-    front = Front(cluster, settings)
-    async with httpx.AsyncClient(
-        transport=httpx.ASGITransport(front), base_url="http://front"
-    ) as client:
-        body = completion(stream=True, max_tokens=90)
-        streaming = asyncio.ensure_future(client.post("/v1/completions", json=body))
-        while not any(engine.running for engine in cluster.engines.values()):
-            await asyncio.sleep(0)
+    async with streaming(cluster, settings, step_seconds=0.05, tokens=90) as begun:
+        front, client, stream = begun
         cluster.starts = True
         waiting = asyncio.ensure_future(client.post("/v1/completions", json=completion()))
         while front._under_way < 2:
             await asyncio.sleep(0)
         await front.drain(0.1)
-        assert streaming.done()
+        assert stream.done()
         assert waiting.done()
     answer = await waiting
     assert (answer.status_code, answer.json()["error"]["code"]) == (503, "draining")
     assert answer.headers["retry-after"]
-    *_, error, done, _ = (await streaming).text.split("\n\n")
+    *_, error, done, _ = (await stream).text.split("\n\n")
     assert json.loads(error.removeprefix("data: "))["error"]["code"] == "draining"
     assert done == "data: [DONE]"
 

@@ -169,14 +169,6 @@ UNSOUND_REFTS: dict[str, tuple[Change, str]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("case", UNSOUND_REFTS)
-def test_what_is_no_sound_reft(case: str, tmp_path: Path) -> None:
-    change, message = UNSOUND_REFTS[case]
-    folder = copied("loreft_untied", tmp_path / "x", change)
-    with pytest.raises(InvalidFile, match=message):
-        import_foreign(folder, base=BASE)
-
-
 def test_a_head_of_its_own_is_refused(tmp_path: Path) -> None:
     folder = copied("loreft_untied", tmp_path / "x", inner())
     head = {"config": None, "model_class": "LlamaForCausalLM"}
@@ -248,10 +240,16 @@ UNSOUND_IA3S: dict[str, tuple[Change, str]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("case", UNSOUND_IA3S)
-def test_what_is_no_sound_ia3(case: str, tmp_path: Path) -> None:
-    change, message = UNSOUND_IA3S[case]
-    folder = copied("ia3", tmp_path / "x", change)
+@pytest.mark.parametrize(
+    ("name", "case"),
+    [
+        *(("loreft_untied", case) for case in UNSOUND_REFTS),
+        *(("ia3", case) for case in UNSOUND_IA3S),
+    ],
+)
+def test_what_is_no_sound_adapter(name: str, case: str, tmp_path: Path) -> None:
+    change, message = (UNSOUND_IA3S if name == "ia3" else UNSOUND_REFTS)[case]
+    folder = copied(name, tmp_path / "x", change)
     with pytest.raises(InvalidFile, match=message):
         import_foreign(folder, base=BASE)
 
