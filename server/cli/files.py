@@ -29,9 +29,9 @@ def import_(
         str,
         typer.Argument(
             help="A folder that pyreft, adapters (ReFT) or PEFT (IA3, BEFT, HRA, LN tuning) saved, "
-            "or hf:REPO for one on the Hub; a control vector in GGUF; vectors that numpy (.npy), "
-            "torch (.pt) or safetensors saved; a .svec file; or the folder of an SAE, or of a "
-            "direction.pt."
+            "or that of an SAE or a direction.pt; a control vector in GGUF; vectors that numpy "
+            "(.npy), torch (.pt) or safetensors saved; a .svec file. On the Hub: hf:OWNER/REPO or "
+            "hf:OWNER/REPO/PATH."
         ),
     ],
     out: Annotated[Path, typer.Option(help="The file to write, or the folder to put it in.")],

@@ -12,9 +12,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import numpy as np
 import pytest
 import torch
+from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file, save_file
 
 from reft_runtime.base.model import LoadedModel
@@ -23,8 +25,9 @@ from reft_runtime.errors import ConfigError, InvalidFile, ReftError
 from reft_runtime.interventions import Edit, Intervention, parse, serialise
 from reft_runtime.interventions.foreign import refusal, vectors
 from reft_runtime.interventions.foreign.formats import import_foreign
+from reft_runtime.interventions.foreign.saes import rows
 from reft_runtime.interventions.format.words import in_words
-from reft_runtime.interventions.pyreft.unpickle import read_state
+from reft_runtime.interventions.pyreft.unpickle import ALONE, Slice, read_state
 from reft_runtime.loading.loader import adopt_model
 from reft_runtime.schedule.request import AppliedIntervention
 from tests.helpers.models import DEVICE, answers, make_core, request
@@ -44,6 +47,18 @@ CASES: dict[str, tuple[str, dict[str, Any], str]] = {
         "1 steering edit of attention_output, layer 2",
     ),
     "sae_z": ("sae_z", {"feature": 2}, "1 steering edit of attention_value_output, layer 1"),
+    **{
+        name: (name, {"feature": 2}, f"1 steering edit of {place}")
+        for name, place in (
+            ("gemma_scope_2/resid_post/layer_2_width_4", "block_output, layer 2"),
+            ("gemma_scope_2/attn_out/layer_1_width_4", "attention_value_output, layer 1"),
+            ("llama_scope/L1R-8x", "block_output, layer 1"),
+            ("dictionary_learning/trainer_0", "block_output, layer 2"),
+            ("SAE-Res-numbered-W1K-L0_2/layer1.sae.pt", "block_output, layer 1"),
+            ("sparsify/layers.2", "block_output, layer 2"),
+            ("sparsify/layers.1.mlp", "mlp_output, layer 1"),
+        )
+    },
     "decoder_block": ("decoder_block.pt", {}, "2 steering edits of block_output, layers 1, 2"),
     "self_attn": ("self_attn.pt", {}, "2 steering edits of attention_output, layers 1, 2"),
     "mlp": ("mlp.pt", {}, "2 steering edits of mlp_output, layers 1, 2"),
@@ -92,6 +107,14 @@ def loaded() -> LoadedModel:
 def _in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
     for module in (vectors, refusal):
         monkeypatch.setattr(module, "read_states", lambda paths: [read_state(p) for p in paths])
+    monkeypatch.setattr(rows, "read_slice", _sliced)
+
+
+def _sliced(path: Path, along: dict[str, int], place: int) -> torch.Tensor:
+    try:
+        return read_state(path, Slice(place, along))[ALONE]
+    except ValueError as error:
+        raise InvalidFile(f"{path.name}: {error}.") from None
 
 
 def test_the_reference_is_of_all_cases() -> None:
@@ -166,7 +189,7 @@ def test_a_row_of_gemma_scope_is_read_alone(tmp_path: Path) -> None:
         (rows.astype(int), r"W_dec must be floats"),
         (np.asfortranarray(rows), r"W_dec must be floats, row by row"),
         (rows[0], r"W_dec has 1 dimensions"),
-        (rows[:, :8], r"W_dec is 8 wide, but block_output of tiny 16"),
+        (rows[:, :8], r"its decoder is 8 wide, but block_output of tiny 16"),
     ):
         np.savez(tmp_path / "params.npz", W_dec=wrong)
         with pytest.raises(InvalidFile, match=message):
@@ -175,6 +198,37 @@ def test_a_row_of_gemma_scope_is_read_alone(tmp_path: Path) -> None:
     (tmp_path / "params.npz").write_bytes(data.replace(b"descr", b"descx"))
     with pytest.raises(InvalidFile, match=r"params.npz: not readable as numpy's arrays"):
         import_foreign(tmp_path / "params.npz", **options)
+
+
+def test_a_place_in_a_repository_of_the_hub(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[str, list[str]]] = []
+
+    def download(repository: str, *, allow_patterns: list[str]) -> str:
+        asked.append(
+            (repository, list(filter_repo_objects(PUBLISHED, allow_patterns=allow_patterns)))
+        )
+        return str(FILES)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    folder = "gemma_scope_2/resid_post/layer_2_width_4"
+    for path, wanted in ((folder, PUBLISHED[:2]), (f"/{QWEN}", PUBLISHED[3:])):
+        found = import_foreign(f"hf:someone/saes/{path}".replace("//", "/"), base=BASE, **ONE)
+        same = import_foreign(FILES / path.strip("/"), base=BASE, **ONE)
+        assert found.tensors["edits.0.v"].equal(same.tensors["edits.0.v"])
+        assert asked.pop() == ("someone/saes", wanted)
+    for path in ("layer_9", "gemma_scope_2/../../foreign/sae_mlp"):
+        with pytest.raises(ConfigError, match=rf"{path}: the repository has no such file"):
+            import_foreign(f"hf:someone/saes/{path}", base=BASE, **ONE)
+
+
+PUBLISHED = [
+    "gemma_scope_2/resid_post/layer_2_width_4/config.json",
+    "gemma_scope_2/resid_post/layer_2_width_4/params.safetensors",
+    "gemma_scope_2/resid_post/layer_2_width_4/README.md",
+    "SAE-Res-numbered-W1K-L0_2/layer1.sae.pt",
+]
 
 
 def test_a_vector_for_another_component(tmp_path: Path) -> None:
@@ -214,6 +268,33 @@ def tensors_of(**tensors: torch.Tensor) -> Callable[[Path], Path]:
     return make
 
 
+def changed(name: str, file: str, changes: dict[str, Any]) -> Callable[[Path], Path]:
+    def make(folder: Path) -> Path:
+        shutil.copytree(FILES / name, folder / Path(name).name)
+        path = folder / Path(name).name / file
+        path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+        return path.parent
+
+    return make
+
+
+def linear_at(name: str) -> Callable[[Path], Path]:
+    def make(folder: Path) -> Path:
+        state = {"decoder_linear.weight": torch.arange(64.0).reshape(16, 4), "k": torch.tensor(2)}
+        torch.save(state, folder / name)
+        return folder / name
+
+    return make
+
+
+def renamed(name: str, other: str) -> Callable[[Path], Path]:
+    def make(folder: Path) -> Path:
+        shutil.copytree(FILES / name, folder / other)
+        return folder / other
+
+    return make
+
+
 def svec_of(directions: Any) -> Callable[[Path], Path]:
     def make(folder: Path) -> Path:
         (folder / "v.svec").write_text(json.dumps({"directions": directions}))
@@ -231,6 +312,12 @@ def own(folder: Path) -> Path:
 ROW = torch.ones(16)
 OLD: dict[str, Any] = {"metadata": {}, "hook_point": "blocks.3.hook_resid_post"}
 BETWEEN = {"feature": 1, "component": "attention_output"}
+ONE: dict[str, Any] = {"feature": 1}
+GEMMA, SCOPE = "gemma_scope_2/resid_post/layer_2_width_4", "llama_scope/L1R-8x"
+LEARNED, QWEN = "dictionary_learning/trainer_0", "SAE-Res-numbered-W1K-L0_2/layer1.sae.pt"
+NORM = "model.layers[3].post_feedforward_layernorm.output"
+NORMED = {"hf_hook_point_in": "model.layers.3.post_feedforward_layernorm.output"}
+OTHER = {"trainer": {"layer": 1, "submodule_name": "attn_out_layer_1"}}
 HF = {"hook_name": "model.layers.2", "model_class_name": "AutoModelForCausalLM"}
 
 
@@ -244,6 +331,10 @@ HF = {"hook_name": "model.layers.2", "model_class_name": "AutoModelForCausalLM"}
         (tensors_of(direction=ROW), {"layer": 2}, (2, "block_output")),
         (tensors_of(**{"3": ROW[None]}), {}, (3, "block_output")),
         (tensors_of(x=torch.eye(3, 16)), {"layer": 0, "feature": 1}, (0, "block_output")),
+        (changed(GEMMA, "config.json", NORMED), ONE, (3, NORM)),
+        (changed(LEARNED, "config.json", OTHER), ONE | BETWEEN, (1, "attention_output")),
+        (renamed("sparsify/layers.2", "h.1.attn"), ONE, (1, "attention_output")),
+        (linear_at("Llama-3.1-8B-Instruct-SAE-l3.pth"), ONE, (3, "block_output")),
     ],
 )
 def test_where_it_is_added(
@@ -253,7 +344,6 @@ def test_where_it_is_added(
     assert (edit.layer, edit.component) == place
 
 
-ONE: dict[str, Any] = {"feature": 1}
 REFUSED: list[tuple[Callable[[Path], Path], dict[str, Any], str]] = [
     (config_of({}), {}, r"^feature: .* has 0 to 3; say which"),
     (config_of({}), {"feature": 4}, r"^feature: 4; .* has 0 to 3"),
@@ -269,6 +359,17 @@ REFUSED: list[tuple[Callable[[Path], Path], dict[str, Any], str]] = [
     (config_of({}, hook_name="blocks.9.hook_mlp_out"), ONE, r"^layer: 9; tiny has 0 to 3"),
     (config_of({}, hook_name="blocks.1.attn.hook_q"), ONE, r"^component: .* give --component"),
     (config_of({"metadata": []}), ONE, r"metadata: must be an object"),
+    (changed(GEMMA, "config.json", {"hf_hook_point_out": "x"}), ONE, r"as transcoders do"),
+    (changed(GEMMA, "config.json", {"hf_hook_point_in": 2}), ONE, r"hf_hook_point_in: missing"),
+    (changed(GEMMA, "config.json", {"hf_hook_point_in": "lm_head.input"}), ONE, r"in no block"),
+    (changed(SCOPE, "hyperparams.json", {"hook_point_out": "x"}), ONE, r"as transcoders do"),
+    (changed(SCOPE, "hyperparams.json", {"norm_activation": "x"}), ONE, r"must be 'dataset-wise'"),
+    (changed("sparsify/layers.2", "cfg.json", {"transcode": True}), ONE, r"as transcoders do"),
+    (renamed("sparsify/layers.2", "mine"), ONE, r"its folder is 'mine', but sparsify names it"),
+    (changed(LEARNED, "config.json", {"trainer": []}), ONE, r"trainer: must be an object"),
+    (changed(LEARNED, "config.json", OTHER), ONE, r"^component: .* is of layer 1 \(attn_out"),
+    (lambda _: FILES / QWEN, {}, r"^feature: .* has many; say which"),
+    (lambda _: FILES / QWEN, {"feature": 4}, r"W_dec has 0 to 3, and no 4"),
     (svec_of([1]), {}, r"directions: must be an object"),
     (svec_of({"x": [1]}), {}, r"directions: 'x' is no layer's number"),
     (svec_of({"1": [1]}), {}, r"directions.1 has 1 numbers, but tiny is 16 wide"),

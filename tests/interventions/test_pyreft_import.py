@@ -446,5 +446,5 @@ def test_repositories_come_through_the_hub(tmp_path: Path, monkeypatch: pytest.M
     with pytest.raises(ConfigError, match=r"hf:someone/reft: cannot be fetched .* no route"):
         import_pyreft("hf:someone/reft", base=BASE, positions="l1", act="linear")
     monkeypatch.undo()
-    with pytest.raises(ConfigError, match=r"hf:a/b/c: cannot be fetched"):
-        import_pyreft("hf:a/b/c", base=BASE, positions="l1", act="linear")
+    with pytest.raises(ConfigError, match=r"hf:a/b--c: cannot be fetched"):
+        import_pyreft("hf:a/b--c", base=BASE, positions="l1", act="linear")

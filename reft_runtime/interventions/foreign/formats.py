@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from reft_runtime.errors import ConfigError, InvalidFile
-from reft_runtime.interventions.foreign import adapterhub, peft
+from reft_runtime.interventions.foreign import adapterhub, peft, saes
 from reft_runtime.interventions.foreign.activation_steering import import_svec
 from reft_runtime.interventions.foreign.adapterhub import import_adapterhub, is_adapterhub
 from reft_runtime.interventions.foreign.control_vectors import import_control_vector
@@ -47,7 +47,7 @@ def import_foreign(
     modules: Callable[[str], nn.Module] | None = None,
     **options: Any,
 ) -> Intervention:
-    """Read a file or folder of another library, or `hf:REPO` from the Hub.
+    """Read a file or folder of another library, or from the Hub `hf:REPO` or `hf:REPO/PATH`.
 
     Pickles are read by a process of their own. `base` is the base model's shape
     (`reft_runtime.base_shape`), and `modules` reads a module of it, for files that replace some
@@ -110,7 +110,13 @@ FORMATS = (
         (CONFIG, *peft.FILES),
     ),
     Format("a control vector", _is_gguf, import_control_vector, _VECTORS),
-    Format("an SAE", is_sae, import_sae, _VECTORS | {"component", "feature"}),
+    Format(
+        "an SAE",
+        is_sae,
+        import_sae,
+        _VECTORS | {"component", "feature"},
+        saes.FILES,
+    ),
     Format("a vector", _is_of_vectors, import_vectors, _VECTORS | {"component", "feature"}),
     Format("a .svec file", _is_svec, import_svec, _VECTORS),
     Format("a direction to ablate", _is_direction, import_direction, _VECTORS | {"kind"}),

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import safetensors.torch
@@ -19,8 +20,22 @@ MAX_SECONDS = 600
 
 def read_states(paths: Sequence[Path]) -> list[dict[str, Tensor]]:
     """State dicts of `.bin` files, each with R plain. Raises `InvalidFile` that names the file."""
+    return _read(paths, None)
+
+
+def read_slice(path: Path, along: Mapping[str, int], place: int) -> Tensor:
+    """One row or column of the first of the tensors named in `along` that a file has.
+
+    `along` says for each along which dimension `place` counts. No more than that is read. Raises
+    `InvalidFile` that names the file.
+    """
+    return _read([path], unpickle.Slice(place, along))[0][unpickle.ALONE]
+
+
+def _read(paths: Sequence[Path], part: unpickle.Slice | None) -> list[dict[str, Tensor]]:
     # -P and another working directory, so that no file in this one is imported as a module.
-    command = [sys.executable, "-P", unpickle.__file__, *map(os.path.abspath, paths)]
+    command = [sys.executable, "-P", unpickle.__file__, json.dumps(part)]
+    command += map(os.path.abspath, paths)
     try:
         done = subprocess.run(
             command,

@@ -1,4 +1,4 @@
-"""Reads torch's pickles of tensors, as a process of its own: `python unpickle.py FILE...`.
+"""Reads torch's pickles of tensors, as a process of its own: `python unpickle.py SLICE FILE...`.
 
 A file holds a state dict, tensors by number, one tensor, which is then called `tensor`, or what
 steering-vectors pickles, whose tensors are then called `<layer_type>.<number>`.
@@ -6,12 +6,14 @@ Standard output is one safetensors file whose tensors are named `<index of the f
 that is refused ends the process with the reason on standard error. Only the globals that a state
 dict needs are allowed, before torch's own restricted unpickler sees the file. torch's parametrised
 orthogonal weights, 64 MiB at d = 4096, leave as the few columns or rows that they stand for.
+SLICE is `null`, or a `Slice` in JSON: then no more than that leaves.
 
 This script imports nothing of the project, so that it starts sooner and offers less to a pickle.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import pickletools
 import stat
@@ -20,7 +22,7 @@ import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 import safetensors.torch
 import torch
@@ -56,6 +58,16 @@ _GLOBALS = {
 }
 
 
+class Slice(NamedTuple):
+    """One row or column of a table: of the first of the named tensors that a file has.
+
+    `along` has their names, each with the dimension along which `place` counts.
+    """
+
+    place: int
+    along: Mapping[str, int]
+
+
 class SteeringVector:
     """Stands for the class of steering-vectors, which is not imported: it has no code to run."""
 
@@ -67,9 +79,11 @@ def main() -> None:
     """Read the files named on the command line."""
     kept: dict[str, Tensor] = {}
     size = 0
-    for index, path in enumerate(sys.argv[1:]):
+    wanted = json.loads(sys.argv[1])
+    part = None if wanted is None else Slice(*wanted)
+    for index, path in enumerate(sys.argv[2:]):
         try:
-            for key, tensor in read_state(path).items():
+            for key, tensor in read_state(path, part).items():
                 kept[f"{index}.{key}"] = tensor
                 size += tensor.numel() * tensor.element_size()
             if size > MAX_STATES_BYTES:
@@ -81,10 +95,10 @@ def main() -> None:
     sys.stdout.buffer.write(safetensors.torch.save(kept))
 
 
-def read_state(path: str | Path) -> dict[str, Tensor]:
+def read_state(path: str | Path, part: Slice | None = None) -> dict[str, Tensor]:
     """Unpickle one file, and make R plain; for the separate process only.
 
-    Raises whatever error the file brings about.
+    Of a `part` only that is read. Raises whatever error the file brings about.
     """
     with _opened(path) as file, torch.serialization.safe_globals([_STANDING_IN]):
         _check_pickle(file)
@@ -96,6 +110,8 @@ def read_state(path: str | Path) -> dict[str, Tensor]:
         state = {ALONE: state}
     if not isinstance(state, dict) or not state:
         raise ValueError("not a state dict, and no tensor")
+    if part is not None:
+        state = {ALONE: _sliced(state, part)}
     if all(type(key) is int for key in state):  # vectors by layer
         state = {str(key): tensor for key, tensor in state.items()}
     size = 0
@@ -110,6 +126,19 @@ def read_state(path: str | Path) -> dict[str, Tensor]:
     if sum(each.numel() * each.element_size() for each in plain.values()) > MAX_STATES_BYTES:
         raise ValueError(f"more than {MAX_STATES_BYTES} bytes of tensors")
     return {key: tensor.detach().clone().contiguous() for key, tensor in plain.items()}
+
+
+def _sliced(state: Mapping[Any, Any], part: Slice) -> Tensor:
+    name = next((each for each in part.along if isinstance(state.get(each), Tensor)), None)
+    if name is None:
+        raise ValueError(f"has no {' and no '.join(part.along)}")
+    table: Tensor = state[name]
+    if table.ndim != 2:
+        raise ValueError(f"{name} has {table.ndim} dimensions; it must have two")
+    count = table.shape[part.along[name]]
+    if not 0 <= part.place < count:
+        raise ValueError(f"{name} has 0 to {count - 1}, and no {part.place}")
+    return table.select(part.along[name], part.place)
 
 
 def _vectors_of(fields: Mapping[str, Any]) -> dict[str, Any]:
