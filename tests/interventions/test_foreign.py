@@ -16,7 +16,7 @@ import huggingface_hub
 import numpy as np
 import pytest
 import torch
-from huggingface_hub.utils import filter_repo_objects
+from huggingface_hub.utils._paths import filter_repo_objects
 from safetensors.torch import load_file, save_file
 
 from reft_runtime.base.model import LoadedModel
