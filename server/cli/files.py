@@ -177,15 +177,24 @@ def write_file(path: Path, intervention: Intervention) -> None:
 
 
 def _target(out: Path, source: str, name: str | None) -> Path:
+    from reft_runtime.interventions.registry.sources import NAME, NAME_RULE
+    from reft_runtime.training.target import check_target
+
     if os.path.isdir(out):  # pathlib's raises where a name is too long
         stem = os.path.basename(os.path.realpath(source)).lower()
         for suffix in _SUFFIXES:
             stem = stem.removesuffix(suffix)
         stem = name or stem
-        return out / f"{stem}.safetensors"
-    if name is not None:
+        if not NAME.fullmatch(stem):
+            raise ConfigError(
+                f"name: {stem[:80]!r} is no name for an intervention: {NAME_RULE}; give one"
+                " (--name).",
+                param="name",
+            )
+        out = out / f"{stem}.safetensors"
+    elif name is not None:
         raise ConfigError(f"name: {out} is not a folder, so it is the name already.", param="name")
-    return out
+    return check_target(out)
 
 
 def _table(found: dict[str, Any]) -> str:

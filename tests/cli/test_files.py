@@ -208,10 +208,19 @@ def test_a_circle_of_links_is_told(base: Path, tmp_path: Path, out: str) -> None
 
 
 def test_an_output_that_cannot_be_written(checkpoint: Path, base: Path, tmp_path: Path) -> None:
-    out = tmp_path / "missing" / "x.safetensors"
-    options = ("--base", base, "--out", out, "--positions", "l1", "--act", "relu")
-    with pytest.raises(ConfigError, match=r"out: .* cannot be written: No such file"):
-        run("import", checkpoint, *options)
+    options = ("--base", base, "--positions", "l1", "--act", "relu")
+    for out, why in (
+        (checkpoint / "config.json/x.safetensors", r"^out: .*config.json cannot be made: "),
+        (tmp_path / "missing/", r"^out: .*missing must end with .safetensors"),
+        (tmp_path / "Mine.safetensors", r"^out: 'Mine' is no name for an intervention"),
+    ):
+        with pytest.raises(ConfigError, match=why):
+            run("import", checkpoint, *options, "--out", out)
+    with pytest.raises(ConfigError, match=r"^name: 'a b' is no name for an .*; give one"):
+        run("import", checkpoint, *options, "--out", tmp_path, "--name", "a b")
+    made = tmp_path / "missing/x.safetensors"
+    run("import", checkpoint, *options, "--out", made)
+    assert made.is_file()
 
 
 def test_a_folder_of_an_export_that_cannot_be_written(tmp_path: Path) -> None:
@@ -224,8 +233,10 @@ def test_a_folder_of_an_export_that_cannot_be_written(tmp_path: Path) -> None:
 
 
 def test_a_checkpoint_whose_name_is_too_long(base: Path, tmp_path: Path) -> None:
-    with pytest.raises(InvalidFile, match=r"^x+: not a folder"):
+    with pytest.raises(ConfigError, match=r"^name: 'x+' is no name .*; give one \(--name\)"):
         run("import", "x" * 300, "--base", base, "--out", tmp_path)
+    with pytest.raises(ConfigError, match=r"^x+: File name too long"):
+        run("import", "x" * 300, "--base", base, "--out", tmp_path, "--name", "x")
 
 
 @pytest.mark.parametrize("command", [("inspect",), ("export", "--to", "pyreft", "x")])

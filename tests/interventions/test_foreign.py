@@ -395,6 +395,20 @@ def test_what_is_refused(
         import_foreign(make(tmp_path), base=BASE, **options)
 
 
+@pytest.mark.parametrize("name", ["empty.gguf", "notes.txt"])
+def test_a_file_of_no_known_format(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(b"")
+    with pytest.raises(InvalidFile, match=rf"{name}: .* no other file that can be imported"):
+        import_foreign(tmp_path / name, base=BASE)
+
+
+def test_numbers_that_are_none_are_told_with_their_file(tmp_path: Path) -> None:
+    for number in (np.nan, 1e300):
+        np.save(tmp_path / "v.npy", np.full(16, number))
+        with pytest.raises(InvalidFile, match=r"v.npy: holds NaN or infinite values for layer 2"):
+            import_foreign(tmp_path / "v.npy", base=BASE, layer=2)
+
+
 def test_other_architectures_norm_what_their_modules_give() -> None:
     gemma = BASE.model_copy(update={"architecture": "Gemma2ForCausalLM"})
     for source, options in (("sae_mlp", ONE), ("post_attention_layernorm.pt", {})):

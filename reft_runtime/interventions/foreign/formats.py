@@ -56,7 +56,11 @@ def import_foreign(
     format lacks, and what the reader raises.
     """
     path = fetched(str(source), [pattern for each in FORMATS for pattern in each.files])
-    if os.path.exists(path) and not (os.path.isfile(path) or os.path.isdir(path)):
+    try:
+        os.stat(path)
+    except (OSError, ValueError) as error:  # of a path with a null byte
+        raise ConfigError(f"{path}: {getattr(error, 'strerror', error)}.", param="source") from None
+    if not (os.path.isfile(path) or os.path.isdir(path)):
         raise InvalidFile(f"{path}: not a regular file.")  # whoever reads a pipe may wait for ever
     found = next(each for each in FORMATS if each.fits(path))
     given = {name: value for name, value in options.items() if value is not None}

@@ -60,6 +60,9 @@ def steering_edits(
             raise ConfigError(
                 f"layer: {source} has none for {layer}, but for {there}.", param="layer"
             )
+    for layer, vector in vectors.items():
+        if not bool(vector.float().isfinite().all()):
+            raise InvalidFile(f"{source}: holds NaN or infinite values for layer {layer}.")
     edits = [
         Edit(
             layer,

@@ -53,7 +53,10 @@ class Checkpoint:
 def read_checkpoint(source: Path) -> Checkpoint:
     """Read a folder that pyreft, pyvene or their trainer wrote; raises `InvalidFile`."""
     if not os.path.isdir(source):  # pathlib's raises where a name is too long
-        raise InvalidFile(f"{source}: not a folder; give the one that holds intkey_*.bin.")
+        raise InvalidFile(
+            f"{source}: not a folder that holds intkey_*.bin, as pyreft's do, and no other file"
+            " that can be imported."
+        )
     folder = source
     if not [*source.glob("intkey_*")] and (source / "intervenable_model").is_dir():
         folder = source / "intervenable_model"  # a trainer's checkpoint

@@ -209,7 +209,10 @@ def _opened(path: str | Path) -> Iterator[BinaryIO]:
 def _check_pickle(file: BinaryIO) -> None:
     """Raise ValueError for what is no plain archive of torch, or asks for any other global."""
     if file.read(4) != b"PK\x03\x04":
-        raise ValueError("not a file that torch.save writes (a zip archive)")
+        raise ValueError(
+            "not a file that torch.save writes (a zip archive; what torch before 1.6 wrote must be"
+            " loaded and saved anew)"
+        )
     try:
         archive = zipfile.ZipFile(file)
     except zipfile.BadZipFile as error:
