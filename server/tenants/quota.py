@@ -279,6 +279,9 @@ class Quotas:
         try:
             async with asyncio.timeout(ASK_SECONDS):
                 await work()
+        except Refused:
+            self._answers()
+            raise
         except (StorageError, OSError) as error:
             if not self._away:
                 logger.error(
@@ -289,9 +292,12 @@ class Quotas:
                 )
             self._away, self._asks_again = True, time.monotonic() + AWAY_SECONDS
         else:
-            if self._away:
-                self._away = False
-                logger.warning("The counter of quotas at %s answers again", self._where)
+            self._answers()
+
+    def _answers(self) -> None:
+        if self._away:
+            self._away = False
+            logger.warning("The counter of quotas at %s answers again", self._where)
 
     def _shared(self, url: str) -> Storage:
         from limits.aio.storage import RedisStorage

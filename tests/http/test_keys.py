@@ -192,6 +192,8 @@ def test_a_file_that_cannot_be_read(file: Path, monkeypatch: pytest.MonkeyPatch)
     with pytest.raises(ConfigError, match="cannot be read: No such file"):
         read_keys_file(file.parent / "absent")
     file.write_text(f'[tenants.a]\nkeys = ["{HASH}", "{OTHER_HASH}"]\n{SEEN}')
+    monkeypatch.setattr("server.tenants.keys_file.MAX_KEYS", 2)
+    assert len(read_keys_file(file)) == 2
     monkeypatch.setattr("server.tenants.keys_file.MAX_KEYS", 1)
     with pytest.raises(ConfigError, match="there are 2 keys, and may be 1"):
         read_keys_file(file)

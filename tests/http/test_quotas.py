@@ -375,13 +375,24 @@ async def test_a_shared_counter_that_is_away(
         assert ready.status_code == 200
         assert ready.json()["problems"] == ["the shared counter of quotas is away: no quota holds"]
         quotas = app.state.context.quotas
-        quotas._storage = quotas._shared(url_of(redis))  # it is back
+        other = Quotas(url_of(redis))  # of a server that has seen that it is back
+        other.leave(await other.admit(Tenant("few", requests_per_minute=1), 1), 0)
+        await other.close()
+        quotas._storage = quotas._shared(url_of(redis))
         clock.now += quota.AWAY_SECONDS
-        statuses = [
-            (await client.post("/v1/completions", json=completion(), headers=key(FEW))).status_code
-            for _ in range(2)
-        ]
-        assert statuses == [200, 429]
+        asked: list[None] = []
+
+        async def ask() -> None:
+            asked.append(None)
+            await asyncio.sleep(0)
+            raise OSError
+
+        await asyncio.gather(quotas._ask(ask), quotas._ask(ask))
+        assert asked == [None]  # the other request has not waited
+        clock.now += quota.AWAY_SECONDS
+        for _ in range(2):
+            response = await client.post("/v1/completions", json=completion(), headers=key(FEW))
+            assert response.status_code == 429
         assert "problems" not in (await client.get("/readyz")).json()
     assert caplog.text.count("does not answer") == 1
     assert caplog.text.count("answers again") == 1

@@ -142,7 +142,7 @@ def test_a_newcomer_takes_blocks_of_its_share() -> None:
     flood = [simulation.add(BLOCK_TOKENS, max_tokens=8, tenant="a") for _ in range(4)]
     simulation.step()
     assert simulation.scheduler.budget.free == 0
-    new = simulation.add(2 * BLOCK_TOKENS, tenant="b")
+    new = simulation.add(4 * BLOCK_TOKENS - 1, tenant="b")  # all of its share, with its next token
     plan = simulation.step()
     assert plan.preempted == flood[:1:-1]
     assert new.status is Status.RUNNING
@@ -154,7 +154,7 @@ def test_more_than_a_share_is_not_taken() -> None:
     for _ in range(4):
         simulation.add(BLOCK_TOKENS, max_tokens=8, tenant="a")
     simulation.step()
-    simulation.add(5 * BLOCK_TOKENS, tenant="b")
+    simulation.add(4 * BLOCK_TOKENS, tenant="b")
     assert not simulation.step().preempted
     simulation.finish()
 
@@ -408,6 +408,8 @@ def test_a_tenant_is_reckoned_with_for_a_while() -> None:
     for _ in range(64):
         simulation.add(8, 300, tenant="a")
     seconds_of_an_answer(simulation, 1.0)
+    wanted = simulation.scheduler._tenants.wanted(0, 384)
+    assert wanted["b"] == Share(1, 1)
     rests = [simulation.step().decodes for _ in range(RECENT_STEPS + 10)]
     assert max(rests[: RECENT_STEPS - 1]) < 30
     assert rests[-1] == 64
@@ -433,6 +435,7 @@ def test_a_step_ahead_is_planned_anew_where_somebody_rests() -> None:
         simulation.step()
     scheduler = simulation.scheduler
     assert scheduler.after(scheduler.running)
+    assert scheduler._tenants.wanted(0, 384) == {"a": Share(1, 40)}
     simulation.add(4, 300, tenant="b")
     for _ in range(3):
         plan = simulation.step()

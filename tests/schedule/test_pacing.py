@@ -111,6 +111,7 @@ def test_on_a_slow_machine_a_prompt_may_add_more_than_a_moment() -> None:
     pacer = StepPacer()
     pacer.record(0, 1000, 100.0)
     pacer.record(16, 0, 4.0)
+    pacer.record(17, 0, 400.0)  # of another size
     assert pacer.prompt_tokens(16, 1) == pacer.prompt_tokens(16, 8) == SHARE * 4.0 * 10 // 4 * 4
 
 

@@ -40,9 +40,12 @@ def test_the_least_recently_used_goes_and_of_a_sequence_the_last_block() -> None
     assert len(cache.find(KEYS[10:13])) == 1
     assert cache.stats().evictions == 2
     assert dict(cache.stats().blocks) == {"base": 3, "own": 1}
+    assert len(cache.take_freed()) == 2
     # Their places are used again, and what was used last stays.
     cache.find(KEYS[:3])
+    cache.shrink(3)
     assert {place for _, place in cache.add(KEYS[20:23], 3, 6)} < set(range(6))
+    assert cache.take_freed() == set()  # the third place is no longer free
     assert len(cache.find(KEYS[:3])) == 3
     cache.check_integrity(6)
 
@@ -219,6 +222,7 @@ def test_a_part_of_a_block_is_no_reason_to_compute_the_rest() -> None:
     for index, place in simulation.cache.add(keys, len(keys), 100):
         simulation.places[place] = keys[index]
     assert shape(simulation.step()) == [(0, 96, 4)]
+    assert dict(simulation.cache.stats().hits) == {"base": 72, "own": 0}
 
 
 @pytest.mark.parametrize("how", ["fails", "is aborted", "is preempted"])

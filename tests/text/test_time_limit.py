@@ -41,10 +41,13 @@ def test_each_thread_has_its_own_time() -> None:
 
 
 def test_what_is_done_in_time_is_left_alone() -> None:
+    threads: set[threading.Thread | None] = set()
     for _ in range(3):
         with time_limit(0.02):
-            pass
+            threads.add(module._watch._thread)
         run(0.04)
+    assert len(threads) == 1
+    assert not module._watch._any.is_set()  # it sleeps
 
 
 def test_an_error_of_the_block_is_its_own() -> None:

@@ -231,12 +231,17 @@ class Catalog:
         """Raise unless a version's tensors can be read and stay for now, or for good if `pinned`.
 
         `share` is the part of memory that is for pinned ones. Raises `StoreFull` if other pinned
-        names leave no room in it, `Overloaded` if requests leave none.
+        names leave no room in it, `Overloaded` if requests leave none. What a pinned name stands
+        for until now makes room, once no request uses it.
         """
         with self.lock:
+            leaving = None
             if pinned:
                 self._check_pins(version, share)
-            if not self.memory.fits([version]):
+                current = self.current(version.name)
+                if current is not None and not (current.users or current.only_copy):
+                    leaving = current
+            if not self.memory.fits([version], leaving):
                 raise Overloaded(
                     "The interventions in use fill the memory set aside for them; try again in a"
                     " moment, or start the server with more --intervention-bytes."

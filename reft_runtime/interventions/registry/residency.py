@@ -124,10 +124,13 @@ class Residency:
         for tally in (self._staying, self._in_use, self._pinned, self._unread):
             tally.put(version, 0)
 
-    def fits(self, versions: Iterable[Version]) -> bool:
-        """Whether a request for these versions fits beside what stays."""
+    def fits(self, versions: Iterable[Version], leaving: Version | None = None) -> bool:
+        """Whether a request for these versions fits beside what stays; `leaving` makes room."""
         asked = set(versions)
-        fits = self.fixed + self._staying.total + _bytes(asked, self._staying) <= self.budget
+        staying = self._staying.total
+        if leaving is not None and leaving in self._staying and leaving not in asked:
+            staying -= leaving.memory_bytes
+        fits = self.fixed + staying + _bytes(asked, self._staying) <= self.budget
         if self._device_bytes is None or self.idle:  # on a device one request alone has its way
             return fits
         return fits and self._in_use.total + _bytes(asked, self._in_use) <= self._device_bytes
