@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from fastapi import APIRouter, Depends, FastAPI
 
 from reft_runtime.base.stages import stage
+from reft_runtime.errors import ConfigError
 from reft_runtime.version import VERSION
 from server.auth import require_access, require_key
 from server.context import Context, Tracing
@@ -51,7 +52,7 @@ def create_app(
     `replicas` are the servers of its cluster, None if it is by itself.
 
     The application is ready for requests once it has started. Raises `ConfigError` for a keys file
-    that is not usable.
+    that is not usable, and for variables of OpenTelemetry's that are not.
     """
     tracing = _tracing(settings)
     context = Context(engine, settings, Metrics(engine), Health(engine), replicas, tracing)
@@ -126,4 +127,7 @@ def _tracing(settings: Settings) -> Tracing | None:
         return None
     from server.tracing import RequestTracing  # its packages are an extra's
 
-    return RequestTracing(endpoint.get_secret_value())
+    try:
+        return RequestTracing(endpoint.get_secret_value())
+    except ValueError as error:
+        raise ConfigError(f"OpenTelemetry's variables (OTEL_...): {error}") from None

@@ -8,10 +8,12 @@ have vLLM's names. `OTEL_SERVICE_NAME`, `OTEL_RESOURCE_ATTRIBUTES`, `OTEL_TRACES
 from __future__ import annotations
 
 import logging
+import threading
 import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+import requests
 from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
 from opentelemetry.sdk.resources import (
     SERVICE_NAME,
@@ -35,6 +37,9 @@ if TYPE_CHECKING:
     from server.generation import Job, Run
 
 logger = logging.getLogger("reft")
+
+FLUSH_SECONDS = 5
+"""Seconds that a stop waits for the collector to take the last spans."""
 
 _OPERATIONS = {
     "/v1/chat/completions": "chat",
@@ -77,9 +82,12 @@ class RequestTracing:
         now = time.time_ns()
         began = now - int(seconds * 1e9)
         route = getattr(scope.get("route"), "path", None)
+        headers = Headers(scope=scope)
         span = self._tracer.start_span(
             f"{scope['method']} {route}" if route else scope["method"],
-            self._propagator.extract(dict(Headers(scope=scope))),
+            self._propagator.extract(
+                {name: headers.getlist(name) for name in self._propagator.fields}
+            ),
             SpanKind.SERVER,
             _of_http(scope, status, route),
             start_time=began,
@@ -99,43 +107,67 @@ class RequestTracing:
         return f"{context.trace_id:032x}" if context.trace_flags.sampled else None
 
     def close(self) -> None:
-        """Send what is left, and end the thread; takes seconds where the collector is away."""
-        self._provider.shutdown()
+        """Send what is left, and end the thread; a collector that is away or slow gets no more."""
+        # OpenTelemetry itself would wait for half a minute.
+        ending = threading.Thread(target=self._provider.shutdown, daemon=True)
+        ending.start()
+        ending.join(FLUSH_SECONDS)
+        if ending.is_alive():
+            logger.warning("%s did not take the last spans, so they are lost", self._exporter.place)
 
 
 class _Exporter(OTLPSpanExporter):
     """Says once that spans are lost, where OpenTelemetry's own logs four lines for each batch."""
 
     def __init__(self, endpoint: str) -> None:
-        super().__init__(endpoint=endpoint)
+        self._answers = _Answers()
+        super().__init__(endpoint=endpoint, session=self._answers)
         self.problem: str | None = None
-        self._address = shown_address(endpoint)
-        self._said = _FirstMessage()
-        for name in ("opentelemetry.exporter", "opentelemetry.sdk.trace"):
-            own = logging.getLogger(name)
-            own.handlers, own.propagate = [self._said], False
+        self.place = shown_address(endpoint)
+        # The second quotes headers that are not valid, which anyone can send.
+        for name in ("opentelemetry.exporter", "opentelemetry.trace"):
+            logging.getLogger(name).setLevel(logging.CRITICAL)
 
     def export(self, spans: Sequence[ReadableSpan]) -> SpanExportResult:
         """Send some spans; called by a thread of OpenTelemetry's."""
-        self._said.text = ""
+        self._answers.refusal = ""
         result = super().export(spans)
         if result is not SpanExportResult.SUCCESS:
             if self.problem is None:
-                self.problem = f"{self._address} takes no spans: {self._said.text}"
+                self.problem = f"{self.place} takes no spans: {self._answers.refusal}"
                 logger.warning("%s, so they are lost", self.problem)
         elif self.problem is not None:
-            logger.info("%s takes spans again", self._address)
+            logger.info("%s takes spans again", self.place)
             self.problem = None
         return result
 
 
-class _FirstMessage(logging.Handler):
-    """Keeps what was logged first: of several tries the one that tells why."""
+class _Answers(requests.Session):
+    """Keeps why the first of several tries failed, without what is secret in a URL or a header."""
 
-    text = ""
+    refusal = ""
 
-    def emit(self, record: logging.LogRecord) -> None:
-        self.text = self.text or record.getMessage()[:400]
+    def request(self, *args: Any, **kwargs: Any) -> requests.Response:
+        """Send a request; raises `RequestException` for a redirection, which nobody follows."""
+        try:
+            answer = super().request(*args, **kwargs)
+            if 300 <= answer.status_code < 400:  # would count as taken
+                raise requests.HTTPError(f"{answer.status_code} {answer.reason}")
+        except Exception as error:
+            self.refusal = self.refusal or _why(error)
+            raise
+        if not answer.ok:
+            self.refusal = self.refusal or f"{answer.status_code} {answer.reason}"
+        return answer
+
+
+def _why(error: Exception) -> str:
+    """What an error of requests says; those about URLs and headers quote them whole."""
+    if isinstance(error, ValueError):
+        return type(error).__name__
+    return str(getattr(error.args[0], "reason", error) if error.args else type(error).__name__)[
+        :400
+    ]
 
 
 def _of_http(scope: Scope, status: int | None, route: str | None) -> dict[str, Any]:

@@ -30,6 +30,9 @@ class Collector:
     def __init__(self, url: str) -> None:
         self.url = url
         self.status = 200
+        self.headers: dict[str, str] = {}
+        self.answering = threading.Event()
+        self.answering.set()
         self.spans: list[Any] = []
         self.resource: dict[str, Any] = {}
 
@@ -56,9 +59,12 @@ def collector() -> Iterator[Collector]:
         def do_POST(self) -> None:
             body = self.rfile.read(int(self.headers["content-length"]))
             zipped = self.headers["content-encoding"] == "gzip"
+            found.answering.wait()
             if found.status == 200:
                 found.take(gzip.decompress(body) if zipped else body)
             self.send_response(found.status)
+            for header in found.headers.items():
+                self.send_header(*header)
             self.end_headers()
 
         def log_message(self, *_: Any) -> None:
@@ -163,6 +169,54 @@ async def test_what_the_parent_does_not_sample_is_left_out(
     assert "trace_id" not in log.json[-1]
 
 
+@pytest.mark.parametrize(
+    ("status", "headers", "reason"),
+    [
+        (301, {"location": "https://elsewhere/v1/traces"}, "301 Moved Permanently"),
+        (503, {"retry-after": "60"}, "503 Service Unavailable"),
+    ],
+)
+async def test_why_spans_are_lost(
+    collector: Collector,
+    log: Lines,  # noqa: F811
+    status: int,
+    headers: dict[str, str],
+    reason: str,
+) -> None:
+    collector.status, collector.headers = status, headers
+    async with client_of(create_app(FakeEngine(), settings_of(collector.url))) as client:
+        await client.get("/v1/models")
+    assert log.json[-1]["message"] == f"{collector.url} takes no spans: {reason}, so they are lost"
+
+
+async def test_a_stop_waits_for_a_slow_collector_but_not_long(
+    collector: Collector,
+    log: Lines,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("server.tracing.FLUSH_SECONDS", 0.05)
+    collector.answering.clear()
+    async with client_of(create_app(FakeEngine(), settings_of(collector.url))) as client:
+        await client.get("/v1/models")
+    said = f"{collector.url} did not take the last spans, so they are lost"
+    collector.answering.set()
+    assert said in [line["message"] for line in log.json]
+
+
+async def test_headers_of_a_trace_that_are_not_valid(
+    collector: Collector, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with client_of(create_app(FakeEngine(), settings_of(collector.url))) as client:
+        for state in ("MINE, forged", "a=b," * 300):
+            headers = [("traceparent", PARENT), ("tracestate", state)]
+            await client.get("/v1/models", headers=headers)
+        await client.get("/v1/models", headers={"traceparent": "0" * 600})
+        several = [("traceparent", PARENT), ("tracestate", "a=1"), ("tracestate", "b=2")]
+        await client.get("/v1/models", headers=several)
+    assert [span.trace_state for span in collector.spans] == ["", "", "", "a=1,b=2"]
+    assert not [one for one in caplog.records if one.name.startswith("opentelemetry")]
+
+
 async def test_a_collector_that_refuses_is_told_once(
     collector: Collector,
     log: Lines,  # noqa: F811
@@ -176,7 +230,7 @@ async def test_a_collector_that_refuses_is_told_once(
             context.tracing._provider.force_flush()
         [problem] = (await client.get("/readyz")).json()["problems"]
         assert problem.startswith(f"{collector.url} takes no spans: ")
-        assert problem.endswith("401, reason: Unauthorized")
+        assert problem.endswith(": 401 Unauthorized")
         assert [line["level"] for line in log.json] == ["info", "warning", "info"]
         collector.status = 200
         await client.post("/v1/completions", json=completion())
@@ -194,7 +248,7 @@ async def test_a_collector_that_is_away(
     with socket.socket() as closed:
         closed.bind(("127.0.0.1", 0))
         place = f"127.0.0.1:{closed.getsockname()[1]}/v1/traces"
-        url = f"http://name:SECRET@{place}"
+        url = f"http://name:SECRET@{place}?token=SECRET"
         async with client_of(create_app(FakeEngine(), settings_of(url))) as client:
             assert (await client.post("/v1/completions", json=completion())).status_code == 200
     assert f"http://{place} takes no spans: " in log.text[-1]
@@ -207,6 +261,12 @@ async def test_a_collector_that_is_away(
 def test_addresses_that_are_none(url: str) -> None:
     with pytest.raises(ConfigError, match=r"--otlp-traces-endpoint .*: write it as http://HOST"):
         settings_of(url)
+
+
+def test_variables_that_are_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OTEL_BSP_MAX_QUEUE_SIZE", "100")  # less than a batch
+    with pytest.raises(ConfigError, match=r"OTEL_.*max_queue_size"):
+        create_app(FakeEngine(), settings_of("http://host:4318/v1/traces"))
 
 
 def test_without_the_packages(monkeypatch: pytest.MonkeyPatch) -> None:
