@@ -9,7 +9,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 SILENT_SECONDS = 3.0
-"""A stage that goes on logs a line each time this many seconds have passed."""
+"""A stage that goes on logs a line after this many seconds, the next after twice as many."""
+
+LONGEST_SILENCE = 60.0
+"""The pauses between the lines double up to this many seconds."""
 
 _log = logging.getLogger(__name__)
 
@@ -21,7 +24,7 @@ def tell(line: str) -> None:
 
 @contextmanager
 def stage(name: str) -> Iterator[None]:
-    """Log the seconds that the block takes: at its end, and every `SILENT_SECONDS` before.
+    """Log the seconds that the block takes: at its end, and before after longer and longer pauses.
 
     A block that raises logs no end, because whoever catches the error reports it. The lines have
     level INFO, so that a library's user sees them only if logging is set up to show them.
@@ -29,8 +32,10 @@ def stage(name: str) -> Iterator[None]:
     began, ended = time.monotonic(), threading.Event()
 
     def watch() -> None:
-        while not ended.wait(SILENT_SECONDS):
+        pause = SILENT_SECONDS
+        while not ended.wait(pause):
             _log.info("%s: %.0f s so far", name, time.monotonic() - began)
+            pause = min(2 * pause, LONGEST_SILENCE)
 
     watcher = threading.Thread(target=watch, name="reft-stage", daemon=True)
     if _log.isEnabledFor(logging.INFO):

@@ -113,13 +113,17 @@ class Backend(Protocol):
         """Free what the backend holds."""
 
 
-def open_backend(url: str | None, api_key: str | None, options: Mapping[str, Any]) -> Backend:
+def open_backend(
+    url: str | None, api_key: str | None, options: Mapping[str, Any], wanted: Sequence[str] = ()
+) -> Backend:
     """The server at the address given, else this machine's, else a model in this process.
 
     `options` are those of `Settings`; a `model` among them asks for a model in this process.
+    `wanted` are the interventions that the command names: files among them are checked before a
+    model is loaded.
     """
     server = find_server(url, api_key, options)
-    return LocalBackend(options) if server is None else RemoteBackend(server)
+    return LocalBackend(options, wanted) if server is None else RemoteBackend(server)
 
 
 def find_server(url: str | None, api_key: str | None, options: Mapping[str, Any]) -> Server | None:
@@ -212,9 +216,10 @@ class RemoteBackend:
 class LocalBackend:
     """A model in this process, which is loaded when the backend is made."""
 
-    def __init__(self, options: Mapping[str, Any]) -> None:
+    def __init__(self, options: Mapping[str, Any], wanted: Sequence[str] = ()) -> None:
         self._settings = load_settings(options)
         tell_unknown_variables()
+        read_asked(wanted, self._settings.model)
         with stages_told():
             self._engine = start_engine(self._settings)
         self._runner = asyncio.Runner()  # one loop, for events of an answer may come after its end

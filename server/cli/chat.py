@@ -48,7 +48,7 @@ def chat(
     A running server is asked (--url, or the one of this machine), else a model in this process.
     """
     sampling = SamplingParams(max_tokens=max_tokens, temperature=temperature, seed=seed)
-    backend = open_backend(url, api_key, options)
+    backend = open_backend(url, api_key, options, intervention or ())
     try:
         talk = Chat(backend, sampling, intervention or [], system)
         with _history():

@@ -84,7 +84,7 @@ def classify(
         raise ConfigError("classify: give a text, or texts with --file FILE (- is standard input).")
     write = _writer(template)
     names = None if labels is None else [name.strip() for name in labels.split(",")]
-    backend = open_backend(url, api_key, options)
+    backend = open_backend(url, api_key, options, intervention or ())
     try:
         applied = backend.resolve(intervention or ())
         for batch in _batches(texts):

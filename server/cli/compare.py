@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -75,9 +76,10 @@ def compare(
     if not base and not wanted:
         raise ConfigError("intervention: name one with -i, or leave out --no-base.")
     sampling = SamplingParams(max_tokens=max_tokens, temperature=temperature, seed=seed)
-    backend = open_backend(url, api_key, options)
+    columns_of = [column.split("+") for column in wanted]
+    backend = open_backend(url, api_key, options, list(chain.from_iterable(columns_of)))
     try:
-        applied = [BASE] * base + [backend.resolve(column.split("+")) for column in wanted]
+        applied = [BASE] * base + [backend.resolve(names) for names in columns_of]
         columns = answer_columns(
             backend, [_ask(prompt, system, column, sampling) for column in applied]
         )
@@ -154,7 +156,7 @@ def sweep(
     sampling = SamplingParams(max_tokens=max_tokens, temperature=temperature, seed=seed)
     rows = None if evaluation is None else _read(evaluation)
     scores: list[Score | None] = [None] * len(grid)
-    backend = open_backend(url, api_key, options)
+    backend = open_backend(url, api_key, options, [name])
     try:
         applied = _at(backend, name, grid)
         if rows is not None:

@@ -38,6 +38,7 @@ from server.cli import whoami as whoami_cli
 from server.cli.applied import read_asked, resolve, telling_templates
 from server.cli.options import LOCAL_SETTINGS, MaxTokens, Prompt, Seed, Temperature, with_settings
 from server.cli.tables import trace_table
+from server.cli.terminal import stages_told
 from server.settings import load_settings
 from server.starting import start_engine
 from server.variables import tell_unknown_variables
@@ -226,7 +227,8 @@ def generate(
 
     sampling = SamplingParams(max_tokens=max_tokens, temperature=temperature, seed=seed)
     asked = read_asked(intervention or (), settings.model)
-    engine = start_engine(settings)
+    with stages_told():
+        engine = start_engine(settings)
     try:
         uses = resolve(engine, asked)
         asyncio.run(_print_answer(engine, prompt, uses, sampling, raw=raw, trace=trace))

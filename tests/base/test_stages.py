@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
+from types import SimpleNamespace
 
 import pytest
 
@@ -39,6 +40,24 @@ def test_a_long_stage_says_that_it_goes_on(
     first, *_, last = told(caplog)
     assert first.endswith(" s so far")
     assert not last.endswith("so far")
+
+
+def test_the_lines_of_a_long_stage_come_less_and_less_often(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    caplog.set_level(logging.INFO)
+    pauses: list[float | None] = []
+
+    class Ended(threading.Event):
+        def wait(self, timeout: float | None = None) -> bool:
+            pauses.append(timeout)
+            return len(pauses) == 7
+
+    monkeypatch.setattr(stages, "threading", SimpleNamespace(Event=Ended, Thread=threading.Thread))
+    with stage("Loading"):
+        pass
+    assert pauses == [3, 6, 12, 24, 48, 60, 60]
+    assert len(told(caplog)) == 7
 
 
 def test_a_stage_that_fails_tells_no_end(caplog: pytest.LogCaptureFixture) -> None:

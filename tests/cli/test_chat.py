@@ -462,3 +462,25 @@ def _until(terminal: int, end: str, again: bytes = b"") -> str:
         else:
             os.write(terminal, again)
     return said
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["compare", "Hi", "-i", "talk+./no.safetensors"],
+        ["sweep", "Hi", "-i", "./no.safetensors"],
+        ["classify", "Hi", "-i", "./no.safetensors"],
+        ["chat", "-i", "./no.safetensors"],
+    ],
+    ids=lambda command: command[0],
+)
+def test_a_file_that_is_not_there_is_told_before_a_model_is_loaded(
+    options: list[str], monkeypatch: pytest.MonkeyPatch, command: list[str]
+) -> None:
+    def load(settings: Settings) -> Engine:
+        raise AssertionError("loaded")
+
+    monkeypatch.setattr(backends, "start_engine", load)
+    error = reft(*command, *options).exception
+    assert isinstance(error, NotFound)
+    assert error.message == "no.safetensors: No such file or directory."

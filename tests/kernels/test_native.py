@@ -571,7 +571,10 @@ def test_dtypes_have_one_table(operators: Kernels) -> None:
     assert taken == ["float32", "bfloat16"]
 
 
-def test_it_is_compiled_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_it_is_compiled_once_and_says_so(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
     monkeypatch.setenv("REFT_CACHE", str(tmp_path))
     monkeypatch.setattr(build, "FLAGS", (*build.FLAGS, "-O0"))  # a quarter of the time
     assert isinstance(build.load_library(), ctypes.CDLL)
@@ -579,6 +582,7 @@ def test_it_is_compiled_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) ->
     written = compiled.stat().st_mtime_ns
     assert isinstance(build.load_library(), ctypes.CDLL)
     assert compiled.stat().st_mtime_ns == written
+    assert caplog.text.count("Compiling the C++ kernels") == 1
 
 
 @pytest.mark.parametrize("compiler", ["no-such-compiler", "false"])

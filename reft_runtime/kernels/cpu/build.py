@@ -66,6 +66,7 @@ def _compiled(compiler: str) -> Path:
     if found.exists():
         return found
     folder.mkdir(parents=True, exist_ok=True)
+    _log.info("Compiling the C++ kernels for this CPU (once, less than a minute)")
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         compiled, linked = Path(scratch, "kernels.o"), Path(scratch, "kernels.so")
         # Linked without OpenMP's runtime: torch's own is loaded already and is shared, because a
