@@ -56,28 +56,6 @@ def create_app(
     """
     tracing = _tracing(settings)
     context = Context(engine, settings, Metrics(engine), Health(engine), replicas, tracing)
-
-    @asynccontextmanager
-    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        asyncio.get_running_loop().set_default_executor(started_pool())
-        with stage("Answering a first prompt"):
-            await context.health.prove()
-        context.usage.start()
-        watches = [
-            asyncio.ensure_future(context.rates.watch(engine.stats)),
-            asyncio.ensure_future(context.keys.follow(context.administer)),
-            asyncio.ensure_future(context.quotas.watch()),
-        ]
-        yield
-        for watch in watches:
-            watch.cancel()
-        await asyncio.wait(watches)
-        await context.quotas.close()
-        await asyncio.to_thread(context.usage.close)
-        if context.tracing is not None:
-            await asyncio.to_thread(context.tracing.close)
-        context.close()
-
     # FastAPI's own pages would need no key: the description is a route like any other here.
     app = FastAPI(
         title="reft-server",
@@ -89,7 +67,7 @@ def create_app(
         redirect_slashes=False,
         # What generated clients call an operation: the handler's name.
         generate_unique_id_function=lambda route: route.name,
-        lifespan=lifespan,
+        lifespan=lambda app: _running(context),
     )
     app.state.context = context
     app.add_middleware(RequestMiddleware, context=context)
@@ -119,6 +97,29 @@ def create_app(
         guarded.include_router(module.router)
     app.include_router(guarded)
     return app
+
+
+@asynccontextmanager
+async def _running(context: Context) -> AsyncIterator[None]:
+    """Prove that the engine answers, then keep up what goes on beside requests in the block."""
+    asyncio.get_running_loop().set_default_executor(started_pool())
+    with stage("Answering a first prompt"):
+        await context.health.prove()
+    context.usage.start()
+    watches = [
+        asyncio.ensure_future(context.rates.watch(context.engine.stats)),
+        asyncio.ensure_future(context.keys.follow(context.administer)),
+        asyncio.ensure_future(context.quotas.watch()),
+    ]
+    yield
+    for watch in watches:
+        watch.cancel()
+    await asyncio.wait(watches)
+    await context.quotas.close()
+    await asyncio.to_thread(context.usage.close)
+    if context.tracing is not None:
+        await asyncio.to_thread(context.tracing.close)
+    context.close()
 
 
 def _tracing(settings: Settings) -> Tracing | None:

@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     )
     from reft_runtime.interventions.registry.incoming import Incoming
     from reft_runtime.interventions.registry.paging import Sort
-    from reft_runtime.outputs import ChoiceDelta, EngineInfo, EngineStats, TokenLogprob, Trace
+    from reft_runtime.outputs import ChoiceDelta, TokenLogprob, Trace
+    from reft_runtime.stats import EngineInfo, EngineStats
 
 
 class Tokenizer(Protocol):

@@ -15,7 +15,7 @@ from server.recent import Durations
 from server.tenants.usage import BASE, OTHER
 
 if TYPE_CHECKING:
-    from reft_runtime.outputs import EngineStats, PrefixCacheStats
+    from reft_runtime.stats import EngineStats, PrefixCacheStats
     from server.engine import WholeEngine
     from server.tenants.usage import Counts
 

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
-    from reft_runtime.outputs import EngineStats
+    from reft_runtime.stats import EngineStats
 
 DURATIONS_SECONDS = 60
 """Length of the past time, in seconds, of which percentiles are known."""

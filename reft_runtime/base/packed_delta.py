@@ -45,6 +45,11 @@ class Part:
         """How many sequences there are."""
         return len(self.states[DELTA_STATE])
 
+    def of(self, packed: Tensor) -> Tensor:
+        """The part's rows of `packed` [1, T, ...], as a view [sequences, tokens of each, ...]."""
+        own = packed[:, self.first : self.stop]
+        return own.transpose(0, 1) if self.sequences > 1 else own
+
 
 class PackedCache:
     """What the own code takes for transformers' `Cache`: the states are the functions' business."""
@@ -154,29 +159,23 @@ class PackedDeltaNet:
         out = torch.empty_like(value, memory_format=torch.contiguous_format)
         for part in self._parts:
             state = part.states[DELTA_STATE]
-            several = part.sequences > 1
-
-            def cut(rows: Tensor, part: Part = part, several: bool = several) -> Tensor:
-                own = rows[:, part.first : part.stop]
-                return own.transpose(0, 1) if several else own
-
             if part.begins:
                 state.zero_()
-            heads = cut(query), cut(key), cut(value)
+            heads = part.of(query), part.of(key), part.of(value)
             made = self._operators.delta_rule_(
-                heads, cut(g), cut(beta), state, normalised=use_qk_l2norm_in_kernel
+                heads, part.of(g), part.of(beta), state, normalised=use_qk_l2norm_in_kernel
             )
             if made is None:
                 made, last = self._own_rule(
                     *heads,
-                    g=cut(g),
-                    beta=cut(beta),
+                    g=part.of(g),
+                    beta=part.of(beta),
                     initial_state=state,
                     output_final_state=True,
                     use_qk_l2norm_in_kernel=use_qk_l2norm_in_kernel,
                 )
                 state.copy_(last)
-            out[:, part.first : part.stop] = made.transpose(0, 1) if several else made
+            part.of(out).copy_(made)
         return out, None
 
 

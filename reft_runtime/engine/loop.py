@@ -19,8 +19,8 @@ from reft_runtime.engine.settle import OUT_OF_MEMORY
 from reft_runtime.errors import Draining, EngineDead, InvalidRequest
 from reft_runtime.machine.contention import StepWatch
 from reft_runtime.machine.memory import CODE_ROOM, check_room
-from reft_runtime.outputs import EngineStats
 from reft_runtime.schedule.request import Request
+from reft_runtime.stats import EngineStats
 
 Sink = Callable[[list[Event]], None]
 """Receives a step's events of all requests submitted with it: one call, on the engine's thread."""

@@ -26,9 +26,10 @@ from reft_runtime.front.prompts import Prompt, PromptWriter, field_of, is_chat
 from reft_runtime.front.resolver import Resolver, Versions, applied
 from reft_runtime.front.thoughts import behind, marked, thinking
 from reft_runtime.grammar import GrammarCompiler
-from reft_runtime.outputs import EngineInfo, Tracing
+from reft_runtime.outputs import Tracing
 from reft_runtime.sampling import Grammar, SamplingParams
 from reft_runtime.schedule.request import AppliedIntervention, Request
+from reft_runtime.stats import EngineInfo
 from reft_runtime.use import Use
 
 if TYPE_CHECKING:

@@ -33,16 +33,10 @@ from reft_runtime.interventions.registry.holding import Holding
 from reft_runtime.interventions.registry.registry import MEMORY_BYTES, check_folders
 from reft_runtime.interventions.registry.store import STATE_BYTES
 from reft_runtime.machine.cores import releasing_workers, use_threads
-from reft_runtime.outputs import (
-    Classification,
-    Comparison,
-    Comparisons,
-    EngineStats,
-    Generation,
-    Tracing,
-)
+from reft_runtime.outputs import Classification, Comparison, Comparisons, Generation, Tracing
 from reft_runtime.parallel.launch import Launcher
 from reft_runtime.sampling import SamplingParams
+from reft_runtime.stats import EngineStats
 from reft_runtime.use import Use
 
 WATCH_SECONDS = 2.0

@@ -72,10 +72,10 @@ class LabelTokens:
         labels have the same tokens, if one has none, or if one begins another and no token ends the
         model's answers.
         """
-        return self._made(labels, tuple(prompt[-_TAIL:]), prefix, chat)
+        return self._made(labels, tuple(prompt[-_TAIL:]), prefix, chat=chat)
 
     def _make(
-        self, labels: tuple[str, ...], tail: tuple[int, ...], prefix: str, chat: bool
+        self, labels: tuple[str, ...], tail: tuple[int, ...], prefix: str, *, chat: bool
     ) -> LabelTree:
         before = self._tokenizer.decode(tail, skip_special_tokens=False)
         texts = [label.strip() for label in labels]

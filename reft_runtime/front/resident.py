@@ -17,9 +17,9 @@ from reft_runtime.engine.sizing import Limits, config_for
 from reft_runtime.interventions.format.manifest import BaseShape
 from reft_runtime.loading.base import load_base
 from reft_runtime.machine.dtypes import name_of
-from reft_runtime.outputs import EngineInfo
 from reft_runtime.parallel.launch import Launcher
 from reft_runtime.parallel.ranks import Ranks
+from reft_runtime.stats import EngineInfo
 from reft_runtime.text import Tokenizer
 
 

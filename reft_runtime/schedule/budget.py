@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from reft_runtime.outputs import PrefixCacheStats
 from reft_runtime.schedule.blocks import BLOCK_TOKENS, blocks_for
 from reft_runtime.schedule.prefix_cache import PrefixCache
 from reft_runtime.schedule.sequence import Sequence
 from reft_runtime.schedule.snapshots import Snapshots
+from reft_runtime.stats import PrefixCacheStats
 
 
 class BlockBudget:

@@ -10,10 +10,10 @@ from collections import OrderedDict
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
 
-from reft_runtime.outputs import PrefixCacheStats
 from reft_runtime.schedule.block_keys import BlockKeys
 from reft_runtime.schedule.blocks import BLOCK_TOKENS
 from reft_runtime.schedule.sequence import Sequence
+from reft_runtime.stats import PrefixCacheStats
 
 
 @dataclass(frozen=True, slots=True)

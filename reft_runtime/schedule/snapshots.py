@@ -11,9 +11,9 @@ from collections import OrderedDict
 from collections.abc import Collection
 from collections.abc import Sequence as SequenceOf
 
-from reft_runtime.outputs import SnapshotStats
 from reft_runtime.schedule.blocks import BLOCK_TOKENS
 from reft_runtime.schedule.sequence import Sequence
+from reft_runtime.stats import SnapshotStats
 
 
 class Snapshots:

@@ -57,7 +57,7 @@ def states_of(
             if not rows:
                 place = "two tokens or more" if where is None else f"tokens at {where}"
                 raise ConfigError(f"{what}: there is no text of {place}.", param=what)
-            found.append(_means(base, layers, rows, what, progress))
+            found.append(_means(base, layers, rows, what, progress=progress))
         return shape_of(name, loaded), found
     finally:
         loaded.give_back()
@@ -81,6 +81,7 @@ def _means(
     layers: Sequence[int],
     texts: list[tuple[list[int], list[int]]],
     what: str,
+    *,
     progress: bool,
 ) -> Tensor:
     """The means [texts, layers, d] of texts, each its ids and the tokens that are read."""

@@ -24,7 +24,7 @@ def pin(
 
     A pin belongs to the name: it stays when the intervention is replaced.
     """
-    _each(Server(url, api_key).pin, names, "pinned", as_json)
+    _each(Server(url, api_key).pin, names, "pinned", as_json=as_json)
 
 
 @app.command()
@@ -32,7 +32,7 @@ def unpin(
     names: Names, url: Url = LOCAL_URL, api_key: ApiKey = None, as_json: AsJson = False
 ) -> None:
     """Let pinned interventions make room for others again."""
-    _each(Server(url, api_key).unpin, names, "not pinned", as_json)
+    _each(Server(url, api_key).unpin, names, "not pinned", as_json=as_json)
 
 
 @app.command()
@@ -43,10 +43,10 @@ def warm(
 
     No request then has to wait for that.
     """
-    _each(Server(url, api_key).warm, names, "in memory", as_json)
+    _each(Server(url, api_key).warm, names, "in memory", as_json=as_json)
 
 
-def _each(change: Callable[[str], Body], names: list[str], done: str, as_json: bool) -> None:
+def _each(change: Callable[[str], Body], names: list[str], done: str, *, as_json: bool) -> None:
     """Change one name after the other, and say so at once; the first that is refused ends it."""
     entries = []
     for name in dict.fromkeys(names):

@@ -6,18 +6,13 @@ import logging
 import os
 import re
 import secrets
-import signal
 import socket
-import threading
 import time
 import urllib.request
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from types import FrameType
 from typing import Any
-
-import psutil
 
 from reft_runtime.base.model_files import check_files
 from reft_runtime.errors import ConfigError, EngineDead
@@ -25,6 +20,7 @@ from reft_runtime.interventions.registry.sources import Folder
 from reft_runtime.interventions.registry.urls import is_url, local_folder
 from server.banner import address_of
 from server.cluster.config import ClusterConfig, check_room, read_config
+from server.cluster.signals import Ended, Signals
 from server.lifecycle import check_exposure, listen
 from server.tenants.keys import Keys
 
@@ -87,8 +83,8 @@ def run(path: Path) -> int:
             "Each replica counts quotas for itself, so a tenant gets them once from each;"
             " settings.quota_url counts them together"
         )
-    signals = _Signals()
-    with ExitStack() as held, suppress(_Ended):  # until Ray is gone
+    signals = Signals()
+    with ExitStack() as held, suppress(Ended):  # until Ray is gone
         held.enter_context(_held(bound, port))
         with signals.ending():
             cluster = _Cluster(config, port, held, signals)
@@ -105,7 +101,7 @@ def run(path: Path) -> int:
 
 
 def _update(
-    cluster: _Cluster, path: Path, signals: _Signals, served: ClusterConfig
+    cluster: _Cluster, path: Path, signals: Signals, served: ClusterConfig
 ) -> ClusterConfig:
     """Make the cluster as the file now says, or again as `served`; return what it is then."""
     try:
@@ -131,7 +127,7 @@ def _of_a_start(config: ClusterConfig) -> tuple[object, ...]:
     return config.settings.host, config.settings.port, config.ray
 
 
-def _restore(cluster: _Cluster, signals: _Signals, served: ClusterConfig) -> None:
+def _restore(cluster: _Cluster, signals: Signals, served: ClusterConfig) -> None:
     """Deploy what was served: Ray Serve has ended a replica to make room for one that failed."""
     try:
         with signals.ending():
@@ -158,70 +154,14 @@ def _key(name: str) -> str:
     return f"settings.{name}"
 
 
-class _Ended(Exception):
-    """A signal has ended what was under way."""
-
-
-class _Signals:
-    """SIGINT and SIGTERM, which end the cluster, and SIGHUP, which updates it."""
-
-    def __init__(self) -> None:
-        self._news = threading.Event()
-        self.ended = self._again = self._ending = False
-        self.install()
-
-    def install(self) -> None:
-        """Take the signals, from Ray too, which ends the process at a SIGTERM."""
-        for sig in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            signal.signal(sig, self._handle)
-
-    @contextmanager
-    def ending(self) -> Iterator[None]:
-        """A block that SIGINT and SIGTERM end, by `_Ended`, as it waits for Ray by itself."""
-        self._ending = True
-        try:
-            if self.ended:
-                raise _Ended
-            yield
-        except Exception:
-            if self.ended:  # code in C that was under way has made another error of `_Ended`
-                raise _Ended from None
-            raise
-        finally:
-            self._ending = False
-
-    def wait(self) -> bool:
-        """Wait for a signal: True for an update, False for the end."""
-        while not (self.ended or self._again):
-            self._news.wait(1)
-            self._news.clear()
-        self._again = False
-        return not self.ended
-
-    def _handle(self, sig: int, frame: FrameType | None) -> None:
-        if sig == signal.SIGHUP:
-            self._again = True
-        elif self.ended:
-            _kill_descendants()
-            os._exit(128 + sig)
-        else:
-            logger.info("%s: the cluster ends", signal.Signals(sig).name)
-            self.ended = True
-            if self._ending:
-                raise _Ended
-        self._news.set()
-
-
 class _Cluster:
     """Ray, which is started on this machine or connected to, and the application on it.
 
-    `held` gets the sockets that keep ports for it. Raises `ConfigError`, and `_Ended`, which leaves
+    `held` gets the sockets that keep ports for it. Raises `ConfigError`, and `Ended`, which leaves
     nothing: what was started ends with this process.
     """
 
-    def __init__(
-        self, config: ClusterConfig, port: int, held: ExitStack, signals: _Signals
-    ) -> None:
+    def __init__(self, config: ClusterConfig, port: int, held: ExitStack, signals: Signals) -> None:
         self._own = config.ray is None
         self._drain_seconds = config.settings.drain_seconds
         for name, value in (LOG_VARIABLES | (VARIABLES if self._own else {})).items():
@@ -251,7 +191,7 @@ class _Cluster:
         except (ConnectionError, OSError, RuntimeError, ValueError) as error:
             raise ConfigError(f"ray: there is no Ray to use at {config.ray}: {error}") from None
         except SystemExit:
-            raise _Ended from None
+            raise Ended from None
         signals.install()
         with self._telling("Ray Serve does not start"):
             serve.start(
@@ -345,13 +285,6 @@ def last_error(text: str) -> str | None:
     """The error of this server with which a text of tracebacks ends; None if there is none."""
     found = re.findall(r"^reft_runtime\.errors\.\w+: (.+)$", text, re.MULTILINE)
     return found[-1] if found else None
-
-
-def _kill_descendants() -> None:
-    """End Ray's processes at once: its proxy would outlive them, and keep the port."""
-    for process in psutil.Process().children(recursive=True):  # parents before their children
-        with suppress(psutil.NoSuchProcess):
-            process.kill()
 
 
 def _held(host: str, port: int) -> socket.socket:

@@ -93,7 +93,9 @@ class CompletionWriter(ChoiceWriter):
             "finish_reason": finish_reason,
         }
         if self._body.logprobs is not None:
-            written["logprobs"] = self._logprobs(run, index, echoed, first, tokens, logprobs)
+            written["logprobs"] = self._logprobs(
+                run, index, tokens, logprobs, echoed=echoed, first=first
+            )
         if self._body.return_token_ids:
             written["token_ids"] = tokens
             written["prompt_token_ids"] = run.prompt(index) if first else None
@@ -103,10 +105,11 @@ class CompletionWriter(ChoiceWriter):
         self,
         run: Run,
         index: int,
-        echoed: str,
-        first: bool,
         tokens: list[int],
         logprobs: list[TokenLogprob],
+        *,
+        echoed: str,
+        first: bool,
     ) -> CompletionLogprobs:
         from reft_runtime.text import TextOffsets  # loads torch: only when needed
 

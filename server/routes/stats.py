@@ -7,7 +7,7 @@ import time
 from fastapi import APIRouter
 from fastapi.responses import Response
 
-from reft_runtime.outputs import PrefixCacheStats
+from reft_runtime.stats import PrefixCacheStats
 from reft_runtime.version import VERSION
 from server.context import Context, Current
 from server.openapi import answers

@@ -49,12 +49,12 @@ class Tagged:
 
     def parsed(self, text: str, functions: Functions, *, exact: bool) -> list[Call]:
         """The calls that `text` is; none if it is anything else."""
-        patterns = _patterns(self, exact)
+        patterns = _patterns(self, exact=exact)
         calls: list[Call] = []
         at = 0
         while head := patterns.head.match(text, at):
             arguments, at = self._arguments(
-                text, head.end(), functions.get(head["name"], {}), exact
+                text, head.end(), functions.get(head["name"], {}), exact=exact
             )
             foot = patterns.foot.match(text, at)
             if foot is None:
@@ -64,10 +64,10 @@ class Tagged:
         return calls if not text[at:].strip() else []
 
     def _arguments(
-        self, text: str, at: int, root: Schema, exact: bool
+        self, text: str, at: int, root: Schema, *, exact: bool
     ) -> tuple[dict[str, str], int]:
         """The arguments from `at` on, each as JSON, and where they end."""
-        patterns = _patterns(self, exact)
+        patterns = _patterns(self, exact=exact)
         schemas, others = properties_of(root), root.get("additionalProperties")
         other = others if isinstance(others, Mapping) else {}
         arguments = dict[str, str]()
@@ -154,7 +154,7 @@ class _Patterns:
 
 
 @cache
-def _patterns(syntax: Tagged, exact: bool) -> _Patterns:
+def _patterns(syntax: Tagged, *, exact: bool) -> _Patterns:
     """How calls are read: with `exact` just as they are written."""
     before, behind = syntax.head.strip().split("{}")
     head = rf"\s*{re.escape(before)}(?P<name>{NAME}){re.escape(behind)}"

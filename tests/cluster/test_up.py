@@ -18,6 +18,7 @@ import pytest
 from reft_runtime.errors import ConfigError, EngineDead
 from server.cluster import up
 from server.cluster.config import ClusterConfig, parse_config
+from server.cluster.signals import Ended, Signals
 
 
 @pytest.fixture(autouse=True)
@@ -75,16 +76,16 @@ def _as_code_in_c(function: Callable[[], object]) -> None:
 def test_a_signal_ends_what_is_under_way() -> None:
     before = {sig: signal.getsignal(sig) for sig in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     try:
-        signals = up._Signals()
+        signals = Signals()
         with signals.ending():
             signal.raise_signal(signal.SIGHUP)  # an update waits until this is done
         assert signals.wait()
-        with pytest.raises(up._Ended), signals.ending():
+        with pytest.raises(Ended), signals.ending():
             signal.raise_signal(signal.SIGTERM)
-        with pytest.raises(up._Ended), signals.ending():
+        with pytest.raises(Ended), signals.ending():
             pytest.fail("it has ended")
         signals.ended = False
-        with pytest.raises(up._Ended), signals.ending():
+        with pytest.raises(Ended), signals.ending():
             _as_code_in_c(partial(signal.raise_signal, signal.SIGTERM))
         assert not signals.wait()
     finally:
@@ -194,9 +195,9 @@ def test_an_address_that_cannot_be(tmp_path: Path, settings: str, told: str) -> 
 
 SIGNALLED_TWICE = """
 import os, signal, subprocess, sys
-from server.cluster.up import _Signals
+from server.cluster.signals import Signals
 
-_Signals()
+Signals()
 inner = '''
 import subprocess
 child = subprocess.Popen(["sleep", "600"])

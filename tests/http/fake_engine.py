@@ -30,19 +30,11 @@ from reft_runtime.errors import (
 from reft_runtime.front.admission import Admission
 from reft_runtime.front.prepared import Prepared
 from reft_runtime.grammar import GrammarCompiler
-from reft_runtime.outputs import (
-    ChoiceDelta,
-    EngineInfo,
-    EngineStats,
-    FinishReason,
-    PrefixCacheStats,
-    SnapshotStats,
-    TokenLogprob,
-    Trace,
-)
+from reft_runtime.outputs import ChoiceDelta, FinishReason, TokenLogprob, Trace
 from reft_runtime.reasoning import Channels, Marks, Thinking
 from reft_runtime.sampling import Grammar
 from reft_runtime.schedule.request import Request
+from reft_runtime.stats import EngineInfo, EngineStats, PrefixCacheStats, SnapshotStats
 
 if TYPE_CHECKING:
     from reft_runtime.interventions import Registry

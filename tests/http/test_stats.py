@@ -9,7 +9,7 @@ from typing import Any
 import httpx
 import pytest
 
-from reft_runtime.outputs import EngineStats
+from reft_runtime.stats import EngineStats
 from server.recent import DURATIONS_SECONDS, RATES_SECONDS, Durations, Rates
 from tests.http.conftest import completion
 from tests.http.fake_engine import FakeEngine

@@ -150,7 +150,7 @@ def _build(
     template: str | None,
 ) -> Intervention:
     edits = []
-    where = _positions(unrecorded, len(kinds), checkpoint.ordered)
+    where = _positions(unrecorded, len(kinds), ordered=checkpoint.ordered)
     for stored, kind, act, positions in zip(
         checkpoint.interventions, kinds, acts, where, strict=True
     ):
@@ -180,7 +180,7 @@ def _build(
     return Intervention.build(base, edits, template=template, training={"source": "pyreft"})
 
 
-def _positions(unrecorded: Unrecorded, count: int, ordered: bool) -> list[str]:
+def _positions(unrecorded: Unrecorded, count: int, *, ordered: bool) -> list[str]:
     """Positions of each of `count` interventions, assigned as pyreft's data sets do."""
     text = unrecorded.positions
     if text is None:

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
 from typing import BinaryIO
 
 from reft_runtime.caller import everything
-from reft_runtime.errors import InvalidFile, InvalidRequest, NotFound, Unavailable
-from reft_runtime.interventions.format.file import too_large
+from reft_runtime.errors import InvalidRequest, NotFound, Unavailable
 from reft_runtime.interventions.format.identity import MAX_FILE_BYTES
 from reft_runtime.interventions.format.manifest import BaseShape
-from reft_runtime.interventions.format.recognise import HEAD_BYTES
 from reft_runtime.interventions.registry import listing
 from reft_runtime.interventions.registry.catalog import Catalog
 from reft_runtime.interventions.registry.entry import (
@@ -31,7 +28,7 @@ from reft_runtime.interventions.registry.paging import DEFAULT_PAGE, Sort
 from reft_runtime.interventions.registry.readers import Readers
 from reft_runtime.interventions.registry.remote.place import Place
 from reft_runtime.interventions.registry.remote.poller import Poller
-from reft_runtime.interventions.registry.sources import Folder, locate
+from reft_runtime.interventions.registry.sources import Folder
 from reft_runtime.interventions.registry.state import check_state, open_state
 from reft_runtime.interventions.registry.store import STATE_BYTES
 from reft_runtime.interventions.registry.turns import Turns
@@ -41,7 +38,6 @@ from reft_runtime.interventions.registry.urls import is_url, local_folder
 from reft_runtime.interventions.registry.verifier import Verifier
 from reft_runtime.interventions.registry.version import Origin, Version
 from reft_runtime.interventions.registry.watcher import Between, Rest, Watcher
-from reft_runtime.machine.cores import releasing_workers
 from reft_runtime.machine.garbage import without_collections
 
 MEMORY_BYTES = 1 << 30
@@ -108,7 +104,7 @@ class Registry:
         self.shares_state = state_dir is not None and (shared_state or is_url(state_dir))
         """Whether other servers may have the same state."""
         self._state = UploadState(self._catalog, self._verifier, store, state_bytes)
-        self._uploads = Uploads(self._catalog, self._folders, self._state)
+        self._uploads = Uploads(self._catalog, self._folders, self._verifier, self._state)
         with without_collections():
             self._state.restore()
             self.scan()
@@ -307,7 +303,7 @@ class Registry:
 
         Raises `Unavailable` or `StoreFull` if there is no place for one.
         """
-        return self._state.incoming(self._verifier.max_file_bytes)
+        return self._uploads.incoming()
 
     def put(
         self,
@@ -328,11 +324,7 @@ class Registry:
         same name; a pinned name stays pinned. `share` is the part of the memory that the listing of
         uploads and pinned tensors may take together.
         """
-        self._verifier.check_name(name)
-        if isinstance(data, bytes):
-            with self._written(data) as file:
-                return self._put(name, file, sha256, expected, share)
-        return self._put(name, data, sha256, expected, share)
+        return self._uploads.put(name, data, sha256, expected, share)
 
     def load(self, name: str, path: str, *, replace: bool = False) -> Change:
         """Load a file inside the sources under a name, as it is now and until the process ends.
@@ -341,18 +333,7 @@ class Registry:
         to a source. Raises `InvalidRequest` for a path that leads outside, and for a name that is
         taken unless `replace`; `NotFound` for a missing file; and what `put` raises.
         """
-        self._verifier.check_name(name)
-        try:
-            data = locate(path, self._folders.sources).read(self._verifier.max_file_bytes)
-        except FileNotFoundError as error:
-            raise NotFound(f"The file cannot be read: {error.strerror}.", param="path") from error
-        except OSError as error:
-            raise Unavailable(
-                f"The file cannot be read: {error.strerror}.", param="path"
-            ) from error
-        version = self.verified(name, data, "loaded")
-        with self._written(data) as kept:
-            return self._uploads.load(version, kept, replace=replace)
+        return self._uploads.load(name, path, replace=replace)
 
     def open(self, ref: str) -> tuple[Version, BinaryIO]:
         """The version that `ref` stands for now, and its verified file; the caller closes the file.
@@ -437,47 +418,18 @@ class Registry:
         Raises `NotFound`, `Overloaded` if tensors in use fill the memory, and what `Version.edits`
         raises.
         """
-        version = self._uploads.current(name)
-        self._catalog.check_room(version, pinned=False)
-        self._catalog.read(version)
-        return self.entry(name)
+        return self._uploads.warm(name)
 
     def waiting(self) -> int:
         """How many requests wait for memory for their interventions."""
         return self._turns.waiting()
 
-    @releasing_workers
     def verified(self, name: str, data: bytes, origin: Origin = "loaded") -> Version:
         """A version made of a whole file, which no name stands for and a `Use` may hold.
 
         `name` is what the version is called. Raises `InvalidFile` and `WrongBaseModel`.
         """
         return self._verifier.verified(name, data, origin)
-
-    @contextmanager
-    def _written(self, data: bytes) -> Iterator[Incoming]:
-        limit = self._verifier.max_file_bytes
-        if len(data) > limit:
-            raise too_large(len(data), limit, data[:HEAD_BYTES])
-        with self.incoming() as file:
-            file.write(data)
-            yield file
-
-    def _put(
-        self,
-        name: str,
-        file: Incoming,
-        sha256: str | None,
-        expected: Collection[str] | None,
-        share: float,
-    ) -> Change:
-        if sha256 is not None and file.sha256 != sha256.lower():
-            raise InvalidFile(
-                f"The file's SHA-256 is {file.sha256}, not the one that was sent with it; upload it"
-                " again."
-            )
-        version = self.verified(name, file.read(), "uploaded")
-        return self._uploads.put(version, file, expected, share)
 
     def _scan(self, rest: Rest, between: Between) -> None:
         self._folders.scan(rest, between)

@@ -3,15 +3,27 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 
-from reft_runtime.errors import Changed, InvalidRequest, NotFound, ReftError
+from reft_runtime.errors import (
+    Changed,
+    InvalidFile,
+    InvalidRequest,
+    NotFound,
+    ReftError,
+    Unavailable,
+)
+from reft_runtime.interventions.format.file import too_large
+from reft_runtime.interventions.format.recognise import HEAD_BYTES
 from reft_runtime.interventions.registry.catalog import Catalog
-from reft_runtime.interventions.registry.entry import Change
+from reft_runtime.interventions.registry.entry import Change, Entry
 from reft_runtime.interventions.registry.folders import Folders
 from reft_runtime.interventions.registry.incoming import Incoming
 from reft_runtime.interventions.registry.listing import entry, shown_entry
+from reft_runtime.interventions.registry.sources import locate
 from reft_runtime.interventions.registry.upload_state import UploadState
+from reft_runtime.interventions.registry.verifier import Verifier
 from reft_runtime.interventions.registry.version import Origin, Version
 
 HISTORY = 8
@@ -27,53 +39,55 @@ class Uploads:
     """The layers of a catalog that clients change, and the pins of its names.
 
     The last `HISTORY` uploaded versions of a name are kept in `state`, in the order in which they
-    were served last. `put`, `load`, `remove`, `rollback`, `pin` and `unpin` are documented in
-    `Registry`. The change that they return is told before the next one may begin.
+    were served last. Public methods are documented in `Registry`. The change that they return is
+    told before the next one may begin.
     """
 
-    def __init__(self, catalog: Catalog, folders: Folders, state: UploadState) -> None:
+    def __init__(
+        self, catalog: Catalog, folders: Folders, verifier: Verifier, state: UploadState
+    ) -> None:
         self._catalog = catalog
         self._folders = folders
+        self._verifier = verifier
         self._state = state
 
-    def put(
-        self, version: Version, file: Incoming, expected: Collection[str] | None, share: float
-    ) -> Change:
-        """Let the version's name stand for it; `file` is its file."""
-        name = version.name
-        with self._state.changing_name(name):
-            shown = self._expect(name, expected)
-            before = self._catalog.history(name)
-            kept = [old for old in before if old.digest != version.digest][: HISTORY - 1]
-            self._admit(version, leaving=set(before) - set(kept), share=share)
-            self._state.keep(version, file, kept)
-            self._catalog.place_upload([version, *kept])
-            self._state.collect()
-            change = Change(_digest(shown), entry(self._catalog, name))
-        _log.info("%s %r", "replaced" if shown else "added", version)
-        _tell_hidden(shown, version)
-        return change
+    def incoming(self) -> Incoming:
+        """A temporary file for an upload."""
+        return self._state.incoming(self._verifier.max_file_bytes)
 
-    def load(self, version: Version, file: Incoming, *, replace: bool) -> Change:
-        """Let the version's name stand for it until the process ends; `file` is its file."""
-        name = version.name
-        with self._state.changing():
-            shown = self._catalog.current(name)
-            if not replace and shown is not None:
-                raise InvalidRequest(
-                    f"The intervention `{name}` is loaded already; ask to replace it, or unload it"
-                    " first.",
-                    param="name",
+    def put(
+        self,
+        name: str,
+        data: bytes | Incoming,
+        sha256: str | None,
+        expected: Collection[str] | None,
+        share: float,
+    ) -> Change:
+        """Upload a file under a name."""
+        self._verifier.check_name(name)
+        with self._written(data) if isinstance(data, bytes) else nullcontext(data) as file:
+            if sha256 is not None and file.sha256 != sha256.lower():
+                raise InvalidFile(
+                    f"The file's SHA-256 is {file.sha256}, not the one that was sent with it;"
+                    " upload it again."
                 )
-            before = self._catalog.layer(name, "loaded")
-            self._admit(version, leaving=set() if before is None else {before}, share=1.0)
-            self._state.keep_for_now(version, file)
-            self._catalog.place(version)
-            self._state.collect()
-            change = Change(_digest(shown), entry(self._catalog, name))
-        _log.info("loaded %r", version)
-        _tell_hidden(shown, version)
-        return change
+            version = self._verifier.verified(name, file.read(), "uploaded")
+            return self._put(version, file, expected, share)
+
+    def load(self, name: str, path: str, *, replace: bool) -> Change:
+        """Load a file inside the sources under a name until the process ends."""
+        self._verifier.check_name(name)
+        try:
+            data = locate(path, self._folders.sources).read(self._verifier.max_file_bytes)
+        except FileNotFoundError as error:
+            raise NotFound(f"The file cannot be read: {error.strerror}.", param="path") from error
+        except OSError as error:
+            raise Unavailable(
+                f"The file cannot be read: {error.strerror}.", param="path"
+            ) from error
+        version = self._verifier.verified(name, data, "loaded")
+        with self._written(data) as kept:
+            return self._load(version, kept, replace=replace)
 
     def remove(self, name: str, expected: Collection[str] | None, *, uploads_only: bool) -> Change:
         """Remove what a name stands for."""
@@ -128,7 +142,7 @@ class Uploads:
     def pin(self, name: str, share: float) -> Change:
         """Read the tensors of what a name stands for, and keep them in memory."""
         with self._state.changing_name(name):
-            version = self.current(name)
+            version = self._current(name)
             self._catalog.check_room(version, pinned=True, share=share)
             version.edits()
             self._state.point(name, self._catalog.history(name), pinned=True)
@@ -141,12 +155,19 @@ class Uploads:
     def unpin(self, name: str) -> Change:
         """Let the tensors of a name be evicted again."""
         with self._state.changing_name(name):
-            version = self.current(name)
+            version = self._current(name)
             if self._catalog.pinned(name):
                 self._state.point(name, self._catalog.history(name), pinned=False)
                 self._catalog.pin(name, pinned=False)
                 _log.info("unpinned %r", version)
             return Change(version.digest, entry(self._catalog, name))
+
+    def warm(self, name: str) -> Entry:
+        """Read the tensors of what a name stands for, as a first use would."""
+        version = self._current(name)
+        self._catalog.check_room(version, pinned=False)
+        self._catalog.read(version)
+        return entry(self._catalog, name)
 
     def read_pinned(self) -> None:
         """Read the tensors of pinned names that are not in memory, such as after a start."""
@@ -159,7 +180,55 @@ class Uploads:
             except ReftError as error:
                 _log.warning("the pinned %s is not in memory: %s", name, error.message)
 
-    def current(self, name: str) -> Version:
+    @contextmanager
+    def _written(self, data: bytes) -> Iterator[Incoming]:
+        limit = self._verifier.max_file_bytes
+        if len(data) > limit:
+            raise too_large(len(data), limit, data[:HEAD_BYTES])
+        with self.incoming() as file:
+            file.write(data)
+            yield file
+
+    def _put(
+        self, version: Version, file: Incoming, expected: Collection[str] | None, share: float
+    ) -> Change:
+        """Let the version's name stand for it; `file` is its file."""
+        name = version.name
+        with self._state.changing_name(name):
+            shown = self._expect(name, expected)
+            before = self._catalog.history(name)
+            kept = [old for old in before if old.digest != version.digest][: HISTORY - 1]
+            self._admit(version, leaving=set(before) - set(kept), share=share)
+            self._state.keep(version, file, kept)
+            self._catalog.place_upload([version, *kept])
+            self._state.collect()
+            change = Change(_digest(shown), entry(self._catalog, name))
+        _log.info("%s %r", "replaced" if shown else "added", version)
+        _tell_hidden(shown, version)
+        return change
+
+    def _load(self, version: Version, file: Incoming, *, replace: bool) -> Change:
+        """Let the version's name stand for it until the process ends; `file` is its file."""
+        name = version.name
+        with self._state.changing():
+            shown = self._catalog.current(name)
+            if not replace and shown is not None:
+                raise InvalidRequest(
+                    f"The intervention `{name}` is loaded already; ask to replace it, or unload it"
+                    " first.",
+                    param="name",
+                )
+            before = self._catalog.layer(name, "loaded")
+            self._admit(version, leaving=set() if before is None else {before}, share=1.0)
+            self._state.keep_for_now(version, file)
+            self._catalog.place(version)
+            self._state.collect()
+            change = Change(_digest(shown), entry(self._catalog, name))
+        _log.info("loaded %r", version)
+        _tell_hidden(shown, version)
+        return change
+
+    def _current(self, name: str) -> Version:
         """What a name stands for at this moment. Raises `NotFound`."""
         self._folders.refresh(name)
         version = self._catalog.current(name)

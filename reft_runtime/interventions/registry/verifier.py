@@ -10,6 +10,7 @@ from reft_runtime.interventions.format.header import header_of
 from reft_runtime.interventions.format.manifest import BaseShape, Manifest, check_base
 from reft_runtime.interventions.registry.sources import NAME, NAME_RULE, File
 from reft_runtime.interventions.registry.version import Origin, Version
+from reft_runtime.machine.cores import releasing_workers
 
 
 class Verifier:
@@ -39,6 +40,7 @@ class Verifier:
                 f"The name `{name}` is the base model's own id; choose another.", param="name"
             )
 
+    @releasing_workers
     def verified(self, name: str, data: bytes, origin: Origin) -> Version:
         """A version made of a whole file, its tensors read. See `Registry.verified`."""
         header = header_of(data)
