@@ -76,6 +76,7 @@ def import_(
     template: Annotated[
         str | None, typer.Option(help="chat, or a text with {prompt}: how a chat becomes a prompt.")
     ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace a file that is there.")] = False,
 ) -> None:
     """Turn other libraries' edits, vectors, or a feature of an SAE, into an intervention file.
 
@@ -88,6 +89,10 @@ def import_(
     from reft_runtime.interventions.format.words import in_words
 
     target = _target(out, source, name)
+    if os.path.exists(target) and os.path.exists(source) and os.path.samefile(target, source):
+        raise ConfigError(f"out: {target} is the source itself; give another name.", param="out")
+    if not force and os.path.lexists(target):
+        raise ConfigError(f"out: {target} is there already; --force replaces it.", param="out")
     imported = import_foreign(
         source,
         base=read_base(base)[0],
@@ -103,8 +108,6 @@ def import_(
         kind=kind,
         template=template,
     )
-    if os.path.exists(target) and os.path.exists(source) and os.path.samefile(target, source):
-        raise ConfigError(f"out: {target} is the source itself; give another name.", param="out")
     write_file(target, imported)
     count = len(imported.manifest.edits)
     edits = "1 edit" if count == 1 else f"{count} edits"

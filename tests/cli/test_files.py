@@ -161,7 +161,7 @@ def test_a_control_vector_is_imported_and_exported(base: Path, tmp_path: Path) -
     )
     for option in (("--act", "relu"), ("--untied",), ("--suffix-offset", "1")):
         with pytest.raises(ConfigError, match=": a control vector has none; leave it out"):
-            run("import", vector, *options, *option)
+            run("import", vector, *options, *option, "--force")
     with pytest.raises(InvalidFile, match=r"but a control vector; `reft import` makes"):
         run("inspect", vector)
     with pytest.raises(ConfigError, match=r"^to: .* cannot be written: No such file"):
@@ -177,6 +177,13 @@ def test_a_plain_vector_is_imported(base: Path, checkpoint: Path, tmp_path: Path
     [edit] = made.manifest.edits
     assert (edit.layer, str(edit.positions)) == (2, "l1")
     assert made.tensors["edits.0.v"].equal(torch.ones(16))
+    with pytest.raises(ConfigError, match=r"^out: .*diff\.safetensors is there already; --force"):
+        run("import", vector, *options, "--layer", "3")
+    assert parse((tmp_path / "mean.diff.safetensors").read_bytes()).manifest == made.manifest
+    run("import", vector, *options, "--layer", "3", "--force")
+    made = parse((tmp_path / "mean.diff.safetensors").read_bytes())
+    assert made.manifest.edits[0].layer == 3
+    (tmp_path / "mean.diff.safetensors").unlink()
     with pytest.raises(ConfigError, match="act: a vector has none; leave it out"):
         run("import", vector, *options, "--layer", "2", "--act", "relu")
     with pytest.raises(ConfigError, match="layer: a checkpoint of pyreft has none; leave it out"):

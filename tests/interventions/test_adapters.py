@@ -254,6 +254,21 @@ def test_what_is_no_sound_adapter(name: str, case: str, tmp_path: Path) -> None:
         import_foreign(folder, base=BASE)
 
 
+def to(dtype: torch.dtype) -> Change:
+    return lambda config, tensors: tensors.update({k: v.to(dtype) for k, v in tensors.items()})
+
+
+@pytest.mark.parametrize("name", ["loreft_untied", "ia3"])
+def test_floats_of_any_size_are_read(name: str, tmp_path: Path) -> None:
+    plain = import_foreign(FOLDERS / name, base=BASE)
+    wide = import_foreign(copied(name, tmp_path / "wide", to(torch.float64)), base=BASE)
+    for key, tensor in plain.tensors.items():
+        assert wide.tensors[key].dtype == torch.float32
+        torch.testing.assert_close(wide.tensors[key], tensor)
+    with pytest.raises(InvalidFile, match=r"safetensors: '.*' holds int32 numbers; save floats"):
+        import_foreign(copied(name, tmp_path / "whole", to(torch.int32)), base=BASE)
+
+
 def test_other_unsound_folders(tmp_path: Path) -> None:
     with pytest.raises(InvalidFile, match=r"LORA is a LoRA, which changes weights.*from-lora\.md"):
         import_foreign(FOLDERS / "lora" / "adapter_model.safetensors", base=BASE)

@@ -226,6 +226,14 @@ def test_what_is_not_recorded_must_be_given(
         import_pyreft(folder, base=BASE, **given)
 
 
+def test_float64_becomes_float32(tmp_path: Path) -> None:
+    theirs = module("loreft", dtype=torch.float64)
+    folder = save(tmp_path, [(1, "block_output")], [theirs])
+    edits = import_pyreft(folder, base=BASE, positions="l1", act="linear")
+    assert {tensor.dtype for tensor in edits.tensors.values()} == {torch.float32}
+    same(edits, [theirs.float()])
+
+
 def test_bfloat16_stays_bfloat16(tmp_path: Path) -> None:
     theirs = module("loreft", dtype=torch.bfloat16)
     folder = save(tmp_path, [(1, "block_output")], [theirs])

@@ -10,7 +10,7 @@ from transformers.activations import ACT2CLS
 from reft_runtime.errors import InvalidFile
 from reft_runtime.interventions import CanonicalEdit, Edit, Intervention
 from reft_runtime.interventions.pyreft.classes import Stored, kind_of, tensors_of
-from reft_runtime.interventions.pyreft.unpickle import with_plain_rotation
+from reft_runtime.interventions.pyreft.unpickle import plain_state
 from tests.helpers.canonical import apply
 from tests.helpers.pyreft import BASE, CLASSES, WIDTH, interventions, module, pyvene
 
@@ -21,7 +21,7 @@ H = torch.randn(5, 7, WIDTH, generator=torch.Generator().manual_seed(7))
 
 def ours(theirs: torch.nn.Module, act: str | None = None) -> CanonicalEdit:
     """What the import makes of a module of pyreft's."""
-    state = with_plain_rotation(theirs.state_dict())
+    state = plain_state(theirs.state_dict())
     stored = Stored("it", 1, "block_output", type(theirs).__name__, state)
     kind = kind_of(stored, None)
     edit = Edit(1, "l1", tensors_of(stored, kind, act), kind, act=act)

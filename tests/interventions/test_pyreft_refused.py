@@ -146,7 +146,7 @@ UNSOUND: dict[str, tuple[bytes, str]] = {
         loreft_with(rotate_layer=1.1 * LOREFT["rotate_layer"]),
         "R: columns are not orthonormal",
     ),
-    "float64": (loreft_with(weight=LOREFT["weight"].double()), "W: dtype float64"),
+    "numbers of int64": (loreft_with(weight=LOREFT["weight"].long()), "W: dtype int64"),
     "another tensor": (loreft_with(extra=torch.ones(1)), "extra: a loreft has no such tensor"),
     "parameters of an act": (
         saved({**LOREFT, "act_fn.weight": torch.ones(1)}),

@@ -14,7 +14,7 @@ from torch import Tensor
 from reft_runtime.errors import ConfigError, InvalidFile
 from reft_runtime.interventions.pyreft.checkpoint import read_json
 from reft_runtime.interventions.pyreft.states import read_states
-from reft_runtime.interventions.pyreft.unpickle import with_plain_rotation
+from reft_runtime.interventions.pyreft.unpickle import plain_state
 
 CONFIG = "adapter_config.json"
 """The file that both PEFT and AdapterHub's library put beside the weights."""
@@ -37,7 +37,7 @@ def read_config(path: Path) -> dict[str, Any]:
 
 
 def read_weights(path: Path, files: tuple[str, ...]) -> dict[str, Tensor]:
-    """The tensors of the first of `files` that is there, orthogonal ones plain.
+    """The tensors of the first of `files` that is there, orthogonal ones plain, in floats.
 
     Pickles are read by a process of their own. Raises `ConfigError` and `InvalidFile`.
     """
@@ -45,10 +45,17 @@ def read_weights(path: Path, files: tuple[str, ...]) -> dict[str, Tensor]:
     file = next((folder / name for name in files if (folder / name).is_file()), None)
     if file is None:
         raise ConfigError(f"{path}: has no {' or '.join(files)} beside {CONFIG}.", param="source")
-    if file.suffix != ".safetensors":
-        return read_states([file])[0]
+    weights = _of_safetensors(file) if file.suffix == ".safetensors" else read_states([file])[0]
+    for name, tensor in weights.items():
+        if not tensor.is_floating_point():
+            kind = str(tensor.dtype).removeprefix("torch.")
+            raise InvalidFile(f"{file}: {name[:200]!r} holds {kind} numbers; save floats.")
+    return weights
+
+
+def _of_safetensors(file: Path) -> dict[str, Tensor]:
     try:
-        return with_plain_rotation(safetensors.torch.load_file(file))
+        return plain_state(safetensors.torch.load_file(file))
     except (SafetensorError, OSError, ValueError) as error:
         raise InvalidFile(f"{file}: {str(error).splitlines()[0][:300]}.") from None
 

@@ -21,7 +21,7 @@ from reft_runtime.interventions.format.positions import Positions
 from reft_runtime.interventions.hub import fetched
 from reft_runtime.interventions.pyreft.checkpoint import Checkpoint, read_checkpoint
 from reft_runtime.interventions.pyreft.classes import Stored, kind_of, tensors_of
-from reft_runtime.interventions.pyreft.unpickle import with_plain_rotation
+from reft_runtime.interventions.pyreft.unpickle import plain_state
 from reft_runtime.machine.dtypes import name_of
 
 FILES = ("*config.json", "*args.json", "*intkey_*.bin")
@@ -129,7 +129,7 @@ def from_live(
                 " which cannot be served."
             )
         try:
-            state = with_plain_rotation(module.state_dict())
+            state = plain_state(module.state_dict())
         except ValueError as error:
             raise InvalidFile(f"{key}: {error}.") from None
         place = (representation.layer, representation.component)

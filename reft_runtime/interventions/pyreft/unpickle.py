@@ -122,7 +122,7 @@ def read_state(path: str | Path, part: Slice | None = None) -> dict[str, Tensor]
         size += own
         if own > MAX_TENSOR_BYTES or size > MAX_PICKLE_BYTES:
             raise ValueError(f"{key[:80]}: too large when unpacked")
-    plain = with_plain_rotation(state)
+    plain = plain_state(state)
     if sum(each.numel() * each.element_size() for each in plain.values()) > MAX_STATES_BYTES:
         raise ValueError(f"more than {MAX_STATES_BYTES} bytes of tensors")
     return {key: tensor.detach().clone().contiguous() for key, tensor in plain.items()}
@@ -150,11 +150,12 @@ def _vectors_of(fields: Mapping[str, Any]) -> dict[str, Any]:
     return {f"{kind}.{number}": vector for number, vector in vectors.items()}
 
 
-def with_plain_rotation(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def plain_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """A state dict with torch's orthogonal weights instead of the pairs that parametrise them.
 
     pyreft's R [d, r] is called `rotate_layer`, and the weight of any other module as if it were
-    plain. Raises `ValueError`, naming the tensor, for a pair that is not one.
+    plain. What is float64 is made float32, the widest that an intervention's file has. Raises
+    `ValueError`, naming the tensor, for a pair that is not one.
     """
     plain = dict(state)
     found = (key.removesuffix(end) for key in state for end in _PAIR if key.endswith(end))
@@ -178,7 +179,9 @@ def with_plain_rotation(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
             )
         Q = _rotation(X, base).to(base.dtype)
         plain[name] = Q.T.contiguous() if wide else Q
-    return plain
+    return {
+        name: each.float() if each.dtype == torch.float64 else each for name, each in plain.items()
+    }
 
 
 def _rotation(X: Tensor, base: Tensor) -> Tensor:
