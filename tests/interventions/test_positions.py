@@ -4,7 +4,7 @@ from itertools import pairwise
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from reft_runtime.errors import InvalidFile
@@ -74,6 +74,7 @@ def test_every_kind_of_position_in_any_chunks(
 
 
 @given(fields)
+@example({"slices": ((0, None), (0, None))})
 def test_the_text_says_it_all_but_the_offset(fields: dict[str, Any]) -> None:
     positions = Positions(**fields)
     back = Positions.parse(str(positions), positions.suffix_offset)

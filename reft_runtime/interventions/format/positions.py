@@ -106,7 +106,7 @@ class Positions:
         terms = [f"{side}{span}" for side, span in (("f", self.first), ("l", self.last)) if span]
         if self.listed:
             terms.append(f"[{','.join(map(str, self.listed))}]")
-        terms += [_written(pair) for pair in self.slices]
+        terms += [_written(pair) for pair in dict.fromkeys(self.slices)]
         if self.decode:
             terms.append("decode")
         return "+".join(terms)
