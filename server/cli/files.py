@@ -11,8 +11,8 @@ import typer
 
 from reft_runtime.display.text import aligned, printable
 from reft_runtime.errors import ConfigError
-from server.cli.local_files import naming, read_file
-from server.cli.options import AsJson
+from server.cli.local_files import check_free, naming, read_file
+from server.cli.options import AsJson, Force
 
 if TYPE_CHECKING:
     from reft_runtime.interventions import Intervention
@@ -76,7 +76,7 @@ def import_(
     template: Annotated[
         str | None, typer.Option(help="chat, or a text with {prompt}: how a chat becomes a prompt.")
     ] = None,
-    force: Annotated[bool, typer.Option("--force", help="Replace a file that is there.")] = False,
+    force: Force = False,
 ) -> None:
     """Turn other libraries' edits, vectors, or a feature of an SAE, into an intervention file.
 
@@ -91,8 +91,7 @@ def import_(
     target = _target(out, source, name)
     if os.path.exists(target) and os.path.exists(source) and os.path.samefile(target, source):
         raise ConfigError(f"out: {target} is the source itself; give another name.", param="out")
-    if not force and os.path.lexists(target):
-        raise ConfigError(f"out: {target} is there already; --force replaces it.", param="out")
+    check_free(target, force=force)
     imported = import_foreign(
         source,
         base=read_base(base)[0],

@@ -8,7 +8,14 @@ from contextlib import contextmanager, suppress
 from itertools import islice
 from pathlib import Path
 
-from reft_runtime.errors import MOST_COMPARED, InvalidFile, NotFound, WrongBaseModel, nearest
+from reft_runtime.errors import (
+    MOST_COMPARED,
+    ConfigError,
+    InvalidFile,
+    NotFound,
+    WrongBaseModel,
+    nearest,
+)
 from reft_runtime.interventions.format.identity import SUFFIX
 
 SHIPPED = Path("interventions")
@@ -35,6 +42,12 @@ def read_file(file: Path) -> bytes:
     from reft_runtime.interventions import read
 
     return read(os.path.realpath(file))  # pathlib raises no OSError for links in a circle
+
+
+def check_free(path: Path, *, force: bool) -> None:
+    """Raise `ConfigError` for a file to write that is there already, unless `force`."""
+    if not force and os.path.lexists(path):
+        raise ConfigError(f"out: {path} is there already; --force replaces it.", param="out")
 
 
 def _meant(file: Path) -> str:

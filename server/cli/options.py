@@ -128,6 +128,8 @@ LOCAL_SETTINGS = (
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
+Force = Annotated[bool, typer.Option("--force", help="Replace a file that is there.")]
+
 
 def with_settings(*names: str) -> Callable[[Command], Command]:
     """Give a command the options of these fields of `Settings`, or of all, as `**options`."""

@@ -20,8 +20,8 @@ from reft_runtime.interventions.format.identity import MAX_FILE_BYTES, SUFFIX
 from reft_runtime.machine.places import STANDARD_OUTPUT
 from reft_runtime.reaching import Unreachable
 from server.cli.console import error_console, print_json, size, warn_behind
-from server.cli.local_files import naming, read_file
-from server.cli.options import LOCAL_URL, ApiKey, AsJson, Url
+from server.cli.local_files import check_free, naming, read_file
+from server.cli.options import LOCAL_URL, ApiKey, AsJson, Force, Url
 from server.cli.tables import short
 
 app = typer.Typer()
@@ -90,7 +90,7 @@ def pull(
             show_default=False,
         ),
     ] = None,
-    force: Annotated[bool, typer.Option("--force", help="Replace a file that is there.")] = False,
+    force: Force = False,
     url: Url = LOCAL_URL,
     api_key: ApiKey = None,
     as_json: AsJson = False,
@@ -106,8 +106,7 @@ def pull(
             raise ConfigError("json: standard output has the file itself; leave out --json.")
         typer.echo(Server(url, api_key).download(reference)[0], nl=False)
         return
-    if not force and os.path.lexists(path):
-        raise ConfigError(f"out: {path} is there already; --force replaces it.", param="out")
+    check_free(path, force=force)
     data, digest = Server(url, api_key).download(reference)
     _write(path, data, force=force)
     if as_json:

@@ -12,6 +12,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from reft_runtime.errors import ConfigError, InvalidFile
+from reft_runtime.interventions.foreign.damage import check_floats
 from reft_runtime.interventions.pyreft.checkpoint import read_json
 from reft_runtime.interventions.pyreft.states import read_states
 from reft_runtime.interventions.pyreft.unpickle import plain_state
@@ -47,9 +48,7 @@ def read_weights(path: Path, files: tuple[str, ...]) -> dict[str, Tensor]:
         raise ConfigError(f"{path}: has no {' or '.join(files)} beside {CONFIG}.", param="source")
     weights = _of_safetensors(file) if file.suffix == ".safetensors" else read_states([file])[0]
     for name, tensor in weights.items():
-        if not tensor.is_floating_point():
-            kind = str(tensor.dtype).removeprefix("torch.")
-            raise InvalidFile(f"{file}: {name[:200]!r} holds {kind} numbers; save floats.")
+        check_floats(file, tensor, name)
     return weights
 
 

@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from reft_runtime.errors import ConfigError, InvalidFile
+from reft_runtime.interventions.foreign.damage import check_floats, not_numpy, not_safetensors
 from reft_runtime.interventions.foreign.steering import (
     PLAIN,
     Layers,
@@ -75,9 +76,7 @@ def import_vectors(
     check_there(path)
     found = _read(path)
     for name, tensor in found.items():
-        if not tensor.is_floating_point():
-            kind = str(tensor.dtype).removeprefix("torch.")
-            raise InvalidFile(f"{path}: holds {kind} numbers{_named(name)}; save floats.")
+        check_floats(path, tensor, "" if name == ALONE else name)
     module, by_number = (None, {}) if ALONE in found else _by_name(path, found)
     place = component or _component(path, module, base)
     width = width_of(place, base)
@@ -200,7 +199,7 @@ def _of_safetensors(path: Path) -> dict[str, Tensor]:
                 )
             tensors = {name: file.get_tensor(name) for name in names}
     except (OSError, SafetensorError) as error:
-        raise InvalidFile(f"{path}: not readable as safetensors: {str(error)[:200]}.") from None
+        raise not_safetensors(path, error) from None
     return {ALONE: tensors[strange[0]]} if strange else tensors
 
 
@@ -215,8 +214,7 @@ def _of_numpy(path: Path) -> dict[str, Tensor]:
                 raise ValueError(f"more than {MOST_BYTES} bytes")
             return {name: _tensor(array) for name, array in loaded.items()}
     except Exception as error:  # damaged bytes raise what numpy's parts raise
-        reason = (str(error) or type(error).__name__).splitlines()[0][:200].rstrip(".")
-        raise InvalidFile(f"{path}: not readable as numpy's arrays of numbers: {reason}.") from None
+        raise not_numpy(path, error) from None
 
 
 def _tensor(array: NDArray[Any]) -> Tensor:

@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from reft_runtime.errors import ConfigError, InvalidFile, ReftError
+from reft_runtime.interventions.foreign.damage import check_floats, not_numpy, not_safetensors
 from reft_runtime.interventions.pyreft.states import read_slice
 
 Decoders = Mapping[str, int]
@@ -31,8 +32,7 @@ def read_row(path: Path, decoders: Decoders, feature: int | None) -> Tensor:
         row = _of_safetensors(path, decoders, feature)
     else:
         row = _of_torch(path, decoders, feature)
-    if not row.is_floating_point():
-        raise InvalidFile(f"{path}: the decoder must be floats.")
+    check_floats(path, row)
     return row
 
 
@@ -47,7 +47,7 @@ def _of_safetensors(path: Path, decoders: Decoders, feature: int | None) -> Tens
     except FileNotFoundError:
         raise ConfigError(f"{path}: No such file or directory.", param="source") from None
     except (OSError, SafetensorError) as error:
-        raise InvalidFile(f"{path}: not readable as safetensors: {str(error)[:200]}.") from None
+        raise not_safetensors(path, error) from None
 
 
 def _of_numpy(path: Path, decoders: Decoders, feature: int | None) -> Tensor:
@@ -78,9 +78,7 @@ def _of_numpy(path: Path, decoders: Decoders, feature: int | None) -> Tensor:
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror or error}.", param="source") from None
     except Exception as error:  # damaged bytes raise what numpy's parts and zlib raise
-        raise InvalidFile(
-            f"{path}: not readable as numpy's arrays of numbers: {str(error)[:200]}."
-        ) from None
+        raise not_numpy(path, error) from None
     return torch.from_numpy(np.frombuffer(data, dtype).astype(np.float32))
 
 
