@@ -174,6 +174,7 @@ def _of_http(scope: Scope, status: int | None, route: str | None) -> dict[str, A
     tenant: Tenant | None = scope["state"].get("tenant")
     found = {
         "http.request.method": scope["method"],
+        "url.scheme": scope["scheme"],
         "url.path": shown(scope["path"]),
         "http.route": route,
         "http.response.status_code": status,
@@ -187,6 +188,7 @@ def _of_http(scope: Scope, status: int | None, route: str | None) -> dict[str, A
 def _of_generation(job: Job, run: Run | None, seconds: float, route: str | None) -> dict[str, Any]:
     """Attributes for what a request asked of the engine and got so far."""
     found: dict[str, Any] = {
+        "gen_ai.provider.name": "reft-server",
         "gen_ai.operation.name": _OPERATIONS.get(route or ""),
         "gen_ai.response.id": job.id,
         "gen_ai.response.model": job.label,

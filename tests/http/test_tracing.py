@@ -109,10 +109,12 @@ async def test_an_answer(collector: Collector, stream: bool, log: Lines) -> None
     assert found.pop("gen_ai.response.id").startswith("cmpl-")
     assert found == {
         "http.request.method": "POST",
+        "url.scheme": "http",
         "url.path": "/v1/completions",
         "http.route": "/v1/completions",
         "http.response.status_code": 200,
         "reft.request_id": "mine",
+        "gen_ai.provider.name": "reft-server",
         "gen_ai.operation.name": "text_completion",
         "gen_ai.response.model": "pirate*0.5",
         "gen_ai.usage.input_tokens": 2,
