@@ -53,6 +53,7 @@ TASKS: dict[str, tuple[AppliedIntervention, ...]] = {
     "all": (applied_random(RandomEdit("loreft", "all", seed=7)).intervention,),
     "decode": (applied_random(RandomEdit("loreft", "decode", seed=8)).intervention,),
     "middle": (applied_random(RandomEdit("red", "[20,-5]", seed=9, size=0.3)).intervention,),
+    "slice": (applied_random(RandomEdit("loreft", "[20:-5]", seed=11)).intervention,),
     "key": (
         applied_random(
             RandomEdit("loreft", "f2", component="key_output", width=16, seed=10)

@@ -326,7 +326,7 @@ HF = {"hook_name": "model.layers.2", "model_class_name": "AutoModelForCausalLM"}
     [
         (config_of(OLD), {"feature": 1}, (3, "block_output")),
         (config_of({}, **HF), {"feature": 1}, (2, "block_output")),
-        (config_of({}, hook_name="blocks.1.hook_resid_mid"), BETWEEN, (1, "attention_output")),
+        (config_of({}, hook_name="blocks.1.hook_resid_mid"), ONE, (1, "attention_output")),
         (config_of({"normalize_activations": "layer_norm"}), {"feature": 1}, (1, "mlp_output")),
         (tensors_of(direction=ROW), {"layer": 2}, (2, "block_output")),
         (tensors_of(**{"3": ROW[None]}), {}, (3, "block_output")),

@@ -93,8 +93,8 @@ def _where(
     if component is None:
         raise ConfigError(
             f"component: {path} is of {said.words}, and where that is in a {base.architecture} is"
-            f" not known; give --component, such as model.layers[{found}].NORM.output for what"
-            " a norm gives.",
+            " not known; give --component, by the names of the model's modules, such as"
+            f" model.layers[{found}].NORM.output in a Llama for what a norm gives.",
             param="component",
         )
     return found, component

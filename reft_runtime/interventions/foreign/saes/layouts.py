@@ -69,7 +69,11 @@ _COMPONENTS = {
     "hook_resid_post": "block_output",
     "attn.hook_z": "attention_value_output",
 }
-_IN_PLAIN = {"hook_attn_out": "attention_output", "hook_mlp_out": "mlp_output"}
+_IN_PLAIN = {
+    "hook_attn_out": "attention_output",
+    "hook_mlp_out": "mlp_output",
+    "hook_resid_mid": "attention_output",  # which is added to the stream there, and so moves it
+}
 """Where a block adds them to the residual stream; elsewhere a norm may come before."""
 
 _FILE = re.compile(r"(?:layer|.*-SAE-l)(\d{1,5})(?:\.sae)?\.pth?")
