@@ -118,6 +118,7 @@ class Admission:
         `InvalidRequest` and the errors that the class names; then nothing is held.
         """
         self._check_sampling(sampling)
+        _check_priority(priority)
         if trace not in (False, True, "along"):
             raise InvalidRequest(
                 f"trace: give True, False or 'along', not {repr(trace)[:40]}.", param="trace"
@@ -176,6 +177,7 @@ class Admission:
 
         `labels` None means those that stand in the files of `uses`.
         """
+        _check_priority(priority)
         with self._resolver.held(uses, caller, holding) as versions:
             form, names = _form(versions, uses), labels_of(labels, versions)
             encoded = [self._prompts.checked(form, prompt, options) for prompt in prompts]
@@ -222,6 +224,13 @@ class Admission:
         self._prompts.check_ids("logit_bias", sampling.logit_bias)
 
 
+def _check_priority(priority: object) -> None:
+    if not isinstance(priority, Integral):
+        raise InvalidRequest(
+            f"priority must be a whole number, not {repr(priority)[:40]}.", param="priority"
+        )
+
+
 def _form(versions: Sequence[Version], uses: Sequence[Use]) -> PromptForm:
     return PromptForm.of(
         [(version, use.strength) for version, use in zip(versions, uses, strict=True)]
@@ -235,11 +244,7 @@ def _begun(
     priority: int,
     request_id: str | None,
 ) -> Iterator[partial[Request]]:
-    """For each prompt, its request but for what is to be made of it. Raises `InvalidRequest`."""
-    if not isinstance(priority, Integral):
-        raise InvalidRequest(
-            f"priority must be a whole number, not {repr(priority)[:40]}.", param="priority"
-        )
+    """For each prompt, its request but for what is to be made of it."""
     for position, tokens in enumerate(prompts):
         yield partial(
             Request,

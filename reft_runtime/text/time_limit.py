@@ -31,7 +31,8 @@ class _Watch:
     def begin(self, seconds: float) -> None:
         """This thread's time is up in so many seconds."""
         with self._lock:
-            if self._thread is None or not self._thread.is_alive():  # as after a fork
+            if self._thread is None or not self._thread.is_alive():
+                self._ends.clear()  # after a fork, those of threads that are not in this process
                 self._thread = threading.Thread(target=self._run, name="reft-time", daemon=True)
                 self._thread.start()
             self._ends[threading.get_ident()] = time.monotonic() + seconds

@@ -645,8 +645,9 @@ async def test_open_holds_nothing_where_it_refuses(engine: Engine) -> None:
 
 @pytest.mark.parametrize("priority", ["high", None, 1.5], ids=str)
 async def test_a_priority_that_is_no_number_is_refused(engine: Engine, priority: Any) -> None:
+    """Before anything else is done, such as to look at a prompt that is too long."""
     with pytest.raises(InvalidRequest, match="priority must be a whole number") as refused:
-        await engine.open(prompt(9), GREEDY, [Use("loreft")], priority=priority)
+        await engine.open(prompt(9999), GREEDY, [Use("loreft")], priority=priority)
     assert refused.value.param == "priority"
 
 

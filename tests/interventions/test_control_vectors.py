@@ -139,6 +139,7 @@ def test_an_export_is_what_was_imported(tmp_path: Path) -> None:
         "direction.1": 2,
         "direction.3": 1.5,
     }
+    assert reader.fields["controlvector.layer_count"].contents() == 2
     made = import_control_vector(tmp_path / "v.gguf", base=BASE)
     assert made.manifest.training["model_hint"] == "llama"
     with pytest.raises(ConfigError, match="exists already"):

@@ -328,6 +328,11 @@ CORRUPT: dict[str, tuple[bytes, str]] = {
         with_tensor("edits.0.W", shape=[2**32, 2**32]),
         r"edits\.0\.W: data_offsets do not fit",
     ),
+    "many dimensions": (
+        with_tensor("edits.0.W", shape=[3, 16, *[1] * 7]),
+        r"edits\.0\.W: shape and data_offsets must be lists of natural numbers",
+    ),
+    "shape a number": (with_tensor("edits.0.W", shape=48), "natural numbers"),
     "negative shape": (with_tensor("edits.0.W", shape=[-3, -16]), "natural numbers"),
     "shape of booleans": (with_tensor("edits.0.W", shape=[True, True]), "natural numbers"),
     "offsets reversed": (with_tensor("edits.0.W", data_offsets=[192, 0]), "do not fit"),

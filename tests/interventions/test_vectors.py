@@ -105,6 +105,7 @@ def test_a_vector_of_torch_is_read_by_a_process_of_its_own(
         (".npz", {"up": TABLE[1]}, None, InvalidFile, "'up' is no layer's number"),
         (".npz", {"\u0661": TABLE[1]}, None, InvalidFile, "is no layer's number"),
         (".npz", {"1": TABLE[1], "01": TABLE[2]}, None, InvalidFile, "has layer 1 twice"),
+        (".npz", {"1": TABLE[1, :8]}, None, InvalidFile, "has 8 numbers for '1', but tiny is 16"),
         (".npz", {"1": TABLE}, None, InvalidFile, "has 4 x 16 numbers for '1', but tiny is 16"),
         (".npy", TABLE[1, :8], 1, InvalidFile, "has 8 numbers, but tiny is 16 wide and has 4 lay"),
         (".pt", TABLE[:3], 1, InvalidFile, "has 3 x 16 numbers, .* a table of 4 x 16"),

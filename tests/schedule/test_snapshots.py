@@ -203,6 +203,14 @@ def test_a_state_of_which_no_token_came_is_not_kept(how: str) -> None:
     simulation.finish()
 
 
+def test_several_choices_go_on_from_the_last_block_before_the_end() -> None:
+    simulation = RecurrentSimulation()
+    simulation.add(prompt(97))
+    simulation.finish()
+    simulation.add(prompt(97), n=2)
+    assert simulation.shapes() == [(1, 96, 1)]
+
+
 def test_who_waits_for_a_pending_snapshot_computes_when_its_sequence_fails() -> None:
     simulation = RecurrentSimulation()
     for _ in range(2):

@@ -47,7 +47,19 @@ def test_what_is_done_in_time_is_left_alone() -> None:
             threads.add(module._watch._thread)
         run(0.04)
     assert len(threads) == 1
-    assert not module._watch._any.is_set()  # it sleeps
+    end = time.monotonic() + 10
+    while module._watch._any.is_set():  # then it sleeps
+        assert time.monotonic() < end
+
+
+def test_a_fork_forgets_the_threads_that_are_not_in_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """New ones would get their numbers, the one that looks first of all."""
+    interrupted: list[int] = []
+    monkeypatch.setattr(module, "_interrupt", interrupted.append)
+    module._watch._ends[1] = 0  # its thread, and the one that looks, are not in the fork
+    with time_limit(30):
+        run(0.04)
+    assert not interrupted
 
 
 def test_an_error_of_the_block_is_its_own() -> None:

@@ -93,6 +93,7 @@ CALLS: dict[str, Case] = {
     ),
     "llama, several": (LLAMA3, f"\n{LLAMA}; {ADDED} ;\n{ADDED}", None, [LOOK, ADD, ADD]),
     "llama, text before the tag": (LLAMA3, f"Well: <|python_tag|>{ADDED}", "Well:", [ADD]),
+    "llama, text behind a call": (LLAMA3, f"{LLAMA}; so I look", "; so I look", [LOOK]),
     "mistral": (MISTRAL, f"[TOOL_CALLS] [{LOOKED}]", None, [LOOK]),
     "mistral, several": (MISTRAL, f"[TOOL_CALLS][{LOOKED}, {ADDED}]", None, [LOOK, ADD]),
     "mistral, text": (MISTRAL, f"Hm [TOOL_CALLS][{ADDED}] so", "Hm so", [ADD]),
