@@ -20,6 +20,10 @@ app = typer.Typer(no_args_is_help=True, help="Make keys for tenants, and check t
 @app.command()
 def new(
     tenant: Annotated[str, typer.Option(help=f"Name of the tenant: {TENANT_RULE}.")] = PLACEHOLDER,
+    upload: Annotated[
+        bool,
+        typer.Option("--upload", help="Let it upload, replace and remove what is called TENANT.*"),
+    ] = False,
 ) -> None:
     """Make a key, and print it with its lines for the keys file.
 
@@ -30,7 +34,11 @@ def new(
     key, hashed = new_key()
     typer.echo(f"Key, for whoever is to use it; it is shown this once: {key}")
     typer.echo("For the keys file (a second key of a tenant is a second hash in its list):")
-    typer.echo(f'\n[tenants.{tenant}]\nkeys = ["{hashed}"]\ninterventions = ["{tenant}.*"]')
+    typer.echo(
+        f'\n[tenants.{tenant}]\nkeys = ["{hashed}"]\n'
+        f'interventions = ["{tenant}.*"]  # the names that it sees; "*" is all\n'
+        f"upload = {str(upload).lower()}  # whether it may upload, replace and remove {tenant}.*"
+    )
 
 
 @app.command()

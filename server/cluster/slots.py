@@ -16,6 +16,9 @@ FOLDER = "replicas"
 
 LOCK = ".lock"
 
+HELD_SECONDS = 1.0
+"""How long a slot that somebody holds is waited for: others may be reading it, which is short."""
+
 
 def state_folder(settings: Settings) -> Path | None:
     """The folder below which slots lie: the state that all replicas have mounted.
@@ -58,8 +61,8 @@ class Slot:
 
 @contextmanager
 def held(folder: Path) -> Iterator[bool]:
-    """Hold a slot's folder in the block; False if another process holds it."""
-    lock = _locked(folder)
+    """Hold a slot's folder in the block; False if another holds it for `HELD_SECONDS`."""
+    lock = _locked(folder, HELD_SECONDS)
     try:
         yield lock is not None
     finally:
@@ -74,10 +77,10 @@ def slots_of(state: Path) -> list[Path]:
     return []
 
 
-def _locked(folder: Path) -> FileLock | None:
+def _locked(folder: Path, seconds: float = 0.0) -> FileLock | None:
     lock = FileLock(folder / LOCK, thread_local=False)
     try:
-        lock.acquire(blocking=False)
+        lock.acquire(seconds, poll_interval=0.01)
     except Timeout:
         return None
     return lock

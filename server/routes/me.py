@@ -18,7 +18,7 @@ async def get_me(context: Current) -> Response:
     """The tenant of the key: what it sees, may change and may use; and the base model.
 
     `prefix` is what the names that it may change begin with; null means any that it sees.
-    `sees_server` says whether it may read `/v1/stats`, `/v1/usage` and `/metrics`.
+    `sees_server` says whether it may read `/v1/stats`, `/metrics` and everybody's `/v1/usage`.
     """
     tenant, limits = context.tenant, context.tenant.limits
     admin = tenant.role == "admin"

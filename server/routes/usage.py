@@ -1,4 +1,4 @@
-"""GET /v1/usage: what tenants have used, by day, tenant and intervention. For admins."""
+"""GET /v1/usage: what tenants have used, by day, tenant and intervention."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from server.openapi import answers
 from server.schemas.answers.operations import UsageReport, UsageRow, UsageTotal
 from server.streaming import json_bytes
 from server.tenants import usage
+from server.tenants.access import usage_seen
 from server.tenants.usage import GROUPS, Counts, Found, Group
 
 router = APIRouter(tags=["operations"])
@@ -55,7 +56,10 @@ async def get_usage(
             json_schema_extra=_DAY,
         ),
     ] = None,
-    tenant: Annotated[str | None, Query(max_length=256, description="One tenant.")] = None,
+    tenant: Annotated[
+        str | None,
+        Query(max_length=256, description="One tenant; by default all that the key may know of."),
+    ] = None,
     intervention: Annotated[
         str | None, Query(max_length=4096, description="Name, names with +, or (base).")
     ] = None,
@@ -71,14 +75,16 @@ async def get_usage(
     """What was used, from the first to the last day, both included: by default the last 31.
 
     A row counts the requests and tokens of one day, tenant and intervention, or what `group_by`
-    leaves of these. `total` is the sum of the rows.
+    leaves of these. `total` is the sum of the rows. A tenant gets its own rows, and an admin that
+    sees every intervention those of all tenants.
     """
+    whose = usage_seen(context.tenant, tenant)
     until = _day(last, "to") or datetime.now(UTC).date()
     earliest = date.fromordinal(max(1, until.toordinal() - DEFAULT_DAYS + 1))
     since = _day(first, "from") or earliest
     if since > until:
         raise InvalidRequest(f"from: {since} is after the last day, {until}.", param="from")
-    query = usage.Query(since, until, _groups(group_by), tenant, intervention, MAX_ROWS + 1)
+    query = usage.Query(since, until, _groups(group_by), whose, intervention, MAX_ROWS + 1)
     if context.replicas is not None:
         found = await context.replicas.usage(query)
     else:

@@ -38,12 +38,12 @@ ACCESS: dict[str, Access] = {
     "POST /detokenize": "use",
     "GET /tokenizer_info": "use",
     "GET /v1/me": "use",
+    "GET /v1/usage": "use",
     "GET /version": "use",
     "GET /openapi.json": "use",
     "POST /v1/load_lora_adapter": "admin",
     "POST /v1/unload_lora_adapter": "admin",
     "GET /v1/stats": "server",
-    "GET /v1/usage": "server",
     "GET /metrics": "server",
 }
 """What each route needs, by method and path. A route that is not here needs `server`."""
@@ -76,8 +76,26 @@ def check_change(tenant: Tenant, name: str) -> None:
     elif tenant.upload:
         why = f"may change names that begin with `{tenant.prefix}`; choose one"
     else:
-        why = "may use what is served, and change nothing"
+        why = (
+            "may change nothing; `upload = true` in its part of the keys file lets it change names"
+            f" that begin with `{tenant.prefix}`"
+        )
     raise forbidden(f"The tenant `{tenant.name}` {why}.")
+
+
+def usage_seen(tenant: Tenant, asked: str | None) -> str | None:
+    """Whose usage a tenant is told where it asks for that of `asked`; None means everybody's.
+
+    All but admins that see everything are told their own. Raises `ApiError` (403) for another's,
+    whether there is such a tenant or not.
+    """
+    if tenant.sees_server:
+        return asked
+    if asked not in (None, tenant.name):
+        raise forbidden(
+            f"tenant: the tenant `{tenant.name}` is told its own usage alone; leave `tenant` out."
+        )
+    return tenant.name
 
 
 def forbidden(message: str) -> ApiError:

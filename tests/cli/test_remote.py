@@ -371,7 +371,8 @@ def test_a_tenant_is_told_who_it_is_and_what_it_may_not_do(engine: Any, tmp_path
         owner = reft(url, "whoami", "--api-key", "owner").stdout
         assert "changes     what it sees\nlimits      none\n" in owner
         assert json.loads(reft(url, "whoami", *mine, "--json").stdout)["tenant"] == "team-a"
-        for command in (["pin", "one"], ["rm", "-y", "one"], ["ps"], ["usage"]):
+        others = ["usage", "--tenant", "team-b"]
+        for command in (["pin", "one"], ["rm", "-y", "one"], ["ps"], others):
             assert refused(url, ConfigError, *command, *mine).startswith(
                 "api_key: this key may not do that. "
             )
@@ -381,6 +382,9 @@ def test_a_tenant_is_told_who_it_is_and_what_it_may_not_do(engine: Any, tmp_path
             r"api_key: This key may send 1 requests a minute\. Send this one again in \d+ s\.",
             refused(url, ConfigError, *asked),
         )
+        Server(url, "owner").ask([("/v1/completions", {"model": "tiny", "prompt": "Hello"})])
+        rows = [line.split()[:2] for line in reft(url, "usage", *mine).stdout.splitlines()]
+        assert rows == [["tenant", "requests"], ["team-a", "1"], ["total", "1"]]
 
 
 def test_usage(url: str, engine: Any) -> None:

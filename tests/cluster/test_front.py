@@ -20,6 +20,7 @@ from server.cluster.front import Front
 from server.cluster.slots import Slot
 from server.connections import Limits
 from server.settings import Settings
+from server.tenants.keys import new_key
 from tests.cluster.local import Cluster, client_of, cluster_of, counted
 from tests.http.conftest import chat, completion
 
@@ -467,17 +468,53 @@ async def test_what_is_said_of_all(cluster: Cluster, client: httpx.AsyncClient) 
     assert (usage["total"]["requests"], usage["problem"]) == (2, told)
 
 
-async def test_usage_counts_replicas_that_are_gone(settings: Settings, tmp_path: Path) -> None:
+async def test_usage_counts_replicas_that_are_gone(
+    settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     three = cluster_of(settings, "one", "two", "three")
     async with three as before, client_of(before, settings) as client:
         for _ in range(6):
             await client.post("/v1/completions", json=completion())
     async with cluster_of(settings, "four") as cluster, client_of(cluster, settings) as client:
         await client.post("/v1/completions", json=completion())
-        usage = (await client.get("/v1/usage")).json()
+        # Several may ask at once: each reads what the three have left.
+        answers = await asyncio.gather(*(client.get("/v1/usage") for _ in range(4)))
+        assert [answer.status_code for answer in answers] == [200] * 4
+        usage = answers[0].json()
         assert usage["total"]["requests"] == 7
         assert [row["intervention"] for row in usage["data"]] == ["(base)"]
+        monkeypatch.setattr("server.cluster.slots.HELD_SECONDS", 0.0)
         starting = Slot.take(tmp_path)  # by a replica that nobody knows yet
         assert (await client.get("/v1/usage")).status_code == 503
         starting.release()
     assert len(list((tmp_path / "replicas").iterdir())) == 3  # none for `four`: it took one over
+
+
+async def test_a_tenant_is_told_its_own_usage_at_all_replicas(
+    settings: Settings, tmp_path: Path
+) -> None:
+    keys = {name: new_key() for name in ("team-a", "team-b")}
+    file = tmp_path / "keys.toml"
+    file.write_text(
+        "".join(
+            f'[tenants.{name}]\nkeys = ["{hashed}"]\ninterventions = []\n'
+            for name, (_, hashed) in keys.items()
+        )
+    )
+    settings = settings.model_copy(update={"keys": file})
+    headers = {name: {"authorization": f"Bearer {key}"} for name, (key, _) in keys.items()}
+    async with (
+        cluster_of(settings, "gone", "two") as cluster,
+        client_of(cluster, settings) as asking,
+    ):
+        for name in ("team-a", "team-a", "team-b", "team-b"):
+            await asking.post("/v1/completions", json=completion(), headers=headers[name])
+    async with cluster_of(settings, "one") as cluster, client_of(cluster, settings) as asking:
+        for name, requests in (("team-a", 3), ("team-b", 2)):
+            if requests == 3:
+                await asking.post("/v1/completions", json=completion(), headers=headers[name])
+            usage = (await asking.get("/v1/usage", headers=headers[name])).json()
+            assert [row["tenant"] for row in usage["data"]] == [name]
+            assert usage["total"]["requests"] == requests
+        other = await asking.get("/v1/usage?tenant=team-b", headers=headers["team-a"])
+        assert other.status_code == 403

@@ -402,14 +402,17 @@ class TestAKeyBeyondAscii:
 # The command line
 
 
-def test_a_new_key_works_as_it_is_printed(tmp_path: Path) -> None:
-    done = CliRunner().invoke(command, ["key", "new", "--tenant", "team-a"])
+@pytest.mark.parametrize("upload", [False, True])
+def test_a_new_key_works_as_it_is_printed(tmp_path: Path, upload: bool) -> None:
+    options = ["--tenant", "team-a", *(["--upload"] if upload else [])]
+    done = CliRunner().invoke(command, ["key", "new", *options])
     assert done.exit_code == 0
     first, _, _, *lines = done.output.splitlines()
     file = tmp_path / "keys.toml"
     file.write_text("\n".join(lines))
     tenant = Keys(None, file).tenant_of(first.rpartition(" ")[2].encode())
-    assert tenant == Tenant("team-a", patterns=("team-a.*",))
+    assert tenant == Tenant("team-a", patterns=("team-a.*",), upload=upload)
+    assert f"\nupload = {str(upload).lower()}  # " in done.output
     checked = CliRunner().invoke(command, ["key", "check", str(file)])
     assert checked.output == f"{file}: 1 key of team-a\n"
 

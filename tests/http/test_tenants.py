@@ -388,7 +388,9 @@ async def test_a_refused_upload_is_not_read(client: httpx.AsyncClient) -> None:
         path = f"/v1/interventions/{name}"
         answer = await client.put(path, content=body(), headers=WHO[who].headers)
         assert answer.status_code == 403
-    assert "begin with `team-a.`" in answer.json()["error"]["message"]
+        error = answer.json()["error"]["message"]
+        assert ("`upload = true` in its part of the keys file" in error) is (who == "user")
+    assert "begin with `team-a.`" in error
 
 
 @pytest.mark.parametrize("body", [completion(), chat()])

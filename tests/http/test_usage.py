@@ -259,6 +259,42 @@ async def test_what_can_be_asked_for(
     assert await rows(client, to="0001-01-05") == []  # of which not all exist
 
 
+@pytest.mark.parametrize("asking", [TEAMS[0], Tenant("team-a", "admin", ("x", "y"))])
+async def test_a_tenant_is_told_its_own_usage_alone(
+    client: httpx.AsyncClient, app: FastAPI, asking: Tenant
+) -> None:
+    use_tenants(app, asking)
+    counting: Usage = app.state.context.usage
+    for tenant, name in (("team-a", "x"), ("team-b", "x"), ("team-b", "team-b.secret")):
+        counting.add(tenant, name, Counts(1, 10, 5, 2))
+    everything = {"from": "0001-01-01", "to": "9999-12-31"}
+    own = {"requests": 1, "prompt_tokens": 10, "cached_tokens": 5, "completion_tokens": 2}
+    for params, groups in (
+        ({}, {"tenant": "team-a", "intervention": "x"}),
+        ({"tenant": "team-a", "group_by": "tenant"}, {"tenant": "team-a"}),
+        ({"group_by": "intervention"}, {"intervention": "x"}),
+        ({"group_by": "tenant,intervention", "intervention": "x"}, {"tenant": "team-a"}),
+    ):
+        answer = await client.get("/v1/usage", params=everything | params, headers=key(asking))
+        told = answer.json()
+        [row] = told["data"]
+        assert row.items() >= (groups | own).items()
+        assert told["total"] == own
+        assert "team-b" not in answer.text
+    hidden = {"intervention": "team-b.secret"}
+    told = (await client.get("/v1/usage", params=hidden, headers=key(asking))).json()
+    assert (told["data"], set(told["total"].values())) == ([], {0})
+    # Another's is refused, whether there is such a tenant or not.
+    refused = [
+        await client.get("/v1/usage", params={"tenant": other}, headers=key(asking))
+        for other in ("team-b", "team-c", "(owner)", "")
+    ]
+    assert {answer.status_code for answer in refused} == {403}
+    assert {answer.json()["error"]["message"] for answer in refused} == {
+        "tenant: the tenant `team-a` is told its own usage alone; leave `tenant` out."
+    }
+
+
 @pytest.mark.parametrize(
     ("asked", "param", "message"),
     [

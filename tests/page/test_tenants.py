@@ -33,10 +33,13 @@ def test_what_a_user_may_not_do_is_not_offered(
     assert violations(page) == []
     page.keyboard.press("Escape")
     page.get_by_role("link", name="Server", exact=True).click()
-    expect(page.get_by_role("heading", name="This is for admins")).to_be_visible()
+    expect(page.get_by_role("heading", name="Usage of team-b")).to_be_visible()
+    expect(page.locator(".used tbody tr")).to_have_count(7)
+    expect(page.get_by_role("button", name="By tenant")).to_have_count(0)
+    expect(page.get_by_text("is told to admins, and team-b is a user")).to_be_visible()
     assert violations(page) == []
     assert overflow(page) == 0
-    assert not [*tab.requests("/v1/stats"), *tab.requests("/v1/usage")]
+    assert not tab.requests("/v1/stats")
 
 
 def test_a_quota_that_is_used_up_says_until_when(

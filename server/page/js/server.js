@@ -4,7 +4,7 @@ import { ask } from "./api.js";
 import { Chart } from "./chart.js";
 import { classes, html, useEffect } from "./lib.js";
 import { Store, useStore } from "./store.js";
-import { Empty, Loading, Problem, Segmented, bytes, number, percent, seconds } from "./ui.js";
+import { Loading, Problem, Segmented, bytes, number, percent, seconds } from "./ui.js";
 import { Usage } from "./usage.js";
 import { who } from "./who.js";
 
@@ -44,7 +44,7 @@ const PARTS = [["", "Now"], ["usage", "Usage"]];
 
 export function ServerView({ rest }) {
   const { me } = useStore(who);
-  if (!me.sees_server) return html`<${NotTold} me=${me} />`;
+  if (!me.sees_server) return html`<${Own} me=${me} />`;
   const turn = (part) => (location.hash = part ? `#/server/${part}` : "#/server");
   return html`
     <div class="head">
@@ -55,13 +55,13 @@ export function ServerView({ rest }) {
     ${rest === "usage" ? html`<${Usage} />` : html`<${Now} />`}`;
 }
 
-const NotTold = ({ me }) => html`
-  <h1>Server</h1>
-  <${Empty} title="This is for admins">
-    <p>${me.role === "admin"
-      ? `What the whole server does and what was used is told to admins that see all interventions, and ${me.tenant} sees some.`
-      : `What the whole server does and what was used is told to admins, and ${me.tenant} is a user.`}</p>
-  <//>`;
+/** For those who are told of themselves alone. */
+const Own = ({ me }) => html`
+  <div class="head"><h1>Usage of ${me.tenant}</h1></div>
+  <${Usage} own />
+  <p class="muted">${me.role === "admin"
+    ? `What the whole server does is told to admins that see all interventions, and ${me.tenant} sees some.`
+    : `What the whole server does is told to admins, and ${me.tenant} is a user.`}</p>`;
 
 /** Whether the server is ready, since when it is up. */
 function Status() {

@@ -14,7 +14,8 @@ const DAY_MS = 86_400_000;
 const lastDays = (count) =>
   Array.from({ length: count }, (_, i) => new Date(Date.now() - i * DAY_MS).toISOString().slice(0, 10));
 
-export function Usage() {
+/** `own` where the server tells of one tenant alone. */
+export function Usage({ own = false }) {
   const [period, setPeriod] = useState(7);
   const [group, setGroup] = useState("day");
   const [tenant, setTenant] = useState(null);
@@ -28,7 +29,7 @@ export function Usage() {
     setTenant(name);
     setGroup("intervention");
   };
-  const groups = tenant ? GROUPS.filter(([name]) => name !== "tenant") : GROUPS;
+  const groups = tenant || own ? GROUPS.filter(([name]) => name !== "tenant") : GROUPS;
   return html`
     <div class="toolbar">
       <${Segmented} label="Period" value=${period} options=${PERIODS} onChange=${setPeriod} />

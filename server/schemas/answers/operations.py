@@ -41,7 +41,7 @@ class Me(TypedDict):
     prefix: str | None
     """What the names that it may change begin with; null means any that it sees."""
     sees_server: bool
-    """Whether it may read `/v1/stats`, `/v1/usage` and `/metrics`."""
+    """Whether it may read `/v1/stats`, `/metrics` and everybody's `/v1/usage`."""
     weight: float
     """Its share of a busy server beside others'."""
     requests_per_minute: int | None
