@@ -80,9 +80,10 @@ def direction(
         False
     ),
 ) -> None:
-    """Make a steering file from contrasting texts, or find the layer for it with --layers.
+    """Make a steering file from contrasting texts, or find its layer.
 
-    Nothing is trained: the steering vector is the difference of two means.
+    Nothing is trained: the steering vector is the difference of two means. --layers writes no file:
+    it shows how well each layer tells the texts apart.
     """
     with stage("Starting Python's libraries"):
         from reft_runtime.training import direction as run

@@ -78,10 +78,10 @@ def import_(
     ] = None,
     force: Force = False,
 ) -> None:
-    """Turn other libraries' edits, vectors, or a feature of an SAE, into an intervention file.
+    """Make an intervention file of other libraries' edits or vectors.
 
-    What it does not record must be given. A vector is added at all positions, unless --positions
-    names others.
+    A feature of an SAE is a vector, too. What the source does not record must be given. A vector is
+    added at all positions, unless --positions names others.
     """
     from reft_runtime.base.shape import read_base
     from reft_runtime.base.stored import StoredModules
@@ -148,7 +148,10 @@ def export(
         ),
     ],
 ) -> None:
-    """Write a file's edits as a folder that pyreft loads, or vectors as a GGUF control vector."""
+    """Write a file's edits for pyreft, or its vectors as GGUF.
+
+    For pyreft that is a folder, which it loads; for GGUF one file, a control vector.
+    """
     from reft_runtime.interventions import parse
     from reft_runtime.interventions.foreign.control_vectors import export_control_vector
     from reft_runtime.interventions.pyreft import export_pyreft
