@@ -14,6 +14,7 @@ from reft_runtime.display.text import aligned
 from reft_runtime.errors import ConfigError
 from server.cli.console import print_json
 from server.cli.files import write_file
+from server.cli.local_files import check_model, check_there
 from server.cli.options import (
     Description,
     Dtype,
@@ -85,6 +86,8 @@ def direction(
     Nothing is trained: the steering vector is the difference of two means. --layers writes no file:
     it shows how well each layer tells the texts apart.
     """
+    check_there(positive, negative)
+    check_model(model)
     with stage("Starting Python's libraries"):
         from reft_runtime.training import direction as run
         from reft_runtime.training import separations

@@ -37,6 +37,7 @@ from server.cli import transfers as transfer_cli
 from server.cli import usage as usage_cli
 from server.cli import whoami as whoami_cli
 from server.cli.applied import read_asked, resolve, telling_templates
+from server.cli.local_files import check_model
 from server.cli.options import LOCAL_SETTINGS, MaxTokens, Prompt, Seed, Temperature, with_settings
 from server.cli.tables import trace_table
 from server.cli.terminal import stages_told
@@ -206,6 +207,7 @@ def _reft(
 def serve(**options: Any) -> None:
     """Serve a model and its interventions over HTTP."""
     settings = load_settings(options)
+    check_model(settings.model)
     from server.lifecycle import check_exposure, listen, listen_for_metrics, run, tell_address
     from server.logs import configure_logging
     from server.tenants.keys import Keys

@@ -10,6 +10,7 @@ import typer
 from reft_runtime.base.stages import stage
 from reft_runtime.errors import ConfigError
 from reft_runtime.machine.places import STANDARD_OUTPUT
+from server.cli.local_files import check_model, check_there
 from server.cli.options import (
     ApiKey,
     Description,
@@ -53,10 +54,12 @@ def check(
 
     The status is 1 if a training could not begin.
     """
-    from reft_runtime.training import check as run
-
     if max_length is not None and model is None:
         raise ConfigError("--max-length needs --model, whose tokens it counts.", param="max_length")
+    check_there(data, evaluation)
+    check_model(model)
+    from reft_runtime.training import check as run
+
     found = run(
         data,
         evaluation,
@@ -165,6 +168,8 @@ def train(
 ) -> None:
     """Train edits on rows, and write a file ready to be served."""
     piped = plot == STANDARD_OUTPUT
+    check_there(data, evaluation)
+    check_model(model)
     with stoppable():
         with stage("Starting Python's libraries"):
             from reft_runtime.client import Server
