@@ -10,11 +10,12 @@ import typer
 from reft_runtime.base.stages import stage
 from reft_runtime.errors import ConfigError
 from reft_runtime.machine.places import STANDARD_OUTPUT
-from server.cli.local_files import check_model, check_there
+from server.cli.local_files import check_free, check_model, check_there
 from server.cli.options import (
     ApiKey,
     Description,
     Dtype,
+    Force,
     Label,
     License,
     Model,
@@ -149,6 +150,7 @@ def train(
     threads: Threads = None,
     description: Description = "",
     license_: License = None,
+    force: Force = False,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with a training that was cut off.")
     ] = False,
@@ -199,6 +201,7 @@ def train(
             patience=patience,
         )
         out = check_target(out or file_for(data))
+        check_free(out, force=force)
         server = None if push is None else Server(push, api_key)
         if server is not None:
             check_push(server, out.stem, model, settings)
