@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Any, Literal
 from urllib.parse import quote
 
 import httpx
-from tqdm import tqdm
 
 from reft_runtime.apart import run_apart
 from reft_runtime.errors import ConfigError, ReftError
 from reft_runtime.interventions.format.identity import is_whole
 from reft_runtime.interventions.registry.paging import MAX_PAGE
 from reft_runtime.interventions.registry.sources import NAME_RULE
+from reft_runtime.progress import bar
 from reft_runtime.reaching import NotServed, checked, reaching, reason_of, shown_address
 from reft_runtime.sampling import MAX_CHOICES
 
@@ -312,7 +312,7 @@ class Server:
         async with self.async_client() as client:
             asked = [asyncio.ensure_future(answer(*request)) for request in requests]
             try:
-                return [await one for one in tqdm(asked, "Answers", disable=not progress)]
+                return [await one for one in bar(asked, desc="Answers", disable=not progress)]
             finally:
                 for one in asked:
                     one.cancel()

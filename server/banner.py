@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import logging
 from typing import TYPE_CHECKING
 
 from server.settings import Settings
 
 if TYPE_CHECKING:
     from server.engine import WholeEngine
+
+logger = logging.getLogger("reft.server")
 
 MAX_LISTED = 20
 """Most interventions, and most broken files, that are listed; the rest are only counted."""
@@ -53,6 +56,17 @@ def banner(engine: WholeEngine, settings: Settings, address: str) -> str:
     same = f' ("model": "{info.model}" asks the base itself)' if model != info.model else ""
     lines += [f"Ready. Try{same}:", "", _curl(address, model, settings), ""]
     return "\n".join(lines)
+
+
+def announce(text: str, settings: Settings) -> None:
+    """Print the banner, or log it where the log is JSON."""
+    if settings.log_format == "json":
+        logger.info("%s", text.strip())
+        return
+    try:
+        print(text, flush=True)
+    except OSError as error:  # a full disk, a pipe that nobody reads: no need to end
+        logger.warning("Standard output cannot be written: %s", error.strerror)
 
 
 def _list(title: str, items: list[str]) -> list[str]:

@@ -20,7 +20,7 @@ from fastapi import FastAPI
 from reft_runtime.errors import ConfigError
 from reft_runtime.version import VERSION
 from server.app import create_app
-from server.banner import address_of, banner
+from server.banner import address_of, announce, banner
 from server.connections import Connections, Limits, file_limit
 from server.context import Context
 from server.metrics_port import metrics_served
@@ -153,14 +153,7 @@ class HttpServer(uvicorn.Server):
         if self.started and sockets:
             address = address_of(*sockets[0].getsockname()[:2])
             settings = self._context.settings
-            text = banner(self._context.whole, settings, address)
-            if settings.log_format == "json":
-                logger.info("%s", text)
-            else:
-                try:
-                    print(text, flush=True)
-                except OSError as error:  # a full disk, a pipe that nobody reads: no need to end
-                    logger.warning("Standard output cannot be written: %s", error.strerror)
+            announce(banner(self._context.whole, settings, address), settings)
             self._spawn(self._watch_engine())
             self._spawn(self._connections.watch())
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 from typing import TYPE_CHECKING
 
+from reft_runtime.base.model_files import check_named
 from reft_runtime.base.stages import stage
 from reft_runtime.machine.garbage import without_collections
 from reft_runtime.quiet import hide_messages_on_cpu
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 
 def start_engine(settings: Settings, launcher: Launcher | None = None) -> Engine:
     """The engine that settings ask for; `launcher` starts its ranks, if it has several."""
+    check_named(settings.model)
     if settings.device == "cpu":
         hide_messages_on_cpu()
     with without_collections():

@@ -35,6 +35,12 @@ _GGUF = (
 _SHOWN = 4
 
 
+def check_named(model: str) -> None:
+    """`check_files` of what a user named, before torch is imported; `demo` is no folder."""
+    if model != "demo":
+        check_files(model)
+
+
 def check_files(path: str) -> None:
     """Check the files of a folder; a name from the hub has none yet.
 

@@ -13,7 +13,6 @@ from contextlib import nullcontext
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from reft_runtime.base.model import LoadedModel, forward
 from reft_runtime.edits.editors import FixedRows
@@ -23,6 +22,7 @@ from reft_runtime.kernels.cuda.products import FEW_ROWS
 from reft_runtime.kernels.staging import send
 from reft_runtime.kv.page_attention import PageAttentionStep, PageBatch, RowInPages
 from reft_runtime.kv.pages import PageStorage
+from reft_runtime.progress import bar
 from reft_runtime.schedule.blocks import BLOCK_TOKENS
 from reft_runtime.schedule.plan import Chunk
 
@@ -80,7 +80,7 @@ class DecodeGraphs:
             batch = PageBatch.of([row], self._storage.tables, self._storage.kernel.query_block)
             forward(self._loaded.model, some, some, some[:1], self._step(batch))
         wanted = [(rows, edited) for rows in self._buckets[::-1] for edited in (False, True)]
-        for rows, edited in tqdm(wanted, desc="CUDA graphs", disable=not progress):
+        for rows, edited in bar(wanted, desc="CUDA graphs", disable=not progress):
             self._graph(rows, edited=edited)
 
     @torch.inference_mode()

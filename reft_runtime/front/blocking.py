@@ -8,8 +8,6 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from queue import SimpleQueue
 
-from tqdm.auto import tqdm
-
 from reft_runtime.engine.events import Event
 from reft_runtime.engine.loop import EngineLoop
 from reft_runtime.errors import Draining, EngineDead, Overloaded, RequestFailed
@@ -17,6 +15,7 @@ from reft_runtime.front.admission import Admission
 from reft_runtime.front.assembly import Assembler
 from reft_runtime.front.prepared import Prepared
 from reft_runtime.outputs import Choice, Classification, Generation
+from reft_runtime.progress import bar
 from reft_runtime.schedule.request import Request
 from reft_runtime.text import Tokenizer
 from reft_runtime.use import Use
@@ -111,7 +110,7 @@ class BlockingCalls:
         waiting = deque(calls)
         live: dict[str, Call] = {}
         inbox: SimpleQueue[list[Event]] = SimpleQueue()
-        bar = tqdm(total=len(waiting), desc="Answers", disable=not progress, unit="prompt")
+        shown = bar(total=len(waiting), desc="Answers", disable=not progress, unit="prompt")
         try:
             while waiting or live:
                 while waiting and len(live) < self._at_once:
@@ -133,12 +132,12 @@ class BlockingCalls:
                         call.choices[delta.index].add(delta)
                     if call.assembler.over:
                         del live[event.request_id]
-                        bar.update()
+                        shown.update()
         except RequestFailed as error:
             if self._loop.alive:
                 raise
             raise EngineDead(error.message) from error
         finally:
-            bar.close()
+            shown.close()
             for request_id in live:
                 self._loop.abort(request_id)

@@ -12,6 +12,7 @@ from typing import Any
 from tqdm import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from reft_runtime.progress import bar
 from reft_runtime.training.settings import CHECKS
 from reft_runtime.training.wording import counted, duration
 from reft_runtime.training.work import COMPLETE
@@ -109,7 +110,7 @@ class Progress(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Called before the first step, which may be a resumed one."""
         if state.is_world_process_zero:
-            self._bar = tqdm(
+            self._bar = bar(
                 total=state.max_steps,
                 initial=state.global_step,
                 desc="Training",
@@ -130,7 +131,7 @@ class Progress(TrainerCallback):
         }
         if self._bar is not None and found:
             self._figures |= found
-            self._bar.set_postfix(self._figures)
+            self._bar.set_postfix(self._figures, refresh=False)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Called after the last step."""

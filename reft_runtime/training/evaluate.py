@@ -9,7 +9,6 @@ from itertools import islice
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from reft_runtime.base.model import LoadedModel
@@ -20,6 +19,7 @@ from reft_runtime.front.engine import Engine
 from reft_runtime.interventions.format.manifest import Manifest
 from reft_runtime.loading.base import load_base
 from reft_runtime.machine.cores import use_threads
+from reft_runtime.progress import bar
 from reft_runtime.sampling import SamplingParams
 from reft_runtime.text import Tokenizer
 from reft_runtime.training.candidates import Candidate, File, find_files, find_served
@@ -270,7 +270,7 @@ def _perplexities(
     base = Base(loaded)
     scores = []
     batches = sum(math.ceil(len(task.rows.rows) / BATCH) for task in tasks) * len(subjects)
-    with tqdm(total=batches, desc="Perplexity", disable=not progress) as bar:
+    with bar(total=batches, desc="Perplexity", disable=not progress) as shown:
         for task in tasks:
             for subject in subjects:
                 edits = () if subject.file is None else subject.file.content.canonical()
@@ -289,6 +289,6 @@ def _perplexities(
                         subject.candidate.strength,
                     )
                     loss, tokens = loss + float(made.loss()), tokens + len(made.targets)
-                    bar.update()
+                    shown.update()
                 scores.append(subject.score(task, math.exp(loss / tokens)))
     return scores

@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
-from tqdm import tqdm
 
 from reft_runtime.base.model import LoadedModel, forward
 from reft_runtime.edits.sites import EditSites, Site
 from reft_runtime.interventions import CanonicalEdit
 from reft_runtime.machine.contention import StepWatch
+from reft_runtime.progress import bar
 from reft_runtime.training.attention import BatchAttention, Prefix
 from reft_runtime.training.prompts import Example
 from reft_runtime.training.trainable import TrainableEdits
@@ -76,11 +76,11 @@ class Base:
             if free < 0:
                 break
             wanted.append(tokens)
-        with tqdm(total=len(wanted), desc="Prompts", disable=not progress or not wanted) as bar:
+        with bar(total=len(wanted), desc="Prompts", disable=not progress or not wanted) as shown:
             for first in range(0, len(wanted), GROUP):
                 part = wanted[first : first + GROUP]
                 self._kept.update(zip(part, self._compute(part), strict=True))
-                bar.update(len(part))
+                shown.update(len(part))
 
     def start(self, edits: Sequence[CanonicalEdit], example: Example) -> int:
         """The first token of an example to be computed; `prefixes` hold what comes before.

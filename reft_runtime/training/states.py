@@ -7,7 +7,6 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from reft_runtime.base.shape import shape_of
@@ -15,6 +14,7 @@ from reft_runtime.edits.sites import Site
 from reft_runtime.errors import ConfigError
 from reft_runtime.interventions import BaseShape, Positions
 from reft_runtime.loading.base import load_base
+from reft_runtime.progress import bar
 from reft_runtime.text import Tokenizer
 from reft_runtime.training.forward import Base
 
@@ -86,7 +86,7 @@ def _means(
 ) -> Tensor:
     """The means [texts, layers, d] of texts, each its ids and the tokens that are read."""
     found = []
-    for first in tqdm(range(0, len(texts), BATCH), desc=what, disable=not progress):
+    for first in bar(range(0, len(texts), BATCH), desc=what, disable=not progress):
         part = texts[first : first + BATCH]
         recorder = _Recorder(layers, part)
         with base.sites.hooked(recorder):

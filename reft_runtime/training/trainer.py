@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler, SequentialSampler
-from tqdm import tqdm
 from transformers import (
     PrinterCallback,
     ProgressCallback,
@@ -21,6 +20,7 @@ from transformers import (
 )
 
 from reft_runtime.errors import ConfigError, TrainingFailed
+from reft_runtime.progress import bar
 from reft_runtime.training.callbacks import Complete, Progress
 from reft_runtime.training.forward import Base, EditedModel, predict
 from reft_runtime.training.prompts import Example
@@ -90,8 +90,9 @@ def scores(
     totals = torch.zeros(4, dtype=torch.float64)
     canonical = edits.canonical()
     firsts = range(0, len(examples), batch)
-    with tqdm(firsts, desc="Evaluating", leave=False, disable=not progress, delay=1) as bar:
-        for first in bar:
+    shown = bar(firsts, desc="Evaluating", leave=False, disable=not progress, delay=1)
+    with shown:
+        for first in shown:
             if interrupted():
                 raise Interrupted
             part = examples[first : first + batch]

@@ -60,13 +60,14 @@ def telling_templates() -> Iterator[None]:
 
 
 def _read(use: Use, model: str) -> bytes:
+    file = Path(use.label)
+    with naming(file):
+        data = read_file(file)
     from reft_runtime.base.shape import base_shape
     from reft_runtime.interventions import parse
     from reft_runtime.interventions.format.manifest import check_base
 
-    file = Path(use.label)
     with naming(file):
-        data = read_file(file)
         intervention = parse(data)
         intervention.canonical()
         check_base(intervention.manifest, base_shape(model))

@@ -10,7 +10,9 @@ import typer
 
 from reft_runtime.errors import ConfigError
 
-app = typer.Typer(no_args_is_help=True, help="Several replicas behind one address, on Ray Serve.")
+app = typer.Typer(
+    no_args_is_help=True, help="Run several replicas behind one address, on Ray Serve."
+)
 
 Config = Annotated[Path, typer.Argument(help="The cluster's configuration, a YAML file.")]
 

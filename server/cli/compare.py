@@ -17,6 +17,7 @@ from reft_runtime.use import Use
 from server.cli.backend import BASE, Applied, Ask, Backend, open_backend
 from server.cli.columns import alone, answer_columns, conversation, show_columns
 from server.cli.console import console, print_json
+from server.cli.local_files import check_there
 from server.cli.options import (
     LOCAL_SETTINGS,
     ApiKey,
@@ -192,6 +193,7 @@ def _ask(prompt: str, system: str | None, applied: Applied, sampling: SamplingPa
 @stages_told()
 def _read(data: str) -> Rows:
     """Read the rows to score, before a model is loaded."""
+    check_there(data)
     with stage("Starting Python's libraries"):
         from reft_runtime.training.rows import read_rows
     return read_rows(data)

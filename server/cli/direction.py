@@ -14,9 +14,11 @@ from reft_runtime.display.text import aligned
 from reft_runtime.errors import ConfigError
 from server.cli.console import print_json
 from server.cli.files import write_file
+from server.cli.local_files import check_free, check_model, check_there
 from server.cli.options import (
     Description,
     Dtype,
+    Force,
     License,
     Model,
     Threads,
@@ -74,16 +76,20 @@ def direction(
     ] = 1.0,
     description: Description = "",
     license_: License = None,
+    force: Force = False,
     dtype: Dtype = "auto",
     threads: Threads = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print what --layers finds as JSON.")] = (
         False
     ),
 ) -> None:
-    """Make a steering file from contrasting texts, or find the layer for it with --layers.
+    """Make a steering file from contrasting texts, or find its layer.
 
-    Nothing is trained: the steering vector is the difference of two means.
+    Nothing is trained: the steering vector is the difference of two means. --layers writes no file:
+    it shows how well each layer tells the texts apart.
     """
+    check_there(positive, negative)
+    check_model(model)
     with stage("Starting Python's libraries"):
         from reft_runtime.training import direction as run
         from reft_runtime.training import separations
@@ -96,6 +102,7 @@ def direction(
             "out": out is not None,
             "positions": positions != "all",
             "scale": scale != 1,
+            "force": force,
             "description": bool(description),
             "license": license_ is not None,
         }
@@ -131,6 +138,7 @@ def direction(
     if out is None:
         raise ConfigError("out: name the file to write, NAME.safetensors.", param="out")
     check_target(out)
+    check_free(out, force=force)
     made = run(
         read_texts(positive),
         read_texts(negative),

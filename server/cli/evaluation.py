@@ -9,6 +9,7 @@ import typer
 
 from reft_runtime.base.stages import stage
 from server.cli.console import print_json
+from server.cli.local_files import check_model, check_there
 from server.cli.options import ApiKey, Dtype, Label, Model, Template, Text, Threads
 from server.cli.terminal import stages_told
 
@@ -70,6 +71,9 @@ def eval_(
 
     All prompts run in one batch.
     """
+    check_there(*data)
+    if url is None:
+        check_model(model)
     with stage("Starting Python's libraries"):
         from reft_runtime.training import evaluate
 

@@ -11,7 +11,7 @@ import typer
 
 from reft_runtime.display.text import aligned, printable
 from reft_runtime.errors import ConfigError
-from server.cli.local_files import check_free, naming, read_file
+from server.cli.local_files import check_free, check_model, check_there, naming, read_file
 from server.cli.options import AsJson, Force
 
 if TYPE_CHECKING:
@@ -78,11 +78,13 @@ def import_(
     ] = None,
     force: Force = False,
 ) -> None:
-    """Turn other libraries' edits, vectors, or a feature of an SAE, into an intervention file.
+    """Make an intervention file of other libraries' edits or vectors.
 
-    What it does not record must be given. A vector is added at all positions, unless --positions
-    names others.
+    A feature of an SAE is a vector, too. What the source does not record must be given. A vector is
+    added at all positions, unless --positions names others.
     """
+    check_there(source)
+    check_model(base, "base")
     from reft_runtime.base.shape import read_base
     from reft_runtime.base.stored import StoredModules
     from reft_runtime.interventions.foreign.formats import import_foreign
@@ -126,12 +128,15 @@ def inspect(
 
     It is checked first, as it is before it is served.
     """
+    check_model(base, "base")
+    with naming(file):
+        data = read_file(file)
     from reft_runtime.base.shape import count_parameters, read_base
     from reft_runtime.interventions.format.describe import describe
 
     parameters = None if base is None else count_parameters(read_base(base)[1])
     with naming(file):
-        found = describe(read_file(file), parameters)
+        found = describe(data, parameters)
     typer.echo(
         json.dumps(found, indent=2, ensure_ascii=False) if as_json else printable(_table(found))
     )
@@ -148,21 +153,25 @@ def export(
         ),
     ],
 ) -> None:
-    """Write a file's edits as a folder that pyreft loads, or vectors as a GGUF control vector."""
-    from reft_runtime.interventions import parse
-    from reft_runtime.interventions.foreign.control_vectors import export_control_vector
-    from reft_runtime.interventions.pyreft import export_pyreft
+    """Write a file's edits for pyreft, or its vectors as GGUF.
 
+    For pyreft that is a folder, which it loads; for GGUF one file, a control vector.
+    """
     form, path = to
-    exports = {"pyreft": export_pyreft, "gguf": export_control_vector}
-    if form not in exports:
+    if form not in ("pyreft", "gguf"):
         raise ConfigError(
             f"to: unknown format {form!r}; write --to pyreft FOLDER, or --to gguf FILE.", param="to"
         )
     with naming(file):
-        intervention = parse(read_file(file))
+        data = read_file(file)
+    from reft_runtime.interventions import parse
+    from reft_runtime.interventions.foreign.control_vectors import export_control_vector
+    from reft_runtime.interventions.pyreft import export_pyreft
+
+    with naming(file):
+        intervention = parse(data)
     try:
-        exports[form](intervention, path)
+        (export_pyreft if form == "pyreft" else export_control_vector)(intervention, path)
     except OSError as error:
         raise ConfigError(f"to: {path} cannot be written: {error.strerror}.", param="to") from None
     typer.echo(f"{path}: written")

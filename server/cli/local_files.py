@@ -8,6 +8,7 @@ from contextlib import contextmanager, suppress
 from itertools import islice
 from pathlib import Path
 
+from reft_runtime.base.model_files import check_named
 from reft_runtime.errors import (
     MOST_COMPARED,
     ConfigError,
@@ -17,6 +18,7 @@ from reft_runtime.errors import (
     nearest,
 )
 from reft_runtime.interventions.format.identity import SUFFIX
+from reft_runtime.interventions.hub import HUB
 
 SHIPPED = Path("interventions")
 """The folder in which a file may lie that is called by its name alone."""
@@ -39,9 +41,37 @@ def naming(file: Path) -> Iterator[None]:
 
 def read_file(file: Path) -> bytes:
     """A whole file; a link to it is followed. Raises `InvalidFile` and `OSError`."""
+    os.stat(file)  # what is not there is told before torch is imported
     from reft_runtime.interventions import read
 
     return read(os.path.realpath(file))  # pathlib raises no OSError for links in a circle
+
+
+def check_there(*sources: str | Path | None) -> None:
+    """Raise `ConfigError` for a path where nothing is, before what takes seconds to import.
+
+    None is an option that was not given; what is on the hub is not looked up.
+    """
+    for source in sources:
+        if source is None or str(source).startswith(HUB):
+            continue
+        try:
+            os.stat(source)
+        except OSError as error:
+            raise ConfigError(f"{source}: {error.strerror}.") from None
+
+
+def check_model(model: str | None, option: str = "model") -> None:
+    """Raise `ConfigError` for a base model's folder that cannot be used, as early as that.
+
+    None is an option that was not given.
+    """
+    try:
+        if model is not None:
+            check_named(model)
+    except ConfigError as error:
+        message = f"{option}: {error.message.removeprefix('model: ')}"
+        raise ConfigError(message, param=option) from None
 
 
 def check_free(path: Path, *, force: bool) -> None:

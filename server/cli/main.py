@@ -13,6 +13,7 @@ import sys
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
+from typer.core import TyperGroup
 from typer.exceptions import TyperException
 
 from reft_runtime.display.text import printable
@@ -36,6 +37,7 @@ from server.cli import transfers as transfer_cli
 from server.cli import usage as usage_cli
 from server.cli import whoami as whoami_cli
 from server.cli.applied import read_asked, resolve, telling_templates
+from server.cli.local_files import check_model
 from server.cli.options import LOCAL_SETTINGS, MaxTokens, Prompt, Seed, Temperature, with_settings
 from server.cli.tables import trace_table
 from server.cli.terminal import stages_told
@@ -48,7 +50,34 @@ if TYPE_CHECKING:
     from reft_runtime.front.prompts import Prompt as Asked
     from reft_runtime.use import Use
 
+GROUPS = {
+    "Serve": ("serve", "key", "cluster"),
+    "Ask": ("generate", "chat", "compare", "sweep", "classify", "run"),
+    "Manage a running server": (
+        *("ls", "show", "push", "pull", "rm", "rollback"),
+        *("pin", "unpin", "warm", "ps", "usage", "whoami"),
+    ),
+    "Train and measure": ("check", "train", "eval", "direction"),
+    "Convert files": ("inspect", "import", "export"),
+}
+"""The commands as the help shows them."""
+
+
+_UNCUT = 1_000
+
+
+class _Grouped(TyperGroup):
+    def format_commands(self, ctx: Any, formatter: Any) -> None:
+        """Write the commands below the titles of their groups."""
+        width = max(map(len, self.commands))
+        for title, names in GROUPS.items():
+            with formatter.section(title):
+                rows = [(name.ljust(width), self.commands[name]) for name in names]
+                formatter.write_dl([(name, one.get_short_help_str(_UNCUT)) for name, one in rows])
+
+
 app = typer.Typer(
+    cls=_Grouped,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
@@ -178,6 +207,7 @@ def _reft(
 def serve(**options: Any) -> None:
     """Serve a model and its interventions over HTTP."""
     settings = load_settings(options)
+    check_model(settings.model)
     from server.lifecycle import check_exposure, listen, listen_for_metrics, run, tell_address
     from server.logs import configure_logging
     from server.tenants.keys import Keys

@@ -11,11 +11,11 @@ from typing import Annotated, Any
 
 import httpx
 import typer
-from tqdm import tqdm
 
 from reft_runtime.client import CONCURRENCY
 from reft_runtime.errors import ConfigError, ReftError
 from reft_runtime.machine.places import STANDARD_OUTPUT
+from reft_runtime.progress import bar
 from server.cli.backend import find_server
 from server.cli.batch import (
     Line,
@@ -98,23 +98,23 @@ async def _run(
 ) -> int:
     """Write the answers that are missing; return how many of these are refusals."""
     refused, piped = 0, out == STANDARD_OUTPUT
-    bar = tqdm(total=count, initial=done, desc="Answers", unit="request", disable=None)
+    shown = bar(total=count, initial=done, desc="Answers", unit="request")
     opened = nullcontext(typer.get_binary_stream("stdout")) if piped else out.open("ab")
-    with bar, opened as file:
+    with shown, opened as file:
 
         def write(answer: dict[str, Any]) -> None:
             nonlocal refused
             file.write(json.dumps(answer, ensure_ascii=False).encode() + b"\n")
             file.flush()
             refused += is_refused(answer)
-            bar.update()
+            shown.update()
 
         try:
             async with asked as (client, at_once):
                 await answer_all(client, lines, at_once, write)
         except ReftError as error:
             kept = "are written" if piped else f"are in {out}: run it again"
-            message = f"{error.message} {bar.n:,} of {count:,} answers {kept}."
+            message = f"{error.message} {shown.n:,} of {count:,} answers {kept}."
             raise type(error)(message, param=error.param) from None
     return refused
 

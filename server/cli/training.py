@@ -10,10 +10,12 @@ import typer
 from reft_runtime.base.stages import stage
 from reft_runtime.errors import ConfigError
 from reft_runtime.machine.places import STANDARD_OUTPUT
+from server.cli.local_files import check_free, check_model, check_there
 from server.cli.options import (
     ApiKey,
     Description,
     Dtype,
+    Force,
     Label,
     License,
     Model,
@@ -53,10 +55,12 @@ def check(
 
     The status is 1 if a training could not begin.
     """
-    from reft_runtime.training import check as run
-
     if max_length is not None and model is None:
         raise ConfigError("--max-length needs --model, whose tokens it counts.", param="max_length")
+    check_there(data, evaluation)
+    check_model(model)
+    from reft_runtime.training import check as run
+
     found = run(
         data,
         evaluation,
@@ -146,6 +150,7 @@ def train(
     threads: Threads = None,
     description: Description = "",
     license_: License = None,
+    force: Force = False,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with a training that was cut off.")
     ] = False,
@@ -165,6 +170,8 @@ def train(
 ) -> None:
     """Train edits on rows, and write a file ready to be served."""
     piped = plot == STANDARD_OUTPUT
+    check_there(data, evaluation)
+    check_model(model)
     with stoppable():
         with stage("Starting Python's libraries"):
             from reft_runtime.client import Server
@@ -194,6 +201,7 @@ def train(
             patience=patience,
         )
         out = check_target(out or file_for(data))
+        check_free(out, force=force)
         server = None if push is None else Server(push, api_key)
         if server is not None:
             check_push(server, out.stem, model, settings)

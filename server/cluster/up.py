@@ -18,7 +18,7 @@ from reft_runtime.base.model_files import check_files
 from reft_runtime.errors import ConfigError, EngineDead
 from reft_runtime.interventions.registry.sources import Folder
 from reft_runtime.interventions.registry.urls import is_url, local_folder
-from server.banner import address_of
+from server.banner import address_of, announce
 from server.cluster.config import ClusterConfig, check_room, read_config
 from server.cluster.signals import Ended, Signals
 from server.lifecycle import check_exposure, listen
@@ -92,7 +92,7 @@ def run(path: Path) -> int:
             with signals.ending():
                 cluster.deploy(config)
                 cluster.wait_for(address)
-            print(cluster.banner(address), flush=True)
+            announce(cluster.banner(address), settings)
             while signals.wait():
                 config = _update(cluster, path, signals, config)
         finally:

@@ -133,7 +133,7 @@ def test_a_folder_takes_the_name_given_or_the_sources(
         (("inspect", "missing.safetensors"), NotFound, "^missing.safetensors: No such file"),
         (("export", "missing", "--to", "onnx", "x"), ConfigError, "unknown format 'onnx'"),
         (
-            ("import", "x", "--base", "demo", "--out", "y.safetensors", "--name", "z"),
+            ("import", ".", "--base", "demo", "--out", "y.safetensors", "--name", "z"),
             ConfigError,
             "name: y.safetensors is not a folder",
         ),
@@ -240,8 +240,6 @@ def test_a_folder_of_an_export_that_cannot_be_written(tmp_path: Path) -> None:
 
 
 def test_a_checkpoint_whose_name_is_too_long(base: Path, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"^name: 'x+' is no name .*; give one \(--name\)"):
-        run("import", "x" * 300, "--base", base, "--out", tmp_path)
     with pytest.raises(ConfigError, match=r"^x+: File name too long"):
         run("import", "x" * 300, "--base", base, "--out", tmp_path, "--name", "x")
 

@@ -63,6 +63,8 @@ def test_a_table_is_trained_without_options(
     assert " tokens, 1,040 trained parameters, 1 step\n" in done.stderr
     manifest = parse(read(tmp_path / "tickets.safetensors")).manifest
     assert manifest.training["rows"] == 24
+    assert "is there already" in refused("train", tickets, *common)
+    assert run("train", tickets, *common, "--force").exception is None
 
 
 def test_mistakes_are_told_before_the_model_is_loaded(
@@ -81,6 +83,9 @@ def test_mistakes_are_told_before_the_model_is_loaded(
     (tmp_path / "taken.safetensors").mkdir()
     assert "is a folder; name a file" in refused(*common, "--out", "taken.safetensors")
     assert "must end with .safetensors" in refused(*common, "--out", "x.bin")
+    (tmp_path / "trained.safetensors").touch()
+    kept = "out: trained.safetensors is there already; --force replaces it."
+    assert refused(*common, "--out", "trained.safetensors") == kept
     assert "there is no column 'no'" in refused(*common, "--text", "no")
     assert "longer than 3 tokens" in refused(*common, "--max-length", 3)
     assert "there is no folder" in refused(*common[:2], "--model", tmp_path / "missing")
@@ -96,6 +101,7 @@ def test_mistakes_are_told_before_the_model_is_loaded(
     (tmp_path / "t").write_text("the end\n")
     steer = ("direction", tmp_path / "t", tmp_path / "t", "--layer", 1, "--model", base)
     assert "is a folder" in refused(*steer, "--out", "taken.safetensors")
+    assert refused(*steer, "--out", "trained.safetensors") == kept
     assert "out: name the file" in refused(*steer)
     texts = ("direction", tmp_path / "t", tmp_path / "t", "--model", base)
     assert "layer: say which layer is steered; --layers all" in refused(*texts, "--out", "x")

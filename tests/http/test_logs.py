@@ -160,6 +160,7 @@ def test_a_process_that_logs_json() -> None:
     assert [line["path"] for line in lines if "path" in line] == ["/v1/completions"]
     assert any(line["message"].startswith("Shutting down") for line in lines)
     assert all(re.fullmatch(TIME, line["time"]) for line in lines)
+    assert json.loads(first)["message"].startswith("Serving at http")
 
 
 def test_other_handlers_stay_open(monkeypatch: pytest.MonkeyPatch) -> None:

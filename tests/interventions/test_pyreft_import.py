@@ -414,6 +414,10 @@ def test_an_act_goes_with_kinds_that_have_none(tmp_path: Path) -> None:
         ([Edit(0, p, loreft_tensors()) for p in ("f1", "f2")], r"edits\.\*\.positions"),
         ([Edit(0, p, loreft_tensors()) for p in ("f1", "l1", "all")], r"edits\.\*\.positions"),
         ([Edit(0, p, loreft_tensors()) for p in ("f1+l1", "l1")], r"edits\.\*\.positions"),
+        *(
+            ([Edit(0, text, loreft_tensors())], r"edits\.0\.positions: .* cannot say")
+            for text in ("[1:]", "prompt", "[0,-1]", "decode", "l1+decode")
+        ),
     ],
 )
 def test_what_pyreft_cannot_say_is_not_exported(

@@ -49,7 +49,7 @@ def test_every_command_that_computes_takes_threads(
         monkeypatch.setattr(f"reft_runtime.training.{name}", record)
     monkeypatch.setattr("reft_runtime.front.engine.Engine", record)
     monkeypatch.chdir(tmp_path)
-    for file in ("a.txt", "b.txt"):
+    for file in ("a.txt", "b.txt", "rows.jsonl"):
         (tmp_path / file).write_text("A text.\n")
     ended = CliRunner().invoke(app, [command, *options, "--threads", "3"])
     assert given == [3], ended.output

@@ -22,19 +22,27 @@ from reft_runtime.interventions.pyreft.unpickle import BASE, ORIGINAL, PLAIN
 
 _MODULES = {"AdditionIntervention": "pyvene.models.interventions"}
 _FIELDS = 14
+_POSITIONS = re.compile(r"f\d+|(f\d+\+)?l\d+|all")
+"""What pyreft's `parse_positions` reads, and `all`: its `generate` without `unit_locations`."""
 
 
 def export_pyreft(intervention: Intervention, folder: str | Path) -> None:
     """Write `config.json`, `intkey_*.bin` and `args.json`, named as pyvene 0.1.7 and newer do.
 
     Raises `InvalidFile` for what pyreft cannot say: a kind it has no class for, edits with several
-    acts, positions that are neither the same for all edits nor halves. Raises `ConfigError` for a
-    folder that exists and is not empty.
+    acts, positions other than fN, lN, fN+lN and all, or neither the same for all edits nor halves.
+    Raises `ConfigError` for a folder that exists and is not empty.
     """
     target = Path(folder)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ConfigError(f"{target}: exists and is not an empty folder.", param="to")
     specs = intervention.manifest.edits
+    for index, spec in enumerate(specs):
+        if not _POSITIONS.fullmatch(text := str(spec.positions)):
+            raise InvalidFile(
+                f"edits.{index}.positions: pyreft has fN, lN, fN+lN and all, and cannot say"
+                f" {text[:80]}; train with one of these to export it."
+            )
     order, args = _arguments(specs)
     numbers: Counter[Place] = Counter()
     files: dict[str, dict[str, Tensor]] = {}
