@@ -49,7 +49,7 @@ def usage(
     api_key: ApiKey = None,
     as_json: AsJson = False,
 ) -> None:
-    """Show what the tenants of a server have used; without an admin's key, your own tenant."""
+    """Show what tenants have used; admins are told of all."""
     given = {"from": first, "to": last, "tenant": tenant, "group_by": by}
     asked = {name: value for name, value in given.items() if value is not None}
     found = Server(url, api_key).usage(**asked)
