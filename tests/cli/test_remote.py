@@ -15,7 +15,7 @@ from pydantic import SecretStr
 from typer.testing import CliRunner
 
 from reft_runtime.client import Server
-from reft_runtime.errors import ConfigError, InvalidFile, ReftError
+from reft_runtime.errors import ConfigError, NotFound, ReftError
 from reft_runtime.interventions import Registry
 from reft_runtime.reaching import NotServed, Unreachable
 from server.cli import main as cli
@@ -146,7 +146,7 @@ def test_what_has_no_end_is_not_pushed(url: str, tmp_path: Path) -> None:
         ("circle", "Too many levels of symbolic links."),
     ):
         assert f"reft: {tmp_path}/{name}.safetensors: {reason}" in pushed.stderr
-    refused(url, InvalidFile, "inspect", str(tmp_path / "circle.safetensors"))
+    refused(url, NotFound, "inspect", str(tmp_path / "circle.safetensors"))
 
 
 @pytest.mark.parametrize("name", ["", ".", "..", "one/versions", "interventions/one.safetensors"])
