@@ -218,6 +218,10 @@ class Server:
         found: Body = self._call("GET", "/v1/me").json()
         return found
 
+    def at_once(self) -> int:
+        """How many requests may be under way at once, with regard to the tenant's quota."""
+        return min(CONCURRENCY, self.me()["concurrent_requests"] or CONCURRENCY)
+
     def base_model(self) -> str:
         """The base model's name."""
         return str(self.me()["model"])
@@ -295,13 +299,18 @@ class Server:
     def ask(self, requests: Sequence[tuple[str, Body]], *, progress: bool = False) -> list[Body]:
         """Whole answers to requests, sent together; a request is a path and its body.
 
+        No more are under way than the tenant's quota has room for.
+
         The answers come in the order of the requests. What ends this early, such as Ctrl-C or a
         refusal, ends the requests that are under way, too.
         """
-        return run_apart(self._ask(requests, progress=progress))
+        at_once = self.at_once() if len(requests) > 1 else 1
+        return run_apart(self._ask(requests, at_once, progress=progress))
 
-    async def _ask(self, requests: Sequence[tuple[str, Body]], *, progress: bool) -> list[Body]:
-        under_way = asyncio.Semaphore(CONCURRENCY)
+    async def _ask(
+        self, requests: Sequence[tuple[str, Body]], at_once: int, *, progress: bool
+    ) -> list[Body]:
+        under_way = asyncio.Semaphore(at_once)
 
         async def answer(path: str, body: Body) -> Body:
             async with under_way:

@@ -115,17 +115,30 @@ def test_operations_explains_every_option_of_serve() -> None:
         assert f"`--{name.replace('_', '-')}`" in text
 
 
-def test_operations_lists_the_metrics() -> None:
-    text = (ROOT / "docs/operations.md").read_text()
+def served_metrics() -> set[str]:
     families = Metrics(cast(Engine, FakeEngine())).registry.collect()
-    served = {
+    return {
         family.name + ("_total" if family.type == "counter" else "")
         for family in families
         if not family.name.endswith("_created")
     }
+
+
+def test_operations_lists_the_metrics() -> None:
+    text, served = (ROOT / "docs/operations.md").read_text(), served_metrics()
     assert set(re.findall(r"reft:[a-z_0-9]+", text)) == {n for n in served if n[:5] == "reft:"}
     gateways = (ROOT / "docs/usage.md").read_text()
     assert set(re.findall(r"vllm:[a-z_0-9]+", gateways)) == {n for n in served if n[:5] == "vllm:"}
+
+
+@pytest.mark.parametrize(
+    "file", ["deploy/grafana/dashboards/reft.json", "deploy/alerts.yml", "docs/usage.md"]
+)
+def test_every_metric_that_is_asked_for_is_served(file: str) -> None:
+    asked = re.findall(r"\breft:[a-z_0-9]+", (ROOT / file).read_text())
+    assert {name.removesuffix("_bucket") for name in asked} - {
+        "reft:intervention_"
+    } <= served_metrics()
 
 
 def test_help_names_the_engines_defaults() -> None:

@@ -12,7 +12,6 @@ from typing import Annotated, Any
 import httpx
 import typer
 
-from reft_runtime.client import CONCURRENCY
 from reft_runtime.errors import ConfigError, ReftError
 from reft_runtime.machine.places import STANDARD_OUTPUT
 from reft_runtime.progress import bar
@@ -130,7 +129,7 @@ async def _asked(
     server = find_server(url, api_key, options)
     if server is not None:
         async with server.async_client() as client:
-            yield client, CONCURRENCY
+            yield client, server.at_once()
         return
     settings = load_settings(options).model_copy(update={"api_key": None, "keys": None})
     tell_unknown_variables()

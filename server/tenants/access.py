@@ -93,7 +93,7 @@ def usage_seen(tenant: Tenant, asked: str | None) -> str | None:
         return asked
     if asked not in (None, tenant.name):
         raise forbidden(
-            f"tenant: the tenant `{tenant.name}` is told its own usage alone; leave `tenant` out."
+            f"The tenant `{tenant.name}` is told its own usage alone; leave `tenant` out."
         )
     return tenant.name
 

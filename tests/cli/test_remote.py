@@ -387,6 +387,25 @@ def test_a_tenant_is_told_who_it_is_and_what_it_may_not_do(engine: Any, tmp_path
         assert rows == [["tenant", "requests"], ["team-a", "1"], ["total", "1"]]
 
 
+def test_no_more_is_asked_at_once_than_a_tenant_may_have(
+    engine: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("server.cli.batch.TRIES", 1)
+    key, hashed = new_key()
+    file, requests, answers = (tmp_path / name for name in ("keys.toml", "in", "out"))
+    file.write_text(TEAM.format(hashed).replace("requests_per_minute", "concurrent_requests"))
+    body = {"model": "one", "prompt": "Hello", "max_tokens": 8}
+    line = {"method": "POST", "url": "/v1/completions", "body": body}
+    requests.write_text("".join(json.dumps({**line, "custom_id": f"{i}"}) + "\n" for i in range(4)))
+    with served(engine, Settings(keys=file)) as url:
+        assert len(Server(url, key).ask([("/v1/completions", body)] * 4)) == 4
+        reft(url, "run", str(requests), "--out", str(answers), "--api-key", key)
+    told = [
+        json.loads(line)["response"]["status_code"] for line in answers.read_text().splitlines()
+    ]
+    assert told == [200] * 4
+
+
 def test_usage(url: str, engine: Any) -> None:
     nothing = reft(url, "usage", "--from", "2024-01-01", "--to", "2024-01-31")
     assert (nothing.exit_code, nothing.stdout) == (0, "")

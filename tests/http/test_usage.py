@@ -291,7 +291,7 @@ async def test_a_tenant_is_told_its_own_usage_alone(
     ]
     assert {answer.status_code for answer in refused} == {403}
     assert {answer.json()["error"]["message"] for answer in refused} == {
-        "tenant: the tenant `team-a` is told its own usage alone; leave `tenant` out."
+        "The tenant `team-a` is told its own usage alone; leave `tenant` out."
     }
 
 
