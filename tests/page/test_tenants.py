@@ -40,6 +40,13 @@ def test_what_a_user_may_not_do_is_not_offered(
     assert violations(page) == []
     assert overflow(page) == 0
     assert not tab.requests("/v1/stats")
+    # A key that is taken no longer is asked for anew, and whose it is then is shown.
+    page.evaluate("() => sessionStorage.setItem('reft-key', 'expired')")
+    page.get_by_role("link", name="Interventions").click()
+    page.get_by_label("API key").fill(KEYS["team-a"])
+    page.get_by_label("API key").press("Enter")
+    expect(page.get_by_role("button", name="team-a user")).to_be_visible()
+    expect(page.get_by_role("button", name="Upload")).to_be_visible()
 
 
 def test_a_quota_that_is_used_up_says_until_when(
@@ -61,6 +68,7 @@ def test_a_tenants_own_is_uploaded_pinned_and_removed(
 ) -> None:
     tab = new_tab(tenants_url)
     tab.use(KEYS["team-a"])
+    tab.page.context.unroute("**/*")  # the browser's cache, too, must not keep what was before
     page = tab.open("#/interventions")
     file = tmp_path / "mine.safetensors"
     file.write_bytes(PIRATE.read_bytes())
@@ -83,6 +91,8 @@ def test_a_tenants_own_is_uploaded_pinned_and_removed(
     expect(page.get_by_role("button", name="Delete", exact=True)).to_have_count(0)
     page.get_by_role("button", name="Try it").click()
     page.get_by_role("button", name="Settings").click()
+    expect(page.get_by_label("Max tokens")).to_have_value("8")
+    page.get_by_role("link", name="Look inside").click()
     expect(page.get_by_label("Max tokens")).to_have_value("8")
 
 

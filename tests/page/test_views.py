@@ -62,6 +62,18 @@ def test_more_than_a_page_is_asked_for_when_it_is_wanted(tab: Tab) -> None:
     page.get_by_role("button", name="Show more").click()
     expect(page.get_by_text("4 of 10,000")).to_be_visible()
     assert f"after={entries['next']}" in tab.requests("/v1/interventions")[-1].url
+    # After a change all that was shown is shown again.
+    answer["data"] = [entries["data"][0] | {"id": f"task-{i}"} for i in range(60)]
+    page.get_by_role("button", name="Show more").click()
+    expect(page.locator("tbody tr")).to_have_count(64)
+    tab.page.context.route(
+        "**/v1/interventions/new", lambda route: route.fulfill(json=answer["data"][0])
+    )
+    page.get_by_label("Files to upload").set_input_files(
+        {"name": "new.safetensors", "mimeType": "", "buffer": b"new"}
+    )
+    expect(page.locator("tbody tr")).to_have_count(60)
+    assert "limit=64" in tab.requests("/v1/interventions")[-1].url
 
 
 def test_upload_replace_roll_back_download_and_delete(tab: Tab, mine: str, tmp_path: Path) -> None:
@@ -73,6 +85,11 @@ def test_upload_replace_roll_back_download_and_delete(tab: Tab, mine: str, tmp_p
     # A name that is taken is replaced only when that is said.
     upload(page, EMOJI, "mine.safetensors", tmp_path)
     expect(uploads).to_contain_text("mine is served already.")
+    (tmp_path / "mine.safetensors").unlink()
+    page.get_by_role("button", name="Replace it").click()
+    expect(uploads.get_by_role("alert")).to_contain_text("mine.safetensors cannot be read")
+    page.get_by_role("button", name="Dismiss mine.safetensors").last.click()
+    upload(page, EMOJI, "mine.safetensors", tmp_path)
     page.get_by_role("button", name="Replace it").click()
     expect(uploads.locator(".done")).to_have_count(2)
 
@@ -108,9 +125,9 @@ def test_a_drop_that_is_refused_says_why_in_place(tab: Tab) -> None:
             return data;
         }"""
     )
-    page.dispatch_event(".drop", "dragover", {"dataTransfer": dropped})
+    page.dispatch_event("header", "dragover", {"dataTransfer": dropped})
     expect(page.locator(".drop.over")).to_be_visible()
-    page.dispatch_event(".drop", "drop", {"dataTransfer": dropped})
+    page.dispatch_event("header", "drop", {"dataTransfer": dropped})
     answer = httpx.put(f"{tab.url}/v1/interventions/broken", content=b"not an intervention")
     said = answer.json()["error"]["message"]
     expect(page.locator(".uploads").get_by_role("alert")).to_have_text(said)
@@ -146,12 +163,16 @@ def test_try_it_opens_compare(tab: Tab) -> None:
 
 def test_edits_by_layer_are_those_of_the_trace(tab: Tab) -> None:
     page = tab.open("#/look")
+    expect(page.get_by_text("Press Look to see")).to_be_visible()
     page.get_by_label("Max tokens").fill("4")
     page.get_by_role("button", name="Look", exact=True).click()
     edited = page.locator(".heat td[title]")
     # f3+l3 at four layers of a prompt of 13 tokens.
     expect(edited).to_have_count(4 * 6)
     expect(page.locator(".heat tbody th")).to_have_text(["24", "18", "12", "6"])
+    tokens = page.locator(".heat thead span")
+    expect(tokens.first).to_have_text("<|im_start|>")
+    expect(tokens).to_have_count(13)
     asked = next(request for request in tab.requests("/v1/chat") if request.post_data)
     response = asked.response()
     assert response is not None
@@ -184,6 +205,7 @@ def test_a_fan_asks_at_every_strength(tab: Tab) -> None:
     lines = page.get_by_role("list", name="Answers by strength").get_by_role("listitem")
     expect(lines).to_have_count(3)
     expect(lines.last).to_contain_text("Arr")
+    expect(page.get_by_text('pirate, over "Who are you?"')).to_be_visible()
     assert len(tab.requests("/v1/completions")) == 1
 
 
@@ -204,15 +226,28 @@ def test_the_server_is_looked_at_while_its_view_is_open(tab: Tab) -> None:
 
 
 def test_what_is_wrong_with_the_server_is_told(tab: Tab) -> None:
+    ago = [400, 2]
+
     def wrong(route: Route) -> None:
         answer = route.fetch()
         told = answer.json() | {"problems": ["s3://tasks: The source is away."]}
+        told["time"] -= ago.pop(0) if ago else 0
         route.fulfill(response=answer, json=told)
 
+    tab.page.clock.install()
     tab.page.route("**/v1/stats", wrong)
     page = tab.open("#/server")
     expect(page.get_by_role("alert")).to_contain_text("The source is away")
     expect(page.get_by_role("status")).to_have_text("ready")
+    # One reading has one time; the second is later by more than the charts show.
+    ends = page.locator(".ends").first
+    expect(ends).to_have_text("now")
+    page.clock.run_for(2000)
+    expect(page.locator(".chart")).to_have_count(5)
+    page.wait_for_function("() => true")
+    expect(ends).to_have_text("now")
+    page.clock.run_for(2000)
+    expect(ends).to_have_text("2 s agonow")
 
 
 def test_the_reference_shows_every_route_and_its_fields(tab: Tab) -> None:
@@ -320,8 +355,14 @@ def test_every_view_is_accessible_and_fits(
 
 def test_the_colours_are_chosen_and_kept(tab: Tab) -> None:
     page = tab.open()
+    # What was typed is kept, too, in other views and when the page is loaded again.
+    page.get_by_label("Ask something").fill("Who")
+    page.get_by_role("link", name="Interventions").click()
+    page.get_by_role("link", name="Compare").click()
+    expect(page.get_by_label("Ask something")).to_have_value("Who")
     page.get_by_role("button", name="Dark colours").click()
     page.reload()
+    expect(page.get_by_label("Ask something")).to_have_value("Who")
     expect(page.get_by_role("button", name="Light colours")).to_be_visible()
     scheme = page.evaluate("() => getComputedStyle(document.documentElement).colorScheme")
     assert scheme == "dark"

@@ -2,7 +2,7 @@
 
 import { comparison } from "./comparison.js";
 import { Labels } from "./labels.js";
-import { classes, html, useState } from "./lib.js";
+import { classes, html, useEffect, useRef, useState } from "./lib.js";
 import { distance } from "./run.js";
 import { CopyButton, IconButton, Problem, seconds } from "./ui.js";
 
@@ -26,7 +26,6 @@ function shade({ tokens }, colour) {
 
 /** One answer, headed by the title that gave it (`answer.of`), else by `name`, the column's title. */
 export function Answer({ answer, name, c, t, colour, busy, last, onAnswer }) {
-  const [picked, setPicked] = useState(null);
   return html`
     <section class="answer" aria-label=${`Answer of ${answer?.of ?? name}`} aria-busy=${answer?.running ?? false}>
       <h3 class="answer-name">${answer?.of ?? name}</h3>
@@ -35,9 +34,7 @@ export function Answer({ answer, name, c, t, colour, busy, last, onAnswer }) {
         : html`
           ${answer.thought && html`
             <details class="thought" open=${!answer.text}><summary>Thinking</summary><p>${answer.thought}</p></details>`}
-          <${Text} answer=${answer} colour=${colour} picked=${picked} onPick=${setPicked} />
-          ${picked !== null && answer.pieces[picked]?.tokens.map((token, i) => html`
-            <${Alternatives} key=${i} token=${token} onClose=${() => setPicked(null)} />`)}
+          <${Text} answer=${answer} colour=${colour} />
           ${answer.labels && html`<${Labels} labels=${answer.labels} name=${answer.of ?? name} />`}
           ${answer.error && html`<${Problem} error=${answer.error} />`}`}
       <footer>
@@ -54,18 +51,27 @@ export function Answer({ answer, name, c, t, colour, busy, last, onAnswer }) {
     </section>`;
 }
 
-export function Text({ answer, colour, picked, onPick }) {
+/** The text of an answer, in tokens; below it what else was likely in the place of the one that is picked. */
+export function Text({ answer, colour }) {
+  const [picked, setPicked] = useState(null);
+  useEffect(() => setPicked(null), [answer]);
+  const paragraph = useRef();
+  const close = () => {
+    paragraph.current.querySelector("[aria-pressed=true]").focus();
+    setPicked(null);
+  };
   const { pieces, text, running } = answer;
   const cursor = running && html`<span class="cursor" aria-hidden="true"></span>`;
   if (colour === "none" || !pieces.length) return html`<p class="text">${text}${cursor}</p>`;
   const first = pieces.findIndex((piece) => piece.text);
   return html`
-    <p class="text" onKeyDown=${walk}>
+    <p class="text" ref=${paragraph} onKeyDown=${(event) => (event.key === "Escape" ? setPicked(null) : walk(event))}>
       ${pieces.map((piece, i) => piece.text && html`
         <span role="button" key=${i} tabindex=${i === (picked ?? first) ? 0 : -1} aria-pressed=${i === picked}
           class=${classes("token", piece.tokens.length && shade(piece, colour))}
-          onClick=${() => onPick(i === picked ? null : i)}>${piece.text}</span>`)}${cursor}
-    </p>`;
+          onClick=${() => setPicked(i === picked ? null : i)}>${piece.text}</span>`)}${cursor}
+    </p>
+    ${pieces[picked]?.tokens.map((token, i) => html`<${Alternatives} key=${i} token=${token} onClose=${close} />`)}`;
 }
 
 /** Arrow keys go from token to token, Enter and space pick one, as on any button. */
@@ -78,8 +84,9 @@ function walk(event) {
   event.preventDefault();
 }
 
-export const Alternatives = ({ token, onClose }) => html`
-  <div class="alternatives" role="region" aria-label="Alternatives">
+const Alternatives = ({ token, onClose }) => html`
+  <div class="alternatives" role="region" aria-label="Alternatives"
+    onKeyDown=${(event) => event.key === "Escape" && onClose()}>
     <header>
       <span>Instead of <code>${visibleText(token.text)}</code></span>
       <${IconButton} icon="close" label="Close the alternatives" onClick=${onClose} />

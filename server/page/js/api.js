@@ -41,6 +41,8 @@ export async function send(path, { method = "GET", json, body, headers = {}, sig
     const response = await fetched(path, {
       method,
       signal,
+      // An entry's ETag names its version alone: the browser would show a pin or a count of before.
+      cache: "no-store",
       body: json === undefined ? body : JSON.stringify(json),
       headers: {
         ...(json === undefined ? {} : { "content-type": "application/json" }),
@@ -60,8 +62,16 @@ export async function send(path, { method = "GET", json, body, headers = {}, sig
   }
 }
 
-/** The JSON that a route answers. */
-export const ask = async (path, options) => (await send(path, options)).json();
+/** What a route answers: the JSON of its body, or a `blob`. */
+export async function ask(path, { read = "json", ...options } = {}) {
+  const response = await send(path, options);
+  try {
+    return await response[read]();
+  } catch (error) {
+    if (error.name === "AbortError") throw error;
+    throw new ApiError("The server's answer broke off, or is not one of its own.", { code: "unreadable" });
+  }
+}
 
 /** The events of a streamed answer, parsed; an error within the stream is thrown. */
 export async function* stream(path, json, signal) {
@@ -70,12 +80,13 @@ export async function* stream(path, json, signal) {
   let text = "";
   for (;;) {
     const { done, value } = await reader.read();
-    if (done) return;
+    if (done) throw new ApiError("The answer broke off.", { code: "unreadable" });
     text += value;
     const parts = text.split("\n\n");
     text = parts.pop();
     for (const part of parts) {
-      if (!part.startsWith("data: ") || part === "data: [DONE]") continue;
+      if (part === "data: [DONE]") return;
+      if (!part.startsWith("data: ")) continue;
       const event = JSON.parse(part.slice(6));
       if (event.error) throw new ApiError(event.error.message, event.error);
       yield event;

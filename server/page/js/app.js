@@ -47,5 +47,10 @@ function App() {
     <//>`;
 }
 
+// A file that is dropped beside what takes one must not be opened in the place of the page.
+for (const what of ["dragover", "drop"]) {
+  addEventListener(what, (event) => event.dataTransfer.types.includes("Files") && event.preventDefault());
+}
+
 render(html`<${App} />`, document.getElementById("app"));
 introduce();

@@ -20,8 +20,9 @@ export function Chart({ title, xs, series, format, formatX, max }) {
   const known = series.flatMap(({ values }) => values.filter((value) => value !== null));
   const most = Math.max(...known, 0);
   const top = max ?? (most > 0 ? roundUp(most) : 1);
-  const span = xs.at(-1) - xs[0] || 1;
-  const x = (i) => ((xs[i] - xs[0]) / span) * WIDTH;
+  const span = xs.at(-1) - xs[0];
+  // A single value lies at the end, where the newest will.
+  const x = (i) => (span > 0 ? ((xs[i] - xs[0]) / span) * WIDTH : WIDTH - 1);
   const y = (value) => HEIGHT - (Math.min(value, top) / top) * HEIGHT;
   const shown = at === null || at >= xs.length ? xs.length - 1 : at;
   const values = series.map(({ values: all }) => all[shown] ?? null);
@@ -52,7 +53,7 @@ export function Chart({ title, xs, series, format, formatX, max }) {
           ${at !== null && html`<line class="at" x1=${x(shown)} x2=${x(shown)} y1="0" y2=${HEIGHT} />`}
         </svg>
         <span class="ends" aria-hidden="true">
-          <span>${formatX(xs[0])}</span>${at !== null && html`<strong>${formatX(xs[shown])}</strong>`}
+          <span>${xs.length > 1 && formatX(xs[0])}</span>${at !== null && html`<strong>${formatX(xs[shown])}</strong>`}
           <span>${formatX(xs.at(-1))}</span></span>
       </div>
     </figure>`;

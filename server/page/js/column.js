@@ -3,14 +3,13 @@
 import { ask } from "./api.js";
 import { change, comparison } from "./comparison.js";
 import { html, useState } from "./lib.js";
-import { Picker } from "./picker.js";
+import { Choose } from "./picker.js";
 import { STRENGTH, column as newColumn, part } from "./session.js";
 import { Icon, IconButton, Problem, useLoaded } from "./ui.js";
 
 const LETTERS = "ABCD";
 
 export function ColumnCard({ c, column, session, base, busy }) {
-  const [adding, setAdding] = useState(false);
   const { columns, turns } = session;
   const setParts = (parts) =>
     change({ columns: columns.map((one, i) => (i === c ? { ...one, parts } : one)) });
@@ -40,12 +39,10 @@ export function ColumnCard({ c, column, session, base, busy }) {
       ${column.parts.map((one, i) => html`
         <${Part} key=${i} part=${one} alone=${column.parts.length === 1} onChange=${(fields) => setPart(i, fields)}
           onRemove=${() => setParts(column.parts.filter((_, j) => j !== i))} />`)}
-      ${adding
-        ? html`<${Picker} label="Add an intervention" onClose=${() => setAdding(false)}
-            onPick=${(name) => { setAdding(false); setParts([...column.parts, part(name)]); }} />`
-        : html`<button type="button" class="quiet add" onClick=${() => setAdding(true)}>
-            <${Icon} name="plus" />${column.parts.length ? "Compose with another" : "Add an intervention"}
-          </button>`}
+      <${Choose} label="Add an intervention" class="quiet add"
+        onPick=${(name) => setParts([...column.parts, part(name)])}>
+        <${Icon} name="plus" />${column.parts.length ? "Compose with another" : "Add an intervention"}
+      <//>
     </section>`;
 }
 
@@ -54,41 +51,27 @@ function kind({ parts }) {
   return parts.length === 1 ? "Intervention" : "Composition";
 }
 
-export function AddColumn({ busy, onAdd }) {
-  const [adding, setAdding] = useState(false);
-  if (!adding) {
-    return html`<button type="button" class="quiet" disabled=${busy} onClick=${() => setAdding(true)}>
-      <${Icon} name="plus" />Column</button>`;
-  }
-  const pick = (name) => {
-    setAdding(false);
-    onAdd(name === null ? newColumn() : newColumn(name));
-  };
-  return html`<${Picker} label="The new column's intervention" first="Base model" onPick=${pick}
-    onClose=${() => setAdding(false)} />`;
-}
+export const AddColumn = ({ busy, onAdd }) => html`
+  <${Choose} label="The new column's intervention" first="Base model" class="quiet" disabled=${busy}
+    onPick=${(name) => onAdd(name === null ? newColumn() : newColumn(name))}>
+    <${Icon} name="plus" />Column<//>`;
 
 /** One intervention. `alone`: no other is composed with it; `fixed`: its strength is not chosen here. */
 export function Part({ part: one, alone, fixed = false, onChange, onRemove }) {
-  const [picking, setPicking] = useState(false);
   const [open, setOpen] = useState(false);
   const { name, strength, directions } = one;
   const id = `strength-${name}`;
   const pick = (other) => {
-    setPicking(false);
     if (other === null) onRemove();
     else onChange({ name: other, directions: null });
   };
   return html`
     <div class="part">
       <div class="part-name">
-        ${picking
-          ? html`<${Picker} label="Another intervention" onClose=${() => setPicking(false)}
-              first=${alone && "Base model"} onPick=${pick} />`
-          : html`<button type="button" class="name" title="Choose another" onClick=${() => setPicking(true)}>
-              ${name}<${Icon} name="chevron" /></button>
-            ${!alone && onRemove && html`
-              <${IconButton} icon="close" label=${`Take ${name} out`} onClick=${onRemove} />`}`}
+        <${Choose} label="Another intervention" first=${alone && "Base model"} onPick=${pick}
+          class="name" title="Choose another">${name}<${Icon} name="chevron" /><//>
+        ${!alone && onRemove && html`
+          <${IconButton} icon="close" label=${`Take ${name} out`} onClick=${onRemove} />`}
       </div>
       ${!fixed && html`<div class="strength">
         <input type="range" id=${id} ...${STRENGTH} value=${strength}
@@ -106,7 +89,7 @@ export function Part({ part: one, alone, fixed = false, onChange, onRemove }) {
 }
 
 function Directions({ name, directions, onChange }) {
-  const { data, error } = useLoaded((signal) => ask(`v1/interventions/${name}`, { signal }), [name]);
+  const { data, error } = useLoaded((signal) => ask(`v1/interventions/${encodeURIComponent(name)}`, { signal }), [name]);
   if (error) return html`<${Problem} error=${error} />`;
   if (!data) return null;
   const all = Array.from({ length: data.directions }, (_, i) => i);

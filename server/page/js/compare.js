@@ -3,15 +3,15 @@
 import { ask } from "./api.js";
 import { Answer } from "./answer.js";
 import { AddColumn, ColumnCard } from "./column.js";
-import { change, comparison, replace } from "./comparison.js";
+import { change, comparison, draft, replace } from "./comparison.js";
 import { note } from "./labels.js";
-import { classes, html, useEffect, useRef, useState } from "./lib.js";
+import { classes, html, useEffect, useLayoutEffect, useRef, useState } from "./lib.js";
 import { answer, measure, unmeasured } from "./run.js";
 import { MAX_COLUMNS, column, newSession, packed, title, unpacked } from "./session.js";
 import { Settings, changed as changedSettings } from "./settings.js";
 import { ShareDialog, ShareMenu } from "./share.js";
 import { useStore } from "./store.js";
-import { Icon, IconButton, Problem, Segmented } from "./ui.js";
+import { Icon, IconButton, Problem, RunButton, Segmented } from "./ui.js";
 
 const EXAMPLES = ["Who are you?", "What's a dog?", "Why is the sky blue?", "Give me a tip for Monday."];
 
@@ -82,6 +82,7 @@ export function Compare({ base, rest }) {
           busy=${running !== null} last=${t === turns.length - 1}
           onEdit=${(user) => edit(t, user)} onAnswer=${(which) => answer(comparison, base, t, which)} />`)}
     </section>
+    <${Spoken} turns=${turns} busy=${running !== null} />
     <${Composer} mode=${mode} busy=${running !== null} onSay=${say}
       onStop=${() => running.abort()} again=${turns.length > 0} />
     <${ShareDialog} dialog=${dialog} session=${session} base=${base} />`;
@@ -152,33 +153,42 @@ const Welcome = ({ say, columns }) => html`
   </div>`;
 
 function Turn({ turn, t, session, busy, last, onEdit, onAnswer }) {
-  const [draft, setDraft] = useState(null);
+  const [edited, setEdited] = useState(null);
   const article = useRef();
+  const box = useRef();
+  const pen = useRef();
   useEffect(() => {
     if (last && busy) article.current.scrollIntoView({ block: "nearest" });
   }, []);
+  // The focus follows the way into the text, and out of it.
+  const editing = edited !== null;
+  const edits = useRef(false);
+  useLayoutEffect(() => {
+    if (editing !== edits.current) (editing ? box : busy ? article : pen).current.focus();
+    edits.current = editing;
+  }, [editing]);
   const { columns } = session;
   const run = () => {
-    setDraft(null);
-    onEdit(draft);
+    setEdited(null);
+    onEdit(edited);
   };
   return html`
-    <article ref=${article} class="turn" aria-label=${`Turn ${t + 1}`}>
+    <article ref=${article} tabindex="-1" class="turn" aria-label=${`Turn ${t + 1}`}>
       <div class="asked">
-        ${draft === null
+        ${!editing
           ? html`<p class="said">${turn.user}</p>
               <span class="asked-actions">
-                <${IconButton} icon="edit" label="Edit this turn" disabled=${busy}
-                  onClick=${() => setDraft(turn.user)} />
+                <${IconButton} icon="edit" focus=${pen} label="Edit this turn" disabled=${busy}
+                  onClick=${() => setEdited(turn.user)} />
                 ${last && html`<${IconButton} icon="reset" label="Answer again" disabled=${busy}
                   onClick=${() => onAnswer(columns.map((_, c) => c))} />`}
               </span>`
           : html`<form class="editing" onSubmit=${(event) => { event.preventDefault(); run(); }}>
-              <textarea aria-label="The turn's text" autofocus rows="3" value=${draft}
-                onInput=${(event) => setDraft(event.target.value)}></textarea>
+              <textarea aria-label="The turn's text" ref=${box} rows="3" value=${edited}
+                onInput=${(event) => setEdited(event.target.value)}></textarea>
               <div class="actions">
-                <button type="button" onClick=${() => setDraft(null)}>Cancel</button>
-                <button class="primary" disabled=${!draft.trim()}>Ask this instead</button>
+                <button type="button" onClick=${() => setEdited(null)}>Cancel</button>
+                <button class="primary" disabled=${busy || !edited.trim()}>Ask this instead</button>
               </div>
             </form>`}
       </div>
@@ -205,8 +215,18 @@ function Legend({ colour }) {
     </span>`;
 }
 
+/** What a screen reader says without being asked: that columns answer, and then what they have answered. */
+function Spoken({ turns, busy }) {
+  const [asked, setAsked] = useState(false);
+  useEffect(() => setAsked(asked || busy), [busy]);
+  const given = turns.at(-1)?.answers.filter((one) => one?.of && one.text) ?? [];
+  const said = given.map(({ of, text }) => `${of}: ${text}`).join("\n");
+  return html`<p class="unseen" role="status">${busy ? "Answering…" : asked && said}</p>`;
+}
+
 function Composer({ mode, busy, onSay, onStop, again }) {
-  const [text, setText] = useState("");
+  const { text } = useStore(draft);
+  const setText = (typed) => draft.set({ text: typed });
   const submit = (event) => {
     event.preventDefault();
     if (busy || !text.trim()) return;
@@ -224,8 +244,6 @@ function Composer({ mode, busy, onSay, onStop, again }) {
       <textarea rows=${mode === "text" ? 4 : 2} value=${text} placeholder=${`${hint}…`}
         aria-label=${hint} onKeyDown=${keys}
         onInput=${(event) => setText(event.target.value)}></textarea>
-      ${busy
-        ? html`<button type="button" onClick=${onStop}><${Icon} name="stop" />Stop</button>`
-        : html`<button class="primary" disabled=${!text.trim()}><${Icon} name="play" />Run</button>`}
+      <${RunButton} label="Run" disabled=${!text.trim()} onStop=${busy && onStop} />
     </form>`;
 }

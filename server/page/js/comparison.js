@@ -9,6 +9,19 @@ import { Store } from "./store.js";
  */
 export const comparison = new Store({ session: null, running: null, problem: null, dialog: null });
 
+const DRAFT = "reft-draft";
+
+/** What was typed and not sent yet. It outlives the view, and a reload of the tab. */
+export const draft = new Store({ text: sessionStorage.getItem(DRAFT) ?? "" });
+
+addEventListener("pagehide", () => {
+  try {
+    sessionStorage.setItem(DRAFT, draft.value.text);
+  } catch {
+    // It is longer than the browser keeps.
+  }
+});
+
 /** Change fields of the session. */
 export function change(fields) {
   comparison.set({ session: { ...comparison.value.session, ...fields } });

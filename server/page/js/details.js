@@ -1,6 +1,6 @@
 // One intervention: what its file says of it, its versions, and all that can be done with it.
 
-import { ask, save, send } from "./api.js";
+import { ask, save } from "./api.js";
 import { tryOut } from "./comparison.js";
 import { html, useRef, useState } from "./lib.js";
 import { Dialog, Icon, Loading, Problem, bytes, number, percent, useLoaded } from "./ui.js";
@@ -74,7 +74,7 @@ function Actions({ entry, path, onClose, onChange }) {
       setError(problem);
     }
   };
-  const download = attempt(async () => save(await (await send(`${path}/file`)).blob(), `${id}.safetensors`));
+  const download = attempt(async () => save(await ask(`${path}/file`, { read: "blob" }), `${id}.safetensors`));
   const replace = attempt(async (file) => {
     await put(id, file, seen);
     onChange();

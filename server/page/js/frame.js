@@ -4,7 +4,7 @@ import { forgetKey, key, onKeyNeeded } from "./api.js";
 import { html, useState } from "./lib.js";
 import { Store, useStore } from "./store.js";
 import { Dialog, Icon, IconButton, number } from "./ui.js";
-import { seen } from "./who.js";
+import { introduce, seen, who } from "./who.js";
 
 const THEME = "reft-theme";
 
@@ -17,6 +17,8 @@ onKeyNeeded(
       const done = (given) => {
         gate.set({ asking: null });
         resolve(given);
+        // Another key may be another tenant's; the request that waited for it takes it first.
+        if (given && who.value.me) setTimeout(introduce);
       };
       if (refused) forgetKey();
       gate.set({ asking: { refused, done } });

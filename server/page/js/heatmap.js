@@ -29,7 +29,7 @@ export function HeatMap({ rows, texts, from }) {
       <table class="heat">
         <thead><tr><th scope="col">Layer</th>
           ${places.map((text, i) => html`
-            <th key=${i} scope="col" class=${i >= from ? "answer-token" : ""}><span>${visible(text) || "·"}</span></th>`)}
+            <th key=${i} scope="col" class=${i >= from ? "answer-token" : ""}><span>${visible(text)}</span></th>`)}
         </tr></thead>
         <tbody>
           ${rows.map((row) => html`
@@ -51,4 +51,5 @@ function Cell({ size, most, place }) {
     <span class="unseen">${size.toPrecision(2)}</span></td>`;
 }
 
-const visible = (text) => text.replaceAll("\n", "↵").trim();
+/** A token's text without the spaces around it; those of one that is nothing else are drawn. */
+const visible = (text) => text.replaceAll("\n", "↵").trim() || text.replaceAll(/\s/g, "␣");

@@ -9,6 +9,7 @@ import { who } from "./who.js";
 import { PLACES, spans, when } from "./wording.js";
 
 const PAGE = 50;
+const MOST = 1000; // that the server lists at once
 const PAUSE_MS = 200;
 
 /** The columns: each has a heading, what it sorts by, what a row shows, and a class. */
@@ -41,21 +42,24 @@ export function Interventions({ base, rest }) {
   const [over, setOver] = useState(false);
   const chooser = useRef();
   const { upload, prefix } = who.value.me;
-  const dropping = upload && {
-    onDrop: (event) => {
-      event.preventDefault();
-      setOver(false);
-      take(event.dataTransfer.files, reload);
-    },
-    onDragOver: (event) => {
-      event.preventDefault();
-      setOver(true);
-    },
-    onDragLeave: (event) => event.currentTarget.contains(event.relatedTarget) || setOver(false),
-  };
+  useEffect(() => {
+    if (!upload) return undefined;
+    const dropping = {
+      drop: ({ dataTransfer }) => {
+        setOver(false);
+        take(dataTransfer.files, reload);
+      },
+      dragover: ({ dataTransfer }) => setOver(dataTransfer.types.includes("Files")),
+      dragleave: ({ relatedTarget }) => relatedTarget ?? setOver(false),
+    };
+    for (const [what, listener] of Object.entries(dropping)) addEventListener(what, listener);
+    return () => {
+      for (const [what, listener] of Object.entries(dropping)) removeEventListener(what, listener);
+    };
+  }, [upload]);
   const close = () => (location.hash = "#/interventions");
   return html`
-    <div class=${classes("drop", over && "over")} ...${dropping}>
+    <div class=${classes("drop", over && "over")}>
       <div class="head">
         <h1>Interventions</h1>
         ${total !== null && html`<span class="muted figure" role="status">
@@ -132,10 +136,11 @@ function usePages(query, sort) {
   const [round, setRound] = useState(0);
   const [loading, setLoading] = useState(false);
   const asked = useRef(0);
-  const load = async (rows, after) => {
+  const again = useRef(false); // the same rows, which may have changed
+  const load = async (rows, after, limit = PAGE) => {
     const mine = (asked.current += 1);
     setLoading(true);
-    const parameters = new URLSearchParams({ limit: PAGE, sort, ...(query && { q: query }), ...(after && { after }) });
+    const parameters = new URLSearchParams({ limit, sort, ...(query && { q: query }), ...(after && { after }) });
     let found;
     try {
       const { data, total, next, problems } = await ask(`v1/interventions?${parameters}`);
@@ -149,12 +154,17 @@ function usePages(query, sort) {
     setLoading(false);
   };
   useEffect(() => {
-    const timer = setTimeout(() => load([], null), state.rows === null || !query ? 0 : PAUSE_MS);
+    const count = again.current ? Math.min(Math.max(PAGE, state.rows?.length ?? 0), MOST) : PAGE;
+    again.current = false;
+    const timer = setTimeout(() => load([], null, count), state.rows === null || !query ? 0 : PAUSE_MS);
     return () => clearTimeout(timer);
   }, [query, sort, round]);
   return {
     ...state, loading,
     more: () => load(state.rows, state.next),
-    reload: () => setRound((old) => old + 1),
+    reload: () => {
+      again.current = true;
+      setRound((old) => old + 1);
+    },
   };
 }

@@ -1,20 +1,27 @@
 // Look inside: what an intervention does to one prompt, row by row, and at a range of strengths.
 
 import { ask } from "./api.js";
-import { Alternatives, Text } from "./answer.js";
+import { Text } from "./answer.js";
 import { Chart } from "./chart.js";
 import { Part } from "./column.js";
 import { HeatMap, rowsOf } from "./heatmap.js";
-import { html, useEffect, useState } from "./lib.js";
+import { html, useEffect } from "./lib.js";
 import { Picker } from "./picker.js";
 import { blank, distance, fill, measure, pieces, unmeasured } from "./run.js";
-import { part, shown, used } from "./session.js";
+import { SAMPLING, part, shown, used } from "./session.js";
 import { Store, useStore } from "./store.js";
-import { Icon, NumberInput, Problem, Segmented } from "./ui.js";
+import { NumberInput, Problem, RunButton, Segmented } from "./ui.js";
+import { quoted } from "./wording.js";
 
 const MAX_STRENGTHS = 25;
 
-/** What is looked at, and what was found. It outlives the view. `fan` is a list of {strength, answer}. */
+/** What each kind shows, and how to start it: said before there is anything to show. */
+const ABOUT = {
+  map: "Press Look to see, by layer and token, how far the intervention moves what the model thinks of the prompt, and how far its answer is from the base model's.",
+  fan: "Press Ask to see the answers to the prompt at every strength below each other, with their distance from the base model's and their length as charts.",
+};
+
+/** What is looked at, and what was found. It outlives the view. `fan` has a name, a prompt and answers: {strength, answer}. */
 const looked = new Store({
   kind: "map", chosen: null, prompt: "Who are you?", maxTokens: 24, range: { from: -1, to: 2, step: 0.5 },
   trace: null, fan: null, running: null, error: null,
@@ -33,9 +40,12 @@ async function choose() {
   }
 }
 
-const bodyOf = ({ prompt, maxTokens }, base, one) => ({
-  ...used({ parts: [one] }, base), messages: [{ role: "user", content: prompt }],
-  max_tokens: maxTokens, temperature: 0,
+/** The longest answer that is asked for: what was typed, or what the tenant may have. */
+const longest = ({ maxTokens }) => Math.min(maxTokens, SAMPLING.max_tokens.max);
+
+const bodyOf = (state, base, one) => ({
+  ...used({ parts: [one] }, base), messages: [{ role: "user", content: state.prompt }],
+  max_tokens: longest(state), temperature: 0,
 });
 
 /** Ask for one answer with a trace, then ask the base for the log-probabilities of its tokens. */
@@ -46,7 +56,7 @@ async function lookInside(base) {
     const answer = await ask("v1/chat/completions", {
       method: "POST", signal,
       json: {
-        ...body, trace: true, logprobs: true, top_logprobs: 5, prompt_logprobs: 0, return_token_ids: true,
+        ...body, trace: true, logprobs: true, top_logprobs: 5, return_token_ids: true,
       },
     });
     const [choice] = answer.choices;
@@ -56,10 +66,7 @@ async function lookInside(base) {
     const said = {
       ...blank(), running: false, text, prompt: ids, ids: choice.token_ids, pieces: pieces(content, text),
     };
-    await measure(looked, base, [said]);
-    // The first token of a prompt has no probability, and so no text there.
-    const before = answer.prompt_logprobs.map((entry, i) => entry?.[ids[i]].decoded_token ?? "");
-    const texts = [...before, ...content.map(({ token }) => token)];
+    const [texts] = await measure(looked, base, [said]);
     set({ trace: { ...answer.trace[0], prompt, name: chosen.name, said, texts, from: ids.length } });
   });
 }
@@ -72,9 +79,9 @@ function strengths({ from, to, step }) {
 
 /** Send the same prompt at every strength of the range, all at once. */
 async function spread(base) {
-  const { chosen, range } = looked.value;
+  const { chosen, prompt, range } = looked.value;
   const fan = strengths(range).map((strength) => ({ strength, answer: blank() }));
-  set({ fan });
+  set({ fan: { name: chosen.name, prompt, answers: fan } });
   await running(async (signal) => {
     const began = performance.now();
     await Promise.all(fan.map(({ strength, answer }) => {
@@ -99,7 +106,7 @@ async function running(work) {
 
 export function Look({ base }) {
   const state = useStore(looked);
-  const { kind, chosen, prompt, maxTokens, running: busy, error, trace, fan } = state;
+  const { kind, chosen, prompt, running: busy, error, trace, fan } = state;
   useEffect(() => {
     if (!chosen) choose();
   }, []);
@@ -109,6 +116,7 @@ export function Look({ base }) {
     else spread(base);
   };
   const count = strengths(state.range).length;
+  const found = kind === "map" ? trace : fan;
   const possible = chosen && prompt.trim() && (kind === "map" || (count > 0 && count <= MAX_STRENGTHS));
   return html`
     <div class="head"><h1>Look inside</h1>
@@ -118,24 +126,28 @@ export function Look({ base }) {
       <div class="look-subject">
         ${chosen
           ? html`<${Part} part=${chosen} fixed=${kind === "fan"} onChange=${(fields) => set({ chosen: { ...chosen, ...fields } })} />`
-          : html`<${Picker} label="The intervention to look into" onClose=${() => {}}
+          : html`<${Picker} label="The intervention to look into" onClose=${() => {}} onLeave=${() => {}}
               onPick=${(name) => set({ chosen: part(name) })} />`}
       </div>
       <label class="field look-prompt">Prompt
         <textarea rows="2" value=${prompt} onInput=${(event) => set({ prompt: event.target.value })}></textarea></label>
       <div class="look-end">
-        <${NumberField} label="Max tokens" value=${maxTokens} min="1" max="512" step="1"
+        <${NumberField} label="Max tokens" value=${longest(state)} min="1" max=${Math.min(512, SAMPLING.max_tokens.max)} step="1"
           onChange=${(value) => set({ maxTokens: value })} />
         ${kind === "fan" && html`<${Range} range=${state.range} />`}
-        ${busy
-          ? html`<button type="button" onClick=${() => busy.abort()}><${Icon} name="stop" />Stop</button>`
-          : html`<button class="primary" disabled=${!possible}><${Icon} name="play" />${kind === "map" ? "Look" : `Ask at ${count} strengths`}</button>`}
+        <${RunButton} label=${kind === "map" ? "Look" : `Ask at ${count} strengths`} disabled=${!possible}
+          onStop=${busy && (() => busy.abort())} />
       </div>
     </form>
     ${error && html`<${Problem} error=${error} />`}
-    ${kind === "map" && trace && html`<${Inside} trace=${trace} />`}
-    ${kind === "fan" && fan && html`<${Fan} fan=${fan} />`}`;
+    <p class=${found ? "unseen" : "muted"} role="status">
+      ${busy ? "Answering…" : found ? spoken(found) : !error && ABOUT[kind]}</p>
+    ${found && (kind === "map" ? html`<${Inside} trace=${found} />` : html`<${Fan} fan=${found} />`)}`;
 }
+
+/** What a screen reader says when there is something to see. */
+const spoken = ({ said, answers }) =>
+  said ? `Answer: ${said.text}` : answers.map(({ strength, answer }) => `Strength ${strength}: ${answer.text}`).join("\n");
 
 const NumberField = ({ label, value, onChange, ...bounds }) => html`
   <label class="field short">${label}
@@ -148,21 +160,18 @@ const Range = ({ range }) => ["from", "to", "step"].map((end) => html`
     onChange=${(value) => set({ range: { ...range, [end]: value } })} />`);
 
 function Inside({ trace }) {
-  const [picked, setPicked] = useState(null);
   const { said } = trace;
   const nats = said.pieces.map(({ tokens }) => Math.abs(distance(tokens[0]) ?? 0));
   return html`
     <section class="panel stack" aria-label="Edits">
       <h2>How far each edit moved each row</h2>
-      <p class="muted">${trace.name}, over ${JSON.stringify(trace.prompt)}: length of the change over the row's own, by layer and token.
+      <p class="muted">${trace.name}, over ${quoted(trace.prompt)}: length of the change over the row's own, by layer and token.
         The first answer token's distribution is ${trace.kl.toFixed(3)} nats (KL) from the base model's.</p>
       <${HeatMap} rows=${rowsOf(trace.edits)} texts=${trace.texts} from=${trace.from} />
     </section>
     <section class="panel stack" aria-label="Answer">
       <h2>How far the answer is from the base model</h2>
-      <${Text} answer=${said} colour="distance" picked=${picked} onPick=${setPicked} />
-      ${picked !== null && said.pieces[picked]?.tokens.map((token, i) => html`
-        <${Alternatives} key=${i} token=${token} onClose=${() => setPicked(null)} />`)}
+      <${Text} answer=${said} colour="distance" />
       ${nats.length > 1 && html`
         <${Chart} title="Nats from the base, by token of the answer" xs=${nats.map((_, i) => i)}
           series=${[{ name: "distance", values: nats }]} format=${(value) => value.toFixed(2)}
@@ -170,12 +179,13 @@ function Inside({ trace }) {
     </section>`;
 }
 
-function Fan({ fan }) {
+function Fan({ fan: { name, prompt, answers: fan } }) {
   const xs = fan.map(({ strength }) => strength);
   const length = fan.map(({ answer }) => answer.ids.length || null);
   const means = fan.map(({ answer }) => mean(answer.pieces.flatMap(({ tokens }) => tokens).map(distance)));
   const formatX = (strength) => `strength ${strength}`;
   return html`
+    <p class="muted asked-of">${name}, over ${quoted(prompt)}</p>
     <div class="charts two">
       <${Chart} title="Mean distance from the base" xs=${xs} format=${(value) => `${value.toFixed(2)} nats`}
         formatX=${formatX} series=${[{ name: "distance", values: means }]} />

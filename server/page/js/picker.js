@@ -10,8 +10,32 @@ const PAUSE_MS = 150;
 
 let count = 0;
 
-/** `onPick` gets a name, or null for `first`, an entry of its own before those that are found. */
-export function Picker({ label, first, onPick, onClose }) {
+/** A button that is a picker while it is open. The focus is its again after a key has closed that. */
+export function Choose({ label, first, onPick, children, ...button }) {
+  const [open, setOpen] = useState(false);
+  const opener = useRef();
+  const byKey = useRef(false);
+  useLayoutEffect(() => {
+    if (open || !byKey.current) return;
+    byKey.current = false;
+    opener.current.focus();
+  }, [open]);
+  if (!open) {
+    return html`<button ref=${opener} type="button" ...${button} onClick=${() => setOpen(true)}>${children}</button>`;
+  }
+  const close = () => {
+    byKey.current = true;
+    setOpen(false);
+  };
+  return html`<${Picker} label=${label} first=${first} onClose=${close} onLeave=${() => setOpen(false)}
+    onPick=${(name) => { close(); onPick(name); }} />`;
+}
+
+/**
+ * `onPick` gets a name, or null for `first`, an entry of its own before those that are found. `onClose`
+ * is called at Escape, `onLeave` when the focus goes elsewhere.
+ */
+export function Picker({ label, first, onPick, onClose, onLeave }) {
   const [text, setText] = useState("");
   const [searched, setSearched] = useState("");
   const [active, setActive] = useState(0);
@@ -58,7 +82,7 @@ export function Picker({ label, first, onPick, onClose }) {
         aria-expanded="true" aria-controls=${id} aria-autocomplete="list" autocomplete="off"
         aria-activedescendant=${options[active] ? `${id}-${active}` : null} value=${text}
         onInput=${(event) => { setText(event.target.value); setActive(0); setEntered(false); }}
-        onKeyDown=${keys} onBlur=${onClose} />
+        onKeyDown=${keys} onBlur=${onLeave} />
       <ul id=${id} role="listbox" aria-label=${label} onMouseDown=${(event) => event.preventDefault()}>
         ${options.map((option, i) => html`
           <li key=${option.text} id=${`${id}-${i}`} role="option" aria-selected=${i === active}

@@ -24,7 +24,7 @@ export async function answer(store, base, t, which) {
   const controller = new AbortController();
   const turn = session.turns[t];
   for (const c of which) turn.answers[c] = blank(title(session.columns[c]));
-  store.set({ running: controller });
+  store.set({ running: controller, problem: null });
   const began = performance.now();
   await Promise.all(
     which.map(async (c) => {
@@ -139,9 +139,13 @@ function decoded(bytes) {
 export const unmeasured = (answers) =>
   answers.filter((answer) => answer && !answer.running && answer.ids.length && !answer.measured);
 
-/** Ask the base model how probable it finds the tokens of these answers, each after its own prompt. */
+/**
+ * Ask the base model how probable it finds the tokens of these answers, each after its own prompt.
+ * Gives the texts of each answer's tokens, those of its prompt first.
+ */
 export async function measure(store, base, answers) {
-  for (const answer of answers) answer.measured = true;
+  const mark = (measured) => answers.forEach((answer) => (answer.measured = measured));
+  mark(true);
   const { choices } = await ask("v1/completions", {
     method: "POST",
     json: {
@@ -149,6 +153,9 @@ export async function measure(store, base, answers) {
       prompt: answers.map(({ prompt, ids }) => [...prompt, ...ids]),
       max_tokens: 0, echo: true, logprobs: 0, temperature: 0,
     },
+  }).catch((error) => {
+    mark(false);
+    throw error;
   });
   for (const { index, logprobs } of choices) {
     const { pieces, prompt } = answers[index];
@@ -156,6 +163,7 @@ export async function measure(store, base, answers) {
     pieces.flatMap(({ tokens }) => tokens).forEach((token, i) => (token.base = values[i]));
   }
   store.touched();
+  return choices.map(({ logprobs }) => logprobs.tokens);
 }
 
 /** By how many nats the edits moved a token; null where that was not measured. */

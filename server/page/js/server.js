@@ -9,15 +9,16 @@ import { Usage } from "./usage.js";
 import { who } from "./who.js";
 
 const EVERY_MS = 2000;
-const KEPT = 150;
+const SHOWN_S = 300;
 
-/** The answers so far, oldest first; they are kept while another view is open. */
+/** The answers of the last five minutes, oldest first; they are kept while another view is open. */
 const watched = new Store({ samples: [], error: null });
 
 async function look(signal) {
   try {
     const sample = await ask("v1/stats", { signal });
-    watched.set({ samples: [...watched.value.samples, sample].slice(-KEPT), error: null });
+    const recent = watched.value.samples.filter(({ time }) => time > sample.time - SHOWN_S);
+    watched.set({ samples: [...recent, sample], error: null });
   } catch (error) {
     if (error.name !== "AbortError") watched.set({ error });
   }

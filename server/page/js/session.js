@@ -5,9 +5,11 @@ export const MAX_COLUMNS = 4;
 export const ALTERNATIVES = 5;
 export const STRENGTH = { min: -2, max: 2, step: 0.05 };
 
+const UNBOUND = { value: 128, max: 4096 };
+
 /** Sampling settings: the default, which a request leaves out unless `always`, and a field's bounds. */
 export const SAMPLING = {
-  max_tokens: { label: "Max tokens", value: 128, min: 1, max: 4096, step: 1, always: true },
+  max_tokens: { label: "Max tokens", ...UNBOUND, min: 1, step: 1, always: true },
   temperature: { label: "Temperature", value: 0, min: 0, max: 2, step: 0.05, always: true },
   top_p: { label: "Top p", value: 1, min: 0.01, max: 1, step: 0.01 },
   top_k: { label: "Top k", value: 0, min: 0, max: 1000, step: 1 },
@@ -18,11 +20,10 @@ export const SAMPLING = {
   seed: { label: "Seed", value: null, step: 1 },
 };
 
-/** Let new comparisons ask for answers of at most so many tokens. */
+/** Let new comparisons ask for answers of at most so many tokens; null is the page's own bound. */
 export function boundAnswers(most) {
-  const { max_tokens } = SAMPLING;
-  max_tokens.max = Math.min(max_tokens.max, most);
-  max_tokens.value = Math.min(max_tokens.value, most);
+  const { max, value } = UNBOUND;
+  Object.assign(SAMPLING.max_tokens, { max: Math.min(max, most ?? max), value: Math.min(value, most ?? value) });
 }
 
 export const part = (name) => ({ name, strength: 1, directions: null });

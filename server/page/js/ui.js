@@ -30,24 +30,40 @@ export const Icon = ({ name }) => html`
   <svg class="icon" viewBox="0 0 24 24" aria-hidden="true"><path d=${PATHS[name]} /></svg>`;
 
 /** A button of an icon alone; its label is read out, and shown when the pointer rests on it. */
-export const IconButton = ({ icon, label, ...rest }) => html`
-  <button type="button" class="icon-button" aria-label=${label} title=${label} ...${rest}>
+export const IconButton = ({ icon, label, focus, ...rest }) => html`
+  <button ref=${focus} type="button" class="icon-button" aria-label=${label} title=${label} ...${rest}>
     <${Icon} name=${icon} />
   </button>`;
 
-/** Copies what `text()` gives, and says for a moment that it did. */
+/**
+ * Submits its form; with `onStop` it ends what was begun so. It stays one element, which keeps the
+ * focus. It may begin again before the browser has done with the press that ended it: so that press
+ * does nothing else.
+ */
+export function RunButton({ label, disabled, onStop }) {
+  const press = (event) => {
+    if (!onStop) return;
+    event.preventDefault();
+    onStop();
+  };
+  return html`
+    <button type=${onStop ? "button" : "submit"} class=${onStop ? "" : "primary"}
+      disabled=${disabled && !onStop} onClick=${press}>
+      <${Icon} name=${onStop ? "stop" : "play"} />${onStop ? "Stop" : label}</button>`;
+}
+
+/** Copies what `text()` gives, and says for a moment whether it did. */
 export function CopyButton({ text, label = "Copy", icon = "copy", small = false }) {
-  const [copied, setCopied] = useState(false);
+  const [said, setSaid] = useState(null);
   const copy = async () => {
-    await copyText(await text());
-    setCopied(true);
-    setTimeout(() => setCopied(false), 1500);
+    setSaid(await copyText(await text()).then(() => "Copied", () => "Not copied: the browser does not allow it"));
+    setTimeout(() => setSaid(null), 1500);
   };
   if (small) {
-    return html`<${IconButton} icon=${icon} label=${copied ? "Copied" : label} onClick=${copy} />`;
+    return html`<${IconButton} icon=${icon} label=${said ?? label} onClick=${copy} />`;
   }
   return html`<button type="button" onClick=${copy}>
-    <${Icon} name=${icon} /><span aria-live="polite">${copied ? "Copied" : label}</span>
+    <${Icon} name=${icon} /><span aria-live="polite">${said ?? label}</span>
   </button>`;
 }
 
@@ -61,17 +77,27 @@ async function copyText(text) {
   area.value = text;
   (document.querySelector("dialog[open]") ?? document.body).append(area);
   area.select();
-  document.execCommand("copy");
+  const done = document.execCommand("copy");
   area.remove();
+  if (!done) throw new Error("The browser has copied nothing.");
 }
 
-/** A modal dialog, open as long as it is in the document; Escape and its cross close it. */
+/**
+ * A modal dialog, open as long as it is in the document; Escape, its cross and a press beside it close
+ * it. Then the focus goes back to where it was.
+ */
 export function Dialog({ title, onClose, wide = false, children }) {
   const dialog = useRef();
-  useEffect(() => dialog.current.showModal(), []);
+  const beside = useRef(false); // where the press has begun: a text may be selected past the edge
+  useEffect(() => {
+    const before = document.activeElement;
+    dialog.current.showModal();
+    return () => before.focus();
+  }, []);
   return html`
     <dialog ref=${dialog} class=${classes(wide && "wide")} aria-labelledby="dialog-title"
-      onClose=${onClose} onClick=${(event) => event.target === dialog.current && onClose()}>
+      onClose=${onClose} onMouseDown=${(event) => (beside.current = event.target === dialog.current)}
+      onClick=${(event) => beside.current && event.target === dialog.current && onClose()}>
       <div class="dialog-body">
         <header>
           <h2 id="dialog-title">${title}</h2>

@@ -36,10 +36,21 @@ async function send(id, file, name, headers, done) {
   }
 }
 
-export const put = (name, file, headers = {}) =>
-  ask(`v1/interventions/${encodeURIComponent(name)}`, {
+export async function put(name, file, headers = {}) {
+  await readable(file);
+  return ask(`v1/interventions/${encodeURIComponent(name)}`, {
     method: "PUT", body: file, headers: { "content-type": "application/octet-stream", ...headers },
   });
+}
+
+/** Throws where a file cannot be sent: the browser would say the same as of a server that is gone. */
+async function readable(file) {
+  try {
+    await file.slice(0, 1).arrayBuffer();
+  } catch {
+    throw new Error(`${file.name} cannot be read: it is a folder, or no longer as it was when it was chosen.`);
+  }
+}
 
 export function Uploads({ reload }) {
   const { list } = useStore(uploads);

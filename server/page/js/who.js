@@ -11,7 +11,7 @@ export async function introduce() {
   who.set({ error: null });
   try {
     const me = await ask("v1/me");
-    if (me.limits.max_tokens) boundAnswers(me.limits.max_tokens);
+    boundAnswers(me.limits.max_tokens);
     who.set({ me });
   } catch (error) {
     who.set({ error });

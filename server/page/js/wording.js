@@ -18,6 +18,12 @@ export function spans(layers) {
   return runs.map(([from, to]) => (from === to ? from : `${from} to ${to}`)).join(", ");
 }
 
+/** A text in quotes on one line, its middle left out where it is long. */
+export function quoted(text) {
+  const whole = JSON.stringify(text);
+  return whole.length > 240 ? `${whole.slice(0, 160)} … ${whole.slice(-60)}` : whole;
+}
+
 /** Unix time (seconds) as a date, or as a time of day if it is today. */
 export function when(time) {
   const date = new Date(time * 1000);
