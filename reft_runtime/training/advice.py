@@ -57,7 +57,7 @@ def advise(score: Score, base: Score | None = None) -> list[str]:
 
 
 def _no_better(score: Score, base: Score | None) -> list[str]:
-    if score.majority is None or len(score.labels) < 2:
+    if score.majority is None or len(score.labels) < 2 or score.value == 1:
         return []
     name, share = score.majority
     bar, shown = share, f"always answering {name}"

@@ -118,7 +118,8 @@ def _paths(reference: str, folder: str | Path | None) -> list[Path]:
         meant = did_you_mean(pattern.removesuffix(SUFFIX), names)
         if Path(f"{reference}{SUFFIX}").is_file():
             meant = f" Did you mean the file `{reference}{SUFFIX}`?"
-        meant = meant or f" There are: {_some(names)}."
+        there = f" There are: {_some(names)}." if place.is_dir() else f" No folder {place} exists."
+        meant = meant or there
         raise NotFound(
             f"intervention: there is no {reference}{where}.{meant}", param="intervention"
         )

@@ -62,9 +62,14 @@ def file_for(source: str) -> Path:
 
 def _name(path: Path) -> str:
     # Not pathlib's `resolve`, which raises no OSError for links in a circle.
-    name = path.stem if path.stem not in _SPLITS else Path(os.path.realpath(path)).parent.name
-    # A manifest holds text, and the names of files may be other bytes.
-    return name.encode(errors="replace").decode()
+    return written(
+        path.stem if path.stem not in _SPLITS else Path(os.path.realpath(path)).parent.name
+    )
+
+
+def written(path: str | os.PathLike[str]) -> str:
+    """A path as text, which is all that a manifest holds; names of files may be other bytes."""
+    return os.fspath(path).encode(errors="replace").decode()
 
 
 def _read_file(path: Path) -> Records:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from reft_runtime.client import Answer
 from reft_runtime.errors import ConfigError
@@ -26,7 +28,7 @@ from reft_runtime.training.scoring import (
     metric_of,
     plain,
 )
-from reft_runtime.training.sources import Data
+from reft_runtime.training.sources import Data, written
 
 TEXT = 100
 """An outcome keeps this many characters of a prompt."""
@@ -93,10 +95,16 @@ def read_tasks(
     text: str | None,
     label: str | None,
 ) -> list[Task]:
-    """Read and check data sets; raises `ConfigError` for wrong rows and for two of one name."""
+    """Read and check data sets; raises `ConfigError` for wrong rows and for two of one name.
+
+    Files that have one name, such as `dev.csv` and `test.csv` of a folder, go by their paths.
+    """
     tasks = []
-    for source in data:
-        rows = read_rows(source, text=text, label=label)
+    read = [read_rows(source, text=text, label=label) for source in data]
+    named = Counter(rows.name for rows in read)
+    for source, rows in zip(data, read, strict=True):
+        if named[rows.name] > 1 and isinstance(source, str | os.PathLike):
+            rows = replace(rows, name=written(source))
         layout = Layout(template, rows.rows[0])
         labels = None if prefixes else rows.labels
         task = Task(rows, metric_of(rows, metric), template, layout, labels)
@@ -104,8 +112,12 @@ def read_tasks(
             for row in rows.rows:
                 check_label(row, layout, labels)
         tasks.append(task)
-    if len({task.rows.name for task in tasks}) < len(tasks):
-        raise ConfigError("data: two data sets have one name; rename a file.", param="data")
+    names = Counter(task.rows.name for task in tasks)
+    twice = next((name for name, times in names.items() if times > 1), None)
+    if twice is not None:
+        raise ConfigError(
+            f"data: two data sets are called {twice}; ask one at a time.", param="data"
+        )
     return tasks
 
 

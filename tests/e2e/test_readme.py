@@ -48,6 +48,7 @@ NOT_RUN = {
 OTHERS = [
     "docs/interventions.md",
     "docs/python.md",
+    "docs/structured.md",
     "docs/training.md",
     "interventions/README.md",
 ]

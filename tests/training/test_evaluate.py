@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from reft_runtime.interventions import Edit, Intervention, parse, read, read_hea
 from reft_runtime.outputs import Choice, Generation
 from reft_runtime.training import TrainSettings, direction, evaluate, train
 from reft_runtime.training.scoring import is_right, plain
+from reft_runtime.training.tasks import read_tasks
 from server.cli.main import app
 from server.settings import Settings
 from tests.e2e.conftest import served
@@ -216,6 +217,7 @@ def test_push(place: Path, address: str, tmp_path: Path) -> None:
         (["nothing"], {}, NotFound, "there is no nothing in "),
         (["x/*.safetensors"], {}, NotFound, "there is no x/"),
         (["task"], {"folder": None}, NotFound, "there is no task[.]"),
+        (["task"], {"folder": "gone"}, NotFound, "no task in gone. No folder gone exists."),
         ([], {"metric": "bleu"}, ConfigError, "metric: one of accuracy, exact, perplexity"),
         ([], {"url": "http://127.0.0.1:9"}, ConfigError, "url: no answer from http://127.0.0.1:9"),
         ([], {"url": "http://x", "metric": "perplexity"}, ConfigError, "cannot be asked of a"),
@@ -237,12 +239,25 @@ def test_mistakes_in_names_and_labels(place: Path, address: str, tmp_path: Path)
         evaluate([ROWS], ["x*"], url=address)
     with pytest.raises(ConfigError, match="row 1: there is no field 'label'"):
         evaluate([CHATS], metric="accuracy", **in_process(place))
-    with pytest.raises(ConfigError, match="two data sets have one name"):
+    with pytest.raises(ConfigError, match="two data sets are called rows; ask one at a time"):
         evaluate([ROWS, ROWS], **in_process(place))
     file = tmp_path / "task.safetensors"
     file.write_bytes(read(place / "interventions" / "task.safetensors"))
     with pytest.raises(ConfigError, match="have one name"):
         evaluate([ROWS], ["task", str(file)], **in_process(place))
+
+
+def test_files_that_are_called_by_one_folder_go_by_their_paths(tmp_path: Path) -> None:
+    files = [jsonl(tmp_path / f"{name}.jsonl", ROWS) for name in ("dev", "test", "other")]
+
+    def names(data: Sequence[Any]) -> list[str]:
+        tasks = read_tasks(data, None, template=None, prefixes=False, text=None, label=None)
+        return [task.rows.name for task in tasks]
+
+    assert names(files[:1]) == [tmp_path.name]
+    assert names(files) == [str(files[0]), str(files[1]), "other"]
+    with pytest.raises(ConfigError, match=r"are called .*dev\.jsonl; ask one at a time"):
+        names([files[0], files[0]])
 
 
 @pytest.mark.filterwarnings("ignore")

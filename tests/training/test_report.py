@@ -157,6 +157,7 @@ def test_the_base_may_be_the_bar() -> None:
     good = score(("a", "a", 40), ("b", "b", 40), name="base")
     [first, *_] = advise(score(("a", "a", 40), ("b", "b", 36), ("b", "a", 4)), good)
     assert first.startswith("This is no better than the base model: check that the labels follow")
+    assert advise(good, good) == [], "all are right"
 
 
 @pytest.mark.parametrize(
