@@ -60,11 +60,51 @@ export async function send(path, { method = "GET", json, body, headers = {}, sig
   }
 }
 
+/** Routes whose requests a tenant may have so many of at once. */
+const COUNTED = new Set(["v1/completions", "v1/chat/completions", "v1/classify"]);
+
+let most = Infinity;
+let underWay = 0;
+const waiting = [];
+
+/** At most `count` requests for answers are under way at once, and the others wait; null for all. */
+export function allow(count) {
+  most = count ?? Infinity;
+  while (waiting.length) waiting.shift()();
+}
+
+async function enter() {
+  while (underWay >= most) await new Promise((go) => waiting.push(go));
+  underWay += 1;
+}
+
+function leave() {
+  underWay -= 1;
+  waiting.shift()?.();
+}
+
 /** The JSON that a route answers. */
-export const ask = async (path, options) => (await send(path, options)).json();
+export async function ask(path, options) {
+  if (!COUNTED.has(path)) return (await send(path, options)).json();
+  await enter();
+  try {
+    return await (await send(path, options)).json();
+  } finally {
+    leave();
+  }
+}
 
 /** The events of a streamed answer, parsed; an error within the stream is thrown. */
 export async function* stream(path, json, signal) {
+  await enter();
+  try {
+    yield* events(path, json, signal);
+  } finally {
+    leave();
+  }
+}
+
+async function* events(path, json, signal) {
   const response = await send(path, { method: "POST", json, signal });
   const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
   let text = "";
