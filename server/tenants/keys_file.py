@@ -7,7 +7,7 @@ import tomllib
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from reft_runtime.errors import ConfigError
 from server.tenants.tenant import EVERYTHING, Limits, Role, Tenant
@@ -63,14 +63,6 @@ class _TenantTable(_Table):
     concurrent_requests: Most | None = None
     limits: _LimitsTable = _LimitsTable()
 
-    @model_validator(mode="after")
-    def _check_seen(self) -> _TenantTable:
-        if self.interventions is None and self.role == "user":
-            raise ValueError(
-                'interventions: say which the user sees, such as ["team-a.*"], or ["*"] for all'
-            )
-        return self
-
     def tenant(self, name: str) -> Tenant:
         """The tenant that the table describes."""
         patterns = [EVERYTHING] if self.interventions is None else self.interventions
@@ -114,17 +106,17 @@ def read_keys_file(path: Path) -> dict[bytes, Tenant]:
         place = _PLACE.search(str(error))
         where = f", see {place[1]}" if place else ""
         raise ConfigError(f"{path}: is not valid TOML{where}.") from None
-    problems: list[str] = []
+    tenants = tables.get("tenants")
+    problems = _names_and_sight(tenants) if isinstance(tenants, dict) else []
     found: dict[bytes, Tenant] = {}
     try:
         file = _File.model_validate(tables)
     except ValidationError as invalid:
-        problems = [
+        problems += [
             f"{_field(error['loc'], tables)}: {_message(error['type'], error['msg'])}."
             for error in invalid.errors(include_url=False, include_input=False)
         ]
     else:
-        problems = _names(file)
         found, shared = _by_hash(file)
         problems += shared
     if problems:
@@ -132,12 +124,26 @@ def read_keys_file(path: Path) -> dict[bytes, Tenant]:
     return found
 
 
-def _names(file: _File) -> list[str]:
-    return [
+def _names_and_sight(tenants: dict[str, object]) -> list[str]:
+    """What is wrong with names, and users of whom it is not said what they see.
+
+    pydantic would say this only of a file whose fields are all well.
+    """
+    problems = [
         f"tenants: the name of tenant {number} is not allowed: give {TENANT_RULE}."
-        for number, name in enumerate(file.tenants, 1)
+        for number, name in enumerate(tenants, 1)
         if not is_tenant_name(name)
     ]
+    for name, table in tenants.items():
+        if not isinstance(table, dict) or "interventions" in table:
+            continue
+        if table.get("role", "user") == "user":
+            place = _field(("tenants", name), {"tenants": tenants})
+            problems.append(
+                f"{place}.interventions: say which the user sees, such as"
+                ' ["team-a.*"], or ["*"] for all.'
+            )
+    return problems
 
 
 def _by_hash(file: _File) -> tuple[dict[bytes, Tenant], list[str]]:
@@ -162,6 +168,8 @@ def _by_hash(file: _File) -> tuple[dict[bytes, Tenant], list[str]]:
 def _message(kind: str, message: str) -> str:
     if kind == "extra_forbidden":
         return "is no setting; leave it out, or see docs/tenants.md for those that there are"
+    if kind == "too_short":
+        return "is empty; give at least one"
     message = message.removeprefix("Value error, ")
     return message[:1].lower() + message[1:]
 

@@ -111,7 +111,15 @@ def test_a_user_sees_its_own_uploads_without_a_pattern(file: Path) -> None:
     ("text", "problems"),
     [
         ("", ["tenants: field required."]),
-        ("[tenants]", ["tenants: dictionary should have at least 1 item"]),
+        ("[tenants]", ["tenants: is empty; give at least one"]),
+        (
+            '[tenants.team-a]\nkeys = []\nrole = "user"\n' + table(name="b", lines=""),
+            [
+                r"tenants\.team-a\.interventions: say which the user sees",
+                r"tenants\.b\.interventions: say which the user sees",
+                r"tenants\.team-a\.keys: is empty; give at least one\.",
+            ],
+        ),
         ("tenants = 1", ["tenants: input should be a valid dictionary."]),
         ("a = ", [r"is not valid TOML, see end of document\."]),
         (f'{KEY} = "{HASH}', [r"is not valid TOML, see end of document\."]),
@@ -124,7 +132,7 @@ def test_a_user_sees_its_own_uploads_without_a_pattern(file: Path) -> None:
                 r"tenants\.team-a\.weight: input should be greater than or equal to 0\.01\.",
             ],
         ),
-        (table(lines=""), [r"tenants\.team-a: interventions: say which the user sees"]),
+        (table(lines=""), [r"tenants\.team-a\.interventions: say which the user sees"]),
         (table(lines=f"requests_per_minute = {'9' * 5000}"), [r"is not valid TOML\."]),
         (
             table(lines="interventions = ['Team A']"),
@@ -138,10 +146,14 @@ def test_a_user_sees_its_own_uploads_without_a_pattern(file: Path) -> None:
             table(hashed=HASH.removeprefix("sha256:")),
             [r"tenants\.team-a\.keys\.0: write sha256: and 64"],
         ),
-        (f'[tenants.a]\nkeys = "{HASH}"', [r"tenants\.a\.keys: input should be a valid list\."]),
-        ("[tenants.a]\nkeys = []", [r"tenants\.a\.keys: list should have at least 1 item"]),
         (
-            table(lines="requests_per_minute = 0\nconcurrent_requests = 1.5\nlimits.n = 0"),
+            f'[tenants.a]\nkeys = "{HASH}"\n{SEEN}',
+            [r"tenants\.a\.keys: input should be a valid list\."],
+        ),
+        (
+            table(
+                lines=f"{SEEN}\nrequests_per_minute = 0\nconcurrent_requests = 1.5\nlimits.n = 0"
+            ),
             [
                 r"tenants\.team-a\.requests_per_minute: input should be greater than or equal to 1",
                 r"tenants\.team-a\.concurrent_requests: input should be a valid integer\.",
@@ -158,7 +170,10 @@ def test_a_user_sees_its_own_uploads_without_a_pattern(file: Path) -> None:
         (table(name='"Team.A"'), [r"tenants: the name of tenant 1 is not allowed: give 1 to 32"]),
         (
             table() + table(name=f'"{HASH}"', hashed="x"),
-            [r"tenants\.\(tenant 2\)\.keys\.0: write sha256:"],
+            [
+                r"tenants: the name of tenant 2 is not allowed: give 1 to 32",
+                r"tenants\.\(tenant 2\)\.keys\.0: write sha256:",
+            ],
         ),
         (
             table() + table(name="b"),

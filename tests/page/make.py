@@ -13,7 +13,8 @@ from server.tenants.keys_file import HASH
 KEY = "sesame-42"
 
 KEYS = {"team-a": "sesame-a", "team-b": "sesame-b"}
-"""The keys of tenants: `team-a` may upload, `team-b` only ask, once a minute."""
+"""The keys of tenants: `team-a` may upload, and ask one thing at a time; `team-b` only ask, and
+once a minute."""
 
 
 def keys_file() -> str:
@@ -24,6 +25,7 @@ def keys_file() -> str:
     keys = ["{hashes["team-a"]}"]
     interventions = ["telegram"]
     upload = true
+    concurrent_requests = 1
     limits.max_tokens = 8
 
     [tenants.team-b]

@@ -63,6 +63,20 @@ def test_a_quota_that_is_used_up_says_until_when(
     )
 
 
+def test_columns_wait_for_each_other_where_a_tenant_may_ask_one_at_a_time(
+    new_tab: Callable[..., Tab], tenants_url: str
+) -> None:
+    tab = new_tab(tenants_url)
+    tab.use(KEYS["team-a"])
+    page = tab.open("#/interventions/telegram")
+    page.get_by_role("button", name="Try it").click()
+    short(page, 8)
+    say(page, "Hello")
+    expect(page.locator(".figures", has_text="8 tokens")).to_have_count(2)
+    expect(page.get_by_role("alert")).to_have_count(0)
+    assert len(tab.requests("/v1/chat/completions")) == 2
+
+
 def test_a_tenants_own_is_uploaded_pinned_and_removed(
     new_tab: Callable[..., Tab], tenants_url: str, engine: Engine, tmp_path: Path
 ) -> None:

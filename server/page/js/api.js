@@ -62,8 +62,52 @@ export async function send(path, { method = "GET", json, body, headers = {}, sig
   }
 }
 
+/** Routes whose requests a tenant may have so many of at once. */
+const COUNTED = new Set(["v1/completions", "v1/chat/completions", "v1/classify"]);
+
+let most = Infinity;
+let underWay = 0;
+const waiting = [];
+
+/** At most `count` requests for answers are under way at once, and the others wait; null for all. */
+export function allow(count) {
+  most = count ?? Infinity;
+  wake();
+}
+
+async function enter(signal) {
+  while (underWay >= most && !signal?.aborted) {
+    await new Promise((go) => {
+      waiting.push(go);
+      signal?.addEventListener("abort", go, { once: true });
+    });
+  }
+  signal?.throwIfAborted();
+  underWay += 1;
+}
+
+function leave() {
+  underWay -= 1;
+  wake();
+}
+
+/** Let all that wait look for room; some may have been aborted. */
+function wake() {
+  for (const go of waiting.splice(0)) go();
+}
+
 /** What a route answers: the JSON of its body, or a `blob`. */
-export async function ask(path, { read = "json", ...options } = {}) {
+export async function ask(path, options = {}) {
+  if (!COUNTED.has(path)) return body(path, options);
+  await enter(options.signal);
+  try {
+    return await body(path, options);
+  } finally {
+    leave();
+  }
+}
+
+async function body(path, { read = "json", ...options }) {
   const response = await send(path, options);
   try {
     return await response[read]();
@@ -75,6 +119,15 @@ export async function ask(path, { read = "json", ...options } = {}) {
 
 /** The events of a streamed answer, parsed; an error within the stream is thrown. */
 export async function* stream(path, json, signal) {
+  await enter(signal);
+  try {
+    yield* events(path, json, signal);
+  } finally {
+    leave();
+  }
+}
+
+async function* events(path, json, signal) {
   const response = await send(path, { method: "POST", json, signal });
   const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
   let text = "";

@@ -1,6 +1,6 @@
 // Who uses the page: the tenant of its key, and what it may do. And the base model's name.
 
-import { ask } from "./api.js";
+import { allow, ask } from "./api.js";
 import { boundAnswers } from "./session.js";
 import { Store } from "./store.js";
 
@@ -11,6 +11,7 @@ export async function introduce() {
   who.set({ error: null });
   try {
     const me = await ask("v1/me");
+    allow(me.concurrent_requests);
     boundAnswers(me.limits.max_tokens);
     who.set({ me });
   } catch (error) {
