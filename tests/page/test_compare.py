@@ -132,6 +132,13 @@ def test_turns_go_on_are_edited_and_answered_again(tab: Tab) -> None:
     answered(page)
     assert len(tab.requests(CHAT)) == before + 1
     assert answers(page) == again
+    # A conversation that was left is where the browser's way back leads.
+    page.get_by_role("button", name="New", exact=True).click()
+    expect(page.locator(".turn")).to_have_count(0)
+    page.wait_for_timeout(400)  # longer than it takes until the address is written
+    page.go_back()
+    expect(page.locator(".turn .said")).to_have_text("What's a dog?")
+    assert answers(page) == again
 
 
 def test_strength_directions_and_settings_are_what_is_sent(tab: Tab) -> None:
@@ -501,13 +508,28 @@ def test_an_answer_that_breaks_off_is_said(tab: Tab) -> None:
     event = f"data: {json.dumps({'choices': [begun]})}\n\n"
     context.route(f"**{CHAT}", lambda route: route.fulfill(body=event))
     page = tab.open()
-    say(page, "Hello")
+    say(page, "Hello " * 500)
     answer = page.get_by_role("region", name="Answer of pirate")
     expect(answer.get_by_role("alert")).to_have_text("The answer broke off.")
     expect(answer.locator(".text")).to_have_text("Aye")
+    # A long turn leaves room for its answers.
+    asked = page.locator(".said").bounding_box()
+    assert asked is not None
+    assert asked["height"] <= 0.4 * 800
+    assert not violations(page)
     context.route("**/v1/interventions/pirate", lambda route: route.fulfill(body="<html>"))
     page.goto(f"{tab.url}/#/interventions/pirate")
     expect(page.get_by_role("dialog").get_by_role("alert")).to_contain_text("answer broke off, or")
+    # Without the server there is nothing to look into, until it is back; and none may be served.
+    listing = "**/v1/interventions?limit=50"
+    context.route(listing, lambda route: route.abort())
+    page.goto(f"{tab.url}/#/look")
+    expect(page.get_by_role("alert")).to_contain_text("cannot be reached")
+    context.unroute(listing)
+    context.route(listing, lambda route: route.fulfill(json={"data": [], "total": 0}))
+    page.get_by_role("button", name="Try again").click()
+    expect(page.get_by_text("No intervention is served")).to_be_visible()
+    tab.faults = [fault for fault in tab.faults if "net::ERR_FAILED" not in fault]
 
 
 def test_the_keyboard_alone_is_enough(tab: Tab) -> None:

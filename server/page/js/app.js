@@ -26,9 +26,10 @@ function place() {
 function App() {
   const { me, error } = useStore(who);
   const model = me?.model;
-  const [{ view, rest }, setPlace] = useState(place);
+  const [visit, setVisit] = useState(place);
+  const { view, rest } = visit;
   useEffect(() => {
-    const changed = () => setPlace(place());
+    const changed = () => setVisit(place());
     addEventListener("hashchange", changed);
     return () => removeEventListener("hashchange", changed);
   }, []);
@@ -40,7 +41,7 @@ function App() {
   return html`
     <${Frame} links=${[...links, ["docs", "API", false]]} me=${me}>
       ${model
-        ? html`<${View} base=${model} rest=${rest} key=${view} />`
+        ? html`<${View} base=${model} rest=${rest} visit=${visit} key=${view} />`
         : error
           ? html`<${Problem} error=${error} retry=${introduce} />`
           : html`<${Loading} what="the page" />`}

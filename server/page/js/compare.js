@@ -21,6 +21,9 @@ const COLOURS = [
   ["distance", "Distance from base"],
 ];
 
+/** Characters of a turn that may not fit its part of the window: keys must reach it to scroll. */
+const LONG = 800;
+
 /** Interventions with the plainest effect; the first columns show them if they are served. */
 const SHOWN = ["pirate", "emoji"];
 
@@ -44,12 +47,13 @@ async function open(rest) {
   }
 }
 
-export function Compare({ base, rest }) {
+/** `rest` holds a comparison, if the address does; `visit` is another value each time that it is gone to. */
+export function Compare({ base, rest, visit }) {
   const { session, running, problem, dialog } = useStore(comparison);
   useEffect(() => {
     // Opens a link that was followed, or the view anew; not the address that this view wrote itself.
     if (rest !== written.current) open(rest);
-  }, [rest]);
+  }, [visit]);
   const written = useRef(null);
   useAddress(session, running, written);
   useDistance(session, running, base);
@@ -63,7 +67,7 @@ export function Compare({ base, rest }) {
     answer(comparison, base, kept.length, all);
   };
   const edit = (t, user) => {
-    change({ turns: [...turns.slice(0, t), { user, answers: columns.map(() => null) }] });
+    leave({ turns: [...turns.slice(0, t), { user, answers: columns.map(() => null) }] });
     answer(comparison, base, t, all);
   };
   return html`
@@ -86,6 +90,15 @@ export function Compare({ base, rest }) {
     <${Composer} mode=${mode} busy=${running !== null} onSay=${say}
       onStop=${() => running.abort()} again=${turns.length > 0} />
     <${ShareDialog} dialog=${dialog} session=${session} base=${base} />`;
+}
+
+/** Change fields of the session so that turns are dropped: the browser's way back leads to them. */
+async function leave(fields) {
+  const left = packed(comparison.value.session);
+  change(fields);
+  const address = `#/compare/${await left}`;
+  history.replaceState(null, "", address);
+  history.pushState(null, "", address);
 }
 
 /** Keeps the address in step with the session, once answers have ended. */
@@ -118,7 +131,7 @@ function Toolbar({ session, busy }) {
     <div class="toolbar">
       <${Segmented} label="Kind of prompt" value=${mode}
         options=${[["chat", "Chat"], ["text", "Text"]]}
-        onChange=${(chosen) => chosen !== mode && change({ mode: chosen, turns: [] })} />
+        onChange=${(chosen) => chosen !== mode && leave({ mode: chosen, turns: [] })} />
       <label class="inline">Colour
         <select value=${colour} onChange=${(event) => change({ colour: event.target.value })}>
           ${COLOURS.map(([value, text]) => html`<option value=${value} key=${value}>${text}</option>`)}
@@ -136,7 +149,7 @@ function Toolbar({ session, busy }) {
       </button>
       <${ShareMenu} session=${session} />
       <button type="button" class="quiet" disabled=${busy || !turns.length}
-        onClick=${() => change({ turns: [] })}><${Icon} name="plus" />New</button>
+        onClick=${() => leave({ turns: [] })}><${Icon} name="plus" />New</button>
     </div>
     ${settings && html`<${Settings} session=${session} change=${change} />`}`;
 }
@@ -176,7 +189,7 @@ function Turn({ turn, t, session, busy, last, onEdit, onAnswer }) {
     <article ref=${article} tabindex="-1" class="turn" aria-label=${`Turn ${t + 1}`}>
       <div class="asked">
         ${!editing
-          ? html`<p class="said">${turn.user}</p>
+          ? html`<p class="said" tabindex=${turn.user.length > LONG ? 0 : null}>${turn.user}</p>
               <span class="asked-actions">
                 <${IconButton} icon="edit" focus=${pen} label="Edit this turn" disabled=${busy}
                   onClick=${() => setEdited(turn.user)} />

@@ -21,9 +21,9 @@ const ABOUT = {
   fan: "Press Ask to see the answers to the prompt at every strength below each other, with their distance from the base model's and their length as charts.",
 };
 
-/** What is looked at, and what was found. It outlives the view. `fan` has a name, a prompt and answers: {strength, answer}. */
+/** What is looked at, and what was found; `served` is how many interventions there are. It outlives the view. `fan` has a name, a prompt and answers: {strength, answer}. */
 const looked = new Store({
-  kind: "map", chosen: null, prompt: "Who are you?", maxTokens: 24, range: { from: -1, to: 2, step: 0.5 },
+  kind: "map", served: null, chosen: null, prompt: "Who are you?", maxTokens: 24, range: { from: -1, to: 2, step: 0.5 },
   trace: null, fan: null, running: null, error: null,
 });
 
@@ -32,9 +32,9 @@ const set = (fields) => looked.set(fields);
 /** Choose the first intervention that is served, if none was chosen. */
 async function choose() {
   try {
-    const { data } = await ask("v1/interventions?limit=50");
+    const { data, total } = await ask("v1/interventions?limit=50");
     const names = data.filter(({ problem }) => !problem).map(({ id }) => id);
-    if (names.length) set({ chosen: part(names.includes("pirate") ? "pirate" : names[0]) });
+    set({ error: null, served: total, chosen: names.length ? part(names.includes("pirate") ? "pirate" : names[0]) : null });
   } catch (error) {
     set({ error });
   }
@@ -106,7 +106,7 @@ async function running(work) {
 
 export function Look({ base }) {
   const state = useStore(looked);
-  const { kind, chosen, prompt, running: busy, error, trace, fan } = state;
+  const { kind, served, chosen, prompt, running: busy, error, trace, fan } = state;
   useEffect(() => {
     if (!chosen) choose();
   }, []);
@@ -126,7 +126,8 @@ export function Look({ base }) {
       <div class="look-subject">
         ${chosen
           ? html`<${Part} part=${chosen} fixed=${kind === "fan"} onChange=${(fields) => set({ chosen: { ...chosen, ...fields } })} />`
-          : html`<${Picker} label="The intervention to look into" onClose=${() => {}} onLeave=${() => {}}
+          : served === 0 ? html`<p class="muted">No intervention is served for you to look into.</p>`
+          : served && html`<${Picker} label="The intervention to look into" onClose=${() => {}} onLeave=${() => {}}
               onPick=${(name) => set({ chosen: part(name) })} />`}
       </div>
       <label class="field look-prompt">Prompt
@@ -139,7 +140,7 @@ export function Look({ base }) {
           onStop=${busy && (() => busy.abort())} />
       </div>
     </form>
-    ${error && html`<${Problem} error=${error} />`}
+    ${error && html`<${Problem} error=${error} retry=${!chosen && choose} />`}
     <p class=${found ? "unseen" : "muted"} role="status">
       ${busy ? "Answering…" : found ? spoken(found) : !error && ABOUT[kind]}</p>
     ${found && (kind === "map" ? html`<${Inside} trace=${found} />` : html`<${Fan} fan=${found} />`)}`;
