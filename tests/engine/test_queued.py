@@ -54,6 +54,15 @@ def test_shares_of_the_queue_are_by_weight() -> None:
         queued.add(request("b6", "b", weight=3))
 
 
+def test_what_nobody_needs_is_anybodys_to_the_last_token() -> None:
+    queued = QueuedRequests(100, 80)
+    for name, tenant, tokens in (("a0", "a", 30), ("b0", "b", 20), ("b1", "b", 30)):
+        queued.add(request(name, tenant, tokens))
+    with pytest.raises(Overloaded, match=r"50 prompt tokens"):
+        queued.add(request("b2", "b"))
+    queued.add(request("a1", "a"))
+
+
 def test_prompt_tokens_are_shared_likewise() -> None:
     queued = QueuedRequests(100, 80)
     queued.add(request("a0", "a", 80))

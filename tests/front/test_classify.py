@@ -203,6 +203,8 @@ def test_what_a_classification_shows() -> None:
     assert repr(found) == "Classification('yes': 0.750, 'no': 0.250)"
     html = found._repr_html_()
     assert html.index("yes") < html.index("0.750") < html.index("no") < html.index("0.250")
+    five = Classification(tuple("abcde"), (0.0,) * 5, [1])
+    assert repr(five).endswith("'e': 0.200)")
     many = Classification(tuple("abcdefg"), tuple(map(float, range(7))), [1])
     assert repr(many).startswith("Classification('g': ")
     assert repr(many).endswith(", ...)")

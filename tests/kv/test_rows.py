@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from reft_runtime.base.attention import LayerShape
 from reft_runtime.kv.rows import MIN_CAPACITY, RowStorage
-from reft_runtime.kv.slabs import rounding_bytes
+from reft_runtime.kv.slabs import BlockPool, Layout, rounding_bytes
 from reft_runtime.sampling import SamplingParams
 from reft_runtime.schedule.plan import Chunk
 from reft_runtime.schedule.prefix_cache import BlockCopy
@@ -317,6 +317,20 @@ def test_a_blocks_place_is_given_back_after_it_was_reused() -> None:
     reused = [BlockCopy(other, 0, 3), BlockCopy(other, 1, 4)]
     rows.prepare([Chunk(other, 32, 1, reused)])
     assert holds(rows, other, 1.0, 32)
+
+
+@pytest.mark.skipif(not hasattr(mmap, "MADV_DONTNEED"), reason="pages are not given back")
+def test_a_place_that_is_given_back_is_that_one_alone() -> None:
+    pool = BlockPool(Layout.of(WIDE), 3, torch.float32)
+    pool.part(0, 0, 3).fill_(1)
+    pool.drop([1])
+    assert [float(pool.part(0, place, 1).max()) for place in range(3)] == [1, 0, 1]
+
+
+def test_layers_whose_keys_and_values_differ_or_are_one_are_told() -> None:
+    """Compiled layers would write where they do not lie."""
+    kept = Layout.of([*SHAPES, LayerShape(1, 4, 4, values_in_keys=True)])
+    assert kept.heads == (None, (2, 2), None)
 
 
 def test_what_memory_comes_in() -> None:
