@@ -134,9 +134,9 @@ def test_alone(wanted: dict[str, list[int]], name: str) -> None:
         (2, 2, 8192),
         (5, 5, 8192),
         (len(CASES), 64, TIGHT),
-        (11, 11, TIGHT),
+        (16, 20, TIGHT),
     ],
-    ids=["at once", "by 1", "by 2", "by 5", "preempted", "preempted by 11"],
+    ids=["at once", "by 1", "by 2", "by 5", "preempted", "preempted by 20"],
 )
 def test_batched_chunked_and_preempted(
     wanted: dict[str, list[int]], max_running: int, max_step_tokens: int, kv_tokens: int
