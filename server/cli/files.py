@@ -131,10 +131,13 @@ def inspect(
     check_model(base, "base")
     with naming(file):
         data = read_file(file)
-    from reft_runtime.base.shape import count_parameters, read_base
     from reft_runtime.interventions.format.describe import describe
 
-    parameters = None if base is None else count_parameters(read_base(base)[1])
+    parameters = None
+    if base is not None:
+        from reft_runtime.base.shape import count_parameters, read_base  # takes seconds
+
+        parameters = count_parameters(read_base(base)[1])
     with naming(file):
         found = describe(data, parameters)
     typer.echo(

@@ -55,6 +55,17 @@ def run(*arguments: str | Path) -> str:
     return result.stdout
 
 
+def test_what_a_file_holds_is_shown_without_the_base_models_library(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(
+        tmp_path / "x.safetensors",
+        Intervention.build(BASE, [Edit(1, "f1+l2", loreft_tensors(0))]),
+    )
+    monkeypatch.setitem(sys.modules, "reft_runtime.base.shape", None)
+    assert "f1+l2" in run("inspect", tmp_path / "x.safetensors")
+
+
 def test_import_inspect_export(checkpoint: Path, base: Path, tmp_path: Path) -> None:
     out = tmp_path / "pirate.safetensors"
     options = ("--positions", "f1+l2", "--untied", "--act", "gelu", "--template", "Q: {prompt}")

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 import resource
 import signal
 import socket
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -18,6 +16,7 @@ import httpx
 import psutil
 import pytest
 
+from tests.helpers.forked import Forked, reft
 from tests.helpers.models import tiny
 from tests.helpers.tokenizer import tiny_tokenizer
 
@@ -54,25 +53,23 @@ def served(
     tiny_tokenizer().save_pretrained(folder)
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    start = "from server.cli.main import main; main()"
-    command = [sys.executable, "-c", start, "serve", "--model", str(folder)]
+    command = ["serve", "--model", str(folder)]
     command += ["--interventions", str(tmp_path_factory.mktemp("none"))]
     command += ["--port", str(port), "--kv-tokens", "32768", "--threads", "1"]
     command += ["--dtype", request.param, "--first-token-timeout", "60"]
-    log = folder / "log"
-    with log.open("wb") as out:
-        process = subprocess.Popen(command, stdout=out, stderr=out, env={**os.environ})
+    process = Forked(reft, str(folder), *command)
+    process.read_on()
     url = f"http://127.0.0.1:{port}"
     try:
         deadline = time.monotonic() + 120
-        while time.monotonic() < deadline and process.poll() is None:
+        while time.monotonic() < deadline and process.pid:
             try:
                 if httpx.get(f"{url}/readyz").status_code == 200:
                     break
             except httpx.HTTPError:
                 time.sleep(0.2)
         yield url, process.pid, request.param
-        assert process.poll() is None, log.read_text()[-4000:]
+        assert process.pid, process.log[-40:]
     finally:
         process.send_signal(signal.SIGTERM)
         process.wait(30)

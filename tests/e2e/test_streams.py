@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from reft_runtime import Engine, SamplingParams
 from tests.e2e.conftest import generate
 
-MAX_TOKENS = 6
+MAX_TOKENS = 4
 WORDS = [
     "the",
     "quick",
@@ -29,10 +29,10 @@ MODELS = ["SmolLM2-135M-Instruct", "emoji", "pirate", "SmolLM2-135M-Instruct:emo
 
 
 def prompts() -> list[tuple[str, str]]:
-    """32 (model, prompt) pairs, from a dozen tokens to some eighty."""
+    """32 (model, prompt) pairs, from a dozen tokens to some fifty."""
     made = []
     for i in range(32):
-        words = [WORDS[(i * 7 + j) % len(WORDS)] for j in range(1 + i * 2)]
+        words = [WORDS[(i * 7 + j) % len(WORDS)] for j in range(1 + i)]
         text = f"<|im_start|>user\n{i}: {' '.join(words)}<|im_end|>\n<|im_start|>assistant\n"
         made.append((MODELS[i % len(MODELS)], text))
     return made

@@ -28,7 +28,7 @@ pytestmark = pytest.mark.usefixtures("storages")
 TIGHT = MAX_LENGTH + 16
 """The smallest KV budget with which any one request can end."""
 
-MAX_TOKENS = 24
+MAX_TOKENS = 16
 
 POSITIONS = [
     "all",
@@ -134,9 +134,9 @@ def test_alone(wanted: dict[str, list[int]], name: str) -> None:
         (2, 2, 8192),
         (5, 5, 8192),
         (len(CASES), 64, TIGHT),
-        (8, 11, TIGHT),
+        (16, 20, TIGHT),
     ],
-    ids=["at once", "by 1", "by 2", "by 5", "preempted", "preempted by 11"],
+    ids=["at once", "by 1", "by 2", "by 5", "preempted", "preempted by 20"],
 )
 def test_batched_chunked_and_preempted(
     wanted: dict[str, list[int]], max_running: int, max_step_tokens: int, kv_tokens: int
@@ -144,8 +144,10 @@ def test_batched_chunked_and_preempted(
     core = make_core(max_running=max_running, max_step_tokens=max_step_tokens, kv_tokens=kv_tokens)
     # Few at a time take many steps, in which they decode as others do.
     max_tokens = 8 if max_running <= 5 else MAX_TOKENS
-    got = run(core, [asked(name, max_tokens=max_tokens) for name in CASES])
-    for name in CASES:
+    # By 1 and by 2 every other case: it is a step for nearly each token of them all.
+    names = list(CASES)[max_running - 1 :: 2] if max_running <= 2 else list(CASES)
+    got = run(core, [asked(name, max_tokens=max_tokens) for name in names])
+    for name in names:
         assert got[name][0] == wanted[name][:max_tokens], name
     assert (core.scheduler.preemptions > 0) == (kv_tokens == TIGHT)
 

@@ -5,6 +5,7 @@ For tests of what a process does and how it ends, not of how it begins.
 
 from __future__ import annotations
 
+import atexit
 import multiprocessing
 import os
 import sys
@@ -32,6 +33,20 @@ def _begin(
     os._exit(status)  # as the command ends, without what torch's libraries say then
 
 
+def reft(folder: str, *arguments: str) -> int:
+    """In a process that has imported what takes seconds: run the command, in a folder."""
+    from server.cli.main import main
+
+    atexit.unregister(os._exit)  # the fork server's: the command ends with a status of its own
+    os.chdir(folder)
+    sys.argv = ["reft", *arguments]
+    try:
+        main()
+    except SystemExit as end:
+        return end.code if isinstance(end.code, int) else 1
+    return 0
+
+
 class Forked:
     """A process that runs `main(*arguments)`, a module's function, and ends with its status.
 
@@ -54,9 +69,14 @@ class Forked:
         """Keep what it prints from here on in `log`; else it might block on the pipe."""
         self._reader.start()
 
+    @property
+    def pid(self) -> int:
+        """Its process id; 0 when it has ended."""
+        return 0 if self._process.exitcode is not None else self._process.pid or 0
+
     def send_signal(self, number: int) -> None:
-        if self._process.exitcode is None:
-            os.kill(self._process.pid or 0, number)
+        if self.pid:
+            os.kill(self.pid, number)
 
     def wait(self, seconds: float) -> int:
         """Wait for the exit status, of a signal negative."""

@@ -9,12 +9,15 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedModel
 
 from reft_runtime.base.model import LoadedModel
+from reft_runtime.edits.sites import EditSites
+from reft_runtime.engine import runner
 from reft_runtime.engine.core import EngineConfig, EngineCore
 from reft_runtime.engine.events import Event, Failed, PromptScored, TokenMade
 from reft_runtime.interventions import CanonicalEdit, Positions
@@ -245,7 +248,20 @@ def make_core(
     config = EngineConfig(
         max_running, max(max_step_tokens, max_running), kv_tokens, prefix_cache, snapshots
     )
-    return EngineCore(loaded or tiny_llama()[1], config, clock=lambda: 0.0)
+    if loaded is not None:
+        return EngineCore(loaded, config, clock=lambda: 0.0)
+    with patch.object(runner, "EditSites", _tiny_sites):
+        return EngineCore(tiny_llama()[1], config, clock=lambda: 0.0)
+
+
+def _tiny_sites(*of_the_model: Any) -> EditSites:
+    """The tiny Llama's, which each of its cores would find out anew."""
+    if not _sites:
+        _sites.append(EditSites(*of_the_model))
+    return _sites[0]
+
+
+_sites: list[EditSites] = []
 
 
 def prompt(length: int, seed: int = 0) -> tuple[int, ...]:

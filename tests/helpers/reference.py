@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence as SequenceOf
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -132,7 +133,7 @@ class Applied:
     strength: float = 1.0
     subspace: tuple[int, ...] | None = None
 
-    @property
+    @cached_property
     def intervention(self) -> AppliedIntervention:
         """The form in which the engine takes it; the digest is as good as a real one in tests."""
         built = Intervention.build(BASE, [edit.stored for edit in self.edits])

@@ -7,8 +7,6 @@ import logging
 import logging.handlers
 import re
 import signal
-import subprocess
-import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -17,6 +15,8 @@ import pytest
 
 from server.logs import JsonFormatter, TextFormatter, configure_logging
 from server.settings import Settings, load_settings
+from tests.helpers.forked import Forked
+from tests.http import serve_fake
 from tests.http.conftest import chat, completion
 from tests.http.fake_engine import FakeEngine
 
@@ -143,20 +143,16 @@ def test_the_format_is_checked() -> None:
 
 
 def test_a_process_that_logs_json() -> None:
-    command = [sys.executable, "-m", "tests.http.serve_fake", "{}", '{"log_format": "json"}']
-    with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    ) as process:
-        assert process.stdout is not None
-        for first in process.stdout:
-            if found := re.search(r"Serving at (http://[^\\\s]+)", json.loads(first)["message"]):
-                break
-        url = found[1] if found else ""
-        httpx.post(f"{url}/v1/completions", json=completion())
-        httpx.get(f"{url}/readyz")
-        process.send_signal(signal.SIGTERM)
-        lines = [json.loads(line) for line in process.stdout]
-        assert process.wait(20) == 0
+    process = Forked(serve_fake.main, "{}", '{"log_format": "json"}')
+    for first in process.output:
+        if found := re.search(r"Serving at (http://[^\\\s]+)", json.loads(first)["message"]):
+            break
+    url = found[1] if found else ""
+    httpx.post(f"{url}/v1/completions", json=completion())
+    httpx.get(f"{url}/readyz")
+    process.send_signal(signal.SIGTERM)
+    lines = [json.loads(line) for line in process.output]
+    assert process.end() == 0
     assert [line["path"] for line in lines if "path" in line] == ["/v1/completions"]
     assert any(line["message"].startswith("Shutting down") for line in lines)
     assert all(re.fullmatch(TIME, line["time"]) for line in lines)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import signal
-import subprocess
 import sys
 import threading
 from collections.abc import Callable
@@ -21,6 +19,7 @@ from reft_runtime.training import trainer as trainer_module
 from reft_runtime.training.forward import Base
 from reft_runtime.training.trainer import EditTrainer, Interrupted
 from server.cli.training import app
+from tests.helpers.forked import Forked, reft
 from tests.training.make import ROWS, folder, jsonl
 from tests.training.test_train import run
 
@@ -213,24 +212,16 @@ def test_the_command_ends_with_the_signals_status(
 
 def test_sigterm_of_a_process(tmp_path: Path) -> None:
     data, base = jsonl(tmp_path / "data.jsonl", ROWS), folder(tmp_path / "model")
-    environment = {**os.environ, "PYTHONPATH": os.getcwd(), "OMP_NUM_THREADS": "1"}
-    code = "from server.cli.main import main; main()"
-    process = subprocess.Popen(
-        [sys.executable, "-c", code, "train", data, "--model", base, "--steps", "100000"],
-        env=environment,
-        cwd=tmp_path,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    assert process.stderr is not None
-    said = ""
-    while "about " not in said:  # told after ten steps
-        said += (part := process.stderr.read(1))
-        assert part, said
+    (out := tmp_path / "out").touch()
+    arguments = ["train", str(data), "--model", str(base), "--steps", "100000"]
+    process = Forked(reft, str(tmp_path), *arguments, stdout=str(out))
+    err = ""
+    while "about " not in err:  # told after ten steps
+        err += (part := process.output.read(1))
+        assert part, err
     process.send_signal(signal.SIGTERM)
-    out, err = process.communicate(timeout=60)
-    assert process.returncode == 143, err
-    assert out == ""
+    err += process.output.read()
+    assert process.end() == 143, err
+    assert out.read_text() == ""
     assert "of 100000 is kept in .data.training" in err
     assert "Traceback" not in err

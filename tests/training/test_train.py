@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import errno
-import os
 import re
 import signal
-import subprocess
 import sys
 import time
 from dataclasses import replace
@@ -25,6 +23,7 @@ from reft_runtime.interventions import parse, read
 from reft_runtime.interventions.format.describe import describe
 from reft_runtime.training import TrainSettings, evaluate, train
 from reft_runtime.training.trainer import EditTrainer, merit
+from tests.helpers.forked import Forked
 from tests.helpers.tokenizer import tiny_tokenizer
 from tests.training.make import ROWS, folder, jsonl, model, own
 
@@ -139,33 +138,28 @@ def test_bfloat16(tmp_path: Path) -> None:
     assert trained.metrics["accuracy"] == 1
 
 
-SCRIPT = """
-import sys
-from tests.training.test_train import train_long
-train_long(*sys.argv[1:])
-"""
-
-
 def train_long(data: str | Path, out: str | Path, model: str | Path, resume: bool = False) -> None:
-    settings = TrainSettings(steps=200, batch_size=4, lr=1e-2, dtype="float32")
+    settings = TrainSettings(steps=120, batch_size=4, lr=1e-2, dtype="float32")
     train(data, out, model=model, settings=settings, resume=resume, progress=False)
+
+
+def train_in_process(*arguments: str) -> int:
+    train_long(*arguments)
+    return 0
 
 
 def test_killed_and_resumed_it_ends_with_the_same_weights(tmp_path: Path) -> None:
     data, base = jsonl(tmp_path / "data.jsonl", ROWS), folder(tmp_path / "model")
     whole, killed = tmp_path / "whole.safetensors", tmp_path / "killed.safetensors"
     train_long(data, whole, base)
-    environment = {**os.environ, "PYTHONPATH": os.getcwd()}
-    command = [sys.executable, "-c", SCRIPT, *map(str, (data, killed, base))]
-    process = subprocess.Popen(command, env=environment)
+    process = Forked(train_in_process, *map(str, (data, killed, base)))
     checkpoints = tmp_path / ".killed.training"
     deadline = time.monotonic() + 120
     while not list(checkpoints.glob("checkpoint-*/complete")):
-        assert process.poll() is None
         assert time.monotonic() < deadline
         time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
+    process.kill()
+    assert process.end() == -signal.SIGKILL
     assert not killed.exists()
     (checkpoints / "checkpoint-1000").mkdir()  # as if killed while it was written
     train_long(data, killed, base, resume=True)
