@@ -8,15 +8,20 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, model_validator
 from pydantic_core import PydanticCustomError
 
 
-def _boolean(value: Any) -> bool:
-    """A value that is true or false: to a `Literal`, 1 and 0 are these, too."""
-    if not isinstance(value, bool):
-        raise PydanticCustomError("bool_type", "Input should be a valid boolean")
-    return value
+def _only(one: bool) -> BeforeValidator:
+    """Takes one of true and false: to a `Literal`, 1 and 0 are these, too."""
+
+    def check(value: object) -> bool:
+        if value is not one:
+            message = "Input should be true" if one else "Input should be false"
+            raise PydanticCustomError("literal_error", message)
+        return one
+
+    return BeforeValidator(check)
 
 
-OnlyFalse = Annotated[Literal[False], BeforeValidator(_boolean)]
-OnlyTrue = Annotated[Literal[True], BeforeValidator(_boolean)]
+OnlyFalse = Annotated[Literal[False], _only(False)]
+OnlyTrue = Annotated[Literal[True], _only(True)]
 
 
 def _describe_nulls(schema: dict[str, Any]) -> None:

@@ -289,7 +289,7 @@ async def test_refused(client: httpx.AsyncClient, param: str, fields: dict[str, 
     [
         ({"previous_response_id": "x"}, "send the whole conversation in input"),
         ({"conversation": "x"}, "send the whole conversation in input"),
-        ({"store": True}, "answers are not kept"),
+        ({"store": True}, "store: input should be false; answers are not kept"),
         ({"background": True}, "stream: true"),
         ({"truncation": "auto"}, "/tokenize"),
         ({"max_tokens": 5}, "max_output_tokens"),
