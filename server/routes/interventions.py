@@ -97,7 +97,10 @@ async def get_intervention(request: Request, context: Current, name: str) -> Res
     entry = await context.administer(context.registry.entry, name)
     if {entry.digest, "*"} & set(tags or ()):
         return Response(status_code=304, headers=etag(entry))
-    return entry_answer(context, entry)
+    answer = entry_answer(context, entry)
+    # A cache would ask by the version alone, and pins and counts change without it.
+    answer.headers["cache-control"] = "no-store"
+    return answer
 
 
 @router.put(
