@@ -309,9 +309,10 @@ def test_the_status_says_what_is_not_so(
 
 
 def test_a_number_that_is_cut_says_so() -> None:
-    console = Console(file=io.StringIO(), width=14)
+    stream = io.StringIO()
+    console = Console(file=stream, width=14)
     console.print(table({"name": "whole", "size": "right"}, [("question-type", "282.7 kB")]))
-    assert [line.count("…") for line in console.file.getvalue().splitlines()] == [0, 2]
+    assert [line.count("…") for line in stream.getvalue().splitlines()] == [0, 2]
 
 
 def test_keys_and_addresses(engine: Any, tmp_path: Path) -> None:
