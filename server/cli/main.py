@@ -278,12 +278,15 @@ async def _print_answer(
     with telling_templates():
         stream = await engine.open(asked, sampling, uses, trace=trace)
     shown = printable if sys.stdout.isatty() else str
-    async for deltas in stream:
-        typer.echo(shown("".join(delta.text for delta in deltas)), nl=False)
-    typer.echo()
-    if trace:
-        length = len(stream.assembler.request.prompt)
-        typer.echo(trace_table(await stream.trace(), uses, length), err=True)
+    try:
+        async for deltas in stream:
+            typer.echo(shown("".join(delta.text for delta in deltas)), nl=False)
+        typer.echo()
+        if trace:
+            length = len(stream.assembler.request.prompt)
+            typer.echo(trace_table(await stream.trace(), uses, length), err=True)
+    finally:
+        stream.abort()  # where nobody reads the answer
 
 
 if __name__ == "__main__":
