@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
@@ -362,6 +363,8 @@ class Server:
             return httpx.Client(**self._connection())
 
     def _connection(self) -> dict[str, Any]:
+        if "://" in self.url and not re.match("https?://[^/]", self.url, re.IGNORECASE):
+            raise ConfigError(f"url: write http://HOST:PORT, not {self.shown!r}.", param="url")
         if "://" not in self.url:
             raise ConfigError(
                 f"url: write it with its scheme, http://{self.shown or 'HOST:PORT'}, not"

@@ -19,6 +19,10 @@ class Unreachable(ConfigError):
     """No server answers at this address."""
 
 
+class KeyRefused(ConfigError):
+    """The server wants a valid key."""
+
+
 def shown_address(url: httpx.URL | str) -> str:
     """A server's URL as messages may show it: without user, password, query and fragment.
 
@@ -45,7 +49,7 @@ def checked(response: httpx.Response) -> httpx.Response:
         raise NotServed(message)
     if response.status_code == httpx.codes.UNAUTHORIZED:
         server = f"{response.url.scheme}://{response.url.netloc.decode()}"
-        raise ConfigError(
+        raise KeyRefused(
             f"api_key: {server} needs a valid key; give it as --api-key or REFT_API_KEY.",
             param="api_key",
         )

@@ -47,15 +47,15 @@ def warn_behind(name: str, answer: Mapping[str, Any]) -> None:
 def table(columns: Mapping[str, str], rows: Sequence[Sequence[str]]) -> Table:
     """A table: rows below the names of their columns, each with how it is laid out.
 
-    `whole` and `right` (for numbers) keep their width; of the others, `cut` ends with dots where
-    there is no room, and `fold` goes on in the next line.
+    `whole` and `right` (for numbers) keep their width as long as the terminal has it; of the
+    others, `cut` ends with dots where there is no room, and `fold` goes on in the next line.
     """
     made = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     for name, how in columns.items():
         made.add_column(
             name,
             justify="right" if how == "right" else "left",
-            overflow="fold",
+            overflow="ellipsis" if how in ("whole", "right") else "fold",
             no_wrap=how in ("whole", "right"),
         )
     for row in rows:

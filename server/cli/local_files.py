@@ -41,10 +41,11 @@ def naming(file: Path) -> Iterator[None]:
 
 def read_file(file: Path) -> bytes:
     """A whole file; a link to it is followed. Raises `InvalidFile` and `OSError`."""
-    os.stat(file)  # what is not there is told before torch is imported
+    path = os.path.realpath(file)  # pathlib raises no OSError for links in a circle
+    os.lstat(path)  # what is not there is told before torch is imported
     from reft_runtime.interventions import read
 
-    return read(os.path.realpath(file))  # pathlib raises no OSError for links in a circle
+    return read(path)
 
 
 def check_there(*sources: str | Path | None) -> None:

@@ -121,10 +121,13 @@ def main() -> None:
     except SystemExit as end:
         status = end.code
     except OSError as error:
-        if error.errno not in _NO_ROOM:
+        if error.filename is not None:
+            typer.echo(printable(f"reft: {error.filename}: {error.strerror}."), err=True)
+        elif error.errno in _NO_ROOM:
+            typer.echo(f"reft: the output cannot be written: {error.strerror}.", err=True)
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # for what is still to be flushed
+        else:
             raise
-        typer.echo(f"reft: the output cannot be written: {error.strerror}.", err=True)
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # for what is still to be flushed
         status = 2
     _leave(status)
 
@@ -275,12 +278,15 @@ async def _print_answer(
     with telling_templates():
         stream = await engine.open(asked, sampling, uses, trace=trace)
     shown = printable if sys.stdout.isatty() else str
-    async for deltas in stream:
-        typer.echo(shown("".join(delta.text for delta in deltas)), nl=False)
-    typer.echo()
-    if trace:
-        length = len(stream.assembler.request.prompt)
-        typer.echo(trace_table(await stream.trace(), uses, length), err=True)
+    try:
+        async for deltas in stream:
+            typer.echo(shown("".join(delta.text for delta in deltas)), nl=False)
+        typer.echo()
+        if trace:
+            length = len(stream.assembler.request.prompt)
+            typer.echo(trace_table(await stream.trace(), uses, length), err=True)
+    finally:
+        stream.abort()  # where nobody reads the answer
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from reft_runtime.display.text import printable
 from reft_runtime.errors import ConfigError, NotFound, ReftError
 from reft_runtime.interventions.format.identity import MAX_FILE_BYTES, SUFFIX
 from reft_runtime.machine.places import STANDARD_OUTPUT
-from reft_runtime.reaching import Unreachable
+from reft_runtime.reaching import KeyRefused, Unreachable
 from server.cli.console import error_console, print_json, size, warn_behind
 from server.cli.local_files import check_free, naming, read_file
 from server.cli.options import LOCAL_URL, ApiKey, AsJson, Force, Url
@@ -59,7 +59,7 @@ def push(
         served = path.name.removesuffix(SUFFIX) if name is None else name
         try:
             entry, change = _upload(server, path, served)
-        except Unreachable:
+        except (Unreachable, KeyRefused):
             raise
         except ReftError as error:
             file = "" if error.message.startswith(str(path)) else f"{path}: "

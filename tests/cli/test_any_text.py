@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -62,6 +64,13 @@ def test_an_output_without_room_is_told_in_one_line(url: str) -> None:
             ended = reft(*asked, stdout=full)
         assert ended.returncode == 2
         assert ended.stderr == (b"reft: the output cannot be written: No space left on device.\n")
+
+
+def test_a_file_that_cannot_be_written_is_told_in_one_line(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    ended = reft("--install-completion", "bash", env={"HOME": str(tmp_path / "file")})
+    assert ended.returncode == 2
+    assert re.fullmatch(rb"reft: .*/file.*: (File exists|Not a directory)\.\n", ended.stderr)
 
 
 def test_a_question_that_is_no_text_is_refused_and_the_chat_goes_on(url: str) -> None:

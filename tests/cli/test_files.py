@@ -250,6 +250,24 @@ def test_a_folder_of_an_export_that_cannot_be_written(tmp_path: Path) -> None:
             run("export", out, "--to", "pyreft", folder)
 
 
+@pytest.mark.parametrize("form", ["pyreft", "gguf"])
+def test_an_export_on_a_full_disk_leaves_nothing(
+    form: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, out = tmp_path / "x.safetensors", tmp_path / "out"
+    write(source, Intervention.build(BASE, [Edit(1, "all", {"v": torch.ones(16)}, "steering")]))
+
+    def full(*_: object) -> None:
+        out.touch()
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    monkeypatch.setattr("gguf.GGUFWriter.write_tensors_to_file", full)
+    with pytest.raises(ConfigError, match=r"^to: .*out cannot be written: No space left"):
+        run("export", source, "--to", form, out)
+    assert not out.exists()
+
+
 def test_a_checkpoint_whose_name_is_too_long(base: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"^x+: File name too long"):
         run("import", "x" * 300, "--base", base, "--out", tmp_path, "--name", "x")

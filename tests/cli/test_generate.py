@@ -140,3 +140,19 @@ def test_templates_that_differ(model: Path, served: Path) -> None:
     assert isinstance(ended.exception, InvalidRequest)
     assert "--raw" in ended.exception.message
     assert generate(model, served, "-i", "two", "-i", "other", "--raw").exit_code == 0
+
+
+def test_an_answer_that_nobody_reads_ends(
+    model: Path,
+    served: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def full(text: str, *, nl: bool = True, err: bool = False) -> None:
+        if not err:
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("typer.echo", full)
+    ended = generate(model, served, "--max-tokens", "200")
+    assert isinstance(ended.exception, OSError)
+    assert "Events could not be delivered" not in caplog.text

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
@@ -12,14 +13,16 @@ from typing import Any
 
 import pytest
 from pydantic import SecretStr
+from rich.console import Console
 from typer.testing import CliRunner
 
 from reft_runtime.client import Server
 from reft_runtime.errors import ConfigError, NotFound, ReftError
 from reft_runtime.interventions import Registry
-from reft_runtime.reaching import NotServed, Unreachable
+from reft_runtime.reaching import KeyRefused, NotServed, Unreachable
 from server.cli import main as cli
 from server.cli.backend import RemoteBackend
+from server.cli.console import table
 from server.settings import Settings
 from server.tenants.keys import new_key
 from tests.e2e.conftest import served
@@ -305,15 +308,27 @@ def test_the_status_says_what_is_not_so(
     assert said.err.count("\n") == 1
 
 
-def test_keys_and_addresses(engine: Any) -> None:
+def test_a_number_that_is_cut_says_so() -> None:
+    stream = io.StringIO()
+    console = Console(file=stream, width=14)
+    console.print(table({"name": "whole", "size": "right"}, [("question-type", "282.7 kB")]))
+    assert [line.count("…") for line in stream.getvalue().splitlines()] == [0, 2]
+
+
+def test_keys_and_addresses(engine: Any, tmp_path: Path) -> None:
     with served(engine, Settings(api_key=SecretStr("right"))) as url:
         assert "--api-key or REFT_API_KEY" in refused(url, ConfigError, "ls")
         assert "--api-key or REFT_API_KEY" in refused(url, ConfigError, "ps", "--api-key", "wrong")
+        (tmp_path / "a.safetensors").touch()
+        (tmp_path / "b.safetensors").touch()
+        assert "--api-key or REFT_API_KEY" in refused(url, KeyRefused, "push", str(tmp_path))
         assert reft(url, "ls", "--api-key", "right").exit_code == 0
         assert reft(f"{url}/v1/", "ls", "--api-key", "right").exit_code == 0
     assert "reft serve" in refused(url, Unreachable, "ls")
     assert "no answer from http://[::" in refused("http://[::", Unreachable, "ls")
     assert "write it with its scheme, http://here:8000" in refused("here:8000", ConfigError, "ls")
+    assert "write http://HOST:PORT, not 'ftp://x'" in refused("ftp://x", ConfigError, "ls")
+    assert "write http://HOST:PORT, not 'http:'" in refused("http://", ConfigError, "ls")
 
 
 @pytest.mark.parametrize(

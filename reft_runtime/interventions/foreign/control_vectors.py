@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -103,10 +104,16 @@ def export_control_vector(intervention: Intervention, path: str | Path) -> None:
     writer.add_uint32("controlvector.layer_count", len(directions))
     for layer, vector in sorted(directions.items()):
         writer.add_tensor(f"direction.{layer}", vector.numpy())
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    try:
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+    except OSError:
+        with suppress(OSError):
+            writer.close()
+        Path(path).unlink(missing_ok=True)
+        raise
 
 
 def _read(path: Path) -> tuple[Mapping[str, Any], Mapping[str, Any]]:

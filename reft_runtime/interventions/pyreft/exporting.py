@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 from collections import Counter
@@ -70,11 +71,31 @@ def export_pyreft(intervention: Intervention, folder: str | Path) -> None:
         "representations": representations,
         "sorted_keys": [name.removeprefix("intkey_").removesuffix(".bin") for name in files],
     }
-    target.mkdir(parents=True, exist_ok=True)
-    for name, state in files.items():
-        torch.save(state, target / name)
-    (target / "args.json").write_text(json.dumps(args, indent=2) + "\n")
-    (target / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    written = {name: _saved(state) for name, state in files.items()}
+    for name, values in (("args.json", args), ("config.json", config)):
+        written[name] = (json.dumps(values, indent=2) + "\n").encode()
+    _write(target, written)
+
+
+def _saved(state: dict[str, Tensor]) -> bytes:
+    file = io.BytesIO()  # a disk that is full would be a RuntimeError to torch
+    torch.save(state, file)
+    return file.getvalue()
+
+
+def _write(folder: Path, files: dict[str, bytes]) -> None:
+    """Write all files to an empty or missing folder, or leave it as it was."""
+    there = folder.exists()
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        for name, data in files.items():
+            (folder / name).write_bytes(data)
+    except OSError:
+        for name in files:
+            (folder / name).unlink(missing_ok=True)
+        if not there:
+            folder.rmdir()
+        raise
 
 
 def _stored(
