@@ -427,6 +427,7 @@ async def test_tokens_of_a_running_answer_count_while_it_runs(clock: Clock) -> N
         "redis://:SECRET@a:port/0",
         "redis://:SECRET@[a:6379/0",
         "redis://:SECRET@",
+        "redis://:SECRET@a:0/0",
     ],
 )
 def test_urls_of_counters(value: str) -> None:
