@@ -143,8 +143,8 @@ def train_long(data: str | Path, out: str | Path, model: str | Path, resume: boo
     train(data, out, model=model, settings=settings, resume=resume, progress=False)
 
 
-def train_in_process(*arguments: str) -> int:
-    train_long(*arguments)
+def train_in_process(data: str, out: str, model: str) -> int:
+    train_long(data, out, model)
     return 0
 
 
