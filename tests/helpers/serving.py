@@ -2,18 +2,30 @@
 
 from __future__ import annotations
 
+import asyncio
 import socket
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
+from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import httpx
 import uvicorn
+import uvicorn.server
 from fastapi import FastAPI
 
 from tests.helpers.published import check_published
+
+
+def _look_often(seconds: float) -> Any:
+    """What uvicorn sleeps for before it looks again whether it is to end: a tenth of its own."""
+    return asyncio.sleep(seconds / 10)
+
+
+_waits = SimpleNamespace(**{**vars(asyncio), "sleep": _look_often})
 
 
 @contextmanager
@@ -21,14 +33,15 @@ def listening(server: uvicorn.Server) -> Iterator[str]:
     """The address of a server, which a thread runs as long as the block lasts."""
     listener = socket.create_server(("127.0.0.1", 0))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
-    thread.start()
-    try:
-        while not server.started:
-            time.sleep(0.01)
-        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
-    finally:
-        server.should_exit = True
-        thread.join()
+    with patch.object(uvicorn.server, "asyncio", _waits):
+        thread.start()
+        try:
+            while not server.started:
+                time.sleep(0.01)
+            yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+        finally:
+            server.should_exit = True
+            thread.join()
 
 
 @asynccontextmanager

@@ -260,7 +260,7 @@ async def test_heads_are_bounded_while_they_come(
 async def test_a_client_that_says_no_more_is_answered(
     server_url: str, engine: FakeEngine, stream: bool, route: str
 ) -> None:
-    engine.step_seconds = 0.1
+    engine.step_seconds = 0.03
     if route == "models":
         data = head("/v1/models", "GET")
     elif route == "tokenize":
@@ -283,7 +283,7 @@ async def test_a_client_that_says_no_more_is_answered(
 async def test_a_client_of_http_1_0_gets_no_chunks(
     server_url: str, engine: FakeEngine, route: str, half_closed: bool
 ) -> None:
-    engine.step_seconds = 0.1
+    engine.step_seconds = 0.03
     if route == "listing":
         data = head("/v1/interventions", "GET")
     else:
