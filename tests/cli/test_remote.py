@@ -17,7 +17,7 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from reft_runtime.client import Server
-from reft_runtime.errors import ConfigError, NotFound, ReftError
+from reft_runtime.errors import ConfigError, InvalidFile, ReftError
 from reft_runtime.interventions import Registry
 from reft_runtime.reaching import KeyRefused, NotServed, Unreachable
 from server.cli import main as cli
