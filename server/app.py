@@ -56,6 +56,9 @@ def create_app(
     """
     tracing = _tracing(settings)
     context = Context(engine, settings, Metrics(engine), Health(engine), replicas, tracing)
+    context.metrics.problems.set_function(
+        lambda: len(context.problems()) + (engine.registry.state_problem() is not None)
+    )
     # FastAPI's own pages would need no key: the description is a route like any other here.
     app = FastAPI(
         title="reft-server",

@@ -7,7 +7,7 @@ import time
 from collections.abc import Collection, Iterable, Iterator
 from typing import TYPE_CHECKING, Protocol
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
@@ -111,6 +111,11 @@ class Metrics:
             registry=self.registry,
         )
         self._tenants = _Labels("tenant", used, [self._rejected])
+        self.problems = Gauge(
+            "reft:problems",
+            "What is wrong with the keys file, usage, quotas, traces or the state.",
+            registry=self.registry,
+        )
         self.registry.register(_EngineCollector(engine, self.under_way))
 
     def _histogram(self, name: str, text: str, buckets: Iterable[float]) -> Histogram:

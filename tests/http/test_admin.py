@@ -139,6 +139,7 @@ async def test_what_is_away_shows_without_its_address_and_the_server_stays_ready
     lines = (await client.get("/metrics")).text.splitlines()
     assert 'reft:source_up{source="/secret/folder"} 1.0' in lines
     assert 'reft:source_up{source="s3://secret/tasks"} 0.0' in lines
+    assert "reft:problems 1.0" in lines  # the state
 
 
 async def test_not_ready_before_the_canary(app: Any, engine: FakeEngine) -> None:

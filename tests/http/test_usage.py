@@ -448,6 +448,7 @@ async def test_a_server_whose_file_cannot_be_written(tmp_path: Path) -> None:
         assert (ready.status_code, ready.json()["status"]) == (200, "ok")
         assert ready.json()["problems"] == [body["problem"]]
         assert str(tmp_path) not in ready.text
+        assert "reft:problems 1.0" in (await client.get("/metrics")).text.splitlines()
 
 
 def test_a_failed_write_is_not_counted_twice(tmp_path: Path) -> None:
