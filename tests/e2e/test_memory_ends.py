@@ -72,7 +72,7 @@ def served(
         assert process.pid, process.log[-40:]
     finally:
         process.send_signal(signal.SIGTERM)
-        process.wait(30)
+        process.end()
 
 
 def limit(pid: int, more: int | None) -> None:

@@ -86,7 +86,7 @@ class Forked:
 
     def end(self) -> int:
         """Wait for the exit status and the last line."""
-        status = self.wait(20)
+        status = self.wait(30)
         if self._reader.ident is not None:
             self._reader.join()
         self.output.close()
