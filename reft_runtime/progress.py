@@ -25,7 +25,10 @@ def bar(iterable: Iterable[Any] | None = None, **options: Any) -> Any:
 
 def _shows_bars() -> bool:
     """Whether what is written over a line again and again can be read there."""
-    return "ipykernel" in sys.modules or (sys.stderr is not None and sys.stderr.isatty())
+    shell = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
+    if shell is not None and "IPKernelApp" in shell.config:
+        return True
+    return sys.stderr is not None and sys.stderr.isatty()
 
 
 class _Lines:

@@ -16,7 +16,6 @@ def written(monkeypatch: pytest.MonkeyPatch, *, terminal: bool) -> str:
     stream = io.StringIO()
     stream.isatty = lambda: terminal  # type: ignore[method-assign]
     monkeypatch.setattr(sys, "stderr", stream)
-    monkeypatch.delitem(sys.modules, "ipykernel", raising=False)
     with bar(total=20, desc="Training", unit="step") as shown:
         for _ in range(20):
             shown.update()
