@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Collection
 from typing import Any
 
@@ -21,6 +22,8 @@ _SSE = "text/event-stream"
 
 _models: set[type] = {Error}
 """Bodies and answers of all routes."""
+
+_describing = threading.Lock()
 
 ABOUT = (
     "OpenAI's API, as far as it applies to one text model, and routes for interventions: small"
@@ -214,10 +217,15 @@ def describe(app: FastAPI) -> dict[str, Any]:
 
 
 def described(app: FastAPI) -> dict[str, Any]:
-    """The same, made once: that takes longer than the event loop has."""
-    if app.openapi_schema is None:
-        app.openapi_schema = describe(app)
-    return app.openapi_schema
+    """The same, made once: that takes longer than the event loop has.
+
+    May be called from any thread. Two of them at it may fail in Python's parser, with which
+    pydantic reads docstrings.
+    """
+    with _describing:
+        if app.openapi_schema is None:
+            app.openapi_schema = describe(app)
+        return app.openapi_schema
 
 
 def _complete(operation: dict[str, Any], needs_key: list[dict[str, list[str]]]) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import httpx
@@ -14,6 +16,7 @@ from pydantic import SecretStr
 from starlette.routing import BaseRoute
 
 from reft_runtime.errors import ConfigError
+from server import openapi
 from server.routes import page
 from server.schemas.chat import ChatRequest, Message
 from server.schemas.completions import CompletionRequest
@@ -278,6 +281,24 @@ async def test_description(client: httpx.AsyncClient) -> None:
     for reference in references(document):
         _, _, kind, name = reference.split("/")
         assert name in document["components"][kind]
+
+
+def test_the_description_is_made_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two threads that made it at once failed in Python's parser."""
+    made, again = [0], threading.Event()
+
+    def describe(_: FastAPI) -> dict[str, Any]:
+        made[0] += 1
+        if made[0] > 1:
+            again.set()
+        again.wait(0.2)
+        return {"paths": {}}
+
+    monkeypatch.setattr(openapi, "describe", describe)
+    app = FastAPI()
+    with ThreadPoolExecutor(2) as threads:
+        told = list(threads.map(openapi.described, [app, app]))
+    assert (made, told[0] is told[1]) == ([1], True)
 
 
 async def test_the_description_has_the_errors_and_nulls(client: httpx.AsyncClient) -> None:
