@@ -6,6 +6,7 @@ import asyncio
 import copy
 import dataclasses
 import math
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import aclosing, contextmanager
@@ -184,8 +185,12 @@ async def test_inside_a_running_event_loop(engine: Engine, model: PreTrainedMode
 
 @pytest.mark.parametrize("progress", [True, False])
 def test_the_progress_bar(
-    engine: Engine, progress: bool, capsys: pytest.CaptureFixture[str]
+    engine: Engine,
+    progress: bool,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     engine.generate([prompt(5)] * 3, GREEDY, progress=progress)
     out, err = capsys.readouterr()
     assert out == ""
