@@ -120,7 +120,10 @@ class Tab:
 
 @pytest.fixture
 def new_tab(browser: Browser, url: str) -> Iterator[Callable[..., Tab]]:
-    """Makes tabs; at the end of a test nothing must have gone wrong in any."""
+    """Makes tabs; at the end of a test nothing must have gone wrong in any.
+
+    A test names it behind the fixtures of the servers that it opens: the tabs are closed first.
+    """
     tabs: list[Tab] = []
 
     def make(at: str = url, width: int = 1280, height: int = 800, dark: bool = False) -> Tab:

@@ -17,7 +17,7 @@ PIRATE = INTERVENTIONS / "pirate.safetensors"
 
 
 def test_what_a_user_may_not_do_is_not_offered(
-    new_tab: Callable[..., Tab], tenants_url: str
+    tenants_url: str, new_tab: Callable[..., Tab]
 ) -> None:
     tab = new_tab(tenants_url, width=400)
     tab.use(KEYS["team-b"])
@@ -50,7 +50,7 @@ def test_what_a_user_may_not_do_is_not_offered(
 
 
 def test_a_quota_that_is_used_up_says_until_when(
-    new_tab: Callable[..., Tab], tenants_url: str
+    tenants_url: str, new_tab: Callable[..., Tab]
 ) -> None:
     tab = new_tab(tenants_url)
     tab.use(KEYS["team-b"])
@@ -64,7 +64,7 @@ def test_a_quota_that_is_used_up_says_until_when(
 
 
 def test_columns_wait_for_each_other_where_a_tenant_may_ask_one_at_a_time(
-    new_tab: Callable[..., Tab], tenants_url: str
+    tenants_url: str, new_tab: Callable[..., Tab]
 ) -> None:
     tab = new_tab(tenants_url)
     tab.use(KEYS["team-a"])
@@ -78,7 +78,7 @@ def test_columns_wait_for_each_other_where_a_tenant_may_ask_one_at_a_time(
 
 
 def test_a_tenants_own_is_uploaded_pinned_and_removed(
-    new_tab: Callable[..., Tab], tenants_url: str, engine: Engine, tmp_path: Path
+    tenants_url: str, new_tab: Callable[..., Tab], engine: Engine, tmp_path: Path
 ) -> None:
     tab = new_tab(tenants_url)
     tab.use(KEYS["team-a"])

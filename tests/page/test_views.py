@@ -371,7 +371,7 @@ def test_the_colours_are_chosen_and_kept(tab: Tab) -> None:
 
 @pytest.mark.parametrize("width", [320, 360, 768, 1000, 1100])
 def test_the_ways_to_all_views_fit_beside_a_key(
-    new_tab: Callable[..., Tab], keyed_url: str, width: int
+    keyed_url: str, new_tab: Callable[..., Tab], width: int
 ) -> None:
     tab = new_tab(keyed_url, width=width)
     tab.use(KEY)
