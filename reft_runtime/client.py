@@ -363,14 +363,11 @@ class Server:
             return httpx.Client(**self._connection())
 
     def _connection(self) -> dict[str, Any]:
-        if "://" in self.url and not re.match("https?://[^/]", self.url, re.IGNORECASE):
-            raise ConfigError(f"url: write http://HOST:PORT, not {self.shown!r}.", param="url")
-        if "://" not in self.url:
-            raise ConfigError(
-                f"url: write it with its scheme, http://{self.shown or 'HOST:PORT'}, not"
-                f" {self.shown!r}.",
-                param="url",
-            )
+        if not re.match("https?://[^/]", self.url, re.IGNORECASE):
+            meant = "http://HOST:PORT"
+            if "://" not in self.url:
+                meant = f"it with its scheme, http://{self.shown or 'HOST:PORT'}"
+            raise ConfigError(f"url: write {meant}, not {self.shown!r}.", param="url")
         key = self.api_key
         if key is not None and (key == "" or key != key.strip() or not key.isprintable()):
             raise ConfigError(

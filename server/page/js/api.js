@@ -41,8 +41,6 @@ export async function send(path, { method = "GET", json, body, headers = {}, sig
     const response = await fetched(path, {
       method,
       signal,
-      // An entry's ETag names its version alone: the browser would show a pin or a count of before.
-      cache: "no-store",
       body: json === undefined ? body : JSON.stringify(json),
       headers: {
         ...(json === undefined ? {} : { "content-type": "application/json" }),
