@@ -612,3 +612,18 @@ def test_what_is_too_long_for_a_link_is_kept_and_told(
     other = new_tab().open(link.removeprefix(f"{tab.url}/"))
     expect(other.get_by_role("slider", name="Strength of pirate")).to_have_value("0.5")
     expect(other.locator(".turn")).to_have_count(0)
+
+
+def test_what_is_removed_leaves_the_focus_beside_it(tab: Tab) -> None:
+    page = tab.open()
+    page.get_by_role("button", name="Remove column C").press("Enter")
+    expect(page.get_by_role("region", name="Columns")).to_be_focused()
+    page.keyboard.press("Tab")
+    expect(page.get_by_role("button", name="Paste a request into column A")).to_be_focused()
+    # An intervention is taken out of its column by choosing the base.
+    page.get_by_role("button", name="pirate", exact=True).press("Enter")
+    expect(page.get_by_role("option", name="Base model")).to_be_visible()
+    page.keyboard.press("Enter")
+    expect(page.get_by_role("region", name="Column B")).to_be_focused()
+    page.get_by_role("button", name="Remove column B").press("Enter")
+    expect(page.get_by_role("region", name="Columns")).to_be_focused()
