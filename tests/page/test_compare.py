@@ -14,7 +14,7 @@ from typing import Any
 
 import httpx
 import pytest
-from playwright.sync_api import Request, expect
+from playwright.sync_api import Request, Route, expect
 from pydantic import SecretStr
 
 from reft_runtime import Engine
@@ -627,3 +627,28 @@ def test_what_is_removed_leaves_the_focus_beside_it(tab: Tab) -> None:
     expect(page.get_by_role("region", name="Column B")).to_be_focused()
     page.get_by_role("button", name="Remove column B").press("Enter")
     expect(page.get_by_role("region", name="Columns")).to_be_focused()
+
+
+def test_an_answer_says_what_it_waits_for_and_counts_from_its_sending(tab: Tab) -> None:
+    page = tab.page
+    held: list[Route] = []
+    page.context.route(f"**{CHAT}", lambda route: held.append(route))
+    me = httpx.get(f"{tab.url}/v1/me").json() | {"concurrent_requests": 1}
+    page.context.route("**/v1/me", lambda route: route.fulfill(json=me))
+    page.clock.install()
+    tab.open()
+    page.get_by_role("button", name="Remove column C").click()
+    page.get_by_role("button", name="Who are you?").click()
+    figures = page.locator(".figures")
+    expect(figures).to_have_text(["waits for a connection", "waits until another has ended"])
+    page.clock.run_for(60_000)
+    choice = {"index": 0, "delta": {"content": "Aye"}, "token_ids": [5], "finish_reason": "stop"}
+    stream = f"data: {json.dumps({'choices': [choice]})}\n\ndata: [DONE]\n\n"
+    held[0].fulfill(body=stream)
+    expect(figures.first).to_contain_text(re.compile(r"first 6\d\.\d\d s"))
+    expect(figures.last).to_have_text("waits for a connection")
+    held[1].fulfill(body=stream)
+    answered(page)
+    # The minute that it waited for its turn is not the server's.
+    expect(figures.last).to_contain_text("first ")
+    expect(figures.last).not_to_contain_text(re.compile(r"first 6\d\.\d\d s"))
