@@ -9,11 +9,12 @@ from collections.abc import Callable
 from contextlib import redirect_stdout
 from io import StringIO
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import httpx
 import pytest
-from playwright.sync_api import Request, expect
+from playwright.sync_api import Request, Route, expect
 from pydantic import SecretStr
 
 from reft_runtime import Engine
@@ -23,6 +24,7 @@ from tests.page.conftest import Tab, overflow, page_server, violations
 from tests.page.make import KEY, add_column, answered, answers, body, say, short
 
 CHAT = "/v1/chat/completions"
+PIRATE_COLUMN = {"parts": [{"name": "pirate", "strength": 0.5, "directions": None}]}
 
 
 def alone(url: str, sent: dict[str, Any]) -> tuple[str, int]:
@@ -576,3 +578,77 @@ def test_the_keyboard_alone_is_enough(tab: Tab) -> None:
     page.get_by_role("button", name="Close the alternatives").first.press("Escape")
     expect(page.get_by_role("region", name="Alternatives")).to_have_count(0)
     expect(token).to_be_focused()
+
+
+def test_what_is_too_long_for_a_link_is_kept_and_told(
+    tab: Tab, new_tab: Callable[..., Tab]
+) -> None:
+    page = tab.open()
+    text = Random(7).randbytes(60_000).hex()
+    saved = {"version": 1, "turns": [{"user": text, "answers": [None]}], "columns": [PIRATE_COLUMN]}
+    file = {"name": "long.json", "mimeType": "", "buffer": json.dumps(saved).encode()}
+    page.get_by_label("A comparison's file").set_input_files(file)  # type: ignore[arg-type]
+    said = page.locator(".turn .said")
+    expect(said).to_have_text(text)
+    page.wait_for_url(re.compile("#/compare/."))
+    assert len(page.url) < 60_000
+    page.reload()
+    expect(said).to_have_text(text)
+    page.get_by_role("button", name="Copy link").click()
+    expect(page.get_by_role("alert")).to_contain_text("The link holds the columns")
+    link = page.evaluate("() => navigator.clipboard.readText()")
+    # What was dropped is found again by the browser's way back.
+    page.get_by_role("button", name="New", exact=True).click()
+    expect(said).to_have_count(0)
+    page.wait_for_timeout(400)  # longer than it takes until the address is written
+    page.go_back()
+    expect(said).to_have_text(text)
+    # The link to the view that is open changes nothing, also when the page is loaded again.
+    page.get_by_role("link", name="Compare").click()
+    page.wait_for_url(re.compile("#/compare/."))
+    page.reload()
+    expect(said).to_have_text(text)
+
+    other = new_tab().open(link.removeprefix(f"{tab.url}/"))
+    expect(other.get_by_role("slider", name="Strength of pirate")).to_have_value("0.5")
+    expect(other.locator(".turn")).to_have_count(0)
+
+
+def test_what_is_removed_leaves_the_focus_beside_it(tab: Tab) -> None:
+    page = tab.open()
+    page.get_by_role("button", name="Remove column C").press("Enter")
+    expect(page.get_by_role("region", name="Columns")).to_be_focused()
+    page.keyboard.press("Tab")
+    expect(page.get_by_role("button", name="Paste a request into column A")).to_be_focused()
+    # An intervention is taken out of its column by choosing the base.
+    page.get_by_role("button", name="pirate", exact=True).press("Enter")
+    expect(page.get_by_role("option", name="Base model")).to_be_visible()
+    page.keyboard.press("Enter")
+    expect(page.get_by_role("region", name="Column B")).to_be_focused()
+    page.get_by_role("button", name="Remove column B").press("Enter")
+    expect(page.get_by_role("region", name="Columns")).to_be_focused()
+
+
+def test_an_answer_says_what_it_waits_for_and_counts_from_its_sending(tab: Tab) -> None:
+    page = tab.page
+    held: list[Route] = []
+    page.context.route(f"**{CHAT}", lambda route: held.append(route))
+    me = httpx.get(f"{tab.url}/v1/me").json() | {"concurrent_requests": 1}
+    page.context.route("**/v1/me", lambda route: route.fulfill(json=me))
+    page.clock.install()
+    tab.open()
+    page.get_by_role("button", name="Remove column C").click()
+    page.get_by_role("button", name="Who are you?").click()
+    figures = page.locator(".figures")
+    expect(figures).to_have_text(["waits for a connection", "waits until another has ended"])
+    page.clock.run_for(60_000)
+    choice = {"index": 0, "delta": {"content": "Aye"}, "token_ids": [5], "finish_reason": "stop"}
+    stream = f"data: {json.dumps({'choices': [choice]})}\n\ndata: [DONE]\n\n"
+    held[0].fulfill(body=stream)
+    expect(figures.first).to_contain_text(re.compile(r"first 6\d\.\d\d s"))
+    expect(figures.last).to_have_text("waits for a connection")
+    held[1].fulfill(body=stream)
+    answered(page)
+    # The minute that it waited for its turn is not the server's.
+    expect(figures.last).to_contain_text("first ")
+    expect(figures.last).not_to_contain_text(re.compile(r"first 6\d\.\d\d s"))

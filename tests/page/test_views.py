@@ -401,3 +401,45 @@ def test_a_text_runs_as_its_script_does(tab: Tab) -> None:
     for place in ("textarea", ".text"):
         style = f"() => getComputedStyle(document.querySelector('{place}')).unicodeBidi"
         assert page.evaluate(style) == "plaintext"
+
+
+def test_high_contrast_shows_what_is_chosen_and_what_colours_say(tab: Tab) -> None:
+    page = tab.page
+    page.emulate_media(forced_colors="active")
+
+    def styles(selector: str, name: str) -> int:
+        """How many values a property has in these elements."""
+        script = (
+            "([selector, name]) => new Set([...document.querySelectorAll(selector)]"
+            ".map((one) => getComputedStyle(one)[name])).size"
+        )
+        found: int = page.evaluate(script, [selector, name])
+        return found
+
+    tab.open("#/look")
+    inside(page)
+    assert styles(".heat td[class]", "backgroundColor") > 3
+    assert styles(".legend i", "backgroundColor") == 9
+    chosen = page.locator(".segmented [aria-pressed=true]").evaluate(
+        "(chosen) => { const before = getComputedStyle(chosen).backgroundColor;"
+        " chosen.style.backgroundColor = 'Highlight';"
+        " return before === getComputedStyle(chosen).backgroundColor; }"
+    )
+    assert chosen, "it has the system's colour of what is selected"
+    assert styles(".top nav a", "borderBottomColor") == 2
+    assert styles(".text .token", "backgroundColor") > 1
+    page.goto(f"{tab.url}/#/compare")
+    picker(page)
+    assert styles("[role=option]", "backgroundColor") == 2
+
+
+def test_on_paper_a_comparison_is_dark_on_white_and_whole(tab: Tab) -> None:
+    page = tab.open()
+    page.get_by_role("button", name="Dark colours").click()
+    short(page, 2)
+    say(page, "Hello " * 500)
+    page.emulate_media(media="print")
+    assert page.evaluate("() => getComputedStyle(document.documentElement).colorScheme") == "light"
+    expect(page.locator(".composer")).to_be_hidden()
+    hidden = "(said) => said.scrollHeight - said.clientHeight"
+    assert page.locator(".said").evaluate(hidden) == 0

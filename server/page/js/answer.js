@@ -105,8 +105,19 @@ const Alternatives = ({ token, onClose }) => html`
 
 const visibleText = (text) => text.replaceAll(" ", "␣").replaceAll("\n", "↵");
 
+/** What an answer without a token waits for, by its stage. */
+const WAITS = {
+  null: ["waits until another has ended", "So many requests at a time the key may have"],
+  sent: ["waits for a connection", "A browser has six to a server, those of other tabs included"],
+  taken: ["waits for its first token", "The server has the request"],
+};
+
 function Figures({ answer }) {
   const figures = answer?.figures;
+  if (answer?.running && !figures?.tokens) {
+    const [what, why] = WAITS[answer.stage];
+    return html`<p class="figures waits" title=${why}>${what}</p>`;
+  }
   if (!figures) return html`<p class="figures"></p>`;
   const { tokens, first, rate, prompt, cached } = figures;
   const finish = { length: "cut at max tokens", stopped: "stopped" }[answer.finish];

@@ -34,10 +34,14 @@ export function forgetKey() {
   sessionStorage.removeItem(KEY);
 }
 
-/** The response to a request, its status checked; asks for the key where it is missing or wrong. */
-export async function send(path, { method = "GET", json, body, headers = {}, signal } = {}) {
+/**
+ * The response to a request, its status checked; asks for the key where it is missing or wrong.
+ * `onSend` is called each time that the request is sent.
+ */
+export async function send(path, { method = "GET", json, body, headers = {}, signal, onSend } = {}) {
   for (;;) {
     const used = key();
+    onSend?.();
     const response = await fetched(path, {
       method,
       signal,
@@ -115,18 +119,22 @@ async function body(path, { read = "json", ...options }) {
   }
 }
 
-/** The events of a streamed answer, parsed; an error within the stream is thrown. */
-export async function* stream(path, json, signal) {
+/**
+ * The events of a streamed answer, parsed; an error within the stream is thrown. `onStage` is told how
+ * far the request is: "sent", later perhaps than it is asked for, and "taken" by the server.
+ */
+export async function* stream(path, json, signal, onStage) {
   await enter(signal);
   try {
-    yield* events(path, json, signal);
+    yield* events(path, json, signal, onStage);
   } finally {
     leave();
   }
 }
 
-async function* events(path, json, signal) {
-  const response = await send(path, { method: "POST", json, signal });
+async function* events(path, json, signal, onStage) {
+  const response = await send(path, { method: "POST", json, signal, onSend: () => onStage("sent") });
+  onStage("taken");
   const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
   let text = "";
   for (;;) {

@@ -30,8 +30,8 @@ function App() {
   const { view, rest } = visit;
   useEffect(() => {
     const changed = () => setVisit(place());
-    addEventListener("hashchange", changed);
-    return () => removeEventListener("hashchange", changed);
+    addEventListener("popstate", changed);
+    return () => removeEventListener("popstate", changed);
   }, []);
   const [title, View] = VIEWS[view];
   useEffect(() => {

@@ -7,7 +7,7 @@ import { change, comparison, draft, replace } from "./comparison.js";
 import { note } from "./labels.js";
 import { classes, html, useEffect, useLayoutEffect, useRef, useState } from "./lib.js";
 import { answer, measure, unmeasured } from "./run.js";
-import { MAX_COLUMNS, column, newSession, packed, title, unpacked } from "./session.js";
+import { MAX_COLUMNS, column, linked, newSession, title, unpacked } from "./session.js";
 import { Settings, changed as changedSettings } from "./settings.js";
 import { ShareDialog, ShareMenu } from "./share.js";
 import { useStore } from "./store.js";
@@ -52,10 +52,11 @@ export function Compare({ base, rest, visit }) {
   const { session, running, problem, dialog } = useStore(comparison);
   useEffect(() => {
     // Opens a link that was followed, or the view anew; not the address that this view wrote itself.
-    if (rest !== written.current) open(rest);
+    const held = history.state ?? rest;
+    if (held !== written.current) open(held);
   }, [visit]);
   const written = useRef(null);
-  useAddress(session, running, written);
+  useAddress(session, running, written, visit);
   useDistance(session, running, base);
   if (!session) return problem && html`<${Problem} error=${problem} retry=${() => open("")} />`;
   const { columns, turns, mode } = session;
@@ -94,23 +95,32 @@ export function Compare({ base, rest, visit }) {
 
 /** Change fields of the session so that turns are dropped: the browser's way back leads to them. */
 async function leave(fields) {
-  const left = packed(comparison.value.session);
+  const left = linked(comparison.value.session);
   change(fields);
-  const address = `#/compare/${await left}`;
-  history.replaceState(null, "", address);
-  history.pushState(null, "", address);
+  const entry = historyEntry(await left);
+  history.replaceState(...entry);
+  history.pushState(...entry);
 }
 
+/** State and address of an entry of the browser's history; the state holds what an address is too short for. */
+const historyEntry = ({ whole, link }) => [link === whole ? null : whole, "", `#/compare/${link}`];
+
 /** Keeps the address in step with the session, once answers have ended. */
-function useAddress(session, running, written) {
+function useAddress(session, running, written, visit) {
   useEffect(() => {
     if (!session || running) return undefined;
+    let stale = false;
     const timer = setTimeout(async () => {
-      written.current = await packed(session);
-      history.replaceState(null, "", `#/compare/${written.current}`);
+      const packed = await linked(session);
+      if (stale) return;
+      written.current = packed.whole;
+      history.replaceState(...historyEntry(packed));
     }, 250);
-    return () => clearTimeout(timer);
-  }, [session, running]);
+    return () => {
+      stale = true;
+      clearTimeout(timer);
+    };
+  }, [session, running, visit]);
 }
 
 /** Asks the base about answers that are coloured by their distance from it, once they have ended. */

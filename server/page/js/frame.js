@@ -1,6 +1,7 @@
 // What surrounds every view, including the reference: the name, the links, the colours, the key.
 
 import { forgetKey, key, onKeyNeeded } from "./api.js";
+import "./focus.js";
 import { html, useState } from "./lib.js";
 import { Store, useStore } from "./store.js";
 import { Dialog, Icon, IconButton, number } from "./ui.js";

@@ -83,10 +83,9 @@ async function spread(base) {
   const fan = strengths(range).map((strength) => ({ strength, answer: blank() }));
   set({ fan: { name: chosen.name, prompt, answers: fan } });
   await running(async (signal) => {
-    const began = performance.now();
     await Promise.all(fan.map(({ strength, answer }) => {
       const body = shown(bodyOf(looked.value, base, { ...chosen, strength }));
-      return fill(answer, looked, "v1/chat/completions", body, signal, began);
+      return fill(answer, looked, "v1/chat/completions", body, signal);
     }));
     const answers = unmeasured(fan.map(({ answer }) => answer));
     if (answers.length) await measure(looked, base, answers);

@@ -11,11 +11,12 @@ import { requestOf, shown, title } from "./session.js";
  * tokens}, for a character may be made of several tokens. `labels` are {label, prob} where the
  * column's interventions name labels, else null. `prompt` and `ids` are token ids. `thought` is what
  * the model thought before its text; its tokens are a piece without a text. `of` is the title of
- * what is asked, which stays when the column applies something else afterwards.
+ * what is asked, which stays when the column applies something else afterwards. `stage` is how far its
+ * request is: null before it is sent, "sent", or "taken" by the server.
  */
 export const blank = (of = null) => ({
   of, thought: "", text: "", pieces: [], waiting: [], prompt: [], ids: [],
-  finish: null, error: null, figures: null, labels: null, running: true,
+  finish: null, error: null, figures: null, labels: null, running: true, stage: null,
 });
 
 /** Answer turn `t` in the columns `which`; ends when all have ended, also those that failed. */
@@ -25,12 +26,11 @@ export async function answer(store, base, t, which) {
   const turn = session.turns[t];
   for (const c of which) turn.answers[c] = blank(title(session.columns[c]));
   store.set({ running: controller, problem: null });
-  const began = performance.now();
   await Promise.all(
     which.map(async (c) => {
       const { path, body } = requestOf(session, base, c, t);
       const { signal } = controller;
-      const filled = fill(turn.answers[c], store, path, shown(body), signal, began);
+      const filled = fill(turn.answers[c], store, path, shown(body), signal);
       turn.answers[c].labels = await classified(session.columns[c], base, body, signal);
       store.touched();
       return filled;
@@ -40,12 +40,18 @@ export async function answer(store, base, t, which) {
 }
 
 /** Stream the answer to one request into `answer`, which also keeps an error. */
-export async function fill(answer, store, path, body, signal, began) {
+export async function fill(answer, store, path, body, signal) {
+  let began = null;
   let first = null;
-  let last = began;
+  let last = null;
   let usage = null;
+  const reached = (stage) => {
+    answer.stage = stage;
+    if (stage === "sent") began = performance.now();
+    store.touched();
+  };
   try {
-    for await (const event of stream(path, body, signal)) {
+    for await (const event of stream(path, body, signal, reached)) {
       usage = event.usage ?? usage;
       const [choice] = event.choices;
       if (!choice) continue;

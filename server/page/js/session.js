@@ -251,8 +251,21 @@ export function revived(data) {
   return session;
 }
 
+/** The longest session in an address, in characters: Firefox remembers no address above 65,536. */
+const MAX_LINK = 60_000;
+
+/**
+ * A session for an address: `whole` as text, and `link`, which is the same or, where that is too long,
+ * has the columns and settings without any text.
+ */
+export async function linked(session) {
+  const whole = await packed(session);
+  const bare = { ...session, turns: [], system: "", stop: "" };
+  return { whole, link: whole.length > MAX_LINK ? await packed(bare) : whole };
+}
+
 /** A session as text for an address: JSON, deflated, in base64url. */
-export async function packed(session) {
+async function packed(session) {
   const json = new Blob([JSON.stringify(plain(session, false))]);
   const bytes = await through(json, new CompressionStream("deflate-raw"));
   const text = Array.from(bytes, (byte) => String.fromCharCode(byte)).join("");

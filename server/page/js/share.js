@@ -3,11 +3,19 @@
 import { address, save } from "./api.js";
 import { change, comparison, replace } from "./comparison.js";
 import { html, useRef, useState } from "./lib.js";
-import { fromRequest, packed, plain, requestOf, revived, title } from "./session.js";
+import { fromRequest, linked, plain, requestOf, revived, title } from "./session.js";
 import { CopyButton, Dialog, IconButton, Problem, Segmented } from "./ui.js";
+
+const TOO_LONG = "The link holds the columns and their settings alone: texts as long as these do not fit into an address. "
+  + "“Export” writes a file with everything.";
 
 export function ShareMenu({ session }) {
   const file = useRef();
+  const copied = async () => {
+    const { whole, link } = await linked(session);
+    if (link !== whole) comparison.set({ problem: new Error(TOO_LONG) });
+    return `${address("")}#/compare/${link}`;
+  };
   const exported = () => {
     const json = JSON.stringify(plain(session, true), null, 1);
     save(new Blob([json], { type: "application/json" }), "comparison.json");
@@ -22,7 +30,7 @@ export function ShareMenu({ session }) {
     }
   };
   return html`
-    <${CopyButton} label="Copy link" icon="link" text=${async () => `${address("")}#/compare/${await packed(session)}`} />
+    <${CopyButton} label="Copy link" icon="link" text=${copied} />
     <${IconButton} icon="down" label="Export" onClick=${exported} />
     <${IconButton} icon="up" label="Import" onClick=${() => file.current.click()} />
     <input ref=${file} type="file" accept="application/json,.json" hidden aria-label="A comparison's file"
