@@ -13,6 +13,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING
 
+from reft_runtime.quiet import import_messages_hidden
+
 if TYPE_CHECKING:
     from reft_runtime.base.demo import demo_model as demo_model
     from reft_runtime.base.shape import base_shape as base_shape
@@ -47,4 +49,5 @@ def __getattr__(name: str) -> object:
     """Import on first use, so that what needs no torch (settings, `--help`) does not load it."""
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(_HOMES[name]), name)
+    with import_messages_hidden():
+        return getattr(import_module(_HOMES[name]), name)

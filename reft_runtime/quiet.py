@@ -8,6 +8,8 @@ For recurrent layers transformers recommends packages that have kernels for GPUs
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 _AT_IMPORT = {
     "torchao": "Failed to load ",
@@ -24,14 +26,27 @@ def hide_import_messages() -> None:
     _hide(_AT_IMPORT)
 
 
+@contextmanager
+def import_messages_hidden() -> Iterator[None]:
+    """Hide the same within the context alone, for a process that belongs to somebody else."""
+    added = _hide(_AT_IMPORT)
+    try:
+        yield
+    finally:
+        for name, hides in added.items():
+            logging.getLogger(name).removeFilter(hides)
+
+
 def hide_messages_on_cpu() -> None:
     """Hide what is of no use for a model on a CPU."""
     _hide(_ON_CPU)
 
 
-def _hide(parts: dict[str, str]) -> None:
-    for name, part in parts.items():
-        logging.getLogger(name).addFilter(_Without(part))
+def _hide(parts: dict[str, str]) -> dict[str, _Without]:
+    added = {name: _Without(part) for name, part in parts.items()}
+    for name, hides in added.items():
+        logging.getLogger(name).addFilter(hides)
+    return added
 
 
 class _Without(logging.Filter):

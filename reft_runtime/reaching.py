@@ -10,6 +10,12 @@ import httpx
 
 from reft_runtime.errors import ConfigError, InvalidRequest, NotFound
 
+_UNKNOWN = "not_found", "model_not_found"
+"""Codes of the server's own 404 for a name that it does not have."""
+
+_TYPES = "application/json", "text/event-stream", "application/octet-stream"
+"""What the server's answers to `reft` and to clients are."""
+
 
 class NotServed(NotFound):
     """The server has no such intervention or version."""
@@ -41,12 +47,21 @@ def why_unreachable(error: Exception, url: httpx.URL | str) -> str:
 
 
 def checked(response: httpx.Response) -> httpx.Response:
-    """Return an answer that is no refusal; raises `NotServed` or `ConfigError` for one that is."""
-    if response.is_success:
+    """Return an answer that is no refusal.
+
+    Raises `NotServed` for a name that the server does not have, and `ConfigError` for every other
+    refusal, and for what no reft-server answers.
+    """
+    kind = response.headers.get("content-type", "").partition(";")[0].strip()
+    if response.is_success and kind in _TYPES:
         return response
+    if response.is_success:
+        raise _elsewhere(f"with {kind or 'nothing that could be read'}.")
     message = reason_of(response)
     if response.status_code == httpx.codes.NOT_FOUND:
-        raise NotServed(message)
+        if _code_of(response) in _UNKNOWN:
+            raise NotServed(message)
+        raise _elsewhere(f"404: {message}")
     if response.status_code == httpx.codes.UNAUTHORIZED:
         server = f"{response.url.scheme}://{response.url.netloc.decode()}"
         raise KeyRefused(
@@ -60,12 +75,28 @@ def checked(response: httpx.Response) -> httpx.Response:
     raise ConfigError(f"the server answered {response.status_code}: {message}", param="url")
 
 
+def _elsewhere(answer: str) -> ConfigError:
+    return ConfigError(
+        f"url: no reft-server is there, or one of another version: it answered {answer}",
+        param="url",
+    )
+
+
 def reason_of(response: httpx.Response) -> str:
-    """The reason that a refusal gives."""
+    """The reason that a refusal gives, on one line."""
     try:
         return str(response.json()["error"]["message"])
     except (ValueError, KeyError, TypeError):
-        return response.text[:200] or response.reason_phrase
+        page = "html" in response.headers.get("content-type", "")
+        text = "" if page else " ".join(response.text[:200].split())
+        return text or response.reason_phrase
+
+
+def _code_of(response: httpx.Response) -> object:
+    try:
+        return response.json()["error"]["code"]
+    except (ValueError, KeyError, TypeError):
+        return None
 
 
 @contextmanager

@@ -24,6 +24,10 @@ def new(
         bool,
         typer.Option("--upload", help="Let it upload, replace and remove what is called TENANT.*"),
     ] = False,
+    admin: Annotated[
+        bool,
+        typer.Option("--admin", help="Let it see and change everything, /metrics and usage too"),
+    ] = False,
 ) -> None:
     """Make a key, and print it with its lines for the keys file.
 
@@ -31,11 +35,16 @@ def new(
     """
     if tenant != PLACEHOLDER and not is_tenant_name(tenant):
         raise ConfigError(f"--tenant: give {TENANT_RULE}.", param="tenant")
+    if admin and upload:
+        raise ConfigError("--upload: leave it out; an admin may change everything.", param="upload")
     key, hashed = new_key()
     typer.echo(f"Key, for whoever is to use it; it is shown this once: {key}")
     typer.echo("For the keys file (a second key of a tenant is a second hash in its list):")
+    typer.echo(f'\n[tenants.{tenant}]\nkeys = ["{hashed}"]')
+    if admin:
+        typer.echo('role = "admin"  # it sees and changes everything')
+        return
     typer.echo(
-        f'\n[tenants.{tenant}]\nkeys = ["{hashed}"]\n'
         f'interventions = ["{tenant}.*"]  # the names that it sees; "*" is all\n'
         f"upload = {str(upload).lower()}  # whether it may upload, replace and remove {tenant}.*"
     )

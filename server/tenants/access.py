@@ -60,7 +60,8 @@ def check_role(tenant: Tenant, method: str, path: str) -> None:
         raise forbidden(f"{method} {path} is for admins, and the tenant `{tenant.name}` is a user.")
     if access == "server" and not tenant.sees_server:
         raise forbidden(
-            f"{method} {path} tells of all interventions: it is for admins that see all of them."
+            f"{method} {path} tells of all interventions, and the admin `{tenant.name}` does not"
+            " see all of them: leave `interventions` out of its part of the keys file."
         )
 
 

@@ -161,8 +161,11 @@ class Quotas:
         return admitted
 
     def spend(self, tenant: Tenant, tokens: int) -> None:
-        """Note tokens that an answer has made; they are counted within `SETTLE_SECONDS`."""
-        if tenant.tokens_per_minute is not None:
+        """Note tokens that an answer has made; they are counted within `SETTLE_SECONDS`.
+
+        What is made while a shared counter is away is never counted, as its requests are not.
+        """
+        if tenant.tokens_per_minute is not None and not self._away:
             self._due_of(tenant).tokens += tokens
 
     def leave(self, admitted: Admitted, unused: int) -> None:

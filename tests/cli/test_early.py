@@ -47,6 +47,14 @@ def test_what_is_not_there(tmp_path: Path) -> None:
             ),
             "model: there is no folder ./no.",
         ),
+        **dict.fromkeys(
+            (
+                "generate hi --interventions no --model demo",
+                "chat --interventions no --model demo",
+                "serve --interventions no --model demo --port 0",
+            ),
+            "The interventions folder no does not exist; make it, or name another.",
+        ),
         "import here --base ./no --out x.safetensors": "base: there is no folder ./no.",
     }
     ended = subprocess.run(

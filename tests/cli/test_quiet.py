@@ -31,3 +31,25 @@ def test_messages_of_imports_are_hidden_and_no_others() -> None:
         "logging.getLogger('other').warning('Failed to load it')\n"
     )
     assert lines.splitlines() == ["no kernels for int8", "a pytree", "Failed to load it"]
+
+
+IMPORTED_BY_US = """
+import logging, sys, types
+import reft_runtime
+
+class Home(types.ModuleType):
+    def __getattr__(self, name):
+        logging.getLogger("torchao").warning("Failed to load _C_mxfp8.so: no such library")
+        logging.getLogger("torchao").warning("no kernels")
+        return name
+
+sys.modules["reft_runtime.front.engine"] = Home("reft_runtime.front.engine")
+reft_runtime.Engine
+logging.getLogger("torchao").warning("Failed to load another")
+"""
+
+
+def test_the_packages_own_import_is_quiet_and_changes_no_logger() -> None:
+    call = [sys.executable, "-c", IMPORTED_BY_US]
+    lines = subprocess.run(call, check=True, capture_output=True, text=True).stderr
+    assert lines.splitlines() == ["no kernels", "Failed to load another"]

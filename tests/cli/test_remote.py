@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import uvicorn
 from pydantic import SecretStr
 from rich.console import Console
 from typer.testing import CliRunner
@@ -27,6 +28,7 @@ from server.settings import Settings
 from server.tenants.keys import new_key
 from tests.e2e.conftest import served
 from tests.helpers.replicas import OnlyBehind
+from tests.helpers.serving import listening
 from tests.http.fake_engine import FakeEngine
 from tests.interventions.make import BASE, digest, file_bytes
 
@@ -329,6 +331,29 @@ def test_keys_and_addresses(engine: Any, tmp_path: Path) -> None:
     assert "write it with its scheme, http://here:8000" in refused("here:8000", ConfigError, "ls")
     assert "write http://HOST:PORT, not 'ftp://x'" in refused("ftp://x", ConfigError, "ls")
     assert "write http://HOST:PORT, not 'http:'" in refused("http://", ConfigError, "ls")
+
+
+@pytest.mark.parametrize(
+    ("status", "kind", "body", "told"),
+    [
+        (200, "text/html; charset=utf-8", "<html>\n</html>", "it answered with text/html."),
+        (200, "", "", "it answered with nothing that could be read."),
+        (404, "text/html", "<html>\n</html>", "it answered 404: Not Found"),
+        (404, "application/json", '{"detail": "Not Found"}', 'answered 404: {"detail": "Not'),
+        (404, "application/json", '{"error": {"message": "No.", "code": null}}', "404: No."),
+    ],
+)
+def test_what_is_no_reft_server_is_told_so(status: int, kind: str, body: str, told: str) -> None:
+    async def other(scope: Any, receive: Any, send: Any) -> None:
+        headers = [(b"content-type", kind.encode())] if kind else []
+        await send({"type": "http.response.start", "status": status, "headers": headers})
+        await send({"type": "http.response.body", "body": body.encode()})
+
+    config = uvicorn.Config(other, port=0, log_config=None, lifespan="off")
+    with listening(uvicorn.Server(config)) as url:
+        message = refused(url, ConfigError, "ls")
+    assert message.startswith("url: no reft-server is there, or one of another version: ")
+    assert told in message
 
 
 @pytest.mark.parametrize(

@@ -432,6 +432,22 @@ def test_a_new_key_works_as_it_is_printed(tmp_path: Path, upload: bool) -> None:
     assert checked.output == f"{file}: 1 key of team-a\n"
 
 
+def test_a_new_key_of_an_admin_is_for_every_route(tmp_path: Path) -> None:
+    done = CliRunner().invoke(command, ["key", "new", "--tenant", "ops", "--admin"])
+    first, _, _, *lines = done.output.splitlines()
+    file = tmp_path / "keys.toml"
+    file.write_text("\n".join(lines))
+    tenant = Keys(None, file).tenant_of(first.rpartition(" ")[2].encode())
+    assert tenant == Tenant("ops", "admin")
+    assert tenant.sees_server
+
+
+def test_an_admin_is_not_told_that_it_may_upload() -> None:
+    done = CliRunner().invoke(command, ["key", "new", "--upload", "--admin"])
+    assert isinstance(done.exception, ConfigError)
+    assert done.exception.message.startswith("--upload: leave it out")
+
+
 @pytest.mark.parametrize("name", ["Team-A", "team.a", "a]", "", "a" * 33])
 def test_no_key_is_made_for_a_name_that_the_file_may_not_have(name: str) -> None:
     done = CliRunner().invoke(command, ["key", "new", "--tenant", name])

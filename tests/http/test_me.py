@@ -64,3 +64,12 @@ async def test_a_tenant_is_told_what_it_may(
     name = f"{me['prefix'] or 'shared.'}new"
     answer = await client.delete(f"/v1/interventions/{name}", headers=key(tenant))
     assert answer.status_code == (404 if me["upload"] else 403)
+
+
+async def test_an_admin_that_does_not_see_all_is_told_how_it_would(
+    client: httpx.AsyncClient, app: FastAPI
+) -> None:
+    use_tenants(app, SOME)
+    refused = await client.get("/metrics", headers=key(SOME))
+    assert refused.status_code == 403
+    assert "leave `interventions` out of its part" in refused.json()["error"]["message"]

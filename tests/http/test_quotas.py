@@ -399,6 +399,26 @@ async def test_a_shared_counter_that_is_away(
     assert "sesame" not in caplog.text
 
 
+async def test_what_is_made_while_the_counter_is_away_is_never_counted(
+    clock: Clock, redis: TcpFakeServer
+) -> None:
+    tenants = [Tenant(name, tokens_per_minute=100) for name in "ab"]
+    quotas = Quotas("redis://127.0.0.1:9/0")
+    away = [await quotas.admit(tenant, 1) for tenant in tenants]
+    assert quotas.problem is not None
+    for tenant in tenants:
+        quotas.spend(tenant, 500)
+    quotas._storage = quotas._shared(url_of(redis))
+    clock.now += quota.AWAY_SECONDS
+    for tenant in tenants:
+        admitted = await quotas.admit(tenant, 1)
+        assert admitted.headers["x-ratelimit-remaining-tokens"] == "99"
+        quotas.leave(admitted, 0)
+    for admitted in away:
+        quotas.leave(admitted, 1)
+    await quotas.close()
+
+
 async def test_tokens_of_a_running_answer_count_while_it_runs(clock: Clock) -> None:
     quotas = Quotas()
     admitted = await quotas.admit(TOKENS, 2)
