@@ -15,7 +15,6 @@ from reft_runtime.kernels.staging import send, to_device
 
 if TYPE_CHECKING:
     from reft_runtime.schedule.plan import Chunk
-    from reft_runtime.schedule.request import AppliedIntervention
 
 ALONE = 4
 """Up to this many rows of a request and entry are edited one by one, more of them in pieces."""
@@ -59,25 +58,29 @@ class FixedRows:
             self._strengths[:n],
         )
 
-    def entries_of(
-        self, editing: Sequence[Sequence[AppliedIntervention]]
-    ) -> list[tuple[int, float]] | None:
-        """Entry and strength of each row, given the interventions that edit generated tokens there.
+    def entries_of(self, chunks: Sequence[Chunk]) -> list[tuple[int, float]] | None:
+        """Entry and strength of each row, given chunks of one generated token each.
 
         None if a row has edits that cannot be applied this way: of another kind, or one after
         another.
         """
-        self._tables.begin_step(applied for own in editing for applied in own)
+        self._tables.begin_step(a for chunk in chunks for a in chunk.sequence.decode_edits)
         rows: list[tuple[int, float]] = []
-        for own in editing:
-            if not own:
-                rows.append((0, 0.0))
-                continue
-            groups = self._tables.groups_of(own[0]) if len(own) == 1 else None
-            decoding = [group for group in groups or () if group.positions.edits_decode]
-            if len(decoding) != 1:
+        for chunk in chunks:
+            index = chunk.start - chunk.sequence.prompt_length
+            own: list[tuple[int, float]] = []
+            for applied in chunk.sequence.decode_edits:
+                groups = self._tables.groups_of(applied)
+                if groups is None:
+                    return None
+                own += [
+                    (group.entry, applied.strength)
+                    for group in groups
+                    if group.positions.generated(index, index + 1)
+                ]
+            if len(own) > 1:
                 return None
-            rows.append((decoding[0].entry, own[0].strength))
+            rows += own or [(0, 0.0)]
         return rows
 
 

@@ -95,7 +95,7 @@ class DecodeGraphs:
             return None
         edited = None
         if any(chunk.sequence.decode_edits for chunk in chunks):
-            edited = self._edits.entries_of([chunk.sequence.decode_edits for chunk in chunks])
+            edited = self._edits.entries_of(chunks)
             if edited is None:
                 return None
         bucket = next(size for size in self._buckets if size >= count)

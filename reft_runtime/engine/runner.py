@@ -135,7 +135,7 @@ class Runner:
         self._followers = followers
         self._on_device = OnDevice(loaded.device)
         self._known: OrderedDict[tuple[int, int], None] = OrderedDict()
-        self._decoding: tuple[tuple[Sequence, ...], StepEdits] | None = None
+        self._decoding: tuple[tuple[tuple[Sequence, int], ...], StepEdits] | None = None
 
     @torch.inference_mode()
     def run(self, chunks: SequenceOf[Chunk]) -> StepResult | Launched:
@@ -184,18 +184,18 @@ class Runner:
         return logits, edits
 
     def _edits(self, chunks: SequenceOf[Chunk]) -> StepEdits:
-        """The edits of a step; those of the one before where the same sequences decode again."""
-        sequences = tuple(chunk.sequence for chunk in chunks)
+        """The edits of a step; those of the one before where the same rows decode again."""
+        decoding = tuple((c.sequence, c.sequence.turns_before(c.start)) for c in chunks)
         alike = self.tables is None and all(
             chunk.length == 1
             and chunk.start >= chunk.sequence.prompt_length
             and not chunk.sequence.request.trace
             for chunk in chunks
         )
-        if alike and self._decoding is not None and self._decoding[0] == sequences:
+        if alike and self._decoding is not None and self._decoding[0] == decoding:
             return self._decoding[1].again()
         edits = StepEdits.of(chunks, self._on_device, self.sites.same, self.tables)
-        self._decoding = (sequences, edits) if alike else None
+        self._decoding = (decoding, edits) if alike else None
         return edits
 
     def fork(self, chunks: SequenceOf[Chunk]) -> None:

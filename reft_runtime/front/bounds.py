@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple, Protocol
@@ -35,10 +36,9 @@ class Traced(NamedTuple):
 
 
 class _Positions(Protocol):
-    @property
-    def edits_decode(self) -> bool: ...
-
     def count(self, n: int) -> int: ...
+
+    def generated(self, start: int, stop: int) -> Sequence[int]: ...
 
 
 def traced(uses: Iterable[AppliedIntervention], trace: Tracing) -> list[Traced]:
@@ -166,14 +166,18 @@ def _bound_trace(
 
     `given` says whether the caller chose `max_tokens`; if not, it becomes what the bound allows.
     """
-    rows = taken + sum(one.weight * one.positions.count(prompt) for one in edited)
-    each = sum(one.weight * one.positions.edits_decode for one in edited)
+    before = taken + sum(one.weight * one.positions.count(prompt) for one in edited)
+
+    def rows_with(made: int) -> int:
+        return before + sum(one.weight * len(one.positions.generated(0, made)) for one in edited)
+
     # The last token is never run through the model, so nothing edits it.
     made = max(0, (sampling.max_tokens or 0) - 1)
-    if each and not given and rows <= MAX_TRACED_ROWS:
-        made = min(made, (MAX_TRACED_ROWS - rows) // each)
+    rows = rows_with(made)
+    if before <= MAX_TRACED_ROWS < rows and not given:
+        made = bisect_right(range(made + 1), MAX_TRACED_ROWS, key=rows_with) - 1
         sampling = replace(sampling, max_tokens=made + 1)
-    rows += each * made
+        rows = rows_with(made)
     if rows > MAX_TRACED_ROWS:
         several = any(one.weight > 1 for one in edited)
         directions = ", once for each direction that is read along," if several else ""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
 from enum import Enum, auto
@@ -36,7 +37,8 @@ class Sequence:
     `charged` of them were computed before a preemption, and are not charged to the tenant again.
     `order` is the order of arrival. The choice that `leads` computes and scores the request's
     prompt; until then the other choices wait in its `unforked`, because they copy what it computed.
-    `decode_edits` are the interventions that edit generated tokens. `grammar` says which token may
+    `decode_edits` are the interventions that edit generated tokens, and `turns` where in the answer
+    other edits of theirs begin to act, ascending. `grammar` says which token may
     come after `tokens`; None if any. The sequences of a request with labels begin with the tokens
     of a path each (see `LabelTree`) behind the prompt; these are computed and edited as generated
     tokens.
@@ -55,6 +57,7 @@ class Sequence:
     prompt_logprobs_sent: int = 0
     started: bool = False
     decode_edits: tuple[AppliedIntervention, ...] = field(init=False)
+    turns: tuple[int, ...] = field(init=False)
     keys: BlockKeys = field(init=False)
     grammar: GrammarState | None = field(init=False)
     _counts: TokenCounts = field(init=False)
@@ -69,6 +72,8 @@ class Sequence:
             if self.request.touches(applied)
             and any(edit.positions.edits_decode for edit in applied.edits)
         )
+        edits = (edit for applied in self.decode_edits for edit in applied.edits)
+        self.turns = tuple(sorted(set().union(*(edit.positions.turns for edit in edits))))
 
     def pass_lead(self) -> Sequence:
         """Make the first of `unforked` lead in this one's place, from the beginning; returns it."""
@@ -86,6 +91,10 @@ class Sequence:
     def prompt_length(self) -> int:
         """Number of prompt tokens, fixed at admission."""
         return len(self.request.prompt)
+
+    def turns_before(self, offset: int) -> int:
+        """How many of `turns` are at or before the token at this offset."""
+        return bisect_right(self.turns, offset - self.prompt_length) if self.turns else 0
 
     @property
     def generated(self) -> SequenceOf[int]:

@@ -115,6 +115,7 @@ DECODING = {
     "all": RandomEdit("direft", "all", seed=2, rank=1),
     "steering": RandomEdit("steering", "all", seed=3),
     "lobireft": RandomEdit("lobireft", "decode", seed=4, layer=2, size=3),
+    "window": RandomEdit("loreft", "decode[1:3]", seed=8),
 }
 EAGER = {
     "act": RandomEdit("loreft", "decode", act="relu", seed=5),

@@ -42,6 +42,7 @@ EDITS: dict[str, tuple[Applied, ...]] = {
     "l7": (applied(RandomEdit("loreft", "l7", seed=1)),),
     "f3+l3": (applied(RandomEdit("loreft", "f3+l3", layer=2, seed=2)),),
     "decode": (applied(RandomEdit("loreft", "decode", seed=3)),),
+    "decode[1:]": (applied(RandomEdit("loreft", "decode[1:]", seed=8)),),
     "l2+decode": (applied(RandomEdit("loreft", "l2+decode", layer=0, seed=4)),),
     "all": (applied(RandomEdit("loreft", "all", seed=5)),),
     "composed": (

@@ -41,6 +41,8 @@ POSITIONS = [
     "f3+l3+[4]",
     "prompt",
     "[1:-2]+decode",
+    "decode[:4]",
+    "l2+decode[1:3]+decode[6:]",
 ]
 
 BFLOAT16 = torch.bfloat16
@@ -86,6 +88,13 @@ CASES: dict[str, tuple[int, list[Applied]]] = {
         [applied(RED, strength=-1), applied(KINDS["direft"], strength=0.5)],
     ),
     "same row twice": (10, [applied(KINDS["loreft"]), applied(KINDS["consreft"], KINDS["loreft"])]),
+    "two in turn": (
+        14,
+        [
+            applied(RandomEdit("loreft", "decode[:5]", seed=33)),
+            applied(RandomEdit("red", "decode[3:9]", seed=34), strength=0.5),
+        ],
+    ),
     "base": (11, []),
 }
 
@@ -157,7 +166,7 @@ def test_batched_chunked_and_preempted(
 def test_generated_tokens_keep_their_positions_when_prefilled_again(
     wanted: dict[str, list[int]], after: int, max_step_tokens: int
 ) -> None:
-    names = ["loreft relu", "decode", "[0,3,-1]", "red", "long"]
+    names = ["loreft relu", "decode", "[0,3,-1]", "red", "long", "two in turn"]
     core = make_core(max_running=8, max_step_tokens=max(8, max_step_tokens))
     found: dict[str, Answer] = {}
     for name in names:
@@ -171,7 +180,7 @@ def test_generated_tokens_keep_their_positions_when_prefilled_again(
                 preempt(core, sequence)
                 preempted += 1
         step(core, found)
-    assert preempted == 5
+    assert preempted == 6
     for name, answer in found.items():
         assert answer.tokens[0] == wanted[name], name
 
@@ -189,7 +198,7 @@ def test_every_choice_is_edited_as_it_goes(
     max_running: int, max_step_tokens: int, kv_tokens: int
 ) -> None:
     core = make_core(max_running=max_running, max_step_tokens=max_step_tokens, kv_tokens=kv_tokens)
-    names = ["all", "l1+decode", "noreft", "two", "long"]
+    names = ["all", "l1+decode", "noreft", "two", "long", "two in turn"]
     found: dict[str, Answer] = {}
     for name in names:
         core.add(sampled(name))

@@ -52,6 +52,7 @@ TASKS: dict[str, tuple[AppliedIntervention, ...]] = {
     "turned": (applied(loreft(1, "f3+l3", seed=6)), applied(loreft(1, "f3", seed=5))),
     "all": (applied_random(RandomEdit("loreft", "all", seed=7)).intervention,),
     "decode": (applied_random(RandomEdit("loreft", "decode", seed=8)).intervention,),
+    "window": (applied_random(RandomEdit("loreft", "decode[3:9]", seed=12)).intervention,),
     "middle": (applied_random(RandomEdit("red", "[20,-5]", seed=9, size=0.3)).intervention,),
     "slice": (applied_random(RandomEdit("loreft", "[20:-5]", seed=11)).intervention,),
     "key": (

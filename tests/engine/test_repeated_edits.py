@@ -10,9 +10,9 @@ from reft_runtime.edits.step import StepEdits
 from tests.helpers.models import applied, loreft, make_core, request
 
 
-def test_found_once_and_again_when_a_sequence_comes_or_leaves(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Of each step whose edits were looked for, how many sequences it had."""
     asked: list[int] = []
     own = StepEdits.of.__func__  # type: ignore[attr-defined]
 
@@ -22,6 +22,10 @@ def test_found_once_and_again_when_a_sequence_comes_or_leaves(
         return made
 
     monkeypatch.setattr(StepEdits, "of", classmethod(of))
+    return asked
+
+
+def test_found_once_and_again_when_a_sequence_comes_or_leaves(asked: list[int]) -> None:
     core = make_core()
 
     def step(times: int) -> list[int]:
@@ -43,3 +47,17 @@ def test_found_once_and_again_when_a_sequence_comes_or_leaves(
     while not core.idle:
         core.step()
     core.check_integrity()
+
+
+def test_found_again_where_others_begin_to_act(asked: list[int]) -> None:
+    core = make_core()
+    window = applied(loreft(1, "decode[2:4]+decode[7:]"))
+    core.add(request("a", [1, 2, 3], window, max_tokens=12))
+    core.add(request("b", [4, 5, 6], applied(loreft(1, "all")), max_tokens=12))
+    looked = []
+    while not core.idle:
+        asked.clear()
+        core.step()
+        looked.append(len(asked))
+    # The prompts, then the generated tokens 0 to 10; the last one is not run through the model.
+    assert looked == [1, *(int(index in (0, 2, 4, 7)) for index in range(11))]

@@ -158,6 +158,9 @@ def edited(positions: str, n: int, length: int) -> list[int]:
             found |= set(range(n, length))
         elif term == "prompt":
             found |= set(range(n))
+        elif term.startswith("decode["):
+            first, stop = (int(bound) if bound else None for bound in term[7:-1].split(":"))
+            found |= set(range(n, length)[first:stop])
         elif ":" in term:
             start, stop = (int(bound) if bound else None for bound in term[1:-1].split(":"))
             found |= set(range(n)[start:stop])

@@ -28,7 +28,13 @@ def tiny_engine() -> Iterator[Engine]:
     model = tiny("llama", max_position_embeddings=LENGTH, vocab_size=320)
     with Engine(model, tokenizer=tiny_tokenizer(), max_running=4) as engine:
         base = engine.registry.base
-        for name, positions in (("every", "all"), ("last", "l1"), ("made", "decode")):
+        of = {
+            "every": "all",
+            "last": "l1",
+            "made": "decode",
+            "window": "[0]+decode[4:9]+decode[60:]",
+        }
+        for name, positions in of.items():
             edits = [
                 Edit(layer, positions, loreft_tensors(layer, d=base.hidden_size))
                 for layer in (0, 2)
@@ -65,6 +71,10 @@ def body(model: str, tokens: int, **fields: Any) -> dict[str, Any]:
         ("last", 200, 4, 2),
         ("made", 9, 51, 100),
         ("made", 9, 52, None),
+        ("window", 9, 5, 2),
+        ("window", 9, 60, 12),
+        ("window", 9, 105, 100),
+        ("window", 9, 106, None),
     ],
 )
 async def test_rows_of_a_trace(
@@ -120,6 +130,10 @@ async def test_a_trace_of_an_answer_without_a_length_ends_at_the_bound(
     asked = {"model": "made", "messages": messages, "temperature": 0, "ignore_eos": True}
     answer = (await http.post("/v1/chat/completions", json={**asked, "trace": True})).json()
     assert answer["usage"]["completion_tokens"] == 51
+    assert len(answer["trace"][0]["edits"]) == ROWS
+    windowed = {**asked, "model": "window", "trace": True}
+    answer = (await http.post("/v1/chat/completions", json=windowed)).json()
+    assert answer["usage"]["completion_tokens"] == 105
     assert len(answer["trace"][0]["edits"]) == ROWS
     answer = (await http.post("/v1/chat/completions", json=asked)).json()
     assert answer["usage"]["total_tokens"] == LENGTH

@@ -31,7 +31,7 @@ def edited(positions: Positions, n: int, total: int) -> list[int]:
         for i in range(total)
         if positions.everything
         or (i < n and (i in spans or i in listed or i in sliced))
-        or (i >= n and positions.decode)
+        or (i >= n and i in [j for a, b in positions.decode for j in list(range(n, total))[a:b]])
     ]
 
 
@@ -46,6 +46,7 @@ def not_always_empty(bounds: tuple[int, int | None]) -> bool:
 
 
 bounds = st.tuples(st.integers(-15, 15), st.none() | st.integers(-15, 15))
+windows = st.tuples(st.integers(0, 15), st.none() | st.integers(0, 15))
 
 
 fields = st.fixed_dictionaries(
@@ -54,7 +55,7 @@ fields = st.fixed_dictionaries(
         "last": spans,
         "listed": st.lists(st.integers(-15, 15), max_size=6).map(tuple),
         "slices": st.lists(bounds.filter(not_always_empty), max_size=3).map(tuple),
-        "decode": st.booleans(),
+        "decode": st.lists(windows.filter(not_always_empty), max_size=3).map(tuple),
         "everything": st.booleans(),
         "suffix_offset": st.integers(0, 3),
     }
@@ -70,7 +71,10 @@ def test_every_kind_of_position_in_any_chunks(
     for start, stop in pairwise(sorted({0, *cuts, 60})):
         found += positions.offsets(n, start, stop)
     assert found == edited(positions, n, 60)
-    assert positions.edits_decode == (60 - 1 in found)
+    assert positions.edits_decode == any(i >= n for i in edited(positions, n, 100))
+    for at in range(n + 1, 60):
+        if at - n not in positions.turns:
+            assert (at in found) == (at - 1 in found)
 
 
 @given(fields)
@@ -157,6 +161,8 @@ def test_generated_tokens_are_never_edited() -> None:
         ("decode+prompt", "prompt+decode"),
         (" [ 1 : ]+[0:3]", "[:3]+[1:]"),
         ("[1:]+[1:-1]", "[1:-1]+[1:]"),
+        ("decode[:]+[:3]", "[:3]+decode"),
+        ("decode[ 5: ]+decode[0:3]+l1", "l1+decode[:3]+decode[5:]"),
         ("decode+[ -1, 2,0 ,2]+l2+f1", "f1+l2+[0,2,-1]+decode"),
     ],
 )
@@ -189,6 +195,15 @@ def test_parse_gives_the_normal_form(text: str, normal: str) -> None:
         ("[-1:-2]", "always empty"),
         ("[-3:0]", "always empty"),
         ("+".join(f"[{i}:]" for i in range(9)), "at most 8"),
+        ("+".join(f"[{i}:]+decode[{i}:]" for i in range(5)), "at most 8"),
+        ("decode[3]", "write fN"),
+        ("decode[::2]", "write fN"),
+        ("decode [:3]", "write fN"),
+        ("l1+decode[-3:]", r"`decode\[-3:\]` counts from the end of an answer"),
+        ("decode[:-1]", r"`decode\[:-1\]` counts from the end of an answer"),
+        ("decode[4:4]", r"`decode\[4:4\]` is always empty"),
+        ("decode[:0]", "always empty"),
+        ("decode[:70000]", "out of range"),
         (str([*range(4097)]), "at most 4096"),
         ("f", "write fN"),
         ("f-1", "write fN"),
@@ -244,6 +259,10 @@ def test_generated_tokens_by_name() -> None:
     assert Positions.parse("[1:]+decode").offsets(3, 0, 5) == [1, 2, 3, 4]
     assert Positions.parse("prompt").offsets(3, 0, 5) == [0, 1, 2]
     assert not Positions.parse("prompt").edits_decode
+    assert Positions.parse("decode[1:3]").offsets(4, 0, 9) == [5, 6]
+    assert Positions.parse("decode[1:3]", suffix_offset=1).offsets(4, 0, 9) == [5, 6]
+    assert Positions.parse("decode[1:]+decode[:2]").offsets(4, 5, 8) == [5, 6, 7]
+    assert Positions.parse("decode[2:]").edits_decode
 
 
 def test_what_is_not_given_is_not_edited() -> None:

@@ -17,7 +17,7 @@ from tests.training.make import SHAPE, base, examples, model, own, random_edits
 CASES = [(kind, "l1") for kind in KINDS] + [
     ("loreft", positions)
     for positions in (
-        *("f1+l1", "f2+l3", "all", "decode", "l2+decode", "[1,-2]", "f40+l40"),
+        *("f1+l1", "f2+l3", "all", "decode", "l2+decode", "decode[1:3]", "[1,-2]", "f40+l40"),
         *("prompt", "[:3]+[-2:]+decode", "[2:-1]"),
     )
 ]

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from reft_runtime.errors import InvalidFile
 
@@ -14,11 +16,15 @@ MAX_SLICES = 8
 Bounds = tuple[int, int | None]
 """Of a slice: where it starts and stops, as Python's own; None is the end."""
 
+EVERY: Bounds = (0, None)
+"""The slice that holds all: `prompt` of the prompt, `decode` of the answer."""
+
 _SPAN = re.compile(r"([fl])([0-9]{1,6})")
 _LIST = re.compile(r"\[\s*-?[0-9]{1,6}(\s*,\s*-?[0-9]{1,6})*\s*\]")
-_SLICE = re.compile(r"\[\s*(-?[0-9]{1,6})?\s*:\s*(-?[0-9]{1,6})?\s*\]")
-_SYNTAX = "write fN, lN, [0,3,-1], [1:], prompt, decode or a union such as `f3+l3`; or all"
-_PROMPT: Bounds = (0, None)
+_SLICE = re.compile(r"(decode)?\[\s*(-?[0-9]{1,6})?\s*:\s*(-?[0-9]{1,6})?\s*\]")
+_SYNTAX = (
+    "write fN, lN, [0,3,-1], [1:], prompt, decode, decode[:8] or a union such as `f3+l3`; or all"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,15 +36,16 @@ class Positions:
     [m - min(m // 2, last), m), as pyreft clamps them, so that the two never overlap and a prompt of
     one token is edited by neither. `listed` are indices into the prompt, negative ones from the end
     of the m tokens; those outside the prompt are dropped. `slices` are Python's of the m tokens,
-    `(0, None)` all of them. `decode` is every generated token, and `everything` the whole prompt
-    and every generated token.
+    `EVERY` all of them. `decode` are slices of the generated tokens, counted from 0 at the first
+    one and never from the end, which nobody knows yet. `everything` is the whole prompt and every
+    generated token.
     """
 
     first: int = 0
     last: int = 0
     listed: tuple[int, ...] = ()
     slices: tuple[Bounds, ...] = ()
-    decode: bool = False
+    decode: tuple[Bounds, ...] = ()
     everything: bool = False
     suffix_offset: int = 0
 
@@ -50,14 +57,24 @@ class Positions:
                 )
         if len(self.listed) > MAX_LISTED:
             raise InvalidFile(f"positions: a list may have at most {MAX_LISTED} indices.")
-        if len(self.slices) > MAX_SLICES:
+        slices: list[tuple[Literal["", "decode"], Bounds]] = [
+            *(("", pair) for pair in self.slices),
+            *(("decode", pair) for pair in self.decode),
+        ]
+        if len(slices) > MAX_SLICES:
             raise InvalidFile(f"positions: there may be at most {MAX_SLICES} slices.")
-        for index in (*self.listed, *(bound for pair in self.slices for bound in pair)):
+        for index in (*self.listed, *(bound for _, pair in slices for bound in pair)):
             if index is not None and abs(index) > MAX_SPAN:
                 raise InvalidFile(f"positions: index {index} is out of range; use ±{MAX_SPAN}.")
-        for start, stop in self.slices:
+        for of, (start, stop) in slices:
+            written = f"`{_written(of, (start, stop))}`"
+            if of and min(start, stop or 0) < 0:
+                raise InvalidFile(
+                    f"positions: {written} counts from the end of an answer, which nobody knows"
+                    " while it is generated; count from its first token, as decode[:8] does."
+                )
             if stop is not None and (not stop or ((start < 0) == (stop < 0) and start >= stop)):
-                raise InvalidFile(f"positions: `{_written((start, stop))}` is always empty.")
+                raise InvalidFile(f"positions: {written} is always empty.")
         if not 0 <= self.suffix_offset <= MAX_SPAN:
             raise InvalidFile(f"suffix_offset: {self.suffix_offset}; it takes 0 to {MAX_SPAN}.")
         prompt = self.first or self.last or self.listed or self.slices
@@ -70,12 +87,15 @@ class Positions:
         spans: dict[str, int] = {}
         listed: tuple[int, ...] = ()
         slices: set[Bounds] = set()
+        decode: set[Bounds] = set()
         words: set[str] = set()
         for term in (part.strip() for part in text.split("+")):
             if term in ("all", "decode", "prompt") and term not in words:
                 words.add(term)
             elif term.isascii() and (match := _SLICE.fullmatch(term)):
-                slices.add((int(match[1] or 0), None if match[2] is None else int(match[2])))
+                (decode if match[1] else slices).add(
+                    (int(match[2] or 0), None if match[3] is None else int(match[3]))
+                )
             elif term.isascii() and (match := _SPAN.fullmatch(term)):
                 side, count = match[1], int(match[2])
                 if side in spans:
@@ -90,13 +110,15 @@ class Positions:
         if "all" in words:
             return cls(everything=True, suffix_offset=suffix_offset)
         if "prompt" in words:
-            slices.add(_PROMPT)
+            slices.add(EVERY)
+        if "decode" in words:
+            decode.add(EVERY)
         return cls(
             first=spans.get("f", 0),
             last=spans.get("l", 0),
             listed=tuple(sorted(set(listed), key=lambda index: (index < 0, index))),
-            slices=tuple(sorted(slices, key=lambda pair: (pair[0], pair[1] is None, pair[1] or 0))),
-            decode="decode" in words,
+            slices=_in_order(slices),
+            decode=_in_order(decode),
             suffix_offset=suffix_offset,
         )
 
@@ -106,19 +128,33 @@ class Positions:
         terms = [f"{side}{span}" for side, span in (("f", self.first), ("l", self.last)) if span]
         if self.listed:
             terms.append(f"[{','.join(map(str, self.listed))}]")
-        terms += [_written(pair) for pair in dict.fromkeys(self.slices)]
-        if self.decode:
-            terms.append("decode")
+        terms += [_written("", pair) for pair in dict.fromkeys(self.slices)]
+        terms += [_written("decode", pair) for pair in dict.fromkeys(self.decode)]
         return "+".join(terms)
 
     @property
     def edits_decode(self) -> bool:
-        """Whether generated tokens are edited."""
-        return self.decode or self.everything
+        """Whether generated tokens are edited, all or some."""
+        return bool(self.decode) or self.everything
+
+    @property
+    def turns(self) -> set[int]:
+        """Indices of the generated tokens from which on others may be edited than before."""
+        return {bound for pair in self.decode for bound in pair if bound}
 
     def count(self, n: int) -> int:
         """How many tokens of a prompt of `n` tokens are edited."""
         return n if self.everything else len(self.offsets(n, 0, n))
+
+    def generated(self, start: int, stop: int) -> Sequence[int]:
+        """Indices of the edited generated tokens in [start, stop), 0 the first one, ascending."""
+        ranges = [
+            range(max(start, first), stop if end is None else min(stop, end))
+            for first, end in ((EVERY,) if self.everything else self.decode)
+        ]
+        if len(ranges) == 1:
+            return ranges[0]
+        return sorted(set().union(*ranges))
 
     def offsets(self, n: int, start: int, stop: int) -> list[int]:
         """Absolute indices of the edited tokens in [start, stop), ascending.
@@ -132,7 +168,7 @@ class Positions:
         half = m // 2
         head = range(start, min(stop, half, self.first))
         tail = range(max(start, m - min(half, self.last)), min(stop, m))
-        generated = range(max(start, n), stop) if self.decode else ()
+        generated = [n + index for index in self.generated(max(start - n, 0), stop - n)]
         if not (self.listed or self.slices):
             return [*head, *tail, *generated]
         found = {*head, *tail}
@@ -144,6 +180,12 @@ class Positions:
         return [*sorted(found), *generated]
 
 
-def _written(bounds: Bounds) -> str:
+def _in_order(slices: Iterable[Bounds]) -> tuple[Bounds, ...]:
+    return tuple(sorted(slices, key=lambda pair: (pair[0], pair[1] is None, pair[1] or 0)))
+
+
+def _written(of: Literal["", "decode"], bounds: Bounds) -> str:
+    if bounds == EVERY:
+        return of or "prompt"
     start, stop = bounds
-    return "prompt" if bounds == _PROMPT else f"[{start or ''}:{'' if stop is None else stop}]"
+    return f"{of}[{start or ''}:{'' if stop is None else stop}]"
