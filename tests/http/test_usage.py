@@ -226,9 +226,10 @@ async def test_what_can_be_asked_for(
     client: httpx.AsyncClient, app: FastAPI, days: list[float]
 ) -> None:
     counting: Usage = app.state.context.usage
+    days[0] = 20_001 - 1 / 86400  # a day's last second, and another's first
     for tenant, name in (("a", "x"), ("a", "y"), ("b", "x"), ("b", "x+y")):
         counting.add(tenant, name, Counts(1, 10, 5, 2))
-    days[0] += 1
+    days[0] = 20_001
     counting.add("a", "x", Counts(2, 20, 10, 4))
     span = {"from": "2024-10-04", "to": "2024-10-05"}
     body = (await client.get("/v1/usage", params=span)).json()
@@ -375,6 +376,7 @@ def test_servers_add_to_what_is_there(tmp_path: Path) -> None:
         counting.start()
         counting.add("a", "x", Counts(1))
         counting.close()
+        assert [file.name for file in tmp_path.iterdir()] == [usage.FILE]  # and no journal
         assert kept(tmp_path) == expected
     with closing(Usage(tmp_path)) as counting:
         first = counting.find(query()).since
@@ -392,7 +394,7 @@ def test_a_damaged_file_is_told_and_counts_go_on(
         assert total(counting) == expected
         assert counting.problem == "usage is counted in memory: its file cannot be used"
         counting.add("a", "x", Counts(1))
-    assert caplog.text.count("counted in memory") == 1
+        assert caplog.text.count("counted in memory") == 1
     file.unlink()
     assert total(counting) == 3  # in the file now
     assert counting.problem is None
@@ -401,16 +403,17 @@ def test_a_damaged_file_is_told_and_counts_go_on(
 
 
 def test_a_file_that_was_removed_is_made_again(tmp_path: Path) -> None:
-    counting = Usage(tmp_path / "state")
+    folder = tmp_path / "another" / "state"
+    counting = Usage(folder)
     counting.add("a", "x", Counts(1))
     assert total(counting) == 1
-    for file in (tmp_path / "state").iterdir():
+    for file in folder.iterdir():
         file.unlink()
-    (tmp_path / "state").rmdir()
+    folder.rmdir()
     counting.add("a", "x", Counts(1))
     assert total(counting) == 1
     counting.close()
-    assert kept(tmp_path / "state") == 1
+    assert kept(folder) == 1
 
 
 def test_a_journal_that_was_removed_loses_nothing(tmp_path: Path) -> None:

@@ -30,6 +30,8 @@ SHAPES = (
 BLOCKS = 24
 ROWS = 6
 
+Columns = tuple[SequenceOf[int], ...]
+
 
 @pytest.fixture(autouse=True)
 def inference() -> Iterator[None]:
@@ -208,7 +210,7 @@ def test_lanes_are_given_again() -> None:
 def test_only_changes_are_sent(monkeypatch: pytest.MonkeyPatch) -> None:
     sent = []
 
-    def sending(columns: tuple[SequenceOf[int], ...], device: torch.device) -> torch.Tensor:
+    def sending(columns: Columns, device: torch.device) -> tuple[torch.Tensor, ...]:
         sent.append([list(column) for column in columns])
         return to_device(columns, device)
 
