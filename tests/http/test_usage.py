@@ -13,6 +13,7 @@ from contextlib import closing
 from datetime import date
 from pathlib import Path
 from typing import Any
+from unittest.mock import ANY, MagicMock
 
 import httpx
 import jsonschema
@@ -22,6 +23,7 @@ from fastapi import FastAPI
 from server.app import create_app
 from server.settings import Settings
 from server.tenants import usage
+from server.tenants.meter import TELL_SECONDS, Meter
 from server.tenants.tenant import Tenant
 from server.tenants.usage import Counts, Query, Usage
 from tests.helpers.serving import client_of
@@ -194,6 +196,30 @@ async def test_an_answer_that_is_cut_off_counts_what_was_made(
         assert row["completion_tokens"] == counted == 10
     else:
         assert counted <= row["completion_tokens"] < 120
+
+
+def test_what_a_request_used_is_passed_on_now_and_then() -> None:
+    """At the first step of each of its prompts, each `TELL_SECONDS`, and at its end."""
+    quotas, counting, admitted = MagicMock(), Usage(None), MagicMock(tenant=TEAMS[0])
+    meter = Meter(quotas, counting, admitted, ["x", "y"], [3, 4, 5])
+    for prompt, cached, now, counted in (
+        (0, 2, 10.0, Counts(1, 3, 2, 1)),
+        (0, 2, 10.05, Counts(1, 3, 2, 1)),
+        (1, 0, 10.06, Counts(1, 7, 2, 3)),
+        (0, 2, 10.15, Counts(1, 7, 2, 3)),
+        (0, 3, 10.15 + TELL_SECONDS, Counts(1, 7, 3, 5)),
+        (1, 0, 10.2 + TELL_SECONDS, Counts(1, 7, 3, 5)),
+    ):
+        meter.step(prompt, cached, 1, now)
+        assert meter.counts == counted
+    meter.end()
+    assert meter.counts == (1, 7, 3, 6)
+    assert counting.find(query()).rows == [(ANY, meter.counts)]
+    assert [row[1:] for row, _ in counting.find(query()).rows] == [("team-a", "x+y")]
+    assert [call.args for call in quotas.spend.call_args_list] == [
+        (TEAMS[0], made) for made in (1, 2, 2, 1)
+    ]
+    quotas.leave.assert_called_once_with(admitted, 5)
 
 
 async def test_a_request_that_never_had_a_token_is_not_counted(
