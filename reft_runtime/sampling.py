@@ -84,6 +84,10 @@ class SamplingParams:
         if isinstance(self.stop, str):
             object.__setattr__(self, "stop", (self.stop,))
         _check_types(self)
+        # Copies: what the caller does to its own lists later is not checked.
+        for name in ("stop", "stop_token_ids", "kept_special_tokens"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+        object.__setattr__(self, "logit_bias", dict(self.logit_bias))
         if self.max_tokens is not None:
             _bounded("max_tokens", self.max_tokens, 0, 2**31 - 1)
         _bounded("temperature", self.temperature, 0, 100)
@@ -144,7 +148,9 @@ def _check_types(sampling: SamplingParams) -> None:
     for name in _NUMBERS:
         check(name, isinstance(getattr(sampling, name), Real), "a number")
     check("stop", _all(sampling.stop, str), "a list of texts")
-    check("kept_special_tokens", _all(sampling.kept_special_tokens, str), "a list of texts")
+    kept: Any = sampling.kept_special_tokens
+    fits = _all(kept, str) and not isinstance(kept, str)  # of which each character is one
+    check("kept_special_tokens", fits, "a list of texts")
     check("stop_token_ids", _all(sampling.stop_token_ids, Integral), "a list of token ids")
     bias: Any = sampling.logit_bias
     fits = isinstance(bias, Mapping) and _all(bias, Integral) and _all(bias.values(), Real)

@@ -269,7 +269,7 @@ class Connection(HttpToolsProtocol):
     def on_response_complete(self) -> None:
         """Wait for the next request, or close if the client has closed its sending half."""
         super().on_response_complete()
-        self.since = self.loop.time()
+        self.since = self._last_byte = self.loop.time()
         if self._half_closed and self.idle:
             self.transport.close()
 

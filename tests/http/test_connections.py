@@ -308,6 +308,11 @@ async def test_a_client_of_http_1_0_gets_no_chunks(
         assert json.loads(body)["object"] == ("list" if route == "listing" else "text_completion")
 
 
+async def test_a_client_of_http_1_0_need_not_name_a_host(server_url: str) -> None:
+    async with connected(server_url, b"GET /livez HTTP/1.0\r\n\r\n") as (reader, _):
+        assert status(await rest(reader)) == 200
+
+
 async def test_all_of_several_requests_are_answered(server_url: str) -> None:
     data = head("/livez", "GET") + request(completion()) + head("/version", "GET")
     async with connected(server_url, data) as (reader, writer):
@@ -338,6 +343,20 @@ async def test_a_client_that_hangs_up_is_silent(
         await asyncio.sleep(0.1)
     await cut(server_url, "left")
     assert [r for r in caplog.records if r.levelno >= logging.WARNING] == []
+
+
+async def test_a_client_that_leaves_several_requests_leaves_the_first(
+    server_url: str, engine: FakeEngine
+) -> None:
+    engine.step_seconds = 0.05
+    engine.info = dataclasses.replace(engine.info, max_model_len=20_000)
+    data = request(completion(max_tokens=10_000)) + head("/livez", "GET")
+    async with connected(server_url, data):
+        while not engine.running:
+            await asyncio.sleep(0.01)
+    async with asyncio.timeout(SOON):
+        while engine.running:
+            await asyncio.sleep(0.01)
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -520,4 +539,23 @@ def test_only_streams_of_events_may_have_comments(kind: str, comments: bool) -> 
     answer = _Answered(MagicMock())
     answer.write(f"HTTP/1.1 200 OK\r\ncontent-type: {kind}\r\n\r\n".encode())
     answer.write(b"1\r\n{\r\n")
+    answer.write(b"\r\ncontent-type: text/event-stream")  # of a file
     assert answer.may_have_comments == comments
+
+
+def test_chunks_without_their_marks() -> None:
+    """As uvicorn writes them: an empty one as nothing, and the last one maybe behind another."""
+    connection = MagicMock()
+    connection.parser.get_http_version.return_value = "1.0"
+    answer = _Answered(connection)
+    head = b"HTTP/1.1 200 OK\r\nx: y\r\n"
+    for data in (
+        head + b"transfer-encoding: chunked\r\n\r\n",
+        b"",
+        b"10\r\n0123456789abcd\r\n\r\n",
+        b"1\r\n!\r\n0\r\n\r\n",
+        b"0\r\n\r\n",
+    ):
+        answer.write(data)
+    written = b"".join(call.args[0] for call in connection.transport.write.call_args_list)
+    assert written == head + b"\r\n0123456789abcd\r\n!"

@@ -13,6 +13,7 @@ from contextlib import closing
 from datetime import date
 from pathlib import Path
 from typing import Any
+from unittest.mock import ANY, MagicMock
 
 import httpx
 import jsonschema
@@ -22,6 +23,7 @@ from fastapi import FastAPI
 from server.app import create_app
 from server.settings import Settings
 from server.tenants import usage
+from server.tenants.meter import TELL_SECONDS, Meter
 from server.tenants.tenant import Tenant
 from server.tenants.usage import Counts, Query, Usage
 from tests.helpers.serving import client_of
@@ -196,6 +198,30 @@ async def test_an_answer_that_is_cut_off_counts_what_was_made(
         assert counted <= row["completion_tokens"] < 120
 
 
+def test_what_a_request_used_is_passed_on_now_and_then() -> None:
+    """At the first step of each of its prompts, each `TELL_SECONDS`, and at its end."""
+    quotas, counting, admitted = MagicMock(), Usage(None), MagicMock(tenant=TEAMS[0])
+    meter = Meter(quotas, counting, admitted, ["x", "y"], [3, 4, 5])
+    for prompt, cached, now, counted in (
+        (0, 2, 10.0, Counts(1, 3, 2, 1)),
+        (0, 2, 10.05, Counts(1, 3, 2, 1)),
+        (1, 0, 10.06, Counts(1, 7, 2, 3)),
+        (0, 2, 10.15, Counts(1, 7, 2, 3)),
+        (0, 3, 10.15 + TELL_SECONDS, Counts(1, 7, 3, 5)),
+        (1, 0, 10.2 + TELL_SECONDS, Counts(1, 7, 3, 5)),
+    ):
+        meter.step(prompt, cached, 1, now)
+        assert meter.counts == counted
+    meter.end()
+    assert meter.counts == (1, 7, 3, 6)
+    assert counting.find(query()).rows == [(ANY, meter.counts)]
+    assert [row[1:] for row, _ in counting.find(query()).rows] == [("team-a", "x+y")]
+    assert [call.args for call in quotas.spend.call_args_list] == [
+        (TEAMS[0], made) for made in (1, 2, 2, 1)
+    ]
+    quotas.leave.assert_called_once_with(admitted, 5)
+
+
 async def test_a_request_that_never_had_a_token_is_not_counted(
     client: httpx.AsyncClient, engine: FakeEngine
 ) -> None:
@@ -226,9 +252,10 @@ async def test_what_can_be_asked_for(
     client: httpx.AsyncClient, app: FastAPI, days: list[float]
 ) -> None:
     counting: Usage = app.state.context.usage
+    days[0] = 20_001 - 1 / 86400  # a day's last second, and another's first
     for tenant, name in (("a", "x"), ("a", "y"), ("b", "x"), ("b", "x+y")):
         counting.add(tenant, name, Counts(1, 10, 5, 2))
-    days[0] += 1
+    days[0] = 20_001
     counting.add("a", "x", Counts(2, 20, 10, 4))
     span = {"from": "2024-10-04", "to": "2024-10-05"}
     body = (await client.get("/v1/usage", params=span)).json()
@@ -375,6 +402,7 @@ def test_servers_add_to_what_is_there(tmp_path: Path) -> None:
         counting.start()
         counting.add("a", "x", Counts(1))
         counting.close()
+        assert [file.name for file in tmp_path.iterdir()] == [usage.FILE]  # and no journal
         assert kept(tmp_path) == expected
     with closing(Usage(tmp_path)) as counting:
         first = counting.find(query()).since
@@ -392,7 +420,7 @@ def test_a_damaged_file_is_told_and_counts_go_on(
         assert total(counting) == expected
         assert counting.problem == "usage is counted in memory: its file cannot be used"
         counting.add("a", "x", Counts(1))
-    assert caplog.text.count("counted in memory") == 1
+        assert caplog.text.count("counted in memory") == 1
     file.unlink()
     assert total(counting) == 3  # in the file now
     assert counting.problem is None
@@ -401,16 +429,17 @@ def test_a_damaged_file_is_told_and_counts_go_on(
 
 
 def test_a_file_that_was_removed_is_made_again(tmp_path: Path) -> None:
-    counting = Usage(tmp_path / "state")
+    folder = tmp_path / "another" / "state"
+    counting = Usage(folder)
     counting.add("a", "x", Counts(1))
     assert total(counting) == 1
-    for file in (tmp_path / "state").iterdir():
+    for file in folder.iterdir():
         file.unlink()
-    (tmp_path / "state").rmdir()
+    folder.rmdir()
     counting.add("a", "x", Counts(1))
     assert total(counting) == 1
     counting.close()
-    assert kept(tmp_path / "state") == 1
+    assert kept(folder) == 1
 
 
 def test_a_journal_that_was_removed_loses_nothing(tmp_path: Path) -> None:

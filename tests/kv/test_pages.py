@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from collections.abc import Sequence as SequenceOf
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from reft_runtime.base.attention import LayerShape, Scoring
+from reft_runtime.kernels.staging import to_device
 from reft_runtime.kv.page_attention import GatheredAttention
 from reft_runtime.kv.pages import NOBODYS_PAGE, PageStorage
 from reft_runtime.sampling import SamplingParams
@@ -27,6 +29,8 @@ SHAPES = (
 )
 BLOCKS = 24
 ROWS = 6
+
+Columns = tuple[SequenceOf[int], ...]
 
 
 @pytest.fixture(autouse=True)
@@ -180,6 +184,14 @@ def test_what_the_cache_gave_up_is_taken_back_when_pages_run_short() -> None:
     third = sequence(40)
     pages.prepare([Chunk(third, 32, 8, [BlockCopy(third, i, i) for i in range(2)])])
     assert torch.equal(content(pages, third, 32), wanted(1.0, 32))
+    pages.release([third])
+    # Not until there is none.
+    fourth = sequence((BLOCKS - 15) * BLOCK_TOKENS)
+    write(pages, fourth, 4.0)
+    vacant[:] = [2, 3]
+    fourth.tokens += [0] * BLOCK_TOKENS
+    write(pages, fourth, 5.0)
+    assert used(pages) == BLOCKS - 1
 
 
 def test_lanes_are_given_again() -> None:
@@ -193,6 +205,50 @@ def test_lanes_are_given_again() -> None:
             assert torch.equal(kept, wanted(10.0 * round_ + number, 5 + number))
         pages.release(several)
     assert bool((pages.tables[pages.spare_lane] == NOBODYS_PAGE).all())
+
+
+def test_only_changes_are_sent(monkeypatch: pytest.MonkeyPatch) -> None:
+    sent = []
+
+    def sending(columns: Columns, device: torch.device) -> tuple[torch.Tensor, ...]:
+        sent.append([list(column) for column in columns])
+        return to_device(columns, device)
+
+    monkeypatch.setattr("reft_runtime.kv.pages.to_device", sending)
+    pages = storage()
+    one = sequence(33)
+    pages.prepare([Chunk(one, 0, 20)])
+    pages.prepare([Chunk(one, 20, 12)])
+    pages.prepare([Chunk(one, 32, 1)])
+    lane = pages.row(Chunk(one, 0, 1)).lane
+    assert sent == [[[lane, lane], [0, 1], [1, 2]], [[lane], [2], [3]]]
+
+
+def test_pages_are_of_the_given_dtype() -> None:
+    pages = PageStorage(
+        SHAPES, torch.float16, torch.device("cpu"), 1, 1, BLOCK_TOKENS, GatheredAttention()
+    )
+    assert {tensor.dtype for tensor in (*pages.keys, *pages.values)} == {torch.float16}
+
+
+def test_integrity_can_fail() -> None:
+    def broken(how: Callable[[PageStorage, Sequence], object], message: str) -> None:
+        pages, one = storage(), sequence(20)
+        write(pages, one, 1.0)
+        pages.check_integrity()
+        how(pages, one)
+        with pytest.raises(AssertionError, match=message):
+            pages.check_integrity(idle=message.endswith("some"))
+
+    broken(lambda pages, one: pages._share(1), "users were miscounted")
+    broken(lambda pages, one: pages._free.pop(), "pages lost")
+    broken(lambda pages, one: pages._free.append(1), "pages lost")
+    broken(lambda pages, one: pages._free_lanes.pop(), "lanes are lost")
+    broken(lambda pages, one: pages._free_lanes.append(pages._lanes[one]), "given twice")
+    broken(
+        lambda pages, one: pages._lanes.update({sequence(1): pages._lanes.pop(one)}), "given twice"
+    )
+    broken(lambda pages, one: None, "1 sequences still have some")
 
 
 @settings(deadline=None, max_examples=60)

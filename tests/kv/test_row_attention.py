@@ -91,7 +91,8 @@ class Sequences:
             torch.cat([held[i][c.start :] for held, c in zip(own, chunks, strict=True)])
             for i in (0, 1)
         )
-        if shape.values_in_keys:
+        if shape.values_in_keys:  # numbers that do not lie side by side
+            key = torch.stack([key, key], -1)[..., 0]
             value = key[..., : shape.value_dim]
         else:  # heads that do not lie side by side
             value = value.transpose(0, 1).contiguous().transpose(0, 1)

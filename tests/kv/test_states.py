@@ -10,6 +10,9 @@ from torch import Tensor
 
 from reft_runtime.base.recurrent import MixerCall, MixerStates, StateKey, StateShape
 from reft_runtime.kernels.staging import send
+from reft_runtime.kv.page_attention import GatheredAttention
+from reft_runtime.kv.pages import PageStorage
+from reft_runtime.kv.rows import RowStorage
 from reft_runtime.kv.states import StateStorage
 from reft_runtime.schedule.plan import Chunk
 from reft_runtime.schedule.prefix_cache import StateCopy
@@ -23,7 +26,7 @@ HERE = torch.device("cpu")
 
 def storage(slots: int = 4, places: int = 0, *, continues: bool = True) -> StateStorage:
     shapes = {
-        SUM: StateShape((1,), torch.float32),
+        SUM: StateShape((1,), torch.float64),
         LAST: StateShape((1, 2), torch.float32),
     }
     made = StateStorage([MixerStates(shapes, continues)], HERE, slots, places)
@@ -74,6 +77,28 @@ def wanted(name: int, start: int, stop: int) -> list[float]:
         pytest.approx(sum(rows[: i + 1]) + 100 * (rows[i - 2] if i > 1 else 0))  # type: ignore[misc]
         for i in range(start, stop)
     ]
+
+
+def test_states_are_of_the_dtypes_of_their_shapes() -> None:
+    states = storage(places=1)
+    for tensors in (states.states, states._kept):
+        assert {key: tensor.dtype for key, tensor in tensors[0].items()} == {
+            SUM: torch.float64,
+            LAST: torch.float32,
+        }
+
+
+@pytest.mark.parametrize(
+    "without",
+    [
+        RowStorage([], torch.float32, 16),
+        PageStorage([], torch.float32, HERE, 1, 1, 16, GatheredAttention()),
+    ],
+)
+def test_a_storage_without_states_takes_none(without: RowStorage | PageStorage) -> None:
+    without.keep_states([])
+    with pytest.raises(ValueError, match="keeps no recurrent states"):
+        without.keep_states([StateCopy(sequence(1), 0)])
 
 
 @pytest.mark.parametrize("continues", [True, False])
