@@ -20,7 +20,7 @@ class PlacementGroup:
     """
 
     def __init__(self) -> None:
-        self.host: str = ray.util.get_node_ip_address()  # type: ignore[no-untyped-call]
+        self.host: str = ray.util.get_node_ip_address()
         self._group = get_current_placement_group()
 
     def device(self, rank: int) -> int:

@@ -212,7 +212,7 @@ class _Cluster:
         from server.cluster.deployments import application
 
         if self._own:  # to another cluster, nodes may be added
-            check_room(config, self._ray.cluster_resources())  # type: ignore[no-untyped-call]
+            check_room(config, self._ray.cluster_resources())
         self._drain_seconds = config.settings.drain_seconds
         with self._telling("The replicas cannot run"):
             try:

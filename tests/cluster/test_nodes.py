@@ -50,7 +50,7 @@ def nodes(tmp_path: Path) -> Iterator[tuple[Any, str]]:
         yield cluster, f"http://127.0.0.1:{port}"
     finally:
         ray.shutdown()
-        cluster.shutdown()  # type: ignore[no-untyped-call]
+        cluster.shutdown()
 
 
 def nodes_of(deployment: str) -> set[str]:

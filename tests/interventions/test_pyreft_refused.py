@@ -160,7 +160,7 @@ UNSOUND: dict[str, tuple[bytes, str]] = {
 
 def test_the_separate_process_refuses_and_runs_nothing(folder: Path) -> None:
     Path(MARK).unlink(missing_ok=True)
-    for case in ("os.system", "eval", "cut off", "a view of 4 TB"):
+    for case in ("os.system", "a view of 4 TB"):  # before and after torch reads it
         data, message = UNREADABLE[case]
         (folder / FILE).write_bytes(data)
         with pytest.raises(InvalidFile, match=rf"1#0\.bin: .*{message}"):
@@ -168,19 +168,15 @@ def test_the_separate_process_refuses_and_runs_nothing(folder: Path) -> None:
     assert not Path(MARK).exists()
 
 
-def test_the_separate_process_reads_what_is_sound(folder: Path) -> None:
-    (state, other) = read_states(sorted(folder.glob("*.bin")))
-    assert state.keys() == LOREFT.keys() == other.keys()
-    for key, tensor in LOREFT.items():
-        assert torch.equal(state[key], tensor)
-
-
-def test_modules_beside_the_checkpoint_are_not_imported(
+def test_the_separate_process_reads_what_is_sound_and_imports_nothing_beside_it(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (folder / "torch.py").write_text("raise SystemExit('ran')")
     monkeypatch.chdir(folder)
-    read_states([folder / FILE])
+    (state, other) = read_states(sorted(folder.glob("*.bin")))
+    assert state.keys() == LOREFT.keys() == other.keys()
+    for key, tensor in LOREFT.items():
+        assert torch.equal(state[key], tensor)
 
 
 @pytest.mark.parametrize("case", UNREADABLE)
