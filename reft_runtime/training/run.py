@@ -85,7 +85,7 @@ class TrainingRun:
         except (OSError, SafetensorError) as error:
             raise _unwritten(target, work, error) from error
         except RuntimeError as error:
-            if "PytorchStreamWriter" not in str(error):
+            if "inline_container" not in str(error):  # torch's writer of files
                 raise
             raise _unwritten(target, work, error) from error
 

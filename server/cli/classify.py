@@ -51,7 +51,7 @@ def classify(
         typer.Option(
             "--file",
             "-f",
-            encoding="utf-8",
+            encoding="utf-8-sig",
             help="Texts, one a line; - is standard input.",
             show_default=False,
         ),

@@ -291,7 +291,7 @@ class Quotas:
                     "The counter of quotas at %s does not answer (%s): no quota holds until it"
                     " does",
                     self._where,
-                    error or "too late",
+                    str(error) or "too late",
                 )
             self._away, self._asks_again = True, time.monotonic() + AWAY_SECONDS
         else:

@@ -49,7 +49,7 @@ def test_one_text(url: str) -> None:
 def test_a_file_and_standard_input(url: str, engine: Any, tmp_path: Path) -> None:
     texts = [f"text {i}" for i in range(130)]
     file = tmp_path / "texts.txt"
-    file.write_text("\n\n".join(texts), encoding="utf-8")
+    file.write_bytes("\r\n\r\n".join(texts).encode("utf-8-sig"))  # as Windows' editors write it
     ended = reft("--file", file, "-i", "task=0.5", "--template", r"Q: {x}\nA:", url=url)
     assert ended.stdout.splitlines() == [f"a\t0.667\t{text}" for text in texts]
     # They go in two requests at once, of which either may come first.

@@ -399,6 +399,14 @@ async def test_a_shared_counter_that_is_away(
     assert "sesame" not in caplog.text
 
 
+async def test_a_shared_counter_that_hangs(caplog: pytest.LogCaptureFixture) -> None:
+    async def hang() -> None:
+        raise TimeoutError
+
+    await Quotas("redis://127.0.0.1:9/0")._ask(hang)
+    assert "does not answer (too late): no quota holds" in caplog.text
+
+
 async def test_what_is_made_while_the_counter_is_away_is_never_counted(
     clock: Clock, redis: TcpFakeServer
 ) -> None:

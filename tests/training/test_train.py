@@ -295,7 +295,8 @@ def test_edits_that_the_last_step_breaks_are_not_written(
     [
         OSError(errno.ENOSPC, "No space left on device"),
         SafetensorError("I/O error: No space left on device (os error 28)"),
-        RuntimeError("[enforce fail] PytorchStreamWriter failed writing file"),
+        RuntimeError("[enforce fail at inline_container.cc:3] . PytorchStreamWriter failed"),
+        RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 10816 vs 10192"),
     ],
 )
 def test_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
