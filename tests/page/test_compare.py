@@ -652,3 +652,19 @@ def test_an_answer_says_what_it_waits_for_and_counts_from_its_sending(tab: Tab) 
     # The minute that it waited for its turn is not the server's.
     expect(figures.last).to_contain_text("first ")
     expect(figures.last).not_to_contain_text(re.compile(r"first 6\d\.\d\d s"))
+
+
+def test_the_arrow_keys_keep_what_they_choose_in_sight(tab: Tab) -> None:
+    page = tab.open()
+    page.get_by_role("button", name="Column", exact=True).click()
+    options = page.get_by_role("listbox").get_by_role("option")
+    expect(options).to_have_count(9)
+    listed = page.get_by_role("listbox").bounding_box()
+    page.keyboard.press("ArrowUp")  # from the first to the last
+    chosen = page.locator("[role=option][aria-selected=true]")
+    expect(chosen).to_have_text(options.last.text_content() or "")
+    shown = chosen.bounding_box()
+    assert listed is not None
+    assert shown is not None
+    assert listed["y"] <= shown["y"]
+    assert shown["y"] + shown["height"] <= listed["y"] + listed["height"]

@@ -68,8 +68,11 @@ export function Picker({ label, first, onPick, onClose, onLeave }) {
 
   const keys = (event) => {
     const step = { ArrowDown: 1, ArrowUp: -1 }[event.key];
-    if (step) setActive((active + step + options.length) % Math.max(options.length, 1));
-    else if (event.key === "Enter") setEntered(true);
+    if (step && options.length) {
+      const next = (active + step + options.length) % options.length;
+      setActive(next);
+      document.getElementById(`${id}-${next}`).scrollIntoView({ block: "nearest" });
+    } else if (event.key === "Enter") setEntered(true);
     else if (event.key === "Escape") onClose();
     else return;
     event.preventDefault();
