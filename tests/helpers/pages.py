@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from reft_runtime.base.model import LoadedModel
-from reft_runtime.edits.tables import EditTables, RowEdits
+from reft_runtime.edits.tables import PIECE_RANKS, PIECE_ROWS, EditTables, RowEdits
 from reft_runtime.engine import core
 from reft_runtime.engine.device_sampler import DeviceSampler
 from reft_runtime.engine.graphs import Compute, DecodeGraphs, GraphCapture
@@ -130,6 +130,8 @@ class PlainEdits:
         for first, count in pieces.tolist():
             own = slice(first, first + count)
             assert len(set(entries[own].tolist())) == len(set(strengths[own].tolist())) == 1
+            assert count <= PIECE_ROWS
+            assert places[entries[own], -1].max() <= PIECE_RANKS
             self.rows(hidden, index[own], places, entries[own], strengths[own])
 
 
