@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from reft_runtime.edits.sites import Site
-from reft_runtime.edits.step import OnDevice, StepEdits
+from reft_runtime.edits.step import BATCHED_ROWS, OnDevice, StepEdits
+from reft_runtime.kernels.operators import cpu_operators
 from reft_runtime.schedule.plan import Chunk
 from reft_runtime.schedule.request import AppliedIntervention, Request
 from reft_runtime.schedule.sequence import sequences_of
@@ -181,7 +182,44 @@ def test_edits_of_other_rows_share_a_pass() -> None:
     assert [[s.rows for s in part] for part in passes] == [[[0, 1], [8, 9], [10, 11], [16, 17]]]
 
 
-def test_one_edit_in_a_batch_is_the_formula() -> None:
+def test_edits_of_one_row_are_in_passes_one_after_another() -> None:
+    """Wherever the last edit of it was, and as early as that permits."""
+    file = [loreft(0, at, seed=i) for i, at in enumerate(("[0]", "[0:2]", "[1]", "[2]", "[0]"))]
+    (passes,) = StepEdits.of([chunk((applied(*file),), 10, 0, 10)], HERE, as_named).passes.values()
+    assert [[s.rows for s in part] for part in passes] == [[[0], [2]], [[0, 1]], [[1], [0]]]
+
+
+@pytest.mark.skipif(cpu_operators() is None, reason="there is no compiler")
+def test_what_compiled_layers_may_edit_themselves() -> None:
+    """One pass of short affine edits, as wide as the rows, of which no trace is wanted."""
+    site, short, long = (0, "block_output"), f"[:{BATCHED_ROWS}]", f"[:{BATCHED_ROWS + 1}]"
+
+    def rows(*edits: LoReFT, width: int = HIDDEN, **fields: Any) -> int | None:
+        """How many, where they may."""
+        asked = replace(request("a", prompt(90), applied(*edits, strength=0.5)), **fields)
+        found = StepEdits.of([Chunk(sequences_of(asked, 0), 0, 90)], HERE, as_named)
+        told = found.row_edits(site, width)
+        assert told is found.row_edits(site, width), "kept"
+        return None if told is None else len(told)
+
+    assert rows(loreft(0, short)) == BATCHED_ROWS
+    assert rows(loreft(0, "f2"), loreft(0, "l3", seed=1)) == 5
+    for wrong in (
+        rows(loreft(0, long)),
+        rows(loreft(0, short), width=2 * HIDDEN),
+        rows(loreft(0, short), trace=True),
+        rows(loreft(0, "f2"), loreft(0, "f1", seed=1)),
+        rows(loreft(1, "f2")),
+    ):
+        assert wrong is None
+
+
+@pytest.mark.parametrize("compiler", [True, False])
+def test_one_edit_in_a_batch_is_the_formula(
+    compiler: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not compiler:
+        monkeypatch.setattr("reft_runtime.edits.step.cpu_operators", lambda: None)
     small, large = loreft(0, "f2+l2", rank=2), loreft(0, "l40", rank=5, seed=1)
     edits = StepEdits.of(
         [
@@ -195,6 +233,7 @@ def test_one_edit_in_a_batch_is_the_formula() -> None:
     hidden = torch.randn(99, HIDDEN)
     old = hidden.clone()
     edits.apply((0, "block_output"), hidden)
+    assert not edits.failed
     changed = {0, 1, 4, 5, *range(6 + 50, 6 + 90), 98}
     assert {row for row in range(99) if not torch.equal(hidden[row], old[row])} == changed
     for edit, strength, rows in ((small, 0.5, (0, 1, 4, 5)), (large, -0.7, range(56, 96))):

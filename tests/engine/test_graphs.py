@@ -17,7 +17,7 @@ from torch import Tensor
 
 from reft_runtime.base.model import LoadedModel
 from reft_runtime.edits import editors, tables
-from reft_runtime.edits.tables import EditTables
+from reft_runtime.edits.tables import PIECE_RANKS, EditTables
 from reft_runtime.engine import core as engine_core
 from reft_runtime.engine.graphs import Compute, DecodeGraphs, GraphCapture, buckets
 from reft_runtime.engine.runner import Runner
@@ -256,8 +256,10 @@ def test_prompts_are_edited_from_tables(replays: Spy) -> None:
     files["turned"] = files["composed"][::-1]
     files["of both kinds"] = [applied(*every).intervention]
     files["long"] = [applied(RandomEdit("loreft", "all", seed=6, layer=1)).intervention]
+    wide = RandomEdit("loreft", "all", seed=7, rank=PIECE_RANKS + 1, size=0.2)
+    files["long and wide"] = [applied(wide).intervention]
     asked = [
-        request(name, prompt(9 if name != "long" else 60), *own, max_tokens=3)
+        request(name, prompt(60 if "long" in name else 9), *own, max_tokens=3)
         for name, own in files.items()
     ]
     edited: list[int] = []

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from reft_runtime.base.model import LoadedModel
-from reft_runtime.edits.tables import EditTables, RowEdits
+from reft_runtime.edits.tables import PIECE_RANKS, PIECE_ROWS, EditTables, RowEdits
 from reft_runtime.engine import core
 from reft_runtime.engine.device_sampler import DeviceSampler
 from reft_runtime.engine.graphs import Compute, DecodeGraphs, GraphCapture
@@ -92,7 +92,10 @@ def again(compute: Compute) -> Compute:
 
 
 class PlainEdits:
-    """`RowEdits` by torch's own operators, of tables on the CPU."""
+    """`RowEdits` by torch's own operators, of tables on the CPU.
+
+    A device edits the rows of a call at once, in any order: none may be edited twice.
+    """
 
     def rows(
         self, hidden: Tensor, index: Tensor, places: Tensor, entries: Tensor, strengths: Tensor
@@ -104,6 +107,7 @@ class PlainEdits:
             memory = (ctypes.c_float * numbers).from_address(address)
             return torch.frombuffer(memory, dtype=torch.float32, count=numbers).view(shape)
 
+        _at_once(index, places[entries])
         for row, entry, strength in zip(index, entries, strengths, strict=True):
             V, U, b, offset, rank = places[entry].tolist()
             old, change = hidden[row].float(), torch.zeros(width)
@@ -122,10 +126,18 @@ class PlainEdits:
         entries: Tensor,
         strengths: Tensor,
     ) -> None:
+        _at_once(index, places[entries])
         for first, count in pieces.tolist():
             own = slice(first, first + count)
             assert len(set(entries[own].tolist())) == len(set(strengths[own].tolist())) == 1
+            assert count <= PIECE_ROWS
+            assert places[entries[own], -1].max() <= PIECE_RANKS
             self.rows(hidden, index[own], places, entries[own], strengths[own])
+
+
+def _at_once(index: Tensor, places: Tensor) -> None:
+    changed = index[(places[:, -1] > 0) | (places[:, 3] > 0)].tolist()
+    assert len(changed) == len(set(changed)), changed
 
 
 def tables_for(

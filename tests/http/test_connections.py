@@ -507,6 +507,24 @@ async def test_a_client_that_leaves_after_a_refusal_is_silent(
     assert [r for r in caplog.records if r.name == "asyncio" or r.exc_info] == []
 
 
+async def test_a_stream_ends_where_its_client_sends_no_http(
+    server_url: str, engine: FakeEngine, caplog: pytest.LogCaptureFixture
+) -> None:
+    engine.step_seconds = 0.05
+    async with connected(server_url, request(completion(max_tokens=90, stream=True))) as (
+        reader,
+        writer,
+    ):
+        await reader.readuntil(b"data: ")
+        writer.write(b"no HTTP\r\n\r\n")
+        answer = await rest(reader)
+        while engine.running:
+            await asyncio.sleep(0.01)
+    assert b"HTTP/1.1 " not in answer
+    assert b"[DONE]" not in answer
+    assert [r for r in caplog.records if r.name == "asyncio" or r.exc_info] == []
+
+
 class TestUnread:
     @pytest.fixture
     def settings(self) -> Settings:

@@ -148,6 +148,7 @@ async def test_a_body_that_does_not_come_while_the_server_stops(client: Client) 
     client.send(HEAD).spared(STALLED_SECONDS + 1).send(b"{").server.shutdown()
     assert client.cut(STALLED_SECONDS, "shutdown").end == "closed"
     assert client.got.startswith(b"HTTP/1.1 503 ")
+    assert b"\r\nretry-after: 5\r\n" in client.got
 
 
 async def test_an_answer_has_no_deadline(client: Client) -> None:

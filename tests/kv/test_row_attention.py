@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -130,6 +132,40 @@ def test_rows_that_move_fork_and_return_keep_every_layer() -> None:
     storage.ensure(first, 200)
     storage.reuse([BlockCopy(first, block, block) for block in range(8)])
     sequences.step((1, 1, 3), Scoring(0.2))
+
+
+def test_whole_layers_are_computed_only_where_their_parts_lie() -> None:
+    """Compiled layers check no address: they would write elsewhere."""
+    shapes = (LayerShape(2, 16, 16), LayerShape(2, 16, 16), LayerShape(3, 24, 8))
+    storage = RowStorage(shapes, torch.float32, 256)
+    chunk = Chunk(sequences_of(Request("a", (0,) * 9, SamplingParams(), 0), 0), 0, 9)
+    step = storage.attention(storage.prepare([chunk]))
+
+    def computed(first: int, layers: int, tokens: int = 9, heads: int = 2, room: int = 7) -> Any:
+        run = MagicMock()
+        run.__len__.return_value = layers
+        run.kind.key_heads, run.kind.head_dim = heads, 16
+        run.room_for.side_effect = lambda asked: room * asked
+        rows = torch.zeros(tokens, 16)
+        if step.whole_layers(first, run, rows, rows, rows, ()) is None:
+            run.compute.assert_not_called()
+            return None
+        _, _, _, places, given, _ = run.compute.call_args.args
+        assert given.numel() >= room * tokens
+        assert torch.equal(places.before, storage._layout.before[first:])
+        return given
+
+    room = computed(0, 2)
+    assert computed(1, 1) is room
+    assert computed(0, 1, room=8) is not room
+    for wrong in (
+        computed(0, 3),
+        computed(2, 1),
+        computed(0, 1, heads=1),
+        computed(0, 1, tokens=8),
+        computed(0, 1, tokens=10),
+    ):
+        assert wrong is None
 
 
 def test_what_is_shared_takes_no_memory() -> None:
