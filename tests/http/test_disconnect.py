@@ -76,7 +76,7 @@ async def test_a_client_that_stays_is_served(server_url: str, engine: FakeEngine
 class TestDeadlines:
     @pytest.fixture
     def settings(self) -> Settings:
-        return Settings(first_token_timeout=0.2, request_timeout=0.5)
+        return Settings(first_token_timeout=0.9, request_timeout=1.2)
 
     async def test_first_token(self, client: httpx.AsyncClient, engine: FakeEngine) -> None:
         engine.step_seconds = 1000
@@ -95,6 +95,6 @@ class TestDeadlines:
         assert response.status_code == 200
         *_, error, done, _ = response.text.split("\n\n")
         assert (
-            "more than 0.5 seconds" in json.loads(error.removeprefix("data: "))["error"]["message"]
+            "more than 1.2 seconds" in json.loads(error.removeprefix("data: "))["error"]["message"]
         )
         assert done == "data: [DONE]"
