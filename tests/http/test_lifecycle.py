@@ -418,6 +418,8 @@ def test_sources_may_be_given_several_times(
     monkeypatch.setenv("REFT_INTERVENTIONS", "z")
     monkeypatch.setattr("reft_runtime.front.engine.Engine", record)
     monkeypatch.setattr("server.logs.configure_logging", print)  # it would be for all tests
+    for folder in ("a,b", "z"):
+        (tmp_path / folder).mkdir()
     several = ["--interventions", "a,b", "--interventions", "s3://bucket/c"]
     for arguments in (several, []):
         with pytest.raises(ConfigError, match="enough"):
