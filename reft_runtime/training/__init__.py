@@ -3,6 +3,7 @@
 from reft_runtime.training.check import Check, check
 from reft_runtime.training.direction import direction
 from reft_runtime.training.evaluate import evaluate
+from reft_runtime.training.norms import in_norms
 from reft_runtime.training.outcomes import Score
 from reft_runtime.training.report import Report
 from reft_runtime.training.separation import Separation, separations
@@ -19,6 +20,7 @@ __all__ = [
     "check",
     "direction",
     "evaluate",
+    "in_norms",
     "separations",
     "train",
 ]

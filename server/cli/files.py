@@ -54,6 +54,12 @@ def import_(
     scale: Annotated[
         float | None, typer.Option(help="Factor of a vector: strength 1 then adds so many of it.")
     ] = None,
+    in_norms: Annotated[
+        bool,
+        typer.Option(
+            "--in-norms", help="Vectors as long as the base's rows at their place, times --scale."
+        ),
+    ] = False,
     positions: Annotated[
         str | None, typer.Option(help="Positions of the training, such as f3+l3.")
     ] = None,
@@ -101,7 +107,7 @@ def import_(
         layer=layer or None,
         component=component,
         feature=feature,
-        scale=scale,
+        scale=None if in_norms else scale,
         positions=positions,
         share_weights=share_weights,
         act=act,
@@ -109,11 +115,18 @@ def import_(
         kind=kind,
         template=template,
     )
+    if in_norms:
+        from reft_runtime.training.norms import in_norms as measured
+
+        imported = measured(imported, model=base, scale=1.0 if scale is None else scale)
     write_file(target, imported)
     count = len(imported.manifest.edits)
     edits = "1 edit" if count == 1 else f"{count} edits"
     typer.echo(f"{target}: {edits}, {target.stat().st_size:,} bytes")
     typer.echo(printable(in_words(imported.manifest)))
+    if in_norms:
+        lengths = sorted(tensor.norm().item() for tensor in imported.tensors.values())
+        typer.echo(f"length of the vectors: {_range(lengths)}")
 
 
 @app.command()
@@ -178,6 +191,12 @@ def export(
     except OSError as error:
         raise ConfigError(f"to: {path} cannot be written: {error.strerror}.", param="to") from None
     typer.echo(f"{path}: written")
+
+
+def _range(numbers: list[float]) -> str:
+    """The numbers, sorted, by their least and largest."""
+    least, largest = f"{numbers[0]:.4g}", f"{numbers[-1]:.4g}"
+    return least if least == largest else f"{least} to {largest}"
 
 
 def write_file(path: Path, intervention: Intervention) -> None:

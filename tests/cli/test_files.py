@@ -21,7 +21,9 @@ from reft_runtime.interventions import Edit, Intervention, parse, read_header, w
 from reft_runtime.interventions.pyreft import export_pyreft
 from server.cli import main
 from server.cli.files import app
+from tests.helpers.models import HIDDEN
 from tests.interventions.make import BASE, loreft_tensors
+from tests.training import make
 
 
 @pytest.fixture
@@ -199,6 +201,20 @@ def test_a_plain_vector_is_imported(base: Path, checkpoint: Path, tmp_path: Path
         run("import", vector, *options, "--layer", "2", "--act", "relu")
     with pytest.raises(ConfigError, match="layer: a checkpoint of pyreft has none; leave it out"):
         run("import", checkpoint, *options, "--layer", "2")
+
+
+def test_vectors_in_lengths_of_the_models_rows(tmp_path: Path) -> None:
+    vector, out = tmp_path / "v.npy", tmp_path / "v.safetensors"
+    options = ("--base", make.folder(tmp_path / "tiny"), "--out", out, "--layer", "2")
+    np.save(vector, np.ones(HIDDEN))
+    said = run("import", vector, *options, "--in-norms", "--scale", "-3")
+    made = parse(out.read_bytes())
+    [norm] = made.manifest.training["norms"]
+    assert isinstance(norm, float)
+    length = float(made.tensors["edits.0.v"].norm())
+    assert length == pytest.approx(3 * norm, rel=1e-3)
+    assert made.tensors["edits.0.v"].max() < 0
+    assert said.endswith(f"\nlength of the vectors: {length:.4g}\n")
 
 
 def test_vectors_by_layer_are_imported_beside_themselves(base: Path, tmp_path: Path) -> None:
