@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -50,7 +52,7 @@ def test_each_vector_is_as_long_as_the_rows_of_its_place() -> None:
 
 
 def test_what_has_no_length_to_change_is_refused() -> None:
-    given = {"model": model(), "tokenizer": tiny_tokenizer()}
+    given: dict[str, Any] = {"model": model(), "tokenizer": tiny_tokenizer()}
     loreft = Intervention.build(SHAPE, [Edit(1, "l1", loreft_tensors(1, d=SHAPE.hidden_size))])
     with pytest.raises(ConfigError, match="in-norms: edit 0 is loreft"):
         in_norms(loreft, **given)
