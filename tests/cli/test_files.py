@@ -6,6 +6,7 @@ import json
 import re
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -210,7 +211,8 @@ def test_vectors_in_lengths_of_the_models_rows(tmp_path: Path) -> None:
     said = run("import", vector, *options, "--in-norms", "--scale", "-3")
     made = parse(out.read_bytes())
     length = float(made.tensors["edits.0.v"].norm())
-    assert made.manifest.training["norms"] == [pytest.approx(length / 3, rel=1e-3)]
+    norms: Any = made.manifest.training["norms"]
+    assert norms == [pytest.approx(length / 3, rel=1e-3)]
     assert made.tensors["edits.0.v"].max() < 0
     assert said.endswith(f"\nlength of the vectors: {length:.4g}\n")
 
