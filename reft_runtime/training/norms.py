@@ -60,6 +60,11 @@ def in_norms(
                 " length to change; leave it out.",
                 param="in_norms",
             )
+        if not intervention.tensors[f"edits.{index}.v"].any():
+            raise ConfigError(
+                f"in-norms: the vector of edit {index} is zero, and no factor gives it a length.",
+                param="in_norms",
+            )
     use_threads(threads)
     sites = [(edit.layer, edit.component) for edit in manifest.edits]
     _, loaded, own = load_base(model, tokenizer, dtype, None, differentiable=True)

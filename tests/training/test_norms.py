@@ -56,6 +56,9 @@ def test_what_has_no_length_to_change_is_refused() -> None:
     loreft = Intervention.build(SHAPE, [Edit(1, "l1", loreft_tensors(1, d=SHAPE.hidden_size))])
     with pytest.raises(ConfigError, match="in-norms: edit 0 is loreft"):
         in_norms(loreft, **given)
+    zeros = steering((1, "block_output"), (2, "block_output"), vector=0 * VECTOR)
+    with pytest.raises(ConfigError, match="in-norms: the vector of edit 0 is zero"):
+        in_norms(zeros, **given)
     for scale in (0.0, float("nan")):
         with pytest.raises(ConfigError, match="scale: must be a finite number other than 0"):
             in_norms(steering((1, "block_output")), **given, scale=scale)
