@@ -16,9 +16,18 @@ if TYPE_CHECKING:
     from reft_runtime.parallel.launch import Launcher
 
 
+def check_folders(settings: Settings) -> None:
+    """Raise `ConfigError` for a folder of interventions that is not there; imports no torch."""
+    from reft_runtime.interventions.registry.sources import Folder
+
+    for folder in settings.folders:
+        Folder(folder)
+
+
 def start_engine(settings: Settings, launcher: Launcher | None = None) -> Engine:
     """The engine that settings ask for; `launcher` starts its ranks, if it has several."""
     check_named(settings.model)
+    check_folders(settings)
     if settings.device == "cpu":
         hide_messages_on_cpu()
     with without_collections():

@@ -17,7 +17,6 @@ from reft_runtime.outputs import EditTrace, Trace
 from reft_runtime.sampling import SamplingParams
 from reft_runtime.use import Use
 from server.cli.applied import read_asked, resolve
-from server.cli.local_files import check_folders
 from server.cli.options import LOCAL_URL
 from server.cli.terminal import stages_told
 from server.settings import load_settings
@@ -220,7 +219,6 @@ class LocalBackend:
     def __init__(self, options: Mapping[str, Any], wanted: Sequence[str] = ()) -> None:
         self._settings = load_settings(options)
         tell_unknown_variables()
-        check_folders(self._settings.folders)
         read_asked(wanted, self._settings.model)
         with stages_told():
             self._engine = start_engine(self._settings)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from itertools import islice
 from pathlib import Path
@@ -73,14 +73,6 @@ def check_model(model: str | None, option: str = "model") -> None:
     except ConfigError as error:
         message = f"{option}: {error.message.removeprefix('model: ')}"
         raise ConfigError(message, param=option) from None
-
-
-def check_folders(folders: Iterable[Path]) -> None:
-    """Raise `ConfigError` for a folder of interventions that is not there, as early as that."""
-    from reft_runtime.interventions.registry.sources import Folder
-
-    for folder in folders:
-        Folder(folder)
 
 
 def check_free(path: Path, *, force: bool) -> None:

@@ -37,12 +37,12 @@ from server.cli import transfers as transfer_cli
 from server.cli import usage as usage_cli
 from server.cli import whoami as whoami_cli
 from server.cli.applied import read_asked, resolve, telling_templates
-from server.cli.local_files import check_folders, check_model
+from server.cli.local_files import check_model
 from server.cli.options import LOCAL_SETTINGS, MaxTokens, Prompt, Seed, Temperature, with_settings
 from server.cli.tables import trace_table
 from server.cli.terminal import stages_told
 from server.settings import load_settings
-from server.starting import start_engine
+from server.starting import check_folders, start_engine
 from server.variables import tell_unknown_variables
 
 if TYPE_CHECKING:
@@ -211,7 +211,7 @@ def serve(**options: Any) -> None:
     """Serve a model and its interventions over HTTP."""
     settings = load_settings(options)
     check_model(settings.model)
-    check_folders(settings.folders)
+    check_folders(settings)
     from server.lifecycle import check_exposure, listen, listen_for_metrics, run, tell_address
     from server.logs import configure_logging
     from server.tenants.keys import Keys
@@ -257,7 +257,6 @@ def generate(
     """
     settings = load_settings(options)
     tell_unknown_variables()
-    check_folders(settings.folders)
     from reft_runtime.sampling import SamplingParams
 
     sampling = SamplingParams(max_tokens=max_tokens, temperature=temperature, seed=seed)

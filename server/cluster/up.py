@@ -16,12 +16,11 @@ from typing import Any
 
 from reft_runtime.base.model_files import check_files
 from reft_runtime.errors import ConfigError, EngineDead
-from reft_runtime.interventions.registry.sources import Folder
-from reft_runtime.interventions.registry.urls import is_url, local_folder
 from server.banner import address_of, announce
 from server.cluster.config import ClusterConfig, check_room, read_config
 from server.cluster.signals import Ended, Signals
 from server.lifecycle import check_exposure, listen
+from server.starting import check_folders
 from server.tenants.keys import Keys
 
 logger = logging.getLogger("reft.server")
@@ -144,9 +143,7 @@ def _check_folders(config: ClusterConfig) -> None:
         return
     if config.settings.model != "demo":
         check_files(config.settings.model)
-    for source in config.settings.interventions:
-        if not is_url(source):
-            Folder(local_folder(source))
+    check_folders(config.settings)
 
 
 def _key(name: str) -> str:

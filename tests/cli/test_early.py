@@ -19,6 +19,9 @@ for line in sys.stdin.read().splitlines():
 def test_what_is_not_there(tmp_path: Path) -> None:
     (tmp_path / "here").touch()
     (tmp_path / "folder").mkdir()
+    (tmp_path / "asked").write_text(
+        '{"custom_id": "a", "method": "POST", "url": "/v1/completions", "body": {"prompt": "hi"}}'
+    )
     asked = {
         **dict.fromkeys(
             (
@@ -54,6 +57,10 @@ def test_what_is_not_there(tmp_path: Path) -> None:
                 "serve --interventions no --model demo --port 0",
             ),
             "The interventions folder no does not exist; make it, or name another.",
+        ),
+        "run asked --out out --interventions no --model demo": (
+            "The interventions folder no does not exist; make it, or name another."
+            " 0 of 1 answers are in out: run it again."
         ),
         "import here --base ./no --out x.safetensors": "base: there is no folder ./no.",
     }
