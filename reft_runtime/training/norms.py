@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from reft_runtime.edits.sites import Site
 from reft_runtime.errors import ConfigError
 from reft_runtime.interventions import Intervention
+from reft_runtime.interventions.foreign.steering import check_scale
 from reft_runtime.loading.base import load_base
 from reft_runtime.machine.cores import use_threads
 from reft_runtime.text import Tokenizer
@@ -49,10 +49,7 @@ def in_norms(
     `WrongBaseModel` for a place that the model does not have.
     """
     manifest = intervention.manifest
-    if not (math.isfinite(scale) and scale):
-        raise ConfigError(
-            f"scale: must be a finite number other than 0, not {scale}.", param="scale"
-        )
+    check_scale(scale)
     for index, edit in enumerate(manifest.edits):
         if edit.kind != "steering":
             raise ConfigError(

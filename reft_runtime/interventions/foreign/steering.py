@@ -28,6 +28,14 @@ MAX_JSON_BYTES = 1 << 28
 """Most bytes of an object in JSON: that of vectors, as text, for each layer."""
 
 
+def check_scale(scale: float) -> None:
+    """Raise `ConfigError` for a factor that leaves no vector."""
+    if not (math.isfinite(scale) and scale):
+        raise ConfigError(
+            f"scale: must be a finite number other than 0, not {scale}.", param="scale"
+        )
+
+
 def steering_edits(
     source: str | Path,
     vectors: Mapping[int, Tensor],
@@ -44,10 +52,7 @@ def steering_edits(
     `source` is where they are from. Raises `ConfigError` for a layer that is not there or not that
     of the component, and `InvalidFile` for vectors that change nothing.
     """
-    if not (math.isfinite(scale) and scale):
-        raise ConfigError(
-            f"scale: must be a finite number other than 0, not {scale}.", param="scale"
-        )
+    check_scale(scale)
     wanted = chosen(layers, base)
     last = base.num_layers - 1
     if vectors and max(vectors) > last:
