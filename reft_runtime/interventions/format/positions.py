@@ -168,7 +168,9 @@ class Positions:
         half = m // 2
         head = range(start, min(stop, half, self.first))
         tail = range(max(start, m - min(half, self.last)), min(stop, m))
-        generated = [n + index for index in self.generated(max(start - n, 0), stop - n)]
+        generated: list[int] = []
+        if self.decode:
+            generated = [n + index for index in self.generated(max(start - n, 0), stop - n)]
         if not (self.listed or self.slices):
             return [*head, *tail, *generated]
         found = {*head, *tail}
