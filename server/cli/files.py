@@ -29,9 +29,9 @@ def import_(
         str,
         typer.Argument(
             help="A folder that pyreft, adapters (ReFT) or PEFT (IA3, BEFT, HRA, LN tuning) saved, "
-            "or that of an SAE or a direction.pt; a control vector in GGUF; vectors that numpy "
-            "(.npy), torch (.pt) or safetensors saved; a .svec file. On the Hub: hf:OWNER/REPO or "
-            "hf:OWNER/REPO/PATH."
+            "or that of an SAE, a direction.pt or a delta_vector.pth (RED, BREP); a control vector "
+            "in GGUF; vectors that numpy (.npy), torch (.pt) or safetensors saved; a .svec file. "
+            "On the Hub: hf:OWNER/REPO or hf:OWNER/REPO/PATH."
         ),
     ],
     out: Annotated[Path, typer.Option(help="The file to write, or the folder to put it in.")],
@@ -124,6 +124,8 @@ def import_(
     edits = "1 edit" if count == 1 else f"{count} edits"
     typer.echo(f"{target}: {edits}, {target.stat().st_size:,} bytes")
     typer.echo(printable(in_words(imported.manifest)))
+    if "assumed" in imported.manifest.training:
+        typer.echo(printable(f"assumed: {imported.manifest.training['assumed']}"))
     if in_norms:
         lengths = sorted(tensor.norm().item() for tensor in imported.tensors.values())
         typer.echo(f"length of the vectors: {_range(lengths)}")
