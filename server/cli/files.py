@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 app = typer.Typer()
 
-_SUFFIXES = (".gguf", ".npy", ".npz", ".pt", ".pth", ".safetensors", ".svec")
+_SUFFIXES = (".bin", ".gguf", ".npy", ".npz", ".pt", ".pth", ".safetensors", ".svec")
 """Of other libraries' files."""
 
 
@@ -29,9 +29,10 @@ def import_(
         str,
         typer.Argument(
             help="A folder that pyreft, adapters (ReFT) or PEFT (IA3, BEFT, HRA, LN tuning) saved, "
-            "or that of an SAE, a direction.pt or a delta_vector.pth (RED, BREP); a control vector "
-            "in GGUF; vectors that numpy (.npy), torch (.pt) or safetensors saved; a .svec file. "
-            "On the Hub: hf:OWNER/REPO or hf:OWNER/REPO/PATH."
+            "or that of an SAE, a direction.pt, a delta_vector.pth (RED, BREP) or a model with "
+            "edits of LoFiT, JoLA or steerling; a control vector in GGUF; vectors that numpy "
+            "(.npy), torch (.pt) or safetensors saved; a .svec file. On the Hub: hf:OWNER/REPO or "
+            "hf:OWNER/REPO/PATH."
         ),
     ],
     out: Annotated[Path, typer.Option(help="The file to write, or the folder to put it in.")],

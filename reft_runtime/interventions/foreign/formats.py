@@ -13,6 +13,7 @@ from reft_runtime.errors import ConfigError, InvalidFile
 from reft_runtime.interventions.foreign import adapterhub, peft, red, saes
 from reft_runtime.interventions.foreign.activation_steering import import_svec
 from reft_runtime.interventions.foreign.adapterhub import import_adapterhub, is_adapterhub
+from reft_runtime.interventions.foreign.checkpoints import import_checkpoint, is_checkpoint
 from reft_runtime.interventions.foreign.control_vectors import import_control_vector
 from reft_runtime.interventions.foreign.folders import CONFIG, is_adapter
 from reft_runtime.interventions.foreign.peft import import_peft
@@ -128,6 +129,12 @@ FORMATS = (
         import_sae,
         _VECTORS | {"component", "feature"},
         saes.FILES,
+    ),
+    Format(
+        "a model's checkpoint",
+        is_checkpoint,
+        import_checkpoint,
+        frozenset({"act", "positions", "template"}),
     ),
     Format("a vector", _is_of_vectors, import_vectors, _VECTORS | {"component", "feature"}),
     Format("a .svec file", _is_svec, import_svec, _VECTORS),
