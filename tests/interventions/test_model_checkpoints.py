@@ -106,6 +106,13 @@ def test_heads_that_are_wider_than_hidden_states(tmp_path: Path) -> None:
     assert {edit.width for edit in made.manifest.edits} == {64}
 
 
+def test_heads_that_no_file_could_hold(tmp_path: Path) -> None:
+    gemma = BASE.model_copy(update={"architecture": "GemmaForCausalLM"})
+    state = {HEAD[:-1] + "9999": torch.ones(1000)}
+    with pytest.raises(InvalidFile, match="1 layers of 10000 heads of 1000, which is more than a"):
+        import_foreign(checkpoint(tmp_path, state), base=gemma)
+
+
 def test_heads_that_are_not_there_stay_as_they_are(tmp_path: Path) -> None:
     size = HIDDEN // 4
     state = of_heads(4, size)

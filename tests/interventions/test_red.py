@@ -103,6 +103,7 @@ UNSOUND: dict[str, tuple[dict[str, Tensor], str]] = {
     "norm": ({f"{NAME}activation_ln.weight": torch.ones(HIDDEN)}, "activation_ln.weight: normalis"),
     "name": ({f"{NAME}gate": torch.ones(1, HIDDEN)}, "no tensor of RED, whose names are MODULE"),
     "shape": ({f"{NAME}activation_bias": torch.ones(HIDDEN)}, r"\[32\], expected \[1, 32\]"),
+    "number": ({f"{NAME}activation_bias": torch.tensor(1.0)}, r"\[\], expected \[1, 1\]"),
     "width": ({f"{NAME}activation_bias": torch.ones(1, 8)}, "its output is 8 wide, but tiny is 32"),
     "halves": (
         {

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from reft_runtime.errors import InvalidFile
 from reft_runtime.interventions.foreign.modules import edit_at
+from reft_runtime.interventions.format.identity import MAX_FILE_BYTES
 from reft_runtime.interventions.format.intervention import Edit
 from reft_runtime.interventions.format.manifest import BaseShape
 
@@ -51,6 +52,11 @@ def head_edits(
             " it was eager, save g2 * attn_A and g1 * attn_v in place of all four."
         )
     size, count = _heads(weights, base)
+    if 8 * len(parts) * count * size > MAX_FILE_BYTES:
+        raise InvalidFile(
+            f"attn_A: {len(parts)} layers of {count} heads of {size}, which is more than a file of"
+            f" {MAX_FILE_BYTES} bytes can hold."
+        )
     edits = []
     for layer, found in sorted(parts.items()):
         A, v = (torch.zeros(count, size) for _ in range(2))

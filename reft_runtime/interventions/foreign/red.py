@@ -63,7 +63,7 @@ def import_red(
     endings = [f"delta_vector.{each}" for each in (_SCALING, _BIAS)]
     edits = []
     for module, found in by_module(weights, endings, "RED").items():
-        width = next(iter(found.values())).shape[-1]
+        width = next(iter(found.values())).shape[-1:].numel()
         for name, tensor in found.items():
             if tensor.shape != (1, width):
                 raise InvalidFile(
@@ -80,5 +80,5 @@ def import_red(
         }
         edits.append(edit_at(base, positions or "all", f"{module}.output", "red", tensors))
     edits.sort(key=lambda edit: edit.layer)
-    training = {"source": "RED"} | ({} if positions else {"assumed": ASSUMED})
+    training = {"source": "RED or BREP"} | ({} if positions else {"assumed": ASSUMED})
     return Intervention.build(base, edits, template=template, training=training)
