@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 app = typer.Typer()
 
-_SUFFIXES = (".gguf", ".npy", ".npz", ".pt", ".pth", ".safetensors", ".svec")
+_SUFFIXES = (".bin", ".gguf", ".npy", ".npz", ".pt", ".pth", ".safetensors", ".svec")
 """Of other libraries' files."""
 
 
@@ -29,7 +29,8 @@ def import_(
         str,
         typer.Argument(
             help="A folder that pyreft, adapters (ReFT) or PEFT (IA3, BEFT, HRA, LN tuning) saved, "
-            "or that of an SAE or a direction.pt; a control vector in GGUF; vectors that numpy "
+            "or that of an SAE, a direction.pt, a delta_vector.pth (RED, BREP) or a model with "
+            "edits of LoFiT, JoLA or steerling; a control vector in GGUF; vectors that numpy "
             "(.npy), torch (.pt) or safetensors saved; a .svec file. On the Hub: hf:OWNER/REPO or "
             "hf:OWNER/REPO/PATH."
         ),
@@ -124,6 +125,8 @@ def import_(
     edits = "1 edit" if count == 1 else f"{count} edits"
     typer.echo(f"{target}: {edits}, {target.stat().st_size:,} bytes")
     typer.echo(printable(in_words(imported.manifest)))
+    if "assumed" in imported.manifest.training:
+        typer.echo(printable(f"assumed: {imported.manifest.training['assumed']}"))
     if in_norms:
         lengths = sorted(tensor.norm().item() for tensor in imported.tensors.values())
         typer.echo(f"length of the vectors: {_range(lengths)}")

@@ -204,6 +204,14 @@ def test_a_plain_vector_is_imported(base: Path, checkpoint: Path, tmp_path: Path
         run("import", checkpoint, *options, "--layer", "2")
 
 
+def test_what_a_file_does_not_say_is_told(base: Path, tmp_path: Path) -> None:
+    name = "model.layers.1.mlp.down_proj.delta_vector.activation_bias"
+    torch.save({name: torch.ones(1, 16)}, tmp_path / "delta_vector.pth")
+    said = run("import", tmp_path, "--base", base, "--out", tmp_path / "x.safetensors").splitlines()
+    assert said[1].startswith("1 red edit of model.layers[N].mlp.down_proj.output, layer 1, all")
+    assert said[2].startswith("assumed: every token is edited, as RED does; of a file of BREP's")
+
+
 def test_vectors_in_lengths_of_the_models_rows(tmp_path: Path) -> None:
     vector, out = tmp_path / "v.npy", tmp_path / "v.safetensors"
     options = ("--base", make.folder(tmp_path / "tiny"), "--out", out, "--layer", "2")

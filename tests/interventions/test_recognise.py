@@ -40,6 +40,14 @@ FILES: dict[str, tuple[bytes, str]] = {
         saved("model.layers.0.reft_layer.refts.a.units.0.projection.weight"),
         "an adapter that edits hidden states; `reft import` makes",
     ),
+    "LoFiT": (
+        saved("model.embed_tokens.weight", "model.layers.0.self_attn.attn_A.0"),
+        "an adapter that edits hidden states; `reft import` makes",
+    ),
+    "steerling": (
+        saved("adapters.layer0_block.up.weight", "base_model.model.layers.0.mlp.up_proj.weight"),
+        "an adapter that edits hidden states; `reft import` makes",
+    ),
     "VeRA": (
         saved("base_model.model.model.layers.0.mlp.down_proj.vera_lambda_b"),
         "an adapter, such as a LoRA, which",
@@ -127,6 +135,7 @@ FOLDERS: dict[str, tuple[tuple[str, ...], str]] = {
     "model": (("config.json", "model.safetensors"), "but a model's folder"),
     "SAE": (("cfg.json", "sae_weights.safetensors"), "but an SAE; `reft import` makes"),
     "refusal": (("direction.pt",), "but a direction to ablate; `reft import` makes"),
+    "RED": (("config.json", "delta_vector.pth"), "but edits of RED or BREP; `reft import` makes"),
     "files": (("b.safetensors", "a.safetensors"), "such as a.safetensors"),
 }
 

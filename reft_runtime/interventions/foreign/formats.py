@@ -10,12 +10,14 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from reft_runtime.errors import ConfigError, InvalidFile
-from reft_runtime.interventions.foreign import adapterhub, peft, saes
+from reft_runtime.interventions.foreign import adapterhub, peft, red, saes
 from reft_runtime.interventions.foreign.activation_steering import import_svec
 from reft_runtime.interventions.foreign.adapterhub import import_adapterhub, is_adapterhub
+from reft_runtime.interventions.foreign.checkpoints import import_checkpoint, is_checkpoint
 from reft_runtime.interventions.foreign.control_vectors import import_control_vector
 from reft_runtime.interventions.foreign.folders import CONFIG, is_adapter
 from reft_runtime.interventions.foreign.peft import import_peft
+from reft_runtime.interventions.foreign.red import import_red, is_red
 from reft_runtime.interventions.foreign.refusal import DIRECTION, import_direction
 from reft_runtime.interventions.foreign.saes import import_sae, is_sae
 from reft_runtime.interventions.foreign.vectors import SUFFIXES, import_vectors
@@ -113,6 +115,13 @@ FORMATS = (
         frozenset({"modules", "positions", "template"}),
         (CONFIG, *peft.FILES),
     ),
+    Format(
+        "a file of RED's",
+        is_red,
+        import_red,
+        frozenset({"positions", "template"}),
+        (red.FILE,),
+    ),
     Format("a control vector", _is_gguf, import_control_vector, _VECTORS),
     Format(
         "an SAE",
@@ -120,6 +129,12 @@ FORMATS = (
         import_sae,
         _VECTORS | {"component", "feature"},
         saes.FILES,
+    ),
+    Format(
+        "a model's checkpoint",
+        is_checkpoint,
+        import_checkpoint,
+        frozenset({"act", "positions", "template"}),
     ),
     Format("a vector", _is_of_vectors, import_vectors, _VECTORS | {"component", "feature"}),
     Format("a .svec file", _is_svec, import_svec, _VECTORS),

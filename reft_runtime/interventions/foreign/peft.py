@@ -5,7 +5,6 @@ Each acts at every token, at the input or the output of the modules that it is n
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -17,8 +16,8 @@ from torch.func import functional_call
 
 from reft_runtime.errors import ConfigError, InvalidFile
 from reft_runtime.interventions.foreign.folders import CONFIG, field, read_config, read_weights
-from reft_runtime.interventions.format.components import normalise
-from reft_runtime.interventions.format.intervention import Edit, Intervention
+from reft_runtime.interventions.foreign.modules import by_module, edit_at
+from reft_runtime.interventions.format.intervention import Intervention
 from reft_runtime.interventions.format.manifest import BaseShape
 
 FILES = ("adapter_model.safetensors", "adapter_model.bin")
@@ -102,7 +101,8 @@ def import_peft(
     tuner = _TUNERS[method]
     _check(config, tuner)
     edits = []
-    for module, found in _by_module(path, method, tuner).items():
+    weights = read_weights(path, FILES)
+    for module, found in by_module(weights, tuner.weights, method, _PREFIX).items():
         try:
             side, kind, tensors = tuner.edit(found, config, partial(_own, modules, module))
         except ValueError as error:
@@ -110,7 +110,7 @@ def import_peft(
             raise InvalidFile(
                 f"{module[:200]}.{name}: shape {list(tensor.shape)}, expected {error}."
             ) from None
-        edits.append(_edit(base, positions or "all", f"{module}.{side}", kind, tensors))
+        edits.append(edit_at(base, positions or "all", f"{module}.{side}", kind, tensors))
     edits.sort(key=lambda edit: edit.layer)
     training = {"source": "PEFT", "method": method}
     return Intervention.build(base, edits, template=template, training=training)
@@ -130,21 +130,6 @@ def _check(config: Mapping[str, Any], tuner: _Tuner) -> None:
         raise InvalidFile(f"{CONFIG}, {name[:80]}: {str(value)[:80]!r}: {why}.")
 
 
-def _by_module(path: Path, method: str, tuner: _Tuner) -> dict[str, dict[str, Tensor]]:
-    """The weights by the path of their module, and by their name in it."""
-    found: dict[str, dict[str, Tensor]] = {}
-    for name, tensor in read_weights(path, FILES).items():
-        fitting = [each for each in tuner.weights if name.endswith(f".{each}")]
-        if not (name.startswith(_PREFIX) and fitting):
-            raise InvalidFile(
-                f"{name[:200]!r}: no tensor of {method}, whose names are"
-                f" {_PREFIX}MODULE.{' or '.join(tuner.weights)}."
-            )
-        module = name.removeprefix(_PREFIX).removesuffix(f".{fitting[0]}")
-        found.setdefault(module, {})[fitting[0].rpartition(".")[2]] = tensor
-    return found
-
-
 def _own(modules: Callable[[str], nn.Module] | None, path: str) -> nn.Module:
     if modules is None:
         raise ConfigError(
@@ -153,21 +138,6 @@ def _own(modules: Callable[[str], nn.Module] | None, path: str) -> nn.Module:
             param="modules",
         )
     return modules(path)
-
-
-def _edit(
-    base: BaseShape, positions: str, place: str, kind: str, tensors: Mapping[str, Tensor]
-) -> Edit:
-    written = re.sub(r"\.(\d{1,4})(?=\.)", r"[\1]", place)
-    number = re.search(r"\[(\d+)\]", written)
-    layer, component = normalise(int(number[1]) if number else 0, written)
-    if layer >= base.num_layers:
-        raise InvalidFile(
-            f"{place[:200]}: {base.model} has layers 0 to {base.num_layers - 1}; check --base."
-        )
-    width = next(iter(tensors.values())).shape[-1]
-    other = None if width == base.hidden_size else width
-    return Edit(layer, positions, tensors, kind, component, width=other)
 
 
 def _ia3(

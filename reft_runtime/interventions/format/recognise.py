@@ -53,7 +53,10 @@ _VECTOR_NAME = re.compile(rb"^(layer_)?\d{1,5}$")
 _DIRECTIONS = re.compile(r'^\{\s*"model_type":[^{}]*"directions":')
 _KEY = re.compile(rb'"([^"]*+)":')
 _LORA_NAME = re.compile(rb"\blora_")
-_EDITS_NAME = re.compile(rb"\.(ia3_l|beft_bias|hra_u)$|\.ln_tuning_layers\.|\.reft_layer\.refts\.")
+_EDITS_NAME = re.compile(
+    rb"\.(ia3_l|beft_bias|hra_u)$|\.ln_tuning_layers\.|\.reft_layer\.refts\."
+    rb"|\.attn_[Av]\.\d+$|^(adapters|deltas)\.layer\d+_"
+)
 _ADAPTER_NAME = re.compile(rb"^base_model\.model\.")
 _WEIGHT_NAME = re.compile(
     rb"(^|\.)((layers|h|blocks)\.\d+\..|(embed_tokens|wte|lm_head|embed_in)\.weight$)"
@@ -106,6 +109,8 @@ def what_folder(path: str | Path) -> str:
         return _SAE
     if "direction.pt" in names:
         return "a direction to ablate; `reft import` makes an intervention file of it"
+    if "delta_vector.pth" in names:
+        return "edits of RED or BREP; `reft import` makes an intervention file of them"
     if "config.json" in names:
         return "a model's folder, which --model takes"
     files = sorted(name for name in names if name.endswith(_SUFFIX))

@@ -32,7 +32,16 @@ def read_slice(path: Path, along: Mapping[str, int], place: int) -> Tensor:
     return _read([path], unpickle.Slice(place, along))[0][unpickle.ALONE]
 
 
-def _read(paths: Sequence[Path], part: unpickle.Slice | None) -> list[dict[str, Tensor]]:
+def read_named(paths: Sequence[Path], pattern: str) -> list[dict[str, Tensor]]:
+    """Of each file the tensors whose names a regular expression fits, which may be none.
+
+    No more than these is read, however large the files are. Raises `InvalidFile` that names the
+    file.
+    """
+    return _read(paths, pattern)
+
+
+def _read(paths: Sequence[Path], part: unpickle.Part | None) -> list[dict[str, Tensor]]:
     # -P and another working directory, so that no file in this one is imported as a module.
     command = [sys.executable, "-P", unpickle.__file__, json.dumps(part)]
     command += map(os.path.abspath, paths)

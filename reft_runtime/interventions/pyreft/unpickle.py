@@ -1,4 +1,4 @@
-"""Reads torch's pickles of tensors, as a process of its own: `python unpickle.py SLICE FILE...`.
+"""Reads torch's pickles of tensors, as a process of its own: `python unpickle.py PART FILE...`.
 
 A file holds a state dict, tensors by number, one tensor, which is then called `tensor`, or what
 steering-vectors pickles, whose tensors are then called `<layer_type>.<number>`.
@@ -6,7 +6,7 @@ Standard output is one safetensors file whose tensors are named `<index of the f
 that is refused ends the process with the reason on standard error. Only the globals that a state
 dict needs are allowed, before torch's own restricted unpickler sees the file. torch's parametrised
 orthogonal weights, 64 MiB at d = 4096, leave as the few columns or rows that they stand for.
-SLICE is `null`, or a `Slice` in JSON: then no more than that leaves.
+PART is `null` or in JSON a `Part`: then no more than that is read.
 
 This script imports nothing of the project, so that it starts sooner and offers less to a pickle.
 """
@@ -16,6 +16,7 @@ from __future__ import annotations
 import json
 import os
 import pickletools
+import re
 import stat
 import sys
 import zipfile
@@ -38,7 +39,7 @@ _PAIR = (".parametrizations.weight.original", ".parametrizations.weight.0.base")
 ORIGINAL, BASE = (PLAIN + end for end in _PAIR)
 
 MAX_PICKLE_BYTES = 1 << 33
-"""Most bytes of one file, which is not read as a whole: AdapterHub's library keeps two parametrised
+"""Most bytes of one file whose tensors are all read: AdapterHub's library keeps two parametrised
 weights of every layer in it."""
 
 MAX_TENSOR_BYTES = 1 << 30
@@ -68,6 +69,10 @@ class Slice(NamedTuple):
     along: Mapping[str, int]
 
 
+Part = Slice | str
+"""What is read of a file: a row or column, or the tensors whose names a regular expression fits."""
+
+
 class SteeringVector:
     """Stands for the class of steering-vectors, which is not imported: it has no code to run."""
 
@@ -80,7 +85,7 @@ def main() -> None:
     kept: dict[str, Tensor] = {}
     size = 0
     wanted = json.loads(sys.argv[1])
-    part = None if wanted is None else Slice(*wanted)
+    part: Part | None = Slice(*wanted) if isinstance(wanted, list) else wanted
     for index, path in enumerate(sys.argv[2:]):
         try:
             for key, tensor in read_state(path, part).items():
@@ -95,12 +100,16 @@ def main() -> None:
     sys.stdout.buffer.write(safetensors.torch.save(kept))
 
 
-def read_state(path: str | Path, part: Slice | None = None) -> dict[str, Tensor]:
+def read_state(path: str | Path, part: Part | None = None) -> dict[str, Tensor]:
     """Unpickle one file, and make R plain; for the separate process only.
 
-    Of a `part` only that is read. Raises whatever error the file brings about.
+    Of a `part` only that is read, however large the file is. Raises whatever error the file brings
+    about.
     """
-    with _opened(path) as file, torch.serialization.safe_globals([_STANDING_IN]):
+    with (
+        _opened(path, MAX_PICKLE_BYTES if part is None else None) as file,
+        torch.serialization.safe_globals([_STANDING_IN]),
+    ):
         _check_pickle(file)
         place = f"/dev/fd/{file.fileno()}"  # the file that was checked, whatever the path is now
         state = torch.load(place, map_location="cpu", weights_only=True, mmap=True)
@@ -110,8 +119,10 @@ def read_state(path: str | Path, part: Slice | None = None) -> dict[str, Tensor]
         state = {ALONE: state}
     if not isinstance(state, dict) or not state:
         raise ValueError("not a state dict, and no tensor")
-    if part is not None:
+    if isinstance(part, Slice):
         state = {ALONE: _sliced(state, part)}
+    elif part is not None:
+        state = {key: each for key, each in state.items() if re.fullmatch(part, str(key))}
     if all(type(key) is int for key in state):  # vectors by layer
         state = {str(key): tensor for key, tensor in state.items()}
     size = 0
@@ -198,14 +209,14 @@ def _rotation(X: Tensor, base: Tensor) -> Tensor:
 
 
 @contextmanager
-def _opened(path: str | Path) -> Iterator[BinaryIO]:
+def _opened(path: str | Path, most: int | None) -> Iterator[BinaryIO]:
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a FIFO must not be waited for
     with open(descriptor, "rb") as file:
         found = os.fstat(descriptor)
         if not stat.S_ISREG(found.st_mode):
             raise ValueError("not a regular file")
-        if found.st_size > MAX_PICKLE_BYTES:
-            raise ValueError(f"more than {MAX_PICKLE_BYTES} bytes")
+        if most is not None and found.st_size > most:
+            raise ValueError(f"more than {most} bytes")
         yield file
 
 
