@@ -31,17 +31,19 @@ async def tokens_of(engine: Engine, length: int, caller: Caller, ended: list[str
 
 
 async def test_answers_beside_another_tenant_are_the_same(long_steps: None) -> None:
+    wanted = {length: expected("loreft", prompt(length)) for length in range(5, 21)}
     with opened(max_running=4) as engine:
         ended: list[str] = []
-        flood = [asyncio.create_task(tokens_of(engine, 5 + i, A, ended)) for i in range(16)]
+        lengths = [5 + i % 16 for i in range(48)]
+        flood = [asyncio.create_task(tokens_of(engine, one, A, ended)) for one in lengths]
         while not engine.stats().generation_tokens:
             await asyncio.sleep(0.001)
-        answers = [await tokens_of(engine, 9 + i, B, ended) for i in range(3)]
-        assert engine.stats().preemptions > 0
-        assert answers == [expected("loreft", prompt(9 + i)) for i in range(3)]
-        assert await asyncio.gather(*flood) == [
-            expected("loreft", prompt(5 + i)) for i in range(16)
-        ]
+        i = 0
+        while i < 3 or not engine.stats().preemptions:  # some find a place that is free just then
+            assert ended.count("a") < len(flood)
+            assert await tokens_of(engine, 9 + i % 3, B, ended) == wanted[9 + i % 3]
+            i += 1
+        assert await asyncio.gather(*flood) == [wanted[one] for one in lengths]
         assert ended[-1] == "a"
 
 
