@@ -11,12 +11,17 @@ from pydantic_core import PydanticCustomError
 from reft_runtime.sampling import MAX_LOGPROBS
 from server.schemas.base import OnlyFalse, RequestBody
 from server.schemas.chat import MAX_MESSAGES, MAX_PARTS, ChatSwitches
-from server.schemas.common import MAX_TOKENS, NO_EFFECT, ONLY_DEFAULT, Sampled, one_or_many
+from server.schemas.common import (
+    MAX_TOKENS,
+    NO_EFFECT,
+    NOT_USED,
+    ONLY_DEFAULT,
+    Sampled,
+    one_or_many,
+)
 
 LOGPROBS = "message.output_text.logprobs"
 """What `include` says for log-probabilities; `top_logprobs` asks for them, too."""
-
-NOT_USED = "As an earlier answer has it; not used."
 
 
 Kind = Literal["message", "function_call", "function_call_output", "reasoning"]
