@@ -34,6 +34,9 @@ class Part(RequestBody):
     type: Literal["input_text", "output_text"]
     text: str = Field(description="The text.")
     annotations: list[Any] = Field(default=[], description=NOT_USED)
+    parsed: Any = Field(
+        default=None, description="What OpenAI's client makes of the text; not used."
+    )
     logprobs: list[Any] = Field(default=[], description=NOT_USED)
 
 
@@ -73,6 +76,9 @@ class FunctionCallItem(Item):
     call_id: str = Field(description="What the output's `call_id` names.")
     name: str = Field(description="The function.")
     arguments: str = Field(description="Its arguments, as JSON text.")
+    parsed_arguments: Any = Field(
+        default=None, description="What OpenAI's client makes of the arguments; not used."
+    )
 
 
 class FunctionCallOutputItem(Item):
