@@ -56,6 +56,8 @@ be left out."""
 INSTEAD_OF_ROUTES = {
     "/v1/messages": _ANSWERS,
     "/v1/embeddings": "this server has a language model only; use another for embeddings",
+    "/v1/responses/input_tokens": "POST /tokenize counts the tokens of a text or of messages",
+    "/v1/responses/compact": "nothing is kept here: shorten the conversation yourself",
 }
 """What to do instead, by path, of asking for routes that other servers have."""
 
