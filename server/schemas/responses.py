@@ -229,3 +229,4 @@ class ResponsesRequest(Sampled):
     metadata: dict[Annotated[str, Field(max_length=64)], Annotated[str, Field(max_length=512)]] = (
         Field(default={}, max_length=16, description="Texts by name; they come back in the answer.")
     )
+    client_metadata: dict[str, Any] = Field(default={}, description=NO_EFFECT)
