@@ -213,7 +213,8 @@ def _first_problem(error: ValidationError, data: Any, model: type[BaseModel]) ->
         hint = instead(param)
         if problem["type"] == "extra_forbidden" and not hint:
             *_, name = param.split(".")
-            if like := nearest(name, _fields(model, problem["loc"][:-1]), 1):
+            others = [field for field in _fields(model, problem["loc"][:-1]) if field != name]
+            if like := nearest(name, others, 1):
                 hint = f"did you mean {like[0]}? If not, leave it out"
         hint = hint or "leave it out"
         return InvalidRequest(f"{param} is not supported by this server; {hint}.", param=param)

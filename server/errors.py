@@ -168,20 +168,24 @@ def install_error_handlers(app: FastAPI) -> None:
 
     async def handle_http(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
-        path, headers = request.url.path, error.headers
+        path, headers, status = request.url.path, error.headers, error.status_code
         message = str(error.detail)
-        if error.status_code == 404:
+        if path in INSTEAD_OF_ROUTES:
+            # It may look like one of ours, with a word in the place of an id.
+            status, headers = 404, None
+        if status == 404:
             instead = INSTEAD_OF_ROUTES.get(path, "/openapi.json lists them")
-            if _methods(request.app.routes, {**request.scope, "path": path.rstrip("/")}):
+            known = {**request.scope, "path": path.rstrip("/")}
+            if path.endswith("/") and _methods(request.app.routes, known):
                 instead = "leave out the slash at its end"
             message = f"There is no route {path}; {instead}."
-        elif error.status_code == 405:
+        elif status == 405:
             found = _methods(request.app.routes, request.scope)
             # As GET is answered so is HEAD (`RequestMiddleware`).
             methods = ", ".join(sorted(found | {"HEAD"} if "GET" in found else found))
             message = f"{path} does not accept {request.method}, but {methods}."
             headers = {"allow": methods}
-        return ApiError(error.status_code, message, headers=headers).response()
+        return ApiError(status, message, headers=headers).response()
 
     async def handle_invalid(request: Request, error: Exception) -> Response:
         assert isinstance(error, RequestValidationError)

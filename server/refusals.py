@@ -16,6 +16,9 @@ INSTEAD_OF_FIELDS = {
     "structured_outputs.structural_tag": _LARK,
     "structured_outputs.whitespace_pattern": _ONE_LINE,
     "guided_whitespace_pattern": _ONE_LINE,
+    "regex": 'give it in structured_outputs: {"regex": ...}',
+    "ebnf": "write it in Lark's notation, as structured_outputs.grammar",
+    "json_schema": "give it as response_format",
     "chat_template": "a client's template is never taken; lay the prompt out for /v1/completions",
     "documents": "put their text into a message",
     "truncate_prompt_tokens": "shorten the prompt; /tokenize counts its tokens",
@@ -56,6 +59,8 @@ be left out."""
 INSTEAD_OF_ROUTES = {
     "/v1/messages": _ANSWERS,
     "/v1/embeddings": "this server has a language model only; use another for embeddings",
+    "/v1/responses/input_tokens": "POST /tokenize counts the tokens of a text or of messages",
+    "/v1/responses/compact": "nothing is kept here: shorten the conversation yourself",
 }
 """What to do instead, by path, of asking for routes that other servers have."""
 

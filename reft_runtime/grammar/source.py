@@ -52,6 +52,9 @@ ONE_LINE: JsonCompileOptions = {
 _SHOWN = re.compile(r"\s*(\d+ \||\^\s*$)")
 """A line of an error that shows the source, or points into it."""
 
+_NO_URI = re.compile(r"[^A-Za-z0-9\-._~:/?#@!$&'()*+,;=%]")
+"""A character that stands in no URI that could name a schema."""
+
 MOST_SAID = 500
 """Most characters of an error of the library that are passed on."""
 
@@ -109,8 +112,12 @@ def schema_of(grammar: Grammar) -> dict[str, Any]:
 def _written(grammar: Grammar) -> str:
     match grammar.kind:
         case "json_schema" | "json_object":
+            schema = dict(schema_of(grammar))
             # The library's own key would change separators, and what is refused.
-            schema = {k: v for k, v in schema_of(grammar).items() if k != "x-guidance"}
+            schema.pop("x-guidance", None)
+            if _NO_URI.search(str(schema.get("$id", ""))):
+                # A title, which no reference can name; the library would refuse it.
+                del schema["$id"]
             return LLMatcher.grammar_from_json_schema(json.dumps(schema), overrides=ONE_LINE)
         case "regex":
             return LLMatcher.grammar_from_regex(grammar.source)

@@ -22,6 +22,7 @@ from server.schemas.base import OnlyFalse, RequestBody
 from server.schemas.common import (
     MAX_TOKENS,
     NO_EFFECT,
+    NOT_USED,
     ONLY_DEFAULT,
     Nothing,
     SamplingBody,
@@ -59,10 +60,18 @@ ChatSwitches = Annotated[
 
 
 class TextPart(RequestBody):
-    """A piece of a message's text."""
+    """A piece of a message's text.
+
+    Some clients make one part of an earlier answer and leave in it what else the message had. It is
+    taken and not used: what is used stands in the message.
+    """
 
     type: Literal["text"]
     text: str = Field(description="The text.")
+    role: Literal["assistant"] = Field(default="assistant", description=NOT_USED)
+    reasoning_content: str = Field(default="", description=NOT_USED)
+    tool_calls: list[Any] = Field(default=[], max_length=MAX_CALLS, description=NOT_USED)
+    annotations: Nothing = Field(default=[], description=ONLY_DEFAULT)
 
 
 Content = Annotated[

@@ -36,6 +36,7 @@ MAX_NAMED = 8
 """Most wrong keys that one error names."""
 
 NO_EFFECT = "Accepted, and changes nothing."
+NOT_USED = "As an earlier answer has it; not used."
 ONLY_DEFAULT = "Accepted with its default only, which asks for nothing."
 WHICH_MODEL = "The base model, or an intervention: `NAME`, `NAME@DIGEST` or `BASE:NAME`."
 

@@ -11,12 +11,17 @@ from pydantic_core import PydanticCustomError
 from reft_runtime.sampling import MAX_LOGPROBS
 from server.schemas.base import OnlyFalse, RequestBody
 from server.schemas.chat import MAX_MESSAGES, MAX_PARTS, ChatSwitches
-from server.schemas.common import MAX_TOKENS, NO_EFFECT, ONLY_DEFAULT, Sampled, one_or_many
+from server.schemas.common import (
+    MAX_TOKENS,
+    NO_EFFECT,
+    NOT_USED,
+    ONLY_DEFAULT,
+    Sampled,
+    one_or_many,
+)
 
 LOGPROBS = "message.output_text.logprobs"
 """What `include` says for log-probabilities; `top_logprobs` asks for them, too."""
-
-NOT_USED = "As an earlier answer has it; not used."
 
 
 Kind = Literal["message", "function_call", "function_call_output", "reasoning"]
@@ -29,6 +34,9 @@ class Part(RequestBody):
     type: Literal["input_text", "output_text"]
     text: str = Field(description="The text.")
     annotations: list[Any] = Field(default=[], description=NOT_USED)
+    parsed: Any = Field(
+        default=None, description="What OpenAI's client makes of the text; not used."
+    )
     logprobs: list[Any] = Field(default=[], description=NOT_USED)
 
 
@@ -68,6 +76,9 @@ class FunctionCallItem(Item):
     call_id: str = Field(description="What the output's `call_id` names.")
     name: str = Field(description="The function.")
     arguments: str = Field(description="Its arguments, as JSON text.")
+    parsed_arguments: Any = Field(
+        default=None, description="What OpenAI's client makes of the arguments; not used."
+    )
 
 
 class FunctionCallOutputItem(Item):
@@ -218,3 +229,4 @@ class ResponsesRequest(Sampled):
     metadata: dict[Annotated[str, Field(max_length=64)], Annotated[str, Field(max_length=512)]] = (
         Field(default={}, max_length=16, description="Texts by name; they come back in the answer.")
     )
+    client_metadata: dict[str, Any] = Field(default={}, description=NO_EFFECT)

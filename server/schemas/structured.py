@@ -44,9 +44,21 @@ class TextFormat(RequestBody):
 
 
 class JsonObjectFormat(RequestBody):
-    """Any JSON object."""
+    """Any JSON object, or, if a schema is given, JSON of it."""
 
     type: Literal["json_object"]
+    schema_: dict[str, Any] | None = Field(
+        default=None, alias="schema", description="A JSON Schema, as llama.cpp's server takes it."
+    )
+    value: dict[str, Any] | None = Field(
+        default=None, description="The same, as huggingface_hub's client sends it."
+    )
+
+    @model_validator(mode="after")
+    def _check_one(self) -> JsonObjectFormat:
+        if self.schema_ is not None and self.value is not None:
+            raise ValueError("give the schema once; value is another name of it")
+        return self
 
 
 class NamedSchema(RequestBody):
@@ -155,6 +167,10 @@ class FormFields(RequestBody):
 
     def _forms(self) -> Iterator[Grammar]:
         match self.response_format:
+            case JsonObjectFormat(schema_=dict(schema)):
+                yield _of_schema(schema, "response_format.schema")
+            case JsonObjectFormat(value=dict(schema)):
+                yield _of_schema(schema, "response_format.value")
             case JsonObjectFormat():
                 yield Grammar("json_object", param="response_format")
             case JsonSchemaFormat(json_schema=named):

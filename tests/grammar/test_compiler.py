@@ -131,6 +131,11 @@ SCHEMAS: list[dict[str, Any]] = [
             }
         },
     },
+    {
+        "$id": "Output Format",  # no URI, so nothing can refer to it; griptape sends this one
+        "$ref": "#/$defs/digits",
+        "$defs": {"digits": {"type": "string", "pattern": "^\\d{3}$"}},
+    },
 ]
 
 

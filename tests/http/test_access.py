@@ -158,10 +158,17 @@ async def test_unknown_route_and_method(client: httpx.AsyncClient) -> None:
         assert response.status_code == 405
         assert response.headers["allow"] == methods
         assert methods in response.json()["error"]["message"]
-    for path in ("/v1/messages", "/v1/embeddings"):
+    for path, instead in (
+        ("/v1/messages", "use /v1/chat/completions"),
+        ("/v1/embeddings", "use another"),
+        ("/v1/responses/input_tokens", "/tokenize counts"),
+        ("/v1/responses/compact", "shorten the conversation"),
+    ):
         response = await client.post(path, json={})
         assert response.status_code == 404
-        assert "use " in response.json()["error"]["message"]
+        message = response.json()["error"]["message"]
+        assert message.startswith(f"There is no route {path}; ")
+        assert instead in message
 
 
 class TestOrigins:

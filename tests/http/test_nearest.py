@@ -43,6 +43,10 @@ def test_names_that_are_alike() -> None:
             "did you mean content?",
         ),
         ({"nonsense": 1}, "nonsense", "server; leave it out."),
+        ({"regex": "a"}, "regex", 'give it in structured_outputs: {"regex": ...}'),
+        ({"ebnf": "a"}, "ebnf", "structured_outputs.grammar"),
+        ({"json_schema": "{}"}, "json_schema", "give it as response_format"),
+        ({"name": "x"}, "name", "server; leave it out."),
         ({"guided_jsn": {}}, "guided_jsn", "did you mean guided_json?"),
     ],
 )
@@ -54,6 +58,14 @@ async def test_an_unknown_field(
     error = response.json()["error"]
     assert error["param"] == param
     assert hint in error["message"]
+
+
+async def test_a_field_of_another_item_is_not_said_to_be_meant(client: httpx.AsyncClient) -> None:
+    item = {"role": "user", "content": "Hi", "name": "Bob"}
+    response = await client.post("/v1/responses", json={"model": "tiny", "input": [item]})
+    assert response.json()["error"]["message"] == (
+        "input.0.name is not supported by this server; leave it out."
+    )
 
 
 async def test_an_unknown_task(client: httpx.AsyncClient) -> None:

@@ -261,6 +261,26 @@ async def test_a_litellm_conversation_is_accepted(client: httpx.AsyncClient) -> 
     assert param == "messages.1.provider_specific_fields.thinking"
 
 
+async def test_a_conversation_of_the_javascript_agents_is_accepted(
+    client: httpx.AsyncClient,
+) -> None:
+    """The body that @openai/agents sends: a part holds what else the earlier message had."""
+    call = {"id": "call_1", "type": "function", "function": {"name": "look", "arguments": "{}"}}
+    part: dict[str, Any] = {"type": "text", "text": "Hello!", "role": "assistant"}
+    part |= {"refusal": None, "reasoning_content": "Greet.", "tool_calls": [call]}
+    part |= {"annotations": []}
+    user = {"role": "user", "content": [{"type": "text", "text": "Hi"}]}
+    earlier = {"role": "assistant", "content": [part], "tool_calls": [call]}
+    result = {"role": "tool", "tool_call_id": "call_1", "content": "x"}
+    body: dict[str, Any] = {"messages": [user, earlier, result, user], "model": "tiny"}
+    response = await client.post("/v1/chat/completions", json=body | {"max_tokens": 4})
+    assert response.status_code == 200, response.text
+    part["role"] = "user"
+    response = await client.post("/v1/chat/completions", json=body)
+    assert response.status_code == 400
+    assert response.json()["error"]["param"] == "messages.1.content.0.role"
+
+
 async def test_a_langchain_conversation_is_accepted(client: httpx.AsyncClient) -> None:
     """The body that ChatOpenAI sends, an earlier answer among the messages."""
     messages = [

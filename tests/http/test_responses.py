@@ -304,6 +304,24 @@ async def test_a_refusal_says_what_to_do(
     assert hint in response.json()["error"]["message"]
 
 
+async def test_what_codex_says_of_itself_is_accepted(client: httpx.AsyncClient) -> None:
+    said = {"session_id": "1", "x-codex-window-id": "1:0", "turn": {"n": 1}}
+    response = await client.post("/v1/responses", json=asked(client_metadata=said))
+    assert response.status_code == 200, response.text
+
+
+def test_what_clients_make_of_an_answer_comes_back() -> None:
+    """`responses.parse` of OpenAI's JavaScript client leaves it in the output."""
+    text = {"type": "output_text", "text": "{}", "annotations": [], "parsed": {"a": 1}}
+    items = [
+        {"type": "message", "role": "assistant", "content": [text]},
+        CALL | {"parsed_arguments": {}},
+        RESULT,
+    ]
+    chat = translated(asked(input=items)).chat
+    assert [message.content for message in chat.messages] == ["{}", "x"]
+
+
 async def test_any_number_of_a_schema_is_said_again(client: httpx.AsyncClient) -> None:
     function = '{"type": "function", "name": "f", "parameters": {"maximum": %s, "minimum": 1e999}}'
     body = '{"model": "tiny", "input": "Hi", "tool_choice": "none", "tools": [%s]}'

@@ -89,6 +89,8 @@ async def test_json_of_a_schema(http: httpx.AsyncClient, base: str, stream: bool
     ("fields", "form"),
     [
         ({"response_format": {"type": "json_object"}}, r"\{.*"),
+        ({"response_format": {"type": "json_object", "value": SCHEMA}}, r"\{.*, \"age\": \d+\}"),
+        ({"response_format": {"type": "json_object", "schema": SCHEMA}}, r"\{.*, \"age\": \d+\}"),
         ({"structured_outputs": {"json": SCHEMA}}, r'\{"surname": ".*"\}|\{.*, "age": \d+\}'),
         ({"structured_outputs": {"json": json.dumps(SCHEMA)}}, r'\{"surname": ".*, "age": \d+\}'),
         ({"structured_outputs": {"regex": "[ab]{3}"}}, r"[ab]{3}"),
@@ -128,6 +130,19 @@ async def test_a_schema_that_cannot_be_compiled_names_its_place(
     error = response.json()["error"]
     assert error["param"] == "response_format.json_schema.schema.properties.a.items"
     assert 'Unimplemented keys: ["not"]' in error["message"]
+
+
+async def test_a_schema_beside_json_object_is_given_once(
+    http: httpx.AsyncClient, base: str
+) -> None:
+    form: dict[str, Any] = {"type": "json_object", "value": {"not": {}}}
+    response = await http.post("/chat/completions", json=chat(base, response_format=form))
+    assert response.json()["error"]["param"] == "response_format.value"
+    form["schema"] = {}
+    response = await http.post("/chat/completions", json=chat(base, response_format=form))
+    assert response.json()["error"]["message"] == (
+        "response_format: give the schema once; value is another name of it."
+    )
 
 
 async def test_nobody_waits_for_a_compiler_but_who_needs_it(
