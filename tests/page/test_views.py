@@ -369,6 +369,35 @@ def test_the_colours_are_chosen_and_kept(tab: Tab) -> None:
     answered(page)
 
 
+def test_a_browser_that_blocks_all_storage_keeps_nothing_but_shows_the_page(
+    keyed_url: str, new_tab: Callable[..., Tab]
+) -> None:
+    tab = new_tab(keyed_url)
+    page = tab.page
+    page.add_init_script(
+        "for (const name of ['localStorage', 'sessionStorage']) Object.defineProperty(window, name,"
+        " { get() { throw new DOMException('Access is denied.', 'SecurityError'); } });"
+    )
+    tab.open()
+    page.get_by_label("API key").fill(KEY)
+    page.get_by_label("API key").press("Enter")
+    page.get_by_label("Ask something").fill("Who")
+    page.get_by_role("button", name="Dark colours").click()
+    page.get_by_role("link", name="Interventions").click()
+    expect(page.locator("tbody tr")).to_have_count(8)  # the key is asked for once
+    page.get_by_role("link", name="Compare").click()
+    expect(page.get_by_label("Ask something")).to_have_value("Who")
+    page.reload()
+    expect(page.get_by_role("button", name="Dark colours")).to_be_visible()
+    page.get_by_label("API key").fill(KEY)
+    page.get_by_label("API key").press("Enter")
+    expect(page.get_by_label("Ask something")).to_have_value("")
+    tab.open("docs")
+    page.get_by_label("API key").fill(KEY)
+    page.get_by_label("API key").press("Enter")
+    expect(page.locator(".operation").first).to_be_visible()
+
+
 @pytest.mark.parametrize("width", [320, 360, 768, 1000, 1100])
 def test_the_ways_to_all_views_fit_beside_a_key(
     keyed_url: str, new_tab: Callable[..., Tab], width: int
