@@ -613,6 +613,16 @@ def test_what_is_too_long_for_a_link_is_kept_and_told(
     expect(other.locator(".turn")).to_have_count(0)
 
 
+def test_a_link_is_there_when_it_is_to_be_copied(tab: Tab) -> None:
+    page = tab.open()
+    page.wait_for_url(re.compile("#/compare/."))
+    # Safari copies what a press has at once, and nothing that comes later.
+    page.evaluate("() => { window.CompressionStream = null; }")
+    page.get_by_role("button", name="Copy link").click()
+    expect(page.get_by_role("button", name="Copied")).to_be_visible()
+    assert page.evaluate("() => navigator.clipboard.readText()") == page.url
+
+
 def test_what_is_removed_leaves_the_focus_beside_it(tab: Tab) -> None:
     page = tab.open()
     page.get_by_role("button", name="Remove column C").press("Enter")

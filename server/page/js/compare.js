@@ -56,7 +56,7 @@ export function Compare({ base, rest, visit }) {
     if (held !== written.current) open(held);
   }, [visit]);
   const written = useRef(null);
-  useAddress(session, running, written, visit);
+  const packed = useAddress(session, running, written, visit);
   useDistance(session, running, base);
   if (!session) return problem && html`<${Problem} error=${problem} retry=${() => open("")} />`;
   const { columns, turns, mode } = session;
@@ -73,7 +73,7 @@ export function Compare({ base, rest, visit }) {
   };
   return html`
     <h1 class="unseen">Compare</h1>
-    <${Toolbar} session=${session} busy=${running !== null} />
+    <${Toolbar} session=${session} packed=${packed} busy=${running !== null} />
     ${problem && html`<${Problem} error=${problem} />`}
     <section class=${`columns of-${columns.length}`} aria-label="Columns">
       ${columns.map((one, c) => html`
@@ -105,14 +105,20 @@ async function leave(fields) {
 /** State and address of an entry of the browser's history; the state holds what an address is too short for. */
 const historyEntry = ({ whole, link }) => [link === whole ? null : whole, "", `#/compare/${link}`];
 
-/** Keeps the address in step with the session, once answers have ended. */
+/**
+ * Keeps the address in step with the session, once answers have ended. Gives a reference to the session
+ * as the address has it; null where that is not in step.
+ */
 function useAddress(session, running, written, visit) {
+  const inStep = useRef(null);
   useEffect(() => {
+    inStep.current = null;
     if (!session || running) return undefined;
     let stale = false;
     const timer = setTimeout(async () => {
       const packed = await linked(session);
       if (stale) return;
+      inStep.current = packed;
       written.current = packed.whole;
       history.replaceState(...historyEntry(packed));
     }, 250);
@@ -121,6 +127,7 @@ function useAddress(session, running, written, visit) {
       clearTimeout(timer);
     };
   }, [session, running, visit]);
+  return inStep;
 }
 
 /** Asks the base about answers that are coloured by their distance from it, once they have ended. */
@@ -133,7 +140,7 @@ function useDistance(session, running, base) {
   }, [session, running]);
 }
 
-function Toolbar({ session, busy }) {
+function Toolbar({ session, packed, busy }) {
   const { mode, colour, turns } = session;
   const [settings, setSettings] = useState(false);
   const count = changedSettings(session);
@@ -157,7 +164,7 @@ function Toolbar({ session, busy }) {
         onClick=${() => setSettings(!settings)}>
         <${Icon} name="sliders" />Settings${count > 0 && html`<span class="count">${count}</span>`}
       </button>
-      <${ShareMenu} session=${session} />
+      <${ShareMenu} session=${session} packed=${packed} />
       <button type="button" class="quiet" disabled=${busy || !turns.length}
         onClick=${() => leave({ turns: [] })}><${Icon} name="plus" />New</button>
     </div>
