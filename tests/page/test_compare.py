@@ -623,6 +623,24 @@ def test_a_link_is_there_when_it_is_to_be_copied(tab: Tab) -> None:
     assert page.evaluate("() => navigator.clipboard.readText()") == page.url
 
 
+def test_keys_of_an_input_method_send_and_choose_nothing(tab: Tab) -> None:
+    page = tab.open()
+    # Safari's Enter that ends a composition is like any other, but for its code.
+    enter = {"key": "Enter", "keyCode": 229, "bubbles": True, "cancelable": True}
+    box = page.get_by_label("Ask something")
+    box.fill("犬")
+    box.dispatch_event("keydown", enter)
+    page.get_by_role("button", name="Column", exact=True).click()
+    expect(page.get_by_role("option", name="Base model")).to_be_visible()
+    picker = page.get_by_role("combobox", name="The new column's intervention")
+    picker.dispatch_event("keydown", enter)
+    picker.press("Escape")
+    expect(picker).to_have_count(0)
+    expect(page.locator(".card")).to_have_count(3)
+    expect(box).to_have_value("犬")
+    assert not tab.requests(CHAT)
+
+
 def test_what_is_removed_leaves_the_focus_beside_it(tab: Tab) -> None:
     page = tab.open()
     page.get_by_role("button", name="Remove column C").press("Enter")

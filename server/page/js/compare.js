@@ -11,7 +11,7 @@ import { MAX_COLUMNS, column, linked, newSession, title, unpacked } from "./sess
 import { Settings, changed as changedSettings } from "./settings.js";
 import { ShareDialog, ShareMenu } from "./share.js";
 import { useStore } from "./store.js";
-import { Icon, IconButton, Problem, RunButton, Segmented } from "./ui.js";
+import { Icon, IconButton, Problem, RunButton, Segmented, composes } from "./ui.js";
 
 const EXAMPLES = ["Who are you?", "What's a dog?", "Why is the sky blue?", "Give me a tip for Monday."];
 
@@ -265,7 +265,7 @@ function Composer({ mode, busy, onSay, onStop, again }) {
   };
   // Enter sends a chat's turn; in a text it begins a new line.
   const keys = (event) => {
-    const enter = event.key === "Enter" && !event.isComposing;
+    const enter = event.key === "Enter" && !composes(event);
     if (enter && (event.ctrlKey || event.metaKey || (mode === "chat" && !event.shiftKey))) submit(event);
   };
   const hint = mode === "text" ? "Text to continue" : again ? "Go on" : "Ask something";

@@ -142,6 +142,9 @@ export function NumberInput({ value, onChange, ...bounds }) {
     onInput=${(event) => setDraft(event.target.value)} onChange=${done} />`;
 }
 
+/** Whether a key belongs to an input method. Safari says so of the Enter that ends a composition by its code alone. */
+export const composes = (event) => event.isComposing || event.keyCode === 229;
+
 /** Data of a route: loaded when `path` changes, with the state it is in. */
 export function useLoaded(load, inputs) {
   const [state, setState] = useState({ data: null, error: null });
