@@ -2,7 +2,7 @@
 
 import { comparison } from "./comparison.js";
 import { Labels } from "./labels.js";
-import { classes, html, useEffect, useRef, useState } from "./lib.js";
+import { classes, html, useEffect, useLayoutEffect, useRef, useState } from "./lib.js";
 import { distance } from "./run.js";
 import { CopyButton, IconButton, Problem, seconds } from "./ui.js";
 
@@ -51,38 +51,67 @@ export function Answer({ answer, name, c, t, colour, busy, last, onAnswer }) {
     </section>`;
 }
 
-/** The text of an answer, in tokens; below it what else was likely in the place of the one that is picked. */
+/**
+ * The text of an answer, in tokens; below it what else was likely in the place of the one that is picked.
+ * A screen reader reads it as text, but for the one token that Tab comes to, which is a button.
+ */
 export function Text({ answer, colour }) {
+  const [at, setAt] = useState(null); // where Tab comes to
   const [picked, setPicked] = useState(null);
-  useEffect(() => setPicked(null), [answer]);
-  const paragraph = useRef();
-  const close = () => {
-    paragraph.current.querySelector("[aria-pressed=true]").focus();
+  useEffect(() => {
+    setAt(null);
     setPicked(null);
+  }, [answer]);
+  const paragraph = useRef();
+  const going = useRef(false);
+  const go = (i) => {
+    going.current = true;
+    setAt(i);
   };
+  useLayoutEffect(() => {
+    if (going.current) paragraph.current.querySelector("[role=button]").focus();
+    going.current = false;
+  });
   const { pieces, text, running } = answer;
   const cursor = running && html`<span class="cursor" aria-hidden="true"></span>`;
   if (colour === "none" || !pieces.length) return html`<p class="text">${text}${cursor}</p>`;
-  const first = pieces.findIndex((piece) => piece.text);
+  const place = at ?? pieces.findIndex((piece) => piece.text);
+  const pick = ({ target }) => {
+    const i = placeOf(target.closest(".token"));
+    if (i === null) return;
+    go(i);
+    setPicked(i === picked ? null : i);
+  };
+  const close = () => {
+    go(picked);
+    setPicked(null);
+  };
+  const keys = (event) => {
+    const { target, key } = event;
+    const next = placeOf({ ArrowRight: target.nextElementSibling, ArrowLeft: target.previousElementSibling }[key]);
+    if (next !== null) go(next);
+    else if (key === "Enter" || key === " ") pick(event);
+    else if (key === "Escape") setPicked(null);
+    else return;
+    event.preventDefault();
+  };
   return html`
-    <p class="text" ref=${paragraph} onKeyDown=${(event) => (event.key === "Escape" ? setPicked(null) : walk(event))}>
+    <p class="text" ref=${paragraph} onClick=${pick} onKeyDown=${keys}>
       ${pieces.map((piece, i) => piece.text && html`
-        <span role="button" key=${i} tabindex=${i === (picked ?? first) ? 0 : -1} aria-pressed=${i === picked}
-          class=${classes("token", piece.tokens.length && shade(piece, colour))}
-          onClick=${() => setPicked(i === picked ? null : i)}>${piece.text}</span>`)}${cursor}
+        <span key=${i} data-place=${i} ...${i === place && asButton(piece, i === picked)}
+          class=${classes("token", i === picked && "picked", piece.tokens.length && shade(piece, colour))}
+          >${piece.text}</span>`)}${cursor}
     </p>
     ${pieces[picked]?.tokens.map((token, i) => html`<${Alternatives} key=${i} token=${token} onClose=${close} />`)}`;
 }
 
-/** Arrow keys go from token to token, Enter and space pick one, as on any button. */
-function walk(event) {
-  const { target, key } = event;
-  const next = { ArrowRight: target.nextElementSibling, ArrowLeft: target.previousElementSibling }[key];
-  if (next?.matches(".token")) next.focus();
-  else if (key === "Enter" || key === " ") target.click();
-  else return;
-  event.preventDefault();
-}
+const asButton = ({ text }, pressed) => ({
+  role: "button", tabindex: 0, "aria-pressed": pressed,
+  "aria-label": text.trim() ? null : text.includes("\n") ? "line break" : "space",
+});
+
+/** The place of a token's element among the pieces; null if it is none. */
+const placeOf = (element) => (element?.matches(".token") ? Number(element.dataset.place) : null);
 
 const Alternatives = ({ token, onClose }) => html`
   <div class="alternatives" role="region" aria-label="Alternatives"
