@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 from playwright.sync_api import expect
 
 from tests.page.conftest import Tab
@@ -84,6 +86,43 @@ def test_an_answer_is_read_as_text_with_one_button(tab: Tab) -> None:
     expect(buttons).to_have_count(1)
     page.keyboard.press("Escape")
     expect(base.get_by_role("region", name="Alternatives")).to_have_count(0)
+
+
+def test_the_arrow_keys_go_through_all_blocks_of_a_long_answer(tab: Tab) -> None:
+    texts = ["\n" if i % 10 == 9 else f" {i}" for i in range(150)]
+    scored = [
+        {"token": text, "logprob": -1, "bytes": [*text.encode()], "top_logprobs": []}
+        for text in texts
+    ]
+    choice = {
+        "index": 0,
+        "delta": {"content": "".join(texts)},
+        "logprobs": {"content": scored},
+        "token_ids": [*range(1000, 1150)],
+        "finish_reason": "stop",
+        "prompt_token_ids": [1, 2, 3],
+    }
+    stream = f"data: {json.dumps({'choices': [choice]})}\n\ndata: [DONE]\n\n"
+    tab.page.context.route(f"**{CHAT}", lambda route: route.fulfill(body=stream))
+    page = tab.open()
+    say(page, "Count.")
+    answer = page.get_by_role("region", name="Answer of Base model")
+    expect(answer.locator(".text")).to_have_text("".join(texts))
+    blocks = answer.locator(".block")
+    expect(blocks).to_have_count(3)  # whole lines: 70 tokens, 70 and the last 10
+    blocks.nth(0).get_by_text("68").click()
+    page.keyboard.press("ArrowRight")
+    expect(blocks.nth(0).get_by_role("button", name="line break")).to_be_focused()
+    page.keyboard.press("ArrowRight")
+    expect(blocks.nth(1).locator(".token").first).to_be_focused()
+    # Each has its colours when they are known.
+    page.get_by_role("combobox", name="Colour").select_option("distance")
+    for i, count in enumerate((70, 70, 10)):
+        expect(blocks.nth(i).locator(".token:is(.d0, .d1, .d2, .d3, .d4)")).to_have_count(count)
+    # On paper all are there.
+    page.emulate_media(media="print")
+    hidden = "() => getComputedStyle(document.querySelector('.block')).contentVisibility"
+    assert page.evaluate(hidden) == "visible"
 
 
 def test_keys_of_an_input_method_send_and_choose_nothing(tab: Tab) -> None:
