@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import httpx
 from playwright.sync_api import expect
 
 from tests.page.conftest import Tab
@@ -156,6 +157,29 @@ def test_what_is_removed_leaves_the_focus_beside_it(tab: Tab) -> None:
     expect(page.get_by_role("region", name="Column B")).to_be_focused()
     page.get_by_role("button", name="Remove column B").press("Enter")
     expect(page.get_by_role("region", name="Columns")).to_be_focused()
+
+
+def test_the_first_of_more_rows_takes_the_focus(tab: Tab) -> None:
+    listed = httpx.get(f"{tab.url}/v1/interventions?limit=2").json()
+    pages = [listed, listed | {"data": [listed["data"][0] | {"id": "last"}], "next": None}]
+    context = tab.page.context
+    context.route("**/v1/interventions?*", lambda route: route.fulfill(json=pages.pop(0)))
+    page = tab.open("#/interventions")
+    more = page.get_by_role("button", name="Show more")
+    more.press("Enter")
+    expect(page.locator("tbody tr").nth(2)).to_be_focused()
+    expect(more).to_have_count(0)
+    page.keyboard.press("Tab")
+    expect(page.get_by_role("link", name="last")).to_be_focused()
+
+    counts = dict.fromkeys(("requests", "prompt_tokens", "cached_tokens", "completion_tokens"), 1)
+    rows = [{"intervention": f"task-{i}", **counts} for i in range(60)]
+    used = httpx.get(f"{tab.url}/v1/usage").json() | {"data": rows, "total": counts}
+    context.route("**/v1/usage?*", lambda route: route.fulfill(json=used))
+    tab.open("#/server/usage")
+    page.get_by_role("button", name="By intervention").click()
+    more.press("Enter")
+    expect(page.locator("tbody tr").nth(50)).to_be_focused()
 
 
 def test_the_arrow_keys_keep_what_they_choose_in_sight(tab: Tab) -> None:

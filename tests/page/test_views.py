@@ -88,7 +88,9 @@ def test_upload_replace_roll_back_download_and_delete(tab: Tab, mine: str, tmp_p
     (tmp_path / "mine.safetensors").unlink()
     page.get_by_role("button", name="Replace it").click()
     expect(uploads.get_by_role("alert")).to_contain_text("mine.safetensors cannot be read")
+    expect(uploads.get_by_role("listitem").last).to_be_focused()  # the button is gone
     page.get_by_role("button", name="Dismiss mine.safetensors").last.click()
+    expect(page.get_by_role("button", name="Dismiss mine.safetensors")).to_be_focused()
     upload(page, EMOJI, "mine.safetensors", tmp_path)
     page.get_by_role("button", name="Replace it").click()
     expect(uploads.locator(".done")).to_have_count(2)
@@ -113,6 +115,7 @@ def test_upload_replace_roll_back_download_and_delete(tab: Tab, mine: str, tmp_p
     dialog.get_by_role("button", name="Delete mine").click()
     expect(dialog).to_have_count(0)
     expect(page.locator("tbody tr")).to_have_count(8)
+    expect(page.get_by_role("link", name="pirate")).to_be_focused()  # the row below
 
 
 def test_a_drop_that_is_refused_says_why_in_place(tab: Tab) -> None:
