@@ -101,6 +101,8 @@ def test_upload_replace_roll_back_download_and_delete(tab: Tab, mine: str, tmp_p
     expect(dialog.get_by_role("region", name="Versions").get_by_role("listitem")).to_have_count(2)
     dialog.get_by_role("button", name="Roll back to").click()
     expect(dialog).to_contain_text("Answers in the voice of a pirate.")
+    served = dialog.get_by_role("listitem").filter(has_text="served")
+    expect(served).to_be_focused()  # the button is gone
     expect(page.locator("tbody tr", has_text="mine")).to_contain_text("voice of a pirate")
     with page.expect_download() as download:
         dialog.get_by_role("button", name="Download").click()

@@ -15,7 +15,7 @@ new MutationObserver((records) => {
 
 /** The first link or button beside an item of a list or a row of a table that was removed, if there is one. */
 function beside(records) {
-  const isLost = (one) => one.matches?.("li, tr") && path.includes(one);
+  const isLost = (one) => one.matches?.("li, tr") && !one.isConnected && path.includes(one);
   const lost = records.find(({ removedNodes }) => [...removedNodes].some(isLost));
   return (lost?.nextSibling ?? lost?.previousSibling)?.querySelector("a, button:enabled");
 }
