@@ -8,7 +8,7 @@ from pathlib import Path
 
 import httpx
 import pytest
-from playwright.sync_api import Page, Route, expect
+from playwright.sync_api import Browser, Page, Route, expect
 
 from reft_runtime import Engine
 from tests.page.conftest import INTERVENTIONS, Tab, overflow, violations
@@ -418,6 +418,26 @@ def test_the_ways_to_all_views_fit_beside_a_key(
     assert hidden == 0
     assert page.evaluate("() => document.documentElement.scrollWidth") == width
     assert page.evaluate("() => document.querySelector('.brand').offsetHeight") < 30  # one line
+
+
+def test_fields_on_a_touch_screen_have_text_that_ios_does_not_enlarge(
+    browser: Browser, url: str
+) -> None:
+    context = browser.new_context(
+        viewport={"width": 360, "height": 740}, has_touch=True, is_mobile=True
+    )
+    page = context.new_page()
+    for place, ready in (("#/compare", ".card"), ("#/look", ".look-subject .name")):
+        page.goto(f"{url}/{place}")
+        expect(page.locator(ready).first).to_be_visible()
+        if place == "#/compare":
+            page.get_by_role("button", name="Settings").tap()
+            page.get_by_role("button", name="Paste a request into column A").tap()
+        sizes = page.locator("input:not([type=range], [type=file]), select, textarea")
+        script = "(all) => all.map((one) => parseFloat(getComputedStyle(one).fontSize))"
+        assert min(sizes.evaluate_all(script)) >= 16
+        assert overflow(page) == 0
+    context.close()
 
 
 def test_a_text_runs_as_its_script_does(tab: Tab) -> None:
