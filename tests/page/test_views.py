@@ -8,7 +8,7 @@ from pathlib import Path
 
 import httpx
 import pytest
-from playwright.sync_api import Page, Route, expect
+from playwright.sync_api import Browser, Page, Route, expect
 
 from reft_runtime import Engine
 from tests.page.conftest import INTERVENTIONS, Tab, overflow, violations
@@ -88,7 +88,9 @@ def test_upload_replace_roll_back_download_and_delete(tab: Tab, mine: str, tmp_p
     (tmp_path / "mine.safetensors").unlink()
     page.get_by_role("button", name="Replace it").click()
     expect(uploads.get_by_role("alert")).to_contain_text("mine.safetensors cannot be read")
+    expect(uploads.get_by_role("listitem").last).to_be_focused()  # the button is gone
     page.get_by_role("button", name="Dismiss mine.safetensors").last.click()
+    expect(page.get_by_role("button", name="Dismiss mine.safetensors")).to_be_focused()
     upload(page, EMOJI, "mine.safetensors", tmp_path)
     page.get_by_role("button", name="Replace it").click()
     expect(uploads.locator(".done")).to_have_count(2)
@@ -99,6 +101,8 @@ def test_upload_replace_roll_back_download_and_delete(tab: Tab, mine: str, tmp_p
     expect(dialog.get_by_role("region", name="Versions").get_by_role("listitem")).to_have_count(2)
     dialog.get_by_role("button", name="Roll back to").click()
     expect(dialog).to_contain_text("Answers in the voice of a pirate.")
+    served = dialog.get_by_role("listitem").filter(has_text="served")
+    expect(served).to_be_focused()  # the button is gone
     expect(page.locator("tbody tr", has_text="mine")).to_contain_text("voice of a pirate")
     with page.expect_download() as download:
         dialog.get_by_role("button", name="Download").click()
@@ -113,6 +117,7 @@ def test_upload_replace_roll_back_download_and_delete(tab: Tab, mine: str, tmp_p
     dialog.get_by_role("button", name="Delete mine").click()
     expect(dialog).to_have_count(0)
     expect(page.locator("tbody tr")).to_have_count(8)
+    expect(page.get_by_role("link", name="pirate")).to_be_focused()  # the row below
 
 
 def test_a_drop_that_is_refused_says_why_in_place(tab: Tab) -> None:
@@ -369,6 +374,35 @@ def test_the_colours_are_chosen_and_kept(tab: Tab) -> None:
     answered(page)
 
 
+def test_a_browser_that_blocks_all_storage_keeps_nothing_but_shows_the_page(
+    keyed_url: str, new_tab: Callable[..., Tab]
+) -> None:
+    tab = new_tab(keyed_url)
+    page = tab.page
+    page.add_init_script(
+        "for (const name of ['localStorage', 'sessionStorage']) Object.defineProperty(window, name,"
+        " { get() { throw new DOMException('Access is denied.', 'SecurityError'); } });"
+    )
+    tab.open()
+    page.get_by_label("API key").fill(KEY)
+    page.get_by_label("API key").press("Enter")
+    page.get_by_label("Ask something").fill("Who")
+    page.get_by_role("button", name="Dark colours").click()
+    page.get_by_role("link", name="Interventions").click()
+    expect(page.locator("tbody tr")).to_have_count(8)  # the key is asked for once
+    page.get_by_role("link", name="Compare").click()
+    expect(page.get_by_label("Ask something")).to_have_value("Who")
+    page.reload()
+    expect(page.get_by_role("button", name="Dark colours")).to_be_visible()
+    page.get_by_label("API key").fill(KEY)
+    page.get_by_label("API key").press("Enter")
+    expect(page.get_by_label("Ask something")).to_have_value("")
+    tab.open("docs")
+    page.get_by_label("API key").fill(KEY)
+    page.get_by_label("API key").press("Enter")
+    expect(page.locator(".operation").first).to_be_visible()
+
+
 @pytest.mark.parametrize("width", [320, 360, 768, 1000, 1100])
 def test_the_ways_to_all_views_fit_beside_a_key(
     keyed_url: str, new_tab: Callable[..., Tab], width: int
@@ -384,6 +418,26 @@ def test_the_ways_to_all_views_fit_beside_a_key(
     assert hidden == 0
     assert page.evaluate("() => document.documentElement.scrollWidth") == width
     assert page.evaluate("() => document.querySelector('.brand').offsetHeight") < 30  # one line
+
+
+def test_fields_on_a_touch_screen_have_text_that_ios_does_not_enlarge(
+    browser: Browser, url: str
+) -> None:
+    context = browser.new_context(
+        viewport={"width": 360, "height": 740}, has_touch=True, is_mobile=True
+    )
+    page = context.new_page()
+    for place, ready in (("#/compare", ".card"), ("#/look", ".look-subject .name")):
+        page.goto(f"{url}/{place}")
+        expect(page.locator(ready).first).to_be_visible()
+        if place == "#/compare":
+            page.get_by_role("button", name="Settings").tap()
+            page.get_by_role("button", name="Paste a request into column A").tap()
+        sizes = page.locator("input:not([type=range], [type=file]), select, textarea")
+        script = "(all) => all.map((one) => parseFloat(getComputedStyle(one).fontSize))"
+        assert min(sizes.evaluate_all(script)) >= 16
+        assert overflow(page) == 0
+    context.close()
 
 
 def test_a_text_runs_as_its_script_does(tab: Tab) -> None:

@@ -2,9 +2,12 @@
 
 import { comparison } from "./comparison.js";
 import { Labels } from "./labels.js";
-import { classes, html, useEffect, useRef, useState } from "./lib.js";
+import { classes, html, useEffect, useLayoutEffect, useMemo, useRef, useState } from "./lib.js";
 import { distance } from "./run.js";
 import { CopyButton, IconButton, Problem, seconds } from "./ui.js";
+
+/** Tokens of a block of an answer's text, at least. */
+const BLOCK = 64;
 
 /** Bounds of the five colour classes: probabilities downwards, distances (nats) upwards. */
 const PROBABILITIES = [0.8, 0.5, 0.2, 0.05];
@@ -51,37 +54,95 @@ export function Answer({ answer, name, c, t, colour, busy, last, onAnswer }) {
     </section>`;
 }
 
-/** The text of an answer, in tokens; below it what else was likely in the place of the one that is picked. */
+/**
+ * The text of an answer, in tokens; below it what else was likely in the place of the one that is picked.
+ * A screen reader reads it as text, but for the one token that Tab comes to, which is a button.
+ */
 export function Text({ answer, colour }) {
-  const [picked, setPicked] = useState(null);
-  useEffect(() => setPicked(null), [answer]);
-  const paragraph = useRef();
-  const close = () => {
-    paragraph.current.querySelector("[aria-pressed=true]").focus();
-    setPicked(null);
-  };
   const { pieces, text, running } = answer;
+  const [at, setAt] = useState(null); // where Tab comes to
+  const [picked, setPicked] = useState(null);
+  useEffect(() => {
+    setAt(null);
+    setPicked(null);
+  }, [answer]);
+  const paragraph = useRef();
+  const going = useRef(false);
+  const go = (i) => {
+    going.current = true;
+    setAt(i);
+  };
+  useLayoutEffect(() => {
+    if (going.current) paragraph.current.querySelector("[role=button]").focus();
+    going.current = false;
+  });
+  const whole = useMemo(() => [], [pieces, colour, at, picked]); // blocks that do not grow any more
   const cursor = running && html`<span class="cursor" aria-hidden="true"></span>`;
   if (colour === "none" || !pieces.length) return html`<p class="text">${text}${cursor}</p>`;
-  const first = pieces.findIndex((piece) => piece.text);
+  const place = at ?? pieces.findIndex((piece) => piece.text);
+  const pick = ({ target }) => {
+    const token = target.closest(".token");
+    if (!token) return;
+    const i = Number(token.dataset.place);
+    go(i);
+    setPicked(i === picked ? null : i);
+  };
+  const close = () => {
+    go(picked);
+    setPicked(null);
+  };
+  const keys = (event) => {
+    const { key } = event;
+    const next = { ArrowRight: following(pieces, place, 1), ArrowLeft: following(pieces, place, -1) }[key];
+    if (next !== undefined) go(next);
+    else if (key === "Enter" || key === " ") pick(event);
+    else if (key === "Escape") setPicked(null);
+    else return;
+    event.preventDefault();
+  };
+  const drawn = (piece, i) => piece.text && html`
+    <span key=${i} data-place=${i} ...${i === place && asButton(piece, i === picked)}
+      class=${classes("token", i === picked && "picked", piece.tokens.length && shade(piece, colour))}
+      >${piece.text}</span>`;
+  const ends = blocks(pieces);
+  const block = (b) => {
+    const from = ends[b - 1] ?? 0;
+    const last = b === ends.length - 1;
+    return html`<span class="block" key=${b}>
+      ${pieces.slice(from, ends[b]).map((piece, i) => drawn(piece, from + i))}${last && cursor}</span>`;
+  };
   return html`
-    <p class="text" ref=${paragraph} onKeyDown=${(event) => (event.key === "Escape" ? setPicked(null) : walk(event))}>
-      ${pieces.map((piece, i) => piece.text && html`
-        <span role="button" key=${i} tabindex=${i === (picked ?? first) ? 0 : -1} aria-pressed=${i === picked}
-          class=${classes("token", piece.tokens.length && shade(piece, colour))}
-          onClick=${() => setPicked(i === picked ? null : i)}>${piece.text}</span>`)}${cursor}
+    <p class="text" ref=${paragraph} onClick=${pick} onKeyDown=${keys}>
+      ${ends.map((_, b) => (b < ends.length - 1 ? (whole[b] ??= block(b)) : block(b)))}
     </p>
     ${pieces[picked]?.tokens.map((token, i) => html`<${Alternatives} key=${i} token=${token} onClose=${close} />`)}`;
 }
 
-/** Arrow keys go from token to token, Enter and space pick one, as on any button. */
-function walk(event) {
-  const { target, key } = event;
-  const next = { ArrowRight: target.nextElementSibling, ArrowLeft: target.previousElementSibling }[key];
-  if (next?.matches(".token")) next.focus();
-  else if (key === "Enter" || key === " ") target.click();
-  else return;
-  event.preventDefault();
+const asButton = ({ text }, pressed) => ({
+  role: "button", tabindex: 0, "aria-pressed": pressed,
+  "aria-label": text.trim() ? null : text.includes("\n") ? "line break" : "space",
+});
+
+/**
+ * Where blocks of whole lines end among the pieces. Only the last one grows, and is drawn and laid out
+ * anew; those that nobody sees are not laid out.
+ */
+function blocks(pieces) {
+  const ends = [];
+  let from = 0;
+  pieces.forEach(({ text }, i) => {
+    if (i - from < BLOCK || !text.endsWith("\n")) return;
+    from = i + 1;
+    ends.push(from);
+  });
+  return from < pieces.length ? [...ends, pieces.length] : ends;
+}
+
+/** The next place, by `step`, of a piece with a text; undefined if there is none. */
+function following(pieces, place, step) {
+  let next = place + step;
+  while (pieces[next]?.text === "") next += step;
+  return pieces[next] && next;
 }
 
 const Alternatives = ({ token, onClose }) => html`

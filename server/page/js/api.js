@@ -1,5 +1,7 @@
 // The server's API: requests with the key where one is needed, errors as it says them, streams.
 
+import { forTab } from "./kept.js";
+
 const KEY = "reft-key";
 
 /** Asks the user for the API key; `refused` says that one was given and is wrong. Set by app.js. */
@@ -25,13 +27,13 @@ export class ApiError extends Error {
 /** The address of a route: relative to the page, which may lie behind a path of a proxy. */
 export const address = (path) => new URL(path, new URL(".", document.baseURI)).href;
 
-export const key = () => sessionStorage.getItem(KEY);
+export const key = () => forTab.get(KEY);
 
 /** A key as fetch takes it, which writes one byte for each character: those of its UTF-8. */
 const inHeader = (text) => String.fromCharCode(...new TextEncoder().encode(text));
 
 export function forgetKey() {
-  sessionStorage.removeItem(KEY);
+  forTab.delete(KEY);
 }
 
 /**
@@ -59,7 +61,7 @@ export async function send(path, { method = "GET", json, body, headers = {}, sig
       asking ??= askForKey(used !== null).finally(() => (asking = null));
       const given = await asking;
       if (!given) throw await failure(response);
-      sessionStorage.setItem(KEY, given);
+      forTab.set(KEY, given);
     }
   }
 }

@@ -11,7 +11,7 @@ import { MAX_COLUMNS, column, linked, newSession, title, unpacked } from "./sess
 import { Settings, changed as changedSettings } from "./settings.js";
 import { ShareDialog, ShareMenu } from "./share.js";
 import { useStore } from "./store.js";
-import { Icon, IconButton, Problem, RunButton, Segmented } from "./ui.js";
+import { Icon, IconButton, Problem, RunButton, Segmented, composes } from "./ui.js";
 
 const EXAMPLES = ["Who are you?", "What's a dog?", "Why is the sky blue?", "Give me a tip for Monday."];
 
@@ -56,7 +56,7 @@ export function Compare({ base, rest, visit }) {
     if (held !== written.current) open(held);
   }, [visit]);
   const written = useRef(null);
-  useAddress(session, running, written, visit);
+  const packed = useAddress(session, running, written, visit);
   useDistance(session, running, base);
   if (!session) return problem && html`<${Problem} error=${problem} retry=${() => open("")} />`;
   const { columns, turns, mode } = session;
@@ -73,7 +73,7 @@ export function Compare({ base, rest, visit }) {
   };
   return html`
     <h1 class="unseen">Compare</h1>
-    <${Toolbar} session=${session} busy=${running !== null} />
+    <${Toolbar} session=${session} packed=${packed} busy=${running !== null} />
     ${problem && html`<${Problem} error=${problem} />`}
     <section class=${`columns of-${columns.length}`} aria-label="Columns">
       ${columns.map((one, c) => html`
@@ -105,14 +105,20 @@ async function leave(fields) {
 /** State and address of an entry of the browser's history; the state holds what an address is too short for. */
 const historyEntry = ({ whole, link }) => [link === whole ? null : whole, "", `#/compare/${link}`];
 
-/** Keeps the address in step with the session, once answers have ended. */
+/**
+ * Keeps the address in step with the session, once answers have ended. Gives a reference to the session
+ * as the address has it; null where that is not in step.
+ */
 function useAddress(session, running, written, visit) {
+  const inStep = useRef(null);
   useEffect(() => {
+    inStep.current = null;
     if (!session || running) return undefined;
     let stale = false;
     const timer = setTimeout(async () => {
       const packed = await linked(session);
       if (stale) return;
+      inStep.current = packed;
       written.current = packed.whole;
       history.replaceState(...historyEntry(packed));
     }, 250);
@@ -121,6 +127,7 @@ function useAddress(session, running, written, visit) {
       clearTimeout(timer);
     };
   }, [session, running, visit]);
+  return inStep;
 }
 
 /** Asks the base about answers that are coloured by their distance from it, once they have ended. */
@@ -133,7 +140,7 @@ function useDistance(session, running, base) {
   }, [session, running]);
 }
 
-function Toolbar({ session, busy }) {
+function Toolbar({ session, packed, busy }) {
   const { mode, colour, turns } = session;
   const [settings, setSettings] = useState(false);
   const count = changedSettings(session);
@@ -157,7 +164,7 @@ function Toolbar({ session, busy }) {
         onClick=${() => setSettings(!settings)}>
         <${Icon} name="sliders" />Settings${count > 0 && html`<span class="count">${count}</span>`}
       </button>
-      <${ShareMenu} session=${session} />
+      <${ShareMenu} session=${session} packed=${packed} />
       <button type="button" class="quiet" disabled=${busy || !turns.length}
         onClick=${() => leave({ turns: [] })}><${Icon} name="plus" />New</button>
     </div>
@@ -258,7 +265,7 @@ function Composer({ mode, busy, onSay, onStop, again }) {
   };
   // Enter sends a chat's turn; in a text it begins a new line.
   const keys = (event) => {
-    const enter = event.key === "Enter" && !event.isComposing;
+    const enter = event.key === "Enter" && !composes(event);
     if (enter && (event.ctrlKey || event.metaKey || (mode === "chat" && !event.shiftKey))) submit(event);
   };
   const hint = mode === "text" ? "Text to continue" : again ? "Go on" : "Ask something";

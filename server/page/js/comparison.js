@@ -1,5 +1,6 @@
 // The one comparison of this page. It outlives its view: answers go on while another is open.
 
+import { forTab } from "./kept.js";
 import { column, newSession } from "./session.js";
 import { Store } from "./store.js";
 
@@ -12,15 +13,9 @@ export const comparison = new Store({ session: null, running: null, problem: nul
 const DRAFT = "reft-draft";
 
 /** What was typed and not sent yet. It outlives the view, and a reload of the tab. */
-export const draft = new Store({ text: sessionStorage.getItem(DRAFT) ?? "" });
+export const draft = new Store({ text: forTab.get(DRAFT) ?? "" });
 
-addEventListener("pagehide", () => {
-  try {
-    sessionStorage.setItem(DRAFT, draft.value.text);
-  } catch {
-    // It is longer than the browser keeps.
-  }
-});
+addEventListener("pagehide", () => forTab.set(DRAFT, draft.value.text));
 
 /** Change fields of the session. */
 export function change(fields) {

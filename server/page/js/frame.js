@@ -2,6 +2,7 @@
 
 import { forgetKey, key, onKeyNeeded } from "./api.js";
 import "./focus.js";
+import { forGood } from "./kept.js";
 import { html, useState } from "./lib.js";
 import { Store, useStore } from "./store.js";
 import { Dialog, Icon, IconButton, number } from "./ui.js";
@@ -26,7 +27,7 @@ onKeyNeeded(
     }),
 );
 
-applyTheme(localStorage.getItem(THEME));
+applyTheme(forGood.get(THEME));
 
 function applyTheme(theme) {
   if (theme) document.documentElement.dataset.theme = theme;
@@ -41,7 +42,7 @@ function ThemeButton() {
   const [isDark, setDark] = useState(dark);
   const change = () => {
     const theme = isDark ? "light" : "dark";
-    localStorage.setItem(THEME, theme);
+    forGood.set(THEME, theme);
     applyTheme(theme);
     setDark(!isDark);
   };

@@ -3,7 +3,7 @@
 import { ask } from "./api.js";
 import { Details } from "./details.js";
 import { classes, html, useEffect, useRef, useState } from "./lib.js";
-import { Empty, Icon, Loading, Problem, bytes, number, percent } from "./ui.js";
+import { Empty, Icon, Loading, Problem, bytes, number, percent, useGrowing } from "./ui.js";
 import { Uploads, take } from "./uploads.js";
 import { who } from "./who.js";
 import { PLACES, spans, when } from "./wording.js";
@@ -38,7 +38,8 @@ const Place = ({ entry }) => html`
 export function Interventions({ base, rest }) {
   const [query, setQuery] = useState("");
   const [sort, setSort] = useState("name");
-  const { rows, total, next, problems, error, loading, more, reload } = usePages(query.trim(), sort);
+  const { rows, total, next, problems, error, more, reload } = usePages(query.trim(), sort);
+  const [body, grow] = useGrowing(rows?.length);
   const [over, setOver] = useState(false);
   const chooser = useRef();
   const { upload, prefix } = who.value.me;
@@ -83,10 +84,10 @@ export function Interventions({ base, rest }) {
           <p>${query ? "No name or description has that text." : upload ? "Drop a .safetensors file here, or make one with reft train." : "Those that it may see are named in the server's keys file."}</p>
         <//>`}
       ${rows?.length > 0 && html`
-        <${Table} rows=${rows} sort=${sort} onSort=${setSort} />
+        <${Table} rows=${rows} body=${body} sort=${sort} onSort=${setSort} />
         <div class="after">
           <span class="muted">${number(rows.length)} of ${number(total)}</span>
-          ${next && html`<button type="button" disabled=${loading} onClick=${more}>Show more</button>`}
+          ${next && html`<button type="button" onClick=${() => { grow(); more(); }}>Show more</button>`}
         </div>`}
       ${Object.keys(problems).length > 0 && html`
         <details class="panel unserved"><summary>Files that are not served
@@ -99,7 +100,7 @@ export function Interventions({ base, rest }) {
       onChange=${reload} />`}`;
 }
 
-function Table({ rows, sort, onSort }) {
+function Table({ rows, body, sort, onSort }) {
   const by = sort.replace("-", "");
   const down = sort.startsWith("-");
   return html`
@@ -114,7 +115,7 @@ function Table({ rows, sort, onSort }) {
               : heading}
           </th>`)}
       </tr></thead>
-      <tbody>
+      <tbody ref=${body}>
         ${rows.map((entry) => html`
           <tr key=${entry.id}>
             ${COLUMNS.map(([heading, , shown, style]) => html`<td key=${heading} class=${style}>${shown(entry)}</td>`)}
@@ -134,12 +135,10 @@ function turned(key, sort) {
 function usePages(query, sort) {
   const [state, setState] = useState({ rows: null, total: null, next: null, problems: {}, error: null });
   const [round, setRound] = useState(0);
-  const [loading, setLoading] = useState(false);
   const asked = useRef(0);
   const again = useRef(false); // the same rows, which may have changed
   const load = async (rows, after, limit = PAGE) => {
     const mine = (asked.current += 1);
-    setLoading(true);
     const parameters = new URLSearchParams({ limit, sort, ...(query && { q: query }), ...(after && { after }) });
     let found;
     try {
@@ -151,7 +150,6 @@ function usePages(query, sort) {
     // A late answer to an earlier search is not shown.
     if (mine !== asked.current) return;
     setState((old) => ({ ...old, ...found }));
-    setLoading(false);
   };
   useEffect(() => {
     const count = again.current ? Math.min(Math.max(PAGE, state.rows?.length ?? 0), MOST) : PAGE;
@@ -160,7 +158,7 @@ function usePages(query, sort) {
     return () => clearTimeout(timer);
   }, [query, sort, round]);
   return {
-    ...state, loading,
+    ...state,
     more: () => load(state.rows, state.next),
     reload: () => {
       again.current = true;

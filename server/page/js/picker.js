@@ -3,7 +3,7 @@
 import { ask } from "./api.js";
 import { note } from "./labels.js";
 import { html, useEffect, useLayoutEffect, useRef, useState } from "./lib.js";
-import { useLoaded } from "./ui.js";
+import { composes, useLoaded } from "./ui.js";
 
 const SHOWN = 12;
 const PAUSE_MS = 150;
@@ -67,6 +67,7 @@ export function Picker({ label, first, onPick, onClose, onLeave }) {
   }, [entered, current]);
 
   const keys = (event) => {
+    if (composes(event)) return;
     const step = { ArrowDown: 1, ArrowUp: -1 }[event.key];
     if (step && options.length) {
       const next = (active + step + options.length) % options.length;

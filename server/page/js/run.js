@@ -167,6 +167,7 @@ export async function measure(store, base, answers) {
     const { pieces, prompt } = answers[index];
     const values = logprobs.token_logprobs.slice(prompt.length);
     pieces.flatMap(({ tokens }) => tokens).forEach((token, i) => (token.base = values[i]));
+    answers[index].pieces = [...pieces]; // they are drawn anew
   }
   store.touched();
   return choices.map(({ logprobs }) => logprobs.tokens);

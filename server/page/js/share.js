@@ -9,10 +9,12 @@ import { CopyButton, Dialog, IconButton, Problem, Segmented } from "./ui.js";
 const TOO_LONG = "The link holds the columns and their settings alone: texts as long as these do not fit into an address. "
   + "“Export” writes a file with everything.";
 
-export function ShareMenu({ session }) {
+/** `packed` refers to what the address has of the session, if that is in step. */
+export function ShareMenu({ session, packed }) {
   const file = useRef();
   const copied = async () => {
-    const { whole, link } = await linked(session);
+    // Safari lets a press copy only what is there at once.
+    const { whole, link } = packed.current ?? (await linked(session));
     if (link !== whole) comparison.set({ problem: new Error(TOO_LONG) });
     return `${address("")}#/compare/${link}`;
   };

@@ -1,6 +1,6 @@
 // Small parts that several views use: icons, buttons, dialogs, errors, numbers in words.
 
-import { classes, html, useEffect, useRef, useState } from "./lib.js";
+import { classes, html, useEffect, useLayoutEffect, useRef, useState } from "./lib.js";
 
 const PATHS = {
   plus: "M12 5v14M5 12h14",
@@ -141,6 +141,26 @@ export function NumberInput({ value, onChange, ...bounds }) {
   return html`<input type="number" ...${bounds} value=${draft ?? value ?? ""}
     onInput=${(event) => setDraft(event.target.value)} onChange=${done} />`;
 }
+
+/**
+ * A table of `count` rows that can grow: a reference for its body, and what is called when the user wants
+ * more. The first row that then comes takes the focus, which the button loses that goes with the last ones.
+ */
+export function useGrowing(count) {
+  const body = useRef();
+  const from = useRef(Infinity);
+  useLayoutEffect(() => {
+    const row = body.current?.rows[from.current];
+    if (!row) return;
+    from.current = Infinity;
+    row.tabIndex = -1;
+    row.focus({ preventScroll: true });
+  }, [count]);
+  return [body, () => (from.current = count)];
+}
+
+/** Whether a key belongs to an input method. Safari says so of the Enter that ends a composition by its code alone. */
+export const composes = (event) => event.isComposing || event.keyCode === 229;
 
 /** Data of a route: loaded when `path` changes, with the state it is in. */
 export function useLoaded(load, inputs) {

@@ -2,7 +2,7 @@
 
 import { ask } from "./api.js";
 import { html, useState } from "./lib.js";
-import { Loading, Problem, Segmented, number, useLoaded } from "./ui.js";
+import { Loading, Problem, Segmented, number, useGrowing, useLoaded } from "./ui.js";
 import { when } from "./wording.js";
 
 const PERIODS = [[7, "7 days"], [30, "30 days"]];
@@ -58,6 +58,7 @@ const HEADINGS = { day: "Day (UTC)", tenant: "Tenant", intervention: "Interventi
 
 function Table({ group, rows, total, onTenant }) {
   const [count, setCount] = useState(SHOWN);
+  const [body, grow] = useGrowing(count);
   if (!rows.length) return html`<p class="panel muted">Nothing was used in these days.</p>`;
   const most = Math.max(...rows.map(tokens), 1);
   return html`
@@ -71,7 +72,7 @@ function Table({ group, rows, total, onTenant }) {
         <th scope="col" class="number narrow">of it cached</th>
         <th scope="col" class="number"><i class="swatch of-answers"></i>Generated</th>
       </tr></thead>
-      <tbody>
+      <tbody ref=${body}>
         ${rows.slice(0, count).map((row) => html`
           <tr key=${row[group]}>
             <th scope="row">${group === "tenant"
@@ -86,7 +87,7 @@ function Table({ group, rows, total, onTenant }) {
     </div>
     ${rows.length > count && html`
       <div class="after"><span class="muted">${number(count)} of ${number(rows.length)}</span>
-        <button type="button" onClick=${() => setCount(count + SHOWN)}>Show more</button></div>`}`;
+        <button type="button" onClick=${() => { grow(); setCount(count + SHOWN); }}>Show more</button></div>`}`;
 }
 
 const Counts = ({ row }) => html`
