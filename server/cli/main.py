@@ -111,7 +111,7 @@ def main() -> None:
         typer.echo(printable(f"reft: {_without_passwords(error.message)}"), err=True)
         status = 1 if isinstance(error, NotServed) else 2
     except TyperException as error:
-        typer.echo(_without_passwords(_usage(error.format_message())), err=True)
+        typer.echo(_without_passwords(_usage(error)), err=True)
         status = error.exit_code
     except KeyboardInterrupt:  # typer itself takes it once it has found the command
         status = 128 + signal.SIGINT
@@ -163,10 +163,20 @@ def _take_any_text() -> None:
             stream.reconfigure(errors=errors)
 
 
-def _usage(message: str) -> str:
+_EXTRA = re.compile(r"Got unexpected extra argument\S* \((\S+?)[ )]")
+
+
+def _usage(error: TyperException) -> str:
     """What a mistaken command line is told: one line, or the whole help where nothing was given."""
+    message = error.format_message()
     if "\n" in message:
         return message
+    context = getattr(error, "ctx", None)
+    params = context.command.params if context else ()
+    options = {name for one in params for name in one.opts}
+    extra = _EXTRA.match(message)
+    if extra and "--model" in options:  # as other servers' commands take it
+        message += f". A model is given by --model {extra[1]}"
     end = "" if message.endswith((".", "?")) else "."
     return f"reft: {message}{end} --help lists what there is."
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
+import sys
 from pathlib import Path
 
+import pytest
 import typer
 from typer.testing import CliRunner
 
-from server.cli.main import GROUPS, app
+from server.cli.main import GROUPS, app, main
 
 DOCUMENT = Path(__file__).parents[2] / "docs/cli.md"
 
@@ -29,3 +31,25 @@ def test_a_command_has_one_whole_line_on_eighty_columns() -> None:
         below = lines[first : first + len(names)]
         assert [line.split()[0] for line in below] == list(names)
         assert all(line.endswith(".") and not line.endswith("...") for line in below)
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        (["serve", "demo"], ". A model is given by --model demo. --help"),
+        (["serve", "a/b", "c"], ". A model is given by --model a/b. --help"),
+        (["ls", "a", "b"], " (a b). --help"),
+    ],
+)
+def test_a_model_that_is_no_option_is_told_to_be_one(
+    given: list[str],
+    told: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["reft", *given])
+    monkeypatch.setattr("server.cli.main._leave", sys.exit)
+    with pytest.raises(SystemExit) as end:
+        main()
+    assert end.value.code == 2
+    assert told in capsys.readouterr().err
