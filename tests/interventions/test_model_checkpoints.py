@@ -5,6 +5,7 @@ They are those of LoFiT, JoLA and steerling.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -277,6 +278,13 @@ def test_a_checkpoint_in_shards_is_read_whole(suffix: str, tmp_path: Path) -> No
         assert all(tensor.equal(whole[name]) for name, tensor in made.tensors.items())
     files[0].unlink()
     with pytest.raises(InvalidFile, match=rf"has 1 of the 2 files that {files[1].name} is one of"):
+        import_foreign(tmp_path, base=BASE)
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir])
+def test_what_is_no_file_is_not_waited_for(make: Callable[[Path], None], tmp_path: Path) -> None:
+    make(tmp_path / "model.safetensors")
+    with pytest.raises(InvalidFile, match=r"model\.safetensors: not a regular file"):
         import_foreign(tmp_path, base=BASE)
 
 

@@ -101,6 +101,8 @@ def _read(files: list[Path]) -> dict[str, Tensor]:
 
 
 def _of_safetensors(file: Path) -> dict[str, Tensor]:
+    if not file.is_file():
+        raise InvalidFile(f"{file}: not a regular file.")  # whoever reads a pipe may wait for ever
     try:
         with safe_open(file, "pt") as content:
             names: list[str] = list(content.keys())
