@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from reft_runtime.base.shape import base_shape
-from reft_runtime.errors import InvalidFile, ReftError
+from reft_runtime.errors import ConfigError, InvalidFile, ReftError
 from reft_runtime.interventions.foreign import checkpoints
 from reft_runtime.interventions.foreign.formats import import_foreign
 from reft_runtime.interventions.format.words import in_words
@@ -286,6 +286,12 @@ def test_what_is_no_file_is_not_waited_for(make: Callable[[Path], None], tmp_pat
     make(tmp_path / "model.safetensors")
     with pytest.raises(InvalidFile, match=r"model\.safetensors: not a regular file"):
         import_foreign(tmp_path, base=BASE)
+
+
+def test_a_direction_beside_a_models_weights_is_a_direction(tmp_path: Path) -> None:
+    torch.save(torch.ones(HIDDEN), checkpoint(tmp_path, {}, ".safetensors") / "direction.pt")
+    with pytest.raises(ConfigError, match=r"^kind: a direction is ablated"):
+        import_foreign(tmp_path, base=BASE, kind="x")
 
 
 def test_no_more_than_the_edits_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -130,6 +130,7 @@ FORMATS = (
         _VECTORS | {"component", "feature"},
         saes.FILES,
     ),
+    Format("a direction to ablate", _is_direction, import_direction, _VECTORS | {"kind"}),
     Format(
         "a model's checkpoint",
         is_checkpoint,
@@ -138,7 +139,6 @@ FORMATS = (
     ),
     Format("a vector", _is_of_vectors, import_vectors, _VECTORS | {"component", "feature"}),
     Format("a .svec file", _is_svec, import_svec, _VECTORS),
-    Format("a direction to ablate", _is_direction, import_direction, _VECTORS | {"kind"}),
     Format(
         "a checkpoint of pyreft",
         lambda path: True,
