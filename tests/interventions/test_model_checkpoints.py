@@ -294,6 +294,13 @@ def test_a_direction_beside_a_models_weights_is_a_direction(tmp_path: Path) -> N
         import_foreign(tmp_path, base=BASE, kind="x")
 
 
+@pytest.mark.parametrize("suffix", [".bin", ".safetensors"])
+def test_wide_floats_are_narrowed(suffix: str, tmp_path: Path) -> None:
+    state = {name: tensor.double() for name, tensor in VECTORS.items()}
+    made = import_foreign(checkpoint(tmp_path, state, suffix), base=BASE)
+    assert {tensor.dtype for tensor in made.tensors.values()} == {torch.float32}
+
+
 def test_no_more_than_the_edits_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(unpickle, "MAX_PICKLE_BYTES", 4096)
     monkeypatch.setattr(unpickle, "MAX_TENSOR_BYTES", 4096)

@@ -19,6 +19,7 @@ from reft_runtime.interventions.foreign.folders import folder_of
 from reft_runtime.interventions.format.intervention import Intervention
 from reft_runtime.interventions.format.manifest import BaseShape
 from reft_runtime.interventions.pyreft.states import read_named
+from reft_runtime.interventions.pyreft.unpickle import plain_state
 
 _FILE = re.compile(r"(?:pytorch_)?model(?:-\d{5}-of-(?P<count>\d{5}))?\.(?P<kind>safetensors|bin)")
 _WANTED = f"{heads.NAMES}|{steerling.NAMES}"
@@ -107,6 +108,6 @@ def _of_safetensors(file: Path) -> dict[str, Tensor]:
         with safe_open(file, "pt") as content:
             names: list[str] = list(content.keys())
             wanted = [name for name in names if re.fullmatch(_WANTED, name)]
-            return {name: content.get_tensor(name) for name in wanted}
+            return plain_state({name: content.get_tensor(name) for name in wanted})
     except (OSError, SafetensorError) as error:
         raise not_safetensors(file, error) from None
