@@ -231,7 +231,8 @@ def _fields(model: type[BaseModel], loc: tuple[int | str, ...]) -> list[str]:
 
     At the top level the fields of one of its interventions are added.
     """
-    names = {name: None for kind in _kinds(model, loc) for name in kind.model_fields}
+    fields = (each for kind in _kinds(model, loc) for each in kind.model_fields.items())
+    names = dict.fromkeys(field.alias or name for name, field in fields)
     if not loc and "interventions" in names:
         names |= dict.fromkeys(InterventionUse.model_fields)
     return list(names)

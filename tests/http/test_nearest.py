@@ -43,6 +43,16 @@ def test_names_that_are_alike() -> None:
             "did you mean content?",
         ),
         ({"nonsense": 1}, "nonsense", "server; leave it out."),
+        (
+            {"response_format": {"type": "text", "schema": {}}},
+            "response_format.schema",
+            "server; leave it out.",
+        ),
+        (
+            {"response_format": {"type": "json_object", "shema": {}}},
+            "response_format.shema",
+            "did you mean schema? If not",
+        ),
         ({"regex": "a"}, "regex", 'give it in structured_outputs: {"regex": ...}'),
         ({"ebnf": "a"}, "ebnf", "structured_outputs.grammar"),
         ({"json_schema": "{}"}, "json_schema", "give it as response_format"),
